@@ -1,0 +1,54 @@
+# A fresh machine needs make and Python 3.10 or newer, nothing else. `make help` lists the targets.
+SHELL := /bin/sh
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP_ARGS ?=
+QUICKSTART_ARGS ?=
+TEST_ARGS ?=
+MIN_COVERAGE := 85
+
+.DEFAULT_GOAL := help
+.PHONY: help install quickstart test lint bench clean
+
+help: ## This list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo
+	@echo "  PYTHON=python3.12 chooses the interpreter, VENV=dir the environment, PIP_ARGS=... goes to pip install,"
+	@echo "  QUICKSTART_ARGS=... to osler quickstart, TEST_ARGS=... to pytest."
+
+install: $(VENV)/.installed ## Install Osler into .venv
+
+quickstart: $(VENV)/.installed ## Train, examine and report a small model on this machine, in minutes
+	$(BIN)/python -m osler.cli quickstart $(QUICKSTART_ARGS)
+
+test: $(VENV)/.installed-test ## Run the test suite with coverage
+	$(BIN)/python -m pytest --cov=osler --cov-report=term --cov-fail-under=$(MIN_COVERAGE) $(TEST_ARGS)
+
+lint: $(VENV)/.installed-test ## Check style (ruff) and types (mypy)
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m mypy
+
+bench: $(VENV)/.installed ## Run every benchmark; each prints one JSON object
+	@for script in benchmarks/*.py; do echo "== $$script" >&2; $(BIN)/python "$$script" || exit 1; done
+
+clean: ## Remove the environment and every cache; runs/ stays
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage osler.egg-info build dist
+
+$(VENV)/bin/python:
+	@command -v $(PYTHON) >/dev/null 2>&1 || \
+	  { echo "Osler needs Python 3.10 or newer, and there is no '$(PYTHON)' here. Install one, or name yours: make PYTHON=..." >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "Osler needs Python 3.10 or newer; $(PYTHON) is $$($(PYTHON) -V 2>&1). Name a newer one: make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || \
+	  { echo "$(PYTHON) cannot make a virtual environment: on Debian and Ubuntu install the package python3-venv." >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# The stamps are older than these two files only when a requirement has changed, so a second call installs nothing.
+$(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(BIN)/python -m pip install --disable-pip-version-check -q $(PIP_ARGS) -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.installed-test: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(BIN)/python -m pip install --disable-pip-version-check -q $(PIP_ARGS) -c constraints.txt -e '.[test]'
+	@touch $(VENV)/.installed $@

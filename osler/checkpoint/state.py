@@ -1,0 +1,155 @@
+"""Optimizer and random states as named tensors plus JSON, and back, bit for bit.
+
+``torch.optim`` numbers its parameters in the order they were given and casts the state to the parameter's dtype on
+loading; here every entry is stored under the parameter's name and keeps its own dtype, so a resume is exact. Tensor
+names are ``<parameter>/<entry>``, for example ``layers.0.q_proj.weight/exp_avg``, and ``group.<index>/<entry>``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from osler.errors import UserError
+
+NamedParameters = Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]
+
+# How an update is computed rather than what it is: the machine that resumes decides these for itself.
+_IMPLEMENTATION = ("fused", "foreach", "capturable", "differentiable")
+
+
+def flatten_optimizer(
+    optimizer: torch.optim.Optimizer, named_parameters: NamedParameters
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and JSON that hold the state and hyperparameters of an optimizer, such as AdamW.
+
+    ``named_parameters`` names every parameter of the optimizer, as ``model.named_parameters()`` does. The tensors are
+    the optimizer's own, not copies: write them out before the next step.
+    """
+    names = {id(parameter): name for name, parameter in dict(named_parameters).items()}
+    tensors: dict[str, Tensor] = {}
+    groups, state, shapes = [], {}, {}
+    for index, group in enumerate(optimizer.param_groups):
+        options = {key: value for key, value in group.items() if key != "params" and key not in _IMPLEMENTATION}
+        group_names = [_name_of(parameter, names) for parameter in group["params"]]
+        groups.append({"params": group_names, "options": _split(f"group.{index}", options, tensors)})
+        for parameter, name in zip(group["params"], group_names, strict=True):
+            shapes[name] = list(parameter.shape)
+            if parameter in optimizer.state:
+                state[name] = _split(name, optimizer.state[parameter], tensors)
+    return tensors, {"groups": groups, "shapes": shapes, "state": state}
+
+
+def _name_of(parameter: Tensor, names: Mapping[int, str]) -> str:
+    try:
+        return names[id(parameter)]
+    except KeyError:
+        raise ValueError(f"the optimizer holds a parameter of shape {tuple(parameter.shape)} without a name") from None
+
+
+def _split(prefix: str, entries: Mapping[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """Move the tensors among ``entries`` to ``tensors``; what stays is JSON, with tuples marked and tensors named."""
+    plain: dict[str, Any] = {}
+    for key, value in entries.items():
+        if isinstance(value, Tensor):
+            tensors[f"{prefix}/{key}"] = value
+            plain[key] = {"tensor": f"{prefix}/{key}"}
+        elif isinstance(value, tuple):
+            plain[key] = {"tuple": list(value)}
+        elif value is None or isinstance(value, (bool, int, float, str, list)):
+            plain[key] = value
+        else:
+            raise TypeError(f"optimizer entry {prefix}/{key} is a {type(value).__name__}, which JSON cannot hold")
+    return plain
+
+
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer,
+    named_parameters: NamedParameters,
+    tensors: Mapping[str, Tensor],
+    state: Mapping[str, Any],
+) -> None:
+    """Put back what ``flatten_optimizer`` took: the optimizer's next step is bit for bit the one that was not made.
+
+    Copies the tensors to the parameters' devices. Hyperparameters (learning rate, betas, weight decay) come from the
+    checkpoint; which implementation computes the update (fused or not) stays as built. Raises UserError, before
+    changing anything, when the checkpoint belongs to other parameters or other groups of them.
+    """
+    parameters = dict(named_parameters)
+    names = {id(parameter): name for name, parameter in parameters.items()}
+    found = [[_name_of(parameter, names) for parameter in group["params"]] for group in optimizer.param_groups]
+    _check_groups(found, [group["params"] for group in state["groups"]])
+    for name, shape in state["shapes"].items():
+        if list(parameters[name].shape) != shape:
+            raise UserError(f"{name} is {shape} in the checkpoint and {list(parameters[name].shape)} in this model.")
+    restored: dict[Tensor, dict[str, Any]] = {}
+    for group, group_names in zip(optimizer.param_groups, found, strict=True):
+        step_on_device = bool(group.get("fused") or group.get("capturable"))
+        for name in group_names:
+            if name in state["state"]:
+                parameter = parameters[name]
+                restored[parameter] = {
+                    key: _place(key, value, parameter, step_on_device)
+                    for key, value in _joined(state["state"][name], tensors).items()
+                }
+    for group, saved in zip(optimizer.param_groups, state["groups"], strict=True):
+        for key, value in _joined(saved["options"], tensors).items():
+            group[key] = value.clone() if isinstance(value, Tensor) else value
+    optimizer.state.clear()
+    optimizer.state.update(restored)
+
+
+def _check_groups(found: list[list[str]], saved: list[list[str]]) -> None:
+    if found == saved:
+        return
+    mine, theirs = {name for group in found for name in group}, {name for group in saved for name in group}
+    difference = sorted(mine ^ theirs)
+    detail = f"they differ in {', '.join(difference[:3])}" if difference else "they are grouped or ordered differently"
+    raise UserError(
+        f"The checkpoint's optimizer does not fit this one ({len(theirs)} parameters in {len(saved)} groups there, "
+        f"{len(mine)} in {len(found)} here; {detail}). Resume with the model and optimizer of the saved run."
+    )
+
+
+def _joined(entries: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    joined: dict[str, Any] = {}
+    for key, value in entries.items():
+        if not isinstance(value, dict):
+            joined[key] = value
+        elif "tuple" in value:
+            joined[key] = tuple(value["tuple"])
+        elif value.get("tensor") in tensors:
+            joined[key] = tensors[value["tensor"]]
+        else:
+            raise UserError(f"The checkpoint's optimizer lacks the tensor {value.get('tensor')!r}.")
+    return joined
+
+
+def _place(key: str, value: Any, parameter: Tensor, step_on_device: bool) -> Any:
+    """A copy of one state entry where the optimizer expects it: beside its parameter, in the same memory order."""
+    if not isinstance(value, Tensor):
+        return value
+    if key == "step" and value.dim() == 0 and not step_on_device:
+        return value.clone()  # unless fused, torch counts steps on the CPU
+    if value.shape == parameter.shape:
+        return torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
+    return value.to(parameter.device, copy=True)
+
+
+def random_state() -> dict[str, Tensor]:
+    """The state of PyTorch's default generators, as uint8 tensors: ``cpu`` and ``cuda.<index>``."""
+    state = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state |= {f"cuda.{index}": value for index, value in enumerate(torch.cuda.get_rng_state_all())}
+    return state
+
+
+def restore_random_state(state: Mapping[str, Tensor]) -> None:
+    """Put back ``random_state``; states of GPUs that are not here are left out."""
+    torch.set_rng_state(state["cpu"].clone())
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        if f"cuda.{index}" in state:
+            torch.cuda.set_rng_state(state[f"cuda.{index}"].clone(), index)

@@ -1,0 +1,389 @@
+"""The command line: one table of verbs. Nothing heavy is imported before a verb runs, so help answers at once.
+
+Exit codes: 0 done, 1 an error in Osler (with a traceback), 2 a mistake in what was given (one paragraph, no traceback),
+130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from osler.errors import UserError
+
+Option = tuple[tuple[str, ...], dict[str, Any]]
+
+
+class Verb(NamedTuple):
+    """A command: what it does in one line, an example, the function that runs it and the options it takes."""
+
+    name: str
+    line: str
+    example: str
+    run: Callable[[argparse.Namespace], int]
+    options: tuple[Option, ...] = ()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb and return the exit code; exceptions that are not the user's mistake pass through."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # an ASCII terminal shows ? where it cannot show a sign
+    try:
+        code = dispatch(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()
+        return code
+    except UserError as error:
+        print(f"osler: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("osler: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader (`| head`) is gone; without this the interpreter complains when it flushes stdout at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def dispatch(argv: list[str]) -> int:
+    """Find the verb that ``argv`` names, parse its options and run it."""
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(overview(VERBS))
+        return 0
+    if argv[0] == "--version":
+        print(version())
+        return 0
+    for words in (2, 1):
+        name = " ".join(argv[:words])
+        verb = next((verb for verb in VERBS if verb.name == name), None)
+        if verb:
+            return verb.run(parser(verb).parse_intermixed_args(argv[words:]))
+    group = [verb for verb in VERBS if verb.name.startswith(f"{argv[0]} ")]
+    if group and (len(argv) == 1 or argv[1] in ("-h", "--help")):
+        print(overview(group))
+        return 0
+    given = " ".join(argv[:2]) if group else argv[0]
+    close = difflib.get_close_matches(given, [verb.name for verb in VERBS], n=1)
+    raise UserError(f"there is no verb `{given}`{f'; did you mean `{close[0]}`?' if close else ''} See `osler --help`.")
+
+
+def overview(verbs: Sequence[Verb]) -> str:
+    """List verbs, one line each."""
+    lines = [f"  {verb.name:<18} {verb.line}" for verb in verbs]
+    return "\n".join(
+        [
+            "usage: osler VERB [RECIPE] [key.path=value ...] [options]",
+            "",
+            "Train a small language model from scratch until it answers medical questions.",
+            "",
+            *lines,
+            "",
+            "`osler VERB --help` shows options and an example; `osler quickstart` is the place to start.",
+        ]
+    )
+
+
+def parser(verb: Verb) -> argparse.ArgumentParser:
+    """Return the parser of one verb."""
+    made = argparse.ArgumentParser(
+        prog=f"osler {verb.name}",
+        description=verb.line,
+        epilog=f"example:\n  {verb.example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    for flags, settings in verb.options:
+        made.add_argument(*flags, **settings)
+    return made
+
+
+def version() -> str:
+    """Return the installed version."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return f"osler {version('osler')}"
+    except PackageNotFoundError:
+        return "osler (a source tree that is not installed)"
+
+
+# -- options -----------------------------------------------------------------------------------------------------------
+
+
+def option(*flags: str, **settings: Any) -> Option:
+    """Describe an option as ``ArgumentParser.add_argument`` takes it."""
+    return flags, settings
+
+
+OVERRIDES = option("items", nargs="*", metavar="key.path=value", help="fields to change")
+RECIPE = option(
+    "items",
+    nargs="*",
+    metavar="RECIPE | key.path=value",
+    help="a recipe of `osler recipes` or a YAML file, and fields to change; without a recipe the defaults apply",
+)
+RUN_FOLDER = (
+    option("--run", metavar="DIR", help="the run folder (default: below runs/)"),
+    option("--resume", action="store_true", help="go on from the newest good checkpoint of --run DIR"),
+    option("--dry-run", action="store_true", help="check everything and say what would happen, then stop"),
+)
+CHECKPOINT = option("checkpoint", metavar="CHECKPOINT", help="a run folder, or a checkpoint in it")
+SAMPLING = (
+    option("--max-new-tokens", type=int, default=200, metavar="N", help="stop after so many tokens (default: 200)"),
+    option("--temperature", type=float, default=0.7, metavar="T", help="0 always takes the likeliest (default: 0.7)"),
+    option("--top-p", type=float, default=0.95, metavar="P", help="leave out the unlikely rest (default: 0.95)"),
+    option("--seed", type=int, default=0, metavar="S", help="the same seed gives the same text (default: 0)"),
+)
+
+
+def split_items(items: Sequence[str]) -> tuple[str | None, list[str]]:
+    """Separate the recipe, if there is one, from the overrides: those have an equals sign."""
+    recipes = [item for item in items if "=" not in item]
+    if len(recipes) > 1:
+        raise UserError(f"one recipe at a time, not {' and '.join(recipes)}; fields are changed with key.path=value.")
+    return recipes[0] if recipes else None, [item for item in items if "=" in item]
+
+
+def only_overrides(items: Sequence[str]) -> list[str]:
+    """Return the overrides of a verb that takes no recipe."""
+    recipe, overrides = split_items(items)
+    if recipe is not None:
+        raise UserError(f"`{recipe}`: this verb takes no recipe, only key.path=value.")
+    return overrides
+
+
+def run_folder(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return what the options of ``RUN_FOLDER`` say, by the names that every ``run`` function takes."""
+    return {"run_dir": arguments.run, "resume": arguments.resume, "dry_run": arguments.dry_run}
+
+
+def sampling(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return what the options of ``SAMPLING`` say."""
+    return {name: getattr(arguments, name) for name in ("max_new_tokens", "temperature", "top_p", "seed")}
+
+
+# -- what each verb calls ----------------------------------------------------------------------------------------------
+
+
+def run_quickstart(arguments: argparse.Namespace) -> int:
+    from osler.quickstart import run
+
+    return run(only_overrides(arguments.items), **run_folder(arguments))
+
+
+def run_recipes(_: argparse.Namespace) -> int:
+    from osler.show import list_recipes
+
+    print(list_recipes())
+    return 0
+
+
+def run_show(arguments: argparse.Namespace) -> int:
+    from osler.show import show_recipe
+
+    recipe, overrides = split_items(arguments.items)
+    if recipe is None:
+        raise UserError("which recipe? `osler recipes` lists them.")
+    print(show_recipe(recipe, overrides))
+    return 0
+
+
+def run_tokenizer_train(arguments: argparse.Namespace) -> int:
+    from osler.data.verbs import tokenizer_train
+
+    return tokenizer_train(*split_items(arguments.items), arguments.out)
+
+
+def run_tokenizer_inspect(arguments: argparse.Namespace) -> int:
+    from osler.data.verbs import tokenizer_inspect
+
+    return tokenizer_inspect(arguments.tokenizer, arguments.text)
+
+
+def run_data_prepare(arguments: argparse.Namespace) -> int:
+    from osler.data.verbs import data_prepare
+
+    return data_prepare(*split_items(arguments.items), arguments.tokenizer, arguments.out)
+
+
+def run_data_inspect(arguments: argparse.Namespace) -> int:
+    from osler.data.verbs import data_inspect
+
+    return data_inspect(arguments.folder, arguments.tokenizer)
+
+
+def run_pretrain(arguments: argparse.Namespace) -> int:
+    from osler.train.run import run
+
+    return run("pretrain", *split_items(arguments.items), **run_folder(arguments))
+
+
+def run_sft(arguments: argparse.Namespace) -> int:
+    from osler.train.run import run
+
+    return run("sft", *split_items(arguments.items), **run_folder(arguments))
+
+
+def run_grpo(arguments: argparse.Namespace) -> int:
+    from osler.rl.run import run
+
+    return run(*split_items(arguments.items), **run_folder(arguments))
+
+
+def run_eval(arguments: argparse.Namespace) -> int:
+    from osler.eval.run import run
+
+    return run(arguments.checkpoint, only_overrides(arguments.items))
+
+
+def run_generate(arguments: argparse.Namespace) -> int:
+    from osler.inference.chat import generate
+
+    return generate(arguments.checkpoint, arguments.prompt, **sampling(arguments))
+
+
+def run_chat(arguments: argparse.Namespace) -> int:
+    from osler.inference.chat import chat
+
+    return chat(arguments.checkpoint, reasoning=not arguments.no_reasoning, **sampling(arguments))
+
+
+def run_report(arguments: argparse.Namespace) -> int:
+    from osler.report.page import build_report
+    from osler.report.text import summary_text
+
+    path = build_report(arguments.run)
+    print(f"{summary_text(arguments.run)}\n\n{path}")
+    return 0
+
+
+def run_doctor(arguments: argparse.Namespace) -> int:
+    from osler.doctor import run
+
+    return run(as_json=arguments.json, folder=arguments.folder)
+
+
+VERBS: tuple[Verb, ...] = (
+    Verb(
+        "quickstart",
+        "Train, examine and report a small model on this machine, in minutes",
+        "osler quickstart --run runs/first",
+        run_quickstart,
+        (OVERRIDES, *RUN_FOLDER),
+    ),
+    Verb("recipes", "List the recipes: name, parameters, what it is", "osler recipes", run_recipes),
+    Verb(
+        "show",
+        "Print a recipe with every default filled in, and what follows from it",
+        "osler show osler-400m model.num_layers=24",
+        run_show,
+        (RECIPE,),
+    ),
+    Verb(
+        "tokenizer train",
+        "Train a tokenizer on a recipe's data, or on a file or folder of text",
+        "osler tokenizer train notes/ tokenizer.vocab_size=8192 --out tokenizer.json",
+        run_tokenizer_train,
+        (RECIPE, option("--out", required=True, metavar="FILE", help="the tokenizer.json to write")),
+    ),
+    Verb(
+        "tokenizer inspect",
+        "Show a tokenizer, and how it cuts a text",
+        "osler tokenizer inspect tokenizer.json 'fever and a stiff neck'",
+        run_tokenizer_inspect,
+        (
+            option("tokenizer", metavar="FILE", help="a tokenizer.json, GPT-2's vocab.bpe, or a folder with one"),
+            option("text", nargs="?", metavar="TEXT", help="text to cut into tokens"),
+        ),
+    ),
+    Verb(
+        "data prepare",
+        "Tokenise a recipe's data, or a file or folder of text, into shards",
+        "osler data prepare notes/ data.holdout_fraction=0.1 --tokenizer tokenizer.json --out shards/",
+        run_data_prepare,
+        (
+            RECIPE,
+            option("--tokenizer", required=True, metavar="FILE", help="the tokenizer to cut the text with"),
+            option("--out", required=True, metavar="DIR", help="the folder to write, or to reuse if it is the same"),
+        ),
+    ),
+    Verb(
+        "data inspect",
+        "Show what a folder of shards holds, and check every byte",
+        "osler data inspect shards/ --tokenizer tokenizer.json",
+        run_data_inspect,
+        (
+            option("folder", metavar="DIR", help="a folder that `osler data prepare` wrote"),
+            option("--tokenizer", metavar="FILE", help="show how each split begins"),
+        ),
+    ),
+    Verb(
+        "pretrain",
+        "Train a model from scratch on text",
+        "osler pretrain osler-400m data.type=files data.path=notes/ total_tokens=2_000_000_000",
+        run_pretrain,
+        (RECIPE, *RUN_FOLDER),
+    ),
+    Verb(
+        "sft",
+        "Teach a pretrained model to reason and answer",
+        "osler sft init_from=runs/clinic-pretrain data.type=turns data.path=cases.jsonl",
+        run_sft,
+        (RECIPE, *RUN_FOLDER),
+    ),
+    Verb(
+        "grpo",
+        "Improve a model by its own tries at exam questions (reinforcement learning)",
+        "osler grpo init_from=runs/clinic-sft algorithm.samples_per_prompt=16",
+        run_grpo,
+        (RECIPE, *RUN_FOLDER),
+    ),
+    Verb(
+        "eval",
+        "Sit an exam with a model: the score and its confidence interval",
+        "osler eval runs/clinic-sft",
+        run_eval,
+        (CHECKPOINT, OVERRIDES),
+    ),
+    Verb(
+        "generate",
+        "Let a model continue a text",
+        "osler generate runs/clinic-pretrain --prompt 'A patient with fever'",
+        run_generate,
+        (CHECKPOINT, option("--prompt", required=True, metavar="TEXT", help="the text to continue"), *SAMPLING),
+    ),
+    Verb(
+        "chat",
+        "Ask a model questions in the terminal",
+        "osler chat runs/clinic-sft",
+        run_chat,
+        (
+            CHECKPOINT,
+            option("--no-reasoning", action="store_true", help="ask for the answer without the thinking before it"),
+            *SAMPLING,
+        ),
+    ),
+    Verb(
+        "report",
+        "Write the report of a run, and print its summary",
+        "osler report runs/quickstart",
+        run_report,
+        (option("run", metavar="DIR", help="a run folder"),),
+    ),
+    Verb(
+        "doctor",
+        "Find out what this machine can do",
+        "osler doctor --json",
+        run_doctor,
+        (
+            option("--json", action="store_true", help="print one JSON object instead of a table"),
+            option("--folder", default=".", metavar="DIR", help="where runs will be written (default: here)"),
+        ),
+    ),
+)
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,98 @@
+"""Batches for one rank: a pure function of (packing, step), with threads that only work ahead.
+
+The idea: the global batch of step s is rows s * rows ... (s + 1) * rows of the packing, and rank r of w takes the r-th
+of w equal parts. So every rank agrees without talking, the world size may change between runs, and the whole state of
+a loader is the step. The only module of this package that knows torch.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from osler.data.packing import Packing, Row
+from osler.errors import UserError
+
+BATCHES_AHEAD = 2  # per worker
+
+
+@dataclass(frozen=True)
+class Batch:
+    """int64 tensors of shape [rows, seq_len]: ids, labels (-100 is not learned), document numbers within each row."""
+
+    ids: torch.Tensor
+    labels: torch.Tensor
+    document_ids: torch.Tensor
+
+    @property
+    def num_loss_tokens(self) -> int:
+        """How many labels count."""
+        return int((self.labels >= 0).sum())
+
+
+@dataclass(frozen=True)
+class Loader:
+    """The batches of one rank; `rows_per_batch` counts the rows of all ranks together, `workers` threads work ahead.
+
+    Raises UserError when the ranks cannot share the rows equally.
+    """
+
+    packing: Packing
+    rows_per_batch: int
+    rank: int = 0
+    world_size: int = 1
+    workers: int = 0
+
+    def __post_init__(self) -> None:
+        if self.rows_per_batch < 1 or self.rows_per_batch % self.world_size:
+            raise UserError(
+                f"A batch of {self.rows_per_batch} rows (of {self.packing.seq_len} tokens) cannot be shared equally by "
+                f"{self.world_size} ranks; make the number of rows a multiple of {self.world_size}."
+            )
+        if not 0 <= self.rank < self.world_size:
+            raise UserError(f"rank={self.rank} must be between 0 and {self.world_size - 1}.")
+        if self.workers < 0:
+            raise UserError(f"workers={self.workers} must be 0 (no threads) or more.")
+
+    @property
+    def tokens_per_batch(self) -> int:
+        """Tokens (padding included) in the global batch."""
+        return self.rows_per_batch * self.packing.seq_len
+
+    def batch(self, step: int) -> Batch:
+        """Return this rank's rows of the global batch of a step (0, 1, ...)."""
+        rows = self.rows_per_batch // self.world_size
+        first = step * self.rows_per_batch + self.rank * rows
+        return make_batch(self.packing, range(first, first + rows))
+
+    def batches(self, start_step: int = 0) -> Iterator[Batch]:
+        """Yield the batches from a step on without end; the number of workers never changes them."""
+        if self.workers == 0:
+            while True:
+                yield self.batch(start_step)
+                start_step += 1
+        executor = ThreadPoolExecutor(self.workers, thread_name_prefix="loader")
+        try:
+            ahead: deque[Future[Batch]] = deque()
+            while True:
+                while len(ahead) < self.workers * BATCHES_AHEAD:
+                    ahead.append(executor.submit(self.batch, start_step))
+                    start_step += 1
+                yield ahead.popleft().result()
+        finally:
+            executor.shutdown(wait=True, cancel_futures=True)
+
+
+def make_batch(packing: Packing, indices: Sequence[int]) -> Batch:
+    """Return the rows of these numbers as one batch; for evaluation, which wants each row of one epoch once."""
+    rows = [packing.row(index) for index in indices]
+    return Batch(*(torch.from_numpy(np.stack(arrays)) for arrays in _by_field(rows)))
+
+
+def _by_field(rows: Sequence[Row]) -> Iterator[tuple[np.ndarray, ...]]:
+    return zip(*rows, strict=True)

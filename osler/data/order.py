@@ -1,0 +1,34 @@
+"""The order of documents: computed from (seed, shard fingerprint, epoch), never remembered.
+
+Each epoch has its own permutation. It comes from the raw words of a Philox counter generator (Salmon et al. 2011)
+keyed by a hash, sorted: numpy guarantees that raw stream in every version, which it does not for
+`Generator.permutation`. So any epoch can be looked up at once, on any rank, after any number of restarts, and resume
+needs nothing but a position.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+
+from osler.data.shards import Int64Array, ShardSet
+
+
+class Order:
+    """The permutations of a split's documents under one seed."""
+
+    def __init__(self, shards: ShardSet, seed: int) -> None:
+        self.shards = shards
+        self.seed = seed
+
+    def permutation(self, epoch: int) -> Int64Array:
+        """Return all document indices in the order of an epoch (0, 1, ...)."""
+        return self.shuffled(self.shards.num_documents, epoch, "documents")
+
+    def shuffled(self, count: int, epoch: int, purpose: str) -> Int64Array:
+        """Return a permutation of `range(count)`; each `purpose` has its own, independent of the others."""
+        name = f"{self.seed}:{self.shards.fingerprint}:{epoch}:{purpose}"
+        key = int.from_bytes(hashlib.sha256(name.encode()).digest()[:16], "big")
+        words = np.random.Philox(key=key).random_raw(count)
+        return np.argsort(words, kind="stable").astype(np.int64, copy=False)

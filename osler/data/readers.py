@@ -1,0 +1,225 @@
+"""Local files as documents: parquet and JSONL tables, text and Markdown, plain or compressed, or folders of any mix.
+
+The idea: reading is lazy and restartable. A source is a path, iterating it opens the files anew and gives the same
+documents in the same order (files sorted by name), so whoever needs two passes makes two. A text file is one document,
+a table has one per row. Whatever is wrong with a file is a UserError that names the file and the line, row or byte;
+nothing is skipped in silence.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import pyarrow
+import pyarrow.parquet
+
+from osler.data.documents import Document
+from osler.errors import UserError
+from osler.tokenizer.chat import Turn
+
+TEXT_ENDINGS = (".txt", ".md")
+LINES_ENDINGS = (".jsonl", ".ndjson")
+PARQUET_ENDING = ".parquet"
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+READABLE = f"{PARQUET_ENDING}, {', '.join(LINES_ENDINGS + TEXT_ENDINGS)} (each but parquet also with .gz or .zst)"
+
+Row = tuple[str, dict[str, Any]]  # where it stands ("notes.jsonl:12"), and its fields
+
+
+@dataclass(frozen=True)
+class TextFiles:
+    """The documents in a file or a folder: whole text files, and the column `field` of tables."""
+
+    path: str | Path
+    field: str = "text"
+
+    def __iter__(self) -> Iterator[Document]:
+        for file in find_files(self.path, allow_text=True):
+            if _ending(file) in TEXT_ENDINGS:
+                yield Document(text=_read_text(file), source=str(file))
+            else:
+                for where, row in read_rows(file, [self.field]):
+                    yield Document(text=row[self.field], source=where)
+
+
+@dataclass(frozen=True)
+class TurnFiles:
+    """The questions and answers in a table file or a folder of them; `thinking_field` None means no reasoning."""
+
+    path: str | Path
+    question_field: str = "question"
+    thinking_field: str | None = None
+    answer_field: str = "answer"
+
+    def __iter__(self) -> Iterator[Document]:
+        fields = [self.question_field, self.answer_field]
+        if self.thinking_field is not None:
+            fields.append(self.thinking_field)
+        for file in find_files(self.path, allow_text=False):
+            for where, row in read_rows(file, fields):
+                thinking = row[self.thinking_field] if self.thinking_field is not None else None
+                yield Document(turn=Turn(row[self.question_field], thinking, row[self.answer_field]), source=where)
+
+
+def find_files(path: str | Path, *, allow_text: bool) -> list[Path]:
+    """Return the readable files at `path`, sorted, without hidden ones. Raises UserError when there is none."""
+    path = Path(path)
+    endings = (PARQUET_ENDING, *LINES_ENDINGS, *(TEXT_ENDINGS if allow_text else ()))
+    if path.is_file():
+        if _ending(path) not in endings:
+            wanted = READABLE if allow_text else f"{PARQUET_ENDING} or {', '.join(LINES_ENDINGS)}"
+            raise UserError(f"{path} is of a kind that cannot be read here; give a file that ends in {wanted}.")
+        return [path]
+    if not path.is_dir():
+        raise UserError(f"There is no file or folder {path}.")
+    files = [file for file in path.rglob("*") if file.is_file() and _ending(file) in endings]
+    files = [file for file in files if not any(part.startswith(".") for part in file.relative_to(path).parts)]
+    if not files:
+        raise UserError(f"The folder {path} holds no file that can be read: none ends in {', '.join(endings)}.")
+    return sorted(files, key=lambda file: file.relative_to(path).as_posix())
+
+
+def read_rows(file: Path, fields: Sequence[str]) -> Iterator[Row]:
+    """Yield each row's `fields`, all of them text ("" for null), with where it stands. Raises UserError."""
+    if _ending(file) == PARQUET_ENDING:
+        return _read_parquet(file, list(fields))
+    return _read_json_lines(file, fields)
+
+
+def _ending(file: Path) -> str:
+    """The ending that tells the kind of a file, below a compression's ending; parquet compresses inside."""
+    suffixes = [suffix.lower() for suffix in file.suffixes]
+    if len(suffixes) > 1 and suffixes[-1] in COMPRESSIONS and suffixes[-2] != PARQUET_ENDING:
+        return suffixes[-2]
+    return suffixes[-1] if suffixes else ""
+
+
+def _open(file: Path) -> IO[bytes]:
+    """Open for reading bytes, decompressing on the way; a torn compressed file raises OSError while it is read."""
+    compression = COMPRESSIONS.get(file.suffix.lower())
+    stream: IO[bytes] = pyarrow.input_stream(str(file), compression=compression)
+    return stream
+
+
+def _read_text(file: Path) -> str:
+    try:
+        with _open(file) as stream:
+            data = stream.read()
+    except OSError as error:
+        raise UserError(_damaged(file, error)) from None
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise UserError(_not_utf8(f"{file}:{line}", error.object[error.start], error.start)) from None
+
+
+def _read_json_lines(file: Path, fields: Sequence[str]) -> Iterator[Row]:
+    offset = 0
+    try:
+        with _open(file) as stream:
+            for number, line in enumerate(_lines(stream), 1):
+                where = f"{file}:{number}"
+                row = _parse_line(line, where, offset)
+                offset += len(line)
+                if row is not None:
+                    yield where, {field: _text_field(row, field, where) for field in fields}
+    except OSError as error:
+        raise UserError(_damaged(file, error)) from None
+
+
+def _lines(stream: IO[bytes], block_bytes: int = 1 << 20) -> Iterator[bytes]:
+    """Cut a stream into lines at newlines only: pyarrow's own line iteration is not available on compressed streams."""
+    rest = b""
+    while block := stream.read(block_bytes):
+        *whole, rest = (rest + block).split(b"\n")
+        for line in whole:
+            yield line + b"\n"
+    if rest:
+        yield rest
+
+
+def _parse_line(line: bytes, where: str, offset: int) -> dict[str, Any] | None:
+    try:
+        text = line.decode("utf-8-sig" if offset == 0 else "utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(_not_utf8(where, error.object[error.start], offset + error.start)) from None
+    if not text.strip():
+        return None
+    try:
+        row = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where} is not JSON ({error}); every line must hold one JSON object.") from None
+    if not isinstance(row, dict):
+        raise UserError(f"{where} holds a JSON {type(row).__name__}; every line must hold one JSON object.")
+    return row
+
+
+def _text_field(row: dict[str, Any], field: str, where: str) -> str:
+    if field not in row:
+        raise UserError(f"{where} has no field '{field}'; it has: {', '.join(row) or 'none'}.")
+    value = row[field]
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise UserError(f"{where}: the field '{field}' must be text, but it is {type(value).__name__}.")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:  # JSON can write half of a surrogate pair: "\ud83e"
+        raise UserError(f"{where}: the field '{field}' holds half a character at position {error.start}.") from None
+    return value
+
+
+def _read_parquet(file: Path, fields: list[str]) -> Iterator[Row]:
+    number = 0
+    try:
+        with pyarrow.parquet.ParquetFile(file) as table:
+            _check_columns(file, table.schema_arrow, fields)
+            for batch in table.iter_batches(batch_size=1024, columns=fields):
+                columns = [_column_texts(batch.column(field), field, file, number) for field in fields]
+                for values in zip(*columns, strict=True):
+                    number += 1
+                    yield f"{file}: row {number}", dict(zip(fields, values, strict=True))
+    except (OSError, pyarrow.ArrowException) as error:
+        raise UserError(_damaged(file, error)) from None
+
+
+def _check_columns(file: Path, schema: pyarrow.Schema, fields: Sequence[str]) -> None:
+    for field in fields:
+        if field not in schema.names:
+            raise UserError(f"{file} has no field '{field}'; it has: {', '.join(schema.names) or 'none'}.")
+        kind = schema.field(field).type
+        if pyarrow.types.is_dictionary(kind):
+            kind = kind.value_type
+        is_text: list[Callable[[pyarrow.DataType], bool]] = [
+            pyarrow.types.is_string,
+            pyarrow.types.is_large_string,
+            pyarrow.types.is_string_view,
+        ]
+        if not any(check(kind) for check in is_text):
+            raise UserError(f"{file}: the field '{field}' must be text, but it is {kind}.")
+
+
+def _column_texts(column: pyarrow.Array, field: str, file: Path, rows_before: int) -> list[str]:
+    try:
+        return [text or "" for text in column.to_pylist()]
+    except UnicodeDecodeError:
+        for index, value in enumerate(column):
+            try:
+                value.as_py()
+            except UnicodeDecodeError as error:
+                where = f"{file}: row {rows_before + index + 1}, field '{field}'"
+                raise UserError(_not_utf8(where, error.object[error.start], error.start)) from None
+        raise
+
+
+def _not_utf8(where: str, byte: int, position: int) -> str:
+    return f"{where} is not UTF-8 text: byte 0x{byte:02x} at position {position}. Convert the file to UTF-8."
+
+
+def _damaged(file: Path, error: Exception) -> str:
+    return f"{file} cannot be read, it may be torn or not what its name says: {error}. Copy or download it again."

@@ -1,0 +1,112 @@
+"""From a data config to documents: one table from config class to the function that opens it.
+
+A source gives train documents and either validation documents of its own (the clinic, whose exam splits are disjoint by
+construction) or None, and then `holdout_fraction` of the train documents is held out by `osler.data.prepare`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from osler.clinic.textbook import textbook
+from osler.data.config import ClinicData, FilesData, TurnsData
+from osler.data.documents import Document
+from osler.data.prepare import Prepared, prepare
+from osler.data.readers import TextFiles, TurnFiles
+from osler.errors import UserError
+from osler.tasks.clinic import load as load_clinic_exam
+from osler.tasks.item import render_answer, render_question
+from osler.tokenizer.bpe import Tokenizer
+from osler.tokenizer.chat import Turn
+
+TOKENIZER_BYTES = 64 << 20  # enough text for a vocabulary of 64k; more only takes longer
+VALIDATION_SEED_SHIFT = 1_000_003  # other passages for validation than any nearby train seed gives
+
+
+@dataclass(frozen=True)
+class Source:
+    """Documents of a config; both iterables can be iterated again and give the same."""
+
+    train: Iterable[Document]
+    validation: Iterable[Document] | None
+    holdout_fraction: float
+    seed: int
+
+
+def open_clinic(data: ClinicData) -> Source:
+    """Render the clinic's textbook and exam samples."""
+    train = clinic_documents(data.seed, data.passages, "train", data.examples)
+    validation = clinic_documents(
+        data.seed + VALIDATION_SEED_SHIFT, data.validation_passages, "validation", data.validation_examples
+    )
+    return Source(train, validation or None, 0.0, data.seed)
+
+
+def clinic_documents(seed: int, passages: int, split: str, examples: int) -> list[Document]:
+    """Return `passages` of textbook and `examples` of an exam split, each example a turn with its reasoning."""
+    documents = [Document(text=text, source="clinic textbook") for text in textbook(seed, passages)]
+    for item in load_clinic_exam(split=split, limit=examples, seed=seed):
+        turn = Turn(render_question(item), item.thinking, render_answer(item))
+        documents.append(Document(turn=turn, source=item.id))
+    return documents
+
+
+def open_files(data: FilesData) -> Source:
+    """Read text of one's own."""
+    return Source(TextFiles(data.path, data.field), None, data.holdout_fraction, data.seed)
+
+
+def open_turns(data: TurnsData) -> Source:
+    """Read questions and answers of one's own."""
+    files = TurnFiles(data.path, data.question_field, data.thinking_field, data.answer_field)
+    return Source(files, None, data.holdout_fraction, data.seed)
+
+
+SOURCES: dict[type, Callable[[Any], Source]] = {
+    ClinicData: open_clinic,
+    FilesData: open_files,
+    TurnsData: open_turns,
+}
+
+
+def open_source(data: ClinicData | FilesData | TurnsData) -> Source:
+    """Open the source that a config describes; files are read when it is iterated."""
+    return SOURCES[type(data)](data)
+
+
+def prepare_source(data: ClinicData | FilesData | TurnsData, tokenizer: Tokenizer, out: str | Path) -> Prepared:
+    """Prepare the data of a config into the folder `out`; see `osler.data.prepare.prepare`."""
+    source = open_source(data)
+    return prepare(
+        source.train,
+        tokenizer,
+        out,
+        validation=source.validation,
+        holdout_fraction=source.holdout_fraction,
+        seed=source.seed,
+    )
+
+
+def train_tokenizer(
+    data: ClinicData | FilesData | TurnsData, vocab_size: int, *, max_bytes: int = TOKENIZER_BYTES
+) -> Tokenizer:
+    """Train a tokenizer on a source's train documents, on a sample of them when they are more than `max_bytes`.
+
+    The sample takes each document by a hash of its content, so it is spread evenly and the same every time.
+    """
+    documents = open_source(data).train
+    total = sum(len(part.encode("utf-8", "replace")) for document in documents for part in document.parts)
+    if total == 0:
+        raise UserError("There is no text to train a tokenizer on.")
+    return Tokenizer.train(_sample(documents, max_bytes / total), vocab_size)
+
+
+def _sample(documents: Iterable[Document], share: float) -> Iterator[str]:
+    for document in documents:
+        draw = int.from_bytes(hashlib.sha256(document.exact_digest()).digest()[:8], "big") / 2**64
+        if draw < share:
+            yield from document.parts

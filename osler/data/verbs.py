@@ -1,0 +1,121 @@
+"""What `osler tokenizer` and `osler data` do: train or show a tokenizer, prepare or show shards.
+
+Both read the sections ``data`` and ``tokenizer`` of a training recipe, so that what is inspected here is what a run
+trains on. Nothing is kept between calls; an interrupted preparation leaves no folder and starts again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+from osler.config import TAGGED, config, decode, load_recipe, merge, parse_overrides
+from osler.data.config import ClinicData, FilesData, TurnsData
+from osler.data.shards import ShardSet, read_manifest
+from osler.data.sources import prepare_source, train_tokenizer
+from osler.errors import UserError
+from osler.runtime.files import write_atomic
+from osler.tokenizer.bpe import Tokenizer
+from osler.tokenizer.config import TokenizerConfig
+
+SHOWN_TOKENS = 48  # of the first document of a split
+SECTIONS = ("data", "tokenizer")
+
+
+@config
+class Sections:
+    """The two sections of a training recipe that are about text."""
+
+    data: Annotated[ClinicData | FilesData | TurnsData, TAGGED] = ClinicData()
+    tokenizer: TokenizerConfig = TokenizerConfig()
+
+
+def read_sections(recipe: str | None, overrides: Sequence[str]) -> Sections:
+    """Read ``data`` and ``tokenizer`` from a recipe, or take ``recipe`` as a file or folder of text if it is one."""
+    given = parse_overrides(overrides)
+    strange = sorted(set(given) - set(SECTIONS))
+    if strange:
+        raise UserError(f"`{strange[0]}` says nothing about text: this verb reads data.KEY=... and tokenizer.KEY=...")
+    whole: Mapping[str, Any] = {}
+    if recipe is not None:
+        path = Path(recipe)
+        is_text = path.exists() and path.suffix not in (".yaml", ".yml")
+        whole = {"data": {"type": "files", "path": recipe}} if is_text else load_recipe(recipe)
+    sections = {name: whole[name] for name in SECTIONS if name in whole}
+    if not is_tagged(given) and not is_tagged(sections) and "path" in given.get("data", {}):
+        sections = merge(sections, {"data": {"type": "files"}})  # only text has a path
+    return decode(Sections, merge(sections, given), source=recipe or "")
+
+
+def is_tagged(sections: Mapping[str, Any]) -> bool:
+    """Whether the data section says its type."""
+    return "type" in sections.get("data", {})
+
+
+def tokenizer_train(recipe: str | None, overrides: Sequence[str], out: str) -> int:
+    """Train a tokenizer on the text of a recipe and write it to the file ``out``."""
+    sections = read_sections(recipe, overrides)
+    tokenizer = train_tokenizer(sections.data, sections.tokenizer.vocab_size)
+    path = Path(out)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, tokenizer.to_bytes())
+    print(f"{path}: {tokenizer.vocab_size:,} tokens, fingerprint {tokenizer.fingerprint}")
+    return 0
+
+
+def tokenizer_inspect(path: str, text: str | None) -> int:
+    """Print what a tokenizer is, and how it cuts ``text``."""
+    tokenizer = Tokenizer.load(path)
+    print(f"vocabulary    {tokenizer.vocab_size:,}")
+    print(f"fingerprint   {tokenizer.fingerprint}")
+    special = sorted(tokenizer.special_ids)
+    print(f"special       {', '.join(f'{tokenizer.decode([i])} = {i}' for i in special) or 'none'}")
+    if text is not None:
+        ids = tokenizer.encode(text)
+        size = len(text.encode("utf-8"))
+        print(f"tokens        {len(ids)} for {size} bytes ({size / max(1, len(ids)):.2f} bytes per token)")
+        print(f"ids           {' '.join(map(str, ids))}")
+        print(f"pieces        {'|'.join(tokenizer.decode([i]) for i in ids)}")
+    return 0
+
+
+def data_prepare(recipe: str | None, overrides: Sequence[str], tokenizer_path: str, out: str) -> int:
+    """Tokenise the text of a recipe into the folder ``out`` and print what came of it."""
+    sections = read_sections(recipe, overrides)
+    tokenizer = Tokenizer.load(tokenizer_path).with_specials()
+    prepared = prepare_source(sections.data, tokenizer, out)
+    print(f"{out}: {'was there already' if prepared.reused else 'written'}")
+    print_splits(out)
+    return 0
+
+
+def data_inspect(folder: str, tokenizer_path: str | None) -> int:
+    """Print what a folder of shards holds and check every byte; 1 when a file is damaged."""
+    print_splits(folder)
+    tokenizer = None if tokenizer_path is None else Tokenizer.load(tokenizer_path).with_specials()
+    damaged = 0
+    for split in read_manifest(folder)["splits"]:
+        shards = ShardSet.open(folder, split)
+        if tokenizer is not None:
+            if tokenizer.fingerprint != shards.tokenizer_fingerprint:
+                raise UserError(f"{folder} was made with another tokenizer than {tokenizer_path}.")
+            ids, _ = shards.document(0, 0, SHOWN_TOKENS)
+            print(f"{split} begins: {tokenizer.decode([int(i) for i in ids])!r}")
+        problems = shards.verify()
+        damaged += len(problems)
+        print("\n".join(problems) if problems else f"{split}: every file is as it was written")
+    return 1 if damaged else 0
+
+
+def print_splits(folder: str) -> None:
+    """Print one line for each split: documents, tokens, tokens that are learned, bytes of text."""
+    manifest = read_manifest(folder)
+    print(f"tokenizer {manifest['tokenizer_fingerprint']}, vocabulary {manifest['vocab_size']:,}")
+    print(f"{'split':<12}{'documents':>12}{'tokens':>16}{'learned':>16}{'bytes':>16}{'bytes/token':>13}")
+    for split in manifest["splits"]:
+        shards = ShardSet.open(folder, split)
+        print(
+            f"{split:<12}{shards.num_documents:>12,}{shards.num_tokens:>16,}{shards.num_loss_tokens:>16,}"
+            f"{shards.num_bytes:>16,}{shards.num_bytes / max(1, shards.num_tokens):>13.2f}"
+        )

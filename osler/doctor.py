@@ -1,0 +1,256 @@
+"""What this machine can do, found out by doing it: a line of the table comes from a trial, not from a version number.
+
+A missing ability is advice, not an error: Osler trains on two CPU cores with nothing but its own requirements.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    import torch
+
+GIB = 2**30
+MIN_MEMORY_BYTES = 4 * GIB
+MIN_DISK_BYTES = 5 * GIB
+_DISK_TRIAL_BYTES = 16 * 2**20
+_MATMUL_TRIAL_SECONDS = 0.2
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """One line of the examination; ``advice`` says what would make it better and is empty when nothing would."""
+
+    name: str
+    status: Literal["ok", "slow", "missing"]
+    finding: str
+    advice: str = ""
+
+
+def run(*, as_json: bool = False, folder: str | Path = ".") -> int:
+    """Examine the machine, print the table or one JSON object, and return 0 whatever was found."""
+    checks = examine(Path(folder))
+    rows = [dataclasses.asdict(check) for check in checks]
+    print(json.dumps({"checks": rows}, indent=2) if as_json else render(checks))
+    return 0
+
+
+def examine(folder: Path) -> list[Check]:
+    """Run every check, which takes about fifteen seconds; ``folder`` is where runs will be written."""
+    checks = [check_python(), check_cores(), check_memory(), check_disk(folder)]
+    try:
+        import torch
+    except (ImportError, OSError) as error:  # OSError: a library that torch loads is missing or broken
+        broken = Check("torch", "missing", f"cannot be imported: {error}", "Install torch anew")
+        return [*checks, broken, *extras()]
+    from osler.runtime.device import pick_device
+
+    device = pick_device("auto")
+    probes: list[Callable[[torch.device], Check]] = [check_device, check_bf16, check_attention, check_compile]
+    return [*checks, Check("torch", "ok", torch.__version__), *(probe(device) for probe in probes), *extras()]
+
+
+def render(checks: Iterable[Check]) -> str:
+    """Lay the checks out as a table, the advice below it."""
+    checks = list(checks)
+    width = max(len(check.name) for check in checks)
+    lines = [f"{check.status:<8} {check.name:<{width}}  {check.finding}" for check in checks]
+    advice = [f"- {check.name}: {check.advice}" for check in checks if check.advice]
+    return "\n".join([*lines, "", *(["Advice:", *advice] if advice else ["Nothing to improve."])])
+
+
+def check_python() -> Check:
+    """Tell the interpreter and the version of Osler it runs."""
+    try:
+        osler = f"Osler {importlib.metadata.version('osler')}"
+    except importlib.metadata.PackageNotFoundError:
+        osler = "Osler from a source tree that is not installed"
+    return Check("python", "ok", f"{platform.python_version()} on {platform.system()} {platform.machine()}, {osler}")
+
+
+def check_cores() -> Check:
+    """Count the cores this process may use: the machine's, less what affinity and a container's quota take away."""
+    # os.cpu_count() alone would start one thread per core of the host and let them fight over a small quota.
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota, period = [*_cgroup("cpu.max").split(), "max", "1"][:2]
+    usable = allowed if quota == "max" else min(allowed, max(1, int(quota) // int(period)))
+    finding = f"{usable} usable of {os.cpu_count()}"
+    if usable < allowed:
+        return Check("cores", "slow", finding, f"The container's quota is {usable}: set OMP_NUM_THREADS={usable}")
+    return Check("cores", "ok", finding)
+
+
+def check_memory() -> Check:
+    """Tell how much memory a process may take here, a container's limit included."""
+    if not hasattr(os, "sysconf"):
+        return Check("memory", "ok", "unknown on this system")
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = _cgroup("memory.max")
+    total = min(total, int(limit)) if limit.isdigit() else total
+    if total < MIN_MEMORY_BYTES:
+        return Check("memory", "slow", f"{total / GIB:.1f} GiB", "Below 4 GiB only the smallest models fit")
+    return Check("memory", "ok", f"{total / GIB:.1f} GiB")
+
+
+def _cgroup(name: str) -> str:
+    path = Path("/sys/fs/cgroup") / name
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return ""
+
+
+def check_disk(folder: Path) -> Check:
+    """Write and sync 16 MiB in ``folder`` and tell the speed and the free space."""
+    data = os.urandom(_DISK_TRIAL_BYTES)
+    try:
+        free = shutil.disk_usage(folder).free
+        with tempfile.TemporaryFile(dir=folder) as file:
+            start = time.perf_counter()
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+            seconds = time.perf_counter() - start
+    except OSError as error:
+        return Check("disk", "missing", f"{folder} cannot be written: {error}", "Choose a folder you own: --run DIR")
+    finding = f"{free / GIB:.1f} GiB free, {len(data) / seconds / 2**20:.0f} MiB/s written and synced"
+    if free < MIN_DISK_BYTES:
+        return Check("disk", "slow", finding, "Checkpoints of a real run need more than 5 GiB")
+    return Check("disk", "ok", finding)
+
+
+def check_device(device: torch.device) -> Check:
+    """Name the device that training picks, and say when a GPU is there that this torch cannot use."""
+    import torch
+
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        free, total = torch.cuda.mem_get_info(device)
+        count = torch.cuda.device_count()
+        finding = f"{count} x {properties.name}, {free / GIB:.1f} of {total / GIB:.1f} GiB free"
+        return Check("device", "ok", f"{finding}, compute capability {properties.major}.{properties.minor}")
+    if Path("/proc/driver/nvidia/version").exists():
+        advice = "The NVIDIA driver is there, but this torch sees no GPU: install the CUDA build that fits the driver"
+        return Check("device", "slow", "CPU", advice)
+    return Check("device", "ok", f"CPU, {torch.get_num_threads()} threads")
+
+
+def check_bf16(device: torch.device) -> Check:
+    """Time matrix products in fp32 and bf16, and say which one a run with ``dtype: auto`` takes."""
+    import torch
+
+    from osler.runtime.device import bf16_pays
+
+    try:
+        speeds = {dtype: matmul_flops(device, dtype) / 1e9 for dtype in (torch.float32, torch.bfloat16)}
+        pays = bf16_pays(device)
+    except RuntimeError as error:
+        return Check("bf16", "missing", f"does not run: {str(error).splitlines()[0]}", "Runs use fp32")
+    finding = f"fp32 {speeds[torch.float32]:,.0f} GFLOP/s, bf16 {speeds[torch.bfloat16]:,.0f} GFLOP/s"
+    return Check("bf16", "ok" if pays else "slow", f"{finding}: runs use {'bf16' if pays else 'fp32'}")
+
+
+def matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """Return the FLOP/s of square matrix products of ``dtype`` on ``device``, the best of about 0.2 s of them."""
+    import torch
+
+    size = 8192 if device.type == "cuda" else 512
+    a = torch.ones(size, size, device=device, dtype=dtype)
+    best, stop = float("inf"), time.perf_counter() + _MATMUL_TRIAL_SECONDS
+    for attempt in range(10_000):
+        start = time.perf_counter()
+        a @ a
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - start)
+        if attempt >= 3 and time.perf_counter() > stop:
+            break
+    return 2 * size**3 / best
+
+
+def check_attention(device: torch.device) -> Check:
+    """Run attention once, as a model does, and tell which kernel torch selected."""
+    import torch
+
+    from osler.ops.attention import attention
+    from osler.runtime.device import pick_dtype
+
+    dtype = pick_dtype("auto", device)
+    q = torch.ones(1, 4, 128, 64, device=device, dtype=dtype, requires_grad=True)
+    kv = torch.ones(1, 2, 128, 64, device=device, dtype=dtype)
+    try:
+        kernel = attention_kernel(lambda: attention(q, kv, kv))
+    except RuntimeError as error:
+        return Check("attention", "missing", f"does not run: {str(error).splitlines()[0]}", "Install torch anew")
+    if kernel is None and device.type == "cuda":
+        advice = "Torch selected no fused kernel: memory grows with the square of the sequence length"
+        return Check("attention", "slow", "plain matrix products", advice)
+    return Check("attention", "ok", kernel or "grouped matrix products")
+
+
+def attention_kernel(call: Callable[[], object]) -> str | None:
+    """Return the name of the fused attention operator that ``call`` ends in, or None when it uses none."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    seen: list[str] = []
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            seen.append(func.name())
+            return func(*args, **(kwargs or {}))
+
+    with Record():
+        call()
+    matches = (re.search(r"_scaled_dot_product_(\w+)", name) for name in seen)
+    return next((match[1] for match in matches if match), None)
+
+
+def check_compile(device: torch.device) -> Check:
+    """Compile a small function and run it."""
+    from osler.runtime.device import compile_works
+
+    start = time.perf_counter()
+    works, reason = compile_works(device)
+    if not works:
+        return Check("compile", "missing", reason, "Training works without it, more slowly")
+    return Check("compile", "ok", f"compiled and ran in {time.perf_counter() - start:.1f} s")
+
+
+def extras() -> list[Check]:
+    """Return one check for each optional extra of the installed package: are its requirements installed?"""
+    try:
+        requirements = importlib.metadata.requires("osler") or []
+    except importlib.metadata.PackageNotFoundError:
+        return []
+    wanted: dict[str, list[str]] = {}
+    for requirement in requirements:
+        extra = re.search(r"extra\s*==\s*['\"]([^'\"]+)", requirement)
+        name = re.match(r"[\w.-]+", requirement)
+        if extra and name:
+            wanted.setdefault(extra[1], []).append(name[0])
+    checks = []
+    for extra_name, names in wanted.items():
+        absent = [name for name in names if not _installed(name)]
+        finding = f"{', '.join(absent)} not installed" if absent else "installed"
+        advice = f"pip install 'osler[{extra_name}]'" if absent else ""
+        checks.append(Check(f"[{extra_name}]", "missing" if absent else "ok", finding, advice))
+    return checks
+
+
+def _installed(name: str) -> bool:
+    try:
+        importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True

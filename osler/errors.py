@@ -1,0 +1,5 @@
+"""The one exception that means "you can fix this": the program prints it without a traceback and exits with code 2."""
+
+
+class UserError(Exception):
+    """A mistake in what the user gave (a key, a file, a number); the message is one paragraph that says what to do."""

@@ -1,0 +1,285 @@
+"""Scoring exams, by what a model writes or by which option it finds most likely.
+
+``score_by_generation`` is the exam as a reader sees it: question in, thinking and answer out, greedy by default, the
+answer read by ``read_choice`` / ``read_number`` below. These are this file's own, stricter than the reader that pays
+rewards, so that a trick learned against the reward does not raise the score. ``score_by_likelihood`` needs no answer
+format, so it also suits base models.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from decimal import Decimal
+from typing import Literal
+
+import torch
+
+from osler.errors import UserError
+from osler.eval.score import ANSWERED, CUT, TOO_LONG, UNPARSED, ExamScore, Result, summarise
+from osler.inference.engine import Engine
+from osler.model.transformer import Transformer
+from osler.ops.cross_entropy import linear_logprobs
+from osler.tasks.item import LETTERS, ExamItem, permute, render_answer, render_question, reorder
+from osler.tokenizer.bpe import Tokenizer
+from osler.tokenizer.chat import Completion, encode_prompt, parse_completion
+
+_PLAIN_NUMBER = re.compile(r"[-+]?\$?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?[.%]?")
+
+
+def score_by_generation(
+    engine: Engine,
+    tokenizer: Tokenizer,
+    items: Sequence[ExamItem],
+    *,
+    max_new_tokens: int,
+    reasoning: bool = True,
+    temperature: float = 0.0,
+    batch_rows: int = 256,
+    permutations: int = 1,
+    seed: int = 0,
+    cluster_by_group: bool = False,
+    max_seq_len: int | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> ExamScore:
+    """Let the model write an answer to every item and score what it wrote.
+
+    With ``permutations`` k every item is shown in k option orders (k = number of options: the right one in each place
+    once). Prompt and completion must fit ``max_seq_len`` (default: the model's); a context passage is shortened from
+    its front to fit, a question is not. ``progress`` is called with the number of presentations done.
+    """
+    room = (max_seq_len or engine.model.config.max_seq_len) - max_new_tokens
+    if room < 1:
+        raise UserError(
+            f"max_new_tokens is {max_new_tokens}, which leaves no room for a question in the model's "
+            f"{room + max_new_tokens} tokens: ask for shorter answers."
+        )
+    shown = list(presentations(items, permutations, seed))
+    prompts = [_fitted(item, lambda text: encode_prompt(tokenizer, text, reasoning=reasoning), room) for item in shown]
+    results = [Result(item, TOO_LONG, right=False) for item in shown]
+    order = sorted(
+        (i for i, prompt in enumerate(prompts) if prompt is not None), key=lambda i: (-len(prompts[i] or ()), i)
+    )
+    done = len(shown) - len(order)
+    for start in range(0, len(order), batch_rows):
+        batch = order[start : start + batch_rows]
+        rollout = engine.generate(
+            [prompts[i] or [] for i in batch],
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            stop_ids=[tokenizer.eos_id],
+            seed=seed + start,
+        )
+        for i, ids in zip(batch, rollout.completions, strict=True):
+            results[i] = mark(shown[i], parse_completion(tokenizer, ids, reasoning=reasoning))
+        done += len(batch)
+        if progress is not None:
+            progress(done)
+    return summarise(results, cluster_by_group=cluster_by_group)
+
+
+def presentations(items: Iterable[ExamItem], permutations: int, seed: int) -> Iterator[ExamItem]:
+    """Every item in ``permutations`` option orders: as it is, then its rotations, then rotations of shuffled orders."""
+    for item in items:
+        n = len(item.options)
+        for visit in range(permutations if n else 1):
+            base = item if visit < n or n == 0 else permute(item, seed, visit // n)
+            yield reorder(base, [(visit + k) % n for k in range(n)])
+
+
+def mark(item: ExamItem, completion: Completion) -> Result:
+    """The examiner: read the completion's answer and compare it with the item's."""
+    text = completion.answer or ""
+    unread = UNPARSED if completion.finished else CUT
+    if item.options:
+        choice = read_choice(text, item.options)
+        status = unread if choice is None else ANSWERED
+        return Result(item, status, right=choice == item.answer_index, predicted=choice, text=text)
+    number = read_number(text)
+    return Result(item, unread if number is None else ANSWERED, right=number == Decimal(item.answer), text=text)
+
+
+def read_choice(text: str, options: Sequence[str]) -> int | None:
+    """The option an answer gives, as ``text (B)``, ``(B)``, ``B``, ``B.`` or the option's text; None unless it is
+    exactly one.
+
+    A misspelt text beside a letter is forgiven; another option's text or a second letter is not.
+    """
+    answer = _folded(text)
+    letters = LETTERS.lower()[: len(options)]
+    meanings = [_folded(option) for option in options]
+    closed = answer[-3:-2] == "(" and answer.endswith(")")
+    tail = letters.find(answer[-2]) if closed else -1
+    before = _folded(answer[:-3]) if tail >= 0 else ""
+    exact = {
+        index
+        for index, (letter, meaning) in enumerate(zip(letters, meanings, strict=True))
+        if answer in (meaning, f"({letter})", letter, f"{letter})") or (tail == index and before == meaning)
+    }
+    if exact:
+        return exact.pop() if len(exact) == 1 and (tail < 0 or tail in exact) else None
+    if tail < 0 or before in meanings or any(f"({letter})" in before for letter in letters):
+        return None
+    return tail
+
+
+def read_number(text: str) -> Decimal | None:
+    """The number an answer consists of: ``72``, ``$1,080``, ``#### 72`` or ``72 apples``; None when it is not that
+    plain.
+    """
+    numbers = set()
+    final = text.rpartition("####")[2]
+    if "=" in final:
+        return None
+    for word in final.split():
+        if _PLAIN_NUMBER.fullmatch(word):
+            numbers.add(Decimal(word.rstrip(".%").replace("$", "").replace(",", "")))
+        elif word == "/" or any(character.isdigit() for character in word):
+            return None
+    return numbers.pop() if len(numbers) == 1 else None
+
+
+def score_by_likelihood(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    items: Sequence[ExamItem],
+    *,
+    template: bool = True,
+    normalise: Literal["bytes", "tokens", "none"] = "bytes",
+    batch_tokens: int = 16_384,
+    permutations: int = 1,
+    seed: int = 0,
+    cluster_by_group: bool = False,
+) -> ExamScore:
+    """Choose the option whose text is most likely after the prompt; items must have options.
+
+    With ``template`` the prompt is the chat template up to the answer (no thinking) with the options listed, and an
+    option is scored as ``text (B)``; without it the prompt is plain "Question: ... Answer:" and an option is its bare
+    text. Log-likelihoods are divided by the option's UTF-8 bytes (default: the same for every tokenizer, lm-eval's
+    ``acc_norm``), by its tokens, or by nothing (``acc``: short options win). Equal scores go to the earlier option.
+    """
+    shown = list(presentations(items, permutations, seed))
+    results = [Result(item, TOO_LONG, right=False) for item in shown]
+    rows: list[tuple[list[int], int]] = []
+    owners: list[tuple[int, range]] = []
+    for i, item in enumerate(shown):
+        options = option_rows(tokenizer, item, template=template, max_seq_len=model.config.max_seq_len)
+        if options is not None:
+            owners.append((i, range(len(rows), len(rows) + len(options))))
+            rows.extend(options)
+    sums = sum_logprobs(model, rows, batch_tokens=batch_tokens)
+    for i, mine in owners:
+        item = shown[i]
+        sizes = {
+            "bytes": [len(option.encode()) for option in item.options],
+            "tokens": [len(rows[row][0]) - rows[row][1] for row in mine],
+            "none": [1] * len(mine),
+        }[normalise]
+        scores = [sums[row] / size for row, size in zip(mine, sizes, strict=True)]
+        best = scores.index(max(scores))
+        results[i] = Result(item, ANSWERED, right=best == item.answer_index, predicted=best, text=item.options[best])
+    return summarise(results, cluster_by_group=cluster_by_group)
+
+
+def option_rows(
+    tokenizer: Tokenizer, item: ExamItem, *, template: bool, max_seq_len: int
+) -> list[tuple[list[int], int]] | None:
+    """For every option the ids of prompt and option together, and where scoring starts; None when they do not fit.
+
+    Plain text is tokenised jointly, because a merge may straddle the border; scoring starts where the options' ids, or
+    the prompt's own, first differ, so the straddled characters count alike in every option. In the template a special
+    token is the border.
+    """
+    if not item.options:
+        raise ValueError(f"item {item.id} has no options to compare")
+    if template:
+        answers = [
+            tokenizer.encode(render_answer(replace(item, answer_index=index))) for index in range(len(item.options))
+        ]
+        room = max_seq_len - max(map(len, answers))
+        prompt = _fitted(item, lambda text: encode_prompt(tokenizer, text, reasoning=False), room)
+        return None if prompt is None else [(prompt + answer, len(prompt)) for answer in answers]
+
+    def plain(text: str) -> list[int]:
+        return tokenizer.encode(f"Question: {text}\nAnswer:")
+
+    bare = replace(item, options=(), answer_index=-1)
+    longest = max(len(tokenizer.encode(f" {option}")) for option in item.options) + 1
+    kept = _shortened(bare, plain, max_seq_len - longest)
+    if kept is None:
+        return None
+    stem = f"Question: {render_question(kept)}\nAnswer:"
+    together = [tokenizer.encode(f"{stem} {option}") for option in item.options]
+    start = _shared_length([tokenizer.encode(stem), *together])
+    fits = max(map(len, together)) <= max_seq_len and start > 0
+    return [(ids, start) for ids in together] if fits else None
+
+
+def sum_logprobs(
+    model: Transformer, rows: Sequence[tuple[list[int], int]], *, batch_tokens: int = 16_384
+) -> list[float]:
+    """For every row (ids, start) the sum of log p(ids[t] | ids[:t]) over t >= start, in nats; start >= 1."""
+    device = next(model.parameters()).device
+    order = sorted(range(len(rows)), key=lambda row: -len(rows[row][0]))
+    sums = [0.0] * len(rows)
+    position = 0
+    training = model.training
+    model.eval()
+    with torch.no_grad():
+        while position < len(order):
+            width = len(rows[order[position]][0])
+            batch = order[position : position + max(1, batch_tokens // width)]
+            position += len(batch)
+            ids_BT = torch.zeros(
+                len(batch), width, dtype=torch.int64
+            )  # right padding: causal attention never looks there
+            scored_BT = torch.zeros(len(batch), width, dtype=torch.bool)
+            for b, row in enumerate(batch):
+                ids, start = rows[row]
+                ids_BT[b, : len(ids)] = torch.tensor(ids)
+                scored_BT[b, start : len(ids)] = True
+            ids_BT = ids_BT.to(device)
+            scored = scored_BT[:, 1:].to(device)
+            features, weight = model.head(model(ids_BT)[:, :-1][scored])
+            logp, _ = linear_logprobs(features, weight, ids_BT[:, 1:][scored], vocab_size=model.config.vocab_size)
+            owner = scored.nonzero()[:, 0]
+            totals = torch.zeros(len(batch), dtype=torch.float64, device=device).index_add_(0, owner, logp.double())
+            for row, total in zip(batch, totals.tolist(), strict=True):
+                sums[row] = total
+    model.train(training)
+    return sums
+
+
+def _fitted(item: ExamItem, encode: Callable[[str], list[int]], room: int) -> list[int] | None:
+    kept = _shortened(item, encode, room)
+    return None if kept is None else encode(render_question(kept))
+
+
+def _shortened(item: ExamItem, encode: Callable[[str], list[int]], room: int) -> ExamItem | None:
+    """The item with as many of its context's last words as fit ``room`` tokens; None when even none of them does.
+
+    An abstract gives its results last, so the front goes first.
+    """
+    if len(encode(render_question(item))) <= room:
+        return item
+    words = item.context.split()
+    low, high = -1, len(words)  # low fits (or is -1), high does not
+    while high - low > 1:
+        middle = (low + high) // 2
+        kept = replace(item, context=" ".join(words[len(words) - middle :]))
+        low, high = (middle, high) if len(encode(render_question(kept))) <= room else (low, middle)
+    return None if low < 0 else replace(item, context=" ".join(words[len(words) - low :]))
+
+
+def _shared_length(sequences: Sequence[Sequence[int]]) -> int:
+    shared = 0
+    for column in zip(*sequences, strict=False):
+        if len(set(column)) > 1:
+            break
+        shared += 1
+    return shared
+
+
+def _folded(text: str) -> str:
+    return " ".join(text.lower().split()).rstrip(".").rstrip()

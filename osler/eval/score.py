@@ -1,0 +1,153 @@
+"""The score of an exam: what a model answered, what that is worth, and what it must be compared with.
+
+A score never stands alone: beside it are its interval, chance, and the best constant letter on the same items, because
+a model at chance gains most cheaply by always saying one letter. Unreadable, cut and too long answers are counted and
+are wrong; nothing is left out.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from osler.errors import UserError
+from osler.eval.stats import Difference, mean_interval, paired_difference
+from osler.tasks.item import LETTERS, ExamItem
+
+ANSWERED = "answered"
+UNPARSED = "unparsed"  # the completion ended by itself, but no single option (or number) can be read from it
+CUT = "cut"  # the length limit came before a readable answer
+TOO_LONG = "too_long"  # the question did not fit into the model's context
+
+
+@dataclass(frozen=True)
+class Result:
+    """One presentation of one item: ``item`` has its options in the order that was shown."""
+
+    item: ExamItem
+    status: str
+    right: bool
+    predicted: int | None = None  # the option's position as shown
+    text: str = ""  # the answer as it was written
+
+
+@dataclass(frozen=True)
+class ExamScore:
+    """The accuracy of one model on one exam, over ``n`` items shown in ``presentations`` option orders altogether."""
+
+    n: int
+    presentations: int
+    correct: int
+    accuracy: float
+    interval: tuple[float, float]  # 95 %, aware of clusters
+    unparsed: int
+    cut: int
+    too_long: int
+    letters: dict[str, int]  # how often each letter was answered
+    constant_letter: str  # the letter that would score best if it were always said, and its accuracy
+    constant_accuracy: float
+    chance: float
+    groups: dict[str, dict[str, Any]]  # by the first part of the item's group: n, correct, accuracy, interval
+    results: tuple[Result, ...]
+
+    def to_dict(self, *, results: bool = False) -> dict[str, Any]:
+        """Plain values for JSON; with ``results`` also one record per presentation."""
+        record = {name: value for name, value in vars(self).items() if name != "results"}
+        record["interval"] = list(self.interval)
+        if results:
+            record["results"] = [
+                {
+                    "id": result.item.id,
+                    "group": result.item.group,
+                    "status": result.status,
+                    "right": result.right,
+                    "predicted": _letter(result.predicted),
+                    "expected": result.item.answer_letter or result.item.answer,
+                    "text": result.text,
+                }
+                for result in self.results
+            ]
+        return record
+
+
+def summarise(results: Sequence[Result], *, cluster_by_group: bool = False) -> ExamScore:
+    """The score of ``results``; presentations of one item (with ``cluster_by_group``: of one group) count as one
+    cluster.
+    """
+    if not results:
+        raise UserError("There are no items to score: the exam is empty.")
+    right = [float(result.right) for result in results]
+    clusters = [_cluster(result.item, cluster_by_group) for result in results]
+    answers = Counter(result.item.answer_index for result in results if result.item.options)
+    constant, hits = min(answers.items(), key=lambda pair: (-pair[1], pair[0])) if answers else (None, 0)
+    widest = max(len(result.item.options) for result in results)
+    given = Counter(_letter(result.predicted) for result in results if result.predicted is not None)
+    status = Counter(result.status for result in results)
+    return ExamScore(
+        n=len({result.item.id for result in results}),
+        presentations=len(results),
+        correct=sum(result.right for result in results),
+        accuracy=sum(right) / len(results),
+        interval=mean_interval(right, clusters),
+        unparsed=status[UNPARSED],
+        cut=status[CUT],
+        too_long=status[TOO_LONG],
+        letters={letter: given[letter] for letter in LETTERS[:widest]},
+        constant_letter=_letter(constant),
+        constant_accuracy=hits / len(results),
+        chance=sum(1 / len(result.item.options) for result in results if result.item.options) / len(results),
+        groups=_groups(results, clusters),
+        results=tuple(results),
+    )
+
+
+def compare(before: ExamScore, after: ExamScore, *, cluster_by_group: bool = False) -> Difference:
+    """The gain from ``before`` to ``after``, paired item by item (an item's presentations are averaged first).
+
+    Raises UserError when the two were not scored on the same items.
+    """
+    early, late = _by_item(before), _by_item(after)
+    if early.keys() != late.keys():
+        raise UserError(
+            f"The two scores are of different items ({len(early.keys() - late.keys())} only in the first, "
+            f"{len(late.keys() - early.keys())} only in the second): score both models on the same exam."
+        )
+    items = {result.item.id: result.item for result in before.results}
+    ids = list(items)
+    clusters = [_cluster(items[name], cluster_by_group) for name in ids]
+    return paired_difference([early[name] for name in ids], [late[name] for name in ids], clusters)
+
+
+def _groups(results: Sequence[Result], clusters: Sequence[str]) -> dict[str, dict[str, Any]]:
+    members: dict[str, list[int]] = {}
+    for index, result in enumerate(results):
+        if result.item.group:
+            members.setdefault(result.item.group.split("/")[0], []).append(index)
+    table: dict[str, dict[str, Any]] = {}
+    for name, indices in sorted(members.items()):
+        right = [float(results[index].right) for index in indices]
+        low, high = mean_interval(right, [clusters[index] for index in indices])
+        table[name] = {
+            "n": len(right),
+            "correct": int(sum(right)),
+            "accuracy": sum(right) / len(right),
+            "interval": [low, high],
+        }
+    return table
+
+
+def _by_item(score: ExamScore) -> dict[str, float]:
+    shown: dict[str, list[bool]] = {}
+    for result in score.results:
+        shown.setdefault(result.item.id, []).append(result.right)
+    return {name: sum(right) / len(right) for name, right in shown.items()}
+
+
+def _cluster(item: ExamItem, by_group: bool) -> str:
+    return f"group {item.group}" if by_group and item.group else f"item {item.id}"
+
+
+def _letter(index: int | None) -> str:
+    return "" if index is None else LETTERS[index]

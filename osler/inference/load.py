@@ -1,0 +1,57 @@
+"""From a checkpoint on disk to a model and tokenizer ready to use: the way in for evaluation, chat, GRPO and export."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from osler.checkpoint import store
+from osler.config import decode, encode
+from osler.errors import UserError
+from osler.model.config import ModelConfig
+from osler.model.transformer import Transformer
+from osler.tokenizer.bpe import Tokenizer
+
+MODEL_FILE = "model.json"
+TOKENIZER_FILE = "tokenizer.json"
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model with the tokenizer it was trained with; ``state`` is what the trainer recorded (step, tokens, kind ...)."""
+
+    path: Path
+    model: Transformer
+    tokenizer: Tokenizer
+    state: dict[str, Any]
+
+
+def describing_files(model: ModelConfig, tokenizer: Tokenizer) -> dict[str, bytes]:
+    """The files that make a checkpoint describe itself; every trainer puts them beside the weights."""
+    return {MODEL_FILE: json.dumps(encode(model), indent=2).encode(), TOKENIZER_FILE: tokenizer.to_bytes()}
+
+
+def load_model(
+    path: str | Path,
+    *,
+    device: torch.device | str = "cpu",
+    compute_dtype: torch.dtype = torch.float32,
+    which: str = "newest",
+) -> LoadedModel:
+    """Load the model of a checkpoint, a checkpoints folder or a run folder (its newest good or best checkpoint).
+
+    Raises UserError when there is none, when it is damaged, or when it does not say what model it holds.
+    """
+    loaded = store.load(store.resolve(path, which), names=["model"])
+    missing = [name for name in (MODEL_FILE, TOKENIZER_FILE) if name not in loaded.files]
+    if missing:
+        raise UserError(f"Checkpoint {loaded.path} lacks {' and '.join(missing)}, so it does not say what model it holds.")
+    config = decode(ModelConfig, json.loads(loaded.files[MODEL_FILE]), source=str(loaded.path / MODEL_FILE))
+    tokenizer = Tokenizer.from_bytes(loaded.files[TOKENIZER_FILE], name=str(loaded.path / TOKENIZER_FILE))
+    model = Transformer(config, compute_dtype=compute_dtype)
+    model.load_state_dict(loaded.tensors["model"])
+    return LoadedModel(loaded.path, model.to(device).eval(), tokenizer, loaded.state)

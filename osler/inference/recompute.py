@@ -1,0 +1,59 @@
+"""The plain sampling loop: run the whole prefix through the model again for every token. Slow, and obviously right.
+
+It is the reference that ``engine.py`` is tested against and the baseline that ``benchmarks/bench_sample.py`` divides by. All
+rows advance together; prompts of different lengths are padded on the right, where causal attention never looks.
+Same seed, same tokens as the engine.
+
+Shape legend: B rows, T tokens, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from osler.inference.rollout import Rollout, Sampling, check_prompts
+from osler.model.transformer import Transformer
+from osler.ops.sampling import pack_keep, row_uniform, sample
+
+
+@torch.inference_mode()
+def generate_by_recompute(
+    model: Transformer, prompts: Sequence[Sequence[int]], sampling: Sampling, *, samples_per_prompt: int = 1
+) -> Rollout:
+    """Sample ``samples_per_prompt`` completions of every prompt, recomputing every prefix."""
+    check_prompts(model.config, prompts, samples_per_prompt, sampling)
+    device = next(model.parameters()).device
+    rows = [list(prompt) for prompt in prompts for _ in range(samples_per_prompt)]
+    starts = [len(row) for row in rows]
+    logprobs: list[list[float]] = [[] for _ in rows]
+    kept: list[list[torch.Tensor]] = [[] for _ in rows]
+    finished = [False] * len(rows)
+    row_B = torch.arange(len(rows), device=device)
+    for _ in range(sampling.max_new_tokens):
+        if all(finished):
+            break
+        width = max(len(row) for row in rows)
+        ids_BT = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device)
+        length_B = torch.tensor([len(row) for row in rows], device=device)
+        logits_BV = model.logits(model(ids_BT)[row_B, length_B - 1])
+        u_B = row_uniform(sampling.seed, row_B, length_B)
+        token_B, logp_B, keep_BV = sample(
+            logits_BV, u_B, temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p
+        )
+        for index, (token, logp) in enumerate(zip(token_B.tolist(), logp_B.tolist(), strict=True)):
+            if finished[index]:
+                continue
+            rows[index].append(token)
+            logprobs[index].append(logp)
+            finished[index] = token in sampling.stop_ids
+            if keep_BV is not None:
+                kept[index].append(pack_keep(keep_BV[index]).cpu())
+    return Rollout(
+        completions=[row[start:] for row, start in zip(rows, starts, strict=True)],
+        logprobs=logprobs,
+        finished=finished,
+        vocab_size=model.config.vocab_size,
+        packed_keep=[torch.stack(masks) for masks in kept] if kept and kept[0] else None,
+    )

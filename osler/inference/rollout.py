@@ -1,0 +1,86 @@
+"""What a sampler is asked for and what it returns, shared by the fast engine and the plain recompute loop."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from osler.errors import UserError
+from osler.model.config import ModelConfig
+from osler.ops.sampling import check_sampling, unpack_keep
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn; the defaults draw from the model's own distribution.
+
+    ``temperature`` 0 takes the likeliest token. A row ends with the first of ``stop_ids`` or after ``max_new_tokens``.
+    The same ``seed`` gives row r (prompt r // samples_per_prompt) the same random stream whatever shares its batch.
+    """
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    stop_ids: tuple[int, ...] = ()
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_sampling(self.temperature, self.top_k, self.top_p)
+        if self.max_new_tokens < 1:
+            raise UserError(f"max_new_tokens is {self.max_new_tokens}: ask for at least one token.")
+
+    def truncates(self, vocab_size: int) -> bool:
+        """Whether tokens are drawn from a kept set smaller than the vocabulary."""
+        cuts = (self.top_k is not None and self.top_k < vocab_size) or (self.top_p is not None and self.top_p < 1)
+        return self.temperature > 0 and cuts
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Completions, one per row (row r belongs to prompt r // samples_per_prompt), without their prompts.
+
+    A completion includes the stop token when one was drawn; ``finished`` is False where the length limit cut it. ``logprobs``
+    are those the tokens were drawn with: at the sampling temperature, over the kept set (greedy: temperature 1, whole
+    vocabulary). ``packed_keep`` holds the kept sets in bits, uint8 [tokens, V / 8] per row, or is None when nothing was cut off.
+    """
+
+    completions: list[list[int]]
+    logprobs: list[list[float]]
+    finished: list[bool]
+    vocab_size: int
+    packed_keep: list[Tensor] | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(completion) for completion in self.completions)
+
+    def keep(self, row: int) -> Tensor | None:
+        """The kept sets of one row, bool [tokens, vocab_size] on the CPU; None when nothing was cut off."""
+        return None if self.packed_keep is None else unpack_keep(self.packed_keep[row], self.vocab_size)
+
+
+def check_prompts(config: ModelConfig, prompts: Sequence[Sequence[int]], samples_per_prompt: int, sampling: Sampling) -> None:
+    """Refuse what the model cannot continue, naming the prompt and the numbers (UserError)."""
+    if samples_per_prompt < 1:
+        raise UserError(f"samples_per_prompt is {samples_per_prompt}: ask for at least one sample.")
+    for index, prompt in enumerate(prompts):
+        if len(prompt) == 0:
+            raise UserError(f"Prompt {index} is empty: give at least one token, for example the end-of-text token.")
+        if len(prompt) + sampling.max_new_tokens > config.max_seq_len:
+            raise UserError(
+                f"Prompt {index} has {len(prompt)} tokens and {sampling.max_new_tokens} new ones were asked for, but the model "
+                f"was built for max_seq_len {config.max_seq_len}: shorten the prompt or ask for at most "
+                f"{max(config.max_seq_len - len(prompt), 0)} new tokens."
+            )
+        low, high = min(prompt), max(prompt)
+        if low < 0 or high >= config.vocab_size:
+            raise UserError(
+                f"Prompt {index} contains token id {low if low < 0 else high}, but the model's vocabulary has ids 0 to "
+                f"{config.vocab_size - 1}: is this prompt from another tokenizer?"
+            )
+    for stop in sampling.stop_ids:
+        if not 0 <= stop < config.vocab_size:
+            raise UserError(f"Stop id {stop} is outside the model's vocabulary (0 to {config.vocab_size - 1}).")

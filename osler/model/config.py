@@ -1,0 +1,111 @@
+"""The shape of a model, and what follows from it by arithmetic: parameters, FLOPs per token, bytes of KV cache. Torch-free.
+
+One family covers every recipe: decoder-only, pre-norm RMSNorm, RoPE, QK-norm before RoPE, grouped-query attention, SwiGLU,
+no biases. The standard class with the same mathematics is Hugging Face's Qwen3; parameters carry its names.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from osler.config import config
+
+VOCAB_MULTIPLE = 64  # matmuls over the vocabulary run at full speed only at multiples of the tile size
+
+
+@config
+class ModelConfig:
+    """A decoder-only transformer. The defaults are the quickstart's one-million-parameter model."""
+
+    num_layers: int = 4
+    hidden_size: int = 128
+    intermediate_size: int = 384
+    num_heads: int = 4
+    num_kv_heads: int = 2
+    head_dim: int = 32
+    vocab_size: int = 2048
+    max_seq_len: int = 2048
+    rope_theta: float = 10_000.0
+    norm_eps: float = 1e-6
+    norm_weight: bool = False  # False: every RMSNorm, QK-norm included, is parameter-free
+    qk_norm_weight: bool = False
+    tie_embeddings: bool = False
+    embed_rank: int | None = None  # factorized embedding: [vocab_size, rank] then [rank -> hidden_size]
+    # Initialisation (see model/init.py): what the output projections and the head start as, and how attention starts.
+    residual_init: Literal["zero", "scaled"] = "zero"
+    head_init: Literal["zero", "normal"] = "zero"
+    attention_init: Literal["independent", "mirrored"] = "independent"
+
+    def __post_init__(self) -> None:
+        for name in ("num_layers", "hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "head_dim", "vocab_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}; every key/value "
+                "head must serve the same number of query heads"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim {self.head_dim} is odd; RoPE rotates pairs, so it must be even")
+        if self.max_seq_len < 2:
+            raise ValueError(f"max_seq_len is {self.max_seq_len}; it must be at least 2")
+        if self.embed_rank is not None and not 0 < self.embed_rank <= self.hidden_size:
+            raise ValueError(f"embed_rank {self.embed_rank} must be between 1 and hidden_size {self.hidden_size}")
+        if self.tie_embeddings and self.head_init == "zero":
+            # A tied head cannot start at zero: it is the input embedding.
+            raise ValueError("tie_embeddings=true needs head_init=normal: a tied head is the embedding and cannot start at zero")
+        if self.qk_norm_weight and not self.norm_weight:
+            raise ValueError("qk_norm_weight=true needs norm_weight=true")
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows the embedding and head are allocated with; rows past ``vocab_size`` are never trained, sampled or counted."""
+        return -(-self.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+    @property
+    def query_size(self) -> int:
+        return self.num_heads * self.head_dim
+
+    @property
+    def kv_size(self) -> int:
+        return self.num_kv_heads * self.head_dim
+
+    @property
+    def matrix_parameters(self) -> int:
+        """Weights of the transformer blocks that multiply activations (no embeddings, no head, no norms)."""
+        attention = self.hidden_size * (2 * self.query_size + 2 * self.kv_size)
+        return self.num_layers * (attention + 3 * self.hidden_size * self.intermediate_size)
+
+    @property
+    def embedding_parameters(self) -> int:
+        if self.embed_rank is None:
+            return self.vocab_size * self.hidden_size
+        return self.vocab_size * self.embed_rank + self.embed_rank * self.hidden_size
+
+    @property
+    def head_parameters(self) -> int:
+        return 0 if self.tie_embeddings else self.vocab_size * self.hidden_size
+
+    @property
+    def norm_parameters(self) -> int:
+        if not self.norm_weight:
+            return 0
+        qk = 2 * self.head_dim * self.num_layers if self.qk_norm_weight else 0
+        return (2 * self.num_layers + 1) * self.hidden_size + qk
+
+    @property
+    def num_parameters(self) -> int:
+        """Exact number of parameters, padding rows not counted."""
+        return self.matrix_parameters + self.embedding_parameters + self.head_parameters + self.norm_parameters
+
+    def flops_per_token(self, seq_len: int) -> int:
+        """Training FLOPs per token, PaLM convention (non-causal): 6 x matrices incl. head + 12 x layers x heads x head_dim x seq_len."""
+        if self.embed_rank is not None and self.tie_embeddings:
+            head = self.embedding_parameters
+        else:
+            head = self.vocab_size * self.hidden_size
+        return 6 * (self.matrix_parameters + head) + 12 * self.num_layers * self.query_size * seq_len
+
+    def kv_cache_bytes(self, batch: int, seq_len: int, dtype_bytes: int = 2) -> int:
+        """Bytes of the keys and values of ``batch`` rows of ``seq_len`` tokens."""
+        return 2 * self.num_layers * batch * seq_len * self.kv_size * dtype_bytes

@@ -1,0 +1,20 @@
+"""Rotary position embedding (arXiv 2104.09864), half-split layout as in the standard classes, tables in fp32."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def rope_tables(max_seq_len: int, head_dim: int, theta: float, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
+    """Cosines and sines, each [max_seq_len, head_dim] fp32; the second half of a row repeats the first."""
+    frequencies = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim)
+    angles = torch.outer(torch.arange(max_seq_len, dtype=torch.float32, device=device), frequencies)
+    angles = torch.cat([angles, angles], dim=-1)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x_BTNH: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate each (i, i + H/2) pair of the last dimension; ``cos`` and ``sin`` broadcast against ``x`` and have its dtype."""
+    left, right = x_BTNH.chunk(2, dim=-1)
+    return x_BTNH * cos + torch.cat([-right, left], dim=-1) * sin

@@ -1,0 +1,86 @@
+"""Where metrics go: `metrics.jsonl`, one JSON object per line, appended as training runs.
+
+The file is the run's memory of itself, so it must survive the run: a line reaches the operating system as soon as it
+is complete, a kill can tear the last line only, and opening heals that. Resume is exact: the trainer names the step
+of the checkpoint it starts from and the sink drops the lines after it, so a killed and resumed run logs each step once.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time as clock
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+
+from osler.errors import UserError
+from osler.runtime.files import write_atomic
+
+RESERVED = ("step", "tokens", "time", "stage")
+
+
+class JsonlSink:
+    """Appends metrics to a JSON-lines file; after a kill it goes on where the checkpoint left off."""
+
+    def __init__(self, path: str | Path, *, resume_step: int | None = None, stage: str | None = None) -> None:
+        """Open `path` for appending, healing a torn last line.
+
+        resume_step: step of the checkpoint that training continues from; lines of later steps are dropped. -1 drops
+        every line (start over in the same folder), None keeps every whole line. stage: written on each line.
+        """
+        self.path = Path(path)
+        self.stage = stage
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        _heal(self.path, resume_step)
+        self._file = self.path.open("a", encoding="utf-8", buffering=1)
+
+    def write(self, step: int, tokens: int, metrics: Mapping[str, float], *, time: float | None = None) -> None:
+        """Append one line: step, tokens seen, unix seconds (now by default), and the metrics.
+
+        A value that is not finite is written as null, which the report shows as a gap. Raises ValueError when a
+        metric takes the name of one of the line's own fields.
+        """
+        line: dict[str, object] = {"step": int(step), "tokens": int(tokens)}
+        line["time"] = round(clock.time() if time is None else time, 3)
+        if self.stage is not None:
+            line["stage"] = self.stage
+        for name, value in metrics.items():
+            if name in RESERVED:
+                raise ValueError(f"a metric cannot be called {name!r}: the line itself has a field of that name")
+            number = value if isinstance(value, int) else float(value)
+            line[name] = number if math.isfinite(number) else None
+        self._file.write(json.dumps(line, allow_nan=False) + "\n")
+
+    def close(self) -> None:
+        """Close the file; closing twice is fine."""
+        self._file.close()
+
+    def __enter__(self) -> JsonlSink:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+
+def _heal(path: Path, resume_step: int | None) -> None:
+    """Rewrite the file without torn lines and without steps after `resume_step`; leave a good file untouched."""
+    try:
+        before = path.read_bytes()
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise UserError(f"Cannot read the metrics of this run at {path}: {error.strerror}.") from error
+    # Splitting on the newline byte alone: str.splitlines would also cut at characters that JSON strings may hold.
+    kept = [line for line in before.split(b"\n") if _keeps(line, resume_step)]
+    after = b"".join(line + b"\n" for line in kept)
+    if after != before:
+        write_atomic(path, after)
+
+
+def _keeps(line: bytes, resume_step: int | None) -> bool:
+    try:
+        step = json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return False
+    return isinstance(step, int) and (resume_step is None or step <= resume_step)

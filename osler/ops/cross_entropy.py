@@ -1,0 +1,166 @@
+"""Linear head and cross-entropy in one, by chunks of tokens: tokens x vocabulary logits are never held.
+
+Idea: the gradient of a summed cross-entropy with respect to the logits is known as soon as the logits are, so the forward pass
+turns each chunk of logits into its contribution to the gradients and forgets it. Log-probabilities of given labels (RL) do not
+know their gradient yet; they recompute each chunk in the backward pass instead. The matmuls run in the dtype of the features,
+the log-sum-exp and the weight gradient in fp32. Both pass ``torch.compile(fullgraph=True)``.
+
+Shape legend: N tokens, R features per token, V rows of the head (padding included), C tokens of one chunk.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+IGNORE = -100  # the label of a token that carries no loss
+CHUNK_TOKENS = 2048  # 2,048 to 4,096 fill a GPU; at 50k words a chunk of fp32 logits is 0.4 GB
+
+
+def cross_entropy_reference(
+    features_NR: Tensor,
+    weight_VR: Tensor,
+    labels_N: Tensor,
+    *,
+    vocab_size: int | None = None,
+    loss_weight_N: Tensor | None = None,
+) -> Tensor:
+    """The formula itself: full logits, summed ``F.cross_entropy``; what :func:`linear_cross_entropy` is tested against."""
+    logits = _wide(features_NR @ weight_VR[:vocab_size].to(features_NR.dtype).T)
+    losses = F.cross_entropy(logits, labels_N, ignore_index=IGNORE, reduction="none")
+    return (losses if loss_weight_N is None else losses * loss_weight_N).sum()
+
+
+def linear_cross_entropy(
+    features_NR: Tensor,
+    weight_VR: Tensor,
+    labels_N: Tensor,
+    *,
+    vocab_size: int | None = None,
+    loss_weight_N: Tensor | None = None,
+    chunk_tokens: int = CHUNK_TOKENS,
+) -> Tensor:
+    """Sum over tokens of -log softmax(features @ weight.T)[label], fp32 scalar, in nats.
+
+    Labels equal to -100 count nothing; ``loss_weight_N`` scales each token; weight rows from ``vocab_size`` on are padding and
+    take no probability.
+    """
+    valid_N = labels_N != IGNORE
+    scale_N = _wide(valid_N.to(features_NR.dtype)) if loss_weight_N is None else valid_N * _wide(loss_weight_N)
+    loss: Tensor = _LinearCrossEntropy.apply(
+        features_NR, weight_VR, labels_N.clamp_min(0), scale_N, vocab_size or weight_VR.shape[0], chunk_tokens
+    )
+    return loss
+
+
+def linear_logprobs(
+    features_NR: Tensor,
+    weight_VR: Tensor,
+    labels_N: Tensor,
+    *,
+    vocab_size: int | None = None,
+    temperature: float = 1.0,
+    keep_NV: Tensor | None = None,
+    chunk_tokens: int = CHUNK_TOKENS,
+) -> tuple[Tensor, Tensor]:
+    """Log-probability of each label and entropy of its distribution, both [N] fp32 in nats, at ``temperature``.
+
+    ``keep_NV`` (bool, True = kept, [N, vocab_size]) renormalises over a sampler's kept set, which must hold the label. Only the
+    log-probabilities are differentiable.
+    """
+    logp, entropy = _LinearLogprobs.apply(
+        features_NR, weight_VR, labels_N, keep_NV, vocab_size or weight_VR.shape[0], temperature, chunk_tokens
+    )
+    return logp, entropy
+
+
+def _wide(x: Tensor) -> Tensor:
+    """At least fp32: bf16 is widened, fp64 (numerical tests) stays."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _chunk_logits(x_CR: Tensor, weight_VR: Tensor, vocab_size: int, keep_CV: Tensor | None = None) -> Tensor:
+    logits_CV = _wide(x_CR @ weight_VR.T)
+    if vocab_size < weight_VR.shape[0]:
+        logits_CV = logits_CV.masked_fill(torch.arange(weight_VR.shape[0], device=x_CR.device) >= vocab_size, float("-inf"))
+    if keep_CV is not None:
+        keep_CV = F.pad(keep_CV, (0, weight_VR.shape[0] - keep_CV.shape[1]))
+        logits_CV = logits_CV.masked_fill(~keep_CV, float("-inf"))
+    return logits_CV
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, features: Tensor, weight: Tensor, labels: Tensor, scale: Tensor, vocab_size: int, chunk_tokens: int
+    ) -> Tensor:
+        head = weight.to(features.dtype)
+        wide = torch.promote_types(features.dtype, torch.float32)
+        loss = torch.zeros((), dtype=wide, device=features.device)
+        grad_weight = torch.zeros_like(weight, dtype=wide)
+        grad_chunks = []
+        for x, label, weigh in zip(features.split(chunk_tokens), labels.split(chunk_tokens), scale.split(chunk_tokens), strict=True):
+            logits = _chunk_logits(x, head, vocab_size)
+            logsumexp = logits.logsumexp(-1)
+            loss = loss + ((logsumexp - logits.gather(1, label[:, None]).squeeze(1)) * weigh).sum()
+            one_hot = label[:, None] == torch.arange(head.shape[0], device=x.device)
+            grad_logits = (((logits - logsumexp[:, None]).exp() - one_hot.to(logits.dtype)) * weigh[:, None]).to(x.dtype)
+            grad_chunks.append(grad_logits @ head)
+            grad_weight = grad_weight + _wide(grad_logits.T @ x)
+        ctx.save_for_backward(torch.cat(grad_chunks), grad_weight)
+        ctx.weight_dtype = weight.dtype
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        grad_features, grad_weight = ctx.saved_tensors
+        scaled_weight = (grad_weight * grad_loss).to(ctx.weight_dtype)
+        return grad_features * grad_loss.to(grad_features.dtype), scaled_weight, None, None, None, None
+
+
+class _LinearLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        features: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        keep: Tensor | None,
+        vocab_size: int,
+        temperature: float,
+        chunk_tokens: int,
+    ) -> tuple[Tensor, Tensor]:
+        head = weight.to(features.dtype)
+        logp, entropy = [], []
+        for start in range(0, features.shape[0], chunk_tokens):
+            part = slice(start, start + chunk_tokens)
+            logits = _chunk_logits(features[part], head, vocab_size, None if keep is None else keep[part]) / temperature
+            log_softmax = logits.log_softmax(-1)
+            logp.append(log_softmax.gather(1, labels[part, None]).squeeze(1))
+            # A word outside the kept set has log-probability -inf and adds nothing: 0 * -inf must not become NaN.
+            entropy.append(-(log_softmax.exp() * log_softmax.clamp_min(-1e9)).sum(-1))
+        ctx.save_for_backward(features, weight, labels, keep)
+        ctx.numbers = (vocab_size, temperature, chunk_tokens)
+        entropy_N = torch.cat(entropy)
+        ctx.mark_non_differentiable(entropy_N)
+        return torch.cat(logp), entropy_N
+
+    @staticmethod
+    def backward(ctx: Any, grad_logp: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        features, weight, labels, keep = ctx.saved_tensors
+        vocab_size, temperature, chunk_tokens = ctx.numbers
+        head = weight.to(features.dtype)
+        grad_weight = torch.zeros_like(weight, dtype=torch.promote_types(features.dtype, torch.float32))
+        grad_chunks = []
+        for start in range(0, features.shape[0], chunk_tokens):
+            part = slice(start, start + chunk_tokens)
+            x = features[part]
+            logits = _chunk_logits(x, head, vocab_size, None if keep is None else keep[part]) / temperature
+            one_hot = labels[part, None] == torch.arange(head.shape[0], device=x.device)
+            grad_logits = ((one_hot.to(logits.dtype) - logits.softmax(-1)) * (grad_logp[part, None] / temperature)).to(x.dtype)
+            grad_chunks.append(grad_logits @ head)
+            grad_weight = grad_weight + _wide(grad_logits.T @ x)
+        return torch.cat(grad_chunks), grad_weight.to(weight.dtype), None, None, None, None, None

@@ -1,0 +1,153 @@
+"""Drawing the next token: one uniform number per row in, one token and its log-probability out.
+
+The idea is inversion: a row's token is the one under which its uniform number falls in the cumulative distribution. Two
+levels of sums (blocks of 64 tokens, then one block) make that a single pass over the vocabulary, in float64 so that
+rare tokens keep their probability. The uniform numbers come from a counter-based hash of (seed, row, position) rather
+than from a generator with state (Salmon et al., 2011, "Parallel random numbers: as easy as 1, 2, 3"): what a row draws
+depends neither on which rows share its batch nor on what was drawn before, so resume and compaction change nothing.
+
+Shapes: B rows, V vocabulary.
+"""
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from osler.errors import UserError
+
+_BLOCK = 64
+_LOW_32 = 0xFFFFFFFF
+# Multipliers of a 32-bit hash found by search (Wellons, "Hash function prospector": shifts 16, 15, 15). The second is
+# written minus 2**32: the same low 32 bits, and no product of a 32-bit word with it leaves int64.
+_MULTIPLY_1 = 0x21F0AAAD
+_MULTIPLY_2 = 0xD35A2D97 - (1 << 32)
+
+
+def _mix(word: Tensor) -> Tensor:
+    """Permute 32-bit words (held in int64, so that every torch backend has the operators) until each bit depends on all."""
+    word = word ^ (word >> 16)
+    word = (word * _MULTIPLY_1) & _LOW_32
+    word = word ^ (word >> 15)
+    word = (word * _MULTIPLY_2) & _LOW_32
+    return word ^ (word >> 15)
+
+
+def _mix_int(word: int) -> int:
+    """``_mix`` on a Python integer, for the part of the key that is known on the host."""
+    word ^= word >> 16
+    word = (word * _MULTIPLY_1) & _LOW_32
+    word ^= word >> 15
+    word = (word * _MULTIPLY_2) & _LOW_32
+    return word ^ (word >> 15)
+
+
+def row_uniform(seed: int, row_B: Tensor, position_B: Tensor) -> Tensor:
+    """Give every (seed, row, position) its own uniform number, float64 in [0, 1) with 53 random bits.
+
+    ``row_B`` and ``position_B`` are int64 (below 2**32) and broadcast; the value depends on nothing but the triple.
+    """
+    low = _mix_int((seed & _LOW_32) ^ 0x9E3779B9)
+    key = _mix_int(low ^ ((seed >> 32) & _LOW_32) ^ 0x85EBCA6B)
+    word = _mix((row_B & _LOW_32) ^ key)
+    word = _mix((word + (position_B & _LOW_32) * 0x3C6EF372 + low) & _LOW_32)
+    other = _mix((word + 0x1B873593) & _LOW_32 ^ _mix((position_B + key) & _LOW_32))
+    return ((word >> 5) * (1 << 26) + (other >> 6)).double() * 2.0**-53
+
+
+def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
+    """Refuse sampling settings that have no meaning, by name and number (UserError)."""
+    if not 0 <= temperature < float("inf"):
+        raise UserError(f"temperature is {temperature}: give 0 (greedy) or a positive number.")
+    if top_k is not None and top_k < 1:
+        raise UserError(f"top_k is {top_k}: give at least 1, or leave it out to keep the whole vocabulary.")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise UserError(f"top_p is {top_p}: give a number above 0 and at most 1 (1 keeps the whole vocabulary).")
+
+
+def sample(
+    logits_BV: Tensor,
+    u_B: Tensor,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Draw one token per row: (token_B int64, logp_B fp32, keep_BV bool, or None when nothing is cut off).
+
+    ``logits_BV`` is fp32, -inf where a token must never be drawn; ``u_B`` is in [0, 1). ``logp_B`` is the log-probability
+    that the token was drawn with: at ``temperature``, over the kept set. The kept set is the ``top_k`` likeliest tokens,
+    and of these (renormalised) the fewest likeliest whose probabilities reach ``top_p``; it always has the drawn token.
+    Temperature 0 takes the likeliest token and ignores ``u_B``, ``top_k`` and ``top_p``; its ``logp_B`` is at temperature 1.
+    """
+    if temperature == 0:
+        token_B = logits_BV.argmax(-1)
+        chosen_B = logits_BV.gather(-1, token_B[:, None]).squeeze(-1)
+        return token_B, chosen_B - logits_BV.logsumexp(-1), None
+    scaled_BV = logits_BV if temperature == 1 else logits_BV / temperature
+    keep_BV = keep_set(scaled_BV, top_k=top_k, top_p=top_p)
+    if keep_BV is not None:
+        scaled_BV = scaled_BV.masked_fill(~keep_BV, -torch.inf)
+    token_B, logp_B = _invert(scaled_BV, u_B)
+    return token_B, logp_B, keep_BV
+
+
+def _invert(scaled_BV: Tensor, u_B: Tensor) -> tuple[Tensor, Tensor]:
+    """Find the token under which ``u_B`` falls in the softmax's cumulative sum, and its log-probability."""
+    vocab = scaled_BV.size(-1)
+    if vocab % _BLOCK:
+        scaled_BV = F.pad(scaled_BV, (0, _BLOCK - vocab % _BLOCK), value=-torch.inf)
+    top_B1 = scaled_BV.amax(-1, keepdim=True)
+    weight_BNb = (scaled_BV - top_B1).exp_().view(scaled_BV.size(0), -1, _BLOCK)
+    block_end_BN = weight_BNb.sum(-1).double().cumsum(-1)
+    total_B1 = block_end_BN[:, -1:]
+    target_B1 = u_B.double()[:, None] * total_B1
+    block_B1 = _first_above(block_end_BN, target_B1)
+    before_B1 = torch.where(block_B1 > 0, block_end_BN.gather(-1, (block_B1 - 1).clamp_min(0)), 0.0)
+    inside_Bb = weight_BNb.gather(1, block_B1[:, :, None].expand(-1, 1, _BLOCK)).squeeze(1)
+    inner_B1 = _first_above(inside_Bb.double().cumsum(-1), target_B1 - before_B1)
+    token_B1 = block_B1 * _BLOCK + inner_B1
+    logp_B1 = scaled_BV.gather(-1, token_B1) - top_B1 - total_B1.log().float()
+    return token_B1.squeeze(-1), logp_B1.squeeze(-1)
+
+
+def _first_above(end_BN: Tensor, target_B1: Tensor) -> Tensor:
+    """Index of the first running sum above the target: it always has weight of its own.
+
+    Rounding can leave the target at or above the last sum; the answer then is the last entry that added anything.
+    """
+    found_B1 = (end_BN <= target_B1).sum(-1, keepdim=True)
+    last_B1 = (end_BN < end_BN[:, -1:]).sum(-1, keepdim=True)
+    return torch.minimum(found_B1, last_B1)
+
+
+def keep_set(scaled_BV: Tensor, *, top_k: int | None = None, top_p: float | None = None) -> Tensor | None:
+    """Mark the tokens that ``top_k`` and ``top_p`` leave to draw from (bool), or None when neither cuts anything.
+
+    ``scaled_BV`` are logits already divided by the temperature. At least one token of each row is kept, exactly
+    ``top_k`` when only that is given (equal logits at the border: an arbitrary choice among them).
+    """
+    vocab = scaled_BV.size(-1)
+    cuts_k, cuts_p = top_k is not None and top_k < vocab, top_p is not None and top_p < 1
+    if not cuts_k and not cuts_p:
+        return None
+    values_BK, index_BK = scaled_BV.topk(min(top_k, vocab) if top_k else vocab, dim=-1)
+    keep_BK = values_BK > -torch.inf
+    if cuts_p:
+        probability_BK = values_BK.double().softmax(-1)
+        keep_BK = keep_BK & (probability_BK.cumsum(-1) - probability_BK < top_p)
+        keep_BK[:, 0] = True
+    return torch.zeros_like(scaled_BV, dtype=torch.bool).scatter_(-1, index_BK, keep_BK)
+
+
+def pack_keep(keep_BV: Tensor) -> Tensor:
+    """Store a bool mask over the vocabulary in bits: uint8 [..., ceil(V / 8)], lowest bit first."""
+    vocab = keep_BV.size(-1)
+    padded = F.pad(keep_BV, (0, -vocab % 8)).unflatten(-1, (-1, 8)).to(torch.uint8)
+    return (padded << torch.arange(8, dtype=torch.uint8, device=padded.device)).sum(-1, dtype=torch.uint8)
+
+
+def unpack_keep(packed: Tensor, vocab_size: int) -> Tensor:
+    """Undo ``pack_keep``: bool [..., vocab_size]."""
+    bits = (packed.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8, device=packed.device)) & 1
+    return bits.flatten(-2)[..., :vocab_size].bool()

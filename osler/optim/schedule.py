@@ -1,0 +1,28 @@
+"""Learning-rate schedules as pure functions of tokens seen. Torch-free; nothing to resume."""
+
+from __future__ import annotations
+
+import math
+
+from osler.optim.config import ConstantConfig, CosineConfig, LinearConfig, WarmupStableDecayConfig
+
+Schedule = ConstantConfig | CosineConfig | LinearConfig | WarmupStableDecayConfig
+
+
+def lr_scale(schedule: Schedule, tokens: int, total_tokens: int) -> float:
+    """Factor in [0, 1] on every group's learning rate for the step that starts at ``tokens`` of ``total_tokens``."""
+    if tokens < schedule.warmup_tokens:
+        return tokens / schedule.warmup_tokens
+    if isinstance(schedule, ConstantConfig):
+        return 1.0
+    if isinstance(schedule, WarmupStableDecayConfig):
+        decay_start = total_tokens * (1 - schedule.decay_fraction)
+        done = _progress(tokens, max(decay_start, schedule.warmup_tokens), total_tokens)
+    else:
+        done = _progress(tokens, schedule.warmup_tokens, total_tokens)
+    shape = 0.5 * (1 + math.cos(math.pi * done)) if isinstance(schedule, CosineConfig) else 1 - done
+    return schedule.final_fraction + (1 - schedule.final_fraction) * shape
+
+
+def _progress(tokens: int, start: float, end: int) -> float:
+    return min(1.0, max(0.0, (tokens - start) / max(1.0, end - start)))

@@ -1,0 +1,191 @@
+"""Which curves the page draws, in which order, and what each should look like when all is well.
+
+A chart names rows of the `METRICS` table; a metric that no chart names is drawn after the others with its meaning
+from the table as the caption, so that nothing a run logs is hidden.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from dataclasses import dataclass
+
+from osler.monitor.metrics import declared_name, describe
+from osler.report import format as fmt
+from osler.report.read import StageRun
+from osler.report.svg import Line
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A chart: rows of METRICS with their legend labels, and one sentence on what good looks like."""
+
+    title: str
+    lines: tuple[tuple[str, str], ...]
+    good: str
+    kind: str = "number"
+    zero: bool = False
+    legend: str = "last"  # which value the legend shows: last, median or peak
+
+
+SPECS: tuple[Spec, ...] = (
+    Spec(
+        "Loss",
+        (("train/loss", "train"), ("eval/loss", "held out")),
+        "Good: both lines fall and stay together. Held-out loss that rises while train loss falls is memorising.",
+    ),
+    Spec(
+        "Reward",
+        (("reward", "mean"),),
+        "Good: a steady climb. Flat from the start means that the questions are all too hard or all too easy.",
+        zero=True,
+    ),
+    Spec(
+        "Exam accuracy",
+        (("eval/<split>_accuracy", ""),),
+        "Good: climbs away from guessing and stays there. Judge the end by its interval, not by the last wiggle.",
+        kind="percent",
+        zero=True,
+    ),
+    Spec(
+        "Held-out bits per byte",
+        (("eval/bits_per_byte", "held out"),),
+        "Good: falls. Unlike the loss it compares models with different tokenizers.",
+    ),
+    Spec(
+        "Distance from the reference",
+        (("kl", "KL"),),
+        "Good: grows slowly and levels off. A leap means that the policy has run away from what it was taught.",
+        zero=True,
+    ),
+    Spec(
+        "Entropy",
+        (("entropy", "entropy"),),
+        "Good: sinks gently and stays above zero. At zero the policy always says the same and can learn nothing new.",
+        zero=True,
+    ),
+    Spec(
+        "Completion length",
+        (("completions/mean_length", "mean"),),
+        "Good: settles. Growth up to the limit, or a collapse to a few tokens, is often a reward being gamed.",
+        zero=True,
+    ),
+    Spec(
+        "Completions cut at the limit",
+        (("completions/clipped_ratio", "cut"),),
+        "Good: near zero. A completion that never ends never learns to end.",
+        kind="percent",
+        zero=True,
+    ),
+    Spec(
+        "Groups without a lesson",
+        (("frac_reward_zero_std", "all rewards equal"),),
+        "Good: well below 100%. A group whose answers all score the same gives no gradient.",
+        kind="percent",
+        zero=True,
+    ),
+    Spec(
+        "Letters answered",
+        (("answer/letter_<X>_frac", ""),),
+        "Good: all letters near one another, as the options are shuffled. One letter taking over is a cheap cheat.",
+        kind="percent",
+        zero=True,
+    ),
+    Spec(
+        "Readable answers",
+        (("answer/format_ok", "readable"),),
+        "Good: near 100%, and early. What cannot be read cannot be right.",
+        kind="percent",
+        zero=True,
+    ),
+    Spec(
+        "Speed",
+        (
+            ("perf/tokens_per_second", "training"),
+            ("perf/rollout_tokens_per_second", "sampling"),
+            ("perf/train_tokens_per_second", "updating"),
+        ),
+        "Good: level. Dips are evaluations, checkpoints, or a machine that is busy with something else.",
+        kind="count",
+        zero=True,
+        legend="median",
+    ),
+    Spec(
+        "Learning rate",
+        (("train/lr", "learning rate"),),
+        "The plan rather than a result: a short warm-up, then down. Read the other curves by it.",
+        zero=True,
+        legend="peak",
+    ),
+    Spec(
+        "Gradient norm",
+        (("train/grad_norm", "norm"),),
+        "Good: calm after the start. Growing, or full of spikes, asks for a lower learning rate.",
+        zero=True,
+    ),
+)
+
+
+def charts_of(run: StageRun, colour: int) -> tuple[list[tuple[Spec, list[Line]]], list[tuple[Spec, list[Line]]]]:
+    """The charts that a stage's log can fill: those of `SPECS`, and one for every metric left over.
+
+    colour: palette number of the stage, which the first line of each chart takes.
+    """
+    used: set[str] = set()
+    main = []
+    for spec in SPECS:
+        lines: list[Line] = []
+        for row, label in spec.lines:
+            for name in sorted(n for n in run.curves if declared_name(n) == row):
+                used.add(name)
+                lines.append(_line(run, name, label or _inner(row, name), _palette(colour, len(lines))))
+        if any(len(line.x) for line in lines):
+            main.append((spec, lines))
+    rest = []
+    for name in run.curves:
+        if name not in used:
+            metric = describe(name)
+            kind = {"fraction": "percent", "tokens": "count", "bytes": "count"}.get(
+                metric.unit if metric else "", "number"
+            )
+            meaning = (
+                f"{metric.meaning[:1].upper()}{metric.meaning[1:]}."
+                if metric
+                else "Not described in the table of metrics."
+            )
+            rest.append((Spec(name, ((name, name),), meaning, kind), [_line(run, name, name.split("/")[-1], colour)]))
+    return main, rest
+
+
+def legend_value(spec: Spec, line: Line) -> str:
+    """The number beside a line's name, with the word that says which one when it is not the last."""
+    known = [v for v in line.y if math.isfinite(v)]
+    if not known:
+        return fmt.MISSING
+    if spec.legend == "median":
+        return f"{fmt.value(statistics.median(known), spec.kind)} (median)"
+    if spec.legend == "peak":
+        return f"{fmt.value(max(known), spec.kind)} (peak)"
+    return fmt.value(known[-1], spec.kind)
+
+
+def unit_of(lines: tuple[tuple[str, str], ...]) -> str:
+    """The unit of a chart's first metric, empty for fractions, whose axis says `%` already."""
+    metric = describe(lines[0][0])
+    return "" if metric is None or metric.unit == "fraction" else metric.unit
+
+
+def _line(run: StageRun, name: str, label: str, colour: int) -> Line:
+    series = run.curves[name]
+    return Line(label, series.steps, series.values, colour, smooth=not name.startswith(("eval/", "train/lr")))
+
+
+def _inner(row: str, name: str) -> str:
+    """What stands in a name for the angle brackets of its row: `test` in `eval/test_accuracy`."""
+    before, after = row[: row.index("<")], row[row.index(">") + 1 :]
+    return name[len(before) : len(name) - len(after)]
+
+
+def _palette(first: int, position: int) -> int:
+    order = [first, *(c for c in (2, 1, 0, 3, 4, 6, 7, 5) if c != first)]
+    return order[position % len(order)]

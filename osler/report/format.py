@@ -1,0 +1,112 @@
+"""One way to write each kind of number, so that the page and the terminal agree to the digit.
+
+The browser's read-outs follow the same rules (`script.js`, function `show`).
+"""
+
+from __future__ import annotations
+
+import math
+
+MISSING = "–"
+MINUS = "\u2212"
+
+
+def percent(fraction: float, digits: int = 1) -> str:
+    """0.6133 -> `61.3%`."""
+    return f"{_minus(100 * fraction, digits)}%" if math.isfinite(fraction) else MISSING
+
+
+def points(fraction: float, digits: int = 1) -> str:
+    """A difference of two fractions in percentage points with its sign: 0.041 -> `+4.1`."""
+    if not math.isfinite(fraction):
+        return MISSING
+    return ("+" if round(100 * fraction, digits) > 0 else "") + _minus(100 * fraction, digits)
+
+
+def count(value: float) -> str:
+    """1234 -> `1,234`; from 100,000 on three figures and a letter: `123k`, `1.23M`, `4.56B`."""
+    if not math.isfinite(value):
+        return MISSING
+    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size * 0.9995 and abs(value) >= 99_950:
+            return _figures(value / size) + letter
+    return _minus(value, 0)
+
+
+def number(value: float) -> str:
+    """A measurement with four figures: `2.134`, `0.0213`, `3.00e-4`, `1,234`."""
+    if not math.isfinite(value):
+        return MISSING
+    size = abs(value)
+    if size == 0:
+        return "0"
+    if size < 1e-3:
+        mantissa, exponent = f"{size:.2e}".split("e")
+        return f"{MINUS if value < 0 else ''}{mantissa}e{MINUS}{abs(int(exponent))}"
+    if size >= 99_950:
+        return count(value)
+    return _minus(value, 4 if size < 0.1 else 3 if size < 10 else 2 if size < 100 else 1 if size < 1000 else 0)
+
+
+def duration(seconds: float) -> str:
+    """`0.8 s`, `41 s`, `4 min 12 s`, `2 h 05 min`, `3 d 4 h`."""
+    if not math.isfinite(seconds) or seconds < 0:
+        return MISSING
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    minutes = round(seconds / 60)
+    if minutes < 48 * 60:
+        return f"{minutes // 60} h {minutes % 60:02d} min"
+    hours = round(seconds / 3600)
+    return f"{hours // 24} d {hours % 24} h"
+
+
+def tick(value: float, step: float, kind: str = "number") -> str:
+    """An axis label: as many decimals as the distance between ticks needs, `k`, `M`, `B` for large axes."""
+    if kind == "percent":
+        return f"{_minus(100 * value, _decimals(100 * step))}%"
+    if abs(value) < step * 1e-6:
+        return "0"
+    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= 10_000 and abs(value) >= size:
+            return _minus(value / size, _decimals(step / size)) + letter
+    if 0 < step < 5e-4:
+        exponent = math.floor(math.log10(abs(value)) + 1e-9)
+        return f"{value / 10**exponent:.2g}e{MINUS}{abs(exponent)}".replace("-", MINUS)
+    return _minus(value, _decimals(step))
+
+
+def value(number_: float, kind: str) -> str:
+    """A value as its chart's kind asks: `percent`, `count` or `number`."""
+    return percent(number_) if kind == "percent" else count(number_) if kind == "count" else number(number_)
+
+
+def plural(n: float, word: str) -> str:
+    """`1 question`, `1,273 questions`."""
+    return f"{count(n)} {word}{'' if n == 1 else 's'}"
+
+
+def _decimals(step: float) -> int:
+    if not step > 0:
+        return 0
+    for digits in range(7):
+        if abs(round(step, digits) - step) < step * 1e-6:
+            return digits
+    return 7
+
+
+def _figures(scaled: float) -> str:
+    size = abs(scaled)
+    return _minus(scaled, 2 if size < 9.995 else 1 if size < 99.95 else 0)
+
+
+def _minus(value_: float, digits: int) -> str:
+    text = f"{value_:,.{digits}f}"
+    if text.startswith("-"):
+        text = text[1:] if float(text.replace(",", "")) == 0 else MINUS + text[1:]
+    return text

@@ -1,0 +1,327 @@
+"""Charts drawn as SVG text: no library, no network, themed by the page's CSS.
+
+Every function returns one `<svg>` element. Colours are classes (`c0`, `c1`, ...) that the style sheet gives a colour in
+light and in dark; text sizes too, so that a narrow screen can enlarge them. Coordinates are those of the viewBox.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from osler.report import format as fmt
+
+WIDTH, HEIGHT = 520, 240
+LEFT, RIGHT, TOP, BOTTOM = 54, 12, 12, 26
+MAX_POINTS = 480  # more than one point per pixel draws nothing new and makes the page heavy
+SMOOTH_FROM = 30  # fewer points are drawn as they are
+
+
+@dataclass
+class Line:
+    """One curve of a chart; y may hold NaN, which is drawn as a gap."""
+
+    label: str
+    x: Sequence[float]
+    y: Sequence[float]
+    colour: int
+    smooth: bool = True
+
+
+@dataclass
+class Scale:
+    """A linear map from values to coordinates."""
+
+    low: float
+    high: float
+    start: float
+    end: float
+
+    def __call__(self, value: float) -> float:
+        return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
+
+
+def nice_ticks(low: float, high: float, target: int = 5) -> tuple[list[float], float]:
+    """Round numbers (1, 2, 2.5 or 5 times a power of ten) that cover [low, high], and their distance."""
+    if not high > low:
+        high = low + (abs(low) or 1.0)
+    rough = (high - low) / max(target - 1, 1)
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = power * next(m for m in (1, 2, 2.5, 5, 10) if m * power >= rough * 0.999)
+    first = math.floor(low / step + 1e-9)
+    last = math.ceil(high / step - 1e-9)
+    return [round(i * step, 12) for i in range(first, last + 1)], step
+
+
+def smoothed(values: Sequence[float]) -> list[float]:
+    """A centred bell-weighted mean over about a twentieth of the curve: no lag, gaps stay gaps."""
+    radius = max(2, len(values) // 40)
+    weights = [math.exp(-0.5 * (2 * i / radius) ** 2) for i in range(-radius, radius + 1)]
+    out = []
+    for i, value in enumerate(values):
+        total = weight = 0.0
+        for j in range(max(0, i - radius), min(len(values), i + radius + 1)):
+            if math.isfinite(values[j]):
+                w = weights[j - i + radius]
+                total, weight = total + w * values[j], weight + w
+        out.append(total / weight if math.isfinite(value) and weight else math.nan)
+    return out
+
+
+def thinned(x: Sequence[float], y: Sequence[float]) -> tuple[list[float], list[float]]:
+    """At most `MAX_POINTS` points that keep each stretch's smallest and largest value, and its gaps."""
+    n = len(x)
+    if n <= MAX_POINTS:
+        return list(x), list(y)
+    size = math.ceil(2 * n / MAX_POINTS)
+    keep: list[int] = []
+    for start in range(0, n, size):
+        block = range(start, min(start + size, n))
+        finite = [i for i in block if math.isfinite(y[i])]
+        chosen = {min(finite, key=lambda i: y[i]), max(finite, key=lambda i: y[i])} if finite else {start}
+        keep += sorted(chosen)
+    keep = sorted({0, n - 1, *keep})
+    return [x[i] for i in keep], [y[i] for i in keep]
+
+
+def line_chart(lines: Sequence[Line], *, title: str, kind: str = "number", zero: bool = False) -> str:
+    """Curves over steps with axes and ticks; empty text when no line has a finite point.
+
+    kind: `number`, `percent` or `count`, how values are written. zero: the value axis starts at zero.
+    """
+    finite = [v for line in lines for v in line.y if math.isfinite(v)]
+    if not finite:
+        return ""
+    xs = [v for line in lines for v in line.x]
+    x_ticks, x_step = nice_ticks(min(xs), max(xs), 6)
+    x_low, x_high = (min(xs), max(xs)) if max(xs) > min(xs) else (min(xs) - 1, max(xs) + 1)
+    low, high, over = _value_range(finite, zero, kind)
+    y_ticks, y_step = nice_ticks(low, high, 5)
+    sx = Scale(x_low, x_high, LEFT, WIDTH - RIGHT)
+    sy = Scale(y_ticks[0], y_ticks[-1], HEIGHT - BOTTOM, TOP)
+    parts = [_y_axis(y_ticks, y_step, sy, kind), _x_axis([t for t in x_ticks if _whole_inside(t, xs)], x_step, sx)]
+    shown = []
+    for line in lines:
+        smooth = line.smooth and sum(map(math.isfinite, line.y)) >= SMOOTH_FROM
+        colour = f"c{line.colour}"
+        parts.append(_curve(*thinned(line.x, line.y), sx, sy, f"{colour} raw" if smooth else f"{colour} line"))
+        if smooth:
+            level = smoothed([min(v, sy.high) for v in line.y])  # a spike above the axis must not bend the level
+            parts.append(_curve(*thinned(line.x, level), sx, sy, f"{colour} line"))
+        x, y = thinned(line.x, line.y)
+        shown.append({"label": line.label, "c": line.colour, "x": x, "y": [_json_number(v) for v in y]})
+    if over:
+        parts.append(f'<text class="tick" x="{LEFT + 6}" y="{TOP + 10}">↑ {over} above the axis</text>')
+    data: dict[str, object] = {
+        "kind": kind,
+        "x": [x_low, x_high, LEFT, WIDTH - RIGHT],
+        "y": [sy.low, sy.high, sy.start, sy.end],
+    }
+    data["lines"] = shown
+    parts.append(f'<line class="hair" y1="{TOP}" y2="{HEIGHT - BOTTOM}" x1="0" x2="0" visibility="hidden"/>')
+    # In single quotes the many double quotes of JSON need no escape; they would double the page.
+    told = html.escape(json.dumps(data, separators=(",", ":")), quote=False).replace("'", "&#39;")
+    attrs = f"data-chart='{told}' tabindex=\"0\""
+    return _svg("".join(parts), WIDTH, HEIGHT, _spoken(title, lines, kind), "chart", attrs)
+
+
+def interval_bar(
+    low: float, value: float, high: float, *, marks: Sequence[tuple[float, str, str]] = (),
+    range_: tuple[float, float] = (0.0, 1.0), title: str, colour: int = 0,
+) -> str:  # fmt: skip
+    """An interval as a bar, its centre as a dot, on an axis over `range_`; marks are (value, css class, meaning)."""
+    width, height = 220, 26
+    scale = Scale(*range_, 4, width - 4)
+    parts = [f'<line class="rail" x1="4" x2="{width - 4}" y1="13" y2="13"/>']
+    for at, css, meaning in marks:
+        if math.isfinite(at):
+            x = _c(scale(_clamp(at, range_)))
+            parts.append(
+                f'<line class="mark {css}" x1="{x}" x2="{x}" y1="3" y2="23"><title>{_e(meaning)}</title></line>'
+            )
+    if math.isfinite(low) and math.isfinite(high):
+        a, b = scale(_clamp(low, range_)), scale(_clamp(high, range_))
+        parts.append(
+            f'<rect class="c{colour} band" x="{_c(a)}" y="8" width="{_c(max(b - a, 1.5))}" height="10" rx="3"/>'
+        )
+    if math.isfinite(value):
+        parts.append(f'<circle class="c{colour} dot" cx="{_c(scale(_clamp(value, range_)))}" cy="13" r="4.2"/>')
+    return _svg("".join(parts), width, height, title, "interval")
+
+
+def ladder(
+    rows: Sequence[tuple[str, float, float, float, int]], marks: Sequence[tuple[float, str, str]], title: str
+) -> str:
+    """The scores of several checkpoints under one another on an axis from 0 to 100%.
+
+    rows: (label, low, value, high, colour); marks: (value, css class, words), drawn through all rows.
+    """
+    width, edge, row_height, top = 600, 8, 56, 30
+    bottom = top + row_height * len(rows)
+    scale = Scale(0, 1, edge, width - edge)
+    parts = []
+    for i in range(5):
+        x, anchor = _c(scale(i / 4)), ("start", "middle", "middle", "middle", "end")[i]
+        parts.append(f'<line class="grid" x1="{x}" x2="{x}" y1="{top}" y2="{bottom}"/>')
+        at = {"start": 0.0, "end": float(width)}.get(anchor, float(x))
+        parts.append(f'<text class="tick" text-anchor="{anchor}" x="{_c(at)}" y="{bottom + 20}">{25 * i}%</text>')
+    known = sorted((m for m in marks if math.isfinite(m[0])), key=lambda m: m[0])
+    for i, (at, css, words) in enumerate(known):
+        # Chance and the constant letter lie close together: one label goes to the left of its mark, one to the right.
+        left = i == 0 and len(known) > 1
+        x, anchor, dx = _c(scale(at)), "end" if left else "start", -6 if left else 6
+        parts.append(f'<line class="mark {css}" x1="{x}" x2="{x}" y1="{top - 20}" y2="{bottom}"/>')
+        parts.append(
+            f'<text class="tick" text-anchor="{anchor}" x="{_c(float(x) + dx)}" y="{top - 11}">{_e(words)}</text>'
+        )
+    for i, (label, low, value, high, colour) in enumerate(rows):
+        y = top + row_height * (i + 1) - 17
+        end = f'text-anchor="end" x="{width - edge}" y="{y - 14}"'
+        parts.append(f'<text class="label halo" x="{edge}" y="{y - 14}">{_e(label)}</text>')
+        parts.append(f'<text class="label strong halo" {end}>{fmt.percent(value)}</text>')
+        parts.append(f'<line class="rail" x1="{edge}" x2="{width - edge}" y1="{y}" y2="{y}"/>')
+        if math.isfinite(low) and math.isfinite(high):
+            a, b = scale(_clamp(low, (0, 1))), scale(_clamp(high, (0, 1)))
+            box = f'x="{_c(a)}" y="{y - 7}" width="{_c(max(b - a, 2))}" height="14" rx="4"'
+            parts.append(f'<rect class="c{colour} band" {box}/>')
+        if math.isfinite(value):
+            parts.append(f'<circle class="c{colour} dot" cx="{_c(scale(_clamp(value, (0, 1))))}" cy="{y}" r="6"/>')
+    return _svg("".join(parts), width, bottom + 26, title, "ladder")
+
+
+def histogram(counts: dict[str, float], title: str) -> str:
+    """A small bar per key, its key beneath, and a dotted line at the height of equal shares."""
+    total = sum(v for v in counts.values() if math.isfinite(v))
+    if not total > 0:
+        return ""
+    slot, top, floor = 20, 3, 30
+    peak = max(v for v in counts.values() if math.isfinite(v)) / total
+    parts = []
+    width = slot * len(counts)
+    for i, (key, n) in enumerate(counts.items()):
+        share = n / total if math.isfinite(n) else 0.0
+        height = (floor - top) * share / max(peak, 0.5)
+        box = f'x="{slot * i + 3}" y="{_c(floor - height)}" width="{slot - 6}" height="{_c(height)}" rx="1.5"'
+        parts.append(f"<rect {box}><title>{_e(key)}: {fmt.count(n)} ({fmt.percent(share)})</title></rect>")
+        parts.append(
+            f'<text class="tick" text-anchor="middle" x="{slot * i + slot / 2:g}" y="{floor + 12}">{_e(key)}</text>'
+        )
+    even = floor - (floor - top) / len(counts) / max(peak, 0.5)
+    parts.append(f'<line class="even" x1="0" x2="{width}" y1="{_c(even)}" y2="{_c(even)}"/>')
+    return _svg("".join(parts), width, 46, title, "letters", f'style="width:{width}px"')
+
+
+def stacked_bar(parts_: Sequence[tuple[str, float, int]], title: str) -> str:
+    """One bar of (label, size, colour) side by side; sizes that are not positive are left out."""
+    known = [(label, size, colour) for label, size, colour in parts_ if size > 0]
+    total = sum(size for _, size, _ in known)
+    if not known:
+        return ""
+    x, out = 0.0, []
+    for label, size, colour in known:
+        width = 1000 * size / total
+        text = f"{label}: {fmt.duration(size)} ({fmt.percent(size / total)})"
+        box = f'x="{_c(x)}" y="0" width="{_c(max(width - 2, 1))}" height="30"'
+        out.append(f'<rect class="c{colour} solid" {box}><title>{_e(text)}</title></rect>')
+        x += width
+    return _svg("".join(out), 1000, 30, title, "stack", 'preserveAspectRatio="none"')
+
+
+def _value_range(finite: list[float], zero: bool, kind: str) -> tuple[float, float, int]:
+    """Bounds of the value axis and how many points lie above it: a rare spike must not flatten the curve."""
+    ordered = sorted(finite)
+    low, high, over = ordered[0], ordered[-1], 0
+    if len(ordered) >= 50:
+        usual = ordered[int(0.985 * (len(ordered) - 1))]
+        if high - low > 4 * (usual - low) > 0:
+            high = usual + 0.25 * (usual - low)
+            over = sum(v > high for v in ordered)
+    if zero:
+        low = min(low, 0.0)
+    if kind == "percent":
+        high = min(high, 1.0) if high <= 1.0 else high
+    if not high > low:
+        low, high = (
+            (0.0, high * 2) if zero and high > 0 else (low - (abs(low) * 0.1 or 0.5), high + (abs(high) * 0.1 or 0.5))
+        )
+    return low, high, over
+
+
+def _y_axis(ticks: list[float], step: float, scale: Scale, kind: str) -> str:
+    out = []
+    for value in ticks:
+        y = _c(scale(value))
+        out.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y}" y2="{y}"/>')
+        label = fmt.tick(value, step, kind)
+        out.append(f'<text class="tick" text-anchor="end" x="{LEFT - 8}" y="{_c(float(y) + 4)}">{label}</text>')
+    return "".join(out)
+
+
+def _x_axis(ticks: list[float], step: float, scale: Scale) -> str:
+    floor = HEIGHT - BOTTOM
+    out = [f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{floor}" y2="{floor}"/>']
+    for value in ticks:
+        x = scale(value)
+        anchor = "end" if x > WIDTH - RIGHT - 10 else "start" if x < LEFT + 4 else "middle"
+        label = fmt.tick(value, step)
+        out.append(f'<line class="axis" x1="{_c(x)}" x2="{_c(x)}" y1="{floor}" y2="{floor + 4}"/>')
+        out.append(f'<text class="tick" text-anchor="{anchor}" x="{_c(x)}" y="{floor + 18}">{label}</text>')
+    out.append(f'<text class="tick" text-anchor="end" x="{LEFT - 8}" y="{floor + 18}">step</text>')
+    return "".join(out)
+
+
+def _curve(x: Sequence[float], y: Sequence[float], sx: Scale, sy: Scale, css: str) -> str:
+    """A path broken at NaN; points that stand alone, and all points of a short line, get a dot."""
+    runs: list[list[tuple[str, str]]] = [[]]
+    for a, b in zip(x, y, strict=True):
+        if math.isfinite(b):
+            runs[-1].append((_c(sx(a)), _c(sy(_clamp(b, (sy.low, sy.high))))))
+        elif runs[-1]:
+            runs.append([])
+    path = " ".join("M" + " ".join(f"{a} {b}" for a, b in run) for run in runs if len(run) > 1)
+    few = sum(map(len, runs)) <= 24
+    dots = [point for run in runs if few or len(run) == 1 for point in run]
+    out = f'<path class="{css}" d="{path}"/>' if path else ""
+    return out + "".join(f'<circle class="{css.split()[0]} dot" cx="{a}" cy="{b}" r="2.8"/>' for a, b in dots)
+
+
+def _spoken(title: str, lines: Sequence[Line], kind: str) -> str:
+    """What the chart shows, for those who do not see it: where each line starts and ends."""
+    told = []
+    for line in lines:
+        known = [(a, b) for a, b in zip(line.x, line.y, strict=True) if math.isfinite(b)]
+        if known:
+            (a, first), (b, last) = known[0], known[-1]
+            told.append(
+                f"{line.label} from {fmt.value(first, kind)} at step {fmt.count(a)} "
+                f"to {fmt.value(last, kind)} at step {fmt.count(b)}"
+            )
+    return f"{title}: {'; '.join(told)}."
+
+
+def _svg(body: str, width: float, height: float, title: str, css: str, attrs: str = "") -> str:
+    box = f'viewBox="0 0 {width:g} {height:g}"'
+    return f'<svg class="{css}" {box} role="img" {attrs}><title>{_e(title)}</title>{body}</svg>'
+
+
+def _whole_inside(value: float, xs: Sequence[float]) -> bool:
+    return min(xs) <= value <= max(xs) and abs(value - round(value)) < 1e-9
+
+
+def _clamp(value: float, range_: tuple[float, float]) -> float:
+    return min(max(value, range_[0]), range_[1])
+
+
+def _json_number(value: float) -> float | None:
+    return float(f"{value:.5g}") if math.isfinite(value) else None
+
+
+def _c(value: float) -> str:
+    return f"{value:.1f}".rstrip("0").rstrip(".")
+
+
+def _e(text: str) -> str:
+    return html.escape(text)

@@ -1,0 +1,200 @@
+"""What the numbers say, in sentences: the headline, the verdict on a score, what each teacher cost.
+
+Shared by the page and the terminal summary. A claim is made only where an interval carries it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+from osler.config import decode
+from osler.errors import UserError
+from osler.model.config import ModelConfig
+from osler.report import format as fmt
+from osler.report.read import NAN, Comparison, ExamScore, Run, find_model
+
+TITLES = {
+    "": "Training",
+    "pretrain": "Pretraining",
+    "midtrain": "Mid-training",
+    "sft": "Supervised fine-tuning",
+    "grpo": "GRPO",
+    "rl": "Reinforcement learning",
+    "data": "Data preparation",
+    "tokenizer": "Tokenizer",
+    "untrained": "Untrained",
+}
+COLOURS = {"": 0, "pretrain": 0, "sft": 1, "grpo": 2, "rl": 2, "midtrain": 3, "untrained": 5, "data": 4, "tokenizer": 6}
+
+
+def stage_title(name: str) -> str:
+    """A stage's or checkpoint's name as a reader would write it: `sft` -> `Supervised fine-tuning`."""
+    return TITLES.get(name.lower()) or (name[:1].upper() + name[1:]).replace("_", " ")
+
+
+def in_sentence(title: str) -> str:
+    """A title inside a sentence: `Pretraining` -> `pretraining`, but `GRPO` stays."""
+    return title[:1].lower() + title[1:] if title[1:2].islower() else title
+
+
+def stage_colour(name: str, position: int = 0) -> int:
+    """The palette number that a stage keeps all over the page."""
+    low = name.lower()
+    known = [colour for key, colour in COLOURS.items() if key and key in low]
+    return known[-1] if known else (COLOURS[""] if not low else (3, 6, 4, 7)[position % 4])
+
+
+def headline_score(run: Run) -> ExamScore | None:
+    """The score the page leads with: the last checkpoint's, on the split called test or else on the first."""
+    last = [score for score in run.exams if score.label == run.exams[-1].label] if run.exams else []
+    return next((score for score in last if "test" in score.split.lower()), last[0] if last else None)
+
+
+def scores_on(run: Run, split: str) -> list[ExamScore]:
+    """Scores of all checkpoints on one split, in order of training."""
+    return [score for score in run.exams if score.split == split]
+
+
+def total_seconds(run: Run) -> float:
+    """Time of the whole run: the stages' sum, or the span of the logs."""
+    known = [s.seconds for s in run.stages if s.seconds >= 0] or [r.seconds for r in run.runs if r.seconds >= 0]
+    return sum(known) if known else NAN
+
+
+def total_tokens(run: Run) -> float:
+    """Tokens of all stages that logged them."""
+    known = [r.tokens for r in run.runs if math.isfinite(r.tokens)]
+    return sum(known) if known else NAN
+
+
+def stage_names(run: Run) -> str:
+    """The names of all stages, of stages.json and of the logs, in one lower-case text to look for words in."""
+    return " ".join([*(s.name for s in run.stages), *(r.name for r in run.runs)]).lower()
+
+
+def stage_seconds(run: Run, word: str) -> float:
+    """Time of the stage whose name contains a word, NaN when there is none."""
+    timed = [s.seconds for s in run.stages if word in s.name.lower()]
+    logged = [r.seconds for r in run.runs if word in r.name.lower()]
+    return sum(timed) if timed else sum(logged) if logged else NAN
+
+
+def model_of(run: Run) -> tuple[dict[str, object], float]:
+    """The model's configuration and its number of parameters (NaN when it cannot be counted)."""
+    known = {f.name for f in dataclasses.fields(ModelConfig)}
+    found: dict[str, object] = {}
+    for model in filter(None, map(find_model, [run.config, *(stage.config for stage in run.runs)])):
+        found = found or model
+        try:
+            config = decode(ModelConfig, {k: v for k, v in model.items() if k in known})
+        except UserError:
+            continue  # for example a vocabulary size that the tokenizer has yet to decide
+        return model, float(config.num_parameters)
+    return found, NAN
+
+
+def headline(run: Run) -> tuple[str, str, str]:
+    """The page's first sentence in three parts, the middle one to be set apart; parts may be empty."""
+    score = headline_score(run)
+    took = fmt.duration(total_seconds(run))
+    scratch = "pretrain" in stage_names(run)
+    if score is not None:
+        start = "From random weights to " if scratch else "Right on "
+        on = f" on {score.split}" + (f", in {took}" if took != fmt.MISSING else "")
+        return start, fmt.percent(score.accuracy), on
+    for stage in reversed(run.runs):
+        for name, words in (("eval/loss", "held-out loss"), ("train/loss", "loss"), ("reward", "reward")):
+            known = stage.curves[name].finite() if name in stage.curves else []
+            if known:
+                steps = f", in {took}" if took != fmt.MISSING else ""
+                start = f"{words[0].upper()}{words[1:]} from {fmt.number(known[0][1])} to "
+                return start, fmt.number(known[-1][1]), f"{steps}"
+    return "Nothing measured yet", "", ""
+
+
+def score_in_words(score: ExamScore) -> str:
+    """Right answers, the interval, and how it stands to the two baselines."""
+    out = f"It answered {fmt.count(score.correct)} of {fmt.plural(score.n, 'question')} right."
+    if math.isfinite(score.low) and math.isfinite(score.high):
+        out += (
+            f" With so many questions, its true score most likely lies between {fmt.percent(score.low)} and "
+            f"{fmt.percent(score.high)} (95% interval)."
+        )
+    return f"{out} {verdict(score)}".strip()
+
+
+def baseline(score: ExamScore) -> float:
+    """The better of guessing and of always giving one letter, NaN when neither is known."""
+    return max((b for b in (score.chance, score.constant) if math.isfinite(b)), default=NAN)
+
+
+def verdict(score: ExamScore) -> str:
+    """Whether the interval clears guessing and the best constant letter."""
+    known = []
+    if math.isfinite(score.chance):
+        known.append(f"guessing ({fmt.percent(score.chance)})")
+    if math.isfinite(score.constant):
+        known.append(f"always giving the same letter ({fmt.percent(score.constant)})")
+    bar = baseline(score)
+    if not known or not math.isfinite(score.low):
+        return ""
+    if score.low > bar:
+        return f"That is clearly above {' and above '.join(known)}."
+    if score.high < bar:
+        return f"That is below {' or '.join(known)}: something is systematically wrong."
+    return f"That cannot be told apart from {' or '.join(known)}."
+
+
+def difference_in_words(c: Comparison) -> str:
+    """What a paired difference allows one to say."""
+    if not (math.isfinite(c.low) and math.isfinite(c.high)):
+        return "No interval was computed, so this difference proves nothing."
+    if c.low > 0:
+        return "A real gain: the interval lies wholly above zero."
+    if c.high < 0:
+        return "A real loss: the interval lies wholly below zero."
+    return "No measurable change: the interval includes zero."
+
+
+def teachers(run: Run) -> str:
+    """Supervised demonstrations against GRPO in points and seconds, from this run's own numbers; or empty text."""
+    sft, grpo = stage_seconds(run, "sft"), stage_seconds(run, "grpo")
+    if not (math.isfinite(sft) and math.isfinite(grpo)):
+        return ""
+    score = headline_score(run)
+    rows = scores_on(run, score.split) if score else []
+    sft_gain, grpo_gain = _gain(rows, "sft"), _gain(rows, "grpo")
+    paired = [c for c in run.comparisons if "grpo" in c.after_label.lower() and score and c.split == score.split]
+    noise = ""
+    if paired:
+        grpo_gain = paired[0].difference
+        noise = " (within noise)" if paired[0].low <= 0 <= paired[0].high else ""
+    general = (
+        "Where one has demonstrations, they are usually the cheaper teacher; GRPO is for when only the answer can "
+        "be checked."
+    )
+    if not (math.isfinite(sft_gain) and math.isfinite(grpo_gain)):
+        return f"Supervised fine-tuning took {fmt.duration(sft)}, GRPO {fmt.duration(grpo)}. {general}"
+    told = (
+        f"Supervised demonstrations brought {fmt.points(sft_gain)} points in {fmt.duration(sft)}; "
+        f"GRPO brought {fmt.points(grpo_gain)} points{noise} in {fmt.duration(grpo)}."
+    )
+    if sft_gain <= 0:
+        return f"{told} {general}"
+    if grpo_gain <= 0:
+        return f"{told} Where one has demonstrations, they are the cheaper teacher: GRPO added nothing measurable here."
+    per_sft, per_grpo = sft / (100 * sft_gain), grpo / (100 * grpo_gain)
+    rates = f"{fmt.duration(per_sft)} a point against {fmt.duration(per_grpo)} a point"
+    if per_sft < per_grpo:
+        return (
+            f"{told} Where one has demonstrations, they are the cheaper teacher: {rates}. GRPO is for when only the "
+            "answer can be checked. (The first points are also the easiest ones.)"
+        )
+    return f"{told} In this run GRPO was the cheaper of the two: {rates} for the demonstrations first. {general}"
+
+
+def _gain(rows: list[ExamScore], word: str) -> float:
+    """Accuracy of the checkpoint whose label holds a word, minus that of the checkpoint before it."""
+    at = next((i for i, row in enumerate(rows) if word in row.label.lower()), 0)
+    return rows[at].accuracy - rows[at - 1].accuracy if at > 0 else NAN

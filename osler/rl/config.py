@@ -1,0 +1,196 @@
+"""What GRPO can be told: the algorithm, the sampler it draws from, and the filters of its samples. Torch-free.
+
+The defaults are the published choices of DeepSeek-V3.2 (arXiv 2512.02556, section 3.1): advantages without the
+division by the standard deviation, the unbiased KL estimate, and the off-policy sequence mask off until
+``opsm_delta`` is given.
+"""
+
+from __future__ import annotations
+
+from dataclasses import field
+from typing import Literal
+
+from osler.config import config
+from osler.optim.config import AdamWConfig, ConstantConfig, ScheduleConfig
+from osler.tasks.clinic import ClinicTask
+from osler.tasks.registry import TaskConfig
+from osler.tasks.rewards import REWARDS
+
+
+@config
+class ClipConfig:
+    """Range ``[1 - low, 1 + high]`` of the importance ratio; ``high > low`` is clip-higher (DAPO, arXiv 2503.14476)."""
+
+    low: float = 0.2
+    high: float = 0.2
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.low <= 1.0:
+            raise ValueError(f"clip.low = {self.low} must lie in (0, 1]")
+        if self.high <= 0.0:
+            raise ValueError(f"clip.high = {self.high} must be positive")
+
+
+@config
+class QualityConfig:
+    """The sample-quality filter: what counts as a bad sample and what happens to it.
+
+    ``action`` "zero" (the default) gives a bad sample reward 0 and leaves it in its group; "drop" takes it out of the
+    group and of the loss, which biases the baseline; "off" only measures. A sample is degenerate when, among at least
+    ``min_tokens`` tokens, more than ``max_repeated_frac`` of its n-grams of length ``ngram`` repeat an earlier one.
+    """
+
+    action: Literal["zero", "drop", "off"] = "zero"
+    require_answer: bool = True
+    ngram: int = 4
+    max_repeated_frac: float = 0.5
+    min_tokens: int = 32
+
+    def __post_init__(self) -> None:
+        if self.ngram < 1 or self.min_tokens < self.ngram:
+            raise ValueError(f"quality needs 1 <= ngram <= min_tokens, got {self.ngram} and {self.min_tokens}")
+        if not 0.0 <= self.max_repeated_frac <= 1.0:
+            raise ValueError(f"quality.max_repeated_frac = {self.max_repeated_frac} must lie in [0, 1]")
+
+
+@config
+class AlgorithmConfig:
+    """One GRPO algorithm: sampling, advantages, ratio, KL, masks and how tokens are averaged.
+
+    ``aggregate``: "sequence_mean" averages over the tokens of a completion, then over completions; "token_mean"
+    averages over all tokens of the update (DAPO); "constant" divides by completions times ``max_new_tokens`` (Dr.
+    GRPO, arXiv 2503.20783). ``ratio``: "token", or "sequence" for the length-normalised ratio of GSPO (arXiv
+    2507.18071); the KL keeps the token ratio. ``kl``: "unbiased" is the importance-weighted k3; "k3", "k2", "k1" are
+    the plain estimates, whose *gradients* are those of other quantities: k1's is zero on average on-policy, and k3's
+    is that of the reversed divergence. ``overlong``: what a completion cut at the length limit does: "mask" gives it
+    no gradient but keeps it in the baseline and in the denominators, "penalise" takes ``overlong_penalty`` off its
+    reward, "keep" changes nothing. ``updates_per_batch``: optimizer updates on each rollout batch; every update uses
+    the whole batch. ``dynamic_sampling``: groups whose rewards are all equal are replaced, in at most ``max_refills``
+    more rollouts.
+    """
+
+    prompts_per_step: int = 8
+    samples_per_prompt: int = 8
+    updates_per_batch: int = 1
+    max_new_tokens: int = 128
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int | None = None
+
+    advantage: Literal["mean", "mean_std", "leave_one_out"] = "mean"
+    aggregate: Literal["sequence_mean", "token_mean", "constant"] = "sequence_mean"
+    ratio: Literal["token", "sequence"] = "token"
+    clip: ClipConfig = ClipConfig()
+    kl: Literal["unbiased", "k3", "k2", "k1"] = "unbiased"
+    beta: float = 0.01
+    opsm_delta: float | None = None
+    reference_refresh_steps: int | None = None
+
+    dynamic_sampling: bool = False
+    max_refills: int = 3
+    overlong: Literal["mask", "penalise", "keep"] = "keep"
+    overlong_penalty: float = 0.5
+    quality: QualityConfig = QualityConfig()
+
+    def __post_init__(self) -> None:
+        for name in ("prompts_per_step", "updates_per_batch", "max_new_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)} must be at least 1")
+        if self.samples_per_prompt < 2:
+            raise ValueError(
+                f"samples_per_prompt = {self.samples_per_prompt}: a group needs at least 2 samples, because the "
+                "baseline of one sample is its own reward and every advantage would be zero"
+            )
+        if self.temperature <= 0.0:
+            raise ValueError(f"temperature = {self.temperature} must be positive: greedy groups hold equal samples")
+        if not 0.0 < self.top_p <= 1.0 or (self.top_k is not None and self.top_k < 1):
+            raise ValueError(f"top_p = {self.top_p} must lie in (0, 1], top_k = {self.top_k} be at least 1 or left out")
+        if self.beta < 0.0 or self.overlong_penalty < 0.0 or self.max_refills < 0:
+            raise ValueError("beta, overlong_penalty and max_refills must not be negative")
+        if self.opsm_delta is not None and self.opsm_delta < 0.0:
+            raise ValueError(f"opsm_delta = {self.opsm_delta} must not be negative (0.1 to 0.5 is sensible)")
+        if self.reference_refresh_steps is not None and self.reference_refresh_steps < 1:
+            raise ValueError("reference_refresh_steps must be at least 1, or left out to keep the first reference")
+
+    @property
+    def completions_per_step(self) -> int:
+        """Completions in one rollout batch."""
+        return self.prompts_per_step * self.samples_per_prompt
+
+
+@config
+class RlTaskConfig:
+    """Questions to train on: an exam, its share of every step, and which rewards count how much in the total.
+
+    ``rewards`` names functions of ``osler.tasks.rewards`` with their weights. A reward for form alone destroys
+    accuracy; ``gated_format`` pays for it only when the answer is right.
+    """
+
+    task: TaskConfig = ClinicTask(split="train", limit=4000)
+    name: str = ""  # in metrics; left out: the exam's type
+    weight: float = 1.0
+    rewards: dict[str, float] = field(default_factory=lambda: {"correct": 1.0})
+    reasoning: bool = True
+
+    def __post_init__(self) -> None:
+        if self.weight <= 0.0:
+            raise ValueError(f"weight = {self.weight} must be positive; leave the task out instead")
+        unknown = sorted(set(self.rewards) - set(REWARDS))
+        if unknown or not self.rewards:
+            raise ValueError(f"rewards {unknown or 'are missing'}; known: {', '.join(REWARDS)}")
+
+    @property
+    def label(self) -> str:
+        """The task's name in metrics."""
+        return self.name or self.task.type
+
+
+@config
+class GrpoConfig:
+    """One GRPO run: where it starts, what it asks, how it learns.
+
+    ``schedule`` counts the token *budget* of the rollouts (completions of a step times ``max_new_tokens``), because
+    how many tokens will be sampled is not known in advance. ``optim.lr`` is far below that of pretraining: 1e-6 to
+    1e-4.
+    """
+
+    kind: Literal["grpo"] = "grpo"
+    description: str = ""
+    seed: int = 0
+    init_from: str  # run folder or checkpoint to start from, with its model and tokenizer
+    tasks: tuple[RlTaskConfig, ...] = (RlTaskConfig(),)
+    eval_task: TaskConfig | None = ClinicTask(split="validation", limit=200)
+    eval_permutations: int = 1  # option orders per evaluated question
+    algorithm: AlgorithmConfig = AlgorithmConfig()
+    optim: AdamWConfig = AdamWConfig(lr=3e-5, weight_decay=0.0)
+    schedule: ScheduleConfig = ConstantConfig()
+    clip_norm: float = 1.0
+    micro_batch_tokens: int = 16_384  # prompt and completion tokens per forward pass, padding included
+    rollout_rows: int = 256  # completions sampled at once; bounds the key/value cache
+
+    steps: int = 100
+    eval_every_steps: int = 20
+    save_every_steps: int = 20
+    keep_last: int = 2
+    max_skipped_steps: int = 20  # so many steps in a row with a non-finite gradient end the run
+    zero_reward_patience: int = 5  # so many steps in a row without a reward are worth a warning
+
+    device: str = "auto"
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+
+    def __post_init__(self) -> None:
+        intervals = ("steps", "eval_every_steps", "save_every_steps", "max_skipped_steps", "zero_reward_patience")
+        for name in (*intervals, "keep_last", "micro_batch_tokens", "rollout_rows", "eval_permutations"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)} must be at least 1")
+        if self.clip_norm <= 0.0:
+            raise ValueError(f"clip_norm = {self.clip_norm} must be positive")
+        labels = [task.label for task in self.tasks]
+        if not labels or len(set(labels)) < len(labels):
+            raise ValueError(f"tasks need at least one entry, each with its own name, got {labels}")
+
+    @property
+    def budget_tokens_per_step(self) -> int:
+        """Completion tokens of one step if every completion ran to the limit: the unit of the schedule."""
+        return self.algorithm.completions_per_step * self.algorithm.max_new_tokens

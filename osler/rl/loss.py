@@ -1,0 +1,170 @@
+"""The GRPO loss as a pure function of log-probabilities: no model, no randomness, nothing to resume.
+
+    w      = exp(logp - logp_old)                                          never detached
+    kl     = w * (exp(logp_ref - logp) - (logp_ref - logp) - 1)            unbiased k3: value and gradient
+    seq_kl = mean over the tokens of a completion of (logp_old - logp)     detached
+    M      = 0 where A < 0 and seq_kl > delta, else 1                      off-policy sequence mask (OPSM)
+    loss   = sum over tokens of weight * [-min(w * A, clip(w) * A) * M + beta * kl]
+
+Source: DeepSeek-V3.2 (arXiv 2512.02556), section 3.1. Detaching ``w`` in the KL leaves its value and ruins its
+gradient, because grad(w) = w * grad(logp) is what turns an average over samples into the gradient of the divergence.
+
+All averaging sits in ``weight_BT``, made once by :func:`token_weights` for the whole update: micro-batches are slices
+of it, so their losses (and gradients) add up to those of the whole however the rows are split. ``logp``, ``logp_old``
+and ``logp_ref`` must be taken at one temperature and over one kept set of tokens.
+
+Shapes: B completions, T their tokens, padded on the right.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from osler.rl.config import AlgorithmConfig
+
+
+@dataclass(frozen=True)
+class LossInputs:
+    """What the loss reads: everything completion-aligned, values under a False mask are never looked at.
+
+    ``logp_BT`` carries the gradient; ``logp_old_BT`` is what the sampler returned when it drew the token;
+    ``logp_ref_BT`` may be None when beta is 0. ``mask_BT`` is True on completion tokens, the end-of-text token
+    included.
+    """
+
+    logp_BT: Tensor
+    logp_old_BT: Tensor
+    logp_ref_BT: Tensor | None
+    mask_BT: Tensor
+    advantages_B: Tensor
+    weight_BT: Tensor
+
+
+def token_weights(
+    mask_BT: Tensor,
+    aggregate: Literal["sequence_mean", "token_mean", "constant"],
+    *,
+    max_new_tokens: int,
+    trained_B: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Return how much every token of one whole update counts in its loss, shape ``[B, T]``.
+
+    Rows where ``trained_B`` is False (cut completions under ``overlong: mask``) get weight 0 but stay in the
+    denominators, as tokens masked by OPSM do: masking must not make the rest of the batch louder.
+    """
+    mask = mask_BT.to(dtype)
+    length_B1 = mask.sum(dim=1, keepdim=True)
+    rows = (length_B1 > 0).sum().clamp(min=1)
+    if aggregate == "sequence_mean":
+        weight_BT = mask / length_B1.clamp(min=1) / rows
+    elif aggregate == "token_mean":
+        weight_BT = mask / mask.sum().clamp(min=1)
+    elif aggregate == "constant":
+        weight_BT = mask / (rows * max_new_tokens)
+    else:
+        raise ValueError(f"unknown aggregate {aggregate!r}")
+    return weight_BT if trained_B is None else weight_BT * trained_B[:, None]
+
+
+def grpo_loss(inputs: LossInputs, algorithm: AlgorithmConfig) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the loss (a scalar to call backward on) and sums for the metrics.
+
+    The sums are detached scalars on the device of the inputs (no host sync); add those of several micro-batches with
+    :func:`add_sums` and turn them into means with :func:`loss_metrics`.
+    """
+    mask_BT, advantages_B1 = inputs.mask_BT, inputs.advantages_B[:, None]
+    length_B = mask_BT.sum(dim=1).clamp(min=1)
+    # Filled, not multiplied: whatever stands in the padding, infinities included, reaches neither value nor gradient.
+    log_ratio_BT = (inputs.logp_BT - inputs.logp_old_BT).masked_fill(~mask_BT, 0.0)
+    ratio_BT = log_ratio_BT.exp()
+    seq_kl_B = -log_ratio_BT.detach().sum(dim=1) / length_B
+
+    if algorithm.ratio == "sequence":
+        policy_ratio_BT = (log_ratio_BT.sum(dim=1) / length_B).exp()[:, None].expand_as(ratio_BT)
+    else:
+        policy_ratio_BT = ratio_BT
+    low, high = 1.0 - algorithm.clip.low, 1.0 + algorithm.clip.high
+    surrogate_BT = -torch.minimum(policy_ratio_BT * advantages_B1, policy_ratio_BT.clamp(low, high) * advantages_B1)
+    on_policy_B = off_policy_keep(inputs.advantages_B, seq_kl_B, algorithm.opsm_delta)
+    per_token_BT = surrogate_BT * on_policy_B[:, None]
+
+    kl_BT = torch.zeros_like(log_ratio_BT)
+    if algorithm.beta > 0.0:
+        if inputs.logp_ref_BT is None:
+            raise ValueError("beta > 0 needs logp_ref_BT")
+        log_ref_ratio_BT = (inputs.logp_ref_BT - inputs.logp_BT).masked_fill(~mask_BT, 0.0)
+        kl_BT = kl_estimate(log_ref_ratio_BT, ratio_BT, algorithm.kl)
+        per_token_BT = per_token_BT + algorithm.beta * kl_BT
+    loss = (per_token_BT * inputs.weight_BT).sum()
+
+    with torch.no_grad():
+        clipped_low_BT = (policy_ratio_BT < low) & (advantages_B1 < 0) & mask_BT
+        clipped_high_BT = (policy_ratio_BT > high) & (advantages_B1 > 0) & mask_BT
+        row_B = mask_BT.any(dim=1)
+        sums = {
+            "loss": loss.detach(),
+            "tokens": mask_BT.sum(),
+            "rows": row_B.sum(),
+            "kl": kl_BT.detach().sum(),
+            "clip_low": clipped_low_BT.sum(),
+            "clip_high": clipped_high_BT.sum(),
+            "opsm_masked": (~on_policy_B & row_B).sum(),
+            "seq_kl": (seq_kl_B * row_B).sum(),
+            "logp_difference": log_ratio_BT.detach().abs().sum(),
+            "logp_difference_max": log_ratio_BT.detach().abs().max(),
+        }
+    return loss, sums
+
+
+def off_policy_keep(advantages_B: Tensor, seq_kl_B: Tensor, delta: float | None) -> Tensor:
+    """Return OPSM's M as bool ``[B]``: False only where the advantage is negative *and* ``seq_kl`` is above delta."""
+    if delta is None:
+        return torch.ones_like(advantages_B, dtype=torch.bool)
+    return ~((advantages_B < 0) & (seq_kl_B > delta))
+
+
+def kl_estimate(log_ref_ratio_BT: Tensor, ratio_BT: Tensor, kind: Literal["unbiased", "k3", "k2", "k1"]) -> Tensor:
+    """Return the per-token estimate of KL(policy || reference) from ``logp_ref - logp`` and the ratio ``w``."""
+    k3_BT = log_ref_ratio_BT.exp() - log_ref_ratio_BT - 1.0
+    if kind == "unbiased":
+        return ratio_BT * k3_BT
+    if kind == "k3":
+        return k3_BT
+    if kind == "k2":
+        return 0.5 * log_ref_ratio_BT.square()
+    if kind == "k1":
+        return -log_ref_ratio_BT
+    raise ValueError(f"unknown kl {kind!r}")
+
+
+def add_sums(total: dict[str, Tensor], part: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the sums of two disjoint sets of rows together (maxima of keys ending in ``_max``)."""
+    if not total:
+        return dict(part)
+    return {
+        name: torch.maximum(value, part[name]) if name.endswith("_max") else value + part[name]
+        for name, value in total.items()
+    }
+
+
+def loss_metrics(sums: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Turn the sums of one update into its metrics, under the names of the metrics table; still on the device."""
+    tokens, rows = sums["tokens"].clamp(min=1), sums["rows"].clamp(min=1)
+    metrics = {
+        "loss": sums["loss"],
+        "kl": sums["kl"] / tokens,
+        "clip_ratio/low_mean": sums["clip_low"] / tokens,
+        "clip_ratio/high_mean": sums["clip_high"] / tokens,
+        "opsm/masked_frac": sums["opsm_masked"] / rows,
+        "opsm/seq_kl_mean": sums["seq_kl"] / rows,
+        "sampling/sampling_logp_difference/mean": sums["logp_difference"] / tokens,
+        "sampling/sampling_logp_difference/max": sums["logp_difference_max"],
+    }
+    if "entropy" in sums:
+        metrics["entropy"] = sums["entropy"] / tokens
+    return metrics

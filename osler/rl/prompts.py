@@ -1,0 +1,104 @@
+"""Which questions a step asks: a pure function of (seed, step), so resuming needs no memory of the order.
+
+Every task walks through its own items epoch by epoch, in an order drawn anew for every epoch; its share of a step is
+fixed by the weights. The options of an item are permuted on every visit, because with a fixed order the cheapest gain
+is to learn letters by heart. Refills of dynamic sampling walk through orders of their own, so they never shift the
+main walk.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from osler.errors import UserError
+from osler.tasks.item import ExamItem, permute
+from osler.tasks.rewards import Completed
+
+
+@dataclass(frozen=True)
+class RewardTerm:
+    """One pure reward function of (item, completion) and how much it counts in the total."""
+
+    name: str
+    function: Callable[[ExamItem, Completed], float]
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class RlTask:
+    """Items to ask, with their rewards and their share of every step; ``reasoning`` picks the prompt's last marker."""
+
+    name: str
+    items: tuple[ExamItem, ...]
+    rewards: tuple[RewardTerm, ...]
+    weight: float = 1.0
+    reasoning: bool = True
+
+
+@dataclass(frozen=True)
+class Visit:
+    """One question as it is asked this time: the item has its options in the order of this visit."""
+
+    task: RlTask
+    item: ExamItem
+
+
+def visits(tasks: Sequence[RlTask], seed: int, step: int, count: int) -> list[Visit]:
+    """Return the ``count`` questions of a step."""
+    return [
+        _visit(task, seed, step * share + place, "main")
+        for task, share in zip(tasks, task_shares(tasks, count), strict=True)
+        for place in range(share)
+    ]
+
+
+def refill_visits(tasks: Sequence[RlTask], seed: int, step: int, refill: int, wanted: Sequence[str]) -> list[Visit]:
+    """Return one more question for each task name in ``wanted``, for the ``refill``-th refill of a step."""
+    by_name = {task.name: task for task in tasks}
+    start = random.Random(f"{seed}:{step}:{refill}").randrange(1 << 40)
+    return [_visit(by_name[name], seed, start + place, "refill") for place, name in enumerate(wanted)]
+
+
+def task_shares(tasks: Sequence[RlTask], count: int) -> list[int]:
+    """Split ``count`` prompts over the tasks in proportion to their weights (largest remainder).
+
+    Raises UserError when a task would never be asked or has no items.
+    """
+    total = sum(task.weight for task in tasks)
+    exact = [count * task.weight / total for task in tasks]
+    shares = [int(value) for value in exact]
+    by_remainder = sorted(range(len(tasks)), key=lambda index: shares[index] - exact[index])
+    for index in by_remainder[: count - sum(shares)]:
+        shares[index] += 1
+    for task, share in zip(tasks, shares, strict=True):
+        if not task.items:
+            raise UserError(f"Task {task.name} has no items to train on; check its split and its limit.")
+        if share == 0:
+            raise UserError(
+                f"Task {task.name} with weight {task.weight:g} of {total:g} gets none of the {count} prompts of a "
+                "step; raise algorithm.prompts_per_step or the task's weight, or leave the task out."
+            )
+    return shares
+
+
+def rollout_seed(seed: int, step: int, refill: int = 0) -> int:
+    """Return the sampler's seed for a rollout: 63 bits that depend on all three numbers."""
+    return int.from_bytes(hashlib.sha256(f"rollout:{seed}:{step}:{refill}".encode()).digest()[:8], "big") >> 1
+
+
+def _visit(task: RlTask, seed: int, position: int, walk: str) -> Visit:
+    epoch, place = divmod(position, len(task.items))
+    item = task.items[_order(seed, task.name, walk, epoch, len(task.items))[place]]
+    # Position is unique within a walk; an even and an odd number keep the two walks' permutations apart.
+    return Visit(task, permute(item, seed, 2 * position + (walk == "refill")))
+
+
+@functools.lru_cache(maxsize=8)
+def _order(seed: int, name: str, walk: str, epoch: int, size: int) -> list[int]:
+    order = list(range(size))
+    random.Random(f"{seed}:{name}:{walk}:{epoch}").shuffle(order)
+    return order

@@ -1,0 +1,228 @@
+"""Rollouts: questions in, groups of scored samples out.
+
+A group is one question and its samples; groups are never split, dropped samples stay visible in it (``stays`` False),
+and dynamic sampling replaces whole groups. Everything drawn is a function of (seed, step): there is nothing to
+resume.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from osler.inference.engine import Engine
+from osler.rl.config import AlgorithmConfig
+from osler.rl.filters import BAD_VERDICTS, Verdict, is_dead, judge, letter_fractions, settle
+from osler.rl.prompts import RlTask, Visit, refill_visits, rollout_seed, visits
+from osler.tasks.item import ExamItem, extract_number, plain, render_question
+from osler.tasks.rewards import answered_index
+from osler.tokenizer.bpe import Tokenizer
+from osler.tokenizer.chat import Completion, encode_prompt, parse_completion
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One completion: ``ids`` include the end-of-text token where the model produced it, and ``logprobs`` go with them.
+
+    ``keep`` is the sampler's kept set, packed bits uint8 ``[len(ids), ceil(V / 8)]``, or None when nothing was cut off.
+    ``rewards`` are the raw values by name; ``reward`` is their weighted sum after the filters.
+    """
+
+    ids: list[int]
+    logprobs: list[float]
+    finished: bool
+    keep: Tensor | None
+    completion: Completion
+    rewards: dict[str, float]
+    reward: float
+    verdict: Verdict
+    stays: bool
+    trained: bool
+    letter: int | None
+    correct: bool
+
+
+@dataclass(frozen=True)
+class Group:
+    """One question and its samples."""
+
+    visit: Visit
+    prompt_ids: list[int]
+    samples: list[Sample]
+
+    @property
+    def effective(self) -> bool:
+        """Whether the staying samples earned different rewards, so that there is something to learn."""
+        return not is_dead(sample.reward for sample in self.samples if sample.stays)
+
+
+class RolloutWorker:
+    """Asks the policy a step's questions and scores what it answers."""
+
+    def __init__(
+        self, engine: Engine, tokenizer: Tokenizer, tasks: Sequence[RlTask], algorithm: AlgorithmConfig, seed: int
+    ):
+        self.engine = engine
+        self.tokenizer = tokenizer
+        self.tasks = tasks
+        self.algorithm = algorithm
+        self.seed = seed
+
+    def step(self, step: int) -> tuple[list[Group], int]:
+        """Return the groups of a step and how many completion tokens were sampled for them, refilled ones included."""
+        algorithm = self.algorithm
+        groups = self.sample(
+            visits(self.tasks, self.seed, step, algorithm.prompts_per_step), rollout_seed(self.seed, step)
+        )
+        sampled_tokens = count_tokens(groups)
+        for refill in range(1, algorithm.max_refills + 1 if algorithm.dynamic_sampling else 1):
+            dead = [index for index, group in enumerate(groups) if not group.effective]
+            if not dead:
+                break
+            wanted = [groups[index].visit.task.name for index in dead]
+            more = refill_visits(self.tasks, self.seed, step, refill, wanted)
+            fresh = self.sample(more, rollout_seed(self.seed, step, refill))
+            sampled_tokens += count_tokens(fresh)
+            for index, group in zip(dead, fresh, strict=True):
+                if (
+                    group.effective
+                ):  # what no refill could replace stays: it has no advantage, and the batch keeps its size
+                    groups[index] = group
+        return groups, sampled_tokens
+
+    def sample(self, asked: Sequence[Visit], seed: int) -> list[Group]:
+        """Draw and score ``samples_per_prompt`` completions for every question."""
+        algorithm, tokenizer = self.algorithm, self.tokenizer
+        prompts = [
+            encode_prompt(tokenizer, render_question(visit.item), reasoning=visit.task.reasoning) for visit in asked
+        ]
+        drawn = self.engine.generate(
+            prompts,
+            samples_per_prompt=algorithm.samples_per_prompt,
+            max_new_tokens=algorithm.max_new_tokens,
+            temperature=algorithm.temperature,
+            top_k=algorithm.top_k,
+            top_p=algorithm.top_p,
+            stop_ids=[tokenizer.eos_id],
+            seed=seed,
+        )
+        groups = []
+        for place, (visit, prompt_ids) in enumerate(zip(asked, prompts, strict=True)):
+            start = place * algorithm.samples_per_prompt
+            samples = [
+                score(
+                    tokenizer,
+                    visit,
+                    drawn.completions[row],
+                    drawn.logprobs[row],
+                    drawn.finished[row],
+                    None if drawn.packed_keep is None else drawn.packed_keep[row],
+                    algorithm,
+                )
+                for row in range(start, start + algorithm.samples_per_prompt)
+            ]
+            groups.append(Group(visit, prompt_ids, samples))
+        return groups
+
+
+def score(
+    tokenizer: Tokenizer,
+    visit: Visit,
+    ids: list[int],
+    logprobs: list[float],
+    finished: bool,
+    keep: Tensor | None,
+    algorithm: AlgorithmConfig,
+) -> Sample:
+    """Read one completion, reward it, and apply the sample filters."""
+    item = visit.item
+    completion = parse_completion(tokenizer, ids, reasoning=visit.task.reasoning)
+    rewards = {term.name: float(term.function(item, completion)) for term in visit.task.rewards}
+    total = sum(term.weight * rewards[term.name] for term in visit.task.rewards)
+    letter = answered_index(item, completion)
+    answer = completion.answer or ""
+    verdict = judge(
+        ids[:-1] if finished else ids,
+        text_is_empty=not completion.thinking and not answer,
+        has_answer=has_readable_answer(item, answer, letter),
+        quality=algorithm.quality,
+    )
+    settled = settle(total, verdict, finished, algorithm)
+    return Sample(
+        ids=ids,
+        logprobs=logprobs,
+        finished=finished,
+        keep=keep,
+        completion=completion,
+        rewards=rewards,
+        reward=settled.reward,
+        verdict=verdict,
+        stays=settled.stays,
+        trained=settled.trained,
+        letter=letter,
+        correct=is_correct(item, answer, letter),
+    )
+
+
+def has_readable_answer(item: ExamItem, answer: str, letter: int | None) -> bool:
+    """Say whether an answer of the item's kind (an option, a number, any text) can be read, right or wrong."""
+    if item.options:
+        return letter is not None
+    return bool(answer.strip()) if extract_number(item.answer) is None else extract_number(answer) is not None
+
+
+def is_correct(item: ExamItem, answer: str, letter: int | None) -> bool:
+    """Say whether the answer is right; for the training log, whatever the rewards pay for."""
+    if item.options:
+        return letter == item.answer_index
+    number = extract_number(item.answer)
+    return plain(answer) == plain(item.answer) if number is None else extract_number(answer) == number
+
+
+def count_tokens(groups: Sequence[Group]) -> int:
+    """Return the number of completion tokens in the groups."""
+    return sum(len(sample.ids) for group in groups for sample in group.samples)
+
+
+def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
+    """Return what a batch of groups says about the policy, under the names of the metrics table."""
+    samples = [sample for group in groups for sample in group.samples]
+    count, lengths = len(samples), [len(sample.ids) for sample in samples]
+    effective = sum(group.effective for group in groups)
+    metrics = {
+        "reward": statistics.fmean(sample.reward for sample in samples),
+        "reward_std": statistics.fmean(_spread([sample.reward for sample in group.samples]) for group in groups),
+        "frac_reward_zero_std": 1.0 - effective / len(groups),
+        "groups/effective": float(effective),
+        "completions/mean_length": statistics.fmean(lengths),
+        "completions/min_length": float(min(lengths)),
+        "completions/max_length": float(max(lengths)),
+        "completions/clipped_ratio": sum(not sample.finished for sample in samples) / count,
+        "answer/format_ok": statistics.fmean(
+            has_readable_answer(group.visit.item, sample.completion.answer or "", sample.letter)
+            for group in groups
+            for sample in group.samples
+        ),
+        "answer/correct_frac": statistics.fmean(sample.correct for sample in samples),
+    }
+    for verdict in BAD_VERDICTS:
+        metrics[f"filters/{verdict}_frac"] = sum(sample.verdict == verdict for sample in samples) / count
+    for name in sorted({name for sample in samples for name in sample.rewards}):
+        values = [sample.rewards[name] for sample in samples if name in sample.rewards]
+        metrics[f"rewards/{name}/mean"] = statistics.fmean(values)
+        metrics[f"rewards/{name}/std"] = _spread(values)
+    num_letters = max(len(group.visit.item.options) for group in groups)
+    lettered = [sample.letter for group in groups if group.visit.item.options for sample in group.samples]
+    metrics |= letter_fractions(lettered, num_letters)
+    for task in sorted({group.visit.task.name for group in groups}):
+        own = [sample for group in groups if group.visit.task.name == task for sample in group.samples]
+        metrics[f"tasks/{task}/reward"] = statistics.fmean(sample.reward for sample in own)
+        metrics[f"tasks/{task}/correct_frac"] = statistics.fmean(sample.correct for sample in own)
+    return metrics
+
+
+def _spread(values: Sequence[float]) -> float:
+    return statistics.stdev(values) if len(values) > 1 else 0.0

@@ -1,0 +1,203 @@
+"""From a recipe to a finished GRPO run folder: ``osler grpo``.
+
+A run folder that already holds this run goes on from its newest good checkpoint; one that holds another run is
+refused. The checkpoint brings model, reference, tokenizer and optimizer, so a moved run folder needs neither recipe
+nor ``init_from``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import yaml
+
+from osler.checkpoint import store
+from osler.config import decode, encode, load_recipe, parse_overrides
+from osler.errors import UserError
+from osler.eval.exams import score_by_generation
+from osler.inference.engine import Engine
+from osler.inference.load import LoadedModel, describing_files, load_model
+from osler.optim.build import build_optimizer
+from osler.rl.config import GrpoConfig, RlTaskConfig
+from osler.rl.prompts import RewardTerm, RlTask, task_shares
+from osler.rl.trainer import GrpoTrainer
+from osler.runtime.device import keep_freed_memory
+from osler.runtime.files import RunFolder, fingerprint
+from osler.runtime.log import say
+from osler.runtime.stop import EXIT_STOPPED
+from osler.tasks.item import ExamItem, render_question
+from osler.tasks.registry import load_task
+from osler.tasks.rewards import REWARDS
+from osler.tokenizer.bpe import Tokenizer
+from osler.tokenizer.chat import encode_prompt
+from osler.train.run import claim
+from osler.train.setup import Machine, choose_machine, describe_run
+
+
+def run(
+    recipe: str | None = None,
+    overrides: Sequence[str] = (),
+    *,
+    run_dir: str | None = None,
+    resume: bool = False,
+    dry_run: bool = False,
+) -> int:
+    """The verb ``grpo``; returns the process's exit code."""
+    if resume:
+        config, folder = stored_config(run_dir, overrides), RunFolder(Path(str(run_dir)))
+    else:
+        config = decode(GrpoConfig, load_recipe(recipe, overrides) if recipe else parse_overrides(overrides))
+        folder = RunFolder(Path(run_dir or Path("runs") / f"{Path(recipe).stem if recipe else 'clinic'}-grpo"))
+    if dry_run:
+        print(describe_plan(config, folder))
+        return 0
+    if not train(config, RunFolder.create(folder.root)):
+        say(f"Stopped and saved. The same command, or `osler grpo --run {folder.root} --resume`, goes on from there.")
+        return EXIT_STOPPED
+    say(
+        f"Done: {folder.root}\n  osler eval {folder.root}   sit the exam\n  osler report {folder.root}   the run as a page"
+    )
+    return 0
+
+
+def stored_config(run_dir: str | None, overrides: Sequence[str]) -> GrpoConfig:
+    """The config that a run folder was started with, for ``--resume``."""
+    if run_dir is None:
+        raise UserError("--resume needs --run FOLDER: the run to go on with.")
+    if overrides:
+        raise UserError(f"--resume continues a run as it was configured; leave out {' '.join(overrides)}.")
+    path = RunFolder(Path(run_dir)).config
+    if not path.exists():
+        raise UserError(f"{run_dir} holds no run to resume: {path} is missing.")
+    return decode(GrpoConfig, yaml.safe_load(path.read_text()), source=str(path))
+
+
+def train(config: GrpoConfig, run: RunFolder) -> bool:
+    """Set up and train (or continue) one GRPO run in its folder; False when it was asked to stop before the end."""
+    claim(run, encode(config))
+    keep_freed_memory()
+    machine = choose_machine(config.device, config.precision, "never", steps=config.steps)
+    checkpoint, skipped = store.newest_good(run.checkpoints) if run.checkpoints.is_dir() else (None, [])
+    if skipped:
+        say(f"Warning: {store.describe_skipped(skipped)}; going on from {checkpoint or 'the start'}.")
+    start = load_model(checkpoint or config.init_from, device=machine.device, compute_dtype=machine.dtype)
+    model, tokenizer = start.model.train(), start.tokenizer
+    tasks = load_tasks(config, start)
+    eval_items = load_task(config.eval_task) if config.eval_task is not None else []
+    check_held_out(tasks, eval_items)
+    describe_run(run, machine)
+    engine = Engine(model, max_rows=config.rollout_rows)
+    evaluate, best_metric = exam(config, engine, tokenizer, eval_items)
+    trainer = GrpoTrainer(
+        config,
+        model=model,
+        optimizer=build_optimizer(model, config.optim),
+        engine=engine,
+        tokenizer=tokenizer,
+        tasks=tasks,
+        run=run,
+        evaluate=evaluate,
+        best_metric=best_metric,
+        files={**describing_files(model.config, tokenizer), "config.yaml": run.config.read_bytes()},
+        fingerprints={"tokenizer": tokenizer.fingerprint, "data": fingerprint_of(tasks)},
+    )
+    if checkpoint is not None:
+        trainer.restore(store.load(checkpoint))
+        say(f"Continuing {run.root} from step {trainer.step:,}.")
+    else:
+        say(describe_start(config, start, tasks, machine))
+    return trainer.fit()
+
+
+def load_tasks(config: GrpoConfig, start: LoadedModel) -> list[RlTask]:
+    """The items and rewards to train on; questions that do not fit the model's context are left out, and that is said."""
+    room = start.model.config.max_seq_len - config.algorithm.max_new_tokens
+    tasks = []
+    for entry in config.tasks:
+        items = load_task(entry.task)
+        fitting = [item for item in items if longest_prompt(item, start.tokenizer, entry) <= room]
+        if not fitting:
+            raise UserError(
+                f"Task {entry.label}: none of its {len(items)} questions fits into the model's max_seq_len "
+                f"{start.model.config.max_seq_len} beside {config.algorithm.max_new_tokens} new tokens; lower "
+                "algorithm.max_new_tokens."
+            )
+        if len(fitting) < len(items):
+            say(f"Task {entry.label}: {len(items) - len(fitting)} of {len(items)} questions are too long and left out.")
+        terms = tuple(RewardTerm(name, REWARDS[name], weight) for name, weight in entry.rewards.items())
+        tasks.append(RlTask(entry.label, tuple(fitting), terms, entry.weight, entry.reasoning))
+    task_shares(
+        tasks, config.algorithm.prompts_per_step
+    )  # refuses weights that never come up before anything is trained
+    return tasks
+
+
+def longest_prompt(item: ExamItem, tokenizer: Tokenizer, entry: RlTaskConfig) -> int:
+    """An upper bound on the tokens of the item's prompt, whatever the order of its options."""
+    # Another order puts other letters at the seams between options; a seam is worth a token at most.
+    return len(encode_prompt(tokenizer, render_question(item), reasoning=entry.reasoning)) + len(item.options)
+
+
+def check_held_out(tasks: Sequence[RlTask], eval_items: Sequence[ExamItem]) -> None:
+    """Refuse to train on a question of the evaluation."""
+    held_out = {(item.context, item.question, frozenset(item.options)) for item in eval_items}
+    for task in tasks:
+        shared = [item for item in task.items if (item.context, item.question, frozenset(item.options)) in held_out]
+        if shared:
+            raise UserError(
+                f"{len(shared)} questions of task {task.name} are also in eval_task (the first is {shared[0].id}): a score "
+                "on questions that were trained on means nothing. Use another split for one of them."
+            )
+
+
+def exam(
+    config: GrpoConfig, engine: Engine, tokenizer: Tokenizer, items: Sequence[ExamItem]
+) -> tuple[Callable[[], dict[str, float]] | None, str]:
+    """A function that sits the evaluation exam with the model as it is, and the name of its accuracy."""
+    if config.eval_task is None:
+        return None, ""
+    name = getattr(config.eval_task, "split", "") or config.eval_task.type
+
+    def sit() -> dict[str, float]:
+        score = score_by_generation(
+            engine,
+            tokenizer,
+            items,
+            max_new_tokens=config.algorithm.max_new_tokens,
+            reasoning=config.tasks[0].reasoning,
+            batch_rows=config.rollout_rows,
+            permutations=config.eval_permutations,
+            seed=config.seed,
+        )
+        unread = (score.unparsed + score.cut + score.too_long) / score.presentations
+        return {f"eval/{name}_accuracy": score.accuracy, f"eval/{name}_unparsed_frac": unread}
+
+    return sit, f"eval/{name}_accuracy"
+
+
+def fingerprint_of(tasks: Sequence[RlTask]) -> str:
+    """16 hex digits that name the questions and their order: a resume with others would train on something else."""
+    return fingerprint([[task.name, [item.id for item in task.items]] for task in tasks])
+
+
+def describe_start(config: GrpoConfig, start: LoadedModel, tasks: Sequence[RlTask], machine: Machine) -> str:
+    """One line about a run that begins."""
+    algorithm = config.algorithm
+    questions = ", ".join(f"{len(task.items):,} of {task.name}" for task in tasks)
+    return (
+        f"grpo: {start.model.config.num_parameters:,} parameters from {start.path}; questions: {questions}; "
+        f"{config.steps:,} steps of {algorithm.prompts_per_step} x {algorithm.samples_per_prompt} completions; {machine.dtype} on "
+        f"{machine.device}."
+    )
+
+
+def describe_plan(config: GrpoConfig, folder: RunFolder) -> str:
+    """What ``--dry-run`` prints: the resolved config and the numbers that follow from it."""
+    completions = config.steps * config.algorithm.completions_per_step
+    derived = [
+        f"# run folder        {folder.root}",
+        f"# completions       {completions:,} of at most {config.algorithm.max_new_tokens} tokens",
+        f"# optimizer steps   {config.steps * config.algorithm.updates_per_batch:,}",
+    ]
+    return "\n".join([yaml.safe_dump(encode(config), sort_keys=False).rstrip(), *derived])

@@ -1,0 +1,205 @@
+"""One policy update: rows of token ids in, a changed model and its metrics out. Nothing to resume beyond model and
+optimizer.
+
+Rows are sorted by length into micro-batches of a token budget. The weights of all tokens are made once for the whole
+update, so how it is cut changes nothing but the order of floating-point sums. Log-probabilities are taken at the
+sampler's temperature and over its kept set, at completion tokens only: the prompt never reaches the vocabulary.
+
+Shapes: B rows of a micro-batch, T completion tokens, L prompt and completion tokens, N completion tokens of all its
+rows, V vocabulary, D hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
+
+from osler.model.transformer import Transformer
+from osler.ops.cross_entropy import linear_logprobs
+from osler.ops.sampling import unpack_keep
+from osler.rl.advantages import group_advantages
+from osler.rl.config import AlgorithmConfig
+from osler.rl.loss import LossInputs, add_sums, grpo_loss, loss_metrics, token_weights
+from osler.rl.rollout import Group
+
+FIRST_UPDATE_METRICS = "sampling/"  # sampler against trainer: only comparable before the weights move
+
+
+@dataclass(frozen=True)
+class Row:
+    """One completion to learn from; ``keep`` as in ``rollout.Sample``, ``trained`` False gives it no gradient."""
+
+    prompt_ids: list[int]
+    completion_ids: list[int]
+    logprobs: list[float]
+    advantage: float
+    keep: Tensor | None = None
+    trained: bool = True
+
+    @property
+    def tokens(self) -> int:
+        """Prompt and completion tokens."""
+        return len(self.prompt_ids) + len(self.completion_ids)
+
+
+def training_rows(groups: Sequence[Group], algorithm: AlgorithmConfig) -> list[Row]:
+    """Return the samples that stay, with their advantages over their groups."""
+    rewards_PG = torch.tensor([[s.reward for s in group.samples] for group in groups], dtype=torch.float64)
+    valid_PG = torch.tensor([[s.stays for s in group.samples] for group in groups])
+    advantages_PG = group_advantages(rewards_PG, algorithm.advantage, valid_PG=valid_PG).tolist()
+    return [
+        Row(group.prompt_ids, sample.ids, sample.logprobs, advantage, sample.keep, sample.trained)
+        for group, advantages in zip(groups, advantages_PG, strict=True)
+        for sample, advantage in zip(group.samples, advantages, strict=True)
+        if sample.stays
+    ]
+
+
+def micro_batches(rows: Sequence[Row], budget_tokens: int) -> list[list[int]]:
+    """Cut the rows, longest first, into lists of indices whose padded size fits the budget (one row at least)."""
+    batches: list[list[int]] = []
+    longest = 0
+    for index in sorted(range(len(rows)), key=lambda i: -rows[i].tokens):
+        if not batches or (len(batches[-1]) + 1) * longest > budget_tokens:
+            batches.append([])
+            longest = rows[index].tokens
+        batches[-1].append(index)
+    return batches
+
+
+def completion_logprobs(
+    model: Transformer, rows: Sequence[Row], *, temperature: float, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (logp_BT, entropy_BT, mask_BT) of the completion tokens, zero in padding; ``logp_BT`` has a gradient."""
+    width_T, width_L = max(len(row.completion_ids) for row in rows), max(row.tokens for row in rows)
+    ids_BL = torch.zeros(len(rows), width_L, dtype=torch.int64)
+    mask_BT = torch.zeros(len(rows), width_T, dtype=torch.bool)
+    row_N: list[int] = []
+    place_N: list[int] = []
+    label_N: list[int] = []
+    for b, row in enumerate(rows):
+        ids_BL[b, : row.tokens] = torch.tensor(row.prompt_ids + row.completion_ids)
+        mask_BT[b, : len(row.completion_ids)] = True
+        row_N += [b] * len(row.completion_ids)
+        place_N += range(len(row.prompt_ids) - 1, row.tokens - 1)  # the hidden state before a token predicts it
+        label_N += row.completion_ids
+    mask_BT = mask_BT.to(device)
+    hidden_BLD = model(ids_BL.to(device))
+    hidden_ND = hidden_BLD[torch.tensor(row_N, device=device), torch.tensor(place_N, device=device)]
+    features_ND, weight_VD = model.head(hidden_ND)
+    vocab_size = model.config.vocab_size
+    kept = [row.keep for row in rows if row.keep is not None]
+    logp_N, entropy_N = linear_logprobs(
+        features_ND,
+        weight_VD,
+        torch.tensor(label_N, device=device),
+        vocab_size=vocab_size,
+        temperature=temperature,
+        keep_NV=unpack_keep(torch.cat(kept).to(device), vocab_size) if kept else None,
+    )
+    empty_BT = torch.zeros(mask_BT.shape, dtype=logp_N.dtype, device=device)
+    # Rows are laid out one after another in N, which is the order in which masked_scatter fills the mask.
+    return (
+        empty_BT.masked_scatter(mask_BT, logp_N),
+        empty_BT.masked_scatter(mask_BT, entropy_N.to(logp_N.dtype)),
+        mask_BT,
+    )
+
+
+@dataclass
+class _MicroBatch:
+    """Rows of one micro-batch and everything about them that no update changes."""
+
+    rows: list[Row]
+    old_BT: Tensor
+    advantages_B: Tensor
+    weight_BT: Tensor
+    reference_BT: Tensor | None = None
+
+
+def update_policy(
+    model: Transformer,
+    optimizer: torch.optim.Optimizer,
+    rows: Sequence[Row],
+    algorithm: AlgorithmConfig,
+    *,
+    reference: Transformer | None = None,
+    micro_batch_tokens: int = 16_384,
+    clip_norm: float = 1.0,
+) -> dict[str, float]:
+    """Take ``updates_per_batch`` optimizer steps on the rows and return the metrics, averaged over them.
+
+    ``reference`` is needed when beta is above 0 and is only read. An update whose gradient is not finite is skipped and
+    counted under ``train/skipped_steps``. The optimizer must be a fused
+    one (``build_optimizer``); its learning rate is used as it is.
+    """
+    batches = _prepare(model, rows, algorithm, micro_batch_tokens)
+    device = model.embed_tokens.weight.device
+    if algorithm.beta > 0.0:
+        if reference is None:
+            raise ValueError("beta > 0 needs a reference model")
+        with torch.no_grad():
+            for batch in batches:
+                batch.reference_BT, _, _ = completion_logprobs(
+                    reference, batch.rows, temperature=algorithm.temperature, device=device
+                )
+    history: list[dict[str, Tensor]] = []
+    for _ in range(algorithm.updates_per_batch):
+        optimizer.zero_grad(set_to_none=True)
+        sums: dict[str, Tensor] = {}
+        for batch in batches:
+            logp_BT, entropy_BT, mask_BT = completion_logprobs(
+                model, batch.rows, temperature=algorithm.temperature, device=device
+            )
+            inputs = LossInputs(logp_BT, batch.old_BT, batch.reference_BT, mask_BT, batch.advantages_B, batch.weight_BT)
+            loss, part = grpo_loss(inputs, algorithm)
+            loss.backward()
+            sums = add_sums(sums, {**part, "entropy": entropy_BT.sum()})
+        grad_norm = clip_grad_norm_(model.parameters(), clip_norm, foreach=True)
+        skipped = (~torch.isfinite(grad_norm)).float()
+        optimizer.found_inf = skipped  # type: ignore[attr-defined]  # the fused kernel then leaves everything as it is
+        optimizer.step()
+        history.append({**loss_metrics(sums), "train/grad_norm": grad_norm, "train/skipped_steps": skipped})
+    optimizer.zero_grad(set_to_none=True)
+    # Everything stayed on the device until here: this is the update's only wait for it.
+    updates = [{name: float(value) for name, value in update.items()} for update in history]
+    metrics = {name: sum(update[name] for update in updates) / len(updates) for name in updates[0]}
+    metrics |= {name: value for name, value in updates[0].items() if name.startswith(FIRST_UPDATE_METRICS)}
+    return metrics | {"train/skipped_steps": sum(update["train/skipped_steps"] for update in updates)}
+
+
+def _prepare(
+    model: Transformer, rows: Sequence[Row], algorithm: AlgorithmConfig, micro_batch_tokens: int
+) -> list[_MicroBatch]:
+    """Cut the update into micro-batches; token weights come from the whole of it."""
+    if not rows:
+        raise ValueError("an update needs at least one row")
+    device = model.embed_tokens.weight.device
+    lengths = [len(row.completion_ids) for row in rows]
+    mask = torch.arange(max(lengths))[None] < torch.tensor(lengths)[:, None]
+    weight = token_weights(
+        mask,
+        algorithm.aggregate,
+        max_new_tokens=algorithm.max_new_tokens,
+        trained_B=torch.tensor([row.trained for row in rows]),
+    )
+    prepared = []
+    for indices in micro_batches(rows, micro_batch_tokens):
+        chosen = [rows[index] for index in indices]
+        width = max(len(row.completion_ids) for row in chosen)
+        old_BT = torch.zeros(len(chosen), width)
+        for b, row in enumerate(chosen):
+            old_BT[b, : len(row.logprobs)] = torch.tensor(row.logprobs)
+        prepared.append(
+            _MicroBatch(
+                rows=chosen,
+                old_BT=old_BT.to(device),
+                advantages_B=torch.tensor([row.advantage for row in chosen], dtype=torch.float32, device=device),
+                weight_BT=weight[indices, :width].to(device),
+            )
+        )
+    return prepared

@@ -1,0 +1,275 @@
+"""The GRPO loop: ask, answer, reward, learn; then save, then evaluate.
+
+It takes objects that are already built (``run.py`` builds them) and works in one process. Resume is exact: what is
+asked and drawn is a function of (seed, step), and a checkpoint holds the model, the optimizer, the reference and the
+counters, so a run that was killed and resumed goes through the same steps to the same numbers.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
+
+import torch
+from torch import Tensor
+
+from osler.checkpoint import store
+from osler.checkpoint.state import flatten_optimizer, restore_optimizer
+from osler.errors import UserError
+from osler.inference.engine import Engine
+from osler.model.transformer import Transformer
+from osler.monitor.sinks import JsonlSink
+from osler.optim.build import set_lr
+from osler.optim.schedule import lr_scale
+from osler.rl.config import GrpoConfig
+from osler.rl.prompts import RlTask
+from osler.rl.rollout import Group, RolloutWorker, Sample, rollout_metrics
+from osler.rl.step import training_rows, update_policy
+from osler.runtime.files import RunFolder
+from osler.runtime.log import Progress, say
+from osler.runtime.stop import StopFlag
+from osler.tasks.item import LETTERS, render_answer, render_question
+from osler.tokenizer.bpe import Tokenizer
+from osler.train.trainer import check_fingerprints
+
+CUT_ALARM = 0.9  # above this share of cut completions something is wrong with the template or the limit
+PREFLIGHT_SAMPLES = 4
+
+
+class GrpoTrainer:
+    """One GRPO run in one process; metrics, samples and checkpoints go to ``run``.
+
+    ``evaluate`` returns metrics of the model as it is; it is called before the first step, every ``eval_every_steps``
+    steps and at the end, and ``best_metric`` among them decides which checkpoint is the best. ``files`` (model
+    config, tokenizer) and ``fingerprints`` go into every checkpoint; a resume with other fingerprints is refused.
+    """
+
+    def __init__(
+        self,
+        config: GrpoConfig,
+        *,
+        model: Transformer,
+        optimizer: torch.optim.Optimizer,
+        engine: Engine,
+        tokenizer: Tokenizer,
+        tasks: Sequence[RlTask],
+        run: RunFolder,
+        evaluate: Callable[[], Mapping[str, float]] | None = None,
+        best_metric: str = "",
+        files: Mapping[str, bytes] | None = None,
+        fingerprints: Mapping[str, str] | None = None,
+    ) -> None:
+        self.config = config
+        self.model = model
+        self.optimizer = optimizer
+        self.run = run
+        self.worker = RolloutWorker(engine, tokenizer, tasks, config.algorithm, config.seed)
+        self.evaluate = evaluate
+        self.best_metric = best_metric
+        self.files = dict(files or {})
+        self.fingerprints = dict(fingerprints or {})
+        self.reference = frozen_copy(model) if config.algorithm.beta > 0.0 else None
+        self.step = 0  # finished steps
+        self.tokens = 0  # completion tokens sampled
+        self.best_value: float | None = None
+        self.skipped_in_a_row = 0
+        self.zero_reward_steps = 0
+
+    # -- the loop ------------------------------------------------------------------------------------------------------
+
+    def fit(self) -> bool:
+        """Train to the last step; False when asked to stop before (everything is saved then)."""
+        config = self.config
+        sink = JsonlSink(self.run.metrics, resume_step=self.step if self.step else -1)
+        progress = Progress(config.steps, "steps", label="grpo", initial=self.step)
+        with StopFlag() as stop, sink, progress:
+            if self.step == 0:
+                self._evaluate(sink)
+            while self.step < config.steps:
+                metrics = self._one_step()
+                sink.write(self.step, self.tokens, metrics)
+                progress.update(self.step, reward=f"{metrics['reward']:.3f}")
+                self._check_skipped(metrics)
+                done = self.step == config.steps
+                eval_due = done or self.step % config.eval_every_steps == 0
+                # The checkpoint comes first: an evaluation that fails must not cost the steps before it.
+                if eval_due or stop.requested or self.step % config.save_every_steps == 0:
+                    self.save()
+                if stop.requested and not done:
+                    return False
+                if eval_due:
+                    self._evaluate(sink)
+        return True
+
+    def _one_step(self) -> dict[str, float]:
+        """Ask the questions of the current step, learn from the answers, and count the step as done."""
+        config, algorithm, started = self.config, self.config.algorithm, time.perf_counter()
+        groups, sampled_tokens = self.worker.step(self.step)
+        rollout_seconds = time.perf_counter() - started
+        if self.step == 0:
+            self._preflight(groups)
+        metrics = rollout_metrics(groups)
+        self._alarms(metrics)
+
+        budget = config.budget_tokens_per_step
+        set_lr(self.optimizer, lr_scale(config.schedule, (self.step + 1) * budget, config.steps * budget))
+        rows = training_rows(groups, algorithm)
+        update: dict[str, float] = {}
+        if rows:  # none when the quality filter dropped every sample
+            update = update_policy(
+                self.model,
+                self.optimizer,
+                rows,
+                algorithm,
+                reference=self.reference,
+                micro_batch_tokens=config.micro_batch_tokens,
+                clip_norm=config.clip_norm,
+            )
+        self.step += 1
+        self.tokens += sampled_tokens
+        refresh = algorithm.reference_refresh_steps
+        if self.reference is not None and refresh and self.step % refresh == 0:
+            self.reference.load_state_dict(self.model.state_dict())
+
+        seconds = time.perf_counter() - started
+        trained_tokens = sum(row.tokens for row in rows) * algorithm.updates_per_batch
+        return {
+            **metrics,
+            **update,
+            "train/lr": self.optimizer.param_groups[0]["lr"],
+            "perf/step_seconds": seconds,
+            "perf/rollout_frac": rollout_seconds / seconds,
+            "perf/rollout_tokens_per_second": sampled_tokens / rollout_seconds,
+            "perf/train_tokens_per_second": trained_tokens / (seconds - rollout_seconds),
+        }
+
+    # -- watching ------------------------------------------------------------------------------------------------------
+
+    def _preflight(self, groups: Sequence[Group]) -> None:
+        """Show what the policy writes before anything is learned: a wrong template is seen here and nowhere else."""
+        shown = [(group, group.samples[0]) for group in groups[:PREFLIGHT_SAMPLES]]
+        shown += [(groups[0], sample) for sample in groups[0].samples[1 : 1 + PREFLIGHT_SAMPLES - len(shown)]]
+        for number, (group, sample) in enumerate(shown, start=1):
+            say(f"Sample {number} before training: {render_question(group.visit.item)}")
+            say(f"  thinking: {sample.completion.thinking or '(none)'}")
+            say(f"  answer:   {sample.completion.answer or '(none)'}")
+            say(f"  right:    {render_answer(group.visit.item)}   (reward {sample.reward:g})")
+        self._write_samples(shown)
+        size = self.config.algorithm.samples_per_prompt
+        right = [sum(sample.correct for sample in group.samples) for group in groups]
+        say(
+            f"Before training: pass@1 {sum(right) / (size * len(groups)):.3f}, pass@{size} "
+            f"{sum(count > 0 for count in right) / len(groups):.3f} over {len(groups)} questions, "
+            f"{sum(group.effective for group in groups)} of {len(groups)} groups teach something."
+        )
+
+    def _alarms(self, metrics: Mapping[str, float]) -> None:
+        """Say loudly what otherwise fails without an error: no completion ends, or none is ever rewarded."""
+        algorithm, patience = self.config.algorithm, self.config.zero_reward_patience
+        if metrics["completions/clipped_ratio"] > CUT_ALARM and self.step % patience == 0:
+            say(
+                f"Warning: {metrics['completions/clipped_ratio']:.0%} of the completions were cut at "
+                f"{algorithm.max_new_tokens} tokens. Either the limit is too short, or the model never learned to end "
+                "(was it fine-tuned with the chat template?)."
+            )
+        self.zero_reward_steps = 0 if metrics["reward"] > 0.0 else self.zero_reward_steps + 1
+        if self.zero_reward_steps and self.zero_reward_steps % patience == 0:
+            say(
+                f"Warning: no completion earned a reward for {self.zero_reward_steps} steps; there is nothing to learn "
+                f"from. Look at {self.run.samples}, and start from a model that is right now and then."
+            )
+
+    def _check_skipped(self, metrics: Mapping[str, float]) -> None:
+        """End the run when the gradient has not been finite for too long: nothing is being learned."""
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if metrics.get("train/skipped_steps") else 0
+        if self.skipped_in_a_row >= self.config.max_skipped_steps:
+            raise UserError(
+                f"The gradient was not finite for {self.skipped_in_a_row} steps in a row (step {self.step}); those "
+                f"steps changed nothing. Lower optim.lr (now {self.config.optim.lr:g}); checkpoints are in "
+                f"{self.run.checkpoints}."
+            )
+
+    def _evaluate(self, sink: JsonlSink) -> None:
+        """Evaluate, and mark this step's checkpoint when it is the best so far."""
+        if self.evaluate is None:
+            return
+        before = time.perf_counter()
+        metrics = dict(self.evaluate())
+        sink.write(self.step, self.tokens, {**metrics, "eval/seconds": time.perf_counter() - before})
+        shown = ", ".join(f"{name.removeprefix('eval/')} {value:.4f}" for name, value in metrics.items())
+        say(f"step {self.step}: {shown}")
+        value = metrics.get(self.best_metric)
+        if value is not None and (self.best_value is None or value > self.best_value):
+            self.best_value = value
+            saved = self.run.checkpoints / store.folder_name(self.step)
+            if saved.is_dir():
+                store.mark_best(saved, self.best_metric, value)
+
+    def _write_samples(self, shown: Sequence[tuple[Group, Sample]]) -> None:
+        """Append samples to the run's samples file, in the form that the report reads."""
+        with self.run.samples.open("a", encoding="utf-8") as file:
+            for group, sample in shown:
+                item = group.visit.item
+                line = {
+                    "id": item.id,
+                    "stage": f"grpo step {self.step}",
+                    "question": item.question,
+                    "options": [f"{text} ({LETTERS[index]})" for index, text in enumerate(item.options)],
+                    "thinking": sample.completion.thinking,
+                    "answer": sample.completion.answer or "",
+                    "correct_answer": render_answer(item),
+                    "correct": sample.correct,
+                }
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+    # -- checkpoints ---------------------------------------------------------------------------------------------------
+
+    def save(self) -> None:
+        """Save everything a resume needs; when the disk refuses, warn and go on with the earlier checkpoints."""
+        optimizer_tensors, optimizer_state = flatten_optimizer(self.optimizer, self.model.named_parameters())
+        tensors: dict[str, dict[str, Tensor]] = {"model": dict(self.model.state_dict()), "optimizer": optimizer_tensors}
+        if self.reference is not None:  # kept even when never refreshed: a run folder must resume without ``init_from``
+            tensors["reference"] = dict(self.reference.state_dict())
+        state = {
+            "kind": "grpo",
+            "step": self.step,
+            "tokens": self.tokens,
+            "skipped_in_a_row": self.skipped_in_a_row,
+            "best_value": self.best_value,
+            "zero_reward_steps": self.zero_reward_steps,
+            "optimizer": optimizer_state,
+            "fingerprints": self.fingerprints,
+        }
+        try:
+            store.save(
+                self.run.checkpoints,
+                self.step,
+                tensors=tensors,
+                state=state,
+                files=self.files,
+                keep_last=self.config.keep_last,
+            )
+        except store.CheckpointSaveError as error:
+            say(f"Warning: {error} The run goes on; earlier checkpoints are untouched.")
+
+    def restore(self, loaded: store.Loaded) -> None:
+        """Continue from a checkpoint of this run, bit for bit."""
+        check_fingerprints(loaded.state["fingerprints"], self.fingerprints, loaded.path)
+        self.model.load_state_dict(loaded.tensors["model"])
+        restore_optimizer(
+            self.optimizer, self.model.named_parameters(), loaded.tensors["optimizer"], loaded.state["optimizer"]
+        )
+        if self.reference is not None:
+            self.reference.load_state_dict(loaded.tensors["reference"])
+        self.step = loaded.state["step"]
+        self.tokens = loaded.state["tokens"]
+        self.skipped_in_a_row = loaded.state["skipped_in_a_row"]
+        self.best_value = loaded.state["best_value"]
+        self.zero_reward_steps = loaded.state["zero_reward_steps"]
+
+
+def frozen_copy(model: Transformer) -> Transformer:
+    """Return a copy of the model that nothing trains: the reference of the KL term."""
+    return deepcopy(model).eval().requires_grad_(False)

@@ -1,0 +1,204 @@
+"""What this machine can do: the device, the number format that pays on it, whether compilation works, its peak speed.
+
+Nothing is assumed from a name when it can be tried: bf16 is timed against fp32, and a small function is compiled.
+Answers are kept for the life of the process. A run stores what it resolved, because two trials on a busy machine may
+disagree, and a resumed run must not change its arithmetic. Nothing happens on import.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import itertools
+import platform
+import random
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from osler.errors import UserError
+
+# Dense bf16 FLOP/s from the makers' data sheets (fp16 where a card has no bf16); the first name found in the device's
+# name wins, so longer names stand before the names they contain.
+PEAK_FLOPS: tuple[tuple[str, float], ...] = (
+    ("GB200", 2500e12),
+    ("B200", 2250e12),
+    ("H200 NVL", 835e12),
+    ("H200", 989e12),
+    ("GH200", 989e12),
+    ("H100 PCIe", 756e12),
+    ("H100 NVL", 835e12),
+    ("H100", 989e12),
+    ("A100", 312e12),
+    ("A800", 312e12),
+    ("A40", 150e12),
+    ("A30", 165e12),
+    ("A10G", 70e12),
+    ("A10", 125e12),
+    ("L40S", 362e12),
+    ("L40", 181e12),
+    ("L4", 121e12),
+    ("RTX A6000", 155e12),
+    ("RTX 5090", 209e12),
+    ("RTX 4090", 165e12),
+    ("RTX 4080", 97e12),
+    ("RTX 3090", 71e12),
+    ("V100", 125e12),
+    ("T4", 65e12),
+    ("MI300X", 1307e12),
+    ("MI250X", 383e12),
+)
+
+_BF16_TRIAL_SECONDS = 0.2
+_BF16_GAIN = 1.2  # below this the cast of the weights, which the trial leaves out, eats the gain
+
+
+def pick_device(name: str) -> torch.device:
+    """The device for ``auto``, ``cpu``, ``cuda`` or ``cuda:N``; raises UserError when it is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    kind, _, index = name.partition(":")
+    if name != "cpu" and (kind != "cuda" or (":" in name and not index.isdigit())):
+        raise UserError(f"Unknown device {name!r}: use auto, cpu, cuda or cuda:N.")
+    if kind == "cuda":
+        if not torch.cuda.is_available():
+            reason = "finds no usable GPU" if torch.version.cuda else "was built without CUDA"
+            raise UserError(f"Device {name!r} was asked for, but this PyTorch ({torch.__version__}) {reason}: use cpu.")
+        if index and int(index) >= torch.cuda.device_count():
+            raise UserError(f"Device {name!r} was asked for, but there are {torch.cuda.device_count()} GPUs.")
+    return torch.device(name)
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype to compute in for ``auto``, ``bf16`` or ``fp32``; ``auto`` takes bf16 where it is faster."""
+    if name == "auto":
+        return torch.bfloat16 if bf16_pays(device) else torch.float32
+    try:
+        return {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
+    except KeyError:
+        raise UserError(f"Unknown dtype {name!r}: use auto, bf16 or fp32.") from None
+
+
+def bf16_pays(device: torch.device) -> bool:
+    """Whether the matrix products of a training step are clearly faster in bf16 than in fp32 (about 0.2 s, once)."""
+    return _bf16_pays(str(device), torch.get_num_threads())
+
+
+@functools.cache
+def _bf16_pays(device: str, _threads: int) -> bool:
+    if device.startswith("cuda") and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return False
+    trials = {dtype: _linear_trial(device, dtype) for dtype in (torch.float32, torch.bfloat16)}
+    for trial in trials.values():
+        trial()  # the first call pays for kernels and memory
+    best = dict.fromkeys(trials, float("inf"))
+    deadline = time.perf_counter() + _BF16_TRIAL_SECONDS
+    for round_number in itertools.count():  # in turns, and the best of each: both see the same quiet moments
+        for dtype, trial in trials.items():
+            best[dtype] = min(best[dtype], trial())
+        if round_number >= 2 and time.perf_counter() > deadline:
+            break
+    return best[torch.float32] > _BF16_GAIN * best[torch.bfloat16]
+
+
+def _linear_trial(device: str, dtype: torch.dtype) -> Callable[[], float]:
+    """The three products of one linear layer, forward and backward; the trial returns its seconds."""
+    on_gpu = device.startswith("cuda")
+    tokens, inputs, outputs = (8192, 1024, 4096) if on_gpu else (512, 256, 768)
+    x = torch.full((tokens, inputs), 0.5, device=device, dtype=dtype)
+    weight = torch.full((outputs, inputs), 0.5, device=device, dtype=dtype)
+    grad = torch.full((tokens, outputs), 0.5, device=device, dtype=dtype)
+
+    def trial() -> float:
+        if on_gpu:
+            torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        _ = x @ weight.T, grad @ weight, grad.T @ x
+        if on_gpu:
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - start
+
+    return trial
+
+
+def compile_works(device: torch.device) -> tuple[bool, str]:
+    """Whether ``torch.compile`` works here, tried on a tiny function, and if not, why (seconds; kept)."""
+    return _compile_works(device.type)
+
+
+@functools.cache
+def _compile_works(device_type: str) -> tuple[bool, str]:
+    if sys.platform == "win32" and device_type == "cpu":
+        return False, "torch.compile on a Windows CPU is not supported here"
+    from torch._inductor import cpp_builder
+    from torch._inductor.exc import InvalidCxxCompiler
+    from torch._inductor.utils import fresh_cache
+
+    def tiny(x: Tensor) -> Tensor:
+        return torch.tanh(x * 2.0 + 1.0).sum()
+
+    try:
+        # The cache outlives a compiler that was removed, so the compiler is asked for and the cache starts empty.
+        cpp_builder.get_cpp_compiler()
+        with fresh_cache():
+            result = torch.compile(tiny, fullgraph=True)(torch.ones(64, device=device_type))
+    except InvalidCxxCompiler:
+        return False, "no C++ compiler found: install g++ (or clang)"
+    except (RuntimeError, OSError, ImportError) as error:  # every compiler error of torch is a RuntimeError
+        return False, _compile_reason(error)
+    expected = tiny(torch.ones(64, device=device_type))
+    if not torch.allclose(result, expected, rtol=1e-4):
+        return False, f"a compiled function gave {result.item()} instead of {expected.item()}"
+    return True, ""
+
+
+def _compile_reason(error: BaseException) -> str:
+    """One line out of torch's page-long compiler errors."""
+    text = str(error)
+    if "Python.h" in text:
+        return "the C++ compiler finds no Python.h: install the Python headers (python3-dev)"
+    if "triton" in text.lower() and ("not find" in text or "No module" in text or "Cannot find" in text):
+        return "no working Triton found: install the triton package that belongs to this PyTorch"
+    lines = [line.strip() for line in text.splitlines()]
+    telling = [line for line in lines if "error" in line.lower()] or [line for line in lines if line]
+    return (telling[0] if telling else type(error).__name__)[:200]
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Dense bf16 FLOP/s of the GPU by its data sheet, or None for a CPU or a card that is not in the table."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return None
+    return peak_flops_of(torch.cuda.get_device_name(device))
+
+
+def peak_flops_of(gpu_name: str) -> float | None:
+    """Dense bf16 FLOP/s for a GPU's name as the driver spells it, for example ``NVIDIA H100 80GB HBM3``."""
+    words = f" {gpu_name.replace('-', ' ').replace('_', ' ')} "
+    return next((flops for name, flops in PEAK_FLOPS if f" {name} " in words), None)
+
+
+def seed_all(seed: int) -> None:
+    """Seed Python, NumPy and PyTorch on every device; ``seed`` is any non-negative integer below 2**63."""
+    import numpy
+
+    random.seed(seed)
+    numpy.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def keep_freed_memory() -> bool:
+    """Ask glibc to keep freed memory for reuse; returns whether it agreed (False on any other C library).
+
+    By default glibc gives each large tensor its own mapping and returns it on free, so every step pays again for the
+    kernel's zeroing of first-touched pages; on virtual machines that can cost more than the arithmetic.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    mallopt = ctypes.CDLL(None).mallopt
+    trim_threshold, mmap_threshold, largest_int = -1, -3, 2**31 - 1
+    # Older glibc refuses thresholds above half a heap (32 MiB); then nothing larger than that is kept.
+    kept = any(mallopt(mmap_threshold, size) == 1 for size in (1 << 30, 32 << 20))
+    return mallopt(trim_threshold, largest_int) == 1 and kept

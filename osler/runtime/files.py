@@ -1,0 +1,149 @@
+"""Files that are either whole or absent: atomic writes, hashes, and the layout of a run folder.
+
+A file is written beside its place under another name, flushed to the disk, and renamed over the old one; a crash at any
+moment leaves the old file or the new one. Nothing here knows about tensors.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from osler.errors import UserError
+from osler.runtime.faults import fault
+
+_HASH_BLOCK_BYTES = 1 << 20
+
+
+def write_atomic(path: str | os.PathLike[str], data: bytes | str) -> None:
+    """Replace ``path`` by ``data`` (text as UTF-8) in one step, durable when this returns.
+
+    Raises OSError and leaves the old file as it was when the disk is full or fails. Two writers at once are harmless:
+    the last one wins. A kill may leave a hidden ``.<name>.*.tmp`` beside the file.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
+    try:
+        with open_durable(temporary) as file:
+            file.write(data.encode("utf-8") if isinstance(data, str) else data)
+        fault("write-atomic")
+        os.replace(temporary, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+    fsync_dir(path.parent)
+
+
+@contextlib.contextmanager
+def open_durable(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """Open ``path`` for writing and flush it down to the disk before closing it."""
+    with open(path, "wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def fsync_dir(path: str | os.PathLike[str]) -> None:
+    """Make the names inside a folder durable: a rename is safe only once its folder is on the disk."""
+    if os.name == "nt":  # Windows cannot open a folder and needs no such flush
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network disks cannot flush a folder
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def write_json(path: str | os.PathLike[str], obj: Any) -> None:
+    """Write ``obj`` as indented JSON, atomically."""
+    write_atomic(path, json.dumps(obj, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """Read a JSON file; raises UserError that names the file when it is missing, unreadable or torn."""
+    try:
+        return json.loads(Path(path).read_bytes().decode("utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist.") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}.") from error
+    except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
+        raise UserError(f"{path} is not valid JSON, it may be torn or damaged: {error}.") from error
+
+
+def sha256_file(path: str | os.PathLike[str]) -> str:
+    """Hex SHA-256 of a file's bytes."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(_HASH_BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def canonical_json(obj: Any) -> bytes:
+    """JSON with sorted keys and no spaces: equal objects give equal bytes. Raises ValueError on NaN or infinity."""
+    return json.dumps(obj, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode("utf-8")
+
+
+def fingerprint(obj: Any) -> str:
+    """16 hex digits that name a JSON-able object: the start of the SHA-256 of its canonical JSON."""
+    return hashlib.sha256(canonical_json(obj)).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The layout of one run: every file of a run has its name here and is relative, so the folder can be moved."""
+
+    root: Path
+
+    @classmethod
+    def create(cls, path: str | os.PathLike[str]) -> RunFolder:
+        """Make the folder, or take the one that is there; raises UserError when that is impossible."""
+        root = Path(path)
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"The run folder {root} cannot be created: {error.strerror}.") from error
+        return cls(root)
+
+    @property
+    def config(self) -> Path:
+        """The resolved configuration."""
+        return self.root / "config.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object per line and logged step."""
+        return self.root / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of ``step-XXXXXXXXX`` folders."""
+        return self.root / "checkpoints"
+
+    @property
+    def report(self) -> Path:
+        """The self-contained page about the run."""
+        return self.root / "report.html"
+
+    @property
+    def samples(self) -> Path:
+        """What the model wrote along the way, one JSON object per line."""
+        return self.root / "samples.jsonl"
+
+    @property
+    def stages(self) -> Path:
+        """Which stages of a longer story are finished."""
+        return self.root / "stages.json"

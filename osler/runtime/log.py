@@ -1,0 +1,165 @@
+"""What a person sees while the program works: one live line on a terminal, a plain line now and then elsewhere.
+
+Time comes from a monotonic clock, so a clock that is set back harms neither the estimate nor the rhythm. Output that
+cannot be written (a closed terminal, a full log disk) is dropped: no run ends because nobody was watching.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Callable
+from typing import TextIO
+
+_LIVE_SECONDS = 0.2  # a live line is redrawn at most five times a second
+_RATE_WINDOW_SECONDS = 60.0
+_ERASE_LINE = "\r\x1b[K"
+
+_live: list[Progress] = []  # progress lines now on a terminal, so that say() does not write into them
+
+
+class Progress:
+    """Progress through ``total`` units of work, with a rate over the last minute and the time left.
+
+    ``initial`` is what an earlier run had done already. Usable as a context manager.
+    """
+
+    def __init__(
+        self,
+        total: float,
+        unit: str,
+        stream: TextIO | None = None,
+        *,
+        label: str = "",
+        initial: float = 0,
+        plain_seconds: float = 10.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.total = total
+        self.unit = unit
+        self.label = label
+        self.stream = sys.stderr if stream is None else stream
+        self.live = is_terminal(self.stream)
+        self._clock = clock
+        self._every_seconds = _LIVE_SECONDS if self.live else plain_seconds
+        self._done = initial
+        self._fields: dict[str, object] = {}
+        self._marks = collections.deque([(clock(), initial)])
+        self._shown_at: float | None = None
+        self._pending = False
+        self._closed = False
+        if self.live:
+            _live.append(self)
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def update(self, done: float, **fields: object) -> None:
+        """Say that ``done`` units are finished; ``fields`` stay on the line until given again. Cheap to call often."""
+        now = self._clock()
+        self._done = done
+        self._fields.update(fields)
+        self._marks.append((now, done))
+        while len(self._marks) > 2 and now - self._marks[0][0] > _RATE_WINDOW_SECONDS:
+            self._marks.popleft()
+        self._pending = True
+        if self._shown_at is None or now - self._shown_at >= self._every_seconds:
+            self._show(now)
+
+    def close(self) -> None:
+        """Show the last state and leave the cursor on a fresh line; further calls do nothing."""
+        if self._closed:
+            return
+        self._closed = True
+        if self._pending:
+            self._show(self._clock())
+        if self.live:
+            _live.remove(self)
+            if self._shown_at is not None:
+                _write(self.stream, "\n")
+
+    def line(self) -> str:
+        """The text of the line: label, percent, amounts, fields, time left."""
+        share = min(1.0, self._done / self.total) if self.total > 0 else 1.0
+        parts = [self.label] if self.label else []
+        parts.append(f"{100 * share:5.1f}%")
+        parts.append(f"{quantity(self._done)}/{quantity(self.total)} {self.unit}")
+        parts += [f"{name} {quantity(value)}" for name, value in self._fields.items()]
+        seconds = self._seconds_left()
+        if seconds is not None:
+            parts.append(f"ETA {duration(seconds)}")
+        return "  ".join(parts)
+
+    def _seconds_left(self) -> float | None:
+        (first_time, first_done), (last_time, last_done) = self._marks[0], self._marks[-1]
+        if last_time <= first_time or last_done <= first_done or self._done >= self.total:
+            return None
+        return (self.total - last_done) * (last_time - first_time) / (last_done - first_done)
+
+    def _show(self, now: float) -> None:
+        self._shown_at = now
+        self._pending = False
+        if self.live:  # one column stays free: a full last column makes some terminals wrap
+            _write(self.stream, _ERASE_LINE + self.line()[: max(1, _columns(self.stream) - 1)])
+        else:
+            _write(self.stream, self.line() + "\n")
+
+
+def say(text: str, stream: TextIO | None = None) -> None:
+    """Write one line to stderr; a live progress line steps aside and comes back with its next update."""
+    stream = sys.stderr if stream is None else stream
+    erase = _ERASE_LINE if any(progress.stream is stream for progress in _live) else ""
+    _write(stream, f"{erase}{text}\n")
+
+
+def is_terminal(stream: TextIO) -> bool:
+    """Whether a person watches the stream on a terminal that can redraw a line."""
+    try:
+        return stream.isatty() and os.environ.get("TERM") != "dumb"
+    except ValueError:  # the stream is closed
+        return False
+
+
+def quantity(value: object) -> str:
+    """A number for a person to read: ``12.3k``, ``4.00M``, ``0.0123``; anything else as it is."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return str(value)
+    if isinstance(value, int) and abs(value) < 10_000:
+        return str(value)
+    for limit, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e4, "k")):
+        if limit <= abs(value) < 1e15:
+            scale = 1e3 if suffix == "k" else limit
+            return f"{value / scale:.{1 if abs(value) >= 100 * scale else 2}f}{suffix}"
+    return f"{value:.4g}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as ``42s``, ``3m05s``, ``2h07m`` or ``1d03h``."""
+    whole = max(0, round(seconds))
+    minutes, rest = divmod(whole, 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    if days:
+        return f"{days}d{hours:02d}h"
+    if hours:
+        return f"{hours}h{minutes:02d}m"
+    return f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
+
+
+def _columns(stream: TextIO) -> int:
+    try:
+        return os.get_terminal_size(stream.fileno()).columns or 80
+    except (OSError, ValueError):
+        return 80
+
+
+def _write(stream: TextIO, text: str) -> None:
+    with contextlib.suppress(OSError, ValueError):  # the reader is gone, or the stream is closed
+        stream.write(text)
+        stream.flush()

@@ -1,0 +1,67 @@
+"""What the recipes say: the list of them, and one with every default filled in and what follows from it. Torch-free."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any
+
+from osler.config import available_recipes, config, decode, encode, load_recipe
+from osler.model.config import ModelConfig
+from osler.rl.config import GrpoConfig
+from osler.train.config import TrainConfig
+from osler.yaml12 import dump_yaml
+
+
+@config
+class ModelFamily:
+    """A recipe that is nothing but a model, to build on."""
+
+    model: ModelConfig
+
+
+RECIPE_CLASSES: tuple[type[Any], ...] = (ModelFamily, TrainConfig, GrpoConfig)
+
+
+def list_recipes() -> str:
+    """Return name, parameters and description of every recipe, one line each."""
+    rows = []
+    for name, description in available_recipes().items():
+        model = load_recipe(name).get("model")
+        size = f"{decode(ModelConfig, model, source=name).num_parameters:,}" if model else ""
+        rows.append((name, size, description))
+    width = max(len(name) for name, _, _ in rows)
+    return "\n".join(f"{name:<{width}}  {size:>13}  {description}" for name, size, description in rows)
+
+
+def show_recipe(recipe: str, overrides: Sequence[str] = ()) -> str:
+    """Return a recipe as YAML with every default filled in, and what follows from it as comments."""
+    resolved = decode_recipe(load_recipe(recipe, overrides), source=recipe)
+    numbers = derived(resolved)
+    return "\n".join([dump_yaml(encode(resolved)), *(f"# {name}: {value:,}" for name, value in numbers.items())])
+
+
+def decode_recipe(recipe: dict[str, Any], *, source: str = "") -> Any:
+    """Decode a recipe as the class that has most of its keys; of equals, the smallest class."""
+    names = {cls: {field.name for field in fields(cls)} for cls in RECIPE_CLASSES}
+    best = max(RECIPE_CLASSES, key=lambda cls: (len(names[cls] & set(recipe)), -len(names[cls])))
+    return decode(best, recipe, source=source)
+
+
+def derived(resolved: Any) -> dict[str, int]:
+    """Return the numbers that follow from a decoded recipe, each with its name and unit."""
+    numbers: dict[str, int] = {}
+    model = getattr(resolved, "model", None)
+    if isinstance(model, ModelConfig):
+        seq_len = getattr(resolved, "seq_len", model.max_seq_len)
+        numbers["parameters"] = model.num_parameters
+        numbers[f"training FLOPs per token at seq_len {seq_len}"] = model.flops_per_token(seq_len)
+        row = f"bytes of KV cache for one row of {model.max_seq_len} tokens in bf16"
+        numbers[row] = model.kv_cache_bytes(1, model.max_seq_len)
+    if isinstance(resolved, TrainConfig):
+        numbers["optimizer steps"] = resolved.total_steps
+        numbers["training FLOPs"] = resolved.total_tokens * resolved.model.flops_per_token(resolved.seq_len)
+    if isinstance(resolved, GrpoConfig):
+        numbers["completions per step"] = resolved.algorithm.completions_per_step
+        numbers["completion tokens at most"] = resolved.steps * resolved.budget_tokens_per_step
+    return numbers

@@ -1,0 +1,38 @@
+"""The clinic as a task: items of the built-in synthetic world, made on the spot from a seed (a test bench, not
+medical advice).
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from osler.clinic.exam import ClinicItem, exam
+from osler.config import config
+from osler.tasks.item import ExamItem
+
+
+@config
+class ClinicTask:
+    type: Literal["clinic"] = "clinic"
+    split: str = "validation"
+    limit: int = 400
+    seed: int = 0
+    split_seed: int = 0
+
+
+def load(*, split: str = "validation", limit: int = 400, seed: int = 0, split_seed: int = 0) -> list[ExamItem]:
+    """``limit`` items of a clinic split, the same for the same seeds; ``split_seed`` decides what is held out."""
+    return [convert(item) for item in exam(seed, split, limit, split_seed=split_seed)]
+
+
+def convert(item: ClinicItem) -> ExamItem:
+    """A clinic item as an exam item; its group is ``relation/condition``, the fact that it asks for."""
+    return ExamItem(
+        id=item.id,
+        question=item.question,
+        options=tuple(item.options),
+        answer_index=item.answer_index,
+        split=item.split,
+        thinking=item.thinking,
+        group=f"{item.relation}/{item.condition}",
+    )

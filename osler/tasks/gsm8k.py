@@ -1,0 +1,54 @@
+"""GSM8K (Cobbe et al. 2021, arXiv 2110.14168): grade-school arithmetic with a numeric answer, in the schema of
+openai/gsm8k.
+
+The dataset's answer is the worked solution, ``####``, the number. The calculator annotations ``<<48/2=24>>`` are
+removed: they are a tool call of the original paper, not text a reader would write.
+"""
+
+from __future__ import annotations
+
+import re
+from decimal import Decimal, InvalidOperation
+from pathlib import Path
+from typing import Literal
+
+from osler.config import config
+from osler.errors import UserError
+from osler.tasks.item import ExamItem, content_id
+from osler.tasks.rows import Row, read_rows
+
+SCHEMA = "openai/gsm8k (main): question, answer ('... #### number')"
+
+
+@config
+class Gsm8kTask:
+    type: Literal["gsm8k"] = "gsm8k"
+    path: str
+    split: str = ""
+    limit: int | None = None
+
+
+def load(path: str | Path, *, split: str = "", limit: int | None = None) -> list[ExamItem]:
+    """All items of a local file (the first ``limit``), in file order; no options, ``answer`` is the bare number."""
+    return [_item(row, split) for row in read_rows(path)][:limit]
+
+
+def _item(row: Row, split: str) -> ExamItem:
+    question, solution = row.text("question", SCHEMA), row.text("answer", SCHEMA)
+    work, mark, final = solution.rpartition("####")
+    answer = final.strip().replace(",", "")
+    try:
+        if not mark or not Decimal(answer).is_finite():
+            raise InvalidOperation
+    except InvalidOperation:
+        raise UserError(f"{row.where}: 'answer' must end in '#### ' and a number, not in {solution[-40:]!r}.") from None
+    thinking = re.sub(r"<<[^<>]*>>", "", work).strip()
+    return ExamItem(
+        id=content_id("gsm8k", question),
+        question=question,
+        options=(),
+        answer_index=-1,
+        split=split,
+        thinking=thinking,
+        answer=answer,
+    )

@@ -1,0 +1,31 @@
+"""The exams Osler knows: one table from a task's config class to its loader, in plain sight."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Annotated, Any
+
+from osler.config import TAGGED
+from osler.tasks import clinic, gsm8k, medmcqa, medqa, pubmedqa
+from osler.tasks.item import ExamItem
+
+TaskConfig = Annotated[
+    clinic.ClinicTask | medqa.MedqaTask | medmcqa.MedmcqaTask | pubmedqa.PubmedqaTask | gsm8k.Gsm8kTask, TAGGED
+]
+
+TASKS: dict[type, Callable[..., list[ExamItem]]] = {
+    clinic.ClinicTask: clinic.load,
+    medqa.MedqaTask: medqa.load,
+    medmcqa.MedmcqaTask: medmcqa.load,
+    pubmedqa.PubmedqaTask: pubmedqa.load,
+    gsm8k.Gsm8kTask: gsm8k.load,
+}
+
+TASK_CONFIGS: dict[str, type] = {cls.type: cls for cls in TASKS}  # type: ignore[attr-defined]  # every task config has the tag
+
+
+def load_task(config: Any) -> list[ExamItem]:
+    """The items that a task config describes (one of ``TaskConfig``)."""
+    arguments = {field.name: getattr(config, field.name) for field in fields(config) if field.name != "type"}
+    return TASKS[type(config)](**arguments)

@@ -1,0 +1,74 @@
+"""Rewards of reinforcement learning: pure functions of (item, completion), between 0 and 1.
+
+They are string work of bounded length, so they need no time limit. A reward for format alone destroys accuracy (a
+published run fell from 0.228 to 0.025), which is why ``format`` is only good for logging and ``gated_format`` pays for
+form when the answer is right. Scores that are reported never come from here: ``osler.eval.exams`` reads answers with
+its own code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from decimal import Decimal
+from typing import Protocol
+
+from osler.tasks.item import LETTERS, MAX_ANSWER_CHARS, ExamItem, extract_letter, extract_number
+
+MAX_THINKING_CHARS = 2000  # about 400 words: what ``brief_correct`` allows
+
+
+class Completed(Protocol):
+    """What a model wrote after a prompt (``osler.tokenizer.chat.Completion``)."""
+
+    @property
+    def thinking(self) -> str: ...
+    @property
+    def answer(self) -> str | None: ...
+    @property
+    def well_formed(self) -> bool: ...
+
+
+def answered_index(item: ExamItem, completion: Completed) -> int | None:
+    """The option that the completion chose, or None (no answer, ambiguous, or an item without options)."""
+    if completion.answer is None or not item.options:
+        return None
+    return extract_letter(completion.answer, len(item.options), item.options)
+
+
+def correct(item: ExamItem, completion: Completed) -> float:
+    """1 when the answer is right."""
+    if completion.answer is None:
+        return 0.0
+    if item.options:
+        return float(answered_index(item, completion) == item.answer_index)
+    return float(extract_number(completion.answer) == Decimal(item.answer))
+
+
+def format_ok(item: ExamItem, completion: Completed) -> float:
+    """1 when the completion keeps to the template, has some thinking, and answers as taught: ``option text
+    (letter)`` or a number.
+    """
+    answer = (completion.answer or "").strip()
+    if not completion.well_formed or not completion.thinking.strip() or len(answer) > MAX_ANSWER_CHARS:
+        return 0.0
+    if item.options:
+        return float(answer in {f"{option} ({LETTERS[index]})" for index, option in enumerate(item.options)})
+    return float(extract_number(answer) is not None)
+
+
+def gated_format(item: ExamItem, completion: Completed) -> float:
+    """1 for the right answer in the right form; form without the answer earns nothing."""
+    return correct(item, completion) * format_ok(item, completion)
+
+
+def brief_correct(item: ExamItem, completion: Completed) -> float:
+    """1 for the right answer after at most ``MAX_THINKING_CHARS`` characters of thinking."""
+    return correct(item, completion) if len(completion.thinking) <= MAX_THINKING_CHARS else 0.0
+
+
+REWARDS: dict[str, Callable[[ExamItem, Completed], float]] = {
+    "correct": correct,
+    "format": format_ok,
+    "gated_format": gated_format,
+    "brief_correct": brief_correct,
+}

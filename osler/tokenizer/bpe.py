@@ -1,0 +1,271 @@
+"""Byte-level BPE: text to token ids and back, exactly.
+
+The idea: the `tokenizers` library does the work, this module fixes the rules around it. Every one of the 256 bytes is
+in the alphabet, so there is no unknown token and ``decode(encode(s)) == s`` for any text. The pre-tokeniser is GPT-2's
+(Radford et al. 2019) with three changes: digits stand alone (numbers are then compared and added digit by digit),
+combining marks stay with their letter, and a run of line breaks is one piece. Four special tokens mark a conversation;
+a trained vocabulary puts them first (ids 0..3, whatever its size), a loaded one gets the missing ones appended, so no
+existing id ever changes.
+
+A special token can be produced only by the program: text that happens to contain ``<|answer|>`` is encoded as those
+characters. A tokenizer has no state, so there is nothing to resume.
+"""
+
+from __future__ import annotations
+
+import functools
+import gzip
+import json
+import re
+import zlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer as Backend
+
+from osler.errors import UserError
+from osler.runtime.files import fingerprint, read_json
+
+QUESTION = "<|question|>"
+THINKING = "<|thinking|>"
+ANSWER = "<|answer|>"
+EOS = "<|endoftext|>"
+SPECIALS = (EOS, QUESTION, THINKING, ANSWER)
+
+PIECES = (
+    r"'(?:[sdmt]|ll|ve|re)"  # English contractions
+    r"| ?\([A-Z]\)"  # the letter of an option; one token, so that finding it is one step of copying for a small model
+    r"| ?[\p{L}\p{M}]+"  # a word with the space before it
+    r"| ?\p{N}"  # one digit
+    r"| ?[^\s\p{L}\p{M}\p{N}]+"  # punctuation
+    r"|\s*[\r\n]+"  # line breaks
+    r"|\s+(?!\S)|\s+"  # other spaces; the last one before a word belongs to the word
+)
+
+
+class Tokenizer:
+    """Encodes text as token ids and decodes them; immutable, safe to share between threads."""
+
+    def __init__(self, backend: Backend) -> None:
+        """Wrap a `tokenizers` object, which must not be changed later; switches padding, truncation and dropout off."""
+        backend.no_padding()
+        backend.no_truncation()
+        if isinstance(backend.model, models.BPE):
+            backend.model.dropout = None
+        backend.encode_special_tokens = True  # a special token inside text is plain text
+        self._backend = backend
+        added = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
+        names = added | {name for name in SPECIALS if backend.token_to_id(name) is not None}
+        vocab: dict[str, int] = backend.get_vocab(with_added_tokens=True)
+        self._special_ids = {name: vocab[name] for name in sorted(names)}
+        self.vocab_size = max(vocab.values(), default=-1) + 1  # the smallest number above every id
+        self._special_id_set = frozenset(self._special_ids.values())
+        longest_first = sorted(names, key=lambda name: (-len(name), name))
+        self._special_pattern = re.compile("|".join(map(re.escape, longest_first))) if names else None
+
+    @classmethod
+    def load(cls, path: str | Path) -> Tokenizer:
+        """Read a tokenizer.json[.gz], GPT-2's pair vocab.bpe + encoder.json (either), or a folder with one of these.
+
+        The ids are those of the file; call `with_specials` to add Osler's special tokens. Raises UserError.
+        """
+        path = Path(path)
+        if path.is_dir():
+            names = ("tokenizer.json", "tokenizer.json.gz", "vocab.bpe")
+            found = next((path / name for name in names if (path / name).is_file()), None)
+            if found is None:
+                raise UserError(f"{path} holds no tokenizer: none of {', '.join(names)} is in it.")
+            path = found
+        if not path.is_file():
+            raise UserError(f"There is no tokenizer at {path}.")
+        if path.name in ("vocab.bpe", "encoder.json"):
+            return cls.from_bytes(
+                _gpt2_pair_as_json(path.parent), name=f"The pair vocab.bpe and encoder.json in {path.parent}"
+            )
+        data = path.read_bytes()
+        if path.suffix == ".gz":
+            try:
+                data = gzip.decompress(data)
+            except (OSError, EOFError, zlib.error) as error:
+                raise UserError(f"{path} is not a whole gzip file: {error}. Copy it again.") from None
+        return cls.from_bytes(data, name=str(path))
+
+    @classmethod
+    def from_bytes(cls, data: bytes, *, name: str = "These bytes") -> Tokenizer:
+        """Read the content of a tokenizer.json; `name` is what an error calls it. Raises UserError."""
+        try:
+            return cls(Backend.from_buffer(data))
+        except ValueError as error:  # the one exception that the library raises for any malformed file
+            raise UserError(f"{name} cannot be read as a tokenizer.json: {error}.") from None
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int, specials: Sequence[str] = SPECIALS) -> Tokenizer:
+        """Learn byte-level BPE merges from `texts`; the same texts in the same order give the same tokenizer.
+
+        `vocab_size` counts the special tokens (which come first) and the 256 bytes; little text may yield fewer tokens.
+        """
+        smallest = 256 + len(specials)
+        if vocab_size < smallest:
+            raise UserError(
+                f"vocab_size={vocab_size} is too small: the 256 bytes and {len(specials)} special tokens need at least "
+                f"{smallest}."
+            )
+        backend = Backend(models.BPE())
+        backend.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(PIECES), behavior="isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
+        backend.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=list(specials),
+            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+            show_progress=False,
+        )
+        backend.train_from_iterator(texts, trainer)
+        return cls(backend)
+
+    def with_specials(self, specials: Sequence[str] = SPECIALS) -> Tokenizer:
+        """Return a tokenizer in which `specials` are special tokens: those it lacks are appended after its last id."""
+        if all(self._is_added_special(name) for name in specials):
+            return self
+        backend = Backend.from_str(self._backend.to_str())
+        backend.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in specials])
+        return Tokenizer(backend)
+
+    def to_bytes(self) -> bytes:
+        """Return the tokenizer as the content of a tokenizer.json, which `from_bytes` and Hugging Face tools read."""
+        return self._backend.to_str(pretty=True).encode("utf-8")
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """16 hex digits over all that decides the ids: vocabulary, merges, added tokens, normaliser, pre-tokeniser.
+
+        Fields that are off are left out, so that a library version that writes a new default does not change it.
+        """
+        content: dict[str, Any] = json.loads(self._backend.to_str())
+        model = {key: value for key, value in content["model"].items() if value not in (None, False, "")}
+        added = [[token["id"], token["content"], token["special"]] for token in content["added_tokens"]]
+        return fingerprint([model, added, content["normalizer"], content["pre_tokenizer"]])
+
+    @property
+    def eos_id(self) -> int:
+        """The id of ``<|endoftext|>``."""
+        return self.special_id(EOS)
+
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """The ids of all special tokens."""
+        return self._special_id_set
+
+    def special_id(self, name: str) -> int:
+        """Return the id of a special token; UserError when the tokenizer does not have it."""
+        if name not in self._special_ids:
+            have = ", ".join(self._special_ids) or "none"
+            raise UserError(f"The tokenizer has no special token {name} (it has: {have}); with_specials() adds it.")
+        return self._special_ids[name]
+
+    def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
+        """Return the ids of `text`; only with `allow_special` do special tokens written in it become their ids."""
+        if not allow_special or self._special_pattern is None:
+            return self.encode_batch([text])[0]
+        ids: list[int] = []
+        start = 0
+        for match in self._special_pattern.finditer(text):
+            ids += self.encode(text[start : match.start()])
+            ids.append(self._special_ids[match.group()])
+            start = match.end()
+        return ids + self.encode(text[start:])
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Encode several texts at once, on all cores; special tokens written in them are plain text."""
+        try:
+            encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        except (TypeError, UnicodeEncodeError):
+            raise UserError(_describe_bad_text(texts)) from None
+        batch: list[list[int]] = [encoding.ids for encoding in encodings]
+        if self._special_pattern is not None:
+            for index, text in enumerate(texts):
+                if self._special_pattern.search(text) and not self._special_id_set.isdisjoint(batch[index]):
+                    batch[index] = self._encode_cut(text)
+        return batch
+
+    def decode(self, ids: Sequence[int], skip_special: bool = False) -> str:
+        """Return the text of `ids`; bytes that are not UTF-8 (a character cut in two) become U+FFFD."""
+        if skip_special:
+            ids = [token_id for token_id in ids if token_id not in self._special_id_set]
+        return str(self._backend.decode(list(ids), skip_special_tokens=False))
+
+    def byte_lengths(self) -> list[int]:
+        """Return, per id, how many UTF-8 bytes of text it stands for: 0 for special tokens. For bits per byte.
+
+        Raises UserError when the vocabulary is not byte-level, where a token has no fixed number of bytes.
+        """
+        if not isinstance(self._backend.decoder, decoders.ByteLevel):
+            raise UserError(
+                "Bytes per token are known for byte-level tokenizers only; this one decodes in another way."
+            )
+        lengths = [0] * self.vocab_size
+        for token, token_id in self._backend.get_vocab(with_added_tokens=True).items():
+            lengths[token_id] = 0 if token_id in self._special_id_set else len(token)
+        return lengths
+
+    def _is_added_special(self, name: str) -> bool:
+        token = self._backend.get_added_tokens_decoder().get(self._special_ids.get(name, -1))
+        return token is not None and token.special
+
+    def _encode_cut(self, text: str) -> list[int]:
+        """Encode a text whose special-token strings are single BPE tokens too, by cutting inside each of them."""
+        assert self._special_pattern is not None
+        match = self._special_pattern.search(text)
+        if match is None or len(match.group()) == 1:
+            return list(self._backend.encode(text, add_special_tokens=False).ids)
+        cut = match.start() + 1
+        return list(self._backend.encode(text[:cut], add_special_tokens=False).ids) + self._encode_cut(text[cut:])
+
+
+def _gpt2_pair_as_json(folder: Path) -> bytes:
+    """Write GPT-2's vocab.bpe (merges, best first) and encoder.json (token to id) as one tokenizer.json."""
+    merges_path, vocab_path = folder / "vocab.bpe", folder / "encoder.json"
+    for path in (merges_path, vocab_path):
+        if not path.is_file():
+            raise UserError(f"A GPT-2 vocabulary is the two files vocab.bpe and encoder.json; {path} is missing.")
+    vocab = read_json(vocab_path)
+    try:
+        lines = merges_path.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{merges_path} is not UTF-8 text: {error}.") from None
+    merges: list[list[str]] = []
+    for number, line in enumerate(lines, 1):
+        if not line or line.startswith("#version"):
+            continue
+        pair = line.split(" ")
+        if len(pair) != 2 or not all(pair):
+            raise UserError(f"{merges_path}:{number} is not a merge (two tokens with a space between): {line!r}.")
+        merges.append(pair)
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    content: dict[str, Any] = {
+        "version": "1.0",
+        "added_tokens": [],
+        "normalizer": None,
+        "pre_tokenizer": byte_level,
+        "post_processor": None,
+        "decoder": byte_level,
+        "model": {"type": "BPE", "vocab": vocab, "merges": merges},
+    }
+    return json.dumps(content, ensure_ascii=False).encode("utf-8")
+
+
+def _describe_bad_text(texts: Sequence[str]) -> str:
+    """Say which character the library refused: half of a surrogate pair, which no UTF-8 can write."""
+    for text in texts:
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            half = text[error.start]
+            return f"A text holds half a character (a lone surrogate, {half!r}) at position {error.start}."
+    return "A text cannot be written as UTF-8."

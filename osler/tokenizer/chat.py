@@ -1,0 +1,94 @@
+"""The conversation template: question, thinking, answer as one row of ids with a loss mask, and the way back.
+
+    <|question|> Q <|thinking|> T <|answer|> A <|endoftext|>
+    <|question|> Q <|answer|> A <|endoftext|>                   (without reasoning)
+
+The prompt ends with the token after which the model goes on by itself; the loss mask is 1 from there to the end. The
+three texts are encoded apart from each other, so a prompt has the same ids in training and in generation, and text
+cannot forge a marker (see `osler.tokenizer.bpe`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from osler.tokenizer.bpe import ANSWER, EOS, QUESTION, THINKING, Tokenizer
+
+__all__ = ["ANSWER", "EOS", "QUESTION", "THINKING"]  # the markers belong to the template, wherever they are defined
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One question with its answer; `thinking` None means an example without reasoning."""
+
+    question: str
+    thinking: str | None
+    answer: str
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What a model produced after the prompt.
+
+    `answer` is None when it never reached one; `finished` says whether it ended by itself (``<|endoftext|>``);
+    `well_formed` whether it kept to the template exactly: each marker once, nothing after the end.
+    """
+
+    thinking: str
+    answer: str | None
+    finished: bool
+    well_formed: bool
+
+
+def encode_prompt(tokenizer: Tokenizer, question: str, *, reasoning: bool = True) -> list[int]:
+    """Return the ids up to where the model goes on: ``<|thinking|>`` is last, or ``<|answer|>`` without reasoning."""
+    last = THINKING if reasoning else ANSWER
+    return [tokenizer.special_id(QUESTION), *tokenizer.encode(question), tokenizer.special_id(last)]
+
+
+def encode_example(tokenizer: Tokenizer, turn: Turn) -> tuple[list[int], list[int]]:
+    """Return ids and loss mask (same length) of a whole example; 1 marks what the model must produce."""
+    return encode_examples(tokenizer, [turn])[0]
+
+
+def encode_examples(tokenizer: Tokenizer, turns: Sequence[Turn]) -> list[tuple[list[int], list[int]]]:
+    """Encode several examples at once; see `encode_example`."""
+    texts = [text for turn in turns for text in (turn.question, turn.thinking or "", turn.answer)]
+    encoded = tokenizer.encode_batch(texts)
+    question_id, thinking_id, answer_id = (tokenizer.special_id(name) for name in (QUESTION, THINKING, ANSWER))
+    eos_id = tokenizer.eos_id
+    examples = []
+    for index, turn in enumerate(turns):
+        question, thinking, answer = encoded[3 * index : 3 * index + 3]
+        if turn.thinking is None:
+            prompt, target = [question_id, *question, answer_id], [*answer, eos_id]
+        else:
+            prompt, target = [question_id, *question, thinking_id], [*thinking, answer_id, *answer, eos_id]
+        examples.append((prompt + target, [0] * len(prompt) + [1] * len(target)))
+    return examples
+
+
+def parse_completion(tokenizer: Tokenizer, ids: Sequence[int], *, reasoning: bool = True) -> Completion:
+    """Read the ids that followed a prompt, well-formed or not; never raises on what a model can produce.
+
+    All before the first ``<|answer|>`` is thinking, the answer runs from there to the next special token, and nothing
+    after the first ``<|endoftext|>`` counts. `reasoning` tells which prompt it was: without it the ids are the answer.
+    """
+    ids = list(ids)
+    eos_id, answer_id = tokenizer.eos_id, tokenizer.special_id(ANSWER)
+    finished = eos_id in ids
+    body = ids[: ids.index(eos_id)] if finished else ids
+    markers = [token_id for token_id in body if token_id in tokenizer.special_ids]
+    well_formed = finished and len(body) + 1 == len(ids) and markers == ([answer_id] if reasoning else [])
+    if reasoning and answer_id not in body:
+        return Completion(tokenizer.decode(body, skip_special=True).strip(), None, finished, False)
+    split = body.index(answer_id) + 1 if reasoning else 0
+    thinking, answer = body[: max(split - 1, 0)], body[split:]
+    end = next((index for index, token_id in enumerate(answer) if token_id in tokenizer.special_ids), len(answer))
+    return Completion(
+        thinking=tokenizer.decode(thinking, skip_special=True).strip(),
+        answer=tokenizer.decode(answer[:end]).strip(),
+        finished=finished,
+        well_formed=well_formed,
+    )

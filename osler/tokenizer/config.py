@@ -1,0 +1,18 @@
+"""Which tokenizer a run uses. Torch-free."""
+
+from __future__ import annotations
+
+from osler.config import config
+
+
+@config
+class TokenizerConfig:
+    """``path`` loads a tokenizer.json (or GPT-2's vocab.bpe + encoder.json); without it one is trained on the run's own text."""
+
+    path: str | None = None
+    vocab_size: int = 2048  # of a tokenizer that is trained; a loaded one has its own
+    max_bytes: int = 32_000_000  # of text to train on; more is sampled evenly
+
+    def __post_init__(self) -> None:
+        if self.path is None and self.vocab_size < 300:
+            raise ValueError(f"vocab_size {self.vocab_size} is too small: 256 bytes and the special tokens need 300")

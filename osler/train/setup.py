@@ -1,0 +1,112 @@
+"""What a training run stands on before its first step: device and precision, model, tokenizer, data on disk."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from osler.data.sources import train_tokenizer
+from osler.errors import UserError
+from osler.inference.load import load_model
+from osler.model.config import ModelConfig
+from osler.model.transformer import Transformer
+from osler.runtime.device import compile_works, pick_device, pick_dtype
+from osler.runtime.files import RunFolder, write_atomic, write_json
+from osler.runtime.log import say
+from osler.tokenizer.bpe import Tokenizer
+from osler.train.config import TrainConfig
+
+COMPILE_MIN_STEPS = 100  # compiling costs 10 to 30 seconds; shorter runs end sooner without it
+PACKAGES = ("osler", "torch", "numpy", "tokenizers", "safetensors", "pydantic", "pyarrow")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where and how a run computes."""
+
+    device: torch.device
+    dtype: torch.dtype
+    compile: bool
+
+    @property
+    def eager_dtype(self) -> torch.dtype:
+        """For evaluation and sampling, which are not compiled: eager bf16 operators are slow on a CPU."""
+        return torch.float32 if self.device.type == "cpu" else self.dtype
+
+
+def choose_machine(device: str, precision: str, compile_mode: str, *, steps: int) -> Machine:
+    """Device, dtype and whether to compile; ``auto`` decides by trying it on this machine.
+
+    On a CPU bf16 goes with compilation: eager bf16 operators are an order of magnitude slower than fp32 there.
+    """
+    chosen = pick_device(device)
+    wanted = compile_mode == "always" or (compile_mode == "auto" and steps >= COMPILE_MIN_STEPS)
+    works, reason = compile_works(chosen) if wanted else (False, "")
+    if wanted and not works:
+        if compile_mode == "always":
+            raise UserError(f"compile=always, but torch.compile does not work here: {reason}")
+        say(f"torch.compile does not work here ({reason}); training without it, several times slower.")
+    if precision == "auto" and chosen.type == "cpu" and not works:
+        precision = "fp32"
+    return Machine(chosen, pick_dtype(precision, chosen), works)
+
+
+def make_tokenizer(config: TrainConfig, out: Path) -> Tokenizer:
+    """The run's tokenizer: the one in ``out`` from before, the one at ``tokenizer.path``, or one trained on the run's text."""
+    if out.exists():
+        return Tokenizer.load(out)
+    if config.tokenizer.path is not None:
+        tokenizer = Tokenizer.load(config.tokenizer.path).with_specials()
+    else:
+        say(f"Training a tokenizer of {config.tokenizer.vocab_size:,} tokens on the run's own text.")
+        tokenizer = train_tokenizer(config.data, config.tokenizer.vocab_size, max_bytes=config.tokenizer.max_bytes)
+    write_atomic(out, tokenizer.to_bytes())
+    return tokenizer
+
+
+def make_model(config: TrainConfig, machine: Machine) -> tuple[Transformer, Tokenizer | None, TrainConfig]:
+    """The model to train, and with ``init_from`` its tokenizer and the config with the shape it really has."""
+    if config.init_from is None:
+        model = Transformer(config.model, compute_dtype=machine.dtype)
+        model.init_weights(config.seed)
+        return model.to(machine.device), None, config
+    loaded = load_model(config.init_from, device=machine.device, compute_dtype=machine.dtype)
+    if config.seq_len > loaded.model.config.max_seq_len:
+        raise UserError(
+            f"seq_len {config.seq_len} is longer than the {loaded.model.config.max_seq_len} tokens (max_seq_len) that the model in "
+            f"{loaded.path} allows."
+        )
+    return loaded.model.train(), loaded.tokenizer, replace(config, model=loaded.model.config)
+
+
+def check_vocabulary(model: ModelConfig, tokenizer: Tokenizer) -> None:
+    """Refuse a tokenizer with more tokens than the model has rows for."""
+    if tokenizer.vocab_size > model.vocab_size:
+        raise UserError(
+            f"The tokenizer has {tokenizer.vocab_size:,} tokens, the model only {model.vocab_size:,}: set "
+            f"model.vocab_size={tokenizer.vocab_size}."
+        )
+
+
+def describe_run(run: RunFolder, machine: Machine) -> None:
+    """Write ``versions.json``: packages and machine, for the report and for whoever repeats the run."""
+    versions: dict[str, Any] = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    versions["machine"] = {
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "device": str(machine.device) if machine.device.type == "cpu" else torch.cuda.get_device_name(machine.device),
+        "threads": torch.get_num_threads(),
+        "dtype": str(machine.dtype).removeprefix("torch."),
+        "compiled": machine.compile,
+    }
+    write_json(run.root / "versions.json", versions)

@@ -1,0 +1,218 @@
+"""The supervised training loop, shared by pretraining and fine-tuning.
+
+Resume is exact: a checkpoint holds model, optimizer, step and the half-filled log window; the order of data is a function of the
+step; nothing else is random. (A run limited by ``max_minutes`` also saves its clock, but how many steps fit the rest depends on
+the machine.) A checkpoint comes before every evaluation, so an evaluation that fails costs nothing.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+
+from osler.checkpoint import store
+from osler.checkpoint.state import flatten_optimizer, restore_optimizer
+from osler.data.loader import Batch
+from osler.errors import UserError
+from osler.model.transformer import Transformer
+from osler.monitor.sinks import JsonlSink
+from osler.optim.schedule import lr_scale
+from osler.runtime.files import RunFolder
+from osler.runtime.log import Progress, say
+from osler.runtime.stop import StopFlag
+from osler.train.config import TrainConfig
+from osler.train.step import StepResult, TrainStep
+
+PLANNED_SHARE = 0.97  # of the minutes asked for: the rest is for the last checkpoint and evaluation
+
+
+class Trainer:
+    """Trains ``model`` on batches until ``total_tokens`` (or the clock), writing metrics and checkpoints to ``run``.
+
+    ``batches(step)`` iterates over global batches from a step on; ``evaluate`` returns metrics of the model as it is;
+    ``files`` and ``fingerprints`` go into every checkpoint, which is refused on resume when the fingerprints differ.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        *,
+        model: Transformer,
+        optimizer: torch.optim.Optimizer,
+        train_step: TrainStep,
+        batches: Callable[[int], Iterator[Batch]],
+        evaluate: Callable[[], dict[str, float]],
+        probe: Callable[[], dict[str, float]],
+        run: RunFolder,
+        files: Mapping[str, bytes],
+        fingerprints: Mapping[str, str],
+        started: float,
+    ) -> None:
+        self.config = config
+        self.model = model
+        self.optimizer = optimizer
+        self.train_step = train_step
+        self.batches = batches
+        self.evaluate = evaluate
+        self.probe = probe
+        self.run = run
+        self.files = files
+        self.fingerprints = fingerprints
+        self.started = started  # time.monotonic() at which this process began to work on the run
+        self.earlier_seconds = 0.0  # spent by the processes before this one
+        self.step = 0
+        self.total_tokens = config.total_tokens
+        self.best_loss = math.inf
+        self.skipped_in_a_row = 0
+        self.window: list[list[float]] = []  # loss, gradient norm and skip flag of each step since the last log line
+        self.on_device: list[StepResult] = []  # the same, not yet fetched
+
+    @property
+    def tokens(self) -> int:
+        return self.step * self.config.batch_tokens
+
+    @property
+    def seconds(self) -> float:
+        return self.earlier_seconds + time.monotonic() - self.started
+
+    def fit(self) -> bool:
+        """Train to the end; False when asked to stop before (everything is saved then)."""
+        config = self.config
+        sink = JsonlSink(self.run.metrics, resume_step=self.step if self.step else -1)
+        progress = Progress(self.total_tokens, "tokens", label=config.kind, initial=self.tokens)
+        with StopFlag() as stop, sink, progress:
+            batches = self.batches(self.step)
+            mark = (self.step, time.monotonic())
+            while self.tokens < self.total_tokens:
+                middle = self.tokens + config.batch_tokens // 2
+                scale = lr_scale(config.schedule, middle, self.total_tokens)
+                self.on_device.append(self.train_step(next(batches), scale))
+                self.step += 1
+                if self.step % config.log_every_steps == 0:
+                    mark = self._log(sink, progress, mark, scale)
+                done = self.tokens >= self.total_tokens
+                save_due = self._crossed(config.save_every_tokens) or done or stop.requested
+                eval_due = self._crossed(config.eval_every_tokens) or done
+                probe_due = config.exam.every_tokens > 0 and (self._crossed(config.exam.every_tokens) or done)
+                if save_due or eval_due or probe_due:
+                    self.save()
+                if stop.requested and not done:
+                    return False
+                if eval_due or probe_due:
+                    before = time.monotonic()
+                    self._evaluate(sink, progress, eval_due, probe_due)
+                    mark = (mark[0], mark[1] + time.monotonic() - before)
+        return True
+
+    def save(self) -> None:
+        """Write a checkpoint; a disk that is full or fails is reported and the run goes on with the earlier ones."""
+        self._fetch()
+        optimizer_tensors, optimizer_state = flatten_optimizer(self.optimizer, self.model.named_parameters())
+        state = {
+            "kind": self.config.kind,
+            "step": self.step,
+            "tokens": self.tokens,
+            "total_tokens": self.total_tokens,
+            "seconds": self.seconds,
+            "skipped_in_a_row": self.skipped_in_a_row,
+            "window": [[value if math.isfinite(value) else None for value in row] for row in self.window],
+            "fingerprints": dict(self.fingerprints),
+            "optimizer": optimizer_state,
+        }
+        tensors = {"model": self.model.state_dict(), "optimizer": optimizer_tensors}
+        keep = self.config.keep_last
+        try:
+            store.save(self.run.checkpoints, self.step, tensors=tensors, state=state, files=self.files, keep_last=keep)
+        except store.CheckpointSaveError as error:
+            say(f"Warning: {error} The run goes on; earlier checkpoints are untouched.")
+
+    def restore(self, loaded: store.Loaded) -> None:
+        """Continue from a checkpoint of this run, bit for bit."""
+        check_fingerprints(loaded.state["fingerprints"], self.fingerprints, loaded.path)
+        self.model.load_state_dict(loaded.tensors["model"])
+        state = loaded.state
+        restore_optimizer(self.optimizer, self.model.named_parameters(), loaded.tensors["optimizer"], state["optimizer"])
+        self.step, self.earlier_seconds = state["step"], state["seconds"]
+        self.total_tokens = state["total_tokens"] if self.config.max_minutes else self.config.total_tokens
+        # Read from the folder, because a checkpoint is written before the evaluation that may make it the best.
+        best = store.best_checkpoint(self.run.checkpoints)
+        self.best_loss = best.value if best is not None and best.value is not None and best.step <= self.step else math.inf
+        self.skipped_in_a_row = state["skipped_in_a_row"]
+        self.window = [[math.nan if value is None else value for value in row] for row in state["window"]]
+
+    def _crossed(self, every_tokens: int) -> bool:
+        return self.tokens // every_tokens > (self.tokens - self.config.batch_tokens) // every_tokens
+
+    def _fetch(self) -> None:
+        """Bring what the steps left on the device to the host: the only wait for the device between evaluations."""
+        if not self.on_device:
+            return
+        rows = torch.stack([torch.stack(result) for result in self.on_device]).tolist()
+        self.on_device.clear()
+        for row in rows:
+            self.skipped_in_a_row = self.skipped_in_a_row + 1 if row[2] else 0
+        self.window += rows
+
+    def _log(self, sink: JsonlSink, progress: Progress, mark: tuple[int, float], scale: float) -> tuple[int, float]:
+        self._fetch()
+        now = time.monotonic()
+        speed = (self.step - mark[0]) * self.config.batch_tokens / (now - mark[1])
+        if self.config.max_minutes:
+            self._replan(speed)
+            progress.total = self.total_tokens
+        losses = [row[0] for row in self.window if math.isfinite(row[0])]
+        loss = sum(losses) / len(losses) if losses else math.nan
+        metrics: dict[str, float] = {
+            "train/loss": loss,
+            "train/lr": self.config.optim.lr * scale,
+            "train/grad_norm": self.window[-1][1],
+            "train/skipped_steps": sum(row[2] for row in self.window),
+            "perf/tokens_per_second": speed,
+        }
+        self.window = []
+        sink.write(self.step, self.tokens, metrics)
+        progress.update(self.tokens, loss=f"{loss:.3f}", **{"tokens/s": f"{speed:,.0f}"})
+        if self.skipped_in_a_row >= self.config.max_skipped_steps:
+            raise UserError(
+                f"The gradient was not finite for {self.skipped_in_a_row} steps in a row (step {self.step}); those steps "
+                f"changed nothing. Lower optim.lr (now {self.config.optim.lr:g}) or check the data; checkpoints are in "
+                f"{self.run.checkpoints}."
+            )
+        return self.step, now
+
+    def _replan(self, speed: float) -> None:
+        """Fit the tokens of the run to the clock: the rest of the time at the speed just measured."""
+        assert self.config.max_minutes is not None
+        left = max(0.0, self.config.max_minutes * 60 * PLANNED_SHARE - self.seconds)
+        self.total_tokens = max(self.tokens + int(left * speed), self.tokens)
+
+    def _evaluate(self, sink: JsonlSink, progress: Progress, eval_due: bool, probe_due: bool) -> None:
+        before = time.monotonic()
+        metrics = self.evaluate() if eval_due else {}
+        if probe_due:
+            metrics |= self.probe()
+        sink.write(self.step, self.tokens, {**metrics, "eval/seconds": time.monotonic() - before})
+        loss = metrics.get("eval/loss", math.inf)
+        if loss < self.best_loss:
+            self.best_loss = loss
+            saved = self.run.checkpoints / store.folder_name(self.step)
+            if saved.is_dir():
+                store.mark_best(saved, "eval/loss", loss)
+        shown = {name.removeprefix("eval/"): value for name, value in metrics.items() if name != "eval/seconds"}
+        say(f"step {self.step}: " + ", ".join(f"{name} {value:.4f}" for name, value in shown.items()))
+        progress.update(self.tokens)
+
+
+def check_fingerprints(saved: Mapping[str, str], current: Mapping[str, Any], checkpoint: object) -> None:
+    """Refuse to continue a checkpoint with another tokenizer or other data than it was trained with."""
+    for name, value in current.items():
+        if saved.get(name) != value:
+            raise UserError(
+                f"The {name} changed since checkpoint {checkpoint} was written: its fingerprint is {value} and was "
+                f"{saved.get(name)}. Continuing would silently train on something else; restore it, or start a new run with "
+                f"--run NEW_FOLDER init_from={checkpoint}."
+            )

@@ -1,0 +1,126 @@
+"""An optimizer taken to disk and back makes the very steps it would have made."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from osler.checkpoint.state import flatten_optimizer, random_state, restore_optimizer, restore_random_state
+from osler.checkpoint.store import load, save
+from osler.errors import UserError
+
+
+def build(**options) -> tuple[torch.nn.Module, torch.optim.AdamW]:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Tanh(), torch.nn.Linear(16, 4))
+    decayed = [p for p in model.parameters() if p.dim() == 2]
+    plain = [p for p in model.parameters() if p.dim() < 2]
+    groups = [{"params": decayed, "weight_decay": 0.1, "name": "decayed"}, {"params": plain, "weight_decay": 0.0}]
+    return model, torch.optim.AdamW(groups, lr=1e-2, betas=(0.8, 0.95), **options)
+
+
+def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer, first: int, last: int) -> None:
+    for step in range(first, last):
+        x = torch.randn(32, 8, generator=torch.Generator().manual_seed(step))
+        optimizer.zero_grad()
+        (model(x) ** 2 + x.sum()).mean().backward()
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-2 / (1 + step)
+        optimizer.step()
+
+
+@pytest.mark.parametrize(
+    ("options", "resumed_options"),
+    [({}, {}), ({"fused": True}, {"fused": True}), ({"foreach": True}, {"foreach": False}), ({"amsgrad": True}, {})],
+)
+def test_five_more_steps_are_equal_to_the_last_bit(tmp_path, options, resumed_options):
+    model, optimizer = build(**options)
+    train(model, optimizer, 0, 5)
+    tensors, state = flatten_optimizer(optimizer, model.named_parameters())
+    path = save(tmp_path, 5, tensors={"model": model.state_dict(), "optimizer": tensors}, state={"optimizer": state})
+    train(model, optimizer, 5, 10)
+
+    resumed, resumed_optimizer = build(**resumed_options)
+    loaded = load(path)
+    resumed.load_state_dict(loaded.tensors["model"])
+    untouched = {name: tensor.clone() for name, tensor in loaded.tensors["optimizer"].items()}
+    restore_optimizer(
+        resumed_optimizer, resumed.named_parameters(), loaded.tensors["optimizer"], loaded.state["optimizer"]
+    )
+    train(resumed, resumed_optimizer, 5, 10)
+
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, resumed.state_dict()[name]), name
+    expected, expected_state = flatten_optimizer(optimizer, model.named_parameters())
+    actual, actual_state = flatten_optimizer(resumed_optimizer, resumed.named_parameters())
+    assert expected_state == actual_state
+    assert expected.keys() == actual.keys()
+    assert all(torch.equal(expected[name], actual[name]) for name in expected)
+    assert all(torch.equal(untouched[name], loaded.tensors["optimizer"][name]) for name in untouched)
+
+
+def test_hyperparameters_come_from_the_checkpoint_with_their_types():
+    model, optimizer = build()
+    train(model, optimizer, 0, 1)
+    tensors, state = flatten_optimizer(optimizer, model.named_parameters())
+    other_model, other = build(fused=True)
+    other.param_groups[0]["lr"] = 5.0
+    restore_optimizer(other, other_model.named_parameters(), tensors, json.loads(json.dumps(state)))
+    assert other.param_groups[0]["lr"] == 1e-2
+    assert other.param_groups[0]["betas"] == (0.8, 0.95)
+    assert other.param_groups[0]["name"] == "decayed"
+    assert other.param_groups[0]["fused"] is True
+
+
+def test_an_optimizer_that_never_stepped_comes_back():
+    model, optimizer = build()
+    tensors, state = flatten_optimizer(optimizer, model.named_parameters())
+    assert tensors == {}
+    train(model, optimizer, 0, 2)
+    restore_optimizer(optimizer, model.named_parameters(), tensors, state)
+    assert len(optimizer.state) == 0
+
+
+def test_state_keeps_its_own_dtype_and_plain_entries():
+    weight = torch.nn.Parameter(torch.zeros(3, 2, dtype=torch.bfloat16))
+    optimizer = torch.optim.SGD([weight], lr=torch.tensor(0.5), momentum=0.9)
+    momentum = torch.full((3, 2), 1 / 3)
+    optimizer.state[weight] = {"momentum": momentum, "steps": 7, "nothing": None, "pair": (1, 2.5)}
+    tensors, state = flatten_optimizer(optimizer, {"w": weight})
+    fresh = torch.optim.SGD([weight], lr=torch.tensor(0.1), momentum=0.9)
+    restore_optimizer(fresh, {"w": weight}, tensors, json.loads(json.dumps(state)))
+    entry = fresh.state[weight]
+    assert entry["momentum"].dtype == torch.float32 and torch.equal(entry["momentum"], momentum)
+    assert (entry["steps"], entry["nothing"], entry["pair"]) == (7, None, (1, 2.5))
+    assert fresh.param_groups[0]["lr"].item() == 0.5
+
+
+def test_another_model_is_refused_and_the_optimizer_left_as_it_was():
+    model, optimizer = build()
+    train(model, optimizer, 0, 1)
+    tensors, state = flatten_optimizer(optimizer, model.named_parameters())
+    before = len(optimizer.state)
+
+    renamed = {f"model.{name}": parameter for name, parameter in model.named_parameters()}
+    with pytest.raises(UserError, match="does not fit"):
+        restore_optimizer(optimizer, renamed, tensors, state)
+    wrong_shape = {**state, "shapes": {**state["shapes"], "0.weight": [9, 9]}}
+    with pytest.raises(UserError, match=r"0\.weight is \[9, 9\]"):
+        restore_optimizer(optimizer, model.named_parameters(), tensors, wrong_shape)
+    with pytest.raises(UserError, match="lacks the tensor"):
+        restore_optimizer(optimizer, model.named_parameters(), {}, state)
+    assert len(optimizer.state) == before
+
+    with pytest.raises(ValueError, match="without a name"):
+        flatten_optimizer(optimizer, {})
+
+
+def test_random_states_repeat_the_draws(tmp_path):
+    torch.manual_seed(3)
+    torch.rand(5)
+    path = save(tmp_path, 1, tensors={"random": random_state()}, state={})
+    expected = torch.rand(5), torch.randn(5)
+    restore_random_state(load(path).tensors["random"])
+    assert torch.equal(torch.rand(5), expected[0]) and torch.equal(torch.randn(5), expected[1])

@@ -1,0 +1,438 @@
+"""Checkpoints come back bit for bit, damage is noticed and fallen back from, and rotation keeps what matters."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pickle
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from osler.checkpoint import manifest
+from osler.checkpoint.store import (
+    CheckpointSaveError,
+    best_checkpoint,
+    describe_skipped,
+    load,
+    mark_best,
+    newest_good,
+    resolve,
+    save,
+    verify,
+)
+from osler.checkpoint.tensors import DTYPE_NAMES
+from osler.errors import UserError
+from osler.runtime import faults
+
+FILES = ["config.yaml", "manifest.json", "model.safetensors", "optimizer.safetensors", "state.json", "tokenizer.json"]
+
+
+def put(root: Path, step: int, **options) -> Path:
+    generator = torch.Generator().manual_seed(step)
+    model = {"weight": torch.randn(40, 30, generator=generator), "bias": torch.randn(7, generator=generator)}
+    optimizer = {"weight/exp_avg": torch.randn(40, 30, generator=generator), "weight/step": torch.tensor(float(step))}
+    return save(
+        root,
+        step,
+        tensors={"model": model, "optimizer": optimizer},
+        state={"step": step, "loss": 0.1 * step},
+        files={"tokenizer.json": b'{"vocab": {}}' * 20, "config.yaml": b"seed: 1\n"},
+        **{"keep_last": 3, **options},
+    )
+
+
+def steps(root: Path) -> list[int]:
+    return sorted(int(path.name.split("-")[1]) for path in root.glob("step-*"))
+
+
+@pytest.fixture
+def fault(monkeypatch):
+    def set_fault(spec: str) -> None:
+        faults.reset()
+        monkeypatch.setenv(faults.VARIABLE, spec)
+
+    yield set_fault
+    faults.reset()
+
+
+# What goes in comes out
+
+
+def test_every_dtype_and_shape_comes_back_bit_for_bit(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    tensors = {}
+    for dtype in DTYPE_NAMES:
+        for shape in ((), (1,), (3, 5), (0, 4), (257,)):
+            raw = torch.randint(0, 256, (*shape, dtype.itemsize), dtype=torch.uint8, generator=generator)
+            raw = raw % 2 if dtype == torch.bool else raw
+            tensors[f"{dtype}-{shape}"] = raw.view(dtype).reshape(shape)
+    path = save(tmp_path, 5, tensors={"all": tensors, "none": {}}, state={})
+    loaded = load(path)
+    assert loaded.tensors["none"] == {}
+    assert loaded.tensors["all"].keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        back = loaded.tensors["all"][name]
+        assert back.dtype == tensor.dtype and back.shape == tensor.shape
+        assert torch.equal(back.reshape(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8)), name
+
+
+def test_the_files_are_ordinary_safetensors(tmp_path):
+    from safetensors import safe_open
+
+    path = put(tmp_path, 1)
+    with safe_open(path / "model.safetensors", framework="pt") as file:
+        assert sorted(file.keys()) == ["bias", "weight"]
+        assert file.metadata() == {"format": "pt"}
+
+
+def test_tied_views_and_parameters_are_saved_by_value(tmp_path):
+    base = torch.arange(24.0).reshape(4, 6)
+    tensors = {
+        "weight": torch.nn.Parameter(base),
+        "tied": base,
+        "transposed": base.T,
+        "slice": base[1:3, ::2],
+        "expanded": torch.ones(1).expand(5),
+    }
+    loaded = load(save(tmp_path, 0, tensors={"model": tensors}, state={})).tensors["model"]
+    for name, tensor in tensors.items():
+        assert torch.equal(loaded[name], tensor), name
+
+
+def test_a_tensor_larger_than_a_block_is_whole(tmp_path):
+    tensor = torch.arange(5_000_000, dtype=torch.int32)  # 20 MB
+    path = save(tmp_path, 1, tensors={"model": {"big": tensor}}, state={})
+    assert torch.equal(load(path).tensors["model"]["big"], tensor)
+
+
+def test_state_and_files_come_back_exactly(tmp_path):
+    state = {"loss": 0.1 + 0.2, "nested": {"list": [1, None, True, "ü"]}, "big": 2**80}
+    files = {"tokenizer.json": bytes(range(256)), "empty": b""}
+    loaded = load(save(tmp_path, 123, tensors={}, state=state, files=files))
+    assert (loaded.step, loaded.state, loaded.files) == (123, state, files)
+    assert loaded.path == tmp_path / "step-000000123"
+
+
+def test_names_restrict_reading_and_verifying(tmp_path):
+    path = put(tmp_path, 1)
+    flip(path / "optimizer.safetensors", -1)
+    loaded = load(path, names=["model"])
+    assert loaded.tensors.keys() == {"model"} and loaded.files.keys() == {"tokenizer.json", "config.yaml"}
+    with pytest.raises(UserError, match=r"optimizer\.safetensors"):
+        load(path)
+    with pytest.raises(UserError, match="holds no critic; it holds model, optimizer"):
+        load(path, names=["critic"])
+
+
+@pytest.mark.parametrize(
+    ("error", "arguments"),
+    [
+        (TypeError, {"state": {"a": {3: "integer key"}}}),
+        (TypeError, {"state": {"a": torch.ones(1)}}),
+        (ValueError, {"files": {"../escape": b""}}),
+        (ValueError, {"files": {"state.json": b""}}),
+        (ValueError, {"files": {"Manifest.json": b""}}),
+        (ValueError, {"files": {"model.safetensors": b""}}),
+        (ValueError, {"files": {".hidden": b""}}),
+        (ValueError, {"keep_last": 0}),
+        (ValueError, {"step": -1}),
+    ],
+)
+def test_misuse_is_refused_before_the_disk_is_touched(tmp_path, error, arguments):
+    root = tmp_path / "root"
+    with pytest.raises(error):
+        save(root, **{"step": 1, "tensors": {"model": {"w": torch.ones(1)}}, "state": {}, **arguments})
+    assert not root.exists()
+
+
+# Damage
+
+
+def flip(path: Path, index: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[index] ^= 0x41
+    path.write_bytes(data)
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def grow(path: Path) -> None:
+    path.write_bytes(path.read_bytes() + b"\0")
+
+
+def flip_somewhere(path: Path) -> None:
+    flip(path, random.Random(path.name).randrange(path.stat().st_size))
+
+
+@pytest.fixture(scope="module")
+def two_checkpoints(tmp_path_factory):
+    root = tmp_path_factory.mktemp("two")
+    put(root, 1)
+    put(root, 2)
+    return root
+
+
+def test_the_test_knows_every_file(tmp_path):
+    assert sorted(os.listdir(put(tmp_path, 1))) == FILES
+
+
+@pytest.mark.parametrize("damage", [flip_somewhere, truncate, empty, grow, Path.unlink], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("name", FILES)
+def test_damage_to_any_file_is_noticed_and_fallen_back_from(two_checkpoints, tmp_path, name, damage):
+    shutil.copytree(two_checkpoints, tmp_path, dirs_exist_ok=True)
+    good, bad = tmp_path / "step-000000001", tmp_path / "step-000000002"
+    assert newest_good(tmp_path) == (bad, [])
+    damage(bad / name)
+    problems = verify(bad)
+    assert len(problems) == 1 and problems[0].startswith(f"{name}: ")
+    with pytest.raises(UserError, match=name):
+        load(bad)
+    assert newest_good(tmp_path) == (good, [(bad, problems)])
+    assert name in describe_skipped([(bad, problems)])
+
+
+def test_the_bytes_of_the_manifest_count(tmp_path):
+    path = put(tmp_path, 1) / "manifest.json"
+    original = path.read_bytes()
+    unnoticed = []
+    for index in range(0, len(original), 5):
+        path.write_bytes(original)
+        flip(path, index)
+        with contextlib.suppress(UserError):
+            manifest.read_manifest(path.parent)
+            unnoticed.append(index)
+    assert unnoticed == []
+
+
+def test_a_manifest_of_another_step_or_format_is_noticed(tmp_path):
+    path = put(tmp_path, 1)
+    other = shutil.copytree(path, tmp_path / "step-000000009")
+    assert "belongs to step 1" in verify(other)[0]
+    for content in ([], {}, {"sha256": "x"}, {"format": 1, "files": {}}):
+        (path / "manifest.json").write_text(json.dumps(content))
+        assert len(verify(path)) == 1
+    future = {"format": 99}
+    (path / "manifest.json").write_text(json.dumps({**future, "sha256": manifest._content_hash(future)}))
+    assert "format 99" in verify(path)[0]
+
+
+def test_a_manifest_cannot_reach_outside_its_folder(tmp_path):
+    path = put(tmp_path, 1)
+    (tmp_path / "secret").write_bytes(b"s")
+    files = {"../secret": manifest.FileRecord(1, "0" * 64)}
+    manifest.write_manifest(path, manifest.Manifest(1, 1, files))
+    assert "outside its folder" in verify(path)[0]
+
+
+class _Bomb:
+    def __reduce__(self):
+        return os.mkdir, (os.environ["OSLER_TEST_BOMB"],)
+
+
+def test_a_malicious_pickle_is_reported_and_never_run(tmp_path, monkeypatch):
+    monkeypatch.setenv("OSLER_TEST_BOMB", str(tmp_path / "exploded"))
+    good, bad = put(tmp_path / "root", 1), put(tmp_path / "root", 2)
+    (bad / "optimizer.pt").write_bytes(pickle.dumps(_Bomb()))
+    assert verify(bad) == ["optimizer.pt: not listed in the manifest, remove it"]
+    with pytest.raises(UserError, match=r"optimizer\.pt"):
+        load(bad)
+    assert newest_good(tmp_path / "root")[0] == good
+    for name in FILES:  # and in the place of a file that is listed
+        (good / name).write_bytes(pickle.dumps(_Bomb()))
+        assert verify(good)
+        with pytest.raises(UserError):
+            load(good)
+    assert newest_good(tmp_path / "root")[0] is None
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_hidden_litter_is_ignored(tmp_path):
+    path = put(tmp_path, 1)
+    (path / ".DS_Store").write_bytes(b"x")
+    assert verify(path) == [] and load(path).step == 1
+
+
+def test_an_empty_or_missing_root_has_no_checkpoint(tmp_path):
+    assert newest_good(tmp_path) == (None, [])
+    assert newest_good(tmp_path / "absent") == (None, [])
+    assert verify(tmp_path / "absent") == ["absent: no such folder"]
+
+
+# A disk that is full or fails
+
+
+@pytest.mark.parametrize(("kind", "step"), [("ioerror", 1), ("enospc", 2)])
+@pytest.mark.parametrize(
+    "stage", ["save-tensors", "save-state", "save-files", "save-manifest", "write-atomic", "save-rename", "save-verify"]
+)
+def test_a_failing_disk_leaves_the_older_checkpoint(tmp_path, fault, stage, kind, step):
+    put(tmp_path, 1)
+    fault(f"{stage}:{kind}")
+    with pytest.raises(CheckpointSaveError, match=f"step-00000000{step} could not be saved"):
+        put(tmp_path, step)
+    found, skipped = newest_good(tmp_path)
+    assert found is not None and skipped == []
+    assert load(found).step in (1, step)
+    assert list(tmp_path.glob(".*")) == []
+    put(tmp_path, 3, keep_last=1)
+    assert os.listdir(tmp_path) == ["step-000000003"]
+
+
+@pytest.mark.parametrize("stage", ["save-best", "rotate"])
+def test_a_disk_that_fails_after_the_save_only_warns(tmp_path, fault, stage, capsys):
+    put(tmp_path, 1)
+    fault(f"{stage}:enospc")
+    path = put(tmp_path, 2, keep_last=1, best=True)
+    assert verify(path) == []
+    assert "Warning" in capsys.readouterr().err
+    put(tmp_path, 3, keep_last=1)
+    assert 3 in steps(tmp_path) and 1 not in steps(tmp_path)
+
+
+def test_a_root_that_cannot_exist_is_an_error_a_run_survives(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(CheckpointSaveError):
+        put(tmp_path / "file", 1)
+
+
+def test_remnants_of_killed_saves_are_removed(tmp_path):
+    for name in (".tmp-step-000000007", ".tmp-removed-step-000000003"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "model.safetensors").write_bytes(b"half")
+    (tmp_path / ".best.json.17-1.tmp").write_bytes(b"{")
+    assert newest_good(tmp_path) == (None, [])
+    put(tmp_path, 8)
+    assert os.listdir(tmp_path) == ["step-000000008"]
+
+
+# Rotation
+
+
+def test_the_last_ones_and_the_best_stay(tmp_path):
+    for step in range(1, 8):
+        put(tmp_path, step, keep_last=2, best=step == 3, best_metric="eval/loss", best_value=0.5)
+        newest_two = {max(1, step - 1), step}
+        assert set(steps(tmp_path)) == newest_two | ({3} if step >= 3 else set())
+    found = best_checkpoint(tmp_path)
+    assert found is not None
+    assert (found.step, found.metric, found.value) == (3, "eval/loss", 0.5)
+    mark_best(tmp_path / "step-000000007", "eval/loss", 0.4)
+    put(tmp_path, 8, keep_last=2)
+    assert steps(tmp_path) == [7, 8]
+
+
+def test_a_damaged_checkpoint_does_not_count_among_the_last(tmp_path):
+    for step in (1, 2, 3):
+        put(tmp_path, step)
+    truncate(tmp_path / "step-000000003" / "model.safetensors")
+    put(tmp_path, 4, keep_last=2)
+    assert steps(tmp_path) == [2, 4]
+
+
+def test_going_back_makes_the_later_ones_old(tmp_path):
+    """After a run went back from step 30 to 10, its checkpoint of step 20 is the newest."""
+    for step in (10, 30):
+        put(tmp_path, step)
+    path = put(tmp_path, 20)
+    assert newest_good(tmp_path) == (path, [])
+    put(tmp_path, 21, keep_last=2)
+    assert steps(tmp_path) == [20, 21]
+
+
+def test_saving_a_step_again_replaces_it(tmp_path):
+    put(tmp_path, 1)
+    save(tmp_path, 1, tensors={}, state={"again": True})
+    assert load(tmp_path / "step-000000001").state == {"again": True}
+    assert steps(tmp_path) == [1]
+
+
+def test_foreign_files_and_links_are_left_alone(tmp_path):
+    root, elsewhere = tmp_path / "root", put(tmp_path / "elsewhere", 1)
+    put(root, 2)
+    (root / "notes.txt").write_text("mine")
+    (root / "step-old").mkdir()
+    (root / "step-000000001").symlink_to(elsewhere, target_is_directory=True)
+    for step in (3, 4):
+        put(root, step, keep_last=1)
+    assert sorted(os.listdir(root)) == ["notes.txt", "step-000000001", "step-000000004", "step-old"]
+    assert verify(elsewhere) == []
+
+
+def test_a_torn_best_pointer_stops_rotation_but_not_the_run(tmp_path, capsys):
+    put(tmp_path, 1, best=True)
+    (tmp_path / "best.json").write_text('{"folder": "../..')
+    put(tmp_path, 2, keep_last=1)
+    assert steps(tmp_path) == [1, 2]
+    assert "best.json" in capsys.readouterr().err
+    (tmp_path / "best.json").write_text('{"folder": "../../etc"}')
+    with pytest.raises(UserError, match="does not name a checkpoint"):
+        best_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_rotation_keeps_its_promises_in_any_history(tmp_path, seed):
+    rng = random.Random(seed)
+    marked = None
+    for _ in range(12):
+        step, keep_last, is_best = rng.randrange(1, 15), rng.randrange(1, 4), rng.random() < 0.3
+        before = [path for path in tmp_path.glob("step-*") if not verify(path)]
+        path = save(tmp_path, step, tensors={}, state={}, keep_last=keep_last, best=is_best)
+        marked = path if is_best else marked
+        assert newest_good(tmp_path) == (path, [])
+        assert marked is None or marked.is_dir()
+        left = set(tmp_path.glob("step-*"))
+        assert len(left - {marked}) <= keep_last
+        assert len(left) >= min(keep_last, len({*before, path}))
+        if rng.random() < 0.3:
+            (rng.choice(sorted(left - {marked}) or [path]) / "state.json").write_bytes(b"")
+            if marked is not None and verify(marked):
+                put(tmp_path, 99, keep_last=1)
+                marked = tmp_path / "step-000000099"
+                mark_best(marked, "", None)
+
+
+# What a person means by a path
+
+
+def test_resolve_takes_a_checkpoint_a_root_or_a_run(tmp_path, capsys):
+    root = tmp_path / "run" / "checkpoints"
+    first, second = put(root, 1, best=True), put(root, 2)
+    assert resolve(first) == first
+    assert resolve(root) == resolve(tmp_path / "run") == second
+    assert resolve(tmp_path / "run", which="best") == first
+    copied = shutil.copytree(first, tmp_path / "my model")
+    assert resolve(copied) == copied and load(copied).step == 1
+    assert capsys.readouterr().err == ""
+    truncate(second / "state.json")
+    assert resolve(tmp_path / "run") == first
+    assert "falling back" in capsys.readouterr().err
+    truncate(first / "state.json")
+    with pytest.raises(UserError, match=r"no good checkpoint.*state\.json"):
+        resolve(root)
+
+
+def test_resolve_says_what_is_missing(tmp_path):
+    with pytest.raises(UserError, match="is no folder"):
+        resolve(tmp_path / "absent")
+    with pytest.raises(UserError, match="no checkpoint in"):
+        resolve(tmp_path)
+    put(tmp_path, 1)
+    with pytest.raises(UserError, match="marked best"):
+        resolve(tmp_path, which="best")
+
+
+def test_a_moved_run_is_found(tmp_path):
+    put(tmp_path / "old" / "checkpoints", 1, best=True)
+    (tmp_path / "old").rename(tmp_path / "new")
+    assert resolve(tmp_path / "new", which="best") == resolve(tmp_path / "new")

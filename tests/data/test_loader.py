@@ -1,0 +1,115 @@
+"""Batches: the same whatever the ranks, the worker threads and the restarts."""
+
+import subprocess
+import sys
+import threading
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+
+from osler.data.loader import Batch, Loader, make_batch
+from osler.data.order import Order
+from osler.data.packing import Packing, StreamPacking, WholePacking
+from osler.errors import UserError
+
+LENGTHS = [5, 2, 40, 9, 9, 130, 3, 17, 2, 33]
+
+
+@pytest.fixture(params=[StreamPacking, WholePacking])
+def packing(request, make_shards) -> Packing:  # type: ignore[no-untyped-def]
+    built: Packing = request.param(Order(make_shards(LENGTHS), 1), 16)
+    return built
+
+
+def same(left: Batch, right: Batch) -> bool:
+    return all(torch.equal(getattr(left, name), getattr(right, name)) for name in ("ids", "labels", "document_ids"))
+
+
+def joined(parts: list[Batch]) -> Batch:
+    return Batch(*(torch.cat([getattr(part, name) for part in parts]) for name in ("ids", "labels", "document_ids")))
+
+
+def test_shapes_and_counts(packing: Packing) -> None:
+    loader = Loader(packing, 6)
+    batch = loader.batch(0)
+    assert batch.ids.shape == batch.labels.shape == batch.document_ids.shape == (6, 16)
+    assert batch.ids.dtype == batch.labels.dtype == batch.document_ids.dtype == torch.int64
+    assert loader.tokens_per_batch == 96
+    assert batch.num_loss_tokens == int((batch.labels != -100).sum())
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 6, 12])
+def test_ranks_together_are_the_single_rank_batch(packing: Packing, world_size: int) -> None:
+    for step in (0, 3, 50):
+        parts = [Loader(packing, 12, rank, world_size).batch(step) for rank in range(world_size)]
+        assert same(joined(parts), Loader(packing, 12).batch(step))
+
+
+def test_two_resumes_ranks_1_2_4_1_and_workers_0_to_3(packing: Packing) -> None:
+    """One run of 12 steps against the same run stopped three times and continued in another shape each time."""
+    whole = list(islice(Loader(packing, 4).batches(), 12))
+    shapes = [(1, 0), (2, 3), (4, 1), (1, 2)]
+    for part, (world_size, workers) in enumerate(shapes):
+        ranks = [
+            list(islice(Loader(packing, 4, rank, world_size, workers).batches(3 * part), 3))
+            for rank in range(world_size)
+        ]
+        for step in range(3):
+            assert same(joined([batches[step] for batches in ranks]), whole[3 * part + step])
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_worker_threads_change_nothing_and_end_with_the_iterator(packing: Packing, workers: int) -> None:
+    inline = list(islice(Loader(packing, 4).batches(5), 20))
+    iterator = Loader(packing, 4, workers=workers).batches(5)
+    assert all(same(left, right) for left, right in zip(inline, islice(iterator, 20), strict=True))
+    iterator.close()  # type: ignore[attr-defined]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("loader")]
+
+
+def test_an_error_in_a_worker_reaches_the_caller() -> None:
+    class Broken:
+        seq_len = 8
+
+        def row(self, index: int) -> None:
+            raise OSError("the disk is gone")
+
+    with pytest.raises(OSError, match="the disk is gone"):
+        next(Loader(Broken(), 2, workers=2).batches())  # type: ignore[arg-type]
+
+
+def test_fewer_documents_than_ranks(make_shards) -> None:  # type: ignore[no-untyped-def]
+    order = Order(make_shards([7, 12]), 0)
+    for built in (StreamPacking(order, 8), WholePacking(order, 8)):
+        parts = [Loader(built, 8, rank, 8).batch(2) for rank in range(8)]
+        assert same(joined(parts), Loader(built, 8).batch(2))
+        assert all(part.num_loss_tokens > 0 for part in parts)
+
+
+def test_evaluation_reads_each_row_of_an_epoch_once(make_shards) -> None:  # type: ignore[no-untyped-def]
+    packing = WholePacking(Order(make_shards(LENGTHS), 0), 16)
+    rows = range(packing.rows_per_epoch)
+    batches = [make_batch(packing, rows[start : start + 4]) for start in range(0, len(rows), 4)]
+    assert sum(batch.num_loss_tokens for batch in batches) == sum(LENGTHS) - len(LENGTHS)
+
+
+def test_mistakes_name_the_numbers(packing: Packing) -> None:
+    with pytest.raises(UserError, match=r"A batch of 6 rows \(of 16 tokens\) cannot be shared equally by 4 ranks"):
+        Loader(packing, 6, 0, 4)
+    with pytest.raises(UserError, match="A batch of 0 rows"):
+        Loader(packing, 0)
+    with pytest.raises(UserError, match="rank=2 must be between 0 and 1"):
+        Loader(packing, 4, 2, 2)
+    with pytest.raises(UserError, match="workers=-1"):
+        Loader(packing, 4, workers=-1)
+
+
+def test_only_the_loader_knows_torch() -> None:
+    program = (
+        "import sys, osler.data.config, osler.data.prepare, osler.data.packing, osler.data.sources;"
+        "sys.exit('torch' in sys.modules)"
+    )
+    root = Path(__file__).resolve().parents[2]
+    assert subprocess.run([sys.executable, "-c", program], cwd=root).returncode == 0

@@ -1,0 +1,191 @@
+"""Rows: every token of an epoch served exactly once, labels are the next token, and any row stands by itself."""
+
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from osler.data.order import Order
+from osler.data.packing import IGNORED, Packing, StreamPacking, WholePacking, best_fit
+from osler.data.shards import ShardSet
+from osler.errors import UserError
+
+LENGTHS = [5, 2, 40, 9, 9, 130, 3, 17, 2, 33]  # 250 tokens; one document is several rows long
+
+
+def stream_of(order: Order, epochs: int) -> list[int]:
+    """The endless stream spelled out, the slow way."""
+    return [
+        int(token)
+        for epoch in range(epochs)
+        for document in order.permutation(epoch)
+        for token in order.shards.document(int(document))[0]
+    ]
+
+
+def test_permutations_are_permutations_and_depend_on_everything(make_shards) -> None:  # type: ignore[no-untyped-def]
+    shards = make_shards(LENGTHS * 3)
+    same = make_shards(LENGTHS * 3, shard_tokens=10_000)
+    other = make_shards([*LENGTHS * 3, 4])
+    orders = [Order(shards, 0).permutation(0), Order(shards, 0).permutation(1), Order(shards, 1).permutation(0)]
+    orders.append(Order(other, 0).permutation(0)[:30])
+    assert all(sorted(order.tolist()) == list(range(30)) for order in orders[:3])
+    assert len({tuple(order.tolist()) for order in orders}) == 4
+    assert np.array_equal(Order(ShardSet.open(shards.folder.parent), 0).permutation(0), orders[0])
+    assert same.num_tokens == shards.num_tokens
+
+
+def test_the_permutation_is_this_one_in_every_version(make_shards) -> None:  # type: ignore[no-untyped-def]
+    """A stored run resumes in this order: if these numbers change, every old run breaks silently."""
+    shards = make_shards([3] * 8)
+    shards.fingerprint = "0123456789abcdef"
+    assert Order(shards, 7).permutation(0).tolist() == [0, 7, 5, 6, 1, 3, 4, 2]
+    assert Order(shards, 7).permutation(5).tolist() == [6, 5, 1, 3, 2, 7, 0, 4]
+
+
+@pytest.mark.parametrize("seq_len", [1, 4, 7, 64, 250, 1000])
+def test_stream_rows_are_cuts_of_the_stream(make_shards, seq_len: int) -> None:  # type: ignore[no-untyped-def]
+    order = Order(make_shards(LENGTHS), 3)
+    packing = StreamPacking(order, seq_len)
+    stream = stream_of(order, 3 + 2 * seq_len // 250 + 1)
+    rows = range((len(stream) - 1) // seq_len)
+    for index in reversed(rows):  # random access: the last row first
+        row = packing.row(index)
+        start = index * seq_len
+        assert row.ids.tolist() == stream[start : start + seq_len]
+        assert row.labels.tolist() == stream[start + 1 : start + seq_len + 1]
+        assert row.ids.dtype == row.labels.dtype == row.document_ids.dtype == np.int64
+    assert packing.rows_per_epoch == 250 / seq_len
+
+
+def test_stream_serves_every_token_of_an_epoch_once(make_shards) -> None:  # type: ignore[no-untyped-def]
+    packing = StreamPacking(Order(make_shards(LENGTHS), 0), 25)
+    served = [int(token) for index in range(10) for token in packing.row(index).ids]
+    assert sorted(served) == sorted(stream_of(packing.order, 1))
+
+
+def test_stream_document_ids_change_after_each_end(make_shards) -> None:  # type: ignore[no-untyped-def]
+    packing = StreamPacking(Order(make_shards(LENGTHS), 0), 60)
+    for index in range(8):
+        row = packing.row(index)
+        ends = np.cumsum(row.ids == 0)
+        assert row.document_ids.tolist() == [0, *ends[:-1].tolist()]
+
+
+def test_stream_masks_and_prompt_loss(make_shards) -> None:  # type: ignore[no-untyped-def]
+    masks = [[0] * 3 + [1] * 5, [1] * 8, [0] * 8]
+    order = Order(make_shards([8, 8, 8], masks=masks), 0)
+    row, full = StreamPacking(order, 24).row(0), StreamPacking(order, 24, prompt_loss=True).row(0)
+    wanted = [bit for document in order.permutation(0) for bit in masks[document]][1:]
+    assert (row.labels[:23] != IGNORED).tolist() == [bool(bit) for bit in wanted]
+    assert (full.labels != IGNORED).all()
+    assert np.array_equal(np.where(row.labels == IGNORED, full.labels, row.labels), full.labels)
+
+
+def check_whole_epoch(packing: WholePacking, epoch: int) -> None:
+    """All tokens of the epoch are there, each but the first of a document is a label exactly once."""
+    rows = [packing.row(epoch * packing.rows_per_epoch + position) for position in range(packing.rows_per_epoch)]
+    labels = [int(label) for row in rows for label in row.labels if label != IGNORED]
+    lengths, shards = packing.order.shards.lengths, packing.order.shards
+    wanted = [int(token) for document in range(len(lengths)) for token in shards.document(document)[0][1:]]
+    assert sorted(labels) == sorted(wanted)
+    for row in rows:
+        assert row.ids.shape == row.labels.shape == row.document_ids.shape == (packing.seq_len,)
+        learned = row.labels != IGNORED
+        assert (np.diff(row.document_ids) >= 0).all()
+        inside = learned[:-1]
+        assert (row.ids[1:][inside] == row.labels[:-1][inside]).all()
+        assert (row.document_ids[1:][inside] == row.document_ids[:-1][inside]).all()
+
+
+@pytest.mark.parametrize("seq_len", [1, 4, 16, 39, 64, 500])
+def test_whole_rows_conserve_tokens(make_shards, seq_len: int) -> None:  # type: ignore[no-untyped-def]
+    packing = WholePacking(Order(make_shards(LENGTHS), 0), seq_len)
+    for epoch in (0, 3):
+        check_whole_epoch(packing, epoch)
+    places = packing.rows_per_epoch * (seq_len + 1)
+    pieces = [-(-(length - 1) // seq_len) for length in LENGTHS]
+    assert packing.padding_fraction == pytest.approx(1 - (sum(LENGTHS) + sum(pieces) - len(pieces)) / places)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.integers(2, 60), min_size=1, max_size=30), st.integers(1, 40), st.integers(0, 3))
+def test_both_packings_conserve_tokens_for_any_lengths(make_shards, lengths, seq_len, seed) -> None:  # type: ignore[no-untyped-def]
+    order = Order(make_shards(lengths), seed)
+    check_whole_epoch(WholePacking(order, seq_len), 1)
+    stream, packing = stream_of(order, 2 + seq_len // sum(lengths) + 1), StreamPacking(order, seq_len)
+    for index in range(sum(lengths) // seq_len + 1):
+        assert packing.row(index).labels.tolist() == stream[index * seq_len + 1 : (index + 1) * seq_len + 1]
+
+
+def test_whole_documents_that_fit_are_never_cut(make_shards) -> None:  # type: ignore[no-untyped-def]
+    packing = WholePacking(Order(make_shards([9, 9, 17, 5, 5, 6, 2]), 0), 16)
+    assert packing.rows_per_epoch == 4  # 17 | 9 6 2 | 9 5 | 5: best fit decreasing
+    starts = 0
+    for index in range(4):
+        row = packing.row(index)
+        used = row.ids != 0
+        starts += len(np.unique(row.document_ids[used]))
+        for document in np.unique(row.document_ids[used]):
+            tokens = row.ids[(row.document_ids == document) & used]
+            assert (np.diff(tokens) == 1).all()
+    assert starts == 7
+
+
+def test_whole_padding_is_its_own_document_and_never_learned(make_shards) -> None:  # type: ignore[no-untyped-def]
+    row = WholePacking(Order(make_shards([4, 3]), 0), 12).row(0)
+    assert row.document_ids.tolist() in ([0] * 4 + [1] * 3 + [2] * 5, [0] * 3 + [1] * 4 + [2] * 5)
+    assert (row.labels[6:] == IGNORED).all() and (row.labels != IGNORED).sum() == 5
+    assert (row.ids[7:] == 0).all()
+
+
+def test_whole_masks_and_prompt_loss(make_shards) -> None:  # type: ignore[no-untyped-def]
+    masks = [[0, 0, 0, 1, 1, 1], [0, 0, 0, 0, 0, 1]]
+    order = Order(make_shards([6, 6], masks=masks), 0)
+    row = WholePacking(order, 20).row(0)
+    assert (row.labels != IGNORED).sum() == 4
+    assert (WholePacking(order, 20, prompt_loss=True).row(0).labels != IGNORED).sum() == 10
+
+
+def test_whole_epochs_differ_and_a_long_document_starves_nobody(make_shards) -> None:  # type: ignore[no-untyped-def]
+    packing = WholePacking(Order(make_shards([1000, *[6] * 20]), 0), 16)
+    check_whole_epoch(packing, 0)
+    first = [packing.row(index).ids.tolist() for index in range(packing.rows_per_epoch)]
+    second = [packing.row(packing.rows_per_epoch + index).ids.tolist() for index in range(packing.rows_per_epoch)]
+    assert first != second
+    learned = [bool((packing.row(index).labels != IGNORED).any()) for index in range(packing.rows_per_epoch)]
+    assert all(learned)
+
+
+def test_best_fit_is_best_fit() -> None:
+    lengths = np.array([7, 6, 5, 4, 3, 3, 2])
+    assert best_fit(lengths, 10).tolist() == [0, 1, 2, 1, 0, 2, 2]
+    rng = np.random.default_rng(0)
+    many = np.sort(rng.integers(2, 129, 3000))[::-1]
+    rows = best_fit(many, 128)
+    filled = np.bincount(rows, weights=many)
+    assert filled.max() <= 128 and len(filled) <= 1.03 * many.sum() / 128 + 1
+
+
+def test_planning_100_000_documents_takes_under_two_seconds() -> None:
+    lengths = np.sort(np.random.default_rng(0).integers(2, 2048, 100_000))[::-1]
+    start = time.perf_counter()
+    rows = best_fit(lengths, 2049)
+    assert time.perf_counter() - start < 2
+    assert len(rows) == 100_000
+
+
+def test_seq_len_must_be_positive(make_shards, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    order = Order(make_shards([3]), 0)
+    for packing in (StreamPacking, WholePacking):
+        with pytest.raises(UserError, match="seq_len=0 must be at least 1"):
+            packing(order, 0)
+
+
+def test_one_tiny_document_fills_any_row(make_shards) -> None:  # type: ignore[no-untyped-def]
+    packings: list[Packing] = [cls(Order(make_shards([2]), 0), 9) for cls in (StreamPacking, WholePacking)]
+    assert packings[0].row(5).ids.tolist() == [0, 1, 0, 1, 0, 1, 0, 1, 0]
+    assert packings[1].row(5).ids.tolist() == [1, 0, 0, 0, 0, 0, 0, 0, 0]

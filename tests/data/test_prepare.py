@@ -1,0 +1,273 @@
+"""Preparation: nothing is lost or leaked, a folder is whole or absent, and reuse is exact."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from osler.data.documents import Document
+from osler.data.prepare import STALE_SECONDS, open_prepared, prepare
+from osler.data.shards import ShardSet
+from osler.errors import UserError
+from osler.runtime import faults
+from osler.tokenizer.bpe import Tokenizer
+from osler.tokenizer.chat import Turn, encode_example
+
+TEXTS = [f"Patient {number} has fever and cough.\nDay {number * 7}: é 🧪" for number in range(40)]
+DOCUMENTS = [Document(text=text) for text in TEXTS]
+
+
+def decoded(shards: ShardSet, tokenizer: Tokenizer) -> list[str]:
+    out = []
+    for index in range(shards.num_documents):
+        ids, _ = shards.document(index)
+        assert ids[-1] == tokenizer.eos_id
+        out.append(tokenizer.decode(ids[:-1].tolist()))
+    return out
+
+
+def folders(path: Path) -> list[str]:
+    return sorted(entry.name for entry in path.iterdir())
+
+
+def test_every_document_is_there_once_and_counts_are_true(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    prepared = prepare(DOCUMENTS, tokenizer, tmp_path / "out", holdout_fraction=0.1)
+    assert prepared.validation is not None and not prepared.reused
+    train, held = decoded(prepared.train, tokenizer), decoded(prepared.validation, tokenizer)
+    assert sorted(train + held) == sorted(TEXTS) and len(held) == 4
+    for shards, found in ((prepared.train, train), (prepared.validation, held)):
+        assert shards.num_documents == len(found) == len(shards.lengths)
+        assert shards.num_tokens == shards.num_loss_tokens == int(shards.lengths.sum())
+        assert shards.num_bytes == sum(len(text.encode()) for text in found)
+        assert shards.verify() == []
+        assert shards.tokenizer_fingerprint == tokenizer.fingerprint
+    assert folders(tmp_path) == ["out"]
+
+
+def test_small_shards_hold_the_same_documents(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    one = prepare(DOCUMENTS, tokenizer, tmp_path / "one").train
+    many = prepare(DOCUMENTS, tokenizer, tmp_path / "many", shard_tokens=100).train
+    assert len(list((tmp_path / "many" / "train").glob("tokens-*.bin"))) > 5
+    assert np.array_equal(one.lengths, many.lengths)
+    assert decoded(one, tokenizer) == decoded(many, tokenizer) == TEXTS
+    ids, mask = many.document(39, 2, 5)
+    assert ids.tolist() == one.document(39)[0][2:5].tolist() and mask is None
+
+
+def test_large_vocabularies_take_four_bytes(make_shards) -> None:  # type: ignore[no-untyped-def]
+    large, small = make_shards([70_000, 5]), make_shards([60_000, 5])
+    assert (large.document(0)[0].dtype, small.document(0)[0].dtype) == (np.uint32, np.uint16)
+    assert large.document(1)[0].tolist() == [70_000, 70_001, 70_002, 70_003, 0]
+
+
+def test_turns_carry_their_loss_mask(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    turn = Turn("Why fever?", "Cough.", "Pneumonia")
+    shards = prepare([Document(turn=turn), Document(text="prose")], tokenizer, tmp_path / "out").train
+    ids, mask = encode_example(tokenizer, turn)
+    stored_ids, stored_mask = shards.document(0)
+    assert (stored_ids.tolist(), stored_mask is not None and stored_mask.tolist()) == (ids, mask)
+    prose_ids, prose_mask = shards.document(1)
+    assert prose_mask is not None and prose_mask.tolist() == [1] * len(prose_ids)
+    assert shards.num_loss_tokens == sum(mask) + len(prose_ids)
+    assert shards.num_bytes == len("Why fever?Cough.Pneumoniaprose")
+
+
+def test_empty_documents_are_skipped_and_counted(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    documents = [Document(text=""), *DOCUMENTS[:3], Document(text=" \n"), Document(turn=Turn("q", "t", ""))]
+    prepared = prepare(documents, tokenizer, tmp_path / "out", holdout_fraction=0.01)
+    assert prepared.manifest["empty_documents"] == 3
+    assert prepared.validation is not None
+    assert prepared.train.num_documents + prepared.validation.num_documents == 3
+    with pytest.raises(UserError, match="nothing to learn from: of 1 documents 1 are empty"):
+        prepare([Document(text="")], tokenizer, tmp_path / "none")
+    with pytest.raises(UserError, match="nothing to learn from"):
+        prepare([], tokenizer, tmp_path / "none")
+    assert folders(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_copies_of_held_out_documents_never_reach_train(tmp_path: Path, tokenizer: Tokenizer, seed: int) -> None:
+    documents = [Document(text=text) for text in TEXTS for text in (text, text.upper(), text.replace(" ", "  "), text)]
+    prepared = prepare(documents, tokenizer, tmp_path / "out", holdout_fraction=0.25, seed=seed)
+    assert prepared.validation is not None
+    train, held = (
+        {text.lower().split()[1] for text in decoded(shards, tokenizer)}
+        for shards in (prepared.train, prepared.validation)
+    )
+    assert len(held) == 10 and len(train) == 30 and not train & held
+    assert prepared.validation.num_documents == 40
+
+
+def test_given_validation_documents_win_over_train(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    prepared = prepare(DOCUMENTS, tokenizer, tmp_path / "out", validation=iter([*DOCUMENTS[:5], Document(text="new")]))
+    assert prepared.validation is not None
+    assert decoded(prepared.train, tokenizer) == TEXTS[5:]
+    assert decoded(prepared.validation, tokenizer) == [*TEXTS[:5], "new"]
+    assert prepared.manifest["dropped_copies"] == 5
+    with pytest.raises(UserError, match="40 are copies of validation"):
+        prepare(DOCUMENTS, tokenizer, tmp_path / "none", validation=DOCUMENTS)
+
+
+def test_holdout_depends_on_seed_and_content_not_on_order(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    def held(name: str, documents: list[Document], seed: int) -> set[str]:
+        prepared = prepare(documents, tokenizer, tmp_path / name, holdout_fraction=0.2, seed=seed)
+        assert prepared.validation is not None
+        return set(decoded(prepared.validation, tokenizer))
+
+    assert held("a", DOCUMENTS, 0) == held("b", DOCUMENTS[::-1], 0) != held("c", DOCUMENTS, 1)
+
+
+@pytest.mark.parametrize(("count", "fraction", "expected"), [(1, 0.5, 0), (2, 0.01, 1), (2, 0.99, 1), (3, 0.0, 0)])
+def test_holdout_of_few_documents(
+    tmp_path: Path, tokenizer: Tokenizer, count: int, fraction: float, expected: int
+) -> None:
+    prepared = prepare(DOCUMENTS[:count], tokenizer, tmp_path / "out", holdout_fraction=fraction)
+    assert prepared.train.num_documents == count - expected
+    assert (prepared.validation.num_documents if prepared.validation else 0) == expected
+
+
+def test_same_data_are_reused_and_other_data_refused(
+    tmp_path: Path, tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    first = prepare(iter(DOCUMENTS), tokenizer, out, holdout_fraction=0.1)
+    stamp = (out / "manifest.json").stat().st_mtime_ns
+    capsys.readouterr()
+    again = prepare(DOCUMENTS, tokenizer, out, holdout_fraction=0.1)
+    assert again.reused and again.train.fingerprint == first.train.fingerprint
+    assert (out / "manifest.json").stat().st_mtime_ns == stamp
+    assert "Reusing the data prepared in" in capsys.readouterr().err
+
+    for changes in ({"holdout_fraction": 0.2}, {"holdout_fraction": 0.1, "seed": 1}):
+        with pytest.raises(
+            UserError, match=r"another content: its fingerprint is [0-9a-f]{16}, now it is [0-9a-f]{16}"
+        ):
+            prepare(DOCUMENTS, tokenizer, out, **changes)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="another content"):
+        prepare(DOCUMENTS[:-1], tokenizer, out, holdout_fraction=0.1)
+    other = Tokenizer.train(TEXTS, 300)
+    wanted = f"another tokenizer: its fingerprint is {tokenizer.fingerprint}, now it is {other.fingerprint}"
+    with pytest.raises(UserError, match=wanted):
+        prepare(DOCUMENTS, other, out, holdout_fraction=0.1)
+    with pytest.raises(UserError, match=wanted):
+        open_prepared(out, other)
+    assert open_prepared(out, tokenizer).train.fingerprint == first.train.fingerprint
+
+
+def test_fingerprint_follows_the_tokens(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    prints = [
+        prepare(documents, tokenizer, tmp_path / str(number)).train.fingerprint
+        for number, documents in enumerate([DOCUMENTS, DOCUMENTS, DOCUMENTS[::-1], DOCUMENTS[1:]])
+    ]
+    assert prints[0] == prints[1] and len(set(prints)) == 3
+
+
+def test_a_folder_with_other_things_is_left_alone(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    (tmp_path / "precious.txt").write_text("mine")
+    with pytest.raises(UserError, match="exists but is not a folder of prepared data"):
+        prepare(DOCUMENTS, tokenizer, tmp_path)
+    assert (tmp_path / "precious.txt").read_text() == "mine"
+    (tmp_path / "empty").mkdir()
+    assert prepare(DOCUMENTS, tokenizer, tmp_path / "empty").train.num_documents == 40
+
+
+def test_damage_is_found(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    out = tmp_path / "out"
+    prepare(DOCUMENTS, tokenizer, out)
+    tokens = out / "train" / "tokens-00000.bin"
+    whole = tokens.read_bytes()
+    tokens.write_bytes(bytes([whole[0] ^ 1]) + whole[1:])
+    assert [problem.split(" has")[0] for problem in ShardSet.open(out).verify()] == [str(tokens)]
+    tokens.write_bytes(whole[:-2])
+    with pytest.raises(UserError, match=r"tokens-00000\.bin has \d+ bytes instead of \d+"):
+        ShardSet.open(out)
+    tokens.unlink()
+    with pytest.raises(UserError, match=r"tokens-00000\.bin is missing"):
+        ShardSet.open(out)
+    tokens.write_bytes(whole)
+    with pytest.raises(UserError, match=r"no split 'validation' \(they have: train\)"):
+        ShardSet.open(out, "validation")
+    manifest = out / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"format_version": 1', '"format_version": 99'))
+    with pytest.raises(UserError, match="is of format 99"):
+        ShardSet.open(out)
+    manifest.write_text("{")
+    with pytest.raises(UserError, match="not valid JSON"):
+        ShardSet.open(out)
+    with pytest.raises(UserError, match=r"it has no manifest\.json"):
+        ShardSet.open(tmp_path)
+
+
+@pytest.mark.parametrize("stage", ["prepare-batch", "prepare-manifest", "write-atomic", "prepare-rename"])
+def test_a_full_disk_leaves_nothing_behind(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    faults.reset()
+    monkeypatch.setenv(faults.VARIABLE, f"{stage}:enospc")
+    with pytest.raises(UserError, match=r"could not be written to .*out: No space left"):
+        prepare(DOCUMENTS, tokenizer, tmp_path / "out")
+    assert folders(tmp_path) == []
+    assert prepare(DOCUMENTS, tokenizer, tmp_path / "out").train.num_documents == 40
+
+
+def test_an_interrupt_leaves_nothing_behind(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    class Interrupted:
+        visits = 0
+
+        def __iter__(self) -> Iterator[Document]:
+            self.visits += 1
+            yield from DOCUMENTS[:20]
+            if self.visits == 2:
+                raise KeyboardInterrupt
+            yield from DOCUMENTS[20:]
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare(Interrupted(), tokenizer, tmp_path / "out")
+    assert folders(tmp_path) == []
+
+
+@pytest.mark.parametrize("stage", ["prepare-batch", "prepare-rename"])
+def test_a_kill_leaves_nothing_that_counts(tmp_path: Path, tokenizer: Tokenizer, stage: str) -> None:
+    (tmp_path / "tokenizer.json").write_bytes(tokenizer.to_bytes())
+    out = tmp_path / "data" / "out"
+    program = (
+        "import sys; from osler.data.documents import Document; from osler.data.prepare import prepare;"
+        "from osler.tokenizer.bpe import Tokenizer;"
+        "prepare([Document(text='fever')] * 3, Tokenizer.load(sys.argv[1]), sys.argv[2])"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path / "tokenizer.json"), str(out)]
+    root = str(Path(__file__).resolve().parents[2])
+    environment = {**os.environ, faults.VARIABLE: f"{stage}:kill", "PYTHONPATH": root}
+    assert subprocess.run(command, env=environment, capture_output=True).returncode != 0
+    (left,) = folders(tmp_path / "data")
+    assert left.startswith(".out.partial-")
+    assert prepare([Document(text="fever")] * 3, tokenizer, out).train.num_documents == 3
+    assert folders(tmp_path / "data") == [left, "out"], "a folder that another process may be writing is left alone"
+
+    for path in [tmp_path / "data" / left, *(tmp_path / "data" / left).rglob("*")]:
+        os.utime(path, (0, path.stat().st_mtime - STALE_SECONDS - 60))
+    (tmp_path / "data" / "out").rename(tmp_path / "moved")
+    prepare([Document(text="fever")] * 3, tokenizer, out)
+    assert folders(tmp_path / "data") == ["out"]
+
+
+def test_documents_that_change_between_the_passes_are_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    class Changing:
+        visits = 0
+
+        def __iter__(self) -> Iterator[Document]:
+            self.visits += 1
+            return iter(DOCUMENTS[self.visits :])
+
+    with pytest.raises(UserError, match="changed while they were being prepared"):
+        prepare(Changing(), tokenizer, tmp_path / "out")
+    assert folders(tmp_path) == []
+
+
+def test_half_a_character_names_its_document(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    with pytest.raises(UserError, match=r"notes:3 holds half a character \(a lone surrogate\) at position 1"):
+        prepare([Document(text="a\ud800", source="notes:3")], tokenizer, tmp_path / "out")

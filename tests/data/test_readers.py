@@ -1,0 +1,160 @@
+"""Reading local files: every kind gives the same documents, and every mistake is named with its file and place."""
+
+import gzip
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+
+from osler.data.documents import Document
+from osler.data.readers import TextFiles, TurnFiles
+from osler.errors import UserError
+from osler.tokenizer.chat import Turn
+
+TEXTS = ["First, with é and 🧪.\nTwo lines.", "", "Third\u2028with a line separator."]
+
+
+def texts(path: Path, field: str = "text") -> list[str]:
+    return [document.text for document in TextFiles(path, field)]
+
+
+def jsonl(rows: list[object]) -> bytes:
+    return b"".join(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows)
+
+
+@pytest.mark.parametrize("ending", [".jsonl", ".jsonl.gz", ".jsonl.zst", ".ndjson"])
+def test_json_lines_in_every_compression(tmp_path: Path, ending: str) -> None:
+    data = jsonl([{"text": text, "id": 1} for text in TEXTS])
+    data = data.replace(b"\n", b"\r\n", 1).rstrip(b"\n")  # Windows line end; no newline at the end of the file
+    packed = {".gz": gzip.compress, ".zst": zstandard.compress}.get(ending[-4:].lstrip("l"), bytes)(data)
+    path = tmp_path / f"notes{ending}"
+    path.write_bytes(packed)
+    assert texts(path) == TEXTS
+    assert [document.source for document in TextFiles(path)] == [f"{path}:{line}" for line in (1, 2, 3)]
+
+
+def test_json_lines_longer_than_a_block_and_blank_lines(tmp_path: Path) -> None:
+    long = "x" * 3_000_000
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + jsonl([{"text": "a"}]) + b"\n  \n" + jsonl([{"text": long}, {"text": None}]))
+    assert texts(path) == ["a", long, ""]
+    assert [document.source[-2:] for document in TextFiles(path)] == [":1", ":4", ":5"]
+
+
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())])
+def test_parquet(tmp_path: Path, kind: pa.DataType) -> None:
+    path = tmp_path / "a.parquet"
+    table = pa.table({"text": pa.array([*TEXTS, None], pa.string()).cast(kind), "n": [1, 2, 3, 4]})
+    pq.write_table(table, path, row_group_size=2)
+    assert texts(path) == [*TEXTS, ""]
+    assert [document.source for document in TextFiles(path)][2] == f"{path}: row 3"
+
+
+def test_text_files_are_one_document_each(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo")
+    (tmp_path / "b.md.gz").write_bytes(gzip.compress(b"# three"))
+    (tmp_path / "c.txt").write_bytes(b"")
+    assert texts(tmp_path / "a.txt") == ["one\r\ntwo"]
+    assert texts(tmp_path) == ["one\r\ntwo", "# three", ""]
+
+
+def test_a_folder_of_any_mix_is_read_in_order_of_names(tmp_path: Path) -> None:
+    (tmp_path / "b").mkdir()
+    (tmp_path / ".hidden").mkdir()
+    (tmp_path / "b" / "2.jsonl").write_bytes(jsonl([{"text": "second"}, {"text": "third"}]))
+    (tmp_path / "c.md").write_text("fourth")
+    pq.write_table(pa.table({"text": ["first"]}), tmp_path / "a.parquet")
+    (tmp_path / ".hidden" / "x.txt").write_text("hidden")
+    (tmp_path / "picture.png").write_bytes(b"\x89PNG")
+    assert texts(tmp_path) == ["first", "second", "third", "fourth"]
+    source = TextFiles(tmp_path)
+    assert list(source) == list(source)
+
+
+def test_turns(tmp_path: Path) -> None:
+    path = tmp_path / "qa.jsonl"
+    path.write_bytes(jsonl([{"q": "Why?", "t": "Because.", "a": "So."}, {"q": "How?", "t": None, "a": "Thus."}]))
+    assert [document.turn for document in TurnFiles(path, "q", "t", "a")] == [
+        Turn("Why?", "Because.", "So."),
+        Turn("How?", "", "Thus."),
+    ]
+    assert next(iter(TurnFiles(path, "q", None, "a"))).turn == Turn("Why?", None, "So.")
+    (tmp_path / "prose.txt").write_text("not turns")
+    assert len(list(TurnFiles(tmp_path, "q", None, "a"))) == 2
+    with pytest.raises(UserError, match="cannot be read here"):
+        list(TurnFiles(tmp_path / "prose.txt"))
+
+
+def test_empty_documents() -> None:
+    assert Document(text=" \n").is_empty and not Document(text="a").is_empty
+    assert Document(turn=Turn("q", "t", " ")).is_empty and Document(turn=Turn("", None, "a")).is_empty
+    assert not Document(turn=Turn("q", "", "a")).is_empty
+
+
+def test_digests_tell_documents_apart_and_the_split_key_ignores_case_and_spacing() -> None:
+    documents = [Document(text="ab c"), Document(turn=Turn("ab", None, "c")), Document(turn=Turn("a", None, "bc"))]
+    documents += [Document(turn=Turn("ab", "", "c")), Document(text="AB  c\n")]
+    assert len({document.exact_digest() for document in documents}) == 5
+    assert documents[0].split_key() == documents[-1].split_key()
+    assert len({document.split_key() for document in documents}) == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b'{"text": "ok"}\n{"text": \n', r"a\.jsonl:2 is not JSON"),
+        ("a.jsonl", b'{"text": "ok"}\n[1]\n', r"a\.jsonl:2 holds a JSON list"),
+        ("a.jsonl", b'{"body": "ok", "id": 3}\n', r"a\.jsonl:1 has no field 'text'; it has: body, id\."),
+        ("a.jsonl", b'{"text": 7}\n', r"a\.jsonl:1: the field 'text' must be text, but it is int"),
+        ("a.jsonl", b'{"text": "ok"}\n{"text": "caf\xe9"}\n', r"a\.jsonl:2 is not UTF-8.*0xe9 at position 28"),
+        ("a.jsonl", b'{"text": "\\ud83e"}\n', r"a\.jsonl:1: the field 'text' holds half a character"),
+        ("a.txt", b"one\ntwo \xff", r"a\.txt:2 is not UTF-8 text: byte 0xff at position 8"),
+        ("a.txt.gz", gzip.compress(b"words " * 999)[:30], r"a\.txt\.gz cannot be read, it may be torn"),
+        ("a.jsonl.gz", b"not gzip", r"a\.jsonl\.gz cannot be read"),
+        ("a.jsonl.zst", zstandard.compress(bytes(range(256)) * 99)[:-9], r"a\.jsonl\.zst cannot be read"),
+        ("a.parquet", b"PAR1 torn", r"a\.parquet cannot be read, it may be torn"),
+        ("a.parquet", b"", r"a\.parquet cannot be read"),
+        ("a.pdf", b"%PDF", r"a\.pdf is of a kind that cannot be read here.*\.parquet.*\.txt"),
+    ],
+)
+def test_mistakes_name_the_file_and_the_place(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        texts(tmp_path / name)
+
+
+def test_torn_and_unsuitable_parquet(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"title": ["a"] * 999, "n": list(range(999))}), path)
+    with pytest.raises(UserError, match=r"has no field 'text'; it has: title, n\."):
+        texts(path)
+    with pytest.raises(UserError, match="field 'n' must be text, but it is int64"):
+        texts(path, "n")
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-20])
+    with pytest.raises(UserError, match="may be torn"):
+        texts(path, "title")
+    damaged = bytearray(whole)
+    damaged[8:60] = bytes(52)
+    path.write_bytes(damaged)
+    with pytest.raises(UserError, match="may be torn"):
+        texts(path, "title")
+
+
+def test_invalid_utf8_in_parquet_names_the_row(tmp_path: Path) -> None:
+    bad = pa.array([b"fine", b"also", b"caf\xe9"], pa.binary()).view(pa.string())
+    pq.write_table(pa.table({"text": bad}), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"a\.parquet: row 3, field 'text' is not UTF-8 text: byte 0xe9 at position 3"):
+        texts(tmp_path / "a.parquet")
+
+
+def test_missing_and_empty_places(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="There is no file or folder"):
+        texts(tmp_path / "absent")
+    with pytest.raises(UserError, match=r"holds no file that can be read: none ends in \.parquet"):
+        texts(tmp_path)
+    (tmp_path / "empty.jsonl").write_bytes(b"")
+    assert texts(tmp_path) == []

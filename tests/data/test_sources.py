@@ -1,0 +1,92 @@
+"""From a config to prepared data: the clinic, files of one's own, and questions of one's own."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from osler.config import ConfigError, decode
+from osler.data.config import ClinicData, FilesData, TurnsData
+from osler.data.sources import open_source, prepare_source, train_tokenizer
+from osler.errors import UserError
+
+CLINIC = ClinicData(passages=150, examples=120, validation_passages=10, validation_examples=20)
+
+
+def test_clinic_documents_are_prose_then_exam_turns() -> None:
+    source = open_source(CLINIC)
+    documents = list(source.train)
+    assert [document.turn is None for document in documents] == [True] * 150 + [False] * 120
+    turn = documents[-1].turn
+    assert turn is not None and turn.thinking
+    assert all(f"({letter})" in turn.question for letter in "ABCD")
+    assert turn.answer in turn.question and turn.answer[-3:] in ("(A)", "(B)", "(C)", "(D)")
+    assert source.validation is not None and len(list(source.validation)) == 30
+    assert list(open_source(CLINIC).train) == documents
+    assert list(open_source(ClinicData(seed=1, passages=150, examples=120)).train) != documents
+
+
+def test_clinic_is_prepared_and_reused(tmp_path: Path) -> None:
+    tokenizer = train_tokenizer(CLINIC, 512)
+    prepared = prepare_source(CLINIC, tokenizer, tmp_path / "out")
+    assert prepared.validation is not None
+    assert (prepared.train.num_documents, prepared.validation.num_documents) == (270, 30)
+    assert 0 < prepared.train.num_loss_tokens < prepared.train.num_tokens
+    assert prepare_source(CLINIC, tokenizer, tmp_path / "out").reused
+    none = ClinicData(passages=5, examples=5, validation_passages=0, validation_examples=0)
+    assert prepare_source(none, tokenizer, tmp_path / "none").validation is None
+
+
+def test_files_and_turns_hold_out_documents(tmp_path: Path) -> None:
+    rows = [
+        {"question": f"What is {n}?", "why": f"Since {n}.", "answer": f"{n}", "text": f"Text {n}"} for n in range(40)
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    configs = [FilesData(path=str(path)), TurnsData(path=str(path), thinking_field="why", holdout_fraction=0.1)]
+    for name, (data, held) in enumerate(zip(configs, (2, 4), strict=True)):
+        tokenizer = train_tokenizer(data, 300)
+        prepared = prepare_source(data, tokenizer, tmp_path / str(name))
+        assert prepared.validation is not None
+        assert (prepared.train.num_documents, prepared.validation.num_documents) == (40 - held, held)
+
+
+def test_tokenizer_sample_is_deterministic_and_smaller(tmp_path: Path) -> None:
+    (tmp_path / "texts.jsonl").write_text(
+        "".join(json.dumps({"text": hashlib.md5(str(n).encode()).hexdigest() * 2}) + "\n" for n in range(200)),
+        encoding="utf-8",
+    )
+    data = FilesData(path=str(tmp_path))
+    first, second = (train_tokenizer(data, 2000, max_bytes=8_000) for _ in range(2))
+    assert first.fingerprint == second.fingerprint
+    assert first.vocab_size < train_tokenizer(data, 2000).vocab_size
+    (tmp_path / "texts.jsonl").write_text('{"text": ""}\n')
+    with pytest.raises(UserError, match="no text to train a tokenizer on"):
+        train_tokenizer(data, 2000)
+
+
+def test_configs_are_checked() -> None:
+    assert decode(FilesData, {"type": "files", "path": "x"}).field == "text"
+    for data in ({"passages": -1}, {"passages": 0, "examples": 0}):
+        with pytest.raises((UserError, ConfigError)):
+            decode(ClinicData, data)
+    with pytest.raises(UserError, match=r"holdout_fraction=1\.0"):
+        TurnsData(path="x", holdout_fraction=1.0)
+
+
+def test_a_real_textbook_survives_the_way_to_tokens(tmp_path: Path) -> None:
+    shared = Path(os.environ.get("OSLER_SHARED_DATA", Path(__file__).resolve().parents[3] / "shared" / "data"))
+    path = shared / "text" / "openstax-microbiology.parquet"
+    if not path.is_file():
+        pytest.skip(f"no textbook at {path} (set OSLER_SHARED_DATA)")
+    data = FilesData(path=str(path))
+    tokenizer = train_tokenizer(data, 2048, max_bytes=1_000_000)
+    prepared = prepare_source(data, tokenizer, tmp_path / "out")
+    texts = [document.text for document in open_source(data).train]
+    train = [prepared.train.document(index)[0][:-1].tolist() for index in range(prepared.train.num_documents)]
+    assert prepared.validation is not None and prepared.validation.num_documents == round(0.05 * len(texts))
+    assert {tokenizer.decode(ids) for ids in train} < set(texts)
+    assert prepared.train.num_bytes + prepared.validation.num_bytes == sum(len(text.encode()) for text in texts)
+    assert 2.5 < prepared.train.num_bytes / prepared.train.num_tokens < 5

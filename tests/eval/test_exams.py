@@ -1,0 +1,302 @@
+"""Exams scored end to end: a real tokenizer, a real small model that has learnt its answers, the real engine."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from osler.errors import UserError
+from osler.eval.exams import (
+    mark,
+    option_rows,
+    presentations,
+    read_choice,
+    read_number,
+    score_by_generation,
+    score_by_likelihood,
+    sum_logprobs,
+)
+from osler.eval.score import compare
+from osler.inference.engine import Engine
+from osler.model.config import ModelConfig
+from osler.model.transformer import Transformer
+from osler.ops.cross_entropy import linear_cross_entropy
+from osler.tasks.item import ExamItem, extract_letter, extract_number, render_answer, render_question
+from osler.tasks.rewards import correct
+from osler.tokenizer.bpe import Tokenizer
+from osler.tokenizer.chat import Completion, Turn, encode_example, encode_prompt
+
+DRUGS = ("penicillin", "amoxicillin", "vancomycin", "doxycycline")
+SIGNS = ("fever and cough", "rash and fever", "joint pain", "salty skin", "slow pulse", "night sweats")
+ITEMS = [
+    ExamItem(
+        id=f"e{k}",
+        question=f"A man has {sign}. Which drug?",
+        options=DRUGS[k % 4 :] + DRUGS[: k % 4],
+        answer_index=(1, 0, 3, 2, 1, 0)[k],
+        thinking=f"{sign} needs it.",
+        group=f"drug/{k}",
+    )
+    for k, sign in enumerate(SIGNS)
+]
+NUMBER = ExamItem(id="sum", question="What is 6 x 7?", options=(), answer_index=-1, thinking="six sevens", answer="42")
+
+
+def turn(item: ExamItem) -> Turn:
+    return Turn(render_question(item), item.thinking, render_answer(item))
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer.train([f"{turn(item)}" for item in ITEMS], 360)
+
+
+def build(tokenizer: Tokenizer, **changes: object) -> Transformer:
+    shape: dict[str, object] = {
+        "num_layers": 2, "hidden_size": 64, "intermediate_size": 128, "num_heads": 2, "num_kv_heads": 1, "head_dim": 32,
+        "vocab_size": tokenizer.vocab_size, "max_seq_len": 128, "residual_init": "scaled", "head_init": "normal",
+    }  # fmt: skip
+    model = Transformer(ModelConfig(**{**shape, **changes}))  # type: ignore[arg-type]
+    model.init_weights(0)
+    return model
+
+
+@pytest.fixture(scope="module")
+def scholar(tokenizer: Tokenizer) -> Transformer:
+    """A model that has learnt the six items and the sum by heart, with and without thinking."""
+    torch.manual_seed(0)
+    model = build(tokenizer)
+    turns = [turn(item) for item in [*ITEMS, NUMBER]]
+    examples = [
+        encode_example(tokenizer, replace(t, thinking=thinking)) for t in turns for thinking in (t.thinking, None)
+    ]
+    width = max(len(ids) for ids, _ in examples)
+    ids_BT = torch.zeros(len(examples), width, dtype=torch.int64)
+    labels_BT = torch.full((len(examples), width), -100)
+    for row, (ids, mask) in enumerate(examples):
+        ids_BT[row, : len(ids)] = torch.tensor(ids)
+        for t in range(1, len(ids)):
+            labels_BT[row, t - 1] = ids[t] if mask[t] else -100
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    count = int((labels_BT != -100).sum())
+    for _ in range(50):
+        features, weight = model.head(model(ids_BT))
+        loss = linear_cross_entropy(features, weight, labels_BT.flatten(), vocab_size=tokenizer.vocab_size) / count
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.05
+    return model
+
+
+def test_what_was_learnt_is_scored_right(scholar: Transformer, tokenizer: Tokenizer) -> None:
+    done: list[int] = []
+    score = score_by_generation(
+        Engine(scholar), tokenizer, [*ITEMS, NUMBER], max_new_tokens=40, batch_rows=3, progress=done.append
+    )
+    assert (score.n, score.correct, score.unparsed, score.cut, score.too_long) == (7, 7, 0, 0, 0)
+    assert score.letters == {"A": 2, "B": 2, "C": 1, "D": 1} and done == [3, 6, 7]
+    assert score.results[1].text == render_answer(ITEMS[1]) and score.results[6].text == "42"
+    assert score.groups["drug"]["n"] == 6
+    without = score_by_generation(Engine(scholar), tokenizer, ITEMS, max_new_tokens=20, reasoning=False)
+    assert without.accuracy == 1.0
+
+
+def test_the_same_answers_are_wrong_on_another_key(scholar: Transformer, tokenizer: Tokenizer) -> None:
+    wrong_key = [replace(item, answer_index=(item.answer_index + 1) % 4) for item in ITEMS]
+    score = score_by_generation(Engine(scholar), tokenizer, wrong_key, max_new_tokens=40)
+    assert score.correct == 0 and score.unparsed == 0
+    right = score_by_generation(Engine(scholar), tokenizer, ITEMS, max_new_tokens=40)
+    gain = compare(score, right)
+    assert gain.mean == 1.0 and gain.interval[0] > 0.3
+
+
+def test_length_limits_are_counted_and_never_right(scholar: Transformer, tokenizer: Tokenizer) -> None:
+    cut = score_by_generation(Engine(scholar), tokenizer, ITEMS, max_new_tokens=2)
+    assert (cut.correct, cut.cut, cut.unparsed) == (0, 6, 0)
+    tight = score_by_generation(Engine(scholar), tokenizer, ITEMS, max_new_tokens=40, max_seq_len=50)
+    assert (tight.n, tight.correct, tight.too_long) == (6, 0, 6)
+    with pytest.raises(UserError, match="no room"):
+        score_by_generation(Engine(scholar), tokenizer, ITEMS, max_new_tokens=128)
+
+
+def test_a_long_context_is_shortened_from_its_front(scholar: Transformer, tokenizer: Tokenizer) -> None:
+    long = replace(ITEMS[0], context=" ".join(f"word{k}" for k in range(500)))
+    score = score_by_generation(Engine(scholar), tokenizer, [long], max_new_tokens=20)
+    assert score.too_long == 0
+    rows = option_rows(tokenizer, long, template=True, max_seq_len=100)
+    assert rows is not None
+    text = tokenizer.decode(rows[0][0])
+    assert max(len(ids) for ids, _ in rows) <= 100 and "word499\nA man has" in text and "word400" not in text
+
+
+def test_permutations_show_the_right_option_in_every_place_once() -> None:
+    shown = list(presentations([ITEMS[0], NUMBER], 4, seed=0))
+    assert [item.id for item in shown] == ["e0"] * 4 + ["sum"]
+    assert shown[0] == ITEMS[0] and sorted(item.answer_index for item in shown[:4]) == [0, 1, 2, 3]
+    eight = list(presentations([ITEMS[0]], 8, seed=0))
+    assert sorted(item.answer_index for item in eight) == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert {item.options[item.answer_index] for item in eight} == {"amoxicillin"}
+
+
+def test_a_model_that_knows_one_letter_is_at_chance_over_permutations(tokenizer: Tokenizer) -> None:
+    ignorant = build(tokenizer, head_init="zero")  # all words equally likely: the first option always wins
+    items = [replace(item, options=("aa", "bb", "cc", "dd"), answer_index=0) for item in ITEMS]
+    assert score_by_likelihood(ignorant, tokenizer, items, normalise="tokens").accuracy == 1.0
+    score = score_by_likelihood(ignorant, tokenizer, items, normalise="tokens", permutations=4)
+    assert (score.n, score.presentations, score.accuracy) == (6, 24, 0.25)
+    assert score.letters == {"A": 24, "B": 0, "C": 0, "D": 0} and score.constant_accuracy == 0.25
+    assert score.interval[1] > 0.5  # six items, not twenty-four
+
+
+def test_likelihood_finds_what_was_learnt(scholar: Transformer, tokenizer: Tokenizer) -> None:
+    for normalise in ("bytes", "tokens", "none"):
+        score = score_by_likelihood(scholar, tokenizer, ITEMS, normalise=normalise, batch_tokens=200)  # type: ignore[arg-type]
+        assert score.accuracy == 1.0 and score.unparsed == 0
+    assert score_by_likelihood(scholar, tokenizer, ITEMS, template=False).n == 6
+    with pytest.raises(ValueError, match="no options"):
+        score_by_likelihood(scholar, tokenizer, [NUMBER])
+    huge = replace(ITEMS[0], question="word " * 400)
+    assert score_by_likelihood(scholar, tokenizer, [huge], template=False).too_long == 1
+    assert score_by_likelihood(scholar, tokenizer, [huge]).too_long == 1
+
+
+@pytest.mark.parametrize("template", [True, False])
+def test_likelihood_equals_brute_force(tokenizer: Tokenizer, template: bool) -> None:
+    model = build(tokenizer)
+    all_rows = [row for item in ITEMS for row in option_rows(tokenizer, item, template=template, max_seq_len=128) or []]
+    expected = []
+    with torch.no_grad():
+        for ids, start in all_rows:
+            total = 0.0
+            for t in range(start, len(ids)):  # one prefix at a time, nothing batched
+                logits = model.logits(model(torch.tensor([ids[:t]])))[0, -1].double()
+                total += logits.log_softmax(-1)[ids[t]].item()
+            expected.append(total)
+    for batch_tokens in (1, 300, 100_000):
+        assert sum_logprobs(model, all_rows, batch_tokens=batch_tokens) == pytest.approx(expected, abs=1e-3)
+    by_bytes = [total / len(ITEMS[k // 4].options[k % 4].encode()) for k, total in enumerate(expected)]
+    chosen = [max(range(4), key=lambda o, k=k: by_bytes[4 * k + o]) for k in range(6)]  # type: ignore[misc]
+    score = score_by_likelihood(model, tokenizer, ITEMS, template=template)
+    assert [result.predicted for result in score.results] == chosen
+
+
+def test_options_are_tokenised_jointly_with_their_prompt(tokenizer: Tokenizer) -> None:
+    item = ITEMS[2]
+    rows = option_rows(tokenizer, item, template=False, max_seq_len=128)
+    assert rows is not None
+    for (ids, start), option in zip(rows, item.options, strict=True):
+        assert ids == tokenizer.encode(f"Question: {item.question}\nAnswer: {option}")
+        assert tokenizer.decode(ids[start:]).endswith(option) and ids[:start] == rows[0][0][:start]
+    chat = option_rows(tokenizer, item, template=True, max_seq_len=128)
+    assert chat is not None
+    for index, (ids, start) in enumerate(chat):
+        answer = render_answer(replace(item, answer_index=index))
+        whole, mask = encode_example(tokenizer, Turn(render_question(item), None, answer))
+        assert [*ids, tokenizer.eos_id] == whole and start == mask.index(1)
+        assert ids[:start] == encode_prompt(tokenizer, render_question(item), reasoning=False)
+
+
+def test_a_merge_across_the_border_is_scored_from_before_it() -> None:
+    backend = Backend(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)  # words may grow together
+    backend.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
+    backend.train_from_iterator(["Answer: rest", "Answer: reset"] * 20, trainer)
+    joined = Tokenizer(backend)
+    item = ExamItem(id="m", question="What helps?", options=("rest", "reset", "zinc"), answer_index=0)
+    stem = joined.encode("Question: What helps?\nAnswer:")
+    rows = option_rows(joined, item, template=False, max_seq_len=64)
+    assert rows is not None and rows[0][0][: len(stem)] != stem  # the last token of the prompt is swallowed
+    start = rows[0][1]
+    assert start < len(stem)
+    for (ids, begin), option in zip(rows, item.options, strict=True):
+        assert begin == start and ids[:start] == stem[:start]
+        assert joined.decode(ids) == f"Question: What helps?\nAnswer: {option}"
+
+
+ANSWERS = [
+    ("amoxicillin (B)", 1),
+    ("(B)", 1),
+    ("B", 1),
+    ("b.", 1),
+    ("Amoxicillin", 1),
+    ("amoxicilin (B).", 1),
+    ("penicillin (B)", None),
+    ("(A) or (B)", None),
+    ("(A) (B)", None),
+    ("aspirin", None),
+    ("E", None),
+    ("(E)", None),
+    ("", None),
+]
+
+
+@pytest.mark.parametrize(("text", "expected"), ANSWERS)
+def test_the_examiner_reads_answers(text: str, expected: int | None) -> None:
+    assert read_choice(text, DRUGS) == expected
+
+
+WORDS = [
+    "amoxicillin",
+    "penicillin",
+    "amoxicilin",
+    "The answer is",
+    "(A)",
+    "(B)",
+    "(b)",
+    "(E)",
+    "A",
+    "B",
+    "b",
+    ".",
+    ")",
+]
+
+
+def test_the_examiner_reads_options_that_end_in_a_full_stop_or_hold_letters() -> None:
+    options = ("RhO(D) protects the mother.", "RhO(D) protects the fetus.", "Vitamin (A)", "B")
+    assert read_choice("RhO(D) protects the fetus. (B)", options) == 1
+    assert read_choice("RhO(D) protects the mother. (B)", options) is None
+    assert read_choice("RhO(D) protects the mother", options) == 0
+    assert read_choice("Vitamin (A) (C)", options) == 2
+    assert read_choice("Vitamin (A)", options) is None  # the text of C, or the letter A
+    assert read_choice("B", options) is None  # the letter B, or the text of D
+    assert read_choice("B (D)", options) == 3
+
+
+PIECES = st.sampled_from([*WORDS, " ", ", "])
+DIGITS = ["7", "72", "1,080", "1,08", ".", "-", "$", "%", "/", "=", "####", "e5", "nan", " ", " apples", "_", ","]
+NUMBERS = st.sampled_from(DIGITS)
+
+
+@settings(max_examples=300, derandomize=True)
+@given(st.lists(PIECES, max_size=6).map("".join), st.lists(NUMBERS, max_size=6).map("".join))
+def test_examiner_and_reward_agree_where_the_examiner_reads_anything(choice: str, number: str) -> None:
+    item = ExamItem(id="a", question="?", options=DRUGS, answer_index=1)
+    seventy_two = replace(NUMBER, answer="72")
+    for text, exam_item in ((choice, item), (number, seventy_two)):
+        completion = Completion(thinking="x", answer=text, finished=True, well_formed=True)
+        result = mark(exam_item, completion)
+        if result.status == "answered":
+            assert float(result.right) == correct(exam_item, completion)
+    if (read := read_choice(choice, DRUGS)) is not None:
+        assert extract_letter(choice, 4, DRUGS) == read
+    if (value := read_number(number)) is not None:
+        assert extract_number(number) == value
+
+
+def test_examiner_and_reward_agree_on_everything_the_model_writes(scholar: Transformer, tokenizer: Tokenizer) -> None:
+    engine = Engine(scholar)
+    score = score_by_generation(engine, tokenizer, ITEMS, max_new_tokens=40, permutations=4, temperature=1.5, seed=3)
+    assert 0 < score.correct < score.presentations
+    for result in score.results:
+        completion = Completion(thinking="x", answer=result.text or None, finished=True, well_formed=True)
+        assert float(result.right) == correct(result.item, completion)

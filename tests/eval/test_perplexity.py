@@ -1,0 +1,121 @@
+"""Bits per byte: every token once, and the same number as the formula written out."""
+
+from __future__ import annotations
+
+from math import log
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from osler.data.shards import ShardSet, ShardWriter
+from osler.errors import UserError
+from osler.eval.perplexity import batches, bits_per_byte, measure, windows
+from osler.model.config import ModelConfig
+from osler.model.transformer import Transformer
+from osler.tokenizer.bpe import Tokenizer
+
+VOCAB = 50
+
+
+def build(**changes: object) -> Transformer:
+    settings: dict[str, object] = {
+        "num_layers": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "num_kv_heads": 1, "head_dim": 16,
+        "vocab_size": VOCAB, "max_seq_len": 64, "residual_init": "scaled", "head_init": "normal",
+    }  # fmt: skip
+    model = Transformer(ModelConfig(**{**settings, **changes}))  # type: ignore[arg-type]
+    model.init_weights(1)
+    return model
+
+
+@settings(derandomize=True)
+@given(st.lists(st.integers(0, 40), max_size=5), st.integers(1, 12), st.data())
+def test_every_token_of_every_document_is_a_label_once(sizes: list[int], seq_len: int, data: st.DataObject) -> None:
+    overlap = data.draw(st.integers(0, seq_len - 1))
+    documents = [[100 * d + t for t in range(size)] for d, size in enumerate(sizes)]
+    labelled: list[int] = []
+    for inputs, labels in windows(documents, seq_len=seq_len, start_id=-1, overlap=overlap):
+        assert len(inputs) == len(labels) <= seq_len
+        for read, label, after in zip(inputs, labels, [*inputs[1:], None], strict=True):
+            assert after is None or label in (after, -100)
+            if label >= 0:
+                assert read == (label - 1 if label % 100 else -1)
+        labelled += [label for label in labels if label != -100]
+    assert labelled == [token for document in documents for token in document]
+
+
+def test_overlap_gives_every_label_at_least_that_much_context() -> None:
+    rows = list(windows([list(range(30))], seq_len=8, start_id=99, overlap=5))
+    for _, labels in rows[1:]:
+        assert labels[:5] == [-100] * 5 and labels[5] != -100
+    with pytest.raises(ValueError, match="overlap"):
+        list(windows([[1]], seq_len=4, start_id=0, overlap=4))
+
+
+@pytest.mark.parametrize("overlap", [0, 7])
+def test_bits_per_byte_is_the_formula(overlap: int) -> None:
+    model = build()
+    generator = torch.Generator().manual_seed(2)
+    documents = [torch.randint(0, VOCAB, (n,), generator=generator).tolist() for n in (1, 40, 0, 16, 17, 3)]
+    rows = list(windows(documents, seq_len=16, start_id=0, overlap=overlap))
+    nats = 0.0
+    for inputs, labels in rows:
+        logits = model.logits(model(torch.tensor([inputs])))[0]
+        nats += F.cross_entropy(logits.double(), torch.tensor(labels), reduction="sum").item()
+    for batch_tokens in (1, 40, 10_000):
+        result = measure(model, batches(rows, batch_tokens=batch_tokens), total_bytes=300)
+        assert result.tokens == 77
+        assert result.nats == pytest.approx(nats, rel=1e-6)
+        assert result.bits_per_byte == pytest.approx(nats / log(2) / 300, rel=1e-6)
+        assert result.loss == pytest.approx(nats / 77, rel=1e-6)
+        assert result.to_dict()["perplexity"] == result.perplexity
+    assert model.training
+
+
+def test_a_model_without_knowledge_needs_log2_of_its_vocabulary() -> None:
+    model = build(head_init="zero")
+    documents = [[3, 4, 5, 6]]  # the 50 real words share the probability; the padded rows of the head get none
+    result = measure(model, batches(windows(documents, seq_len=8, start_id=0), batch_tokens=64), total_bytes=4)
+    assert result.bits_per_byte == pytest.approx(log(VOCAB) / log(2), rel=1e-6)
+
+
+def test_packed_documents_cost_what_they_cost_apart() -> None:
+    model = build()
+    first, second = [0, 5, 6, 7], [0, 9, 8]
+    apart = measure(model, batches(windows([first[1:], second[1:]], seq_len=8, start_id=0), batch_tokens=64), 10)
+    ids = torch.tensor([first[:-1] + second[:-1]])
+    labels = torch.tensor([first[1:] + second[1:]])
+    documents = torch.tensor([[0, 0, 0, 1, 1]])
+    positions_start_anew = model(ids, positions_BT=torch.tensor([[0, 1, 2, 0, 1]]), document_BT=documents)
+    packed = measure(model, [(ids, labels, documents)], 10)
+    assert packed.nats == pytest.approx(apart.nats, rel=1e-5)  # attention knows relative positions only
+    assert torch.allclose(positions_start_anew, model(ids, document_BT=documents), atol=1e-5)
+
+
+def test_a_prepared_split_is_measured_from_its_files(tmp_path: Path) -> None:
+    tokenizer = Tokenizer.train(["fever and cough", "rash and fever"], 270)
+    texts = ["fever and cough and rash", "cough", "§ 38.5 °C fever"]
+    documents = [[*tokenizer.encode(text), tokenizer.eos_id] for text in texts]
+    writer = ShardWriter(tmp_path / "validation", vocab_size=tokenizer.vocab_size, with_mask=False)
+    for ids, text in zip(documents, texts, strict=True):
+        writer.add(ids, None, len(text.encode()))
+    shards = ShardSet(tmp_path / "validation", writer.close(), tokenizer_fingerprint="", eos_id=tokenizer.eos_id)
+    model = build(vocab_size=tokenizer.vocab_size)
+    rows = windows(documents, seq_len=8, start_id=tokenizer.eos_id)
+    expected = measure(model, batches(rows, batch_tokens=64), sum(len(text.encode()) for text in texts))
+    assert bits_per_byte(model, shards, seq_len=8, batch_tokens=64) == expected
+    lengths = tokenizer.byte_lengths()
+    every = bits_per_byte(model, shards, seq_len=8, batch_tokens=64, documents=[0, 1, 2], byte_lengths=lengths)
+    assert every == expected
+    some = bits_per_byte(model, shards, seq_len=64, documents=[2], byte_lengths=lengths)
+    assert (some.bytes, some.tokens) == (len(texts[2].encode()), len(documents[2]))
+
+
+def test_nothing_to_measure_is_said() -> None:
+    with pytest.raises(UserError, match="no text"):
+        measure(build(), [], 100)
+    with pytest.raises(UserError, match="no text"):
+        measure(build(), [(torch.tensor([[1]]), torch.tensor([[2]]))], 0)

@@ -1,0 +1,100 @@
+"""What a score reports, and how two scores compare."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from osler.errors import UserError
+from osler.eval.score import ANSWERED, CUT, TOO_LONG, UNPARSED, ExamScore, Result, compare, summarise
+from osler.eval.stats import wilson
+from osler.tasks.item import ExamItem
+
+
+def exam(answers: str, groups: str = "") -> list[ExamItem]:
+    return [
+        ExamItem(
+            id=f"i{k}",
+            question="?",
+            options=("w", "x", "y", "z"),
+            answer_index="ABCD".index(letter),
+            group=groups[k] if groups else "",
+        )
+        for k, letter in enumerate(answers)
+    ]
+
+
+def answered(items: list[ExamItem], given: str) -> ExamScore:
+    results = []
+    for item, letter in zip(items, given, strict=True):
+        predicted = "ABCD".find(letter)
+        status = {"?": UNPARSED, "…": CUT, "#": TOO_LONG}.get(letter, ANSWERED)
+        results.append(Result(item, status, predicted == item.answer_index, None if predicted < 0 else predicted))
+    return summarise(results)
+
+
+def test_a_score_reports_what_it_must_be_compared_with() -> None:
+    score = answered(exam("AABBBCDD"), "AACCB?…#")
+    assert (score.n, score.correct, score.accuracy) == (8, 3, 0.375)
+    assert score.interval == pytest.approx(wilson(3, 8))
+    assert (score.unparsed, score.cut, score.too_long) == (1, 1, 1)
+    assert score.letters == {"A": 2, "B": 1, "C": 2, "D": 0}
+    assert (score.constant_letter, score.constant_accuracy, score.chance) == ("B", 0.375, 0.25)
+
+
+def test_groups_are_scored_apart_by_their_first_part() -> None:
+    items = [
+        ExamItem(id=f"g{k}", question="?", options=("w", "x"), answer_index=0, group=f"{group}/{k}")
+        for k, group in enumerate(["test"] * 4 + ["cause"] * 2)
+    ]
+    score = answered(items, "AABBAA")
+    counts = {name: (group["n"], group["correct"]) for name, group in score.groups.items()}
+    assert counts == {"cause": (2, 2), "test": (4, 2)}
+    assert score.groups["test"]["interval"] == pytest.approx(list(wilson(2, 4)))
+
+
+def test_chance_and_constant_letter_of_mixed_and_free_items() -> None:
+    three = ExamItem(id="y", question="?", options=("yes", "no", "maybe"), answer_index=0)
+    free = ExamItem(id="n", question="?", options=(), answer_index=-1, answer="72")
+    score = summarise([Result(three, ANSWERED, True, 0), Result(free, ANSWERED, True)])
+    assert score.chance == pytest.approx(1 / 6) and score.constant_accuracy == 0.5 and score.correct == 2
+    numbers = summarise([Result(free, ANSWERED, False)])
+    assert (numbers.chance, numbers.constant_letter, numbers.letters) == (0.0, "", {})
+
+
+def test_scores_become_json() -> None:
+    score = answered(exam("AB", groups="gh"), "AA")
+    short, full = score.to_dict(), json.loads(json.dumps(score.to_dict(results=True)))
+    assert "results" not in short and json.loads(json.dumps(short))["accuracy"] == 0.5
+    assert full["results"][1] == {
+        "id": "i1",
+        "group": "h",
+        "status": "answered",
+        "right": False,
+        "predicted": "A",
+        "expected": "B",
+        "text": "",
+    }
+
+
+def test_a_gain_is_paired_on_the_same_items() -> None:
+    items = exam("ABCD" * 10, groups="pqrs" * 10)
+    before, after = answered(items, "A" * 40), answered(items[::-1], "DCBA" * 9 + "AAAA")
+    gain = compare(before, after)
+    assert (gain.mean, gain.gained, gain.lost, gain.n) == (0.675, 27, 0, 40)
+    assert 0 < gain.interval[0] < 0.675 < gain.interval[1] < 1
+    clustered = compare(before, after, cluster_by_group=True)
+    assert clustered.clusters == 4 and clustered.interval[0] < gain.interval[0]
+    with pytest.raises(UserError, match="different items"):
+        compare(before, answered(items[:39], "A" * 39))
+    with pytest.raises(UserError, match="empty"):
+        summarise([])
+
+
+def test_presentations_of_an_item_are_one_cluster() -> None:
+    items = exam("ABCD")
+    once = answered(items, "ABAA")
+    four = summarise([result for result in once.results for _ in range(4)])
+    assert (four.n, four.presentations, four.accuracy) == (4, 16, once.accuracy)
+    assert four.interval[1] - four.interval[0] > 0.9 * (once.interval[1] - once.interval[0])

@@ -1,0 +1,231 @@
+"""The model against an independent implementation, its cache against itself, and its start against the table in init.py."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from osler.config import encode
+from osler.model.config import ModelConfig
+from osler.model.kv_cache import KVCache
+from osler.model.transformer import Transformer
+from osler.ops.cross_entropy import linear_cross_entropy
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "untied": {"head_init": "normal"},
+    "tied": {"tie_embeddings": True, "head_init": "normal"},
+    "weighted_norms": {"norm_weight": True, "qk_norm_weight": True, "head_init": "normal"},
+    "head_dim_72": {"head_dim": 72, "num_heads": 4, "num_kv_heads": 1, "head_init": "normal"},
+    "multi_head": {"num_heads": 4, "num_kv_heads": 4, "head_init": "normal"},
+}
+
+
+def build(**changes: Any) -> Transformer:
+    base: dict[str, Any] = {
+        "num_layers": 3,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "head_dim": 16,
+        "vocab_size": 130,
+        "max_seq_len": 64,
+        "residual_init": "scaled",
+    }
+    model = Transformer(ModelConfig(**{**base, **changes}))
+    model.init_weights(1)
+    with torch.no_grad():  # norm weights start at one, where a forgotten one would not be noticed
+        for name, parameter in model.named_parameters():
+            if name.endswith("norm.weight"):
+                parameter.copy_(torch.rand(parameter.shape, generator=torch.Generator().manual_seed(len(name))) + 0.5)
+    return model.eval()
+
+
+def to_qwen3(model: Transformer) -> Any:
+    """The same weights in Hugging Face's class, which this project had no part in."""
+    transformers = pytest.importorskip("transformers")
+    c = model.config
+    theirs = transformers.Qwen3ForCausalLM(
+        transformers.Qwen3Config(
+            vocab_size=c.padded_vocab_size,
+            hidden_size=c.hidden_size,
+            intermediate_size=c.intermediate_size,
+            num_hidden_layers=c.num_layers,
+            num_attention_heads=c.num_heads,
+            num_key_value_heads=c.num_kv_heads,
+            head_dim=c.head_dim,
+            max_position_embeddings=c.max_seq_len,
+            rms_norm_eps=c.norm_eps,
+            tie_word_embeddings=c.tie_embeddings,
+            attention_bias=False,
+            rope_theta=c.rope_theta,
+            rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta},
+        )
+    )
+    state = {name if name.startswith("lm_head") else f"model.{name}": value for name, value in model.state_dict().items()}
+    missing, unexpected = theirs.load_state_dict(state, strict=False)
+    assert not unexpected
+    # Only parameter-free norms (which stay at one) and the tied head may be missing.
+    assert all("norm" in name or (c.tie_embeddings and name == "lm_head.weight") for name in missing)
+    return theirs.eval()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_logits_equal_qwen3(shape: str) -> None:
+    model = build(**SHAPES[shape])
+    theirs = to_qwen3(model)
+    ids = torch.randint(0, 130, (2, 40), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = theirs(ids).logits[..., :130]
+        torch.testing.assert_close(model.logits(model(ids)), expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_cached_logits_equal_qwen3_with_its_cache(shape: str) -> None:
+    model = build(**SHAPES[shape])
+    theirs = to_qwen3(model)
+    ids = torch.randint(0, 130, (2, 20), generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        first = theirs(ids[:, :12], use_cache=True)
+        past, expected = first.past_key_values, [first.logits]
+        for t in range(12, 20):
+            step = theirs(ids[:, t : t + 1], past_key_values=past, use_cache=True)
+            past = step.past_key_values
+            expected.append(step.logits)
+        ours = decode_in_steps(model, ids, 12)
+    torch.testing.assert_close(ours, torch.cat(expected, 1)[..., :130], atol=1e-4, rtol=0)
+
+
+def decode_in_steps(model: Transformer, ids: torch.Tensor, prompt: int) -> torch.Tensor:
+    rows, length = ids.shape
+    cache = KVCache(model.config, rows, length, torch.float32, "cpu")
+    logits = []
+    for start, stop in [(0, prompt), *((t, t + 1) for t in range(prompt, length))]:
+        cache.read_len = stop
+        positions = torch.arange(start, stop)
+        visible = (torch.arange(stop)[None] <= positions[:, None]).expand(rows, 1, -1, -1)
+        hidden = model(
+            ids[:, start:stop], positions_BT=positions.expand(rows, -1), cache=cache, slots_T=positions, mask=visible
+        )
+        logits.append(model.logits(hidden))
+    return torch.cat(logits, 1)
+
+
+@pytest.mark.parametrize("shape", [{"embed_rank": 16, "head_init": "normal"}, {"embed_rank": 16, "tie_embeddings": True, "head_init": "normal"}])
+def test_factorized_embeddings_with_cache_and_by_hand(shape: dict[str, Any]) -> None:
+    model = build(**shape)
+    ids = torch.randint(0, 130, (2, 16), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        hidden = model(ids)
+        full = model.logits(hidden)
+        torch.testing.assert_close(decode_in_steps(model, ids, 7), full, atol=1e-5, rtol=0)
+        assert model.embed_proj is not None
+        if model.config.tie_embeddings:
+            embedding = model.embed_tokens.weight @ model.embed_proj.weight.T  # [V, hidden]
+            torch.testing.assert_close(full, (hidden @ embedding.T)[..., :130], atol=1e-4, rtol=1e-4)
+
+
+def test_document_ids_keep_documents_apart() -> None:
+    model = build(head_init="normal")
+    ids = torch.randint(0, 130, (1, 30), generator=torch.Generator().manual_seed(4))
+    documents = torch.tensor([[0] * 12 + [1] * 18])
+    with torch.no_grad():
+        together = model(ids, document_BT=documents)
+        torch.testing.assert_close(together[:, :12], model(ids[:, :12]), atol=1e-5, rtol=0)
+        # RoPE is relative, so the second document may stand anywhere in the row.
+        torch.testing.assert_close(together[:, 12:], model(ids[:, 12:]), atol=1e-4, rtol=0)
+
+
+def test_future_tokens_change_nothing() -> None:
+    model = build(head_init="normal")
+    ids = torch.randint(0, 130, (1, 20), generator=torch.Generator().manual_seed(5))
+    changed = ids.clone()
+    changed[:, 10:] = (changed[:, 10:] + 1) % 130
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids)[:, :10], model(changed)[:, :10], atol=0, rtol=0)
+
+
+def test_first_loss_is_exactly_that_of_a_uniform_guess() -> None:
+    model = Transformer(ModelConfig(num_layers=1, hidden_size=16, intermediate_size=16, num_heads=1, num_kv_heads=1, head_dim=16, vocab_size=50_304))
+    model.init_weights(0)
+    ids = torch.randint(0, 50_304, (1, 64))
+    features, weight = model.head(model(ids))
+    loss = linear_cross_entropy(features, weight, ids.flatten(), vocab_size=50_304) / ids.numel()
+    assert round(loss.item(), 4) == 10.8258 == round(math.log(50_304), 4)
+
+
+def test_padding_words_take_no_probability() -> None:
+    model = build(head_init="normal")
+    assert model.config.padded_vocab_size == 192
+    ids = torch.randint(0, 130, (1, 8))
+    with torch.no_grad():
+        model.lm_head.weight[130:] = 1e3  # type: ignore[union-attr, index]
+        features, weight = model.head(model(ids))
+        loss = linear_cross_entropy(features, weight, ids.flatten(), vocab_size=130)
+        by_hand = -model.logits(model(ids)).log_softmax(-1).gather(-1, ids[..., None]).sum()
+    torch.testing.assert_close(loss, by_hand, atol=1e-3, rtol=1e-5)
+
+
+def test_eighty_layers_start_with_finite_gradients_and_learn() -> None:
+    config = ModelConfig(num_layers=80, hidden_size=32, intermediate_size=64, num_heads=2, num_kv_heads=2, head_dim=16, vocab_size=64, norm_weight=True, residual_init="scaled", head_init="normal")
+    model = Transformer(config)
+    model.init_weights(0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    ids = torch.randint(0, 64, (4, 33), generator=torch.Generator().manual_seed(0))
+    losses = []
+    for _ in range(8):
+        features, weight = model.head(model(ids[:, :-1]))
+        loss = linear_cross_entropy(features, weight, ids[:, 1:].flatten()) / 128
+        loss.backward()
+        assert all(torch.isfinite(parameter.grad).all() for parameter in model.parameters() if parameter.grad is not None)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.3
+
+
+def test_init_is_the_table_and_a_seed_is_a_model() -> None:
+    model, again, other = build(), build(), Transformer(build().config)
+    other.init_weights(2)
+    for (name, ours), theirs in zip(model.state_dict().items(), again.state_dict().values(), strict=True):
+        assert torch.equal(ours, theirs), name
+    assert not torch.equal(model.layers[0].mlp.gate_proj.weight, other.layers[0].mlp.gate_proj.weight)
+    zero = Transformer(ModelConfig())
+    zero.init_weights(0)
+    assert zero.lm_head is not None and not zero.lm_head.weight.any()
+    assert not zero.layers[0].self_attn.o_proj.weight.any() and not zero.layers[0].mlp.down_proj.weight.any()
+    assert zero.layers[0].mlp.gate_proj.weight.std().item() == pytest.approx(128**-0.5, rel=0.02)
+
+
+def test_mirrored_attention_starts_as_look_at_alike_and_copy() -> None:
+    model = build(attention_init="mirrored")
+    layer = model.layers[0].self_attn
+    q = layer.q_proj.weight.view(2, 2, 16, 64)  # kv head, group, head size, hidden
+    k, v = layer.k_proj.weight.view(2, 16, 64), layer.v_proj.weight.view(2, 16, 64)
+    o = layer.o_proj.weight.T.reshape(2, 2, 16, 64)
+    for group in range(2):
+        assert torch.equal(q[:, group], k)
+        torch.testing.assert_close(o[:, group], 0.25 * v)
+
+
+def test_config_counts_what_the_model_has() -> None:
+    for changes in ({}, {"norm_weight": True}, {"norm_weight": True, "qk_norm_weight": True}, {"embed_rank": 8}, {"tie_embeddings": True, "head_init": "normal"}):
+        model = build(vocab_size=128, **changes)  # a multiple of 64: no padding rows
+        assert model.config.num_parameters == sum(parameter.numel() for parameter in model.parameters()), encode(model.config)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"num_heads": 4, "num_kv_heads": 3}, "num_heads 4 is not a multiple of num_kv_heads 3"),
+        ({"head_dim": 15}, "head_dim 15 is odd"),
+        ({"tie_embeddings": True}, "needs head_init=normal"),
+        ({"embed_rank": 1000}, "embed_rank 1000"),
+        ({"num_layers": 0}, "num_layers is 0"),
+    ],
+)
+def test_impossible_shapes_are_refused_with_the_numbers(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        ModelConfig(**changes)

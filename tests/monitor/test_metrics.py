@@ -1,0 +1,80 @@
+"""The table of metrics: names resolve, and the code logs nothing that the table does not declare."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+import osler
+from osler.monitor.metrics import METRICS, declared_name, describe
+
+PACKAGE = Path(osler.__file__).parent if osler.__file__ else Path(next(iter(osler.__path__)))
+AREAS = {name.split("/")[0] for name in METRICS if "/" in name}
+
+
+def test_every_row_has_a_unit_and_a_meaning() -> None:
+    for name, (unit, meaning) in METRICS.items():
+        assert unit and meaning, name
+        assert not meaning.endswith("."), name
+
+
+@pytest.mark.parametrize(
+    ("name", "row"),
+    [
+        ("train/loss", "train/loss"),
+        ("eval/test_accuracy", "eval/<split>_accuracy"),
+        ("eval/clinic-unseen_accuracy", "eval/<split>_accuracy"),
+        ("answer/letter_C_frac", "answer/letter_<X>_frac"),
+        ("rewards/correct/mean", "rewards/<name>/mean"),
+        ("kl", "kl"),
+    ],
+)
+def test_names_resolve_to_their_row(name: str, row: str) -> None:
+    assert declared_name(name) == row
+    assert describe(name) == METRICS[row]
+
+
+@pytest.mark.parametrize("name", ["", "loss/train", "eval/a/b_accuracy", "train/losss", "eval/_accuracy"])
+def test_unknown_names_are_unknown(name: str) -> None:
+    assert declared_name(name) is None
+    assert describe(name) is None
+
+
+def test_the_names_of_grpo_are_trls() -> None:
+    names = """reward reward_std frac_reward_zero_std kl entropy clip_ratio/low_mean clip_ratio/high_mean
+        completions/mean_length completions/clipped_ratio sampling/sampling_logp_difference/mean opsm/masked_frac
+        opsm/seq_kl_mean groups/effective answer/format_ok perf/rollout_frac"""
+    assert set(names.split()) <= set(METRICS)
+
+
+def logged_names(source: str) -> set[str]:
+    """Texts of the form `area/...` that are keys of a dict or a subscript; a placeholder of an f-string reads as x."""
+    names = set()
+    for node in ast.walk(ast.parse(source)):
+        keys = node.keys if isinstance(node, ast.Dict) else [node.slice] if isinstance(node, ast.Subscript) else []
+        for key in keys:
+            if isinstance(key, ast.Constant) and isinstance(key.value, str):
+                names.add(key.value)
+            elif isinstance(key, ast.JoinedStr):
+                names.add("".join(str(part.value) if isinstance(part, ast.Constant) else "x" for part in key.values))
+    return {n for n in names if n.split("/")[0] in AREAS and re.fullmatch(r"[\w.\-]+(/[\w.\-]+)+", n)}
+
+
+def test_every_metric_the_code_logs_is_declared() -> None:
+    undeclared = {
+        f"{path.relative_to(PACKAGE)}: {name}"
+        for path in sorted(PACKAGE.rglob("*.py"))
+        for name in logged_names(path.read_text(encoding="utf-8"))
+        if declared_name(name) is None
+    }
+    assert not undeclared, f"declare these in osler/monitor/metrics.py: {sorted(undeclared)}"
+
+
+def test_the_scan_sees_names() -> None:
+    source = (
+        'a = {"train/loss": 1, f"eval/{s}_accuracy": 2, "other/thing": 3}\nm["perf/mystery"] = 4\nm["train/"] = 5\n'
+    )
+    assert logged_names(source) == {"train/loss", "eval/x_accuracy", "perf/mystery"}

@@ -1,0 +1,114 @@
+"""metrics.jsonl survives kills: whole lines stay, torn ones go, a resume logs each step once."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from osler.errors import UserError
+from osler.monitor.sinks import JsonlSink
+
+
+def steps(path: Path) -> list[int]:
+    return [json.loads(line)["step"] for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def log(path: Path, first: int, last: int, **how: int | None) -> None:
+    with JsonlSink(path, **how) as sink:  # type: ignore[arg-type]
+        for step in range(first, last + 1):
+            sink.write(step, step * 100, {"train/loss": 1.0 / (step + 1)}, time=1000.0 + step)
+
+
+def test_a_line_holds_step_tokens_time_and_metrics(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "metrics.jsonl"
+    with JsonlSink(path, stage="sft") as sink:
+        sink.write(3, 300, {"train/loss": 0.5, "groups/effective": 7}, time=12.5)
+    line = json.loads(path.read_text(encoding="utf-8"))
+    assert line == {"step": 3, "tokens": 300, "time": 12.5, "stage": "sft", "train/loss": 0.5, "groups/effective": 7}
+
+
+def test_a_line_is_on_disk_as_soon_as_it_is_written(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    sink = JsonlSink(path)
+    sink.write(1, 100, {"train/loss": 2.0})
+    assert steps(path) == [1]
+    sink.close()
+    sink.close()
+
+
+def test_values_that_are_not_finite_become_null_and_the_file_stays_json(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    with JsonlSink(path) as sink:
+        sink.write(1, 100, {"train/loss": math.nan, "train/grad_norm": math.inf, "train/lr": 0.1})
+    line = json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert line["train/loss"] is None and line["train/grad_norm"] is None and line["train/lr"] == 0.1
+
+
+def test_a_metric_may_not_take_the_name_of_a_field(tmp_path: Path) -> None:
+    with JsonlSink(tmp_path / "metrics.jsonl") as sink, pytest.raises(ValueError, match="tokens"):
+        sink.write(1, 100, {"tokens": 5.0})
+
+
+def test_resume_drops_what_lies_beyond_the_checkpoint(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    log(path, 0, 9)
+    log(path, 5, 12, resume_step=4)
+    assert steps(path) == list(range(13))
+
+
+def test_resume_from_the_start_drops_everything(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    log(path, 0, 9)
+    log(path, 0, 3, resume_step=-1)
+    assert steps(path) == [0, 1, 2, 3]
+
+
+def test_reopening_keeps_whole_lines_byte_for_byte(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    log(path, 0, 4)
+    before = path.read_bytes()
+    JsonlSink(path).close()
+    JsonlSink(path, resume_step=4).close()
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("cut", [1, 2, 20])
+def test_a_torn_last_line_is_dropped_and_the_next_line_is_whole(tmp_path: Path, cut: int) -> None:
+    path = tmp_path / "metrics.jsonl"
+    log(path, 0, 4)
+    path.write_bytes(path.read_bytes()[:-cut])
+    log(path, 5, 5)
+    kept = [0, 1, 2, 3, 4, 5] if cut == 1 else [0, 1, 2, 3, 5]  # without its newline only, the line is still whole
+    assert steps(path) == kept
+
+
+def test_bytes_that_are_not_text_are_dropped(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    log(path, 0, 1)
+    path.write_bytes(path.read_bytes() + b"\x00\xff\x80\n[1]\n{}\n")
+    log(path, 2, 2)
+    assert steps(path) == [0, 1, 2]
+
+
+def test_a_folder_in_the_files_place_is_the_users_to_fix(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(UserError, match=r"metrics\.jsonl"):
+        JsonlSink(tmp_path / "metrics.jsonl")
+
+
+def test_a_killed_and_resumed_run_has_each_step_once(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    script = (
+        "import os, sys\nfrom osler.monitor.sinks import JsonlSink\nsink = JsonlSink(sys.argv[1])\n"
+        "for step in range(7):\n    sink.write(step, step, {'train/loss': 1.0})\nos.kill(os.getpid(), 9)\n"
+    )
+    killed = subprocess.run([sys.executable, "-c", script, str(path)], cwd=Path(__file__).parents[2], check=False)
+    assert killed.returncode == -9
+    assert steps(path) == list(range(7)), "what was written before the kill is there"
+    log(path, 4, 9, resume_step=3)  # the last checkpoint was at step 3
+    assert steps(path) == list(range(10))

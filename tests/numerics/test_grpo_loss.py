@@ -1,0 +1,317 @@
+"""The GRPO loss against arithmetic done another way: enumeration, REINFORCE, a truth table, a ten-line loop."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from osler.rl.advantages import group_advantages
+from osler.rl.config import AlgorithmConfig, ClipConfig
+from osler.rl.loss import LossInputs, add_sums, grpo_loss, kl_estimate, loss_metrics, token_weights
+
+ACTIONS = 7
+POLICIES = ["on_policy", "off_policy"]
+
+
+def bandit(off_policy: bool):
+    """Logits of a policy, the distribution it was sampled from, and a reference, over a few actions."""
+    generator = torch.Generator().manual_seed(3)
+    theta, old, ref = torch.randn(3, ACTIONS, generator=generator, dtype=torch.float64)
+    theta.requires_grad_()
+    return theta, (old if off_policy else theta.detach()).log_softmax(-1), ref.log_softmax(-1)
+
+
+def expected_kl_gradient(theta, logp_old, logp_ref, kind, beta=1.0):
+    """Gradient of E_old[kl], every action enumerated as a completion of one token that weighs its old probability."""
+    logp = theta.log_softmax(-1)
+    inputs = LossInputs(
+        logp_BT=logp[:, None],
+        logp_old_BT=logp_old[:, None],
+        logp_ref_BT=logp_ref[:, None],
+        mask_BT=torch.ones(ACTIONS, 1, dtype=torch.bool),
+        advantages_B=torch.zeros(ACTIONS, dtype=torch.float64),
+        weight_BT=logp_old.exp()[:, None],
+    )
+    loss, _ = grpo_loss(inputs, AlgorithmConfig(kl=kind, beta=beta))
+    return torch.autograd.grad(loss, theta)[0]
+
+
+def true_kl_gradient(theta, logp_ref, reverse=False):
+    logp = theta.log_softmax(-1)
+    kl = (logp_ref.exp() * (logp_ref - logp)).sum() if reverse else (logp.exp() * (logp - logp_ref)).sum()
+    return torch.autograd.grad(kl, theta)[0]
+
+
+@pytest.mark.parametrize("off_policy", [False, True], ids=POLICIES)
+def test_unbiased_kl_has_the_gradient_of_the_divergence(off_policy):
+    theta, logp_old, logp_ref = bandit(off_policy)
+    gradient = expected_kl_gradient(theta, logp_old, logp_ref, "unbiased")
+    torch.testing.assert_close(gradient, true_kl_gradient(theta, logp_ref), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("off_policy", [False, True], ids=POLICIES)
+@pytest.mark.parametrize("kind", ["k3", "k1"])
+def test_plain_estimates_have_another_gradient(kind, off_policy):
+    theta, logp_old, logp_ref = bandit(off_policy)
+    gradient = expected_kl_gradient(theta, logp_old, logp_ref, kind)
+    assert (gradient - true_kl_gradient(theta, logp_ref)).abs().max() > 1e-2
+
+
+def test_on_policy_the_plain_estimates_have_their_known_gradients():
+    theta, logp_old, logp_ref = bandit(off_policy=False)
+    k1, k2, k3 = (expected_kl_gradient(theta, logp_old, logp_ref, kind) for kind in ("k1", "k2", "k3"))
+    torch.testing.assert_close(k1, torch.zeros_like(k1), atol=1e-12, rtol=0)
+    torch.testing.assert_close(k2, true_kl_gradient(theta, logp_ref), atol=1e-12, rtol=0)
+    torch.testing.assert_close(k3, true_kl_gradient(theta, logp_ref, reverse=True), atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("off_policy", [False, True], ids=POLICIES)
+def test_the_gradient_check_catches_a_detached_ratio(off_policy):
+    theta, logp_old, logp_ref = bandit(off_policy)
+    logp = theta.log_softmax(-1)
+    ratio = (logp - logp_old).exp()
+    honest = (logp_old.exp() * kl_estimate(logp_ref - logp, ratio, "unbiased")).sum()
+    detached = (logp_old.exp() * kl_estimate(logp_ref - logp, ratio.detach(), "unbiased")).sum()
+    assert detached.item() == pytest.approx(honest.item(), abs=1e-12)  # the value looks right
+    error = (torch.autograd.grad(detached, theta)[0] - true_kl_gradient(theta, logp_ref)).abs().max()
+    assert error > 1e-2  # ten thousand times the tolerance of the check above
+
+
+@pytest.mark.parametrize("off_policy", [False, True], ids=POLICIES)
+def test_unbiased_kl_value_is_the_divergence(off_policy):
+    theta, logp_old, logp_ref = bandit(off_policy)
+    logp = theta.detach().log_softmax(-1)
+    value = (logp_old.exp() * kl_estimate(logp_ref - logp, (logp - logp_old).exp(), "unbiased")).sum()
+    assert value.item() == pytest.approx((logp.exp() * (logp - logp_ref)).sum().item(), abs=1e-12)
+
+
+def make_batch(seed=0, rows=6, width=5, drift=0.3, group=3, max_new_tokens=9, aggregate="sequence_mean"):
+    """A random update: lengths 1..width, log-probs of a policy that drifted by ``drift`` since it was sampled."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def noise(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    lengths = torch.randint(1, width + 1, (rows,), generator=generator)
+    mask = torch.arange(width)[None] < lengths[:, None]
+    old = -noise(rows, width).abs() - 0.1
+    rewards = torch.rand(rows // group, group, generator=generator, dtype=torch.float64)
+    return LossInputs(
+        logp_BT=(old + drift * noise(rows, width)).requires_grad_(),
+        logp_old_BT=old,
+        logp_ref_BT=old + drift * noise(rows, width),
+        mask_BT=mask,
+        advantages_B=group_advantages(rewards).flatten(),
+        weight_BT=token_weights(mask, aggregate, max_new_tokens=max_new_tokens, dtype=torch.float64),
+    )
+
+
+def select(inputs, rows):
+    """The rows of an update as a micro-batch; the log-probabilities stay attached to the whole."""
+    return LossInputs(
+        inputs.logp_BT[rows],
+        inputs.logp_old_BT[rows],
+        None if inputs.logp_ref_BT is None else inputs.logp_ref_BT[rows],
+        inputs.mask_BT[rows],
+        inputs.advantages_B[rows],
+        inputs.weight_BT[rows],
+    )
+
+
+def test_step_zero_ratio_clip_and_kl_vanish():
+    batch = make_batch(drift=0.0)
+    _, sums = grpo_loss(batch, AlgorithmConfig(beta=0.1, opsm_delta=0.1))
+    metrics = loss_metrics(sums)
+    for name in ("kl", "clip_ratio/low_mean", "clip_ratio/high_mean", "opsm/masked_frac", "opsm/seq_kl_mean"):
+        assert abs(metrics[name].item()) < 1e-8, name
+    assert metrics["sampling/sampling_logp_difference/max"].item() < 1e-8
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.1])
+def test_step_zero_gradient_is_reinforce_with_the_group_mean_baseline(beta):
+    batch = make_batch(drift=0.0)
+    loss, _ = grpo_loss(batch, AlgorithmConfig(beta=beta))
+    gradient = torch.autograd.grad(loss, batch.logp_BT)[0]
+    logp = batch.logp_old_BT.clone().requires_grad_()
+    rows, width = logp.shape
+    reinforce = sum(
+        -batch.advantages_B[i] * logp[i, t] / batch.mask_BT[i].sum() / rows
+        for i in range(rows)
+        for t in range(width)
+        if batch.mask_BT[i, t]
+    )
+    torch.testing.assert_close(gradient, torch.autograd.grad(reinforce, logp)[0], atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("advantage", "seq_kl", "masked"),
+    [
+        (-1.0, 0.3, True),
+        (-1.0, 0.1, False),
+        (1.0, 0.3, False),
+        (1.0, 0.1, False),
+        (0.0, 0.3, False),
+        (-1.0, -0.3, False),
+    ],
+)
+def test_opsm_truth_table(advantage, seq_kl, masked):
+    """Masked only where the advantage is negative and the policy has moved away; the KL gradient stays either way."""
+    wide = ClipConfig(low=0.9, high=9.0)  # so that clipping does not silence the rows on its own
+    algorithm = AlgorithmConfig(beta=0.1, opsm_delta=0.2, clip=wide)
+    old = torch.full((1, 4), -1.0, dtype=torch.float64)
+    wobble = torch.tensor(
+        [[0.05, -0.05, 0.02, -0.02]], dtype=torch.float64
+    )  # per token, gone in the mean over the sequence
+    mask = torch.ones(1, 4, dtype=torch.bool)
+    weight = token_weights(mask, "sequence_mean", max_new_tokens=4, dtype=torch.float64)
+
+    def gradient(advantage, algorithm):
+        logp = (old - seq_kl + wobble).requires_grad_()
+        row = LossInputs(logp, old, old - 0.4, mask, torch.tensor([advantage], dtype=torch.float64), weight)
+        loss, sums = grpo_loss(row, algorithm)
+        return torch.autograd.grad(loss, logp)[0], sums["opsm_masked"].item()
+
+    kl_only, _ = gradient(0.0, algorithm)
+    unmasked, _ = gradient(advantage, AlgorithmConfig(beta=0.1, clip=wide))
+    total, count = gradient(advantage, algorithm)
+    assert count == int(masked)
+    torch.testing.assert_close(total, kl_only if masked else unmasked, atol=1e-15, rtol=0)
+    if advantage != 0.0:
+        assert (kl_only - unmasked).abs().max() > 1e-2
+
+
+def test_opsm_keeps_masked_tokens_in_the_denominators():
+    batch = make_batch(seed=1, drift=1.5)
+    _, sums = grpo_loss(batch, AlgorithmConfig(beta=0.0, opsm_delta=0.01))
+    assert 0 < sums["opsm_masked"].item() < 6
+    with_mask = torch.autograd.grad(grpo_loss(batch, AlgorithmConfig(beta=0.0, opsm_delta=0.01))[0], batch.logp_BT)[0]
+    without = torch.autograd.grad(grpo_loss(batch, AlgorithmConfig(beta=0.0))[0], batch.logp_BT)[0]
+    kept = with_mask.abs().sum(1) > 0
+    torch.testing.assert_close(with_mask[kept], without[kept], atol=0, rtol=0)
+
+
+ALGORITHMS = [
+    AlgorithmConfig(beta=0.1, opsm_delta=0.1, aggregate=aggregate, ratio=ratio, kl=kl)
+    for aggregate, ratio, kl in [
+        ("sequence_mean", "token", "unbiased"),
+        ("token_mean", "token", "k3"),
+        ("constant", "token", "k2"),
+        ("sequence_mean", "sequence", "unbiased"),
+        ("token_mean", "sequence", "k1"),
+    ]
+]
+LABELS = [f"{a.aggregate}-{a.ratio}-{a.kl}" for a in ALGORITHMS]
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS, ids=LABELS)
+@settings(max_examples=15, deadline=None)
+@given(seed=st.integers(0, 10_000), cut=st.integers(1, 5))
+def test_micro_batches_add_up(algorithm, seed, cut):
+    batch = make_batch(seed=seed, aggregate=algorithm.aggregate)
+    whole, sums = grpo_loss(batch, algorithm)
+    parts = [grpo_loss(select(batch, rows), algorithm) for rows in (slice(0, cut), slice(cut, None))]
+    torch.testing.assert_close(sum(loss for loss, _ in parts), whole, atol=1e-12, rtol=0)
+    expected = torch.autograd.grad(whole, batch.logp_BT)[0]
+    gradients = [torch.autograd.grad(loss, batch.logp_BT)[0] for loss, _ in parts]
+    torch.testing.assert_close(gradients[0] + gradients[1], expected, atol=1e-12, rtol=0)
+    together = loss_metrics(add_sums(add_sums({}, parts[0][1]), parts[1][1]))
+    for name, value in loss_metrics(sums).items():
+        assert together[name].item() == pytest.approx(value.item(), abs=1e-12), name
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS, ids=LABELS)
+@pytest.mark.parametrize("garbage", [0.0, 50.0, float("inf"), float("nan")])
+def test_padding_changes_nothing(algorithm, garbage):
+    batch = make_batch(aggregate=algorithm.aggregate)
+    loss, _ = grpo_loss(batch, algorithm)
+    expected = torch.autograd.grad(loss, batch.logp_BT)[0]
+
+    def pad(tensor):
+        filled = torch.where(batch.mask_BT, tensor.detach(), garbage)
+        return torch.cat([filled, torch.full((6, 4), garbage, dtype=torch.float64)], dim=1)
+
+    mask = torch.cat([batch.mask_BT, torch.zeros(6, 4, dtype=torch.bool)], dim=1)
+    logp = pad(batch.logp_BT).requires_grad_()
+    weight = token_weights(mask, algorithm.aggregate, max_new_tokens=9, dtype=torch.float64)
+    padded = LossInputs(logp, pad(batch.logp_old_BT), pad(batch.logp_ref_BT), mask, batch.advantages_B, weight)
+    padded_loss, _ = grpo_loss(padded, algorithm)
+    gradient = torch.autograd.grad(padded_loss, logp)[0]
+    torch.testing.assert_close(padded_loss, loss, atol=1e-12, rtol=0)
+    torch.testing.assert_close(gradient[:, :5], expected, atol=1e-12, rtol=0)
+    assert gradient[:, 5:].abs().max() == 0
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS, ids=LABELS)
+def test_order_inside_the_group_changes_nothing(algorithm):
+    order = torch.tensor([2, 0, 1, 4, 5, 3])
+    batch = make_batch(aggregate=algorithm.aggregate)
+    loss, _ = grpo_loss(batch, algorithm)
+    moved, _ = grpo_loss(select(batch, order), algorithm)
+    torch.testing.assert_close(moved, loss, atol=1e-12, rtol=0)
+    first, second = (torch.autograd.grad(x, batch.logp_BT)[0] for x in (loss, moved))
+    torch.testing.assert_close(first, second, atol=1e-12, rtol=0)
+
+
+def ten_line_loop(batch, algorithm, max_new_tokens):
+    """The formulas of the paper with Python floats, written without looking at the tensors' code."""
+    total, low, high = 0.0, 1 - algorithm.clip.low, 1 + algorithm.clip.high
+    lengths = [int(row.sum()) for row in batch.mask_BT]
+    for i, n in enumerate(lengths):
+        logp, old, ref = (x[i, :n].tolist() for x in (batch.logp_BT, batch.logp_old_BT, batch.logp_ref_BT))
+        advantage, drift = float(batch.advantages_B[i]), sum(o - p for p, o in zip(logp, old, strict=True)) / n
+        for p, o, r in zip(logp, old, ref, strict=True):
+            w = math.exp(-drift) if algorithm.ratio == "sequence" else math.exp(p - o)
+            gain = min(w * advantage, min(max(w, low), high) * advantage)
+            gain = 0.0 if algorithm.opsm_delta is not None and advantage < 0 and drift > algorithm.opsm_delta else gain
+            k3 = math.exp(r - p) - (r - p) - 1
+            kl = {"unbiased": math.exp(p - o) * k3, "k3": k3, "k2": (p - r) ** 2 / 2, "k1": p - r}[algorithm.kl]
+            share = {"sequence_mean": n * len(lengths), "token_mean": sum(lengths)}
+            total += (algorithm.beta * kl - gain) / share.get(algorithm.aggregate, len(lengths) * max_new_tokens)
+    return total
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS, ids=LABELS)
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 10_000))
+def test_parity_with_a_ten_line_loop(algorithm, seed):
+    batch = make_batch(seed=seed, aggregate=algorithm.aggregate, max_new_tokens=9, drift=0.8)
+    loss, _ = grpo_loss(batch, algorithm)
+    assert loss.item() == pytest.approx(ten_line_loop(batch, algorithm, 9), abs=1e-10)
+
+
+def test_clip_higher_leaves_room_above():
+    """A ratio of 1.25 with a positive advantage: clipped at 0.2, still learning at 0.28."""
+    old = torch.full((1, 1), -1.0, dtype=torch.float64)
+    mask = torch.ones(1, 1, dtype=torch.bool)
+
+    def gradient(high):
+        logp = (old + math.log(1.25)).requires_grad_()
+        advantage = torch.ones(1, dtype=torch.float64)
+        weight = token_weights(mask, "token_mean", max_new_tokens=1, dtype=torch.float64)
+        algorithm = AlgorithmConfig(beta=0.0, clip=ClipConfig(low=0.2, high=high))
+        loss, sums = grpo_loss(LossInputs(logp, old, None, mask, advantage, weight), algorithm)
+        return torch.autograd.grad(loss, logp)[0].item(), sums["clip_high"].item()
+
+    assert gradient(0.2) == (0.0, 1)
+    assert gradient(0.28) == (pytest.approx(-1.25), 0)
+
+
+def test_cut_rows_get_no_gradient_and_stay_counted():
+    batch = make_batch()
+    trained = torch.tensor([True, False, True, True, False, True])
+    for aggregate in ("sequence_mean", "token_mean", "constant"):
+        every = token_weights(batch.mask_BT, aggregate, max_new_tokens=9)
+        some = token_weights(batch.mask_BT, aggregate, max_new_tokens=9, trained_B=trained)
+        assert some[~trained].abs().max() == 0
+        torch.testing.assert_close(some[trained], every[trained], atol=0, rtol=0)
+
+
+def test_beta_without_reference_is_refused():
+    batch = make_batch()
+    bare = LossInputs(batch.logp_BT, batch.logp_old_BT, None, batch.mask_BT, batch.advantages_B, batch.weight_BT)
+    with pytest.raises(ValueError, match="logp_ref_BT"):
+        grpo_loss(bare, AlgorithmConfig(beta=0.1))

@@ -1,0 +1,113 @@
+"""The chunked loss and log-probabilities against the plain formula: values, gradients, padding, memory, compilation."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from osler.ops.cross_entropy import cross_entropy_reference, linear_cross_entropy, linear_logprobs
+
+
+def make(tokens: int, size: int, rows: int, words: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(tokens, size, generator=g, dtype=torch.float64).requires_grad_()
+    w = torch.randn(rows, size, generator=g, dtype=torch.float64).requires_grad_()
+    y = torch.randint(0, words, (tokens,), generator=g)
+    return x, w, y
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 70), st.integers(1, 40), st.integers(2, 50), st.integers(0, 20), st.integers(0, 1000))
+def test_loss_and_gradients_equal_the_reference(tokens: int, chunk: int, words: int, padding: int, seed: int) -> None:
+    x, w, y = make(tokens, 8, words + padding, words, seed)
+    y[:: 3 + seed % 4] = -100
+    weights = torch.rand(tokens, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    ours = linear_cross_entropy(x, w, y, vocab_size=words, loss_weight_N=weights, chunk_tokens=chunk)
+    reference = cross_entropy_reference(x, w, y, vocab_size=words, loss_weight_N=weights)
+    torch.testing.assert_close(ours, reference)
+    (3 * ours).backward()
+    grads = x.grad, w.grad
+    x.grad = w.grad = None
+    (3 * reference).backward()
+    torch.testing.assert_close(grads, (x.grad, w.grad))
+
+
+def test_it_is_f_cross_entropy() -> None:
+    x, w, y = make(50, 8, 20, 20)
+    y[:5] = -100
+    torch.testing.assert_close(
+        linear_cross_entropy(x, w, y, chunk_tokens=7), F.cross_entropy(x @ w.T, y, ignore_index=-100, reduction="sum")
+    )
+
+
+def test_all_labels_ignored_is_zero_with_zero_gradient() -> None:
+    x, w, y = make(10, 4, 8, 8)
+    loss = linear_cross_entropy(x, w, torch.full_like(y, -100))
+    loss.backward()
+    assert loss.item() == 0 and not x.grad.any() and not w.grad.any()  # type: ignore[union-attr]
+
+
+def test_bf16_features_give_fp32_loss_and_master_weight_gradient() -> None:
+    x, w, y = make(64, 16, 32, 32)
+    low = x.detach().bfloat16().requires_grad_()
+    master = w.detach().float().requires_grad_()
+    loss = linear_cross_entropy(low, master, y)
+    loss.backward()
+    assert loss.dtype == torch.float32 and master.grad.dtype == torch.float32 and low.grad.dtype == torch.bfloat16  # type: ignore[union-attr]
+    torch.testing.assert_close(loss.double(), cross_entropy_reference(x, w, y), rtol=0.02, atol=0)
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_logprobs_entropy_and_gradient_equal_log_softmax(keep: bool) -> None:
+    x, w, y = make(40, 8, 24, 20)
+    kept = torch.rand(40, 20, generator=torch.Generator().manual_seed(1)) < 0.5
+    kept[torch.arange(40), y] = True
+    logp, entropy = linear_logprobs(x, w, y, vocab_size=20, temperature=0.7, keep_NV=kept if keep else None, chunk_tokens=11)
+    logits = (x @ w[:20].T) / 0.7
+    if keep:
+        logits = logits.masked_fill(~kept, float("-inf"))
+    full = logits.log_softmax(-1)
+    expected = full.gather(1, y[:, None]).squeeze(1)
+    torch.testing.assert_close(logp, expected)
+    torch.testing.assert_close(entropy, torch.distributions.Categorical(logits=logits).entropy())
+    weights = torch.linspace(-1, 1, 40, dtype=torch.float64)
+    ours = torch.autograd.grad((logp * weights).sum(), (x, w))
+    torch.testing.assert_close(ours, torch.autograd.grad((expected * weights).sum(), (x, w)))
+    assert not entropy.requires_grad
+
+
+def test_no_tensor_of_tokens_times_vocabulary_is_made() -> None:
+    """Watch every tensor that the forward and backward pass create."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            nonlocal largest
+            out = function(*args, **(kwargs or {}))
+            for tensor in out if isinstance(out, (tuple, list)) else (out,):
+                if isinstance(tensor, torch.Tensor):
+                    largest = max(largest, tensor.numel())
+            return out
+
+    tokens, words, chunk = 512, 400, 64
+    x, w, y = make(tokens, 8, words, words)
+    with Watch():
+        linear_cross_entropy(x, w, y, chunk_tokens=chunk).backward()
+        linear_logprobs(x, w, y, chunk_tokens=chunk)[0].sum().backward()
+    assert largest <= chunk * words < tokens * words
+
+
+def test_both_compile_as_one_graph() -> None:
+    x, w, y = make(96, 8, 64, 60)
+
+    def both(x: torch.Tensor, w: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        loss = linear_cross_entropy(x, w, y, vocab_size=60, chunk_tokens=40)
+        return loss + linear_logprobs(x, w, y, vocab_size=60, chunk_tokens=40)[0].square().sum()
+
+    compiled = torch.compile(both, fullgraph=True, backend="aot_eager")  # the graph is the question, not the C++ compiler
+    ours = torch.autograd.grad(compiled(x, w, y), (x, w))
+    torch.testing.assert_close(ours, torch.autograd.grad(both(x, w, y), (x, w)))

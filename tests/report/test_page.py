@@ -1,0 +1,296 @@
+"""The page: self-contained, well formed, honest about what is missing, and equal to the files it was made from."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from osler.errors import UserError
+from osler.monitor.metrics import METRICS
+from osler.report.charts import SPECS
+from osler.report.page import build_report
+from osler.report.read import read_run
+from osler.report.text import summary_text
+
+VOID = {"meta", "link", "br", "hr", "img", "input"}
+Bare = Callable[..., Path]
+
+
+class Checker(HTMLParser):
+    """Records every tag and complains where one closes what another opened."""
+
+    def __init__(self) -> None:
+        super().__init__(convert_charrefs=True)
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        assert len(dict(attrs)) == len(attrs), f"an attribute of <{tag}> is given twice"
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open and self.open[-1] == tag, f"</{tag}> closes {self.open[-3:]}"
+        self.open.pop()
+
+    def handle_data(self, data: str) -> None:
+        if not self.open or self.open[-1] not in ("script", "style"):
+            self.text.append(data)
+
+
+def checked(folder: Path) -> tuple[str, Checker]:
+    page = build_report(folder)
+    assert page == folder / "report.html"
+    text = page.read_text(encoding="utf-8")
+    checker = Checker()
+    checker.feed(text)
+    checker.close()
+    assert not checker.open
+    ids = [attrs["id"] for _, attrs in checker.tags if "id" in attrs]
+    assert len(ids) == len(set(ids))
+    for tag, attrs in checker.tags:
+        if tag == "a":
+            assert attrs["href"] in {f"#{i}" for i in ids}, "every link leads somewhere on the page"
+    visible = " ".join(checker.text).lower()
+    assert not re.search(r"\bnan\b|\binf\b|\bnone\b", visible), "a number that is missing shows as a dash"
+    return text, checker
+
+
+def words(checker: Checker) -> str:
+    return re.sub(r"\s+", " ", " ".join(checker.text))
+
+
+def test_the_page_is_self_contained(quickstart: Path) -> None:
+    text, checker = checked(quickstart)
+    for tag, attrs in checker.tags:
+        assert tag not in ("iframe", "object", "embed", "img", "base"), tag
+        for name in ("src", "srcset", "href", "xlink:href", "action", "data", "poster"):
+            value = attrs.get(name)
+            assert value is None or value.startswith("#") or value == "data:,", f"<{tag} {name}={value}>"
+        assert not [name for name in attrs if name.startswith("on")], "no inline handlers"
+    assert "http://" not in text and "https://" not in text
+    assert "@import" not in text and "url(" not in text and "@font-face" not in text
+    assert "default-src 'none'" in text
+    assert len(text) < 600_000
+
+
+def test_every_drawing_and_table_can_be_read_out(quickstart: Path) -> None:
+    text, checker = checked(quickstart)
+    drawings = [attrs for tag, attrs in checker.tags if tag == "svg"]
+    assert len(drawings) > 30
+    assert all(attrs.get("role") == "img" for attrs in drawings)
+    assert len(re.findall(r"<svg[^>]*><title>[^<]", text)) == len(drawings)
+    assert all(attrs.get("scope") for tag, attrs in checker.tags if tag == "th")
+    assert text.count("<h1") == 1 and '<html lang="en">' in text
+    figures = re.findall(r'<figure class="card">.*?</figure>', text, re.S)
+    assert figures and all(re.search(r"<figcaption>\w[^<]+\.</figcaption>", figure) for figure in figures)
+
+
+def test_numbers_on_the_page_are_those_in_the_files(quickstart: Path) -> None:
+    _, checker = checked(quickstart)
+    shown = words(checker)
+    for splits in json.loads((quickstart / "exams.json").read_text(encoding="utf-8")).values():
+        for score in splits.values():
+            low, high = score["interval"]
+            assert f"{100 * score['accuracy']:.1f}%" in shown
+            assert f"{100 * low:.1f}% to {100 * high:.1f}%" in shown
+            assert f"{score['correct']} of {score['n']}" in shown
+    assert "+7.5 points" in shown and "+4.3 to +10.7" in shown and "−1.1 to +6.1" in shown
+    for stage in json.loads((quickstart / "stages.json").read_text(encoding="utf-8")):
+        assert stage["what"] in shown
+    assert "2 min 43 s" in shown and "5 min 50 s" in shown
+    last = json.loads((quickstart / "pretrain" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+    assert f"{last['train/loss']:.3f}" in shown and f"{last['eval/loss']:.3f}" in shown
+    assert "6.82M" in shown, "the parameters that the model's configuration counts"
+    assert "a80b5512cc93e4d1" in shown and "2.13.0" in shown and "7.5 GiB" in shown
+    assert "The world of this exam is made up" in shown and "osler chat runs/quickstart" in shown
+
+
+def test_the_story_is_told_in_order_and_with_its_uncertainty(quickstart: Path) -> None:
+    text, checker = checked(quickstart)
+    shown = words(checker)
+    run = read_run(quickstart)
+    assert [stage.name for stage in run.runs] == ["pretrain", "sft", "grpo"]
+    assert list(dict.fromkeys(score.label for score in run.exams)) == ["pretrain", "sft", "grpo"], (
+        "not the file's order"
+    )
+    assert "From random weights to" in shown and "62.6%" in shown
+    assert "between 59.4% and 65.8% (95% interval)" in shown and "clearly above guessing (25.0%)" in shown
+    assert "A real gain" in shown and "No measurable change" in shown
+    assert "+28.9 points in 41 s" in shown and "+7.5 points in 2 min 14 s" in shown and "cheaper teacher" in shown
+    assert "✓ right" in shown and "✗ wrong" in shown and "3 turned right and 0 turned wrong" in shown
+    order = [
+        text.index(f'id="{anchor}"')
+        for anchor in ("exams", "grpo", "samples", "time", "curves", "watch", "next", "record")
+    ]
+    assert order == sorted(order)
+
+
+def test_every_chart_names_declared_metrics_and_undeclared_ones_are_shown_too(quickstart: Path) -> None:
+    for spec in SPECS:
+        assert spec.good.endswith(".")
+        assert all(row in METRICS for row, _ in spec.lines)
+    _, checker = checked(quickstart)
+    shown = words(checker)
+    assert "made_up/by_a_plugin" in shown and "Not described in the table of metrics." in shown
+    assert METRICS["groups/effective"].meaning[1:] in shown
+
+
+def test_hostile_text_stays_text(quickstart: Path) -> None:
+    evil = "</p><script>alert(1)</script><img src=x onerror=alert(2)>' \" & {braces}"
+    sample = {"id": evil, "stage": evil, "question": evil, "options": [evil, "b"], "thinking": evil, "answer": evil,
+              "correct_answer": evil, "correct": False}  # fmt: skip
+    (quickstart / "samples.jsonl").write_text(json.dumps(sample) + "\n", encoding="utf-8")
+    (quickstart / "notes.json").write_text(json.dumps([evil]), encoding="utf-8")
+    (quickstart / "config.yaml").write_text(f"note: {json.dumps(evil)}\n", encoding="utf-8")
+    (quickstart / "versions.json").write_text(json.dumps({evil: evil, "machine": {evil: evil}}), encoding="utf-8")
+    score = {"n": 10, "accuracy": 0.5, "interval": [0.2, 0.8], "letters": {evil: 50}, "method": evil}
+    (quickstart / "exams.json").write_text(json.dumps({evil: {evil: score}}), encoding="utf-8")
+    (quickstart / "stages.json").write_text(json.dumps([{"name": evil, "seconds": 1, "what": evil}]), encoding="utf-8")
+    with (quickstart / "sft" / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"step": 999, "tokens": 1, "time": 1, evil: 1.0, "stage": evil}) + "\n")
+    _, checker = checked(quickstart)
+    assert [tag for tag, _ in checker.tags].count("script") == 1
+    assert "img" not in {tag for tag, _ in checker.tags}
+    assert evil in "".join(checker.text)
+
+
+def test_a_folder_without_config_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"config\.yaml"):
+        build_report(tmp_path)
+    with pytest.raises(UserError, match=r"config\.yaml"):
+        summary_text(tmp_path / "nowhere")
+
+
+def test_config_alone_makes_a_page(bare: Bare) -> None:
+    _, checker = checked(bare())
+    shown = words(checker)
+    assert "Nothing measured yet" in shown and "seed: 1" in shown
+    assert not [attrs for tag, attrs in checker.tags if tag == "svg"]
+
+
+@pytest.mark.parametrize(
+    "missing", ["exams.json", "stages.json", "comparison.json", "samples.jsonl", "versions.json", "notes.json",
+                "next.json", "grpo", "sft", "pretrain/metrics.jsonl", "pretrain/config.yaml"]
+)  # fmt: skip
+def test_each_missing_piece_is_only_missing(quickstart: Path, missing: str) -> None:
+    whole = words(checked(quickstart)[1])
+    path = quickstart / missing
+    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        file.unlink()
+    shown = words(checked(quickstart)[1])
+    assert shown != whole
+    assert "could not be read" not in shown
+    summary_text(quickstart)
+
+
+@pytest.mark.parametrize(
+    "name", ["exams_json", "stages_json", "comparison_json", "versions_json", "notes_json", "next_json"]
+)
+@pytest.mark.parametrize(
+    "content", ['{"torn": [1, 2', "null", "[1, null, {}]", '{"a": {"b": {}}}', '"text"', "[[]]", '{"a": null}']
+)
+def test_odd_files_do_not_break_the_page(bare: Bare, name: str, content: str) -> None:
+    folder = bare(**{name: content})
+    _, checker = checked(folder)
+    assert ("could not be read" in words(checker)) == content.startswith('{"torn"')
+    summary_text(folder)
+
+
+def test_torn_and_broken_lines_of_metrics(bare: Bare) -> None:
+    good = '{"step": 1, "tokens": 10, "train/loss": 3.25}\n{"step": 2, "tokens": 20, "train/loss": 2.5}\n'
+    folder = bare(metrics_jsonl=good + '{"step": 3, "tok')
+    shown = words(checked(folder)[1])
+    assert "2.500" in shown and "unreadable" not in shown, "a torn last line is what a kill leaves behind"
+    (folder / "metrics.jsonl").write_text('{"step": 0,\n' + good, encoding="utf-8")
+    assert "1 unreadable line skipped" in words(checked(folder)[1])
+
+
+def test_empty_metrics_one_point_and_values_that_are_not_finite(bare: Bare) -> None:
+    folder = bare(metrics_jsonl="")
+    checked(folder)
+    (folder / "metrics.jsonl").write_text(
+        '{"step": 7, "tokens": 10, "time": 5, "train/loss": 3.25}\n', encoding="utf-8"
+    )
+    assert "3.250" in words(checked(folder)[1])
+    lines = [
+        f'{{"step": {i}, "train/loss": {value}}}' for i, value in enumerate(["3.5", "NaN", "null", "Infinity", "2.25"])
+    ]
+    (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    text, checker = checked(folder)
+    shown = words(checker)
+    assert "train/loss was not a finite number at 3 logged steps, first at step 1" in shown
+    assert "Loss from 3.500 to 2.250" in shown
+    assert "[3.5,null,null,null,2.25]" in text, "gaps stay gaps"
+
+
+def test_a_step_logged_twice_counts_once(bare: Bare) -> None:
+    rows = [(1, 9.0), (2, 8.0), (3, 7.0), (2, 5.0), (3, 4.0)]
+    folder = bare(metrics_jsonl="".join(f'{{"step": {s}, "train/loss": {v}}}\n' for s, v in rows))
+    series = read_run(folder).runs[0].curves["train/loss"]
+    assert (series.steps, series.values) == ([1, 2, 3], [9.0, 5.0, 4.0])
+
+
+def test_a_score_at_chance_is_called_that(quickstart: Path) -> None:
+    path = quickstart / "exams.json"
+    table = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps({"pretrain": table["pretrain"]}), encoding="utf-8")
+    shown = words(checked(quickstart)[1])
+    assert "That cannot be told apart from guessing (25.0%) or always giving the same letter (27.3%)." in shown
+    assert "of the answers are B. That is a habit, not knowledge." in shown
+    assert "clearly above" not in shown
+
+
+def test_grpo_that_gains_nothing_is_not_called_a_gain(quickstart: Path) -> None:
+    path = quickstart / "comparison.json"
+    rows = json.loads(path.read_text(encoding="utf-8"))
+    rows[0].update(difference=-0.01, interval=[-0.04, 0.02])
+    path.write_text(json.dumps(rows), encoding="utf-8")
+    shown = words(checked(quickstart)[1])
+    assert "GRPO brought −1.0 points (within noise)" in shown and "added nothing measurable" in shown
+    assert "A real gain" not in shown
+
+
+def test_trouble_in_the_curves_is_reported(bare: Bare) -> None:
+    rows = [
+        {"step": i, "tokens": i, "time": i + (4000 if i > 30 else 0), "reward": 0.0, "completions/clipped_ratio": 0.97,
+         "frac_reward_zero_std": 1.0, "entropy": max(0.0, 0.5 - 0.02 * i), "eval/loss": 2.0 + abs(i - 10) * 0.05,
+         "train/loss": 1.0 + (i > 50)} for i in range(60)
+    ]  # fmt: skip
+    shown = words(checked(bare(metrics_jsonl="".join(json.dumps(r) + "\n" for r in rows)))[1])
+    for sign in ("cut at the length limit", "exactly zero for 60 logged steps", "equal rewards", "stopped exploring",
+                 "lowest at step 10", "1 pause in the log", "above its best stretch"):  # fmt: skip
+        assert sign in shown, sign
+
+
+def test_time_leaves_pauses_out(bare: Bare) -> None:
+    rows = [{"step": i, "time": 10.0 * i + (7200 if i > 20 else 0), "train/loss": 1.0} for i in range(41)]
+    folder = bare(metrics_jsonl="".join(json.dumps(r) + "\n" for r in rows))
+    stage = read_run(folder).runs[0]
+    assert stage.seconds == pytest.approx(390) and stage.pauses == [7210.0]
+    assert "in 6 min 30 s" in summary_text(folder)
+
+
+def test_the_summary_says_what_the_page_says(quickstart: Path) -> None:
+    page = words(checked(quickstart)[1])
+    summary = summary_text(quickstart)
+    assert summary.splitlines()[0] == "From random weights to 62.6% on test, in 5 min 50 s"
+    for sentence in summary.splitlines()[1].split(". "):
+        assert sentence.strip(" .") in page
+    assert "(59.4% to 65.8%, n = 900)" in summary and str(quickstart / "report.html") in summary
+    assert "\x1b" not in summary and len(summary.splitlines()) < 20
+
+
+def test_building_twice_replaces_the_page(quickstart: Path) -> None:
+    first, second = build_report(quickstart), build_report(quickstart)
+    assert first == second and not list(quickstart.glob("*.tmp"))

@@ -1,0 +1,103 @@
+"""The drawings: round ticks, gaps that stay gaps, values where they belong."""
+
+from __future__ import annotations
+
+import html
+import itertools
+import json
+import math
+import re
+
+import pytest
+
+from osler.report import svg
+from osler.report.svg import Line, line_chart, nice_ticks, smoothed, thinned
+
+
+@pytest.mark.parametrize(
+    ("low", "high"), [(0, 1), (2.05, 8.3), (-0.3, 0.7), (0, 41_000), (1e-5, 3e-4), (3, 3), (0, 0), (-5, -1)]
+)
+def test_ticks_are_round_even_and_cover_the_range(low: float, high: float) -> None:
+    ticks, step = nice_ticks(low, high)
+    assert ticks[0] <= low and ticks[-1] >= high
+    assert 2 <= len(ticks) <= 9
+    assert all(b - a == pytest.approx(step) for a, b in itertools.pairwise(ticks))
+    assert min(abs(step / 10 ** math.floor(math.log10(step)) - m) for m in (1, 2, 2.5, 5, 10)) < 1e-9
+
+
+def test_smoothing_keeps_constants_lags_not_and_keeps_gaps() -> None:
+    assert smoothed([3.0] * 100) == pytest.approx([3.0] * 100)
+    ramp = smoothed([float(i) for i in range(200)])
+    assert ramp[100] == pytest.approx(100)
+    broken = smoothed([1.0] * 50 + [math.nan] + [1.0] * 50)
+    assert math.isnan(broken[50]) and sum(math.isnan(v) for v in broken) == 1
+
+
+def test_thinning_keeps_ends_extremes_and_gaps() -> None:
+    x = [float(i) for i in range(10_000)]
+    y = [0.0] * 10_000
+    y[1234], y[4321], y[9000] = 50.0, -50.0, math.nan
+    y[5000:5100] = [math.nan] * 100
+    tx, ty = thinned(x, y)
+    assert len(tx) <= svg.MAX_POINTS + 2 and tx == sorted(tx)
+    assert {0.0, 9999.0, 1234.0, 4321.0} <= set(tx)
+    assert any(math.isnan(v) for v in ty)
+
+
+def path_data(drawing: str) -> list[str]:
+    return re.findall(r' d="([^"]+)"', drawing)
+
+
+def test_values_land_where_the_axis_says() -> None:
+    drawing = line_chart([Line("a", [0, 50, 100], [0.0, 1.0, 0.5], 0)], title="T", kind="percent", zero=True)
+    floor, left, right = svg.HEIGHT - svg.BOTTOM, svg.LEFT, svg.WIDTH - svg.RIGHT
+    middle = (floor + svg.TOP) / 2
+    assert path_data(drawing) == [f"M{left} {floor} {(left + right) // 2} {svg.TOP} {right} {middle:g}"]
+    assert ">100%</text>" in drawing and ">60</text>" in drawing
+
+
+def test_a_gap_breaks_the_line_and_a_lone_point_is_a_dot() -> None:
+    y = [1.0, 2.0, math.nan, 3.0, math.nan, 4.0, 5.0]
+    drawing = line_chart([Line("a", list(range(7)), y, 0)], title="T")
+    assert path_data(drawing)[0].count("M") == 2
+    assert drawing.count("<circle") == 5
+    assert "nan" not in drawing.lower()
+
+
+def test_one_point_and_no_point() -> None:
+    one = line_chart([Line("a", [5], [2.0], 0)], title="T")
+    assert one.count("<circle") == 1 and "nan" not in one and not path_data(one)
+    assert line_chart([Line("a", [1, 2], [math.nan, math.nan], 0)], title="T") == ""
+    assert line_chart([], title="T") == ""
+
+
+def test_the_readout_holds_the_logged_values() -> None:
+    drawing = line_chart([Line("<a>", [0, 1, 2], [0.12345, math.nan, 7.0], 3)], title="T & U")
+    data = json.loads(html.unescape(re.search(r"data-chart='([^']+)'", drawing).group(1)))  # type: ignore[union-attr]
+    assert data["lines"] == [{"label": "<a>", "c": 3, "x": [0, 1, 2], "y": [0.12345, None, 7.0]}]
+    assert "<title>T &amp; U: &lt;a&gt; from 0.123 at step 0 to 7.000 at step 2.</title>" in drawing
+
+
+def test_a_spike_is_named_and_does_not_flatten_the_curve() -> None:
+    y = [1.0 + 0.01 * (i % 7) for i in range(200)]
+    y[100] = 500.0
+    drawing = line_chart([Line("a", list(range(200)), y, 0)], title="T")
+    assert "1 above the axis" in drawing
+    assert ">500</text>" not in drawing
+
+
+def test_interval_bar_marks_and_clamps() -> None:
+    bar = svg.interval_bar(
+        -0.1, 0.5, 1.2, marks=[(0.25, "chance", "guessing 25%"), (math.nan, "constant", "none")], title="T"
+    )
+    assert bar.count('class="mark') == 1 and "guessing 25%" in bar
+    assert 'x="4" y="8" width="212"' in bar and 'cx="110"' in bar
+    assert "<circle" not in svg.interval_bar(math.nan, math.nan, math.nan, title="T")
+
+
+def test_histogram_and_stack_need_something_to_show() -> None:
+    assert svg.histogram({}, "T") == "" and svg.histogram({"A": 0.0}, "T") == ""
+    assert "A: 30 (75.0%)" in svg.histogram({"A": 30.0, "B": 10.0}, "T")
+    assert svg.stacked_bar([("a", math.nan, 0), ("b", 0.0, 1)], "T") == ""
+    bar = svg.stacked_bar([("a", 30.0, 0), ("b", 90.0, 1)], "T")
+    assert "a: 30 s (25.0%)" in bar and 'width="248"' in bar and 'width="748"' in bar

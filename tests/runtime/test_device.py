@@ -1,0 +1,113 @@
+"""The probes give answers that hold on any machine."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+
+from osler.errors import UserError
+from osler.runtime.device import (
+    bf16_pays,
+    compile_works,
+    keep_freed_memory,
+    peak_flops,
+    peak_flops_of,
+    pick_device,
+    pick_dtype,
+    seed_all,
+)
+
+CPU = torch.device("cpu")
+ROOT = Path(__file__).parents[2]
+
+
+def test_pick_device():
+    assert pick_device("cpu") == CPU
+    assert pick_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+    for name in ("gpu", "cuda:x", "cuda:", "cpu:1", ""):
+        with pytest.raises(UserError, match="Unknown device"):
+            pick_device(name)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has the GPU that the test must not find")
+def test_a_missing_gpu_is_said():
+    with pytest.raises(UserError, match="use cpu"):
+        pick_device("cuda")
+
+
+def test_pick_dtype():
+    assert pick_dtype("bf16", CPU) == torch.bfloat16
+    assert pick_dtype("fp32", CPU) == torch.float32
+    with pytest.raises(UserError, match="fp16"):
+        pick_dtype("fp16", CPU)
+
+
+def test_auto_dtype_is_what_was_timed():
+    pays = bf16_pays(CPU)
+    assert all(bf16_pays(CPU) is pays for _ in range(100))  # kept, so a hundred answers cost nothing
+    assert pick_dtype("auto", CPU) == (torch.bfloat16 if pays else torch.float32)
+
+
+def test_compile_says_what_is_missing():
+    """Without a compiler on the path the probe answers with what to install; the import alone does nothing."""
+    code = (
+        "import sys, torch, osler.runtime.device as device\n"
+        "assert 'torch._inductor.compile_fx' not in sys.modules\n"
+        "print(device.compile_works(torch.device('cpu')))\n"
+    )
+    environment = {**os.environ, "PATH": "", "CXX": "no-such-compiler", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("(False, '") and "C++ compiler" in done.stdout
+
+
+@pytest.mark.skipif("OSLER_TEST_COMPILE" not in os.environ, reason="compiling takes many seconds: OSLER_TEST_COMPILE=1")
+def test_compile_is_tried():
+    works, reason = compile_works(CPU)
+    assert works == (reason == "")
+
+
+@pytest.mark.parametrize(
+    ("name", "flops"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA A10G", 70e12),
+        ("NVIDIA A10", 125e12),
+        ("NVIDIA L4", 121e12),
+        ("NVIDIA L40S", 362e12),
+        ("NVIDIA GeForce RTX 4090", 165e12),
+        ("Tesla T4", 65e12),
+        ("NVIDIA T400", None),
+        ("Some Card", None),
+    ],
+)
+def test_peak_flops_by_name(name, flops):
+    assert peak_flops_of(name) == flops
+
+
+def test_a_cpu_has_no_data_sheet():
+    assert peak_flops(CPU) is None
+
+
+@pytest.mark.parametrize("seed", [0, 7, 2**40 + 1])
+def test_seed_all_repeats_every_generator(seed):
+    def draw():
+        seed_all(seed)
+        return random.random(), numpy.random.random(), torch.rand(3).tolist()
+
+    assert draw() == draw()
+
+
+def test_keep_freed_memory_is_harmless():
+    assert keep_freed_memory() in (True, False)
+    assert torch.ones(1 << 22).sum().item() == 1 << 22

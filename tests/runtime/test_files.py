@@ -1,0 +1,107 @@
+"""Files are whole or absent; hashes and fingerprints name their content; a run folder has one layout."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+
+import pytest
+
+from osler.errors import UserError
+from osler.runtime import faults
+from osler.runtime.files import (
+    RunFolder,
+    fingerprint,
+    read_json,
+    sha256_file,
+    write_atomic,
+    write_json,
+)
+
+
+def test_write_atomic_writes_bytes_and_text(tmp_path):
+    path = tmp_path / "file.txt"
+    write_atomic(path, b"\x00\xff")
+    assert path.read_bytes() == b"\x00\xff"
+    write_atomic(path, "naïve\n")
+    assert path.read_bytes() == "naïve\n".encode()
+    assert os.listdir(tmp_path) == ["file.txt"]
+
+
+@pytest.mark.parametrize("kind", ["enospc", "ioerror"])
+def test_a_failed_write_leaves_the_old_file_and_no_remnant(tmp_path, monkeypatch, kind):
+    path = tmp_path / "file.txt"
+    write_atomic(path, "old")
+    faults.reset()
+    monkeypatch.setenv(faults.VARIABLE, f"write-atomic:{kind}")
+    with pytest.raises(OSError):
+        write_atomic(path, "new")
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["file.txt"]
+    write_atomic(path, "new")
+    assert path.read_text() == "new"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="file modes are a POSIX idea")
+def test_a_written_file_has_ordinary_permissions(tmp_path):
+    plain = tmp_path / "plain"
+    plain.write_text("x")
+    write_atomic(tmp_path / "atomic", "x")
+    assert (tmp_path / "atomic").stat().st_mode == plain.stat().st_mode
+
+
+def test_json_round_trip_keeps_floats_exact(tmp_path):
+    obj = {"loss": 0.1 + 0.2, "tiny": 5e-324, "name": "Ödem", "list": [1, None, True]}
+    write_json(tmp_path / "a.json", obj)
+    assert read_json(tmp_path / "a.json") == obj
+
+
+@pytest.mark.parametrize("content", [b"", b'{"a": 1', b"\xff\xfe", b"\x00" * 40])
+def test_a_torn_json_file_is_named(tmp_path, content):
+    path = tmp_path / "torn.json"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"torn\.json"):
+        read_json(path)
+
+
+def test_a_missing_json_file_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"absent\.json does not exist"):
+        read_json(tmp_path / "absent.json")
+    with pytest.raises(UserError, match=tmp_path.name):
+        read_json(tmp_path)
+
+
+def test_sha256_file_equals_the_hash_of_the_bytes(tmp_path):
+    data = bytes(range(256)) * 5000
+    (tmp_path / "data").write_bytes(data)
+    assert sha256_file(tmp_path / "data") == hashlib.sha256(data).hexdigest()
+
+
+def test_fingerprint_ignores_key_order_and_sees_every_value():
+    assert fingerprint({"a": 1, "b": [1, 2]}) == fingerprint({"b": [1, 2], "a": 1})
+    assert fingerprint({"a": 1}) != fingerprint({"a": 2})
+    assert fingerprint({"a": 1}) != fingerprint({"a": "1"})
+    assert len(fingerprint("x")) == 16
+    with pytest.raises(ValueError):
+        fingerprint(float("nan"))
+
+
+def test_run_folder_layout(tmp_path):
+    run = RunFolder.create(tmp_path / "runs" / "one")
+    assert run.root.is_dir()
+    assert RunFolder.create(run.root) == run
+    names = [run.config, run.metrics, run.checkpoints, run.report, run.samples, run.stages]
+    assert [path.relative_to(run.root).as_posix() for path in names] == [
+        "config.yaml",
+        "metrics.jsonl",
+        "checkpoints",
+        "report.html",
+        "samples.jsonl",
+        "stages.json",
+    ]
+
+
+def test_a_run_folder_that_is_a_file_is_refused(tmp_path):
+    (tmp_path / "taken").write_text("x")
+    with pytest.raises(UserError, match="taken"):
+        RunFolder.create(tmp_path / "taken")

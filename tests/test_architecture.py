@@ -1,0 +1,176 @@
+"""The plan of the house, enforced: imports point downward, configs stay light, files and functions stay small."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "osler"
+
+FLOORS: dict[str, int] = {
+    **dict.fromkeys(("errors", "yaml12", "config"), 0),
+    **dict.fromkeys(("runtime", "ops", "clinic"), 1),
+    **dict.fromkeys(("model", "optim", "tokenizer", "tasks", "monitor", "checkpoint"), 2),
+    **dict.fromkeys(("data", "inference"), 3),
+    **dict.fromkeys(("eval",), 4),
+    **dict.fromkeys(("train",), 5),
+    **dict.fromkeys(("rl", "report"), 6),
+    **dict.fromkeys(("quickstart", "doctor", "show"), 7),
+    **dict.fromkeys(("cli",), 8),
+}
+# The modules of the ground floor are one thing in three files.
+GROUND = {name for name, floor in FLOORS.items() if floor == 0}
+
+MAX_FILE_LINES = 400
+MAX_FUNCTION_LINES = 80
+VAGUE_NAMES = {"utils", "util", "common", "helpers", "helper", "misc", "shared", "base", "core"}
+
+# Libraries beside torch and numpy: the only files that may import them, so that each can be replaced in one place.
+DOORS: dict[str, set[str]] = {
+    "pydantic": {"config.py"},
+    "yaml": {"yaml12.py"},
+    "tokenizers": {"tokenizer/bpe.py"},
+    "safetensors": {"checkpoint/tensors.py"},
+    "pyarrow": {"data/readers.py", "tasks/rows.py"},  # documents and exam items: two packages that may not meet
+    "zstandard": {"data/readers.py"},
+}
+EVERYWHERE = {"torch", "numpy"}
+
+FILES = sorted(PACKAGE.rglob("*.py"))
+MODULES = [path for path in FILES if path.name != "__init__.py"]
+NAMES = [path.relative_to(PACKAGE).as_posix() for path in MODULES]
+
+
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+
+
+def imports(path: Path) -> Iterator[tuple[int, str]]:
+    """Every imported name with its line, lazy and ``TYPE_CHECKING`` imports and ``import_module("...")`` included."""
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield node.lineno, alias.name
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: relative imports hide the floor; write osler.package.module"
+            module = node.module or ""
+            yield from ((node.lineno, f"osler.{alias.name}" if module == "osler" else module) for alias in node.names)
+        elif isinstance(node, ast.Call) and getattr(node.func, "attr", getattr(node.func, "id", "")) in (
+            "import_module",
+            "__import__",
+        ):
+            yield from ((node.lineno, arg.value) for arg in node.args if isinstance(arg, ast.Constant))
+
+
+def part(path: Path) -> str:
+    first = path.relative_to(PACKAGE).parts[0]
+    return first.removesuffix(".py")
+
+
+@pytest.mark.parametrize("path", MODULES, ids=NAMES)
+def test_imports_point_downward(path):
+    own = part(path)
+    assert own in FLOORS, f"{own} has no floor; give it one in FLOORS"
+    for line, name in imports(path):
+        if name == "osler" or not name.startswith("osler."):
+            continue
+        other = name.split(".")[1]
+        if other == own or (other in GROUND and own in GROUND):
+            continue
+        assert other in FLOORS, f"{path}:{line}: {name} has no floor"
+        assert FLOORS[other] < FLOORS[own], (
+            f"{path}:{line}: {own} (floor {FLOORS[own]}) imports {other} (floor {FLOORS[other]})"
+        )
+
+
+def test_no_circle_inside_a_package():
+    """Modules that import each other at load time break on the day somebody imports them in the other order."""
+    edges: dict[str, set[str]] = {}
+    for path in MODULES:
+        module = "osler." + path.relative_to(PACKAGE).with_suffix("").as_posix().replace("/", ".")
+        top = [node for node in tree(path).body if isinstance(node, (ast.Import, ast.ImportFrom))]
+        edges[module] = {node.module for node in top if isinstance(node, ast.ImportFrom) and node.module}
+
+    done: set[str] = set()
+
+    def visit(module: str, above: tuple[str, ...]) -> None:
+        assert module not in above, " → ".join([*above[above.index(module) :], module])
+        if module not in done:
+            for other in edges.get(module, ()):
+                visit(other, (*above, module))
+            done.add(module)
+
+    for module in edges:
+        visit(module, ())
+
+
+@pytest.mark.parametrize("path", MODULES, ids=NAMES)
+def test_module_is_documented_small_and_well_named(path):
+    parsed = tree(path)
+    assert ast.get_docstring(parsed), f"{path} opens without a docstring"
+    assert path.stem not in VAGUE_NAMES, f"{path}: a name that says what is inside"
+    length = path.read_text(encoding="utf-8").count("\n")
+    assert length <= MAX_FILE_LINES, f"{path} has {length} lines, more than {MAX_FILE_LINES}"
+    for node in ast.walk(parsed):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            lines = (node.end_lineno or node.lineno) - node.lineno + 1
+            assert lines <= MAX_FUNCTION_LINES, f"{path}:{node.lineno}: {node.name} has {lines} lines"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=NAMES)
+def test_errors_are_caught_by_name(path):
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.ExceptHandler):
+            caught = {name.id for name in ast.walk(node.type) if isinstance(name, ast.Name)} if node.type else {"bare"}
+            reraises = any(isinstance(inner, ast.Raise) and inner.exc is None for inner in ast.walk(node))
+            broad = caught & {"bare", "Exception", "BaseException"}
+            assert not broad or reraises, f"{path}:{node.lineno}: catches {broad} and does not raise it again"
+
+
+def test_packages_have_empty_init_files():
+    folders = {path.parent for path in MODULES}
+    for folder in folders:
+        init = folder / "__init__.py"
+        assert init.is_file() and init.stat().st_size == 0, f"{init} should exist and be empty"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=NAMES)
+def test_libraries_have_one_door(path):
+    name = path.relative_to(PACKAGE).as_posix()
+    for line, module in imports(path):
+        library = module.split(".")[0]
+        if library in sys.stdlib_module_names or library in {"osler", *EVERYWHERE}:
+            continue
+        if library == "typing_extensions":  # only type checkers read it, under TYPE_CHECKING
+            continue
+        doors = DOORS.get(library, set())
+        assert name in doors, f"{path}:{line}: {library} may be imported in {sorted(doors) or 'no file yet'} only"
+
+
+def test_configs_and_cli_do_not_load_torch():
+    light = ["osler.config", "osler.cli", "osler.doctor", "osler.show", "osler.optim.schedule", "osler.monitor.metrics"]
+    light += [f"osler.{path.parent.name}.config" for path in PACKAGE.glob("*/config.py")]
+    light += [f"osler.clinic.{path.stem}" for path in (PACKAGE / "clinic").glob("*.py") if path.stem != "__init__"]
+    code = (
+        "import importlib, sys\n"
+        f"for name in {light!r}:\n"
+        "    importlib.import_module(name)\n"
+        "    heavy = {'torch', 'pydantic', 'tokenizers', 'pyarrow', 'numpy', 'transformers'} & set(sys.modules)\n"
+        "    assert not heavy, f'{name} loads {heavy}'\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+
+
+def test_tests_mirror_the_package():
+    beside = {"numerics", "e2e", "distributed", "faults", "gpu"}
+    for path in (ROOT / "tests").rglob("*.py"):
+        folder = path.relative_to(ROOT / "tests").parts[0]
+        assert path.name != "__init__.py", f"{path}: tests are no package"
+        assert path.parent == ROOT / "tests" or folder in FLOORS or folder in beside, f"{path} mirrors no package"

@@ -1,0 +1,224 @@
+"""The command line answers at once, says what was wrong, and leaves with the right code."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from osler import cli
+from osler.errors import UserError
+
+ROOT = Path(__file__).parents[1]
+HELP_SECONDS = 0.3
+
+
+def osler(*arguments: str, **options) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "osler.cli", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment, **options)
+
+
+def test_help_is_immediate():
+    def seconds() -> float:
+        start = time.perf_counter()
+        assert osler("--help").returncode == 0
+        return time.perf_counter() - start
+
+    assert min(seconds() for _ in range(5)) < HELP_SECONDS
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["pretrain", "--help"], ["recipes"], ["show", "pure-tiny"]])
+def test_light_verbs_never_load_torch(arguments):
+    code = (
+        "import sys\nfrom osler.cli import main\n"
+        f"try: main({arguments!r})\nexcept SystemExit: pass\n"
+        "heavy = {'torch', 'tokenizers', 'pyarrow', 'numpy'} & set(sys.modules)\n"
+        f"if {arguments!r}[-1] == '--help': heavy |= {{'pydantic', 'yaml'}} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("verb", cli.VERBS, ids=lambda verb: verb.name)
+def test_every_verb_explains_itself(verb, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main([*verb.name.split(), "--help"])
+    text = capsys.readouterr().out
+    assert stop.value.code == 0
+    assert verb.line in " ".join(text.split())
+    assert f"example:\n  {verb.example}" in text and verb.example.startswith(f"osler {verb.name}")
+
+
+@pytest.mark.parametrize("verb", cli.VERBS, ids=lambda verb: verb.name)
+def test_every_example_parses(verb):
+    import shlex
+
+    words = shlex.split(verb.example)[1 + len(verb.name.split()) :]
+    assert cli.parser(verb).parse_intermixed_args(words) is not None
+
+
+def test_overview_lists_every_verb(capsys):
+    for arguments in ([], ["--help"], ["help"]):
+        assert cli.main(arguments) == 0
+        text = capsys.readouterr().out
+        assert all(f"  {verb.name} " in text for verb in cli.VERBS)
+    assert cli.main(["data"]) == 0
+    text = capsys.readouterr().out
+    assert "data prepare" in text and "doctor" not in text
+
+
+def test_version(capsys):
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("osler")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["shwo"], "did you mean `show`?"),
+        (["data", "prepar"], "did you mean `data prepare`?"),
+        (["show", "pure-tiyn"], "did you mean `pure-tiny`?"),
+        (["show", "pure-tiny", "model.num_layer=3"], "model.num_layer: unknown key; did you mean `num_layers`?"),
+        (["show", "pure-tiny", "model.num_layers="], "has no value"),
+        (["show", "pure-tiny", "pure-small"], "one recipe at a time"),
+        (["show"], "which recipe?"),
+        (["report", "no/such/run"], "no/such/run"),
+        (["tokenizer", "inspect", "no/such/file"], "no/such/file"),
+        (["data", "inspect", "no/such/folder"], "no/such/folder"),
+        (["data", "prepare", "model.num_layers=1", "--tokenizer", "x", "--out", "y"], "says nothing about text"),
+    ],
+)
+def test_mistakes_are_one_message_and_code_2(arguments, message, capsys):
+    assert cli.main(arguments) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err and captured.err.startswith("osler: ")
+    assert "Traceback" not in captured.err and captured.out == ""
+
+
+def test_a_recipe_where_none_belongs_is_refused():
+    assert cli.only_overrides(["a.b=1", "c=d e"]) == ["a.b=1", "c=d e"]
+    with pytest.raises(UserError, match="takes no recipe"):
+        cli.only_overrides(["pure-tiny", "a=1"])
+
+
+def test_a_wrong_option_is_code_2():
+    result = osler("show", "pure-tiny", "--no-such-option")
+    assert result.returncode == 2 and "--no-such-option" in result.stderr and "Traceback" not in result.stderr
+
+
+def failing_verb(monkeypatch, error: BaseException) -> None:
+    def run(_):
+        raise error
+
+    monkeypatch.setattr(cli, "VERBS", (cli.Verb("fail", "", "osler fail", run),))
+
+
+def test_interruption_is_code_130(monkeypatch, capsys):
+    failing_verb(monkeypatch, KeyboardInterrupt())
+    assert cli.main(["fail"]) == 130
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_an_error_of_ours_keeps_its_traceback(monkeypatch):
+    failing_verb(monkeypatch, ZeroDivisionError("a bug"))
+    with pytest.raises(ZeroDivisionError, match="a bug"):
+        cli.main(["fail"])
+    code = (
+        "import sys, osler.cli as cli\n"
+        "def run(_): 1 / 0\n"
+        "cli.VERBS = (cli.Verb('fail', '', '', run),)\n"
+        "sys.exit(cli.main(['fail']))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert result.returncode == 1 and "ZeroDivisionError" in result.stderr and "Traceback" in result.stderr
+
+
+def test_user_errors_of_any_depth_are_code_2(monkeypatch, capsys):
+    failing_verb(monkeypatch, UserError("mend this"))
+    assert cli.main(["fail"]) == 2
+    assert capsys.readouterr().err == "osler: mend this\n"
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGPIPE"), reason="needs POSIX pipes")
+def test_a_closed_pipe_is_quiet():
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", "from osler.cli import main; import sys; sys.exit(main(['recipes']))"]
+    read, write = os.pipe()
+    os.close(read)  # nobody will read, as after `| head -0`
+    try:
+        result = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, check=False, env=environment)
+    finally:
+        os.close(write)
+    assert (result.returncode, result.stderr) == (141, "")
+
+
+def test_an_ascii_terminal_does_not_break_output():
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii"}
+    code = (
+        "import sys, osler.cli as cli\n"
+        "def run(_):\n    print('\\u2192 5 \\u00d7')\n    return 0\n"
+        "cli.VERBS = (cli.Verb('sign', '', '', run),)\n"
+        "sys.exit(cli.main(['sign']))"
+    )
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert (result.returncode, result.stdout) == (0, "? 5 ?\n")
+
+
+@pytest.fixture
+def notes(tmp_path: Path) -> Path:
+    folder = tmp_path / "notes"
+    folder.mkdir()
+    for number in range(12):
+        (folder / f"{number}.txt").write_text(f"Case {number}: fever and a stiff neck suggest meningitis.\n")
+    return folder
+
+
+def test_from_text_to_shards_and_back(notes, tmp_path, capsys):
+    tokenizer, shards = str(tmp_path / "new" / "tokenizer.json"), str(tmp_path / "shards")
+    assert cli.main(["tokenizer", "train", str(notes), "tokenizer.vocab_size=300", "--out", tokenizer]) == 0
+    assert "300 tokens" in capsys.readouterr().out
+
+    assert cli.main(["tokenizer", "inspect", tokenizer, "fever|neck"]) == 0
+    out = capsys.readouterr().out
+    assert "<|answer|> = 3" in out and "for 10 bytes" in out
+
+    prepare = ["data", "prepare", str(notes), "data.holdout_fraction=0.25", "--tokenizer", tokenizer, "--out", shards]
+    assert cli.main(prepare) == 0
+    rows = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines() if line}
+    assert (rows["train"][1], rows["validation"][1]) == ("9", "3")
+    assert cli.main(prepare) == 0
+    assert "was there already" in capsys.readouterr().out
+
+    assert cli.main(["data", "inspect", shards, "--tokenizer", tokenizer]) == 0
+    out = capsys.readouterr().out
+    assert "train begins: 'Case" in out and "every file is as it was written" in out
+
+
+def test_damaged_shards_are_found(notes, tmp_path, capsys):
+    tokenizer, shards = str(tmp_path / "tokenizer.json"), tmp_path / "shards"
+    cli.main(["tokenizer", "train", f"data.path={notes}", "tokenizer.vocab_size=300", "--out", tokenizer])
+    cli.main(["data", "prepare", str(notes), "--tokenizer", tokenizer, "--out", str(shards)])
+    victim = next((shards / "train").glob("tokens-*.bin"))
+    content = bytearray(victim.read_bytes())
+    content[0] ^= 1
+    victim.write_bytes(content)
+    capsys.readouterr()
+    assert cli.main(["data", "inspect", str(shards)]) == 1
+    assert victim.name in capsys.readouterr().out
+
+
+def test_shards_of_another_tokenizer_are_not_decoded(notes, tmp_path, capsys):
+    first, second, shards = (str(tmp_path / name) for name in ("a.json", "b.json", "shards"))
+    cli.main(["tokenizer", "train", str(notes), "tokenizer.vocab_size=300", "--out", first])
+    cli.main(["tokenizer", "train", str(notes), "tokenizer.vocab_size=310", "--out", second])
+    cli.main(["data", "prepare", str(notes), "--tokenizer", first, "--out", shards])
+    assert cli.main(["data", "inspect", shards, "--tokenizer", second]) == 2
+    assert "another tokenizer" in capsys.readouterr().err

@@ -1,0 +1,316 @@
+"""Decoding is strict and says everything at once; recipes compose in the promised order."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from osler.config import TAGGED, ConfigError, config, decode, encode, load_recipe, merge, parse_overrides
+from osler.errors import UserError
+from osler.yaml12 import dump_yaml, load_yaml
+
+
+@config
+class Adam:
+    type: Literal["adamw"] = "adamw"
+    lr: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.95)
+
+
+@config
+class Muon:
+    type: Literal["muon"] = "muon"
+    lr: float = 0.02
+    momentum: float = 0.95
+
+    def __post_init__(self) -> None:
+        if self.momentum >= 1:
+            raise ValueError(f"momentum is {self.momentum}; it must be below 1")
+
+
+@config
+class Stage:
+    seq_len: int
+    rows: int = 8
+
+
+@config
+class Fussy:
+    size: int
+
+    def __post_init__(self) -> None:
+        raise UserError("choose a smaller size")
+
+
+@config
+class Run:
+    steps: int
+    name: str = "run"
+    dtype: Literal["auto", "bf16", "fp32"] = "auto"
+    compile: bool = False
+    optim: Annotated[Adam | Muon, TAGGED] = Adam(lr=5e-4)
+    second: Annotated[Adam | Muon, TAGGED] | None = None
+    only: Annotated[Adam, TAGGED] = Adam()
+    stages: tuple[Stage, ...] = ()
+    weights: dict[str, float] = dataclasses.field(default_factory=dict)
+    rows: int | Literal["auto"] = "auto"
+    folder: Path | None = None
+
+
+def message(mapping: Any, cls: type = Run) -> str:
+    with pytest.raises(ConfigError) as caught:
+        decode(cls, mapping)
+    return str(caught.value)
+
+
+class TestDecode:
+    def test_defaults(self):
+        assert decode(Run, {"steps": 3}) == Run(steps=3)
+
+    def test_frozen_and_keyword_only(self):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            Run(steps=1).steps = 2  # type: ignore[misc]
+        with pytest.raises(TypeError):
+            Run(1)  # type: ignore[call-arg]
+
+    def test_lists_become_tuples_and_integers_become_floats(self):
+        run = decode(Run, {"steps": 1, "optim": {"lr": 1, "betas": [0, 0.5]}, "stages": [{"seq_len": 8}]})
+        assert run.optim == Adam(lr=1.0, betas=(0.0, 0.5))
+        assert type(run.optim.lr) is float
+        assert run.stages == (Stage(seq_len=8),)
+
+    def test_path(self):
+        assert decode(Run, {"steps": 1, "folder": "a/b"}).folder == Path("a/b")
+
+    def test_tag_chooses_the_class(self):
+        assert decode(Run, {"steps": 1, "optim": {"type": "muon"}}).optim == Muon()
+        assert decode(Run, {"steps": 1, "second": {"type": "adamw"}}).second == Adam()
+
+    def test_partial_mapping_keeps_the_default_value_of_the_field(self):
+        # The default of the field is Adam(lr=5e-4), not Adam(): defaults are below the recipe at every depth.
+        assert decode(Run, {"steps": 1, "optim": {"betas": [0.1, 0.2]}}).optim == Adam(lr=5e-4, betas=(0.1, 0.2))
+        assert decode(Run, {"steps": 1, "optim": {"type": "adamw"}}).optim == Adam(lr=5e-4)
+
+    def test_config_values_inside_the_mapping_are_taken(self):
+        assert decode(Run, {"steps": 1, "optim": Muon(lr=0.1)}).optim == Muon(lr=0.1)
+
+    def test_does_not_change_its_argument(self):
+        given_mapping = {"steps": 1, "optim": {"lr": 1}}
+        decode(Run, given_mapping)
+        assert given_mapping == {"steps": 1, "optim": {"lr": 1}}
+
+    @pytest.mark.parametrize(
+        ("key", "value"),
+        [("steps", "3"), ("steps", 3.5), ("steps", True), ("steps", None), ("name", 3), ("compile", 1)],
+    )
+    def test_types_are_strict(self, key, value):
+        assert key in message({"steps": 1, key: value})
+
+    def test_unknown_key_names_path_and_nearest(self):
+        text = message({"steps": 1, "optim": {"type": "muon", "momentun": 0.9}})
+        assert "optim.momentun: unknown key; did you mean `momentum`?" in text
+
+    def test_unknown_key_without_a_near_one_lists_the_known(self):
+        assert "zzz: unknown key; known: rows, seq_len" in message({"seq_len": 1, "zzz": 2}, Stage)
+
+    def test_unknown_and_missing_tags(self):
+        assert "optim: unknown type `moun`; did you mean `muon`?" in message({"steps": 1, "optim": {"type": "moun"}})
+        assert "second: needs `type`, one of: adamw, muon" in message({"steps": 1, "second": {"lr": 1}})
+
+    def test_all_errors_at_once_one_line_each(self):
+        text = message({"name": 1, "stages": [{"seq_len": 1}, {"seq_len": "x"}], "weights": {"a": "b"}, "rows": "many"})
+        assert text.splitlines() == [
+            "Run: 5 errors",
+            "  steps: is required and missing",
+            "  name: should be text, given 1",
+            '  stages[1].seq_len: should be an integer, given "x"',
+            '  weights.a: should be a number, given "b"',
+            "  rows: should be an integer or 'auto', given \"many\"",
+        ]
+
+    def test_value_errors_of_post_init_stand_at_their_path(self):
+        text = message({"steps": 1, "optim": {"type": "muon", "momentum": 1.5}, "name": 2})
+        assert "optim: momentum is 1.5; it must be below 1" in text and "name: should be text" in text
+
+    def test_user_errors_of_post_init_name_the_source(self):
+        with pytest.raises(ConfigError, match=r"my\.yaml: choose a smaller size"):
+            decode(Fussy, {"size": 1}, source="my.yaml")
+
+    def test_hints_for_common_slips(self):
+        assert "steps: should be an integer (write 2000000000)" in message({"steps": 2e9})
+        text = message({"steps": 1, "dtype": "bf61"})
+        assert "dtype: should be 'auto', 'bf16' or 'fp32'; did you mean `bf16`?" in text
+
+    def test_source_is_named(self):
+        with pytest.raises(ConfigError, match=r"^my\.yaml: 1 error"):
+            decode(Run, {}, source="my.yaml")
+
+    @pytest.mark.parametrize("mapping", [[], "text", None, {"steps": {1, 2}}, {"steps": object()}])
+    def test_nonsense_is_a_user_error(self, mapping):
+        with pytest.raises(UserError):
+            decode(Run, mapping)
+
+    @settings(max_examples=40, deadline=None)
+    @given(
+        st.builds(
+            Run,
+            steps=st.integers(),
+            name=st.text(st.characters(exclude_categories=["Cs"])),
+            dtype=st.sampled_from(["auto", "bf16", "fp32"]),
+            optim=st.builds(Adam, lr=st.floats(allow_nan=False)) | st.builds(Muon, lr=st.floats(0, 1)),
+            second=st.none() | st.builds(Muon),
+            stages=st.lists(st.builds(Stage, seq_len=st.integers(1, 9)), max_size=3).map(tuple),
+            weights=st.dictionaries(st.text("abc.", max_size=3), st.floats(0, 1), max_size=3),
+            rows=st.integers() | st.just("auto"),
+            folder=st.none() | st.just(Path("a")),
+        )
+    )
+    def test_encode_is_the_inverse_through_yaml(self, run):
+        assert decode(Run, encode(run)) == run
+        assert decode(Run, load_yaml(dump_yaml(encode(run)), "test")) == run
+
+
+class TestYaml:
+    @pytest.mark.parametrize(
+        ("text", "value"),
+        [
+            ("1e-3", 1e-3), ("1e3", 1000.0), ("2.5E9", 2.5e9), (".5", 0.5), ("-.inf", float("-inf")),
+            ("1_000", 1000), ("010", 10), ("-3", -3), ("0x10", 16),
+            ("true", True), ("no", "no"), ("on", "on"), ("1:30", "1:30"), ("2024-01-01", "2024-01-01"),
+            ("null", None), ("~", None), ("", None), ("'3'", "3"), ("1.2.3", "1.2.3"), ("e3", "e3"),
+        ],
+    )  # fmt: skip
+    def test_scalars(self, text, value):
+        parsed = load_yaml(text, "test")
+        assert parsed == value and type(parsed) is type(value)
+
+    @pytest.mark.parametrize("text", ["a: 1\na: 2", "{a: 1, a: 2}", "x:\n  - {b: 1, b: 1}"])
+    def test_keys_given_twice_are_refused_with_the_line(self, text):
+        with pytest.raises(UserError, match=r"given twice"):
+            load_yaml(text, "test")
+
+    @pytest.mark.parametrize(
+        "text", ["1: 2", "[", "a: *b", "!!python/object:os.system {}", "a: b: c", "\x00", "? [a]\n: 1"]
+    )
+    def test_what_is_no_plain_yaml_is_refused(self, text):
+        with pytest.raises(UserError, match="test"):
+            load_yaml(text, "test")
+
+    @settings(max_examples=40, deadline=None)
+    @given(st.text(st.characters(exclude_categories=["Cs"])) | st.floats(allow_nan=False) | st.integers())
+    def test_dump_then_load(self, value):
+        assert load_yaml(dump_yaml({"key": [value]}), "test") == {"key": [value]}
+
+    @pytest.mark.parametrize("text", ["no", "1:30", "1e-3", "2024-01-01", "010", "", "~", "<<", "true"])
+    def test_text_that_some_reader_would_misread_is_quoted(self, text):
+        import yaml
+
+        assert yaml.safe_load(dump_yaml({"key": text})) == {"key": text}
+
+
+class TestMerge:
+    def test_mappings_merge_lists_replace(self):
+        merged = merge({"a": {"x": 1, "y": 2}, "l": [1, 2]}, {"a": {"y": 3}, "l": [4]})
+        assert merged == {"a": {"x": 1, "y": 3}, "l": [4]}
+
+    def test_another_type_replaces_the_whole_mapping(self):
+        below = {"optim": {"type": "adamw", "betas": [0, 0]}}
+        assert merge(below, {"optim": {"type": "muon"}}) == {"optim": {"type": "muon"}}
+        assert merge(below, {"optim": {"lr": 1}}) == {"optim": {"type": "adamw", "betas": [0, 0], "lr": 1}}
+
+    def test_arguments_stay_as_they_were(self):
+        below = {"a": {"x": 1}}
+        merge(below, {"a": {"x": 2}})
+        assert below == {"a": {"x": 1}}
+
+
+class TestOverrides:
+    def test_values_are_yaml(self):
+        overrides = ["optim.lr=3e-4", "name=a b", "stages=[{seq_len: 8}]", "x=null", "y=''", "z=a=b"]
+        assert parse_overrides(overrides) == {
+            "optim": {"lr": 3e-4}, "name": "a b", "stages": [{"seq_len": 8}], "x": None, "y": "", "z": "a=b"
+        }  # fmt: skip
+
+    def test_order_of_type_and_field_does_not_matter(self):
+        recipe = {"optim": {"type": "adamw", "betas": [0, 0]}}
+        for overrides in (["optim.lr=1", "optim.type=muon"], ["optim.type=muon", "optim.lr=1"]):
+            assert merge(recipe, parse_overrides(overrides, recipe)) == {"optim": {"type": "muon", "lr": 1}}
+
+    def test_last_of_equal_paths_wins(self):
+        assert parse_overrides(["a.b=1", "a.b=2"]) == {"a": {"b": 2}}
+
+    @pytest.mark.parametrize(
+        "overrides",
+        [["a.b="], ["a"], ["=1"], ["a..b=1"], [".a=1"], ["a=[1"], ["a=1", "a.b=2"], ["a.b=2", "a=1"], ["l.0=1"]],
+    )
+    def test_malformed_ones_are_refused_and_named(self, overrides):
+        with pytest.raises(UserError, match="override `"):
+            parse_overrides(overrides, {"l": [1]})
+
+
+class TestRecipes:
+    def write(self, folder: Path, **files: str) -> Path:
+        for name, text in files.items():
+            (folder / f"{name}.yaml").write_text(text)
+        return folder
+
+    def test_precedence(self, tmp_path):
+        self.write(
+            tmp_path,
+            one="{a: 1, b: 1, c: 1, d: 1}",
+            two="{b: 2, c: 2, d: 2}",
+            top="{description: x, base: [one, two.yaml], c: 3, d: 3}",
+        )
+        assert load_recipe(tmp_path / "top.yaml", ["d=4"]) == {"a": 1, "b": 2, "c": 3, "d": 4}
+
+    def test_chain_and_shipped_base(self, tmp_path):
+        self.write(tmp_path, mid="base: pure-tiny\nmodel: {num_layers: 2}", top="base: mid\nmodel: {head_dim: 32}")
+        model = load_recipe(tmp_path / "top.yaml")["model"]
+        assert (model["num_layers"], model["head_dim"], model["hidden_size"]) == (2, 32, 512)
+
+    def test_two_ways_to_one_base_are_no_circle(self, tmp_path):
+        self.write(tmp_path, root="a: 1", left="base: root", right="base: root", top="base: [left, right]")
+        assert load_recipe(tmp_path / "top.yaml") == {"a": 1}
+
+    def test_circle_is_refused(self, tmp_path):
+        self.write(tmp_path, x="base: y", y="base: z", z="base: x")
+        with pytest.raises(ConfigError, match="x → y → z → x"):
+            load_recipe(tmp_path / "x.yaml")
+
+    def test_unknown_recipe_suggests(self):
+        with pytest.raises(ConfigError, match="did you mean `pure-tiny`"):
+            load_recipe("pure-tiyn")
+        with pytest.raises(ConfigError, match=r"known: .*pure-large"):
+            load_recipe("zzzzzzzzz")
+
+    def test_unknown_base_names_the_file_that_asks(self, tmp_path):
+        self.write(tmp_path, top="base: nowhere-at-all")
+        with pytest.raises(ConfigError, match=r"top\.yaml: there is no recipe `nowhere-at-all`"):
+            load_recipe(tmp_path / "top.yaml")
+
+    @pytest.mark.parametrize("text", ["[1]", "base: 3", "base: [1]", "a: 1\na: 2", "a: ["])
+    def test_malformed_files_are_refused_with_their_name(self, tmp_path, text):
+        self.write(tmp_path, bad=text)
+        with pytest.raises(UserError, match=r"bad\.yaml"):
+            load_recipe(tmp_path / "bad.yaml")
+
+    def test_missing_unreadable_and_empty_files(self, tmp_path):
+        with pytest.raises(ConfigError, match="no recipe file"):
+            load_recipe(tmp_path / "absent.yaml")
+        (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
+        with pytest.raises(ConfigError, match=r"binary\.yaml"):
+            load_recipe(tmp_path / "binary.yaml")
+        (tmp_path / "empty.yaml").write_text("# nothing\n")
+        assert load_recipe(tmp_path / "empty.yaml") == {}
+
+
+def test_importing_config_loads_neither_pydantic_nor_yaml_nor_torch():
+    code = "import sys, osler.config; sys.exit(bool({'pydantic', 'yaml', 'torch'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,103 @@
+"""The doctor tries everything, finds nothing missing fatal, and can be read by a program."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from osler import doctor
+from osler.doctor import Check
+
+CPU = torch.device("cpu")
+
+
+def test_checks_that_need_no_torch(tmp_path):
+    names = {}
+    for check in (doctor.check_python(), doctor.check_cores(), doctor.check_memory(), doctor.check_disk(tmp_path)):
+        names[check.name] = check
+        assert check.status in ("ok", "slow")
+    assert set(names) == {"python", "cores", "memory", "disk"}
+    assert "MiB/s" in names["disk"].finding
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_written_is_told(tmp_path):
+    check = doctor.check_disk(tmp_path / "absent")
+    assert check.status == "missing" and check.advice
+
+
+@pytest.mark.parametrize(
+    ("quota", "usable"), [("max 100000", None), ("100000 100000", 1), ("50000 100000", 1), ("", None)]
+)
+def test_a_containers_quota_limits_the_cores(monkeypatch, quota, usable):
+    monkeypatch.setattr(doctor, "_cgroup", lambda name: quota)
+    finding = doctor.check_cores().finding
+    if usable is not None:
+        assert finding.startswith(f"{usable} usable")
+
+
+def test_a_containers_limit_counts_as_memory(monkeypatch):
+    monkeypatch.setattr(doctor, "_cgroup", lambda name: str(2 * doctor.GIB))
+    check = doctor.check_memory()
+    assert check.status == "slow" and check.finding == "2.0 GiB"
+
+
+def test_attention_kernel_is_the_one_that_runs():
+    q = torch.ones(1, 2, 16, 8)
+
+    def call():
+        return torch.nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True)
+
+    assert doctor.attention_kernel(call) == "flash_attention_for_cpu"
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        assert doctor.attention_kernel(call) is None
+
+
+def test_probes_of_the_device(monkeypatch):
+    monkeypatch.setattr(doctor, "_MATMUL_TRIAL_SECONDS", 0.01)
+    assert doctor.check_device(CPU).finding.startswith("CPU")
+    assert "GFLOP/s" in doctor.check_bf16(CPU).finding
+    assert doctor.check_attention(CPU).status == "ok"
+
+
+def test_compile_failure_is_advice_not_an_error(monkeypatch):
+    from osler.runtime import device
+
+    monkeypatch.setattr(device, "compile_works", lambda device: (False, "no C++ compiler found"))
+    check = doctor.check_compile(CPU)
+    assert (check.status, check.finding) == ("missing", "no C++ compiler found") and check.advice
+
+
+def test_extras_are_those_of_the_installed_package(monkeypatch):
+    monkeypatch.setattr(
+        doctor.importlib.metadata,
+        "requires",
+        lambda name: ["torch>=2", "pytest>=8; extra == 'test'", 'no-such-package-x>1; extra == "serve"'],
+    )
+    found = {check.name: check for check in doctor.extras()}
+    assert found["[test]"].status == "ok"
+    assert found["[serve]"].status == "missing" and found["[serve]"].advice == "pip install 'osler[serve]'"
+
+
+def test_table_and_advice():
+    text = doctor.render([Check("bf16", "ok", "fast"), Check("compile", "missing", "no g++", "install g++")])
+    assert text.splitlines() == [
+        "ok       bf16     fast", "missing  compile  no g++", "", "Advice:", "- compile: install g++"
+    ]  # fmt: skip
+    assert doctor.render([Check("bf16", "ok", "fast")]).endswith("Nothing to improve.")
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_run_prints_every_check_and_returns_zero(monkeypatch, capsys, tmp_path, as_json):
+    from osler.runtime import device
+
+    # Compiling takes ten seconds or more and has its own tests in tests/runtime.
+    monkeypatch.setattr(device, "compile_works", lambda device: (True, ""))
+    monkeypatch.setattr(doctor, "_MATMUL_TRIAL_SECONDS", 0.01)
+    assert doctor.run(as_json=as_json, folder=tmp_path) == 0
+    out = capsys.readouterr().out
+    wanted = {"python", "cores", "memory", "disk", "torch", "device", "bf16", "attention", "compile"}
+    names = [check["name"] for check in json.loads(out)["checks"]] if as_json else out.split()
+    assert wanted <= set(names)

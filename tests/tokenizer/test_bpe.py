@@ -1,0 +1,211 @@
+"""The tokenizer: exact round trips, no forged special tokens, GPT-2's ids from either file, deterministic training."""
+
+import gzip
+import json
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from osler.errors import UserError
+from osler.tokenizer.bpe import ANSWER, EOS, QUESTION, SPECIALS, THINKING, Tokenizer
+
+CORPUS = [
+    "Pneumonia is an infection of the lung. The patient has fever, cough and 38.5 degrees.\n\n",
+    "Amoxicillin is the first-line treatment of pneumococcal pneumonia; it's given for 5 days.\n",
+    "A 54-year-old man has rusty sputum, pleuritic pain and fever. What is the diagnosis?\n",
+] * 20
+
+
+def shared_data() -> Path:
+    root = Path(__file__).resolve().parents[2]
+    folder = Path(os.environ.get("OSLER_SHARED_DATA", root.parent / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"no shared data at {folder} (set OSLER_SHARED_DATA)")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained() -> Tokenizer:
+    return Tokenizer.train(CORPUS, 400)
+
+
+@pytest.fixture(scope="module")
+def gpt2() -> Tokenizer:
+    return Tokenizer.load(shared_data() / "tokenizers" / "gpt2" / "tokenizer.json")
+
+
+AWKWARD = [
+    "", " ", "\x00", "a\x00b", "\n\n\n", " \t \r\n x", "e\u0301o\u0308", "\u0301", "\ufeffstart", "\u00a0\u2003\u200b",
+    "👩‍👩‍👧🇬🇧", "<|answer|>", "x<|endoftext|>y<|endoftext|>", "<|answer<|answer|>|>", "12 345.678", "Ġ Ċ Ń",
+    "it's WE'LL", "العربية हिन्दी 日本語", "\U0010ffff\ufffd",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", AWKWARD)
+def test_awkward_text_round_trips_with_no_special_token(trained: Tokenizer, text: str) -> None:
+    ids = trained.encode(text)
+    assert trained.decode(ids) == text
+    assert trained.special_ids.isdisjoint(ids)
+
+
+# Whole-Unicode text, and text made of the pieces that rules treat specially (spaces, digits, marks, markers).
+ANY_TEXT = st.text() | st.lists(st.sampled_from([*AWKWARD, *"a 1\n\t<|>'", "\u0301", *SPECIALS])).map("".join)
+
+
+@settings(max_examples=150, deadline=None)
+@given(ANY_TEXT)
+def test_any_text_round_trips(text: str) -> None:
+    tokenizer = _cached_trained()
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.special_ids.isdisjoint(ids)
+    assert tokenizer.decode(tokenizer.encode(text, allow_special=True)) == text
+    lengths = tokenizer.byte_lengths()
+    assert sum(lengths[token_id] for token_id in ids) == len(text.encode("utf-8"))
+
+
+_TRAINED: list[Tokenizer] = []
+
+
+def _cached_trained() -> Tokenizer:
+    if not _TRAINED:
+        _TRAINED.append(Tokenizer.train(CORPUS, 400))
+    return _TRAINED[0]
+
+
+def test_training_puts_specials_first_and_keeps_every_byte(trained: Tokenizer) -> None:
+    assert [trained.special_id(name) for name in SPECIALS] == [0, 1, 2, 3]
+    assert trained.eos_id == 0
+    assert 260 < trained.vocab_size <= 400
+    every_byte = {token_id for value in range(256) for token_id in trained.encode(bytes([value]).decode("latin-1"))}
+    assert max(every_byte) < trained.vocab_size
+    assert len(trained.encode("zq\U0001f9ea")) == 2 + 4
+
+
+def test_training_is_deterministic_and_depends_on_the_text() -> None:
+    first, second = Tokenizer.train(iter(CORPUS), 320), Tokenizer.train(CORPUS, 320)
+    assert first.to_bytes() == second.to_bytes()
+    assert first.fingerprint == second.fingerprint
+    assert Tokenizer.train(["entirely other words, other merges " * 9], 320).fingerprint != first.fingerprint
+
+
+def test_digits_stand_alone(trained: Tokenizer) -> None:
+    tokens = [trained.decode([token_id]) for token_id in trained.encode("12345")]
+    assert tokens == list("12345")
+
+
+def test_compression_uses_merges(trained: Tokenizer) -> None:
+    assert len(trained.encode(CORPUS[0])) < len(CORPUS[0]) / 2
+
+
+def test_special_tokens_only_when_allowed(trained: Tokenizer) -> None:
+    text = f"{QUESTION}Why?{THINKING}So.{ANSWER}Yes{EOS}"
+    assert trained.special_ids.isdisjoint(trained.encode(text))
+    ids = trained.encode(text, allow_special=True)
+    assert [token_id for token_id in ids if token_id in trained.special_ids] == [1, 2, 3, 0]
+    assert trained.decode(ids) == text
+    assert trained.decode(ids, skip_special=True) == "Why?So.Yes"
+    assert trained.encode_batch([text, "plain"]) == [trained.encode(text), trained.encode("plain")]
+
+
+def test_no_injection_even_when_the_model_itself_would_make_the_token() -> None:
+    """A vocabulary may hold a special token as an ordinary word (`ignore_merges` then emits it whole)."""
+    content = json.loads(Tokenizer.train(CORPUS, 300).to_bytes())
+    content["model"]["ignore_merges"] = True
+    content["pre_tokenizer"] = {
+        "type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False,
+    }  # fmt: skip
+    tokenizer = Tokenizer.from_bytes(json.dumps(content).encode())
+    assert EOS in content["model"]["vocab"]
+    ids = tokenizer.encode(EOS)
+    assert tokenizer.eos_id not in ids
+    assert tokenizer.decode(ids) == EOS
+
+
+def test_bytes_round_trip_keeps_ids_and_fingerprint(trained: Tokenizer, tmp_path: Path) -> None:
+    again = Tokenizer.from_bytes(trained.to_bytes())
+    assert again.fingerprint == trained.fingerprint
+    assert again.encode(CORPUS[0]) == trained.encode(CORPUS[0])
+    (tmp_path / "tokenizer.json.gz").write_bytes(gzip.compress(trained.to_bytes()))
+    assert Tokenizer.load(tmp_path).fingerprint == trained.fingerprint
+
+
+def test_fingerprint_ignores_layout_and_defaults_but_not_content(trained: Tokenizer) -> None:
+    content = json.loads(trained.to_bytes())
+    content["model"].pop("ignore_merges", None)
+    assert Tokenizer.from_bytes(json.dumps(content, indent=7).encode()).fingerprint == trained.fingerprint
+    content["model"]["merges"].pop()
+    assert Tokenizer.from_bytes(json.dumps(content).encode()).fingerprint != trained.fingerprint
+
+
+def test_padding_truncation_and_dropout_of_a_file_are_ignored(trained: Tokenizer) -> None:
+    content = json.loads(trained.to_bytes())
+    content["truncation"] = {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0}
+    content["model"]["dropout"] = 0.5
+    tokenizer = Tokenizer.from_bytes(json.dumps(content).encode())
+    assert tokenizer.encode(CORPUS[0]) == trained.encode(CORPUS[0])
+    assert tokenizer.fingerprint == trained.fingerprint
+
+
+def test_gpt2_pair_and_tokenizer_json_agree(gpt2: Tokenizer) -> None:
+    folder = shared_data() / "tokenizers" / "gpt2"
+    pair = Tokenizer.load(folder / "vocab.bpe")
+    assert pair.fingerprint == gpt2.fingerprint
+    for text in [*AWKWARD, *CORPUS[:3]]:
+        assert pair.encode(text) == gpt2.encode(text)
+        assert pair.decode(pair.encode(text)) == text
+    assert gpt2.encode("Hello world") == [15496, 995]  # the published ids
+
+
+def test_missing_specials_are_appended_and_ids_stay(gpt2: Tokenizer) -> None:
+    assert (gpt2.vocab_size, gpt2.eos_id) == (50257, 50256)
+    with pytest.raises(UserError, match=r"no special token <\|question\|>.*with_specials"):
+        gpt2.special_id(QUESTION)
+    full = gpt2.with_specials()
+    assert (full.vocab_size, full.eos_id) == (50260, 50256)
+    assert sorted(full.special_ids) == [50256, 50257, 50258, 50259]
+    assert full.encode(CORPUS[0]) == gpt2.encode(CORPUS[0])
+    assert full.with_specials() is full
+    assert Tokenizer.from_bytes(full.to_bytes()).fingerprint == full.fingerprint != gpt2.fingerprint
+
+
+def test_superbpe_loads_from_gzip_and_round_trips() -> None:
+    tokenizer = Tokenizer.load(shared_data() / "tokenizers" / "superbpe-t80k").with_specials()
+    assert tokenizer.vocab_size == 200_004
+    for text in [*AWKWARD, CORPUS[1]]:
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+        assert tokenizer.special_ids.isdisjoint(tokenizer.encode(text))
+
+
+def test_half_a_character_decodes_to_the_replacement_character(trained: Tokenizer) -> None:
+    ids = trained.encode("🧪")
+    assert "\ufffd" in trained.decode(ids[:-1])
+
+
+def test_user_mistakes_are_explained(tmp_path: Path, trained: Tokenizer) -> None:
+    with pytest.raises(UserError, match="no tokenizer at"):
+        Tokenizer.load(tmp_path / "absent.json")
+    with pytest.raises(UserError, match="holds no tokenizer"):
+        Tokenizer.load(tmp_path)
+    (tmp_path / "tokenizer.json").write_text('{"version": "1.0"')
+    with pytest.raises(UserError, match=r"tokenizer\.json cannot be read"):
+        Tokenizer.load(tmp_path)
+    (tmp_path / "torn.json.gz").write_bytes(gzip.compress(trained.to_bytes())[:200])
+    with pytest.raises(UserError, match=r"torn\.json\.gz is not a whole gzip file"):
+        Tokenizer.load(tmp_path / "torn.json.gz")
+    (tmp_path / "vocab.bpe").write_text("#version: 0.2\nĠ t\nbroken\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"encoder\.json is missing"):
+        Tokenizer.load(tmp_path / "vocab.bpe")
+    (tmp_path / "encoder.json").write_text("{}")
+    with pytest.raises(UserError, match=r"vocab\.bpe:3 is not a merge"):
+        Tokenizer.load(tmp_path / "vocab.bpe")
+    (tmp_path / "vocab.bpe").write_text("#version: 0.2\nĠ t\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"The pair vocab\.bpe and encoder\.json in .* cannot be read"):
+        Tokenizer.load(tmp_path / "encoder.json")
+    with pytest.raises(UserError, match=r"vocab_size=100 is too small.*260"):
+        Tokenizer.train(CORPUS, 100)
+    with pytest.raises(UserError, match=r"lone surrogate.*position 1"):
+        trained.encode("a\ud800")
