@@ -19,13 +19,14 @@ Option = tuple[tuple[str, ...], dict[str, Any]]
 
 
 class Verb(NamedTuple):
-    """A command: what it does in one line, an example, the function that runs it and the options it takes."""
+    """A command: what it does in one line, an example, the function that runs it, its options, and more for its help."""
 
     name: str
     line: str
     example: str
     run: Callable[[argparse.Namespace], int]
     options: tuple[Option, ...] = ()
+    more: str = ""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -92,7 +93,7 @@ def parser(verb: Verb) -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         prog=f"osler {verb.name}",
         description=verb.line,
-        epilog=f"example:\n  {verb.example}",
+        epilog="\n".join([f"example:\n  {verb.example}", verb.more]).rstrip(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     for flags, settings in verb.options:
@@ -138,6 +139,14 @@ SAMPLING = (
     option("--seed", type=int, default=0, metavar="S", help="the same seed gives the same text (default: 0)"),
 )
 
+EVAL_HELP = """\
+  osler eval runs/clinic-sft task.split=validation task.limit=100
+  osler eval runs/mine task.type=medqa task.path=test.jsonl     (or medmcqa, pubmedqa, gsm8k)
+  osler eval runs/mine text=notes/     (bits per byte; text that it was not trained on)
+
+With neither task nor text a model is examined on what it was trained for. Other fields: method=likelihood (or generation,
+both), permutations=4 (orders of the options), reasoning=false, max_new_tokens=, temperature=, which=best, device=cpu."""
+
 
 def split_items(items: Sequence[str]) -> tuple[str | None, list[str]]:
     """Separate the recipe, if there is one, from the overrides: those have an equals sign."""
@@ -169,7 +178,7 @@ def sampling(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def run_quickstart(arguments: argparse.Namespace) -> int:
-    from osler.quickstart import run
+    from osler.quickstart.story import run
 
     return run(only_overrides(arguments.items), **run_folder(arguments))
 
@@ -347,6 +356,7 @@ VERBS: tuple[Verb, ...] = (
         "osler eval runs/clinic-sft",
         run_eval,
         (CHECKPOINT, OVERRIDES),
+        EVAL_HELP,
     ),
     Verb(
         "generate",

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields
 from typing import Any
 
 from osler.config import available_recipes, config, decode, encode, load_recipe
+from osler.errors import UserError
 from osler.model.config import ModelConfig
+from osler.quickstart.config import QuickstartConfig
 from osler.rl.config import GrpoConfig
 from osler.train.config import TrainConfig
 from osler.yaml12 import dump_yaml
@@ -20,7 +21,13 @@ class ModelFamily:
     model: ModelConfig
 
 
-RECIPE_CLASSES: tuple[type[Any], ...] = (ModelFamily, TrainConfig, GrpoConfig)
+# What a recipe's `kind` says it is; a recipe without one is a model family.
+KINDS: dict[str, type[Any]] = {
+    "pretrain": TrainConfig,
+    "sft": TrainConfig,
+    "grpo": GrpoConfig,
+    "quickstart": QuickstartConfig,
+}
 
 
 def list_recipes() -> str:
@@ -42,10 +49,11 @@ def show_recipe(recipe: str, overrides: Sequence[str] = ()) -> str:
 
 
 def decode_recipe(recipe: dict[str, Any], *, source: str = "") -> Any:
-    """Decode a recipe as the class that has most of its keys; of equals, the smallest class."""
-    names = {cls: {field.name for field in fields(cls)} for cls in RECIPE_CLASSES}
-    best = max(RECIPE_CLASSES, key=lambda cls: (len(names[cls] & set(recipe)), -len(names[cls])))
-    return decode(best, recipe, source=source)
+    """Decode a recipe as what its `kind` says it is, or as a model family when it has none."""
+    kind = recipe.get("kind")
+    if kind is not None and kind not in KINDS:
+        raise UserError(f"{source}: kind {kind!r} is not one of {', '.join(KINDS)}.")
+    return decode(KINDS[kind] if kind else ModelFamily, recipe, source=source)
 
 
 def derived(resolved: Any) -> dict[str, int]:

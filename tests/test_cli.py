@@ -92,6 +92,8 @@ def test_version(capsys):
         (["report", "no/such/run"], "no/such/run"),
         (["tokenizer", "inspect", "no/such/file"], "no/such/file"),
         (["data", "inspect", "no/such/folder"], "no/such/folder"),
+        (["tokenizer", "train", "data=3", "--out", "y"], "data: should be a mapping"),
+        (["tokenizer", "train", "data.passages=-1", "--out", "y"], "passages"),
         (["data", "prepare", "model.num_layers=1", "--tokenizer", "x", "--out", "y"], "says nothing about text"),
     ],
 )

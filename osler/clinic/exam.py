@@ -5,7 +5,8 @@ and asks for one relation of the condition behind them; the reasoning names the 
 `osler.clinic.splits` for what the five splits hold out.
 
 Distractors are answers of other conditions to the same question; one or two come from the same speciality, none is
-arguable for this condition, none repeats, and none belongs to a condition of the other sex. Two rules keep the held-out facts fair:
+arguable for this condition, none repeats, and none belongs to a condition of the other sex. Two rules keep the
+held-out facts fair:
 
 - In items about train facts a distractor is always the right answer of some train fact. Otherwise training would teach
   that the held-out answers are wrong whenever they are offered.
@@ -140,7 +141,7 @@ def draw_distractors(fact: Fact, fact_part: str, sex: str, split_seed: int, rng:
 def distractor_pools(
     fact: Fact, fact_part: str, sex: str, split_seed: int
 ) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
-    """Wrong answers for a fact and a patient's sex: of the same speciality, of any, of held-out facts (if it is one)."""
+    """Wrong answers for a fact and a sex: of the same speciality, of any, and (for held-out facts) of those."""
     name, relation = fact
     condition = conditions_by_name()[name]
     acceptable = condition.acceptable(relation)

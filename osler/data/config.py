@@ -5,26 +5,28 @@ from __future__ import annotations
 from typing import Literal
 
 from osler.config import config
-from osler.errors import UserError
 
 
 @config
 class ClinicData:
-    """The built-in synthetic world: `passages` of textbook prose and `examples` of exam items with reasoning."""
+    """The built-in synthetic world: `passages` of textbook prose, `examples` of exam items with reasoning, and
+    `cards` that only train the form of the exam (which letter stands beside a text).
+    """
 
     type: Literal["clinic"] = "clinic"
     seed: int = 0
     passages: int = 20_000
     examples: int = 20_000
+    cards: int = 5_000
     validation_passages: int = 200
     validation_examples: int = 200
 
     def __post_init__(self) -> None:
-        for name in ("passages", "examples", "validation_passages", "validation_examples"):
+        for name in ("passages", "examples", "cards", "validation_passages", "validation_examples"):
             if getattr(self, name) < 0:
-                raise UserError(f"{name}={getattr(self, name)} must be 0 or more.")
+                raise ValueError(f"{name}={getattr(self, name)} must be 0 or more")
         if self.passages + self.examples == 0:
-            raise UserError("The clinic gives nothing to learn from: set passages or examples above 0.")
+            raise ValueError("the clinic gives nothing to learn from: set passages or examples above 0")
 
 
 @config
@@ -65,4 +67,4 @@ class TurnsData:
 
 def _check_fraction(fraction: float) -> None:
     if not 0 <= fraction < 1:
-        raise UserError(f"holdout_fraction={fraction} must be at least 0 and below 1.")
+        raise ValueError(f"holdout_fraction={fraction} must be at least 0 and below 1")

@@ -40,7 +40,11 @@ class Packing(Protocol):
 
     order: Order
     seq_len: int
-    rows_per_epoch: float
+
+    @property
+    def rows_per_epoch(self) -> float:
+        """How many rows hold every document once; not always whole."""
+        ...
 
     def row(self, index: int) -> Row:
         """Return a row; the same number is the same row, always."""

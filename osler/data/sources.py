@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from osler.clinic.cards import cards
 from osler.clinic.textbook import textbook
 from osler.data.config import ClinicData, FilesData, TurnsData
 from osler.data.documents import Document
@@ -38,8 +39,9 @@ class Source:
 
 
 def open_clinic(data: ClinicData) -> Source:
-    """Render the clinic's textbook and exam samples."""
+    """Render the clinic's textbook, exam samples and matching cards."""
     train = clinic_documents(data.seed, data.passages, "train", data.examples)
+    train += [Document(text=text, source="clinic cards") for text in cards(data.seed, data.cards)]
     validation = clinic_documents(
         data.seed + VALIDATION_SEED_SHIFT, data.validation_passages, "validation", data.validation_examples
     )

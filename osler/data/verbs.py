@@ -43,14 +43,10 @@ def read_sections(recipe: str | None, overrides: Sequence[str]) -> Sections:
         is_text = path.exists() and path.suffix not in (".yaml", ".yml")
         whole = {"data": {"type": "files", "path": recipe}} if is_text else load_recipe(recipe)
     sections = {name: whole[name] for name in SECTIONS if name in whole}
-    if not is_tagged(given) and not is_tagged(sections) and "path" in given.get("data", {}):
-        sections = merge(sections, {"data": {"type": "files"}})  # only text has a path
+    data = given.get("data")
+    if "data" not in sections and isinstance(data, dict) and "path" in data:
+        data.setdefault("type", "files")  # of the sources without further fields, only text has a path
     return decode(Sections, merge(sections, given), source=recipe or "")
-
-
-def is_tagged(sections: Mapping[str, Any]) -> bool:
-    """Whether the data section says its type."""
-    return "type" in sections.get("data", {})
 
 
 def tokenizer_train(recipe: str | None, overrides: Sequence[str], out: str) -> int:

@@ -95,9 +95,11 @@ def mark(item: ExamItem, completion: Completion) -> Result:
     if item.options:
         choice = read_choice(text, item.options)
         status = unread if choice is None else ANSWERED
-        return Result(item, status, right=choice == item.answer_index, predicted=choice, text=text)
+        right = choice == item.answer_index
+        return Result(item, status, right=right, predicted=choice, text=text, thinking=completion.thinking)
     number = read_number(text)
-    return Result(item, unread if number is None else ANSWERED, right=number == Decimal(item.answer), text=text)
+    status = unread if number is None else ANSWERED
+    return Result(item, status, right=number == Decimal(item.answer), text=text, thinking=completion.thinking)
 
 
 def read_choice(text: str, options: Sequence[str]) -> int | None:

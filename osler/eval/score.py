@@ -31,6 +31,7 @@ class Result:
     right: bool
     predicted: int | None = None  # the option's position as shown
     text: str = ""  # the answer as it was written
+    thinking: str = ""  # and the reasoning before it
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ class ExamScore:
         """Plain values for JSON; with ``results`` also one record per presentation."""
         record = {name: value for name, value in vars(self).items() if name != "results"}
         record["interval"] = list(self.interval)
+        record["constant_letter_baseline"] = record.pop("constant_accuracy")
         if results:
             record["results"] = [
                 {

@@ -2,22 +2,21 @@
 
 How it goes fast, each part leaving the result as it is:
 
-- all rows of a wave decode together against one static key/value cache; prompts are padded on the left, so that one slot
-  index serves all rows, and carry their true positions, so that nothing else notices the padding;
+- all rows of a wave decode together against one static key/value cache; prompts are padded on the left, so that one
+  slot index serves all rows, and carry their true positions, so that nothing else notices the padding;
 - a distinct prompt is run through the model once and its keys and values copied to all of its rows;
-- rows that have drawn a stop token are flagged on the device; the host looks at the flags every ``poll_steps`` steps only,
-  and then moves the rows still alive to a smaller batch (powers of two) once at least half are done;
-- randomness belongs to (seed, row, position) and not to the batch, so that none of the above changes what a row draws.
+- rows that have drawn a stop token are flagged on the device; the host looks at the flags every ``poll_steps`` steps
+  only, and then moves the rows still alive to a smaller batch (powers of two) once at least half are done;
+- randomness belongs to (seed, row, position), not to the batch, so none of the above changes what a row draws.
 
-``recompute.py`` is the plain loop that says the same, and the tests compare the two. There is no state between calls: the same
-call gives the same rollout, and the weights are taken over from the model at every call.
+``recompute.py`` is the plain loop that says the same, and the tests compare the two. There is no state between calls:
+the same call gives the same rollout, and the weights are taken over from the model at every call.
 
-Shape legend: P distinct prompts, B rows, T prompt tokens, S cache slots, N new tokens, V vocabulary (padded).
+Shape legend: P distinct prompts, B rows, T prompt tokens, S cache slots, N new tokens, V vocabulary.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -95,8 +94,9 @@ class _Collected:
 class Engine:
     """Draws completions from ``model``, on its device and in ``dtype`` (the model's compute dtype unless given).
 
-    ``max_rows`` bounds the rows decoded at once (and with them the cache); more are done in waves. ``compile`` runs the decode
-    step through torch.compile: tens of seconds for every new batch size, for long runs. Neither changes what is drawn.
+    ``max_rows`` bounds the rows decoded at once (and with them the cache); more are done in waves. ``compile`` runs the
+    decode step through torch.compile, at tens of seconds for every new batch size. On a CPU that made it slower: the
+    compiler takes the small matmuls of attention apart (2 cores, 64 rows, 4 layers x 128: a quarter of the tokens/s).
     """
 
     def __init__(
@@ -110,10 +110,8 @@ class Engine:
     ) -> None:
         if max_rows < 1 or poll_steps < 1:
             raise UserError(f"max_rows is {max_rows} and poll_steps {poll_steps}: both must be at least 1.")
-        if dtype is not None and dtype != model.compute_dtype:
-            model = copy.copy(model)  # shares the parameters; only the dtype it computes in is its own
-            model.compute_dtype = dtype
         self.model = model
+        self.dtype = model.compute_dtype if dtype is None else dtype
         self.max_rows, self.poll_steps = max_rows, poll_steps
         self._compile = compile
         self._step = torch.compile(self._decode, dynamic=False) if compile else self._decode
@@ -137,10 +135,10 @@ class Engine:
         stop_ids: Sequence[int] = (),
         seed: int = 0,
     ) -> Rollout:
-        """Draw ``samples_per_prompt`` completions of every prompt; row r of the result belongs to prompt r // samples_per_prompt.
+        """Draw ``samples_per_prompt`` completions of every prompt; row r belongs to prompt r // samples_per_prompt.
 
-        Settings are those of :class:`osler.inference.rollout.Sampling`. Raises UserError for an empty prompt, ids outside the
-        vocabulary, and prompts that with ``max_new_tokens`` exceed the model's ``max_seq_len``.
+        Settings are those of :class:`osler.inference.rollout.Sampling`. Raises UserError for an empty prompt, ids outside
+        the vocabulary, and prompts that with ``max_new_tokens`` exceed the model's ``max_seq_len``.
         """
         sampling = Sampling(max_new_tokens, temperature, top_k, top_p, tuple(stop_ids), seed)
         check_prompts(self.model.config, prompts, samples_per_prompt, sampling)
@@ -169,7 +167,7 @@ class Engine:
         stop_ids: Sequence[int] = (),
         seed: int = 0,
     ) -> Iterator[int]:
-        """Draw one completion and yield its tokens as they come, the stop token included: the tokens ``generate`` would give."""
+        """Yield one completion's tokens as they are drawn, the stop token included: those ``generate`` would give."""
         sampling = Sampling(max_new_tokens, temperature, top_k, top_p, tuple(stop_ids), seed)
         check_prompts(self.model.config, [prompt], 1, sampling)
         # Entered around each step and not around the loop: a generator's caller must not find itself in inference mode.
@@ -191,7 +189,7 @@ class Engine:
         if self._compile and self._decoder is not None and self._counter.device == self.device:
             self._decoder.load(self.model)
             return
-        self._decoder = Decoder(self.model, rows=rows, pack=not self._compile)
+        self._decoder = Decoder(self.model, dtype=self.dtype, rows=rows, pack=not self._compile)
         self._counter = torch.arange(self.model.config.max_seq_len, device=self.device)
 
     def _run(self, wave: Sequence[int], prompts: list[tuple[int, ...]], sampling: Sampling, collected: _Collected) -> None:
@@ -211,13 +209,13 @@ class Engine:
         collected.take(rows, numbers, range(len(numbers)))
 
     def _prefill(self, numbers: Sequence[int], prompts: list[tuple[int, ...]], sampling: Sampling) -> _Rows:
-        """Run each distinct prompt through the model once, give every row its copy, and draw every row's first token."""
+        """Run each distinct prompt through the model once, give each row its copy and draw each row's first token."""
         config, device = self.model.config, self.device
         distinct = {prompt: index for index, prompt in enumerate(dict.fromkeys(prompts))}
         prompt_B = torch.tensor([distinct[prompt] for prompt in prompts], device=device)
         width = max(len(prompt) for prompt in prompts)
         slots = width + sampling.max_new_tokens - 1
-        cache = KVCache(config, len(prompts), slots, cache_dtype(device, self.model.compute_dtype), device)
+        cache = KVCache(config, len(prompts), slots, cache_dtype(device, self.dtype), device)
         chunk = max(_PREFILL_TOKENS // width, 1)
         logits = []
         for start in range(0, len(distinct), chunk):
@@ -235,9 +233,7 @@ class Engine:
             token_B=torch.zeros_like(length_B),
             position_B=length_B - 1,
             visible_BS=(slot_S >= width - length_B[:, None]) & (slot_S < width),
-            uniform_BN=row_uniform(
-                sampling.seed, torch.tensor(numbers, device=device)[:, None], length_B[:, None] + new_N
-            ),
+            uniform_BN=row_uniform(sampling.seed, torch.tensor(numbers, device=device)[:, None], length_B[:, None] + new_N),
             tokens_BN=torch.zeros(shape_BN, dtype=torch.int64, device=device),
             logprobs_BN=torch.zeros(shape_BN, device=device),
             keep_BN=None,
@@ -253,19 +249,19 @@ class Engine:
         """Keys and values of some prompts, padded on the left to ``width``, and the logits after their last tokens."""
         device = self.device
         pads = [width - len(prompt) for prompt in prompts]
-        ids_PT = torch.tensor([[0] * pad + list(prompt) for pad, prompt in zip(pads, prompts, strict=True)], device=device)
+        padded = [[0] * pad + list(prompt) for pad, prompt in zip(pads, prompts, strict=True)]
+        ids_PT = torch.tensor(padded, device=device)
         slot_T = torch.arange(width, device=device)
         pad_P1 = torch.tensor(pads, device=device)[:, None]
-        mask = None
+        visible_PTS = None
         if any(pads):
             # A padded query sees itself, or its softmax would be over nothing and its NaN would reach the values.
-            causal_TT = slot_T[:, None] >= slot_T
-            mask = (causal_TT & (slot_T >= pad_P1)[:, None] | torch.eye(width, dtype=torch.bool, device=device))[:, None]
-        cache = KVCache(self.model.config, len(prompts), width, self.model.compute_dtype, device)
-        hidden_PTD = self.model(
-            ids_PT, positions_BT=(slot_T - pad_P1).clamp_min(0), cache=cache, slots_T=slot_T, mask=mask
-        )
-        return cache, self.model.logits(hidden_PTD[:, -1])
+            own_TS = torch.eye(width, dtype=torch.bool, device=device)
+            visible_PTS = (slot_T[:, None] >= slot_T) & (slot_T >= pad_P1)[:, None] | own_TS
+        cache = KVCache(self.model.config, len(prompts), width, self.dtype, device)
+        positions_PT = (slot_T - pad_P1).clamp_min(0)
+        assert self._decoder is not None, "generate lays the weights out first"
+        return cache, self._decoder.forward(ids_PT, positions_PT, slot_T, visible_PTS, cache)
 
     def _compact(
         self, rows: _Rows, numbers: list[int], alive: list[int], size: int, filled: int, collected: _Collected
@@ -282,17 +278,18 @@ class Engine:
         return rows.select(index_B, cache), [numbers[index] for index in stay]
 
     def _advance(self, rows: _Rows, sampling: Sampling, slot: int, step: int) -> None:
-        """Feed the last token of every row into cache slot ``slot`` and draw the next, number ``step``. No host sync."""
+        """Feed every row's last token into cache slot ``slot`` and draw its next, number ``step``; no host sync."""
         multiple = _COMPILED_READ_SLOTS if self._compile else 1
         rows.cache.read_len = min(-(-(slot + 1) // multiple) * multiple, rows.visible_BS.shape[1])
         with torch._dynamo.config.patch(recompile_limit=64) if self._compile else nullcontext():
             self._step(rows, sampling, self._counter[slot : slot + 1], self._counter[step : step + 1])
 
     def _decode(self, rows: _Rows, sampling: Sampling, slot_T: Tensor, step_T: Tensor) -> None:
-        assert self._decoder is not None, "generate lays the weights out before it decodes"
+        assert self._decoder is not None, "generate lays the weights out first"
         rows.visible_BS.index_fill_(1, slot_T, True)
-        visible_BS = rows.visible_BS[:, : rows.cache.read_len]
-        logits_BV = self._decoder.step(rows.token_B, rows.position_B, slot_T, visible_BS, rows.cache)
+        visible_B1S = rows.visible_BS[:, None, : rows.cache.read_len]
+        token_B1, position_B1 = rows.token_B[:, None], rows.position_B[:, None]
+        logits_BV = self._decoder.forward(token_B1, position_B1, slot_T, visible_B1S, rows.cache)
         self._draw(rows, logits_BV, sampling, step_T)
 
     def _draw(self, rows: _Rows, logits_BV: Tensor, sampling: Sampling, step_T: Tensor) -> None:

@@ -1,10 +1,10 @@
 """The plain sampling loop: run the whole prefix through the model again for every token. Slow, and obviously right.
 
-It is the reference that ``engine.py`` is tested against and the baseline that ``benchmarks/bench_sample.py`` divides by. All
-rows advance together; prompts of different lengths are padded on the right, where causal attention never looks.
+It is the reference that ``engine.py`` is tested against and the baseline that ``benchmarks/bench_sample.py`` divides by.
+All rows advance together; prompts of different lengths are padded on the right, where causal attention never looks.
 Same seed, same tokens as the engine.
 
-Shape legend: B rows, T tokens, D hidden, V vocabulary.
+Shape legend: B rows, T tokens, V vocabulary.
 """
 
 from __future__ import annotations

@@ -42,9 +42,10 @@ class Sampling:
 class Rollout:
     """Completions, one per row (row r belongs to prompt r // samples_per_prompt), without their prompts.
 
-    A completion includes the stop token when one was drawn; ``finished`` is False where the length limit cut it. ``logprobs``
-    are those the tokens were drawn with: at the sampling temperature, over the kept set (greedy: temperature 1, whole
-    vocabulary). ``packed_keep`` holds the kept sets in bits, uint8 [tokens, V / 8] per row, or is None when nothing was cut off.
+    A completion includes the stop token when one was drawn; ``finished`` is False where the length limit cut it.
+    ``logprobs`` are those the tokens were drawn with: at the sampling temperature, over the kept set (greedy:
+    temperature 1, whole vocabulary). ``packed_keep`` holds each row's kept sets in bits, uint8 [tokens, V / 8] on the
+    CPU, or is None when nothing was cut off.
     """
 
     completions: list[list[int]]
@@ -71,8 +72,8 @@ def check_prompts(config: ModelConfig, prompts: Sequence[Sequence[int]], samples
             raise UserError(f"Prompt {index} is empty: give at least one token, for example the end-of-text token.")
         if len(prompt) + sampling.max_new_tokens > config.max_seq_len:
             raise UserError(
-                f"Prompt {index} has {len(prompt)} tokens and {sampling.max_new_tokens} new ones were asked for, but the model "
-                f"was built for max_seq_len {config.max_seq_len}: shorten the prompt or ask for at most "
+                f"Prompt {index} has {len(prompt)} tokens and {sampling.max_new_tokens} new ones were asked for, but the "
+                f"model was built for max_seq_len {config.max_seq_len}: shorten the prompt or ask for at most "
                 f"{max(config.max_seq_len - len(prompt), 0)} new tokens."
             )
         low, high = min(prompt), max(prompt)

@@ -8,6 +8,7 @@ depends neither on which rows share its batch nor on what was drawn before, so r
 
 Shapes: B rows, V vocabulary.
 """
+
 from __future__ import annotations
 
 import torch
@@ -25,7 +26,7 @@ _MULTIPLY_2 = 0xD35A2D97 - (1 << 32)
 
 
 def _mix(word: Tensor) -> Tensor:
-    """Permute 32-bit words (held in int64, so that every torch backend has the operators) until each bit depends on all."""
+    """Permute 32-bit words (in int64, which every backend can multiply) until each bit depends on all."""
     word = word ^ (word >> 16)
     word = (word * _MULTIPLY_1) & _LOW_32
     word = word ^ (word >> 15)
@@ -75,10 +76,10 @@ def sample(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Draw one token per row: (token_B int64, logp_B fp32, keep_BV bool, or None when nothing is cut off).
 
-    ``logits_BV`` is fp32, -inf where a token must never be drawn; ``u_B`` is in [0, 1). ``logp_B`` is the log-probability
-    that the token was drawn with: at ``temperature``, over the kept set. The kept set is the ``top_k`` likeliest tokens,
-    and of these (renormalised) the fewest likeliest whose probabilities reach ``top_p``; it always has the drawn token.
-    Temperature 0 takes the likeliest token and ignores ``u_B``, ``top_k`` and ``top_p``; its ``logp_B`` is at temperature 1.
+    ``logits_BV`` is fp32, -inf where a token must never be drawn; ``u_B`` is in [0, 1). ``logp_B`` is the
+    log-probability that the token was drawn with: at ``temperature``, over the kept set. The kept set is the ``top_k``
+    likeliest tokens, and of these (renormalised) the fewest likeliest whose probabilities reach ``top_p``; it always
+    has the drawn token. Temperature 0 takes the likeliest token and ignores the rest; its ``logp_B`` is at temperature 1.
     """
     if temperature == 0:
         token_B = logits_BV.argmax(-1)
@@ -128,12 +129,13 @@ def keep_set(scaled_BV: Tensor, *, top_k: int | None = None, top_p: float | None
     ``top_k`` when only that is given (equal logits at the border: an arbitrary choice among them).
     """
     vocab = scaled_BV.size(-1)
-    cuts_k, cuts_p = top_k is not None and top_k < vocab, top_p is not None and top_p < 1
-    if not cuts_k and not cuts_p:
+    top_k = vocab if top_k is None else min(top_k, vocab)
+    top_p = 1.0 if top_p is None else top_p
+    if top_k == vocab and top_p >= 1:
         return None
-    values_BK, index_BK = scaled_BV.topk(min(top_k, vocab) if top_k else vocab, dim=-1)
+    values_BK, index_BK = scaled_BV.topk(top_k, dim=-1)
     keep_BK = values_BK > -torch.inf
-    if cuts_p:
+    if top_p < 1:
         probability_BK = values_BK.double().softmax(-1)
         keep_BK = keep_BK & (probability_BK.cumsum(-1) - probability_BK < top_p)
         keep_BK[:, 0] = True

@@ -71,7 +71,4 @@ def is_dead(rewards: Iterable[float]) -> bool:
 def letter_fractions(letters: Iterable[int | None], num_letters: int) -> dict[str, float]:
     """Return the share of every answered letter among the answers that could be read: the "always C" alarm."""
     read = [letter for letter in letters if letter is not None]
-    return {
-        f"answer/letter_{chr(ord('A') + index)}_frac": read.count(index) / max(1, len(read))
-        for index in range(num_letters)
-    }
+    return {f"answer/letter_{chr(ord('A') + index)}_frac": read.count(index) / max(1, len(read)) for index in range(num_letters)}

@@ -147,8 +147,7 @@ def add_sums(total: dict[str, Tensor], part: dict[str, Tensor]) -> dict[str, Ten
     if not total:
         return dict(part)
     return {
-        name: torch.maximum(value, part[name]) if name.endswith("_max") else value + part[name]
-        for name, value in total.items()
+        name: torch.maximum(value, part[name]) if name.endswith("_max") else value + part[name] for name, value in total.items()
     }
 
 

@@ -62,9 +62,7 @@ class Group:
 class RolloutWorker:
     """Asks the policy a step's questions and scores what it answers."""
 
-    def __init__(
-        self, engine: Engine, tokenizer: Tokenizer, tasks: Sequence[RlTask], algorithm: AlgorithmConfig, seed: int
-    ):
+    def __init__(self, engine: Engine, tokenizer: Tokenizer, tasks: Sequence[RlTask], algorithm: AlgorithmConfig, seed: int):
         self.engine = engine
         self.tokenizer = tokenizer
         self.tasks = tasks
@@ -74,9 +72,7 @@ class RolloutWorker:
     def step(self, step: int) -> tuple[list[Group], int]:
         """Return the groups of a step and how many completion tokens were sampled for them, refilled ones included."""
         algorithm = self.algorithm
-        groups = self.sample(
-            visits(self.tasks, self.seed, step, algorithm.prompts_per_step), rollout_seed(self.seed, step)
-        )
+        groups = self.sample(visits(self.tasks, self.seed, step, algorithm.prompts_per_step), rollout_seed(self.seed, step))
         sampled_tokens = count_tokens(groups)
         for refill in range(1, algorithm.max_refills + 1 if algorithm.dynamic_sampling else 1):
             dead = [index for index, group in enumerate(groups) if not group.effective]
@@ -87,18 +83,14 @@ class RolloutWorker:
             fresh = self.sample(more, rollout_seed(self.seed, step, refill))
             sampled_tokens += count_tokens(fresh)
             for index, group in zip(dead, fresh, strict=True):
-                if (
-                    group.effective
-                ):  # what no refill could replace stays: it has no advantage, and the batch keeps its size
+                if group.effective:  # what no refill could replace stays: it has no advantage, and the batch keeps its size
                     groups[index] = group
         return groups, sampled_tokens
 
     def sample(self, asked: Sequence[Visit], seed: int) -> list[Group]:
         """Draw and score ``samples_per_prompt`` completions for every question."""
         algorithm, tokenizer = self.algorithm, self.tokenizer
-        prompts = [
-            encode_prompt(tokenizer, render_question(visit.item), reasoning=visit.task.reasoning) for visit in asked
-        ]
+        prompts = [encode_prompt(tokenizer, render_question(visit.item), reasoning=visit.task.reasoning) for visit in asked]
         drawn = self.engine.generate(
             prompts,
             samples_per_prompt=algorithm.samples_per_prompt,

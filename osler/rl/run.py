@@ -10,14 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import yaml
-
 from osler.checkpoint import store
 from osler.config import decode, encode, load_recipe, parse_overrides
 from osler.errors import UserError
 from osler.eval.exams import score_by_generation
 from osler.inference.engine import Engine
 from osler.inference.load import LoadedModel, describing_files, load_model
+from osler.monitor.sinks import JsonlSink
 from osler.optim.build import build_optimizer
 from osler.rl.config import GrpoConfig, RlTaskConfig
 from osler.rl.prompts import RewardTerm, RlTask, task_shares
@@ -31,7 +30,16 @@ from osler.tasks.registry import load_task
 from osler.tasks.rewards import REWARDS
 from osler.tokenizer.bpe import Tokenizer
 from osler.tokenizer.chat import encode_prompt
-from osler.train.run import claim
+from osler.train.folder import (
+    VERSIONS,
+    claim,
+    describe_plan,
+    newest_checkpoint,
+    refuse_another,
+    stored_config,
+    stored_precision,
+    was_evaluated,
+)
 from osler.train.setup import Machine, choose_machine, describe_run
 
 
@@ -45,50 +53,36 @@ def run(
 ) -> int:
     """The verb ``grpo``; returns the process's exit code."""
     if resume:
-        config, folder = stored_config(run_dir, overrides), RunFolder(Path(str(run_dir)))
+        config, folder = stored_config(GrpoConfig, run_dir, overrides), RunFolder(Path(str(run_dir)))
     else:
-        config = decode(GrpoConfig, load_recipe(recipe, overrides) if recipe else parse_overrides(overrides))
+        config = decode(GrpoConfig, load_recipe(recipe, overrides) if recipe else parse_overrides(overrides), source=recipe or "")
         folder = RunFolder(Path(run_dir or Path("runs") / f"{Path(recipe).stem if recipe else 'clinic'}-grpo"))
     if dry_run:
-        print(describe_plan(config, folder))
+        print(describe_plan(config, folder, planned_numbers(config)))
         return 0
     if not train(config, RunFolder.create(folder.root)):
         say(f"Stopped and saved. The same command, or `osler grpo --run {folder.root} --resume`, goes on from there.")
         return EXIT_STOPPED
-    say(
-        f"Done: {folder.root}\n  osler eval {folder.root}   sit the exam\n  osler report {folder.root}   the run as a page"
-    )
+    say(f"Done: {folder.root}\n  osler eval {folder.root}   sit the exam\n  osler report {folder.root}   the run as a page")
     return 0
-
-
-def stored_config(run_dir: str | None, overrides: Sequence[str]) -> GrpoConfig:
-    """The config that a run folder was started with, for ``--resume``."""
-    if run_dir is None:
-        raise UserError("--resume needs --run FOLDER: the run to go on with.")
-    if overrides:
-        raise UserError(f"--resume continues a run as it was configured; leave out {' '.join(overrides)}.")
-    path = RunFolder(Path(run_dir)).config
-    if not path.exists():
-        raise UserError(f"{run_dir} holds no run to resume: {path} is missing.")
-    return decode(GrpoConfig, yaml.safe_load(path.read_text()), source=str(path))
 
 
 def train(config: GrpoConfig, run: RunFolder) -> bool:
     """Set up and train (or continue) one GRPO run in its folder; False when it was asked to stop before the end."""
-    claim(run, encode(config))
+    refuse_another(run, encode(config))
     keep_freed_memory()
-    machine = choose_machine(config.device, config.precision, "never", steps=config.steps)
-    checkpoint, skipped = store.newest_good(run.checkpoints) if run.checkpoints.is_dir() else (None, [])
-    if skipped:
-        say(f"Warning: {store.describe_skipped(skipped)}; going on from {checkpoint or 'the start'}.")
+    checkpoint = newest_checkpoint(run)
+    precision = stored_precision(checkpoint, config.precision)
+    machine = choose_machine(config.device, precision, "never", steps=config.steps)
     start = load_model(checkpoint or config.init_from, device=machine.device, compute_dtype=machine.dtype)
     model, tokenizer = start.model.train(), start.tokenizer
     tasks = load_tasks(config, start)
     eval_items = load_task(config.eval_task) if config.eval_task is not None else []
     check_held_out(tasks, eval_items)
-    describe_run(run, machine)
+    claim(run, encode(config))
     engine = Engine(model, max_rows=config.rollout_rows)
     evaluate, best_metric = exam(config, engine, tokenizer, eval_items)
+    files = {"config.yaml": run.config.read_bytes(), VERSIONS: describe_run(run, machine)}
     trainer = GrpoTrainer(
         config,
         model=model,
@@ -99,15 +93,26 @@ def train(config: GrpoConfig, run: RunFolder) -> bool:
         run=run,
         evaluate=evaluate,
         best_metric=best_metric,
-        files={**describing_files(model.config, tokenizer), "config.yaml": run.config.read_bytes()},
+        files={**describing_files(model.config, tokenizer), **files},
         fingerprints={"tokenizer": tokenizer.fingerprint, "data": fingerprint_of(tasks)},
     )
     if checkpoint is not None:
         trainer.restore(store.load(checkpoint))
         say(f"Continuing {run.root} from step {trainer.step:,}.")
+        finish_evaluation(trainer, run)
     else:
         say(describe_start(config, start, tasks, machine))
     return trainer.fit()
+
+
+def finish_evaluation(trainer: GrpoTrainer, run: RunFolder) -> None:
+    """Make the evaluation that a kill cut off: it comes after its checkpoint, so the steps that follow would not make it."""
+    config = trainer.config
+    if trainer.step < config.steps and trainer.step % config.eval_every_steps:
+        return
+    with JsonlSink(run.metrics, resume_step=trainer.step) as sink:
+        if not was_evaluated(run, trainer.step):
+            trainer._evaluate(sink)
 
 
 def load_tasks(config: GrpoConfig, start: LoadedModel) -> list[RlTask]:
@@ -127,9 +132,7 @@ def load_tasks(config: GrpoConfig, start: LoadedModel) -> list[RlTask]:
             say(f"Task {entry.label}: {len(items) - len(fitting)} of {len(items)} questions are too long and left out.")
         terms = tuple(RewardTerm(name, REWARDS[name], weight) for name, weight in entry.rewards.items())
         tasks.append(RlTask(entry.label, tuple(fitting), terms, entry.weight, entry.reasoning))
-    task_shares(
-        tasks, config.algorithm.prompts_per_step
-    )  # refuses weights that never come up before anything is trained
+    task_shares(tasks, config.algorithm.prompts_per_step)  # refuses weights that never come up before anything is trained
     return tasks
 
 
@@ -187,17 +190,15 @@ def describe_start(config: GrpoConfig, start: LoadedModel, tasks: Sequence[RlTas
     questions = ", ".join(f"{len(task.items):,} of {task.name}" for task in tasks)
     return (
         f"grpo: {start.model.config.num_parameters:,} parameters from {start.path}; questions: {questions}; "
-        f"{config.steps:,} steps of {algorithm.prompts_per_step} x {algorithm.samples_per_prompt} completions; {machine.dtype} on "
-        f"{machine.device}."
+        f"{config.steps:,} steps of {algorithm.prompts_per_step} x {algorithm.samples_per_prompt} completions; "
+        f"{machine.dtype} on {machine.device}."
     )
 
 
-def describe_plan(config: GrpoConfig, folder: RunFolder) -> str:
-    """What ``--dry-run`` prints: the resolved config and the numbers that follow from it."""
+def planned_numbers(config: GrpoConfig) -> dict[str, str]:
+    """What follows from a config, for ``--dry-run``."""
     completions = config.steps * config.algorithm.completions_per_step
-    derived = [
-        f"# run folder        {folder.root}",
-        f"# completions       {completions:,} of at most {config.algorithm.max_new_tokens} tokens",
-        f"# optimizer steps   {config.steps * config.algorithm.updates_per_batch:,}",
-    ]
-    return "\n".join([yaml.safe_dump(encode(config), sort_keys=False).rstrip(), *derived])
+    return {
+        "completions": f"{completions:,} of at most {config.algorithm.max_new_tokens} tokens",
+        "optimizer steps": f"{config.steps * config.algorithm.updates_per_batch:,}",
+    }

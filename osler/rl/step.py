@@ -172,9 +172,7 @@ def update_policy(
     return metrics | {"train/skipped_steps": sum(update["train/skipped_steps"] for update in updates)}
 
 
-def _prepare(
-    model: Transformer, rows: Sequence[Row], algorithm: AlgorithmConfig, micro_batch_tokens: int
-) -> list[_MicroBatch]:
+def _prepare(model: Transformer, rows: Sequence[Row], algorithm: AlgorithmConfig, micro_batch_tokens: int) -> list[_MicroBatch]:
     """Cut the update into micro-batches; token weights come from the whole of it."""
     if not rows:
         raise ValueError("an update needs at least one row")

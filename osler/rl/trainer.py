@@ -200,12 +200,10 @@ class GrpoTrainer:
         sink.write(self.step, self.tokens, {**metrics, "eval/seconds": time.perf_counter() - before})
         shown = ", ".join(f"{name.removeprefix('eval/')} {value:.4f}" for name, value in metrics.items())
         say(f"step {self.step}: {shown}")
-        value = metrics.get(self.best_metric)
-        if value is not None and (self.best_value is None or value > self.best_value):
+        value, saved = metrics.get(self.best_metric), self.run.checkpoints / store.folder_name(self.step)
+        if value is not None and saved.is_dir() and (self.best_value is None or value > self.best_value):
             self.best_value = value
-            saved = self.run.checkpoints / store.folder_name(self.step)
-            if saved.is_dir():
-                store.mark_best(saved, self.best_metric, value)
+            store.mark_best(saved, self.best_metric, value)
 
     def _write_samples(self, shown: Sequence[tuple[Group, Sample]]) -> None:
         """Append samples to the run's samples file, in the form that the report reads."""
@@ -237,7 +235,6 @@ class GrpoTrainer:
             "step": self.step,
             "tokens": self.tokens,
             "skipped_in_a_row": self.skipped_in_a_row,
-            "best_value": self.best_value,
             "zero_reward_steps": self.zero_reward_steps,
             "optimizer": optimizer_state,
             "fingerprints": self.fingerprints,
@@ -258,15 +255,14 @@ class GrpoTrainer:
         """Continue from a checkpoint of this run, bit for bit."""
         check_fingerprints(loaded.state["fingerprints"], self.fingerprints, loaded.path)
         self.model.load_state_dict(loaded.tensors["model"])
-        restore_optimizer(
-            self.optimizer, self.model.named_parameters(), loaded.tensors["optimizer"], loaded.state["optimizer"]
-        )
+        restore_optimizer(self.optimizer, self.model.named_parameters(), loaded.tensors["optimizer"], loaded.state["optimizer"])
         if self.reference is not None:
             self.reference.load_state_dict(loaded.tensors["reference"])
         self.step = loaded.state["step"]
         self.tokens = loaded.state["tokens"]
         self.skipped_in_a_row = loaded.state["skipped_in_a_row"]
-        self.best_value = loaded.state["best_value"]
+        best = store.best_checkpoint(self.run.checkpoints)
+        self.best_value = best.value if best is not None and best.step <= self.step else None
         self.zero_reward_steps = loaded.state["zero_reward_steps"]
 
 

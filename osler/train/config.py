@@ -66,14 +66,16 @@ class TrainConfig:
         micro = self.micro_batch_tokens
         if micro is not None and (micro < self.seq_len or micro % self.seq_len or self.batch_tokens % micro):
             raise ValueError(
-                f"micro_batch_tokens {micro} must be a multiple of seq_len {self.seq_len} that divides batch_tokens {self.batch_tokens}"
+                f"micro_batch_tokens {micro} must be a multiple of seq_len {self.seq_len} that divides "
+                f"batch_tokens {self.batch_tokens}"
             )
         if self.tokenizer.path is None and self.init_from is None and self.tokenizer.vocab_size > self.model.vocab_size:
             raise ValueError(
                 f"tokenizer.vocab_size {self.tokenizer.vocab_size} is larger than model.vocab_size {self.model.vocab_size}; "
                 f"set model.vocab_size={self.tokenizer.vocab_size}"
             )
-        for name in ("total_tokens", "log_every_steps", "eval_every_tokens", "save_every_tokens", "keep_last", "max_skipped_steps"):
+        counts = ("total_tokens", "log_every_steps", "eval_every_tokens", "save_every_tokens", "keep_last", "max_skipped_steps")
+        for name in counts:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.max_minutes is not None and self.max_minutes <= 0:

@@ -6,11 +6,10 @@ A run folder that already holds this run goes on from its newest good checkpoint
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
-import yaml
 from torch import Tensor
 
 from osler.checkpoint import store
@@ -21,7 +20,6 @@ from osler.data.packing import StreamPacking, WholePacking
 from osler.data.prepare import Prepared
 from osler.data.shards import ShardSet
 from osler.data.sources import prepare_source
-from osler.errors import UserError
 from osler.eval.exams import score_by_generation
 from osler.eval.perplexity import batches, measure, windows
 from osler.inference.engine import Engine
@@ -33,8 +31,18 @@ from osler.runtime.files import RunFolder, write_atomic
 from osler.runtime.log import say
 from osler.runtime.stop import EXIT_STOPPED
 from osler.tasks.clinic import load as load_clinic_exam
+from osler.tasks.item import ExamItem
 from osler.tokenizer.bpe import Tokenizer
 from osler.train.config import ExamProbe, TrainConfig
+from osler.train.folder import (
+    VERSIONS,
+    claim,
+    describe_plan,
+    newest_checkpoint,
+    refuse_another,
+    stored_config,
+    stored_precision,
+)
 from osler.train.setup import check_vocabulary, choose_machine, describe_run, make_model, make_tokenizer
 from osler.train.step import TrainStep, summed_loss
 from osler.train.trainer import Trainer
@@ -55,12 +63,13 @@ def run(
 ) -> int:
     """The verbs ``pretrain`` and ``sft``; returns the process's exit code."""
     if resume:
-        config, folder = stored_config(run_dir, overrides), RunFolder(Path(str(run_dir)))
+        config, folder = stored_config(TrainConfig, run_dir, overrides), RunFolder(Path(str(run_dir)))
     else:
-        config = decode(TrainConfig, {**(load_recipe(recipe, overrides) if recipe else load_overrides(overrides)), "kind": kind})
+        given = load_recipe(recipe, overrides) if recipe else parse_overrides(overrides)
+        config = decode(TrainConfig, {**given, "kind": kind}, source=recipe or "")
         folder = RunFolder(Path(run_dir or Path("runs") / f"{Path(recipe).stem if recipe else 'clinic'}-{kind}"))
     if dry_run:
-        print(describe_plan(config, folder))
+        print(describe_plan(config, folder, planned_numbers(config)))
         return 0
     finished = train(config, RunFolder.create(folder.root))
     if not finished:
@@ -70,40 +79,24 @@ def run(
     return 0
 
 
-def load_overrides(overrides: Sequence[str]) -> dict[str, object]:
-    """The mapping that overrides alone describe, for a run without a recipe."""
-
-
-    return parse_overrides(overrides)
-
-
-def stored_config(run_dir: str | None, overrides: Sequence[str]) -> TrainConfig:
-    """The config that a run folder was started with, for ``--resume``."""
-    if run_dir is None:
-        raise UserError("--resume needs --run FOLDER: the run to go on with.")
-    if overrides:
-        raise UserError(f"--resume continues a run as it was configured; leave out {' '.join(overrides)}.")
-    path = RunFolder(Path(run_dir)).config
-    if not path.exists():
-        raise UserError(f"{run_dir} holds no run to resume: {path} is missing.")
-    return decode(TrainConfig, yaml.safe_load(path.read_text()), source=str(path))
-
-
 def train(config: TrainConfig, run: RunFolder) -> bool:
     """Set up and train (or continue) one supervised run in its folder; False when it was asked to stop before the end."""
     started = time.monotonic()
-    claim(run, encode(config))
+    refuse_another(run, encode(config))
+    exam = exam_items(config.exam)
     keep_freed_memory()
-    machine = choose_machine(config.device, config.precision, config.compile, steps=config.total_steps)
-    model, tokenizer, config = make_model(config, machine)
+    newest = newest_checkpoint(run)
+    checkpoint = store.load(newest) if newest is not None else None
+    precision = stored_precision(newest, config.precision)
+    machine = choose_machine(config.device, precision, config.compile, steps=config.total_steps)
+    model, tokenizer = make_model(config, machine, checkpoint)
     tokenizer_path = run.root / TOKENIZER_FILE
-    if tokenizer is None:
-        tokenizer = make_tokenizer(config, tokenizer_path)
-    else:
-        write_atomic(tokenizer_path, tokenizer.to_bytes())
+    tokenizer = make_tokenizer(config, tokenizer, tokenizer_path)
     check_vocabulary(model.config, tokenizer)
     prepared = prepare_source(config.data, tokenizer, run.root / "data")
-    describe_run(run, machine)
+    claim(run, encode(config))
+    if not tokenizer_path.exists():
+        write_atomic(tokenizer_path, tokenizer.to_bytes())
     optimizer = build_optimizer(model, config.optim)
     loss = summed_loss(model)
     train_step = TrainStep(
@@ -115,8 +108,8 @@ def train(config: TrainConfig, run: RunFolder) -> bool:
         document_mask=config.document_mask,
         device=machine.device,
     )
-    packing = packing_of(config, prepared.train)
-    loader = Loader(packing, config.rows_per_batch, workers=config.loader_workers)
+    loader = Loader(packing_of(config, prepared.train), config.rows_per_batch, workers=config.loader_workers)
+    files = {"config.yaml": run.config.read_bytes(), VERSIONS: describe_run(run, machine)}
     trainer = Trainer(
         config,
         model=model,
@@ -124,17 +117,14 @@ def train(config: TrainConfig, run: RunFolder) -> bool:
         train_step=train_step,
         batches=loader.batches,
         evaluate=validation(config, model, prepared, machine.eager_dtype),
-        probe=exam_probe(config.exam, model, tokenizer, machine.eager_dtype),
+        probe=exam_probe(exam, model, tokenizer, machine.eager_dtype),
         run=run,
-        files={**describing_files(model.config, tokenizer), "config.yaml": run.config.read_bytes()},
+        files={**describing_files(model.config, tokenizer), **files},
         fingerprints={"tokenizer": tokenizer.fingerprint, "data": prepared.train.fingerprint},
         started=started,
     )
-    checkpoint, skipped = store.newest_good(run.checkpoints) if run.checkpoints.is_dir() else (None, [])
-    if skipped:
-        say(f"Warning: {store.describe_skipped(skipped)}; going on from {checkpoint or 'the start'}.")
     if checkpoint is not None:
-        trainer.restore(store.load(checkpoint))
+        trainer.restore(checkpoint)
         say(f"Continuing {run.root} from step {trainer.step:,} ({trainer.tokens:,} tokens).")
     else:
         say(
@@ -142,20 +132,6 @@ def train(config: TrainConfig, run: RunFolder) -> bool:
             f"{config.total_tokens:,} to train on; {machine.dtype} on {machine.device}{', compiled' if machine.compile else ''}."
         )
     return trainer.fit()
-
-
-def claim(run: RunFolder, config: dict[str, object]) -> None:
-    """Write ``config.yaml``, or check that the folder's own is the same: a run folder holds one run."""
-    if run.config.exists():
-        stored = yaml.safe_load(run.config.read_text())
-        if stored != config:
-            changed = sorted(key for key in {*stored, *config} if stored.get(key) != config.get(key))
-            raise UserError(
-                f"{run.root} holds another run: {', '.join(changed)} differ from its config.yaml. Choose another folder with "
-                "--run, or delete that one to start over."
-            )
-        return
-    write_atomic(run.config, yaml.safe_dump(config, sort_keys=False))
 
 
 def packing_of(config: TrainConfig, shards: ShardSet) -> StreamPacking | WholePacking:
@@ -200,16 +176,22 @@ def answer_batches(config: TrainConfig, shards: ShardSet) -> Iterator[tuple[Tens
         yield batch.ids, batch.labels, batch.document_ids
 
 
+def exam_items(probe: ExamProbe) -> dict[str, list[ExamItem]]:
+    """The questions of the small exam by split, drawn before training so that a split that does not exist fails now."""
+    if probe.every_tokens == 0:
+        return {}
+    return {split: load_clinic_exam(split=split, limit=probe.items) for split in probe.splits}
+
+
 def exam_probe(
-    probe: ExamProbe, model: Transformer, tokenizer: Tokenizer, dtype: torch.dtype
+    exam: Mapping[str, Sequence[ExamItem]], model: Transformer, tokenizer: Tokenizer, dtype: torch.dtype
 ) -> Callable[[], dict[str, float]]:
     """A function that sits the clinic's exam with the model as it is."""
     engine = Engine(model, dtype=dtype)
 
     def sit() -> dict[str, float]:
         scores = {}
-        for split in probe.splits:
-            items = load_clinic_exam(split=split, limit=probe.items)
+        for split, items in exam.items():
             score = score_by_generation(engine, tokenizer, items, max_new_tokens=EXAM_NEW_TOKENS)
             scores[f"eval/{split}_accuracy"] = score.accuracy
         return scores
@@ -217,16 +199,13 @@ def exam_probe(
     return sit
 
 
-def describe_plan(config: TrainConfig, folder: RunFolder) -> str:
-    """What ``--dry-run`` prints: the resolved config and the numbers that follow from it."""
-    model = config.model
-    derived = [
-        f"# run folder        {folder.root}",
-        f"# parameters        {model.num_parameters:,}",
-        f"# steps             {config.total_steps:,} of {config.batch_tokens:,} tokens",
-        f"# FLOPs             {config.total_tokens * model.flops_per_token(config.seq_len):.3g}",
-    ]
-    return "\n".join([yaml.safe_dump(encode(config), sort_keys=False).rstrip(), *derived])
+def planned_numbers(config: TrainConfig) -> dict[str, str]:
+    """What follows from a config, for ``--dry-run``; the model of a run with ``init_from`` is only known once it is loaded."""
+    numbers = {"steps": f"{config.total_steps:,} of {config.batch_tokens:,} tokens"}
+    if config.init_from is None:
+        numbers["parameters"] = f"{config.model.num_parameters:,}"
+        numbers["FLOPs"] = f"{config.total_tokens * config.model.flops_per_token(config.seq_len):.3g}"
+    return numbers
 
 
 def next_steps(config: TrainConfig, folder: RunFolder) -> str:
@@ -238,5 +217,8 @@ def next_steps(config: TrainConfig, folder: RunFolder) -> str:
             f"  osler sft init_from={folder.root}   teach it to reason and answer",
         ]
     else:
-        lines += [f"  osler eval {folder.root}   sit the exam", f"  osler grpo init_from={folder.root}   improve it by its own tries"]
+        lines += [
+            f"  osler eval {folder.root}   sit the exam",
+            f"  osler grpo init_from={folder.root}   improve it by its own tries",
+        ]
     return "\n".join([*lines, f"  osler chat {folder.root}   talk to it"])

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import platform
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from osler.checkpoint import store
+from osler.config import decode
 from osler.data.sources import train_tokenizer
 from osler.errors import UserError
-from osler.inference.load import load_model
+from osler.inference.load import MODEL_FILE, TOKENIZER_FILE, load_model
 from osler.model.config import ModelConfig
 from osler.model.transformer import Transformer
 from osler.runtime.device import compile_works, pick_device, pick_dtype
-from osler.runtime.files import RunFolder, write_atomic, write_json
+from osler.runtime.files import RunFolder, write_json
 from osler.runtime.log import say
 from osler.tokenizer.bpe import Tokenizer
 from osler.train.config import TrainConfig
+from osler.train.folder import VERSIONS
 
 COMPILE_MIN_STEPS = 100  # compiling costs 10 to 30 seconds; shorter runs end sooner without it
 PACKAGES = ("osler", "torch", "numpy", "tokenizers", "safetensors", "pydantic", "pyarrow")
@@ -56,32 +60,49 @@ def choose_machine(device: str, precision: str, compile_mode: str, *, steps: int
     return Machine(chosen, pick_dtype(precision, chosen), works)
 
 
-def make_tokenizer(config: TrainConfig, out: Path) -> Tokenizer:
-    """The run's tokenizer: the one in ``out`` from before, the one at ``tokenizer.path``, or one trained on the run's text."""
-    if out.exists():
-        return Tokenizer.load(out)
-    if config.tokenizer.path is not None:
-        tokenizer = Tokenizer.load(config.tokenizer.path).with_specials()
-    else:
-        say(f"Training a tokenizer of {config.tokenizer.vocab_size:,} tokens on the run's own text.")
-        tokenizer = train_tokenizer(config.data, config.tokenizer.vocab_size, max_bytes=config.tokenizer.max_bytes)
-    write_atomic(out, tokenizer.to_bytes())
-    return tokenizer
+def make_model(
+    config: TrainConfig, machine: Machine, checkpoint: store.Loaded | None
+) -> tuple[Transformer, Tokenizer | None]:
+    """The model to train, and the tokenizer that comes with it: from the run's own checkpoint, from ``init_from``, or new.
 
-
-def make_model(config: TrainConfig, machine: Machine) -> tuple[Transformer, Tokenizer | None, TrainConfig]:
-    """The model to train, and with ``init_from`` its tokenizer and the config with the shape it really has."""
+    A run that goes on needs ``init_from`` no more. The weights of ``checkpoint`` are left to ``Trainer.restore``.
+    """
+    if checkpoint is not None:
+        shape = decode(ModelConfig, json.loads(checkpoint.files[MODEL_FILE]), source=str(checkpoint.path / MODEL_FILE))
+        tokenizer = Tokenizer.from_bytes(checkpoint.files[TOKENIZER_FILE], name=str(checkpoint.path / TOKENIZER_FILE))
+        return Transformer(shape, compute_dtype=machine.dtype).to(machine.device), tokenizer
     if config.init_from is None:
         model = Transformer(config.model, compute_dtype=machine.dtype)
         model.init_weights(config.seed)
-        return model.to(machine.device), None, config
+        return model.to(machine.device), None
     loaded = load_model(config.init_from, device=machine.device, compute_dtype=machine.dtype)
     if config.seq_len > loaded.model.config.max_seq_len:
         raise UserError(
-            f"seq_len {config.seq_len} is longer than the {loaded.model.config.max_seq_len} tokens (max_seq_len) that the model in "
-            f"{loaded.path} allows."
+            f"seq_len {config.seq_len} is longer than the {loaded.model.config.max_seq_len} tokens (max_seq_len) that the "
+            f"model in {loaded.path} allows."
         )
-    return loaded.model.train(), loaded.tokenizer, replace(config, model=loaded.model.config)
+    return loaded.model.train(), loaded.tokenizer
+
+
+def make_tokenizer(config: TrainConfig, given: Tokenizer | None, kept: Path) -> Tokenizer:
+    """The run's tokenizer: the one in the file ``kept``, the model's own (``given``), ``tokenizer.path``, or one trained now.
+
+    Raises UserError when ``kept`` is there and is not the tokenizer that the model was trained with.
+    """
+    if kept.exists():
+        found = Tokenizer.load(kept)
+        if given is not None and found.fingerprint != given.fingerprint:
+            raise UserError(
+                f"The tokenizer in {kept} is not the one that the model was trained with: its fingerprint is "
+                f"{found.fingerprint}, the model's is {given.fingerprint}. Restore it, or start a new run in another folder."
+            )
+        return found
+    if given is not None:
+        return given
+    if config.tokenizer.path is not None:
+        return Tokenizer.load(config.tokenizer.path).with_specials()
+    say(f"Training a tokenizer of {config.tokenizer.vocab_size:,} tokens on the run's own text.")
+    return train_tokenizer(config.data, config.tokenizer.vocab_size, max_bytes=config.tokenizer.max_bytes)
 
 
 def check_vocabulary(model: ModelConfig, tokenizer: Tokenizer) -> None:
@@ -93,8 +114,8 @@ def check_vocabulary(model: ModelConfig, tokenizer: Tokenizer) -> None:
         )
 
 
-def describe_run(run: RunFolder, machine: Machine) -> None:
-    """Write ``versions.json``: packages and machine, for the report and for whoever repeats the run."""
+def describe_run(run: RunFolder, machine: Machine) -> bytes:
+    """Write ``versions.json`` (packages and machine, for the report and for whoever repeats the run) and return its bytes."""
     versions: dict[str, Any] = {}
     for package in PACKAGES:
         try:
@@ -109,4 +130,5 @@ def describe_run(run: RunFolder, machine: Machine) -> None:
         "dtype": str(machine.dtype).removeprefix("torch."),
         "compiled": machine.compile,
     }
-    write_json(run.root / "versions.json", versions)
+    write_json(run.root / VERSIONS, versions)
+    return (run.root / VERSIONS).read_bytes()

@@ -21,10 +21,12 @@ from osler.errors import UserError
 from osler.model.transformer import Transformer
 from osler.monitor.sinks import JsonlSink
 from osler.optim.schedule import lr_scale
+from osler.runtime.faults import fault
 from osler.runtime.files import RunFolder
 from osler.runtime.log import Progress, say
 from osler.runtime.stop import StopFlag
 from osler.train.config import TrainConfig
+from osler.train.folder import was_evaluated
 from osler.train.step import StepResult, TrainStep
 
 PLANNED_SHARE = 0.97  # of the minutes asked for: the rest is for the last checkpoint and evaluation
@@ -79,37 +81,45 @@ class Trainer:
     def seconds(self) -> float:
         return self.earlier_seconds + time.monotonic() - self.started
 
+    @property
+    def done(self) -> bool:
+        return self.tokens >= self.total_tokens
+
     def fit(self) -> bool:
         """Train to the end; False when asked to stop before (everything is saved then)."""
         config = self.config
         sink = JsonlSink(self.run.metrics, resume_step=self.step if self.step else -1)
         progress = Progress(self.total_tokens, "tokens", label=config.kind, initial=self.tokens)
         with StopFlag() as stop, sink, progress:
+            if self.step and not was_evaluated(self.run, self.step):
+                self._evaluate(sink, progress)  # a kill came after this checkpoint and before its evaluation
             batches = self.batches(self.step)
             mark = (self.step, time.monotonic())
-            while self.tokens < self.total_tokens:
+            while not self.done:
                 middle = self.tokens + config.batch_tokens // 2
                 scale = lr_scale(config.schedule, middle, self.total_tokens)
                 self.on_device.append(self.train_step(next(batches), scale))
                 self.step += 1
-                if self.step % config.log_every_steps == 0:
+                fault("train-step")
+                self._watch_clock()
+                if self.step % config.log_every_steps == 0 or self.done:
                     mark = self._log(sink, progress, mark, scale)
-                done = self.tokens >= self.total_tokens
-                save_due = self._crossed(config.save_every_tokens) or done or stop.requested
-                eval_due = self._crossed(config.eval_every_tokens) or done
-                probe_due = config.exam.every_tokens > 0 and (self._crossed(config.exam.every_tokens) or done)
-                if save_due or eval_due or probe_due:
-                    self.save()
-                if stop.requested and not done:
+                evaluation_due = self._due(config.eval_every_tokens) or self._due(config.exam.every_tokens)
+                if evaluation_due or self._due(config.save_every_tokens) or stop.requested:
+                    self.save(last=self.done or stop.requested)
+                if stop.requested and not self.done:
                     return False
-                if eval_due or probe_due:
+                if evaluation_due:
                     before = time.monotonic()
-                    self._evaluate(sink, progress, eval_due, probe_due)
+                    self._evaluate(sink, progress)
                     mark = (mark[0], mark[1] + time.monotonic() - before)
         return True
 
-    def save(self) -> None:
-        """Write a checkpoint; a disk that is full or fails is reported and the run goes on with the earlier ones."""
+    def save(self, *, last: bool = False) -> None:
+        """Write a checkpoint; when the disk is full or fails, say so and go on with the earlier ones.
+
+        Raises UserError in that case when it is the ``last`` one of this process, because what it would hold is lost.
+        """
         self._fetch()
         optimizer_tensors, optimizer_state = flatten_optimizer(self.optimizer, self.model.named_parameters())
         state = {
@@ -128,6 +138,10 @@ class Trainer:
         try:
             store.save(self.run.checkpoints, self.step, tensors=tensors, state=state, files=self.files, keep_last=keep)
         except store.CheckpointSaveError as error:
+            if last:
+                raise UserError(
+                    f"{error} Earlier checkpoints are untouched: mend the disk, and the same command goes on from the newest."
+                ) from error
             say(f"Warning: {error} The run goes on; earlier checkpoints are untouched.")
 
     def restore(self, loaded: store.Loaded) -> None:
@@ -144,8 +158,11 @@ class Trainer:
         self.skipped_in_a_row = state["skipped_in_a_row"]
         self.window = [[math.nan if value is None else value for value in row] for row in state["window"]]
 
-    def _crossed(self, every_tokens: int) -> bool:
-        return self.tokens // every_tokens > (self.tokens - self.config.batch_tokens) // every_tokens
+    def _due(self, every_tokens: int) -> bool:
+        """Whether the step just made crossed a multiple of ``every_tokens`` (0: never), or was the last."""
+        if every_tokens == 0:
+            return False
+        return self.done or self.tokens // every_tokens > (self.tokens - self.config.batch_tokens) // every_tokens
 
     def _fetch(self) -> None:
         """Bring what the steps left on the device to the host: the only wait for the device between evaluations."""
@@ -185,24 +202,34 @@ class Trainer:
         return self.step, now
 
     def _replan(self, speed: float) -> None:
-        """Fit the tokens of the run to the clock: the rest of the time at the speed just measured."""
+        """Fit the tokens of the run to the clock: as many whole steps as the rest of the time allows at this speed."""
         assert self.config.max_minutes is not None
         left = max(0.0, self.config.max_minutes * 60 * PLANNED_SHARE - self.seconds)
-        self.total_tokens = max(self.tokens + int(left * speed), self.tokens)
+        batch = self.config.batch_tokens
+        self.total_tokens = self.tokens + int(left * speed / batch) * batch
 
-    def _evaluate(self, sink: JsonlSink, progress: Progress, eval_due: bool, probe_due: bool) -> None:
+    def _watch_clock(self) -> None:
+        """End the run when its minutes are over, should the steps since the last plan have been slower than planned."""
+        minutes = self.config.max_minutes
+        if minutes is not None and self.seconds > minutes * 60 * PLANNED_SHARE:
+            self.total_tokens = self.tokens
+
+    def _evaluate(self, sink: JsonlSink, progress: Progress) -> None:
+        """Measure what is due after this step; a lowest held-out loss marks the step's checkpoint as the best."""
         before = time.monotonic()
-        metrics = self.evaluate() if eval_due else {}
-        if probe_due:
+        metrics = self.evaluate() if self._due(self.config.eval_every_tokens) else {}
+        if self._due(self.config.exam.every_tokens):
             metrics |= self.probe()
-        sink.write(self.step, self.tokens, {**metrics, "eval/seconds": time.monotonic() - before})
+        if not metrics:
+            return
         loss = metrics.get("eval/loss", math.inf)
-        if loss < self.best_loss:
+        saved = self.run.checkpoints / store.folder_name(self.step)
+        if loss < self.best_loss and saved.is_dir():
             self.best_loss = loss
-            saved = self.run.checkpoints / store.folder_name(self.step)
-            if saved.is_dir():
-                store.mark_best(saved, "eval/loss", loss)
-        shown = {name.removeprefix("eval/"): value for name, value in metrics.items() if name != "eval/seconds"}
+            store.mark_best(saved, "eval/loss", loss)
+        # Last, because the line is what tells a resumed run that this evaluation is complete.
+        sink.write(self.step, self.tokens, {**metrics, "eval/seconds": time.monotonic() - before})
+        shown = {name.removeprefix("eval/"): value for name, value in metrics.items()}
         say(f"step {self.step}: " + ", ".join(f"{name} {value:.4f}" for name, value in shown.items()))
         progress.update(self.tokens)
 

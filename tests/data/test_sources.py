@@ -10,6 +10,7 @@ import pytest
 from osler.config import ConfigError, decode
 from osler.data.config import ClinicData, FilesData, TurnsData
 from osler.data.sources import open_source, prepare_source, train_tokenizer
+from osler.data.verbs import Sections
 from osler.errors import UserError
 
 CLINIC = ClinicData(passages=150, examples=120, validation_passages=10, validation_examples=20)
@@ -70,10 +71,12 @@ def test_tokenizer_sample_is_deterministic_and_smaller(tmp_path: Path) -> None:
 def test_configs_are_checked() -> None:
     assert decode(FilesData, {"type": "files", "path": "x"}).field == "text"
     for data in ({"passages": -1}, {"passages": 0, "examples": 0}):
-        with pytest.raises((UserError, ConfigError)):
+        with pytest.raises(ConfigError, match="passages"):
             decode(ClinicData, data)
-    with pytest.raises(UserError, match=r"holdout_fraction=1\.0"):
+    with pytest.raises(ValueError, match=r"holdout_fraction=1\.0"):
         TurnsData(path="x", holdout_fraction=1.0)
+    with pytest.raises(ConfigError, match=r"data: holdout_fraction=-0\.1 must be at least 0 and below 1"):
+        decode(Sections, {"data": {"type": "files", "path": "x", "holdout_fraction": -0.1}})
 
 
 def test_a_real_textbook_survives_the_way_to_tokens(tmp_path: Path) -> None:

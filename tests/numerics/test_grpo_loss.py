@@ -163,9 +163,7 @@ def test_opsm_truth_table(advantage, seq_kl, masked):
     wide = ClipConfig(low=0.9, high=9.0)  # so that clipping does not silence the rows on its own
     algorithm = AlgorithmConfig(beta=0.1, opsm_delta=0.2, clip=wide)
     old = torch.full((1, 4), -1.0, dtype=torch.float64)
-    wobble = torch.tensor(
-        [[0.05, -0.05, 0.02, -0.02]], dtype=torch.float64
-    )  # per token, gone in the mean over the sequence
+    wobble = torch.tensor([[0.05, -0.05, 0.02, -0.02]], dtype=torch.float64)  # per token, gone in the mean over the sequence
     mask = torch.ones(1, 4, dtype=torch.bool)
     weight = token_weights(mask, "sequence_mean", max_new_tokens=4, dtype=torch.float64)
 

@@ -1,7 +1,7 @@
 """GRPO learns a toy task from nothing but rewards, and learns nothing from rewards that mean nothing.
 
 The task: repeat three symbols, then end. The policy starts uniform. A small weight on the divergence from that uniform
-reference keeps it exploring until it has found the rule.
+reference keeps it exploring until it has found the rule (0.04: above 0.98 for each of six seeds; 0.02: 0.93 for one).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def right_frac(completion, wanted):
 def train(*, steps, reward=right_frac):
     """Train a policy; returns its mean true score over all questions before and after."""
     algorithm = AlgorithmConfig(
-        prompts_per_step=16, samples_per_prompt=16, max_new_tokens=LENGTH + 1, beta=0.02, aggregate="token_mean"
+        prompts_per_step=16, samples_per_prompt=16, max_new_tokens=LENGTH + 1, beta=0.04, aggregate="token_mean"
     )
     config = ModelConfig(
         num_layers=2, hidden_size=32, intermediate_size=64, num_heads=2, num_kv_heads=2, head_dim=16,
@@ -63,8 +63,7 @@ def train(*, steps, reward=right_frac):
         rewards = [reward(c, [*questions[q], END]) for c, q in zip(drawn.completions, owner, strict=True)]
         advantages = group_advantages(torch.tensor(rewards).view(len(questions), -1)).flatten().tolist()
         rows = [
-            Row([*questions[q], GO], drawn.completions[row], drawn.logprobs[row], advantages[row])
-            for row, q in enumerate(owner)
+            Row([*questions[q], GO], drawn.completions[row], drawn.logprobs[row], advantages[row]) for row, q in enumerate(owner)
         ]
         update_policy(model, optimizer, rows, algorithm, reference=reference)
     return before, true_score()

@@ -1,0 +1,53 @@
+"""What `osler eval` is asked for: an exam, how it is sat, or a text to predict. Torch-free."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from osler.config import config
+from osler.tasks.clinic import ClinicTask
+from osler.tasks.registry import TaskConfig
+
+EXAM_SEED = 7_001  # of the clinic's exam: the same items for every model, and other ones than training draws on the way
+CLINIC_EXAM = ClinicTask(split="new_findings,new_questions", limit=500, seed=EXAM_SEED)
+
+
+@config
+class EvalConfig:
+    """One evaluation; with neither ``task`` nor ``text`` a model is examined on what it was trained for.
+
+    ``task``: the exam. The clinic takes several splits with commas between them, and ``limit`` items of each. ``text``: a
+    file or folder of text, measured in bits per byte; it must not be text that the model was trained on. ``method``:
+    "generation" lets the model write and reads its answer, "likelihood" takes the option it finds most likely, "auto" is
+    generation unless the model was trained on plain text alone. ``permutations``: option orders in which every question
+    is shown. ``normalise`` divides an option's log-likelihood by its bytes, its tokens or nothing.
+    """
+
+    task: TaskConfig | None = None
+    method: Literal["auto", "generation", "likelihood", "both"] = "auto"
+    permutations: int = 1
+    reasoning: bool = True
+    max_new_tokens: int = 128  # thinking and answer together
+    temperature: float = 0.0  # 0: always the likeliest token
+    normalise: Literal["bytes", "tokens", "none"] = "bytes"
+    seed: int = 0
+    rows: int = 256  # answers written at once; fewer need less memory
+
+    text: str | None = None
+    text_field: str = "text"  # the column of tables
+    seq_len: int | None = None  # tokens read at once; null: as many as in training
+    overlap: int = 0  # tokens that a window of text repeats from the one before, as context
+
+    which: Literal["newest", "best"] = "newest"  # checkpoint of a run folder
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("permutations", "max_new_tokens", "rows"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.temperature < 0:
+            raise ValueError(f"temperature {self.temperature} must be 0 or more")
+        if self.seq_len is not None and self.seq_len < 1:
+            raise ValueError(f"seq_len {self.seq_len} must be at least 1")
+        if self.overlap < 0:
+            raise ValueError(f"overlap {self.overlap} must be 0 or more")

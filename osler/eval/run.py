@@ -1,0 +1,299 @@
+"""``osler eval``: sit an exam with a checkpoint, or measure how well it predicts a text.
+
+A score is printed with its interval, chance and the best constant letter, and goes into the run folder's ``exams.json``,
+where the report finds it. Nothing is resumed: an interrupted evaluation starts again and leaves no file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from osler.config import decode, encode, parse_overrides
+from osler.data.readers import TextFiles
+from osler.data.shards import ShardSet, read_manifest
+from osler.errors import UserError
+from osler.eval.config import CLINIC_EXAM, EvalConfig
+from osler.eval.exams import score_by_generation, score_by_likelihood
+from osler.eval.perplexity import HeldOut, batches, measure, windows
+from osler.eval.score import ExamScore, Result, summarise
+from osler.inference.engine import Engine
+from osler.inference.ready import ReadyModel, open_model
+from osler.runtime.files import read_json, write_json
+from osler.runtime.log import Progress, say
+from osler.tasks.clinic import ClinicTask
+from osler.tasks.item import ExamItem
+from osler.tasks.registry import TASK_CONFIGS, load_task
+
+EXAMS_FILE = "exams.json"
+LIKELIHOOD_ITEMS = 32  # scored between two updates of the progress line
+BATCH_TOKENS = 16_384  # of a forward pass
+
+
+@dataclass(frozen=True)
+class Sitting:
+    """One exam sat in one way."""
+
+    exam: str
+    method: str
+    score: ExamScore
+
+
+def run(checkpoint: str, overrides: Sequence[str] = ()) -> int:
+    """The verb ``eval``; returns the process's exit code."""
+    config = read_config(overrides)
+    ready = open_model(checkpoint, device=config.device, which=config.which)
+    say(ready.describe())
+    config, held_out = complete(config, ready)
+    sittings = [] if config.task is None else sit(config, ready)
+    if sittings:
+        print(table(sittings))
+        save_scores(ready, label(config, ready, checkpoint), sittings)
+    if config.text is not None:
+        print(describe_text(config.text, measure_files(config, ready), config, ready))
+    elif held_out is not None:
+        print(describe_text("the run's held-out text", measure_shards(config, ready, held_out), config, ready))
+    return 0
+
+
+def read_config(overrides: Sequence[str]) -> EvalConfig:
+    """The config that overrides describe; a task without a type is the clinic's exam with some fields changed."""
+    given = parse_overrides(overrides)
+    task = given.get("task")
+    if isinstance(task, dict):
+        if "path" in task and "type" not in task:
+            others = ", ".join(f"task.type={name}" for name in TASK_CONFIGS if name != CLINIC_EXAM.type)
+            raise UserError(f"What exam is in {task['path']}? Add one of {others}.")
+        if task.get("type", CLINIC_EXAM.type) == CLINIC_EXAM.type:
+            given["task"] = {**encode(CLINIC_EXAM), **task}
+    return decode(EvalConfig, given)
+
+
+def complete(config: EvalConfig, ready: ReadyModel) -> tuple[EvalConfig, ShardSet | None]:
+    """What to do when it was not said: the clinic's exam, the exam of the training, or the run's held-out text."""
+    if config.task is not None or config.text is not None:
+        return config, None
+    if ready.knows_clinic:
+        return replace(config, task=CLINIC_EXAM), None
+    if ready.training.get("eval_task"):
+        return decode(EvalConfig, {**encode(config), "task": ready.training["eval_task"]}), None
+    data = ready.run.root / "data" if ready.run is not None else None
+    if data is not None and data.is_dir() and "validation" in read_manifest(data)["splits"] and not ready.answers_questions:
+        return config, ShardSet.open(data, "validation")
+    raise UserError(
+        f"What shall {ready.path} be examined on? Give an exam (task.type=medqa task.path=FILE, or task.type=clinic) or a text "
+        "that it was not trained on (text=FILE or FOLDER)."
+    )
+
+
+# -- exams -------------------------------------------------------------------------------------------------------------
+
+
+def sit(config: EvalConfig, ready: ReadyModel) -> list[Sitting]:
+    """Sit every part of the exam in every way asked for."""
+    exams = {name: load_task(task) for name, task in parts(config.task).items()}
+    for name, items in exams.items():
+        if not items:
+            raise UserError(f"The exam {name} has no items.")
+    ways = methods(config, ready, [item for items in exams.values() for item in items])
+    sittings = []
+    for name, items in exams.items():
+        for method in ways:
+            with Progress(len(items) * config.permutations, "answers", label=name) as progress:
+                answer = by_generation if method == "generation" else by_likelihood
+                score = answer(config, ready, items, progress.update)
+            sittings.append(Sitting(name, method, score))
+    return sittings
+
+
+def parts(task: Any) -> dict[str, Any]:
+    """The exams that a task config stands for, by the name they are shown under; the clinic's splits are exams apart."""
+    if isinstance(task, ClinicTask):
+        splits = [split.strip() for split in task.split.split(",")]
+        return {split: replace(task, split=split) for split in splits}
+    return {f"{task.type} {task.split}".strip(): task}
+
+
+def methods(config: EvalConfig, ready: ReadyModel, items: Sequence[ExamItem]) -> list[str]:
+    """How an exam is sat: as asked for, or as the model's training and the kind of questions suggest."""
+    has_options = all(item.options for item in items)
+    if config.method in ("likelihood", "both") and not has_options:
+        raise UserError("These questions have no options to compare the likelihoods of; use method=generation.")
+    if config.method == "both":
+        return ["generation", "likelihood"]
+    if config.method != "auto":
+        return [config.method]
+    if ready.answers_questions:
+        return ["generation"]
+    if not has_options:
+        say("This model was trained on plain text alone and never learned to answer; expect answers that cannot be read.")
+        return ["generation"]
+    say(
+        "This model was trained on plain text alone and never learned to answer, so the option it finds most likely counts "
+        "(method=likelihood); `osler sft` teaches it to answer."
+    )
+    return ["likelihood"]
+
+
+def by_generation(config: EvalConfig, ready: ReadyModel, items: Sequence[ExamItem], progress: Callable[[int], None]) -> ExamScore:
+    """The score of what the model writes."""
+    return score_by_generation(
+        Engine(ready.model, max_rows=config.rows),
+        ready.tokenizer,
+        items,
+        max_new_tokens=config.max_new_tokens,
+        reasoning=config.reasoning,
+        temperature=config.temperature,
+        batch_rows=config.rows,
+        permutations=config.permutations,
+        seed=config.seed,
+        cluster_by_group=isinstance(config.task, ClinicTask),  # items of one fact stand or fall together
+        progress=progress,
+    )
+
+
+def by_likelihood(config: EvalConfig, ready: ReadyModel, items: Sequence[ExamItem], progress: Callable[[int], None]) -> ExamScore:
+    """The score of the options that the model finds most likely."""
+    results: list[Result] = []
+    for start in range(0, len(items), LIKELIHOOD_ITEMS):
+        part = score_by_likelihood(
+            ready.model,
+            ready.tokenizer,
+            items[start : start + LIKELIHOOD_ITEMS],
+            template=ready.answers_questions,
+            normalise=config.normalise,
+            batch_tokens=BATCH_TOKENS,
+            permutations=config.permutations,
+            seed=config.seed,
+        )
+        results += part.results
+        progress(len(results))
+    return summarise(results, cluster_by_group=isinstance(config.task, ClinicTask))
+
+
+def table(sittings: Sequence[Sitting]) -> str:
+    """The scores beside what they must be compared with, the letters answered, and what the reader should not overlook."""
+    wide = max(len("exam"), *(len(sitting.exam) for sitting in sittings))
+    lines = [f"{'exam':<{wide}}  method      accuracy  95 % interval    questions  chance  one letter  unparsed   cut"]
+    letters = []
+    for sitting in sittings:
+        score = sitting.score
+        orders = score.presentations // score.n
+        low, high = score.interval
+        cells = (
+            f"{sitting.exam:<{wide}}",
+            f"{sitting.method:<10}",
+            f"{score.accuracy:>8.1%}",
+            f"{low:>6.1%} – {high:.1%}".ljust(15),
+            f"{score.n:>9,}" if orders == 1 else f"{score.n:,} × {orders}".rjust(9),
+            (f"{score.chance:.1%}" if score.chance else "–").rjust(6),
+            (f"{score.constant_accuracy:.1%} ({score.constant_letter})" if score.constant_letter else "–").rjust(10),
+            f"{score.unparsed:>8,}",
+            f"{score.cut:>4,}",
+        )
+        lines.append("  ".join(cells))
+        if any(score.letters.values()):
+            counts = "  ".join(f"{letter} {count:,}" for letter, count in score.letters.items())
+            letters.append(f"  {sitting.exam}, {sitting.method}: {counts}")
+    notes = [note for sitting in sittings for note in remarks(sitting)]
+    return "\n".join([*lines, *(["", "letters answered", *letters] if letters else []), *([""] if notes else []), *notes])
+
+
+def remarks(sitting: Sitting) -> Iterator[str]:
+    """What the reader of a score should not overlook."""
+    score, name = sitting.score, f"{sitting.exam}, {sitting.method}"
+    low, high = score.interval
+    baseline = max(score.chance, score.constant_accuracy)
+    if score.constant_letter and high < baseline:
+        yield f"{name}: below guessing and always answering {score.constant_letter}."
+    elif score.constant_letter and low <= baseline:
+        yield f"{name}: not told apart from guessing or always answering {score.constant_letter}."
+    if score.cut * 20 > score.presentations:
+        yield f"{name}: {score.cut:,} of {score.presentations:,} answers were cut; max_new_tokens=N gives more room."
+    if score.too_long:
+        yield f"{name}: {score.too_long:,} questions did not fit the model's context and count as wrong."
+
+
+def label(config: EvalConfig, ready: ReadyModel, checkpoint: str) -> str:
+    """What the report calls the checkpoint: its kind of training when it stands for the run, with its step otherwise."""
+    kind = ready.kind or "model"
+    stands_for_run = ready.run is not None and config.which == "newest" and Path(checkpoint).resolve() != ready.path.resolve()
+    return kind if stands_for_run else f"{kind}, step {ready.loaded.state.get('step', 0):,}"
+
+
+def save_scores(ready: ReadyModel, name: str, sittings: Sequence[Sitting]) -> None:
+    """Add scores to the run folder's ``exams.json``, beside those of other checkpoints and other exams."""
+    if ready.run is None:
+        return
+    path = ready.run.root / EXAMS_FILE
+    exams = read_json(path) if path.exists() else {}
+    if not isinstance(exams, dict):
+        raise UserError(f"{path} is not a table of scores; move it away and evaluate again.")
+    rows = exams.setdefault(name, {})
+    for sitting in sittings:
+        split = sitting.exam if sitting.method == "generation" else f"{sitting.exam}, {sitting.method}"
+        score = sitting.score
+        rows[split] = {**score.to_dict(), "method": sitting.method}
+    if ready.kind in exams:
+        exams[ready.kind] = exams.pop(ready.kind)  # the report leads with the last: the run itself, not an earlier step
+    write_json(path, exams)
+    say(f"Saved to {path}; `osler report {ready.run.root}` shows it.")
+
+
+# -- text --------------------------------------------------------------------------------------------------------------
+
+
+def measure_files(config: EvalConfig, ready: ReadyModel) -> HeldOut:
+    """What the files at ``text`` cost the model: read twice, once to count their bytes."""
+    assert config.text is not None
+    source = TextFiles(config.text, config.text_field)
+    sizes = [len(document.text.encode("utf-8")) for document in source if not document.is_empty]
+    if not sizes:
+        raise UserError(f"{config.text} holds no text: there is nothing to measure.")
+    tokenizer = ready.tokenizer
+    documents = ([*tokenizer.encode(document.text), tokenizer.eos_id] for document in source if not document.is_empty)
+    return measure_documents(config, ready, documents, len(sizes), sum(sizes))
+
+
+def measure_shards(config: EvalConfig, ready: ReadyModel, shards: ShardSet) -> HeldOut:
+    """What a prepared split costs the model."""
+    if shards.tokenizer_fingerprint != ready.tokenizer.fingerprint:
+        raise UserError(f"{shards.folder} was prepared with another tokenizer than the model's; prepare it anew.")
+    documents = (shards.document(index)[0].tolist() for index in range(shards.num_documents))
+    return measure_documents(config, ready, documents, shards.num_documents, shards.num_bytes)
+
+
+def measure_documents(
+    config: EvalConfig, ready: ReadyModel, documents: Iterator[list[int]], count: int, num_bytes: int
+) -> HeldOut:
+    """What documents (ids that end with the end-of-text token) cost, cut into windows."""
+    seq_len = window(config, ready)
+    if config.overlap >= seq_len:
+        raise UserError(f"overlap {config.overlap} must be less than the window of {seq_len} tokens.")
+    with Progress(count, "documents", label="text") as progress:
+
+        def counted() -> Iterator[list[int]]:
+            for done, ids in enumerate(documents, 1):
+                yield ids
+                progress.update(done)
+
+        rows = windows(counted(), seq_len=seq_len, start_id=ready.tokenizer.eos_id, overlap=config.overlap)
+        return measure(ready.model, batches(rows, batch_tokens=BATCH_TOKENS), num_bytes)
+
+
+def window(config: EvalConfig, ready: ReadyModel) -> int:
+    """How many tokens are read at once."""
+    longest = ready.model.config.max_seq_len
+    if config.seq_len is not None and config.seq_len > longest:
+        raise UserError(f"seq_len {config.seq_len} is longer than the {longest} tokens (max_seq_len) that the model allows.")
+    return config.seq_len or ready.seq_len
+
+
+def describe_text(name: str, cost: HeldOut, config: EvalConfig, ready: ReadyModel) -> str:
+    """The cost of a text in one line; bits per byte are comparable between all models, the rest only within a tokenizer."""
+    return (
+        f"{name}: {cost.bits_per_byte:.4f} bits per byte ({cost.bytes:,} bytes; {cost.tokens:,} tokens at {cost.loss:.4f} nats, "
+        f"perplexity {cost.perplexity:.1f}; read {window(config, ready)} tokens at a time)"
+    )

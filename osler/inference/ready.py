@@ -1,0 +1,112 @@
+"""A checkpoint opened for use by a person: on which device, at which precision, and what its training taught it.
+
+Evaluation and chat treat a model by how it was trained: one that never saw the question-and-answer template can only
+continue text. What a checkpoint was trained on is read from the ``config.yaml`` in it; a checkpoint without one, such as
+an imported model, counts as trained on text alone. Nothing is kept, so there is nothing to resume.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from osler.errors import UserError
+from osler.inference.load import LoadedModel, load_model
+from osler.model.transformer import Transformer
+from osler.runtime.device import pick_device, pick_dtype
+from osler.runtime.files import RunFolder
+from osler.tokenizer.bpe import Tokenizer
+from osler.yaml12 import load_yaml
+
+CONFIG_FILE = "config.yaml"
+TAUGHT = ("sft", "grpo")  # kinds of training that are all questions and answers
+
+
+@dataclass(frozen=True)
+class ReadyModel:
+    """A loaded model; ``training`` is the config of the run that wrote its checkpoint, empty when that is not known."""
+
+    loaded: LoadedModel
+    training: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def path(self) -> Path:
+        """The folder of the checkpoint itself."""
+        return self.loaded.path
+
+    @property
+    def model(self) -> Transformer:
+        return self.loaded.model
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.loaded.tokenizer
+
+    @property
+    def kind(self) -> str:
+        """The kind of training: pretrain, sft, grpo, or "" when the checkpoint does not say."""
+        return str(self.loaded.state.get("kind", ""))
+
+    @property
+    def answers_questions(self) -> bool:
+        """Whether the model was trained on the template of question, thinking and answer."""
+        data = self._data
+        in_text = data.get("type") == "turns" or (data.get("type") == "clinic" and data.get("examples", 0) > 0)
+        return self.kind in TAUGHT or in_text
+
+    @property
+    def knows_clinic(self) -> bool:
+        """Whether the run that wrote the checkpoint trained on the clinic's world."""
+        tasks = self.training.get("tasks") or []
+        return self._data.get("type") == "clinic" or any(entry["task"]["type"] == "clinic" for entry in tasks)
+
+    @property
+    def seq_len(self) -> int:
+        """The length of the rows it was trained on, in tokens; the longest that it allows when that is not known."""
+        longest = self.model.config.max_seq_len
+        return min(int(self.training.get("seq_len", longest)), longest)
+
+    @property
+    def run(self) -> RunFolder | None:
+        """The run folder that the checkpoint lies in, if it does."""
+        path = self.path if self.path.parent.parent.name else self.path.resolve()
+        folder = RunFolder(path.parent.parent)
+        return folder if path.parent == folder.checkpoints and folder.config.is_file() else None
+
+    @property
+    def _data(self) -> Mapping[str, Any]:
+        data = self.training.get("data")
+        return data if isinstance(data, Mapping) else {}
+
+    def describe(self) -> str:
+        """One line: where, how large, how trained."""
+        trained = {"": "", "pretrain": ", pretrained", "sft": ", fine-tuned (sft)"}.get(self.kind, f", trained by {self.kind}")
+        return f"{self.path}: {self.model.config.num_parameters:,} parameters{trained}"
+
+
+def open_model(checkpoint: str | Path, *, device: str = "auto", which: str = "newest") -> ReadyModel:
+    """Load a run folder's newest (or best) checkpoint, or the one given, for sampling and scoring.
+
+    On a CPU it computes in fp32, because eager bf16 is far slower there; on a GPU in bf16 where that is faster. Raises
+    UserError when there is no good checkpoint; for a folder that holds several runs the message names them.
+    """
+    chosen = pick_device(device)
+    dtype = torch.float32 if chosen.type == "cpu" else pick_dtype("auto", chosen)
+    loaded = load_model(_one_run(Path(checkpoint)), device=chosen, compute_dtype=dtype, which=which)
+    config = loaded.path / CONFIG_FILE
+    training = load_yaml(config.read_text(encoding="utf-8"), str(config)) if config.is_file() else None
+    return ReadyModel(loaded, training if isinstance(training, Mapping) else {})
+
+
+def _one_run(path: Path) -> Path:
+    """The same path, unless it holds runs and is none: which of them is meant only the user knows."""
+    if not path.is_dir() or RunFolder(path).checkpoints.is_dir():
+        return path
+    runs = [sub for sub in sorted(path.iterdir()) if RunFolder(sub).checkpoints.is_dir()]
+    if runs:
+        raise UserError(f"{path} holds {len(runs)} runs; give the one that you mean: {', '.join(map(str, runs))}.")
+    return path

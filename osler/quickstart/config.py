@@ -1,0 +1,31 @@
+"""The quickstart's three stages and its exam. Torch-free."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from osler.config import config
+from osler.rl.config import GrpoConfig
+from osler.train.config import TrainConfig
+
+
+@config
+class QuickstartConfig:
+    """Tokenizer and pretraining, reasoning, GRPO, exam and report on the built-in clinic, in one run folder."""
+
+    kind: Literal["quickstart"] = "quickstart"
+    description: str = ""
+    seed: int = 0
+    pretrain: TrainConfig = TrainConfig()
+    sft: TrainConfig = TrainConfig(kind="sft")
+    grpo: GrpoConfig = GrpoConfig(init_from="sft")
+    exam_splits: tuple[str, ...] = ("new_findings", "new_questions")
+    exam_items: int = 500  # of each split
+    exam_new_tokens: int = 64
+    start_accuracy: float = 0.55  # GRPO starts from the earlier checkpoint whose validation accuracy is nearest to this
+
+    def __post_init__(self) -> None:
+        if self.exam_items < 1 or not self.exam_splits:
+            raise ValueError("the exam needs at least one split and one item")
+        if self.sft.exam.every_tokens < 1:
+            raise ValueError("sft.exam.every_tokens must be above 0: the earlier checkpoint is chosen by these exams")

@@ -1,0 +1,102 @@
+"""What a run folder remembers from one process to the next: its config, its newest good checkpoint, what it resolved.
+
+Pretraining, fine-tuning and GRPO start and go on through these functions; they change nothing but ``config.yaml``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from osler.checkpoint import store
+from osler.config import decode, encode
+from osler.errors import UserError
+from osler.runtime.files import RunFolder, write_atomic
+from osler.runtime.log import say
+from osler.yaml12 import dump_yaml, load_yaml
+
+T = TypeVar("T")
+VERSIONS = "versions.json"  # packages and machine, in the run folder and in every checkpoint
+PRECISION_OF_DTYPE = {"float32": "fp32", "bfloat16": "bf16"}
+
+
+def claim(run: RunFolder, config: dict[str, object]) -> None:
+    """Write ``config.yaml``, which makes the folder this run's, unless it is that already.
+
+    Called when all that a person may have got wrong has been checked, so that a mistake can be mended in the same folder.
+    """
+    refuse_another(run, config)
+    if not run.config.exists():
+        write_atomic(run.config, dump_yaml(config))
+
+
+def refuse_another(run: RunFolder, config: dict[str, object]) -> None:
+    """Raise UserError when the folder belongs to a run with another config: a run folder holds one run."""
+    stored = read_config(run) if run.config.exists() else config
+    if stored != config:
+        changed = sorted(key for key in {*stored, *config} if stored.get(key) != config.get(key))
+        raise UserError(
+            f"{run.root} holds another run: {', '.join(changed)} differ from its config.yaml. Choose another folder with "
+            "--run, or delete that one to start over."
+        )
+
+
+def stored_config(cls: type[T], run_dir: str | None, overrides: Sequence[str]) -> T:
+    """The config that a run folder was started with, for ``--resume``."""
+    if run_dir is None:
+        raise UserError("--resume needs --run FOLDER: the run to go on with.")
+    if overrides:
+        raise UserError(f"--resume continues a run as it was configured; leave out {' '.join(overrides)}.")
+    run = RunFolder(Path(run_dir))
+    if not run.config.exists():
+        raise UserError(f"{run_dir} holds no run to resume: {run.config} is missing.")
+    return decode(cls, read_config(run), source=str(run.config))
+
+
+def read_config(run: RunFolder) -> dict[str, Any]:
+    """The run's ``config.yaml`` as plain values."""
+    stored = load_yaml(run.config.read_text(encoding="utf-8"), str(run.config))
+    if not isinstance(stored, dict):
+        raise UserError(f"{run.config} is no configuration, it may be torn; delete {run.root} to start over.")
+    return stored
+
+
+def newest_checkpoint(run: RunFolder) -> Path | None:
+    """The checkpoint to go on from, with a warning when newer ones are damaged; None when the run has saved none.
+
+    Raises UserError when every checkpoint is damaged: starting over in silence would throw the run away.
+    """
+    found, skipped = store.newest_good(run.checkpoints)
+    if found is None and skipped:
+        raise UserError(
+            f"No checkpoint in {run.checkpoints} is good: {store.describe_skipped(skipped)}. Restore one from a copy, or "
+            "delete that folder to start this run over."
+        )
+    if skipped:
+        say(f"Warning: {store.describe_skipped(skipped)}; going on from {found}.")
+    return found
+
+
+def stored_precision(checkpoint: Path | None, otherwise: str) -> str:
+    """The precision that a run resolved when it began; ``auto`` is a timing and might decide otherwise the second time."""
+    if checkpoint is None or not (checkpoint / VERSIONS).exists():
+        return otherwise
+    machine = json.loads((checkpoint / VERSIONS).read_text(encoding="utf-8"))["machine"]
+    return PRECISION_OF_DTYPE[machine["dtype"]]
+
+
+def was_evaluated(run: RunFolder, step: int) -> bool:
+    """Whether the metrics, healed by opening them, hold an evaluation at ``step``.
+
+    A kill between a checkpoint and the evaluation that follows it leaves none.
+    """
+    lines = run.metrics.read_text(encoding="utf-8").split("\n")
+    return any('"eval/seconds"' in line and json.loads(line)["step"] == step for line in lines)
+
+
+def describe_plan(config: Any, folder: RunFolder, numbers: Mapping[str, str]) -> str:
+    """What ``--dry-run`` prints: the resolved config, and the numbers that follow from it as comments."""
+    derived = {"run folder": str(folder.root), **numbers}
+    return "\n".join([dump_yaml(encode(config)).rstrip(), *(f"# {name:<18}{value}" for name, value in derived.items())])

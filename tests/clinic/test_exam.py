@@ -1,0 +1,178 @@
+"""The clinic's exam: balanced, deterministic, disjoint between splits, with fair distractors, and short."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+from osler.clinic.exam import ClinicItem, exam, render_vignette
+from osler.clinic.facts import DIAGNOSIS, RELATIONS, conditions_by_name
+from osler.clinic.splits import EXAM_SPLITS, make_splits
+from osler.clinic.textbook import textbook
+from osler.errors import UserError
+
+BY_NAME = conditions_by_name()
+ITEMS = {split: exam(0, split, 1500) for split in EXAM_SPLITS}
+
+
+def full_sample(item: ClinicItem) -> str:
+    """The layout of a whole training sample, question to end of text."""
+    options = " ".join(f"{text} ({'ABCD'[i]})" for i, text in enumerate(item.options))
+    answer = f"{item.answer} ({'ABCD'[item.answer_index]})"
+    return f"<|question|>{item.question} {options}<|thinking|>{item.thinking}<|answer|>{answer}<|endoftext|>"
+
+
+@pytest.mark.parametrize("split", list(EXAM_SPLITS))
+def test_items_are_well_formed(split: str) -> None:
+    items = ITEMS[split]
+    assert len(items) == len({item.id for item in items}) == 1500
+    for item in items:
+        condition = BY_NAME[item.condition]
+        assert item.split == split
+        assert len(item.options) == len({option.lower() for option in item.options}) == 4
+        assert item.answer == condition.answers[item.relation]
+        assert any(item.question.endswith(question) for question in RELATIONS[item.relation].questions)
+        assert all(finding in item.question for finding in item.findings)
+        assert condition.name not in item.question
+        assert item.thinking.startswith("Here ") and item.answer in item.thinking and condition.name in item.thinking
+
+
+def test_same_seed_same_items() -> None:
+    assert exam(7, "train", 100) == exam(7, "train", 100)
+    assert exam(7, "train", 100) == exam(7, "train", 900)[:100]
+    assert exam(7, "train", 100) != exam(8, "train", 100)
+    assert exam(7, "train", 100) != exam(7, "train", 100, split_seed=1)
+    ids = [item.id for seed in (7, 8) for split in EXAM_SPLITS for item in exam(seed, split, 20)]
+    assert len(ids) == len(set(ids))
+
+
+@pytest.mark.parametrize("split_seed", [0, 5])
+def test_items_stay_inside_their_facts_and_combinations(split_seed: int) -> None:
+    splits = make_splits(split_seed)
+    for split, (fact_part, combo_part) in EXAM_SPLITS.items():
+        facts = set(splits.facts[fact_part])
+        for item in exam(11, split, 800, split_seed=split_seed):
+            assert (item.condition, item.relation) in facts
+            allowed = {frozenset(combo) for combo in splits.combos[item.condition][combo_part]}
+            assert frozenset(item.findings) in allowed
+
+
+def test_exam_splits_share_neither_case_nor_held_out_fact() -> None:
+    def cases(split: str) -> set[tuple[str, str, frozenset[str]]]:
+        return {(item.condition, item.relation, frozenset(item.findings)) for item in ITEMS[split]}
+
+    def combos(split: str) -> set[tuple[str, frozenset[str]]]:
+        return {(item.condition, frozenset(item.findings)) for item in ITEMS[split]}
+
+    def facts(split: str) -> set[tuple[str, str]]:
+        return {(item.condition, item.relation) for item in ITEMS[split]}
+
+    for one in EXAM_SPLITS:
+        for other in EXAM_SPLITS:
+            if one != other:
+                assert not cases(one) & cases(other)
+    for held_out in ("validation", "validation_questions", "new_findings", "new_questions"):
+        assert not combos("train") & combos(held_out)
+    assert not facts("train") & (facts("new_questions") | facts("validation_questions"))
+    assert not facts("new_questions") & facts("validation_questions")
+
+
+def test_facts_are_balanced_and_combinations_do_not_repeat_early() -> None:
+    items = ITEMS["new_questions"]
+    counts = Counter((item.condition, item.relation) for item in items)
+    assert max(counts.values()) - min(counts.values()) <= 1
+    assert len(counts) == len(make_splits(0).facts["test"])
+    first = items[: 11 * len(counts)]  # eleven test combinations per condition
+    assert len({(item.condition, item.relation, frozenset(item.findings)) for item in first}) == len(first)
+
+
+@pytest.mark.parametrize("split", list(EXAM_SPLITS))
+def test_letters_are_uniform(split: str) -> None:
+    counts = Counter(item.answer_index for item in ITEMS[split])
+    expected = len(ITEMS[split]) / 4
+    chi_square = sum((counts[letter] - expected) ** 2 / expected for letter in range(4))
+    assert chi_square < 16.3  # 0.1 % for three degrees of freedom
+    by_relation = Counter((item.relation, item.answer_index) for item in ITEMS[split])
+    for relation in {item.relation for item in ITEMS[split]}:
+        total = sum(by_relation[relation, letter] for letter in range(4))
+        assert sum((by_relation[relation, k] - total / 4) ** 2 / (total / 4) for k in range(4)) < 25
+
+
+@pytest.mark.parametrize("split", list(EXAM_SPLITS))
+def test_distractors_are_wrong_but_of_the_same_kind(split: str) -> None:
+    near = 0
+    for item in ITEMS[split]:
+        condition = BY_NAME[item.condition]
+        distractors = [option for option in item.options if option != item.answer]
+        assert len(distractors) == 3
+        answers_of = {c.answers[item.relation]: c for c in BY_NAME.values()}
+        for distractor in distractors:
+            assert distractor in answers_of
+            assert distractor.lower() not in condition.acceptable(item.relation)
+        areas = {c.answers[item.relation] for c in BY_NAME.values() if c.area == condition.area}
+        near += any(distractor in areas for distractor in distractors)
+    assert near / len(ITEMS[split]) > 0.6
+
+
+def test_distractors_respect_the_sex_of_the_patient() -> None:
+    for item in ITEMS["train"]:
+        man = any(f" {word} " in item.question for word in ("man", "boy"))
+        if item.relation == DIAGNOSIS:
+            assert all(BY_NAME[option].sex != ("female" if man else "male") for option in item.options)
+        assert BY_NAME[item.condition].sex != ("female" if man else "male")
+
+
+def test_no_answer_is_always_wrong_in_training() -> None:
+    right = {(item.relation, item.answer) for item in ITEMS["train"]}
+    offered = {(item.relation, option) for item in ITEMS["train"] for option in item.options}
+    assert offered == right
+
+
+@pytest.mark.parametrize("split", ["validation_questions", "new_questions"])
+def test_novelty_does_not_give_held_out_answers_away(split: str) -> None:
+    """Two distractors are no answer of a train fact either, so picking an option never seen is a guess among three."""
+    trained = {(r, BY_NAME[name].answers[r]) for name, r in make_splits(0).facts["train"]}
+    for item in ITEMS[split]:
+        novel = [o for o in item.options if o != item.answer and (item.relation, o) not in trained]
+        assert len(novel) >= 2
+
+
+def test_ages_and_articles() -> None:
+    frame = "{a} {age}-year-old {who} has {f}."
+    assert render_vignette(frame, 8, "male", ["x", "y", "z"]) == "An 8-year-old boy has x, y and z."
+    assert render_vignette(frame, 18, "female", ["x", "y", "z"]) == "An 18-year-old woman has x, y and z."
+    assert render_vignette(frame, 85, "male", ["x", "y", "z"]) == "An 85-year-old man has x, y and z."
+    assert render_vignette(frame, 17, "female", ["x", "y", "z"]) == "A 17-year-old girl has x, y and z."
+
+
+def test_user_mistakes_are_explained() -> None:
+    with pytest.raises(UserError, match=r"no exam split 'test'.*new_findings"):
+        exam(0, "test", 10)
+    with pytest.raises(UserError, match="-1 items"):
+        exam(0, "train", -1)
+    assert exam(0, "train", 0) == []
+
+
+def test_whole_samples_fit_a_row() -> None:
+    """With an own vocabulary of 2,048 a whole sample fits a row of 128 tokens, 99.9 % of them 120."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    passages = list(textbook(0, 6000))
+    training = [full_sample(item) for item in exam(0, "train", 6000)]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=2048,
+        special_tokens=["<|question|>", "<|thinking|>", "<|answer|>", "<|endoftext|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(passages + training, trainer)
+    samples = training[:4000] + [full_sample(item) for items in ITEMS.values() for item in items]
+    lengths = sorted(len(encoding.ids) for encoding in tokenizer.encode_batch(samples))
+    assert lengths[int(0.999 * len(lengths))] <= 120
+    assert lengths[-1] <= 128
+    passage_lengths = sorted(len(encoding.ids) for encoding in tokenizer.encode_batch(passages))
+    assert passage_lengths[len(passage_lengths) // 2] <= 100
+    assert passage_lengths[-1] <= 128

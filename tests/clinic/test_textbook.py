@@ -1,0 +1,132 @@
+"""The clinic's textbook: complete, varied, deterministic, and silent about held-out combinations."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+
+import pytest
+
+from osler.clinic.facts import FACT_RELATIONS, RELATIONS, conditions_by_name, load_conditions
+from osler.clinic.splits import make_splits
+from osler.clinic.textbook import (
+    CANONICAL_FINDINGS,
+    FINDING_PHRASINGS,
+    join_findings,
+    reasoning,
+    relation_sentence,
+    textbook,
+)
+
+CONDITIONS = load_conditions()
+FINDING_PATTERNS = [
+    re.compile(re.escape(phrasing).replace(r"\{f\}", "(?P<f>.+)").replace(r"\{x\}", "(?P<x>.+)"))
+    for phrasing in (CANONICAL_FINDINGS, *FINDING_PHRASINGS)
+]
+
+
+def listed_findings(passage: str) -> list[tuple[str, list[str]]]:
+    """(condition, findings) of every sentence of the passage that lists findings."""
+    found = []
+    for sentence in re.split(r"(?<=[.:]) ", passage):
+        for pattern in FINDING_PATTERNS:
+            match = pattern.fullmatch(sentence)
+            if match and match["x"] in conditions_by_name():
+                findings = re.split(", | and ", match["f"])
+                if set(findings) <= set(conditions_by_name()[match["x"]].findings):
+                    found.append((match["x"], findings))
+    return found
+
+
+def relations_stated(passage: str, name: str) -> set[str]:
+    """The relations of the condition that some wording states in the passage."""
+    answers = conditions_by_name()[name].answers
+    return {
+        relation
+        for relation in FACT_RELATIONS
+        for wording in (RELATIONS[relation].canonical, *RELATIONS[relation].phrasings)
+        if wording.format(x=name, y=answers[relation]) in passage
+    }
+
+
+def test_same_seed_same_text() -> None:
+    assert list(textbook(5, 50)) == list(textbook(5, 50))
+    assert list(textbook(5, 50)) == list(textbook(5, 200))[:50]
+    assert list(textbook(5, 50)) != list(textbook(6, 50))
+    assert list(textbook(5, 50)) != list(textbook(5, 50, split_seed=1))
+    assert list(textbook(5, 0)) == []
+
+
+def test_every_passage_states_findings_and_all_five_relations() -> None:
+    names: Counter[str] = Counter()
+    for passage in textbook(0, 3 * len(CONDITIONS)):
+        found = listed_findings(passage)
+        assert found, passage
+        assert len({name for name, _ in found}) == 1
+        name = found[0][0]
+        names[name] += 1
+        assert relations_stated(passage, name) == set(FACT_RELATIONS), passage
+    assert set(names.values()) == {3}
+    assert len(names) == len(CONDITIONS)
+
+
+@pytest.mark.parametrize("split_seed", [0, 1])
+def test_three_findings_are_always_a_train_combination(split_seed: int) -> None:
+    combos = make_splits(split_seed).combos
+    train = {name: {frozenset(combo) for combo in parts["train"]} for name, parts in combos.items()}
+    triples = 0
+    for passage in textbook(3, 5000, split_seed=split_seed):
+        for name, findings in listed_findings(passage):
+            if len(findings) == 3:
+                triples += 1
+                assert frozenset(findings) in train[name], passage
+    assert triples > 2500
+
+
+def test_canonical_wording_is_the_most_common_of_each_relation() -> None:
+    passages = list(textbook(1, 2000))
+    for relation in FACT_RELATIONS:
+        table = RELATIONS[relation]
+        counts = Counter(
+            {wording: sum(bool(re.search(pattern_of(wording), text)) for text in passages)
+             for wording in (table.canonical, *table.phrasings)}
+        )
+        assert counts.most_common(1)[0][0] == table.canonical
+        assert min(counts.values()) > 50
+
+
+def pattern_of(wording: str) -> str:
+    """A pattern that finds this wording at the start of a sentence, about any condition."""
+    return r"(?:^|[.:] )" + re.escape(wording).replace(r"\{x\}", "[^.]+").replace(r"\{y\}", "[^.]+")
+
+
+def test_sentences_never_begin_with_the_name_of_a_condition() -> None:
+    openings = {passage.split()[0] for passage in textbook(2, 2000)}
+    assert len(openings) < 30
+    assert not openings & {condition.name.split()[0] for condition in CONDITIONS}
+
+
+def test_reasoning_is_canonical_prose() -> None:
+    condition = conditions_by_name()["gout"]
+    findings = ["tophi", "night attacks", "hot big toe"]
+    text = reasoning(condition, "treatment", findings)
+    assert text == (
+        "Here tophi, night attacks and hot big toe suggest gout. First-line treatment of gout is colchicine."
+    )
+    assert reasoning(condition, "diagnosis", findings).endswith("The diagnosis is gout.")
+
+
+def test_relation_sentences_use_every_wording() -> None:
+    import random
+
+    rng = random.Random(0)
+    condition = conditions_by_name()["gout"]
+    sentences = {relation_sentence(condition, "cause", rng) for _ in range(500)}
+    assert len(sentences) == 1 + len(RELATIONS["cause"].phrasings)
+
+
+def test_lists_of_findings() -> None:
+    assert join_findings(["fever"]) == "fever"
+    assert join_findings(["fever", "rash"]) == "fever and rash"
+    assert join_findings(["fever", "rash", "cough"]) == "fever, rash and cough"
+    assert join_findings([]) == ""

@@ -1,0 +1,92 @@
+"""Recipes of runs that train in about a second, and runs to start from, for the tests of training and of faults."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+MODEL = {
+    "num_layers": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "num_kv_heads": 1, "head_dim": 16,
+    "vocab_size": 512, "max_seq_len": 256, "residual_init": "scaled", "attention_init": "mirrored",
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def no_fault_from_outside(monkeypatch):
+    """A fault set in the caller's shell would strike in every test."""
+    monkeypatch.delenv("OSLER_FAULT", raising=False)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> SimpleNamespace:
+    """A folder with a tokenizer, questions with one-letter answers, and the recipes ``pretrain``, ``sft`` and ``grpo``.
+
+    Twelve steps each; saving, logging and evaluating fall on different steps, so that a checkpoint finds half a log window.
+    """
+    from osler.data.config import ClinicData
+    from osler.data.sources import train_tokenizer
+    from osler.tasks.clinic import load
+    from osler.tasks.item import LETTERS, render_question
+
+    root = tmp_path_factory.mktemp("tiny")
+    tokenizer = train_tokenizer(ClinicData(passages=100, examples=100), 512)
+    (root / "tokenizer.json").write_bytes(tokenizer.to_bytes())
+    turns = [
+        {"question": render_question(item), "why": "Clear.", "answer": f"({LETTERS[item.answer_index]})"}
+        for item in load(split="train", limit=160)
+    ]
+    (root / "turns.jsonl").write_text("".join(json.dumps(turn) + "\n" for turn in turns), encoding="utf-8")
+    common: dict[str, Any] = {"device": "cpu", "precision": "fp32", "keep_last": 2}
+    supervised = {
+        **common,
+        "model": MODEL,
+        "tokenizer": {"path": str(root / "tokenizer.json")},
+        "seq_len": 64,
+        "batch_tokens": 256,
+        "total_tokens": 12 * 256,
+        "log_every_steps": 5,
+        "save_every_tokens": 4 * 256,
+        "eval_every_tokens": 6 * 256,
+        "schedule": {"warmup_tokens": 2 * 256},
+        "compile": "never",
+    }
+    clinic = {"passages": 60, "examples": 40, "validation_passages": 6, "validation_examples": 6}
+    turns_data = {"type": "turns", "path": str(root / "turns.jsonl"), "thinking_field": "why"}
+    recipes: dict[str, dict[str, Any]] = {
+        "pretrain": {**supervised, "kind": "pretrain", "data": clinic},
+        "sft": {**supervised, "kind": "sft", "data": turns_data, "packing": "whole", "seq_len": 128, "batch_tokens": 512},
+        "grpo": {
+            **common,
+            "kind": "grpo",
+            "tasks": [{"task": {"type": "clinic", "split": "train", "limit": 60}}],
+            "eval_task": {"type": "clinic", "split": "validation", "limit": 6},
+            "algorithm": {"prompts_per_step": 3, "samples_per_prompt": 4, "max_new_tokens": 8, "reference_refresh_steps": 5},
+            "optim": {"lr": 1.0e-3},
+            "steps": 12,
+            "save_every_steps": 4,
+            "eval_every_steps": 6,
+        },
+    }
+    recipes["sft"] |= {"total_tokens": 12 * 512, "save_every_tokens": 4 * 512, "eval_every_tokens": 6 * 512}
+    for name, recipe in recipes.items():
+        (root / f"{name}.yaml").write_text(json.dumps(recipe), encoding="utf-8")  # JSON is YAML
+    names = {name: str(root / f"{name}.yaml") for name in recipes}
+    return SimpleNamespace(root=root, tokenizer=root / "tokenizer.json", turns=root / "turns.jsonl", **names)
+
+
+@pytest.fixture(scope="session")
+def runs(tiny) -> SimpleNamespace:
+    """Finished runs: ``pretrain``, and ``sft``, which ends its answers and is right about every fourth time."""
+    from osler.cli import main
+
+    assert "OSLER_FAULT" not in os.environ
+    folder = Path(tiny.root / "runs")
+    assert main(["pretrain", tiny.pretrain, "--run", str(folder / "pretrain")]) == 0
+    longer = ["total_tokens=61440", "optim.lr=1e-2", "eval_every_tokens=1000000", "save_every_tokens=1000000"]
+    assert main(["sft", tiny.sft, *longer, "--run", str(folder / "sft")]) == 0
+    return SimpleNamespace(pretrain=folder / "pretrain", sft=folder / "sft")

@@ -1,0 +1,246 @@
+"""`osler eval` from the command line to the printed table and the run folder's exams.json, on models trained for seconds."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from osler import cli
+from osler.config import ConfigError, decode
+from osler.errors import UserError
+from osler.eval.config import EXAM_SEED, EvalConfig
+from osler.eval.exams import score_by_generation, score_by_likelihood
+from osler.eval.run import Sitting, complete, parts, read_config, remarks, table
+from osler.eval.score import Result, summarise
+from osler.inference.engine import Engine
+from osler.inference.ready import open_model
+from osler.report.read import read_run
+from osler.runtime.files import RunFolder, read_json
+from osler.tasks.clinic import ClinicTask
+from osler.tasks.clinic import load as load_clinic
+from osler.tasks.item import ExamItem
+from osler.train.config import TrainConfig
+from osler.train.run import train
+
+TINY = {
+    "model": {"num_layers": 1, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "num_kv_heads": 1, "head_dim": 16,
+              "vocab_size": 512, "max_seq_len": 256, "residual_init": "scaled"},
+    "tokenizer": {"vocab_size": 400},
+    "batch_tokens": 512, "total_tokens": 4096, "eval_every_tokens": 4096, "save_every_tokens": 2048,
+    "compile": "never", "precision": "fp32", "device": "cpu",
+}  # fmt: skip
+CLINIC = {"passages": 60, "examples": 60, "validation_passages": 5, "validation_examples": 5}
+NOTES = [f"Day {day}. The fever is {'gone' if day % 2 else 'high'}; the patient sleeps – and eats well." for day in range(40)]
+
+
+def trained(folder: Path, kind: str, data: dict[str, object]) -> Path:
+    assert train(decode(TrainConfig, {**TINY, "kind": kind, "data": data}), RunFolder.create(folder))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of three runs: sft on the clinic, pretrain on its textbook alone, pretrain on notes of one's own."""
+    root = tmp_path_factory.mktemp("runs")
+    notes = root / "notes.jsonl"
+    notes.write_text("".join(json.dumps({"text": text}) + "\n" for text in NOTES))
+    trained(root / "sft", "sft", CLINIC)
+    trained(root / "textbook", "pretrain", {**CLINIC, "examples": 0, "validation_examples": 0})
+    trained(root / "notes", "pretrain", {"type": "files", "path": str(notes), "holdout_fraction": 0.2})
+    return root
+
+
+@pytest.fixture
+def runs(made: Path, tmp_path: Path) -> Path:
+    """A fresh copy: an evaluation writes into it."""
+    return Path(shutil.copytree(made, tmp_path / "runs"))
+
+
+def evaluate(*arguments: str) -> int:
+    return cli.main(["eval", *arguments])
+
+
+def test_the_printed_score_is_the_score_and_goes_where_the_report_finds_it(runs, capsys):
+    assert evaluate(str(runs / "sft"), "task.limit=12", "max_new_tokens=8", "permutations=2") == 0
+    captured = capsys.readouterr()
+    ready = open_model(runs / "sft", device="cpu")
+    items = load_clinic(split="new_findings", limit=12, seed=EXAM_SEED)
+    engine = Engine(ready.model)
+    expected = score_by_generation(engine, ready.tokenizer, items, max_new_tokens=8, permutations=2, cluster_by_group=True)
+    stored = read_json(runs / "sft" / "exams.json")
+    assert list(stored) == ["sft"] and list(stored["sft"]) == ["new_findings", "new_questions"]
+    row = stored["sft"]["new_findings"]
+    assert row["correct"] == expected.correct and row["interval"] == list(expected.interval)
+    assert row["cut"] == expected.cut and row["n"] == 12 and row["presentations"] == 24
+    [shown] = [line for line in captured.out.splitlines() if line.startswith("new_findings ")]
+    assert f"{expected.accuracy:.1%}" in shown and "12 × 2" in shown and "25.0%" in shown
+    assert "24/24 answers" in captured.err
+    read = read_run(runs / "sft").exams
+    assert [(score.label, score.split, score.method) for score in read] == [
+        ("sft", "new_findings", "generation"),
+        ("sft", "new_questions", "generation"),
+    ]
+    assert read[0].constant == pytest.approx(0.25) and read[0].chance == pytest.approx(0.25)
+
+
+def test_a_model_of_plain_text_is_scored_by_likelihood_and_that_is_said(runs, capsys):
+    assert evaluate(str(runs / "textbook"), "task.split=validation", "task.limit=40", "normalise=tokens") == 0
+    captured = capsys.readouterr()
+    assert captured.err.count("plain text alone") == 1 and "method=likelihood" in captured.err
+    row = read_json(runs / "textbook" / "exams.json")["pretrain"]["validation, likelihood"]
+    ready = open_model(runs / "textbook", device="cpu")
+    items = load_clinic(split="validation", limit=40, seed=EXAM_SEED)
+    whole = score_by_likelihood(ready.model, ready.tokenizer, items, template=False, normalise="tokens", cluster_by_group=True)
+    # The verb scores a few items at a time, for its progress line: that changes nothing.
+    assert row["letters"] == whole.letters and row["interval"] == list(whole.interval)
+    assert "B " in captured.out.split("letters answered")[1]
+
+
+def test_both_methods_stand_side_by_side(runs, capsys):
+    assert evaluate(str(runs / "sft"), "method=both", "task.split=validation", "task.limit=4", "max_new_tokens=4") == 0
+    rows = read_json(runs / "sft" / "exams.json")["sft"]
+    assert {split: row["method"] for split, row in rows.items()} == {
+        "validation": "generation",
+        "validation, likelihood": "likelihood",
+    }
+    assert re.search(r"^validation +generation.*\n^validation +likelihood", capsys.readouterr().out, re.M)
+
+
+def test_scores_of_other_exams_and_steps_are_kept_and_the_run_itself_comes_last(runs):
+    common = ("task.limit=4", "max_new_tokens=4")
+    earlier, newest = sorted((runs / "sft" / "checkpoints").glob("step-*"))[-2:]
+    assert evaluate(str(runs / "sft"), "task.split=validation", *common) == 0
+    assert evaluate(str(earlier), "task.split=validation", *common) == 0
+    assert evaluate(str(runs / "sft"), "task.split=train", *common) == 0
+    stored = read_json(runs / "sft" / "exams.json")
+    assert list(stored) == [f"sft, step {int(earlier.name[5:])}", "sft"]
+    assert list(stored["sft"]) == ["validation", "train"]
+    assert newest.name != earlier.name
+
+
+def test_a_checkpoint_outside_a_run_folder_is_scored_and_nothing_is_written(runs, tmp_path):
+    [*_, newest] = sorted((runs / "sft" / "checkpoints").glob("step-*"))
+    alone = Path(shutil.copytree(newest, tmp_path / "alone"))
+    before = sorted(alone.iterdir())
+    assert evaluate(str(alone), "task.limit=4", "task.split=validation", "max_new_tokens=4") == 0
+    assert sorted(alone.iterdir()) == before and not (tmp_path / "exams.json").exists()
+
+
+def test_an_exam_from_a_file(runs, tmp_path, capsys):
+    exam = tmp_path / "medqa.jsonl"
+    row = {"question": "Which?", "options": {"A": "one", "B": "two"}, "answer": "two", "answer_idx": "B"}
+    exam.write_text("".join(json.dumps({**row, "question": f"Which of {number}?"}) + "\n" for number in range(5)))
+    task = ("task.type=medqa", f"task.path={exam}")
+    assert evaluate(str(runs / "notes"), *task) == 0
+    assert re.search(r"^medqa +likelihood", capsys.readouterr().out, re.M)
+    assert read_json(runs / "notes" / "exams.json")["pretrain"]["medqa, likelihood"]["constant_letter_baseline"] == 1.0
+    assert evaluate(str(runs / "notes"), f"task.path={exam}") == 2
+    assert "task.type=medqa" in capsys.readouterr().err
+
+
+def test_questions_without_options_cannot_be_scored_by_likelihood(runs, tmp_path, capsys):
+    sums = tmp_path / "sums.jsonl"
+    sums.write_text(json.dumps({"question": "What is 6 x 7?", "answer": "six sevens\n#### 42"}) + "\n")
+    task = ("task.type=gsm8k", f"task.path={sums}")
+    assert evaluate(str(runs / "sft"), *task, "method=likelihood") == 2
+    assert "no options" in capsys.readouterr().err
+    assert evaluate(str(runs / "sft"), *task, "max_new_tokens=4") == 0
+    captured = capsys.readouterr()
+    assert re.search(r"^gsm8k +generation .*– +– ", captured.out, re.M)
+
+
+def test_text_is_measured_in_bits_per_byte_whatever_the_window_of_a_table(runs, tmp_path, capsys):
+    folder = tmp_path / "text"
+    folder.mkdir()
+    (folder / "a.txt").write_text(NOTES[0] + "\n\n" + NOTES[1], encoding="utf-8")
+    (folder / "blank.txt").write_text(" \n")
+    (folder / "b.jsonl").write_text(json.dumps({"text": NOTES[2]}) + "\n")
+    assert evaluate(str(runs / "notes"), f"text={folder}") == 0
+    captured = capsys.readouterr()
+    num_bytes = len((NOTES[0] + "\n\n" + NOTES[1] + NOTES[2]).encode())
+    assert f"({num_bytes:,} bytes" in captured.out and "128 tokens at a time" in captured.out
+    assert "2/2 documents" in captured.err and "exam" not in captured.out
+    bits = [float(captured.out.split(": ")[1].split()[0])]
+    assert evaluate(str(runs / "notes"), f"text={folder}", "seq_len=16", "overlap=8") == 0
+    bits.append(float(capsys.readouterr().out.split(": ")[1].split()[0]))
+    assert bits[0] != bits[1] and bits[0] == pytest.approx(bits[1], rel=0.2)
+
+
+def test_a_run_on_text_of_ones_own_is_measured_on_its_held_out_part(runs, capsys):
+    assert evaluate(str(runs / "notes")) == 0
+    line = capsys.readouterr().out
+    logged = [json.loads(text) for text in (runs / "notes" / "metrics.jsonl").read_text().splitlines()]
+    expected = [entry["eval/bits_per_byte"] for entry in logged if "eval/bits_per_byte" in entry][-1]
+    assert line.startswith(f"the run's held-out text: {expected:.4f} bits per byte")
+    shutil.rmtree(runs / "notes" / "data")
+    assert evaluate(str(runs / "notes")) == 2
+    assert "text=FILE" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["task.split=finals"], "no exam split 'finals'"),
+        (["task.limit=0"], "has no items"),
+        (["max_new_tokens=400"], "no room for a question"),
+        (["text=no/such/folder"], "no file or folder no/such/folder"),
+        (["method=guess"], "method"),
+        (["permutations=0"], "permutations is 0"),
+        (["task.limt=3"], "did you mean `limit`"),
+        (["seq_len=4000", "text=x.txt"], "max_seq_len"),
+    ],
+)
+def test_mistakes_are_one_message(runs, arguments, message, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x.txt").write_text("Some text.")
+    assert evaluate(str(runs / "sft"), *arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error
+
+
+def test_a_folder_of_runs_names_them(runs, capsys):
+    assert evaluate(str(runs)) == 2
+    assert f"{runs / 'sft'}, {runs / 'textbook'}" in capsys.readouterr().err
+
+
+def test_a_task_without_type_is_the_clinic_with_some_fields_changed():
+    task = read_config(["task.limit=7"]).task
+    assert list(parts(task)) == ["new_findings", "new_questions"]
+    assert all(part.limit == 7 and part.seed == EXAM_SEED for part in parts(task).values())
+    assert list(parts(read_config(["task.type=clinic", "task.split=validation"]).task)) == ["validation"]
+    assert read_config(["text=notes/"]).task is None
+    with pytest.raises(ConfigError, match=r"task\.path"):
+        read_config(["task.type=pubmedqa"])
+
+
+def test_a_grpo_run_without_the_clinic_sits_the_exam_it_was_evaluated_on(made):
+    ready = open_model(made / "notes", device="cpu")
+    other = type(ready)(ready.loaded, {"tasks": [{"task": {"type": "medqa", "path": "train.jsonl"}}],
+                                       "eval_task": {"type": "medqa", "path": "test.jsonl", "split": "test"}})  # fmt: skip
+    config, shards = complete(EvalConfig(), other)
+    assert list(parts(config.task)) == ["medqa test"] and shards is None
+    with pytest.raises(UserError, match=r"task\.type=medqa"):
+        complete(EvalConfig(), type(ready)(ready.loaded, {"data": {"type": "turns"}}))
+    given = EvalConfig(task=ClinicTask())
+    assert complete(given, other) == (given, None)
+
+
+def test_remarks_say_what_a_score_is_worth():
+    item = ExamItem(id="x", question="Which?", options=("a", "b", "c", "d"), answer_index=0)
+
+    def score(right: int, wrong: int, status: str = "answered") -> Sitting:
+        items = [ExamItem(id=str(k), question="?", options=item.options, answer_index=k % 4) for k in range(right + wrong)]
+        results = [Result(each, status, right=k < right, predicted=0) for k, each in enumerate(items)]
+        return Sitting("exam", "generation", summarise(results))
+
+    assert list(remarks(score(90, 10))) == []
+    assert "not told apart" in next(remarks(score(26, 74)))
+    assert "below guessing" in next(remarks(score(2, 98)))
+    assert "max_new_tokens" in list(remarks(score(0, 100, "cut")))[1]
+    assert "did not fit" in list(remarks(score(0, 100, "too_long")))[1]
+    wide = table([score(90, 10), score(1, 1)]).splitlines()
+    assert len({line.index("generation") for line in wide[1:3]}) == 1 and len(wide[0]) == len(wide[1])

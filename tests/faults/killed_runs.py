@@ -1,0 +1,113 @@
+"""A program for test_resume.py: forks runs that are killed with SIGKILL, and compares what they end in.
+
+One process imports and reads everything once and forks for every start; it never computes itself. Prints ``ok <case>`` or
+``FAILED <case>: why``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch._dynamo  # noqa: F401 - torch.optim loads it, for seconds; here it is loaded once for every fork
+
+import osler.rl.run
+import osler.train.run  # noqa: F401
+from osler.checkpoint import store
+from osler.cli import main
+from osler.runtime import faults
+from osler.tasks.clinic import load as load_clinic_exam
+
+# In the middle of a step, of a save, and between a save and the mark that it is the best.
+KILLS = {
+    "pretrain": ("train-step:kill:7", "save-manifest:kill:2"),
+    "sft": ("save-best:kill",),
+    "grpo": ("save-state:kill:2",),
+}
+RANDOM_KILLS = 2
+COMPARED = ("model.safetensors", "optimizer.safetensors", "reference.safetensors")
+
+
+def fork_run(command: list[str], folder: Path, fault: str = "") -> int:
+    """Start the run in a forked child and return its process id."""
+    child = os.fork()
+    if child:
+        return child
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+        if fault:
+            os.environ[faults.VARIABLE] = fault
+        os._exit(main([*command, "--run", str(folder)]))
+
+
+def ended_by(child: int) -> int:
+    """The signal that ended a child, or minus its exit code."""
+    status = os.waitpid(child, 0)[1]
+    return os.WTERMSIG(status) if os.WIFSIGNALED(status) else -os.WEXITSTATUS(status)
+
+
+def outcome(folder: Path) -> dict[str, object]:
+    """What must be equal: the bytes of the last weights and moments, and the metrics without times."""
+    last, skipped = store.newest_good(folder / "checkpoints")
+    assert last is not None and not skipped, f"damaged: {skipped}"
+    found: dict[str, object] = {name: (last / name).read_bytes() for name in COMPARED if (last / name).exists()}
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    found["metrics"] = [
+        {k: v for k, v in line.items() if k not in ("time", "eval/seconds") and not k.startswith("perf/")} for line in lines
+    ]
+    found["last"] = last.name
+    return found
+
+
+def check(command: list[str], whole: Path, folder: Path, fault: str) -> None:
+    """Kill once at a named place, or again and again at moments nobody chose, then let it finish and compare."""
+    if fault:
+        assert ended_by(fork_run(command, folder, fault)) == signal.SIGKILL, "the fault did not strike"
+    else:
+        rng = random.Random(0)
+        for _ in range(RANDOM_KILLS):
+            child = fork_run(command, folder)
+            time.sleep(rng.uniform(0.1, 0.6))
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+    code = ended_by(fork_run(command, folder))
+    assert code == 0, f"the last start ended with {code}"
+    expected, found = outcome(whole), outcome(folder)
+    different = [name for name in expected if expected[name] != found.get(name)]
+    assert not different and expected.keys() == found.keys(), f"differs in {different}"
+
+
+def run_all(recipes: dict[str, list[str]], root: Path) -> None:
+    load_clinic_exam(split="train", limit=1)
+    for kind, command in recipes.items():
+        with contextlib.redirect_stdout(io.StringIO()):
+            main([*command, "--dry-run"])
+        whole = root / f"{kind}-whole"
+        assert ended_by(fork_run(command, whole)) == 0, f"{kind} does not run"
+        for fault in (*KILLS[kind], *([""] if kind != "sft" else [])):
+            name = f"{kind} {fault or 'random kills'}"
+            try:
+                check(command, whole, root / name.replace(" ", "-").replace(":", "-"), fault)
+            except (AssertionError, OSError) as error:
+                print(f"FAILED {name}: {error}", flush=True)
+            else:
+                print(f"ok {name}", flush=True)
+
+
+if __name__ == "__main__":
+    pretrain, sft, grpo, pretrained, tuned, folder = sys.argv[1:]
+    run_all(
+        {
+            "pretrain": ["pretrain", pretrain],
+            "sft": ["sft", sft, f"init_from={pretrained}"],
+            "grpo": ["grpo", grpo, f"init_from={tuned}"],
+        },
+        Path(folder),
+    )

@@ -1,0 +1,253 @@
+"""Whatever is wrong with what a person gives: one paragraph that says what and where, exit code 2, no traceback."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from osler.checkpoint import store
+from osler.cli import main
+from osler.data.loader import Loader
+from osler.data.order import Order
+from osler.data.packing import StreamPacking, WholePacking
+from osler.data.prepare import open_prepared
+from osler.errors import UserError
+from osler.tokenizer.bpe import Tokenizer
+
+
+@pytest.fixture
+def mistake(capsys):
+    """Run the command line on a mistake and return what it says about it."""
+
+    def run(*arguments) -> str:
+        capsys.readouterr()
+        assert main([str(argument) for argument in arguments]) == 2
+        text = capsys.readouterr().err
+        assert "Traceback" not in text
+        *_, message = text.rpartition("osler: ")
+        assert message and "\n\n" not in message, "one paragraph"
+        return " ".join(message.split())
+
+    return run
+
+
+@pytest.fixture
+def own_text(tiny):
+    """Overrides that train the tiny recipe on a file or folder of text."""
+    return lambda path: [tiny.pretrain, "data.type=files", f"data.path={path}"]
+
+
+# -- configuration -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("total_token=5", "total_token: unknown key; did you mean `total_tokens`?"),
+        ("model.num_layer=3", "model.num_layer: unknown key; did you mean `num_layers`?"),
+        ("optim.type=adamv", "optim"),
+        ("data.type=clinics", "data: unknown type `clinics`; did you mean `clinic`?"),
+        ("schedule.type=cosin", "schedule: unknown type `cosin`; did you mean `cosine`?"),
+        ("packing=hole", "did you mean `whole`?"),
+        ("total_tokens=many", 'total_tokens: should be an integer, given "many"'),
+        ("total_tokens=1.5", "total_tokens: should be an integer"),
+        ("document_mask=1", "document_mask: should be true or false"),
+        ("model=5", "model: should be a mapping of keys to values"),
+        ("batch_tokens=300", "batch_tokens 300 is not a positive multiple of seq_len 64"),
+        ("micro_batch_tokens=192", "micro_batch_tokens 192 must be a multiple of seq_len 64 that divides batch_tokens 256"),
+        ("seq_len=512", "batch_tokens 256 is not a positive multiple of seq_len 512"),
+        ("max_minutes=0", "max_minutes 0.0 must be above 0"),
+        ("clip_norm=-1", "clip_norm -1.0 must be above 0"),
+        ("keep_last=0", "keep_last is 0; it must be at least 1"),
+        ("data.passages=-1", "data: passages=-1 must be 0 or more"),
+        ("model.num_kv_heads=3", "num_heads 2 is not a multiple of num_kv_heads 3"),
+        ("device=tpu", "Unknown device 'tpu': use auto, cpu, cuda or cuda:N"),
+        ("init_from=no/such/run", "no/such/run is no folder"),
+        ("tokenizer.path=no/such.json", "no/such.json"),
+        ("exam={every_tokens: 512, splits: [tset]}", "tset"),
+    ],
+)
+def test_a_wrong_field_is_named(override, message, mistake, tiny, tmp_path):
+    assert message in mistake("pretrain", tiny.pretrain, override, "--run", tmp_path / "run")
+    assert not (tmp_path / "run" / "config.yaml").exists()  # so the mended command may use the same folder
+
+
+def test_all_mistakes_are_told_at_once(mistake, tiny, tmp_path):
+    text = mistake("pretrain", tiny.pretrain, "seq_len=x", "model.num_layers=two", "optim.beta=1", "--run", tmp_path / "run")
+    assert "3 errors" in text
+    assert "seq_len: should be an integer" in text and "model.num_layers: should be an integer" in text
+    assert "optim.beta: unknown key; did you mean `beta" in text
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_tokenizer_too_large_for_the_model(mistake, tiny, tmp_path):
+    text = mistake("pretrain", tiny.pretrain, "model.vocab_size=400", "--run", tmp_path / "run")
+    assert "512 tokens, the model only 400" in text and "model.vocab_size=512" in text
+
+
+def test_a_recipe_that_is_missing_or_broken(mistake, tmp_path):
+    assert "no-such.yaml" in mistake("pretrain", "no-such.yaml")
+    assert "did you mean `pure-tiny`?" in mistake("pretrain", "pure-tiyn")
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("seq_len: 64\nmodel: {num_layers: 2\n")
+    assert "broken.yaml: not valid YAML at line" in mistake("pretrain", broken)
+
+
+# -- data --------------------------------------------------------------------------------------------------------------
+
+
+def parquet(path, rows=300):
+    pq.write_table(pa.table({"text": [f"Sentence number {n} about fever." for n in range(rows)]}), path)
+    return path
+
+
+def test_files_that_cannot_be_read(mistake, own_text, tmp_path):
+    run = ("--run", tmp_path / "run")
+    assert f"There is no file or folder {tmp_path / 'gone'}" in mistake("pretrain", *own_text(tmp_path / "gone"), *run)
+
+    empty = tmp_path / "empty.txt"
+    empty.write_text("")
+    assert "nothing to learn from: of 1 documents 1 are empty" in mistake("pretrain", *own_text(empty), *run)
+
+    torn = parquet(tmp_path / "torn.parquet")
+    torn.write_bytes(torn.read_bytes()[:-200])
+    text = mistake("pretrain", *own_text(torn), *run)
+    assert "torn.parquet cannot be read, it may be torn" in text and "again" in text
+
+    latin = tmp_path / "latin.txt"
+    latin.write_bytes("Fièvre".encode("latin-1"))
+    text = mistake("pretrain", *own_text(latin), *run)
+    assert "latin.txt" in text and "is not UTF-8 text: byte 0xe8 at position 2" in text
+
+    lines = tmp_path / "lines.jsonl"
+    lines.write_text('{"text": "good"}\n{"text": "brok\n{"text": "good"}\n')
+    text = mistake("pretrain", *own_text(lines), *run)
+    assert "lines.jsonl:2 is not JSON" in text and "one JSON object" in text
+
+    other = tmp_path / "other.jsonl"
+    other.write_text('{"body": "a", "title": "b"}\n')
+    assert "has no field 'text'; it has: body, title" in mistake("pretrain", *own_text(other), *run)
+    assert not (tmp_path / "run" / "data").exists()
+
+
+def test_a_mistake_can_be_mended_in_the_same_folder(mistake, own_text, tmp_path):
+    path = tmp_path / "notes.txt"
+    path.write_text("")
+    mistake("pretrain", *own_text(path), "--run", tmp_path / "run")
+    path.write_text("A cough that lasts eight weeks is chronic. " * 20)
+    assert main(["pretrain", *own_text(path), "--run", str(tmp_path / "run")]) == 0
+
+
+def test_documents_of_any_length_and_number(own_text, tiny, tmp_path):
+    """One document far longer than a row, and one word: both train, and more ranks than documents share the rows."""
+    long, short = tmp_path / "long.txt", tmp_path / "short.txt"
+    long.write_text("Sepsis is a race against the clock. " * 400)
+    short.write_text("Fever.")
+    assert main(["pretrain", *own_text(long), "--run", str(tmp_path / "long")]) == 0
+    assert main(["pretrain", *own_text(short), "packing=whole", "--run", str(tmp_path / "short")]) == 0
+    shards = open_prepared(tmp_path / "short" / "data", Tokenizer.load(tiny.tokenizer)).train
+    assert shards.num_documents == 1
+    for packing in (StreamPacking(Order(shards, 0), 16), WholePacking(Order(shards, 0), 16)):
+        whole = Loader(packing, 4).batch(0)
+        parts = [Loader(packing, 4, rank=rank, world_size=4).batch(0) for rank in range(4)]
+        assert torch.equal(torch.cat([part.ids for part in parts]), whole.ids)
+    with pytest.raises(UserError, match="cannot be shared equally by 3 ranks"):
+        Loader(packing, 4, world_size=3)
+
+
+# -- the run folder ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def stopped(launch, tmp_path):
+    """A pretraining run stopped after nine steps, with checkpoints of steps 8 and 9."""
+    assert launch("pretrain", tmp_path / "run", fault="train-step:sigterm:9") == 130
+    return tmp_path / "run"
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def test_a_damaged_checkpoint_is_passed_over(stopped, tiny, whole, launch, assert_same_run, capsys):
+    flip(stopped / "checkpoints" / store.folder_name(9) / "optimizer.safetensors")
+    assert launch("pretrain", stopped) == 0
+    text = capsys.readouterr().err
+    assert "step-000000009 is damaged (optimizer.safetensors: its content changed" in text
+    assert "going on from" in text and "from step 8" in text
+    assert_same_run(stopped, whole["pretrain"])
+
+
+def test_no_good_checkpoint_is_an_error_and_not_a_fresh_start(stopped, tiny, mistake):
+    for folder in (stopped / "checkpoints").glob("step-*"):
+        flip(folder / "model.safetensors")
+    metrics = (stopped / "metrics.jsonl").read_bytes()
+    text = mistake("pretrain", tiny.pretrain, "--run", stopped)
+    assert f"No checkpoint in {stopped / 'checkpoints'} is good" in text
+    assert "step-000000009 is damaged" in text and "step-000000008 is damaged" in text and "start this run over" in text
+    assert (stopped / "metrics.jsonl").read_bytes() == metrics
+    for kind in ("sft", "grpo"):
+        text = mistake(kind, getattr(tiny, kind), f"init_from={stopped}", "--run", stopped.parent / kind)
+        assert "There is no good checkpoint" in text and "is damaged" in text
+
+
+def test_another_tokenizer_is_refused(stopped, tiny, mistake):
+    old = Tokenizer.load(stopped / "tokenizer.json").fingerprint
+    other = Tokenizer.train(["other words for another tokenizer"] * 9, 300)
+    (stopped / "tokenizer.json").write_bytes(other.to_bytes())
+    text = mistake("pretrain", tiny.pretrain, "--run", stopped)
+    assert old in text and other.fingerprint in text and "tokenizer" in text
+
+
+def test_other_data_are_refused_with_or_without_the_old_shards(tiny, own_text, launch, mistake, tmp_path):
+    path = tmp_path / "notes.txt"
+    path.write_text("A cough that lasts eight weeks is chronic. " * 20)
+    overrides = own_text(path)[1:]
+    run = tmp_path / "run"
+    assert launch("pretrain", run, *overrides, fault="train-step:sigterm:3") == 130
+    path.write_text("A fever that lasts three weeks has a name. " * 20)
+    text = mistake("pretrain", *own_text(path), "--run", run)
+    assert len(set(re.findall(r"\b[0-9a-f]{16}\b", text))) == 2 and "another content" in text
+    shutil.rmtree(run / "data")
+    text = mistake("pretrain", *own_text(path), "--run", run)
+    assert len(set(re.findall(r"\b[0-9a-f]{16}\b", text))) == 2 and "The data changed since checkpoint" in text
+
+
+def test_other_questions_are_refused(tiny, launch, mistake, tmp_path):
+    exam = tmp_path / "exam.jsonl"
+
+    def write(words):
+        fields = {"options": {"A": "x", "B": "y"}, "answer": "x", "answer_idx": "A"}
+        rows = [{"question": f"Which {word}?", **fields} for word in words]
+        exam.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    write(["drug", "organ", "sign"])
+    run = tmp_path / "run"
+    override = f"tasks=[{{task: {{type: medqa, path: {exam}}}}}]"
+    assert launch("grpo", run, override, "eval_task=null", fault="save-tensors:sigterm") == 130
+    write(["drug", "organ", "cause"])
+    text = mistake("grpo", "--resume", "--run", run)
+    assert len(set(re.findall(r"\b[0-9a-f]{16}\b", text))) == 2 and "The data changed since checkpoint" in text
+
+
+def test_a_folder_holds_one_run(stopped, tiny, mistake):
+    text = mistake("pretrain", tiny.pretrain, "seed=1", "optim.lr=1e-4", "--run", stopped)
+    assert "holds another run: optim, seed differ" in text and "--run" in text
+    text = mistake("sft", tiny.sft, f"init_from={stopped}", "--run", stopped)
+    assert "holds another run" in text and "kind" in text
+
+
+def test_resume_needs_a_run_and_nothing_else(stopped, mistake, tmp_path):
+    assert "--resume needs --run" in mistake("pretrain", "--resume")
+    assert "holds no run to resume" in mistake("pretrain", "--resume", "--run", tmp_path / "nothing")
+    assert "leave out seed=1" in mistake("pretrain", "seed=1", "--resume", "--run", stopped)
+    (stopped / "config.yaml").write_text("")
+    assert "config.yaml" in mistake("pretrain", "--resume", "--run", stopped)

@@ -1,0 +1,96 @@
+"""N steps are k steps, an interruption and N - k steps: the same weights, optimizer and metrics, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from osler.checkpoint import store
+from osler.inference.load import load_model
+
+KINDS = ("pretrain", "sft", "grpo")
+STOPPED = 130
+PROGRAM = Path(__file__).with_name("killed_runs.py")
+
+
+def test_runs_train_at_all(whole, runs):
+    """What follows compares runs with each other; here they move, and GRPO is paid."""
+    starts = {"pretrain": None, "sft": runs.pretrain, "grpo": runs.sft}
+    for kind, start in starts.items():
+        lines = [json.loads(line) for line in (whole[kind] / "metrics.jsonl").read_text().splitlines()]
+        assert lines[-1]["step"] == 12
+        if start is None:
+            assert [line["step"] for line in lines if "train/loss" in line] == [5, 10, 12]
+            continue
+        before, after = load_model(start).model.state_dict(), load_model(whole[kind]).model.state_dict()
+        assert any(not torch.equal(value, after[name]) for name, value in before.items())
+    assert sum(line.get("reward", 0) for line in lines) > 0.5
+    assert any(line.get("groups/effective", 0) > 0 for line in lines)
+
+
+@pytest.mark.parametrize("kind", ["pretrain", "sft"])
+@pytest.mark.parametrize("step", [1, 5, 6, 11])
+def test_stopped_after_any_step_and_resumed(kind, step, launch, whole, assert_same_run, tmp_path):
+    """Step 1 is before any line, 5 is logged, 6 is evaluated, 11 leaves half a log window."""
+    assert launch(kind, tmp_path, fault=f"train-step:sigterm:{step}") == STOPPED
+    assert store.newest_good(tmp_path / "checkpoints")[0].name == store.folder_name(step)
+    assert launch(kind, tmp_path) == 0
+    assert_same_run(tmp_path, whole[kind])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_stopped_twice_while_saving(kind, launch, whole, assert_same_run, tmp_path):
+    assert launch(kind, tmp_path, fault="save-tensors:sigterm") == STOPPED
+    assert store.newest_good(tmp_path / "checkpoints")[0].name == store.folder_name(4)
+    assert launch(kind, tmp_path, fault="save-tensors:sigterm:3" if kind == "grpo" else "train-step:sigterm:5") == STOPPED
+    assert launch(kind, tmp_path, resume=True) == 0
+    assert_same_run(tmp_path, whole[kind])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_evaluation_that_was_cut_off_is_made_up_for(kind, launch, whole, assert_same_run, tmp_path):
+    """A stop during the save of step 6 leaves its checkpoint and not the evaluation that comes after it."""
+    files_per_save = 3 if kind == "grpo" else 2  # model, optimizer and the reference of the KL term
+    assert launch(kind, tmp_path, fault=f"save-tensors:sigterm:{2 * files_per_save}") == STOPPED
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert not any("eval/seconds" in line and json.loads(line)["step"] == 6 for line in lines)
+    assert launch(kind, tmp_path, resume=True) == 0
+    assert_same_run(tmp_path, whole[kind])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_finished_run_is_left_alone(kind, launch, whole, tmp_path):
+    before = (whole[kind] / "metrics.jsonl").read_bytes()
+    assert launch(kind, whole[kind], resume=True) == 0
+    assert (whole[kind] / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("kind", ["sft", "grpo"])
+def test_a_moved_run_needs_neither_recipe_nor_start(kind, launch, runs, tmp_path):
+    """Everything a resume needs lies in the run folder."""
+    (tmp_path / "base").symlink_to(runs.sft)
+    start = f"init_from={tmp_path / 'base'}"
+    assert launch(kind, tmp_path / "first", start, fault="save-tensors:sigterm") == STOPPED
+    (tmp_path / "base").unlink()
+    (tmp_path / "first").rename(tmp_path / "second")
+    assert launch(kind, tmp_path / "second", resume=True) == 0
+    assert load_model(tmp_path / "second").state["step"] == 12
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL")
+def test_sigkill_at_named_and_at_random_moments(tiny, runs, tmp_path):
+    environment = {**os.environ, "PYTHONPATH": str(PROGRAM.parents[2]), "OMP_NUM_THREADS": "1"}
+    given = [tiny.pretrain, tiny.sft, tiny.grpo, str(runs.pretrain), str(runs.sft), str(tmp_path)]
+    done = subprocess.run(
+        [sys.executable, str(PROGRAM), *given], env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = done.stdout.splitlines()
+    assert [line for line in lines if not line.startswith("ok ")] == []
+    assert len(lines) == 6

@@ -1,0 +1,209 @@
+"""Chat and generate as a person meets them: what is asked, printed, interrupted and left."""
+
+from __future__ import annotations
+
+import io
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+
+from osler import cli
+from osler.config import decode
+from osler.errors import UserError
+from osler.inference import chat
+from osler.inference.chat import continue_text, show_answer
+from osler.inference.engine import Engine
+from osler.inference.generate import Piece
+from osler.inference.ready import ReadyModel, open_model
+from osler.inference.rollout import Sampling
+from osler.runtime.files import RunFolder
+from osler.train.config import TrainConfig
+from osler.train.run import train
+
+TINY = {
+    "model": {"num_layers": 1, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "num_kv_heads": 1, "head_dim": 16,
+              "vocab_size": 512, "max_seq_len": 160, "residual_init": "scaled"},
+    "tokenizer": {"vocab_size": 400},
+    "batch_tokens": 512, "total_tokens": 2048, "eval_every_tokens": 2048, "save_every_tokens": 2048,
+    "compile": "never", "precision": "fp32", "device": "cpu",
+}  # fmt: skip
+CLINIC = {"passages": 60, "examples": 60, "validation_passages": 5, "validation_examples": 5}
+TEXT_ONLY = {**CLINIC, "examples": 0, "validation_examples": 0}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that learned the clinic's questions and one that read its textbook alone."""
+    root = tmp_path_factory.mktemp("runs")
+    for name, kind, data in (("sft", "sft", CLINIC), ("textbook", "pretrain", TEXT_ONLY)):
+        assert train(decode(TrainConfig, {**TINY, "kind": kind, "data": data}), RunFolder.create(root / name))
+    return root
+
+
+class Terminal(io.StringIO):
+    """A stdin that a person sits at."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+class ImpatientOutput(io.StringIO):
+    """A stdout at which somebody presses Ctrl-C during a write, once, when the text so far ends with ``at``."""
+
+    def __init__(self, at: str) -> None:
+        super().__init__()
+        self.at = at
+
+    def write(self, text: str) -> int:
+        if self.at and self.getvalue().endswith(self.at):
+            self.at = ""
+            raise KeyboardInterrupt
+        return super().write(text)
+
+
+def talk(monkeypatch: pytest.MonkeyPatch, checkpoint: Path, stdin: io.StringIO, *options: str) -> int:
+    monkeypatch.setattr(sys, "stdin", stdin)
+    return cli.main(["chat", str(checkpoint), "--max-new-tokens", "6", *options])
+
+
+def test_every_piped_line_is_a_question(runs, monkeypatch, capsys):
+    assert talk(monkeypatch, runs / "sft", io.StringIO("What is it?\n\n  Why? \n"), "--seed", "3") == 0
+    out = capsys.readouterr().out
+    first, second = (part.splitlines() for part in out.removeprefix("> ").split("\n> "))
+    assert (first[0], second[0]) == ("What is it?", "Why?")
+    assert first[1].startswith("thinking  ") and "\x1b" not in out
+    assert talk(monkeypatch, runs / "sft", io.StringIO("What is it?\nWhy?\n"), "--seed", "3") == 0
+    assert capsys.readouterr().out == out, "a session with the same seed repeats itself"
+    assert talk(monkeypatch, runs / "sft", io.StringIO("Why?\n/quit\nWhy?\n"), "--seed", "4") == 0
+    assert capsys.readouterr().out.splitlines() == ["> Why?", *second[1:]], "question k is drawn with seed + k"
+
+
+def test_without_reasoning_the_answer_comes_at_once(runs, monkeypatch, capsys):
+    assert talk(monkeypatch, runs / "sft", io.StringIO("What is it?\n"), "--no-reasoning", "--temperature", "0") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].startswith("answer    ") and "thinking" not in "".join(lines)
+
+
+@pytest.mark.parametrize("leave", ["\n", "/quit\n", ""])
+def test_a_person_sees_an_example_and_leaves_as_told(leave, runs, monkeypatch, capsys):
+    assert talk(monkeypatch, runs / "sft", Terminal(f"What is it?\n{leave}")) == 0
+    captured = capsys.readouterr()
+    assert captured.out.count("thinking  ") == 1
+    assert "(A)" in captured.err and "(D)" in captured.err and "the right answer is" in captured.err
+    assert "not medical advice" in captured.err and "Ctrl-D" in captured.err
+
+
+def test_a_model_of_plain_text_continues_what_is_written_and_says_so(runs, monkeypatch, capsys):
+    assert talk(monkeypatch, runs / "textbook", io.StringIO("A patient has\n"), "--temperature", "0") == 0
+    captured = capsys.readouterr()
+    assert "trained on text alone" in captured.err and "osler sft" in captured.err
+    ready = open_model(runs / "textbook", device="cpu")
+    settings = Sampling(6, 0.0, top_p=0.95)
+    expected = "".join(continue_text(Engine(ready.model), ready.tokenizer, "A patient has", settings))
+    assert captured.out == f"> A patient has\n{expected}\n"
+
+
+def test_ctrl_c_stops_one_answer_at_a_terminal_and_everything_in_a_pipe(runs, monkeypatch):
+    out = ImpatientOutput("thinking  ")
+    monkeypatch.setattr(sys, "stdout", out)
+    assert talk(monkeypatch, runs / "sft", Terminal("What is it?\nWhy?\n\n")) == 0
+    first, second = out.getvalue().split("thinking  ")[1:]
+    assert first.startswith("\n") and len(second.splitlines()[0]) > 0
+    monkeypatch.setattr(sys, "stdout", ImpatientOutput("thinking  "))
+    assert talk(monkeypatch, runs / "sft", io.StringIO("What is it?\nWhy?\n")) == 130
+
+
+def test_ctrl_c_at_the_prompt_does_not_leave(runs, monkeypatch, capsys):
+    class Impatient(Terminal):
+        pressed = False
+
+        def readline(self, size: int | None = -1, /) -> str:
+            if not self.pressed:
+                self.pressed = True
+                raise KeyboardInterrupt
+            return super().readline(-1 if size is None else size)
+
+    assert talk(monkeypatch, runs / "sft", Impatient("What is it?\n\n")) == 0
+    out = capsys.readouterr().out
+    assert "leaves" in out and out.count("thinking  ") == 1
+
+
+def test_a_question_too_long_is_refused_and_the_next_answered(runs, monkeypatch, capsys):
+    assert talk(monkeypatch, runs / "sft", io.StringIO(f"{'fever ' * 400}\nWhy?\n")) == 0
+    captured = capsys.readouterr()
+    assert "max_seq_len" in captured.err and captured.out.count("thinking  ") == 1
+
+
+@pytest.mark.parametrize(("option", "value"), [("--temperature", "-1"), ("--top-p", "0"), ("--max-new-tokens", "0")])
+def test_settings_without_meaning_are_refused_before_the_model_is_read(option, value, monkeypatch, capsys):
+    assert talk(monkeypatch, Path("no/such/run"), io.StringIO("Why?\n"), option, value) == 2
+    assert option[2:].replace("-", "_") in capsys.readouterr().err
+
+
+def test_thinking_is_dimmed_on_a_terminal_only(monkeypatch, capsys):
+    reply = [Piece("thinking", "Fever "), Piece("thinking", "and rash."), Piece("answer", "measles (B)")]
+    show_answer(reply)
+    assert capsys.readouterr().out == "thinking  Fever and rash.\nanswer    measles (B)\n"
+    monkeypatch.setattr(chat, "is_terminal", lambda stream: True)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    show_answer(reply)
+    assert capsys.readouterr().out == "\x1b[2mthinking  Fever and rash.\x1b[0m\nanswer    measles (B)\x1b[0m\n"
+    monkeypatch.setenv("NO_COLOR", "1")
+    show_answer(reply[:2])
+    assert capsys.readouterr().out == "thinking  Fever and rash.\n(no answer; --max-new-tokens N may leave room for one)\n"
+
+
+def test_generate_prints_the_continuation(runs, capsys):
+    arguments = ["generate", str(runs / "textbook"), "--max-new-tokens", "12", "--temperature", "0", "--prompt"]
+    assert cli.main([*arguments, "A patient"]) == 0
+    out = capsys.readouterr().out
+    ready = open_model(runs / "textbook", device="cpu")
+    prompt = [ready.tokenizer.eos_id, *ready.tokenizer.encode("A patient")]
+    rollout = Engine(ready.model).generate([prompt], max_new_tokens=12, temperature=0, stop_ids=[ready.tokenizer.eos_id])
+    assert out == ready.tokenizer.decode(rollout.completions[0], skip_special=True) + "\n"
+    assert cli.main([*arguments, ""]) == 0
+    assert len(capsys.readouterr().out) > 1, "an empty prompt is the beginning of a text"
+
+
+def biased(ready: ReadyModel, ids: list[int]) -> ReadyModel:
+    """The same model, made to write ``ids`` one after the other: each token's embedding points at its successor's row."""
+    model = ready.model
+    with torch.no_grad():
+        for block in model.layers:
+            for weight in block.parameters():
+                weight.zero_()
+        model.embed_tokens.weight.zero_()
+        model.lm_head.weight.zero_()
+        for place, (token, after) in enumerate(pairwise(ids)):
+            model.embed_tokens.weight[token, place] = 1.0
+            model.lm_head.weight[after, place] = 100.0
+    return ready
+
+
+def test_half_a_character_waits_for_its_other_half(runs):
+    ready = open_model(runs / "textbook", device="cpu")
+    tokenizer = ready.tokenizer
+    ids = tokenizer.encode("è→x🩺")
+    assert len(ids) == len(set(ids)) > 6, "the characters are several tokens each"
+    ready = biased(ready, [tokenizer.eos_id, *ids])
+    pieces = list(continue_text(Engine(ready.model), tokenizer, "", Sampling(len(ids), 0.0)))
+    assert pieces == ["è", "→", "x", "🩺"]
+    cut = list(continue_text(Engine(ready.model), tokenizer, "", Sampling(len(ids) - 1, 0.0)))
+    assert cut == ["è", "→", "x", "\N{REPLACEMENT CHARACTER}"], "what is never completed is shown at the end"
+
+
+def test_a_prompt_that_fills_the_context_is_refused(runs):
+    ready = open_model(runs / "textbook", device="cpu")
+    with pytest.raises(UserError, match="max_seq_len"):
+        next(continue_text(Engine(ready.model), ready.tokenizer, "fever " * 400, Sampling(5)))
+    text = "fever " * 20
+    room = 160 - 1 - len(ready.tokenizer.encode(text))
+    assert room > 0
+
+    def continued(new_tokens: int) -> str:
+        return "".join(continue_text(Engine(ready.model), ready.tokenizer, text, Sampling(new_tokens, 0.0)))
+
+    assert continued(10_000) == continued(room), "new tokens are cut to what is left"

@@ -1,0 +1,270 @@
+"""The engine against the plain loop that recomputes every prefix, and against itself in every other batch."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+
+from osler.errors import UserError
+from osler.inference.decode import Decoder, cache_dtype
+from osler.inference.engine import Engine
+from osler.inference.recompute import generate_by_recompute
+from osler.inference.rollout import Rollout, Sampling
+from osler.model.config import ModelConfig
+from osler.model.kv_cache import KVCache
+from osler.model.transformer import Transformer
+from osler.ops.cross_entropy import linear_logprobs
+
+PLAIN = ModelConfig(
+    num_layers=2,
+    hidden_size=32,
+    intermediate_size=48,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    vocab_size=50,  # padded to 64: the 14 rows that no tokenizer knows must never be drawn
+    max_seq_len=64,
+)
+CONFIGS = {
+    "grouped": PLAIN,
+    "one-kv-head": dataclasses.replace(PLAIN, num_kv_heads=1),
+    "multi-head": dataclasses.replace(PLAIN, num_kv_heads=4),
+    "head-dim-72": dataclasses.replace(PLAIN, head_dim=72, num_heads=2, num_kv_heads=1),
+    "norm-weights": dataclasses.replace(PLAIN, norm_weight=True, qk_norm_weight=True),
+    "tied": dataclasses.replace(PLAIN, tie_embeddings=True, head_init="normal"),
+    "factorized": dataclasses.replace(PLAIN, embed_rank=16),
+    "tied-factorized": dataclasses.replace(PLAIN, tie_embeddings=True, head_init="normal", embed_rank=16),
+    "unpadded-vocab": dataclasses.replace(PLAIN, vocab_size=128),
+}
+PROMPTS = [[1, 2, 3], [4, 5, 6, 7, 8, 9, 10], [3], [1, 2, 3]]
+STOP_IDS = (1, 2, 30)
+SETTINGS: dict[str, dict[str, Any]] = {
+    "greedy": {"temperature": 0.0},
+    "plain": {},
+    "hot": {"temperature": 1.7},
+    "top-k": {"top_k": 5},
+    "top-p": {"top_p": 0.7, "temperature": 0.8},
+    "both": {"top_k": 20, "top_p": 0.9},
+}
+
+
+def build(config: ModelConfig, seed: int = 0) -> Transformer:
+    """A model with every weight away from zero and from one, so that each of them matters."""
+    model = Transformer(config)
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, mean=float(parameter.ndim == 1), std=0.25, generator=generator)
+    return model
+
+
+def assert_same(a: Rollout, b: Rollout) -> None:
+    assert a.completions == b.completions
+    assert a.finished == b.finished
+    for x, y in zip(a.logprobs, b.logprobs, strict=True):
+        torch.testing.assert_close(torch.tensor(x), torch.tensor(y), atol=1e-5, rtol=0)
+    assert (a.packed_keep is None) == (b.packed_keep is None)
+    for row in range(len(a.completions)):
+        kept_a, kept_b = a.keep(row), b.keep(row)
+        assert (kept_a is None and kept_b is None) or torch.equal(kept_a, kept_b)
+
+
+def draw(model: Transformer, prompts: list[list[int]] = PROMPTS, **changes: Any) -> Rollout:
+    engine = {name: changes.pop(name) for name in ("max_rows", "poll_steps", "dtype") if name in changes}
+    asked: dict[str, Any] = {"samples_per_prompt": 3, "max_new_tokens": 24, "stop_ids": STOP_IDS, "seed": 5}
+    return Engine(model, **engine).generate(prompts, **{**asked, **changes})
+
+
+# ---- against the plain loop
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_engine_draws_what_the_plain_loop_draws(name: str) -> None:
+    model = build(CONFIGS[name])
+    sampling = Sampling(max_new_tokens=24, stop_ids=STOP_IDS, seed=5)
+    assert_same(draw(model, poll_steps=2), generate_by_recompute(model, PROMPTS, sampling, samples_per_prompt=3))
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_engine_draws_what_the_plain_loop_draws_with(name: str) -> None:
+    model = build(PLAIN)
+    sampling = Sampling(max_new_tokens=24, stop_ids=STOP_IDS, seed=5, **SETTINGS[name])
+    expected = generate_by_recompute(model, PROMPTS, sampling, samples_per_prompt=3)
+    assert_same(draw(model, poll_steps=3, **SETTINGS[name]), expected)
+
+
+@pytest.mark.parametrize("pack", [True, False])
+@pytest.mark.parametrize("name", ["grouped", "norm-weights", "tied-factorized"])
+def test_one_decode_step_equals_the_plain_model(name: str, pack: bool) -> None:
+    model, rows = build(CONFIGS[name]), 3
+    ids = torch.randint(0, 50, (rows, 9), generator=torch.Generator().manual_seed(0))
+    positions, slots = torch.arange(9).expand(rows, 9), torch.arange(9)
+    cache = KVCache(model.config, rows, 12, torch.float32, "cpu")
+    with torch.inference_mode():
+        decoder = Decoder(model, dtype=torch.float32, rows=rows, pack=pack)
+        cache.read_len = 8
+        decoder.forward(ids[:, :8], positions[:, :8], slots[:8], None, cache)
+        cache.read_len = 9
+        visible = torch.ones(rows, 1, 9, dtype=torch.bool)
+        logits = decoder.forward(ids[:, 8:], positions[:, 8:], slots[8:], visible, cache)
+        torch.testing.assert_close(logits, model.logits(model(ids))[:, -1], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", [*SETTINGS])
+def test_logprobs_equal_a_full_forward(name: str) -> None:
+    model = build(CONFIGS["tied-factorized"])
+    rollout = draw(model, **SETTINGS[name])
+    for row, (completion, logprobs) in enumerate(zip(rollout.completions, rollout.logprobs, strict=True)):
+        prompt = PROMPTS[row // 3]
+        hidden = model(torch.tensor([prompt + completion]))[:, len(prompt) - 1 : -1]
+        features, weight = model.head(hidden)
+        expected, _ = linear_logprobs(
+            features,
+            weight,
+            torch.tensor(completion),
+            vocab_size=model.config.vocab_size,
+            temperature=SETTINGS[name].get("temperature", 1.0) or 1.0,
+            keep_NV=rollout.keep(row),
+        )
+        torch.testing.assert_close(torch.tensor(logprobs), expected.detach(), atol=1e-5, rtol=0)
+
+
+# ---- against itself
+
+
+@pytest.mark.parametrize("changes", [{"poll_steps": 1}, {"poll_steps": 7}, {"poll_steps": 1000}, {"max_rows": 5}])
+@pytest.mark.parametrize("name", ["plain", "top-p"])
+def test_polling_compaction_and_waves_change_nothing(changes: dict[str, int], name: str) -> None:
+    model = build(PLAIN)
+    expected = draw(model, samples_per_prompt=6, **SETTINGS[name])
+    lengths = {len(completion) for completion in expected.completions}
+    assert len(lengths) > 5, "rows must end at different steps, or compaction is not exercised"
+    assert_same(draw(model, samples_per_prompt=6, **changes, **SETTINGS[name]), expected)
+
+
+def test_a_row_draws_the_same_whatever_shares_its_batch() -> None:
+    model = build(PLAIN)
+    together = draw(model, [[1, 2, 3], [4, 5, 6, 7, 8, 9, 10, 11, 12], [3]], samples_per_prompt=1)
+    first = draw(model, [[1, 2, 3]], samples_per_prompt=1)
+    assert together.completions[0] == first.completions[0]
+    other_neighbours = draw(model, [[1, 2, 3], [9], [40, 41]], samples_per_prompt=1)
+    assert other_neighbours.completions[0] == first.completions[0]
+
+
+def test_samples_of_one_prompt_equal_that_many_prompts() -> None:
+    model = build(PLAIN)
+    shared = draw(model, PROMPTS[:2], samples_per_prompt=4)
+    separate = draw(model, [PROMPTS[0]] * 4 + [PROMPTS[1]] * 4, samples_per_prompt=1)
+    assert_same(shared, separate)
+    assert len({tuple(completion) for completion in shared.completions[:4]}) > 1
+
+
+def test_seeds_repeat_and_differ() -> None:
+    model = build(PLAIN)
+    assert draw(model, seed=1).completions == draw(model, seed=1).completions
+    assert draw(model, seed=1).completions != draw(model, seed=2).completions
+
+
+def test_the_engine_follows_the_weights_of_the_model() -> None:
+    model = build(PLAIN)
+    engine = Engine(model)
+    before = engine.generate(PROMPTS, max_new_tokens=8, temperature=0)
+    model.load_state_dict(build(PLAIN, seed=1).state_dict())
+    after = engine.generate(PROMPTS, max_new_tokens=8, temperature=0)
+    assert before.completions != after.completions
+    assert_same(after, Engine(model).generate(PROMPTS, max_new_tokens=8, temperature=0))
+
+
+def test_a_stream_is_the_first_row_of_generate() -> None:
+    model = build(PLAIN)
+    asked: dict[str, Any] = {"max_new_tokens": 24, "stop_ids": STOP_IDS, "seed": 5}
+    for prompt in PROMPTS:
+        streamed = list(Engine(model).stream(prompt, **asked))
+        assert streamed == Engine(model).generate([prompt], **asked).completions[0]
+    with torch.enable_grad():
+        for _ in Engine(model).stream(PROMPTS[0], **asked):
+            assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+
+
+def test_bf16_logprobs_are_near_those_of_a_bf16_forward() -> None:
+    model = build(PLAIN)
+    rollout = draw(model, dtype=torch.bfloat16)
+    assert model.compute_dtype == torch.float32
+    low = Transformer(PLAIN, compute_dtype=torch.bfloat16)
+    low.load_state_dict(model.state_dict())
+    errors = []
+    for row, (completion, logprobs) in enumerate(zip(rollout.completions, rollout.logprobs, strict=True)):
+        prompt = PROMPTS[row // 3]
+        logits = low.logits(low(torch.tensor([prompt + completion])))[0, len(prompt) - 1 : -1]
+        expected = logits.log_softmax(-1).gather(1, torch.tensor(completion)[:, None])[:, 0]
+        errors.append((torch.tensor(logprobs) - expected.detach()).abs())
+    assert float(torch.cat(errors).mean()) < 0.03
+    assert cache_dtype(torch.device("cpu"), torch.bfloat16) == torch.float32
+
+
+# ---- ends
+
+
+def test_completions_end_with_their_first_stop_token_or_at_the_limit() -> None:
+    rollout = draw(build(PLAIN), samples_per_prompt=8)
+    assert 0 < sum(rollout.finished) < len(rollout.finished)
+    assert rollout.num_tokens == sum(map(len, rollout.completions))
+    for completion, logprobs, finished in zip(rollout.completions, rollout.logprobs, rollout.finished, strict=True):
+        assert len(completion) == len(logprobs)
+        assert not set(completion[:-1]) & set(STOP_IDS)
+        assert finished == (completion[-1] in STOP_IDS)
+        assert finished or len(completion) == 24
+
+
+def test_a_stop_on_the_first_and_on_the_last_possible_token() -> None:
+    model = build(PLAIN)
+    first = Engine(model).generate([[1]], max_new_tokens=5, temperature=0).completions[0]
+    for position in (0, 4):
+        stop = first[position]
+        rollout = Engine(model, poll_steps=1).generate([[1]], max_new_tokens=5, temperature=0, stop_ids=[stop])
+        assert rollout.completions[0] == first[: first.index(stop) + 1]
+        assert rollout.finished == [True]
+    assert Engine(model).generate([[1]], max_new_tokens=1).finished == [False]
+
+
+def test_padding_of_the_vocabulary_is_never_drawn() -> None:
+    model = build(PLAIN)
+    with torch.no_grad():
+        model.lm_head.weight[PLAIN.vocab_size :] *= 100  # would win by far
+    rollout = draw(model, stop_ids=(), samples_per_prompt=8, temperature=5.0)
+    assert max(max(completion) for completion in rollout.completions) < PLAIN.vocab_size
+    assert_same(draw(build(PLAIN), stop_ids=(), samples_per_prompt=8, temperature=5.0), rollout)
+
+
+def test_no_prompts_no_rows() -> None:
+    assert Engine(build(PLAIN)).generate([], max_new_tokens=4).completions == []
+
+
+@pytest.mark.parametrize(
+    ("prompts", "changes", "words"),
+    [
+        ([[1], []], {}, ["Prompt 1", "empty"]),
+        ([[1] * 50], {}, ["50 tokens", "24 new", "max_seq_len 64", "at most 14"]),
+        ([[1, 50]], {}, ["id 50", "0 to 49"]),
+        ([[-1]], {}, ["id -1"]),
+        ([[1]], {"stop_ids": [64]}, ["Stop id 64"]),
+        ([[1]], {"max_new_tokens": 0}, ["max_new_tokens is 0"]),
+        ([[1]], {"samples_per_prompt": 0}, ["samples_per_prompt is 0"]),
+        ([[1]], {"temperature": -0.1}, ["temperature"]),
+        ([[1]], {"max_rows": 0}, ["max_rows is 0"]),
+    ],
+)
+def test_mistakes_are_named(prompts: list[list[int]], changes: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(UserError) as raised:
+        draw(build(PLAIN), prompts, **changes)
+    for word in words:
+        assert word in str(raised.value)
+
+
+def test_the_whole_length_of_the_model_can_be_used() -> None:
+    model = build(PLAIN)
+    sampling = Sampling(max_new_tokens=14, seed=5)
+    expected = generate_by_recompute(model, [[1] * 50], sampling)
+    assert_same(draw(model, [[1] * 50], samples_per_prompt=1, max_new_tokens=14, stop_ids=()), expected)

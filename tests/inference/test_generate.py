@@ -1,0 +1,59 @@
+"""Text streaming: what is shown piece by piece is what the whole completion says."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from osler.errors import UserError
+from osler.inference.engine import Engine
+from osler.inference.generate import stream_answer
+from osler.model.config import ModelConfig
+from osler.model.transformer import Transformer
+from osler.tokenizer.bpe import Tokenizer
+from osler.tokenizer.chat import encode_prompt, parse_completion
+
+TEXTS = ["Fever of 38 °C, cough — naïve café 発熱 咳 и кашель.", "What is the likeliest cause? Pneumonia (A)."] * 20
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer.train(TEXTS, vocab_size=300)
+
+
+@pytest.fixture(scope="module")
+def engine(tokenizer: Tokenizer) -> Engine:
+    config = ModelConfig(num_layers=1, hidden_size=32, intermediate_size=32, num_heads=2, num_kv_heads=1, head_dim=16,
+                         vocab_size=tokenizer.vocab_size, max_seq_len=128)  # fmt: skip
+    model = Transformer(config)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3, generator=generator)
+    return Engine(model)
+
+
+@pytest.mark.parametrize("reasoning", [True, False])
+@pytest.mark.parametrize("seed", range(6))
+def test_pieces_add_up_to_the_completion(engine: Engine, tokenizer: Tokenizer, seed: int, reasoning: bool) -> None:
+    prompt = encode_prompt(tokenizer, "What is it?", reasoning=reasoning)
+    asked = {"max_new_tokens": 100, "temperature": 1.5, "seed": seed}
+    ids = engine.generate([prompt], stop_ids=[tokenizer.eos_id], **asked).completions[0]
+    pieces = list(stream_answer(engine, tokenizer, "What is it?", reasoning=reasoning, **asked))
+    assert all(piece.text for piece in pieces)
+    completion = parse_completion(tokenizer, ids, reasoning=reasoning)
+    shown = {part: "".join(p.text for p in pieces if p.part == part) for part in ("thinking", "answer")}
+    if completion.well_formed or not (reasoning or set(ids[:-1]) & tokenizer.special_ids):
+        assert shown["thinking"].strip() == completion.thinking
+        assert shown["answer"].strip() == (completion.answer or "")
+    plain = [token for token in ids if token not in tokenizer.special_ids]
+    # Random bytes make broken characters; whole ones must all arrive, in order.
+    whole = [c for c in tokenizer.decode(plain) if c.isascii()]
+    assert [c for piece in pieces for c in piece.text if c.isascii()] == whole
+
+
+def test_a_question_that_leaves_no_room_is_refused(engine: Engine, tokenizer: Tokenizer) -> None:
+    with pytest.raises(UserError, match="max_seq_len 128"):
+        list(stream_answer(engine, tokenizer, "x!" * 200))
+    short = "?" * (127 - len(encode_prompt(tokenizer, "")))
+    room = 128 - len(encode_prompt(tokenizer, short))
+    assert room >= 1 and sum(1 for _ in stream_answer(engine, tokenizer, short, max_new_tokens=500)) <= room

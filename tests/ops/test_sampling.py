@@ -1,0 +1,168 @@
+"""Drawing tokens: the random numbers, the distribution, and what top-k and top-p keep."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from osler.errors import UserError
+from osler.ops.sampling import check_sampling, keep_set, pack_keep, row_uniform, sample, unpack_keep
+
+
+def chi_square_limit(cells: int) -> float:
+    """A value that chi-square with ``cells - 1`` degrees of freedom passes about once in 30,000 (normal approximation)."""
+    return cells - 1 + 4 * math.sqrt(2 * (cells - 1))
+
+
+def chi_square(counts: torch.Tensor, expected: torch.Tensor) -> float:
+    return float(((counts - expected) ** 2 / expected).sum())
+
+
+# ---- row_uniform
+
+
+def test_uniforms_are_uniform_in_coarse_and_fine_bits() -> None:
+    u = row_uniform(7, torch.arange(500)[:, None], torch.arange(200)).flatten()
+    assert u.dtype == torch.float64 and float(u.min()) >= 0 and float(u.max()) < 1
+    assert u.unique().numel() == u.numel()
+    for values in (u, (u * 1000) % 1, (u * 2**30) % 1):
+        counts = torch.histc(values, 100, 0, 1)
+        assert chi_square(counts, torch.full((100,), u.numel() / 100)) < chi_square_limit(100)
+
+
+@pytest.mark.parametrize("step", [(0, 1), (1, 0), (1, 1), (64, 0)])
+def test_neighbouring_rows_and_positions_are_independent(step: tuple[int, int]) -> None:
+    u = row_uniform(3, torch.arange(400)[:, None], torch.arange(250))
+    a, b = u[: 400 - step[0], : 250 - step[1]], u[step[0] :, step[1] :]
+    joint = (a * 10).long() * 10 + (b * 10).long()
+    counts = torch.bincount(joint.flatten(), minlength=100).double()
+    assert chi_square(counts, torch.full((100,), a.numel() / 100)) < chi_square_limit(100)
+
+
+def test_seeds_give_unrelated_streams() -> None:
+    rows, positions = torch.arange(300)[:, None], torch.arange(100)
+    streams = torch.stack([row_uniform(seed, rows, positions).flatten() for seed in (0, 1, 2, 1 << 32, -1, 123456789)])
+    correlation = torch.corrcoef(streams).fill_diagonal_(0)
+    assert float(correlation.abs().max()) < 5 / math.sqrt(streams.shape[1])
+
+
+def test_a_uniform_depends_on_its_triple_only() -> None:
+    whole = row_uniform(11, torch.arange(64), torch.full((64,), 9))
+    some = torch.tensor([40, 3, 17])
+    assert torch.equal(row_uniform(11, some, torch.full((3,), 9)), whole[some])
+    # A fixed number: rollouts of a seed stay what they were from one version of the program to the next.
+    assert row_uniform(1, torch.tensor([2]), torch.tensor([3])).item() == 0.8993092287765546
+
+
+# ---- sample
+
+
+@pytest.mark.parametrize(("vocab", "temperature"), [(7, 1.0), (64, 0.7), (130, 2.0)])
+def test_draws_follow_the_softmax(vocab: int, temperature: float) -> None:
+    logits = torch.randn(vocab, generator=torch.Generator().manual_seed(vocab)) * 1.5
+    draws = 60_000
+    u = row_uniform(0, torch.arange(draws), torch.zeros(1, dtype=torch.int64))
+    token, logp, keep = sample(logits.expand(draws, -1), u, temperature=temperature)
+    expected = (logits.double() / temperature).softmax(-1)
+    assert keep is None
+    assert chi_square(torch.bincount(token, minlength=vocab).double(), expected * draws) < chi_square_limit(vocab)
+    torch.testing.assert_close(logp, expected.log()[token].float(), atol=1e-5, rtol=0)
+
+
+def test_a_token_is_the_inverse_of_the_cumulative_distribution() -> None:
+    logits = torch.randn(50, 200, generator=torch.Generator().manual_seed(0)) * 3
+    u = row_uniform(5, torch.arange(50), torch.zeros(1, dtype=torch.int64))
+    token = sample(logits, u)[0]
+    end = logits.double().softmax(-1).cumsum(-1)
+    assert torch.equal(token, (end <= u[:, None]).sum(-1))
+
+
+def test_impossible_tokens_are_never_drawn_at_either_end_of_the_unit_interval() -> None:
+    logits = torch.full((4, 200), -torch.inf)
+    logits[:, [3, 100, 150]] = torch.tensor([0.0, 1.0, -20.0])
+    u = torch.tensor([0.0, 1 - 2**-53, 0.5, 1 - 2**-24], dtype=torch.float64)
+    token, logp, _ = sample(logits, u)
+    assert token[0] == 3 and token[1] == 150
+    assert bool(torch.isin(token, torch.tensor([3, 100, 150])).all()) and bool(logp.isfinite().all())
+
+
+def test_temperature_zero_takes_the_likeliest_and_reports_it_at_temperature_one() -> None:
+    logits = torch.randn(8, 40, generator=torch.Generator().manual_seed(1))
+    token, logp, keep = sample(logits, torch.rand(8), temperature=0, top_k=3, top_p=0.5)
+    assert torch.equal(token, logits.argmax(-1)) and keep is None
+    torch.testing.assert_close(logp, logits.log_softmax(-1).amax(-1))
+
+
+# ---- kept sets
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    vocab=st.integers(2, 80),
+    top_k=st.none() | st.integers(1, 100),
+    top_p=st.none() | st.floats(0.01, 1.0),
+    temperature=st.floats(0.2, 3.0),
+    seed=st.integers(0, 1000),
+)
+def test_kept_set_is_the_smallest_of_the_likeliest(
+    vocab: int, top_k: int | None, top_p: float | None, temperature: float, seed: int
+) -> None:
+    logits = torch.randn(5, vocab, generator=torch.Generator().manual_seed(seed)) * 3
+    u = row_uniform(seed, torch.arange(5), torch.zeros(1, dtype=torch.int64))
+    token, logp, keep = sample(logits, u, temperature=temperature, top_k=top_k, top_p=top_p)
+    if keep is None:
+        assert (top_k is None or top_k >= vocab) and (top_p is None or top_p >= 1)
+        return
+    scaled = logits.double() / temperature
+    assert bool(keep.gather(1, token[:, None]).all())
+    expected = scaled.masked_fill(~keep, -torch.inf).log_softmax(-1).gather(1, token[:, None])[:, 0]
+    torch.testing.assert_close(logp.double(), expected, atol=1e-5, rtol=0)
+    for row, kept in zip(scaled, keep, strict=True):
+        count = int(kept.sum())
+        assert 1 <= count <= min(top_k or vocab, vocab)
+        assert row[kept].min() >= row.masked_fill(kept, -torch.inf).max()
+        mass = row.topk(min(top_k or vocab, vocab)).values.softmax(-1)
+        if top_p is None:
+            assert count == min(top_k or vocab, vocab)
+        else:
+            assert float(mass[: count - 1].sum()) < top_p + 1e-9
+            assert top_p >= 1 or float(mass[:count].sum()) >= top_p - 1e-6
+
+
+def test_top_p_counts_what_top_k_left() -> None:
+    logits = torch.tensor([[0.4, 0.3, 0.2, 0.1]]).log()
+    assert keep_set(logits, top_k=2, top_p=0.5).tolist() == [[True, False, False, False]]
+    assert keep_set(logits, top_p=0.5).tolist() == [[True, True, False, False]]
+
+
+def test_equal_logits_still_keep_exactly_k() -> None:
+    assert keep_set(torch.zeros(3, 10), top_k=4).sum(-1).tolist() == [4, 4, 4]
+
+
+@settings(max_examples=30, deadline=None)
+@given(vocab=st.integers(1, 70), seed=st.integers(0, 100))
+def test_packing_a_kept_set_loses_nothing(vocab: int, seed: int) -> None:
+    keep = torch.rand(3, 2, vocab, generator=torch.Generator().manual_seed(seed)) < 0.4
+    packed = pack_keep(keep)
+    assert packed.dtype == torch.uint8 and packed.shape == (3, 2, -(-vocab // 8))
+    assert torch.equal(unpack_keep(packed, vocab), keep)
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p", "word"),
+    [
+        (-1.0, None, None, "temperature"),
+        (math.nan, None, None, "temperature"),
+        (math.inf, None, None, "temperature"),
+        (1.0, 0, None, "top_k"),
+        (1.0, None, 0.0, "top_p"),
+        (1.0, None, 1.5, "top_p"),
+    ],
+)
+def test_meaningless_settings_are_refused(temperature: float, top_k: int | None, top_p: float | None, word: str) -> None:
+    with pytest.raises(UserError, match=word):
+        check_sampling(temperature, top_k, top_p)

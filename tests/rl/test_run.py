@@ -1,0 +1,104 @@
+"""The verb: from a fine-tuned checkpoint to a finished run folder, resumed, moved, and refused where it must be."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+
+from osler.checkpoint import store
+from osler.errors import UserError
+from osler.inference.load import describing_files, load_model
+from osler.model.config import ModelConfig
+from osler.model.transformer import Transformer
+from osler.rl.run import run
+from osler.tasks.clinic import ClinicTask
+from osler.tasks.item import render_answer, render_question
+from osler.tasks.registry import load_task
+from osler.tokenizer.bpe import Tokenizer
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    """A checkpoint of an untrained model whose tokenizer knows the clinic's words."""
+    items = load_task(ClinicTask(split="train", limit=50))
+    tokenizer = Tokenizer.train([f"{render_question(item)} {render_answer(item)}" for item in items], vocab_size=400)
+    config = ModelConfig(
+        num_layers=1, hidden_size=16, intermediate_size=32, num_heads=2, num_kv_heads=1, head_dim=8,
+        vocab_size=tokenizer.vocab_size, max_seq_len=512, head_init="normal",
+    )  # fmt: skip
+    model = Transformer(config)
+    model.init_weights(0)
+    root = tmp_path_factory.mktemp("sft") / "checkpoints"
+    store.save(root, 1, tensors={"model": model.state_dict()}, state={"kind": "sft"}, files=describing_files(config, tokenizer))
+    return root.parent
+
+
+def arguments(start, *more):
+    return [
+        f"init_from={start}",
+        "device=cpu",
+        "steps=3",
+        "save_every_steps=1",
+        "eval_every_steps=3",
+        "eval_task.limit=4",
+        "algorithm.prompts_per_step=2",
+        "algorithm.samples_per_prompt=2",
+        "algorithm.max_new_tokens=8",
+        *more,
+    ]
+
+
+def test_a_whole_run(start, tmp_path):
+    assert run(None, arguments(start), run_dir=str(tmp_path / "run")) == 0
+    loaded = load_model(tmp_path / "run")
+    assert loaded.state["step"] == 3
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 1, 2, 3, 3]
+    assert "eval/validation_accuracy" in lines[0]
+    assert run(None, arguments(start), run_dir=str(tmp_path / "run")) == 0  # finished: nothing is done twice
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 5
+
+
+def test_a_moved_run_resumes_without_its_starting_point(start, tmp_path):
+    origin = tmp_path / "sft"
+    shutil.copytree(start, origin)
+    assert run(None, arguments(origin), run_dir=str(tmp_path / "run")) == 0
+    whole = load_model(tmp_path / "run").model.state_dict()
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / store.folder_name(3))
+    shutil.rmtree(origin)
+    shutil.move(tmp_path / "run", tmp_path / "moved")
+    assert run(resume=True, run_dir=str(tmp_path / "moved")) == 0
+    resumed = load_model(tmp_path / "moved").model.state_dict()
+    assert all(value.equal(whole[name]) for name, value in resumed.items())
+
+
+def test_training_on_the_evaluations_questions_is_refused(start, tmp_path):
+    overrides = arguments(start, "tasks=[{task: {type: clinic, split: validation, limit: 30}}]")
+    with pytest.raises(UserError, match="also in eval_task"):
+        run(None, overrides, run_dir=str(tmp_path / "run"))
+
+
+def test_questions_that_do_not_fit_are_refused_by_number(start, tmp_path):
+    with pytest.raises(UserError, match="max_seq_len 512"):
+        run(None, arguments(start, "algorithm.max_new_tokens=505"), run_dir=str(tmp_path / "run"))
+
+
+def test_another_run_in_the_folder_is_refused(start, tmp_path):
+    run(None, arguments(start, "steps=1"), run_dir=str(tmp_path / "run"))
+    with pytest.raises(UserError, match="seed"):
+        run(None, arguments(start, "steps=1", "seed=7"), run_dir=str(tmp_path / "run"))
+
+
+def test_dry_run_touches_nothing(start, tmp_path, capsys):
+    assert run(None, arguments(start), run_dir=str(tmp_path / "run"), dry_run=True) == 0
+    assert "12 of at most 8 tokens" in capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
+
+
+def test_resume_needs_a_run(tmp_path):
+    with pytest.raises(UserError, match="--run"):
+        run(resume=True)
+    with pytest.raises(UserError, match="no run to resume"):
+        run(resume=True, run_dir=str(tmp_path))

@@ -1,0 +1,207 @@
+"""The GRPO loop: exact resume, signals, what it says before and while it trains."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from dataclasses import replace
+
+import pytest
+import torch
+
+from osler.checkpoint import store
+from osler.errors import UserError
+from osler.inference.engine import Engine
+from osler.monitor.metrics import declared_name
+from osler.optim.build import build_optimizer
+from osler.optim.config import AdamWConfig, LinearConfig
+from osler.rl.config import AlgorithmConfig, GrpoConfig, QualityConfig
+from osler.rl.prompts import RewardTerm
+from osler.rl.trainer import GrpoTrainer
+from osler.runtime.files import RunFolder
+
+ALGORITHM = AlgorithmConfig(
+    prompts_per_step=2,
+    samples_per_prompt=4,
+    max_new_tokens=10,
+    updates_per_batch=2,
+    beta=0.05,
+    opsm_delta=0.1,
+    reference_refresh_steps=2,
+    dynamic_sampling=True,
+    quality=QualityConfig(action="off"),
+)
+CONFIG = GrpoConfig(
+    init_from="unused",
+    algorithm=ALGORITHM,
+    optim=AdamWConfig(lr=3e-3),
+    schedule=LinearConfig(),
+    steps=5,
+    eval_every_steps=2,
+    save_every_steps=3,
+    keep_last=9,
+    micro_batch_tokens=200,
+)
+
+
+@pytest.fixture
+def make_trainer(make_policy, tokenizer, short_task):
+    """A function that builds a trainer from nothing in a run folder, as a new process would."""
+
+    def build(folder, *, config=CONFIG, task=short_task, evaluate=lambda: {"eval/validation_accuracy": 0.5}, **options):
+        model = make_policy()
+        return GrpoTrainer(
+            config,
+            model=model,
+            optimizer=build_optimizer(model, config.optim),
+            engine=Engine(model),
+            tokenizer=tokenizer,
+            tasks=[task],
+            run=RunFolder.create(folder),
+            evaluate=evaluate,
+            best_metric="eval/validation_accuracy",
+            **options,
+        )
+
+    return build
+
+
+def logged(folder):
+    """The metrics lines without what the clock decides."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    timed = ("time", "eval/seconds")
+    return [{k: v for k, v in line.items() if k not in timed and not k.startswith("perf/")} for line in lines]
+
+
+def content(folder, step):
+    """Tensors and state of a checkpoint."""
+    loaded = store.load(folder / "checkpoints" / store.folder_name(step))
+    return loaded.tensors, loaded.state
+
+
+def assert_same_run(folder, other, step):
+    (tensors, state), (other_tensors, other_state) = content(folder, step), content(other, step)
+    assert state == other_state
+    assert tensors.keys() == other_tensors.keys() == {"model", "optimizer", "reference"}
+    for part, values in tensors.items():
+        assert values.keys() == other_tensors[part].keys()
+        for name, value in values.items():
+            assert torch.equal(value, other_tensors[part][name]), f"{part} {name}"
+    assert logged(folder) == logged(other)
+
+
+def test_a_resumed_run_is_the_same_run(make_trainer, tmp_path):
+    assert make_trainer(tmp_path / "whole").fit()
+    killed = make_trainer(tmp_path / "parts")
+    assert killed.fit()
+    for step in (4, 5):  # as if killed in step 4: only what was saved up to step 3 is left, and a metrics file that is ahead
+        for file in sorted((tmp_path / "parts" / "checkpoints" / store.folder_name(step)).iterdir()):
+            file.unlink()
+        (tmp_path / "parts" / "checkpoints" / store.folder_name(step)).rmdir()
+    resumed = make_trainer(tmp_path / "parts")
+    path, _ = store.newest_good(tmp_path / "parts" / "checkpoints")
+    resumed.restore(store.load(path))
+    assert resumed.step == 3
+    assert resumed.fit()
+    assert_same_run(tmp_path / "parts", tmp_path / "whole", 5)
+
+
+def test_sigterm_finishes_the_step_and_saves(make_trainer, short_task, tmp_path):
+    assert make_trainer(tmp_path / "whole").fit()
+    term = short_task.rewards[0]
+    calls = []
+
+    def interrupted(item, completion):
+        calls.append(item)
+        if len(calls) == 12:  # in the second step: each one has at least eight completions
+            os.kill(os.getpid(), signal.SIGTERM)
+        return term.function(item, completion)
+
+    task = replace(short_task, rewards=(RewardTerm(term.name, interrupted),))
+    stopped = make_trainer(tmp_path / "parts", task=task)
+    assert not stopped.fit()
+    assert stopped.step == 2
+    resumed = make_trainer(tmp_path / "parts")
+    resumed.restore(store.load(store.resolve(tmp_path / "parts")))
+    assert resumed.step == 2
+    assert resumed.fit()
+    tensors, _ = content(tmp_path / "parts", 5)
+    whole, _ = content(tmp_path / "whole", 5)
+    assert all(torch.equal(value, whole["model"][name]) for name, value in tensors["model"].items())
+
+
+def test_every_metric_is_declared_and_the_policy_moves(make_trainer, tmp_path):
+    trainer = make_trainer(tmp_path)
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    trainer.fit()
+    lines = logged(tmp_path)
+    names = {name for line in lines for name in line} - {"step", "tokens"}
+    assert [name for name in sorted(names) if declared_name(name) is None] == []
+    steps = [line for line in lines if "reward" in line]
+    assert [line["step"] for line in steps] == [1, 2, 3, 4, 5]
+    assert [line["step"] for line in lines if "eval/validation_accuracy" in line] == [0, 2, 4, 5]
+    assert steps[0]["sampling/sampling_logp_difference/max"] < 1e-5
+    assert steps[0]["train/lr"] == pytest.approx(3e-3 * (1 - 1 / 5))
+    assert sorted(line["tokens"] for line in steps) == [line["tokens"] for line in steps]
+    assert any(not torch.equal(value, before[name]) for name, value in trainer.model.state_dict().items())
+
+
+def test_the_reference_is_refreshed_on_schedule(make_trainer, tmp_path):
+    make_trainer(tmp_path, config=replace(CONFIG, steps=3, save_every_steps=1)).fit()
+    start = make_trainer(tmp_path / "other").model.state_dict()
+    for step, source in ((1, start), (2, content(tmp_path, 2)[0]["model"]), (3, content(tmp_path, 2)[0]["model"])):
+        reference = content(tmp_path, step)[0]["reference"]
+        assert all(torch.equal(value, source[name]) for name, value in reference.items()), step
+
+
+def test_without_a_kl_term_there_is_no_reference(make_trainer, tmp_path):
+    config = replace(CONFIG, steps=1, algorithm=replace(ALGORITHM, beta=0.0))
+    trainer = make_trainer(tmp_path, config=config)
+    assert trainer.reference is None
+    assert trainer.fit()
+    assert content(tmp_path, 1)[0].keys() == {"model", "optimizer"}
+
+
+def test_the_best_checkpoint_is_marked(make_trainer, tmp_path):
+    scores = iter([0.3, 0.6, 0.4, 0.5])
+    make_trainer(tmp_path, evaluate=lambda: {"eval/validation_accuracy": next(scores)}).fit()
+    best = store.best_checkpoint(tmp_path / "checkpoints")
+    assert (best.step, best.metric, best.value) == (2, "eval/validation_accuracy", 0.6)
+
+
+def test_preflight_shows_samples_and_pass_at_k(make_trainer, tmp_path, capsys):
+    make_trainer(tmp_path, config=replace(CONFIG, steps=1)).fit()
+    printed = capsys.readouterr().err
+    assert printed.count("before training: Which drug is number") == 4
+    assert "pass@1" in printed
+    assert "pass@4" in printed
+    samples = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    assert len(samples) == 4
+    assert samples[0].keys() == {
+        "id", "stage", "question", "options", "thinking", "answer", "correct_answer", "correct",
+    }  # fmt: skip
+
+
+def test_alarms_for_completions_that_never_end_and_rewards_that_never_come(make_trainer, short_task, tmp_path, capsys):
+    task = replace(short_task, rewards=(RewardTerm("none", lambda item, completion: 0.0),))
+    algorithm = replace(ALGORITHM, dynamic_sampling=False, max_new_tokens=1)
+    make_trainer(tmp_path, task=task, config=replace(CONFIG, algorithm=algorithm, zero_reward_patience=3)).fit()
+    printed = capsys.readouterr().err
+    assert "of the completions were cut at 1 tokens" in printed
+    assert "no completion earned a reward for 3 steps" in printed
+
+
+def test_a_batch_without_a_usable_sample_is_survived(make_trainer, tmp_path):
+    algorithm = replace(ALGORITHM, dynamic_sampling=False, quality=QualityConfig(action="drop"))
+    trainer = make_trainer(tmp_path, config=replace(CONFIG, steps=2, algorithm=algorithm))
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    assert trainer.fit()
+    assert all(torch.equal(value, before[name]) for name, value in trainer.model.state_dict().items())
+
+
+def test_a_resume_with_another_tokenizer_or_other_questions_is_refused(make_trainer, tmp_path):
+    make_trainer(tmp_path, config=replace(CONFIG, steps=1), fingerprints={"tokenizer": "a", "data": "b"}).fit()
+    other = make_trainer(tmp_path, fingerprints={"tokenizer": "a", "data": "c"})
+    with pytest.raises(UserError, match="data changed"):
+        other.restore(store.load(store.resolve(tmp_path)))
