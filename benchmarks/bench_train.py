@@ -26,8 +26,26 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 SHAPES: dict[str, dict[str, int]] = {
     # SwiGLU of 8/3 the width (rounded to 32) has the parameters of a two-matrix feed-forward of four times the width.
-    "quickstart": {"layers": 4, "width": 128, "inner": 352, "heads": 4, "kv_heads": 2, "vocab": 2048, "rows": 64, "seq_len": 128},
-    "small": {"layers": 6, "width": 256, "inner": 672, "heads": 4, "kv_heads": 2, "vocab": 4096, "rows": 16, "seq_len": 256},
+    "quickstart": {
+        "layers": 4,
+        "width": 128,
+        "inner": 352,
+        "heads": 4,
+        "kv_heads": 2,
+        "vocab": 2048,
+        "rows": 64,
+        "seq_len": 128,
+    },
+    "small": {
+        "layers": 6,
+        "width": 256,
+        "inner": 672,
+        "heads": 4,
+        "kv_heads": 2,
+        "vocab": 4096,
+        "rows": 16,
+        "seq_len": 256,
+    },
 }
 WARMUP_STEPS, TIMED_STEPS = 3, 12
 
@@ -125,7 +143,12 @@ def fresh(contestant: str, args: argparse.Namespace) -> dict[str, float]:
     command = [sys.executable, __file__, "--contestant", contestant, "--shape", args.shape, "--dtype", args.dtype]
     if args.peer:
         command += ["--peer", str(args.peer)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "NANOCHAT_DTYPE": args.dtype, "OMP_NUM_THREADS": str(args.threads)}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "NANOCHAT_DTYPE": args.dtype,
+        "OMP_NUM_THREADS": str(args.threads),
+    }
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{contestant} failed:\n{done.stderr[-3000:]}")

@@ -37,7 +37,15 @@ class ModelConfig:
     attention_init: Literal["independent", "mirrored"] = "independent"
 
     def __post_init__(self) -> None:
-        for name in ("num_layers", "hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "head_dim", "vocab_size"):
+        for name in (
+            "num_layers",
+            "hidden_size",
+            "intermediate_size",
+            "num_heads",
+            "num_kv_heads",
+            "head_dim",
+            "vocab_size",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.num_heads % self.num_kv_heads:
@@ -53,7 +61,9 @@ class ModelConfig:
             raise ValueError(f"embed_rank {self.embed_rank} must be between 1 and hidden_size {self.hidden_size}")
         if self.tie_embeddings and self.head_init == "zero":
             # A tied head cannot start at zero: it is the input embedding.
-            raise ValueError("tie_embeddings=true needs head_init=normal: a tied head is the embedding and cannot start at zero")
+            raise ValueError(
+                "tie_embeddings=true needs head_init=normal: a tied head is the embedding and cannot start at zero"
+            )
         if self.qk_norm_weight and not self.norm_weight:
             raise ValueError("qk_norm_weight=true needs norm_weight=true")
 
@@ -99,7 +109,10 @@ class ModelConfig:
         return self.matrix_parameters + self.embedding_parameters + self.head_parameters + self.norm_parameters
 
     def flops_per_token(self, seq_len: int) -> int:
-        """Training FLOPs per token, PaLM convention (non-causal): 6 x matrices incl. head + 12 x layers x heads x head_dim x seq_len."""
+        """Training FLOPs per token by the PaLM convention (non-causal).
+
+        6 x (matrices and head) + 12 x num_layers x num_heads x head_dim x seq_len.
+        """
         if self.embed_rank is not None and self.tie_embeddings:
             head = self.embedding_parameters
         else:

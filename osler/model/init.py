@@ -64,4 +64,6 @@ def _mirror(layer: Attention, config: ModelConfig) -> None:
     groups = config.num_heads // config.num_kv_heads
     per_head = (config.num_kv_heads, config.head_dim, config.hidden_size)
     layer.q_proj.weight.copy_(layer.k_proj.weight.view(per_head).repeat_interleave(groups, 0).flatten(0, 1))
-    layer.o_proj.weight.copy_(0.5 / groups * layer.v_proj.weight.view(per_head).repeat_interleave(groups, 0).flatten(0, 1).T)
+    layer.o_proj.weight.copy_(
+        0.5 / groups * layer.v_proj.weight.view(per_head).repeat_interleave(groups, 0).flatten(0, 1).T
+    )

@@ -15,7 +15,9 @@ from osler.model.config import ModelConfig
 class KVCache:
     """Keys and values of every layer, [num_layers, B, num_kv_heads, max_len, head_dim]."""
 
-    def __init__(self, config: ModelConfig, batch: int, max_len: int, dtype: torch.dtype, device: torch.device | str) -> None:
+    def __init__(
+        self, config: ModelConfig, batch: int, max_len: int, dtype: torch.dtype, device: torch.device | str
+    ) -> None:
         shape = (config.num_layers, batch, config.num_kv_heads, max_len, config.head_dim)
         self.k = torch.zeros(shape, dtype=dtype, device=device)
         self.v = torch.zeros(shape, dtype=dtype, device=device)

@@ -85,7 +85,9 @@ def _wide(x: Tensor) -> Tensor:
 def _chunk_logits(x_CR: Tensor, weight_VR: Tensor, vocab_size: int, keep_CV: Tensor | None = None) -> Tensor:
     logits_CV = _wide(x_CR @ weight_VR.T)
     if vocab_size < weight_VR.shape[0]:
-        logits_CV = logits_CV.masked_fill(torch.arange(weight_VR.shape[0], device=x_CR.device) >= vocab_size, float("-inf"))
+        logits_CV = logits_CV.masked_fill(
+            torch.arange(weight_VR.shape[0], device=x_CR.device) >= vocab_size, float("-inf")
+        )
     if keep_CV is not None:
         keep_CV = F.pad(keep_CV, (0, weight_VR.shape[0] - keep_CV.shape[1]))
         logits_CV = logits_CV.masked_fill(~keep_CV, float("-inf"))
@@ -94,7 +96,7 @@ def _chunk_logits(x_CR: Tensor, weight_VR: Tensor, vocab_size: int, keep_CV: Ten
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, features: Tensor, weight: Tensor, labels: Tensor, scale: Tensor, vocab_size: int, chunk_tokens: int
     ) -> Tensor:
         head = weight.to(features.dtype)
@@ -102,12 +104,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
         loss = torch.zeros((), dtype=wide, device=features.device)
         grad_weight = torch.zeros_like(weight, dtype=wide)
         grad_chunks = []
-        for x, label, weigh in zip(features.split(chunk_tokens), labels.split(chunk_tokens), scale.split(chunk_tokens), strict=True):
+        for x, label, weigh in zip(
+            features.split(chunk_tokens), labels.split(chunk_tokens), scale.split(chunk_tokens), strict=True
+        ):
             logits = _chunk_logits(x, head, vocab_size)
             logsumexp = logits.logsumexp(-1)
             loss = loss + ((logsumexp - logits.gather(1, label[:, None]).squeeze(1)) * weigh).sum()
             one_hot = label[:, None] == torch.arange(head.shape[0], device=x.device)
-            grad_logits = (((logits - logsumexp[:, None]).exp() - one_hot.to(logits.dtype)) * weigh[:, None]).to(x.dtype)
+            grad_logits = (((logits - logsumexp[:, None]).exp() - one_hot.to(logits.dtype)) * weigh[:, None]).to(
+                x.dtype
+            )
             grad_chunks.append(grad_logits @ head)
             grad_weight = grad_weight + _wide(grad_logits.T @ x)
         ctx.save_for_backward(torch.cat(grad_chunks), grad_weight)
@@ -115,7 +121,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         grad_features, grad_weight = ctx.saved_tensors
         scaled_weight = (grad_weight * grad_loss).to(ctx.weight_dtype)
         return grad_features * grad_loss.to(grad_features.dtype), scaled_weight, None, None, None, None
@@ -123,7 +129,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 class _LinearLogprobs(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         features: Tensor,
         weight: Tensor,
@@ -149,7 +155,7 @@ class _LinearLogprobs(torch.autograd.Function):
         return torch.cat(logp), entropy_N
 
     @staticmethod
-    def backward(ctx: Any, grad_logp: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_logp: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         features, weight, labels, keep = ctx.saved_tensors
         vocab_size, temperature, chunk_tokens = ctx.numbers
         head = weight.to(features.dtype)
@@ -160,7 +166,9 @@ class _LinearLogprobs(torch.autograd.Function):
             x = features[part]
             logits = _chunk_logits(x, head, vocab_size, None if keep is None else keep[part]) / temperature
             one_hot = labels[part, None] == torch.arange(head.shape[0], device=x.device)
-            grad_logits = ((one_hot.to(logits.dtype) - logits.softmax(-1)) * (grad_logp[part, None] / temperature)).to(x.dtype)
+            grad_logits = ((one_hot.to(logits.dtype) - logits.softmax(-1)) * (grad_logp[part, None] / temperature)).to(
+                x.dtype
+            )
             grad_chunks.append(grad_logits @ head)
             grad_weight = grad_weight + _wide(grad_logits.T @ x)
         return torch.cat(grad_chunks), grad_weight.to(weight.dtype), None, None, None, None, None

@@ -182,7 +182,9 @@ class Story:
                 engine, loaded.tokenizer, items, max_new_tokens=self.config.exam_new_tokens, cluster_by_group=True
             )
             score = scores[split]
-            say(f"{label}, {split}: {score.accuracy:.1%} [{score.interval[0]:.1%}, {score.interval[1]:.1%}] of {score.n}")
+            say(
+                f"{label}, {split}: {score.accuracy:.1%} [{score.interval[0]:.1%}, {score.interval[1]:.1%}] of {score.n}"
+            )
             self.show_samples(label, score.results)
         path = self.run.root / "exams.json"
         exams = read_json(path) if path.exists() else {}

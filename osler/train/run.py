@@ -127,11 +127,22 @@ def train(config: TrainConfig, run: RunFolder) -> bool:
         trainer.restore(checkpoint)
         say(f"Continuing {run.root} from step {trainer.step:,} ({trainer.tokens:,} tokens).")
     else:
+        warn_of_endless_warmup(config)
         say(
             f"{config.kind}: {model.config.num_parameters:,} parameters, {prepared.train.num_tokens:,} tokens of data, "
             f"{config.total_tokens:,} to train on; {machine.dtype} on {machine.device}{', compiled' if machine.compile else ''}."
         )
     return trainer.fit()
+
+
+def warn_of_endless_warmup(config: TrainConfig) -> None:
+    """A run shortened from the command line easily ends inside the warm-up it inherits, and learns next to nothing."""
+    warmup = config.schedule.warmup_tokens
+    if config.max_minutes is None and warmup >= config.total_tokens:
+        say(
+            f"Warning: schedule.warmup_tokens {warmup:,} is not below total_tokens {config.total_tokens:,}, so the learning rate "
+            "never reaches optim.lr; set schedule.warmup_tokens to a tenth of total_tokens or less."
+        )
 
 
 def packing_of(config: TrainConfig, shards: ShardSet) -> StreamPacking | WholePacking:
@@ -141,9 +152,7 @@ def packing_of(config: TrainConfig, shards: ShardSet) -> StreamPacking | WholePa
     return StreamPacking(Order(shards, config.seed), config.seq_len, prompt_loss=config.kind == "pretrain")
 
 
-def validation(
-    config: TrainConfig, model: Transformer, prepared: Prepared, dtype: torch.dtype
-) -> Callable[[], dict[str, float]]:
+def validation(config: TrainConfig, model: Transformer, prepared: Prepared, dtype: torch.dtype) -> Callable[[], dict[str, float]]:
     """A function that measures the held-out loss, and for text its bits per byte: every held-out token once."""
     shards = prepared.validation
 

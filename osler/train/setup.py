@@ -60,9 +60,7 @@ def choose_machine(device: str, precision: str, compile_mode: str, *, steps: int
     return Machine(chosen, pick_dtype(precision, chosen), works)
 
 
-def make_model(
-    config: TrainConfig, machine: Machine, checkpoint: store.Loaded | None
-) -> tuple[Transformer, Tokenizer | None]:
+def make_model(config: TrainConfig, machine: Machine, checkpoint: store.Loaded | None) -> tuple[Transformer, Tokenizer | None]:
     """The model to train, and the tokenizer that comes with it: from the run's own checkpoint, from ``init_from``, or new.
 
     A run that goes on needs ``init_from`` no more. The weights of ``checkpoint`` are left to ``Trainer.restore``.

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from osler.config import encode
 from osler.model.config import ModelConfig
 from osler.model.kv_cache import KVCache
@@ -64,7 +65,9 @@ def to_qwen3(model: Transformer) -> Any:
             rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta},
         )
     )
-    state = {name if name.startswith("lm_head") else f"model.{name}": value for name, value in model.state_dict().items()}
+    state = {
+        name if name.startswith("lm_head") else f"model.{name}": value for name, value in model.state_dict().items()
+    }
     missing, unexpected = theirs.load_state_dict(state, strict=False)
     assert not unexpected
     # Only parameter-free norms (which stay at one) and the tied head may be missing.
@@ -113,7 +116,10 @@ def decode_in_steps(model: Transformer, ids: torch.Tensor, prompt: int) -> torch
     return torch.cat(logits, 1)
 
 
-@pytest.mark.parametrize("shape", [{"embed_rank": 16, "head_init": "normal"}, {"embed_rank": 16, "tie_embeddings": True, "head_init": "normal"}])
+@pytest.mark.parametrize(
+    "shape",
+    [{"embed_rank": 16, "head_init": "normal"}, {"embed_rank": 16, "tie_embeddings": True, "head_init": "normal"}],
+)
 def test_factorized_embeddings_with_cache_and_by_hand(shape: dict[str, Any]) -> None:
     model = build(**shape)
     ids = torch.randint(0, 130, (2, 16), generator=torch.Generator().manual_seed(3))
@@ -148,7 +154,17 @@ def test_future_tokens_change_nothing() -> None:
 
 
 def test_first_loss_is_exactly_that_of_a_uniform_guess() -> None:
-    model = Transformer(ModelConfig(num_layers=1, hidden_size=16, intermediate_size=16, num_heads=1, num_kv_heads=1, head_dim=16, vocab_size=50_304))
+    model = Transformer(
+        ModelConfig(
+            num_layers=1,
+            hidden_size=16,
+            intermediate_size=16,
+            num_heads=1,
+            num_kv_heads=1,
+            head_dim=16,
+            vocab_size=50_304,
+        )
+    )
     model.init_weights(0)
     ids = torch.randint(0, 50_304, (1, 64))
     features, weight = model.head(model(ids))
@@ -169,7 +185,18 @@ def test_padding_words_take_no_probability() -> None:
 
 
 def test_eighty_layers_start_with_finite_gradients_and_learn() -> None:
-    config = ModelConfig(num_layers=80, hidden_size=32, intermediate_size=64, num_heads=2, num_kv_heads=2, head_dim=16, vocab_size=64, norm_weight=True, residual_init="scaled", head_init="normal")
+    config = ModelConfig(
+        num_layers=80,
+        hidden_size=32,
+        intermediate_size=64,
+        num_heads=2,
+        num_kv_heads=2,
+        head_dim=16,
+        vocab_size=64,
+        norm_weight=True,
+        residual_init="scaled",
+        head_init="normal",
+    )
     model = Transformer(config)
     model.init_weights(0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
@@ -179,7 +206,9 @@ def test_eighty_layers_start_with_finite_gradients_and_learn() -> None:
         features, weight = model.head(model(ids[:, :-1]))
         loss = linear_cross_entropy(features, weight, ids[:, 1:].flatten()) / 128
         loss.backward()
-        assert all(torch.isfinite(parameter.grad).all() for parameter in model.parameters() if parameter.grad is not None)
+        assert all(
+            torch.isfinite(parameter.grad).all() for parameter in model.parameters() if parameter.grad is not None
+        )
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
@@ -211,9 +240,17 @@ def test_mirrored_attention_starts_as_look_at_alike_and_copy() -> None:
 
 
 def test_config_counts_what_the_model_has() -> None:
-    for changes in ({}, {"norm_weight": True}, {"norm_weight": True, "qk_norm_weight": True}, {"embed_rank": 8}, {"tie_embeddings": True, "head_init": "normal"}):
+    for changes in (
+        {},
+        {"norm_weight": True},
+        {"norm_weight": True, "qk_norm_weight": True},
+        {"embed_rank": 8},
+        {"tie_embeddings": True, "head_init": "normal"},
+    ):
         model = build(vocab_size=128, **changes)  # a multiple of 64: no padding rows
-        assert model.config.num_parameters == sum(parameter.numel() for parameter in model.parameters()), encode(model.config)
+        assert model.config.num_parameters == sum(parameter.numel() for parameter in model.parameters()), encode(
+            model.config
+        )
 
 
 @pytest.mark.parametrize(

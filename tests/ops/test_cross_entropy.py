@@ -7,10 +7,13 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from osler.ops.cross_entropy import cross_entropy_reference, linear_cross_entropy, linear_logprobs
 
 
-def make(tokens: int, size: int, rows: int, words: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def make(
+    tokens: int, size: int, rows: int, words: int, seed: int = 0
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     g = torch.Generator().manual_seed(seed)
     x = torch.randn(tokens, size, generator=g, dtype=torch.float64).requires_grad_()
     w = torch.randn(rows, size, generator=g, dtype=torch.float64).requires_grad_()
@@ -64,7 +67,9 @@ def test_logprobs_entropy_and_gradient_equal_log_softmax(keep: bool) -> None:
     x, w, y = make(40, 8, 24, 20)
     kept = torch.rand(40, 20, generator=torch.Generator().manual_seed(1)) < 0.5
     kept[torch.arange(40), y] = True
-    logp, entropy = linear_logprobs(x, w, y, vocab_size=20, temperature=0.7, keep_NV=kept if keep else None, chunk_tokens=11)
+    logp, entropy = linear_logprobs(
+        x, w, y, vocab_size=20, temperature=0.7, keep_NV=kept if keep else None, chunk_tokens=11
+    )
     logits = (x @ w[:20].T) / 0.7
     if keep:
         logits = logits.masked_fill(~kept, float("-inf"))
@@ -108,6 +113,8 @@ def test_both_compile_as_one_graph() -> None:
         loss = linear_cross_entropy(x, w, y, vocab_size=60, chunk_tokens=40)
         return loss + linear_logprobs(x, w, y, vocab_size=60, chunk_tokens=40)[0].square().sum()
 
-    compiled = torch.compile(both, fullgraph=True, backend="aot_eager")  # the graph is the question, not the C++ compiler
+    compiled = torch.compile(
+        both, fullgraph=True, backend="aot_eager"
+    )  # the graph is the question, not the C++ compiler
     ours = torch.autograd.grad(compiled(x, w, y), (x, w))
     torch.testing.assert_close(ours, torch.autograd.grad(both(x, w, y), (x, w)))

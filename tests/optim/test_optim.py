@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from osler.model.config import ModelConfig
 from osler.model.transformer import Transformer
 from osler.optim.build import build_optimizer, group_of, set_lr
@@ -28,7 +29,11 @@ def test_schedules_at_round_numbers(schedule: Schedule, points: dict[int, float]
         assert lr_scale(schedule, tokens, 1000) == pytest.approx(expected), tokens
 
 
-@given(st.integers(0, 3000), st.integers(0, 1500), st.sampled_from([ConstantConfig, CosineConfig, LinearConfig, WarmupStableDecayConfig]))
+@given(
+    st.integers(0, 3000),
+    st.integers(0, 1500),
+    st.sampled_from([ConstantConfig, CosineConfig, LinearConfig, WarmupStableDecayConfig]),
+)
 def test_scale_is_never_outside_zero_and_one(tokens: int, warmup: int, kind: type) -> None:
     assert 0.0 <= lr_scale(kind(warmup_tokens=warmup), tokens, 1000) <= 1.0
 
@@ -37,7 +42,9 @@ def test_groups_first_match_wins() -> None:
     assert group_of("layers.3.input_layernorm.weight") == "vectors"
     assert group_of("layers.3.self_attn.q_norm.weight") == "vectors"
     assert group_of("norm.weight") == "vectors"
-    assert group_of("embed_tokens.weight") == group_of("lm_head.weight") == group_of("embed_proj.weight") == "embeddings"
+    assert (
+        group_of("embed_tokens.weight") == group_of("lm_head.weight") == group_of("embed_proj.weight") == "embeddings"
+    )
     assert group_of("layers.3.mlp.down_proj.weight") == "matrices"
 
 
@@ -46,9 +53,17 @@ def test_every_parameter_is_in_one_group_and_only_matrices_decay() -> None:
     optimizer = build_optimizer(model, AdamWConfig(lr=1e-3, embedding_lr=5e-3, weight_decay=0.1))
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(model.parameters()))
     by_name = {group["name"]: group for group in optimizer.param_groups}
-    assert {name: group["weight_decay"] for name, group in by_name.items()} == {"matrices": 0.1, "embeddings": 0.0, "vectors": 0.0}
+    assert {name: group["weight_decay"] for name, group in by_name.items()} == {
+        "matrices": 0.1,
+        "embeddings": 0.0,
+        "vectors": 0.0,
+    }
     set_lr(optimizer, 0.5)
-    assert {name: group["lr"] for name, group in by_name.items()} == {"matrices": 5e-4, "embeddings": 2.5e-3, "vectors": 5e-4}
+    assert {name: group["lr"] for name, group in by_name.items()} == {
+        "matrices": 5e-4,
+        "embeddings": 2.5e-3,
+        "vectors": 5e-4,
+    }
 
 
 @pytest.mark.parametrize("changes", [{"lr": 0.0}, {"embedding_lr": -1.0}, {"beta2": 1.0}])

@@ -1,0 +1,63 @@
+"""On a CUDA device: the same model and loss as on the CPU, and a training step without waiting for the device."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from osler.model.config import ModelConfig
+from osler.model.transformer import Transformer
+from osler.ops.cross_entropy import linear_cross_entropy
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+def loss_of(model: Transformer, ids: torch.Tensor) -> torch.Tensor:
+    features, weight = model.head(model(ids[:, :-1]))
+    return linear_cross_entropy(features, weight, ids[:, 1:].flatten(), vocab_size=model.config.vocab_size)
+
+
+def test_loss_and_gradients_equal_the_cpu() -> None:
+    model = Transformer(ModelConfig(head_init="normal", residual_init="scaled"))
+    model.init_weights(0)
+    ids = torch.randint(0, 2048, (4, 65), generator=torch.Generator().manual_seed(0))
+    on_cpu = loss_of(model, ids)
+    on_cpu.backward()
+    expected = {name: parameter.grad for name, parameter in model.named_parameters()}
+    model.zero_grad(set_to_none=True)
+    model.cuda()
+    on_gpu = loss_of(model, ids.cuda())
+    on_gpu.backward()
+    torch.testing.assert_close(on_gpu.cpu(), on_cpu, rtol=1e-4, atol=1e-2)
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None
+        torch.testing.assert_close(parameter.grad.cpu(), expected[name], rtol=2e-2, atol=2e-2)
+
+
+def test_a_compiled_bf16_step_makes_no_host_synchronisation() -> None:
+    from osler.data.loader import Batch
+    from osler.optim.build import build_optimizer
+    from osler.optim.config import AdamWConfig
+    from osler.train.step import TrainStep, summed_loss
+
+    model = Transformer(ModelConfig(), compute_dtype=torch.bfloat16).cuda()
+    model.init_weights(0)
+    step = TrainStep(
+        model,
+        build_optimizer(model, AdamWConfig()),
+        torch.compile(summed_loss(model), fullgraph=True, dynamic=False),
+        rows_per_micro_batch=4,
+        clip_norm=1.0,
+        document_mask=False,
+        device=torch.device("cuda"),
+    )
+    ids = torch.randint(0, 2048, (8, 65))
+    inputs, labels = (part.contiguous().pin_memory() for part in (ids[:, :-1], ids[:, 1:]))
+    batch = Batch(inputs, labels, torch.zeros(8, 64, dtype=torch.int64))
+    step(batch, 1.0)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        results = [step(batch, 1.0) for _ in range(3)]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.isfinite(results[-1].loss)

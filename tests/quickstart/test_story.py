@@ -1,0 +1,94 @@
+"""The whole pipeline, tiny: every stage leaves what the next one and the report need, and a finished stage is not done again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from osler.config import decode, load_recipe
+from osler.quickstart.config import QuickstartConfig
+from osler.quickstart.story import run
+
+MODEL = (
+    *("num_layers=2", "hidden_size=32", "intermediate_size=64", "num_heads=2", "num_kv_heads=1", "head_dim=16"),
+    *("vocab_size=600", "max_seq_len=512"),
+)
+DATA = ("passages=60", "examples=60", "cards=30", "validation_passages=10", "validation_examples=10")
+TINY = (
+    *(f"{stage}.model.{setting}" for stage in ("pretrain", "sft") for setting in MODEL),
+    "pretrain.tokenizer.vocab_size=600",
+    "sft.tokenizer.vocab_size=600",
+    *(f"{stage}.data.{setting}" for stage in ("pretrain", "sft") for setting in DATA),
+    *(f"{stage}.seq_len=256" for stage in ("pretrain", "sft")),
+    *(f"{stage}.batch_tokens=1024" for stage in ("pretrain", "sft")),
+    *(f"{stage}.total_tokens=4096" for stage in ("pretrain", "sft")),
+    *(f"{stage}.compile=never" for stage in ("pretrain", "sft")),
+    *(f"{stage}.precision=fp32" for stage in ("pretrain", "sft", "grpo")),
+    "sft.exam.every_tokens=2048",
+    "sft.exam.items=6",
+    "grpo.steps=1",
+    "grpo.algorithm.prompts_per_step=2",
+    "grpo.algorithm.samples_per_prompt=2",
+    "grpo.algorithm.max_new_tokens=8",
+    "grpo.eval_task.limit=4",
+    "exam_items=8",
+    "exam_new_tokens=8",
+)
+
+
+@pytest.fixture(scope="module")
+def story(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("quickstart") / "run"
+    assert run(TINY, run_dir=str(root)) == 0
+    return root
+
+
+def test_every_stage_is_recorded_with_its_time(story: Path) -> None:
+    stages = json.loads((story / "stages.json").read_text())
+    assert [stage["name"] for stage in stages] == ["pretrain", "sft", "exam sft", "grpo", "exam grpo"]
+    assert all(stage["seconds"] >= 0 and stage["what"] for stage in stages)
+
+
+def test_exams_hold_both_splits_of_every_checkpoint(story: Path) -> None:
+    exams = json.loads((story / "exams.json").read_text())
+    assert set(exams) == {"sft", "sft, earlier checkpoint", "grpo"}
+    for scores in exams.values():
+        assert set(scores) == {"new_findings", "new_questions"}
+        for score in scores.values():
+            assert score["n"] == 8 and score["interval"][0] <= score["accuracy"] <= score["interval"][1]
+            assert score["constant_letter_baseline"] >= 0.25 and score["method"] == "generation"
+    for row in json.loads((story / "comparison.json").read_text()):
+        assert row["difference"] == pytest.approx(row["after"] - row["before"])
+        assert row["after"] == exams["grpo"][row["split"]]["accuracy"]
+
+
+def test_report_and_samples_are_there(story: Path) -> None:
+    page = (story / "report.html").read_text()
+    assert "new_questions" in page.replace(" ", "_").lower() and "not medical advice" in page
+    lines = [json.loads(line) for line in (story / "samples.jsonl").read_text().splitlines()]
+    assert {line["stage"] for line in lines} == {"sft", "sft, earlier checkpoint", "grpo"}
+
+
+def test_the_same_command_again_does_nothing_again(story: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = (story / "grpo" / "metrics.jsonl").read_bytes(), (story / "stages.json").read_bytes()
+    assert run(TINY, run_dir=str(story)) == 0
+    assert before == ((story / "grpo" / "metrics.jsonl").read_bytes(), (story / "stages.json").read_bytes())
+    assert "── pretrain" not in capsys.readouterr().err
+
+
+def test_an_interrupted_story_goes_on_at_its_stage(story: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stages = story / "stages.json"
+    whole = json.loads(stages.read_text())
+    stages.write_text(json.dumps(whole[:-1]))
+    assert run(TINY, run_dir=str(story)) == 0
+    assert [stage["name"] for stage in json.loads(stages.read_text())] == [stage["name"] for stage in whole]
+    shown = capsys.readouterr().err
+    assert "── exam grpo" in shown and "── grpo" not in shown
+
+
+def test_the_shipped_recipe_decodes_and_its_exam_is_large_enough() -> None:
+    config = decode(QuickstartConfig, load_recipe("quickstart"))
+    assert config.exam_items >= 500
+    assert config.sft.keep_last >= config.sft.total_tokens // config.sft.exam.every_tokens  # every examined checkpoint is kept

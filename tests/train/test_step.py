@@ -1,0 +1,79 @@
+"""One optimizer step: micro-batches change nothing, and a gradient that is not finite changes nothing at all."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from osler.data.loader import Loader
+from osler.data.order import Order
+from osler.data.packing import WholePacking
+from osler.train.run import packing_of
+
+
+def clones(model, optimizer):
+    state = [value.clone() for entry in optimizer.state.values() for value in entry.values()]
+    return [parameter.detach().clone() for parameter in model.parameters()], state
+
+
+@pytest.mark.parametrize("kind", ["pretrain", "sft"])
+def test_gradient_accumulation_is_one_batch(kind, config, shards, make_step):
+    """Micro-batches weigh by their learned tokens, so rows that are mostly prompt or padding count for less."""
+    if kind == "pretrain":
+        packing = packing_of(config, shards)
+    else:
+        packing = WholePacking(Order(shards, 0), config.seq_len)
+    loader = Loader(packing, config.rows_per_batch)
+    learned = (loader.batch(0).labels >= 0).sum(1)
+    assert kind == "pretrain" or learned.min() < learned.max()
+    results = {}
+    for micro in (None, 128, 64):
+        model, _, step = make_step(replace(config, micro_batch_tokens=micro, optim=replace(config.optim, eps=1e-3)))
+        made = [step(loader.batch(index), 1.0) for index in range(3)]
+        numbers = torch.stack([torch.stack(result) for result in made])
+        results[micro] = numbers, torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+    for micro in (128, 64):
+        for found, expected in zip(results[micro], results[None], strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_a_step_that_is_not_finite_leaves_no_trace(config, shards, make_step):
+    loader = Loader(packing_of(config, shards), config.rows_per_batch)
+    model, optimizer, step = make_step(config)
+    twin, twin_optimizer, twin_step = make_step(config)
+    for each in (step, twin_step):
+        assert each(loader.batch(0), 1.0).skipped == 0
+    with torch.no_grad():
+        poisoned = model.layers[0].self_attn.q_proj.weight
+        healthy = poisoned[0, 0].clone()
+        poisoned[0, 0] = float("nan")
+    before = clones(model, optimizer)
+    result = step(loader.batch(1), 1.0)
+    assert result.skipped == 1 and not torch.isfinite(result.grad_norm)
+    for found, expected in zip(clones(model, optimizer), before, strict=True):
+        assert all(torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0)) for a, b in zip(found, expected, strict=True))
+    with torch.no_grad():
+        poisoned[0, 0] = healthy
+    step(loader.batch(1), 1.0)
+    twin_step(loader.batch(1), 1.0)
+    for found, expected in zip(clones(model, optimizer), clones(twin, twin_optimizer), strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_document_mask_keeps_documents_apart(config, shards, make_step):
+    """With the mask, what stands in the first document of a row does not change the loss on the others."""
+    batch = Loader(packing_of(config, shards), 16).batch(0)
+    row = next(index for index in range(16) if 8 < (batch.document_ids[index] == 0).sum() < 50)
+    first = batch.document_ids[row] == 0
+    labels = batch.labels[row].masked_fill(first, -100)
+    scrambled = torch.where(first, (batch.ids[row] + 7) % 500, batch.ids[row])
+    losses = {}
+    for mask in (True, False):
+        _, _, step = make_step(replace(config, document_mask=mask))
+        documents = batch.document_ids[row][None] if mask else None
+        with torch.no_grad():
+            losses[mask] = [float(step.loss(ids[None], labels[None], documents)) for ids in (batch.ids[row], scrambled)]
+    assert losses[True][0] == losses[True][1]
+    assert losses[False][0] != losses[False][1]

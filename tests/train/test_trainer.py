@@ -1,0 +1,152 @@
+"""The supervised loop: what it saves and when, how it ends, and that it learns."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from itertools import pairwise
+
+import pytest
+import torch
+
+from osler.checkpoint import store
+from osler.cli import main
+from osler.inference.load import load_model
+from osler.monitor.metrics import declared_name
+from osler.tokenizer.bpe import Tokenizer
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def saved_steps(folder):
+    return sorted(int(path.name.split("-")[1]) for path in (folder / "checkpoints").glob("step-*"))
+
+
+class OutOfMemory(RuntimeError):
+    pass
+
+
+def test_the_checkpoint_comes_before_the_evaluation(make_trainer, tmp_path):
+    """An evaluation that fails costs nothing: its step is saved, and the next process makes up for it."""
+
+    def fail():
+        raise OutOfMemory
+
+    with pytest.raises(OutOfMemory):
+        make_trainer(tmp_path, evaluate=fail).fit()
+    assert saved_steps(tmp_path) == [4, 6]
+    again = make_trainer(tmp_path, evaluate=lambda: {"eval/loss": 3.0})
+    again.restore(store.load(store.resolve(tmp_path)))
+    assert again.step == 6 and again.fit()
+    assert [line["step"] for line in lines(tmp_path) if "eval/loss" in line] == [6, 12]
+
+
+def test_keep_last_and_the_best(make_trainer, tmp_path):
+    losses = iter([3.0, 1.0, 2.0, 1.5, 1.0, 4.0])
+    fields = {"save_every_tokens": 256, "eval_every_tokens": 512, "keep_last": 3}
+    assert make_trainer(tmp_path, evaluate=lambda: {"eval/loss": next(losses)}, **fields).fit()
+    assert saved_steps(tmp_path) == [4, 10, 11, 12]
+    best = store.best_checkpoint(tmp_path / "checkpoints")
+    assert (best.step, best.metric, best.value) == (4, "eval/loss", 1.0)
+
+
+def test_the_best_is_remembered_across_processes(make_trainer, tmp_path):
+    first = make_trainer(tmp_path, evaluate=lambda: {"eval/loss": 1.0}, total_tokens=6 * 256)
+    assert first.fit()
+    second = make_trainer(tmp_path, evaluate=lambda: {"eval/loss": 2.0})
+    second.restore(store.load(store.resolve(tmp_path)))
+    assert second.fit()
+    assert store.best_checkpoint(tmp_path / "checkpoints").step == 6
+
+
+def test_metrics_are_declared_and_every_step_is_in_one_line(make_trainer, tmp_path):
+    assert make_trainer(tmp_path, evaluate=lambda: {"eval/loss": 1.0}, probe=lambda: {"eval/validation_accuracy": 0.5}).fit()
+    found = lines(tmp_path)
+    names = {name for line in found for name in line} - {"step", "tokens", "time"}
+    assert [name for name in sorted(names) if declared_name(name) is None] == []
+    trained = [line for line in found if "train/loss" in line]
+    assert [line["step"] for line in trained] == [5, 10, 12]
+    assert all(math.isfinite(line["train/loss"]) and line["tokens"] == line["step"] * 256 for line in trained)
+
+
+def test_a_run_without_held_out_data_saves_and_ends(make_trainer, tmp_path):
+    assert make_trainer(tmp_path).fit()
+    assert not any("eval/seconds" in line for line in lines(tmp_path))
+    assert saved_steps(tmp_path)[-1] == 12
+
+
+def test_the_loss_goes_down_on_the_clinic(tiny, tmp_path):
+    longer = ["total_tokens=30_720", "eval_every_tokens=10_240", "optim.lr=5e-3", "document_mask=true"]
+    assert main(["pretrain", tiny.pretrain, *longer, "--run", str(tmp_path)]) == 0
+    held_out = [line["eval/loss"] for line in lines(tmp_path) if "eval/loss" in line]
+    assert len(held_out) == 3 and all(later < earlier for earlier, later in pairwise(held_out))
+    trained = [line["train/loss"] for line in lines(tmp_path) if "train/loss" in line]
+    assert trained[-1] < trained[0] - 1.0
+
+
+def test_init_from_brings_its_model_and_tokenizer(tiny, runs, tmp_path):
+    """Shape and tokenizer of the recipe give way to those of the checkpoint, and training starts at its weights."""
+    other = tmp_path / "other.json"
+    other.write_bytes(Tokenizer.train(["quite another text"] * 9, 300).to_bytes())
+    changes = ["model.num_layers=5", f"tokenizer.path={other}", "optim.lr=1e-12", "total_tokens=512"]
+    start = [f"init_from={runs.pretrain}"]
+    assert main(["sft", tiny.sft, *start, *changes, "--run", str(tmp_path / "run")]) == 0
+    before, after = load_model(runs.pretrain), load_model(tmp_path / "run")
+    assert after.model.config == before.model.config
+    assert after.tokenizer.fingerprint == before.tokenizer.fingerprint
+    assert Tokenizer.load(tmp_path / "run" / "tokenizer.json").fingerprint == before.tokenizer.fingerprint
+    old = before.model.state_dict()
+    for name, value in after.model.state_dict().items():
+        torch.testing.assert_close(value, old[name], rtol=0, atol=1e-9)
+
+
+def test_rows_longer_than_the_started_model_allows(tiny, runs, tmp_path, capsys):
+    changes = [f"init_from={runs.pretrain}", "model.max_seq_len=1024", "seq_len=512"]
+    assert main(["sft", tiny.sft, *changes, "--run", str(tmp_path)]) == 2
+    assert "seq_len 512 is longer than the 256 tokens" in capsys.readouterr().err
+
+
+def test_a_warmup_longer_than_the_run_is_pointed_out(tiny, tmp_path, capsys):
+    command = ["pretrain", tiny.pretrain, "total_tokens=256"]
+    assert main([*command, "--run", str(tmp_path / "long")]) == 0
+    assert "warmup_tokens 512 is not below total_tokens 256" in capsys.readouterr().err
+    assert main([*command, "schedule.warmup_tokens=0", "--run", str(tmp_path / "short")]) == 0
+    assert "warmup_tokens" not in capsys.readouterr().err
+
+
+def test_minutes_are_kept_and_shared_between_processes(tiny, launch_stopped, tmp_path):
+    minutes = ["max_minutes=0.05", "eval_every_tokens=100_000_000", "save_every_tokens=100_000_000"]
+    began = time.monotonic()
+    assert launch_stopped(tmp_path, *minutes, fault="train-step:sigterm:60") == 130
+    first = time.monotonic() - began
+    stopped = store.load(store.resolve(tmp_path)).state
+    assert 0 < stopped["seconds"] <= first
+    began = time.monotonic()
+    assert main(["pretrain", tiny.pretrain, *minutes, "--run", str(tmp_path)]) == 0
+    seconds = time.monotonic() - began
+    end = store.load(store.resolve(tmp_path)).state
+    assert seconds < 3.0 + 1.0 - stopped["seconds"]
+    assert 0.9 * 3.0 * 0.97 < end["seconds"] < 3.0 + 0.3
+    assert end["step"] > 60 and end["tokens"] >= end["total_tokens"] != 3072
+    assert min(line["train/lr"] for line in lines(tmp_path) if "train/lr" in line) < 0.2 * 2.5e-3  # planned to the end
+
+
+def test_a_run_keeps_the_precision_it_resolved(tiny, launch_stopped, tmp_path):
+    """``auto`` is decided by a timing; a run that goes on elsewhere must not change its arithmetic."""
+    assert launch_stopped(tmp_path, "precision=bf16", fault="train-step:sigterm:7") == 130
+    config = tmp_path / "config.yaml"
+    config.write_text(config.read_text().replace("precision: bf16", "precision: auto"))
+    assert main(["pretrain", "--run", str(tmp_path), "--resume"]) == 0
+    versions = json.loads((store.resolve(tmp_path) / "versions.json").read_text())
+    assert versions["machine"]["dtype"] == "bfloat16"
+    assert load_model(tmp_path).state["step"] == 12
+
+
+def test_dry_run_says_what_follows_and_touches_nothing(tiny, tmp_path, capsys):
+    assert main(["pretrain", tiny.pretrain, "--run", str(tmp_path / "run"), "--dry-run"]) == 0
+    text = capsys.readouterr().out
+    assert "# steps             12 of 256 tokens" in text and "# parameters        51,200" in text
+    assert not (tmp_path / "run").exists()
