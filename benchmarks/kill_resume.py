@@ -4,8 +4,9 @@
 
 For each kind of training (tiny, fp32, one CPU thread, not compiled) one run goes through undisturbed. Then, in every round, the
 same command is started in a process of its own, killed with SIGKILL after a random delay, and started again, until it finishes.
-The delay counts from the process's first sign of training and is drawn over the time that an undisturbed run takes from there, so
-that kills fall into steps, saves, rotations and evaluations alike. Compared with the undisturbed run: the bytes of the last
+The delay counts from the process's first sign of training and is drawn over the first half of the time that an undisturbed run
+takes from there; every second kill then waits for the next save to begin and strikes within its first moments. So kills fall into
+steps, evaluations and saves alike. Compared with the undisturbed run: the bytes of the last
 weights, optimizer moments and reference model, what the trainer recorded, which checkpoint is marked best, and every line of
 metrics.jsonl without times and speeds. Prints one JSON object; exits with 1 when anything differs.
 """
@@ -13,6 +14,7 @@ metrics.jsonl without times and speeds. Prints one JSON object; exits with 1 whe
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -29,6 +31,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 STEPS, SAVE_EVERY, EVAL_EVERY = 30, 3, 10
 MOST_STARTS = 200
+SAVE_SECONDS = 0.02
 TENSORS = ("model.safetensors", "optimizer.safetensors", "reference.safetensors")
 MODEL = {
     "num_layers": 2, "hidden_size": 64, "intermediate_size": 128, "num_heads": 2, "num_kv_heads": 1, "head_dim": 32,
@@ -54,7 +57,7 @@ def recipes(folder: Path) -> dict[str, list[str]]:
         "log_every_steps": 4, "schedule": {"warmup_tokens": 5 * batch},
     }  # fmt: skip
     answers = {"type": "turns", "path": str(folder / "turns.jsonl"), "thinking_field": "why"}
-    clinic = {"passages": 200, "examples": 200, "validation_passages": 20, "validation_examples": 20}
+    clinic = {"passages": 200, "examples": 200, "cards": 0, "validation_passages": 20, "validation_examples": 20}
     long = {"total_tokens": 120 * batch, "save_every_tokens": 10**9, "eval_every_tokens": 10**9, "optim": {"lr": 1e-2}}
     exam = {"every_tokens": EVAL_EVERY * batch, "items": 10}
     grpo = {
@@ -115,22 +118,32 @@ def killed_until_done(command: list[str], run: Path, seconds: float, rng: random
     counts = {"starts": 0, "kills": 0, "kills_during_a_save": 0}
     while counts["starts"] < MOST_STARTS:
         counts["starts"] += 1
-        began = time.time()
+        left_behind = unfinished_saves(run)
         process = launch(command, run)
         wait_until_training(process, run)
-        try:
-            code = process.wait(timeout=rng.uniform(0.0, seconds))
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
+        time.sleep(rng.uniform(0.0, seconds / 2))
+        if rng.random() < 0.5:
+            while process.poll() is None and not unfinished_saves(run) - left_behind:
+                time.sleep(0.0005)
+            time.sleep(rng.uniform(0.0, SAVE_SECONDS))
+        process.kill()
+        if process.wait() == -signal.SIGKILL:
             counts["kills"] += 1
-            unfinished = (run / "checkpoints").glob(".tmp-*")
-            counts["kills_during_a_save"] += any(path.stat().st_mtime >= began for path in unfinished)
-            continue
-        if code != 0:
-            raise SystemExit(f"{' '.join(command)} ended with {code}; see {run.with_suffix('.log')}")
-        return counts
+            counts["kills_during_a_save"] += bool(unfinished_saves(run) - left_behind)
+        elif process.returncode == 0:
+            return counts
+        else:
+            raise SystemExit(f"{' '.join(command)} ended with {process.returncode}; see {run.with_suffix('.log')}")
     raise SystemExit(f"{' '.join(command)} did not finish in {MOST_STARTS} starts; see {run.with_suffix('.log')}")
+
+
+def unfinished_saves(run: Path) -> set[tuple[str, int]]:
+    """The folders that a save is writing, or that a killed one left, by name and inode."""
+    found = set()
+    for path in (run / "checkpoints").glob(".tmp-*"):
+        with contextlib.suppress(FileNotFoundError):  # it has just got its name
+            found.add((path.name, path.stat().st_ino))
+    return found
 
 
 def outcome(run: Path) -> dict[str, Any]:

@@ -132,6 +132,7 @@ def train(config: TrainConfig, run: RunFolder) -> bool:
             f"{config.kind}: {model.config.num_parameters:,} parameters, {prepared.train.num_tokens:,} tokens of data, "
             f"{config.total_tokens:,} to train on; {machine.dtype} on {machine.device}{', compiled' if machine.compile else ''}."
         )
+    del checkpoint  # weights and moments were copied out of it; a second set need not lie in memory while training
     return trainer.fit()
 
 

@@ -106,7 +106,7 @@ class Trainer:
                     mark = self._log(sink, progress, mark, scale)
                 evaluation_due = self._due(config.eval_every_tokens) or self._due(config.exam.every_tokens)
                 if evaluation_due or self._due(config.save_every_tokens) or stop.requested:
-                    self.save(last=self.done or stop.requested)
+                    self.save(stop)
                 if stop.requested and not self.done:
                     return False
                 if evaluation_due:
@@ -115,10 +115,10 @@ class Trainer:
                     mark = (mark[0], mark[1] + time.monotonic() - before)
         return True
 
-    def save(self, *, last: bool = False) -> None:
+    def save(self, stop: StopFlag) -> None:
         """Write a checkpoint; when the disk is full or fails, say so and go on with the earlier ones.
 
-        Raises UserError in that case when it is the ``last`` one of this process, because what it would hold is lost.
+        Raises UserError in that case when it is the last one of this process, because what it would hold is lost.
         """
         self._fetch()
         optimizer_tensors, optimizer_state = flatten_optimizer(self.optimizer, self.model.named_parameters())
@@ -138,7 +138,7 @@ class Trainer:
         try:
             store.save(self.run.checkpoints, self.step, tensors=tensors, state=state, files=self.files, keep_last=keep)
         except store.CheckpointSaveError as error:
-            if last:
+            if self.done or stop.requested:
                 raise UserError(
                     f"{error} Earlier checkpoints are untouched: mend the disk, and the same command goes on from the newest."
                 ) from error

@@ -16,7 +16,7 @@ from osler.inference.load import load_model
 
 KINDS = ("pretrain", "sft", "grpo")
 STOPPED = 130
-PROGRAM = Path(__file__).with_name("killed_runs.py")
+PROGRAM = Path(__file__).with_name("interrupted_runs.py")
 
 
 def test_runs_train_at_all(whole, runs):
@@ -84,7 +84,7 @@ def test_a_moved_run_needs_neither_recipe_nor_start(kind, launch, runs, tmp_path
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL")
-def test_sigkill_at_named_and_at_random_moments(tiny, runs, tmp_path):
+def test_sigkill_at_named_and_random_moments_and_ctrl_c(tiny, runs, tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(PROGRAM.parents[2]), "OMP_NUM_THREADS": "1"}
     given = [tiny.pretrain, tiny.sft, tiny.grpo, str(runs.pretrain), str(runs.sft), str(tmp_path)]
     done = subprocess.run(
@@ -93,4 +93,4 @@ def test_sigkill_at_named_and_at_random_moments(tiny, runs, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     lines = done.stdout.splitlines()
     assert [line for line in lines if not line.startswith("ok ")] == []
-    assert len(lines) == 6
+    assert len(lines) == 8

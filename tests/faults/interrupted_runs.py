@@ -1,4 +1,4 @@
-"""A program for test_resume.py: forks runs that are killed with SIGKILL, and compares what they end in.
+"""A program for test_resume.py: forks runs, kills or interrupts them, and compares what they end in.
 
 One process imports and reads everything once and forks for every start; it never computes itself. Prints ``ok <case>`` or
 ``FAILED <case>: why``.
@@ -7,6 +7,7 @@ One process imports and reads everything once and forks for every start; it neve
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import json
 import os
@@ -14,6 +15,7 @@ import random
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch._dynamo  # noqa: F401 - torch.optim loads it, for seconds; here it is loaded once for every fork
@@ -32,6 +34,8 @@ KILLS = {
     "grpo": ("save-state:kill:2",),
 }
 RANDOM_KILLS = 2
+ENDLESS = ["total_tokens=100_000_000_000", "eval_every_tokens=100_000_000_000", "save_every_tokens=100_000_000_000"]
+PATIENCE_SECONDS = 60
 COMPARED = ("model.safetensors", "optimizer.safetensors", "reference.safetensors")
 
 
@@ -40,8 +44,8 @@ def fork_run(command: list[str], folder: Path, fault: str = "") -> int:
     child = os.fork()
     if child:
         return child
-    with open(os.devnull, "w") as nowhere:
-        os.dup2(nowhere.fileno(), 2)
+    with open(folder.with_suffix(".log"), "a") as log:
+        os.dup2(log.fileno(), 2)
         if fault:
             os.environ[faults.VARIABLE] = fault
         os._exit(main([*command, "--run", str(folder)]))
@@ -84,6 +88,49 @@ def check(command: list[str], whole: Path, folder: Path, fault: str) -> None:
     assert not different and expected.keys() == found.keys(), f"differs in {different}"
 
 
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not condition():
+        assert time.monotonic() < deadline, "the run did not get that far"
+        time.sleep(0.01)
+
+
+def interrupt(command: list[str], folder: Path, *, twice: bool) -> None:
+    """Ctrl-C on a run without end: once saves and leaves, twice leaves at once; 130 either way."""
+    log, metrics = folder.with_suffix(".log"), folder / "metrics.jsonl"
+    # Twice: one step is thousands of micro-batches, so that the second signal finds the run still in the step of the first.
+    step = ["batch_tokens=1_048_576", "micro_batch_tokens=512"] if twice else []
+    child = fork_run([*command, *ENDLESS, *step], folder)
+    try:
+        wait_for(lambda: metrics.exists() and (twice or metrics.stat().st_size > 0))
+        os.kill(child, signal.SIGINT)
+        wait_for(lambda: "SIGINT: finishing this step and saving; once more to leave at once" in log.read_text())
+        if twice:
+            os.kill(child, signal.SIGINT)
+        code = ended_by(child)
+    except AssertionError:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        raise
+    said = log.read_text()
+    assert code == -130 and "Traceback" not in said, f"ended with {code}"
+    if twice:
+        assert "osler: interrupted" in said and not (folder / "checkpoints").exists()
+        return
+    saved, skipped = store.newest_good(folder / "checkpoints")
+    assert saved is not None and not skipped and "Stopped and saved" in said
+    assert store.load(saved).step >= json.loads(metrics.read_text().splitlines()[-1])["step"]
+
+
+def report(name: str, case: Callable[[], None]) -> None:
+    try:
+        case()
+    except (AssertionError, OSError) as error:
+        print(f"FAILED {name}: {error}", flush=True)
+    else:
+        print(f"ok {name}", flush=True)
+
+
 def run_all(recipes: dict[str, list[str]], root: Path) -> None:
     load_clinic_exam(split="train", limit=1)
     for kind, command in recipes.items():
@@ -91,14 +138,12 @@ def run_all(recipes: dict[str, list[str]], root: Path) -> None:
             main([*command, "--dry-run"])
         whole = root / f"{kind}-whole"
         assert ended_by(fork_run(command, whole)) == 0, f"{kind} does not run"
-        for fault in (*KILLS[kind], *([""] if kind != "sft" else [])):
-            name = f"{kind} {fault or 'random kills'}"
-            try:
-                check(command, whole, root / name.replace(" ", "-").replace(":", "-"), fault)
-            except (AssertionError, OSError) as error:
-                print(f"FAILED {name}: {error}", flush=True)
-            else:
-                print(f"ok {name}", flush=True)
+        for number, fault in enumerate((*KILLS[kind], *([""] if kind != "sft" else []))):
+            folder = root / f"{kind}-{number}"
+            report(f"{kind} {fault or 'random kills'}", functools.partial(check, command, whole, folder, fault))
+    for twice in (False, True):
+        case = functools.partial(interrupt, recipes["pretrain"], root / f"interrupted-{twice}", twice=twice)
+        report(f"ctrl-c {'twice' if twice else 'once'}", case)
 
 
 if __name__ == "__main__":
