@@ -34,7 +34,7 @@ def tiny(tmp_path_factory) -> SimpleNamespace:
     from osler.tasks.item import LETTERS, render_question
 
     root = tmp_path_factory.mktemp("tiny")
-    tokenizer = train_tokenizer(ClinicData(passages=100, examples=100, cards=0), 512)
+    tokenizer = train_tokenizer(ClinicData(passages=100, examples=100, cards=0, drills=0), 512)
     (root / "tokenizer.json").write_bytes(tokenizer.to_bytes())
     turns = [
         {"question": render_question(item), "why": "Clear.", "answer": f"({LETTERS[item.answer_index]})"}
@@ -55,7 +55,7 @@ def tiny(tmp_path_factory) -> SimpleNamespace:
         "schedule": {"warmup_tokens": 2 * 256},
         "compile": "never",
     }
-    clinic = {"passages": 60, "examples": 40, "cards": 0, "validation_passages": 6, "validation_examples": 6}
+    clinic = {"passages": 60, "examples": 40, "cards": 0, "drills": 0, "validation_passages": 6, "validation_examples": 6}
     turns_data = {"type": "turns", "path": str(root / "turns.jsonl"), "thinking_field": "why"}
     recipes: dict[str, dict[str, Any]] = {
         "pretrain": {**supervised, "kind": "pretrain", "data": clinic},

@@ -9,8 +9,8 @@ from osler.config import config
 
 @config
 class ClinicData:
-    """The built-in synthetic world: `passages` of textbook prose, `examples` of exam items with reasoning, and
-    `cards` that only train the form of the exam (which letter stands beside a text).
+    """The built-in synthetic world: `passages` of textbook prose, `examples` of exam items with reasoning, and, to train
+    the form of the exam without any fact, matching `cards` and option `drills` (see `osler.clinic.drills`).
     """
 
     type: Literal["clinic"] = "clinic"
@@ -18,11 +18,12 @@ class ClinicData:
     passages: int = 20_000
     examples: int = 20_000
     cards: int = 5_000
+    drills: int = 5_000
     validation_passages: int = 200
     validation_examples: int = 200
 
     def __post_init__(self) -> None:
-        for name in ("passages", "examples", "cards", "validation_passages", "validation_examples"):
+        for name in ("passages", "examples", "cards", "drills", "validation_passages", "validation_examples"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be 0 or more")
         if self.passages + self.examples == 0:

@@ -12,15 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from osler.clinic.cards import cards
+from osler.clinic.drills import cards, drills
 from osler.clinic.textbook import textbook
 from osler.data.config import ClinicData, FilesData, TurnsData
 from osler.data.documents import Document
 from osler.data.prepare import Prepared, prepare
 from osler.data.readers import TextFiles, TurnFiles
 from osler.errors import UserError
+from osler.tasks.clinic import convert
 from osler.tasks.clinic import load as load_clinic_exam
-from osler.tasks.item import render_answer, render_question
+from osler.tasks.item import ExamItem, render_answer, render_question
 from osler.tokenizer.bpe import Tokenizer
 from osler.tokenizer.chat import Turn
 
@@ -39,9 +40,10 @@ class Source:
 
 
 def open_clinic(data: ClinicData) -> Source:
-    """Render the clinic's textbook, exam samples and matching cards."""
+    """Render the clinic's textbook, exam samples and drills."""
     train = clinic_documents(data.seed, data.passages, "train", data.examples)
     train += [Document(text=text, source="clinic cards") for text in cards(data.seed, data.cards)]
+    train += [worked(convert(item)) for item in drills(data.seed, data.drills)]
     validation = clinic_documents(
         data.seed + VALIDATION_SEED_SHIFT, data.validation_passages, "validation", data.validation_examples
     )
@@ -52,9 +54,13 @@ def clinic_documents(seed: int, passages: int, split: str, examples: int) -> lis
     """Return `passages` of textbook and `examples` of an exam split, each example a turn with its reasoning."""
     documents = [Document(text=text, source="clinic textbook") for text in textbook(seed, passages)]
     for item in load_clinic_exam(split=split, limit=examples, seed=seed):
-        turn = Turn(render_question(item), item.thinking, render_answer(item))
-        documents.append(Document(turn=turn, source=item.id))
+        documents.append(worked(item))
     return documents
+
+
+def worked(item: ExamItem) -> Document:
+    """An exam item with its reasoning and answer, as a document to learn from."""
+    return Document(turn=Turn(render_question(item), item.thinking, render_answer(item)), source=item.id)
 
 
 def open_files(data: FilesData) -> Source:

@@ -34,7 +34,8 @@ class ModelConfig:
     # Initialisation (see model/init.py): what the output projections and the head start as, and how attention starts.
     residual_init: Literal["zero", "scaled"] = "zero"
     head_init: Literal["zero", "normal"] = "zero"
-    attention_init: Literal["independent", "mirrored"] = "independent"
+    attention_init: Literal["independent", "mirrored", "induction"] = "independent"
+    qk_norm_init: float = 1.0  # what weighted QK-norms start at; above 1 attention starts sharper
 
     def __post_init__(self) -> None:
         for name in (
@@ -66,6 +67,16 @@ class ModelConfig:
             )
         if self.qk_norm_weight and not self.norm_weight:
             raise ValueError("qk_norm_weight=true needs norm_weight=true")
+        if self.qk_norm_init != 1.0 and not self.qk_norm_weight:
+            raise ValueError(f"qk_norm_init {self.qk_norm_init} needs qk_norm_weight=true: without weights nothing holds it")
+        if self.attention_init == "induction":
+            if self.num_layers < 2 or self.hidden_size < 3 * self.head_dim + 1:
+                raise ValueError(
+                    f"attention_init=induction needs 2 layers and a hidden_size of 3 x head_dim + 1 = {3 * self.head_dim + 1}, "
+                    f"not {self.num_layers} and {self.hidden_size}"
+                )
+            if self.tie_embeddings or self.embed_rank is not None:
+                raise ValueError("attention_init=induction needs untied, unfactorized embeddings: it reserves places in them")
 
     @property
     def padded_vocab_size(self) -> int:

@@ -9,9 +9,14 @@
 | lm_head                       | zero (first loss is exactly ln(vocab_size)), or normal, std 1 / sqrt(hidden_size)           |
 | norm weights                  | one                                                                                         |
 
+QK-norm weights start at ``qk_norm_init`` instead.
+
 ``attention_init="mirrored"`` then overwrites q_proj with k_proj of its group and o_proj with half of v_projᵀ: heads start as
-"look at tokens like me, copy what they are", which brings forward the moment a small model learns to copy (mimetic
-initialisation, arXiv 2305.09828). Draws come from a CPU generator in parameter order, so a seed means one model everywhere.
+"look at tokens like me, copy what they are" (mimetic initialisation, arXiv 2305.09828). ``"induction"`` does that and wires one
+induction head by hand (arXiv 2209.11895) into the first key/value head of the first two layers, because a small model that must
+copy from its context otherwise spends most of its training before one forms by chance; see ``_wire_induction``. Everything stays
+ordinary weights that train and export like others. Draws come from a CPU generator in parameter order, so a seed means one model
+everywhere.
 """
 
 from __future__ import annotations
@@ -23,6 +28,10 @@ from torch import Tensor, nn
 
 from osler.model.attention import Attention
 from osler.model.config import ModelConfig
+from osler.model.rope import rope_tables, rotate
+
+NEIGHBOUR_PAIRS = 4  # of the fastest RoPE pairs: enough to tell one position back from its neighbours
+MATCH_DISTANCE = 50  # tokens over which a matching head must not be turned by more than a radian
 
 
 def init_weights(model: nn.Module, config: ModelConfig, seed: int) -> None:
@@ -31,10 +40,13 @@ def init_weights(model: nn.Module, config: ModelConfig, seed: int) -> None:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(_draw(name, parameter, config, generator))
-        if config.attention_init == "mirrored":
-            for module in model.modules():
-                if isinstance(module, Attention):
-                    _mirror(module, config)
+        if config.attention_init != "independent":
+            layers = [module for module in model.modules() if isinstance(module, Attention)]
+            for layer in layers:
+                _mirror(layer, config)
+            if config.attention_init == "induction":
+                embedding = dict(model.named_parameters())["embed_tokens.weight"]
+                _wire_induction(embedding, layers[0], layers[1], config, generator)
 
 
 def _draw(name: str, parameter: Tensor, config: ModelConfig, generator: torch.Generator) -> Tensor:
@@ -43,6 +55,8 @@ def _draw(name: str, parameter: Tensor, config: ModelConfig, generator: torch.Ge
 
     width = 1 / math.sqrt(config.hidden_size)
     kind = name.split(".")[-2] if "." in name else name
+    if kind in ("q_norm", "k_norm"):
+        return torch.full(parameter.shape, config.qk_norm_init)
     if kind.endswith("norm"):
         return torch.ones(parameter.shape)
     if kind == "embed_tokens":
@@ -67,3 +81,45 @@ def _mirror(layer: Attention, config: ModelConfig) -> None:
     layer.o_proj.weight.copy_(
         0.5 / groups * layer.v_proj.weight.view(per_head).repeat_interleave(groups, 0).flatten(0, 1).T
     )
+
+
+def _wire_induction(embedding: Tensor, first: Attention, second: Attention, config: ModelConfig, generator: torch.Generator) -> None:
+    """Make the first key/value head of two layers say: find where this token stood before, and copy what came after it.
+
+    The hidden vector gets three parts: a constant, ``head_dim`` places for "the token before me", and the rest, which is the
+    token itself. In the first layer a head looks one position back, by the constant alone: its keys are one fixed vector in the
+    fastest RoPE pairs, its queries the same vector turned by one position. It writes a projection of the token it finds into the
+    reserved places. In the second layer queries are that projection of the token itself, in the slow RoPE pairs that distance
+    hardly turns, keys are the reserved places, and what is found is added to the token part.
+    """
+    size, hidden = config.head_dim, config.hidden_size
+    groups = config.num_heads // config.num_kv_heads
+    before, token = slice(1, 1 + size), slice(1 + size, hidden)
+    embedding[:, 0], embedding[:, before] = 1.0, 0.0
+
+    def token_projection() -> Tensor:
+        projection = torch.zeros(size, hidden)
+        projection[:, token] = torch.randn(size, hidden - 1 - size, generator=generator) / math.sqrt(hidden - 1 - size)
+        return projection
+
+    constant = torch.eye(hidden)[0]
+    fixed = torch.zeros(size)
+    fixed[:NEIGHBOUR_PAIRS] = 1.0
+    cos, sin = rope_tables(2, size, config.rope_theta)
+    one_back = rotate(fixed, cos[1], -sin[1])
+    identity, copied = token_projection(), token_projection()
+    angles = config.rope_theta ** -(torch.arange(size // 2) / (size // 2))
+    slow = (angles * MATCH_DISTANCE < 1).float().repeat(2)[:, None]
+    reserved = torch.zeros(size, hidden)
+    reserved[:, before] = torch.eye(size)
+
+    first.k_proj.weight[:size] = torch.outer(fixed, constant)
+    first.v_proj.weight[:size] = identity
+    second.k_proj.weight[:size] = reserved * slow
+    second.v_proj.weight[:size] = copied
+    for head in range(groups):  # the query heads that share the key/value head share the work
+        rows = slice(head * size, (head + 1) * size)
+        first.q_proj.weight[rows] = torch.outer(one_back, constant)
+        first.o_proj.weight[:, rows] = reserved.T / groups
+        second.q_proj.weight[rows] = identity * slow
+        second.o_proj.weight[:, rows] = copied.T / groups

@@ -13,30 +13,30 @@ from osler.data.sources import open_source, prepare_source, train_tokenizer
 from osler.data.verbs import Sections
 from osler.errors import UserError
 
-CLINIC = ClinicData(passages=150, examples=120, cards=7, validation_passages=10, validation_examples=20)
+CLINIC = ClinicData(passages=150, examples=120, cards=7, drills=3, validation_passages=10, validation_examples=20)
 
 
-def test_clinic_documents_are_prose_then_exam_turns_then_cards() -> None:
+def test_clinic_documents_are_prose_then_exam_turns_then_drills() -> None:
     source = open_source(CLINIC)
     documents = list(source.train)
-    assert [document.turn is None for document in documents] == [True] * 150 + [False] * 120 + [True] * 7
+    assert [document.turn is None for document in documents] == [True] * 150 + [False] * 120 + [True] * 7 + [False] * 3
     turn = documents[269].turn
     assert turn is not None and turn.thinking
     assert all(f"({letter})" in turn.question for letter in "ABCD")
     assert turn.answer in turn.question and turn.answer[-3:] in ("(A)", "(B)", "(C)", "(D)")
     assert source.validation is not None and len(list(source.validation)) == 30
     assert list(open_source(CLINIC).train) == documents
-    assert list(open_source(ClinicData(seed=1, passages=150, examples=120, cards=7)).train) != documents
+    assert list(open_source(ClinicData(seed=1, passages=150, examples=120, cards=7, drills=3)).train) != documents
 
 
 def test_clinic_is_prepared_and_reused(tmp_path: Path) -> None:
     tokenizer = train_tokenizer(CLINIC, 512)
     prepared = prepare_source(CLINIC, tokenizer, tmp_path / "out")
     assert prepared.validation is not None
-    assert (prepared.train.num_documents, prepared.validation.num_documents) == (277, 30)
+    assert (prepared.train.num_documents, prepared.validation.num_documents) == (280, 30)
     assert 0 < prepared.train.num_loss_tokens < prepared.train.num_tokens
     assert prepare_source(CLINIC, tokenizer, tmp_path / "out").reused
-    none = ClinicData(passages=5, examples=5, cards=0, validation_passages=0, validation_examples=0)
+    none = ClinicData(passages=5, examples=5, cards=0, drills=0, validation_passages=0, validation_examples=0)
     assert prepare_source(none, tokenizer, tmp_path / "none").validation is None
 
 

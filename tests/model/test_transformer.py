@@ -11,6 +11,7 @@ import torch
 from osler.config import encode
 from osler.model.config import ModelConfig
 from osler.model.kv_cache import KVCache
+from osler.model.rope import rotate
 from osler.model.transformer import Transformer
 from osler.ops.cross_entropy import linear_cross_entropy
 
@@ -266,3 +267,40 @@ def test_config_counts_what_the_model_has() -> None:
 def test_impossible_shapes_are_refused_with_the_numbers(changes: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         ModelConfig(**changes)
+
+
+def test_wired_induction_head_looks_one_back_and_then_at_the_same_token() -> None:
+    """At the start: the first head of layer 0 attends to the previous position, that of layer 1 to what followed an equal token."""
+    config = ModelConfig(norm_weight=True, qk_norm_weight=True, qk_norm_init=1.4, attention_init="induction", residual_init="scaled")
+    model = Transformer(config)
+    model.init_weights(0)
+    g = torch.Generator().manual_seed(1)
+    first = torch.randperm(2048, generator=g)[:30]
+    ids = torch.cat([first, first])[None]  # every token of the second half stood 30 places before
+    seen: list[torch.Tensor] = []
+
+    def watch(module: torch.nn.Module, args: tuple[torch.Tensor, ...], kwargs: dict[str, Any]) -> None:
+        layer, (x, rope) = module, args
+        q = rotate(layer.q_norm(layer.q_proj(x).view(1, 60, 4, 32)), *rope)[0, :, 0]  # type: ignore[operator, union-attr]
+        k = rotate(layer.k_norm(layer.k_proj(x).view(1, 60, 2, 32)), *rope)[0, :, 0]  # type: ignore[operator, union-attr]
+        scores = (q @ k.T / 32**0.5).masked_fill(torch.ones(60, 60).triu(1).bool(), float("-inf"))
+        seen.append(scores.softmax(-1))
+
+    for block in list(model.layers)[:2]:
+        block.self_attn.register_forward_pre_hook(watch, with_kwargs=True)  # type: ignore[union-attr, operator, arg-type]
+    with torch.no_grad():
+        model(ids)
+    back, match = seen
+    assert back[torch.arange(1, 60), torch.arange(59)].mean() > 0.5
+    second_half = torch.arange(31, 60)
+    assert match[second_half, second_half - 29].mean() > 0.4  # the token after the earlier occurrence, out of up to 60
+    assert match[second_half].argmax(-1).eq(second_half - 29).float().mean() > 0.8
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"num_layers": 1}, {"hidden_size": 40}, {"tie_embeddings": True, "head_init": "normal"}, {"embed_rank": 8}],
+)
+def test_induction_is_refused_where_it_cannot_be_wired(changes: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="attention_init=induction"):
+        ModelConfig(**{"attention_init": "induction", **changes})

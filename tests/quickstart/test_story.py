@@ -15,7 +15,7 @@ MODEL = (
     *("num_layers=2", "hidden_size=32", "intermediate_size=64", "num_heads=2", "num_kv_heads=1", "head_dim=16"),
     *("vocab_size=600", "max_seq_len=512"),
 )
-DATA = ("passages=60", "examples=60", "cards=30", "validation_passages=10", "validation_examples=10")
+DATA = ("passages=60", "examples=60", "cards=30", "drills=10", "validation_passages=10", "validation_examples=10")
 TINY = (
     *(f"{stage}.model.{setting}" for stage in ("pretrain", "sft") for setting in MODEL),
     "pretrain.tokenizer.vocab_size=600",
