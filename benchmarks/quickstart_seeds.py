@@ -1,0 +1,76 @@
+"""The quickstart over several seeds, cold: minutes, exam accuracies after the supervised stages, and what GRPO gains.
+
+    python benchmarks/quickstart_seeds.py [--seeds 0 1 2] [--out FILE]
+
+Every seed is a fresh process with an empty compiler cache, so compilation counts. Prints one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def one_seed(seed: int, folder: Path) -> dict[str, Any]:
+    """Run the quickstart with one seed and read what it left."""
+    run = folder / f"seed-{seed}"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TORCHINDUCTOR_CACHE_DIR": str(folder / f"cache-{seed}")}
+    command = [sys.executable, "-m", "osler.cli", "quickstart", "--run", str(run), f"seed={seed}"]
+    started = time.monotonic()
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    seconds = time.monotonic() - started
+    if done.returncode:
+        raise SystemExit(f"seed {seed} failed:\n{done.stderr[-3000:]}")
+    exams, comparison = (json.loads((run / name).read_text()) for name in ("exams.json", "comparison.json"))
+    return {
+        "seed": seed,
+        "minutes": seconds / 60,
+        "stages": {stage["name"]: stage["seconds"] for stage in json.loads((run / "stages.json").read_text())},
+        "supervised": {
+            split: {name: score[name] for name in ("accuracy", "interval", "n")} for split, score in exams["sft"].items()
+        },
+        "grpo": {row["split"]: {name: row[name] for name in ("before", "after", "difference", "interval")} for row in comparison},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--out", type=Path, help="also write the JSON here")
+    args = parser.parse_args()
+    import torch
+
+    with tempfile.TemporaryDirectory() as folder:
+        rows = []
+        for seed in args.seeds:
+            rows.append(one_seed(seed, Path(folder)))
+            print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
+    splits = list(rows[0]["supervised"])
+    result = {
+        "benchmark": "quickstart",
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+        "torch": torch.__version__,
+        "mean_minutes": statistics.mean(row["minutes"] for row in rows),
+        "mean_supervised_accuracy": {s: statistics.mean(row["supervised"][s]["accuracy"] for row in rows) for s in splits},
+        "mean_grpo_gain": {s: statistics.mean(row["grpo"][s]["difference"] for row in rows) for s in splits},
+        "seeds": rows,
+    }
+    text = json.dumps(result, indent=2)
+    print(text)
+    if args.out:
+        args.out.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()
