@@ -1,9 +1,9 @@
 """The clinic's drills: texts that train the form of the exam and state no fact, by seed.
 
-Two kinds. Matching cards are plain text: phrases with letters, then some of them asked again; they teach to find the letter that
-stands beside a text. Option drills have the shape of an exam item whose question names the option to choose; they teach to answer
-with what was just reasoned. Phrases are drawn from all of the clinic at random, held-out answers included, so a drill says nothing
-about which condition has which fact.
+Two kinds. Matching cards are plain text: phrases with letters, then some of them asked again; they teach to find the letter
+that stands beside a text. Option drills have the shape of an exam item whose question names the option to choose; they teach to
+answer with what was just reasoned. Phrases are drawn from all of the clinic at random, held-out answers included, so a drill
+says nothing about which condition has which fact.
 
 Why: in exam items one token in eighty asks for a letter, on a card one in six, and a held-out answer is never the right option
 of a training item, so without drills a small model learns the form late, or only for the answers it was trained to give.

@@ -50,7 +50,7 @@ class ClinicItem:
     condition: str
     relation: str
     thinking: str
-    findings: Combo
+    findings: tuple[str, ...]
 
     @property
     def answer(self) -> str:

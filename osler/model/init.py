@@ -83,7 +83,9 @@ def _mirror(layer: Attention, config: ModelConfig) -> None:
     )
 
 
-def _wire_induction(embedding: Tensor, first: Attention, second: Attention, config: ModelConfig, generator: torch.Generator) -> None:
+def _wire_induction(
+    embedding: Tensor, first: Attention, second: Attention, config: ModelConfig, generator: torch.Generator
+) -> None:
     """Make the first key/value head of two layers say: find where this token stood before, and copy what came after it.
 
     The hidden vector gets three parts: a constant, ``head_dim`` places for "the token before me", and the rest, which is the

@@ -270,24 +270,25 @@ def test_impossible_shapes_are_refused_with_the_numbers(changes: dict[str, Any],
 
 
 def test_wired_induction_head_looks_one_back_and_then_at_the_same_token() -> None:
-    """At the start: the first head of layer 0 attends to the previous position, that of layer 1 to what followed an equal token."""
-    config = ModelConfig(norm_weight=True, qk_norm_weight=True, qk_norm_init=1.4, attention_init="induction", residual_init="scaled")
-    model = Transformer(config)
+    """Untrained: layer 0's first head attends to the previous position, layer 1's to what followed an equal token."""
+    sharper = {"norm_weight": True, "qk_norm_weight": True, "qk_norm_init": 1.4}
+    model = Transformer(ModelConfig(attention_init="induction", residual_init="scaled", **sharper))
     model.init_weights(0)
     g = torch.Generator().manual_seed(1)
     first = torch.randperm(2048, generator=g)[:30]
     ids = torch.cat([first, first])[None]  # every token of the second half stood 30 places before
     seen: list[torch.Tensor] = []
 
-    def watch(module: torch.nn.Module, args: tuple[torch.Tensor, ...], kwargs: dict[str, Any]) -> None:
-        layer, (x, rope) = module, args
-        q = rotate(layer.q_norm(layer.q_proj(x).view(1, 60, 4, 32)), *rope)[0, :, 0]  # type: ignore[operator, union-attr]
-        k = rotate(layer.k_norm(layer.k_proj(x).view(1, 60, 2, 32)), *rope)[0, :, 0]  # type: ignore[operator, union-attr]
+    def watch(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        layer: Any = module
+        x, rope = args
+        q = rotate(layer.q_norm(layer.q_proj(x).view(1, 60, 4, 32)), *rope)[0, :, 0]
+        k = rotate(layer.k_norm(layer.k_proj(x).view(1, 60, 2, 32)), *rope)[0, :, 0]
         scores = (q @ k.T / 32**0.5).masked_fill(torch.ones(60, 60).triu(1).bool(), float("-inf"))
         seen.append(scores.softmax(-1))
 
     for block in list(model.layers)[:2]:
-        block.self_attn.register_forward_pre_hook(watch, with_kwargs=True)  # type: ignore[union-attr, operator, arg-type]
+        block.self_attn.register_forward_pre_hook(watch, with_kwargs=True)  # type: ignore[union-attr, operator]
     with torch.no_grad():
         model(ids)
     back, match = seen
