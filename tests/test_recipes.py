@@ -87,8 +87,8 @@ def test_recipes_folder_holds_only_yaml():
 
 
 def test_a_training_recipe_is_told_from_a_reinforcement_recipe(tmp_path):
-    (tmp_path / "train.yaml").write_text("base: pure-tiny\nseq_len: 256\ntotal_tokens: 1_000_000\n")
-    (tmp_path / "grpo.yaml").write_text("init_from: runs/a\nalgorithm: {samples_per_prompt: 16}\n")
+    (tmp_path / "train.yaml").write_text("kind: pretrain\nbase: pure-tiny\nseq_len: 256\ntotal_tokens: 1_000_000\n")
+    (tmp_path / "grpo.yaml").write_text("kind: grpo\ninit_from: runs/a\nalgorithm: {samples_per_prompt: 16}\n")
     train = decode_recipe(load_recipe(tmp_path / "train.yaml"))
     grpo = decode_recipe(load_recipe(tmp_path / "grpo.yaml"))
     assert (type(train).__name__, derived(train)["optimizer steps"]) == ("TrainConfig", 123)

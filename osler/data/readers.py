@@ -67,6 +67,8 @@ class TurnFiles:
 
 def find_files(path: str | Path, *, allow_text: bool) -> list[Path]:
     """Return the readable files at `path`, sorted, without hidden ones. Raises UserError when there is none."""
+    if not str(path):  # Path("") would be the folder that happens to be the current one
+        raise UserError("data.path is empty: name a file or a folder of text, such as data.path=MY_TEXTS.")
     path = Path(path)
     endings = (PARQUET_ENDING, *LINES_ENDINGS, *(TEXT_ENDINGS if allow_text else ()))
     if path.is_file():

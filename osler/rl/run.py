@@ -16,7 +16,6 @@ from osler.errors import UserError
 from osler.eval.exams import score_by_generation
 from osler.inference.engine import Engine
 from osler.inference.load import LoadedModel, describing_files, load_model
-from osler.monitor.sinks import JsonlSink
 from osler.optim.build import build_optimizer
 from osler.rl.config import GrpoConfig, RlTaskConfig
 from osler.rl.prompts import RewardTerm, RlTask, task_shares
@@ -38,7 +37,6 @@ from osler.train.folder import (
     refuse_another,
     stored_config,
     stored_precision,
-    was_evaluated,
 )
 from osler.train.setup import Machine, choose_machine, describe_run
 
@@ -99,20 +97,9 @@ def train(config: GrpoConfig, run: RunFolder) -> bool:
     if checkpoint is not None:
         trainer.restore(store.load(checkpoint))
         say(f"Continuing {run.root} from step {trainer.step:,}.")
-        finish_evaluation(trainer, run)
     else:
         say(describe_start(config, start, tasks, machine))
     return trainer.fit()
-
-
-def finish_evaluation(trainer: GrpoTrainer, run: RunFolder) -> None:
-    """Make the evaluation that a kill cut off: it comes after its checkpoint, so the steps that follow would not make it."""
-    config = trainer.config
-    if trainer.step < config.steps and trainer.step % config.eval_every_steps:
-        return
-    with JsonlSink(run.metrics, resume_step=trainer.step) as sink:
-        if not was_evaluated(run, trainer.step):
-            trainer._evaluate(sink)
 
 
 def load_tasks(config: GrpoConfig, start: LoadedModel) -> list[RlTask]:

@@ -27,11 +27,12 @@ from osler.rl.config import GrpoConfig
 from osler.rl.prompts import RlTask
 from osler.rl.rollout import Group, RolloutWorker, Sample, rollout_metrics
 from osler.rl.step import training_rows, update_policy
-from osler.runtime.files import RunFolder
+from osler.runtime.files import RunFolder, write_atomic
 from osler.runtime.log import Progress, say
 from osler.runtime.stop import StopFlag
 from osler.tasks.item import LETTERS, render_answer, render_question
 from osler.tokenizer.bpe import Tokenizer
+from osler.train.folder import was_evaluated
 from osler.train.trainer import check_fingerprints
 
 CUT_ALARM = 0.9  # above this share of cut completions something is wrong with the template or the limit
@@ -85,7 +86,8 @@ class GrpoTrainer:
         sink = JsonlSink(self.run.metrics, resume_step=self.step if self.step else -1)
         progress = Progress(config.steps, "steps", label="grpo", initial=self.step)
         with StopFlag() as stop, sink, progress:
-            if self.step == 0:
+            # Before the first step, or where a kill came after the checkpoint and before its evaluation.
+            if self._evaluation_due() and not was_evaluated(self.run, self.step):
                 self._evaluate(sink)
             while self.step < config.steps:
                 metrics = self._one_step()
@@ -93,15 +95,17 @@ class GrpoTrainer:
                 progress.update(self.step, reward=f"{metrics['reward']:.3f}")
                 self._check_skipped(metrics)
                 done = self.step == config.steps
-                eval_due = done or self.step % config.eval_every_steps == 0
                 # The checkpoint comes first: an evaluation that fails must not cost the steps before it.
-                if eval_due or stop.requested or self.step % config.save_every_steps == 0:
-                    self.save()
+                if self._evaluation_due() or stop.requested or self.step % config.save_every_steps == 0:
+                    self.save(stop)
                 if stop.requested and not done:
                     return False
-                if eval_due:
+                if self._evaluation_due():
                     self._evaluate(sink)
         return True
+
+    def _evaluation_due(self) -> bool:
+        return self.step % self.config.eval_every_steps == 0 or self.step >= self.config.steps
 
     def _one_step(self) -> dict[str, float]:
         """Ask the questions of the current step, learn from the answers, and count the step as done."""
@@ -111,7 +115,7 @@ class GrpoTrainer:
         if self.step == 0:
             self._preflight(groups)
         metrics = rollout_metrics(groups)
-        self._alarms(metrics)
+        self._alarms(metrics, earned=any(sample.reward > 0.0 for group in groups for sample in group.samples))
 
         budget = config.budget_tokens_per_step
         set_lr(self.optimizer, lr_scale(config.schedule, (self.step + 1) * budget, config.steps * budget))
@@ -165,7 +169,7 @@ class GrpoTrainer:
             f"{sum(group.effective for group in groups)} of {len(groups)} groups teach something."
         )
 
-    def _alarms(self, metrics: Mapping[str, float]) -> None:
+    def _alarms(self, metrics: Mapping[str, float], *, earned: bool) -> None:
         """Say loudly what otherwise fails without an error: no completion ends, or none is ever rewarded."""
         algorithm, patience = self.config.algorithm, self.config.zero_reward_patience
         if metrics["completions/clipped_ratio"] > CUT_ALARM and self.step % patience == 0:
@@ -174,7 +178,7 @@ class GrpoTrainer:
                 f"{algorithm.max_new_tokens} tokens. Either the limit is too short, or the model never learned to end "
                 "(was it fine-tuned with the chat template?)."
             )
-        self.zero_reward_steps = 0 if metrics["reward"] > 0.0 else self.zero_reward_steps + 1
+        self.zero_reward_steps = 0 if earned else self.zero_reward_steps + 1
         if self.zero_reward_steps and self.zero_reward_steps % patience == 0:
             say(
                 f"Warning: no completion earned a reward for {self.zero_reward_steps} steps; there is nothing to learn "
@@ -183,7 +187,8 @@ class GrpoTrainer:
 
     def _check_skipped(self, metrics: Mapping[str, float]) -> None:
         """End the run when the gradient has not been finite for too long: nothing is being learned."""
-        self.skipped_in_a_row = self.skipped_in_a_row + 1 if metrics.get("train/skipped_steps") else 0
+        all_skipped = metrics.get("train/skipped_steps", 0) >= self.config.algorithm.updates_per_batch
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if all_skipped else 0
         if self.skipped_in_a_row >= self.config.max_skipped_steps:
             raise UserError(
                 f"The gradient was not finite for {self.skipped_in_a_row} steps in a row (step {self.step}); those "
@@ -197,35 +202,40 @@ class GrpoTrainer:
             return
         before = time.perf_counter()
         metrics = dict(self.evaluate())
-        sink.write(self.step, self.tokens, {**metrics, "eval/seconds": time.perf_counter() - before})
-        shown = ", ".join(f"{name.removeprefix('eval/')} {value:.4f}" for name, value in metrics.items())
-        say(f"step {self.step}: {shown}")
         value, saved = metrics.get(self.best_metric), self.run.checkpoints / store.folder_name(self.step)
         if value is not None and saved.is_dir() and (self.best_value is None or value > self.best_value):
             self.best_value = value
             store.mark_best(saved, self.best_metric, value)
+        # Last, because the line is what tells a resumed run that this evaluation is complete.
+        sink.write(self.step, self.tokens, {**metrics, "eval/seconds": time.perf_counter() - before})
+        shown = ", ".join(f"{name.removeprefix('eval/')} {value:.4f}" for name, value in metrics.items())
+        say(f"step {self.step}: {shown}")
 
     def _write_samples(self, shown: Sequence[tuple[Group, Sample]]) -> None:
-        """Append samples to the run's samples file, in the form that the report reads."""
-        with self.run.samples.open("a", encoding="utf-8") as file:
-            for group, sample in shown:
-                item = group.visit.item
-                line = {
-                    "id": item.id,
-                    "stage": f"grpo step {self.step}",
-                    "question": item.question,
-                    "options": [f"{text} ({LETTERS[index]})" for index, text in enumerate(item.options)],
-                    "thinking": sample.completion.thinking,
-                    "answer": sample.completion.answer or "",
-                    "correct_answer": render_answer(item),
-                    "correct": sample.correct,
-                }
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        """Make the run's samples file, in the form that the report reads; a start over in the same folder replaces it."""
+        lines = []
+        for group, sample in shown:
+            item = group.visit.item
+            line = {
+                "id": item.id,
+                "stage": f"grpo step {self.step}",
+                "question": item.question,
+                "options": [f"{text} ({LETTERS[index]})" for index, text in enumerate(item.options)],
+                "thinking": sample.completion.thinking,
+                "answer": sample.completion.answer or "",
+                "correct_answer": render_answer(item),
+                "correct": sample.correct,
+            }
+            lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+        write_atomic(self.run.samples, "".join(lines))
 
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 
-    def save(self) -> None:
-        """Save everything a resume needs; when the disk refuses, warn and go on with the earlier checkpoints."""
+    def save(self, stop: StopFlag) -> None:
+        """Save everything a resume needs; when the disk refuses, warn and go on with the earlier checkpoints.
+
+        Raises UserError in that case when it is the last one of this process, because what it would hold is lost.
+        """
         optimizer_tensors, optimizer_state = flatten_optimizer(self.optimizer, self.model.named_parameters())
         tensors: dict[str, dict[str, Tensor]] = {"model": dict(self.model.state_dict()), "optimizer": optimizer_tensors}
         if self.reference is not None:  # kept even when never refreshed: a run folder must resume without ``init_from``
@@ -249,6 +259,10 @@ class GrpoTrainer:
                 keep_last=self.config.keep_last,
             )
         except store.CheckpointSaveError as error:
+            if stop.requested or self.step >= self.config.steps:
+                raise UserError(
+                    f"{error} Earlier checkpoints are untouched: mend the disk, and the same command goes on from the newest."
+                ) from error
             say(f"Warning: {error} The run goes on; earlier checkpoints are untouched.")
 
     def restore(self, loaded: store.Loaded) -> None:

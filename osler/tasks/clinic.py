@@ -6,9 +6,12 @@ from __future__ import annotations
 
 from typing import Literal
 
+from osler.clinic.drills import drills
 from osler.clinic.exam import ClinicItem, exam
 from osler.config import config
 from osler.tasks.item import ExamItem
+
+DRILL = "drill"
 
 
 @config
@@ -21,7 +24,12 @@ class ClinicTask:
 
 
 def load(*, split: str = "validation", limit: int = 400, seed: int = 0, split_seed: int = 0) -> list[ExamItem]:
-    """``limit`` items of a clinic split, the same for the same seeds; ``split_seed`` decides what is held out."""
+    """``limit`` items of a clinic split, the same for the same seeds; ``split_seed`` decides what is held out.
+
+    The split "drill" is not an exam: its items train the form of the exam and state no fact.
+    """
+    if split == DRILL:
+        return [convert(item) for item in drills(seed, limit)]
     return [convert(item) for item in exam(seed, split, limit, split_seed=split_seed)]
 
 

@@ -158,3 +158,8 @@ def test_missing_and_empty_places(tmp_path: Path) -> None:
         texts(tmp_path)
     (tmp_path / "empty.jsonl").write_bytes(b"")
     assert texts(tmp_path) == []
+
+
+def test_an_empty_path_is_not_the_current_folder() -> None:
+    with pytest.raises(UserError, match="path is empty"):
+        list(TextFiles("", "text"))

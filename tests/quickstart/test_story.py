@@ -12,7 +12,7 @@ from osler.quickstart.config import QuickstartConfig
 from osler.quickstart.story import run
 
 MODEL = (
-    *("num_layers=2", "hidden_size=32", "intermediate_size=64", "num_heads=2", "num_kv_heads=1", "head_dim=16"),
+    *("num_layers=2", "hidden_size=64", "intermediate_size=64", "num_heads=2", "num_kv_heads=1", "head_dim=16"),
     *("vocab_size=600", "max_seq_len=512"),
 )
 DATA = ("passages=60", "examples=60", "cards=30", "drills=10", "validation_passages=10", "validation_examples=10")

@@ -25,3 +25,8 @@ def test_clinic_items_keep_question_options_answer_and_reasoning() -> None:
 
 def test_the_config_and_the_function_agree() -> None:
     assert load_task(ClinicTask(split="validation", limit=5, seed=9)) == load(split="validation", limit=5, seed=9)
+
+
+def test_the_drill_split_is_made_of_drills() -> None:
+    items = load(split="drill", limit=20, seed=3)
+    assert len(items) == 20 and all(item.split == "drill" and item.options[item.answer_index] in item.question for item in items)
