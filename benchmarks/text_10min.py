@@ -37,7 +37,8 @@ def main() -> None:
         for file in args.files:
             shutil.copy(file, texts)
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "TORCHINDUCTOR_CACHE_DIR": str(Path(folder) / "cache")}
-        command = [sys.executable, "-m", "osler.cli", "pretrain", "text-10min", f"data.path={texts}", "--run", str(run), *args.set]
+        command = [sys.executable, "-m", "osler.cli", "pretrain", "text-10min", f"data.path={texts}", "--run", str(run)]
+        command += args.set
         started = time.monotonic()
         if subprocess.run(command, env=environment).returncode:
             raise SystemExit(1)
