@@ -50,7 +50,13 @@ class JsonlSink:
                 raise ValueError(f"a metric cannot be called {name!r}: the line itself has a field of that name")
             number = value if isinstance(value, int) else float(value)
             line[name] = number if math.isfinite(number) else None
-        self._file.write(json.dumps(line, allow_nan=False) + "\n")
+        try:
+            self._file.write(json.dumps(line, allow_nan=False) + "\n")
+        except OSError as error:
+            raise UserError(
+                f"The metrics cannot be written to {self.path}: {error.strerror}. Make room and give the same command again; "
+                "it goes on from the newest checkpoint."
+            ) from error
 
     def close(self) -> None:
         """Close the file; closing twice is fine."""

@@ -40,7 +40,7 @@ from osler.runtime.stop import EXIT_STOPPED
 from osler.tasks.clinic import load as load_clinic_exam
 from osler.tasks.item import LETTERS, render_answer
 from osler.train.config import TrainConfig
-from osler.train.run import claim
+from osler.train.folder import claim, read_config, stored_config
 from osler.train.run import train as train_supervised
 from osler.yaml12 import dump_yaml
 
@@ -63,14 +63,15 @@ def run(
     resume: bool = False,
     dry_run: bool = False,
 ) -> int:
-    """The verb ``quickstart``; the same call goes on where it stopped, so ``resume`` asks only that there is a run."""
-    config = decode(QuickstartConfig, load_recipe("quickstart", overrides))
+    """The verb ``quickstart``; the same call goes on where it stopped, and ``resume`` does so with the stored config."""
     root = RunFolder(Path(run_dir or "runs/quickstart"))
+    if resume:
+        config = stored_config(QuickstartConfig, str(root.root), overrides)
+    else:
+        config = decode(QuickstartConfig, load_recipe("quickstart", overrides))
     if dry_run:
         print(dump_yaml(encode(config)).rstrip())
         return 0
-    if resume and not root.config.exists():
-        raise UserError(f"{root.root} holds no quickstart to resume: {root.config} is missing.")
     return Story(config, RunFolder.create(root.root)).tell()
 
 
@@ -119,12 +120,17 @@ class Story:
         return train_supervised(self.seeded(self.config.pretrain), self.folder("pretrain"))
 
     def sft(self) -> bool:
-        config = replace(self.seeded(self.config.sft), init_from=str(self.run.root / "pretrain"))
-        return train_supervised(config, self.folder("sft"))
+        start = self.started_from("sft") or str(self.run.root / "pretrain")
+        return train_supervised(replace(self.seeded(self.config.sft), init_from=start), self.folder("sft"))
 
     def grpo(self) -> bool:
-        start = self.earlier_checkpoint()
-        return train_grpo(replace(self.config.grpo, seed=self.config.seed, init_from=str(start)), self.folder("grpo"))
+        start = self.started_from("grpo") or str(self.earlier_checkpoint())
+        return train_grpo(replace(self.config.grpo, seed=self.config.seed, init_from=start), self.folder("grpo"))
+
+    def started_from(self, name: str) -> str | None:
+        """What a stage that has begun was started from, as it was written then: the folder may have been moved since."""
+        folder = self.folder(name)
+        return read_config(folder)["init_from"] if folder.config.exists() else None
 
     def seeded(self, stage: TrainConfig) -> TrainConfig:
         """The stage with the quickstart's seed for weights, order and text."""
@@ -151,7 +157,8 @@ class Story:
         return True
 
     def examine_grpo(self) -> bool:
-        before = self.examine("sft, earlier checkpoint", self.earlier_checkpoint())
+        start = self.folder("sft").checkpoints / Path(str(self.started_from("grpo"))).name
+        before = self.examine("sft, earlier checkpoint", start)
         after = self.examine("grpo", self.run.root / "grpo")
         rows = []
         for split, score in before.items():

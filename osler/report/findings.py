@@ -56,9 +56,9 @@ def _training(stage: StageRun) -> Iterator[str]:
         if bad:
             often = fmt.plural(len(bad), "logged step")
             yield f"{name} was not a finite number at {often}, first at step {fmt.count(bad[0])}."
-    skipped = _last(stage, "train/skipped_steps")
+    skipped = sum(value for _, value in _finite(stage, "train/skipped_steps"))  # each line counts those since the one before
     if skipped > 0:
-        yield f"{fmt.plural(skipped, 'update')} skipped because loss or gradient was not finite."
+        yield f"{fmt.plural(int(skipped), 'update')} skipped because loss or gradient was not finite."
     held_out = _finite(stage, "eval/loss")
     if len(held_out) >= 4:
         step, best = min(held_out, key=lambda point: point[1])

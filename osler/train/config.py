@@ -36,7 +36,7 @@ class TrainConfig:
     model: ModelConfig = ModelConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()
     data: DataConfig = ClinicData()
-    packing: Literal["stream", "whole"] = "stream"  # cut the stream anywhere, or keep documents whole and pad
+    packing: Literal["auto", "stream", "whole"] = "auto"  # cut anywhere, or keep documents whole and pad; auto: whole for sft
     document_mask: bool = False  # attention stays inside a document
     seq_len: int = 128
     batch_tokens: int = 8_192  # tokens per optimizer step

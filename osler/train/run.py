@@ -148,7 +148,7 @@ def warn_of_endless_warmup(config: TrainConfig) -> None:
 
 def packing_of(config: TrainConfig, shards: ShardSet) -> StreamPacking | WholePacking:
     """How documents become rows: in pretraining every token is learned, in fine-tuning what the loss masks say."""
-    if config.packing == "whole":
+    if config.packing == "whole" or (config.packing == "auto" and config.kind == "sft"):
         return WholePacking(Order(shards, config.seed), config.seq_len, prompt_loss=config.kind == "pretrain")
     return StreamPacking(Order(shards, config.seed), config.seq_len, prompt_loss=config.kind == "pretrain")
 
