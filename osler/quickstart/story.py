@@ -38,7 +38,7 @@ from osler.runtime.files import RunFolder, read_json, write_json
 from osler.runtime.log import say
 from osler.runtime.stop import EXIT_STOPPED
 from osler.tasks.clinic import load as load_clinic_exam
-from osler.tasks.item import LETTERS, render_answer
+from osler.tasks.item import render_answer
 from osler.train.config import TrainConfig
 from osler.train.folder import claim, read_config, stored_config
 from osler.train.run import train as train_supervised
@@ -208,7 +208,7 @@ class Story:
                     "id": item.id,
                     "stage": label,
                     "question": item.question,
-                    "options": [f"{text} ({LETTERS[index]})" for index, text in enumerate(item.options)],
+                    "options": list(item.options),
                     "thinking": result.thinking,
                     "answer": result.text,
                     "correct_answer": render_answer(item),

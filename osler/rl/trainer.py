@@ -30,7 +30,7 @@ from osler.rl.step import training_rows, update_policy
 from osler.runtime.files import RunFolder, write_atomic
 from osler.runtime.log import Progress, say
 from osler.runtime.stop import StopFlag
-from osler.tasks.item import LETTERS, render_answer, render_question
+from osler.tasks.item import render_answer, render_question
 from osler.tokenizer.bpe import Tokenizer
 from osler.train.folder import was_evaluated
 from osler.train.trainer import check_fingerprints
@@ -220,7 +220,7 @@ class GrpoTrainer:
                 "id": item.id,
                 "stage": f"grpo step {self.step}",
                 "question": item.question,
-                "options": [f"{text} ({LETTERS[index]})" for index, text in enumerate(item.options)],
+                "options": list(item.options),
                 "thinking": sample.completion.thinking,
                 "answer": sample.completion.answer or "",
                 "correct_answer": render_answer(item),
