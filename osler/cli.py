@@ -129,7 +129,7 @@ RECIPE = option(
 RUN_FOLDER = (
     option("--run", metavar="DIR", help="the run folder (default: below runs/)"),
     option("--resume", action="store_true", help="go on from the newest good checkpoint of --run DIR"),
-    option("--dry-run", action="store_true", help="check everything and say what would happen, then stop"),
+    option("--dry-run", action="store_true", help="check the configuration and say what would happen, then stop"),
 )
 CHECKPOINT = option("checkpoint", metavar="CHECKPOINT", help="a run folder, or a checkpoint in it")
 SAMPLING = (
@@ -332,7 +332,7 @@ VERBS: tuple[Verb, ...] = (
     Verb(
         "pretrain",
         "Train a model from scratch on text",
-        "osler pretrain osler-400m data.type=files data.path=notes/ total_tokens=2_000_000_000",
+        "osler pretrain text-10min data.path=notes/ --run runs/notes",
         run_pretrain,
         (RECIPE, *RUN_FOLDER),
     ),
