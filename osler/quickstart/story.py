@@ -26,6 +26,7 @@ from osler.checkpoint.manifest import folder_name
 from osler.config import decode, encode, load_recipe
 from osler.data.config import ClinicData
 from osler.errors import UserError
+from osler.eval.config import EXAM_SEED
 from osler.eval.exams import score_by_generation
 from osler.eval.score import ExamScore, Result, compare
 from osler.inference.engine import Engine
@@ -44,7 +45,6 @@ from osler.train.folder import claim, read_config, stored_config
 from osler.train.run import train as train_supervised
 from osler.yaml12 import dump_yaml
 
-EXAM_SEED = 7_001  # exam items are the same whatever the seed of the training
 SAMPLES_SHOWN = 6
 NOTES = (
     "The clinic is a synthetic world for testing training code. It is not medical advice.",

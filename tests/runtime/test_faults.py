@@ -19,7 +19,7 @@ def _fresh_visits():
 
 def test_nothing_happens_without_the_variable(monkeypatch):
     monkeypatch.delenv(faults.VARIABLE, raising=False)
-    faults.fault("save-state")
+    assert faults.fault("save-state") is None
 
 
 @pytest.mark.parametrize(("kind", "code"), [("enospc", errno.ENOSPC), ("ioerror", errno.EIO)])
