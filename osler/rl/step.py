@@ -2,7 +2,8 @@
 optimizer.
 
 Rows are sorted by length into micro-batches of a token budget. The weights of all tokens are made once for the whole
-update, so how it is cut changes nothing but the order of floating-point sums. Log-probabilities are taken at the
+update, so how it is cut changes nothing but the order of floating-point sums. Rows without an advantage get a forward
+pass, for the metrics, and no backward pass unless there is a KL term. Log-probabilities are taken at the
 sampler's temperature and over its kept set, at completion tokens only: the prompt never reaches the vocabulary.
 
 Shapes: B rows of a micro-batch, T completion tokens, L prompt and completion tokens, N completion tokens of all its
@@ -45,6 +46,10 @@ class Row:
         """Prompt and completion tokens."""
         return len(self.prompt_ids) + len(self.completion_ids)
 
+    def has_gradient(self, beta: float) -> bool:
+        """Whether anything is learned from it: of an equally rewarded group only the KL term is, where there is one."""
+        return self.trained and (self.advantage != 0.0 or beta > 0.0)
+
 
 def training_rows(groups: Sequence[Group], algorithm: AlgorithmConfig) -> list[Row]:
     """Return the samples that stay, with their advantages over their groups."""
@@ -59,11 +64,11 @@ def training_rows(groups: Sequence[Group], algorithm: AlgorithmConfig) -> list[R
     ]
 
 
-def micro_batches(rows: Sequence[Row], budget_tokens: int) -> list[list[int]]:
-    """Cut the rows, longest first, into lists of indices whose padded size fits the budget (one row at least)."""
+def micro_batches(rows: Sequence[Row], chosen: Sequence[int], budget_tokens: int) -> list[list[int]]:
+    """Cut the chosen indices, longest row first, into lists whose padded size fits the budget (one row at least)."""
     batches: list[list[int]] = []
     longest = 0
-    for index in sorted(range(len(rows)), key=lambda i: -rows[i].tokens):
+    for index in sorted(chosen, key=lambda i: -rows[i].tokens):
         if not batches or (len(batches[-1]) + 1) * longest > budget_tokens:
             batches.append([])
             longest = rows[index].tokens
@@ -115,6 +120,7 @@ class _MicroBatch:
     """Rows of one micro-batch and everything about them that no update changes."""
 
     rows: list[Row]
+    learns: bool
     old_BT: Tensor
     advantages_B: Tensor
     weight_BT: Tensor
@@ -152,12 +158,14 @@ def update_policy(
         optimizer.zero_grad(set_to_none=True)
         sums: dict[str, Tensor] = {}
         for batch in batches:
-            logp_BT, entropy_BT, mask_BT = completion_logprobs(
-                model, batch.rows, temperature=algorithm.temperature, device=device
-            )
-            inputs = LossInputs(logp_BT, batch.old_BT, batch.reference_BT, mask_BT, batch.advantages_B, batch.weight_BT)
-            loss, part = grpo_loss(inputs, algorithm)
-            loss.backward()
+            with torch.set_grad_enabled(batch.learns):
+                logp_BT, entropy_BT, mask_BT = completion_logprobs(
+                    model, batch.rows, temperature=algorithm.temperature, device=device
+                )
+                inputs = LossInputs(logp_BT, batch.old_BT, batch.reference_BT, mask_BT, batch.advantages_B, batch.weight_BT)
+                loss, part = grpo_loss(inputs, algorithm)
+            if batch.learns:
+                loss.backward()
             sums = add_sums(sums, {**part, "entropy": entropy_BT.sum()})
         grad_norm = clip_grad_norm_(model.parameters(), clip_norm, foreach=True)
         skipped = (~torch.isfinite(grad_norm)).float()
@@ -185,8 +193,14 @@ def _prepare(model: Transformer, rows: Sequence[Row], algorithm: AlgorithmConfig
         max_new_tokens=algorithm.max_new_tokens,
         trained_B=torch.tensor([row.trained for row in rows]),
     )
+    learning = [index for index, row in enumerate(rows) if row.has_gradient(algorithm.beta)]
+    # With nothing to learn the update still happens, on zero gradients: the optimizer's momentum does not stand still.
+    learning = learning or list(range(len(rows)))
+    watching = sorted(set(range(len(rows))) - set(learning))
     prepared = []
-    for indices in micro_batches(rows, micro_batch_tokens):
+    parts = [(indices, True) for indices in micro_batches(rows, learning, micro_batch_tokens)]
+    parts += [(indices, False) for indices in micro_batches(rows, watching, micro_batch_tokens)]
+    for indices, learns in parts:
         chosen = [rows[index] for index in indices]
         width = max(len(row.completion_ids) for row in chosen)
         old_BT = torch.zeros(len(chosen), width)
@@ -195,6 +209,7 @@ def _prepare(model: Transformer, rows: Sequence[Row], algorithm: AlgorithmConfig
         prepared.append(
             _MicroBatch(
                 rows=chosen,
+                learns=learns,
                 old_BT=old_BT.to(device),
                 advantages_B=torch.tensor([row.advantage for row in chosen], dtype=torch.float32, device=device),
                 weight_BT=weight[indices, :width].to(device),

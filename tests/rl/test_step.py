@@ -21,10 +21,11 @@ def row(prompt, completion, *, advantage=1.0, trained=True):
     sizes=st.lists(st.tuples(st.integers(1, 30), st.integers(1, 30)), min_size=1, max_size=20),
     budget=st.integers(1, 200),
 )
-def test_micro_batches_hold_every_row_once_within_the_budget(sizes, budget):
+def test_micro_batches_hold_every_chosen_row_once_within_the_budget(sizes, budget):
     rows = [row(*size) for size in sizes]
-    batches = micro_batches(rows, budget)
-    assert sorted(index for batch in batches for index in batch) == list(range(len(rows)))
+    chosen = list(range(0, len(rows), 2))
+    batches = micro_batches(rows, chosen, budget)
+    assert sorted(index for batch in batches for index in batch) == chosen
     for batch in batches:
         assert len(batch) == 1 or len(batch) * max(rows[index].tokens for index in batch) <= budget
 
@@ -47,6 +48,34 @@ def test_rows_that_are_not_trained_do_not_move_the_policy(make_policy):
     assert distance == 0.0
     assert metrics["kl"] > 0.0
     assert moved(make_policy, [row(3, 4)] * 2, algorithm, reference=reference)[0] > 0.0
+
+
+@pytest.mark.parametrize("advantages", [(1.0, 0.0, -1.0, 0.0), (0.0, 0.0, 0.0, 0.0)])
+def test_a_backward_pass_without_rows_of_no_advantage_is_the_same_update(make_policy, monkeypatch, advantages):
+    """The plain form runs every row through the backward pass; two updates, so that momentum counts."""
+    rows = [row(3 + i, 4 + i % 2, advantage=advantage) for i, advantage in enumerate(advantages)]
+
+    def updated():
+        model = make_policy()
+        optimizer = build_optimizer(model, AdamWConfig(lr=1e-3, weight_decay=0.1))
+        update_policy(model, optimizer, [row(3, 4), row(2, 2, advantage=-1.0)], AlgorithmConfig(beta=0.0))
+        metrics = update_policy(model, optimizer, rows, AlgorithmConfig(beta=0.0))
+        return torch.nn.utils.parameters_to_vector(model.parameters()), metrics
+
+    fast, fast_metrics = updated()
+    monkeypatch.setattr(Row, "has_gradient", lambda row, beta: True)
+    plain, plain_metrics = updated()
+    torch.testing.assert_close(fast, plain, atol=1e-6, rtol=0)
+    assert fast_metrics == pytest.approx(plain_metrics, abs=1e-5)
+
+
+def test_only_rows_with_something_to_learn_are_backpropagated(make_policy, monkeypatch):
+    seen = []
+    monkeypatch.setattr(torch.Tensor, "backward", lambda loss: seen.append(loss))
+    rows = [row(3, 4), row(3, 4, advantage=0.0), row(3, 4, trained=False)]
+    _, metrics = moved(make_policy, rows, AlgorithmConfig(beta=0.0), micro_batch_tokens=7)
+    assert len(seen) == 1
+    assert not seen[0].isnan() and metrics["sampling/sampling_logp_difference/mean"] > 0.0
 
 
 def test_the_reference_is_only_read(make_policy):
