@@ -257,7 +257,7 @@ def run_generate(arguments: argparse.Namespace) -> int:
 def run_chat(arguments: argparse.Namespace) -> int:
     from osler.inference.chat import chat
 
-    return chat(arguments.checkpoint, reasoning=not arguments.no_reasoning, **sampling(arguments))
+    return chat(arguments.checkpoint, reasoning=False if arguments.no_reasoning else None, **sampling(arguments))
 
 
 def run_report(arguments: argparse.Namespace) -> int:

@@ -34,7 +34,7 @@ def tiny(tmp_path_factory) -> SimpleNamespace:
     from osler.tasks.item import LETTERS, render_question
 
     root = tmp_path_factory.mktemp("tiny")
-    tokenizer = train_tokenizer(ClinicData(passages=100, examples=100, cards=0, drills=0), 512)
+    tokenizer = train_tokenizer(ClinicData(passages=100, examples=100, cards=0, drills=0), 512, max_bytes=1_000_000_000)
     (root / "tokenizer.json").write_bytes(tokenizer.to_bytes())
     turns = [
         {"question": render_question(item), "why": "Clear.", "answer": f"({LETTERS[item.answer_index]})"}

@@ -160,6 +160,11 @@ def _survey(documents: Iterable[Document]) -> _Survey:
     return _Survey(digest.hexdigest(), keys, empty, has_turns)
 
 
+def held_out(documents: Iterable[Document], fraction: float, seed: int) -> frozenset[int]:
+    """The split keys of the documents that :func:`prepare` holds out when no validation documents are given."""
+    return _held_keys(_survey(documents), None, fraction, seed)
+
+
 def _held_keys(survey: _Survey, held_survey: _Survey | None, fraction: float, seed: int) -> frozenset[int]:
     """The split keys that may not be in train."""
     if held_survey is not None:
@@ -186,8 +191,8 @@ def _can_reuse(out: Path, manifest: dict[str, Any]) -> bool:
 def _check_same(what: str, out: Path, found: str, wanted: str) -> None:
     if found != wanted:
         raise UserError(
-            f"{out} was prepared with another {what}: its fingerprint is {found}, now it is {wanted}. "
-            "Remove the folder or give another one."
+            f"{out} was prepared with another {what}: its fingerprint is {found}, now it is {wanted}. Put the {what} back to "
+            "go on with what was prepared, or choose another folder."
         )
 
 

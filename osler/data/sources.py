@@ -16,7 +16,7 @@ from osler.clinic.drills import cards, drills
 from osler.clinic.textbook import textbook
 from osler.data.config import ClinicData, FilesData, TurnsData
 from osler.data.documents import Document
-from osler.data.prepare import Prepared, prepare
+from osler.data.prepare import Prepared, held_out, prepare
 from osler.data.readers import TextFiles, TurnFiles
 from osler.errors import UserError
 from osler.tasks.clinic import convert
@@ -25,7 +25,7 @@ from osler.tasks.item import ExamItem, render_answer, render_question
 from osler.tokenizer.bpe import Tokenizer
 from osler.tokenizer.chat import Turn
 
-TOKENIZER_BYTES = 64 << 20  # enough text for a vocabulary of 64k; more only takes longer
+SAMPLE_CHARS = 1 << 16  # a sample for the tokenizer takes or leaves so many characters at a time
 VALIDATION_SEED_SHIFT = 1_000_003  # other passages for validation than any nearby train seed gives
 
 
@@ -99,22 +99,33 @@ def prepare_source(data: ClinicData | FilesData | TurnsData, tokenizer: Tokenize
     )
 
 
-def train_tokenizer(
-    data: ClinicData | FilesData | TurnsData, vocab_size: int, *, max_bytes: int = TOKENIZER_BYTES
-) -> Tokenizer:
-    """Train a tokenizer on a source's train documents, on a sample of them when they are more than `max_bytes`.
+def train_tokenizer(data: ClinicData | FilesData | TurnsData, vocab_size: int, *, max_bytes: int) -> Tokenizer:
+    """Train a tokenizer on a source's train documents, on about `max_bytes` of them when they are more.
 
-    The sample takes each document by a hash of its content, so it is spread evenly and the same every time.
+    What `prepare` will hold out is left out here too. The sample is spread evenly and the same every time.
     """
-    documents = open_source(data).train
-    total = sum(len(part.encode("utf-8", "replace")) for document in documents for part in document.parts)
+    source = open_source(data)
+    held = frozenset() if source.validation is not None else held_out(source.train, source.holdout_fraction, source.seed)
+    total = sum(
+        len(part.encode("utf-8", "replace"))
+        for document in source.train
+        if document.split_key() not in held
+        for part in document.parts
+    )
     if total == 0:
         raise UserError("There is no text to train a tokenizer on.")
-    return Tokenizer.train(_sample(documents, max_bytes / total), vocab_size)
+    kept = (document for document in source.train if document.split_key() not in held)
+    return Tokenizer.train(_sample(kept, max_bytes / total), vocab_size)
 
 
 def _sample(documents: Iterable[Document], share: float) -> Iterator[str]:
+    """About a share of the text, in pieces drawn by a hash of their document's content and place; at least one piece."""
+    taken = False
     for document in documents:
-        draw = int.from_bytes(hashlib.sha256(document.exact_digest()).digest()[:8], "big") / 2**64
-        if draw < share:
-            yield from document.parts
+        digest = document.exact_digest()
+        pieces = [part[i : i + SAMPLE_CHARS] for part in document.parts for i in range(0, len(part), SAMPLE_CHARS)]
+        for number, piece in enumerate(document.parts if share >= 1 else pieces):
+            draw = int.from_bytes(hashlib.sha256(digest + number.to_bytes(8, "big")).digest()[:8], "big") / 2**64
+            if draw < share or not taken:
+                taken = True
+                yield piece

@@ -52,7 +52,10 @@ def read_sections(recipe: str | None, overrides: Sequence[str]) -> Sections:
 def tokenizer_train(recipe: str | None, overrides: Sequence[str], out: str) -> int:
     """Train a tokenizer on the text of a recipe and write it to the file ``out``."""
     sections = read_sections(recipe, overrides)
-    tokenizer = train_tokenizer(sections.data, sections.tokenizer.vocab_size)
+    wanted = sections.tokenizer
+    if wanted.path is not None:
+        raise UserError(f"tokenizer.path={wanted.path} names a tokenizer that is there already; leave it out to train one.")
+    tokenizer = train_tokenizer(sections.data, wanted.vocab_size, max_bytes=wanted.max_bytes)
     path = Path(out)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, tokenizer.to_bytes())

@@ -26,12 +26,12 @@ class EvalConfig:
     task: TaskConfig | None = None
     method: Literal["auto", "generation", "likelihood", "both"] = "auto"
     permutations: int = 1
-    reasoning: bool = True
+    reasoning: bool | None = None  # think before the answer; null: as the model was trained
     max_new_tokens: int = 128  # thinking and answer together
     temperature: float = 0.0  # 0: always the likeliest token
     normalise: Literal["bytes", "tokens", "none"] = "bytes"
     seed: int = 0
-    rows: int = 256  # answers written at once; fewer need less memory
+    rows: int = 256  # answers written at once: fewer need less memory, and draw others when temperature is above 0
 
     text: str | None = None
     text_field: str = "text"  # the column of tables

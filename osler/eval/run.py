@@ -144,7 +144,7 @@ def by_generation(config: EvalConfig, ready: ReadyModel, items: Sequence[ExamIte
         ready.tokenizer,
         items,
         max_new_tokens=config.max_new_tokens,
-        reasoning=config.reasoning,
+        reasoning=ready.reasons if config.reasoning is None else config.reasoning,
         temperature=config.temperature,
         batch_rows=config.rows,
         permutations=config.permutations,

@@ -43,7 +43,7 @@ def generate(
 def chat(
     checkpoint: str,
     *,
-    reasoning: bool = True,
+    reasoning: bool | None = None,
     max_new_tokens: int = 200,
     temperature: float = 0.7,
     top_p: float = 0.95,
@@ -52,10 +52,12 @@ def chat(
     """The verb ``chat``: answer the questions of stdin until it ends; a model that never learned to answer continues them.
 
     Question k of a session is drawn with ``seed + k``, so asking again may give another answer and a session can be
-    repeated. Ctrl-C stops the answer under way, and the session where nobody can type on.
+    repeated. ``reasoning`` None: think first if that was trained. Ctrl-C stops the answer under way, and the session where
+    nobody can type on.
     """
     sampling = Sampling(max_new_tokens, temperature, top_p=top_p, seed=seed)
     ready = open_model(checkpoint)
+    reasoning = ready.reasons if reasoning is None else reasoning
     interactive = sys.stdin.isatty()
     say(welcome(ready, interactive, seed))
     engine = Engine(ready.model)

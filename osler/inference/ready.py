@@ -59,6 +59,14 @@ class ReadyModel:
         return self.kind in TAUGHT or in_text
 
     @property
+    def reasons(self) -> bool:
+        """Whether it learned to think before it answers; a prompt that asks for what it never saw gets nonsense."""
+        if self._data.get("type") == "turns":
+            return self._data.get("thinking_field") is not None
+        tasks = self.training.get("tasks") or []
+        return bool(tasks[0]["reasoning"]) if tasks else True
+
+    @property
     def knows_clinic(self) -> bool:
         """Whether the run that wrote the checkpoint trained on the clinic's world."""
         tasks = self.training.get("tasks") or []

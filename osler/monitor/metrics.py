@@ -58,7 +58,7 @@ METRICS: dict[str, Metric] = {
     "opsm/seq_kl_mean": Metric("nats/token", "mean over completions of old minus current log-prob"),
     "groups/effective": Metric("groups", "groups of the batch whose rewards differ, so that they teach"),
     "filters/<name>_frac": Metric("fraction", "completions that the named sample-quality filter caught"),
-    "answer/letter_<X>_frac": Metric("fraction", "completions that answered with this letter"),
+    "answer/letter_<X>_frac": Metric("fraction", "readable answers that chose this letter"),
     "answer/format_ok": Metric("fraction", "completions with a readable answer"),
     "answer/correct_frac": Metric("fraction", "completions with the right answer"),
     "tasks/<name>/reward": Metric("reward", "mean total reward on one task"),

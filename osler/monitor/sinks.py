@@ -1,7 +1,8 @@
 """Where metrics go: `metrics.jsonl`, one JSON object per line, appended as training runs.
 
 The file is the run's memory of itself, so it must survive the run: a line reaches the operating system as soon as it
-is complete, a kill can tear the last line only, and opening heals that. Resume is exact: the trainer names the step
+is complete, a kill can tear the last line only, and opening heals that. A disk that refuses a line costs that line and not
+the run. Resume is exact: the trainer names the step
 of the checkpoint it starts from and the sink drops the lines after it, so a killed and resumed run logs each step once.
 """
 
@@ -11,11 +12,14 @@ import json
 import math
 import time as clock
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
+from typing import TextIO
 
 from osler.errors import UserError
 from osler.runtime.files import write_atomic
+from osler.runtime.log import say
 
 RESERVED = ("step", "tokens", "time", "stage")
 
@@ -33,7 +37,11 @@ class JsonlSink:
         self.stage = stage
         self.path.parent.mkdir(parents=True, exist_ok=True)
         _heal(self.path, resume_step)
-        self._file = self.path.open("a", encoding="utf-8", buffering=1)
+        self._file: TextIO | None = self._open()
+        self._warned = False
+
+    def _open(self) -> TextIO:
+        return self.path.open("a", encoding="utf-8", buffering=1)
 
     def write(self, step: int, tokens: int, metrics: Mapping[str, float], *, time: float | None = None) -> None:
         """Append one line: step, tokens seen, unix seconds (now by default), and the metrics.
@@ -50,17 +58,24 @@ class JsonlSink:
                 raise ValueError(f"a metric cannot be called {name!r}: the line itself has a field of that name")
             number = value if isinstance(value, int) else float(value)
             line[name] = number if math.isfinite(number) else None
+        text = json.dumps(line, allow_nan=False) + "\n"
         try:
-            self._file.write(json.dumps(line, allow_nan=False) + "\n")
-        except OSError as error:
-            raise UserError(
-                f"The metrics cannot be written to {self.path}: {error.strerror}. Make room and give the same command again; "
-                "it goes on from the newest checkpoint."
-            ) from error
+            if self._file is None:  # given up at an earlier line, of which a piece may have been written
+                _heal(self.path, None)
+                self._file = self._open()
+            self._file.write(text)
+        except (OSError, UserError) as error:
+            self.close()
+            if not self._warned:
+                self._warned = True
+                say(f"Warning: metrics cannot be written to {self.path} ({error}); the run goes on without them until they can.")
 
     def close(self) -> None:
-        """Close the file; closing twice is fine."""
-        self._file.close()
+        """Close the file; closing twice is fine, and a line that the disk has refused does not come up again."""
+        file, self._file = self._file, None
+        if file is not None:
+            with suppress(OSError):
+                file.close()
 
     def __enter__(self) -> JsonlSink:
         return self

@@ -10,7 +10,7 @@ Schedule = ConstantConfig | CosineConfig | LinearConfig | WarmupStableDecayConfi
 
 
 def lr_scale(schedule: Schedule, tokens: int, total_tokens: int) -> float:
-    """Factor in [0, 1] on every group's learning rate for the step that starts at ``tokens`` of ``total_tokens``."""
+    """Factor in [0, 1] on every learning rate after ``tokens`` of ``total_tokens``; loops ask for the middle of a step."""
     if tokens < schedule.warmup_tokens:
         return tokens / schedule.warmup_tokens
     if isinstance(schedule, ConstantConfig):

@@ -85,7 +85,7 @@ class Story:
 
     def tell(self) -> int:
         """Run every stage that is not finished; returns the process's exit code."""
-        claim(self.run, encode(self.config))
+        claim(self.run, self.config)
         try:
             self.stage("pretrain", "textbook prose: a tokenizer, then the next token", self.pretrain)
             self.stage("sft", "worked exam questions: reason, then answer", self.sft)
@@ -173,6 +173,7 @@ class Story:
                     "n": difference.n,
                     "before_label": "sft, earlier checkpoint",
                     "after_label": "grpo",
+                    "branch": True,
                 }
             )
         write_json(self.run.root / "comparison.json", rows)

@@ -6,7 +6,8 @@
     stages.json        [{"name", "seconds", "what"}]
     exams.json         {label of a checkpoint: {split: {"n", "correct", "accuracy", "interval": [low, high], "chance",
                        "constant_letter_baseline", "letters": {"A": n, ...}, "unparsed", "method"}}}
-    comparison.json    [{"split", "before", "after", "difference", "interval", "n", "before_label", "after_label"}]
+    comparison.json    [{"split", "before", "after", "difference", "interval", "n", "before_label", "after_label",
+                       "branch"?: true when `after` does not go on from the run's best checkpoint}]
     samples.jsonl      {"id", "stage", "question", "options", "thinking", "answer", "correct_answer", "correct"} a line
     versions.json      {package: version, ..., "machine": {...}, any other group: {...}}
     notes.json         [sentence, ...]       what the run wants its reader to know
@@ -112,6 +113,7 @@ class Comparison:
     n: float
     before_label: str
     after_label: str
+    branch: bool
 
 
 @dataclass
@@ -299,6 +301,7 @@ def _read_comparisons(path: Path, problems: list[str]) -> list[Comparison]:
         Comparison(
             _text(r.get("split")), _number(r.get("before")), _number(r.get("after")), _number(r.get("difference")),
             *_pair(r.get("interval")), _number(r.get("n")), _text(r.get("before_label")), _text(r.get("after_label")),
+            r.get("branch") is True,
         )
         for r in rows
     ]  # fmt: skip

@@ -46,8 +46,13 @@ def stage_colour(name: str, position: int = 0) -> int:
 
 
 def headline_score(run: Run) -> ExamScore | None:
-    """The score the page leads with: the last checkpoint's, on the split called test or else on the first."""
-    last = [score for score in run.exams if score.label == run.exams[-1].label] if run.exams else []
+    """The score the page leads with: the last checkpoint's, on the split called test or else on the first.
+
+    Both ends of a branch are left out: it shows what a step can do from an earlier checkpoint, not where the run ended.
+    """
+    aside = {label for c in run.comparisons if c.branch for label in (c.before_label, c.after_label)}
+    scores = [score for score in run.exams if score.label not in aside]
+    last = [score for score in scores if score.label == scores[-1].label] if scores else []
     return next((score for score in last if "test" in score.split.lower()), last[0] if last else None)
 
 

@@ -17,8 +17,8 @@ from osler.inference.engine import Engine
 from osler.rl.config import AlgorithmConfig
 from osler.rl.filters import BAD_VERDICTS, Verdict, is_dead, judge, letter_fractions, settle
 from osler.rl.prompts import RlTask, Visit, refill_visits, rollout_seed, visits
-from osler.tasks.item import ExamItem, extract_number, plain, render_question
-from osler.tasks.rewards import answered_index
+from osler.tasks.item import ExamItem, extract_number, render_question
+from osler.tasks.rewards import answered_index, correct
 from osler.tokenizer.bpe import Tokenizer
 from osler.tokenizer.chat import Completion, encode_prompt, parse_completion
 
@@ -155,7 +155,7 @@ def score(
         stays=settled.stays,
         trained=settled.trained,
         letter=letter,
-        correct=is_correct(item, answer, letter),
+        correct=correct(item, completion) == 1.0,  # for the log, whatever the rewards pay for
     )
 
 
@@ -164,14 +164,6 @@ def has_readable_answer(item: ExamItem, answer: str, letter: int | None) -> bool
     if item.options:
         return letter is not None
     return bool(answer.strip()) if extract_number(item.answer) is None else extract_number(answer) is not None
-
-
-def is_correct(item: ExamItem, answer: str, letter: int | None) -> bool:
-    """Say whether the answer is right; for the training log, whatever the rewards pay for."""
-    if item.options:
-        return letter == item.answer_index
-    number = extract_number(item.answer)
-    return plain(answer) == plain(item.answer) if number is None else extract_number(answer) == number
 
 
 def count_tokens(groups: Sequence[Group]) -> int:

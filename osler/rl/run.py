@@ -8,10 +8,11 @@ nor ``init_from``.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from osler.checkpoint import store
-from osler.config import decode, encode, load_recipe, parse_overrides
+from osler.config import decode, load_recipe, parse_overrides
 from osler.errors import UserError
 from osler.eval.exams import score_by_generation
 from osler.inference.engine import Engine
@@ -67,7 +68,7 @@ def run(
 
 def train(config: GrpoConfig, run: RunFolder) -> bool:
     """Set up and train (or continue) one GRPO run in its folder; False when it was asked to stop before the end."""
-    refuse_another(run, encode(config))
+    refuse_another(run, config)
     keep_freed_memory()
     checkpoint = newest_checkpoint(run)
     precision = stored_precision(checkpoint, config.precision)
@@ -77,7 +78,7 @@ def train(config: GrpoConfig, run: RunFolder) -> bool:
     tasks = load_tasks(config, start)
     eval_items = load_task(config.eval_task) if config.eval_task is not None else []
     check_held_out(tasks, eval_items)
-    claim(run, encode(config))
+    claim(run, config)
     engine = Engine(model, max_rows=config.rollout_rows)
     evaluate, best_metric = exam(config, engine, tokenizer, eval_items)
     files = {"config.yaml": run.config.read_bytes(), VERSIONS: describe_run(run, machine)}
@@ -167,8 +168,8 @@ def exam(
 
 
 def fingerprint_of(tasks: Sequence[RlTask]) -> str:
-    """16 hex digits that name the questions and their order: a resume with others would train on something else."""
-    return fingerprint([[task.name, [item.id for item in task.items]] for task in tasks])
+    """16 hex digits that name the questions, their answers and their order: a resume with others would train on those."""
+    return fingerprint([[task.name, [asdict(item) for item in task.items]] for task in tasks])
 
 
 def describe_start(config: GrpoConfig, start: LoadedModel, tasks: Sequence[RlTask], machine: Machine) -> str:

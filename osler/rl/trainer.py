@@ -118,7 +118,8 @@ class GrpoTrainer:
         self._alarms(metrics, earned=any(sample.reward > 0.0 for group in groups for sample in group.samples))
 
         budget = config.budget_tokens_per_step
-        set_lr(self.optimizer, lr_scale(config.schedule, (self.step + 1) * budget, config.steps * budget))
+        middle = self.step * budget + budget // 2  # as in train/: the first step has a rate above 0, and so has the last
+        set_lr(self.optimizer, lr_scale(config.schedule, middle, config.steps * budget))
         rows = training_rows(groups, algorithm)
         update: dict[str, float] = {}
         if rows:  # none when the quality filter dropped every sample
@@ -138,7 +139,7 @@ class GrpoTrainer:
             self.reference.load_state_dict(self.model.state_dict())
 
         seconds = time.perf_counter() - started
-        trained_tokens = sum(row.tokens for row in rows) * algorithm.updates_per_batch
+        learned = [row.tokens for row in rows if row.has_gradient(algorithm.beta)]
         return {
             **metrics,
             **update,
@@ -146,7 +147,7 @@ class GrpoTrainer:
             "perf/step_seconds": seconds,
             "perf/rollout_frac": rollout_seconds / seconds,
             "perf/rollout_tokens_per_second": sampled_tokens / rollout_seconds,
-            "perf/train_tokens_per_second": trained_tokens / (seconds - rollout_seconds),
+            "perf/train_tokens_per_second": sum(learned) * algorithm.updates_per_batch / (seconds - rollout_seconds),
         }
 
     # -- watching ------------------------------------------------------------------------------------------------------

@@ -9,10 +9,9 @@ its own code.
 from __future__ import annotations
 
 from collections.abc import Callable
-from decimal import Decimal
 from typing import Protocol
 
-from osler.tasks.item import LETTERS, MAX_ANSWER_CHARS, ExamItem, extract_letter, extract_number
+from osler.tasks.item import LETTERS, MAX_ANSWER_CHARS, ExamItem, extract_letter, extract_number, plain
 
 MAX_THINKING_CHARS = 2000  # about 400 words: what ``brief_correct`` allows
 
@@ -41,19 +40,22 @@ def correct(item: ExamItem, completion: Completed) -> float:
         return 0.0
     if item.options:
         return float(answered_index(item, completion) == item.answer_index)
-    return float(extract_number(completion.answer) == Decimal(item.answer))
+    number = extract_number(item.answer)
+    if number is None:
+        return float(plain(completion.answer) == plain(item.answer))
+    return float(extract_number(completion.answer) == number)
 
 
 def format_ok(item: ExamItem, completion: Completed) -> float:
     """1 when the completion keeps to the template, has some thinking, and answers as taught: ``option text
-    (letter)`` or a number.
+    (letter)``, a number, or for items whose answer is a text any text.
     """
     answer = (completion.answer or "").strip()
     if not completion.well_formed or not completion.thinking.strip() or len(answer) > MAX_ANSWER_CHARS:
         return 0.0
     if item.options:
         return float(answer in {f"{option} ({LETTERS[index]})" for index, option in enumerate(item.options)})
-    return float(extract_number(answer) is not None)
+    return float(bool(answer) if extract_number(item.answer) is None else extract_number(answer) is not None)
 
 
 def gated_format(item: ExamItem, completion: Completed) -> float:

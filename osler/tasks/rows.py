@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,7 +86,7 @@ def _json_rows(path: Path) -> Iterator[Row]:
                 if not isinstance(values, dict):
                     raise UserError(f"{where}: expected one JSON object per line, found a {type(values).__name__}.")
                 yield Row(where, values)
-    except (gzip.BadGzipFile, EOFError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise UserError(f"{path} cannot be read ({error}). Is the file complete and its name right?") from None
 
 
@@ -100,5 +101,5 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
                 for values in batch.to_pylist():
                     number += 1
                     yield Row(f"{path}, row {number}", values)
-    except pyarrow.ArrowInvalid as error:
+    except (OSError, pyarrow.ArrowException) as error:
         raise UserError(f"{path} is not a readable parquet file ({error}).") from None

@@ -24,6 +24,12 @@ class ExamProbe:
     splits: tuple[str, ...] = ("validation",)
     items: int = 200
 
+    def __post_init__(self) -> None:
+        if self.every_tokens < 0:
+            raise ValueError(f"every_tokens is {self.every_tokens}; it must be 0 (never) or more")
+        if self.items < 1 or not self.splits:
+            raise ValueError(f"items is {self.items} and splits {list(self.splits)}: an exam needs at least one of each")
+
 
 @config
 class TrainConfig:
@@ -58,6 +64,10 @@ class TrainConfig:
     exam: ExamProbe = ExamProbe()
 
     def __post_init__(self) -> None:
+        counts = ("seq_len", "total_tokens", "log_every_steps", "eval_every_tokens", "save_every_tokens", "keep_last")
+        for name in (*counts, "max_skipped_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         rows, rest = divmod(self.batch_tokens, self.seq_len)
         if rest or rows < 1:
             raise ValueError(f"batch_tokens {self.batch_tokens} is not a positive multiple of seq_len {self.seq_len}")
@@ -74,10 +84,6 @@ class TrainConfig:
                 f"tokenizer.vocab_size {self.tokenizer.vocab_size} is larger than model.vocab_size {self.model.vocab_size}; "
                 f"set model.vocab_size={self.tokenizer.vocab_size}"
             )
-        counts = ("total_tokens", "log_every_steps", "eval_every_tokens", "save_every_tokens", "keep_last", "max_skipped_steps")
-        for name in counts:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.max_minutes is not None and self.max_minutes <= 0:
             raise ValueError(f"max_minutes {self.max_minutes} must be above 0")
         if self.clip_norm <= 0:

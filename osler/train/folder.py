@@ -22,21 +22,25 @@ VERSIONS = "versions.json"  # packages and machine, in the run folder and in eve
 PRECISION_OF_DTYPE = {"float32": "fp32", "bfloat16": "bf16"}
 
 
-def claim(run: RunFolder, config: dict[str, object]) -> None:
+def claim(run: RunFolder, config: Any) -> None:
     """Write ``config.yaml``, which makes the folder this run's, unless it is that already.
 
     Called when all that a person may have got wrong has been checked, so that a mistake can be mended in the same folder.
     """
     refuse_another(run, config)
     if not run.config.exists():
-        write_atomic(run.config, dump_yaml(config))
+        write_atomic(run.config, dump_yaml(encode(config)))
 
 
-def refuse_another(run: RunFolder, config: dict[str, object]) -> None:
+def refuse_another(run: RunFolder, config: Any) -> None:
     """Raise UserError when the folder belongs to a run with another config: a run folder holds one run."""
-    stored = read_config(run) if run.config.exists() else config
-    if stored != config:
-        changed = sorted(key for key in {*stored, *config} if stored.get(key) != config.get(key))
+    if not run.config.exists():
+        return
+    stored, wanted = read_config(run), encode(config)
+    if stored.get("kind") == wanted["kind"]:  # a field that came with a later Osler had its default when the run began
+        stored = encode(decode(type(config), stored, source=str(run.config)))
+    if stored != wanted:
+        changed = sorted(key for key in {*stored, *wanted} if stored.get(key) != wanted.get(key))
         raise UserError(
             f"{run.root} holds another run: {', '.join(changed)} differ from its config.yaml. Choose another folder with "
             "--run, or delete that one to start over."

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from osler.checkpoint import store
-from osler.config import decode, encode, load_recipe, parse_overrides
+from osler.config import decode, load_recipe, parse_overrides
+from osler.data.config import ClinicData
 from osler.data.loader import Loader, make_batch
 from osler.data.order import Order
 from osler.data.packing import StreamPacking, WholePacking
@@ -82,7 +83,7 @@ def run(
 def train(config: TrainConfig, run: RunFolder) -> bool:
     """Set up and train (or continue) one supervised run in its folder; False when it was asked to stop before the end."""
     started = time.monotonic()
-    refuse_another(run, encode(config))
+    refuse_another(run, config)
     exam = exam_items(config.exam)
     keep_freed_memory()
     newest = newest_checkpoint(run)
@@ -94,7 +95,7 @@ def train(config: TrainConfig, run: RunFolder) -> bool:
     tokenizer = make_tokenizer(config, tokenizer, tokenizer_path)
     check_vocabulary(model.config, tokenizer)
     prepared = prepare_source(config.data, tokenizer, run.root / "data")
-    claim(run, encode(config))
+    claim(run, config)
     if not tokenizer_path.exists():
         write_atomic(tokenizer_path, tokenizer.to_bytes())
     optimizer = build_optimizer(model, config.optim)
@@ -226,9 +227,11 @@ def next_steps(config: TrainConfig, folder: RunFolder) -> str:
             f'  osler generate {folder.root} --prompt "..."   let it write',
             f"  osler sft init_from={folder.root}   teach it to reason and answer",
         ]
-    else:
+    elif isinstance(config.data, ClinicData):
         lines += [
             f"  osler eval {folder.root}   sit the exam",
             f"  osler grpo init_from={folder.root}   improve it by its own tries",
         ]
+    else:
+        lines.append(f"  osler eval {folder.root} task.type=medqa task.path=FILE   sit an exam")
     return "\n".join([*lines, f"  osler chat {folder.root}   talk to it"])

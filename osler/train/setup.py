@@ -26,6 +26,7 @@ from osler.train.config import TrainConfig
 from osler.train.folder import VERSIONS
 
 COMPILE_MIN_STEPS = 100  # compiling costs 10 to 30 seconds; shorter runs end sooner without it
+MUCH_USED = 0.9  # of the model's vocabulary: below this share of it the rest is worth a word
 PACKAGES = ("osler", "torch", "numpy", "tokenizers", "safetensors", "pydantic", "pyarrow")
 
 
@@ -104,11 +105,16 @@ def make_tokenizer(config: TrainConfig, given: Tokenizer | None, kept: Path) -> 
 
 
 def check_vocabulary(model: ModelConfig, tokenizer: Tokenizer) -> None:
-    """Refuse a tokenizer with more tokens than the model has rows for."""
+    """Refuse a tokenizer with more tokens than the model has rows for; say when it leaves many rows unused."""
     if tokenizer.vocab_size > model.vocab_size:
         raise UserError(
             f"The tokenizer has {tokenizer.vocab_size:,} tokens, the model only {model.vocab_size:,}: set "
             f"model.vocab_size={tokenizer.vocab_size}."
+        )
+    if tokenizer.vocab_size < MUCH_USED * model.vocab_size:
+        say(
+            f"The tokenizer has {tokenizer.vocab_size:,} tokens, the model room for {model.vocab_size:,}: "
+            f"model.vocab_size={tokenizer.vocab_size} would be smaller and lose nothing."
         )
 
 

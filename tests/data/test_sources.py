@@ -9,11 +9,12 @@ import pytest
 
 from osler.config import ConfigError, decode
 from osler.data.config import ClinicData, FilesData, TurnsData
-from osler.data.sources import open_source, prepare_source, train_tokenizer
+from osler.data.sources import SAMPLE_CHARS, _sample, open_source, prepare_source, train_tokenizer
 from osler.data.verbs import Sections
 from osler.errors import UserError
 
 CLINIC = ClinicData(passages=150, examples=120, cards=7, drills=3, validation_passages=10, validation_examples=20)
+MANY = 1_000_000_000  # bytes: all of the text
 
 
 def test_clinic_documents_are_prose_then_exam_turns_then_drills() -> None:
@@ -30,7 +31,7 @@ def test_clinic_documents_are_prose_then_exam_turns_then_drills() -> None:
 
 
 def test_clinic_is_prepared_and_reused(tmp_path: Path) -> None:
-    tokenizer = train_tokenizer(CLINIC, 512)
+    tokenizer = train_tokenizer(CLINIC, 512, max_bytes=MANY)
     prepared = prepare_source(CLINIC, tokenizer, tmp_path / "out")
     assert prepared.validation is not None
     assert (prepared.train.num_documents, prepared.validation.num_documents) == (280, 30)
@@ -48,7 +49,7 @@ def test_files_and_turns_hold_out_documents(tmp_path: Path) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     configs = [FilesData(path=str(path)), TurnsData(path=str(path), thinking_field="why", holdout_fraction=0.1)]
     for name, (data, held) in enumerate(zip(configs, (2, 4), strict=True)):
-        tokenizer = train_tokenizer(data, 300)
+        tokenizer = train_tokenizer(data, 300, max_bytes=MANY)
         prepared = prepare_source(data, tokenizer, tmp_path / str(name))
         assert prepared.validation is not None
         assert (prepared.train.num_documents, prepared.validation.num_documents) == (40 - held, held)
@@ -62,10 +63,32 @@ def test_tokenizer_sample_is_deterministic_and_smaller(tmp_path: Path) -> None:
     data = FilesData(path=str(tmp_path))
     first, second = (train_tokenizer(data, 2000, max_bytes=8_000) for _ in range(2))
     assert first.fingerprint == second.fingerprint
-    assert first.vocab_size < train_tokenizer(data, 2000).vocab_size
+    assert first.vocab_size < train_tokenizer(data, 2000, max_bytes=MANY).vocab_size
     (tmp_path / "texts.jsonl").write_text('{"text": ""}\n')
     with pytest.raises(UserError, match="no text to train a tokenizer on"):
-        train_tokenizer(data, 2000)
+        train_tokenizer(data, 2000, max_bytes=MANY)
+
+
+@pytest.mark.parametrize("words", [3_000, 300_000])
+def test_one_large_file_is_sampled_in_pieces(tmp_path: Path, words: int) -> None:
+    """A document is not taken or left as a whole: whatever the draw, there is text, and about `max_bytes` of it."""
+    (tmp_path / "book.txt").write_text(" ".join(f"w{n % 997}" for n in range(words)))
+    size = (tmp_path / "book.txt").stat().st_size
+    pieces = list(_sample(open_source(FilesData(path=str(tmp_path))).train, 0.3))
+    taken = sum(map(len, pieces))
+    assert 0 < taken <= max(0.6 * size, SAMPLE_CHARS)
+    assert list(_sample(open_source(FilesData(path=str(tmp_path))).train, 0.3)) == pieces
+
+
+def test_a_tokenizer_has_not_seen_what_is_held_out(tmp_path: Path) -> None:
+    words = [hashlib.md5(str(n).encode()).hexdigest() for n in range(10)]
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": f"{word} " * 50}) + "\n" for word in words))
+    data = FilesData(path=str(tmp_path), holdout_fraction=0.5)
+    tokenizer = train_tokenizer(data, 1000, max_bytes=MANY)
+    prepared = prepare_source(data, tokenizer, tmp_path / "out")
+    assert prepared.validation is not None
+    known = [len(tokenizer.encode(word)) for word in words]
+    assert sorted(known)[:5] == [1] * 5 and min(sorted(known)[5:]) > 4, "five words learned whole, five never seen"
 
 
 def test_configs_are_checked() -> None:

@@ -19,6 +19,7 @@ from osler.data.packing import StreamPacking, WholePacking
 from osler.data.prepare import open_prepared
 from osler.errors import UserError
 from osler.tokenizer.bpe import Tokenizer
+from osler.yaml12 import dump_yaml, load_yaml
 
 
 @pytest.fixture
@@ -62,6 +63,9 @@ def own_text(tiny):
         ("batch_tokens=300", "batch_tokens 300 is not a positive multiple of seq_len 64"),
         ("micro_batch_tokens=192", "micro_batch_tokens 192 must be a multiple of seq_len 64 that divides batch_tokens 256"),
         ("seq_len=512", "batch_tokens 256 is not a positive multiple of seq_len 512"),
+        ("seq_len=0", "seq_len is 0; it must be at least 1"),
+        ("exam={every_tokens: 512, items: 0}", "exam: items is 0"),
+        ("exam={every_tokens: -1}", "exam: every_tokens is -1; it must be 0 (never) or more"),
         ("max_minutes=0", "max_minutes 0.0 must be above 0"),
         ("clip_norm=-1", "clip_norm -1.0 must be above 0"),
         ("keep_last=0", "keep_last is 0; it must be at least 1"),
@@ -89,6 +93,11 @@ def test_all_mistakes_are_told_at_once(mistake, tiny, tmp_path):
 def test_a_tokenizer_too_large_for_the_model(mistake, tiny, tmp_path):
     text = mistake("pretrain", tiny.pretrain, "model.vocab_size=400", "--run", tmp_path / "run")
     assert "512 tokens, the model only 400" in text and "model.vocab_size=512" in text
+
+
+def test_a_tokenizer_much_smaller_than_the_model_is_mentioned(launch, tmp_path, capsys):
+    assert launch("pretrain", tmp_path / "run", "model.vocab_size=700", "total_tokens=256") == 0
+    assert "512 tokens, the model room for 700" in capsys.readouterr().err
 
 
 def test_a_recipe_that_is_missing_or_broken(mistake, tmp_path):
@@ -243,6 +252,14 @@ def test_a_folder_holds_one_run(stopped, tiny, mistake):
     assert "holds another run: optim, seed differ" in text and "--run" in text
     text = mistake("sft", tiny.sft, f"init_from={stopped}", "--run", stopped)
     assert "holds another run" in text and "kind" in text
+
+
+def test_a_folder_of_an_earlier_version_is_the_same_run(stopped, launch):
+    """A field that the config gained since has its default there."""
+    config = load_yaml((stopped / "config.yaml").read_text(), "config.yaml")
+    del config["keep_last"]
+    (stopped / "config.yaml").write_text(dump_yaml(config))
+    assert launch("pretrain", stopped) == 0
 
 
 def test_resume_needs_a_run_and_nothing_else(stopped, mistake, tmp_path):

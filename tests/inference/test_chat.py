@@ -207,3 +207,17 @@ def test_a_prompt_that_fills_the_context_is_refused(runs):
         return "".join(continue_text(Engine(ready.model), ready.tokenizer, text, Sampling(new_tokens, 0.0)))
 
     assert continued(10_000) == continued(room), "new tokens are cut to what is left"
+
+
+@pytest.mark.parametrize(
+    ("training", "reasons"),
+    [
+        ({}, True),
+        ({"data": {"type": "clinic"}}, True),
+        ({"data": {"type": "turns", "thinking_field": None}}, False),
+        ({"data": {"type": "turns", "thinking_field": "why"}}, True),
+        ({"tasks": [{"reasoning": False}]}, False),
+    ],
+)
+def test_a_model_is_asked_to_think_if_it_learned_to(training, reasons):
+    assert ReadyModel(None, training).reasons is reasons

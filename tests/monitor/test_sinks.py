@@ -32,6 +32,21 @@ def test_a_line_holds_step_tokens_time_and_metrics(tmp_path: Path) -> None:
     assert line == {"step": 3, "tokens": 300, "time": 12.5, "stage": "sft", "train/loss": 0.5, "groups/effective": 7}
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device that is always full is Linux's")
+def test_a_full_disk_costs_lines_and_not_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, full = tmp_path / "metrics.jsonl", Path("/dev/full")
+    with JsonlSink(path) as sink:
+        sink.write(1, 100, {"train/loss": 2.0})
+        sink._file = full.open("a", buffering=1)  # as if the disk had filled up
+        sink.write(2, 200, {"train/loss": 1.9})
+        sink.write(3, 300, {"train/loss": 1.8})  # there is room again
+        sink._file = full.open("a", buffering=1)
+        sink.write(4, 400, {"train/loss": 1.7})
+    assert steps(path) == [1, 3]
+    said = capsys.readouterr().err
+    assert said.count("metrics cannot be written") == 1 and "No space left" in said
+
+
 def test_a_line_is_on_disk_as_soon_as_it_is_written(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     sink = JsonlSink(path)

@@ -16,6 +16,7 @@ from osler.report.charts import SPECS
 from osler.report.page import build_report
 from osler.report.read import read_run
 from osler.report.text import summary_text
+from osler.report.words import headline
 
 VOID = {"meta", "link", "br", "hr", "img", "input"}
 Bare = Callable[..., Path]
@@ -259,6 +260,17 @@ def test_grpo_that_gains_nothing_is_not_called_a_gain(quickstart: Path) -> None:
     shown = words(checked(quickstart)[1])
     assert "GRPO brought −1.0 points (within noise)" in shown and "added nothing measurable" in shown
     assert "A real gain" not in shown
+
+
+def test_the_headline_is_not_the_end_of_a_branch(quickstart: Path) -> None:
+    """GRPO from an earlier checkpoint shows what GRPO does; what the run reached is the supervised score."""
+    path = quickstart / "comparison.json"
+    rows = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps([{**row, "before_label": "sft, earlier checkpoint", "branch": True} for row in rows]))
+    run = read_run(quickstart)
+    assert headline(run)[1] == "55.1%"
+    path.write_text(json.dumps(rows))
+    assert headline(read_run(quickstart))[1] == "62.6%"
 
 
 def test_trouble_in_the_curves_is_reported(bare: Bare) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 
@@ -12,9 +13,10 @@ from osler.errors import UserError
 from osler.inference.load import describing_files, load_model
 from osler.model.config import ModelConfig
 from osler.model.transformer import Transformer
-from osler.rl.run import run
+from osler.rl.prompts import RlTask
+from osler.rl.run import fingerprint_of, run
 from osler.tasks.clinic import ClinicTask
-from osler.tasks.item import render_answer, render_question
+from osler.tasks.item import ExamItem, render_answer, render_question
 from osler.tasks.registry import load_task
 from osler.tokenizer.bpe import Tokenizer
 
@@ -102,3 +104,9 @@ def test_resume_needs_a_run(tmp_path):
         run(resume=True)
     with pytest.raises(UserError, match="no run to resume"):
         run(resume=True, run_dir=str(tmp_path))
+
+
+def test_the_data_fingerprint_changes_with_an_answer():
+    item = ExamItem(id="a", question="Which?", options=("x", "y"), answer_index=0)
+    named = {fingerprint_of([RlTask("exam", (one,), ())]) for one in (item, item, replace(item, answer_index=1))}
+    assert len(named) == 2

@@ -142,7 +142,7 @@ def test_every_metric_is_declared_and_the_policy_moves(make_trainer, tmp_path):
     assert [line["step"] for line in steps] == [1, 2, 3, 4, 5]
     assert [line["step"] for line in lines if "eval/validation_accuracy" in line] == [0, 2, 4, 5]
     assert steps[0]["sampling/sampling_logp_difference/max"] < 1e-5
-    assert steps[0]["train/lr"] == pytest.approx(3e-3 * (1 - 1 / 5))
+    assert steps[0]["train/lr"] == pytest.approx(3e-3 * (1 - 0.5 / 5))
     assert sorted(line["tokens"] for line in steps) == [line["tokens"] for line in steps]
     assert any(not torch.equal(value, before[name]) for name, value in trainer.model.state_dict().items())
 

@@ -11,6 +11,7 @@ from osler.tasks.rewards import MAX_THINKING_CHARS, REWARDS, answered_index
 
 ITEM = ExamItem(id="r", question="?", options=("penicillin", "amoxicillin"), answer_index=1)
 NUMBER = ExamItem(id="n", question="?", options=(), answer_index=-1, answer="72")
+TEXT = ExamItem(id="t", question="?", options=(), answer_index=-1, answer="lobar pneumonia")
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,9 @@ class Written:
         (NUMBER, Written(answer="71"), 0, 1),
         (NUMBER, Written(answer="71 or 72"), 0, 0),
         (NUMBER, Written(answer=None), 0, 0),
+        (TEXT, Written(answer="Lobar pneumonia"), 1, 1),
+        (TEXT, Written(answer="asthma"), 0, 1),
+        (TEXT, Written(answer=""), 0, 0),
     ],
 )
 def test_reward_table(item: ExamItem, written: Written, correct: float, form: float) -> None:
