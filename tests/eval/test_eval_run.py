@@ -31,7 +31,7 @@ TINY = {
               "vocab_size": 512, "max_seq_len": 256, "residual_init": "scaled"},
     "tokenizer": {"vocab_size": 400},
     "batch_tokens": 512, "total_tokens": 4096, "eval_every_tokens": 4096, "save_every_tokens": 2048,
-    "compile": "never", "precision": "fp32", "device": "cpu",
+    "schedule": {"type": "constant", "warmup_tokens": 0}, "compile": "never", "precision": "fp32", "device": "cpu",
 }  # fmt: skip
 CLINIC = {"passages": 60, "examples": 60, "validation_passages": 5, "validation_examples": 5}
 NOTES = [f"Day {day}. The fever is {'gone' if day % 2 else 'high'}; the patient sleeps – and eats well." for day in range(40)]
