@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 
 from osler.config import decode
 from osler.errors import UserError
@@ -29,8 +30,9 @@ COLOURS = {"": 0, "pretrain": 0, "sft": 1, "grpo": 2, "rl": 2, "midtrain": 3, "u
 
 
 def stage_title(name: str) -> str:
-    """A stage's or checkpoint's name as a reader would write it: `sft` -> `Supervised fine-tuning`."""
-    return TITLES.get(name.lower()) or (name[:1].upper() + name[1:]).replace("_", " ")
+    """A stage's or checkpoint's name as a reader would write it: `sft, earlier` -> `Supervised fine-tuning, earlier`."""
+    stage, comma, more = name.partition(",")
+    return (TITLES.get(stage.lower()) or (stage[:1].upper() + stage[1:]).replace("_", " ")) + comma + more
 
 
 def in_sentence(title: str) -> str:
@@ -40,9 +42,9 @@ def in_sentence(title: str) -> str:
 
 def stage_colour(name: str, position: int = 0) -> int:
     """The palette number that a stage keeps all over the page."""
-    low = name.lower()
-    known = [colour for key, colour in COLOURS.items() if key and key in low]
-    return known[-1] if known else (COLOURS[""] if not low else (3, 6, 4, 7)[position % 4])
+    words = re.findall("[a-z]+", name.lower())
+    known = [colour for key, colour in COLOURS.items() if key in words]
+    return known[-1] if known else (COLOURS[""] if not name else (3, 6, 4, 7)[position % 4])
 
 
 def headline_score(run: Run) -> ExamScore | None:

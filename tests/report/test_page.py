@@ -16,7 +16,7 @@ from osler.report.charts import SPECS
 from osler.report.page import build_report
 from osler.report.read import read_run
 from osler.report.text import summary_text
-from osler.report.words import headline
+from osler.report.words import headline, stage_colour, stage_title
 
 VOID = {"meta", "link", "br", "hr", "img", "input"}
 Bare = Callable[..., Path]
@@ -306,3 +306,9 @@ def test_the_summary_says_what_the_page_says(quickstart: Path) -> None:
 def test_building_twice_replaces_the_page(quickstart: Path) -> None:
     first, second = build_report(quickstart), build_report(quickstart)
     assert first == second and not list(quickstart.glob("*.tmp"))
+
+
+def test_a_checkpoint_is_named_and_coloured_by_its_stage() -> None:
+    assert stage_title("sft, earlier checkpoint") == "Supervised fine-tuning, earlier checkpoint"
+    assert stage_title("my_stage") == "My stage"
+    assert stage_colour("sft, earlier checkpoint") == stage_colour("sft") != stage_colour("rl") == stage_colour("grpo-2")
