@@ -1,4 +1,4 @@
-"""Optimizer and random states as named tensors plus JSON, and back, bit for bit.
+"""Optimizer states as named tensors plus JSON, and back, bit for bit.
 
 ``torch.optim`` numbers its parameters in the order they were given and casts the state to the parameter's dtype on
 loading; here every entry is stored under the parameter's name and keeps its own dtype, so a resume is exact. Tensor
@@ -137,19 +137,3 @@ def _place(key: str, value: Any, parameter: Tensor, step_on_device: bool) -> Any
     if value.shape == parameter.shape:
         return torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
     return value.to(parameter.device, copy=True)
-
-
-def random_state() -> dict[str, Tensor]:
-    """The state of PyTorch's default generators, as uint8 tensors: ``cpu`` and ``cuda.<index>``."""
-    state = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        state |= {f"cuda.{index}": value for index, value in enumerate(torch.cuda.get_rng_state_all())}
-    return state
-
-
-def restore_random_state(state: Mapping[str, Tensor]) -> None:
-    """Put back ``random_state``; states of GPUs that are not here are left out."""
-    torch.set_rng_state(state["cpu"].clone())
-    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
-        if f"cuda.{index}" in state:
-            torch.cuda.set_rng_state(state[f"cuda.{index}"].clone(), index)

@@ -11,7 +11,6 @@ import ctypes
 import functools
 import itertools
 import platform
-import random
 import sys
 import time
 from collections.abc import Callable
@@ -178,15 +177,6 @@ def peak_flops_of(gpu_name: str) -> float | None:
     """Dense bf16 FLOP/s for a GPU's name as the driver spells it, for example ``NVIDIA H100 80GB HBM3``."""
     words = f" {gpu_name.replace('-', ' ').replace('_', ' ')} "
     return next((flops for name, flops in PEAK_FLOPS if f" {name} " in words), None)
-
-
-def seed_all(seed: int) -> None:
-    """Seed Python, NumPy and PyTorch on every device; ``seed`` is any non-negative integer below 2**63."""
-    import numpy
-
-    random.seed(seed)
-    numpy.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
 
 
 def keep_freed_memory() -> bool:

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from osler.checkpoint.state import flatten_optimizer, random_state, restore_optimizer, restore_random_state
+from osler.checkpoint.state import flatten_optimizer, restore_optimizer
 from osler.checkpoint.store import load, save
 from osler.errors import UserError
 
@@ -115,12 +115,3 @@ def test_another_model_is_refused_and_the_optimizer_left_as_it_was():
 
     with pytest.raises(ValueError, match="without a name"):
         flatten_optimizer(optimizer, {})
-
-
-def test_random_states_repeat_the_draws(tmp_path):
-    torch.manual_seed(3)
-    torch.rand(5)
-    path = save(tmp_path, 1, tensors={"random": random_state()}, state={})
-    expected = torch.rand(5), torch.randn(5)
-    restore_random_state(load(path).tensors["random"])
-    assert torch.equal(torch.rand(5), expected[0]) and torch.equal(torch.randn(5), expected[1])
