@@ -48,7 +48,7 @@ class TrainConfig:
     batch_tokens: int = 8_192  # tokens per optimizer step
     micro_batch_tokens: int | None = None  # tokens per forward pass; None: the whole batch at once
     total_tokens: int = 8_192_000
-    max_minutes: float | None = None  # stop by the clock instead: total_tokens then follows the measured speed
+    max_minutes: float | None = None  # stop by the clock instead: total_tokens is not looked at then
     optim: AdamWConfig = AdamWConfig()
     schedule: ScheduleConfig = LinearConfig(warmup_tokens=327_680)
     clip_norm: float = 1.0
@@ -82,7 +82,7 @@ class TrainConfig:
         if self.tokenizer.path is None and self.init_from is None and self.tokenizer.vocab_size > self.model.vocab_size:
             raise ValueError(
                 f"tokenizer.vocab_size {self.tokenizer.vocab_size} is larger than model.vocab_size {self.model.vocab_size}; "
-                f"set model.vocab_size={self.tokenizer.vocab_size}"
+                f"set model.vocab_size={self.tokenizer.vocab_size}, or tokenizer.vocab_size={self.model.vocab_size}"
             )
         if self.max_minutes is not None and self.max_minutes <= 0:
             raise ValueError(f"max_minutes {self.max_minutes} must be above 0")

@@ -44,7 +44,7 @@ from osler.train.folder import (
     stored_config,
     stored_precision,
 )
-from osler.train.setup import check_vocabulary, choose_machine, describe_run, make_model, make_tokenizer
+from osler.train.setup import COMPILE_MIN_STEPS, check_vocabulary, choose_machine, describe_run, make_model, make_tokenizer
 from osler.train.step import TrainStep, summed_loss
 from osler.train.trainer import Trainer
 
@@ -89,11 +89,13 @@ def train(config: TrainConfig, run: RunFolder) -> bool:
     newest = newest_checkpoint(run)
     checkpoint = store.load(newest) if newest is not None else None
     precision = stored_precision(newest, config.precision)
-    machine = choose_machine(config.device, precision, config.compile, steps=config.total_steps)
+    # A run by the clock takes as many steps as it can: from a minute on compiling pays.
+    steps = config.total_steps if config.max_minutes is None else int(config.max_minutes * COMPILE_MIN_STEPS)
+    machine = choose_machine(config.device, precision, config.compile, steps=steps)
     model, tokenizer = make_model(config, machine, checkpoint)
     tokenizer_path = run.root / TOKENIZER_FILE
     tokenizer = make_tokenizer(config, tokenizer, tokenizer_path)
-    check_vocabulary(model.config, tokenizer)
+    check_vocabulary(model.config, tokenizer, is_new=checkpoint is None and config.init_from is None)
     prepared = prepare_source(config.data, tokenizer, run.root / "data")
     claim(run, config)
     if not tokenizer_path.exists():

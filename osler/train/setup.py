@@ -104,14 +104,14 @@ def make_tokenizer(config: TrainConfig, given: Tokenizer | None, kept: Path) -> 
     return train_tokenizer(config.data, config.tokenizer.vocab_size, max_bytes=config.tokenizer.max_bytes)
 
 
-def check_vocabulary(model: ModelConfig, tokenizer: Tokenizer) -> None:
-    """Refuse a tokenizer with more tokens than the model has rows for; say when it leaves many rows unused."""
+def check_vocabulary(model: ModelConfig, tokenizer: Tokenizer, *, is_new: bool) -> None:
+    """Refuse a tokenizer with more tokens than the model has rows for; say when it leaves many rows of a new one unused."""
     if tokenizer.vocab_size > model.vocab_size:
         raise UserError(
             f"The tokenizer has {tokenizer.vocab_size:,} tokens, the model only {model.vocab_size:,}: set "
             f"model.vocab_size={tokenizer.vocab_size}."
         )
-    if tokenizer.vocab_size < MUCH_USED * model.vocab_size:
+    if is_new and tokenizer.vocab_size < MUCH_USED * model.vocab_size:
         say(
             f"The tokenizer has {tokenizer.vocab_size:,} tokens, the model room for {model.vocab_size:,}: "
             f"model.vocab_size={tokenizer.vocab_size} would be smaller and lose nothing."
