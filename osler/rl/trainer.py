@@ -83,9 +83,11 @@ class GrpoTrainer:
     def fit(self) -> bool:
         """Train to the last step; False when asked to stop before (everything is saved then)."""
         config = self.config
-        sink = JsonlSink(self.run.metrics, resume_step=self.step if self.step else -1)
-        progress = Progress(config.steps, "steps", label="grpo", initial=self.step)
-        with StopFlag() as stop, sink, progress:
+        with (
+            StopFlag() as stop,  # first: whoever sees the metrics file may rely on a signal being a request
+            JsonlSink(self.run.metrics, resume_step=self.step if self.step else -1) as sink,
+            Progress(config.steps, "steps", label="grpo", initial=self.step) as progress,
+        ):
             # Before the first step, or where a kill came after the checkpoint and before its evaluation.
             if self._evaluation_due() and not was_evaluated(self.run, self.step):
                 self._evaluate(sink)

@@ -88,9 +88,11 @@ class Trainer:
     def fit(self) -> bool:
         """Train to the end; False when asked to stop before (everything is saved then)."""
         config = self.config
-        sink = JsonlSink(self.run.metrics, resume_step=self.step if self.step else -1)
-        progress = Progress(self.total_tokens, "tokens", label=config.kind, initial=self.tokens)
-        with StopFlag() as stop, sink, progress:
+        with (
+            StopFlag() as stop,  # first: whoever sees the metrics file may rely on a signal being a request
+            JsonlSink(self.run.metrics, resume_step=self.step if self.step else -1) as sink,
+            Progress(self.total_tokens, "tokens", label=config.kind, initial=self.tokens) as progress,
+        ):
             if self.step and not was_evaluated(self.run, self.step):
                 self._evaluate(sink, progress)  # a kill came after this checkpoint and before its evaluation
             batches = self.batches(self.step)
