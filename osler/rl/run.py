@@ -24,7 +24,6 @@ from osler.rl.trainer import GrpoTrainer
 from osler.runtime.device import keep_freed_memory
 from osler.runtime.files import RunFolder, fingerprint
 from osler.runtime.log import say
-from osler.runtime.stop import EXIT_STOPPED
 from osler.tasks.item import ExamItem, render_question
 from osler.tasks.registry import load_task
 from osler.tasks.rewards import REWARDS
@@ -38,6 +37,7 @@ from osler.train.folder import (
     refuse_another,
     stored_config,
     stored_precision,
+    work,
 )
 from osler.train.setup import Machine, choose_machine, describe_run
 
@@ -59,11 +59,8 @@ def run(
     if dry_run:
         print(describe_plan(config, folder, planned_numbers(config)))
         return 0
-    if not train(config, RunFolder.create(folder.root)):
-        say(f"Stopped and saved. The same command, or `osler grpo --run {folder.root} --resume`, goes on from there.")
-        return EXIT_STOPPED
-    say(f"Done: {folder.root}\n  osler eval {folder.root}   sit the exam\n  osler report {folder.root}   the run as a page")
-    return 0
+    done = f"Done: {folder.root}\n  osler eval {folder.root}   sit the exam\n  osler report {folder.root}   the run as a page"
+    return work("grpo", folder, lambda run: train(config, run), lambda: done)
 
 
 def train(config: GrpoConfig, run: RunFolder) -> bool:

@@ -24,7 +24,8 @@ _live: list[Progress] = []  # progress lines now on a terminal, so that say() do
 class Progress:
     """Progress through ``total`` units of work, with a rate over the last minute and the time left.
 
-    ``initial`` is what an earlier run had done already. Usable as a context manager.
+    ``initial`` is what an earlier run had done already. The first update starts the clock of the rate: what came before it
+    (loading, compiling) is not slow work. Usable as a context manager.
     """
 
     def __init__(
@@ -47,7 +48,7 @@ class Progress:
         self._every_seconds = _LIVE_SECONDS if self.live else plain_seconds
         self._done = initial
         self._fields: dict[str, object] = {}
-        self._marks = collections.deque([(clock(), initial)])
+        self._marks: collections.deque[tuple[float, float]] = collections.deque()
         self._shown_at: float | None = None
         self._pending = False
         self._closed = False
@@ -97,6 +98,8 @@ class Progress:
         return "  ".join(parts)
 
     def _seconds_left(self) -> float | None:
+        if not self._marks:
+            return None
         (first_time, first_done), (last_time, last_done) = self._marks[0], self._marks[-1]
         if last_time <= first_time or last_done <= first_done or self._done >= self.total:
             return None
@@ -160,6 +163,7 @@ def _columns(stream: TextIO) -> int:
 
 
 def _write(stream: TextIO, text: str) -> None:
-    with contextlib.suppress(OSError, ValueError):  # the reader is gone, or the stream is closed
+    # The reader is gone, the stream is closed, or a signal handler speaks amid another write.
+    with contextlib.suppress(OSError, ValueError, RuntimeError):
         stream.write(text)
         stream.flush()

@@ -48,7 +48,7 @@ class TrainConfig:
     batch_tokens: int = 8_192  # tokens per optimizer step
     micro_batch_tokens: int | None = None  # tokens per forward pass; None: the whole batch at once
     total_tokens: int = 8_192_000
-    max_minutes: float | None = None  # stop by the clock instead: total_tokens is only the first guess then
+    max_minutes: float | None = None  # end by the clock if that comes before total_tokens; the schedule is fitted to it
     optim: AdamWConfig = AdamWConfig()
     schedule: ScheduleConfig = LinearConfig(warmup_tokens=327_680)
     clip_norm: float = 1.0

@@ -6,7 +6,8 @@ Pretraining, fine-tuning and GRPO start and go on through these functions; they 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,11 +16,32 @@ from osler.config import decode, encode
 from osler.errors import UserError
 from osler.runtime.files import RunFolder, write_atomic
 from osler.runtime.log import say
+from osler.runtime.stop import EXIT_STOPPED
 from osler.yaml12 import dump_yaml, load_yaml
 
 T = TypeVar("T")
+MOST_NAMED = 5  # differences between two configs that an error spells out
+LENGTHS = {"total_tokens", "max_minutes", "steps"}  # what a person changes who wants to go on with a finished run
 VERSIONS = "versions.json"  # packages and machine, in the run folder and in every checkpoint
 PRECISION_OF_DTYPE = {"float32": "fp32", "bfloat16": "bf16"}
+
+
+def work(kind: str, run: RunFolder, train: Callable[[RunFolder], bool], next_steps: Callable[[], str]) -> int:
+    """Train in the folder and say at the end what to do next; returns the exit code.
+
+    A start that fails leaves no empty folder behind.
+    """
+    try:
+        finished = train(RunFolder.create(run.root))
+    except BaseException:
+        with suppress(OSError):  # it holds something, so it is worth keeping
+            run.root.rmdir()
+        raise
+    if not finished:
+        say(f"Stopped and saved. The same command, or `osler {kind} --run {run.root} --resume`, goes on from there.")
+        return EXIT_STOPPED
+    say(next_steps())
+    return 0
 
 
 def claim(run: RunFolder, config: Any) -> None:
@@ -39,12 +61,25 @@ def refuse_another(run: RunFolder, config: Any) -> None:
     stored, wanted = read_config(run), encode(config)
     if stored.get("kind") == wanted["kind"]:  # a field that came with a later Osler had its default when the run began
         stored = encode(decode(type(config), stored, source=str(run.config)))
-    if stored != wanted:
-        changed = sorted(key for key in {*stored, *wanted} if stored.get(key) != wanted.get(key))
-        raise UserError(
-            f"{run.root} holds another run: {', '.join(changed)} differ from its config.yaml. Choose another folder with "
-            "--run, or delete that one to start over."
-        )
+    if stored == wanted:
+        return
+    old, new = _flat(stored), _flat(wanted)
+    changed = sorted((key for key in {*old, *new} if old.get(key) != new.get(key)), key=lambda key: (key != "kind", key))
+    named = [f"{key} is {new.get(key)} here and {old.get(key)} there" for key in changed[:MOST_NAMED]]
+    more = [f"{len(changed) - MOST_NAMED} more"] if len(changed) > MOST_NAMED else []
+    longer = f" To train its model further, start a new run with init_from={run.root}." if set(changed) <= LENGTHS else ""
+    raise UserError(
+        f"{run.root} holds another run: {', '.join(named + more)}. Choose another folder with --run, or delete that one to "
+        f"start over.{longer}"
+    )
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A nested config with dotted keys."""
+    out: dict[str, Any] = {}
+    for key, value in tree.items():
+        out |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return out
 
 
 def stored_config(cls: type[T], run_dir: str | None, overrides: Sequence[str]) -> T:

@@ -30,7 +30,6 @@ from osler.optim.build import build_optimizer
 from osler.runtime.device import keep_freed_memory
 from osler.runtime.files import RunFolder, write_atomic
 from osler.runtime.log import say
-from osler.runtime.stop import EXIT_STOPPED
 from osler.tasks.clinic import load as load_clinic_exam
 from osler.tasks.item import ExamItem
 from osler.tokenizer.bpe import Tokenizer
@@ -43,6 +42,7 @@ from osler.train.folder import (
     refuse_another,
     stored_config,
     stored_precision,
+    work,
 )
 from osler.train.setup import COMPILE_MIN_STEPS, check_vocabulary, choose_machine, describe_run, make_model, make_tokenizer
 from osler.train.step import TrainStep, summed_loss
@@ -68,16 +68,20 @@ def run(
     else:
         given = load_recipe(recipe, overrides) if recipe else parse_overrides(overrides)
         config = decode(TrainConfig, {**given, "kind": kind}, source=recipe or "")
-        folder = RunFolder(Path(run_dir or Path("runs") / f"{Path(recipe).stem if recipe else 'clinic'}-{kind}"))
+        folder = RunFolder(Path(run_dir) if run_dir else own_folder(recipe, config))
     if dry_run:
         print(describe_plan(config, folder, planned_numbers(config)))
         return 0
-    finished = train(config, RunFolder.create(folder.root))
-    if not finished:
-        say(f"Stopped and saved. The same command, or `osler {kind} --run {folder.root} --resume`, goes on from there.")
-        return EXIT_STOPPED
-    say(next_steps(config, folder))
-    return 0
+    return work(kind, folder, lambda run: train(config, run), lambda: next_steps(config, folder))
+
+
+def own_folder(recipe: str | None, config: TrainConfig) -> Path:
+    """Where a run goes without --run: named by its recipe, or else by its data."""
+    if recipe:
+        name = Path(recipe).stem
+    else:
+        name = "clinic" if isinstance(config.data, ClinicData) else Path(config.data.path).stem or "own"
+    return Path("runs") / f"{name}-{config.kind}"
 
 
 def train(config: TrainConfig, run: RunFolder) -> bool:
@@ -133,10 +137,16 @@ def train(config: TrainConfig, run: RunFolder) -> bool:
         warn_of_endless_warmup(config)
         say(
             f"{config.kind}: {model.config.num_parameters:,} parameters, {prepared.train.num_tokens:,} tokens of data, "
-            f"{config.total_tokens:,} to train on; {machine.dtype} on {machine.device}{', compiled' if machine.compile else ''}."
+            f"{length_of(config)} to train on; {machine.dtype} on {machine.device}{', compiled' if machine.compile else ''}."
         )
     del checkpoint  # weights and moments were copied out of it; a second set need not lie in memory while training
     return trainer.fit()
+
+
+def length_of(config: TrainConfig) -> str:
+    """How long a run is, in words."""
+    tokens = f"{config.total_tokens:,} tokens"
+    return tokens if config.max_minutes is None else f"{config.max_minutes:g} minutes (at most {tokens})"
 
 
 def warn_of_endless_warmup(config: TrainConfig) -> None:
@@ -214,7 +224,7 @@ def exam_probe(
 
 def planned_numbers(config: TrainConfig) -> dict[str, str]:
     """What follows from a config, for ``--dry-run``; the model of a run with ``init_from`` is only known once it is loaded."""
-    numbers = {"steps": f"{config.total_steps:,} of {config.batch_tokens:,} tokens"}
+    numbers = {"steps": f"{config.total_steps:,} of {config.batch_tokens:,} tokens", "length": length_of(config)}
     if config.init_from is None:
         numbers["parameters"] = f"{config.model.num_parameters:,}"
         numbers["FLOPs"] = f"{config.total_tokens * config.model.flops_per_token(config.seq_len):.3g}"

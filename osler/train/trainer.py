@@ -96,13 +96,16 @@ class Trainer:
             if self.step and not was_evaluated(self.run, self.step):
                 self._evaluate(sink, progress)  # a kill came after this checkpoint and before its evaluation
             batches = self.batches(self.step)
-            mark = (self.step, time.monotonic())
+            first, mark = self.step, (self.step, time.monotonic())
             while not self.done:
                 middle = self.tokens + config.batch_tokens // 2
                 scale = lr_scale(config.schedule, middle, self.total_tokens)
                 self.on_device.append(self.train_step(next(batches), scale))
                 self.step += 1
                 fault("train-step")
+                if self.step == first + 1:  # the first step compiles: neither speed nor time left follow from it
+                    mark = (self.step, time.monotonic())
+                    progress.update(self.tokens)
                 self._watch_clock()
                 if self.step % config.log_every_steps == 0 or self.done:
                     mark = self._log(sink, progress, mark, scale)
@@ -179,10 +182,6 @@ class Trainer:
     def _log(self, sink: JsonlSink, progress: Progress, mark: tuple[int, float], scale: float) -> tuple[int, float]:
         self._fetch()
         now = time.monotonic()
-        speed = (self.step - mark[0]) * self.config.batch_tokens / (now - mark[1])
-        if self.config.max_minutes:
-            self._replan(speed)
-            progress.total = self.total_tokens
         losses = [row[0] for row in self.window if math.isfinite(row[0])]
         loss = sum(losses) / len(losses) if losses else math.nan
         metrics: dict[str, float] = {
@@ -190,11 +189,18 @@ class Trainer:
             "train/lr": self.config.optim.lr * scale,
             "train/grad_norm": self.window[-1][1],
             "train/skipped_steps": sum(row[2] for row in self.window),
-            "perf/tokens_per_second": speed,
         }
+        shown = {"loss": f"{loss:.3f}"}
+        if self.step > mark[0]:
+            speed = (self.step - mark[0]) * self.config.batch_tokens / (now - mark[1])
+            metrics["perf/tokens_per_second"] = speed
+            shown["tokens/s"] = f"{speed:,.0f}"
+            if self.config.max_minutes:
+                self._replan(speed)
+                progress.total = self.total_tokens
         self.window = []
         sink.write(self.step, self.tokens, metrics)
-        progress.update(self.tokens, loss=f"{loss:.3f}", **{"tokens/s": f"{speed:,.0f}"})
+        progress.update(self.tokens, **shown)
         if self.skipped_in_a_row >= self.config.max_skipped_steps:
             raise UserError(
                 f"The gradient was not finite for {self.skipped_in_a_row} steps in a row (step {self.step}); those steps "
@@ -208,7 +214,7 @@ class Trainer:
         assert self.config.max_minutes is not None
         left = max(0.0, self.config.max_minutes * 60 * PLANNED_SHARE - self.seconds)
         batch = self.config.batch_tokens
-        self.total_tokens = self.tokens + int(left * speed / batch) * batch
+        self.total_tokens = min(self.config.total_tokens, self.tokens + int(left * speed / batch) * batch)
 
     def _watch_clock(self) -> None:
         """End the run when its minutes are over, should the steps since the last plan have been slower than planned."""

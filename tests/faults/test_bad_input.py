@@ -249,9 +249,18 @@ def test_other_questions_are_refused(tiny, launch, mistake, tmp_path):
 
 def test_a_folder_holds_one_run(stopped, tiny, mistake):
     text = mistake("pretrain", tiny.pretrain, "seed=1", "optim.lr=1e-4", "--run", stopped)
-    assert "holds another run: optim, seed differ" in text and "--run" in text
+    assert "holds another run: optim.lr is 0.0001 here and 0.0025 there, seed is 1 here and 0 there. " in text and "--run" in text
+    assert "init_from" not in text
+    text = mistake("pretrain", tiny.pretrain, "total_tokens=4096", "--run", stopped)
+    assert "total_tokens is 4096 here and 3072 there" in text and f"start a new run with init_from={stopped}" in text
     text = mistake("sft", tiny.sft, f"init_from={stopped}", "--run", stopped)
     assert "holds another run" in text and "kind" in text
+
+
+def test_a_start_that_fails_leaves_no_folder(tiny, mistake, tmp_path):
+    assert "nowhere" in mistake("sft", tiny.sft, "init_from=nowhere", "--run", tmp_path / "run")
+    assert "nowhere" in mistake("grpo", tiny.grpo, "init_from=nowhere", "--run", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_folder_of_an_earlier_version_is_the_same_run(stopped, launch):

@@ -55,10 +55,23 @@ def test_plain_lines_come_every_few_seconds():
 
 def test_the_estimate_ignores_what_an_earlier_run_did():
     clock = Clock()
-    progress = Progress(1000, "steps", io.StringIO(), initial=900, clock=clock)
+    progress = Progress(1000, "steps", io.StringIO(), initial=890, clock=clock)
+    progress.update(900)
     clock.seconds += 10
     progress.update(950)
     assert "ETA 10s" in progress.line()
+
+
+def test_the_estimate_begins_with_the_first_update():
+    """What came before it is loading and compiling: no rate follows from it."""
+    clock = Clock()
+    progress = Progress(1000, "steps", io.StringIO(), clock=clock)
+    clock.seconds += 30
+    progress.update(1)
+    assert "ETA" not in progress.line()
+    clock.seconds += 1
+    progress.update(11)
+    assert "ETA 1m39s" in progress.line()
 
 
 def test_the_estimate_follows_the_last_minute():

@@ -118,7 +118,7 @@ def test_a_warmup_longer_than_the_run_is_pointed_out(tiny, tmp_path, capsys):
 
 
 def test_minutes_are_kept_and_shared_between_processes(tiny, launch_stopped, tmp_path):
-    minutes = ["max_minutes=0.05", "eval_every_tokens=100_000_000", "save_every_tokens=100_000_000"]
+    minutes = ["max_minutes=0.05", "total_tokens=100_000_000", "eval_every_tokens=100_000_000", "save_every_tokens=100_000_000"]
     began = time.monotonic()
     assert launch_stopped(tmp_path, *minutes, fault="train-step:sigterm:60") == 130
     first = time.monotonic() - began
@@ -130,7 +130,7 @@ def test_minutes_are_kept_and_shared_between_processes(tiny, launch_stopped, tmp
     end = store.load(store.resolve(tmp_path)).state
     assert seconds < 3.0 + 1.0 - stopped["seconds"]
     assert 0.9 * 3.0 * 0.97 < end["seconds"] < 3.0 + 0.3
-    assert end["step"] > 60 and end["tokens"] >= end["total_tokens"] != 3072
+    assert end["step"] > 60 and end["tokens"] >= end["total_tokens"] != 100_000_000
     assert min(line["train/lr"] for line in lines(tmp_path) if "train/lr" in line) < 0.2 * 2.5e-3  # planned to the end
 
 
@@ -149,4 +149,35 @@ def test_dry_run_says_what_follows_and_touches_nothing(tiny, tmp_path, capsys):
     assert main(["pretrain", tiny.pretrain, "--run", str(tmp_path / "run"), "--dry-run"]) == 0
     text = capsys.readouterr().out
     assert "# steps             12 of 256 tokens" in text and "# parameters        51,200" in text
+    assert "# length            3,072 tokens\n" in text
     assert not (tmp_path / "run").exists()
+    assert main(["pretrain", tiny.pretrain, "max_minutes=2", "--run", str(tmp_path / "run"), "--dry-run"]) == 0
+    assert "# length            2 minutes (at most 3,072 tokens)\n" in capsys.readouterr().out
+
+
+def test_a_run_is_named_by_its_recipe_or_else_by_its_data(tiny, tmp_path, capsys):
+    rows = tmp_path / "answers.jsonl"
+    rows.write_text('{"question": "a", "answer": "b"}\n')
+    for given, name in (([], "clinic-sft"), (["data.type=turns", f"data.path={rows}"], "answers-sft"), ([tiny.sft], "sft-sft")):
+        assert main(["sft", *given, "--dry-run"]) == 0
+        assert f"# run folder        runs/{name}\n" in capsys.readouterr().out
+
+
+def test_tokens_end_a_run_by_the_clock_that_would_have_time_for_more(tiny, tmp_path):
+    assert main(["pretrain", tiny.pretrain, "max_minutes=10", "--run", str(tmp_path)]) == 0
+    assert load_model(tmp_path).state["tokens"] == 3072
+
+
+def test_the_first_step_is_not_part_of_the_speed(make_trainer, tmp_path):
+    trainer = make_trainer(tmp_path, log_every_steps=2)
+    step, first = trainer.train_step, []
+
+    def slow_at_first(batch, scale):
+        if not first:
+            first.append(time.sleep(1.0))
+        return step(batch, scale)
+
+    trainer.train_step = slow_at_first
+    assert trainer.fit()
+    speeds = [line["perf/tokens_per_second"] for line in lines(tmp_path) if "perf/tokens_per_second" in line]
+    assert len(speeds) == trainer.step // 2 and min(speeds) > trainer.config.batch_tokens  # a step took far less than a second
