@@ -261,7 +261,7 @@ class Engine:
         cache = KVCache(self.model.config, len(prompts), width, self.dtype, device)
         positions_PT = (slot_T - pad_P1).clamp_min(0)
         assert self._decoder is not None, "generate lays the weights out first"
-        return cache, self._decoder.forward(ids_PT, positions_PT, slot_T, visible_PTS, cache)
+        return cache, self._decoder.prefill(ids_PT, positions_PT, visible_PTS, cache)
 
     def _compact(
         self, rows: _Rows, numbers: list[int], alive: list[int], size: int, filled: int, collected: _Collected
@@ -287,9 +287,8 @@ class Engine:
     def _decode(self, rows: _Rows, sampling: Sampling, slot_T: Tensor, step_T: Tensor) -> None:
         assert self._decoder is not None, "generate lays the weights out first"
         rows.visible_BS.index_fill_(1, slot_T, True)
-        visible_B1S = rows.visible_BS[:, None, : rows.cache.read_len]
-        token_B1, position_B1 = rows.token_B[:, None], rows.position_B[:, None]
-        logits_BV = self._decoder.forward(token_B1, position_B1, slot_T, visible_B1S, rows.cache)
+        visible_BS = rows.visible_BS[:, : rows.cache.read_len]
+        logits_BV = self._decoder.step(rows.token_B, rows.position_B, slot_T, visible_BS, rows.cache)
         self._draw(rows, logits_BV, sampling, step_T)
 
     def _draw(self, rows: _Rows, logits_BV: Tensor, sampling: Sampling, step_T: Tensor) -> None:

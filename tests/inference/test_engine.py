@@ -101,14 +101,14 @@ def test_one_decode_step_equals_the_plain_model(name: str, pack: bool) -> None:
     model, rows = build(CONFIGS[name]), 3
     ids = torch.randint(0, 50, (rows, 9), generator=torch.Generator().manual_seed(0))
     positions, slots = torch.arange(9).expand(rows, 9), torch.arange(9)
-    cache = KVCache(model.config, rows, 12, torch.float32, "cpu")
+    prompt, cache = (KVCache(model.config, rows, length, torch.float32, "cpu") for length in (8, 12))
     with torch.inference_mode():
         decoder = Decoder(model, dtype=torch.float32, rows=rows, pack=pack)
-        cache.read_len = 8
-        decoder.forward(ids[:, :8], positions[:, :8], slots[:8], None, cache)
+        decoder.prefill(ids[:, :8], positions[:, :8], None, prompt)
+        cache.k[:, :, :, :8], cache.v[:, :, :, :8] = prompt.k, prompt.v
         cache.read_len = 9
-        visible = torch.ones(rows, 1, 9, dtype=torch.bool)
-        logits = decoder.forward(ids[:, 8:], positions[:, 8:], slots[8:], visible, cache)
+        visible = torch.ones(rows, 9, dtype=torch.bool)
+        logits = decoder.step(ids[:, 8], positions[:, 8], slots[8:], visible, cache)
         torch.testing.assert_close(logits, model.logits(model(ids))[:, -1], atol=1e-5, rtol=1e-5)
 
 
