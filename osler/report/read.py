@@ -2,6 +2,7 @@
 
     config.yaml        resolved configuration (the one file a run folder must have)
     metrics.jsonl      {"step", "tokens", "time", "stage"?, metric: number or null} per line
+    checkpoints/       step-XXXXXXXXX/model.json: the model that was trained
     <stage>/           run folders of a quickstart's stages (pretrain/, sft/, grpo/ ...), read the same way
     stages.json        [{"name", "seconds", "what"}]
     exams.json         {label of a checkpoint: {split: {"n", "correct", "accuracy", "interval": [low, high], "chance",
@@ -29,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from osler.errors import UserError
+from osler.report.model import checkpoint_model
 from osler.runtime.files import RunFolder, read_json
 from osler.yaml12 import load_yaml
 
@@ -56,6 +58,7 @@ class StageRun:
     clock: dict[int, tuple[float, float]] = field(default_factory=dict)  # step -> (tokens, unix seconds)
     config: dict[str, Any] = field(default_factory=dict)
     config_text: str = ""
+    model: dict[str, Any] = field(default_factory=dict)  # as its checkpoints describe it, {} without one
 
     @property
     def last_step(self) -> int:
@@ -146,6 +149,7 @@ class Run:
     path: Path
     config: dict[str, Any]
     config_text: str
+    model: dict[str, Any]  # as the checkpoints describe it, {} without one
     runs: list[StageRun]
     stages: list[Stage]
     exams: list[ExamScore]
@@ -175,11 +179,12 @@ def read_run(folder: str | Path) -> Run:
         found = _read_metrics(sub, problems, sub.name) or [StageRun(sub.name)]
         if RunFolder(sub).config.is_file():
             found[0].config_text, found[0].config = _read_config(RunFolder(sub).config, problems)
+        found[0].model = checkpoint_model(sub)
         runs += found
     runs.sort(key=lambda run: stage_rank(run.name, names))
     versions, groups = _read_versions(path, problems)
     return Run(
-        path=path, config=config, config_text=text, runs=runs, stages=stages,
+        path=path, config=config, config_text=text, model=checkpoint_model(path), runs=runs, stages=stages,
         exams=_read_exams(path, names, problems), comparisons=_read_comparisons(path, problems),
         samples=_read_samples(path, problems), versions=versions, groups=groups,
         notes=[_text(n) for n in _list(_read_json(path / "notes.json", problems)) if _text(n)],
@@ -195,15 +200,6 @@ def stage_rank(label: str, names: Iterable[str] = ()) -> float:
         if hits:
             return hits[-1]
     return -1 if any(word in low for word in ("untrained", "random", "base", "before")) else 100
-
-
-def find_model(config: object) -> dict[str, Any]:
-    """The first mapping inside a configuration that describes a model (`num_layers`, `hidden_size`), or {}."""
-    if isinstance(config, dict):
-        if "num_layers" in config and "hidden_size" in config:
-            return config
-        return next((found for child in config.values() if (found := find_model(child))), {})
-    return {}
 
 
 def read_jsonl(path: Path) -> tuple[list[dict[str, Any]], int]:

@@ -5,15 +5,13 @@ Shared by the page and the terminal summary. A claim is made only where an inter
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import re
+from typing import Any
 
-from osler.config import decode
-from osler.errors import UserError
-from osler.model.config import ModelConfig
 from osler.report import format as fmt
-from osler.report.read import NAN, Comparison, ExamScore, Run, find_model
+from osler.report.model import count_parameters, find_model
+from osler.report.read import NAN, Comparison, ExamScore, Run
 
 TITLES = {
     "": "Training",
@@ -87,18 +85,16 @@ def stage_seconds(run: Run, word: str) -> float:
     return sum(timed) if timed else sum(logged) if logged else NAN
 
 
-def model_of(run: Run) -> tuple[dict[str, object], float]:
+def model_of(run: Run) -> tuple[dict[str, Any], float]:
     """The model's configuration and its number of parameters (NaN when it cannot be counted)."""
-    known = {f.name for f in dataclasses.fields(ModelConfig)}
-    found: dict[str, object] = {}
-    for model in filter(None, map(find_model, [run.config, *(stage.config for stage in run.runs)])):
-        found = found or model
-        try:
-            config = decode(ModelConfig, {k: v for k, v in model.items() if k in known})
-        except UserError:
-            continue  # for example a vocabulary size that the tokenizer has yet to decide
-        return model, float(config.num_parameters)
-    return found, NAN
+    saved = [run.model, *(stage.model for stage in run.runs)]
+    written = map(find_model, [run.config, *(stage.config for stage in run.runs)])
+    models = [model for model in (*saved, *written) if model]
+    for model in models:
+        parameters = count_parameters(model)
+        if parameters is not None:
+            return model, float(parameters)
+    return models[0] if models else {}, NAN
 
 
 def headline(run: Run) -> tuple[str, str, str]:

@@ -36,6 +36,7 @@ from osler.train.folder import (
     describe_plan,
     newest_checkpoint,
     refuse_another,
+    starting_model,
     stored_config,
     stored_precision,
 )
@@ -57,7 +58,7 @@ def run(
         config = decode(GrpoConfig, load_recipe(recipe, overrides) if recipe else parse_overrides(overrides), source=recipe or "")
         folder = RunFolder(Path(run_dir or Path("runs") / f"{Path(recipe).stem if recipe else 'clinic'}-grpo"))
     if dry_run:
-        print(describe_plan(config, folder, planned_numbers(config)))
+        print(describe_plan(config, folder, starting_model(folder, config), planned_numbers(config)))
         return 0
     if not train(config, RunFolder.create(folder.root)):
         say(f"Stopped and saved. The same command, or `osler grpo --run {folder.root} --resume`, goes on from there.")

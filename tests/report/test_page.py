@@ -10,14 +10,18 @@ from pathlib import Path
 
 import pytest
 
+from osler.config import encode
 from osler.errors import UserError
+from osler.model.config import ModelConfig
 from osler.monitor.metrics import METRICS
+from osler.report import format as fmt
 from osler.report.charts import SPECS
 from osler.report.page import build_report
 from osler.report.read import read_run
 from osler.report.text import summary_text
-from osler.report.words import headline, stage_colour, stage_title
+from osler.report.words import headline, model_of, stage_colour, stage_title
 
+CONFIG_OF_ANOTHER = "model: {num_layers: 6, hidden_size: 256}\n"
 VOID = {"meta", "link", "br", "hr", "img", "input"}
 Bare = Callable[..., Path]
 
@@ -306,6 +310,32 @@ def test_the_summary_says_what_the_page_says(quickstart: Path) -> None:
 def test_building_twice_replaces_the_page(quickstart: Path) -> None:
     first, second = build_report(quickstart), build_report(quickstart)
     assert first == second and not list(quickstart.glob("*.tmp"))
+
+
+def save_model(folder: Path, step: int, text: str = "") -> None:
+    saved = folder / "checkpoints" / f"step-{step:09d}"
+    saved.mkdir(parents=True)
+    described = json.dumps(encode(ModelConfig(num_layers=3, hidden_size=64)))
+    (saved / "model.json").write_text(text or described, encoding="utf-8")
+
+
+def test_a_model_that_came_from_another_run_is_read_from_the_checkpoint(bare: Bare) -> None:
+    """The section `model` of a config with `init_from` is not what was trained; without a checkpoint nothing is claimed."""
+    folder = bare()
+    (folder / "config.yaml").write_text("init_from: runs/earlier\n" + CONFIG_OF_ANOTHER, encoding="utf-8")
+    assert model_of(read_run(folder))[0] == {}
+    assert "parameters" not in words(checked(folder)[1]).lower()
+    save_model(folder, 10)
+    save_model(folder, 20, text='{"torn')
+    shown = words(checked(folder)[1])
+    parameters = ModelConfig(num_layers=3, hidden_size=64).num_parameters
+    assert f"A model of {fmt.count(parameters)} parameters (3 layers of width 64)" in shown
+    assert "Started from runs/earlier: its model and tokenizer take the place" in shown and "hidden_size: 64" in shown
+
+
+def test_the_model_of_a_stage_is_read_from_its_checkpoint(quickstart: Path) -> None:
+    save_model(quickstart / "grpo", 10)
+    assert model_of(read_run(quickstart))[0]["hidden_size"] == 64
 
 
 def test_a_checkpoint_is_named_and_coloured_by_its_stage() -> None:
