@@ -24,6 +24,12 @@ TITLES = {
     "tokenizer": "Tokenizer",
     "untrained": "Untrained",
 }
+HEADLINE_CURVES = (  # without an exam the first that was measured leads; the words before and after its values
+    ("eval/bits_per_byte", "", " bits per byte of held-out text"),
+    ("eval/loss", "held-out loss", ""),
+    ("train/loss", "loss", ""),
+    ("reward", "reward", ""),
+)
 COLOURS = {"": 0, "pretrain": 0, "sft": 1, "grpo": 2, "rl": 2, "midtrain": 3, "untrained": 5, "data": 4, "tokenizer": 6}
 
 
@@ -107,12 +113,13 @@ def headline(run: Run) -> tuple[str, str, str]:
         on = f" on {score.split}" + (f", in {took}" if took != fmt.MISSING else "")
         return start, fmt.percent(score.accuracy), on
     for stage in reversed(run.runs):
-        for name, words in (("eval/loss", "held-out loss"), ("train/loss", "loss"), ("reward", "reward")):
-            known = stage.curves[name].finite() if name in stage.curves else []
+        for name, before, after in HEADLINE_CURVES:
+            known = [value for _, value in stage.curves[name].finite()] if name in stage.curves else []
             if known:
-                steps = f", in {took}" if took != fmt.MISSING else ""
-                start = f"{words[0].upper()}{words[1:]} from {fmt.number(known[0][1])} to "
-                return start, fmt.number(known[-1][1]), f"{steps}"
+                since = f"from {fmt.number(known[0])} to " if len(known) > 1 else "of " if before else ""
+                start = f"{before} {since}".lstrip()
+                end = after + (f", in {took}" if took != fmt.MISSING else "")
+                return f"{start[:1].upper()}{start[1:]}", fmt.number(known[-1]), end
     return "Nothing measured yet", "", ""
 
 

@@ -71,6 +71,10 @@ def checked(folder: Path) -> tuple[str, Checker]:
     return text, checker
 
 
+def jsonl(*rows: dict[str, object]) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
 def words(checker: Checker) -> str:
     return re.sub(r"\s+", " ", " ".join(checker.text))
 
@@ -237,6 +241,19 @@ def test_empty_metrics_one_point_and_values_that_are_not_finite(bare: Bare) -> N
     assert "train/loss was not a finite number at 3 logged steps, first at step 1" in shown
     assert "Loss from 3.500 to 2.250" in shown
     assert "[3.5,null,null,null,2.25]" in text, "gaps stay gaps"
+
+
+def test_one_measurement_is_no_change_and_bits_per_byte_lead(bare: Bare) -> None:
+    rows: list[dict[str, object]] = [{"step": 1, "time": 0, "train/loss": 9.0}, {"step": 2, "time": 41, "eval/loss": 3.25}]
+    folder = bare(metrics_jsonl=jsonl(*rows))
+    assert "".join(headline(read_run(folder))) == "Held-out loss of 3.250, in 41 s"
+    rows[1]["eval/bits_per_byte"] = 1.502
+    (folder / "metrics.jsonl").write_text(jsonl(*rows), encoding="utf-8")
+    assert headline(read_run(folder)) == ("", "1.502", " bits per byte of held-out text, in 41 s")
+    assert summary_text(folder).splitlines()[0] == "1.502 bits per byte of held-out text, in 41 s"
+    earlier = {**rows[1], "step": 1, "eval/bits_per_byte": 2.5}
+    (folder / "metrics.jsonl").write_text(jsonl(earlier, rows[1]), encoding="utf-8")
+    assert "".join(headline(read_run(folder))).startswith("From 2.500 to 1.502 bits per byte of held-out text")
 
 
 def test_a_step_logged_twice_counts_once(bare: Bare) -> None:
