@@ -6,7 +6,8 @@
     <stage>/           run folders of a quickstart's stages (pretrain/, sft/, grpo/ ...), read the same way
     stages.json        [{"name", "seconds", "what"}]
     exams.json         {label of a checkpoint: {split: {"n", "correct", "accuracy", "interval": [low, high], "chance",
-                       "constant_letter_baseline", "letters": {"A": n, ...}, "unparsed", "method"}}}
+                       "constant_letter_baseline", "letters": {"A": n, ...}, "unparsed", "method", "presentations",
+                       "too_long", "max_seq_len", "max_new_tokens"}}}       the last four may be missing
     comparison.json    [{"split", "before", "after", "difference", "interval", "n", "before_label", "after_label",
                        "branch"?: true when `after` does not go on from the run's best checkpoint}]
     samples.jsonl      {"id", "stage", "question", "options", "thinking", "answer", "correct_answer", "correct"} a line
@@ -101,6 +102,10 @@ class ExamScore:
     letters: dict[str, float]
     unparsed: float
     method: str
+    presentations: float  # questions times the option orders that each was shown in; `correct` and the counts are of these
+    too_long: float
+    max_seq_len: float
+    max_new_tokens: float
 
 
 @dataclass
@@ -285,7 +290,8 @@ def _read_exams(path: Path, stage_names: list[str], problems: list[str]) -> list
                     label, split, _number(row.get("n")), _number(row.get("correct")), _number(row.get("accuracy")),
                     low, high, _number(row.get("chance")), _number(row.get("constant_letter_baseline")),
                     {_text(k): _number(v) for k, v in _dict(row.get("letters")).items()},
-                    _number(row.get("unparsed")), _text(row.get("method")),
+                    _number(row.get("unparsed")), _text(row.get("method")), _number(row.get("presentations", row.get("n"))),
+                    _number(row.get("too_long")), _number(row.get("max_seq_len")), _number(row.get("max_new_tokens")),
                 )
             )  # fmt: skip
     return scores

@@ -9,6 +9,7 @@ import math
 import re
 from typing import Any
 
+from osler.eval.score import describe_too_long, length_explains
 from osler.report import format as fmt
 from osler.report.model import count_parameters, find_model
 from osler.report.read import NAN, Comparison, ExamScore, Run
@@ -140,13 +141,37 @@ def baseline(score: ExamScore) -> float:
 
 
 def verdict(score: ExamScore) -> str:
-    """Whether the interval clears guessing and the best constant letter."""
+    """Whether the interval clears guessing and the best constant letter, and how many questions had no chance to be right."""
+    if unfit_explains(score):
+        return f"That is below {' or '.join(_baselines(score))}: {unfit(score)}"
+    return " ".join(filter(None, (_against_baselines(score), unfit(score))))
+
+
+def unfit(score: ExamScore) -> str:
+    """How many questions did not fit into the model's context, as a sentence; empty when all did or that is not known."""
+    if not (score.too_long > 0 and score.presentations >= score.too_long):
+        return ""
+    counts = (score.too_long, score.presentations, score.correct, score.max_seq_len, score.max_new_tokens)
+    return f"{describe_too_long(*(int(n) if math.isfinite(n) else 0 for n in counts))}."
+
+
+def unfit_explains(score: ExamScore) -> bool:
+    """Whether a score below the baseline may be due to those questions alone."""
+    return bool(unfit(score)) and length_explains(score.high, baseline(score), score.too_long, score.presentations)
+
+
+def _baselines(score: ExamScore) -> list[str]:
+    """What a model without knowledge would score, as far as it is known."""
     known = []
     if math.isfinite(score.chance):
         known.append(f"guessing ({fmt.percent(score.chance)})")
     if math.isfinite(score.constant):
         known.append(f"always giving the same letter ({fmt.percent(score.constant)})")
-    bar = baseline(score)
+    return known
+
+
+def _against_baselines(score: ExamScore) -> str:
+    known, bar = _baselines(score), baseline(score)
     if not known or not math.isfinite(score.low):
         return ""
     if score.low > bar:

@@ -273,6 +273,23 @@ def test_a_score_at_chance_is_called_that(quickstart: Path) -> None:
     assert "clearly above" not in shown
 
 
+@pytest.mark.parametrize(("too_long", "explained"), [(700, True), (9, False), (0, False)])
+def test_a_score_below_chance_names_questions_that_did_not_fit(quickstart: Path, too_long: int, explained: bool) -> None:
+    path = quickstart / "exams.json"
+    row = json.loads(path.read_text(encoding="utf-8"))["pretrain"]["test"]
+    row |= {"correct": 90, "accuracy": 0.1, "interval": [0.08, 0.12], "presentations": 900, "too_long": too_long,
+            "max_seq_len": 256, "max_new_tokens": 128}  # fmt: skip
+    path.write_text(json.dumps({"sft": {"test": row}}), encoding="utf-8")
+    shown = words(checked(quickstart)[1])
+    unfit = f"{too_long} of 900 questions did not fit into the model's context (max_seq_len 256, of which max_new_tokens"
+    assert (f"always giving the same letter (27.3%): {unfit}" in shown) == explained
+    assert ("something is systematically wrong" in shown) != explained
+    assert (f"Supervised fine-tuning on test: {unfit}" in shown) == (too_long > 0)
+    (quickstart / "next.json").unlink()
+    assert ("Give the exam's questions room" in words(checked(quickstart)[1])) == explained
+    assert ("of the other 891 it answered 90 right" in summary_text(quickstart)) == (too_long == 9)
+
+
 def test_grpo_that_gains_nothing_is_not_called_a_gain(quickstart: Path) -> None:
     path = quickstart / "comparison.json"
     rows = json.loads(path.read_text(encoding="utf-8"))
