@@ -38,9 +38,9 @@ def _exam_findings(run: Run) -> Iterator[str]:
         )
     for score in (s for s in run.exams if s.label == run.exams[-1].label):
         where = f"{stage_title(score.label)} on {score.split}"
-        if score.n > 0 and score.unparsed / score.n > 0.05:
+        if score.presentations > 0 and score.unparsed / score.presentations > 0.05:
             yield (
-                f"{where}: {fmt.percent(score.unparsed / score.n)} of the answers had no readable letter "
+                f"{where}: {fmt.percent(score.unparsed / score.presentations)} of the answers had no readable letter "
                 "and count as wrong."
             )
         if unfit(score):

@@ -142,7 +142,7 @@ def _exam_row(score: ExamScore, position: int) -> str:
     cells = (
         ("Accuracy", "num strong", fmt.percent(score.accuracy)),
         ("95% interval", "bar", f"{bar}<small>{_interval(score.low, score.high)}</small>"),
-        ("Right", "num", f"{fmt.count(score.correct)} of {fmt.count(score.n)}"),
+        ("Right", "num", f"{fmt.count(score.correct)} of {fmt.count(score.presentations)}"),
         ("Letters", "", svg.histogram(score.letters, letters) or fmt.MISSING),
         ("Unparsed", "num", fmt.count(score.unparsed)),
     )

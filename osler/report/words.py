@@ -126,7 +126,8 @@ def headline(run: Run) -> tuple[str, str, str]:
 
 def score_in_words(score: ExamScore) -> str:
     """Right answers, the interval, and how it stands to the two baselines."""
-    out = f"It answered {fmt.count(score.correct)} of {fmt.plural(score.n, 'question')} right."
+    each = f" ({fmt.count(score.n)} different ones, shown in several orders)" if score.presentations > score.n else ""
+    out = f"It answered {fmt.count(score.correct)} of {fmt.plural(score.presentations, 'question')}{each} right."
     if math.isfinite(score.low) and math.isfinite(score.high):
         out += (
             f" With so many questions, its true score most likely lies between {fmt.percent(score.low)} and "

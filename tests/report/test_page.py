@@ -290,6 +290,17 @@ def test_a_score_below_chance_names_questions_that_did_not_fit(quickstart: Path,
     assert ("of the other 891 it answered 90 right" in summary_text(quickstart)) == (too_long == 9)
 
 
+def test_right_answers_are_counted_among_the_questions_shown(quickstart: Path) -> None:
+    path = quickstart / "exams.json"
+    row = json.loads(path.read_text(encoding="utf-8"))["grpo"]["test"]
+    row |= {"n": 225, "presentations": 900, "unparsed": 40}
+    path.write_text(json.dumps({"grpo": {"test": row}}), encoding="utf-8")
+    shown = words(checked(quickstart)[1])
+    assert "It answered 563 of 900 questions (225 different ones, shown in several orders) right." in shown
+    assert "563 of 900 " in shown.split("Checkpoint")[1] and "563 of 225" not in shown
+    assert "had no readable letter" not in shown, "40 of 900"
+
+
 def test_grpo_that_gains_nothing_is_not_called_a_gain(quickstart: Path) -> None:
     path = quickstart / "comparison.json"
     rows = json.loads(path.read_text(encoding="utf-8"))
