@@ -57,9 +57,12 @@ def decode_recipe(recipe: dict[str, Any], *, source: str = "") -> Any:
 
 
 def derived(resolved: Any) -> dict[str, int]:
-    """Return the numbers that follow from a decoded recipe, each with its name and unit."""
+    """Return the numbers that follow from a decoded recipe, each with its name and unit.
+
+    With ``init_from`` the section ``model`` is not used, so nothing follows from it; ``--dry-run`` reads the checkpoint.
+    """
     numbers: dict[str, int] = {}
-    model = getattr(resolved, "model", None)
+    model = getattr(resolved, "model", None) if getattr(resolved, "init_from", None) is None else None
     if isinstance(model, ModelConfig):
         seq_len = getattr(resolved, "seq_len", model.max_seq_len)
         numbers["parameters"] = model.num_parameters
@@ -68,7 +71,8 @@ def derived(resolved: Any) -> dict[str, int]:
         numbers[row] = model.kv_cache_bytes(1, model.max_seq_len)
     if isinstance(resolved, TrainConfig):
         numbers["optimizer steps"] = resolved.total_steps
-        numbers["training FLOPs"] = resolved.total_tokens * resolved.model.flops_per_token(resolved.seq_len)
+        if isinstance(model, ModelConfig):
+            numbers["training FLOPs"] = resolved.total_tokens * model.flops_per_token(resolved.seq_len)
     if isinstance(resolved, GrpoConfig):
         numbers["completions per step"] = resolved.algorithm.completions_per_step
         numbers["completion tokens at most"] = resolved.steps * resolved.budget_tokens_per_step

@@ -75,6 +75,11 @@ def test_overrides_change_what_is_shown():
     assert "# parameters: 463,601,664" in show_recipe("osler-400m", ["model.num_layers=24"])
 
 
+def test_no_number_follows_from_a_model_that_is_replaced():
+    shown = show_recipe("text-10min", ["init_from=runs/other"])
+    assert "# optimizer steps" in shown and "# parameters" not in shown and "FLOPs" not in shown
+
+
 def test_list_names_every_recipe_with_its_parameters():
     lines = list_recipes().splitlines()
     assert [line.split()[0] for line in lines] == RECIPE_NAMES

@@ -49,11 +49,12 @@ def score_by_generation(
     once). Prompt and completion must fit ``max_seq_len`` (default: the model's); a context passage is shortened from
     its front to fit, a question is not. ``progress`` is called with the number of presentations done.
     """
-    room = (max_seq_len or engine.model.config.max_seq_len) - max_new_tokens
+    longest = max_seq_len or engine.model.config.max_seq_len
+    room = longest - max_new_tokens
     if room < 1:
         raise UserError(
             f"max_new_tokens is {max_new_tokens}, which leaves no room for a question in the model's "
-            f"{room + max_new_tokens} tokens: ask for shorter answers."
+            f"{longest} tokens: ask for shorter answers."
         )
     shown = list(presentations(items, permutations, seed))
     prompts = [_fitted(item, lambda text: encode_prompt(tokenizer, text, reasoning=reasoning), room) for item in shown]
@@ -76,7 +77,7 @@ def score_by_generation(
         done += len(batch)
         if progress is not None:
             progress(done)
-    return summarise(results, cluster_by_group=cluster_by_group)
+    return summarise(results, cluster_by_group=cluster_by_group, max_seq_len=longest, max_new_tokens=max_new_tokens)
 
 
 def presentations(items: Iterable[ExamItem], permutations: int, seed: int) -> Iterator[ExamItem]:
@@ -181,7 +182,7 @@ def score_by_likelihood(
         scores = [sums[row] / size for row, size in zip(mine, sizes, strict=True)]
         best = scores.index(max(scores))
         results[i] = Result(item, ANSWERED, right=best == item.answer_index, predicted=best, text=item.options[best])
-    return summarise(results, cluster_by_group=cluster_by_group)
+    return summarise(results, cluster_by_group=cluster_by_group, max_seq_len=model.config.max_seq_len)
 
 
 def option_rows(

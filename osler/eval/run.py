@@ -18,7 +18,7 @@ from osler.errors import UserError
 from osler.eval.config import CLINIC_EXAM, EvalConfig
 from osler.eval.exams import score_by_generation, score_by_likelihood
 from osler.eval.perplexity import HeldOut, batches, measure, windows
-from osler.eval.score import ExamScore, Result, summarise
+from osler.eval.score import ExamScore, Result, describe_too_long, length_explains, summarise
 from osler.inference.engine import Engine
 from osler.inference.ready import ReadyModel, open_model
 from osler.runtime.files import read_json, write_json
@@ -170,13 +170,14 @@ def by_likelihood(config: EvalConfig, ready: ReadyModel, items: Sequence[ExamIte
         )
         results += part.results
         progress(len(results))
-    return summarise(results, cluster_by_group=isinstance(config.task, ClinicTask))
+    by_group = isinstance(config.task, ClinicTask)
+    return summarise(results, cluster_by_group=by_group, max_seq_len=ready.model.config.max_seq_len)
 
 
 def table(sittings: Sequence[Sitting]) -> str:
     """The scores beside what they must be compared with, the letters answered, and what the reader should not overlook."""
     wide = max(len("exam"), *(len(sitting.exam) for sitting in sittings))
-    lines = [f"{'exam':<{wide}}  method      accuracy  95 % interval    questions  chance  one letter  unparsed   cut"]
+    lines = [f"{'exam':<{wide}}  method      accuracy  95 % interval    questions  chance  one letter  unparsed   cut  too long"]
     letters = []
     for sitting in sittings:
         score = sitting.score
@@ -192,6 +193,7 @@ def table(sittings: Sequence[Sitting]) -> str:
             (f"{score.constant_accuracy:.1%} ({score.constant_letter})" if score.constant_letter else "–").rjust(10),
             f"{score.unparsed:>8,}",
             f"{score.cut:>4,}",
+            f"{score.too_long:>8,}",
         )
         lines.append("  ".join(cells))
         if any(score.letters.values()):
@@ -207,13 +209,17 @@ def remarks(sitting: Sitting) -> Iterator[str]:
     low, high = score.interval
     baseline = max(score.chance, score.constant_accuracy)
     if score.constant_letter and high < baseline:
-        yield f"{name}: below guessing and always answering {score.constant_letter}."
+        short = length_explains(high, baseline, score.too_long, score.presentations)
+        why = ", because too many questions did not fit" if short else ""
+        yield f"{name}: below guessing and always answering {score.constant_letter}{why}."
     elif score.constant_letter and low <= baseline:
         yield f"{name}: not told apart from guessing or always answering {score.constant_letter}."
     if score.cut * 20 > score.presentations:
         yield f"{name}: {score.cut:,} of {score.presentations:,} answers were cut; max_new_tokens=N gives more room."
     if score.too_long:
-        yield f"{name}: {score.too_long:,} questions did not fit the model's context and count as wrong."
+        lengths = (score.max_seq_len, score.max_new_tokens)
+        hint = " A smaller max_new_tokens=N leaves the question more room." if score.max_new_tokens else ""
+        yield f"{name}: {describe_too_long(score.too_long, score.presentations, score.correct, *lengths)}.{hint}"
 
 
 def label(config: EvalConfig, ready: ReadyModel, checkpoint: str) -> str:

@@ -46,6 +46,8 @@ class ExamScore:
     unparsed: int
     cut: int
     too_long: int
+    max_seq_len: int  # tokens that a question had to share with its answer; 0: not known
+    max_new_tokens: int  # of them kept for the answer, where the model wrote it; else 0
     letters: dict[str, int]  # how often each letter was answered
     constant_letter: str  # the letter that would score best if it were always said, and its accuracy
     constant_accuracy: float
@@ -74,9 +76,11 @@ class ExamScore:
         return record
 
 
-def summarise(results: Sequence[Result], *, cluster_by_group: bool = False) -> ExamScore:
+def summarise(
+    results: Sequence[Result], *, cluster_by_group: bool = False, max_seq_len: int = 0, max_new_tokens: int = 0
+) -> ExamScore:
     """The score of ``results``; presentations of one item (with ``cluster_by_group``: of one group) count as one
-    cluster.
+    cluster. The two lengths are only recorded, to say what a question did not fit into.
     """
     if not results:
         raise UserError("There are no items to score: the exam is empty.")
@@ -96,6 +100,8 @@ def summarise(results: Sequence[Result], *, cluster_by_group: bool = False) -> E
         unparsed=status[UNPARSED],
         cut=status[CUT],
         too_long=status[TOO_LONG],
+        max_seq_len=max_seq_len,
+        max_new_tokens=max_new_tokens,
         letters={letter: given[letter] for letter in LETTERS[:widest]},
         constant_letter=_letter(constant),
         constant_accuracy=hits / len(results),
@@ -103,6 +109,22 @@ def summarise(results: Sequence[Result], *, cluster_by_group: bool = False) -> E
         groups=_groups(results, clusters),
         results=tuple(results),
     )
+
+
+def length_explains(high: float, baseline: float, too_long: float, presentations: float) -> bool:
+    """Whether a score below ``baseline`` may be due to questions that did not fit alone.
+
+    It may when ``high``, the upper end of its interval, would reach the baseline had those been guessed at that rate.
+    """
+    return too_long > 0 and high < baseline <= high + baseline * too_long / presentations
+
+
+def describe_too_long(too_long: int, presentations: int, correct: int, max_seq_len: int, max_new_tokens: int) -> str:
+    """How many questions did not fit into what, and how the others went, without a full stop; a length of 0 is left out."""
+    answer = f", of which max_new_tokens keeps {max_new_tokens:,} for the answer" if max_new_tokens else ""
+    room = f" (max_seq_len {max_seq_len:,}{answer})" if max_seq_len else ""
+    others = f"; of the other {presentations - too_long:,} it answered {correct:,} right" if too_long < presentations else ""
+    return f"{too_long:,} of {presentations:,} questions did not fit into the model's context{room} and count as wrong{others}"
 
 
 def compare(before: ExamScore, after: ExamScore, *, cluster_by_group: bool = False) -> Difference:

@@ -12,11 +12,10 @@ import torch
 from osler.checkpoint import store
 from osler.config import decode, encode
 from osler.errors import UserError
-from osler.model.config import ModelConfig
+from osler.model.config import MODEL_FILE, ModelConfig
 from osler.model.transformer import Transformer
 from osler.tokenizer.bpe import Tokenizer
 
-MODEL_FILE = "model.json"
 TOKENIZER_FILE = "tokenizer.json"
 
 
@@ -47,11 +46,25 @@ def load_model(
     Raises UserError when there is none, when it is damaged, or when it does not say what model it holds.
     """
     loaded = store.load(store.resolve(path, which), names=["model"])
-    missing = [name for name in (MODEL_FILE, TOKENIZER_FILE) if name not in loaded.files]
-    if missing:
-        raise UserError(f"Checkpoint {loaded.path} lacks {' and '.join(missing)}, so it does not say what model it holds.")
-    config = decode(ModelConfig, json.loads(loaded.files[MODEL_FILE]), source=str(loaded.path / MODEL_FILE))
+    config = described_model(loaded)
     tokenizer = Tokenizer.from_bytes(loaded.files[TOKENIZER_FILE], name=str(loaded.path / TOKENIZER_FILE))
     model = Transformer(config, compute_dtype=compute_dtype)
     model.load_state_dict(loaded.tensors["model"])
     return LoadedModel(loaded.path, model.to(device).eval(), tokenizer, loaded.state)
+
+
+def read_model_config(path: str | Path) -> tuple[Path, ModelConfig]:
+    """The checkpoint that ``load_model`` would take, and the shape of its model; the weights are not read into memory.
+
+    Raises UserError where ``load_model`` does.
+    """
+    loaded = store.load(store.resolve(path), names=[])
+    return loaded.path, described_model(loaded)
+
+
+def described_model(loaded: store.Loaded) -> ModelConfig:
+    """The shape of the model that a checkpoint holds; raises UserError when it does not describe itself."""
+    missing = [name for name in (MODEL_FILE, TOKENIZER_FILE) if name not in loaded.files]
+    if missing:
+        raise UserError(f"Checkpoint {loaded.path} lacks {' and '.join(missing)}, so it does not say what model it holds.")
+    return decode(ModelConfig, json.loads(loaded.files[MODEL_FILE]), source=str(loaded.path / MODEL_FILE))

@@ -10,6 +10,7 @@ from typing import Literal
 
 from osler.config import config
 
+MODEL_FILE = "model.json"  # in every checkpoint: the config of the model that it holds
 VOCAB_MULTIPLE = 64  # matmuls over the vocabulary run at full speed only at multiples of the tile size
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 from osler.report import format as fmt
 from osler.report.read import Run, Series, StageRun
-from osler.report.words import baseline, headline_score, scores_on, stage_names, stage_title
+from osler.report.words import baseline, headline_score, scores_on, stage_names, stage_title, unfit, unfit_explains
 
 
 def findings(run: Run) -> list[str]:
@@ -38,11 +38,13 @@ def _exam_findings(run: Run) -> Iterator[str]:
         )
     for score in (s for s in run.exams if s.label == run.exams[-1].label):
         where = f"{stage_title(score.label)} on {score.split}"
-        if score.n > 0 and score.unparsed / score.n > 0.05:
+        if score.presentations > 0 and score.unparsed / score.presentations > 0.05:
             yield (
-                f"{where}: {fmt.percent(score.unparsed / score.n)} of the answers had no readable letter "
+                f"{where}: {fmt.percent(score.unparsed / score.presentations)} of the answers had no readable letter "
                 "and count as wrong."
             )
+        if unfit(score):
+            yield f"{where}: {unfit(score)}"
         total = sum(v for v in score.letters.values() if math.isfinite(v))
         if total >= 40 and len(score.letters) > 2:
             letter, n = max(score.letters.items(), key=lambda item: item[1])
@@ -113,6 +115,8 @@ def _advice(run: Run) -> Iterator[str]:
     stuck = any(_tail(stage, "frac_reward_zero_std") > 0.8 for stage in run.runs)
     if score is None:
         yield "Score the checkpoint on an exam: a loss says how well it reads, not what it knows."
+    elif unfit_explains(score):
+        yield "Give the exam's questions room: a smaller max_new_tokens, or a model with a larger model.max_seq_len."
     elif score.low <= baseline(score):
         yield "Train longer or larger before anything else: a model at chance has nothing for GRPO to reinforce."
     if any(text for stage in run.runs for text in _training(stage) if "memorising" in text):

@@ -2,10 +2,12 @@
 
     config.yaml        resolved configuration (the one file a run folder must have)
     metrics.jsonl      {"step", "tokens", "time", "stage"?, metric: number or null} per line
+    checkpoints/       step-XXXXXXXXX/model.json: the model that was trained
     <stage>/           run folders of a quickstart's stages (pretrain/, sft/, grpo/ ...), read the same way
     stages.json        [{"name", "seconds", "what"}]
     exams.json         {label of a checkpoint: {split: {"n", "correct", "accuracy", "interval": [low, high], "chance",
-                       "constant_letter_baseline", "letters": {"A": n, ...}, "unparsed", "method"}}}
+                       "constant_letter_baseline", "letters": {"A": n, ...}, "unparsed", "method", "presentations",
+                       "too_long", "max_seq_len", "max_new_tokens"}}}       the last four may be missing
     comparison.json    [{"split", "before", "after", "difference", "interval", "n", "before_label", "after_label",
                        "branch"?: true when `after` does not go on from the run's best checkpoint}]
     samples.jsonl      {"id", "stage", "question", "options", "thinking", "answer", "correct_answer", "correct"} a line
@@ -29,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from osler.errors import UserError
+from osler.report.model import checkpoint_model
 from osler.runtime.files import RunFolder, read_json
 from osler.yaml12 import load_yaml
 
@@ -56,6 +59,7 @@ class StageRun:
     clock: dict[int, tuple[float, float]] = field(default_factory=dict)  # step -> (tokens, unix seconds)
     config: dict[str, Any] = field(default_factory=dict)
     config_text: str = ""
+    model: dict[str, Any] = field(default_factory=dict)  # as its checkpoints describe it, {} without one
 
     @property
     def last_step(self) -> int:
@@ -98,6 +102,10 @@ class ExamScore:
     letters: dict[str, float]
     unparsed: float
     method: str
+    presentations: float  # questions times the option orders that each was shown in; `correct` and the counts are of these
+    too_long: float
+    max_seq_len: float
+    max_new_tokens: float
 
 
 @dataclass
@@ -146,6 +154,7 @@ class Run:
     path: Path
     config: dict[str, Any]
     config_text: str
+    model: dict[str, Any]  # as the checkpoints describe it, {} without one
     runs: list[StageRun]
     stages: list[Stage]
     exams: list[ExamScore]
@@ -175,11 +184,12 @@ def read_run(folder: str | Path) -> Run:
         found = _read_metrics(sub, problems, sub.name) or [StageRun(sub.name)]
         if RunFolder(sub).config.is_file():
             found[0].config_text, found[0].config = _read_config(RunFolder(sub).config, problems)
+        found[0].model = checkpoint_model(sub)
         runs += found
     runs.sort(key=lambda run: stage_rank(run.name, names))
     versions, groups = _read_versions(path, problems)
     return Run(
-        path=path, config=config, config_text=text, runs=runs, stages=stages,
+        path=path, config=config, config_text=text, model=checkpoint_model(path), runs=runs, stages=stages,
         exams=_read_exams(path, names, problems), comparisons=_read_comparisons(path, problems),
         samples=_read_samples(path, problems), versions=versions, groups=groups,
         notes=[_text(n) for n in _list(_read_json(path / "notes.json", problems)) if _text(n)],
@@ -195,15 +205,6 @@ def stage_rank(label: str, names: Iterable[str] = ()) -> float:
         if hits:
             return hits[-1]
     return -1 if any(word in low for word in ("untrained", "random", "base", "before")) else 100
-
-
-def find_model(config: object) -> dict[str, Any]:
-    """The first mapping inside a configuration that describes a model (`num_layers`, `hidden_size`), or {}."""
-    if isinstance(config, dict):
-        if "num_layers" in config and "hidden_size" in config:
-            return config
-        return next((found for child in config.values() if (found := find_model(child))), {})
-    return {}
 
 
 def read_jsonl(path: Path) -> tuple[list[dict[str, Any]], int]:
@@ -289,7 +290,8 @@ def _read_exams(path: Path, stage_names: list[str], problems: list[str]) -> list
                     label, split, _number(row.get("n")), _number(row.get("correct")), _number(row.get("accuracy")),
                     low, high, _number(row.get("chance")), _number(row.get("constant_letter_baseline")),
                     {_text(k): _number(v) for k, v in _dict(row.get("letters")).items()},
-                    _number(row.get("unparsed")), _text(row.get("method")),
+                    _number(row.get("unparsed")), _text(row.get("method")), _number(row.get("presentations", row.get("n"))),
+                    _number(row.get("too_long")), _number(row.get("max_seq_len")), _number(row.get("max_new_tokens")),
                 )
             )  # fmt: skip
     return scores

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import math
 from collections.abc import Iterable
+from typing import Any
 
 from osler.report import format as fmt
 from osler.report import svg
@@ -26,6 +27,7 @@ from osler.report.words import (
     total_seconds,
     total_tokens,
 )
+from osler.yaml12 import dump_yaml
 
 
 def e(text: object) -> str:
@@ -140,7 +142,7 @@ def _exam_row(score: ExamScore, position: int) -> str:
     cells = (
         ("Accuracy", "num strong", fmt.percent(score.accuracy)),
         ("95% interval", "bar", f"{bar}<small>{_interval(score.low, score.high)}</small>"),
-        ("Right", "num", f"{fmt.count(score.correct)} of {fmt.count(score.n)}"),
+        ("Right", "num", f"{fmt.count(score.correct)} of {fmt.count(score.presentations)}"),
         ("Letters", "", svg.histogram(score.letters, letters) or fmt.MISSING),
         ("Unparsed", "num", fmt.count(score.unparsed)),
     )
@@ -275,11 +277,11 @@ def what_next(run: Run) -> str:
 
 def record(run: Run) -> str:
     """What it takes to do it again: configuration, versions, machine, fingerprints."""
-    body = f"<details><summary>Configuration</summary><pre><code>{e(run.config_text)}</code></pre></details>"
+    body = _configuration("Configuration", run.config_text, run.config, run.model)
     for stage in run.runs:
         if stage.config_text:
             title = f"Configuration of {in_sentence(stage_title(stage.name))}"
-            body += f"<details><summary>{e(title)}</summary><pre><code>{e(stage.config_text)}</code></pre></details>"
+            body += _configuration(title, stage.config_text, stage.config, stage.model)
     groups = {**run.groups, **({"versions": run.versions} if run.versions else {})}
     tables = ""
     for name, table in groups.items():
@@ -287,6 +289,15 @@ def record(run: Run) -> str:
         tables += f"<div><h4>{e(name[:1].upper() + name[1:])}</h4><table>{rows}</table></div>"
     body += f'<div class="facts">{tables}</div>' if tables else ""
     return section("record", "The record", "All it takes to do it again.", body)
+
+
+def _configuration(title: str, text: str, config: dict[str, Any], model: dict[str, Any]) -> str:
+    """A config.yaml to unfold; where the model came from a checkpoint, what it was."""
+    told = ""
+    if start := config.get("init_from"):
+        told = f'<p class="note">Started from {e(start)}: its model and tokenizer take the place of any given above.</p>'
+        told += f"<pre><code>{e(dump_yaml({'model': model}))}</code></pre>" if model else ""
+    return f"<details><summary>{e(title)}</summary><pre><code>{e(text)}</code></pre>{told}</details>"
 
 
 def _fact(key: str, text: str) -> str:

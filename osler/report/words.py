@@ -5,15 +5,14 @@ Shared by the page and the terminal summary. A claim is made only where an inter
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import re
+from typing import Any
 
-from osler.config import decode
-from osler.errors import UserError
-from osler.model.config import ModelConfig
+from osler.eval.score import describe_too_long, length_explains
 from osler.report import format as fmt
-from osler.report.read import NAN, Comparison, ExamScore, Run, find_model
+from osler.report.model import count_parameters, find_model
+from osler.report.read import NAN, Comparison, ExamScore, Run
 
 TITLES = {
     "": "Training",
@@ -26,6 +25,12 @@ TITLES = {
     "tokenizer": "Tokenizer",
     "untrained": "Untrained",
 }
+HEADLINE_CURVES = (  # without an exam the first that was measured leads; the words before and after its values
+    ("eval/bits_per_byte", "", " bits per byte of held-out text"),
+    ("eval/loss", "held-out loss", ""),
+    ("train/loss", "loss", ""),
+    ("reward", "reward", ""),
+)
 COLOURS = {"": 0, "pretrain": 0, "sft": 1, "grpo": 2, "rl": 2, "midtrain": 3, "untrained": 5, "data": 4, "tokenizer": 6}
 
 
@@ -87,18 +92,16 @@ def stage_seconds(run: Run, word: str) -> float:
     return sum(timed) if timed else sum(logged) if logged else NAN
 
 
-def model_of(run: Run) -> tuple[dict[str, object], float]:
+def model_of(run: Run) -> tuple[dict[str, Any], float]:
     """The model's configuration and its number of parameters (NaN when it cannot be counted)."""
-    known = {f.name for f in dataclasses.fields(ModelConfig)}
-    found: dict[str, object] = {}
-    for model in filter(None, map(find_model, [run.config, *(stage.config for stage in run.runs)])):
-        found = found or model
-        try:
-            config = decode(ModelConfig, {k: v for k, v in model.items() if k in known})
-        except UserError:
-            continue  # for example a vocabulary size that the tokenizer has yet to decide
-        return model, float(config.num_parameters)
-    return found, NAN
+    saved = [run.model, *(stage.model for stage in run.runs)]
+    written = map(find_model, [run.config, *(stage.config for stage in run.runs)])
+    models = [model for model in (*saved, *written) if model]
+    for model in models:
+        parameters = count_parameters(model)
+        if parameters is not None:
+            return model, float(parameters)
+    return models[0] if models else {}, NAN
 
 
 def headline(run: Run) -> tuple[str, str, str]:
@@ -111,18 +114,20 @@ def headline(run: Run) -> tuple[str, str, str]:
         on = f" on {score.split}" + (f", in {took}" if took != fmt.MISSING else "")
         return start, fmt.percent(score.accuracy), on
     for stage in reversed(run.runs):
-        for name, words in (("eval/loss", "held-out loss"), ("train/loss", "loss"), ("reward", "reward")):
-            known = stage.curves[name].finite() if name in stage.curves else []
+        for name, before, after in HEADLINE_CURVES:
+            known = [value for _, value in stage.curves[name].finite()] if name in stage.curves else []
             if known:
-                steps = f", in {took}" if took != fmt.MISSING else ""
-                start = f"{words[0].upper()}{words[1:]} from {fmt.number(known[0][1])} to "
-                return start, fmt.number(known[-1][1]), f"{steps}"
+                since = f"from {fmt.number(known[0])} to " if len(known) > 1 else "of " if before else ""
+                start = f"{before} {since}".lstrip()
+                end = after + (f", in {took}" if took != fmt.MISSING else "")
+                return f"{start[:1].upper()}{start[1:]}", fmt.number(known[-1]), end
     return "Nothing measured yet", "", ""
 
 
 def score_in_words(score: ExamScore) -> str:
     """Right answers, the interval, and how it stands to the two baselines."""
-    out = f"It answered {fmt.count(score.correct)} of {fmt.plural(score.n, 'question')} right."
+    each = f" ({fmt.count(score.n)} different ones, shown in several orders)" if score.presentations > score.n else ""
+    out = f"It answered {fmt.count(score.correct)} of {fmt.plural(score.presentations, 'question')}{each} right."
     if math.isfinite(score.low) and math.isfinite(score.high):
         out += (
             f" With so many questions, its true score most likely lies between {fmt.percent(score.low)} and "
@@ -137,13 +142,37 @@ def baseline(score: ExamScore) -> float:
 
 
 def verdict(score: ExamScore) -> str:
-    """Whether the interval clears guessing and the best constant letter."""
+    """Whether the interval clears guessing and the best constant letter, and how many questions had no chance to be right."""
+    if unfit_explains(score):
+        return f"That is below {' or '.join(_baselines(score))}: {unfit(score)}"
+    return " ".join(filter(None, (_against_baselines(score), unfit(score))))
+
+
+def unfit(score: ExamScore) -> str:
+    """How many questions did not fit into the model's context, as a sentence; empty when all did or that is not known."""
+    if not (score.too_long > 0 and score.presentations >= score.too_long):
+        return ""
+    counts = (score.too_long, score.presentations, score.correct, score.max_seq_len, score.max_new_tokens)
+    return f"{describe_too_long(*(int(n) if math.isfinite(n) else 0 for n in counts))}."
+
+
+def unfit_explains(score: ExamScore) -> bool:
+    """Whether a score below the baseline may be due to those questions alone."""
+    return bool(unfit(score)) and length_explains(score.high, baseline(score), score.too_long, score.presentations)
+
+
+def _baselines(score: ExamScore) -> list[str]:
+    """What a model without knowledge would score, as far as it is known."""
     known = []
     if math.isfinite(score.chance):
         known.append(f"guessing ({fmt.percent(score.chance)})")
     if math.isfinite(score.constant):
         known.append(f"always giving the same letter ({fmt.percent(score.constant)})")
-    bar = baseline(score)
+    return known
+
+
+def _against_baselines(score: ExamScore) -> str:
+    known, bar = _baselines(score), baseline(score)
     if not known or not math.isfinite(score.low):
         return ""
     if score.low > bar:

@@ -35,6 +35,7 @@ from osler.train.folder import (
     describe_plan,
     newest_checkpoint,
     refuse_another,
+    starting_model,
     stored_config,
     stored_precision,
     work,
@@ -57,7 +58,7 @@ def run(
         config = decode(GrpoConfig, load_recipe(recipe, overrides) if recipe else parse_overrides(overrides), source=recipe or "")
         folder = RunFolder(Path(run_dir or Path("runs") / f"{Path(recipe).stem if recipe else 'clinic'}-grpo"))
     if dry_run:
-        print(describe_plan(config, folder, planned_numbers(config)))
+        print(describe_plan(config, folder, starting_model(folder, config), planned_numbers(config)))
         return 0
     done = f"Done: {folder.root}\n  osler eval {folder.root}   sit the exam\n  osler report {folder.root}   the run as a page"
     return work("grpo", folder, lambda run: train(config, run), lambda: done)

@@ -14,6 +14,8 @@ from typing import Any, TypeVar
 from osler.checkpoint import store
 from osler.config import decode, encode
 from osler.errors import UserError
+from osler.inference.load import read_model_config
+from osler.model.config import ModelConfig
 from osler.runtime.files import RunFolder, write_atomic
 from osler.runtime.log import say
 from osler.runtime.stop import EXIT_STOPPED
@@ -135,7 +137,30 @@ def was_evaluated(run: RunFolder, step: int) -> bool:
     return any('"eval/seconds"' in line and json.loads(line)["step"] == step for line in lines)
 
 
-def describe_plan(config: Any, folder: RunFolder, numbers: Mapping[str, str]) -> str:
-    """What ``--dry-run`` prints: the resolved config, and the numbers that follow from it as comments."""
-    derived = {"run folder": str(folder.root), **numbers}
-    return "\n".join([dump_yaml(encode(config)).rstrip(), *(f"# {name:<18}{value}" for name, value in derived.items())])
+def starting_model(run: RunFolder, config: Any) -> tuple[Path, ModelConfig] | None:
+    """The checkpoint that a run with ``init_from`` would go on or start from, and the model in it; None without ``init_from``.
+
+    Raises UserError when the folder holds another run, or when there is no good checkpoint to start from.
+    """
+    refuse_another(run, config)
+    return None if config.init_from is None else read_model_config(newest_checkpoint(run) or config.init_from)
+
+
+def describe_plan(config: Any, folder: RunFolder, start: tuple[Path, ModelConfig] | None, numbers: Mapping[str, str]) -> str:
+    """What ``--dry-run`` prints: the resolved config, and what follows from it as comments.
+
+    The model of ``start`` stands in place of the config's own, which is not used, and neither is its section ``tokenizer``.
+    """
+    plan, derived = encode(config), {"run folder": str(folder.root)}
+    if start is not None:
+        path, model = start
+        derived["starts from"] = f"{path}, its model and tokenizer"
+        derived["model"] = (
+            f"{model.num_parameters:,} parameters (num_layers {model.num_layers}, hidden_size {model.hidden_size}, "
+            f"max_seq_len {model.max_seq_len})"
+        )
+        if "model" in plan:
+            plan["model"] = encode(model)
+        plan.pop("tokenizer", None)
+    derived |= numbers
+    return "\n".join([dump_yaml(plan).rstrip(), *(f"# {name:<18}{value}" for name, value in derived.items())])

@@ -25,6 +25,7 @@ from osler.eval.exams import score_by_generation
 from osler.eval.perplexity import batches, measure, windows
 from osler.inference.engine import Engine
 from osler.inference.load import TOKENIZER_FILE, describing_files
+from osler.model.config import ModelConfig
 from osler.model.transformer import Transformer
 from osler.optim.build import build_optimizer
 from osler.runtime.device import keep_freed_memory
@@ -40,6 +41,7 @@ from osler.train.folder import (
     describe_plan,
     newest_checkpoint,
     refuse_another,
+    starting_model,
     stored_config,
     stored_precision,
     work,
@@ -70,7 +72,8 @@ def run(
         config = decode(TrainConfig, {**given, "kind": kind}, source=recipe or "")
         folder = RunFolder(Path(run_dir) if run_dir else own_folder(recipe, config))
     if dry_run:
-        print(describe_plan(config, folder, planned_numbers(config)))
+        start = starting_model(folder, config)
+        print(describe_plan(config, folder, start, planned_numbers(config, start[1] if start else config.model)))
         return 0
     return work(kind, folder, lambda run: train(config, run), lambda: next_steps(config, folder))
 
@@ -222,13 +225,14 @@ def exam_probe(
     return sit
 
 
-def planned_numbers(config: TrainConfig) -> dict[str, str]:
-    """What follows from a config, for ``--dry-run``; the model of a run with ``init_from`` is only known once it is loaded."""
-    numbers = {"steps": f"{config.total_steps:,} of {config.batch_tokens:,} tokens", "length": length_of(config)}
-    if config.init_from is None:
-        numbers["parameters"] = f"{config.model.num_parameters:,}"
-        numbers["FLOPs"] = f"{config.total_tokens * config.model.flops_per_token(config.seq_len):.3g}"
-    return numbers
+def planned_numbers(config: TrainConfig, model: ModelConfig) -> dict[str, str]:
+    """What follows from a config and the model that it trains, for ``--dry-run``."""
+    return {
+        "steps": f"{config.total_steps:,} of {config.batch_tokens:,} tokens",
+        "length": length_of(config),
+        "parameters": f"{model.num_parameters:,}",
+        "FLOPs": f"{config.total_tokens * model.flops_per_token(config.seq_len):.3g}",
+    }
 
 
 def next_steps(config: TrainConfig, folder: RunFolder) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -12,10 +11,9 @@ from typing import Any
 import torch
 
 from osler.checkpoint import store
-from osler.config import decode
 from osler.data.sources import train_tokenizer
 from osler.errors import UserError
-from osler.inference.load import MODEL_FILE, TOKENIZER_FILE, load_model
+from osler.inference.load import TOKENIZER_FILE, described_model, load_model
 from osler.model.config import ModelConfig
 from osler.model.transformer import Transformer
 from osler.runtime.device import compile_works, pick_device, pick_dtype
@@ -67,9 +65,8 @@ def make_model(config: TrainConfig, machine: Machine, checkpoint: store.Loaded |
     A run that goes on needs ``init_from`` no more. The weights of ``checkpoint`` are left to ``Trainer.restore``.
     """
     if checkpoint is not None:
-        shape = decode(ModelConfig, json.loads(checkpoint.files[MODEL_FILE]), source=str(checkpoint.path / MODEL_FILE))
         tokenizer = Tokenizer.from_bytes(checkpoint.files[TOKENIZER_FILE], name=str(checkpoint.path / TOKENIZER_FILE))
-        return Transformer(shape, compute_dtype=machine.dtype).to(machine.device), tokenizer
+        return Transformer(described_model(checkpoint), compute_dtype=machine.dtype).to(machine.device), tokenizer
     if config.init_from is None:
         model = Transformer(config.model, compute_dtype=machine.dtype)
         model.init_weights(config.seed)

@@ -19,6 +19,7 @@ from osler.eval.score import Result, summarise
 from osler.inference.engine import Engine
 from osler.inference.ready import open_model
 from osler.report.read import read_run
+from osler.report.words import verdict
 from osler.runtime.files import RunFolder, read_json
 from osler.tasks.clinic import ClinicTask
 from osler.tasks.clinic import load as load_clinic
@@ -85,6 +86,22 @@ def test_the_printed_score_is_the_score_and_goes_where_the_report_finds_it(runs,
         ("sft", "new_questions", "generation"),
     ]
     assert read[0].constant == pytest.approx(0.25) and read[0].chance == pytest.approx(0.25)
+
+
+def test_questions_that_do_not_fit_are_named_as_the_cause(runs, capsys):
+    assert evaluate(str(runs / "sft"), "task.split=validation", "task.limit=40", "max_new_tokens=240") == 0
+    out = capsys.readouterr().out
+    row = read_json(runs / "sft" / "exams.json")["sft"]["validation"]
+    assert (row["too_long"], row["presentations"], row["max_seq_len"], row["max_new_tokens"]) == (40, 40, 256, 240)
+    assert "below guessing and always answering A, because too many questions did not fit." in out
+    assert "40 of 40 questions did not fit into the model's context (max_seq_len 256, of which max_new_tokens keeps 240" in out
+    assert next(line for line in out.splitlines() if line.startswith("validation ")).endswith(" 40")
+    said = verdict(read_run(runs / "sft").exams[0])
+    assert "(25.0%): 40 of 40 questions did not fit into the model's context (max_seq_len 256, of which" in said
+    assert "systematically" not in said
+    assert evaluate(str(runs / "sft"), "task.split=validation", "task.limit=4", "method=likelihood") == 0
+    row = read_json(runs / "sft" / "exams.json")["sft"]["validation, likelihood"]
+    assert (row["too_long"], row["max_seq_len"], row["max_new_tokens"]) == (0, 256, 0)
 
 
 def test_a_model_of_plain_text_is_scored_by_likelihood_and_that_is_said(runs, capsys):

@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 
 from osler.errors import UserError
-from osler.eval.score import ANSWERED, CUT, TOO_LONG, UNPARSED, ExamScore, Result, compare, summarise
+from osler.eval.score import (
+    ANSWERED,
+    CUT,
+    TOO_LONG,
+    UNPARSED,
+    ExamScore,
+    Result,
+    compare,
+    describe_too_long,
+    length_explains,
+    summarise,
+)
 from osler.eval.stats import wilson
 from osler.tasks.item import ExamItem
 
@@ -41,6 +53,21 @@ def test_a_score_reports_what_it_must_be_compared_with() -> None:
     assert (score.unparsed, score.cut, score.too_long) == (1, 1, 1)
     assert score.letters == {"A": 2, "B": 1, "C": 2, "D": 0}
     assert (score.constant_letter, score.constant_accuracy, score.chance) == ("B", 0.375, 0.25)
+
+
+def test_only_enough_long_questions_explain_a_score_below_the_baseline() -> None:
+    assert length_explains(0.2, 0.25, 25, 100) and length_explains(0.1, 0.25, 100, 100)
+    assert not length_explains(0.2, 0.25, 10, 100), "had they been guessed, the score would still be below"
+    assert not length_explains(0.2, 0.25, 0, 100) and not length_explains(0.3, 0.25, 50, 100)
+    assert not length_explains(0.2, 0.25, math.nan, 100)
+
+
+def test_what_did_not_fit_is_described_with_its_room() -> None:
+    written = describe_too_long(45, 1050, 2, 256, 128)
+    assert written.startswith("45 of 1,050 questions did not fit")
+    assert "(max_seq_len 256, of which max_new_tokens keeps 128 for the answer)" in written
+    assert written.endswith("; of the other 1,005 it answered 2 right")
+    assert describe_too_long(8, 8, 0, 0, 0) == "8 of 8 questions did not fit into the model's context and count as wrong"
 
 
 def test_groups_are_scored_apart_by_their_first_part() -> None:

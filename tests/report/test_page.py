@@ -10,14 +10,18 @@ from pathlib import Path
 
 import pytest
 
+from osler.config import encode
 from osler.errors import UserError
+from osler.model.config import ModelConfig
 from osler.monitor.metrics import METRICS
+from osler.report import format as fmt
 from osler.report.charts import SPECS
 from osler.report.page import build_report
 from osler.report.read import read_run
 from osler.report.text import summary_text
-from osler.report.words import headline, stage_colour, stage_title
+from osler.report.words import headline, model_of, stage_colour, stage_title
 
+CONFIG_OF_ANOTHER = "model: {num_layers: 6, hidden_size: 256}\n"
 VOID = {"meta", "link", "br", "hr", "img", "input"}
 Bare = Callable[..., Path]
 
@@ -65,6 +69,10 @@ def checked(folder: Path) -> tuple[str, Checker]:
     visible = " ".join(checker.text).lower()
     assert not re.search(r"\bnan\b|\binf\b|\bnone\b", visible), "a number that is missing shows as a dash"
     return text, checker
+
+
+def jsonl(*rows: dict[str, object]) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
 
 
 def words(checker: Checker) -> str:
@@ -235,6 +243,19 @@ def test_empty_metrics_one_point_and_values_that_are_not_finite(bare: Bare) -> N
     assert "[3.5,null,null,null,2.25]" in text, "gaps stay gaps"
 
 
+def test_one_measurement_is_no_change_and_bits_per_byte_lead(bare: Bare) -> None:
+    rows: list[dict[str, object]] = [{"step": 1, "time": 0, "train/loss": 9.0}, {"step": 2, "time": 41, "eval/loss": 3.25}]
+    folder = bare(metrics_jsonl=jsonl(*rows))
+    assert "".join(headline(read_run(folder))) == "Held-out loss of 3.250, in 41 s"
+    rows[1]["eval/bits_per_byte"] = 1.502
+    (folder / "metrics.jsonl").write_text(jsonl(*rows), encoding="utf-8")
+    assert headline(read_run(folder)) == ("", "1.502", " bits per byte of held-out text, in 41 s")
+    assert summary_text(folder).splitlines()[0] == "1.502 bits per byte of held-out text, in 41 s"
+    earlier = {**rows[1], "step": 1, "eval/bits_per_byte": 2.5}
+    (folder / "metrics.jsonl").write_text(jsonl(earlier, rows[1]), encoding="utf-8")
+    assert "".join(headline(read_run(folder))).startswith("From 2.500 to 1.502 bits per byte of held-out text")
+
+
 def test_a_step_logged_twice_counts_once(bare: Bare) -> None:
     rows = [(1, 9.0), (2, 8.0), (3, 7.0), (2, 5.0), (3, 4.0)]
     folder = bare(metrics_jsonl="".join(f'{{"step": {s}, "train/loss": {v}}}\n' for s, v in rows))
@@ -250,6 +271,34 @@ def test_a_score_at_chance_is_called_that(quickstart: Path) -> None:
     assert "That cannot be told apart from guessing (25.0%) or always giving the same letter (27.3%)." in shown
     assert "of the answers are B. That is a habit, not knowledge." in shown
     assert "clearly above" not in shown
+
+
+@pytest.mark.parametrize(("too_long", "explained"), [(700, True), (9, False), (0, False)])
+def test_a_score_below_chance_names_questions_that_did_not_fit(quickstart: Path, too_long: int, explained: bool) -> None:
+    path = quickstart / "exams.json"
+    row = json.loads(path.read_text(encoding="utf-8"))["pretrain"]["test"]
+    row |= {"correct": 90, "accuracy": 0.1, "interval": [0.08, 0.12], "presentations": 900, "too_long": too_long,
+            "max_seq_len": 256, "max_new_tokens": 128}  # fmt: skip
+    path.write_text(json.dumps({"sft": {"test": row}}), encoding="utf-8")
+    shown = words(checked(quickstart)[1])
+    unfit = f"{too_long} of 900 questions did not fit into the model's context (max_seq_len 256, of which max_new_tokens"
+    assert (f"always giving the same letter (27.3%): {unfit}" in shown) == explained
+    assert ("something is systematically wrong" in shown) != explained
+    assert (f"Supervised fine-tuning on test: {unfit}" in shown) == (too_long > 0)
+    (quickstart / "next.json").unlink()
+    assert ("Give the exam's questions room" in words(checked(quickstart)[1])) == explained
+    assert ("of the other 891 it answered 90 right" in summary_text(quickstart)) == (too_long == 9)
+
+
+def test_right_answers_are_counted_among_the_questions_shown(quickstart: Path) -> None:
+    path = quickstart / "exams.json"
+    row = json.loads(path.read_text(encoding="utf-8"))["grpo"]["test"]
+    row |= {"n": 225, "presentations": 900, "unparsed": 40}
+    path.write_text(json.dumps({"grpo": {"test": row}}), encoding="utf-8")
+    shown = words(checked(quickstart)[1])
+    assert "It answered 563 of 900 questions (225 different ones, shown in several orders) right." in shown
+    assert "563 of 900 " in shown.split("Checkpoint")[1] and "563 of 225" not in shown
+    assert "had no readable letter" not in shown, "40 of 900"
 
 
 def test_grpo_that_gains_nothing_is_not_called_a_gain(quickstart: Path) -> None:
@@ -306,6 +355,32 @@ def test_the_summary_says_what_the_page_says(quickstart: Path) -> None:
 def test_building_twice_replaces_the_page(quickstart: Path) -> None:
     first, second = build_report(quickstart), build_report(quickstart)
     assert first == second and not list(quickstart.glob("*.tmp"))
+
+
+def save_model(folder: Path, step: int, text: str = "") -> None:
+    saved = folder / "checkpoints" / f"step-{step:09d}"
+    saved.mkdir(parents=True)
+    described = json.dumps(encode(ModelConfig(num_layers=3, hidden_size=64)))
+    (saved / "model.json").write_text(text or described, encoding="utf-8")
+
+
+def test_a_model_that_came_from_another_run_is_read_from_the_checkpoint(bare: Bare) -> None:
+    """The section `model` of a config with `init_from` is not what was trained; without a checkpoint nothing is claimed."""
+    folder = bare()
+    (folder / "config.yaml").write_text("init_from: runs/earlier\n" + CONFIG_OF_ANOTHER, encoding="utf-8")
+    assert model_of(read_run(folder))[0] == {}
+    assert "parameters" not in words(checked(folder)[1]).lower()
+    save_model(folder, 10)
+    save_model(folder, 20, text='{"torn')
+    shown = words(checked(folder)[1])
+    parameters = ModelConfig(num_layers=3, hidden_size=64).num_parameters
+    assert f"A model of {fmt.count(parameters)} parameters (3 layers of width 64)" in shown
+    assert "Started from runs/earlier: its model and tokenizer take the place" in shown and "hidden_size: 64" in shown
+
+
+def test_the_model_of_a_stage_is_read_from_its_checkpoint(quickstart: Path) -> None:
+    save_model(quickstart / "grpo", 10)
+    assert model_of(read_run(quickstart))[0]["hidden_size"] == 64
 
 
 def test_a_checkpoint_is_named_and_coloured_by_its_stage() -> None:

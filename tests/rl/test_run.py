@@ -13,6 +13,8 @@ from osler.errors import UserError
 from osler.inference.load import describing_files, load_model
 from osler.model.config import ModelConfig
 from osler.model.transformer import Transformer
+from osler.report.read import read_run
+from osler.report.words import model_of
 from osler.rl.prompts import RlTask
 from osler.rl.run import fingerprint_of, run
 from osler.tasks.clinic import ClinicTask
@@ -59,6 +61,7 @@ def test_a_whole_run(start, tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [0, 1, 2, 3, 3]
     assert "eval/validation_accuracy" in lines[0]
+    assert model_of(read_run(tmp_path / "run"))[1] == loaded.model.config.num_parameters
     assert run(None, arguments(start), run_dir=str(tmp_path / "run")) == 0  # finished: nothing is done twice
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 5
 
@@ -95,7 +98,10 @@ def test_another_run_in_the_folder_is_refused(start, tmp_path):
 
 def test_dry_run_touches_nothing(start, tmp_path, capsys):
     assert run(None, arguments(start), run_dir=str(tmp_path / "run"), dry_run=True) == 0
-    assert "12 of at most 8 tokens" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "12 of at most 8 tokens" in text and f"# starts from       {store.resolve(start)}, its model" in text
+    parameters = load_model(start).model.config.num_parameters
+    assert f"# model             {parameters:,} parameters (num_layers 1, hidden_size 16, max_seq_len 512)" in text
     assert not (tmp_path / "run").exists()
 
 

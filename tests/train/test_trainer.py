@@ -14,7 +14,11 @@ from osler.checkpoint import store
 from osler.cli import main
 from osler.inference.load import load_model
 from osler.monitor.metrics import declared_name
+from osler.report.page import build_report
+from osler.report.read import read_run
+from osler.report.words import model_of
 from osler.tokenizer.bpe import Tokenizer
+from osler.yaml12 import load_yaml
 
 
 def lines(folder):
@@ -181,3 +185,28 @@ def test_the_first_step_is_not_part_of_the_speed(make_trainer, tmp_path):
     assert trainer.fit()
     speeds = [line["perf/tokens_per_second"] for line in lines(tmp_path) if "perf/tokens_per_second" in line]
     assert len(speeds) == trainer.step // 2 and min(speeds) > trainer.config.batch_tokens  # a step took far less than a second
+
+
+def test_a_run_that_starts_from_another_shows_the_model_it_trains(tiny, runs, tmp_path, capsys):
+    """The section ``model`` of its config is not used: neither the plan nor the report may show it."""
+    more = ["init_from=" + str(runs.pretrain), "model.hidden_size=128", "model.num_layers=5", "total_tokens=1024"]
+    command = ["sft", tiny.sft, *more, "--run", str(tmp_path / "run")]
+    parameters = load_model(runs.pretrain).model.config.num_parameters
+    assert main([*command, "--dry-run"]) == 0
+    text = capsys.readouterr().out
+    assert "# parameters        51,200" in text and parameters == 51_200
+    assert f"# starts from       {store.resolve(runs.pretrain)}, its model" in text
+    assert load_yaml(text, "plan")["model"]["hidden_size"] == 32 and "tokenizer:" not in text
+    assert not (tmp_path / "run").exists()
+
+    assert main(command) == 0
+    assert load_yaml((tmp_path / "run" / "config.yaml").read_text(), "config")["model"]["hidden_size"] == 128
+    model, counted = model_of(read_run(tmp_path / "run"))
+    assert (model["num_layers"], model["hidden_size"], counted) == (2, 32, parameters)
+    page = build_report(tmp_path / "run").read_text(encoding="utf-8")
+    assert "51,200 parameters (2 layers of width 32)" in page and "hidden_size: 32" in page
+
+
+def test_a_dry_run_without_its_starting_point_is_refused(tiny, tmp_path, capsys):
+    assert main(["sft", tiny.sft, f"init_from={tmp_path / 'gone'}", "--dry-run"]) == 2
+    assert "is no folder" in capsys.readouterr().err
