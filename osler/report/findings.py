@@ -145,11 +145,6 @@ def _finite(stage: StageRun, name: str) -> list[tuple[int, float]]:
     return stage.curves[name].finite() if name in stage.curves else []
 
 
-def _last(stage: StageRun, name: str) -> float:
-    known = _finite(stage, name)
-    return known[-1][1] if known else math.nan
-
-
 def _tail(stage: StageRun, name: str) -> float:
     """Mean of a curve's last quarter; NaN, which compares false with everything, when there is none."""
     known = [v for _, v in _finite(stage, name)]

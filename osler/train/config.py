@@ -71,7 +71,7 @@ class TrainConfig:
         rows, rest = divmod(self.batch_tokens, self.seq_len)
         if rest or rows < 1:
             raise ValueError(f"batch_tokens {self.batch_tokens} is not a positive multiple of seq_len {self.seq_len}")
-        if self.seq_len > self.model.max_seq_len:
+        if self.init_from is None and self.seq_len > self.model.max_seq_len:
             raise ValueError(f"seq_len {self.seq_len} is longer than model.max_seq_len {self.model.max_seq_len}")
         micro = self.micro_batch_tokens
         if micro is not None and (micro < self.seq_len or micro % self.seq_len or self.batch_tokens % micro):

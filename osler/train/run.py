@@ -71,6 +71,8 @@ def run(
         given = load_recipe(recipe, overrides) if recipe else parse_overrides(overrides)
         config = decode(TrainConfig, {**given, "kind": kind}, source=recipe or "")
         folder = RunFolder(Path(run_dir) if run_dir else own_folder(recipe, config))
+    if config.init_from is not None and any(override.startswith("model.") for override in overrides):
+        say("Warning: model.* changes nothing here, because the model comes from init_from.")
     if dry_run:
         start = starting_model(folder, config)
         print(describe_plan(config, folder, start, planned_numbers(config, start[1] if start else config.model)))
@@ -227,11 +229,12 @@ def exam_probe(
 
 def planned_numbers(config: TrainConfig, model: ModelConfig) -> dict[str, str]:
     """What follows from a config and the model that it trains, for ``--dry-run``."""
+    most = "" if config.max_minutes is None else "at most "
     return {
-        "steps": f"{config.total_steps:,} of {config.batch_tokens:,} tokens",
+        "steps": f"{most}{config.total_steps:,} of {config.batch_tokens:,} tokens",
         "length": length_of(config),
         "parameters": f"{model.num_parameters:,}",
-        "FLOPs": f"{config.total_tokens * model.flops_per_token(config.seq_len):.3g}",
+        "FLOPs": f"{most}{config.total_tokens * model.flops_per_token(config.seq_len):.3g}",
     }
 
 

@@ -108,7 +108,7 @@ def test_init_from_brings_its_model_and_tokenizer(tiny, runs, tmp_path):
 
 
 def test_rows_longer_than_the_started_model_allows(tiny, runs, tmp_path, capsys):
-    changes = [f"init_from={runs.pretrain}", "model.max_seq_len=1024", "seq_len=512"]
+    changes = [f"init_from={runs.pretrain}", "model.max_seq_len=64", "seq_len=512"]  # the model section counts for nothing
     assert main(["sft", tiny.sft, *changes, "--run", str(tmp_path)]) == 2
     assert "seq_len 512 is longer than the 256 tokens" in capsys.readouterr().err
 
@@ -193,7 +193,8 @@ def test_a_run_that_starts_from_another_shows_the_model_it_trains(tiny, runs, tm
     command = ["sft", tiny.sft, *more, "--run", str(tmp_path / "run")]
     parameters = load_model(runs.pretrain).model.config.num_parameters
     assert main([*command, "--dry-run"]) == 0
-    text = capsys.readouterr().out
+    text, warning = capsys.readouterr()
+    assert "model.* changes nothing here" in warning
     assert "# parameters        51,200" in text and parameters == 51_200
     assert f"# starts from       {store.resolve(runs.pretrain)}, its model" in text
     assert load_yaml(text, "plan")["model"]["hidden_size"] == 32 and "tokenizer:" not in text
