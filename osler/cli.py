@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from osler.errors import UserError
+from osler.runtime.log import complain
 
 Option = tuple[tuple[str, ...], dict[str, Any]]
 
@@ -39,10 +40,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except UserError as error:
-        print(f"osler: {error}", file=sys.stderr)
+        complain(f"osler: {error}")
         return 2
     except KeyboardInterrupt:
-        print("osler: interrupted", file=sys.stderr)
+        complain("osler: interrupted")
         return 130
     except BrokenPipeError:
         # The reader (`| head`) is gone; without this the interpreter complains when it flushes stdout at exit.

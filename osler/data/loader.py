@@ -49,11 +49,7 @@ class Loader:
     workers: int = 0
 
     def __post_init__(self) -> None:
-        if self.rows_per_batch < 1 or self.rows_per_batch % self.world_size:
-            raise UserError(
-                f"A batch of {self.rows_per_batch} rows (of {self.packing.seq_len} tokens) cannot be shared equally by "
-                f"{self.world_size} ranks; make the number of rows a multiple of {self.world_size}."
-            )
+        check_shares(self.rows_per_batch, self.packing.seq_len, self.world_size)
         if not 0 <= self.rank < self.world_size:
             raise UserError(f"rank={self.rank} must be between 0 and {self.world_size - 1}.")
         if self.workers < 0:
@@ -86,6 +82,15 @@ class Loader:
                 yield ahead.popleft().result()
         finally:
             executor.shutdown(wait=True, cancel_futures=True)
+
+
+def check_shares(rows_per_batch: int, seq_len: int, world_size: int) -> None:
+    """Raise UserError when the ranks cannot share the rows of a batch equally."""
+    if rows_per_batch < 1 or rows_per_batch % world_size:
+        raise UserError(
+            f"A batch of {rows_per_batch} rows (of {seq_len} tokens) cannot be shared equally by {world_size} ranks; make the "
+            f"number of rows a multiple of {world_size}."
+        )
 
 
 def make_batch(packing: Packing, indices: Sequence[int]) -> Batch:

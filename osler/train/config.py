@@ -11,6 +11,7 @@ from osler.config import TAGGED, config
 from osler.data.config import ClinicData, FilesData, TurnsData
 from osler.model.config import ModelConfig
 from osler.optim.config import AdamWConfig, LinearConfig, ScheduleConfig
+from osler.parallel.config import NoParallelConfig, ParallelConfig
 from osler.tokenizer.config import TokenizerConfig
 
 DataConfig = Annotated[ClinicData | FilesData | TurnsData, TAGGED]
@@ -46,7 +47,7 @@ class TrainConfig:
     document_mask: bool = False  # attention stays inside a document
     seq_len: int = 128
     batch_tokens: int = 8_192  # tokens per optimizer step
-    micro_batch_tokens: int | None = None  # tokens per forward pass; None: the whole batch at once
+    micro_batch_tokens: int | None = None  # tokens per forward pass of one process; None: its whole batch at once
     total_tokens: int = 8_192_000
     max_minutes: float | None = None  # end by the clock if that comes before total_tokens; the schedule is fitted to it
     optim: AdamWConfig = AdamWConfig()
@@ -55,6 +56,7 @@ class TrainConfig:
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     compile: Literal["auto", "always", "never"] = "auto"
     device: str = "auto"
+    parallel: ParallelConfig = NoParallelConfig()
     loader_workers: int = 1
     log_every_steps: int = 10
     eval_every_tokens: int = 2_048_000

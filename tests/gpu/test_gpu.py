@@ -38,14 +38,17 @@ def test_a_compiled_bf16_step_makes_no_host_synchronisation() -> None:
     from osler.data.loader import Batch
     from osler.optim.build import build_optimizer
     from osler.optim.config import AdamWConfig
-    from osler.train.step import TrainStep, summed_loss
+    from osler.parallel.config import NoParallelConfig
+    from osler.parallel.parallelize import parallelize
+    from osler.runtime.world import World
+    from osler.train.step import TrainStep
 
     model = Transformer(ModelConfig(), compute_dtype=torch.bfloat16).cuda()
     model.init_weights(0)
     step = TrainStep(
         model,
         build_optimizer(model, AdamWConfig()),
-        torch.compile(summed_loss(model), fullgraph=True, dynamic=False),
+        parallelize(model, NoParallelConfig(), World(), compile=True),
         rows_per_micro_batch=4,
         clip_norm=1.0,
         document_mask=False,

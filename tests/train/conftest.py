@@ -15,14 +15,16 @@ from osler.config import decode, load_recipe
 from osler.data.loader import Loader
 from osler.data.prepare import open_prepared
 from osler.inference.load import load_model
+from osler.model.loss import SummedLoss
 from osler.model.transformer import Transformer
 from osler.optim.build import build_optimizer
+from osler.parallel.engine import Engine
 from osler.runtime import faults
 from osler.runtime.files import RunFolder
 from osler.tokenizer.bpe import Tokenizer
 from osler.train.config import TrainConfig
 from osler.train.run import packing_of
-from osler.train.step import TrainStep, summed_loss
+from osler.train.step import TrainStep
 from osler.train.trainer import Trainer
 
 
@@ -47,7 +49,7 @@ def make_step(runs) -> Callable[..., tuple[Transformer, torch.optim.Optimizer, T
         step = TrainStep(
             model,
             optimizer,
-            summed_loss(model),
+            Engine(SummedLoss(model)),
             rows_per_micro_batch=config.rows_per_micro_batch,
             clip_norm=config.clip_norm,
             document_mask=config.document_mask,
