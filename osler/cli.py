@@ -128,7 +128,7 @@ RECIPE = option(
     help="a recipe of `osler recipes` or a YAML file, and fields to change; without a recipe the defaults apply",
 )
 RUN_FOLDER = (
-    option("--run", metavar="DIR", help="the run folder (default: below runs/)"),
+    option("--run", "--run-dir", metavar="DIR", help="the run folder (default: below runs/); torchrun takes --run for its own"),
     option("--resume", action="store_true", help="go on from the newest good checkpoint of --run DIR"),
     option("--dry-run", action="store_true", help="check the configuration and say what would happen, then stop"),
 )

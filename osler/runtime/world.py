@@ -88,6 +88,15 @@ class World:
         dist.broadcast_object_list(box, src=0, group=self.hosts, device=torch.device("cpu"))
         return box[0]  # type: ignore[return-value]
 
+    def ahead(self, work: Callable[[], T], follow: Callable[[], T]) -> T:
+        """Call ``work`` on rank 0 and, when that is done, ``follow`` on the others: what one writes and the others read."""
+        if self.is_first:
+            done = work()
+            self.least(0)
+            return done
+        self.least(0)
+        return follow()
+
     def least(self, *values: int) -> list[int]:
         """The least that any rank gives, for each of the values; does not wait for a GPU."""
         if self.size == 1:

@@ -124,8 +124,7 @@ def train(config: TrainConfig, run: RunFolder, world: World | None = None) -> bo
     tokenizer_path = run.root / TOKENIZER_FILE
     tokenizer = world.once(lambda: make_tokenizer(config, tokenizer, tokenizer_path))
     check_vocabulary(model.config, tokenizer, is_new=checkpoint is None and config.init_from is None)
-    world.once(lambda: begin(config, run, tokenizer))
-    prepared = open_prepared(run.root / DATA, tokenizer)
+    prepared = world.ahead(lambda: begin(config, run, tokenizer), lambda: open_prepared(run.root / DATA, tokenizer))
     engine = parallelize(model, config.parallel, world, compile=machine.compile)
     optimizer = build_optimizer(model, config.optim)
     train_step = TrainStep(
@@ -167,12 +166,13 @@ def train(config: TrainConfig, run: RunFolder, world: World | None = None) -> bo
     return trainer.fit()
 
 
-def begin(config: TrainConfig, run: RunFolder, tokenizer: Tokenizer) -> None:
+def begin(config: TrainConfig, run: RunFolder, tokenizer: Tokenizer) -> Prepared:
     """Put into the folder what every rank then reads: the shards, the config that makes it this run's, the tokenizer."""
-    prepare_source(config.data, tokenizer, run.root / DATA)
+    prepared = prepare_source(config.data, tokenizer, run.root / DATA)
     claim(run, config)
     if not (run.root / TOKENIZER_FILE).exists():
         write_atomic(run.root / TOKENIZER_FILE, tokenizer.to_bytes())
+    return prepared
 
 
 def check_same_start(step: int, world: World) -> None:

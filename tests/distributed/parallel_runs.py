@@ -25,8 +25,14 @@ import torch.distributed.fsdp
 
 import osler.train.run  # noqa: F401 - loaded once for every fork
 from osler.checkpoint import store
+from osler.checkpoint.sharded import whole
 from osler.cli import main
+from osler.model.config import ModelConfig
+from osler.model.transformer import Transformer
+from osler.parallel.config import DdpConfig, FsdpConfig
+from osler.parallel.parallelize import parallelize
 from osler.runtime import faults
+from osler.runtime.world import World, joined
 
 TOLERANCE = 1e-6
 PATIENCE_SECONDS = 60
@@ -39,8 +45,8 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def start(command: Sequence[str], folder: Path, size: int, fault_rank: int = -1, fault: str = "") -> list[int]:
-    """Fork the ranks of one run with torchrun's environment and return their process ids."""
+def start(program: Callable[[], int], folder: Path, size: int, fault_rank: int = -1, fault: str = "") -> list[int]:
+    """Fork the ranks of a program with torchrun's environment and return their process ids."""
     port, children = free_port(), []
     for rank in range(size):
         child = os.fork()
@@ -57,7 +63,7 @@ def start(command: Sequence[str], folder: Path, size: int, fault_rank: int = -1,
             os.environ[faults.VARIABLE] = fault
         code = 1
         try:
-            code = main([*command, "--run", str(folder)])
+            code = program()
         finally:
             sys.stderr.flush()
             os._exit(code)
@@ -82,7 +88,7 @@ def codes(children: Sequence[int]) -> list[int]:
 
 
 def train(command: Sequence[str], folder: Path, size: int, **fault: object) -> list[int]:
-    return codes(start(command, folder, size, **fault))  # type: ignore[arg-type]
+    return codes(start(functools.partial(main, [*command, "--run", str(folder)]), folder, size, **fault))  # type: ignore[arg-type]
 
 
 def said(folder: Path, rank: int) -> str:
@@ -151,6 +157,37 @@ def refused(command: Sequence[str], folder: Path, words: Sequence[str]) -> None:
     assert not folder.exists()
 
 
+def spread(world: World, value: float) -> int:
+    """How far apart the ranks' values are, in millionths."""
+    least, most = world.least(round(value * 1e6), -round(value * 1e6))
+    return -most - least
+
+
+def accumulate() -> int:
+    """Within ``accumulating`` gradients stay on their rank; the backward pass after it averages all of them."""
+    with joined("cpu") as world:
+        for config in (DdpConfig(), FsdpConfig()):
+            model = Transformer(ModelConfig(num_layers=1, hidden_size=32, vocab_size=64, head_init="normal"))
+            model.init_weights(0)
+            engine = parallelize(model, config, world, compile=False)
+            ids = torch.arange(8)[None] + 10 * world.rank
+            with engine.accumulating():
+                engine.backward(engine.loss(ids, ids + 1, None))
+            gradient = model.layers[0].mlp.down_proj.weight.grad
+            if isinstance(config, DdpConfig):
+                assert spread(world, float(gradient.abs().sum())) > 0, "DDP has averaged"
+            else:
+                assert gradient is None, "FSDP has reduced"
+            engine.backward(engine.loss(ids, ids + 1, None))
+            gradient = whole(model.layers[0].mlp.down_proj.weight.grad)
+            assert float(gradient.abs().sum()) > 0 and spread(world, float(gradient.abs().sum())) == 0, "not averaged"
+    return 0
+
+
+def holds_back(folder: Path) -> None:
+    assert codes(start(accumulate, folder, 2)) == [0, 0], said(folder, 0) + said(folder, 1)
+
+
 def report(name: str, case: Callable[[], None]) -> None:
     before = time.monotonic()
     try:
@@ -162,10 +199,9 @@ def report(name: str, case: Callable[[], None]) -> None:
 
 
 def run_all(recipes: dict[str, list[str]], root: Path) -> None:
-    with contextlib.redirect_stdout(io.StringIO()):  # reads the recipes once for every fork
-        for command in recipes.values():
-            main([*command, "--dry-run"])
     for kind, command in recipes.items():
+        with contextlib.redirect_stdout(io.StringIO()):  # reads the recipe once for every fork
+            main([*command, "--dry-run"])
         whole = root / f"{kind}-1"
         assert train(command, whole, 1) == [0], said(whole, 0)[-2000:]
         for size, strategy in ((2, "ddp"), (2, "fsdp"), (4, "fsdp" if kind == "pretrain" else "ddp")):
@@ -178,6 +214,7 @@ def run_all(recipes: dict[str, list[str]], root: Path) -> None:
         "grows": [(1, "none"), (2, "fsdp"), (4, "fsdp")],
     }.items():
         report(name, functools.partial(continued, pretrain, root / "pretrain-1", root / name, starts))
+    report("accumulation", functools.partial(holds_back, root / "accumulation"))
     report("lost", functools.partial(lost, pretrain, root / "lost"))
     report("none", functools.partial(refused, pretrain, root / "none", ["2 processes", "parallel.type=ddp"]))
     uneven = [*pretrain, "parallel.type=ddp", "batch_tokens=192", "micro_batch_tokens=64"]
@@ -185,10 +222,10 @@ def run_all(recipes: dict[str, list[str]], root: Path) -> None:
 
 
 if __name__ == "__main__":
-    pretrain, sft, pretrained, folder = sys.argv[1:]
-    # Eight rows a batch, so two micro-batches on each of four ranks. Whole documents, padded, share learned tokens unevenly.
+    pretrain, sft, folder = sys.argv[1:]
+    # Eight rows a batch: two micro-batches on each of four ranks. In fine-tuning twelve rows, three on each of four ranks, in
+    # micro-batches of two and one; whole documents, padded, share the learned tokens unevenly too.
     text = ["batch_tokens=512", "micro_batch_tokens=64", "total_tokens=6144", "exam={every_tokens: 3072, items: 7}"]
-    turns = ["batch_tokens=1024", "micro_batch_tokens=128", "total_tokens=12288"]
-    run_all(
-        {"pretrain": ["pretrain", pretrain, *text], "sft": ["sft", sft, f"init_from={pretrained}", *turns]}, Path(folder)
-    )
+    turns = ["batch_tokens=1536", "micro_batch_tokens=256", "total_tokens=18432"]
+    pretrained = Path(folder) / "pretrain-1"
+    run_all({"pretrain": ["pretrain", pretrain, *text], "sft": ["sft", sft, f"init_from={pretrained}", *turns]}, Path(folder))

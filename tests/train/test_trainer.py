@@ -211,3 +211,13 @@ def test_a_run_that_starts_from_another_shows_the_model_it_trains(tiny, runs, tm
 def test_a_dry_run_without_its_starting_point_is_refused(tiny, tmp_path, capsys):
     assert main(["sft", tiny.sft, f"init_from={tmp_path / 'gone'}", "--dry-run"]) == 2
     assert "is no folder" in capsys.readouterr().err
+
+
+def test_how_a_run_is_computed_may_change_between_starts(tiny, launch_stopped, tmp_path, capsys):
+    """More workers, smaller micro-batches and another strategy make no other run, with --resume too."""
+    assert launch_stopped(tmp_path, fault="train-step:sigterm:3") == 130
+    assert launch_stopped(tmp_path, "loader_workers=0", "parallel.type=ddp", fault="train-step:sigterm:3") == 130
+    assert main(["pretrain", "micro_batch_tokens=64", "parallel.type=fsdp", "--run", str(tmp_path), "--resume"]) == 0
+    assert [line["step"] for line in lines(tmp_path) if "train/loss" in line] == [5, 10, 12]
+    assert main(["pretrain", tiny.pretrain, "seed=1", "--run", str(tmp_path)]) == 2
+    assert "seed is 1 here and 0 there" in capsys.readouterr().err
