@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-from osler.checkpoint.sharded import whole
 from osler.errors import UserError
 from osler.model.loss import SummedLoss
 from osler.model.transformer import Transformer
@@ -56,17 +55,3 @@ def compile_by_block(loss: SummedLoss) -> None:
     for block in loss.model.layers:
         block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False)
     loss.of_hidden = torch.compile(loss.of_hidden, fullgraph=True, dynamic=False)  # type: ignore[method-assign]
-
-
-def plain_model(model: Transformer, world: World) -> Transformer:
-    """The model as evaluation and sampling know it: neither sharded nor compiled.
-
-    With one process it is the model itself; DDP's copy shares the weights, FSDP's gathers them and is to be dropped after use.
-    """
-    if world.size == 1:
-        return model
-    with torch.device("meta"):
-        plain = Transformer(model.config, compute_dtype=model.compute_dtype)
-    plain.load_state_dict({name: whole(tensor) for name, tensor in model.state_dict().items()}, assign=True)
-    plain.rope_cos, plain.rope_sin = model.rope_cos, model.rope_sin
-    return plain.train(model.training)

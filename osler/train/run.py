@@ -30,7 +30,8 @@ from osler.inference.load import TOKENIZER_FILE, describing_files
 from osler.model.config import ModelConfig
 from osler.model.transformer import Transformer
 from osler.optim.build import build_optimizer
-from osler.parallel.parallelize import check_strategy, parallelize, plain_model
+from osler.parallel.engine import Engine as ParallelEngine
+from osler.parallel.parallelize import check_strategy, parallelize
 from osler.runtime.device import keep_freed_memory, pick_device
 from osler.runtime.files import RunFolder, write_atomic
 from osler.runtime.log import say
@@ -145,8 +146,8 @@ def train(config: TrainConfig, run: RunFolder, world: World | None = None) -> bo
         optimizer=optimizer,
         train_step=train_step,
         batches=loader.batches,
-        evaluate=validation(config, model, prepared, machine.eager_dtype, world),
-        probe=exam_probe(exam, model, tokenizer, machine.eager_dtype, world),
+        evaluate=validation(config, model, prepared, machine.eager_dtype, engine),
+        probe=exam_probe(exam, model, tokenizer, machine.eager_dtype, engine),
         run=run,
         files={**describing_files(model.config, tokenizer), **files},
         fingerprints={"tokenizer": tokenizer.fingerprint, "data": prepared.train.fingerprint},
@@ -215,7 +216,7 @@ def packing_of(config: TrainConfig, shards: ShardSet) -> StreamPacking | WholePa
 
 
 def validation(
-    config: TrainConfig, model: Transformer, prepared: Prepared, dtype: torch.dtype, world: World
+    config: TrainConfig, model: Transformer, prepared: Prepared, dtype: torch.dtype, engine: ParallelEngine
 ) -> Callable[[], dict[str, float]]:
     """A function that measures the held-out loss, and for text its bits per byte: every held-out token once, on one rank."""
     shards = prepared.validation
@@ -224,9 +225,9 @@ def validation(
         if shards is None:
             return {}
         rows = text_batches if config.kind == "pretrain" else answer_batches
-        plain = plain_model(model, world)
+        plain = engine.plain_model(model)
         with plain.computing_in(dtype):
-            held_out = measure(plain, rows(config, shards), shards.num_bytes, world)
+            held_out = measure(plain, rows(config, shards), shards.num_bytes, engine.world)
         if config.kind == "sft":
             return {"eval/loss": held_out.loss}
         return {"eval/loss": held_out.loss, "eval/bits_per_byte": held_out.bits_per_byte}
@@ -258,16 +259,16 @@ def exam_items(probe: ExamProbe) -> dict[str, list[ExamItem]]:
 
 
 def exam_probe(
-    exam: Mapping[str, Sequence[ExamItem]], model: Transformer, tokenizer: Tokenizer, dtype: torch.dtype, world: World
+    exam: Mapping[str, Sequence[ExamItem]], model: Transformer, tokenizer: Tokenizer, dtype: torch.dtype, engine: ParallelEngine
 ) -> Callable[[], dict[str, float]]:
     """A function that sits the clinic's exam with the model as it is; each rank answers its share of the questions."""
 
     def sit() -> dict[str, float]:
-        engine = Engine(plain_model(model, world), dtype=dtype)
+        sampler, world = Engine(engine.plain_model(model), dtype=dtype), engine.world
         scores = {}
         for split, items in exam.items():
             share = items[world.rank :: world.size]
-            score = score_by_generation(engine, tokenizer, share, max_new_tokens=EXAM_NEW_TOKENS) if share else None
+            score = score_by_generation(sampler, tokenizer, share, max_new_tokens=EXAM_NEW_TOKENS) if share else None
             (right,) = world.sum(round(score.accuracy * len(share)) if score else 0)
             scores[f"eval/{split}_accuracy"] = right / len(items)
         return scores

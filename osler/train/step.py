@@ -48,7 +48,7 @@ class TrainStep:
         self.optimizer = optimizer
         self.engine = engine
         self.rows_per_micro_batch = rows_per_micro_batch
-        self.clip_norm = clip_norm
+        engine.bind(optimizer, clip_norm)
         self.document_mask = document_mask
         self.device = device
 
@@ -68,4 +68,4 @@ class TrainStep:
                 self.engine.backward(loss)
             total += loss.detach()
         set_lr(self.optimizer, lr_scale)
-        return StepResult(total, *self.engine.update(self.optimizer, self.parameters, self.clip_norm))
+        return StepResult(total, *self.engine.update(self.optimizer, self.parameters))

@@ -21,8 +21,6 @@ import torch
 from torch import Tensor
 
 from osler.checkpoint import store
-from osler.checkpoint.sharded import gathered, load_whole
-from osler.checkpoint.state import flatten_optimizer, restore_optimizer
 from osler.data.loader import Batch
 from osler.errors import UserError
 from osler.model.transformer import Transformer
@@ -136,7 +134,7 @@ class Trainer:
         tensors come together on rank 0, one at a time.
         """
         self._fetch()
-        optimizer_tensors, optimizer_state = flatten_optimizer(self.optimizer, self.model.named_parameters())
+        tensors, optimizer_state = self.train_step.engine.parts(self.model, self.optimizer)
         state = {
             "kind": self.config.kind,
             "step": self.step,
@@ -148,8 +146,6 @@ class Trainer:
             "fingerprints": dict(self.fingerprints),
             "optimizer": optimizer_state,
         }
-        parts = {"model": self.model.state_dict(), "optimizer": optimizer_tensors}
-        tensors = {name: gathered(part, keep=self.world.is_first) for name, part in parts.items()}
         self.world.once(lambda: self._write(tensors, state, stop))
 
     def _write(self, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any], stop: StopFlag) -> None:
@@ -166,9 +162,8 @@ class Trainer:
     def restore(self, loaded: store.Loaded) -> None:
         """Continue from a checkpoint of this run, bit for bit."""
         check_fingerprints(loaded.state["fingerprints"], self.fingerprints, loaded.path)
-        load_whole(self.model, loaded.tensors["model"])
         state = loaded.state
-        restore_optimizer(self.optimizer, self.model.named_parameters(), loaded.tensors["optimizer"], state["optimizer"])
+        self.train_step.engine.restore(self.model, self.optimizer, loaded.tensors, state["optimizer"])
         self.step, self.earlier_seconds = state["step"], state["seconds"]
         self.total_tokens = state["total_tokens"] if self.config.max_minutes else self.config.total_tokens
         # Read from the folder, because a checkpoint is written before the evaluation that may make it the best.
