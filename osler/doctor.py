@@ -139,7 +139,9 @@ def check_device(device: torch.device) -> Check:
         free, total = torch.cuda.mem_get_info(device)
         count = torch.cuda.device_count()
         finding = f"{count} x {properties.name}, {free / GIB:.1f} of {total / GIB:.1f} GiB free"
-        return Check("device", "ok", f"{finding}, compute capability {properties.major}.{properties.minor}")
+        finding += f", compute capability {properties.major}.{properties.minor}"
+        all_of_them = f"All of them: torchrun --nproc-per-node {count} -m osler.cli pretrain RECIPE parallel.type=ddp"
+        return Check("device", "ok", finding, all_of_them if count > 1 else "")
     if Path("/proc/driver/nvidia/version").exists():
         advice = "The NVIDIA driver is there, but this torch sees no GPU: install the CUDA build that fits the driver"
         return Check("device", "slow", "CPU", advice)

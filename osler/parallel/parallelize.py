@@ -32,7 +32,7 @@ STRATEGIES: dict[type, Callable[[SummedLoss, Any, World], Engine]] = {
 
 def parallelize(model: Transformer, config: ParallelConfig, world: World, *, compile: bool) -> Engine:
     """Make ``model`` ready for its training step, in place; with one process every strategy is the plain one."""
-    check_strategy(config, world)
+    check_strategy(config, world.size)
     loss = SummedLoss(model)
     if world.size == 1:
         return Engine(torch.compile(loss, fullgraph=True, dynamic=False) if compile else loss)
@@ -41,11 +41,11 @@ def parallelize(model: Transformer, config: ParallelConfig, world: World, *, com
     return STRATEGIES[type(config)](loss, config, world)
 
 
-def check_strategy(config: ParallelConfig, world: World) -> None:
+def check_strategy(config: ParallelConfig, processes: int) -> None:
     """Raise UserError for several processes that would each train the same model alone."""
-    if world.size > 1 and isinstance(config, NoParallelConfig):
+    if processes > 1 and isinstance(config, NoParallelConfig):
         raise UserError(
-            f"{world.size} processes were started and parallel.type is none, so each would train the same model alone: set "
+            f"{processes} processes were started and parallel.type is none, so each would train the same model alone: set "
             "parallel.type=ddp (or fsdp for a model too large for one GPU), or start one process."
         )
 

@@ -35,7 +35,7 @@ from osler.parallel.parallelize import check_strategy, parallelize
 from osler.runtime.device import keep_freed_memory, pick_device
 from osler.runtime.files import RunFolder, write_atomic
 from osler.runtime.log import say
-from osler.runtime.world import World, joined
+from osler.runtime.world import World, joined, place
 from osler.tasks.clinic import load as load_clinic_exam
 from osler.tasks.item import ExamItem
 from osler.tokenizer.bpe import Tokenizer
@@ -91,6 +91,8 @@ def run(
         start = starting_model(folder, config)
         print(describe_plan(config, folder, start, planned_numbers(config, start[1] if start else config.model)))
         return 0
+    check_strategy(config.parallel, place().size)
+    check_shares(config.rows_per_batch, config.seq_len, place().size)
     with joined(config.device) as world:
         return work(kind, folder, lambda run: train(config, run, world), lambda: next_steps(config, folder))
 
@@ -108,8 +110,6 @@ def train(config: TrainConfig, run: RunFolder, world: World | None = None) -> bo
     """Set up and train (or continue) one supervised run in its folder; False when it was asked to stop before the end."""
     world = world or World(device=config.device)
     started = time.monotonic()
-    check_strategy(config.parallel, world)
-    check_shares(config.rows_per_batch, config.seq_len, world.size)
     refuse_another(run, config)
     exam = exam_items(config.exam)
     keep_freed_memory()

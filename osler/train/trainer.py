@@ -63,7 +63,8 @@ class Trainer:
         self.model = model
         self.optimizer = optimizer
         self.train_step = train_step
-        self.world = train_step.engine.world
+        self.engine = train_step.engine
+        self.world = self.engine.world
         self.batches = batches
         self.evaluate = evaluate
         self.probe = probe
@@ -134,7 +135,7 @@ class Trainer:
         tensors come together on rank 0, one at a time.
         """
         self._fetch()
-        tensors, optimizer_state = self.train_step.engine.parts(self.model, self.optimizer)
+        tensors, optimizer_state = self.engine.parts(self.model, self.optimizer)
         state = {
             "kind": self.config.kind,
             "step": self.step,
@@ -163,7 +164,7 @@ class Trainer:
         """Continue from a checkpoint of this run, bit for bit."""
         check_fingerprints(loaded.state["fingerprints"], self.fingerprints, loaded.path)
         state = loaded.state
-        self.train_step.engine.restore(self.model, self.optimizer, loaded.tensors, state["optimizer"])
+        self.engine.restore(self.model, self.optimizer, loaded.tensors, state["optimizer"])
         self.step, self.earlier_seconds = state["step"], state["seconds"]
         self.total_tokens = state["total_tokens"] if self.config.max_minutes else self.config.total_tokens
         # Read from the folder, because a checkpoint is written before the evaluation that may make it the best.
