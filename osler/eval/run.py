@@ -248,7 +248,7 @@ def save_scores(ready: ReadyModel, name: str, sittings: Sequence[Sitting]) -> No
 def measure_files(config: EvalConfig, ready: ReadyModel) -> HeldOut:
     """What the files at ``text`` cost the model: read twice, once to count their bytes."""
     assert config.text is not None
-    source = TextFiles(config.text, config.text_field)
+    source = TextFiles(config.text, config.text_field, path_key="text", field_key="text_field")
     sizes = [len(document.text.encode("utf-8")) for document in source if not document.is_empty]
     if not sizes:
         raise UserError(f"{config.text} holds no text: there is nothing to measure.")
