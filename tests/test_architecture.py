@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "osler"
 
 FLOORS: dict[str, int] = {
-    **dict.fromkeys(("errors", "yaml12", "config"), 0),
+    **dict.fromkeys(("errors", "yaml12", "config", "mistakes"), 0),
     **dict.fromkeys(("runtime", "ops", "clinic"), 1),
     **dict.fromkeys(("model", "optim", "tokenizer", "tasks", "monitor", "checkpoint"), 2),
     **dict.fromkeys(("data", "inference"), 3),
@@ -25,7 +25,7 @@ FLOORS: dict[str, int] = {
     **dict.fromkeys(("show",), 8),
     **dict.fromkeys(("cli",), 9),
 }
-# The modules of the ground floor are one thing in three files.
+# The modules of the ground floor are one thing in four files.
 GROUND = {name for name, floor in FLOORS.items() if floor == 0}
 
 MAX_FILE_LINES = 400

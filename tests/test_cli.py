@@ -85,7 +85,7 @@ def test_version(capsys):
         (["shwo"], "did you mean `show`?"),
         (["data", "prepar"], "did you mean `data prepare`?"),
         (["show", "pure-tiyn"], "did you mean `pure-tiny`?"),
-        (["show", "pure-tiny", "model.num_layer=3"], "model.num_layer: unknown key; did you mean `num_layers`?"),
+        (["show", "pure-tiny", "model.num_layer=3"], "model.num_layer: unknown key; did you mean `model.num_layers`?"),
         (["show", "pure-tiny", "model.num_layers="], "has no value"),
         (["show", "pure-tiny", "pure-small"], "one recipe at a time"),
         (["show"], "which recipe?"),

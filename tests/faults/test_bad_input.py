@@ -51,7 +51,12 @@ def own_text(tiny):
     ("override", "message"),
     [
         ("total_token=5", "total_token: unknown key; did you mean `total_tokens`?"),
-        ("model.num_layer=3", "model.num_layer: unknown key; did you mean `num_layers`?"),
+        ("model.num_layer=3", "model.num_layer: unknown key; did you mean `model.num_layers`?"),
+        ("path=notes", "did you mean `data.path` (with data.type=files or data.type=turns) or `tokenizer.path`?"),
+        ("pth=notes", "did you mean `data.path` (with data.type=files or data.type=turns) or `tokenizer.path`?"),
+        ("data.path=notes", "data.path: unknown key of this type; it needs data.type=files or data.type=turns"),
+        ("data.pth=notes", "did you mean `data.path` (with data.type=files or data.type=turns)?"),
+        ("data={type: files, pth: notes}", "data.pth: unknown key; did you mean `data.path`?"),
         ("optim.type=adamv", "optim"),
         ("data.type=clinics", "data: unknown type `clinics`; did you mean `clinic`?"),
         ("schedule.type=cosin", "schedule: unknown type `cosin`; did you mean `cosine`?"),
@@ -86,7 +91,7 @@ def test_all_mistakes_are_told_at_once(mistake, tiny, tmp_path):
     text = mistake("pretrain", tiny.pretrain, "seq_len=x", "model.num_layers=two", "optim.beta=1", "--run", tmp_path / "run")
     assert "3 errors" in text
     assert "seq_len: should be an integer" in text and "model.num_layers: should be an integer" in text
-    assert "optim.beta: unknown key; did you mean `beta" in text
+    assert "optim.beta: unknown key; did you mean `optim.beta" in text
     assert not (tmp_path / "run").exists()
 
 
