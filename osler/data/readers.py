@@ -267,6 +267,8 @@ def _turn_settings(columns: Iterable[str], missing: str) -> str | None:
         by_default = column == key.removesuffix("_field") and key != "thinking_field"  # which is null by default
         if column is not None and (not by_default or missing == f"data.{key}"):
             settings.append(f"data.{key}={column}")
+    if named["thinking_field"] is None and len(lower) > 2:
+        settings.append("(and data.thinking_field=NAME if one of the others is the reasoning)")
     return " ".join(settings)
 
 

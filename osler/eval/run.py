@@ -25,7 +25,7 @@ from osler.runtime.files import read_json, write_json
 from osler.runtime.log import Progress, say
 from osler.tasks.clinic import ClinicTask
 from osler.tasks.item import ExamItem
-from osler.tasks.registry import TASK_CONFIGS, load_task
+from osler.tasks.registry import TASK_CONFIGS, check_task, load_task
 
 EXAMS_FILE = "exams.json"
 LIKELIHOOD_ITEMS = 32  # scored between two updates of the progress line
@@ -44,6 +44,7 @@ class Sitting:
 def run(checkpoint: str, overrides: Sequence[str] = ()) -> int:
     """The verb ``eval``; returns the process's exit code."""
     config = read_config(overrides)
+    check_task(config.task, "task")
     ready = open_model(checkpoint, device=config.device, which=config.which)
     say(ready.describe())
     config, held_out = complete(config, ready)

@@ -52,11 +52,16 @@ class Row:
         return value.strip()
 
 
+def check_file(path: str | Path, key: str = "task.path") -> None:
+    """Raise UserError, naming the key that a person sets it with, when there is no exam file at ``path``."""
+    if not Path(path).is_file():
+        raise UserError(f"There is no exam file {path}; set {key}=FILE to a .jsonl, .jsonl.gz or .parquet file.")
+
+
 def read_rows(path: str | Path) -> Iterator[Row]:
     """The rows of a ``.jsonl``/``.json`` (an object per line, optionally ``.gz``) or ``.parquet`` file, in order."""
     path = Path(path)
-    if not path.is_file():
-        raise UserError(f"There is no exam file {path}; set task.path=FILE to a .jsonl, .jsonl.gz or .parquet file.")
+    check_file(path)
     name = path.name.removesuffix(".gz")
     count = 0
     if name.endswith((".jsonl", ".json")):

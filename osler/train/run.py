@@ -44,7 +44,15 @@ from osler.train.folder import (
     stored_config,
     stored_precision,
 )
-from osler.train.setup import COMPILE_MIN_STEPS, check_vocabulary, choose_machine, describe_run, make_model, make_tokenizer
+from osler.train.setup import (
+    COMPILE_MIN_STEPS,
+    check_plan,
+    check_vocabulary,
+    choose_machine,
+    describe_run,
+    make_model,
+    make_tokenizer,
+)
 from osler.train.step import TrainStep, summed_loss
 from osler.train.trainer import Trainer
 
@@ -70,6 +78,8 @@ def run(
         config = decode(TrainConfig, {**given, "kind": kind}, source=recipe or "")
         folder = RunFolder(Path(run_dir or Path("runs") / f"{Path(recipe).stem if recipe else 'clinic'}-{kind}"))
     if dry_run:
+        refuse_another(folder, config)
+        check_plan(config, is_new=newest_checkpoint(folder) is None)
         print(describe_plan(config, folder, planned_numbers(config)))
         return 0
     finished = train(config, RunFolder.create(folder.root))

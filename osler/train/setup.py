@@ -13,7 +13,7 @@ import torch
 
 from osler.checkpoint import store
 from osler.config import decode
-from osler.data.sources import train_tokenizer
+from osler.data.sources import check_source, train_tokenizer
 from osler.errors import UserError
 from osler.inference.load import MODEL_FILE, TOKENIZER_FILE, load_model
 from osler.model.config import ModelConfig
@@ -59,6 +59,15 @@ def choose_machine(device: str, precision: str, compile_mode: str, *, steps: int
     if precision == "auto" and chosen.type == "cpu" and not works:
         precision = "fp32"
     return Machine(chosen, pick_dtype(precision, chosen), works)
+
+
+def check_plan(config: TrainConfig, *, is_new: bool) -> None:
+    """Raise UserError when what a run will read is not there: its data, and for one that begins where it starts from."""
+    check_source(config.data)
+    if is_new and config.init_from is not None:
+        store.resolve(config.init_from)
+    elif is_new and config.tokenizer.path is not None:
+        Tokenizer.load(config.tokenizer.path)
 
 
 def make_model(config: TrainConfig, machine: Machine, checkpoint: store.Loaded | None) -> tuple[Transformer, Tokenizer | None]:

@@ -150,6 +150,38 @@ def test_files_that_cannot_be_read(mistake, own_text, tmp_path):
     assert not (tmp_path / "run" / "data").exists()
 
 
+def test_a_dry_run_looks_at_what_the_run_will_read(mistake, own_text, tiny, runs, tmp_path):
+    dry = ("--run", tmp_path / "run", "--dry-run")
+    gone = tmp_path / "gone"
+    assert f"no file or folder {gone}; set data.path" in mistake("pretrain", *own_text(gone), *dry)
+    assert "data.path is empty" in mistake("pretrain", "text-10min", *dry)
+    sft = ["sft", tiny.sft, f"init_from={runs.pretrain}"]
+    assert f"no file or folder {gone}; set data.path" in mistake(*sft, f"data.path={gone}", *dry)
+    assert "set data.type=turns (and data.thinking_field=NAME if" in mistake("pretrain", *own_text(tiny.turns), *dry)
+    assert "Set data.thinking_field to the column" in mistake(*sft, "data.thinking_field=thinking", *dry)
+    assert "gone is no folder" in mistake("sft", tiny.sft, f"init_from={gone}", *dry)
+    assert "gone" in mistake("pretrain", tiny.pretrain, f"tokenizer.path={gone}", *dry)
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_exam_file_that_is_missing_is_told_by_its_key_before_anything_is_loaded(mistake, tiny, runs, tmp_path):
+    gone = tmp_path / "gone.jsonl"
+    start = ["grpo", tiny.grpo, f"init_from={runs.sft}", "--run", tmp_path / "run"]
+    train = f"tasks=[{{task: {{type: clinic}}}}, {{task: {{type: medqa, path: {gone}}}}}]"
+    for dry in ([], ["--dry-run"]):
+        assert f"no exam file {gone}; set tasks[1].task.path=FILE" in mistake(*start, train, *dry)
+        text = mistake(*start, "eval_task.type=medqa", f"eval_task.path={gone}", *dry)
+        assert f"no exam file {gone}; set eval_task.path=FILE" in text
+    assert "gone is no folder" in mistake("grpo", tiny.grpo, f"init_from={tmp_path / 'gone'}", "--dry-run")
+    text = mistake("eval", tmp_path / "no-model", "task.type=medqa", f"task.path={gone}")
+    assert f"no exam file {gone}; set task.path=FILE" in text
+
+
+def test_a_dry_run_refuses_the_folder_of_another_run_and_needs_no_start_for_one_that_goes_on(stopped, tiny, mistake, runs):
+    assert "holds another run: seed differ" in mistake("pretrain", tiny.pretrain, "seed=1", "--run", stopped, "--dry-run")
+    assert main(["pretrain", tiny.pretrain, "--run", str(stopped), "--dry-run"]) == 0
+
+
 def test_a_mistake_can_be_mended_in_the_same_folder(mistake, own_text, tmp_path):
     path = tmp_path / "notes.txt"
     path.write_text("")
