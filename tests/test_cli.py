@@ -33,7 +33,10 @@ def test_help_is_immediate():
     assert min(seconds() for _ in range(5)) < HELP_SECONDS
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["pretrain", "--help"], ["recipes"], ["show", "pure-tiny"]])
+LIGHT = [["--help"], ["pretrain", "--help"], ["recipes"], ["show", "pure-tiny"], ["show", "grpo", "--explain"]]
+
+
+@pytest.mark.parametrize("arguments", LIGHT)
 def test_light_verbs_never_load_torch(arguments):
     code = (
         "import sys\nfrom osler.cli import main\n"

@@ -29,11 +29,13 @@ _NAMES_A_LETTER = re.compile(r"\b(?:ans(?:wer)?|option|choice)s?\b\W*(?:is\b\W*)
 
 @config
 class MedmcqaTask:
+    """Indian medical entrance questions, in the schema of openlifescienceai/medmcqa."""
+
     type: Literal["medmcqa"] = "medmcqa"
-    path: str
-    split: str = ""
-    limit: int | None = None
-    first_option: int = 0
+    path: str  # a .jsonl, .jsonl.gz or .parquet file
+    split: str = ""  # a name for the file in tables and metrics
+    limit: int | None = None  # the first so many questions; null: all
+    first_option: int = 0  # the number of option A in the file: 0 in the hub's files, 1 in the authors' original
 
 
 def load(path: str | Path, *, split: str = "", limit: int | None = None, first_option: int = 0) -> list[ExamItem]:
