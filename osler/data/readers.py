@@ -242,7 +242,9 @@ def _no_field(where: str, field: str, key: str, columns: Sequence[str]) -> str:
     found = f"{where} has no field '{field}'; it has: {', '.join(columns) or 'none'}."
     settings = _turn_settings(columns, key) if key.startswith("data.") else None
     if key == "data.thinking_field":
-        return f"{found} Set {key} to the column that holds the reasoning, or to null where there is none."
+        likely = [column for column in columns if column.lower() in TURN_COLUMNS["thinking_field"]]
+        name = f"={likely[0]}" if likely else " to the column that holds the reasoning"
+        return f"{found} Set {key}{name}, or {key}=null where there is no reasoning."
     if settings is not None:
         other = f", or {key}=NAME to learn one column as text" if key == "data.field" else ""
         return f"{found} These look like questions and answers: set {settings}{other}."

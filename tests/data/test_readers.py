@@ -218,11 +218,14 @@ def test_turns_without_a_column_name_the_key_that_chooses_it(tmp_path: Path) -> 
     for fields, said in [
         (("question", None, "answer"), "set data.type=turns data.answer_field=response."),
         (("quest", None, "response"), "set data.type=turns data.question_field=question data.answer_field=response."),
-        (("question", "why", "response"), "Set data.thinking_field to the column that holds the reasoning, or to null"),
+        (("question", "why", "response"), "Set data.thinking_field to the column that holds the reasoning, or"),
     ]:
         with pytest.raises(UserError) as caught:
             list(TurnFiles(path, *fields))
         assert said in str(caught.value)
+    path.write_bytes(jsonl([{"question": "Why?", "rationale": "Because.", "answer": "So."}]))
+    with pytest.raises(UserError, match=r"Set data\.thinking_field=rationale, or"):
+        list(TurnFiles(path, thinking_field="thinking"))
     path.write_bytes(jsonl([{"q": "Why?", "answer": "So."}]))
     with pytest.raises(UserError, match=r"it has: q, answer\. Set data\.question_field=NAME"):
         list(TurnFiles(path))
