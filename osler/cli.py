@@ -124,7 +124,8 @@ RECIPE = option(
     "items",
     nargs="*",
     metavar="RECIPE | key.path=value",
-    help="a recipe of `osler recipes` or a YAML file, and fields to change; without a recipe the defaults apply",
+    help="a recipe of `osler recipes` or a YAML file, and fields to change; without a recipe the defaults apply; "
+    "`osler show RECIPE --explain` says what each field means",
 )
 RUN_FOLDER = (
     option("--run", metavar="DIR", help="the run folder (default: below runs/)"),
@@ -145,7 +146,8 @@ EVAL_HELP = """\
   osler eval runs/mine text=notes/     (bits per byte; text that it was not trained on)
 
 With neither task nor text a model is examined on what it was trained for. Other fields: method=likelihood (or generation,
-both), permutations=4 (orders of the options), reasoning=false, max_new_tokens=, temperature=, which=best, device=cpu."""
+both), permutations=4 (orders of the options), reasoning=false, max_new_tokens=, temperature=, which=best, device=cpu.
+`osler show eval --explain` says what each means."""
 
 
 def split_items(items: Sequence[str]) -> tuple[str | None, list[str]]:
@@ -193,10 +195,7 @@ def run_recipes(_: argparse.Namespace) -> int:
 def run_show(arguments: argparse.Namespace) -> int:
     from osler.show import show_recipe
 
-    recipe, overrides = split_items(arguments.items)
-    if recipe is None:
-        raise UserError("which recipe? `osler recipes` lists them.")
-    print(show_recipe(recipe, overrides))
+    print(show_recipe(*split_items(arguments.items), explain=arguments.explain))
     return 0
 
 
@@ -286,10 +285,10 @@ VERBS: tuple[Verb, ...] = (
     Verb("recipes", "List the recipes: name, parameters, what it is", "osler recipes", run_recipes),
     Verb(
         "show",
-        "Print a recipe with every default filled in, and what follows from it",
-        "osler show osler-400m model.num_layers=24",
+        "Print a recipe with every default filled in; --explain says what each field means",
+        "osler show text-10min --explain",
         run_show,
-        (RECIPE,),
+        (RECIPE, option("--explain", action="store_true", help="say behind each field what it means")),
     ),
     Verb(
         "tokenizer train",

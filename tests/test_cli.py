@@ -33,7 +33,10 @@ def test_help_is_immediate():
     assert min(seconds() for _ in range(5)) < HELP_SECONDS
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["pretrain", "--help"], ["recipes"], ["show", "pure-tiny"]])
+LIGHT = [["--help"], ["pretrain", "--help"], ["recipes"], ["show", "pure-tiny"], ["show", "grpo", "--explain"]]
+
+
+@pytest.mark.parametrize("arguments", LIGHT)
 def test_light_verbs_never_load_torch(arguments):
     code = (
         "import sys\nfrom osler.cli import main\n"
@@ -85,7 +88,7 @@ def test_version(capsys):
         (["shwo"], "did you mean `show`?"),
         (["data", "prepar"], "did you mean `data prepare`?"),
         (["show", "pure-tiyn"], "did you mean `pure-tiny`?"),
-        (["show", "pure-tiny", "model.num_layer=3"], "model.num_layer: unknown key; did you mean `num_layers`?"),
+        (["show", "pure-tiny", "model.num_layer=3"], "model.num_layer: unknown key; did you mean `model.num_layers`?"),
         (["show", "pure-tiny", "model.num_layers="], "has no value"),
         (["show", "pure-tiny", "pure-small"], "one recipe at a time"),
         (["show"], "which recipe?"),

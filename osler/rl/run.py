@@ -25,7 +25,7 @@ from osler.runtime.device import keep_freed_memory
 from osler.runtime.files import RunFolder, fingerprint
 from osler.runtime.log import say
 from osler.tasks.item import ExamItem, render_question
-from osler.tasks.registry import load_task
+from osler.tasks.registry import check_task, load_task
 from osler.tasks.rewards import REWARDS
 from osler.tokenizer.bpe import Tokenizer
 from osler.tokenizer.chat import encode_prompt
@@ -58,7 +58,9 @@ def run(
         config = decode(GrpoConfig, load_recipe(recipe, overrides) if recipe else parse_overrides(overrides), source=recipe or "")
         folder = RunFolder(Path(run_dir or Path("runs") / f"{Path(recipe).stem if recipe else 'clinic'}-grpo"))
     if dry_run:
-        print(describe_plan(config, folder, starting_model(folder, config), planned_numbers(config)))
+        start = starting_model(folder, config)
+        check_exams(config)
+        print(describe_plan(config, folder, start, planned_numbers(config)))
         return 0
     done = f"Done: {folder.root}\n  osler eval {folder.root}   sit the exam\n  osler report {folder.root}   the run as a page"
     return work("grpo", folder, lambda run: train(config, run), lambda: done)
@@ -67,6 +69,7 @@ def run(
 def train(config: GrpoConfig, run: RunFolder) -> bool:
     """Set up and train (or continue) one GRPO run in its folder; False when it was asked to stop before the end."""
     refuse_another(run, config)
+    check_exams(config)
     keep_freed_memory()
     checkpoint = newest_checkpoint(run)
     precision = stored_precision(checkpoint, config.precision)
@@ -99,6 +102,13 @@ def train(config: GrpoConfig, run: RunFolder) -> bool:
     else:
         say(describe_start(config, start, tasks, machine))
     return trainer.fit()
+
+
+def check_exams(config: GrpoConfig) -> None:
+    """Raise UserError, naming the key, when the file of an exam to train on or to evaluate on is not there."""
+    for number, entry in enumerate(config.tasks):
+        check_task(entry.task, f"tasks[{number}].task")
+    check_task(config.eval_task, "eval_task")
 
 
 def load_tasks(config: GrpoConfig, start: LoadedModel) -> list[RlTask]:

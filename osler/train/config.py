@@ -18,11 +18,12 @@ DataConfig = Annotated[ClinicData | FilesData | TurnsData, TAGGED]
 
 @config
 class ExamProbe:
-    """A small exam during training: ``items`` clinic questions of each split, answered greedily, every so many tokens."""
+    """A small exam during training: clinic questions answered greedily, every so many tokens."""
 
-    every_tokens: int = 0  # 0: never
+    every_tokens: int = 0  # tokens between two exams; 0: never
+    # of the clinic: train, validation, validation_questions, new_findings, new_questions
     splits: tuple[str, ...] = ("validation",)
-    items: int = 200
+    items: int = 200  # questions of each split
 
     def __post_init__(self) -> None:
         if self.every_tokens < 0:
@@ -35,31 +36,33 @@ class ExamProbe:
 class TrainConfig:
     """One supervised stage: ``pretrain`` learns every token, ``sft`` learns what the model must answer."""
 
-    kind: Literal["pretrain", "sft"] = "pretrain"
-    description: str = ""
-    seed: int = 0
+    kind: Literal["pretrain", "sft"] = "pretrain"  # pretrain learns every token, sft what the model must answer; the verb sets it
+    description: str = ""  # for the reader; changes nothing
+    seed: int = 0  # of the weights and of the order of the data
     init_from: str | None = None  # run folder or checkpoint to start from; its model and tokenizer replace those given here
     model: ModelConfig = ModelConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()
     data: DataConfig = ClinicData()
-    packing: Literal["auto", "stream", "whole"] = "auto"  # cut anywhere, or keep documents whole and pad; auto: whole for sft
-    document_mask: bool = False  # attention stays inside a document
-    seq_len: int = 128
+    # stream cuts documents anywhere, whole keeps them whole and pads; auto: whole for sft
+    packing: Literal["auto", "stream", "whole"] = "auto"
+    document_mask: bool = False  # whether attention stays inside a document
+    seq_len: int = 128  # tokens in a row
     batch_tokens: int = 8_192  # tokens per optimizer step
-    micro_batch_tokens: int | None = None  # tokens per forward pass; None: the whole batch at once
-    total_tokens: int = 8_192_000
+    micro_batch_tokens: int | None = None  # tokens per forward pass; null: the whole batch at once
+    total_tokens: int = 8_192_000  # tokens to train on, repeats included
     max_minutes: float | None = None  # end by the clock if that comes before total_tokens; the schedule is fitted to it
     optim: AdamWConfig = AdamWConfig()
     schedule: ScheduleConfig = LinearConfig(warmup_tokens=327_680)
-    clip_norm: float = 1.0
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    clip_norm: float = 1.0  # norm that the gradient is scaled down to when it is larger
+    precision: Literal["auto", "bf16", "fp32"] = "auto"  # of activations; weights are fp32; auto: bf16 where it is faster here
+    # with torch.compile; auto: where it works and the run is long enough to pay
     compile: Literal["auto", "always", "never"] = "auto"
-    device: str = "auto"
-    loader_workers: int = 1
-    log_every_steps: int = 10
-    eval_every_tokens: int = 2_048_000
-    save_every_tokens: int = 2_048_000
-    keep_last: int = 2
+    device: str = "auto"  # auto, cpu, cuda or cuda:N
+    loader_workers: int = 1  # threads that prepare batches ahead; 0: none; changes no batch
+    log_every_steps: int = 10  # optimizer steps between two lines of metrics
+    eval_every_tokens: int = 2_048_000  # tokens between two measurements of the held-out loss
+    save_every_tokens: int = 2_048_000  # tokens between two checkpoints
+    keep_last: int = 2  # checkpoints kept besides the best
     max_skipped_steps: int = 20  # so many steps in a row with a non-finite gradient end the run
     exam: ExamProbe = ExamProbe()
 

@@ -46,7 +46,15 @@ from osler.train.folder import (
     stored_precision,
     work,
 )
-from osler.train.setup import COMPILE_MIN_STEPS, check_vocabulary, choose_machine, describe_run, make_model, make_tokenizer
+from osler.train.setup import (
+    COMPILE_MIN_STEPS,
+    check_plan,
+    check_vocabulary,
+    choose_machine,
+    describe_run,
+    make_model,
+    make_tokenizer,
+)
 from osler.train.step import TrainStep, summed_loss
 from osler.train.trainer import Trainer
 
@@ -75,6 +83,7 @@ def run(
         say("Warning: model.* changes nothing here, because the model comes from init_from.")
     if dry_run:
         start = starting_model(folder, config)
+        check_plan(config, is_new=newest_checkpoint(folder) is None)
         print(describe_plan(config, folder, start, planned_numbers(config, start[1] if start else config.model)))
         return 0
     return work(kind, folder, lambda run: train(config, run), lambda: next_steps(config, folder))

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from osler.checkpoint import store
-from osler.data.sources import train_tokenizer
+from osler.data.sources import check_source, train_tokenizer
 from osler.errors import UserError
 from osler.inference.load import TOKENIZER_FILE, described_model, load_model
 from osler.model.config import ModelConfig
@@ -57,6 +57,13 @@ def choose_machine(device: str, precision: str, compile_mode: str, *, steps: int
     if precision == "auto" and chosen.type == "cpu" and not works:
         precision = "fp32"
     return Machine(chosen, pick_dtype(precision, chosen), works)
+
+
+def check_plan(config: TrainConfig, *, is_new: bool) -> None:
+    """Raise UserError when what a run will read is not there: its data, and for one that begins its tokenizer."""
+    check_source(config.data)
+    if is_new and config.init_from is None and config.tokenizer.path is not None:
+        Tokenizer.load(config.tokenizer.path)
 
 
 def make_model(config: TrainConfig, machine: Machine, checkpoint: store.Loaded | None) -> tuple[Transformer, Tokenizer | None]:
