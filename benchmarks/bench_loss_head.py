@@ -1,6 +1,6 @@
 """The chunked loss head beside the unchunked formula: peak extra memory and time, forward and backward.
 
-    python benchmarks/bench_loss_head.py [--tokens 16384] [--timed-tokens 2048] [--vocab 200005] [--width 640] [--rounds 3] [--out FILE]
+    python benchmarks/bench_loss_head.py [--tokens 16384] [--timed-tokens 2048] [--vocab 200005] [--width 640] [--out FILE]
 
 Every measurement is a fresh process; the two take turns, ratios are taken round by round and medians are given. Memory is what
 the process (on CUDA: the device) held at most during one forward and backward pass, less what it held before, less the

@@ -113,7 +113,7 @@ def _chunk_logits(x_CR: Tensor, weight_VR: Tensor, vocab_size: int, keep_CV: Ten
 
 
 def _add_weight_gradient(grad_weight_VR: Tensor, grad_logits_CV: Tensor, x_CR: Tensor) -> None:
-    """Add one chunk's part, in pieces of the vocabulary: product and widened product of all of it would be as large as the sum."""
+    """Add one chunk's part, in pieces of the vocabulary: the product of all of it, widened, would be as large as the sum."""
     rows = max(1, WEIGHT_PIECE // x_CR.shape[1])
     if rows >= grad_weight_VR.shape[0]:
         grad_weight_VR += grad_logits_CV.T @ x_CR

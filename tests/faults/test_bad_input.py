@@ -178,7 +178,8 @@ def test_an_exam_file_that_is_missing_is_told_by_its_key_before_anything_is_load
 
 
 def test_a_dry_run_refuses_the_folder_of_another_run_and_not_its_own(stopped, tiny, mistake):
-    assert "holds another run: seed is 1 here and 0 there" in mistake("pretrain", tiny.pretrain, "seed=1", "--run", stopped, "--dry-run")
+    text = mistake("pretrain", tiny.pretrain, "seed=1", "--run", stopped, "--dry-run")
+    assert "holds another run: seed is 1 here and 0 there" in text
     assert main(["pretrain", tiny.pretrain, "--run", str(stopped), "--dry-run"]) == 0
 
 

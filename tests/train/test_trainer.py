@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import time
@@ -121,19 +122,17 @@ def test_a_warmup_longer_than_the_run_is_pointed_out(tiny, tmp_path, capsys):
     assert "warmup_tokens" not in capsys.readouterr().err
 
 
-def test_minutes_are_kept_and_shared_between_processes(tiny, launch_stopped, tmp_path):
-    minutes = ["max_minutes=0.05", "total_tokens=100_000_000", "eval_every_tokens=100_000_000", "save_every_tokens=100_000_000"]
-    began = time.monotonic()
+def test_minutes_are_kept_and_shared_between_processes(tiny, launch_stopped, tmp_path, monkeypatch):
+    """On a clock that goes on by a fiftieth of a second whenever somebody looks: a real one depends on the machine's load."""
+    looks = itertools.count()
+    monkeypatch.setattr("osler.train.trainer.time.monotonic", lambda: next(looks) / 50)
+    minutes = ["max_minutes=0.1", "total_tokens=100_000_000", "eval_every_tokens=100_000_000", "save_every_tokens=100_000_000"]
     assert launch_stopped(tmp_path, *minutes, fault="train-step:sigterm:60") == 130
-    first = time.monotonic() - began
     stopped = store.load(store.resolve(tmp_path)).state
-    assert 0 < stopped["seconds"] <= first
-    began = time.monotonic()
+    assert 60 / 50 < stopped["seconds"] < 3
     assert main(["pretrain", tiny.pretrain, *minutes, "--run", str(tmp_path)]) == 0
-    seconds = time.monotonic() - began
     end = store.load(store.resolve(tmp_path)).state
-    assert seconds < 3.0 + 1.0 - stopped["seconds"]
-    assert 0.9 * 3.0 * 0.97 < end["seconds"] < 3.0 + 0.3
+    assert 0.9 * 6.0 * 0.97 < end["seconds"] < 6.0
     assert end["step"] > 60 and end["tokens"] >= end["total_tokens"] != 100_000_000
     assert min(line["train/lr"] for line in lines(tmp_path) if "train/lr" in line) < 0.2 * 2.5e-3  # planned to the end
 
