@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from osler import cli
+from osler import cli, verbs
 from osler.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -49,7 +49,7 @@ def test_light_verbs_never_load_torch(arguments):
     assert result.returncode == 0, result.stderr
 
 
-@pytest.mark.parametrize("verb", cli.VERBS, ids=lambda verb: verb.name)
+@pytest.mark.parametrize("verb", verbs.VERBS, ids=lambda verb: verb.name)
 def test_every_verb_explains_itself(verb, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main([*verb.name.split(), "--help"])
@@ -59,7 +59,7 @@ def test_every_verb_explains_itself(verb, capsys):
     assert f"example:\n  {verb.example}" in text and verb.example.startswith(f"osler {verb.name}")
 
 
-@pytest.mark.parametrize("verb", cli.VERBS, ids=lambda verb: verb.name)
+@pytest.mark.parametrize("verb", verbs.VERBS, ids=lambda verb: verb.name)
 def test_every_example_parses(verb):
     import shlex
 
@@ -108,9 +108,9 @@ def test_mistakes_are_one_message_and_code_2(arguments, message, capsys):
 
 
 def test_a_recipe_where_none_belongs_is_refused():
-    assert cli.only_overrides(["a.b=1", "c=d e"]) == ["a.b=1", "c=d e"]
+    assert verbs.only_overrides(["a.b=1", "c=d e"]) == ["a.b=1", "c=d e"]
     with pytest.raises(UserError, match="takes no recipe"):
-        cli.only_overrides(["pure-tiny", "a=1"])
+        verbs.only_overrides(["pure-tiny", "a=1"])
 
 
 def test_a_wrong_option_is_code_2():

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from osler.data.loader import Batch
 from osler.model.transformer import Transformer
@@ -43,7 +43,7 @@ class TrainStep:
 
     def __init__(
         self,
-        model: Transformer,
+        model: nn.Module,
         optimizer: torch.optim.Optimizer,
         loss: LossFunction,
         *,
@@ -51,6 +51,7 @@ class TrainStep:
         clip_norm: float,
         document_mask: bool,
         device: torch.device,
+        mark: Callable[[str], None] = lambda part: None,
     ) -> None:
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.optimizer = optimizer
@@ -59,6 +60,7 @@ class TrainStep:
         self.clip_norm = clip_norm
         self.document_mask = document_mask
         self.device = device
+        self.mark = mark  # called at the end of each part of a step: forward, backward, optimizer
 
     def __call__(self, batch: Batch, lr_scale: float) -> StepResult:
         """Update the parameters from ``batch`` (on the CPU) with every learning rate scaled by ``lr_scale``."""
@@ -70,12 +72,15 @@ class TrainStep:
             ids, labels = (part[rows].to(self.device, non_blocking=True) for part in (batch.ids, batch.labels))
             documents = batch.document_ids[rows].to(self.device, non_blocking=True) if self.document_mask else None
             loss = self.loss(ids, labels, documents) / learned_tokens
+            self.mark("forward")
             loss.backward()
             total += loss.detach()
+            self.mark("backward")
         grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.clip_norm, foreach=True)
         skipped = (~torch.isfinite(grad_norm)).float()
         self.optimizer.found_inf = skipped  # type: ignore[attr-defined]
         set_lr(self.optimizer, lr_scale)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        self.mark("optimizer")
         return StepResult(total, grad_norm, skipped)
