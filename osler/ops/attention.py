@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
 CAUSAL_PIECE = 128  # queries at a time on a CPU; 64 was a little slower (6 layers x 256, rows of 256 tokens)
 
 
