@@ -39,6 +39,7 @@ from osler.train.config import ExamProbe, TrainConfig
 from osler.train.folder import (
     VERSIONS,
     claim,
+    default_name,
     describe_plan,
     newest_checkpoint,
     refuse_another,
@@ -84,9 +85,8 @@ def run(
 def own_folder(recipe: str | None, config: TrainConfig) -> Path:
     """Where a run goes without --run: named by its recipe, or else by its data."""
     if recipe:
-        name = Path(recipe).stem
-    else:
-        name = "clinic" if isinstance(config.data, ClinicData) else Path(config.data.path).stem or "own"
+        return Path("runs") / default_name(recipe, config.kind)
+    name = "clinic" if isinstance(config.data, ClinicData) else Path(config.data.path).stem or "own"
     return Path("runs") / f"{name}-{config.kind}"
 
 
