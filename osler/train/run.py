@@ -49,7 +49,7 @@ from osler.train.folder import (
     work,
 )
 from osler.train.setup import COMPILE_MIN_STEPS, check_vocabulary, choose_machine, describe_run, make_model, make_tokenizer
-from osler.train.step import TrainStep, summed_loss
+from osler.train.step import TrainStep, summed_loss, with_few_shapes
 from osler.train.trainer import Trainer
 
 VALIDATION_SEED = 0  # the held-out rows are the same in every run over the same shards
@@ -115,7 +115,7 @@ def train(config: TrainConfig, run: RunFolder) -> bool:
     train_step = TrainStep(
         model,
         optimizer,
-        torch.compile(loss, fullgraph=True, dynamic=False) if machine.compile else loss,
+        with_few_shapes(torch.compile(loss, fullgraph=True, dynamic=False)) if machine.compile else loss,
         micro_batch_tokens=config.micro_batch_tokens,
         clip_norm=config.clip_norm,
         document_mask=config.document_mask,
