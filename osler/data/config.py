@@ -72,7 +72,7 @@ class TurnsData:
 class Stage:
     """Part of a curriculum: rows of `seq_len` tokens until the run has seen `until_tokens`; the last stage runs to the end."""
 
-    seq_len: int
+    seq_len: int  # tokens in a row
     until_tokens: int | None = None  # counted from the start of the run; the step that crosses it is the stage's last
     batch_tokens: int | None = None  # None: the run's; a batch is as many whole rows as fit
 

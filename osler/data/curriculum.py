@@ -78,7 +78,7 @@ def lay_out(curriculum: Sequence[Stage], *, seq_len: int, batch_tokens: int) -> 
     spans: list[Span] = []
     step = token = 0
     for number, stage in enumerate(stages, start=1):
-        name, border = f"stage {number} of {len(stages)} (seq_len {stage.seq_len})", stage.until_tokens
+        name, border = f"curriculum, stage {number} of {len(stages)} (seq_len {stage.seq_len})", stage.until_tokens
         rows = (stage.batch_tokens or batch_tokens) // stage.seq_len
         if stage.seq_len > seq_len:
             raise ValueError(f"{name}: its rows are longer than the run's seq_len {seq_len}, which is to be that of the longest")
