@@ -55,12 +55,7 @@ class Loader:
     stage: int = 0
 
     def __post_init__(self) -> None:
-        if self.rows_per_batch < 1 or self.rows_per_batch % self.world_size:
-            batch = f"Stage {self.stage} of the curriculum: a batch" if self.stage else "A batch"
-            raise UserError(
-                f"{batch} of {self.rows_per_batch} rows (of {self.packing.seq_len} tokens) cannot be shared equally by "
-                f"{self.world_size} ranks; make the number of rows a multiple of {self.world_size}."
-            )
+        check_shares(self.rows_per_batch, self.packing.seq_len, self.world_size, self.stage)
         if not 0 <= self.rank < self.world_size:
             raise UserError(f"rank={self.rank} must be between 0 and {self.world_size - 1}.")
         if self.workers < 0:
@@ -93,6 +88,16 @@ class Loader:
                 yield ahead.popleft().result()
         finally:
             executor.shutdown(wait=True, cancel_futures=True)
+
+
+def check_shares(rows_per_batch: int, seq_len: int, world_size: int, stage: int = 0) -> None:
+    """Raise UserError when the ranks cannot share the rows of a batch equally; it names the stage of a curriculum, 0 is none."""
+    if rows_per_batch < 1 or rows_per_batch % world_size:
+        batch = f"Stage {stage} of the curriculum: a batch" if stage else "A batch"
+        raise UserError(
+            f"{batch} of {rows_per_batch} rows (of {seq_len} tokens) cannot be shared equally by {world_size} ranks; make the "
+            f"number of rows a multiple of {world_size}."
+        )
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ from osler.optim.build import build_optimizer
 from osler.runtime.device import keep_freed_memory
 from osler.runtime.files import RunFolder, write_atomic
 from osler.runtime.log import say
+from osler.runtime.shapes import with_few_shapes
 from osler.tasks.clinic import load as load_clinic_exam
 from osler.tasks.item import ExamItem
 from osler.tokenizer.bpe import Tokenizer
@@ -49,7 +50,7 @@ from osler.train.folder import (
     work,
 )
 from osler.train.setup import COMPILE_MIN_STEPS, check_vocabulary, choose_machine, describe_run, make_model, make_tokenizer
-from osler.train.step import TrainStep, summed_loss, with_few_shapes
+from osler.train.step import TrainStep, summed_loss
 from osler.train.trainer import Trainer
 
 VALIDATION_SEED = 0  # the held-out rows are the same in every run over the same shards

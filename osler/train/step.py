@@ -19,7 +19,6 @@ from osler.ops.cross_entropy import linear_cross_entropy
 from osler.optim.build import set_lr
 
 LossFunction = Callable[[Tensor, Tensor, Tensor | None], Tensor]
-COMPILED_SHAPES = 4  # alive at once; torch gives up on a function with more versions than dynamo's recompile_limit, 8
 
 
 class StepResult(NamedTuple):
@@ -36,25 +35,6 @@ def summed_loss(model: Transformer) -> LossFunction:
     def loss(ids_BT: Tensor, labels_BT: Tensor, document_BT: Tensor | None) -> Tensor:
         features, weight = model.head(model(ids_BT, document_BT=document_BT))
         return linear_cross_entropy(features, weight, labels_BT.flatten(), vocab_size=model.config.vocab_size)
-
-    return loss
-
-
-def with_few_shapes(compiled: LossFunction) -> LossFunction:
-    """The same function, which lets go of what was compiled for earlier shapes when one more than ``COMPILED_SHAPES`` comes.
-
-    A curriculum only goes forward, so the shapes that are dropped are seldom met again. Everything else that this process
-    has compiled goes with them and is compiled anew when it is next called: torch has no public way to drop one function.
-    """
-    alive: set[torch.Size] = set()
-
-    def loss(ids_BT: Tensor, labels_BT: Tensor, document_BT: Tensor | None) -> Tensor:
-        if ids_BT.shape not in alive:
-            if len(alive) == COMPILED_SHAPES:
-                torch.compiler.reset()
-                alive.clear()
-            alive.add(ids_BT.shape)
-        return compiled(ids_BT, labels_BT, document_BT)
 
     return loss
 

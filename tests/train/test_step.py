@@ -10,7 +10,6 @@ import torch
 from osler.data.order import Order
 from osler.data.packing import WholePacking
 from osler.train.run import make_loader
-from osler.train.step import COMPILED_SHAPES, summed_loss, with_few_shapes
 
 
 def clones(model, optimizer):
@@ -75,23 +74,3 @@ def test_document_mask_keeps_documents_apart(config, shards, make_step):
             losses[mask] = [float(step.loss(ids[None], labels[None], documents)) for ids in (batch.ids[row], scrambled)]
     assert losses[True][0] == losses[True][1]
     assert losses[False][0] != losses[False][1]
-
-
-def test_ten_lengths_with_at_most_four_compiled_versions_alive(config, shards, make_step):
-    """More than torch allows one function (8); every length is compiled once, and gives what it gives without compiling."""
-    from torch._dynamo.eval_frame import _debug_get_cache_entry_list
-    from torch._dynamo.testing import CompileCounter
-
-    torch.compiler.reset()
-    model, _, _ = make_step(config)
-    eager, counter = summed_loss(model), CompileCounter()
-    loss = with_few_shapes(torch.compile(eager, fullgraph=True, dynamic=False, backend=counter))
-    alive = []
-    for number, seq_len in enumerate((1, 2, 4, 8, 12, 16, 24, 32, 48, 64), start=1):
-        batch = make_loader(replace(config, seq_len=seq_len, batch_tokens=2 * seq_len), shards).loaders[0].batch(0)
-        for _ in range(2):
-            torch.testing.assert_close(loss(batch.ids, batch.labels, None), eager(batch.ids, batch.labels, None))
-        assert counter.frame_count == number
-        alive.append(len(_debug_get_cache_entry_list(eager.__code__)))
-    assert alive == [1, 2, 3, 4, 1, 2, 3, 4, 1, 2] and max(alive) == COMPILED_SHAPES
-    torch.compiler.reset()
