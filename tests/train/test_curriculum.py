@@ -17,6 +17,7 @@ from osler.data.loader import Batch, Loader, StagedLoader
 from osler.data.order import Order
 from osler.data.packing import StreamPacking
 from osler.errors import UserError
+from osler.report.page import build_report
 from osler.train.config import TrainConfig
 from osler.train.run import make_loader
 
@@ -61,6 +62,12 @@ def test_intervals_and_schedule_are_in_tokens(whole):
     assert rates[: len(warm)] == pytest.approx([2.5e-3 * share for share in warm])
     after_warmup = [(before + after) / 2 for before, after in pairwise(TOKENS[1:])]
     assert rates[2:] == pytest.approx([2.5e-3 * (1 - (middle - 512) / (TOKENS[-1] - 512)) for middle in after_warmup])
+
+
+def test_the_report_draws_the_stages(whole):
+    page = build_report(whole).read_text(encoding="utf-8")
+    assert "Stage of the curriculum: stage from 1 at 256 tokens to 3 at 2,880 tokens." in page
+    assert "Length of rows: length from 16 at 256 tokens to 64 at 2,880 tokens." in page
 
 
 @pytest.mark.parametrize("step", [1, 3, 4, 6, 11], ids=lambda step: f"after_{step}_steps")
