@@ -90,7 +90,7 @@ def derived(resolved: Any) -> dict[str, int]:
     if isinstance(resolved, TrainConfig):
         numbers["optimizer steps"] = resolved.total_steps
         if isinstance(model, ModelConfig):
-            numbers["training FLOPs"] = resolved.total_tokens * model.flops_per_token(resolved.seq_len)
+            numbers["training FLOPs"] = resolved.training_flops(model)
     if isinstance(resolved, GrpoConfig):
         numbers["completions per step"] = resolved.algorithm.completions_per_step
         numbers["completion tokens at most"] = resolved.steps * resolved.budget_tokens_per_step

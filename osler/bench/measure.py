@@ -54,14 +54,15 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
         model,
         build_optimizer(model, config.optim),
         loss,
-        rows_per_micro_batch=config.rows_per_micro_batch,
+        micro_batch_tokens=config.micro_batch_tokens,
         clip_norm=config.clip_norm,
         document_mask=False,
         device=device,
         mark=stopwatch.mark,
     )
     with tempfile.TemporaryDirectory() as folder:
-        batches = Loader(stand_in(config, Path(folder)), config.rows_per_batch, workers=config.loader_workers).batches()
+        rows = config.batch_tokens // config.seq_len  # of a curriculum the longest rows are timed
+        batches = Loader(stand_in(config, Path(folder)), rows, workers=config.loader_workers).batches()
         result = time_steps(step, batches, stopwatch, device, warmup=spec["warmup"], steps=spec["steps"])
     tokens_per_second = config.batch_tokens / result.pop("step_seconds")
     return {

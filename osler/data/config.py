@@ -1,4 +1,6 @@
-"""What a run learns from: the built-in clinic, one's own text, or one's own questions and answers. Torch-free."""
+"""What a run learns from (the built-in clinic, one's own text, or one's own questions and answers), and in rows of which
+length. Torch-free.
+"""
 
 from __future__ import annotations
 
@@ -56,6 +58,23 @@ class TurnsData:
 
     def __post_init__(self) -> None:
         _check_fraction(self.holdout_fraction)
+
+
+@config
+class Stage:
+    """Part of a curriculum: rows of `seq_len` tokens until the run has seen `until_tokens`; the last stage runs to the end."""
+
+    seq_len: int  # tokens in a row
+    until_tokens: int | None = None  # counted from the start of the run; the step that crosses it is the stage's last
+    batch_tokens: int | None = None  # None: the run's; a batch is as many whole rows as fit
+
+    def __post_init__(self) -> None:
+        for name in ("seq_len", "until_tokens", "batch_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value} must be at least 1")
+        if self.batch_tokens is not None and self.batch_tokens % self.seq_len:
+            raise ValueError(f"batch_tokens={self.batch_tokens} is not a multiple of seq_len={self.seq_len}")
 
 
 def _check_fraction(fraction: float) -> None:

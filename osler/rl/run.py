@@ -32,6 +32,7 @@ from osler.tokenizer.chat import encode_prompt
 from osler.train.folder import (
     VERSIONS,
     claim,
+    default_name,
     describe_plan,
     newest_checkpoint,
     refuse_another,
@@ -56,7 +57,7 @@ def run(
         config, folder = stored_config(GrpoConfig, run_dir, overrides), RunFolder(Path(str(run_dir)))
     else:
         config = decode(GrpoConfig, load_recipe(recipe, overrides) if recipe else parse_overrides(overrides), source=recipe or "")
-        folder = RunFolder(Path(run_dir or Path("runs") / f"{Path(recipe).stem if recipe else 'clinic'}-grpo"))
+        folder = RunFolder(Path(run_dir or Path("runs") / default_name(recipe or "clinic", "grpo")))
     if dry_run:
         start = starting_model(folder, config)
         check_exams(config)

@@ -8,7 +8,8 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 from osler.config import TAGGED, config
-from osler.data.config import ClinicData, FilesData, TurnsData
+from osler.data.config import ClinicData, FilesData, Stage, TurnsData
+from osler.data.curriculum import Timeline, lay_out, rows_per_micro_batch
 from osler.model.config import ModelConfig
 from osler.optim.config import AdamWConfig, LinearConfig, ScheduleConfig
 from osler.tokenizer.config import TokenizerConfig
@@ -46,9 +47,10 @@ class TrainConfig:
     # stream cuts documents anywhere, whole keeps them whole and pads; auto: whole for sft
     packing: Literal["auto", "stream", "whole"] = "auto"
     document_mask: bool = False  # whether attention stays inside a document
-    seq_len: int = 128  # tokens in a row
+    seq_len: int = 128  # tokens in a row: with a curriculum in its longest, and in those of held-out text
     batch_tokens: int = 8_192  # tokens per optimizer step
     micro_batch_tokens: int | None = None  # tokens per forward pass; null: the whole batch at once
+    curriculum: tuple[Stage, ...] = ()  # stages of shorter rows and other batches; none: seq_len and batch_tokens throughout
     total_tokens: int = 8_192_000  # tokens to train on, repeats included
     max_minutes: float | None = None  # end by the clock if that comes before total_tokens; the schedule is fitted to it
     optim: AdamWConfig = AdamWConfig()
@@ -82,6 +84,8 @@ class TrainConfig:
                 f"micro_batch_tokens {micro} must be a multiple of seq_len {self.seq_len} that divides "
                 f"batch_tokens {self.batch_tokens}"
             )
+        if self.curriculum:
+            self._check_curriculum()
         if self.tokenizer.path is None and self.init_from is None and self.tokenizer.vocab_size > self.model.vocab_size:
             raise ValueError(
                 f"tokenizer.vocab_size {self.tokenizer.vocab_size} is larger than model.vocab_size {self.model.vocab_size}; "
@@ -92,15 +96,38 @@ class TrainConfig:
         if self.clip_norm <= 0:
             raise ValueError(f"clip_norm {self.clip_norm} must be above 0")
 
-    @property
-    def rows_per_batch(self) -> int:
-        return self.batch_tokens // self.seq_len
+    def _check_curriculum(self) -> None:
+        if self.packs_whole:
+            raise ValueError(
+                f"curriculum cuts one stream of tokens into rows of several lengths, but packing={self.packing} (kind="
+                f"{self.kind}) keeps documents whole, in rows of one length; set packing=stream, or leave the curriculum out"
+            )
+        for span in self.timeline.spans:
+            micro = rows_per_micro_batch(span.rows_per_batch, span.seq_len, self.micro_batch_tokens)
+            fitting = (self.micro_batch_tokens or 0) // span.seq_len
+            if 2 * micro <= fitting < span.rows_per_batch:
+                better = -(-span.rows_per_batch // fitting) * fitting * span.seq_len
+                raise ValueError(
+                    f"curriculum, stage {span.number}: its {span.rows_per_batch} rows per step split into equal forward passes "
+                    f"of {micro} rows only, where {fitting} rows of {span.seq_len} tokens fit into micro_batch_tokens "
+                    f"{self.micro_batch_tokens}; give the stage batch_tokens={better}"
+                )
 
     @property
-    def rows_per_micro_batch(self) -> int:
-        return (self.micro_batch_tokens or self.batch_tokens) // self.seq_len
+    def packs_whole(self) -> bool:
+        """Whether documents are kept whole and padded, rather than cut anywhere."""
+        return self.packing == "whole" or (self.packing == "auto" and self.kind == "sft")
+
+    @property
+    def timeline(self) -> Timeline:
+        """Row length, batch and step of every token; raises ValueError for a curriculum that contradicts itself."""
+        return lay_out(self.curriculum, seq_len=self.seq_len, batch_tokens=self.batch_tokens)
 
     @property
     def total_steps(self) -> int:
         """Optimizer steps that cover ``total_tokens``, the last one rounded up."""
-        return -(-self.total_tokens // self.batch_tokens)
+        return self.timeline.steps_for(self.total_tokens)
+
+    def training_flops(self, model: ModelConfig) -> int:
+        """FLOPs of the whole run on this model, each stage at its own length."""
+        return sum(tokens * model.flops_per_token(span.seq_len) for span, tokens in self.timeline.shares(self.total_tokens))

@@ -28,6 +28,12 @@ VERSIONS = "versions.json"  # packages and machine, in the run folder and in eve
 PRECISION_OF_DTYPE = {"float32": "fp32", "bfloat16": "bf16"}
 
 
+def default_name(recipe: str, kind: str) -> str:
+    """What a run of a recipe is called without --run: ``text-10min-pretrain``; of ``usmle-2day/grpo``, ``usmle-2day-grpo``."""
+    name = Path(recipe).stem if recipe.endswith((".yaml", ".yml")) else recipe.replace("/", "-")
+    return name if name.endswith(f"-{kind}") else f"{name}-{kind}"
+
+
 def work(kind: str, run: RunFolder, train: Callable[[RunFolder], bool], next_steps: Callable[[], str]) -> int:
     """Train in the folder and say at the end what to do next; returns the exit code.
 

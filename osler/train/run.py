@@ -15,7 +15,8 @@ from torch import Tensor
 from osler.checkpoint import store
 from osler.config import decode, load_recipe, parse_overrides
 from osler.data.config import ClinicData
-from osler.data.loader import Loader, make_batch
+from osler.data.curriculum import Span, rows_per_micro_batch
+from osler.data.loader import Loader, StagedLoader, make_batch
 from osler.data.order import Order
 from osler.data.packing import StreamPacking, WholePacking
 from osler.data.prepare import Prepared
@@ -31,6 +32,7 @@ from osler.optim.build import build_optimizer
 from osler.runtime.device import keep_freed_memory
 from osler.runtime.files import RunFolder, write_atomic
 from osler.runtime.log import say
+from osler.runtime.shapes import with_few_shapes
 from osler.tasks.clinic import load as load_clinic_exam
 from osler.tasks.item import ExamItem
 from osler.tokenizer.bpe import Tokenizer
@@ -38,6 +40,7 @@ from osler.train.config import ExamProbe, TrainConfig
 from osler.train.folder import (
     VERSIONS,
     claim,
+    default_name,
     describe_plan,
     newest_checkpoint,
     refuse_another,
@@ -92,9 +95,8 @@ def run(
 def own_folder(recipe: str | None, config: TrainConfig) -> Path:
     """Where a run goes without --run: named by its recipe, or else by its data."""
     if recipe:
-        name = Path(recipe).stem
-    else:
-        name = "clinic" if isinstance(config.data, ClinicData) else Path(config.data.path).stem or "own"
+        return Path("runs") / default_name(recipe, config.kind)
+    name = "clinic" if isinstance(config.data, ClinicData) else Path(config.data.path).stem or "own"
     return Path("runs") / f"{name}-{config.kind}"
 
 
@@ -123,13 +125,13 @@ def train(config: TrainConfig, run: RunFolder) -> bool:
     train_step = TrainStep(
         model,
         optimizer,
-        torch.compile(loss, fullgraph=True, dynamic=False) if machine.compile else loss,
-        rows_per_micro_batch=config.rows_per_micro_batch,
+        with_few_shapes(torch.compile(loss, fullgraph=True, dynamic=False)) if machine.compile else loss,
+        micro_batch_tokens=config.micro_batch_tokens,
         clip_norm=config.clip_norm,
         document_mask=config.document_mask,
         device=machine.device,
     )
-    loader = Loader(packing_of(config, prepared.train), config.rows_per_batch, workers=config.loader_workers)
+    loader = make_loader(config, prepared.train)
     files = {"config.yaml": run.config.read_bytes(), VERSIONS: describe_run(run, machine)}
     trainer = Trainer(
         config,
@@ -149,6 +151,7 @@ def train(config: TrainConfig, run: RunFolder) -> bool:
         say(f"Continuing {run.root} from step {trainer.step:,} ({trainer.tokens:,} tokens).")
     else:
         warn_of_endless_warmup(config)
+        warn_of_stages_out_of_reach(config)
         say(
             f"{config.kind}: {model.config.num_parameters:,} parameters, {prepared.train.num_tokens:,} tokens of data, "
             f"{length_of(config)} to train on; {machine.dtype} on {machine.device}{', compiled' if machine.compile else ''}."
@@ -173,11 +176,39 @@ def warn_of_endless_warmup(config: TrainConfig) -> None:
         )
 
 
-def packing_of(config: TrainConfig, shards: ShardSet) -> StreamPacking | WholePacking:
+def warn_of_stages_out_of_reach(config: TrainConfig) -> None:
+    """Borders of a curriculum are counted in tokens, so a shortened run may end before its long rows."""
+    timeline = config.timeline
+    reached = len(timeline.shares(config.total_tokens))
+    if reached < len(timeline.spans):
+        lost = timeline.spans[reached]
+        say(
+            f"Warning: stage {lost.number} of the curriculum would begin at {lost.first_token:,} tokens, but total_tokens is "
+            f"{config.total_tokens:,}: the run never sees rows of {lost.seq_len} tokens. Lower the stages' until_tokens."
+        )
+
+
+def make_loader(config: TrainConfig, shards: ShardSet) -> StagedLoader:
+    """The run's batches, with a packing and a loader for each stage."""
+    timeline, order = config.timeline, Order(shards, config.seed)
+    loaders = [
+        Loader(
+            packing_of(config, order, span),
+            span.rows_per_batch,
+            workers=config.loader_workers,
+            stage=span.number if config.curriculum else 0,
+        )
+        for span in timeline.spans
+    ]
+    return StagedLoader(timeline, loaders)
+
+
+def packing_of(config: TrainConfig, order: Order, span: Span) -> StreamPacking | WholePacking:
     """How documents become rows: in pretraining every token is learned, in fine-tuning what the loss masks say."""
-    if config.packing == "whole" or (config.packing == "auto" and config.kind == "sft"):
-        return WholePacking(Order(shards, config.seed), config.seq_len, prompt_loss=config.kind == "pretrain")
-    return StreamPacking(Order(shards, config.seed), config.seq_len, prompt_loss=config.kind == "pretrain")
+    prompt_loss = config.kind == "pretrain"
+    if config.packs_whole:
+        return WholePacking(order, span.seq_len, prompt_loss=prompt_loss)
+    return StreamPacking(order, span.seq_len, first_token=span.first_token, prompt_loss=prompt_loss)
 
 
 def validation(config: TrainConfig, model: Transformer, prepared: Prepared, dtype: torch.dtype) -> Callable[[], dict[str, float]]:
@@ -239,12 +270,26 @@ def exam_probe(
 def planned_numbers(config: TrainConfig, model: ModelConfig) -> dict[str, str]:
     """What follows from a config and the model that it trains, for ``--dry-run``."""
     most = "" if config.max_minutes is None else "at most "
+    batches = f"{config.total_steps:,} of {config.batch_tokens:,} tokens" if not config.curriculum else f"{config.total_steps:,}"
     return {
-        "steps": f"{most}{config.total_steps:,} of {config.batch_tokens:,} tokens",
+        "steps": f"{most}{batches}",
+        **(planned_stages(config) if config.curriculum else {}),
         "length": length_of(config),
         "parameters": f"{model.num_parameters:,}",
-        "FLOPs": f"{most}{config.total_tokens * model.flops_per_token(config.seq_len):.3g}",
+        "FLOPs": f"{most}{config.training_flops(model):.3g}",
     }
+
+
+def planned_stages(config: TrainConfig) -> dict[str, str]:
+    """A line for each stage that the run reaches: its tokens, its steps, and what a step is."""
+    lines = {}
+    for span, tokens in config.timeline.shares(config.total_tokens):
+        micro = rows_per_micro_batch(span.rows_per_batch, span.seq_len, config.micro_batch_tokens)
+        lines[f"stage {span.number}"] = (
+            f"from {span.first_token:,} tokens: {-(-tokens // span.batch_tokens):,} steps of {span.rows_per_batch:,} rows of "
+            f"{span.seq_len:,} tokens, {micro:,} rows at once"
+        )
+    return lines
 
 
 def next_steps(config: TrainConfig, folder: RunFolder) -> str:

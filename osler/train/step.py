@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from osler.data.curriculum import rows_per_micro_batch
 from osler.data.loader import Batch
 from osler.model.transformer import Transformer
 from osler.ops.cross_entropy import linear_cross_entropy
@@ -47,7 +48,7 @@ class TrainStep:
         optimizer: torch.optim.Optimizer,
         loss: LossFunction,
         *,
-        rows_per_micro_batch: int,
+        micro_batch_tokens: int | None,
         clip_norm: float,
         document_mask: bool,
         device: torch.device,
@@ -56,7 +57,7 @@ class TrainStep:
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.optimizer = optimizer
         self.loss = loss
-        self.rows_per_micro_batch = rows_per_micro_batch
+        self.micro_batch_tokens = micro_batch_tokens
         self.clip_norm = clip_norm
         self.document_mask = document_mask
         self.device = device
@@ -67,8 +68,10 @@ class TrainStep:
         # Counted on the CPU copy, over the whole batch: micro-batches then weigh by their learned tokens.
         learned_tokens = max(1, batch.num_loss_tokens)
         total = torch.zeros((), device=self.device)
-        for start in range(0, batch.ids.shape[0], self.rows_per_micro_batch):
-            rows = slice(start, start + self.rows_per_micro_batch)
+        num_rows, seq_len = batch.ids.shape
+        micro = rows_per_micro_batch(num_rows, seq_len, self.micro_batch_tokens)
+        for start in range(0, num_rows, micro):
+            rows = slice(start, start + micro)
             ids, labels = (part[rows].to(self.device, non_blocking=True) for part in (batch.ids, batch.labels))
             documents = batch.document_ids[rows].to(self.device, non_blocking=True) if self.document_mask else None
             loss = self.loss(ids, labels, documents) / learned_tokens

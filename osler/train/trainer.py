@@ -67,6 +67,7 @@ class Trainer:
         self.started = started  # time.monotonic() at which this process began to work on the run
         self.earlier_seconds = 0.0  # spent by the processes before this one
         self.step = 0
+        self.timeline = config.timeline
         self.total_tokens = config.total_tokens
         self.best_loss = math.inf
         self.skipped_in_a_row = 0
@@ -75,7 +76,7 @@ class Trainer:
 
     @property
     def tokens(self) -> int:
-        return self.step * self.config.batch_tokens
+        return self.timeline.tokens_before(self.step)
 
     @property
     def seconds(self) -> float:
@@ -96,15 +97,16 @@ class Trainer:
             if self.step and not was_evaluated(self.run, self.step):
                 self._evaluate(sink, progress)  # a kill came after this checkpoint and before its evaluation
             batches = self.batches(self.step)
-            first, mark = self.step, (self.step, time.monotonic())
+            first, mark = self.step, (self.tokens, time.monotonic())
             while not self.done:
-                middle = self.tokens + config.batch_tokens // 2
+                stage = self.timeline.at_step(self.step)
+                middle = self.tokens + stage.batch_tokens // 2
                 scale = lr_scale(config.schedule, middle, self.total_tokens)
                 self.on_device.append(self.train_step(next(batches), scale))
                 self.step += 1
                 fault("train-step")
-                if self.step == first + 1:  # the first step compiles: neither speed nor time left follow from it
-                    mark = (self.step, time.monotonic())
+                if self.step in (first + 1, stage.first_step + 1):  # it compiles: neither speed nor time left follow from it
+                    mark = (self.tokens, time.monotonic())
                     progress.update(self.tokens)
                 self._watch_clock()
                 if self.step % config.log_every_steps == 0 or self.done:
@@ -167,7 +169,7 @@ class Trainer:
         """Whether the step just made crossed a multiple of ``every_tokens`` (0: never), or was the last."""
         if every_tokens == 0:
             return False
-        return self.done or self.tokens // every_tokens > (self.tokens - self.config.batch_tokens) // every_tokens
+        return self.done or self.tokens // every_tokens > self.timeline.tokens_before(self.step - 1) // every_tokens
 
     def _fetch(self) -> None:
         """Bring what the steps left on the device to the host: the only wait for the device between evaluations."""
@@ -180,6 +182,7 @@ class Trainer:
         self.window += rows
 
     def _log(self, sink: JsonlSink, progress: Progress, mark: tuple[int, float], scale: float) -> tuple[int, float]:
+        """Write what the steps since the last line gave; the speed is that since the tokens and the time of ``mark``."""
         self._fetch()
         now = time.monotonic()
         losses = [row[0] for row in self.window if math.isfinite(row[0])]
@@ -190,9 +193,16 @@ class Trainer:
             "train/grad_norm": self.window[-1][1],
             "train/skipped_steps": sum(row[2] for row in self.window),
         }
+        if self.config.curriculum:
+            stage = self.timeline.at_step(self.step - 1)
+            metrics |= {
+                "train/stage": stage.number,
+                "train/seq_len": stage.seq_len,
+                "train/batch_tokens": stage.batch_tokens,
+            }
         shown = {"loss": f"{loss:.3f}"}
-        if self.step > mark[0]:
-            speed = (self.step - mark[0]) * self.config.batch_tokens / (now - mark[1])
+        if self.tokens > mark[0]:
+            speed = (self.tokens - mark[0]) / (now - mark[1])
             metrics["perf/tokens_per_second"] = speed
             shown["tokens/s"] = f"{speed:,.0f}"
             if self.config.max_minutes:
@@ -207,14 +217,14 @@ class Trainer:
                 f"changed nothing. Lower optim.lr (now {self.config.optim.lr:g}) or check the data; checkpoints are in "
                 f"{self.run.checkpoints}."
             )
-        return self.step, now
+        return self.tokens, now
 
     def _replan(self, speed: float) -> None:
         """Fit the tokens of the run to the clock: as many whole steps as the rest of the time allows at this speed."""
         assert self.config.max_minutes is not None
         left = max(0.0, self.config.max_minutes * 60 * PLANNED_SHARE - self.seconds)
-        batch = self.config.batch_tokens
-        self.total_tokens = min(self.config.total_tokens, self.tokens + int(left * speed / batch) * batch)
+        steps = self.timeline.steps_within(self.tokens + int(left * speed))
+        self.total_tokens = min(self.config.total_tokens, self.timeline.tokens_before(steps))
 
     def _watch_clock(self) -> None:
         """End the run when its minutes are over, should the steps since the last plan have been slower than planned."""

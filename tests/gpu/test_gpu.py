@@ -46,7 +46,7 @@ def test_a_compiled_bf16_step_makes_no_host_synchronisation() -> None:
         model,
         build_optimizer(model, AdamWConfig()),
         torch.compile(summed_loss(model), fullgraph=True, dynamic=False),
-        rows_per_micro_batch=4,
+        micro_batch_tokens=4 * 64,
         clip_norm=1.0,
         document_mask=False,
         device=torch.device("cuda"),
