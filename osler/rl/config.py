@@ -11,7 +11,7 @@ from dataclasses import field
 from typing import Literal
 
 from osler.config import config
-from osler.optim.config import AdamWConfig, ConstantConfig, ScheduleConfig
+from osler.optim.config import AdamWConfig, ConstantConfig, OptimConfig, ScheduleConfig
 from osler.tasks.clinic import ClinicTask
 from osler.tasks.registry import TaskConfig
 from osler.tasks.rewards import REWARDS
@@ -163,7 +163,7 @@ class GrpoConfig:
     eval_task: TaskConfig | None = ClinicTask(split="validation", limit=200)
     eval_permutations: int = 1  # option orders per evaluated question
     algorithm: AlgorithmConfig = AlgorithmConfig()
-    optim: AdamWConfig = AdamWConfig(lr=3e-5, weight_decay=0.0)
+    optim: OptimConfig = AdamWConfig(lr=3e-5, weight_decay=0.0)
     schedule: ScheduleConfig = ConstantConfig()
     clip_norm: float = 1.0
     micro_batch_tokens: int = 16_384  # prompt and completion tokens per forward pass, padding included

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 from osler.config import TAGGED, config
 from osler.data.config import ClinicData, FilesData, TurnsData
 from osler.model.config import ModelConfig
-from osler.optim.config import AdamWConfig, LinearConfig, ScheduleConfig
+from osler.optim.config import AdamWConfig, LinearConfig, OptimConfig, ScheduleConfig
 from osler.tokenizer.config import TokenizerConfig
 
 DataConfig = Annotated[ClinicData | FilesData | TurnsData, TAGGED]
@@ -49,7 +49,7 @@ class TrainConfig:
     micro_batch_tokens: int | None = None  # tokens per forward pass; None: the whole batch at once
     total_tokens: int = 8_192_000
     max_minutes: float | None = None  # end by the clock if that comes before total_tokens; the schedule is fitted to it
-    optim: AdamWConfig = AdamWConfig()
+    optim: OptimConfig = AdamWConfig()
     schedule: ScheduleConfig = LinearConfig(warmup_tokens=327_680)
     clip_norm: float = 1.0
     precision: Literal["auto", "bf16", "fp32"] = "auto"
