@@ -30,6 +30,7 @@ from torch.optim.sgd import sgd
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # chosen for the steepest rise at zero, not for convergence to 1
 EPS = 1e-7
+all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # its name from torch 2.13 on
 STACK_ELEMENTS = 1 << 26  # bounds the memory beside parameters and state: a step holds a handful of stacks at once
 
 
@@ -148,8 +149,7 @@ class Muon(torch.optim.Optimizer):
         own_SMN = update_SMN.new_zeros(share, *update_SMN.shape[1:], dtype=self.dtype)  # the last ranks may have less
         own_SMN[: len(own)] = orthogonalize(own, steps, self.dtype)
         all_SMN = own_SMN.new_empty(share * self.world_size, *own_SMN.shape[1:])
-        work = dist.all_gather_into_tensor(all_SMN, own_SMN, group=self.process_group, async_op=True)
-        return _Directions(all_SMN, work)
+        return _Directions(all_SMN, all_gather(all_SMN, own_SMN, group=self.process_group, async_op=True))
 
     def _apply(
         self, stack: Sequence[Tensor], directions: _Directions, group: dict[str, Any], found_inf: Tensor | None

@@ -76,6 +76,7 @@ def main() -> None:
             everyone = [torch.empty_like(mine) for _ in range(world_size)]
             dist.all_gather(everyone, mine)
             assert all(torch.equal(each, everyone[0]) for each in everyone), "the ranks drifted apart"
+    dist.barrier()
     dist.destroy_process_group()
     print("ok", flush=True)
 
