@@ -30,8 +30,8 @@ from torch.optim.sgd import sgd
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # chosen for the steepest rise at zero, not for convergence to 1
 EPS = 1e-7
-all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # its name from torch 2.13 on
 STACK_ELEMENTS = 1 << 26  # bounds the memory beside parameters and state: a step holds a handful of stacks at once
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # renamed in newer versions of torch
 
 
 def orthogonalize(matrices_SMN: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
