@@ -1,10 +1,34 @@
-"""What an optimizer and a learning-rate schedule are made of. Torch-free."""
+"""What an optimizer and the schedules of its learning rate, weight decay and momentum are made of. Torch-free."""
 
 from __future__ import annotations
 
 from typing import Annotated, Literal
 
 from osler.config import TAGGED, config
+
+
+@config
+class ConstantWeightDecay:
+    """The same decay from first to last."""
+
+    type: Literal["constant"] = "constant"
+
+
+@config
+class LinearWeightDecay:
+    """A straight line from the full decay to none at the last token."""
+
+    type: Literal["linear"] = "linear"
+
+
+@config
+class LrWeightDecay:
+    """Decay in proportion to the learning rate, by which a step multiplies it once more."""
+
+    type: Literal["follow_lr"] = "follow_lr"
+
+
+WeightDecayConfig = Annotated[ConstantWeightDecay | LinearWeightDecay | LrWeightDecay, TAGGED]
 
 
 @config
@@ -18,12 +42,58 @@ class AdamWConfig:
     beta2: float = 0.95  # decay of the mean of their squares, per step
     eps: float = 1e-8  # added to the root of the mean square
     weight_decay: float = 0.1  # of matrices only; times the learning rate, per step
+    weight_decay_schedule: WeightDecayConfig = ConstantWeightDecay()  # how it changes over the run
 
     def __post_init__(self) -> None:
         if self.lr <= 0 or (self.embedding_lr is not None and self.embedding_lr <= 0):
             raise ValueError(f"learning rates must be above 0, not lr={self.lr}, embedding_lr={self.embedding_lr}")
         if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
             raise ValueError(f"beta1 {self.beta1} and beta2 {self.beta2} must lie in [0, 1)")
+
+
+@config
+class MomentumWarmup:
+    """Momentum on a straight line from ``start`` to its full value over the first ``tokens``; 0: full from the start."""
+
+    start: float = 0.85  # momentum at the first token
+    tokens: int = 0  # tokens over which it rises
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.start < 1 or self.tokens < 0:
+            raise ValueError(f"momentum_warmup: start {self.start} must lie in [0, 1) and tokens {self.tokens} be 0 or more")
+
+
+@config
+class MuonConfig:
+    """Muon (see ``optim/muon.py``) for matrices; embeddings, head and vectors have AdamW, undecayed.
+
+    A step changes a matrix by about ``lr`` in spectral norm. The learning rates of both follow the run's schedule.
+    """
+
+    type: Literal["muon"] = "muon"
+    lr: float = 0.02  # peak learning rate of matrices
+    momentum: float = 0.95  # decay of the mean of gradients, per step
+    momentum_warmup: MomentumWarmup = MomentumWarmup()
+    newton_schulz_steps: int = 5  # of the iteration that makes singular values equal
+    weight_decay: float = 0.01  # of matrices only; times the learning rate, per step
+    weight_decay_schedule: WeightDecayConfig = ConstantWeightDecay()  # how it changes over the run
+    adamw_lr: float = 2.5e-3  # peak learning rate of embeddings, head and vectors
+    beta1: float = 0.9  # AdamW's decay of the mean of gradients, per step
+    beta2: float = 0.95  # AdamW's decay of the mean of their squares, per step
+    eps: float = 1e-8  # added to the root of the mean square in AdamW
+
+    def __post_init__(self) -> None:
+        if self.lr <= 0 or self.adamw_lr <= 0:
+            raise ValueError(f"learning rates must be above 0, not lr={self.lr}, adamw_lr={self.adamw_lr}")
+        if not all(0 <= value < 1 for value in (self.momentum, self.beta1, self.beta2)):
+            raise ValueError(f"momentum {self.momentum}, beta1 {self.beta1} and beta2 {self.beta2} must lie in [0, 1)")
+        if self.newton_schulz_steps < 1:
+            raise ValueError(f"newton_schulz_steps is {self.newton_schulz_steps}; it must be at least 1")
+        if self.weight_decay < 0:
+            raise ValueError(f"weight_decay is {self.weight_decay}; it must be 0 or more")
+
+
+OptimConfig = Annotated[AdamWConfig | MuonConfig, TAGGED]
 
 
 @config

@@ -11,7 +11,7 @@ from dataclasses import field
 from typing import Literal
 
 from osler.config import config
-from osler.optim.config import AdamWConfig, ConstantConfig, ScheduleConfig
+from osler.optim.config import AdamWConfig, ConstantConfig, OptimConfig, ScheduleConfig
 from osler.tasks.clinic import ClinicTask
 from osler.tasks.registry import TaskConfig
 from osler.tasks.rewards import REWARDS
@@ -155,7 +155,7 @@ class GrpoConfig:
     eval_task: TaskConfig | None = ClinicTask(split="validation", limit=200)  # the exam sat during training; null: none
     eval_permutations: int = 1  # option orders per evaluated question
     algorithm: AlgorithmConfig = AlgorithmConfig()
-    optim: AdamWConfig = AdamWConfig(lr=3e-5, weight_decay=0.0)  # AdamW; lr far below that of pretraining: 1e-6 to 1e-4
+    optim: OptimConfig = AdamWConfig(lr=3e-5, weight_decay=0.0)  # lr far below that of pretraining: 1e-6 to 1e-4 for AdamW
     # counts the token budget of the rollouts: completions of a step times max_new_tokens
     schedule: ScheduleConfig = ConstantConfig()
     clip_norm: float = 1.0  # norm that the gradient is scaled down to when it is larger

@@ -11,7 +11,7 @@ from osler.config import TAGGED, config
 from osler.data.config import ClinicData, FilesData, Stage, TurnsData
 from osler.data.curriculum import Timeline, lay_out, rows_per_micro_batch
 from osler.model.config import ModelConfig
-from osler.optim.config import AdamWConfig, LinearConfig, ScheduleConfig
+from osler.optim.config import AdamWConfig, LinearConfig, OptimConfig, ScheduleConfig
 from osler.tokenizer.config import TokenizerConfig
 
 DataConfig = Annotated[ClinicData | FilesData | TurnsData, TAGGED]
@@ -53,7 +53,7 @@ class TrainConfig:
     curriculum: tuple[Stage, ...] = ()  # stages of shorter rows and other batches; none: seq_len and batch_tokens throughout
     total_tokens: int = 8_192_000  # tokens to train on, repeats included
     max_minutes: float | None = None  # end by the clock if that comes before total_tokens; the schedule is fitted to it
-    optim: AdamWConfig = AdamWConfig()
+    optim: OptimConfig = AdamWConfig()
     schedule: ScheduleConfig = LinearConfig(warmup_tokens=327_680)
     clip_norm: float = 1.0  # norm that the gradient is scaled down to when it is larger
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # of activations; weights are fp32; auto: bf16 where it is faster here

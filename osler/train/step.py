@@ -1,6 +1,6 @@
-"""One optimizer step: forward and backward over micro-batches, clip, AdamW. Nothing here waits for the device.
+"""One optimizer step: forward and backward over micro-batches, clip, update. Nothing here waits for the device.
 
-A step whose gradient is not finite is skipped inside the fused optimizer kernel (``found_inf``), so parameters and moments stay
+A step whose gradient is not finite is skipped inside the optimizer (``found_inf``), so parameters and moments stay
 untouched and the host need not look. Stateless beyond the model and the optimizer.
 """
 

@@ -20,6 +20,7 @@ from osler.data.loader import Batch
 from osler.errors import UserError
 from osler.model.transformer import Transformer
 from osler.monitor.sinks import JsonlSink
+from osler.optim.build import set_decay_and_momentum
 from osler.optim.schedule import lr_scale
 from osler.runtime.faults import fault
 from osler.runtime.files import RunFolder
@@ -102,6 +103,7 @@ class Trainer:
                 stage = self.timeline.at_step(self.step)
                 middle = self.tokens + stage.batch_tokens // 2
                 scale = lr_scale(config.schedule, middle, self.total_tokens)
+                set_decay_and_momentum(self.optimizer, config.optim, scale, middle, self.total_tokens)
                 self.on_device.append(self.train_step(next(batches), scale))
                 self.step += 1
                 fault("train-step")

@@ -210,3 +210,21 @@ def test_a_run_that_starts_from_another_shows_the_model_it_trains(tiny, runs, tm
 def test_a_dry_run_without_its_starting_point_is_refused(tiny, tmp_path, capsys):
     assert main(["sft", tiny.sft, f"init_from={tmp_path / 'gone'}", "--dry-run"]) == 2
     assert "is no folder" in capsys.readouterr().err
+
+
+def test_muon_interrupted_is_muon_uninterrupted(tiny, launch_stopped, tmp_path):
+    """Momentum and weight decay change from step to step, and the interruption falls into the momentum's warm-up."""
+    muon = ["optim.type=muon", "optim.momentum_warmup.tokens=2304", "optim.weight_decay_schedule.type=linear"]
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert main(["pretrain", tiny.pretrain, *muon, "--run", str(whole)]) == 0
+    assert launch_stopped(broken, *muon, fault="train-step:sigterm:7") == 130
+    assert main(["pretrain", tiny.pretrain, *muon, "--run", str(broken)]) == 0
+    ends = [store.load(store.resolve(folder)) for folder in (whole, broken)]
+    assert ends[0].step == ends[1].step == 12
+    assert any(name.endswith("/momentum_buffer") for name in ends[0].tensors["optimizer"])
+    for part, tensors in ends[0].tensors.items():
+        assert tensors.keys() == ends[1].tensors[part].keys()
+        assert [name for name, value in tensors.items() if not torch.equal(value, ends[1].tensors[part][name])] == []
+    assert ends[0].state["optimizer"] == ends[1].state["optimizer"]
+    losses = [[line["train/loss"] for line in lines(folder) if "train/loss" in line] for folder in (whole, broken)]
+    assert losses[0] == losses[1] and losses[0][-1] < losses[0][0]
