@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 
 from osler.errors import UserError
+from osler.runtime.log import complain
 from osler.verbs import VERBS, Verb
 
 
@@ -26,10 +27,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except UserError as error:
-        print(f"osler: {error}", file=sys.stderr)
+        complain(f"osler: {error}")
         return 2
     except KeyboardInterrupt:
-        print("osler: interrupted", file=sys.stderr)
+        complain("osler: interrupted")
         return 130
     except BrokenPipeError:
         # The reader (`| head`) is gone; without this the interpreter complains when it flushes stdout at exit.

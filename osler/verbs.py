@@ -39,7 +39,7 @@ RECIPE = option(
     "`osler show RECIPE --explain` says what each field means",
 )
 RUN_FOLDER = (
-    option("--run", metavar="DIR", help="the run folder (default: below runs/)"),
+    option("--run", "--run-dir", metavar="DIR", help="the run folder (default: below runs/); torchrun takes --run for its own"),
     option("--resume", action="store_true", help="go on from the newest good checkpoint of --run DIR"),
     option("--dry-run", action="store_true", help="check the configuration and say what would happen, then stop"),
 )

@@ -17,7 +17,7 @@ FLOORS: dict[str, int] = {
     **dict.fromkeys(("errors", "yaml12", "config", "mistakes"), 0),
     **dict.fromkeys(("explain", "runtime", "ops", "clinic"), 1),
     **dict.fromkeys(("model", "optim", "tokenizer", "tasks", "monitor", "checkpoint"), 2),
-    **dict.fromkeys(("data", "inference"), 3),
+    **dict.fromkeys(("data", "parallel", "inference"), 3),
     **dict.fromkeys(("eval",), 4),
     **dict.fromkeys(("train",), 5),
     **dict.fromkeys(("rl", "report"), 6),
@@ -40,6 +40,7 @@ DOORS: dict[str, set[str]] = {
     "tokenizers": {"tokenizer/bpe.py"},
     "safetensors": {"checkpoint/tensors.py"},
     "pyarrow": {"data/readers.py", "tasks/rows.py"},  # documents and exam items: two packages that may not meet
+    "deepspeed": {"parallel/deepspeed.py"},
     "zstandard": {"data/readers.py"},
     "transformers": {"bench/contestants.py"},
     "nanochat": {"bench/contestants.py"},

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from osler.errors import UserError
 from osler.model.config import ModelConfig
+from osler.model.loss import SummedLoss
 from osler.model.transformer import Transformer
+from osler.parallel.engine import LossFunction
 from osler.train.config import TrainConfig
-from osler.train.step import LossFunction, summed_loss
 
 Contestant = tuple[nn.Module, LossFunction]
 
@@ -30,7 +31,7 @@ def build_osler(config: TrainConfig, dtype: torch.dtype) -> Contestant:
     """Osler's transformer and its chunked loss, as training runs them."""
     model = Transformer(config.model, compute_dtype=dtype)
     model.init_weights(config.seed)
-    return model, summed_loss(model)
+    return model, SummedLoss(model)
 
 
 def build_nanochat(config: TrainConfig, dtype: torch.dtype, checkout: Path) -> Contestant:

@@ -27,6 +27,7 @@ from osler.data.packing import StreamPacking
 from osler.data.shards import ShardSet, ShardWriter
 from osler.model.config import ModelConfig
 from osler.optim.build import build_optimizer
+from osler.parallel.engine import Engine
 from osler.runtime.device import keep_freed_memory, peak_flops
 from osler.runtime.stopwatch import Stopwatch
 from osler.train.config import TrainConfig
@@ -53,7 +54,7 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
     step = TrainStep(
         model,
         build_optimizer(model, config.optim),
-        loss,
+        Engine(loss),
         micro_batch_tokens=config.micro_batch_tokens,
         clip_norm=config.clip_norm,
         document_mask=False,

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from osler.checkpoint.sharded import part_of
 from osler.errors import UserError
 
 NamedParameters = Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]
@@ -135,5 +136,5 @@ def _place(key: str, value: Any, parameter: Tensor, step_on_device: bool) -> Any
     if key == "step" and value.dim() == 0 and not step_on_device:
         return value.clone()  # unless fused, torch counts steps on the CPU
     if value.shape == parameter.shape:
-        return torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
+        return torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(part_of(value, parameter))
     return value.to(parameter.device, copy=True)

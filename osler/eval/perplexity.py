@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from math import exp, log
 from typing import Any
 
@@ -23,6 +24,7 @@ from osler.data.shards import ShardSet
 from osler.errors import UserError
 from osler.model.transformer import Transformer
 from osler.ops.cross_entropy import IGNORE, linear_logprobs
+from osler.runtime.world import World
 
 _SORT_WINDOWS = 4096  # windows sorted by length at a time: less padding, and the sum does not depend on order
 
@@ -78,19 +80,22 @@ def bits_per_byte(
     return measure(model, batches(rows, batch_tokens=batch_tokens), total)
 
 
-def measure(model: Transformer, batches: Iterable[tuple[Tensor, ...]], total_bytes: int) -> HeldOut:
+def measure(
+    model: Transformer, batches: Iterable[tuple[Tensor, ...]], total_bytes: int, world: World | None = None
+) -> HeldOut:
     """The cost of ``batches`` of (ids_BT, labels_BT) or (ids_BT, labels_BT, document_BT).
 
     ``labels_BT[b, t]`` is the token after ``ids_BT[b, t]``, or -100 where nothing is predicted; attention stays inside
-    a document. ``total_bytes`` is the size of the text that the labels spell. Stops with UserError when there is no
-    text.
+    a document. ``total_bytes`` is the size of the text that the labels spell. The ranks of ``world`` give the same
+    batches and share them. Stops with UserError when there is no text.
     """
+    world = world or World()
     device = next(model.parameters()).device
     nats, tokens = 0.0, 0
     training = model.training
     model.eval()
     with torch.no_grad():
-        for batch in batches:
+        for batch in islice(batches, world.rank, None, world.size):
             ids, labels = batch[0].to(device), batch[1].to(device)
             document = batch[2].to(device) if len(batch) > 2 else None
             scored = labels != IGNORE
@@ -101,11 +106,12 @@ def measure(model: Transformer, batches: Iterable[tuple[Tensor, ...]], total_byt
             nats -= logp.double().sum().item()
             tokens += int(scored.sum())
     model.train(training)
-    if tokens == 0 or total_bytes <= 0:
+    nats, scored_tokens = world.sum(nats, tokens)
+    if scored_tokens == 0 or total_bytes <= 0:
         raise UserError(
             "The held-out set has no text: there is nothing to measure. Hold out a larger part of the data."
         )
-    return HeldOut(nats=nats, tokens=tokens, bytes=total_bytes)
+    return HeldOut(nats=nats, tokens=int(scored_tokens), bytes=total_bytes)
 
 
 def windows(

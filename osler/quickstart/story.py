@@ -38,6 +38,7 @@ from osler.rl.run import train as train_grpo
 from osler.runtime.files import RunFolder, read_json, write_json
 from osler.runtime.log import say
 from osler.runtime.stop import EXIT_STOPPED
+from osler.runtime.world import require_one_process
 from osler.tasks.clinic import load as load_clinic_exam
 from osler.tasks.item import render_answer
 from osler.train.config import TrainConfig
@@ -64,6 +65,7 @@ def run(
     dry_run: bool = False,
 ) -> int:
     """The verb ``quickstart``; the same call goes on where it stopped, and ``resume`` does so with the stored config."""
+    require_one_process("quickstart")
     root = RunFolder(Path(run_dir or "runs/quickstart"))
     if resume:
         config = stored_config(QuickstartConfig, str(root.root), overrides)

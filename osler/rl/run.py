@@ -24,6 +24,7 @@ from osler.rl.trainer import GrpoTrainer
 from osler.runtime.device import keep_freed_memory
 from osler.runtime.files import RunFolder, fingerprint
 from osler.runtime.log import say
+from osler.runtime.world import require_one_process
 from osler.tasks.item import ExamItem, render_question
 from osler.tasks.registry import check_task, load_task
 from osler.tasks.rewards import REWARDS
@@ -69,6 +70,7 @@ def run(
 
 def train(config: GrpoConfig, run: RunFolder) -> bool:
     """Set up and train (or continue) one GRPO run in its folder; False when it was asked to stop before the end."""
+    require_one_process("grpo")
     refuse_another(run, config)
     check_exams(config)
     keep_freed_memory()

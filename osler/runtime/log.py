@@ -1,7 +1,8 @@
 """What a person sees while the program works: one live line on a terminal, a plain line now and then elsewhere.
 
 Time comes from a monotonic clock, so a clock that is set back harms neither the estimate nor the rhythm. Output that
-cannot be written (a closed terminal, a full log disk) is dropped: no run ends because nobody was watching.
+cannot be written (a closed terminal, a full log disk) is dropped: no run ends because nobody was watching. Of several
+processes that train together only rank 0 speaks.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import sys
 import time
 from collections.abc import Callable
 from typing import TextIO
+
+from osler.runtime.world import is_silent
 
 _LIVE_SECONDS = 0.2  # a live line is redrawn at most five times a second
 _RATE_WINDOW_SECONDS = 60.0
@@ -121,6 +124,12 @@ def say(text: str, stream: TextIO | None = None) -> None:
     _write(stream, f"{erase}{text}\n")
 
 
+def complain(text: str) -> None:
+    """Write what ends the program to stderr, once on each machine: the processes of a run make the same mistake together."""
+    if not is_silent("LOCAL_RANK"):
+        print(text, file=sys.stderr)
+
+
 def is_terminal(stream: TextIO) -> bool:
     """Whether a person watches the stream on a terminal that can redraw a line."""
     try:
@@ -163,6 +172,8 @@ def _columns(stream: TextIO) -> int:
 
 
 def _write(stream: TextIO, text: str) -> None:
+    if is_silent():
+        return
     # The reader is gone, the stream is closed, or a signal handler speaks amid another write.
     with contextlib.suppress(OSError, ValueError, RuntimeError):
         stream.write(text)

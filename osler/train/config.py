@@ -12,6 +12,7 @@ from osler.data.config import ClinicData, FilesData, Stage, TurnsData
 from osler.data.curriculum import Timeline, lay_out, rows_per_micro_batch
 from osler.model.config import ModelConfig
 from osler.optim.config import AdamWConfig, LinearConfig, OptimConfig, ScheduleConfig
+from osler.parallel.config import NoParallelConfig, ParallelConfig
 from osler.tokenizer.config import TokenizerConfig
 
 DataConfig = Annotated[ClinicData | FilesData | TurnsData, TAGGED]
@@ -49,7 +50,7 @@ class TrainConfig:
     document_mask: bool = False  # whether attention stays inside a document
     seq_len: int = 128  # tokens in a row: with a curriculum in its longest, and in those of held-out text
     batch_tokens: int = 8_192  # tokens per optimizer step
-    micro_batch_tokens: int | None = None  # tokens per forward pass; null: the whole batch at once
+    micro_batch_tokens: int | None = None  # tokens per forward pass of one process; null: its whole batch at once
     curriculum: tuple[Stage, ...] = ()  # stages of shorter rows and other batches; none: seq_len and batch_tokens throughout
     total_tokens: int = 8_192_000  # tokens to train on, repeats included
     max_minutes: float | None = None  # end by the clock if that comes before total_tokens; the schedule is fitted to it
@@ -60,6 +61,7 @@ class TrainConfig:
     # with torch.compile; auto: where it works and the run is long enough to pay
     compile: Literal["auto", "always", "never"] = "auto"
     device: str = "auto"  # auto, cpu, cuda or cuda:N
+    parallel: ParallelConfig = NoParallelConfig()  # how several processes share the work
     loader_workers: int = 1  # threads that prepare batches ahead; 0: none; changes no batch
     log_every_steps: int = 10  # optimizer steps between two lines of metrics
     eval_every_tokens: int = 2_048_000  # tokens between two measurements of the held-out loss

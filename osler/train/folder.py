@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from osler.checkpoint import store
-from osler.config import decode, encode
+from osler.config import decode, encode, merge, parse_overrides
 from osler.errors import UserError
 from osler.inference.load import read_model_config
 from osler.model.config import ModelConfig
@@ -23,6 +23,8 @@ from osler.yaml12 import dump_yaml, load_yaml
 
 T = TypeVar("T")
 MOST_NAMED = 5  # differences between two configs that an error spells out
+# How a run is computed and not what comes out of it, but for rounding: these may change from one start to the next.
+COMPUTING = ("parallel", "loader_workers", "micro_batch_tokens")
 LENGTHS = {"total_tokens", "max_minutes", "steps"}  # what a person changes who wants to go on with a finished run
 VERSIONS = "versions.json"  # packages and machine, in the run folder and in every checkpoint
 PRECISION_OF_DTYPE = {"float32": "fp32", "bfloat16": "bf16"}
@@ -69,6 +71,9 @@ def refuse_another(run: RunFolder, config: Any) -> None:
     stored, wanted = read_config(run), encode(config)
     if stored.get("kind") == wanted["kind"]:  # a field that came with a later Osler had its default when the run began
         stored = encode(decode(type(config), stored, source=str(run.config)))
+    for key in COMPUTING:
+        stored.pop(key, None)
+        wanted.pop(key, None)
     if stored == wanted:
         return
     old, new = _flat(stored), _flat(wanted)
@@ -91,15 +96,17 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def stored_config(cls: type[T], run_dir: str | None, overrides: Sequence[str]) -> T:
-    """The config that a run folder was started with, for ``--resume``."""
+    """The config that a run folder was started with, for ``--resume``; only how it is computed may be given anew."""
     if run_dir is None:
         raise UserError("--resume needs --run FOLDER: the run to go on with.")
-    if overrides:
-        raise UserError(f"--resume continues a run as it was configured; leave out {' '.join(overrides)}.")
+    refused = [override for override in overrides if override.partition("=")[0].partition(".")[0] not in COMPUTING]
+    if refused:
+        raise UserError(f"--resume continues a run as it was configured; leave out {' '.join(refused)}.")
     run = RunFolder(Path(run_dir))
     if not run.config.exists():
         raise UserError(f"{run_dir} holds no run to resume: {run.config} is missing.")
-    return decode(cls, read_config(run), source=str(run.config))
+    stored = read_config(run)
+    return decode(cls, merge(stored, parse_overrides(overrides, stored)), source=str(run.config))
 
 
 def read_config(run: RunFolder) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,12 +17,13 @@ from osler.checkpoint import store
 from osler.config import decode, load_recipe, parse_overrides
 from osler.data.config import ClinicData
 from osler.data.curriculum import Span, rows_per_micro_batch
-from osler.data.loader import Loader, StagedLoader, make_batch
+from osler.data.loader import Loader, StagedLoader, check_shares, make_batch
 from osler.data.order import Order
 from osler.data.packing import StreamPacking, WholePacking
-from osler.data.prepare import Prepared
+from osler.data.prepare import Prepared, open_prepared
 from osler.data.shards import ShardSet
 from osler.data.sources import prepare_source
+from osler.errors import UserError
 from osler.eval.exams import score_by_generation
 from osler.eval.perplexity import batches, measure, windows
 from osler.inference.engine import Engine
@@ -29,10 +31,12 @@ from osler.inference.load import TOKENIZER_FILE, describing_files
 from osler.model.config import ModelConfig
 from osler.model.transformer import Transformer
 from osler.optim.build import build_optimizer
-from osler.runtime.device import keep_freed_memory
+from osler.parallel.engine import Engine as ParallelEngine
+from osler.parallel.parallelize import check_strategy, parallelize
+from osler.runtime.device import keep_freed_memory, pick_device
 from osler.runtime.files import RunFolder, write_atomic
 from osler.runtime.log import say
-from osler.runtime.shapes import with_few_shapes
+from osler.runtime.world import World, joined
 from osler.tasks.clinic import load as load_clinic_exam
 from osler.tasks.item import ExamItem
 from osler.tokenizer.bpe import Tokenizer
@@ -51,6 +55,7 @@ from osler.train.folder import (
 )
 from osler.train.setup import (
     COMPILE_MIN_STEPS,
+    Machine,
     check_plan,
     check_vocabulary,
     choose_machine,
@@ -58,12 +63,13 @@ from osler.train.setup import (
     make_model,
     make_tokenizer,
 )
-from osler.train.step import TrainStep, summed_loss
+from osler.train.step import TrainStep
 from osler.train.trainer import Trainer
 
 VALIDATION_SEED = 0  # the held-out rows are the same in every run over the same shards
 EXAM_NEW_TOKENS = 64
 EVAL_BATCH_TOKENS = 16_384
+DATA = "data"  # in the run folder: the shards
 
 
 def run(
@@ -89,7 +95,8 @@ def run(
         check_plan(config, is_new=newest_checkpoint(folder) is None)
         print(describe_plan(config, folder, start, planned_numbers(config, start[1] if start else config.model)))
         return 0
-    return work(kind, folder, lambda run: train(config, run), lambda: next_steps(config, folder))
+    with joined(config.device) as world:
+        return work(kind, folder, lambda run: train(config, run, world), lambda: next_steps(config, folder))
 
 
 def own_folder(recipe: str | None, config: TrainConfig) -> Path:
@@ -100,9 +107,13 @@ def own_folder(recipe: str | None, config: TrainConfig) -> Path:
     return Path("runs") / f"{name}-{config.kind}"
 
 
-def train(config: TrainConfig, run: RunFolder) -> bool:
+def train(config: TrainConfig, run: RunFolder, world: World | None = None) -> bool:
     """Set up and train (or continue) one supervised run in its folder; False when it was asked to stop before the end."""
+    world = world or World(device=config.device)
     started = time.monotonic()
+    check_strategy(config.parallel, world)
+    for span in config.timeline.spans:
+        check_shares(span.rows_per_batch, span.seq_len, world.size, span.number if config.curriculum else 0)
     refuse_another(run, config)
     exam = exam_items(config.exam)
     keep_freed_memory()
@@ -111,41 +122,41 @@ def train(config: TrainConfig, run: RunFolder) -> bool:
     precision = stored_precision(newest, config.precision)
     # A run by the clock takes as many steps as it can: from a minute on compiling pays.
     steps = config.total_steps if config.max_minutes is None else int(config.max_minutes * COMPILE_MIN_STEPS)
-    machine = choose_machine(config.device, precision, config.compile, steps=steps)
+    # What `auto` comes to is a trial, which might end differently on another rank.
+    machine = world.once(lambda: choose_machine(world.device, precision, config.compile, steps=steps))
+    machine = replace(machine, device=pick_device(world.device))
     model, tokenizer = make_model(config, machine, checkpoint)
     tokenizer_path = run.root / TOKENIZER_FILE
-    tokenizer = make_tokenizer(config, tokenizer, tokenizer_path)
+    tokenizer = world.once(lambda: make_tokenizer(config, tokenizer, tokenizer_path))
     check_vocabulary(model.config, tokenizer, is_new=checkpoint is None and config.init_from is None)
-    prepared = prepare_source(config.data, tokenizer, run.root / "data")
-    claim(run, config)
-    if not tokenizer_path.exists():
-        write_atomic(tokenizer_path, tokenizer.to_bytes())
+    prepared = world.ahead(lambda: begin(config, run, tokenizer), lambda: open_prepared(run.root / DATA, tokenizer))
+    engine = parallelize(model, config.parallel, world, compile=machine.compile)
     optimizer = build_optimizer(model, config.optim)
-    loss = summed_loss(model)
     train_step = TrainStep(
         model,
         optimizer,
-        with_few_shapes(torch.compile(loss, fullgraph=True, dynamic=False)) if machine.compile else loss,
+        engine,
         micro_batch_tokens=config.micro_batch_tokens,
         clip_norm=config.clip_norm,
         document_mask=config.document_mask,
         device=machine.device,
     )
-    loader = make_loader(config, prepared.train)
-    files = {"config.yaml": run.config.read_bytes(), VERSIONS: describe_run(run, machine)}
+    loader = make_loader(config, prepared.train, world)
+    files = {"config.yaml": run.config.read_bytes(), VERSIONS: world.once(lambda: describe_run(run, machine))}
     trainer = Trainer(
         config,
         model=model,
         optimizer=optimizer,
         train_step=train_step,
         batches=loader.batches,
-        evaluate=validation(config, model, prepared, machine.eager_dtype),
-        probe=exam_probe(exam, model, tokenizer, machine.eager_dtype),
+        evaluate=validation(config, model, prepared, machine.eager_dtype, engine),
+        probe=exam_probe(exam, model, tokenizer, machine.eager_dtype, engine),
         run=run,
         files={**describing_files(model.config, tokenizer), **files},
         fingerprints={"tokenizer": tokenizer.fingerprint, "data": prepared.train.fingerprint},
         started=started,
     )
+    check_same_start(-1 if checkpoint is None else checkpoint.step, world)
     if checkpoint is not None:
         trainer.restore(checkpoint)
         say(f"Continuing {run.root} from step {trainer.step:,} ({trainer.tokens:,} tokens).")
@@ -154,10 +165,35 @@ def train(config: TrainConfig, run: RunFolder) -> bool:
         warn_of_stages_out_of_reach(config)
         say(
             f"{config.kind}: {model.config.num_parameters:,} parameters, {prepared.train.num_tokens:,} tokens of data, "
-            f"{length_of(config)} to train on; {machine.dtype} on {machine.device}{', compiled' if machine.compile else ''}."
+            f"{length_of(config)} to train on; {machine.dtype} on {place_of(machine, config, world)}."
         )
     del checkpoint  # weights and moments were copied out of it; a second set need not lie in memory while training
     return trainer.fit()
+
+
+def begin(config: TrainConfig, run: RunFolder, tokenizer: Tokenizer) -> Prepared:
+    """Put into the folder what every rank then reads: the shards, the config that makes it this run's, the tokenizer."""
+    prepared = prepare_source(config.data, tokenizer, run.root / DATA)
+    claim(run, config)
+    if not (run.root / TOKENIZER_FILE).exists():
+        write_atomic(run.root / TOKENIZER_FILE, tokenizer.to_bytes())
+    return prepared
+
+
+def check_same_start(step: int, world: World) -> None:
+    """Refuse to train when the ranks found different checkpoints, as on machines whose run folders are not the same disk."""
+    least, most = world.least(step, -step)
+    if least != -most:
+        raise UserError(
+            f"The processes found different checkpoints to go on from (steps {least} to {-most}, -1 is none): the run folder "
+            "must lie on a disk that all machines share."
+        )
+
+
+def place_of(machine: Machine, config: TrainConfig, world: World) -> str:
+    """On what a run computes, in words."""
+    place = str(machine.device) if world.size == 1 else f"{world.size} x {machine.device.type} ({config.parallel.type})"
+    return f"{place}, compiled" if machine.compile else place
 
 
 def length_of(config: TrainConfig) -> str:
@@ -188,13 +224,15 @@ def warn_of_stages_out_of_reach(config: TrainConfig) -> None:
         )
 
 
-def make_loader(config: TrainConfig, shards: ShardSet) -> StagedLoader:
-    """The run's batches, with a packing and a loader for each stage."""
+def make_loader(config: TrainConfig, shards: ShardSet, world: World = World()) -> StagedLoader:  # noqa: B008
+    """This rank's batches, with a packing and a loader for each stage."""
     timeline, order = config.timeline, Order(shards, config.seed)
     loaders = [
         Loader(
             packing_of(config, order, span),
             span.rows_per_batch,
+            world.rank,
+            world.size,
             workers=config.loader_workers,
             stage=span.number if config.curriculum else 0,
         )
@@ -211,16 +249,19 @@ def packing_of(config: TrainConfig, order: Order, span: Span) -> StreamPacking |
     return StreamPacking(order, span.seq_len, first_token=span.first_token, prompt_loss=prompt_loss)
 
 
-def validation(config: TrainConfig, model: Transformer, prepared: Prepared, dtype: torch.dtype) -> Callable[[], dict[str, float]]:
-    """A function that measures the held-out loss, and for text its bits per byte: every held-out token once."""
+def validation(
+    config: TrainConfig, model: Transformer, prepared: Prepared, dtype: torch.dtype, engine: ParallelEngine
+) -> Callable[[], dict[str, float]]:
+    """A function that measures the held-out loss, and for text its bits per byte: every held-out token once, on one rank."""
     shards = prepared.validation
 
     def evaluate() -> dict[str, float]:
         if shards is None:
             return {}
         rows = text_batches if config.kind == "pretrain" else answer_batches
-        with model.computing_in(dtype):
-            held_out = measure(model, rows(config, shards), shards.num_bytes)
+        plain = engine.plain_model(model)
+        with plain.computing_in(dtype):
+            held_out = measure(plain, rows(config, shards), shards.num_bytes, engine.world)
         if config.kind == "sft":
             return {"eval/loss": held_out.loss}
         return {"eval/loss": held_out.loss, "eval/bits_per_byte": held_out.bits_per_byte}
@@ -252,16 +293,18 @@ def exam_items(probe: ExamProbe) -> dict[str, list[ExamItem]]:
 
 
 def exam_probe(
-    exam: Mapping[str, Sequence[ExamItem]], model: Transformer, tokenizer: Tokenizer, dtype: torch.dtype
+    exam: Mapping[str, Sequence[ExamItem]], model: Transformer, tokenizer: Tokenizer, dtype: torch.dtype, engine: ParallelEngine
 ) -> Callable[[], dict[str, float]]:
-    """A function that sits the clinic's exam with the model as it is."""
-    engine = Engine(model, dtype=dtype)
+    """A function that sits the clinic's exam with the model as it is; each rank answers its share of the questions."""
 
     def sit() -> dict[str, float]:
+        sampler, world = Engine(engine.plain_model(model), dtype=dtype), engine.world
         scores = {}
         for split, items in exam.items():
-            score = score_by_generation(engine, tokenizer, items, max_new_tokens=EXAM_NEW_TOKENS)
-            scores[f"eval/{split}_accuracy"] = score.accuracy
+            share = items[world.rank :: world.size]
+            score = score_by_generation(sampler, tokenizer, share, max_new_tokens=EXAM_NEW_TOKENS) if share else None
+            (right,) = world.sum(round(score.accuracy * len(share)) if score else 0)
+            scores[f"eval/{split}_accuracy"] = right / len(items)
         return scores
 
     return sit

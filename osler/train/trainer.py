@@ -3,19 +3,24 @@
 Resume is exact: a checkpoint holds model, optimizer, step and the half-filled log window; the order of data is a function of the
 step; nothing else is random. (A run limited by ``max_minutes`` also saves its clock, but how many steps fit the rest depends on
 the machine.) A checkpoint comes before every evaluation, so an evaluation that fails costs nothing.
+
+Every rank runs this loop; rank 0 alone writes. A signal to one of them and the clock are agreed on after each step, so that all
+make the same steps. A checkpoint is the same whatever the number of ranks.
 """
 
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from osler.checkpoint import store
-from osler.checkpoint.state import flatten_optimizer, restore_optimizer
 from osler.data.loader import Batch
 from osler.errors import UserError
 from osler.model.transformer import Transformer
@@ -59,6 +64,7 @@ class Trainer:
         self.model = model
         self.optimizer = optimizer
         self.train_step = train_step
+        self.world = train_step.engine.world
         self.batches = batches
         self.evaluate = evaluate
         self.probe = probe
@@ -92,10 +98,10 @@ class Trainer:
         config = self.config
         with (
             StopFlag() as stop,  # first: whoever sees the metrics file may rely on a signal being a request
-            JsonlSink(self.run.metrics, resume_step=self.step if self.step else -1) as sink,
+            JsonlSink(self._own(self.run.metrics), resume_step=self.step if self.step else -1) as sink,
             Progress(self.total_tokens, "tokens", label=config.kind, initial=self.tokens) as progress,
         ):
-            if self.step and not was_evaluated(self.run, self.step):
+            if self.step and not self.world.once(lambda: was_evaluated(self.run, self.step)):
                 self._evaluate(sink, progress)  # a kill came after this checkpoint and before its evaluation
             batches = self.batches(self.step)
             first, mark = self.step, (self.tokens, time.monotonic())
@@ -111,6 +117,7 @@ class Trainer:
                     mark = (self.tokens, time.monotonic())
                     progress.update(self.tokens)
                 self._watch_clock()
+                self._agree(stop)
                 if self.step % config.log_every_steps == 0 or self.done:
                     mark = self._log(sink, progress, mark, scale)
                 evaluation_due = self._due(config.eval_every_tokens) or self._due(config.exam.every_tokens)
@@ -127,10 +134,11 @@ class Trainer:
     def save(self, stop: StopFlag) -> None:
         """Write a checkpoint; when the disk is full or fails, say so and go on with the earlier ones.
 
-        Raises UserError in that case when it is the last one of this process, because what it would hold is lost.
+        Raises UserError in that case when it is the last one of this process, because what it would hold is lost. Sharded
+        tensors come together on rank 0, one at a time.
         """
         self._fetch()
-        optimizer_tensors, optimizer_state = flatten_optimizer(self.optimizer, self.model.named_parameters())
+        tensors, optimizer_state = self.train_step.engine.parts(self.model, self.optimizer)
         state = {
             "kind": self.config.kind,
             "step": self.step,
@@ -142,7 +150,9 @@ class Trainer:
             "fingerprints": dict(self.fingerprints),
             "optimizer": optimizer_state,
         }
-        tensors = {"model": self.model.state_dict(), "optimizer": optimizer_tensors}
+        self.world.once(lambda: self._write(tensors, state, stop))
+
+    def _write(self, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any], stop: StopFlag) -> None:
         keep = self.config.keep_last
         try:
             store.save(self.run.checkpoints, self.step, tensors=tensors, state=state, files=self.files, keep_last=keep)
@@ -156,9 +166,8 @@ class Trainer:
     def restore(self, loaded: store.Loaded) -> None:
         """Continue from a checkpoint of this run, bit for bit."""
         check_fingerprints(loaded.state["fingerprints"], self.fingerprints, loaded.path)
-        self.model.load_state_dict(loaded.tensors["model"])
         state = loaded.state
-        restore_optimizer(self.optimizer, self.model.named_parameters(), loaded.tensors["optimizer"], state["optimizer"])
+        self.train_step.engine.restore(self.model, self.optimizer, loaded.tensors, state["optimizer"])
         self.step, self.earlier_seconds = state["step"], state["seconds"]
         self.total_tokens = state["total_tokens"] if self.config.max_minutes else self.config.total_tokens
         # Read from the folder, because a checkpoint is written before the evaluation that may make it the best.
@@ -177,7 +186,7 @@ class Trainer:
         """Bring what the steps left on the device to the host: the only wait for the device between evaluations."""
         if not self.on_device:
             return
-        rows = torch.stack([torch.stack(result) for result in self.on_device]).tolist()
+        rows = self.world.mean(torch.stack([torch.stack(result) for result in self.on_device])).tolist()
         self.on_device.clear()
         for row in rows:
             self.skipped_in_a_row = self.skipped_in_a_row + 1 if row[2] else 0
@@ -226,13 +235,23 @@ class Trainer:
         assert self.config.max_minutes is not None
         left = max(0.0, self.config.max_minutes * 60 * PLANNED_SHARE - self.seconds)
         steps = self.timeline.steps_within(self.tokens + int(left * speed))
-        self.total_tokens = min(self.config.total_tokens, self.timeline.tokens_before(steps))
+        fitting = min(self.config.total_tokens, self.timeline.tokens_before(steps))
+        (self.total_tokens,) = self.world.least(fitting)
 
     def _watch_clock(self) -> None:
         """End the run when its minutes are over, should the steps since the last plan have been slower than planned."""
         minutes = self.config.max_minutes
         if minutes is not None and self.seconds > minutes * 60 * PLANNED_SHARE:
             self.total_tokens = self.tokens
+
+    def _agree(self, stop: StopFlag) -> None:
+        """Every rank stops when one was asked to, and at the same step."""
+        self.total_tokens, on = self.world.least(self.total_tokens, not stop.requested)
+        stop.requested = stop.requested or not on  # a signal may have come in the meantime
+
+    def _own(self, path: Path) -> Path:
+        """The file for rank 0; the others write into the void."""
+        return path if self.world.is_first else Path(os.devnull)
 
     def _evaluate(self, sink: JsonlSink, progress: Progress) -> None:
         """Measure what is due after this step; a lowest held-out loss marks the step's checkpoint as the best."""
@@ -244,7 +263,7 @@ class Trainer:
             return
         loss = metrics.get("eval/loss", math.inf)
         saved = self.run.checkpoints / store.folder_name(self.step)
-        if loss < self.best_loss and saved.is_dir():
+        if loss < self.best_loss and self.world.is_first and saved.is_dir():
             self.best_loss = loss
             store.mark_best(saved, "eval/loss", loss)
         # Last, because the line is what tells a resumed run that this evaluation is complete.

@@ -39,14 +39,17 @@ def test_loss_and_gradients_equal_the_cpu() -> None:
 @pytest.mark.parametrize("optim", [AdamWConfig(), MuonConfig()], ids=["adamw", "muon"])
 def test_a_compiled_bf16_step_makes_no_host_synchronisation(optim: AdamWConfig | MuonConfig) -> None:
     from osler.data.loader import Batch
-    from osler.train.step import TrainStep, summed_loss
+    from osler.parallel.config import NoParallelConfig
+    from osler.parallel.parallelize import parallelize
+    from osler.runtime.world import World
+    from osler.train.step import TrainStep
 
     model = Transformer(ModelConfig(), compute_dtype=torch.bfloat16).cuda()
     model.init_weights(0)
     step = TrainStep(
         model,
         build_optimizer(model, optim),
-        torch.compile(summed_loss(model), fullgraph=True, dynamic=False),
+        parallelize(model, NoParallelConfig(), World(), compile=True),
         micro_batch_tokens=4 * 64,
         clip_norm=1.0,
         document_mask=False,

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from osler.model.config import ModelConfig
+from osler.model.loss import SummedLoss
 from osler.model.transformer import Transformer
 from osler.runtime.shapes import COMPILED_SHAPES, with_few_shapes
-from osler.train.step import summed_loss
 
 LENGTHS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
 
@@ -27,7 +27,7 @@ def test_ten_lengths_with_at_most_four_compiled_versions_alive(no_compiled_code)
 
     model = Transformer(ModelConfig(num_layers=1, hidden_size=32, intermediate_size=64, vocab_size=64))
     model.init_weights(0)
-    eager, counter, alive = summed_loss(model), CompileCounter(), []
+    eager, counter, alive = SummedLoss(model), CompileCounter(), []
     loss = with_few_shapes(torch.compile(eager, fullgraph=True, dynamic=False, backend=counter))
     for number, seq_len in enumerate(LENGTHS, start=1):
         ids = torch.randint(0, 64, (2, seq_len + 1), generator=torch.Generator().manual_seed(seq_len))
@@ -40,5 +40,5 @@ def test_ten_lengths_with_at_most_four_compiled_versions_alive(no_compiled_code)
                 gradients.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters()]))
             torch.testing.assert_close(*gradients)
         assert counter.frame_count == number
-        alive.append(len(_debug_get_cache_entry_list(eager.__code__)))
+        alive.append(len(_debug_get_cache_entry_list(SummedLoss.forward.__code__)))
     assert alive == [1, 2, 3, 4, 1, 2, 3, 4, 1, 2] and max(alive) == COMPILED_SHAPES

@@ -14,14 +14,16 @@ from osler.cli import main
 from osler.config import decode, load_recipe
 from osler.data.prepare import open_prepared
 from osler.inference.load import load_model
+from osler.model.loss import SummedLoss
 from osler.model.transformer import Transformer
 from osler.optim.build import build_optimizer
+from osler.parallel.engine import Engine
 from osler.runtime import faults
 from osler.runtime.files import RunFolder
 from osler.tokenizer.bpe import Tokenizer
 from osler.train.config import TrainConfig
 from osler.train.run import make_loader
-from osler.train.step import TrainStep, summed_loss
+from osler.train.step import TrainStep
 from osler.train.trainer import Trainer
 
 
@@ -46,7 +48,7 @@ def make_step(runs) -> Callable[..., tuple[Transformer, torch.optim.Optimizer, T
         step = TrainStep(
             model,
             optimizer,
-            summed_loss(model),
+            Engine(SummedLoss(model)),
             micro_batch_tokens=config.micro_batch_tokens,
             clip_norm=config.clip_norm,
             document_mask=config.document_mask,

@@ -71,6 +71,6 @@ def test_document_mask_keeps_documents_apart(config, shards, make_step):
         _, _, step = make_step(replace(config, document_mask=mask))
         documents = batch.document_ids[row][None] if mask else None
         with torch.no_grad():
-            losses[mask] = [float(step.loss(ids[None], labels[None], documents)) for ids in (batch.ids[row], scrambled)]
+            losses[mask] = [float(step.engine.loss(ids[None], labels[None], documents)) for ids in (batch.ids[row], scrambled)]
     assert losses[True][0] == losses[True][1]
     assert losses[False][0] != losses[False][1]

@@ -173,14 +173,15 @@ def test_tokens_end_a_run_by_the_clock_that_would_have_time_for_more(tiny, tmp_p
 
 def test_the_first_step_is_not_part_of_the_speed(make_trainer, tmp_path):
     trainer = make_trainer(tmp_path, log_every_steps=2)
-    step, first = trainer.train_step, []
+    engine, first = trainer.train_step.engine, []
+    loss = engine.loss
 
-    def slow_at_first(batch, scale):
+    def slow_at_first(*batch):
         if not first:
             first.append(time.sleep(1.0))
-        return step(batch, scale)
+        return loss(*batch)
 
-    trainer.train_step = slow_at_first
+    engine.loss = slow_at_first
     assert trainer.fit()
     speeds = [line["perf/tokens_per_second"] for line in lines(tmp_path) if "perf/tokens_per_second" in line]
     assert len(speeds) == trainer.step // 2 and min(speeds) > trainer.config.batch_tokens  # a step took far less than a second
@@ -228,3 +229,13 @@ def test_muon_interrupted_is_muon_uninterrupted(tiny, launch_stopped, tmp_path):
     assert ends[0].state["optimizer"] == ends[1].state["optimizer"]
     losses = [[line["train/loss"] for line in lines(folder) if "train/loss" in line] for folder in (whole, broken)]
     assert losses[0] == losses[1] and losses[0][-1] < losses[0][0]
+
+
+def test_how_a_run_is_computed_may_change_between_starts(tiny, launch_stopped, tmp_path, capsys):
+    """More workers, smaller micro-batches and another strategy make no other run, with --resume too."""
+    assert launch_stopped(tmp_path, fault="train-step:sigterm:3") == 130
+    assert launch_stopped(tmp_path, "loader_workers=0", "parallel.type=ddp", fault="train-step:sigterm:3") == 130
+    assert main(["pretrain", "micro_batch_tokens=64", "parallel.type=fsdp", "--run", str(tmp_path), "--resume"]) == 0
+    assert [line["step"] for line in lines(tmp_path) if "train/loss" in line] == [5, 10, 12]
+    assert main(["pretrain", tiny.pretrain, "seed=1", "--run", str(tmp_path)]) == 2
+    assert "seed is 1 here and 0 there" in capsys.readouterr().err

@@ -1,0 +1,51 @@
+"""Between tensors that are cut over the ranks (``DTensor``) and the whole ones that a checkpoint holds.
+
+A checkpoint is the same whoever wrote it, so it goes on with any number of ranks and any strategy. Plain tensors pass through
+unchanged. Exact: nothing is computed, parts are only put together and cut. The functions are collective.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether a rank holds only its part (asked without importing ``torch.distributed.tensor``, which takes a second)."""
+    return hasattr(tensor, "full_tensor")
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor that all ranks' parts make together."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def gathered(tensors: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
+    """Whole tensors, for the rank that keeps them; sharded ones are put together one at a time and leave the device at once."""
+    kept: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        full = whole(tensor)
+        if keep:
+            kept[name] = full.cpu() if is_sharded(tensor) else full
+    return kept
+
+
+def part_of(value: Tensor, like: Tensor) -> Tensor:
+    """This rank's part of a whole tensor, cut like ``like``; every rank gives the same ``value``, so none is sent."""
+    if not is_sharded(like):
+        return value
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    assert isinstance(like, DTensor)
+    value = value.to(like.device)
+    cut: Tensor = distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
+    return cut
+
+
+@torch.no_grad()
+def load_whole(model: torch.nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Load a state dict of whole tensors into a model whose own may be cut."""
+    own = model.state_dict()
+    model.load_state_dict({name: part_of(value, own[name]) if name in own else value for name, value in tensors.items()})

@@ -1,0 +1,27 @@
+"""The loss of supervised training as one module: what a parallel engine wraps and what is compiled.
+
+Shape legend: B batch, T tokens, D hidden.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from osler.model.transformer import Transformer
+from osler.ops.cross_entropy import linear_cross_entropy
+
+
+class SummedLoss(nn.Module):
+    """Maps (ids, labels, document ids or None) to the summed cross-entropy in nats; fit for ``torch.compile``."""
+
+    def __init__(self, model: Transformer) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids_BT: Tensor, labels_BT: Tensor, document_BT: Tensor | None) -> Tensor:
+        return self.of_hidden(self.model(ids_BT, document_BT=document_BT), labels_BT)
+
+    def of_hidden(self, hidden_BTD: Tensor, labels_BT: Tensor) -> Tensor:
+        """The part after the last block; apart, so that it can be compiled apart."""
+        features, weight = self.model.head(hidden_BTD)
+        return linear_cross_entropy(features, weight, labels_BT.flatten(), vocab_size=self.model.config.vocab_size)

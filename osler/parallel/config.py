@@ -1,0 +1,45 @@
+"""How several processes train one model together: one ``type`` in a recipe, and nothing else changes. Torch-free."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from osler.config import TAGGED, config
+
+
+@config
+class NoParallelConfig:
+    """One process."""
+
+    type: Literal["none"] = "none"
+
+
+@config
+class DdpConfig:
+    """Every process holds the whole model and its optimizer; gradients are averaged. The fastest where that fits."""
+
+    type: Literal["ddp"] = "ddp"
+
+
+@config
+class FsdpConfig:
+    """Weights, gradients and optimizer are cut into one part per process (FSDP2); a block is gathered when it computes."""
+
+    type: Literal["fsdp"] = "fsdp"
+    reshard_after_forward: bool = True  # gather a block again for its backward pass; False: keep it, more memory and fewer waits
+
+
+@config
+class DeepSpeedConfig:
+    """DeepSpeed's ZeRO (an extra): cuts the optimizer (stage 1), the gradients too (2), the weights too (3)."""
+
+    type: Literal["deepspeed"] = "deepspeed"
+    stage: int = 2  # of ZeRO: 1, 2 or 3
+    path: str | None = None  # DeepSpeed's own JSON, whose zero_optimization then replaces stage
+
+    def __post_init__(self) -> None:
+        if self.stage not in (1, 2, 3):
+            raise ValueError(f"stage {self.stage} must be 1, 2 or 3")
+
+
+ParallelConfig = Annotated[NoParallelConfig | DdpConfig | FsdpConfig | DeepSpeedConfig, TAGGED]

@@ -1,0 +1,93 @@
+"""What training asks of whatever joins the ranks: a loss, a way to hold back communication, an update, the weights as a whole.
+
+The idea: each rank divides its summed loss by the *mean* number of learned tokens of a rank. Averaging gradients over the ranks,
+which is what every engine does, then gives the gradient of the mean loss per learned token of the global batch, however unevenly
+the ranks share those tokens. Stateless beyond the model and the optimizer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from osler.checkpoint.sharded import gathered, load_whole, whole
+from osler.checkpoint.state import flatten_optimizer, restore_optimizer
+from osler.model.transformer import Transformer
+from osler.runtime.world import World
+
+LossFunction = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+
+
+class Engine:
+    """One process, or an engine that leaves averaged gradients in ``parameter.grad`` as a plain backward pass would."""
+
+    def __init__(
+        self,
+        loss: LossFunction,
+        world: World | None = None,
+        accumulating: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
+        """``loss`` sums over this rank's rows; inside ``accumulating()`` a backward pass leaves its gradient on the rank."""
+        self.loss = loss
+        self.world = world or World()
+        self.accumulating = accumulating
+
+    def bind(self, optimizer: torch.optim.Optimizer, clip_norm: float) -> None:
+        """Called once, with the optimizer built over the parameters and before anything is restored or learned."""
+        self.clip_norm = clip_norm
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of one micro-batch."""
+        loss.backward()
+
+    def update(self, optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Clip and make the optimizer's step, or skip it inside its kernel when the gradient is not finite.
+
+        Returns the gradient norm before clipping, and 1 if skipped; both stay on the device.
+        """
+        grad_norm = whole(torch.nn.utils.clip_grad_norm_(parameters, self.clip_norm, foreach=True))
+        skipped = (~torch.isfinite(grad_norm)).float()
+        optimizer.found_inf = skipped  # type: ignore[attr-defined]
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return grad_norm, skipped
+
+    def parts(
+        self, model: Transformer, optimizer: torch.optim.Optimizer
+    ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+        """What a checkpoint holds: whole tensors of model and optimizer, on rank 0 alone, and the JSON beside them."""
+        moments, state = flatten_optimizer(optimizer, model.named_parameters())
+        tensors = {"model": model.state_dict(), "optimizer": moments}
+        return {name: gathered(part, keep=self.world.is_first) for name, part in tensors.items()}, state
+
+    def restore(
+        self,
+        model: Transformer,
+        optimizer: torch.optim.Optimizer,
+        tensors: Mapping[str, Mapping[str, Tensor]],
+        state: Mapping[str, Any],
+    ) -> None:
+        """Put back what ``parts`` gave, whichever engine gave it."""
+        load_whole(model, tensors["model"])
+        restore_optimizer(optimizer, model.named_parameters(), tensors["optimizer"], state)
+
+    def plain_model(self, model: Transformer) -> Transformer:
+        """The model as evaluation and sampling know it: neither sharded nor compiled.
+
+        With one process it is the model itself; DDP's copy shares the weights, others gather them: drop it after use.
+        """
+        if self.world.size == 1:
+            return model
+        with torch.device("meta"):
+            plain = Transformer(model.config, compute_dtype=model.compute_dtype)
+        plain.load_state_dict(self.whole_weights(model), assign=True)
+        plain.rope_cos, plain.rope_sin = model.rope_cos, model.rope_sin
+        return plain.train(model.training)
+
+    def whole_weights(self, model: Transformer) -> dict[str, Tensor]:
+        """The state dict, whole, on every rank."""
+        return {name: whole(tensor) for name, tensor in model.state_dict().items()}

@@ -1,0 +1,43 @@
+"""Fully sharded data parallel (FSDP2, ``fully_shard``): each rank keeps a part of every weight, gradient and moment.
+
+A block's weights are gathered in the compute dtype when it computes, and gradients are reduced in fp32, so the master weights
+and the sum over ranks are as wide as with one process. https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+from osler.model.loss import SummedLoss
+from osler.parallel.config import FsdpConfig
+from osler.parallel.engine import Engine
+from osler.runtime.world import World
+
+
+def share_with_fsdp(loss: SummedLoss, config: FsdpConfig, world: World) -> Engine:
+    """Cut every block, and what lies outside the blocks as one more; the model's parameters become ``DTensor``."""
+    mesh = init_device_mesh(torch.device(world.device).type, (world.size,))
+    # The model casts its activations itself.
+    policy = MixedPrecisionPolicy(
+        param_dtype=loss.model.compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
+    for block in loss.model.layers:
+        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=config.reshard_after_forward)
+    # Embeddings and head: needed first and last, so they stay from the forward into the backward pass.
+    root = fully_shard(loss, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+
+    @contextmanager
+    def accumulating() -> Iterator[None]:
+        root.set_requires_gradient_sync(False)
+        try:
+            yield
+        finally:
+            root.set_requires_gradient_sync(True)
+
+    assert isinstance(root, FSDPModule)
+    return Engine(loss, world, accumulating)

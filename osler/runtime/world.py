@@ -1,0 +1,188 @@
+"""The processes of a run: who they are by torchrun's environment, and how they agree.
+
+The idea: every process runs the same program on rows of its own. What may differ between them goes through a ``World``: one
+rank writes and decides (``once``), counts and clocks are agreed on (``least``, ``sum``), tensors are averaged (``mean``). One
+process is a world of size 1, in which all of that does nothing. Tensors travel by NCCL between GPUs and by gloo on CPUs; the
+hosts agree over gloo connections of their own, which never wait for a GPU and have the patience that preparing data takes.
+
+A process that dies closes its connections, so the others fail at their next word with each other instead of waiting for ever;
+``joined`` makes one clear error of it. There is no state to resume.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, TypeVar
+
+from osler.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.distributed import ProcessGroup
+
+T = TypeVar("T")
+COLLECTIVE_TIMEOUT = timedelta(minutes=10)  # a rank that hangs in a step is given up after this
+HOST_TIMEOUT = timedelta(days=1)  # the others wait as long as rank 0 needs to prepare the data
+LOST_PEER_SIGNS = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer")  # torch has no class for it
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a process stands: its number among all, its number on this machine, and how many there are of each."""
+
+    rank: int = 0
+    local_rank: int = 0
+    size: int = 1
+    local_size: int = 1
+
+
+def place() -> Place:
+    """This process's place by the environment that torchrun sets; without it, the only process."""
+    size = int(os.environ.get("WORLD_SIZE", 1))
+    if size == 1:
+        return Place()
+    missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise UserError(f"WORLD_SIZE is {size}, but {', '.join(missing)} is not set: start several processes with torchrun.")
+    local_rank = int(os.environ["LOCAL_RANK"])
+    return Place(int(os.environ["RANK"]), local_rank, size, int(os.environ.get("LOCAL_WORLD_SIZE", local_rank + 1)))
+
+
+def is_silent(rank_variable: str = "RANK") -> bool:
+    """Whether rank 0 speaks for this process; ``LOCAL_RANK`` asks whether rank 0 of this machine does."""
+    return os.environ.get("WORLD_SIZE", "1") != "1" and os.environ.get(rank_variable, "0") != "0"
+
+
+def require_one_process(verb: str) -> None:
+    """Raise UserError when torchrun started several processes of a verb that is one."""
+    if place().size > 1:
+        raise UserError(f"{place().size} processes were started, but {verb} runs as one: start it without torchrun.")
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes that train one model together; every method must be called by all of them, in the same order."""
+
+    rank: int = 0
+    size: int = 1
+    device: str = "auto"  # what this process computes on, as a config names devices
+    hosts: ProcessGroup | None = None  # gloo between the hosts
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the process that speaks and writes."""
+        return self.rank == 0
+
+    def once(self, work: Callable[[], T]) -> T:
+        """Call ``work`` on rank 0 alone and give its result, which must be picklable, to every rank; the others wait."""
+        if self.size == 1:
+            return work()
+        import torch
+        import torch.distributed as dist
+
+        box = [work() if self.is_first else None]
+        dist.broadcast_object_list(box, src=0, group=self.hosts, device=torch.device("cpu"))
+        return box[0]  # type: ignore[return-value]
+
+    def ahead(self, work: Callable[[], T], follow: Callable[[], T]) -> T:
+        """Call ``work`` on rank 0 and, when that is done, ``follow`` on the others: what one writes and the others read."""
+        if self.is_first:
+            done = work()
+            self.least(0)
+            return done
+        self.least(0)
+        return follow()
+
+    def least(self, *values: int) -> list[int]:
+        """The least that any rank gives, for each of the values; does not wait for a GPU."""
+        if self.size == 1:
+            return list(values)
+        import torch
+        import torch.distributed as dist
+
+        agreed = torch.tensor(values, dtype=torch.int64)
+        dist.all_reduce(agreed, op=dist.ReduceOp.MIN, group=self.hosts)
+        return [int(value) for value in agreed.tolist()]
+
+    def sum(self, *values: float) -> list[float]:
+        """The sum over the ranks of each of the values, in fp64; does not wait for a GPU."""
+        if self.size == 1:
+            return list(values)
+        import torch
+        import torch.distributed as dist
+
+        total = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(total, group=self.hosts)
+        return [float(value) for value in total.tolist()]
+
+    def mean(self, tensor: Tensor) -> Tensor:
+        """Average a tensor over the ranks in place, on its device and without waiting for it."""
+        if self.size > 1:
+            import torch.distributed as dist
+
+            dist.all_reduce(tensor)
+            tensor /= self.size
+        return tensor
+
+
+@contextmanager
+def joined(device: str) -> Iterator[World]:
+    """The world that torchrun started this process in, connected; ``device`` is what the config asks for.
+
+    With GPUs each process takes the one of its local rank. Raises UserError when another process of the run was lost.
+    """
+    here = place()
+    if here.size == 1:
+        yield World(device=device)
+        return
+    import torch
+    import torch.distributed as dist
+
+    own = device_of(device, here)
+    on_gpu = own.startswith("cuda")
+    if on_gpu:
+        torch.cuda.set_device(own)
+    try:
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+            timeout=COLLECTIVE_TIMEOUT,
+            device_id=torch.device(own) if on_gpu else None,
+        )
+        world = World(here.rank, here.size, own, dist.new_group(backend="gloo", timeout=HOST_TIMEOUT))
+        yield world
+        world.least(0)  # nobody hangs up while another still listens
+        dist.destroy_process_group()  # not after an error: that could wait for a rank that is gone
+    except RuntimeError as error:
+        if any(sign in str(error) for sign in LOST_PEER_SIGNS):
+            raise UserError(
+                f"Rank {here.rank} of {here.size} lost the others: one of them ended or cannot be reached "
+                f"({_first_line(error)}). What it said last tells why; the same command goes on from the newest checkpoint."
+            ) from error
+        raise
+
+
+def device_of(device: str, here: Place) -> str:
+    """The device of one process among several; raises UserError when there is not one GPU for each."""
+    import torch
+
+    from osler.runtime.device import pick_device
+
+    chosen = pick_device(device)
+    if chosen.type == "cpu":
+        return "cpu"
+    if ":" in device:
+        raise UserError(f"device={device} names one GPU, but {here.size} processes were started: use device=auto.")
+    if here.local_size > torch.cuda.device_count():
+        raise UserError(
+            f"{here.local_size} processes were started on this machine, and it has {torch.cuda.device_count()} GPUs: start "
+            f"torchrun with --nproc-per-node {torch.cuda.device_count()}, or train on the CPU with device=cpu."
+        )
+    return f"cuda:{here.local_rank}"
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).partition("\n")[0][:200]

@@ -1,0 +1,67 @@
+"""Who a process is by its environment; how ranks agree is tested with real ranks in tests/distributed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from osler.errors import UserError
+from osler.runtime.log import complain, say
+from osler.runtime.world import Place, World, device_of, joined, place, require_one_process
+
+TORCHRUN = {
+    "RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500",
+}  # fmt: skip
+
+
+@pytest.fixture
+def torchrun(monkeypatch):
+    for name, value in TORCHRUN.items():
+        monkeypatch.setenv(name, value)
+
+
+def test_one_process_is_a_world_in_which_nothing_happens():
+    with joined("cpu") as world:
+        assert (world.rank, world.size, world.device, world.is_first) == (0, 1, "cpu", True)
+        assert world.once(lambda: "said") == "said" == world.ahead(lambda: "said", lambda: "not this")
+        assert world.least(3, -2) == [3, -2] and world.sum(1.5, 2) == [1.5, 2]
+        assert world.mean(torch.tensor(7.0)) == 7
+
+
+def test_the_place_is_what_torchrun_says(torchrun):
+    assert place() == Place(rank=5, local_rank=1, size=8, local_size=4)
+
+
+def test_an_environment_without_a_rank_is_refused(torchrun, monkeypatch):
+    monkeypatch.delenv("RANK")
+    with pytest.raises(UserError, match=r"WORLD_SIZE is 8, but RANK is not set.*torchrun"):
+        place()
+
+
+def test_a_verb_of_one_process_refuses_several(torchrun):
+    with pytest.raises(UserError, match="8 processes were started, but grpo runs as one"):
+        require_one_process("grpo")
+
+
+def test_a_single_gpu_cannot_be_named_for_several_processes():
+    with pytest.raises(UserError, match=r"cuda:1|was asked for"):
+        device_of("cuda:1", Place(size=2))
+    assert device_of("cpu", Place(size=2)) == "cpu"
+
+
+def test_rank_0_speaks_and_one_rank_of_each_machine_complains(torchrun, monkeypatch, capsys):
+    say("progress")
+    complain("mistake")
+    assert capsys.readouterr().err == ""
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    say("progress")
+    complain("mistake")
+    assert capsys.readouterr().err == "mistake\n"
+    monkeypatch.setenv("RANK", "0")
+    say("progress")
+    assert capsys.readouterr().err == "progress\n"
+
+
+def test_mean_of_a_world_without_ranks_keeps_the_tensor():
+    tensor = torch.ones(3)
+    assert World().mean(tensor) is tensor
