@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import torch
 from torch import nn
 
+from osler.errors import UserError
+from osler.optim.bf16 import Bf16AdamW
 from osler.optim.config import AdamWConfig
 
 # Order matters: norms are vectors whatever they sit in; what is left over is a matrix.
@@ -22,8 +25,8 @@ def group_of(parameter_name: str) -> str:
     return next(group for group, pattern in GROUPS if pattern.search(parameter_name))
 
 
-def build_adamw(model: nn.Module, config: AdamWConfig) -> torch.optim.AdamW:
-    """Fused AdamW over three groups; every group remembers its full learning rate as ``base_lr``."""
+def adamw_groups(model: nn.Module, config: AdamWConfig) -> list[dict[str, Any]]:
+    """The three groups of AdamW; every group remembers its full learning rate as ``base_lr``."""
     embedding_lr = config.lr if config.embedding_lr is None else config.embedding_lr
     settings = {
         "matrices": {"lr": config.lr, "weight_decay": config.weight_decay},
@@ -36,14 +39,30 @@ def build_adamw(model: nn.Module, config: AdamWConfig) -> torch.optim.AdamW:
         parameters = [parameter for name, parameter in named if group_of(name) == group]
         if parameters:
             groups.append({"params": parameters, "name": group, "base_lr": options["lr"], **options})
-    return torch.optim.AdamW(groups, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
+    return groups
+
+
+def build_adamw(model: nn.Module, config: AdamWConfig) -> torch.optim.AdamW:
+    """Fused AdamW over the three groups."""
+    return torch.optim.AdamW(
+        adamw_groups(model, config), betas=(config.beta1, config.beta2), eps=config.eps, fused=True
+    )
 
 
 OPTIMIZERS = {AdamWConfig: build_adamw}
 
 
-def build_optimizer(model: nn.Module, config: AdamWConfig) -> torch.optim.Optimizer:
-    """The optimizer that ``config`` describes, over all of ``model``'s parameters."""
+def build_optimizer(model: nn.Module, config: AdamWConfig, *, seed: int = 0) -> torch.optim.Optimizer:
+    """The optimizer that ``config`` describes, over all of ``model``'s parameters.
+
+    Weights that are kept in bf16 get the AdamW that rounds stochastically, by ``seed``.
+    """
+    if any(parameter.dtype == torch.bfloat16 for parameter in model.parameters()):
+        if not isinstance(config, AdamWConfig):
+            raise UserError(
+                f"precision=pure-bf16 rounds inside its own AdamW; with optim.type={config.type} use precision=bf16."
+            )
+        return Bf16AdamW(adamw_groups(model, config), betas=(config.beta1, config.beta2), eps=config.eps, seed=seed)
     return OPTIMIZERS[type(config)](model, config)
 
 

@@ -46,7 +46,15 @@ from osler.train.folder import (
     stored_precision,
     work,
 )
-from osler.train.setup import COMPILE_MIN_STEPS, check_vocabulary, choose_machine, describe_run, make_model, make_tokenizer
+from osler.train.setup import (
+    COMPILE_MIN_STEPS,
+    check_vocabulary,
+    choose_machine,
+    describe_run,
+    make_model,
+    make_tokenizer,
+    set_precision,
+)
 from osler.train.step import TrainStep, summed_loss
 from osler.train.trainer import Trainer
 
@@ -102,6 +110,7 @@ def train(config: TrainConfig, run: RunFolder) -> bool:
     steps = config.total_steps if config.max_minutes is None else int(config.max_minutes * COMPILE_MIN_STEPS)
     machine = choose_machine(config.device, precision, config.compile, steps=steps)
     model, tokenizer = make_model(config, machine, checkpoint)
+    set_precision(model, config)
     tokenizer_path = run.root / TOKENIZER_FILE
     tokenizer = make_tokenizer(config, tokenizer, tokenizer_path)
     check_vocabulary(model.config, tokenizer, is_new=checkpoint is None and config.init_from is None)
@@ -109,7 +118,7 @@ def train(config: TrainConfig, run: RunFolder) -> bool:
     claim(run, config)
     if not tokenizer_path.exists():
         write_atomic(tokenizer_path, tokenizer.to_bytes())
-    optimizer = build_optimizer(model, config.optim)
+    optimizer = build_optimizer(model, config.optim, seed=config.seed)
     loss = summed_loss(model)
     train_step = TrainStep(
         model,
