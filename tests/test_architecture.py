@@ -17,7 +17,7 @@ FLOORS: dict[str, int] = {
     **dict.fromkeys(("errors", "yaml12", "config"), 0),
     **dict.fromkeys(("runtime", "ops", "clinic"), 1),
     **dict.fromkeys(("model", "optim", "tokenizer", "tasks", "monitor", "checkpoint"), 2),
-    **dict.fromkeys(("data", "inference"), 3),
+    **dict.fromkeys(("data", "inference", "parallel"), 3),
     **dict.fromkeys(("eval",), 4),
     **dict.fromkeys(("train",), 5),
     **dict.fromkeys(("rl", "report"), 6),

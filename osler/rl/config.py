@@ -178,6 +178,7 @@ class GrpoConfig:
 
     device: str = "auto"
     precision: Literal["auto", "bf16", "fp32"] = "auto"
+    recompute: Literal["off", "selective", "full"] = "off"  # as in pretraining
 
     def __post_init__(self) -> None:
         intervals = ("steps", "eval_every_steps", "save_every_steps", "max_skipped_steps", "zero_reward_patience")

@@ -53,6 +53,7 @@ class TrainConfig:
     schedule: ScheduleConfig = LinearConfig(warmup_tokens=327_680)
     clip_norm: float = 1.0
     precision: Literal["auto", "bf16", "fp32", "pure-bf16"] = "auto"  # bf16 computes in bf16 from fp32 weights; pure: no fp32
+    recompute: Literal["off", "selective", "full"] = "off"  # activations computed again in the backward pass, to save memory
     compile: Literal["auto", "always", "never"] = "auto"
     device: str = "auto"
     loader_workers: int = 1

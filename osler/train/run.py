@@ -28,6 +28,7 @@ from osler.inference.load import TOKENIZER_FILE, describing_files
 from osler.model.config import ModelConfig
 from osler.model.transformer import Transformer
 from osler.optim.build import build_optimizer
+from osler.parallel.activation_checkpoint import set_recompute
 from osler.runtime.device import keep_freed_memory
 from osler.runtime.files import RunFolder, write_atomic
 from osler.runtime.log import say
@@ -111,6 +112,7 @@ def train(config: TrainConfig, run: RunFolder) -> bool:
     machine = choose_machine(config.device, precision, config.compile, steps=steps)
     model, tokenizer = make_model(config, machine, checkpoint)
     set_precision(model, config)
+    set_recompute(model, config.recompute)
     tokenizer_path = run.root / TOKENIZER_FILE
     tokenizer = make_tokenizer(config, tokenizer, tokenizer_path)
     check_vocabulary(model.config, tokenizer, is_new=checkpoint is None and config.init_from is None)
