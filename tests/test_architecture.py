@@ -40,6 +40,7 @@ DOORS: dict[str, set[str]] = {
     "safetensors": {"checkpoint/tensors.py"},
     "pyarrow": {"data/readers.py", "tasks/rows.py"},  # documents and exam items: two packages that may not meet
     "zstandard": {"data/readers.py"},
+    "torchao": {"parallel/fp8.py"},
 }
 EVERYWHERE = {"torch", "numpy"}
 

@@ -52,7 +52,7 @@ PEAK_FLOPS: tuple[tuple[str, float], ...] = (
 )
 
 # What the activations are in; see train/setup.py for where the precisions differ otherwise.
-PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32, "pure-bf16": torch.bfloat16}
+PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32, "pure-bf16": torch.bfloat16, "fp8": torch.bfloat16}
 
 _BF16_TRIAL_SECONDS = 0.6  # long enough to find quiet moments on a busy machine
 _BF16_GAIN = 1.2  # below this the cast of the weights, which the trial leaves out, eats the gain

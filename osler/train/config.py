@@ -52,7 +52,8 @@ class TrainConfig:
     optim: AdamWConfig = AdamWConfig()
     schedule: ScheduleConfig = LinearConfig(warmup_tokens=327_680)
     clip_norm: float = 1.0
-    precision: Literal["auto", "bf16", "fp32", "pure-bf16"] = "auto"  # bf16 computes in bf16 from fp32 weights; pure: no fp32
+    # bf16 computes in bf16 from fp32 weights, fp8 also multiplies in FP8; pure-bf16 keeps weights and moments in bf16 too
+    precision: Literal["auto", "bf16", "fp32", "pure-bf16", "fp8"] = "auto"
     recompute: Literal["off", "selective", "full"] = "off"  # activations computed again in the backward pass, to save memory
     compile: Literal["auto", "always", "never"] = "auto"
     device: str = "auto"

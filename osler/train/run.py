@@ -111,7 +111,7 @@ def train(config: TrainConfig, run: RunFolder) -> bool:
     steps = config.total_steps if config.max_minutes is None else int(config.max_minutes * COMPILE_MIN_STEPS)
     machine = choose_machine(config.device, precision, config.compile, steps=steps)
     model, tokenizer = make_model(config, machine, checkpoint)
-    set_precision(model, config)
+    set_precision(model, config, machine.device)
     set_recompute(model, config.recompute)
     tokenizer_path = run.root / TOKENIZER_FILE
     tokenizer = make_tokenizer(config, tokenizer, tokenizer_path)

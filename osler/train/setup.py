@@ -17,6 +17,7 @@ from osler.inference.load import TOKENIZER_FILE, described_model, load_model
 from osler.model.config import ModelConfig
 from osler.model.transformer import Transformer
 from osler.optim.bf16 import keep_in_bf16
+from osler.parallel.fp8 import convert_to_fp8
 from osler.runtime.device import compile_works, pick_device, pick_dtype
 from osler.runtime.files import RunFolder, write_json
 from osler.runtime.log import say
@@ -81,10 +82,12 @@ def make_model(config: TrainConfig, machine: Machine, checkpoint: store.Loaded |
     return loaded.model.train(), loaded.tokenizer
 
 
-def set_precision(model: Transformer, config: TrainConfig) -> None:
-    """Give a new or loaded ``model`` the weights that ``config.precision`` trains: fp32, or bf16 and nothing else."""
+def set_precision(model: Transformer, config: TrainConfig, device: torch.device) -> None:
+    """Give a new or loaded ``model`` the weights and projections that ``config.precision`` trains."""
     if config.precision == "pure-bf16":
         keep_in_bf16(model)
+    if config.precision == "fp8":
+        convert_to_fp8(model, device, tokens=config.micro_batch_tokens or config.batch_tokens)
 
 
 def make_tokenizer(config: TrainConfig, given: Tokenizer | None, kept: Path) -> Tokenizer:

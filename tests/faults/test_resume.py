@@ -44,7 +44,7 @@ def test_stopped_after_any_step_and_resumed(kind, step, launch, whole, assert_sa
     assert_same_run(tmp_path, whole[kind])
 
 
-@pytest.mark.parametrize("precision", ["pure-bf16"])
+@pytest.mark.parametrize("precision", ["pure-bf16", "fp8"])
 def test_every_precision_resumes_exactly_and_loads_as_usual(precision, launch, assert_same_run, tmp_path):
     option = f"precision={precision}"
     assert launch("pretrain", tmp_path / "whole", option) == 0
