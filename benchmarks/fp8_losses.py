@@ -16,6 +16,7 @@ import platform
 import subprocess
 import sys
 import tempfile
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,6 @@ def main() -> None:
     args = parser.parse_args()
 
     import torch
-    import torchao
 
     with tempfile.TemporaryDirectory() as folder:
         bf16, fp8 = (losses(name, args, args.batch_tokens, Path(folder) / name) for name in ("bf16", "fp8"))
@@ -73,7 +73,7 @@ def main() -> None:
         "device": args.device if args.device == "cpu" else torch.cuda.get_device_name(args.device),
         "machine": f"{platform.system()} {platform.machine()}",
         "torch": torch.__version__,
-        "torchao": torchao.__version__,
+        "torchao": version("torchao"),
         "largest_gap": max(gaps),
         "mean_gap": sum(gaps) / len(gaps),
         "within_target": max(gaps) <= TARGET,

@@ -27,7 +27,7 @@ from osler.train.folder import VERSIONS
 
 COMPILE_MIN_STEPS = 100  # compiling costs 10 to 30 seconds; shorter runs end sooner without it
 MUCH_USED = 0.9  # of the model's vocabulary: below this share of it the rest is worth a word
-PACKAGES = ("osler", "torch", "numpy", "tokenizers", "safetensors", "pydantic", "pyarrow")
+PACKAGES = ("osler", "torch", "torchao", "numpy", "tokenizers", "safetensors", "pydantic", "pyarrow")
 
 
 @dataclass(frozen=True)
