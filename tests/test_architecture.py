@@ -44,6 +44,7 @@ DOORS: dict[str, set[str]] = {
     "zstandard": {"data/readers.py"},
     "transformers": {"bench/contestants.py"},
     "nanochat": {"bench/contestants.py"},
+    "torchao": {"parallel/fp8.py"},
 }
 EVERYWHERE = {"torch", "numpy"}
 

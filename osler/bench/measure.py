@@ -26,11 +26,14 @@ from osler.data.order import Order
 from osler.data.packing import StreamPacking
 from osler.data.shards import ShardSet, ShardWriter
 from osler.model.config import ModelConfig
+from osler.model.transformer import Transformer
 from osler.optim.build import build_optimizer
+from osler.parallel.activation_checkpoint import set_recompute
 from osler.parallel.engine import Engine
 from osler.runtime.device import keep_freed_memory, peak_flops
 from osler.runtime.stopwatch import Stopwatch
 from osler.train.config import TrainConfig
+from osler.train.setup import set_precision
 from osler.train.step import TrainStep
 
 DOCUMENT_TOKENS = 700  # the length of a stand-in document; rows are cut across them
@@ -48,6 +51,9 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
     torch.manual_seed(0)
     model, loss = contestant(spec, config, dtype)
     model.to(device)
+    if isinstance(model, Transformer):
+        set_precision(model, config, device)
+        set_recompute(model, config.recompute)
     if spec["compile"]:
         loss = torch.compile(loss, dynamic=False, fullgraph=spec["contestant"] == "osler")
     stopwatch = Stopwatch(device)

@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from osler.errors import UserError
+from osler.optim.bf16 import Bf16AdamW
 from osler.optim.config import AdamWConfig, MuonConfig
 from osler.optim.muon import Muon
 from osler.optim.schedule import momentum_at, weight_decay_scale
@@ -38,15 +40,21 @@ def grouped(model: nn.Module, settings: Mapping[str, Mapping[str, Any]]) -> list
     return groups
 
 
-def build_adamw(model: nn.Module, config: AdamWConfig, process_group: dist.ProcessGroup | None) -> torch.optim.AdamW:
-    """Fused AdamW over three groups; it has no work that ranks could share."""
+def adamw_groups(model: nn.Module, config: AdamWConfig) -> list[dict[str, Any]]:
+    """The three groups of AdamW."""
     embedding_lr = config.lr if config.embedding_lr is None else config.embedding_lr
     settings = {
         "matrices": {"lr": config.lr, "weight_decay": config.weight_decay},
         "embeddings": {"lr": embedding_lr, "weight_decay": 0.0},
         "vectors": {"lr": config.lr, "weight_decay": 0.0},
     }
-    return torch.optim.AdamW(grouped(model, settings), betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
+    return grouped(model, settings)
+
+
+def build_adamw(model: nn.Module, config: AdamWConfig, process_group: dist.ProcessGroup | None) -> torch.optim.AdamW:
+    """Fused AdamW over the three groups; it has no work that ranks could share."""
+    groups = adamw_groups(model, config)
+    return torch.optim.AdamW(groups, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
 
 
 def build_muon(model: nn.Module, config: MuonConfig, process_group: dist.ProcessGroup | None) -> Muon:
@@ -66,12 +74,23 @@ OPTIMIZERS: dict[type, Any] = {AdamWConfig: build_adamw, MuonConfig: build_muon}
 
 
 def build_optimizer(
-    model: nn.Module, config: AdamWConfig | MuonConfig, *, process_group: dist.ProcessGroup | None = None
+    model: nn.Module,
+    config: AdamWConfig | MuonConfig,
+    *,
+    seed: int = 0,
+    process_group: dist.ProcessGroup | None = None,
 ) -> torch.optim.Optimizer:
     """The optimizer that ``config`` describes, over all of ``model``'s parameters.
 
-    ``process_group``: ranks that hold the same model and will have the same gradients, and may share an update's work.
+    Weights that are kept in bf16 get the AdamW that rounds stochastically, by ``seed``. ``process_group``: ranks that hold the
+    same model and will have the same gradients, and may share an update's work.
     """
+    if any(parameter.dtype == torch.bfloat16 for parameter in model.parameters()):
+        if not isinstance(config, AdamWConfig):
+            raise UserError(
+                f"precision=pure-bf16 rounds inside its own AdamW; with optim.type={config.type} use precision=bf16."
+            )
+        return Bf16AdamW(adamw_groups(model, config), betas=(config.beta1, config.beta2), eps=config.eps, seed=seed)
     optimizer: torch.optim.Optimizer = OPTIMIZERS[type(config)](model, config, process_group)
     return optimizer
 

@@ -35,7 +35,7 @@ class DeepSpeedConfig:
 
     type: Literal["deepspeed"] = "deepspeed"
     stage: int = 2  # of ZeRO: 1, 2 or 3
-    path: str | None = None  # DeepSpeed's own JSON, whose zero_optimization then replaces stage
+    config_file: str | None = None  # DeepSpeed's own JSON, whose zero_optimization then replaces stage
 
     def __post_init__(self) -> None:
         if self.stage not in (1, 2, 3):

@@ -1,7 +1,8 @@
 """The one place that turns a single-device model into what the ranks train together.
 
-The order is FP8, recompute, compile, shard: layers are exchanged before anything wraps them, a block is wrapped for recompute
-before it is compiled, and what is sharded is the compiled block, so that its hooks stay outside the graph. One process compiles
+The order is FP8, recompute, compile, shard: layers are exchanged before anything wraps them (``fp8.py``) and blocks are told to
+recompute before they are compiled (``activation_checkpoint.py``), both on the model that comes in here; what is sharded is the
+compiled block, so that its hooks stay outside the graph. One process compiles
 the whole loss as one graph; several compile block by block, because a block's gradient can then travel while the one before it
 still computes. The optimizer is built after this, on the parameters that result.
 """

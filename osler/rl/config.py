@@ -171,6 +171,7 @@ class GrpoConfig:
 
     device: str = "auto"  # auto, cpu, cuda or cuda:N
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # of activations; weights are fp32; auto: bf16 where it is faster here
+    recompute: Literal["off", "selective", "full"] = "off"  # activations computed again in the backward pass, to save memory
 
     def __post_init__(self) -> None:
         intervals = ("steps", "eval_every_steps", "save_every_steps", "max_skipped_steps", "zero_reward_patience")

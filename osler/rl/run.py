@@ -18,6 +18,7 @@ from osler.eval.exams import score_by_generation
 from osler.inference.engine import Engine
 from osler.inference.load import LoadedModel, describing_files, load_model
 from osler.optim.build import build_optimizer
+from osler.parallel.activation_checkpoint import set_recompute
 from osler.rl.config import GrpoConfig, RlTaskConfig
 from osler.rl.prompts import RewardTerm, RlTask, task_shares
 from osler.rl.trainer import GrpoTrainer
@@ -79,6 +80,7 @@ def train(config: GrpoConfig, run: RunFolder) -> bool:
     machine = choose_machine(config.device, precision, "never", steps=config.steps)
     start = load_model(checkpoint or config.init_from, device=machine.device, compute_dtype=machine.dtype)
     model, tokenizer = start.model.train(), start.tokenizer
+    set_recompute(model, config.recompute)
     tasks = load_tasks(config, start)
     eval_items = load_task(config.eval_task) if config.eval_task is not None else []
     check_held_out(tasks, eval_items)

@@ -57,7 +57,10 @@ class TrainConfig:
     optim: OptimConfig = AdamWConfig()
     schedule: ScheduleConfig = LinearConfig(warmup_tokens=327_680)
     clip_norm: float = 1.0  # norm that the gradient is scaled down to when it is larger
-    precision: Literal["auto", "bf16", "fp32"] = "auto"  # of activations; weights are fp32; auto: bf16 where it is faster here
+    # bf16 computes in bf16 from fp32 weights, fp8 also multiplies in FP8; pure-bf16 keeps weights and moments in bf16 too;
+    # auto: bf16 where it is faster than fp32 here
+    precision: Literal["auto", "bf16", "fp32", "pure-bf16", "fp8"] = "auto"
+    recompute: Literal["off", "selective", "full"] = "off"  # activations computed again in the backward pass, to save memory
     # with torch.compile; auto: where it works and the run is long enough to pay
     compile: Literal["auto", "always", "never"] = "auto"
     device: str = "auto"  # auto, cpu, cuda or cuda:N

@@ -133,10 +133,10 @@ def newest_checkpoint(run: RunFolder) -> Path | None:
     return found
 
 
-def stored_precision(checkpoint: Path | None, otherwise: str) -> str:
+def stored_precision(checkpoint: Path | None, wanted: str) -> str:
     """The precision that a run resolved when it began; ``auto`` is a timing and might decide otherwise the second time."""
-    if checkpoint is None or not (checkpoint / VERSIONS).exists():
-        return otherwise
+    if wanted != "auto" or checkpoint is None or not (checkpoint / VERSIONS).exists():
+        return wanted
     machine = json.loads((checkpoint / VERSIONS).read_text(encoding="utf-8"))["machine"]
     return PRECISION_OF_DTYPE[machine["dtype"]]
 

@@ -31,6 +31,7 @@ from osler.inference.load import TOKENIZER_FILE, describing_files
 from osler.model.config import ModelConfig
 from osler.model.transformer import Transformer
 from osler.optim.build import build_optimizer
+from osler.parallel.activation_checkpoint import set_recompute
 from osler.parallel.engine import Engine as ParallelEngine
 from osler.parallel.parallelize import check_strategy, parallelize
 from osler.runtime.device import keep_freed_memory, pick_device
@@ -57,11 +58,13 @@ from osler.train.setup import (
     COMPILE_MIN_STEPS,
     Machine,
     check_plan,
+    check_together,
     check_vocabulary,
     choose_machine,
     describe_run,
     make_model,
     make_tokenizer,
+    set_precision,
 )
 from osler.train.step import TrainStep
 from osler.train.trainer import Trainer
@@ -112,6 +115,7 @@ def train(config: TrainConfig, run: RunFolder, world: World | None = None) -> bo
     world = world or World(device=config.device)
     started = time.monotonic()
     check_strategy(config.parallel, world)
+    check_together(config, world)
     for span in config.timeline.spans:
         check_shares(span.rows_per_batch, span.seq_len, world.size, span.number if config.curriculum else 0)
     refuse_another(run, config)
@@ -126,12 +130,14 @@ def train(config: TrainConfig, run: RunFolder, world: World | None = None) -> bo
     machine = world.once(lambda: choose_machine(world.device, precision, config.compile, steps=steps))
     machine = replace(machine, device=pick_device(world.device))
     model, tokenizer = make_model(config, machine, checkpoint)
+    set_precision(model, config, machine.device)
+    set_recompute(model, config.recompute)
     tokenizer_path = run.root / TOKENIZER_FILE
     tokenizer = world.once(lambda: make_tokenizer(config, tokenizer, tokenizer_path))
     check_vocabulary(model.config, tokenizer, is_new=checkpoint is None and config.init_from is None)
     prepared = world.ahead(lambda: begin(config, run, tokenizer), lambda: open_prepared(run.root / DATA, tokenizer))
     engine = parallelize(model, config.parallel, world, compile=machine.compile)
-    optimizer = build_optimizer(model, config.optim)
+    optimizer = build_optimizer(model, config.optim, seed=config.seed, process_group=world.group)
     train_step = TrainStep(
         model,
         optimizer,

@@ -16,16 +16,19 @@ from osler.errors import UserError
 from osler.inference.load import TOKENIZER_FILE, described_model, load_model
 from osler.model.config import ModelConfig
 from osler.model.transformer import Transformer
+from osler.optim.bf16 import keep_in_bf16
+from osler.parallel.fp8 import convert_to_fp8
 from osler.runtime.device import compile_works, pick_device, pick_dtype
 from osler.runtime.files import RunFolder, write_json
 from osler.runtime.log import say
+from osler.runtime.world import World
 from osler.tokenizer.bpe import Tokenizer
 from osler.train.config import TrainConfig
 from osler.train.folder import VERSIONS
 
 COMPILE_MIN_STEPS = 100  # compiling costs 10 to 30 seconds; shorter runs end sooner without it
 MUCH_USED = 0.9  # of the model's vocabulary: below this share of it the rest is worth a word
-PACKAGES = ("osler", "torch", "numpy", "tokenizers", "safetensors", "pydantic", "pyarrow")
+PACKAGES = ("osler", "torch", "torchao", "numpy", "tokenizers", "safetensors", "pydantic", "pyarrow")
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,22 @@ def make_model(config: TrainConfig, machine: Machine, checkpoint: store.Loaded |
             f"model in {loaded.path} allows."
         )
     return loaded.model.train(), loaded.tokenizer
+
+
+def check_together(config: TrainConfig, world: World) -> None:
+    """Refuse strategies that cannot hold what an optimizer needs (UserError): its arithmetic goes over whole, own parameters."""
+    strategy, optimizer = config.parallel.type, "pure-bf16" if config.precision == "pure-bf16" else config.optim.type
+    if world.size > 1 and (strategy, optimizer) in (("fsdp", "pure-bf16"), ("deepspeed", "pure-bf16"), ("deepspeed", "muon")):
+        name = "precision=pure-bf16" if optimizer == "pure-bf16" else f"optim.type={optimizer}"
+        raise UserError(f"{name} does not work with parallel.type={strategy}, which cuts parameters up: use parallel.type=ddp.")
+
+
+def set_precision(model: Transformer, config: TrainConfig, device: torch.device) -> None:
+    """Give a new or loaded ``model`` the weights and projections that ``config.precision`` trains."""
+    if config.precision == "pure-bf16":
+        keep_in_bf16(model)
+    if config.precision == "fp8":
+        convert_to_fp8(model, device, tokens=config.micro_batch_tokens or config.batch_tokens)
 
 
 def make_tokenizer(config: TrainConfig, given: Tokenizer | None, kept: Path) -> Tokenizer:

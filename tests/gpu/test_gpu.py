@@ -36,16 +36,31 @@ def test_loss_and_gradients_equal_the_cpu() -> None:
         torch.testing.assert_close(parameter.grad.cpu(), expected[name], rtol=2e-2, atol=2e-2)
 
 
-@pytest.mark.parametrize("optim", [AdamWConfig(), MuonConfig()], ids=["adamw", "muon"])
-def test_a_compiled_bf16_step_makes_no_host_synchronisation(optim: AdamWConfig | MuonConfig) -> None:
+@pytest.mark.parametrize("recompute", ["off", "selective", "full"])
+@pytest.mark.parametrize(
+    ("precision", "optim"),
+    [("bf16", AdamWConfig()), ("bf16", MuonConfig()), ("pure-bf16", AdamWConfig()), ("fp8", AdamWConfig())],
+    ids=["bf16", "bf16-muon", "pure-bf16", "fp8"],
+)
+def test_a_compiled_step_makes_no_host_synchronisation(
+    precision: str, optim: AdamWConfig | MuonConfig, recompute: str
+) -> None:
     from osler.data.loader import Batch
+    from osler.parallel.activation_checkpoint import set_recompute
     from osler.parallel.config import NoParallelConfig
     from osler.parallel.parallelize import parallelize
     from osler.runtime.world import World
+    from osler.train.config import TrainConfig
+    from osler.train.setup import set_precision
     from osler.train.step import TrainStep
+
+    if precision == "fp8" and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("needs a GPU with FP8")
 
     model = Transformer(ModelConfig(), compute_dtype=torch.bfloat16).cuda()
     model.init_weights(0)
+    set_precision(model, TrainConfig(precision=precision), torch.device("cuda"))
+    set_recompute(model, recompute)
     step = TrainStep(
         model,
         build_optimizer(model, optim),
