@@ -18,38 +18,35 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("files", type=Path, nargs="+")
-    parser.add_argument("--set", nargs="*", default=[], metavar="key=value", help="overrides of the recipe")
-    parser.add_argument("--out", type=Path, help="also write the JSON here")
-    args = parser.parse_args()
+def train(files: Sequence[Path], overrides: Sequence[str]) -> dict[str, Any]:
+    """Train the recipe over copies of ``files`` in a folder that is gone afterwards; returns what was measured."""
     import torch
 
     with tempfile.TemporaryDirectory() as folder:
         texts, run = Path(folder) / "texts", Path(folder) / "run"
         texts.mkdir()
-        for file in args.files:
+        for file in files:
             shutil.copy(file, texts)
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "TORCHINDUCTOR_CACHE_DIR": str(Path(folder) / "cache")}
         command = [sys.executable, "-m", "osler.cli", "pretrain", "text-10min", f"data.path={texts}", "--run", str(run)]
-        command += args.set
         started = time.monotonic()
-        if subprocess.run(command, env=environment).returncode:
+        if subprocess.run([*command, *overrides], env=environment).returncode:
             raise SystemExit(1)
         minutes = (time.monotonic() - started) / 60
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         measured = [line for line in lines if "eval/bits_per_byte" in line]
         manifest = json.loads((run / "data" / "manifest.json").read_text())
-    result = {
+    return {
         "benchmark": "text-10min",
-        "files": [file.name for file in args.files],
-        "overrides": args.set,
+        "files": [file.name for file in files],
+        "overrides": list(overrides),
         "minutes": minutes,
         "bits_per_byte": measured[-1]["eval/bits_per_byte"],
         "curve": [{"tokens": line["tokens"], "bits_per_byte": line["eval/bits_per_byte"]} for line in measured],
@@ -58,7 +55,15 @@ def main() -> None:
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
         "torch": torch.__version__,
     }
-    text = json.dumps(result, indent=2)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", type=Path, nargs="+")
+    parser.add_argument("--set", nargs="*", default=[], metavar="key=value", help="overrides of the recipe")
+    parser.add_argument("--out", type=Path, help="also write the JSON here")
+    args = parser.parse_args()
+    text = json.dumps(train(args.files, args.set), indent=2)
     print(text)
     if args.out:
         args.out.write_text(text + "\n")

@@ -13,9 +13,8 @@ import difflib
 import enum
 import functools
 import json
-import re
 import types
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
@@ -75,7 +74,7 @@ def decode(cls: type[T], mapping: Mapping[str, Any], *, source: str = "") -> T:
     from pydantic import ValidationError
 
     if not isinstance(mapping, Mapping):
-        raise ConfigError(f"{source or cls.__name__}: should be a mapping of keys to values, given {_show(mapping)}")
+        raise ConfigError(f"{source or cls.__name__}: should be a mapping of keys to values, given {shown(mapping)}")
     completed = _complete_type(cls, encode(mapping))
     try:
         text = json.dumps(completed)
@@ -87,7 +86,9 @@ def decode(cls: type[T], mapping: Mapping[str, Any], *, source: str = "") -> T:
     except UserError as error:  # of a __post_init__: pydantic files only ValueErrors under their path
         raise ConfigError(f"{source or cls.__name__}: {error}") from None
     except ValidationError as error:
-        lines = _error_lines(cls, error.errors(include_url=False))
+        from osler.mistakes import error_lines
+
+        lines = error_lines(cls, error.errors(include_url=False))
     count = "1 error" if len(lines) == 1 else f"{len(lines)} errors"
     raise ConfigError("\n  ".join([f"{source or cls.__name__}: {count}", *lines]))
 
@@ -116,45 +117,48 @@ def _is_config(value: Any) -> bool:
     return dataclasses.is_dataclass(value) and not isinstance(value, type)
 
 
-def _is_config_class(annotation: Any) -> bool:
+def is_config_class(annotation: Any) -> bool:
+    """Tell a section of a config from a plain value."""
     return dataclasses.is_dataclass(annotation) and isinstance(annotation, type)
 
 
 @functools.cache
-def _hints(cls: Any) -> dict[str, Any]:
+def hints(cls: Any) -> dict[str, Any]:
+    """Return the annotations of a config class by field name, the metadata of ``Annotated`` included."""
     return get_type_hints(cls, include_extras=True)
 
 
-def _members(annotation: Any) -> tuple[list[Any], bool]:
+def members_of(annotation: Any) -> tuple[list[Any], bool]:
     """Return the types that an annotation allows (None left out) and whether they are told apart by ``type``."""
     if get_origin(annotation) is Annotated:
         inner, *metadata = get_args(annotation)
-        members, tagged = _members(inner)
+        members, tagged = members_of(inner)
         return members, tagged or (any(item is TAGGED for item in metadata) and len(members) > 1)
     if get_origin(annotation) in (Union, types.UnionType):
-        parts = [_members(member) for member in get_args(annotation) if member is not type(None)]
+        parts = [members_of(member) for member in get_args(annotation) if member is not type(None)]
         return [member for members, _ in parts for member in members], any(tagged for _, tagged in parts)
     return [annotation], False
 
 
-def _tag(cls: Any) -> str | None:
-    return str(get_args(_hints(cls)["type"])[0]) if _is_config_class(cls) and "type" in _hints(cls) else None
+def tag_of(cls: Any) -> str | None:
+    """Return the ``type`` that chooses a config class in a tagged union; None for one without."""
+    return str(get_args(hints(cls)["type"])[0]) if is_config_class(cls) and "type" in hints(cls) else None
 
 
 def _complete_type(annotation: Any, value: Any) -> Any:
     """Fill ``value`` with the default values of the config fields it only partly gives, at every depth."""
-    members, tagged = _members(annotation)
+    members, tagged = members_of(annotation)
     if isinstance(value, Mapping) and tagged:
-        members = [member for member in members if _tag(member) == value.get("type")]
+        members = [member for member in members if tag_of(member) == value.get("type")]
     if len(members) != 1:
         return value
-    if isinstance(value, Mapping) and _is_config_class(members[0]):
+    if isinstance(value, Mapping) and is_config_class(members[0]):
         completed = dict(value)
         for field in dataclasses.fields(members[0]):
             if field.name in value:
                 default = field.default_factory() if callable(field.default_factory) else field.default
                 item = _complete_value(default, value[field.name])
-                completed[field.name] = _complete_type(_hints(members[0])[field.name], item)
+                completed[field.name] = _complete_type(hints(members[0])[field.name], item)
         return completed
     if isinstance(value, list) and get_origin(members[0]) in (list, tuple):
         return [_complete_type(get_args(members[0])[0], item) for item in value]
@@ -174,101 +178,18 @@ def _complete_value(default: Any, given: Any) -> Any:
     return completed
 
 
-# -- error messages ----------------------------------------------------------------------------------------------------
-
-_SHOULD = {
-    "int_type": "should be an integer",
-    "int_from_float": "should be an integer",
-    "float_type": "should be a number",
-    "bool_type": "should be true or false",
-    "string_type": "should be text",
-    "dataclass_type": "should be a mapping of keys to values",
-    "dataclass_exact_type": "should be a mapping of keys to values",
-    "model_attributes_type": "should be a mapping of keys to values",
-    "dict_type": "should be a mapping of keys to values",
-    "tuple_type": "should be a list",
-    "list_type": "should be a list",
-    "path_type": "should be a path",
-    "none_required": "should be null",
-}
-
-
-def _error_lines(cls: type, errors: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Return one line per wrong path; the alternatives of a union that failed together share a line."""
-    found: dict[str, tuple[list[str], str]] = {}
-    for error in errors:
-        path, owner = _locate(cls, error["loc"])
-        problem, show_given = _problem(error, owner)
-        problems, _ = found.setdefault(path, ([], f", given {_show(error['input'])}" if show_given else ""))
-        if problem not in problems:
-            problems.append(problem)
-    return [f"{path or cls.__name__}: {_join(problems)}{given}" for path, (problems, given) in found.items()]
-
-
-def _join(problems: Sequence[str]) -> str:
-    return " or ".join([*problems[:1], *(problem.removeprefix("should be ") for problem in problems[1:])])
-
-
-def _problem(error: Mapping[str, Any], owner: Any) -> tuple[str, bool]:
-    """Say what is wrong, and whether the given value belongs in the message."""
-    kind, given, context = error["type"], error["input"], error.get("ctx", {})
-    if kind == "unexpected_keyword_argument":
-        known = [field.name for field in dataclasses.fields(owner)] if owner else []
-        return f"unknown key{_nearest(str(error['loc'][-1]), known)}", True
-    if kind in ("missing", "missing_argument", "missing_keyword_only_argument"):
-        return "is required and missing", False
-    if kind == "union_tag_not_found":
-        tags = sorted(tag for tag in map(_tag, owner or ()) if tag)
-        return f"needs `type`, one of: {', '.join(tags)}", False
-    if kind == "union_tag_invalid":
-        tags = re.findall(r"'([^']*)'", context["expected_tags"])
-        return f"unknown type `{context['tag']}`{_nearest(str(context['tag']), tags)}", False
-    if kind == "literal_error":
-        choices = re.findall(r"'([^']*)'", context["expected"])
-        return f"should be {context['expected']}{_nearest(str(given), choices, list_all=False)}", True
-    if kind in ("value_error", "assertion_error"):
-        return str(context.get("error", error["msg"])), False
-    problem = _SHOULD.get(kind) or error["msg"].replace("Input should", "should", 1)
-    if kind in ("int_type", "int_from_float") and isinstance(given, float) and given.is_integer():
-        problem += f" (write {int(given)})"
-    return problem, True
-
-
-def _nearest(name: str, known: Sequence[str], *, list_all: bool = True) -> str:
+def nearest(name: str, known: Sequence[str], *, list_all: bool = True) -> str:
+    """Return the end of a message about a name that does not exist: the one that was meant, or all there are."""
     close = difflib.get_close_matches(name, known, n=1)
     if close:
         return f"; did you mean `{close[0]}`?"
     return f"; known: {', '.join(sorted(known))}" if list_all and known else ""
 
 
-def _show(value: Any) -> str:
+def shown(value: Any) -> str:
+    """Return a value as a message quotes it, cut to 80 characters."""
     text = json.dumps(value, ensure_ascii=False, default=repr)
     return text if len(text) <= 80 else f"{text[:77]}..."
-
-
-def _locate(annotation: Any, loc: Sequence[str | int]) -> tuple[str, Any]:
-    """Return the path as the user wrote it (pydantic adds union labels to it) and the config that owns its last key.
-
-    Where the path ends at a tagged union, the second value is the list of its members.
-    """
-    path, owner = "", None
-    for part in loc:
-        members, tagged = _members(annotation)
-        if tagged:
-            annotation = next((member for member in members if _tag(member) == part), None)
-        elif len(members) > 1:
-            inside = [member for member in members if getattr(member, "__name__", None) == part or get_args(member)]
-            annotation = inside[0] if inside else None
-        elif _is_config_class(members[0]):
-            owner = members[0]
-            path += f".{part}" if path else str(part)
-            annotation = _hints(owner).get(str(part))
-        else:
-            path += f"[{part}]" if isinstance(part, int) else f".{part}"
-            arguments = get_args(members[0])
-            annotation = arguments[-1 if get_origin(members[0]) is dict else 0] if arguments else None
-    members, tagged = _members(annotation)
-    return path, members if tagged else owner
 
 
 # -- recipes -----------------------------------------------------------------------------------------------------------
@@ -339,7 +260,7 @@ def _load_file(path: Path, users: tuple[Path, ...]) -> dict[str, Any]:
     bases = content.pop("base", [])
     bases = [bases] if isinstance(bases, str) else bases
     if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
-        raise ConfigError(f"{path}: `base` should be the name of a recipe or a list of names, given {_show(bases)}")
+        raise ConfigError(f"{path}: `base` should be the name of a recipe or a list of names, given {shown(bases)}")
     content.pop("description", None)
     merged: dict[str, Any] = {}
     for base in bases:
@@ -360,7 +281,7 @@ def _find(name: str, *, folder: Path | None, user: str) -> Path:
     if given.suffix in (".yaml", ".yml"):
         raise ConfigError(f"{user}there is no recipe file {given}")
     names = sorted(path.relative_to(RECIPES).with_suffix("").as_posix() for path in RECIPES.rglob("*.yaml"))
-    raise ConfigError(f"{user}there is no recipe `{name}`{_nearest(name, names)} (a file of yours ends in .yaml)")
+    raise ConfigError(f"{user}there is no recipe `{name}`{nearest(name, names)} (a file of yours ends in .yaml)")
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -371,5 +292,5 @@ def _read(path: Path) -> dict[str, Any]:
     if content is None:
         return {}
     if not isinstance(content, dict):
-        raise ConfigError(f"{path}: a recipe is a mapping of keys to values, given {_show(content)}")
+        raise ConfigError(f"{path}: a recipe is a mapping of keys to values, given {shown(content)}")
     return content

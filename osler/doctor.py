@@ -12,6 +12,7 @@ import os
 import platform
 import re
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable
@@ -245,9 +246,15 @@ def extras() -> list[Check]:
     for extra_name, names in wanted.items():
         absent = [name for name in names if not _installed(name)]
         finding = f"{', '.join(absent)} not installed" if absent else "installed"
-        advice = f"pip install 'osler[{extra_name}]'" if absent else ""
+        advice = install_extra(extra_name) if absent else ""
         checks.append(Check(f"[{extra_name}]", "missing" if absent else "ok", finding, advice))
     return checks
+
+
+def install_extra(name: str, root: Path = Path(__file__).parents[1]) -> str:
+    """Say how to install an extra: Osler is on no package index, so from its source tree, wherever that lies."""
+    command = f"{sys.executable} -m pip install -c constraints.txt -e '.[{name}]'"
+    return f"cd {root} && {command}" if (root / "pyproject.toml").is_file() else f"In a clone of Osler: {command}"
 
 
 def _installed(name: str) -> bool:

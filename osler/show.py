@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from osler.config import available_recipes, config, decode, encode, load_recipe
+from osler.config import available_recipes, config, decode, encode, load_recipe, merge, parse_overrides
 from osler.errors import UserError
+from osler.eval.config import EvalConfig
+from osler.explain import explained
 from osler.model.config import ModelConfig
 from osler.quickstart.config import QuickstartConfig
 from osler.rl.config import GrpoConfig
@@ -28,6 +30,13 @@ KINDS: dict[str, type[Any]] = {
     "grpo": GrpoConfig,
     "quickstart": QuickstartConfig,
 }
+# What a verb does without a recipe, and what it cannot do without.
+VERBS: dict[str, tuple[type[Any], Mapping[str, Any]]] = {
+    "pretrain": (TrainConfig, {"kind": "pretrain"}),
+    "sft": (TrainConfig, {"kind": "sft"}),
+    "grpo": (GrpoConfig, {"init_from": "RUN"}),
+    "eval": (EvalConfig, {}),
+}
 
 
 def list_recipes() -> str:
@@ -41,11 +50,20 @@ def list_recipes() -> str:
     return "\n".join(f"{name:<{width}}  {size:>13}  {description}" for name, size, description in rows)
 
 
-def show_recipe(recipe: str, overrides: Sequence[str] = ()) -> str:
-    """Return a recipe as YAML with every default filled in, and what follows from it as comments."""
-    resolved = decode_recipe(load_recipe(recipe, overrides), source=recipe)
-    numbers = derived(resolved)
-    return "\n".join([dump_yaml(encode(resolved)), *(f"# {name}: {value:,}" for name, value in numbers.items())])
+def show_recipe(recipe: str | None, overrides: Sequence[str] = (), *, explain: bool = False) -> str:
+    """Return a recipe as YAML with every default filled in, and what follows from it as comments.
+
+    The name of a verb stands for what it does without a recipe; ``explain`` adds what each field means.
+    """
+    if recipe is None:
+        raise UserError(f"which recipe? `osler recipes` lists them; {', '.join(VERBS)} show what a verb does without one.")
+    if recipe in VERBS:
+        cls, given = VERBS[recipe]
+        resolved = decode(cls, merge(given, parse_overrides(overrides)), source=recipe)
+    else:
+        resolved = decode_recipe(load_recipe(recipe, overrides), source=recipe)
+    text = "\n".join([*explained(resolved), ""]) if explain else dump_yaml(encode(resolved))
+    return "\n".join([text, *(f"# {name}: {value:,}" for name, value in derived(resolved).items())])
 
 
 def decode_recipe(recipe: dict[str, Any], *, source: str = "") -> Any:
@@ -72,7 +90,7 @@ def derived(resolved: Any) -> dict[str, int]:
     if isinstance(resolved, TrainConfig):
         numbers["optimizer steps"] = resolved.total_steps
         if isinstance(model, ModelConfig):
-            numbers["training FLOPs"] = resolved.total_tokens * model.flops_per_token(resolved.seq_len)
+            numbers["training FLOPs"] = resolved.training_flops(model)
     if isinstance(resolved, GrpoConfig):
         numbers["completions per step"] = resolved.algorithm.completions_per_step
         numbers["completion tokens at most"] = resolved.steps * resolved.budget_tokens_per_step

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from osler import cli
+from osler import cli, verbs
 from osler.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -33,7 +33,10 @@ def test_help_is_immediate():
     assert min(seconds() for _ in range(5)) < HELP_SECONDS
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["pretrain", "--help"], ["recipes"], ["show", "pure-tiny"]])
+LIGHT = [["--help"], ["pretrain", "--help"], ["recipes"], ["show", "pure-tiny"], ["show", "grpo", "--explain"]]
+
+
+@pytest.mark.parametrize("arguments", LIGHT)
 def test_light_verbs_never_load_torch(arguments):
     code = (
         "import sys\nfrom osler.cli import main\n"
@@ -46,7 +49,7 @@ def test_light_verbs_never_load_torch(arguments):
     assert result.returncode == 0, result.stderr
 
 
-@pytest.mark.parametrize("verb", cli.VERBS, ids=lambda verb: verb.name)
+@pytest.mark.parametrize("verb", verbs.VERBS, ids=lambda verb: verb.name)
 def test_every_verb_explains_itself(verb, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main([*verb.name.split(), "--help"])
@@ -56,7 +59,7 @@ def test_every_verb_explains_itself(verb, capsys):
     assert f"example:\n  {verb.example}" in text and verb.example.startswith(f"osler {verb.name}")
 
 
-@pytest.mark.parametrize("verb", cli.VERBS, ids=lambda verb: verb.name)
+@pytest.mark.parametrize("verb", verbs.VERBS, ids=lambda verb: verb.name)
 def test_every_example_parses(verb):
     import shlex
 
@@ -85,7 +88,7 @@ def test_version(capsys):
         (["shwo"], "did you mean `show`?"),
         (["data", "prepar"], "did you mean `data prepare`?"),
         (["show", "pure-tiyn"], "did you mean `pure-tiny`?"),
-        (["show", "pure-tiny", "model.num_layer=3"], "model.num_layer: unknown key; did you mean `num_layers`?"),
+        (["show", "pure-tiny", "model.num_layer=3"], "model.num_layer: unknown key; did you mean `model.num_layers`?"),
         (["show", "pure-tiny", "model.num_layers="], "has no value"),
         (["show", "pure-tiny", "pure-small"], "one recipe at a time"),
         (["show"], "which recipe?"),
@@ -105,9 +108,9 @@ def test_mistakes_are_one_message_and_code_2(arguments, message, capsys):
 
 
 def test_a_recipe_where_none_belongs_is_refused():
-    assert cli.only_overrides(["a.b=1", "c=d e"]) == ["a.b=1", "c=d e"]
+    assert verbs.only_overrides(["a.b=1", "c=d e"]) == ["a.b=1", "c=d e"]
     with pytest.raises(UserError, match="takes no recipe"):
-        cli.only_overrides(["pure-tiny", "a=1"])
+        verbs.only_overrides(["pure-tiny", "a=1"])
 
 
 def test_a_wrong_option_is_code_2():

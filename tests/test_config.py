@@ -115,10 +115,27 @@ class TestDecode:
 
     def test_unknown_key_names_path_and_nearest(self):
         text = message({"steps": 1, "optim": {"type": "muon", "momentun": 0.9}})
-        assert "optim.momentun: unknown key; did you mean `momentum`?" in text
+        assert "optim.momentun: unknown key; did you mean `optim.momentum`?" in text
 
     def test_unknown_key_without_a_near_one_lists_the_known(self):
         assert "zzz: unknown key; known: rows, seq_len" in message({"seq_len": 1, "zzz": 2}, Stage)
+
+    @pytest.mark.parametrize(
+        ("mapping", "said"),
+        [
+            ({"betas": [0, 1]}, "betas: unknown key; did you mean `only.betas` or `optim.betas` (with optim.type=adamw)"),
+            ({"lr": 1}, "lr: unknown key; did you mean `only.lr` or `optim.lr` or `second.lr`?"),
+            ({"momentun": 1}, "momentun: unknown key; did you mean `optim.momentum` (with optim.type=muon)"),
+            ({"only": {"steps": 5}}, "only.steps: unknown key; did you mean `steps`?"),
+            ({"stages": [{"seq_len": 1, "row": 2}]}, "stages[0].row: unknown key; did you mean `stages[0].rows`?"),
+            ({"optim": {"momentum": 0.5}}, "optim.momentum: unknown key of this type; it needs optim.type=muon, given 0.5"),
+            ({"optim": {"momentun": 1}}, "did you mean `optim.momentum` (with optim.type=muon)?, given 1"),
+            ({"only": {"typ": 1}}, "only.typ: unknown key; did you mean `only.type`?"),
+            ({"stages": [{"seq_len": 1, "type": 2}]}, "stages[0].type: unknown key; did you mean `dtype`?"),
+        ],
+    )
+    def test_unknown_key_is_looked_for_in_every_section_and_named_from_the_top(self, mapping, said):
+        assert said in message({"steps": 1, **mapping})
 
     def test_unknown_and_missing_tags(self):
         assert "optim: unknown type `moun`; did you mean `muon`?" in message({"steps": 1, "optim": {"type": "moun"}})

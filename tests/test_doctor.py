@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -78,7 +80,16 @@ def test_extras_are_those_of_the_installed_package(monkeypatch):
     )
     found = {check.name: check for check in doctor.extras()}
     assert found["[test]"].status == "ok"
-    assert found["[serve]"].status == "missing" and found["[serve]"].advice == "pip install 'osler[serve]'"
+    assert found["[serve]"].status == "missing" and found["[serve]"].advice.endswith("-e '.[serve]'")
+
+
+def test_an_extra_is_installed_from_the_source_tree(tmp_path):
+    """Osler is on no index: `pip install osler[test]` would find nothing, or something else."""
+    root = Path(doctor.__file__).parents[1]
+    advice = doctor.install_extra("test")
+    assert advice == f"cd {root} && {sys.executable} -m pip install -c constraints.txt -e '.[test]'"
+    assert (root / "constraints.txt").is_file() and "test = [" in (root / "pyproject.toml").read_text()
+    assert doctor.install_extra("test", tmp_path).startswith("In a clone of Osler: ")
 
 
 def test_table_and_advice():

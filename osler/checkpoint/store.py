@@ -312,6 +312,8 @@ def resolve(path: str | Path, which: str = "newest") -> Path:
     """
     if which not in ("newest", "best"):
         raise ValueError(f"which must be newest or best, not {which!r}")
+    if not str(path):  # Path("") would be the folder that happens to be the current one
+        raise UserError("No checkpoint is named: give a run folder or one of its checkpoints, such as init_from=RUN.")
     path = Path(path)
     if not path.is_dir():
         raise UserError(f"{path} is no folder: give a run folder or one of its checkpoints.")

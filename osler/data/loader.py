@@ -2,19 +2,23 @@
 
 The idea: the global batch of step s is rows s * rows ... (s + 1) * rows of the packing, and rank r of w takes the r-th
 of w equal parts. So every rank agrees without talking, the world size may change between runs, and the whole state of
-a loader is the step. The only module of this package that knows torch.
+a loader is the step. With a curriculum each stage has a loader, and they take turns. The only module of this package
+that knows torch.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import torch
 
+from osler.data.curriculum import Timeline
 from osler.data.packing import Packing, Row
 from osler.errors import UserError
 
@@ -39,7 +43,8 @@ class Batch:
 class Loader:
     """The batches of one rank; `rows_per_batch` counts the rows of all ranks together, `workers` threads work ahead.
 
-    Raises UserError when the ranks cannot share the rows equally.
+    `stage` is the number of the curriculum's stage that the batches are of, 0 without one. Raises UserError, which names
+    it, when the ranks cannot share the rows equally.
     """
 
     packing: Packing
@@ -47,9 +52,10 @@ class Loader:
     rank: int = 0
     world_size: int = 1
     workers: int = 0
+    stage: int = 0
 
     def __post_init__(self) -> None:
-        check_shares(self.rows_per_batch, self.packing.seq_len, self.world_size)
+        check_shares(self.rows_per_batch, self.packing.seq_len, self.world_size, self.stage)
         if not 0 <= self.rank < self.world_size:
             raise UserError(f"rank={self.rank} must be between 0 and {self.world_size - 1}.")
         if self.workers < 0:
@@ -66,7 +72,7 @@ class Loader:
         first = step * self.rows_per_batch + self.rank * rows
         return make_batch(self.packing, range(first, first + rows))
 
-    def batches(self, start_step: int = 0) -> Iterator[Batch]:
+    def batches(self, start_step: int = 0) -> Generator[Batch, None, None]:
         """Yield the batches from a step on without end; the number of workers never changes them."""
         if self.workers == 0:
             while True:
@@ -84,13 +90,30 @@ class Loader:
             executor.shutdown(wait=True, cancel_futures=True)
 
 
-def check_shares(rows_per_batch: int, seq_len: int, world_size: int) -> None:
-    """Raise UserError when the ranks cannot share the rows of a batch equally."""
+def check_shares(rows_per_batch: int, seq_len: int, world_size: int, stage: int = 0) -> None:
+    """Raise UserError when the ranks cannot share the rows of a batch equally; it names the stage of a curriculum, 0 is none."""
     if rows_per_batch < 1 or rows_per_batch % world_size:
+        batch = f"Stage {stage} of the curriculum: a batch" if stage else "A batch"
         raise UserError(
-            f"A batch of {rows_per_batch} rows (of {seq_len} tokens) cannot be shared equally by {world_size} ranks; make the "
+            f"{batch} of {rows_per_batch} rows (of {seq_len} tokens) cannot be shared equally by {world_size} ranks; make the "
             f"number of rows a multiple of {world_size}."
         )
+
+
+@dataclass(frozen=True)
+class StagedLoader:
+    """The batches of a run in stages: each span of the timeline has its loader, whose step 0 is the first of the span."""
+
+    timeline: Timeline
+    loaders: Sequence[Loader]
+
+    def batches(self, start_step: int = 0) -> Iterator[Batch]:
+        """Yield the batches from a step of the run on without end."""
+        for span, loader in zip(self.timeline.spans, self.loaders, strict=True):
+            first = max(start_step, span.first_step)
+            count = None if span.end_step is None else max(0, span.end_step - first)
+            with closing(loader.batches(first - span.first_step)) as batches:
+                yield from islice(batches, count)
 
 
 def make_batch(packing: Packing, indices: Sequence[int]) -> Batch:

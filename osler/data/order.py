@@ -8,11 +8,14 @@ needs nothing but a position.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 
 import numpy as np
 
 from osler.data.shards import Int64Array, ShardSet
+
+CACHED_EPOCHS = 4
 
 
 class Order:
@@ -21,6 +24,7 @@ class Order:
     def __init__(self, shards: ShardSet, seed: int) -> None:
         self.shards = shards
         self.seed = seed
+        self.laid_out = functools.lru_cache(CACHED_EPOCHS)(self._lay_out)
 
     def permutation(self, epoch: int) -> Int64Array:
         """Return all document indices in the order of an epoch (0, 1, ...)."""
@@ -32,3 +36,8 @@ class Order:
         key = int.from_bytes(hashlib.sha256(name.encode()).digest()[:16], "big")
         words = np.random.Philox(key=key).random_raw(count)
         return np.argsort(words, kind="stable").astype(np.int64, copy=False)
+
+    def _lay_out(self, epoch: int) -> tuple[Int64Array, Int64Array]:
+        """The documents of an epoch end to end: their indices and, after each, how many tokens have passed."""
+        permutation = self.permutation(epoch)
+        return permutation, np.cumsum(self.shards.lengths[permutation])

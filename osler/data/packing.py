@@ -1,10 +1,11 @@
 """Rows of equal length out of documents of any length: the two ways, both pure functions of the row's number.
 
 `StreamPacking` (pretraining) lays the documents of an epoch end to end, epoch after epoch, and cuts rows of seq_len +
-1 tokens with stride seq_len, so every token is predicted once and no place is padding. `WholePacking` (fine-tuning)
-keeps documents whole: best-fit decreasing puts them together in rows of seq_len + 1 tokens, the rest of a row is
-padding, and a longer document is cut into consecutive pieces that share one token, so nothing is dropped and nothing
-starves.
+1 tokens with stride seq_len, so every token is predicted once and no place is padding. Its place in the data is an
+offset in tokens, whatever the length: a curriculum goes on with longer rows where the shorter ones ended.
+`WholePacking` (fine-tuning) keeps documents whole: best-fit decreasing puts them together in rows of seq_len + 1
+tokens, the rest of a row is padding, and a longer document is cut into consecutive pieces that share one token, so
+nothing is dropped and nothing starves.
 
 Row i is found without visiting the rows before it. There is no state: resume is exact at any row.
 """
@@ -16,12 +17,11 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from osler.data.order import Order
+from osler.data.order import CACHED_EPOCHS, Order
 from osler.data.shards import Int64Array, MaskArray, TokenArray
 from osler.errors import UserError
 
 IGNORED = -100  # the label of a token that is not learned
-CACHED_EPOCHS = 4
 
 
 class Row(NamedTuple):
@@ -54,24 +54,25 @@ class Packing(Protocol):
 class StreamPacking:
     """Documents end to end; `rows_per_epoch` is seldom whole, because rows run on across the end of an epoch.
 
-    With `prompt_loss` everything is learned, whatever the documents' loss masks say.
+    Row 0 begins at `first_token` of the endless stream. With `prompt_loss` everything is learned, whatever the documents'
+    loss masks say.
     """
 
-    def __init__(self, order: Order, seq_len: int, *, prompt_loss: bool = False) -> None:
+    def __init__(self, order: Order, seq_len: int, *, first_token: int = 0, prompt_loss: bool = False) -> None:
         _check_seq_len(seq_len)
         self.order = order
         self.seq_len = seq_len
+        self.first_token = first_token
         self.prompt_loss = prompt_loss
         self.rows_per_epoch = order.shards.num_tokens / seq_len
-        self._plan = functools.lru_cache(CACHED_EPOCHS)(self._plan_epoch)
 
     def row(self, index: int) -> Row:
-        """Return tokens index * seq_len ... (index + 1) * seq_len of the endless stream."""
+        """Return tokens index * seq_len ... (index + 1) * seq_len of the stream from `first_token` on."""
         shards = self.order.shards
-        epoch, offset = divmod(index * self.seq_len, shards.num_tokens)
+        epoch, offset = divmod(self.first_token + index * self.seq_len, shards.num_tokens)
         builder = _RowBuilder(self.seq_len + 1, shards.eos_id)
         while builder.room:
-            permutation, ends = self._plan(epoch)
+            permutation, ends = self.order.laid_out(epoch)
             rank = int(np.searchsorted(ends, offset, side="right"))
             while builder.room and rank < len(permutation):
                 document = int(permutation[rank])
@@ -81,11 +82,6 @@ class StreamPacking:
                 rank += 1
             epoch, offset = epoch + 1, 0
         return builder.finish(across_documents=True, prompt_loss=self.prompt_loss)
-
-    def _plan_epoch(self, epoch: int) -> tuple[Int64Array, Int64Array]:
-        """The documents of an epoch and, after each, how many tokens have passed."""
-        permutation = self.order.permutation(epoch)
-        return permutation, np.cumsum(self.order.shards.lengths[permutation])
 
 
 class WholePacking:

@@ -86,6 +86,12 @@ def open_source(data: ClinicData | FilesData | TurnsData) -> Source:
     return SOURCES[type(data)](data)
 
 
+def check_source(data: ClinicData | FilesData | TurnsData) -> None:
+    """Raise UserError when the files of a config are not there or their first document cannot be read."""
+    if not isinstance(data, ClinicData):
+        next(iter(open_source(data).train), None)
+
+
 def prepare_source(data: ClinicData | FilesData | TurnsData, tokenizer: Tokenizer, out: str | Path) -> Prepared:
     """Prepare the data of a config into the folder `out`; see `osler.data.prepare.prepare`."""
     source = open_source(data)

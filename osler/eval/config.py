@@ -14,32 +14,27 @@ CLINIC_EXAM = ClinicTask(split="new_findings,new_questions", limit=500, seed=EXA
 
 @config
 class EvalConfig:
-    """One evaluation; with neither ``task`` nor ``text`` a model is examined on what it was trained for.
+    """One evaluation; with neither ``task`` nor ``text`` a model is examined on what it was trained for."""
 
-    ``task``: the exam. The clinic takes several splits with commas between them, and ``limit`` items of each. ``text``: a
-    file or folder of text, measured in bits per byte; it must not be text that the model was trained on. ``method``:
-    "generation" lets the model write and reads its answer, "likelihood" takes the option it finds most likely, "auto" is
-    generation unless the model was trained on plain text alone. ``permutations``: option orders in which every question
-    is shown. ``normalise`` divides an option's log-likelihood by its bytes, its tokens or nothing.
-    """
-
-    task: TaskConfig | None = None
+    task: TaskConfig | None = None  # the exam; the clinic takes several splits with commas between them, and limit items of each
+    # generation lets the model write and reads its answer, likelihood takes the option it finds most likely; auto: generation
+    # unless the model was trained on plain text alone
     method: Literal["auto", "generation", "likelihood", "both"] = "auto"
-    permutations: int = 1
+    permutations: int = 1  # option orders in which every question is shown
     reasoning: bool | None = None  # think before the answer; null: as the model was trained
     max_new_tokens: int = 128  # thinking and answer together
     temperature: float = 0.0  # 0: always the likeliest token
-    normalise: Literal["bytes", "tokens", "none"] = "bytes"
-    seed: int = 0
+    normalise: Literal["bytes", "tokens", "none"] = "bytes"  # what an option's log-likelihood is divided by
+    seed: int = 0  # of option orders and sampling
     rows: int = 256  # answers written at once: fewer need less memory, and draw others when temperature is above 0
 
-    text: str | None = None
+    text: str | None = None  # a file or folder of text, measured in bits per byte; not one that the model was trained on
     text_field: str = "text"  # the column of tables
     seq_len: int | None = None  # tokens read at once; null: as many as in training
     overlap: int = 0  # tokens that a window of text repeats from the one before, as context
 
     which: Literal["newest", "best"] = "newest"  # checkpoint of a run folder
-    device: str = "auto"
+    device: str = "auto"  # auto, cpu, cuda or cuda:N
 
     def __post_init__(self) -> None:
         for name in ("permutations", "max_new_tokens", "rows"):

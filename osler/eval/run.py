@@ -25,7 +25,7 @@ from osler.runtime.files import read_json, write_json
 from osler.runtime.log import Progress, say
 from osler.tasks.clinic import ClinicTask
 from osler.tasks.item import ExamItem
-from osler.tasks.registry import TASK_CONFIGS, load_task
+from osler.tasks.registry import TASK_CONFIGS, check_task, load_task
 
 EXAMS_FILE = "exams.json"
 LIKELIHOOD_ITEMS = 32  # scored between two updates of the progress line
@@ -44,6 +44,7 @@ class Sitting:
 def run(checkpoint: str, overrides: Sequence[str] = ()) -> int:
     """The verb ``eval``; returns the process's exit code."""
     config = read_config(overrides)
+    check_task(config.task, "task")
     ready = open_model(checkpoint, device=config.device, which=config.which)
     say(ready.describe())
     config, held_out = complete(config, ready)
@@ -254,7 +255,7 @@ def save_scores(ready: ReadyModel, name: str, sittings: Sequence[Sitting]) -> No
 def measure_files(config: EvalConfig, ready: ReadyModel) -> HeldOut:
     """What the files at ``text`` cost the model: read twice, once to count their bytes."""
     assert config.text is not None
-    source = TextFiles(config.text, config.text_field)
+    source = TextFiles(config.text, config.text_field, path_key="text", field_key="text_field")
     sizes = [len(document.text.encode("utf-8")) for document in source if not document.is_empty]
     if not sizes:
         raise UserError(f"{config.text} holds no text: there is nothing to measure.")

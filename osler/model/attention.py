@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from osler.model.config import ModelConfig
 from osler.model.kv_cache import KVCache
-from osler.model.linear import Linear
+from osler.model.linear import Linear, joint_linear
 from osler.model.norm import RMSNorm
 from osler.model.rope import rotate
 from osler.ops.attention import attention
@@ -39,9 +39,10 @@ class Attention(nn.Module):
         slots_T: Tensor | None = None,
     ) -> Tensor:
         batch, length, _ = x_BTD.shape
-        q_BTNH = self.q_proj(x_BTD).view(batch, length, self.num_heads, self.head_dim)
-        k_BTKH = self.k_proj(x_BTD).view(batch, length, self.num_kv_heads, self.head_dim)
-        v_BTKH = self.v_proj(x_BTD).view(batch, length, self.num_kv_heads, self.head_dim)
+        q_BTE, k_BTE, v_BTE = joint_linear(x_BTD, self.q_proj, self.k_proj, self.v_proj)
+        q_BTNH = q_BTE.view(batch, length, self.num_heads, self.head_dim)
+        k_BTKH = k_BTE.view(batch, length, self.num_kv_heads, self.head_dim)
+        v_BTKH = v_BTE.view(batch, length, self.num_kv_heads, self.head_dim)
         q_BNTH = rotate(self.q_norm(q_BTNH), *rope).transpose(1, 2)
         k_BKSH = rotate(self.k_norm(k_BTKH), *rope).transpose(1, 2)
         v_BKSH = v_BTKH.transpose(1, 2)

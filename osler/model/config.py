@@ -18,23 +18,23 @@ VOCAB_MULTIPLE = 64  # matmuls over the vocabulary run at full speed only at mul
 class ModelConfig:
     """A decoder-only transformer. The defaults are the quickstart's one-million-parameter model."""
 
-    num_layers: int = 4
-    hidden_size: int = 128
-    intermediate_size: int = 384
-    num_heads: int = 4
-    num_kv_heads: int = 2
-    head_dim: int = 32
-    vocab_size: int = 2048
-    max_seq_len: int = 2048
-    rope_theta: float = 10_000.0
-    norm_eps: float = 1e-6
-    norm_weight: bool = False  # False: every RMSNorm, QK-norm included, is parameter-free
-    qk_norm_weight: bool = False
-    tie_embeddings: bool = False
-    embed_rank: int | None = None  # factorized embedding: [vocab_size, rank] then [rank -> hidden_size]
-    # Initialisation (see model/init.py): what the output projections and the head start as, and how attention starts.
-    residual_init: Literal["zero", "scaled"] = "zero"
-    head_init: Literal["zero", "normal"] = "zero"
+    num_layers: int = 4  # transformer blocks
+    hidden_size: int = 128  # width of the residual stream
+    intermediate_size: int = 384  # width inside the feed-forward layers
+    num_heads: int = 4  # query heads
+    num_kv_heads: int = 2  # key/value heads; each serves num_heads / num_kv_heads query heads
+    head_dim: int = 32  # width of a head; even
+    vocab_size: int = 2048  # tokens; at least the tokenizer's
+    max_seq_len: int = 2048  # tokens of context at most
+    rope_theta: float = 10_000.0  # base of the rotary position embedding
+    norm_eps: float = 1e-6  # added to the mean square in every RMSNorm
+    norm_weight: bool = False  # false: every RMSNorm, QK-norm included, is parameter-free
+    qk_norm_weight: bool = False  # whether QK-norm has weights; needs norm_weight
+    tie_embeddings: bool = False  # whether the head is the input embedding
+    embed_rank: int | None = None  # factorized embedding, [vocab_size, rank] then [rank, hidden_size]; null: one matrix
+    residual_init: Literal["zero", "scaled"] = "zero"  # what the output projections of a block start as (model/init.py)
+    head_init: Literal["zero", "normal"] = "zero"  # what the head starts as
+    # how attention starts: mirrored heads look at tokens like theirs, induction adds a head that copies
     attention_init: Literal["independent", "mirrored", "induction"] = "independent"
     qk_norm_init: float = 1.0  # what weighted QK-norms start at; above 1 attention starts sharper
 

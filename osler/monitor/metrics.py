@@ -24,6 +24,9 @@ METRICS: dict[str, Metric] = {
     "train/lr": Metric("per step", "learning rate of the first parameter group"),
     "train/grad_norm": Metric("norm", "length of the whole gradient before clipping"),
     "train/skipped_steps": Metric("steps", "updates skipped since the line before, because the gradient was not finite"),
+    "train/stage": Metric("number", "stage of the curriculum, counted from 1"),
+    "train/seq_len": Metric("tokens", "length of the rows of this stage"),
+    "train/batch_tokens": Metric("tokens", "tokens in one optimizer step of this stage"),
     # evaluation: never trained on
     "eval/loss": Metric("nats/token", "mean cross-entropy on held-out text"),
     "eval/bits_per_byte": Metric("bits/byte", "held-out loss per byte of text, comparable across tokenizers"),

@@ -17,7 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 IGNORE = -100  # the label of a token that carries no loss
-CHUNK_TOKENS = 2048  # 2,048 to 4,096 fill a GPU; at 50k words a chunk of fp32 logits is 0.4 GB
+MOST_CHUNK_TOKENS = 2048
+WEIGHT_PIECE = 1 << 25  # elements of a weight gradient that are widened to fp32 at a time: 128 MB
+CHUNK_LOGITS = 1 << 26  # in fp32 a quarter of a GB: 1,280 tokens of 50k words, 320 of 200k, either enough to fill a GPU
 
 
 def cross_entropy_reference(
@@ -41,7 +43,7 @@ def linear_cross_entropy(
     *,
     vocab_size: int | None = None,
     loss_weight_N: Tensor | None = None,
-    chunk_tokens: int = CHUNK_TOKENS,
+    chunk_tokens: int | None = None,
 ) -> Tensor:
     """Sum over tokens of -log softmax(features @ weight.T)[label], fp32 scalar, in nats.
 
@@ -51,7 +53,12 @@ def linear_cross_entropy(
     valid_N = labels_N != IGNORE
     scale_N = _wide(valid_N.to(features_NR.dtype)) if loss_weight_N is None else valid_N * _wide(loss_weight_N)
     loss: Tensor = _LinearCrossEntropy.apply(
-        features_NR, weight_VR, labels_N.clamp_min(0), scale_N, vocab_size or weight_VR.shape[0], chunk_tokens
+        features_NR,
+        weight_VR,
+        labels_N.clamp_min(0),
+        scale_N,
+        vocab_size or weight_VR.shape[0],
+        chunk_tokens or default_chunk_tokens(weight_VR.shape[0]),
     )
     return loss
 
@@ -64,7 +71,7 @@ def linear_logprobs(
     vocab_size: int | None = None,
     temperature: float = 1.0,
     keep_NV: Tensor | None = None,
-    chunk_tokens: int = CHUNK_TOKENS,
+    chunk_tokens: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of each label and entropy of its distribution, both [N] fp32 in nats, at ``temperature``.
 
@@ -72,9 +79,20 @@ def linear_logprobs(
     log-probabilities are differentiable.
     """
     logp, entropy = _LinearLogprobs.apply(
-        features_NR, weight_VR, labels_N, keep_NV, vocab_size or weight_VR.shape[0], temperature, chunk_tokens
+        features_NR,
+        weight_VR,
+        labels_N,
+        keep_NV,
+        vocab_size or weight_VR.shape[0],
+        temperature,
+        chunk_tokens or default_chunk_tokens(weight_VR.shape[0]),
     )
     return logp, entropy
+
+
+def default_chunk_tokens(vocab_size: int) -> int:
+    """How many tokens' logits are held at a time: what ``CHUNK_LOGITS`` allows, in whole tiles of 64."""
+    return max(64, min(MOST_CHUNK_TOKENS, CHUNK_LOGITS // vocab_size // 64 * 64))
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -94,6 +112,16 @@ def _chunk_logits(x_CR: Tensor, weight_VR: Tensor, vocab_size: int, keep_CV: Ten
     return logits_CV
 
 
+def _add_weight_gradient(grad_weight_VR: Tensor, grad_logits_CV: Tensor, x_CR: Tensor) -> None:
+    """Add one chunk's part, in pieces of the vocabulary: the product of all of it, widened, would be as large as the sum."""
+    rows = max(1, WEIGHT_PIECE // x_CR.shape[1])
+    if rows >= grad_weight_VR.shape[0]:
+        grad_weight_VR += grad_logits_CV.T @ x_CR
+        return
+    for sum_PR, part_CP in zip(grad_weight_VR.split(rows), grad_logits_CV.split(rows, dim=1), strict=True):
+        sum_PR += part_CP.T @ x_CR
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -111,11 +139,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
             logsumexp = logits.logsumexp(-1)
             loss = loss + ((logsumexp - logits.gather(1, label[:, None]).squeeze(1)) * weigh).sum()
             one_hot = label[:, None] == torch.arange(head.shape[0], device=x.device)
-            grad_logits = (((logits - logsumexp[:, None]).exp() - one_hot.to(logits.dtype)) * weigh[:, None]).to(
-                x.dtype
-            )
+            # In place, for where nothing fuses it: a chunk of logits is the largest thing held here.
+            grad_logits = logits.sub_(logsumexp[:, None]).exp_().add_(one_hot, alpha=-1).mul_(weigh[:, None]).to(x.dtype)
+            del logits, one_hot
             grad_chunks.append(grad_logits @ head)
-            grad_weight = grad_weight + _wide(grad_logits.T @ x)
+            _add_weight_gradient(grad_weight, grad_logits, x)
         ctx.save_for_backward(torch.cat(grad_chunks), grad_weight)
         ctx.weight_dtype = weight.dtype
         return loss
@@ -170,5 +198,5 @@ class _LinearLogprobs(torch.autograd.Function):
                 x.dtype
             )
             grad_chunks.append(grad_logits @ head)
-            grad_weight = grad_weight + _wide(grad_logits.T @ x)
+            _add_weight_gradient(grad_weight, grad_logits, x)
         return torch.cat(grad_chunks), grad_weight.to(weight.dtype), None, None, None, None, None

@@ -25,7 +25,7 @@ _MULTIPLY_1 = 0x21F0AAAD
 _MULTIPLY_2 = 0xD35A2D97 - (1 << 32)
 
 
-def _mix(word: Tensor) -> Tensor:
+def mix(word: Tensor) -> Tensor:
     """Permute 32-bit words (in int64, which every backend can multiply) until each bit depends on all."""
     word = word ^ (word >> 16)
     word = (word * _MULTIPLY_1) & _LOW_32
@@ -34,8 +34,8 @@ def _mix(word: Tensor) -> Tensor:
     return word ^ (word >> 15)
 
 
-def _mix_int(word: int) -> int:
-    """``_mix`` on a Python integer, for the part of the key that is known on the host."""
+def mix_int(word: int) -> int:
+    """``mix`` on a Python integer, for the part of the key that is known on the host."""
     word ^= word >> 16
     word = (word * _MULTIPLY_1) & _LOW_32
     word ^= word >> 15
@@ -48,11 +48,11 @@ def row_uniform(seed: int, row_B: Tensor, position_B: Tensor) -> Tensor:
 
     ``row_B`` and ``position_B`` are int64 (below 2**32) and broadcast; the value depends on nothing but the triple.
     """
-    low = _mix_int((seed & _LOW_32) ^ 0x9E3779B9)
-    key = _mix_int(low ^ ((seed >> 32) & _LOW_32) ^ 0x85EBCA6B)
-    word = _mix((row_B & _LOW_32) ^ key)
-    word = _mix((word + (position_B & _LOW_32) * 0x3C6EF372 + low) & _LOW_32)
-    other = _mix((word + 0x1B873593) & _LOW_32 ^ _mix((position_B + key) & _LOW_32))
+    low = mix_int((seed & _LOW_32) ^ 0x9E3779B9)
+    key = mix_int(low ^ ((seed >> 32) & _LOW_32) ^ 0x85EBCA6B)
+    word = mix((row_B & _LOW_32) ^ key)
+    word = mix((word + (position_B & _LOW_32) * 0x3C6EF372 + low) & _LOW_32)
+    other = mix((word + 0x1B873593) & _LOW_32 ^ mix((position_B + key) & _LOW_32))
     return ((word >> 5) * (1 << 26) + (other >> 6)).double() * 2.0**-53
 
 

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
-from osler.optim.config import AdamWConfig
+from osler.errors import UserError
+from osler.optim.bf16 import Bf16AdamW
+from osler.optim.config import AdamWConfig, MuonConfig
+from osler.optim.muon import Muon
+from osler.optim.schedule import momentum_at, weight_decay_scale
 
 # Order matters: norms are vectors whatever they sit in; what is left over is a matrix.
 GROUPS = (
@@ -22,32 +29,85 @@ def group_of(parameter_name: str) -> str:
     return next(group for group, pattern in GROUPS if pattern.search(parameter_name))
 
 
-def build_adamw(model: nn.Module, config: AdamWConfig) -> torch.optim.AdamW:
-    """Fused AdamW over three groups; every group remembers its full learning rate as ``base_lr``."""
-    embedding_lr = config.lr if config.embedding_lr is None else config.embedding_lr
-    settings = {
-        "matrices": {"lr": config.lr, "weight_decay": config.weight_decay},
-        "embeddings": {"lr": embedding_lr, "weight_decay": 0.0},
-        "vectors": {"lr": config.lr, "weight_decay": 0.0},
-    }
+def grouped(model: nn.Module, settings: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Parameter groups by name with their settings; every group remembers its full learning rate as ``base_lr``."""
     named = list(model.named_parameters())
     groups = []
     for group, options in settings.items():
         parameters = [parameter for name, parameter in named if group_of(name) == group]
         if parameters:
             groups.append({"params": parameters, "name": group, "base_lr": options["lr"], **options})
+    return groups
+
+
+def adamw_groups(model: nn.Module, config: AdamWConfig) -> list[dict[str, Any]]:
+    """The three groups of AdamW."""
+    embedding_lr = config.lr if config.embedding_lr is None else config.embedding_lr
+    settings = {
+        "matrices": {"lr": config.lr, "weight_decay": config.weight_decay},
+        "embeddings": {"lr": embedding_lr, "weight_decay": 0.0},
+        "vectors": {"lr": config.lr, "weight_decay": 0.0},
+    }
+    return grouped(model, settings)
+
+
+def build_adamw(model: nn.Module, config: AdamWConfig, process_group: dist.ProcessGroup | None) -> torch.optim.AdamW:
+    """Fused AdamW over the three groups; it has no work that ranks could share."""
+    groups = adamw_groups(model, config)
     return torch.optim.AdamW(groups, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
 
 
-OPTIMIZERS = {AdamWConfig: build_adamw}
+def build_muon(model: nn.Module, config: MuonConfig, process_group: dist.ProcessGroup | None) -> Muon:
+    """Muon on the matrices, AdamW on the rest; Newton-Schulz runs in the model's compute dtype, the fast one."""
+    adamw = {"lr": config.adamw_lr, "weight_decay": 0.0, "betas": (config.beta1, config.beta2), "eps": config.eps}
+    matrices = {
+        "lr": config.lr,
+        "weight_decay": config.weight_decay,
+        "momentum": config.momentum,
+        "newton_schulz_steps": config.newton_schulz_steps,
+    }
+    groups = grouped(model, {"matrices": matrices, "embeddings": adamw, "vectors": adamw})
+    return Muon(groups, dtype=getattr(model, "compute_dtype", torch.float32), process_group=process_group)
 
 
-def build_optimizer(model: nn.Module, config: AdamWConfig) -> torch.optim.Optimizer:
-    """The optimizer that ``config`` describes, over all of ``model``'s parameters."""
-    return OPTIMIZERS[type(config)](model, config)
+OPTIMIZERS: dict[type, Any] = {AdamWConfig: build_adamw, MuonConfig: build_muon}
+
+
+def build_optimizer(
+    model: nn.Module,
+    config: AdamWConfig | MuonConfig,
+    *,
+    seed: int = 0,
+    process_group: dist.ProcessGroup | None = None,
+) -> torch.optim.Optimizer:
+    """The optimizer that ``config`` describes, over all of ``model``'s parameters.
+
+    Weights that are kept in bf16 get the AdamW that rounds stochastically, by ``seed``. ``process_group``: ranks that hold the
+    same model and will have the same gradients, and may share an update's work.
+    """
+    if any(parameter.dtype == torch.bfloat16 for parameter in model.parameters()):
+        if not isinstance(config, AdamWConfig):
+            raise UserError(
+                f"precision=pure-bf16 rounds inside its own AdamW; with optim.type={config.type} use precision=bf16."
+            )
+        return Bf16AdamW(adamw_groups(model, config), betas=(config.beta1, config.beta2), eps=config.eps, seed=seed)
+    optimizer: torch.optim.Optimizer = OPTIMIZERS[type(config)](model, config, process_group)
+    return optimizer
 
 
 def set_lr(optimizer: torch.optim.Optimizer, scale: float) -> None:
     """Set each group's learning rate to ``scale`` times its full one."""
     for group in optimizer.param_groups:
         group["lr"] = group["base_lr"] * scale
+
+
+def set_decay_and_momentum(
+    optimizer: torch.optim.Optimizer, config: AdamWConfig | MuonConfig, lr_scale: float, tokens: int, total_tokens: int
+) -> None:
+    """Set the matrices' weight decay and Muon's momentum to what they are after ``tokens``."""
+    for group in optimizer.param_groups:
+        if group["name"] == "matrices":
+            scale = weight_decay_scale(config.weight_decay_schedule, lr_scale, tokens, total_tokens)
+            group["weight_decay"] = config.weight_decay * scale
+            if isinstance(config, MuonConfig):
+                group["momentum"] = momentum_at(config, tokens)

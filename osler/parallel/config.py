@@ -34,8 +34,8 @@ class DeepSpeedConfig:
     """DeepSpeed's ZeRO (an extra): cuts the optimizer (stage 1), the gradients too (2), the weights too (3)."""
 
     type: Literal["deepspeed"] = "deepspeed"
-    stage: int = 2
-    path: str | None = None  # DeepSpeed's own JSON, whose zero_optimization then replaces stage
+    stage: int = 2  # of ZeRO: 1, 2 or 3
+    config_file: str | None = None  # DeepSpeed's own JSON, whose zero_optimization then replaces stage
 
     def __post_init__(self) -> None:
         if self.stage not in (1, 2, 3):

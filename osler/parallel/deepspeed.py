@@ -53,8 +53,8 @@ class DeepSpeedEngine(Engine):
             "zero_allow_untested_optimizer": True,
             "steps_per_print": 2**31,
         }
-        if config.path is not None:
-            self.settings |= read_json(config.path)
+        if config.config_file is not None:
+            self.settings |= read_json(config.config_file)
 
     def bind(self, optimizer: torch.optim.Optimizer, clip_norm: float) -> None:
         # ZeRO replaces the parameters in these groups by flat parts of its own.

@@ -1,7 +1,8 @@
 """The one place that turns a single-device model into what the ranks train together.
 
-The order is FP8, recompute, compile, shard: layers are exchanged before anything wraps them, a block is wrapped for recompute
-before it is compiled, and what is sharded is the compiled block, so that its hooks stay outside the graph. One process compiles
+The order is FP8, recompute, compile, shard: layers are exchanged before anything wraps them (``fp8.py``) and blocks are told to
+recompute before they are compiled (``activation_checkpoint.py``), both on the model that comes in here; what is sharded is the
+compiled block, so that its hooks stay outside the graph. One process compiles
 the whole loss as one graph; several compile block by block, because a block's gradient can then travel while the one before it
 still computes. The optimizer is built after this, on the parameters that result.
 """
@@ -21,6 +22,7 @@ from osler.parallel.ddp import share_with_ddp
 from osler.parallel.deepspeed import share_with_deepspeed
 from osler.parallel.engine import Engine
 from osler.parallel.fsdp import share_with_fsdp
+from osler.runtime.shapes import with_few_shapes
 from osler.runtime.world import World
 
 STRATEGIES: dict[type, Callable[[SummedLoss, Any, World], Engine]] = {
@@ -35,10 +37,14 @@ def parallelize(model: Transformer, config: ParallelConfig, world: World, *, com
     check_strategy(config, world.size)
     loss = SummedLoss(model)
     if world.size == 1:
-        return Engine(torch.compile(loss, fullgraph=True, dynamic=False) if compile else loss)
+        engine = Engine(torch.compile(loss, fullgraph=True, dynamic=False) if compile else loss)
+    else:
+        if compile:
+            compile_by_block(loss)
+        engine = STRATEGIES[type(config)](loss, config, world)
     if compile:
-        compile_by_block(loss)
-    return STRATEGIES[type(config)](loss, config, world)
+        engine.loss = with_few_shapes(engine.loss)
+    return engine
 
 
 def check_strategy(config: ParallelConfig, processes: int) -> None:

@@ -13,15 +13,16 @@ from osler.train.config import TrainConfig
 class QuickstartConfig:
     """Tokenizer and pretraining, reasoning, GRPO, exam and report on the built-in clinic, in one run folder."""
 
-    kind: Literal["quickstart"] = "quickstart"
-    description: str = ""
-    seed: int = 0
-    pretrain: TrainConfig = TrainConfig()
-    sft: TrainConfig = TrainConfig(kind="sft")
+    kind: Literal["quickstart"] = "quickstart"  # the verb sets it
+    description: str = ""  # for the reader; changes nothing
+    seed: int = 0  # of every stage
+    pretrain: TrainConfig = TrainConfig()  # the first stage: a tokenizer, then the next token of the textbook
+    sft: TrainConfig = TrainConfig(kind="sft")  # the second stage: worked exam questions
+    # the third stage: own answers, rewarded when right; seed and init_from are set by the quickstart
     grpo: GrpoConfig = GrpoConfig(init_from="sft")
-    exam_splits: tuple[str, ...] = ("new_findings", "new_questions")
-    exam_items: int = 500  # of each split
-    exam_new_tokens: int = 64
+    exam_splits: tuple[str, ...] = ("new_findings", "new_questions")  # of the clinic, examined after sft and after grpo
+    exam_items: int = 500  # questions of each split
+    exam_new_tokens: int = 64  # thinking and answer together, at most
     start_accuracy: float = 0.68  # GRPO starts from the earlier checkpoint whose validation accuracy is nearest to this
 
     def __post_init__(self) -> None:

@@ -26,6 +26,7 @@ class Spec:
     kind: str = "number"
     zero: bool = False
     legend: str = "last"  # which value the legend shows: last, median or peak
+    over: str = "step"  # what the curve runs over: step, or tokens
 
 
 SPECS: tuple[Spec, ...] = (
@@ -118,6 +119,30 @@ SPECS: tuple[Spec, ...] = (
         legend="peak",
     ),
     Spec(
+        "Stage of the curriculum",
+        (("train/stage", "stage"),),
+        "The plan rather than a result. A bend of the loss where a stage begins is the new length, not the model.",
+        kind="count",
+        zero=True,
+        over="tokens",
+    ),
+    Spec(
+        "Length of rows",
+        (("train/seq_len", "length"),),
+        "The plan: short rows first. What lies further back than a row is long cannot be learned in its stage.",
+        kind="count",
+        zero=True,
+        over="tokens",
+    ),
+    Spec(
+        "Tokens per step",
+        (("train/batch_tokens", "batch"),),
+        "The plan: level, unless stages were given batches of their own. A larger batch has a calmer gradient.",
+        kind="count",
+        zero=True,
+        over="tokens",
+    ),
+    Spec(
         "Gradient norm",
         (("train/grad_norm", "norm"),),
         "Good: calm after the start. Growing, or full of spikes, asks for a lower learning rate.",
@@ -138,7 +163,7 @@ def charts_of(run: StageRun, colour: int) -> tuple[list[tuple[Spec, list[Line]]]
         for row, label in spec.lines:
             for name in sorted(n for n in run.curves if declared_name(n) == row):
                 used.add(name)
-                lines.append(_line(run, name, label or _inner(row, name), _palette(colour, len(lines))))
+                lines.append(_line(run, name, label or _inner(row, name), _palette(colour, len(lines)), spec.over))
         if any(len(line.x) for line in lines):
             main.append((spec, lines))
     rest = []
@@ -175,8 +200,12 @@ def unit_of(lines: tuple[tuple[str, str], ...]) -> str:
     return "" if metric is None or metric.unit == "fraction" else metric.unit
 
 
-def _line(run: StageRun, name: str, label: str, colour: int) -> Line:
+def _line(run: StageRun, name: str, label: str, colour: int, over: str = "step") -> Line:
     series = run.curves[name]
+    if over == "tokens":
+        points = [(run.clock[step][0], value) for step, value in zip(series.steps, series.values, strict=True)]
+        known = [(tokens, value) for tokens, value in points if math.isfinite(tokens)]
+        return Line(label, [tokens for tokens, _ in known], [value for _, value in known], colour, smooth=False)
     return Line(label, series.steps, series.values, colour, smooth=not name.startswith(("eval/", "train/lr")))
 
 

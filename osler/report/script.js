@@ -103,7 +103,7 @@ function addReadout(svg) {
     hair.setAttribute("visibility", "visible");
     readout.replaceChildren();
     const head = document.createElement("p");
-    head.textContent = "step " + count(step);
+    head.textContent = chart.over === "tokens" ? count(step) + " tokens" : "step " + count(step);
     readout.append(head);
     chart.lines.forEach((line, i) => {
       const k = nearest(line.x, step);

@@ -241,7 +241,7 @@ def curves(run: Run) -> str:
 def _grid(charts: Iterable[tuple[Spec, list[svg.Line]]]) -> str:
     out = ""
     for spec, lines in charts:
-        drawing = svg.line_chart(lines, title=spec.title, kind=spec.kind, zero=spec.zero)
+        drawing = svg.line_chart(lines, title=spec.title, kind=spec.kind, zero=spec.zero, over=spec.over)
         if not drawing:
             continue
         legend = "".join(

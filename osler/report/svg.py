@@ -87,10 +87,11 @@ def thinned(x: Sequence[float], y: Sequence[float]) -> tuple[list[float], list[f
     return [x[i] for i in keep], [y[i] for i in keep]
 
 
-def line_chart(lines: Sequence[Line], *, title: str, kind: str = "number", zero: bool = False) -> str:
+def line_chart(lines: Sequence[Line], *, title: str, kind: str = "number", zero: bool = False, over: str = "step") -> str:
     """Curves over steps with axes and ticks; empty text when no line has a finite point.
 
-    kind: `number`, `percent` or `count`, how values are written. zero: the value axis starts at zero.
+    kind: `number`, `percent` or `count`, how values are written. zero: the value axis starts at zero. over: what x counts,
+    `step` or `tokens`.
     """
     finite = [v for line in lines for v in line.y if math.isfinite(v)]
     if not finite:
@@ -98,11 +99,11 @@ def line_chart(lines: Sequence[Line], *, title: str, kind: str = "number", zero:
     xs = [v for line in lines for v in line.x]
     x_ticks, x_step = nice_ticks(min(xs), max(xs), 6)
     x_low, x_high = (min(xs), max(xs)) if max(xs) > min(xs) else (min(xs) - 1, max(xs) + 1)
-    low, high, over = _value_range(finite, zero, kind)
+    low, high, above = _value_range(finite, zero, kind)
     y_ticks, y_step = nice_ticks(low, high, 5)
     sx = Scale(x_low, x_high, LEFT, WIDTH - RIGHT)
     sy = Scale(y_ticks[0], y_ticks[-1], HEIGHT - BOTTOM, TOP)
-    parts = [_y_axis(y_ticks, y_step, sy, kind), _x_axis([t for t in x_ticks if _whole_inside(t, xs)], x_step, sx)]
+    parts = [_y_axis(y_ticks, y_step, sy, kind), _x_axis([t for t in x_ticks if _whole_inside(t, xs)], x_step, sx, over)]
     shown = []
     for line in lines:
         smooth = line.smooth and sum(map(math.isfinite, line.y)) >= SMOOTH_FROM
@@ -113,10 +114,11 @@ def line_chart(lines: Sequence[Line], *, title: str, kind: str = "number", zero:
             parts.append(_curve(*thinned(line.x, level), sx, sy, f"{colour} line"))
         x, y = thinned(line.x, line.y)
         shown.append({"label": line.label, "c": line.colour, "x": x, "y": [_json_number(v) for v in y]})
-    if over:
-        parts.append(f'<text class="tick" x="{LEFT + 6}" y="{TOP + 10}">↑ {over} above the axis</text>')
+    if above:
+        parts.append(f'<text class="tick" x="{LEFT + 6}" y="{TOP + 10}">↑ {above} above the axis</text>')
     data: dict[str, object] = {
         "kind": kind,
+        "over": over,
         "x": [x_low, x_high, LEFT, WIDTH - RIGHT],
         "y": [sy.low, sy.high, sy.start, sy.end],
     }
@@ -125,7 +127,7 @@ def line_chart(lines: Sequence[Line], *, title: str, kind: str = "number", zero:
     # In single quotes the many double quotes of JSON need no escape; they would double the page.
     told = html.escape(json.dumps(data, separators=(",", ":")), quote=False).replace("'", "&#39;")
     attrs = f"data-chart='{told}' tabindex=\"0\""
-    return _svg("".join(parts), WIDTH, HEIGHT, _spoken(title, lines, kind), "chart", attrs)
+    return _svg("".join(parts), WIDTH, HEIGHT, _spoken(title, lines, kind, over), "chart", attrs)
 
 
 def interval_bar(
@@ -260,7 +262,7 @@ def _y_axis(ticks: list[float], step: float, scale: Scale, kind: str) -> str:
     return "".join(out)
 
 
-def _x_axis(ticks: list[float], step: float, scale: Scale) -> str:
+def _x_axis(ticks: list[float], step: float, scale: Scale, over: str) -> str:
     floor = HEIGHT - BOTTOM
     out = [f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{floor}" y2="{floor}"/>']
     for value in ticks:
@@ -269,7 +271,7 @@ def _x_axis(ticks: list[float], step: float, scale: Scale) -> str:
         label = fmt.tick(value, step)
         out.append(f'<line class="axis" x1="{_c(x)}" x2="{_c(x)}" y1="{floor}" y2="{floor + 4}"/>')
         out.append(f'<text class="tick" text-anchor="{anchor}" x="{_c(x)}" y="{floor + 18}">{label}</text>')
-    out.append(f'<text class="tick" text-anchor="end" x="{LEFT - 8}" y="{floor + 18}">step</text>')
+    out.append(f'<text class="tick" text-anchor="end" x="{LEFT - 8}" y="{floor + 18}">{over}</text>')
     return "".join(out)
 
 
@@ -288,16 +290,19 @@ def _curve(x: Sequence[float], y: Sequence[float], sx: Scale, sy: Scale, css: st
     return out + "".join(f'<circle class="{css.split()[0]} dot" cx="{a}" cy="{b}" r="2.8"/>' for a, b in dots)
 
 
-def _spoken(title: str, lines: Sequence[Line], kind: str) -> str:
+def _spoken(title: str, lines: Sequence[Line], kind: str, over: str) -> str:
     """What the chart shows, for those who do not see it: where each line starts and ends."""
+
+    def at(x: float) -> str:
+        return f"step {fmt.count(x)}" if over == "step" else f"{fmt.count(x)} {over}"
+
     told = []
     for line in lines:
         known = [(a, b) for a, b in zip(line.x, line.y, strict=True) if math.isfinite(b)]
         if known:
             (a, first), (b, last) = known[0], known[-1]
             told.append(
-                f"{line.label} from {fmt.value(first, kind)} at step {fmt.count(a)} "
-                f"to {fmt.value(last, kind)} at step {fmt.count(b)}"
+                f"{line.label} from {fmt.value(first, kind)} at {at(a)} to {fmt.value(last, kind)} at {at(b)}"
             )
     return f"{title}: {'; '.join(told)}."
 

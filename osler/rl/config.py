@@ -11,7 +11,7 @@ from dataclasses import field
 from typing import Literal
 
 from osler.config import config
-from osler.optim.config import AdamWConfig, ConstantConfig, ScheduleConfig
+from osler.optim.config import AdamWConfig, ConstantConfig, OptimConfig, ScheduleConfig
 from osler.tasks.clinic import ClinicTask
 from osler.tasks.registry import TaskConfig
 from osler.tasks.rewards import REWARDS
@@ -19,10 +19,10 @@ from osler.tasks.rewards import REWARDS
 
 @config
 class ClipConfig:
-    """Range ``[1 - low, 1 + high]`` of the importance ratio; ``high > low`` is clip-higher (DAPO, arXiv 2503.14476)."""
+    """Range ``[1 - low, 1 + high]`` of the importance ratio."""
 
-    low: float = 0.2
-    high: float = 0.2
+    low: float = 0.2  # how far below 1 the ratio may go
+    high: float = 0.2  # how far above 1; more than low is clip-higher (DAPO, arXiv 2503.14476)
 
     def __post_init__(self) -> None:
         if not 0.0 < self.low <= 1.0:
@@ -33,18 +33,15 @@ class ClipConfig:
 
 @config
 class QualityConfig:
-    """The sample-quality filter: what counts as a bad sample and what happens to it.
+    """The sample-quality filter: what counts as a bad sample (no answer, or much repetition) and what happens to it."""
 
-    ``action`` "zero" (the default) gives a bad sample reward 0 and leaves it in its group; "drop" takes it out of the
-    group and of the loss, which biases the baseline; "off" only measures. A sample is degenerate when, among at least
-    ``min_tokens`` tokens, more than ``max_repeated_frac`` of its n-grams of length ``ngram`` repeat an earlier one.
-    """
-
+    # zero gives a bad sample reward 0 and leaves it in its group; drop takes it out of group and loss, which biases the
+    # baseline; off only measures
     action: Literal["zero", "drop", "off"] = "zero"
-    require_answer: bool = True
-    ngram: int = 4
-    max_repeated_frac: float = 0.5
-    min_tokens: int = 32
+    require_answer: bool = True  # whether a sample without an answer is bad
+    ngram: int = 4  # length in tokens of the n-grams whose repeats are counted
+    max_repeated_frac: float = 0.5  # share of n-grams that may repeat an earlier one; a sample with more is degenerate
+    min_tokens: int = 32  # shorter samples are never degenerate
 
     def __post_init__(self) -> None:
         if self.ngram < 1 or self.min_tokens < self.ngram:
@@ -55,42 +52,41 @@ class QualityConfig:
 
 @config
 class AlgorithmConfig:
-    """One GRPO algorithm: sampling, advantages, ratio, KL, masks and how tokens are averaged.
+    """One GRPO algorithm: sampling, advantages, ratio, KL, masks and how tokens are averaged."""
 
-    ``aggregate``: "sequence_mean" averages over the tokens of a completion, then over completions; "token_mean"
-    averages over all tokens of the update (DAPO); "constant" divides by completions times ``max_new_tokens`` (Dr.
-    GRPO, arXiv 2503.20783). ``ratio``: "token", or "sequence" for the length-normalised ratio of GSPO (arXiv
-    2507.18071); the KL keeps the token ratio. ``kl``: "unbiased" is the importance-weighted k3; "k3", "k2", "k1" are
-    the plain estimates, whose *gradients* are those of other quantities: k1's is zero on average on-policy, and k3's
-    is that of the reversed divergence. ``overlong``: what a completion cut at the length limit does: "mask" gives it
-    no gradient but keeps it in the baseline and in the denominators, "penalise" takes ``overlong_penalty`` off its
-    reward, "keep" changes nothing. ``updates_per_batch``: optimizer updates on each rollout batch; every update uses
-    the whole batch. ``dynamic_sampling``: groups whose rewards are all equal are replaced, in at most ``max_refills``
-    more rollouts.
-    """
+    prompts_per_step: int = 8  # questions in one rollout
+    samples_per_prompt: int = 8  # completions of each question: the group
+    updates_per_batch: int = 1  # optimizer updates on each rollout batch; every update uses the whole batch
+    max_new_tokens: int = 128  # tokens of a completion at most
 
-    prompts_per_step: int = 8
-    samples_per_prompt: int = 8
-    updates_per_batch: int = 1
-    max_new_tokens: int = 128
+    temperature: float = 1.0  # of sampling; above 0
+    top_p: float = 1.0  # share of the probability to sample from; 1: all
+    top_k: int | None = None  # sample from so many likeliest tokens; null: all
 
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int | None = None
-
+    # what is taken off a reward: the group's mean, the mean and then divided by the deviation, or the mean of the others
     advantage: Literal["mean", "mean_std", "leave_one_out"] = "mean"
+    # sequence_mean averages over the tokens of a completion, then over completions; token_mean over all tokens of the update
+    # (DAPO); constant divides by completions times max_new_tokens (Dr. GRPO, arXiv 2503.20783)
     aggregate: Literal["sequence_mean", "token_mean", "constant"] = "sequence_mean"
+    # importance ratio of each token, or the length-normalised one of the sequence (GSPO, arXiv 2507.18071); the KL keeps the
+    # token ratio
     ratio: Literal["token", "sequence"] = "token"
     clip: ClipConfig = ClipConfig()
+    # unbiased is the importance-weighted k3; k3, k2, k1 are the plain estimates, whose gradients are those of other quantities:
+    # k1's is zero on average on-policy, and k3's is that of the reversed divergence
     kl: Literal["unbiased", "k3", "k2", "k1"] = "unbiased"
-    beta: float = 0.01
+    beta: float = 0.01  # weight of the KL to the reference in the loss
+    # off-policy sequence mask: completions with a negative advantage and a KL per token above this get no gradient; null: off
     opsm_delta: float | None = None
+    # steps after which the reference becomes the model as it is; null: it stays the first
     reference_refresh_steps: int | None = None
 
-    dynamic_sampling: bool = False
-    max_refills: int = 3
+    dynamic_sampling: bool = False  # whether groups whose rewards are all equal are replaced
+    max_refills: int = 3  # rollouts more, at most, to replace them
+    # a completion cut at the length limit: mask gives it no gradient but keeps it in the baseline and in the denominators,
+    # penalise takes overlong_penalty off its reward, keep changes nothing
     overlong: Literal["mask", "penalise", "keep"] = "keep"
-    overlong_penalty: float = 0.5
+    overlong_penalty: float = 0.5  # taken off the reward with overlong=penalise
     quality: QualityConfig = QualityConfig()
 
     def __post_init__(self) -> None:
@@ -121,17 +117,15 @@ class AlgorithmConfig:
 
 @config
 class RlTaskConfig:
-    """Questions to train on: an exam, its share of every step, and which rewards count how much in the total.
-
-    ``rewards`` names functions of ``osler.tasks.rewards`` with their weights. A reward for form alone destroys
-    accuracy; ``gated_format`` pays for it only when the answer is right.
-    """
+    """Questions to train on: an exam, its share of every step, and which rewards count how much in the total."""
 
     task: TaskConfig = ClinicTask(split="train", limit=4000)
-    name: str = ""  # in metrics; left out: the exam's type
-    weight: float = 1.0
+    name: str = ""  # in metrics; empty: the exam's type
+    weight: float = 1.0  # share of every step's questions, relative to the other tasks
+    # functions of osler/tasks/rewards.py with their weights; a reward for form alone destroys accuracy, gated_format pays for
+    # it only when the answer is right
     rewards: dict[str, float] = field(default_factory=lambda: {"correct": 1.0})
-    reasoning: bool = True
+    reasoning: bool = True  # whether the model thinks before it answers
 
     def __post_init__(self) -> None:
         if self.weight <= 0.0:
@@ -150,34 +144,34 @@ class RlTaskConfig:
 class GrpoConfig:
     """One GRPO run: where it starts, what it asks, how it learns.
 
-    ``schedule`` counts the token *budget* of the rollouts (completions of a step times ``max_new_tokens``), because
-    how many tokens will be sampled is not known in advance. ``optim.lr`` is far below that of pretraining: 1e-6 to
-    1e-4.
+    How many tokens will be sampled is not known in advance, so the schedule counts the budget of the rollouts.
     """
 
-    kind: Literal["grpo"] = "grpo"
-    description: str = ""
-    seed: int = 0
+    kind: Literal["grpo"] = "grpo"  # the verb sets it
+    description: str = ""  # for the reader; changes nothing
+    seed: int = 0  # of the questions and the sampling
     init_from: str  # run folder or checkpoint to start from, with its model and tokenizer
-    tasks: tuple[RlTaskConfig, ...] = (RlTaskConfig(),)
-    eval_task: TaskConfig | None = ClinicTask(split="validation", limit=200)
+    tasks: tuple[RlTaskConfig, ...] = (RlTaskConfig(),)  # what is asked: a list, each with an exam, its weight and its rewards
+    eval_task: TaskConfig | None = ClinicTask(split="validation", limit=200)  # the exam sat during training; null: none
     eval_permutations: int = 1  # option orders per evaluated question
     algorithm: AlgorithmConfig = AlgorithmConfig()
-    optim: AdamWConfig = AdamWConfig(lr=3e-5, weight_decay=0.0)
+    optim: OptimConfig = AdamWConfig(lr=3e-5, weight_decay=0.0)  # lr far below that of pretraining: 1e-6 to 1e-4 for AdamW
+    # counts the token budget of the rollouts: completions of a step times max_new_tokens
     schedule: ScheduleConfig = ConstantConfig()
-    clip_norm: float = 1.0
+    clip_norm: float = 1.0  # norm that the gradient is scaled down to when it is larger
     micro_batch_tokens: int = 16_384  # prompt and completion tokens per forward pass, padding included
     rollout_rows: int = 256  # completions sampled at once; bounds the key/value cache
 
-    steps: int = 100
-    eval_every_steps: int = 20
-    save_every_steps: int = 20
-    keep_last: int = 2
+    steps: int = 100  # rollouts, each with updates_per_batch updates
+    eval_every_steps: int = 20  # steps between two exams
+    save_every_steps: int = 20  # steps between two checkpoints
+    keep_last: int = 2  # checkpoints kept besides the best
     max_skipped_steps: int = 20  # so many steps in a row with a non-finite gradient end the run
     zero_reward_patience: int = 5  # so many steps in a row without a reward are worth a warning
 
-    device: str = "auto"
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    device: str = "auto"  # auto, cpu, cuda or cuda:N
+    precision: Literal["auto", "bf16", "fp32"] = "auto"  # of activations; weights are fp32; auto: bf16 where it is faster here
+    recompute: Literal["off", "selective", "full"] = "off"  # activations computed again in the backward pass, to save memory
 
     def __post_init__(self) -> None:
         intervals = ("steps", "eval_every_steps", "save_every_steps", "max_skipped_steps", "zero_reward_patience")

@@ -18,6 +18,7 @@ from osler.eval.exams import score_by_generation
 from osler.inference.engine import Engine
 from osler.inference.load import LoadedModel, describing_files, load_model
 from osler.optim.build import build_optimizer
+from osler.parallel.activation_checkpoint import set_recompute
 from osler.rl.config import GrpoConfig, RlTaskConfig
 from osler.rl.prompts import RewardTerm, RlTask, task_shares
 from osler.rl.trainer import GrpoTrainer
@@ -26,13 +27,14 @@ from osler.runtime.files import RunFolder, fingerprint
 from osler.runtime.log import say
 from osler.runtime.world import require_one_process
 from osler.tasks.item import ExamItem, render_question
-from osler.tasks.registry import load_task
+from osler.tasks.registry import check_task, load_task
 from osler.tasks.rewards import REWARDS
 from osler.tokenizer.bpe import Tokenizer
 from osler.tokenizer.chat import encode_prompt
 from osler.train.folder import (
     VERSIONS,
     claim,
+    default_name,
     describe_plan,
     newest_checkpoint,
     refuse_another,
@@ -57,9 +59,11 @@ def run(
         config, folder = stored_config(GrpoConfig, run_dir, overrides), RunFolder(Path(str(run_dir)))
     else:
         config = decode(GrpoConfig, load_recipe(recipe, overrides) if recipe else parse_overrides(overrides), source=recipe or "")
-        folder = RunFolder(Path(run_dir or Path("runs") / f"{Path(recipe).stem if recipe else 'clinic'}-grpo"))
+        folder = RunFolder(Path(run_dir or Path("runs") / default_name(recipe or "clinic", "grpo")))
     if dry_run:
-        print(describe_plan(config, folder, starting_model(folder, config), planned_numbers(config)))
+        start = starting_model(folder, config)
+        check_exams(config)
+        print(describe_plan(config, folder, start, planned_numbers(config)))
         return 0
     done = f"Done: {folder.root}\n  osler eval {folder.root}   sit the exam\n  osler report {folder.root}   the run as a page"
     return work("grpo", folder, lambda run: train(config, run), lambda: done)
@@ -69,12 +73,14 @@ def train(config: GrpoConfig, run: RunFolder) -> bool:
     """Set up and train (or continue) one GRPO run in its folder; False when it was asked to stop before the end."""
     require_one_process("grpo")
     refuse_another(run, config)
+    check_exams(config)
     keep_freed_memory()
     checkpoint = newest_checkpoint(run)
     precision = stored_precision(checkpoint, config.precision)
     machine = choose_machine(config.device, precision, "never", steps=config.steps)
     start = load_model(checkpoint or config.init_from, device=machine.device, compute_dtype=machine.dtype)
     model, tokenizer = start.model.train(), start.tokenizer
+    set_recompute(model, config.recompute)
     tasks = load_tasks(config, start)
     eval_items = load_task(config.eval_task) if config.eval_task is not None else []
     check_held_out(tasks, eval_items)
@@ -101,6 +107,13 @@ def train(config: GrpoConfig, run: RunFolder) -> bool:
     else:
         say(describe_start(config, start, tasks, machine))
     return trainer.fit()
+
+
+def check_exams(config: GrpoConfig) -> None:
+    """Raise UserError, naming the key, when the file of an exam to train on or to evaluate on is not there."""
+    for number, entry in enumerate(config.tasks):
+        check_task(entry.task, f"tasks[{number}].task")
+    check_task(config.eval_task, "eval_task")
 
 
 def load_tasks(config: GrpoConfig, start: LoadedModel) -> list[RlTask]:

@@ -169,7 +169,7 @@ def update_policy(
             sums = add_sums(sums, {**part, "entropy": entropy_BT.sum()})
         grad_norm = clip_grad_norm_(model.parameters(), clip_norm, foreach=True)
         skipped = (~torch.isfinite(grad_norm)).float()
-        optimizer.found_inf = skipped  # type: ignore[attr-defined]  # the fused kernel then leaves everything as it is
+        optimizer.found_inf = skipped  # type: ignore[attr-defined]  # the optimizer then leaves everything as it is
         optimizer.step()
         history.append({**loss_metrics(sums), "train/grad_norm": grad_norm, "train/skipped_steps": skipped})
     optimizer.zero_grad(set_to_none=True)

@@ -21,7 +21,7 @@ from osler.errors import UserError
 from osler.inference.engine import Engine
 from osler.model.transformer import Transformer
 from osler.monitor.sinks import JsonlSink
-from osler.optim.build import set_lr
+from osler.optim.build import set_decay_and_momentum, set_lr
 from osler.optim.schedule import lr_scale
 from osler.rl.config import GrpoConfig
 from osler.rl.prompts import RlTask
@@ -121,7 +121,9 @@ class GrpoTrainer:
 
         budget = config.budget_tokens_per_step
         middle = self.step * budget + budget // 2  # as in train/: the first step has a rate above 0, and so has the last
-        set_lr(self.optimizer, lr_scale(config.schedule, middle, config.steps * budget))
+        scale = lr_scale(config.schedule, middle, config.steps * budget)
+        set_lr(self.optimizer, scale)
+        set_decay_and_momentum(self.optimizer, config.optim, scale, middle, config.steps * budget)
         rows = training_rows(groups, algorithm)
         update: dict[str, float] = {}
         if rows:  # none when the quality filter dropped every sample

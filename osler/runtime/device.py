@@ -51,6 +51,9 @@ PEAK_FLOPS: tuple[tuple[str, float], ...] = (
     ("MI250X", 383e12),
 )
 
+# What the activations are in; see train/setup.py for where the precisions differ otherwise.
+PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32, "pure-bf16": torch.bfloat16, "fp8": torch.bfloat16}
+
 _BF16_TRIAL_SECONDS = 0.6  # long enough to find quiet moments on a busy machine
 _BF16_GAIN = 1.2  # below this the cast of the weights, which the trial leaves out, eats the gain
 
@@ -72,13 +75,13 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype to compute in for ``auto``, ``bf16`` or ``fp32``; ``auto`` takes bf16 where it is faster."""
+    """The dtype to compute in for a precision; ``auto`` takes bf16 where it is faster."""
     if name == "auto":
         return torch.bfloat16 if bf16_pays(device) else torch.float32
     try:
-        return {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
+        return PRECISIONS[name]
     except KeyError:
-        raise UserError(f"Unknown dtype {name!r}: use auto, bf16 or fp32.") from None
+        raise UserError(f"Unknown precision {name!r}: use auto or one of {', '.join(PRECISIONS)}.") from None
 
 
 def bf16_pays(device: torch.device) -> bool:

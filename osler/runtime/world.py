@@ -76,6 +76,15 @@ class World:
         """Whether this is the process that speaks and writes."""
         return self.rank == 0
 
+    @property
+    def group(self) -> ProcessGroup | None:
+        """All ranks, for work that they share on the device; None for one process."""
+        if self.size == 1:
+            return None
+        import torch.distributed as dist
+
+        return dist.group.WORLD
+
     def once(self, work: Callable[[], T]) -> T:
         """Call ``work`` on rank 0 alone and give its result, which must be picklable, to every rank; the others wait."""
         if self.size == 1:

@@ -16,11 +16,13 @@ DRILL = "drill"
 
 @config
 class ClinicTask:
+    """Questions of the built-in synthetic world, made on the spot."""
+
     type: Literal["clinic"] = "clinic"
-    split: str = "validation"
-    limit: int = 400
-    seed: int = 0
-    split_seed: int = 0
+    split: str = "validation"  # train, validation, validation_questions, new_findings, new_questions, or drill
+    limit: int = 400  # questions
+    seed: int = 0  # of the questions that are drawn
+    split_seed: int = 0  # of what is held out; training uses 0
 
 
 def load(*, split: str = "validation", limit: int = 400, seed: int = 0, split_seed: int = 0) -> list[ExamItem]:

@@ -22,10 +22,12 @@ SCHEMA = "openai/gsm8k (main): question, answer ('... #### number')"
 
 @config
 class Gsm8kTask:
+    """Grade-school arithmetic with a numeric answer, in the schema of openai/gsm8k."""
+
     type: Literal["gsm8k"] = "gsm8k"
-    path: str
-    split: str = ""
-    limit: int | None = None
+    path: str  # a .jsonl, .jsonl.gz or .parquet file
+    split: str = ""  # a name for the file in tables and metrics
+    limit: int | None = None  # the first so many questions; null: all
 
 
 def load(path: str | Path, *, split: str = "", limit: int | None = None) -> list[ExamItem]:

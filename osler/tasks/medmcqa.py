@@ -29,11 +29,13 @@ _NAMES_A_LETTER = re.compile(r"\b(?:ans(?:wer)?|option|choice)s?\b\W*(?:is\b\W*)
 
 @config
 class MedmcqaTask:
+    """Indian medical entrance questions, in the schema of openlifescienceai/medmcqa."""
+
     type: Literal["medmcqa"] = "medmcqa"
-    path: str
-    split: str = ""
-    limit: int | None = None
-    first_option: int = 0
+    path: str  # a .jsonl, .jsonl.gz or .parquet file
+    split: str = ""  # a name for the file in tables and metrics
+    limit: int | None = None  # the first so many questions; null: all
+    first_option: int = 0  # the number of option A in the file: 0 in the hub's files, 1 in the authors' original
 
 
 def load(path: str | Path, *, split: str = "", limit: int | None = None, first_option: int = 0) -> list[ExamItem]:
@@ -50,7 +52,7 @@ def load(path: str | Path, *, split: str = "", limit: int | None = None, first_o
     if not labelled:
         raise UserError(
             f"{path}: no row has a label (cop is -1 everywhere): this is the test split, whose answers are not public. "
-            "Use the validation split."
+            "Set task.path to the validation split."
         )
     _check_numbering(path, [cop for _, cop in labelled], first_option)
     if len(labelled) < len(rows):
@@ -78,7 +80,7 @@ def _check_numbering(path: str | Path, cops: Sequence[int], first_option: int) -
     if first_option == 0 and (high == 4 or (low > 0 and len(cops) >= _ROWS_THAT_TELL)):
         raise UserError(
             f"{path}: 'cop' runs from {low} to {high}: this file counts its options from 1, as the authors' "
-            "original does, and the hub's files count from 0. Say first_option=1 to convert it."
+            "original does, and the hub's files count from 0. Set task.first_option=1 to convert it."
         )
 
 

@@ -17,10 +17,12 @@ SCHEMA = "GBaker/MedQA-USMLE-4-options: question, options {A..D}, answer, answer
 
 @config
 class MedqaTask:
+    """USMLE questions with four options, in the schema of GBaker/MedQA-USMLE-4-options."""
+
     type: Literal["medqa"] = "medqa"
-    path: str
-    split: str = ""
-    limit: int | None = None
+    path: str  # a .jsonl, .jsonl.gz or .parquet file
+    split: str = ""  # a name for the file in tables and metrics
+    limit: int | None = None  # the first so many questions; null: all
 
 
 def load(path: str | Path, *, split: str = "", limit: int | None = None) -> list[ExamItem]:

@@ -21,10 +21,12 @@ OPTIONS = ("yes", "no", "maybe")
 
 @config
 class PubmedqaTask:
+    """Yes, no or maybe from an abstract, in the schema of qiaojin/PubMedQA."""
+
     type: Literal["pubmedqa"] = "pubmedqa"
-    path: str
-    split: str = ""
-    limit: int | None = None
+    path: str  # a .jsonl, .jsonl.gz or .parquet file
+    split: str = ""  # a name for the file in tables and metrics
+    limit: int | None = None  # the first so many questions; null: all
 
 
 def load(path: str | Path, *, split: str = "", limit: int | None = None) -> list[ExamItem]:

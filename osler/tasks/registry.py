@@ -9,6 +9,7 @@ from typing import Annotated, Any
 from osler.config import TAGGED
 from osler.tasks import clinic, gsm8k, medmcqa, medqa, pubmedqa
 from osler.tasks.item import ExamItem
+from osler.tasks.rows import check_file
 
 TaskConfig = Annotated[
     clinic.ClinicTask | medqa.MedqaTask | medmcqa.MedmcqaTask | pubmedqa.PubmedqaTask | gsm8k.Gsm8kTask, TAGGED
@@ -23,6 +24,12 @@ TASKS: dict[type, Callable[..., list[ExamItem]]] = {
 }
 
 TASK_CONFIGS: dict[str, type] = {cls.type: cls for cls in TASKS}  # type: ignore[attr-defined]  # every task config has the tag
+
+
+def check_task(config: Any, key: str) -> None:
+    """Raise UserError when the exam's file is not there; ``key`` is the path of the task in the run's config."""
+    if hasattr(config, "path"):
+        check_file(config.path, f"{key}.path")
 
 
 def load_task(config: Any) -> list[ExamItem]:

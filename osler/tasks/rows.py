@@ -33,7 +33,8 @@ class Row:
             if not isinstance(value, Mapping) or part not in value:
                 here = ", ".join(sorted(value)) if isinstance(value, Mapping) else repr(value)[:60]
                 raise UserError(
-                    f"{self.where}: the field '{field}' is missing (found: {here}). Expected the schema of {schema}."
+                    f"{self.where}: the field '{field}' is missing (found: {here}). Expected the schema of {schema}; "
+                    "the files of another exam are read with another task.type."
                 )
             value = value[part]
         if not isinstance(value, kind) or isinstance(value, bool):
@@ -51,11 +52,16 @@ class Row:
         return value.strip()
 
 
+def check_file(path: str | Path, key: str = "task.path") -> None:
+    """Raise UserError, naming the key that a person sets it with, when there is no exam file at ``path``."""
+    if not Path(path).is_file():
+        raise UserError(f"There is no exam file {path}; set {key}=FILE to a .jsonl, .jsonl.gz or .parquet file.")
+
+
 def read_rows(path: str | Path) -> Iterator[Row]:
     """The rows of a ``.jsonl``/``.json`` (an object per line, optionally ``.gz``) or ``.parquet`` file, in order."""
     path = Path(path)
-    if not path.is_file():
-        raise UserError(f"There is no exam file {path}. Give the path of a .jsonl, .jsonl.gz or .parquet file.")
+    check_file(path)
     name = path.name.removesuffix(".gz")
     count = 0
     if name.endswith((".jsonl", ".json")):

@@ -7,8 +7,9 @@ from osler.config import config
 
 @config
 class TokenizerConfig:
-    """``path`` loads a tokenizer.json (or GPT-2's vocab.bpe + encoder.json); without it one is trained on the run's own text."""
+    """The tokenizer: one that is there, or one trained on the run's own text."""
 
+    # a tokenizer.json, or GPT-2's vocab.bpe with encoder.json beside it; null: train one on the run's own text
     path: str | None = None
     vocab_size: int = 2048  # of a tokenizer that is trained; a loaded one has its own
     max_bytes: int = 32_000_000  # of text to train on; more is sampled evenly

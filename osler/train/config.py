@@ -8,9 +8,10 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 from osler.config import TAGGED, config
-from osler.data.config import ClinicData, FilesData, TurnsData
+from osler.data.config import ClinicData, FilesData, Stage, TurnsData
+from osler.data.curriculum import Timeline, lay_out, rows_per_micro_batch
 from osler.model.config import ModelConfig
-from osler.optim.config import AdamWConfig, LinearConfig, ScheduleConfig
+from osler.optim.config import AdamWConfig, LinearConfig, OptimConfig, ScheduleConfig
 from osler.parallel.config import NoParallelConfig, ParallelConfig
 from osler.tokenizer.config import TokenizerConfig
 
@@ -19,11 +20,12 @@ DataConfig = Annotated[ClinicData | FilesData | TurnsData, TAGGED]
 
 @config
 class ExamProbe:
-    """A small exam during training: ``items`` clinic questions of each split, answered greedily, every so many tokens."""
+    """A small exam during training: clinic questions answered greedily, every so many tokens."""
 
-    every_tokens: int = 0  # 0: never
+    every_tokens: int = 0  # tokens between two exams; 0: never
+    # of the clinic: train, validation, validation_questions, new_findings, new_questions
     splits: tuple[str, ...] = ("validation",)
-    items: int = 200
+    items: int = 200  # questions of each split
 
     def __post_init__(self) -> None:
         if self.every_tokens < 0:
@@ -36,32 +38,38 @@ class ExamProbe:
 class TrainConfig:
     """One supervised stage: ``pretrain`` learns every token, ``sft`` learns what the model must answer."""
 
-    kind: Literal["pretrain", "sft"] = "pretrain"
-    description: str = ""
-    seed: int = 0
+    kind: Literal["pretrain", "sft"] = "pretrain"  # pretrain learns every token, sft what the model must answer; the verb sets it
+    description: str = ""  # for the reader; changes nothing
+    seed: int = 0  # of the weights and of the order of the data
     init_from: str | None = None  # run folder or checkpoint to start from; its model and tokenizer replace those given here
     model: ModelConfig = ModelConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()
     data: DataConfig = ClinicData()
-    packing: Literal["auto", "stream", "whole"] = "auto"  # cut anywhere, or keep documents whole and pad; auto: whole for sft
-    document_mask: bool = False  # attention stays inside a document
-    seq_len: int = 128
+    # stream cuts documents anywhere, whole keeps them whole and pads; auto: whole for sft
+    packing: Literal["auto", "stream", "whole"] = "auto"
+    document_mask: bool = False  # whether attention stays inside a document
+    seq_len: int = 128  # tokens in a row: with a curriculum in its longest, and in those of held-out text
     batch_tokens: int = 8_192  # tokens per optimizer step
-    micro_batch_tokens: int | None = None  # tokens per forward pass of one process; None: its whole batch at once
-    total_tokens: int = 8_192_000
+    micro_batch_tokens: int | None = None  # tokens per forward pass of one process; null: its whole batch at once
+    curriculum: tuple[Stage, ...] = ()  # stages of shorter rows and other batches; none: seq_len and batch_tokens throughout
+    total_tokens: int = 8_192_000  # tokens to train on, repeats included
     max_minutes: float | None = None  # end by the clock if that comes before total_tokens; the schedule is fitted to it
-    optim: AdamWConfig = AdamWConfig()
+    optim: OptimConfig = AdamWConfig()
     schedule: ScheduleConfig = LinearConfig(warmup_tokens=327_680)
-    clip_norm: float = 1.0
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    clip_norm: float = 1.0  # norm that the gradient is scaled down to when it is larger
+    # bf16 computes in bf16 from fp32 weights, fp8 also multiplies in FP8; pure-bf16 keeps weights and moments in bf16 too;
+    # auto: bf16 where it is faster than fp32 here
+    precision: Literal["auto", "bf16", "fp32", "pure-bf16", "fp8"] = "auto"
+    recompute: Literal["off", "selective", "full"] = "off"  # activations computed again in the backward pass, to save memory
+    # with torch.compile; auto: where it works and the run is long enough to pay
     compile: Literal["auto", "always", "never"] = "auto"
-    device: str = "auto"
-    parallel: ParallelConfig = NoParallelConfig()
-    loader_workers: int = 1
-    log_every_steps: int = 10
-    eval_every_tokens: int = 2_048_000
-    save_every_tokens: int = 2_048_000
-    keep_last: int = 2
+    device: str = "auto"  # auto, cpu, cuda or cuda:N
+    parallel: ParallelConfig = NoParallelConfig()  # how several processes share the work
+    loader_workers: int = 1  # threads that prepare batches ahead; 0: none; changes no batch
+    log_every_steps: int = 10  # optimizer steps between two lines of metrics
+    eval_every_tokens: int = 2_048_000  # tokens between two measurements of the held-out loss
+    save_every_tokens: int = 2_048_000  # tokens between two checkpoints
+    keep_last: int = 2  # checkpoints kept besides the best
     max_skipped_steps: int = 20  # so many steps in a row with a non-finite gradient end the run
     exam: ExamProbe = ExamProbe()
 
@@ -81,6 +89,8 @@ class TrainConfig:
                 f"micro_batch_tokens {micro} must be a multiple of seq_len {self.seq_len} that divides "
                 f"batch_tokens {self.batch_tokens}"
             )
+        if self.curriculum:
+            self._check_curriculum()
         if self.tokenizer.path is None and self.init_from is None and self.tokenizer.vocab_size > self.model.vocab_size:
             raise ValueError(
                 f"tokenizer.vocab_size {self.tokenizer.vocab_size} is larger than model.vocab_size {self.model.vocab_size}; "
@@ -91,15 +101,38 @@ class TrainConfig:
         if self.clip_norm <= 0:
             raise ValueError(f"clip_norm {self.clip_norm} must be above 0")
 
-    @property
-    def rows_per_batch(self) -> int:
-        return self.batch_tokens // self.seq_len
+    def _check_curriculum(self) -> None:
+        if self.packs_whole:
+            raise ValueError(
+                f"curriculum cuts one stream of tokens into rows of several lengths, but packing={self.packing} (kind="
+                f"{self.kind}) keeps documents whole, in rows of one length; set packing=stream, or leave the curriculum out"
+            )
+        for span in self.timeline.spans:
+            micro = rows_per_micro_batch(span.rows_per_batch, span.seq_len, self.micro_batch_tokens)
+            fitting = (self.micro_batch_tokens or 0) // span.seq_len
+            if 2 * micro <= fitting < span.rows_per_batch:
+                better = -(-span.rows_per_batch // fitting) * fitting * span.seq_len
+                raise ValueError(
+                    f"curriculum, stage {span.number}: its {span.rows_per_batch} rows per step split into equal forward passes "
+                    f"of {micro} rows only, where {fitting} rows of {span.seq_len} tokens fit into micro_batch_tokens "
+                    f"{self.micro_batch_tokens}; give the stage batch_tokens={better}"
+                )
 
     @property
-    def rows_per_micro_batch(self) -> int:
-        return (self.micro_batch_tokens or self.batch_tokens) // self.seq_len
+    def packs_whole(self) -> bool:
+        """Whether documents are kept whole and padded, rather than cut anywhere."""
+        return self.packing == "whole" or (self.packing == "auto" and self.kind == "sft")
+
+    @property
+    def timeline(self) -> Timeline:
+        """Row length, batch and step of every token; raises ValueError for a curriculum that contradicts itself."""
+        return lay_out(self.curriculum, seq_len=self.seq_len, batch_tokens=self.batch_tokens)
 
     @property
     def total_steps(self) -> int:
         """Optimizer steps that cover ``total_tokens``, the last one rounded up."""
-        return -(-self.total_tokens // self.batch_tokens)
+        return self.timeline.steps_for(self.total_tokens)
+
+    def training_flops(self, model: ModelConfig) -> int:
+        """FLOPs of the whole run on this model, each stage at its own length."""
+        return sum(tokens * model.flops_per_token(span.seq_len) for span, tokens in self.timeline.shares(self.total_tokens))

@@ -30,6 +30,12 @@ VERSIONS = "versions.json"  # packages and machine, in the run folder and in eve
 PRECISION_OF_DTYPE = {"float32": "fp32", "bfloat16": "bf16"}
 
 
+def default_name(recipe: str, kind: str) -> str:
+    """What a run of a recipe is called without --run: ``text-10min-pretrain``; of ``usmle-2day/grpo``, ``usmle-2day-grpo``."""
+    name = Path(recipe).stem if recipe.endswith((".yaml", ".yml")) else recipe.replace("/", "-")
+    return name if name.endswith(f"-{kind}") else f"{name}-{kind}"
+
+
 def work(kind: str, run: RunFolder, train: Callable[[RunFolder], bool], next_steps: Callable[[], str]) -> int:
     """Train in the folder and say at the end what to do next; returns the exit code.
 
@@ -127,10 +133,10 @@ def newest_checkpoint(run: RunFolder) -> Path | None:
     return found
 
 
-def stored_precision(checkpoint: Path | None, otherwise: str) -> str:
+def stored_precision(checkpoint: Path | None, wanted: str) -> str:
     """The precision that a run resolved when it began; ``auto`` is a timing and might decide otherwise the second time."""
-    if checkpoint is None or not (checkpoint / VERSIONS).exists():
-        return otherwise
+    if wanted != "auto" or checkpoint is None or not (checkpoint / VERSIONS).exists():
+        return wanted
     machine = json.loads((checkpoint / VERSIONS).read_text(encoding="utf-8"))["machine"]
     return PRECISION_OF_DTYPE[machine["dtype"]]
 

@@ -16,7 +16,8 @@ from torch import Tensor
 from osler.checkpoint import store
 from osler.config import decode, load_recipe, parse_overrides
 from osler.data.config import ClinicData
-from osler.data.loader import Loader, check_shares, make_batch
+from osler.data.curriculum import Span, rows_per_micro_batch
+from osler.data.loader import Loader, StagedLoader, make_batch
 from osler.data.order import Order
 from osler.data.packing import StreamPacking, WholePacking
 from osler.data.prepare import Prepared, open_prepared
@@ -30,8 +31,9 @@ from osler.inference.load import TOKENIZER_FILE, describing_files
 from osler.model.config import ModelConfig
 from osler.model.transformer import Transformer
 from osler.optim.build import build_optimizer
+from osler.parallel.activation_checkpoint import set_recompute
 from osler.parallel.engine import Engine as ParallelEngine
-from osler.parallel.parallelize import check_strategy, parallelize
+from osler.parallel.parallelize import parallelize
 from osler.runtime.device import keep_freed_memory, pick_device
 from osler.runtime.files import RunFolder, write_atomic
 from osler.runtime.log import say
@@ -43,6 +45,7 @@ from osler.train.config import ExamProbe, TrainConfig
 from osler.train.folder import (
     VERSIONS,
     claim,
+    default_name,
     describe_plan,
     newest_checkpoint,
     refuse_another,
@@ -54,11 +57,14 @@ from osler.train.folder import (
 from osler.train.setup import (
     COMPILE_MIN_STEPS,
     Machine,
+    check_plan,
+    check_processes,
     check_vocabulary,
     choose_machine,
     describe_run,
     make_model,
     make_tokenizer,
+    set_precision,
 )
 from osler.train.step import TrainStep
 from osler.train.trainer import Trainer
@@ -89,10 +95,10 @@ def run(
         say("Warning: model.* changes nothing here, because the model comes from init_from.")
     if dry_run:
         start = starting_model(folder, config)
+        check_plan(config, is_new=newest_checkpoint(folder) is None)
         print(describe_plan(config, folder, start, planned_numbers(config, start[1] if start else config.model)))
         return 0
-    check_strategy(config.parallel, place().size)
-    check_shares(config.rows_per_batch, config.seq_len, place().size)
+    check_processes(config, place().size)
     with joined(config.device) as world:
         return work(kind, folder, lambda run: train(config, run, world), lambda: next_steps(config, folder))
 
@@ -100,9 +106,8 @@ def run(
 def own_folder(recipe: str | None, config: TrainConfig) -> Path:
     """Where a run goes without --run: named by its recipe, or else by its data."""
     if recipe:
-        name = Path(recipe).stem
-    else:
-        name = "clinic" if isinstance(config.data, ClinicData) else Path(config.data.path).stem or "own"
+        return Path("runs") / default_name(recipe, config.kind)
+    name = "clinic" if isinstance(config.data, ClinicData) else Path(config.data.path).stem or "own"
     return Path("runs") / f"{name}-{config.kind}"
 
 
@@ -122,23 +127,24 @@ def train(config: TrainConfig, run: RunFolder, world: World | None = None) -> bo
     machine = world.once(lambda: choose_machine(world.device, precision, config.compile, steps=steps))
     machine = replace(machine, device=pick_device(world.device))
     model, tokenizer = make_model(config, machine, checkpoint)
+    set_precision(model, config, machine.device)
+    set_recompute(model, config.recompute)
     tokenizer_path = run.root / TOKENIZER_FILE
     tokenizer = world.once(lambda: make_tokenizer(config, tokenizer, tokenizer_path))
     check_vocabulary(model.config, tokenizer, is_new=checkpoint is None and config.init_from is None)
     prepared = world.ahead(lambda: begin(config, run, tokenizer), lambda: open_prepared(run.root / DATA, tokenizer))
     engine = parallelize(model, config.parallel, world, compile=machine.compile)
-    optimizer = build_optimizer(model, config.optim)
+    optimizer = build_optimizer(model, config.optim, seed=config.seed, process_group=world.group)
     train_step = TrainStep(
         model,
         optimizer,
         engine,
-        rows_per_micro_batch=config.rows_per_micro_batch,
+        micro_batch_tokens=config.micro_batch_tokens,
         clip_norm=config.clip_norm,
         document_mask=config.document_mask,
         device=machine.device,
     )
-    packing = packing_of(config, prepared.train)
-    loader = Loader(packing, config.rows_per_batch, world.rank, world.size, workers=config.loader_workers)
+    loader = make_loader(config, prepared.train, world)
     files = {"config.yaml": run.config.read_bytes(), VERSIONS: world.once(lambda: describe_run(run, machine))}
     trainer = Trainer(
         config,
@@ -159,6 +165,7 @@ def train(config: TrainConfig, run: RunFolder, world: World | None = None) -> bo
         say(f"Continuing {run.root} from step {trainer.step:,} ({trainer.tokens:,} tokens).")
     else:
         warn_of_endless_warmup(config)
+        warn_of_stages_out_of_reach(config)
         say(
             f"{config.kind}: {model.config.num_parameters:,} parameters, {prepared.train.num_tokens:,} tokens of data, "
             f"{length_of(config)} to train on; {machine.dtype} on {place_of(machine, config, world)}."
@@ -208,11 +215,41 @@ def warn_of_endless_warmup(config: TrainConfig) -> None:
         )
 
 
-def packing_of(config: TrainConfig, shards: ShardSet) -> StreamPacking | WholePacking:
+def warn_of_stages_out_of_reach(config: TrainConfig) -> None:
+    """Borders of a curriculum are counted in tokens, so a shortened run may end before its long rows."""
+    timeline = config.timeline
+    reached = len(timeline.shares(config.total_tokens))
+    if reached < len(timeline.spans):
+        lost = timeline.spans[reached]
+        say(
+            f"Warning: stage {lost.number} of the curriculum would begin at {lost.first_token:,} tokens, but total_tokens is "
+            f"{config.total_tokens:,}: the run never sees rows of {lost.seq_len} tokens. Lower the stages' until_tokens."
+        )
+
+
+def make_loader(config: TrainConfig, shards: ShardSet, world: World = World()) -> StagedLoader:  # noqa: B008
+    """This rank's batches, with a packing and a loader for each stage."""
+    timeline, order = config.timeline, Order(shards, config.seed)
+    loaders = [
+        Loader(
+            packing_of(config, order, span),
+            span.rows_per_batch,
+            world.rank,
+            world.size,
+            workers=config.loader_workers,
+            stage=span.number if config.curriculum else 0,
+        )
+        for span in timeline.spans
+    ]
+    return StagedLoader(timeline, loaders)
+
+
+def packing_of(config: TrainConfig, order: Order, span: Span) -> StreamPacking | WholePacking:
     """How documents become rows: in pretraining every token is learned, in fine-tuning what the loss masks say."""
-    if config.packing == "whole" or (config.packing == "auto" and config.kind == "sft"):
-        return WholePacking(Order(shards, config.seed), config.seq_len, prompt_loss=config.kind == "pretrain")
-    return StreamPacking(Order(shards, config.seed), config.seq_len, prompt_loss=config.kind == "pretrain")
+    prompt_loss = config.kind == "pretrain"
+    if config.packs_whole:
+        return WholePacking(order, span.seq_len, prompt_loss=prompt_loss)
+    return StreamPacking(order, span.seq_len, first_token=span.first_token, prompt_loss=prompt_loss)
 
 
 def validation(
@@ -279,12 +316,26 @@ def exam_probe(
 def planned_numbers(config: TrainConfig, model: ModelConfig) -> dict[str, str]:
     """What follows from a config and the model that it trains, for ``--dry-run``."""
     most = "" if config.max_minutes is None else "at most "
+    batches = f"{config.total_steps:,} of {config.batch_tokens:,} tokens" if not config.curriculum else f"{config.total_steps:,}"
     return {
-        "steps": f"{most}{config.total_steps:,} of {config.batch_tokens:,} tokens",
+        "steps": f"{most}{batches}",
+        **(planned_stages(config) if config.curriculum else {}),
         "length": length_of(config),
         "parameters": f"{model.num_parameters:,}",
-        "FLOPs": f"{most}{config.total_tokens * model.flops_per_token(config.seq_len):.3g}",
+        "FLOPs": f"{most}{config.training_flops(model):.3g}",
     }
+
+
+def planned_stages(config: TrainConfig) -> dict[str, str]:
+    """A line for each stage that the run reaches: its tokens, its steps, and what a step is."""
+    lines = {}
+    for span, tokens in config.timeline.shares(config.total_tokens):
+        micro = rows_per_micro_batch(span.rows_per_batch, span.seq_len, config.micro_batch_tokens)
+        lines[f"stage {span.number}"] = (
+            f"from {span.first_token:,} tokens: {-(-tokens // span.batch_tokens):,} steps of {span.rows_per_batch:,} rows of "
+            f"{span.seq_len:,} tokens, {micro:,} rows at once"
+        )
+    return lines
 
 
 def next_steps(config: TrainConfig, folder: RunFolder) -> str:

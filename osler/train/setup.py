@@ -11,11 +11,15 @@ from typing import Any
 import torch
 
 from osler.checkpoint import store
-from osler.data.sources import train_tokenizer
+from osler.data.loader import check_shares
+from osler.data.sources import check_source, train_tokenizer
 from osler.errors import UserError
 from osler.inference.load import TOKENIZER_FILE, described_model, load_model
 from osler.model.config import ModelConfig
 from osler.model.transformer import Transformer
+from osler.optim.bf16 import keep_in_bf16
+from osler.parallel.fp8 import convert_to_fp8
+from osler.parallel.parallelize import check_strategy
 from osler.runtime.device import compile_works, pick_device, pick_dtype
 from osler.runtime.files import RunFolder, write_json
 from osler.runtime.log import say
@@ -25,7 +29,7 @@ from osler.train.folder import VERSIONS
 
 COMPILE_MIN_STEPS = 100  # compiling costs 10 to 30 seconds; shorter runs end sooner without it
 MUCH_USED = 0.9  # of the model's vocabulary: below this share of it the rest is worth a word
-PACKAGES = ("osler", "torch", "numpy", "tokenizers", "safetensors", "pydantic", "pyarrow")
+PACKAGES = ("osler", "torch", "torchao", "numpy", "tokenizers", "safetensors", "pydantic", "pyarrow")
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,13 @@ def choose_machine(device: str, precision: str, compile_mode: str, *, steps: int
     return Machine(chosen, pick_dtype(precision, chosen), works)
 
 
+def check_plan(config: TrainConfig, *, is_new: bool) -> None:
+    """Raise UserError when what a run will read is not there: its data, and for one that begins its tokenizer."""
+    check_source(config.data)
+    if is_new and config.init_from is None and config.tokenizer.path is not None:
+        Tokenizer.load(config.tokenizer.path)
+
+
 def make_model(config: TrainConfig, machine: Machine, checkpoint: store.Loaded | None) -> tuple[Transformer, Tokenizer | None]:
     """The model to train, and the tokenizer that comes with it: from the run's own checkpoint, from ``init_from``, or new.
 
@@ -78,6 +89,28 @@ def make_model(config: TrainConfig, machine: Machine, checkpoint: store.Loaded |
             f"model in {loaded.path} allows."
         )
     return loaded.model.train(), loaded.tokenizer
+
+
+def check_processes(config: TrainConfig, processes: int) -> None:
+    """Refuse what several processes cannot train together (UserError), before they connect and before anything is written.
+
+    Some optimizers' arithmetic goes over whole, own parameters, so strategies that cut these up are not for them.
+    """
+    check_strategy(config.parallel, processes)
+    for span in config.timeline.spans:
+        check_shares(span.rows_per_batch, span.seq_len, processes, span.number if config.curriculum else 0)
+    strategy, optimizer = config.parallel.type, "pure-bf16" if config.precision == "pure-bf16" else config.optim.type
+    if processes > 1 and (strategy, optimizer) in (("fsdp", "pure-bf16"), ("deepspeed", "pure-bf16"), ("deepspeed", "muon")):
+        name = "precision=pure-bf16" if optimizer == "pure-bf16" else f"optim.type={optimizer}"
+        raise UserError(f"{name} does not work with parallel.type={strategy}, which cuts parameters up: use parallel.type=ddp.")
+
+
+def set_precision(model: Transformer, config: TrainConfig, device: torch.device) -> None:
+    """Give a new or loaded ``model`` the weights and projections that ``config.precision`` trains."""
+    if config.precision == "pure-bf16":
+        keep_in_bf16(model)
+    if config.precision == "fp8":
+        convert_to_fp8(model, device, tokens=config.micro_batch_tokens or config.batch_tokens)
 
 
 def make_tokenizer(config: TrainConfig, given: Tokenizer | None, kept: Path) -> Tokenizer:

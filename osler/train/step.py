@@ -1,20 +1,21 @@
 """One optimizer step: forward and backward over micro-batches, clip, update. Nothing here waits for the device.
 
-A step whose gradient is not finite is skipped inside the fused optimizer kernel (``found_inf``), so parameters and moments stay
+A step whose gradient is not finite is skipped inside the optimizer (``found_inf``), so parameters and moments stay
 untouched and the host need not look. Ranks talk once per step, in the backward pass of the last micro-batch. Stateless beyond
 the model and the optimizer.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from osler.data.curriculum import rows_per_micro_batch
 from osler.data.loader import Batch
-from osler.model.transformer import Transformer
 from osler.optim.build import set_lr
 from osler.parallel.engine import Engine
 
@@ -35,22 +36,24 @@ class TrainStep:
 
     def __init__(
         self,
-        model: Transformer,
+        model: nn.Module,
         optimizer: torch.optim.Optimizer,
         engine: Engine,
         *,
-        rows_per_micro_batch: int,
+        micro_batch_tokens: int | None,
         clip_norm: float,
         document_mask: bool,
         device: torch.device,
+        mark: Callable[[str], None] = lambda part: None,
     ) -> None:
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.optimizer = optimizer
         self.engine = engine
-        self.rows_per_micro_batch = rows_per_micro_batch
+        self.micro_batch_tokens = micro_batch_tokens
         engine.bind(optimizer, clip_norm)
         self.document_mask = document_mask
         self.device = device
+        self.mark = mark  # called at the end of each part of a step: forward, backward, optimizer
 
     def __call__(self, batch: Batch, lr_scale: float) -> StepResult:
         """Update the parameters from ``batch`` (on the CPU) with every learning rate scaled by ``lr_scale``."""
@@ -58,14 +61,19 @@ class TrainStep:
         world = self.engine.world
         learned_tokens = world.mean(torch.full((), float(batch.num_loss_tokens), device=self.device)).clamp_min_(1 / world.size)
         total = torch.zeros((), device=self.device)
-        last = batch.ids.shape[0] - self.rows_per_micro_batch
-        for start in range(0, batch.ids.shape[0], self.rows_per_micro_batch):
-            rows = slice(start, start + self.rows_per_micro_batch)
+        num_rows, seq_len = batch.ids.shape
+        micro = rows_per_micro_batch(num_rows, seq_len, self.micro_batch_tokens)
+        for start in range(0, num_rows, micro):
+            rows = slice(start, start + micro)
             ids, labels = (part[rows].to(self.device, non_blocking=True) for part in (batch.ids, batch.labels))
             documents = batch.document_ids[rows].to(self.device, non_blocking=True) if self.document_mask else None
-            with nullcontext() if start >= last else self.engine.accumulating():
+            with nullcontext() if start + micro >= num_rows else self.engine.accumulating():
                 loss = self.engine.loss(ids, labels, documents) / learned_tokens
+                self.mark("forward")
                 self.engine.backward(loss)
             total += loss.detach()
+            self.mark("backward")
         set_lr(self.optimizer, lr_scale)
-        return StepResult(total, *self.engine.update(self.optimizer, self.parameters))
+        norm_and_skipped = self.engine.update(self.optimizer, self.parameters)
+        self.mark("optimizer")
+        return StepResult(total, *norm_and_skipped)

@@ -25,6 +25,7 @@ from osler.data.loader import Batch
 from osler.errors import UserError
 from osler.model.transformer import Transformer
 from osler.monitor.sinks import JsonlSink
+from osler.optim.build import set_decay_and_momentum
 from osler.optim.schedule import lr_scale
 from osler.runtime.faults import fault
 from osler.runtime.files import RunFolder
@@ -74,6 +75,7 @@ class Trainer:
         self.started = started  # time.monotonic() at which this process began to work on the run
         self.earlier_seconds = 0.0  # spent by the processes before this one
         self.step = 0
+        self.timeline = config.timeline
         self.total_tokens = config.total_tokens
         self.best_loss = math.inf
         self.skipped_in_a_row = 0
@@ -82,7 +84,7 @@ class Trainer:
 
     @property
     def tokens(self) -> int:
-        return self.step * self.config.batch_tokens
+        return self.timeline.tokens_before(self.step)
 
     @property
     def seconds(self) -> float:
@@ -103,15 +105,17 @@ class Trainer:
             if self.step and not self.world.once(lambda: was_evaluated(self.run, self.step)):
                 self._evaluate(sink, progress)  # a kill came after this checkpoint and before its evaluation
             batches = self.batches(self.step)
-            first, mark = self.step, (self.step, time.monotonic())
+            first, mark = self.step, (self.tokens, time.monotonic())
             while not self.done:
-                middle = self.tokens + config.batch_tokens // 2
+                stage = self.timeline.at_step(self.step)
+                middle = self.tokens + stage.batch_tokens // 2
                 scale = lr_scale(config.schedule, middle, self.total_tokens)
+                set_decay_and_momentum(self.optimizer, config.optim, scale, middle, self.total_tokens)
                 self.on_device.append(self.train_step(next(batches), scale))
                 self.step += 1
                 fault("train-step")
-                if self.step == first + 1:  # the first step compiles: neither speed nor time left follow from it
-                    mark = (self.step, time.monotonic())
+                if self.step in (first + 1, stage.first_step + 1):  # it compiles: neither speed nor time left follow from it
+                    mark = (self.tokens, time.monotonic())
                     progress.update(self.tokens)
                 self._watch_clock()
                 self._agree(stop)
@@ -177,7 +181,7 @@ class Trainer:
         """Whether the step just made crossed a multiple of ``every_tokens`` (0: never), or was the last."""
         if every_tokens == 0:
             return False
-        return self.done or self.tokens // every_tokens > (self.tokens - self.config.batch_tokens) // every_tokens
+        return self.done or self.tokens // every_tokens > self.timeline.tokens_before(self.step - 1) // every_tokens
 
     def _fetch(self) -> None:
         """Bring what the steps left on the device to the host: the only wait for the device between evaluations."""
@@ -190,6 +194,7 @@ class Trainer:
         self.window += rows
 
     def _log(self, sink: JsonlSink, progress: Progress, mark: tuple[int, float], scale: float) -> tuple[int, float]:
+        """Write what the steps since the last line gave; the speed is that since the tokens and the time of ``mark``."""
         self._fetch()
         now = time.monotonic()
         losses = [row[0] for row in self.window if math.isfinite(row[0])]
@@ -200,9 +205,16 @@ class Trainer:
             "train/grad_norm": self.window[-1][1],
             "train/skipped_steps": sum(row[2] for row in self.window),
         }
+        if self.config.curriculum:
+            stage = self.timeline.at_step(self.step - 1)
+            metrics |= {
+                "train/stage": stage.number,
+                "train/seq_len": stage.seq_len,
+                "train/batch_tokens": stage.batch_tokens,
+            }
         shown = {"loss": f"{loss:.3f}"}
-        if self.step > mark[0]:
-            speed = (self.step - mark[0]) * self.config.batch_tokens / (now - mark[1])
+        if self.tokens > mark[0]:
+            speed = (self.tokens - mark[0]) / (now - mark[1])
             metrics["perf/tokens_per_second"] = speed
             shown["tokens/s"] = f"{speed:,.0f}"
             if self.config.max_minutes:
@@ -217,14 +229,14 @@ class Trainer:
                 f"changed nothing. Lower optim.lr (now {self.config.optim.lr:g}) or check the data; checkpoints are in "
                 f"{self.run.checkpoints}."
             )
-        return self.step, now
+        return self.tokens, now
 
     def _replan(self, speed: float) -> None:
         """Fit the tokens of the run to the clock: as many whole steps as the rest of the time allows at this speed."""
         assert self.config.max_minutes is not None
         left = max(0.0, self.config.max_minutes * 60 * PLANNED_SHARE - self.seconds)
-        batch = self.config.batch_tokens
-        fitting = min(self.config.total_tokens, self.tokens + int(left * speed / batch) * batch)
+        steps = self.timeline.steps_within(self.tokens + int(left * speed))
+        fitting = min(self.config.total_tokens, self.timeline.tokens_before(steps))
         (self.total_tokens,) = self.world.least(fitting)
 
     def _watch_clock(self) -> None:

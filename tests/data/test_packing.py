@@ -172,9 +172,9 @@ def test_best_fit_is_best_fit() -> None:
 
 def test_planning_100_000_documents_takes_under_two_seconds() -> None:
     lengths = np.sort(np.random.default_rng(0).integers(2, 2048, 100_000))[::-1]
-    start = time.perf_counter()
+    start = time.process_time()
     rows = best_fit(lengths, 2049)
-    assert time.perf_counter() - start < 2
+    assert time.process_time() - start < 2
     assert len(rows) == 100_000
 
 

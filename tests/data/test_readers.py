@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 from pathlib import Path
 
 import pyarrow as pa
@@ -163,3 +164,78 @@ def test_missing_and_empty_places(tmp_path: Path) -> None:
 def test_an_empty_path_is_not_the_current_folder() -> None:
     with pytest.raises(UserError, match="path is empty"):
         list(TextFiles("", "text"))
+
+
+def test_every_kind_that_is_read_is_named_and_every_kind_that_is_named_is_read(tmp_path: Path) -> None:
+    (tmp_path / "notes.pdf").write_bytes(b"%PDF")
+    with pytest.raises(UserError) as caught:
+        texts(tmp_path)
+    named = re.findall(r"\.[a-z.]*[a-z]", str(caught.value).split("none ends in ")[1])
+    assert set(named) >= {".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".md.gz", ".txt", ".txt.gz", ".txt.zst"}
+    pack = {".gz": gzip.compress, ".zst": zstandard.compress}
+    for number, ending in enumerate(named):
+        content = jsonl([{"text": "read"}])
+        if ending == ".parquet":
+            pq.write_table(pa.table({"text": ["read"]}), tmp_path / "0.parquet")
+            continue
+        (tmp_path / f"{number}{ending}").write_bytes(pack.get(Path(ending).suffix, bytes)(content))
+    assert len(texts(tmp_path)) == len(named)
+    with pytest.raises(UserError) as caught:
+        list(TurnFiles(tmp_path / "notes.pdf"))
+    assert ".jsonl.zst" in str(caught.value) and ".txt" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("columns", "said"),
+    [
+        (["question", "answer"], "set data.type=turns, or data.field=NAME"),
+        (["question", "thinking", "answer"], "set data.type=turns data.thinking_field=thinking, or"),
+        (
+            ["Question", "Complex_CoT", "Response"],
+            "data.question_field=Question data.answer_field=Response data.thinking_field=Complex_CoT",
+        ),
+        (["messages"], "write one row with a question and an answer for each exchange, and set data.type=turns"),
+        (["body", "title"], "it has: body, title. Set data.field=NAME to the column of text, or data.type=turns"),
+    ],
+)
+@pytest.mark.parametrize("is_parquet", [False, True])
+def test_rows_without_the_column_of_text_name_the_keys_that_would_read_them(
+    tmp_path: Path, columns: list[str], said: str, is_parquet: bool
+) -> None:
+    path = tmp_path / ("a.parquet" if is_parquet else "a.jsonl")
+    if is_parquet:
+        pq.write_table(pa.table({column: ["x"] for column in columns}), path)
+    else:
+        path.write_bytes(jsonl([dict.fromkeys(columns, "x")]))
+    with pytest.raises(UserError) as caught:
+        texts(path)
+    assert said in str(caught.value) and f"it has: {', '.join(columns)}." in str(caught.value)
+
+
+def test_turns_without_a_column_name_the_key_that_chooses_it(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(jsonl([{"question": "Why?", "response": "So."}]))
+    for fields, said in [
+        (("question", None, "answer"), "set data.type=turns data.answer_field=response."),
+        (("quest", None, "response"), "set data.type=turns data.question_field=question data.answer_field=response."),
+        (("question", "why", "response"), "Set data.thinking_field to the column that holds the reasoning, or"),
+    ]:
+        with pytest.raises(UserError) as caught:
+            list(TurnFiles(path, *fields))
+        assert said in str(caught.value)
+    path.write_bytes(jsonl([{"question": "Why?", "rationale": "Because.", "answer": "So."}]))
+    with pytest.raises(UserError, match=r"Set data\.thinking_field=rationale, or"):
+        list(TurnFiles(path, thinking_field="thinking"))
+    path.write_bytes(jsonl([{"q": "Why?", "answer": "So."}]))
+    with pytest.raises(UserError, match=r"it has: q, answer\. Set data\.question_field=NAME"):
+        list(TurnFiles(path))
+
+
+def test_the_keys_are_those_of_who_asks(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(jsonl([{"question": "Why?", "answer": "So."}]))
+    with pytest.raises(UserError, match=r"Set text_field=NAME") as caught:
+        list(TextFiles(path, path_key="text", field_key="text_field"))
+    assert "data." not in str(caught.value)
+    with pytest.raises(UserError, match="set text to one that is there"):
+        list(TextFiles(tmp_path / "gone", path_key="text"))

@@ -51,7 +51,12 @@ def own_text(tiny):
     ("override", "message"),
     [
         ("total_token=5", "total_token: unknown key; did you mean `total_tokens`?"),
-        ("model.num_layer=3", "model.num_layer: unknown key; did you mean `num_layers`?"),
+        ("model.num_layer=3", "model.num_layer: unknown key; did you mean `model.num_layers`?"),
+        ("path=notes", "did you mean `data.path` (with data.type=files or data.type=turns) or `tokenizer.path`?"),
+        ("pth=notes", "did you mean `data.path` (with data.type=files or data.type=turns) or `tokenizer.path`?"),
+        ("data.path=notes", "data.path: unknown key of this type; it needs data.type=files or data.type=turns"),
+        ("data.pth=notes", "did you mean `data.path` (with data.type=files or data.type=turns)?"),
+        ("data={type: files, pth: notes}", "data.pth: unknown key; did you mean `data.path`?"),
         ("optim.type=adamv", "optim"),
         ("data.type=clinics", "data: unknown type `clinics`; did you mean `clinic`?"),
         ("schedule.type=cosin", "schedule: unknown type `cosin`; did you mean `cosine`?"),
@@ -86,7 +91,7 @@ def test_all_mistakes_are_told_at_once(mistake, tiny, tmp_path):
     text = mistake("pretrain", tiny.pretrain, "seq_len=x", "model.num_layers=two", "optim.beta=1", "--run", tmp_path / "run")
     assert "3 errors" in text
     assert "seq_len: should be an integer" in text and "model.num_layers: should be an integer" in text
-    assert "optim.beta: unknown key; did you mean `beta" in text
+    assert "optim.beta: unknown key; did you mean `optim.beta" in text
     assert not (tmp_path / "run").exists()
 
 
@@ -143,6 +148,39 @@ def test_files_that_cannot_be_read(mistake, own_text, tmp_path):
     other.write_text('{"body": "a", "title": "b"}\n')
     assert "has no field 'text'; it has: body, title" in mistake("pretrain", *own_text(other), *run)
     assert not (tmp_path / "run" / "data").exists()
+
+
+def test_a_dry_run_looks_at_what_the_run_will_read(mistake, own_text, tiny, runs, tmp_path):
+    dry = ("--run", tmp_path / "run", "--dry-run")
+    gone = tmp_path / "gone"
+    assert f"no file or folder {gone}; set data.path" in mistake("pretrain", *own_text(gone), *dry)
+    assert "data.path is empty" in mistake("pretrain", "text-10min", *dry)
+    sft = ["sft", tiny.sft, f"init_from={runs.pretrain}"]
+    assert f"no file or folder {gone}; set data.path" in mistake(*sft, f"data.path={gone}", *dry)
+    assert "set data.type=turns (and data.thinking_field=NAME if" in mistake("pretrain", *own_text(tiny.turns), *dry)
+    assert "Set data.thinking_field to the column" in mistake(*sft, "data.thinking_field=thinking", *dry)
+    assert "gone is no folder" in mistake("sft", tiny.sft, f"init_from={gone}", *dry)
+    assert "gone" in mistake("pretrain", tiny.pretrain, f"tokenizer.path={gone}", *dry)
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_exam_file_that_is_missing_is_told_by_its_key_before_anything_is_loaded(mistake, tiny, runs, tmp_path):
+    gone = tmp_path / "gone.jsonl"
+    start = ["grpo", tiny.grpo, f"init_from={runs.sft}", "--run", tmp_path / "run"]
+    train = f"tasks=[{{task: {{type: clinic}}}}, {{task: {{type: medqa, path: {gone}}}}}]"
+    for dry in ([], ["--dry-run"]):
+        assert f"no exam file {gone}; set tasks[1].task.path=FILE" in mistake(*start, train, *dry)
+        text = mistake(*start, "eval_task.type=medqa", f"eval_task.path={gone}", *dry)
+        assert f"no exam file {gone}; set eval_task.path=FILE" in text
+    assert "gone is no folder" in mistake("grpo", tiny.grpo, f"init_from={tmp_path / 'gone'}", "--dry-run")
+    text = mistake("eval", tmp_path / "no-model", "task.type=medqa", f"task.path={gone}")
+    assert f"no exam file {gone}; set task.path=FILE" in text
+
+
+def test_a_dry_run_refuses_the_folder_of_another_run_and_not_its_own(stopped, tiny, mistake):
+    text = mistake("pretrain", tiny.pretrain, "seed=1", "--run", stopped, "--dry-run")
+    assert "holds another run: seed is 1 here and 0 there" in text
+    assert main(["pretrain", tiny.pretrain, "--run", str(stopped), "--dry-run"]) == 0
 
 
 def test_a_mistake_can_be_mended_in_the_same_folder(mistake, own_text, tmp_path):

@@ -44,6 +44,18 @@ def test_stopped_after_any_step_and_resumed(kind, step, launch, whole, assert_sa
     assert_same_run(tmp_path, whole[kind])
 
 
+@pytest.mark.parametrize("precision", ["pure-bf16", "fp8"])
+def test_every_precision_resumes_exactly_and_loads_as_usual(precision, launch, assert_same_run, tmp_path):
+    option = f"precision={precision}"
+    assert launch("pretrain", tmp_path / "whole", option) == 0
+    assert launch("pretrain", tmp_path / "cut", option, fault="train-step:sigterm:7") == STOPPED
+    assert launch("pretrain", tmp_path / "cut", option) == 0
+    assert_same_run(tmp_path / "cut", tmp_path / "whole")
+    model = load_model(tmp_path / "cut").model
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert torch.isfinite(model.logits(model(torch.arange(64)[None]))).all()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_stopped_twice_while_saving(kind, launch, whole, assert_same_run, tmp_path):
     assert launch(kind, tmp_path, fault="save-tensors:sigterm") == STOPPED

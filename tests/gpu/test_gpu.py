@@ -8,6 +8,8 @@ import torch
 from osler.model.config import ModelConfig
 from osler.model.transformer import Transformer
 from osler.ops.cross_entropy import linear_cross_entropy
+from osler.optim.build import build_optimizer
+from osler.optim.config import AdamWConfig, MuonConfig
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -34,22 +36,36 @@ def test_loss_and_gradients_equal_the_cpu() -> None:
         torch.testing.assert_close(parameter.grad.cpu(), expected[name], rtol=2e-2, atol=2e-2)
 
 
-def test_a_compiled_bf16_step_makes_no_host_synchronisation() -> None:
+@pytest.mark.parametrize("recompute", ["off", "selective", "full"])
+@pytest.mark.parametrize(
+    ("precision", "optim"),
+    [("bf16", AdamWConfig()), ("bf16", MuonConfig()), ("pure-bf16", AdamWConfig()), ("fp8", AdamWConfig())],
+    ids=["bf16", "bf16-muon", "pure-bf16", "fp8"],
+)
+def test_a_compiled_step_makes_no_host_synchronisation(
+    precision: str, optim: AdamWConfig | MuonConfig, recompute: str
+) -> None:
     from osler.data.loader import Batch
-    from osler.optim.build import build_optimizer
-    from osler.optim.config import AdamWConfig
+    from osler.parallel.activation_checkpoint import set_recompute
     from osler.parallel.config import NoParallelConfig
     from osler.parallel.parallelize import parallelize
     from osler.runtime.world import World
+    from osler.train.config import TrainConfig
+    from osler.train.setup import set_precision
     from osler.train.step import TrainStep
+
+    if precision == "fp8" and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("needs a GPU with FP8")
 
     model = Transformer(ModelConfig(), compute_dtype=torch.bfloat16).cuda()
     model.init_weights(0)
+    set_precision(model, TrainConfig(precision=precision), torch.device("cuda"))
+    set_recompute(model, recompute)
     step = TrainStep(
         model,
-        build_optimizer(model, AdamWConfig()),
+        build_optimizer(model, optim),
         parallelize(model, NoParallelConfig(), World(), compile=True),
-        rows_per_micro_batch=4,
+        micro_batch_tokens=4 * 64,
         clip_norm=1.0,
         document_mask=False,
         device=torch.device("cuda"),
@@ -64,3 +80,22 @@ def test_a_compiled_bf16_step_makes_no_host_synchronisation() -> None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert torch.isfinite(results[-1].loss)
+
+
+def test_muon_steps_as_on_the_cpu_and_skips_without_a_trace() -> None:
+    ends = {}
+    for device in ("cpu", "cuda"):
+        model = Transformer(ModelConfig(norm_weight=True))
+        model.init_weights(0)
+        optimizer = build_optimizer(model.to(device), MuonConfig())
+        for step in range(3):
+            generator = torch.Generator().manual_seed(step)
+            for parameter in model.parameters():
+                parameter.grad = torch.randn(parameter.shape, generator=generator).to(device)
+                if step == 1:
+                    parameter.grad.view(-1)[0] = float("nan")
+            optimizer.found_inf = torch.tensor(float(step == 1), device=device)  # type: ignore[attr-defined]
+            optimizer.step()
+        ends[device] = [parameter.detach().cpu() for parameter in model.parameters()]
+    for on_gpu, on_cpu in zip(ends["cuda"], ends["cpu"], strict=True):
+        torch.testing.assert_close(on_gpu, on_cpu, rtol=1e-3, atol=1e-3)

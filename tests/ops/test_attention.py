@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from osler.ops.attention import attention, attention_reference
+from osler.ops.attention import CAUSAL_PIECE, attention, attention_reference
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "size"), [(4, 4, 8), (4, 2, 8), (6, 1, 72)])
@@ -32,3 +32,14 @@ def test_a_longer_cache_is_causal_from_its_end() -> None:
     q, k, v = (torch.randn(1, 2, n, 8, generator=g) for n in (3, 7, 7))
     full = attention(torch.cat([torch.zeros(1, 2, 4, 8), q], 2), k, v)
     torch.testing.assert_close(attention(q, k, v), full[:, :, 4:])
+
+
+@pytest.mark.parametrize("length", [2 * CAUSAL_PIECE, 2 * CAUSAL_PIECE + 37])
+def test_long_rows_are_computed_in_pieces_and_come_out_the_same(length: int) -> None:
+    g = torch.Generator().manual_seed(length)
+    q, k, v = (torch.randn(2, heads, length, 8, generator=g).requires_grad_() for heads in (4, 2, 2))
+    fast, plain = attention(q, k, v), attention_reference(q, k, v)
+    torch.testing.assert_close(fast, plain, atol=1e-5, rtol=1e-5)
+    out_grad = torch.randn(fast.shape, generator=g)
+    ours = torch.autograd.grad(fast, (q, k, v), out_grad)
+    torch.testing.assert_close(ours, torch.autograd.grad(plain, (q, k, v), out_grad), atol=1e-5, rtol=1e-5)

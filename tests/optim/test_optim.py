@@ -6,11 +6,25 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from osler.config import ConfigError, decode, load_recipe
 from osler.model.config import ModelConfig
 from osler.model.transformer import Transformer
-from osler.optim.build import build_optimizer, group_of, set_lr
-from osler.optim.config import AdamWConfig, ConstantConfig, CosineConfig, LinearConfig, WarmupStableDecayConfig
-from osler.optim.schedule import Schedule, lr_scale
+from osler.optim.build import build_optimizer, group_of, set_decay_and_momentum, set_lr
+from osler.optim.config import (
+    AdamWConfig,
+    ConstantConfig,
+    ConstantWeightDecay,
+    CosineConfig,
+    LinearConfig,
+    LinearWeightDecay,
+    LrWeightDecay,
+    MomentumWarmup,
+    MuonConfig,
+    WarmupStableDecayConfig,
+)
+from osler.optim.schedule import Schedule, WeightDecaySchedule, lr_scale, momentum_at, weight_decay_scale
+from osler.rl.config import GrpoConfig
+from osler.train.config import TrainConfig
 
 
 @pytest.mark.parametrize(
@@ -36,6 +50,52 @@ def test_schedules_at_round_numbers(schedule: Schedule, points: dict[int, float]
 )
 def test_scale_is_never_outside_zero_and_one(tokens: int, warmup: int, kind: type) -> None:
     assert 0.0 <= lr_scale(kind(warmup_tokens=warmup), tokens, 1000) <= 1.0
+
+
+@pytest.mark.parametrize(
+    ("schedule", "points"),
+    [
+        (ConstantWeightDecay(), {0: 1.0, 500: 1.0, 1000: 1.0, 2000: 1.0}),
+        (LinearWeightDecay(), {0: 1.0, 250: 0.75, 999: 0.001, 1000: 0.0, 2000: 0.0}),
+        (LrWeightDecay(), {0: 0.3, 1000: 0.3}),
+    ],
+)
+def test_weight_decay_schedules_at_round_numbers(schedule: WeightDecaySchedule, points: dict[int, float]) -> None:
+    for tokens, expected in points.items():
+        assert weight_decay_scale(schedule, 0.3, tokens, 1000) == pytest.approx(expected), tokens
+
+
+def test_momentum_warmup_at_round_numbers() -> None:
+    warming = MuonConfig(momentum=0.95, momentum_warmup=MomentumWarmup(start=0.85, tokens=100))
+    for tokens, expected in {0: 0.85, 50: 0.90, 99: 0.949, 100: 0.95, 1000: 0.95}.items():
+        assert momentum_at(warming, tokens) == pytest.approx(expected), tokens
+    assert momentum_at(MuonConfig(momentum=0.9), 0) == 0.9
+
+
+@pytest.mark.parametrize("kind", [AdamWConfig, MuonConfig])
+def test_decay_and_momentum_are_set_on_the_matrices_only(kind: type[AdamWConfig] | type[MuonConfig]) -> None:
+    config = kind(weight_decay=0.2, weight_decay_schedule=LinearWeightDecay())
+    optimizer = build_optimizer(Transformer(ModelConfig(norm_weight=True)), config)
+    for tokens, expected in {0: 0.2, 500: 0.1, 1000: 0.0, 250: 0.15}.items():
+        set_decay_and_momentum(optimizer, config, 1.0, tokens, 1000)
+        decays = {group["name"]: group["weight_decay"] for group in optimizer.param_groups}
+        assert decays == {"matrices": pytest.approx(expected), "embeddings": 0.0, "vectors": 0.0}
+    assert [group.get("momentum") for group in optimizer.param_groups] == [0.95 if kind is MuonConfig else None, None, None]
+
+
+def test_a_recipe_without_a_type_means_adamw_and_a_type_replaces_it() -> None:
+    assert decode(TrainConfig, {"optim": {"lr": 0.5}}).optim == AdamWConfig(lr=0.5)
+    assert decode(TrainConfig, {"optim": {"type": "muon", "lr": 0.5}}).optim == MuonConfig(lr=0.5)
+    grpo = {"init_from": "run"}
+    assert decode(GrpoConfig, {**grpo, "optim": {"lr": 0.5}}).optim == AdamWConfig(lr=0.5, weight_decay=0.0)
+    assert decode(GrpoConfig, {**grpo, "optim": {"type": "muon", "lr": 0.5}}).optim == MuonConfig(lr=0.5)
+    recipe = load_recipe("text-10min", ["data.path=x", "optim.type=muon", "optim.momentum_warmup.tokens=100"])
+    warmup = MomentumWarmup(start=0.85, tokens=100)
+    assert decode(TrainConfig, recipe).optim == MuonConfig(momentum_warmup=warmup)
+    with pytest.raises(ConfigError, match="unknown type `moun`; did you mean `muon`"):
+        decode(TrainConfig, {"optim": {"type": "moun"}})
+    with pytest.raises(ConfigError, match=r"optim\.embedding_lr: unknown key"):
+        decode(TrainConfig, {"optim": {"type": "muon", "embedding_lr": 0.5}})
 
 
 def test_groups_first_match_wins() -> None:
@@ -70,3 +130,13 @@ def test_every_parameter_is_in_one_group_and_only_matrices_decay() -> None:
 def test_impossible_numbers_are_refused(changes: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="must"):
         AdamWConfig(**changes)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"lr": 0.0}, {"adamw_lr": 0.0}, {"momentum": 1.0}, {"newton_schulz_steps": 0}, {"weight_decay": -0.1}]
+)
+def test_impossible_numbers_for_muon_are_refused(changes: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="must"):
+        MuonConfig(**changes)
+    with pytest.raises(ValueError, match="must"):
+        MomentumWarmup(start=1.0)

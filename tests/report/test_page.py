@@ -155,6 +155,27 @@ def test_every_chart_names_declared_metrics_and_undeclared_ones_are_shown_too(qu
     assert METRICS["groups/effective"].meaning[1:] in shown
 
 
+def test_a_curriculum_is_drawn_over_tokens(bare: Bare) -> None:
+    stages = {10: (1, 128, 4096), 20: (2, 512, 8192), 30: (3, 512, 16384)}
+    rows = [
+        {"step": step, "tokens": 5000 * step, "time": 1.0 * step, "train/loss": 2.0, "train/stage": stage,
+         "train/seq_len": length, "train/batch_tokens": batch}
+        for step, (stage, length, batch) in stages.items()
+    ]  # fmt: skip
+    folder = bare(metrics_jsonl=jsonl(*rows))
+    text, checker = checked(folder)
+    assert "Stage of the curriculum: stage from 1 at 50,000 tokens to 3 at 150k tokens." in text
+    assert "Length of rows: length from 128 at 50,000 tokens to 512 at 150k tokens." in text
+    assert "Tokens per step: batch from 4,096 at 50,000 tokens to 16,384 at 150k tokens." in text
+    assert "Loss: train from 2.000 at step 10 to 2.000 at step 30." in text
+    assert "Length of rows" in words(checker)
+
+
+def test_a_run_without_a_curriculum_draws_none(quickstart: Path) -> None:
+    text, _ = checked(quickstart)
+    assert "Length of rows" not in text
+
+
 def test_hostile_text_stays_text(quickstart: Path) -> None:
     evil = "</p><script>alert(1)</script><img src=x onerror=alert(2)>' \" & {braces}"
     sample = {"id": evil, "stage": evil, "question": evil, "options": [evil, "b"], "thinking": evil, "answer": evil,

@@ -78,6 +78,12 @@ def test_the_readout_holds_the_logged_values() -> None:
     assert "<title>T &amp; U: &lt;a&gt; from 0.123 at step 0 to 7.000 at step 2.</title>" in drawing
 
 
+def test_a_chart_over_tokens_says_so() -> None:
+    drawing = line_chart([Line("length", [0, 4096, 200_000], [8, 8, 64], 0)], title="T", kind="count", over="tokens")
+    assert "<title>T: length from 8 at 0 tokens to 64 at 200k tokens.</title>" in drawing
+    assert ">tokens</text>" in drawing and ">step</text>" not in drawing and ">200k</text>" in drawing
+
+
 def test_a_spike_is_named_and_does_not_flatten_the_curve() -> None:
     y = [1.0 + 0.01 * (i % 7) for i in range(200)]
     y[100] = 500.0

@@ -26,7 +26,7 @@ def test_parts_are_changed_one_field_at_a_time():
     ("mapping", "message"),
     [
         ({}, "init_from"),
-        ({"init_from": "x", "algorithm": {"kll": "k3"}}, "did you mean `kl`"),
+        ({"init_from": "x", "algorithm": {"kll": "k3"}}, "did you mean `algorithm.kl`"),
         ({"init_from": "x", "algorithm": {"kl": "k4"}}, "algorithm.kl"),
         ({"init_from": "x", "algorithm": {"samples_per_prompt": 1}}, "at least 2 samples"),
         ({"init_from": "x", "algorithm": {"temperature": 0.0}}, "temperature"),

@@ -141,7 +141,7 @@ def test_a_missing_field_is_named_with_file_and_line(name: str, field: str, tmp_
     path = lines(tmp_path / "exam.jsonl", [row, {key: value for key, value in row.items() if key != field}])
     with pytest.raises(UserError, match=f"exam.jsonl, line 2: the field '{field}.*is missing") as caught:
         LOADERS[name](path)
-    assert "Expected the schema of" in str(caught.value)
+    assert "Expected the schema of" in str(caught.value) and "another task.type" in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -185,7 +185,7 @@ def test_files_that_are_no_exam_are_refused(tmp_path: Path) -> None:
         ("fake.jsonl.gz", "cannot be read"),
         ("cut.jsonl.gz", "cannot be read"),
         ("fake.parquet", "not a readable parquet"),
-        ("absent.jsonl", "no exam file"),
+        ("absent.jsonl", r"no exam file .*set task\.path=FILE"),
     ]:
         with pytest.raises(UserError, match=message) as caught:
             medqa.load(tmp_path / name)
@@ -198,7 +198,7 @@ def mcqa_file(path: Path, cops: list[int | None]) -> Path:
 
 def test_medmcqa_files_that_count_from_one_are_refused_and_convert_on_request(tmp_path: Path) -> None:
     original = mcqa_file(tmp_path / "original.json", [1, 4, 2, 3])
-    with pytest.raises(UserError, match=r"counts its options from 1.*first_option=1"):
+    with pytest.raises(UserError, match=r"counts its options from 1.*task\.first_option=1"):
         medmcqa.load(original)
     assert [item.answer_index for item in medmcqa.load(original, first_option=1)] == [0, 3, 1, 2]
     without_fours = mcqa_file(tmp_path / "no_four.jsonl", [1, 2, 3] * 20)

@@ -12,7 +12,6 @@ import torch
 
 from osler.cli import main
 from osler.config import decode, load_recipe
-from osler.data.loader import Loader
 from osler.data.prepare import open_prepared
 from osler.inference.load import load_model
 from osler.model.loss import SummedLoss
@@ -23,7 +22,7 @@ from osler.runtime import faults
 from osler.runtime.files import RunFolder
 from osler.tokenizer.bpe import Tokenizer
 from osler.train.config import TrainConfig
-from osler.train.run import packing_of
+from osler.train.run import make_loader
 from osler.train.step import TrainStep
 from osler.train.trainer import Trainer
 
@@ -50,7 +49,7 @@ def make_step(runs) -> Callable[..., tuple[Transformer, torch.optim.Optimizer, T
             model,
             optimizer,
             Engine(SummedLoss(model)),
-            rows_per_micro_batch=config.rows_per_micro_batch,
+            micro_batch_tokens=config.micro_batch_tokens,
             clip_norm=config.clip_norm,
             document_mask=config.document_mask,
             device=torch.device("cpu"),
@@ -72,7 +71,7 @@ def make_trainer(config, shards, make_step) -> Callable[..., Trainer]:
             model=model,
             optimizer=optimizer,
             train_step=step,
-            batches=Loader(packing_of(changed, shards), changed.rows_per_batch).batches,
+            batches=make_loader(changed, shards).batches,
             evaluate=evaluate,
             probe=probe,
             run=RunFolder.create(folder),

@@ -7,10 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from osler.data.loader import Loader
 from osler.data.order import Order
 from osler.data.packing import WholePacking
-from osler.train.run import packing_of
+from osler.train.run import make_loader
 
 
 def clones(model, optimizer):
@@ -21,11 +20,9 @@ def clones(model, optimizer):
 @pytest.mark.parametrize("kind", ["pretrain", "sft"])
 def test_gradient_accumulation_is_one_batch(kind, config, shards, make_step):
     """Micro-batches weigh by their learned tokens, so rows that are mostly prompt or padding count for less."""
-    if kind == "pretrain":
-        packing = packing_of(config, shards)
-    else:
-        packing = WholePacking(Order(shards, 0), config.seq_len)
-    loader = Loader(packing, config.rows_per_batch)
+    loader = make_loader(config, shards).loaders[0]
+    if kind == "sft":
+        loader = replace(loader, packing=WholePacking(Order(shards, 0), config.seq_len))
     learned = (loader.batch(0).labels >= 0).sum(1)
     assert kind == "pretrain" or learned.min() < learned.max()
     results = {}
@@ -40,7 +37,7 @@ def test_gradient_accumulation_is_one_batch(kind, config, shards, make_step):
 
 
 def test_a_step_that_is_not_finite_leaves_no_trace(config, shards, make_step):
-    loader = Loader(packing_of(config, shards), config.rows_per_batch)
+    loader = make_loader(config, shards).loaders[0]
     model, optimizer, step = make_step(config)
     twin, twin_optimizer, twin_step = make_step(config)
     for each in (step, twin_step):
@@ -64,7 +61,7 @@ def test_a_step_that_is_not_finite_leaves_no_trace(config, shards, make_step):
 
 def test_document_mask_keeps_documents_apart(config, shards, make_step):
     """With the mask, what stands in the first document of a row does not change the loss on the others."""
-    batch = Loader(packing_of(config, shards), 16).batch(0)
+    batch = make_loader(replace(config, batch_tokens=16 * config.seq_len), shards).loaders[0].batch(0)
     row = next(index for index in range(16) if 8 < (batch.document_ids[index] == 0).sum() < 50)
     first = batch.document_ids[row] == 0
     labels = batch.labels[row].masked_fill(first, -100)

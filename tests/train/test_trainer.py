@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import time
@@ -121,19 +122,17 @@ def test_a_warmup_longer_than_the_run_is_pointed_out(tiny, tmp_path, capsys):
     assert "warmup_tokens" not in capsys.readouterr().err
 
 
-def test_minutes_are_kept_and_shared_between_processes(tiny, launch_stopped, tmp_path):
-    minutes = ["max_minutes=0.05", "total_tokens=100_000_000", "eval_every_tokens=100_000_000", "save_every_tokens=100_000_000"]
-    began = time.monotonic()
+def test_minutes_are_kept_and_shared_between_processes(tiny, launch_stopped, tmp_path, monkeypatch):
+    """On a clock that goes on by a fiftieth of a second whenever somebody looks: a real one depends on the machine's load."""
+    looks = itertools.count()
+    monkeypatch.setattr("osler.train.trainer.time.monotonic", lambda: next(looks) / 50)
+    minutes = ["max_minutes=0.1", "total_tokens=100_000_000", "eval_every_tokens=100_000_000", "save_every_tokens=100_000_000"]
     assert launch_stopped(tmp_path, *minutes, fault="train-step:sigterm:60") == 130
-    first = time.monotonic() - began
     stopped = store.load(store.resolve(tmp_path)).state
-    assert 0 < stopped["seconds"] <= first
-    began = time.monotonic()
+    assert 60 / 50 < stopped["seconds"] < 3
     assert main(["pretrain", tiny.pretrain, *minutes, "--run", str(tmp_path)]) == 0
-    seconds = time.monotonic() - began
     end = store.load(store.resolve(tmp_path)).state
-    assert seconds < 3.0 + 1.0 - stopped["seconds"]
-    assert 0.9 * 3.0 * 0.97 < end["seconds"] < 3.0 + 0.3
+    assert 0.9 * 6.0 * 0.97 < end["seconds"] < 6.0
     assert end["step"] > 60 and end["tokens"] >= end["total_tokens"] != 100_000_000
     assert min(line["train/lr"] for line in lines(tmp_path) if "train/lr" in line) < 0.2 * 2.5e-3  # planned to the end
 
@@ -174,14 +173,15 @@ def test_tokens_end_a_run_by_the_clock_that_would_have_time_for_more(tiny, tmp_p
 
 def test_the_first_step_is_not_part_of_the_speed(make_trainer, tmp_path):
     trainer = make_trainer(tmp_path, log_every_steps=2)
-    step, first = trainer.train_step, []
+    engine, first = trainer.train_step.engine, []
+    loss = engine.loss
 
-    def slow_at_first(batch, scale):
+    def slow_at_first(*batch):
         if not first:
             first.append(time.sleep(1.0))
-        return step(batch, scale)
+        return loss(*batch)
 
-    trainer.train_step = slow_at_first
+    engine.loss = slow_at_first
     assert trainer.fit()
     speeds = [line["perf/tokens_per_second"] for line in lines(tmp_path) if "perf/tokens_per_second" in line]
     assert len(speeds) == trainer.step // 2 and min(speeds) > trainer.config.batch_tokens  # a step took far less than a second
@@ -211,6 +211,24 @@ def test_a_run_that_starts_from_another_shows_the_model_it_trains(tiny, runs, tm
 def test_a_dry_run_without_its_starting_point_is_refused(tiny, tmp_path, capsys):
     assert main(["sft", tiny.sft, f"init_from={tmp_path / 'gone'}", "--dry-run"]) == 2
     assert "is no folder" in capsys.readouterr().err
+
+
+def test_muon_interrupted_is_muon_uninterrupted(tiny, launch_stopped, tmp_path):
+    """Momentum and weight decay change from step to step, and the interruption falls into the momentum's warm-up."""
+    muon = ["optim.type=muon", "optim.momentum_warmup.tokens=2304", "optim.weight_decay_schedule.type=linear"]
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert main(["pretrain", tiny.pretrain, *muon, "--run", str(whole)]) == 0
+    assert launch_stopped(broken, *muon, fault="train-step:sigterm:7") == 130
+    assert main(["pretrain", tiny.pretrain, *muon, "--run", str(broken)]) == 0
+    ends = [store.load(store.resolve(folder)) for folder in (whole, broken)]
+    assert ends[0].step == ends[1].step == 12
+    assert any(name.endswith("/momentum_buffer") for name in ends[0].tensors["optimizer"])
+    for part, tensors in ends[0].tensors.items():
+        assert tensors.keys() == ends[1].tensors[part].keys()
+        assert [name for name, value in tensors.items() if not torch.equal(value, ends[1].tensors[part][name])] == []
+    assert ends[0].state["optimizer"] == ends[1].state["optimizer"]
+    losses = [[line["train/loss"] for line in lines(folder) if "train/loss" in line] for folder in (whole, broken)]
+    assert losses[0] == losses[1] and losses[0][-1] < losses[0][0]
 
 
 def test_how_a_run_is_computed_may_change_between_starts(tiny, launch_stopped, tmp_path, capsys):

@@ -1,0 +1,167 @@
+"""One measurement in a process of its own: ``python -m osler.bench.measure JSON`` prints one JSON object.
+
+A fresh process has no other model's memory, compiled code or thread pool in it, so contestants can be compared by taking turns.
+What is timed is the training step itself (``train/step.py``) over batches from the real loader, on stand-in documents of
+random tokens: the arithmetic does not depend on what the tokens are, and zeros would flatter caches and branch predictors.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from osler.bench.contestants import Contestant, build_hf, build_nanochat, build_osler
+from osler.config import decode
+from osler.data.loader import Batch, Loader
+from osler.data.order import Order
+from osler.data.packing import StreamPacking
+from osler.data.shards import ShardSet, ShardWriter
+from osler.model.config import ModelConfig
+from osler.model.transformer import Transformer
+from osler.optim.build import build_optimizer
+from osler.parallel.activation_checkpoint import set_recompute
+from osler.parallel.engine import Engine
+from osler.runtime.device import keep_freed_memory, peak_flops
+from osler.runtime.stopwatch import Stopwatch
+from osler.train.config import TrainConfig
+from osler.train.setup import set_precision
+from osler.train.step import TrainStep
+
+DOCUMENT_TOKENS = 700  # the length of a stand-in document; rows are cut across them
+MATMUL_SIZES = (1024, 2048, 4096)
+MATMUL_SECONDS = 0.5  # per size
+
+
+def measure(spec: dict[str, Any]) -> dict[str, Any]:
+    """Time what ``spec`` (see ``bench/run.py``) asks for."""
+    keep_freed_memory()
+    device, dtype = torch.device(spec["device"]), getattr(torch, spec["dtype"])
+    if spec["contestant"] == "matmul":
+        return {"flops_per_second": matmul_rate(device, dtype)}
+    config = decode(TrainConfig, spec["config"])
+    torch.manual_seed(0)
+    model, loss = contestant(spec, config, dtype)
+    model.to(device)
+    if isinstance(model, Transformer):
+        set_precision(model, config, device)
+        set_recompute(model, config.recompute)
+    if spec["compile"]:
+        loss = torch.compile(loss, dynamic=False, fullgraph=spec["contestant"] == "osler")
+    stopwatch = Stopwatch(device)
+    step = TrainStep(
+        model,
+        build_optimizer(model, config.optim),
+        Engine(loss),
+        micro_batch_tokens=config.micro_batch_tokens,
+        clip_norm=config.clip_norm,
+        document_mask=False,
+        device=device,
+        mark=stopwatch.mark,
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        rows = config.batch_tokens // config.seq_len  # of a curriculum the longest rows are timed
+        batches = Loader(stand_in(config, Path(folder)), rows, workers=config.loader_workers).batches()
+        result = time_steps(step, batches, stopwatch, device, warmup=spec["warmup"], steps=spec["steps"])
+    tokens_per_second = config.batch_tokens / result.pop("step_seconds")
+    return {
+        "tokens_per_second": tokens_per_second,
+        "flops_per_second": tokens_per_second * config.model.flops_per_token(config.seq_len),
+        "peak_flops_per_second": peak_flops(device),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "peak_memory_bytes": peak_memory_bytes(device),
+        **result,
+    }
+
+
+def contestant(spec: dict[str, Any], config: TrainConfig, dtype: torch.dtype) -> Contestant:
+    """Build the model that ``spec`` names."""
+    if spec["contestant"] == "nanochat":
+        return build_nanochat(config, dtype, Path(spec["peer"]))
+    return (build_hf if spec["contestant"] == "hf" else build_osler)(config, dtype)
+
+
+def stand_in(config: TrainConfig, folder: Path) -> StreamPacking:
+    """Rows of random tokens, enough for a few batches, through the shards and the packing that training uses."""
+    rng = np.random.default_rng(0)
+    shape: ModelConfig = config.model
+    writer = ShardWriter(folder / "shards", vocab_size=shape.vocab_size, with_mask=False)
+    for _ in range(4 * config.batch_tokens // DOCUMENT_TOKENS + 4):
+        writer.add(rng.integers(0, shape.vocab_size, DOCUMENT_TOKENS).tolist(), None, DOCUMENT_TOKENS)
+    shards = ShardSet(folder / "shards", writer.close(), tokenizer_fingerprint="", eos_id=0)
+    return StreamPacking(Order(shards, config.seed), config.seq_len, prompt_loss=True)
+
+
+def time_steps(
+    step: TrainStep, batches: Iterator[Batch], stopwatch: Stopwatch, device: torch.device, *, warmup: int, steps: int
+) -> dict[str, Any]:
+    """Seconds of a step, of the first one (which compiles), and the parts of a step in seconds.
+
+    On a CPU a step's seconds are the median's; on a GPU, where steps are only queued, the mean's with one wait at the end.
+    """
+    began = time.perf_counter()
+    step(next(batches), 1.0)
+    wait_for(device)
+    first = time.perf_counter() - began
+    for _ in range(warmup):
+        step(next(batches), 1.0)
+    wait_for(device)
+    stopwatch.read()
+    seconds, began = [], time.perf_counter()
+    for _ in range(steps):
+        before = time.perf_counter()
+        stopwatch.start()
+        batch = next(batches)
+        stopwatch.mark("data")
+        step(batch, 1.0)
+        seconds.append(time.perf_counter() - before)
+    wait_for(device)
+    mean = (time.perf_counter() - began) / steps
+    return {
+        "step_seconds": statistics.median(seconds) if device.type == "cpu" else mean,
+        "first_step_seconds": first,
+        "part_seconds": {name: total / steps for name, total in stopwatch.read().items()},
+    }
+
+
+def wait_for(device: torch.device) -> None:
+    """Wait until the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most that the GPU's allocator, or else this process, has held."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource  # not on Windows, where nothing is measured
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of the fastest of a few square matmuls: what this machine can do when nothing else is in the way."""
+    best = 0.0
+    for size in MATMUL_SIZES:
+        left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+        left @ right
+        wait_for(device)
+        until = time.perf_counter() + MATMUL_SECONDS
+        while time.perf_counter() < until:
+            began = time.perf_counter()
+            left @ right
+            wait_for(device)
+            best = max(best, 2 * size**3 / (time.perf_counter() - began))
+    return best
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure(json.loads(sys.argv[1]))))

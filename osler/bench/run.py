@@ -1,0 +1,147 @@
+"""``osler bench``: how fast a recipe trains here, and beside nanochat and Hugging Face at the same shape, batch and dtype.
+
+Every measurement is a fresh process and the contestants take turns, so that a machine that slows down slows all of them.
+Numbers are medians over rounds, ratios are taken round by round. FLOPs are counted by the PaLM convention, non-causal; MFU is
+against the GPU's data sheet (``runtime/device.py``), or on a CPU against a plain matmul timed in the same rounds.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from osler.config import decode, encode, load_recipe, parse_overrides
+from osler.errors import UserError
+from osler.runtime.files import write_json
+from osler.runtime.log import say
+from osler.train.config import TrainConfig
+
+CONVENTION = "PaLM: 6 x (matrices + head) + 12 x layers x heads x head_dim x seq_len FLOPs per token, non-causal"
+STEPS_ALWAYS_COMPILED = 1_000_000
+LAST_WORDS = 3000  # characters of a failed process's stderr that are worth showing
+
+
+def run(
+    recipe: str | None,
+    overrides: Sequence[str] = (),
+    *,
+    peers: Sequence[str] = (),
+    rounds: int = 3,
+    steps: int = 12,
+    out: str | None = None,
+) -> int:
+    """The verb ``bench``: print one JSON object, and write it to ``out`` too."""
+    if rounds < 1 or steps < 1:
+        raise UserError(f"--rounds {rounds} and --steps {steps} must be at least 1.")
+    given = load_recipe(recipe, overrides) if recipe else parse_overrides(overrides)
+    kind = given.get("kind", "pretrain")
+    if kind not in ("pretrain", "sft"):
+        raise UserError(f"`{recipe}` is a recipe of kind {kind}: give one of `osler pretrain` or `osler sft`, or a model family.")
+    config = decode(TrainConfig, {**given, "kind": kind}, source=recipe or "")
+    result = compare(config, recipe or "defaults", peers=peers, rounds=rounds, steps=steps)
+    print(json.dumps(result, indent=2))
+    if out is not None:
+        write_json(Path(out), result)
+    return 0
+
+
+def compare(config: TrainConfig, name: str, *, peers: Sequence[str], rounds: int, steps: int) -> dict[str, Any]:
+    """Measure Osler and its peers in turn and put the numbers together."""
+    contestants = ["osler", *map(contestant_of, peers)]
+    import torch
+
+    from osler.train.setup import choose_machine
+
+    machine = choose_machine(config.device, config.precision, config.compile, steps=STEPS_ALWAYS_COMPILED)
+    spec = {
+        "config": encode(config),
+        "device": str(machine.device),
+        "dtype": str(machine.dtype).removeprefix("torch."),
+        "compile": machine.compile,
+        "warmup": 3,
+        "steps": steps,
+    }
+    specs = {name: {**spec, "contestant": name} for name in [*contestants, "matmul"]}
+    for peer in peers:
+        specs[contestant_of(peer)]["peer"] = peer
+    measured: dict[str, list[dict[str, Any]]] = {name: [] for name in specs}
+    for number in range(rounds):
+        for name_of_one in [*contestants, "matmul"] if number % 2 == 0 else ["matmul", *contestants[::-1]]:
+            done = in_fresh_process(specs[name_of_one])
+            measured[name_of_one].append(done)
+            rate = f"{done['tokens_per_second']:,.0f} tokens/s" if "tokens_per_second" in done else "timed"
+            say(f"round {number + 1} of {rounds}: {name_of_one} {rate}")
+    return {
+        "benchmark": "train",
+        "recipe": name,
+        "config": encode(config),
+        "dtype": spec["dtype"],
+        "compiled": machine.compile,
+        "machine": {
+            "system": f"{platform.system()} {platform.machine()}",
+            "device": str(machine.device) if machine.device.type == "cpu" else torch.cuda.get_device_name(machine.device),
+            "threads": torch.get_num_threads(),
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+        },
+        "rounds": rounds,
+        "flops_convention": CONVENTION,
+        "matmul_flops_per_second": [done["flops_per_second"] for done in measured["matmul"]],
+        **{name: summary(measured[name], measured["matmul"]) for name in contestants},
+        **{f"osler_over_{name}": ratio(measured["osler"], measured[name]) for name in contestants[1:]},
+    }
+
+
+def contestant_of(peer: str) -> str:
+    """The name of a peer as ``--peer`` gives it: ``hf``, or else a path to a checkout of nanochat, which must be one."""
+    if peer == "hf":
+        return peer
+    if not (Path(peer) / "nanochat" / "gpt.py").exists():
+        raise UserError(f"--peer {peer} is neither hf nor a checkout of nanochat: nanochat/gpt.py is missing there.")
+    return "nanochat"
+
+
+def in_fresh_process(spec: dict[str, Any]) -> dict[str, Any]:
+    """Run one measurement in a process of its own."""
+    command = [sys.executable, "-m", "osler.bench.measure", json.dumps(spec)]
+    root = str(Path(__file__).parents[2])
+    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise UserError(f"Measuring {spec['contestant']} failed:\n{done.stderr[-LAST_WORDS:].strip()}")
+    result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return result
+
+
+def summary(runs: Sequence[dict[str, Any]], matmul: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Medians over the rounds, and each round's tokens per second."""
+    parts = {name: statistics.median(run["part_seconds"][name] for run in runs) for name in runs[0]["part_seconds"]}
+    whole = sum(parts.values())
+    peak = runs[0]["peak_flops_per_second"]
+    achieved = [run["flops_per_second"] for run in runs]
+    return {
+        "tokens_per_second": statistics.median(run["tokens_per_second"] for run in runs),
+        "step_milliseconds": {name: round(1000 * seconds, 3) for name, seconds in parts.items()},
+        "step_share": {name: round(seconds / whole, 4) for name, seconds in parts.items()},
+        "first_step_seconds": statistics.median(run["first_step_seconds"] for run in runs),
+        "mfu": None if peak is None else statistics.median(flops / peak for flops in achieved),
+        "of_matmul_rate": statistics.median(
+            flops / one["flops_per_second"] for flops, one in zip(achieved, matmul, strict=True)
+        ),
+        "peak_memory_bytes": max(run["peak_memory_bytes"] for run in runs),
+        "parameters": runs[0]["parameters"],
+        "each_round": [round(run["tokens_per_second"], 1) for run in runs],
+    }
+
+
+def ratio(ours: Sequence[dict[str, Any]], theirs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Tokens per second against a peer's, round by round."""
+    each = [mine["tokens_per_second"] / other["tokens_per_second"] for mine, other in zip(ours, theirs, strict=True)]
+    return {"median": statistics.median(each), "each": [round(value, 3) for value in each]}

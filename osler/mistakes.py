@@ -1,0 +1,143 @@
+"""What is wrong with a mapping that does not describe a config, in the words of whoever wrote it.
+
+Pydantic finds the errors; here each becomes one line with the path as the user wrote it, the value, and the nearest key that
+exists. Loaded only when there is something to say.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, get_args, get_origin
+
+from osler.config import hints, is_config_class, members_of, nearest, shown, tag_of
+
+_SHOULD = {
+    "int_type": "should be an integer",
+    "int_from_float": "should be an integer",
+    "float_type": "should be a number",
+    "bool_type": "should be true or false",
+    "string_type": "should be text",
+    "dataclass_type": "should be a mapping of keys to values",
+    "dataclass_exact_type": "should be a mapping of keys to values",
+    "model_attributes_type": "should be a mapping of keys to values",
+    "dict_type": "should be a mapping of keys to values",
+    "tuple_type": "should be a list",
+    "list_type": "should be a list",
+    "path_type": "should be a path",
+    "none_required": "should be null",
+}
+
+
+def error_lines(cls: type, errors: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Return one line per wrong path; the alternatives of a union that failed together share a line."""
+    found: dict[str, tuple[list[str], str]] = {}
+    for error in errors:
+        path, owner = _locate(cls, error["loc"])
+        if error["type"] == "unexpected_keyword_argument":
+            problem, show_given = _unknown_key(cls, path, owner), True
+        else:
+            problem, show_given = _problem(error, owner)
+        problems, _ = found.setdefault(path, ([], f", given {shown(error['input'])}" if show_given else ""))
+        if problem not in problems:
+            problems.append(problem)
+    return [f"{path or cls.__name__}: {_join(problems)}{given}" for path, (problems, given) in found.items()]
+
+
+def _join(problems: Sequence[str]) -> str:
+    return " or ".join([*problems[:1], *(problem.removeprefix("should be ") for problem in problems[1:])])
+
+
+def _problem(error: Mapping[str, Any], owner: Any) -> tuple[str, bool]:
+    """Say what is wrong, and whether the given value belongs in the message."""
+    kind, given, context = error["type"], error["input"], error.get("ctx", {})
+    if kind in ("missing", "missing_argument", "missing_keyword_only_argument"):
+        return "is required and missing", False
+    if kind == "union_tag_not_found":
+        tags = sorted(tag for tag in map(tag_of, owner or ()) if tag)
+        return f"needs `type`, one of: {', '.join(tags)}", False
+    if kind == "union_tag_invalid":
+        tags = re.findall(r"'([^']*)'", context["expected_tags"])
+        return f"unknown type `{context['tag']}`{nearest(str(context['tag']), tags)}", False
+    if kind == "literal_error":
+        choices = re.findall(r"'([^']*)'", context["expected"])
+        return f"should be {context['expected']}{nearest(str(given), choices, list_all=False)}", True
+    if kind in ("value_error", "assertion_error"):
+        return str(context.get("error", error["msg"])), False
+    problem = _SHOULD.get(kind) or error["msg"].replace("Input should", "should", 1)
+    if kind in ("int_type", "int_from_float") and isinstance(given, float) and given.is_integer():
+        problem += f" (write {int(given)})"
+    return problem, True
+
+
+def _unknown_key(cls: type, path: str, owner: Any) -> str:
+    """Say which key may be meant, as it is written from the top: here, in another section, or under another `type`."""
+    above, _, name = path.rpartition(".")
+    above = f"{above}." if above else ""
+    reachable = _reachable(cls)
+    if path in reachable:
+        return f"unknown key of this type; it needs {reachable[path]}"
+    here = [field.name for field in dataclasses.fields(owner)] if owner else []
+    namesakes = _named(name, reachable, above)
+    meant = [*namesakes, *(above + close for close in difflib.get_close_matches(name, here, n=1))]
+    if not meant:
+        nearest_name = difflib.get_close_matches(name, {key.rpartition(".")[2] for key in reachable}, n=1)
+        meant = [key for close in nearest_name for key in _named(close, reachable, above)]
+    if not meant:
+        return f"unknown key; known: {', '.join(sorted(here))}"
+    own = {above + field for field in here}
+    said = [f"`{key}`{f' (with {reachable[key]})' if reachable.get(key) and key not in own else ''}" for key in meant]
+    return f"unknown key; did you mean {' or '.join(said)}?"
+
+
+def _named(name: str, reachable: Iterable[str], above: str) -> list[str]:
+    """The keys whose last part is ``name``: those of the section ``above`` if there are any, else the three highest."""
+    keys = sorted((key for key in reachable if key.rpartition(".")[2] == name), key=lambda key: (key.count("."), key))
+    return [key for key in keys if above and key == above + name] or keys[:3]
+
+
+def _reachable(cls: Any, above: str = "") -> dict[str, str]:
+    """Every key that an override can name, and what must be set besides where only some types of a section have it.
+
+    Without `type`: which section it was meant for nobody can guess.
+    """
+    keys: dict[str, str] = {}
+    for name, annotation in hints(cls).items():
+        if name == "type":
+            continue
+        path = above + name
+        keys[path] = ""
+        sections = [member for member in members_of(annotation)[0] if is_config_class(member)]
+        below = {tag_of(section): _reachable(section, f"{path}.") for section in sections}
+        for key, needs in (item for section in below.values() for item in section.items()):
+            tags = [tag for tag, section in below.items() if key in section]
+            choice = " or ".join(f"{path}.type={tag}" for tag in tags) if len(tags) < len(below) else ""
+            keys[key] = " and ".join(filter(None, (choice, needs)))
+    return keys
+
+
+def _locate(annotation: Any, loc: Sequence[str | int]) -> tuple[str, Any]:
+    """Return the path as the user wrote it (pydantic adds union labels to it) and the config that owns its last key.
+
+    Where the path ends at a tagged union, the second value is the list of its members.
+    """
+    path, owner = "", None
+    for part in loc:
+        members, tagged = members_of(annotation)
+        if tagged:
+            annotation = next((member for member in members if tag_of(member) == part), None)
+        elif len(members) > 1:
+            inside = [member for member in members if getattr(member, "__name__", None) == part or get_args(member)]
+            annotation = inside[0] if inside else None
+        elif is_config_class(members[0]):
+            owner = members[0]
+            path += f".{part}" if path else str(part)
+            annotation = hints(owner).get(str(part))
+        else:
+            path += f"[{part}]" if isinstance(part, int) else f".{part}"
+            arguments = get_args(members[0])
+            annotation = arguments[-1 if get_origin(members[0]) is dict else 0] if arguments else None
+    members, tagged = members_of(annotation)
+    return path, members if tagged else owner

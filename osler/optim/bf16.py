@@ -1,0 +1,83 @@
+"""AdamW for weights that live in bf16: the update in fp32, everything that is kept rounded stochastically to bf16.
+
+Weight, gradient and both moments take eight bytes per parameter instead of the sixteen of fp32 master weights. That works because
+``ops/rounding.py`` keeps the mean of what bf16 cannot hold; the moments are rounded that way too, since with a beta of 0.999 the
+second one would otherwise stand still as well. What a rounding draws is a function of (seed, number of the parameter, step,
+position), so resume is bit-exact and the number of skipped or micro-batched calls changes nothing. (After "Revisiting BFloat16
+Training", arXiv 2010.06192, and "Stochastic Rounding for LLM Training", arXiv 2502.20566.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from osler.ops.rounding import random_bits, round_stochastic
+from osler.ops.sampling import mix, mix_int
+
+# Parameters updated at a time, so that the fp32 copies of a large embedding are no second model: on a CPU as many as its caches
+# hold, on a GPU enough to fill it.
+CPU_CHUNK, GPU_CHUNK = 1 << 16, 1 << 23
+
+
+def keep_in_bf16(model: nn.Module) -> None:
+    """Turn the parameters of ``model`` into bf16 in place; buffers such as the tables of RoPE keep their dtype."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(torch.bfloat16)
+
+
+def adamw_update(
+    weight: Tensor, mean: Tensor, square: Tensor, grad: Tensor, step: Tensor, group: dict[str, Any]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One step of AdamW in fp32: the new weight and moments; ``step`` counts from 1."""
+    weight, mean, square, grad = (tensor.float() for tensor in (weight, mean, square, grad))
+    beta1, beta2 = group["betas"]
+    mean = mean.lerp(grad, 1 - beta1)
+    square = square * beta2 + grad * grad * (1 - beta2)
+    scale = (square / (1 - beta2**step)).sqrt_().add_(group["eps"])
+    weight = weight * (1 - group["lr"] * group["weight_decay"]) - group["lr"] / (1 - beta1**step) * mean / scale
+    return weight, mean, square
+
+
+class Bf16AdamW(torch.optim.Optimizer):
+    """AdamW over bf16 parameters; like the fused one it changes nothing when its attribute ``found_inf`` is 1."""
+
+    found_inf: Tensor | None = None
+
+    def __init__(
+        self, groups: Iterable[dict[str, Any]], *, betas: tuple[float, float], eps: float, seed: int = 0
+    ) -> None:
+        # "capturable" says what a checkpoint must know: steps are counted on the device.
+        defaults = {"lr": 1e-3, "betas": betas, "eps": eps, "weight_decay": 0.0, "capturable": True}
+        super().__init__(groups, defaults)
+        self.seed = seed
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Update every parameter that has a gradient. Does not wait for the device."""
+        assert closure is None, "the gradients are there when the step is made"
+        places = [(group, parameter) for group in self.param_groups for parameter in group["params"]]
+        for number, (group, parameter) in enumerate(places):
+            if parameter.grad is not None:
+                self._update(parameter, parameter.grad, group, mix_int(mix_int(self.seed & 0xFFFFFFFF) ^ number))
+
+    def _update(self, parameter: Tensor, grad: Tensor, group: dict[str, Any], key: int) -> None:
+        state = self.state[parameter]
+        if not state:
+            state["step"] = torch.zeros((), device=parameter.device)
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+        skip = None if self.found_inf is None else self.found_inf.bool()
+        step = state["step"] + 1
+        device_key = mix(step.long() ^ key)
+        chunk = GPU_CHUNK if parameter.is_cuda else CPU_CHUNK
+        kept = [tensor.view(-1).split(chunk) for tensor in (parameter, state["exp_avg"], state["exp_avg_sq"])]
+        for index, (weight, mean, square, part) in enumerate(zip(*kept, grad.reshape(-1).split(chunk), strict=True)):
+            new = adamw_update(weight, mean, square, part, step, group)
+            drawn = random_bits(device_key, index * chunk, part.numel())
+            for place, value, bits in zip((weight, mean, square), new, drawn, strict=True):
+                rounded = round_stochastic(value, bits)
+                place.copy_(rounded if skip is None else torch.where(skip, place, rounded))
+        state["step"].copy_(step if skip is None else torch.where(skip, state["step"], step))

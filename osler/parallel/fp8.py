@@ -1,0 +1,98 @@
+"""FP8 for the projections of the blocks, through torchao (the extra ``fp8``).
+
+The three matrix products of a projection (output, gradient of the input, gradient of the weight) run on 8-bit numbers:
+activations and weights as e4m3, gradients as e5m2 (arXiv 2209.05433), each tensor scaled by its own largest value just before
+("tensorwise, dynamic"). Everything else stays as with ``precision=bf16``: embeddings, norms, attention and head in bf16, weights,
+optimizer and loss in fp32. Where no gradient is wanted the ordinary product runs, so what is evaluated, sampled and saved is the
+ordinary model. Scales are computed anew every time and no state is kept: checkpoints are ordinary, and resume is exact.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from osler.errors import UserError
+from osler.model.config import ModelConfig
+from osler.model.linear import Linear
+from osler.model.transformer import Transformer
+from osler.runtime.log import say
+
+TILE = 16  # the hardware multiplies FP8 matrices in tiles of this size
+FIRST_CAPABILITY = (8, 9)  # of CUDA devices with FP8: Ada; 9.0 is Hopper
+NARROW = 1024  # widths below it are reported to lose
+
+
+def convert_to_fp8(model: Transformer, device: torch.device, *, tokens: int) -> None:
+    """Let the projections of ``model`` train in FP8, in place; ``tokens`` is how many a forward pass takes.
+
+    Parameters keep their names, values and identity. A CPU emulates. Raises UserError when the device or the shapes cannot.
+    """
+    check_shapes(model.config, tokens)
+    if device.type == "cuda":
+        check_gpu(torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device))
+    else:
+        say("Warning: a CPU has no FP8; its rounding is emulated, which is slower than bf16 and good for trials only.")
+    if model.config.hidden_size < NARROW:
+        say(
+            f"Warning: hidden_size {model.config.hidden_size} is small for FP8. The authors of nanochat report it slower than "
+            "bf16 at width 768, and 17 % faster at 1,664; precision=bf16 switches it off."
+        )
+    layer, config = _float8_linear(device.type != "cuda")
+    for name, module in list(model.layers.named_modules()):
+        if isinstance(module, Linear):
+            with torch.device("meta"):
+                converted = layer(module.weight.shape[1], module.weight.shape[0], bias=False, config=config)
+            converted.weight = module.weight
+            model.layers.set_submodule(name, converted)
+
+
+def check_shapes(config: ModelConfig, tokens: int) -> None:
+    """Refuse projections and batches that FP8 hardware cannot multiply, by name and number (UserError)."""
+    sizes = {
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_heads x head_dim": config.query_size,
+        "num_kv_heads x head_dim": config.kv_size,
+        "tokens of a forward pass (micro_batch_tokens)": tokens,
+    }
+    uneven = [f"{name} {size:,}" for name, size in sizes.items() if size % TILE]
+    if uneven:
+        raise UserError(
+            f"precision=fp8 needs multiples of {TILE}, and these are none: {', '.join(uneven)}. Change them, or use "
+            "precision=bf16."
+        )
+
+
+def check_gpu(name: str, capability: tuple[int, int]) -> None:
+    """Refuse a GPU without FP8 (UserError)."""
+    if capability < FIRST_CAPABILITY:
+        raise UserError(
+            f"precision=fp8 needs a GPU of compute capability 8.9 or more (Ada, Hopper, Blackwell); {name} has "
+            f"{capability[0]}.{capability[1]}. Use precision=bf16."
+        )
+
+
+@functools.cache
+def _float8_linear(emulate: bool) -> tuple[Callable[..., nn.Linear], Any]:
+    """The class of a projection that trains in FP8, and torchao's configuration for it."""
+    logging.getLogger("torchao").setLevel(logging.ERROR)  # it warns of kernels for inference that fit another Python
+    try:
+        from torchao.float8 import Float8LinearConfig
+        from torchao.float8.float8_linear import Float8Linear
+    except ImportError as error:
+        raise UserError(
+            f"precision=fp8 needs torchao ({error}): install it with pip install -e '.[fp8]', or use precision=bf16."
+        ) from error
+
+    class Float8Projection(Float8Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) if torch.is_grad_enabled() else F.linear(x, self.weight.to(x.dtype))
+
+    return Float8Projection, Float8LinearConfig(emulate=emulate)  # its defaults are tensorwise and dynamic

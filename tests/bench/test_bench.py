@@ -1,0 +1,68 @@
+"""`osler bench`: what it prints holds together, its peers have the same shape, and a stopwatch's parts add up."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import pytest
+import torch
+
+from osler.bench.contestants import build_hf, build_osler
+from osler.cli import main
+from osler.config import decode, parse_overrides
+from osler.runtime.stopwatch import Stopwatch
+from osler.train.config import TrainConfig
+
+SHAPE = {"num_layers": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "num_kv_heads": 1, "head_dim": 16}
+TINY = [f"model.{name}={value}" for name, value in SHAPE.items()]
+TINY += ["model.vocab_size=300", "model.max_seq_len=32", "tokenizer.vocab_size=300"]
+TINY += ["seq_len=32", "batch_tokens=128", "micro_batch_tokens=64"]
+
+
+def test_bench_times_a_recipe_and_a_peer(capsys, tmp_path):
+    options = ["--peer", "hf", "--rounds", "1", "--steps", "2", "--out", str(tmp_path / "bench.json")]
+    assert main(["bench", *TINY, "compile=never", "precision=fp32", "device=cpu", *options]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result == json.loads((tmp_path / "bench.json").read_text())
+    ours, theirs = result["osler"], result["hf"]
+    assert set(ours["step_milliseconds"]) == {"data", "forward", "backward", "optimizer"}
+    assert sum(ours["step_share"].values()) == pytest.approx(1, abs=1e-3)
+    assert min(ours["step_milliseconds"].values()) > 0 and ours["peak_memory_bytes"] > 0
+    assert result["osler_over_hf"]["median"] == pytest.approx(ours["tokens_per_second"] / theirs["tokens_per_second"])
+    flops = decode(TrainConfig, parse_overrides(TINY)).model.flops_per_token(32)
+    rate = ours["tokens_per_second"] * flops / result["matmul_flops_per_second"][0]
+    assert ours["of_matmul_rate"] == pytest.approx(rate) and ours["mfu"] is None and "PaLM" in result["flops_convention"]
+
+
+def test_the_peer_is_the_same_model_with_the_same_loss():
+    """With the same weights Hugging Face's model gives the same summed loss, so what is timed is the same work."""
+    config = decode(TrainConfig, parse_overrides([*TINY, "model.norm_weight=false", "model.head_init=normal"]))
+    ours, our_loss = build_osler(config, torch.float32)
+    theirs, their_loss = build_hf(config, torch.float32)
+    weights = {name if name.startswith("lm_head") else f"model.{name}": value for name, value in ours.state_dict().items()}
+    vocab = config.model.vocab_size
+    padded = config.model.padded_vocab_size
+    weights = {name: value[:vocab] if value.shape[0] == padded else value for name, value in weights.items()}
+    missing, unexpected = theirs.load_state_dict(weights, strict=False)
+    assert not unexpected and all("norm" in name for name in missing)
+    ids, labels = (torch.randint(vocab, (4, 32), generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    torch.testing.assert_close(our_loss(ids, labels, None), their_loss(ids, labels, None), rtol=1e-4, atol=1e-3)
+
+
+def test_mistakes_are_told(capsys):
+    assert main(["bench", *TINY, "--peer", "nowhere", "--rounds", "1", "compile=never"]) == 2
+    assert "--peer nowhere is neither hf nor a checkout of nanochat" in capsys.readouterr().err
+    assert main(["bench", "quickstart"]) == 2
+    assert "recipe of kind quickstart" in capsys.readouterr().err
+
+
+def test_a_stopwatch_knows_where_time_went():
+    stopwatch = Stopwatch(torch.device("cpu"))
+    for _ in range(2):
+        stopwatch.start()
+        time.sleep(0.02)
+        stopwatch.mark("long")
+        stopwatch.mark("short")
+    seconds = stopwatch.read()
+    assert seconds["long"] >= 0.04 > 0.02 > seconds["short"] >= 0 and stopwatch.read() == {}

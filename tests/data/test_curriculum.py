@@ -1,0 +1,140 @@
+"""Stages over the steps of a run: exact at every border, and the stream of tokens goes on across them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from osler.data.config import Stage
+from osler.data.curriculum import Span, Timeline, lay_out, rows_per_micro_batch
+from osler.data.order import Order
+from osler.data.packing import StreamPacking
+
+# Batches of 96 tokens: 12 rows of 8, 4 rows of 24, and, of its own, 10 of 16; borders at, after and before an end of a step.
+STAGES = (
+    Stage(seq_len=8, until_tokens=192),
+    Stage(seq_len=24, until_tokens=400),
+    Stage(seq_len=16, until_tokens=700, batch_tokens=160),
+    Stage(seq_len=32),
+)
+SPANS = (
+    Span(1, 8, 12, 0, 0, 2),
+    Span(2, 24, 4, 2, 192, 5),
+    Span(3, 16, 10, 5, 480, 7),
+    Span(4, 32, 3, 7, 800, None),
+)
+
+
+@pytest.fixture
+def timeline() -> Timeline:
+    return lay_out(STAGES, seq_len=32, batch_tokens=96)
+
+
+def test_stages_end_with_the_first_step_at_or_after_their_border(timeline):
+    assert timeline.spans == SPANS
+
+
+def test_one_stage_is_a_constant_run():
+    timeline = lay_out((), seq_len=32, batch_tokens=96)
+    assert timeline.spans == (Span(1, 32, 3, 0, 0, None),)
+    for tokens in range(1000):
+        assert timeline.steps_within(tokens) == tokens // 96
+        assert timeline.steps_for(tokens) == -(-tokens // 96)
+    assert [timeline.tokens_before(step) for step in range(5)] == [0, 96, 192, 288, 384]
+
+
+def test_steps_and_tokens_agree_at_every_token(timeline):
+    """Against a walk from step to step, which needs no arithmetic of borders."""
+    seen = [0]  # tokens before each step
+    number = 0
+    while seen[-1] < 1200:
+        while STAGES[number].until_tokens is not None and seen[-1] >= STAGES[number].until_tokens:
+            number += 1
+        span = timeline.at_step(len(seen) - 1)
+        assert (span.number, span.seq_len) == (number + 1, STAGES[number].seq_len)
+        for token in range(seen[-1], seen[-1] + span.batch_tokens):
+            assert timeline.at_tokens(token) == span
+        seen.append(seen[-1] + span.batch_tokens)
+    assert [timeline.tokens_before(step) for step in range(len(seen))] == seen
+    for tokens in range(seen[-1]):
+        assert timeline.steps_within(tokens) == max(step for step, before in enumerate(seen) if before <= tokens)
+        assert timeline.steps_for(tokens) == min(step for step, before in enumerate(seen) if before >= tokens)
+
+
+@pytest.mark.parametrize(
+    ("total", "shares"),
+    [(1, [1]), (192, [192]), (193, [192, 1]), (480, [192, 288]), (801, [192, 288, 320, 1]), (1000, [192, 288, 320, 200])],
+)
+def test_what_each_stage_gets_of_a_run(timeline, total, shares):
+    assert [tokens for _, tokens in timeline.shares(total)] == shares
+
+
+@pytest.mark.parametrize(
+    ("stages", "message"),
+    [
+        ((Stage(seq_len=8), Stage(seq_len=16)), r"stage 1 of 2 \(seq_len 8\): until_tokens is missing"),
+        ((Stage(seq_len=8, until_tokens=500),), r"stage 1 of 1 \(seq_len 8\): the last stage runs to total_tokens.* 500"),
+        (
+            (Stage(seq_len=8, until_tokens=100), Stage(seq_len=16, until_tokens=192), Stage(seq_len=32)),
+            r"stage 2 of 3 \(seq_len 16\): it has no step, because until_tokens 192 is not above the 192 tokens",
+        ),
+        ((Stage(seq_len=64),), "its rows are longer than the run's seq_len 32"),
+    ],
+)
+def test_stages_that_contradict_each_other(stages, message):
+    with pytest.raises(ValueError, match=message):
+        lay_out(stages, seq_len=32, batch_tokens=96)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"seq_len": 0}, "seq_len=0 must be at least 1"),
+        ({"seq_len": 8, "until_tokens": 0}, "until_tokens=0 must be at least 1"),
+        ({"seq_len": 8, "batch_tokens": 20}, "batch_tokens=20 is not a multiple of seq_len=8"),
+    ],
+)
+def test_values_of_a_stage_that_cannot_be(fields, message):
+    with pytest.raises(ValueError, match=message):
+        Stage(**fields)
+
+
+def test_micro_batches_are_equal_parts_of_a_batch():
+    assert [rows_per_micro_batch(12, 8, tokens) for tokens in (None, 96, 64, 40, 8, 7)] == [12, 12, 6, 4, 1, 1]
+
+
+def test_no_token_is_repeated_or_dropped_where_a_stage_ends(timeline, make_shards):
+    """The rows of all stages, laid end to end, are the stream of one constant length; across epochs too."""
+    order = Order(make_shards([5, 2, 40, 9, 9, 130, 3, 17, 2, 33]), 1)
+    steps = 12
+    ids, labels = [], []
+    for step in range(steps):
+        span = timeline.at_step(step)
+        packing = StreamPacking(order, span.seq_len, first_token=span.first_token)
+        first = (step - span.first_step) * span.rows_per_batch
+        rows = [packing.row(row) for row in range(first, first + span.rows_per_batch)]
+        ids += [row.ids for row in rows]
+        labels += [row.labels for row in rows]
+    total = timeline.tokens_before(steps)
+    constant = [StreamPacking(order, 1).row(token) for token in range(total)]
+    assert total > 4 * order.shards.num_tokens
+    assert np.array_equal(np.concatenate(ids), np.concatenate([row.ids for row in constant]))
+    assert np.array_equal(np.concatenate(labels), np.concatenate([row.labels for row in constant]))
+
+
+def test_spans_touch(timeline):
+    for before, after in pairwise(timeline.spans):
+        assert before.end_step == after.first_step
+        steps = after.first_step - before.first_step
+        assert before.first_token + steps * before.batch_tokens == after.first_token
+
+
+def test_no_torch():
+    root = Path(__file__).resolve().parents[2]
+    program = "import sys, osler.data.curriculum; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], cwd=root, check=False).returncode == 0

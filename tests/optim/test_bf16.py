@@ -1,0 +1,154 @@
+"""AdamW over bf16 weights: the same mathematics as torch's, no trace of a skipped step, exact resume, and it learns."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+
+import pytest
+import torch
+from torch import nn
+
+from osler.checkpoint.state import flatten_optimizer, restore_optimizer
+from osler.model.config import ModelConfig
+from osler.model.loss import SummedLoss
+from osler.model.transformer import Transformer
+from osler.optim import bf16
+from osler.optim.bf16 import Bf16AdamW, adamw_update, keep_in_bf16
+from osler.optim.build import build_optimizer
+from osler.optim.config import AdamWConfig
+
+MODEL = ModelConfig(
+    num_layers=2, hidden_size=32, intermediate_size=64, num_heads=2, num_kv_heads=1, head_dim=16, vocab_size=64,
+    max_seq_len=32, head_init="normal", residual_init="scaled",
+)  # fmt: skip
+
+
+def tiny(*, in_bf16: bool) -> Transformer:
+    model = Transformer(MODEL)
+    model.init_weights(0)
+    if in_bf16:
+        keep_in_bf16(model)
+    return model
+
+
+@pytest.fixture
+def one_thread():
+    """Operators this small only wait for a second one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def set_gradients(model: nn.Module, number: int) -> None:
+    generator = torch.Generator().manual_seed(number)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
+
+
+def everything(model, optimizer):
+    return [*model.parameters(), *(value for entry in optimizer.state.values() for value in entry.values())]
+
+
+def test_the_update_is_torchs():
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(1000, generator=generator)
+    expected = nn.Parameter(weight.clone())
+    options = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
+    reference = torch.optim.AdamW([expected], **options)
+    mean, square = torch.zeros_like(weight), torch.zeros_like(weight)
+    for step in range(1, 6):
+        grad = torch.randn(1000, generator=generator)
+        expected.grad = grad.clone()
+        reference.step()
+        weight, mean, square = adamw_update(weight, mean, square, grad, torch.tensor(float(step)), options)
+        torch.testing.assert_close(weight, expected.detach(), rtol=1e-6, atol=1e-7)
+
+
+def test_everything_that_is_kept_is_bf16_and_a_chunk_is_no_border(monkeypatch):
+    results = []
+    for chunk in (1 << 16, 100):
+        monkeypatch.setattr(bf16, "CPU_CHUNK", chunk)
+        model = tiny(in_bf16=True)
+        optimizer = build_optimizer(model, AdamWConfig())
+        assert isinstance(optimizer, Bf16AdamW) and model.rope_cos.dtype == torch.float32
+        for number in range(2):
+            set_gradients(model, number)
+            optimizer.step()
+        kept = everything(model, optimizer)
+        assert {tensor.dtype for tensor in kept if tensor.dim()} == {torch.bfloat16}
+        results.append([tensor.detach().clone() for tensor in kept])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_a_skipped_step_leaves_no_trace():
+    model, twin = tiny(in_bf16=True), tiny(in_bf16=True)
+    optimizer, twin_optimizer = build_optimizer(model, AdamWConfig()), build_optimizer(twin, AdamWConfig())
+    for number in range(3):
+        for each, its_optimizer in ((model, optimizer), (twin, twin_optimizer)):
+            set_gradients(each, number)
+            its_optimizer.found_inf = torch.tensor(0.0)
+            its_optimizer.step()
+        for parameter in model.parameters():
+            parameter.grad.fill_(torch.nan)
+        optimizer.found_inf = torch.tensor(1.0)
+        optimizer.step()
+    for found, expected in zip(everything(model, optimizer), everything(twin, twin_optimizer), strict=True):
+        assert torch.equal(found, expected)
+
+
+def test_resume_is_exact_and_the_seed_counts():
+    model = tiny(in_bf16=True)
+    optimizer = build_optimizer(model, AdamWConfig(), seed=3)
+    for number in range(3):
+        set_gradients(model, number)
+        optimizer.step()
+    tensors, state = flatten_optimizer(optimizer, model.named_parameters())
+    tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+    resumed, other = deepcopy(model), deepcopy(model)
+    results = {}
+    for name, each, seed in (("same", resumed, 3), ("other", other, 4)):
+        its_optimizer = build_optimizer(each, AdamWConfig(lr=1.0), seed=seed)
+        restore_optimizer(its_optimizer, each.named_parameters(), tensors, state)
+        set_gradients(each, 3)
+        its_optimizer.step()
+        results[name] = everything(each, its_optimizer)
+    set_gradients(model, 3)
+    optimizer.step()
+    whole = everything(model, optimizer)
+    assert all(torch.equal(a, b) for a, b in zip(results["same"], whole, strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(results["other"], whole, strict=True))
+
+
+def test_the_second_moment_does_not_stand_still():
+    """With a beta of 0.999 a step changes it by less than bf16 can hold; on average it arrives all the same."""
+    parameter = nn.Parameter(torch.zeros(20_000, dtype=torch.bfloat16))
+    optimizer = Bf16AdamW([{"params": [parameter]}], betas=(0.9, 0.999), eps=1e-8)
+    for grad in (2.0, *[1.0] * 50):
+        parameter.grad = torch.full_like(parameter, grad)
+        optimizer.step()
+    expected = 0.004 * 0.999**50 + (1 - 0.999**50)
+    assert float(optimizer.state[parameter]["exp_avg_sq"].double().mean()) == pytest.approx(expected, rel=1e-3)
+
+
+def test_it_trains_as_fp32_weights_do_where_rounding_to_nearest_stalls(one_thread):
+    """Steps of 3e-4 are below half of the gap between neighbours for weights above 0.15."""
+    ids = torch.randint(0, 64, (8, 33), generator=torch.Generator().manual_seed(0))
+    config = AdamWConfig(lr=3e-4, weight_decay=0.0)
+    losses = {}
+    for name in ("fp32", "stochastic", "nearest"):
+        model = tiny(in_bf16=name != "fp32")
+        if name == "nearest":  # torch's own computes in fp32 too, and rounds what it keeps to the nearest
+            optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, weight_decay=0.0, betas=(0.9, 0.95), fused=True)
+        else:
+            optimizer = build_optimizer(model, config)
+        loss = SummedLoss(model)
+        for _ in range(100):
+            mean = loss(ids[:, :-1], ids[:, 1:], None) / ids[:, 1:].numel()
+            mean.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        losses[name] = mean.item()
+    assert losses["fp32"] < 3.0
+    assert losses["stochastic"] == pytest.approx(losses["fp32"], rel=0.01)
+    assert losses["nearest"] > 1.1 * losses["fp32"]

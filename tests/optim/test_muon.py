@@ -1,0 +1,251 @@
+"""Muon against a slow reference in float64, against torch's, and what it promises about skipped steps and resume."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from osler.checkpoint.state import flatten_optimizer, restore_optimizer
+from osler.model.config import ModelConfig
+from osler.model.transformer import Transformer
+from osler.optim.build import build_optimizer, set_decay_and_momentum
+from osler.optim.config import AdamWConfig, LrWeightDecay, MomentumWarmup, MuonConfig
+from osler.optim.muon import Muon, equal_shapes, orthogonalize
+
+SHAPES = [(24, 40), (40, 24), (24, 40), (16, 16), (24, 40), (40, 24), (1, 8)]
+
+
+def reference_orthogonalize(matrix, steps=5):
+    """One matrix in float64, word for word: x ← a x + (b A + c A²) x with A = x xᵀ, tall matrices on their side."""
+    x = matrix.double()
+    x = x.T if x.shape[0] > x.shape[1] else x
+    x = x / max(float(x.norm()), 1e-7)
+    for _ in range(steps):
+        a = x @ x.T
+        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+    return x.T if matrix.shape[0] > matrix.shape[1] else x
+
+
+def make(shapes=SHAPES, seed=0, dtype=torch.float32, **options):
+    generator = torch.Generator().manual_seed(seed)
+    matrices = [torch.nn.Parameter(torch.randn(shape, generator=generator) / 4) for shape in shapes]
+    group = {"lr": 0.02, "weight_decay": 0.1, "momentum": 0.95, "newton_schulz_steps": 5, **options}
+    return matrices, Muon([{"params": matrices, "name": "matrices", **group}], dtype=dtype)
+
+
+def give_gradients(parameters, seed):
+    generator = torch.Generator().manual_seed(1000 + seed)
+    for parameter in parameters:
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+
+
+def bits(model, optimizer):
+    """Copies of all parameters and state by name, as integers, for which -0.0 is not 0.0."""
+    state, _ = flatten_optimizer(optimizer, model.named_parameters())
+    return {name: value.detach().clone().view(torch.int32) for name, value in {**model.state_dict(), **state}.items()}
+
+
+@pytest.mark.parametrize("shape", sorted(set(SHAPES)))
+def test_newton_schulz_is_the_reference_for_every_matrix_of_a_stack(shape):
+    stack = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0)) * torch.tensor([1e-3, 1.0, 1e3])[:, None, None]
+    expected = torch.stack([reference_orthogonalize(matrix) for matrix in stack])
+    torch.testing.assert_close(orthogonalize(stack, 5, torch.float32).double(), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(orthogonalize(stack, 5, torch.bfloat16).double(), expected, rtol=0.05, atol=0.02)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(48, 48), (32, 96), (96, 32)])
+def test_singular_values_come_out_near_one_and_singular_vectors_stay(shape, dtype):
+    generator = torch.Generator().manual_seed(1)
+    u, _, v = torch.linalg.svd(torch.randn(4, *shape, generator=generator), full_matrices=False)
+    spread = torch.logspace(0, -1.3, u.shape[-1])  # of the largest, the smallest is a twentieth
+    result = orthogonalize(u * spread @ v, 5, dtype).float()
+    values = torch.linalg.svdvals(result)
+    assert values.min() > 0.65 and values.max() < 1.25
+    inside = u.mT @ result @ v.mT
+    off = inside - torch.diag_embed(inside.diagonal(dim1=1, dim2=2))
+    assert off.abs().max() < (1e-4 if dtype == torch.float32 else 0.05)
+
+
+def test_zero_stays_zero_and_no_step_is_only_a_normalisation():
+    assert orthogonalize(torch.zeros(2, 4, 3), 5, torch.float32).abs().max() == 0
+    assert torch.linalg.matrix_norm(orthogonalize(torch.ones(1, 4, 3), 0, torch.float32)) == pytest.approx(1.0)
+
+
+def test_orthogonalize_is_one_graph():
+    compiled = torch.compile(orthogonalize, fullgraph=True, backend="eager")
+    stack = torch.randn(2, 6, 4, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(compiled(stack, 5, torch.float32), orthogonalize(stack, 5, torch.float32))
+
+
+def test_every_step_is_the_rule():
+    matrices, optimizer = make()
+    weights = [matrix.detach().double() for matrix in matrices]
+    momenta = [torch.zeros_like(weight) for weight in weights]
+    for step in range(4):
+        group = optimizer.param_groups[0]
+        group["lr"], group["momentum"], group["weight_decay"] = 0.02 / (1 + step), 0.85 + 0.02 * step, 0.1 * step
+        give_gradients(matrices, step)
+        optimizer.step()
+        for index, matrix in enumerate(matrices):
+            gradient, mu = matrix.grad.double(), group["momentum"]
+            momenta[index] = mu * momenta[index] + (1 - mu) * gradient
+            direction = reference_orthogonalize((1 - mu) * gradient + mu * momenta[index])
+            weights[index] *= 1 - group["lr"] * group["weight_decay"]
+            weights[index] -= group["lr"] * math.sqrt(max(1, matrix.shape[0] / matrix.shape[1])) * direction
+            torch.testing.assert_close(matrix.detach().double(), weights[index], rtol=1e-5, atol=1e-6)
+            momentum = optimizer.state[matrix]["momentum_buffer"]
+            torch.testing.assert_close(momentum.double(), momenta[index], rtol=1e-5, atol=1e-6)
+
+
+def test_torchs_muon_moves_the_same_way():
+    matrices, optimizer = make(dtype=torch.bfloat16)
+    theirs = [torch.nn.Parameter(matrix.detach().clone()) for matrix in matrices]
+    other = torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1, momentum=0.95)
+    for step in range(3):
+        before = [matrix.detach().clone() for matrix in matrices]
+        give_gradients(matrices, step)
+        for mine, its in zip(matrices, theirs, strict=True):
+            with torch.no_grad():
+                its.copy_(mine)
+            its.grad = mine.grad.clone()
+        optimizer.step()
+        other.step()
+        for mine, its, old in zip(matrices, theirs, before, strict=True):
+            assert (mine - its).norm() < 0.06 * (its - old).norm()  # bf16, rounded at other places
+            torch.testing.assert_close(optimizer.state[mine]["momentum_buffer"], other.state[its]["momentum_buffer"])
+
+
+def test_a_stack_moves_as_its_matrices_do_alone():
+    together, optimizer = make()
+    apart, _ = make()
+    group = {key: value for key, value in optimizer.param_groups[0].items() if key != "params"}
+    alone = [Muon([{"params": [matrix], **group}]) for matrix in apart]
+    for step in range(3):
+        give_gradients(together, step)
+        give_gradients(apart, step)
+        for each in [optimizer, *alone]:
+            each.step()
+    for one, other in zip(together, apart, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_stacks_are_bounded_and_cut_where_ranks_share_evenly(monkeypatch):
+    monkeypatch.setattr("osler.optim.muon.STACK_ELEMENTS", 5 * 12)
+    matrices = [torch.zeros(3, 4) for _ in range(11)] + [torch.zeros(4, 3)] * 2 + [torch.zeros(100, 100)] * 3
+    assert [len(stack) for stack in equal_shapes(matrices, 1)] == [5, 5, 1, 2, 1, 1, 1]
+    assert [len(stack) for stack in equal_shapes(matrices, 2)] == [4, 4, 3, 2, 2, 1]
+
+
+# -- in the model ------------------------------------------------------------------------------------------------------
+
+
+def make_model():
+    shape = ModelConfig(num_layers=2, hidden_size=32, intermediate_size=64, head_dim=8, vocab_size=64, norm_weight=True)
+    model = Transformer(shape)
+    model.init_weights(0)
+    return model
+
+
+def test_matrices_have_muon_and_the_rest_is_adamw_to_the_bit():
+    config = MuonConfig(lr=0.05, adamw_lr=1e-3, weight_decay=0.2)
+    model, twin = make_model(), make_model()
+    optimizer = build_optimizer(model, config)
+    reference = build_optimizer(twin, AdamWConfig(lr=1e-3))
+    assert isinstance(optimizer, Muon) and optimizer.dtype == torch.float32
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    groups = {group["name"]: group for group in optimizer.param_groups}
+    assert {name: (group["base_lr"], group["weight_decay"]) for name, group in groups.items()} == {
+        "matrices": (0.05, 0.2),
+        "embeddings": (1e-3, 0.0),
+        "vectors": (1e-3, 0.0),
+    }
+    assert sum(len(group["params"]) for group in groups.values()) == len(names)
+    assert all(parameter.dim() == 2 and "layers." in names[parameter] for parameter in groups["matrices"]["params"])
+    for step in range(3):
+        for each, built in ((model, optimizer), (twin, reference)):
+            give_gradients(each.parameters(), step)
+            built.step()
+    moved = {names[parameter]: parameter for group in ("embeddings", "vectors") for parameter in groups[group]["params"]}
+    assert len(moved) > 4 and all(torch.equal(parameter, twin.get_parameter(name)) for name, parameter in moved.items())
+
+
+def test_newton_schulz_runs_in_the_models_compute_dtype():
+    model = Transformer(ModelConfig(), compute_dtype=torch.bfloat16)
+    assert build_optimizer(model, MuonConfig()).dtype == torch.bfloat16
+
+
+def test_vectors_are_refused_among_the_matrices():
+    with pytest.raises(ValueError, match=r"shape \(3,\)"):
+        make([(3,)])
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("earlier_steps", [0, 2])
+def test_a_gradient_that_is_not_finite_changes_no_bit(bad, earlier_steps):
+    model = make_model()
+    optimizer = build_optimizer(model, MuonConfig())
+    for step in range(earlier_steps):
+        give_gradients(model.parameters(), step)
+        optimizer.found_inf = torch.zeros(())
+        optimizer.step()
+    with torch.no_grad():
+        model.layers[0].self_attn.q_proj.weight[0, 0] = -0.0
+    before = bits(model, optimizer)
+    give_gradients(model.parameters(), 9)
+    for parameter in model.parameters():
+        parameter.grad.view(-1)[0] = bad
+    optimizer.found_inf = torch.ones(())
+    optimizer.step()
+    after = bits(model, optimizer)
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    assert earlier_steps or not any(after[name].any() for name in after.keys() - before.keys())  # new state is zero
+    give_gradients(model.parameters(), 10)
+    optimizer.found_inf = torch.zeros(())
+    optimizer.step()
+    assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
+    assert [name for name, value in bits(model, optimizer).items() if torch.equal(value, after[name])] == []
+
+
+def test_five_more_steps_after_disk_are_equal_to_the_last_bit():
+    config = MuonConfig(momentum_warmup=MomentumWarmup(tokens=8), weight_decay_schedule=LrWeightDecay())
+
+    def advance(model, optimizer, first, last):
+        for step in range(first, last):
+            set_decay_and_momentum(optimizer, config, 1 / (1 + step), step, 10)
+            give_gradients(model.parameters(), step)
+            optimizer.step()
+
+    model, resumed = make_model(), make_model()
+    optimizer = build_optimizer(model, config)
+    advance(model, optimizer, 0, 5)
+    tensors, state = flatten_optimizer(optimizer, model.named_parameters())
+    assert "layers.0.self_attn.q_proj.weight/momentum_buffer" in tensors and "norm.weight/exp_avg_sq" in tensors
+    kept = {name: value.clone() for name, value in tensors.items()}
+    resumed.load_state_dict(model.state_dict())
+    again = build_optimizer(resumed, config)
+    restore_optimizer(again, resumed.named_parameters(), kept, state)
+    advance(model, optimizer, 5, 10)
+    advance(resumed, again, 5, 10)
+    expected, found = bits(model, optimizer), bits(resumed, again)
+    assert expected.keys() == found.keys() and all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_it_learns_a_linear_map():
+    generator = torch.Generator().manual_seed(0)
+    target, x = torch.randn(16, 12, generator=generator) / 4, torch.randn(64, 12, generator=generator)
+    layer = torch.nn.Linear(12, 16, bias=False)
+    with torch.no_grad():
+        layer.weight.zero_()
+    optimizer = build_optimizer(layer, MuonConfig(weight_decay=0.0))
+    losses = []
+    for step in range(60):
+        optimizer.param_groups[0]["lr"] = 0.1 * (1 - step / 60)
+        optimizer.zero_grad()
+        loss = (layer(x) - x @ target.T).square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.01 * losses[0]

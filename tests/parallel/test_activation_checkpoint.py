@@ -1,0 +1,85 @@
+"""Recomputation changes memory and nothing else: the same gradients, names and evaluation, eager and compiled."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+
+import pytest
+import torch
+
+from osler.model.config import ModelConfig
+from osler.model.loss import SummedLoss
+from osler.model.transformer import Transformer
+from osler.parallel.activation_checkpoint import set_recompute
+
+MODEL = ModelConfig(num_layers=3, max_seq_len=64, vocab_size=256, head_init="normal", residual_init="scaled", norm_weight=True)
+MODES = ("off", "selective", "full")
+
+
+def build(mode: str) -> Transformer:
+    model = Transformer(MODEL)
+    model.init_weights(0)
+    set_recompute(model, mode)
+    return model
+
+
+def batch() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    ids = torch.randint(0, 256, (2, 65), generator=torch.Generator().manual_seed(0))
+    return ids[:, :-1], ids[:, 1:], torch.arange(64).expand(2, 64) // 20
+
+
+def gradients(model: Transformer, *, compiled: bool = False, documents: bool = True) -> dict[str, torch.Tensor]:
+    loss = SummedLoss(model)
+    if compiled:  # traced, differentiated and cut into forward and backward as for inductor, without compiling C++
+        loss = torch.compile(loss, fullgraph=True, dynamic=False, backend="aot_eager_decomp_partition")
+    ids, labels, document = batch()
+    loss(ids, labels, document if documents else None).backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+def kept_bytes(model: Transformer) -> int:
+    """Bytes that the forward pass keeps for the backward pass, parameters aside."""
+    known = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, int] = {}
+    forward = []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage.nbytes()
+        forward.append(tensor)  # alive, so that no address is counted twice
+        return tensor
+
+    ids, labels, _ = batch()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        SummedLoss(model)(ids, labels, None)
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize("documents", [False, True])
+def test_gradients_are_the_same_to_the_bit(documents):
+    expected = gradients(build("off"), documents=documents)
+    for mode in MODES[1:]:
+        found = gradients(build(mode), documents=documents)
+        assert found.keys() == expected.keys()
+        assert [name for name, grad in found.items() if not torch.equal(grad, expected[name])] == []
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_compiles_as_one_graph(mode):
+    expected = gradients(build("off"))
+    for name, grad in gradients(build(mode), compiled=True).items():
+        torch.testing.assert_close(grad, expected[name], rtol=1e-4, atol=1e-4)
+
+
+def test_full_keeps_the_least():
+    off, full = (kept_bytes(build(mode)) for mode in ("off", "full"))
+    assert full < off / 5
+
+
+@pytest.mark.parametrize("mode", MODES[1:])
+def test_names_evaluation_and_copies_are_as_ever(mode):
+    plain, recomputing = build("off"), deepcopy(build(mode))
+    assert plain.state_dict().keys() == recomputing.state_dict().keys()
+    with torch.inference_mode():
+        assert torch.equal(plain(batch()[0]), recomputing(batch()[0]))

@@ -1,0 +1,143 @@
+"""FP8 projections by emulation: the arithmetic against its definition, what stays ordinary, what is refused; and it trains."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from osler.errors import UserError
+from osler.model.config import ModelConfig
+from osler.model.linear import Linear
+from osler.model.loss import SummedLoss
+from osler.model.transformer import Transformer
+from osler.optim.build import build_optimizer
+from osler.optim.config import AdamWConfig
+from osler.parallel.activation_checkpoint import set_recompute
+from osler.parallel.fp8 import check_gpu, check_shapes, convert_to_fp8
+
+CPU = torch.device("cpu")
+MODEL = ModelConfig(
+    num_layers=2, hidden_size=64, intermediate_size=128, num_heads=2, num_kv_heads=1, head_dim=32, vocab_size=256,
+    max_seq_len=64, head_init="normal", residual_init="scaled",
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Operators this small only wait for a second one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def build(*, fp8: bool, config: ModelConfig = MODEL) -> Transformer:
+    model = Transformer(config, compute_dtype=torch.bfloat16)
+    model.init_weights(0)
+    if fp8:
+        convert_to_fp8(model, CPU, tokens=64)
+    return model
+
+
+def batch(number: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two rows that count on in threes, from anywhere."""
+    start = torch.randint(0, 256, (2, 1), generator=torch.Generator().manual_seed(number))
+    ids = (start + 3 * torch.arange(65)) % 256
+    return ids[:, :-1], ids[:, 1:]
+
+
+def to_fp8(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """What is left of ``x`` after it was scaled to the range of ``dtype`` by its largest value and rounded."""
+    largest = torch.finfo(dtype).max
+    scale = (largest / x.abs().max().double()).float()
+    return (x.float() * scale).clamp(-largest, largest).to(dtype).float() / scale
+
+
+def test_a_projection_equals_the_definition():
+    model = build(fp8=True)
+    projection = model.layers[0].mlp.up_proj
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(32, 64, generator=generator, dtype=torch.bfloat16, requires_grad=True)
+    grad = torch.randn(32, 128, generator=generator, dtype=torch.bfloat16)
+    y = projection(x)
+    y.backward(grad)
+    x8, w8 = (to_fp8(tensor.detach(), torch.float8_e4m3fn) for tensor in (x, projection.weight))
+    g8 = to_fp8(grad, torch.float8_e5m2)
+    assert y.dtype == torch.bfloat16 and projection.weight.grad.dtype == torch.float32
+    assert torch.equal(y, (x8 @ w8.T).bfloat16())
+    assert torch.equal(x.grad, (g8 @ w8).bfloat16())
+    assert torch.equal(projection.weight.grad, (g8.T @ x8).bfloat16().float())
+
+
+def test_projections_only_and_everything_else_is_ordinary():
+    plain, model = build(fp8=False), build(fp8=True)
+    left = {name for name, module in model.named_modules() if isinstance(module, Linear)}
+    assert left == {"lm_head"}
+    assert {type(module).__name__ for name, module in model.named_modules() if name.endswith("_proj")} == {"Float8Projection"}
+    assert [name for name, _ in model.named_parameters()] == [name for name, _ in plain.named_parameters()]
+    assert all(torch.equal(value, plain.state_dict()[name]) for name, value in model.state_dict().items())
+    assert {value.dtype for value in model.state_dict().values()} == {torch.float32}
+    with torch.no_grad():  # what is evaluated is the model that is saved
+        assert torch.equal(model(batch()[0]), plain(batch()[0]))
+    assert not torch.equal(model(batch()[0]), plain(batch()[0]))
+
+
+@pytest.mark.parametrize("mode", ["off", "selective", "full"])
+def test_compiles_and_recomputes(mode):
+    config = replace(MODEL, num_layers=1)
+    gradients = []
+    for compiled in (False, True):
+        model = build(fp8=True, config=config)
+        set_recompute(model, "off" if not compiled else mode)
+        loss = SummedLoss(model)
+        if compiled:
+            loss = torch.compile(loss, fullgraph=True, dynamic=False, backend="aot_eager_decomp_partition")
+        loss(*batch(), None).backward()
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    for name, grad in gradients[0].items():
+        assert (gradients[1][name] - grad).norm() <= 0.05 * grad.norm()
+
+
+@pytest.mark.parametrize("mode", ["selective", "full"])
+def test_recomputation_changes_no_bit(mode):
+    gradients = []
+    for each in ("off", mode):
+        model = build(fp8=True)
+        set_recompute(model, each)
+        SummedLoss(model)(*batch(), None).backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_thirty_steps_stay_within_two_percent_of_bf16():
+    curves = []
+    for fp8 in (False, True):
+        model = build(fp8=fp8)
+        optimizer = build_optimizer(model, AdamWConfig(lr=3e-3))
+        curve = []
+        for step in range(30):
+            loss = SummedLoss(model)(*batch(step), None) / 128
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            curve.append(loss.item())
+        curves.append(curve)
+    bf16, fp8 = curves
+    assert bf16[-1] < 0.5 * bf16[0]
+    assert max(abs(a / b - 1) for a, b in zip(fp8, bf16, strict=True)) < 0.02
+
+
+def test_what_cannot_work_is_refused_with_numbers(capsys):
+    with pytest.raises(UserError, match=r"intermediate_size 100, num_kv_heads x head_dim 24\..*precision=bf16"):
+        check_shapes(replace(MODEL, intermediate_size=100, head_dim=24, num_heads=2), 64)
+    with pytest.raises(UserError, match=r"micro_batch_tokens\) 1,000"):
+        check_shapes(MODEL, 1000)
+    with pytest.raises(UserError, match=r"NVIDIA A100 has 8\.0"):
+        check_gpu("NVIDIA A100", (8, 0))
+    for capability in ((8, 9), (9, 0), (10, 0)):
+        check_gpu("a newer one", capability)
+    build(fp8=True)
+    said = capsys.readouterr().err
+    assert "emulated" in said and "hidden_size 64 is small" in said

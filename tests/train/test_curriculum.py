@@ -1,0 +1,165 @@
+"""Training in stages: every step at its length, resumed exactly inside a stage and at its edge, a run without stages as ever."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from itertools import islice, pairwise
+
+import pytest
+import torch
+
+from osler.checkpoint import store
+from osler.cli import main
+from osler.config import decode, encode, load_recipe
+from osler.data.config import Stage
+from osler.data.loader import Batch, Loader, StagedLoader
+from osler.data.order import Order
+from osler.data.packing import StreamPacking
+from osler.errors import UserError
+from osler.report.page import build_report
+from osler.train.config import TrainConfig
+from osler.train.run import make_loader
+
+# Batches of 256 tokens: steps 0 to 2 of 16 rows of 16, steps 3 to 5 of 6 rows of 32, from step 6 on 4 rows of 64.
+STAGES = (
+    Stage(seq_len=16, until_tokens=700),
+    Stage(seq_len=32, until_tokens=1_300, batch_tokens=192),
+    Stage(seq_len=64),
+)
+ROWS = [16] * 3 + [6] * 3 + [4] * 6
+LENGTHS = [16] * 3 + [32] * 3 + [64] * 6
+TOKENS = [256, 512, 768, 960, 1_152, 1_344, *(1_344 + 256 * step for step in range(1, 7))]  # after each step
+IN_STAGES = f"curriculum={json.dumps(encode(STAGES))}"
+LENGTH = f"total_tokens={TOKENS[-1]}"
+
+
+@pytest.fixture(scope="module")
+def whole(tiny, tmp_path_factory):
+    """A run of twelve steps through three stages, never interrupted."""
+    folder = tmp_path_factory.mktemp("staged") / "run"
+    assert main(["pretrain", tiny.pretrain, IN_STAGES, LENGTH, "log_every_steps=1", "--run", str(folder)]) == 0
+    return folder
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_every_step_is_logged_with_its_stage(whole):
+    found = [line for line in lines(whole) if "train/loss" in line]
+    assert [line["tokens"] for line in found] == TOKENS
+    assert [line["train/seq_len"] for line in found] == LENGTHS
+    assert [line["train/stage"] for line in found] == [1] * 3 + [2] * 3 + [3] * 6
+    assert [line["train/batch_tokens"] for line in found] == [256] * 3 + [192] * 3 + [256] * 6
+
+
+def test_intervals_and_schedule_are_in_tokens(whole):
+    """Held out every 6 x 256 = 1,536 tokens; the learning rate of a step is that of the middle of its tokens."""
+    assert [line["tokens"] for line in lines(whole) if "eval/loss" in line] == [1_600, TOKENS[-1]]
+    rates = [line["train/lr"] for line in lines(whole) if "train/lr" in line]
+    warm = [(before + after) / 2 / 512 for before, after in pairwise([0, *TOKENS]) if after <= 512]
+    assert rates[: len(warm)] == pytest.approx([2.5e-3 * share for share in warm])
+    after_warmup = [(before + after) / 2 for before, after in pairwise(TOKENS[1:])]
+    assert rates[2:] == pytest.approx([2.5e-3 * (1 - (middle - 512) / (TOKENS[-1] - 512)) for middle in after_warmup])
+
+
+def test_the_report_draws_the_stages(whole):
+    page = build_report(whole).read_text(encoding="utf-8")
+    assert "Stage of the curriculum: stage from 1 at 256 tokens to 3 at 2,880 tokens." in page
+    assert "Length of rows: length from 16 at 256 tokens to 64 at 2,880 tokens." in page
+
+
+@pytest.mark.parametrize("step", [1, 3, 4, 6, 11], ids=lambda step: f"after_{step}_steps")
+def test_stopped_inside_and_at_the_edge_of_a_stage_and_resumed(step, tiny, whole, launch_stopped, tmp_path):
+    """Steps 3 and 6 are the last of their stages."""
+    overrides = [IN_STAGES, LENGTH, "log_every_steps=1"]
+    assert launch_stopped(tmp_path, *overrides, fault=f"train-step:sigterm:{step}") == 130
+    assert store.load(store.resolve(tmp_path)).state["tokens"] == TOKENS[step - 1]
+    assert main(["pretrain", "--run", str(tmp_path), "--resume"]) == 0
+    ended, expected = store.load(store.resolve(tmp_path)), store.load(store.resolve(whole))
+    for name, tensors in expected.tensors.items():
+        assert all(torch.equal(ended.tensors[name][key], value) for key, value in tensors.items())
+    timed = ("time", "eval/seconds", "perf/tokens_per_second")
+    told = [[{key: value for key, value in line.items() if key not in timed} for line in lines(run)] for run in (tmp_path, whole)]
+    assert told[0] == told[1]
+
+
+def test_one_stage_of_the_same_length_is_the_constant_run(tiny, runs, tmp_path):
+    assert main(["pretrain", tiny.pretrain, "curriculum=[{seq_len: 64}]", "--run", str(tmp_path)]) == 0
+    ended, expected = store.load(store.resolve(tmp_path)), store.load(store.resolve(runs.pretrain))
+    assert all(torch.equal(ended.tensors["model"][key], value) for key, value in expected.tensors["model"].items())
+    assert not any("train/stage" in line for line in lines(runs.pretrain))
+
+
+@pytest.fixture
+def staged(config, shards) -> StagedLoader:
+    return make_loader(replace(config, curriculum=STAGES, loader_workers=2), shards)
+
+
+def joined(parts: list[Batch]) -> Batch:
+    return Batch(*(torch.cat([getattr(part, name) for part in parts]) for name in ("ids", "labels", "document_ids")))
+
+
+def test_batches_begin_at_any_step_with_any_ranks_and_workers(config, shards, staged):
+    expected = list(islice(staged.batches(), 12))
+    assert [tuple(batch.ids.shape) for batch in expected] == list(zip(ROWS, LENGTHS, strict=True))
+    for start in range(12):
+        ranks = [
+            StagedLoader(staged.timeline, [replace(loader, rank=rank, world_size=2, workers=rank) for loader in staged.loaders])
+            for rank in range(2)
+        ]
+        parts = [list(islice(loader.batches(start), 12 - start)) for loader in ranks]
+        for step, batch in enumerate(expected[start:]):
+            found = joined([part[step] for part in parts])
+            assert all(torch.equal(getattr(found, name), getattr(batch, name)) for name in ("ids", "labels", "document_ids"))
+
+
+def test_the_batches_are_the_stream(config, shards, staged):
+    seen = torch.cat([batch.ids.flatten() for batch in islice(staged.batches(), 12)])
+    row = StreamPacking(Order(shards, config.seed), TOKENS[-1]).row(0)
+    assert torch.equal(seen, torch.from_numpy(row.ids))
+
+
+def test_ranks_that_do_not_divide_a_stage(staged):
+    with pytest.raises(UserError, match=r"Stage 2 of the curriculum: a batch of 6 rows \(of 32 tokens\).* by 4 ranks"):
+        [replace(loader, world_size=4) for loader in staged.loaders]
+    assert isinstance(replace(staged.loaders[0], world_size=4), Loader)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"packing": "whole"}, r"curriculum cuts one stream.*packing=whole.*set packing=stream"),
+        ({"kind": "sft"}, r"curriculum cuts one stream.*packing=auto \(kind=sft\)"),
+        ({"curriculum": [{"seq_len": 128}]}, r"stage 1 of 1 \(seq_len 128\): its rows are longer than the run's seq_len 64"),
+        (
+            {"curriculum": [{"seq_len": 22, "until_tokens": 9}, {"seq_len": 64}], "micro_batch_tokens": 128},
+            r"stage 1: its 11 rows per step split into equal forward passes of 1 rows only, where 5 rows of 22 tokens fit into "
+            r"micro_batch_tokens 128; give the stage batch_tokens=330",
+        ),
+    ],
+)
+def test_impossible_combinations_name_the_numbers(tiny, changes, message):
+    recipe = load_recipe(tiny.pretrain) | {"curriculum": encode(STAGES), **changes}
+    with pytest.raises(UserError, match=message):
+        decode(TrainConfig, recipe)
+
+
+def test_the_plan_names_every_stage(tiny, tmp_path, capsys):
+    assert main(["pretrain", tiny.pretrain, IN_STAGES, LENGTH, "--run", str(tmp_path), "--dry-run"]) == 0
+    plan = capsys.readouterr().out
+    assert "# stage 2           from 768 tokens: 3 steps of 6 rows of 32 tokens, 6 rows at once" in plan
+    assert "# steps             12" in plan
+
+
+def test_stages_out_of_reach_are_pointed_out(tiny, tmp_path, capsys):
+    short = ["total_tokens=1024", "schedule.warmup_tokens=0"]
+    assert main(["pretrain", tiny.pretrain, IN_STAGES, *short, "--run", str(tmp_path)]) == 0
+    assert "stage 3 of the curriculum would begin at 1,344 tokens, but total_tokens is 1,024" in capsys.readouterr().err
+
+
+def test_the_flops_of_a_run_are_those_of_its_stages(config):
+    model, staged = config.model, replace(config, curriculum=STAGES)
+    expected = 768 * model.flops_per_token(16) + 576 * model.flops_per_token(32) + 1_000 * model.flops_per_token(64)
+    assert replace(staged, total_tokens=1_344 + 1_000).training_flops(model) == expected

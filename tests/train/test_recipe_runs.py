@@ -1,0 +1,170 @@
+"""Every shipped recipe passes ``--dry-run`` as it is, and those that pretrain run, scaled down, on stand-in data."""
+
+from __future__ import annotations
+
+import json
+import math
+from types import SimpleNamespace
+
+import pytest
+
+from osler.cli import main
+from osler.clinic.textbook import textbook
+from osler.config import available_recipes, decode, load_recipe
+from osler.data.curriculum import rows_per_micro_batch
+from osler.rl.config import GrpoConfig
+from osler.tasks.registry import load_task
+from osler.train.config import TrainConfig
+from osler.train.folder import default_name
+
+KINDS = {name: load_recipe(name).get("kind") for name in available_recipes()}
+PRETRAIN = [name for name, kind in KINDS.items() if kind == "pretrain"]
+GRPO = [name for name, kind in KINDS.items() if kind == "grpo"]
+IN_STAGES = {"superbpe-curriculum": 6, "ultra-curriculum": 10, "four-stage/1-wikipedia-24gb": 4}
+STEPS = 10
+SMALL_CLINIC = [f"data.{name}={count}" for name, count in {"passages": 60, "examples": 60, "cards": 0, "drills": 0}.items()]
+MODEL = {"num_layers": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "num_kv_heads": 1, "head_dim": 8}
+
+
+@pytest.fixture(scope="module")
+def stand_in(tiny, runs, tmp_path_factory) -> SimpleNamespace:
+    """A folder to start commands in, with text, rows of question, thinking and answer, and exam files where recipes look."""
+    root = tmp_path_factory.mktemp("stand-in")
+    (root / "text").mkdir()
+    (root / "text" / "book.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in textbook(0, 100)))
+    turns = [json.loads(line) for line in tiny.turns.read_text().splitlines()]
+    (root / "turns.jsonl").write_text("".join(json.dumps({**turn, "thinking": turn["why"]}) + "\n" for turn in turns))
+    (root / "exams").mkdir()
+    for split in ("train", "dev"):
+        medqa = [
+            {
+                "question": f"{split} question {n}?",
+                "options": dict(zip("ABCD", "wxyz", strict=True)),
+                "answer": "x",
+                "answer_idx": "B",
+            }
+            for n in range(20)
+        ]
+        gsm8k = [{"question": f"What is {n} and 1, {split}?", "answer": f"It is.\n#### {n + 1}"} for n in range(20)]
+        for name, rows in (("medqa", medqa), ("gsm8k", gsm8k)):
+            (root / "exams" / f"{name}-{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return SimpleNamespace(
+        root=root, text=root / "text", turns=root / "turns.jsonl", tokenizer=tiny.tokenizer, start=runs.pretrain
+    )
+
+
+def given(name: str, stand_in: SimpleNamespace) -> list[str]:
+    """What a person adds to a recipe: the data, and the run that it starts from."""
+    recipe = load_recipe(name)
+    data = {"files": [f"data.path={stand_in.text}"], "turns": [f"data.path={stand_in.turns}"], "clinic": SMALL_CLINIC}
+    start = [f"init_from={stand_in.start}"] if "init_from" in recipe else []
+    return [*data[recipe["data"]["type"]], *start]
+
+
+@pytest.mark.parametrize("name", PRETRAIN)
+def test_a_pretraining_recipe_passes_the_dry_run(name, stand_in, monkeypatch, capsys):
+    monkeypatch.chdir(stand_in.root)
+    assert main(["pretrain", name, *given(name, stand_in), "--dry-run"]) == 0
+    plan = capsys.readouterr().out
+    assert f"# steps             {'at most ' if 'max_minutes' in load_recipe(name) else ''}" in plan
+    assert plan.count("rows at once") == IN_STAGES.get(name, 0)
+
+
+def scaled_down(config: TrainConfig) -> list[str]:
+    """Overrides that leave the structure and take the size: short rows, few of them, as many forward passes a step and stages."""
+    if config.curriculum:
+        seq_len, micro = config.seq_len // 8, max(config.seq_len // 8, (config.micro_batch_tokens or 0) // 64)
+        batch, until, stages = config.batch_tokens // 64, 0, []
+        for stage in config.curriculum:
+            rows = (stage.batch_tokens or config.batch_tokens) // stage.seq_len // 8
+            length = stage.seq_len // 8
+            until += 2 * rows * length
+            stages.append({"seq_len": length, "until_tokens": until, "batch_tokens": rows * length})
+        del stages[-1]["until_tokens"]
+        sizes = [f"curriculum={json.dumps(stages)}"]
+    else:
+        seq_len = micro = config.seq_len // 32
+        passes = rows_per_micro_batch(config.batch_tokens // (config.micro_batch_tokens or config.batch_tokens), 1, 16)
+        batch = seq_len * passes
+        until, sizes = STEPS * batch, []
+    model = MODEL | ({"embed_rank": 8} if config.model.embed_rank else {})
+    return [
+        *sizes, f"seq_len={seq_len}", f"batch_tokens={batch}", f"micro_batch_tokens={micro}", f"total_tokens={until}",
+        *(f"model.{name}={value}" for name, value in model.items()), "model.vocab_size=512",
+        f"schedule.warmup_tokens={batch}", f"eval_every_tokens={until}",
+        f"save_every_tokens={until}", "log_every_steps=1", "max_minutes=null", "device=cpu", "precision=fp32", "compile=never",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PRETRAIN)
+def test_a_pretraining_recipe_runs_scaled_down(name, stand_in, tmp_path, monkeypatch):
+    monkeypatch.chdir(stand_in.root)
+    config = decode(TrainConfig, load_recipe(name))
+    stages = len(config.curriculum)
+    overrides = [*given(name, stand_in), *scaled_down(config), f"tokenizer.path={stand_in.tokenizer}"]
+    assert main(["pretrain", name, *overrides, "--run", str(tmp_path)]) == 0
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "train/loss" in line]
+    assert len(steps) == (2 * stages or STEPS)
+    assert all(math.isfinite(line["train/loss"]) and math.isfinite(line["train/grad_norm"]) for line in steps)
+    assert any("eval/bits_per_byte" in line for line in lines)
+    assert stages == IN_STAGES.get(name, 0)
+    if stages:
+        assert [line["train/stage"] for line in steps] == [number for number in range(1, stages + 1) for _ in range(2)]
+        assert [line["train/seq_len"] for line in steps[::2]] == [stage.seq_len // 8 for stage in config.curriculum]
+
+
+@pytest.mark.parametrize("name", GRPO)
+def test_a_grpo_recipe_passes_the_dry_run_and_finds_its_questions(name, stand_in, monkeypatch, capsys):
+    monkeypatch.chdir(stand_in.root)
+    assert main(["grpo", name, f"init_from={stand_in.start}", "--dry-run"]) == 0
+    assert "# completions" in capsys.readouterr().out
+    config = decode(GrpoConfig, load_recipe(name))
+    assert config.algorithm.samples_per_prompt == 16
+    assert all(len(load_task(entry.task)) == 20 for entry in config.tasks) and len(load_task(config.eval_task)) == 20
+
+
+def test_a_run_is_named_after_the_folder_of_its_recipe_too(stand_in, monkeypatch, capsys):
+    monkeypatch.chdir(stand_in.root)
+    for verb, name, folder in (
+        ("pretrain", "usmle-2day/pretrain", "runs/usmle-2day-pretrain"),
+        ("pretrain", "four-stage/1-wikipedia", "runs/four-stage-1-wikipedia-pretrain"),
+        ("grpo", "usmle-2day/grpo", "runs/usmle-2day-grpo"),
+    ):
+        start = [f"init_from={stand_in.start}"] if verb == "grpo" else [f"data.path={stand_in.text}"]
+        assert main([verb, name, *start, "--dry-run"]) == 0
+        assert f"# run folder        {folder}\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", [name for name in PRETRAIN + GRPO if load_recipe(name).get("init_from")])
+def test_a_recipe_that_goes_on_starts_where_the_one_before_it_ends(name):
+    assert load_recipe(name)["init_from"] in {f"runs/{default_name(other, 'pretrain')}" for other in PRETRAIN}
+
+
+def test_the_start_that_a_recipe_leaves_open(capsys):
+    assert main(["grpo", "grpo-medqa", "--dry-run"]) == 2
+    assert (
+        "No checkpoint is named: give a run folder or one of its checkpoints, such as init_from=RUN." in capsys.readouterr().err
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "steps", "batch_tokens"),
+    [("usmle-2day/pretrain", 3_815, 524_288), ("synth-8xh100", 40_000, 1_048_576), ("synth-baguette-8xh100", 40_000, 1_048_576)],
+)
+def test_published_numbers_of_steps(name, steps, batch_tokens):
+    config = decode(TrainConfig, load_recipe(name))
+    assert (config.total_steps, config.batch_tokens) == (steps, batch_tokens)
+
+
+@pytest.mark.parametrize("name", IN_STAGES)
+def test_tokens_per_step_of_the_stages(name):
+    """Constant to the row in the six stages; what the recipe says in the others."""
+    config = decode(TrainConfig, load_recipe(name))
+    batches = [span.batch_tokens for span in config.timeline.spans]
+    expected = {
+        "superbpe-curriculum": [65_536, 65_536, 65_536, 64_512, 65_536, 65_536],
+        "ultra-curriculum": [65_536] * 7 + [98_304] * 2 + [131_072],
+        "four-stage/1-wikipedia-24gb": [32_768, 49_152, 49_152, 65_536],
+    }
+    assert batches == expected[name]
