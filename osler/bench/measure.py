@@ -54,12 +54,15 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
     if isinstance(model, Transformer):
         set_precision(model, config, device)
         set_recompute(model, config.recompute)
+        optimizer = build_optimizer(model, config.optim, seed=config.seed)
+    else:  # whatever dtypes a peer keeps its weights in
+        optimizer = torch.optim.AdamW([{"params": list(model.parameters()), "base_lr": 1e-4}], fused=True)
     if spec["compile"]:
         loss = torch.compile(loss, dynamic=False, fullgraph=spec["contestant"] == "osler")
     stopwatch = Stopwatch(device)
     step = TrainStep(
         model,
-        build_optimizer(model, config.optim),
+        optimizer,
         Engine(loss),
         micro_batch_tokens=config.micro_batch_tokens,
         clip_norm=config.clip_norm,

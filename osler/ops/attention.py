@@ -1,11 +1,13 @@
 """Grouped-query attention behind one signature: the fast forms, and the plain formula they are tested against.
 
-Shape legend: B batch, T queries, S keys, N query heads, K key/value heads, G = N / K queries per key/value head, H head size.
+Shape legend: B batch, T queries, S keys, N query heads, K key/value heads, G = N / K queries per key/value head, M = G * T,
+H head size.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -48,15 +50,45 @@ def _grouped_attention(q_BNTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, mask: Ten
     128 tokens, bf16): the fused kernel has no grouped form there, and its backward pass is slow.
     """
     batch, heads, queries, size = q_BNTH.shape
-    kv_heads, keys = k_BKSH.shape[1:3]
-    groups = heads // kv_heads
-    stacked_BKMH = q_BNTH.reshape(batch, kv_heads, groups * queries, size)
-    scores = (stacked_BKMH @ k_BKSH.transpose(-1, -2)).view(batch, kv_heads, groups, queries, keys)
-    scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) * size**-0.5
-    if mask is None:
-        visible = torch.ones(queries, keys, dtype=torch.bool, device=scores.device).tril(keys - queries)
-    else:
-        # [B, 1 or N, T, S] -> [B, 1 or K, 1 or G, T, S]
-        visible = mask[:, :, None] if mask.shape[1] == 1 else mask.view(mask.shape[0], kv_heads, groups, *mask.shape[2:])
-    weights = scores.masked_fill(~visible, float("-inf")).softmax(-1).to(v_BKSH.dtype)
-    return (weights.view(batch, kv_heads, groups * queries, keys) @ v_BKSH).view(batch, heads, queries, size)
+    kv_heads = k_BKSH.shape[1]
+    stacked_BKMH = q_BNTH.reshape(batch, kv_heads, heads // kv_heads * queries, size)
+    if mask is not None and mask.shape[1] != 1:  # [B, N, T, S] -> [B, K, G, T, S]
+        mask = mask.view(mask.shape[0], kv_heads, heads // kv_heads, *mask.shape[2:])
+    elif mask is not None:
+        mask = mask[:, :, None]
+    out_BKMH: Tensor = _GroupedAttention.apply(stacked_BKMH, k_BKSH, v_BKSH, queries, mask)
+    return out_BKMH.view(batch, heads, queries, size)
+
+
+class _GroupedAttention(torch.autograd.Function):
+    """Queries of a group in one dimension, M = G * T. Weights are divided by their sum after the product with the values.
+
+    So they are written once, in the compute dtype, and the backward pass needs neither the exponential nor the mask again.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q_BKMH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, queries: int, mask: Tensor | None) -> Tensor:
+        keys, scale = k_BKSH.shape[2], q_BKMH.shape[-1] ** -0.5
+        scores = (q_BKMH @ k_BKSH.transpose(-1, -2)).unflatten(2, (-1, queries))
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) * scale
+        if mask is None:
+            row_T, column_S = (torch.arange(n, dtype=torch.int32, device=scores.device) for n in (queries, keys))
+            mask = column_S <= row_T[:, None] + (keys - queries)
+        scores = scores.masked_fill(~mask, float("-inf"))
+        weights_BKMS = (scores - scores.amax(-1, keepdim=True)).exp().to(v_BKSH.dtype).flatten(2, 3)
+        sum_BKM1 = weights_BKMS.to(scores.dtype).sum(-1, keepdim=True)
+        out_BKMH = ((weights_BKMS @ v_BKSH).to(scores.dtype) / sum_BKM1).to(v_BKSH.dtype)
+        ctx.save_for_backward(q_BKMH, k_BKSH, v_BKSH, weights_BKMS, sum_BKM1, out_BKMH)
+        return out_BKMH
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        q_BKMH, k_BKSH, v_BKSH, weights_BKMS, sum_BKM1, out_BKMH = ctx.saved_tensors
+        wide, dtype = sum_BKM1.dtype, q_BKMH.dtype
+        grad_wide = grad_out.to(wide) / sum_BKM1
+        shift_BKM1 = (grad_wide * out_BKMH.to(wide)).sum(-1, keepdim=True)
+        grad_out = grad_wide.to(dtype)
+        grad_weights = (grad_out @ v_BKSH.transpose(-1, -2)).to(wide)
+        grad_scores = (weights_BKMS.to(wide) * (grad_weights - shift_BKM1) * q_BKMH.shape[-1] ** -0.5).to(dtype)
+        grad_k, grad_v = (left.transpose(-1, -2) @ right for left, right in ((grad_scores, q_BKMH), (weights_BKMS, grad_out)))
+        return grad_scores @ k_BKSH, grad_k, grad_v, None, None

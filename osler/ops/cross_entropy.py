@@ -95,6 +95,20 @@ def default_chunk_tokens(vocab_size: int) -> int:
     return max(64, min(MOST_CHUNK_TOKENS, CHUNK_LOGITS // vocab_size // 64 * 64))
 
 
+@torch.library.custom_op("osler::in_turn", mutates_args=())
+def in_turn(x: Tensor, after: list[Tensor]) -> Tensor:
+    """``x``, once ``after`` has been computed.
+
+    A compiler sees no order between chunks and fuses across them, until the logits of all chunks lie side by side in memory.
+    """
+    return x.clone()
+
+
+@in_turn.register_fake
+def _(x: Tensor, after: list[Tensor]) -> Tensor:
+    return torch.empty_like(x)
+
+
 def _wide(x: Tensor) -> Tensor:
     """At least fp32: bf16 is widened, fp64 (numerical tests) stays."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
@@ -115,7 +129,7 @@ def _chunk_logits(x_CR: Tensor, weight_VR: Tensor, vocab_size: int, keep_CV: Ten
 def _add_weight_gradient(grad_weight_VR: Tensor, grad_logits_CV: Tensor, x_CR: Tensor) -> None:
     """Add one chunk's part, in pieces of the vocabulary: the product of all of it, widened, would be as large as the sum."""
     rows = max(1, WEIGHT_PIECE // x_CR.shape[1])
-    if rows >= grad_weight_VR.shape[0]:
+    if rows >= grad_weight_VR.shape[0] or torch.compiler.is_compiling():  # compiled, nothing is widened on its own
         grad_weight_VR += grad_logits_CV.T @ x_CR
         return
     for sum_PR, part_CP in zip(grad_weight_VR.split(rows), grad_logits_CV.split(rows, dim=1), strict=True):
@@ -131,10 +145,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         wide = torch.promote_types(features.dtype, torch.float32)
         loss = torch.zeros((), dtype=wide, device=features.device)
         grad_weight = torch.zeros_like(weight, dtype=wide)
-        grad_chunks = []
+        grad_chunks: list[Tensor] = []
         for x, label, weigh in zip(
             features.split(chunk_tokens), labels.split(chunk_tokens), scale.split(chunk_tokens), strict=True
         ):
+            if grad_chunks and torch.compiler.is_compiling():
+                x = in_turn(x, [grad_chunks[-1], grad_weight])
             logits = _chunk_logits(x, head, vocab_size)
             logsumexp = logits.logsumexp(-1)
             loss = loss + ((logsumexp - logits.gather(1, label[:, None]).squeeze(1)) * weigh).sum()
@@ -188,7 +204,7 @@ class _LinearLogprobs(torch.autograd.Function):
         vocab_size, temperature, chunk_tokens = ctx.numbers
         head = weight.to(features.dtype)
         grad_weight = torch.zeros_like(weight, dtype=torch.promote_types(features.dtype, torch.float32))
-        grad_chunks = []
+        grad_chunks: list[Tensor] = []
         for start in range(0, features.shape[0], chunk_tokens):
             part = slice(start, start + chunk_tokens)
             x = features[part]

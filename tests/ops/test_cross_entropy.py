@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._dynamo.backends.common import aot_autograd
 
 from osler.ops.cross_entropy import cross_entropy_reference, linear_cross_entropy, linear_logprobs
 
@@ -104,6 +105,22 @@ def test_no_tensor_of_tokens_times_vocabulary_is_made() -> None:
         linear_cross_entropy(x, w, y, chunk_tokens=chunk).backward()
         linear_logprobs(x, w, y, chunk_tokens=chunk)[0].sum().backward()
     assert largest <= chunk * words < tokens * words
+
+
+def test_compiled_chunks_stand_in_turn() -> None:
+    """Nothing but these operators keeps a compiler from holding the logits of all chunks at once."""
+    x, w, y = make(100, 8, 64, 60)
+    graphs = []
+
+    def count(graph: torch.fx.GraphModule, _: object) -> torch.fx.GraphModule:
+        graphs.append(sum(node.target is torch.ops.osler.in_turn.default for node in graph.graph.nodes))
+        return graph
+
+    function = torch.compile(
+        lambda: linear_cross_entropy(x, w, y, chunk_tokens=40), fullgraph=True, backend=aot_autograd(fw_compiler=count)
+    )
+    function().backward()
+    assert graphs[0] == 2
 
 
 def test_both_compile_as_one_graph() -> None:
