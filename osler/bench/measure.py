@@ -66,14 +66,15 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
         Engine(loss),
         micro_batch_tokens=config.micro_batch_tokens,
         clip_norm=config.clip_norm,
-        document_mask=False,
+        document_mask=config.document_mask,
         device=device,
         mark=stopwatch.mark,
     )
     with tempfile.TemporaryDirectory() as folder:
         rows = config.batch_tokens // config.seq_len  # of a curriculum the longest rows are timed
-        batches = Loader(stand_in(config, Path(folder)), rows, workers=config.loader_workers).batches()
-        result = time_steps(step, batches, stopwatch, device, warmup=spec["warmup"], steps=spec["steps"])
+        packing = stand_in(config, Path(folder))
+        loader = Loader(packing, rows, workers=config.loader_workers, pin_memory=device.type == "cuda")
+        result = time_steps(step, loader.batches(), stopwatch, device, warmup=spec["warmup"], steps=spec["steps"])
     tokens_per_second = config.batch_tokens / result.pop("step_seconds")
     return {
         "tokens_per_second": tokens_per_second,

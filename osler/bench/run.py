@@ -21,6 +21,7 @@ from osler.config import decode, encode, load_recipe, parse_overrides
 from osler.errors import UserError
 from osler.runtime.files import write_json
 from osler.runtime.log import say
+from osler.runtime.world import require_one_process
 from osler.train.config import TrainConfig
 
 CONVENTION = "PaLM: 6 x (matrices + head) + 12 x layers x heads x head_dim x seq_len FLOPs per token, non-causal"
@@ -38,6 +39,7 @@ def run(
     out: str | None = None,
 ) -> int:
     """The verb ``bench``: print one JSON object, and write it to ``out`` too."""
+    require_one_process("osler bench")
     if rounds < 1 or steps < 1:
         raise UserError(f"--rounds {rounds} and --steps {steps} must be at least 1.")
     given = load_recipe(recipe, overrides) if recipe else parse_overrides(overrides)

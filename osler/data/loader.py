@@ -33,6 +33,10 @@ class Batch:
     labels: torch.Tensor
     document_ids: torch.Tensor
 
+    def pinned(self) -> Batch:
+        """The same in memory that a GPU copies from without the host's help."""
+        return Batch(self.ids.pin_memory(), self.labels.pin_memory(), self.document_ids.pin_memory())
+
     @property
     def num_loss_tokens(self) -> int:
         """How many labels count."""
@@ -44,7 +48,7 @@ class Loader:
     """The batches of one rank; `rows_per_batch` counts the rows of all ranks together, `workers` threads work ahead.
 
     `stage` is the number of the curriculum's stage that the batches are of, 0 without one. Raises UserError, which names
-    it, when the ranks cannot share the rows equally.
+    it, when the ranks cannot share the rows equally. `pin_memory` is for training on a GPU.
     """
 
     packing: Packing
@@ -53,6 +57,7 @@ class Loader:
     world_size: int = 1
     workers: int = 0
     stage: int = 0
+    pin_memory: bool = False
 
     def __post_init__(self) -> None:
         check_shares(self.rows_per_batch, self.packing.seq_len, self.world_size, self.stage)
@@ -70,7 +75,8 @@ class Loader:
         """Return this rank's rows of the global batch of a step (0, 1, ...)."""
         rows = self.rows_per_batch // self.world_size
         first = step * self.rows_per_batch + self.rank * rows
-        return make_batch(self.packing, range(first, first + rows))
+        batch = make_batch(self.packing, range(first, first + rows))
+        return batch.pinned() if self.pin_memory else batch
 
     def batches(self, start_step: int = 0) -> Generator[Batch, None, None]:
         """Yield the batches from a step on without end; the number of workers never changes them."""

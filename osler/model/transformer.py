@@ -6,7 +6,7 @@ It ends at the hidden states; the head is applied by whoever needs it, because t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
@@ -60,7 +60,6 @@ class Transformer(nn.Module):
         self.embed_tokens = nn.Embedding(config.padded_vocab_size, config.embed_rank or config.hidden_size)
         self.embed_proj = None if config.embed_rank is None else Linear(config.embed_rank, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
-        self.run_block: Callable[..., Tensor] = nn.Module.__call__  # parallel/activation_checkpoint.py puts another here
         self.norm = RMSNorm(config.hidden_size, eps=config.norm_eps, weight=config.norm_weight)
         self.lm_head = None if config.tie_embeddings else Linear(config.hidden_size, config.padded_vocab_size)
         cos, sin = rope_tables(config.max_seq_len, config.head_dim, config.rope_theta)
@@ -109,7 +108,7 @@ class Transformer(nn.Module):
             rope = (self.rope_cos[positions_BT][:, :, None], self.rope_sin[positions_BT][:, :, None])
         rope = (rope[0].to(x_BTD.dtype), rope[1].to(x_BTD.dtype))
         for block in self.layers:
-            x_BTD = self.run_block(block, x_BTD, rope, mask, cache, slots_T)
+            x_BTD = block(x_BTD, rope, mask, cache, slots_T)
         return self.norm(x_BTD)
 
     def head(self, hidden: Tensor) -> tuple[Tensor, Tensor]:

@@ -152,12 +152,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if grad_chunks and torch.compiler.is_compiling():
                 x = in_turn(x, [grad_chunks[-1], grad_weight])
             logits = _chunk_logits(x, head, vocab_size)
-            logsumexp = logits.logsumexp(-1)
-            loss = loss + ((logsumexp - logits.gather(1, label[:, None]).squeeze(1)) * weigh).sum()
-            one_hot = label[:, None] == torch.arange(head.shape[0], device=x.device)
-            # In place, for where nothing fuses it: a chunk of logits is the largest thing held here.
-            grad_logits = logits.sub_(logsumexp[:, None]).exp_().add_(one_hot, alpha=-1).mul_(weigh[:, None]).to(x.dtype)
-            del logits, one_hot
+            log_softmax = logits.log_softmax(-1)
+            loss = loss - (log_softmax.gather(1, label[:, None]).squeeze(1) * weigh).sum()
+            del logits  # a chunk of logits is the largest thing held here, so what follows works in place
+            error = log_softmax.exp_()
+            if torch.compiler.is_compiling():  # fused with what stands around it
+                error = error - (label[:, None] == torch.arange(head.shape[0], device=x.device)).to(error.dtype)
+            else:
+                error.scatter_add_(1, label[:, None], error.new_full((label.shape[0], 1), -1.0))
+            grad_logits = error.mul_(weigh[:, None]).to(x.dtype)
+            del log_softmax, error
             grad_chunks.append(grad_logits @ head)
             _add_weight_gradient(grad_weight, grad_logits, x)
         ctx.save_for_backward(torch.cat(grad_chunks), grad_weight)

@@ -10,7 +10,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from osler.errors import UserError
 from osler.optim.bf16 import Bf16AdamW
 from osler.optim.config import AdamWConfig, MuonConfig
 from osler.optim.muon import Muon
@@ -86,10 +85,7 @@ def build_optimizer(
     same model and will have the same gradients, and may share an update's work.
     """
     if any(parameter.dtype == torch.bfloat16 for parameter in model.parameters()):
-        if not isinstance(config, AdamWConfig):
-            raise UserError(
-                f"precision=pure-bf16 rounds inside its own AdamW; with optim.type={config.type} use precision=bf16."
-            )
+        assert isinstance(config, AdamWConfig), "a config that asks for another is refused"
         return Bf16AdamW(adamw_groups(model, config), betas=(config.beta1, config.beta2), eps=config.eps, seed=seed)
     optimizer: torch.optim.Optimizer = OPTIMIZERS[type(config)](model, config, process_group)
     return optimizer

@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from osler.model.transformer import Transformer
@@ -31,17 +31,18 @@ KEPT = [
 
 
 def set_recompute(model: Transformer, mode: str) -> None:
-    """Make ``model`` keep everything (``off``), what is dear to compute (``selective``) or block inputs only (``full``)."""
+    """Make a new ``model`` keep everything (``off``), what is dear to compute (``selective``) or block inputs only (``full``)."""
     if mode == "off":
-        model.run_block = nn.Module.__call__
         return
     # Blocks draw no random numbers, so there is no state of a generator to keep.
     again: Callable[..., Tensor] = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
     if mode == "selective":
         again = partial(again, context_fn=partial(create_selective_checkpoint_contexts, KEPT))
-    model.run_block = partial(_run, again)
+    # Inside the block, so that a compiler sees both, and so that the hooks of FSDP stay outside.
+    for block in model.layers:
+        block.forward = partial(_run, again, block.forward)
 
 
-def _run(again: Callable[..., Tensor], block: nn.Module, *args: Any) -> Tensor:
+def _run(again: Callable[..., Tensor], forward: Callable[..., Tensor], *args: Any) -> Tensor:
     # Without gradients nothing is kept for a backward pass that never comes.
-    return again(block, *args) if torch.is_grad_enabled() else block(*args)
+    return again(forward, *args) if torch.is_grad_enabled() else forward(*args)

@@ -24,6 +24,7 @@ from osler.model.transformer import Transformer
 from osler.parallel.config import DeepSpeedConfig
 from osler.parallel.engine import Engine
 from osler.runtime.files import read_json
+from osler.runtime.shapes import with_few_shapes
 from osler.runtime.world import World
 
 
@@ -62,7 +63,7 @@ class DeepSpeedEngine(Engine):
         self.inner = self.deepspeed.initialize(
             model=self.module, optimizer=optimizer, config={**self.settings, "gradient_clipping": clip_norm}
         )[0]
-        self.loss = self.inner
+        self.loss = with_few_shapes(self.inner)
 
     @contextmanager
     def _accumulating(self) -> Iterator[None]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -29,8 +29,8 @@ FIRST_CAPABILITY = (8, 9)  # of CUDA devices with FP8: Ada; 9.0 is Hopper
 NARROW = 1024  # widths below it are reported to lose
 
 
-def convert_to_fp8(model: Transformer, device: torch.device, *, tokens: int) -> None:
-    """Let the projections of ``model`` train in FP8, in place; ``tokens`` is how many a forward pass takes.
+def convert_to_fp8(model: Transformer, device: torch.device, *, tokens: Sequence[int]) -> None:
+    """Let the projections of ``model`` train in FP8, in place; ``tokens`` is how many a forward pass takes, in each stage.
 
     Parameters keep their names, values and identity. A CPU emulates. Raises UserError when the device or the shapes cannot.
     """
@@ -53,16 +53,16 @@ def convert_to_fp8(model: Transformer, device: torch.device, *, tokens: int) -> 
             model.layers.set_submodule(name, converted)
 
 
-def check_shapes(config: ModelConfig, tokens: int) -> None:
+def check_shapes(config: ModelConfig, tokens: Sequence[int]) -> None:
     """Refuse projections and batches that FP8 hardware cannot multiply, by name and number (UserError)."""
     sizes = {
         "hidden_size": config.hidden_size,
         "intermediate_size": config.intermediate_size,
         "num_heads x head_dim": config.query_size,
         "num_kv_heads x head_dim": config.kv_size,
-        "tokens of a forward pass (micro_batch_tokens)": tokens,
     }
     uneven = [f"{name} {size:,}" for name, size in sizes.items() if size % TILE]
+    uneven += [f"tokens of a forward pass (rows of one process x seq_len) {size:,}" for size in tokens if size % TILE]
     if uneven:
         raise UserError(
             f"precision=fp8 needs multiples of {TILE}, and these are none: {', '.join(uneven)}. Change them, or use "

@@ -1,7 +1,9 @@
-"""Fully sharded data parallel (FSDP2, ``fully_shard``): each rank keeps a part of every weight, gradient and moment.
+"""Fully sharded data parallel (FSDP2, ``fully_shard``): each rank keeps a part of every weight and moment.
 
-A block's weights are gathered in the compute dtype when it computes, and gradients are reduced in fp32, so the master weights
-and the sum over ranks are as wide as with one process. https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html
+The model is built whole before it is cut, and evaluation gathers it whole. While micro-batches accumulate, a rank keeps whole
+gradients, because nothing is sent before the last one; a batch of one forward pass keeps parts only. A block's weights are
+gathered in the compute dtype when it computes, and gradients are reduced in fp32, so the master weights and the sum over ranks
+are as wide as with one process. https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html
 """
 
 from __future__ import annotations

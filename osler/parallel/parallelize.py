@@ -52,7 +52,7 @@ def check_strategy(config: ParallelConfig, processes: int) -> None:
     if processes > 1 and isinstance(config, NoParallelConfig):
         raise UserError(
             f"{processes} processes were started and parallel.type is none, so each would train the same model alone: set "
-            "parallel.type=ddp (or fsdp for a model too large for one GPU), or start one process."
+            "parallel.type=ddp (or fsdp where the optimizer's state is too large for one GPU), or start one process."
         )
 
 

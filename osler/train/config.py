@@ -98,6 +98,10 @@ class TrainConfig:
             )
         if self.max_minutes is not None and self.max_minutes <= 0:
             raise ValueError(f"max_minutes {self.max_minutes} must be above 0")
+        if self.precision == "pure-bf16" and self.optim.type != "adamw":
+            raise ValueError(
+                f"precision=pure-bf16 rounds inside its own AdamW; with optim.type={self.optim.type} use precision=bf16"
+            )
         if self.clip_norm <= 0:
             raise ValueError(f"clip_norm {self.clip_norm} must be above 0")
 

@@ -127,7 +127,7 @@ def train(config: TrainConfig, run: RunFolder, world: World | None = None) -> bo
     machine = world.once(lambda: choose_machine(world.device, precision, config.compile, steps=steps))
     machine = replace(machine, device=pick_device(world.device))
     model, tokenizer = make_model(config, machine, checkpoint)
-    set_precision(model, config, machine.device)
+    set_precision(model, config, machine.device, processes=world.size)
     set_recompute(model, config.recompute)
     tokenizer_path = run.root / TOKENIZER_FILE
     tokenizer = world.once(lambda: make_tokenizer(config, tokenizer, tokenizer_path))
@@ -144,7 +144,7 @@ def train(config: TrainConfig, run: RunFolder, world: World | None = None) -> bo
         document_mask=config.document_mask,
         device=machine.device,
     )
-    loader = make_loader(config, prepared.train, world)
+    loader = make_loader(config, prepared.train, world, pin_memory=machine.device.type == "cuda")
     files = {"config.yaml": run.config.read_bytes(), VERSIONS: world.once(lambda: describe_run(run, machine))}
     trainer = Trainer(
         config,
@@ -227,7 +227,13 @@ def warn_of_stages_out_of_reach(config: TrainConfig) -> None:
         )
 
 
-def make_loader(config: TrainConfig, shards: ShardSet, world: World = World()) -> StagedLoader:  # noqa: B008
+def make_loader(
+    config: TrainConfig,
+    shards: ShardSet,
+    world: World = World(),  # noqa: B008 - frozen
+    *,
+    pin_memory: bool = False,
+) -> StagedLoader:
     """This rank's batches, with a packing and a loader for each stage."""
     timeline, order = config.timeline, Order(shards, config.seed)
     loaders = [
@@ -238,6 +244,7 @@ def make_loader(config: TrainConfig, shards: ShardSet, world: World = World()) -
             world.size,
             workers=config.loader_workers,
             stage=span.number if config.curriculum else 0,
+            pin_memory=pin_memory,
         )
         for span in timeline.spans
     ]

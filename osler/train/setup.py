@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from osler.checkpoint import store
+from osler.data.curriculum import rows_per_micro_batch
 from osler.data.loader import check_shares
 from osler.data.sources import check_source, train_tokenizer
 from osler.errors import UserError
@@ -105,12 +106,16 @@ def check_processes(config: TrainConfig, processes: int) -> None:
         raise UserError(f"{name} does not work with parallel.type={strategy}, which cuts parameters up: use parallel.type=ddp.")
 
 
-def set_precision(model: Transformer, config: TrainConfig, device: torch.device) -> None:
+def set_precision(model: Transformer, config: TrainConfig, device: torch.device, *, processes: int = 1) -> None:
     """Give a new or loaded ``model`` the weights and projections that ``config.precision`` trains."""
     if config.precision == "pure-bf16":
         keep_in_bf16(model)
     if config.precision == "fp8":
-        convert_to_fp8(model, device, tokens=config.micro_batch_tokens or config.batch_tokens)
+        passes = [
+            rows_per_micro_batch(span.rows_per_batch // processes, span.seq_len, config.micro_batch_tokens) * span.seq_len
+            for span in config.timeline.spans
+        ]
+        convert_to_fp8(model, device, tokens=passes)
 
 
 def make_tokenizer(config: TrainConfig, given: Tokenizer | None, kept: Path) -> Tokenizer:

@@ -1,8 +1,8 @@
 """One optimizer step: forward and backward over micro-batches, clip, update. Nothing here waits for the device.
 
 A step whose gradient is not finite is skipped inside the optimizer (``found_inf``), so parameters and moments stay
-untouched and the host need not look. Ranks talk once per step, in the backward pass of the last micro-batch. Stateless beyond
-the model and the optimizer.
+untouched and the host need not look. Gradients travel between ranks in the backward pass of the last micro-batch only.
+Stateless beyond the model and the optimizer.
 """
 
 from __future__ import annotations

@@ -118,13 +118,13 @@ class Trainer:
                     mark = (self.tokens, time.monotonic())
                     progress.update(self.tokens)
                 self._watch_clock()
-                self._agree(stop)
+                stopping = self._agree(stop)
                 if self.step % config.log_every_steps == 0 or self.done:
                     mark = self._log(sink, progress, mark, scale)
                 evaluation_due = self._due(config.eval_every_tokens) or self._due(config.exam.every_tokens)
-                if evaluation_due or self._due(config.save_every_tokens) or stop.requested:
-                    self.save(stop)
-                if stop.requested and not self.done:
+                if evaluation_due or self._due(config.save_every_tokens) or stopping:
+                    self.save(stopping=stopping)
+                if stopping and not self.done:
                     return False
                 if evaluation_due:
                     before = time.monotonic()
@@ -132,7 +132,7 @@ class Trainer:
                     mark = (mark[0], mark[1] + time.monotonic() - before)
         return True
 
-    def save(self, stop: StopFlag) -> None:
+    def save(self, *, stopping: bool) -> None:
         """Write a checkpoint; when the disk is full or fails, say so and go on with the earlier ones.
 
         Raises UserError in that case when it is the last one of this process, because what it would hold is lost. Sharded
@@ -151,14 +151,14 @@ class Trainer:
             "fingerprints": dict(self.fingerprints),
             "optimizer": optimizer_state,
         }
-        self.world.once(lambda: self._write(tensors, state, stop))
+        self.world.once(lambda: self._write(tensors, state, is_last=self.done or stopping))
 
-    def _write(self, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any], stop: StopFlag) -> None:
+    def _write(self, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any], *, is_last: bool) -> None:
         keep = self.config.keep_last
         try:
             store.save(self.run.checkpoints, self.step, tensors=tensors, state=state, files=self.files, keep_last=keep)
         except store.CheckpointSaveError as error:
-            if self.done or stop.requested:
+            if is_last:
                 raise UserError(
                     f"{error} Earlier checkpoints are untouched: mend the disk, and the same command goes on from the newest."
                 ) from error
@@ -245,10 +245,10 @@ class Trainer:
         if minutes is not None and self.seconds > minutes * 60 * PLANNED_SHARE:
             self.total_tokens = self.tokens
 
-    def _agree(self, stop: StopFlag) -> None:
-        """Every rank stops when one was asked to, and at the same step."""
+    def _agree(self, stop: StopFlag) -> bool:
+        """Whether the ranks stop after this step, because one was asked to; a signal after this vote counts in the next."""
         self.total_tokens, on = self.world.least(self.total_tokens, not stop.requested)
-        stop.requested = stop.requested or not on  # a signal may have come in the meantime
+        return not on
 
     def _own(self, path: Path) -> Path:
         """The file for rank 0; the others write into the void."""

@@ -37,7 +37,7 @@ def build(*, fp8: bool, config: ModelConfig = MODEL) -> Transformer:
     model = Transformer(config, compute_dtype=torch.bfloat16)
     model.init_weights(0)
     if fp8:
-        convert_to_fp8(model, CPU, tokens=64)
+        convert_to_fp8(model, CPU, tokens=[64])
     return model
 
 
@@ -131,9 +131,9 @@ def test_thirty_steps_stay_within_two_percent_of_bf16():
 
 def test_what_cannot_work_is_refused_with_numbers(capsys):
     with pytest.raises(UserError, match=r"intermediate_size 100, num_kv_heads x head_dim 24\..*precision=bf16"):
-        check_shapes(replace(MODEL, intermediate_size=100, head_dim=24, num_heads=2), 64)
-    with pytest.raises(UserError, match=r"micro_batch_tokens\) 1,000"):
-        check_shapes(MODEL, 1000)
+        check_shapes(replace(MODEL, intermediate_size=100, head_dim=24, num_heads=2), [64])
+    with pytest.raises(UserError, match=r"tokens of a forward pass .* 1,000"):
+        check_shapes(MODEL, [1024, 1000])
     with pytest.raises(UserError, match=r"NVIDIA A100 has 8\.0"):
         check_gpu("NVIDIA A100", (8, 0))
     for capability in ((8, 9), (9, 0), (10, 0)):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
+import signal
 import time
 from itertools import pairwise
 
@@ -211,6 +213,28 @@ def test_a_run_that_starts_from_another_shows_the_model_it_trains(tiny, runs, tm
 def test_a_dry_run_without_its_starting_point_is_refused(tiny, tmp_path, capsys):
     assert main(["sft", tiny.sft, f"init_from={tmp_path / 'gone'}", "--dry-run"]) == 2
     assert "is no folder" in capsys.readouterr().err
+
+
+def test_a_signal_after_the_vote_of_a_step_stops_the_next(make_trainer, tmp_path):
+    """Ranks vote once per step; one that acted on a later signal alone would leave the others waiting."""
+    trainer = make_trainer(tmp_path, log_every_steps=2)
+    log = trainer._log
+
+    def signalled(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return log(*arguments)
+
+    trainer._log = signalled
+    assert not trainer.fit()
+    assert trainer.step == 3 and saved_steps(tmp_path) == [3]
+
+
+def test_pure_bf16_has_an_optimizer_of_its_own(tiny, tmp_path, capsys):
+    """Refused before the folder is claimed, so that the advice can be followed in it."""
+    command = ["pretrain", tiny.pretrain, "optim.type=muon", "--run", str(tmp_path / "run")]
+    assert main([*command, "precision=pure-bf16"]) == 2
+    assert "with optim.type=muon use precision=bf16" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_muon_interrupted_is_muon_uninterrupted(tiny, launch_stopped, tmp_path):
