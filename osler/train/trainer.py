@@ -123,7 +123,8 @@ class Trainer:
                     mark = self._log(sink, progress, mark, scale)
                 evaluation_due = self._due(config.eval_every_tokens) or self._due(config.exam.every_tokens)
                 if evaluation_due or self._due(config.save_every_tokens) or stopping:
-                    self.save(stopping=stopping)
+                    self.save(stop)
+                    stopping = self._agree(stop)  # once more, because saving takes its time
                 if stopping and not self.done:
                     return False
                 if evaluation_due:
@@ -132,7 +133,7 @@ class Trainer:
                     mark = (mark[0], mark[1] + time.monotonic() - before)
         return True
 
-    def save(self, *, stopping: bool) -> None:
+    def save(self, stop: StopFlag) -> None:
         """Write a checkpoint; when the disk is full or fails, say so and go on with the earlier ones.
 
         Raises UserError in that case when it is the last one of this process, because what it would hold is lost. Sharded
@@ -151,14 +152,14 @@ class Trainer:
             "fingerprints": dict(self.fingerprints),
             "optimizer": optimizer_state,
         }
-        self.world.once(lambda: self._write(tensors, state, is_last=self.done or stopping))
+        self.world.once(lambda: self._write(tensors, state, stop))
 
-    def _write(self, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any], *, is_last: bool) -> None:
+    def _write(self, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any], stop: StopFlag) -> None:
         keep = self.config.keep_last
         try:
             store.save(self.run.checkpoints, self.step, tensors=tensors, state=state, files=self.files, keep_last=keep)
         except store.CheckpointSaveError as error:
-            if is_last:
+            if self.done or stop.requested:
                 raise UserError(
                     f"{error} Earlier checkpoints are untouched: mend the disk, and the same command goes on from the newest."
                 ) from error
@@ -246,8 +247,9 @@ class Trainer:
             self.total_tokens = self.tokens
 
     def _agree(self, stop: StopFlag) -> bool:
-        """Whether the ranks stop after this step, because one was asked to; a signal after this vote counts in the next."""
+        """Whether the ranks stop, because one was asked to. No rank acts on a signal alone: one after this vote is for the next."""
         self.total_tokens, on = self.world.least(self.total_tokens, not stop.requested)
+        stop.requested = stop.requested or not on
         return not on
 
     def _own(self, path: Path) -> Path:
