@@ -247,7 +247,7 @@ class Trainer:
             self.total_tokens = self.tokens
 
     def _agree(self, stop: StopFlag) -> bool:
-        """Whether the ranks stop, because one was asked to. No rank acts on a signal alone: one after this vote is for the next."""
+        """Whether the ranks stop, because one was asked to. A signal after this vote counts in the next."""
         self.total_tokens, on = self.world.least(self.total_tokens, not stop.requested)
         stop.requested = stop.requested or not on
         return not on
