@@ -95,7 +95,7 @@ def default_chunk_tokens(vocab_size: int) -> int:
     return max(64, min(MOST_CHUNK_TOKENS, CHUNK_LOGITS // vocab_size // 64 * 64))
 
 
-@torch.library.custom_op("osler::in_turn", mutates_args=())
+@torch.library.custom_op("osler::in_turn", mutates_args=(), schema="(Tensor x, Tensor[] after) -> Tensor")
 def in_turn(x: Tensor, after: list[Tensor]) -> Tensor:
     """``x``, once ``after`` has been computed.
 
