@@ -59,24 +59,12 @@ def build_model(shape: dict[str, int], dtype: Any) -> Any:
 def build_qwen3(model: Any, dtype: Any) -> Any:
     """Hugging Face's Qwen3 with the same weights; its norms keep their ones, because the model's have no weight."""
     import torch
-    from transformers import Qwen3Config, Qwen3ForCausalLM
+    import transformers
+
+    from osler.bench.contestants import qwen3_config
 
     config = model.config
-    qwen3 = Qwen3ForCausalLM(
-        Qwen3Config(
-            vocab_size=config.vocab_size,
-            hidden_size=config.hidden_size,
-            intermediate_size=config.intermediate_size,
-            num_hidden_layers=config.num_layers,
-            num_attention_heads=config.num_heads,
-            num_key_value_heads=config.num_kv_heads,
-            head_dim=config.head_dim,
-            max_position_embeddings=config.max_seq_len,
-            rms_norm_eps=config.norm_eps,
-            rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
-            tie_word_embeddings=False,
-        )
-    ).eval()
+    qwen3 = transformers.Qwen3ForCausalLM(qwen3_config(transformers, config)).eval()
     weights = {name if name.startswith("lm_head") else f"model.{name}": value for name, value in model.state_dict().items()}
     missing, unexpected = qwen3.load_state_dict(weights, strict=False)
     if unexpected or any("norm" not in name for name in missing):

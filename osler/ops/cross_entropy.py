@@ -19,7 +19,7 @@ from torch import Tensor
 IGNORE = -100  # the label of a token that carries no loss
 MOST_CHUNK_TOKENS = 2048
 WEIGHT_PIECE = 1 << 25  # elements of a weight gradient that are widened to fp32 at a time: 128 MB
-CHUNK_LOGITS = 1 << 26  # in fp32 a quarter of a GB: 1,280 tokens of 50k words, 320 of 200k, either enough to fill a GPU
+CHUNK_LOGITS = 1 << 26  # in fp32 a quarter of a GB: 1,280 tokens of 50k words, 320 of 200k
 
 
 def cross_entropy_reference(
