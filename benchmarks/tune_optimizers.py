@@ -1,10 +1,13 @@
 """AdamW against Muon, each tuned with the same number of runs: bits per byte of the recipe ``text-10min`` with every setting.
 
-    python benchmarks/tune_optimizers.py FILE [FILE ...] [--runs 6] [--minutes 9.6] [--settings FILE] [--out FILE]
+    python benchmarks/tune_optimizers.py FILE [FILE ...] [--runs 3] [--minutes 9] [--settings FILE] [--out FILE]
 
-Runs follow one another, AdamW and Muon in turn, each from nothing and by the clock: an optimizer whose step takes longer makes
-fewer of them. The JSON is written after every run; started again with the same arguments, the script skips the runs it holds.
-``SETTINGS`` lists what is tried, the likeliest first; ``--settings`` names a JSON file to take its place. Prints one JSON object.
+Equal time without a clock: the tokens per second of every optimizer and batch that is tried are measured first, side by side in
+alternating fresh processes (``osler bench``), and each run then trains on the tokens that its optimizer makes in ``--minutes``.
+So a slower step costs tokens, as it does by the clock, and a machine that is busy during a run changes its length and not its
+result. AdamW and Muon take turns. The JSON is written after every run; started again with the same arguments, the script skips
+the runs it holds. ``SETTINGS`` lists what is tried, the likeliest first; ``--settings`` names a JSON file to take its place.
+Prints one JSON object.
 """
 
 from __future__ import annotations
@@ -13,14 +16,21 @@ import argparse
 import json
 import os
 import platform
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
 
 from text_10min import train
 
+from osler.bench.run import compare
+from osler.config import decode, load_recipe
+from osler.train.config import TrainConfig
+
 ROOT = Path(__file__).resolve().parent.parent
+RECIPE = "text-10min"
 OPTIMIZERS = ("adamw", "muon")
+SPEED_ROUNDS, SPEED_STEPS = 3, 40
 BATCH_4096 = ["batch_tokens=4096", "schedule.warmup_tokens=163840"]
 SETTINGS: dict[str, list[list[str]]] = {
     "adamw": [
@@ -35,8 +45,8 @@ SETTINGS: dict[str, list[list[str]]] = {
     ],
     "muon": [
         ["optim.lr=0.02", "optim.adamw_lr=4e-3"],
-        ["optim.lr=0.01", "optim.adamw_lr=4e-3"],
         ["optim.lr=0.02", "optim.adamw_lr=4e-3", *BATCH_4096],
+        ["optim.lr=0.01", "optim.adamw_lr=4e-3"],
         ["optim.lr=0.02", "optim.adamw_lr=8e-3"],
         ["optim.lr=0.04", "optim.adamw_lr=4e-3"],
         ["optim.lr=0.02", "optim.adamw_lr=2e-3"],
@@ -47,53 +57,78 @@ SETTINGS: dict[str, list[list[str]]] = {
 KEPT = ("bits_per_byte", "tokens_trained", "minutes", "content_fingerprint")
 
 
+def kind(optimizer: str, overrides: list[str]) -> tuple[str, ...]:
+    """What the speed of a setting depends on: the optimizer and the batch."""
+    return (f"optim.type={optimizer}", *[override for override in overrides if override.startswith("batch_tokens=")])
+
+
+def tokens_per_second(kinds: list[tuple[str, ...]]) -> dict[str, list[float]]:
+    """Tokens per second of each kind, one value for each round; the kinds take turns."""
+    configs = {one: decode(TrainConfig, load_recipe(RECIPE, one)) for one in kinds}
+    speeds: dict[str, list[float]] = {" ".join(one): [] for one in kinds}
+    for number in range(SPEED_ROUNDS):
+        for one in kinds if number % 2 == 0 else kinds[::-1]:
+            measured = compare(configs[one], RECIPE, peers=[], rounds=1, steps=SPEED_STEPS)
+            speeds[" ".join(one)].append(measured["osler"]["tokens_per_second"])
+    return speeds
+
+
 def is_same(run: dict[str, Any], setting: dict[str, Any]) -> bool:
     return all(run.get(key) == value for key, value in setting.items())
 
 
-def summary(arguments: dict[str, Any], runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """All runs, and the best of each optimizer."""
-    import torch
-
+def with_best(result: dict[str, Any]) -> dict[str, Any]:
+    """``result`` with the best run of each optimizer in front."""
     best = {}
     for optimizer in OPTIMIZERS:
-        mine = [run for run in runs if run["optimizer"] == optimizer]
+        mine = [run for run in result["runs"] if run["optimizer"] == optimizer]
         if mine:
             best[optimizer] = min(mine, key=lambda run: float(run["bits_per_byte"]))
+    return {**result, "best": best}
+
+
+def start(arguments: dict[str, Any], settings: dict[str, list[list[str]]], out: Path) -> dict[str, Any]:
+    """What ``out`` holds already, or a new result with the measured speeds and no runs."""
+    import torch
+
+    kinds = sorted({kind(optimizer, overrides) for optimizer in OPTIMIZERS for overrides in settings[optimizer]})
+    if out.exists():
+        earlier: dict[str, Any] = json.loads(out.read_text())
+        if not is_same(earlier, arguments) or any(" ".join(one) not in earlier["tokens_per_second"] for one in kinds):
+            raise SystemExit(f"{out} holds runs with other arguments; name another --out")
+        return earlier
     machine = {"machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores", "torch": torch.__version__}
-    return {"benchmark": "tune-optimizers", **arguments, **machine, "best": best, "runs": runs}
+    return {"benchmark": "tune-optimizers", **arguments, **machine, "tokens_per_second": tokens_per_second(kinds), "runs": []}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", type=Path, nargs="+")
-    parser.add_argument("--runs", type=int, default=6, help="of each optimizer, from the front of its list")
-    parser.add_argument("--minutes", type=float, default=9.6, help="of each run; the last evaluation comes on top")
+    parser.add_argument("--runs", type=int, default=3, help="of each optimizer, from the front of its list")
+    parser.add_argument("--minutes", type=float, default=9.0, help="of training steps in each run, at the measured speed")
     parser.add_argument("--settings", type=Path, help='JSON: {"adamw": [["optim.lr=2e-3"], ...], "muon": [...]}')
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "tune_optimizers.json")
     args = parser.parse_args()
-    settings = json.loads(args.settings.read_text()) if args.settings else SETTINGS
+    given = json.loads(args.settings.read_text()) if args.settings else SETTINGS
+    settings = {optimizer: given[optimizer][: args.runs] for optimizer in OPTIMIZERS}
     for optimizer in OPTIMIZERS:
         if len(settings[optimizer]) < args.runs:
             raise SystemExit(f"{args.runs} runs of each, but {optimizer} has {len(settings[optimizer])} settings")
 
-    arguments = {"files": [file.name for file in args.files], "minutes": args.minutes}
-    runs: list[dict[str, Any]] = []
-    if args.out.exists():
-        earlier = json.loads(args.out.read_text())
-        if not is_same(earlier, arguments):
-            raise SystemExit(f"{args.out} holds runs of {earlier['minutes']} minutes on {earlier['files']}; name another --out")
-        runs = earlier["runs"]
+    result = start({"files": [file.name for file in args.files], "minutes": args.minutes}, settings, args.out)
     for index in range(args.runs):
         for optimizer in OPTIMIZERS:
-            setting = {"optimizer": optimizer, "overrides": settings[optimizer][index]}
-            if any(is_same(run, setting) for run in runs):
+            overrides = settings[optimizer][index]
+            if any(is_same(run, {"optimizer": optimizer, "overrides": overrides}) for run in result["runs"]):
                 continue
-            print(f"{optimizer} {' '.join(setting['overrides'])}", file=sys.stderr, flush=True)
-            result = train(args.files, [f"optim.type={optimizer}", *setting["overrides"], f"max_minutes={args.minutes}"])
-            runs.append({**setting, **{key: result[key] for key in KEPT}})
-            args.out.write_text(json.dumps(summary(arguments, runs), indent=2) + "\n")
-    print(json.dumps(summary(arguments, runs), indent=2))
+            speed = statistics.median(result["tokens_per_second"][" ".join(kind(optimizer, overrides))])
+            tokens = int(speed * 60 * args.minutes)
+            print(f"{optimizer} {' '.join(overrides)}: {tokens:,} tokens", file=sys.stderr, flush=True)
+            budget = ["max_minutes=null", f"total_tokens={tokens}"]
+            measured = train(args.files, [f"optim.type={optimizer}", *overrides, *budget])
+            result["runs"].append({"optimizer": optimizer, "overrides": overrides, **{key: measured[key] for key in KEPT}})
+            args.out.write_text(json.dumps(with_best(result), indent=2) + "\n")
+    print(json.dumps(with_best(result), indent=2))
 
 
 if __name__ == "__main__":

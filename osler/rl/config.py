@@ -11,6 +11,7 @@ from dataclasses import field
 from typing import Literal
 
 from osler.config import config
+from osler.monitor.config import MonitorConfig
 from osler.optim.config import AdamWConfig, ConstantConfig, OptimConfig, ScheduleConfig
 from osler.tasks.clinic import ClinicTask
 from osler.tasks.registry import TaskConfig
@@ -170,6 +171,7 @@ class GrpoConfig:
     zero_reward_patience: int = 5  # so many steps in a row without a reward are worth a warning
 
     device: str = "auto"  # auto, cpu, cuda or cuda:N
+    monitor: MonitorConfig = MonitorConfig()
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # of activations; weights are fp32; auto: bf16 where it is faster here
     recompute: Literal["off", "selective", "full"] = "off"  # activations computed again in the backward pass, to save memory
 

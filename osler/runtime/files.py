@@ -129,6 +129,11 @@ class RunFolder:
         return self.root / "metrics.jsonl"
 
     @property
+    def events(self) -> Path:
+        """The diary: alerts, incidents, rollbacks, one JSON object per line."""
+        return self.root / "events.jsonl"
+
+    @property
     def checkpoints(self) -> Path:
         """The folder of ``step-XXXXXXXXX`` folders."""
         return self.root / "checkpoints"

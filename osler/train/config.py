@@ -11,6 +11,7 @@ from osler.config import TAGGED, config
 from osler.data.config import ClinicData, FilesData, Stage, TurnsData
 from osler.data.curriculum import Timeline, lay_out, rows_per_micro_batch
 from osler.model.config import ModelConfig
+from osler.monitor.config import MonitorConfig
 from osler.optim.config import AdamWConfig, LinearConfig, OptimConfig, ScheduleConfig
 from osler.parallel.config import NoParallelConfig, ParallelConfig
 from osler.tokenizer.config import TokenizerConfig
@@ -72,6 +73,7 @@ class TrainConfig:
     keep_last: int = 2  # checkpoints kept besides the best
     max_skipped_steps: int = 20  # so many steps in a row with a non-finite gradient end the run
     exam: ExamProbe = ExamProbe()
+    monitor: MonitorConfig = MonitorConfig()
 
     def __post_init__(self) -> None:
         counts = ("seq_len", "total_tokens", "log_every_steps", "eval_every_tokens", "save_every_tokens", "keep_last")

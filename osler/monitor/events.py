@@ -1,0 +1,48 @@
+"""The diary of a run, ``events.jsonl``: what happened to it that a curve does not say.
+
+One JSON object per line: ``step``, ``time`` (unix seconds), ``kind`` (alert, incident, rollback ...), ``name``, ``message`` for a
+person, and details. Only ever appended to: a step that was made twice, after a kill or a rollback, may stand here twice. A disk
+that refuses a line costs that line and not the run.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+
+class EventLog:
+    """Appends events to a file, whole lines at once."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    def write(self, step: int, kind: str, name: str, message: str, **details: Any) -> None:
+        """Append one event; ``details`` must be JSON without NaN. A torn last line of a killed process is ended first."""
+        line = {"step": step, "time": round(time.time(), 3), "kind": kind, "name": name, "message": message, **details}
+        text = json.dumps(line, allow_nan=False) + "\n"
+        try:
+            with self.path.open("ab+") as file:
+                if file.tell() and file.seek(-1, 2) and file.read(1) != b"\n":
+                    text = "\n" + text
+                file.write(text.encode("utf-8"))
+        except OSError:
+            pass  # the alert was on the console; the run is worth more than its diary
+
+
+def read_events(path: str | Path) -> list[dict[str, Any]]:
+    """All whole events of a diary, oldest first; none when there is no file."""
+    path = Path(path)
+    if not path.exists():
+        return []
+    events = []
+    for line in path.read_bytes().split(b"\n"):
+        try:
+            event = json.loads(line)
+        except ValueError:  # torn by a kill
+            continue
+        if isinstance(event, dict) and {"step", "kind", "message"} <= event.keys():
+            events.append(event)
+    return events
