@@ -161,8 +161,7 @@ class GrpoConfig:
     # counts the token budget of the rollouts: completions of a step times max_new_tokens
     schedule: ScheduleConfig = ConstantConfig()
     clip_norm: float = 1.0  # norm that the gradient is scaled down to when it is larger
-    # prompt and completion tokens per forward pass of one process, padding included
-    micro_batch_tokens: int = 16_384
+    micro_batch_tokens: int = 16_384  # prompt and completion tokens per forward pass of one process, padding included
     rollout_rows: int = 256  # completions sampled at once by one process; bounds the key/value cache
 
     steps: int = 100  # rollouts, each with updates_per_batch updates

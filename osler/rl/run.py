@@ -116,6 +116,7 @@ def train(config: GrpoConfig, run: RunFolder, world: World | None = None) -> boo
         trainer.restore(saved)
         say(f"Continuing {run.root} from step {trainer.step:,}.")
     else:
+        warn_of_idle_ranks(config, world)
         say(describe_start(config, start, tasks, place_of(machine, config.parallel, world)))
     del saved  # weights and moments were copied out of it
     return trainer.fit()
@@ -202,6 +203,15 @@ def exam(
 def fingerprint_of(tasks: Sequence[RlTask]) -> str:
     """16 hex digits that name the questions, their answers and their order: a resume with others would train on those."""
     return fingerprint([[task.name, [asdict(item) for item in task.items]] for task in tasks])
+
+
+def warn_of_idle_ranks(config: GrpoConfig, world: World) -> None:
+    """A group is drawn by one rank, so more ranks than questions do not sample faster."""
+    if config.algorithm.prompts_per_step < world.size:
+        say(
+            f"Warning: {world.size} processes share the {config.algorithm.prompts_per_step} questions of a step "
+            "(algorithm.prompts_per_step), so some of them draw nothing and wait."
+        )
 
 
 def describe_start(config: GrpoConfig, start: LoadedModel, tasks: Sequence[RlTask], place: str) -> str:

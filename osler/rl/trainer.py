@@ -95,12 +95,10 @@ class GrpoTrainer:
 
     def fit(self) -> bool:
         """Train to the last step; False when asked to stop before (everything is saved then)."""
-        config = self.config
+        config, written = self.config, self.run.metrics if self.world.is_first else os.devnull
         with (
             StopFlag() as stop,  # first: whoever sees the metrics file may rely on a signal being a request
-            JsonlSink(
-                self.run.metrics if self.world.is_first else os.devnull, resume_step=self.step if self.step else -1
-            ) as sink,
+            JsonlSink(written, resume_step=self.step if self.step else -1) as sink,
             Progress(config.steps, "steps", label="grpo", initial=self.step) as progress,
         ):
             # Before the first step, or where a kill came after the checkpoint and before its evaluation.
