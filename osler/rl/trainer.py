@@ -135,8 +135,10 @@ class GrpoTrainer:
     def _whole_model(self) -> Iterator[None]:
         """Lend the sampler the model as it is, neither sharded nor wrapped."""
         self.sampler.model = self.engine.plain_model(self.model)
-        yield
-        self.sampler.model = self.model
+        try:
+            yield
+        finally:
+            self.sampler.model = self.model
 
     def _one_step(self) -> dict[str, float]:
         """Ask the questions of the current step, learn from the answers, and count the step as done."""

@@ -65,13 +65,15 @@ def continued(command: Sequence[str], whole: Path, folder: Path, starts: Sequenc
     assert_same(folder, whole)
 
 
-def lost(command: Sequence[str], folder: Path) -> None:
-    """When one rank is killed, the other ends soon and says why; the same command goes on from what was saved."""
+def lost(command: Sequence[str], whole: Path, folder: Path) -> None:
+    """When one rank is killed, the other ends soon and says why; one process goes on from what was saved to the same end."""
     ended = train([*command, "parallel.type=ddp"], folder, 2, fault_rank=1, fault="train-step:kill:3")
     assert ended == [2, -signal.SIGKILL], f"ended with {ended}"
     assert "Rank 0 of 2 lost the others" in said(folder, 0) and "Traceback" not in said(folder, 0)
     saved, skipped = store.newest_good(folder / "checkpoints")
     assert saved is not None and not skipped and store.load(saved).step == 2
+    assert train(command, folder, 1) == [0]
+    assert_same(folder, whole)
 
 
 def run_all(grpo: list[str], root: Path) -> None:
@@ -91,7 +93,7 @@ def run_all(grpo: list[str], root: Path) -> None:
     assert {line.get("groups/effective") for line in metrics(root / "uneven")} & {1.0, 2.0}, "no group was left out"
     for name, starts in {"shrinks": [(4, "ddp"), (2, "fsdp"), (1, "none")], "grows": [(1, "none"), (2, "ddp")]}.items():
         report(name, functools.partial(continued, grpo, root / "plain", root / name, starts))
-    report("lost", functools.partial(lost, grpo, root / "lost"))
+    report("lost", functools.partial(lost, grpo, root / "plain", root / "lost"))
     report("none", functools.partial(refused, grpo, root / "none", ["2 processes", "parallel.type=ddp"]))
     zero = [*grpo, "parallel.type=deepspeed"]
     report("deepspeed", functools.partial(refused, zero, root / "zero", ["parallel", "deepspeed", "ddp"]))
