@@ -1,19 +1,20 @@
 """Which curves the page draws, in which order, and what each should look like when all is well.
 
-A chart names rows of the `METRICS` table; a metric that no chart names is drawn after the others with its meaning
-from the table as the caption, so that nothing a run logs is hidden.
+A chart names rows of the `METRICS` table; a metric that no chart names is drawn after the others, in its family, with its
+meaning from the table as the caption, so that nothing a run logs is hidden.
 """
 
 from __future__ import annotations
 
 import math
 import statistics
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from osler.monitor.metrics import declared_name, describe
 from osler.report import format as fmt
-from osler.report.read import StageRun
-from osler.report.svg import Line
+from osler.report.families import Family, by_layer, in_families
+from osler.report.read import Series, StageRun
+from osler.report.svg import Band, Line
 
 
 @dataclass(frozen=True)
@@ -151,35 +152,64 @@ SPECS: tuple[Spec, ...] = (
 )
 
 
-def charts_of(run: StageRun, colour: int) -> tuple[list[tuple[Spec, list[Line]]], list[tuple[Spec, list[Line]]]]:
-    """The charts that a stage's log can fill: those of `SPECS`, and one for every metric left over.
+Chart = tuple[Spec, list[Line], Band | None]
 
-    colour: palette number of the stage, which the first line of each chart takes.
+
+def charts_of(run: StageRun, colour: int) -> tuple[list[Chart], list[tuple[Family, list[Chart]]]]:
+    """The charts that a stage's log can fill: those of `SPECS`, and by family one for every metric left over.
+
+    A metric that every layer has is one chart. colour: palette number of the stage, which the first line of each chart takes.
     """
     used: set[str] = set()
-    main = []
+    main: list[Chart] = []
     for spec in SPECS:
         lines: list[Line] = []
         for row, label in spec.lines:
             for name in sorted(n for n in run.curves if declared_name(n) == row):
                 used.add(name)
-                lines.append(_line(run, name, label or _inner(row, name), _palette(colour, len(lines)), spec.over))
+                lines.append(line_of(run, name, label or _inner(row, name), _palette(colour, len(lines)), spec.over))
         if any(len(line.x) for line in lines):
-            main.append((spec, lines))
-    rest = []
-    for name in run.curves:
-        if name not in used:
-            metric = describe(name)
-            kind = {"fraction": "percent", "tokens": "count", "bytes": "count"}.get(
-                metric.unit if metric else "", "number"
-            )
-            meaning = (
-                f"{metric.meaning[:1].upper()}{metric.meaning[1:]}."
-                if metric
-                else "Not described in the table of metrics."
-            )
-            rest.append((Spec(name, ((name, name),), meaning, kind), [_line(run, name, name.split("/")[-1], colour)]))
+            main.append((spec, lines, None))
+    rest: list[tuple[Family, list[Chart]]] = []
+    for family, names in in_families(n for n in run.curves if n not in used):
+        whole, layers = by_layer(names)
+        charts: list[Chart] = [(spec_of(name), [line_of(run, name, name.split("/")[-1], colour)], None) for name in sorted(whole)]
+        for base, of in sorted(layers.items()):
+            lines, band = bundle({layer: run.curves[name] for layer, name in of.items()})
+            meaning = f"{_meaning(next(iter(of.values())))} The grey area spans all {len(of)} layers."
+            charts.append((replace(spec_of(next(iter(of.values()))), title=f"{base} by layer", good=meaning), lines, band))
+        rest.append((family, charts))
     return main, rest
+
+
+def spec_of(name: str) -> Spec:
+    """The chart of one metric that no entry of `SPECS` names: its name, and its meaning from the table."""
+    metric = describe(name)
+    kinds = {"fraction": "percent", "tokens": "count", "bytes": "count"}
+    return Spec(name, ((name, name),), _meaning(name), kinds.get(metric.unit if metric else "", "number"))
+
+
+def bundle(layers: dict[int, Series]) -> tuple[list[Line], Band]:
+    """The first, the middle and the last layer and the one farthest from the others, and what all layers span.
+
+    A layer whose newest value is not finite is the farthest of all.
+    """
+    ends = {layer: _end(series) for layer, series in layers.items()}
+    middle = statistics.median([v for v in ends.values() if math.isfinite(v)] or [0.0])
+    odd = max(layers, key=lambda layer: abs(ends[layer] - middle) if math.isfinite(ends[layer]) else math.inf)
+    numbers = sorted(layers)
+    lines = []
+    for layer in dict.fromkeys((numbers[0], numbers[len(numbers) // 2], numbers[-1], odd)):
+        farthest = ", farthest from the others" if layer == odd and len(numbers) > 2 else ""
+        series = layers[layer]
+        lines.append(Line(f"layer {layer}{farthest}", series.steps, series.values, (0, 1, 3, 2)[len(lines)], smooth=False))
+    spans: dict[int, tuple[float, float]] = {}
+    for series in layers.values():
+        for step, value in series.finite():
+            low, high = spans.get(step, (value, value))
+            spans[step] = min(low, value), max(high, value)
+    steps = sorted(spans)
+    return lines, Band(steps, [spans[s][0] for s in steps], [spans[s][1] for s in steps])
 
 
 def legend_value(spec: Spec, line: Line) -> str:
@@ -200,13 +230,26 @@ def unit_of(lines: tuple[tuple[str, str], ...]) -> str:
     return "" if metric is None or metric.unit == "fraction" else metric.unit
 
 
-def _line(run: StageRun, name: str, label: str, colour: int, over: str = "step") -> Line:
+def line_of(run: StageRun, name: str, label: str, colour: int, over: str = "step") -> Line:
+    """A stage's curve of one metric, over steps or over tokens."""
     series = run.curves[name]
     if over == "tokens":
         points = [(run.clock[step][0], value) for step, value in zip(series.steps, series.values, strict=True)]
         known = [(tokens, value) for tokens, value in points if math.isfinite(tokens)]
         return Line(label, [tokens for tokens, _ in known], [value for _, value in known], colour, smooth=False)
     return Line(label, series.steps, series.values, colour, smooth=not name.startswith(("eval/", "train/lr")))
+
+
+def _meaning(name: str) -> str:
+    metric = describe(name)
+    return f"{metric.meaning[:1].upper()}{metric.meaning[1:]}." if metric else "Not described in the table of metrics."
+
+
+def _end(series: Series) -> float:
+    """Where a curve ended up: the mean of its last quarter, NaN when its newest value is not finite."""
+    last = series.values[-max(1, len(series.values) // 4) :]
+    known = [v for v in last if math.isfinite(v)]
+    return statistics.fmean(known) if known and math.isfinite(last[-1]) else math.nan
 
 
 def _inner(row: str, name: str) -> str:
