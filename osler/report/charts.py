@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from osler.monitor.metrics import declared_name, describe
@@ -15,6 +16,8 @@ from osler.report import format as fmt
 from osler.report.families import Family, by_layer, in_families
 from osler.report.read import Series, StageRun
 from osler.report.svg import Band, Line
+
+COLOURS = 8  # of the palette
 
 
 @dataclass(frozen=True)
@@ -167,26 +170,32 @@ def charts_of(run: StageRun, colour: int) -> tuple[list[Chart], list[tuple[Famil
         for row, label in spec.lines:
             for name in sorted(n for n in run.curves if declared_name(n) == row):
                 used.add(name)
-                lines.append(line_of(run, name, label or _inner(row, name), _palette(colour, len(lines)), spec.over))
+                lines.append(line_of(run, name, label or inner(row, name), _palette(colour, len(lines)), spec.over))
         if any(len(line.x) for line in lines):
             main.append((spec, lines, None))
     rest: list[tuple[Family, list[Chart]]] = []
     for family, names in in_families(n for n in run.curves if n not in used):
         whole, layers = by_layer(names)
-        charts: list[Chart] = [(spec_of(name), [line_of(run, name, name.split("/")[-1], colour)], None) for name in sorted(whole)]
+        charts = [_together(run, row, some, colour) for row, some in _by_row(whole)]
         for base, of in sorted(layers.items()):
-            lines, band = bundle({layer: run.curves[name] for layer, name in of.items()})
-            meaning = f"{_meaning(next(iter(of.values())))} The grey area spans all {len(of)} layers."
-            charts.append((replace(spec_of(next(iter(of.values()))), title=f"{base} by layer", good=meaning), lines, band))
+            spec, (lines, band) = spec_of(next(iter(of.values()))), bundle({n: run.curves[name] for n, name in of.items()})
+            good = f"{spec.good} The grey area spans all {len(of)} layers."
+            charts.append((replace(spec, title=f"{base} by layer", good=good), lines, band))
         rest.append((family, charts))
     return main, rest
 
 
 def spec_of(name: str) -> Spec:
     """The chart of one metric that no entry of `SPECS` names: its name, and its meaning from the table."""
+    return Spec(name, ((name, name),), _meaning(name), kind_of(name))
+
+
+def kind_of(name: str) -> str:
+    """How values of a metric are written: by its unit, or the end of its name when the table does not know it."""
     metric = describe(name)
-    kinds = {"fraction": "percent", "tokens": "count", "bytes": "count"}
-    return Spec(name, ((name, name),), _meaning(name), kinds.get(metric.unit if metric else "", "number"))
+    unit = metric.unit if metric else {"frac": "fraction", "bytes": "bytes"}.get(name.rpartition("_")[2], "")
+    kinds = {"fraction": "percent", "tokens": "count", "tokens/s": "count", "steps": "count", "bytes": "bytes"}
+    return kinds.get(unit, "number")
 
 
 def bundle(layers: dict[int, Series]) -> tuple[list[Line], Band]:
@@ -240,6 +249,24 @@ def line_of(run: StageRun, name: str, label: str, colour: int, over: str = "step
     return Line(label, series.steps, series.values, colour, smooth=not name.startswith(("eval/", "train/lr")))
 
 
+def _by_row(names: list[str]) -> Iterator[tuple[str, list[str]]]:
+    """Metrics that one row of the table declares belong into one chart, as far as colours reach."""
+    rows: dict[str, list[str]] = {}
+    for name in sorted(names):
+        rows.setdefault(declared_name(name) or name, []).append(name)
+    for row, some in rows.items():
+        for start in range(0, len(some), COLOURS):
+            yield row, some[start : start + COLOURS]
+
+
+def _together(run: StageRun, row: str, names: list[str], colour: int) -> Chart:
+    """One chart of metrics that a row declares, or of a single metric."""
+    if len(names) == 1:
+        return spec_of(names[0]), [line_of(run, names[0], names[0].split("/")[-1], colour)], None
+    lines = [line_of(run, name, inner(row, name), _palette(colour, i)) for i, name in enumerate(names)]
+    return replace(spec_of(names[0]), title=row), lines, None
+
+
 def _meaning(name: str) -> str:
     metric = describe(name)
     return f"{metric.meaning[:1].upper()}{metric.meaning[1:]}." if metric else "Not described in the table of metrics."
@@ -252,7 +279,7 @@ def _end(series: Series) -> float:
     return statistics.fmean(known) if known and math.isfinite(last[-1]) else math.nan
 
 
-def _inner(row: str, name: str) -> str:
+def inner(row: str, name: str) -> str:
     """What stands in a name for the angle brackets of its row: `test` in `eval/test_accuracy`."""
     before, after = row[: row.index("<")], row[row.index(">") + 1 :]
     return name[len(before) : len(name) - len(after)]

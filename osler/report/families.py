@@ -1,7 +1,6 @@
 """The families that metrics fall into, what good looks like in each, and metrics of one layer told from those of the model.
 
-The page and the live view show a metric that they know nothing about by its name alone: `health/act_rms/layer_3` is the value
-of layer 3 in the family `Model health`.
+A name alone says both: `model/activation_rms/3` is the value of layer 3, in the family `Model health`.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ class Family:
 FAMILIES: tuple[Family, ...] = (  # the first whose prefix fits
     Family(
         "Gradients",
-        ("train/grad", "train/skipped", "train/clip", "train/update", "grad", "update", "optim/"),
+        ("train/grad_norm", "train/skipped_steps", "grad/", "update/"),
         "Good: calm, of one order of magnitude in all layers, and every value finite.",
     ),
     Family(
@@ -33,17 +32,17 @@ FAMILIES: tuple[Family, ...] = (  # the first whose prefix fits
     ),
     Family(
         "Quality",
-        ("train/", "eval/", "quality/"),
+        ("train/", "eval/"),
         "Good: losses fall, accuracies climb, and what is measured on held-out text follows what is measured in training.",
     ),
     Family(
         "Performance",
-        ("perf/", "memory/", "time/"),
+        ("perf/",),
         "Good: level from the first minutes on. Memory that grows, or time that goes into data, is worth a look.",
     ),
     Family(
         "Model health",
-        ("health/", "weights/", "activations/", "attention/", "logits/"),
+        ("model/", "health/"),
         "Good: all layers move together and settle. One layer that leaves the others, or a share that climbs to 100%, is ill.",
     ),
     Family(
@@ -60,7 +59,7 @@ FAMILIES: tuple[Family, ...] = (  # the first whose prefix fits
 )  # fmt: skip
 OTHER = Family("Other", (), "Metrics that the table does not know; the run that logged them does.")
 
-_LAYER = re.compile(r"(?:^|[/_.])layer[_.]?(\d+)(?=$|[/_.])")
+_LAYER = re.compile(r"(.+)/(?:layer_)?(\d+)")
 
 
 def family_of(name: str) -> Family:
@@ -78,8 +77,8 @@ def in_families(names: Iterable[str]) -> list[tuple[Family, list[str]]]:
 
 def layer_of(name: str) -> tuple[str, int] | None:
     """What a metric is called without its layer, and the layer; None for a metric of the whole model."""
-    found = _LAYER.search(name)
-    return (name[: found.start()] + name[found.end() :], int(found[1])) if found else None
+    found = _LAYER.fullmatch(name)
+    return (found[1], int(found[2])) if found else None
 
 
 def by_layer(names: Iterable[str]) -> tuple[list[str], dict[str, dict[int, str]]]:

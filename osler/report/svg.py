@@ -102,8 +102,8 @@ def line_chart(
 ) -> str:  # fmt: skip
     """Curves over steps with axes and ticks; empty text when no line has a finite point.
 
-    kind: `number`, `percent` or `count`, how values are written. zero: the value axis starts at zero. over: what x counts,
-    `step` or `tokens`. marks: (x, css class, meaning) of upright lines. band: an area behind the curves.
+    kind: how values are written, see `format.value`. zero: the value axis starts at zero. over: what x counts, `step` or
+    `tokens`. marks: (x, css class, meaning) of upright lines. band: an area behind the curves.
     """
     finite = [v for line in lines for v in line.y if math.isfinite(v)]
     if not finite:
