@@ -50,7 +50,7 @@ def happenings(events: Sequence[dict[str, Any]]) -> list[Happening]:
 def marks_of(events: Sequence[dict[str, Any]]) -> list[tuple[float, str, str]]:
     """Each happening's steps as marks for a chart: (step, css class, words)."""
     return [
-        (step, happening.kind if happening.kind in GRAVE else "told", f"{_title(happening)} at step {fmt.count(step)}")
+        (step, happening.kind if happening.kind in GRAVE else "told", f"{_title(happening)} at step {step:,}")
         for happening in happenings(events)
         for step in happening.steps
     ]
@@ -59,7 +59,12 @@ def marks_of(events: Sequence[dict[str, Any]]) -> list[tuple[float, str, str]]:
 def grave_in_words(events: Sequence[dict[str, Any]]) -> list[str]:
     """A sentence for every alert, incident and rollback, the gravest first."""
     grave = sorted((h for h in happenings(events) if h.kind in GRAVE), key=lambda h: GRAVE.index(h.kind))
-    return [f"{_title(h)}, {_when(h)}: {h.message}" for h in grave]
+    return [in_words(h) for h in grave]
+
+
+def in_words(h: Happening) -> str:
+    """A happening as a sentence."""
+    return f"{_title(h)}, {_when(h)}: {h.message}"
 
 
 def rows(events: Sequence[dict[str, Any]]) -> str:
@@ -85,8 +90,8 @@ def _title(h: Happening) -> str:
 def _when(h: Happening) -> str:
     """`step 120`, or `3 times, at steps 120, 130 and 840`."""
     if len(h.steps) == 1:
-        return f"step {fmt.count(h.steps[0])}"
-    named = [fmt.count(step) for step in h.steps]
+        return f"step {h.steps[0]:,}"
+    named = [f"{step:,}" for step in h.steps]
     if len(named) > STEPS_NAMED:
         named = [*named[:2], "…", *named[-2:]]
     return f"{fmt.count(len(h.steps))} times, at steps {', '.join(named[:-1])} and {named[-1]}"

@@ -12,6 +12,7 @@ import os
 import random
 import re
 from collections import deque
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import BinaryIO, NamedTuple
@@ -48,8 +49,9 @@ class Follower:
         self.recent: deque[Moment] = deque(maxlen=RECENT_LINES)
         self.active_seconds = 0.0  # between the first and the newest line, pauses left out
         self.lines = 0
-        self.last_time = math.nan
         self.position = 0
+        self._counted_to = math.nan
+        self._gaps = 0
         self._mark = b""
         self._random = random.Random(0)
 
@@ -61,7 +63,7 @@ class Follower:
     @property
     def usual_gap(self) -> float:
         """Seconds between two lines, as a rule; 0 when too few are known."""
-        gaps = [b.time - a.time for a, b in zip(self.recent, list(self.recent)[1:], strict=False) if b.time > a.time]
+        gaps = [b.time - a.time for a, b in pairwise(self.recent) if b.time > a.time]
         return median(gaps) if gaps else 0.0
 
     def poll(self) -> bool:
@@ -132,8 +134,9 @@ class Follower:
         """Add up the time between lines, but not that of a pause: a gap far longer than the usual one."""
         for found in TIME.findall(chunk):
             now = as_number(found.decode())
-            gap = now - self.last_time
-            usual = self.active_seconds / max(self.lines, 1)
-            if gap > 0 and not (gap > max(60.0, 30 * usual) and self.lines >= 5):
+            gap = now - self._counted_to
+            is_pause = self._gaps >= 5 and gap > max(60.0, 30 * self.active_seconds / self._gaps)
+            if gap > 0 and not is_pause:
                 self.active_seconds += gap
-            self.last_time = now if math.isfinite(now) else self.last_time
+                self._gaps += 1
+            self._counted_to = now if math.isfinite(now) else self._counted_to

@@ -14,7 +14,7 @@ from typing import NamedTuple
 from osler.monitor.metrics import declared_name
 from osler.report import format as fmt
 from osler.report.charts import kind_of
-from osler.report.diary import GRAVE
+from osler.report.diary import happenings, in_words
 from osler.report.families import by_layer, in_families
 from osler.report.lenient import as_text
 from osler.report.svg import value_range
@@ -22,6 +22,7 @@ from osler.watch.state import Stage, Watched
 
 BLOCKS = " ▁▂▃▄▅▆▇█"
 FULL, EMPTY = "━", "─"
+NO_BREAK = "\u00a0"  # a space at which a line is not broken
 PANELS = (  # row of METRICS, title
     ("train/loss", "loss"),
     ("eval/loss", "held-out loss"),
@@ -79,7 +80,7 @@ def _header(watched: Watched, stage: Stage, now: float, width: int) -> list[Text
         return lines
     total, unit = stage.total
     of_total = {unit: f" of {fmt.count(total)}"} if math.isfinite(total) else {}
-    told = [f"step {fmt.count(last.step)}{of_total.get('steps', '')}"]
+    told = [f"step {last.step:,}{of_total.get('steps', '')}"]
     told.append(f"{fmt.count(last.tokens)}{of_total.get('tokens', '')} tokens")
     told.append(f"{fmt.duration(stage.log.active_seconds)} so far")
     left = stage.seconds_left(now)
@@ -104,7 +105,7 @@ def _stages(watched: Watched, current: Stage, width: int) -> list[Text]:
             told.append(f"{name} {fmt.duration(watched.finished[name])}")
         elif name in watched.stages:
             last = watched.stages[name].log.last
-            told.append(f"{name} to step {fmt.count(last.step)}" if last else f"{name} begun")
+            told.append(f"{name} to step {last.step:,}" if last else f"{name} begun")
         else:
             told.append(f"{name} to come")
     return [Text(line, "dim") for line in textwrap.wrap("   ".join(told), max(20, width))]
@@ -175,22 +176,17 @@ def _values(stage: Stage, width: int) -> list[Text]:
         told = [f"{_short(name)} {_show(name, newest[name])}" for name in whole]
         for base, of in layers.items():
             low, high = (pick(of, key=lambda layer: newest[of[layer]]) for pick in (min, max))
-            span = f"{_show(of[low], newest[of[low]])} to {_show(of[high], newest[of[high]])}"
-            told.append(f"{_short(base)} {span} (most in layer {high})")
-        text = f"{family.title}: {' · '.join(told)}"
+            least, most = _show(of[low], newest[of[low]]), _show(of[high], newest[of[high]])
+            told.append(f"{_short(base)} {least}" + (f" to {most} (most in layer {high})" if most != least else ""))
+        text = f"{family.title}: {' · '.join(item.replace(' ', NO_BREAK) for item in told)}"
         lines += [Text(line) for line in textwrap.wrap(text, max(20, width), subsequent_indent="  ", break_on_hyphens=False)]
     return lines
 
 
 def _events(stage: Stage) -> list[Text]:
-    """The newest events, the newest first."""
+    """What happened, the newest first."""
     styles = {"incident": "bad", "rollback": "bad", "alert": "warn"}
-    lines = []
-    for event in reversed(stage.events[-EVENTS:]):
-        kind, name = as_text(event["kind"]), as_text(event.get("name")).replace("_", " ")
-        what = kind if kind == name or kind not in GRAVE else f"{kind}, {name}" if name else kind
-        lines.append(Text(f"step {event['step']} {what}: {as_text(event['message'])}", styles.get(kind, "")))
-    return lines
+    return [Text(in_words(h), styles.get(h.kind, "")) for h in happenings(stage.events)[:EVENTS]]
 
 
 def _checkpoints(stage: Stage, now: float) -> list[Text]:
@@ -198,7 +194,7 @@ def _checkpoints(stage: Stage, now: float) -> list[Text]:
     if not stage.checkpoints:
         return []
     best = as_text(stage.best.get("folder"))
-    told = [f"{fmt.count(c.step)}{' (best)' if c.path.name == best else ''}" for c in stage.checkpoints[:CHECKPOINTS]]
+    told = [f"{c.step:,}{' (best)' if c.path.name == best else ''}" for c in stage.checkpoints[:CHECKPOINTS]]
     ago = fmt.duration(max(0.0, now - stage.checkpoints[0].time))
     return [Text(f"checkpoints: step {', '.join(told)}; the newest {ago} ago", "dim")]
 

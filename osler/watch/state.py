@@ -159,9 +159,9 @@ class Stage:
         if silent <= max(DEAD_SECONDS, DEAD_GAPS * gap):
             return State("quiet", for_so_long)
         if saved is not None and saved >= last.step:
-            return State("stopped", f"stopped {_ago(silent)}, saved at step {fmt.count(saved)}")
-        kept = "nothing saved" if saved is None else f"saved at step {fmt.count(saved)}"
-        return State("dead", f"dead: {for_so_long}; last line at step {fmt.count(last.step)}, {kept}")
+            return State("stopped", f"stopped {_ago(silent)}, saved at step {saved:,}")
+        kept = "nothing saved" if saved is None else f"saved at step {saved:,}"
+        return State("dead", f"dead: {for_so_long}; last line at step {last.step:,}, {kept}")
 
     def _held_open(self, now: float) -> bool:
         """Whether a process of this machine has the log open, as far as that can be seen."""

@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 
 from osler.checkpoint import store
+from osler.model.config import ModelConfig
 from osler.monitor.events import EventLog
+from osler.report import format as fmt
 from osler.watch.frame import blocks, clean, columns, frame
 from osler.watch.state import DEAD_SECONDS, Watched, is_open
 
@@ -61,9 +63,10 @@ def save(folder: Path, step: int, ago: float, **state: object) -> None:
 def test_a_running_run(make_run: MakeRun) -> None:
     text = picture(make_run(**{"model/activation_rms/0": 1.0, "model/activation_rms/1": 3.0}))
     lines = text.splitlines()
-    assert lines[0].endswith("run · pretrain · 131k parameters · cpu · bfloat16") and lines[1] == "running"
+    parameters = fmt.count(ModelConfig(num_layers=2, hidden_size=64, vocab_size=512).num_parameters)
+    assert lines[0].endswith(f"run · pretrain · {parameters} parameters · cpu · bfloat16") and lines[1] == "running"
     assert lines[2] == "step 40 · 4,000 of 8,000 tokens · 1 min 18 s so far · 1 min 19 s to go"
-    assert lines[3].endswith("50.0%") and lines[3].count("━") == lines[3].count("─")
+    assert lines[3].endswith("50.0%") and lines[3].count("━") == lines[3].count("─") - 1
     assert "loss 2.000" in text and "2.000 to 3.950" in text and "gradient norm 1.000" in text and "tokens/s 50" in text
     assert "Model health: activation_rms 1.000 to 3.000 (most in layer 1)" in text
     assert "\x1b" not in text
@@ -116,11 +119,16 @@ def test_events_and_checkpoints_are_shown(make_run: MakeRun) -> None:
     diary = EventLog(folder / "events.jsonl")
     for step in range(1, 9):
         diary.write(step, "alert", "stalled_loss", f"Number {step}.\nNext line \x1b[31m.")
+    for number in range(5):
+        diary.write(10, "note", f"note_{number}", "Noted.")
     save(folder, 20, 1.0)
     save(folder, 40, 1.0)
     store.mark_best(folder / "checkpoints" / "step-000000020", "eval/loss", 1.0)
     text = picture(folder, width=200)
-    assert "step 8 alert, stalled loss: Number 8. Next line  [31m." in text and "Number 3." not in text
+    assert text.count("Noted.") == 5 and "Number" not in text, "the newest"
+    diary.write(11, "alert", "stalled_loss", "Number 11.\nNext line \x1b[31m.")
+    text = picture(folder, width=200)
+    assert "Alert: stalled loss, 9 times, at steps 1, 2, …, 8 and 11: Number 11. Next line  [31m." in text
     assert "checkpoints: step 40, 20 (best)" in text or "checkpoints: step 20 (best), 40" in text
     assert "\x1b" not in text
 
@@ -171,5 +179,5 @@ def test_blocks_rise_with_the_values() -> None:
     assert blocks([0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0], 1) == ["▁▂▃▄▅▆▇█"]
     assert blocks([0.0, 15.0, math.nan], 2) == [" █ ", "▁█ "]
     assert blocks([math.nan, math.nan], 2) == ["  ", "  "]
-    assert blocks([2.0, 2.0], 1) == ["▅▅"]
+    assert blocks([2.0, 2.0], 1) == ["▄▄"]
     assert clean("a\nb\x1b[2Jc\u202e") == "a b [2Jc "
