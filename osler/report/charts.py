@@ -207,7 +207,7 @@ def bundle(layers: dict[int, Series]) -> tuple[list[Line], Band]:
     middle = statistics.median([v for v in ends.values() if math.isfinite(v)] or [0.0])
     odd = max(layers, key=lambda layer: abs(ends[layer] - middle) if math.isfinite(ends[layer]) else math.inf)
     numbers = sorted(layers)
-    lines = []
+    lines: list[Line] = []
     for layer in dict.fromkeys((numbers[0], numbers[len(numbers) // 2], numbers[-1], odd)):
         farthest = ", farthest from the others" if layer == odd and len(numbers) > 2 else ""
         series = layers[layer]

@@ -93,7 +93,9 @@ def tick(value: float, step: float, kind: str = "number") -> str:
 
 def value(number_: float, kind: str) -> str:
     """A value as its chart's kind asks: `percent`, `count`, `bytes` or `number`."""
-    return {"percent": percent, "count": count, "bytes": size}.get(kind, number)(number_)
+    if kind == "percent":
+        return percent(number_)
+    return count(number_) if kind == "count" else size(number_) if kind == "bytes" else number(number_)
 
 
 def plural(n: float, word: str) -> str:

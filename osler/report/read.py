@@ -181,9 +181,10 @@ def read_run(folder: str | Path) -> Run:
     text, config = _read_config(RunFolder(path).config, problems)
     stages = _read_stages(path, problems)
     names = [stage.name for stage in stages]
-    runs = _read_metrics(path, problems)
-    if runs:
-        runs[-1].events = read_events(RunFolder(path).events)
+    runs, events = _read_metrics(path, problems), read_events(RunFolder(path).events)
+    if events:
+        runs = runs or [StageRun("")]
+        runs[-1].events = events
     for sub in sub_runs(path):
         found = _read_metrics(sub, problems, sub.name) or [StageRun(sub.name)]
         if RunFolder(sub).config.is_file():

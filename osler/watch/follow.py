@@ -24,6 +24,7 @@ SAMPLED_LINES = 3000
 MAX_POINTS = 4096  # of a curve; then every other one goes
 MARK_BYTES = 64  # of the end of what was read: the same bytes at the same place are the same file
 RECENT_LINES = 50
+PAUSE_SECONDS, PAUSE_GAPS = 60.0, 30  # a gap longer than this and than so many usual ones: stopped, or the machine slept
 EVALUATION = b'"eval/'
 TIME = re.compile(rb'"time": ?([0-9.]+)')
 
@@ -119,8 +120,12 @@ class Follower:
         if not math.isfinite(step):
             return
         moment = Moment(int(step), as_number(line.get("tokens")), as_number(line.get("time")))
-        if self.recent and moment.step < self.recent[-1].step:  # went back to a checkpoint: another speed, another gap
-            self.recent.clear()
+        if self.recent:
+            before = self.recent[-1]
+            gap = moment.time - before.time
+            paused = gap > PAUSE_SECONDS and gap > PAUSE_GAPS * self.usual_gap > 0
+            if paused or moment.step < before.step:  # went back to a checkpoint: neither says how fast it is now
+                self.recent.clear()
         self.recent.append(moment)
         for name, value in measurements(line):
             curve = self.curves.setdefault(name, [])
@@ -135,7 +140,7 @@ class Follower:
         for found in TIME.findall(chunk):
             now = as_number(found.decode())
             gap = now - self._counted_to
-            is_pause = self._gaps >= 5 and gap > max(60.0, 30 * self.active_seconds / self._gaps)
+            is_pause = self._gaps >= 5 and gap > max(PAUSE_SECONDS, PAUSE_GAPS * self.active_seconds / self._gaps)
             if gap > 0 and not is_pause:
                 self.active_seconds += gap
                 self._gaps += 1

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from osler.monitor.metrics import declared_name
 from osler.report import format as fmt
-from osler.report.charts import kind_of
+from osler.report.charts import inner, kind_of
 from osler.report.diary import happenings, in_words
 from osler.report.families import by_layer, in_families
 from osler.report.lenient import as_text
@@ -23,15 +23,15 @@ from osler.watch.state import Stage, Watched
 BLOCKS = " ▁▂▃▄▅▆▇█"
 FULL, EMPTY = "━", "─"
 NO_BREAK = "\u00a0"  # a space at which a line is not broken
-PANELS = (  # row of METRICS, title
-    ("train/loss", "loss"),
-    ("eval/loss", "held-out loss"),
-    ("reward", "reward"),
-    ("eval/<split>_accuracy", "accuracy"),
-    ("train/grad_norm", "gradient norm"),
-    ("perf/tokens_per_second", "tokens/s"),
-    ("perf/rollout_tokens_per_second", "sampled tokens/s"),
-    ("train/lr", "learning rate"),
+PANELS = (  # row of METRICS, title, whether the curve stands on zero
+    ("train/loss", "loss", False),
+    ("eval/loss", "held-out loss", False),
+    ("reward", "reward", False),
+    ("eval/<split>_accuracy", "accuracy", False),
+    ("train/grad_norm", "gradient norm", False),
+    ("perf/tokens_per_second", "tokens/s", True),
+    ("perf/rollout_tokens_per_second", "sampled tokens/s", True),
+    ("train/lr", "learning rate", True),
 )
 PANEL_WIDTH, GAP = 36, 3
 HEIGHTS = (8, 6, 5, 4, 3, 2, 1)  # of a curve in lines: the first at which all fits
@@ -51,7 +51,7 @@ def frame(watched: Watched, now: float, width: int, height: int | None = None) -
     """The picture, no line longer than `width`; at most `height` lines, or as many as it takes."""
     stage = watched.current
     top = [*_header(watched, stage, now, width), *_stages(watched, stage, width)]
-    below = [*_values(stage, width), *_events(stage), *_checkpoints(stage, now)]
+    below = [*_events(stage), *_checkpoints(stage, now), *_values(stage, width)]
     for rows in HEIGHTS if height is not None else (PLAIN_HEIGHT,):
         lines = [*top, *_panels(stage, width, rows), *below]
         if height is None or len(lines) <= height:
@@ -114,8 +114,8 @@ def _stages(watched: Watched, current: Stage, width: int) -> list[Text]:
 def _panels(stage: Stage, width: int, rows: int) -> list[Text]:
     """The curves, as many side by side as the width allows."""
     shown = [
-        (title if row == name else f"{_inside(name)} {title}", name)
-        for row, title in PANELS
+        (title if row == name else f"{inner(row, name)} {title}", name, zero)
+        for row, title, zero in PANELS
         for name in sorted(stage.log.curves)
         if declared_name(name) == row and any(math.isfinite(v) for _, v in stage.log.curves[name])
     ]
@@ -123,19 +123,20 @@ def _panels(stage: Stage, width: int, rows: int) -> list[Text]:
     size = (width - GAP * (side_by_side - 1)) // side_by_side
     lines = []
     for start in range(0, len(shown), side_by_side):
-        panels = [_panel(title, stage.log.curves[name], name, size, rows) for title, name in shown[start : start + side_by_side]]
+        some = shown[start : start + side_by_side]
+        panels = [_panel(title, stage.log.curves[name], name, zero, size, rows) for title, name, zero in some]
         for i, parts in enumerate(zip(*panels, strict=True)):
             lines.append(Text((" " * GAP).join(parts), "chart" if i else "title"))
     return lines
 
 
-def _panel(title: str, curve: Sequence[tuple[int, float]], name: str, width: int, rows: int) -> list[str]:
+def _panel(title: str, curve: Sequence[tuple[int, float]], name: str, zero: bool, width: int, rows: int) -> list[str]:
     """A curve under its title, newest value and range."""
     known = [v for _, v in curve if math.isfinite(v)]
     head = f"{title} {_show(name, curve[-1][1])}"
     span = f"{_show(name, min(known))} to {_show(name, max(known))}"
     head = f"{head}  {span:>{max(0, width - len(head) - 2)}}" if len(head) + len(span) + 2 <= width else head
-    return [f"{head[:width]:<{width}}", *blocks(columns(curve, width), rows, kind_of(name))]
+    return [f"{head[:width]:<{width}}", *blocks(columns(curve, width), rows, zero=zero)]
 
 
 def columns(curve: Sequence[tuple[int, float]], width: int) -> list[float]:
@@ -156,12 +157,12 @@ def columns(curve: Sequence[tuple[int, float]], width: int) -> list[float]:
     return out
 
 
-def blocks(values: Sequence[float], rows: int, kind: str = "number") -> list[str]:
+def blocks(values: Sequence[float], rows: int, *, zero: bool = False) -> list[str]:
     """Values as columns of blocks, the highest line first; a rare spike is cut off, NaN is left blank."""
     known = [v for v in values if math.isfinite(v)]
     if not known:
         return [" " * len(values)] * rows
-    low, high, _ = value_range(known, False, kind)
+    low, high, _ = value_range(known, zero, "number")
     steps = 8 * rows - 1  # the lowest value is one eighth high, so that it can be told from none
     heights = [1 + round(steps * min(1.0, (v - low) / (high - low))) if math.isfinite(v) else 0 for v in values]
     return ["".join(BLOCKS[min(8, max(0, h - 8 * row))] for h in heights) for row in reversed(range(rows))]
@@ -206,8 +207,3 @@ def _show(name: str, value: float) -> str:
 def _short(name: str) -> str:
     """A name without its area, which its family says."""
     return name.split("/", 1)[-1] if name.split("/")[0] in ("train", "perf", "model", "grad", "data", "health") else name
-
-
-def _inside(name: str) -> str:
-    """The split in `eval/test_accuracy`."""
-    return name.split("/")[-1].removesuffix("_accuracy")

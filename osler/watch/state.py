@@ -126,6 +126,13 @@ class Stage:
         last = self.log.last
         return math.nan if last is None else float(last.step) if self.total[1] == "steps" else last.tokens
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether the run has reached its end; of a run by the clock only its last checkpoint knows."""
+        if self.kind != "grpo" and self.config.get("max_minutes"):
+            return as_number(self.saved.get("tokens")) >= as_number(self.saved.get("total_tokens"))
+        return self.done >= self.total[0]
+
     def seconds_left(self, now: float) -> float:
         """Time to the end at the speed of the newest lines, NaN when it is not known."""
         first, last = (self.log.recent[0], self.log.recent[-1]) if len(self.log.recent) > 1 else (None, None)
@@ -148,7 +155,7 @@ class Stage:
                 return State("waiting", "nothing here yet: neither config.yaml nor metrics.jsonl")
             return State("waiting", f"no metrics yet; begun {fmt.duration(silent)} ago")
         saved = next((c.step for c in self.checkpoints), None)
-        if self.done >= self.total[0]:
+        if self.is_complete:
             return State("finished", f"finished {_ago(silent)}")
         gap = self.log.usual_gap
         if silent <= max(QUIET_SECONDS, QUIET_GAPS * gap):

@@ -149,3 +149,8 @@ def test_a_band_and_marks_lie_where_the_axes_say() -> None:
     left, right, floor = svg.LEFT, svg.WIDTH - svg.RIGHT, svg.HEIGHT - svg.BOTTOM
     assert f'<path class="c5 area" d="M{left} {svg.TOP} {right} {svg.TOP} {right} {floor} {left} {floor}Z"/>' in drawing
     assert drawing.count('class="mark') == 1 and f'x1="{(left + right) / 2:.0f}"' in drawing and "&lt;x&gt;" in drawing
+
+
+def test_a_diary_without_metrics_is_told(bare: Bare) -> None:
+    text = build_report(bare(events_jsonl=lines(event(1, "incident", "non_finite", "At once.")))).read_text(encoding="utf-8")
+    assert "At once." in text[text.index('<section id="happened"') :].split("</section>")[0]

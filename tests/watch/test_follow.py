@@ -92,6 +92,7 @@ def test_pauses_are_no_work(path: Path) -> None:
     log = Follower(path)
     log.poll()
     assert log.active_seconds == 390.0 and log.usual_gap == 10.0
+    assert log.recent[0].step == 21, "the speed is that since the pause"
 
 
 def test_a_long_log_opens_quickly_and_is_then_followed_line_by_line(path: Path) -> None:

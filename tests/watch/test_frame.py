@@ -103,8 +103,12 @@ def test_a_silent_run_whose_log_is_open_runs(make_run: MakeRun) -> None:
 def test_a_run_by_the_clock_takes_its_length_from_its_checkpoint(make_run: MakeRun) -> None:
     folder = make_run(config=CONFIG + "max_minutes: 2\n")
     assert "4,000 of 8,000 tokens · 1 min 18 s so far · 41 s to go" in picture(folder)
-    save(folder, 40, 1.0, total_tokens=5000)
+    save(folder, 20, 1.0, tokens=2000, total_tokens=3900)  # planned anew since
+    assert picture(folder).splitlines()[1] == "running"
+    save(folder, 30, 1.0, tokens=3000, total_tokens=5000)
     assert "4,000 of 5,000 tokens · 1 min 18 s so far · 19 s to go" in picture(folder)
+    save(folder, 40, 1.0, tokens=4000, total_tokens=4000)
+    assert picture(folder).splitlines()[1] == "finished 1.0 s ago"
 
 
 def test_grpo_counts_steps(make_run: MakeRun) -> None:

@@ -91,6 +91,20 @@ def test_the_terminal_is_left_as_it_was(run: Path, way: str) -> None:
     assert terminal.leave() == (143 if way == "sigterm" else 0)
 
 
+def test_a_pause_gives_the_terminal_back_for_its_time(run: Path) -> None:
+    terminal = Terminal(run, every=0.2)
+    terminal.until("so far")
+    terminal.process.send_signal(signal.SIGTSTP)
+    assert ENTER not in terminal.until(LEAVE).partition(LEAVE)[0]
+    os.waitid(os.P_PID, terminal.process.pid, os.WSTOPPED)
+    terminal.process.send_signal(signal.SIGCONT)
+    terminal.until(ENTER)
+    terminal.until("so far")
+    terminal.process.send_signal(signal.SIGINT)
+    terminal.until(LEAVE)
+    assert terminal.leave() == 0
+
+
 def test_the_picture_follows_the_run_and_the_size_of_the_terminal(run: Path) -> None:
     termios = pytest.importorskip("termios")
     terminal = Terminal(run, every=0.1)
