@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from osler.monitor.metrics import declared_name, describe
 from osler.report import format as fmt
-from osler.report.families import Family, by_layer, in_families
+from osler.report.families import Family, by_layer, family_of, in_families
 from osler.report.read import Series, StageRun
 from osler.report.svg import Band, Line
 
@@ -154,6 +154,46 @@ SPECS: tuple[Spec, ...] = (
     ),
 )
 
+# Metrics of one family that are read beside one another.
+TOGETHER: tuple[Spec, ...] = (
+    Spec(
+        "How right and how sure",
+        (
+            ("train/token_accuracy", "likeliest token right"),
+            ("train/label_probability", "given to the right one"),
+            ("train/top_probability", "given to the likeliest"),
+        ),
+        "Good: all climb, and the model is about as often right as it is sure. Much surer than right is overconfident.",
+        kind="percent",
+        zero=True,
+    ),
+    Spec(
+        "Where a step's time goes",
+        (
+            ("perf/data_ms", "data"),
+            ("perf/forward_ms", "forward"),
+            ("perf/backward_ms", "backward"),
+            ("perf/optimizer_ms", "optimizer"),
+            ("perf/monitor_ms", "watching"),
+        ),
+        "Good: level, and nearly all of it forward and backward. While a step waits for data, the device is idle.",
+        zero=True,
+        legend="median",
+    ),
+    Spec(
+        "Memory",
+        (
+            ("perf/memory_allocated_bytes", "allocated"),
+            ("perf/memory_reserved_bytes", "reserved"),
+            ("perf/memory_resident_bytes", "of the process"),
+            ("perf/memory_peak_bytes", "at most"),
+        ),
+        "Good: level after the first steps. What climbs steadily ends the run one day.",
+        kind="bytes",
+        zero=True,
+        legend="peak",
+    ),
+)
 
 Chart = tuple[Spec, list[Line], Band | None]
 
@@ -164,25 +204,31 @@ def charts_of(run: StageRun, colour: int) -> tuple[list[Chart], list[tuple[Famil
     A metric that every layer has is one chart. colour: palette number of the stage, which the first line of each chart takes.
     """
     used: set[str] = set()
-    main: list[Chart] = []
-    for spec in SPECS:
-        lines: list[Line] = []
-        for row, label in spec.lines:
-            for name in sorted(n for n in run.curves if declared_name(n) == row):
-                used.add(name)
-                lines.append(line_of(run, name, label or inner(row, name), _palette(colour, len(lines)), spec.over))
-        if any(len(line.x) for line in lines):
-            main.append((spec, lines, None))
+    main = list(_filled(SPECS, run, colour, used))
     rest: list[tuple[Family, list[Chart]]] = []
-    for family, names in in_families(n for n in run.curves if n not in used):
-        whole, layers = by_layer(names)
-        charts = [_together(run, row, some, colour) for row, some in _by_row(whole)]
+    for family, names in in_families([n for n in run.curves if n not in used]):
+        own = [spec for spec in TOGETHER if family_of(spec.lines[0][0]) is family]
+        charts = list(_filled(own, run, colour, used))
+        whole, layers = by_layer(name for name in names if name not in used)
         for base, of in sorted(layers.items()):
             spec, (lines, band) = spec_of(next(iter(of.values()))), bundle({n: run.curves[name] for n, name in of.items()})
             good = f"{spec.good} The grey area spans all {len(of)} layers."
             charts.append((replace(spec, title=f"{base} by layer", good=good), lines, band))
+        charts += [_row_chart(run, row, some, colour) for row, some in _by_row(whole)]
         rest.append((family, charts))
     return main, rest
+
+
+def _filled(specs: Iterable[Spec], run: StageRun, colour: int, used: set[str]) -> Iterator[Chart]:
+    """The specs of which a stage logged something, with their lines; the names of the metrics are added to `used`."""
+    for spec in specs:
+        lines: list[Line] = []
+        for row, label in spec.lines:
+            for name in sorted(n for n in run.curves if (declared_name(n) or n) == row):
+                used.add(name)
+                lines.append(line_of(run, name, label or inner(row, name), _palette(colour, len(lines)), spec.over))
+        if any(len(line.x) for line in lines):
+            yield spec, lines, None
 
 
 def spec_of(name: str) -> Spec:
@@ -259,7 +305,7 @@ def _by_row(names: list[str]) -> Iterator[tuple[str, list[str]]]:
             yield row, some[start : start + COLOURS]
 
 
-def _together(run: StageRun, row: str, names: list[str], colour: int) -> Chart:
+def _row_chart(run: StageRun, row: str, names: list[str], colour: int) -> Chart:
     """One chart of metrics that a row declares, or of a single metric."""
     if len(names) == 1:
         return spec_of(names[0]), [line_of(run, names[0], names[0].split("/")[-1], colour)], None

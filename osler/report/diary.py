@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import html
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -82,9 +83,9 @@ def rows(events: Sequence[dict[str, Any]]) -> str:
 
 
 def _title(h: Happening) -> str:
-    name = h.name.replace("_", " ")
-    kind = h.kind[:1].upper() + h.kind[1:]
-    return f"{kind}: {name}" if name and name != h.kind else kind
+    kind, name = (re.sub("[_-]", " ", text) for text in (h.kind, h.name))
+    kind = kind[:1].upper() + kind[1:]
+    return f"{kind}: {name}" if name and name.lower() != kind.lower() else kind
 
 
 def _when(h: Happening) -> str:

@@ -12,7 +12,7 @@ import pytest
 
 from osler.monitor.metrics import METRICS
 from osler.report import svg
-from osler.report.charts import bundle, charts_of
+from osler.report.charts import TOGETHER, bundle, charts_of
 from osler.report.diary import grave_in_words, happenings, marks_of
 from osler.report.families import OTHER, by_layer, family_of, layer_of
 from osler.report.findings import findings
@@ -77,7 +77,7 @@ def test_the_page_tells_what_happened_and_marks_it_in_the_loss(monitored: Path) 
     text = build_report(monitored).read_text(encoding="utf-8")
     section = text[text.index('<section id="happened"') :].split("</section>")[0]
     assert section.count("<tr>") == 1 + 4 and "Other data, as was allowed." in section
-    assert section.index("Data_change: fingerprint") < section.index("Rollback") < section.index("Alert: exploding gradient")
+    assert section.index("Data change: fingerprint") < section.index("Rollback") < section.index("Alert: exploding gradient")
     (loss,) = re.findall(r'<svg class="chart"(?:(?!</svg>).)*<title>Loss:.*?</svg>', text, re.S)
     assert len(re.findall(r'class="mark (alert|incident|rollback|told)"', loss)) == 5
     assert "<title>Incident: non finite at step 25</title>" in loss
@@ -129,6 +129,18 @@ def test_metrics_of_one_row_share_a_chart() -> None:
     assert family.title == "Reinforcement learning"
     assert [[line.label for line in drawn] for _, drawn, _ in charts] == [[f"r{i}" for i in range(8)], ["r8", "r9"]]
     assert {line.colour for line in charts[0][1]} == set(range(8))
+
+
+def test_metrics_that_are_read_beside_one_another_share_a_chart() -> None:
+    curves = {f"perf/{part}_ms": Series([1], [1.0]) for part in ("data", "forward", "loading")}
+    ((family, charts),) = charts_of(StageRun("", curves, {1: (1.0, 1.0)}), 0)[1]
+    assert family.title == "Performance" and [spec.title for spec, _, _ in charts] == [
+        "Where a step's time goes",
+        "perf/loading_ms",
+    ]
+    assert [line.label for line in charts[0][1]] == ["data", "forward"]
+    for spec in TOGETHER:
+        assert len({family_of(row).title for row, _ in spec.lines}) == 1 and spec.good.endswith(".")
 
 
 def test_every_metric_of_the_table_has_a_family() -> None:
