@@ -32,12 +32,12 @@ EXIT_TERMINATED = 143
 
 def run(folder: str, *, every_seconds: float = 2.0, once: bool = False) -> int:
     """Show a run until the reader leaves; once and in plain text where nobody watches a terminal. Returns the exit code."""
-    if not Path(folder).is_dir():
-        raise UserError(f"{folder} is no folder. Give the folder of a run: the one named by --run when it was started.")
     if not every_seconds > 0:
         raise UserError(f"--every {every_seconds:g} must be above 0: the seconds between two pictures.")
     watched = Watched(Path(folder))
     if once or not is_terminal(sys.stdout):
+        if not Path(folder).is_dir():  # on a terminal it may come yet, and a misspelt name stands in the first line
+            raise UserError(f"{folder} is no folder. Give the folder of a run: the one named by --run when it was started.")
         watched.refresh()
         print("\n".join(line.text for line in frame(watched, time.time(), shutil.get_terminal_size().columns)))
         return 0

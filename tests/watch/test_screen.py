@@ -105,6 +105,18 @@ def test_a_pause_gives_the_terminal_back_for_its_time(run: Path) -> None:
     assert terminal.leave() == 0
 
 
+def test_a_run_that_is_about_to_begin_is_waited_for(run: Path) -> None:
+    folder = run / "later"
+    terminal = Terminal(folder, every=0.1)
+    terminal.until("nothing here yet")
+    folder.mkdir()
+    (run / "metrics.jsonl").rename(folder / "metrics.jsonl")
+    terminal.until("loss 3.250")
+    os.write(terminal.end, b"q")
+    terminal.until(LEAVE)
+    assert terminal.leave() == 0
+
+
 def test_the_picture_follows_the_run_and_the_size_of_the_terminal(run: Path) -> None:
     termios = pytest.importorskip("termios")
     terminal = Terminal(run, every=0.1)
