@@ -9,6 +9,7 @@ import math
 import statistics
 import textwrap
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 from osler.monitor.metrics import declared_name
@@ -140,20 +141,19 @@ def _panel(title: str, curve: Sequence[tuple[int, float]], name: str, zero: bool
 
 
 def columns(curve: Sequence[tuple[int, float]], width: int) -> list[float]:
-    """A curve as `width` values over equal stretches of steps: their means, or the value before where a stretch has none.
+    """A curve as `width` values over equal stretches of steps: their means, and straight lines over stretches without a value.
 
     NaN where all that was logged in a stretch was not finite.
     """
     first, last = curve[0][0], curve[-1][0]
-    stretches: list[list[float]] = [[] for _ in range(width)]
+    stretches: dict[int, list[float]] = {}
     for step, value in curve:
-        stretches[min(width - 1, (step - first) * width // max(1, last - first))].append(value)
-    out, before = [], math.nan
-    for values in stretches:
-        if values:
-            known = [v for v in values if math.isfinite(v)]
-            before = statistics.fmean(known) if known else math.nan
-        out.append(before)
+        stretches.setdefault(min(width - 1, (step - first) * width // max(1, last - first)), []).append(value)
+    means = {i: statistics.fmean([v for v in values if math.isfinite(v)] or [math.nan]) for i, values in stretches.items()}
+    out = [means[max(means)]] * width
+    for a, b in pairwise(means):
+        for i in range(a, b):
+            out[i] = means[a] + ((means[b] - means[a]) * (i - a) / (b - a) if i > a else 0.0)
     return out
 
 

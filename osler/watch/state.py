@@ -163,11 +163,11 @@ class Stage:
         for_so_long = f"no sign of it for {fmt.duration(silent)}"
         if self._held_open(now):
             return State("running", f"running, {for_so_long}")
-        if silent <= max(DEAD_SECONDS, DEAD_GAPS * gap):
-            return State("quiet", for_so_long)
-        if saved is not None and saved >= last.step:
-            return State("stopped", f"stopped {_ago(silent)}, saved at step {saved:,}")
         kept = "nothing saved" if saved is None else f"saved at step {saved:,}"
+        if silent <= max(DEAD_SECONDS, DEAD_GAPS * gap):
+            return State("quiet", f"{for_so_long}; {kept}")
+        if saved is not None and saved >= last.step:
+            return State("stopped", f"stopped {_ago(silent)}, {kept}")
         return State("dead", f"dead: {for_so_long}; last line at step {last.step:,}, {kept}")
 
     def _held_open(self, now: float) -> bool:

@@ -76,7 +76,8 @@ def test_a_running_run(make_run: MakeRun) -> None:
     ("ago", "saved", "steps", "expected"),
     [
         (1.0, None, 40, "running"),
-        (30.0, None, 40, "no sign of it for 30 s"),
+        (30.0, None, 40, "no sign of it for 30 s; nothing saved"),
+        (30.0, 40, 40, "no sign of it for 30 s; saved at step 40"),
         (DEAD_SECONDS + 60, None, 40, "dead: no sign of it for 3 min 00 s; last line at step 40, nothing saved"),
         (DEAD_SECONDS + 60, 20, 40, "dead: no sign of it for 3 min 00 s; last line at step 40, saved at step 20"),
         (DEAD_SECONDS + 60, 40, 40, "stopped 3 min 00 s ago, saved at step 40"),
@@ -171,9 +172,9 @@ def test_the_picture_fits_the_terminal(make_run: MakeRun, width: int, height: in
         assert "running" in lines and any("█" in line for line in lines)
 
 
-def test_columns_are_means_and_hold_between_points() -> None:
+def test_columns_are_means_with_straight_lines_between() -> None:
     assert columns([(0, 1.0), (1, 3.0), (2, 5.0), (3, 7.0)], 2) == [2.0, 6.0]
-    assert columns([(0, 1.0), (10, 2.0)], 4) == [1.0, 1.0, 1.0, 2.0]
+    assert columns([(0, 1.0), (10, 4.0)], 4) == [1.0, 2.0, 3.0, 4.0]
     gap = columns([(0, 1.0), (1, math.nan), (2, 2.0)], 3)
     assert gap[0] == 1.0 and math.isnan(gap[1]) and gap[2] == 2.0
     assert columns([(7, 5.0)], 3) == [5.0, 5.0, 5.0]
