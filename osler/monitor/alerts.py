@@ -2,7 +2,7 @@
 
 The rules (``rules.py``) look at each line of ``metrics.jsonl`` as it is written. What was said is said again after a pause, each
 longer than the one before, or when it has become twice as bad. Resume is exact without a checkpoint: alerts are a function of the
-lines, so a run that goes on replays the file. Torch-free.
+lines, so a run that goes on replays the file (``replayed``). Torch-free.
 """
 
 from __future__ import annotations
@@ -42,12 +42,6 @@ class Watch:
         found = [finding for metric, rule in RULES if metric in past.line or metric.endswith("/") for finding in rule(past)]
         return [Alert(step, finding.name, finding.severity, finding.message) for finding in found if self._is_news(finding)]
 
-    def replay(self, path: Path) -> None:
-        """Take in a metrics file of whole lines, whose alerts were given by the process that wrote them."""
-        for text in path.read_bytes().split(b"\n")[:-1]:
-            line = json.loads(text)
-            self.look(line["step"], line["tokens"], line)
-
     def _is_news(self, finding: Finding) -> bool:
         again, pause, badness = self.said.get(finding.name, (0, 0, 0.0))
         if self.history.lines < again and finding.badness < WORSE * badness:
@@ -55,3 +49,12 @@ class Watch:
         pause = 2 * pause if pause else PAUSE
         self.said[finding.name] = (self.history.lines + pause, pause, max(badness, finding.badness))
         return True
+
+
+def replayed(facts: Facts, path: Path) -> Watch:
+    """A watch that has seen a metrics file of whole lines, whose alerts were given by the process that wrote them."""
+    watch = Watch(facts)
+    for text in path.read_bytes().split(b"\n")[:-1]:
+        line = json.loads(text)
+        watch.look(line["step"], line["tokens"], line)
+    return watch

@@ -66,7 +66,7 @@ class Courier:
             self.dropped += self._todo.qsize()
         self._thread.join(max(0.0, deadline - time.monotonic()))
         if not self._is_gone() and self._thread.is_alive():
-            say(f"Warning: {self.name} has not finished within {seconds:g} s. What it may lack is in metrics.jsonl.")
+            say(f"{self.name} has not finished within {seconds:g} s; the run waits no longer. What it lacks is in metrics.jsonl.")
         elif self.dropped:
             say(f"Warning: {self.name} was too slow for {self.dropped} lines; they are only in metrics.jsonl.")
         self.gone = True

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from importlib.util import find_spec
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from osler.errors import UserError
-from osler.monitor.alerts import Alert, Watch
+from osler.monitor.alerts import Alert, Watch, replayed
 from osler.monitor.config import MonitorConfig
 from osler.monitor.courier import Courier, Sink
 from osler.monitor.events import EventLog
@@ -32,38 +33,49 @@ from osler.yaml12 import load_yaml
 TRACKERS = {"tensorboard": "TensorBoard", "wandb": "Weights & Biases", "clearml": "ClearML"}  # field, package and extra: name
 
 
-class FanOut:
-    """Writes a run's lines and alerts wherever they are wanted."""
+class SpreadingLog(EventLog):
+    """A diary whose entries also go to the places outside the run."""
 
-    def __init__(
-        self, file: JsonlSink, watch: Watch | None = None, events: EventLog | None = None, couriers: Mapping[str, Courier] = {}
-    ) -> None:
+    def __init__(self, path: str | Path, couriers: Sequence[Courier]) -> None:
+        super().__init__(path)
+        self.couriers = couriers
+
+    def write(self, step: int, kind: str, name: str, message: str, **details: Any) -> None:
+        """Append one event and send it on, as a warning unless ``severity`` is among its details."""
+        super().write(step, kind, name, message, **details)
+        for courier in self.couriers:
+            courier.alert(Alert(step, name, details.get("severity", "warning"), message))
+
+
+class FanOut:
+    """Writes a run's lines and alerts wherever they are wanted. What else happens to the run goes to ``events``."""
+
+    def __init__(self, file: JsonlSink, watch: Watch | None, events: EventLog, couriers: Sequence[Courier]) -> None:
         self.file, self.watch, self.events, self.couriers = file, watch, events, couriers
 
     def write(self, step: int, tokens: int, metrics: Mapping[str, float]) -> None:
         """Write one line, and say what the rules see in it."""
         self.file.write(step, tokens, metrics)
         finite = {name: float(value) for name, value in metrics.items() if math.isfinite(value)}
-        for courier in self.couriers.values():
+        for courier in self.couriers:
             courier.write(step, tokens, finite)
         for alert in self.watch.look(step, tokens, metrics) if self.watch else ():
-            self.alert(alert)
+            say(f"Warning: step {alert.step}: {alert.message}")
+            self.events.write(alert.step, "alert", alert.name, alert.message, severity=alert.severity)
 
-    def alert(self, alert: Alert, *, kind: str = "alert", **details: Any) -> None:
-        """Tell a person; ``kind`` and ``details`` are for the diary, as ``EventLog.write`` takes them."""
-        if self.events is None:
-            return
-        say(f"Warning: step {alert.step}: {alert.message}")
-        self.events.write(alert.step, kind, alert.name, alert.message, severity=alert.severity, **details)
-        for courier in self.couriers.values():
-            courier.alert(alert)
+    def rewind(self, step: int) -> None:
+        """Drop the lines after ``step`` and what the rules saw in them: a run that has gone back makes those steps again."""
+        self.file.close()
+        self.file = JsonlSink(self.file.path, resume_step=step)
+        if self.watch is not None:
+            self.watch = replayed(self.watch.history.facts, self.file.path)
 
     def __enter__(self) -> FanOut:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.file.close()
-        for courier in self.couriers.values():
+        for courier in self.couriers:
             courier.close()
 
 
@@ -82,10 +94,10 @@ def check_sinks(config: MonitorConfig) -> None:
 def open_sinks(config: MonitorConfig, run: RunFolder, facts: Facts, *, step: int, is_first: bool = True) -> FanOut:
     """The sinks of a run that goes on from ``step`` (0: begins); only the first rank's lead anywhere."""
     if not is_first:
-        return FanOut(JsonlSink(os.devnull))
-    file, watch = JsonlSink(run.metrics, resume_step=step if step else -1), Watch(facts)
-    watch.replay(run.metrics)
-    return FanOut(file, watch, EventLog(run.events), {name: Courier(name, opener) for name, opener in _places(config, run, step)})
+        return FanOut(JsonlSink(os.devnull), None, EventLog(os.devnull), [])
+    file = JsonlSink(run.metrics, resume_step=step if step else -1)
+    couriers = [Courier(name, open_sink) for name, open_sink in _places(config, run, step)]
+    return FanOut(file, replayed(facts, run.metrics), SpreadingLog(run.events, couriers), couriers)
 
 
 def _places(config: MonitorConfig, run: RunFolder, step: int) -> Iterator[tuple[str, Callable[[], Sink]]]:

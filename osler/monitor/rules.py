@@ -169,9 +169,9 @@ def dead_units(past: History) -> Iterator[Finding]:
         layers = f", and more than {DEAD:.0%} in {len(dead)} layers in all" if len(dead) > 1 else ""
         yield Finding(
             "dead-layers",
-            f"{dead[worst]:.0%} of the feed-forward units in layer {worst} give nothing for any token{layers}. They do not come back "
-            f"by themselves; a step was probably too large. Go back to an earlier checkpoint and try {past.facts.slower} and a "
-            "longer schedule.warmup_tokens.",
+            f"{dead[worst]:.0%} of the feed-forward units in layer {worst} give nothing for any token{layers}. They do not come "
+            "back by themselves; a step was probably too large. Go back to an earlier checkpoint and try "
+            f"{past.facts.slower} and a longer schedule.warmup_tokens.",
             sum(dead.values()),
             "critical",
         )

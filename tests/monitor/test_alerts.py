@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from osler.monitor.alerts import PAUSE, Alert, Watch
+from osler.monitor.alerts import PAUSE, Alert, Watch, replayed
 from osler.monitor.history import (
     CLIPPED,
     CUT,
@@ -173,7 +173,6 @@ def test_a_replay_of_the_file_goes_on_as_if_nothing_had_happened(tmp_path):
     look(whole, 0, 120)
     written = [{"step": n, "tokens": n * TOKENS * STEPS, "time": 1.0, **line} for n, line in enumerate(lines[:120])]
     path.write_text("".join(json.dumps(line).replace("NaN", "null") + "\n" for line in written), encoding="utf-8")
-    resumed = Watch(FACTS)
-    resumed.replay(path)
+    resumed = replayed(FACTS, path)
     expected = look(whole, 120, 200)
     assert expected and look(resumed, 120, 200) == expected

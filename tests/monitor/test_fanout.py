@@ -7,17 +7,16 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
 from osler.errors import UserError
 from osler.monitor import courier as couriers
-from osler.monitor.alerts import Alert
+from osler.monitor.alerts import Alert, Watch
 from osler.monitor.config import MonitorConfig
 from osler.monitor.courier import Courier
 from osler.monitor.events import read_events
-from osler.monitor.fanout import FanOut, check_sinks, open_sinks
+from osler.monitor.fanout import FanOut, SpreadingLog, check_sinks, open_sinks
 from osler.monitor.history import Facts
 from osler.monitor.outpost import Outpost
 from osler.monitor.sinks import JsonlSink
@@ -132,8 +131,8 @@ def test_a_slow_sink_loses_lines_and_they_are_counted(capsys, monkeypatch):
 
 def test_an_alert_reaches_console_diary_and_sinks_and_the_file_depends_on_none(tmp_path, capsys):
     run, good, bad = RunFolder.create(tmp_path), Notebook(), Notebook(fails_at=1)
-    with open_sinks(MonitorConfig(), run, FACTS, step=0) as sinks:
-        sinks.couriers = {"good": Courier("good", lambda: good), "bad": Courier("bad", lambda: bad)}
+    places = [Courier("good", lambda: good), Courier("bad", lambda: bad)]
+    with FanOut(JsonlSink(run.metrics), Watch(FACTS), SpreadingLog(run.events, places), places) as sinks:
         for step in (1, 2, 3):
             sinks.write(step, step, {"train/skipped_steps": 2.0})
     assert [json.loads(line)["step"] for line in run.metrics.read_text().splitlines()] == [1, 2, 3]
@@ -154,11 +153,23 @@ def test_a_resumed_run_does_not_say_again_what_it_said(tmp_path, capsys):
     assert [event["step"] for event in read_events(run.events)] == [1] and capsys.readouterr().err.count("Warning") == 1
 
 
+def test_a_run_that_goes_back_forgets_the_lines_that_it_makes_again(tmp_path):
+    run = RunFolder.create(tmp_path)
+    with open_sinks(MonitorConfig(), run, FACTS, step=0) as sinks:
+        for step in (*range(1, 9), *range(5, 9)):
+            if step == 5:
+                sinks.rewind(4)
+            sinks.write(step, step, {"train/skipped_steps": float(step == 6)})
+    assert [json.loads(line)["step"] for line in run.metrics.read_text().splitlines()] == list(range(1, 9))
+    assert [event["step"] for event in read_events(run.events)] == [6, 6]
+
+
 def test_other_ranks_write_nothing(tmp_path, capsys):
     run = RunFolder.create(tmp_path)
     with open_sinks(MonitorConfig(webhook="false"), run, FACTS, step=0, is_first=False) as sinks:
         sinks.write(1, 1, {"train/skipped_steps": 2.0})
-        sinks.alert(ALERT)
+        sinks.events.write(1, "rollback", "rollback", "back to step 0")
+        sinks.rewind(0)
     assert list(tmp_path.iterdir()) == [] and capsys.readouterr().err == ""
 
 
@@ -167,7 +178,7 @@ def test_a_webhook_gets_the_alert_as_json_without_a_shell(tmp_path):
     script.write_text("import sys; open(sys.argv[1], 'ab').write(sys.stdin.buffer.read())")
     run = RunFolder.create(tmp_path / "run")
     with open_sinks(MonitorConfig(webhook=f"{PYTHON} '{script}' '{out}'"), run, FACTS, step=0) as sinks:
-        sinks.alert(ALERT)
+        sinks.events.write(7, "incident", "dead-layers", ALERT.message, severity="critical", rows=[1, 2])
         sinks.write(1, 1, {"train/skipped_steps": 1.0})
     first, second = (json.loads(line) for line in out.read_text(encoding="utf-8").splitlines())
     expected = {"run": str(run.root), "step": 7, "name": "dead-layers", "severity": "critical", "message": ALERT.message}
@@ -268,7 +279,7 @@ def test_tensorboard_has_every_step_once_after_a_resume(tmp_path):
         with open_sinks(MonitorConfig(tensorboard=True), run, FACTS, step=step) as sinks:
             for n in range(step + 1, step + 6):
                 sinks.write(n, n, {"train/loss": 1.0 / n, "train/skipped_steps": 1.0 if n == 1 else 0.0})
-            wait_until(lambda: all(courier._busy_since is None for courier in sinks.couriers.values()))
+            wait_until(lambda: all(courier._busy_since is None for courier in sinks.couriers))
         time.sleep(1.1)  # event files are read in the order of the seconds in their names
     events = accumulator.EventAccumulator(str(run.trackers / "tensorboard"))
     events.Reload()
@@ -291,15 +302,9 @@ def test_a_tracker_without_network_takes_a_run_and_its_resume(field, offline, tm
         with open_sinks(MonitorConfig(**{field: "osler-test"}), run, FACTS, step=step) as sinks:
             for n in range(step + 1, step + 4):
                 sinks.write(n, n, {"train/loss": 1.0 / n, "train/skipped_steps": 1.0})
-            for courier in sinks.couriers.values():
+            for courier in sinks.couriers:
                 courier.close(60)
     assert "failed" not in capsys.readouterr().err
     if field == "wandb":
         ids = {folder.name.rpartition("-")[2] for folder in (run.trackers / "wandb").glob("offline-run-*")}
         assert ids == {(run.trackers / "wandb.id").read_text()}
-
-
-def test_a_fan_out_needs_no_more_than_a_file(tmp_path: Path):
-    with FanOut(JsonlSink(tmp_path / "metrics.jsonl")) as sinks:
-        sinks.write(1, 1, {"train/loss": 1.0})
-    assert (tmp_path / "metrics.jsonl").read_text().count("\n") == 1
