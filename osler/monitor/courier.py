@@ -43,7 +43,8 @@ class Courier:
         self.hang_seconds = hang_seconds
         self.dropped = 0
         self.gone = False
-        self._todo: queue.Queue[Callable[[Sink], None] | None] = queue.Queue(QUEUE_LINES)
+        self._ended = False
+        self._todo: queue.SimpleQueue[Callable[[Sink], None] | None] = queue.SimpleQueue()
         self._failure = _Failure()
         self._busy_since: float | None = time.monotonic()
         self._thread = threading.Thread(target=self._work, args=(open_sink,), name=f"osler-{name}", daemon=True)
@@ -55,16 +56,19 @@ class Courier:
     def alert(self, alert: Alert) -> None:
         self._give(lambda sink: sink.alert(alert))
 
+    def end(self) -> None:
+        """Say that nothing more comes; does not wait. Calling it twice is fine."""
+        if self._ended or self._is_gone():
+            return
+        self._ended = True
+        self._todo.put(None)
+
     def close(self, seconds: float = CLOSE_SECONDS) -> None:
         """Let the sink finish, for at most so many seconds, and say what did not arrive; closing twice is fine."""
-        if self._is_gone():
+        self.end()
+        if self.gone:
             return
-        deadline = time.monotonic() + seconds
-        try:
-            self._todo.put(None, timeout=seconds)
-        except queue.Full:
-            self.dropped += self._todo.qsize()
-        self._thread.join(max(0.0, deadline - time.monotonic()))
+        self._thread.join(seconds)
         if not self._is_gone() and self._thread.is_alive():
             say(f"{self.name} has not finished within {seconds:g} s; the run waits no longer. What it lacks is in metrics.jsonl.")
         elif self.dropped:
@@ -74,9 +78,9 @@ class Courier:
     def _give(self, work: Callable[[Sink], None]) -> None:
         if self._is_gone():
             return
-        try:
-            self._todo.put_nowait(work)
-        except queue.Full:
+        if self._todo.qsize() < QUEUE_LINES:
+            self._todo.put(work)
+        else:
             self.dropped += 1
 
     def _is_gone(self) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from importlib.util import find_spec
@@ -19,7 +20,7 @@ from typing import Any
 from osler.errors import UserError
 from osler.monitor.alerts import Alert, Watch, replayed
 from osler.monitor.config import MonitorConfig
-from osler.monitor.courier import Courier, Sink
+from osler.monitor.courier import CLOSE_SECONDS, Courier, Sink
 from osler.monitor.events import EventLog
 from osler.monitor.history import Facts
 from osler.monitor.outpost import Outpost
@@ -75,8 +76,11 @@ class FanOut:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.file.close()
+        deadline = time.monotonic() + (0.0 if kind is KeyboardInterrupt else CLOSE_SECONDS)  # who asks twice is not kept waiting
         for courier in self.couriers:
-            courier.close()
+            courier.end()
+        for courier in self.couriers:
+            courier.close(max(0.0, deadline - time.monotonic()))
 
 
 def check_sinks(config: MonitorConfig) -> None:

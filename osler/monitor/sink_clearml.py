@@ -29,8 +29,8 @@ class ClearmlSink:
             task_name=name,
             reuse_last_task_id=known.read_text(encoding="utf-8") if known.exists() else False,
             continue_last_task=0 if known.exists() else False,  # 0: our steps are not added to those that it has seen
-            # What we report, and no arguments, frameworks, streams or load of the machine. (It also takes the state of Osler's git
-            # checkout: clearml.conf, sdk.development, turns that off.)
+            # What we report, and no arguments, frameworks, streams or load of the machine. (It also takes the state of Osler's
+            # git checkout: clearml.conf, sdk.development, turns that off.)
             auto_connect_arg_parser=False,
             auto_connect_frameworks=False,
             auto_connect_streams=False,
