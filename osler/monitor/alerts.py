@@ -56,5 +56,5 @@ def replayed(facts: Facts, path: Path) -> Watch:
     watch = Watch(facts)
     for text in path.read_bytes().split(b"\n")[:-1]:
         line = json.loads(text)
-        watch.look(line["step"], line["tokens"], line)
+        watch.look(line["step"], line.get("tokens", 0), line)
     return watch

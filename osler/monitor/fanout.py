@@ -111,6 +111,7 @@ def _places(config: MonitorConfig, run: RunFolder, step: int) -> Iterator[tuple[
     if config.tensorboard:
         yield TRACKERS["tensorboard"], partial(TensorBoardSink, run.trackers, step + 1 if step else 0)
     described = load_yaml(run.config.read_text(encoding="utf-8"), str(run.config)) if run.config.exists() else {}
+    described.pop("monitor", None)  # a webhook may hold a secret
     whose = (str(run.trackers), run.root.resolve().name, described)
     if config.wandb is not None:
         target = "osler.monitor.sink_wandb:WandbSink"
