@@ -17,6 +17,7 @@ from osler.errors import UserError
 from osler.eval.exams import score_by_generation
 from osler.inference.engine import Engine
 from osler.inference.load import LoadedModel, describing_files, load_model
+from osler.monitor.fanout import check_sinks
 from osler.optim.build import build_optimizer
 from osler.parallel.activation_checkpoint import set_recompute
 from osler.parallel.parallelize import check_strategy, parallelize
@@ -66,6 +67,7 @@ def run(
     if dry_run:
         start = starting_model(folder, config)
         check_exams(config)
+        check_sinks(config.monitor)
         print(describe_plan(config, folder, start, planned_numbers(config)))
         return 0
     done = f"Done: {folder.root}\n  osler eval {folder.root}   sit the exam\n  osler report {folder.root}   the run as a page"
@@ -79,6 +81,7 @@ def train(config: GrpoConfig, run: RunFolder, world: World | None = None) -> boo
     world = world or World(device=config.device)
     refuse_another(run, config)
     check_exams(config)
+    check_sinks(config.monitor)
     keep_freed_memory()
     checkpoint = newest_checkpoint(run)
     precision = stored_precision(checkpoint, config.precision)

@@ -11,7 +11,6 @@ agreed on after each step. A checkpoint is the same whatever the number of ranks
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,7 +24,8 @@ from osler.checkpoint import store
 from osler.errors import UserError
 from osler.inference.engine import Engine
 from osler.model.transformer import Transformer
-from osler.monitor.sinks import JsonlSink
+from osler.monitor.fanout import FanOut, open_sinks
+from osler.monitor.history import Facts
 from osler.optim.build import set_decay_and_momentum, set_lr
 from osler.optim.schedule import lr_scale
 from osler.parallel.engine import Engine as ParallelEngine
@@ -42,7 +42,6 @@ from osler.tokenizer.bpe import Tokenizer
 from osler.train.folder import was_evaluated
 from osler.train.trainer import check_fingerprints
 
-CUT_ALARM = 0.9  # above this share of cut completions something is wrong with the template or the limit
 PREFLIGHT_SAMPLES = 4
 
 
@@ -89,16 +88,15 @@ class GrpoTrainer:
         self.tokens = 0  # completion tokens sampled
         self.best_value: float | None = None
         self.skipped_in_a_row = 0
-        self.zero_reward_steps = 0
 
     # -- the loop ------------------------------------------------------------------------------------------------------
 
     def fit(self) -> bool:
         """Train to the last step; False when asked to stop before (everything is saved then)."""
-        config, written = self.config, self.run.metrics if self.world.is_first else os.devnull
+        config = self.config
         with (
             StopFlag() as stop,  # first: whoever sees the metrics file may rely on a signal being a request
-            JsonlSink(written, resume_step=self.step if self.step else -1) as sink,
+            open_sinks(config.monitor, self.run, self._facts(), step=self.step, is_first=self.world.is_first) as sink,
             Progress(config.steps, "steps", label="grpo", initial=self.step) as progress,
         ):
             # Before the first step, or where a kill came after the checkpoint and before its evaluation.
@@ -149,7 +147,6 @@ class GrpoTrainer:
         if self.step == 0:
             self._preflight(groups)
         metrics = rollout_metrics(groups)
-        self._alarms(metrics, earned=any(sample.reward > 0.0 for group in groups for sample in group.samples))
 
         budget = config.budget_tokens_per_step
         middle = self.step * budget + budget // 2  # as in train/: the first step has a rate above 0, and so has the last
@@ -207,21 +204,14 @@ class GrpoTrainer:
             f"{sum(group.effective for group in groups)} of {len(groups)} groups teach something."
         )
 
-    def _alarms(self, metrics: Mapping[str, float], *, earned: bool) -> None:
-        """Say loudly what otherwise fails without an error: no completion ends, or none is ever rewarded."""
-        algorithm, patience = self.config.algorithm, self.config.zero_reward_patience
-        if metrics["completions/clipped_ratio"] > CUT_ALARM and self.step % patience == 0:
-            say(
-                f"Warning: {metrics['completions/clipped_ratio']:.0%} of the completions were cut at "
-                f"{algorithm.max_new_tokens} tokens. Either the limit is too short, or the model never learned to end "
-                "(was it fine-tuned with the chat template?)."
-            )
-        self.zero_reward_steps = 0 if earned else self.zero_reward_steps + 1
-        if self.zero_reward_steps and self.zero_reward_steps % patience == 0:
-            say(
-                f"Warning: no completion earned a reward for {self.zero_reward_steps} steps; there is nothing to learn "
-                f"from. Look at {self.run.samples}, and start from a model that is right now and then."
-            )
+    def _facts(self) -> Facts:
+        """What the alerts must know of this run: among them is that no completion ends, or none is ever rewarded."""
+        return Facts(
+            lr=self.config.optim.lr,
+            clip_norm=self.config.clip_norm,
+            max_new_tokens=self.config.algorithm.max_new_tokens,
+            zero_reward_patience=self.config.zero_reward_patience,
+        )
 
     def _check_skipped(self, metrics: Mapping[str, float]) -> None:
         """End the run when the gradient has not been finite for too long: nothing is being learned."""
@@ -234,7 +224,7 @@ class GrpoTrainer:
                 f"{self.run.checkpoints}."
             )
 
-    def _evaluate(self, sink: JsonlSink) -> None:
+    def _evaluate(self, sink: FanOut) -> None:
         """Evaluate, and mark this step's checkpoint when it is the best so far."""
         if self.evaluate is None:
             return
@@ -284,7 +274,6 @@ class GrpoTrainer:
             "step": self.step,
             "tokens": self.tokens,
             "skipped_in_a_row": self.skipped_in_a_row,
-            "zero_reward_steps": self.zero_reward_steps,
             "optimizer": optimizer_state,
             "fingerprints": self.fingerprints,
         }
@@ -318,7 +307,6 @@ class GrpoTrainer:
         self.skipped_in_a_row = loaded.state["skipped_in_a_row"]
         best = store.best_checkpoint(self.run.checkpoints)
         self.best_value = best.value if best is not None and best.step <= self.step else None
-        self.zero_reward_steps = loaded.state["zero_reward_steps"]
 
 
 def frozen_copy(model: Transformer) -> Transformer:

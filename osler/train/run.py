@@ -30,6 +30,7 @@ from osler.inference.engine import Engine
 from osler.inference.load import TOKENIZER_FILE, describing_files
 from osler.model.config import ModelConfig
 from osler.model.transformer import Transformer
+from osler.monitor.fanout import check_sinks
 from osler.optim.build import build_optimizer
 from osler.parallel.activation_checkpoint import set_recompute
 from osler.parallel.config import ParallelConfig
@@ -117,6 +118,7 @@ def train(config: TrainConfig, run: RunFolder, world: World | None = None) -> bo
     world = world or World(device=config.device)
     started = time.monotonic()
     refuse_another(run, config)
+    check_sinks(config.monitor)
     exam = exam_items(config.exam)
     keep_freed_memory()
     newest = newest_checkpoint(run)

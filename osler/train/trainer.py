@@ -11,10 +11,8 @@ make the same steps. A checkpoint is the same whatever the number of ranks.
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +22,8 @@ from osler.checkpoint import store
 from osler.data.loader import Batch
 from osler.errors import UserError
 from osler.model.transformer import Transformer
-from osler.monitor.sinks import JsonlSink
+from osler.monitor.fanout import FanOut, open_sinks
+from osler.monitor.history import Facts
 from osler.optim.build import set_decay_and_momentum
 from osler.optim.schedule import lr_scale
 from osler.runtime.faults import fault
@@ -99,7 +98,7 @@ class Trainer:
         config = self.config
         with (
             StopFlag() as stop,  # first: whoever sees the metrics file may rely on a signal being a request
-            JsonlSink(self._own(self.run.metrics), resume_step=self.step if self.step else -1) as sink,
+            open_sinks(config.monitor, self.run, self._facts(), step=self.step, is_first=self.world.is_first) as sink,
             Progress(self.total_tokens, "tokens", label=config.kind, initial=self.tokens) as progress,
         ):
             if self.step and not self.world.once(lambda: was_evaluated(self.run, self.step)):
@@ -194,7 +193,7 @@ class Trainer:
             self.skipped_in_a_row = self.skipped_in_a_row + 1 if row[2] else 0
         self.window += rows
 
-    def _log(self, sink: JsonlSink, progress: Progress, mark: tuple[int, float], scale: float) -> tuple[int, float]:
+    def _log(self, sink: FanOut, progress: Progress, mark: tuple[int, float], scale: float) -> tuple[int, float]:
         """Write what the steps since the last line gave; the speed is that since the tokens and the time of ``mark``."""
         self._fetch()
         now = time.monotonic()
@@ -252,11 +251,17 @@ class Trainer:
         stop.requested = stop.requested or not on
         return not on
 
-    def _own(self, path: Path) -> Path:
-        """The file for rank 0; the others write into the void."""
-        return path if self.world.is_first else Path(os.devnull)
+    def _facts(self) -> Facts:
+        """What the alerts must know of this run."""
+        return Facts(
+            lr=self.config.optim.lr,
+            clip_norm=self.config.clip_norm,
+            warmup_tokens=self.config.schedule.warmup_tokens,
+            vocab_size=self.model.config.vocab_size,
+            loader_workers=self.config.loader_workers,
+        )
 
-    def _evaluate(self, sink: JsonlSink, progress: Progress) -> None:
+    def _evaluate(self, sink: FanOut, progress: Progress) -> None:
         """Measure what is due after this step; a lowest held-out loss marks the step's checkpoint as the best."""
         before = time.monotonic()
         metrics = self.evaluate() if self._due(self.config.eval_every_tokens) else {}

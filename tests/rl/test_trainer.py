@@ -13,6 +13,7 @@ import torch
 from osler.checkpoint import store
 from osler.errors import UserError
 from osler.inference.engine import Engine
+from osler.monitor.events import read_events
 from osler.monitor.metrics import declared_name
 from osler.optim.build import build_optimizer
 from osler.optim.config import AdamWConfig, LinearConfig
@@ -193,6 +194,10 @@ def test_alarms_for_completions_that_never_end_and_rewards_that_never_come(make_
     printed = capsys.readouterr().err
     assert "of the completions were cut at 1 tokens" in printed
     assert "no completion earned a reward for 3 steps" in printed
+    assert [(event["name"], event["step"]) for event in read_events(tmp_path / "events.jsonl")] == [
+        ("cut-completions", 1),
+        ("no-reward", 3),
+    ]
 
 
 def test_a_batch_without_a_usable_sample_is_survived(make_trainer, tmp_path):
