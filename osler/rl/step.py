@@ -26,6 +26,7 @@ from osler.rl.advantages import group_advantages
 from osler.rl.config import AlgorithmConfig
 from osler.rl.loss import LossInputs, add_sums, grpo_loss, loss_metrics, token_weights
 from osler.rl.rollout import Group
+from osler.train.step import condemned_unless_finite
 
 FIRST_UPDATE_METRICS = "sampling/"  # sampler against trainer: only comparable before the weights move
 
@@ -139,7 +140,7 @@ def update_policy(
 ) -> dict[str, float]:
     """Take ``updates_per_batch`` optimizer steps on the rows and return the metrics, averaged over them.
 
-    ``reference`` is needed when beta is above 0 and is only read. An update whose gradient is not finite is skipped and
+    ``reference`` is needed when beta is above 0 and is only read. An update whose loss or gradient is not finite is skipped and
     counted under ``train/skipped_steps``. The optimizer must be a fused
     one (``build_optimizer``); its learning rate is used as it is.
     """
@@ -165,7 +166,7 @@ def update_policy(
                 inputs = LossInputs(logp_BT, batch.old_BT, batch.reference_BT, mask_BT, batch.advantages_B, batch.weight_BT)
                 loss, part = grpo_loss(inputs, algorithm)
             if batch.learns:
-                loss.backward()
+                condemned_unless_finite(loss).backward()
             sums = add_sums(sums, {**part, "entropy": entropy_BT.sum()})
         grad_norm = clip_grad_norm_(model.parameters(), clip_norm, foreach=True)
         skipped = (~torch.isfinite(grad_norm)).float()
