@@ -105,4 +105,4 @@ def test_sigkill_at_named_and_random_moments_and_ctrl_c(tiny, runs, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     lines = done.stdout.splitlines()
     assert [line for line in lines if not line.startswith("ok ")] == []
-    assert len(lines) == 8
+    assert len(lines) == 18
