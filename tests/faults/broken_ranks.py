@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from parallel_runs import PATIENCE_SECONDS, STEPS, codes, metrics, report, said, start, train
 
+import osler.rl.run  # noqa: F401 - loaded once for every fork
 from osler.checkpoint import store
 from osler.cli import main
 
@@ -55,14 +56,14 @@ def one_of_four_killed(command: Sequence[str], whole: Path, folder: Path) -> Non
     assert_equal_bits(folder, whole)
 
 
-def poisoned_rank(command: Sequence[str], folder: Path) -> None:
+def poisoned_rank(command: Sequence[str], folder: Path, offset: int = 2 * 512) -> None:
     """One rank's loss is NaN: all skip the step, all go back, all go on; and to the same end when one dies going back."""
     calm, cut = folder.with_name(f"{folder.name}-calm"), folder.with_name(f"{folder.name}-cut")
     assert train(command, calm, 2, fault_rank=1, fault=POISON) == [0, 0], said(calm, 0)[-2000:]
     state = end(calm).state["incidents"]
-    assert (state["rollbacks"], state["data_offset"]) == (1, 2 * 512), state
+    assert (state["rollbacks"], state["data_offset"]) == (1, offset), state
     assert said(calm, 0).count("Going back from step 10 to step-000000008") == 1 and said(calm, 1) == ""
-    if "parallel.type=fsdp" in command:
+    if "parallel.type=fsdp" in command or command[0] == "grpo":
         return
     assert train(command, cut, 2, fault_rank=1, fault=f"{POISON},rollback:kill") == [2, -signal.SIGKILL]
     assert train(command, cut, 2) == [0, 0]
@@ -123,7 +124,7 @@ def wait_for(condition) -> None:  # type: ignore[no-untyped-def]
         time.sleep(0.01)
 
 
-def run_all(recipe: str, root: Path) -> None:
+def run_all(recipe: str, grpo: list[str], root: Path) -> None:
     intervals = ["total_tokens=6144", "save_every_tokens=2048", "eval_every_tokens=3072"]
     command = ["pretrain", recipe, "batch_tokens=512", *intervals, "max_skipped_steps=2", "parallel.type=ddp"]
     with contextlib.redirect_stdout(io.StringIO()):  # reads the recipe once for every fork
@@ -134,6 +135,7 @@ def run_all(recipe: str, root: Path) -> None:
     for strategy in ("ddp", "fsdp"):
         sharing = [*command, f"parallel.type={strategy}"]
         report(f"poisoned {strategy}", functools.partial(poisoned_rank, sharing, root / f"poisoned-{strategy}"))
+    report("poisoned grpo", functools.partial(poisoned_rank, grpo, root / "poisoned-grpo", offset=2))
     report("poisoned for ever", functools.partial(poisoned_for_ever, command, root / "for-ever"))
     for twice in (False, True):
         report(f"ctrl-c {twice}", functools.partial(interrupted, command, root / f"interrupted-{twice}", twice=twice))
@@ -144,4 +146,6 @@ def run_all(recipe: str, root: Path) -> None:
 
 
 if __name__ == "__main__":
-    run_all(sys.argv[1], Path(sys.argv[2]))
+    pretrain, grpo, start_of_grpo, folder = sys.argv[1:]
+    resilient = ["max_skipped_steps=2", "parallel.type=ddp"]
+    run_all(pretrain, ["grpo", grpo, f"init_from={start_of_grpo}", *resilient], Path(folder))
