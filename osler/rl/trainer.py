@@ -328,7 +328,7 @@ class GrpoTrainer:
             self.reference.load_state_dict(loaded.tensors["reference"])
         self.step = loaded.state["step"]
         self.tokens = loaded.state["tokens"]
-        self.incidents.restore(loaded.state["incidents"])
+        self.incidents.restore(loaded.state.get("incidents"))
         best = store.best_checkpoint(self.run.checkpoints)
         self.best_value = best.value if best is not None and best.step <= self.step else None
         self.zero_reward_steps = loaded.state["zero_reward_steps"]

@@ -71,7 +71,8 @@ class TrainConfig:
     eval_every_tokens: int = 2_048_000  # tokens between two measurements of the held-out loss
     save_every_tokens: int = 2_048_000  # tokens between two checkpoints
     keep_last: int = 2  # checkpoints kept besides the best
-    # so many steps in a row with a non-finite gradient send the run back to its last good checkpoint and past the data since
+    # so many steps in a row with a non-finite gradient send the run back to its last good checkpoint and past the data since,
+    # when the next line of metrics is due
     max_skipped_steps: int = 20
     max_rollbacks: int = 2  # times that a run goes back, in all; then it ends with a diagnosis
     spike: SpikeConfig = SpikeConfig()

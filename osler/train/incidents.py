@@ -70,11 +70,12 @@ class Incidents:
         self.good_step: int | None = None  # of the last checkpoint from before any trouble
 
     def observe(self, step: int, loss: float, grad_norm: float, *, skipped: bool) -> None:
-        """Judge the numbers of a finished step; steps come in order."""
+        """Judge the numbers of a finished step, all of whose updates were skipped or not; steps come in order."""
+        if not math.isfinite(grad_norm):  # in rl/ also when one of several updates of the step was skipped
+            message = "The gradient was not finite: the update was skipped and changed nothing."
+            self._record(step, "skipped-step", message, loss, grad_norm, loudly=self.skipped_in_a_row == 0)
         if skipped:
             self.skipped_in_a_row += 1
-            message = "The gradient was not finite: the step was skipped and changed nothing."
-            self._record(step, "skipped-step", message, loss, grad_norm, loudly=self.skipped_in_a_row == 1)
             if self.skipped_in_a_row >= self.limits.max_skipped_steps:
                 self.cause = (
                     f"The gradient was not finite for {self.skipped_in_a_row} steps in a row (steps "
@@ -84,7 +85,8 @@ class Incidents:
         self.skipped_in_a_row = 0
         spike = self.spikes.observe(loss)
         if spike is None:
-            self.before.append([step, *map(finite, (loss, grad_norm))])
+            if math.isfinite(loss) and math.isfinite(grad_norm):
+                self.before.append([step, loss, grad_norm])
             return
         message = (
             f"The loss spiked: {loss:.4g} is {spike.deviations:.1f} robust standard deviations above {spike.median:.4g}, the "
@@ -112,7 +114,9 @@ class Incidents:
         if path is None:
             raise UserError(self._diagnosis(step))
         cause, rollbacks, there = self.cause, self.rollbacks + 1, position() + self.data_offset
-        restore(store.load(path))  # with everything in here
+        loaded = store.load(path)
+        restore(loaded)  # everything in here too
+        self.world.least(0)  # the caller replaces the checkpoint, which others may still be reading
         self.cause, self.rollbacks, self.data_offset = None, rollbacks, there - position()
         message = (
             f"Going back from step {step} to {path.name} and on with the data after step {step} (rollback {rollbacks} of at most "
@@ -121,7 +125,7 @@ class Incidents:
         if self.world.is_first:
             say(f"Warning: {message}")
             reached = {"from_step": step, "number": rollbacks, "data_offset": self.data_offset}
-            self.events.write(self.good_step or 0, "rollback", "rollback", message, **reached)
+            self.events.write(loaded.step, "rollback", "rollback", message, **reached)
 
     def _diagnosis(self, step: int) -> str:
         """Everything that a person needs to find out what is wrong, in a paragraph."""
@@ -155,8 +159,10 @@ class Incidents:
             "before": list(self.before),
         }
 
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on from what ``checkpointed`` gave."""
+    def restore(self, state: Mapping[str, Any] | None) -> None:
+        """Go on from what ``checkpointed`` gave; None is a checkpoint from before there were any incidents to keep."""
+        if state is None:
+            return
         self.good_step, self.skipped_in_a_row, self.cause = state["good_step"], state["skipped_in_a_row"], state["cause"]
         self.rollbacks, self.data_offset = state["rollbacks"], state["data_offset"]
         self.spikes.restore(state["spikes"])
@@ -175,6 +181,6 @@ def last_good(root: Path, good_step: int | None) -> Path | None:
     for path in sorted(root.glob("step-*"), reverse=True):
         if FOLDER_NAME.fullmatch(path.name) and path.name <= store.folder_name(good_step) and not verify(path):
             state = read_json(path / STATE)
-            if state["incidents"]["good_step"] == state["step"]:
+            if state.get("incidents", {}).get("good_step") == state["step"]:
                 return path
     return None

@@ -182,7 +182,7 @@ class Trainer:
         # Read from the folder, because a checkpoint is written before the evaluation that may make it the best.
         best = store.best_checkpoint(self.run.checkpoints)
         self.best_loss = best.value if best is not None and best.value is not None and best.step <= self.step else math.inf
-        self.incidents.restore(state["incidents"])
+        self.incidents.restore(state.get("incidents"))
         self.window = [[math.nan if value is None else value for value in row] for row in state["window"]]
 
     def _due(self, every_tokens: int) -> bool:

@@ -72,7 +72,7 @@ def test_every_incident_is_in_the_diary(make_trainer, broken, tmp_path, capsys):
     assert skipped["lr"] == pytest.approx(logged(tmp_path, "train/lr")[6], rel=1e-6)
     assert (back["from_step"], back["number"], back["data_offset"]) == (7, 1, 3 * 256)
     said = " ".join(capsys.readouterr().err.split())
-    assert said.count("The gradient was not finite: the step was skipped") == 1
+    assert said.count("The gradient was not finite: the update was skipped") == 1
     assert "Going back from step 7 to step-000000004 and on with the data after step 7 (rollback 1 of at most 2)." in said
 
 
