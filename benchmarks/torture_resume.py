@@ -19,6 +19,7 @@ import argparse
 import contextlib
 import io
 import json
+import math
 import os
 import platform
 import random
@@ -36,6 +37,7 @@ ROOT = Path(__file__).resolve().parent.parent
 KINDS = ["pretrain", "sft", "grpo", "ranks"]
 STEPS, SAVE_EVERY, EVAL_EVERY = 18, 3, 6
 PATIENCE_SECONDS = 120
+GRACE_SECONDS = 10
 TENSORS = ("model.safetensors", "optimizer.safetensors", "reference.safetensors")
 STAGES = ("save-tensors", "save-state", "save-files", "save-manifest", "save-rename", "save-verify", "save-best", "rotate")
 MOST_VISITS = 12  # of a stage: several fall on one save, and a visit that never comes strikes nothing
@@ -121,10 +123,19 @@ def launch(command: list[str], run: Path, size: int = 1, fault: str = "", hit: i
 
 
 def ended(children: list[int], run: Path) -> list[int]:
-    """The exit codes, a signal as its negative number; a run that does not end is an error."""
+    """The exit codes, a signal as its negative number; a run that does not end is an error.
+
+    As torchrun does, a rank is told to end when another has: one that was killed before it joined is waited for otherwise.
+    """
     codes: dict[int, int] = {}
-    deadline = time.monotonic() + PATIENCE_SECONDS
+    deadline, ask_at = time.monotonic() + PATIENCE_SECONDS, None
     while len(codes) < len(children):
+        if any(codes.values()) and ask_at is None:
+            ask_at = time.monotonic() + GRACE_SECONDS
+        if ask_at is not None and time.monotonic() > ask_at:
+            ask_at = math.inf
+            for child in set(children) - codes.keys():
+                os.kill(child, signal.SIGTERM)
         for child in set(children) - codes.keys():
             done, status = os.waitpid(child, os.WNOHANG)
             if done:
@@ -161,7 +172,7 @@ def struck(command: list[str], run: Path, size: int, seconds: float, rng: random
         return ""
     # What a way may end a process with: by the signal, after a save, by the crash, and 2 when another rank was lost.
     allowed = {"kill": {-signal.SIGKILL}, "stage": {-signal.SIGKILL}, "term": {130, -signal.SIGTERM}, "crash": {1}}[way]
-    if codes[0 if way == "stage" else hit] not in allowed or not set(codes) <= {*allowed, 2}:
+    if codes[0 if way == "stage" else hit] not in allowed or not set(codes) <= {*allowed, 2, -signal.SIGTERM}:
         raise SystemExit(f"{way} ended {run} with {codes}; see {run.with_suffix('.log')}")
     return f"{way} {faults[way].partition(':')[0]}" if way == "stage" else way
 
