@@ -66,8 +66,7 @@ class FanOut:
 
     def rewind(self, step: int) -> None:
         """Drop the lines after ``step`` and what the rules saw in them: a run that has gone back makes those steps again."""
-        self.file.close()
-        self.file = JsonlSink(self.file.path, resume_step=step)
+        self.file.rewind(step)
         if self.watch is not None:
             self.watch = replayed(self.watch.history.facts, self.file.path)
 

@@ -14,7 +14,6 @@ from statistics import median
 LOSS = "train/loss"
 LR = "train/lr"
 GRAD_NORM = "train/grad_norm"
-SKIPPED = "train/skipped_steps"
 CLIPPED = "grad/clipped_frac"
 STAGE = "train/stage"
 DATA_TIME = "perf/data_ms"

@@ -26,7 +26,6 @@ from osler.monitor.history import (
     LR,
     MEMORY,
     REWARD,
-    SKIPPED,
     SMOOTHED_LOSSES,
     History,
 )
@@ -246,17 +245,6 @@ def stalled(past: History) -> Iterator[Finding]:
         )
 
 
-def skipped(past: History) -> Iterator[Finding]:
-    """Steps whose gradient was not finite."""
-    if skipped := past.line[SKIPPED]:
-        yield Finding(
-            "skipped-steps",
-            f"{skipped:.0f} steps since the line before were skipped, because their gradient was not finite. One now and then "
-            f"does no harm; if it goes on, try {past.facts.slower} and look at the data of these steps.",
-            skipped,
-        )
-
-
 def cut(past: History) -> Iterator[Finding]:
     """GRPO: hardly a completion ends by itself."""
     if past.line[CUT] > CUT_SHARE:
@@ -290,7 +278,6 @@ RULES: tuple[tuple[str, Callable[[History], Iterator[Finding]]], ...] = (
     *((metric, partial(growing, metric)) for metric in MEMORY),
     (DATA_TIME, starved),
     (LOSS, stalled),
-    (SKIPPED, skipped),
     (CUT, cut),
     (REWARD, unrewarded),
 )

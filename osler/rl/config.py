@@ -11,7 +11,7 @@ from dataclasses import field
 from typing import Annotated, Literal
 
 from osler.config import TAGGED, config
-from osler.monitor.config import MonitorConfig
+from osler.monitor.config import MonitorConfig, SpikeConfig
 from osler.optim.config import AdamWConfig, ConstantConfig, OptimConfig, ScheduleConfig
 from osler.parallel.config import DdpConfig, FsdpConfig, NoParallelConfig
 from osler.tasks.clinic import ClinicTask
@@ -168,7 +168,10 @@ class GrpoConfig:
     eval_every_steps: int = 20  # steps between two exams
     save_every_steps: int = 20  # steps between two checkpoints
     keep_last: int = 2  # checkpoints kept besides the best
-    max_skipped_steps: int = 20  # so many steps in a row with a non-finite gradient end the run
+    # so many steps in a row with a non-finite gradient send the run back to its last good checkpoint and past the questions since
+    max_skipped_steps: int = 20
+    max_rollbacks: int = 2  # times that a run goes back, in all; then it ends with a diagnosis
+    spike: SpikeConfig = SpikeConfig()
     zero_reward_patience: int = 5  # so many steps in a row without a reward are worth a warning
 
     device: str = "auto"  # auto, cpu, cuda or cuda:N
@@ -183,6 +186,8 @@ class GrpoConfig:
         for name in (*intervals, "keep_last", "micro_batch_tokens", "rollout_rows", "eval_permutations"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)} must be at least 1")
+        if self.max_rollbacks < 0:
+            raise ValueError(f"max_rollbacks = {self.max_rollbacks} must be 0 (never go back) or more")
         if self.clip_norm <= 0.0:
             raise ValueError(f"clip_norm = {self.clip_norm} must be positive")
         labels = [task.label for task in self.tasks]

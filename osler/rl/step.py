@@ -34,6 +34,7 @@ from osler.rl.config import AlgorithmConfig
 from osler.rl.loss import LossInputs, add_sums, grpo_loss, loss_metrics, token_weights
 from osler.rl.rollout import Group
 from osler.runtime.world import World
+from osler.train.step import condemned_unless_finite
 
 FIRST_UPDATE_METRICS = "sampling/"  # sampler against trainer: only comparable before the weights move
 
@@ -178,7 +179,7 @@ def update_policy(
 
     ``rows`` are those of all ranks. ``reference`` is needed when beta is above 0 and is only read. ``engine`` is one around
     a :class:`PolicyLoss`, bound to the optimizer; without it there is one process, which clips to ``clip_norm``. An update
-    whose gradient is not finite is skipped and counted under ``train/skipped_steps``. The optimizer must be a fused one
+    whose loss or gradient is not finite is skipped and counted under ``train/skipped_steps``. The optimizer must be a fused one
     (``build_optimizer``); its learning rate is used as it is.
     """
     if engine is None:
@@ -206,7 +207,8 @@ def update_policy(
             ):
                 loss, part = engine.loss(batch, algorithm)
                 if batch.learns:
-                    engine.backward(loss * world.size)  # engines average over the ranks, and the weights are of all rows
+                    # Engines average over the ranks, and the weights are of all rows.
+                    engine.backward(condemned_unless_finite(loss) * world.size)
             sums = add_sums(sums, part)
         history.append(sums)
         grad_norm, skipped = engine.update(optimizer, parameters)

@@ -1,8 +1,8 @@
 """The GRPO loop: ask, answer, reward, learn; then save, then evaluate.
 
-It takes objects that are already built (``run.py`` builds them). Resume is exact: what is asked and drawn is a function
-of (seed, step), and a checkpoint holds the model, the optimizer, the reference and the counters, so a run that was killed
-and resumed goes through the same steps to the same numbers.
+It takes objects that are already built (``run.py`` builds them). Resume is exact: what is asked and drawn is a function of
+(seed, step and how many were passed over), and a checkpoint holds the model, the optimizer, the reference and the counters, so a
+run that was killed and resumed goes through the same steps to the same numbers.
 
 Every rank runs this loop and knows the samples of all (``rollout.py``); rank 0 alone writes. A signal to one of them is
 agreed on after each step. A checkpoint is the same whatever the number of ranks.
@@ -30,7 +30,7 @@ from osler.optim.build import set_decay_and_momentum, set_lr
 from osler.optim.schedule import lr_scale
 from osler.parallel.engine import Engine as ParallelEngine
 from osler.rl.config import GrpoConfig
-from osler.rl.prompts import RlTask
+from osler.rl.prompts import RlTask, visits
 from osler.rl.rollout import Group, RolloutWorker, Sample, rollout_metrics
 from osler.rl.step import training_rows, update_policy
 from osler.runtime.faults import fault
@@ -40,6 +40,7 @@ from osler.runtime.stop import StopFlag
 from osler.tasks.item import render_answer, render_question
 from osler.tokenizer.bpe import Tokenizer
 from osler.train.folder import was_evaluated
+from osler.train.incidents import Incidents
 from osler.train.trainer import check_fingerprints
 
 PREFLIGHT_SAMPLES = 4
@@ -87,7 +88,7 @@ class GrpoTrainer:
         self.step = 0  # finished steps
         self.tokens = 0  # completion tokens sampled
         self.best_value: float | None = None
-        self.skipped_in_a_row = 0
+        self.incidents = Incidents(config, run, self._details, self.world)
 
     # -- the loop ------------------------------------------------------------------------------------------------------
 
@@ -99,6 +100,7 @@ class GrpoTrainer:
             open_sinks(config.monitor, self.run, self._facts(), step=self.step, is_first=self.world.is_first) as sink,
             Progress(config.steps, "steps", label="grpo", initial=self.step) as progress,
         ):
+            self.incidents.events = sink.events
             # Before the first step, or where a kill came after the checkpoint and before its evaluation.
             if self._evaluation_due() and not self.world.once(lambda: was_evaluated(self.run, self.step)):
                 self._evaluate(sink)
@@ -107,7 +109,10 @@ class GrpoTrainer:
                 fault("train-step")
                 sink.write(self.step, self.tokens, metrics)
                 progress.update(self.step, reward=f"{metrics['reward']:.3f}")
-                self._check_skipped(metrics)
+                self._observe(metrics)
+                if self.incidents.cause:
+                    self._roll_back(sink, stop)
+                    continue
                 done = self.step == config.steps
                 stopping = self._agree(stop)
                 # The checkpoint comes first: an evaluation that fails must not cost the steps before it.
@@ -142,7 +147,7 @@ class GrpoTrainer:
         """Ask the questions of the current step, learn from the answers, and count the step as done."""
         config, algorithm, started = self.config, self.config.algorithm, time.perf_counter()
         with self._whole_model():
-            groups, sampled_tokens = self.worker.step(self.step)
+            groups, sampled_tokens = self.worker.step(self.step + self.incidents.data_offset)
         rollout_seconds = time.perf_counter() - started
         if self.step == 0:
             self._preflight(groups)
@@ -213,21 +218,30 @@ class GrpoTrainer:
             zero_reward_patience=self.config.zero_reward_patience,
         )
 
-    def _check_skipped(self, metrics: Mapping[str, float]) -> None:
-        """End the run when the gradient has not been finite for too long: nothing is being learned."""
-        all_skipped = metrics.get("train/skipped_steps", 0) >= self.config.algorithm.updates_per_batch
-        self.skipped_in_a_row = self.skipped_in_a_row + 1 if all_skipped else 0
-        if self.skipped_in_a_row >= self.config.max_skipped_steps:
-            raise UserError(
-                f"The gradient was not finite for {self.skipped_in_a_row} steps in a row (step {self.step}); those "
-                f"steps changed nothing. Lower optim.lr (now {self.config.optim.lr:g}); checkpoints are in "
-                f"{self.run.checkpoints}."
-            )
+    def _observe(self, metrics: Mapping[str, float]) -> None:
+        """Hand the numbers of the step just made to whoever watches for incidents; a step without a usable sample has none."""
+        if "train/grad_norm" in metrics:
+            skipped = metrics["train/skipped_steps"] >= self.config.algorithm.updates_per_batch
+            self.incidents.observe(self.step, metrics["loss"], metrics["train/grad_norm"], skipped=skipped)
+
+    def _details(self, step: int) -> dict[str, Any]:
+        """What an incident at the end of a step, the one just made, is recorded with."""
+        position, count = step - 1 + self.incidents.data_offset, self.config.algorithm.prompts_per_step
+        asked = [visit.item.id for visit in visits(self.worker.tasks, self.config.seed, position, count)]
+        return {"tokens": self.tokens, "lr": self.optimizer.param_groups[0]["lr"], "questions": asked}
+
+    def _roll_back(self, sink: FanOut, stop: StopFlag) -> None:
+        """Go back to the last good checkpoint and on with other questions; saved at once, so that a kill changes nothing."""
+        self.incidents.roll_back(self.step, self.restore, lambda: self.step)
+        self.save(stop)
+        fault("rollback")
+        sink.rewind(self.step)
 
     def _evaluate(self, sink: FanOut) -> None:
         """Evaluate, and mark this step's checkpoint when it is the best so far."""
         if self.evaluate is None:
             return
+        fault("evaluate")
         before = time.perf_counter()
         with self._whole_model():
             metrics = dict(self.evaluate())
@@ -273,7 +287,7 @@ class GrpoTrainer:
             "kind": "grpo",
             "step": self.step,
             "tokens": self.tokens,
-            "skipped_in_a_row": self.skipped_in_a_row,
+            "incidents": self.incidents.checkpointed(self.step),
             "optimizer": optimizer_state,
             "fingerprints": self.fingerprints,
         }
@@ -304,7 +318,7 @@ class GrpoTrainer:
             self.reference.load_state_dict(loaded.tensors["reference"])
         self.step = loaded.state["step"]
         self.tokens = loaded.state["tokens"]
-        self.skipped_in_a_row = loaded.state["skipped_in_a_row"]
+        self.incidents.restore(loaded.state.get("incidents"))
         best = store.best_checkpoint(self.run.checkpoints)
         self.best_value = best.value if best is not None and best.step <= self.step else None
 

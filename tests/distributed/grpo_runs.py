@@ -39,6 +39,8 @@ def assert_same(folder: Path, whole: Path) -> None:
         assert tensors.keys() == ends[0].tensors[part].keys(), f"{part} holds other tensors"
         for name, tensor in tensors.items():
             torch.testing.assert_close(ends[0].tensors[part][name], tensor, rtol=1e-5, atol=5e-6, msg=f"{part}: {name}")
+    remembered = [[end.state["incidents"].pop(name) for name in ("spikes", "before")] for end in ends]  # losses, norms
+    torch.testing.assert_close(*remembered, rtol=TOLERANCE, atol=TOLERANCE)
     assert ends[0].state == ends[1].state
 
 

@@ -22,6 +22,7 @@ from osler.rl.config import AlgorithmConfig, GrpoConfig, QualityConfig
 from osler.rl.prompts import RewardTerm
 from osler.rl.step import PolicyLoss
 from osler.rl.trainer import GrpoTrainer
+from osler.runtime import faults
 from osler.runtime.files import RunFolder
 
 ALGORITHM = AlgorithmConfig(
@@ -213,3 +214,14 @@ def test_a_resume_with_another_tokenizer_or_other_questions_is_refused(make_trai
     other = make_trainer(tmp_path, fingerprints={"tokenizer": "a", "data": "c"})
     with pytest.raises(UserError, match="data changed"):
         other.restore(store.load(store.resolve(tmp_path)))
+
+
+def test_one_skipped_update_of_two_is_noted_and_no_skipped_step(make_trainer, tmp_path, monkeypatch):
+    monkeypatch.setenv(faults.VARIABLE, "train-loss:nan:1")
+    faults.reset()
+    trainer = make_trainer(tmp_path, config=replace(CONFIG, max_skipped_steps=1))
+    assert trainer.fit() and trainer.incidents.rollbacks == 0
+    assert [line["train/skipped_steps"] for line in logged(tmp_path) if "reward" in line] == [1, 0, 0, 0, 0]
+    (event,) = read_events(tmp_path / "events.jsonl")
+    assert (event["step"], event["name"], event["grad_norm"]) == (1, "skipped-step", None)
+    assert [step for step, *_ in trainer.incidents.before] == [2, 3, 4, 5]
