@@ -44,6 +44,7 @@ RUN_FOLDER = (
     option("--dry-run", action="store_true", help="check the configuration and say what would happen, then stop"),
 )
 CHECKPOINT = option("checkpoint", metavar="CHECKPOINT", help="a run folder, or a checkpoint in it")
+RUN = option("run", metavar="DIR", help="a run folder")
 SAMPLING = (
     option("--max-new-tokens", type=int, default=200, metavar="N", help="stop after so many tokens (default: 200)"),
     option("--temperature", type=float, default=0.7, metavar="T", help="0 always takes the likeliest (default: 0.7)"),
@@ -168,6 +169,25 @@ def run_chat(arguments: argparse.Namespace) -> int:
     from osler.inference.chat import chat
 
     return chat(arguments.checkpoint, reasoning=False if arguments.no_reasoning else None, **sampling(arguments))
+
+
+def run_checkpoint_list(arguments: argparse.Namespace) -> int:
+    from osler.checkpoint.verbs import list_checkpoints
+
+    return list_checkpoints(arguments.run)
+
+
+def run_checkpoint_verify(arguments: argparse.Namespace) -> int:
+    from osler.checkpoint.verbs import verify_checkpoints
+
+    return verify_checkpoints(arguments.checkpoint)
+
+
+def run_checkpoint_prune(arguments: argparse.Namespace) -> int:
+    from osler.checkpoint.verbs import prune_checkpoints
+
+    kept = {name: getattr(arguments, name) for name in ("keep_last", "keep_best", "keep_milestones")}
+    return prune_checkpoints(arguments.run, **kept, dry_run=arguments.dry_run)
 
 
 def run_report(arguments: argparse.Namespace) -> int:
@@ -298,7 +318,34 @@ VERBS: tuple[Verb, ...] = (
         "Write the report of a run, and print its summary",
         "osler report runs/quickstart",
         run_report,
-        (option("run", metavar="DIR", help="a run folder"),),
+        (RUN,),
+    ),
+    Verb(
+        "checkpoint list",
+        "List the checkpoints of a run: step, tokens, size, which is the best",
+        "osler checkpoint list runs/notes",
+        run_checkpoint_list,
+        (RUN,),
+    ),
+    Verb(
+        "checkpoint verify",
+        "Check every byte of a run's checkpoints, or of one; exit code 1 when one is damaged",
+        "osler checkpoint verify runs/notes",
+        run_checkpoint_verify,
+        (CHECKPOINT,),
+    ),
+    Verb(
+        "checkpoint prune",
+        "Delete checkpoints, never the last good one",
+        "osler checkpoint prune runs/notes --keep-last 1 --keep-best --dry-run",
+        run_checkpoint_prune,
+        (
+            RUN,
+            option("--keep-last", type=int, required=True, metavar="N", help="keep the last N that are good"),
+            option("--keep-best", action="store_true", help="also keep the best"),
+            option("--keep-milestones", action="store_true", help="also keep those of keep_every_tokens or keep_every_steps"),
+            option("--dry-run", action="store_true", help="only say what would be deleted"),
+        ),
     ),
     Verb(
         "bench",

@@ -16,10 +16,12 @@ import torch
 from torch import Tensor
 
 from osler.checkpoint import store
+from osler.checkpoint.saver import Saver
 from osler.checkpoint.state import flatten_optimizer, restore_optimizer
 from osler.errors import UserError
 from osler.inference.engine import Engine
 from osler.model.transformer import Transformer
+from osler.monitor.events import EventLog
 from osler.monitor.sinks import JsonlSink
 from osler.optim.build import set_decay_and_momentum, set_lr
 from osler.optim.schedule import lr_scale
@@ -32,8 +34,7 @@ from osler.runtime.log import Progress, say
 from osler.runtime.stop import StopFlag
 from osler.tasks.item import render_answer, render_question
 from osler.tokenizer.bpe import Tokenizer
-from osler.train.folder import was_evaluated
-from osler.train.trainer import check_fingerprints
+from osler.train.folder import check_fingerprints, was_evaluated
 
 CUT_ALARM = 0.9  # above this share of cut completions something is wrong with the template or the limit
 PREFLIGHT_SAMPLES = 4
@@ -66,6 +67,7 @@ class GrpoTrainer:
         self.model = model
         self.optimizer = optimizer
         self.run = run
+        self.saver = Saver(run.checkpoints, keep_last=config.keep_last, in_background=config.async_save)
         self.worker = RolloutWorker(engine, tokenizer, tasks, config.algorithm, config.seed)
         self.evaluate = evaluate
         self.best_metric = best_metric
@@ -87,6 +89,7 @@ class GrpoTrainer:
             StopFlag() as stop,  # first: whoever sees the metrics file may rely on a signal being a request
             JsonlSink(self.run.metrics, resume_step=self.step if self.step else -1) as sink,
             Progress(config.steps, "steps", label="grpo", initial=self.step) as progress,
+            self.saver,
         ):
             # Before the first step, or where a kill came after the checkpoint and before its evaluation.
             if self._evaluation_due() and not was_evaluated(self.run, self.step):
@@ -98,9 +101,11 @@ class GrpoTrainer:
                 self._check_skipped(metrics)
                 done = self.step == config.steps
                 # The checkpoint comes first: an evaluation that fails must not cost the steps before it.
-                if self._evaluation_due() or stop.requested or self.step % config.save_every_steps == 0:
+                save_due = self.step % config.save_every_steps == 0 or self._is_milestone()
+                if self._evaluation_due() or stop.requested or save_due:
                     self.save(stop)
                 if stop.requested and not done:
+                    self.saver.wait(needed=True)
                     return False
                 if self._evaluation_due():
                     self._evaluate(sink)
@@ -108,6 +113,10 @@ class GrpoTrainer:
 
     def _evaluation_due(self) -> bool:
         return self.step % self.config.eval_every_steps == 0 or self.step >= self.config.steps
+
+    def _is_milestone(self) -> bool:
+        every = self.config.keep_every_steps
+        return every > 0 and (self.step % every == 0 or self.step >= self.config.steps)
 
     def _one_step(self) -> dict[str, float]:
         """Ask the questions of the current step, learn from the answers, and count the step as done."""
@@ -206,7 +215,9 @@ class GrpoTrainer:
         if self.evaluate is None:
             return
         before = time.perf_counter()
+        self.saver.hurry()
         metrics = dict(self.evaluate())
+        self.saver.wait()  # only what is on the disk can be the best, and count as evaluated
         value, saved = metrics.get(self.best_metric), self.run.checkpoints / store.folder_name(self.step)
         if value is not None and saved.is_dir() and (self.best_value is None or value > self.best_value):
             self.best_value = value
@@ -237,10 +248,7 @@ class GrpoTrainer:
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 
     def save(self, stop: StopFlag) -> None:
-        """Save everything a resume needs; when the disk refuses, warn and go on with the earlier checkpoints.
-
-        Raises UserError in that case when it is the last one of this process, because what it would hold is lost.
-        """
+        """Have everything saved that a resume needs, in the background unless it is the last time; see ``Saver.save``."""
         optimizer_tensors, optimizer_state = flatten_optimizer(self.optimizer, self.model.named_parameters())
         tensors: dict[str, dict[str, Tensor]] = {"model": dict(self.model.state_dict()), "optimizer": optimizer_tensors}
         if self.reference is not None:  # kept even when never refreshed: a run folder must resume without ``init_from``
@@ -254,25 +262,14 @@ class GrpoTrainer:
             "optimizer": optimizer_state,
             "fingerprints": self.fingerprints,
         }
-        try:
-            store.save(
-                self.run.checkpoints,
-                self.step,
-                tensors=tensors,
-                state=state,
-                files=self.files,
-                keep_last=self.config.keep_last,
-            )
-        except store.CheckpointSaveError as error:
-            if stop.requested or self.step >= self.config.steps:
-                raise UserError(
-                    f"{error} Earlier checkpoints are untouched: mend the disk, and the same command goes on from the newest."
-                ) from error
-            say(f"Warning: {error} The run goes on; earlier checkpoints are untouched.")
+        last = stop.requested or self.step >= self.config.steps
+        milestone = self._is_milestone()
+        self.saver.save(self.step, tensors=tensors, state=state, files=self.files, milestone=milestone, last=last)
 
     def restore(self, loaded: store.Loaded) -> None:
         """Continue from a checkpoint of this run, bit for bit."""
-        check_fingerprints(loaded.state["fingerprints"], self.fingerprints, loaded.path)
+        events = EventLog(self.run.events)
+        check_fingerprints(loaded, self.fingerprints, events, allow_data_change=self.config.allow_data_change)
         self.model.load_state_dict(loaded.tensors["model"])
         restore_optimizer(self.optimizer, self.model.named_parameters(), loaded.tensors["optimizer"], loaded.state["optimizer"])
         if self.reference is not None:
