@@ -31,6 +31,11 @@ from osler.errors import UserError
 from osler.runtime.log import say
 
 CPU_SHARE = 0.05  # of one core, for the writer beside a CPU that trains
+GIVING_UP_SECONDS = 1.0  # a block takes hundredths of a second
+
+
+class _GivenUp(Exception):
+    """Ends the writer in the middle of a save."""
 
 
 class Saver:
@@ -45,6 +50,7 @@ class Saver:
         self._error: Exception | None = None  # of the writer
         self._gpu: torch.device | None = None  # that tensors came from
         self._hurry = threading.Event()  # set while somebody waits for the writer
+        self._given_up = False
 
     def hold(self, part: str, name: str, tensor: Tensor) -> Tensor:
         """Copy a tensor into the buffer of its names, from a GPU without waiting for it; one that lies there already is left.
@@ -86,14 +92,11 @@ class Saver:
         copied = None if self._gpu is None else torch.cuda.current_stream(self._gpu).record_event()
 
         def work() -> None:
-            if copied is None:
-                write(tensors=held, pause=self._spare_the_cpu())
-            else:
+            if copied is not None:
                 copied.synchronize()
-                write(tensors=held)
+            write(tensors=held, pause=self._pause(1.0 if copied is not None else CPU_SHARE))
 
         self._hurry.clear()
-        # A daemon, so that a second Ctrl-C need not wait for it: what it leaves is a hidden folder, which the next save removes.
         self._writer = threading.Thread(target=self._attempt, args=(work,), name="checkpoint", daemon=True)
         self._writer.start()
 
@@ -127,13 +130,15 @@ class Saver:
         except Exception as error:  # for whoever waits
             self._error = error
 
-    def _spare_the_cpu(self) -> Callable[[], None]:
+    def _pause(self, cpu_share: float) -> Callable[[], None]:
         """What the writer calls after each block of its work: it sleeps for as long as its share of a core demands."""
         used = time.thread_time()
 
         def pause() -> None:
             nonlocal used
-            self._hurry.wait((time.thread_time() - used) * (1 / CPU_SHARE - 1))
+            self._hurry.wait((time.thread_time() - used) * (1 / cpu_share - 1))
+            if self._given_up:
+                raise _GivenUp
             used = time.thread_time()
 
         return pause
@@ -142,6 +147,14 @@ class Saver:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        """Let the save in flight end whatever ends the run, an evaluation that crashed say; but not a second Ctrl-C."""
+        """Let the save in flight end whatever ends the run, an evaluation that crashed say.
+
+        A second Ctrl-C does not wait for it. It leaves a hidden folder, which the next save removes.
+        """
         if kind is None or not issubclass(kind, KeyboardInterrupt):
             self.wait()
+        elif self._writer is not None:
+            self._given_up = True
+            self.hurry()
+            # Python aborts when it ends while a thread is inside torch; on a disk that hangs the thread is not.
+            self._writer.join(GIVING_UP_SECONDS)

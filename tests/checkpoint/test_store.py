@@ -332,6 +332,32 @@ def test_the_last_ones_and_the_best_stay(tmp_path):
     assert steps(tmp_path) == [7, 8]
 
 
+def test_milestones_stay(tmp_path):
+    for step in range(1, 9):
+        put(tmp_path, step, keep_last=2, milestone=step % 3 == 0)
+    assert steps(tmp_path) == [3, 6, 7, 8]
+    truncate(tmp_path / "step-000000003" / "state.json")
+    put(tmp_path, 9, keep_last=1)
+    assert steps(tmp_path) == [6, 9]
+
+
+def test_a_checkpoint_that_does_not_read_back_costs_no_earlier_one(tmp_path, monkeypatch):
+    """The disk changes a byte between writing and reading: the new checkpoint goes, and the last good one stays."""
+    put(tmp_path, 1)
+    rename = Path.rename
+
+    def rename_and_damage(self, target):
+        moved = rename(self, target)
+        if Path(target).name == "step-000000002":
+            flip(Path(target) / "model.safetensors", -1)
+        return moved
+
+    monkeypatch.setattr(Path, "rename", rename_and_damage)
+    with pytest.raises(CheckpointSaveError, match=r"does not read back \(model\.safetensors"):
+        put(tmp_path, 2, keep_last=1)
+    assert os.listdir(tmp_path) == ["step-000000001"] and verify(tmp_path / "step-000000001") == []
+
+
 def test_a_damaged_checkpoint_does_not_count_among_the_last(tmp_path):
     for step in (1, 2, 3):
         put(tmp_path, step)

@@ -170,6 +170,11 @@ def test_the_best_checkpoint_is_marked(make_trainer, tmp_path):
     assert (best.step, best.metric, best.value) == (2, "eval/validation_accuracy", 0.6)
 
 
+def test_milestones_are_kept(make_trainer, tmp_path):
+    make_trainer(tmp_path, config=replace(CONFIG, keep_every_steps=2, keep_last=1)).fit()
+    assert sorted(path.name for path in (tmp_path / "checkpoints").glob("step-*")) == [store.folder_name(n) for n in (2, 4, 5)]
+
+
 def test_preflight_shows_samples_and_pass_at_k(make_trainer, tmp_path, capsys):
     make_trainer(tmp_path, config=replace(CONFIG, steps=1)).fit()
     printed = capsys.readouterr().err
