@@ -210,3 +210,6 @@ def test_a_resume_with_another_tokenizer_or_other_questions_is_refused(make_trai
     other = make_trainer(tmp_path, fingerprints={"tokenizer": "a", "data": "c"})
     with pytest.raises(UserError, match="data changed"):
         other.restore(store.load(store.resolve(tmp_path)))
+    other = make_trainer(tmp_path, config=replace(CONFIG, allow_data_change=True), fingerprints={"tokenizer": "z", "data": "b"})
+    with pytest.raises(UserError, match="tokenizer changed"):
+        other.restore(store.load(store.resolve(tmp_path)))
