@@ -3,14 +3,14 @@
     python benchmarks/bench_save.py [--recipe synth-tiny] [--batch-tokens 4096] [--rounds 3] [--out FILE]
 
 Every measurement is a fresh process, and the modes take turns, so that a machine that slows down slows all of them. A process
-makes optimizer steps of a recipe's model on random tokens and saves weights and moments after every ``--save-every`` of them, with
-the ``Saver`` that a run has. The first save, which also makes the buffers, and the steps up to the second are a warm-up.
+makes optimizer steps of a recipe's model on random tokens and saves weights and moments after every ``--save-every`` of them,
+with the ``Saver`` that a run has. The first save, which also makes the buffers, and the steps up to the second are a warm-up.
 
 A step counts as quiet when nothing was saved in it or beside it. Against the median quiet step of its own process:
-``save_step_ratio`` is the median step in which a save began (its wait is ``wait_seconds``), ``beside_ratio`` the median step beside
-which the writer worked, ``stall_seconds`` what one save cost in all its steps together. ``throughput_ratio`` is that against the
-mode without saves in the same round, and ``throughput_at_interval`` what the stall comes to when saves are ``--interval-seconds``
-apart. Numbers are medians over rounds.
+``save_step_ratio`` is the median step in which a save began (its wait is ``wait_seconds``), ``beside_ratio`` the median step
+beside which the writer worked, ``stall_seconds`` what one save cost in all its steps together. ``throughput_ratio`` is tokens/s
+against the mode without saves in the same round, and ``throughput_at_interval`` what the stall comes to when saves are
+``--interval-seconds`` apart. Numbers are medians over rounds.
 """
 
 from __future__ import annotations

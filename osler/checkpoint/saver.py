@@ -30,7 +30,7 @@ from osler.checkpoint import store
 from osler.errors import UserError
 from osler.runtime.log import say
 
-CPU_SHARE = 0.05  # of one core, for the writer beside a CPU that trains
+CPU_SHARE = 0.03  # of one core, for the writer beside a CPU that trains
 GIVING_UP_SECONDS = 1.0  # a block takes hundredths of a second
 
 

@@ -257,6 +257,21 @@ def test_a_malicious_pickle_is_reported_and_never_run(tmp_path, monkeypatch):
     assert not (tmp_path / "exploded").exists()
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "state.json"])
+def test_a_pickle_that_the_manifest_vouches_for_is_not_run_either(tmp_path, monkeypatch, name):
+    """Whoever can write a checkpoint can write its hashes too."""
+    monkeypatch.setenv("OSLER_TEST_BOMB", str(tmp_path / "exploded"))
+    path = put(tmp_path, 1)
+    (path / name).write_bytes(pickle.dumps(_Bomb()))
+    written = manifest.read_manifest(path)
+    record = manifest.FileRecord((path / name).stat().st_size, manifest.sha256_file(path / name))
+    manifest.write_manifest(path, manifest.Manifest(1, 1, {**written.files, name: record}))
+    assert verify(path) == []
+    with pytest.raises(UserError, match=name):
+        load(path)
+    assert not (tmp_path / "exploded").exists()
+
+
 def test_hidden_litter_is_ignored(tmp_path):
     path = put(tmp_path, 1)
     (path / ".DS_Store").write_bytes(b"x")
