@@ -74,7 +74,7 @@ def measure(mode: str, args: argparse.Namespace) -> dict[str, Any]:
             synchronize()
             before = time.perf_counter()
             step(batch, 1.0)
-            kind = "beside" if saver._writer is not None and saver._writer.is_alive() else "quiet"
+            kind = "beside" if saver.is_saving else "quiet"
             if mode != "none" and number % args.save_every == 0:
                 synchronize()  # that the step is computed is no part of the wait
                 kind, asked = "save", time.perf_counter()

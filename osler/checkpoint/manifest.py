@@ -54,8 +54,13 @@ def folder_name(step: int) -> str:
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write ``manifest.json`` into the folder, durably, with a hash of its own content."""
     files = {name: {"bytes": record.size_bytes, "sha256": record.sha256} for name, record in manifest.files.items()}
-    content = {"format": FORMAT, "step": manifest.step, "sequence": manifest.sequence, "milestone": manifest.milestone}
-    content["files"] = files
+    content = {
+        "format": FORMAT,
+        "step": manifest.step,
+        "sequence": manifest.sequence,
+        "milestone": manifest.milestone,
+        "files": files,
+    }
     write_json(folder / MANIFEST, {**content, "sha256": _content_hash(content)})
 
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -31,11 +32,6 @@ from osler.errors import UserError
 from osler.runtime.log import say
 
 CPU_SHARE = 0.03  # of one core, for the writer beside a CPU that trains
-GIVING_UP_SECONDS = 1.0  # a block takes hundredths of a second
-
-
-class _GivenUp(Exception):
-    """Ends the writer in the middle of a save."""
 
 
 class Saver:
@@ -46,8 +42,8 @@ class Saver:
         self.keep_last = keep_last
         self.in_background = in_background
         self._buffers: dict[tuple[str, str], Tensor] = {}
-        self._writer: threading.Thread | None = None
-        self._error: Exception | None = None  # of the writer
+        self._writer = ThreadPoolExecutor(max_workers=1)
+        self._in_flight: Future[None] | None = None
         self._gpu: torch.device | None = None  # that tensors came from
         self._hurry = threading.Event()  # set while somebody waits for the writer
         self._given_up = False
@@ -85,8 +81,7 @@ class Saver:
         self.wait()
         write = partial(store.save, self.root, step, state=state, files=files, keep_last=self.keep_last, milestone=milestone)
         if last or not self.in_background:
-            self._attempt(partial(write, tensors=tensors))
-            self.wait(needed=last)
+            self._finish(partial(write, tensors=tensors), needed=last)
             return
         held = {part: {name: self.hold(part, name, own) for name, own in named.items()} for part, named in tensors.items()}
         copied = None if self._gpu is None else torch.cuda.current_stream(self._gpu).record_event()
@@ -97,38 +92,33 @@ class Saver:
             write(tensors=held, pause=self._pause(1.0 if copied is not None else CPU_SHARE))
 
         self._hurry.clear()
-        self._writer = threading.Thread(target=self._attempt, args=(work,), name="checkpoint", daemon=True)
-        self._writer.start()
+        self._in_flight = self._writer.submit(work)
+
+    @property
+    def is_saving(self) -> bool:
+        """Whether a save is in flight."""
+        return self._in_flight is not None and not self._in_flight.done()
 
     def hurry(self) -> None:
         """Let the save in flight use the CPU as it likes from now on."""
         self._hurry.set()
 
     def wait(self, *, needed: bool = False) -> None:
-        """Wait for the save in flight, if there is one, and warn when it failed; UserError instead when it is ``needed``.
-
-        What is no failure of the disk is a bug, and raised as it is.
-        """
-        if self._writer is not None:
+        """Wait for the save in flight, if there is one, and warn when it failed; UserError instead when it is ``needed``."""
+        in_flight, self._in_flight = self._in_flight, None
+        if in_flight is not None:
             self.hurry()
-            self._writer.join()
-            self._writer = None
-        error, self._error = self._error, None
-        if error is None:
-            return
-        if not isinstance(error, store.CheckpointSaveError):
-            raise error
-        if needed:
-            raise UserError(
-                f"{error} Earlier checkpoints are untouched: mend the disk, and the same command goes on from the newest."
-            ) from error
-        say(f"Warning: {error} The run goes on; earlier checkpoints are untouched.")
+            self._finish(in_flight.result, needed)
 
-    def _attempt(self, write: Callable[[], object]) -> None:
+    def _finish(self, saving: Callable[[], object], needed: bool) -> None:
         try:
-            write()
-        except Exception as error:  # for whoever waits
-            self._error = error
+            saving()
+        except store.CheckpointSaveError as error:
+            if needed:
+                raise UserError(
+                    f"{error} Earlier checkpoints are untouched: mend the disk, and the same command goes on from the newest."
+                ) from error
+            say(f"Warning: {error} The run goes on; earlier checkpoints are untouched.")
 
     def _pause(self, cpu_share: float) -> Callable[[], None]:
         """What the writer calls after each block of its work: it sleeps for as long as its share of a core demands."""
@@ -138,7 +128,7 @@ class Saver:
             nonlocal used
             self._hurry.wait((time.thread_time() - used) * (1 / cpu_share - 1))
             if self._given_up:
-                raise _GivenUp
+                raise RuntimeError("the save was given up")
             used = time.thread_time()
 
         return pause
@@ -149,12 +139,10 @@ class Saver:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         """Let the save in flight end whatever ends the run, an evaluation that crashed say.
 
-        A second Ctrl-C does not wait for it. It leaves a hidden folder, which the next save removes.
+        At a second Ctrl-C it stops after its block and leaves a hidden folder, which the next save removes.
         """
         if kind is None or not issubclass(kind, KeyboardInterrupt):
             self.wait()
-        elif self._writer is not None:
+        else:
             self._given_up = True
             self.hurry()
-            # Python aborts when it ends while a thread is inside torch; on a disk that hangs the thread is not.
-            self._writer.join(GIVING_UP_SECONDS)
