@@ -8,13 +8,13 @@ from typing import Any
 import torch._dynamo
 from torch.nn.parallel import DistributedDataParallel
 
-from osler.model.loss import SummedLoss
+from osler.model.loss import ModelLoss
 from osler.parallel.config import DdpConfig
 from osler.parallel.engine import Engine
 from osler.runtime.world import World
 
 
-def share_with_ddp(loss: SummedLoss, config: DdpConfig, world: World) -> Engine:
+def share_with_ddp(loss: ModelLoss, config: DdpConfig, world: World) -> Engine:
     """Wrap the loss, so that DDP sees one forward pass from tokens to a number."""
     # Blocks are compiled one by one and their gradients arrive block by block: torch need not cut graphs for overlap.
     torch._dynamo.config.optimize_ddp = False

@@ -21,7 +21,7 @@ from osler.model.transformer import Transformer
 from osler.runtime.world import World
 
 Hold = Callable[[str, str, Tensor], Tensor]
-LossFunction = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+LossFunction = Callable[..., Any]  # a ModelLoss, wrapped or not
 
 
 class Engine:

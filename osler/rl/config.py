@@ -8,11 +8,12 @@ division by the standard deviation, the unbiased KL estimate, and the off-policy
 from __future__ import annotations
 
 from dataclasses import field
-from typing import Literal
+from typing import Annotated, Literal
 
-from osler.config import config
+from osler.config import TAGGED, config
 from osler.monitor.config import MonitorConfig
 from osler.optim.config import AdamWConfig, ConstantConfig, OptimConfig, ScheduleConfig
+from osler.parallel.config import DdpConfig, FsdpConfig, NoParallelConfig
 from osler.tasks.clinic import ClinicTask
 from osler.tasks.registry import TaskConfig
 from osler.tasks.rewards import REWARDS
@@ -160,8 +161,8 @@ class GrpoConfig:
     # counts the token budget of the rollouts: completions of a step times max_new_tokens
     schedule: ScheduleConfig = ConstantConfig()
     clip_norm: float = 1.0  # norm that the gradient is scaled down to when it is larger
-    micro_batch_tokens: int = 16_384  # prompt and completion tokens per forward pass, padding included
-    rollout_rows: int = 256  # completions sampled at once; bounds the key/value cache
+    micro_batch_tokens: int = 16_384  # prompt and completion tokens per forward pass of one process, padding included
+    rollout_rows: int = 256  # completions sampled at once by one process; bounds the key/value cache
 
     steps: int = 100  # rollouts, each with updates_per_batch updates
     eval_every_steps: int = 20  # steps between two exams
@@ -175,6 +176,8 @@ class GrpoConfig:
     zero_reward_patience: int = 5  # so many steps in a row without a reward are worth a warning
 
     device: str = "auto"  # auto, cpu, cuda or cuda:N
+    # how several processes share the work; with fsdp the policy is put together on each of them to sample
+    parallel: Annotated[NoParallelConfig | DdpConfig | FsdpConfig, TAGGED] = NoParallelConfig()
     monitor: MonitorConfig = MonitorConfig()
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # of activations; weights are fp32; auto: bf16 where it is faster here
     recompute: Literal["off", "selective", "full"] = "off"  # activations computed again in the backward pass, to save memory

@@ -1,23 +1,27 @@
 """The GRPO loop: ask, answer, reward, learn; then save, then evaluate.
 
-It takes objects that are already built (``run.py`` builds them) and works in one process. Resume is exact: what is
-asked and drawn is a function of (seed, step), and a checkpoint holds the model, the optimizer, the reference and the
-counters, so a run that was killed and resumed goes through the same steps to the same numbers.
+It takes objects that are already built (``run.py`` builds them). Resume is exact: what is asked and drawn is a function
+of (seed, step), and a checkpoint holds the model, the optimizer, the reference and the counters, so a run that was killed
+and resumed goes through the same steps to the same numbers.
+
+Every rank runs this loop and knows the samples of all (``rollout.py``); rank 0 alone writes. A signal to one of them is
+agreed on after each step. A checkpoint is the same whatever the number of ranks.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
+from functools import partial
 
 import torch
-from torch import Tensor
 
 from osler.checkpoint import store
 from osler.checkpoint.saver import Saver
-from osler.checkpoint.state import flatten_optimizer, restore_optimizer
 from osler.errors import UserError
 from osler.inference.engine import Engine
 from osler.model.transformer import Transformer
@@ -25,10 +29,12 @@ from osler.monitor.events import EventLog
 from osler.monitor.sinks import JsonlSink
 from osler.optim.build import set_decay_and_momentum, set_lr
 from osler.optim.schedule import lr_scale
+from osler.parallel.engine import Engine as ParallelEngine
 from osler.rl.config import GrpoConfig
 from osler.rl.prompts import RlTask
 from osler.rl.rollout import Group, RolloutWorker, Sample, rollout_metrics
 from osler.rl.step import training_rows, update_policy
+from osler.runtime.faults import fault
 from osler.runtime.files import RunFolder, write_atomic
 from osler.runtime.log import Progress, say
 from osler.runtime.stop import StopFlag
@@ -41,8 +47,9 @@ PREFLIGHT_SAMPLES = 4
 
 
 class GrpoTrainer:
-    """One GRPO run in one process; metrics, samples and checkpoints go to ``run``.
+    """One GRPO run; metrics, samples and checkpoints go to ``run``.
 
+    ``engine`` is one around a ``step.PolicyLoss`` of the model, ``sampler`` draws completions from the model.
     ``evaluate`` returns metrics of the model as it is; it is called before the first step, every ``eval_every_steps``
     steps and at the end, and ``best_metric`` among them decides which checkpoint is the best. ``files`` (model
     config, tokenizer) and ``fingerprints`` go into every checkpoint; a resume with other fingerprints is refused.
@@ -54,7 +61,8 @@ class GrpoTrainer:
         *,
         model: Transformer,
         optimizer: torch.optim.Optimizer,
-        engine: Engine,
+        engine: ParallelEngine,
+        sampler: Engine,
         tokenizer: Tokenizer,
         tasks: Sequence[RlTask],
         run: RunFolder,
@@ -66,14 +74,18 @@ class GrpoTrainer:
         self.config = config
         self.model = model
         self.optimizer = optimizer
+        self.engine = engine
+        self.world = engine.world
+        self.sampler = sampler
         self.run = run
         self.saver = Saver(run.checkpoints, keep_last=config.keep_last, in_background=config.async_save)
-        self.worker = RolloutWorker(engine, tokenizer, tasks, config.algorithm, config.seed)
+        self.worker = RolloutWorker(sampler, tokenizer, tasks, config.algorithm, config.seed, self.world)
         self.evaluate = evaluate
         self.best_metric = best_metric
         self.files = dict(files or {})
         self.fingerprints = dict(fingerprints or {})
-        self.reference = frozen_copy(model) if config.algorithm.beta > 0.0 else None
+        engine.bind(optimizer, config.clip_norm)
+        self.reference = frozen_copy(engine.plain_model(model)) if config.algorithm.beta > 0.0 else None
         self.step = 0  # finished steps
         self.tokens = 0  # completion tokens sampled
         self.best_value: float | None = None
@@ -84,28 +96,31 @@ class GrpoTrainer:
 
     def fit(self) -> bool:
         """Train to the last step; False when asked to stop before (everything is saved then)."""
-        config = self.config
+        config, written = self.config, self.run.metrics if self.world.is_first else os.devnull
         with (
             StopFlag() as stop,  # first: whoever sees the metrics file may rely on a signal being a request
-            JsonlSink(self.run.metrics, resume_step=self.step if self.step else -1) as sink,
+            JsonlSink(written, resume_step=self.step if self.step else -1) as sink,
             Progress(config.steps, "steps", label="grpo", initial=self.step) as progress,
             self.saver,
         ):
             # Before the first step, or where a kill came after the checkpoint and before its evaluation.
-            if self._evaluation_due() and not was_evaluated(self.run, self.step):
+            if self._evaluation_due() and not self.world.once(lambda: was_evaluated(self.run, self.step)):
                 self._evaluate(sink)
             while self.step < config.steps:
                 metrics = self._one_step()
+                fault("train-step")
                 sink.write(self.step, self.tokens, metrics)
                 progress.update(self.step, reward=f"{metrics['reward']:.3f}")
                 self._check_skipped(metrics)
                 done = self.step == config.steps
+                stopping = self._agree(stop)
                 # The checkpoint comes first: an evaluation that fails must not cost the steps before it.
                 save_due = self.step % config.save_every_steps == 0 or self._is_milestone()
-                if self._evaluation_due() or stop.requested or save_due:
+                if self._evaluation_due() or stopping or save_due:
                     self.save(stop)
-                if stop.requested and not done:
-                    self.saver.wait(needed=True)
+                    stopping = self._agree(stop)  # once more, because saving takes its time
+                if stopping and not done:
+                    self.world.once(lambda: self.saver.wait(needed=True))
                     return False
                 if self._evaluation_due():
                     self._evaluate(sink)
@@ -118,10 +133,26 @@ class GrpoTrainer:
         every = self.config.keep_every_steps
         return every > 0 and (self.step % every == 0 or self.step >= self.config.steps)
 
+    def _agree(self, stop: StopFlag) -> bool:
+        """Whether the ranks stop, because one was asked to. A signal after this vote counts in the next."""
+        (on,) = self.world.least(not stop.requested)
+        stop.requested = stop.requested or not on
+        return not on
+
+    @contextmanager
+    def _whole_model(self) -> Iterator[None]:
+        """Lend the sampler the model as it is, neither sharded nor wrapped."""
+        self.sampler.model = self.engine.plain_model(self.model)
+        try:
+            yield
+        finally:
+            self.sampler.model = self.model
+
     def _one_step(self) -> dict[str, float]:
         """Ask the questions of the current step, learn from the answers, and count the step as done."""
         config, algorithm, started = self.config, self.config.algorithm, time.perf_counter()
-        groups, sampled_tokens = self.worker.step(self.step)
+        with self._whole_model():
+            groups, sampled_tokens = self.worker.step(self.step)
         rollout_seconds = time.perf_counter() - started
         if self.step == 0:
             self._preflight(groups)
@@ -143,13 +174,13 @@ class GrpoTrainer:
                 algorithm,
                 reference=self.reference,
                 micro_batch_tokens=config.micro_batch_tokens,
-                clip_norm=config.clip_norm,
+                engine=self.engine,
             )
         self.step += 1
         self.tokens += sampled_tokens
         refresh = algorithm.reference_refresh_steps
         if self.reference is not None and refresh and self.step % refresh == 0:
-            self.reference.load_state_dict(self.model.state_dict())
+            self.reference.load_state_dict(self.engine.whole_weights(self.model))
 
         seconds = time.perf_counter() - started
         learned = [row.tokens for row in rows if row.has_gradient(algorithm.beta)]
@@ -174,7 +205,8 @@ class GrpoTrainer:
             say(f"  thinking: {sample.completion.thinking or '(none)'}")
             say(f"  answer:   {sample.completion.answer or '(none)'}")
             say(f"  right:    {render_answer(group.visit.item)}   (reward {sample.reward:g})")
-        self._write_samples(shown)
+        if self.world.is_first:
+            self._write_samples(shown)
         size = self.config.algorithm.samples_per_prompt
         right = [sum(sample.correct for sample in group.samples) for group in groups]
         say(
@@ -216,10 +248,11 @@ class GrpoTrainer:
             return
         before = time.perf_counter()
         self.saver.hurry()
-        metrics = dict(self.evaluate())
-        self.saver.wait()  # only what is on the disk can be the best, and count as evaluated
+        with self._whole_model():
+            metrics = dict(self.evaluate())
+        self.world.once(self.saver.wait)  # only what is on the disk can be the best, and count as evaluated
         value, saved = metrics.get(self.best_metric), self.run.checkpoints / store.folder_name(self.step)
-        if value is not None and saved.is_dir() and (self.best_value is None or value > self.best_value):
+        if value is not None and self.world.is_first and saved.is_dir() and (self.best_value is None or value > self.best_value):
             self.best_value = value
             store.mark_best(saved, self.best_metric, value)
         # Last, because the line is what tells a resumed run that this evaluation is complete.
@@ -248,9 +281,14 @@ class GrpoTrainer:
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 
     def save(self, stop: StopFlag) -> None:
-        """Have everything saved that a resume needs, in the background unless it is the last time; see ``Saver.save``."""
-        optimizer_tensors, optimizer_state = flatten_optimizer(self.optimizer, self.model.named_parameters())
-        tensors: dict[str, dict[str, Tensor]] = {"model": dict(self.model.state_dict()), "optimizer": optimizer_tensors}
+        """Have everything saved that a resume needs, in the background unless it is the last time; see ``Saver.save``.
+
+        Sharded tensors come together on rank 0, one at a time.
+        """
+        self.world.once(self.saver.wait)  # which is what the other ranks have more patience for than for a collective
+        last = stop.requested or self.step >= self.config.steps
+        in_background = self.config.async_save and not last
+        tensors, optimizer_state = self.engine.parts(self.model, self.optimizer, self.saver.hold if in_background else None)
         if self.reference is not None:  # kept even when never refreshed: a run folder must resume without ``init_from``
             tensors["reference"] = dict(self.reference.state_dict())
         state = {
@@ -262,16 +300,15 @@ class GrpoTrainer:
             "optimizer": optimizer_state,
             "fingerprints": self.fingerprints,
         }
-        last = stop.requested or self.step >= self.config.steps
         milestone = self._is_milestone()
-        self.saver.save(self.step, tensors=tensors, state=state, files=self.files, milestone=milestone, last=last)
+        save = partial(self.saver.save, self.step, tensors=tensors, state=state, files=self.files, milestone=milestone, last=last)
+        self.world.once(save)
 
     def restore(self, loaded: store.Loaded) -> None:
         """Continue from a checkpoint of this run, bit for bit."""
-        events = EventLog(self.run.events)
+        events = EventLog(self.run.events if self.world.is_first else os.devnull)
         check_fingerprints(loaded, self.fingerprints, events, allow_data_change=self.config.allow_data_change)
-        self.model.load_state_dict(loaded.tensors["model"])
-        restore_optimizer(self.optimizer, self.model.named_parameters(), loaded.tensors["optimizer"], loaded.state["optimizer"])
+        self.engine.restore(self.model, self.optimizer, loaded.tensors, loaded.state["optimizer"])
         if self.reference is not None:
             self.reference.load_state_dict(loaded.tensors["reference"])
         self.step = loaded.state["step"]

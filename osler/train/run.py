@@ -32,6 +32,7 @@ from osler.model.config import ModelConfig
 from osler.model.transformer import Transformer
 from osler.optim.build import build_optimizer
 from osler.parallel.activation_checkpoint import set_recompute
+from osler.parallel.config import ParallelConfig
 from osler.parallel.engine import Engine as ParallelEngine
 from osler.parallel.parallelize import parallelize
 from osler.runtime.device import keep_freed_memory, pick_device
@@ -168,7 +169,7 @@ def train(config: TrainConfig, run: RunFolder, world: World | None = None) -> bo
         warn_of_stages_out_of_reach(config)
         say(
             f"{config.kind}: {model.config.num_parameters:,} parameters, {prepared.train.num_tokens:,} tokens of data, "
-            f"{length_of(config)} to train on; {machine.dtype} on {place_of(machine, config, world)}."
+            f"{length_of(config)} to train on; {machine.dtype} on {place_of(machine, config.parallel, world)}."
         )
     del checkpoint  # weights and moments were copied out of it; a second set need not lie in memory while training
     return trainer.fit()
@@ -193,9 +194,9 @@ def check_same_start(step: int, world: World) -> None:
         )
 
 
-def place_of(machine: Machine, config: TrainConfig, world: World) -> str:
+def place_of(machine: Machine, parallel: ParallelConfig, world: World) -> str:
     """On what a run computes, in words."""
-    place = str(machine.device) if world.size == 1 else f"{world.size} x {machine.device.type} ({config.parallel.type})"
+    place = str(machine.device) if world.size == 1 else f"{world.size} x {machine.device.type} ({parallel.type})"
     return f"{place}, compiled" if machine.compile else place
 
 

@@ -16,8 +16,10 @@ from osler.inference.engine import Engine
 from osler.monitor.metrics import declared_name
 from osler.optim.build import build_optimizer
 from osler.optim.config import AdamWConfig, LinearConfig
+from osler.parallel.engine import Engine as ParallelEngine
 from osler.rl.config import AlgorithmConfig, GrpoConfig, QualityConfig
 from osler.rl.prompts import RewardTerm
+from osler.rl.step import PolicyLoss
 from osler.rl.trainer import GrpoTrainer
 from osler.runtime.files import RunFolder
 
@@ -55,7 +57,8 @@ def make_trainer(make_policy, tokenizer, short_task):
             config,
             model=model,
             optimizer=build_optimizer(model, config.optim),
-            engine=Engine(model),
+            engine=ParallelEngine(PolicyLoss(model)),
+            sampler=Engine(model),
             tokenizer=tokenizer,
             tasks=[task],
             run=RunFolder.create(folder),
