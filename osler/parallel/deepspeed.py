@@ -17,13 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from osler.checkpoint.sharded import gathered
 from osler.checkpoint.state import flatten_optimizer
 from osler.errors import UserError
 from osler.model.loss import SummedLoss
 from osler.model.transformer import Transformer
 from osler.parallel.config import DeepSpeedConfig
-from osler.parallel.engine import Engine
+from osler.parallel.engine import Engine, Hold
 from osler.runtime.files import read_json
 from osler.runtime.shapes import with_few_shapes
 from osler.runtime.world import World
@@ -90,7 +89,7 @@ class DeepSpeedEngine(Engine):
         return torch.tensor(grad_norm, device=self.inner.device), torch.tensor(float(skipped), device=self.inner.device)
 
     def parts(
-        self, model: Transformer, optimizer: torch.optim.Optimizer
+        self, model: Transformer, optimizer: torch.optim.Optimizer, hold: Hold | None = None
     ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
         self._link_moments()
         tools = self.deepspeed.utils
@@ -108,8 +107,7 @@ class DeepSpeedEngine(Engine):
                 }
         shadow: Any = SimpleNamespace(param_groups=groups, state=state)
         moments, described = flatten_optimizer(shadow, weights)
-        tensors = {"model": weights, "optimizer": moments}
-        return {name: gathered(part, keep=self.world.is_first) for name, part in tensors.items()}, described
+        return self._gathered({"model": weights, "optimizer": moments}, hold), described
 
     def restore(
         self,
