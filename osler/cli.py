@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except UserError as error:
-        complain(f"osler: {error}")
+        complain(f"osler: {error}", error.teller)
         return 2
     except KeyboardInterrupt:
         complain("osler: interrupted")

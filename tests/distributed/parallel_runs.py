@@ -160,6 +160,22 @@ def refused(command: Sequence[str], folder: Path, words: Sequence[str]) -> None:
     assert not folder.exists()
 
 
+def mistaken(command: Sequence[str], folder: Path, everyone: bool) -> None:
+    """A mistake that the last rank finds, alone or with the others, when all are connected: all end, and it is told once."""
+    absent = str(folder.with_suffix(".absent"))
+
+    def program() -> int:
+        mine = [f"init_from={absent}"] if everyone or os.environ["RANK"] == "1" else []
+        return main([*command, *mine, "parallel.type=ddp", "--run", str(folder)])
+
+    assert codes(start(program, folder, 2)) == [2, 2]
+    told = said(folder, 0) + said(folder, 1)
+    assert told.count("osler: ") == told.count(absent) == 1, told
+    assert "Traceback" not in told and "lost the others" not in told, told
+    if not everyone:
+        assert absent in said(folder, 1), "the rank that made the mistake is not the one to tell it"
+
+
 def spread(world: World, value: float) -> int:
     """How far apart the ranks' values are, in millionths."""
     least, most = world.least(round(value * 1e6), -round(value * 1e6))
@@ -227,6 +243,9 @@ def run_all(recipes: dict[str, list[str]], root: Path) -> None:
     report("lost", functools.partial(lost, pretrain, root / "lost"))
     report("none", functools.partial(refused, pretrain, root / "none", ["2 processes", "parallel.type=ddp"]))
     uneven = [*pretrain, "parallel.type=ddp", "batch_tokens=192", "micro_batch_tokens=64"]
+    for name, everyone in {"one rank's mistake": False, "every rank's mistake": True}.items():
+        case = functools.partial(mistaken, recipes["sft"], root / name.replace(" ", "-"), everyone)
+        report(name, case)
     report("rows", functools.partial(refused, uneven, root / "rows", ["3 rows", "multiple of 2"]))
 
 

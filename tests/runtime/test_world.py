@@ -62,6 +62,13 @@ def test_rank_0_speaks_and_one_rank_of_each_machine_complains(torchrun, monkeypa
     assert capsys.readouterr().err == "progress\n"
 
 
+def test_ranks_that_agreed_on_who_tells_a_mistake_keep_to_it(torchrun, monkeypatch, capsys):
+    complain("mine alone", teller=True)
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    complain("told by another", teller=False)
+    assert capsys.readouterr().err == "mine alone\n"
+
+
 def test_mean_of_a_world_without_ranks_keeps_the_tensor():
     tensor = torch.ones(3)
     assert World().mean(tensor) is tensor
