@@ -23,7 +23,8 @@ from torch import Tensor
 from osler.data.shards import ShardSet
 from osler.errors import UserError
 from osler.model.transformer import Transformer
-from osler.ops.cross_entropy import IGNORE, linear_logprobs
+from osler.ops.cross_entropy import linear_logprobs
+from osler.ops.labels import IGNORED
 from osler.runtime.world import World
 
 _SORT_WINDOWS = 4096  # windows sorted by length at a time: less padding, and the sum does not depend on order
@@ -98,7 +99,7 @@ def measure(
         for batch in islice(batches, world.rank, None, world.size):
             ids, labels = batch[0].to(device), batch[1].to(device)
             document = batch[2].to(device) if len(batch) > 2 else None
-            scored = labels != IGNORE
+            scored = labels != IGNORED
             if not scored.any():
                 continue
             features, weight = model.head(model(ids, document_BT=document)[scored])
@@ -131,7 +132,7 @@ def windows(
         while scored < len(ids):
             first = max(0, scored - 1 - overlap)
             last = min(len(ids) - 1, first + seq_len)
-            labels = [ids[t] if t >= scored else IGNORE for t in range(first + 1, last + 1)]
+            labels = [ids[t] if t >= scored else IGNORED for t in range(first + 1, last + 1)]
             yield ids[first:last], labels
             scored = last + 1
 
@@ -157,7 +158,7 @@ def _padded(rows: list[tuple[list[int], list[int]]], batch_tokens: int) -> Itera
         part = rows[start : start + max(1, batch_tokens // width)]
         start += len(part)
         ids_BT = torch.zeros(len(part), width, dtype=torch.int64)
-        labels_BT = torch.full((len(part), width), IGNORE, dtype=torch.int64)
+        labels_BT = torch.full((len(part), width), IGNORED, dtype=torch.int64)
         for b, (ids, labels) in enumerate(part):
             ids_BT[b, : len(ids)] = torch.tensor(ids)
             labels_BT[b, : len(labels)] = torch.tensor(labels)

@@ -65,6 +65,7 @@ from osler.train.setup import (
     make_model,
     make_tokenizer,
     set_precision,
+    warn_of_small_passes,
 )
 from osler.train.step import TrainStep
 from osler.train.trainer import Trainer
@@ -99,6 +100,7 @@ def run(
         print(describe_plan(config, folder, start, planned_numbers(config, start[1] if start else config.model)))
         return 0
     check_processes(config, place().size)
+    warn_of_small_passes(config, place().size)
     with joined(config.device) as world:
         return work(kind, folder, lambda run: train(config, run, world), lambda: next_steps(config, folder))
 
