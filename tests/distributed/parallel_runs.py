@@ -270,7 +270,7 @@ def report(name: str, case: Callable[[], None]) -> None:
 def same_however_computed(command: Sequence[str], root: Path) -> None:
     """Compiled and with activations computed again the losses are those of the plain process, in FP8 those of one in FP8."""
     for strategy, recompute, compiled in (
-        ("ddp", "full", "never"), ("ddp", "selective", "always"), ("fsdp", "selective", "never"), ("fsdp", "full", "always")
+        ("ddp", "selective", "never"), ("ddp", "full", "always"), ("fsdp", "selective", "never"), ("fsdp", "full", "always")
     ):  # fmt: skip
         name = f"{strategy} recompute={recompute} compile={compiled}"
         settings = [*command, f"recompute={recompute}", f"compile={compiled}"]
