@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from osler.data.shards import ShardSet
 from osler.errors import UserError
 from osler.model.transformer import Transformer
 from osler.ops.cross_entropy import linear_logprobs
@@ -54,31 +53,6 @@ class HeldOut:
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         return {**vars(self), "loss": self.loss, "perplexity": self.perplexity, "bits_per_byte": self.bits_per_byte}
-
-
-def bits_per_byte(
-    model: Transformer,
-    shards: ShardSet,
-    *,
-    seq_len: int,
-    overlap: int = 0,
-    batch_tokens: int = 16_384,
-    documents: Sequence[int] | None = None,
-    byte_lengths: Sequence[int] | None = None,
-) -> HeldOut:
-    """The cost of a prepared split, loss masks aside: every token counts.
-
-    ``documents`` measures some documents only; their bytes are then counted from ``byte_lengths`` (of the tokenizer).
-    """
-    if documents is not None and byte_lengths is None:
-        raise ValueError("the bytes of some documents are counted by token: give the tokenizer's byte_lengths()")
-    chosen = range(shards.num_documents) if documents is None else documents
-    total = shards.num_bytes
-    if documents is not None and byte_lengths is not None:
-        total = sum(byte_lengths[token] for index in documents for token in shards.document(index)[0].tolist())
-    texts = (shards.document(index)[0].tolist() for index in chosen)
-    rows = windows(texts, seq_len=seq_len, start_id=shards.eos_id, overlap=overlap)
-    return measure(model, batches(rows, batch_tokens=batch_tokens), total)
 
 
 def measure(

@@ -283,8 +283,7 @@ def validation(
 
 def text_batches(config: TrainConfig, shards: ShardSet) -> Iterator[tuple[Tensor, Tensor]]:
     """Held-out documents one by one in windows of ``seq_len`` that do not overlap, each begun by the end-of-text token."""
-    documents = (shards.document(index)[0].tolist() for index in range(shards.num_documents))
-    rows = windows(documents, seq_len=config.seq_len, start_id=shards.eos_id)
+    rows = windows(shards.documents(), seq_len=config.seq_len, start_id=shards.eos_id)
     return batches(rows, batch_tokens=EVAL_BATCH_TOKENS)
 
 
