@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from socket import gethostname
 from typing import TYPE_CHECKING, TypeVar
 
 from osler.errors import UserError
@@ -30,6 +29,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)  # a rank that hangs in a step is given up after this
 HOST_TIMEOUT = timedelta(days=1)  # the others wait as long as rank 0 needs to prepare the data
+TELLER_TIMEOUT = timedelta(seconds=10)
 MISTAKE = "mistake"  # key in the store that the processes meet at
 
 
@@ -210,9 +210,26 @@ def _left_mistake(store: Store | None) -> str | None:
 
 def _is_teller(store: Store | None, what: str) -> bool | None:
     """Whether this process is the first of its machine to tell a person this; None when the store is gone."""
+    from socket import gethostname  # not for every verb
+
     with suppress(RuntimeError):
         if store is not None:
             return bool(store.add(f"{MISTAKE}/{gethostname()}/{what}", 1) == 1)
+    return None
+
+
+def is_teller_unconnected(what: str) -> bool | None:
+    """Whether this process is the first of its machine to tell a person this, when it has not connected; None: nobody knows.
+
+    torchrun ends the others as soon as one has ended, so the one to tell it must be the first to end.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":  # torchrun keeps none
+        return None
+    import torch.distributed as dist
+
+    with suppress(RuntimeError):
+        where = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        return _is_teller(dist.TCPStore(*where, is_master=False, wait_for_workers=False, timeout=TELLER_TIMEOUT), what)
     return None
 
 
