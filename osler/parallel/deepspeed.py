@@ -21,6 +21,7 @@ from osler.checkpoint.state import flatten_optimizer
 from osler.errors import UserError
 from osler.model.loss import SummedLoss
 from osler.model.transformer import Transformer
+from osler.ops.labels import IGNORED
 from osler.parallel.config import DeepSpeedConfig
 from osler.parallel.engine import Engine, Hold
 from osler.runtime.files import read_json
@@ -137,7 +138,7 @@ class DeepSpeedEngine(Engine):
         for group in optimizer.param_groups:
             group["lr"] = 0.0
         ids = torch.zeros(1, 2, dtype=torch.int64, device=self.inner.device)
-        self.backward(self.loss(ids, torch.full_like(ids, -100), None))
+        self.backward(self.loss(ids, torch.full_like(ids, IGNORED), None))
         self.inner.step()
         self._link_moments()
 

@@ -67,6 +67,7 @@ from osler.train.setup import (
     make_model,
     make_tokenizer,
     set_precision,
+    warn_of_small_passes,
 )
 from osler.train.step import TrainStep
 from osler.train.trainer import Trainer
@@ -101,6 +102,7 @@ def run(
         print(describe_plan(config, folder, start, planned_numbers(config, start[1] if start else config.model)))
         return 0
     check_processes(config, place().size)
+    warn_of_small_passes(config, place().size)
     with joined(config.device) as world:
         return work(kind, folder, lambda run: train(config, run, world), lambda: next_steps(config, folder))
 
@@ -284,8 +286,7 @@ def validation(
 
 def text_batches(config: TrainConfig, shards: ShardSet) -> Iterator[tuple[Tensor, Tensor]]:
     """Held-out documents one by one in windows of ``seq_len`` that do not overlap, each begun by the end-of-text token."""
-    documents = (shards.document(index)[0].tolist() for index in range(shards.num_documents))
-    rows = windows(documents, seq_len=config.seq_len, start_id=shards.eos_id)
+    rows = windows(shards.documents(), seq_len=config.seq_len, start_id=shards.eos_id)
     return batches(rows, batch_tokens=EVAL_BATCH_TOKENS)
 
 
