@@ -21,6 +21,7 @@ import torch
 from osler.data.curriculum import Timeline
 from osler.data.packing import Packing, Row
 from osler.errors import UserError
+from osler.runtime.faults import fault
 
 BATCHES_AHEAD = 2  # per worker
 
@@ -68,6 +69,7 @@ class Loader:
 
     def batch(self, step: int, skipped_rows: int = 0) -> Batch:
         """Return this rank's rows of the global batch of a step (0, 1, ...), after so many rows that are passed over."""
+        fault("load-batch")
         rows = self.rows_per_batch // self.world_size
         first = skipped_rows + step * self.rows_per_batch + self.rank * rows
         batch = make_batch(self.packing, range(first, first + rows))

@@ -4,12 +4,12 @@
 ``3``, the third to fifth with ``3-5``, the third and all after it with ``3-``. Several faults are joined by commas. Kinds:
 ``kill`` (SIGKILL to itself: no cleanup runs), ``sigterm`` and ``sigint`` (the polite signals, as a scheduler and a person send
 them), ``enospc`` (the error of a full disk), ``ioerror`` (the error of a failing one), ``crash`` (an error in the program
-itself), ``nan`` (at a place that asks ``poisoned(stage)``: its numbers become NaN). Without the variable a visit costs one
-dictionary look-up and nothing else is read.
+itself), ``slow`` (a fifth of a second passes), ``nan`` (at a place that asks ``poisoned(stage)``: its numbers become NaN).
+Without the variable a visit costs one dictionary look-up and nothing else is read.
 
 Stages: ``write-atomic`` (runtime/files.py); ``save-tensors``, ``save-state``, ``save-files``, ``save-manifest``, ``save-rename``,
-``save-verify``, ``save-best``, ``rotate`` (checkpoint/); ``train-step``, ``train-loss``, ``evaluate``, ``rollback`` (train/ and
-rl/).
+``save-verify``, ``save-best``, ``rotate`` (checkpoint/); ``load-batch`` (data/loader.py); ``train-step``, ``train-loss``,
+``evaluate``, ``rollback`` (train/ and rl/).
 """
 
 from __future__ import annotations
@@ -18,12 +18,14 @@ import errno
 import os
 import re
 import signal
+import time
 from typing import NamedTuple
 
 VARIABLE = "OSLER_FAULT"
 SIGNALS = {"sigterm": signal.SIGTERM, "sigint": signal.SIGINT}
 ERRORS = {"enospc": errno.ENOSPC, "ioerror": errno.EIO}
-KINDS = ("kill", *SIGNALS, *ERRORS, "crash", "nan")
+KINDS = ("kill", *SIGNALS, *ERRORS, "crash", "slow", "nan")
+SLOW_SECONDS = 0.2
 _FAULT = re.compile(rf"([^:,]+):({'|'.join(KINDS)})(?::([1-9]\d*)(-(?:[1-9]\d*)?)?)?")
 
 _visits: dict[tuple[str, str], int] = {}
@@ -56,6 +58,8 @@ def fault(stage: str) -> None:
             os.kill(os.getpid(), SIGNALS[kind])
         if kind in ERRORS:
             raise OSError(ERRORS[kind], f"{os.strerror(ERRORS[kind])} (injected by {VARIABLE})")
+        if kind == "slow":
+            time.sleep(SLOW_SECONDS)
         if kind == "crash":
             raise InjectedError(f"injected by {VARIABLE} at {stage}")
 

@@ -26,6 +26,7 @@ from osler.runtime.files import RunFolder
 FACTS = Facts(lr=1e-3, clip_norm=1.0)
 ALERT = Alert(7, "dead-layers", "critical", "layer 3 is dead – look")
 PYTHON = f'"{sys.executable}"'
+SICK = {"model/dead_units_frac/0": 0.6}
 
 
 class Notebook:
@@ -134,13 +135,13 @@ def test_an_alert_reaches_console_diary_and_sinks_and_the_file_depends_on_none(t
     places = [Courier("good", lambda: good), Courier("bad", lambda: bad)]
     with FanOut(JsonlSink(run.metrics), Watch(FACTS), SpreadingLog(run.events, places), places) as sinks:
         for step in (1, 2, 3):
-            sinks.write(step, step, {"train/skipped_steps": 2.0})
+            sinks.write(step, step, SICK)
     assert [json.loads(line)["step"] for line in run.metrics.read_text().splitlines()] == [1, 2, 3]
     (event,) = read_events(run.events)
-    assert (event["kind"], event["name"], event["step"], event["severity"]) == ("alert", "skipped-steps", 1, "warning")
-    assert [alert.name for alert in good.alerts] == ["skipped-steps"] and good.steps == [1, 2, 3] and good.closed
+    assert (event["kind"], event["name"], event["step"], event["severity"]) == ("alert", "dead-layers", 1, "critical")
+    assert [alert.name for alert in good.alerts] == ["dead-layers"] and good.steps == [1, 2, 3] and good.closed
     said = capsys.readouterr().err
-    assert said.count("Warning: step 1: 2 steps since the line before were skipped") == 1 and said.count("bad failed") == 1
+    assert said.count("Warning: step 1: 60% of the feed-forward units in layer 0 give nothing") == 1 and said.count("bad failed") == 1
 
 
 def test_a_resumed_run_does_not_say_again_what_it_said(tmp_path, capsys):
@@ -148,7 +149,7 @@ def test_a_resumed_run_does_not_say_again_what_it_said(tmp_path, capsys):
     for step in (0, 3):
         with open_sinks(MonitorConfig(), run, FACTS, step=step) as sinks:
             for n in range(step + 1, step + 6):
-                sinks.write(n, n, {"train/skipped_steps": 1.0})
+                sinks.write(n, n, SICK)
     assert len(run.metrics.read_text().splitlines()) == 8
     assert [event["step"] for event in read_events(run.events)] == [1] and capsys.readouterr().err.count("Warning") == 1
 
@@ -159,7 +160,7 @@ def test_a_run_that_goes_back_forgets_the_lines_that_it_makes_again(tmp_path):
         for step in (*range(1, 9), *range(5, 9)):
             if step == 5:
                 sinks.rewind(4)
-            sinks.write(step, step, {"train/skipped_steps": float(step == 6)})
+            sinks.write(step, step, SICK if step == 6 else {"train/lr": 1.0})
     assert [json.loads(line)["step"] for line in run.metrics.read_text().splitlines()] == list(range(1, 9))
     assert [event["step"] for event in read_events(run.events)] == [6, 6]
 
@@ -167,7 +168,7 @@ def test_a_run_that_goes_back_forgets_the_lines_that_it_makes_again(tmp_path):
 def test_other_ranks_write_nothing(tmp_path, capsys):
     run = RunFolder.create(tmp_path)
     with open_sinks(MonitorConfig(webhook="false"), run, FACTS, step=0, is_first=False) as sinks:
-        sinks.write(1, 1, {"train/skipped_steps": 2.0})
+        sinks.write(1, 1, SICK)
         sinks.events.write(1, "rollback", "rollback", "back to step 0")
         sinks.rewind(0)
     assert list(tmp_path.iterdir()) == [] and capsys.readouterr().err == ""
@@ -179,10 +180,10 @@ def test_a_webhook_gets_the_alert_as_json_without_a_shell(tmp_path):
     run = RunFolder.create(tmp_path / "run")
     with open_sinks(MonitorConfig(webhook=f"{PYTHON} '{script}' '{out}'"), run, FACTS, step=0) as sinks:
         sinks.events.write(7, "incident", "dead-layers", ALERT.message, severity="critical", rows=[1, 2])
-        sinks.write(1, 1, {"train/skipped_steps": 1.0})
+        sinks.write(1, 1, SICK)
     first, second = (json.loads(line) for line in out.read_text(encoding="utf-8").splitlines())
     expected = {"run": str(run.root), "step": 7, "name": "dead-layers", "severity": "critical", "message": ALERT.message}
-    assert first == expected and second["name"] == "skipped-steps"
+    assert first == expected and second["name"] == "dead-layers"
 
 
 @pytest.mark.parametrize(
@@ -278,7 +279,7 @@ def test_tensorboard_has_every_step_once_after_a_resume(tmp_path):
     for step in (0, 3):
         with open_sinks(MonitorConfig(tensorboard=True), run, FACTS, step=step) as sinks:
             for n in range(step + 1, step + 6):
-                sinks.write(n, n, {"train/loss": 1.0 / n, "train/skipped_steps": 1.0 if n == 1 else 0.0})
+                sinks.write(n, n, {"train/loss": 1.0 / n, **(SICK if n == 1 else {})})
             wait_until(lambda: all(courier._busy_since is None for courier in sinks.couriers))
         time.sleep(1.1)  # event files are read in the order of the seconds in their names
     events = accumulator.EventAccumulator(str(run.trackers / "tensorboard"))
@@ -287,7 +288,7 @@ def test_tensorboard_has_every_step_once_after_a_resume(tmp_path):
         (event.step, event.value) for event in events.Scalars("train/loss")
     ]
     assert [event.step for event in events.Scalars("train/loss")] == list(range(1, 9))
-    assert "alerts/skipped-steps/text_summary" in events.Tags()["tensors"]
+    assert "alerts/dead-layers/text_summary" in events.Tags()["tensors"]
 
 
 @pytest.mark.parametrize(("field", "offline"), [("wandb", {"WANDB_MODE": "offline"}), ("clearml", {"CLEARML_OFFLINE_MODE": "1"})])
@@ -301,7 +302,7 @@ def test_a_tracker_without_network_takes_a_run_and_its_resume(field, offline, tm
     for step in (0, 2):
         with open_sinks(MonitorConfig(**{field: "osler-test"}), run, FACTS, step=step) as sinks:
             for n in range(step + 1, step + 4):
-                sinks.write(n, n, {"train/loss": 1.0 / n, "train/skipped_steps": 1.0})
+                sinks.write(n, n, {"train/loss": 1.0 / n, **SICK})
             for courier in sinks.couriers:
                 courier.close(60)
     assert "failed" not in capsys.readouterr().err
