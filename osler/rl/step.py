@@ -13,6 +13,7 @@ rows, V vocabulary, D hidden.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +21,9 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 from osler.model.transformer import Transformer
-from osler.ops.cross_entropy import linear_logprobs
+from osler.monitor.collect import Collector
+from osler.monitor.look import Rows
+from osler.ops.cross_entropy import IGNORE, linear_logprobs
 from osler.ops.sampling import unpack_keep
 from osler.rl.advantages import group_advantages
 from osler.rl.config import AlgorithmConfig
@@ -136,12 +139,13 @@ def update_policy(
     reference: Transformer | None = None,
     micro_batch_tokens: int = 16_384,
     clip_norm: float = 1.0,
+    collector: Collector | None = None,
 ) -> dict[str, float]:
     """Take ``updates_per_batch`` optimizer steps on the rows and return the metrics, averaged over them.
 
     ``reference`` is needed when beta is above 0 and is only read. An update whose gradient is not finite is skipped and
     counted under ``train/skipped_steps``. The optimizer must be a fused
-    one (``build_optimizer``); its learning rate is used as it is.
+    one (``build_optimizer``); its learning rate is used as it is. ``collector`` watches the update.
     """
     batches = _prepare(model, rows, algorithm, micro_batch_tokens)
     device = model.embed_tokens.weight.device
@@ -153,6 +157,7 @@ def update_policy(
                 batch.reference_BT, _, _ = completion_logprobs(
                     reference, batch.rows, temperature=algorithm.temperature, device=device
                 )
+    mark = collector.mark if collector else (lambda part: None)
     history: list[dict[str, Tensor]] = []
     for _ in range(algorithm.updates_per_batch):
         optimizer.zero_grad(set_to_none=True)
@@ -164,13 +169,17 @@ def update_policy(
                 )
                 inputs = LossInputs(logp_BT, batch.old_BT, batch.reference_BT, mask_BT, batch.advantages_B, batch.weight_BT)
                 loss, part = grpo_loss(inputs, algorithm)
+            mark("forward")
             if batch.learns:
                 loss.backward()
+                mark("backward")
             sums = add_sums(sums, {**part, "entropy": entropy_BT.sum()})
-        grad_norm = clip_grad_norm_(model.parameters(), clip_norm, foreach=True)
-        skipped = (~torch.isfinite(grad_norm)).float()
-        optimizer.found_inf = skipped  # type: ignore[attr-defined]  # the optimizer then leaves everything as it is
-        optimizer.step()
+        with collector.update(lambda: few_rows(rows)) if collector else nullcontext():
+            grad_norm = clip_grad_norm_(model.parameters(), clip_norm, foreach=True)
+            skipped = (~torch.isfinite(grad_norm)).float()
+            optimizer.found_inf = skipped  # type: ignore[attr-defined]  # the optimizer then leaves everything as it is
+            optimizer.step()
+        mark("optimizer")
         history.append({**loss_metrics(sums), "train/grad_norm": grad_norm, "train/skipped_steps": skipped})
     optimizer.zero_grad(set_to_none=True)
     # Everything stayed on the device until here: this is the update's only wait for it.
@@ -178,6 +187,17 @@ def update_policy(
     metrics = {name: sum(update[name] for update in updates) / len(updates) for name in updates[0]}
     metrics |= {name: value for name, value in updates[0].items() if name.startswith(FIRST_UPDATE_METRICS)}
     return metrics | {"train/skipped_steps": sum(update["train/skipped_steps"] for update in updates)}
+
+
+def few_rows(rows: Sequence[Row], count: int = 16) -> Rows:
+    """The longest rows, padded, with their completions as labels: for a look inside the model."""
+    chosen = sorted(rows, key=lambda row: -row.tokens)[:count]
+    ids_BL = torch.zeros(len(chosen), chosen[0].tokens, dtype=torch.int64)
+    labels_BL = torch.full_like(ids_BL, IGNORE)
+    for b, row in enumerate(chosen):
+        ids_BL[b, : row.tokens] = torch.tensor(row.prompt_ids + row.completion_ids)
+        labels_BL[b, len(row.prompt_ids) - 1 : row.tokens - 1] = torch.tensor(row.completion_ids)
+    return Rows(ids_BL, labels_BL)
 
 
 def _prepare(model: Transformer, rows: Sequence[Row], algorithm: AlgorithmConfig, micro_batch_tokens: int) -> list[_MicroBatch]:

@@ -20,6 +20,7 @@ from osler.checkpoint.state import flatten_optimizer, restore_optimizer
 from osler.errors import UserError
 from osler.inference.engine import Engine
 from osler.model.transformer import Transformer
+from osler.monitor.collect import Collector
 from osler.monitor.sinks import JsonlSink
 from osler.optim.build import set_decay_and_momentum, set_lr
 from osler.optim.schedule import lr_scale
@@ -72,6 +73,7 @@ class GrpoTrainer:
         self.files = dict(files or {})
         self.fingerprints = dict(fingerprints or {})
         self.reference = frozen_copy(model) if config.algorithm.beta > 0.0 else None
+        self.collector = Collector(config.monitor, model, model.embed_tokens.weight.device)
         self.step = 0  # finished steps
         self.tokens = 0  # completion tokens sampled
         self.best_value: float | None = None
@@ -125,6 +127,7 @@ class GrpoTrainer:
         set_lr(self.optimizer, scale)
         set_decay_and_momentum(self.optimizer, config.optim, scale, middle, config.steps * budget)
         rows = training_rows(groups, algorithm)
+        self.collector.begin(self.step + 1)
         update: dict[str, float] = {}
         if rows:  # none when the quality filter dropped every sample
             update = update_policy(
@@ -135,6 +138,7 @@ class GrpoTrainer:
                 reference=self.reference,
                 micro_batch_tokens=config.micro_batch_tokens,
                 clip_norm=config.clip_norm,
+                collector=self.collector,
             )
         self.step += 1
         self.tokens += sampled_tokens
@@ -147,6 +151,8 @@ class GrpoTrainer:
         return {
             **metrics,
             **update,
+            **self.collector.line(),
+            "perf/eta_seconds": (config.steps - self.step) * seconds,
             "train/lr": self.optimizer.param_groups[0]["lr"],
             "perf/step_seconds": seconds,
             "perf/rollout_frac": rollout_seconds / seconds,

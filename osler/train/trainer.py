@@ -21,9 +21,11 @@ import torch
 from torch import Tensor
 
 from osler.checkpoint import store
+from osler.data.delivered import Delivered
 from osler.data.loader import Batch
 from osler.errors import UserError
 from osler.model.transformer import Transformer
+from osler.monitor.collect import Collector, of_steps
 from osler.monitor.sinks import JsonlSink
 from osler.optim.build import set_decay_and_momentum
 from osler.optim.schedule import lr_scale
@@ -41,7 +43,8 @@ PLANNED_SHARE = 0.97  # of the minutes asked for: the rest is for the last check
 class Trainer:
     """Trains ``model`` on batches until ``total_tokens`` (or the clock), writing metrics and checkpoints to ``run``.
 
-    ``batches(step)`` iterates over global batches from a step on; ``evaluate`` returns metrics of the model as it is;
+    ``batches(step)`` iterates over global batches from a step on, and ``delivered`` knows what was in them; ``evaluate`` returns
+    metrics of the model as it is;
     ``files`` and ``fingerprints`` go into every checkpoint, which is refused on resume when the fingerprints differ.
     """
 
@@ -53,6 +56,7 @@ class Trainer:
         optimizer: torch.optim.Optimizer,
         train_step: TrainStep,
         batches: Callable[[int], Iterator[Batch]],
+        delivered: Delivered,
         evaluate: Callable[[], dict[str, float]],
         probe: Callable[[], dict[str, float]],
         run: RunFolder,
@@ -67,6 +71,7 @@ class Trainer:
         self.engine = train_step.engine
         self.world = self.engine.world
         self.batches = batches
+        self.delivered = delivered
         self.evaluate = evaluate
         self.probe = probe
         self.run = run
@@ -78,9 +83,20 @@ class Trainer:
         self.timeline = config.timeline
         self.total_tokens = config.total_tokens
         self.best_loss = math.inf
+        self.train_loss: float | None = None  # of the last line
         self.skipped_in_a_row = 0
         self.window: list[list[float]] = []  # loss, gradient norm and skip flag of each step since the last log line
         self.on_device: list[StepResult] = []  # the same, not yet fetched
+        self.collector = Collector(
+            config.monitor,
+            model,
+            train_step.device,
+            lines_every=config.log_every_steps,
+            world=self.world,
+            whole_weights=lambda: self.engine.whole_weights(model),
+            has_gradients=self.engine.leaves_gradients,
+        )
+        train_step.mark, train_step.watch = self.collector.mark, self.collector.update
 
     @property
     def tokens(self) -> int:
@@ -111,11 +127,12 @@ class Trainer:
                 middle = self.tokens + stage.batch_tokens // 2
                 scale = lr_scale(config.schedule, middle, self.total_tokens)
                 set_decay_and_momentum(self.optimizer, config.optim, scale, middle, self.total_tokens)
-                self.on_device.append(self.train_step(next(batches), scale))
+                self.on_device.append(self.train_step(self.collector.fetch(batches, self.step + 1), scale))
                 self.step += 1
                 fault("train-step")
                 if self.step in (first + 1, stage.first_step + 1):  # it compiles: neither speed nor time left follow from it
                     mark = (self.tokens, time.monotonic())
+                    self.collector.restart_clock()
                     progress.update(self.tokens)
                 self._watch_clock()
                 stopping = self._agree(stop)
@@ -148,6 +165,7 @@ class Trainer:
             "total_tokens": self.total_tokens,
             "seconds": self.seconds,
             "skipped_in_a_row": self.skipped_in_a_row,
+            "train_loss": self.train_loss,
             "window": [[value if math.isfinite(value) else None for value in row] for row in self.window],
             "fingerprints": dict(self.fingerprints),
             "optimizer": optimizer_state,
@@ -176,6 +194,7 @@ class Trainer:
         best = store.best_checkpoint(self.run.checkpoints)
         self.best_loss = best.value if best is not None and best.value is not None and best.step <= self.step else math.inf
         self.skipped_in_a_row = state["skipped_in_a_row"]
+        self.train_loss = state.get("train_loss")
         self.window = [[math.nan if value is None else value for value in row] for row in state["window"]]
 
     def _due(self, every_tokens: int) -> bool:
@@ -198,16 +217,13 @@ class Trainer:
         """Write what the steps since the last line gave; the speed is that since the tokens and the time of ``mark``."""
         self._fetch()
         now = time.monotonic()
-        losses = [row[0] for row in self.window if math.isfinite(row[0])]
-        loss = sum(losses) / len(losses) if losses else math.nan
-        metrics: dict[str, float] = {
-            "train/loss": loss,
-            "train/lr": self.config.optim.lr * scale,
-            "train/grad_norm": self.window[-1][1],
-            "train/skipped_steps": sum(row[2] for row in self.window),
-        }
+        metrics = of_steps(self.window, self.config.clip_norm, self.delivered.bytes_per_token)
+        metrics |= {"train/lr": self.config.optim.lr * scale, **self.collector.line()}
+        metrics |= self.delivered.metrics(self.step, len(self.window), by_source=self.collector.is_due(self.step))
+        loss = metrics["train/loss"]
+        self.train_loss = loss if math.isfinite(loss) else None
+        stage = self.timeline.at_step(self.step - 1)
         if self.config.curriculum:
-            stage = self.timeline.at_step(self.step - 1)
             metrics |= {
                 "train/stage": stage.number,
                 "train/seq_len": stage.seq_len,
@@ -216,11 +232,11 @@ class Trainer:
         shown = {"loss": f"{loss:.3f}"}
         if self.tokens > mark[0]:
             speed = (self.tokens - mark[0]) / (now - mark[1])
-            metrics["perf/tokens_per_second"] = speed
             shown["tokens/s"] = f"{speed:,.0f}"
             if self.config.max_minutes:
                 self._replan(speed)
                 progress.total = self.total_tokens
+            metrics |= self.collector.speed(speed, tokens_left=self.total_tokens - self.tokens, seq_len=stage.seq_len)
         self.window = []
         sink.write(self.step, self.tokens, metrics)
         progress.update(self.tokens, **shown)
@@ -265,6 +281,8 @@ class Trainer:
         if not metrics:
             return
         loss = metrics.get("eval/loss", math.inf)
+        if self.train_loss is not None and math.isfinite(loss):
+            metrics["eval/train_gap"] = loss - self.train_loss
         saved = self.run.checkpoints / store.folder_name(self.step)
         if loss < self.best_loss and self.world.is_first and saved.is_dir():
             self.best_loss = loss

@@ -15,9 +15,9 @@ PACKAGE = Path(osler.__file__).parent if osler.__file__ else Path(next(iter(osle
 AREAS = {name.split("/")[0] for name in METRICS if "/" in name}
 
 
-def test_every_row_has_a_unit_and_a_meaning() -> None:
-    for name, (unit, meaning) in METRICS.items():
-        assert unit and meaning, name
+def test_every_row_has_a_unit_a_meaning_and_a_cost() -> None:
+    for name, (unit, meaning, cost) in METRICS.items():
+        assert unit and meaning and cost, name
         assert not meaning.endswith("."), name
 
 
