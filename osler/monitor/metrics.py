@@ -10,6 +10,8 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
+from osler.errors import UserError
+
 FREE = "free"  # training knows it anyway
 BASIC = "basic"  # marks in the stream, clocks and counters of the host
 GRADIENTS = "full: gradients"  # a pass over the gradients, in the steps in which everything is looked at
@@ -31,7 +33,7 @@ class Metric(NamedTuple):
 METRICS: dict[str, Metric] = {
     # training: pretraining, mid-training, supervised fine-tuning
     "train/loss": Metric("nats/token", "mean cross-entropy of the learned tokens of the steps since the line before"),
-    "train/perplexity": Metric("words", "exp(loss): among how many equally likely words the model seems to choose"),
+    "train/perplexity": Metric("tokens", "exp(loss): among how many equally likely tokens the model seems to choose"),
     "train/bits_per_byte": Metric("bits/byte", "training loss per byte of text, by the data's mean bytes per token"),
     "train/token_accuracy": Metric("fraction", "learned tokens that the model found likeliest beforehand", FORWARD),
     "train/entropy": Metric("nats/token", "how undecided the model is about a learned token", FORWARD),
@@ -52,7 +54,7 @@ METRICS: dict[str, Metric] = {
     "grad/max_abs": Metric("gradient", "largest element of the gradient by size", GRADIENTS),
     "grad/zero_frac": Metric("fraction", "elements of the gradient that are zero, rows of unseen words included", GRADIENTS),
     "grad/nonfinite_frac": Metric("fraction", "elements of the gradient that are infinite or no number", GRADIENTS),
-    "update/ratio": Metric("ratio", "length of one update over that of the weights; about 0.001 is usual", WEIGHTS),
+    "update/ratio": Metric("ratio", "length of one update over that of the weights before it", WEIGHTS),
     "update/part_ratio/<part>": Metric("ratio", "the same for one layer, or for embed, norm or head", WEIGHTS),
     # the model's health
     "model/weight_norm/<part>": Metric("norm", "length of the weights of one layer, or of embed, norm or head", WEIGHTS),
@@ -140,3 +142,16 @@ def describe(name: str) -> Metric | None:
     """Unit, meaning and cost of a metric as it appears in a log, or None when the table does not declare it."""
     row = declared_name(name)
     return METRICS[row] if row is not None else None
+
+
+def table(word: str = "") -> str:
+    """Name, unit, cost and meaning of the metrics whose name or meaning has a word, one line each."""
+    found = [(name, *metric) for name, metric in METRICS.items() if word.lower() in f"{name} {metric.meaning}".lower()]
+    if not found:
+        raise UserError(f"No metric has `{word}` in its name or meaning; `osler metrics` lists all {len(METRICS)}.")
+    columns = [(name, unit, cost) for name, unit, _, cost in found]
+    widths = [max(map(len, column)) for column in zip(*columns, strict=True)]
+    return "\n".join(
+        "  ".join([*(f"{text:<{width}}" for text, width in zip(row, widths, strict=True)), meaning])
+        for row, (_, _, meaning, _) in zip(columns, found, strict=True)
+    )
