@@ -6,16 +6,17 @@ BIN := $(VENV)/bin
 PIP_ARGS ?=
 QUICKSTART_ARGS ?=
 TEST_ARGS ?=
+TORTURE_ARGS ?=
 MIN_COVERAGE := 85
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test lint bench clean
+.PHONY: help install quickstart test torture lint bench clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo
 	@echo "  PYTHON=python3.12 chooses the interpreter, VENV=dir the environment, PIP_ARGS=... goes to pip install,"
-	@echo "  QUICKSTART_ARGS=... to osler quickstart, TEST_ARGS=... to pytest."
+	@echo "  QUICKSTART_ARGS=... to osler quickstart, TEST_ARGS=... to pytest, TORTURE_ARGS=... to the torture."
 
 install: $(VENV)/.installed ## Install Osler into .venv
 
@@ -24,6 +25,9 @@ quickstart: $(VENV)/.installed ## Train, examine and report a small model on thi
 
 test: $(VENV)/.installed-test ## Run the test suite with coverage
 	$(BIN)/python -m pytest --cov=osler --cov-report=term --cov-fail-under=$(MIN_COVERAGE) $(TEST_ARGS)
+
+torture: $(VENV)/.installed ## Interrupt and resume 200 small runs at random moments and compare every bit, in a quarter of an hour
+	$(BIN)/python benchmarks/torture_resume.py $(TORTURE_ARGS)
 
 lint: $(VENV)/.installed-test ## Check style (ruff) and types (mypy)
 	$(BIN)/python -m ruff check .

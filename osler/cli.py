@@ -1,7 +1,6 @@
 """The command line: finds the verb, parses its options, runs it. Nothing heavy is imported before, so help answers at once.
 
-Exit codes: 0 done, 1 an error in Osler (with a traceback), 2 a mistake in what was given (one paragraph, no traceback),
-130 interrupted.
+Exit codes: see ``EXIT_CODES``, which `osler --help` prints.
 """
 
 from __future__ import annotations
@@ -15,6 +14,11 @@ from collections.abc import Sequence
 from osler.errors import UserError
 from osler.runtime.log import complain
 from osler.verbs import VERBS, Verb
+
+EXIT_CODES = """\
+Exit codes: 0 done; 1 an error in Osler, with a traceback; 2 something to mend, told in one paragraph (a wrong option, a full
+disk, a loss that stays NaN, another process of the run that was lost); 130 stopped by Ctrl-C or SIGTERM: a run has finished its
+step and saved, and the same command goes on. A second Ctrl-C leaves at once; the run then goes on from its last checkpoint."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -72,6 +76,8 @@ def overview(verbs: Sequence[Verb]) -> str:
             *lines,
             "",
             "`osler VERB --help` shows options and an example; `osler quickstart` is the place to start.",
+            "",
+            EXIT_CODES,
         ]
     )
 

@@ -60,6 +60,11 @@ With neither task nor text a model is examined on what it was trained for. Other
 both), permutations=4 (orders of the options), reasoning=false, max_new_tokens=, temperature=, which=best, device=cpu.
 `osler show eval --explain` says what each means."""
 
+WATCH_HELP = """\
+  osler watch runs/mine --once | less     (also where no terminal is: a log, a cron job)
+
+q or Ctrl-C leaves; the run goes on. A run that is finished or was stopped can be watched as well."""
+
 
 def split_items(items: Sequence[str]) -> tuple[str | None, list[str]]:
     """Separate the recipe, if there is one, from the overrides: those have an equals sign."""
@@ -183,6 +188,20 @@ def run_report(arguments: argparse.Namespace) -> int:
 
     path = build_report(arguments.run)
     print(f"{summary_text(arguments.run)}\n\n{path}")
+    return 0
+
+
+def run_watch(arguments: argparse.Namespace) -> int:
+    from osler.watch.screen import run
+
+    return run(arguments.run, every_seconds=arguments.every, once=arguments.once)
+
+
+def run_compare(arguments: argparse.Namespace) -> int:
+    from osler.report.compare import build_comparison
+
+    text, path = build_comparison(arguments.runs, arguments.out)
+    print(f"{text}\n\n{path}")
     return 0
 
 
@@ -313,6 +332,28 @@ VERBS: tuple[Verb, ...] = (
         "osler report runs/quickstart",
         run_report,
         (option("run", metavar="DIR", help="a run folder"),),
+    ),
+    Verb(
+        "watch",
+        "Show a run in the terminal while it runs: state, curves, newest values, events, checkpoints",
+        "osler watch runs/mine",
+        run_watch,
+        (
+            option("run", metavar="DIR", help="a run folder; of a quickstart the stage that is at work is shown"),
+            option("--every", type=float, default=2.0, metavar="SECONDS", help="between two pictures (default: 2)"),
+            option("--once", action="store_true", help="print one picture as plain text, and end"),
+        ),
+        WATCH_HELP,
+    ),
+    Verb(
+        "compare",
+        "Lay runs over one another: one HTML page, and a table in the terminal",
+        "osler compare runs/mine runs/mine-lower-lr --out lower-lr.html",
+        run_compare,
+        (
+            option("runs", nargs="+", metavar="DIR", help="two run folders or more"),
+            option("--out", default="compare.html", metavar="FILE", help="the page to write (default: compare.html)"),
+        ),
     ),
     Verb(
         "bench",

@@ -21,7 +21,7 @@ FLOORS: dict[str, int] = {
     **dict.fromkeys(("eval",), 4),
     **dict.fromkeys(("train",), 5),
     **dict.fromkeys(("rl", "report"), 6),
-    **dict.fromkeys(("quickstart", "doctor", "bench"), 7),
+    **dict.fromkeys(("quickstart", "doctor", "bench", "watch"), 7),
     **dict.fromkeys(("show",), 8),
     **dict.fromkeys(("verbs",), 9),
     **dict.fromkeys(("cli",), 10),
@@ -45,6 +45,8 @@ DOORS: dict[str, set[str]] = {
     "transformers": {"bench/contestants.py"},
     "nanochat": {"bench/contestants.py"},
     "torchao": {"parallel/fp8.py"},
+    "wandb": {"monitor/sink_wandb.py"},
+    "clearml": {"monitor/sink_clearml.py"},
 }
 EVERYWHERE = {"torch", "numpy"}
 
@@ -161,7 +163,7 @@ def test_libraries_have_one_door(path):
 
 def test_configs_and_cli_do_not_load_torch():
     light = ["osler.config", "osler.cli", "osler.verbs", "osler.doctor", "osler.explain", "osler.show"]
-    light += ["osler.optim.schedule", "osler.monitor.metrics"]
+    light += ["osler.optim.schedule", "osler.monitor.metrics", "osler.monitor.alerts"]
     light += [f"osler.{path.parent.name}.config" for path in PACKAGE.glob("*/config.py")]
     light += [f"osler.clinic.{path.stem}" for path in (PACKAGE / "clinic").glob("*.py") if path.stem != "__init__"]
     code = (

@@ -31,6 +31,10 @@ class Span:
         """Tokens in one step."""
         return self.rows_per_batch * self.seq_len
 
+    def rows_in(self, tokens: int) -> int:
+        """The rows that hold so many tokens, the last one rounded up."""
+        return -(-tokens // self.seq_len)
+
 
 @dataclass(frozen=True)
 class Timeline:
@@ -50,6 +54,12 @@ class Timeline:
         """How many tokens the steps before this one see."""
         span = self.at_step(step)
         return span.first_token + (step - span.first_step) * span.batch_tokens
+
+    def rows_at(self, step: int, skipped_tokens: int = 0) -> range:
+        """The numbers of the rows, in the packing of its stage, that a step trains on after passing over tokens of the stream."""
+        span = self.at_step(step)
+        first = (step - span.first_step) * span.rows_per_batch + span.rows_in(skipped_tokens)
+        return range(first, first + span.rows_per_batch)
 
     def steps_within(self, tokens: int) -> int:
         """How many whole steps so many tokens are enough for."""

@@ -2,7 +2,8 @@
 
 The order of the data is computed, so what was in it is too: nothing is counted while training, every rank would say the same, and
 a resumed run goes on with the same numbers. A source is what the documents were written from: a file, or a kind of text of the
-clinic. Nothing mixes them, so what is asked of a source is its share of the data, and what is delivered settles on that.
+clinic. Nothing mixes them, so what is asked of a source is its share of the data, and what is delivered settles on that. Data
+that a run passed over, after it went back, counts as gone through.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ class Delivered:
         shards = self.packings[0].order.shards
         return shards.num_bytes / shards.num_tokens if self.packings[0].prompt_loss else None
 
-    def metrics(self, step: int, steps: int, *, by_source: bool) -> dict[str, float]:
+    def metrics(self, step: int, steps: int, *, by_source: bool, skipped_tokens: int = 0) -> dict[str, float]:
         """The state after ``step`` steps, and the padding of the last ``steps`` of them; ``by_source`` visits every document."""
         span = self.timeline.at_step(step - 1)
         packing = self.packings[span.number - 1]
-        stop = (step - span.first_step) * span.rows_per_batch
+        stop = self.timeline.rows_at(step - 1, skipped_tokens).stop
         first = max(0, stop - steps * span.rows_per_batch)
         metrics = {"data/epoch": packing.epochs(stop), "perf/padding_frac": packing.padding(first, stop)}
         if by_source:

@@ -71,25 +71,25 @@ class Loader:
         """Tokens (padding included) in the global batch."""
         return self.rows_per_batch * self.packing.seq_len
 
-    def batch(self, step: int) -> Batch:
-        """Return this rank's rows of the global batch of a step (0, 1, ...)."""
+    def batch(self, step: int, skipped_rows: int = 0) -> Batch:
+        """Return this rank's rows of the global batch of a step (0, 1, ...), after so many rows that are passed over."""
         rows = self.rows_per_batch // self.world_size
-        first = step * self.rows_per_batch + self.rank * rows
+        first = skipped_rows + step * self.rows_per_batch + self.rank * rows
         batch = make_batch(self.packing, range(first, first + rows))
         return batch.pinned() if self.pin_memory else batch
 
-    def batches(self, start_step: int = 0) -> Generator[Batch, None, None]:
+    def batches(self, start_step: int = 0, skipped_rows: int = 0) -> Generator[Batch, None, None]:
         """Yield the batches from a step on without end; the number of workers never changes them."""
         if self.workers == 0:
             while True:
-                yield self.batch(start_step)
+                yield self.batch(start_step, skipped_rows)
                 start_step += 1
         executor = ThreadPoolExecutor(self.workers, thread_name_prefix="loader")
         try:
             ahead: deque[Future[Batch]] = deque()
             while True:
                 while len(ahead) < self.workers * BATCHES_AHEAD:
-                    ahead.append(executor.submit(self.batch, start_step))
+                    ahead.append(executor.submit(self.batch, start_step, skipped_rows))
                     start_step += 1
                 yield ahead.popleft().result()
         finally:
@@ -113,12 +113,15 @@ class StagedLoader:
     timeline: Timeline
     loaders: Sequence[Loader]
 
-    def batches(self, start_step: int = 0) -> Iterator[Batch]:
-        """Yield the batches from a step of the run on without end."""
+    def batches(self, start_step: int = 0, skipped_tokens: int = 0) -> Iterator[Batch]:
+        """Yield the batches from a step of the run on without end, so many tokens further on in the stream than its steps say.
+
+        Tokens before a stage were passed over in all stages, so one that follows repeats nothing of the one before it.
+        """
         for span, loader in zip(self.timeline.spans, self.loaders, strict=True):
             first = max(start_step, span.first_step)
             count = None if span.end_step is None else max(0, span.end_step - first)
-            with closing(loader.batches(first - span.first_step)) as batches:
+            with closing(loader.batches(first - span.first_step, span.rows_in(skipped_tokens))) as batches:
                 yield from islice(batches, count)
 
 

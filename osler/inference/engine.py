@@ -134,13 +134,14 @@ class Engine:
         top_p: float | None = None,
         stop_ids: Sequence[int] = (),
         seed: int = 0,
+        first_row: int = 0,
     ) -> Rollout:
         """Draw ``samples_per_prompt`` completions of every prompt; row r belongs to prompt r // samples_per_prompt.
 
         Settings are those of :class:`osler.inference.rollout.Sampling`. Raises UserError for an empty prompt, ids outside
         the vocabulary, and prompts that with ``max_new_tokens`` exceed the model's ``max_seq_len``.
         """
-        sampling = Sampling(max_new_tokens, temperature, top_k, top_p, tuple(stop_ids), seed)
+        sampling = Sampling(max_new_tokens, temperature, top_k, top_p, tuple(stop_ids), seed, first_row)
         check_prompts(self.model.config, prompts, samples_per_prompt, sampling)
         collected = _Collected(len(prompts) * samples_per_prompt)
         numbers = range(len(prompts) * samples_per_prompt)
@@ -227,13 +228,14 @@ class Engine:
         length_B = torch.tensor([len(prompt) for prompt in prompts], device=device)
         new_N = torch.arange(sampling.max_new_tokens, device=device)
         slot_S = torch.arange(slots, device=device)
+        row_B1 = sampling.first_row + torch.tensor(numbers, device=device)[:, None]
         shape_BN = (len(prompts), sampling.max_new_tokens)
         rows = _Rows(
             cache=cache,
             token_B=torch.zeros_like(length_B),
             position_B=length_B - 1,
             visible_BS=(slot_S >= width - length_B[:, None]) & (slot_S < width),
-            uniform_BN=row_uniform(sampling.seed, torch.tensor(numbers, device=device)[:, None], length_B[:, None] + new_N),
+            uniform_BN=row_uniform(sampling.seed, row_B1, length_B[:, None] + new_N),
             tokens_BN=torch.zeros(shape_BN, dtype=torch.int64, device=device),
             logprobs_BN=torch.zeros(shape_BN, device=device),
             keep_BN=None,

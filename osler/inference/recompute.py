@@ -38,7 +38,7 @@ def generate_by_recompute(
         ids_BT = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device)
         length_B = torch.tensor([len(row) for row in rows], device=device)
         logits_BV = model.logits(model(ids_BT)[row_B, length_B - 1])
-        u_B = row_uniform(sampling.seed, row_B, length_B)
+        u_B = row_uniform(sampling.seed, sampling.first_row + row_B, length_B)
         token_B, logp_B, keep_BV = sample(
             logits_BV, u_B, temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p
         )

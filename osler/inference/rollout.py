@@ -17,7 +17,8 @@ class Sampling:
     """How tokens are drawn; the defaults draw from the model's own distribution.
 
     ``temperature`` 0 takes the likeliest token. A row ends with the first of ``stop_ids`` or after ``max_new_tokens``.
-    The same ``seed`` gives row r (prompt r // samples_per_prompt) the same random stream whatever shares its batch.
+    The same ``seed`` gives row r (prompt r // samples_per_prompt) the same random stream whatever shares its batch;
+    ``first_row`` is the number of the first row, for a call that does a part of a larger one.
     """
 
     max_new_tokens: int
@@ -26,6 +27,7 @@ class Sampling:
     top_p: float | None = None
     stop_ids: tuple[int, ...] = ()
     seed: int = 0
+    first_row: int = 0
 
     def __post_init__(self) -> None:
         check_sampling(self.temperature, self.top_k, self.top_p)

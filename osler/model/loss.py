@@ -1,4 +1,4 @@
-"""The loss of supervised training as one module: what a parallel engine wraps and what is compiled.
+"""The loss of training as one module: what a parallel engine wraps and what is compiled.
 
 Shape legend: B batch, T tokens, D hidden.
 """
@@ -11,12 +11,16 @@ from osler.model.transformer import Transformer
 from osler.ops.cross_entropy import linear_cross_entropy
 
 
-class SummedLoss(nn.Module):
-    """Maps (ids, labels, document ids or None) to the summed cross-entropy in nats; fit for ``torch.compile``."""
+class ModelLoss(nn.Module):
+    """A loss with the model that it is of: its forward pass goes from tokens to a number."""
 
     def __init__(self, model: Transformer) -> None:
         super().__init__()
         self.model = model
+
+
+class SummedLoss(ModelLoss):
+    """Maps (ids, labels, document ids or None) to the summed cross-entropy in nats; fit for ``torch.compile``."""
 
     def forward(self, ids_BT: Tensor, labels_BT: Tensor, document_BT: Tensor | None) -> Tensor:
         return self.of_hidden(self.model(ids_BT, document_BT=document_BT), labels_BT)

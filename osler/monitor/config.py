@@ -22,3 +22,19 @@ class MonitorConfig:
     def __post_init__(self) -> None:
         if self.full_every_steps < 1:
             raise ValueError(f"full_every_steps is {self.full_every_steps}; it must be at least 1")
+
+
+@config
+class SpikeConfig:
+    """When a loss counts as a spike, and what is done about it."""
+
+    # report: warn and note it in events.jsonl; rollback: also go back to the last good checkpoint and pass over the data since
+    action: Literal["report", "rollback"] = "report"
+    threshold: float = 8.0  # robust standard deviations above the median of the losses before it
+    window_steps: int = 100  # losses that the median is taken over; nothing is judged before half of them were seen
+
+    def __post_init__(self) -> None:
+        if self.threshold <= 0:
+            raise ValueError(f"threshold is {self.threshold}; it must be above 0")
+        if self.window_steps < 4:
+            raise ValueError(f"window_steps is {self.window_steps}; it must be at least 4 for a median to mean anything")

@@ -12,12 +12,15 @@ import time
 from pathlib import Path
 from typing import Any
 
+from osler.runtime.log import say
+
 
 class EventLog:
     """Appends events to a file, whole lines at once."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        self._warned = False
 
     def write(self, step: int, kind: str, name: str, message: str, **details: Any) -> None:
         """Append one event; ``details`` must be JSON without NaN. A torn last line of a killed process is ended first."""
@@ -28,8 +31,10 @@ class EventLog:
                 if file.tell() and file.seek(-1, 2) and file.read(1) != b"\n":
                     text = "\n" + text
                 file.write(text.encode("utf-8"))
-        except OSError:
-            pass  # the alert was on the console; the run is worth more than its diary
+        except OSError as error:
+            if not self._warned:
+                self._warned = True
+                say(f"Warning: {self.path} cannot be written ({error.strerror}); what happens to this run is told here alone.")
 
 
 def read_events(path: str | Path) -> list[dict[str, Any]]:

@@ -67,7 +67,7 @@ METRICS: dict[str, Metric] = {
     "model/logit_max": Metric("logit", "largest logit; steady growth is the start of many a divergence", FORWARD),
     # the data
     "data/epoch": Metric("epochs", "how often the training data have been gone through"),
-    "data/tokens/<source>": Metric("tokens", "tokens of one source trained on so far, in whole rows", PLAN),
+    "data/tokens/<source>": Metric("tokens", "tokens of one source gone through so far", PLAN),
     "data/epoch/<source>": Metric("epochs", "how often one source has been gone through", PLAN),
     "data/asked_frac/<source>": Metric("fraction", "share of the tokens that one source is to have", PLAN),
     "data/delivered_frac/<source>": Metric("fraction", "share of the tokens that one source has had so far", PLAN),

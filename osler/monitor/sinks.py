@@ -70,6 +70,14 @@ class JsonlSink:
                 self._warned = True
                 say(f"Warning: metrics cannot be written to {self.path} ({error}); the run goes on without them until they can.")
 
+    def rewind(self, step: int) -> None:
+        """Drop the lines after ``step``: a run that has gone back makes those steps again."""
+        self.close()
+        try:
+            _heal(self.path, step)
+        except (OSError, UserError) as error:
+            say(f"Warning: {self.path} keeps its lines after step {step} until the run is started again ({error}).")
+
     def close(self) -> None:
         """Close the file; closing twice is fine, and a line that the disk has refused does not come up again."""
         file, self._file = self._file, None

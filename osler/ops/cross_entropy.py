@@ -19,7 +19,8 @@ from torch import Tensor
 IGNORE = -100  # the label of a token that carries no loss
 MOST_CHUNK_TOKENS = 2048
 WEIGHT_PIECE = 1 << 25  # elements of a weight gradient that are widened to fp32 at a time: 128 MB
-CHUNK_LOGITS = 1 << 26  # in fp32 a quarter of a GB: 1,280 tokens of 50k words, 320 of 200k
+CHUNK_BYTES = 1 << 28  # of logits: in fp32 1,280 tokens of 50k words, 320 of 200k
+BLOCK_LOGITS = {"cpu": 1 << 21}  # logits that are widened to fp32 at a time: few enough to stay in the cache while worked on
 
 
 def cross_entropy_reference(
@@ -58,7 +59,8 @@ def linear_cross_entropy(
         labels_N.clamp_min(0),
         scale_N,
         vocab_size or weight_VR.shape[0],
-        chunk_tokens or default_chunk_tokens(weight_VR.shape[0]),
+        chunk_tokens
+        or default_chunk_tokens(weight_VR.shape[0], 4 if torch.compiler.is_compiling() else features_NR.element_size()),
     )
     return loss
 
@@ -90,9 +92,9 @@ def linear_logprobs(
     return logp, entropy
 
 
-def default_chunk_tokens(vocab_size: int) -> int:
-    """How many tokens' logits are held at a time: what ``CHUNK_LOGITS`` allows, in whole tiles of 64."""
-    return max(64, min(MOST_CHUNK_TOKENS, CHUNK_LOGITS // vocab_size // 64 * 64))
+def default_chunk_tokens(vocab_size: int, logit_bytes: int = 4) -> int:
+    """How many tokens' logits are held at a time: what ``CHUNK_BYTES`` allows, in whole tiles of 64."""
+    return max(64, min(MOST_CHUNK_TOKENS, CHUNK_BYTES // (logit_bytes * vocab_size) // 64 * 64))
 
 
 @torch.library.custom_op("osler::in_turn", mutates_args=(), schema="(Tensor x, Tensor[] after) -> Tensor")
@@ -114,16 +116,39 @@ def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _chunk_logits(x_CR: Tensor, weight_VR: Tensor, vocab_size: int, keep_CV: Tensor | None = None) -> Tensor:
-    logits_CV = _wide(x_CR @ weight_VR.T)
-    if vocab_size < weight_VR.shape[0]:
-        logits_CV = logits_CV.masked_fill(
-            torch.arange(weight_VR.shape[0], device=x_CR.device) >= vocab_size, float("-inf")
-        )
+def _without_padding(logits_CV: Tensor, vocab_size: int) -> Tensor:
+    if vocab_size == logits_CV.shape[1]:
+        return logits_CV
+    return logits_CV.masked_fill(torch.arange(logits_CV.shape[1], device=logits_CV.device) >= vocab_size, float("-inf"))
+
+
+def _chunk_logits(x_CR: Tensor, weight_VR: Tensor, vocab_size: int, keep_CV: Tensor | None) -> Tensor:
+    logits_CV = _without_padding(_wide(x_CR @ weight_VR.T), vocab_size)
     if keep_CV is not None:
         keep_CV = F.pad(keep_CV, (0, weight_VR.shape[0] - keep_CV.shape[1]))
         logits_CV = logits_CV.masked_fill(~keep_CV, float("-inf"))
     return logits_CV
+
+
+def _loss_and_gradient(logits_CV: Tensor, label_C: Tensor, scale_C: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
+    """Summed loss of one chunk and its gradient in the dtype of the logits, written over them unless a compiler fuses it all.
+
+    Run operator by operator, a chunk would go through memory once for each of them; a block of its rows stays in the cache.
+    """
+    if torch.compiler.is_compiling():
+        log_softmax_CV = _without_padding(_wide(logits_CV), vocab_size).log_softmax(-1)
+        loss = -(log_softmax_CV.gather(1, label_C[:, None]).squeeze(1) * scale_C).sum()
+        one_hot_CV = label_C[:, None] == torch.arange(logits_CV.shape[1], device=logits_CV.device)
+        error_CV = (log_softmax_CV.exp() - one_hot_CV.to(log_softmax_CV.dtype)) * scale_C[:, None]
+        return loss, error_CV.to(logits_CV.dtype)
+    rows = max(1, BLOCK_LOGITS.get(logits_CV.device.type, logits_CV.numel()) // logits_CV.shape[1])
+    losses = []
+    for block, label, scale in zip(logits_CV.split(rows), label_C.split(rows), scale_C.split(rows), strict=True):
+        log_softmax = _without_padding(_wide(block), vocab_size).log_softmax(-1)
+        losses.append((log_softmax.gather(1, label[:, None]).squeeze(1) * scale).sum())
+        error = log_softmax.exp_().scatter_add_(1, label[:, None], log_softmax.new_full((label.shape[0], 1), -1.0))
+        block.copy_(error.mul_(scale[:, None]))
+    return -torch.stack(losses).sum(), logits_CV
 
 
 def _add_weight_gradient(grad_weight_VR: Tensor, grad_logits_CV: Tensor, x_CR: Tensor) -> None:
@@ -151,17 +176,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ):
             if grad_chunks and torch.compiler.is_compiling():
                 x = in_turn(x, [grad_chunks[-1], grad_weight])
-            logits = _chunk_logits(x, head, vocab_size)
-            log_softmax = logits.log_softmax(-1)
-            loss = loss - (log_softmax.gather(1, label[:, None]).squeeze(1) * weigh).sum()
-            del logits  # a chunk of logits is the largest thing held here, so what follows works in place
-            error = log_softmax.exp_()
-            if torch.compiler.is_compiling():  # fused with what stands around it
-                error = error - (label[:, None] == torch.arange(head.shape[0], device=x.device)).to(error.dtype)
-            else:
-                error.scatter_add_(1, label[:, None], error.new_full((label.shape[0], 1), -1.0))
-            grad_logits = error.mul_(weigh[:, None]).to(x.dtype)
-            del log_softmax, error
+            chunk_loss, grad_logits = _loss_and_gradient(x @ head.T, label, weigh, vocab_size)
+            loss = loss + chunk_loss
             grad_chunks.append(grad_logits @ head)
             _add_weight_gradient(grad_weight, grad_logits, x)
         ctx.save_for_backward(torch.cat(grad_chunks), grad_weight)
@@ -214,9 +230,7 @@ class _LinearLogprobs(torch.autograd.Function):
             x = features[part]
             logits = _chunk_logits(x, head, vocab_size, None if keep is None else keep[part]) / temperature
             one_hot = labels[part, None] == torch.arange(head.shape[0], device=x.device)
-            grad_logits = ((one_hot.to(logits.dtype) - logits.softmax(-1)) * (grad_logp[part, None] / temperature)).to(
-                x.dtype
-            )
+            grad_logits = ((one_hot.to(logits.dtype) - logits.softmax(-1)) * (grad_logp[part, None] / temperature)).to(x.dtype)
             grad_chunks.append(grad_logits @ head)
             _add_weight_gradient(grad_weight, grad_logits, x)
         return torch.cat(grad_chunks), grad_weight.to(weight.dtype), None, None, None, None, None

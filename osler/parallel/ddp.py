@@ -8,13 +8,13 @@ from typing import Any
 import torch._dynamo
 from torch.nn.parallel import DistributedDataParallel
 
-from osler.model.loss import SummedLoss
+from osler.model.loss import ModelLoss
 from osler.parallel.config import DdpConfig
 from osler.parallel.engine import Engine
 from osler.runtime.world import World
 
 
-def share_with_ddp(loss: SummedLoss, config: DdpConfig, world: World) -> Engine:
+def share_with_ddp(loss: ModelLoss, config: DdpConfig, world: World) -> Engine:
     """Wrap the loss, so that DDP sees one forward pass from tokens to a number."""
     # Blocks are compiled one by one and their gradients arrive block by block: torch need not cut graphs for overlap.
     torch._dynamo.config.optimize_ddp = False
@@ -22,4 +22,21 @@ def share_with_ddp(loss: SummedLoss, config: DdpConfig, world: World) -> Engine:
     known = inspect.signature(DistributedDataParallel).parameters
     silent: dict[str, Any] = {"forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False}
     wrapped = DistributedDataParallel(loss, gradient_as_bucket_view=True, **silent)
+    settle_buckets(wrapped, loss)
     return Engine(wrapped, world, wrapped.no_sync)
+
+
+def settle_buckets(wrapped: DistributedDataParallel, loss: ModelLoss) -> None:
+    """Let DDP lay out its gradient buckets now: it does so once, after its first backward pass, which here computes nothing.
+
+    The place of a gradient in its bucket decides in which order three or more ranks are summed. Were it the first step that lays
+    the buckets out, the first step after a resume would round differently from the same step of a run that was never interrupted.
+    """
+    learned = [parameter for parameter in loss.parameters() if parameter.requires_grad]
+    loss.forward = lambda: sum(0.0 * parameter.sum() for parameter in learned)
+    try:
+        wrapped().backward()
+    finally:
+        del loss.forward
+    for parameter in learned:
+        parameter.grad = None

@@ -2,12 +2,13 @@
 
 DeepSpeed takes over the optimizer's parameters, averages and clips gradients and makes the step itself. Checkpoints are ours: its
 functions that put single weights and moments together give the same tensors that any other strategy writes, so a run may change
-to ZeRO and back. ZeRO 2 and 3 reduce gradients in every micro-batch. A gradient that is not finite skips the step in bf16, and is
-not looked for in fp32. https://deepspeed.readthedocs.io
+to ZeRO and back. ZeRO 2 and 3 reduce gradients in every micro-batch. DeepSpeed looks itself for a gradient that is not finite and
+skips its step, which waits for the device; a version that makes such a step is refused. https://deepspeed.readthedocs.io
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -80,8 +81,15 @@ class DeepSpeedEngine(Engine):
 
     def update(self, optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         self.inner.step()
-        grad_norm = torch.as_tensor(self.inner.get_global_grad_norm(), dtype=torch.float32, device=self.inner.device)
-        return grad_norm, (~torch.isfinite(grad_norm)).float()
+        skipped = bool(getattr(self.inner.optimizer, "overflow", False))
+        grad_norm = math.inf if skipped else float(self.inner.get_global_grad_norm())
+        if not skipped and not 0.0 <= grad_norm < math.inf:  # -1 stands for NaN here
+            raise UserError(
+                "DeepSpeed made a step with a gradient that is not finite, and the weights are lost: its version "
+                f"{self.deepspeed.__version__} does not skip such steps. Install a newer one, or use parallel.type=fsdp; the "
+                "same command then goes on from the newest checkpoint."
+            )
+        return torch.tensor(grad_norm, device=self.inner.device), torch.tensor(float(skipped), device=self.inner.device)
 
     def parts(
         self, model: Transformer, optimizer: torch.optim.Optimizer

@@ -19,7 +19,7 @@ from osler.checkpoint.state import flatten_optimizer, restore_optimizer
 from osler.model.transformer import Transformer
 from osler.runtime.world import World
 
-LossFunction = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+LossFunction = Callable[..., Any]  # a ModelLoss, wrapped or not
 
 
 class Engine:

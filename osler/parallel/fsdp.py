@@ -15,13 +15,13 @@ import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
-from osler.model.loss import SummedLoss
+from osler.model.loss import ModelLoss
 from osler.parallel.config import FsdpConfig
 from osler.parallel.engine import Engine
 from osler.runtime.world import World
 
 
-def share_with_fsdp(loss: SummedLoss, config: FsdpConfig, world: World) -> Engine:
+def share_with_fsdp(loss: ModelLoss, config: FsdpConfig, world: World) -> Engine:
     """Cut every block, and what lies outside the blocks as one more; the model's parameters become ``DTensor``."""
     mesh = init_device_mesh(torch.device(world.device).type, (world.size,))
     # The model casts its activations itself.

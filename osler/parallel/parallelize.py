@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from osler.errors import UserError
-from osler.model.loss import SummedLoss
+from osler.model.loss import ModelLoss, SummedLoss
 from osler.model.transformer import Transformer
 from osler.parallel.config import DdpConfig, DeepSpeedConfig, FsdpConfig, NoParallelConfig, ParallelConfig
 from osler.parallel.ddp import share_with_ddp
@@ -25,21 +25,32 @@ from osler.parallel.fsdp import share_with_fsdp
 from osler.runtime.shapes import with_few_shapes
 from osler.runtime.world import World
 
-STRATEGIES: dict[type, Callable[[SummedLoss, Any, World], Engine]] = {
+STRATEGIES: dict[type, Callable[[Any, Any, World], Engine]] = {
     DdpConfig: share_with_ddp,
     FsdpConfig: share_with_fsdp,
     DeepSpeedConfig: share_with_deepspeed,
 }
 
 
-def parallelize(model: Transformer, config: ParallelConfig, world: World, *, compile: bool) -> Engine:
-    """Make ``model`` ready for its training step, in place; with one process every strategy is the plain one."""
+def parallelize(
+    model: Transformer,
+    config: ParallelConfig,
+    world: World,
+    *,
+    compile: bool,
+    loss_of: Callable[[Transformer], ModelLoss] = SummedLoss,
+) -> Engine:
+    """Make ``model`` ready for its training step, in place; with one process every strategy is the plain one.
+
+    Only a ``SummedLoss`` can be compiled, and DeepSpeed takes no other.
+    """
     check_strategy(config, world.size)
-    loss = SummedLoss(model)
+    loss = loss_of(model)
     if world.size == 1:
         engine = Engine(torch.compile(loss, fullgraph=True, dynamic=False) if compile else loss)
     else:
         if compile:
+            assert isinstance(loss, SummedLoss)
             compile_by_block(loss)
         engine = STRATEGIES[type(config)](loss, config, world)
     if compile:

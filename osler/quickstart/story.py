@@ -31,6 +31,7 @@ from osler.eval.exams import score_by_generation
 from osler.eval.score import ExamScore, Result, compare
 from osler.inference.engine import Engine
 from osler.inference.load import load_model
+from osler.monitor.fanout import check_sinks
 from osler.quickstart.config import QuickstartConfig
 from osler.report.page import build_report
 from osler.report.text import summary_text
@@ -71,6 +72,8 @@ def run(
         config = stored_config(QuickstartConfig, str(root.root), overrides)
     else:
         config = decode(QuickstartConfig, load_recipe("quickstart", overrides))
+    for stage in (config.pretrain, config.sft, config.grpo):
+        check_sinks(stage.monitor)
     if dry_run:
         print(dump_yaml(encode(config)).rstrip())
         return 0

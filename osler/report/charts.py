@@ -1,19 +1,23 @@
 """Which curves the page draws, in which order, and what each should look like when all is well.
 
-A chart names rows of the `METRICS` table; a metric that no chart names is drawn after the others with its meaning
-from the table as the caption, so that nothing a run logs is hidden.
+A chart names rows of the `METRICS` table; a metric that no chart names is drawn after the others, in its family, with its
+meaning from the table as the caption, so that nothing a run logs is hidden.
 """
 
 from __future__ import annotations
 
 import math
 import statistics
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 
 from osler.monitor.metrics import declared_name, describe
 from osler.report import format as fmt
-from osler.report.read import StageRun
-from osler.report.svg import Line
+from osler.report.families import Family, by_layer, family_of, in_families
+from osler.report.read import Series, StageRun
+from osler.report.svg import Band, Line
+
+COLOURS = 8  # of the palette
 
 
 @dataclass(frozen=True)
@@ -150,36 +154,117 @@ SPECS: tuple[Spec, ...] = (
     ),
 )
 
+# Metrics of one family that are read beside one another.
+TOGETHER: tuple[Spec, ...] = (
+    Spec(
+        "How right and how sure",
+        (
+            ("train/token_accuracy", "likeliest token right"),
+            ("train/label_probability", "given to the right one"),
+            ("train/top_probability", "given to the likeliest"),
+        ),
+        "Good: all climb, and the model is about as often right as it is sure. Much surer than right is overconfident.",
+        kind="percent",
+        zero=True,
+    ),
+    Spec(
+        "Where a step's time goes",
+        (
+            ("perf/data_ms", "data"),
+            ("perf/forward_ms", "forward"),
+            ("perf/backward_ms", "backward"),
+            ("perf/optimizer_ms", "optimizer"),
+            ("perf/monitor_ms", "watching"),
+        ),
+        "Good: level, and nearly all of it forward and backward. While a step waits for data, the device is idle.",
+        zero=True,
+        legend="median",
+    ),
+    Spec(
+        "Memory",
+        (
+            ("perf/memory_allocated_bytes", "allocated"),
+            ("perf/memory_reserved_bytes", "reserved"),
+            ("perf/memory_resident_bytes", "of the process"),
+            ("perf/memory_peak_bytes", "at most"),
+        ),
+        "Good: level after the first steps. What climbs steadily ends the run one day.",
+        kind="bytes",
+        zero=True,
+        legend="peak",
+    ),
+)
 
-def charts_of(run: StageRun, colour: int) -> tuple[list[tuple[Spec, list[Line]]], list[tuple[Spec, list[Line]]]]:
-    """The charts that a stage's log can fill: those of `SPECS`, and one for every metric left over.
+Chart = tuple[Spec, list[Line], Band | None]
 
-    colour: palette number of the stage, which the first line of each chart takes.
+
+def charts_of(run: StageRun, colour: int) -> tuple[list[Chart], list[tuple[Family, list[Chart]]]]:
+    """The charts that a stage's log can fill: those of `SPECS`, and by family one for every metric left over.
+
+    A metric that every layer has is one chart. colour: palette number of the stage, which the first line of each chart takes.
     """
     used: set[str] = set()
-    main = []
-    for spec in SPECS:
+    main = list(_filled(SPECS, run, colour, used))
+    rest: list[tuple[Family, list[Chart]]] = []
+    for family, names in in_families([n for n in run.curves if n not in used]):
+        own = [spec for spec in TOGETHER if family_of(spec.lines[0][0]) is family]
+        charts = list(_filled(own, run, colour, used))
+        whole, layers = by_layer(name for name in names if name not in used)
+        for base, of in sorted(layers.items()):
+            spec, (lines, band) = spec_of(next(iter(of.values()))), bundle({n: run.curves[name] for n, name in of.items()})
+            good = f"{spec.good} The grey area spans all {len(of)} layers."
+            charts.append((replace(spec, title=f"{base} by layer", good=good), lines, band))
+        charts += [_row_chart(run, row, some, colour) for row, some in _by_row(whole)]
+        rest.append((family, charts))
+    return main, rest
+
+
+def _filled(specs: Iterable[Spec], run: StageRun, colour: int, used: set[str]) -> Iterator[Chart]:
+    """The specs of which a stage logged something, with their lines; the names of the metrics are added to `used`."""
+    for spec in specs:
         lines: list[Line] = []
         for row, label in spec.lines:
-            for name in sorted(n for n in run.curves if declared_name(n) == row):
+            for name in sorted(n for n in run.curves if (declared_name(n) or n) == row):
                 used.add(name)
-                lines.append(_line(run, name, label or _inner(row, name), _palette(colour, len(lines)), spec.over))
+                lines.append(line_of(run, name, label or inner(row, name), _palette(colour, len(lines)), spec.over))
         if any(len(line.x) for line in lines):
-            main.append((spec, lines))
-    rest = []
-    for name in run.curves:
-        if name not in used:
-            metric = describe(name)
-            kind = {"fraction": "percent", "tokens": "count", "bytes": "count"}.get(
-                metric.unit if metric else "", "number"
-            )
-            meaning = (
-                f"{metric.meaning[:1].upper()}{metric.meaning[1:]}."
-                if metric
-                else "Not described in the table of metrics."
-            )
-            rest.append((Spec(name, ((name, name),), meaning, kind), [_line(run, name, name.split("/")[-1], colour)]))
-    return main, rest
+            yield spec, lines, None
+
+
+def spec_of(name: str) -> Spec:
+    """The chart of one metric that no entry of `SPECS` names: its name, and its meaning from the table."""
+    return Spec(name, ((name, name),), _meaning(name), kind_of(name))
+
+
+def kind_of(name: str) -> str:
+    """How values of a metric are written: by its unit, or the end of its name when the table does not know it."""
+    metric = describe(name)
+    unit = metric.unit if metric else {"frac": "fraction", "bytes": "bytes"}.get(name.rpartition("_")[2], "")
+    kinds = {"fraction": "percent", "tokens": "count", "tokens/s": "count", "steps": "count", "bytes": "bytes"}
+    return kinds.get(unit, "number")
+
+
+def bundle(layers: dict[int, Series]) -> tuple[list[Line], Band]:
+    """The first, the middle and the last layer and the one farthest from the others, and what all layers span.
+
+    A layer whose newest value is not finite is the farthest of all.
+    """
+    ends = {layer: _end(series) for layer, series in layers.items()}
+    middle = statistics.median([v for v in ends.values() if math.isfinite(v)] or [0.0])
+    odd = max(layers, key=lambda layer: abs(ends[layer] - middle) if math.isfinite(ends[layer]) else math.inf)
+    numbers = sorted(layers)
+    lines: list[Line] = []
+    for layer in dict.fromkeys((numbers[0], numbers[len(numbers) // 2], numbers[-1], odd)):
+        farthest = ", farthest from the others" if layer == odd and len(numbers) > 2 else ""
+        series = layers[layer]
+        lines.append(Line(f"layer {layer}{farthest}", series.steps, series.values, (0, 1, 3, 2)[len(lines)], smooth=False))
+    spans: dict[int, tuple[float, float]] = {}
+    for series in layers.values():
+        for step, value in series.finite():
+            low, high = spans.get(step, (value, value))
+            spans[step] = min(low, value), max(high, value)
+    steps = sorted(spans)
+    return lines, Band(steps, [spans[s][0] for s in steps], [spans[s][1] for s in steps])
 
 
 def legend_value(spec: Spec, line: Line) -> str:
@@ -200,7 +285,8 @@ def unit_of(lines: tuple[tuple[str, str], ...]) -> str:
     return "" if metric is None or metric.unit == "fraction" else metric.unit
 
 
-def _line(run: StageRun, name: str, label: str, colour: int, over: str = "step") -> Line:
+def line_of(run: StageRun, name: str, label: str, colour: int, over: str = "step") -> Line:
+    """A stage's curve of one metric, over steps or over tokens."""
     series = run.curves[name]
     if over == "tokens":
         points = [(run.clock[step][0], value) for step, value in zip(series.steps, series.values, strict=True)]
@@ -209,7 +295,37 @@ def _line(run: StageRun, name: str, label: str, colour: int, over: str = "step")
     return Line(label, series.steps, series.values, colour, smooth=not name.startswith(("eval/", "train/lr")))
 
 
-def _inner(row: str, name: str) -> str:
+def _by_row(names: list[str]) -> Iterator[tuple[str, list[str]]]:
+    """Metrics that one row of the table declares belong into one chart, as far as colours reach."""
+    rows: dict[str, list[str]] = {}
+    for name in sorted(names):
+        rows.setdefault(declared_name(name) or name, []).append(name)
+    for row, some in rows.items():
+        for start in range(0, len(some), COLOURS):
+            yield row, some[start : start + COLOURS]
+
+
+def _row_chart(run: StageRun, row: str, names: list[str], colour: int) -> Chart:
+    """One chart of metrics that a row declares, or of a single metric."""
+    if len(names) == 1:
+        return spec_of(names[0]), [line_of(run, names[0], names[0].split("/")[-1], colour)], None
+    lines = [line_of(run, name, inner(row, name), _palette(colour, i)) for i, name in enumerate(names)]
+    return replace(spec_of(names[0]), title=row), lines, None
+
+
+def _meaning(name: str) -> str:
+    metric = describe(name)
+    return f"{metric.meaning[:1].upper()}{metric.meaning[1:]}." if metric else "Not described in the table of metrics."
+
+
+def _end(series: Series) -> float:
+    """Where a curve ended up: the mean of its last quarter, NaN when its newest value is not finite."""
+    last = series.values[-max(1, len(series.values) // 4) :]
+    known = [v for v in last if math.isfinite(v)]
+    return statistics.fmean(known) if known and math.isfinite(last[-1]) else math.nan
+
+
+def inner(row: str, name: str) -> str:
     """What stands in a name for the angle brackets of its row: `test` in `eval/test_accuracy`."""
     before, after = row[: row.index("<")], row[row.index(">") + 1 :]
     return name[len(before) : len(name) - len(after)]

@@ -11,6 +11,7 @@ import statistics
 from collections.abc import Iterator
 
 from osler.report import format as fmt
+from osler.report.diary import grave_in_words
 from osler.report.read import Run, Series, StageRun
 from osler.report.words import baseline, headline_score, scores_on, stage_names, stage_title, unfit, unfit_explains
 
@@ -20,7 +21,7 @@ def findings(run: Run) -> list[str]:
     out = list(_exam_findings(run))
     for stage in run.runs:
         where = stage_title(stage.name)
-        out += [f"{where}: {text}" for rule in (_training, _reinforcement, _interruptions) for text in rule(stage)]
+        out += [f"{where}: {text}" for rule in (_diary, _training, _reinforcement, _interruptions) for text in rule(stage)]
     return out + run.problems
 
 
@@ -50,6 +51,10 @@ def _exam_findings(run: Run) -> Iterator[str]:
             letter, n = max(score.letters.items(), key=lambda item: item[1])
             if n / total > 0.6:
                 yield f"{where}: {fmt.percent(n / total)} of the answers are {letter}. That is a habit, not knowledge."
+
+
+def _diary(stage: StageRun) -> list[str]:
+    return grave_in_words(stage.events)
 
 
 def _training(stage: StageRun) -> Iterator[str]:

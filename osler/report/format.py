@@ -33,6 +33,16 @@ def count(value: float) -> str:
     return _minus(value, 0)
 
 
+def size(value: float) -> str:
+    """Bytes in powers of ten: `512 kB`, `1.23 GB`."""
+    if not math.isfinite(value):
+        return MISSING
+    for unit, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= unit * 0.9995:
+            return f"{_figures(value / unit)} {letter}B"
+    return f"{_minus(value, 0)} B"
+
+
 def number(value: float) -> str:
     """A measurement with four figures: `2.134`, `0.0213`, `3.00e-4`, `1,234`."""
     if not math.isfinite(value):
@@ -72,9 +82,9 @@ def tick(value: float, step: float, kind: str = "number") -> str:
         return f"{_minus(100 * value, _decimals(100 * step))}%"
     if abs(value) < step * 1e-6:
         return "0"
-    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= 10_000 and abs(value) >= size:
-            return _minus(value / size, _decimals(step / size)) + letter
+    for unit, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= 10_000 and abs(value) >= unit:
+            return _minus(value / unit, _decimals(step / unit)) + ("G" if kind == "bytes" and letter == "B" else letter)
     if 0 < step < 5e-4:
         exponent = math.floor(math.log10(abs(value)) + 1e-9)
         return f"{value / 10**exponent:.2g}e{MINUS}{abs(exponent)}".replace("-", MINUS)
@@ -82,8 +92,10 @@ def tick(value: float, step: float, kind: str = "number") -> str:
 
 
 def value(number_: float, kind: str) -> str:
-    """A value as its chart's kind asks: `percent`, `count` or `number`."""
-    return percent(number_) if kind == "percent" else count(number_) if kind == "count" else number(number_)
+    """A value as its chart's kind asks: `percent`, `count`, `bytes` or `number`."""
+    if kind == "percent":
+        return percent(number_)
+    return count(number_) if kind == "count" else size(number_) if kind == "bytes" else number(number_)
 
 
 def plural(n: float, word: str) -> str:

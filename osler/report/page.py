@@ -8,6 +8,7 @@ curves and the switch between light and dark.
 from __future__ import annotations
 
 import html
+from collections.abc import Sequence
 from datetime import datetime
 from importlib import resources
 from pathlib import Path
@@ -54,6 +55,7 @@ LINKS = (
     ("grpo", "Before/after"),
     ("samples", "Samples"),
     ("time", "Time"),
+    ("happened", "What happened"),
     ("curves", "Curves"),
     ("watch", "To watch"),
     ("next", "Next"),
@@ -79,19 +81,25 @@ def render(run: Run) -> str:
         sections.comparison(run),
         sections.section("samples", "Samples", lead, body),
         sections.cost(run),
+        sections.happened(run),
         sections.curves(run),
         sections.watch(run),
         sections.what_next(run),
         sections.record(run),
     ]
+    return assemble(run.path.resolve().name, "Osler run report", "the files of this run", parts, LINKS)
+
+
+def assemble(name: str, what: str, made_of: str, parts: Sequence[str], links: Sequence[tuple[str, str]]) -> str:
+    """A page of sections, with links to those that are there."""
     content = "\n".join(part for part in parts if part)
-    links = "".join(f'<a href="#{anchor}">{name}</a>' for anchor, name in LINKS if f'<section id="{anchor}"' in content)
-    name = html.escape(run.path.resolve().name)
+    shown = "".join(f'<a href="#{anchor}">{title}</a>' for anchor, title in links if f'<section id="{anchor}"' in content)
+    name = html.escape(name)
     made = datetime.now().astimezone().strftime("%Y-%m-%d %H:%M")
     return PAGE.format(
-        policy=POLICY, title=f"{name}: Osler run report", name=name, links=links, body=content,
+        policy=POLICY, title=f"{name}: {what}", name=name, links=shown, body=content,
         style=_asset("style.css"), script=_asset("script.js"),
-        footer=f"Made by Osler from the files of this run, {made}. The page fetches nothing; it can be moved or sent.",
+        footer=f"Made by Osler from {made_of}, {made}. The page fetches nothing; it can be moved or sent.",
     )  # fmt: skip
 
 

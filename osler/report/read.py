@@ -2,6 +2,7 @@
 
     config.yaml        resolved configuration (the one file a run folder must have)
     metrics.jsonl      {"step", "tokens", "time", "stage"?, metric: number or null} per line
+    events.jsonl       {"step", "time", "kind", "name", "message", ...} per line: alerts, incidents, rollbacks
     checkpoints/       step-XXXXXXXXX/model.json: the model that was trained
     <stage>/           run folders of a quickstart's stages (pretrain/, sft/, grpo/ ...), read the same way
     stages.json        [{"name", "seconds", "what"}]
@@ -22,7 +23,6 @@ the page shows; a torn last line of a .jsonl is what a kill leaves behind and is
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import statistics
 from collections.abc import Iterable
@@ -31,11 +31,12 @@ from pathlib import Path
 from typing import Any
 
 from osler.errors import UserError
+from osler.monitor.events import read_events
+from osler.report.lenient import NAN, as_dict, as_dicts, as_list, as_number, as_pair, as_text, measurements, read_jsonl
 from osler.report.model import checkpoint_model
 from osler.runtime.files import RunFolder, read_json
 from osler.yaml12 import load_yaml
 
-NAN = math.nan
 STAGE_ORDER = ("untrained", "pretrain", "midtrain", "sft", "grpo", "rl")
 
 
@@ -60,6 +61,7 @@ class StageRun:
     config: dict[str, Any] = field(default_factory=dict)
     config_text: str = ""
     model: dict[str, Any] = field(default_factory=dict)  # as its checkpoints describe it, {} without one
+    events: list[dict[str, Any]] = field(default_factory=list)  # its diary, oldest first
 
     @property
     def last_step(self) -> int:
@@ -179,12 +181,15 @@ def read_run(folder: str | Path) -> Run:
     text, config = _read_config(RunFolder(path).config, problems)
     stages = _read_stages(path, problems)
     names = [stage.name for stage in stages]
-    runs = _read_metrics(path, problems)
-    for sub in sorted(p for p in path.iterdir() if p.is_dir() and _is_run(p)):
+    runs, events = _read_metrics(path, problems), read_events(RunFolder(path).events)
+    if events:
+        runs = runs or [StageRun("")]
+        runs[-1].events = events
+    for sub in sub_runs(path):
         found = _read_metrics(sub, problems, sub.name) or [StageRun(sub.name)]
         if RunFolder(sub).config.is_file():
             found[0].config_text, found[0].config = _read_config(RunFolder(sub).config, problems)
-        found[0].model = checkpoint_model(sub)
+        found[0].model, found[0].events = checkpoint_model(sub), read_events(RunFolder(sub).events)
         runs += found
     runs.sort(key=lambda run: stage_rank(run.name, names))
     versions, groups = _read_versions(path, problems)
@@ -192,7 +197,7 @@ def read_run(folder: str | Path) -> Run:
         path=path, config=config, config_text=text, model=checkpoint_model(path), runs=runs, stages=stages,
         exams=_read_exams(path, names, problems), comparisons=_read_comparisons(path, problems),
         samples=_read_samples(path, problems), versions=versions, groups=groups,
-        notes=[_text(n) for n in _list(_read_json(path / "notes.json", problems)) if _text(n)],
+        notes=[as_text(n) for n in as_list(_read_json(path / "notes.json", problems)) if as_text(n)],
         next_steps=_read_next(path, problems), problems=problems,
     )  # fmt: skip
 
@@ -207,29 +212,9 @@ def stage_rank(label: str, names: Iterable[str] = ()) -> float:
     return -1 if any(word in low for word in ("untrained", "random", "base", "before")) else 100
 
 
-def read_jsonl(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """The objects of a JSON-lines file and how many lines before the last were not objects."""
-    try:
-        # The newline byte alone ends a line; str.splitlines would also cut at characters JSON strings may hold.
-        lines = [line for line in path.read_bytes().split(b"\n") if line.strip()]
-    except FileNotFoundError:
-        return [], 0
-    found: list[dict[str, Any]] = []
-    bad = 0
-    for i, line in enumerate(lines):
-        try:
-            item = json.loads(line)
-        except ValueError:
-            item = None
-        if isinstance(item, dict):
-            found.append(item)
-        elif i < len(lines) - 1:
-            bad += 1
-    return found, bad
-
-
-def _is_run(folder: Path) -> bool:
-    return RunFolder(folder).config.is_file() or RunFolder(folder).metrics.is_file()
+def sub_runs(folder: Path) -> list[Path]:
+    """The run folders inside a run folder: the stages of a quickstart."""
+    return sorted(p for p in folder.iterdir() if RunFolder(p).config.is_file() or RunFolder(p).metrics.is_file())
 
 
 def _read_config(path: Path, problems: list[str]) -> tuple[str, dict[str, Any]]:
@@ -251,16 +236,14 @@ def _read_metrics(folder: Path, problems: list[str], default: str = "") -> list[
     points: dict[str, dict[str, dict[int, float]]] = {}
     clocks: dict[str, dict[int, tuple[float, float]]] = {}
     for line in lines:
-        step = _number(line.get("step"))
+        step = as_number(line.get("step"))
         if not math.isfinite(step):
             continue
-        stage = default or _text(line.get("stage"))
-        clocks.setdefault(stage, {})[int(step)] = (_number(line.get("tokens")), _number(line.get("time")))
-        for name, raw in line.items():
-            numeric = raw is None or isinstance(raw, (int, float)) or raw in ("NaN", "Infinity", "-Infinity")
-            if name not in ("step", "tokens", "time", "stage") and numeric:
-                # A step logged twice (a resume without truncation) counts once, the later line wins.
-                points.setdefault(stage, {}).setdefault(name, {})[int(step)] = _number(raw)
+        stage = default or as_text(line.get("stage"))
+        clocks.setdefault(stage, {})[int(step)] = (as_number(line.get("tokens")), as_number(line.get("time")))
+        for name, value in measurements(line):
+            # A step logged twice (a resume without truncation) counts once, the later line wins.
+            points.setdefault(stage, {}).setdefault(name, {})[int(step)] = value
     runs = []
     for stage, clock in clocks.items():
         curves = {
@@ -272,37 +255,37 @@ def _read_metrics(folder: Path, problems: list[str], default: str = "") -> list[
 
 
 def _read_stages(path: Path, problems: list[str]) -> list[Stage]:
-    rows = _dicts(_read_json(RunFolder(path).stages, problems))
-    return [Stage(_text(r.get("name")), _number(r.get("seconds")), _text(r.get("what"))) for r in rows]
+    rows = as_dicts(_read_json(RunFolder(path).stages, problems))
+    return [Stage(as_text(r.get("name")), as_number(r.get("seconds")), as_text(r.get("what"))) for r in rows]
 
 
 def _read_exams(path: Path, stage_names: list[str], problems: list[str]) -> list[ExamScore]:
     """Scores, the checkpoints in order of training, the splits of each in the file's order."""
     table = _read_json(path / "exams.json", problems)
     scores = []
-    for label, splits in sorted(_dict(table).items(), key=lambda item: stage_rank(item[0], stage_names)):
-        for split, row in _dict(splits).items():
+    for label, splits in sorted(as_dict(table).items(), key=lambda item: stage_rank(item[0], stage_names)):
+        for split, row in as_dict(splits).items():
             if not isinstance(row, dict):
                 continue
-            low, high = _pair(row.get("interval"))
+            low, high = as_pair(row.get("interval"))
             scores.append(
                 ExamScore(
-                    label, split, _number(row.get("n")), _number(row.get("correct")), _number(row.get("accuracy")),
-                    low, high, _number(row.get("chance")), _number(row.get("constant_letter_baseline")),
-                    {_text(k): _number(v) for k, v in _dict(row.get("letters")).items()},
-                    _number(row.get("unparsed")), _text(row.get("method")), _number(row.get("presentations", row.get("n"))),
-                    _number(row.get("too_long")), _number(row.get("max_seq_len")), _number(row.get("max_new_tokens")),
+                    label, split, as_number(row.get("n")), as_number(row.get("correct")), as_number(row.get("accuracy")),
+                    low, high, as_number(row.get("chance")), as_number(row.get("constant_letter_baseline")),
+                    {as_text(k): as_number(v) for k, v in as_dict(row.get("letters")).items()},
+                    as_number(row.get("unparsed")), as_text(row.get("method")), as_number(row.get("presentations", row.get("n"))),
+                    as_number(row.get("too_long")), as_number(row.get("max_seq_len")), as_number(row.get("max_new_tokens")),
                 )
             )  # fmt: skip
     return scores
 
 
 def _read_comparisons(path: Path, problems: list[str]) -> list[Comparison]:
-    rows = _dicts(_read_json(path / "comparison.json", problems))
+    rows = as_dicts(_read_json(path / "comparison.json", problems))
     return [
         Comparison(
-            _text(r.get("split")), _number(r.get("before")), _number(r.get("after")), _number(r.get("difference")),
-            *_pair(r.get("interval")), _number(r.get("n")), _text(r.get("before_label")), _text(r.get("after_label")),
+            as_text(r.get("split")), as_number(r.get("before")), as_number(r.get("after")), as_number(r.get("difference")),
+            *as_pair(r.get("interval")), as_number(r.get("n")), as_text(r.get("before_label")), as_text(r.get("after_label")),
             r.get("branch") is True,
         )
         for r in rows
@@ -319,11 +302,11 @@ def _read_samples(path: Path, problems: list[str]) -> list[Sample]:
         options = r.get("options")
         if isinstance(options, dict):
             options = list(options.values())
-        question = _text(r.get("question"))
+        question = as_text(r.get("question"))
         samples.append(
             Sample(
-                _text(r.get("id")) or question, _text(r.get("stage")), question, [_text(o) for o in _list(options)],
-                _text(r.get("thinking")), _text(r.get("answer")), _text(r.get("correct_answer")),
+                as_text(r.get("id")) or question, as_text(r.get("stage")), question, [as_text(o) for o in as_list(options)],
+                as_text(r.get("thinking")), as_text(r.get("answer")), as_text(r.get("correct_answer")),
                 correct if isinstance(correct, bool) else None,
             )
         )  # fmt: skip
@@ -331,19 +314,19 @@ def _read_samples(path: Path, problems: list[str]) -> list[Sample]:
 
 
 def _read_versions(path: Path, problems: list[str]) -> tuple[dict[str, str], dict[str, dict[str, str]]]:
-    table = _dict(_read_json(path / "versions.json", problems))
-    flat = {k: _text(v) for k, v in table.items() if not isinstance(v, (dict, list))}
-    groups = {k: {str(a): _text(b) for a, b in v.items()} for k, v in table.items() if isinstance(v, dict) and v}
+    table = as_dict(_read_json(path / "versions.json", problems))
+    flat = {k: as_text(v) for k, v in table.items() if not isinstance(v, (dict, list))}
+    groups = {k: {str(a): as_text(b) for a, b in v.items()} for k, v in table.items() if isinstance(v, dict) and v}
     return flat, groups
 
 
 def _read_next(path: Path, problems: list[str]) -> list[tuple[str, str]]:
     steps = []
-    for item in _list(_read_json(path / "next.json", problems)):
+    for item in as_list(_read_json(path / "next.json", problems)):
         if isinstance(item, dict):
-            steps.append((_text(item.get("text")), _text(item.get("command"))))
+            steps.append((as_text(item.get("text")), as_text(item.get("command"))))
         else:
-            steps.append((_text(item), ""))
+            steps.append((as_text(item), ""))
     return [step for step in steps if any(step)]
 
 
@@ -356,36 +339,3 @@ def _read_json(path: Path, problems: list[str]) -> Any:
     except UserError:
         problems.append(f"{path.name} could not be read; its part of this page is missing.")
         return None
-
-
-def _number(raw: object) -> float:
-    if isinstance(raw, (int, float, str)):
-        try:
-            value = float(raw)
-        except (ValueError, OverflowError):
-            return NAN
-        return value if math.isfinite(value) else NAN
-    return NAN
-
-
-def _pair(raw: object) -> tuple[float, float]:
-    pair = _list(raw)
-    return (_number(pair[0]), _number(pair[1])) if len(pair) == 2 else (NAN, NAN)
-
-
-def _text(raw: object) -> str:
-    if raw is None:
-        return ""
-    return raw if isinstance(raw, str) else json.dumps(raw, ensure_ascii=False, default=str)
-
-
-def _list(raw: object) -> list[Any]:
-    return list(raw) if isinstance(raw, (list, tuple)) else []
-
-
-def _dict(raw: object) -> dict[str, Any]:
-    return {str(k): v for k, v in raw.items()} if isinstance(raw, dict) else {}
-
-
-def _dicts(raw: object) -> list[dict[str, Any]]:
-    return [row for row in _list(raw) if isinstance(row, dict)]

@@ -16,9 +16,7 @@ LONG_THINKING = 700  # characters; longer ones are folded away
 
 def samples(run: Run) -> tuple[str, str]:
     """(lead, body) of the section, both HTML and empty when there are no samples."""
-    stages = sorted(
-        dict.fromkeys(s.stage for s in run.samples), key=lambda n: stage_rank(n, [s.name for s in run.stages])
-    )
+    stages = sorted(dict.fromkeys(s.stage for s in run.samples), key=lambda n: stage_rank(n, [s.name for s in run.stages]))
     stages = stages[-MAX_STAGES:]
     by_id: dict[str, dict[str, Sample]] = {}
     for sample in run.samples:
@@ -73,8 +71,6 @@ def _answer(sample: Sample) -> str:
     head = f'<h4><i class="c{stage_colour(sample.stage)}"></i>{title}<span>{word}</span></h4>'
     thinking = f'<p class="thinking">{html.escape(sample.thinking.strip())}</p>' if sample.thinking.strip() else ""
     if len(sample.thinking) > LONG_THINKING:
-        thinking = (
-            f"<details><summary>Thinking, {fmt.count(len(sample.thinking))} characters</summary>{thinking}</details>"
-        )
+        thinking = f"<details><summary>Thinking, {fmt.count(len(sample.thinking))} characters</summary>{thinking}</details>"
     answer = html.escape(sample.answer.strip()) or '<span class="soft">(no answer)</span>'
     return f'<div class="answer {tone}">{head}{thinking}<p class="said">{answer}</p></div>'

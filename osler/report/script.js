@@ -43,6 +43,7 @@ function show(value, kind) {
   const size = Math.abs(value);
   let text;
   if (kind === "percent") text = (100 * value).toFixed(1) + "%";
+  else if (kind === "bytes") text = bytes(value);
   else if (kind === "count" || size >= 99950) text = count(value);
   else if (size > 0 && size < 1e-3) text = value.toExponential(2);
   else text = fixed(value, size === 0 ? 0 : size < 0.1 ? 4 : size < 10 ? 3 : size < 100 ? 2 : size < 1000 ? 1 : 0);
@@ -62,6 +63,14 @@ function count(value) {
     }
   }
   return fixed(value, 0);
+}
+
+function bytes(value) {
+  for (const [unit, letter] of [[1e12, "T"], [1e9, "G"], [1e6, "M"], [1e3, "k"]]) {
+    const scaled = Math.abs(value) / unit;
+    if (scaled >= 0.9995) return fixed(value / unit, scaled < 9.995 ? 2 : scaled < 99.95 ? 1 : 0) + " " + letter + "B";
+  }
+  return fixed(value, 0) + " B";
 }
 
 function nearest(xs, x) {

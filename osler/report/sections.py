@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+from osler.report import diary, svg
 from osler.report import format as fmt
-from osler.report import svg
-from osler.report.charts import Spec, charts_of, legend_value, unit_of
+from osler.report.charts import Chart, charts_of, legend_value, unit_of
 from osler.report.findings import findings, next_steps
 from osler.report.read import Comparison, ExamScore, Run
 from osler.report.words import (
@@ -28,6 +28,8 @@ from osler.report.words import (
     total_tokens,
 )
 from osler.yaml12 import dump_yaml
+
+MARKED = ("Loss", "Reward")  # the charts that show when things happened
 
 
 def e(text: object) -> str:
@@ -97,9 +99,7 @@ def strip(run: Run) -> str:
                 break
     if not tiles:
         return ""
-    cells = "".join(
-        f"<div><dt>{e(a)}</dt><dd>{b}</dd>" + (f"<dd>{e(c)}</dd>" if c else "") + "</div>" for a, b, c in tiles
-    )
+    cells = "".join(f"<div><dt>{e(a)}</dt><dd>{b}</dd>" + (f"<dd>{e(c)}</dd>" if c else "") + "</div>" for a, b, c in tiles)
     return f'<dl class="strip">{cells}</dl>'
 
 
@@ -147,29 +147,21 @@ def _exam_row(score: ExamScore, position: int) -> str:
         ("Unparsed", "num", fmt.count(score.unparsed)),
     )
     name = f'<th scope="row"><i class="c{colour}"></i>{e(stage_title(score.label))}</th>'
-    return (
-        f"<tr>{name}" + "".join(f'<td class="{css}" data-label="{label}">{v}</td>' for label, css, v in cells) + "</tr>"
-    )
+    return f"<tr>{name}" + "".join(f'<td class="{css}" data-label="{label}">{v}</td>' for label, css, v in cells) + "</tr>"
 
 
 def comparison(run: Run) -> str:
     """Before and after, question by question: the paired difference with its interval on an axis around zero."""
     if not run.comparisons:
         return ""
-    reach = max(
-        (abs(v) for c in run.comparisons for v in (c.low, c.high, c.difference) if math.isfinite(v)), default=0.1
-    )
+    reach = max((abs(v) for c in run.comparisons for v in (c.low, c.high, c.difference) if math.isfinite(v)), default=0.1)
     reach = max(0.05, math.ceil(20 * reach) / 20)
     grpo = any("grpo" in c.after_label.lower() for c in run.comparisons)
-    head = "".join(
-        f'<th scope="col">{h}</th>' for h in ("Split", "Before → after", "Difference", "95% interval", "Questions")
-    )
+    head = "".join(f'<th scope="col">{h}</th>' for h in ("Split", "Before → after", "Difference", "95% interval", "Questions"))
     rows = "".join(_comparison_row(c, reach) for c in run.comparisons)
     axis = f"The axis runs from {fmt.points(-reach, 0)} to {fmt.points(reach, 0)} points; its middle is no change."
     lead = "The same questions, asked before and after. Good: the bar lies wholly to the right of zero."
-    table = (
-        f'<table class="compare"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table><p class="note">{axis}</p>'
-    )
+    table = f'<table class="compare"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table><p class="note">{axis}</p>'
     return section("grpo", "Before and after GRPO" if grpo else "Before and after", lead, table)
 
 
@@ -193,9 +185,7 @@ def _comparison_row(c: Comparison, reach: float) -> str:
 
 def cost(run: Run) -> str:
     """Where the time went, and what each teacher gave for it."""
-    stages = [(s.name, s.seconds, s.what) for s in run.stages] or [
-        (r.name, r.seconds, "") for r in run.runs if r.seconds > 0
-    ]
+    stages = [(s.name, s.seconds, s.what) for s in run.stages] or [(r.name, r.seconds, "") for r in run.runs if r.seconds > 0]
     known = [(name, seconds, stage_colour(name, i)) for i, (name, seconds, _) in enumerate(stages)]
     total = sum(seconds for _, seconds, _ in known if seconds > 0)
     if len(known) < 2 or not total > 0:
@@ -214,23 +204,23 @@ def cost(run: Run) -> str:
 
 
 def curves(run: Run) -> str:
-    """All curves, stage by stage."""
+    """All curves, stage by stage: first those that tell how it went, then what else was logged, by family."""
     body = ""
     for position, stage in enumerate(run.runs):
         colour = stage_colour(stage.name, position)
         main, rest = charts_of(stage, colour)
-        drawn, more = _grid(main), _grid(rest)
-        if not drawn and not more:
+        drawn = grid(main, diary.marks_of(stage.events))
+        for family, charts in rest:
+            if more := grid(charts):
+                title = f"{family.title}: {fmt.plural(more.count('<figure'), 'more curve')}"
+                drawn += f'<details><summary>{title}</summary><p class="note">{e(family.good)}</p>{more}</details>'
+        if not drawn:
             continue
         seconds = stage_seconds(run, stage.name.lower()) if stage.name else stage.seconds
         facts = [fmt.plural(stage.last_step, "step")]
         facts += [f"{fmt.count(stage.tokens)} tokens"] if math.isfinite(stage.tokens) else []
         facts += [fmt.duration(seconds)] if math.isfinite(seconds) else []
-        body += (
-            f'<h3><i class="c{colour}"></i>{e(stage_title(stage.name))}<small>{" · ".join(facts)}</small></h3>{drawn}'
-        )
-        if more:
-            body += f"<details><summary>{fmt.plural(more.count('<figure'), 'more curve')}</summary>{more}</details>"
+        body += f'<h3><i class="c{colour}"></i>{e(stage_title(stage.name))}<small>{" · ".join(facts)}</small></h3>{drawn}'
     lead = (
         "The faint line is what was logged, the strong one is smoothed; short curves are drawn as they are. Point at a "
         "curve, or select it and use the arrow keys, to read values."
@@ -238,21 +228,35 @@ def curves(run: Run) -> str:
     return section("curves", "Curves", lead, body)
 
 
-def _grid(charts: Iterable[tuple[Spec, list[svg.Line]]]) -> str:
+def grid(charts: Iterable[Chart], marks: Sequence[tuple[float, str, str]] = ()) -> str:
+    """Charts as cards side by side; marks go into those of `MARKED`."""
     out = ""
-    for spec, lines in charts:
-        drawing = svg.line_chart(lines, title=spec.title, kind=spec.kind, zero=spec.zero, over=spec.over)
+    for spec, lines, band in charts:
+        own = marks if spec.title in MARKED else ()
+        drawing = svg.line_chart(lines, title=spec.title, kind=spec.kind, zero=spec.zero, over=spec.over, marks=own, band=band)
         if not drawing:
             continue
         legend = "".join(
-            f'<span><i class="c{line.colour}"></i>{e(line.label)} <b>{legend_value(spec, line)}</b></span>'
-            for line in lines
+            f'<span><i class="c{line.colour}"></i>{e(line.label)} <b>{legend_value(spec, line)}</b></span>' for line in lines
         )
         unit = unit_of(spec.lines)
         unit = f" <small>{e(unit)}</small>" if unit else ""
         head = f'<div class="chart-head"><h4>{e(spec.title)}{unit}</h4><p class="legend">{legend}</p></div>'
         out += f'<figure class="card">{head}{drawing}<figcaption>{e(spec.good)}</figcaption></figure>'
     return f'<div class="grid-2">{out}</div>' if out else ""
+
+
+def happened(run: Run) -> str:
+    """The diaries of all stages, as tables."""
+    body = ""
+    for position, stage in enumerate(run.runs):
+        if rows := diary.rows(stage.events):
+            if len(run.runs) > 1:
+                body += f'<h3><i class="c{stage_colour(stage.name, position)}"></i>{e(stage_title(stage.name))}</h3>'
+            head = "".join(f'<th scope="col">{h}</th>' for h in ("Event", "When", "What"))
+            body += f'<table class="events"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>'
+    lead = "What the run wrote into its diary, the newest first; the upright lines in the curves of loss and reward are these."
+    return section("happened", "What happened", lead, body)
 
 
 def watch(run: Run) -> str:
@@ -269,8 +273,7 @@ def watch(run: Run) -> str:
 def what_next(run: Run) -> str:
     """Advice, most pressing first."""
     items = "".join(
-        f"<li>{e(text)}{f'<pre><code>{e(command)}</code></pre>' if command else ''}</li>"
-        for text, command in next_steps(run)
+        f"<li>{e(text)}{f'<pre><code>{e(command)}</code></pre>' if command else ''}</li>" for text, command in next_steps(run)
     )
     return section("next", "What to do next", "", f'<ol class="next">{items}</ol>')
 

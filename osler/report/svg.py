@@ -32,6 +32,15 @@ class Line:
 
 
 @dataclass
+class Band:
+    """An area between two curves; all values are finite."""
+
+    x: Sequence[float]
+    low: Sequence[float]
+    high: Sequence[float]
+
+
+@dataclass
 class Scale:
     """A linear map from values to coordinates."""
 
@@ -87,32 +96,39 @@ def thinned(x: Sequence[float], y: Sequence[float]) -> tuple[list[float], list[f
     return [x[i] for i in keep], [y[i] for i in keep]
 
 
-def line_chart(lines: Sequence[Line], *, title: str, kind: str = "number", zero: bool = False, over: str = "step") -> str:
+def line_chart(
+    lines: Sequence[Line], *, title: str, kind: str = "number", zero: bool = False, over: str = "step",
+    marks: Sequence[tuple[float, str, str]] = (), band: Band | None = None,
+) -> str:  # fmt: skip
     """Curves over steps with axes and ticks; empty text when no line has a finite point.
 
-    kind: `number`, `percent` or `count`, how values are written. zero: the value axis starts at zero. over: what x counts,
-    `step` or `tokens`.
+    kind: how values are written, see `format.value`. zero: the value axis starts at zero. over: what x counts, `step` or
+    `tokens`. marks: (x, css class, meaning) of upright lines. band: an area behind the curves.
     """
     finite = [v for line in lines for v in line.y if math.isfinite(v)]
     if not finite:
         return ""
+    if band:
+        finite += [*band.low, *band.high]
     xs = [v for line in lines for v in line.x]
     x_ticks, x_step = nice_ticks(min(xs), max(xs), 6)
     x_low, x_high = (min(xs), max(xs)) if max(xs) > min(xs) else (min(xs) - 1, max(xs) + 1)
-    low, high, above = _value_range(finite, zero, kind)
+    low, high, above = value_range(finite, zero, kind)
     y_ticks, y_step = nice_ticks(low, high, 5)
     sx = Scale(x_low, x_high, LEFT, WIDTH - RIGHT)
     sy = Scale(y_ticks[0], y_ticks[-1], HEIGHT - BOTTOM, TOP)
     parts = [_y_axis(y_ticks, y_step, sy, kind), _x_axis([t for t in x_ticks if _whole_inside(t, xs)], x_step, sx, over)]
+    parts.append(_area(band, sx, sy) if band else "")
+    parts.append(_marks(marks, sx))
     shown = []
     for line in lines:
         smooth = line.smooth and sum(map(math.isfinite, line.y)) >= SMOOTH_FROM
         colour = f"c{line.colour}"
-        parts.append(_curve(*thinned(line.x, line.y), sx, sy, f"{colour} raw" if smooth else f"{colour} line"))
+        x, y = thinned(line.x, line.y)
+        parts.append(_curve(x, y, sx, sy, f"{colour} raw" if smooth else f"{colour} line"))
         if smooth:
             level = smoothed([min(v, sy.high) for v in line.y])  # a spike above the axis must not bend the level
             parts.append(_curve(*thinned(line.x, level), sx, sy, f"{colour} line"))
-        x, y = thinned(line.x, line.y)
         shown.append({"label": line.label, "c": line.colour, "x": x, "y": [_json_number(v) for v in y]})
     if above:
         parts.append(f'<text class="tick" x="{LEFT + 6}" y="{TOP + 10}">↑ {above} above the axis</text>')
@@ -141,22 +157,16 @@ def interval_bar(
     for at, css, meaning in marks:
         if math.isfinite(at):
             x = _c(scale(_clamp(at, range_)))
-            parts.append(
-                f'<line class="mark {css}" x1="{x}" x2="{x}" y1="3" y2="23"><title>{_e(meaning)}</title></line>'
-            )
+            parts.append(f'<line class="mark {css}" x1="{x}" x2="{x}" y1="3" y2="23"><title>{_e(meaning)}</title></line>')
     if math.isfinite(low) and math.isfinite(high):
         a, b = scale(_clamp(low, range_)), scale(_clamp(high, range_))
-        parts.append(
-            f'<rect class="c{colour} band" x="{_c(a)}" y="8" width="{_c(max(b - a, 1.5))}" height="10" rx="3"/>'
-        )
+        parts.append(f'<rect class="c{colour} band" x="{_c(a)}" y="8" width="{_c(max(b - a, 1.5))}" height="10" rx="3"/>')
     if math.isfinite(value):
         parts.append(f'<circle class="c{colour} dot" cx="{_c(scale(_clamp(value, range_)))}" cy="13" r="4.2"/>')
     return _svg("".join(parts), width, height, title, "interval")
 
 
-def ladder(
-    rows: Sequence[tuple[str, float, float, float, int]], marks: Sequence[tuple[float, str, str]], title: str
-) -> str:
+def ladder(rows: Sequence[tuple[str, float, float, float, int]], marks: Sequence[tuple[float, str, str]], title: str) -> str:
     """The scores of several checkpoints under one another on an axis from 0 to 100%.
 
     rows: (label, low, value, high, colour); marks: (value, css class, words), drawn through all rows.
@@ -176,9 +186,7 @@ def ladder(
         left = i == 0 and len(known) > 1
         x, anchor, dx = _c(scale(at)), "end" if left else "start", -6 if left else 6
         parts.append(f'<line class="mark {css}" x1="{x}" x2="{x}" y1="{top - 20}" y2="{bottom}"/>')
-        parts.append(
-            f'<text class="tick" text-anchor="{anchor}" x="{_c(float(x) + dx)}" y="{top - 11}">{_e(words)}</text>'
-        )
+        parts.append(f'<text class="tick" text-anchor="{anchor}" x="{_c(float(x) + dx)}" y="{top - 11}">{_e(words)}</text>')
     for i, (label, low, value, high, colour) in enumerate(rows):
         y = top + row_height * (i + 1) - 17
         end = f'text-anchor="end" x="{width - edge}" y="{y - 14}"'
@@ -208,9 +216,7 @@ def histogram(counts: dict[str, float], title: str) -> str:
         height = (floor - top) * share / max(peak, 0.5)
         box = f'x="{slot * i + 3}" y="{_c(floor - height)}" width="{slot - 6}" height="{_c(height)}" rx="1.5"'
         parts.append(f"<rect {box}><title>{_e(key)}: {fmt.count(n)} ({fmt.percent(share)})</title></rect>")
-        parts.append(
-            f'<text class="tick" text-anchor="middle" x="{slot * i + slot / 2:g}" y="{floor + 12}">{_e(key)}</text>'
-        )
+        parts.append(f'<text class="tick" text-anchor="middle" x="{slot * i + slot / 2:g}" y="{floor + 12}">{_e(key)}</text>')
     even = floor - (floor - top) / len(counts) / max(peak, 0.5)
     parts.append(f'<line class="even" x1="0" x2="{width}" y1="{_c(even)}" y2="{_c(even)}"/>')
     return _svg("".join(parts), width, 46, title, "letters", f'style="width:{width}px"')
@@ -232,7 +238,7 @@ def stacked_bar(parts_: Sequence[tuple[str, float, int]], title: str) -> str:
     return _svg("".join(out), 1000, 30, title, "stack", 'preserveAspectRatio="none"')
 
 
-def _value_range(finite: list[float], zero: bool, kind: str) -> tuple[float, float, int]:
+def value_range(finite: list[float], zero: bool, kind: str) -> tuple[float, float, int]:
     """Bounds of the value axis and how many points lie above it: a rare spike must not flatten the curve."""
     ordered = sorted(finite)
     low, high, over = ordered[0], ordered[-1], 0
@@ -246,9 +252,7 @@ def _value_range(finite: list[float], zero: bool, kind: str) -> tuple[float, flo
     if kind == "percent":
         high = min(high, 1.0) if high <= 1.0 else high
     if not high > low:
-        low, high = (
-            (0.0, high * 2) if zero and high > 0 else (low - (abs(low) * 0.1 or 0.5), high + (abs(high) * 0.1 or 0.5))
-        )
+        low, high = (0.0, high * 2) if zero and high > 0 else (low - (abs(low) * 0.1 or 0.5), high + (abs(high) * 0.1 or 0.5))
     return low, high, over
 
 
@@ -273,6 +277,25 @@ def _x_axis(ticks: list[float], step: float, scale: Scale, over: str) -> str:
         out.append(f'<text class="tick" text-anchor="{anchor}" x="{_c(x)}" y="{floor + 18}">{label}</text>')
     out.append(f'<text class="tick" text-anchor="end" x="{LEFT - 8}" y="{floor + 18}">{over}</text>')
     return "".join(out)
+
+
+def _area(band: Band, sx: Scale, sy: Scale) -> str:
+    """A band as one shape: there along its upper edge, back along its lower one."""
+    there = list(zip(*thinned(band.x, band.high), strict=True))
+    back = list(zip(*thinned(band.x, band.low), strict=True))[::-1]
+    points = " ".join(f"{_c(sx(x))} {_c(sy(_clamp(y, (sy.low, sy.high))))}" for x, y in there + back)
+    return f'<path class="c5 area" d="M{points}Z"/>'
+
+
+def _marks(marks: Sequence[tuple[float, str, str]], sx: Scale) -> str:
+    """Upright lines, at most one of a class on a pixel: a thousand alerts are one thick line and not a thousand."""
+    out = {}
+    for at, css, meaning in marks:
+        if sx.low <= at <= sx.high:
+            x = f"{sx(at):.0f}"
+            line = f'<line class="mark {css}" x1="{x}" x2="{x}" y1="{TOP}" y2="{HEIGHT - BOTTOM}">'
+            out[x, css] = f"{line}<title>{_e(meaning)}</title></line>"
+    return "".join(out.values())
 
 
 def _curve(x: Sequence[float], y: Sequence[float], sx: Scale, sy: Scale, css: str) -> str:
@@ -301,9 +324,7 @@ def _spoken(title: str, lines: Sequence[Line], kind: str, over: str) -> str:
         known = [(a, b) for a, b in zip(line.x, line.y, strict=True) if math.isfinite(b)]
         if known:
             (a, first), (b, last) = known[0], known[-1]
-            told.append(
-                f"{line.label} from {fmt.value(first, kind)} at {at(a)} to {fmt.value(last, kind)} at {at(b)}"
-            )
+            told.append(f"{line.label} from {fmt.value(first, kind)} at {at(a)} to {fmt.value(last, kind)} at {at(b)}")
     return f"{title}: {'; '.join(told)}."
 
 

@@ -207,8 +207,7 @@ def teachers(run: Run) -> str:
         grpo_gain = paired[0].difference
         noise = " (within noise)" if paired[0].low <= 0 <= paired[0].high else ""
     general = (
-        "Where one has demonstrations, they are usually the cheaper teacher; GRPO is for when only the answer can "
-        "be checked."
+        "Where one has demonstrations, they are usually the cheaper teacher; GRPO is for when only the answer can be checked."
     )
     if not (math.isfinite(sft_gain) and math.isfinite(grpo_gain)):
         return f"Supervised fine-tuning took {fmt.duration(sft)}, GRPO {fmt.duration(grpo)}. {general}"

@@ -8,11 +8,12 @@ division by the standard deviation, the unbiased KL estimate, and the off-policy
 from __future__ import annotations
 
 from dataclasses import field
-from typing import Literal
+from typing import Annotated, Literal
 
-from osler.config import config
-from osler.monitor.config import MonitorConfig
+from osler.config import TAGGED, config
+from osler.monitor.config import MonitorConfig, SpikeConfig
 from osler.optim.config import AdamWConfig, ConstantConfig, OptimConfig, ScheduleConfig
+from osler.parallel.config import DdpConfig, FsdpConfig, NoParallelConfig
 from osler.tasks.clinic import ClinicTask
 from osler.tasks.registry import TaskConfig
 from osler.tasks.rewards import REWARDS
@@ -160,17 +161,22 @@ class GrpoConfig:
     # counts the token budget of the rollouts: completions of a step times max_new_tokens
     schedule: ScheduleConfig = ConstantConfig()
     clip_norm: float = 1.0  # norm that the gradient is scaled down to when it is larger
-    micro_batch_tokens: int = 16_384  # prompt and completion tokens per forward pass, padding included
-    rollout_rows: int = 256  # completions sampled at once; bounds the key/value cache
+    micro_batch_tokens: int = 16_384  # prompt and completion tokens per forward pass of one process, padding included
+    rollout_rows: int = 256  # completions sampled at once by one process; bounds the key/value cache
 
     steps: int = 100  # rollouts, each with updates_per_batch updates
     eval_every_steps: int = 20  # steps between two exams
     save_every_steps: int = 20  # steps between two checkpoints
     keep_last: int = 2  # checkpoints kept besides the best
-    max_skipped_steps: int = 20  # so many steps in a row with a non-finite gradient end the run
+    # so many steps in a row with a non-finite gradient send the run back to its last good checkpoint and past the questions since
+    max_skipped_steps: int = 20
+    max_rollbacks: int = 2  # times that a run goes back, in all; then it ends with a diagnosis
+    spike: SpikeConfig = SpikeConfig()
     zero_reward_patience: int = 5  # so many steps in a row without a reward are worth a warning
 
     device: str = "auto"  # auto, cpu, cuda or cuda:N
+    # how several processes share the work; with fsdp the policy is put together on each of them to sample
+    parallel: Annotated[NoParallelConfig | DdpConfig | FsdpConfig, TAGGED] = NoParallelConfig()
     monitor: MonitorConfig = MonitorConfig()
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # of activations; weights are fp32; auto: bf16 where it is faster here
     recompute: Literal["off", "selective", "full"] = "off"  # activations computed again in the backward pass, to save memory
@@ -180,6 +186,8 @@ class GrpoConfig:
         for name in (*intervals, "keep_last", "micro_batch_tokens", "rollout_rows", "eval_permutations"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)} must be at least 1")
+        if self.max_rollbacks < 0:
+            raise ValueError(f"max_rollbacks = {self.max_rollbacks} must be 0 (never go back) or more")
         if self.clip_norm <= 0.0:
             raise ValueError(f"clip_norm = {self.clip_norm} must be positive")
         labels = [task.label for task in self.tasks]

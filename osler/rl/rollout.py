@@ -3,13 +3,17 @@
 A group is one question and its samples; groups are never split, dropped samples stay visible in it (``stays`` False),
 and dynamic sampling replaces whole groups. Everything drawn is a function of (seed, step): there is nothing to
 resume.
+
+Every rank asks its share of the questions and tells the others what it drew, so all of them know all groups and come to
+the same metrics, advantages and refills, whatever their number. Kept sets alone, which are large, stay where they were
+drawn.
 """
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -17,6 +21,7 @@ from osler.inference.engine import Engine
 from osler.rl.config import AlgorithmConfig
 from osler.rl.filters import BAD_VERDICTS, Verdict, is_dead, judge, letter_fractions, settle
 from osler.rl.prompts import RlTask, Visit, refill_visits, rollout_seed, visits
+from osler.runtime.world import World
 from osler.tasks.item import ExamItem, extract_number, render_question
 from osler.tasks.rewards import answered_index, correct
 from osler.tokenizer.bpe import Tokenizer
@@ -28,6 +33,7 @@ class Sample:
     """One completion: ``ids`` include the end-of-text token where the model produced it, and ``logprobs`` go with them.
 
     ``keep`` is the sampler's kept set, packed bits uint8 ``[len(ids), ceil(V / 8)]``, or None when nothing was cut off.
+    The rank ``keeper`` alone has it, and so it alone can learn from the sample; None: every rank can.
     ``rewards`` are the raw values by name; ``reward`` is their weighted sum after the filters.
     """
 
@@ -43,6 +49,7 @@ class Sample:
     trained: bool
     letter: int | None
     correct: bool
+    keeper: int | None = None
 
 
 @dataclass(frozen=True)
@@ -62,12 +69,21 @@ class Group:
 class RolloutWorker:
     """Asks the policy a step's questions and scores what it answers."""
 
-    def __init__(self, engine: Engine, tokenizer: Tokenizer, tasks: Sequence[RlTask], algorithm: AlgorithmConfig, seed: int):
+    def __init__(
+        self,
+        engine: Engine,
+        tokenizer: Tokenizer,
+        tasks: Sequence[RlTask],
+        algorithm: AlgorithmConfig,
+        seed: int,
+        world: World = World(),  # noqa: B008 - frozen
+    ) -> None:
         self.engine = engine
         self.tokenizer = tokenizer
         self.tasks = tasks
         self.algorithm = algorithm
         self.seed = seed
+        self.world = world
 
     def step(self, step: int) -> tuple[list[Group], int]:
         """Return the groups of a step and how many completion tokens were sampled for them, refilled ones included."""
@@ -88,9 +104,23 @@ class RolloutWorker:
         return groups, sampled_tokens
 
     def sample(self, asked: Sequence[Visit], seed: int) -> list[Group]:
-        """Draw and score ``samples_per_prompt`` completions for every question."""
+        """Draw and score ``samples_per_prompt`` completions for every question, all ranks together."""
+        world = self.world
+        first, end = (len(asked) * rank // world.size for rank in (world.rank, world.rank + 1))
+        prompts = [
+            encode_prompt(self.tokenizer, render_question(visit.item), reasoning=visit.task.reasoning) for visit in asked
+        ]
+        own = self._draw(asked[first:end], prompts[first:end], seed, first_row=first * self.algorithm.samples_per_prompt)
+        parts = world.gather([[replace(sample, keep=None) for sample in samples] for samples in own])
+        parts[world.rank] = own
+        samples_of = [samples for part in parts for samples in part]
+        return [Group(*group) for group in zip(asked, prompts, samples_of, strict=True)]
+
+    def _draw(
+        self, asked: Sequence[Visit], prompts: Sequence[list[int]], seed: int, *, first_row: int
+    ) -> list[list[Sample]]:
+        """The samples of some of a rollout's questions; ``first_row`` is the number of the first among all."""
         algorithm, tokenizer = self.algorithm, self.tokenizer
-        prompts = [encode_prompt(tokenizer, render_question(visit.item), reasoning=visit.task.reasoning) for visit in asked]
         drawn = self.engine.generate(
             prompts,
             samples_per_prompt=algorithm.samples_per_prompt,
@@ -100,24 +130,24 @@ class RolloutWorker:
             top_p=algorithm.top_p,
             stop_ids=[tokenizer.eos_id],
             seed=seed,
+            first_row=first_row,
         )
-        groups = []
-        for place, (visit, prompt_ids) in enumerate(zip(asked, prompts, strict=True)):
-            start = place * algorithm.samples_per_prompt
-            samples = [
-                score(
-                    tokenizer,
-                    visit,
-                    drawn.completions[row],
-                    drawn.logprobs[row],
-                    drawn.finished[row],
-                    None if drawn.packed_keep is None else drawn.packed_keep[row],
-                    algorithm,
-                )
-                for row in range(start, start + algorithm.samples_per_prompt)
-            ]
-            groups.append(Group(visit, prompt_ids, samples))
-        return groups
+        keeper = None if drawn.packed_keep is None else self.world.rank
+        samples = [
+            score(
+                tokenizer,
+                asked[row // algorithm.samples_per_prompt],
+                ids,
+                drawn.logprobs[row],
+                drawn.finished[row],
+                None if drawn.packed_keep is None else drawn.packed_keep[row],
+                algorithm,
+                keeper,
+            )
+            for row, ids in enumerate(drawn.completions)
+        ]
+        size = algorithm.samples_per_prompt
+        return [samples[start : start + size] for start in range(0, len(samples), size)]
 
 
 def score(
@@ -128,6 +158,7 @@ def score(
     finished: bool,
     keep: Tensor | None,
     algorithm: AlgorithmConfig,
+    keeper: int | None = None,
 ) -> Sample:
     """Read one completion, reward it, and apply the sample filters."""
     item = visit.item
@@ -156,6 +187,7 @@ def score(
         trained=settled.trained,
         letter=letter,
         correct=correct(item, completion) == 1.0,  # for the log, whatever the rewards pay for
+        keeper=keeper,
     )
 
 

@@ -8,7 +8,7 @@ nor ``init_from``.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from osler.checkpoint import store
@@ -17,15 +17,18 @@ from osler.errors import UserError
 from osler.eval.exams import score_by_generation
 from osler.inference.engine import Engine
 from osler.inference.load import LoadedModel, describing_files, load_model
+from osler.monitor.fanout import check_sinks
 from osler.optim.build import build_optimizer
 from osler.parallel.activation_checkpoint import set_recompute
+from osler.parallel.parallelize import check_strategy, parallelize
 from osler.rl.config import GrpoConfig, RlTaskConfig
 from osler.rl.prompts import RewardTerm, RlTask, task_shares
+from osler.rl.step import PolicyLoss
 from osler.rl.trainer import GrpoTrainer
-from osler.runtime.device import keep_freed_memory
+from osler.runtime.device import keep_freed_memory, pick_device
 from osler.runtime.files import RunFolder, fingerprint
 from osler.runtime.log import say
-from osler.runtime.world import require_one_process
+from osler.runtime.world import World, joined, place
 from osler.tasks.item import ExamItem, render_question
 from osler.tasks.registry import check_task, load_task
 from osler.tasks.rewards import REWARDS
@@ -43,7 +46,8 @@ from osler.train.folder import (
     stored_precision,
     work,
 )
-from osler.train.setup import Machine, choose_machine, describe_run
+from osler.train.run import check_same_start, place_of
+from osler.train.setup import choose_machine, describe_run
 
 
 def run(
@@ -63,36 +67,44 @@ def run(
     if dry_run:
         start = starting_model(folder, config)
         check_exams(config)
+        check_sinks(config.monitor)
         print(describe_plan(config, folder, start, planned_numbers(config)))
         return 0
     done = f"Done: {folder.root}\n  osler eval {folder.root}   sit the exam\n  osler report {folder.root}   the run as a page"
-    return work("grpo", folder, lambda run: train(config, run), lambda: done)
+    check_strategy(config.parallel, place().size)
+    with joined(config.device) as world:
+        return work("grpo", folder, lambda run: train(config, run, world), lambda: done)
 
 
-def train(config: GrpoConfig, run: RunFolder) -> bool:
+def train(config: GrpoConfig, run: RunFolder, world: World | None = None) -> bool:
     """Set up and train (or continue) one GRPO run in its folder; False when it was asked to stop before the end."""
-    require_one_process("grpo")
+    world = world or World(device=config.device)
     refuse_another(run, config)
     check_exams(config)
+    check_sinks(config.monitor)
     keep_freed_memory()
     checkpoint = newest_checkpoint(run)
     precision = stored_precision(checkpoint, config.precision)
-    machine = choose_machine(config.device, precision, "never", steps=config.steps)
+    # What `auto` comes to is a trial, which might end differently on another rank.
+    machine = world.once(lambda: choose_machine(world.device, precision, "never", steps=config.steps))
+    machine = replace(machine, device=pick_device(world.device))
     start = load_model(checkpoint or config.init_from, device=machine.device, compute_dtype=machine.dtype)
     model, tokenizer = start.model.train(), start.tokenizer
     set_recompute(model, config.recompute)
     tasks = load_tasks(config, start)
     eval_items = load_task(config.eval_task) if config.eval_task is not None else []
     check_held_out(tasks, eval_items)
-    claim(run, config)
-    engine = Engine(model, max_rows=config.rollout_rows)
-    evaluate, best_metric = exam(config, engine, tokenizer, eval_items)
-    files = {"config.yaml": run.config.read_bytes(), VERSIONS: describe_run(run, machine)}
+    world.once(lambda: claim(run, config))
+    sampler = Engine(model, max_rows=config.rollout_rows)
+    evaluate, best_metric = exam(config, sampler, tokenizer, eval_items, world)
+    files = {"config.yaml": run.config.read_bytes(), VERSIONS: world.once(lambda: describe_run(run, machine))}
+    engine = parallelize(model, config.parallel, world, compile=False, loss_of=PolicyLoss)
     trainer = GrpoTrainer(
         config,
         model=model,
-        optimizer=build_optimizer(model, config.optim),
+        optimizer=build_optimizer(model, config.optim, process_group=world.group),
         engine=engine,
+        sampler=sampler,
         tokenizer=tokenizer,
         tasks=tasks,
         run=run,
@@ -101,11 +113,15 @@ def train(config: GrpoConfig, run: RunFolder) -> bool:
         files={**describing_files(model.config, tokenizer), **files},
         fingerprints={"tokenizer": tokenizer.fingerprint, "data": fingerprint_of(tasks)},
     )
-    if checkpoint is not None:
-        trainer.restore(store.load(checkpoint))
+    saved = store.load(checkpoint) if checkpoint is not None else None
+    check_same_start(-1 if saved is None else saved.step, world)
+    if saved is not None:
+        trainer.restore(saved)
         say(f"Continuing {run.root} from step {trainer.step:,}.")
     else:
-        say(describe_start(config, start, tasks, machine))
+        warn_of_idle_ranks(config, world)
+        say(describe_start(config, start, tasks, place_of(machine, config.parallel, world)))
+    del saved  # weights and moments were copied out of it
     return trainer.fit()
 
 
@@ -156,26 +172,33 @@ def check_held_out(tasks: Sequence[RlTask], eval_items: Sequence[ExamItem]) -> N
 
 
 def exam(
-    config: GrpoConfig, engine: Engine, tokenizer: Tokenizer, items: Sequence[ExamItem]
+    config: GrpoConfig, sampler: Engine, tokenizer: Tokenizer, items: Sequence[ExamItem], world: World
 ) -> tuple[Callable[[], dict[str, float]] | None, str]:
-    """A function that sits the evaluation exam with the model as it is, and the name of its accuracy."""
+    """A function that sits the evaluation exam with the sampler's model, and the name of its accuracy.
+
+    Each rank answers its share of the questions.
+    """
     if config.eval_task is None:
         return None, ""
     name = getattr(config.eval_task, "split", "") or config.eval_task.type
 
     def sit() -> dict[str, float]:
-        score = score_by_generation(
-            engine,
-            tokenizer,
-            items,
-            max_new_tokens=config.algorithm.max_new_tokens,
-            reasoning=config.tasks[0].reasoning,
-            batch_rows=config.rollout_rows,
-            permutations=config.eval_permutations,
-            seed=config.seed,
-        )
-        unread = (score.unparsed + score.cut + score.too_long) / score.presentations
-        return {f"eval/{name}_accuracy": score.accuracy, f"eval/{name}_unparsed_frac": unread}
+        counts = (0, 0, 0)
+        share = items[world.rank :: world.size]
+        if share or not items:  # an empty exam is refused in words
+            score = score_by_generation(
+                sampler,
+                tokenizer,
+                share,
+                max_new_tokens=config.algorithm.max_new_tokens,
+                reasoning=config.tasks[0].reasoning,
+                batch_rows=config.rollout_rows,
+                permutations=config.eval_permutations,
+                seed=config.seed,
+            )
+            counts = (score.correct, score.unparsed + score.cut + score.too_long, score.presentations)
+        right, unread, shown = world.sum(*counts)
+        return {f"eval/{name}_accuracy": right / shown, f"eval/{name}_unparsed_frac": unread / shown}
 
     return sit, f"eval/{name}_accuracy"
 
@@ -185,14 +208,23 @@ def fingerprint_of(tasks: Sequence[RlTask]) -> str:
     return fingerprint([[task.name, [asdict(item) for item in task.items]] for task in tasks])
 
 
-def describe_start(config: GrpoConfig, start: LoadedModel, tasks: Sequence[RlTask], machine: Machine) -> str:
+def warn_of_idle_ranks(config: GrpoConfig, world: World) -> None:
+    """A group is drawn by one rank, so more ranks than questions do not sample faster."""
+    if config.algorithm.prompts_per_step < world.size:
+        say(
+            f"Warning: {world.size} processes share the {config.algorithm.prompts_per_step} questions of a step "
+            "(algorithm.prompts_per_step), so some of them draw nothing and wait."
+        )
+
+
+def describe_start(config: GrpoConfig, start: LoadedModel, tasks: Sequence[RlTask], place: str) -> str:
     """One line about a run that begins."""
     algorithm = config.algorithm
     questions = ", ".join(f"{len(task.items):,} of {task.name}" for task in tasks)
     return (
         f"grpo: {start.model.config.num_parameters:,} parameters from {start.path}; questions: {questions}; "
         f"{config.steps:,} steps of {algorithm.prompts_per_step} x {algorithm.samples_per_prompt} completions; "
-        f"{machine.dtype} on {machine.device}."
+        f"{start.model.compute_dtype} on {place}."
     )
 
 

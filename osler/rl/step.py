@@ -1,10 +1,14 @@
 """One policy update: rows of token ids in, a changed model and its metrics out. Nothing to resume beyond model and
 optimizer.
 
-Rows are sorted by length into micro-batches of a token budget. The weights of all tokens are made once for the whole
-update, so how it is cut changes nothing but the order of floating-point sums. Rows without an advantage get a forward
-pass, for the metrics, and no backward pass unless there is a KL term. Log-probabilities are taken at the
-sampler's temperature and over its kept set, at completion tokens only: the prompt never reaches the vocabulary.
+Every rank knows all rows of the update and learns from its share of them, which is sorted by length into micro-batches of
+a token budget. The weights of all tokens are made once for the whole update, so how it is shared and cut changes nothing
+but the order of floating-point sums. Rows without an advantage get a forward pass, for the metrics, and no backward pass
+unless there is a KL term. Log-probabilities are taken at the sampler's temperature and over its kept set, at completion
+tokens only: the prompt never reaches the vocabulary.
+
+Ranks exchange gradients, and with FSDP weights, in every pass alike, so all of them make the same number of passes: one
+whose rows are used up makes idle ones, of which nothing is counted and whose gradient is zero.
 
 Shapes: B rows of a micro-batch, T completion tokens, L prompt and completion tokens, N completion tokens of all its
 rows, V vocabulary, D hidden.
@@ -15,27 +19,31 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from torch import Tensor
-from torch.nn.utils import clip_grad_norm_
 
+from osler.model.loss import ModelLoss
 from osler.model.transformer import Transformer
 from osler.monitor.collect import Collector
 from osler.monitor.look import Rows
 from osler.ops.cross_entropy import IGNORE, linear_logprobs
 from osler.ops.sampling import unpack_keep
+from osler.parallel.engine import Engine
 from osler.rl.advantages import group_advantages
 from osler.rl.config import AlgorithmConfig
 from osler.rl.loss import LossInputs, add_sums, grpo_loss, loss_metrics, token_weights
 from osler.rl.rollout import Group
+from osler.runtime.world import World
+from osler.train.step import condemned_unless_finite
 
 FIRST_UPDATE_METRICS = "sampling/"  # sampler against trainer: only comparable before the weights move
 
 
 @dataclass(frozen=True)
 class Row:
-    """One completion to learn from; ``keep`` as in ``rollout.Sample``, ``trained`` False gives it no gradient."""
+    """One completion to learn from; ``keep`` and ``keeper`` as in ``rollout.Sample``, ``trained`` False gives it no gradient."""
 
     prompt_ids: list[int]
     completion_ids: list[int]
@@ -43,6 +51,7 @@ class Row:
     advantage: float
     keep: Tensor | None = None
     trained: bool = True
+    keeper: int | None = None
 
     @property
     def tokens(self) -> int:
@@ -60,11 +69,23 @@ def training_rows(groups: Sequence[Group], algorithm: AlgorithmConfig) -> list[R
     valid_PG = torch.tensor([[s.stays for s in group.samples] for group in groups])
     advantages_PG = group_advantages(rewards_PG, algorithm.advantage, valid_PG=valid_PG).tolist()
     return [
-        Row(group.prompt_ids, sample.ids, sample.logprobs, advantage, sample.keep, sample.trained)
+        Row(group.prompt_ids, sample.ids, sample.logprobs, advantage, sample.keep, sample.trained, sample.keeper)
         for group, advantages in zip(groups, advantages_PG, strict=True)
         for sample, advantage in zip(group.samples, advantages, strict=True)
         if sample.stays
     ]
+
+
+def deal(rows: Sequence[Row], chosen: Sequence[int], ranks: int) -> list[list[int]]:
+    """Share the chosen indices out, longest row first: each to its keeper, or to the rank with the fewest tokens so far."""
+    shares: list[list[int]] = [[] for _ in range(ranks)]
+    tokens = [0] * ranks
+    for index in sorted(chosen, key=lambda i: -rows[i].tokens):
+        keeper = rows[index].keeper
+        rank = tokens.index(min(tokens)) if keeper is None else keeper
+        shares[rank].append(index)
+        tokens[rank] += rows[index].tokens
+    return shares
 
 
 def micro_batches(rows: Sequence[Row], chosen: Sequence[int], budget_tokens: int) -> list[list[int]]:
@@ -119,15 +140,30 @@ def completion_logprobs(
 
 
 @dataclass
-class _MicroBatch:
-    """Rows of one micro-batch and everything about them that no update changes."""
+class MicroBatch:
+    """Rows of one micro-batch and everything about them that no update changes; ``idle`` is a pass of no row."""
 
     rows: list[Row]
     learns: bool
+    idle: bool
     old_BT: Tensor
     advantages_B: Tensor
     weight_BT: Tensor
     reference_BT: Tensor | None = None
+
+
+class PolicyLoss(ModelLoss):
+    """Maps a micro-batch to its GRPO loss and the sums for its metrics, which have no gradient."""
+
+    def forward(self, batch: MicroBatch, algorithm: AlgorithmConfig) -> tuple[Tensor, dict[str, Tensor]]:
+        logp_BT, entropy_BT, mask_BT = completion_logprobs(
+            self.model, batch.rows, temperature=algorithm.temperature, device=batch.old_BT.device
+        )
+        if batch.idle:  # what stands under a False mask is never looked at, and still every weight gets its zero gradient
+            mask_BT = torch.zeros_like(mask_BT)
+        inputs = LossInputs(logp_BT, batch.old_BT, batch.reference_BT, mask_BT, batch.advantages_B, batch.weight_BT)
+        loss, sums = grpo_loss(inputs, algorithm)
+        return loss, {**sums, "entropy": (entropy_BT.detach() * mask_BT).sum()}
 
 
 def update_policy(
@@ -139,16 +175,22 @@ def update_policy(
     reference: Transformer | None = None,
     micro_batch_tokens: int = 16_384,
     clip_norm: float = 1.0,
+    engine: Engine | None = None,
     collector: Collector | None = None,
 ) -> dict[str, float]:
     """Take ``updates_per_batch`` optimizer steps on the rows and return the metrics, averaged over them.
 
-    ``reference`` is needed when beta is above 0 and is only read. An update whose gradient is not finite is skipped and
-    counted under ``train/skipped_steps``. The optimizer must be a fused
-    one (``build_optimizer``); its learning rate is used as it is. ``collector`` watches the update.
+    ``rows`` are those of all ranks. ``reference`` is needed when beta is above 0 and is only read. ``engine`` is one around
+    a :class:`PolicyLoss`, bound to the optimizer; without it there is one process, which clips to ``clip_norm``. An update
+    whose loss or gradient is not finite is skipped and counted under ``train/skipped_steps``. The optimizer must be a fused one
+    (``build_optimizer``); its learning rate is used as it is. ``collector`` watches the update.
     """
-    batches = _prepare(model, rows, algorithm, micro_batch_tokens)
-    device = model.embed_tokens.weight.device
+    if engine is None:
+        engine = Engine(PolicyLoss(model))
+        engine.bind(optimizer, clip_norm)
+    world, parameters = engine.world, list(model.parameters())
+    device = parameters[0].device
+    batches = _prepare(rows, algorithm, micro_batch_tokens, device, world)
     if algorithm.beta > 0.0:
         if reference is None:
             raise ValueError("beta > 0 needs a reference model")
@@ -159,34 +201,33 @@ def update_policy(
                 )
     mark = collector.mark if collector else (lambda part: None)
     history: list[dict[str, Tensor]] = []
+    steps: list[dict[str, Tensor]] = []
     for _ in range(algorithm.updates_per_batch):
-        optimizer.zero_grad(set_to_none=True)
         sums: dict[str, Tensor] = {}
-        for batch in batches:
-            with torch.set_grad_enabled(batch.learns):
-                logp_BT, entropy_BT, mask_BT = completion_logprobs(
-                    model, batch.rows, temperature=algorithm.temperature, device=device
-                )
-                inputs = LossInputs(logp_BT, batch.old_BT, batch.reference_BT, mask_BT, batch.advantages_B, batch.weight_BT)
-                loss, part = grpo_loss(inputs, algorithm)
-            mark("forward")
-            if batch.learns:
-                loss.backward()
-                mark("backward")
-            sums = add_sums(sums, {**part, "entropy": entropy_BT.sum()})
+        for number, batch in enumerate(batches, start=1):
+            with (
+                engine.accumulating() if number < len(batches) else nullcontext(),
+                torch.set_grad_enabled(batch.learns),
+            ):
+                loss, part = engine.loss(batch, algorithm)
+                mark("forward")
+                if batch.learns:
+                    # Engines average over the ranks, and the weights are of all rows.
+                    engine.backward(condemned_unless_finite(loss) * world.size)
+                    mark("backward")
+            sums = add_sums(sums, part)
+        history.append(sums)
         with collector.update(lambda: few_rows(rows)) if collector else nullcontext():
-            grad_norm = clip_grad_norm_(model.parameters(), clip_norm, foreach=True)
-            skipped = (~torch.isfinite(grad_norm)).float()
-            optimizer.found_inf = skipped  # type: ignore[attr-defined]  # the optimizer then leaves everything as it is
-            optimizer.step()
+            grad_norm, skipped = engine.update(optimizer, parameters)
         mark("optimizer")
-        history.append({**loss_metrics(sums), "train/grad_norm": grad_norm, "train/skipped_steps": skipped})
-    optimizer.zero_grad(set_to_none=True)
+        steps.append({"train/grad_norm": grad_norm, "train/skipped_steps": skipped})
     # Everything stayed on the device until here: this is the update's only wait for it.
-    updates = [{name: float(value) for name, value in update.items()} for update in history]
-    metrics = {name: sum(update[name] for update in updates) / len(updates) for name in updates[0]}
-    metrics |= {name: value for name, value in updates[0].items() if name.startswith(FIRST_UPDATE_METRICS)}
-    return metrics | {"train/skipped_steps": sum(update["train/skipped_steps"] for update in updates)}
+    own = {name: torch.stack([sums[name] for sums in history]).cpu().double() for name in history[0]}
+    by_update = loss_metrics(reduce(add_sums, world.gather(own)))
+    by_update |= {name: torch.stack([step[name] for step in steps]).cpu() for name in steps[0]}
+    metrics = {name: float(values.mean()) for name, values in by_update.items()}
+    metrics |= {name: float(values[0]) for name, values in by_update.items() if name.startswith(FIRST_UPDATE_METRICS)}
+    return metrics | {"train/skipped_steps": float(by_update["train/skipped_steps"].sum())}
 
 
 def few_rows(rows: Sequence[Row], count: int = 16) -> Rows:
@@ -200,11 +241,16 @@ def few_rows(rows: Sequence[Row], count: int = 16) -> Rows:
     return Rows(ids_BL, labels_BL)
 
 
-def _prepare(model: Transformer, rows: Sequence[Row], algorithm: AlgorithmConfig, micro_batch_tokens: int) -> list[_MicroBatch]:
-    """Cut the update into micro-batches; token weights come from the whole of it."""
+def _prepare(
+    rows: Sequence[Row], algorithm: AlgorithmConfig, micro_batch_tokens: int, device: torch.device, world: World
+) -> list[MicroBatch]:
+    """Cut this rank's share of the update into micro-batches; token weights come from the whole of it.
+
+    What only watches comes first: the ranks then exchange gradients in the last pass, and FSDP, which gathers weights for
+    a forward pass, lets go of them in a backward pass.
+    """
     if not rows:
         raise ValueError("an update needs at least one row")
-    device = model.embed_tokens.weight.device
     lengths = [len(row.completion_ids) for row in rows]
     mask = torch.arange(max(lengths))[None] < torch.tensor(lengths)[:, None]
     weight = token_weights(
@@ -218,21 +264,28 @@ def _prepare(model: Transformer, rows: Sequence[Row], algorithm: AlgorithmConfig
     learning = learning or list(range(len(rows)))
     watching = sorted(set(range(len(rows))) - set(learning))
     prepared = []
-    parts = [(indices, True) for indices in micro_batches(rows, learning, micro_batch_tokens)]
-    parts += [(indices, False) for indices in micro_batches(rows, watching, micro_batch_tokens)]
-    for indices, learns in parts:
-        chosen = [rows[index] for index in indices]
-        width = max(len(row.completion_ids) for row in chosen)
-        old_BT = torch.zeros(len(chosen), width)
-        for b, row in enumerate(chosen):
-            old_BT[b, : len(row.logprobs)] = torch.tensor(row.logprobs)
-        prepared.append(
-            _MicroBatch(
-                rows=chosen,
-                learns=learns,
-                old_BT=old_BT.to(device),
-                advantages_B=torch.tensor([row.advantage for row in chosen], dtype=torch.float32, device=device),
-                weight_BT=weight[indices, :width].to(device),
-            )
-        )
+    for chosen, learns in ((watching, False), (learning, True)):
+        cut = [micro_batches(rows, share, micro_batch_tokens) for share in deal(rows, chosen, world.size)]
+        own = cut[world.rank]
+        prepared += [_micro_batch([rows[index] for index in indices], weight[indices], learns, device) for indices in own]
+        prepared += [_idle_pass(learns, device)] * (max(map(len, cut)) - len(own))
     return prepared
+
+
+def _micro_batch(rows: list[Row], weight_BT: Tensor, learns: bool, device: torch.device, *, idle: bool = False) -> MicroBatch:
+    width = max(len(row.completion_ids) for row in rows)
+    old_BT = torch.zeros(len(rows), width)
+    for b, row in enumerate(rows):
+        old_BT[b, : len(row.logprobs)] = torch.tensor(row.logprobs)
+    return MicroBatch(
+        rows=rows,
+        learns=learns,
+        idle=idle,
+        old_BT=old_BT.to(device),
+        advantages_B=torch.tensor([row.advantage for row in rows], dtype=torch.float32, device=device),
+        weight_BT=weight_BT[:, :width].to(device),
+    )
+
+
+def _idle_pass(learns: bool, device: torch.device) -> MicroBatch:
+    return _micro_batch([Row([0], [0], [0.0], 0.0)], torch.zeros(1, 1), learns, device, idle=True)

@@ -1,48 +1,56 @@
 """The GRPO loop: ask, answer, reward, learn; then save, then evaluate.
 
-It takes objects that are already built (``run.py`` builds them) and works in one process. Resume is exact: what is
-asked and drawn is a function of (seed, step), and a checkpoint holds the model, the optimizer, the reference and the
-counters, so a run that was killed and resumed goes through the same steps to the same numbers.
+It takes objects that are already built (``run.py`` builds them). Resume is exact: what is asked and drawn is a function of
+(seed, step and how many were passed over), and a checkpoint holds the model, the optimizer, the reference and the counters, so a
+run that was killed and resumed goes through the same steps to the same numbers.
+
+Every rank runs this loop and knows the samples of all (``rollout.py``); rank 0 alone writes. A signal to one of them is
+agreed on after each step. A checkpoint is the same whatever the number of ranks.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from osler.checkpoint import store
-from osler.checkpoint.state import flatten_optimizer, restore_optimizer
 from osler.errors import UserError
 from osler.inference.engine import Engine
 from osler.model.transformer import Transformer
 from osler.monitor.collect import Collector
-from osler.monitor.sinks import JsonlSink
+from osler.monitor.fanout import FanOut, open_sinks
+from osler.monitor.history import Facts
 from osler.optim.build import set_decay_and_momentum, set_lr
 from osler.optim.schedule import lr_scale
+from osler.parallel.engine import Engine as ParallelEngine
 from osler.rl.config import GrpoConfig
-from osler.rl.prompts import RlTask
+from osler.rl.prompts import RlTask, visits
 from osler.rl.rollout import Group, RolloutWorker, Sample, rollout_metrics
 from osler.rl.step import training_rows, update_policy
+from osler.runtime.faults import fault
 from osler.runtime.files import RunFolder, write_atomic
 from osler.runtime.log import Progress, say
 from osler.runtime.stop import StopFlag
 from osler.tasks.item import render_answer, render_question
 from osler.tokenizer.bpe import Tokenizer
 from osler.train.folder import was_evaluated
+from osler.train.incidents import Incidents
 from osler.train.trainer import check_fingerprints
 
-CUT_ALARM = 0.9  # above this share of cut completions something is wrong with the template or the limit
 PREFLIGHT_SAMPLES = 4
 
 
 class GrpoTrainer:
-    """One GRPO run in one process; metrics, samples and checkpoints go to ``run``.
+    """One GRPO run; metrics, samples and checkpoints go to ``run``.
 
+    ``engine`` is one around a ``step.PolicyLoss`` of the model, ``sampler`` draws completions from the model.
     ``evaluate`` returns metrics of the model as it is; it is called before the first step, every ``eval_every_steps``
     steps and at the end, and ``best_metric`` among them decides which checkpoint is the best. ``files`` (model
     config, tokenizer) and ``fingerprints`` go into every checkpoint; a resume with other fingerprints is refused.
@@ -54,7 +62,8 @@ class GrpoTrainer:
         *,
         model: Transformer,
         optimizer: torch.optim.Optimizer,
-        engine: Engine,
+        engine: ParallelEngine,
+        sampler: Engine,
         tokenizer: Tokenizer,
         tasks: Sequence[RlTask],
         run: RunFolder,
@@ -66,19 +75,29 @@ class GrpoTrainer:
         self.config = config
         self.model = model
         self.optimizer = optimizer
+        self.engine = engine
+        self.world = engine.world
+        self.sampler = sampler
         self.run = run
-        self.worker = RolloutWorker(engine, tokenizer, tasks, config.algorithm, config.seed)
+        self.worker = RolloutWorker(sampler, tokenizer, tasks, config.algorithm, config.seed, self.world)
         self.evaluate = evaluate
         self.best_metric = best_metric
         self.files = dict(files or {})
         self.fingerprints = dict(fingerprints or {})
-        self.reference = frozen_copy(model) if config.algorithm.beta > 0.0 else None
-        self.collector = Collector(config.monitor, model, model.embed_tokens.weight.device)
+        engine.bind(optimizer, config.clip_norm)
+        self.reference = frozen_copy(engine.plain_model(model)) if config.algorithm.beta > 0.0 else None
+        self.collector = Collector(
+            config.monitor,
+            model,
+            model.embed_tokens.weight.device,
+            world=self.world,
+            whole_weights=lambda: engine.whole_weights(model),
+            has_gradients=engine.leaves_gradients,
+        )
         self.step = 0  # finished steps
         self.tokens = 0  # completion tokens sampled
         self.best_value: float | None = None
-        self.skipped_in_a_row = 0
-        self.zero_reward_steps = 0
+        self.incidents = Incidents(config, run, self._details, self.world)
 
     # -- the loop ------------------------------------------------------------------------------------------------------
 
@@ -87,22 +106,29 @@ class GrpoTrainer:
         config = self.config
         with (
             StopFlag() as stop,  # first: whoever sees the metrics file may rely on a signal being a request
-            JsonlSink(self.run.metrics, resume_step=self.step if self.step else -1) as sink,
+            open_sinks(config.monitor, self.run, self._facts(), step=self.step, is_first=self.world.is_first) as sink,
             Progress(config.steps, "steps", label="grpo", initial=self.step) as progress,
         ):
+            self.incidents.events = sink.events
             # Before the first step, or where a kill came after the checkpoint and before its evaluation.
-            if self._evaluation_due() and not was_evaluated(self.run, self.step):
+            if self._evaluation_due() and not self.world.once(lambda: was_evaluated(self.run, self.step)):
                 self._evaluate(sink)
             while self.step < config.steps:
                 metrics = self._one_step()
+                fault("train-step")
                 sink.write(self.step, self.tokens, metrics)
                 progress.update(self.step, reward=f"{metrics['reward']:.3f}")
-                self._check_skipped(metrics)
+                self._observe(metrics)
+                if self.incidents.cause:
+                    self._roll_back(sink, stop)
+                    continue
                 done = self.step == config.steps
+                stopping = self._agree(stop)
                 # The checkpoint comes first: an evaluation that fails must not cost the steps before it.
-                if self._evaluation_due() or stop.requested or self.step % config.save_every_steps == 0:
+                if self._evaluation_due() or stopping or self.step % config.save_every_steps == 0:
                     self.save(stop)
-                if stop.requested and not done:
+                    stopping = self._agree(stop)  # once more, because saving takes its time
+                if stopping and not done:
                     return False
                 if self._evaluation_due():
                     self._evaluate(sink)
@@ -111,15 +137,30 @@ class GrpoTrainer:
     def _evaluation_due(self) -> bool:
         return self.step % self.config.eval_every_steps == 0 or self.step >= self.config.steps
 
+    def _agree(self, stop: StopFlag) -> bool:
+        """Whether the ranks stop, because one was asked to. A signal after this vote counts in the next."""
+        (on,) = self.world.least(not stop.requested)
+        stop.requested = stop.requested or not on
+        return not on
+
+    @contextmanager
+    def _whole_model(self) -> Iterator[None]:
+        """Lend the sampler the model as it is, neither sharded nor wrapped."""
+        self.sampler.model = self.engine.plain_model(self.model)
+        try:
+            yield
+        finally:
+            self.sampler.model = self.model
+
     def _one_step(self) -> dict[str, float]:
         """Ask the questions of the current step, learn from the answers, and count the step as done."""
         config, algorithm, started = self.config, self.config.algorithm, time.perf_counter()
-        groups, sampled_tokens = self.worker.step(self.step)
+        with self._whole_model():
+            groups, sampled_tokens = self.worker.step(self.step + self.incidents.data_offset)
         rollout_seconds = time.perf_counter() - started
         if self.step == 0:
             self._preflight(groups)
         metrics = rollout_metrics(groups)
-        self._alarms(metrics, earned=any(sample.reward > 0.0 for group in groups for sample in group.samples))
 
         budget = config.budget_tokens_per_step
         middle = self.step * budget + budget // 2  # as in train/: the first step has a rate above 0, and so has the last
@@ -137,14 +178,14 @@ class GrpoTrainer:
                 algorithm,
                 reference=self.reference,
                 micro_batch_tokens=config.micro_batch_tokens,
-                clip_norm=config.clip_norm,
+                engine=self.engine,
                 collector=self.collector,
             )
         self.step += 1
         self.tokens += sampled_tokens
         refresh = algorithm.reference_refresh_steps
         if self.reference is not None and refresh and self.step % refresh == 0:
-            self.reference.load_state_dict(self.model.state_dict())
+            self.reference.load_state_dict(self.engine.whole_weights(self.model))
 
         seconds = time.perf_counter() - started
         learned = [row.tokens for row in rows if row.has_gradient(algorithm.beta)]
@@ -171,7 +212,8 @@ class GrpoTrainer:
             say(f"  thinking: {sample.completion.thinking or '(none)'}")
             say(f"  answer:   {sample.completion.answer or '(none)'}")
             say(f"  right:    {render_answer(group.visit.item)}   (reward {sample.reward:g})")
-        self._write_samples(shown)
+        if self.world.is_first:
+            self._write_samples(shown)
         size = self.config.algorithm.samples_per_prompt
         right = [sum(sample.correct for sample in group.samples) for group in groups]
         say(
@@ -180,41 +222,44 @@ class GrpoTrainer:
             f"{sum(group.effective for group in groups)} of {len(groups)} groups teach something."
         )
 
-    def _alarms(self, metrics: Mapping[str, float], *, earned: bool) -> None:
-        """Say loudly what otherwise fails without an error: no completion ends, or none is ever rewarded."""
-        algorithm, patience = self.config.algorithm, self.config.zero_reward_patience
-        if metrics["completions/clipped_ratio"] > CUT_ALARM and self.step % patience == 0:
-            say(
-                f"Warning: {metrics['completions/clipped_ratio']:.0%} of the completions were cut at "
-                f"{algorithm.max_new_tokens} tokens. Either the limit is too short, or the model never learned to end "
-                "(was it fine-tuned with the chat template?)."
-            )
-        self.zero_reward_steps = 0 if earned else self.zero_reward_steps + 1
-        if self.zero_reward_steps and self.zero_reward_steps % patience == 0:
-            say(
-                f"Warning: no completion earned a reward for {self.zero_reward_steps} steps; there is nothing to learn "
-                f"from. Look at {self.run.samples}, and start from a model that is right now and then."
-            )
+    def _facts(self) -> Facts:
+        """What the alerts must know of this run: among them is that no completion ends, or none is ever rewarded."""
+        return Facts(
+            lr=self.config.optim.lr,
+            clip_norm=self.config.clip_norm,
+            max_new_tokens=self.config.algorithm.max_new_tokens,
+            zero_reward_patience=self.config.zero_reward_patience,
+        )
 
-    def _check_skipped(self, metrics: Mapping[str, float]) -> None:
-        """End the run when the gradient has not been finite for too long: nothing is being learned."""
-        all_skipped = metrics.get("train/skipped_steps", 0) >= self.config.algorithm.updates_per_batch
-        self.skipped_in_a_row = self.skipped_in_a_row + 1 if all_skipped else 0
-        if self.skipped_in_a_row >= self.config.max_skipped_steps:
-            raise UserError(
-                f"The gradient was not finite for {self.skipped_in_a_row} steps in a row (step {self.step}); those "
-                f"steps changed nothing. Lower optim.lr (now {self.config.optim.lr:g}); checkpoints are in "
-                f"{self.run.checkpoints}."
-            )
+    def _observe(self, metrics: Mapping[str, float]) -> None:
+        """Hand the numbers of the step just made to whoever watches for incidents; a step without a usable sample has none."""
+        if "train/grad_norm" in metrics:
+            skipped = metrics["train/skipped_steps"] >= self.config.algorithm.updates_per_batch
+            self.incidents.observe(self.step, metrics["loss"], metrics["train/grad_norm"], skipped=skipped)
 
-    def _evaluate(self, sink: JsonlSink) -> None:
+    def _details(self, step: int) -> dict[str, Any]:
+        """What an incident at the end of a step, the one just made, is recorded with."""
+        position, count = step - 1 + self.incidents.data_offset, self.config.algorithm.prompts_per_step
+        asked = [visit.item.id for visit in visits(self.worker.tasks, self.config.seed, position, count)]
+        return {"tokens": self.tokens, "lr": self.optimizer.param_groups[0]["lr"], "questions": asked}
+
+    def _roll_back(self, sink: FanOut, stop: StopFlag) -> None:
+        """Go back to the last good checkpoint and on with other questions; saved at once, so that a kill changes nothing."""
+        self.incidents.roll_back(self.step, self.restore, lambda: self.step)
+        self.save(stop)
+        fault("rollback")
+        sink.rewind(self.step)
+
+    def _evaluate(self, sink: FanOut) -> None:
         """Evaluate, and mark this step's checkpoint when it is the best so far."""
         if self.evaluate is None:
             return
+        fault("evaluate")
         before = time.perf_counter()
-        metrics = dict(self.evaluate())
+        with self._whole_model():
+            metrics = dict(self.evaluate())
         value, saved = metrics.get(self.best_metric), self.run.checkpoints / store.folder_name(self.step)
-        if value is not None and saved.is_dir() and (self.best_value is None or value > self.best_value):
+        if value is not None and self.world.is_first and saved.is_dir() and (self.best_value is None or value > self.best_value):
             self.best_value = value
             store.mark_best(saved, self.best_metric, value)
         # Last, because the line is what tells a resumed run that this evaluation is complete.
@@ -245,21 +290,23 @@ class GrpoTrainer:
     def save(self, stop: StopFlag) -> None:
         """Save everything a resume needs; when the disk refuses, warn and go on with the earlier checkpoints.
 
-        Raises UserError in that case when it is the last one of this process, because what it would hold is lost.
+        Raises UserError in that case when it is the last one of this process, because what it would hold is lost. Sharded
+        tensors come together on rank 0, one at a time.
         """
-        optimizer_tensors, optimizer_state = flatten_optimizer(self.optimizer, self.model.named_parameters())
-        tensors: dict[str, dict[str, Tensor]] = {"model": dict(self.model.state_dict()), "optimizer": optimizer_tensors}
+        tensors, optimizer_state = self.engine.parts(self.model, self.optimizer)
         if self.reference is not None:  # kept even when never refreshed: a run folder must resume without ``init_from``
             tensors["reference"] = dict(self.reference.state_dict())
         state = {
             "kind": "grpo",
             "step": self.step,
             "tokens": self.tokens,
-            "skipped_in_a_row": self.skipped_in_a_row,
-            "zero_reward_steps": self.zero_reward_steps,
+            "incidents": self.incidents.checkpointed(self.step),
             "optimizer": optimizer_state,
             "fingerprints": self.fingerprints,
         }
+        self.world.once(lambda: self._write(tensors, state, stop))
+
+    def _write(self, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any], stop: StopFlag) -> None:
         try:
             store.save(
                 self.run.checkpoints,
@@ -279,16 +326,14 @@ class GrpoTrainer:
     def restore(self, loaded: store.Loaded) -> None:
         """Continue from a checkpoint of this run, bit for bit."""
         check_fingerprints(loaded.state["fingerprints"], self.fingerprints, loaded.path)
-        self.model.load_state_dict(loaded.tensors["model"])
-        restore_optimizer(self.optimizer, self.model.named_parameters(), loaded.tensors["optimizer"], loaded.state["optimizer"])
+        self.engine.restore(self.model, self.optimizer, loaded.tensors, loaded.state["optimizer"])
         if self.reference is not None:
             self.reference.load_state_dict(loaded.tensors["reference"])
         self.step = loaded.state["step"]
         self.tokens = loaded.state["tokens"]
-        self.skipped_in_a_row = loaded.state["skipped_in_a_row"]
+        self.incidents.restore(loaded.state.get("incidents"))
         best = store.best_checkpoint(self.run.checkpoints)
         self.best_value = best.value if best is not None and best.step <= self.step else None
-        self.zero_reward_steps = loaded.state["zero_reward_steps"]
 
 
 def frozen_copy(model: Transformer) -> Transformer:

@@ -134,6 +134,11 @@ class RunFolder:
         return self.root / "events.jsonl"
 
     @property
+    def trackers(self) -> Path:
+        """What TensorBoard, Weights & Biases and ClearML keep here."""
+        return self.root / "trackers"
+
+    @property
     def checkpoints(self) -> Path:
         """The folder of ``step-XXXXXXXXX`` folders."""
         return self.root / "checkpoints"

@@ -1,9 +1,10 @@
 """The processes of a run: who they are by torchrun's environment, and how they agree.
 
 The idea: every process runs the same program on rows of its own. What may differ between them goes through a ``World``: one
-rank writes and decides (``once``), counts and clocks are agreed on (``least``, ``sum``), tensors are averaged (``mean``). One
-process is a world of size 1, in which all of that does nothing. Tensors travel by NCCL between GPUs and by gloo on CPUs; the
-hosts agree over gloo connections of their own, which never wait for a GPU and have the patience that preparing data takes.
+rank writes and decides (``once``), counts and clocks are agreed on (``least``, ``sum``), all are told what each found out
+(``gather``), tensors are averaged (``mean``). One process is a world of size 1, in which all of that does nothing. Tensors
+travel by NCCL between GPUs and by gloo on CPUs; the hosts agree over gloo connections of their own, which never wait for a GPU
+and have the patience that preparing data takes.
 
 A process that dies closes its connections, so the others fail at their next word with each other instead of waiting for ever;
 ``joined`` makes one clear error of it. There is no state to resume.
@@ -126,6 +127,16 @@ class World:
         total = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(total, group=self.hosts)
         return [float(value) for value in total.tolist()]
+
+    def gather(self, value: T) -> list[T]:
+        """What every rank gives, which must be picklable, in the order of the ranks; does not wait for a GPU."""
+        if self.size == 1:
+            return [value]
+        import torch.distributed as dist
+
+        box: list[T | None] = [None] * self.size
+        dist.all_gather_object(box, value, group=self.hosts)
+        return box  # type: ignore[return-value]
 
     def mean(self, tensor: Tensor) -> Tensor:
         """Average a tensor over the ranks in place, on its device and without waiting for it."""

@@ -11,7 +11,7 @@ from osler.config import TAGGED, config
 from osler.data.config import ClinicData, FilesData, Stage, TurnsData
 from osler.data.curriculum import Timeline, lay_out, rows_per_micro_batch
 from osler.model.config import ModelConfig
-from osler.monitor.config import MonitorConfig
+from osler.monitor.config import MonitorConfig, SpikeConfig
 from osler.optim.config import AdamWConfig, LinearConfig, OptimConfig, ScheduleConfig
 from osler.parallel.config import NoParallelConfig, ParallelConfig
 from osler.tokenizer.config import TokenizerConfig
@@ -71,7 +71,11 @@ class TrainConfig:
     eval_every_tokens: int = 2_048_000  # tokens between two measurements of the held-out loss
     save_every_tokens: int = 2_048_000  # tokens between two checkpoints
     keep_last: int = 2  # checkpoints kept besides the best
-    max_skipped_steps: int = 20  # so many steps in a row with a non-finite gradient end the run
+    # so many steps in a row with a non-finite gradient send the run back to its last good checkpoint and past the data since,
+    # when the next line of metrics is due
+    max_skipped_steps: int = 20
+    max_rollbacks: int = 2  # times that a run goes back, in all; then it ends with a diagnosis
+    spike: SpikeConfig = SpikeConfig()
     exam: ExamProbe = ExamProbe()
     monitor: MonitorConfig = MonitorConfig()
 
@@ -80,6 +84,8 @@ class TrainConfig:
         for name in (*counts, "max_skipped_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.max_rollbacks < 0:
+            raise ValueError(f"max_rollbacks is {self.max_rollbacks}; it must be 0 (never go back) or more")
         rows, rest = divmod(self.batch_tokens, self.seq_len)
         if rest or rows < 1:
             raise ValueError(f"batch_tokens {self.batch_tokens} is not a positive multiple of seq_len {self.seq_len}")

@@ -23,8 +23,8 @@ from osler.yaml12 import dump_yaml, load_yaml
 
 T = TypeVar("T")
 MOST_NAMED = 5  # differences between two configs that an error spells out
-# How a run is computed and not what comes out of it, but for rounding: these may change from one start to the next.
-COMPUTING = ("parallel", "loader_workers", "micro_batch_tokens", "recompute")
+# How a run is computed and watched, not what comes out of it, but for rounding: these may change from one start to the next.
+COMPUTING = ("parallel", "loader_workers", "micro_batch_tokens", "recompute", "monitor")
 LENGTHS = {"total_tokens", "max_minutes", "steps"}  # what a person changes who wants to go on with a finished run
 VERSIONS = "versions.json"  # packages and machine, in the run folder and in every checkpoint
 PRECISION_OF_DTYPE = {"float32": "fp32", "bfloat16": "bf16"}

@@ -31,8 +31,10 @@ from osler.inference.engine import Engine
 from osler.inference.load import TOKENIZER_FILE, describing_files
 from osler.model.config import ModelConfig
 from osler.model.transformer import Transformer
+from osler.monitor.fanout import check_sinks
 from osler.optim.build import build_optimizer
 from osler.parallel.activation_checkpoint import set_recompute
+from osler.parallel.config import ParallelConfig
 from osler.parallel.engine import Engine as ParallelEngine
 from osler.parallel.parallelize import parallelize
 from osler.runtime.device import keep_freed_memory, pick_device
@@ -117,6 +119,7 @@ def train(config: TrainConfig, run: RunFolder, world: World | None = None) -> bo
     world = world or World(device=config.device)
     started = time.monotonic()
     refuse_another(run, config)
+    check_sinks(config.monitor)
     exam = exam_items(config.exam)
     keep_freed_memory()
     newest = newest_checkpoint(run)
@@ -170,7 +173,7 @@ def train(config: TrainConfig, run: RunFolder, world: World | None = None) -> bo
         warn_of_stages_out_of_reach(config)
         say(
             f"{config.kind}: {model.config.num_parameters:,} parameters, {prepared.train.num_tokens:,} tokens of data, "
-            f"{length_of(config)} to train on; {machine.dtype} on {place_of(machine, config, world)}."
+            f"{length_of(config)} to train on; {machine.dtype} on {place_of(machine, config.parallel, world)}."
         )
     del checkpoint  # weights and moments were copied out of it; a second set need not lie in memory while training
     return trainer.fit()
@@ -195,9 +198,9 @@ def check_same_start(step: int, world: World) -> None:
         )
 
 
-def place_of(machine: Machine, config: TrainConfig, world: World) -> str:
+def place_of(machine: Machine, parallel: ParallelConfig, world: World) -> str:
     """On what a run computes, in words."""
-    place = str(machine.device) if world.size == 1 else f"{world.size} x {machine.device.type} ({config.parallel.type})"
+    place = str(machine.device) if world.size == 1 else f"{world.size} x {machine.device.type} ({parallel.type})"
     return f"{place}, compiled" if machine.compile else place
 
 

@@ -18,6 +18,7 @@ from osler.errors import UserError
 from osler.inference.load import TOKENIZER_FILE, described_model, load_model
 from osler.model.config import ModelConfig
 from osler.model.transformer import Transformer
+from osler.monitor.fanout import check_sinks
 from osler.optim.bf16 import keep_in_bf16
 from osler.parallel.fp8 import convert_to_fp8
 from osler.parallel.parallelize import check_strategy
@@ -65,7 +66,8 @@ def choose_machine(device: str, precision: str, compile_mode: str, *, steps: int
 
 
 def check_plan(config: TrainConfig, *, is_new: bool) -> None:
-    """Raise UserError when what a run will read is not there: its data, and for one that begins its tokenizer."""
+    """Raise UserError when what a run needs is not there: its data, for one that begins its tokenizer, whom its alerts go to."""
+    check_sinks(config.monitor)
     check_source(config.data)
     if is_new and config.init_from is None and config.tokenizer.path is not None:
         Tokenizer.load(config.tokenizer.path)

@@ -1,12 +1,13 @@
 """One optimizer step: forward and backward over micro-batches, clip, update. Nothing here waits for the device.
 
-A step whose gradient is not finite is skipped inside the optimizer (``found_inf``), so parameters and moments stay
+A step whose loss or gradient is not finite is skipped inside the optimizer (``found_inf``), so parameters and moments stay
 untouched and the host need not look. Gradients travel between ranks in the backward pass of the last micro-batch only.
 Stateless beyond the model and the optimizer.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
@@ -19,6 +20,7 @@ from osler.data.loader import Batch
 from osler.monitor.look import Rows
 from osler.optim.build import set_lr
 from osler.parallel.engine import Engine
+from osler.runtime.faults import poisoned
 
 
 class StepResult(NamedTuple):
@@ -71,7 +73,7 @@ class TrainStep:
             ids, labels = (part[rows].to(self.device, non_blocking=True) for part in (batch.ids, batch.labels))
             documents = batch.document_ids[rows].to(self.device, non_blocking=True) if self.document_mask else None
             with nullcontext() if start + micro >= num_rows else self.engine.accumulating():
-                loss = self.engine.loss(ids, labels, documents) / learned_tokens
+                loss = condemned_unless_finite(self.engine.loss(ids, labels, documents) / learned_tokens)
                 self.mark("forward")
                 self.engine.backward(loss)
             total += loss.detach()
@@ -81,3 +83,9 @@ class TrainStep:
             norm_and_skipped = self.engine.update(self.optimizer, self.parameters)
         self.mark("optimizer")
         return StepResult(total, *norm_and_skipped)
+
+
+def condemned_unless_finite(loss: Tensor) -> Tensor:
+    """The same loss; one that is not finite gets gradients of NaN, which no rank can overlook, although some would be finite."""
+    scale = math.nan if poisoned("train-loss") else 0.0
+    return loss * (1.0 + scale * loss.detach())  # 1, or NaN

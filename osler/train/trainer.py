@@ -1,8 +1,9 @@
 """The supervised training loop, shared by pretraining and fine-tuning.
 
 Resume is exact: a checkpoint holds model, optimizer, step and the half-filled log window; the order of data is a function of the
-step; nothing else is random. (A run limited by ``max_minutes`` also saves its clock, but how many steps fit the rest depends on
-the machine.) A checkpoint comes before every evaluation, so an evaluation that fails costs nothing.
+step and of what was passed over (``train/incidents.py``); nothing else is random. (A run limited by ``max_minutes`` also saves
+its clock, but how many steps fit the rest depends on the machine.) A checkpoint comes before every evaluation, so an evaluation
+that fails costs nothing.
 
 Every rank runs this loop; rank 0 alone writes. A signal to one of them and the clock are agreed on after each step, so that all
 make the same steps. A checkpoint is the same whatever the number of ranks.
@@ -11,10 +12,8 @@ make the same steps. A checkpoint is the same whatever the number of ranks.
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,7 +25,8 @@ from osler.data.loader import Batch
 from osler.errors import UserError
 from osler.model.transformer import Transformer
 from osler.monitor.collect import Collector, of_steps
-from osler.monitor.sinks import JsonlSink
+from osler.monitor.fanout import FanOut, open_sinks
+from osler.monitor.history import Facts
 from osler.optim.build import set_decay_and_momentum
 from osler.optim.schedule import lr_scale
 from osler.runtime.faults import fault
@@ -35,6 +35,7 @@ from osler.runtime.log import Progress, say
 from osler.runtime.stop import StopFlag
 from osler.train.config import TrainConfig
 from osler.train.folder import was_evaluated
+from osler.train.incidents import Incidents
 from osler.train.step import StepResult, TrainStep
 
 PLANNED_SHARE = 0.97  # of the minutes asked for: the rest is for the last checkpoint and evaluation
@@ -43,8 +44,8 @@ PLANNED_SHARE = 0.97  # of the minutes asked for: the rest is for the last check
 class Trainer:
     """Trains ``model`` on batches until ``total_tokens`` (or the clock), writing metrics and checkpoints to ``run``.
 
-    ``batches(step)`` iterates over global batches from a step on, and ``delivered`` knows what was in them; ``evaluate`` returns
-    metrics of the model as it is;
+    ``batches(step, skipped_tokens)`` iterates over global batches from a step on, so many tokens further on in the data than its
+    steps say, and ``delivered`` knows what is in them; ``evaluate`` returns metrics of the model as it is;
     ``files`` and ``fingerprints`` go into every checkpoint, which is refused on resume when the fingerprints differ.
     """
 
@@ -55,7 +56,7 @@ class Trainer:
         model: Transformer,
         optimizer: torch.optim.Optimizer,
         train_step: TrainStep,
-        batches: Callable[[int], Iterator[Batch]],
+        batches: Callable[[int, int], Iterator[Batch]],
         delivered: Delivered,
         evaluate: Callable[[], dict[str, float]],
         probe: Callable[[], dict[str, float]],
@@ -84,7 +85,7 @@ class Trainer:
         self.total_tokens = config.total_tokens
         self.best_loss = math.inf
         self.train_loss: float | None = None  # of the last line
-        self.skipped_in_a_row = 0
+        self.incidents = Incidents(config, run, self._details, self.world)
         self.window: list[list[float]] = []  # loss, gradient norm and skip flag of each step since the last log line
         self.on_device: list[StepResult] = []  # the same, not yet fetched
         self.collector = Collector(
@@ -115,17 +116,17 @@ class Trainer:
         config = self.config
         with (
             StopFlag() as stop,  # first: whoever sees the metrics file may rely on a signal being a request
-            JsonlSink(self._own(self.run.metrics), resume_step=self.step if self.step else -1) as sink,
+            open_sinks(config.monitor, self.run, self._facts(), step=self.step, is_first=self.world.is_first) as sink,
             Progress(self.total_tokens, "tokens", label=config.kind, initial=self.tokens) as progress,
         ):
+            self.incidents.events = sink.events
             if self.step and not self.world.once(lambda: was_evaluated(self.run, self.step)):
                 self._evaluate(sink, progress)  # a kill came after this checkpoint and before its evaluation
-            batches = self.batches(self.step)
+            batches = self.batches(self.step, self.incidents.data_offset)
             first, mark = self.step, (self.tokens, time.monotonic())
             while not self.done:
                 stage = self.timeline.at_step(self.step)
-                middle = self.tokens + stage.batch_tokens // 2
-                scale = lr_scale(config.schedule, middle, self.total_tokens)
+                middle, scale = self._schedule(self.step)
                 set_decay_and_momentum(self.optimizer, config.optim, scale, middle, self.total_tokens)
                 self.on_device.append(self.train_step(self.collector.fetch(batches, self.step + 1), scale))
                 self.step += 1
@@ -138,6 +139,11 @@ class Trainer:
                 stopping = self._agree(stop)
                 if self.step % config.log_every_steps == 0 or self.done:
                     mark = self._log(sink, progress, mark, scale)
+                    if self.incidents.cause:
+                        self._roll_back(sink, stop)
+                        batches = self.batches(self.step, self.incidents.data_offset)
+                        mark = (self.tokens, time.monotonic())
+                        continue
                 evaluation_due = self._due(config.eval_every_tokens) or self._due(config.exam.every_tokens)
                 if evaluation_due or self._due(config.save_every_tokens) or stopping:
                     self.save(stop)
@@ -164,8 +170,8 @@ class Trainer:
             "tokens": self.tokens,
             "total_tokens": self.total_tokens,
             "seconds": self.seconds,
-            "skipped_in_a_row": self.skipped_in_a_row,
             "train_loss": self.train_loss,
+            "incidents": self.incidents.checkpointed(self.step),
             "window": [[value if math.isfinite(value) else None for value in row] for row in self.window],
             "fingerprints": dict(self.fingerprints),
             "optimizer": optimizer_state,
@@ -193,8 +199,8 @@ class Trainer:
         # Read from the folder, because a checkpoint is written before the evaluation that may make it the best.
         best = store.best_checkpoint(self.run.checkpoints)
         self.best_loss = best.value if best is not None and best.value is not None and best.step <= self.step else math.inf
-        self.skipped_in_a_row = state["skipped_in_a_row"]
         self.train_loss = state.get("train_loss")
+        self.incidents.restore(state.get("incidents"))
         self.window = [[math.nan if value is None else value for value in row] for row in state["window"]]
 
     def _due(self, every_tokens: int) -> bool:
@@ -209,17 +215,42 @@ class Trainer:
             return
         rows = self.world.mean(torch.stack([torch.stack(result) for result in self.on_device])).tolist()
         self.on_device.clear()
-        for row in rows:
-            self.skipped_in_a_row = self.skipped_in_a_row + 1 if row[2] else 0
+        for step, (loss, grad_norm, skipped) in enumerate(rows, start=self.step - len(rows) + 1):
+            self.incidents.observe(step, loss, grad_norm, skipped=bool(skipped))
         self.window += rows
 
-    def _log(self, sink: JsonlSink, progress: Progress, mark: tuple[int, float], scale: float) -> tuple[int, float]:
+    def _schedule(self, step: int) -> tuple[int, float]:
+        """The tokens seen in the middle of a step (0, 1 ...), and what they scale the learning rate by."""
+        middle = self.timeline.tokens_before(step) + self.timeline.at_step(step).batch_tokens // 2
+        return middle, lr_scale(self.config.schedule, middle, self.total_tokens)
+
+    def _details(self, step: int) -> dict[str, Any]:
+        """What an incident at the end of a step is recorded with."""
+        rows = self.timeline.rows_at(step - 1, self.incidents.data_offset)
+        learning_rate = self.config.optim.lr * self._schedule(step - 1)[1]
+        return {"tokens": self.timeline.tokens_before(step), "lr": learning_rate, "rows": [rows.start, rows.stop - 1]}
+
+    def _roll_back(self, sink: FanOut, stop: StopFlag) -> None:
+        """Go back to the last good checkpoint and on with other data; saved at once, so that a kill changes nothing."""
+        seconds = self.seconds
+        self.incidents.roll_back(self.step, self.restore, lambda: self.tokens)
+        self.earlier_seconds, self.started = seconds, time.monotonic()  # the clock does not go back
+        self.save(stop)
+        fault("rollback")
+        sink.rewind(self.step)
+
+    def _log(self, sink: FanOut, progress: Progress, mark: tuple[int, float], scale: float) -> tuple[int, float]:
         """Write what the steps since the last line gave; the speed is that since the tokens and the time of ``mark``."""
         self._fetch()
         now = time.monotonic()
         metrics = of_steps(self.window, self.config.clip_norm, self.delivered.bytes_per_token)
         metrics |= {"train/lr": self.config.optim.lr * scale, **self.collector.line()}
-        metrics |= self.delivered.metrics(self.step, len(self.window), by_source=self.collector.is_due(self.step))
+        metrics |= self.delivered.metrics(
+            self.step,
+            len(self.window),
+            by_source=self.collector.is_due(self.step),
+            skipped_tokens=self.incidents.data_offset,
+        )
         loss = metrics["train/loss"]
         self.train_loss = loss if math.isfinite(loss) else None
         stage = self.timeline.at_step(self.step - 1)
@@ -240,12 +271,6 @@ class Trainer:
         self.window = []
         sink.write(self.step, self.tokens, metrics)
         progress.update(self.tokens, **shown)
-        if self.skipped_in_a_row >= self.config.max_skipped_steps:
-            raise UserError(
-                f"The gradient was not finite for {self.skipped_in_a_row} steps in a row (step {self.step}); those steps "
-                f"changed nothing. Lower optim.lr (now {self.config.optim.lr:g}) or check the data; checkpoints are in "
-                f"{self.run.checkpoints}."
-            )
         return self.tokens, now
 
     def _replan(self, speed: float) -> None:
@@ -268,12 +293,19 @@ class Trainer:
         stop.requested = stop.requested or not on
         return not on
 
-    def _own(self, path: Path) -> Path:
-        """The file for rank 0; the others write into the void."""
-        return path if self.world.is_first else Path(os.devnull)
+    def _facts(self) -> Facts:
+        """What the alerts must know of this run."""
+        return Facts(
+            lr=self.config.optim.lr,
+            clip_norm=self.config.clip_norm,
+            warmup_tokens=self.config.schedule.warmup_tokens,
+            vocab_size=self.model.config.vocab_size,
+            loader_workers=self.config.loader_workers,
+        )
 
-    def _evaluate(self, sink: JsonlSink, progress: Progress) -> None:
+    def _evaluate(self, sink: FanOut, progress: Progress) -> None:
         """Measure what is due after this step; a lowest held-out loss marks the step's checkpoint as the best."""
+        fault("evaluate")
         before = time.monotonic()
         metrics = self.evaluate() if self._due(self.config.eval_every_tokens) else {}
         if self._due(self.config.exam.every_tokens):

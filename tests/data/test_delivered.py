@@ -79,6 +79,9 @@ def test_whole_documents_are_delivered_with_their_padding(shards):
         assert found["perf/padding_frac"] == pytest.approx((last == 0).mean())
         assert found["data/epoch"] == pytest.approx(3 * step / packing.rows_per_epoch)
     assert found["data/epoch"] > 2
+    ahead = delivered.metrics(step, 1, by_source=True, skipped_tokens=6 * SEQ_LEN)
+    later = delivered.metrics(step + 2, 1, by_source=True)
+    assert ahead == later  # six rows were passed over: two steps
 
 
 def test_many_sources_are_counted_together(tmp_path):

@@ -113,3 +113,13 @@ def test_only_the_loader_knows_torch() -> None:
     )
     root = Path(__file__).resolve().parents[2]
     assert subprocess.run([sys.executable, "-c", program], cwd=root).returncode == 0
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_rows_that_are_passed_over_are_not_seen(packing: Packing, workers: int) -> None:
+    rows = Loader(packing, 1)
+    for rank in range(2):
+        found = list(islice(Loader(packing, 4, rank, 2, workers).batches(3, skipped_rows=5), 2))
+        for step, batch in enumerate(found, start=3):
+            first = 5 + 4 * step + 2 * rank
+            assert same(batch, joined([rows.batch(first), rows.batch(first + 1)]))

@@ -27,15 +27,27 @@ from osler.cli import main
 from osler.runtime import faults
 from osler.tasks.clinic import load as load_clinic_exam
 
-# In the middle of a step, of a save, and between a save and the mark that it is the best.
+# In the middle of a step, in every phase of a save, between a save and the mark that it is the best, in an evaluation.
 KILLS = {
-    "pretrain": ("train-step:kill:7", "save-manifest:kill:2"),
-    "sft": ("save-best:kill",),
-    "grpo": ("save-state:kill:2",),
+    "pretrain": ("train-step:kill:7", "save-manifest:kill:2", "save-rename:kill:3", "rotate:kill"),
+    "sft": ("save-best:kill", "save-tensors:kill:4", "save-verify:kill:2"),
+    "grpo": ("save-state:kill:2", "save-files:kill:7", "evaluate:kill:2"),
 }
 RANDOM_KILLS = 2
-ENDLESS = ["total_tokens=100_000_000_000", "eval_every_tokens=100_000_000_000", "save_every_tokens=100_000_000_000"]
+SUPERVISED = ["total_tokens=100_000_000_000", "eval_every_tokens=100_000_000_000", "save_every_tokens=100_000_000_000"]
+ENDLESS = {
+    "pretrain": SUPERVISED,
+    "sft": SUPERVISED,
+    "grpo": ["steps=1_000_000", "eval_every_steps=1_000_000", "save_every_steps=1_000_000"],
+}
+# One step is thousands of micro-batches or completions, so that a second signal finds the run still in the step of the first.
+LONG_STEP = {
+    "pretrain": ["batch_tokens=1_048_576", "micro_batch_tokens=512"],
+    "sft": ["batch_tokens=1_048_576", "micro_batch_tokens=512"],
+    "grpo": ["algorithm.prompts_per_step=60", "algorithm.samples_per_prompt=500", "eval_task=null"],
+}
 PATIENCE_SECONDS = 60
+STOP_SECONDS = 30  # the most that a stop may take
 COMPARED = ("model.safetensors", "optimizer.safetensors", "reference.safetensors")
 
 
@@ -95,15 +107,14 @@ def wait_for(condition: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
-def interrupt(command: list[str], folder: Path, *, twice: bool) -> None:
+def interrupt(kind: str, command: list[str], folder: Path, *, twice: bool) -> None:
     """Ctrl-C on a run without end: once saves and leaves, twice leaves at once; 130 either way."""
     log, metrics = folder.with_suffix(".log"), folder / "metrics.jsonl"
-    # Twice: one step is thousands of micro-batches, so that the second signal finds the run still in the step of the first.
-    step = ["batch_tokens=1_048_576", "micro_batch_tokens=512"] if twice else []
-    child = fork_run([*command, *ENDLESS, *step], folder)
+    child = fork_run([*command, *ENDLESS[kind], *(LONG_STEP[kind] if twice else [])], folder)
     try:
         wait_for(lambda: metrics.exists() and (twice or metrics.stat().st_size > 0))
         os.kill(child, signal.SIGINT)
+        before = time.monotonic()
         wait_for(lambda: "SIGINT: finishing this step and saving; once more to leave at once" in log.read_text())
         if twice:
             os.kill(child, signal.SIGINT)
@@ -112,6 +123,7 @@ def interrupt(command: list[str], folder: Path, *, twice: bool) -> None:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         raise
+    assert time.monotonic() - before < STOP_SECONDS
     said = log.read_text()
     assert code == -130 and "Traceback" not in said, f"ended with {code}"
     if twice:
@@ -141,9 +153,10 @@ def run_all(recipes: dict[str, list[str]], root: Path) -> None:
         for number, fault in enumerate((*KILLS[kind], *([""] if kind != "sft" else []))):
             folder = root / f"{kind}-{number}"
             report(f"{kind} {fault or 'random kills'}", functools.partial(check, command, whole, folder, fault))
-    for twice in (False, True):
-        case = functools.partial(interrupt, recipes["pretrain"], root / f"interrupted-{twice}", twice=twice)
-        report(f"ctrl-c {'twice' if twice else 'once'}", case)
+    for kind, command in recipes.items():
+        for twice in (False, True):
+            case = functools.partial(interrupt, kind, command, root / f"interrupted-{kind}-{twice}", twice=twice)
+            report(f"{kind} ctrl-c {'twice' if twice else 'once'}", case)
 
 
 if __name__ == "__main__":

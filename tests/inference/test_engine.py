@@ -95,6 +95,15 @@ def test_engine_draws_what_the_plain_loop_draws_with(name: str) -> None:
     assert_same(draw(model, poll_steps=3, **SETTINGS[name]), expected)
 
 
+def test_a_part_of_a_call_draws_what_the_whole_draws() -> None:
+    model = build(PLAIN)
+    whole = draw(model)
+    part = draw(model, prompts=PROMPTS[1:], first_row=3)
+    assert part.completions == whole.completions[3:] != draw(model, prompts=PROMPTS[1:]).completions
+    sampling = Sampling(max_new_tokens=24, stop_ids=STOP_IDS, seed=5, first_row=3)
+    assert_same(part, generate_by_recompute(model, PROMPTS[1:], sampling, samples_per_prompt=3))
+
+
 @pytest.mark.parametrize("pack", [True, False])
 @pytest.mark.parametrize("name", ["grouped", "norm-weights", "tied-factorized"])
 def test_one_decode_step_equals_the_plain_model(name: str, pack: bool) -> None:

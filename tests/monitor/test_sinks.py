@@ -127,3 +127,15 @@ def test_a_killed_and_resumed_run_has_each_step_once(tmp_path: Path) -> None:
     assert steps(path) == list(range(7)), "what was written before the kill is there"
     log(path, 4, 9, resume_step=3)  # the last checkpoint was at step 3
     assert steps(path) == list(range(10))
+
+
+def test_a_run_that_goes_back_makes_its_lines_again(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    with JsonlSink(path) as sink:
+        for step in (1, 2, 3, 4, 5, 3, 4, 6):
+            if step == 3 and steps(path)[-1] == 5:
+                sink.rewind(2)
+            sink.write(step, step, {"train/loss": 1.0})
+        assert steps(path) == [1, 2, 3, 4, 6]
+        sink.rewind(6)
+        assert steps(path) == [1, 2, 3, 4, 6]

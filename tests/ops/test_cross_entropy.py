@@ -9,12 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._dynamo.backends.common import aot_autograd
 
+from osler.ops import cross_entropy
 from osler.ops.cross_entropy import cross_entropy_reference, linear_cross_entropy, linear_logprobs
 
 
-def make(
-    tokens: int, size: int, rows: int, words: int, seed: int = 0
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def make(tokens: int, size: int, rows: int, words: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     g = torch.Generator().manual_seed(seed)
     x = torch.randn(tokens, size, generator=g, dtype=torch.float64).requires_grad_()
     w = torch.randn(rows, size, generator=g, dtype=torch.float64).requires_grad_()
@@ -68,9 +67,7 @@ def test_logprobs_entropy_and_gradient_equal_log_softmax(keep: bool) -> None:
     x, w, y = make(40, 8, 24, 20)
     kept = torch.rand(40, 20, generator=torch.Generator().manual_seed(1)) < 0.5
     kept[torch.arange(40), y] = True
-    logp, entropy = linear_logprobs(
-        x, w, y, vocab_size=20, temperature=0.7, keep_NV=kept if keep else None, chunk_tokens=11
-    )
+    logp, entropy = linear_logprobs(x, w, y, vocab_size=20, temperature=0.7, keep_NV=kept if keep else None, chunk_tokens=11)
     logits = (x @ w[:20].T) / 0.7
     if keep:
         logits = logits.masked_fill(~kept, float("-inf"))
@@ -107,6 +104,20 @@ def test_no_tensor_of_tokens_times_vocabulary_is_made() -> None:
     assert largest <= chunk * words < tokens * words
 
 
+def test_blocks_of_rows_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A chunk is worked on by blocks of rows, the last of them smaller; padding and labels without loss included."""
+    results = []
+    for logits_in_a_block in (1 << 21, 3 * 64):
+        monkeypatch.setitem(cross_entropy.BLOCK_LOGITS, "cpu", logits_in_a_block)
+        x, w, y = make(100, 8, 64, 60)
+        y[::7] = cross_entropy.IGNORE
+        loss = linear_cross_entropy(x, w, y, vocab_size=60, chunk_tokens=40)
+        loss.backward()
+        results.append((loss.detach(), x.grad, w.grad))
+    for whole, in_blocks in zip(*results, strict=True):
+        torch.testing.assert_close(in_blocks, whole, rtol=1e-12, atol=1e-12)
+
+
 def test_compiled_chunks_stand_in_turn() -> None:
     """Nothing but these operators keeps a compiler from holding the logits of all chunks at once."""
     x, w, y = make(100, 8, 64, 60)
@@ -130,8 +141,6 @@ def test_both_compile_as_one_graph() -> None:
         loss = linear_cross_entropy(x, w, y, vocab_size=60, chunk_tokens=40)
         return loss + linear_logprobs(x, w, y, vocab_size=60, chunk_tokens=40)[0].square().sum()
 
-    compiled = torch.compile(
-        both, fullgraph=True, backend="aot_eager"
-    )  # the graph is the question, not the C++ compiler
+    compiled = torch.compile(both, fullgraph=True, backend="aot_eager")  # the graph is the question, not the C++ compiler
     ours = torch.autograd.grad(compiled(x, w, y), (x, w))
     torch.testing.assert_close(ours, torch.autograd.grad(both(x, w, y), (x, w)))

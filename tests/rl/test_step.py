@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -10,7 +12,7 @@ from hypothesis import strategies as st
 from osler.optim.build import build_optimizer
 from osler.optim.config import AdamWConfig
 from osler.rl.config import AlgorithmConfig
-from osler.rl.step import Row, micro_batches, update_policy
+from osler.rl.step import Row, deal, micro_batches, update_policy
 
 
 def row(prompt, completion, *, advantage=1.0, trained=True):
@@ -28,6 +30,20 @@ def test_micro_batches_hold_every_chosen_row_once_within_the_budget(sizes, budge
     assert sorted(index for batch in batches for index in batch) == chosen
     for batch in batches:
         assert len(batch) == 1 or len(batch) * max(rows[index].tokens for index in batch) <= budget
+
+
+@given(
+    sizes=st.lists(st.tuples(st.integers(1, 30), st.sampled_from([None, None, 0, 1])), max_size=20), ranks=st.integers(2, 4)
+)
+def test_rows_are_dealt_to_their_keepers_and_otherwise_evenly(sizes, ranks):
+    rows = [replace(row(size, 1), keeper=keeper) for size, keeper in sizes]
+    chosen = list(range(0, len(rows), 2))
+    shares = deal(rows, chosen, ranks)
+    assert sorted(index for share in shares for index in share) == chosen
+    assert all(rows[index].keeper in (None, rank) for rank, share in enumerate(shares) for index in share)
+    if all(rows[index].keeper is None for index in chosen):
+        tokens = [sum(rows[index].tokens for index in share) for share in shares]
+        assert max(tokens) - min(tokens) <= max((rows[index].tokens for index in chosen), default=0)
 
 
 def moved(make_policy, rows, algorithm, **options):

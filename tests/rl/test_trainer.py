@@ -13,12 +13,16 @@ import torch
 from osler.checkpoint import store
 from osler.errors import UserError
 from osler.inference.engine import Engine
+from osler.monitor.events import read_events
 from osler.monitor.metrics import declared_name
 from osler.optim.build import build_optimizer
 from osler.optim.config import AdamWConfig, LinearConfig
+from osler.parallel.engine import Engine as ParallelEngine
 from osler.rl.config import AlgorithmConfig, GrpoConfig, QualityConfig
 from osler.rl.prompts import RewardTerm
+from osler.rl.step import PolicyLoss
 from osler.rl.trainer import GrpoTrainer
+from osler.runtime import faults
 from osler.runtime.files import RunFolder
 
 ALGORITHM = AlgorithmConfig(
@@ -55,7 +59,8 @@ def make_trainer(make_policy, tokenizer, short_task):
             config,
             model=model,
             optimizer=build_optimizer(model, config.optim),
-            engine=Engine(model),
+            engine=ParallelEngine(PolicyLoss(model)),
+            sampler=Engine(model),
             tokenizer=tokenizer,
             tasks=[task],
             run=RunFolder.create(folder),
@@ -190,6 +195,10 @@ def test_alarms_for_completions_that_never_end_and_rewards_that_never_come(make_
     printed = capsys.readouterr().err
     assert "of the completions were cut at 1 tokens" in printed
     assert "no completion earned a reward for 3 steps" in printed
+    assert [(event["name"], event["step"]) for event in read_events(tmp_path / "events.jsonl")] == [
+        ("cut-completions", 1),
+        ("no-reward", 3),
+    ]
 
 
 def test_a_batch_without_a_usable_sample_is_survived(make_trainer, tmp_path):
@@ -205,3 +214,14 @@ def test_a_resume_with_another_tokenizer_or_other_questions_is_refused(make_trai
     other = make_trainer(tmp_path, fingerprints={"tokenizer": "a", "data": "c"})
     with pytest.raises(UserError, match="data changed"):
         other.restore(store.load(store.resolve(tmp_path)))
+
+
+def test_one_skipped_update_of_two_is_noted_and_no_skipped_step(make_trainer, tmp_path, monkeypatch):
+    monkeypatch.setenv(faults.VARIABLE, "train-loss:nan:1")
+    faults.reset()
+    trainer = make_trainer(tmp_path, config=replace(CONFIG, max_skipped_steps=1))
+    assert trainer.fit() and trainer.incidents.rollbacks == 0
+    assert [line["train/skipped_steps"] for line in logged(tmp_path) if "reward" in line] == [1, 0, 0, 0, 0]
+    (event,) = read_events(tmp_path / "events.jsonl")
+    assert (event["step"], event["name"], event["grad_norm"]) == (1, "skipped-step", None)
+    assert [step for step, *_ in trainer.incidents.before] == [2, 3, 4, 5]

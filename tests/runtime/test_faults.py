@@ -52,8 +52,28 @@ def test_sigterm_reaches_the_handler(monkeypatch):
     assert received == [signal.SIGTERM]
 
 
+def test_visits_may_be_a_range_and_faults_several(monkeypatch):
+    monkeypatch.setenv(faults.VARIABLE, "step:nan:2-3,step:nan:6-,loss:nan,step:crash:4")
+    found = []
+    for _ in range(3):
+        faults.fault("other")
+        found.append(faults.poisoned("step"))
+    with pytest.raises(faults.InjectedError):
+        faults.fault("step")
+    found += [faults.poisoned("step") for _ in range(3)]
+    assert found == [False, True, True, False, True, True]
+    assert [faults.poisoned("loss") for _ in range(2)] == [True, False]
+    assert not faults.poisoned("other")
+
+
+def test_a_place_that_cannot_be_poisoned_ignores_it(monkeypatch):
+    monkeypatch.setenv(faults.VARIABLE, "step:nan:1-")
+    assert faults.fault("step") is None
+
+
 @pytest.mark.parametrize(
-    "spec", ["", "save-state", "save-state:explode", ":kill", "a:kill:0", "a:kill:x", "a:kill:1:2"]
+    "spec",
+    ["", "save-state", "save-state:explode", ":kill", "a:kill:0", "a:kill:x", "a:kill:1:2", "a:nan:2-0", "a:kill,", "a:nan:-3"],
 )
 def test_a_malformed_fault_is_refused(monkeypatch, spec):
     monkeypatch.setenv(faults.VARIABLE, spec)

@@ -39,8 +39,8 @@ def test_an_environment_without_a_rank_is_refused(torchrun, monkeypatch):
 
 
 def test_a_verb_of_one_process_refuses_several(torchrun):
-    with pytest.raises(UserError, match="8 processes were started, but grpo runs as one"):
-        require_one_process("grpo")
+    with pytest.raises(UserError, match="8 processes were started, but quickstart runs as one"):
+        require_one_process("quickstart")
 
 
 def test_a_single_gpu_cannot_be_named_for_several_processes():

@@ -163,3 +163,16 @@ def test_the_flops_of_a_run_are_those_of_its_stages(config):
     model, staged = config.model, replace(config, curriculum=STAGES)
     expected = 768 * model.flops_per_token(16) + 576 * model.flops_per_token(32) + 1_000 * model.flops_per_token(64)
     assert replace(staged, total_tokens=1_344 + 1_000).training_flops(model) == expected
+
+
+@pytest.mark.parametrize("rows", [1, 7, 48])
+def test_what_was_passed_over_is_passed_over_in_every_stage(config, shards, staged, rows):
+    """From any step on the batches are the stream, behind what was seen and what was passed over: nothing is seen twice."""
+    skipped = rows * STAGES[-1].seq_len
+    stream = torch.from_numpy(StreamPacking(Order(shards, config.seed), TOKENS[-1] + skipped).row(0).ids)
+    for start in (0, 2, 5, 8):
+        seen = torch.cat([batch.ids.flatten() for batch in islice(staged.batches(start, skipped), 12 - start)])
+        assert torch.equal(seen, stream[skipped + staged.timeline.tokens_before(start) :])
+    numbers = staged.timeline.rows_at(4, skipped)
+    span = staged.timeline.at_step(4)
+    assert len(numbers) == span.rows_per_batch and numbers.start * span.seq_len == span.batch_tokens + skipped

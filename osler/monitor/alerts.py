@@ -1,0 +1,60 @@
+"""What is wrong with a run, said before a person would have seen it in the curves.
+
+The rules (``rules.py``) look at each line of ``metrics.jsonl`` as it is written. What was said is said again after a pause, each
+longer than the one before, or when it has become twice as bad. Resume is exact without a checkpoint: alerts are a function of the
+lines, so a run that goes on replays the file (``replayed``). Torch-free.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from osler.monitor.history import Facts, History
+from osler.monitor.rules import RULES, Finding, Severity
+
+PAUSE, WORSE = 100, 2.0  # lines of silence about the same thing at first; how much worse breaks it
+
+
+@dataclass(frozen=True)
+class Alert:
+    """One thing that a person should know now."""
+
+    step: int
+    name: str
+    severity: Severity
+    message: str
+
+
+class Watch:
+    """Reads a run's lines one by one and returns what is to be said about each."""
+
+    def __init__(self, facts: Facts) -> None:
+        self.history = History(facts)
+        self.said: dict[str, tuple[int, int, float]] = {}  # name -> line from which it may be said again, pause, badness
+
+    def look(self, step: int, tokens: int, metrics: Mapping[str, object]) -> list[Alert]:
+        """Take in the next line and return its alerts."""
+        past = self.history
+        past.add(step, tokens, metrics)
+        found = [finding for metric, rule in RULES if metric in past.line or metric.endswith("/") for finding in rule(past)]
+        return [Alert(step, finding.name, finding.severity, finding.message) for finding in found if self._is_news(finding)]
+
+    def _is_news(self, finding: Finding) -> bool:
+        again, pause, badness = self.said.get(finding.name, (0, 0, 0.0))
+        if self.history.lines < again and finding.badness < WORSE * badness:
+            return False
+        pause = 2 * pause if pause else PAUSE
+        self.said[finding.name] = (self.history.lines + pause, pause, max(badness, finding.badness))
+        return True
+
+
+def replayed(facts: Facts, path: Path) -> Watch:
+    """A watch that has seen a metrics file of whole lines, whose alerts were given by the process that wrote them."""
+    watch = Watch(facts)
+    for text in path.read_bytes().split(b"\n")[:-1]:
+        line = json.loads(text)
+        watch.look(line["step"], line.get("tokens", 0), line)
+    return watch

@@ -1,0 +1,103 @@
+"""A run's numbers so far, as the alerts look at them: the last values of each metric, and sums over all losses. Torch-free."""
+
+from __future__ import annotations
+
+import math
+from array import array
+from collections import defaultdict, deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import islice
+from statistics import median
+
+# The metrics that the rules read, by their names in METRICS.
+LOSS = "train/loss"
+LR = "train/lr"
+GRAD_NORM = "train/grad_norm"
+CLIPPED = "grad/clipped_frac"
+STAGE = "train/stage"
+DATA_TIME = "perf/data_ms"
+STEP_TIMES = (DATA_TIME, "perf/forward_ms", "perf/backward_ms", "perf/optimizer_ms")
+MEMORY = ("perf/memory_resident_bytes", "perf/memory_allocated_bytes")
+DEAD_UNITS = "model/dead_units_frac/"  # and the number of the layer
+LAYER_NORM = "grad/norm/"  # and the number of the layer, or what else it is
+REWARD, REWARD_SPREAD, CORRECT = "reward", "reward_std", "answer/correct_frac"
+CUT = "completions/clipped_ratio"
+
+KEPT = 480  # values of one metric
+SMOOTHED_NORMS, SMOOTHED_LOSSES = 10, 5  # lines in a median
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What the rules must know of a run's configuration to judge it and to advise."""
+
+    lr: float  # optim.lr
+    clip_norm: float
+    warmup_tokens: int = 0
+    vocab_size: int = 0  # 0: the loss is not a cross-entropy over the vocabulary
+    loader_workers: int = 0
+    max_new_tokens: int = 0
+    zero_reward_patience: int = 5  # lines without a reward
+
+    @property
+    def slower(self) -> str:
+        """A smaller learning rate, as an override and in words."""
+        return f"optim.lr={self.lr / 3:.2g} (now {self.lr:.2g})"
+
+
+class History:
+    """What the lines up to this one say; ``add`` takes in the next."""
+
+    def __init__(self, facts: Facts) -> None:
+        self.facts = facts
+        self.lines = self.step = self.tokens = 0
+        self.line: dict[str, float] = {}  # the newest, without what is not finite
+        self.peak_lr = 0.0
+        self.without_reward = 0  # lines in a row
+        self._begin_stage()
+
+    def _begin_stage(self) -> None:
+        """Forget: another length of rows or size of batch changes what is usual."""
+        self.values: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=KEPT))
+        self.memory_steps: deque[int] = deque(maxlen=KEPT)  # of the values of MEMORY
+        self.calmest = math.inf  # lowest gradient norm after the warm-up, smoothed
+        self.best_loss = math.inf  # smoothed
+        self.loss_sums, self.jump_sums = array("d", [0.0]), array("d", [0.0])  # running sums: of losses, of their differences
+
+    def add(self, step: int, tokens: int, metrics: Mapping[str, object]) -> None:
+        """Take in a line; a value that is null or not finite is no value."""
+        line = {name: float(v) for name, v in metrics.items() if isinstance(v, (int, float)) and math.isfinite(v)}
+        if STAGE in line and self.last(STAGE, 1) not in ([], [line[STAGE]]):
+            self._begin_stage()
+        self.line, self.step, self.tokens, self.lines = line, step, tokens, self.lines + 1
+        for name in (STAGE, LR, GRAD_NORM, CLIPPED, *MEMORY):
+            if name in line:
+                self.values[name].append(line[name])
+        if any(name in line for name in MEMORY):
+            self.memory_steps.append(step)
+        self.peak_lr = max(self.peak_lr, line.get(LR, 0.0))
+        if DATA_TIME in line:
+            total = sum(line.get(name, 0.0) for name in STEP_TIMES)
+            self.values[DATA_TIME].append(line[DATA_TIME] / (total or 1.0))
+        if LOSS in line:
+            self._add_loss(line[LOSS])
+        norms = [norm for norm in self.last(GRAD_NORM, SMOOTHED_NORMS) if norm > 0.0]
+        if tokens > self.facts.warmup_tokens and len(norms) == SMOOTHED_NORMS:
+            self.calmest = min(self.calmest, median(norms))
+        if REWARD in line:
+            # No completion earned one; the mean alone could hide a few rewards among penalties.
+            nothing = line[REWARD] <= 0.0 and 0.0 in (line.get(REWARD_SPREAD, 0.0), line.get(CORRECT, 0.0))
+            self.without_reward = self.without_reward + 1 if nothing else 0
+
+    def _add_loss(self, loss: float) -> None:
+        losses = self.values[LOSS]
+        self.jump_sums.append(self.jump_sums[-1] + (abs(loss - losses[-1]) if losses else 0.0))
+        self.loss_sums.append(self.loss_sums[-1] + loss)
+        losses.append(loss)
+        if len(losses) >= SMOOTHED_LOSSES:
+            self.best_loss = min(self.best_loss, median(self.last(LOSS, SMOOTHED_LOSSES)))
+
+    def last(self, name: str, count: int) -> list[float]:
+        """The last values of a metric, the newest last; of ``DATA_TIME``, its share of the step."""
+        return list(islice(reversed(self.values[name]), count))[::-1]

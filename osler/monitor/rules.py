@@ -1,0 +1,283 @@
+"""The rules: each looks at the newest line of a run's history and yields what is wrong, in words.
+
+Each compares a number with the run's own past by medians, which a single odd line cannot move, and names the number, the likely
+cause and what to change. The thresholds leave room for what healthy runs of this kind do: lines that differ by a tenth, norms
+that double, a restart. Torch-free.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import pairwise
+from statistics import median
+from typing import Literal, NamedTuple
+
+from osler.monitor.history import (
+    CLIPPED,
+    CUT,
+    DATA_TIME,
+    DEAD_UNITS,
+    GRAD_NORM,
+    KEPT,
+    LAYER_NORM,
+    LOSS,
+    LR,
+    MEMORY,
+    REWARD,
+    SMOOTHED_LOSSES,
+    History,
+)
+
+USUAL = 50  # lines that say what is usual
+CALM = 10  # lines before there is a usual
+EXPLODING, CREEPING, BURSTING = 4.0, 10.0, 50.0  # norms: three lines of the usual's, of the calmest time's, a single line
+VANISHING, NOTHING = 0.01, 1e-7  # norms: of the usual, and for themselves
+LEARNED = 0.05  # nats per token below which there is nothing left to learn
+GUESSING, GUESSING_STEPS = 0.97, 50  # of ln(vocabulary): a loss above it knows nothing; and steps to begin with
+TINY_LR = 1e-5  # a learning rate below it is rather too low
+RISEN, RISEN_NATS = 0.25, 0.1  # of the best loss, and at least so many nats: above the noise of small losses
+SWINGING, SWINGING_NATS = 0.2, 0.3  # of the loss, and nats: what it rises and falls again in one line
+ALWAYS_CLIPPED, CLIPPED_LINES = 0.99, 30
+DEAD = 0.5  # of a layer's units
+STARVED, STARVED_LINES = 0.2, 5  # of the step's time spent on waiting for data
+GROWING, GROWING_BYTES = 0.05, 64 * 2**20  # of memory, over one of the windows below
+GROWTH_WINDOWS = (30, 120, 480)
+STALLED, STALLED_LINES = 0.005, 60  # of the loss; fewer lines cannot tell a plateau from noise
+ANNEALED = 0.1  # of the highest learning rate: below it a loss may rest
+CUT_SHARE = 0.9  # above this share of cut completions something is wrong with the template or the limit
+
+Severity = Literal["warning", "critical"]
+
+
+class Finding(NamedTuple):
+    """What a rule sees in a line; the same name is one trouble, and a greater badness is more of it."""
+
+    name: str
+    message: str
+    badness: float = 1.0
+    severity: Severity = "warning"
+
+
+def exploding(past: History) -> Iterator[Finding]:
+    """Above its history for three lines, creeping up over many, or one line out of all proportion."""
+    norms, clip = past.last(GRAD_NORM, USUAL + 3), past.facts.clip_norm
+    now, before = min(norms[-3:]), [norm for norm in norms[:-3] if norm > 0.0]  # 0: a GRPO step with nothing to learn from
+    if len(before) < CALM:
+        return
+    usual, calmest = median(before), past.calmest
+    if norms[-1] > max(BURSTING * usual, clip):
+        now = norms[-1]
+    elif now <= clip or (now <= EXPLODING * usual and now <= CREEPING * calmest):
+        return
+    usual = min(usual, calmest)
+    yield Finding(
+        "exploding-gradient",
+        f"the gradient's norm is {now:.3g}, {now / usual:.0f} times the {usual:.3g} that it was. The learning rate is probably "
+        f"too high: try {past.facts.slower} with a longer schedule.warmup_tokens. If it came at once, look at the data of "
+        "these steps.",
+        now / usual,
+        "critical",
+    )
+
+
+def vanishing(past: History) -> Iterator[Finding]:
+    """Next to nothing for three lines, although there is something to learn. (GRPO without differences in reward has no loss.)"""
+    norms = past.last(GRAD_NORM, USUAL + 3)
+    if past.line.get(LOSS, 0.0) < LEARNED or len(norms) < 3:
+        return
+    now, before = max(norms[-3:]), norms[:-3]
+    usual = median(before) if len(before) >= CALM else 0.0
+    if now < max(VANISHING * usual, NOTHING):
+        was = f", where {usual:.2g} was usual" if usual > now else ""
+        yield Finding(
+            "vanishing-gradient",
+            f"the gradient's norm is {now:.2g}{was}, while the loss is {past.line[LOSS]:.3g}: nothing is being learned. "
+            f"Activations have probably saturated or died: go back to an earlier checkpoint with {past.facts.slower}; in a new "
+            "model look at the initialisation.",
+            1.0 / max(now, 1e-30),
+            "critical",
+        )
+
+
+def guessing(past: History) -> Iterator[Finding]:
+    """Nothing is learned from the start: the learning rate is too high, or next to nothing."""
+    facts, losses = past.facts, past.last(LOSS, 5)
+    if not facts.vocab_size or past.tokens <= facts.warmup_tokens or past.step < GUESSING_STEPS or len(losses) < 5:
+        return
+    chance = math.log(facts.vocab_size)
+    if min(losses) > GUESSING * chance:
+        advice = (
+            f"high: try {facts.slower}" if facts.lr > TINY_LR else f"low: try optim.lr={10 * facts.lr:.2g} (now {facts.lr:.2g})"
+        )
+        yield Finding(
+            "learning-rate",
+            f"the loss is {median(losses):.3f} after the warm-up, and guessing among {facts.vocab_size:,} tokens gives "
+            f"{chance:.3f}: the model has learned nothing. The learning rate is probably too {advice}.",
+            median(losses) / chance,
+            "critical",
+        )
+
+
+def rising(past: History) -> Iterator[Finding]:
+    """The loss goes up again, and that is not the noise of its lines; or that noise is all there is."""
+    losses = past.last(LOSS, 15)
+    if len(losses) < 5:
+        return
+    now, best = median(losses[-SMOOTHED_LOSSES:]), past.best_loss
+    jumps = [after - before for before, after in pairwise(losses)]
+    rises = sum(jump for jump in jumps if jump > 0)
+    swing = 2 * min(rises, rises - sum(jumps)) / len(jumps)  # of rises and falls the smaller sum: no trend is in it
+    if len(losses) == 15 and swing > max(SWINGING * median(losses), SWINGING_NATS):
+        yield Finding(
+            "swinging-loss",
+            f"the loss swings by {swing:.2f} from line to line around {median(losses):.3f}. The learning rate is probably too "
+            f"high, or the batch too small: try {past.facts.slower}, or a larger batch_tokens.",
+            swing,
+        )
+    if now - best > max(RISEN * best, RISEN_NATS, 3 * median(map(abs, jumps))) and min(losses[-3:]) > best:
+        yield Finding(
+            "learning-rate",
+            f"the loss has risen to {now:.3f} from its best, {best:.3f}. The learning rate is probably too high: go back to a "
+            f"checkpoint from before and try {past.facts.slower}. If the data changes here, this may be its doing.",
+            now / best,
+            "critical",
+        )
+
+
+def clipped(past: History) -> Iterator[Finding]:
+    """The length of every step is that of the clipping."""
+    shares = past.last(CLIPPED, CLIPPED_LINES)
+    if past.tokens > past.facts.warmup_tokens and len(shares) == CLIPPED_LINES and min(shares) >= ALWAYS_CLIPPED:
+        norm = f" (norm {past.line[GRAD_NORM]:.3g})" if GRAD_NORM in past.line else ""
+        yield Finding(
+            "always-clipped",
+            f"every gradient of the last {CLIPPED_LINES} lines was clipped{norm}, so clip_norm={past.facts.clip_norm:g} decides "
+            f"how far a step goes. Try {past.facts.slower}; if the loss falls well as it is, a larger clip_norm.",
+        )
+
+
+def dead_units(past: History) -> Iterator[Finding]:
+    """More than half of a layer's feed-forward units never fire."""
+    dead = {
+        name.removeprefix(DEAD_UNITS): share for name, share in past.line.items() if name.startswith(DEAD_UNITS) and share > DEAD
+    }
+    if dead:
+        worst = max(dead, key=lambda layer: dead[layer])
+        layers = f", and more than {DEAD:.0%} in {len(dead)} layers in all" if len(dead) > 1 else ""
+        yield Finding(
+            "dead-layers",
+            f"{dead[worst]:.0%} of the feed-forward units in layer {worst} give nothing for any token{layers}. They do not come "
+            "back by themselves; a step was probably too large. Go back to an earlier checkpoint and try "
+            f"{past.facts.slower} and a longer schedule.warmup_tokens.",
+            sum(dead.values()),
+            "critical",
+        )
+
+
+def cut_off(past: History) -> Iterator[Finding]:
+    """No gradient reaches a layer, and others have one."""
+    parts = [name.removeprefix(LAYER_NORM) for name, norm in past.line.items() if name.startswith(LAYER_NORM) and norm == 0.0]
+    still = [f"layer {part}" if part.isdigit() else part for part in parts]
+    if still and past.line.get(GRAD_NORM, 0.0) > 0.0:
+        yield Finding(
+            "dead-layer-gradient",
+            f"no gradient reaches {', '.join(still[:4])}{' and others' if len(still) > 4 else ''}, while the rest learns "
+            f"(norm {past.line[GRAD_NORM]:.3g}). The layer is dead or cut off: look at its weights, and at what detaches it.",
+            float(len(still)),
+            "critical",
+        )
+
+
+def growing(metric: str, past: History) -> Iterator[Finding]:
+    """Even growth over a window: the medians of its quarters rise by like amounts, which neither a jump nor a warm-up does."""
+    for lines in GROWTH_WINDOWS:
+        values = past.last(metric, lines)
+        if len(past.values[metric]) < min(lines + CALM, KEPT):
+            return
+        quarter = lines // 4
+        medians = [median(values[start : start + quarter]) for start in range(0, 4 * quarter, quarter)]
+        rises, low, high = [after - before for before, after in pairwise(medians)], medians[0], medians[-1]
+        if high - low > max(GROWING * low, GROWING_BYTES) and min(rises) > max(rises) / 2:
+            steps = past.memory_steps[-1] - past.memory_steps[-1 - 3 * quarter]
+            yield Finding(
+                "memory-growth",
+                f"{metric} grows evenly, by {(high - low) / 2**20 / max(steps, 1) * 1000:,.0f} MiB in 1,000 steps, and is "
+                f"{high / 2**30:.2f} GiB: something is kept that should be let go, and the run ends when memory does. Take out "
+                "what was added last (a hook, a list of tensors); the same command goes on with the memory of a fresh start.",
+                high,
+            )
+            return
+
+
+def starved(past: History) -> Iterator[Finding]:
+    """The device waits for data."""
+    share, workers = median(past.last(DATA_TIME, STARVED_LINES)), past.facts.loader_workers
+    if len(past.values[DATA_TIME]) >= CALM and share > STARVED:
+        yield Finding(
+            "starved-loader",
+            f"{share:.0%} of a step's time passes in waiting for data ({past.line[DATA_TIME]:.0f} ms). Try loader_workers="
+            f"{2 * max(1, workers)} (now {workers}), and put the run folder, where the shards lie, on a faster disk.",
+            share,
+        )
+
+
+def stalled(past: History) -> Iterator[Finding]:
+    """The last fifth of the run is no better than the fifth before it, and there are lines enough to see that.
+
+    Windows grow with the run, because a healthy loss falls by like amounts in like ratios of time.
+    """
+    sums, jumps, count = past.loss_sums, past.jump_sums, len(past.loss_sums) - 1
+    lr = past.line.get(LR, past.facts.lr)
+    if count < STALLED_LINES or lr < ANNEALED * past.peak_lr:
+        return
+    size = count // 5
+    now = (sums[count] - sums[count - size]) / size
+    before = (sums[count - size] - sums[count - 2 * size]) / size
+    noise = (jumps[count] - jumps[count - 2 * size]) / (2 * size) * math.sqrt(math.pi) / 2  # of one line, as a deviation
+    if now > LEARNED and before - now + noise * math.sqrt(2 / size) < STALLED * now:
+        yield Finding(
+            "stalled-loss",
+            f"the loss has not fallen for {2 * size} lines: {before:.3f}, then {now:.3f}, at a learning rate of {lr:.2g}. Either "
+            f"the rate is too high for what is left to learn: try {past.facts.slower}, or a schedule that falls to 0. Or the "
+            "model has learned what its size and its data allow.",
+        )
+
+
+def cut(past: History) -> Iterator[Finding]:
+    """GRPO: hardly a completion ends by itself."""
+    if past.line[CUT] > CUT_SHARE:
+        yield Finding(
+            "cut-completions",
+            f"{past.line[CUT]:.0%} of the completions were cut at {past.facts.max_new_tokens} tokens. Either "
+            "algorithm.max_new_tokens is too small, or the model never learned to end (was it fine-tuned with the chat "
+            "template?).",
+        )
+
+
+def unrewarded(past: History) -> Iterator[Finding]:
+    """GRPO: no reward for so many steps that it cannot be chance."""
+    if past.without_reward >= past.facts.zero_reward_patience:
+        yield Finding(
+            "no-reward",
+            f"no completion earned a reward for {past.without_reward} steps; there is nothing to learn from. Look at "
+            "samples.jsonl in the run folder, and start from a model that is right now and then.",
+        )
+
+
+# The metric without which a rule does not look, and the rule. A name that ends with a slash stands for one metric per layer.
+RULES: tuple[tuple[str, Callable[[History], Iterator[Finding]]], ...] = (
+    (GRAD_NORM, exploding),
+    (GRAD_NORM, vanishing),
+    (LOSS, guessing),
+    (LOSS, rising),
+    (CLIPPED, clipped),
+    (DEAD_UNITS, dead_units),
+    (LAYER_NORM, cut_off),
+    *((metric, partial(growing, metric)) for metric in MEMORY),
+    (DATA_TIME, starved),
+    (LOSS, stalled),
+    (CUT, cut),
+    (REWARD, unrewarded),
+)

@@ -1,0 +1,242 @@
+"""Runs laid over one another: one self-contained page, and the same numbers as a table for the terminal.
+
+Curves run over tokens seen, the one clock that runs of different batches share. Runs of one stage are compared with each other,
+whatever their kind; runs with several stages, as a quickstart has, stage by stage. What fewer than two of them have is left out.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from osler.errors import UserError
+from osler.monitor.metrics import declared_name
+from osler.report import format as fmt
+from osler.report.charts import COLOURS, SPECS, Chart, Spec, inner, line_of, spec_of
+from osler.report.families import by_layer, in_families
+from osler.report.lenient import as_text
+from osler.report.model import count_parameters, find_model
+from osler.report.page import assemble
+from osler.report.read import ExamScore, Run, StageRun, read_run
+from osler.report.sections import e, grid, section
+from osler.report.words import stage_title
+from osler.runtime.files import write_atomic
+
+LEFT_OUT = ("description",)  # fields that say nothing about a run
+
+
+@dataclass(frozen=True)
+class Member:
+    """One stage of one run: the run's name, the number of its colour, and what is compared."""
+
+    name: str
+    colour: int
+    stage: StageRun
+    config: Mapping[str, Any]
+    model: Mapping[str, Any]
+    exams: Sequence[ExamScore]
+    versions: Mapping[str, Any]
+
+
+Table = list[tuple[str, list[str]]]  # rows: what, and a text for each run
+
+
+def build_comparison(folders: Sequence[str], out: str | Path) -> tuple[str, Path]:
+    """Write the page and return the table for the terminal and the page's path; raises UserError when nothing compares."""
+    runs = _open(folders)
+    path = Path(out)
+    groups = _groups(runs)
+    try:
+        write_atomic(path, render(groups, list(runs)))
+    except OSError as error:
+        raise UserError(f"The page cannot be written to {path}: {error.strerror}. Give another place with --out.") from error
+    return "\n\n".join(_as_text(title, members) for title, members in groups.items()), path
+
+
+def render(groups: Mapping[str, Sequence[Member]], names: Sequence[str]) -> str:
+    """The whole page as text."""
+    legend = "".join(f'<span><i class="c{i}"></i>{e(name)}</span>' for i, name in enumerate(names))
+    lead = "Curves run over the tokens that each run has seen. Only what at least two runs measured is shown."
+    parts = [
+        f'<section class="hero"><div><h1><em>{len(names)} runs</em> side by side</h1><p class="lead">{lead}</p>'
+        f'<p class="key">{legend}</p></div></section>'
+    ]
+    links = []
+    for position, (title, members) in enumerate(groups.items()):
+        anchor = f"group-{position}"
+        links.append((anchor, title or "Comparison"))
+        body = _html_table("Numbers", numbers(members), members)
+        body += _html_table("What differs in their configurations", differences(members), members)
+        body += _curves(members)
+        parts.append(section(anchor, title or "Comparison", "", body))
+    return assemble(" · ".join(names), "Osler comparison", "the files of these runs", parts, links)
+
+
+def numbers(members: Sequence[Member]) -> Table:
+    """How the runs ended; rows that no run can fill are left out."""
+    stages = [m.stage for m in members]
+    models = [count_parameters(dict(m.model)) if m.model else None for m in members]
+    rows: Table = [
+        ("parameters", [fmt.count(n) if n is not None else fmt.MISSING for n in models]),
+        ("steps", [fmt.count(s.last_step) for s in stages]),
+        ("tokens", [fmt.count(s.tokens) for s in stages]),
+        ("time", [fmt.duration(s.seconds) for s in stages]),
+        ("tokens/s, median", [fmt.count(_median(s, "perf/tokens_per_second")) for s in stages]),
+        ("sampled tokens/s, median", [fmt.count(_median(s, "perf/rollout_tokens_per_second")) for s in stages]),
+        ("training loss, mean of the last tenth", [fmt.number(_last_tenth(s, "train/loss")) for s in stages]),
+        ("held-out loss at the end", [fmt.number(_last(s, "eval/loss")) for s in stages]),
+        ("held-out loss, lowest", [fmt.number(_lowest(s, "eval/loss")) for s in stages]),
+        ("bits per byte at the end", [fmt.number(_last(s, "eval/bits_per_byte")) for s in stages]),
+        ("reward, mean of the last tenth", [fmt.number(_last_tenth(s, "reward")) for s in stages]),
+    ]
+    for name in sorted({n for s in stages for n in s.curves if declared_name(n) == "eval/<split>_accuracy"}):
+        split = inner("eval/<split>_accuracy", name)
+        rows.append((f"accuracy on {split} while training, last", [fmt.percent(_last(s, name)) for s in stages]))
+    for split in dict.fromkeys(score.split for m in members for score in m.exams):
+        rows.append((f"exam on {split}, 95% interval", [_exam(m, split) for m in members]))
+    return [(what, row) for what, row in rows if any(cell != fmt.MISSING for cell in row)]
+
+
+def differences(members: Sequence[Member]) -> Table:
+    """The fields of the configurations that are not the same everywhere, then versions and machines that differ."""
+    flat = [_flat({**m.config, "versions": m.versions}) for m in members]
+    keys = dict.fromkeys(key for one in flat for key in one)
+    rows = [(key, [as_text(one[key]) if key in one else fmt.MISSING for one in flat]) for key in keys if key not in LEFT_OUT]
+    return [(key, row) for key, row in rows if len(set(row)) > 1]
+
+
+def _open(folders: Sequence[str]) -> dict[str, Run]:
+    """The runs by name; raises UserError when they are too few, too many, not runs, or without metrics."""
+    if not 2 <= len(folders) <= COLOURS:
+        raise UserError(
+            f"compare takes 2 to {COLOURS} run folders, whose colours can be told apart, and was given {len(folders)}."
+        )
+    places = [Path(folder).resolve() for folder in folders]
+    if twice := [str(folder) for i, folder in enumerate(folders) if places[i] in places[:i]]:
+        raise UserError(f"{twice[0]} is given twice.")
+    unique = len({place.name for place in places}) == len(places)
+    runs = {place.name if unique else str(folder): read_run(folder) for place, folder in zip(places, folders, strict=True)}
+    for run in runs.values():
+        if not any(stage.curves for stage in run.runs):
+            raise UserError(f"{run.path} has no metrics yet: its metrics.jsonl is missing or empty. Compare it when it has run.")
+    return runs
+
+
+def _groups(runs: Mapping[str, Run]) -> dict[str, list[Member]]:
+    """What is compared with what, by title: all runs when each has one stage, else the stages of one name or kind."""
+    with_curves = {name: [stage for stage in run.runs if stage.curves] for name, run in runs.items()}
+    alone = all(len(stages) == 1 for stages in with_curves.values())
+    groups: dict[str, list[Member]] = {}
+    for colour, (name, run) in enumerate(runs.items()):
+        for stage in with_curves[name]:
+            config = stage.config or run.config
+            key = "" if alone else stage.name or as_text(config.get("kind"))
+            labels = {stage.name, stage.name or (run.exams[-1].label if run.exams else "")}
+            groups.setdefault(stage_title(key) if key else "", []).append(
+                Member(
+                    name, colour, stage, config, stage.model or (run.model if not stage.name else {}) or find_model(config),
+                    [score for score in run.exams if score.label in labels], {**run.versions, **run.groups},
+                )
+            )  # fmt: skip
+    shared = {title: members for title, members in groups.items() if len(members) > 1}
+    if {m.name for members in shared.values() for m in members} != set(runs):
+        found = "; ".join(f"{name}: {', '.join(s.name or 'one stage' for s in stages)}" for name, stages in with_curves.items())
+        raise UserError(f"A run has no stage in common with another ({found}). Give the folders of the stages to compare.")
+    return shared
+
+
+def _curves(members: Sequence[Member]) -> str:
+    """Each metric of two runs or more as one chart: the usual ones, then the others by family."""
+    counts: dict[str, int] = {}
+    for member in members:
+        for name in member.stage.curves:
+            counts[name] = counts.get(name, 0) + 1
+    shared = sorted(name for name, count in counts.items() if count > 1)
+    main: list[Chart] = []
+    for spec in SPECS:
+        for row, label in spec.lines:
+            for name in (n for n in shared if declared_name(n) == row):
+                told = label or inner(row, name)
+                one = replace(spec, lines=((row, told),))
+                if len(spec.lines) > 1 or not label:  # its sentence is about several lines beside one another
+                    one = replace(one, title=f"{spec.title}: {told}", good=spec_of(name).good)
+                main.append(_overlay(one, name, members))
+    used = {row for spec in SPECS for row, _ in spec.lines}
+    out = grid(main)
+    for family, names in in_families(n for n in shared if declared_name(n) not in used):
+        whole, _ = by_layer(names)  # layers of several runs over one another could not be told apart
+        if more := grid([_overlay(spec_of(name), name, members) for name in whole]):
+            title = f"{family.title}: {fmt.plural(more.count('<figure'), 'more curve')}"
+            out += f'<details><summary>{title}</summary><p class="note">{e(family.good)}</p>{more}</details>'
+    return f"<h3>Curves</h3>{out}" if out else ""
+
+
+def _overlay(spec: Spec, name: str, members: Sequence[Member]) -> Chart:
+    smooth = not name.startswith(("eval/", "train/lr", "train/stage", "train/seq_len", "train/batch_tokens"))
+    lines = [line_of(m.stage, name, m.name, m.colour, "tokens") for m in members if name in m.stage.curves]
+    return replace(spec, over="tokens"), [replace(line, smooth=smooth) for line in lines if len(line.x)], None
+
+
+def _html_table(title: str, table: Table, members: Sequence[Member]) -> str:
+    if not table:
+        return f"<h3>{e(title)}</h3><p>Nothing.</p>"
+    head = "".join(f'<th scope="col"><i class="c{m.colour}"></i>{e(m.name)}</th>' for m in members)
+    rows = "".join(
+        f'<tr><th scope="row">{e(what)}</th>' + "".join(f'<td class="num">{e(cell)}</td>' for cell in row) + "</tr>"
+        for what, row in table
+    )
+    table_ = f'<table><thead><tr><th scope="col"></th>{head}</tr></thead><tbody>{rows}</tbody></table>'
+    return f'<h3>{e(title)}</h3><div class="scroll" tabindex="0">{table_}</div>'
+
+
+def _as_text(title: str, members: Sequence[Member]) -> str:
+    """Numbers and differences as one table of text."""
+    told, apart = numbers(members), differences(members)
+    rows = [(title, [m.name for m in members]), *told, *([("", [""] * len(members))] if apart else []), *apart]
+    first = max(len(what) for what, _ in rows)
+    widths = [max(len(row[i]) for _, row in rows) for i in range(len(members))]
+    return "\n".join(
+        "  ".join([f"{what:<{first}}", *(f"{cell:>{w}}" for cell, w in zip(row, widths, strict=True))]).rstrip()
+        for what, row in rows
+    )
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A nested mapping with dotted keys."""
+    out: dict[str, Any] = {}
+    for key, value in tree.items():
+        out |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return out
+
+
+def _exam(member: Member, split: str) -> str:
+    score = next((score for score in member.exams if score.split == split), None)
+    if score is None:
+        return fmt.MISSING
+    interval = f" ({fmt.percent(score.low)} to {fmt.percent(score.high)})" if math.isfinite(score.low + score.high) else ""
+    return fmt.percent(score.accuracy) + interval
+
+
+def _finite(stage: StageRun, name: str) -> list[float]:
+    return [v for _, v in stage.curves[name].finite()] if name in stage.curves else []
+
+
+def _last(stage: StageRun, name: str) -> float:
+    return (_finite(stage, name) or [math.nan])[-1]
+
+
+def _lowest(stage: StageRun, name: str) -> float:
+    return min(_finite(stage, name), default=math.nan)
+
+
+def _median(stage: StageRun, name: str) -> float:
+    return statistics.median(_finite(stage, name) or [math.nan])
+
+
+def _last_tenth(stage: StageRun, name: str) -> float:
+    known = _finite(stage, name)
+    return statistics.fmean(known[-max(1, len(known) // 10) :]) if known else math.nan

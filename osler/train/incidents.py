@@ -1,0 +1,186 @@
+"""What goes wrong in a run, and what is done about it: steps that were skipped, losses that spiked, going back.
+
+A gradient that is not finite costs its step and nothing else. When that happens many times in a row, or the loss spikes and
+``spike.action`` says so, the run goes back to the last checkpoint from before the trouble and on with the data after it: the
+data's position is what the steps say plus ``data_offset``. Having gone back too often, or without such a checkpoint (the run is
+younger than its first one), it ends with a diagnosis. Everything is a function of numbers that all ranks have in common, so all
+decide alike.
+
+Resume is exact: a checkpoint keeps all of this, and one is written at once after going back. What was decided is acted upon where
+the trainer asks (``cause``), which no interruption moves. (A signal leaves a checkpoint more, and so perhaps a later one to go
+back to.) Every incident is a line in ``events.jsonl``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from osler.checkpoint import store
+from osler.checkpoint.manifest import FOLDER_NAME, STATE, verify
+from osler.errors import UserError
+from osler.monitor.config import SpikeConfig
+from osler.monitor.events import EventLog
+from osler.monitor.spikes import SpikeWindow
+from osler.optim.config import OptimConfig
+from osler.runtime.files import RunFolder, read_json
+from osler.runtime.log import say
+from osler.runtime.world import World
+
+STEPS_BEFORE = 5  # good steps before an incident whose numbers a diagnosis shows
+
+
+class Limits(Protocol):
+    """What a run's config says about incidents."""
+
+    @property
+    def max_skipped_steps(self) -> int: ...
+    @property
+    def max_rollbacks(self) -> int: ...
+    @property
+    def spike(self) -> SpikeConfig: ...
+    @property
+    def optim(self) -> OptimConfig: ...
+
+
+class Incidents:
+    """Sees the numbers of every step, says and records what is wrong with them, and knows the way back.
+
+    ``details`` tells of a step (1, 2 ...) what it learned from and how, as JSON: ``tokens``, ``lr``, and the names or numbers of
+    its rows. Every rank has one; rank 0 alone writes and speaks.
+    """
+
+    def __init__(
+        self, limits: Limits, run: RunFolder, details: Callable[[int], Mapping[str, Any]], world: World | None = None
+    ) -> None:
+        self.limits = limits
+        self.run = run
+        self.details = details
+        self.world = world or World()
+        self.events = EventLog(run.events)
+        self.spikes = SpikeWindow(limits.spike)
+        self.before: deque[list[Any]] = deque(maxlen=STEPS_BEFORE)  # step, loss and gradient norm of the last good steps
+        self.skipped_in_a_row = 0
+        self.cause: str | None = None  # why the run has to go back
+        self.rollbacks = 0
+        self.data_offset = 0  # how far the data is ahead of the steps: tokens in train/, steps in rl/
+        self.good_step: int | None = None  # of the last checkpoint from before any trouble
+
+    def observe(self, step: int, loss: float, grad_norm: float, *, skipped: bool) -> None:
+        """Judge the numbers of a finished step, all of whose updates were skipped or not; steps come in order."""
+        if not math.isfinite(grad_norm):  # in rl/ also when one of several updates of the step was skipped
+            message = "The gradient was not finite: the update was skipped and changed nothing."
+            self._record(step, "skipped-step", message, loss, grad_norm, loudly=self.skipped_in_a_row == 0)
+        if skipped:
+            self.skipped_in_a_row += 1
+            if self.skipped_in_a_row >= self.limits.max_skipped_steps:
+                self.cause = (
+                    f"The gradient was not finite for {self.skipped_in_a_row} steps in a row (steps "
+                    f"{step - self.skipped_in_a_row + 1} to {step}); those steps changed nothing."
+                )
+            return
+        self.skipped_in_a_row = 0
+        spike = self.spikes.observe(loss)
+        if spike is None:
+            if math.isfinite(loss) and math.isfinite(grad_norm):
+                self.before.append([step, loss, grad_norm])
+            return
+        message = (
+            f"The loss spiked: {loss:.4g} is {spike.deviations:.1f} robust standard deviations above {spike.median:.4g}, the "
+            "median of the losses before it."
+        )
+        self._record(step, "loss-spike", message, loss, grad_norm, loudly=spike.in_a_row == 1, deviations=spike.deviations)
+        if self.limits.spike.action == "rollback" and spike.in_a_row == 1:
+            self.cause = f"Step {step}: {message}"
+
+    def _record(self, step: int, name: str, message: str, loss: float, grad_norm: float, *, loudly: bool, **more: Any) -> None:
+        if not self.world.is_first:
+            return
+        if loudly:
+            say(f"Warning: step {step}: {message}")
+        numbers = {"loss": finite(loss), "grad_norm": finite(grad_norm), **more}
+        self.events.write(step, "incident", name, message, **self.details(step), **numbers)
+
+    def roll_back(self, step: int, restore: Callable[[store.Loaded], None], position: Callable[[], int]) -> None:
+        """Go back to the last good checkpoint, by ``restore``, and pass over the data since; the caller saves at once.
+
+        ``position`` is the trainer's, in the unit of ``data_offset``. Raises UserError, on every rank, when there is no way back.
+        """
+        root = self.run.checkpoints
+        path = self.world.once(lambda: last_good(root, self.good_step)) if self.rollbacks < self.limits.max_rollbacks else None
+        if path is None:
+            raise UserError(self._diagnosis(step))
+        cause, rollbacks, there = self.cause, self.rollbacks + 1, position() + self.data_offset
+        loaded = store.load(path)
+        restore(loaded)  # everything in here too
+        self.world.least(0)  # the caller replaces the checkpoint, which others may still be reading
+        self.cause, self.rollbacks, self.data_offset = None, rollbacks, there - position()
+        message = (
+            f"Going back from step {step} to {path.name} and on with the data after step {step} (rollback {rollbacks} of at most "
+            f"{self.limits.max_rollbacks}). {cause}"
+        )
+        if self.world.is_first:
+            say(f"Warning: {message}")
+            reached = {"from_step": step, "number": rollbacks, "data_offset": self.data_offset}
+            self.events.write(loaded.step, "rollback", "rollback", message, **reached)
+
+    def _diagnosis(self, step: int) -> str:
+        """Everything that a person needs to find out what is wrong, in a paragraph."""
+        if self.rollbacks:
+            tried = f"The run has gone back {self.rollbacks} times already, of at most max_rollbacks={self.limits.max_rollbacks}."
+        elif self.limits.max_rollbacks:
+            tried = "There is no good checkpoint from before that to go back to."
+        else:
+            tried = "With max_rollbacks=0 a run does not go back."
+        numbers = "; ".join(f"step {number}: loss {loss:.4g}, gradient norm {norm:.4g}" for number, loss, norm in self.before)
+        details = dict(self.details(step))
+        learning_rate = details.pop("lr")
+        batch = ", ".join(f"{name} {values[0]} ... {values[-1]}" for name, values in details.items() if isinstance(values, list))
+        return (
+            f"{self.cause} {tried} Before it: {numbers or 'no good step'}. Step {step} had the learning rate {learning_rate:.3g} "
+            f"and learned from {batch}; {self.run.events} has the others. Lower optim.lr (now {self.limits.optim.lr:g}) or check "
+            f"the data; checkpoints are in {self.run.checkpoints}."
+        )
+
+    def checkpointed(self, step: int) -> dict[str, Any]:
+        """What a checkpoint of this step keeps of all this; it is the one to go back to, unless something is wrong right now."""
+        if not (self.skipped_in_a_row or self.spikes.spikes or self.cause):
+            self.good_step = step
+        return {
+            "good_step": self.good_step,
+            "skipped_in_a_row": self.skipped_in_a_row,
+            "cause": self.cause,
+            "rollbacks": self.rollbacks,
+            "data_offset": self.data_offset,
+            "spikes": self.spikes.state(),
+            "before": list(self.before),
+        }
+
+    def restore(self, state: Mapping[str, Any] | None) -> None:
+        """Go on from what ``checkpointed`` gave; None is a checkpoint from before there were any incidents to keep."""
+        if state is None:
+            return
+        self.good_step, self.skipped_in_a_row, self.cause = state["good_step"], state["skipped_in_a_row"], state["cause"]
+        self.rollbacks, self.data_offset = state["rollbacks"], state["data_offset"]
+        self.spikes.restore(state["spikes"])
+        self.before = deque(state["before"], STEPS_BEFORE)
+
+
+def finite(value: float) -> float | None:
+    """The number for JSON, which knows neither NaN nor infinity."""
+    return value if math.isfinite(value) else None
+
+
+def last_good(root: Path, good_step: int | None) -> Path | None:
+    """The checkpoint of ``good_step``, or should the disk have lost it the last good one before; None when there is none."""
+    if good_step is None:
+        return None
+    for path in sorted(root.glob("step-*"), reverse=True):
+        if FOLDER_NAME.fullmatch(path.name) and path.name <= store.folder_name(good_step) and not verify(path):
+            state = read_json(path / STATE)
+            if state.get("incidents", {}).get("good_step") == state["step"]:
+                return path
+    return None

@@ -1,0 +1,209 @@
+"""One picture of a run as lines of text: a function of what is known, the time, and the size of the terminal.
+
+Curves are drawn as columns of eighth blocks, which every terminal font has; each column is the mean of its stretch of steps.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import textwrap
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+from osler.monitor.metrics import declared_name
+from osler.report import format as fmt
+from osler.report.charts import inner, kind_of
+from osler.report.diary import happenings, in_words
+from osler.report.families import by_layer, in_families
+from osler.report.lenient import as_text
+from osler.report.svg import value_range
+from osler.watch.state import Stage, Watched
+
+BLOCKS = " ▁▂▃▄▅▆▇█"
+FULL, EMPTY = "━", "─"
+NO_BREAK = "\u00a0"  # a space at which a line is not broken
+PANELS = (  # row of METRICS, title, whether the curve stands on zero
+    ("train/loss", "loss", False),
+    ("eval/loss", "held-out loss", False),
+    ("reward", "reward", False),
+    ("eval/<split>_accuracy", "accuracy", False),
+    ("train/grad_norm", "gradient norm", False),
+    ("perf/tokens_per_second", "tokens/s", True),
+    ("perf/rollout_tokens_per_second", "sampled tokens/s", True),
+    ("train/lr", "learning rate", True),
+)
+PANEL_WIDTH, GAP = 36, 3
+HEIGHTS = (8, 6, 5, 4, 3, 2, 1)  # of a curve in lines: the first at which all fits
+PLAIN_HEIGHT = 4
+EVENTS, CHECKPOINTS = 5, 4
+STATE_STYLES = {"running": "good", "finished": "good", "dead": "bad", "quiet": "warn", "stopped": "warn"}
+
+
+class Text(NamedTuple):
+    """A line and how it is meant: title, chart, good, warn, bad, dim, or plain."""
+
+    text: str
+    style: str = ""
+
+
+def frame(watched: Watched, now: float, width: int, height: int | None = None) -> list[Text]:
+    """The picture, no line longer than `width`; at most `height` lines, or as many as it takes."""
+    stage = watched.current
+    top = [*_header(watched, stage, now, width), *_stages(watched, stage, width)]
+    below = [*_events(stage), *_checkpoints(stage, now), *_values(stage, width)]
+    for rows in HEIGHTS if height is not None else (PLAIN_HEIGHT,):
+        lines = [*top, *_panels(stage, width, rows), *below]
+        if height is None or len(lines) <= height:
+            break
+    return [Text(clean(text)[:width].rstrip(), style) for text, style in lines[:height]]
+
+
+def clean(text: str) -> str:
+    """Text without anything that a terminal would obey."""
+    return "".join(c if c.isprintable() else " " for c in text)
+
+
+def _header(watched: Watched, stage: Stage, now: float, width: int) -> list[Text]:
+    """What runs, on what, how far it is and how long it has to go."""
+    machine = stage.machine
+    facts = [str(watched.root.run.root), stage.kind or stage.name]
+    if watched.root is not stage and watched.root.kind:
+        facts.insert(1, watched.root.kind)
+    if stage.parameters:
+        facts.append(f"{fmt.count(stage.parameters)} parameters")
+    facts += [as_text(machine[key]) for key in ("device", "dtype") if machine.get(key)]
+    state = stage.state(now)
+    lines = [Text(" · ".join(filter(None, facts)), "title"), Text(state.words, STATE_STYLES.get(state.kind, "dim"))]
+    last = stage.log.last
+    if last is None:
+        return lines
+    total, unit = stage.total
+    of_total = {unit: f" of {fmt.count(total)}"} if math.isfinite(total) else {}
+    told = [f"step {last.step:,}{of_total.get('steps', '')}"]
+    told.append(f"{fmt.count(last.tokens)}{of_total.get('tokens', '')} tokens")
+    told.append(f"{fmt.duration(stage.log.active_seconds)} so far")
+    left = stage.seconds_left(now)
+    if state.kind == "running" and math.isfinite(left):
+        told.append(f"{fmt.duration(left)} to go")
+    lines.append(Text(" · ".join(told)))
+    if total > 0:
+        share = min(1.0, max(0.0, stage.done / total))
+        size = max(10, min(width, 100) - 7)
+        full = int(share * size)
+        lines.append(Text(f"{FULL * full}{EMPTY * (size - full)} {fmt.percent(share)}", "chart"))
+    return lines
+
+
+def _stages(watched: Watched, current: Stage, width: int) -> list[Text]:
+    """The stages of a story in a row, the one that is shown with an arrow."""
+    told = []
+    for name in watched.names():
+        if name == current.name:
+            told.append(f"▶ {name}")
+        elif name in watched.finished:
+            told.append(f"{name} {fmt.duration(watched.finished[name])}")
+        elif name in watched.stages:
+            last = watched.stages[name].log.last
+            told.append(f"{name} to step {last.step:,}" if last else f"{name} begun")
+        else:
+            told.append(f"{name} to come")
+    return [Text(line, "dim") for line in textwrap.wrap("   ".join(told), max(20, width))]
+
+
+def _panels(stage: Stage, width: int, rows: int) -> list[Text]:
+    """The curves, as many side by side as the width allows."""
+    shown = [
+        (title if row == name else f"{inner(row, name)} {title}", name, zero)
+        for row, title, zero in PANELS
+        for name in sorted(stage.log.curves)
+        if declared_name(name) == row and any(math.isfinite(v) for _, v in stage.log.curves[name])
+    ]
+    side_by_side = max(1, min(len(shown), (width + GAP) // (PANEL_WIDTH + GAP)))
+    size = (width - GAP * (side_by_side - 1)) // side_by_side
+    lines = []
+    for start in range(0, len(shown), side_by_side):
+        some = shown[start : start + side_by_side]
+        panels = [_panel(title, stage.log.curves[name], name, zero, size, rows) for title, name, zero in some]
+        for i, parts in enumerate(zip(*panels, strict=True)):
+            lines.append(Text((" " * GAP).join(parts), "chart" if i else "title"))
+    return lines
+
+
+def _panel(title: str, curve: Sequence[tuple[int, float]], name: str, zero: bool, width: int, rows: int) -> list[str]:
+    """A curve under its title, newest value and range."""
+    known = [v for _, v in curve if math.isfinite(v)]
+    head = f"{title} {_show(name, curve[-1][1])}"
+    span = f"{_show(name, min(known))} to {_show(name, max(known))}"
+    head = f"{head}  {span:>{max(0, width - len(head) - 2)}}" if len(head) + len(span) + 2 <= width else head
+    return [f"{head[:width]:<{width}}", *blocks(columns(curve, width), rows, zero=zero)]
+
+
+def columns(curve: Sequence[tuple[int, float]], width: int) -> list[float]:
+    """A curve as `width` values over equal stretches of steps: their means, and straight lines over stretches without a value.
+
+    NaN where all that was logged in a stretch was not finite.
+    """
+    first, last = curve[0][0], curve[-1][0]
+    stretches: dict[int, list[float]] = {}
+    for step, value in curve:
+        stretches.setdefault(min(width - 1, (step - first) * width // max(1, last - first)), []).append(value)
+    means = {i: statistics.fmean([v for v in values if math.isfinite(v)] or [math.nan]) for i, values in stretches.items()}
+    out = [means[max(means)]] * width
+    for a, b in pairwise(means):
+        for i in range(a, b):
+            out[i] = means[a] + ((means[b] - means[a]) * (i - a) / (b - a) if i > a else 0.0)
+    return out
+
+
+def blocks(values: Sequence[float], rows: int, *, zero: bool = False) -> list[str]:
+    """Values as columns of blocks, the highest line first; a rare spike is cut off, NaN is left blank."""
+    known = [v for v in values if math.isfinite(v)]
+    if not known:
+        return [" " * len(values)] * rows
+    low, high, _ = value_range(known, zero, "number")
+    steps = 8 * rows - 1  # the lowest value is one eighth high, so that it can be told from none
+    heights = [1 + round(steps * min(1.0, (v - low) / (high - low))) if math.isfinite(v) else 0 for v in values]
+    return ["".join(BLOCKS[min(8, max(0, h - 8 * row))] for h in heights) for row in reversed(range(rows))]
+
+
+def _values(stage: Stage, width: int) -> list[Text]:
+    """The newest value of every metric, by family; of a metric that all layers have the range and where its top is."""
+    newest = {name: curve[-1][1] for name, curve in stage.log.curves.items() if curve}
+    lines = []
+    for family, names in in_families(newest):
+        whole, layers = by_layer(names)
+        told = [f"{_short(name)} {_show(name, newest[name])}" for name in whole]
+        for base, of in layers.items():
+            low, high = (pick(of, key=lambda layer: newest[of[layer]]) for pick in (min, max))
+            least, most = _show(of[low], newest[of[low]]), _show(of[high], newest[of[high]])
+            told.append(f"{_short(base)} {least}" + (f" to {most} (most in layer {high})" if most != least else ""))
+        text = f"{family.title}: {' · '.join(item.replace(' ', NO_BREAK) for item in told)}"
+        lines += [Text(line) for line in textwrap.wrap(text, max(20, width), subsequent_indent="  ", break_on_hyphens=False)]
+    return lines
+
+
+def _events(stage: Stage) -> list[Text]:
+    """What happened, the newest first."""
+    styles = {"incident": "bad", "rollback": "bad", "alert": "warn"}
+    return [Text(in_words(h), styles.get(h.kind, "")) for h in happenings(stage.events)[:EVENTS]]
+
+
+def _checkpoints(stage: Stage, now: float) -> list[Text]:
+    """The newest checkpoints and the best."""
+    if not stage.checkpoints:
+        return []
+    best = as_text(stage.best.get("folder"))
+    told = [f"{c.step:,}{' (best)' if c.path.name == best else ''}" for c in stage.checkpoints[:CHECKPOINTS]]
+    ago = fmt.duration(max(0.0, now - stage.checkpoints[0].time))
+    return [Text(f"checkpoints: step {', '.join(told)}; the newest {ago} ago", "dim")]
+
+
+def _show(name: str, value: float) -> str:
+    return "not finite" if math.isnan(value) else fmt.value(value, kind_of(name))
+
+
+def _short(name: str) -> str:
+    """A name without its area, which its family says."""
+    return name.split("/", 1)[-1] if name.split("/")[0] in ("train", "perf", "model", "grad", "data", "health") else name

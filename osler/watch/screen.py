@@ -1,0 +1,122 @@
+"""`osler watch`: the picture of a run, drawn again and again on a screen of its own, until Ctrl-C or q.
+
+The alternate screen, so that nothing is left behind; keys are not echoed. Plain ANSI, because a frame is finished lines that are
+drawn from the top left, each cleared to its end: a library would bring layouts that nothing here needs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from osler.errors import UserError
+from osler.runtime.log import is_terminal
+from osler.watch.frame import Text, frame
+from osler.watch.state import Watched
+
+# Another screen, no cursor, no wrapping of long lines; and back.
+ENTER, LEAVE = "\x1b[?1049h\x1b[?25l\x1b[?7l", "\x1b[?7h\x1b[?25h\x1b[?1049l"
+HOME, CLEAR_LINE, CLEAR_BELOW, PLAIN = "\x1b[H", "\x1b[K", "\x1b[J", "\x1b[0m"
+STYLES = {"title": "\x1b[1m", "chart": "\x1b[36m", "good": "\x1b[32m", "warn": "\x1b[33m", "bad": "\x1b[31m", "dim": "\x1b[2m"}
+LOOK_SECONDS = 0.2  # between two looks at the keyboard and the size of the terminal
+EXIT_TERMINATED = 143
+
+
+def run(folder: str, *, every_seconds: float = 2.0, once: bool = False) -> int:
+    """Show a run until the reader leaves; once and in plain text where nobody watches a terminal. Returns the exit code."""
+    if not every_seconds > 0:
+        raise UserError(f"--every {every_seconds:g} must be above 0: the seconds between two pictures.")
+    watched = Watched(Path(folder))
+    if once or not is_terminal(sys.stdout):
+        if not Path(folder).is_dir():  # on a terminal it may come yet, and a misspelt name stands in the first line
+            raise UserError(f"{folder} is no folder. Give the folder of a run: the one named by --run when it was started.")
+        watched.refresh()
+        print("\n".join(line.text for line in frame(watched, time.time(), shutil.get_terminal_size().columns)))
+        return 0
+    with contextlib.suppress(KeyboardInterrupt), own_screen() as keys:
+        size: os.terminal_size | None = None
+        while True:
+            watched.refresh()
+            size = shutil.get_terminal_size()
+            draw(frame(watched, time.time(), *size))
+            if not wait(every_seconds, size, keys):
+                break
+    return 0
+
+
+def draw(lines: Sequence[Text]) -> None:
+    """Put a picture on the screen, over the one before."""
+    colours = not os.environ.get("NO_COLOR")
+    styled = [f"{STYLES.get(style, '') if colours else ''}{text}{PLAIN}{CLEAR_LINE}" for text, style in lines]
+    _write(HOME + "\r\n".join(styled) + CLEAR_BELOW)
+
+
+def wait(seconds: float, size: os.terminal_size, keys: int | None) -> bool:
+    """Wait for the next picture, or less long when the terminal changes its size; False when the reader pressed q."""
+    end = time.monotonic() + seconds
+    while (left := end - time.monotonic()) > 0 and shutil.get_terminal_size() == size:
+        if keys is None:
+            time.sleep(min(left, LOOK_SECONDS))
+        elif select.select([keys], [], [], min(left, LOOK_SECONDS))[0]:
+            pressed = os.read(keys, 64)
+            if not pressed:  # the keyboard is gone; it would be ready for ever
+                time.sleep(min(left, LOOK_SECONDS))
+            if pressed in (b"q", b"Q"):
+                return False
+    return True
+
+
+@contextlib.contextmanager
+def own_screen() -> Iterator[int | None]:
+    """Take the terminal over and give it back as it was, also after Ctrl-C, SIGTERM and Ctrl-Z; yields the keyboard, if any."""
+    keys, restore_keys = _quiet_keyboard()
+
+    def terminate(*_: Any) -> None:
+        raise SystemExit(EXIT_TERMINATED)
+
+    def suspend(*_: Any) -> None:
+        _write(LEAVE)
+        signal.raise_signal(signal.SIGSTOP)
+        _write(ENTER)
+
+    handlers: dict[int, Any] = {signal.SIGTERM: terminate}
+    if hasattr(signal, "SIGTSTP"):
+        handlers[signal.SIGTSTP] = suspend
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        _write(ENTER)
+        yield keys
+    finally:
+        before[signal.SIGINT] = signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not come between
+        _write(LEAVE)
+        restore_keys()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _quiet_keyboard() -> tuple[int | None, Any]:
+    """The keyboard, with keys not echoed and not waiting for a line; and what undoes that. None where there is none."""
+    try:
+        import termios
+        import tty
+    except ImportError:  # Windows
+        return None, lambda: None
+    if not sys.stdin.isatty():
+        return None, lambda: None
+    keys = sys.stdin.fileno()
+    before = termios.tcgetattr(keys)
+    tty.setcbreak(keys)
+    return keys, lambda: termios.tcsetattr(keys, termios.TCSAFLUSH, before)
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()

@@ -1,0 +1,249 @@
+"""What a run folder says about its run at this moment: what it is, how far it is, whether anybody still works on it.
+
+A run leaves no note about how it ended, so that is read off its files: the end of its plan, a checkpoint at its last line, the
+silence since, and on Linux whether a process of this machine holds its log open.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from osler.checkpoint.manifest import FOLDER_NAME, MANIFEST, STATE
+from osler.errors import UserError
+from osler.monitor.events import read_events
+from osler.report import format as fmt
+from osler.report.lenient import as_dict, as_dicts, as_number, as_text
+from osler.report.model import count_parameters, find_model
+from osler.report.read import stage_rank, sub_runs
+from osler.runtime.files import RunFolder, read_json
+from osler.watch.follow import Follower
+from osler.yaml12 import load_yaml
+
+QUICKSTART_STAGES = ("pretrain", "sft", "grpo")
+QUIET_SECONDS, QUIET_GAPS = 10.0, 3.0  # silence of this length is worth a word
+DEAD_SECONDS, DEAD_GAPS = 120.0, 20.0  # and of this length means that nobody works on the run
+SCAN_SECONDS = 10.0  # between two looks at the machine's processes
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint folder that is whole by the look of it."""
+
+    step: int
+    time: float
+    path: Path
+
+
+@dataclass(frozen=True)
+class State:
+    """How a run is: one of running, quiet, finished, stopped, dead, waiting; and in words."""
+
+    kind: str
+    words: str
+
+
+class Stage:
+    """One run folder, followed."""
+
+    def __init__(self, folder: Path, name: str = "") -> None:
+        self.run = RunFolder(folder)
+        self.name = name
+        self.log = Follower(self.run.metrics)
+        self.config: dict[str, Any] = {}
+        self.machine: dict[str, Any] = {}
+        self.parameters: int | None = None
+        self.events: list[dict[str, Any]] = []
+        self.checkpoints: list[Checkpoint] = []  # the one saved last comes first
+        self.best: dict[str, Any] = {}
+        self.saved: dict[str, Any] = {}  # state of the newest checkpoint
+        self._seen: dict[str, tuple[int, int]] = {}
+        self._scanned: tuple[float, bool] = (-math.inf, False)
+
+    def refresh(self) -> None:
+        """Read what changed since the last call."""
+        self.log.poll()
+        if self._changed(self.run.config):
+            self.config = _read_yaml(self.run.config)
+        if self._changed(self.run.root / "versions.json"):
+            self.machine = as_dict(as_dict(_read(self.run.root / "versions.json")).get("machine"))
+        if self._changed(self.run.events):
+            self.events = read_events(self.run.events)
+        if self._changed(self.run.checkpoints):
+            self._read_checkpoints()
+        if self.parameters is None:
+            model = find_model(_read(self.checkpoints[0].path / "model.json")) if self.checkpoints else find_model(self.config)
+            self.parameters = count_parameters(model) if model else None
+
+    def _read_checkpoints(self) -> None:
+        found = []
+        for path in self.run.checkpoints.glob("step-*"):
+            name = FOLDER_NAME.fullmatch(path.name)
+            if name and (path / MANIFEST).is_file():
+                found.append(Checkpoint(int(name[1]), _stamp(path / MANIFEST)[0] / 1e9, path))
+        self.checkpoints = sorted(found, key=lambda c: (c.time, c.step), reverse=True)
+        self.best = as_dict(_read(self.run.checkpoints / "best.json"))
+        self.saved = as_dict(_read(self.checkpoints[0].path / STATE)) if self.checkpoints else {}
+
+    def _changed(self, path: Path) -> bool:
+        stamp = _stamp(path)
+        old, self._seen[path.name] = self._seen.get(path.name, (0, 0)), stamp
+        return stamp != old
+
+    @property
+    def has_begun(self) -> bool:
+        return self.run.config.is_file() or self.log.last is not None
+
+    @property
+    def kind(self) -> str:
+        return as_text(self.config.get("kind"))
+
+    @property
+    def newest_sign(self) -> float:
+        """When the run last left a trace, in unix seconds; 0 without one."""
+        last = self.log.last
+        times = [last.time if last else 0.0, *(c.time for c in self.checkpoints[:1]), *(s[0] / 1e9 for s in self._seen.values())]
+        return max((t for t in times if math.isfinite(t)), default=0.0)
+
+    @property
+    def total(self) -> tuple[float, str]:
+        """How long the run is and in what: tokens, or steps for GRPO; NaN when that is not known.
+
+        A run by the clock fits its tokens to the time again and again; its newest checkpoint says to how many.
+        """
+        if self.kind == "grpo":
+            return as_number(self.config.get("steps")), "steps"
+        planned = self.saved.get("total_tokens") if self.config.get("max_minutes") else None
+        return as_number(planned if planned is not None else self.config.get("total_tokens")), "tokens"
+
+    @property
+    def done(self) -> float:
+        """How much of `total` is done."""
+        last = self.log.last
+        return math.nan if last is None else float(last.step) if self.total[1] == "steps" else last.tokens
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the run has reached its end; of a run by the clock only its last checkpoint knows."""
+        if self.kind != "grpo" and self.config.get("max_minutes"):
+            return as_number(self.saved.get("tokens")) >= as_number(self.saved.get("total_tokens"))
+        return self.done >= self.total[0]
+
+    def seconds_left(self, now: float) -> float:
+        """Time to the end at the speed of the newest lines, NaN when it is not known."""
+        first, last = (self.log.recent[0], self.log.recent[-1]) if len(self.log.recent) > 1 else (None, None)
+        if first is None or last is None:
+            return math.nan
+        steps = self.total[1] == "steps"
+        made = float(last.step - first.step) if steps else last.tokens - first.tokens
+        took = last.time - first.time
+        left = (self.total[0] - self.done) * took / made - (now - last.time) if made > 0 and took > 0 else math.nan
+        minutes = as_number(self.config.get("max_minutes"))
+        by_clock = 60 * minutes - self.log.active_seconds - (now - last.time)
+        return max(0.0, min((x for x in (left, by_clock) if math.isfinite(x)), default=math.nan))
+
+    def state(self, now: float) -> State:
+        """Whether the run runs, and what its silence means."""
+        last = self.log.last
+        silent = max(0.0, now - self.newest_sign)
+        if last is None:
+            if not self.has_begun:
+                return State("waiting", "nothing here yet: neither config.yaml nor metrics.jsonl")
+            return State("waiting", f"no metrics yet; begun {fmt.duration(silent)} ago")
+        saved = next((c.step for c in self.checkpoints), None)
+        if self.is_complete:
+            return State("finished", f"finished {_ago(silent)}")
+        gap = self.log.usual_gap
+        if silent <= max(QUIET_SECONDS, QUIET_GAPS * gap):
+            return State("running", "running")
+        for_so_long = f"no sign of it for {fmt.duration(silent)}"
+        if self._held_open(now):
+            return State("running", f"running, {for_so_long}")
+        kept = "nothing saved" if saved is None else f"saved at step {saved:,}"
+        if silent <= max(DEAD_SECONDS, DEAD_GAPS * gap):
+            return State("quiet", f"{for_so_long}; {kept}")
+        if saved is not None and saved >= last.step:
+            return State("stopped", f"stopped {_ago(silent)}, {kept}")
+        return State("dead", f"dead: {for_so_long}; last line at step {last.step:,}, {kept}")
+
+    def _held_open(self, now: float) -> bool:
+        """Whether a process of this machine has the log open, as far as that can be seen."""
+        if now - self._scanned[0] > SCAN_SECONDS:
+            self._scanned = (now, is_open(self.run.metrics))
+        return self._scanned[1]
+
+
+class Watched:
+    """A run folder with all its stages: itself, or the runs inside it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.root = Stage(folder)
+        self.stages: dict[str, Stage] = {}
+        self.finished: dict[str, float] = {}  # stages of a story that are done, and their seconds
+
+    def refresh(self) -> None:
+        """Read what changed since the last call, in all stages."""
+        with suppress(OSError):  # the folder may be gone by now
+            for path in sub_runs(self.root.run.root):
+                if path.name not in self.stages:
+                    self.stages[path.name] = Stage(path, path.name)
+        for stage in (self.root, *self.stages.values()):
+            stage.refresh()
+        rows = as_dicts(_read(self.root.run.stages))
+        self.finished = {as_text(row.get("name")): as_number(row.get("seconds")) for row in rows}
+
+    @property
+    def current(self) -> Stage:
+        """The stage with the newest sign of life; the folder's own run where it has no others."""
+        own = [] if self.stages and self.root.log.last is None else [self.root]
+        return max([*self.stages.values(), *own], key=lambda stage: stage.newest_sign)
+
+    def names(self) -> list[str]:
+        """The stages in the order of training, those to come included; empty for a single run."""
+        planned = QUICKSTART_STAGES if self.root.kind == "quickstart" else ()
+        return sorted({*self.stages, *planned}, key=lambda name: stage_rank(name))
+
+
+def is_open(path: Path) -> bool:
+    """Whether a process of this machine that may be looked at holds a file open; False where that cannot be told."""
+    target = os.path.realpath(path)
+    for folder in Path("/proc").glob("[0-9]*/fd"):
+        try:
+            with os.scandir(folder) as files:
+                if any(os.readlink(file.path) == target for file in files):
+                    return True
+        except OSError:  # another user's, or ended by now
+            continue
+    return False
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    """Time and size of a file: what has the same has not changed."""
+    try:
+        stat = path.stat()
+    except OSError:
+        return 0, 0
+    return stat.st_mtime_ns, stat.st_size
+
+
+def _read(path: Path) -> Any:
+    """What a JSON file holds, None when it cannot be read."""
+    try:
+        return read_json(path)
+    except UserError:
+        return None
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        return as_dict(load_yaml(path.read_text(encoding="utf-8", errors="replace"), path.name))
+    except (UserError, OSError):
+        return {}
+
+
+def _ago(seconds: float) -> str:
+    return f"{fmt.duration(seconds)} ago"

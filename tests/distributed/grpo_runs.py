@@ -1,0 +1,107 @@
+"""A program for test_grpo.py: GRPO on one, two and four processes on gloo, and what it ends in; see ``parallel_runs.py``."""
+
+from __future__ import annotations
+
+import functools
+import io
+import math
+import signal
+import sys
+from collections.abc import Sequence
+from contextlib import redirect_stdout
+from pathlib import Path
+
+import torch
+from parallel_runs import metrics, refused, report, said, train
+
+import osler.rl.run  # noqa: F401 - loaded once for every fork
+from osler.checkpoint import store
+from osler.cli import main
+
+TOLERANCE = 1e-5
+CLOCKED = ("time", "perf/", "eval/seconds")
+DRAWN = ("reward", "completions/", "answer/", "filters/", "tasks/", "groups/", "frac_", "eval/", "tokens")  # no rounding in these
+
+
+def assert_same(folder: Path, whole: Path) -> None:
+    """The same completions and rewards in every step, losses equal to the tolerance, nearly the same tensors at the end."""
+    found, expected = metrics(folder), metrics(whole)
+    assert [line["step"] for line in found] == [line["step"] for line in expected], "other steps were logged"
+    for line, other in zip(found, expected, strict=True):
+        assert line.keys() == other.keys()
+        for name in other:
+            if not name.startswith(CLOCKED):
+                tolerance = 0.0 if name.startswith(DRAWN) else TOLERANCE
+                close = math.isclose(line[name], other[name], rel_tol=tolerance, abs_tol=tolerance)
+                assert close, f"step {line['step']}: {name} is {line[name]} and with one process {other[name]}"
+    ends = [store.load(store.newest_good(path / "checkpoints")[0]) for path in (folder, whole)]
+    for part, tensors in ends[1].tensors.items():
+        assert tensors.keys() == ends[0].tensors[part].keys(), f"{part} holds other tensors"
+        for name, tensor in tensors.items():
+            torch.testing.assert_close(ends[0].tensors[part][name], tensor, rtol=1e-5, atol=5e-6, msg=f"{part}: {name}")
+    remembered = [[end.state["incidents"].pop(name) for name in ("spikes", "before")] for end in ends]  # losses, norms
+    torch.testing.assert_close(*remembered, rtol=TOLERANCE, atol=TOLERANCE)
+    assert ends[0].state == ends[1].state
+
+
+def same_run(command: Sequence[str], whole: Path, folder: Path, size: int, strategy: str) -> None:
+    assert train([*command, f"parallel.type={strategy}"], folder, size) == [0] * size, said(folder, 0)[-2000:]
+    assert_same(folder, whole)
+    told = said(folder, 0)
+    assert "Done" in told and "Sample 1 before training" in told
+    assert ("some of them draw nothing" in told) == (size > 3)
+    assert (folder / "samples.jsonl").read_bytes() == (whole / "samples.jsonl").read_bytes()
+    assert [said(folder, rank) for rank in range(1, size)] == [""] * (size - 1), "another rank than 0 spoke"
+
+
+def continued(command: Sequence[str], whole: Path, folder: Path, starts: Sequence[tuple[int, str]]) -> None:
+    """Stop by a signal to one rank after a few steps, each time going on with another number of ranks or strategy."""
+    for number, (size, strategy) in enumerate(starts, start=1):
+        last = number == len(starts)
+        fault = {} if last else {"fault_rank": size - 1, "fault": "train-step:sigterm:2"}
+        ended = train([*command, f"parallel.type={strategy}"], folder, size, **fault)
+        assert ended == [0 if last else 130] * size, f"{strategy} on {size} ended with {ended}: {said(folder, 0)[-2000:]}"
+        if not last:
+            saved = store.newest_good(folder / "checkpoints")[0]
+            assert saved is not None and store.load(saved).step == 2 * number, f"{saved} was saved"
+    assert_same(folder, whole)
+
+
+def lost(command: Sequence[str], whole: Path, folder: Path) -> None:
+    """When one rank is killed, the other ends soon and says why; one process goes on from what was saved to the same end."""
+    ended = train([*command, "parallel.type=ddp"], folder, 2, fault_rank=1, fault="train-step:kill:3")
+    assert ended == [2, -signal.SIGKILL], f"ended with {ended}"
+    assert "Rank 0 of 2 lost the others" in said(folder, 0) and "Traceback" not in said(folder, 0)
+    saved, skipped = store.newest_good(folder / "checkpoints")
+    assert saved is not None and not skipped and store.load(saved).step == 2
+    assert train(command, folder, 1) == [0]
+    assert_same(folder, whole)
+
+
+def run_all(grpo: list[str], root: Path) -> None:
+    with redirect_stdout(io.StringIO()):  # reads the recipe once for every fork
+        main([*grpo, "--dry-run"])
+    # Three questions on four ranks: one asks none. In the other variant kept sets stay with who drew them, and without a KL term
+    # pairs of equal rewards, of which one refill leaves some, are not learned from: the ranks have other numbers of passes.
+    options = ["beta=0", "top_k=40", "samples_per_prompt=2", "updates_per_batch=2", "dynamic_sampling=true", "max_refills=1"]
+    uneven = [*grpo, *(f"algorithm.{option}" for option in options), "micro_batch_tokens=60", "steps=4"]
+    cases = {"plain": (grpo, [(2, "ddp"), (4, "ddp"), (2, "fsdp")]), "uneven": (uneven, [(4, "ddp"), (2, "fsdp")])}
+    for name, (command, sizes) in cases.items():
+        whole = root / name
+        assert train(command, whole, 1) == [0], said(whole, 0)[-2000:]
+        for size, strategy in sizes:
+            folder = root / f"{name}-{size}-{strategy}"
+            report(f"{name} {strategy} {size}", functools.partial(same_run, command, whole, folder, size, strategy))
+    assert {line.get("groups/effective") for line in metrics(root / "uneven")} & {1.0, 2.0}, "no group was left out"
+    for name, starts in {"shrinks": [(4, "ddp"), (2, "fsdp"), (1, "none")], "grows": [(1, "none"), (2, "ddp")]}.items():
+        report(name, functools.partial(continued, grpo, root / "plain", root / name, starts))
+    report("lost", functools.partial(lost, grpo, root / "plain", root / "lost"))
+    report("none", functools.partial(refused, grpo, root / "none", ["2 processes", "parallel.type=ddp"]))
+    zero = [*grpo, "parallel.type=deepspeed"]
+    report("deepspeed", functools.partial(refused, zero, root / "zero", ["parallel", "deepspeed", "ddp"]))
+
+
+if __name__ == "__main__":
+    grpo, start, folder = sys.argv[1:]
+    shorter = ["steps=6", "save_every_steps=2", "eval_every_steps=3", "algorithm.reference_refresh_steps=2"]
+    run_all(["grpo", grpo, f"init_from={start}", *shorter], Path(folder))

@@ -1,0 +1,151 @@
+"""A program for test_ranks.py: forks the ranks of small runs on gloo and breaks one of them, or interrupts all.
+
+Prints ``ok <case>`` or ``FAILED <case>: why``. What starts ranks and compares runs is that of ``tests/distributed``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import io
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from parallel_runs import PATIENCE_SECONDS, STEPS, codes, metrics, report, said, start, train
+
+import osler.rl.run  # noqa: F401 - loaded once for every fork
+from osler.checkpoint import store
+from osler.cli import main
+
+STOP_SECONDS = 30
+ENDLESS = ["total_tokens=100_000_000_000", "eval_every_tokens=100_000_000_000", "save_every_tokens=100_000_000_000"]
+LONG_STEP = ["batch_tokens=1_048_576", "micro_batch_tokens=512"]
+POISON = "train-loss:nan:9-10"
+
+
+def end(folder: Path) -> store.Loaded:
+    return store.load(folder / "checkpoints" / store.folder_name(STEPS))
+
+
+def assert_equal_bits(folder: Path, other: Path) -> None:
+    found, expected = end(folder), end(other)
+    for part, tensors in expected.tensors.items():
+        assert [name for name, value in tensors.items() if not torch.equal(value, found.tensors[part][name])] == [], part
+    assert found.state["incidents"] == expected.state["incidents"]
+    names = ("step", "train/loss", "train/grad_norm", "eval/loss")
+    logged = [[[line.get(name) for name in names] for line in metrics(path)] for path in (folder, other)]
+    assert logged[0] == logged[1]
+
+
+def one_of_four_killed(command: Sequence[str], whole: Path, folder: Path) -> None:
+    """The other three end soon and say why; the same command goes on from the last save, to the bit."""
+    before = time.monotonic()
+    ended = train(command, folder, 4, fault_rank=2, fault="train-step:kill:6")
+    assert ended == [2, 2, -signal.SIGKILL, 2], f"ended with {ended}"
+    assert time.monotonic() - before < PATIENCE_SECONDS / 2
+    assert "Rank 0 of 4 lost the others" in said(folder, 0) and "Traceback" not in said(folder, 0)
+    saved, skipped = store.newest_good(folder / "checkpoints")
+    assert saved is not None and not skipped and store.load(saved).step == 4
+    assert train(command, folder, 4) == [0] * 4, said(folder, 0)[-2000:]
+    assert_equal_bits(folder, whole)
+
+
+def poisoned_rank(command: Sequence[str], folder: Path, offset: int = 2 * 512) -> None:
+    """One rank's loss is NaN: all skip the step, all go back, all go on; and to the same end when one dies going back."""
+    calm, cut = folder.with_name(f"{folder.name}-calm"), folder.with_name(f"{folder.name}-cut")
+    assert train(command, calm, 2, fault_rank=1, fault=POISON) == [0, 0], said(calm, 0)[-2000:]
+    state = end(calm).state["incidents"]
+    assert (state["rollbacks"], state["data_offset"]) == (1, offset), state
+    assert said(calm, 0).count("Going back from step 10 to step-000000008") == 1 and said(calm, 1) == ""
+    if "parallel.type=fsdp" in command or command[0] == "grpo":
+        return
+    assert train(command, cut, 2, fault_rank=1, fault=f"{POISON},rollback:kill") == [2, -signal.SIGKILL]
+    assert train(command, cut, 2) == [0, 0]
+    assert_equal_bits(cut, calm)
+
+
+def poisoned_for_ever(command: Sequence[str], folder: Path) -> None:
+    """Every rank ends with 2, and rank 0 tells why, once."""
+    assert train(command, folder, 2, fault_rank=1, fault="train-loss:nan:9-") == [2, 2]
+    assert said(folder, 0).count("gone back 2 times already") == 1 and "lost the others" not in said(folder, 0)
+    assert said(folder, 1) == ""
+
+
+def zero_skips(command: Sequence[str], folder: Path) -> None:
+    """DeepSpeed leaves out a step whose gradient is not finite, in fp32 too."""
+    assert train(command, folder, 2, fault_rank=1, fault="train-loss:nan:5") == [0, 0], said(folder, 0)[-2000:]
+    assert sum(line.get("train/skipped_steps", 0) for line in metrics(folder)) == 1
+    assert all(torch.isfinite(value).all() for value in end(folder).tensors["model"].values())
+
+
+def interrupted(command: Sequence[str], folder: Path, *, twice: bool) -> None:
+    """Ctrl-C, as a terminal sends it to all ranks: once saves and leaves, twice leaves at once; nothing is torn."""
+    endless = [*command, *ENDLESS, *(LONG_STEP if twice else []), "--run", str(folder)]
+    children = start(functools.partial(main, endless), folder, 2)
+    try:
+        logs = [folder.with_suffix(f".rank{rank}.log") for rank in range(2)]
+        wait_for(lambda: (folder / "metrics.jsonl").exists() and (twice or (folder / "metrics.jsonl").stat().st_size > 0))
+        before = time.monotonic()
+        for child in children:
+            os.kill(child, signal.SIGINT)
+        wait_for(lambda: "SIGINT: finishing this step and saving" in logs[0].read_text())
+        if twice:
+            for child in children:
+                os.kill(child, signal.SIGINT)
+    except AssertionError:
+        for child in children:
+            os.kill(child, signal.SIGKILL)
+        raise
+    finally:
+        ended = codes(children)
+    assert time.monotonic() - before < STOP_SECONDS
+    told = said(folder, 0)
+    assert "Traceback" not in told, told
+    if twice:
+        # A rank that hears of the other's end before its own second signal says so, with its own code.
+        assert set(ended) <= {130, 2} and 130 in ended, f"ended with {ended}: {told}"
+        assert not (folder / "checkpoints").exists()
+        return
+    assert ended == [130, 130] and "Stopped and saved" in told, f"ended with {ended}: {told}"
+    saved, skipped = store.newest_good(folder / "checkpoints")
+    assert saved is not None and not skipped and store.load(saved).step >= metrics(folder)[-1]["step"]
+
+
+def wait_for(condition) -> None:  # type: ignore[no-untyped-def]
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not condition():
+        assert time.monotonic() < deadline, "the run did not get that far"
+        time.sleep(0.01)
+
+
+def run_all(recipe: str, grpo: list[str], root: Path) -> None:
+    intervals = ["total_tokens=6144", "save_every_tokens=2048", "eval_every_tokens=3072"]
+    command = ["pretrain", recipe, "batch_tokens=512", *intervals, "max_skipped_steps=2", "parallel.type=ddp"]
+    with contextlib.redirect_stdout(io.StringIO()):  # reads the recipe once for every fork
+        main([*command, "--dry-run"])
+    whole = root / "whole"
+    assert train(command, whole, 4) == [0] * 4, said(whole, 0)[-2000:]
+    report("one of four killed", functools.partial(one_of_four_killed, command, whole, root / "killed"))
+    for strategy in ("ddp", "fsdp"):
+        sharing = [*command, f"parallel.type={strategy}"]
+        report(f"poisoned {strategy}", functools.partial(poisoned_rank, sharing, root / f"poisoned-{strategy}"))
+    report("poisoned grpo", functools.partial(poisoned_rank, grpo, root / "poisoned-grpo", offset=2))
+    report("poisoned for ever", functools.partial(poisoned_for_ever, command, root / "for-ever"))
+    for twice in (False, True):
+        report(f"ctrl-c {twice}", functools.partial(interrupted, command, root / f"interrupted-{twice}", twice=twice))
+    if importlib.util.find_spec("deepspeed"):
+        for stage in (1, 3):
+            zero = [*command, "parallel.type=deepspeed", f"parallel.stage={stage}"]
+            report(f"ZeRO {stage}", functools.partial(zero_skips, zero, root / f"zero-{stage}"))
+
+
+if __name__ == "__main__":
+    pretrain, grpo, start_of_grpo, folder = sys.argv[1:]
+    resilient = ["max_skipped_steps=2", "parallel.type=ddp"]
+    run_all(pretrain, ["grpo", grpo, f"init_from={start_of_grpo}", *resilient], Path(folder))

@@ -1,0 +1,176 @@
+"""Sick curves are told in time, healthy ones never; what was said is not said again; a replay gives the same."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from osler.monitor.alerts import PAUSE, Alert, Watch, replayed
+from osler.monitor.history import (
+    CLIPPED,
+    CUT,
+    DATA_TIME,
+    DEAD_UNITS,
+    GRAD_NORM,
+    LAYER_NORM,
+    LOSS,
+    LR,
+    MEMORY,
+    REWARD,
+    STAGE,
+    STEP_TIMES,
+    Facts,
+)
+
+FACTS = Facts(lr=2.5e-3, clip_norm=1.0, warmup_tokens=40_000, vocab_size=2048, loader_workers=1, max_new_tokens=48)
+TOKENS, STEPS = 4096, 10  # of a step; in a line
+GIB = 2**30
+Line = dict[str, float]
+
+
+def healthy(lines: int, *, noise: float = 0.02, floor: float = 1.0, decay: float = 1.0, seed: int = 0) -> Iterator[Line]:
+    """A pretraining run: a power law over a floor, noise by line, a norm that settles, memory that is full after a while."""
+    draw = random.Random(seed)
+    for n in range(1, lines + 1):
+        warmup = min(1.0, n / 4)
+        yield {
+            LOSS: (floor + (7.6 - floor) * n**-0.45) * (1 + noise * draw.gauss(0, 1)),
+            LR: FACTS.lr * warmup * (1 - decay * n / lines),
+            GRAD_NORM: (0.35 + 0.6 / n) * math.exp(0.25 * draw.gauss(0, 1)),
+            SKIPPED: 0.0,
+            CLIPPED: 0.3 if n < 10 else 0.05,
+            **dict.fromkeys(STEP_TIMES, 30.0),
+            DATA_TIME: 2.0,
+            MEMORY[0]: 2 * GIB * (1 - 0.3 * math.exp(-n / 4)) + draw.gauss(0, 1e6),
+            f"{DEAD_UNITS}0": 0.1 * draw.random(),
+            f"{LAYER_NORM}0": 0.1,
+        }
+
+
+def told(lines: Iterator[Line] | list[Line], facts: Facts = FACTS) -> dict[str, int]:
+    """Names of the alerts of a curve, each with the line at which it was said first."""
+    found: dict[str, int] = {}
+    watch = Watch(facts)
+    for number, line in enumerate(lines, start=1):
+        for alert in watch.look(number * STEPS, number * STEPS * TOKENS, line):
+            assert "\n" not in alert.message and alert.step == number * STEPS
+            found.setdefault(alert.name, number)
+    return found
+
+
+def sick(change: Callable[[int, Line], Line], lines: int = 200, **shape: float) -> dict[str, int]:
+    """What is told of a healthy curve to which ``change(lines since line 60, line)`` is done from line 61 on."""
+    return told([line if n < 60 else line | change(n - 59, line) for n, line in enumerate(healthy(lines, **shape))])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize(
+    ("lines", "noise", "floor"),
+    [(40, 0.02, 1.0), (500, 0.02, 1.7), (150, 0.09, 0.15), (1000, 0.01, 2.8)],
+    ids=["quickstart", "long", "noisy fine-tuning", "very long"],
+)
+def test_healthy_runs_are_left_alone(lines, noise, floor, seed):
+    assert told(healthy(lines, noise=noise, floor=floor, seed=seed)) == {}
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_constant_learning_rate_is_no_reason_for_an_alert(seed):
+    assert told(healthy(500, decay=0.0, seed=seed)) == {}
+
+
+def test_a_memorised_loss_is_left_alone():
+    lines = [line | {LOSS: 0.01, GRAD_NORM: 1e-4, LR: 1e-3} for line in healthy(200)]
+    assert told(lines) == {}
+
+
+@pytest.mark.parametrize(
+    ("change", "name", "within"),
+    [
+        (lambda n, line: {GRAD_NORM: 8.0}, "exploding-gradient", 3),
+        (lambda n, line: {GRAD_NORM: 500.0} if n == 1 else {}, "exploding-gradient", 1),
+        (lambda n, line: {GRAD_NORM: line[GRAD_NORM] * 1.08**n}, "exploding-gradient", 40),
+        (lambda n, line: {GRAD_NORM: line[GRAD_NORM] * 1e-3}, "vanishing-gradient", 3),
+        (lambda n, line: {GRAD_NORM: line[GRAD_NORM] * 0.5**n}, "vanishing-gradient", 12),
+        (lambda n, line: {LOSS: line[LOSS] * 1.02**n}, "learning-rate", 20),
+        (lambda n, line: {LOSS: line[LOSS] + 3.0}, "learning-rate", 4),
+        (lambda n, line: {LOSS: line[LOSS] + 0.5 * (-1) ** n}, "swinging-loss", 15),
+        (lambda n, line: {CLIPPED: 1.0}, "always-clipped", 30),
+        (lambda n, line: {f"{DEAD_UNITS}0": 0.7}, "dead-layers", 1),
+        (lambda n, line: {f"{LAYER_NORM}0": 0.0}, "dead-layer-gradient", 1),
+        (lambda n, line: {MEMORY[0]: line[MEMORY[0]] + n * 10 * 2**20}, "memory-growth", 40),
+        (lambda n, line: {MEMORY[1]: 4 * GIB + n * 2**20 * 5}, "memory-growth", 130),
+        (lambda n, line: {DATA_TIME: 60.0}, "starved-loader", 5),
+        (lambda n, line: {CUT: 0.95}, "cut-completions", 1),
+        (lambda n, line: {REWARD: 0.0}, "no-reward", 5),
+    ],
+)  # fmt: skip
+def test_a_sick_curve_is_told_within_so_many_lines(change, name, within):
+    found = sick(change)
+    assert found.keys() <= {name, "stalled-loss"} and 60 < found[name] <= 60 + within, found
+
+
+def test_a_run_that_learns_nothing_is_told_when_the_warmup_is_over():
+    lines = [line | {LOSS: 7.62 + 0.01 * (n % 3)} for n, line in enumerate(healthy(30))]
+    assert told(lines) == {"learning-rate": 5}
+    assert told(lines, Facts(lr=1e-3, clip_norm=1.0)) == {}, "without a vocabulary there is nothing to compare with"
+
+
+def test_a_plateau_is_told_before_the_run_has_doubled_and_never_when_the_rate_is_spent():
+    def flat(lr: float) -> list[Line]:
+        return [line | ({} if n < 100 else {LOSS: 1.8 + 0.01 * ((7 * n) % 5 - 2), LR: lr}) for n, line in enumerate(healthy(240))]
+
+    assert told(flat(FACTS.lr)).keys() == {"stalled-loss"} and told(flat(FACTS.lr))["stalled-loss"] < 200
+    assert told(flat(FACTS.lr / 20)) == {}
+
+
+def test_neither_a_jump_of_memory_nor_a_new_stage_is_an_alert():
+    assert sick(lambda n, line: {MEMORY[0]: line[MEMORY[0]] + GIB}) == {}
+    staged = [line | {STAGE: 1.0} for line in healthy(60)]
+    staged += [line | {STAGE: 2.0, LOSS: line[LOSS] + 2.0, GRAD_NORM: line[GRAD_NORM] * 6} for line in healthy(60)]
+    assert told(staged) == {}
+
+
+def test_a_policy_that_rarely_has_a_gradient_or_a_few_rewards_among_penalties_is_left_alone():
+    rare = [{GRAD_NORM: 1.3 if n % 9 == 0 else 0.0, REWARD: 0.01, CUT: 0.1} for n in range(120)]
+    penalised = [{REWARD: -0.2, "reward_std": 0.3, "answer/correct_frac": 0.1} for _ in range(40)]
+    assert told(rare) == {} and told(penalised) == {}
+
+
+def test_the_message_names_number_cause_and_remedy():
+    (alert,) = Watch(FACTS).look(10, 1000, {f"{DEAD_UNITS}3": 0.634})
+    assert alert.severity == "critical"
+    assert "63% of the feed-forward units in layer 3" in alert.message
+    assert "optim.lr=0.00083 (now 0.0025)" in alert.message
+
+
+def test_what_was_said_is_said_again_after_a_pause_or_when_it_gets_worse():
+    watch = Watch(FACTS)
+    said = [n for n in range(1, 401) if watch.look(n, n, {SKIPPED: 1.0 if n < 350 else 9.0})]
+    assert said == [1, 1 + PAUSE, 1 + 3 * PAUSE, 350]
+
+
+def test_values_that_are_no_numbers_are_no_values():
+    lines = [line | {LOSS: math.nan, GRAD_NORM: math.inf, LR: None} for line in healthy(80)]  # type: ignore[dict-item]
+    assert told(lines) == {}
+
+
+def test_a_replay_of_the_file_goes_on_as_if_nothing_had_happened(tmp_path):
+    lines = list(healthy(200))
+    for n, line in enumerate(lines):
+        line.update({GRAD_NORM: 9.0} if n > 80 else {}, **({LOSS: 2.5} if n > 50 else {}))
+    lines[90][LOSS] = math.nan
+
+    def look(watch: Watch, first: int, last: int) -> list[Alert]:
+        return [a for n in range(first, last) for a in watch.look(n, n * TOKENS * STEPS, lines[n])]
+
+    whole, path = Watch(FACTS), tmp_path / "metrics.jsonl"
+    look(whole, 0, 120)
+    written = [{"step": n, "tokens": n * TOKENS * STEPS, "time": 1.0, **line} for n, line in enumerate(lines[:120])]
+    path.write_text("".join(json.dumps(line).replace("NaN", "null") + "\n" for line in written), encoding="utf-8")
+    resumed = replayed(FACTS, path)
+    expected = look(whole, 120, 200)
+    assert expected and look(resumed, 120, 200) == expected

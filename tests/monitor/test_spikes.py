@@ -1,0 +1,94 @@
+"""A spike is told from noise, and nothing that is no usual loss changes what is usual."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+
+import pytest
+
+from osler.monitor.config import SpikeConfig
+from osler.monitor.spikes import SpikeWindow, robust_z
+
+CONFIG = SpikeConfig(threshold=8.0, window_steps=20)
+
+
+def usual(count: int, seed: int = 0, level: float = 3.0) -> list[float]:
+    rng = random.Random(seed)
+    return [level + rng.gauss(0.0, 0.1) for _ in range(count)]
+
+
+def test_the_score_is_that_of_the_formula() -> None:
+    """Median 3; distances 2, 1, 0, 1, 97 have the median 1."""
+    score, median = robust_z(13.0, [1.0, 2.0, 3.0, 4.0, 100.0])
+    assert median == 3.0
+    assert score == pytest.approx(10.0 / 1.4826)
+
+
+def test_noise_and_a_falling_loss_are_no_spikes() -> None:
+    for seed in range(5):
+        window = SpikeWindow(CONFIG)
+        losses = [8.0 * 0.99**step + noise for step, noise in enumerate(usual(500, seed, level=0.0))]
+        assert [step for step, loss in enumerate(losses) if window.observe(loss)] == []
+
+
+def test_a_jump_is_a_spike_and_does_not_become_usual() -> None:
+    window = SpikeWindow(CONFIG)
+    assert not any(window.observe(loss) for loss in usual(20))
+    spikes = [window.observe(9.0) for _ in range(3)]
+    assert [spike.in_a_row for spike in spikes if spike] == [1, 2, 3]
+    assert len({spike[:2] for spike in spikes if spike}) == 1, "a spike changed what is usual"
+    assert spikes[0] is not None and spikes[0].deviations > 8.0 and spikes[0].median == pytest.approx(3.0, abs=0.1)
+    assert window.observe(3.0) is None
+    again = window.observe(9.0)
+    assert again is not None and again.in_a_row == 1
+
+
+def test_values_that_are_not_finite_are_not_seen() -> None:
+    window, other = SpikeWindow(CONFIG), SpikeWindow(CONFIG)
+    for loss in usual(30):
+        window.observe(loss)
+        other.observe(loss)
+        assert window.observe(math.nan) is window.observe(math.inf) is window.observe(-math.inf) is None
+    assert window.state() == other.state()
+
+
+def test_nothing_is_judged_before_half_a_window() -> None:
+    window = SpikeWindow(CONFIG)
+    assert [window.observe(loss) for loss in usual(9)] == [None] * 9
+    assert window.observe(50.0) is None  # the tenth
+
+
+def test_a_loss_that_stands_still_has_no_spikes_of_rounding() -> None:
+    window = SpikeWindow(CONFIG)
+    assert not any(window.observe(0.0) for _ in range(20))
+    assert window.observe(1e-6) is None
+    assert window.observe(0.1) is not None
+
+
+def test_a_loss_that_stays_up_is_a_new_level() -> None:
+    window = SpikeWindow(CONFIG)
+    for loss in usual(20):
+        window.observe(loss)
+    judged = [window.observe(loss) is not None for loss in usual(30, seed=1, level=5.0)]
+    assert judged == [True] * 10 + [False] * 20
+    assert window.observe(9.0) is not None
+
+
+def test_what_is_remembered_goes_through_json() -> None:
+    losses = [*usual(25), 9.0, 9.1, *usual(10, seed=2), 11.0]
+    whole = SpikeWindow(CONFIG)
+    expected = [whole.observe(loss) for loss in losses]
+    assert sum(spike is not None for spike in expected) == 3
+    for cut in range(len(losses)):
+        first, second = SpikeWindow(CONFIG), SpikeWindow(CONFIG)
+        found = [first.observe(loss) for loss in losses[:cut]]
+        second.restore(json.loads(json.dumps(first.state())))
+        assert found + [second.observe(loss) for loss in losses[cut:]] == expected
+
+
+@pytest.mark.parametrize(("fields", "message"), [({"threshold": 0}, "threshold"), ({"window_steps": 3}, "window_steps")])
+def test_settings_that_cannot_be(fields: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SpikeConfig(**fields)  # type: ignore[arg-type]

@@ -1,0 +1,133 @@
+"""Runs side by side: what they share is overlaid, what differs is named, and what does not compare is refused."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from osler.cli import main
+from osler.errors import UserError
+from osler.report.compare import build_comparison
+
+MakeRun = Callable[..., Path]
+
+
+@pytest.fixture
+def make_run(tmp_path: Path) -> MakeRun:
+    """A run of some steps, with a config and other files by name."""
+
+    def make(
+        name: str, *, steps: int = 40, config: str = "kind: pretrain\n", metrics: tuple[str, ...] = ("train/loss",),
+        **more: object,
+    ) -> Path:  # fmt: skip
+        folder = tmp_path / name
+        folder.mkdir(parents=True)
+        (folder / "config.yaml").write_text(config, encoding="utf-8")
+        rows = [
+            {"step": step, "tokens": 512 * step, "time": 1e6 + step, **{metric: 2.0 + 1 / step for metric in metrics}}
+            for step in range(1, steps + 1)
+        ]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        for file, content in more.items():
+            (folder / f"{file}.json").write_text(json.dumps(content), encoding="utf-8")
+        return folder
+
+    return make
+
+
+def row(text: str, what: str) -> list[str]:
+    (found,) = [line for line in text.splitlines() if line.startswith(what)]
+    return re.split(r"\s{2,}", found[len(what) :].strip())
+
+
+def test_two_runs_are_overlaid_over_tokens(make_run: MakeRun, tmp_path: Path) -> None:
+    score = {"n": 500, "accuracy": 0.55, "correct": 275, "interval": [0.506, 0.593]}
+    a = make_run("a", config="kind: pretrain\nseed: 0\noptim: {lr: 0.01, type: adamw}\n", exams={"a": {"test": score}})
+    b = make_run("b", config="kind: pretrain\nseed: 0\noptim: {lr: 0.02, type: adamw}\ncurriculum: [{seq_len: 64}]\n", steps=20)
+    text, page = build_comparison([str(a), str(b)], tmp_path / "out.html")
+    assert (
+        row(text, "steps") == ["40", "20"]
+        and row(text, "tokens") == ["20,480", "10,240"]
+        and row(text, "time") == ["39 s", "19 s"]
+    )
+    assert row(text, "optim.lr") == ["0.01", "0.02"] and row(text, "curriculum") == ["–", '[{"seq_len": 64}]']
+    assert "seed" not in text and "optim.type" not in text
+    assert row(text, "exam on test, 95% interval") == ["55.0% (50.6% to 59.3%)", "–"]
+    html = page.read_text(encoding="utf-8")
+    assert "Loss: train: a from 3.000 at 512 tokens to 2.025 at 20,480 tokens; b from 3.000 at 512 tokens to 2.050 at" in html
+    assert html.count("<figure") == 1 and "0.02" in html and "55.0% (50.6% to 59.3%)" in html
+    assert "http://" not in html and "https://" not in html and "default-src 'none'" in html
+
+
+def test_the_page_is_well_formed_and_hostile_names_stay_text(make_run: MakeRun, tmp_path: Path) -> None:
+    evil = "<script>alert(1)<-script>"
+    folders = [make_run(evil, config=f"kind: pretrain\nnote: {json.dumps(evil)}\n"), make_run("b")]
+    _, page = build_comparison([str(f) for f in folders], tmp_path / "out.html")
+    opened: list[str] = []
+
+    class Checker(HTMLParser):
+        def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+            if tag not in {"meta", "link"}:
+                opened.append(tag)
+
+        def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+            pass
+
+        def handle_endtag(self, tag: str) -> None:
+            assert opened.pop() == tag
+
+    html = page.read_text(encoding="utf-8")
+    Checker().feed(html)
+    assert not opened and html.count("<script") == 1
+
+
+def test_other_kinds_share_what_they_share(make_run: MakeRun, tmp_path: Path) -> None:
+    a = make_run("a", metrics=("train/loss", "train/grad_norm", "perf/tokens_per_second"))
+    g = make_run("g", config="kind: grpo\n", metrics=("reward", "train/grad_norm"))
+    text, page = build_comparison([str(a), str(g)], tmp_path / "out.html")
+    html = page.read_text(encoding="utf-8")
+    assert re.findall(r"<h4>([^<]+?)(?: <small>.*?)?</h4>", html) == ["Gradient norm"]
+    assert row(text, "kind") == ["pretrain", "grpo"] and row(text, "reward, mean of the last tenth")[0] == "–"
+
+
+def test_stories_are_compared_stage_by_stage(make_run: MakeRun, tmp_path: Path) -> None:
+    for story, steps in (("one", 10), ("two", 20)):
+        for stage in ("sft", "pretrain"):
+            make_run(f"{story}/{stage}", steps=steps, config=f"kind: {stage}\n")
+        (tmp_path / story / "config.yaml").write_text("kind: quickstart\n", encoding="utf-8")
+    make_run("plain", config="kind: sft\n", steps=30)
+    text, page = build_comparison([str(tmp_path / name) for name in ("one", "two", "plain")], tmp_path / "out.html")
+    first, second = text.split("\n\n")[0], text.split("Supervised fine-tuning")[1]
+    assert first.startswith("Pretraining") and row(first, "steps") == ["10", "20"] and row(second, "steps") == ["10", "20", "30"]
+    html = page.read_text(encoding="utf-8")
+    assert html.index("<h2>Pretraining</h2>") < html.index("<h2>Supervised fine-tuning</h2>")
+
+
+def test_runs_of_one_name_are_told_by_their_path(make_run: MakeRun, tmp_path: Path) -> None:
+    folders = [str(make_run("x/run")), str(make_run("y/run"))]
+    text, _ = build_comparison(folders, tmp_path / "out.html")
+    assert folders[0] in text and folders[1] in text
+
+
+def test_what_does_not_compare_is_refused(make_run: MakeRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    a, story = make_run("a"), tmp_path / "story"
+    for stage in ("sft", "grpo"):
+        make_run(f"story/{stage}", config=f"kind: {stage}\n")
+    (story / "config.yaml").write_text("kind: quickstart\n", encoding="utf-8")
+    empty = make_run("empty", steps=0)
+    for folders, message in (
+        ([a], "2 to 8"), ([a, a], "given twice"), ([a, tmp_path], "not a run folder"), ([a, empty], "no metrics yet"),
+        ([a, story], "no stage in common"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=message):
+            build_comparison([str(folder) for folder in folders], tmp_path / "out.html")
+    assert not (tmp_path / "out.html").exists()
+    assert main(["compare", str(a), str(make_run("b")), "--out", str(tmp_path / "no" / "out.html")]) == 2
+    assert "cannot be written" in capsys.readouterr().err
+    assert main(["compare", str(a), str(tmp_path / "b"), "--out", str(tmp_path / "out.html")]) == 0
+    assert capsys.readouterr().out.rstrip().endswith("out.html")

@@ -1,0 +1,168 @@
+"""What monitoring adds to the page: the diary, families of metrics, and one chart for all layers of a metric."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from osler.monitor.metrics import METRICS
+from osler.report import svg
+from osler.report.charts import TOGETHER, bundle, charts_of
+from osler.report.diary import grave_in_words, happenings, marks_of
+from osler.report.families import OTHER, by_layer, family_of, layer_of
+from osler.report.findings import findings
+from osler.report.page import build_report
+from osler.report.read import Series, StageRun, read_run
+from osler.report.text import summary_text
+
+Bare = Callable[..., Path]
+
+
+def event(step: int, kind: str, name: str, message: str = "Said.", time: float = 1e6) -> dict[str, object]:
+    return {"step": step, "time": time + step, "kind": kind, "name": name, "message": message}
+
+
+def lines(*rows: dict[str, object]) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+DIARY = (
+    event(10, "alert", "exploding_gradient", "The norm is 4."),
+    event(20, "alert", "exploding_gradient", "The norm is 9."),
+    event(20, "alert", "exploding_gradient", "The norm is 9 again."),  # the step was made twice
+    event(25, "incident", "non_finite", "Step 25 was skipped."),
+    event(15, "rollback", "rollback", "Back to step 15."),
+    event(30, "data_change", "fingerprint", "Other data, as was allowed."),
+)
+
+
+@pytest.fixture
+def monitored(bare: Bare) -> Path:
+    """Forty layers, one of which leaves the others; a diary."""
+    rows = []
+    for step in range(1, 41):
+        row: dict[str, object] = {"step": step, "tokens": 1000 * step, "time": 1e6 + step, "train/loss": 3.0 - step / 40}
+        row |= {f"model/activation_rms/{n}": 1.0 + 0.01 * n + (n == 17) * step / 10 for n in range(40)}
+        row |= {f"grad/norm/{n}": 0.1 for n in range(40)} | {"grad/norm/embed": 0.5, "made_up/thing": 1.0}
+        row["perf/memory_allocated_bytes"] = 2_500_000_000
+        rows.append(row)
+    return bare(metrics_jsonl=lines(*rows), events_jsonl=lines(*DIARY) + '{"torn')
+
+
+def test_alike_events_are_one_happening_the_newest_first() -> None:
+    told = happenings(list(DIARY))
+    assert [(h.kind, h.steps) for h in told] == [
+        ("data_change", (30,)), ("rollback", (15,)), ("incident", (25,)), ("alert", (10, 20)),
+    ]  # fmt: skip
+    assert told[-1].message == "The norm is 9 again."
+    words = grave_in_words(list(DIARY))
+    assert [text.split(":")[0] for text in words] == ["Incident", "Rollback, step 15", "Alert"], "the gravest first"
+    assert words[2] == "Alert: exploding gradient, 2 times, at steps 10 and 20: The norm is 9 again."
+    assert {(step, css) for step, css, _ in marks_of(list(DIARY))} == {
+        (10, "alert"), (20, "alert"), (25, "incident"), (15, "rollback"), (30, "told"),
+    }  # fmt: skip
+
+
+def test_many_steps_are_not_all_named() -> None:
+    (text,) = grave_in_words([event(step, "alert", "stalled") for step in range(100, 120)])
+    assert "20 times, at steps 100, 101, …, 118 and 119" in text
+
+
+def test_the_page_tells_what_happened_and_marks_it_in_the_loss(monitored: Path) -> None:
+    text = build_report(monitored).read_text(encoding="utf-8")
+    section = text[text.index('<section id="happened"') :].split("</section>")[0]
+    assert section.count("<tr>") == 1 + 4 and "Other data, as was allowed." in section
+    assert section.index("Data change: fingerprint") < section.index("Rollback") < section.index("Alert: exploding gradient")
+    (loss,) = re.findall(r'<svg class="chart"(?:(?!</svg>).)*<title>Loss:.*?</svg>', text, re.S)
+    assert len(re.findall(r'class="mark (alert|incident|rollback|told)"', loss)) == 5
+    assert "<title>Incident: non finite at step 25</title>" in loss
+    assert text.count('class="mark alert"') == 2, "in the chart of the loss only"
+    found = findings(read_run(monitored))
+    assert found[0].endswith("step 25: Step 25 was skipped.") and len(found) == 3
+    assert "3 things" in text and "Watch: " in summary_text(monitored)
+
+
+def test_a_run_without_a_diary_has_no_such_section(quickstart: Path) -> None:
+    assert '<section id="happened"' not in build_report(quickstart).read_text(encoding="utf-8")
+
+
+def test_hostile_events_stay_text(bare: Bare) -> None:
+    evil = "</td><script>alert(1)</script>\" & '"
+    row = {"step": 1, "tokens": 1, "time": 1, "train/loss": 2.0}
+    events = [event(1, evil, evil, evil), {"step": evil, "kind": evil, "message": evil}]
+    folder = bare(metrics_jsonl=lines(row, {**row, "step": 2}), events_jsonl=lines(*events))
+    text = build_report(folder).read_text(encoding="utf-8")
+    assert text.count("<script") == 1
+
+
+def test_layers_share_one_chart_that_names_the_odd_one(monitored: Path) -> None:
+    text = build_report(monitored).read_text(encoding="utf-8")
+    assert text.count("<figure") == 6, "loss, two of layers, embed, memory, and the one of the plugin"
+    (drawing,) = re.findall(r"<title>(model/activation_rms by layer:[^<]*)</title>", text)
+    for layer in ("layer 0 from", "layer 20 from", "layer 39 from", "layer 17, farthest from the others from 1.270"):
+        assert layer in drawing
+    assert text.count('class="c5 area"') == 2 and "The grey area spans all 40 layers." in text
+    assert "Model health: 1 more curve" in text and "Gradients: 2 more curves" in text and "2.50 GB" in text
+    assert len(text) < 250_000, "forty layers must not make the page forty times as heavy"
+
+
+def test_the_farthest_layer_is_the_one_that_is_not_finite() -> None:
+    layers = {n: Series([1, 2], [1.0, 1.0 + n * n / 10]) for n in range(6)}
+    lines_, band = bundle(layers)
+    assert [line.label for line in lines_] == ["layer 0", "layer 3", "layer 5, farthest from the others"]
+    assert (list(band.x), list(band.low), list(band.high)) == ([1, 2], [1.0, 1.0], [1.0, 3.5])
+    layers[1] = Series([1, 2], [1.0, math.nan])
+    assert "layer 1, farthest from the others" in [line.label for line in bundle(layers)[0]]
+    lines_, band = bundle({0: Series([1], [math.nan])})
+    assert [line.label for line in lines_] == ["layer 0"] and not band.x
+
+
+def test_metrics_of_one_row_share_a_chart() -> None:
+    curves = {f"rewards/r{i}/mean": Series([1], [float(i)]) for i in range(10)}
+    _, rest = charts_of(StageRun("grpo", curves, {1: (1.0, 1.0)}), 0)
+    ((family, charts),) = rest
+    assert family.title == "Reinforcement learning"
+    assert [[line.label for line in drawn] for _, drawn, _ in charts] == [[f"r{i}" for i in range(8)], ["r8", "r9"]]
+    assert {line.colour for line in charts[0][1]} == set(range(8))
+
+
+def test_metrics_that_are_read_beside_one_another_share_a_chart() -> None:
+    curves = {f"perf/{part}_ms": Series([1], [1.0]) for part in ("data", "forward", "loading")}
+    ((family, charts),) = charts_of(StageRun("", curves, {1: (1.0, 1.0)}), 0)[1]
+    assert family.title == "Performance" and [spec.title for spec, _, _ in charts] == [
+        "Where a step's time goes",
+        "perf/loading_ms",
+    ]
+    assert [line.label for line in charts[0][1]] == ["data", "forward"]
+    for spec in TOGETHER:
+        assert len({family_of(row).title for row, _ in spec.lines}) == 1 and spec.good.endswith(".")
+
+
+def test_every_metric_of_the_table_has_a_family() -> None:
+    assert [name for name in METRICS if family_of(name) is OTHER] == []
+    assert family_of("train/grad_norm").title == "Gradients" and family_of("train/loss").title == "Quality"
+
+
+def test_layers_are_told_by_their_number() -> None:
+    assert layer_of("grad/norm/12") == ("grad/norm", 12) == layer_of("grad/norm/layer_12")
+    assert layer_of("grad/norm/embed") is None and layer_of("model/effective_rank/0.o_proj") is None
+    assert by_layer(["a/10", "b", "a/9"]) == (["b"], {"a": {9: "a/9", 10: "a/10"}})
+
+
+def test_a_band_and_marks_lie_where_the_axes_say() -> None:
+    line = svg.Line("a", [0, 10], [1.0, 3.0], 0)
+    band, marks = svg.Band([0, 10], [0.0, 0.0], [4.0, 4.0]), [(5, "alert", "<x>"), (11, "alert", "outside")]
+    drawing = svg.line_chart([line], title="T", band=band, marks=marks)
+    left, right, floor = svg.LEFT, svg.WIDTH - svg.RIGHT, svg.HEIGHT - svg.BOTTOM
+    assert f'<path class="c5 area" d="M{left} {svg.TOP} {right} {svg.TOP} {right} {floor} {left} {floor}Z"/>' in drawing
+    assert drawing.count('class="mark') == 1 and f'x1="{(left + right) / 2:.0f}"' in drawing and "&lt;x&gt;" in drawing
+
+
+def test_a_diary_without_metrics_is_told(bare: Bare) -> None:
+    text = build_report(bare(events_jsonl=lines(event(1, "incident", "non_finite", "At once.")))).read_text(encoding="utf-8")
+    assert "At once." in text[text.index('<section id="happened"') :].split("</section>")[0]

@@ -1,0 +1,160 @@
+"""Going back: which checkpoint, with which data, and what is said when there is no way back."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from osler.checkpoint import store
+from osler.errors import UserError
+from osler.monitor.config import SpikeConfig
+from osler.monitor.events import read_events
+from osler.runtime import faults
+from osler.train.incidents import last_good
+
+STEADY = {"keep_last": 9, "log_every_steps": 1, "save_every_tokens": 4 * 256}
+
+
+@pytest.fixture
+def broken(monkeypatch):
+    """A function that sets the fault of this process."""
+
+    def set_fault(spec: str) -> None:
+        faults.reset()
+        monkeypatch.setenv(faults.VARIABLE, spec)
+
+    return set_fault
+
+
+def logged(folder, name="train/loss"):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line[name] for line in lines if name in line}
+
+
+def test_the_run_is_the_one_whose_data_never_had_those_batches(make_trainer, broken, tmp_path):
+    """NaN in steps 6 and 7: back to step 4, and on with the eighth batch."""
+    clean = make_trainer(tmp_path / "clean", **STEADY)
+    batches = clean.batches
+
+    def without_three(step, skipped):
+        for number, batch in enumerate(batches(step, skipped)):
+            if number not in (4, 5, 6):
+                yield batch
+
+    clean.batches = without_three
+    assert clean.fit()
+    broken("train-loss:nan:6-7")
+    trainer = make_trainer(tmp_path / "run", max_skipped_steps=2, **STEADY)
+    assert trainer.fit()
+    assert (trainer.incidents.rollbacks, trainer.incidents.data_offset) == (1, 3 * 256)
+    found, expected = (store.load(store.resolve(tmp_path / name)).tensors for name in ("run", "clean"))
+    assert found["optimizer"].keys() == expected["optimizer"].keys()
+    for part, tensors in found.items():
+        assert all(torch.equal(value, expected[part][name]) for name, value in tensors.items()), part
+    assert logged(tmp_path / "run") == logged(tmp_path / "clean")
+
+
+def test_every_incident_is_in_the_diary(make_trainer, broken, tmp_path, capsys):
+    broken("train-loss:nan:6-7")
+    trainer = make_trainer(tmp_path, max_skipped_steps=2, **STEADY)
+    assert trainer.fit()
+    events = read_events(tmp_path / "events.jsonl")
+    assert [(event["kind"], event["name"], event["step"]) for event in events] == [
+        ("incident", "skipped-step", 6),
+        ("incident", "skipped-step", 7),
+        ("rollback", "rollback", 4),
+    ]
+    skipped, _, back = events
+    assert skipped["rows"] == [20, 23] and skipped["tokens"] == 6 * 256 and skipped["loss"] is skipped["grad_norm"] is None
+    assert skipped["lr"] == pytest.approx(logged(tmp_path, "train/lr")[6], rel=1e-6)
+    assert (back["from_step"], back["number"], back["data_offset"]) == (7, 1, 3 * 256)
+    said = " ".join(capsys.readouterr().err.split())
+    assert said.count("The gradient was not finite: the update was skipped") == 1
+    assert "Going back from step 7 to step-000000004 and on with the data after step 7 (rollback 1 of at most 2)." in said
+
+
+def test_one_bad_step_costs_itself(make_trainer, broken, tmp_path):
+    broken("train-loss:nan:6")
+    trainer = make_trainer(tmp_path, max_skipped_steps=2, **STEADY)
+    assert trainer.fit()
+    assert trainer.incidents.rollbacks == 0
+    assert sum(logged(tmp_path, "train/skipped_steps").values()) == 1 and logged(tmp_path)[6] is None
+    assert logged(tmp_path)[7] is not None
+
+
+def test_no_checkpoint_of_a_bad_moment_is_gone_back_to(make_trainer, broken, tmp_path):
+    """Step 8 is saved between two skipped steps: what it holds may be what makes them bad. Step 6 is saved for its evaluation."""
+    broken("train-loss:nan:8-9")
+    trainer = make_trainer(tmp_path, max_skipped_steps=2, **STEADY)
+    assert trainer.fit()
+    assert trainer.incidents.data_offset == (9 - 6) * 256
+    assert store.load(tmp_path / "checkpoints" / store.folder_name(8)).state["incidents"]["good_step"] == 8  # made again since
+
+
+def test_a_damaged_checkpoint_is_passed_by(make_trainer, tmp_path):
+    trainer = make_trainer(tmp_path, **STEADY)
+    assert trainer.fit()
+    root = tmp_path / "checkpoints"
+    assert last_good(root, None) is None
+    assert last_good(root, 12) == root / store.folder_name(12)
+    assert last_good(root, 11) == root / store.folder_name(8)
+    with open(root / store.folder_name(8) / "model.safetensors", "r+b") as file:
+        file.truncate(100)
+    assert last_good(root, 8) == root / store.folder_name(6)
+    shutil.rmtree(root / store.folder_name(6))
+    shutil.rmtree(root / store.folder_name(4))
+    assert last_good(root, 8) is None
+
+
+def test_without_end_it_is_an_error_that_says_everything(make_trainer, broken, tmp_path):
+    broken("train-loss:nan:6-")
+    trainer = make_trainer(tmp_path, max_skipped_steps=3, **STEADY)
+    with pytest.raises(UserError) as caught:
+        trainer.fit()
+    told = str(caught.value)
+    assert "The gradient was not finite for 3 steps in a row (steps 5 to 7); those steps changed nothing." in told
+    assert "The run has gone back 2 times already, of at most max_rollbacks=2." in told
+    assert "Before it: step 1: loss 6." in told and "step 4: loss 6." in told and "gradient norm" in told
+    # Steps 5 to 8, 5 to 7 and 5 to 7 of data: the last batch is the fourteenth.
+    assert "Step 7 had the learning rate 0.00" in told and "learned from rows 52 ... 55" in told
+    assert f"{tmp_path / 'events.jsonl'} has the others" in told and str(tmp_path / "checkpoints") in told
+    assert [event["kind"] for event in read_events(tmp_path / "events.jsonl")].count("rollback") == 2
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"save_every_tokens": 10**9, "eval_every_tokens": 10**9}, "There is no good checkpoint from before that to go back to"),
+        ({"max_rollbacks": 0}, "With max_rollbacks=0 a run does not go back"),
+    ],
+)
+def test_no_way_back(make_trainer, broken, tmp_path, fields, reason):
+    broken("train-loss:nan:6-")
+    with pytest.raises(UserError, match=reason):
+        make_trainer(tmp_path, **{**STEADY, "max_skipped_steps": 2, **fields}).fit()
+
+
+@pytest.mark.parametrize("action", ["report", "rollback"])
+def test_a_loss_that_spikes(make_trainer, tmp_path, capsys, action):
+    """The labels of one batch are scrambled beyond guessing: its loss is far above the others."""
+    spike = SpikeConfig(action=action, threshold=20.0, window_steps=6)
+    trainer = make_trainer(tmp_path, spike=spike, **STEADY)
+    loss = trainer.train_step.engine.loss
+    calls = []
+
+    def spiking(*batch):
+        calls.append(1)
+        return loss(*batch) * (9.0 if len(calls) == 9 else 1.0)
+
+    trainer.train_step.engine.loss = spiking
+    assert trainer.fit()
+    events = read_events(tmp_path / "events.jsonl")
+    assert (events[0]["kind"], events[0]["name"], events[0]["step"], events[0]["rows"]) == ("incident", "loss-spike", 9, [32, 35])
+    assert events[0]["deviations"] > 20 and events[0]["loss"] > 40
+    assert [event["kind"] for event in events[1:]] == (["rollback"] if action == "rollback" else [])
+    assert "Warning: step 9: The loss spiked" in capsys.readouterr().err
+    assert trainer.incidents.data_offset == (256 if action == "rollback" else 0)
+    assert (max(logged(tmp_path).values()) > 40) == (action == "report")

@@ -1,0 +1,188 @@
+"""The picture: what a run is, how far, whether it lives; within the terminal, and without anything that would upset it."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from osler.checkpoint import store
+from osler.model.config import ModelConfig
+from osler.monitor.events import EventLog
+from osler.report import format as fmt
+from osler.watch.frame import blocks, clean, columns, frame
+from osler.watch.state import DEAD_SECONDS, Watched, is_open
+
+NOW = 2_000_000.0
+CONFIG = "kind: pretrain\ntotal_tokens: 8000\nmodel: {num_layers: 2, hidden_size: 64, vocab_size: 512}\n"
+MakeRun = Callable[..., Path]
+
+
+@pytest.fixture
+def make_run(tmp_path: Path) -> MakeRun:
+    """A run folder whose newest trace is `ago` seconds before `NOW`."""
+
+    def make(name: str = "run", *, steps: int = 40, ago: float = 1.0, config: str = CONFIG, **metrics: float) -> Path:
+        folder = tmp_path / name
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.yaml").write_text(config, encoding="utf-8")
+        machine = {"device": "cpu", "dtype": "bfloat16"}
+        (folder / "versions.json").write_text(json.dumps({"machine": machine}), encoding="utf-8")
+        rows = [
+            {"step": s, "tokens": 100 * s, "time": NOW - ago - (steps - s) * 2.0, "train/loss": 4.0 - s / 20,
+             "train/grad_norm": 1.0, "perf/tokens_per_second": 50.0, "train/lr": 0.01, **metrics}
+            for s in range(1, steps + 1)
+        ]  # fmt: skip
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        age(folder, ago)
+        return folder
+
+    return make
+
+
+def age(folder: Path, ago: float) -> None:
+    for path in (*folder.rglob("*"), folder):
+        os.utime(path, (NOW - ago, NOW - ago))
+
+
+def picture(folder: Path, width: int = 100, height: int | None = None) -> str:
+    watched = Watched(folder)
+    watched.refresh()
+    return "\n".join(line.text for line in frame(watched, NOW, width, height))
+
+
+def save(folder: Path, step: int, ago: float, **state: object) -> None:
+    store.save(folder / "checkpoints", step, tensors={}, state={"step": step, **state}, files={}, keep_last=5)
+    age(folder, ago)
+
+
+def test_a_running_run(make_run: MakeRun) -> None:
+    text = picture(make_run(**{"model/activation_rms/0": 1.0, "model/activation_rms/1": 3.0}))
+    lines = text.splitlines()
+    parameters = fmt.count(ModelConfig(num_layers=2, hidden_size=64, vocab_size=512).num_parameters)
+    assert lines[0].endswith(f"run · pretrain · {parameters} parameters · cpu · bfloat16") and lines[1] == "running"
+    assert lines[2] == "step 40 · 4,000 of 8,000 tokens · 1 min 18 s so far · 1 min 19 s to go"
+    assert lines[3].endswith("50.0%") and lines[3].count("━") == lines[3].count("─") - 1
+    assert "loss 2.000" in text and "2.000 to 3.950" in text and "gradient norm 1.000" in text and "tokens/s 50" in text
+    assert "Model health: activation_rms 1.000 to 3.000 (most in layer 1)" in text
+    assert "\x1b" not in text
+
+
+@pytest.mark.parametrize(
+    ("ago", "saved", "steps", "expected"),
+    [
+        (1.0, None, 40, "running"),
+        (30.0, None, 40, "no sign of it for 30 s; nothing saved"),
+        (30.0, 40, 40, "no sign of it for 30 s; saved at step 40"),
+        (DEAD_SECONDS + 60, None, 40, "dead: no sign of it for 3 min 00 s; last line at step 40, nothing saved"),
+        (DEAD_SECONDS + 60, 20, 40, "dead: no sign of it for 3 min 00 s; last line at step 40, saved at step 20"),
+        (DEAD_SECONDS + 60, 40, 40, "stopped 3 min 00 s ago, saved at step 40"),
+        (DEAD_SECONDS + 60, 80, 80, "finished 3 min 00 s ago"),
+    ],
+)
+def test_what_silence_means(make_run: MakeRun, ago: float, saved: int | None, steps: int, expected: str) -> None:
+    folder = make_run(ago=ago, steps=steps)
+    if saved is not None:
+        save(folder, saved, ago)
+    text = picture(folder)
+    assert text.splitlines()[1] == expected
+    assert ("to go" in text) == (expected == "running")
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="only Linux shows which files a process has open")
+def test_a_silent_run_whose_log_is_open_runs(make_run: MakeRun) -> None:
+    folder = make_run(ago=DEAD_SECONDS + 60)
+    assert not is_open(folder / "metrics.jsonl")
+    with (folder / "metrics.jsonl").open("a"):
+        assert picture(folder).splitlines()[1] == "running, no sign of it for 3 min 00 s"
+
+
+def test_a_run_by_the_clock_takes_its_length_from_its_checkpoint(make_run: MakeRun) -> None:
+    folder = make_run(config=CONFIG + "max_minutes: 2\n")
+    assert "4,000 of 8,000 tokens · 1 min 18 s so far · 41 s to go" in picture(folder)
+    save(folder, 20, 1.0, tokens=2000, total_tokens=3900)  # planned anew since
+    assert picture(folder).splitlines()[1] == "running"
+    save(folder, 30, 1.0, tokens=3000, total_tokens=5000)
+    assert "4,000 of 5,000 tokens · 1 min 18 s so far · 19 s to go" in picture(folder)
+    save(folder, 40, 1.0, tokens=4000, total_tokens=4000)
+    assert picture(folder).splitlines()[1] == "finished 1.0 s ago"
+
+
+def test_grpo_counts_steps(make_run: MakeRun) -> None:
+    folder = make_run(config="kind: grpo\nsteps: 50\n", **{"reward": 0.5, "eval/test_accuracy": 0.25})
+    text = picture(folder)
+    assert "step 40 of 50 · 4,000 tokens · 1 min 18 s so far · 19 s to go" in text and "80.0%" in text
+    assert "reward 0.500" in text and "test accuracy 25.0%" in text and "Reinforcement learning: reward 0.500" in text
+
+
+def test_events_and_checkpoints_are_shown(make_run: MakeRun) -> None:
+    folder = make_run()
+    diary = EventLog(folder / "events.jsonl")
+    for step in range(1, 9):
+        diary.write(step, "alert", "stalled_loss", f"Number {step}.\nNext line \x1b[31m.")
+    for number in range(5):
+        diary.write(10, "note", f"note_{number}", "Noted.")
+    save(folder, 20, 1.0)
+    save(folder, 40, 1.0)
+    store.mark_best(folder / "checkpoints" / "step-000000020", "eval/loss", 1.0)
+    text = picture(folder, width=200)
+    assert text.count("Noted.") == 5 and "Number" not in text, "the newest"
+    diary.write(11, "alert", "stalled_loss", "Number 11.\nNext line \x1b[31m.")
+    text = picture(folder, width=200)
+    assert "Alert: stalled loss, 9 times, at steps 1, 2, …, 8 and 11: Number 11. Next line  [31m." in text
+    assert "checkpoints: step 40, 20 (best)" in text or "checkpoints: step 20 (best), 40" in text
+    assert "\x1b" not in text
+
+
+def test_a_quickstart_shows_the_stage_at_work_and_names_the_others(make_run: MakeRun, tmp_path: Path) -> None:
+    make_run("story/pretrain", ago=500.0, steps=80)
+    make_run("story/sft", ago=1.0, config=CONFIG.replace("pretrain", "sft"))
+    (tmp_path / "story" / "config.yaml").write_text("kind: quickstart\n", encoding="utf-8")
+    stages = [{"name": "pretrain", "seconds": 163.0, "what": "x"}]
+    (tmp_path / "story" / "stages.json").write_text(json.dumps(stages), encoding="utf-8")
+    lines = picture(tmp_path / "story").splitlines()
+    assert "story · quickstart · sft" in lines[0] and lines[1] == "running"
+    assert "pretrain 2 min 43 s   ▶ sft   grpo to come" in lines
+
+
+def test_a_folder_where_nothing_has_begun(tmp_path: Path, make_run: MakeRun) -> None:
+    watched = Watched(tmp_path / "new")
+    (tmp_path / "new").mkdir()
+    watched.refresh()
+    assert "nothing here yet" in frame(watched, NOW, 80)[1].text
+    (tmp_path / "new" / "config.yaml").write_text("kind: [torn")
+    watched.refresh()
+    assert "no metrics yet" in frame(watched, NOW, 80)[1].text
+    make_run("new")
+    watched.refresh()
+    assert "step 40" in frame(watched, NOW, 80)[2].text
+
+
+@pytest.mark.parametrize(("width", "height"), [(200, 60), (100, 30), (80, 24), (40, 12), (20, 5), (1, 1)])
+def test_the_picture_fits_the_terminal(make_run: MakeRun, width: int, height: int) -> None:
+    folder = make_run(**{f"rewards/a_rather_long_name_{i}/mean": 0.5 for i in range(12)})
+    EventLog(folder / "events.jsonl").write(3, "incident", "non_finite", "A long message. " * 30)
+    lines = picture(folder, width, height).split("\n")
+    assert len(lines) <= height and max(map(len, lines)) <= width
+    if height >= 12:
+        assert "running" in lines and any("█" in line for line in lines)
+
+
+def test_columns_are_means_with_straight_lines_between() -> None:
+    assert columns([(0, 1.0), (1, 3.0), (2, 5.0), (3, 7.0)], 2) == [2.0, 6.0]
+    assert columns([(0, 1.0), (10, 4.0)], 4) == [1.0, 2.0, 3.0, 4.0]
+    gap = columns([(0, 1.0), (1, math.nan), (2, 2.0)], 3)
+    assert gap[0] == 1.0 and math.isnan(gap[1]) and gap[2] == 2.0
+    assert columns([(7, 5.0)], 3) == [5.0, 5.0, 5.0]
+
+
+def test_blocks_rise_with_the_values() -> None:
+    assert blocks([0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0], 1) == ["▁▂▃▄▅▆▇█"]
+    assert blocks([0.0, 15.0, math.nan], 2) == [" █ ", "▁█ "]
+    assert blocks([math.nan, math.nan], 2) == ["  ", "  "]
+    assert blocks([2.0, 2.0], 1) == ["▄▄"]
+    assert clean("a\nb\x1b[2Jc\u202e") == "a b [2Jc "

@@ -1,0 +1,134 @@
+"""The terminal: one plain picture where nobody watches, a screen of its own where somebody does, and nothing left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from osler.cli import main
+from osler.watch.screen import ENTER, HOME, LEAVE
+
+pty = pytest.importorskip("pty", reason="terminals of this kind are Unix's")
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    (tmp_path / "config.yaml").write_text("kind: pretrain\ntotal_tokens: 1000\n", encoding="utf-8")
+    row = {"step": 1, "tokens": 100, "time": time.time(), "train/loss": 3.25}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
+    return tmp_path
+
+
+def test_without_a_terminal_one_plain_picture_is_printed(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["watch", str(run)]) == 0
+    plain = capsys.readouterr().out
+    assert "loss 3.250" in plain and "100 of 1,000 tokens" in plain and "\x1b" not in plain
+    assert main(["watch", str(run), "--once"]) == 0
+    assert "loss 3.250" in capsys.readouterr().out
+
+
+def test_what_cannot_be_watched_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["watch", str(tmp_path / "nowhere")]) == 2
+    assert "is no folder" in capsys.readouterr().err
+    assert main(["watch", str(tmp_path), "--every", "0"]) == 2
+    assert "above 0" in capsys.readouterr().err
+
+
+class Terminal:
+    """`osler watch` on a terminal of its own."""
+
+    def __init__(self, folder: Path, every: float) -> None:
+        import termios
+
+        self.end, other = pty.openpty()
+        termios.tcsetwinsize(other, (30, 100)) if hasattr(termios, "tcsetwinsize") else None
+        self.settings = termios.tcgetattr(other)
+        command = [sys.executable, "-m", "osler.cli", "watch", str(folder), "--every", str(every)]
+        environment = {**os.environ, "TERM": "xterm", "PYTHONIOENCODING": "utf-8"}
+        self.process = subprocess.Popen(command, stdin=other, stdout=other, stderr=other, env=environment, start_new_session=True)
+        self.other, self.seen = other, ""
+
+    def until(self, text: str, seconds: float = 60.0) -> str:
+        """Read on until a text shows up; returns what came up to it."""
+        import select
+
+        begun, deadline = len(self.seen), time.monotonic() + seconds
+        while text not in self.seen[begun:]:
+            assert time.monotonic() < deadline, f"{text!r} did not come: {self.seen!r}"
+            if select.select([self.end], [], [], 0.2)[0]:
+                self.seen += os.read(self.end, 1 << 16).decode("utf-8", "replace")
+        return self.seen[begun:]
+
+    def leave(self) -> int:
+        """Wait for the end, and see that the terminal is as it was."""
+        import termios
+
+        code = self.process.wait(60)
+        assert self.seen.count(ENTER) == self.seen.count(LEAVE), "the screen before is back, with its cursor"
+        assert self.seen.endswith(LEAVE)
+        assert termios.tcgetattr(self.other)[:6] == self.settings[:6], "keys are echoed again"
+        os.close(self.end)
+        os.close(self.other)
+        return code
+
+
+@pytest.mark.parametrize("way", ["ctrl-c", "q", "sigterm"])
+def test_the_terminal_is_left_as_it_was(run: Path, way: str) -> None:
+    terminal = Terminal(run, every=30.0)
+    assert terminal.until("so far").startswith(ENTER + HOME)
+    if way == "q":
+        os.write(terminal.end, b"q")
+    else:
+        terminal.process.send_signal(signal.SIGINT if way == "ctrl-c" else signal.SIGTERM)
+    terminal.until(LEAVE)
+    assert terminal.leave() == (143 if way == "sigterm" else 0)
+
+
+def test_a_pause_gives_the_terminal_back_for_its_time(run: Path) -> None:
+    terminal = Terminal(run, every=0.2)
+    terminal.until("so far")
+    terminal.process.send_signal(signal.SIGTSTP)
+    assert ENTER not in terminal.until(LEAVE).partition(LEAVE)[0]
+    os.waitid(os.P_PID, terminal.process.pid, os.WSTOPPED)
+    terminal.process.send_signal(signal.SIGCONT)
+    terminal.until(ENTER)
+    terminal.until("so far")
+    terminal.process.send_signal(signal.SIGINT)
+    terminal.until(LEAVE)
+    assert terminal.leave() == 0
+
+
+def test_a_run_that_is_about_to_begin_is_waited_for(run: Path) -> None:
+    folder = run / "later"
+    terminal = Terminal(folder, every=0.1)
+    terminal.until("nothing here yet")
+    folder.mkdir()
+    (run / "metrics.jsonl").rename(folder / "metrics.jsonl")
+    terminal.until("loss 3.250")
+    os.write(terminal.end, b"q")
+    terminal.until(LEAVE)
+    assert terminal.leave() == 0
+
+
+def test_the_picture_follows_the_run_and_the_size_of_the_terminal(run: Path) -> None:
+    termios = pytest.importorskip("termios")
+    terminal = Terminal(run, every=0.1)
+    terminal.until("loss 3.250")
+    with (run / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"step": 2, "tokens": 200, "time": time.time(), "train/loss": 1.5}) + "\n")
+    terminal.until("loss 1.500")
+    if hasattr(termios, "tcsetwinsize"):  # Python 3.11
+        termios.tcsetwinsize(terminal.other, (2, 20))
+        terminal.until("\x1b[J")
+        picture = terminal.until("\x1b[J").rpartition(HOME)[2]
+        assert picture.count("\r\n") <= 1
+    terminal.process.send_signal(signal.SIGINT)
+    terminal.until(LEAVE)
+    assert terminal.leave() == 0
