@@ -15,13 +15,12 @@ import json
 import os
 import platform
 import statistics
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+from measuring import measured, publish
+
 CONTESTANTS = ("adamw", "muon", "torch_muon")
 WARMUP_STEPS, TIMED_STEPS = 3, 12
 
@@ -79,14 +78,8 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
 
 def fresh(contestant: str, args: argparse.Namespace) -> dict[str, float]:
     """Measure one contestant in a process of its own."""
-    command = [sys.executable, __file__, "--contestant", contestant, "--recipe", args.recipe, "--dtype", args.dtype]
-    command += ["--device", args.device]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(args.threads)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{contestant} failed:\n{done.stderr[-3000:]}")
-    result: dict[str, float] = json.loads(done.stdout.strip().splitlines()[-1])
-    return result
+    arguments = [__file__, "--contestant", contestant, "--recipe", args.recipe, "--dtype", args.dtype]
+    return measured([*arguments, "--device", args.device], threads=args.threads)
 
 
 def main() -> None:
@@ -122,10 +115,7 @@ def main() -> None:
         "median_step_milliseconds": {name: statistics.median(each) for name, each in milliseconds.items()},
         "torch_muon_over_muon": {"median": statistics.median(ratios), "each": ratios},
     }
-    text = json.dumps(result, indent=2)
-    print(text)
-    if args.out:
-        args.out.write_text(text + "\n")
+    publish(result, args.out)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ import os
 import platform
 import resource
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -28,7 +27,8 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+from measuring import measured, publish
+
 MODES = ("off", "selective", "full")
 WARMUP_STEPS = 1
 
@@ -106,12 +106,7 @@ def measure(mode: str, args: argparse.Namespace) -> dict[str, float]:
 
 def fresh(mode: str, argv: list[str], threads: int) -> dict[str, float]:
     """Measure one mode in a process of its own."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(threads)}
-    done = subprocess.run([sys.executable, __file__, *argv, "--mode", mode], env=environment, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{mode} failed:\n{done.stderr[-3000:]}")
-    result: dict[str, float] = json.loads(done.stdout.strip().splitlines()[-1])
-    return result
+    return measured([__file__, *argv, "--mode", mode], threads=threads)
 
 
 def main() -> None:
@@ -153,10 +148,7 @@ def main() -> None:
             for mode in MODES[1:]
         },
     }
-    text = json.dumps(result, indent=2)
-    print(text)
-    if args.out:
-        args.out.write_text(text + "\n")
+    publish(result, args.out)
 
 
 if __name__ == "__main__":

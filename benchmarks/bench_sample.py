@@ -17,13 +17,13 @@ import json
 import os
 import platform
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+from measuring import measured, publish
+
 MODELS: dict[str, dict[str, int]] = {
     "tiny": {"layers": 4, "width": 128, "inner": 384, "heads": 4, "kv_heads": 2, "vocab": 2048},
     "small": {"layers": 6, "width": 256, "inner": 704, "heads": 8, "kv_heads": 2, "vocab": 4096},
@@ -138,13 +138,7 @@ def measure(contestant: str, shape: dict[str, int], dtype_name: str, workload: s
 
 
 def in_fresh_process(contestant: str, model: str, dtype: str, workload: str, threads: int) -> dict[str, float]:
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT), "TRANSFORMERS_VERBOSITY": "error"}
-    command = [sys.executable, str(Path(__file__).resolve()), "--child", contestant, model, dtype, workload]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{contestant} failed on {model} {dtype} {workload}:\n{done.stderr}")
-    measured: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return measured
+    return measured([__file__, "--child", contestant, model, dtype, workload], threads=threads, TRANSFORMERS_VERBOSITY="error")
 
 
 def compare(model: str, dtype: str, workload: str, rounds: int, threads: int, compiled: bool) -> dict[str, Any]:
@@ -222,10 +216,7 @@ def main() -> None:
         "models": {name: MODELS[name] for name in asked.models},
         "results": results,
     }
-    text = json.dumps(report, indent=2)
-    print(text)
-    if asked.out:
-        asked.out.write_text(text + "\n")
+    publish(report, asked.out)
 
 
 if __name__ == "__main__":

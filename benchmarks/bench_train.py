@@ -9,8 +9,9 @@ so the comparison is of the models and their losses.
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
+
+from measuring import publish
 
 from osler.bench.run import compare
 from osler.config import decode, load_recipe, parse_overrides
@@ -45,10 +46,7 @@ def main() -> None:
     recipe, shape = SHAPES[args.shape]
     overrides = [*shape.split(), f"precision={args.precision}"]
     config = decode(TrainConfig, load_recipe(recipe, overrides) if recipe else parse_overrides(overrides))
-    text = json.dumps(compare(config, args.shape, peers=args.peer, rounds=args.rounds, steps=args.steps), indent=2)
-    print(text)
-    if args.out:
-        args.out.write_text(text + "\n")
+    publish(compare(config, args.shape, peers=args.peer, rounds=args.rounds, steps=args.steps), args.out)
 
 
 if __name__ == "__main__":

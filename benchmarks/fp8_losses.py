@@ -11,16 +11,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
-import subprocess
-import sys
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+from measuring import in_fresh_python, publish
+
 TARGET = 0.02
 
 
@@ -39,11 +37,7 @@ def losses(precision: str, args: argparse.Namespace, batch_tokens: int, folder: 
         "compile": "always",
     }
     options = [*(f"{key}={value}" for key, value in fixed.items()), *args.overrides, "--run", str(folder)]
-    command = [sys.executable, "-m", "osler.cli", "pretrain", *([args.recipe] if args.recipe else []), *options]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{precision} failed:\n{done.stderr[-3000:]}")
+    in_fresh_python(["-m", "osler.cli", "pretrain", *([args.recipe] if args.recipe else []), *options])
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [line["train/loss"] for line in lines if "train/loss" in line]
 
@@ -80,10 +74,7 @@ def main() -> None:
         "last_loss": {"bf16": bf16[-1], "fp8": fp8[-1]},
         "losses": {"bf16": bf16, "fp8": fp8},
     }
-    text = json.dumps(result, indent=2)
-    print(text)
-    if args.out:
-        args.out.write_text(text + "\n")
+    publish(result, args.out)
 
 
 if __name__ == "__main__":

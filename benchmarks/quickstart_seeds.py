@@ -12,26 +12,22 @@ import json
 import os
 import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+from measuring import in_fresh_python, publish
 
 
 def one_seed(seed: int, folder: Path) -> dict[str, Any]:
     """Run the quickstart with one seed and read what it left."""
     run = folder / f"seed-{seed}"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TORCHINDUCTOR_CACHE_DIR": str(folder / f"cache-{seed}")}
-    command = [sys.executable, "-m", "osler.cli", "quickstart", "--run", str(run), f"seed={seed}"]
+    command = ["-m", "osler.cli", "quickstart", "--run", str(run), f"seed={seed}"]
     started = time.monotonic()
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    in_fresh_python(command, TORCHINDUCTOR_CACHE_DIR=str(folder / f"cache-{seed}"))
     seconds = time.monotonic() - started
-    if done.returncode:
-        raise SystemExit(f"seed {seed} failed:\n{done.stderr[-3000:]}")
     exams, comparison = (json.loads((run / name).read_text()) for name in ("exams.json", "comparison.json"))
     return {
         "seed": seed,
@@ -78,10 +74,7 @@ def main() -> None:
         "mean_grpo_gain": {split: mean_gain([row["grpo"][split] for row in rows]) for split in splits},
         "seeds": rows,
     }
-    text = json.dumps(result, indent=2)
-    print(text)
-    if args.out:
-        args.out.write_text(text + "\n")
+    publish(result, args.out)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+from measuring import ROOT, publish
 
 
 def train(files: Sequence[Path], overrides: Sequence[str]) -> dict[str, Any]:
@@ -63,10 +63,7 @@ def main() -> None:
     parser.add_argument("--set", nargs="*", default=[], metavar="key=value", help="overrides of the recipe")
     parser.add_argument("--out", type=Path, help="also write the JSON here")
     args = parser.parse_args()
-    text = json.dumps(train(args.files, args.set), indent=2)
-    print(text)
-    if args.out:
-        args.out.write_text(text + "\n")
+    publish(train(args.files, args.set), args.out)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 from osler.errors import UserError
 from osler.runtime.log import complain
+from osler.runtime.world import is_teller_unconnected
 from osler.verbs import VERBS, Verb
 
 EXIT_CODES = """\
@@ -31,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except UserError as error:
-        complain(f"osler: {error}")
+        complain(f"osler: {error}", is_teller_unconnected(str(error)) if error.teller is None else error.teller)
         return 2
     except KeyboardInterrupt:
         complain("osler: interrupted")

@@ -1,14 +1,27 @@
-"""The verbs of the command line: their options, what each calls, one table. Nothing heavy is imported before one runs."""
+"""The verbs of the command line: what each calls, one table. Nothing heavy is imported before one runs."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
-from osler.errors import UserError
-
-Option = tuple[tuple[str, ...], dict[str, Any]]
+from osler.options import (
+    CHECKPOINT,
+    EVAL_HELP,
+    OVERRIDES,
+    RECIPE,
+    RUN,
+    RUN_FOLDER,
+    SAMPLING,
+    WATCH_HELP,
+    Option,
+    only_overrides,
+    option,
+    run_folder,
+    sampling,
+    split_items,
+)
 
 
 class Verb(NamedTuple):
@@ -20,76 +33,6 @@ class Verb(NamedTuple):
     run: Callable[[argparse.Namespace], int]
     options: tuple[Option, ...] = ()
     more: str = ""
-
-
-# -- options -----------------------------------------------------------------------------------------------------------
-
-
-def option(*flags: str, **settings: Any) -> Option:
-    """Describe an option as ``ArgumentParser.add_argument`` takes it."""
-    return flags, settings
-
-
-OVERRIDES = option("items", nargs="*", metavar="key.path=value", help="fields to change")
-RECIPE = option(
-    "items",
-    nargs="*",
-    metavar="RECIPE | key.path=value",
-    help="a recipe of `osler recipes` or a YAML file, and fields to change; without a recipe the defaults apply; "
-    "`osler show RECIPE --explain` says what each field means",
-)
-RUN_FOLDER = (
-    option("--run", "--run-dir", metavar="DIR", help="the run folder (default: below runs/); torchrun takes --run for its own"),
-    option("--resume", action="store_true", help="go on from the newest good checkpoint of --run DIR"),
-    option("--dry-run", action="store_true", help="check the configuration and say what would happen, then stop"),
-)
-CHECKPOINT = option("checkpoint", metavar="CHECKPOINT", help="a run folder, or a checkpoint in it")
-SAMPLING = (
-    option("--max-new-tokens", type=int, default=200, metavar="N", help="stop after so many tokens (default: 200)"),
-    option("--temperature", type=float, default=0.7, metavar="T", help="0 always takes the likeliest (default: 0.7)"),
-    option("--top-p", type=float, default=0.95, metavar="P", help="leave out the unlikely rest (default: 0.95)"),
-    option("--seed", type=int, default=0, metavar="S", help="the same seed gives the same text (default: 0)"),
-)
-
-EVAL_HELP = """\
-  osler eval runs/clinic-sft task.split=validation task.limit=100
-  osler eval runs/mine task.type=medqa task.path=test.jsonl     (or medmcqa, pubmedqa, gsm8k)
-  osler eval runs/mine text=notes/     (bits per byte; text that it was not trained on)
-
-With neither task nor text a model is examined on what it was trained for. Other fields: method=likelihood (or generation,
-both), permutations=4 (orders of the options), reasoning=false, max_new_tokens=, temperature=, which=best, device=cpu.
-`osler show eval --explain` says what each means."""
-
-WATCH_HELP = """\
-  osler watch runs/mine --once | less     (also where no terminal is: a log, a cron job)
-
-q or Ctrl-C leaves; the run goes on. A run that is finished or was stopped can be watched as well."""
-
-
-def split_items(items: Sequence[str]) -> tuple[str | None, list[str]]:
-    """Separate the recipe, if there is one, from the overrides: those have an equals sign."""
-    recipes = [item for item in items if "=" not in item]
-    if len(recipes) > 1:
-        raise UserError(f"one recipe at a time, not {' and '.join(recipes)}; fields are changed with key.path=value.")
-    return recipes[0] if recipes else None, [item for item in items if "=" in item]
-
-
-def only_overrides(items: Sequence[str]) -> list[str]:
-    """Return the overrides of a verb that takes no recipe."""
-    recipe, overrides = split_items(items)
-    if recipe is not None:
-        raise UserError(f"`{recipe}`: this verb takes no recipe, only key.path=value.")
-    return overrides
-
-
-def run_folder(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return what the options of ``RUN_FOLDER`` say, by the names that every ``run`` function takes."""
-    return {"run_dir": arguments.run, "resume": arguments.resume, "dry_run": arguments.dry_run}
-
-
-def sampling(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return what the options of ``SAMPLING`` say."""
-    return {name: getattr(arguments, name) for name in ("max_new_tokens", "temperature", "top_p", "seed")}
 
 
 # -- what each verb calls ----------------------------------------------------------------------------------------------
@@ -180,6 +123,25 @@ def run_chat(arguments: argparse.Namespace) -> int:
     from osler.inference.chat import chat
 
     return chat(arguments.checkpoint, reasoning=False if arguments.no_reasoning else None, **sampling(arguments))
+
+
+def run_checkpoint_list(arguments: argparse.Namespace) -> int:
+    from osler.checkpoint.verbs import list_checkpoints
+
+    return list_checkpoints(arguments.run)
+
+
+def run_checkpoint_verify(arguments: argparse.Namespace) -> int:
+    from osler.checkpoint.verbs import verify_checkpoints
+
+    return verify_checkpoints(arguments.checkpoint)
+
+
+def run_checkpoint_prune(arguments: argparse.Namespace) -> int:
+    from osler.checkpoint.verbs import prune_checkpoints
+
+    kept = {name: getattr(arguments, name) for name in ("keep_last", "keep_best", "keep_milestones")}
+    return prune_checkpoints(arguments.run, **kept, dry_run=arguments.dry_run)
 
 
 def run_report(arguments: argparse.Namespace) -> int:
@@ -331,7 +293,34 @@ VERBS: tuple[Verb, ...] = (
         "Write the report of a run, and print its summary",
         "osler report runs/quickstart",
         run_report,
-        (option("run", metavar="DIR", help="a run folder"),),
+        (RUN,),
+    ),
+    Verb(
+        "checkpoint list",
+        "List the checkpoints of a run: step, tokens, size, which is the best",
+        "osler checkpoint list runs/notes",
+        run_checkpoint_list,
+        (RUN,),
+    ),
+    Verb(
+        "checkpoint verify",
+        "Check every byte of a run's checkpoints, or of one; exit code 1 when one is damaged",
+        "osler checkpoint verify runs/notes",
+        run_checkpoint_verify,
+        (CHECKPOINT,),
+    ),
+    Verb(
+        "checkpoint prune",
+        "Delete checkpoints, never the last good one",
+        "osler checkpoint prune runs/notes --keep-last 1 --keep-best --dry-run",
+        run_checkpoint_prune,
+        (
+            RUN,
+            option("--keep-last", type=int, required=True, metavar="N", help="keep the last N that are good"),
+            option("--keep-best", action="store_true", help="also keep the best"),
+            option("--keep-milestones", action="store_true", help="also keep those of keep_every_tokens or keep_every_steps"),
+            option("--dry-run", action="store_true", help="only say what would be deleted"),
+        ),
     ),
     Verb(
         "watch",

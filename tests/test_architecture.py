@@ -22,7 +22,7 @@ FLOORS: dict[str, int] = {
     **dict.fromkeys(("train",), 5),
     **dict.fromkeys(("rl", "report"), 6),
     **dict.fromkeys(("quickstart", "doctor", "bench", "watch"), 7),
-    **dict.fromkeys(("show",), 8),
+    **dict.fromkeys(("show", "options"), 8),
     **dict.fromkeys(("verbs",), 9),
     **dict.fromkeys(("cli",), 10),
 }

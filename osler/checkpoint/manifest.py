@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from osler.errors import UserError
-from osler.runtime.files import canonical_json, read_json, sha256_file, write_json
+from osler.runtime.files import canonical_json, no_pause, read_json, sha256_file, write_json
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -43,6 +43,7 @@ class Manifest:
     step: int
     sequence: int
     files: dict[str, FileRecord]
+    milestone: bool = False  # rotation keeps it for good
 
 
 def folder_name(step: int) -> str:
@@ -53,7 +54,13 @@ def folder_name(step: int) -> str:
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write ``manifest.json`` into the folder, durably, with a hash of its own content."""
     files = {name: {"bytes": record.size_bytes, "sha256": record.sha256} for name, record in manifest.files.items()}
-    content = {"format": FORMAT, "step": manifest.step, "sequence": manifest.sequence, "files": files}
+    content = {
+        "format": FORMAT,
+        "step": manifest.step,
+        "sequence": manifest.sequence,
+        "milestone": manifest.milestone,
+        "files": files,
+    }
     write_json(folder / MANIFEST, {**content, "sha256": _content_hash(content)})
 
 
@@ -70,7 +77,7 @@ def read_manifest(folder: Path) -> Manifest:
         files = {name: FileRecord(int(entry["bytes"]), entry["sha256"]) for name, entry in content["files"].items()}
         if any(Path(name).name != name or not _HEX_SHA256.fullmatch(record.sha256) for name, record in files.items()):
             raise UserError(f"{path} names a file outside its folder or a malformed hash.")
-        return Manifest(int(content["step"]), int(content["sequence"]), files)
+        return Manifest(int(content["step"]), int(content["sequence"]), files, content.get("milestone") is True)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} is not a checkpoint manifest.") from error
 
@@ -79,12 +86,12 @@ def _content_hash(content: dict[str, Any]) -> str:
     return hashlib.sha256(canonical_json(content)).hexdigest()
 
 
-def verify(path: str | Path, names: Collection[str] | None = None) -> list[str]:
+def verify(path: str | Path, names: Collection[str] | None = None, *, pause: Callable[[], None] = no_pause) -> list[str]:
     """What is wrong with a checkpoint folder, one line per problem that names the file; empty when it is good.
 
     ``names`` restricts the hashing to the tensors of those names; every file is checked for presence and size all the
     same. Files that the manifest does not list are a problem (nothing would read them, so why are they there?), except
-    hidden ones, which file managers and network disks leave behind.
+    hidden ones, which file managers and network disks leave behind. ``pause`` is called after each block that was hashed.
     """
     folder = Path(path)
     problems, manifest = _check_names_and_sizes(folder)
@@ -94,7 +101,7 @@ def verify(path: str | Path, names: Collection[str] | None = None) -> list[str]:
         if name in reported or unwanted:
             continue
         try:
-            if sha256_file(folder / name) != record.sha256:
+            if sha256_file(folder / name, pause) != record.sha256:
                 problems.append((name, "its content changed since it was saved (SHA-256 differs)"))
         except OSError as error:
             problems.append((name, f"cannot be read ({error.strerror})"))

@@ -6,7 +6,7 @@ unchanged. Exact: nothing is computed, parts are only put together and cut. The 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -22,13 +22,20 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
-def gathered(tensors: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
-    """Whole tensors, for the rank that keeps them; sharded ones are put together one at a time and leave the device at once."""
+def gathered(
+    tensors: Mapping[str, Tensor], *, keep: bool, hold: Callable[[str, Tensor], Tensor] | None = None
+) -> dict[str, Tensor]:
+    """Whole tensors, for the rank that keeps them; sharded ones are put together one at a time and leave the device at once.
+
+    ``hold(name, tensor)`` says how such a one leaves it; without, by a copy that is waited for.
+    """
     kept: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         full = whole(tensor)
+        if keep and is_sharded(tensor):
+            full = full.cpu() if hold is None else hold(name, full)
         if keep:
-            kept[name] = full.cpu() if is_sharded(tensor) else full
+            kept[name] = full
     return kept
 
 

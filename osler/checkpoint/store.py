@@ -16,8 +16,8 @@ import hashlib
 import json
 import shutil
 import sys
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,21 +32,27 @@ from osler.checkpoint.manifest import (
     FileRecord,
     Manifest,
     folder_name,
-    looks_whole,
     read_manifest,
     verify,
     write_manifest,
 )
+from osler.checkpoint.root import (
+    BEST,
+    HIDDEN,
+    best_checkpoint,
+    by_age,
+    describe_skipped,
+    mark_best,
+    newest_good,
+    remove,
+    root_of,
+    rotate,
+)
 from osler.checkpoint.tensors import read_tensors, write_tensors
 from osler.errors import UserError
 from osler.runtime.faults import fault
-from osler.runtime.files import RunFolder, fsync_dir, open_durable, read_json, write_json
+from osler.runtime.files import fsync_dir, no_pause, open_durable, read_json
 from osler.runtime.log import say
-
-BEST = "best.json"
-_HIDDEN = ".tmp-"
-
-Skipped = list[tuple[Path, list[str]]]
 
 
 class CheckpointSaveError(RuntimeError):
@@ -64,16 +70,6 @@ class Loaded:
     files: dict[str, bytes]
 
 
-@dataclass(frozen=True)
-class Best:
-    """Which checkpoint scored best, and what it scored."""
-
-    path: Path
-    step: int
-    metric: str
-    value: float | None
-
-
 def save(
     root: str | Path,
     step: int,
@@ -82,36 +78,39 @@ def save(
     state: Mapping[str, Any],
     files: Mapping[str, bytes] | None = None,
     keep_last: int = 2,
+    milestone: bool = False,
     best: bool = False,
     best_metric: str = "",
     best_value: float | None = None,
+    pause: Callable[[], None] = no_pause,
 ) -> Path:
-    """Save a checkpoint, verify it, then delete all but the last ``keep_last`` and the best one; returns its folder.
+    """Save a checkpoint, verify it, then delete all but the last ``keep_last``, the best and the milestones; returns its folder.
 
-    ``tensors`` maps a file's name to its tensors; ``state`` must be JSON with string keys. A checkpoint of the same
-    step is replaced, and stays until the new one is whole on the disk. Raises CheckpointSaveError when the disk is full
-    or fails; the half-written folder is then removed and the older checkpoints stay.
+    ``tensors`` maps a file's name to its tensors; ``state`` must be JSON with string keys; a ``milestone`` is kept for good. A
+    checkpoint of the same step is replaced, and stays until the new one is whole on the disk. Raises CheckpointSaveError when
+    the disk is full or fails; the half-written folder is then removed and the older checkpoints stay. ``pause`` is called after
+    each block that was written or read back.
     """
     root = Path(root)
     if keep_last < 1 or step < 0:
         raise ValueError(f"keep_last must be at least 1 and step at least 0, not {keep_last} and {step}")
     contents = _contents(tensors, state, files or {})
     final = root / folder_name(step)
-    temporary = root / f"{_HIDDEN}{final.name}"
+    temporary = root / f"{HIDDEN}{final.name}"
     try:
         root.mkdir(parents=True, exist_ok=True)
         _tidy(root)
-        sequence = 1 + max((order for order, _, _ in _by_age(root) if order < sys.maxsize), default=0)
+        sequence = 1 + max((entry.sequence for entry in by_age(root) if entry.sequence < sys.maxsize), default=0)
         temporary.mkdir()
-        _write_folder(temporary, tensors, contents, Manifest(step, sequence, {}))
+        _write_folder(temporary, tensors, contents, Manifest(step, sequence, {}, milestone), pause)
         _set_aside(final)
         fault("save-rename")
         temporary.rename(final)
         fsync_dir(root)
         fault("save-verify")
-        problems = verify(final)
+        problems = verify(final, pause=pause)
         if problems:
-            _remove(final)
+            remove(final)
             raise OSError(errno.EIO, f"it does not read back ({'; '.join(problems)})")
     except OSError as error:
         with contextlib.suppress(OSError):
@@ -119,7 +118,7 @@ def save(
         raise CheckpointSaveError(f"Checkpoint {final} could not be saved: {error.strerror or error}.") from error
     if best:
         mark_best(final, best_metric, best_value)
-    _rotate(root, final, keep_last)
+    rotate(root, final, keep_last)
     return final
 
 
@@ -150,12 +149,16 @@ def _require_string_keys(value: Any, path: str = "state") -> None:
 
 
 def _write_folder(
-    folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], contents: Mapping[str, bytes], manifest: Manifest
+    folder: Path,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    contents: Mapping[str, bytes],
+    manifest: Manifest,
+    pause: Callable[[], None],
 ) -> None:
     records = {}
     for name, named in tensors.items():
         filename = f"{name}{TENSORS_SUFFIX}"
-        records[filename] = FileRecord(*write_tensors(folder / filename, named))
+        records[filename] = FileRecord(*write_tensors(folder / filename, named, pause))
     for name, data in contents.items():
         with open_durable(folder / name) as file:
             file.write(data[: len(data) // 2])
@@ -163,7 +166,7 @@ def _write_folder(
             file.write(data[len(data) // 2 :])
         records[name] = FileRecord(len(data), hashlib.sha256(data).hexdigest())
     fault("save-manifest")
-    write_manifest(folder, Manifest(manifest.step, manifest.sequence, records))
+    write_manifest(folder, replace(manifest, files=records))
     fsync_dir(folder)
 
 
@@ -174,15 +177,15 @@ def _set_aside(final: Path) -> None:
         return
     if aside.exists():  # an earlier replacement was killed half way: keep whichever of the two is good
         if verify(final):
-            _remove(final)
+            remove(final)
             return
-        _remove(aside)
+        remove(aside)
     final.rename(aside)
 
 
 def _tidy(root: Path) -> None:
     """Delete what killed saves and deletions left, and give a set-aside checkpoint its name back if that is free."""
-    for path in root.glob(f"{_HIDDEN}*"):
+    for path in root.glob(f"{HIDDEN}*"):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
     for path in root.glob(f".{BEST}.*.tmp"):
@@ -191,89 +194,6 @@ def _tidy(root: Path) -> None:
         final = aside.with_name(aside.name.removesuffix(REPLACED_SUFFIX))
         if FOLDER_NAME.fullmatch(aside.name) and not final.exists():
             aside.rename(final)
-
-
-def mark_best(path: str | Path, metric: str, value: float | None) -> None:
-    """Record that a checkpoint is the best so far, which keeps it from rotation; the former best loses that.
-
-    Only warns when the disk refuses, since the checkpoint itself is safe; then the former best stays marked.
-    """
-    path = Path(path)
-    try:
-        fault("save-best")
-        write_json(path.parent / BEST, {"folder": path.name, "metric": metric, "value": value})
-    except OSError as error:
-        say(f"Warning: {path} could not be marked best: {error.strerror}")
-
-
-def best_checkpoint(root: str | Path) -> Best | None:
-    """The checkpoint marked best, or None when none is or it is gone; raises UserError when ``best.json`` is torn."""
-    pointer = Path(root) / BEST
-    if not pointer.exists():
-        return None
-    content = read_json(pointer)
-    name = content.get("folder") if isinstance(content, dict) else None
-    match = FOLDER_NAME.fullmatch(name) if isinstance(name, str) else None
-    if match is None:
-        raise UserError(f"{pointer} does not name a checkpoint folder; delete it if no checkpoint is to count as best.")
-    path = pointer.with_name(match[0])
-    return Best(path, int(match[1]), content.get("metric", ""), content.get("value")) if path.is_dir() else None
-
-
-def _by_age(root: Path) -> list[tuple[int, int, Path]]:
-    """(sequence, step, folder), newest first; a folder without a readable manifest comes first, to be reported."""
-    found = []
-    for path in root.iterdir() if root.is_dir() else ():
-        match = FOLDER_NAME.fullmatch(path.name)
-        if match and path.is_dir():
-            try:
-                sequence = read_manifest(path).sequence
-            except UserError:
-                sequence = sys.maxsize
-            found.append((sequence, int(match[1]), path))
-    return sorted(found, key=lambda item: item[:2], reverse=True)
-
-
-def _rotate(root: Path, newest: Path, keep_last: int) -> None:
-    """Delete what is neither the newest (verified a moment ago), nor the best, nor among the last that look whole."""
-    try:
-        marked = best_checkpoint(root)
-        kept = {newest} | ({marked.path} if marked else set())
-        paths = [path for _, _, path in _by_age(root)]
-        whole = [path for path in paths if looks_whole(path) and not path.name.endswith(REPLACED_SUFFIX)]
-        kept.update(whole[:keep_last])
-        for path in paths:
-            if path not in kept and not path.is_symlink():
-                fault("rotate")
-                _remove(path)
-    except (OSError, UserError) as error:  # the new checkpoint is safe, only the space is not freed
-        say(f"Warning: old checkpoints in {root} were not removed: {error}")
-
-
-def _remove(folder: Path) -> None:
-    """Delete a folder so that a kill half way leaves a hidden remnant and not a torn checkpoint."""
-    hidden = folder.with_name(f"{_HIDDEN}removed-{folder.name}")
-    folder.rename(hidden)
-    shutil.rmtree(hidden)
-
-
-def newest_good(root: str | Path) -> tuple[Path | None, Skipped]:
-    """The checkpoint saved last among those that verify, and the newer ones that had to be skipped with their problems.
-
-    (None, []) when there is no checkpoint at all. The caller says what it fell back from: see describe_skipped.
-    """
-    skipped: Skipped = []
-    for _, _, path in _by_age(Path(root)):
-        problems = verify(path)
-        if not problems:
-            return path, skipped
-        skipped.append((path, problems))
-    return None, skipped
-
-
-def describe_skipped(skipped: Skipped) -> str:
-    """One line for a person about checkpoints that are damaged."""
-    return "; ".join(f"{path} is damaged ({', '.join(problems)})" for path, problems in skipped)
 
 
 def load(path: str | Path, names: Collection[str] | None = None) -> Loaded:
@@ -297,9 +217,7 @@ def load(path: str | Path, names: Collection[str] | None = None) -> Loaded:
         tensors={name: read_tensors(folder / f"{name}{TENSORS_SUFFIX}") for name in wanted},
         state=read_json(folder / STATE),
         files={
-            name: (folder / name).read_bytes()
-            for name in manifest.files
-            if name != STATE and not name.endswith(TENSORS_SUFFIX)
+            name: (folder / name).read_bytes() for name in manifest.files if name != STATE and not name.endswith(TENSORS_SUFFIX)
         },
     )
 
@@ -314,13 +232,9 @@ def resolve(path: str | Path, which: str = "newest") -> Path:
         raise ValueError(f"which must be newest or best, not {which!r}")
     if not str(path):  # Path("") would be the folder that happens to be the current one
         raise UserError("No checkpoint is named: give a run folder or one of its checkpoints, such as init_from=RUN.")
-    path = Path(path)
-    if not path.is_dir():
-        raise UserError(f"{path} is no folder: give a run folder or one of its checkpoints.")
+    path, root = Path(path), root_of(path)
     if (path / MANIFEST).exists() or FOLDER_NAME.fullmatch(path.name):
         return path
-    inner = RunFolder(path).checkpoints
-    root = inner if inner.is_dir() else path
     if which == "best":
         marked = best_checkpoint(root)
         if marked is None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from osler.errors import UserError
 from osler.runtime.faults import fault
-from osler.runtime.files import open_durable
+from osler.runtime.files import no_pause, open_durable
 
 DTYPE_NAMES = {
     torch.float64: "F64",
@@ -43,8 +43,8 @@ DTYPE_NAMES = {
 _BLOCK_BYTES = 16 << 20
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> tuple[int, str]:
-    """Write one safetensors file, durably; returns its size in bytes and its hex SHA-256.
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], pause: Callable[[], None] = no_pause) -> tuple[int, str]:
+    """Write one safetensors file, durably; returns its size in bytes and its hex SHA-256. ``pause`` is called after each block.
 
     Raises OSError when the disk refuses and TypeError for a tensor that is no plain dense array.
     """
@@ -58,6 +58,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> tuple[int, str]:
             file.write(block)
             digest.update(block)
             size += len(block)
+            pause()
     return size, digest.hexdigest()
 
 

@@ -31,7 +31,7 @@ class Delivered:
         packing = self.packings[span.number - 1]
         stop = self.timeline.rows_at(step - 1, skipped_tokens).stop
         first = max(0, stop - steps * span.rows_per_batch)
-        metrics = {"data/epoch": packing.epochs(stop), "perf/padding_frac": packing.padding(first, stop)}
+        metrics = {"data/epoch": packing.epochs(stop), "data/padding_frac": packing.padding(first, stop)}
         if by_source:
             tokens_S, epoch_S = packing.tokens_by_source(stop), packing.tokens_of_epoch
             given, whole = int(tokens_S.sum()), int(epoch_S.sum())

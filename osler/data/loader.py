@@ -66,11 +66,6 @@ class Loader:
         if self.workers < 0:
             raise UserError(f"workers={self.workers} must be 0 (no threads) or more.")
 
-    @property
-    def tokens_per_batch(self) -> int:
-        """Tokens (padding included) in the global batch."""
-        return self.rows_per_batch * self.packing.seq_len
-
     def batch(self, step: int, skipped_rows: int = 0) -> Batch:
         """Return this rank's rows of the global batch of a step (0, 1, ...), after so many rows that are passed over."""
         rows = self.rows_per_batch // self.world_size

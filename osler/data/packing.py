@@ -20,8 +20,7 @@ import numpy as np
 from osler.data.order import CACHED_EPOCHS, Order
 from osler.data.shards import Int64Array, MaskArray, TokenArray
 from osler.errors import UserError
-
-IGNORED = -100  # the label of a token that is not learned
+from osler.ops.labels import IGNORED
 
 
 class Row(NamedTuple):

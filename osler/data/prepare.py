@@ -64,13 +64,15 @@ def prepare(
     holdout_fraction: float = 0.0,
     seed: int = 0,
     shard_tokens: int = SHARD_TOKENS,
+    set_aside: bool = False,
 ) -> Prepared:
     """Tokenise `documents` into the folder `out`, or reuse it when it was made from the same content and tokenizer.
 
     `documents` is iterated twice and must give the same each time (an iterator is read into a list first). Validation
     data are the documents of `validation`, whose copies in train are dropped, or a share of the documents:
     `holdout_fraction` of the distinct ones chosen by `seed`, at least one if there are two. Empty documents are
-    skipped and counted. Raises UserError when nothing is left to learn from, or when `out` holds other data.
+    skipped and counted. Raises UserError when nothing is left to learn from, or when `out` holds other data, which
+    ``set_aside`` gives another name instead.
     """
     out = Path(out)
     documents = list(documents) if isinstance(documents, Iterator) else documents
@@ -97,6 +99,8 @@ def prepare(
         "eos_id": tokenizer.eos_id,
         "vocab_size": tokenizer.vocab_size,
     }
+    if set_aside:
+        _set_aside(out, fingerprint(content))
     if _can_reuse(out, manifest):
         return _open(out, reused=True)
     passes = [_Pass(documents, survey, held, is_train=True)]
@@ -186,6 +190,21 @@ def _can_reuse(out: Path, manifest: dict[str, Any]) -> bool:
     _check_same("tokenizer", out, found["tokenizer_fingerprint"], manifest["tokenizer_fingerprint"])
     _check_same("content", out, found["content_fingerprint"], manifest["content_fingerprint"])
     return True
+
+
+def _set_aside(out: Path, content_fingerprint: str) -> None:
+    """Rename prepared data of another content after it; of the same content once more, as after going back and forth, drop it."""
+    if not (out / MANIFEST).is_file():
+        return
+    found = read_manifest(out)["content_fingerprint"]
+    aside = out.with_name(f"{out.name}-{found}")
+    if found == content_fingerprint:
+        return
+    if aside.exists():
+        shutil.rmtree(out)
+        return
+    out.rename(aside)
+    say(f"The data prepared before are now in {aside}.")
 
 
 def _check_same(what: str, out: Path, found: str, wanted: str) -> None:

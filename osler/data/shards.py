@@ -14,7 +14,7 @@ import bisect
 import hashlib
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -172,6 +172,11 @@ class ShardSet:
         first, last = begin + start, end if stop is None else min(begin + stop, end)
         mask = self._masks[shard]
         return self._tokens[shard][first:last], None if mask is None else mask[first:last]
+
+    def documents(self) -> Iterator[list[int]]:
+        """Yield the ids of every document in order, each ended by the end-of-text token."""
+        for index in range(self.num_documents):
+            yield self.document(index)[0].tolist()
 
     def verify(self) -> list[str]:
         """Hash every file and return what is wrong, one sentence per file; an empty list means all is well."""

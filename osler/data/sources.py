@@ -94,7 +94,9 @@ def check_source(data: ClinicData | FilesData | TurnsData) -> None:
         next(iter(open_source(data).train), None)
 
 
-def prepare_source(data: ClinicData | FilesData | TurnsData, tokenizer: Tokenizer, out: str | Path) -> Prepared:
+def prepare_source(
+    data: ClinicData | FilesData | TurnsData, tokenizer: Tokenizer, out: str | Path, *, set_aside: bool = False
+) -> Prepared:
     """Prepare the data of a config into the folder `out`; see `osler.data.prepare.prepare`."""
     source = open_source(data)
     return prepare(
@@ -104,6 +106,7 @@ def prepare_source(data: ClinicData | FilesData | TurnsData, tokenizer: Tokenize
         validation=source.validation,
         holdout_fraction=source.holdout_fraction,
         seed=source.seed,
+        set_aside=set_aside,
     )
 
 

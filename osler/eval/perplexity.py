@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from osler.data.shards import ShardSet
 from osler.errors import UserError
 from osler.model.transformer import Transformer
-from osler.ops.cross_entropy import IGNORE, linear_logprobs
+from osler.ops.cross_entropy import linear_logprobs
+from osler.ops.labels import IGNORED
 from osler.runtime.world import World
 
 _SORT_WINDOWS = 4096  # windows sorted by length at a time: less padding, and the sum does not depend on order
@@ -55,31 +55,6 @@ class HeldOut:
         return {**vars(self), "loss": self.loss, "perplexity": self.perplexity, "bits_per_byte": self.bits_per_byte}
 
 
-def bits_per_byte(
-    model: Transformer,
-    shards: ShardSet,
-    *,
-    seq_len: int,
-    overlap: int = 0,
-    batch_tokens: int = 16_384,
-    documents: Sequence[int] | None = None,
-    byte_lengths: Sequence[int] | None = None,
-) -> HeldOut:
-    """The cost of a prepared split, loss masks aside: every token counts.
-
-    ``documents`` measures some documents only; their bytes are then counted from ``byte_lengths`` (of the tokenizer).
-    """
-    if documents is not None and byte_lengths is None:
-        raise ValueError("the bytes of some documents are counted by token: give the tokenizer's byte_lengths()")
-    chosen = range(shards.num_documents) if documents is None else documents
-    total = shards.num_bytes
-    if documents is not None and byte_lengths is not None:
-        total = sum(byte_lengths[token] for index in documents for token in shards.document(index)[0].tolist())
-    texts = (shards.document(index)[0].tolist() for index in chosen)
-    rows = windows(texts, seq_len=seq_len, start_id=shards.eos_id, overlap=overlap)
-    return measure(model, batches(rows, batch_tokens=batch_tokens), total)
-
-
 def measure(
     model: Transformer, batches: Iterable[tuple[Tensor, ...]], total_bytes: int, world: World | None = None
 ) -> HeldOut:
@@ -98,7 +73,7 @@ def measure(
         for batch in islice(batches, world.rank, None, world.size):
             ids, labels = batch[0].to(device), batch[1].to(device)
             document = batch[2].to(device) if len(batch) > 2 else None
-            scored = labels != IGNORE
+            scored = labels != IGNORED
             if not scored.any():
                 continue
             features, weight = model.head(model(ids, document_BT=document)[scored])
@@ -131,7 +106,7 @@ def windows(
         while scored < len(ids):
             first = max(0, scored - 1 - overlap)
             last = min(len(ids) - 1, first + seq_len)
-            labels = [ids[t] if t >= scored else IGNORE for t in range(first + 1, last + 1)]
+            labels = [ids[t] if t >= scored else IGNORED for t in range(first + 1, last + 1)]
             yield ids[first:last], labels
             scored = last + 1
 
@@ -157,7 +132,7 @@ def _padded(rows: list[tuple[list[int], list[int]]], batch_tokens: int) -> Itera
         part = rows[start : start + max(1, batch_tokens // width)]
         start += len(part)
         ids_BT = torch.zeros(len(part), width, dtype=torch.int64)
-        labels_BT = torch.full((len(part), width), IGNORE, dtype=torch.int64)
+        labels_BT = torch.full((len(part), width), IGNORED, dtype=torch.int64)
         for b, (ids, labels) in enumerate(part):
             ids_BT[b, : len(ids)] = torch.tensor(ids)
             labels_BT[b, : len(labels)] = torch.tensor(labels)

@@ -268,8 +268,7 @@ def measure_shards(config: EvalConfig, ready: ReadyModel, shards: ShardSet) -> H
     """What a prepared split costs the model."""
     if shards.tokenizer_fingerprint != ready.tokenizer.fingerprint:
         raise UserError(f"{shards.folder} was prepared with another tokenizer than the model's; prepare it anew.")
-    documents = (shards.document(index)[0].tolist() for index in range(shards.num_documents))
-    return measure_documents(config, ready, documents, shards.num_documents, shards.num_bytes)
+    return measure_documents(config, ready, shards.documents(), shards.num_documents, shards.num_bytes)
 
 
 def measure_documents(

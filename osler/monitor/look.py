@@ -24,7 +24,8 @@ from torch import Tensor
 from osler.checkpoint.sharded import whole
 from osler.model.rope import rotate
 from osler.model.transformer import Block, Transformer
-from osler.ops.cross_entropy import IGNORE, default_chunk_tokens
+from osler.ops.cross_entropy import default_chunk_tokens
+from osler.ops.labels import IGNORED
 
 LOOK_TOKENS = 2048  # of the batch that the look inside takes, in whole rows where one fits
 ENTROPY_QUERIES = 256  # queries, over all rows, whose attention is looked at
@@ -214,7 +215,7 @@ def of_predictions(model: Transformer, hidden_BTD: Tensor, labels_BT: Tensor) ->
         top_C, word_C = log_CV.max(-1)
         label_log_C = log_CV.gather(1, label_C.clamp_min(0)[:, None]).squeeze(1)
         entropy_C = -(log_CV.exp() * log_CV).sum(-1)
-        counts_C = (label_C != IGNORE).float()
+        counts_C = (label_C != IGNORED).float()
         measured = torch.stack([(word_C == label_C).float(), entropy_C, label_log_C.exp(), top_C.exp(), torch.ones_like(top_C)])
         sums.append((measured * counts_C).sum(1))
     right, entropy, label, top, count = torch.stack(sums).sum(0).unbind()

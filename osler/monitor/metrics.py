@@ -67,6 +67,7 @@ METRICS: dict[str, Metric] = {
     "model/logit_max": Metric("logit", "largest logit; steady growth is the start of many a divergence", FORWARD),
     # the data
     "data/epoch": Metric("epochs", "how often the training data have been gone through"),
+    "data/padding_frac": Metric("fraction", "places in the rows since the line before that hold no token"),
     "data/tokens/<source>": Metric("tokens", "tokens of one source gone through so far", PLAN),
     "data/epoch/<source>": Metric("epochs", "how often one source has been gone through", PLAN),
     "data/asked_frac/<source>": Metric("fraction", "share of the tokens that one source is to have", PLAN),
@@ -87,7 +88,6 @@ METRICS: dict[str, Metric] = {
     "perf/backward_ms": Metric("ms", "backward passes, per step, the exchange of gradients included", BASIC),
     "perf/optimizer_ms": Metric("ms", "clipping and update, per step", BASIC),
     "perf/monitor_ms": Metric("ms", "looking at everything, spread over the steps since the line before", CLOCK),
-    "perf/padding_frac": Metric("fraction", "places in the rows since the line before that hold no token"),
     "perf/memory_allocated_bytes": Metric("bytes", "held by tensors on rank 0's GPU", BASIC),
     "perf/memory_reserved_bytes": Metric("bytes", "taken from rank 0's GPU, held by tensors or kept for them", BASIC),
     "perf/memory_resident_bytes": Metric("bytes", "what the process has in memory, without a GPU", BASIC),

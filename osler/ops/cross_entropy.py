@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-IGNORE = -100  # the label of a token that carries no loss
+from osler.ops.labels import IGNORED
+
 MOST_CHUNK_TOKENS = 2048
 WEIGHT_PIECE = 1 << 25  # elements of a weight gradient that are widened to fp32 at a time: 128 MB
 CHUNK_BYTES = 1 << 28  # of logits: in fp32 1,280 tokens of 50k words, 320 of 200k
@@ -33,7 +34,7 @@ def cross_entropy_reference(
 ) -> Tensor:
     """The formula itself: full logits, summed ``F.cross_entropy``; what :func:`linear_cross_entropy` is tested against."""
     logits = _wide(features_NR @ weight_VR[:vocab_size].to(features_NR.dtype).T)
-    losses = F.cross_entropy(logits, labels_N, ignore_index=IGNORE, reduction="none")
+    losses = F.cross_entropy(logits, labels_N, ignore_index=IGNORED, reduction="none")
     return (losses if loss_weight_N is None else losses * loss_weight_N).sum()
 
 
@@ -51,7 +52,7 @@ def linear_cross_entropy(
     Labels equal to -100 count nothing; ``loss_weight_N`` scales each token; weight rows from ``vocab_size`` on are padding and
     take no probability.
     """
-    valid_N = labels_N != IGNORE
+    valid_N = labels_N != IGNORED
     scale_N = _wide(valid_N.to(features_NR.dtype)) if loss_weight_N is None else valid_N * _wide(loss_weight_N)
     loss: Tensor = _LinearCrossEntropy.apply(
         features_NR,

@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from osler.checkpoint.sharded import gathered
 from osler.checkpoint.state import flatten_optimizer
 from osler.errors import UserError
 from osler.model.loss import SummedLoss
 from osler.model.transformer import Transformer
+from osler.ops.labels import IGNORED
 from osler.parallel.config import DeepSpeedConfig
-from osler.parallel.engine import Engine
+from osler.parallel.engine import Engine, Hold
 from osler.runtime.files import read_json
 from osler.runtime.shapes import with_few_shapes
 from osler.runtime.world import World
@@ -92,7 +92,7 @@ class DeepSpeedEngine(Engine):
         return torch.tensor(grad_norm, device=self.inner.device), torch.tensor(float(skipped), device=self.inner.device)
 
     def parts(
-        self, model: Transformer, optimizer: torch.optim.Optimizer
+        self, model: Transformer, optimizer: torch.optim.Optimizer, hold: Hold | None = None
     ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
         self._link_moments()
         tools = self.deepspeed.utils
@@ -110,8 +110,7 @@ class DeepSpeedEngine(Engine):
                 }
         shadow: Any = SimpleNamespace(param_groups=groups, state=state)
         moments, described = flatten_optimizer(shadow, weights)
-        tensors = {"model": weights, "optimizer": moments}
-        return {name: gathered(part, keep=self.world.is_first) for name, part in tensors.items()}, described
+        return self._gathered({"model": weights, "optimizer": moments}, hold), described
 
     def restore(
         self,
@@ -141,7 +140,7 @@ class DeepSpeedEngine(Engine):
         for group in optimizer.param_groups:
             group["lr"] = 0.0
         ids = torch.zeros(1, 2, dtype=torch.int64, device=self.inner.device)
-        self.backward(self.loss(ids, torch.full_like(ids, -100), None))
+        self.backward(self.loss(ids, torch.full_like(ids, IGNORED), None))
         self.inner.step()
         self._link_moments()
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from osler.checkpoint.state import flatten_optimizer, restore_optimizer
 from osler.model.transformer import Transformer
 from osler.runtime.world import World
 
+Hold = Callable[[str, str, Tensor], Tensor]
 LossFunction = Callable[..., Any]  # a ModelLoss, wrapped or not
 
 
@@ -59,12 +61,20 @@ class Engine:
         return grad_norm, skipped
 
     def parts(
-        self, model: Transformer, optimizer: torch.optim.Optimizer
+        self, model: Transformer, optimizer: torch.optim.Optimizer, hold: Hold | None = None
     ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-        """What a checkpoint holds: whole tensors of model and optimizer, on rank 0 alone, and the JSON beside them."""
+        """What a checkpoint holds: whole tensors of model and optimizer, on rank 0 alone, and the JSON beside them.
+
+        ``hold`` takes a tensor, by the names of its part and its own, that was put together for the checkpoint: see ``gathered``.
+        """
         moments, state = flatten_optimizer(optimizer, model.named_parameters())
-        tensors = {"model": model.state_dict(), "optimizer": moments}
-        return {name: gathered(part, keep=self.world.is_first) for name, part in tensors.items()}, state
+        return self._gathered({"model": model.state_dict(), "optimizer": moments}, hold), state
+
+    def _gathered(self, parts: Mapping[str, Mapping[str, Tensor]], hold: Hold | None) -> dict[str, dict[str, Tensor]]:
+        return {
+            part: gathered(tensors, keep=self.world.is_first, hold=partial(hold, part) if hold else None)
+            for part, tensors in parts.items()
+        }
 
     def restore(
         self,

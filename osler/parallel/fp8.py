@@ -82,7 +82,8 @@ def check_gpu(name: str, capability: tuple[int, int]) -> None:
 @functools.cache
 def _float8_linear(emulate: bool) -> tuple[Callable[..., nn.Linear], Any]:
     """The class of a projection that trains in FP8, and torchao's configuration for it."""
-    logging.getLogger("torchao").setLevel(logging.ERROR)  # it warns of kernels for inference that fit another Python
+    for name in ("torchao", "torch.utils._pytree"):  # they warn of kernels for another Python, and of each other
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         from torchao.float8 import Float8LinearConfig
         from torchao.float8.float8_linear import Float8Linear

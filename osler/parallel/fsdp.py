@@ -3,7 +3,8 @@
 The model is built whole before it is cut, and evaluation gathers it whole. While micro-batches accumulate, a rank keeps whole
 gradients, because nothing is sent before the last one; a batch of one forward pass keeps parts only. A block's weights are
 gathered in the compute dtype when it computes, and gradients are reduced in fp32, so the master weights and the sum over ranks
-are as wide as with one process. https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html
+are as wide as with one process; only FP8 finds weights that were rounded to bf16 before it rounds them.
+https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html
 """
 
 from __future__ import annotations

@@ -167,7 +167,11 @@ class GrpoConfig:
     steps: int = 100  # rollouts, each with updates_per_batch updates
     eval_every_steps: int = 20  # steps between two exams
     save_every_steps: int = 20  # steps between two checkpoints
-    keep_last: int = 2  # checkpoints kept besides the best
+    # whether a checkpoint is written while training goes on, from a copy in memory; changes nothing in it
+    async_save: bool = True
+    keep_last: int = 2  # checkpoints kept besides the best and the milestones
+    keep_every_steps: int = 0  # steps between two milestones, which are checkpoints kept for good; 0: none
+    allow_data_change: bool = False  # whether a started run may go on with other questions, never with another tokenizer
     # so many steps in a row with a non-finite gradient send the run back to its last good checkpoint and past the questions since
     max_skipped_steps: int = 20
     max_rollbacks: int = 2  # times that a run goes back, in all; then it ends with a diagnosis
@@ -188,6 +192,8 @@ class GrpoConfig:
                 raise ValueError(f"{name} = {getattr(self, name)} must be at least 1")
         if self.max_rollbacks < 0:
             raise ValueError(f"max_rollbacks = {self.max_rollbacks} must be 0 (never go back) or more")
+        if self.keep_every_steps < 0:
+            raise ValueError(f"keep_every_steps = {self.keep_every_steps} must be 0 (no milestones) or more")
         if self.clip_norm <= 0.0:
             raise ValueError(f"clip_norm = {self.clip_norm} must be positive")
         labels = [task.label for task in self.tasks]

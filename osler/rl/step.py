@@ -28,7 +28,8 @@ from osler.model.loss import ModelLoss
 from osler.model.transformer import Transformer
 from osler.monitor.collect import Collector
 from osler.monitor.look import Rows
-from osler.ops.cross_entropy import IGNORE, linear_logprobs
+from osler.ops.cross_entropy import linear_logprobs
+from osler.ops.labels import IGNORED
 from osler.ops.sampling import unpack_keep
 from osler.parallel.engine import Engine
 from osler.rl.advantages import group_advantages
@@ -234,7 +235,7 @@ def few_rows(rows: Sequence[Row], count: int = 16) -> Rows:
     """The longest rows, padded, with their completions as labels: for a look inside the model."""
     chosen = sorted(rows, key=lambda row: -row.tokens)[:count]
     ids_BL = torch.zeros(len(chosen), chosen[0].tokens, dtype=torch.int64)
-    labels_BL = torch.full_like(ids_BL, IGNORE)
+    labels_BL = torch.full_like(ids_BL, IGNORED)
     for b, row in enumerate(chosen):
         ids_BL[b, : row.tokens] = torch.tensor(row.prompt_ids + row.completion_ids)
         labels_BL[b, len(row.prompt_ids) - 1 : row.tokens - 1] = torch.tensor(row.completion_ids)

@@ -15,13 +15,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from osler.checkpoint import store
-from osler.errors import UserError
+from osler.checkpoint.saver import Saver
 from osler.inference.engine import Engine
 from osler.model.transformer import Transformer
 from osler.monitor.collect import Collector
@@ -40,9 +40,8 @@ from osler.runtime.log import Progress, say
 from osler.runtime.stop import StopFlag
 from osler.tasks.item import render_answer, render_question
 from osler.tokenizer.bpe import Tokenizer
-from osler.train.folder import was_evaluated
+from osler.train.folder import check_fingerprints, was_evaluated
 from osler.train.incidents import Incidents
-from osler.train.trainer import check_fingerprints
 
 PREFLIGHT_SAMPLES = 4
 
@@ -79,6 +78,7 @@ class GrpoTrainer:
         self.world = engine.world
         self.sampler = sampler
         self.run = run
+        self.saver = Saver(run.checkpoints, keep_last=config.keep_last, in_background=config.async_save)
         self.worker = RolloutWorker(sampler, tokenizer, tasks, config.algorithm, config.seed, self.world)
         self.evaluate = evaluate
         self.best_metric = best_metric
@@ -108,6 +108,7 @@ class GrpoTrainer:
             StopFlag() as stop,  # first: whoever sees the metrics file may rely on a signal being a request
             open_sinks(config.monitor, self.run, self._facts(), step=self.step, is_first=self.world.is_first) as sink,
             Progress(config.steps, "steps", label="grpo", initial=self.step) as progress,
+            self.saver,
         ):
             self.incidents.events = sink.events
             # Before the first step, or where a kill came after the checkpoint and before its evaluation.
@@ -125,10 +126,12 @@ class GrpoTrainer:
                 done = self.step == config.steps
                 stopping = self._agree(stop)
                 # The checkpoint comes first: an evaluation that fails must not cost the steps before it.
-                if self._evaluation_due() or stopping or self.step % config.save_every_steps == 0:
+                save_due = self.step % config.save_every_steps == 0 or self._is_milestone()
+                if self._evaluation_due() or stopping or save_due:
                     self.save(stop)
                     stopping = self._agree(stop)  # once more, because saving takes its time
                 if stopping and not done:
+                    self.world.once(lambda: self.saver.wait(needed=True))
                     return False
                 if self._evaluation_due():
                     self._evaluate(sink)
@@ -136,6 +139,10 @@ class GrpoTrainer:
 
     def _evaluation_due(self) -> bool:
         return self.step % self.config.eval_every_steps == 0 or self.step >= self.config.steps
+
+    def _is_milestone(self) -> bool:
+        every = self.config.keep_every_steps
+        return every > 0 and (self.step % every == 0 or self.step >= self.config.steps)
 
     def _agree(self, stop: StopFlag) -> bool:
         """Whether the ranks stop, because one was asked to. A signal after this vote counts in the next."""
@@ -245,8 +252,10 @@ class GrpoTrainer:
 
     def _roll_back(self, sink: FanOut, stop: StopFlag) -> None:
         """Go back to the last good checkpoint and on with other questions; saved at once, so that a kill changes nothing."""
+        self.world.once(self.saver.wait)  # the checkpoint to go back to may be the one that is being written
         self.incidents.roll_back(self.step, self.restore, lambda: self.step)
         self.save(stop)
+        self.world.once(self.saver.wait)
         fault("rollback")
         sink.rewind(self.step)
 
@@ -256,8 +265,10 @@ class GrpoTrainer:
             return
         fault("evaluate")
         before = time.perf_counter()
+        self.saver.hurry()
         with self._whole_model():
             metrics = dict(self.evaluate())
+        self.world.once(self.saver.wait)  # only what is on the disk can be the best, and count as evaluated
         value, saved = metrics.get(self.best_metric), self.run.checkpoints / store.folder_name(self.step)
         if value is not None and self.world.is_first and saved.is_dir() and (self.best_value is None or value > self.best_value):
             self.best_value = value
@@ -288,12 +299,14 @@ class GrpoTrainer:
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 
     def save(self, stop: StopFlag) -> None:
-        """Save everything a resume needs; when the disk refuses, warn and go on with the earlier checkpoints.
+        """Have everything saved that a resume needs, in the background unless it is the last time; see ``Saver.save``.
 
-        Raises UserError in that case when it is the last one of this process, because what it would hold is lost. Sharded
-        tensors come together on rank 0, one at a time.
+        Sharded tensors come together on rank 0, one at a time.
         """
-        tensors, optimizer_state = self.engine.parts(self.model, self.optimizer)
+        self.world.once(self.saver.wait)  # which is what the other ranks have more patience for than for a collective
+        last = stop.requested or self.step >= self.config.steps
+        in_background = self.config.async_save and not last
+        tensors, optimizer_state = self.engine.parts(self.model, self.optimizer, self.saver.hold if in_background else None)
         if self.reference is not None:  # kept even when never refreshed: a run folder must resume without ``init_from``
             tensors["reference"] = dict(self.reference.state_dict())
         state = {
@@ -304,28 +317,14 @@ class GrpoTrainer:
             "optimizer": optimizer_state,
             "fingerprints": self.fingerprints,
         }
-        self.world.once(lambda: self._write(tensors, state, stop))
-
-    def _write(self, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any], stop: StopFlag) -> None:
-        try:
-            store.save(
-                self.run.checkpoints,
-                self.step,
-                tensors=tensors,
-                state=state,
-                files=self.files,
-                keep_last=self.config.keep_last,
-            )
-        except store.CheckpointSaveError as error:
-            if stop.requested or self.step >= self.config.steps:
-                raise UserError(
-                    f"{error} Earlier checkpoints are untouched: mend the disk, and the same command goes on from the newest."
-                ) from error
-            say(f"Warning: {error} The run goes on; earlier checkpoints are untouched.")
+        milestone = self._is_milestone()
+        save = partial(self.saver.save, self.step, tensors=tensors, state=state, files=self.files, milestone=milestone, last=last)
+        self.world.once(save)
 
     def restore(self, loaded: store.Loaded) -> None:
         """Continue from a checkpoint of this run, bit for bit."""
-        check_fingerprints(loaded.state["fingerprints"], self.fingerprints, loaded.path)
+        allowed = self.config.allow_data_change
+        check_fingerprints(loaded, self.fingerprints, self.incidents.events, allow_data_change=allowed)
         self.engine.restore(self.model, self.optimizer, loaded.tensors, loaded.state["optimizer"])
         if self.reference is not None:
             self.reference.load_state_dict(loaded.tensors["reference"])

@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -83,12 +83,17 @@ def read_json(path: str | os.PathLike[str]) -> Any:
         raise UserError(f"{path} is not valid JSON, it may be torn or damaged: {error}.") from error
 
 
-def sha256_file(path: str | os.PathLike[str]) -> str:
-    """Hex SHA-256 of a file's bytes."""
+def no_pause() -> None:
+    """What long work on files calls after each block unless it is told to make room for others."""
+
+
+def sha256_file(path: str | os.PathLike[str], pause: Callable[[], None] = no_pause) -> str:
+    """Hex SHA-256 of a file's bytes; ``pause`` is called after each block of them."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(_HASH_BLOCK_BYTES):
             digest.update(block)
+            pause()
     return digest.hexdigest()
 
 

@@ -124,9 +124,9 @@ def say(text: str, stream: TextIO | None = None) -> None:
     _write(stream, f"{erase}{text}\n")
 
 
-def complain(text: str) -> None:
-    """Write what ends the program to stderr, once on each machine: the processes of a run make the same mistake together."""
-    if not is_silent("LOCAL_RANK"):
+def complain(text: str, teller: bool | None = None) -> None:
+    """Write what ends the program to stderr, if this process is the ``teller``; None: the first process of each machine is."""
+    if not is_silent("LOCAL_RANK") if teller is None else teller:
         print(text, file=sys.stderr)
 
 

@@ -7,14 +7,16 @@ travel by NCCL between GPUs and by gloo on CPUs; the hosts agree over gloo conne
 and have the patience that preparing data takes.
 
 A process that dies closes its connections, so the others fail at their next word with each other instead of waiting for ever;
-``joined`` makes one clear error of it. There is no state to resume.
+``joined`` makes one clear error of it. A mistake that ends one process is left where the others look when they have lost it, and
+ends them too, so that a person reads it once on each machine, whichever and however many ranks made it. There is no state to
+resume.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, TypeVar
@@ -23,11 +25,13 @@ from osler.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from torch.distributed import ProcessGroup
+    from torch.distributed import ProcessGroup, Store
 
 T = TypeVar("T")
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)  # a rank that hangs in a step is given up after this
 HOST_TIMEOUT = timedelta(days=1)  # the others wait as long as rank 0 needs to prepare the data
+TELLER_TIMEOUT = timedelta(seconds=10)
+MISTAKE = "mistake"  # key in the store that the processes meet at
 
 
 @dataclass(frozen=True)
@@ -165,23 +169,79 @@ def joined(device: str) -> Iterator[World]:
     on_gpu = own.startswith("cuda")
     if on_gpu:
         torch.cuda.set_device(own)
+    store: Store | None = None
     try:
+        store = next(dist.rendezvous("env://", timeout=COLLECTIVE_TIMEOUT))[0]
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
             timeout=COLLECTIVE_TIMEOUT,
+            store=dist.PrefixStore("ranks", store),
+            rank=here.rank,
+            world_size=here.size,
             device_id=torch.device(own) if on_gpu else None,
         )
         world = World(here.rank, here.size, own, dist.new_group(backend="gloo", timeout=HOST_TIMEOUT))
         yield world
         world.least(0)  # nobody hangs up while another still listens
         dist.destroy_process_group()  # not after an error: that could wait for a rank that is gone
-    except RuntimeError as error:
-        if isinstance(error, dist.DistError) or "gloo" in str(error):  # gloo's errors have no class
-            raise UserError(
-                f"Rank {here.rank} of {here.size} lost the others: one of them ended or cannot be reached "
-                f"({_first_line(error)}). What it said last tells why; the same command goes on from the newest checkpoint."
-            ) from error
+    except UserError as error:
+        _leave_mistake(store, str(error))
+        error.teller = _is_teller(store, str(error))
         raise
+    except RuntimeError as error:
+        if not (isinstance(error, dist.DistError) or "gloo" in str(error)):  # gloo's errors have no class
+            raise
+        mistake = _left_mistake(store)
+        lost = UserError(
+            mistake
+            or f"Rank {here.rank} of {here.size} lost the others: one of them ended or cannot be reached "
+            f"({_first_line(error)}). What it said last tells why; the same command goes on from the newest checkpoint."
+        )
+        lost.teller = _is_teller(store, mistake or "lost")
+        raise lost from error
+
+
+# The store is where the processes met. It outlives each of them under torchrun, and otherwise ends with rank 0.
+
+
+def _leave_mistake(store: Store | None, mistake: str) -> None:
+    """Leave what ends this process to those that are going to lose it."""
+    with suppress(RuntimeError):
+        if store is not None:
+            store.set(MISTAKE, mistake)
+
+
+def _left_mistake(store: Store | None) -> str | None:
+    """What ended another process, if it was a mistake."""
+    with suppress(RuntimeError):
+        if store is not None and store.check([MISTAKE]):
+            return str(store.get(MISTAKE), "utf-8")
+    return None
+
+
+def _is_teller(store: Store | None, what: str) -> bool | None:
+    """Whether this process is the first of its machine to tell a person this; None when the store is gone."""
+    from socket import gethostname  # not for every verb
+
+    with suppress(RuntimeError):
+        if store is not None:
+            return bool(store.add(f"{MISTAKE}/{gethostname()}/{what}", 1) == 1)
+    return None
+
+
+def is_teller_unconnected(what: str) -> bool | None:
+    """Whether this process is the first of its machine to tell a person this, when it has not connected; None: nobody knows.
+
+    torchrun ends the others as soon as one has ended, so the one to tell it must be the first to end.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":  # torchrun keeps none
+        return None
+    import torch.distributed as dist
+
+    with suppress(RuntimeError):
+        where = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        return _is_teller(dist.TCPStore(*where, is_master=False, wait_for_workers=False, timeout=TELLER_TIMEOUT), what)
+    return None
 
 
 def device_of(device: str, here: Place) -> str:

@@ -70,7 +70,11 @@ class TrainConfig:
     log_every_steps: int = 10  # optimizer steps between two lines of metrics
     eval_every_tokens: int = 2_048_000  # tokens between two measurements of the held-out loss
     save_every_tokens: int = 2_048_000  # tokens between two checkpoints
-    keep_last: int = 2  # checkpoints kept besides the best
+    # whether a checkpoint is written while training goes on, from a copy in memory; changes nothing in it
+    async_save: bool = True
+    keep_last: int = 2  # checkpoints kept besides the best and the milestones
+    keep_every_tokens: int = 0  # tokens between two milestones, which are checkpoints kept for good; 0: none
+    allow_data_change: bool = False  # whether a started run may go on with other data, never with another tokenizer
     # so many steps in a row with a non-finite gradient send the run back to its last good checkpoint and past the data since,
     # when the next line of metrics is due
     max_skipped_steps: int = 20
@@ -86,6 +90,8 @@ class TrainConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.max_rollbacks < 0:
             raise ValueError(f"max_rollbacks is {self.max_rollbacks}; it must be 0 (never go back) or more")
+        if self.keep_every_tokens < 0:
+            raise ValueError(f"keep_every_tokens is {self.keep_every_tokens}; it must be 0 (no milestones) or more")
         rows, rest = divmod(self.batch_tokens, self.seq_len)
         if rest or rows < 1:
             raise ValueError(f"batch_tokens {self.batch_tokens} is not a positive multiple of seq_len {self.seq_len}")

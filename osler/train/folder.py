@@ -16,6 +16,7 @@ from osler.config import decode, encode, merge, parse_overrides
 from osler.errors import UserError
 from osler.inference.load import read_model_config
 from osler.model.config import ModelConfig
+from osler.monitor.events import EventLog
 from osler.runtime.files import RunFolder, write_atomic
 from osler.runtime.log import say
 from osler.runtime.stop import EXIT_STOPPED
@@ -24,7 +25,10 @@ from osler.yaml12 import dump_yaml, load_yaml
 T = TypeVar("T")
 MOST_NAMED = 5  # differences between two configs that an error spells out
 # How a run is computed and watched, not what comes out of it, but for rounding: these may change from one start to the next.
-COMPUTING = ("parallel", "loader_workers", "micro_batch_tokens", "recompute", "monitor")
+COMPUTING = ("parallel", "loader_workers", "micro_batch_tokens", "recompute", "async_save", "monitor")
+PERMISSIONS = ("allow_data_change",)  # given for one start
+GIVEN_ANEW = (*COMPUTING, *PERMISSIONS)
+DATA_SECTIONS = ("data", "tasks")  # what a run learns from: of training, of GRPO
 LENGTHS = {"total_tokens", "max_minutes", "steps"}  # what a person changes who wants to go on with a finished run
 VERSIONS = "versions.json"  # packages and machine, in the run folder and in every checkpoint
 PRECISION_OF_DTYPE = {"float32": "fp32", "bfloat16": "bf16"}
@@ -57,11 +61,20 @@ def work(kind: str, run: RunFolder, train: Callable[[RunFolder], bool], next_ste
 def claim(run: RunFolder, config: Any) -> None:
     """Write ``config.yaml``, which makes the folder this run's, unless it is that already.
 
-    Called when all that a person may have got wrong has been checked, so that a mistake can be mended in the same folder.
+    Called when all that a person may have got wrong has been checked, so that a mistake can be mended in the same folder. With
+    ``allow_data_change`` the data of a run become those given now.
     """
     refuse_another(run, config)
+    wanted = encode(config)
     if not run.config.exists():
-        write_atomic(run.config, dump_yaml(encode(config)))
+        write_atomic(run.config, dump_yaml(wanted))
+    elif free := [key for key in _free_sections(config) if key in wanted]:
+        write_atomic(run.config, dump_yaml(read_config(run) | {key: wanted[key] for key in free}))
+
+
+def _free_sections(config: Any) -> tuple[str, ...]:
+    """The sections about data when this start may change them."""
+    return DATA_SECTIONS if getattr(config, "allow_data_change", False) else ()
 
 
 def refuse_another(run: RunFolder, config: Any) -> None:
@@ -71,7 +84,7 @@ def refuse_another(run: RunFolder, config: Any) -> None:
     stored, wanted = read_config(run), encode(config)
     if stored.get("kind") == wanted["kind"]:  # a field that came with a later Osler had its default when the run began
         stored = encode(decode(type(config), stored, source=str(run.config)))
-    for key in COMPUTING:
+    for key in (*GIVEN_ANEW, *_free_sections(config)):
         stored.pop(key, None)
         wanted.pop(key, None)
     if stored == wanted:
@@ -96,10 +109,10 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def stored_config(cls: type[T], run_dir: str | None, overrides: Sequence[str]) -> T:
-    """The config that a run folder was started with, for ``--resume``; only how it is computed may be given anew."""
+    """The config that a run folder was started with, for ``--resume``; what may differ from start to start may be given anew."""
     if run_dir is None:
         raise UserError("--resume needs --run FOLDER: the run to go on with.")
-    refused = [override for override in overrides if override.partition("=")[0].partition(".")[0] not in COMPUTING]
+    refused = [override for override in overrides if override.partition("=")[0].partition(".")[0] not in GIVEN_ANEW]
     if refused:
         raise UserError(f"--resume continues a run as it was configured; leave out {' '.join(refused)}.")
     run = RunFolder(Path(run_dir))
@@ -139,6 +152,27 @@ def stored_precision(checkpoint: Path | None, wanted: str) -> str:
         return wanted
     machine = json.loads((checkpoint / VERSIONS).read_text(encoding="utf-8"))["machine"]
     return PRECISION_OF_DTYPE[machine["dtype"]]
+
+
+def check_fingerprints(
+    loaded: store.Loaded, current: Mapping[str, str], events: EventLog, *, allow_data_change: bool = False
+) -> None:
+    """Refuse to go on from a checkpoint with another tokenizer, or with other data unless that is allowed, and then record it."""
+    for name, value in current.items():
+        before = loaded.state["fingerprints"].get(name)
+        if before == value:
+            continue
+        if name == "data" and allow_data_change:
+            message = f"The data changed: from step {loaded.step} on the run learns from {value}, and before from {before}."
+            say(f"Warning: {message} Losses on either side are not comparable (allow_data_change).")
+            events.write(loaded.step, "data-change", name, message, before=before, now=value)
+            continue
+        remedy = ", allow it with allow_data_change=true," if name == "data" else ""
+        raise UserError(
+            f"The {name} changed since checkpoint {loaded.path} was written: its fingerprint is {value} and was {before}. "
+            f"Continuing would silently train on something else; restore it{remedy} or start a new run with --run NEW_FOLDER "
+            f"init_from={loaded.path}."
+        )
 
 
 def was_evaluated(run: RunFolder, step: int) -> bool:

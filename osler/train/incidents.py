@@ -14,6 +14,7 @@ back to.) Every incident is a line in ``events.jsonl``.
 from __future__ import annotations
 
 import math
+import os
 from collections import deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -60,7 +61,7 @@ class Incidents:
         self.run = run
         self.details = details
         self.world = world or World()
-        self.events = EventLog(run.events)
+        self.events = EventLog(run.events if self.world.is_first else os.devnull)
         self.spikes = SpikeWindow(limits.spike)
         self.before: deque[list[Any]] = deque(maxlen=STEPS_BEFORE)  # step, loss and gradient norm of the last good steps
         self.skipped_in_a_row = 0

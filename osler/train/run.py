@@ -68,6 +68,7 @@ from osler.train.setup import (
     make_model,
     make_tokenizer,
     set_precision,
+    warn_of_small_passes,
 )
 from osler.train.step import TrainStep
 from osler.train.trainer import Trainer
@@ -102,6 +103,7 @@ def run(
         print(describe_plan(config, folder, start, planned_numbers(config, start[1] if start else config.model)))
         return 0
     check_processes(config, place().size)
+    warn_of_small_passes(config, place().size)
     with joined(config.device) as world:
         return work(kind, folder, lambda run: train(config, run, world), lambda: next_steps(config, folder))
 
@@ -181,7 +183,7 @@ def train(config: TrainConfig, run: RunFolder, world: World | None = None) -> bo
 
 def begin(config: TrainConfig, run: RunFolder, tokenizer: Tokenizer) -> Prepared:
     """Put into the folder what every rank then reads: the shards, the config that makes it this run's, the tokenizer."""
-    prepared = prepare_source(config.data, tokenizer, run.root / DATA)
+    prepared = prepare_source(config.data, tokenizer, run.root / DATA, set_aside=config.allow_data_change)
     claim(run, config)
     if not (run.root / TOKENIZER_FILE).exists():
         write_atomic(run.root / TOKENIZER_FILE, tokenizer.to_bytes())
@@ -286,8 +288,7 @@ def validation(
 
 def text_batches(config: TrainConfig, shards: ShardSet) -> Iterator[tuple[Tensor, Tensor]]:
     """Held-out documents one by one in windows of ``seq_len`` that do not overlap, each begun by the end-of-text token."""
-    documents = (shards.document(index)[0].tolist() for index in range(shards.num_documents))
-    rows = windows(documents, seq_len=config.seq_len, start_id=shards.eos_id)
+    rows = windows(shards.documents(), seq_len=config.seq_len, start_id=shards.eos_id)
     return batches(rows, batch_tokens=EVAL_BATCH_TOKENS)
 
 

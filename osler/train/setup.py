@@ -108,6 +108,23 @@ def check_processes(config: TrainConfig, processes: int) -> None:
         raise UserError(f"{name} does not work with parallel.type={strategy}, which cuts parameters up: use parallel.type=ddp.")
 
 
+def warn_of_small_passes(config: TrainConfig, processes: int) -> None:
+    """Say when a process's share of a batch splits into smaller forward passes than the whole batch does on one process."""
+    for span in config.timeline.spans:
+        share = span.rows_per_batch // processes
+        rows, wanted = (rows_per_micro_batch(n, span.seq_len, config.micro_batch_tokens) for n in (share, span.rows_per_batch))
+        if rows >= min(share, wanted):
+            continue
+        batch = -(-share // wanted) * wanted * processes * span.seq_len
+        micro = next(part for part in range(wanted, share + 1) if share % part == 0) * span.seq_len
+        stage = f"stage {span.number} of the curriculum: " if config.curriculum else ""
+        say(
+            f"Warning: {stage}each of {processes} processes has {share} rows of {span.seq_len} tokens, which split into equal "
+            f"forward passes of {rows} only, where one process makes passes of {wanted}. batch_tokens={batch} keeps those, "
+            f"micro_batch_tokens={micro} makes larger ones."
+        )
+
+
 def set_precision(model: Transformer, config: TrainConfig, device: torch.device, *, processes: int = 1) -> None:
     """Give a new or loaded ``model`` the weights and projections that ``config.precision`` trains."""
     if config.precision == "pure-bf16":

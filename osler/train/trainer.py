@@ -3,7 +3,7 @@
 Resume is exact: a checkpoint holds model, optimizer, step and the half-filled log window; the order of data is a function of the
 step and of what was passed over (``train/incidents.py``); nothing else is random. (A run limited by ``max_minutes`` also saves
 its clock, but how many steps fit the rest depends on the machine.) A checkpoint comes before every evaluation, so an evaluation
-that fails costs nothing.
+that fails costs nothing: what is still being written is finished.
 
 Every rank runs this loop; rank 0 alone writes. A signal to one of them and the clock are agreed on after each step, so that all
 make the same steps. A checkpoint is the same whatever the number of ranks.
@@ -14,15 +14,15 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from osler.checkpoint import store
+from osler.checkpoint.saver import Saver
 from osler.data.delivered import Delivered
 from osler.data.loader import Batch
-from osler.errors import UserError
 from osler.model.transformer import Transformer
 from osler.monitor.collect import Collector, of_steps
 from osler.monitor.fanout import FanOut, open_sinks
@@ -34,7 +34,7 @@ from osler.runtime.files import RunFolder
 from osler.runtime.log import Progress, say
 from osler.runtime.stop import StopFlag
 from osler.train.config import TrainConfig
-from osler.train.folder import was_evaluated
+from osler.train.folder import check_fingerprints, was_evaluated
 from osler.train.incidents import Incidents
 from osler.train.step import StepResult, TrainStep
 
@@ -76,6 +76,7 @@ class Trainer:
         self.evaluate = evaluate
         self.probe = probe
         self.run = run
+        self.saver = Saver(run.checkpoints, keep_last=config.keep_last, in_background=config.async_save)
         self.files = files
         self.fingerprints = fingerprints
         self.started = started  # time.monotonic() at which this process began to work on the run
@@ -118,6 +119,7 @@ class Trainer:
             StopFlag() as stop,  # first: whoever sees the metrics file may rely on a signal being a request
             open_sinks(config.monitor, self.run, self._facts(), step=self.step, is_first=self.world.is_first) as sink,
             Progress(self.total_tokens, "tokens", label=config.kind, initial=self.tokens) as progress,
+            self.saver,
         ):
             self.incidents.events = sink.events
             if self.step and not self.world.once(lambda: was_evaluated(self.run, self.step)):
@@ -145,10 +147,11 @@ class Trainer:
                         mark = (self.tokens, time.monotonic())
                         continue
                 evaluation_due = self._due(config.eval_every_tokens) or self._due(config.exam.every_tokens)
-                if evaluation_due or self._due(config.save_every_tokens) or stopping:
+                if evaluation_due or stopping or self._due(config.save_every_tokens) or self._due(config.keep_every_tokens):
                     self.save(stop)
                     stopping = self._agree(stop)  # once more, because saving takes its time
                 if stopping and not self.done:
+                    self.world.once(lambda: self.saver.wait(needed=True))
                     return False
                 if evaluation_due:
                     before = time.monotonic()
@@ -157,13 +160,15 @@ class Trainer:
         return True
 
     def save(self, stop: StopFlag) -> None:
-        """Write a checkpoint; when the disk is full or fails, say so and go on with the earlier ones.
+        """Have a checkpoint written, in the background unless it is the last one of this process; see ``Saver.save``.
 
-        Raises UserError in that case when it is the last one of this process, because what it would hold is lost. Sharded
-        tensors come together on rank 0, one at a time.
+        Sharded tensors come together on rank 0, one at a time.
         """
         self._fetch()
-        tensors, optimizer_state = self.engine.parts(self.model, self.optimizer)
+        self.world.once(self.saver.wait)  # which is what the other ranks have more patience for than for a collective
+        last = self.done or stop.requested
+        in_background = self.config.async_save and not last
+        tensors, optimizer_state = self.engine.parts(self.model, self.optimizer, self.saver.hold if in_background else None)
         state = {
             "kind": self.config.kind,
             "step": self.step,
@@ -176,22 +181,14 @@ class Trainer:
             "fingerprints": dict(self.fingerprints),
             "optimizer": optimizer_state,
         }
-        self.world.once(lambda: self._write(tensors, state, stop))
-
-    def _write(self, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any], stop: StopFlag) -> None:
-        keep = self.config.keep_last
-        try:
-            store.save(self.run.checkpoints, self.step, tensors=tensors, state=state, files=self.files, keep_last=keep)
-        except store.CheckpointSaveError as error:
-            if self.done or stop.requested:
-                raise UserError(
-                    f"{error} Earlier checkpoints are untouched: mend the disk, and the same command goes on from the newest."
-                ) from error
-            say(f"Warning: {error} The run goes on; earlier checkpoints are untouched.")
+        milestone = self._due(self.config.keep_every_tokens)
+        save = partial(self.saver.save, self.step, tensors=tensors, state=state, files=self.files, milestone=milestone, last=last)
+        self.world.once(save)
 
     def restore(self, loaded: store.Loaded) -> None:
         """Continue from a checkpoint of this run, bit for bit."""
-        check_fingerprints(loaded.state["fingerprints"], self.fingerprints, loaded.path)
+        allowed = self.config.allow_data_change
+        check_fingerprints(loaded, self.fingerprints, self.incidents.events, allow_data_change=allowed)
         state = loaded.state
         self.engine.restore(self.model, self.optimizer, loaded.tensors, state["optimizer"])
         self.step, self.earlier_seconds = state["step"], state["seconds"]
@@ -233,9 +230,11 @@ class Trainer:
     def _roll_back(self, sink: FanOut, stop: StopFlag) -> None:
         """Go back to the last good checkpoint and on with other data; saved at once, so that a kill changes nothing."""
         seconds = self.seconds
+        self.world.once(self.saver.wait)  # the checkpoint to go back to may be the one that is being written
         self.incidents.roll_back(self.step, self.restore, lambda: self.tokens)
         self.earlier_seconds, self.started = seconds, time.monotonic()  # the clock does not go back
         self.save(stop)
+        self.world.once(self.saver.wait)
         fault("rollback")
         sink.rewind(self.step)
 
@@ -307,11 +306,13 @@ class Trainer:
         """Measure what is due after this step; a lowest held-out loss marks the step's checkpoint as the best."""
         fault("evaluate")
         before = time.monotonic()
+        self.saver.hurry()
         metrics = self.evaluate() if self._due(self.config.eval_every_tokens) else {}
         if self._due(self.config.exam.every_tokens):
             metrics |= self.probe()
         if not metrics:
             return
+        self.world.once(self.saver.wait)  # only what is on the disk can be the best, and count as evaluated
         loss = metrics.get("eval/loss", math.inf)
         if self.train_loss is not None and math.isfinite(loss):
             metrics["eval/train_gap"] = loss - self.train_loss
@@ -324,14 +325,3 @@ class Trainer:
         shown = {name.removeprefix("eval/"): value for name, value in metrics.items()}
         say(f"step {self.step}: " + ", ".join(f"{name} {value:.4f}" for name, value in shown.items()))
         progress.update(self.tokens)
-
-
-def check_fingerprints(saved: Mapping[str, str], current: Mapping[str, Any], checkpoint: object) -> None:
-    """Refuse to continue a checkpoint with another tokenizer or other data than it was trained with."""
-    for name, value in current.items():
-        if saved.get(name) != value:
-            raise UserError(
-                f"The {name} changed since checkpoint {checkpoint} was written: its fingerprint is {value} and was "
-                f"{saved.get(name)}. Continuing would silently train on something else; restore it, or start a new run with "
-                f"--run NEW_FOLDER init_from={checkpoint}."
-            )

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from osler.checkpoint.saver import Saver
 from osler.checkpoint.store import CheckpointSaveError, load, mark_best, newest_good, save
 from osler.runtime import faults
 
@@ -53,6 +54,11 @@ def put(root: Path, step: int, version: int = 0) -> None:
     )
 
 
+def put_in_background(root: Path, step: int) -> None:
+    with Saver(root, keep_last=1, in_background=True) as saver:
+        saver.save(step, tensors=content(step, 1), state={"step": step}, files={})
+
+
 def in_child(work: Callable[[], None]) -> int:
     """Run ``work`` in a forked child; returns the signal that ended it, or minus its exit code."""
     child = os.fork()
@@ -81,12 +87,15 @@ def check(root: Path, steps: set[int]) -> None:
     assert names == ["best.json", "step-000001000"], f"remnants: {names}"
 
 
-def killed_at(root: Path, spec: str, next_step: int) -> None:
+def killed_at(root: Path, spec: str, next_step: int, *, in_background: bool = False) -> None:
     put(root, 1)
 
     def work() -> None:
         os.environ[faults.VARIABLE] = spec
-        put(root, next_step, version=1)
+        if in_background:
+            put_in_background(root, next_step)
+        else:
+            put(root, next_step, version=1)
 
     ended_by = in_child(work)
     if spec.startswith("rotate") and next_step == 1:
@@ -154,6 +163,9 @@ def main(folder: Path) -> None:
     for spec in STAGES:
         for next_step in (2, 1):
             cases[f"{spec} saving step {next_step} after 1"] = lambda root, s=spec, n=next_step: killed_at(root, s, n)
+    for spec in ("save-tensors:kill:2", "save-manifest:kill", "save-rename:kill", "save-verify:kill"):
+        name = f"{spec} saving step 2 after 1 in the background"
+        cases[name] = lambda root, s=spec: killed_at(root, s, 2, in_background=True)
     cases["thirty random kills"] = killed_at_random
     cases["file size limit"] = file_limit
     cases["best survives"] = best_survives

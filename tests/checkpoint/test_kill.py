@@ -22,4 +22,4 @@ def test_a_kill_at_every_stage_loses_nothing(tmp_path):
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert [line for line in lines if not line.startswith("ok ")] == []
-    assert len(lines) == 23
+    assert len(lines) == 27

@@ -257,6 +257,21 @@ def test_a_malicious_pickle_is_reported_and_never_run(tmp_path, monkeypatch):
     assert not (tmp_path / "exploded").exists()
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "state.json"])
+def test_a_pickle_that_the_manifest_vouches_for_is_not_run_either(tmp_path, monkeypatch, name):
+    """Whoever can write a checkpoint can write its hashes too."""
+    monkeypatch.setenv("OSLER_TEST_BOMB", str(tmp_path / "exploded"))
+    path = put(tmp_path, 1)
+    (path / name).write_bytes(pickle.dumps(_Bomb()))
+    written = manifest.read_manifest(path)
+    record = manifest.FileRecord((path / name).stat().st_size, manifest.sha256_file(path / name))
+    manifest.write_manifest(path, manifest.Manifest(1, 1, {**written.files, name: record}))
+    assert verify(path) == []
+    with pytest.raises(UserError, match=name):
+        load(path)
+    assert not (tmp_path / "exploded").exists()
+
+
 def test_hidden_litter_is_ignored(tmp_path):
     path = put(tmp_path, 1)
     (path / ".DS_Store").write_bytes(b"x")
@@ -330,6 +345,32 @@ def test_the_last_ones_and_the_best_stay(tmp_path):
     mark_best(tmp_path / "step-000000007", "eval/loss", 0.4)
     put(tmp_path, 8, keep_last=2)
     assert steps(tmp_path) == [7, 8]
+
+
+def test_milestones_stay(tmp_path):
+    for step in range(1, 9):
+        put(tmp_path, step, keep_last=2, milestone=step % 3 == 0)
+    assert steps(tmp_path) == [3, 6, 7, 8]
+    truncate(tmp_path / "step-000000003" / "state.json")
+    put(tmp_path, 9, keep_last=1)
+    assert steps(tmp_path) == [6, 9]
+
+
+def test_a_checkpoint_that_does_not_read_back_costs_no_earlier_one(tmp_path, monkeypatch):
+    """The disk changes a byte between writing and reading: the new checkpoint goes, and the last good one stays."""
+    put(tmp_path, 1)
+    rename = Path.rename
+
+    def rename_and_damage(self, target):
+        moved = rename(self, target)
+        if Path(target).name == "step-000000002":
+            flip(Path(target) / "model.safetensors", -1)
+        return moved
+
+    monkeypatch.setattr(Path, "rename", rename_and_damage)
+    with pytest.raises(CheckpointSaveError, match=r"does not read back \(model\.safetensors"):
+        put(tmp_path, 2, keep_last=1)
+    assert os.listdir(tmp_path) == ["step-000000001"] and verify(tmp_path / "step-000000001") == []
 
 
 def test_a_damaged_checkpoint_does_not_count_among_the_last(tmp_path):

@@ -54,7 +54,7 @@ def test_a_stream_delivers_what_its_rows_hold(shards):
         seen += batch.ids.flatten().tolist()
         found = delivered.metrics(step, 1, by_source=True)
         assert [found[f"data/tokens/folder-{name}"] for name in "abc"] == counted(seen)
-        assert found["data/epoch"] == pytest.approx(len(seen) / shards.num_tokens) and found["perf/padding_frac"] == 0
+        assert found["data/epoch"] == pytest.approx(len(seen) / shards.num_tokens) and found["data/padding_frac"] == 0
         assert sum(found[f"data/delivered_frac/folder-{name}"] for name in "abc") == pytest.approx(1)
     assert found["data/epoch"] > 2
     whole = counted(np.concatenate([shards.document(index)[0] for index in range(40)]))
@@ -76,7 +76,7 @@ def test_whole_documents_are_delivered_with_their_padding(shards):
         found = delivered.metrics(step, 2, by_source=True)
         assert [found[f"data/tokens/folder-{name}"] for name in "abc"] == counted(places)
         last = np.asarray(places[-6:])
-        assert found["perf/padding_frac"] == pytest.approx((last == 0).mean())
+        assert found["data/padding_frac"] == pytest.approx((last == 0).mean())
         assert found["data/epoch"] == pytest.approx(3 * step / packing.rows_per_epoch)
     assert found["data/epoch"] > 2
     ahead = delivered.metrics(step, 1, by_source=True, skipped_tokens=6 * SEQ_LEN)

@@ -9,9 +9,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from osler.data.order import Order
-from osler.data.packing import IGNORED, Packing, StreamPacking, WholePacking, best_fit
+from osler.data.packing import Packing, StreamPacking, WholePacking, best_fit
 from osler.data.shards import ShardSet
 from osler.errors import UserError
+from osler.ops.labels import IGNORED
 
 LENGTHS = [5, 2, 40, 9, 9, 130, 3, 17, 2, 33]  # 250 tokens; one document is several rows long
 

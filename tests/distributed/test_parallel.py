@@ -24,6 +24,7 @@ PROGRAM = Path(__file__).with_name("parallel_runs.py")
 def test_every_number_of_ranks_and_strategy_is_the_same_run(tiny, tmp_path):
     path = os.pathsep.join([str(PROGRAM.parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    environment |= {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"), "TORCHINDUCTOR_COMPILE_THREADS": "1"}
     given = [tiny.pretrain, tiny.sft, str(tmp_path)]
     done = subprocess.run(
         [sys.executable, str(PROGRAM), *given], env=environment, capture_output=True, text=True, timeout=300, check=False
@@ -31,7 +32,7 @@ def test_every_number_of_ranks_and_strategy_is_the_same_run(tiny, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     lines = done.stdout.splitlines()
     assert [line for line in lines if not line.startswith("ok ")] == []
-    assert len(lines) == 14 + (4 if importlib.util.find_spec("deepspeed") else 0)
+    assert len(lines) == 23 + (4 if importlib.util.find_spec("deepspeed") else 0)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is not None, reason="DeepSpeed is installed")

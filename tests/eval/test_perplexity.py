@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from osler.data.shards import ShardSet, ShardWriter
 from osler.errors import UserError
-from osler.eval.perplexity import batches, bits_per_byte, measure, windows
+from osler.eval.perplexity import batches, measure, windows
 from osler.model.config import ModelConfig
 from osler.model.transformer import Transformer
 from osler.tokenizer.bpe import Tokenizer
@@ -106,12 +106,8 @@ def test_a_prepared_split_is_measured_from_its_files(tmp_path: Path) -> None:
     model = build(vocab_size=tokenizer.vocab_size)
     rows = windows(documents, seq_len=8, start_id=tokenizer.eos_id)
     expected = measure(model, batches(rows, batch_tokens=64), sum(len(text.encode()) for text in texts))
-    assert bits_per_byte(model, shards, seq_len=8, batch_tokens=64) == expected
-    lengths = tokenizer.byte_lengths()
-    every = bits_per_byte(model, shards, seq_len=8, batch_tokens=64, documents=[0, 1, 2], byte_lengths=lengths)
-    assert every == expected
-    some = bits_per_byte(model, shards, seq_len=64, documents=[2], byte_lengths=lengths)
-    assert (some.bytes, some.tokens) == (len(texts[2].encode()), len(documents[2]))
+    rows = windows(shards.documents(), seq_len=8, start_id=tokenizer.eos_id)
+    assert measure(model, batches(rows, batch_tokens=64), shards.num_bytes) == expected
 
 
 def test_nothing_to_measure_is_said() -> None:

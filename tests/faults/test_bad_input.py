@@ -18,6 +18,7 @@ from osler.data.order import Order
 from osler.data.packing import StreamPacking, WholePacking
 from osler.data.prepare import open_prepared
 from osler.errors import UserError
+from osler.monitor.events import read_events
 from osler.tokenizer.bpe import Tokenizer
 from osler.yaml12 import dump_yaml, load_yaml
 
@@ -268,6 +269,36 @@ def test_other_data_are_refused_with_or_without_the_old_shards(tiny, own_text, l
     assert len(set(re.findall(r"\b[0-9a-f]{16}\b", text))) == 2 and "The data changed since checkpoint" in text
 
 
+def events_of(run):
+    return [(event["kind"], event["step"]) for event in read_events(run / "events.jsonl")]
+
+
+def test_other_data_are_taken_when_that_is_allowed(tiny, own_text, launch, mistake, tmp_path, capsys):
+    """Loudly, with an event, from the checkpoint on, and only for the start that it is given to; the old shards stay."""
+    path, other, run = tmp_path / "notes.txt", tmp_path / "other.txt", tmp_path / "run"
+    path.write_text("A cough that lasts eight weeks is chronic. " * 20)
+    other.write_text("A fever that lasts three weeks has a name. " * 20)
+    assert launch("pretrain", run, *own_text(path)[1:], fault="train-step:sigterm:3") == 130
+    assert "data.path is" in mistake("pretrain", *own_text(other), "--run", run)
+    assert launch("pretrain", run, *own_text(other)[1:], "allow_data_change=true", fault="train-step:sigterm:2") == 130
+    text = capsys.readouterr().err
+    assert "Warning: The data changed: from step 3 on the run learns from" in text and "allow_data_change" in text
+    assert events_of(run) == [("data-change", 3)]
+    assert len(list(run.glob("data-*"))) == 1 and load_yaml((run / "config.yaml").read_text(), "")["data"]["path"] == str(other)
+    assert launch("pretrain", run, *own_text(other)[1:], fault="train-step:sigterm:1") == 130  # they are the run's data now
+    other.write_text("A rash that itches at night is scabies. " * 20)
+    assert "another content" in mistake("pretrain", "--resume", "--run", run)
+    assert main(["pretrain", "--resume", "allow_data_change=true", "--run", str(run)]) == 0
+    assert events_of(run) == [("data-change", 3), ("data-change", 6)]
+
+
+def test_another_tokenizer_is_never_allowed(stopped, tiny, mistake):
+    other = Tokenizer.train(["other words for another tokenizer"] * 9, 300)
+    (stopped / "tokenizer.json").write_bytes(other.to_bytes())
+    text = mistake("pretrain", tiny.pretrain, "allow_data_change=true", "--run", stopped)
+    assert other.fingerprint in text and "tokenizer" in text and not (stopped / "events.jsonl").exists()
+
+
 def test_other_questions_are_refused(tiny, launch, mistake, tmp_path):
     exam = tmp_path / "exam.jsonl"
 
@@ -283,6 +314,9 @@ def test_other_questions_are_refused(tiny, launch, mistake, tmp_path):
     write(["drug", "organ", "cause"])
     text = mistake("grpo", "--resume", "--run", run)
     assert len(set(re.findall(r"\b[0-9a-f]{16}\b", text))) == 2 and "The data changed since checkpoint" in text
+    assert "allow_data_change=true" in text
+    assert main(["grpo", "--resume", "allow_data_change=true", "--run", str(run)]) == 0
+    assert [kind for kind, _ in events_of(run)] == ["data-change"]
 
 
 def test_a_folder_holds_one_run(stopped, tiny, mistake):

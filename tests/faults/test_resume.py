@@ -56,11 +56,16 @@ def test_every_precision_resumes_exactly_and_loads_as_usual(precision, launch, a
     assert torch.isfinite(model.logits(model(torch.arange(64)[None]))).all()
 
 
+@pytest.mark.parametrize("background", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
-def test_stopped_twice_while_saving(kind, launch, whole, assert_same_run, tmp_path):
-    assert launch(kind, tmp_path, fault="save-tensors:sigterm") == STOPPED
-    assert store.newest_good(tmp_path / "checkpoints")[0].name == store.folder_name(4)
-    assert launch(kind, tmp_path, fault="save-tensors:sigterm:3" if kind == "grpo" else "train-step:sigterm:5") == STOPPED
+def test_stopped_twice_while_saving(kind, background, launch, whole, assert_same_run, tmp_path):
+    """In the background the signal may find the run a few steps further; then those are saved too."""
+    option = f"async_save={str(background).lower()}"
+    assert launch(kind, tmp_path, option, fault="save-tensors:sigterm") == STOPPED
+    saved = store.load(store.newest_good(tmp_path / "checkpoints")[0]).step
+    assert 4 <= saved < 12 if background else saved == 4
+    again = "save-tensors:sigterm:3" if kind == "grpo" else "train-step:sigterm:5"
+    assert launch(kind, tmp_path, option, fault=again) in ((STOPPED, 0) if background else (STOPPED,))
     assert launch(kind, tmp_path, resume=True) == 0
     assert_same_run(tmp_path, whole[kind])
 
@@ -69,11 +74,19 @@ def test_stopped_twice_while_saving(kind, launch, whole, assert_same_run, tmp_pa
 def test_an_evaluation_that_was_cut_off_is_made_up_for(kind, launch, whole, assert_same_run, tmp_path):
     """A stop during the save of step 6 leaves its checkpoint and not the evaluation that comes after it."""
     files_per_save = 3 if kind == "grpo" else 2  # model, optimizer and the reference of the KL term
-    assert launch(kind, tmp_path, fault=f"save-tensors:sigterm:{2 * files_per_save}") == STOPPED
+    assert launch(kind, tmp_path, "async_save=false", fault=f"save-tensors:sigterm:{2 * files_per_save}") == STOPPED
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert not any("eval/seconds" in line and json.loads(line)["step"] == 6 for line in lines)
     assert launch(kind, tmp_path, resume=True) == 0
     assert_same_run(tmp_path, whole[kind])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_saving_in_the_foreground_gives_the_same_files(kind, launch, whole, assert_same_run, tmp_path):
+    assert launch(kind, tmp_path, "async_save=false") == 0
+    assert_same_run(tmp_path, whole[kind])
+    for file in sorted((whole[kind] / "checkpoints" / store.folder_name(12)).glob("*.safetensors")):
+        assert file.read_bytes() == (tmp_path / "checkpoints" / store.folder_name(12) / file.name).read_bytes()
 
 
 @pytest.mark.parametrize("kind", KINDS)

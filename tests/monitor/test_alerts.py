@@ -41,7 +41,6 @@ def healthy(lines: int, *, noise: float = 0.02, floor: float = 1.0, decay: float
             LOSS: (floor + (7.6 - floor) * n**-0.45) * (1 + noise * draw.gauss(0, 1)),
             LR: FACTS.lr * warmup * (1 - decay * n / lines),
             GRAD_NORM: (0.35 + 0.6 / n) * math.exp(0.25 * draw.gauss(0, 1)),
-            SKIPPED: 0.0,
             CLIPPED: 0.3 if n < 10 else 0.05,
             **dict.fromkeys(STEP_TIMES, 30.0),
             DATA_TIME: 2.0,
@@ -149,7 +148,8 @@ def test_the_message_names_number_cause_and_remedy():
 
 def test_what_was_said_is_said_again_after_a_pause_or_when_it_gets_worse():
     watch = Watch(FACTS)
-    said = [n for n in range(1, 401) if watch.look(n, n, {SKIPPED: 1.0 if n < 350 else 9.0})]
+    one, two = {f"{DEAD_UNITS}0": 0.6}, {f"{DEAD_UNITS}0": 0.9, f"{DEAD_UNITS}1": 0.9}
+    said = [n for n in range(1, 401) if watch.look(n, n, one if n < 350 else two)]
     assert said == [1, 1 + PAUSE, 1 + 3 * PAUSE, 350]
 
 

@@ -90,7 +90,7 @@ def test_numbers_of_a_run_fit_together(watched):
             assert len(shares) == 2 and sum(shares) == pytest.approx(1)
             given = [line[name] for name in line if name.startswith("data/tokens/")]
             assert sum(given) == line["tokens"]
-            assert line["perf/memory_peak_bytes"] >= 1e7 and line["perf/padding_frac"] == 0
+            assert line["perf/memory_peak_bytes"] >= 1e7 and line["data/padding_frac"] == 0
         if "eval/loss" in line:
             before = [other["train/loss"] for other in found if other["step"] <= line["step"] and "train/loss" in other][-1]
             assert line["eval/train_gap"] == pytest.approx(line["eval/loss"] - before)
@@ -119,7 +119,7 @@ def test_a_killed_full_run_logs_what_a_whole_one_does(tiny, tmp_path, monkeypatc
 def test_fine_tuning_pads_and_grpo_is_watched(tiny, runs, tmp_path):
     assert main(["sft", tiny.sft, f"init_from={runs.pretrain}", *FULL, "--run", str(tmp_path / "sft")]) == 0
     looked = [line for line in lines(tmp_path / "sft") if "grad/mean" in line]
-    assert all(0 < line["perf/padding_frac"] < 0.9 and "train/bits_per_byte" not in line for line in looked)
+    assert all(0 < line["data/padding_frac"] < 0.9 and "train/bits_per_byte" not in line for line in looked)
     assert all(line["data/tokens/turns.jsonl"] <= line["tokens"] * 129 / 128 for line in looked)
     ends = []
     for level in ("off", "full"):

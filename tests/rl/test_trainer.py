@@ -175,6 +175,11 @@ def test_the_best_checkpoint_is_marked(make_trainer, tmp_path):
     assert (best.step, best.metric, best.value) == (2, "eval/validation_accuracy", 0.6)
 
 
+def test_milestones_are_kept(make_trainer, tmp_path):
+    make_trainer(tmp_path, config=replace(CONFIG, keep_every_steps=2, keep_last=1)).fit()
+    assert sorted(path.name for path in (tmp_path / "checkpoints").glob("step-*")) == [store.folder_name(n) for n in (2, 4, 5)]
+
+
 def test_preflight_shows_samples_and_pass_at_k(make_trainer, tmp_path, capsys):
     make_trainer(tmp_path, config=replace(CONFIG, steps=1)).fit()
     printed = capsys.readouterr().err
@@ -213,6 +218,9 @@ def test_a_resume_with_another_tokenizer_or_other_questions_is_refused(make_trai
     make_trainer(tmp_path, config=replace(CONFIG, steps=1), fingerprints={"tokenizer": "a", "data": "b"}).fit()
     other = make_trainer(tmp_path, fingerprints={"tokenizer": "a", "data": "c"})
     with pytest.raises(UserError, match="data changed"):
+        other.restore(store.load(store.resolve(tmp_path)))
+    other = make_trainer(tmp_path, config=replace(CONFIG, allow_data_change=True), fingerprints={"tokenizer": "z", "data": "b"})
+    with pytest.raises(UserError, match="tokenizer changed"):
         other.restore(store.load(store.resolve(tmp_path)))
 
 

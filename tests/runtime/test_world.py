@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.distributed as dist
 
+from osler.cli import main
 from osler.errors import UserError
 from osler.runtime.log import complain, say
 from osler.runtime.world import Place, World, device_of, joined, place, require_one_process
@@ -60,6 +62,25 @@ def test_rank_0_speaks_and_one_rank_of_each_machine_complains(torchrun, monkeypa
     monkeypatch.setenv("RANK", "0")
     say("progress")
     assert capsys.readouterr().err == "progress\n"
+
+
+def test_ranks_that_agreed_on_who_tells_a_mistake_keep_to_it(torchrun, monkeypatch, capsys):
+    complain("mine alone", teller=True)
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    complain("told by another", teller=False)
+    assert capsys.readouterr().err == "mine alone\n"
+
+
+def test_the_first_to_find_a_mistake_tells_it_where_torchrun_keeps_a_store(torchrun, monkeypatch, capsys):
+    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    for name, value in {"MASTER_ADDR": "localhost", "MASTER_PORT": store.port, "TORCHELASTIC_USE_AGENT_STORE": True}.items():
+        monkeypatch.setenv(name, str(value))
+    told = []
+    for local_rank in ("1", "0"):
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
+        assert main(["no-such-verb"]) == 2
+        told.append(capsys.readouterr().err)
+    assert "no verb `no-such-verb`" in told[0] and told[1] == ""
 
 
 def test_mean_of_a_world_without_ranks_keeps_the_tensor():

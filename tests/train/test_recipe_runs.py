@@ -159,11 +159,11 @@ def test_published_numbers_of_steps(name, steps, batch_tokens):
 
 @pytest.mark.parametrize("name", IN_STAGES)
 def test_tokens_per_step_of_the_stages(name):
-    """Constant to the row in the six stages; what the recipe says in the others."""
+    """Constant in the six stages but for rows of 768, of which 85 are no number to share; what the recipe says in the others."""
     config = decode(TrainConfig, load_recipe(name))
     batches = [span.batch_tokens for span in config.timeline.spans]
     expected = {
-        "superbpe-curriculum": [65_536, 65_536, 65_536, 64_512, 65_536, 65_536],
+        "superbpe-curriculum": [65_536, 65_536, 65_536, 61_440, 65_536, 65_536],
         "ultra-curriculum": [65_536] * 7 + [98_304] * 2 + [131_072],
         "four-stage/1-wikipedia-24gb": [32_768, 49_152, 49_152, 65_536],
     }

@@ -60,6 +60,12 @@ def test_keep_last_and_the_best(make_trainer, tmp_path):
     assert (best.step, best.metric, best.value) == (4, "eval/loss", 1.0)
 
 
+def test_milestones_are_saved_and_kept(make_trainer, tmp_path):
+    """They fall between the other saves, and the end of the run is one."""
+    assert make_trainer(tmp_path, keep_every_tokens=5 * 256, keep_last=1).fit()
+    assert saved_steps(tmp_path) == [5, 10, 12]
+
+
 def test_the_best_is_remembered_across_processes(make_trainer, tmp_path):
     first = make_trainer(tmp_path, evaluate=lambda: {"eval/loss": 1.0}, total_tokens=6 * 256)
     assert first.fit()

@@ -1,0 +1,41 @@
+"""What the benchmarks share: a measurement in a process of its own, and the one JSON object that a script gives.
+
+A fresh process starts with its own allocator, caches and threads, so that no contestant finds what another left.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def in_fresh_python(arguments: Sequence[str], *, threads: int | None = None, **environment: str) -> str:
+    """What Python prints when it is started anew with these arguments and this source tree; ends the script if it fails."""
+    given = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+    if threads is not None:
+        given["OMP_NUM_THREADS"] = str(threads)
+    done = subprocess.run([sys.executable, *arguments], env=given, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(arguments)} failed:\n{done.stderr[-3000:]}")
+    return done.stdout
+
+
+def measured(arguments: Sequence[str], *, threads: int | None = None, **environment: str) -> dict[str, Any]:
+    """The JSON object in the last line that a fresh Python prints."""
+    result: dict[str, Any] = json.loads(in_fresh_python(arguments, threads=threads, **environment).strip().splitlines()[-1])
+    return result
+
+
+def publish(result: Mapping[str, Any], out: Path | None) -> None:
+    """Print the result of a script, and keep it in a file if one is given."""
+    text = json.dumps(result, indent=2)
+    print(text)
+    if out:
+        out.write_text(text + "\n")

@@ -1,0 +1,153 @@
+"""The folder of a run's checkpoints as a whole: which is the newest, which the best, which may go.
+
+Age is the order of the saves, not of the steps: after going back to an earlier step the newest checkpoint is not the one with the
+highest step. Four things keep a checkpoint: it is among the last that look whole, it is the best, it is a milestone, or it is the
+newest, which was verified a moment ago; so what verified last is never deleted. Torch-free, and nothing is kept in memory.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from osler.checkpoint.manifest import FOLDER_NAME, REPLACED_SUFFIX, looks_whole, read_manifest, verify
+from osler.errors import UserError
+from osler.runtime.faults import fault
+from osler.runtime.files import RunFolder, read_json, write_json
+from osler.runtime.log import say
+
+BEST = "best.json"
+HIDDEN = ".tmp-"  # begins the name of what is being written or deleted
+
+Skipped = list[tuple[Path, list[str]]]
+
+
+@dataclass(frozen=True)
+class Best:
+    """Which checkpoint scored best, and what it scored."""
+
+    path: Path
+    step: int
+    metric: str
+    value: float | None
+
+
+class Entry(NamedTuple):
+    """A checkpoint folder, by what its name and its manifest say."""
+
+    sequence: int
+    step: int
+    path: Path
+    milestone: bool
+
+
+def root_of(path: str | Path) -> Path:
+    """The checkpoints folder that a person means by it or by its run folder; raises UserError when the path is no folder."""
+    path = Path(path)
+    if not path.is_dir():
+        raise UserError(f"{path} is no folder: give a run folder or one of its checkpoints.")
+    inner = RunFolder(path).checkpoints
+    return inner if inner.is_dir() else path
+
+
+def by_age(root: Path) -> list[Entry]:
+    """All checkpoints, newest first; a folder without a readable manifest comes first, to be reported."""
+    found = []
+    for path in root.iterdir() if root.is_dir() else ():
+        match = FOLDER_NAME.fullmatch(path.name)
+        if match and path.is_dir():
+            try:
+                manifest = read_manifest(path)
+                found.append(Entry(manifest.sequence, int(match[1]), path, manifest.milestone))
+            except UserError:
+                found.append(Entry(sys.maxsize, int(match[1]), path, False))
+    return sorted(found, key=lambda entry: entry[:2], reverse=True)
+
+
+def newest_good(root: str | Path) -> tuple[Path | None, Skipped]:
+    """The checkpoint saved last among those that verify, and the newer ones that had to be skipped with their problems.
+
+    (None, []) when there is no checkpoint at all. The caller says what it fell back from: see describe_skipped.
+    """
+    skipped: Skipped = []
+    for entry in by_age(Path(root)):
+        problems = verify(entry.path)
+        if not problems:
+            return entry.path, skipped
+        skipped.append((entry.path, problems))
+    return None, skipped
+
+
+def describe_skipped(skipped: Skipped) -> str:
+    """One line for a person about checkpoints that are damaged."""
+    return "; ".join(f"{path} is damaged ({', '.join(problems)})" for path, problems in skipped)
+
+
+def mark_best(path: str | Path, metric: str, value: float | None) -> None:
+    """Record that a checkpoint is the best so far, which keeps it from rotation; the former best loses that.
+
+    Only warns when the disk refuses, since the checkpoint itself is safe; then the former best stays marked.
+    """
+    path = Path(path)
+    try:
+        fault("save-best")
+        write_json(path.parent / BEST, {"folder": path.name, "metric": metric, "value": value})
+    except OSError as error:
+        say(f"Warning: {path} could not be marked best: {error.strerror}")
+
+
+def best_checkpoint(root: str | Path) -> Best | None:
+    """The checkpoint marked best, or None when none is or it is gone; raises UserError when ``best.json`` is torn."""
+    pointer = Path(root) / BEST
+    if not pointer.exists():
+        return None
+    content = read_json(pointer)
+    name = content.get("folder") if isinstance(content, dict) else None
+    match = FOLDER_NAME.fullmatch(name) if isinstance(name, str) else None
+    if match is None:
+        raise UserError(f"{pointer} does not name a checkpoint folder; delete it if no checkpoint is to count as best.")
+    path = pointer.with_name(match[0])
+    return Best(path, int(match[1]), content.get("metric", ""), content.get("value")) if path.is_dir() else None
+
+
+def rotate(root: Path, newest: Path, keep_last: int) -> None:
+    """Delete what is neither the newest (verified a moment ago), nor the best, nor a milestone, nor among the last."""
+    try:
+        marked = best_checkpoint(root)
+        kept = {newest} | ({marked.path} if marked else set())
+        entries = by_age(root)
+        whole = [entry for entry in entries if looks_whole(entry.path) and not entry.path.name.endswith(REPLACED_SUFFIX)]
+        kept.update(entry.path for number, entry in enumerate(whole) if number < keep_last or entry.milestone)
+        for entry in entries:
+            if entry.path not in kept and not entry.path.is_symlink():
+                fault("rotate")
+                remove(entry.path)
+    except (OSError, UserError) as error:  # the new checkpoint is safe, only the space is not freed
+        say(f"Warning: old checkpoints in {root} were not removed: {error}")
+
+
+def prunable(root: Path, keep_last: int, *, keep_best: bool, keep_milestones: bool) -> list[Path]:
+    """What may be deleted when only the last ``keep_last`` that verify, byte for byte, are to stay; oldest last.
+
+    Raises UserError when none verifies: then nothing may go, because a person may still mend one of them.
+    """
+    marked = best_checkpoint(root) if keep_best else None
+    going, good = [], 0
+    for entry in by_age(root):
+        if good < keep_last and not verify(entry.path):
+            good += 1
+        elif not (entry.path.is_symlink() or (keep_milestones and entry.milestone) or (marked and marked.path == entry.path)):
+            going.append(entry.path)
+    if not good:
+        raise UserError(f"No checkpoint in {root} is good, so none is deleted; `osler checkpoint verify` names what is damaged.")
+    return going
+
+
+def remove(folder: Path) -> None:
+    """Delete a folder so that a kill half way leaves a hidden remnant and not a torn checkpoint."""
+    hidden = folder.with_name(f"{HIDDEN}removed-{folder.name}")
+    folder.rename(hidden)
+    shutil.rmtree(hidden)

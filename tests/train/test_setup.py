@@ -1,0 +1,52 @@
+"""What is checked before several processes connect: how they share the batches of a run."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from osler.config import available_recipes, decode, load_recipe
+from osler.data.config import Stage
+from osler.errors import UserError
+from osler.parallel.config import DdpConfig
+from osler.train.config import TrainConfig
+from osler.train.setup import check_processes, warn_of_small_passes
+
+CONFIG = TrainConfig(seq_len=128, batch_tokens=12 * 128, micro_batch_tokens=2 * 128, parallel=DdpConfig())
+PRETRAIN = [name for name in available_recipes() if load_recipe(name).get("kind") == "pretrain"]
+
+
+def warning(config: TrainConfig, processes: int, capsys: pytest.CaptureFixture[str]) -> str:
+    check_processes(config, processes)
+    warn_of_small_passes(config, processes)
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 6, 12])
+def test_shares_that_keep_the_forward_passes_are_silent(processes, capsys):
+    assert warning(CONFIG, processes, capsys) == ""
+
+
+def test_a_share_that_splits_into_smaller_passes_is_told_with_numbers_that_mend_it(capsys):
+    told = warning(CONFIG, 4, capsys)
+    assert "each of 4 processes has 3 rows of 128 tokens" in told and "passes of 1 only" in told
+    for field, value in (("batch_tokens", 2048), ("micro_batch_tokens", 384)):
+        assert f"{field}={value} " in told
+        assert warning(replace(CONFIG, **{field: value}), 4, capsys) == ""
+
+
+def test_the_stage_of_a_curriculum_is_named(capsys):
+    stages = (Stage(seq_len=64, until_tokens=6144), Stage(seq_len=128, batch_tokens=1536))
+    config = replace(CONFIG, batch_tokens=2048, curriculum=stages)
+    told = warning(config, 4, capsys)
+    assert told.count("Warning") == 1 and "stage 2 of the curriculum: each of 4 processes has 3 rows" in told
+    with pytest.raises(UserError, match=r"Stage 2 of the curriculum: a batch of 12 rows .* 8 ranks"):
+        check_processes(config, 8)
+
+
+@pytest.mark.parametrize("name", PRETRAIN)
+def test_up_to_eight_processes_share_the_batches_of_a_recipe(name):
+    config = replace(decode(TrainConfig, load_recipe(name)), parallel=DdpConfig())
+    for processes in (2, 4, 8):
+        check_processes(config, processes)
