@@ -58,6 +58,13 @@ def run_show(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def run_metrics(arguments: argparse.Namespace) -> int:
+    from osler.monitor.metrics import table
+
+    print(table(arguments.word))
+    return 0
+
+
 def run_tokenizer_train(arguments: argparse.Namespace) -> int:
     from osler.data.verbs import tokenizer_train
 
@@ -188,6 +195,13 @@ VERBS: tuple[Verb, ...] = (
         "osler show text-10min --explain",
         run_show,
         (RECIPE, option("--explain", action="store_true", help="say behind each field what it means")),
+    ),
+    Verb(
+        "metrics",
+        "Show what every logged number means, its unit, and what it takes",
+        "osler metrics grad",
+        run_metrics,
+        (option("word", nargs="?", default="", metavar="WORD", help="only metrics whose name or meaning has it"),),
     ),
     Verb(
         "tokenizer train",

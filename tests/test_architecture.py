@@ -16,8 +16,8 @@ PACKAGE = ROOT / "osler"
 FLOORS: dict[str, int] = {
     **dict.fromkeys(("errors", "yaml12", "config", "mistakes"), 0),
     **dict.fromkeys(("explain", "runtime", "ops", "clinic"), 1),
-    **dict.fromkeys(("model", "optim", "tokenizer", "tasks", "monitor", "checkpoint"), 2),
-    **dict.fromkeys(("data", "parallel", "inference"), 3),
+    **dict.fromkeys(("model", "optim", "tokenizer", "tasks", "checkpoint"), 2),
+    **dict.fromkeys(("data", "parallel", "inference", "monitor"), 3),
     **dict.fromkeys(("eval",), 4),
     **dict.fromkeys(("train",), 5),
     **dict.fromkeys(("rl", "report"), 6),

@@ -34,6 +34,7 @@ def test_help_is_immediate():
 
 
 LIGHT = [["--help"], ["pretrain", "--help"], ["recipes"], ["show", "pure-tiny"], ["show", "grpo", "--explain"]]
+LIGHT += [["metrics", "rank"]]
 
 
 @pytest.mark.parametrize("arguments", LIGHT)

@@ -31,6 +31,7 @@ from osler.optim.build import build_optimizer
 from osler.parallel.activation_checkpoint import set_recompute
 from osler.parallel.engine import Engine
 from osler.runtime.device import keep_freed_memory, peak_flops
+from osler.runtime.memory import peak_bytes
 from osler.runtime.stopwatch import Stopwatch
 from osler.train.config import TrainConfig
 from osler.train.setup import set_precision
@@ -81,7 +82,7 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
         "flops_per_second": tokens_per_second * config.model.flops_per_token(config.seq_len),
         "peak_flops_per_second": peak_flops(device),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "peak_memory_bytes": peak_memory_bytes(device),
+        "peak_memory_bytes": peak_bytes(device),
         **result,
     }
 
@@ -140,15 +141,6 @@ def wait_for(device: torch.device) -> None:
     """Wait until the device has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """The most that the GPU's allocator, or else this process, has held."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    import resource  # not on Windows, where nothing is measured
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:

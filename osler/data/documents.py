@@ -12,12 +12,13 @@ from osler.tokenizer.chat import Turn
 class Document:
     """A text, or (with `turn`) a question and its answer whose prompt is not learned.
 
-    `source` says where it came from ("notes.jsonl:12"), for messages only.
+    `source` says where it came from ("notes.jsonl:12"), for messages only; `collection` is what it is one of, for counting.
     """
 
     text: str = ""
     turn: Turn | None = None
     source: str = ""
+    collection: str = ""
 
     @property
     def parts(self) -> tuple[str, ...]:

@@ -39,6 +39,8 @@ class Packing(Protocol):
 
     order: Order
     seq_len: int
+    prompt_loss: bool
+    tokens_of_epoch: Int64Array  # of each source, in the rows of one epoch
 
     @property
     def rows_per_epoch(self) -> float:
@@ -47,6 +49,18 @@ class Packing(Protocol):
 
     def row(self, index: int) -> Row:
         """Return a row; the same number is the same row, always."""
+        ...
+
+    def epochs(self, rows: int) -> float:
+        """How often every document was given when `rows` rows were."""
+        ...
+
+    def padding(self, first: int, stop: int) -> float:
+        """The share of the places in rows `first:stop` that is left empty."""
+        ...
+
+    def tokens_by_source(self, rows: int) -> Int64Array:
+        """Tokens of each source in the first `rows` rows; visits every document of an epoch."""
         ...
 
 
@@ -64,6 +78,7 @@ class StreamPacking:
         self.first_token = first_token
         self.prompt_loss = prompt_loss
         self.rows_per_epoch = order.shards.num_tokens / seq_len
+        self.tokens_of_epoch = by_source(order, order.shards.source_of_document, order.shards.lengths)
 
     def row(self, index: int) -> Row:
         """Return tokens index * seq_len ... (index + 1) * seq_len of the stream from `first_token` on."""
@@ -81,6 +96,23 @@ class StreamPacking:
                 rank += 1
             epoch, offset = epoch + 1, 0
         return builder.finish(across_documents=True, prompt_loss=self.prompt_loss)
+
+    def epochs(self, rows: int) -> float:
+        """Epochs of the stream that lie before the end of `rows` rows, those before the first row included."""
+        return (self.first_token + rows * self.seq_len) / self.order.shards.num_tokens
+
+    def padding(self, first: int, stop: int) -> float:
+        """Nothing is padding."""
+        return 0.0
+
+    def tokens_by_source(self, rows: int) -> Int64Array:
+        """Tokens of each source in the stream up to the end of `rows` rows, those before the first row included."""
+        shards = self.order.shards
+        epoch, offset = divmod(self.first_token + rows * self.seq_len, shards.num_tokens)
+        permutation, ends = self.order.laid_out(epoch)
+        lengths = shards.lengths[permutation]
+        given = np.clip(offset - (ends - lengths), 0, lengths)
+        return epoch * self.tokens_of_epoch + by_source(self.order, shards.source_of_document[permutation], given)
 
 
 class WholePacking:
@@ -104,6 +136,9 @@ class WholePacking:
         self._length = np.minimum(seq_len + 1, lengths[self._document] - self._start)
         row_of_place = best_fit(np.sort(self._length)[::-1], seq_len + 1)
         self.rows_per_epoch: int = int(row_of_place.max()) + 1
+        self._row_of_place = row_of_place
+        self._tokens_of_row = np.bincount(row_of_place, np.sort(self._length)[::-1]).astype(np.int64)
+        self.tokens_of_epoch = by_source(order, order.shards.source_of_document[self._document], self._length)
         self.padding_fraction = 1 - float(self._length.sum()) / (self.rows_per_epoch * (seq_len + 1))
         self._places = np.argsort(row_of_place, kind="stable")  # the places of row 0, of row 1, ...
         self._row_ends = np.cumsum(np.bincount(row_of_place, minlength=self.rows_per_epoch))
@@ -123,6 +158,26 @@ class WholePacking:
             builder.add(*self.order.shards.document(int(self._document[piece]), start, stop))
         return builder.finish(across_documents=False, prompt_loss=self.prompt_loss)
 
+    def epochs(self, rows: int) -> float:
+        """How often every document was given when `rows` rows were."""
+        return rows / self.rows_per_epoch
+
+    def padding(self, first: int, stop: int) -> float:
+        """The share of the places in rows `first:stop` that is left empty."""
+        epochs, positions = np.divmod(np.arange(first, stop), self.rows_per_epoch)
+        used = sum(int(self._tokens_of_row[self._plan(e)[2][positions[epochs == e]]].sum()) for e in np.unique(epochs).tolist())
+        return 1 - used / ((stop - first) * (self.seq_len + 1))
+
+    def tokens_by_source(self, rows: int) -> Int64Array:
+        """Tokens of each source in the first `rows` rows; visits every document of an epoch."""
+        epoch, position = divmod(rows, self.rows_per_epoch)
+        pieces_by_place, _, order_of_rows = self._plan(epoch)
+        is_given = np.zeros(self.rows_per_epoch, bool)
+        is_given[order_of_rows[:position]] = True
+        pieces = pieces_by_place[is_given[self._row_of_place]]
+        sources = self.order.shards.source_of_document[self._document[pieces]]
+        return epoch * self.tokens_of_epoch + by_source(self.order, sources, self._length[pieces])
+
     def _plan_epoch(self, epoch: int) -> tuple[Int64Array, Int64Array, Int64Array]:
         """The piece at each place (longest first), each document's rank in the epoch, and the order of the rows."""
         permutation = self.order.permutation(epoch)
@@ -130,6 +185,12 @@ class WholePacking:
         rank[permutation] = np.arange(len(permutation))
         pieces_by_place = np.lexsort((self._start, rank[self._document], -self._length))
         return pieces_by_place, rank, self.order.shuffled(self.rows_per_epoch, epoch, "rows")
+
+
+def by_source(order: Order, sources: Int64Array, tokens: Int64Array) -> Int64Array:
+    """Sum tokens by the numbers of their sources."""
+    count = len(order.shards.sources)
+    return np.bincount(sources, tokens, minlength=count).astype(np.int64)  # sums in fp64, which is exact up to 2**53
 
 
 def best_fit(lengths: Int64Array, capacity: int) -> Int64Array:

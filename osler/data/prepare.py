@@ -280,7 +280,8 @@ def _write_split(folder: Path, one: _Pass, tokenizer: Tokenizer, with_mask: bool
         with Progress(total, "documents", label=f"Tokenising {one.split}") as progress:
             for batch in _batches(one.chosen()):
                 for document, (ids, mask) in zip(batch, encode(tokenizer, batch), strict=True):
-                    writer.add(ids, mask, sum(len(part.encode("utf-8")) for part in document.parts))
+                    num_bytes = sum(len(part.encode("utf-8")) for part in document.parts)
+                    writer.add(ids, mask, num_bytes, document.collection)
                 progress.update(writer.num_documents, tokens=writer.num_tokens)
                 fault("prepare-batch")
         entry = writer.close()

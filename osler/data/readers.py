@@ -52,10 +52,10 @@ class TextFiles:
     def __iter__(self) -> Iterator[Document]:
         for file in find_files(self.path, allow_text=True, key=self.path_key):
             if _ending(file) in TEXT_ENDINGS:
-                yield Document(text=_read_text(file), source=str(file))
+                yield Document(text=_read_text(file), source=str(file), collection=file.name)
             else:
                 for where, row in read_rows(file, {self.field: self.field_key}):
-                    yield Document(text=row[self.field], source=where)
+                    yield Document(text=row[self.field], source=where, collection=file.name)
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,8 @@ class TurnFiles:
         for file in find_files(self.path, allow_text=False):
             for where, row in read_rows(file, fields):
                 thinking = row[self.thinking_field] if self.thinking_field is not None else None
-                yield Document(turn=Turn(row[self.question_field], thinking, row[self.answer_field]), source=where)
+                turn = Turn(row[self.question_field], thinking, row[self.answer_field])
+                yield Document(turn=turn, source=where, collection=file.name)
 
 
 def find_files(path: str | Path, *, allow_text: bool, key: str = "data.path") -> list[Path]:

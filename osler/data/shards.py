@@ -4,7 +4,8 @@ A prepared folder holds `manifest.json` and one folder per split (`train`, `vali
 each shard is three raw little-endian files: `tokens-00000.bin` (uint16 while ids fit, else uint32),
 `offsets-00000.bin` (uint64, where each document starts, and the end) and, if some document has one, `mask-00000.bin`
 (uint8, 1 = learn this token). No document crosses a shard. The fingerprint of a split is a hash of the files' hashes:
-equal fingerprints mean equal tokens in equal order, which is what exact resume needs to know.
+equal fingerprints mean equal tokens in equal order, which is what exact resume needs to know. The manifest also says
+which collections the documents are of, as runs of equal ones; that is for counting and in no fingerprint.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import bisect
 import hashlib
 import os
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -25,6 +27,8 @@ from osler.runtime.files import fingerprint, read_json, sha256_file
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 SHARD_TOKENS = 1 << 26
+MOST_SOURCES = 32  # collections that are counted apart; documents of all further ones are counted together
+OTHER_SOURCES = "others"
 
 Int64Array = npt.NDArray[np.int64]
 TokenArray = npt.NDArray[np.uint16] | npt.NDArray[np.uint32]
@@ -48,9 +52,11 @@ class ShardWriter:
         self.num_tokens = 0
         self.num_loss_tokens = 0
         self.num_bytes = 0
+        self._source_names: dict[str, str] = {}
+        self._sources: list[tuple[str, int]] = []  # runs of documents of one collection
 
-    def add(self, ids: Sequence[int], mask: Sequence[int] | None, num_bytes: int) -> None:
-        """Append one document: its ids, its loss mask (None = learn all), and the UTF-8 bytes of its text."""
+    def add(self, ids: Sequence[int], mask: Sequence[int] | None, num_bytes: int, collection: str = "") -> None:
+        """Append one document: ids, loss mask (None = learn all), UTF-8 bytes of its text, and what it is one of."""
         if self._offsets[-1] and self._offsets[-1] + len(ids) > self._shard_tokens:
             self._finish_shard()
         if self._tokens is None:
@@ -67,6 +73,15 @@ class ShardWriter:
         self.num_tokens += len(ids)
         self.num_loss_tokens += num_loss_tokens
         self.num_bytes += num_bytes
+        self._count(collection)
+
+    def _count(self, collection: str) -> None:
+        if collection not in self._source_names:
+            name = re.sub(r"[^\w.\-]+", "-", collection) or "documents"  # as the name of a metric may be
+            self._source_names[collection] = name if len(self._source_names) < MOST_SOURCES else OTHER_SOURCES
+        name = self._source_names[collection]
+        run = self._sources.pop()[1] if self._sources and self._sources[-1][0] == name else 0
+        self._sources.append((name, run + 1))
 
     def close(self) -> dict[str, Any]:
         """Finish the last shard, flush everything to the disk and return the split's part of the manifest."""
@@ -78,6 +93,7 @@ class ShardWriter:
             "tokens": self.num_tokens,
             "loss_tokens": self.num_loss_tokens,
             "bytes": self.num_bytes,
+            "sources": self._sources,
             "fingerprint": fingerprint([self._dtype.name, [shard["files"] for shard in self._shards]]),
             "shards": self._shards,
         }
@@ -111,6 +127,10 @@ class ShardSet:
         self.num_loss_tokens: int = entry["loss_tokens"]
         self.num_bytes: int = entry["bytes"]
         self._entry = entry
+        runs = entry.get("sources") or [("documents", self.num_documents)]
+        self.sources: list[str] = list(dict.fromkeys(name for name, _ in runs))
+        numbers = [self.sources.index(name) for name, _ in runs]
+        self.source_of_document: Int64Array = np.repeat(np.array(numbers, np.int64), [count for _, count in runs])
         dtype = np.dtype(entry["dtype"]).newbyteorder("<")
         self._tokens: list[TokenArray] = []
         self._masks: list[MaskArray | None] = []

@@ -42,8 +42,8 @@ class Source:
 def open_clinic(data: ClinicData) -> Source:
     """Render the clinic's textbook, exam samples and drills."""
     train = clinic_documents(data.seed, data.passages, "train", data.examples)
-    train += [Document(text=text, source="clinic cards") for text in cards(data.seed, data.cards)]
-    train += [worked(convert(item)) for item in drills(data.seed, data.drills)]
+    train += [Document(text=text, source="clinic cards", collection="cards") for text in cards(data.seed, data.cards)]
+    train += [worked(convert(item), "drills") for item in drills(data.seed, data.drills)]
     validation = clinic_documents(
         data.seed + VALIDATION_SEED_SHIFT, data.validation_passages, "validation", data.validation_examples
     )
@@ -52,15 +52,17 @@ def open_clinic(data: ClinicData) -> Source:
 
 def clinic_documents(seed: int, passages: int, split: str, examples: int) -> list[Document]:
     """Return `passages` of textbook and `examples` of an exam split, each example a turn with its reasoning."""
-    documents = [Document(text=text, source="clinic textbook") for text in textbook(seed, passages)]
+    book = textbook(seed, passages)
+    documents = [Document(text=text, source="clinic textbook", collection="textbook") for text in book]
     for item in load_clinic_exam(split=split, limit=examples, seed=seed):
-        documents.append(worked(item))
+        documents.append(worked(item, "examples"))
     return documents
 
 
-def worked(item: ExamItem) -> Document:
+def worked(item: ExamItem, collection: str) -> Document:
     """An exam item with its reasoning and answer, as a document to learn from."""
-    return Document(turn=Turn(render_question(item), item.thinking, render_answer(item)), source=item.id)
+    turn = Turn(render_question(item), item.thinking, render_answer(item))
+    return Document(turn=turn, source=item.id, collection=collection)
 
 
 def open_files(data: FilesData) -> Source:

@@ -6,7 +6,7 @@ It ends at the hidden states; the head is applied by whoever needs it, because t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -69,6 +69,14 @@ class Transformer(nn.Module):
     def init_weights(self, seed: int) -> None:
         """Draw every weight by the table in ``model/init.py``; the same seed gives the same weights on every device."""
         init_weights(self, self.config, seed)
+
+    def twin(self, weights: Mapping[str, Tensor]) -> Transformer:
+        """The plain model that shares ``weights``, which are this one's state dict: neither compiled, sharded nor wrapped."""
+        with torch.device("meta"):
+            twin = Transformer(self.config, compute_dtype=self.compute_dtype)
+        twin.load_state_dict(weights, assign=True)
+        twin.rope_cos, twin.rope_sin = self.rope_cos, self.rope_sin
+        return twin.train(self.training)
 
     @contextmanager
     def computing_in(self, dtype: torch.dtype) -> Iterator[None]:

@@ -11,8 +11,9 @@ from osler.config import config
 class MonitorConfig:
     """What a run measures of itself, and who is told."""
 
-    level: Literal["basic", "full"] = "basic"  # basic: what is nearly free; full: gradients, weights and activations by layer too
-    full_every_steps: int = 100  # with level=full: steps between two looks at everything
+    # off: what training knows anyway; basic: what is nearly free; full: gradients, weights and activations by layer too
+    level: Literal["off", "basic", "full"] = "basic"
+    full_every_steps: int = 100  # with level=full: steps between two looks at everything, rounded up to lines of metrics
     webhook: str | None = None  # a command that is run for each alert, with the alert as JSON on its standard input
     tensorboard: bool = False  # also write for TensorBoard, into the run folder
     wandb: str | None = None  # project of Weights & Biases to log to as well

@@ -1,4 +1,4 @@
-"""What every logged number means: one table, name -> (unit, meaning).
+"""What every logged number means and takes: one table, name -> (unit, meaning, cost). `osler metrics` prints it.
 
 A name in angle brackets stands for any run of letters, digits, `_`, `-` and `.`: `eval/<split>_accuracy` declares
 `eval/test_accuracy`. Names of reinforcement learning are TRL's, so that people find them; the report takes its
@@ -10,31 +10,89 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
+from osler.errors import UserError
+
+FREE = "free"  # training knows it anyway
+BASIC = "basic"  # marks in the stream, clocks and counters of the host
+GRADIENTS = "full: gradients"  # a pass over the gradients, in the steps in which everything is looked at
+WEIGHTS = "full: weights"  # a pass over the weights, and for updates a copy of them
+FORWARD = "full: forward"  # a forward pass of at most 2,048 tokens of the batch
+CLOCK = "full: clock"  # a mark before and after
+PLAN = "full: plan"  # a pass on the host over the documents of an epoch
+EVALUATION = "evaluation"  # an evaluation that the recipe asks for
+
 
 class Metric(NamedTuple):
-    """One row of the table: the unit a value is in, and what the value says."""
+    """One row of the table: the unit a value is in, what the value says, and what it takes; `full: ...` needs that level."""
 
     unit: str
     meaning: str
+    cost: str = FREE
 
 
 METRICS: dict[str, Metric] = {
     # training: pretraining, mid-training, supervised fine-tuning
-    "train/loss": Metric("nats/token", "mean cross-entropy of the batch's labelled tokens"),
+    "train/loss": Metric("nats/token", "mean cross-entropy of the learned tokens of the steps since the line before"),
+    "train/perplexity": Metric("tokens", "exp(loss): among how many equally likely tokens the model seems to choose"),
+    "train/bits_per_byte": Metric("bits/byte", "training loss per byte of text, by the data's mean bytes per token"),
+    "train/token_accuracy": Metric("fraction", "learned tokens that the model found likeliest beforehand", FORWARD),
+    "train/entropy": Metric("nats/token", "how undecided the model is about a learned token", FORWARD),
+    "train/label_probability": Metric("fraction", "mean probability that the model gives the right token", FORWARD),
+    "train/top_probability": Metric("fraction", "mean probability of the likeliest token, right or not: confidence", FORWARD),
     "train/lr": Metric("per step", "learning rate of the first parameter group"),
     "train/grad_norm": Metric("norm", "length of the whole gradient before clipping"),
     "train/skipped_steps": Metric("steps", "updates skipped since the line before, because the gradient was not finite"),
     "train/stage": Metric("number", "stage of the curriculum, counted from 1"),
     "train/seq_len": Metric("tokens", "length of the rows of this stage"),
     "train/batch_tokens": Metric("tokens", "tokens in one optimizer step of this stage"),
+    # gradients, before clipping
+    "grad/norm_max": Metric("norm", "largest gradient norm of the steps since the line before"),
+    "grad/clipped_frac": Metric("fraction", "steps since the line before whose gradient was longer than clip_norm"),
+    "grad/norm/<part>": Metric("norm", "length of the gradient of one layer, or of embed, norm or head", GRADIENTS),
+    "grad/mean": Metric("gradient", "mean over all elements of the gradient", GRADIENTS),
+    "grad/std": Metric("gradient", "standard deviation over all elements of the gradient", GRADIENTS),
+    "grad/max_abs": Metric("gradient", "largest element of the gradient by size", GRADIENTS),
+    "grad/zero_frac": Metric("fraction", "elements of the gradient that are zero, rows of unseen words included", GRADIENTS),
+    "grad/nonfinite_frac": Metric("fraction", "elements of the gradient that are infinite or no number", GRADIENTS),
+    "update/ratio": Metric("ratio", "length of one update over that of the weights before it", WEIGHTS),
+    "update/part_ratio/<part>": Metric("ratio", "the same for one layer, or for embed, norm or head", WEIGHTS),
+    # the model's health
+    "model/weight_norm/<part>": Metric("norm", "length of the weights of one layer, or of embed, norm or head", WEIGHTS),
+    "model/kind_norm/<kind>": Metric("norm", "length of the weights of one kind of matrix, over all layers", WEIGHTS),
+    "model/effective_rank/<matrix>": Metric("directions", "directions that share a matrix's energy, (Σs²)² / Σs⁴", WEIGHTS),
+    "model/activation_rms/<layer>": Metric("rms", "size of the residual stream after a layer", FORWARD),
+    "model/activation_outlier/<layer>": Metric("ratio", "largest activation after a layer over their rms", FORWARD),
+    "model/attention_entropy/<layer>": Metric("nats", "how widely a layer's heads look; near 0 each sees one token", FORWARD),
+    "model/dead_units_frac/<layer>": Metric("fraction", "feed-forward units that no token moves, by 1 % of the rms", FORWARD),
+    "model/logit_max": Metric("logit", "largest logit; steady growth is the start of many a divergence", FORWARD),
+    # the data
+    "data/epoch": Metric("epochs", "how often the training data have been gone through"),
+    "data/padding_frac": Metric("fraction", "places in the rows since the line before that hold no token"),
+    "data/tokens/<source>": Metric("tokens", "tokens of one source gone through so far", PLAN),
+    "data/epoch/<source>": Metric("epochs", "how often one source has been gone through", PLAN),
+    "data/asked_frac/<source>": Metric("fraction", "share of the tokens that one source is to have", PLAN),
+    "data/delivered_frac/<source>": Metric("fraction", "share of the tokens that one source has had so far", PLAN),
     # evaluation: never trained on
-    "eval/loss": Metric("nats/token", "mean cross-entropy on held-out text"),
-    "eval/bits_per_byte": Metric("bits/byte", "held-out loss per byte of text, comparable across tokenizers"),
-    "eval/<split>_accuracy": Metric("fraction", "exam questions of the split answered correctly"),
-    "eval/<split>_unparsed_frac": Metric("fraction", "exam answers of the split without a readable letter"),
-    "eval/seconds": Metric("s", "time this evaluation took"),
+    "eval/loss": Metric("nats/token", "mean cross-entropy on held-out text", EVALUATION),
+    "eval/train_gap": Metric("nats/token", "held-out loss minus the training loss of the line before", EVALUATION),
+    "eval/bits_per_byte": Metric("bits/byte", "held-out loss per byte of text, comparable across tokenizers", EVALUATION),
+    "eval/<split>_accuracy": Metric("fraction", "exam questions of the split answered correctly", EVALUATION),
+    "eval/<split>_unparsed_frac": Metric("fraction", "exam answers of the split without a readable letter", EVALUATION),
+    "eval/seconds": Metric("s", "time this evaluation took", EVALUATION),
     # speed and memory
     "perf/tokens_per_second": Metric("tokens/s", "training tokens through the optimizer, all devices together"),
+    "perf/mfu": Metric("fraction", "share of the GPUs' peak arithmetic that training uses, where the peak is known"),
+    "perf/eta_seconds": Metric("s", "time left at this speed, evaluations and checkpoints not counted"),
+    "perf/data_ms": Metric("ms", "wait for the batch, per step", BASIC),
+    "perf/forward_ms": Metric("ms", "forward passes, per step", BASIC),
+    "perf/backward_ms": Metric("ms", "backward passes, per step, the exchange of gradients included", BASIC),
+    "perf/optimizer_ms": Metric("ms", "clipping and update, per step", BASIC),
+    "perf/monitor_ms": Metric("ms", "looking at everything, spread over the steps since the line before", CLOCK),
+    "perf/memory_allocated_bytes": Metric("bytes", "held by tensors on rank 0's GPU", BASIC),
+    "perf/memory_reserved_bytes": Metric("bytes", "taken from rank 0's GPU, held by tensors or kept for them", BASIC),
+    "perf/memory_resident_bytes": Metric("bytes", "what the process has in memory, without a GPU", BASIC),
+    "perf/memory_peak_bytes": Metric("bytes", "the most that tensors on the GPU, or else the process, have held", BASIC),
+    "perf/memory_growth_bytes": Metric("bytes", "what is held now beyond what was at the process's first line", BASIC),
     "perf/step_seconds": Metric("s", "wall time of one optimizer step"),
     "perf/rollout_tokens_per_second": Metric("tokens/s", "completion tokens sampled per second of sampling"),
     "perf/train_tokens_per_second": Metric("tokens/s", "tokens trained on per second of training, sampling excluded"),
@@ -81,6 +139,19 @@ def declared_name(name: str) -> str | None:
 
 
 def describe(name: str) -> Metric | None:
-    """Unit and meaning of a metric as it appears in a log, or None when the table does not declare it."""
+    """Unit, meaning and cost of a metric as it appears in a log, or None when the table does not declare it."""
     row = declared_name(name)
     return METRICS[row] if row is not None else None
+
+
+def table(word: str = "") -> str:
+    """Name, unit, cost and meaning of the metrics whose name or meaning has a word, one line each."""
+    found = [(name, *metric) for name, metric in METRICS.items() if word.lower() in f"{name} {metric.meaning}".lower()]
+    if not found:
+        raise UserError(f"No metric has `{word}` in its name or meaning; `osler metrics` lists all {len(METRICS)}.")
+    columns = [(name, unit, cost) for name, unit, _, cost in found]
+    widths = [max(map(len, column)) for column in zip(*columns, strict=True)]
+    return "\n".join(
+        "  ".join([*(f"{text:<{width}}" for text, width in zip(row, widths, strict=True)), meaning])
+        for row, (_, _, meaning, _) in zip(columns, found, strict=True)
+    )

@@ -44,6 +44,8 @@ def share_with_deepspeed(loss: SummedLoss, config: DeepSpeedConfig, world: World
 class DeepSpeedEngine(Engine):
     """ZeRO behind the interface of a plain engine."""
 
+    leaves_gradients = False
+
     def __init__(self, deepspeed: Any, module: SummedLoss, config: DeepSpeedConfig, world: World) -> None:
         super().__init__(module, world, self._accumulating)
         self.deepspeed, self.module = deepspeed, module

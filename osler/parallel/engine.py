@@ -27,6 +27,8 @@ LossFunction = Callable[..., Any]  # a ModelLoss, wrapped or not
 class Engine:
     """One process, or an engine that leaves averaged gradients in ``parameter.grad`` as a plain backward pass would."""
 
+    leaves_gradients = True
+
     def __init__(
         self,
         loss: LossFunction,
@@ -90,13 +92,7 @@ class Engine:
 
         With one process it is the model itself; DDP's copy shares the weights, others gather them: drop it after use.
         """
-        if self.world.size == 1:
-            return model
-        with torch.device("meta"):
-            plain = Transformer(model.config, compute_dtype=model.compute_dtype)
-        plain.load_state_dict(self.whole_weights(model), assign=True)
-        plain.rope_cos, plain.rope_sin = model.rope_cos, model.rope_sin
-        return plain.train(model.training)
+        return model if self.world.size == 1 else model.twin(self.whole_weights(model))
 
     def whole_weights(self, model: Transformer) -> dict[str, Tensor]:
         """The state dict, whole, on every rank."""

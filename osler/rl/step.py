@@ -26,7 +26,10 @@ from torch import Tensor
 
 from osler.model.loss import ModelLoss
 from osler.model.transformer import Transformer
+from osler.monitor.collect import Collector
+from osler.monitor.look import Rows
 from osler.ops.cross_entropy import linear_logprobs
+from osler.ops.labels import IGNORED
 from osler.ops.sampling import unpack_keep
 from osler.parallel.engine import Engine
 from osler.rl.advantages import group_advantages
@@ -174,13 +177,14 @@ def update_policy(
     micro_batch_tokens: int = 16_384,
     clip_norm: float = 1.0,
     engine: Engine | None = None,
+    collector: Collector | None = None,
 ) -> dict[str, float]:
     """Take ``updates_per_batch`` optimizer steps on the rows and return the metrics, averaged over them.
 
     ``rows`` are those of all ranks. ``reference`` is needed when beta is above 0 and is only read. ``engine`` is one around
     a :class:`PolicyLoss`, bound to the optimizer; without it there is one process, which clips to ``clip_norm``. An update
     whose loss or gradient is not finite is skipped and counted under ``train/skipped_steps``. The optimizer must be a fused one
-    (``build_optimizer``); its learning rate is used as it is.
+    (``build_optimizer``); its learning rate is used as it is. ``collector`` watches the update.
     """
     if engine is None:
         engine = Engine(PolicyLoss(model))
@@ -196,6 +200,7 @@ def update_policy(
                 batch.reference_BT, _, _ = completion_logprobs(
                     reference, batch.rows, temperature=algorithm.temperature, device=device
                 )
+    mark = collector.mark if collector else (lambda part: None)
     history: list[dict[str, Tensor]] = []
     steps: list[dict[str, Tensor]] = []
     for _ in range(algorithm.updates_per_batch):
@@ -206,12 +211,16 @@ def update_policy(
                 torch.set_grad_enabled(batch.learns),
             ):
                 loss, part = engine.loss(batch, algorithm)
+                mark("forward")
                 if batch.learns:
                     # Engines average over the ranks, and the weights are of all rows.
                     engine.backward(condemned_unless_finite(loss) * world.size)
+                    mark("backward")
             sums = add_sums(sums, part)
         history.append(sums)
-        grad_norm, skipped = engine.update(optimizer, parameters)
+        with collector.update(lambda: few_rows(rows)) if collector else nullcontext():
+            grad_norm, skipped = engine.update(optimizer, parameters)
+        mark("optimizer")
         steps.append({"train/grad_norm": grad_norm, "train/skipped_steps": skipped})
     # Everything stayed on the device until here: this is the update's only wait for it.
     own = {name: torch.stack([sums[name] for sums in history]).cpu().double() for name in history[0]}
@@ -220,6 +229,17 @@ def update_policy(
     metrics = {name: float(values.mean()) for name, values in by_update.items()}
     metrics |= {name: float(values[0]) for name, values in by_update.items() if name.startswith(FIRST_UPDATE_METRICS)}
     return metrics | {"train/skipped_steps": float(by_update["train/skipped_steps"].sum())}
+
+
+def few_rows(rows: Sequence[Row], count: int = 16) -> Rows:
+    """The longest rows, padded, with their completions as labels: for a look inside the model."""
+    chosen = sorted(rows, key=lambda row: -row.tokens)[:count]
+    ids_BL = torch.zeros(len(chosen), chosen[0].tokens, dtype=torch.int64)
+    labels_BL = torch.full_like(ids_BL, IGNORED)
+    for b, row in enumerate(chosen):
+        ids_BL[b, : row.tokens] = torch.tensor(row.prompt_ids + row.completion_ids)
+        labels_BL[b, len(row.prompt_ids) - 1 : row.tokens - 1] = torch.tensor(row.completion_ids)
+    return Rows(ids_BL, labels_BL)
 
 
 def _prepare(

@@ -24,6 +24,7 @@ from osler.checkpoint import store
 from osler.checkpoint.saver import Saver
 from osler.inference.engine import Engine
 from osler.model.transformer import Transformer
+from osler.monitor.collect import Collector
 from osler.monitor.fanout import FanOut, open_sinks
 from osler.monitor.history import Facts
 from osler.optim.build import set_decay_and_momentum, set_lr
@@ -85,6 +86,14 @@ class GrpoTrainer:
         self.fingerprints = dict(fingerprints or {})
         engine.bind(optimizer, config.clip_norm)
         self.reference = frozen_copy(engine.plain_model(model)) if config.algorithm.beta > 0.0 else None
+        self.collector = Collector(
+            config.monitor,
+            model,
+            model.embed_tokens.weight.device,
+            world=self.world,
+            whole_weights=lambda: engine.whole_weights(model),
+            has_gradients=engine.leaves_gradients,
+        )
         self.step = 0  # finished steps
         self.tokens = 0  # completion tokens sampled
         self.best_value: float | None = None
@@ -166,6 +175,7 @@ class GrpoTrainer:
         set_lr(self.optimizer, scale)
         set_decay_and_momentum(self.optimizer, config.optim, scale, middle, config.steps * budget)
         rows = training_rows(groups, algorithm)
+        self.collector.begin(self.step + 1)
         update: dict[str, float] = {}
         if rows:  # none when the quality filter dropped every sample
             update = update_policy(
@@ -176,6 +186,7 @@ class GrpoTrainer:
                 reference=self.reference,
                 micro_batch_tokens=config.micro_batch_tokens,
                 engine=self.engine,
+                collector=self.collector,
             )
         self.step += 1
         self.tokens += sampled_tokens
@@ -188,6 +199,8 @@ class GrpoTrainer:
         return {
             **metrics,
             **update,
+            **self.collector.line(),
+            "perf/eta_seconds": (config.steps - self.step) * seconds,
             "train/lr": self.optimizer.param_groups[0]["lr"],
             "perf/step_seconds": seconds,
             "perf/rollout_frac": rollout_seconds / seconds,

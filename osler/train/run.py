@@ -17,6 +17,7 @@ from osler.checkpoint import store
 from osler.config import decode, load_recipe, parse_overrides
 from osler.data.config import ClinicData
 from osler.data.curriculum import Span, rows_per_micro_batch
+from osler.data.delivered import Delivered
 from osler.data.loader import Loader, StagedLoader, make_batch
 from osler.data.order import Order
 from osler.data.packing import StreamPacking, WholePacking
@@ -157,6 +158,7 @@ def train(config: TrainConfig, run: RunFolder, world: World | None = None) -> bo
         optimizer=optimizer,
         train_step=train_step,
         batches=loader.batches,
+        delivered=Delivered(loader),
         evaluate=validation(config, model, prepared, machine.eager_dtype, engine),
         probe=exam_probe(exam, model, tokenizer, machine.eager_dtype, engine),
         run=run,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from osler.data.curriculum import rows_per_micro_batch
 from osler.data.loader import Batch
+from osler.monitor.look import Rows
 from osler.optim.build import set_lr
 from osler.parallel.engine import Engine
 from osler.runtime.faults import poisoned
@@ -56,6 +57,8 @@ class TrainStep:
         self.document_mask = document_mask
         self.device = device
         self.mark = mark  # called at the end of each part of a step: forward, backward, optimizer
+        # stands around the update, while the gradients are there
+        self.watch: Callable[[Callable[[], Rows]], AbstractContextManager[None]] = lambda rows: nullcontext()
 
     def __call__(self, batch: Batch, lr_scale: float) -> StepResult:
         """Update the parameters from ``batch`` (on the CPU) with every learning rate scaled by ``lr_scale``."""
@@ -76,7 +79,8 @@ class TrainStep:
             total += loss.detach()
             self.mark("backward")
         set_lr(self.optimizer, lr_scale)
-        norm_and_skipped = self.engine.update(self.optimizer, self.parameters)
+        with self.watch(lambda: Rows(batch.ids, batch.labels, batch.document_ids if self.document_mask else None)):
+            norm_and_skipped = self.engine.update(self.optimizer, self.parameters)
         self.mark("optimizer")
         return StepResult(total, *norm_and_skipped)
 

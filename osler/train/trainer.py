@@ -21,8 +21,10 @@ import torch
 
 from osler.checkpoint import store
 from osler.checkpoint.saver import Saver
+from osler.data.delivered import Delivered
 from osler.data.loader import Batch
 from osler.model.transformer import Transformer
+from osler.monitor.collect import Collector, of_steps
 from osler.monitor.fanout import FanOut, open_sinks
 from osler.monitor.history import Facts
 from osler.optim.build import set_decay_and_momentum
@@ -43,7 +45,7 @@ class Trainer:
     """Trains ``model`` on batches until ``total_tokens`` (or the clock), writing metrics and checkpoints to ``run``.
 
     ``batches(step, skipped_tokens)`` iterates over global batches from a step on, so many tokens further on in the data than its
-    steps say; ``evaluate`` returns metrics of the model as it is;
+    steps say, and ``delivered`` knows what is in them; ``evaluate`` returns metrics of the model as it is;
     ``files`` and ``fingerprints`` go into every checkpoint, which is refused on resume when the fingerprints differ.
     """
 
@@ -55,6 +57,7 @@ class Trainer:
         optimizer: torch.optim.Optimizer,
         train_step: TrainStep,
         batches: Callable[[int, int], Iterator[Batch]],
+        delivered: Delivered,
         evaluate: Callable[[], dict[str, float]],
         probe: Callable[[], dict[str, float]],
         run: RunFolder,
@@ -69,6 +72,7 @@ class Trainer:
         self.engine = train_step.engine
         self.world = self.engine.world
         self.batches = batches
+        self.delivered = delivered
         self.evaluate = evaluate
         self.probe = probe
         self.run = run
@@ -81,9 +85,20 @@ class Trainer:
         self.timeline = config.timeline
         self.total_tokens = config.total_tokens
         self.best_loss = math.inf
+        self.train_loss: float | None = None  # of the last line
         self.incidents = Incidents(config, run, self._details, self.world)
         self.window: list[list[float]] = []  # loss, gradient norm and skip flag of each step since the last log line
         self.on_device: list[StepResult] = []  # the same, not yet fetched
+        self.collector = Collector(
+            config.monitor,
+            model,
+            train_step.device,
+            lines_every=config.log_every_steps,
+            world=self.world,
+            whole_weights=lambda: self.engine.whole_weights(model),
+            has_gradients=self.engine.leaves_gradients,
+        )
+        train_step.mark, train_step.watch = self.collector.mark, self.collector.update
 
     @property
     def tokens(self) -> int:
@@ -115,11 +130,12 @@ class Trainer:
                 stage = self.timeline.at_step(self.step)
                 middle, scale = self._schedule(self.step)
                 set_decay_and_momentum(self.optimizer, config.optim, scale, middle, self.total_tokens)
-                self.on_device.append(self.train_step(next(batches), scale))
+                self.on_device.append(self.train_step(self.collector.fetch(batches, self.step + 1), scale))
                 self.step += 1
                 fault("train-step")
                 if self.step in (first + 1, stage.first_step + 1):  # it compiles: neither speed nor time left follow from it
                     mark = (self.tokens, time.monotonic())
+                    self.collector.restart_clock()
                     progress.update(self.tokens)
                 self._watch_clock()
                 stopping = self._agree(stop)
@@ -159,6 +175,7 @@ class Trainer:
             "tokens": self.tokens,
             "total_tokens": self.total_tokens,
             "seconds": self.seconds,
+            "train_loss": self.train_loss,
             "incidents": self.incidents.checkpointed(self.step),
             "window": [[value if math.isfinite(value) else None for value in row] for row in self.window],
             "fingerprints": dict(self.fingerprints),
@@ -179,6 +196,7 @@ class Trainer:
         # Read from the folder, because a checkpoint is written before the evaluation that may make it the best.
         best = store.best_checkpoint(self.run.checkpoints)
         self.best_loss = best.value if best is not None and best.value is not None and best.step <= self.step else math.inf
+        self.train_loss = state.get("train_loss")
         self.incidents.restore(state.get("incidents"))
         self.window = [[math.nan if value is None else value for value in row] for row in state["window"]]
 
@@ -224,16 +242,18 @@ class Trainer:
         """Write what the steps since the last line gave; the speed is that since the tokens and the time of ``mark``."""
         self._fetch()
         now = time.monotonic()
-        losses = [row[0] for row in self.window if math.isfinite(row[0])]
-        loss = sum(losses) / len(losses) if losses else math.nan
-        metrics: dict[str, float] = {
-            "train/loss": loss,
-            "train/lr": self.config.optim.lr * scale,
-            "train/grad_norm": self.window[-1][1],
-            "train/skipped_steps": sum(row[2] for row in self.window),
-        }
+        metrics = of_steps(self.window, self.config.clip_norm, self.delivered.bytes_per_token)
+        metrics |= {"train/lr": self.config.optim.lr * scale, **self.collector.line()}
+        metrics |= self.delivered.metrics(
+            self.step,
+            len(self.window),
+            by_source=self.collector.is_due(self.step),
+            skipped_tokens=self.incidents.data_offset,
+        )
+        loss = metrics["train/loss"]
+        self.train_loss = loss if math.isfinite(loss) else None
+        stage = self.timeline.at_step(self.step - 1)
         if self.config.curriculum:
-            stage = self.timeline.at_step(self.step - 1)
             metrics |= {
                 "train/stage": stage.number,
                 "train/seq_len": stage.seq_len,
@@ -242,11 +262,11 @@ class Trainer:
         shown = {"loss": f"{loss:.3f}"}
         if self.tokens > mark[0]:
             speed = (self.tokens - mark[0]) / (now - mark[1])
-            metrics["perf/tokens_per_second"] = speed
             shown["tokens/s"] = f"{speed:,.0f}"
             if self.config.max_minutes:
                 self._replan(speed)
                 progress.total = self.total_tokens
+            metrics |= self.collector.speed(speed, tokens_left=self.total_tokens - self.tokens, seq_len=stage.seq_len)
         self.window = []
         sink.write(self.step, self.tokens, metrics)
         progress.update(self.tokens, **shown)
@@ -294,6 +314,8 @@ class Trainer:
             return
         self.world.once(self.saver.wait)  # only what is on the disk can be the best, and count as evaluated
         loss = metrics.get("eval/loss", math.inf)
+        if self.train_loss is not None and math.isfinite(loss):
+            metrics["eval/train_gap"] = loss - self.train_loss
         saved = self.run.checkpoints / store.folder_name(self.step)
         if loss < self.best_loss and self.world.is_first and saved.is_dir():
             self.best_loss = loss

@@ -155,6 +155,26 @@ def continued(command: Sequence[str], whole: Path, folder: Path, starts: Sequenc
     assert_same(folder, whole)
 
 
+def watched(command: Sequence[str], root: Path) -> None:
+    """A look at everything changes no bit, and finds the same gradients, weights and updates however they are cut up."""
+    full = [*command, "monitor.level=full", "monitor.full_every_steps=5"]
+    alone, of_all = root / "watched-1", ("grad/", "update/", "model/weight_norm", "model/effective_rank", "data/")
+    assert train(full, alone, 1) == [0], said(alone, 0)[-2000:]
+    looked = {line["step"]: line for line in metrics(alone) if "grad/mean" in line}
+    for strategy in ("ddp", "fsdp"):
+        folder, plain = root / f"watched-{strategy}", root / f"pretrain-2-{strategy}"
+        assert train([*full, f"parallel.type={strategy}"], folder, 2) == [0, 0], said(folder, 0)[-2000:]
+        ends = [store.load(path / "checkpoints" / store.folder_name(STEPS)).tensors["model"] for path in (folder, plain)]
+        assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items()), f"{strategy}: watching changed weights"
+        found = {line["step"]: line for line in metrics(folder) if "grad/mean" in line}
+        assert found.keys() == looked.keys() and found, f"looked in steps {list(found)}"
+        for step, line in looked.items():
+            assert found[step].keys() == line.keys(), f"{strategy}: {found[step].keys() ^ line.keys()}"
+            for name in filter(lambda name: name.startswith(of_all), line):
+                close = math.isclose(found[step][name], line[name], rel_tol=1e-4, abs_tol=1e-7)
+                assert close, f"step {step}: {name} is {found[step][name]} by {strategy} and {line[name]} with one process"
+
+
 def lost(command: Sequence[str], folder: Path) -> None:
     """When one rank is killed, the other ends soon, says why in a paragraph, and leaves nothing torn."""
     before = time.monotonic()
@@ -308,6 +328,7 @@ def run_all(recipes: dict[str, list[str]], root: Path) -> None:
         report("to ZeRO and back", functools.partial(continued, pretrain, root / "pretrain-1", root / "zero", ZERO_AND_BACK))
     for name, program in {"accumulation": accumulate, "sent once": send_once}.items():
         report(name, functools.partial(runs_on_two, program, root / name.replace(" ", "-")))
+    report("watched", functools.partial(watched, pretrain, root))
     report("lost", functools.partial(lost, pretrain, root / "lost"))
     report("none", functools.partial(refused, pretrain, root / "none", ["2 processes", "parallel.type=ddp"]))
     uneven = [*pretrain, "parallel.type=ddp", "batch_tokens=192", "micro_batch_tokens=64"]

@@ -9,15 +9,16 @@ from pathlib import Path
 import pytest
 
 import osler
-from osler.monitor.metrics import METRICS, declared_name, describe
+from osler.errors import UserError
+from osler.monitor.metrics import METRICS, declared_name, describe, table
 
 PACKAGE = Path(osler.__file__).parent if osler.__file__ else Path(next(iter(osler.__path__)))
 AREAS = {name.split("/")[0] for name in METRICS if "/" in name}
 
 
-def test_every_row_has_a_unit_and_a_meaning() -> None:
-    for name, (unit, meaning) in METRICS.items():
-        assert unit and meaning, name
+def test_every_row_has_a_unit_a_meaning_and_a_cost() -> None:
+    for name, (unit, meaning, cost) in METRICS.items():
+        assert unit and meaning and cost, name
         assert not meaning.endswith("."), name
 
 
@@ -35,6 +36,14 @@ def test_every_row_has_a_unit_and_a_meaning() -> None:
 def test_names_resolve_to_their_row(name: str, row: str) -> None:
     assert declared_name(name) == row
     assert describe(name) == METRICS[row]
+
+
+def test_the_printed_table_has_every_row_or_those_with_a_word() -> None:
+    assert [line.split()[0] for line in table().splitlines()] == list(METRICS)
+    assert {line.split()[0] for line in table("Gradient").splitlines()} > {"train/grad_norm", "grad/mean", "train/skipped_steps"}
+    assert all("full: weights" in line for line in table("effective").splitlines() if line.startswith("model/"))
+    with pytest.raises(UserError, match="No metric has `nonsense`"):
+        table("nonsense")
 
 
 @pytest.mark.parametrize("name", ["", "loss/train", "eval/a/b_accuracy", "train/losss", "eval/_accuracy"])

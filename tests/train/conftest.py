@@ -12,6 +12,7 @@ import torch
 
 from osler.cli import main
 from osler.config import decode, load_recipe
+from osler.data.delivered import Delivered
 from osler.data.prepare import open_prepared
 from osler.inference.load import load_model
 from osler.model.loss import SummedLoss
@@ -66,12 +67,14 @@ def make_trainer(config, shards, make_step) -> Callable[..., Trainer]:
     def build(folder, evaluate=dict, probe=dict, **fields: Any) -> Trainer:
         changed = replace(config, **fields)
         model, optimizer, step = make_step(changed)
+        loader = make_loader(changed, shards)
         return Trainer(
             changed,
             model=model,
             optimizer=optimizer,
             train_step=step,
-            batches=make_loader(changed, shards).batches,
+            batches=loader.batches,
+            delivered=Delivered(loader),
             evaluate=evaluate,
             probe=probe,
             run=RunFolder.create(folder),

@@ -6,9 +6,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 from osler.data.order import Order
 from osler.data.packing import WholePacking
+from osler.monitor.collect import Collector
+from osler.monitor.config import MonitorConfig
 from osler.train.run import make_loader
 
 
@@ -74,3 +77,24 @@ def test_document_mask_keeps_documents_apart(config, shards, make_step):
             losses[mask] = [float(step.engine.loss(ids[None], labels[None], documents)) for ids in (batch.ids[row], scrambled)]
     assert losses[True][0] == losses[True][1]
     assert losses[False][0] != losses[False][1]
+
+
+def test_a_compiled_step_is_not_compiled_again(config, shards, make_step):
+    """The look goes through a twin, so that what torch.compile has guarded is as it was."""
+    batches = [make_loader(config, shards).loaders[0].batch(index) for index in range(4)]
+    ends = []
+    for level in ("off", "full"):
+        model, _, step = make_step(config)
+        counter = CompileCounter()
+        step.engine.loss = torch.compile(step.engine.loss, backend=counter, fullgraph=True, dynamic=False)
+        monitor = MonitorConfig(level=level, full_every_steps=2)
+        collector = Collector(monitor, model, torch.device("cpu"))
+        step.mark, step.watch = collector.mark, collector.update
+        stream, looks = iter(batches), []
+        for number in range(1, 5):
+            step(collector.fetch(stream, number), 1.0)
+            looks.append("grad/mean" in collector.line())
+        assert counter.frame_count == 1
+        assert looks == ([True, True, False, True] if level == "full" else [False] * 4)
+        ends.append(model.state_dict())
+    assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())

@@ -1,0 +1,179 @@
+"""What a run measures of itself between two lines of metrics, and what that may cost.
+
+Three levels. ``off`` logs what training knows anyway. ``basic`` adds memory and the time of each part of a step: marks in the
+stream and a few system calls per line. ``full`` also looks at everything (``look.py``), in the first step that ends a line and in
+every ``full_every_steps``-th, rounded up to one that ends a line: so a look is written at once, no checkpoint falls between the
+two, and resume is exact. ``benchmarks/bench_monitor.py`` measures what the levels cost.
+
+Nothing waits for the device before a line is written, nothing is drawn, and the weights are the same at every level. With several
+ranks each looks at rows of its own, and the mean over the ranks is logged, of maxima too; gradients, weights and updates are the
+same on all of them. Times and memory are rank 0's. DeepSpeed leaves no gradients: under it those and the update are left out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from osler.model.transformer import Transformer
+from osler.monitor.config import MonitorConfig
+from osler.monitor.look import Rows, of_gradients, of_rows, of_update, of_weights
+from osler.runtime.device import peak_flops
+from osler.runtime.memory import peak_bytes, resident_bytes
+from osler.runtime.stopwatch import Stopwatch
+from osler.runtime.world import World
+
+T = TypeVar("T")
+PARTS = {
+    "perf/data_ms": "data",
+    "perf/forward_ms": "forward",
+    "perf/backward_ms": "backward",
+    "perf/optimizer_ms": "optimizer",
+    "perf/monitor_ms": "monitor",
+}
+
+
+class Collector:
+    """Follows the steps of one run: ``fetch`` before each, ``mark`` and ``update`` within, ``line`` when a line is due.
+
+    ``whole_weights`` gives the state dict, whole, and is collective, as is every look. ``clip_norm`` and ``lines_every``
+    (steps between two lines) are the run's; ``has_gradients`` says whether backward passes leave averaged ones.
+    """
+
+    def __init__(
+        self,
+        config: MonitorConfig,
+        model: Transformer,
+        device: torch.device,
+        *,
+        lines_every: int = 1,
+        world: World = World(),  # noqa: B008 - frozen
+        whole_weights: Callable[[], Mapping[str, Tensor]] | None = None,
+        has_gradients: bool = True,
+    ) -> None:
+        self.level = config.level
+        self.model, self.device, self.world = model, device, world
+        self.whole_weights = whole_weights or model.state_dict
+        self.has_gradients = has_gradients
+        self.first_look = lines_every
+        self.look_every = -(-config.full_every_steps // lines_every) * lines_every
+        self.stopwatch = Stopwatch(device)
+        self.steps = 0  # since the last line, or since the clock was started anew
+        self.looking = False
+        self.looked: dict[str, Tensor] = {}
+        self.first_bytes: int | None = None  # held when the first line of this process was written
+
+    def is_due(self, step: int) -> bool:
+        """Whether everything is looked at in this step; steps count from 1."""
+        return self.level == "full" and (step == self.first_look or step % self.look_every == 0)
+
+    def fetch(self, batches: Iterator[T], step: int) -> T:
+        """Take the batch of a step, and with it begin to follow the step."""
+        self.begin(step)
+        batch = next(batches)
+        self.mark("data")
+        return batch
+
+    def begin(self, step: int) -> None:
+        """Begin to follow a step; what lay between it and the step before is in no part."""
+        self.looking = self.is_due(step)
+        self.steps += 1
+        if self.level != "off":
+            self.stopwatch.start()
+
+    def mark(self, part: str) -> None:
+        """End a part of the step: data, forward, backward, optimizer or monitor."""
+        if self.level != "off":
+            self.stopwatch.mark(part)
+
+    def restart_clock(self) -> None:
+        """Forget the times since the last line, because a step among them compiled."""
+        self.stopwatch.read()
+        self.steps = 0
+
+    @contextmanager
+    def update(self, rows: Callable[[], Rows]) -> Iterator[None]:
+        """Stand around an optimizer's step: gradients are there and not yet clipped, and are gone afterwards.
+
+        ``rows`` gives rows of the step's batch, and is asked only when a look is due.
+        """
+        if not self.looking:
+            yield
+            return
+        self.looking = False
+        weights = self.whole_weights()
+        self.looked = of_weights(weights) | of_rows(self.model, weights, rows().few(self.device))
+        del weights
+        before: dict[str, Tensor] = {}
+        if self.has_gradients:
+            parameters = list(self.model.named_parameters())
+            self.looked |= of_gradients((name, parameter.grad) for name, parameter in parameters if parameter.grad is not None)
+            before = {name: parameter.detach().clone() for name, parameter in parameters}
+        self.mark("monitor")
+        yield
+        self.mark("optimizer")
+        if before:
+            self.looked |= of_update(before, parameters)
+        self.mark("monitor")
+
+    def line(self) -> dict[str, float]:
+        """What was measured since the last line. Waits for the device, and is collective."""
+        metrics: dict[str, float] = {}
+        if self.looked:
+            values = self.world.mean(torch.stack([value.float() for value in self.looked.values()])).tolist()
+            metrics |= dict(zip(self.looked, values, strict=True))
+            self.looked = {}
+        if self.level != "off":
+            seconds = self.stopwatch.read()
+            metrics |= {name: 1000 * seconds[part] / self.steps for name, part in PARTS.items() if part in seconds}
+            metrics |= self._memory()
+        self.steps = 0
+        return metrics
+
+    def _memory(self) -> dict[str, float]:
+        if self.device.type == "cuda":
+            held: int | None = torch.cuda.memory_allocated(self.device)
+            found = {"perf/memory_allocated_bytes": held, "perf/memory_reserved_bytes": torch.cuda.memory_reserved(self.device)}
+        else:
+            held = resident_bytes()
+            found = {"perf/memory_resident_bytes": held}
+        self.first_bytes = held if self.first_bytes is None else self.first_bytes
+        if held is not None and self.first_bytes is not None:
+            found["perf/memory_growth_bytes"] = held - self.first_bytes
+        found["perf/memory_peak_bytes"] = peak_bytes(self.device)
+        return {name: number for name, number in found.items() if number is not None}
+
+    def speed(self, tokens_per_second: float, *, tokens_left: int, seq_len: int) -> dict[str, float]:
+        """What follows from a speed of training: the time left, and the share of the GPUs' peak where that is known."""
+        metrics = {"perf/tokens_per_second": tokens_per_second, "perf/eta_seconds": max(0, tokens_left) / tokens_per_second}
+        peak = peak_flops(self.device)
+        if peak is not None:
+            flops = tokens_per_second * self.model.config.flops_per_token(seq_len)
+            metrics["perf/mfu"] = flops / (peak * self.world.size)
+        return metrics
+
+
+def of_steps(window: Sequence[Sequence[float]], clip_norm: float, bytes_per_token: float | None) -> dict[str, float]:
+    """What follows from loss, gradient norm and skip flag of the steps since the last line.
+
+    ``bytes_per_token`` of the text that is learned, None where that is not all of the text.
+    """
+    losses = [loss for loss, _, _ in window if math.isfinite(loss)]
+    norms = [norm for _, norm, _ in window if math.isfinite(norm)]
+    loss = sum(losses) / len(losses) if losses else math.nan
+    metrics = {
+        "train/loss": loss,
+        "train/perplexity": math.exp(min(loss, 700.0)),
+        "train/grad_norm": window[-1][1],
+        "train/skipped_steps": sum(skipped for _, _, skipped in window),
+        "grad/norm_max": max(norms, default=math.nan),
+        "grad/clipped_frac": sum(norm > clip_norm for norm in norms) / len(norms) if norms else math.nan,
+    }
+    if bytes_per_token is not None:
+        metrics["train/bits_per_byte"] = loss / math.log(2) / bytes_per_token
+    return metrics

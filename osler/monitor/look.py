@@ -1,0 +1,228 @@
+"""A look at everything: the gradients, the weights, one update, and what a few rows do inside the model.
+
+The idea: every function here maps tensors to a handful of numbers that stay on the device, so that a look costs arithmetic and
+never a wait. The look inside is one more forward pass, eager and without gradients, through a plain twin that shares the weights
+(``Transformer.twin``) and carries hooks; the model that trains, compiled or cut over ranks as it may be, is not touched, and no
+random number is drawn. Tensors that are cut over ranks are put together one at a time, so functions over them are collective.
+There is no state.
+
+Attention entropy: Zhai et al. 2023, arXiv 2303.06296. Effective rank: the participation ratio of the squared singular values.
+
+Shapes: B rows, T tokens, D hidden, F units of a feed-forward layer, N query heads, K key/value heads, G query heads of one of
+them, H head size, Q chosen queries, S keys, C tokens of a chunk, V vocabulary; M, N rows and columns of a matrix.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from osler.checkpoint.sharded import whole
+from osler.model.rope import rotate
+from osler.model.transformer import Block, Transformer
+from osler.ops.cross_entropy import default_chunk_tokens
+from osler.ops.labels import IGNORED
+
+LOOK_TOKENS = 2048  # of the batch that the look inside takes, in whole rows where one fits
+ENTROPY_QUERIES = 256  # queries, over all rows, whose attention is looked at
+DEAD = 0.01  # a unit whose largest activation is below this share of its layer's rms is dead
+RANKED = ("self_attn.o_proj.weight", "mlp.down_proj.weight")  # what writes into the residual stream
+
+
+class Rows(NamedTuple):
+    """Rows to look at: ids, labels (-100 is not learned), and document ids where attention stays inside a document."""
+
+    ids_BT: Tensor
+    labels_BT: Tensor
+    document_BT: Tensor | None = None
+
+    def few(self, device: torch.device) -> Rows:
+        """The first rows, ``LOOK_TOKENS`` at most, on the device."""
+        rows = max(1, LOOK_TOKENS // self.ids_BT.shape[1])
+        parts = (None if part is None else part[:rows, :LOOK_TOKENS].to(device, non_blocking=True) for part in self)
+        return Rows(*parts)  # type: ignore[arg-type]
+
+
+# -- gradients, weights, an update -------------------------------------------------------------------------------------
+
+
+def part_of(name: str) -> str:
+    """Where in the model a parameter sits: the number of its layer, ``embed``, ``norm`` or ``head``."""
+    first, *rest = name.split(".")
+    return rest[0] if first == "layers" else {"embed_tokens": "embed", "embed_proj": "embed", "lm_head": "head"}.get(first, first)
+
+
+@torch.no_grad()
+def of_gradients(gradients: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """Norms by part of the model, and mean, spread, largest size and odd values over all of it."""
+    squares: defaultdict[str, list[Tensor]] = defaultdict(list)
+    sums, peaks, zeros, odd, count = [], [], [], [], 0
+    for name, cut in gradients:
+        gradient = whole(cut).float()
+        squares[part_of(name)].append(gradient.square().sum())
+        sums.append(gradient.sum())
+        peaks.append(gradient.abs().amax())
+        zeros.append((gradient == 0).sum())
+        odd.append((~gradient.isfinite()).sum())
+        count += gradient.numel()
+    mean = _total(sums) / count
+    square = _total([_total(part) for part in squares.values()]) / count
+    return {
+        **{f"grad/norm/{part}": _total(each).sqrt() for part, each in squares.items()},
+        "grad/mean": mean,
+        "grad/std": (square - mean.square()).clamp_min(0).sqrt(),
+        "grad/max_abs": torch.stack(peaks).amax(),
+        "grad/zero_frac": _total(zeros) / count,
+        "grad/nonfinite_frac": _total(odd) / count,
+    }
+
+
+@torch.no_grad()
+def of_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Norms of whole weights by part of the model and by kind of matrix, and the rank of a few matrices."""
+    parts: defaultdict[str, list[Tensor]] = defaultdict(list)
+    kinds: defaultdict[str, list[Tensor]] = defaultdict(list)
+    for name, weight in weights.items():
+        square = weight.float().square().sum()
+        parts[part_of(name)].append(square)
+        kinds[name.split(".")[-2]].append(square)
+    layers = [int(part) for part in parts if part.isdigit()]
+    chosen = sorted({layers[0], layers[len(layers) // 2], layers[-1]})
+    ranked = [(f"{layer}.{name.split('.')[1]}", weights[f"layers.{layer}.{name}"]) for layer in chosen for name in RANKED]
+    return {
+        **{f"model/weight_norm/{part}": _total(squares).sqrt() for part, squares in parts.items()},
+        **{f"model/kind_norm/{kind}": _total(squares).sqrt() for kind, squares in kinds.items()},
+        **{f"model/effective_rank/{name}": effective_rank(matrix) for name, matrix in ranked},
+    }
+
+
+def effective_rank(matrix_MN: Tensor) -> Tensor:
+    """(Σ s²)² / Σ s⁴ over the singular values s: how many directions share the energy; 0 for a matrix of zeros.
+
+    From the smaller Gram matrix, whose eigenvalues are s², so that nothing is decomposed.
+    """
+    x_MN = matrix_MN.float()
+    x_MN = x_MN / torch.linalg.vector_norm(x_MN).clamp_min(1e-30)
+    gram = x_MN.mT @ x_MN if x_MN.shape[0] > x_MN.shape[1] else x_MN @ x_MN.mT
+    return gram.trace().square() / gram.square().sum().clamp_min(1e-30)
+
+
+@torch.no_grad()
+def of_update(before: Mapping[str, Tensor], parameters: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """How far an update moved the weights, as a share of their norm ``before``; 0 where a step was skipped."""
+    moved: defaultdict[str, list[Tensor]] = defaultdict(list)
+    size: defaultdict[str, list[Tensor]] = defaultdict(list)
+    for name, parameter in parameters:
+        moved[part_of(name)].append(whole(parameter.detach() - before[name]).float().square().sum())
+        size[part_of(name)].append(whole(before[name]).float().square().sum())
+    all_moved, all_size = (_total([_total(squares) for squares in each.values()]) for each in (moved, size))
+    return {
+        "update/ratio": (all_moved / all_size).sqrt(),
+        **{f"update/part_ratio/{part}": (_total(moved[part]) / _total(size[part])).sqrt() for part in moved},
+    }
+
+
+def _total(numbers: Sequence[Tensor]) -> Tensor:
+    return torch.stack(list(numbers)).sum()
+
+
+# -- inside the model --------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def of_rows(model: Transformer, weights: Mapping[str, Tensor], rows: Rows) -> dict[str, Tensor]:
+    """What the model with these whole weights does with a few rows, layer by layer and in its predictions.
+
+    A CPU computes in fp32, because eager bf16 is slow there.
+    """
+    twin, seen = model.twin(weights), dict[str, Tensor]()
+    if not rows.ids_BT.is_cuda:
+        twin.compute_dtype = torch.float32
+    for layer, block in enumerate(twin.layers):
+        assert isinstance(block, Block)
+        _watch(block, layer, seen)
+    hidden_BTD = twin(rows.ids_BT, document_BT=rows.document_BT)
+    return {**seen, **of_predictions(twin, hidden_BTD, rows.labels_BT)}
+
+
+def _watch(block: Block, layer: int, seen: dict[str, Tensor]) -> None:
+    """Hang hooks into a block of a twin, which leave what they measure in ``seen``."""
+    held: dict[str, Any] = {}
+
+    def attention_begins(module: Any, args: Any, kwargs: Any) -> None:
+        held["rope"], held["mask"] = args[1], kwargs["mask"]
+
+    def queries(module: Any, args: Any, q_BTNH: Tensor) -> None:
+        held["queries"] = q_BTNH
+
+    def keys(module: Any, args: Any, k_BSKH: Tensor) -> None:
+        q_BTNH, rope = held.pop("queries"), held.pop("rope")
+        entropy = attention_entropy(rotate(q_BTNH, *rope), rotate(k_BSKH, *rope), mask=held.pop("mask"))
+        seen[f"model/attention_entropy/{layer}"] = entropy
+
+    def units(module: Any, args: Any) -> None:
+        seen[f"model/dead_units_frac/{layer}"] = dead_share(args[0])
+
+    def block_ends(module: Any, args: Any, x_BTD: Tensor) -> None:
+        rms = x_BTD.float().square().mean().sqrt()
+        seen[f"model/activation_rms/{layer}"] = rms
+        seen[f"model/activation_outlier/{layer}"] = x_BTD.abs().amax().float() / rms
+
+    block.self_attn.register_forward_pre_hook(attention_begins, with_kwargs=True)
+    block.self_attn.q_norm.register_forward_hook(queries)
+    block.self_attn.k_norm.register_forward_hook(keys)
+    block.mlp.down_proj.register_forward_pre_hook(units)
+    block.register_forward_hook(block_ends)
+
+
+def attention_entropy(q_BTNH: Tensor, k_BSKH: Tensor, *, mask: Tensor | None = None) -> Tensor:
+    """Mean entropy, in nats, of what a few queries of every row and head attend to; as ``ops/attention.py`` attends.
+
+    The queries are spread evenly over a row: at most ``ENTROPY_QUERIES`` of all rows together, at least the last of each.
+    """
+    batch, length, _, size = q_BTNH.shape
+    count = max(1, min(length, ENTROPY_QUERIES // batch))
+    place_Q = (torch.arange(1, count + 1, device=q_BTNH.device) * length) // count - 1
+    q_BQKGH = q_BTNH[:, place_Q].float().unflatten(2, (k_BSKH.shape[2], -1))
+    scores_BKGQS = torch.einsum("bqkgh,bskh->bkgqs", q_BQKGH, k_BSKH.float()) * size**-0.5
+    if mask is None:
+        visible_QS = torch.arange(length, device=q_BTNH.device) <= place_Q[:, None]
+        scores_BKGQS = scores_BKGQS.masked_fill(~visible_QS, float("-inf"))
+    else:
+        scores_BKGQS = scores_BKGQS.masked_fill(~mask[:, :, None, place_Q], float("-inf"))
+    log_BKGQS = scores_BKGQS.log_softmax(-1)
+    return -(log_BKGQS.exp() * log_BKGQS.clamp_min(-1e9)).sum(-1).mean()
+
+
+def dead_share(units_BTF: Tensor) -> Tensor:
+    """Share of the units that no token moves: their largest activation is below ``DEAD`` times the layer's rms."""
+    units = units_BTF.flatten(0, -2).float()
+    return (units.abs().amax(0) <= DEAD * units.square().mean().sqrt()).float().mean()
+
+
+def of_predictions(model: Transformer, hidden_BTD: Tensor, labels_BT: Tensor) -> dict[str, Tensor]:
+    """How right, how undecided and how sure the model is of the labels that count; logits a chunk at a time."""
+    chunk = default_chunk_tokens(model.config.padded_vocab_size)
+    sums, peaks = [], []
+    for hidden_CD, label_C in zip(hidden_BTD.flatten(0, 1).split(chunk), labels_BT.flatten().split(chunk), strict=True):
+        logits_CV = model.logits(hidden_CD)
+        peaks.append(logits_CV.amax())
+        log_CV = logits_CV.log_softmax(-1)
+        top_C, word_C = log_CV.max(-1)
+        label_log_C = log_CV.gather(1, label_C.clamp_min(0)[:, None]).squeeze(1)
+        entropy_C = -(log_CV.exp() * log_CV).sum(-1)
+        counts_C = (label_C != IGNORED).float()
+        measured = torch.stack([(word_C == label_C).float(), entropy_C, label_log_C.exp(), top_C.exp(), torch.ones_like(top_C)])
+        sums.append((measured * counts_C).sum(1))
+    right, entropy, label, top, count = torch.stack(sums).sum(0).unbind()
+    return {
+        "train/token_accuracy": right / count,
+        "train/entropy": entropy / count,
+        "train/label_probability": label / count,
+        "train/top_probability": top / count,
+        "model/logit_max": torch.stack(peaks).amax(),
+    }

@@ -1,0 +1,144 @@
+"""What a run logs at each level, that it logs all that the table declares, and that watching changes nothing."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+
+from osler.cli import main
+from osler.inference.load import load_model
+from osler.monitor.collect import of_steps
+from osler.monitor.metrics import METRICS, declared_name
+
+# What needs a GPU, and what only GRPO logs.
+ON_GPU = {"perf/mfu", "perf/memory_allocated_bytes", "perf/memory_reserved_bytes"}
+OF_GRPO = {"perf/step_seconds", "perf/rollout_tokens_per_second", "perf/train_tokens_per_second", "perf/rollout_frac"}
+AREAS = ("train/", "grad/", "update/", "model/", "data/", "eval/", "perf/")
+UNREADABLE = "eval/<split>_unparsed_frac"  # the small exam of training counts right answers alone
+FULL = ["monitor.level=full", "monitor.full_every_steps=5"]
+
+
+def lines(folder) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def rows_of(found) -> set[str]:
+    names = {name for line in found for name in line} - {"step", "tokens", "time"}
+    assert [name for name in names if declared_name(name) is None] == []
+    return {declared_name(name) for name in names}
+
+
+def weights(folder) -> dict[str, torch.Tensor]:
+    return load_model(folder).model.state_dict()
+
+
+@pytest.fixture(scope="module")
+def watched(tiny, tmp_path_factory):
+    """The same pretraining run at every level."""
+    folder = tmp_path_factory.mktemp("watched")
+    more = ["curriculum=[{seq_len: 32, until_tokens: 1024}, {seq_len: 64}]", "exam={every_tokens: 1536, items: 2}"]
+    for level in ("off", "basic", "full"):
+        changes = [f"monitor.level={level}", "monitor.full_every_steps=5", "micro_batch_tokens=128"]
+        assert main(["pretrain", tiny.pretrain, *more, *changes, "--run", str(folder / level)]) == 0
+    return folder
+
+
+def test_a_full_run_logs_every_training_metric_of_the_table(watched):
+    declared = {name for name in METRICS if name.startswith(AREAS)}
+    found = rows_of(lines(watched / "full"))
+    assert declared - ON_GPU - OF_GRPO - {UNREADABLE} == found
+    assert len(declared) >= 45
+
+
+def test_what_a_row_costs_is_what_its_level_logs(watched):
+    basic, off = rows_of(lines(watched / "basic")), rows_of(lines(watched / "off"))
+    assert {name for name in basic if METRICS[name].cost.startswith("full")} == set()
+    full = rows_of(lines(watched / "full"))
+    assert full - basic == {name for name in full if METRICS[name].cost.startswith("full")}
+    assert {METRICS[name].cost for name in off} == {"free", "evaluation"}
+
+
+def test_watching_changes_nothing(watched):
+    plain = weights(watched / "off")
+    for level in ("basic", "full"):
+        found = weights(watched / level)
+        assert found.keys() == plain.keys()
+        assert all(torch.equal(found[name], plain[name]) for name in plain), level
+    for names in zip(*(lines(watched / level) for level in ("off", "basic", "full")), strict=True):
+        assert len({(line["step"], line.get("train/loss"), line.get("eval/loss")) for line in names}) == 1
+
+
+def test_looks_fall_on_lines(watched):
+    found = [line for line in lines(watched / "full") if "train/loss" in line]
+    assert [line["step"] for line in found if "grad/mean" in line] == [5, 10]
+    assert [line["step"] for line in found] == [5, 10, 12]
+
+
+def test_numbers_of_a_run_fit_together(watched):
+    found = lines(watched / "full")
+    for line in found:
+        if "grad/mean" in line:
+            parts = [line[name] for name in line if name.startswith("grad/norm/")]
+            assert math.sqrt(sum(norm**2 for norm in parts)) == pytest.approx(line["train/grad_norm"], rel=1e-4)
+            assert math.isclose(line["train/perplexity"], math.exp(line["train/loss"]))
+            assert 0 < line["update/ratio"] < 1 and 0 <= line["train/token_accuracy"] <= 1
+            assert line["train/label_probability"] <= line["train/top_probability"]
+            shares = [line[name] for name in line if name.startswith("data/delivered_frac/")]
+            assert len(shares) == 2 and sum(shares) == pytest.approx(1)
+            given = [line[name] for name in line if name.startswith("data/tokens/")]
+            assert sum(given) == line["tokens"]
+            assert line["perf/memory_peak_bytes"] >= 1e7 and line["data/padding_frac"] == 0
+        if "eval/loss" in line:
+            before = [other["train/loss"] for other in found if other["step"] <= line["step"] and "train/loss" in other][-1]
+            assert line["eval/train_gap"] == pytest.approx(line["eval/loss"] - before)
+
+
+def test_a_killed_full_run_logs_what_a_whole_one_does(tiny, tmp_path, monkeypatch):
+    """Nothing that was measured lies between a checkpoint and its line; only clocks and memory differ."""
+    from osler.runtime import faults
+
+    for folder in ("whole", "broken"):
+        if folder == "broken":
+            faults.reset()
+            with monkeypatch.context() as environment:
+                environment.setenv(faults.VARIABLE, "train-step:sigterm:7")
+                assert main(["pretrain", tiny.pretrain, *FULL, "--run", str(tmp_path / folder)]) == 130
+        assert main(["pretrain", tiny.pretrain, *FULL, "--run", str(tmp_path / folder)]) == 0
+    whole, broken = (
+        [{name: value for name, value in line.items() if not name.startswith("perf/")} for line in lines(tmp_path / folder)]
+        for folder in ("whole", "broken")
+    )
+    for line in [*whole, *broken]:
+        line.pop("time"), line.pop("eval/seconds", None)
+    assert whole == broken
+
+
+def test_fine_tuning_pads_and_grpo_is_watched(tiny, runs, tmp_path):
+    assert main(["sft", tiny.sft, f"init_from={runs.pretrain}", *FULL, "--run", str(tmp_path / "sft")]) == 0
+    looked = [line for line in lines(tmp_path / "sft") if "grad/mean" in line]
+    assert all(0 < line["data/padding_frac"] < 0.9 and "train/bits_per_byte" not in line for line in looked)
+    assert all(line["data/tokens/turns.jsonl"] <= line["tokens"] * 129 / 128 for line in looked)
+    ends = []
+    for level in ("off", "full"):
+        changes = [f"monitor.level={level}", "steps=3", "monitor.full_every_steps=3"]
+        assert main(["grpo", tiny.grpo, f"init_from={runs.sft}", *changes, "--run", str(tmp_path / level)]) == 0
+        ends.append(weights(tmp_path / level))
+    assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
+    found = lines(tmp_path / "full")
+    watched = {"grad/norm/<part>", "update/ratio", "model/attention_entropy/<layer>", "perf/optimizer_ms"}
+    assert rows_of(found) >= OF_GRPO | watched
+    assert [line["step"] for line in found if "grad/mean" in line] == [1, 3]
+
+
+def test_steps_that_were_skipped_or_clipped_are_counted():
+    window = [[2.0, 0.5, 0.0], [math.nan, math.inf, 1.0], [4.0, 3.0, 0.0]]
+    found = of_steps(window, clip_norm=1.0, bytes_per_token=4.0)
+    assert found["train/loss"] == 3.0 and found["train/perplexity"] == math.exp(3.0)
+    assert found["train/bits_per_byte"] == pytest.approx(3.0 / math.log(2) / 4)
+    assert found["train/grad_norm"] == found["grad/norm_max"] == 3.0
+    assert found["grad/clipped_frac"] == 0.5 and found["train/skipped_steps"] == 1.0
+    alone = of_steps(window[1:2], clip_norm=1.0, bytes_per_token=None)
+    assert math.isnan(alone["train/loss"]) and math.isnan(alone["grad/clipped_frac"]) and "train/bits_per_byte" not in alone

@@ -1,0 +1,203 @@
+"""A look at everything, each number against the plain formula."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from osler.model.config import ModelConfig
+from osler.model.transformer import Transformer
+from osler.monitor.look import (
+    Rows,
+    attention_entropy,
+    dead_share,
+    effective_rank,
+    of_gradients,
+    of_predictions,
+    of_rows,
+    of_update,
+    of_weights,
+)
+
+SHAPE = ModelConfig(
+    num_layers=3, hidden_size=32, intermediate_size=48, num_heads=4, num_kv_heads=2, head_dim=8, vocab_size=100, max_seq_len=32,
+    norm_weight=True, head_init="normal", residual_init="scaled",
+)  # fmt: skip
+
+
+@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def model(request) -> Transformer:
+    model = Transformer(SHAPE, compute_dtype=request.param)
+    model.init_weights(0)
+    return model
+
+
+@pytest.fixture
+def rows() -> Rows:
+    ids = torch.randint(0, 100, (3, 24), generator=torch.Generator().manual_seed(0))
+    labels = ids.roll(-1, 1)
+    labels[:, -1] = labels[0, :9] = -100
+    return Rows(ids, labels)
+
+
+def learn(model: Transformer, rows: Rows) -> dict[str, torch.Tensor]:
+    logits = model.logits(model(rows.ids_BT))
+    torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows.labels_BT.flatten()).backward()
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+def belongs(name: str, part: str) -> bool:
+    prefix = {"embed": "embed_tokens.", "head": "lm_head.", "norm": "norm."}.get(part, f"layers.{part}.")
+    return name.startswith(prefix)
+
+
+def test_gradients_are_those_of_a_plain_loop(model, rows):
+    gradients = learn(model, rows)
+    found = of_gradients(gradients.items())
+    parts = {name.rpartition("/")[2] for name in found if name.startswith("grad/norm/")}
+    assert parts == {"0", "1", "2", "embed", "head", "norm"}
+    for part in parts:
+        plain = math.sqrt(sum(float((g.double() ** 2).sum()) for name, g in gradients.items() if belongs(name, part)))
+        assert float(found[f"grad/norm/{part}"]) == pytest.approx(plain, rel=1e-4)
+    every = torch.cat([gradient.flatten().double() for gradient in gradients.values()])
+    plain = {
+        "grad/mean": every.mean(),
+        "grad/std": every.std(correction=0),
+        "grad/max_abs": every.abs().max(),
+        "grad/zero_frac": (every == 0).double().mean(),
+        "grad/nonfinite_frac": torch.zeros(()),
+    }
+    for name, value in plain.items():
+        assert float(found[name]) == pytest.approx(float(value), rel=1e-3, abs=1e-9), name
+    assert 0.1 < float(found["grad/zero_frac"]) < 0.9  # of the unseen words in the embedding
+
+
+def test_what_is_not_finite_in_a_gradient_is_counted():
+    gradient = torch.zeros(4, 5)
+    gradient[1, 2], gradient[3, 3] = float("nan"), float("inf")
+    found = of_gradients([("layers.0.mlp.up_proj.weight", gradient), ("norm.weight", torch.ones(20))])
+    assert float(found["grad/nonfinite_frac"]) == pytest.approx(2 / 40)
+    assert float(found["grad/zero_frac"]) == pytest.approx(18 / 40)
+    assert float(found["grad/norm/norm"]) == pytest.approx(math.sqrt(20)) and found["grad/norm/0"].isnan()
+
+
+def test_an_update_is_measured_against_the_weights_before_it(model):
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.mul_(1.5 if name.startswith("layers.1.") else 1.0)
+    found = of_update(before, model.named_parameters())
+    assert float(found["update/part_ratio/1"]) == pytest.approx(0.5)
+    assert float(found["update/part_ratio/0"]) == float(found["update/part_ratio/embed"]) == 0.0
+    norms = of_weights(before)
+    plain = 0.5 * float(norms["model/weight_norm/1"]) / math.sqrt(sum(float((w**2).sum()) for w in before.values()))
+    assert float(found["update/ratio"]) == pytest.approx(plain, rel=1e-5)
+
+
+def test_weights_have_norms_by_part_and_kind(model):
+    weights = model.state_dict()
+    found = of_weights(weights)
+    ups = torch.cat([w.flatten() for name, w in weights.items() if name.endswith("up_proj.weight")])
+    assert float(found["model/kind_norm/up_proj"]) == pytest.approx(float(ups.norm()), rel=1e-5)
+    assert float(found["model/weight_norm/norm"]) == pytest.approx(math.sqrt(32))
+    ranks = sorted(name.rpartition("/")[2] for name in found if "effective_rank" in name)
+    assert ranks == [f"{layer}.{module}" for layer in range(3) for module in ("down_proj", "o_proj")]
+
+
+@pytest.mark.parametrize("shape", [(6, 40), (40, 6), (20, 20)])
+def test_effective_rank_counts_directions(shape):
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    s = torch.linalg.svdvals(matrix.double())
+    assert float(effective_rank(matrix)) == pytest.approx(float((s**2).sum() ** 2 / (s**4).sum()), rel=1e-5)
+    assert float(effective_rank(torch.eye(12) * 3e-20)) == pytest.approx(12)
+    assert float(effective_rank(matrix[:, :1] @ matrix[:1])) == pytest.approx(1)
+    assert float(effective_rank(torch.zeros(shape))) == 0
+
+
+def plain_entropy(q, k, mask):
+    """Softmax by head and query, at every place, in plain loops; q and k are [T, N, H] and [T, K, H] of one row."""
+    heads, groups = q.shape[1], q.shape[1] // k.shape[1]
+    found = []
+    for place in range(q.shape[0]):
+        for head in range(heads):
+            seen = [s for s in range(len(k)) if mask[place, s]]
+            scores = [float(q[place, head] @ k[s, head // groups]) / math.sqrt(q.shape[2]) for s in seen]
+            weights = torch.tensor(scores, dtype=torch.float64).softmax(0)
+            found.append(float(-(weights * weights.log()).sum()))
+    return sum(found) / len(found)
+
+
+def test_attention_entropy_is_that_of_the_softmax():
+    generator = torch.Generator().manual_seed(2)
+    q, k = torch.randn(2, 10, 4, 8, generator=generator), torch.randn(2, 10, 2, 8, generator=generator)
+    causal = torch.ones(10, 10, dtype=torch.bool).tril()
+    plain = sum(plain_entropy(q[row], k[row], causal) for row in range(2)) / 2
+    assert float(attention_entropy(q, k)) == pytest.approx(plain, rel=1e-5)
+    document = torch.tensor([[0] * 4 + [1] * 6, [0] * 9 + [1]])
+    mask = (document[:, :, None] == document[:, None]) & causal
+    plain = sum(plain_entropy(q[row], k[row], mask[row]) for row in range(2)) / 2
+    assert float(attention_entropy(q, k, mask=mask[:, None])) == pytest.approx(plain, rel=1e-5)
+
+
+def test_few_queries_of_long_rows_are_enough():
+    """Equal scores: query t sees t + 1 keys equally, so the entropy of the chosen places is a mean of logarithms."""
+    q, k = torch.zeros(64, 40, 2, 4), torch.zeros(64, 40, 1, 4)
+    assert float(attention_entropy(q, k)) == pytest.approx(sum(math.log(n) for n in (10, 20, 30, 40)) / 4, rel=1e-5)
+    assert float(attention_entropy(torch.zeros(300, 40, 2, 4), torch.zeros(300, 40, 1, 4))) == pytest.approx(math.log(40))
+
+
+def test_units_that_no_token_moves_are_dead():
+    units = torch.randn(2, 30, 8, generator=torch.Generator().manual_seed(3))
+    units[..., [1, 4, 5]] *= 1e-6
+    assert float(dead_share(units)) == pytest.approx(3 / 8)
+    assert float(dead_share(torch.zeros(2, 3, 8))) == 1.0
+
+
+def test_the_look_inside_sees_what_the_model_computes(model, rows):
+    """Against the formulas on the outputs of the model's own modules, and without leaving anything on it."""
+    model.compute_dtype = torch.float32
+    seen, handles = {}, []
+    for layer, block in enumerate(model.layers):
+        handles.append(block.register_forward_hook(lambda m, a, out, at=layer: seen.update({at: out.detach()})))
+    with torch.no_grad():
+        hidden = model(rows.ids_BT)
+    for handle in handles:
+        handle.remove()
+    random = torch.get_rng_state()
+    found = of_rows(model, model.state_dict(), rows)
+    assert torch.equal(torch.get_rng_state(), random)
+    for layer, x in seen.items():
+        assert float(found[f"model/activation_rms/{layer}"]) == pytest.approx(float(x.double().square().mean().sqrt()), rel=1e-5)
+        outlier = float(x.abs().max() / x.square().mean().sqrt())
+        assert float(found[f"model/activation_outlier/{layer}"]) == pytest.approx(outlier, rel=1e-5)
+        assert 0 < float(found[f"model/attention_entropy/{layer}"]) < math.log(24)
+        assert float(found[f"model/dead_units_frac/{layer}"]) < 0.1
+    logits = model.logits(hidden).detach().double()
+    learned = rows.labels_BT >= 0
+    p = logits.softmax(-1)[learned]
+    label = rows.labels_BT[learned]
+    plain = {
+        "train/token_accuracy": (p.argmax(-1) == label).double().mean(),
+        "train/entropy": -(p * p.log()).sum(-1).mean(),
+        "train/label_probability": p[torch.arange(len(label)), label].mean(),
+        "train/top_probability": p.amax(-1).mean(),
+        "model/logit_max": logits.max(),
+    }
+    for name, value in plain.items():
+        assert float(found[name]) == pytest.approx(float(value), rel=1e-5), name
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_a_dead_layer_shows(model, rows):
+    with torch.no_grad():
+        model.layers[1].mlp.gate_proj.weight.zero_()
+    found = of_rows(model, model.state_dict(), rows)
+    assert [float(found[f"model/dead_units_frac/{layer}"]) == 1.0 for layer in range(3)] == [False, True, False]
+
+
+def test_rows_without_a_label_have_no_accuracy(model, rows):
+    hidden = torch.zeros(1, 4, 32)
+    found = of_predictions(model, hidden, torch.full((1, 4), -100))
+    assert found["train/token_accuracy"].isnan()
