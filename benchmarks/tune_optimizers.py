@@ -31,6 +31,8 @@ ROOT = Path(__file__).resolve().parent.parent
 RECIPE = "text-10min"
 OPTIMIZERS = ("adamw", "muon")
 SPEED_ROUNDS, SPEED_STEPS = 3, 40
+BASE = ["batch_tokens=2048", "schedule.warmup_tokens=81920"]  # of every run, before its own fields
+WEIGHT_DECAY = {"adamw": 0.1, "muon": 0.01}
 BATCH_4096 = ["batch_tokens=4096", "schedule.warmup_tokens=163840"]
 SETTINGS: dict[str, list[list[str]]] = {
     "adamw": [
@@ -46,11 +48,11 @@ SETTINGS: dict[str, list[list[str]]] = {
     "muon": [
         ["optim.lr=0.02", "optim.adamw_lr=4e-3"],
         ["optim.lr=0.02", "optim.adamw_lr=4e-3", *BATCH_4096],
+        ["optim.lr=0.02", "optim.adamw_lr=8e-3", *BATCH_4096],
         ["optim.lr=0.01", "optim.adamw_lr=4e-3"],
         ["optim.lr=0.02", "optim.adamw_lr=8e-3"],
         ["optim.lr=0.04", "optim.adamw_lr=4e-3"],
         ["optim.lr=0.02", "optim.adamw_lr=2e-3"],
-        ["optim.lr=0.02", "optim.adamw_lr=8e-3", *BATCH_4096],
         ["optim.lr=0.02", "optim.adamw_lr=4e-3", "optim.momentum=0.9"],
     ],
 }
@@ -64,7 +66,7 @@ def kind(optimizer: str, overrides: list[str]) -> tuple[str, ...]:
 
 def tokens_per_second(kinds: list[tuple[str, ...]]) -> dict[str, list[float]]:
     """Tokens per second of each kind, one value for each round; the kinds take turns."""
-    configs = {one: decode(TrainConfig, load_recipe(RECIPE, one)) for one in kinds}
+    configs = {one: decode(TrainConfig, load_recipe(RECIPE, [*BASE, *one])) for one in kinds}
     speeds: dict[str, list[float]] = {" ".join(one): [] for one in kinds}
     for number in range(SPEED_ROUNDS):
         for one in kinds if number % 2 == 0 else kinds[::-1]:
@@ -125,7 +127,8 @@ def main() -> None:
             tokens = int(speed * 60 * args.minutes)
             print(f"{optimizer} {' '.join(overrides)}: {tokens:,} tokens", file=sys.stderr, flush=True)
             budget = ["max_minutes=null", f"total_tokens={tokens}"]
-            measured = train(args.files, [f"optim.type={optimizer}", *overrides, *budget])
+            base = [*BASE, f"optim.type={optimizer}", f"optim.weight_decay={WEIGHT_DECAY[optimizer]}"]
+            measured = train(args.files, [*base, *overrides, *budget])
             result["runs"].append({"optimizer": optimizer, "overrides": overrides, **{key: measured[key] for key in KEPT}})
             args.out.write_text(json.dumps(with_best(result), indent=2) + "\n")
     print(json.dumps(with_best(result), indent=2))

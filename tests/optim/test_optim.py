@@ -89,7 +89,7 @@ def test_a_recipe_without_a_type_means_adamw_and_a_type_replaces_it() -> None:
     grpo = {"init_from": "run"}
     assert decode(GrpoConfig, {**grpo, "optim": {"lr": 0.5}}).optim == AdamWConfig(lr=0.5, weight_decay=0.0)
     assert decode(GrpoConfig, {**grpo, "optim": {"type": "muon", "lr": 0.5}}).optim == MuonConfig(lr=0.5)
-    recipe = load_recipe("text-10min", ["data.path=x", "optim.type=muon", "optim.momentum_warmup.tokens=100"])
+    recipe = load_recipe("debug", ["optim.type=muon", "optim.momentum_warmup.tokens=100"])
     warmup = MomentumWarmup(start=0.85, tokens=100)
     assert decode(TrainConfig, recipe).optim == MuonConfig(momentum_warmup=warmup)
     with pytest.raises(ConfigError, match="unknown type `moun`; did you mean `muon`"):
