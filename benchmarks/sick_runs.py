@@ -3,9 +3,10 @@
     python benchmarks/sick_runs.py [--steps 300] [--only NAME ...] [--folder DIR] [--out FILE]
 
 Every run is the same small pretraining on the clinic (4 layers x 128, 2,048 tokens a step, a line every 5 steps, everything
-looked at every 20), and one thing is wrong with it: the learning rate is ten times too high, the loader is slow, one batch or many in a row are poisoned, a layer is dead from the start. ``healthy`` is the run that nothing is wrong with;
-whatever it is told is a false alarm. Each is a fresh process. Prints one JSON object; exits with 1 when a run is not told what it
-should be, or the healthy one is told anything.
+looked at every 20), and one thing is wrong with it: the learning rate is ten times too high, the loader is slow, one batch or
+many in a row are poisoned, a layer is dead from the start. ``healthy`` is the run that nothing is wrong with; whatever it is told
+is a false alarm. Each is a fresh process. Prints one JSON object; exits with 1 when a run is not told what it should be, or the
+healthy one is told anything.
 """
 
 from __future__ import annotations
