@@ -1,7 +1,8 @@
 """Runs laid over one another: one self-contained page, and the same numbers as a table for the terminal.
 
 Curves run over tokens seen, the one clock that runs of different batches share. Runs of one stage are compared with each other,
-whatever their kind; runs with several stages, as a quickstart has, stage by stage. What fewer than two of them have is left out.
+whatever their kind; runs with several stages, as a quickstart has, stage by stage. What fewer than two of them have is left out,
+and so are metrics of single layers.
 """
 
 from __future__ import annotations
@@ -60,7 +61,10 @@ def build_comparison(folders: Sequence[str], out: str | Path) -> tuple[str, Path
 def render(groups: Mapping[str, Sequence[Member]], names: Sequence[str]) -> str:
     """The whole page as text."""
     legend = "".join(f'<span><i class="c{i}"></i>{e(name)}</span>' for i, name in enumerate(names))
-    lead = "Curves run over the tokens that each run has seen. Only what at least two runs measured is shown."
+    lead = (
+        "Curves run over the tokens that each run has seen. Shown is what at least two runs measured, without the curves of "
+        "single layers: those are in each run's own report."
+    )
     parts = [
         f'<section class="hero"><div><h1><em>{len(names)} runs</em> side by side</h1><p class="lead">{lead}</p>'
         f'<p class="key">{legend}</p></div></section>'
@@ -105,7 +109,7 @@ def differences(members: Sequence[Member]) -> Table:
     """The fields of the configurations that are not the same everywhere, then versions and machines that differ."""
     flat = [_flat({**m.config, "versions": m.versions}) for m in members]
     keys = dict.fromkeys(key for one in flat for key in one)
-    rows = [(key, [as_text(one[key]) if key in one else fmt.MISSING for one in flat]) for key in keys if key not in LEFT_OUT]
+    rows = [(key, [_field(one, key) for one in flat]) for key in keys if key not in LEFT_OUT]
     return [(key, row) for key, row in rows if len(set(row)) > 1]
 
 
@@ -176,9 +180,8 @@ def _curves(members: Sequence[Member]) -> str:
 
 
 def _overlay(spec: Spec, name: str, members: Sequence[Member]) -> Chart:
-    smooth = not name.startswith(("eval/", "train/lr", "train/stage", "train/seq_len", "train/batch_tokens"))
     lines = [line_of(m.stage, name, m.name, m.colour, "tokens") for m in members if name in m.stage.curves]
-    return replace(spec, over="tokens"), [replace(line, smooth=smooth) for line in lines if len(line.x)], None
+    return replace(spec, over="tokens"), [line for line in lines if len(line.x)], None
 
 
 def _html_table(title: str, table: Table, members: Sequence[Member]) -> str:
@@ -211,6 +214,11 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in tree.items():
         out |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
     return out
+
+
+def _field(flat: Mapping[str, Any], key: str) -> str:
+    """A field's value as YAML writes it, or a dash where a configuration lacks the field."""
+    return fmt.MISSING if key not in flat else "null" if flat[key] is None else as_text(flat[key])
 
 
 def _exam(member: Member, split: str) -> str:

@@ -139,6 +139,13 @@ def test_a_policy_that_rarely_has_a_gradient_or_a_few_rewards_among_penalties_is
     assert told(rare) == {} and told(penalised) == {}
 
 
+def test_a_head_that_begins_at_zero_lets_no_gradient_through_in_the_first_step():
+    line = {GRAD_NORM: 0.3, f"{LAYER_NORM}embed": 0.0, f"{LAYER_NORM}0": 0.0, f"{LAYER_NORM}head": 0.3}
+    watch = Watch(FACTS)
+    assert watch.look(1, TOKENS, line) == []
+    assert [alert.name for alert in watch.look(2, 2 * TOKENS, line)] == ["dead-layer-gradient"]
+
+
 def test_the_message_names_number_cause_and_remedy():
     (alert,) = Watch(FACTS).look(10, 1000, {f"{DEAD_UNITS}3": 0.634})
     assert alert.severity == "critical"
