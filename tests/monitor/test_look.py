@@ -9,6 +9,8 @@ import torch
 
 from osler.model.config import ModelConfig
 from osler.model.transformer import Transformer
+from osler.monitor.alerts import Watch
+from osler.monitor.history import Facts
 from osler.monitor.look import (
     Rows,
     attention_entropy,
@@ -218,6 +220,9 @@ def test_a_dead_layer_shows(model, rows):
         model.layers[1].mlp.gate_proj.weight.zero_()
     found = of_rows(model, model.state_dict(), rows)
     assert [float(found[f"model/dead_units_frac/{layer}"]) == 1.0 for layer in range(3)] == [False, True, False]
+    line = {name: float(value) for name, value in found.items()}
+    (alert,) = Watch(Facts(lr=1e-3, clip_norm=1.0)).look(10, 1000, line)
+    assert alert.name == "dead-layers" and "100% of the feed-forward units in layer 1" in alert.message
 
 
 def test_rows_without_a_label_have_no_accuracy(model, rows):
