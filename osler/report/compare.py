@@ -229,22 +229,22 @@ def _exam(member: Member, split: str) -> str:
     return fmt.percent(score.accuracy) + interval
 
 
-def _finite(stage: StageRun, name: str) -> list[float]:
-    return [v for _, v in stage.curves[name].finite()] if name in stage.curves else []
+def _values(stage: StageRun, name: str) -> list[float]:
+    return [v for _, v in stage.finite(name)]
 
 
 def _last(stage: StageRun, name: str) -> float:
-    return (_finite(stage, name) or [math.nan])[-1]
+    return (_values(stage, name) or [math.nan])[-1]
 
 
 def _lowest(stage: StageRun, name: str) -> float:
-    return min(_finite(stage, name), default=math.nan)
+    return min(_values(stage, name), default=math.nan)
 
 
 def _median(stage: StageRun, name: str) -> float:
-    return statistics.median(_finite(stage, name) or [math.nan])
+    return statistics.median(_values(stage, name) or [math.nan])
 
 
 def _last_tenth(stage: StageRun, name: str) -> float:
-    known = _finite(stage, name)
+    known = _values(stage, name)
     return statistics.fmean(known[-max(1, len(known) // 10) :]) if known else math.nan
