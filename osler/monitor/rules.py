@@ -63,7 +63,7 @@ class Finding(NamedTuple):
 def exploding(past: History) -> Iterator[Finding]:
     """Above its history for three lines, creeping up over many, or one line out of all proportion."""
     norms, clip = past.last(GRAD_NORM, USUAL + 3), past.facts.clip_norm
-    now, before = min(norms[-3:]), [norm for norm in norms[:-3] if norm > 0.0]  # 0: a GRPO step with nothing to learn from
+    now, before = min(norms[-3:]), [norm for norm in norms[:-3] if norm > 0.0]  # 0: nothing to learn from in GRPO
     if len(before) < CALM:
         return
     usual, calmest = median(before), past.calmest
