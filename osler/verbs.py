@@ -148,8 +148,8 @@ def run_report(arguments: argparse.Namespace) -> int:
     from osler.report.page import build_report
     from osler.report.text import summary_text
 
-    path = build_report(arguments.run)
-    print(f"{summary_text(arguments.run)}\n\n{path}")
+    build_report(arguments.run)
+    print(summary_text(arguments.run))
     return 0
 
 

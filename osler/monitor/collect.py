@@ -41,8 +41,8 @@ PARTS = {
 class Collector:
     """Follows the steps of one run: ``fetch`` before each, ``mark`` and ``update`` within, ``line`` when a line is due.
 
-    ``whole_weights`` gives the state dict, whole, and is collective, as is every look. ``clip_norm`` and ``lines_every``
-    (steps between two lines) are the run's; ``has_gradients`` says whether backward passes leave averaged ones.
+    ``whole_weights`` gives the state dict, whole, and is collective, as is every look. ``lines_every`` is the run's steps between
+    two lines; ``has_gradients`` says whether backward passes leave averaged ones.
     """
 
     def __init__(

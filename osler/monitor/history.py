@@ -74,6 +74,8 @@ class History:
         for name in (STAGE, LR, GRAD_NORM, CLIPPED, *MEMORY):
             if name in line:
                 self.values[name].append(line[name])
+        if GRAD_NORM in line and line.get(REWARD_SPREAD) == 0.0:  # the pull of GRPO's KL term alone says nothing of other steps
+            self.values[GRAD_NORM][-1] = 0.0
         if any(name in line for name in MEMORY):
             self.memory_steps.append(step)
         self.peak_lr = max(self.peak_lr, line.get(LR, 0.0))

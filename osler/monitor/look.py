@@ -4,7 +4,7 @@ The idea: every function here maps tensors to a handful of numbers that stay on 
 never a wait. The look inside is one more forward pass, eager and without gradients, through a plain twin that shares the weights
 (``Transformer.twin``) and carries hooks; the model that trains, compiled or cut over ranks as it may be, is not touched, and no
 random number is drawn. Tensors that are cut over ranks are put together one at a time, so functions over them are collective.
-There is no state.
+What lies behind the last learned token of a row is mostly padding and is not looked at. There is no state.
 
 Attention entropy: Zhai et al. 2023, arXiv 2303.06296. Effective rank: the participation ratio of the squared singular values.
 
@@ -45,6 +45,11 @@ class Rows(NamedTuple):
         rows = max(1, LOOK_TOKENS // self.ids_BT.shape[1])
         parts = (None if part is None else part[:rows, :LOOK_TOKENS].to(device, non_blocking=True) for part in self)
         return Rows(*parts)  # type: ignore[arg-type]
+
+    @property
+    def looked_at_BT(self) -> Tensor:
+        """Where a learned token is still to come, or is: False in the padding at the end of a row."""
+        return (self.labels_BT != IGNORED).flip(1).cumsum(1).flip(1) > 0
 
 
 # -- gradients, weights, an update -------------------------------------------------------------------------------------
@@ -144,12 +149,12 @@ def of_rows(model: Transformer, weights: Mapping[str, Tensor], rows: Rows) -> di
         twin.compute_dtype = torch.float32
     for layer, block in enumerate(twin.layers):
         assert isinstance(block, Block)
-        _watch(block, layer, seen)
+        _watch(block, layer, rows.looked_at_BT, seen)
     hidden_BTD = twin(rows.ids_BT, document_BT=rows.document_BT)
-    return {**seen, **of_predictions(twin, hidden_BTD, rows.labels_BT)}
+    return {**seen, **of_predictions(twin, hidden_BTD, rows)}
 
 
-def _watch(block: Block, layer: int, seen: dict[str, Tensor]) -> None:
+def _watch(block: Block, layer: int, places_BT: Tensor, seen: dict[str, Tensor]) -> None:
     """Hang hooks into a block of a twin, which leave what they measure in ``seen``."""
     held: dict[str, Any] = {}
 
@@ -161,16 +166,16 @@ def _watch(block: Block, layer: int, seen: dict[str, Tensor]) -> None:
 
     def keys(module: Any, args: Any, k_BSKH: Tensor) -> None:
         q_BTNH, rope = held.pop("queries"), held.pop("rope")
-        entropy = attention_entropy(rotate(q_BTNH, *rope), rotate(k_BSKH, *rope), mask=held.pop("mask"))
-        seen[f"model/attention_entropy/{layer}"] = entropy
+        q_BTNH, k_BSKH = rotate(q_BTNH, *rope), rotate(k_BSKH, *rope)
+        seen[f"model/attention_entropy/{layer}"] = attention_entropy(q_BTNH, k_BSKH, places_BT, mask=held.pop("mask"))
 
     def units(module: Any, args: Any) -> None:
-        seen[f"model/dead_units_frac/{layer}"] = dead_share(args[0])
+        seen[f"model/dead_units_frac/{layer}"] = dead_share(args[0], places_BT)
 
     def block_ends(module: Any, args: Any, x_BTD: Tensor) -> None:
-        rms = x_BTD.float().square().mean().sqrt()
+        x_BTD, rms = at_places(x_BTD, places_BT)
         seen[f"model/activation_rms/{layer}"] = rms
-        seen[f"model/activation_outlier/{layer}"] = x_BTD.abs().amax().float() / rms
+        seen[f"model/activation_outlier/{layer}"] = x_BTD.abs().amax() / rms
 
     block.self_attn.register_forward_pre_hook(attention_begins, with_kwargs=True)
     block.self_attn.q_norm.register_forward_hook(queries)
@@ -179,10 +184,17 @@ def _watch(block: Block, layer: int, seen: dict[str, Tensor]) -> None:
     block.register_forward_hook(block_ends)
 
 
-def attention_entropy(q_BTNH: Tensor, k_BSKH: Tensor, *, mask: Tensor | None = None) -> Tensor:
+def at_places(x_BTX: Tensor, places_BT: Tensor) -> tuple[Tensor, Tensor]:
+    """The values in fp32 with zeros at all other places, and the rms of those that stay."""
+    x_BTX = x_BTX.float().masked_fill(~places_BT[..., None], 0.0)
+    return x_BTX, (x_BTX.square().sum() / (places_BT.sum() * x_BTX.shape[-1])).sqrt()
+
+
+def attention_entropy(q_BTNH: Tensor, k_BSKH: Tensor, places_BT: Tensor, *, mask: Tensor | None = None) -> Tensor:
     """Mean entropy, in nats, of what a few queries of every row and head attend to; as ``ops/attention.py`` attends.
 
-    The queries are spread evenly over a row: at most ``ENTROPY_QUERIES`` of all rows together, at least the last of each.
+    The queries are spread evenly over a row: at most ``ENTROPY_QUERIES`` of all rows together, at least the last of each. Those
+    at other places than ``places_BT`` do not count.
     """
     batch, length, _, size = q_BTNH.shape
     count = max(1, min(length, ENTROPY_QUERIES // batch))
@@ -195,22 +207,25 @@ def attention_entropy(q_BTNH: Tensor, k_BSKH: Tensor, *, mask: Tensor | None = N
     else:
         scores_BKGQS = scores_BKGQS.masked_fill(~mask[:, :, None, place_Q], float("-inf"))
     log_BKGQS = scores_BKGQS.log_softmax(-1)
-    return -(log_BKGQS.exp() * log_BKGQS.clamp_min(-1e9)).sum(-1).mean()
+    entropy_BQ = -(log_BKGQS.exp() * log_BKGQS.clamp_min(-1e9)).sum(-1).mean((1, 2))
+    counts_BQ = places_BT[:, place_Q]
+    return entropy_BQ.masked_fill(~counts_BQ, 0.0).sum() / counts_BQ.sum()
 
 
-def dead_share(units_BTF: Tensor) -> Tensor:
+def dead_share(units_BTF: Tensor, places_BT: Tensor) -> Tensor:
     """Share of the units that no token moves: their largest activation is below ``DEAD`` times the layer's rms."""
-    units = units_BTF.flatten(0, -2).float()
-    return (units.abs().amax(0) <= DEAD * units.square().mean().sqrt()).float().mean()
+    units_BTF, rms = at_places(units_BTF, places_BT)
+    return (units_BTF.abs().amax((0, 1)) <= DEAD * rms).float().mean()
 
 
-def of_predictions(model: Transformer, hidden_BTD: Tensor, labels_BT: Tensor) -> dict[str, Tensor]:
+def of_predictions(model: Transformer, hidden_BTD: Tensor, rows: Rows) -> dict[str, Tensor]:
     """How right, how undecided and how sure the model is of the labels that count; logits a chunk at a time."""
     chunk = default_chunk_tokens(model.config.padded_vocab_size)
+    flat = (hidden_BTD.flatten(0, 1), rows.labels_BT.flatten(), rows.looked_at_BT.flatten())
     sums, peaks = [], []
-    for hidden_CD, label_C in zip(hidden_BTD.flatten(0, 1).split(chunk), labels_BT.flatten().split(chunk), strict=True):
+    for hidden_CD, label_C, place_C in zip(*(part.split(chunk) for part in flat), strict=True):
         logits_CV = model.logits(hidden_CD)
-        peaks.append(logits_CV.amax())
+        peaks.append(logits_CV.masked_fill(~place_C[:, None], float("-inf")).amax())
         log_CV = logits_CV.log_softmax(-1)
         top_C, word_C = log_CV.max(-1)
         label_log_C = log_CV.gather(1, label_C.clamp_min(0)[:, None]).squeeze(1)

@@ -33,7 +33,7 @@ class Metric(NamedTuple):
 METRICS: dict[str, Metric] = {
     # training: pretraining, mid-training, supervised fine-tuning
     "train/loss": Metric("nats/token", "mean cross-entropy of the learned tokens of the steps since the line before"),
-    "train/perplexity": Metric("tokens", "exp(loss): among how many equally likely tokens the model seems to choose"),
+    "train/perplexity": Metric("choices", "exp(loss): among how many equally likely tokens the model seems to choose"),
     "train/bits_per_byte": Metric("bits/byte", "training loss per byte of text, by the data's mean bytes per token"),
     "train/token_accuracy": Metric("fraction", "learned tokens that the model found likeliest beforehand", FORWARD),
     "train/entropy": Metric("nats/token", "how undecided the model is about a learned token", FORWARD),
@@ -55,7 +55,7 @@ METRICS: dict[str, Metric] = {
     "grad/zero_frac": Metric("fraction", "elements of the gradient that are zero, rows of unseen words included", GRADIENTS),
     "grad/nonfinite_frac": Metric("fraction", "elements of the gradient that are infinite or no number", GRADIENTS),
     "update/ratio": Metric("ratio", "length of one update over that of the weights before it", WEIGHTS),
-    "update/part_ratio/<part>": Metric("ratio", "the same for one layer, or for embed, norm or head", WEIGHTS),
+    "update/part_ratio/<part>": Metric("ratio", "the update of one layer, or of embed, norm or head, over its weights", WEIGHTS),
     # the model's health
     "model/weight_norm/<part>": Metric("norm", "length of the weights of one layer, or of embed, norm or head", WEIGHTS),
     "model/kind_norm/<kind>": Metric("norm", "length of the weights of one kind of matrix, over all layers", WEIGHTS),
@@ -90,8 +90,8 @@ METRICS: dict[str, Metric] = {
     "perf/monitor_ms": Metric("ms", "looking at everything, spread over the steps since the line before", CLOCK),
     "perf/memory_allocated_bytes": Metric("bytes", "held by tensors on rank 0's GPU", BASIC),
     "perf/memory_reserved_bytes": Metric("bytes", "taken from rank 0's GPU, held by tensors or kept for them", BASIC),
-    "perf/memory_resident_bytes": Metric("bytes", "what the process has in memory, without a GPU", BASIC),
-    "perf/memory_peak_bytes": Metric("bytes", "the most that tensors on the GPU, or else the process, have held", BASIC),
+    "perf/memory_resident_bytes": Metric("bytes", "what the process alone has in memory, without a GPU", BASIC),
+    "perf/memory_peak_bytes": Metric("bytes", "the most held, on the GPU or else by the process with files it maps", BASIC),
     "perf/memory_growth_bytes": Metric("bytes", "what is held now beyond what was at the process's first line", BASIC),
     "perf/step_seconds": Metric("s", "wall time of one optimizer step"),
     "perf/rollout_tokens_per_second": Metric("tokens/s", "completion tokens sampled per second of sampling"),

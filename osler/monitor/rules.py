@@ -63,7 +63,7 @@ class Finding(NamedTuple):
 def exploding(past: History) -> Iterator[Finding]:
     """Above its history for three lines, creeping up over many, or one line out of all proportion."""
     norms, clip = past.last(GRAD_NORM, USUAL + 3), past.facts.clip_norm
-    now, before = min(norms[-3:]), [norm for norm in norms[:-3] if norm > 0.0]  # 0: a GRPO step with nothing to learn from
+    now, before = min(norms[-3:]), [norm for norm in norms[:-3] if norm > 0.0]  # 0: nothing to learn from in GRPO
     if len(before) < CALM:
         return
     usual, calmest = median(before), past.calmest
@@ -177,10 +177,10 @@ def dead_units(past: History) -> Iterator[Finding]:
 
 
 def cut_off(past: History) -> Iterator[Finding]:
-    """No gradient reaches a layer, and others have one."""
+    """No gradient reaches a layer, and others have one. (In the first step a head that begins at zero lets none through.)"""
     parts = [name.removeprefix(LAYER_NORM) for name, norm in past.line.items() if name.startswith(LAYER_NORM) and norm == 0.0]
     still = [f"layer {part}" if part.isdigit() else part for part in parts]
-    if still and past.line.get(GRAD_NORM, 0.0) > 0.0:
+    if still and past.line.get(GRAD_NORM, 0.0) > 0.0 and past.step > 1:
         yield Finding(
             "dead-layer-gradient",
             f"no gradient reaches {', '.join(still[:4])}{' and others' if len(still) > 4 else ''}, while the rest learns "

@@ -18,6 +18,7 @@ from osler.report.read import Series, StageRun
 from osler.report.svg import Band, Line
 
 COLOURS = 8  # of the palette
+EXACT = ("eval/", "train/lr", "train/stage", "train/seq_len", "train/batch_tokens")  # no noise that smoothing could take away
 
 
 @dataclass(frozen=True)
@@ -287,12 +288,12 @@ def unit_of(lines: tuple[tuple[str, str], ...]) -> str:
 
 def line_of(run: StageRun, name: str, label: str, colour: int, over: str = "step") -> Line:
     """A stage's curve of one metric, over steps or over tokens."""
-    series = run.curves[name]
+    series, smooth = run.curves[name], not name.startswith(EXACT)
     if over == "tokens":
         points = [(run.clock[step][0], value) for step, value in zip(series.steps, series.values, strict=True)]
         known = [(tokens, value) for tokens, value in points if math.isfinite(tokens)]
-        return Line(label, [tokens for tokens, _ in known], [value for _, value in known], colour, smooth=False)
-    return Line(label, series.steps, series.values, colour, smooth=not name.startswith(("eval/", "train/lr")))
+        return Line(label, [tokens for tokens, _ in known], [value for _, value in known], colour, smooth)
+    return Line(label, series.steps, series.values, colour, smooth)
 
 
 def _by_row(names: list[str]) -> Iterator[tuple[str, list[str]]]:

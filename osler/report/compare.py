@@ -1,7 +1,8 @@
 """Runs laid over one another: one self-contained page, and the same numbers as a table for the terminal.
 
 Curves run over tokens seen, the one clock that runs of different batches share. Runs of one stage are compared with each other,
-whatever their kind; runs with several stages, as a quickstart has, stage by stage. What fewer than two of them have is left out.
+whatever their kind; runs with several stages, as a quickstart has, stage by stage. What fewer than two of them have is left out,
+and so are metrics of single layers.
 """
 
 from __future__ import annotations
@@ -60,7 +61,10 @@ def build_comparison(folders: Sequence[str], out: str | Path) -> tuple[str, Path
 def render(groups: Mapping[str, Sequence[Member]], names: Sequence[str]) -> str:
     """The whole page as text."""
     legend = "".join(f'<span><i class="c{i}"></i>{e(name)}</span>' for i, name in enumerate(names))
-    lead = "Curves run over the tokens that each run has seen. Only what at least two runs measured is shown."
+    lead = (
+        "Curves run over the tokens that each run has seen. Shown is what at least two runs measured, without the curves of "
+        "single layers: those are in each run's own report."
+    )
     parts = [
         f'<section class="hero"><div><h1><em>{len(names)} runs</em> side by side</h1><p class="lead">{lead}</p>'
         f'<p class="key">{legend}</p></div></section>'
@@ -105,7 +109,7 @@ def differences(members: Sequence[Member]) -> Table:
     """The fields of the configurations that are not the same everywhere, then versions and machines that differ."""
     flat = [_flat({**m.config, "versions": m.versions}) for m in members]
     keys = dict.fromkeys(key for one in flat for key in one)
-    rows = [(key, [as_text(one[key]) if key in one else fmt.MISSING for one in flat]) for key in keys if key not in LEFT_OUT]
+    rows = [(key, [_field(one, key) for one in flat]) for key in keys if key not in LEFT_OUT]
     return [(key, row) for key, row in rows if len(set(row)) > 1]
 
 
@@ -176,9 +180,8 @@ def _curves(members: Sequence[Member]) -> str:
 
 
 def _overlay(spec: Spec, name: str, members: Sequence[Member]) -> Chart:
-    smooth = not name.startswith(("eval/", "train/lr", "train/stage", "train/seq_len", "train/batch_tokens"))
     lines = [line_of(m.stage, name, m.name, m.colour, "tokens") for m in members if name in m.stage.curves]
-    return replace(spec, over="tokens"), [replace(line, smooth=smooth) for line in lines if len(line.x)], None
+    return replace(spec, over="tokens"), [line for line in lines if len(line.x)], None
 
 
 def _html_table(title: str, table: Table, members: Sequence[Member]) -> str:
@@ -213,6 +216,11 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return out
 
 
+def _field(flat: Mapping[str, Any], key: str) -> str:
+    """A field's value as YAML writes it, or a dash where a configuration lacks the field."""
+    return fmt.MISSING if key not in flat else "null" if flat[key] is None else as_text(flat[key])
+
+
 def _exam(member: Member, split: str) -> str:
     score = next((score for score in member.exams if score.split == split), None)
     if score is None:
@@ -221,22 +229,22 @@ def _exam(member: Member, split: str) -> str:
     return fmt.percent(score.accuracy) + interval
 
 
-def _finite(stage: StageRun, name: str) -> list[float]:
-    return [v for _, v in stage.curves[name].finite()] if name in stage.curves else []
+def _values(stage: StageRun, name: str) -> list[float]:
+    return [v for _, v in stage.finite(name)]
 
 
 def _last(stage: StageRun, name: str) -> float:
-    return (_finite(stage, name) or [math.nan])[-1]
+    return (_values(stage, name) or [math.nan])[-1]
 
 
 def _lowest(stage: StageRun, name: str) -> float:
-    return min(_finite(stage, name), default=math.nan)
+    return min(_values(stage, name), default=math.nan)
 
 
 def _median(stage: StageRun, name: str) -> float:
-    return statistics.median(_finite(stage, name) or [math.nan])
+    return statistics.median(_values(stage, name) or [math.nan])
 
 
 def _last_tenth(stage: StageRun, name: str) -> float:
-    known = _finite(stage, name)
+    known = _values(stage, name)
     return statistics.fmean(known[-max(1, len(known) // 10) :]) if known else math.nan

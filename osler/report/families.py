@@ -42,7 +42,7 @@ FAMILIES: tuple[Family, ...] = (  # the first whose prefix fits
     ),
     Family(
         "Model health",
-        ("model/", "health/"),
+        ("model/",),
         "Good: all layers move together and settle. One layer that leaves the others, or a share that climbs to 100%, is ill.",
     ),
     Family(

@@ -63,10 +63,10 @@ def _training(stage: StageRun) -> Iterator[str]:
         if bad:
             often = fmt.plural(len(bad), "logged step")
             yield f"{name} was not a finite number at {often}, first at step {fmt.count(bad[0])}."
-    skipped = sum(value for _, value in _finite(stage, "train/skipped_steps"))  # each line counts those since the one before
+    skipped = sum(value for _, value in stage.finite("train/skipped_steps"))  # each line counts those since the one before
     if skipped > 0:
         yield f"{fmt.plural(int(skipped), 'update')} skipped because loss or gradient was not finite."
-    held_out = _finite(stage, "eval/loss")
+    held_out = stage.finite("eval/loss")
     if len(held_out) >= 4:
         step, best = min(held_out, key=lambda point: point[1])
         if held_out[-1][1] > best * 1.02:
@@ -74,7 +74,7 @@ def _training(stage: StageRun) -> Iterator[str]:
                 f"held-out loss was lowest at step {fmt.count(step)} ({fmt.number(best)}) and ended at "
                 f"{fmt.number(held_out[-1][1])}: the model was memorising by then."
             )
-    loss = [v for _, v in _finite(stage, "train/loss")]
+    loss = [v for _, v in stage.finite("train/loss")]
     if len(loss) >= 40:
         tenth = len(loss) // 10
         blocks = [statistics.fmean(loss[i : i + tenth]) for i in range(0, len(loss) - tenth + 1, tenth)]
@@ -86,14 +86,14 @@ def _reinforcement(stage: StageRun) -> Iterator[str]:
     if _tail(stage, "completions/clipped_ratio") > 0.9:
         yield "more than 90% of the completions were cut at the length limit: the model does not end its answers."
     longest = streak = 0
-    for _, reward in _finite(stage, "reward"):
+    for _, reward in stage.finite("reward"):
         streak = streak + 1 if reward == 0 else 0
         longest = max(longest, streak)
     if longest >= 5:
         yield f"the reward was exactly zero for {longest} logged steps in a row: nothing to learn from."
     if _tail(stage, "frac_reward_zero_std") > 0.8:
         yield "in the last quarter more than 80% of the groups had equal rewards and taught nothing."
-    entropy = [v for _, v in _finite(stage, "entropy")]
+    entropy = [v for _, v in stage.finite("entropy")]
     if len(entropy) > 4 and entropy[0] > 0.2 and _tail(stage, "entropy") < 0.02:
         yield "entropy fell to nearly zero: the policy has stopped exploring."
     if _tail(stage, "sampling/sampling_logp_difference/mean") > 0.02:
@@ -146,11 +146,7 @@ def _pairs(stage: StageRun, name: str) -> list[tuple[int, float]]:
     return list(zip(series.steps, series.values, strict=True))
 
 
-def _finite(stage: StageRun, name: str) -> list[tuple[int, float]]:
-    return stage.curves[name].finite() if name in stage.curves else []
-
-
 def _tail(stage: StageRun, name: str) -> float:
     """Mean of a curve's last quarter; NaN, which compares false with everything, when there is none."""
-    known = [v for _, v in _finite(stage, name)]
+    known = [v for _, v in stage.finite(name)]
     return statistics.fmean(known[-max(1, len(known) // 4) :]) if known else math.nan

@@ -63,6 +63,10 @@ class StageRun:
     model: dict[str, Any] = field(default_factory=dict)  # as its checkpoints describe it, {} without one
     events: list[dict[str, Any]] = field(default_factory=list)  # its diary, oldest first
 
+    def finite(self, name: str) -> list[tuple[int, float]]:
+        """The finite points of a curve as (step, value), none when the metric was not logged."""
+        return self.curves[name].finite() if name in self.curves else []
+
     @property
     def last_step(self) -> int:
         return max(self.clock, default=0)

@@ -90,7 +90,7 @@ def strip(run: Run) -> str:
         tiles.append(("Time", fmt.duration(total_seconds(run)), together))
     for metric, label in (("eval/loss", "Held-out loss"), ("perf/tokens_per_second", "Tokens/s"), ("reward", "Reward")):
         for stage in run.runs:
-            known = stage.curves[metric].finite() if metric in stage.curves else []
+            known = stage.finite(metric)
             if known:
                 values = sorted(v for _, v in known)
                 per_second = metric.startswith("perf/")

@@ -252,7 +252,9 @@ def value_range(finite: list[float], zero: bool, kind: str) -> tuple[float, floa
     if kind == "percent":
         high = min(high, 1.0) if high <= 1.0 else high
     if not high > low:
-        low, high = (0.0, high * 2) if zero and high > 0 else (low - (abs(low) * 0.1 or 0.5), high + (abs(high) * 0.1 or 0.5))
+        margin = abs(low) * 0.1 or 0.5
+        # Nothing but zeros stands on its axis: a share or a count has no room below.
+        low, high = (0.0, high * 2) if zero and high > 0 else (low - margin if low else 0.0, high + margin)
     return low, high, over
 
 

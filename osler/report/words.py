@@ -115,7 +115,7 @@ def headline(run: Run) -> tuple[str, str, str]:
         return start, fmt.percent(score.accuracy), on
     for stage in reversed(run.runs):
         for name, before, after in HEADLINE_CURVES:
-            known = [value for _, value in stage.curves[name].finite()] if name in stage.curves else []
+            known = [value for _, value in stage.finite(name)]
             if known:
                 since = f"from {fmt.number(known[0])} to " if len(known) > 1 else "of " if before else ""
                 start = f"{before} {since}".lstrip()

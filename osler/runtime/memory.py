@@ -12,15 +12,19 @@ _STATM = Path("/proc/self/statm")  # Linux only; elsewhere the peak alone is kno
 
 
 def resident_bytes() -> int | None:
-    """What the process has resident now, libraries included; None where the system does not tell."""
+    """What the process alone has resident now; None where the system does not tell.
+
+    Without the files that it maps, libraries and data: they grow as they are read, and give way when memory is short.
+    """
     try:
-        return int(_STATM.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except (OSError, IndexError, ValueError):
+        _, resident, mapped, *_ = map(int, _STATM.read_text().split())
+        return (resident - mapped) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError):
         return None
 
 
 def peak_bytes(device: torch.device) -> int | None:
-    """The most that the GPU's allocator, or else the process, has held; None where the system does not tell."""
+    """The most that the GPU's allocator, or else the process with the files it maps, has held; None where it is not told."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:

@@ -206,4 +206,4 @@ def _show(name: str, value: float) -> str:
 
 def _short(name: str) -> str:
     """A name without its area, which its family says."""
-    return name.split("/", 1)[-1] if name.split("/")[0] in ("train", "perf", "model", "grad", "data", "health") else name
+    return name.split("/", 1)[-1] if name.split("/")[0] in ("train", "perf", "model", "grad", "data") else name

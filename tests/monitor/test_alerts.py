@@ -135,8 +135,18 @@ def test_neither_a_jump_of_memory_nor_a_new_stage_is_an_alert():
 
 def test_a_policy_that_rarely_has_a_gradient_or_a_few_rewards_among_penalties_is_left_alone():
     rare = [{GRAD_NORM: 1.3 if n % 9 == 0 else 0.0, REWARD: 0.01, CUT: 0.1} for n in range(120)]
+    pulled = [line | ({} if line[GRAD_NORM] else {GRAD_NORM: 2e-5, "reward_std": 0.0}) for line in rare]  # by the KL term alone
     penalised = [{REWARD: -0.2, "reward_std": 0.3, "answer/correct_frac": 0.1} for _ in range(40)]
-    assert told(rare) == {} and told(penalised) == {}
+    assert told(rare) == told(pulled) == told(penalised) == {}
+    often = [pulled[n % 2] for n in range(60)] + [{GRAD_NORM: 80.0, REWARD: 0.01, "reward_std": 0.1}]
+    assert told(often) == {"exploding-gradient": 61}
+
+
+def test_a_head_that_begins_at_zero_lets_no_gradient_through_in_the_first_step():
+    line = {GRAD_NORM: 0.3, f"{LAYER_NORM}embed": 0.0, f"{LAYER_NORM}0": 0.0, f"{LAYER_NORM}head": 0.3}
+    watch = Watch(FACTS)
+    assert watch.look(1, TOKENS, line) == []
+    assert [alert.name for alert in watch.look(2, 2 * TOKENS, line)] == ["dead-layer-gradient"]
 
 
 def test_the_message_names_number_cause_and_remedy():

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import json
 import math
+import time
 
 import pytest
 import torch
 
 from osler.cli import main
 from osler.inference.load import load_model
-from osler.monitor.collect import of_steps
+from osler.model.config import ModelConfig
+from osler.model.transformer import Transformer
+from osler.monitor.alerts import Watch
+from osler.monitor.collect import Collector, of_steps
+from osler.monitor.config import MonitorConfig
+from osler.monitor.history import Facts
 from osler.monitor.metrics import METRICS, declared_name
 
 # What needs a GPU, and what only GRPO logs.
@@ -131,6 +137,24 @@ def test_fine_tuning_pads_and_grpo_is_watched(tiny, runs, tmp_path):
     watched = {"grad/norm/<part>", "update/ratio", "model/attention_entropy/<layer>", "perf/optimizer_ms"}
     assert rows_of(found) >= OF_GRPO | watched
     assert [line["step"] for line in found if "grad/mean" in line] == [1, 3]
+
+
+@pytest.mark.parametrize(("wait_ms", "told"), [(0, []), (8, ["starved-loader"])])
+def test_a_loader_that_starves_the_device_is_told_by_the_clock(wait_ms, told):
+    def batches():
+        while True:
+            time.sleep(wait_ms / 1000)
+            yield None
+
+    collector, endless = Collector(MonitorConfig(), Transformer(ModelConfig(num_layers=1)), torch.device("cpu")), batches()
+    watch, alerts = Watch(Facts(lr=1e-3, clip_norm=1.0, loader_workers=2)), []
+    for step in range(1, 13):
+        collector.fetch(endless, step)
+        time.sleep(0.008)
+        collector.mark("forward")
+        alerts += watch.look(step, step, collector.line())
+    assert [alert.name for alert in alerts] == told
+    assert all("loader_workers=4 (now 2)" in alert.message for alert in alerts)
 
 
 def test_steps_that_were_skipped_or_clipped_are_counted():

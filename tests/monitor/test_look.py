@@ -9,6 +9,8 @@ import torch
 
 from osler.model.config import ModelConfig
 from osler.model.transformer import Transformer
+from osler.monitor.alerts import Watch
+from osler.monitor.history import Facts
 from osler.monitor.look import (
     Rows,
     attention_entropy,
@@ -129,30 +131,52 @@ def plain_entropy(q, k, mask):
     return sum(found) / len(found)
 
 
+def everywhere(x: torch.Tensor) -> torch.Tensor:
+    return torch.ones(x.shape[:2], dtype=torch.bool)
+
+
 def test_attention_entropy_is_that_of_the_softmax():
     generator = torch.Generator().manual_seed(2)
     q, k = torch.randn(2, 10, 4, 8, generator=generator), torch.randn(2, 10, 2, 8, generator=generator)
     causal = torch.ones(10, 10, dtype=torch.bool).tril()
     plain = sum(plain_entropy(q[row], k[row], causal) for row in range(2)) / 2
-    assert float(attention_entropy(q, k)) == pytest.approx(plain, rel=1e-5)
+    assert float(attention_entropy(q, k, everywhere(q))) == pytest.approx(plain, rel=1e-5)
     document = torch.tensor([[0] * 4 + [1] * 6, [0] * 9 + [1]])
     mask = (document[:, :, None] == document[:, None]) & causal
     plain = sum(plain_entropy(q[row], k[row], mask[row]) for row in range(2)) / 2
-    assert float(attention_entropy(q, k, mask=mask[:, None])) == pytest.approx(plain, rel=1e-5)
+    assert float(attention_entropy(q, k, everywhere(q), mask=mask[:, None])) == pytest.approx(plain, rel=1e-5)
 
 
 def test_few_queries_of_long_rows_are_enough():
     """Equal scores: query t sees t + 1 keys equally, so the entropy of the chosen places is a mean of logarithms."""
     q, k = torch.zeros(64, 40, 2, 4), torch.zeros(64, 40, 1, 4)
-    assert float(attention_entropy(q, k)) == pytest.approx(sum(math.log(n) for n in (10, 20, 30, 40)) / 4, rel=1e-5)
-    assert float(attention_entropy(torch.zeros(300, 40, 2, 4), torch.zeros(300, 40, 1, 4))) == pytest.approx(math.log(40))
+    chosen = sum(math.log(n) for n in (10, 20, 30, 40)) / 4
+    assert float(attention_entropy(q, k, everywhere(q))) == pytest.approx(chosen, rel=1e-5)
+    q, k = torch.zeros(300, 40, 2, 4), torch.zeros(300, 40, 1, 4)
+    assert float(attention_entropy(q, k, everywhere(q))) == pytest.approx(math.log(40))
 
 
 def test_units_that_no_token_moves_are_dead():
     units = torch.randn(2, 30, 8, generator=torch.Generator().manual_seed(3))
     units[..., [1, 4, 5]] *= 1e-6
-    assert float(dead_share(units)) == pytest.approx(3 / 8)
-    assert float(dead_share(torch.zeros(2, 3, 8))) == 1.0
+    assert float(dead_share(units, everywhere(units))) == pytest.approx(3 / 8)
+    units[0, 20:, 1] = 9.0
+    places = everywhere(units)
+    places[0, 20:] = False
+    assert float(dead_share(units, places)) == pytest.approx(3 / 8), "only padding moves the unit"
+    assert float(dead_share(torch.zeros(2, 3, 8), everywhere(units)[:, :3])) == 1.0
+
+
+def test_padding_is_not_looked_at(model, rows):
+    """Whatever stands behind the last learned token of a row, also as documents of its own, the numbers are the same."""
+    found = of_rows(model, model.state_dict(), rows)
+    padded = Rows(torch.full((3, 32), 7), torch.full((3, 32), -100))
+    padded.ids_BT[:, :24], padded.labels_BT[:, :24] = rows.ids_BT, rows.labels_BT
+    apart = padded._replace(document_BT=(torch.arange(32) >= 24).long().expand(3, -1))
+    for other in (padded, apart):
+        same = of_rows(model, model.state_dict(), other)
+        assert found.keys() == same.keys() and not any(value.isnan() for value in found.values())
+        assert all(float(same[name]) == pytest.approx(float(value), rel=1e-5) for name, value in found.items())
 
 
 def test_the_look_inside_sees_what_the_model_computes(model, rows):
@@ -168,7 +192,8 @@ def test_the_look_inside_sees_what_the_model_computes(model, rows):
     random = torch.get_rng_state()
     found = of_rows(model, model.state_dict(), rows)
     assert torch.equal(torch.get_rng_state(), random)
-    for layer, x in seen.items():
+    for layer, all_places in seen.items():
+        x = all_places[:, :-1]  # behind the last learned token
         assert float(found[f"model/activation_rms/{layer}"]) == pytest.approx(float(x.double().square().mean().sqrt()), rel=1e-5)
         outlier = float(x.abs().max() / x.square().mean().sqrt())
         assert float(found[f"model/activation_outlier/{layer}"]) == pytest.approx(outlier, rel=1e-5)
@@ -183,7 +208,7 @@ def test_the_look_inside_sees_what_the_model_computes(model, rows):
         "train/entropy": -(p * p.log()).sum(-1).mean(),
         "train/label_probability": p[torch.arange(len(label)), label].mean(),
         "train/top_probability": p.amax(-1).mean(),
-        "model/logit_max": logits.max(),
+        "model/logit_max": logits[:, :-1].max(),
     }
     for name, value in plain.items():
         assert float(found[name]) == pytest.approx(float(value), rel=1e-5), name
@@ -195,9 +220,12 @@ def test_a_dead_layer_shows(model, rows):
         model.layers[1].mlp.gate_proj.weight.zero_()
     found = of_rows(model, model.state_dict(), rows)
     assert [float(found[f"model/dead_units_frac/{layer}"]) == 1.0 for layer in range(3)] == [False, True, False]
+    line = {name: float(value) for name, value in found.items()}
+    (alert,) = Watch(Facts(lr=1e-3, clip_norm=1.0)).look(10, 1000, line)
+    assert alert.name == "dead-layers" and "100% of the feed-forward units in layer 1" in alert.message
 
 
 def test_rows_without_a_label_have_no_accuracy(model, rows):
     hidden = torch.zeros(1, 4, 32)
-    found = of_predictions(model, hidden, torch.full((1, 4), -100))
+    found = of_predictions(model, hidden, Rows(torch.zeros(1, 4, dtype=torch.int64), torch.full((1, 4), -100)))
     assert found["train/token_accuracy"].isnan()

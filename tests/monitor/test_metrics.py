@@ -10,7 +10,9 @@ import pytest
 
 import osler
 from osler.errors import UserError
+from osler.monitor import history
 from osler.monitor.metrics import METRICS, declared_name, describe, table
+from osler.monitor.rules import RULES
 
 PACKAGE = Path(osler.__file__).parent if osler.__file__ else Path(next(iter(osler.__path__)))
 AREAS = {name.split("/")[0] for name in METRICS if "/" in name}
@@ -57,6 +59,13 @@ def test_the_names_of_grpo_are_trls() -> None:
         completions/mean_length completions/clipped_ratio sampling/sampling_logp_difference/mean opsm/masked_frac
         opsm/seq_kl_mean groups/effective answer/format_ok perf/rollout_frac"""
     assert set(names.split()) <= set(METRICS)
+
+
+def test_the_rules_read_declared_metrics() -> None:
+    names = {text for text in vars(history).values() if isinstance(text, str) and text.split("/")[0] in AREAS}
+    names |= {*history.MEMORY, *history.STEP_TIMES, history.REWARD, history.REWARD_SPREAD, *(metric for metric, _ in RULES)}
+    assert {history.LAYER_NORM, history.DEAD_UNITS, history.CORRECT} < names
+    assert [name for name in names if declared_name(f"{name}0" if name.endswith("/") else name) is None] == []
 
 
 def logged_names(source: str) -> set[str]:

@@ -47,8 +47,10 @@ def row(text: str, what: str) -> list[str]:
 
 def test_two_runs_are_overlaid_over_tokens(make_run: MakeRun, tmp_path: Path) -> None:
     score = {"n": 500, "accuracy": 0.55, "correct": 275, "interval": [0.506, 0.593]}
-    a = make_run("a", config="kind: pretrain\nseed: 0\noptim: {lr: 0.01, type: adamw}\n", exams={"a": {"test": score}})
-    b = make_run("b", config="kind: pretrain\nseed: 0\noptim: {lr: 0.02, type: adamw}\ncurriculum: [{seq_len: 64}]\n", steps=20)
+    shared, other = "kind: pretrain\nseed: 0\n", "curriculum: [{seq_len: 64}]\nmax_minutes: 3\n"
+    config = f"{shared}optim: {{lr: 0.01, type: adamw}}\nmax_minutes: null\n"
+    a = make_run("a", config=config, exams={"a": {"test": score}})
+    b = make_run("b", config=f"{shared}optim: {{lr: 0.02, type: adamw}}\n{other}", steps=20)
     text, page = build_comparison([str(a), str(b)], tmp_path / "out.html")
     assert (
         row(text, "steps") == ["40", "20"]
@@ -56,6 +58,7 @@ def test_two_runs_are_overlaid_over_tokens(make_run: MakeRun, tmp_path: Path) ->
         and row(text, "time") == ["39 s", "19 s"]
     )
     assert row(text, "optim.lr") == ["0.01", "0.02"] and row(text, "curriculum") == ["–", '[{"seq_len": 64}]']
+    assert row(text, "max_minutes") == ["null", "3"]
     assert "seed" not in text and "optim.type" not in text
     assert row(text, "exam on test, 95% interval") == ["55.0% (50.6% to 59.3%)", "–"]
     html = page.read_text(encoding="utf-8")

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from osler.monitor.metrics import METRICS
+from osler.report import format as fmt
 from osler.report import svg
-from osler.report.charts import TOGETHER, bundle, charts_of
+from osler.report.charts import TOGETHER, bundle, charts_of, kind_of
 from osler.report.diary import grave_in_words, happenings, marks_of
 from osler.report.families import OTHER, by_layer, family_of, layer_of
 from osler.report.findings import findings
@@ -146,6 +147,11 @@ def test_metrics_that_are_read_beside_one_another_share_a_chart() -> None:
 def test_every_metric_of_the_table_has_a_family() -> None:
     assert [name for name in METRICS if family_of(name) is OTHER] == []
     assert family_of("train/grad_norm").title == "Gradients" and family_of("train/loss").title == "Quality"
+
+
+def test_a_perplexity_keeps_its_decimals() -> None:
+    assert fmt.value(1.8374, kind_of("train/perplexity")) == "1.837"
+    assert fmt.value(12345.0, kind_of("data/tokens/textbook")) == "12,345"
 
 
 def test_layers_are_told_by_their_number() -> None:

@@ -71,6 +71,12 @@ def test_one_point_and_no_point() -> None:
     assert line_chart([], title="T") == ""
 
 
+@pytest.mark.parametrize("kind", ["number", "percent", "count"])
+def test_nothing_but_zeros_stands_on_the_axis(kind: str) -> None:
+    low, high, above = svg.value_range([0.0, 0.0], False, kind)
+    assert low == 0.0 < high and not above
+
+
 def test_the_readout_holds_the_logged_values() -> None:
     drawing = line_chart([Line("<a>", [0, 1, 2], [0.12345, math.nan, 7.0], 3)], title="T & U")
     data = json.loads(html.unescape(re.search(r"data-chart='([^']+)'", drawing).group(1)))  # type: ignore[union-attr]
