@@ -71,6 +71,7 @@ class Saver:
         state: Mapping[str, Any],
         files: Mapping[str, bytes],
         milestone: bool = False,
+        good_step: int | None = None,
         last: bool = False,
     ) -> None:
         """Save a checkpoint as ``store.save`` does; the tensors may change when this returns, ``state`` and ``files`` may not.
@@ -79,7 +80,8 @@ class Saver:
         the ``last`` of this process, because what it would hold is lost.
         """
         self.wait()
-        write = partial(store.save, self.root, step, state=state, files=files, keep_last=self.keep_last, milestone=milestone)
+        kept = {"keep_last": self.keep_last, "milestone": milestone, "good_step": good_step}
+        write = partial(store.save, self.root, step, state=state, files=files, **kept)
         if last or not self.in_background:
             self._finish(partial(write, tensors=tensors), needed=last)
             return

@@ -317,8 +317,8 @@ class GrpoTrainer:
             "optimizer": optimizer_state,
             "fingerprints": self.fingerprints,
         }
-        milestone = self._is_milestone()
-        save = partial(self.saver.save, self.step, tensors=tensors, state=state, files=self.files, milestone=milestone, last=last)
+        kept = {"milestone": self._is_milestone(), "good_step": self.incidents.good_step}
+        save = partial(self.saver.save, self.step, tensors=tensors, state=state, files=self.files, **kept, last=last)
         self.world.once(save)
 
     def restore(self, loaded: store.Loaded) -> None:

@@ -158,3 +158,19 @@ def test_a_loss_that_spikes(make_trainer, tmp_path, capsys, action):
     assert "Warning: step 9: The loss spiked" in capsys.readouterr().err
     assert trainer.incidents.data_offset == (256 if action == "rollback" else 0)
     assert (max(logged(tmp_path).values()) > 40) == (action == "report")
+
+
+def test_checkpoints_of_a_bad_time_do_not_push_out_the_good_one(make_trainer, broken, tmp_path):
+    broken("train-loss:nan:6-8")
+    every_step = {**STEADY, "keep_last": 1, "save_every_tokens": 256}
+    trainer = make_trainer(tmp_path, max_skipped_steps=3, **every_step)
+    assert trainer.fit()
+    assert (trainer.incidents.rollbacks, trainer.incidents.data_offset) == (1, 3 * 256)
+    assert [path.name for path in (tmp_path / "checkpoints").glob("step-*")] == [store.folder_name(12)]
+
+
+def test_a_good_checkpoint_that_a_kill_left_under_its_other_name_is_found(make_trainer, tmp_path):
+    assert make_trainer(tmp_path, **STEADY).fit()
+    root = tmp_path / "checkpoints"
+    aside = (root / store.folder_name(12)).rename(root / f"{store.folder_name(12)}.replaced")
+    assert last_good(root, 12) == aside
