@@ -152,12 +152,13 @@ class GrpoTrainer:
 
     @contextmanager
     def _whole_model(self) -> Iterator[None]:
-        """Lend the sampler the model as it is, neither sharded nor wrapped."""
+        """Lend the sampler the model as it is, neither sharded nor wrapped; no copy of it stays beside what training needs."""
         self.sampler.model = self.engine.plain_model(self.model)
         try:
             yield
         finally:
             self.sampler.model = self.model
+            self.sampler.release()
 
     def _one_step(self) -> dict[str, float]:
         """Ask the questions of the current step, learn from the answers, and count the step as done."""
