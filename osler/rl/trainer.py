@@ -306,8 +306,8 @@ class GrpoTrainer:
         """
         self.world.once(self.saver.wait)  # which is what the other ranks have more patience for than for a collective
         last = stop.requested or self.step >= self.config.steps
-        in_background = self.config.async_save and not last
-        tensors, optimizer_state = self.engine.parts(self.model, self.optimizer, self.saver.hold if in_background else None)
+        hold = self.saver.hold if self.config.async_save else None
+        tensors, optimizer_state = self.engine.parts(self.model, self.optimizer, hold)
         if self.reference is not None:  # kept even when never refreshed: a run folder must resume without ``init_from``
             tensors["reference"] = dict(self.reference.state_dict())
         state = {

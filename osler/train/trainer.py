@@ -167,8 +167,8 @@ class Trainer:
         self._fetch()
         self.world.once(self.saver.wait)  # which is what the other ranks have more patience for than for a collective
         last = self.done or stop.requested
-        in_background = self.config.async_save and not last
-        tensors, optimizer_state = self.engine.parts(self.model, self.optimizer, self.saver.hold if in_background else None)
+        hold = self.saver.hold if self.config.async_save else None
+        tensors, optimizer_state = self.engine.parts(self.model, self.optimizer, hold)
         state = {
             "kind": self.config.kind,
             "step": self.step,
