@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
+from itertools import islice
 
 import pytest
 import torch
@@ -174,3 +176,43 @@ def test_a_good_checkpoint_that_a_kill_left_under_its_other_name_is_found(make_t
     root = tmp_path / "checkpoints"
     aside = (root / store.folder_name(12)).rename(root / f"{store.folder_name(12)}.replaced")
     assert last_good(root, 12) == aside
+
+
+STRUCK = ("train-step", "evaluate", "rollback", "save-best", "save-tensors", "save-rename", "rotate", "load-batch")
+
+
+@pytest.mark.parametrize("log_every_steps", [1, 3])
+def test_bad_data_and_crashes_end_where_bad_data_alone_ends(make_trainer, broken, tmp_path, log_every_steps):
+    """The fourth and fifth batch, and the eleventh and twelfth, are NaN whoever meets them; every process dies somewhere."""
+    settings = {"keep_last": 1, "log_every_steps": log_every_steps, "save_every_tokens": 256, "max_skipped_steps": 2}
+
+    def start(folder):
+        trainer = make_trainer(folder, evaluate=lambda: {"eval/loss": 5.0 + trainer.step * 37 % 97 / 97}, **settings)
+        loss, batches = trainer.train_step.engine.loss, list(islice(trainer.batches(0, 0), 12))
+        bad = [batches[number].ids for number in (3, 4, 10, 11)]
+        trainer.train_step.engine.loss = lambda ids, *rest: loss(ids, *rest) * (math.nan if any(map(ids.equal, bad)) else 1.0)
+        return trainer
+
+    calm = start(tmp_path / "calm")
+    assert calm.fit() and calm.incidents.rollbacks == 2
+    died = []
+    for number, stage in enumerate(STRUCK, start=1):
+        trainer = start(tmp_path / "run")
+        found, _ = store.newest_good(tmp_path / "run" / "checkpoints")
+        if found is not None:
+            trainer.restore(store.load(found))
+        broken(f"{stage}:crash:{1 + number % 3}")
+        try:
+            trainer.fit()
+        except faults.InjectedError:
+            died.append(stage)
+    assert len(died) > 4
+    broken("none:crash")
+    trainer = start(tmp_path / "run")
+    trainer.restore(store.load(store.newest_good(tmp_path / "run" / "checkpoints")[0]))
+    assert trainer.fit()
+    found, expected = (store.load(store.resolve(tmp_path / name)) for name in ("run", "calm"))
+    for part, tensors in expected.tensors.items():
+        assert all(torch.equal(value, found.tensors[part][name]) for name, value in tensors.items()), part
+    assert found.state["incidents"] == expected.state["incidents"]
+    assert logged(tmp_path / "run") == logged(tmp_path / "calm")
