@@ -80,8 +80,16 @@ class Saver:
         the ``last`` of this process, because what it would hold is lost.
         """
         self.wait()
-        kept = {"keep_last": self.keep_last, "milestone": milestone, "good_step": good_step}
-        write = partial(store.save, self.root, step, state=state, files=files, **kept)
+        write = partial(
+            store.save,
+            self.root,
+            step,
+            state=state,
+            files=files,
+            keep_last=self.keep_last,
+            milestone=milestone,
+            good_step=good_step,
+        )
         if last or not self.in_background:
             if self._gpu is not None:
                 torch.cuda.current_stream(self._gpu).synchronize()  # what ``hold`` has queued

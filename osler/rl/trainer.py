@@ -318,8 +318,16 @@ class GrpoTrainer:
             "optimizer": optimizer_state,
             "fingerprints": self.fingerprints,
         }
-        kept = {"milestone": self._is_milestone(), "good_step": self.incidents.good_step}
-        save = partial(self.saver.save, self.step, tensors=tensors, state=state, files=self.files, **kept, last=last)
+        save = partial(
+            self.saver.save,
+            self.step,
+            tensors=tensors,
+            state=state,
+            files=self.files,
+            milestone=self._is_milestone(),
+            good_step=self.incidents.good_step,
+            last=last,
+        )
         self.world.once(save)
 
     def restore(self, loaded: store.Loaded) -> None:

@@ -181,8 +181,16 @@ class Trainer:
             "fingerprints": dict(self.fingerprints),
             "optimizer": optimizer_state,
         }
-        kept = {"milestone": self._due(self.config.keep_every_tokens), "good_step": self.incidents.good_step}
-        save = partial(self.saver.save, self.step, tensors=tensors, state=state, files=self.files, **kept, last=last)
+        save = partial(
+            self.saver.save,
+            self.step,
+            tensors=tensors,
+            state=state,
+            files=self.files,
+            milestone=self._due(self.config.keep_every_tokens),
+            good_step=self.incidents.good_step,
+            last=last,
+        )
         self.world.once(save)
 
     def restore(self, loaded: store.Loaded) -> None:
