@@ -1,8 +1,9 @@
 """The folder of a run's checkpoints as a whole: which is the newest, which the best, which may go.
 
 Age is the order of the saves, not of the steps: after going back to an earlier step the newest checkpoint is not the one with the
-highest step. Four things keep a checkpoint: it is among the last that look whole, it is the best, it is a milestone, or it is the
-newest, which was verified a moment ago; so what verified last is never deleted. Torch-free, and nothing is kept in memory.
+highest step. Five things keep a checkpoint: it is among the last that look whole, it is the best, it is a milestone, it is the
+one that a run in trouble would go back to, or it is the newest, which was verified a moment ago; so what verified last is never
+deleted. Torch-free, and nothing is kept in memory.
 """
 
 from __future__ import annotations
@@ -113,14 +114,18 @@ def best_checkpoint(root: str | Path) -> Best | None:
     return Best(path, int(match[1]), content.get("metric", ""), content.get("value")) if path.is_dir() else None
 
 
-def rotate(root: Path, newest: Path, keep_last: int) -> None:
-    """Delete what is neither the newest (verified a moment ago), nor the best, nor a milestone, nor among the last."""
+def rotate(root: Path, newest: Path, keep_last: int, good_step: int | None = None) -> None:
+    """Delete what is neither the newest (verified a moment ago), nor the best, nor a milestone, nor among the last.
+
+    The newest that looks whole up to ``good_step`` stays too, however many have been saved in trouble since.
+    """
     try:
         marked = best_checkpoint(root)
         kept = {newest} | ({marked.path} if marked else set())
         entries = by_age(root)
         whole = [entry for entry in entries if looks_whole(entry.path) and not entry.path.name.endswith(REPLACED_SUFFIX)]
         kept.update(entry.path for number, entry in enumerate(whole) if number < keep_last or entry.milestone)
+        kept.update([entry.path for entry in whole if good_step is not None and entry.step <= good_step][:1])
         for entry in entries:
             if entry.path not in kept and not entry.path.is_symlink():
                 fault("rotate")

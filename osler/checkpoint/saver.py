@@ -9,8 +9,8 @@ flight at most, since a second would need a second set of buffers: the next one 
 The price is memory on the host for a copy of weights and moments, from the first such save on (pinned beside a GPU, where torch
 rounds each tensor up to a power of two). What reaches the disk is the same to the byte as without the thread.
 
-The last save of a process is made in the foreground, from the tensors themselves: nothing is left to overlap with. Whoever
-promises that something is on the disk calls ``wait`` before.
+The last save of a process is made in the foreground, from the tensors themselves (those that were cut over ranks take the same
+buffers): nothing is left to overlap with. Whoever promises that something is on the disk calls ``wait`` before.
 """
 
 from __future__ import annotations
@@ -71,6 +71,7 @@ class Saver:
         state: Mapping[str, Any],
         files: Mapping[str, bytes],
         milestone: bool = False,
+        good_step: int | None = None,
         last: bool = False,
     ) -> None:
         """Save a checkpoint as ``store.save`` does; the tensors may change when this returns, ``state`` and ``files`` may not.
@@ -79,8 +80,19 @@ class Saver:
         the ``last`` of this process, because what it would hold is lost.
         """
         self.wait()
-        write = partial(store.save, self.root, step, state=state, files=files, keep_last=self.keep_last, milestone=milestone)
+        write = partial(
+            store.save,
+            self.root,
+            step,
+            state=state,
+            files=files,
+            keep_last=self.keep_last,
+            milestone=milestone,
+            good_step=good_step,
+        )
         if last or not self.in_background:
+            if self._gpu is not None:
+                torch.cuda.current_stream(self._gpu).synchronize()  # what ``hold`` has queued
             self._finish(partial(write, tensors=tensors), needed=last)
             return
         held = {part: {name: self.hold(part, name, own) for name, own in named.items()} for part, named in tensors.items()}

@@ -79,6 +79,7 @@ def save(
     files: Mapping[str, bytes] | None = None,
     keep_last: int = 2,
     milestone: bool = False,
+    good_step: int | None = None,
     best: bool = False,
     best_metric: str = "",
     best_value: float | None = None,
@@ -86,10 +87,10 @@ def save(
 ) -> Path:
     """Save a checkpoint, verify it, then delete all but the last ``keep_last``, the best and the milestones; returns its folder.
 
-    ``tensors`` maps a file's name to its tensors; ``state`` must be JSON with string keys; a ``milestone`` is kept for good. A
-    checkpoint of the same step is replaced, and stays until the new one is whole on the disk. Raises CheckpointSaveError when
-    the disk is full or fails; the half-written folder is then removed and the older checkpoints stay. ``pause`` is called after
-    each block that was written or read back.
+    ``tensors`` maps a file's name to its tensors; ``state`` must be JSON with string keys. A ``milestone`` is kept for good, and
+    the newest up to ``good_step`` as long as no other is named. A checkpoint of the same step is replaced, and stays until the
+    new one is whole on the disk. Raises CheckpointSaveError when the disk is full or fails; the half-written folder is then
+    removed and the older checkpoints stay. ``pause`` is called after each block that was written or read back.
     """
     root = Path(root)
     if keep_last < 1 or step < 0:
@@ -118,7 +119,7 @@ def save(
         raise CheckpointSaveError(f"Checkpoint {final} could not be saved: {error.strerror or error}.") from error
     if best:
         mark_best(final, best_metric, best_value)
-    rotate(root, final, keep_last)
+    rotate(root, final, keep_last, good_step)
     return final
 
 

@@ -157,6 +157,10 @@ class Engine:
             packed_keep=collected.packed_keep,
         )
 
+    def release(self) -> None:
+        """Let go of the copy of the weights, which the next call would make anew."""
+        self._decoder = None
+
     def stream(
         self,
         prompt: Sequence[int],

@@ -222,7 +222,7 @@ def update_policy(
             grad_norm, skipped = engine.update(optimizer, parameters)
         mark("optimizer")
         steps.append({"train/grad_norm": grad_norm, "train/skipped_steps": skipped})
-    # Everything stayed on the device until here: this is the update's only wait for it.
+    # Nothing was fetched from the device until here.
     own = {name: torch.stack([sums[name] for sums in history]).cpu().double() for name in history[0]}
     by_update = loss_metrics(reduce(add_sums, world.gather(own)))
     by_update |= {name: torch.stack([step[name] for step in steps]).cpu() for name in steps[0]}

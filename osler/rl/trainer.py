@@ -152,12 +152,13 @@ class GrpoTrainer:
 
     @contextmanager
     def _whole_model(self) -> Iterator[None]:
-        """Lend the sampler the model as it is, neither sharded nor wrapped."""
+        """Lend the sampler the model as it is, neither sharded nor wrapped; no copy of it stays beside what training needs."""
         self.sampler.model = self.engine.plain_model(self.model)
         try:
             yield
         finally:
             self.sampler.model = self.model
+            self.sampler.release()
 
     def _one_step(self) -> dict[str, float]:
         """Ask the questions of the current step, learn from the answers, and count the step as done."""
@@ -305,8 +306,8 @@ class GrpoTrainer:
         """
         self.world.once(self.saver.wait)  # which is what the other ranks have more patience for than for a collective
         last = stop.requested or self.step >= self.config.steps
-        in_background = self.config.async_save and not last
-        tensors, optimizer_state = self.engine.parts(self.model, self.optimizer, self.saver.hold if in_background else None)
+        hold = self.saver.hold if self.config.async_save else None
+        tensors, optimizer_state = self.engine.parts(self.model, self.optimizer, hold)
         if self.reference is not None:  # kept even when never refreshed: a run folder must resume without ``init_from``
             tensors["reference"] = dict(self.reference.state_dict())
         state = {
@@ -317,8 +318,16 @@ class GrpoTrainer:
             "optimizer": optimizer_state,
             "fingerprints": self.fingerprints,
         }
-        milestone = self._is_milestone()
-        save = partial(self.saver.save, self.step, tensors=tensors, state=state, files=self.files, milestone=milestone, last=last)
+        save = partial(
+            self.saver.save,
+            self.step,
+            tensors=tensors,
+            state=state,
+            files=self.files,
+            milestone=self._is_milestone(),
+            good_step=self.incidents.good_step,
+            last=last,
+        )
         self.world.once(save)
 
     def restore(self, loaded: store.Loaded) -> None:

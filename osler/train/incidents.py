@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from osler.checkpoint import store
-from osler.checkpoint.manifest import FOLDER_NAME, STATE, verify
+from osler.checkpoint.manifest import STATE, verify
+from osler.checkpoint.root import by_age
 from osler.errors import UserError
 from osler.monitor.config import SpikeConfig
 from osler.monitor.events import EventLog
@@ -179,9 +180,9 @@ def last_good(root: Path, good_step: int | None) -> Path | None:
     """The checkpoint of ``good_step``, or should the disk have lost it the last good one before; None when there is none."""
     if good_step is None:
         return None
-    for path in sorted(root.glob("step-*"), reverse=True):
-        if FOLDER_NAME.fullmatch(path.name) and path.name <= store.folder_name(good_step) and not verify(path):
-            state = read_json(path / STATE)
-            if state.get("incidents", {}).get("good_step") == state["step"]:
-                return path
+    for entry in sorted(by_age(root), key=lambda entry: entry.step, reverse=True):
+        if entry.step > good_step or verify(entry.path):
+            continue
+        if read_json(entry.path / STATE).get("incidents", {}).get("good_step") == entry.step:
+            return entry.path
     return None

@@ -167,8 +167,8 @@ class Trainer:
         self._fetch()
         self.world.once(self.saver.wait)  # which is what the other ranks have more patience for than for a collective
         last = self.done or stop.requested
-        in_background = self.config.async_save and not last
-        tensors, optimizer_state = self.engine.parts(self.model, self.optimizer, self.saver.hold if in_background else None)
+        hold = self.saver.hold if self.config.async_save else None
+        tensors, optimizer_state = self.engine.parts(self.model, self.optimizer, hold)
         state = {
             "kind": self.config.kind,
             "step": self.step,
@@ -181,8 +181,16 @@ class Trainer:
             "fingerprints": dict(self.fingerprints),
             "optimizer": optimizer_state,
         }
-        milestone = self._due(self.config.keep_every_tokens)
-        save = partial(self.saver.save, self.step, tensors=tensors, state=state, files=self.files, milestone=milestone, last=last)
+        save = partial(
+            self.saver.save,
+            self.step,
+            tensors=tensors,
+            state=state,
+            files=self.files,
+            milestone=self._due(self.config.keep_every_tokens),
+            good_step=self.incidents.good_step,
+            last=last,
+        )
         self.world.once(save)
 
     def restore(self, loaded: store.Loaded) -> None:
@@ -229,10 +237,10 @@ class Trainer:
 
     def _roll_back(self, sink: FanOut, stop: StopFlag) -> None:
         """Go back to the last good checkpoint and on with other data; saved at once, so that a kill changes nothing."""
-        seconds = self.seconds
+        earlier_seconds = self.earlier_seconds
         self.world.once(self.saver.wait)  # the checkpoint to go back to may be the one that is being written
         self.incidents.roll_back(self.step, self.restore, lambda: self.tokens)
-        self.earlier_seconds, self.started = seconds, time.monotonic()  # the clock does not go back
+        self.earlier_seconds = earlier_seconds  # the clock does not go back
         self.save(stop)
         self.world.once(self.saver.wait)
         fault("rollback")

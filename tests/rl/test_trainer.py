@@ -12,6 +12,7 @@ import torch
 
 from osler.checkpoint import store
 from osler.errors import UserError
+from osler.inference.decode import Decoder
 from osler.inference.engine import Engine
 from osler.monitor.events import read_events
 from osler.monitor.metrics import declared_name
@@ -233,3 +234,9 @@ def test_one_skipped_update_of_two_is_noted_and_no_skipped_step(make_trainer, tm
     (event,) = (event for event in read_events(tmp_path / "events.jsonl") if event["kind"] == "incident")
     assert (event["step"], event["name"], event["grad_norm"]) == (1, "skipped-step", None)
     assert [step for step, *_ in trainer.incidents.before] == [2, 3, 4, 5]
+
+
+def test_no_copy_of_the_weights_lies_beside_the_update(make_trainer, tmp_path):
+    trainer = make_trainer(tmp_path, config=replace(CONFIG, steps=1))
+    assert trainer.fit()
+    assert not [value for value in vars(trainer.sampler).values() if isinstance(value, Decoder)]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
+from itertools import islice
 
 import pytest
 import torch
@@ -158,3 +160,56 @@ def test_a_loss_that_spikes(make_trainer, tmp_path, capsys, action):
     assert "Warning: step 9: The loss spiked" in capsys.readouterr().err
     assert trainer.incidents.data_offset == (256 if action == "rollback" else 0)
     assert (max(logged(tmp_path).values()) > 40) == (action == "report")
+
+
+def test_checkpoints_of_a_bad_time_do_not_push_out_the_good_one(make_trainer, broken, tmp_path):
+    broken("train-loss:nan:6-8")
+    every_step = {**STEADY, "keep_last": 1, "save_every_tokens": 256}
+    trainer = make_trainer(tmp_path, max_skipped_steps=3, **every_step)
+    assert trainer.fit()
+    assert (trainer.incidents.rollbacks, trainer.incidents.data_offset) == (1, 3 * 256)
+    assert [path.name for path in (tmp_path / "checkpoints").glob("step-*")] == [store.folder_name(12)]
+
+
+def test_a_good_checkpoint_that_a_kill_left_under_its_other_name_is_found(make_trainer, tmp_path):
+    assert make_trainer(tmp_path, **STEADY).fit()
+    root = tmp_path / "checkpoints"
+    aside = (root / store.folder_name(12)).rename(root / f"{store.folder_name(12)}.replaced")
+    assert last_good(root, 12) == aside
+
+
+DEATHS = ("train-step:crash:3", "load-batch:crash", "save-tensors:crash:2", "save-rename:crash", "rollback:crash")
+DEATHS += ("evaluate:crash", "save-best:crash", "rotate:crash")
+
+
+@pytest.mark.parametrize("log_every_steps", [1, 3])
+def test_bad_data_and_crashes_end_where_bad_data_alone_ends(make_trainer, broken, tmp_path, log_every_steps):
+    """The fourth and fifth batch, and the eleventh and twelfth, are NaN whoever meets them; every process dies somewhere."""
+    settings = {"keep_last": 1, "log_every_steps": log_every_steps, "save_every_tokens": 256, "max_skipped_steps": 2}
+
+    def start(folder):
+        trainer = make_trainer(folder, evaluate=lambda: {"eval/loss": 5.0 + trainer.step * 37 % 97 / 97}, **settings)
+        loss, batches = trainer.train_step.engine.loss, list(islice(trainer.batches(0, 0), 12))
+        bad = [batches[number].ids for number in (3, 4, 10, 11)]
+        trainer.train_step.engine.loss = lambda ids, *rest: loss(ids, *rest) * (math.nan if any(map(ids.equal, bad)) else 1.0)
+        return trainer
+
+    calm = start(tmp_path / "calm")
+    assert calm.fit() and calm.incidents.rollbacks == 2
+    for death in DEATHS:
+        trainer = start(tmp_path / "run")
+        found, _ = store.newest_good(tmp_path / "run" / "checkpoints")
+        if found is not None:
+            trainer.restore(store.load(found))
+        broken(death)
+        with pytest.raises(faults.InjectedError):
+            trainer.fit()
+    broken("none:crash")
+    trainer = start(tmp_path / "run")
+    trainer.restore(store.load(store.newest_good(tmp_path / "run" / "checkpoints")[0]))
+    assert trainer.fit()
+    found, expected = (store.load(store.resolve(tmp_path / name)) for name in ("run", "calm"))
+    for part, tensors in expected.tensors.items():
+        assert all(torch.equal(value, found.tensors[part][name]) for name, value in tensors.items()), part
+    assert found.state["incidents"] == expected.state["incidents"]
+    assert logged(tmp_path / "run") == logged(tmp_path / "calm")
