@@ -84,8 +84,8 @@ def measure(level: str, args: argparse.Namespace) -> dict[str, float]:
         loader = Loader(stand_in(config, Path(folder)), args.rows, workers=1, pin_memory=device.type == "cuda")
         staged = StagedLoader(config.timeline, [loader])
 
-        def batches(first: int) -> Iterator[Batch]:
-            for batch in staged.batches(first):
+        def batches(first: int, skipped_tokens: int) -> Iterator[Batch]:
+            for batch in staged.batches(first, skipped_tokens):
                 asked.append(time.perf_counter())
                 yield batch
 
