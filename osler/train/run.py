@@ -183,7 +183,8 @@ def train(config: TrainConfig, run: RunFolder, world: World | None = None) -> bo
 
 def begin(config: TrainConfig, run: RunFolder, tokenizer: Tokenizer) -> Prepared:
     """Put into the folder what every rank then reads: the shards, the config that makes it this run's, the tokenizer."""
-    prepared = prepare_source(config.data, tokenizer, run.root / DATA, set_aside=config.allow_data_change)
+    allowed, consent = config.allow_data_change, "allow_data_change=true"
+    prepared = prepare_source(config.data, tokenizer, run.root / DATA, set_aside=allowed, consent=consent)
     claim(run, config)
     if not (run.root / TOKENIZER_FILE).exists():
         write_atomic(run.root / TOKENIZER_FILE, tokenizer.to_bytes())
