@@ -98,9 +98,11 @@ def run(
     if config.init_from is not None and any(override.startswith("model.") for override in overrides):
         say("Warning: model.* changes nothing here, because the model comes from init_from.")
     if dry_run:
-        start = starting_model(folder, config)
-        check_plan(config, is_new=newest_checkpoint(folder) is None)
-        print(describe_plan(config, folder, start, planned_numbers(config, start[1] if start else config.model)))
+        refuse_another(folder, config)
+        newest = newest_checkpoint(folder)
+        start = starting_model(newest, config)
+        check_plan(config, is_new=newest is None)
+        print(describe_plan(config, folder, newest, start, planned_numbers(config, start[1] if start else config.model)))
         return 0
     check_processes(config, place().size)
     warn_of_small_passes(config, place().size)

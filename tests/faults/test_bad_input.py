@@ -63,6 +63,8 @@ def own_text(tiny):
         ("schedule.type=cosin", "schedule: unknown type `cosin`; did you mean `cosine`?"),
         ("packing=hole", "did you mean `whole`?"),
         ("total_tokens=many", 'total_tokens: should be an integer, given "many"'),
+        ("optim.lr=nan", 'optim.lr: should be a finite number, given "nan"'),
+        ("optim.lr=.nan", "learning rates must be finite and above 0, not lr=nan"),
         ("total_tokens=1.5", "total_tokens: should be an integer"),
         ("document_mask=1", "document_mask: should be true or false"),
         ("model=5", "model: should be a mapping of keys to values"),

@@ -131,7 +131,11 @@ def test_without_end_it_is_an_error_that_says_everything(make_trainer, broken, t
 @pytest.mark.parametrize(
     ("fields", "reason", "advice"),
     [
-        ({"save_every_tokens": 10**9, "eval_every_tokens": 10**9}, "There is no good checkpoint from before that to go back to", "FOLDER optim.lr="),
+        (
+            {"save_every_tokens": 10**9, "eval_every_tokens": 10**9},
+            "There is no good checkpoint from before that to go back to",
+            "FOLDER optim.lr=",
+        ),
         ({"max_rollbacks": 0}, "With max_rollbacks=0 a run does not go back", "FOLDER init_from="),
     ],
 )
