@@ -181,7 +181,7 @@ def _held_keys(survey: _Survey, held_survey: _Survey | None, fraction: float, se
     return frozenset(sorted(distinct, key=lambda key: hashlib.sha256(f"{seed}:{key}".encode()).digest())[:count])
 
 
-def _can_reuse(out: Path, manifest: dict[str, Any], consent: str) -> bool:
+def _can_reuse(out: Path, manifest: dict[str, Any], consent: str = "") -> bool:
     """Whether `out` holds exactly these data; UserError when it holds anything else."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return False
