@@ -17,9 +17,10 @@ from osler.runtime.world import is_teller_unconnected
 from osler.verbs import VERBS, Verb
 
 EXIT_CODES = """\
-Exit codes: 0 done; 1 an error in Osler, with a traceback; 2 something to mend, told in one paragraph (a wrong option, a full
-disk, a loss that stays NaN, another process of the run that was lost); 130 stopped by Ctrl-C or SIGTERM: a run has finished its
-step and saved, and the same command goes on. A second Ctrl-C leaves at once; the run then goes on from its last checkpoint."""
+Exit codes: 0 done; 1 an error in Osler, with a traceback, or damage that `checkpoint verify` or `data inspect` found; 2 something
+to mend, told in one paragraph (a wrong option, a full disk, a loss that stays NaN, another process of the run that was lost);
+130 stopped by Ctrl-C or SIGTERM: a run has finished its step and saved, and the same command goes on. A second Ctrl-C leaves at
+once; the run then goes on from its last checkpoint."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -57,7 +58,10 @@ def dispatch(argv: list[str]) -> int:
         if verb:
             return verb.run(parser(verb).parse_intermixed_args(argv[words:]))
     group = [verb for verb in VERBS if verb.name.startswith(f"{argv[0]} ")]
-    if group and (len(argv) == 1 or argv[1] in ("-h", "--help")):
+    if group and len(argv) == 1:
+        names = " and ".join(f"`{verb.name}`" for verb in group)
+        raise UserError(f"`{argv[0]}` is half a verb; there are {names}. See `osler {argv[0]} --help`.")
+    if group and argv[1] in ("-h", "--help"):
         print(overview(group))
         return 0
     given = " ".join(argv[:2]) if group else argv[0]

@@ -67,6 +67,8 @@ def _problem(error: Mapping[str, Any], owner: Any) -> tuple[str, bool]:
     if kind in ("value_error", "assertion_error"):
         return str(context.get("error", error["msg"])), False
     problem = _SHOULD.get(kind) or error["msg"].replace("Input should", "should", 1)
+    if kind == "float_type" and str(given).lower() in ("nan", "inf", "-inf", "infinity"):
+        problem = "should be a finite number"
     if kind in ("int_type", "int_from_float") and isinstance(given, float) and given.is_integer():
         problem += f" (write {int(given)})"
     return problem, True

@@ -73,7 +73,7 @@ def test_overview_lists_every_verb(capsys):
         assert cli.main(arguments) == 0
         text = capsys.readouterr().out
         assert all(f"  {verb.name} " in text for verb in cli.VERBS)
-    assert cli.main(["data"]) == 0
+    assert cli.main(["data", "--help"]) == 0
     text = capsys.readouterr().out
     assert "data prepare" in text and "doctor" not in text
 
@@ -87,6 +87,8 @@ def test_version(capsys):
     ("arguments", "message"),
     [
         (["shwo"], "did you mean `show`?"),
+        (["data"], "`data` is half a verb; there are `data prepare`"),
+        (["tokenizer"], "`tokenizer train`"),
         (["data", "prepar"], "did you mean `data prepare`?"),
         (["show", "pure-tiyn"], "did you mean `pure-tiny`?"),
         (["show", "pure-tiny", "model.num_layer=3"], "model.num_layer: unknown key; did you mean `model.num_layers`?"),

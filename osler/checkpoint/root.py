@@ -134,18 +134,23 @@ def rotate(root: Path, newest: Path, keep_last: int, good_step: int | None = Non
         say(f"Warning: old checkpoints in {root} were not removed: {error}")
 
 
-def prunable(root: Path, keep_last: int, *, keep_best: bool, keep_milestones: bool) -> list[Path]:
-    """What may be deleted when only the last ``keep_last`` that verify, byte for byte, are to stay; oldest last.
+def prunable(root: Path, keep_last: int, *, keep_best: bool, keep_milestones: bool) -> list[tuple[Path, str]]:
+    """What may be deleted, and why, when only the last ``keep_last`` that verify, byte for byte, are to stay; oldest last.
 
     Raises UserError when none verifies: then nothing may go, because a person may still mend one of them.
     """
-    marked = best_checkpoint(root) if keep_best else None
+    marked = best_checkpoint(root)
     going, good = [], 0
     for entry in by_age(root):
-        if good < keep_last and not verify(entry.path):
+        is_best = marked is not None and marked.path == entry.path
+        if (is_old := good >= keep_last) or verify(entry.path):
+            if not (entry.path.is_symlink() or (keep_milestones and entry.milestone) or (keep_best and is_best)):
+                reasons = [f"older than the last {keep_last}" if is_old else "damaged"]
+                reasons += ["the best, which --keep-best keeps"] if is_best else []
+                reasons += ["a milestone, which --keep-milestones keeps"] if entry.milestone else []
+                going.append((entry.path, "; ".join(reasons)))
+        else:
             good += 1
-        elif not (entry.path.is_symlink() or (keep_milestones and entry.milestone) or (marked and marked.path == entry.path)):
-            going.append(entry.path)
     if not good:
         raise UserError(f"No checkpoint in {root} is good, so none is deleted; `osler checkpoint verify` names what is damaged.")
     return going

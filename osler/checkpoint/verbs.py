@@ -19,7 +19,8 @@ def list_checkpoints(path: str) -> int:
     """Print the checkpoints of a run, newest first, with what can be told without reading their tensors."""
     root, entries = found(path)
     best = best_checkpoint(root)
-    print(f"{'step':>12}{'tokens':>18}{'size':>12}   {'saved':<18}remarks")
+    unread = "bytes are not checked here: `osler checkpoint verify` does"
+    print(f"{'step':>12}{'tokens':>18}{'size':>12}   {'saved':<18}remarks ({unread})")
     for number, entry in enumerate(entries):
         remarks = ["newest"] if number == 0 else []
         if best is not None and best.path == entry.path:
@@ -51,9 +52,9 @@ def prune_checkpoints(path: str, *, keep_last: int, keep_best: bool, keep_milest
         raise UserError(f"--keep-last {keep_last}: at least one checkpoint stays.")
     root, _ = found(path)
     freed = 0
-    for checkpoint in reversed(prunable(root, keep_last, keep_best=keep_best, keep_milestones=keep_milestones)):
+    for checkpoint, reason in reversed(prunable(root, keep_last, keep_best=keep_best, keep_milestones=keep_milestones)):
         freed += size_of(checkpoint)
-        print(f"{checkpoint.name}{megabytes(checkpoint):>12}   {'would be deleted' if dry_run else 'deleted'}")
+        print(f"{checkpoint.name}{megabytes(checkpoint):>12}   {'would be deleted' if dry_run else 'deleted'}: {reason}")
         if not dry_run:
             try:
                 remove(checkpoint)

@@ -65,6 +65,7 @@ def prepare(
     seed: int = 0,
     shard_tokens: int = SHARD_TOKENS,
     set_aside: bool = False,
+    consent: str = "",
 ) -> Prepared:
     """Tokenise `documents` into the folder `out`, or reuse it when it was made from the same content and tokenizer.
 
@@ -72,7 +73,7 @@ def prepare(
     data are the documents of `validation`, whose copies in train are dropped, or a share of the documents:
     `holdout_fraction` of the distinct ones chosen by `seed`, at least one if there are two. Empty documents are
     skipped and counted. Raises UserError when nothing is left to learn from, or when `out` holds other data, which
-    ``set_aside`` gives another name instead.
+    ``set_aside`` gives another name instead; ``consent`` is what a person gives to have that, for the message.
     """
     out = Path(out)
     documents = list(documents) if isinstance(documents, Iterator) else documents
@@ -101,7 +102,7 @@ def prepare(
     }
     if set_aside:
         _set_aside(out, fingerprint(content))
-    if _can_reuse(out, manifest):
+    if _can_reuse(out, manifest, consent):
         return _open(out, reused=True)
     passes = [_Pass(documents, survey, held, is_train=True)]
     if held_survey is None:
@@ -180,7 +181,7 @@ def _held_keys(survey: _Survey, held_survey: _Survey | None, fraction: float, se
     return frozenset(sorted(distinct, key=lambda key: hashlib.sha256(f"{seed}:{key}".encode()).digest())[:count])
 
 
-def _can_reuse(out: Path, manifest: dict[str, Any]) -> bool:
+def _can_reuse(out: Path, manifest: dict[str, Any], consent: str = "") -> bool:
     """Whether `out` holds exactly these data; UserError when it holds anything else."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return False
@@ -188,7 +189,7 @@ def _can_reuse(out: Path, manifest: dict[str, Any]) -> bool:
         raise UserError(f"{out} exists but is not a folder of prepared data; give another folder or remove it.")
     found = read_manifest(out)
     _check_same("tokenizer", out, found["tokenizer_fingerprint"], manifest["tokenizer_fingerprint"])
-    _check_same("content", out, found["content_fingerprint"], manifest["content_fingerprint"])
+    _check_same("content", out, found["content_fingerprint"], manifest["content_fingerprint"], consent)
     return True
 
 
@@ -202,16 +203,17 @@ def _set_aside(out: Path, content_fingerprint: str) -> None:
         return
     if aside.exists():
         shutil.rmtree(out)
-        return
-    out.rename(aside)
-    say(f"The data prepared before are now in {aside}.")
+    else:
+        out.rename(aside)
+    say(f"The data prepared before, of fingerprint {found}, are now in {aside}; those given now have {content_fingerprint}.")
 
 
-def _check_same(what: str, out: Path, found: str, wanted: str) -> None:
+def _check_same(what: str, out: Path, found: str, wanted: str, consent: str = "") -> None:
     if found != wanted:
+        allow = f" allow it with {consent}," if consent else ""
         raise UserError(
             f"{out} was prepared with another {what}: its fingerprint is {found}, now it is {wanted}. Put the {what} back to "
-            "go on with what was prepared, or choose another folder."
+            f"go on with what was prepared,{allow} or choose another folder."
         )
 
 

@@ -95,7 +95,12 @@ def check_source(data: ClinicData | FilesData | TurnsData) -> None:
 
 
 def prepare_source(
-    data: ClinicData | FilesData | TurnsData, tokenizer: Tokenizer, out: str | Path, *, set_aside: bool = False
+    data: ClinicData | FilesData | TurnsData,
+    tokenizer: Tokenizer,
+    out: str | Path,
+    *,
+    set_aside: bool = False,
+    consent: str = "",
 ) -> Prepared:
     """Prepare the data of a config into the folder `out`; see `osler.data.prepare.prepare`."""
     source = open_source(data)
@@ -107,6 +112,7 @@ def prepare_source(
         holdout_fraction=source.holdout_fraction,
         seed=source.seed,
         set_aside=set_aside,
+        consent=consent,
     )
 
 

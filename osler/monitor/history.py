@@ -25,6 +25,7 @@ REWARD, REWARD_SPREAD, CORRECT = "reward", "reward_std", "answer/correct_frac"
 CUT = "completions/clipped_ratio"
 
 KEPT = 480  # values of one metric
+FIRST = 5  # lines that say how a run began
 SMOOTHED_NORMS, SMOOTHED_LOSSES = 10, 5  # lines in a median
 
 
@@ -55,6 +56,7 @@ class History:
         self.line: dict[str, float] = {}  # the newest, without what is not finite
         self.peak_lr = 0.0
         self.without_reward = 0  # lines in a row
+        self.first: dict[str, list[float]] = {CUT: [], REWARD: []}  # of the first lines
         self._begin_stage()
 
     def _begin_stage(self) -> None:
@@ -87,6 +89,9 @@ class History:
         norms = [norm for norm in self.last(GRAD_NORM, SMOOTHED_NORMS) if norm > 0.0]
         if tokens > self.facts.warmup_tokens and len(norms) == SMOOTHED_NORMS:
             self.calmest = min(self.calmest, median(norms))
+        for name, values in self.first.items():
+            if name in line and len(values) < FIRST:
+                values.append(line[name])
         if REWARD in line:
             # No completion earned one; the mean alone could hide a few rewards among penalties.
             nothing = line[REWARD] <= 0.0 and 0.0 in (line.get(REWARD_SPREAD, 0.0), line.get(CORRECT, 0.0))

@@ -47,6 +47,7 @@ GROWTH_WINDOWS = (30, 120, 480)
 STALLED, STALLED_LINES = 0.005, 60  # of the loss; fewer lines cannot tell a plateau from noise
 ANNEALED = 0.1  # of the highest learning rate: below it a loss may rest
 CUT_SHARE = 0.9  # above this share of cut completions something is wrong with the template or the limit
+FINE_CUT_SHARE = 0.5  # below this share in a run's first lines the template and the limit were right
 
 Severity = Literal["warning", "critical"]
 
@@ -246,23 +247,35 @@ def stalled(past: History) -> Iterator[Finding]:
 
 
 def cut(past: History) -> Iterator[Finding]:
-    """GRPO: hardly a completion ends by itself."""
+    """GRPO: hardly a completion ends by itself. When most did at first, the steps since have broken the model."""
     if past.line[CUT] > CUT_SHARE:
+        least = min(past.first[CUT])
+        cause = (
+            f", where at first it were {least:.0%}. The learning rate is probably too high: go back to a checkpoint from before "
+            f"and try {past.facts.slower}."
+            if least < FINE_CUT_SHARE
+            else ". Either algorithm.max_new_tokens is too small, or the model never learned to end (was it fine-tuned with the "
+            "chat template?)."
+        )
         yield Finding(
             "cut-completions",
-            f"{past.line[CUT]:.0%} of the completions were cut at {past.facts.max_new_tokens} tokens. Either "
-            "algorithm.max_new_tokens is too small, or the model never learned to end (was it fine-tuned with the chat "
-            "template?).",
+            f"{past.line[CUT]:.0%} of the completions were cut at {past.facts.max_new_tokens} tokens{cause}",
         )
 
 
 def unrewarded(past: History) -> Iterator[Finding]:
-    """GRPO: no reward for so many steps that it cannot be chance."""
+    """GRPO: no reward for so many steps that it cannot be chance. When there was some at first, the model has lost it."""
     if past.without_reward >= past.facts.zero_reward_patience:
+        most = max(past.first[REWARD])
+        cause = (
+            f"At first the mean reward was {most:.2g}, so the learning rate is probably too high: go back to a checkpoint from "
+            f"before and try {past.facts.slower}."
+            if most > 0.0
+            else "Look at samples.jsonl in the run folder, and start from a model that is right now and then."
+        )
         yield Finding(
             "no-reward",
-            f"no completion earned a reward for {past.without_reward} steps; there is nothing to learn from. Look at "
-            "samples.jsonl in the run folder, and start from a model that is right now and then.",
+            f"no completion earned a reward for {past.without_reward} steps; there is nothing to learn from. {cause}",
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Literal
 
 from osler.config import TAGGED, config
@@ -45,8 +46,8 @@ class AdamWConfig:
     weight_decay_schedule: WeightDecayConfig = ConstantWeightDecay()  # how it changes over the run
 
     def __post_init__(self) -> None:
-        if self.lr <= 0 or (self.embedding_lr is not None and self.embedding_lr <= 0):
-            raise ValueError(f"learning rates must be above 0, not lr={self.lr}, embedding_lr={self.embedding_lr}")
+        if not all(0 < lr < math.inf for lr in (self.lr, self.embedding_lr) if lr is not None):
+            raise ValueError(f"learning rates must be finite and above 0, not lr={self.lr}, embedding_lr={self.embedding_lr}")
         if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
             raise ValueError(f"beta1 {self.beta1} and beta2 {self.beta2} must lie in [0, 1)")
 
@@ -83,8 +84,8 @@ class MuonConfig:
     eps: float = 1e-8  # added to the root of the mean square in AdamW
 
     def __post_init__(self) -> None:
-        if self.lr <= 0 or self.adamw_lr <= 0:
-            raise ValueError(f"learning rates must be above 0, not lr={self.lr}, adamw_lr={self.adamw_lr}")
+        if not (0 < self.lr < math.inf and 0 < self.adamw_lr < math.inf):
+            raise ValueError(f"learning rates must be finite and above 0, not lr={self.lr}, adamw_lr={self.adamw_lr}")
         if not all(0 <= value < 1 for value in (self.momentum, self.beta1, self.beta2)):
             raise ValueError(f"momentum {self.momentum}, beta1 {self.beta1} and beta2 {self.beta2} must lie in [0, 1)")
         if self.newton_schulz_steps < 1:

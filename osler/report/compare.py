@@ -28,6 +28,7 @@ from osler.report.words import stage_title
 from osler.runtime.files import write_atomic
 
 LEFT_OUT = ("description",)  # fields that say nothing about a run
+CELL_WIDTH = 36  # of a configuration's value in the terminal: three of them fit; the page has values whole
 
 
 @dataclass(frozen=True)
@@ -197,15 +198,24 @@ def _html_table(title: str, table: Table, members: Sequence[Member]) -> str:
 
 
 def _as_text(title: str, members: Sequence[Member]) -> str:
-    """Numbers and differences as one table of text."""
+    """Numbers and differences as one table of text; of unlike kinds of run, the differences in what all of them have."""
     told, apart = numbers(members), differences(members)
+    rest = [] if len({as_text(m.config.get("kind")) for m in members}) == 1 else [row for row in apart if fmt.MISSING in row[1]]
+    apart = [(key, [_cut(cell) for cell in row]) for key, row in apart if (key, row) not in rest]
     rows = [(title, [m.name for m in members]), *told, *([("", [""] * len(members))] if apart else []), *apart]
     first = max(len(what) for what, _ in rows)
     widths = [max(len(row[i]) for _, row in rows) for i in range(len(members))]
-    return "\n".join(
+    lines = [
         "  ".join([f"{what:<{first}}", *(f"{cell:>{w}}" for cell, w in zip(row, widths, strict=True))]).rstrip()
         for what, row in rows
-    )
+    ]
+    more = [f"and {fmt.plural(len(rest), 'field')} that not all kinds of run have: see the page"] if rest else []
+    return "\n".join([*lines, *more])
+
+
+def _cut(cell: str) -> str:
+    """A value short enough for a column of the terminal."""
+    return cell if len(cell) <= CELL_WIDTH else cell[: CELL_WIDTH - 1] + "…"
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -65,10 +65,13 @@ def run(
         config = decode(GrpoConfig, load_recipe(recipe, overrides) if recipe else parse_overrides(overrides), source=recipe or "")
         folder = RunFolder(Path(run_dir or Path("runs") / default_name(recipe or "clinic", "grpo")))
     if dry_run:
-        start = starting_model(folder, config)
+        refuse_another(folder, config)
+        pick_device(config.device)
+        newest = newest_checkpoint(folder)
+        start = starting_model(newest, config)
         check_exams(config)
         check_sinks(config.monitor)
-        print(describe_plan(config, folder, start, planned_numbers(config)))
+        print(describe_plan(config, folder, newest, start, planned_numbers(config)))
         return 0
     done = f"Done: {folder.root}\n  osler eval {folder.root}   sit the exam\n  osler report {folder.root}   the run as a page"
     check_strategy(config.parallel, place().size)

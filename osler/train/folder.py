@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from osler.checkpoint import store
+from osler.checkpoint.manifest import STATE
 from osler.config import decode, encode, merge, parse_overrides
 from osler.errors import UserError
 from osler.inference.load import read_model_config
 from osler.model.config import ModelConfig
 from osler.monitor.events import EventLog
-from osler.runtime.files import RunFolder, write_atomic
+from osler.runtime.files import RunFolder, read_json, write_atomic
 from osler.runtime.log import say
 from osler.runtime.stop import EXIT_STOPPED
 from osler.yaml12 import dump_yaml, load_yaml
@@ -184,24 +185,29 @@ def was_evaluated(run: RunFolder, step: int) -> bool:
     return any('"eval/seconds"' in line and json.loads(line)["step"] == step for line in lines)
 
 
-def starting_model(run: RunFolder, config: Any) -> tuple[Path, ModelConfig] | None:
+def starting_model(newest: Path | None, config: Any) -> tuple[Path, ModelConfig] | None:
     """The checkpoint that a run with ``init_from`` would go on or start from, and the model in it; None without ``init_from``.
 
-    Raises UserError when the folder holds another run, or when there is no good checkpoint to start from.
+    ``newest`` is the run's own. Raises UserError when there is no good checkpoint to start from.
     """
-    refuse_another(run, config)
-    return None if config.init_from is None else read_model_config(newest_checkpoint(run) or config.init_from)
+    return None if config.init_from is None else read_model_config(newest or config.init_from)
 
 
-def describe_plan(config: Any, folder: RunFolder, start: tuple[Path, ModelConfig] | None, numbers: Mapping[str, str]) -> str:
+def describe_plan(
+    config: Any, folder: RunFolder, newest: Path | None, start: tuple[Path, ModelConfig] | None, numbers: Mapping[str, str]
+) -> str:
     """What ``--dry-run`` prints: the resolved config, and what follows from it as comments.
 
-    The model of ``start`` stands in place of the config's own, which is not used, and neither is its section ``tokenizer``.
+    A started run would go on from ``newest``. The model of ``start`` stands in place of the config's own, which is not used, and
+    neither is its section ``tokenizer``.
     """
     plan, derived = encode(config), {"run folder": str(folder.root)}
+    if newest is not None:
+        derived["goes on from"] = f"step {read_json(newest / STATE)['step']:,}: {newest}"
     if start is not None:
         path, model = start
-        derived["starts from"] = f"{path}, its model and tokenizer"
+        if newest is None:
+            derived["starts from"] = f"{path}, its model and tokenizer"
         derived["model"] = (
             f"{model.num_parameters:,} parameters (num_layers {model.num_layers}, hidden_size {model.hidden_size}, "
             f"max_seq_len {model.max_seq_len})"

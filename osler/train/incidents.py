@@ -112,9 +112,9 @@ class Incidents:
         ``position`` is the trainer's, in the unit of ``data_offset``. Raises UserError, on every rank, when there is no way back.
         """
         root = self.run.checkpoints
-        path = self.world.once(lambda: last_good(root, self.good_step)) if self.rollbacks < self.limits.max_rollbacks else None
-        if path is None:
-            raise UserError(self._diagnosis(step))
+        path = self.world.once(lambda: last_good(root, self.good_step))
+        if path is None or self.rollbacks >= self.limits.max_rollbacks:
+            raise UserError(self._diagnosis(step, path))
         cause, rollbacks, there = self.cause, self.rollbacks + 1, position() + self.data_offset
         loaded = store.load(path)
         restore(loaded)  # everything in here too
@@ -129,8 +129,8 @@ class Incidents:
             reached = {"from_step": step, "number": rollbacks, "data_offset": self.data_offset}
             self.events.write(loaded.step, "rollback", "rollback", message, **reached)
 
-    def _diagnosis(self, step: int) -> str:
-        """Everything that a person needs to find out what is wrong, in a paragraph."""
+    def _diagnosis(self, step: int, good: Path | None) -> str:
+        """Everything that a person needs to find out what is wrong, in a paragraph; ``good`` is the last good checkpoint."""
         if self.rollbacks:
             tried = f"The run has gone back {self.rollbacks} times already, of at most max_rollbacks={self.limits.max_rollbacks}."
         elif self.limits.max_rollbacks:
@@ -141,10 +141,13 @@ class Incidents:
         details = dict(self.details(step))
         learning_rate = details.pop("lr")
         batch = ", ".join(f"{name} {values[0]} ... {values[-1]}" for name, values in details.items() if isinstance(values, list))
+        lr = self.limits.optim.lr
+        start = f"init_from={good} " if good else ""
+        saved = "" if good else f" What was saved in {self.run.checkpoints} is damaged or from the middle of the trouble."
         return (
             f"{self.cause} {tried} Before it: {numbers or 'no good step'}. Step {step} had the learning rate {learning_rate:.3g} "
-            f"and learned from {batch}; {self.run.events} has the others. Lower optim.lr (now {self.limits.optim.lr:g}) or check "
-            f"the data; checkpoints are in {self.run.checkpoints}."
+            f"and learned from {batch}; {self.run.events} has the others. Check the data. Lower optim.lr (now {lr:g}), which a "
+            f"started run keeps, in a new one: the same command with `--run NEW_FOLDER {start}optim.lr={lr / 3:.2g}`.{saved}"
         )
 
     def checkpointed(self, step: int) -> dict[str, Any]:

@@ -98,9 +98,11 @@ def run(
     if config.init_from is not None and any(override.startswith("model.") for override in overrides):
         say("Warning: model.* changes nothing here, because the model comes from init_from.")
     if dry_run:
-        start = starting_model(folder, config)
-        check_plan(config, is_new=newest_checkpoint(folder) is None)
-        print(describe_plan(config, folder, start, planned_numbers(config, start[1] if start else config.model)))
+        refuse_another(folder, config)
+        newest = newest_checkpoint(folder)
+        start = starting_model(newest, config)
+        check_plan(config, is_new=newest is None)
+        print(describe_plan(config, folder, newest, start, planned_numbers(config, start[1] if start else config.model)))
         return 0
     check_processes(config, place().size)
     warn_of_small_passes(config, place().size)
@@ -183,7 +185,8 @@ def train(config: TrainConfig, run: RunFolder, world: World | None = None) -> bo
 
 def begin(config: TrainConfig, run: RunFolder, tokenizer: Tokenizer) -> Prepared:
     """Put into the folder what every rank then reads: the shards, the config that makes it this run's, the tokenizer."""
-    prepared = prepare_source(config.data, tokenizer, run.root / DATA, set_aside=config.allow_data_change)
+    allowed, consent = config.allow_data_change, "allow_data_change=true"
+    prepared = prepare_source(config.data, tokenizer, run.root / DATA, set_aside=allowed, consent=consent)
     claim(run, config)
     if not (run.root / TOKENIZER_FILE).exists():
         write_atomic(run.root / TOKENIZER_FILE, tokenizer.to_bytes())

@@ -66,7 +66,8 @@ def choose_machine(device: str, precision: str, compile_mode: str, *, steps: int
 
 
 def check_plan(config: TrainConfig, *, is_new: bool) -> None:
-    """Raise UserError when what a run needs is not there: its data, for one that begins its tokenizer, whom its alerts go to."""
+    """Raise UserError when what a run needs is not there: device, data, for one that begins its tokenizer, whom alerts go to."""
+    pick_device(config.device)
     check_sinks(config.monitor)
     check_source(config.data)
     if is_new and config.init_from is None and config.tokenizer.path is not None:

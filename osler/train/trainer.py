@@ -330,6 +330,6 @@ class Trainer:
             store.mark_best(saved, "eval/loss", loss)
         # Last, because the line is what tells a resumed run that this evaluation is complete.
         sink.write(self.step, self.tokens, {**metrics, "eval/seconds": time.monotonic() - before})
-        shown = {name.removeprefix("eval/"): value for name, value in metrics.items()}
+        shown = {name.replace("eval/loss", "held-out loss").removeprefix("eval/"): value for name, value in metrics.items()}
         say(f"step {self.step}: " + ", ".join(f"{name} {value:.4f}" for name, value in shown.items()))
         progress.update(self.tokens)

@@ -47,6 +47,7 @@ def test_list_shows_step_tokens_size_date_and_what_is_special(run, capsys):
     (folder(run, 4) / "state.json").write_bytes(b"")
     assert osler("list", run) == 0
     lines = capsys.readouterr().out.splitlines()
+    assert "bytes are not checked here: `osler checkpoint verify`" in lines[0]
     assert [line.split()[0] for line in lines] == ["step", "5", "4", "3", "2", "1"]
     assert re.fullmatch(r" +5 +20,480 +0\.0 MB +\d{4}-\d\d-\d\d \d\d:\d\d +newest", lines[1])
     assert "?" in lines[2].split() and lines[2].endswith("DAMAGED")
@@ -97,6 +98,18 @@ def test_prune_never_takes_the_last_good_one(run, capsys):
     assert left(run) == [3] and "none is deleted" in capsys.readouterr().err
 
 
+def test_prune_says_why_each_goes(run, capsys):
+    flip(folder(run, 5) / "model.safetensors")
+    assert osler("prune", run, "--keep-last", 1, "--dry-run") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [re.sub(r" .* would be deleted", "", line) for line in lines[:-1]] == [
+        "step-000000001: older than the last 1",
+        "step-000000002: older than the last 1; the best, which --keep-best keeps",
+        "step-000000003: older than the last 1; a milestone, which --keep-milestones keeps",
+        "step-000000005: damaged",
+    ]
+
+
 def test_prune_leaves_what_a_save_is_writing(run):
     (run / "checkpoints" / ".tmp-step-000000006").mkdir()
     assert osler("prune", run, "--keep-last", 1) == 0
@@ -121,6 +134,9 @@ def test_prune_keeps_at_least_one(run, capsys):
 
 
 def test_the_group_lists_its_verbs(capsys):
-    assert main(["checkpoint"]) == 0
+    assert main(["checkpoint"]) == 2
+    text = capsys.readouterr().err
+    assert all(f"`checkpoint {verb}`" in text for verb in ("list", "verify", "prune"))
+    assert main(["checkpoint", "--help"]) == 0
     text = capsys.readouterr().out
     assert all(f"checkpoint {verb} " in text for verb in ("list", "verify", "prune"))

@@ -63,6 +63,8 @@ def own_text(tiny):
         ("schedule.type=cosin", "schedule: unknown type `cosin`; did you mean `cosine`?"),
         ("packing=hole", "did you mean `whole`?"),
         ("total_tokens=many", 'total_tokens: should be an integer, given "many"'),
+        ("optim.lr=nan", 'optim.lr: should be a finite number, given "nan"'),
+        ("optim.lr=.nan", "learning rates must be finite and above 0, not lr=nan"),
         ("total_tokens=1.5", "total_tokens: should be an integer"),
         ("document_mask=1", "document_mask: should be true or false"),
         ("model=5", "model: should be a mapping of keys to values"),
@@ -264,6 +266,7 @@ def test_other_data_are_refused_with_or_without_the_old_shards(tiny, own_text, l
     path.write_text("A fever that lasts three weeks has a name. " * 20)
     text = mistake("pretrain", *own_text(path), "--run", run)
     assert len(set(re.findall(r"\b[0-9a-f]{16}\b", text))) == 2 and "another content" in text
+    assert "allow it with allow_data_change=true, or choose another folder" in text
     shutil.rmtree(run / "data")
     text = mistake("pretrain", *own_text(path), "--run", run)
     assert len(set(re.findall(r"\b[0-9a-f]{16}\b", text))) == 2 and "The data changed since checkpoint" in text
@@ -287,8 +290,13 @@ def test_other_data_are_taken_when_that_is_allowed(tiny, own_text, launch, mista
     assert len(list(run.glob("data-*"))) == 1 and load_yaml((run / "config.yaml").read_text(), "")["data"]["path"] == str(other)
     assert launch("pretrain", run, *own_text(other)[1:], fault="train-step:sigterm:1") == 130  # they are the run's data now
     other.write_text("A rash that itches at night is scabies. " * 20)
-    assert "another content" in mistake("pretrain", "--resume", "--run", run)
+    capsys.readouterr()
+    text = mistake("pretrain", "--resume", "--run", run)
+    fingerprints = re.findall(r"\b[0-9a-f]{16}\b", text)
+    assert "another content" in text and "allow_data_change=true" in text
     assert main(["pretrain", "--resume", "allow_data_change=true", "--run", str(run)]) == 0
+    old, new = fingerprints
+    assert f"of fingerprint {old}, are now in {run / 'data'}-{old}; those given now have {new}." in capsys.readouterr().err
     assert events_of(run) == [("data-change", 3), ("data-change", 6)]
 
 

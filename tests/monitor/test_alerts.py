@@ -142,6 +142,19 @@ def test_a_policy_that_rarely_has_a_gradient_or_a_few_rewards_among_penalties_is
     assert told(often) == {"exploding-gradient": 61}
 
 
+@pytest.mark.parametrize("began_well", [True, False])
+def test_a_policy_that_got_worse_was_trained_too_fast_and_one_that_began_so_was_not(began_well):
+    watch, said = Watch(FACTS), {}
+    for step in range(1, 12):
+        fine = began_well and step < 3
+        line = {CUT: 0.02, REWARD: 0.3, "reward_std": 0.4} if fine else {CUT: 1.0, REWARD: 0.0, "reward_std": 0.0}
+        said |= {alert.name: alert.message for alert in watch.look(step, step * TOKENS, line)}
+    assert said.keys() == {"cut-completions", "no-reward"}
+    assert all(("learning rate" in text and FACTS.slower in text) == began_well for text in said.values())
+    assert ("chat template" in said["cut-completions"]) == ("samples.jsonl" in said["no-reward"]) == (not began_well)
+    assert not began_well or ("2%" in said["cut-completions"] and "0.3" in said["no-reward"])
+
+
 def test_a_head_that_begins_at_zero_lets_no_gradient_through_in_the_first_step():
     line = {GRAD_NORM: 0.3, f"{LAYER_NORM}embed": 0.0, f"{LAYER_NORM}0": 0.0, f"{LAYER_NORM}head": 0.3}
     watch = Watch(FACTS)

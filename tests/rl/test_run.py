@@ -90,10 +90,14 @@ def test_questions_that_do_not_fit_are_refused_by_number(start, tmp_path):
         run(None, arguments(start, "algorithm.max_new_tokens=505"), run_dir=str(tmp_path / "run"))
 
 
-def test_another_run_in_the_folder_is_refused(start, tmp_path):
+def test_another_run_in_the_folder_is_refused_and_a_dry_run_of_this_one_says_where_it_goes_on(start, tmp_path, capsys):
     run(None, arguments(start, "steps=1"), run_dir=str(tmp_path / "run"))
     with pytest.raises(UserError, match="seed"):
         run(None, arguments(start, "steps=1", "seed=7"), run_dir=str(tmp_path / "run"))
+    capsys.readouterr()
+    assert run(run_dir=str(tmp_path / "run"), resume=True, dry_run=True) == 0
+    text = capsys.readouterr().out
+    assert f"# goes on from      step 1: {store.resolve(tmp_path / 'run')}\n" in text and "starts from" not in text
 
 
 def test_dry_run_touches_nothing(start, tmp_path, capsys):

@@ -122,21 +122,29 @@ def test_without_end_it_is_an_error_that_says_everything(make_trainer, broken, t
     assert "Before it: step 1: loss 6." in told and "step 4: loss 6." in told and "gradient norm" in told
     # Steps 5 to 8, 5 to 7 and 5 to 7 of data: the last batch is the fourteenth.
     assert "Step 7 had the learning rate 0.00" in told and "learned from rows 52 ... 55" in told
-    assert f"{tmp_path / 'events.jsonl'} has the others" in told and str(tmp_path / "checkpoints") in told
+    assert f"{tmp_path / 'events.jsonl'} has the others" in told
+    good = tmp_path / "checkpoints" / store.folder_name(4)
+    assert f"`--run NEW_FOLDER init_from={good} optim.lr=" in told and "middle of the trouble" not in told
     assert [event["kind"] for event in read_events(tmp_path / "events.jsonl")].count("rollback") == 2
 
 
 @pytest.mark.parametrize(
-    ("fields", "reason"),
+    ("fields", "reason", "advice"),
     [
-        ({"save_every_tokens": 10**9, "eval_every_tokens": 10**9}, "There is no good checkpoint from before that to go back to"),
-        ({"max_rollbacks": 0}, "With max_rollbacks=0 a run does not go back"),
+        (
+            {"save_every_tokens": 10**9, "eval_every_tokens": 10**9},
+            "There is no good checkpoint from before that to go back to",
+            "FOLDER optim.lr=",
+        ),
+        ({"max_rollbacks": 0}, "With max_rollbacks=0 a run does not go back", "FOLDER init_from="),
     ],
 )
-def test_no_way_back(make_trainer, broken, tmp_path, fields, reason):
+def test_no_way_back(make_trainer, broken, tmp_path, fields, reason, advice):
     broken("train-loss:nan:6-")
-    with pytest.raises(UserError, match=reason):
+    with pytest.raises(UserError, match=reason) as caught:
         make_trainer(tmp_path, **{**STEADY, "max_skipped_steps": 2, **fields}).fit()
+    told = str(caught.value)
+    assert f"`--run NEW_{advice}" in told and ("from the middle of the trouble" in told) == ("init_from" not in told)
 
 
 @pytest.mark.parametrize("action", ["report", "rollback"])

@@ -166,6 +166,23 @@ def test_dry_run_says_what_follows_and_touches_nothing(tiny, tmp_path, capsys):
     assert "# length            2 minutes (at most 3,072 tokens)\n" in capsys.readouterr().out
 
 
+def test_dry_run_of_a_started_run_says_where_it_goes_on(runs, capsys):
+    for kind in ("pretrain", "sft"):
+        folder = getattr(runs, kind)
+        newest = store.resolve(folder)
+        assert main([kind, "--resume", "--run", str(folder), "--dry-run"]) == 0
+        text = capsys.readouterr().out
+        assert f"# goes on from      step {int(newest.name[5:])}: {newest}\n" in text and "starts from" not in text
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_dry_run_asks_for_the_device(tiny, runs, tmp_path, capsys):
+    for kind in ("pretrain", "grpo"):
+        more = [f"init_from={runs.sft}"] if kind == "grpo" else []
+        assert main([kind, getattr(tiny, kind), *more, "device=cuda", "--run", str(tmp_path / "run"), "--dry-run"]) == 2
+        assert "Device 'cuda' was asked for" in capsys.readouterr().err
+
+
 def test_a_run_is_named_by_its_recipe_or_else_by_its_data(tiny, tmp_path, capsys):
     rows = tmp_path / "answers.jsonl"
     rows.write_text('{"question": "a", "answer": "b"}\n')
