@@ -1,8 +1,8 @@
 """The diary of a run, ``events.jsonl``: what happened to it that a curve does not say.
 
 One JSON object per line: ``step``, ``time`` (unix seconds), ``kind`` (alert, incident, rollback, start, end ...), ``name``,
-``message`` for a person, and details. Only ever appended to: a step that was made twice, after a kill or a rollback, may stand here twice. A disk
-that refuses a line costs that line and not the run.
+``message`` for a person, and details. Only ever appended to: a step that was made twice, after a kill or a rollback, may stand
+here twice. A disk that refuses a line costs that line and not the run.
 """
 
 from __future__ import annotations
