@@ -1,8 +1,8 @@
 """What a run folder says about its run at this moment: what it is, how far it is, whether anybody still works on it.
 
 Its diary says when a process began and how it ended; one that was killed wrote no end. For that, and for a run without such
-notes, its files are read: the end of its plan, a checkpoint at its last line, the silence since, and on Linux whether a process of
-this machine holds its log open.
+notes, its files are read: the end of its plan, a checkpoint at its last line, the silence since, and on Linux whether a process
+of this machine holds its log open.
 """
 
 from __future__ import annotations

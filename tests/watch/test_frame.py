@@ -14,7 +14,7 @@ from osler.checkpoint import store
 from osler.model.config import ModelConfig
 from osler.monitor.events import EventLog
 from osler.report import format as fmt
-from osler.watch.frame import blocks, clean, columns, frame
+from osler.watch.frame import NO_BREAK, blocks, clean, columns, frame
 from osler.watch.state import DEAD_SECONDS, Watched, is_open
 
 NOW = 2_000_000.0
@@ -117,6 +117,12 @@ def test_how_a_run_ended_is_what_it_wrote(make_run: MakeRun, name: str, message:
     note(folder, 20, NOW - 2, "start", "resumed")
     age(folder, 2.0)
     assert picture(folder).splitlines()[1] == "running"
+
+
+def test_a_run_that_was_killed_has_noted_no_end(make_run: MakeRun) -> None:
+    folder = make_run(ago=DEAD_SECONDS + 60)
+    save(folder, 20, DEAD_SECONDS + 60)
+    note(folder, 0, NOW - 1000, "start", "begun")
     age(folder, DEAD_SECONDS + 60)
     killed = "dead: no sign of it for 3 min 00 s (killed, or the machine went down); last line at step 40, saved at step 20"
     assert picture(folder, width=150).splitlines()[1] == killed
@@ -163,11 +169,10 @@ def test_a_long_message_is_printed_whole_where_lines_are_no_terminals(make_run: 
 
 
 def test_newest_values_say_what_they_are_of(make_run: MakeRun) -> None:
-    text = picture(make_run(**{"grad/mean": 9.1e29, "grad/norm/0": 1.0, "rewards/a/mean": 0.5, "update/ratio": 0.25}), 200)
-    assert "Gradients: train/grad_norm 1.000 · grad/mean 9.1e+29 · update/ratio 0.250 · grad/norm 1.000" in text.replace(
-        "\u00a0", " "
-    )
-    assert "rewards/a/mean 0.500" in text.replace("\u00a0", " ")
+    metrics = {"grad/mean": 9.1e29, "grad/norm/0": 1.0, "rewards/a/mean": 0.5, "update/ratio": 0.25}
+    text = picture(make_run(**metrics), 200).replace(NO_BREAK, " ")
+    assert "Gradients: train/grad_norm 1.000 · grad/mean 9.1e+29 · update/ratio 0.250 · grad/norm 1.000" in text
+    assert "rewards/a/mean 0.500" in text
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="only Linux shows which files a process has open")
