@@ -1,8 +1,8 @@
 """The diary of a run, ``events.jsonl``: what happened to it that a curve does not say.
 
-One JSON object per line: ``step``, ``time`` (unix seconds), ``kind`` (alert, incident, rollback ...), ``name``, ``message`` for a
-person, and details. Only ever appended to: a step that was made twice, after a kill or a rollback, may stand here twice. A disk
-that refuses a line costs that line and not the run.
+One JSON object per line: ``step``, ``time`` (unix seconds), ``kind`` (alert, incident, rollback, start, end ...), ``name``,
+``message`` for a person, and details. Only ever appended to: a step that was made twice, after a kill or a rollback, may stand
+here twice. A disk that refuses a line costs that line and not the run.
 """
 
 from __future__ import annotations
@@ -22,8 +22,11 @@ class EventLog:
         self.path = Path(path)
         self._warned = False
 
-    def write(self, step: int, kind: str, name: str, message: str, **details: Any) -> None:
-        """Append one event; ``details`` must be JSON without NaN. A torn last line of a killed process is ended first."""
+    def write(self, step: int, kind: str, name: str, message: str, *, tell: bool = True, **details: Any) -> None:
+        """Append one event; ``details`` must be JSON without NaN. A torn last line of a killed process is ended first.
+
+        ``tell``: whether it is worth a word outside the run, by a log that has somebody to tell.
+        """
         line = {"step": step, "time": round(time.time(), 3), "kind": kind, "name": name, "message": message, **details}
         text = json.dumps(line, allow_nan=False) + "\n"
         try:

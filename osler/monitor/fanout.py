@@ -41,10 +41,10 @@ class SpreadingLog(EventLog):
         super().__init__(path)
         self.couriers = couriers
 
-    def write(self, step: int, kind: str, name: str, message: str, **details: Any) -> None:
-        """Append one event and send it on, as a warning unless ``severity`` is among its details."""
-        super().write(step, kind, name, message, **details)
-        for courier in self.couriers:
+    def write(self, step: int, kind: str, name: str, message: str, *, tell: bool = True, **details: Any) -> None:
+        """Append one event and with ``tell`` send it on, as a warning unless ``severity`` is among its details."""
+        super().write(step, kind, name, message, tell=tell, **details)
+        for courier in self.couriers if tell else ():
             courier.alert(Alert(step, name, details.get("severity", "warning"), message))
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
+from osler.monitor.lifetime import END, FAILED, FINISHED, START
 from osler.report import format as fmt
 from osler.report.lenient import as_number, as_text
 
@@ -49,17 +50,18 @@ def happenings(events: Sequence[dict[str, Any]]) -> list[Happening]:
 
 
 def marks_of(events: Sequence[dict[str, Any]]) -> list[tuple[float, str, str]]:
-    """Each happening's steps as marks for a chart: (step, css class, words)."""
+    """Each happening's steps as marks for a chart, but for the edges that the chart itself shows: (step, css class, words)."""
     return [
-        (step, happening.kind if happening.kind in GRAVE else "told", f"{_title(happening)} at step {step:,}")
+        (step, _weight(happening), f"{_title(happening)} at step {step:,}")
         for happening in happenings(events)
+        if (happening.kind, happening.name) not in ((START, "begun"), (END, FINISHED))
         for step in happening.steps
     ]
 
 
 def grave_in_words(events: Sequence[dict[str, Any]]) -> list[str]:
-    """A sentence for every alert, incident and rollback, the gravest first."""
-    grave = sorted((h for h in happenings(events) if h.kind in GRAVE), key=lambda h: GRAVE.index(h.kind))
+    """A sentence for every alert, incident, rollback and failure, the gravest first."""
+    grave = sorted((h for h in happenings(events) if _weight(h) in GRAVE), key=lambda h: GRAVE.index(_weight(h)))
     return [in_words(h) for h in grave]
 
 
@@ -73,13 +75,20 @@ def rows(events: Sequence[dict[str, Any]]) -> str:
     out = ""
     for h in happenings(events):
         clock = datetime.fromtimestamp(h.time).astimezone().strftime("%Y-%m-%d %H:%M") if math.isfinite(h.time) else ""
-        css = h.kind if h.kind in GRAVE else "told"
+        css = _weight(h)
         out += (
             f'<tr><th scope="row"><i class="event {css}"></i>{html.escape(_title(h))}</th>'
             f'<td data-label="When"><span>{_when(h)}<small>{clock}</small></span></td>'
             f'<td data-label="What"><span>{html.escape(h.message)}</span></td></tr>'
         )
     return out
+
+
+def _weight(h: Happening) -> str:
+    """How much a happening matters, as a css class: a failure as much as an incident."""
+    if (h.kind, h.name) == (END, FAILED):
+        return "incident"
+    return h.kind if h.kind in GRAVE else "told"
 
 
 def _title(h: Happening) -> str:

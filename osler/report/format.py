@@ -24,9 +24,11 @@ def points(fraction: float, digits: int = 1) -> str:
 
 
 def count(value: float) -> str:
-    """1234 -> `1,234`; from 100,000 on three figures and a letter: `123k`, `1.23M`, `4.56B`."""
+    """1234 -> `1,234`; from 100,000 on three figures and a letter: `123k`, `1.23M`, `4.56B`; `9.1e+29` where letters end."""
     if not math.isfinite(value):
         return MISSING
+    if abs(value) >= 1e15:
+        return f"{value:.1e}".replace("-", MINUS)
     for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size * 0.9995 and abs(value) >= 99_950:
             return _figures(value / size) + letter

@@ -56,6 +56,7 @@ function fixed(value, digits) {
 
 function count(value) {
   const size = Math.abs(value);
+  if (size >= 1e15) return value.toExponential(1);
   for (const [unit, letter] of [[1e12, "T"], [1e9, "B"], [1e6, "M"], [1e3, "k"]]) {
     if (size >= unit * 0.9995 && size >= 99950) {
       const scaled = size / unit;

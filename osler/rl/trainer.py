@@ -27,6 +27,7 @@ from osler.model.transformer import Transformer
 from osler.monitor.collect import Collector
 from osler.monitor.fanout import FanOut, open_sinks
 from osler.monitor.history import Facts
+from osler.monitor.lifetime import recorded
 from osler.optim.build import set_decay_and_momentum, set_lr
 from osler.optim.schedule import lr_scale
 from osler.parallel.engine import Engine as ParallelEngine
@@ -107,6 +108,7 @@ class GrpoTrainer:
         with (
             StopFlag() as stop,  # first: whoever sees the metrics file may rely on a signal being a request
             open_sinks(config.monitor, self.run, self._facts(), step=self.step, is_first=self.world.is_first) as sink,
+            recorded(sink.events, lambda: self.step, lambda: self.step >= config.steps),
             Progress(config.steps, "steps", label="grpo", initial=self.step) as progress,
             self.saver,
         ):

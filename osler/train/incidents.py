@@ -104,7 +104,7 @@ class Incidents:
         if loudly:
             say(f"Warning: step {step}: {message}")
         numbers = {"loss": finite(loss), "grad_norm": finite(grad_norm), **more}
-        self.events.write(step, "incident", name, message, **self.details(step), **numbers)
+        self.events.write(step, "incident", name, message, tell=loudly, **self.details(step), **numbers)
 
     def roll_back(self, step: int, restore: Callable[[store.Loaded], None], position: Callable[[], int]) -> None:
         """Go back to the last good checkpoint, by ``restore``, and pass over the data since; the caller saves at once.

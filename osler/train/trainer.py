@@ -27,6 +27,7 @@ from osler.model.transformer import Transformer
 from osler.monitor.collect import Collector, of_steps
 from osler.monitor.fanout import FanOut, open_sinks
 from osler.monitor.history import Facts
+from osler.monitor.lifetime import recorded
 from osler.optim.build import set_decay_and_momentum
 from osler.optim.schedule import lr_scale
 from osler.runtime.faults import fault
@@ -118,6 +119,7 @@ class Trainer:
         with (
             StopFlag() as stop,  # first: whoever sees the metrics file may rely on a signal being a request
             open_sinks(config.monitor, self.run, self._facts(), step=self.step, is_first=self.world.is_first) as sink,
+            recorded(sink.events, lambda: self.step, lambda: self.done),
             Progress(self.total_tokens, "tokens", label=config.kind, initial=self.tokens) as progress,
             self.saver,
         ):

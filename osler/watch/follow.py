@@ -43,6 +43,7 @@ class Follower:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.bytes_read = 0
+        self.idle: list[tuple[float, float]] = []  # from the end of a process to the start of the next
         self._begin_again()
 
     def _begin_again(self) -> None:
@@ -124,6 +125,7 @@ class Follower:
             before = self.recent[-1]
             gap = moment.time - before.time
             paused = gap > PAUSE_SECONDS and gap > PAUSE_GAPS * self.usual_gap > 0
+            paused = paused or any(before.time < until <= moment.time for _, until in self.idle)
             if paused or moment.step < before.step:  # went back to a checkpoint: neither says how fast it is now
                 self.recent.clear()
         self.recent.append(moment)
@@ -136,10 +138,15 @@ class Follower:
                 del curve[1:-1:2]
 
     def _count_time(self, chunk: bytes) -> None:
-        """Add up the time between lines, but not that of a pause: a gap far longer than the usual one."""
+        """Add up the time between lines, but not that of a pause: one that is known, or a gap far longer than the usual."""
         for found in TIME.findall(chunk):
             now = as_number(found.decode())
-            gap = now - self._counted_to
+            before = self._counted_to
+            gap = now - before
+            for since, until in self.idle:
+                if before < until <= now:
+                    gap -= until - max(before, since)
+                    before = until
             is_pause = self._gaps >= 5 and gap > max(PAUSE_SECONDS, PAUSE_GAPS * self.active_seconds / self._gaps)
             if gap > 0 and not is_pause:
                 self.active_seconds += gap

@@ -12,11 +12,12 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
+from osler.monitor.lifetime import LIFETIME
 from osler.monitor.metrics import declared_name
 from osler.report import format as fmt
 from osler.report.charts import inner, kind_of
 from osler.report.diary import happenings, in_words
-from osler.report.families import by_layer, in_families
+from osler.report.families import Family, by_layer, in_families
 from osler.report.lenient import as_text
 from osler.report.svg import value_range
 from osler.watch.state import Stage, Watched
@@ -38,7 +39,7 @@ PANEL_WIDTH, GAP = 36, 3
 HEIGHTS = (8, 6, 5, 4, 3, 2, 1)  # of a curve in lines: the first at which all fits
 PLAIN_HEIGHT = 4
 EVENTS, CHECKPOINTS = 5, 4
-STATE_STYLES = {"running": "good", "finished": "good", "dead": "bad", "quiet": "warn", "stopped": "warn"}
+STATE_STYLES = {"running": "good", "finished": "good", "dead": "bad", "failed": "bad", "quiet": "warn", "stopped": "warn"}
 
 
 class Text(NamedTuple):
@@ -49,7 +50,7 @@ class Text(NamedTuple):
 
 
 def frame(watched: Watched, now: float, width: int, height: int | None = None) -> list[Text]:
-    """The picture, no line longer than `width`; at most `height` lines, or as many as it takes."""
+    """The picture, no line longer than `width`; at most `height` lines, with None everything, the first line as long as it is."""
     stage = watched.current
     top = [*_header(watched, stage, now, width), *_stages(watched, stage, width)]
     below = [*_events(stage), *_checkpoints(stage, now), *_values(stage, width)]
@@ -57,7 +58,22 @@ def frame(watched: Watched, now: float, width: int, height: int | None = None) -
         lines = [*top, *_panels(stage, width, rows), *below]
         if height is None or len(lines) <= height:
             break
-    return [Text(clean(text)[:width].rstrip(), style) for text, style in lines[:height]]
+    whole = [Text(clean(text).rstrip(), style) for text, style in lines[:height]]
+    if height is None:
+        return [whole[0], *(Text(part, style) for text, style in whole[1:] for part in _wrapped(text, width))]
+    return [Text(_cut(text, width), style) for text, style in whole]
+
+
+def _cut(text: str, width: int) -> str:
+    """Text that is too long without its end, and that is shown."""
+    return text if len(text) <= width else text[: width - 1] + "…"
+
+
+def _wrapped(text: str, width: int) -> list[str]:
+    """Text as lines, the first as it is when it fits."""
+    if len(text) <= width:
+        return [text]
+    return textwrap.wrap(text, width, subsequent_indent="  " if width > 20 else "", break_on_hyphens=False)
 
 
 def clean(text: str) -> str:
@@ -75,7 +91,8 @@ def _header(watched: Watched, stage: Stage, now: float, width: int) -> list[Text
         facts.append(f"{fmt.count(stage.parameters)} parameters")
     facts += [as_text(machine[key]) for key in ("device", "dtype") if machine.get(key)]
     state = stage.state(now)
-    lines = [Text(" · ".join(filter(None, facts)), "title"), Text(state.words, STATE_STYLES.get(state.kind, "dim"))]
+    lines = [Text(" · ".join(filter(None, facts)), "title")]
+    lines += [Text(part, STATE_STYLES.get(state.kind, "dim")) for part in _wrapped(clean(state.words), max(20, width))]
     last = stage.log.last
     if last is None:
         return lines
@@ -137,7 +154,7 @@ def _panel(title: str, curve: Sequence[tuple[int, float]], name: str, zero: bool
     head = f"{title} {_show(name, curve[-1][1])}"
     span = f"{_show(name, min(known))} to {_show(name, max(known))}"
     head = f"{head}  {span:>{max(0, width - len(head) - 2)}}" if len(head) + len(span) + 2 <= width else head
-    return [f"{head[:width]:<{width}}", *blocks(columns(curve, width), rows, zero=zero)]
+    return [f"{_cut(head, width):<{width}}", *blocks(columns(curve, width), rows, zero=zero)]
 
 
 def columns(curve: Sequence[tuple[int, float]], width: int) -> list[float]:
@@ -174,20 +191,21 @@ def _values(stage: Stage, width: int) -> list[Text]:
     lines = []
     for family, names in in_families(newest):
         whole, layers = by_layer(names)
-        told = [f"{_short(name)} {_show(name, newest[name])}" for name in whole]
+        told = [f"{_short(name, family)} {_show(name, newest[name])}" for name in whole]
         for base, of in layers.items():
             low, high = (pick(of, key=lambda layer: newest[of[layer]]) for pick in (min, max))
             least, most = _show(of[low], newest[of[low]]), _show(of[high], newest[of[high]])
-            told.append(f"{_short(base)} {least}" + (f" to {most} (most in layer {high})" if most != least else ""))
+            told.append(f"{_short(base, family)} {least}" + (f" to {most} (most in layer {high})" if most != least else ""))
         text = f"{family.title}: {' · '.join(item.replace(' ', NO_BREAK) for item in told)}"
         lines += [Text(line) for line in textwrap.wrap(text, max(20, width), subsequent_indent="  ", break_on_hyphens=False)]
     return lines
 
 
 def _events(stage: Stage) -> list[Text]:
-    """What happened, the newest first."""
+    """What happened, the newest first; when the run began and how it ended, the state says."""
     styles = {"incident": "bad", "rollback": "bad", "alert": "warn"}
-    return [Text(in_words(h), styles.get(h.kind, "")) for h in happenings(stage.events)[:EVENTS]]
+    told = [event for event in stage.events if event["kind"] not in LIFETIME]
+    return [Text(in_words(h), styles.get(h.kind, "")) for h in happenings(told)[:EVENTS]]
 
 
 def _checkpoints(stage: Stage, now: float) -> list[Text]:
@@ -204,6 +222,7 @@ def _show(name: str, value: float) -> str:
     return "not finite" if math.isnan(value) else fmt.value(value, kind_of(name))
 
 
-def _short(name: str) -> str:
-    """A name without its area, which its family says."""
-    return name.split("/", 1)[-1] if name.split("/")[0] in ("train", "perf", "model", "grad", "data") else name
+def _short(name: str, family: Family) -> str:
+    """A name without its area when that is the one area of its family."""
+    area, slash, rest = name.partition("/")
+    return rest if slash and family.prefixes == (f"{area}/",) else name

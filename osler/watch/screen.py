@@ -1,7 +1,7 @@
 """`osler watch`: the picture of a run, drawn again and again on a screen of its own, until Ctrl-C or q.
 
 The alternate screen, so that nothing is left behind; keys are not echoed. Plain ANSI, because a frame is finished lines that are
-drawn from the top left, each cleared to its end: a library would bring layouts that nothing here needs.
+drawn from the top left: a library would bring layouts that nothing here needs.
 """
 
 from __future__ import annotations
@@ -53,9 +53,12 @@ def run(folder: str, *, every_seconds: float = 2.0, once: bool = False) -> int:
 
 
 def draw(lines: Sequence[Text]) -> None:
-    """Put a picture on the screen, over the one before."""
+    """Put a picture on the screen, over the one before.
+
+    A line is cleared before it is written: after a full one the cursor stands on its last character and would take it along.
+    """
     colours = not os.environ.get("NO_COLOR")
-    styled = [f"{STYLES.get(style, '') if colours else ''}{text}{PLAIN}{CLEAR_LINE}" for text, style in lines]
+    styled = [f"{CLEAR_LINE}{STYLES.get(style, '') if colours else ''}{text}{PLAIN}" for text, style in lines]
     _write(HOME + "\r\n".join(styled) + CLEAR_BELOW)
 
 

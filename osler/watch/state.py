@@ -1,13 +1,15 @@
 """What a run folder says about its run at this moment: what it is, how far it is, whether anybody still works on it.
 
-A run leaves no note about how it ended, so that is read off its files: the end of its plan, a checkpoint at its last line, the
-silence since, and on Linux whether a process of this machine holds its log open.
+Its diary says when a process began and how it ended; one that was killed wrote no end. For that, and for a run without such
+notes, its files are read: the end of its plan, a checkpoint at its last line, the silence since, and on Linux whether a process
+of this machine holds its log open.
 """
 
 from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +18,7 @@ from typing import Any
 from osler.checkpoint.manifest import FOLDER_NAME, MANIFEST, STATE
 from osler.errors import UserError
 from osler.monitor.events import read_events
+from osler.monitor.lifetime import END, FAILED, FINISHED, LIFETIME, START, STOPPED
 from osler.report import format as fmt
 from osler.report.lenient import as_dict, as_dicts, as_number, as_text
 from osler.report.model import count_parameters, find_model
@@ -41,7 +44,7 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class State:
-    """How a run is: one of running, quiet, finished, stopped, dead, waiting; and in words."""
+    """How a run is: one of running, quiet, finished, stopped, failed, dead, waiting; and in words."""
 
     kind: str
     words: str
@@ -66,13 +69,14 @@ class Stage:
 
     def refresh(self) -> None:
         """Read what changed since the last call."""
+        if self._changed(self.run.events):  # first: no line is read whose process has not been seen to begin
+            self.events = read_events(self.run.events)
+            self.log.idle = idle_times(self.events)
         self.log.poll()
         if self._changed(self.run.config):
             self.config = _read_yaml(self.run.config)
         if self._changed(self.run.root / "versions.json"):
             self.machine = as_dict(as_dict(_read(self.run.root / "versions.json")).get("machine"))
-        if self._changed(self.run.events):
-            self.events = read_events(self.run.events)
         if self._changed(self.run.checkpoints):
             self._read_checkpoints()
         if self.parameters is None:
@@ -134,7 +138,11 @@ class Stage:
         return self.done >= self.total[0]
 
     def seconds_left(self, now: float) -> float:
-        """Time to the end at the speed of the newest lines, NaN when it is not known."""
+        """Time to the end: what the run last said itself, or else at the speed of the newest lines; NaN when it is not known."""
+        step, seconds = self.log.curves.get("perf/eta_seconds", [(-1, math.nan)])[-1]
+        told = next((moment.time for moment in self.log.recent if moment.step == step), math.nan)
+        if math.isfinite(seconds - told):
+            return max(0.0, seconds - (now - told))
         first, last = (self.log.recent[0], self.log.recent[-1]) if len(self.log.recent) > 1 else (None, None)
         if first is None or last is None:
             return math.nan
@@ -150,12 +158,15 @@ class Stage:
         """Whether the run runs, and what its silence means."""
         last = self.log.last
         silent = max(0.0, now - self.newest_sign)
+        noted = self._noted()
+        if noted and noted["kind"] == END:
+            return self._ended(noted, now)
         if last is None:
             if not self.has_begun:
                 return State("waiting", "nothing here yet: neither config.yaml nor metrics.jsonl")
             return State("waiting", f"no metrics yet; begun {fmt.duration(silent)} ago")
         saved = next((c.step for c in self.checkpoints), None)
-        if self.is_complete:
+        if self.is_complete and not noted:
             return State("finished", f"finished {_ago(silent)}")
         gap = self.log.usual_gap
         if silent <= max(QUIET_SECONDS, QUIET_GAPS * gap):
@@ -166,9 +177,27 @@ class Stage:
         kept = "nothing saved" if saved is None else f"saved at step {saved:,}"
         if silent <= max(DEAD_SECONDS, DEAD_GAPS * gap):
             return State("quiet", f"{for_so_long}; {kept}")
-        if saved is not None and saved >= last.step:
+        if saved is not None and saved >= last.step and not noted:
             return State("stopped", f"stopped {_ago(silent)}, {kept}")
-        return State("dead", f"dead: {for_so_long}; last line at step {last.step:,}, {kept}")
+        killed = " (killed, or the machine went down)" if noted else ""
+        return State("dead", f"dead: {for_so_long}{killed}; last line at step {last.step:,}, {kept}")
+
+    def _noted(self) -> dict[str, Any]:
+        """The newest start or end in the diary; empty without one, and when a process that notes neither has gone on since."""
+        noted = next((event for event in reversed(self.events) if event["kind"] in LIFETIME), {})
+        last = self.log.last
+        is_old = noted.get("kind") == END and last is not None and last.time > as_number(noted.get("time"))
+        return {} if is_old else noted
+
+    def _ended(self, end: dict[str, Any], now: float) -> State:
+        """How the last process ended, by its own words."""
+        ago = _ago(max(0.0, now - as_number(end.get("time"))))
+        newest = next((f"saved at step {c.step:,}" for c in self.checkpoints), "nothing saved")
+        if end.get("name") == FINISHED:
+            return State("finished", f"finished {ago}")
+        if end.get("name") == STOPPED:
+            return State("stopped", f"stopped {ago} by Ctrl-C or SIGTERM, {newest}")
+        return State(FAILED, f"failed {ago} at step {end['step']}, {newest}: {as_text(end['message'])}")
 
     def _held_open(self, now: float) -> bool:
         """Whether a process of this machine has the log open, as far as that can be seen."""
@@ -206,6 +235,18 @@ class Watched:
         """The stages in the order of training, those to come included; empty for a single run."""
         planned = QUICKSTART_STAGES if self.root.kind == "quickstart" else ()
         return sorted({*self.stages, *planned}, key=lambda name: stage_rank(name))
+
+
+def idle_times(events: Sequence[dict[str, Any]]) -> list[tuple[float, float]]:
+    """For each process of a run when the one before had ended, minus infinity where that is not known, and when it began."""
+    idle, since = [], -math.inf
+    for event in events:
+        if event["kind"] == END:
+            since = as_number(event.get("time"))
+        elif event["kind"] == START:
+            idle.append((since, as_number(event.get("time"))))
+            since = -math.inf
+    return [(since, until) for since, until in idle if math.isfinite(until) and not math.isnan(since)]
 
 
 def is_open(path: Path) -> bool:

@@ -21,7 +21,8 @@ def test_durations(seconds: float, text: str) -> None:
 @pytest.mark.parametrize(
     ("value", "text"),
     [(0, "0"), (2.1337, "2.134"), (21.337, "21.34"), (213.37, "213.4"), (2133.7, "2,134"), (0.02134, "0.0213"),
-     (3e-4, "3.00e−4"), (-3e-4, "−3.00e−4"), (-1.5, "−1.500"), (1_234_567, "1.23M"), (math.inf, "–")],
+     (3e-4, "3.00e−4"), (-3e-4, "−3.00e−4"), (-1.5, "−1.500"), (1_234_567, "1.23M"), (math.inf, "–"),
+     (9.1e29, "9.1e+29"), (-2e15, "−2.0e+15"), (9.1e14, "910T")],
 )  # fmt: skip
 def test_measurements(value: float, text: str) -> None:
     assert fmt.number(value) == text

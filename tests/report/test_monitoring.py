@@ -69,6 +69,12 @@ def test_alike_events_are_one_happening_the_newest_first() -> None:
     }  # fmt: skip
 
 
+def test_a_failure_weighs_like_an_incident_and_the_edges_of_a_run_are_not_marked() -> None:
+    diary = [event(0, "start", "begun"), event(5, "end", "failed"), event(4, "start", "resumed"), event(9, "end", "finished")]
+    assert [text.split(":")[:2] for text in grave_in_words(diary)] == [["End", " failed, step 5"]]
+    assert {(step, css) for step, css, _ in marks_of(diary)} == {(5, "incident"), (4, "told")}
+
+
 def test_many_steps_are_not_all_named() -> None:
     (text,) = grave_in_words([event(step, "alert", "stalled") for step in range(100, 120)])
     assert "20 times, at steps 100, 101, …, 118 and 119" in text

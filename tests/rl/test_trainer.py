@@ -15,6 +15,7 @@ from osler.errors import UserError
 from osler.inference.decode import Decoder
 from osler.inference.engine import Engine
 from osler.monitor.events import read_events
+from osler.monitor.lifetime import LIFETIME
 from osler.monitor.metrics import declared_name
 from osler.optim.build import build_optimizer
 from osler.optim.config import AdamWConfig, LinearConfig
@@ -201,7 +202,10 @@ def test_alarms_for_completions_that_never_end_and_rewards_that_never_come(make_
     printed = capsys.readouterr().err
     assert "of the completions were cut at 1 tokens" in printed
     assert "no completion earned a reward for 3 steps" in printed
-    assert [(event["name"], event["step"]) for event in read_events(tmp_path / "events.jsonl")] == [
+    events = read_events(tmp_path / "events.jsonl")
+    assert [(event["name"], event["step"]) for event in (events[0], events[-1])] == [("begun", 0), ("finished", CONFIG.steps)]
+    events = [event for event in events if event["kind"] not in LIFETIME]
+    assert [(event["name"], event["step"]) for event in events] == [
         ("cut-completions", 1),
         ("no-reward", 3),
     ]

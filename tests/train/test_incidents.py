@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import sys
 from itertools import islice
 
 import pytest
@@ -12,8 +13,9 @@ import torch
 
 from osler.checkpoint import store
 from osler.errors import UserError
-from osler.monitor.config import SpikeConfig
+from osler.monitor.config import MonitorConfig, SpikeConfig
 from osler.monitor.events import read_events
+from osler.monitor.lifetime import LIFETIME
 from osler.runtime import faults
 from osler.train.incidents import last_good
 
@@ -63,7 +65,7 @@ def test_every_incident_is_in_the_diary(make_trainer, broken, tmp_path, capsys):
     broken("train-loss:nan:6-7")
     trainer = make_trainer(tmp_path, max_skipped_steps=2, **STEADY)
     assert trainer.fit()
-    events = read_events(tmp_path / "events.jsonl")
+    events = [event for event in read_events(tmp_path / "events.jsonl") if event["kind"] not in LIFETIME]
     assert [(event["kind"], event["name"], event["step"]) for event in events] == [
         ("incident", "skipped-step", 6),
         ("incident", "skipped-step", 7),
@@ -76,6 +78,16 @@ def test_every_incident_is_in_the_diary(make_trainer, broken, tmp_path, capsys):
     said = " ".join(capsys.readouterr().err.split())
     assert said.count("The gradient was not finite: the update was skipped") == 1
     assert "Going back from step 7 to step-000000004 and on with the data after step 7 (rollback 1 of at most 2)." in said
+
+
+def test_of_skipped_steps_in_a_row_the_first_alone_is_told_outside(make_trainer, broken, tmp_path):
+    broken("train-loss:nan:2-4")
+    out, script = tmp_path / "told", tmp_path / "copy.py"
+    script.write_text("import sys; open(sys.argv[1], 'a').write(sys.stdin.read())")
+    monitor = MonitorConfig(webhook=f"'{sys.executable}' '{script}' '{out}'")
+    assert make_trainer(tmp_path, monitor=monitor, max_skipped_steps=9, **STEADY).fit()
+    noted = [event["step"] for event in read_events(tmp_path / "events.jsonl") if event["name"] == "skipped-step"]
+    assert noted == [2, 3, 4] and out.read_text().count('"skipped-step"') == 1
 
 
 def test_one_bad_step_costs_itself(make_trainer, broken, tmp_path):
@@ -125,7 +137,9 @@ def test_without_end_it_is_an_error_that_says_everything(make_trainer, broken, t
     assert f"{tmp_path / 'events.jsonl'} has the others" in told
     good = tmp_path / "checkpoints" / store.folder_name(4)
     assert f"`--run NEW_FOLDER init_from={good} optim.lr=" in told and "middle of the trouble" not in told
-    assert [event["kind"] for event in read_events(tmp_path / "events.jsonl")].count("rollback") == 2
+    events = read_events(tmp_path / "events.jsonl")
+    assert [event["kind"] for event in events].count("rollback") == 2
+    assert (events[-1]["kind"], events[-1]["name"], events[-1]["step"], events[-1]["message"]) == ("end", "failed", 7, told)
 
 
 @pytest.mark.parametrize(
@@ -161,7 +175,7 @@ def test_a_loss_that_spikes(make_trainer, tmp_path, capsys, action):
 
     trainer.train_step.engine.loss = spiking
     assert trainer.fit()
-    events = read_events(tmp_path / "events.jsonl")
+    events = [event for event in read_events(tmp_path / "events.jsonl") if event["kind"] not in LIFETIME]
     assert (events[0]["kind"], events[0]["name"], events[0]["step"], events[0]["rows"]) == ("incident", "loss-spike", 9, [32, 35])
     assert events[0]["deviations"] > 20 and events[0]["loss"] > 40
     assert [event["kind"] for event in events[1:]] == (["rollback"] if action == "rollback" else [])

@@ -7,6 +7,7 @@ import sys
 
 from osler.cli import main
 from osler.monitor.events import read_events
+from osler.monitor.lifetime import LIFETIME
 from osler.runtime.files import RunFolder
 from osler.runtime.stop import EXIT_STOPPED
 
@@ -16,11 +17,11 @@ SICK = ("optim.lr=10", "total_tokens=20480", "save_every_tokens=10240", "eval_ev
 def test_a_learning_rate_far_too_high_reaches_the_webhook(launch_stopped, tiny, tmp_path, capsys):
     out, run = tmp_path / "alerts.jsonl", RunFolder(tmp_path / "run")
     assert launch_stopped(run.root, *SICK, fault="train-step:sigterm:25") == EXIT_STOPPED
-    said_before = {event["name"] for event in read_events(run.events)}
+    said_before = {event["name"] for event in read_events(run.events) if event["kind"] not in LIFETIME}
     (tmp_path / "copy.py").write_text("import sys; open(sys.argv[1], 'a').write(sys.stdin.read())")
     hook = f"'{sys.executable}' '{tmp_path / 'copy.py'}' '{out}'"
     assert main(["pretrain", tiny.pretrain, *SICK, f'monitor.webhook="{hook}"', "--run", str(run.root)]) == 0
-    events = read_events(run.events)
+    events = [event for event in read_events(run.events) if event["kind"] not in LIFETIME]
     told = [json.loads(line) for line in out.read_text().splitlines()]
     assert "learning-rate" in {event["name"] for event in events}
     assert [alert["name"] for alert in told] == [event["name"] for event in events if event["step"] > 25]

@@ -14,7 +14,7 @@ from osler.checkpoint import store
 from osler.model.config import ModelConfig
 from osler.monitor.events import EventLog
 from osler.report import format as fmt
-from osler.watch.frame import blocks, clean, columns, frame
+from osler.watch.frame import NO_BREAK, blocks, clean, columns, frame
 from osler.watch.state import DEAD_SECONDS, Watched, is_open
 
 NOW = 2_000_000.0
@@ -47,6 +47,12 @@ def make_run(tmp_path: Path) -> MakeRun:
 def age(folder: Path, ago: float) -> None:
     for path in (*folder.rglob("*"), folder):
         os.utime(path, (NOW - ago, NOW - ago))
+
+
+def note(folder: Path, step: int, when: float, kind: str, name: str, message: str = "") -> None:
+    line = {"step": step, "time": when, "kind": kind, "name": name, "message": message}
+    with (folder / "events.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
 
 
 def picture(folder: Path, width: int = 100, height: int | None = None) -> str:
@@ -91,6 +97,82 @@ def test_what_silence_means(make_run: MakeRun, ago: float, saved: int | None, st
     text = picture(folder)
     assert text.splitlines()[1] == expected
     assert ("to go" in text) == (expected == "running")
+
+
+@pytest.mark.parametrize(
+    ("name", "message", "expected"),
+    [
+        ("finished", "The run is complete.", "finished 30 s ago"),
+        ("stopped", "Stopped.", "stopped 30 s ago by Ctrl-C or SIGTERM, saved at step 20"),
+        ("failed", "Lower optim.lr.", "failed 30 s ago at step 40, saved at step 20: Lower optim.lr."),
+    ],
+)
+def test_how_a_run_ended_is_what_it_wrote(make_run: MakeRun, name: str, message: str, expected: str) -> None:
+    folder = make_run(ago=31.0)
+    save(folder, 20, 31.0)
+    note(folder, 0, NOW - 200, "start", "begun")
+    note(folder, 40, NOW - 30, "end", name, message)
+    text = picture(folder)
+    assert text.splitlines()[1] == expected and "to go" not in text and text.count(message) == expected.count(message)
+    note(folder, 20, NOW - 2, "start", "resumed")
+    age(folder, 2.0)
+    assert picture(folder).splitlines()[1] == "running"
+
+
+def test_a_run_that_was_killed_has_noted_no_end(make_run: MakeRun) -> None:
+    folder = make_run(ago=DEAD_SECONDS + 60)
+    save(folder, 20, DEAD_SECONDS + 60)
+    note(folder, 0, NOW - 1000, "start", "begun")
+    age(folder, DEAD_SECONDS + 60)
+    killed = "dead: no sign of it for 3 min 00 s (killed, or the machine went down); last line at step 40, saved at step 20"
+    assert picture(folder, width=150).splitlines()[1] == killed
+
+
+def test_a_run_that_failed_before_its_first_line_says_so(make_run: MakeRun) -> None:
+    folder = make_run(steps=0)
+    note(folder, 0, NOW - 2, "start", "begun")
+    note(folder, 0, NOW - 1, "end", "failed", "OutOfMemoryError: CUDA out of memory.")
+    state = picture(folder).splitlines()[1]
+    assert state == "failed 1.0 s ago at step 0, nothing saved: OutOfMemoryError: CUDA out of memory."
+
+
+def test_a_complete_log_without_an_end_is_not_taken_for_the_end(make_run: MakeRun) -> None:
+    folder = make_run(steps=80)
+    note(folder, 0, NOW - 200, "start", "begun")
+    age(folder, 1.0)
+    assert picture(folder).splitlines()[1] == "running", "the last evaluation is to come"
+
+
+def test_short_pauses_between_processes_are_no_work_and_the_run_itself_says_how_long_it_has_to_go(make_run: MakeRun) -> None:
+    folder = make_run(**{"perf/eta_seconds": 500.0})
+    path = folder / "metrics.jsonl"
+    later = [{**json.loads(text), "step": 40 + n, "time": NOW - 1 + 30 + 2 * n} for n, text in enumerate(path.open(), 1)]
+    path.write_text(path.read_text() + "".join(json.dumps(row) + "\n" for row in later[:5]))
+    note(folder, 0, NOW - 80, "start", "begun")
+    note(folder, 40, NOW, "end", "stopped")
+    note(folder, 40, NOW + 29, "start", "resumed")
+    watched = Watched(folder)
+    watched.refresh()
+    assert watched.current.log.active_seconds == 78 + 1 + 2 + 8, "to the end, from the start on, and between lines"
+    assert [moment.step for moment in watched.current.log.recent] == [41, 42, 43, 44, 45]
+    assert watched.current.seconds_left(NOW + 49) == 490
+
+
+def test_a_long_message_is_printed_whole_where_lines_are_no_terminals(make_run: MakeRun) -> None:
+    folder = make_run()
+    message = "The gradient exploded at a very high number of things. " * 5 + "Lower optim.lr."
+    EventLog(folder / "events.jsonl").write(3, "alert", "gradient", message)
+    plain = picture(folder, 40)
+    assert message in " ".join(plain.split()) and max(map(len, plain.splitlines()[1:])) <= 40
+    live = picture(folder, 40, 40).splitlines()
+    assert max(map(len, live)) <= 40 and any(line.startswith("Alert") and line.endswith("…") for line in live)
+
+
+def test_newest_values_say_what_they_are_of(make_run: MakeRun) -> None:
+    metrics = {"grad/mean": 9.1e29, "grad/norm/0": 1.0, "rewards/a/mean": 0.5, "update/ratio": 0.25}
+    text = picture(make_run(**metrics), 200).replace(NO_BREAK, " ")
+    assert "Gradients: train/grad_norm 1.000 · grad/mean 9.1e+29 · update/ratio 0.250 · grad/norm 1.000" in text
+    assert "rewards/a/mean 0.500" in text
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="only Linux shows which files a process has open")

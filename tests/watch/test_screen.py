@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from osler.cli import main
-from osler.watch.screen import ENTER, HOME, LEAVE
+from osler.watch.frame import Text
+from osler.watch.screen import CLEAR_LINE, ENTER, HOME, LEAVE, draw
 
 pty = pytest.importorskip("pty", reason="terminals of this kind are Unix's")
 
@@ -115,6 +117,25 @@ def test_a_run_that_is_about_to_begin_is_waited_for(run: Path) -> None:
     os.write(terminal.end, b"q")
     terminal.until(LEAVE)
     assert terminal.leave() == 0
+
+
+def test_full_lines_keep_their_last_character(capsys: pytest.CaptureFixture[str]) -> None:
+    """On a terminal that does not wrap, the cursor stays on the last column, and clearing starts where it stands."""
+    width, screen = 12, {}
+    draw([Text("0 to 0.23689", "title"), Text("short", "dim")])
+    row = column = 0
+    for code, text in re.findall(r"(\x1b\[\??[0-9;]*[A-Za-z])|([^\x1b])", capsys.readouterr().out):
+        if code == CLEAR_LINE:
+            screen = {place: c for place, c in screen.items() if place[0] != row or place[1] < column}
+        elif text == "\n":
+            row += 1
+        elif text == "\r":
+            column = 0
+        elif text:
+            screen[row, column] = text
+            column = min(column + 1, width - 1)
+    assert "".join(screen[0, n] for n in range(width)) == "0 to 0.23689"
+    assert "".join(screen[1, n] for n in range(5)) == "short"
 
 
 def test_the_picture_follows_the_run_and_the_size_of_the_terminal(run: Path) -> None:

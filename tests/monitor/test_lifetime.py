@@ -1,0 +1,52 @@
+"""How a run's work began and ended stands in its diary; a failure is told outside, and nothing else of this is."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from osler.errors import UserError
+from osler.monitor.config import MonitorConfig
+from osler.monitor.events import read_events
+from osler.monitor.fanout import open_sinks
+from osler.monitor.history import Facts
+from osler.monitor.lifetime import recorded
+from osler.runtime.files import RunFolder
+
+FACTS = Facts(lr=1e-3, clip_norm=1.0)
+
+
+def live(run, out, *, first, last, total=10, error=None):
+    """Work on a run from step `first` to `last` with a webhook that appends to `out`."""
+    script = run.root / "copy.py"
+    script.write_text("import sys; open(sys.argv[1], 'a').write(sys.stdin.read())")
+    hook, step = f"'{sys.executable}' '{script}' '{out}'", first
+    with (
+        open_sinks(MonitorConfig(webhook=hook), run, FACTS, step=first) as sinks,
+        recorded(sinks.events, lambda: step, lambda: step >= total),
+    ):
+        step = last
+        if error is not None:
+            raise error
+
+
+def test_starts_and_ends_are_in_the_diary_and_failures_reach_the_webhook(tmp_path):
+    run, out = RunFolder.create(tmp_path), tmp_path / "told"
+    live(run, out, first=0, last=4)
+    with pytest.raises(ValueError, match="no such row"):
+        live(run, out, first=4, last=6, error=ValueError("no such row\nand more"))
+    with pytest.raises(UserError):
+        live(run, out, first=4, last=6, error=UserError("Lower optim.lr."))
+    with pytest.raises(KeyboardInterrupt):
+        live(run, out, first=4, last=7, error=KeyboardInterrupt())
+    live(run, out, first=4, last=10)
+    events = read_events(run.events)
+    assert [(e["kind"], e["name"], e["step"]) for e in events] == [
+        ("start", "begun", 0), ("end", "stopped", 4), ("start", "resumed", 4), ("end", "failed", 6), ("start", "resumed", 4),
+        ("end", "failed", 6), ("start", "resumed", 4), ("end", "stopped", 7), ("start", "resumed", 4), ("end", "finished", 10),
+    ]  # fmt: skip
+    assert [e["message"] for e in events if e["name"] == "failed"] == ["ValueError: no such row", "Lower optim.lr."]
+    assert [e["saved"] for e in events if e["name"] == "stopped"] == [True, False]
+    told = out.read_text()
+    assert told.count('"failed"') == told.count('"critical"') == told.count("\n") == 2 and '"message": "Lower optim.lr."' in told
