@@ -183,6 +183,11 @@ def test_a_dry_run_asks_for_the_device(tiny, runs, tmp_path, capsys):
         assert "Device 'cuda' was asked for" in capsys.readouterr().err
 
 
+def test_the_console_tells_the_held_out_loss_from_that_of_training(make_trainer, tmp_path, capsys):
+    assert make_trainer(tmp_path, lambda: {"eval/loss": 1.25, "eval/bits_per_byte": 2.5}).fit()
+    assert ": held-out loss 1.2500, bits_per_byte 2.5000, train_gap " in capsys.readouterr().err
+
+
 def test_a_run_is_named_by_its_recipe_or_else_by_its_data(tiny, tmp_path, capsys):
     rows = tmp_path / "answers.jsonl"
     rows.write_text('{"question": "a", "answer": "b"}\n')
