@@ -126,7 +126,7 @@ class Incidents:
         )
         if self.world.is_first:
             say(f"Warning: {message}")
-            reached = {"from_step": step, "number": rollbacks, "data_offset": self.data_offset}
+            reached: dict[str, Any] = {"from_step": step, "number": rollbacks, "data_offset": self.data_offset}
             self.events.write(loaded.step, "rollback", "rollback", message, **reached)
 
     def _diagnosis(self, step: int, good: Path | None) -> str:

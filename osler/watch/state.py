@@ -184,7 +184,7 @@ class Stage:
 
     def _noted(self) -> dict[str, Any]:
         """The newest start or end in the diary; empty without one, and when a process that notes neither has gone on since."""
-        noted = next((event for event in reversed(self.events) if event["kind"] in LIFETIME), {})
+        noted: dict[str, Any] = next((event for event in reversed(self.events) if event["kind"] in LIFETIME), {})
         last = self.log.last
         is_old = noted.get("kind") == END and last is not None and last.time > as_number(noted.get("time"))
         return {} if is_old else noted
