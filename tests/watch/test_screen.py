@@ -43,6 +43,11 @@ def test_what_cannot_be_watched_is_refused(tmp_path: Path, capsys: pytest.Captur
     assert "above 0" in capsys.readouterr().err
 
 
+def _hear_ctrl_c() -> None:
+    """A test runner that a shell put into the background ignores Ctrl-C, and what it starts would too."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class Terminal:
     """`osler watch` on a terminal of its own."""
 
@@ -54,7 +59,9 @@ class Terminal:
         self.settings = termios.tcgetattr(other)
         command = [sys.executable, "-m", "osler.cli", "watch", str(folder), "--every", str(every)]
         environment = {**os.environ, "TERM": "xterm", "PYTHONIOENCODING": "utf-8"}
-        self.process = subprocess.Popen(command, stdin=other, stdout=other, stderr=other, env=environment, start_new_session=True)
+        self.process = subprocess.Popen(
+            command, stdin=other, stdout=other, stderr=other, env=environment, start_new_session=True, preexec_fn=_hear_ctrl_c
+        )
         self.other, self.seen = other, ""
 
     def until(self, text: str, seconds: float = 60.0) -> str:
