@@ -15,7 +15,6 @@ import json
 import os
 import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -24,9 +23,37 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+from measuring import measured, publish
+
 LEVELS = ("off", "basic", "full")
 LINES_EVERY = 10
+
+
+def built(config: Any, args: argparse.Namespace) -> tuple[Any, Any, Any]:
+    """Model, optimizer and step of a config."""
+    import torch
+
+    from osler.model.transformer import Transformer
+    from osler.optim.build import build_optimizer
+    from osler.parallel.parallelize import parallelize
+    from osler.runtime.world import World
+    from osler.train.step import TrainStep
+
+    model = Transformer(config.model, compute_dtype=getattr(torch, args.dtype))
+    model.init_weights(0)
+    model.to(args.device)
+    engine = parallelize(model, config.parallel, World(device=args.device), compile=args.compile)
+    optimizer = build_optimizer(model, config.optim)
+    step = TrainStep(
+        model,
+        optimizer,
+        engine,
+        micro_batch_tokens=None,
+        clip_norm=config.clip_norm,
+        document_mask=False,
+        device=torch.device(args.device),
+    )
+    return model, optimizer, step
 
 
 def measure(level: str, args: argparse.Namespace) -> dict[str, float]:
@@ -38,15 +65,10 @@ def measure(level: str, args: argparse.Namespace) -> dict[str, float]:
     from osler.data.delivered import Delivered
     from osler.data.loader import Batch, Loader, StagedLoader
     from osler.model.config import ModelConfig
-    from osler.model.transformer import Transformer
     from osler.monitor.config import MonitorConfig
-    from osler.optim.build import build_optimizer
-    from osler.parallel.parallelize import parallelize
     from osler.runtime.device import keep_freed_memory
     from osler.runtime.files import RunFolder
-    from osler.runtime.world import World
     from osler.train.config import TrainConfig
-    from osler.train.step import TrainStep
     from osler.train.trainer import Trainer
 
     keep_freed_memory()
@@ -65,20 +87,7 @@ def measure(level: str, args: argparse.Namespace) -> dict[str, float]:
         log_every_steps=LINES_EVERY,
         monitor=MonitorConfig(level=level, full_every_steps=args.every),
     )
-    model = Transformer(shape, compute_dtype=getattr(torch, args.dtype))
-    model.init_weights(0)
-    model.to(device)
-    engine = parallelize(model, config.parallel, World(device=args.device), compile=args.compile)
-    optimizer = build_optimizer(model, config.optim)
-    step = TrainStep(
-        model,
-        optimizer,
-        engine,
-        micro_batch_tokens=None,
-        clip_norm=config.clip_norm,
-        document_mask=False,
-        device=device,
-    )
+    model, optimizer, step = built(config, args)
     asked: list[float] = []
     with tempfile.TemporaryDirectory() as folder:
         loader = Loader(stand_in(config, Path(folder)), args.rows, workers=1, pin_memory=device.type == "cuda")
@@ -112,16 +121,6 @@ def measure(level: str, args: argparse.Namespace) -> dict[str, float]:
     return {"step_seconds": seconds, **({"look_seconds": looks[-1]} if looks else {})}
 
 
-def fresh(level: str, argv: list[str], threads: int) -> dict[str, float]:
-    """Measure one level in a process of its own."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(threads)}
-    done = subprocess.run([sys.executable, __file__, *argv, "--level", level], env=environment, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{level} failed:\n{done.stderr[-3000:]}")
-    result: dict[str, float] = json.loads(done.stdout.strip().splitlines()[-1])
-    return result
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", default="pure-tiny", help="whose model")
@@ -146,7 +145,7 @@ def main() -> None:
     rounds = []
     for number in range(args.rounds):
         order = LEVELS[number % len(LEVELS) :] + LEVELS[: number % len(LEVELS)]
-        rounds.append({level: fresh(level, sys.argv[1:], args.threads) for level in order})
+        rounds.append({level: measured([__file__, *sys.argv[1:], "--level", level], threads=args.threads) for level in order})
     result: dict[str, Any] = {
         "benchmark": "monitor",
         "shape": {"recipe": args.recipe, "layers": args.layers, "rows": args.rows, "seq_len": args.seq_len},
@@ -166,10 +165,7 @@ def main() -> None:
             for level in LEVELS[1:]
         },
     }
-    text = json.dumps(result, indent=2)
-    print(text)
-    if args.out:
-        args.out.write_text(text + "\n")
+    publish(result, args.out)
 
 
 if __name__ == "__main__":

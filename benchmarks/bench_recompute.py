@@ -17,7 +17,6 @@ import argparse
 import json
 import os
 import platform
-import resource
 import statistics
 import sys
 import time
@@ -60,6 +59,7 @@ def measure(mode: str, args: argparse.Namespace) -> dict[str, float]:
     from osler.optim.config import AdamWConfig
     from osler.parallel.activation_checkpoint import set_recompute
     from osler.runtime.device import keep_freed_memory
+    from osler.runtime.memory import peak_bytes
 
     keep_freed_memory()
     torch.manual_seed(0)
@@ -93,11 +93,9 @@ def measure(mode: str, args: argparse.Namespace) -> dict[str, float]:
         before = time.perf_counter()
         step()
         seconds.append(time.perf_counter() - before)
-    # ru_maxrss is in KiB, on macOS in bytes
-    process_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return {
         "step_bytes": peak_step_bytes(step, device.type == "cuda"),
-        "process_bytes": process_bytes,
+        "process_bytes": peak_bytes(torch.device("cpu")),
         "step_seconds": statistics.median(seconds),
         "first_step_seconds": first_seconds,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),

@@ -20,7 +20,6 @@ import json
 import os
 import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -28,7 +27,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+from measuring import ROOT, measured, publish
+
 MODES = ("none", "background", "foreground")
 RESULT = ROOT / "benchmarks" / "results" / "bench_save.json"
 
@@ -111,22 +111,12 @@ def measure(mode: str, args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def fresh(mode: str, argv: list[str], threads: int) -> dict[str, Any]:
-    """Measure one mode in a process of its own."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(threads)}
-    done = subprocess.run([sys.executable, __file__, *argv, "--mode", mode], env=environment, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{mode} failed:\n{done.stderr[-3000:]}")
-    result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    return result
-
-
 def compared(rounds: list[dict[str, dict[str, Any]]], mode: str, interval_seconds: float) -> dict[str, Any]:
     """The medians of one mode, and its throughput against the mode without saves in the same round."""
     varying = [name for name, value in rounds[0][mode].items() if isinstance(value, float)]
-    found = {name: statistics.median(measured[mode][name] for measured in rounds) for name in varying}
+    found = {name: statistics.median(each[mode][name] for each in rounds) for name in varying}
     if mode != "none":
-        ratios = [measured[mode]["tokens_per_second"] / measured["none"]["tokens_per_second"] for measured in rounds]
+        ratios = [each[mode]["tokens_per_second"] / each["none"]["tokens_per_second"] for each in rounds]
         found["throughput_ratio"] = statistics.median(ratios)
         found["throughput_at_interval"] = interval_seconds / (interval_seconds + found["stall_seconds"])
     return {name: round(value, 4) for name, value in found.items()}
@@ -157,7 +147,8 @@ def main() -> None:
 
     import torch
 
-    rounds = [{mode: fresh(mode, sys.argv[1:], args.threads) for mode in MODES} for _ in range(args.rounds)]
+    child = [__file__, *sys.argv[1:], "--mode"]
+    rounds = [{mode: measured([*child, mode], threads=args.threads) for mode in MODES} for _ in range(args.rounds)]
     first = rounds[0]["background"]
     same = ("parameters", "dtype", "compiled", "saved_bytes")
     result = {
@@ -178,10 +169,8 @@ def main() -> None:
         },
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
     }
-    text = json.dumps(result, indent=2) + "\n"
-    print(text, end="")
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(text, encoding="utf-8")
+    publish(result, args.out)
 
 
 if __name__ == "__main__":
