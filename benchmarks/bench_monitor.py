@@ -1,11 +1,13 @@
-"""What watching a run costs: mean time of a training step with monitor.level=off, basic and full.
+"""What watching a run costs: the share of a training step that monitor.level=basic and full add.
 
-    python benchmarks/bench_monitor.py [--recipe pure-tiny] [--layers N] [--rows 16] [--seq-len 256] [--rounds 5] [--compile]
+    python benchmarks/bench_monitor.py [--recipe pure-tiny] [--layers N] [--rows 16] [--seq-len 256] [--cycles 20] [--compile]
 
-Every measurement is a fresh process, and the levels take turns, so that a machine that slows down slows all of them; each round
-begins with another level. A process trains on random tokens with the real trainer, lines of metrics every ten steps, and times
-``full_every_steps`` steps after the first ten: with level=full one of them looks at everything, so the mean is what a run pays.
-Ratios to ``off`` are taken round by round, and their median is the result.
+One percent is less than two processes differ by on a shared machine, so the levels take turns within a process: a run of the
+real trainer, on random tokens and with a line of metrics every ten steps, changes its level at every line, in cycles of off,
+basic, full and a rest without watching, in which what a look does to caches and memory still shows. A phase's time is taken step
+by step: the median, over the cycles, of the first step behind a line, of the second, and so on to the tenth, which has the line
+(and the look) in it; these ten are added up. What a look costs, its own ten steps and the ten behind it less twenty without, is
+shared out over ``full_every_steps``. Every round is a fresh process; the results are medians over rounds.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from typing import Any
 
 from measuring import measured, publish
 
-LEVELS = ("off", "basic", "full")
+PHASES = ("off", "basic", "full", "rest")
 LINES_EVERY = 10
 
 
@@ -56,8 +58,8 @@ def built(config: Any, args: argparse.Namespace) -> tuple[Any, Any, Any]:
     return model, optimizer, step
 
 
-def measure(level: str, args: argparse.Namespace) -> dict[str, float]:
-    """Train at one level in this process; seconds of a step, and the milliseconds a look took."""
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Train in this process; seconds of ten steps at each level, and of a look by the trainer's own clock."""
     import torch
 
     from osler.bench.measure import stand_in
@@ -76,7 +78,8 @@ def measure(level: str, args: argparse.Namespace) -> dict[str, float]:
     shape = decode(ModelConfig, load_recipe(args.recipe)["model"])
     shape = replace(shape, num_layers=args.layers or shape.num_layers, max_seq_len=max(args.seq_len, shape.max_seq_len))
     batch_tokens = args.rows * args.seq_len
-    total_tokens = (LINES_EVERY + args.every + 1) * batch_tokens  # one more than is timed: the last one saves
+    phases = ["rest", *PHASES * args.cycles]
+    total_tokens = (len(phases) + 1) * LINES_EVERY * batch_tokens  # ten more than are timed: the last one saves
     config = TrainConfig(
         model=shape,
         seq_len=args.seq_len,
@@ -85,17 +88,19 @@ def measure(level: str, args: argparse.Namespace) -> dict[str, float]:
         save_every_tokens=total_tokens,
         eval_every_tokens=total_tokens,
         log_every_steps=LINES_EVERY,
-        monitor=MonitorConfig(level=level, full_every_steps=args.every),
+        monitor=MonitorConfig(level="off", full_every_steps=LINES_EVERY),
     )
     model, optimizer, step = built(config, args)
-    asked: list[float] = []
+    given: list[float] = []  # when the trainer got the batch of each step
     with tempfile.TemporaryDirectory() as folder:
         loader = Loader(stand_in(config, Path(folder)), args.rows, workers=1, pin_memory=device.type == "cuda")
         staged = StagedLoader(config.timeline, [loader])
 
         def batches(first: int, skipped_tokens: int) -> Iterator[Batch]:
-            for batch in staged.batches(first, skipped_tokens):
-                asked.append(time.perf_counter())
+            for number, batch in enumerate(staged.batches(first, skipped_tokens)):
+                phase = (*phases, "rest")[number // LINES_EVERY]
+                trainer.collector.level = "off" if phase == "rest" else phase
+                given.append(time.perf_counter())
                 yield batch
 
         run = RunFolder.create(Path(folder) / "run")
@@ -115,10 +120,30 @@ def measure(level: str, args: argparse.Namespace) -> dict[str, float]:
         )
         assert trainer.fit()
         lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]
-    # Both ends lie just behind a line of metrics, which waits for the device.
-    seconds = (asked[LINES_EVERY + args.every] - asked[LINES_EVERY]) / args.every
     looks = [LINES_EVERY * line["perf/monitor_ms"] / 1000 for line in lines if line.get("perf/monitor_ms")]
-    return {"step_seconds": seconds, **({"look_seconds": looks[-1]} if looks else {})}
+    assert len(looks) == args.cycles
+    windows = {phase: [number for number, each in enumerate(phases) if each == phase and number] for phase in PHASES}
+    return {
+        "ten_steps_seconds": {phase: ten_steps(given, windows[phase]) for phase in PHASES},
+        "look_seconds": statistics.median(looks),
+    }
+
+
+def ten_steps(given: list[float], windows: list[int]) -> float:
+    """Seconds from one line of metrics to the next: the sum, over the steps between, of each one's median over ``windows``.
+
+    On a GPU steps are only queued, and the line waits for all of them.
+    """
+    starts = [LINES_EVERY * window for window in windows]
+    return sum(statistics.median(given[s + n + 1] - given[s + n] for s in starts) for n in range(LINES_EVERY))
+
+
+def overhead(seconds: dict[str, float], full_every_steps: int) -> dict[str, float]:
+    """The share of the step time without watching that each level adds."""
+    step = seconds["off"] / LINES_EVERY
+    basic = (seconds["basic"] - seconds["off"]) / seconds["off"]
+    look = seconds["full"] - seconds["basic"] + seconds["rest"] - seconds["off"]
+    return {"basic": basic, "full": basic + look / (step * full_every_steps)}
 
 
 def main() -> None:
@@ -127,30 +152,32 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="instead of the recipe's, for a short trial")
     parser.add_argument("--rows", type=int, default=16)
     parser.add_argument("--seq-len", type=int, default=256)
-    parser.add_argument("--every", type=int, default=100, help="full_every_steps, and the steps timed; a multiple of ten")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--cycles", type=int, default=20, help="turns of every level in each process")
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="float32")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--out", type=Path, help="also write the JSON here")
-    parser.add_argument("--level", choices=LEVELS, help=argparse.SUPPRESS)
+    parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.level:
-        print(json.dumps(measure(args.level, args)))
+    if args.measure:
+        print(json.dumps(measure(args)))
         return
 
     import torch
 
-    rounds = []
-    for number in range(args.rounds):
-        order = LEVELS[number % len(LEVELS) :] + LEVELS[: number % len(LEVELS)]
-        rounds.append({level: measured([__file__, *sys.argv[1:], "--level", level], threads=args.threads) for level in order})
+    from osler.monitor.config import MonitorConfig
+
+    every = MonitorConfig().full_every_steps
+    rounds = [measured([__file__, *sys.argv[1:], "--measure"], threads=args.threads) for _ in range(args.rounds)]
+    overheads = [overhead(each["ten_steps_seconds"], every) for each in rounds]
     result: dict[str, Any] = {
         "benchmark": "monitor",
         "shape": {"recipe": args.recipe, "layers": args.layers, "rows": args.rows, "seq_len": args.seq_len},
-        "full_every_steps": args.every,
+        "full_every_steps": every,
         "lines_every_steps": LINES_EVERY,
+        "cycles": args.cycles,
         "dtype": args.dtype,
         "compiled": args.compile,
         "device": args.device if args.device == "cpu" else torch.cuda.get_device_name(args.device),
@@ -158,12 +185,10 @@ def main() -> None:
         "machine": f"{platform.system()} {platform.machine()}",
         "torch": torch.__version__,
         "rounds": rounds,
-        "median_step_seconds": {level: statistics.median(each[level]["step_seconds"] for each in rounds) for level in LEVELS},
-        "median_look_seconds": statistics.median(each["full"]["look_seconds"] for each in rounds),
-        "median_ratio_to_off": {
-            level: statistics.median(each[level]["step_seconds"] / each["off"]["step_seconds"] for each in rounds)
-            for level in LEVELS[1:]
-        },
+        "median_step_seconds_off": statistics.median(each["ten_steps_seconds"]["off"] for each in rounds) / LINES_EVERY,
+        "median_look_seconds": statistics.median(each["look_seconds"] for each in rounds),
+        "overhead_each_round": overheads,
+        "median_overhead": {level: statistics.median(each[level] for each in overheads) for level in ("basic", "full")},
     }
     publish(result, args.out)
 

@@ -1,6 +1,6 @@
 """Training throughput at fixed shapes beside nanochat's GPT and Hugging Face's Qwen3: `osler bench` on the shapes README quotes.
 
-    python benchmarks/bench_train.py [--peer PATH_TO_NANOCHAT] [--peer hf] [--shape small] [--rounds 3] [--out FILE]
+    python benchmarks/bench_train.py [--peer PATH_TO_NANOCHAT] [--peer hf] [--shape small] [--batch-tokens N] [--out FILE]
 
 How it measures stands in `osler/bench/run.py`. Every model's step is `train/step.py` (forward, backward, clipping, fused AdamW),
 so the comparison is of the models and their losses.
@@ -38,6 +38,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer", action="append", default=[], help="a checkout of nanochat, or hf")
     parser.add_argument("--shape", choices=SHAPES, default="small")
+    parser.add_argument("--batch-tokens", type=int, help="instead of the shape's")
     parser.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=12)
@@ -45,6 +46,7 @@ def main() -> None:
     args = parser.parse_args()
     recipe, shape = SHAPES[args.shape]
     overrides = [*shape.split(), f"precision={args.precision}"]
+    overrides += [f"batch_tokens={args.batch_tokens}"] if args.batch_tokens else []
     config = decode(TrainConfig, load_recipe(recipe, overrides) if recipe else parse_overrides(overrides))
     publish(compare(config, args.shape, peers=args.peer, rounds=args.rounds, steps=args.steps), args.out)
 

@@ -17,6 +17,11 @@ def rope_tables(
 
 
 def rotate(x_BTNH: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate each (i, i + H/2) pair of the last dimension; ``cos`` and ``sin`` broadcast against ``x`` and have its dtype."""
+    """Rotate each (i, i + H/2) pair of the last dimension; ``cos`` and ``sin`` broadcast against ``x`` and have its dtype.
+
+    Their second half repeats the first (``rope_tables``). Each half of ``x`` is computed by itself, because a compiler makes slow
+    code of halves that change places first.
+    """
     left, right = x_BTNH.chunk(2, dim=-1)
-    return x_BTNH * cos + torch.cat([-right, left], dim=-1) * sin
+    cos, sin = (table[..., : left.shape[-1]] for table in (cos, sin))
+    return torch.cat([left * cos - right * sin, right * cos + left * sin], dim=-1)

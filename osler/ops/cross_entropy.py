@@ -1,16 +1,17 @@
-"""Linear head and cross-entropy in one, by chunks of tokens: tokens x vocabulary logits are never held.
+"""Linear head and cross-entropy in one, by chunks of tokens: of tokens x vocabulary logits only a bounded part is ever held.
 
 Idea: the gradient of a summed cross-entropy with respect to the logits is known as soon as the logits are, so the forward pass
 turns each chunk of logits into its contribution to the gradients and forgets it. Log-probabilities of given labels (RL) do not
 know their gradient yet; they recompute each chunk in the backward pass instead. The matmuls run in the dtype of the features,
-the log-sum-exp and the weight gradient in fp32. Both pass ``torch.compile(fullgraph=True)``.
+the log-sum-exp and every sum of weight gradients in fp32. Both pass ``torch.compile(fullgraph=True)``.
 
 Shape legend: N tokens, R features per token, V rows of the head (padding included), C tokens of one chunk.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,9 @@ MOST_CHUNK_TOKENS = 2048
 WEIGHT_PIECE = 1 << 25  # elements of a weight gradient that are widened to fp32 at a time: 128 MB
 CHUNK_BYTES = 1 << 28  # of logits: in fp32 1,280 tokens of 50k words, 320 of 200k
 BLOCK_LOGITS = {"cpu": 1 << 21}  # logits that are widened to fp32 at a time: few enough to stay in the cache while worked on
+TILES = {"cpu": 4}  # parts of the vocabulary that compiled code takes one after another, each as wide as TILE_WORDS at least
+TILE_WORDS = 12_800
+TILED_CHUNK_TOKENS, TILED_CHUNK_BYTES = 4096, 400 << 20  # in tiles: the gradient of only one of them stands beside the logits
 
 
 def cross_entropy_reference(
@@ -53,15 +57,16 @@ def linear_cross_entropy(
     take no probability.
     """
     valid_N = labels_N != IGNORED
-    scale_N = _wide(valid_N.to(features_NR.dtype)) if loss_weight_N is None else valid_N * _wide(loss_weight_N)
+    scale_N = _wide(valid_N.to(features_NR.dtype))  # in the dtype of every sum
+    if loss_weight_N is not None:
+        scale_N = scale_N * loss_weight_N.to(scale_N.dtype)
     loss: Tensor = _LinearCrossEntropy.apply(
         features_NR,
         weight_VR,
         labels_N.clamp_min(0),
         scale_N,
         vocab_size or weight_VR.shape[0],
-        chunk_tokens
-        or default_chunk_tokens(weight_VR.shape[0], 4 if torch.compiler.is_compiling() else features_NR.element_size()),
+        chunk_tokens or _loss_chunk_tokens(features_NR, weight_VR.shape[0]),
     )
     return loss
 
@@ -94,8 +99,21 @@ def linear_logprobs(
 
 
 def default_chunk_tokens(vocab_size: int, logit_bytes: int = 4) -> int:
-    """How many tokens' logits are held at a time: what ``CHUNK_BYTES`` allows, in whole tiles of 64."""
+    """How many tokens' logits are held at a time: what ``CHUNK_BYTES`` allows, in multiples of 64."""
     return max(64, min(MOST_CHUNK_TOKENS, CHUNK_BYTES // (logit_bytes * vocab_size) // 64 * 64))
+
+
+def _loss_chunk_tokens(features_NR: Tensor, words: int) -> int:
+    if not torch.compiler.is_compiling():
+        return default_chunk_tokens(words, features_NR.element_size())
+    if features_NR.device.type not in TILES:
+        return default_chunk_tokens(words)  # as if in fp32: the gradient stands beside the logits
+    return max(64, min(TILED_CHUNK_TOKENS, TILED_CHUNK_BYTES // (features_NR.element_size() * words) // 64 * 64))
+
+
+def _tile_words(head_VR: Tensor) -> int:
+    words = -(-head_VR.shape[0] // TILES.get(head_VR.device.type, 1))
+    return max(TILE_WORDS, -(-words // 64) * 64)  # whole cache lines
 
 
 @torch.library.custom_op("osler::in_turn", mutates_args=(), schema="(Tensor x, Tensor[] after) -> Tensor")
@@ -118,7 +136,7 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def _without_padding(logits_CV: Tensor, vocab_size: int) -> Tensor:
-    if vocab_size == logits_CV.shape[1]:
+    if vocab_size >= logits_CV.shape[1]:
         return logits_CV
     return logits_CV.masked_fill(torch.arange(logits_CV.shape[1], device=logits_CV.device) >= vocab_size, float("-inf"))
 
@@ -131,17 +149,34 @@ def _chunk_logits(x_CR: Tensor, weight_VR: Tensor, vocab_size: int, keep_CV: Ten
     return logits_CV
 
 
-def _loss_and_gradient(logits_CV: Tensor, label_C: Tensor, scale_C: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
-    """Summed loss of one chunk and its gradient in the dtype of the logits, written over them unless a compiler fuses it all.
+class _Gradients(NamedTuple):
+    """The summed loss, and its gradients with respect to features and head; the latter in the dtype it was summed in."""
+
+    loss: Tensor
+    features_NR: Tensor
+    head_VR: Tensor
+
+
+def _eager_gradients(
+    features_NR: Tensor, head_VR: Tensor, labels_N: Tensor, scale_N: Tensor, vocab_size: int, chunk_tokens: int
+) -> _Gradients:
+    """Chunk by chunk, each one's logits overwritten with their gradient."""
+    grad_head = torch.zeros_like(head_VR, dtype=scale_N.dtype)
+    losses, grad_chunks = [], []
+    for x, label, scale in zip(*(each.split(chunk_tokens) for each in (features_NR, labels_N, scale_N)), strict=True):
+        logits = x @ head_VR.T
+        losses.append(_into_gradient(logits, label, scale, vocab_size))
+        grad_chunks.append(logits @ head_VR)
+        _add_weight_gradient(grad_head, logits, x)
+        del logits  # or two chunks of them would be held
+    return _Gradients(torch.stack(losses).sum(), torch.cat(grad_chunks), grad_head)
+
+
+def _into_gradient(logits_CV: Tensor, label_C: Tensor, scale_C: Tensor, vocab_size: int) -> Tensor:
+    """Summed loss of one chunk, whose gradient is written over its logits.
 
     Run operator by operator, a chunk would go through memory once for each of them; a block of its rows stays in the cache.
     """
-    if torch.compiler.is_compiling():
-        log_softmax_CV = _without_padding(_wide(logits_CV), vocab_size).log_softmax(-1)
-        loss = -(log_softmax_CV.gather(1, label_C[:, None]).squeeze(1) * scale_C).sum()
-        one_hot_CV = label_C[:, None] == torch.arange(logits_CV.shape[1], device=logits_CV.device)
-        error_CV = (log_softmax_CV.exp() - one_hot_CV.to(log_softmax_CV.dtype)) * scale_C[:, None]
-        return loss, error_CV.to(logits_CV.dtype)
     rows = max(1, BLOCK_LOGITS.get(logits_CV.device.type, logits_CV.numel()) // logits_CV.shape[1])
     losses = []
     for block, label, scale in zip(logits_CV.split(rows), label_C.split(rows), scale_C.split(rows), strict=True):
@@ -149,7 +184,7 @@ def _loss_and_gradient(logits_CV: Tensor, label_C: Tensor, scale_C: Tensor, voca
         losses.append((log_softmax.gather(1, label[:, None]).squeeze(1) * scale).sum())
         error = log_softmax.exp_().scatter_add_(1, label[:, None], log_softmax.new_full((label.shape[0], 1), -1.0))
         block.copy_(error.mul_(scale[:, None]))
-    return -torch.stack(losses).sum(), logits_CV
+    return -torch.stack(losses).sum()
 
 
 def _add_weight_gradient(grad_weight_VR: Tensor, grad_logits_CV: Tensor, x_CR: Tensor) -> None:
@@ -162,34 +197,75 @@ def _add_weight_gradient(grad_weight_VR: Tensor, grad_logits_CV: Tensor, x_CR: T
         sum_PR += part_CP.T @ x_CR
 
 
+def _compiled_gradients(
+    features_NR: Tensor, head_VR: Tensor, labels_N: Tensor, scale_N: Tensor, vocab_size: int, chunk_tokens: int
+) -> _Gradients:
+    """What ``_eager_gradients`` gives, for a compiler, which fuses what is done to a logit; on a CPU by tiles of the vocabulary.
+
+    The matmuls behind a tile's gradient then find more of it in the cache. Parts of several chunks are summed in fp32.
+    """
+    chunks = list(zip(*(each.split(chunk_tokens) for each in (features_NR, labels_N, scale_N)), strict=True))
+    tile_words = _tile_words(head_VR)
+    tiles = list(zip(range(0, head_VR.shape[0], tile_words), head_VR.split(tile_words), strict=True))
+    loss = scale_N.new_zeros(())
+    grad_chunks: list[Tensor] = []
+    grad_tiles: list[Tensor] = []
+    for x, label, scale in chunks:
+        if grad_chunks:
+            x = in_turn(x, [grad_chunks[-1], *grad_tiles])
+        tile_logits, log_sum_C, label_logit_C = _tile_logits(x, tiles, label, vocab_size)
+        loss = loss + ((log_sum_C - label_logit_C) * scale).sum()
+        grad_x = torch.zeros_like(x, dtype=scale.dtype)
+        parts: list[Tensor] = []
+        for (start, tile), logits in zip(tiles, tile_logits, strict=True):
+            if parts:
+                log_sum_C = in_turn(log_sum_C, [grad_x, parts[-1]])
+            softmax = (_without_padding(_wide(logits), vocab_size - start) - log_sum_C[:, None]).exp()
+            one_hot = (label - start)[:, None] == torch.arange(tile.shape[0], device=label.device)
+            error = ((softmax - one_hot.to(softmax.dtype)) * scale[:, None]).to(logits.dtype)
+            grad_x = grad_x + error @ tile
+            parts.append(error.T @ x)
+        grad_chunks.append(grad_x.to(x.dtype))
+        if grad_tiles:
+            grad_tiles = [whole + part for whole, part in zip(grad_tiles, parts, strict=True)]
+        else:
+            grad_tiles = parts if len(chunks) == 1 else [_wide(part) for part in parts]
+    return _Gradients(loss, torch.cat(grad_chunks), torch.cat(grad_tiles))
+
+
+def _tile_logits(
+    x_CR: Tensor, tiles: Sequence[tuple[int, Tensor]], label_C: Tensor, vocab_size: int
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    """The logits tile by tile (first word, rows of the head), their log-sum-exp over all tiles, and those of the labels."""
+    tile_logits: list[Tensor] = []
+    log_sums: list[Tensor] = []
+    label_logit_C = torch.zeros_like(label_C, dtype=torch.promote_types(x_CR.dtype, torch.float32))
+    for start, tile in tiles:
+        logits = (in_turn(x_CR, log_sums[-1:]) if log_sums else x_CR) @ tile.T
+        log_sums.append(_without_padding(_wide(logits), vocab_size - start).logsumexp(-1))
+        is_here_C = (label_C >= start) & (label_C < start + tile.shape[0])
+        here = logits.gather(1, ((label_C - start) * is_here_C)[:, None]).squeeze(1)
+        label_logit_C = label_logit_C + here.masked_fill(~is_here_C, 0.0)
+        tile_logits.append(logits)
+    return tile_logits, torch.stack(log_sums).logsumexp(0), label_logit_C
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, features: Tensor, weight: Tensor, labels: Tensor, scale: Tensor, vocab_size: int, chunk_tokens: int
     ) -> Tensor:
-        head = weight.to(features.dtype)
-        wide = torch.promote_types(features.dtype, torch.float32)
-        loss = torch.zeros((), dtype=wide, device=features.device)
-        grad_weight = torch.zeros_like(weight, dtype=wide)
-        grad_chunks: list[Tensor] = []
-        for x, label, weigh in zip(
-            features.split(chunk_tokens), labels.split(chunk_tokens), scale.split(chunk_tokens), strict=True
-        ):
-            if grad_chunks and torch.compiler.is_compiling():
-                x = in_turn(x, [grad_chunks[-1], grad_weight])
-            chunk_loss, grad_logits = _loss_and_gradient(x @ head.T, label, weigh, vocab_size)
-            loss = loss + chunk_loss
-            grad_chunks.append(grad_logits @ head)
-            _add_weight_gradient(grad_weight, grad_logits, x)
-        ctx.save_for_backward(torch.cat(grad_chunks), grad_weight)
+        gradients = _compiled_gradients if torch.compiler.is_compiling() else _eager_gradients
+        found = gradients(features, weight.to(features.dtype), labels, scale, vocab_size, chunk_tokens)
+        ctx.save_for_backward(found.features_NR, found.head_VR)
         ctx.weight_dtype = weight.dtype
-        return loss
+        return found.loss
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        grad_features, grad_weight = ctx.saved_tensors
-        scaled_weight = (grad_weight * grad_loss).to(ctx.weight_dtype)
-        return grad_features * grad_loss.to(grad_features.dtype), scaled_weight, None, None, None, None
+        grad_features, grad_head = ctx.saved_tensors
+        grad_weight = (grad_head.to(grad_loss.dtype) * grad_loss).to(ctx.weight_dtype)
+        return grad_features * grad_loss.to(grad_features.dtype), grad_weight, None, None, None, None
 
 
 class _LinearLogprobs(torch.autograd.Function):

@@ -119,8 +119,10 @@ def test_blocks_of_rows_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         torch.testing.assert_close(in_blocks, whole, rtol=1e-12, atol=1e-12)
 
 
-def test_compiled_chunks_stand_in_turn() -> None:
-    """Nothing but these operators keeps a compiler from holding the logits of all chunks at once."""
+@pytest.mark.parametrize(("chunk", "waits"), [(40, 2 + 3 * 4), (None, 4)])
+def test_compiled_chunks_and_tiles_stand_in_turn(chunk: int | None, waits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing but these operators keeps a compiler from working on all chunks, or all tiles of one, at once."""
+    monkeypatch.setattr(cross_entropy, "_tile_words", lambda head_VR: 24)
     x, w, y = make(100, 8, 64, 60)
     graphs = []
 
@@ -129,19 +131,59 @@ def test_compiled_chunks_stand_in_turn() -> None:
         return graph
 
     function = torch.compile(
-        lambda: linear_cross_entropy(x, w, y, chunk_tokens=40), fullgraph=True, backend=aot_autograd(fw_compiler=count)
+        lambda: linear_cross_entropy(x, w, y, chunk_tokens=chunk), fullgraph=True, backend=aot_autograd(fw_compiler=count)
     )
     function().backward()
-    assert graphs[0] == 2
+    assert graphs[0] == waits
 
 
-def test_both_compile_as_one_graph() -> None:
+@pytest.mark.parametrize(("most_bytes", "held"), [(1 << 20, 100), (1 << 10, 64)])
+def test_compiled_logits_are_held_at_once_only_where_they_are_small(
+    most_bytes: int, held: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """fp32 weights get fp32 gradients, near those of fp64 features, either way."""
+    monkeypatch.setattr(cross_entropy, "TILED_CHUNK_BYTES", most_bytes)
+    x, w, y = make(100, 8, 64, 60)
+    low, master = x.detach().bfloat16().requires_grad_(), w.detach().float().requires_grad_()
+    widest = 0
+
+    def watch(graph: torch.fx.GraphModule, _: object) -> torch.fx.GraphModule:
+        nonlocal widest
+        shapes = [node.meta["val"].shape for node in graph.graph.nodes if node.target is torch.ops.aten.mm.default]
+        widest = max([widest, *(rows for rows, columns in shapes if columns == 64)])
+        return graph
+
+    compiled = torch.compile(
+        lambda: linear_cross_entropy(low, master, y, vocab_size=60), fullgraph=True, backend=aot_autograd(fw_compiler=watch)
+    )
+    compiled().backward()
+    assert widest == held
+    assert low.grad.dtype == torch.bfloat16 and master.grad.dtype == torch.float32  # type: ignore[union-attr]
+    cross_entropy_reference(x, w, y, vocab_size=60).backward()
+    torch.testing.assert_close(master.grad.double(), w.grad, rtol=0.03, atol=0.05)  # type: ignore[union-attr]
+    torch.testing.assert_close(low.grad.double(), x.grad, rtol=0.03, atol=0.05)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(("chunk", "tile_words"), [(40, 100), (40, 24), (None, 100), (None, 20)])
+def test_both_compile_as_one_graph(chunk: int | None, tile_words: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In several chunks, or in one that goes by tiles: of the last one a part is padding, or all of it."""
+    monkeypatch.setattr(cross_entropy, "_tile_words", lambda head_VR: tile_words)
     x, w, y = make(96, 8, 64, 60)
+    y[::7] = IGNORED
+    weights = torch.rand(96, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
     def both(x: torch.Tensor, w: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        loss = linear_cross_entropy(x, w, y, vocab_size=60, chunk_tokens=40)
-        return loss + linear_logprobs(x, w, y, vocab_size=60, chunk_tokens=40)[0].square().sum()
+        loss = linear_cross_entropy(x, w, y, vocab_size=60, loss_weight_N=weights, chunk_tokens=chunk)
+        return loss + linear_logprobs(x, w, y.clamp_min(0), vocab_size=60, chunk_tokens=chunk)[0].square().sum()
 
     compiled = torch.compile(both, fullgraph=True, backend="aot_eager")  # the graph is the question, not the C++ compiler
-    ours = torch.autograd.grad(compiled(x, w, y), (x, w))
-    torch.testing.assert_close(ours, torch.autograd.grad(both(x, w, y), (x, w)))
+    ours, plain = compiled(x, w, y), both(x, w, y)
+    torch.testing.assert_close(ours, plain)
+    torch.testing.assert_close(torch.autograd.grad(ours, (x, w)), torch.autograd.grad(plain, (x, w)))
+
+
+@pytest.mark.parametrize(("words", "parts"), [(64, [64]), (12_800, [12_800]), (50_304, [12_800] * 3 + [11_904]), (200_005, 4)])
+def test_tiles_are_few_and_whole_cache_lines(words: int, parts: list[int] | int) -> None:
+    sizes = [tile.shape[0] for tile in torch.empty(words, 0).split(cross_entropy._tile_words(torch.empty(words, 0)))]
+    assert (len(sizes) if isinstance(parts, int) else sizes) == parts
+    assert all(size % 64 == 0 for size in sizes[:-1])
