@@ -56,6 +56,7 @@ def dead_from(healthy: Path, folder: Path) -> str:
 def run(name: str, steps: int, folder: Path) -> dict[str, Any]:
     """Make one run; returns what it was told and the course of its loss."""
     from osler.monitor.events import read_events
+    from osler.monitor.lifetime import LIFETIME
 
     fields, fault, _ = CASES[name]
     out = folder / name.replace(" ", "-")
@@ -65,9 +66,10 @@ def run(name: str, steps: int, folder: Path) -> dict[str, Any]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), **({"OSLER_FAULT": fault} if fault else {})}
     done = subprocess.run([*command, "--run", str(out)], env=environment, stdout=subprocess.DEVNULL, check=False)
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    events = [event for event in read_events(out / "events.jsonl") if event["kind"] not in LIFETIME]
     return {
         "exit_code": done.returncode,
-        "told": [{key: event[key] for key in ("step", "kind", "name", "message")} for event in read_events(out / "events.jsonl")],
+        "told": [{key: event[key] for key in ("step", "kind", "name", "message")} for event in events],
         "loss": {line["step"]: line["train/loss"] for line in lines if "train/loss" in line},
     }
 
