@@ -6,6 +6,7 @@ BIN := $(VENV)/bin
 PIP_ARGS ?=
 QUICKSTART_ARGS ?=
 TEST_ARGS ?=
+TEST_WORKERS ?= 2
 TORTURE_ARGS ?=
 MIN_COVERAGE := 85
 
@@ -16,7 +17,8 @@ help: ## This list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo
 	@echo "  PYTHON=python3.12 chooses the interpreter, VENV=dir the environment, PIP_ARGS=... goes to pip install,"
-	@echo "  QUICKSTART_ARGS=... to osler quickstart, TEST_ARGS=... to pytest, TORTURE_ARGS=... to the torture."
+	@echo "  QUICKSTART_ARGS=... to osler quickstart, TEST_ARGS=... to pytest, TORTURE_ARGS=... to the torture;"
+	@echo "  TEST_WORKERS=N tests in N processes of one thread each."
 
 install: $(VENV)/.installed ## Install Osler into .venv
 
@@ -24,7 +26,7 @@ quickstart: $(VENV)/.installed ## Train, examine and report a small model on thi
 	$(BIN)/python -m osler.cli quickstart $(QUICKSTART_ARGS)
 
 test: $(VENV)/.installed-test ## Run the test suite with coverage
-	$(BIN)/python -m pytest --cov=osler --cov-report=term --cov-fail-under=$(MIN_COVERAGE) $(TEST_ARGS)
+	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist worksteal --cov=osler --cov-report=term --cov-fail-under=$(MIN_COVERAGE) $(TEST_ARGS)
 
 torture: $(VENV)/.installed ## Interrupt and resume 200 small runs at random moments and compare every bit, in a quarter of an hour
 	$(BIN)/python benchmarks/torture_resume.py $(TORTURE_ARGS)

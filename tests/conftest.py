@@ -10,6 +10,9 @@ from typing import Any
 
 import pytest
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores: what each of them starts, torch first, takes one
+    os.environ["OMP_NUM_THREADS"] = "1"
+
 MODEL = {
     "num_layers": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "num_kv_heads": 1, "head_dim": 16,
     "vocab_size": 512, "max_seq_len": 256, "residual_init": "scaled", "attention_init": "mirrored",

@@ -58,7 +58,8 @@ class Terminal:
         termios.tcsetwinsize(other, (30, 100)) if hasattr(termios, "tcsetwinsize") else None
         self.settings = termios.tcgetattr(other)
         command = [sys.executable, "-m", "osler.cli", "watch", str(folder), "--every", str(every)]
-        environment = {**os.environ, "TERM": "xterm", "PYTHONIOENCODING": "utf-8"}
+        environment = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")}  # outrank its size
+        environment |= {"TERM": "xterm", "PYTHONIOENCODING": "utf-8"}
         self.process = subprocess.Popen(
             command, stdin=other, stdout=other, stderr=other, env=environment, start_new_session=True, preexec_fn=_hear_ctrl_c
         )
