@@ -31,6 +31,7 @@ RUN = [
     *("eval_every_tokens=100000000", "precision=fp32", "compile=never", "monitor.level=full", "monitor.full_every_steps=20"),
 ]
 LR = 0.02  # near the best for this model
+TOLD = ("step", "from_step", "kind", "name", "message")  # of an event
 TOO_FAST = {"learning-rate", "swinging-loss", "exploding-gradient", "dead-layers"}
 # name: (fields of the run, fault, names of events of which one must be told)
 CASES: dict[str, tuple[list[str], str, set[str]]] = {
@@ -69,7 +70,7 @@ def run(name: str, steps: int, folder: Path) -> dict[str, Any]:
     events = [event for event in read_events(out / "events.jsonl") if event["kind"] not in LIFETIME]
     return {
         "exit_code": done.returncode,
-        "told": [{key: event[key] for key in ("step", "kind", "name", "message")} for event in events],
+        "told": [{key: event[key] for key in TOLD if key in event} for event in events],
         "loss": {line["step"]: line["train/loss"] for line in lines if "train/loss" in line},
     }
 
@@ -89,9 +90,9 @@ def main() -> None:
     cases, wrong = {}, []
     for name, made in runs.items():
         first = next((event for event in made["told"] if event["name"] in CASES[name][2]), None)
-        if (first is None) != (name == "healthy") or (name == "healthy" and made["told"]):
+        if (first is None) != (name == "healthy") or (name == "healthy" and made["told"]) or made["exit_code"] == 1:
             wrong.append(name)
-        step = first["step"] if first else None
+        step = first.get("from_step", first["step"]) if first else None  # a rollback's step is the one gone back to
         then = {"loss_then": made["loss"].get(step), "healthy_loss_then": runs["healthy"]["loss"].get(step)} if first else {}
         ended = {"last_loss": made["loss"][max(made["loss"])], "exit_code": made["exit_code"]}
         cases[name] = {"first_told_at_step": step, **then, **ended, "told": made["told"]}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ Exit codes: 0 done; 1 an error in Osler, with a traceback, or damage that `check
 to mend, told in one paragraph (a wrong option, a full disk, a loss that stays NaN, another process of the run that was lost);
 130 stopped by Ctrl-C or SIGTERM: a run has finished its step and saved, and the same command goes on. A second Ctrl-C leaves at
 once; the run then goes on from its last checkpoint."""
+DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -42,6 +44,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader (`| head`) is gone; without this the interpreter complains when it flushes stdout at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except OSError as error:
+        if error.errno not in DISK_IS_FULL:
+            raise
+        complain(f"osler: the disk is full: {error.filename or error}. Free some of it; the same command then goes on.", True)
+        return 2
 
 
 def dispatch(argv: list[str]) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -78,7 +79,8 @@ def newest_good(root: str | Path) -> tuple[Path | None, Skipped]:
         problems = verify(entry.path)
         if not problems:
             return entry.path, skipped
-        skipped.append((entry.path, problems))
+        if entry.path.is_dir():  # or a run has deleted it meanwhile
+            skipped.append((entry.path, problems))
     return None, skipped
 
 
@@ -157,7 +159,8 @@ def prunable(root: Path, keep_last: int, *, keep_best: bool, keep_milestones: bo
 
 
 def remove(folder: Path) -> None:
-    """Delete a folder so that a kill half way leaves a hidden remnant and not a torn checkpoint."""
+    """Delete a folder, if it is still there, so that a kill half way leaves a hidden remnant and not a torn checkpoint."""
     hidden = folder.with_name(f"{HIDDEN}removed-{folder.name}")
-    folder.rename(hidden)
-    shutil.rmtree(hidden)
+    with suppress(FileNotFoundError):
+        folder.rename(hidden)
+    shutil.rmtree(hidden, ignore_errors=True)  # it counts no more, and the next save tries again

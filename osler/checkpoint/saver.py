@@ -17,8 +17,9 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -29,16 +30,21 @@ from torch import Tensor
 
 from osler.checkpoint import store
 from osler.errors import UserError
+from osler.runtime.files import fsync_file
 from osler.runtime.log import say
 
 CPU_SHARE = 0.03  # of one core, for the writer beside a CPU that trains
 
 
 class Saver:
-    """Owns the checkpoints folder of a run; a context that ends only when the save in flight has."""
+    """Owns the checkpoints folder of a run; a context that ends only when the save in flight has.
 
-    def __init__(self, root: Path, *, keep_last: int, in_background: bool) -> None:
+    ``logs`` are files of the run that a resume counts on: what they hold by then is on the disk before a checkpoint is.
+    """
+
+    def __init__(self, root: Path, *, keep_last: int, in_background: bool, logs: Sequence[Path] = ()) -> None:
         self.root = root
+        self.logs = logs
         self.keep_last = keep_last
         self.in_background = in_background
         self._buffers: dict[tuple[str, str], Tensor] = {}
@@ -81,8 +87,7 @@ class Saver:
         """
         self.wait()
         write = partial(
-            store.save,
-            self.root,
+            self._write,
             step,
             state=state,
             files=files,
@@ -105,6 +110,12 @@ class Saver:
 
         self._hurry.clear()
         self._in_flight = self._writer.submit(work)
+
+    def _write(self, step: int, **contents: Any) -> None:
+        for log in self.logs:
+            with suppress(OSError):  # it is not there, or the disk refuses it, which the checkpoint will tell
+                fsync_file(log)
+        store.save(self.root, step, **contents)
 
     @property
     def is_saving(self) -> bool:

@@ -188,9 +188,10 @@ def _tidy(root: Path) -> None:
     """Delete what killed saves and deletions left, and give a set-aside checkpoint its name back if that is free."""
     for path in root.glob(f"{HIDDEN}*"):
         if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
+            shutil.rmtree(path, ignore_errors=True)  # what cannot go, as while another looks at it, is in nobody's way
     for path in root.glob(f".{BEST}.*.tmp"):
-        path.unlink()
+        with contextlib.suppress(OSError):
+            path.unlink()
     for aside in root.glob(f"*{REPLACED_SUFFIX}"):
         final = aside.with_name(aside.name.removesuffix(REPLACED_SUFFIX))
         if FOLDER_NAME.fullmatch(aside.name) and not final.exists():

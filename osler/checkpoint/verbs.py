@@ -40,6 +40,9 @@ def verify_checkpoints(path: str) -> int:
     damaged = 0
     for checkpoint in [folder] if one else [entry.path for entry in found(path)[1]]:
         problems = verify(checkpoint)
+        if problems and not checkpoint.is_dir():
+            print(f"{checkpoint.name}: deleted meanwhile, by the run or by hand")
+            continue
         damaged += bool(problems)
         print(f"{checkpoint.name}: {'DAMAGED' if problems else 'every file is as it was saved'}")
         print("".join(f"  {problem}\n" for problem in problems), end="")
@@ -84,8 +87,10 @@ def tokens_of(entry: Entry) -> int | None:
 
 
 def size_of(folder: Path) -> int:
-    """Bytes of the files in a checkpoint."""
-    return sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
+    """Bytes of the files in a checkpoint; 0 when a run has deleted it meanwhile."""
+    with suppress(FileNotFoundError):
+        return sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
+    return 0
 
 
 def megabytes(folder: Path) -> str:
@@ -94,7 +99,9 @@ def megabytes(folder: Path) -> str:
 
 
 def saved_at(folder: Path) -> str:
-    """When a checkpoint was written, in local time."""
+    """When a checkpoint was written, in local time; ? when a run has deleted it meanwhile."""
     manifest = folder / MANIFEST
-    written = (manifest if manifest.exists() else folder).stat().st_mtime
-    return time.strftime("%Y-%m-%d %H:%M", time.localtime(written))
+    with suppress(FileNotFoundError):
+        written = (manifest if manifest.exists() else folder).stat().st_mtime
+        return time.strftime("%Y-%m-%d %H:%M", time.localtime(written))
+    return "?"

@@ -21,6 +21,7 @@ from osler.eval.score import ANSWERED, CUT, TOO_LONG, UNPARSED, ExamScore, Resul
 from osler.inference.engine import Engine
 from osler.model.transformer import Transformer
 from osler.ops.cross_entropy import linear_logprobs
+from osler.runtime.stop import asked
 from osler.tasks.item import LETTERS, ExamItem, permute, render_answer, render_question, reorder
 from osler.tokenizer.bpe import Tokenizer
 from osler.tokenizer.chat import Completion, encode_prompt, parse_completion
@@ -64,6 +65,8 @@ def score_by_generation(
     )
     done = len(shown) - len(order)
     for start in range(0, len(order), batch_rows):
+        if asked():  # a trainer that asks all ranks whether to stop makes nothing of this score
+            break
         batch = order[start : start + batch_rows]
         rollout = engine.generate(
             [prompts[i] or [] for i in batch],

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, takewhile
 from math import exp, log
 from typing import Any
 
@@ -24,6 +24,7 @@ from osler.errors import UserError
 from osler.model.transformer import Transformer
 from osler.ops.cross_entropy import linear_logprobs
 from osler.ops.labels import IGNORED
+from osler.runtime.stop import AskedToStop, asked
 from osler.runtime.world import World
 
 _SORT_WINDOWS = 4096  # windows sorted by length at a time: less padding, and the sum does not depend on order
@@ -62,7 +63,7 @@ def measure(
 
     ``labels_BT[b, t]`` is the token after ``ids_BT[b, t]``, or -100 where nothing is predicted; attention stays inside
     a document. ``total_bytes`` is the size of the text that the labels spell. The ranks of ``world`` give the same
-    batches and share them. Stops with UserError when there is no text.
+    batches and share them. Stops with UserError when there is no text, and with AskedToStop when training is to end.
     """
     world = world or World()
     device = next(model.parameters()).device
@@ -70,7 +71,7 @@ def measure(
     training = model.training
     model.eval()
     with torch.no_grad():
-        for batch in islice(batches, world.rank, None, world.size):
+        for batch in takewhile(lambda _: not asked(), islice(batches, world.rank, None, world.size)):
             ids, labels = batch[0].to(device), batch[1].to(device)
             document = batch[2].to(device) if len(batch) > 2 else None
             scored = labels != IGNORED
@@ -81,7 +82,9 @@ def measure(
             nats -= logp.double().sum().item()
             tokens += int(scored.sum())
     model.train(training)
-    nats, scored_tokens = world.sum(nats, tokens)
+    nats, scored_tokens, left = world.sum(nats, tokens, asked())
+    if left:
+        raise AskedToStop
     if scored_tokens == 0 or total_bytes <= 0:
         raise UserError(
             "The held-out set has no text: there is nothing to measure. Hold out a larger part of the data."

@@ -164,16 +164,23 @@ def of_steps(window: Sequence[Sequence[float]], clip_norm: float, bytes_per_toke
     ``bytes_per_token`` of the text that is learned, None where that is not all of the text.
     """
     losses = [loss for loss, _, _ in window if math.isfinite(loss)]
-    norms = [norm for _, norm, _ in window if math.isfinite(norm)]
     loss = sum(losses) / len(losses) if losses else math.nan
     metrics = {
         "train/loss": loss,
         "train/perplexity": math.exp(min(loss, 700.0)),
         "train/grad_norm": window[-1][1],
         "train/skipped_steps": sum(skipped for _, _, skipped in window),
-        "grad/norm_max": max(norms, default=math.nan),
-        "grad/clipped_frac": sum(norm > clip_norm for norm in norms) / len(norms) if norms else math.nan,
+        **of_norms([norm for _, norm, _ in window], clip_norm),
     }
     if bytes_per_token is not None:
         metrics["train/bits_per_byte"] = loss / math.log(2) / bytes_per_token
     return metrics
+
+
+def of_norms(norms: Sequence[float], clip_norm: float) -> dict[str, float]:
+    """What follows from the gradient norms of the updates since the last line, before clipping."""
+    finite = [norm for norm in norms if math.isfinite(norm)]
+    return {
+        "grad/norm_max": max(finite, default=math.nan),
+        "grad/clipped_frac": sum(norm > clip_norm for norm in finite) / len(finite) if finite else math.nan,
+    }

@@ -36,6 +36,7 @@ EXPLODING, CREEPING, BURSTING = 4.0, 10.0, 50.0  # norms: three lines of the usu
 VANISHING, NOTHING = 0.01, 1e-7  # norms: of the usual, and for themselves
 LEARNED = 0.05  # nats per token below which there is nothing left to learn
 GUESSING, GUESSING_STEPS = 0.97, 50  # of ln(vocabulary): a loss above it knows nothing; and steps to begin with
+WORSE = 1.2  # of ln(vocabulary): a model that is sure of what is wrong; no start is as bad
 TINY_LR = 1e-5  # a learning rate below it is rather too low
 RISEN, RISEN_NATS = 0.25, 0.1  # of the best loss, and at least so many nats: above the noise of small losses
 SWINGING, SWINGING_NATS = 0.2, 0.3  # of the loss, and nats: what it rises and falls again in one line
@@ -103,19 +104,20 @@ def vanishing(past: History) -> Iterator[Finding]:
 
 
 def guessing(past: History) -> Iterator[Finding]:
-    """Nothing is learned from the start: the learning rate is too high, or next to nothing."""
+    """Worse than guessing for three lines, or no better after the warm-up: the rate is too high, or next to nothing."""
     facts, losses = past.facts, past.last(LOSS, 5)
-    if not facts.vocab_size or past.tokens <= facts.warmup_tokens or past.step < GUESSING_STEPS or len(losses) < 5:
+    if not facts.vocab_size or len(losses) < 3:
         return
     chance = math.log(facts.vocab_size)
-    if min(losses) > GUESSING * chance:
-        advice = (
-            f"high: try {facts.slower}" if facts.lr > TINY_LR else f"low: try optim.lr={10 * facts.lr:.2g} (now {facts.lr:.2g})"
-        )
+    is_worse = min(losses[-3:]) > WORSE * chance
+    had_time = past.tokens > facts.warmup_tokens and past.step >= GUESSING_STEPS and len(losses) == 5
+    if is_worse or (had_time and min(losses) > GUESSING * chance):
+        too_high = is_worse or facts.lr > TINY_LR
+        advice = f"high: try {facts.slower}" if too_high else f"low: try optim.lr={10 * facts.lr:.2g} (now {facts.lr:.2g})"
         yield Finding(
             "learning-rate",
-            f"the loss is {median(losses):.3f} after the warm-up, and guessing among {facts.vocab_size:,} tokens gives "
-            f"{chance:.3f}: the model has learned nothing. The learning rate is probably too {advice}.",
+            f"the loss is {median(losses):.3f}, and guessing among {facts.vocab_size:,} tokens gives {chance:.3f}: the model "
+            f"{'does worse than that' if is_worse else 'has learned nothing'}. The learning rate is probably too {advice}.",
             median(losses) / chance,
             "critical",
         )

@@ -36,12 +36,27 @@ class JsonlSink:
         self.path = Path(path)
         self.stage = stage
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        _heal(self.path, resume_step)
-        self._file: TextIO | None = self._open()
+        self._drop_after = resume_step  # until the file has been healed
+        self._file: TextIO | None = None
         self._warned = False
+        try:
+            self._healed()
+        except OSError as error:
+            self._give_up(error)
 
-    def _open(self) -> TextIO:
-        return self.path.open("a", encoding="utf-8", buffering=1)
+    def _healed(self) -> TextIO:
+        """The open file, without what must not stand in it; one that was given up may end in a piece of a line."""
+        if self._file is None:
+            _heal(self.path, self._drop_after)
+            self._drop_after = None
+            self._file = self.path.open("a", encoding="utf-8", buffering=1)
+        return self._file
+
+    def _give_up(self, error: Exception) -> None:
+        self.close()
+        if not self._warned:
+            self._warned = True
+            say(f"Warning: metrics cannot be written to {self.path} ({error}); the run goes on without them until they can.")
 
     def write(self, step: int, tokens: int, metrics: Mapping[str, float], *, time: float | None = None) -> None:
         """Append one line: step, tokens seen, unix seconds (now by default), and the metrics.
@@ -60,23 +75,18 @@ class JsonlSink:
             line[name] = number if math.isfinite(number) else None
         text = json.dumps(line, allow_nan=False) + "\n"
         try:
-            if self._file is None:  # given up at an earlier line, of which a piece may have been written
-                _heal(self.path, None)
-                self._file = self._open()
-            self._file.write(text)
+            self._healed().write(text)
         except (OSError, UserError) as error:
-            self.close()
-            if not self._warned:
-                self._warned = True
-                say(f"Warning: metrics cannot be written to {self.path} ({error}); the run goes on without them until they can.")
+            self._give_up(error)
 
     def rewind(self, step: int) -> None:
         """Drop the lines after ``step``: a run that has gone back makes those steps again."""
         self.close()
+        self._drop_after = step
         try:
-            _heal(self.path, step)
+            self._healed()
         except (OSError, UserError) as error:
-            say(f"Warning: {self.path} keeps its lines after step {step} until the run is started again ({error}).")
+            self._give_up(error)
 
     def close(self) -> None:
         """Close the file; closing twice is fine, and a line that the disk has refused does not come up again."""

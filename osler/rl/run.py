@@ -28,6 +28,7 @@ from osler.rl.trainer import GrpoTrainer
 from osler.runtime.device import keep_freed_memory, pick_device
 from osler.runtime.files import RunFolder, fingerprint
 from osler.runtime.log import say
+from osler.runtime.stop import AskedToStop, asked
 from osler.runtime.world import World, joined, place
 from osler.tasks.item import ExamItem, render_question
 from osler.tasks.registry import check_task, load_task
@@ -200,7 +201,9 @@ def exam(
                 seed=config.seed,
             )
             counts = (score.correct, score.unparsed + score.cut + score.too_long, score.presentations)
-        right, unread, shown = world.sum(*counts)
+        right, unread, shown, left = world.sum(*counts, asked())
+        if left:
+            raise AskedToStop
         return {f"eval/{name}_accuracy": right / shown, f"eval/{name}_unparsed_frac": unread / shown}
 
     return sit, f"eval/{name}_accuracy"

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from osler.model.loss import ModelLoss
 from osler.model.transformer import Transformer
-from osler.monitor.collect import Collector
+from osler.monitor.collect import Collector, of_norms
 from osler.monitor.look import Rows
 from osler.ops.cross_entropy import linear_logprobs
 from osler.ops.labels import IGNORED
@@ -228,6 +228,7 @@ def update_policy(
     by_update |= {name: torch.stack([step[name] for step in steps]).cpu() for name in steps[0]}
     metrics = {name: float(values.mean()) for name, values in by_update.items()}
     metrics |= {name: float(values[0]) for name, values in by_update.items() if name.startswith(FIRST_UPDATE_METRICS)}
+    metrics |= of_norms(by_update["train/grad_norm"].tolist(), engine.clip_norm)
     return metrics | {"train/skipped_steps": float(by_update["train/skipped_steps"].sum())}
 
 

@@ -36,9 +36,9 @@ from osler.rl.prompts import RlTask, visits
 from osler.rl.rollout import Group, RolloutWorker, Sample, rollout_metrics
 from osler.rl.step import training_rows, update_policy
 from osler.runtime.faults import fault
-from osler.runtime.files import RunFolder, write_atomic
+from osler.runtime.files import RunFolder, write_or_warn
 from osler.runtime.log import Progress, say
-from osler.runtime.stop import StopFlag
+from osler.runtime.stop import AskedToStop, StopFlag
 from osler.tasks.item import render_answer, render_question
 from osler.tokenizer.bpe import Tokenizer
 from osler.train.folder import check_fingerprints, was_evaluated
@@ -79,7 +79,8 @@ class GrpoTrainer:
         self.world = engine.world
         self.sampler = sampler
         self.run = run
-        self.saver = Saver(run.checkpoints, keep_last=config.keep_last, in_background=config.async_save)
+        logs = (run.metrics, run.events)
+        self.saver = Saver(run.checkpoints, keep_last=config.keep_last, in_background=config.async_save, logs=logs)
         self.worker = RolloutWorker(sampler, tokenizer, tasks, config.algorithm, config.seed, self.world)
         self.evaluate = evaluate
         self.best_metric = best_metric
@@ -98,6 +99,7 @@ class GrpoTrainer:
         self.step = 0  # finished steps
         self.tokens = 0  # completion tokens sampled
         self.best_value: float | None = None
+        self.has_left = False  # an evaluation, because the run was asked to stop
         self.incidents = Incidents(config, run, self._details, self.world)
 
     # -- the loop ------------------------------------------------------------------------------------------------------
@@ -108,7 +110,7 @@ class GrpoTrainer:
         with (
             StopFlag() as stop,  # first: whoever sees the metrics file may rely on a signal being a request
             open_sinks(config.monitor, self.run, self._facts(), step=self.step, is_first=self.world.is_first) as sink,
-            recorded(sink.events, lambda: self.step, lambda: self.step >= config.steps),
+            recorded(sink.events, lambda: self.step, lambda: self.step >= config.steps and not self.has_left),
             Progress(config.steps, "steps", label="grpo", initial=self.step) as progress,
             self.saver,
         ):
@@ -116,7 +118,7 @@ class GrpoTrainer:
             # Before the first step, or where a kill came after the checkpoint and before its evaluation.
             if self._evaluation_due() and not self.world.once(lambda: was_evaluated(self.run, self.step)):
                 self._evaluate(sink)
-            while self.step < config.steps:
+            while self.step < config.steps and not self.has_left:
                 metrics = self._one_step()
                 fault("train-step")
                 sink.write(self.step, self.tokens, metrics)
@@ -137,7 +139,7 @@ class GrpoTrainer:
                     return False
                 if self._evaluation_due():
                     self._evaluate(sink)
-        return True
+        return not self.has_left
 
     def _evaluation_due(self) -> bool:
         return self.step % self.config.eval_every_steps == 0 or self.step >= self.config.steps
@@ -256,7 +258,7 @@ class GrpoTrainer:
     def _roll_back(self, sink: FanOut, stop: StopFlag) -> None:
         """Go back to the last good checkpoint and on with other questions; saved at once, so that a kill changes nothing."""
         self.world.once(self.saver.wait)  # the checkpoint to go back to may be the one that is being written
-        self.incidents.roll_back(self.step, self.restore, lambda: self.step)
+        self.incidents.roll_back(self.step, self._take_over, lambda: self.step)
         self.save(stop)
         self.world.once(self.saver.wait)
         fault("rollback")
@@ -269,9 +271,15 @@ class GrpoTrainer:
         fault("evaluate")
         before = time.perf_counter()
         self.saver.hurry()
-        with self._whole_model():
-            metrics = dict(self.evaluate())
-        self.world.once(self.saver.wait)  # only what is on the disk can be the best, and count as evaluated
+        try:
+            with self._whole_model():
+                metrics = dict(self.evaluate())
+        except AskedToStop:
+            self.has_left = True
+        # Only what is on the disk can be the best, and count as evaluated.
+        self.world.once(lambda: self.saver.wait(needed=self.has_left))
+        if self.has_left:
+            return
         value, saved = metrics.get(self.best_metric), self.run.checkpoints / store.folder_name(self.step)
         if value is not None and self.world.is_first and saved.is_dir() and (self.best_value is None or value > self.best_value):
             self.best_value = value
@@ -297,7 +305,7 @@ class GrpoTrainer:
                 "correct": sample.correct,
             }
             lines.append(json.dumps(line, ensure_ascii=False) + "\n")
-        write_atomic(self.run.samples, "".join(lines))
+        write_or_warn(self.run.samples, "".join(lines))
 
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 
@@ -336,6 +344,10 @@ class GrpoTrainer:
         """Continue from a checkpoint of this run, bit for bit."""
         allowed = self.config.allow_data_change
         check_fingerprints(loaded, self.fingerprints, self.incidents.events, allow_data_change=allowed)
+        self._take_over(loaded)
+
+    def _take_over(self, loaded: store.Loaded) -> None:
+        """Become what was saved; what is learned from was checked when this process began."""
         self.engine.restore(self.model, self.optimizer, loaded.tensors, loaded.state["optimizer"])
         if self.reference is not None:
             self.reference.load_state_dict(loaded.tensors["reference"])

@@ -19,6 +19,7 @@ from typing import Any, BinaryIO
 
 from osler.errors import UserError
 from osler.runtime.faults import fault
+from osler.runtime.log import say
 
 _HASH_BLOCK_BYTES = 1 << 20
 
@@ -43,12 +44,55 @@ def write_atomic(path: str | os.PathLike[str], data: bytes | str) -> None:
     fsync_dir(path.parent)
 
 
+def write_or_warn(path: str | os.PathLike[str], data: bytes | str) -> None:
+    """``write_atomic`` for a file that a run can do without: a disk that refuses it costs a warning."""
+    try:
+        write_atomic(path, data)
+    except OSError as error:
+        say(f"Warning: {path} could not be written: {error.strerror}.")
+
+
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Keep other processes of this machine out of a folder that is written to; UserError when one is in it.
+
+    The lock is the system's and ends with the process, whatever ends it. Where there is none (Windows, some network disks)
+    nothing is kept out.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise UserError(
+            f"Another process is at work on {folder}. Wait until it is done, stop it with Ctrl-C, or name another folder with "
+            "--run."
+        ) from None
+    except OSError:  # a disk without locks
+        pass
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
 @contextlib.contextmanager
 def open_durable(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """Open ``path`` for writing and flush it down to the disk before closing it."""
     with open(path, "wb") as file:
         yield file
         file.flush()
+        os.fsync(file.fileno())
+
+
+def fsync_file(path: str | os.PathLike[str]) -> None:
+    """Bring to the disk what this or another handle has written to a file; OSError when there is none, or the disk fails."""
+    with open(path, "r+b") as file:
         os.fsync(file.fileno())
 
 
@@ -68,7 +112,12 @@ def fsync_dir(path: str | os.PathLike[str]) -> None:
 
 def write_json(path: str | os.PathLike[str], obj: Any) -> None:
     """Write ``obj`` as indented JSON, atomically."""
-    write_atomic(path, json.dumps(obj, indent=2, ensure_ascii=False) + "\n")
+    write_atomic(path, indented(obj))
+
+
+def indented(obj: Any) -> str:
+    """JSON for people: indented, with every sign as itself."""
+    return json.dumps(obj, indent=2, ensure_ascii=False) + "\n"
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:

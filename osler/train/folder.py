@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,9 +18,10 @@ from osler.errors import UserError
 from osler.inference.load import read_model_config
 from osler.model.config import ModelConfig
 from osler.monitor.events import EventLog
-from osler.runtime.files import RunFolder, read_json, write_atomic
+from osler.runtime.files import RunFolder, held, read_json, write_atomic
 from osler.runtime.log import say
 from osler.runtime.stop import EXIT_STOPPED
+from osler.runtime.world import place
 from osler.yaml12 import dump_yaml, load_yaml
 
 T = TypeVar("T")
@@ -44,14 +45,16 @@ def default_name(recipe: str, kind: str) -> str:
 def work(kind: str, run: RunFolder, train: Callable[[RunFolder], bool], next_steps: Callable[[], str]) -> int:
     """Train in the folder and say at the end what to do next; returns the exit code.
 
-    A start that fails leaves no empty folder behind.
+    One process at a time: the first rank keeps others out. A start that fails leaves no empty folder behind.
     """
-    try:
-        finished = train(RunFolder.create(run.root))
-    except BaseException:
-        with suppress(OSError):  # it holds something, so it is worth keeping
-            run.root.rmdir()
-        raise
+    RunFolder.create(run.root)
+    with held(run.root) if place().rank == 0 else nullcontext():
+        try:
+            finished = train(run)
+        except BaseException:
+            with suppress(OSError):  # it holds something, so it is worth keeping
+                run.root.rmdir()
+            raise
     if not finished:
         say(f"Stopped and saved. The same command, or `osler {kind} --run {run.root} --resume`, goes on from there.")
         return EXIT_STOPPED
@@ -177,12 +180,16 @@ def check_fingerprints(
 
 
 def was_evaluated(run: RunFolder, step: int) -> bool:
-    """Whether the metrics, healed by opening them, hold an evaluation at ``step``.
+    """Whether the metrics hold an evaluation at ``step``.
 
     A kill between a checkpoint and the evaluation that follows it leaves none.
     """
-    lines = run.metrics.read_text(encoding="utf-8").split("\n")
-    return any('"eval/seconds"' in line and json.loads(line)["step"] == step for line in lines)
+    with suppress(FileNotFoundError):  # a full disk may have kept it out, or from being healed
+        for line in run.metrics.read_text(encoding="utf-8", errors="replace").split("\n"):
+            with suppress(ValueError):
+                if '"eval/seconds"' in line and json.loads(line)["step"] == step:
+                    return True
+    return False
 
 
 def starting_model(newest: Path | None, config: Any) -> tuple[Path, ModelConfig] | None:

@@ -40,6 +40,7 @@ from osler.parallel.parallelize import parallelize
 from osler.runtime.device import keep_freed_memory, pick_device
 from osler.runtime.files import RunFolder, write_atomic
 from osler.runtime.log import say
+from osler.runtime.stop import AskedToStop, asked
 from osler.runtime.world import World, joined, place
 from osler.tasks.clinic import load as load_clinic_exam
 from osler.tasks.item import ExamItem
@@ -322,7 +323,9 @@ def exam_probe(
         for split, items in exam.items():
             share = items[world.rank :: world.size]
             score = score_by_generation(sampler, tokenizer, share, max_new_tokens=EXAM_NEW_TOKENS) if share else None
-            (right,) = world.sum(round(score.accuracy * len(share)) if score else 0)
+            right, left = world.sum(round(score.accuracy * len(share)) if score else 0, asked())
+            if left:
+                raise AskedToStop
             scores[f"eval/{split}_accuracy"] = right / len(items)
         return scores
 

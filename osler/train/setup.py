@@ -23,7 +23,7 @@ from osler.optim.bf16 import keep_in_bf16
 from osler.parallel.fp8 import convert_to_fp8
 from osler.parallel.parallelize import check_strategy
 from osler.runtime.device import compile_works, pick_device, pick_dtype
-from osler.runtime.files import RunFolder, write_json
+from osler.runtime.files import RunFolder, indented, write_or_warn
 from osler.runtime.log import say
 from osler.tokenizer.bpe import Tokenizer
 from osler.train.config import TrainConfig
@@ -189,5 +189,6 @@ def describe_run(run: RunFolder, machine: Machine) -> bytes:
         "dtype": str(machine.dtype).removeprefix("torch."),
         "compiled": machine.compile,
     }
-    write_json(run.root / VERSIONS, versions)
-    return (run.root / VERSIONS).read_bytes()
+    text = indented(versions)
+    write_or_warn(run.root / VERSIONS, text)
+    return text.encode("utf-8")

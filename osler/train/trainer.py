@@ -33,7 +33,7 @@ from osler.optim.schedule import lr_scale
 from osler.runtime.faults import fault
 from osler.runtime.files import RunFolder
 from osler.runtime.log import Progress, say
-from osler.runtime.stop import StopFlag
+from osler.runtime.stop import AskedToStop, StopFlag
 from osler.train.config import TrainConfig
 from osler.train.folder import check_fingerprints, was_evaluated
 from osler.train.incidents import Incidents
@@ -77,7 +77,8 @@ class Trainer:
         self.evaluate = evaluate
         self.probe = probe
         self.run = run
-        self.saver = Saver(run.checkpoints, keep_last=config.keep_last, in_background=config.async_save)
+        logs = (run.metrics, run.events)
+        self.saver = Saver(run.checkpoints, keep_last=config.keep_last, in_background=config.async_save, logs=logs)
         self.files = files
         self.fingerprints = fingerprints
         self.started = started  # time.monotonic() at which this process began to work on the run
@@ -86,6 +87,7 @@ class Trainer:
         self.timeline = config.timeline
         self.total_tokens = config.total_tokens
         self.best_loss = math.inf
+        self.has_left = False  # an evaluation, because the run was asked to stop
         self.train_loss: float | None = None  # of the last line
         self.incidents = Incidents(config, run, self._details, self.world)
         self.window: list[list[float]] = []  # loss, gradient norm and skip flag of each step since the last log line
@@ -119,7 +121,7 @@ class Trainer:
         with (
             StopFlag() as stop,  # first: whoever sees the metrics file may rely on a signal being a request
             open_sinks(config.monitor, self.run, self._facts(), step=self.step, is_first=self.world.is_first) as sink,
-            recorded(sink.events, lambda: self.step, lambda: self.done),
+            recorded(sink.events, lambda: self.step, lambda: self.done and not self.has_left),
             Progress(self.total_tokens, "tokens", label=config.kind, initial=self.tokens) as progress,
             self.saver,
         ):
@@ -128,7 +130,7 @@ class Trainer:
                 self._evaluate(sink, progress)  # a kill came after this checkpoint and before its evaluation
             batches = self.batches(self.step, self.incidents.data_offset)
             first, mark = self.step, (self.tokens, time.monotonic())
-            while not self.done:
+            while not self.done and not self.has_left:
                 stage = self.timeline.at_step(self.step)
                 middle, scale = self._schedule(self.step)
                 set_decay_and_momentum(self.optimizer, config.optim, scale, middle, self.total_tokens)
@@ -159,7 +161,7 @@ class Trainer:
                     before = time.monotonic()
                     self._evaluate(sink, progress)
                     mark = (mark[0], mark[1] + time.monotonic() - before)
-        return True
+        return not self.has_left
 
     def save(self, stop: StopFlag) -> None:
         """Have a checkpoint written, in the background unless it is the last one of this process; see ``Saver.save``.
@@ -199,6 +201,10 @@ class Trainer:
         """Continue from a checkpoint of this run, bit for bit."""
         allowed = self.config.allow_data_change
         check_fingerprints(loaded, self.fingerprints, self.incidents.events, allow_data_change=allowed)
+        self._take_over(loaded)
+
+    def _take_over(self, loaded: store.Loaded) -> None:
+        """Become what was saved; what is learned from was checked when this process began."""
         state = loaded.state
         self.engine.restore(self.model, self.optimizer, loaded.tensors, state["optimizer"])
         self.step, self.earlier_seconds = state["step"], state["seconds"]
@@ -241,7 +247,7 @@ class Trainer:
         """Go back to the last good checkpoint and on with other data; saved at once, so that a kill changes nothing."""
         earlier_seconds = self.earlier_seconds
         self.world.once(self.saver.wait)  # the checkpoint to go back to may be the one that is being written
-        self.incidents.roll_back(self.step, self.restore, lambda: self.tokens)
+        self.incidents.roll_back(self.step, self._take_over, lambda: self.tokens)
         self.earlier_seconds = earlier_seconds  # the clock does not go back
         self.save(stop)
         self.world.once(self.saver.wait)
@@ -317,12 +323,16 @@ class Trainer:
         fault("evaluate")
         before = time.monotonic()
         self.saver.hurry()
-        metrics = self.evaluate() if self._due(self.config.eval_every_tokens) else {}
-        if self._due(self.config.exam.every_tokens):
-            metrics |= self.probe()
+        try:
+            metrics = self.evaluate() if self._due(self.config.eval_every_tokens) else {}
+            if self._due(self.config.exam.every_tokens):
+                metrics |= self.probe()
+        except AskedToStop:
+            self.has_left, metrics = True, {}
+        # Only what is on the disk can be the best, and count as evaluated.
+        self.world.once(lambda: self.saver.wait(needed=self.has_left))
         if not metrics:
             return
-        self.world.once(self.saver.wait)  # only what is on the disk can be the best, and count as evaluated
         loss = metrics.get("eval/loss", math.inf)
         if self.train_loss is not None and math.isfinite(loss):
             metrics["eval/train_gap"] = loss - self.train_loss

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -250,16 +251,23 @@ def idle_times(events: Sequence[dict[str, Any]]) -> list[tuple[float, float]]:
 
 
 def is_open(path: Path) -> bool:
-    """Whether a process of this machine that may be looked at holds a file open; False where that cannot be told."""
+    """Whether a process of this machine that may be looked at writes to a file; False where that cannot be told."""
     target = os.path.realpath(path)
     for folder in Path("/proc").glob("[0-9]*/fd"):
         try:
             with os.scandir(folder) as files:
-                if any(os.readlink(file.path) == target for file in files):
+                if any(os.readlink(file.path) == target and _writes(file.path) for file in files):
                     return True
         except OSError:  # another user's, or ended by now
             continue
     return False
+
+
+def _writes(descriptor: str) -> bool:
+    """Whether an entry of /proc/PID/fd was opened for writing: whoever reads along, as `tail -f` does, is not the run."""
+    process, _, number = descriptor.rpartition("/fd/")
+    flags = re.search(r"^flags:\s*([0-7]+)", Path(f"{process}/fdinfo/{number}").read_text(encoding="ascii"), re.MULTILINE)
+    return flags is not None and int(flags[1], 8) & os.O_ACCMODE != os.O_RDONLY
 
 
 def _stamp(path: Path) -> tuple[int, int]:

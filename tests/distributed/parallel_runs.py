@@ -319,6 +319,7 @@ def run_all(recipes: dict[str, list[str]], root: Path) -> None:
         "grows": [(1, "none"), (2, "fsdp"), (4, "fsdp")],
     }.items():
         report(name, functools.partial(continued, pretrain, root / "pretrain-1", root / name, starts))
+    report("sft shrinks", functools.partial(continued, recipes["sft"], root / "sft-1", root / "sft", [(2, "ddp"), (1, "none")]))
     same_however_computed(pretrain, root)
     if importlib.util.find_spec("deepspeed"):
         for stage in (1, 2, 3):

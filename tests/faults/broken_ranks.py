@@ -22,6 +22,7 @@ from parallel_runs import PATIENCE_SECONDS, STEPS, codes, metrics, report, said,
 import osler.rl.run  # noqa: F401 - loaded once for every fork
 from osler.checkpoint import store
 from osler.cli import main
+from osler.runtime.stop import SAME_REQUEST_SECONDS
 
 STOP_SECONDS = 30
 ENDLESS = ["total_tokens=100_000_000_000", "eval_every_tokens=100_000_000_000", "save_every_tokens=100_000_000_000"]
@@ -97,6 +98,7 @@ def interrupted(command: Sequence[str], folder: Path, *, twice: bool) -> None:
             os.kill(child, signal.SIGINT)
         wait_for(lambda: "SIGINT: finishing this step and saving" in logs[0].read_text())
         if twice:
+            time.sleep(SAME_REQUEST_SECONDS + 0.2)  # the last rank's first signal may have come a little later
             for child in children:
                 os.kill(child, signal.SIGINT)
     except AssertionError:

@@ -25,6 +25,7 @@ import osler.train.run  # noqa: F401
 from osler.checkpoint import store
 from osler.cli import main
 from osler.runtime import faults
+from osler.runtime.stop import SAME_REQUEST_SECONDS
 from osler.tasks.clinic import load as load_clinic_exam
 
 # In the middle of a step, in every phase of a save, between a save and the mark that it is the best, in an evaluation.
@@ -108,7 +109,7 @@ def wait_for(condition: Callable[[], bool]) -> None:
 
 
 def interrupt(kind: str, command: list[str], folder: Path, *, twice: bool) -> None:
-    """Ctrl-C on a run without end: once saves and leaves, twice leaves at once; 130 either way."""
+    """Ctrl-C on a run without end: once, and passed on, saves and leaves; twice leaves at once; 130 either way."""
     log, metrics = folder.with_suffix(".log"), folder / "metrics.jsonl"
     child = fork_run([*command, *ENDLESS[kind], *(LONG_STEP[kind] if twice else [])], folder)
     try:
@@ -116,7 +117,9 @@ def interrupt(kind: str, command: list[str], folder: Path, *, twice: bool) -> No
         os.kill(child, signal.SIGINT)
         before = time.monotonic()
         wait_for(lambda: "SIGINT: finishing this step and saving; once more to leave at once" in log.read_text())
+        os.kill(child, signal.SIGINT)  # the same request, as a launcher passes it on
         if twice:
+            time.sleep(SAME_REQUEST_SECONDS)
             os.kill(child, signal.SIGINT)
         code = ended_by(child)
     except AssertionError:

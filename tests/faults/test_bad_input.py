@@ -301,6 +301,19 @@ def test_other_data_are_taken_when_that_is_allowed(tiny, own_text, launch, mista
     assert events_of(run) == [("data-change", 3), ("data-change", 6)]
 
 
+def test_a_run_goes_back_to_before_an_allowed_change(tiny, own_text, launch, tmp_path, capsys):
+    """The permission was given for one start; a later one that must go back behind the change needs none."""
+    path, other, run = tmp_path / "notes.txt", tmp_path / "other.txt", tmp_path / "run"
+    path.write_text("A cough that lasts eight weeks is chronic. " * 20)
+    other.write_text("A fever that lasts three weeks has a name. " * 20)
+    assert launch("pretrain", run, *own_text(path)[1:], "max_skipped_steps=2", fault="train-step:sigterm:4") == 130
+    changed = [*own_text(other)[1:], "max_skipped_steps=2"]
+    assert launch("pretrain", run, *changed, "allow_data_change=true", fault="train-loss:nan:1,train-step:sigterm:1") == 130
+    capsys.readouterr()
+    assert launch("pretrain", run, *changed, fault="train-loss:nan:1") == 0
+    assert "Going back from step 10 to step-000000004" in " ".join(capsys.readouterr().err.split())
+
+
 def test_another_tokenizer_is_never_allowed(stopped, tiny, mistake):
     other = Tokenizer.train(["other words for another tokenizer"] * 9, 300)
     (stopped / "tokenizer.json").write_bytes(other.to_bytes())

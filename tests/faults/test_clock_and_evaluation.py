@@ -12,6 +12,7 @@ from osler.checkpoint import store
 from osler.runtime.faults import InjectedError
 
 KINDS = ("pretrain", "sft", "grpo")
+EVALUATIONS = {"pretrain": 2, "sft": 2, "grpo": 3}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -37,6 +38,18 @@ def test_an_evaluation_that_crashes_costs_nothing(kind, launch, whole, assert_sa
         launch(kind, tmp_path, fault=f"evaluate:crash:{2 if kind == 'grpo' else 1}")  # GRPO also evaluates what it starts from
     assert store.newest_good(tmp_path / "checkpoints")[0].name == store.folder_name(6)
     assert launch(kind, tmp_path, resume=True) == 0
+    assert_same_run(tmp_path, whole[kind])
+
+
+@pytest.mark.parametrize(("kind", "which"), [(kind, which) for kind in KINDS for which in range(1, EVALUATIONS[kind] + 1)])
+def test_a_stop_does_not_wait_for_an_evaluation(kind, which, launch, whole, assert_same_run, tmp_path):
+    """Whichever it is, GRPO's first and everyone's last among them: it is left, and the next start makes up for it."""
+    assert launch(kind, tmp_path, fault=f"evaluate:sigterm:{which}") == 130
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert sum("eval/seconds" in line for line in lines) == which - 1
+    events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    assert [event["name"] for event in events if event["kind"] == "end"] == ["stopped"]
+    assert launch(kind, tmp_path) == 0
     assert_same_run(tmp_path, whole[kind])
 
 

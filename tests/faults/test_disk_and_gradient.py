@@ -37,6 +37,36 @@ def test_a_last_save_that_fails_is_an_error(launch, whole, assert_same_run, tmp_
     assert_same_run(tmp_path, whole["pretrain"])
 
 
+@pytest.mark.parametrize("kind", ["sft", "grpo"])
+def test_a_save_that_fails_costs_the_others_no_step_either(kind, launch, whole, assert_same_run, tmp_path, capsys):
+    assert launch(kind, tmp_path, fault="save-tensors:enospc:2") == 0
+    assert "could not be saved: No space left" in capsys.readouterr().err
+    assert_same_run(tmp_path, whole[kind])
+
+
+@pytest.mark.parametrize("kind", ["pretrain", "sft", "grpo"])
+def test_a_run_goes_on_where_a_full_disk_keeps_its_notes_out(kind, launch, whole, assert_same_run, tmp_path, capsys):
+    """Full when the run goes on: neither can its versions be written nor its torn log be healed. Later there is room again."""
+    assert launch(kind, tmp_path, fault="train-step:sigterm:7") == 130
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 8, "tok')
+    capsys.readouterr()
+    assert launch(kind, tmp_path, fault="write-atomic:enospc:1-2") == 0
+    text = capsys.readouterr().err
+    assert "versions.json could not be written: No space left" in text and "metrics cannot be written" in text
+    assert_same_run(tmp_path, whole[kind])
+
+
+@pytest.mark.parametrize("write", [1, 2, 3])
+@pytest.mark.parametrize("kind", ["pretrain", "sft", "grpo"])
+def test_a_run_that_finds_the_disk_full_says_so(kind, write, launch, tmp_path, capsys):
+    """At its first writes (shards, config, tokenizer, versions) and from then on."""
+    assert launch(kind, tmp_path, fault=f"write-atomic:enospc:{write}-") == 2
+    text = capsys.readouterr().err
+    assert "the disk is full" in text or "No space left" in text
+    assert "Traceback" not in text
+
+
 def test_a_stop_that_cannot_save_does_not_claim_to_have_saved(launch, tmp_path, capsys):
     (tmp_path / "checkpoints").write_text("a file where the folder should be")
     assert launch("pretrain", tmp_path, fault="train-step:sigterm:3") == 2

@@ -118,6 +118,13 @@ def test_a_run_that_learns_nothing_is_told_when_the_warmup_is_over():
     assert told(lines, Facts(lr=1e-3, clip_norm=1.0)) == {}, "without a vocabulary there is nothing to compare with"
 
 
+def test_a_run_that_does_worse_than_guessing_is_told_at_once():
+    lines = [line | {LOSS: 9.9} for line in healthy(30)]
+    assert told(lines)["learning-rate"] == 3
+    tied = [line | {LOSS: max(line[LOSS], 8.2)} for line in healthy(4)]  # logits of variance 1, as a tied head starts with
+    assert told(tied) == {}
+
+
 def test_a_plateau_is_told_before_the_run_has_doubled_and_never_when_the_rate_is_spent():
     def flat(lr: float) -> list[Line]:
         return [line | ({} if n < 100 else {LOSS: 1.8 + 0.01 * ((7 * n) % 5 - 2), LR: lr}) for n, line in enumerate(healthy(240))]

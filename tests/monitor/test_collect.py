@@ -134,7 +134,8 @@ def test_fine_tuning_pads_and_grpo_is_watched(tiny, runs, tmp_path):
         ends.append(weights(tmp_path / level))
     assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
     found = lines(tmp_path / "full")
-    watched = {"grad/norm/<part>", "update/ratio", "model/attention_entropy/<layer>", "perf/optimizer_ms"}
+    watched = {"grad/norm/<part>", "grad/norm_max", "grad/clipped_frac", "update/ratio", "perf/optimizer_ms"}
+    watched |= {"model/attention_entropy/<layer>", "model/dead_units_frac/<layer>"}
     assert rows_of(found) >= OF_GRPO | watched
     assert [line["step"] for line in found if "grad/mean" in line] == [1, 3]
 

@@ -179,6 +179,8 @@ def test_newest_values_say_what_they_are_of(make_run: MakeRun) -> None:
 def test_a_silent_run_whose_log_is_open_runs(make_run: MakeRun) -> None:
     folder = make_run(ago=DEAD_SECONDS + 60)
     assert not is_open(folder / "metrics.jsonl")
+    with (folder / "metrics.jsonl").open():  # whoever reads along is not the run
+        assert not is_open(folder / "metrics.jsonl")
     with (folder / "metrics.jsonl").open("a"):
         assert picture(folder).splitlines()[1] == "running, no sign of it for 3 min 00 s"
 

@@ -1,0 +1,35 @@
+"""The same command started twice: the second process leaves the first one's run alone."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from osler.errors import UserError
+from osler.runtime.files import held
+
+pytest.importorskip("fcntl", reason="locks of this kind are Unix's")
+
+
+@pytest.mark.parametrize("kind", ["pretrain", "sft", "grpo"])
+def test_a_folder_that_a_process_works_on_is_refused(kind, launch, tmp_path, capsys):
+    with held(tmp_path):
+        assert launch(kind, tmp_path) == 2
+    assert "Another process is at work on" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_lock_ends_with_its_process(tmp_path):
+    program = "import sys, time; from osler.runtime.files import held\nfrom pathlib import Path\n"
+    program += "with held(Path(sys.argv[1])):\n    print('in', flush=True)\n    time.sleep(60)\n"
+    process = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE, cwd=os.getcwd())
+    assert process.stdout is not None and process.stdout.readline() == b"in\n"
+    with pytest.raises(UserError, match="Another process"), held(tmp_path):
+        pass
+    process.kill()
+    process.wait()
+    with held(tmp_path):
+        pass
