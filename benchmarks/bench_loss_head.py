@@ -133,6 +133,7 @@ def main() -> None:
         "memory": {"tokens": args.tokens, "extra_mib": memory},
         "time": {
             "tokens": args.timed_tokens,
+            "passes": args.passes,
             "median_seconds": {name: statistics.median(each[name] for each in rounds) for name in CONTESTANTS},
             "over_unchunked": {
                 kind: statistics.median(each[f"chunked{kind}"] / each[f"unchunked{kind}"] for each in rounds)

@@ -139,6 +139,7 @@ def main() -> None:
         "threads": args.threads,
         "machine": f"{platform.system()} {platform.machine()}",
         "torch": torch.__version__,
+        "steps": args.steps,
         "rounds": rounds,
         "median": {mode: {name: statistics.median(each[mode][name] for each in rounds) for name in names} for mode in MODES},
         "median_ratio_to_off": {

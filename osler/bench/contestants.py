@@ -37,6 +37,9 @@ def build_osler(config: TrainConfig, dtype: torch.dtype) -> Contestant:
 def build_nanochat(config: TrainConfig, dtype: torch.dtype, checkout: Path) -> Contestant:
     """nanochat's ``GPT`` from a checkout, full attention in every layer; it casts fp32 weights to the compute dtype itself."""
     shape = config.model
+    require_whole_embeddings(shape)
+    if shape.tie_embeddings:
+        raise UserError("nanochat's embedding and head are two matrices: compare with model.tie_embeddings=false.")
     if shape.head_dim * shape.num_heads != shape.hidden_size:
         raise UserError(
             f"nanochat's heads make up the width: head_dim {shape.head_dim} x num_heads {shape.num_heads} is not "
@@ -60,6 +63,15 @@ def build_nanochat(config: TrainConfig, dtype: torch.dtype, checkout: Path) -> C
     return model, lambda ids, labels, _: model(ids, labels) * labels.numel()
 
 
+def require_whole_embeddings(shape: ModelConfig) -> None:
+    """Raise UserError for a factorized embedding: a peer with a whole one would be a larger model."""
+    if shape.embed_rank is not None:
+        raise UserError(
+            f"No peer has a factorized embedding (model.embed_rank={shape.embed_rank}): leave --peer out, or compare with "
+            "model.embed_rank=null."
+        )
+
+
 def build_hf(config: TrainConfig, dtype: torch.dtype) -> Contestant:
     """Hugging Face's Qwen3 with fp32 weights under autocast, as its Trainer runs bf16, and its own loss on the same labels."""
     try:
@@ -80,7 +92,8 @@ def build_hf(config: TrainConfig, dtype: torch.dtype) -> Contestant:
 
 
 def qwen3_config(transformers, shape: ModelConfig):  # type: ignore[no-untyped-def]  # an optional library's classes
-    """Qwen3's configuration of the same shape."""
+    """Qwen3's configuration of the same shape; UserError where it has no such shape."""
+    require_whole_embeddings(shape)
     return transformers.Qwen3Config(
         vocab_size=shape.vocab_size,
         hidden_size=shape.hidden_size,

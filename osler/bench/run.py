@@ -94,6 +94,7 @@ def compare(config: TrainConfig, name: str, *, peers: Sequence[str], rounds: int
             "torch": torch.__version__,
         },
         "rounds": rounds,
+        "steps": steps,
         "flops_convention": CONVENTION,
         "matmul_flops_per_second": [done["flops_per_second"] for done in measured["matmul"]],
         **{name: summary(measured[name], measured["matmul"]) for name in contestants},

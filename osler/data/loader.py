@@ -113,7 +113,8 @@ class StagedLoader:
     def batches(self, start_step: int = 0, skipped_tokens: int = 0) -> Iterator[Batch]:
         """Yield the batches from a step of the run on without end, so many tokens further on in the stream than its steps say.
 
-        Tokens before a stage were passed over in all stages, so one that follows repeats nothing of the one before it.
+        Tokens before a stage were passed over in all stages, so one that follows repeats nothing of the one before it; where
+        its rows do not divide them, less than a row is left out or comes again.
         """
         for span, loader in zip(self.timeline.spans, self.loaders, strict=True):
             first = max(start_step, span.first_step)

@@ -31,8 +31,11 @@ def attention_reference(q_BNTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, *, mask:
 def attention(q_BNTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, *, mask: Tensor | None = None) -> Tensor:
     """The same as :func:`attention_reference`, in the form that is fastest on the device; rows that see no key are undefined."""
     if q_BNTH.is_cuda:
+        groups = q_BNTH.shape[1] // k_BKSH.shape[1]
+        if mask is not None and groups > 1:  # the kernel that takes a mask without holding all scores has no grouped form
+            k_BKSH, v_BKSH = (x.repeat_interleave(groups, dim=1) for x in (k_BKSH, v_BKSH))
         return F.scaled_dot_product_attention(
-            q_BNTH, k_BKSH, v_BKSH, attn_mask=mask, is_causal=mask is None, enable_gqa=q_BNTH.shape[1] != k_BKSH.shape[1]
+            q_BNTH, k_BKSH, v_BKSH, attn_mask=mask, is_causal=mask is None, enable_gqa=mask is None and groups > 1
         )
     queries, keys = q_BNTH.shape[2], k_BKSH.shape[2]
     if mask is not None or queries != keys or queries < 2 * CAUSAL_PIECE:

@@ -104,11 +104,9 @@ def default_chunk_tokens(vocab_size: int, logit_bytes: int = 4) -> int:
 
 
 def _loss_chunk_tokens(features_NR: Tensor, words: int) -> int:
-    if not torch.compiler.is_compiling():
-        return default_chunk_tokens(words, features_NR.element_size())
-    if features_NR.device.type not in TILES:
-        return default_chunk_tokens(words)  # as if in fp32: the gradient stands beside the logits
-    return max(64, min(TILED_CHUNK_TOKENS, TILED_CHUNK_BYTES // (features_NR.element_size() * words) // 64 * 64))
+    if torch.compiler.is_compiling() and features_NR.device.type in TILES:
+        return max(64, min(TILED_CHUNK_TOKENS, TILED_CHUNK_BYTES // (features_NR.element_size() * words) // 64 * 64))
+    return default_chunk_tokens(words, features_NR.element_size())
 
 
 def _tile_words(head_VR: Tensor) -> int:

@@ -3,8 +3,9 @@
 Weight, gradient and both moments take eight bytes per parameter instead of the sixteen of fp32 master weights. That works because
 ``ops/rounding.py`` keeps the mean of what bf16 cannot hold; the moments are rounded that way too, since with a beta of 0.999 the
 second one would otherwise stand still as well. What a rounding draws is a function of (seed, number of the parameter, step,
-position), so resume is bit-exact and the number of skipped or micro-batched calls changes nothing. (After "Revisiting BFloat16
-Training", arXiv 2010.06192, and "Stochastic Rounding for LLM Training", arXiv 2502.20566.)
+position), so resume is bit-exact and the number of skipped or micro-batched calls changes nothing. The gradients of a step's
+micro-batches are added up in bf16 before that, rounded to nearest, as autograd does: few large ones are better. (After
+"Revisiting BFloat16 Training", arXiv 2010.06192, and "Stochastic Rounding for LLM Training", arXiv 2502.20566.)
 """
 
 from __future__ import annotations

@@ -50,6 +50,7 @@ class AdamWConfig:
             raise ValueError(f"learning rates must be finite and above 0, not lr={self.lr}, embedding_lr={self.embedding_lr}")
         if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
             raise ValueError(f"beta1 {self.beta1} and beta2 {self.beta2} must lie in [0, 1)")
+        check_decay_and_eps(self.weight_decay, self.eps)
 
 
 @config
@@ -90,8 +91,13 @@ class MuonConfig:
             raise ValueError(f"momentum {self.momentum}, beta1 {self.beta1} and beta2 {self.beta2} must lie in [0, 1)")
         if self.newton_schulz_steps < 1:
             raise ValueError(f"newton_schulz_steps is {self.newton_schulz_steps}; it must be at least 1")
-        if self.weight_decay < 0:
-            raise ValueError(f"weight_decay is {self.weight_decay}; it must be 0 or more")
+        check_decay_and_eps(self.weight_decay, self.eps)
+
+
+def check_decay_and_eps(weight_decay: float, eps: float) -> None:
+    """Raise ValueError for a decay that would make weights grow, and for what cannot be divided by."""
+    if not (0 <= weight_decay < math.inf and 0 < eps < math.inf):
+        raise ValueError(f"weight_decay {weight_decay} must be 0 or more and eps {eps} above 0, both finite")
 
 
 OptimConfig = Annotated[AdamWConfig | MuonConfig, TAGGED]
@@ -113,6 +119,9 @@ class CosineConfig:
     warmup_tokens: int = 0  # tokens over which the learning rate rises from 0
     final_fraction: float = 0.1  # of the peak learning rate, reached at the end
 
+    def __post_init__(self) -> None:
+        check_fraction(self.final_fraction)
+
 
 @config
 class LinearConfig:
@@ -121,6 +130,9 @@ class LinearConfig:
     type: Literal["linear"] = "linear"
     warmup_tokens: int = 0  # tokens over which the learning rate rises from 0
     final_fraction: float = 0.0  # of the peak learning rate, reached at the end
+
+    def __post_init__(self) -> None:
+        check_fraction(self.final_fraction)
 
 
 @config
@@ -135,6 +147,13 @@ class WarmupStableDecayConfig:
     def __post_init__(self) -> None:
         if not 0 < self.decay_fraction <= 1:
             raise ValueError(f"decay_fraction {self.decay_fraction} must lie in (0, 1]")
+        check_fraction(self.final_fraction)
+
+
+def check_fraction(final_fraction: float) -> None:
+    """Raise ValueError unless a schedule ends between nothing and the peak."""
+    if not 0 <= final_fraction <= 1:
+        raise ValueError(f"final_fraction {final_fraction} must lie in [0, 1]")
 
 
 ScheduleConfig = Annotated[ConstantConfig | CosineConfig | LinearConfig | WarmupStableDecayConfig, TAGGED]

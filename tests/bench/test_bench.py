@@ -53,6 +53,8 @@ def test_the_peer_is_the_same_model_with_the_same_loss():
 def test_mistakes_are_told(capsys):
     assert main(["bench", *TINY, "--peer", "nowhere", "--rounds", "1", "compile=never"]) == 2
     assert "--peer nowhere is neither hf nor a checkout of nanochat" in capsys.readouterr().err
+    assert main(["bench", *TINY, "model.embed_rank=8", "--peer", "hf", "--rounds", "1", "compile=never"]) == 2
+    assert "No peer has a factorized embedding (model.embed_rank=8)" in capsys.readouterr().err
     assert main(["bench", "quickstart"]) == 2
     assert "recipe of kind quickstart" in capsys.readouterr().err
 

@@ -49,6 +49,7 @@ TOLERANCE = 1e-6
 # In FP8 another order of a sum is enough for a weight to be rounded to its other neighbour, now and then. Under FSDP weights
 # arrive in bf16, so each is rounded twice; half a bit of bf16 is 2 ** -9.
 FP8_TOLERANCE = {"ddp": 1e-4, "fsdp": 2**-8}
+MUON_TOLERANCE = 1e-5  # its step depends on the gradient's direction alone, however small, and so on how a sum was rounded
 PATIENCE_SECONDS = 120
 LOST_SECONDS = 30
 ZERO_AND_BACK = [(2, "fsdp"), (2, "deepspeed"), (2, "deepspeed"), (1, "none")]
@@ -317,10 +318,16 @@ def run_all(recipes: dict[str, list[str]], root: Path) -> None:
         "shrinks": [(4, "fsdp"), (2, "fsdp"), (1, "none")],
         "changes": [(4, "ddp"), (4, "fsdp"), (2, "ddp")],
         "grows": [(1, "none"), (2, "fsdp"), (4, "fsdp")],
+        "alone again": [(4, "ddp"), (1, "none")],
     }.items():
         report(name, functools.partial(continued, pretrain, root / "pretrain-1", root / name, starts))
     report("sft shrinks", functools.partial(continued, recipes["sft"], root / "sft-1", root / "sft", [(2, "ddp"), (1, "none")]))
     same_however_computed(pretrain, root)
+    muon = [*pretrain, "optim={type: muon}"]
+    assert train(muon, root / "muon-1", 1) == [0], said(root / "muon-1", 0)[-2000:]
+    for strategy in ("ddp", "fsdp"):
+        folder = root / f"muon-{strategy}"
+        report(f"muon {strategy}", functools.partial(same_run, muon, root / "muon-1", folder, 2, strategy, MUON_TOLERANCE))
     if importlib.util.find_spec("deepspeed"):
         for stage in (1, 2, 3):
             zero = [*pretrain, f"parallel.stage={stage}"]

@@ -81,7 +81,7 @@ def test_compile_is_tried():
         ("NVIDIA A10", 125e12),
         ("NVIDIA L4", 121e12),
         ("NVIDIA L40S", 362e12),
-        ("NVIDIA GeForce RTX 4090", 165e12),
+        ("NVIDIA GeForce RTX 4090", 165.2e12),
         ("Tesla T4", 65e12),
         ("NVIDIA T400", None),
         ("Some Card", None),

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 
 from osler.model.config import ModelConfig
 from osler.model.loss import SummedLoss
 from osler.model.transformer import Transformer
-from osler.runtime.shapes import COMPILED_SHAPES, with_few_shapes
+from osler.parallel.config import NoParallelConfig
+from osler.parallel.parallelize import parallelize
+from osler.runtime.shapes import COMPILED_SHAPES
+from osler.runtime.world import World
 
 LENGTHS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
 
@@ -20,7 +25,7 @@ def no_compiled_code():
     torch.compiler.reset()
 
 
-def test_ten_lengths_with_at_most_four_compiled_versions_alive(no_compiled_code):
+def test_ten_lengths_with_at_most_four_compiled_versions_alive(no_compiled_code, monkeypatch):
     """The loss that training compiles, at more lengths than torch allows one function; counted in torch's own cache."""
     from torch._dynamo.eval_frame import _debug_get_cache_entry_list
     from torch._dynamo.testing import CompileCounter
@@ -28,7 +33,8 @@ def test_ten_lengths_with_at_most_four_compiled_versions_alive(no_compiled_code)
     model = Transformer(ModelConfig(num_layers=1, hidden_size=32, intermediate_size=64, vocab_size=64))
     model.init_weights(0)
     eager, counter, alive = SummedLoss(model), CompileCounter(), []
-    loss = with_few_shapes(torch.compile(eager, fullgraph=True, dynamic=False, backend=counter))
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter))
+    loss = parallelize(model, NoParallelConfig(), World(), compile=True).loss
     for number, seq_len in enumerate(LENGTHS, start=1):
         ids = torch.randint(0, 64, (2, seq_len + 1), generator=torch.Generator().manual_seed(seq_len))
         rows = ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), None
