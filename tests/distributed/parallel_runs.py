@@ -219,10 +219,11 @@ def spread(world: World, value: float) -> int:
 
 
 def accumulate() -> int:
-    """Within ``accumulating`` gradients stay on their rank; the backward pass after it averages all of them."""
+    """Within ``accumulating`` gradients stay on their rank; the backward pass after it averages all of them, in fp32."""
+    shape = ModelConfig(num_layers=1, hidden_size=32, vocab_size=64, head_init="normal")
     with joined("cpu") as world:
-        for config in (DdpConfig(), FsdpConfig()):
-            model = Transformer(ModelConfig(num_layers=1, hidden_size=32, vocab_size=64, head_init="normal"))
+        for config, compute_dtype in ((DdpConfig(), torch.float32), (FsdpConfig(), torch.bfloat16)):
+            model = Transformer(shape, compute_dtype=compute_dtype)
             model.init_weights(0)
             engine = parallelize(model, config, world, compile=False)
             ids = torch.arange(8)[None] + 10 * world.rank
@@ -236,6 +237,7 @@ def accumulate() -> int:
             engine.backward(engine.loss(ids, ids + 1, None))
             gradient = whole(model.layers[0].mlp.down_proj.weight.grad)
             assert float(gradient.abs().sum()) > 0 and spread(world, float(gradient.abs().sum())) == 0, "not averaged"
+            assert (gradient != gradient.bfloat16()).any(), "averaged in bf16"
     return 0
 
 
