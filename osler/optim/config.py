@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Annotated, Literal
 
 from osler.config import TAGGED, config
@@ -46,8 +45,8 @@ class AdamWConfig:
     weight_decay_schedule: WeightDecayConfig = ConstantWeightDecay()  # how it changes over the run
 
     def __post_init__(self) -> None:
-        if not all(0 < lr < math.inf for lr in (self.lr, self.embedding_lr) if lr is not None):
-            raise ValueError(f"learning rates must be finite and above 0, not lr={self.lr}, embedding_lr={self.embedding_lr}")
+        if not all(lr > 0 for lr in (self.lr, self.embedding_lr) if lr is not None):
+            raise ValueError(f"learning rates must be above 0, not lr={self.lr}, embedding_lr={self.embedding_lr}")
         if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
             raise ValueError(f"beta1 {self.beta1} and beta2 {self.beta2} must lie in [0, 1)")
         check_decay_and_eps(self.weight_decay, self.eps)
@@ -85,8 +84,8 @@ class MuonConfig:
     eps: float = 1e-8  # added to the root of the mean square in AdamW
 
     def __post_init__(self) -> None:
-        if not (0 < self.lr < math.inf and 0 < self.adamw_lr < math.inf):
-            raise ValueError(f"learning rates must be finite and above 0, not lr={self.lr}, adamw_lr={self.adamw_lr}")
+        if not (self.lr > 0 and self.adamw_lr > 0):
+            raise ValueError(f"learning rates must be above 0, not lr={self.lr}, adamw_lr={self.adamw_lr}")
         if not all(0 <= value < 1 for value in (self.momentum, self.beta1, self.beta2)):
             raise ValueError(f"momentum {self.momentum}, beta1 {self.beta1} and beta2 {self.beta2} must lie in [0, 1)")
         if self.newton_schulz_steps < 1:
@@ -96,8 +95,8 @@ class MuonConfig:
 
 def check_decay_and_eps(weight_decay: float, eps: float) -> None:
     """Raise ValueError for a decay that would make weights grow, and for what cannot be divided by."""
-    if not (0 <= weight_decay < math.inf and 0 < eps < math.inf):
-        raise ValueError(f"weight_decay {weight_decay} must be 0 or more and eps {eps} above 0, both finite")
+    if not (weight_decay >= 0 and eps > 0):
+        raise ValueError(f"weight_decay {weight_decay} must be 0 or more and eps {eps} above 0")
 
 
 OptimConfig = Annotated[AdamWConfig | MuonConfig, TAGGED]
