@@ -58,6 +58,19 @@ def one_of_four_killed(command: Sequence[str], whole: Path, folder: Path) -> Non
     assert_equal_bits(folder, whole)
 
 
+def damaged(command: Sequence[str], whole: Path, folder: Path) -> None:
+    """All ranks pass over a newest checkpoint that rots, which is told once, and go on from the one before, to the bit."""
+    assert train(command, folder, 4, fault_rank=1, fault="train-step:sigterm:7") == [130] * 4, said(folder, 0)[-2000:]
+    file = folder / "checkpoints" / store.folder_name(7) / "optimizer.safetensors"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    assert train(command, folder, 4) == [0] * 4, said(folder, 0)[-2000:]
+    told = "".join(said(folder, rank) for rank in range(4))
+    assert " ".join(told.split()).count("step-000000007 is damaged") == 1, told
+    assert_equal_bits(folder, whole)
+
+
 def poisoned_rank(command: Sequence[str], folder: Path, offset: int = 2 * 512) -> None:
     """One rank's loss is NaN: all skip the step, all go back, all go on; and to the same end when one dies going back."""
     calm, cut = folder.with_name(f"{folder.name}-calm"), folder.with_name(f"{folder.name}-cut")
@@ -135,6 +148,7 @@ def run_all(recipe: str, grpo: list[str], root: Path) -> None:
     whole = root / "whole"
     assert train(command, whole, 4) == [0] * 4, said(whole, 0)[-2000:]
     report("one of four killed", functools.partial(one_of_four_killed, command, whole, root / "killed"))
+    report("damaged", functools.partial(damaged, command, whole, root / "damaged"))
     for strategy in ("ddp", "fsdp"):
         sharing = [*command, f"parallel.type={strategy}"]
         report(f"poisoned {strategy}", functools.partial(poisoned_rank, sharing, root / f"poisoned-{strategy}"))

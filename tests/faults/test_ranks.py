@@ -25,4 +25,4 @@ def test_what_breaks_one_rank_is_agreed_on_by_all(tiny, runs, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     lines = done.stdout.splitlines()
     assert [line for line in lines if not line.startswith("ok ")] == []
-    assert len(lines) == 7 + (2 if importlib.util.find_spec("deepspeed") else 0)
+    assert len(lines) == 8 + (2 if importlib.util.find_spec("deepspeed") else 0)
