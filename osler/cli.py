@@ -6,11 +6,14 @@ Exit codes: see ``EXIT_CODES``, which `osler --help` prints.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import errno
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 
 from osler.errors import UserError
 from osler.runtime.log import complain
@@ -20,9 +23,12 @@ from osler.verbs import VERBS, Verb
 EXIT_CODES = """\
 Exit codes: 0 done; 1 an error in Osler, with a traceback, or damage that `checkpoint verify` or `data inspect` found; 2 something
 to mend, told in one paragraph (a wrong option, a full disk, a loss that stays NaN, another process of the run that was lost);
-130 stopped by Ctrl-C or SIGTERM: a run has finished its step and saved, and the same command goes on. A second Ctrl-C leaves at
-once; the run then goes on from its last checkpoint."""
-DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT)
+130 stopped by Ctrl-C or SIGTERM: training has finished its step and saved, and the same command goes on. A second Ctrl-C leaves
+at once; the run then goes on from its last checkpoint."""
+REMEDIES = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "Free some of the disk; the same command then goes on."),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "Name another place, or ask whose it is for the permission."),
+}  # what a person can do about an error of the system
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,7 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # an ASCII terminal shows ? where it cannot show a sign
     try:
-        code = dispatch(list(sys.argv[1:] if argv is None else argv))
+        with termination_as_interrupt():
+            code = dispatch(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()
         return code
     except UserError as error:
@@ -45,10 +52,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except OSError as error:
-        if error.errno not in DISK_IS_FULL:
+        if error.errno not in REMEDIES:
             raise
-        complain(f"osler: the disk is full: {error.filename or error}. Free some of it; the same command then goes on.", True)
+        what = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+        complain(f"osler: {what}. {REMEDIES[error.errno]}", True)
         return 2
+
+
+@contextlib.contextmanager
+def termination_as_interrupt() -> Iterator[None]:
+    """SIGTERM ends whatever runs as Ctrl-C does, where nothing hears it that knows better, as training does."""
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def dispatch(argv: list[str]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -230,3 +231,20 @@ def test_shards_of_another_tokenizer_are_not_decoded(notes, tmp_path, capsys):
     cli.main(["data", "prepare", str(notes), "--tokenizer", first, "--out", shards])
     assert cli.main(["data", "inspect", shards, "--tokenizer", second]) == 2
     assert "another tokenizer" in capsys.readouterr().err
+
+
+def test_sigterm_ends_a_verb_as_ctrl_c_does(capsys, monkeypatch):
+    monkeypatch.setattr("osler.cli.dispatch", lambda argv: signal.raise_signal(signal.SIGTERM))
+    before = signal.getsignal(signal.SIGTERM)
+    assert cli.main(["eval"]) == 130
+    assert "osler: interrupted" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_place_that_may_not_be_written_to_is_told_in_words(capsys, monkeypatch):
+    def refuse(argv):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), "runs/x/report.html")
+
+    monkeypatch.setattr("osler.cli.dispatch", refuse)
+    assert cli.main(["report"]) == 2
+    assert "osler: runs/x/report.html: Permission denied. Name another place" in capsys.readouterr().err

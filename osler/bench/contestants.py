@@ -74,10 +74,7 @@ def require_whole_embeddings(shape: ModelConfig) -> None:
 
 def build_hf(config: TrainConfig, dtype: torch.dtype) -> Contestant:
     """Hugging Face's Qwen3 with fp32 weights under autocast, as its Trainer runs bf16, and its own loss on the same labels."""
-    try:
-        transformers = importlib.import_module("transformers")
-    except ImportError as error:
-        raise UserError("--peer hf needs transformers: make test installs it, or pip install -e '.[test]' does.") from error
+    transformers = importlib.import_module("transformers")
     shape = config.model
     model = transformers.Qwen3ForCausalLM(qwen3_config(transformers, shape))
     loss_function: Callable[..., Tensor] = model.loss_function

@@ -7,6 +7,7 @@ against the GPU's data sheet (``runtime/device.py``), or on a CPU against a plai
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import platform
@@ -105,6 +106,8 @@ def compare(config: TrainConfig, name: str, *, peers: Sequence[str], rounds: int
 def contestant_of(peer: str) -> str:
     """The name of a peer as ``--peer`` gives it: ``hf``, or else a path to a checkout of nanochat, which must be one."""
     if peer == "hf":
+        if importlib.util.find_spec("transformers") is None:
+            raise UserError("--peer hf needs transformers: make test installs it, or pip install -e '.[test]' does.")
         return peer
     if not (Path(peer) / "nanochat" / "gpt.py").exists():
         raise UserError(f"--peer {peer} is neither hf nor a checkout of nanochat: nanochat/gpt.py is missing there.")

@@ -57,12 +57,13 @@ def prune_checkpoints(path: str, *, keep_last: int, keep_best: bool, keep_milest
     freed = 0
     for checkpoint, reason in reversed(prunable(root, keep_last, keep_best=keep_best, keep_milestones=keep_milestones)):
         freed += size_of(checkpoint)
-        print(f"{checkpoint.name}{megabytes(checkpoint):>12}   {'would be deleted' if dry_run else 'deleted'}: {reason}")
+        line = f"{checkpoint.name}{megabytes(checkpoint):>12}   {'would be deleted' if dry_run else 'deleted'}: {reason}"
         if not dry_run:
             try:
                 remove(checkpoint)
             except OSError as error:
                 raise UserError(f"{checkpoint} cannot be deleted: {error.strerror}.") from error
+        print(line)
     print(f"{freed / 1e6:,.1f} MB {'would be' if dry_run else 'are'} free.")
     return 0
 
