@@ -181,7 +181,7 @@ class TestDecode:
             steps=st.integers(),
             name=st.text(st.characters(exclude_categories=["Cs"])),
             dtype=st.sampled_from(["auto", "bf16", "fp32"]),
-            optim=st.builds(Adam, lr=st.floats(allow_nan=False)) | st.builds(Muon, lr=st.floats(0, 1)),
+            optim=st.builds(Adam, lr=st.floats(allow_nan=False, allow_infinity=False)) | st.builds(Muon, lr=st.floats(0, 1)),
             second=st.none() | st.builds(Muon),
             stages=st.lists(st.builds(Stage, seq_len=st.integers(1, 9)), max_size=3).map(tuple),
             weights=st.dictionaries(st.text("abc.", max_size=3), st.floats(0, 1), max_size=3),
