@@ -60,8 +60,11 @@ def compare(config: TrainConfig, name: str, *, peers: Sequence[str], rounds: int
     contestants = ["osler", *map(contestant_of, peers)]
     import torch
 
+    from osler.bench.contestants import require_whole_embeddings
     from osler.train.setup import choose_machine
 
+    if peers:  # before Osler is timed, which takes its time
+        require_whole_embeddings(config.model)
     machine = choose_machine(config.device, config.precision, config.compile, steps=STEPS_ALWAYS_COMPILED)
     spec = {
         "config": encode(config),
