@@ -30,14 +30,14 @@ quickstart: $(VENV)/.installed ## Train, examine and report a small model on thi
 test: $(VENV)/.installed-test ## Run the test suite with coverage
 	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist worksteal --cov=osler --cov-report=term --cov-fail-under=$(MIN_COVERAGE) $(TEST_ARGS)
 
-torture: $(VENV)/.installed ## Interrupt and resume 200 small runs at random moments and compare every bit, in a quarter of an hour
+torture: $(VENV)/.installed ## Interrupt and resume 200 small runs at random moments and compare every bit, in minutes
 	$(BIN)/python benchmarks/torture_resume.py $(TORTURE_ARGS)
 
 lint: $(VENV)/.installed-test ## Check style (ruff) and types (mypy)
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m mypy
 
-bench: $(VENV)/.installed-test ## Run every benchmark that needs no file; each prints one JSON object, all take hours
+bench: $(VENV)/.installed-test ## Run every benchmark that needs no file; each prints one JSON object
 	@for script in $(filter-out $(NO_BENCH),$(wildcard benchmarks/*.py)); do echo "== $$script" >&2; $(BIN)/python "$$script" || exit 1; done
 
 clean: ## Remove the environment and every cache; runs/ stays
