@@ -3,28 +3,21 @@
 The idea: reading is lazy and restartable. A source is a path, iterating it opens the files anew and gives the same
 documents in the same order (files sorted by name), so whoever needs two passes makes two. A text file is one document,
 a table has one per row. Whatever is wrong with a file is a UserError that names the file and the line, row or byte;
-nothing is skipped in silence.
+what is left out, files or columns, is named once.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
-
-import pyarrow
-import pyarrow.parquet
 
 from osler.data.documents import Document
 from osler.errors import UserError
+from osler.files.find import ROW_ENDINGS, TEXT_ENDINGS, ending, find_files, shown
+from osler.files.read import Row, read_rows, read_text
+from osler.runtime.log import say_once
 from osler.tokenizer.chat import Turn
-
-TEXT_ENDINGS = (".txt", ".md")
-LINES_ENDINGS = (".jsonl", ".ndjson")
-PARQUET_ENDING = ".parquet"
-COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 
 # How tables of questions and answers call their columns, in lower case: what the message about a missing column proposes.
 TURN_COLUMNS = {
@@ -33,8 +26,6 @@ TURN_COLUMNS = {
     "thinking_field": ("thinking", "reasoning", "rationale", "explanation", "cot", "complex_cot"),
 }
 CHAT_COLUMNS = {"messages", "conversations", "conversation"}
-
-Row = tuple[str, dict[str, Any]]  # where it stands ("notes.jsonl:12"), and its fields
 
 
 @dataclass(frozen=True)
@@ -50,12 +41,14 @@ class TextFiles:
     field_key: str = "data.field"
 
     def __iter__(self) -> Iterator[Document]:
-        for file in find_files(self.path, allow_text=True, key=self.path_key):
-            if _ending(file) in TEXT_ENDINGS:
-                yield Document(text=_read_text(file), source=str(file), collection=file.name)
-            else:
-                for where, row in read_rows(file, {self.field: self.field_key}):
-                    yield Document(text=row[self.field], source=where, collection=file.name)
+        for file in _files(self.path, (*ROW_ENDINGS, *TEXT_ENDINGS), self.path_key):
+            name = shown(file.name)
+            if ending(file) in TEXT_ENDINGS:
+                yield Document(text=read_text(file), source=shown(file), collection=name)
+                continue
+            for row in read_rows(file, [self.field]):
+                _tell_unread(self.path, row)
+                yield Document(text=_text(row, self.field, self.field_key) or "", source=row.where, collection=name)
 
 
 @dataclass(frozen=True)
@@ -68,174 +61,44 @@ class TurnFiles:
     answer_field: str = "answer"
 
     def __iter__(self) -> Iterator[Document]:
-        fields = {self.question_field: "data.question_field", self.answer_field: "data.answer_field"}
+        columns = [self.question_field, self.answer_field]
         if self.thinking_field is not None:
-            fields[self.thinking_field] = "data.thinking_field"
-        for file in find_files(self.path, allow_text=False):
-            for where, row in read_rows(file, fields):
-                thinking = row[self.thinking_field] if self.thinking_field is not None else None
-                turn = Turn(row[self.question_field], thinking, row[self.answer_field])
-                yield Document(turn=turn, source=where, collection=file.name)
+            columns.append(self.thinking_field)
+        for file in _files(self.path, ROW_ENDINGS, "data.path"):
+            for row in read_rows(file, columns):
+                _tell_unread(self.path, row, wants_thinking=self.thinking_field is None)
+                question = _text(row, self.question_field, "data.question_field") or ""
+                answer = _text(row, self.answer_field, "data.answer_field") or ""
+                thinking = None
+                if self.thinking_field is not None:
+                    thinking = _text(row, self.thinking_field, "data.thinking_field")
+                yield Document(turn=Turn(question, thinking, answer), source=row.where, collection=shown(file.name))
 
 
-def find_files(path: str | Path, *, allow_text: bool, key: str = "data.path") -> list[Path]:
-    """Return the readable files at `path`, sorted, without hidden ones. Raises UserError, naming `key`, when there is none."""
-    if not str(path):  # Path("") would be the folder that happens to be the current one
-        raise UserError(f"{key} is empty: name a file or a folder of text, such as {key}=MY_TEXTS.")
-    path = Path(path)
-    endings = (PARQUET_ENDING, *LINES_ENDINGS, *(TEXT_ENDINGS if allow_text else ()))
-    if path.is_file():
-        if _ending(path) not in endings:
-            raise UserError(f"{path} is of a kind that cannot be read here; give a file that ends in {_listed(endings)}.")
-        return [path]
-    if not path.is_dir():
-        raise UserError(f"There is no file or folder {path}; set {key} to one that is there.")
-    files = [file for file in path.rglob("*") if file.is_file() and _ending(file) in endings]
-    files = [file for file in files if not any(part.startswith(".") for part in file.relative_to(path).parts)]
-    if not files:
-        raise UserError(f"The folder {path} holds no file that can be read: none ends in {_listed(endings)}.")
-    return sorted(files, key=lambda file: file.relative_to(path).as_posix())
+def _files(path: str | Path, endings: Sequence[str], key: str) -> list[Path]:
+    found = find_files(path, endings, key=key)
+    if found.left_out:
+        say_once(f"{shown(path)}: left out: {found.left_out}.")
+    return found.files
 
 
-def read_rows(file: Path, fields: Mapping[str, str]) -> Iterator[Row]:
-    """Yield each row's `fields`, all of them text ("" for null), with where it stands.
-
-    `fields` gives for each column the key that chooses it; the UserError about a column that is missing names it.
-    """
-    return _read_parquet(file, fields) if _ending(file) == PARQUET_ENDING else _read_json_lines(file, fields)
-
-
-def _listed(endings: Sequence[str]) -> str:
-    """The endings as a person reads them, each with its compressions."""
-    packed = [f"{ending}{compression}" for ending in endings if ending != PARQUET_ENDING for compression in COMPRESSIONS]
-    return f"{', '.join(endings)}, or compressed in {', '.join(packed)}"
+def _tell_unread(path: str | Path, row: Row, *, wants_thinking: bool = False) -> None:
+    """Name the columns that look like content and are not read, and the one that looks like reasoning."""
+    if not row.unread:
+        return
+    reasoning = [name for name in row.unread if wants_thinking and name.lower() in TURN_COLUMNS["thinking_field"]]
+    hint = f" data.thinking_field={shown(reasoning[0])} would read the reasoning." if reasoning else ""
+    say_once(f"{shown(path)}: columns not read: {', '.join(map(shown, row.unread))}.{hint}")
 
 
-def _ending(file: Path) -> str:
-    """The ending that tells the kind of a file, below a compression's ending; parquet compresses inside."""
-    suffixes = [suffix.lower() for suffix in file.suffixes]
-    if len(suffixes) > 1 and suffixes[-1] in COMPRESSIONS and suffixes[-2] != PARQUET_ENDING:
-        return suffixes[-2]
-    return suffixes[-1] if suffixes else ""
-
-
-def _open(file: Path) -> IO[bytes]:
-    """Open for reading bytes, decompressing on the way; a torn compressed file raises OSError while it is read."""
-    compression = COMPRESSIONS.get(file.suffix.lower())
-    stream: IO[bytes] = pyarrow.input_stream(str(file), compression=compression)
-    return stream
-
-
-def _read_text(file: Path) -> str:
-    try:
-        with _open(file) as stream:
-            data = stream.read()
-    except OSError as error:
-        raise UserError(_damaged(file, error)) from None
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise UserError(_not_utf8(f"{file}:{line}", error.object[error.start], error.start)) from None
-
-
-def _read_json_lines(file: Path, fields: Mapping[str, str]) -> Iterator[Row]:
-    offset = 0
-    try:
-        with _open(file) as stream:
-            for number, line in enumerate(_lines(stream), 1):
-                where = f"{file}:{number}"
-                row = _parse_line(line, where, offset)
-                offset += len(line)
-                if row is not None:
-                    yield where, {field: _text_field(row, field, key, where) for field, key in fields.items()}
-    except OSError as error:
-        raise UserError(_damaged(file, error)) from None
-
-
-def _lines(stream: IO[bytes], block_bytes: int = 1 << 20) -> Iterator[bytes]:
-    """Cut a stream into lines at newlines only: pyarrow's own line iteration is not available on compressed streams."""
-    rest = b""
-    while block := stream.read(block_bytes):
-        *whole, rest = (rest + block).split(b"\n")
-        for line in whole:
-            yield line + b"\n"
-    if rest:
-        yield rest
-
-
-def _parse_line(line: bytes, where: str, offset: int) -> dict[str, Any] | None:
-    try:
-        text = line.decode("utf-8-sig" if offset == 0 else "utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(_not_utf8(where, error.object[error.start], offset + error.start)) from None
-    if not text.strip():
-        return None
-    try:
-        row = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where} is not JSON ({error}); every line must hold one JSON object.") from None
-    if not isinstance(row, dict):
-        raise UserError(f"{where} holds a JSON {type(row).__name__}; every line must hold one JSON object.")
-    return row
-
-
-def _text_field(row: dict[str, Any], field: str, key: str, where: str) -> str:
-    if field not in row:
-        raise UserError(_no_field(where, field, key, list(row)))
-    value = row[field]
-    if value is None:
-        return ""
-    if not isinstance(value, str):
-        raise UserError(f"{where}: the field '{field}' must be text, but it is {type(value).__name__}.")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:  # JSON can write half of a surrogate pair: "\ud83e"
-        raise UserError(f"{where}: the field '{field}' holds half a character at position {error.start}.") from None
-    return value
-
-
-def _read_parquet(file: Path, fields: Mapping[str, str]) -> Iterator[Row]:
-    number = 0
-    try:
-        with pyarrow.parquet.ParquetFile(file) as table:
-            _check_columns(file, table.schema_arrow, fields)
-            for batch in table.iter_batches(batch_size=1024, columns=list(fields)):
-                columns = [_column_texts(batch.column(field), field, file, number) for field in fields]
-                for values in zip(*columns, strict=True):
-                    number += 1
-                    yield f"{file}: row {number}", dict(zip(fields, values, strict=True))
-    except (OSError, pyarrow.ArrowException) as error:
-        raise UserError(_damaged(file, error)) from None
-
-
-def _check_columns(file: Path, schema: pyarrow.Schema, fields: Mapping[str, str]) -> None:
-    for field, key in fields.items():
-        if field not in schema.names:
-            raise UserError(_no_field(str(file), field, key, schema.names))
-        kind = schema.field(field).type
-        if pyarrow.types.is_dictionary(kind):
-            kind = kind.value_type
-        is_text: list[Callable[[pyarrow.DataType], bool]] = [
-            pyarrow.types.is_string,
-            pyarrow.types.is_large_string,
-            pyarrow.types.is_string_view,
-        ]
-        if not any(check(kind) for check in is_text):
-            raise UserError(f"{file}: the field '{field}' must be text, but it is {kind}.")
-
-
-def _column_texts(column: pyarrow.Array, field: str, file: Path, rows_before: int) -> list[str]:
-    try:
-        return [text or "" for text in column.to_pylist()]
-    except UnicodeDecodeError:
-        for index, value in enumerate(column):
-            try:
-                value.as_py()
-            except UnicodeDecodeError as error:
-                where = f"{file}: row {rows_before + index + 1}, field '{field}'"
-                raise UserError(_not_utf8(where, error.object[error.start], error.start)) from None
-        raise
+def _text(row: Row, field: str, key: str) -> str | None:
+    """The text of a column, None for null; `key` is what chooses the column."""
+    if field not in row.values:
+        raise UserError(_no_field(row.where, field, key, [shown(name) for name in row.columns]))
+    value = row.values[field]
+    if value is None or isinstance(value, str):
+        return value
+    raise UserError(f"{row.where}: the field '{field}' must be text, but it is {type(value).__name__}.")
 
 
 def _no_field(where: str, field: str, key: str, columns: Sequence[str]) -> str:
@@ -273,11 +136,3 @@ def _turn_settings(columns: Iterable[str], missing: str) -> str | None:
     if named["thinking_field"] is None and len(lower) > 2:
         settings.append("(and data.thinking_field=NAME if one of the others is the reasoning)")
     return " ".join(settings)
-
-
-def _not_utf8(where: str, byte: int, position: int) -> str:
-    return f"{where} is not UTF-8 text: byte 0x{byte:02x} at position {position}. Convert the file to UTF-8."
-
-
-def _damaged(file: Path, error: Exception) -> str:
-    return f"{file} cannot be read, it may be torn or not what its name says: {error}. Copy or download it again."

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 from osler.errors import UserError
+from osler.files.read import decode_lines
 from osler.inference.engine import Engine
 from osler.inference.generate import Piece, stream_answer
 from osler.inference.ready import ReadyModel, open_model
@@ -127,16 +128,17 @@ def terminal_lines() -> Iterator[str]:
         except KeyboardInterrupt:
             print("\n(an empty line or Ctrl-D leaves)")
             continue
+        except UnicodeDecodeError:
+            print("(that line is not UTF-8 text: set the terminal to UTF-8)")
+            continue
         if not line or line in LEAVE:
             return
         yield line
 
 
 def piped_lines() -> Iterator[str]:
-    """The lines of stdin that are not blank."""
-    if hasattr(sys.stdin, "reconfigure"):
-        sys.stdin.reconfigure(errors="replace")
-    for line in sys.stdin:
+    """The lines of stdin that are not blank; UserError at one that is not UTF-8, as in any file."""
+    for _, line in decode_lines(sys.stdin.buffer, "stdin"):
         if line.strip() in LEAVE:
             return
         if line.strip():

@@ -21,6 +21,7 @@ _LIVE_SECONDS = 0.2  # a live line is redrawn at most five times a second
 _RATE_WINDOW_SECONDS = 60.0
 _ERASE_LINE = "\r\x1b[K"
 
+_said: set[str] = set()  # by say_once
 _live: list[Progress] = []  # progress lines now on a terminal, so that say() does not write into them
 
 
@@ -122,6 +123,13 @@ def say(text: str, stream: TextIO | None = None) -> None:
     stream = sys.stderr if stream is None else stream
     erase = _ERASE_LINE if any(progress.stream is stream for progress in _live) else ""
     _write(stream, f"{erase}{text}\n")
+
+
+def say_once(text: str) -> None:
+    """``say`` what this process has not said before: files are read several times, and one line about them is enough."""
+    if text not in _said:
+        _said.add(text)
+        say(text)
 
 
 def complain(text: str, teller: bool | None = None) -> None:

@@ -25,7 +25,7 @@ class Gsm8kTask:
     """Grade-school arithmetic with a numeric answer, in the schema of openai/gsm8k."""
 
     type: Literal["gsm8k"] = "gsm8k"
-    path: str  # a .jsonl, .jsonl.gz or .parquet file
+    path: str  # a .parquet, .jsonl or .ndjson file (also .jsonl.gz and the like)
     split: str = ""  # a name for the file in tables and metrics
     limit: int | None = None  # the first so many questions; null: all
 

@@ -32,7 +32,7 @@ class MedmcqaTask:
     """Indian medical entrance questions, in the schema of openlifescienceai/medmcqa."""
 
     type: Literal["medmcqa"] = "medmcqa"
-    path: str  # a .jsonl, .jsonl.gz or .parquet file
+    path: str  # a .parquet, .jsonl or .ndjson file (also .jsonl.gz and the like)
     split: str = ""  # a name for the file in tables and metrics
     limit: int | None = None  # the first so many questions; null: all
     first_option: int = 0  # the number of option A in the file: 0 in the hub's files, 1 in the authors' original

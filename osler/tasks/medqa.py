@@ -20,7 +20,7 @@ class MedqaTask:
     """USMLE questions with four options, in the schema of GBaker/MedQA-USMLE-4-options."""
 
     type: Literal["medqa"] = "medqa"
-    path: str  # a .jsonl, .jsonl.gz or .parquet file
+    path: str  # a .parquet, .jsonl or .ndjson file (also .jsonl.gz and the like)
     split: str = ""  # a name for the file in tables and metrics
     limit: int | None = None  # the first so many questions; null: all
 

@@ -24,7 +24,7 @@ class PubmedqaTask:
     """Yes, no or maybe from an abstract, in the schema of qiaojin/PubMedQA."""
 
     type: Literal["pubmedqa"] = "pubmedqa"
-    path: str  # a .jsonl, .jsonl.gz or .parquet file
+    path: str  # a .parquet, .jsonl or .ndjson file (also .jsonl.gz and the like)
     split: str = ""  # a name for the file in tables and metrics
     limit: int | None = None  # the first so many questions; null: all
 

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import re
 from pathlib import Path
 
@@ -80,7 +81,7 @@ def test_turns(tmp_path: Path) -> None:
     path.write_bytes(jsonl([{"q": "Why?", "t": "Because.", "a": "So."}, {"q": "How?", "t": None, "a": "Thus."}]))
     assert [document.turn for document in TurnFiles(path, "q", "t", "a")] == [
         Turn("Why?", "Because.", "So."),
-        Turn("How?", "", "Thus."),
+        Turn("How?", None, "Thus."),
     ]
     assert next(iter(TurnFiles(path, "q", None, "a"))).turn == Turn("Why?", None, "So.")
     (tmp_path / "prose.txt").write_text("not turns")
@@ -132,7 +133,7 @@ def test_torn_and_unsuitable_parquet(tmp_path: Path) -> None:
     pq.write_table(pa.table({"title": ["a"] * 999, "n": list(range(999))}), path)
     with pytest.raises(UserError, match=r"has no field 'text'; it has: title, n\."):
         texts(path)
-    with pytest.raises(UserError, match="field 'n' must be text, but it is int64"):
+    with pytest.raises(UserError, match="row 1: the field 'n' must be text, but it is int"):
         texts(path, "n")
     whole = path.read_bytes()
     path.write_bytes(whole[:-20])
@@ -155,7 +156,7 @@ def test_invalid_utf8_in_parquet_names_the_row(tmp_path: Path) -> None:
 def test_missing_and_empty_places(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="There is no file or folder"):
         texts(tmp_path / "absent")
-    with pytest.raises(UserError, match=r"holds no file that can be read: none ends in \.parquet"):
+    with pytest.raises(UserError, match=r"holds no file that can be read \(it is empty\)\. Read are \.parquet"):
         texts(tmp_path)
     (tmp_path / "empty.jsonl").write_bytes(b"")
     assert texts(tmp_path) == []
@@ -170,7 +171,7 @@ def test_every_kind_that_is_read_is_named_and_every_kind_that_is_named_is_read(t
     (tmp_path / "notes.pdf").write_bytes(b"%PDF")
     with pytest.raises(UserError) as caught:
         texts(tmp_path)
-    named = re.findall(r"\.[a-z.]*[a-z]", str(caught.value).split("none ends in ")[1])
+    named = re.findall(r"\.[a-z.]*[a-z]", str(caught.value).split("Read are ")[1])
     assert set(named) >= {".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".md.gz", ".txt", ".txt.gz", ".txt.zst"}
     pack = {".gz": gzip.compress, ".zst": zstandard.compress}
     for number, ending in enumerate(named):
@@ -239,3 +240,55 @@ def test_the_keys_are_those_of_who_asks(tmp_path: Path) -> None:
     assert "data." not in str(caught.value)
     with pytest.raises(UserError, match="set text to one that is there"):
         list(TextFiles(tmp_path / "gone", path_key="text"))
+
+
+def test_what_is_left_out_is_said_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("a.txt", "b.json", "c.csv", "d.json"):
+        (tmp_path / name).write_text("x")
+    source = TextFiles(tmp_path)
+    assert len(list(source)) == len(list(source)) == 1
+    assert capsys.readouterr().err == f"{tmp_path}: left out: 2 .json, 1 .csv.\n"
+    (tmp_path / "e.jsonl").write_bytes(jsonl([{"question": "Why?", "answer": "So."}]))
+    assert len(list(TurnFiles(tmp_path))) == 1
+    assert capsys.readouterr().err == f"{tmp_path}: left out: 2 .json, 1 .txt, 1 .csv.\n"
+
+
+@pytest.mark.parametrize("is_parquet", [False, True])
+def test_columns_that_look_like_content_and_are_not_read_are_named_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], is_parquet: bool
+) -> None:
+    row = {"question": "Which?", "options": {"A": "x", "B": "y"}, "rationale": "Because.", "answer": "x", "answer_idx": "A"}
+    for name in ("a", "b"):
+        path = tmp_path / (f"{name}.parquet" if is_parquet else f"{name}.jsonl")
+        rows = [row, {**row, "question": "What?"}]
+        pq.write_table(pa.Table.from_pylist(rows), path) if is_parquet else path.write_bytes(jsonl(rows))
+    assert len(list(TurnFiles(tmp_path))) == len(list(TurnFiles(tmp_path))) == 4
+    said = f"{tmp_path}: columns not read: options, rationale. data.thinking_field=rationale would read the reasoning.\n"
+    assert capsys.readouterr().err == said
+    list(TurnFiles(tmp_path, thinking_field="rationale"))
+    assert capsys.readouterr().err == f"{tmp_path}: columns not read: options.\n"
+    list(TextFiles(path, "rationale"))
+    assert capsys.readouterr().err == f"{path}: columns not read: question, options, answer.\n"
+
+
+@pytest.mark.parametrize("is_parquet", [False, True])
+def test_null_reasoning_is_none_and_empty_reasoning_is_empty(tmp_path: Path, is_parquet: bool) -> None:
+    rows = [{"question": "q", "answer": "a", "why": why} for why in ("Because.", None, "")]
+    path = tmp_path / ("a.parquet" if is_parquet else "a.jsonl")
+    pq.write_table(pa.Table.from_pylist(rows), path) if is_parquet else path.write_bytes(jsonl(rows))
+    turns = [document.turn for document in TurnFiles(path, thinking_field="why")]
+    assert [turn.thinking for turn in turns if turn] == ["Because.", None, ""]
+
+
+def test_a_json_file_is_read_when_it_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_bytes(jsonl([{"text": "read"}]))
+    assert texts(tmp_path / "a.json") == ["read"]
+
+
+def test_what_a_name_that_is_not_utf8_leaves_in_documents_can_be_written(tmp_path: Path) -> None:
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xe9t\xe9"))
+    folder.mkdir()
+    (folder / os.fsdecode(b"\xe9.txt")).write_text("a text")
+    (folder / os.fsdecode(b"\xe8.jsonl")).write_bytes(jsonl([{"text": "one"}]))
+    for document in TextFiles(folder):
+        assert document.source.isprintable() and document.collection.isprintable()

@@ -43,6 +43,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+def piped(text: str | bytes) -> io.TextIOWrapper:
+    """A stdin that a file is piped into."""
+    return io.TextIOWrapper(io.BytesIO(text.encode() if isinstance(text, str) else text), encoding="utf-8")
+
+
 class Terminal(io.StringIO):
     """A stdin that a person sits at."""
 
@@ -64,25 +69,39 @@ class ImpatientOutput(io.StringIO):
         return super().write(text)
 
 
-def talk(monkeypatch: pytest.MonkeyPatch, checkpoint: Path, stdin: io.StringIO, *options: str) -> int:
+def talk(monkeypatch: pytest.MonkeyPatch, checkpoint: Path, stdin: io.TextIOBase, *options: str) -> int:
     monkeypatch.setattr(sys, "stdin", stdin)
     return cli.main(["chat", str(checkpoint), "--max-new-tokens", "6", *options])
 
 
 def test_every_piped_line_is_a_question(runs, monkeypatch, capsys):
-    assert talk(monkeypatch, runs / "sft", io.StringIO("What is it?\n\n  Why? \n"), "--seed", "3") == 0
+    assert talk(monkeypatch, runs / "sft", piped("What is it?\n\n  Why? \n"), "--seed", "3") == 0
     out = capsys.readouterr().out
     first, second = (part.splitlines() for part in out.removeprefix("> ").split("\n> "))
     assert (first[0], second[0]) == ("What is it?", "Why?")
     assert first[1].startswith("thinking  ") and "\x1b" not in out
-    assert talk(monkeypatch, runs / "sft", io.StringIO("What is it?\nWhy?\n"), "--seed", "3") == 0
+    assert talk(monkeypatch, runs / "sft", piped("What is it?\nWhy?\n"), "--seed", "3") == 0
     assert capsys.readouterr().out == out, "a session with the same seed repeats itself"
-    assert talk(monkeypatch, runs / "sft", io.StringIO("Why?\n/quit\nWhy?\n"), "--seed", "4") == 0
+    assert talk(monkeypatch, runs / "sft", piped("Why?\n/quit\nWhy?\n"), "--seed", "4") == 0
     assert capsys.readouterr().out.splitlines() == ["> Why?", *second[1:]], "question k is drawn with seed + k"
 
 
+def test_piped_questions_are_read_as_any_file_is(runs, monkeypatch, capsys):
+    assert talk(monkeypatch, runs / "sft", piped(b"\xef\xbb\xbfWhat is it?\r\n\xef\xbb\xbfWhy?\r\nFi\xe8vre?\r\n")) == 2
+    captured = capsys.readouterr()
+    assert [line for line in captured.out.splitlines() if line.startswith("> ")] == ["> What is it?", "> Why?"]
+    assert "stdin:3 is not UTF-8 text: byte 0xe8 at position 27. Convert the file to UTF-8." in captured.err
+
+
+def test_a_terminal_that_is_not_utf8_is_told_so(runs, monkeypatch, capsys):
+    stdin = piped("Fièvre?\n".encode("latin-1"))
+    monkeypatch.setattr(stdin, "isatty", lambda: True, raising=False)
+    assert talk(monkeypatch, runs / "sft", stdin) == 0
+    assert "(that line is not UTF-8 text: set the terminal to UTF-8)" in capsys.readouterr().out
+
+
 def test_without_reasoning_the_answer_comes_at_once(runs, monkeypatch, capsys):
-    assert talk(monkeypatch, runs / "sft", io.StringIO("What is it?\n"), "--no-reasoning", "--temperature", "0") == 0
+    assert talk(monkeypatch, runs / "sft", piped("What is it?\n"), "--no-reasoning", "--temperature", "0") == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].startswith("answer    ") and "thinking" not in "".join(lines)
 
@@ -97,7 +116,7 @@ def test_a_person_sees_an_example_and_leaves_as_told(leave, runs, monkeypatch, c
 
 
 def test_a_model_of_plain_text_continues_what_is_written_and_says_so(runs, monkeypatch, capsys):
-    assert talk(monkeypatch, runs / "textbook", io.StringIO("A patient has\n"), "--temperature", "0") == 0
+    assert talk(monkeypatch, runs / "textbook", piped("A patient has\n"), "--temperature", "0") == 0
     captured = capsys.readouterr()
     assert "trained on text alone" in captured.err and "osler sft" in captured.err
     ready = open_model(runs / "textbook", device="cpu")
@@ -113,7 +132,7 @@ def test_ctrl_c_stops_one_answer_at_a_terminal_and_everything_in_a_pipe(runs, mo
     first, second = out.getvalue().split("thinking  ")[1:]
     assert first.startswith("\n") and len(second.splitlines()[0]) > 0
     monkeypatch.setattr(sys, "stdout", ImpatientOutput("thinking  "))
-    assert talk(monkeypatch, runs / "sft", io.StringIO("What is it?\nWhy?\n")) == 130
+    assert talk(monkeypatch, runs / "sft", piped("What is it?\nWhy?\n")) == 130
 
 
 def test_ctrl_c_at_the_prompt_does_not_leave(runs, monkeypatch, capsys):
@@ -132,14 +151,14 @@ def test_ctrl_c_at_the_prompt_does_not_leave(runs, monkeypatch, capsys):
 
 
 def test_a_question_too_long_is_refused_and_the_next_answered(runs, monkeypatch, capsys):
-    assert talk(monkeypatch, runs / "sft", io.StringIO(f"{'fever ' * 400}\nWhy?\n")) == 0
+    assert talk(monkeypatch, runs / "sft", piped(f"{'fever ' * 400}\nWhy?\n")) == 0
     captured = capsys.readouterr()
     assert "max_seq_len" in captured.err and captured.out.count("thinking  ") == 1
 
 
 @pytest.mark.parametrize(("option", "value"), [("--temperature", "-1"), ("--top-p", "0"), ("--max-new-tokens", "0")])
 def test_settings_without_meaning_are_refused_before_the_model_is_read(option, value, monkeypatch, capsys):
-    assert talk(monkeypatch, Path("no/such/run"), io.StringIO("Why?\n"), option, value) == 2
+    assert talk(monkeypatch, Path("no/such/run"), piped("Why?\n"), option, value) == 2
     assert option[2:].replace("-", "_") in capsys.readouterr().err
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import zstandard
 
 from osler.config import decode, encode
 from osler.errors import UserError
@@ -139,7 +140,7 @@ def test_plain_gzipped_and_parquet_files_give_the_same_items(name: str, tmp_path
 def test_a_missing_field_is_named_with_file_and_line(name: str, field: str, tmp_path: Path) -> None:
     row = ROWS[name]
     path = lines(tmp_path / "exam.jsonl", [row, {key: value for key, value in row.items() if key != field}])
-    with pytest.raises(UserError, match=f"exam.jsonl, line 2: the field '{field}.*is missing") as caught:
+    with pytest.raises(UserError, match=f"exam.jsonl:2: the field '{field}.*is missing") as caught:
         LOADERS[name](path)
     assert "Expected the schema of" in str(caught.value) and "another task.type" in str(caught.value)
 
@@ -164,7 +165,7 @@ def test_a_missing_field_is_named_with_file_and_line(name: str, field: str, tmp_
 )
 def test_a_wrong_value_is_refused(name: str, change: dict[str, Any], message: str, tmp_path: Path) -> None:
     path = lines(tmp_path / "exam.jsonl", [ROWS[name] | change])
-    with pytest.raises(UserError, match=f"exam.jsonl, line 1: .*{message}"):
+    with pytest.raises(UserError, match=f"exam.jsonl:1: .*{message}"):
         LOADERS[name](path)
 
 
@@ -178,18 +179,43 @@ def test_files_that_are_no_exam_are_refused(tmp_path: Path) -> None:
     cut = gzip.compress(json.dumps(MEDQA).encode() * 50)
     (tmp_path / "cut.jsonl.gz").write_bytes(cut[: len(cut) // 2])
     for name, message in [
-        ("torn.jsonl", "line 1: not JSON"),
+        ("torn.jsonl", "torn.jsonl:1 is not JSON"),
         ("list.jsonl", "one JSON object"),
         ("empty.jsonl", "no rows"),
         ("exam.csv", "parquet"),
         ("fake.jsonl.gz", "cannot be read"),
         ("cut.jsonl.gz", "cannot be read"),
-        ("fake.parquet", "not a readable parquet"),
+        ("fake.parquet", "cannot be read, it may be torn"),
         ("absent.jsonl", r"no exam file .*set task\.path=FILE"),
     ]:
         with pytest.raises(UserError, match=message) as caught:
             medqa.load(tmp_path / name)
         assert name in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("exam.JSONL", b"\xef\xbb\xbf%s\r\n", ""),
+        ("exam.jsonl.zst", zstandard.compress(b"%s\n" % json.dumps(MEDQA).encode()), ""),
+        ("exam.ndjson", b"%s", ""),
+        ("exam.jsonl", b'%s\n{"question": "\\ud83e"}', "exam.jsonl:2: the field 'question' holds half a character"),
+        ("exam.jsonl", b'%s\n{"options": {"A": "\\ud83e"}}', "exam.jsonl:2: the field 'options.A' holds half a character"),
+        ("exam.jsonl", b'%s\n{"question": ' + b"[" * 99_999, "exam.jsonl:2 is not JSON"),
+        ("exam.jsonl", b'%s\n{"question": "caf\xe9"}', "exam.jsonl:2 is not UTF-8 text: byte 0xe9"),
+        ("exam.json", b"[%s]", "exam.json begins with '['. Every line must hold one JSON object; turn an array"),
+        ("ex\udce9m.jsonl", b"%s\n", ""),
+    ],
+)
+def test_an_exam_is_read_as_training_data_are(name: str, content: bytes, said: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.write_bytes(content.replace(b"%s", json.dumps(MEDQA).encode()))
+    if not said:
+        assert [item.question for item in medqa.load(path)] == [MEDQA["question"]]
+        return
+    with pytest.raises(UserError) as caught:
+        medqa.load(path)
+    assert said in str(caught.value)
 
 
 def mcqa_file(path: Path, cops: list[int | None]) -> Path:

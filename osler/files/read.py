@@ -1,0 +1,267 @@
+"""What stands in a file: a text, or rows of parquet or JSON lines, plain or compressed, one row at a time.
+
+Training data, exams and questions that are piped into a chat are read here and nowhere else, so that a file means the
+same everywhere. Whatever is wrong is a UserError that names the file and the line, row or byte. Reading takes time in
+proportion to the size of a file, however long its lines are, and memory for one line or one batch of rows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from osler.errors import UserError
+from osler.files.find import COMPRESSIONS, PARQUET_ENDING, ending, shown
+
+if TYPE_CHECKING:
+    import pyarrow
+
+BLOCK_BYTES = 1 << 20
+BATCH_ROWS = 1024
+HEAD_BYTES = 4096  # of a file of JSON lines, to see what it begins with
+HALF_CHARACTER = re.compile(r"\\u[dD][89a-fA-F]")  # the only way in which JSON in UTF-8 can write one; whole ones match too
+
+# Columns about a row rather than of it, by the words of their names.
+_BOOKKEEPING = re.compile(
+    r"(?:^|_)(?:id|ids|idx|index|uid|uuid|hash|url|uri|link|path|file|filename|source|dump|date|time|timestamp|created|updated"
+    r"|license|licence|lang|language|split|subset|version)(?:$|_)",
+    re.IGNORECASE,
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row: where it stands ("notes.jsonl:12"), and the values of its columns.
+
+    `columns` names all columns. The first row of a file names in `unread` those that were not asked for and look as if
+    they carried meaning: they hold text, lists or objects.
+    """
+
+    where: str
+    values: dict[str, Any]
+    columns: Sequence[str]
+    unread: Sequence[str] = ()
+
+
+def read_text(file: Path) -> str:
+    """Return the content of a text file, without a byte order mark."""
+    with _reading(file), _open(file) as stream:
+        data = stream.read()
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise UserError(_not_utf8(f"{shown(file)}:{line}", error, 0)) from None
+
+
+def read_rows(file: Path, columns: Sequence[str] | None = None) -> Iterator[Row]:
+    """Yield the rows of a parquet file or a file of JSON lines; `columns` None means all of them.
+
+    A column that is not there is missing from `Row.values`; which values are right is for the caller to say.
+    """
+    return _parquet_rows(file, columns) if ending(file) == PARQUET_ENDING else _json_rows(file, columns)
+
+
+def decode_lines(lines: Iterable[bytes], name: str) -> Iterator[tuple[str, str]]:
+    """Yield each line as text, with where it stands. Raises UserError where a line is not UTF-8."""
+    offset = 0
+    for number, line in enumerate(lines, 1):
+        where = f"{name}:{number}"
+        try:
+            text = line.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(_not_utf8(where, error, offset)) from None
+        offset += len(line)
+        yield where, text.removeprefix("\ufeff")  # on later lines where files were joined
+
+
+# -- bytes and lines ---------------------------------------------------------------------------------------------------
+
+
+def _open(file: Path) -> IO[bytes]:
+    """Open for reading bytes, decompressing on the way; a torn compressed file raises OSError while it is read."""
+    handle = open(file, "rb")  # noqa: SIM115 - by Python, which takes names that are not UTF-8; the stream closes it
+    compression = COMPRESSIONS.get(file.suffix.lower())
+    if compression is None:
+        return handle
+    import pyarrow
+
+    stream: IO[bytes] = pyarrow.input_stream(handle, compression=compression)
+    return stream
+
+
+@contextlib.contextmanager
+def _reading(file: Path) -> Iterator[None]:
+    """Turn what the system and pyarrow say about a file into a UserError."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(_damaged(file, error)) from None
+
+
+def _lines(stream: IO[bytes]) -> Iterator[bytes]:
+    """Cut a stream into lines at newlines only: pyarrow's own line iteration is not available on compressed streams.
+
+    The parts of a line longer than a block are joined once, at its end.
+    """
+    parts: list[bytes] = []
+    while block := stream.read(BLOCK_BYTES):
+        first, *others = block.split(b"\n")
+        parts.append(first)
+        for line in others:
+            yield b"".join(parts) + b"\n"
+            parts = [line]
+    if any(parts):
+        yield b"".join(parts)
+
+
+def _not_utf8(where: str, error: UnicodeDecodeError, offset: int) -> str:
+    byte, position = error.object[error.start], offset + error.start
+    return f"{where} is not UTF-8 text: byte 0x{byte:02x} at position {position}. Convert the file to UTF-8."
+
+
+def _damaged(file: Path, error: Exception) -> str:
+    if isinstance(error, OSError) and error.errno is not None:
+        return f"{shown(file)} cannot be read: {error.strerror}."
+    return f"{shown(file)} cannot be read, it may be torn or not what its name says: {error}. Copy or download it again."
+
+
+# -- JSON lines --------------------------------------------------------------------------------------------------------
+
+
+class _OccursTwiceError(ValueError):
+    """A key of a JSON object that occurs twice."""
+
+
+def _json_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise _OccursTwiceError(next(name for name in names if names.count(name) > 1))
+    return made
+
+
+_decode = json.JSONDecoder(object_pairs_hook=_json_object).decode
+
+
+def _json_rows(file: Path, columns: Sequence[str] | None) -> Iterator[Row]:
+    name = shown(file)
+    with _reading(file):
+        with _open(file) as stream:  # the first line of an array may be all of a file that is larger than the memory
+            if stream.read(HEAD_BYTES).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
+                raise UserError(f"{name} begins with '['. {_one_object_per_line('[')}")
+        is_first = True
+        with _open(file) as stream:
+            for where, text in decode_lines(_lines(stream), name):
+                if not text.strip():
+                    continue
+                row = _parse(text, where)
+                if HALF_CHARACTER.search(text):
+                    _check_characters(row if columns is None else {name: row.get(name) for name in columns}, where)
+                yield Row(where, row, list(row), _unread_json(row, columns) if is_first and columns is not None else ())
+                is_first = False
+
+
+def _parse(text: str, where: str) -> dict[str, Any]:
+    try:
+        row = _decode(text)
+    except _OccursTwiceError as error:
+        raise UserError(f"{where}: the field {str(error)!r} occurs twice; which one is meant? Remove the other.") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where} is not JSON ({error}). {_one_object_per_line(text)}") from None
+    if not isinstance(row, dict):
+        raise UserError(f"{where} holds a JSON {type(row).__name__}. {_one_object_per_line(text)}")
+    return row
+
+
+def _one_object_per_line(text: str) -> str:
+    """The rule, and how to turn into it what does not keep to it."""
+    rule = "Every line must hold one JSON object"
+    if text.lstrip().startswith("["):
+        code = "import json, sys; [print(json.dumps(row)) for row in json.load(sys.stdin)]"
+        return f'{rule}; turn an array into such lines with: python -c "{code}" < ARRAY.json > ROWS.jsonl'
+    if text.strip() == "{":
+        return f"{rule}, not a part of one; turn indented objects into such lines with: jq -c . INDENTED.json > ROWS.jsonl"
+    return f"{rule}."
+
+
+def _check_characters(row: dict[str, Any], where: str) -> None:
+    """Refuse half of a surrogate pair ("\\ud83e"), which JSON can write and UTF-8 cannot; by a list, as nesting may be deep."""
+    waiting: list[tuple[str, Any]] = list(row.items())
+    while waiting:
+        field, value = waiting.pop()
+        if isinstance(value, dict):
+            waiting += [(f"{field}.{key}", inner) for key, inner in value.items()]
+        elif isinstance(value, list):
+            waiting += [(field, inner) for inner in value]
+        elif isinstance(value, str):
+            try:
+                value.encode("utf-8")
+            except UnicodeEncodeError as error:
+                raise UserError(
+                    f"{where}: the field '{shown(field)}' holds half a character at position {error.start}. Write it whole, or "
+                    "remove the row."
+                ) from None
+
+
+def _unread_json(row: dict[str, Any], columns: Sequence[str]) -> list[str]:
+    return [name for name, value in row.items() if not isinstance(value, (int, float)) and _is_content(name, columns)]
+
+
+def _is_content(name: str, columns: Sequence[str]) -> bool:
+    return name not in columns and not _BOOKKEEPING.search(name)
+
+
+# -- parquet -----------------------------------------------------------------------------------------------------------
+
+
+def _parquet_rows(file: Path, columns: Sequence[str] | None) -> Iterator[Row]:
+    import pyarrow
+    import pyarrow.parquet
+
+    number = 0
+    try:
+        with open(file, "rb") as handle, pyarrow.parquet.ParquetFile(handle) as table:
+            schema = table.schema_arrow
+            wanted = schema.names if columns is None else [name for name in dict.fromkeys(columns) if name in schema.names]
+            for name in wanted:
+                if schema.names.count(name) > 1:
+                    raise UserError(f"{shown(file)} has two columns '{shown(name)}'; which one is meant? Rename the other.")
+            unread = [] if columns is None else _unread_parquet(schema, columns)
+            for batch in table.iter_batches(batch_size=BATCH_ROWS, columns=wanted):
+                values = [_column_values(batch.column(name), name, file, number) for name in wanted]
+                for row in zip(*values, strict=True) if wanted else [()] * batch.num_rows:
+                    number += 1
+                    where = f"{shown(file)}: row {number}"
+                    yield Row(where, dict(zip(wanted, row, strict=True)), schema.names, unread if number == 1 else ())
+    except (OSError, pyarrow.ArrowException) as error:
+        raise UserError(_damaged(file, error)) from None
+
+
+def _unread_parquet(schema: pyarrow.Schema, columns: Sequence[str]) -> list[str]:
+    from pyarrow import types
+
+    about = (types.is_integer, types.is_floating, types.is_decimal, types.is_boolean, types.is_temporal)
+    names = [field.name for field in schema if not any(check(field.type) for check in about)]
+    return [name for name in names if _is_content(name, columns)]
+
+
+def _column_values(column: pyarrow.Array, name: str, file: Path, rows_before: int) -> list[Any]:
+    try:
+        values: list[Any] = column.to_pylist()
+    except ValueError:  # text that is not UTF-8, or what Python has no value for
+        for index, value in enumerate(column):
+            where = f"{shown(file)}: row {rows_before + index + 1}, field '{shown(name)}'"
+            try:
+                value.as_py()
+            except UnicodeDecodeError as error:
+                raise UserError(_not_utf8(where, error, 0)) from None
+            except ValueError as error:
+                raise UserError(f"{where} cannot be read: {error}.") from None
+        raise
+    return values

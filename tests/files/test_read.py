@@ -1,0 +1,151 @@
+"""Reading rows: the same answer in every format, linear in time, and every mistake with its file, line and field."""
+
+import gzip
+import io
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+
+from osler.errors import UserError
+from osler.files import read
+from osler.files.read import decode_lines, read_rows
+
+
+def values(path: Path, columns: list[str] | None = None) -> list[dict[str, Any]]:
+    return [row.values for row in read_rows(path, columns)]
+
+
+def refusal(path: Path, content: bytes, columns: list[str] | None = None) -> str:
+    path.write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        values(path, columns)
+    assert str(caught.value).isprintable()
+    return str(caught.value)
+
+
+def test_byte_order_marks_line_ends_and_joined_files(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"a": 1}\r\n\r\n\xef\xbb\xbf{"a": 2}')
+    assert [(row.where, row.values) for row in read_rows(path)] == [(f"{path}:1", {"a": 1}), (f"{path}:3", {"a": 2})]
+    for pack, ending in ((gzip.compress, ".gz"), (zstandard.compress, ".zst")):
+        packed = tmp_path / f"a.jsonl{ending}"
+        packed.write_bytes(pack(b'{"a": 1}\n') + pack(b'{"a": 2}\n'))  # as `cat one.gz two.gz` makes it
+        assert values(packed) == [{"a": 1}, {"a": 2}]
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b'{"a": "\\ud83e"}', "a.jsonl:1: the field 'a' holds half a character at position 0"),
+        (b'\n{"a": {"b": ["x", "y\\uDD2A"]}}', "a.jsonl:2: the field 'a.b' holds half a character at position 1"),
+        (b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "a.jsonl:1 is not JSON (maximum recursion depth exceeded"),
+        (b'{"a": "caf\xe9"}', "a.jsonl:1 is not UTF-8 text: byte 0xe9 at position 10. Convert the file to UTF-8."),
+        ('{"a": 1}'.encode("utf-16"), "a.jsonl:1 is not UTF-8 text: byte 0xff at position 0"),
+        (b'{"a": 1, "b": {"c": 2, "c": 3}}', "a.jsonl:1: the field 'c' occurs twice"),
+        (b'{"a": 1}\n\0\0\0\0', "a.jsonl:2 is not JSON"),
+        (b'\xef\xbb\xbf \n[\n  {"a": 1}\n]', "a.jsonl begins with '['. Every line must hold one JSON object; turn an array"),
+        (b'{\n  "a": 1\n}', "a.jsonl:1 is not JSON (Expecting property name enclosed in double quotes"),
+        (b'{\n  "a": 1\n}', "jq -c . INDENTED.json > ROWS.jsonl"),
+        (b'{"a": 1}\n7\n', "a.jsonl:2 holds a JSON int. Every line must hold one JSON object."),
+    ],
+)
+def test_mistakes_in_json_lines(tmp_path: Path, content: bytes, said: str) -> None:
+    assert said in refusal(tmp_path / "a.jsonl", content)
+
+
+def test_whole_characters_written_as_escapes_and_half_ones_elsewhere_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"a": "\\ud83e\\uddea", "b": "\\ud83e"}\n{"a": "n\\u0000l", "b": "\\\\ud83e"}')
+    assert [row["a"] for row in values(path, ["a"])] == ["🧪", "n\0l"]
+
+
+def test_the_way_out_of_an_array_works(tmp_path: Path) -> None:
+    """What the message proposes is run as it stands."""
+    (tmp_path / "ARRAY.json").write_text(json.dumps([{"a": "é\n"}, {"a": 2}], indent=2))
+    said = refusal(tmp_path / "a.jsonl", (tmp_path / "ARRAY.json").read_bytes())
+    command = said.split("with: python ")[1]
+    subprocess.run(f"{sys.executable} {command}", shell=True, cwd=tmp_path, check=True)
+    assert values(tmp_path / "ROWS.jsonl") == [{"a": "é\n"}, {"a": 2}]
+
+
+def test_an_array_is_refused_before_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(read, "BLOCK_BYTES", 0)  # whoever goes on to read it by blocks finds nothing to refuse
+    assert "begins with '['" in refusal(tmp_path / "a.jsonl", b"[" + b" " * 3_000_000)
+
+
+def test_columns_that_occur_twice_in_parquet(tmp_path: Path) -> None:
+    twice = pa.table([pa.array(["x"]), pa.array(["y"]), pa.array(["z"])], names=["a", "a", "b"])
+    pq.write_table(twice, tmp_path / "a.parquet")
+    assert values(tmp_path / "a.parquet", ["b", "b"]) == [{"b": "z"}]
+    for columns in (["a"], None):
+        with pytest.raises(UserError, match=r"a\.parquet has two columns 'a'; which one is meant\?"):
+            values(tmp_path / "a.parquet", columns)
+    inner = pa.StructArray.from_arrays([pa.array([1]), pa.array([2])], names=["c", "c"])
+    pq.write_table(pa.table({"a": inner}), tmp_path / "b.parquet")
+    with pytest.raises(UserError, match=r"b\.parquet: row 1, field 'a' cannot be read: .*duplicate"):
+        values(tmp_path / "b.parquet")
+
+
+def test_files_of_every_name(tmp_path: Path) -> None:
+    """Names that are not UTF-8 are read, and shown escaped; an ending may be in upper case."""
+    folder = str(tmp_path).encode()
+    for name, content in [(b"caf\xe9.JSONL", b'{"a": 1}\n'), (b"\xff.jsonl.GZ", gzip.compress(b'{"a": 1}\n'))]:
+        (path := Path(str(folder + b"/" + name, "utf-8", "surrogateescape"))).write_bytes(content)
+        assert values(path) == [{"a": 1}]
+        assert "\\udc" in next(iter(read_rows(path))).where
+    path = Path(str(folder + b"/caf\xe9.PARQUET", "utf-8", "surrogateescape"))
+    with open(path, "wb") as file:
+        pq.write_table(pa.table({"a": ["n\0l"]}), file)
+    assert values(path) == [{"a": "n\0l"}]
+    assert r"caf\udce9.PARQUET cannot be read" in refusal(path, bytes(300))
+
+
+def test_the_same_rows_in_both_formats(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [{"a": "x", "b": None, "c": {"d": ["é"]}, "n": 1}, {"a": "", "b": "y", "c": None, "n": 2}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    for columns in (None, ["a", "c"], ["a", "absent"]):
+        one, other = ([*read_rows(tmp_path / f"a{ending}", columns)] for ending in (".jsonl", ".parquet"))
+        assert [list(row.columns) for row in one] == [list(row.columns) for row in other] == [["a", "b", "c", "n"]] * 2
+        assert [list(row.unread) for row in one] == [list(row.unread) for row in other]
+        for name in columns or rows[0]:
+            assert [row.values.get(name, "none") for row in one] == [row.values.get(name, "none") for row in other]
+    assert [list(row.unread) for row in read_rows(tmp_path / "a.jsonl", ["a"])] == [["b", "c"], []]
+
+
+def test_columns_about_a_row_are_not_missed(tmp_path: Path) -> None:
+    row = {"text": "x", "id": "1", "source_url": "u", "file_path": "p", "lang": "en", "n": 1, "ok": True, "options": {"A": "x"}}
+    (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n")
+    assert [list(row.unread) for row in read_rows(tmp_path / "a.jsonl", ["text"])] == [["options"]]
+
+
+def test_a_long_line_takes_time_in_proportion_to_its_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight times the blocks: cut anew at every block they take 64 times as long, put together once 8 times."""
+    monkeypatch.setattr(read, "BLOCK_BYTES", 4096)
+
+    def seconds(blocks: int) -> float:
+        best = float("inf")
+        for _ in range(3):
+            start = time.process_time()
+            assert [len(line) for line in read._lines(io.BytesIO(bytes(4096 * blocks)))] == [4096 * blocks]
+            best = min(best, time.process_time() - start)
+        return best
+
+    assert seconds(8192) < 30 * seconds(1024) + 0.05
+
+
+def test_lines_are_cut_at_newlines_wherever_blocks_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = b"one\n\ntwo\r\nthree"
+    for size in range(1, len(data) + 2):
+        monkeypatch.setattr(read, "BLOCK_BYTES", size)
+        assert list(read._lines(io.BytesIO(data))) == [b"one\n", b"\n", b"two\r\n", b"three"]
+        assert list(read._lines(io.BytesIO(data + b"\n"))) == [b"one\n", b"\n", b"two\r\n", b"three\n"]
+    assert list(decode_lines([], "x")) == []
