@@ -12,12 +12,13 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from osler.bench.contestants import Contestant, build_hf, build_nanochat, build_osler
 from osler.config import decode
@@ -45,32 +46,12 @@ MATMUL_SECONDS = 0.5  # per size
 def measure(spec: dict[str, Any]) -> dict[str, Any]:
     """Time what ``spec`` (see ``bench/run.py``) asks for."""
     keep_freed_memory()
-    device, dtype = torch.device(spec["device"]), getattr(torch, spec["dtype"])
+    device = torch.device(spec["device"])
     if spec["contestant"] == "matmul":
-        return {"flops_per_second": matmul_rate(device, dtype)}
+        return {"flops_per_second": matmul_rate(device, getattr(torch, spec["dtype"]))}
     config = decode(TrainConfig, spec["config"])
-    torch.manual_seed(0)
-    model, loss = contestant(spec, config, dtype)
-    model.to(device)
-    if isinstance(model, Transformer):
-        set_precision(model, config, device)
-        set_recompute(model, config.recompute)
-        optimizer = build_optimizer(model, config.optim, seed=config.seed)
-    else:  # whatever dtypes a peer keeps its weights in
-        optimizer = torch.optim.AdamW([{"params": list(model.parameters()), "base_lr": 1e-4}], fused=True)
-    if spec["compile"]:
-        loss = torch.compile(loss, dynamic=False, fullgraph=spec["contestant"] == "osler")
     stopwatch = Stopwatch(device)
-    step = TrainStep(
-        model,
-        optimizer,
-        Engine(loss),
-        micro_batch_tokens=config.micro_batch_tokens,
-        clip_norm=config.clip_norm,
-        document_mask=config.document_mask,
-        device=device,
-        mark=stopwatch.mark,
-    )
+    step, model = training_step(spec, config, device, mark=stopwatch.mark)
     with tempfile.TemporaryDirectory() as folder:
         rows = config.batch_tokens // config.seq_len  # of a curriculum the longest rows are timed
         packing = stand_in(config, Path(folder))
@@ -85,6 +66,34 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
         "peak_memory_bytes": peak_bytes(device),
         **result,
     }
+
+
+def training_step(
+    spec: dict[str, Any], config: TrainConfig, device: torch.device, *, mark: Callable[[str], None] = lambda part: None
+) -> tuple[TrainStep, nn.Module]:
+    """The training step of a contestant, ready for batches, and its model; ``mark`` is called at the end of each part of a step."""
+    torch.manual_seed(0)
+    model, loss = contestant(spec, config, getattr(torch, spec["dtype"]))
+    model.to(device)
+    if isinstance(model, Transformer):
+        set_precision(model, config, device)
+        set_recompute(model, config.recompute)
+        optimizer = build_optimizer(model, config.optim, seed=config.seed)
+    else:  # whatever dtypes a peer keeps its weights in
+        optimizer = torch.optim.AdamW([{"params": list(model.parameters()), "base_lr": 1e-4}], fused=True)
+    if spec["compile"]:
+        loss = torch.compile(loss, dynamic=False, fullgraph=spec["contestant"] == "osler")
+    step = TrainStep(
+        model,
+        optimizer,
+        Engine(loss),
+        micro_batch_tokens=config.micro_batch_tokens,
+        clip_norm=config.clip_norm,
+        document_mask=config.document_mask,
+        device=device,
+        mark=mark,
+    )
+    return step, model
 
 
 def contestant(spec: dict[str, Any], config: TrainConfig, dtype: torch.dtype) -> Contestant:
