@@ -13,7 +13,7 @@ MIN_COVERAGE := 85
 NO_BENCH := $(addprefix benchmarks/,measuring.py text_10min.py tune_optimizers.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test torture lint bench clean
+.PHONY: help install quickstart test test-all torture lint bench clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -27,8 +27,13 @@ install: $(VENV)/.installed ## Install Osler into .venv
 quickstart: $(VENV)/.installed ## Train, examine and report a small model on this machine, in minutes
 	$(BIN)/python -m osler.cli quickstart $(QUICKSTART_ARGS)
 
-test: $(VENV)/.installed-test ## Run the test suite with coverage
-	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist worksteal --cov=osler --cov-report=term --cov-fail-under=$(MIN_COVERAGE) $(TEST_ARGS)
+PYTEST := $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist worksteal
+
+test: $(VENV)/.installed-test ## Run the test suite with coverage, without the slow tests
+	$(PYTEST) -m "not slow" --cov=osler --cov-report=term --cov-fail-under=$(MIN_COVERAGE) $(TEST_ARGS)
+
+test-all: test ## Run the slow tests too
+	$(PYTEST) -m slow $(TEST_ARGS)
 
 torture: $(VENV)/.installed ## Interrupt and resume 200 small runs at random moments and compare every bit, in minutes
 	$(BIN)/python benchmarks/torture_resume.py $(TORTURE_ARGS)

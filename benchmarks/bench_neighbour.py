@@ -117,7 +117,9 @@ def compare(workload: str, rounds: int, nice: int) -> dict[str, Any]:
             way: round(statistics.median(run["alone"] / base for run, base in zip(done, plain, strict=True)), 2)
             for way, done in runs.items()
         },
-        "beside_to_alone": {way: round(statistics.median(run["beside"] / run["alone"] for run in done), 2) for way, done in runs.items()},
+        "beside_to_alone": {
+            way: round(statistics.median(run["beside"] / run["alone"] for run in done), 2) for way, done in runs.items()
+        },
         "rounds": {way: [{name: round(value) for name, value in run.items()} for run in done] for way, done in runs.items()},
     }
 

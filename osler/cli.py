@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 
 from osler.errors import UserError
 from osler.runtime.log import complain
+from osler.runtime.neighbours import sharing_cpus
 from osler.runtime.world import is_teller_unconnected
 from osler.verbs import VERBS, Verb
 
@@ -37,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # an ASCII terminal shows ? where it cannot show a sign
     try:
-        with termination_as_interrupt():
+        with termination_as_interrupt(), sharing_cpus():
             code = dispatch(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()
         return code

@@ -19,6 +19,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from osler.runtime.neighbours import busy_elsewhere, read_cpus
+
 if TYPE_CHECKING:
     import torch
 
@@ -27,6 +29,8 @@ MIN_MEMORY_BYTES = 4 * GIB
 MIN_DISK_BYTES = 5 * GIB
 _DISK_TRIAL_BYTES = 16 * 2**20
 _MATMUL_TRIAL_SECONDS = 0.2
+_NEIGHBOUR_SECONDS = 0.5
+_BUSY_CPUS = 0.25  # a desktop at rest stays below
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +53,7 @@ def run(*, as_json: bool = False, folder: str | Path = ".") -> int:
 
 def examine(folder: Path) -> list[Check]:
     """Run every check, which takes about fifteen seconds; ``folder`` is where runs will be written."""
-    checks = [check_python(), check_cores(), check_memory(), check_disk(folder)]
+    checks = [check_python(), check_cores(), check_neighbours(), check_memory(), check_disk(folder)]
     try:
         import torch
     except (ImportError, OSError) as error:  # OSError: a library that torch loads is missing or broken
@@ -90,6 +94,20 @@ def check_cores() -> Check:
     if usable < allowed:
         return Check("cores", "slow", finding, f"The container's quota is {usable}: set OMP_NUM_THREADS={usable}")
     return Check("cores", "ok", finding)
+
+
+def check_neighbours() -> Check:
+    """Tell how many CPUs other processes keep busy, over half a second."""
+    before = read_cpus()
+    time.sleep(_NEIGHBOUR_SECONDS)
+    after = read_cpus()
+    if before is None or after is None:
+        return Check("other work", "ok", "unknown on this system")
+    busy = busy_elsewhere(before, after)
+    finding = f"other processes keep {busy:.1f} CPUs busy"
+    if busy > _BUSY_CPUS:
+        return Check("other work", "slow", finding, "Training shares the CPUs with it and is slower; `top` shows what it is")
+    return Check("other work", "ok", finding)
 
 
 def check_memory() -> Check:

@@ -46,6 +46,15 @@ def test_a_containers_limit_counts_as_memory(monkeypatch):
     assert check.status == "slow" and check.finding == "2.0 GiB"
 
 
+def test_other_work_on_the_cpus_is_told(monkeypatch):
+    monkeypatch.setattr(doctor, "_NEIGHBOUR_SECONDS", 0.01)
+    monkeypatch.setattr(doctor, "busy_elsewhere", lambda before, after: 1.04)
+    check = doctor.check_neighbours()
+    assert check.status == "slow" and check.finding == "other processes keep 1.0 CPUs busy" and check.advice
+    monkeypatch.setattr(doctor, "busy_elsewhere", lambda before, after: 0.1)
+    assert doctor.check_neighbours().status == "ok"
+
+
 def test_attention_kernel_is_the_one_that_runs():
     q = torch.ones(1, 2, 16, 8)
 

@@ -71,7 +71,7 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
 def training_step(
     spec: dict[str, Any], config: TrainConfig, device: torch.device, *, mark: Callable[[str], None] = lambda part: None
 ) -> tuple[TrainStep, nn.Module]:
-    """The training step of a contestant, ready for batches, and its model; ``mark`` is called at the end of each part of a step."""
+    """The training step of a contestant, ready for batches, and its model; ``mark`` is called when a part of a step ends."""
     torch.manual_seed(0)
     model, loss = contestant(spec, config, getattr(torch, spec["dtype"]))
     model.to(device)

@@ -22,9 +22,11 @@ from torch import Tensor
 
 from osler.model.transformer import Transformer
 from osler.monitor.config import MonitorConfig
+from osler.monitor.history import OTHER_CPUS
 from osler.monitor.look import Rows, of_gradients, of_rows, of_update, of_weights
 from osler.runtime.device import peak_flops
 from osler.runtime.memory import peak_bytes, resident_bytes
+from osler.runtime.neighbours import busy_elsewhere, read_cpus
 from osler.runtime.stopwatch import Stopwatch
 from osler.runtime.world import World
 
@@ -66,6 +68,7 @@ class Collector:
         self.steps = 0  # since the last line, or since the clock was started anew
         self.looking = False
         self.looked: dict[str, Tensor] = {}
+        self.cpus = read_cpus()  # when the last line was written
         self.first_bytes: int | None = None  # held when the first line of this process was written
 
     def is_due(self, step: int) -> bool:
@@ -131,9 +134,13 @@ class Collector:
         if self.level != "off":
             seconds = self.stopwatch.read()
             metrics |= {name: 1000 * seconds[part] / self.steps for name, part in PARTS.items() if part in seconds}
-            metrics |= self._memory()
+            metrics |= self._memory() | self._other_cpus()
         self.steps = 0
         return metrics
+
+    def _other_cpus(self) -> dict[str, float]:
+        before, self.cpus = self.cpus, read_cpus()
+        return {} if before is None or self.cpus is None else {OTHER_CPUS: busy_elsewhere(before, self.cpus)}
 
     def _memory(self) -> dict[str, float]:
         if self.device.type == "cuda":

@@ -17,6 +17,8 @@ GRAD_NORM = "train/grad_norm"
 CLIPPED = "grad/clipped_frac"
 STAGE = "train/stage"
 DATA_TIME = "perf/data_ms"
+SPEEDS = ("perf/tokens_per_second", "perf/rollout_tokens_per_second")  # of training, of GRPO
+OTHER_CPUS = "perf/other_cpus"
 STEP_TIMES = (DATA_TIME, "perf/forward_ms", "perf/backward_ms", "perf/optimizer_ms")
 MEMORY = ("perf/memory_resident_bytes", "perf/memory_allocated_bytes")
 DEAD_UNITS = "model/dead_units_frac/"  # and the number of the layer
@@ -26,7 +28,8 @@ CUT = "completions/clipped_ratio"
 
 KEPT = 480  # values of one metric
 FIRST = 5  # lines that say how a run began
-SMOOTHED_NORMS, SMOOTHED_LOSSES = 10, 5  # lines in a median
+SMOOTHED_NORMS, SMOOTHED_LOSSES, SMOOTHED_SPEEDS = 10, 5, 5  # lines in a median
+SLOW = 0.5  # of the best speed: below it a line is slow
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +68,7 @@ class History:
         self.memory_steps: deque[int] = deque(maxlen=KEPT)  # of the values of MEMORY
         self.calmest = math.inf  # lowest gradient norm after the warm-up, smoothed
         self.best_loss = math.inf  # smoothed
+        self.best_speed, self.slow_seconds = 0.0, 0.0  # smoothed; of the slow lines since the last one that was not
         self.loss_sums, self.jump_sums = array("d", [0.0]), array("d", [0.0])  # running sums: of losses, of their differences
 
     def add(self, step: int, tokens: int, metrics: Mapping[str, object]) -> None:
@@ -72,8 +76,9 @@ class History:
         line = {name: float(v) for name, v in metrics.items() if isinstance(v, (int, float)) and math.isfinite(v)}
         if STAGE in line and self.last(STAGE, 1) not in ([], [line[STAGE]]):
             self._begin_stage()
+        new_tokens = tokens - self.tokens
         self.line, self.step, self.tokens, self.lines = line, step, tokens, self.lines + 1
-        for name in (STAGE, LR, GRAD_NORM, CLIPPED, *MEMORY):
+        for name in (STAGE, LR, GRAD_NORM, CLIPPED, *SPEEDS, *MEMORY):
             if name in line:
                 self.values[name].append(line[name])
         if GRAD_NORM in line and line.get(REWARD_SPREAD) == 0.0:  # the pull of GRPO's KL term alone says nothing of other steps
@@ -96,6 +101,16 @@ class History:
             # No completion earned one; the mean alone could hide a few rewards among penalties.
             nothing = line[REWARD] <= 0.0 and 0.0 in (line.get(REWARD_SPREAD, 0.0), line.get(CORRECT, 0.0))
             self.without_reward = self.without_reward + 1 if nothing else 0
+
+        for name in SPEEDS:
+            if line.get(name, 0.0) > 0.0:
+                self._add_speed(name, new_tokens / line[name])
+
+    def _add_speed(self, name: str, seconds: float) -> None:
+        is_slow = self.line[name] < SLOW * self.best_speed
+        self.slow_seconds = self.slow_seconds + seconds if is_slow else 0.0
+        if len(self.values[name]) >= SMOOTHED_SPEEDS:
+            self.best_speed = max(self.best_speed, median(self.last(name, SMOOTHED_SPEEDS)))
 
     def _add_loss(self, loss: float) -> None:
         losses = self.values[LOSS]

@@ -88,6 +88,7 @@ METRICS: dict[str, Metric] = {
     "perf/backward_ms": Metric("ms", "backward passes, per step, the exchange of gradients included", BASIC),
     "perf/optimizer_ms": Metric("ms", "clipping and update, per step", BASIC),
     "perf/monitor_ms": Metric("ms", "looking at everything, spread over the steps since the line before", CLOCK),
+    "perf/other_cpus": Metric("CPUs", "kept busy on average by everything else on rank 0's CPUs, other ranks included", BASIC),
     "perf/memory_allocated_bytes": Metric("bytes", "held by tensors on rank 0's GPU", BASIC),
     "perf/memory_reserved_bytes": Metric("bytes", "taken from rank 0's GPU, held by tensors or kept for them", BASIC),
     "perf/memory_resident_bytes": Metric("bytes", "what the process alone has in memory, without a GPU", BASIC),

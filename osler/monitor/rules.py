@@ -25,8 +25,10 @@ from osler.monitor.history import (
     LOSS,
     LR,
     MEMORY,
+    OTHER_CPUS,
     REWARD,
     SMOOTHED_LOSSES,
+    SPEEDS,
     History,
 )
 
@@ -45,6 +47,7 @@ DEAD = 0.5  # of a layer's units
 STARVED, STARVED_LINES = 0.2, 5  # of the step's time spent on waiting for data
 GROWING, GROWING_BYTES = 0.05, 64 * 2**20  # of memory, over one of the windows below
 GROWTH_WINDOWS = (30, 120, 480)
+SLOW_SECONDS, BUSY_CPUS = 60.0, 0.25  # at less than half of the best speed; other work that may be the cause
 STALLED, STALLED_LINES = 0.005, 60  # of the loss; fewer lines cannot tell a plateau from noise
 ANNEALED = 0.1  # of the highest learning rate: below it a loss may rest
 CUT_SHARE = 0.9  # above this share of cut completions something is wrong with the template or the limit
@@ -226,6 +229,23 @@ def starved(past: History) -> Iterator[Finding]:
         )
 
 
+def slowed(past: History) -> Iterator[Finding]:
+    """Less than half as fast as it was, for a minute."""
+    if past.slow_seconds >= SLOW_SECONDS:
+        others = past.line.get(OTHER_CPUS, 0.0)
+        cause = (
+            f"Other processes keep {others:.1f} CPUs of this machine busy: end them, or let them wait."
+            if others > BUSY_CPUS
+            else "No other process keeps its CPUs busy: look for heat, a power limit, a full memory that swaps, or a slow disk."
+        )
+        now = next(past.line[name] for name in SPEEDS if name in past.line)
+        yield Finding(
+            "slow-run",
+            f"the run makes {now:,.0f} tokens/s, and it has made {past.best_speed:,.0f}. {cause}",
+            past.best_speed / now,
+        )
+
+
 def stalled(past: History) -> Iterator[Finding]:
     """The last fifth of the run is no better than the fifth before it, and there are lines enough to see that.
 
@@ -292,6 +312,7 @@ RULES: tuple[tuple[str, Callable[[History], Iterator[Finding]]], ...] = (
     (LAYER_NORM, cut_off),
     *((metric, partial(growing, metric)) for metric in MEMORY),
     (DATA_TIME, starved),
+    *((speed, slowed) for speed in SPEEDS),
     (LOSS, stalled),
     (CUT, cut),
     (REWARD, unrewarded),

@@ -20,6 +20,7 @@ from osler.runtime.world import World
 PROGRAM = Path(__file__).with_name("parallel_runs.py")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_every_number_of_ranks_and_strategy_is_the_same_run(tiny, tmp_path):
     path = os.pathsep.join([str(PROGRAM.parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])])

@@ -24,6 +24,7 @@ def no_compiled_code() -> Iterator[None]:
     torch.compiler.reset()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "near"), [(torch.float32, 1e-4), (torch.bfloat16, 3e-2)])
 def test_compiled_gradients_are_the_plain_ones(dtype: torch.dtype, near: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """In several pieces of the queries, chunks of the tokens and tiles of the vocabulary, of which the last ends in padding."""
