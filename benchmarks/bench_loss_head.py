@@ -13,15 +13,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+from measuring import measured, publish
+
 CONTESTANTS = ("chunked", "unchunked", "chunked-compiled", "unchunked-compiled")
 MIB = 1 << 20
 
@@ -88,14 +87,8 @@ def measure(contestant: str, tokens: int, args: argparse.Namespace) -> dict[str,
 def fresh(contestant: str, tokens: int, passes: int, args: argparse.Namespace) -> dict[str, float]:
     """Measure in a process of its own, whose allocator gives freed memory back at once so that the peak is what is in use."""
     sizes = ["--vocab", str(args.vocab), "--width", str(args.width), "--passes", str(passes)]
-    command = [sys.executable, __file__, "--child", contestant, str(tokens), *sizes]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(args.threads)}
-    if passes == 0:
-        environment |= {"MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_MMAP_THRESHOLD_": "65536"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{contestant} failed on {tokens} tokens:\n{done.stderr[-3000:]}")
-    result: dict[str, float] = json.loads(done.stdout.strip().splitlines()[-1])
+    environment = {"MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_MMAP_THRESHOLD_": "65536"} if passes == 0 else {}
+    result = measured([__file__, "--child", contestant, str(tokens), *sizes], threads=args.threads, **environment)
     print(f"{contestant}, {tokens} tokens: {result}", file=sys.stderr)
     return result
 
@@ -124,10 +117,8 @@ def main() -> None:
     ]
     result = {
         "benchmark": "loss_head",
-        "machine": f"{platform.system()} {platform.machine()}",
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "threads": args.threads,
-        "torch": torch.__version__,
         "vocab": args.vocab,
         "width": args.width,
         "memory": {"tokens": args.tokens, "extra_mib": memory},
@@ -142,10 +133,7 @@ def main() -> None:
             "rounds": rounds,
         },
     }
-    text = json.dumps(result, indent=2)
-    print(text)
-    if args.out:
-        args.out.write_text(text + "\n")
+    publish(result, args.out)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -182,8 +181,6 @@ def main() -> None:
         "compiled": args.compile,
         "device": args.device if args.device == "cpu" else torch.cuda.get_device_name(args.device),
         "threads": args.threads,
-        "machine": f"{platform.system()} {platform.machine()}",
-        "torch": torch.__version__,
         "rounds": rounds,
         "median_step_seconds_off": statistics.median(each["ten_steps_seconds"]["off"] for each in rounds) / LINES_EVERY,
         "median_look_seconds": statistics.median(each["look_seconds"] for each in rounds),

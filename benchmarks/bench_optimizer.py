@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import time
 from pathlib import Path
@@ -109,8 +108,6 @@ def main() -> None:
         "device": args.device,
         **on_gpu,
         "threads": args.threads,
-        "machine": f"{platform.system()} {platform.machine()}",
-        "torch": torch.__version__,
         "rounds": rounds,
         "median_step_milliseconds": {name: statistics.median(each) for name, each in milliseconds.items()},
         "torch_muon_over_muon": {"median": statistics.median(ratios), "each": ratios},

@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import sys
 import time
@@ -137,8 +136,6 @@ def main() -> None:
         "compiled": args.compile,
         "device": args.device if args.device == "cpu" else torch.cuda.get_device_name(args.device),
         "threads": args.threads,
-        "machine": f"{platform.system()} {platform.machine()}",
-        "torch": torch.__version__,
         "steps": args.steps,
         "rounds": rounds,
         "median": {mode: {name: statistics.median(each[mode][name] for each in rounds) for name in names} for mode in MODES},

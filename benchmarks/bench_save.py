@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -145,8 +144,6 @@ def main() -> None:
         print(json.dumps(measure(args.mode, args)))
         return
 
-    import torch
-
     child = [__file__, *sys.argv[1:], "--mode"]
     rounds = [{mode: measured([*child, mode], threads=args.threads) for mode in MODES} for _ in range(args.rounds)]
     first = rounds[0]["background"]
@@ -162,12 +159,7 @@ def main() -> None:
         "rounds": args.rounds,
         "interval_seconds": args.interval_seconds,
         **{mode: compared(rounds, mode, args.interval_seconds) for mode in MODES},
-        "machine": {
-            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine(),
-            "cpus": os.cpu_count(),
-            "threads": args.threads,
-        },
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "threads": args.threads,
     }
     args.out.parent.mkdir(parents=True, exist_ok=True)
     publish(result, args.out)

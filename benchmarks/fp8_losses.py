@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
@@ -65,8 +64,6 @@ def main() -> None:
         "batch_tokens": args.batch_tokens,
         "emulated": args.device == "cpu",
         "device": args.device if args.device == "cpu" else torch.cuda.get_device_name(args.device),
-        "machine": f"{platform.system()} {platform.machine()}",
-        "torch": torch.__version__,
         "torchao": version("torchao"),
         "largest_gap": max(gaps),
         "mean_gap": sum(gaps) / len(gaps),

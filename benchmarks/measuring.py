@@ -1,5 +1,7 @@
 """What the benchmarks share: a measurement in a process of its own, and the one JSON object that a script gives.
 
+Every result says on what machine it was measured (``describe_machine``).
+
 A fresh process starts with its own allocator, caches and threads, so that no contestant finds what another left.
 """
 
@@ -34,8 +36,14 @@ def measured(arguments: Sequence[str], *, threads: int | None = None, **environm
 
 
 def publish(result: Mapping[str, Any], out: Path | None) -> None:
-    """Print the result of a script, and keep it in a file if one is given."""
-    text = json.dumps(result, indent=2)
+    """Print the result of a script with the machine it ran on, and keep it in a file if one is given.
+
+    ``threads`` of the result, where it is there, is what the measured processes had.
+    """
+    from osler.runtime.device import describe_machine  # imports torch, which a process that only starts others can do without
+
+    threads = {"threads": result["threads"]} if "threads" in result else {}
+    text = json.dumps({**result, "machine": describe_machine() | threads | result.get("machine", {})}, indent=2)
     print(text)
     if out:
         out.write_text(text + "\n")

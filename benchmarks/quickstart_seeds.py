@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -57,8 +56,6 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--out", type=Path, help="also write the JSON here")
     args = parser.parse_args()
-    import torch
-
     with tempfile.TemporaryDirectory() as folder:
         rows = []
         for seed in args.seeds:
@@ -67,8 +64,6 @@ def main() -> None:
     splits = list(rows[0]["supervised"])
     result = {
         "benchmark": "quickstart",
-        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
-        "torch": torch.__version__,
         "mean_minutes": statistics.mean(row["minutes"] for row in rows),
         "mean_supervised_accuracy": {s: statistics.mean(row["supervised"][s]["accuracy"] for row in rows) for s in splits},
         "mean_grpo_gain": {split: mean_gain([row["grpo"][split] for row in rows]) for split in splits},

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -27,8 +26,6 @@ from measuring import ROOT, publish
 
 def train(files: Sequence[Path], overrides: Sequence[str]) -> dict[str, Any]:
     """Train the recipe over copies of ``files`` in a folder that is gone afterwards; returns what was measured."""
-    import torch
-
     with tempfile.TemporaryDirectory() as folder:
         texts, run = Path(folder) / "texts", Path(folder) / "run"
         texts.mkdir()
@@ -52,8 +49,6 @@ def train(files: Sequence[Path], overrides: Sequence[str]) -> dict[str, Any]:
         "curve": [{"tokens": line["tokens"], "bits_per_byte": line["eval/bits_per_byte"]} for line in measured],
         "tokens_trained": measured[-1]["tokens"],
         "content_fingerprint": manifest["content_fingerprint"],
-        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
-        "torch": torch.__version__,
     }
 
 

@@ -21,7 +21,6 @@ import io
 import json
 import math
 import os
-import platform
 import random
 import shutil
 import signal
@@ -268,6 +267,8 @@ def main() -> int:
     identical = sum(not result["different"] for result in results)
     from importlib.metadata import version
 
+    from osler.runtime.device import describe_machine
+
     report = {
         "what": "interrupted in random ways and resumed by the same command, against an uninterrupted run",
         "rounds": len(results),
@@ -281,8 +282,8 @@ def main() -> int:
         "save_every_steps": SAVE_EVERY,
         "eval_every_steps": EVAL_EVERY,
         "seconds": round(time.monotonic() - began),
-        "machine": {"system": f"{platform.system()} {platform.machine()}", "cpus": os.cpu_count(), "threads": 1},
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in ("torch", "numpy", "tokenizers")},
+        "machine": {**describe_machine(), "threads": 1},
+        "versions": {name: version(name) for name in ("numpy", "tokenizers")},
     }
     text = json.dumps(report, indent=2) + "\n"
     print(text, end="")

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import sys
 from pathlib import Path
@@ -25,6 +24,7 @@ from text_10min import train
 
 from osler.bench.run import compare
 from osler.config import decode, load_recipe
+from osler.runtime.device import describe_machine
 from osler.train.config import TrainConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -91,16 +91,14 @@ def with_best(result: dict[str, Any]) -> dict[str, Any]:
 
 def start(arguments: dict[str, Any], settings: dict[str, list[list[str]]], out: Path) -> dict[str, Any]:
     """What ``out`` holds already, or a new result with the measured speeds and no runs."""
-    import torch
-
     kinds = sorted({kind(optimizer, overrides) for optimizer in OPTIMIZERS for overrides in settings[optimizer]})
     if out.exists():
         earlier: dict[str, Any] = json.loads(out.read_text())
         if not is_same(earlier, arguments) or any(" ".join(one) not in earlier["tokens_per_second"] for one in kinds):
             raise SystemExit(f"{out} holds runs with other arguments; name another --out")
         return earlier
-    machine = {"machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores", "torch": torch.__version__}
-    return {"benchmark": "tune-optimizers", **arguments, **machine, "tokens_per_second": tokens_per_second(kinds), "runs": []}
+    speeds = tokens_per_second(kinds)
+    return {"benchmark": "tune-optimizers", **arguments, "machine": describe_machine(), "tokens_per_second": speeds, "runs": []}
 
 
 def main() -> None:

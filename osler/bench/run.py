@@ -10,7 +10,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -61,6 +60,7 @@ def compare(config: TrainConfig, name: str, *, peers: Sequence[str], rounds: int
     import torch
 
     from osler.bench.contestants import require_whole_embeddings
+    from osler.runtime.device import describe_machine
     from osler.train.setup import choose_machine
 
     if peers:  # before Osler is timed, which takes its time
@@ -91,11 +91,8 @@ def compare(config: TrainConfig, name: str, *, peers: Sequence[str], rounds: int
         "dtype": spec["dtype"],
         "compiled": machine.compile,
         "machine": {
-            "system": f"{platform.system()} {platform.machine()}",
+            **describe_machine(),
             "device": str(machine.device) if machine.device.type == "cpu" else torch.cuda.get_device_name(machine.device),
-            "threads": torch.get_num_threads(),
-            "python": platform.python_version(),
-            "torch": torch.__version__,
         },
         "rounds": rounds,
         "steps": steps,

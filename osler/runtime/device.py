@@ -7,13 +7,17 @@ disagree, and a resumed run must not change its arithmetic. Nothing happens on i
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import itertools
+import os
 import platform
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -180,6 +184,44 @@ def peak_flops_of(gpu_name: str) -> float | None:
     """Dense bf16 FLOP/s for a GPU's name as the driver spells it, for example ``NVIDIA H100 80GB HBM3``."""
     words = f" {gpu_name.replace('-', ' ').replace('_', ' ')} "
     return next((flops for name, flops in PEAK_FLOPS if f" {name} " in words), None)
+
+
+def describe_machine() -> dict[str, Any]:
+    """What a time or a rounding depends on, for the record of whatever was measured: hardware, versions, threads.
+
+    ``cores`` are those that this process may use; ``thread_variables`` are the environment's settings of OpenMP and MKL.
+    """
+    gpu = {"gpu": torch.cuda.get_device_name(), "gpus": torch.cuda.device_count()} if torch.cuda.is_available() else {}
+    given = sorted(f"{name}={value}" for name, value in os.environ.items() if name.startswith(("OMP_", "MKL_")))
+    return {
+        "processor": _processor(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "memory_bytes": _memory_bytes(),
+        **gpu,
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "thread_variables": " ".join(given),
+    }
+
+
+def _processor() -> str:
+    """The processor's name as its maker gives it; where the system does not tell, its kind."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            name, _, value = line.partition(":")
+            if name.strip() == "model name":
+                return value.strip()
+    return platform.processor() or platform.machine()
+
+
+def _memory_bytes() -> int | None:
+    """The machine's memory; None where the system does not tell."""
+    with contextlib.suppress(AttributeError, ValueError, OSError):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return None
 
 
 def keep_freed_memory() -> bool:

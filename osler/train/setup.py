@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -22,7 +21,7 @@ from osler.monitor.fanout import check_sinks
 from osler.optim.bf16 import keep_in_bf16
 from osler.parallel.fp8 import convert_to_fp8
 from osler.parallel.parallelize import check_strategy
-from osler.runtime.device import compile_works, pick_device, pick_dtype
+from osler.runtime.device import compile_works, describe_machine, pick_device, pick_dtype
 from osler.runtime.files import RunFolder, indented, write_or_warn
 from osler.runtime.log import say
 from osler.tokenizer.bpe import Tokenizer
@@ -182,10 +181,8 @@ def describe_run(run: RunFolder, machine: Machine) -> bytes:
         except PackageNotFoundError:
             continue
     versions["machine"] = {
-        "python": platform.python_version(),
-        "system": f"{platform.system()} {platform.machine()}",
+        **describe_machine(),
         "device": str(machine.device) if machine.device.type == "cpu" else torch.cuda.get_device_name(machine.device),
-        "threads": torch.get_num_threads(),
         "dtype": str(machine.dtype).removeprefix("torch."),
         "compiled": machine.compile,
     }

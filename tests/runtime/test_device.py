@@ -14,6 +14,7 @@ from osler.errors import UserError
 from osler.runtime.device import (
     bf16_pays,
     compile_works,
+    describe_machine,
     keep_freed_memory,
     peak_flops,
     peak_flops_of,
@@ -93,6 +94,17 @@ def test_peak_flops_by_name(name, flops):
 
 def test_a_cpu_has_no_data_sheet():
     assert peak_flops(CPU) is None
+
+
+def test_a_machine_is_described_by_its_processor_and_threads(monkeypatch):
+    monkeypatch.setenv("OMP_WAIT_POLICY", "passive")
+    machine = describe_machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists() and "model name" in info.read_text():
+        assert machine["processor"] and f": {machine['processor']}\n" in info.read_text()
+    assert 1 <= machine["cores"] <= os.cpu_count() and machine["threads"] == torch.get_num_threads()
+    assert machine["torch"] == torch.__version__ and "OMP_WAIT_POLICY=passive" in machine["thread_variables"]
+    assert machine["memory_bytes"] is None or machine["memory_bytes"] > 1 << 27
 
 
 def test_keep_freed_memory_is_harmless():

@@ -153,6 +153,7 @@ def test_a_run_keeps_the_precision_it_resolved(tiny, launch_stopped, tmp_path):
     assert main(["pretrain", "--run", str(tmp_path), "--resume"]) == 0
     versions = json.loads((store.resolve(tmp_path) / "versions.json").read_text())
     assert versions["machine"]["dtype"] == "bfloat16"
+    assert {"processor", "cores", "memory_bytes", "torch", "threads", "device"} <= versions["machine"].keys()
     assert load_model(tmp_path).state["step"] == 12
 
 
