@@ -176,6 +176,9 @@ class GrpoConfig:
     max_skipped_steps: int = 20
     max_rollbacks: int = 2  # times that a run goes back, in all; then it ends with a diagnosis
     spike: SpikeConfig = SpikeConfig()
+    # before a run begins, the model answers the first step's questions: refuse ends a run whose model then neither earns a reward
+    # nor gives an answer that can be read, warn says so and starts, off asks nothing; changes nothing in the run
+    preflight: Literal["refuse", "warn", "off"] = "refuse"
     zero_reward_patience: int = 5  # so many steps in a row without a reward are worth a warning
 
     device: str = "auto"  # auto, cpu, cuda or cuda:N
@@ -204,3 +207,8 @@ class GrpoConfig:
     def budget_tokens_per_step(self) -> int:
         """Completion tokens of one step if every completion ran to the limit: the unit of the schedule."""
         return self.algorithm.completions_per_step * self.algorithm.max_new_tokens
+
+    @property
+    def budget_tokens(self) -> int:
+        """The same of the whole run."""
+        return self.steps * self.budget_tokens_per_step

@@ -87,8 +87,7 @@ class RolloutWorker:
 
     def step(self, step: int) -> tuple[list[Group], int]:
         """Return the groups of a step and how many completion tokens were sampled for them, refilled ones included."""
-        algorithm = self.algorithm
-        groups = self.sample(visits(self.tasks, self.seed, step, algorithm.prompts_per_step), rollout_seed(self.seed, step))
+        algorithm, groups = self.algorithm, self.ask(step)
         sampled_tokens = count_tokens(groups)
         for refill in range(1, algorithm.max_refills + 1 if algorithm.dynamic_sampling else 1):
             dead = [index for index, group in enumerate(groups) if not group.effective]
@@ -102,6 +101,11 @@ class RolloutWorker:
                 if group.effective:  # what no refill could replace stays: it has no advantage, and the batch keeps its size
                     groups[index] = group
         return groups, sampled_tokens
+
+    def ask(self, step: int) -> list[Group]:
+        """Return the groups of a step's own questions, before any refill."""
+        asked = visits(self.tasks, self.seed, step, self.algorithm.prompts_per_step)
+        return self.sample(asked, rollout_seed(self.seed, step))
 
     def sample(self, asked: Sequence[Visit], seed: int) -> list[Group]:
         """Draw and score ``samples_per_prompt`` completions for every question, all ranks together."""
@@ -198,6 +202,11 @@ def has_readable_answer(item: ExamItem, answer: str, letter: int | None) -> bool
     return bool(answer.strip()) if extract_number(item.answer) is None else extract_number(answer) is not None
 
 
+def is_readable(group: Group, sample: Sample) -> bool:
+    """Say whether a sample of the group holds an answer that can be read, right or wrong."""
+    return has_readable_answer(group.visit.item, sample.completion.answer or "", sample.letter)
+
+
 def count_tokens(groups: Sequence[Group]) -> int:
     """Return the number of completion tokens in the groups."""
     return sum(len(sample.ids) for group in groups for sample in group.samples)
@@ -217,11 +226,7 @@ def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
         "completions/min_length": float(min(lengths)),
         "completions/max_length": float(max(lengths)),
         "completions/clipped_ratio": sum(not sample.finished for sample in samples) / count,
-        "answer/format_ok": statistics.fmean(
-            has_readable_answer(group.visit.item, sample.completion.answer or "", sample.letter)
-            for group in groups
-            for sample in group.samples
-        ),
+        "answer/format_ok": statistics.fmean(is_readable(group, sample) for group in groups for sample in group.samples),
         "answer/correct_frac": statistics.fmean(sample.correct for sample in samples),
     }
     for verdict in BAD_VERDICTS:

@@ -22,11 +22,13 @@ from osler.optim.build import build_optimizer
 from osler.parallel.activation_checkpoint import set_recompute
 from osler.parallel.parallelize import check_strategy, parallelize
 from osler.rl.config import GrpoConfig, RlTaskConfig
+from osler.rl.preflight import preflight
 from osler.rl.prompts import RewardTerm, RlTask, task_shares
+from osler.rl.rollout import RolloutWorker
 from osler.rl.step import PolicyLoss
 from osler.rl.trainer import GrpoTrainer
 from osler.runtime.device import keep_freed_memory, pick_device
-from osler.runtime.files import RunFolder, fingerprint
+from osler.runtime.files import RunFolder, fingerprint, write_or_warn
 from osler.runtime.log import say
 from osler.runtime.stop import AskedToStop, asked
 from osler.runtime.world import World, joined, place
@@ -47,7 +49,7 @@ from osler.train.folder import (
     stored_precision,
     work,
 )
-from osler.train.run import check_same_start, place_of
+from osler.train.run import check_same_start, place_of, warn_of_endless_warmup
 from osler.train.setup import choose_machine, describe_run
 
 
@@ -98,8 +100,14 @@ def train(config: GrpoConfig, run: RunFolder, world: World | None = None) -> boo
     tasks = load_tasks(config, start)
     eval_items = load_task(config.eval_task) if config.eval_task is not None else []
     check_held_out(tasks, eval_items)
-    world.once(lambda: claim(run, config))
     sampler = Engine(model, max_rows=config.rollout_rows)
+    samples = ""
+    if world.once(lambda: checkpoint is None) and config.preflight != "off":
+        samples = preflight(RolloutWorker(sampler, tokenizer, tasks, config.algorithm, config.seed, world).ask(0), config)
+        sampler.release()
+    world.once(lambda: claim(run, config))
+    if samples and world.is_first:
+        write_or_warn(run.samples, samples)  # a start over in the same folder replaces it
     evaluate, best_metric = exam(config, sampler, tokenizer, eval_items, world)
     files = {"config.yaml": run.config.read_bytes(), VERSIONS: world.once(lambda: describe_run(run, machine))}
     engine = parallelize(model, config.parallel, world, compile=False, loss_of=PolicyLoss)
@@ -124,6 +132,7 @@ def train(config: GrpoConfig, run: RunFolder, world: World | None = None) -> boo
         say(f"Continuing {run.root} from step {trainer.step:,}.")
     else:
         warn_of_idle_ranks(config, world)
+        warn_of_endless_warmup(config.schedule.warmup_tokens, config.budget_tokens, "steps x completions x max_new_tokens =")
         say(describe_start(config, start, tasks, place_of(machine, config.parallel, world)))
     del saved  # weights and moments were copied out of it
     return trainer.fit()

@@ -10,7 +10,6 @@ agreed on after each step. A checkpoint is the same whatever the number of ranks
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -33,18 +32,15 @@ from osler.optim.schedule import lr_scale
 from osler.parallel.engine import Engine as ParallelEngine
 from osler.rl.config import GrpoConfig
 from osler.rl.prompts import RlTask, visits
-from osler.rl.rollout import Group, RolloutWorker, Sample, rollout_metrics
+from osler.rl.rollout import RolloutWorker, rollout_metrics
 from osler.rl.step import training_rows, update_policy
 from osler.runtime.faults import fault
-from osler.runtime.files import RunFolder, write_or_warn
+from osler.runtime.files import RunFolder
 from osler.runtime.log import Progress, say
 from osler.runtime.stop import AskedToStop, StopFlag
-from osler.tasks.item import render_answer, render_question
 from osler.tokenizer.bpe import Tokenizer
 from osler.train.folder import check_fingerprints, was_evaluated
 from osler.train.incidents import Incidents
-
-PREFLIGHT_SAMPLES = 4
 
 
 class GrpoTrainer:
@@ -170,15 +166,13 @@ class GrpoTrainer:
         with self._whole_model():
             groups, sampled_tokens = self.worker.step(self.step + self.incidents.data_offset)
         rollout_seconds = time.perf_counter() - started
-        if self.step == 0:
-            self._preflight(groups)
         metrics = rollout_metrics(groups)
 
         budget = config.budget_tokens_per_step
         middle = self.step * budget + budget // 2  # as in train/: the first step has a rate above 0, and so has the last
-        scale = lr_scale(config.schedule, middle, config.steps * budget)
+        scale = lr_scale(config.schedule, middle, config.budget_tokens)
         set_lr(self.optimizer, scale)
-        set_decay_and_momentum(self.optimizer, config.optim, scale, middle, config.steps * budget)
+        set_decay_and_momentum(self.optimizer, config.optim, scale, middle, config.budget_tokens)
         rows = training_rows(groups, algorithm)
         self.collector.begin(self.step + 1)
         update: dict[str, float] = {}
@@ -215,30 +209,12 @@ class GrpoTrainer:
 
     # -- watching ------------------------------------------------------------------------------------------------------
 
-    def _preflight(self, groups: Sequence[Group]) -> None:
-        """Show what the policy writes before anything is learned: a wrong template is seen here and nowhere else."""
-        shown = [(group, group.samples[0]) for group in groups[:PREFLIGHT_SAMPLES]]
-        shown += [(groups[0], sample) for sample in groups[0].samples[1 : 1 + PREFLIGHT_SAMPLES - len(shown)]]
-        for number, (group, sample) in enumerate(shown, start=1):
-            say(f"Sample {number} before training: {render_question(group.visit.item)}")
-            say(f"  thinking: {sample.completion.thinking or '(none)'}")
-            say(f"  answer:   {sample.completion.answer or '(none)'}")
-            say(f"  right:    {render_answer(group.visit.item)}   (reward {sample.reward:g})")
-        if self.world.is_first:
-            self._write_samples(shown)
-        size = self.config.algorithm.samples_per_prompt
-        right = [sum(sample.correct for sample in group.samples) for group in groups]
-        say(
-            f"Before training: pass@1 {sum(right) / (size * len(groups)):.3f}, pass@{size} "
-            f"{sum(count > 0 for count in right) / len(groups):.3f} over {len(groups)} questions, "
-            f"{sum(group.effective for group in groups)} of {len(groups)} groups teach something."
-        )
-
     def _facts(self) -> Facts:
         """What the alerts must know of this run: among them is that no completion ends, or none is ever rewarded."""
         return Facts(
             lr=self.config.optim.lr,
             clip_norm=self.config.clip_norm,
+            warmup_tokens=self.config.schedule.warmup_tokens,
             max_new_tokens=self.config.algorithm.max_new_tokens,
             zero_reward_patience=self.config.zero_reward_patience,
         )
@@ -288,24 +264,6 @@ class GrpoTrainer:
         sink.write(self.step, self.tokens, {**metrics, "eval/seconds": time.perf_counter() - before})
         shown = ", ".join(f"{name.removeprefix('eval/')} {value:.4f}" for name, value in metrics.items())
         say(f"step {self.step}: {shown}")
-
-    def _write_samples(self, shown: Sequence[tuple[Group, Sample]]) -> None:
-        """Make the run's samples file, in the form that the report reads; a start over in the same folder replaces it."""
-        lines = []
-        for group, sample in shown:
-            item = group.visit.item
-            line = {
-                "id": item.id,
-                "stage": f"grpo step {self.step}",
-                "question": item.question,
-                "options": list(item.options),
-                "thinking": sample.completion.thinking,
-                "answer": sample.completion.answer or "",
-                "correct_answer": render_answer(item),
-                "correct": sample.correct,
-            }
-            lines.append(json.dumps(line, ensure_ascii=False) + "\n")
-        write_or_warn(self.run.samples, "".join(lines))
 
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 

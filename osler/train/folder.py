@@ -28,7 +28,7 @@ T = TypeVar("T")
 MOST_NAMED = 5  # differences between two configs that an error spells out
 # How a run is computed and watched, not what comes out of it, but for rounding: these may change from one start to the next.
 COMPUTING = ("parallel", "loader_workers", "micro_batch_tokens", "recompute", "async_save", "monitor")
-PERMISSIONS = ("allow_data_change",)  # given for one start
+PERMISSIONS = ("allow_data_change", "preflight")  # given for one start
 GIVEN_ANEW = (*COMPUTING, *PERMISSIONS)
 DATA_SECTIONS = ("data", "tasks")  # what a run learns from: of training, of GRPO
 LENGTHS = {"total_tokens", "max_minutes", "steps"}  # what a person changes who wants to go on with a finished run

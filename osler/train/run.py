@@ -174,7 +174,8 @@ def train(config: TrainConfig, run: RunFolder, world: World | None = None) -> bo
         trainer.restore(checkpoint)
         say(f"Continuing {run.root} from step {trainer.step:,} ({trainer.tokens:,} tokens).")
     else:
-        warn_of_endless_warmup(config)
+        if config.max_minutes is None:
+            warn_of_endless_warmup(config.schedule.warmup_tokens, config.total_tokens)
         warn_of_stages_out_of_reach(config)
         say(
             f"{config.kind}: {model.config.num_parameters:,} parameters, {prepared.train.num_tokens:,} tokens of data, "
@@ -218,13 +219,12 @@ def length_of(config: TrainConfig) -> str:
     return tokens if config.max_minutes is None else f"{config.max_minutes:g} minutes (at most {tokens})"
 
 
-def warn_of_endless_warmup(config: TrainConfig) -> None:
+def warn_of_endless_warmup(warmup_tokens: int, total_tokens: int, total: str = "total_tokens") -> None:
     """A run shortened from the command line easily ends inside the warm-up it inherits, and learns next to nothing."""
-    warmup = config.schedule.warmup_tokens
-    if config.max_minutes is None and warmup >= config.total_tokens:
+    if warmup_tokens >= total_tokens:
         say(
-            f"Warning: schedule.warmup_tokens {warmup:,} is not below total_tokens {config.total_tokens:,}, so the learning rate "
-            "never reaches optim.lr; set schedule.warmup_tokens to a tenth of total_tokens or less."
+            f"Warning: schedule.warmup_tokens {warmup_tokens:,} is not below {total} {total_tokens:,}, so the learning rate "
+            "never reaches optim.lr; set schedule.warmup_tokens to a tenth of that or less."
         )
 
 

@@ -78,6 +78,14 @@ def lost(command: Sequence[str], whole: Path, folder: Path) -> None:
     assert_same(folder, whole)
 
 
+def taught_nothing(command: Sequence[str], folder: Path) -> None:
+    """A model from which nothing can be learned is refused by every rank and told by one, and nothing is left behind."""
+    assert train([*command, "parallel.type=ddp"], folder, 2) == [2, 2]
+    told = said(folder, 0) + said(folder, 1)
+    assert told.count("osler: ") == told.count("preflight=warn") == told.count("Before training") == 1, told
+    assert not folder.exists()
+
+
 def run_all(grpo: list[str], root: Path) -> None:
     with redirect_stdout(io.StringIO()):  # reads the recipe once for every fork
         main([*grpo, "--dry-run"])
@@ -97,6 +105,7 @@ def run_all(grpo: list[str], root: Path) -> None:
         report(name, functools.partial(continued, grpo, root / "plain", root / name, starts))
     report("lost", functools.partial(lost, grpo, root / "plain", root / "lost"))
     report("none", functools.partial(refused, grpo, root / "none", ["2 processes", "parallel.type=ddp"]))
+    report("taught nothing", functools.partial(taught_nothing, [*grpo, "algorithm.max_new_tokens=1"], root / "taught"))
     zero = [*grpo, "parallel.type=deepspeed"]
     report("deepspeed", functools.partial(refused, zero, root / "zero", ["parallel", "deepspeed", "ddp"]))
 

@@ -23,4 +23,4 @@ def test_every_number_of_ranks_draws_and_learns_the_same(tiny, runs, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     lines = done.stdout.splitlines()
     assert [line for line in lines if not line.startswith("ok ")] == []
-    assert len(lines) == 10
+    assert len(lines) == 11

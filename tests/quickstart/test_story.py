@@ -29,6 +29,7 @@ TINY = (
     "sft.exam.every_tokens=2048",
     "sft.exam.items=6",
     "grpo.steps=1",
+    "grpo.preflight=warn",
     "grpo.algorithm.prompts_per_step=2",
     "grpo.algorithm.samples_per_prompt=2",
     "grpo.algorithm.max_new_tokens=8",

@@ -43,6 +43,7 @@ def arguments(start, *more):
     return [
         f"init_from={start}",
         "device=cpu",
+        "preflight=warn",  # the model is untrained
         "steps=3",
         "save_every_steps=1",
         "eval_every_steps=3",
@@ -107,6 +108,12 @@ def test_dry_run_touches_nothing(start, tmp_path, capsys):
     parameters = load_model(start).model.config.num_parameters
     assert f"# model             {parameters:,} parameters (num_layers 1, hidden_size 16, max_seq_len 512)" in text
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_ends_inside_its_warm_up_is_warned(start, tmp_path, capsys):
+    for warmup, warned in ((3 * 2 * 2 * 8, True), (3 * 2 * 2 * 8 - 1, False)):
+        assert run(None, arguments(start, f"schedule.warmup_tokens={warmup}"), run_dir=str(tmp_path / str(warmup))) == 0
+        assert ("schedule.warmup_tokens 96 is not below" in capsys.readouterr().err) == warned
 
 
 def test_resume_needs_a_run(tmp_path):

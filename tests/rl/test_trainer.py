@@ -182,19 +182,6 @@ def test_milestones_are_kept(make_trainer, tmp_path):
     assert sorted(path.name for path in (tmp_path / "checkpoints").glob("step-*")) == [store.folder_name(n) for n in (2, 4, 5)]
 
 
-def test_preflight_shows_samples_and_pass_at_k(make_trainer, tmp_path, capsys):
-    make_trainer(tmp_path, config=replace(CONFIG, steps=1)).fit()
-    printed = capsys.readouterr().err
-    assert printed.count("before training: Which drug is number") == 4
-    assert "pass@1" in printed
-    assert "pass@4" in printed
-    samples = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
-    assert len(samples) == 4
-    assert samples[0].keys() == {
-        "id", "stage", "question", "options", "thinking", "answer", "correct_answer", "correct",
-    }  # fmt: skip
-
-
 def test_alarms_for_completions_that_never_end_and_rewards_that_never_come(make_trainer, short_task, tmp_path, capsys):
     task = replace(short_task, rewards=(RewardTerm("none", lambda item, completion: 0.0),))
     algorithm = replace(ALGORITHM, dynamic_sampling=False, max_new_tokens=1)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +14,7 @@ from osler.cli import main
 from osler.clinic.textbook import textbook
 from osler.config import available_recipes, decode, load_recipe
 from osler.data.curriculum import rows_per_micro_batch
+from osler.inference.load import load_model
 from osler.rl.config import GrpoConfig
 from osler.tasks.registry import load_task
 from osler.train.config import TrainConfig
@@ -120,8 +123,38 @@ def test_a_grpo_recipe_passes_the_dry_run_and_finds_its_questions(name, stand_in
     assert main(["grpo", name, f"init_from={stand_in.start}", "--dry-run"]) == 0
     assert "# completions" in capsys.readouterr().out
     config = decode(GrpoConfig, load_recipe(name))
-    assert config.algorithm.samples_per_prompt == 16
-    assert all(len(load_task(entry.task)) == 20 for entry in config.tasks) and len(load_task(config.eval_task)) == 20
+    assert config.algorithm.samples_per_prompt == (4 if name == "grpo-debug" else 16)
+    questions, held_out = (4_000, 50) if name == "grpo-debug" else (20, 20)
+    assert all(len(load_task(entry.task)) == questions for entry in config.tasks)
+    assert len(load_task(config.eval_task)) == held_out
+
+
+def test_the_chain_of_usmle_2day_runs_scaled_down_and_not_without_its_middle(stand_in, tmp_path, monkeypatch, capsys):
+    """Each recipe starts by itself from what the one before it left; GRPO on a model that never saw the template is refused."""
+    shutil.copytree(stand_in.root / "exams", tmp_path / "exams")
+    monkeypatch.chdir(tmp_path)
+    plain = ["device=cpu", "precision=fp32"]
+    first = [*given("usmle-2day/pretrain", stand_in), *scaled_down(decode(TrainConfig, load_recipe("usmle-2day/pretrain")))]
+    assert main(["pretrain", "usmle-2day/pretrain", *first, f"tokenizer.path={stand_in.tokenizer}", "model.max_seq_len=256"]) == 0
+    grpo = ["grpo", "usmle-2day/grpo", *plain, "algorithm.max_new_tokens=64", "algorithm.samples_per_prompt=4", "steps=2"]
+    grpo += ["schedule.warmup_tokens=4096", "eval_task.limit=4"]
+    assert main([*grpo, "init_from=runs/usmle-2day-pretrain"]) == 2
+    told = capsys.readouterr().err
+    assert "GRPO would learn nothing from runs/usmle-2day-pretrain" in told and "osler sft usmle-2day/format" in told
+    assert not Path("runs/usmle-2day-grpo").exists()
+    middle = ["data.examples=300", "data.cards=0", "data.drills=0", "seq_len=128", "batch_tokens=2048", "micro_batch_tokens=2048"]
+    middle += ["total_tokens=300_000", "optim.lr=1e-2", "schedule.warmup_tokens=20_000", "compile=never"]
+    assert main(["sft", "usmle-2day/format", *plain, *middle]) == 0
+    assert main(grpo) == 0
+    told = capsys.readouterr().err
+    assert "Warning: none of" not in told and "Done: runs/usmle-2day-grpo" in told
+    assert [load_model(f"runs/usmle-2day-{name}").state["kind"] for name in ("format-sft", "grpo")] == ["sft", "grpo"]
+
+
+def test_the_warm_up_of_the_published_grpo_run():
+    config = decode(GrpoConfig, load_recipe("usmle-2day/grpo"))
+    assert config.schedule.warmup_tokens == 50_000_000
+    assert config.steps * config.budget_tokens_per_step == pytest.approx(0.6e9, rel=1e-3)
 
 
 def test_a_run_is_named_after_the_folder_of_its_recipe_too(stand_in, monkeypatch, capsys):
@@ -136,9 +169,9 @@ def test_a_run_is_named_after_the_folder_of_its_recipe_too(stand_in, monkeypatch
         assert f"# run folder        {folder}\n" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", [name for name in PRETRAIN + GRPO if load_recipe(name).get("init_from")])
+@pytest.mark.parametrize("name", [name for name in KINDS if load_recipe(name).get("init_from")])
 def test_a_recipe_that_goes_on_starts_where_the_one_before_it_ends(name):
-    assert load_recipe(name)["init_from"] in {f"runs/{default_name(other, 'pretrain')}" for other in PRETRAIN}
+    assert load_recipe(name)["init_from"] in {f"runs/{default_name(other, kind)}" for other, kind in KINDS.items() if kind}
 
 
 def test_the_start_that_a_recipe_leaves_open(capsys):

@@ -1,0 +1,103 @@
+"""GRPO's preflight: what the policy writes before anything is learned, and whether there is anything to learn from.
+
+The policy answers the questions of the first step once ahead of it, at the run's own sampling settings. A draw belongs to (seed,
+row, position), so the first step draws the same completions again, and a run is the same with and without its preflight. That
+comes before the run takes its folder, so a start which is refused can be mended in the same place.
+
+Why refuse: a model that never saw the template earns nothing, every advantage is zero, and the run would go through its time
+without an error and without learning.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+from osler.errors import UserError
+from osler.rl.config import GrpoConfig
+from osler.rl.rollout import Group, Sample, is_readable
+from osler.runtime.log import say
+from osler.tasks.item import render_answer, render_question
+from osler.tokenizer.chat import ANSWER
+
+SAMPLES_SHOWN = 4
+MOST_CUT = 0.9  # above this share of cut completions the model does not end by itself
+
+
+def preflight(groups: Sequence[Group], config: GrpoConfig) -> str:
+    """Show what came back on the first step's questions and judge it; returns the lines of the samples file.
+
+    Raises UserError, on every rank, when no completion earned a reward and none keeps to the template with an answer that can be
+    read. (A model that draws at random hits a marker and a letter now and then, and hardly ever all of the template.)
+    """
+    shown = [(group, group.samples[0]) for group in groups[:SAMPLES_SHOWN]]
+    shown += [(groups[0], sample) for sample in groups[0].samples[1 : 1 + SAMPLES_SHOWN - len(shown)]]
+    show(groups, shown)
+    samples = [sample for group in groups for sample in group.samples]
+    if all(sample.reward <= 0.0 for sample in samples):
+        if any(sample.completion.well_formed and is_readable(group, sample) for group in groups for sample in group.samples):
+            say(
+                f"Warning: none of the {len(samples)} completions before training earned a reward, although some keep to the "
+                "template. GRPO learns nothing until one does: take easier questions, more algorithm.samples_per_prompt, or "
+                "train the model longer on examples first."
+            )
+        elif config.preflight == "refuse":
+            raise UserError(refusal(samples, config))
+        else:
+            say(f"Warning: {refusal(samples, config)}")
+    return "".join(sample_line(group, sample) for group, sample in shown)
+
+
+def show(groups: Sequence[Group], shown: Sequence[tuple[Group, Sample]]) -> None:
+    """Print some samples and what share of all is right, can be read and was cut."""
+    for number, (group, sample) in enumerate(shown, start=1):
+        say(f"Sample {number} before training: {render_question(group.visit.item)}")
+        say(f"  thinking: {sample.completion.thinking or '(none)'}")
+        say(f"  answer:   {sample.completion.answer or '(none)'}")
+        say(f"  right:    {render_answer(group.visit.item)}   (reward {sample.reward:g})")
+    right = [sum(sample.correct for sample in group.samples) for group in groups]
+    size, count = len(groups[0].samples), sum(len(group.samples) for group in groups)
+    readable = sum(is_readable(group, sample) for group in groups for sample in group.samples)
+    cut = sum(not sample.finished for group in groups for sample in group.samples)
+    say(
+        f"Before training: pass@1 {sum(right) / count:.3f}, pass@{size} {sum(map(bool, right)) / len(groups):.3f} over "
+        f"{len(groups)} questions; {readable / count:.0%} of the answers can be read, {cut / count:.0%} of the completions were "
+        f"cut; {sum(group.effective for group in groups)} of {len(groups)} groups teach something."
+    )
+
+
+def refusal(samples: Sequence[Sample], config: GrpoConfig) -> str:
+    """Why nothing can be learned from completions of which none earned a reward or kept to the template, and what to do."""
+    count, limit = len(samples), config.algorithm.max_new_tokens
+    cut = sum(not sample.finished for sample in samples)
+    answered = sum(sample.completion.answer is not None for sample in samples)
+    if cut > MOST_CUT * count:
+        cause = f"The model never ends: either it was not taught to, or algorithm.max_new_tokens={limit} is too small for it."
+    elif answered < (1 - MOST_CUT) * count:
+        cause = f"The model does not write the template, in which {ANSWER} stands between reasoning and answer: it never saw it."
+    else:
+        cause = "The model ends and writes the template, but its answers name no option, or no number where one is asked for."
+    start = config.init_from
+    return (
+        f"GRPO would learn nothing from {start}: of {count} completions before training none earned a reward or kept to the "
+        f"template with an answer that can be read; {cut} were cut at {limit} tokens, {answered} have an {ANSWER}. {cause} Teach "
+        f"it the format first: `osler sft usmle-2day/format init_from={start} --run NEW_FOLDER` (a smaller model: without the "
+        "recipe's name) does so with the built-in clinic, or with data.type=turns on questions of your own; then start from "
+        "there with init_from=NEW_FOLDER. To start all the same: preflight=warn."
+    )
+
+
+def sample_line(group: Group, sample: Sample) -> str:
+    """A line of the samples file, in the form that the report reads."""
+    item = group.visit.item
+    line = {
+        "id": item.id,
+        "stage": "grpo step 0",
+        "question": item.question,
+        "options": list(item.options),
+        "thinking": sample.completion.thinking,
+        "answer": sample.completion.answer or "",
+        "correct_answer": render_answer(item),
+        "correct": sample.correct,
+    }
+    return json.dumps(line, ensure_ascii=False) + "\n"
