@@ -47,8 +47,9 @@ class TextFiles:
                 yield Document(text=read_text(file), source=shown(file), collection=name)
                 continue
             for row in read_rows(file, [self.field]):
+                text = _text(row, self.field, self.field_key) or ""
                 _tell_unread(self.path, row)
-                yield Document(text=_text(row, self.field, self.field_key) or "", source=row.where, collection=name)
+                yield Document(text=text, source=row.where, collection=name)
 
 
 @dataclass(frozen=True)
@@ -66,12 +67,12 @@ class TurnFiles:
             columns.append(self.thinking_field)
         for file in _files(self.path, ROW_ENDINGS, "data.path"):
             for row in read_rows(file, columns):
-                _tell_unread(self.path, row, wants_thinking=self.thinking_field is None)
                 question = _text(row, self.question_field, "data.question_field") or ""
                 answer = _text(row, self.answer_field, "data.answer_field") or ""
                 thinking = None
                 if self.thinking_field is not None:
                     thinking = _text(row, self.thinking_field, "data.thinking_field")
+                _tell_unread(self.path, row, wants_thinking=self.thinking_field is None)
                 yield Document(turn=Turn(question, thinking, answer), source=row.where, collection=shown(file.name))
 
 

@@ -24,6 +24,7 @@ from osler.tasks.clinic import load as load_clinic_exam
 from osler.tasks.item import ExamItem, render_answer, render_question
 from osler.tokenizer.bpe import Tokenizer
 from osler.tokenizer.chat import Turn
+from osler.tokenizer.train import train
 
 SAMPLE_CHARS = 1 << 16  # a sample for the tokenizer takes or leaves so many characters at a time
 VALIDATION_SEED_SHIFT = 1_000_003  # other passages for validation than any nearby train seed gives
@@ -132,7 +133,7 @@ def train_tokenizer(data: ClinicData | FilesData | TurnsData, vocab_size: int, *
     if total == 0:
         raise UserError("There is no text to train a tokenizer on.")
     kept = (document for document in source.train if document.split_key() not in held)
-    return Tokenizer.train(_sample(kept, max_bytes / total), vocab_size)
+    return train(_sample(kept, max_bytes / total), vocab_size)
 
 
 def _sample(documents: Iterable[Document], share: float) -> Iterator[str]:

@@ -18,7 +18,7 @@ import gzip
 import json
 import re
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from tokenizers import Tokenizer as Backend
 
 from osler.errors import UserError
 from osler.runtime.files import fingerprint, read_json
+from osler.runtime.log import say
 
 QUESTION = "<|question|>"
 THINKING = "<|thinking|>"
@@ -43,6 +44,10 @@ PIECES = (
     r"|\s*[\r\n]+"  # line breaks
     r"|\s+(?!\S)|\s+"  # other spaces; the last one before a word belongs to the word
 )
+# Training takes time with the square of a piece's length. No language has such words; genomes and binary data in text do.
+LONGEST_TRAINED_CHARS = 1000
+_LONG = f"{{{LONGEST_TRAINED_CHARS + 1},}}"
+_LONG_RUN = re.compile(rf"(?<!\S)\S{_LONG}|(?<!\s)\s{_LONG}")  # what can hold a longer one
 
 
 class Tokenizer:
@@ -105,6 +110,7 @@ class Tokenizer:
         """Learn byte-level BPE merges from `texts`; the same texts in the same order give the same tokenizer.
 
         `vocab_size` counts the special tokens (which come first) and the 256 bytes; little text may yield fewer tokens.
+        Pieces of more than `LONGEST_TRAINED_CHARS` are cut. No signal is heard meanwhile; see `osler.tokenizer.train`.
         """
         smallest = 256 + len(specials)
         if vocab_size < smallest:
@@ -126,7 +132,7 @@ class Tokenizer:
             initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
             show_progress=False,
         )
-        backend.train_from_iterator(texts, trainer)
+        backend.train_from_iterator(_cut_long_pieces(texts), trainer)
         return cls(backend)
 
     def with_specials(self, specials: Sequence[str] = SPECIALS) -> Tokenizer:
@@ -226,6 +232,26 @@ class Tokenizer:
             return list(self._backend.encode(text, add_special_tokens=False).ids)
         cut = match.start() + 1
         return list(self._backend.encode(text[:cut], add_special_tokens=False).ids) + self._encode_cut(text[cut:])
+
+
+def _cut_long_pieces(texts: Iterable[str]) -> Iterator[str]:
+    """Yield `texts` as they are, but in parts where a piece is too long to be trained on; says so once."""
+    splitter = pre_tokenizers.Split(Regex(PIECES), behavior="isolated")
+    told = False
+    for text in texts:
+        start = 0
+        for run in _LONG_RUN.finditer(text):
+            for _, (begin, end) in splitter.pre_tokenize_str(run.group()):
+                for cut in range(run.start() + begin + LONGEST_TRAINED_CHARS, run.start() + end, LONGEST_TRAINED_CHARS):
+                    yield text[start:cut]
+                    start = cut
+        if start and not told:
+            told = True
+            say(
+                f"The text holds words of more than {LONGEST_TRAINED_CHARS:,} characters, such as {text[:start][-20:]!r}; "
+                "the tokenizer is trained on parts of them."
+            )
+        yield text[start:]
 
 
 def _gpt2_pair_as_json(folder: Path) -> bytes:

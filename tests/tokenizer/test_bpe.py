@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from osler.errors import UserError
-from osler.tokenizer.bpe import ANSWER, EOS, QUESTION, SPECIALS, THINKING, Tokenizer
+from osler.tokenizer.bpe import (
+    ANSWER,
+    EOS,
+    LONGEST_TRAINED_CHARS,
+    QUESTION,
+    SPECIALS,
+    THINKING,
+    Tokenizer,
+    _cut_long_pieces,
+)
 
 CORPUS = [
     "Pneumonia is an infection of the lung. The patient has fever, cough and 38.5 degrees.\n\n",
@@ -209,3 +219,30 @@ def test_user_mistakes_are_explained(tmp_path: Path, trained: Tokenizer) -> None
         Tokenizer.train(CORPUS, 100)
     with pytest.raises(UserError, match=r"lone surrogate.*position 1"):
         trained.encode("a\ud800")
+
+
+@pytest.mark.parametrize("piece", ["a", "ACGT", "é", " ", "\n", "!", "aé"])
+def test_time_of_training_is_in_proportion_to_the_length_of_a_word(piece: str) -> None:
+    """Eight times the length: with the square of it the time was 64 times as long."""
+
+    def seconds(chars: int) -> float:
+        start = time.process_time()
+        Tokenizer.train([piece * (chars // len(piece))], 300)
+        return time.process_time() - start
+
+    assert seconds(160_000) < 24 * seconds(20_000) + 0.5
+
+
+def test_only_what_is_too_long_to_train_on_is_cut_and_that_is_said_once(capsys: pytest.CaptureFixture[str]) -> None:
+    limit = LONGEST_TRAINED_CHARS
+    # Long without spaces, but no long word: Chinese with its commas, digits, base64, words at the limit.
+    short = ["日本語の文、" * 900, "1234" * 900, "aB3+" * 900, "a" * limit + " " + "é" * limit, " " * limit + "a", "x" * limit]
+    assert list(_cut_long_pieces(short)) == short
+    assert capsys.readouterr().err == ""
+    long = ["one " + "é" * (2 * limit + 5) + ", two", "a" * (limit + 1), "\n" * (limit + 1), "-" * limit + "a" * (limit + 1)]
+    parts = list(_cut_long_pieces(long))
+    assert "".join(parts) == "".join(long)
+    assert parts[:3] == ["one " + "é" * limit, "é" * limit, "é" * 5 + ", two"]
+    assert parts[3:] == ["a" * limit, "a", "\n" * limit, "\n", "-" * limit + "a" * limit, "a"]
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "words of more than 1,000 characters, such as 'éé" in said

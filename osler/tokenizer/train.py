@@ -1,0 +1,79 @@
+"""Training a tokenizer so that Ctrl-C and SIGTERM end it at once.
+
+The library trains in one call that hears no signal, for seconds or minutes. More than a little text is therefore trained
+on in a child process, which a signal to this one kills. The tokenizer is the same to the byte.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
+from itertools import chain
+from typing import IO
+
+from osler.errors import UserError
+from osler.tokenizer.bpe import Tokenizer
+
+SHORT_CHARS = 1_000_000  # trained on within a second, sooner than a child process has started
+
+
+def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Do what `Tokenizer.train` does; raises KeyboardInterrupt as soon as a signal asks for it."""
+    rest = iter(texts)
+    begin: list[str] = []
+    chars = 0
+    for text in rest:
+        begin.append(text)
+        chars += len(text)
+        if chars > SHORT_CHARS:
+            return _train_in_child(chain(begin, rest), vocab_size)
+    return Tokenizer.train(begin, vocab_size)
+
+
+def _train_in_child(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    child = subprocess.Popen(
+        [sys.executable, "-m", "osler.tokenizer.train", str(vocab_size)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        start_new_session=True,  # a Ctrl-C is for this process, which knows what to do
+    )
+    assert child.stdin is not None and child.stdout is not None
+    trained = b""
+    try:
+        with contextlib.suppress(BrokenPipeError):  # told below, by how the child ended
+            for text in texts:
+                _send(child.stdin, text)
+            child.stdin.close()
+            trained = child.stdout.read()
+    except BaseException:
+        child.kill()
+        raise
+    finally:
+        code = child.wait()
+        child.stdout.close()
+        with contextlib.suppress(BrokenPipeError):
+            child.stdin.close()
+    if code != 0:
+        raise UserError(
+            f"The process that trains the tokenizer ended with exit code {code} (-9: killed, most often for want of memory). "
+            "Set tokenizer.max_bytes to train it on less text."
+        )
+    return Tokenizer.from_bytes(trained)
+
+
+def _send(stream: IO[bytes], text: str) -> None:
+    data = text.encode("utf-8")
+    stream.write(len(data).to_bytes(8, "little") + data)
+
+
+def _received(stream: IO[bytes]) -> Iterator[str]:
+    while size := stream.read(8):
+        yield stream.read(int.from_bytes(size, "little")).decode("utf-8")
+
+
+if __name__ == "__main__":
+    sys.stdout.buffer.write(Tokenizer.train(_received(sys.stdin.buffer), int(sys.argv[1])).to_bytes())
