@@ -34,7 +34,8 @@ def write_atomic(path: str | os.PathLike[str], data: bytes | str) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
     try:
         with open_durable(temporary) as file:
-            file.write(data.encode("utf-8") if isinstance(data, str) else data)
+            # A name that is not UTF-8 is written escaped, as JSON would.
+            file.write(data.encode("utf-8", "backslashreplace") if isinstance(data, str) else data)
         fault("write-atomic")
         os.replace(temporary, path)
     except OSError:
@@ -167,7 +168,10 @@ class RunFolder:
         """Make the folder, or take the one that is there; raises UserError when that is impossible."""
         root = Path(path)
         try:
+            str(root).encode("utf-8")
             root.mkdir(parents=True, exist_ok=True)
+        except UnicodeEncodeError:  # a checkpoint there could not be read: safetensors takes no such name
+            raise UserError(f"The name of the run folder {str(root)!r} is not UTF-8; choose another with --run.") from None
         except OSError as error:
             raise UserError(f"The run folder {root} cannot be created: {error.strerror}.") from error
         return cls(root)

@@ -6,6 +6,7 @@ file in another schema is refused at once instead of giving a silently smaller e
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,7 @@ class Row:
         value: Any = self.values
         for part in field.split("."):
             if not isinstance(value, Mapping) or part not in value:
-                here = ", ".join(sorted(value)) if isinstance(value, Mapping) else repr(value)[:60]
+                here = ", ".join(sorted(value)) if isinstance(value, Mapping) else f"{reprlib.repr(value):.60}"
                 raise UserError(
                     f"{self.where}: the field '{field}' is missing (found: {here}). Expected the schema of {schema}; "
                     "the files of another exam are read with another task.type."
@@ -38,7 +39,7 @@ class Row:
             value = value[part]
         if not isinstance(value, kind) or isinstance(value, bool):
             raise UserError(
-                f"{self.where}: the field '{field}' must be {_NAMES[kind]}, not {value!r:.60}. "
+                f"{self.where}: the field '{field}' must be {_NAMES[kind]}, not {reprlib.repr(value):.60}. "
                 f"Expected the schema of {schema}."
             )
         return value

@@ -25,6 +25,8 @@ def test_write_atomic_writes_bytes_and_text(tmp_path):
     assert path.read_bytes() == b"\x00\xff"
     write_atomic(path, "naïve\n")
     assert path.read_bytes() == "naïve\n".encode()
+    write_atomic(path, "caf\udce9")  # as Python holds a name that is not UTF-8
+    assert path.read_text() == r"caf\udce9"
     assert os.listdir(tmp_path) == ["file.txt"]
 
 
@@ -105,3 +107,5 @@ def test_a_run_folder_that_is_a_file_is_refused(tmp_path):
     (tmp_path / "taken").write_text("x")
     with pytest.raises(UserError, match="taken"):
         RunFolder.create(tmp_path / "taken")
+    with pytest.raises(UserError, match=r"'.*caf\\udce9' is not UTF-8; choose another with --run"):
+        RunFolder.create(tmp_path / "caf\udce9")
