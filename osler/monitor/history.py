@@ -19,6 +19,7 @@ STAGE = "train/stage"
 DATA_TIME = "perf/data_ms"
 SPEEDS = ("perf/tokens_per_second", "perf/rollout_tokens_per_second")  # of training, of GRPO
 OTHER_CPUS = "perf/other_cpus"
+WAITED = "seconds of a line in which training waited for data"  # no metric of its own
 STEP_TIMES = (DATA_TIME, "perf/forward_ms", "perf/backward_ms", "perf/optimizer_ms")
 MEMORY = ("perf/memory_resident_bytes", "perf/memory_allocated_bytes")
 DEAD_UNITS = "model/dead_units_frac/"  # and the number of the layer
@@ -76,7 +77,7 @@ class History:
         line = {name: float(v) for name, v in metrics.items() if isinstance(v, (int, float)) and math.isfinite(v)}
         if STAGE in line and self.last(STAGE, 1) not in ([], [line[STAGE]]):
             self._begin_stage()
-        new_tokens = tokens - self.tokens
+        new_steps, new_tokens = step - self.step, tokens - self.tokens
         self.line, self.step, self.tokens, self.lines = line, step, tokens, self.lines + 1
         for name in (STAGE, LR, GRAD_NORM, CLIPPED, *SPEEDS, *MEMORY):
             if name in line:
@@ -89,6 +90,7 @@ class History:
         if DATA_TIME in line:
             total = sum(line.get(name, 0.0) for name in STEP_TIMES)
             self.values[DATA_TIME].append(line[DATA_TIME] / (total or 1.0))
+            self.values[WAITED].append(line[DATA_TIME] / 1000 * new_steps)
         if LOSS in line:
             self._add_loss(line[LOSS])
         norms = [norm for norm in self.last(GRAD_NORM, SMOOTHED_NORMS) if norm > 0.0]

@@ -29,6 +29,7 @@ from osler.monitor.history import (
     REWARD,
     SMOOTHED_LOSSES,
     SPEEDS,
+    WAITED,
     History,
 )
 
@@ -45,6 +46,7 @@ SWINGING, SWINGING_NATS = 0.2, 0.3  # of the loss, and nats: what it rises and f
 ALWAYS_CLIPPED, CLIPPED_LINES = 0.99, 30
 DEAD = 0.5  # of a layer's units
 STARVED, STARVED_LINES = 0.2, 5  # of the step's time spent on waiting for data
+STARVED_SECONDS = 1.0  # in those lines
 GROWING, GROWING_BYTES = 0.05, 64 * 2**20  # of memory, over one of the windows below
 GROWTH_WINDOWS = (30, 120, 480)
 SLOW_SECONDS, BUSY_CPUS = 60.0, 0.25  # at less than half of the best speed; other work that may be the cause
@@ -220,7 +222,8 @@ def growing(metric: str, past: History) -> Iterator[Finding]:
 def starved(past: History) -> Iterator[Finding]:
     """The device waits for data."""
     share, workers = median(past.last(DATA_TIME, STARVED_LINES)), past.facts.loader_workers
-    if len(past.values[DATA_TIME]) >= CALM and share > STARVED:
+    waited = sum(past.last(WAITED, STARVED_LINES))  # so little that nobody would notice it is no reason to speak
+    if len(past.values[DATA_TIME]) >= CALM and share > STARVED and waited > STARVED_SECONDS:
         yield Finding(
             "starved-loader",
             f"{share:.0%} of a step's time passes in waiting for data ({past.line[DATA_TIME]:.0f} ms). Try loader_workers="

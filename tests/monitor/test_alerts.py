@@ -128,6 +128,7 @@ def test_a_slow_run_says_whether_a_neighbour_is_the_cause(busy_cpus, cause):
 
 def test_a_slow_minute_is_needed_and_a_new_stage_has_its_own_speed():
     assert sick(lambda n, line: {SPEEDS[0]: 1_700.0} if n in (1, 2, 20, 21) else {}) == {}
+    assert sick(lambda n, line: {DATA_TIME: 10.0, **dict.fromkeys(STEP_TIMES[1:], 5.0)}) == {}, "half a second in five lines"
     stages = [line | ({STAGE: 1.0} if n < 60 else {STAGE: 2.0, SPEEDS[0]: 1_700.0}) for n, line in enumerate(healthy(200))]
     assert told(stages) == {}
 
