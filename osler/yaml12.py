@@ -24,7 +24,7 @@ def load_yaml(text: str, source: str) -> Any:
         mark = getattr(error, "problem_mark", None)
         where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         raise UserError(f"{source}: not valid YAML{where}: {getattr(error, 'problem', None) or error}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{source}: not valid YAML: {error}") from None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 
@@ -121,6 +122,8 @@ def test_a_recipe_that_is_missing_or_broken(mistake, tmp_path):
     broken = tmp_path / "broken.yaml"
     broken.write_text("seq_len: 64\nmodel: {num_layers: 2\n")
     assert "broken.yaml: not valid YAML at line" in mistake("pretrain", broken)
+    broken.write_text("model: " + "[" * 10_000)
+    assert "broken.yaml: not valid YAML: maximum recursion depth exceeded" in mistake("pretrain", broken)
 
 
 # -- data --------------------------------------------------------------------------------------------------------------
@@ -158,6 +161,19 @@ def test_files_that_cannot_be_read(mistake, own_text, tmp_path):
     other.write_text('{"body": "a", "title": "b"}\n')
     assert "has no field 'text'; it has: body, title" in mistake("pretrain", *own_text(other), *run)
     assert not (tmp_path / "run" / "data").exists()
+
+
+def test_text_under_any_name_is_trained_on_and_the_rest_is_named(own_text, tmp_path, capsys):
+    folder = tmp_path / "notes"
+    folder.mkdir()
+    (folder / os.fsdecode(b"caf\xe9.TXT")).write_text("A NUL \0 in a cough that lasts eight weeks. " * 20)
+    (folder / os.fsdecode(b"\xff.jsonl")).write_text(json.dumps({"text": "A fever of three weeks. " * 20, "title": "Fever"}))
+    (folder / os.fsdecode(b"\xfe.csv")).write_text("")
+    assert main(["pretrain", *own_text(folder), "--run", str(tmp_path / "run")]) == 0
+    said = capsys.readouterr().err
+    assert f"{folder}: left out: 1 .csv.\n" in said and f"{folder}: columns not read: title.\n" in said
+    sources = (tmp_path / "run" / "data" / "manifest.json").read_text()
+    assert '"caf-udce9.TXT"' in sources and '"-udcff.jsonl"' in sources
 
 
 def test_a_dry_run_looks_at_what_the_run_will_read(mistake, own_text, tiny, runs, tmp_path):
