@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from osler.monitor.history import Facts, History
-from osler.monitor.rules import RULES, Finding, Severity
+from osler.monitor.rules import RULES, Finding, Severity, ended_badly
 
 PAUSE, WORSE = 100, 2.0  # lines of silence about the same thing at first; how much worse breaks it
 
@@ -27,6 +27,11 @@ class Alert:
     severity: Severity
     message: str
 
+    @property
+    def in_words(self) -> str:
+        """The alert as a line of the console, with its severity."""
+        return f"{self.severity.capitalize()}: step {self.step}: {self.message}"
+
 
 class Watch:
     """Reads a run's lines one by one and returns what is to be said about each."""
@@ -34,13 +39,28 @@ class Watch:
     def __init__(self, facts: Facts) -> None:
         self.history = History(facts)
         self.said: dict[str, tuple[int, int, float]] = {}  # name -> line from which it may be said again, pause, badness
+        self.holding: dict[int, list[Alert]] = {}  # number of a rule -> what it saw in the newest line that it looked at
 
     def look(self, step: int, tokens: int, metrics: Mapping[str, object]) -> list[Alert]:
         """Take in the next line and return its alerts."""
         past = self.history
         past.add(step, tokens, metrics)
-        found = [finding for metric, rule in RULES if metric in past.line or metric.endswith("/") for finding in rule(past)]
-        return [Alert(step, finding.name, finding.severity, finding.message) for finding in found if self._is_news(finding)]
+        news = []
+        for number, (metric, rule) in enumerate(RULES):
+            if not past.has(metric):
+                continue
+            found = [(finding, Alert(step, finding.name, finding.severity, finding.message)) for finding in rule(past)]
+            self.holding[number] = [alert for _, alert in found]
+            news += [alert for finding, alert in found if self._is_news(finding)]
+        return news
+
+    def unresolved(self) -> list[Alert]:
+        """What still holds when the run is at its end, each name once, the gravest first."""
+        past, held = self.history, [alert for alerts in self.holding.values() for alert in alerts]
+        if not any(alert.name == "learning-rate" for alert in held):  # which says the same
+            held += [Alert(past.step, finding.name, finding.severity, finding.message) for finding in ended_badly(past)]
+        held.sort(key=lambda alert: alert.severity != "critical")
+        return list({alert.name: alert for alert in reversed(held)}.values())[::-1]
 
     def _is_news(self, finding: Finding) -> bool:
         again, pause, badness = self.said.get(finding.name, (0, 0, 0.0))

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from osler.model.transformer import Transformer
 from osler.monitor.config import MonitorConfig
-from osler.monitor.history import OTHER_CPUS
+from osler.monitor.history import OTHER_CPUS, UNLEARNED
 from osler.monitor.look import Rows, of_gradients, of_rows, of_update, of_weights
 from osler.runtime.device import peak_flops
 from osler.runtime.memory import peak_bytes, resident_bytes
@@ -109,8 +109,13 @@ class Collector:
             yield
             return
         self.looking = False
+        few = rows().few()
+        (all_learn,) = self.world.least(few.learns)
+        if not all_learn:  # nothing is to be seen in rows without a token to learn, and a mean over the ranks needs all of them
+            yield
+            return
         weights = self.whole_weights()
-        self.looked = of_weights(weights) | of_rows(self.model, weights, rows().few(self.device))
+        self.looked = of_weights(weights) | of_rows(self.model, weights, few.on(self.device))
         del weights
         before: dict[str, Tensor] = {}
         if self.has_gradients:
@@ -165,19 +170,32 @@ class Collector:
         return metrics
 
 
+def has_learned(loss: float, grad_norm: float) -> bool:
+    """Whether any rank had a token to learn in a step: a mean over none is NaN, and its gradient, 0, is finite all the same.
+
+    (A loss that is not finite for another reason makes the gradient NaN.)
+    """
+    return not (math.isnan(loss) and math.isfinite(grad_norm))
+
+
 def of_steps(window: Sequence[Sequence[float]], clip_norm: float, bytes_per_token: float | None) -> dict[str, float]:
     """What follows from loss, gradient norm and skip flag of the steps since the last line.
 
     ``bytes_per_token`` of the text that is learned, None where that is not all of the text.
     """
-    losses = [loss for loss, _, _ in window if math.isfinite(loss)]
+    learned = [row for row in window if has_learned(row[0], row[1])]
+    unlearned = {UNLEARNED: float(len(window) - len(learned))}
+    if not learned:
+        return unlearned
+    losses = [loss for loss, _, _ in learned if math.isfinite(loss)]
     loss = sum(losses) / len(losses) if losses else math.nan
     metrics = {
         "train/loss": loss,
         "train/perplexity": math.exp(min(loss, 700.0)),
-        "train/grad_norm": window[-1][1],
-        "train/skipped_steps": sum(skipped for _, _, skipped in window),
-        **of_norms([norm for _, norm, _ in window], clip_norm),
+        "train/grad_norm": learned[-1][1],
+        "train/skipped_steps": sum(skipped for _, _, skipped in learned),
+        **of_norms([norm for _, norm, _ in learned], clip_norm),
+        **unlearned,
     }
     if bytes_per_token is not None:
         metrics["train/bits_per_byte"] = loss / math.log(2) / bytes_per_token

@@ -61,8 +61,18 @@ class FanOut:
         for courier in self.couriers:
             courier.write(step, tokens, finite)
         for alert in self.watch.look(step, tokens, metrics) if self.watch else ():
-            say(f"Warning: step {alert.step}: {alert.message}")
+            say(alert.in_words)
             self.events.write(alert.step, "alert", alert.name, alert.message, severity=alert.severity)
+
+    def unresolved(self) -> list[Alert]:
+        """What still holds at the end of the run; what is wrong with the end alone is told now."""
+        if self.watch is None:
+            return []
+        held = self.watch.unresolved()
+        for alert in held:
+            if alert.name not in self.watch.said:
+                self.events.write(alert.step, "alert", alert.name, alert.message, severity=alert.severity)
+        return held
 
     def rewind(self, step: int) -> None:
         """Drop the lines after ``step`` and what the rules saw in them: a run that has gone back makes those steps again."""

@@ -26,6 +26,7 @@ DEAD_UNITS = "model/dead_units_frac/"  # and the number of the layer
 LAYER_NORM = "grad/norm/"  # and the number of the layer, or what else it is
 REWARD, REWARD_SPREAD, CORRECT = "reward", "reward_std", "answer/correct_frac"
 CUT = "completions/clipped_ratio"
+UNLEARNED = "train/unlearned_steps"
 
 KEPT = 480  # values of one metric
 FIRST = 5  # lines that say how a run began
@@ -58,6 +59,7 @@ class History:
         self.facts = facts
         self.lines = self.step = self.tokens = 0
         self.line: dict[str, float] = {}  # the newest, without what is not finite
+        self.loss: float | None = None  # of the newest line with one; NaN when it was not finite
         self.peak_lr = 0.0
         self.without_reward = 0  # lines in a row
         self.first: dict[str, list[float]] = {CUT: [], REWARD: []}  # of the first lines
@@ -91,6 +93,8 @@ class History:
             total = sum(line.get(name, 0.0) for name in STEP_TIMES)
             self.values[DATA_TIME].append(line[DATA_TIME] / (total or 1.0))
             self.values[WAITED].append(line[DATA_TIME] / 1000 * new_steps)
+        if LOSS in metrics:
+            self.loss = line.get(LOSS, math.nan)
         if LOSS in line:
             self._add_loss(line[LOSS])
         norms = [norm for norm in self.last(GRAD_NORM, SMOOTHED_NORMS) if norm > 0.0]
@@ -121,6 +125,10 @@ class History:
         losses.append(loss)
         if len(losses) >= SMOOTHED_LOSSES:
             self.best_loss = min(self.best_loss, median(self.last(LOSS, SMOOTHED_LOSSES)))
+
+    def has(self, metric: str) -> bool:
+        """Whether the newest line has a metric; a name that ends with a slash stands for one metric per layer."""
+        return metric in self.line or (metric.endswith("/") and any(name.startswith(metric) for name in self.line))
 
     def last(self, name: str, count: int) -> list[float]:
         """The last values of a metric, the newest last; of ``DATA_TIME``, its share of the step."""

@@ -5,19 +5,28 @@ A process that is killed writes no end; its silence tells. Only a failure is tol
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Any
 
 from osler.errors import UserError
+from osler.monitor.alerts import Alert
 from osler.monitor.events import EventLog
+from osler.runtime.log import say
 
 START, END = LIFETIME = ("start", "end")  # kinds of event
 FINISHED, STOPPED, FAILED = "finished", "stopped", "failed"  # names of an end
 
 
 @contextmanager
-def recorded(events: EventLog, step: Callable[[], int], is_done: Callable[[], bool]) -> Iterator[None]:
-    """Write the start and the end of the work inside; who leaves early without an exception was asked to stop, and has saved."""
+def recorded(
+    events: EventLog, step: Callable[[], int], is_done: Callable[[], bool], unresolved: Callable[[], Sequence[Alert]]
+) -> Iterator[None]:
+    """Write the start and the end of the work inside; who leaves early without an exception was asked to stop, and has saved.
+
+    A run that is complete says what is still wrong with it, which ``unresolved`` gives.
+    """
     first = step()
     if first:
         events.write(first, START, "resumed", f"Going on from step {first:,}.", tell=False)
@@ -32,9 +41,25 @@ def recorded(events: EventLog, step: Callable[[], int], is_done: Callable[[], bo
         events.write(step(), END, FAILED, in_a_line(error), severity="critical")
         raise
     if is_done():
-        events.write(step(), END, FINISHED, "The run is complete.", tell=False)
+        alerts = unresolved()
+        if alerts:
+            say("\n  ".join([f"The run is complete, but {still_wrong(len(alerts))}:", *(alert.in_words for alert in alerts)]))
+        message = f"The run is complete, but {still_wrong(len(alerts))}." if alerts else "The run is complete."
+        events.write(step(), END, FINISHED, message, tell=False, unresolved=[asdict(alert) for alert in alerts])
     else:
         events.write(step(), END, STOPPED, "Stopped by Ctrl-C or SIGTERM, and saved.", tell=False, saved=True)
+
+
+def still_wrong(count: int) -> str:
+    """How many alerts hold at the end of a run, in words."""
+    return "1 alert still holds" if count == 1 else f"{count} alerts still hold"
+
+
+def unresolved_at_end(events: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The alerts that held at the end of a complete run, by the newest start or end in its diary."""
+    noted: dict[str, Any] = next((event for event in reversed(events) if event["kind"] in LIFETIME), {})
+    found = noted.get("unresolved")
+    return [alert for alert in found if isinstance(alert, dict)] if isinstance(found, list) else []
 
 
 def in_a_line(error: BaseException) -> str:

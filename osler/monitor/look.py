@@ -40,11 +40,21 @@ class Rows(NamedTuple):
     labels_BT: Tensor
     document_BT: Tensor | None = None
 
-    def few(self, device: torch.device) -> Rows:
-        """The first rows, ``LOOK_TOKENS`` at most, on the device."""
-        rows = max(1, LOOK_TOKENS // self.ids_BT.shape[1])
-        parts = (None if part is None else part[:rows, :LOOK_TOKENS].to(device, non_blocking=True) for part in self)
-        return Rows(*parts)  # type: ignore[arg-type]
+    def few(self) -> Rows:
+        """The first rows that have a token to learn, or else the first, ``LOOK_TOKENS`` at most; for rows on the CPU."""
+        count = max(1, LOOK_TOKENS // self.ids_BT.shape[1])
+        last = (self.labels_BT[:, :LOOK_TOKENS] == IGNORED).all(1).sort(stable=True).indices  # rows without one
+        chosen = last[:count]
+        return Rows(*(None if part is None else part[chosen, :LOOK_TOKENS] for part in self))  # type: ignore[arg-type]
+
+    def on(self, device: torch.device) -> Rows:
+        """The same on a device."""
+        return Rows(*(None if part is None else part.to(device, non_blocking=True) for part in self))  # type: ignore[arg-type]
+
+    @property
+    def learns(self) -> bool:
+        """Whether any token is learned; for rows on the CPU."""
+        return bool((self.labels_BT != IGNORED).any())
 
     @property
     def looked_at_BT(self) -> Tensor:

@@ -42,6 +42,7 @@ METRICS: dict[str, Metric] = {
     "train/lr": Metric("per step", "learning rate of the first parameter group"),
     "train/grad_norm": Metric("norm", "length of the whole gradient before clipping"),
     "train/skipped_steps": Metric("steps", "updates skipped since the line before, because the gradient was not finite"),
+    "train/unlearned_steps": Metric("steps", "since the line before, without a token to learn; they count nowhere else"),
     "train/stage": Metric("number", "stage of the curriculum, counted from 1"),
     "train/seq_len": Metric("tokens", "length of the rows of this stage"),
     "train/batch_tokens": Metric("tokens", "tokens in one optimizer step of this stage"),

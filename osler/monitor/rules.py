@@ -29,6 +29,7 @@ from osler.monitor.history import (
     REWARD,
     SMOOTHED_LOSSES,
     SPEEDS,
+    UNLEARNED,
     WAITED,
     History,
 )
@@ -124,6 +125,44 @@ def guessing(past: History) -> Iterator[Finding]:
             f"the loss is {median(losses):.3f}, and guessing among {facts.vocab_size:,} tokens gives {chance:.3f}: the model "
             f"{'does worse than that' if is_worse else 'has learned nothing'}. The learning rate is probably too {advice}.",
             median(losses) / chance,
+            "critical",
+        )
+
+
+def unlearned(past: History) -> Iterator[Finding]:
+    """Steps whose rows held no token to learn: a step that says nothing, and cost its time."""
+    count = past.line[UNLEARNED]
+    if count:
+        is_all = LOSS not in past.line
+        yield Finding(
+            "nothing-to-learn",
+            f"{'all' if is_all else 'some'} steps since the line before ({count:.0f}) had no token to learn in any row, and "
+            "count nowhere. Fine-tuning learns what the loss masks say, which is the answers: set a larger seq_len, so that "
+            "an answer stays in the row of its question, or a larger batch_tokens.",
+            count,
+            "critical" if is_all else "warning",
+        )
+
+
+def ended_badly(past: History) -> Iterator[Finding]:
+    """What is wrong with the last loss of a run, however few its lines: it is no number, or worse than guessing."""
+    vocab_size, loss = past.facts.vocab_size, past.loss
+    if loss is None:
+        return
+    if math.isnan(loss):
+        yield Finding(
+            "no-finite-loss",
+            "no step of the last line had a finite loss, so none of them changed the model. Try "
+            f"{past.facts.slower}, and look at the data.",
+            severity="critical",
+        )
+    elif vocab_size and loss > math.log(vocab_size):
+        yield Finding(
+            "worse-than-guessing",
+            f"the run ends with a loss of {loss:.3f}, and guessing among {vocab_size:,} tokens gives {math.log(vocab_size):.3f}: "
+            f"the model has learned nothing. Train longer (total_tokens), with a warm-up that ends early in the run; if the loss "
+            f"rose, try {past.facts.slower}.",
+            loss,
             "critical",
         )
 
@@ -309,6 +348,7 @@ RULES: tuple[tuple[str, Callable[[History], Iterator[Finding]]], ...] = (
     (GRAD_NORM, exploding),
     (GRAD_NORM, vanishing),
     (LOSS, guessing),
+    (UNLEARNED, unlearned),
     (LOSS, rising),
     (CLIPPED, clipped),
     (DEAD_UNITS, dead_units),

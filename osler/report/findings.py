@@ -10,8 +10,10 @@ import math
 import statistics
 from collections.abc import Iterator
 
+from osler.monitor.lifetime import still_wrong, unresolved_at_end
 from osler.report import format as fmt
 from osler.report.diary import grave_in_words
+from osler.report.lenient import as_text
 from osler.report.read import Run, Series, StageRun
 from osler.report.words import baseline, headline_score, scores_on, stage_names, stage_title, unfit, unfit_explains
 
@@ -54,7 +56,10 @@ def _exam_findings(run: Run) -> Iterator[str]:
 
 
 def _diary(stage: StageRun) -> list[str]:
-    return grave_in_words(stage.events)
+    """What the diary says; first what was still wrong when the run was complete."""
+    held = unresolved_at_end(stage.events)
+    names = ", ".join(as_text(alert.get("name")).replace("-", " ") for alert in held)
+    return [*([f"The run is complete, but {still_wrong(len(held))}: {names}."] if held else []), *grave_in_words(stage.events)]
 
 
 def _training(stage: StageRun) -> Iterator[str]:

@@ -10,6 +10,7 @@ agreed on after each step. A checkpoint is the same whatever the number of ranks
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -106,7 +107,7 @@ class GrpoTrainer:
         with (
             StopFlag() as stop,  # first: whoever sees the metrics file may rely on a signal being a request
             open_sinks(config.monitor, self.run, self._facts(), step=self.step, is_first=self.world.is_first) as sink,
-            recorded(sink.events, lambda: self.step, lambda: self.step >= config.steps and not self.has_left),
+            recorded(sink.events, lambda: self.step, lambda: self.step >= config.steps and not self.has_left, sink.unresolved),
             Progress(config.steps, "steps", label="grpo", initial=self.step) as progress,
             self.saver,
         ):
@@ -220,8 +221,13 @@ class GrpoTrainer:
         )
 
     def _observe(self, metrics: Mapping[str, float]) -> None:
-        """Hand the numbers of the step just made to whoever watches for incidents; a step without a usable sample has none."""
-        if "train/grad_norm" in metrics:
+        """Hand the numbers of the step just made to whoever watches for incidents.
+
+        A step without a usable sample has none, and one whose groups are all rewarded equally says nothing of the others: its
+        loss is zero, or what the KL term leaves.
+        """
+        norm = metrics.get("train/grad_norm")
+        if norm is not None and (metrics["frac_reward_zero_std"] < 1.0 or not math.isfinite(norm)):
             skipped = metrics["train/skipped_steps"] >= self.config.algorithm.updates_per_batch
             self.incidents.observe(self.step, metrics["loss"], metrics["train/grad_norm"], skipped=skipped)
 

@@ -26,7 +26,8 @@ from osler.runtime.faults import poisoned
 class StepResult(NamedTuple):
     """What a step leaves on the device: mean loss in nats per learned token, gradient norm before clipping, 1 if skipped.
 
-    The loss is a rank's part: its mean over the ranks is that of the global batch.
+    The loss is a rank's part: its mean over the ranks is that of the global batch. It is NaN on all ranks when none has a token
+    to learn; the gradient is zero then.
     """
 
     loss: Tensor
@@ -64,7 +65,8 @@ class TrainStep:
         """Update the parameters from ``batch`` (on the CPU) with every learning rate scaled by ``lr_scale``."""
         # Counted on the CPU copy, over the whole batch: micro-batches then weigh by their learned tokens.
         world = self.engine.world
-        learned_tokens = world.mean(torch.full((), float(batch.num_loss_tokens), device=self.device)).clamp_min_(1 / world.size)
+        found_tokens = world.mean(torch.full((), float(batch.num_loss_tokens), device=self.device))
+        learned_tokens = found_tokens.clamp_min(1 / world.size)
         total = torch.zeros((), device=self.device)
         num_rows, seq_len = batch.ids.shape
         micro = rows_per_micro_batch(num_rows, seq_len, self.micro_batch_tokens)
@@ -82,7 +84,7 @@ class TrainStep:
         with self.watch(lambda: Rows(batch.ids, batch.labels, batch.document_ids if self.document_mask else None)):
             norm_and_skipped = self.engine.update(self.optimizer, self.parameters)
         self.mark("optimizer")
-        return StepResult(total, *norm_and_skipped)
+        return StepResult(torch.where(found_tokens > 0, total, math.nan), *norm_and_skipped)
 
 
 def condemned_unless_finite(loss: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from osler.checkpoint.saver import Saver
 from osler.data.delivered import Delivered
 from osler.data.loader import Batch
 from osler.model.transformer import Transformer
-from osler.monitor.collect import Collector, of_steps
+from osler.monitor.collect import Collector, has_learned, of_steps
 from osler.monitor.fanout import FanOut, open_sinks
 from osler.monitor.history import Facts
 from osler.monitor.lifetime import recorded
@@ -121,7 +121,7 @@ class Trainer:
         with (
             StopFlag() as stop,  # first: whoever sees the metrics file may rely on a signal being a request
             open_sinks(config.monitor, self.run, self._facts(), step=self.step, is_first=self.world.is_first) as sink,
-            recorded(sink.events, lambda: self.step, lambda: self.done and not self.has_left),
+            recorded(sink.events, lambda: self.step, lambda: self.done and not self.has_left, sink.unresolved),
             Progress(self.total_tokens, "tokens", label=config.kind, initial=self.tokens) as progress,
             self.saver,
         ):
@@ -229,7 +229,8 @@ class Trainer:
         rows = self.world.mean(torch.stack([torch.stack(result) for result in self.on_device])).tolist()
         self.on_device.clear()
         for step, (loss, grad_norm, skipped) in enumerate(rows, start=self.step - len(rows) + 1):
-            self.incidents.observe(step, loss, grad_norm, skipped=bool(skipped))
+            if has_learned(loss, grad_norm):
+                self.incidents.observe(step, loss, grad_norm, skipped=bool(skipped))
         self.window += rows
 
     def _schedule(self, step: int) -> tuple[int, float]:
@@ -266,8 +267,9 @@ class Trainer:
             by_source=self.collector.is_due(self.step),
             skipped_tokens=self.incidents.data_offset,
         )
-        loss = metrics["train/loss"]
-        self.train_loss = loss if math.isfinite(loss) else None
+        loss = metrics.get("train/loss")  # None when no step had a token to learn
+        if loss is not None:
+            self.train_loss = loss if math.isfinite(loss) else None
         stage = self.timeline.at_step(self.step - 1)
         if self.config.curriculum:
             metrics |= {
@@ -275,7 +277,7 @@ class Trainer:
                 "train/seq_len": stage.seq_len,
                 "train/batch_tokens": stage.batch_tokens,
             }
-        shown = {"loss": f"{loss:.3f}"}
+        shown = {"loss": "none" if loss is None else f"{loss:.3f}"}
         if self.tokens > mark[0]:
             speed = (self.tokens - mark[0]) / (now - mark[1])
             shown["tokens/s"] = f"{speed:,.0f}"

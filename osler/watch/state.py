@@ -19,7 +19,7 @@ from typing import Any
 from osler.checkpoint.manifest import FOLDER_NAME, MANIFEST, STATE
 from osler.errors import UserError
 from osler.monitor.events import read_events
-from osler.monitor.lifetime import END, FAILED, FINISHED, LIFETIME, START, STOPPED
+from osler.monitor.lifetime import END, FAILED, FINISHED, LIFETIME, START, STOPPED, still_wrong, unresolved_at_end
 from osler.report import format as fmt
 from osler.report.lenient import as_dict, as_dicts, as_number, as_text
 from osler.report.model import count_parameters, find_model
@@ -195,7 +195,9 @@ class Stage:
         ago = _ago(max(0.0, now - as_number(end.get("time"))))
         newest = next((f"saved at step {c.step:,}" for c in self.checkpoints), "nothing saved")
         if end.get("name") == FINISHED:
-            return State("finished", f"finished {ago}")
+            held = unresolved_at_end(self.events)
+            but = f", but {still_wrong(len(held))}: {', '.join(as_text(alert.get('name')) for alert in held)}" if held else ""
+            return State("finished", f"finished {ago}{but}")
         if end.get("name") == STOPPED:
             return State("stopped", f"stopped {ago} by Ctrl-C or SIGTERM, {newest}")
         return State(FAILED, f"failed {ago} at step {end['step']}, {newest}: {as_text(end['message'])}")

@@ -25,6 +25,7 @@ from osler.monitor.history import (
     SPEEDS,
     STAGE,
     STEP_TIMES,
+    UNLEARNED,
     Facts,
 )
 
@@ -68,6 +69,39 @@ def told(lines: Iterator[Line] | list[Line], facts: Facts = FACTS) -> dict[str, 
 def sick(change: Callable[[int, Line], Line], lines: int = 200, **shape: float) -> dict[str, int]:
     """What is told of a healthy curve to which ``change(lines since line 60, line)`` is done from line 61 on."""
     return told([line if n < 60 else line | change(n - 59, line) for n, line in enumerate(healthy(lines, **shape))])  # type: ignore[arg-type]
+
+
+def ends(lines: list[Line]) -> list[tuple[str, str]]:
+    """Severity and name of what holds at the end of a run of these lines, among which are evaluations."""
+    watch = Watch(FACTS)
+    for number, line in enumerate(lines, start=1):
+        watch.look(number * STEPS, number * STEPS * TOKENS, line)
+    return [(alert.severity, alert.name) for alert in watch.unresolved()]
+
+
+def test_what_holds_at_the_end_is_what_the_newest_looks_saw():
+    dead = {f"{DEAD_UNITS}0": 0.9}
+    curve = list(healthy(40))
+    looks = [{name: value for name, value in line.items() if not name.startswith(DEAD_UNITS)} for line in curve]
+    evaluation = {"eval/loss": 1.0}
+    assert ends([*looks, curve[-1] | dead, *looks[-3:], evaluation]) == [("critical", "dead-layers")]
+    assert ends([*looks, curve[-1] | dead, *looks[-3:], curve[-1], evaluation]) == []
+    clipped = [line | {CLIPPED: 1.0} for line in curve]
+    assert ends([*curve, *clipped]) == [("warning", "always-clipped")]
+    assert ends([*curve, *clipped, curve[-1] | dead | {CLIPPED: 1.0}]) == [
+        ("critical", "dead-layers"),
+        ("warning", "always-clipped"),
+    ]
+    assert ends([*clipped, *curve]) == []
+
+
+def test_a_last_loss_without_worth_is_told_however_short_the_run():
+    assert ends([{LOSS: math.log(FACTS.vocab_size) - 0.01}]) == []
+    assert ends([{LOSS: math.log(FACTS.vocab_size) + 0.01}, {"eval/loss": 1.0}]) == [("critical", "worse-than-guessing")]
+    assert ends([{LOSS: 3.0}, {LOSS: math.nan}]) == [("critical", "no-finite-loss")]
+    assert ends([{UNLEARNED: 10.0}]) == [("critical", "nothing-to-learn")]
+    assert ends([{UNLEARNED: 3.0, LOSS: 3.0}]) == [("warning", "nothing-to-learn")]
+    assert ends([{UNLEARNED: 3.0, LOSS: 3.0}, {UNLEARNED: 0.0, LOSS: 3.0}]) == []
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -141,7 +141,7 @@ def test_an_alert_reaches_console_diary_and_sinks_and_the_file_depends_on_none(t
     assert (event["kind"], event["name"], event["step"], event["severity"]) == ("alert", "dead-layers", 1, "critical")
     assert [alert.name for alert in good.alerts] == ["dead-layers"] and good.steps == [1, 2, 3] and good.closed
     said = capsys.readouterr().err
-    assert said.count("Warning: step 1: 60% of the feed-forward units in layer 0 give nothing") == 1
+    assert said.count("Critical: step 1: 60% of the feed-forward units in layer 0 give nothing") == 1
     assert said.count("bad failed") == 1
 
 
@@ -152,7 +152,7 @@ def test_a_resumed_run_does_not_say_again_what_it_said(tmp_path, capsys):
             for n in range(step + 1, step + 6):
                 sinks.write(n, n, SICK)
     assert len(run.metrics.read_text().splitlines()) == 8
-    assert [event["step"] for event in read_events(run.events)] == [1] and capsys.readouterr().err.count("Warning") == 1
+    assert [event["step"] for event in read_events(run.events)] == [1] and capsys.readouterr().err.count("Critical: ") == 1
 
 
 def test_a_run_that_goes_back_forgets_the_lines_that_it_makes_again(tmp_path):

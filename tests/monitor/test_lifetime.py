@@ -24,7 +24,7 @@ def live(run, out, *, first, last, total=10, error=None):
     hook, step = f"'{sys.executable}' '{script}' '{out}'", first
     with (
         open_sinks(MonitorConfig(webhook=hook), run, FACTS, step=first) as sinks,
-        recorded(sinks.events, lambda: step, lambda: step >= total),
+        recorded(sinks.events, lambda: step, lambda: step >= total, sinks.unresolved),
     ):
         step = last
         if error is not None:

@@ -231,3 +231,14 @@ def test_no_copy_of_the_weights_lies_beside_the_update(make_trainer, tmp_path):
     trainer = make_trainer(tmp_path, config=replace(CONFIG, steps=1))
     assert trainer.fit()
     assert not [value for value in vars(trainer.sampler).values() if isinstance(value, Decoder)]
+
+
+def test_a_step_without_a_difference_in_reward_says_nothing_of_what_a_loss_is_usually(make_trainer, tmp_path):
+    trainer = make_trainer(tmp_path)
+    numbers = {"loss": 0.0, "train/grad_norm": 0.0, "train/skipped_steps": 0.0, "frac_reward_zero_std": 1.0}
+    trainer._observe(numbers)
+    assert not trainer.incidents.spikes.usual
+    trainer._observe({**numbers, "frac_reward_zero_std": 0.5})
+    assert list(trainer.incidents.spikes.usual) == [0.0]
+    trainer._observe({**numbers, "train/grad_norm": float("nan"), "train/skipped_steps": 2.0})  # which has to be told
+    assert trainer.incidents.skipped_in_a_row == 1

@@ -16,6 +16,8 @@ import torch
 from osler.checkpoint import store
 from osler.cli import main
 from osler.inference.load import load_model
+from osler.monitor.config import MonitorConfig
+from osler.monitor.events import read_events
 from osler.monitor.metrics import declared_name
 from osler.report.page import build_report
 from osler.report.read import read_run
@@ -49,6 +51,36 @@ def test_the_checkpoint_comes_before_the_evaluation(make_trainer, tmp_path):
     again.restore(store.load(store.resolve(tmp_path)))
     assert again.step == 6 and again.fit()
     assert [line["step"] for line in lines(tmp_path) if "eval/loss" in line] == [6, 12]
+
+
+def test_steps_without_a_token_to_learn_count_nowhere(make_trainer, tmp_path):
+    """Two steps of three have rows without a learned token: mean, gradient norm, spike window and looks are of the others."""
+    fields = {"log_every_steps": 1, "monitor": MonitorConfig(level="full", full_every_steps=1), "total_tokens": 36 * 256}
+    trainer, learned = make_trainer(tmp_path, **fields), []
+    batches = trainer.batches
+
+    def mostly_prompts(step, skipped_tokens):
+        for number, batch in enumerate(batches(step, skipped_tokens), start=step + 1):
+            if number % 3:
+                batch.labels.fill_(-100)
+            else:
+                batch.labels[0] = -100  # of a step that counts a row that does not, and that comes first
+                learned.append(number)
+            yield batch
+
+    trainer.batches = mostly_prompts
+    assert trainer.fit()
+    told = {line["step"]: line for line in lines(tmp_path)}
+    for step, line in told.items():
+        is_learned = step % 3 == 0
+        assert line["train/unlearned_steps"] == (not is_learned)
+        for name in ("train/loss", "train/perplexity", "train/grad_norm", "model/dead_units_frac/0"):
+            assert (name in line) == is_learned
+        if is_learned:
+            assert 4.0 < line["train/loss"] < 7.0 and line["model/activation_rms/0"] > 0.0 < line["train/entropy"]
+    assert len(trainer.incidents.spikes.usual) == len([step for step in learned if step <= 36])
+    events = read_events(trainer.run.events)
+    assert {event["name"] for event in events} == {"begun", "nothing-to-learn", "finished"}
 
 
 def test_keep_last_and_the_best(make_trainer, tmp_path):

@@ -8,8 +8,11 @@ import sys
 from osler.cli import main
 from osler.monitor.events import read_events
 from osler.monitor.lifetime import LIFETIME
+from osler.report.findings import findings
+from osler.report.read import read_run
 from osler.runtime.files import RunFolder
 from osler.runtime.stop import EXIT_STOPPED
+from osler.watch.state import Watched
 
 SICK = ("optim.lr=10", "total_tokens=20480", "save_every_tokens=10240", "eval_every_tokens=20480")  # 80 steps, a line for 5
 
@@ -26,7 +29,28 @@ def test_a_learning_rate_far_too_high_reaches_the_webhook(launch_stopped, tiny, 
     assert "learning-rate" in {event["name"] for event in events}
     assert [alert["name"] for alert in told] == [event["name"] for event in events if event["step"] > 10]
     assert all(alert["run"] == str(run.root) and "optim.lr=3.3 (now 10)" in alert["message"] for alert in told)
-    assert capsys.readouterr().err.count("Warning: step ") == len(events) and said_before <= {e["name"] for e in events}
+    said = capsys.readouterr().err
+    for event in events:  # the console says the severity that the webhook says
+        severity = event.get("severity", "warning")
+        assert f"\n{severity.capitalize()}: step {event['step']}: {event['message']}" in said
+        assert next(alert["severity"] for alert in told if alert["name"] == event["name"]) == severity or event["step"] <= 10
+    assert said_before <= {event["name"] for event in events}
+
+
+def test_a_run_that_ends_worse_than_guessing_says_so_wherever_its_end_is_told(tiny, tmp_path, capsys):
+    run = RunFolder(tmp_path / "run")
+    command = ["pretrain", tiny.pretrain, "optim.lr=10", "total_tokens=1280", "eval_every_tokens=1280", "--run", str(run.root)]
+    assert main(command) == 0
+    said = capsys.readouterr().err
+    assert "The run is complete, but 1 alert still holds:\n  Critical: step 5: the run ends with a loss of " in said
+    assert said.index("still holds") < said.index("Done: ")
+    end = read_events(run.events)[-1]
+    assert [alert["name"] for alert in end["unresolved"]] == ["worse-than-guessing"]
+    watched = Watched(run.root)
+    watched.refresh()
+    state = watched.current.state(end["time"] + 1)
+    assert state.kind == "finished" and "but 1 alert still holds: worse-than-guessing" in state.words
+    assert any("but 1 alert still holds: worse than guessing" in text for text in findings(read_run(run.root)))
 
 
 def test_a_webhook_that_cannot_work_is_refused_before_anything_is_made(tiny, tmp_path, capsys):
