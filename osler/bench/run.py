@@ -47,6 +47,8 @@ def run(
     if kind not in ("pretrain", "sft"):
         raise UserError(f"`{recipe}` is a recipe of kind {kind}: give one of `osler pretrain` or `osler sft`, or a model family.")
     config = decode(TrainConfig, {**given, "kind": kind}, source=recipe or "")
+    if config.parallel.type != "none":
+        say(f"osler bench times one process, on which parallel.type={config.parallel.type} changes nothing.")
     result = compare(config, recipe or "defaults", peers=peers, rounds=rounds, steps=steps)
     print(json.dumps(result, indent=2))
     if out is not None:

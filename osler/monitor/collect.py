@@ -25,6 +25,7 @@ from osler.monitor.config import MonitorConfig
 from osler.monitor.history import OTHER_CPUS, UNLEARNED
 from osler.monitor.look import Rows, of_gradients, of_rows, of_update, of_weights
 from osler.runtime.device import peak_flops
+from osler.runtime.log import say
 from osler.runtime.memory import peak_bytes, resident_bytes
 from osler.runtime.neighbours import busy_elsewhere, read_cpus
 from osler.runtime.stopwatch import Stopwatch
@@ -62,6 +63,8 @@ class Collector:
         self.model, self.device, self.world = model, device, world
         self.whole_weights = whole_weights or model.state_dict
         self.has_gradients = has_gradients
+        if config.level == "full" and not has_gradients:
+            say("monitor.level=full leaves out grad/* and update/*: DeepSpeed keeps gradients and updates to itself.")
         self.first_look = lines_every
         self.look_every = -(-config.full_every_steps // lines_every) * lines_every
         self.stopwatch = Stopwatch(device)

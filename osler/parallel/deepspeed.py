@@ -3,11 +3,13 @@
 DeepSpeed takes over the optimizer's parameters, averages and clips gradients and makes the step itself. Checkpoints are ours: its
 functions that put single weights and moments together give the same tensors that any other strategy writes, so a run may change
 to ZeRO and back. ZeRO 2 and 3 reduce gradients in every micro-batch. DeepSpeed looks itself for a gradient that is not finite and
-skips its step, which waits for the device; a version that makes such a step is refused. https://deepspeed.readthedocs.io
+skips its step, which waits for the device; a version that makes such a step is found by trying one before the first batch, and
+refused. https://deepspeed.readthedocs.io
 """
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,20 +27,50 @@ from osler.ops.labels import IGNORED
 from osler.parallel.config import DeepSpeedConfig
 from osler.parallel.engine import Engine, Hold
 from osler.runtime.files import read_json
+from osler.runtime.log import say
 from osler.runtime.shapes import with_few_shapes
 from osler.runtime.world import World
 
+# Sections of DeepSpeed's own JSON that a run decides, and the fields that decide them.
+OURS = {
+    "gradient_clipping": "clip_norm",
+    "gradient_accumulation_steps": "micro_batch_tokens",
+    "train_batch_size": "batch_tokens",
+    "train_micro_batch_size_per_gpu": "micro_batch_tokens",
+    "optimizer": "optim",
+    "scheduler": "schedule",
+    "bf16": "precision",
+    "fp16": "precision",
+}
+
 
 def share_with_deepspeed(loss: SummedLoss, config: DeepSpeedConfig, world: World) -> Engine:
-    """Make ready for ``deepspeed.initialize``; raises UserError when the package is missing."""
-    try:
-        import deepspeed
-    except ImportError:
+    """Make ready for ``deepspeed.initialize``; raises UserError where ``read_settings`` does."""
+    own = read_settings(config)
+    stage = own["zero_optimization"].get("stage")
+    if stage != config.stage:
+        say(f"{config.config_file} sets ZeRO stage {stage}, which takes the place of parallel.stage={config.stage}.")
+    import deepspeed
+
+    return DeepSpeedEngine(deepspeed, loss, own, world)
+
+
+def read_settings(config: DeepSpeedConfig) -> dict[str, Any]:
+    """What DeepSpeed is told beside what a run decides. Raises UserError without the package, and for what a run decides."""
+    if importlib.util.find_spec("deepspeed") is None:
         raise UserError(
             "parallel.type=deepspeed needs the package DeepSpeed: pip install -e '.[deepspeed]' in Osler's source tree. "
             "parallel.type=fsdp shares weights, gradients and optimizer without it."
-        ) from None
-    return DeepSpeedEngine(deepspeed, loss, config, world)
+        )
+    settings: dict[str, Any] = {"zero_optimization": {"stage": config.stage}}
+    if config.config_file is None:
+        return settings
+    given = read_json(config.config_file)
+    if not isinstance(given, dict):
+        raise UserError(f"parallel.config_file {config.config_file} holds no JSON object with DeepSpeed's settings.")
+    for key in OURS.keys() & given.keys():
+        raise UserError(f"parallel.config_file {config.config_file} sets {key}: leave it out, the run's {OURS[key]} decides it.")
+    return settings | given
 
 
 class DeepSpeedEngine(Engine):
@@ -46,19 +78,17 @@ class DeepSpeedEngine(Engine):
 
     leaves_gradients = False
 
-    def __init__(self, deepspeed: Any, module: SummedLoss, config: DeepSpeedConfig, world: World) -> None:
+    def __init__(self, deepspeed: Any, module: SummedLoss, settings: Mapping[str, Any], world: World) -> None:
         super().__init__(module, world, self._accumulating)
         self.deepspeed, self.module = deepspeed, module
         self.settings: dict[str, Any] = {
             "train_micro_batch_size_per_gpu": 1,  # the loss is normalised already, so DeepSpeed's counting changes nothing
             "gradient_accumulation_steps": 1,
-            "bf16": {"enabled": module.model.compute_dtype == torch.bfloat16},
-            "zero_optimization": {"stage": config.stage},
+            "bf16": {"enabled": module.model.compute_dtype == torch.bfloat16, "check_grad_overflow": True},
             "zero_allow_untested_optimizer": True,
             "steps_per_print": 2**31,
+            **settings,
         }
-        if config.config_file is not None:
-            self.settings |= read_json(config.config_file)
 
     def bind(self, optimizer: torch.optim.Optimizer, clip_norm: float) -> None:
         # ZeRO replaces the parameters in these groups by flat parts of its own.
@@ -67,6 +97,8 @@ class DeepSpeedEngine(Engine):
             model=self.module, optimizer=optimizer, config={**self.settings, "gradient_clipping": clip_norm}
         )[0]
         self.loss = with_few_shapes(self.inner)
+        self._require_skipping(optimizer)
+        self._make_moments(optimizer)
 
     @contextmanager
     def _accumulating(self) -> Iterator[None]:
@@ -81,20 +113,13 @@ class DeepSpeedEngine(Engine):
 
     def update(self, optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         self.inner.step()
-        skipped = bool(getattr(self.inner.optimizer, "overflow", False))
+        skipped = not self.inner.was_step_applied()
         grad_norm = math.inf if skipped else float(self.inner.get_global_grad_norm())
-        if not skipped and not 0.0 <= grad_norm < math.inf:  # -1 stands for NaN here
-            raise UserError(
-                "DeepSpeed made a step with a gradient that is not finite, and the weights are lost: its version "
-                f"{self.deepspeed.__version__} does not skip such steps. Install a newer one, or use parallel.type=fsdp; the "
-                "same command then goes on from the newest checkpoint."
-            )
         return torch.tensor(grad_norm, device=self.inner.device), torch.tensor(float(skipped), device=self.inner.device)
 
     def parts(
         self, model: Transformer, optimizer: torch.optim.Optimizer, hold: Hold | None = None
     ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-        self._link_moments()
         tools = self.deepspeed.utils
         weights = self.whole_weights(model)
         names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -125,7 +150,6 @@ class DeepSpeedEngine(Engine):
             with self.deepspeed.zero.GatheredParameters(parameter, modifier_rank=0), torch.no_grad():
                 parameter.copy_(value)
             tools.safe_set_full_fp32_param(parameter, value)
-        self._make_moments(optimizer)
         for name, parameter in model.named_parameters():
             for key in state["state"].get(name, {}):
                 moment = tensors["optimizer"][f"{name}/{key}"]
@@ -135,21 +159,41 @@ class DeepSpeedEngine(Engine):
                 for entry in optimizer.state.values():
                     entry["step"] = torch.full_like(entry["step"], float(moment))
 
-    def _make_moments(self, optimizer: torch.optim.Optimizer) -> None:
-        """DeepSpeed makes the moments at the first step: make one that has neither gradient nor learning rate."""
+    def _try_step(self, optimizer: torch.optim.Optimizer, scale: float) -> None:
+        """Make a step without a learning rate; its gradient is ``scale`` times zero."""
         for group in optimizer.param_groups:
             group["lr"] = 0.0
         ids = torch.zeros(1, 2, dtype=torch.int64, device=self.inner.device)
-        self.backward(self.loss(ids, torch.full_like(ids, IGNORED), None))
+        self.backward(self.loss(ids, torch.full_like(ids, IGNORED), None) * scale)
         self.inner.step()
-        self._link_moments()
 
-    def _link_moments(self) -> None:
-        """Stages 1 and 2 link weights to moments after the first group's first step, and so miss those of the other groups."""
-        zero = self.inner.optimizer
-        if hasattr(zero, "_lazy_init_hp_params_optimizer_state"):
-            zero._hp_optimizer_states_linked = False
-            zero._lazy_init_hp_params_optimizer_state()
+    def _require_skipping(self, optimizer: torch.optim.Optimizer) -> None:
+        """Raise UserError when DeepSpeed makes a step with a gradient of NaN, which would be the end of the weights."""
+        self._try_step(optimizer, math.nan)
+        if self.inner.was_step_applied():
+            raise UserError(
+                f"DeepSpeed {self.deepspeed.__version__} does not skip a step whose gradient is not finite, so one such step "
+                "would cost the run its weights: install a newer version (pip install -U deepspeed), or use parallel.type=fsdp."
+            )
+
+    def _make_moments(self, optimizer: torch.optim.Optimizer) -> None:
+        """Let the moments be there, as zeros, before the first step, so that a checkpoint can be loaded into them.
+
+        Stages 1 and 2 connect weights and moments once, after the first step of the first parameter group: the flat parts of all
+        groups must have theirs by then.
+        """
+        flats = [flat for group in optimizer.param_groups for flat in group["params"]]  # stage 3 shows none
+        kept = [flat.grad for flat in flats]
+        for flat in flats:
+            flat.grad = torch.zeros_like(flat)
+        for group in optimizer.param_groups:
+            group["lr"] = 0.0
+        optimizer.step()
+        for flat, grad in zip(flats, kept, strict=True):
+            flat.grad = grad
+        self._try_step(optimizer, 1.0)
+        for entry in optimizer.state.values():
+            entry["step"] = torch.zeros_like(entry["step"])
 
     def whole_weights(self, model: Transformer) -> dict[str, Tensor]:
         weights = {}

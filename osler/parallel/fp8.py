@@ -44,7 +44,7 @@ def convert_to_fp8(model: Transformer, device: torch.device, *, tokens: Sequence
             f"Warning: hidden_size {model.config.hidden_size} is small for FP8. The authors of nanochat report it slower than "
             "bf16 at width 768, and 17 % faster at 1,664; precision=bf16 switches it off."
         )
-    layer, config = _float8_linear(device.type != "cuda")
+    layer, config = float8_linear(device.type != "cuda")
     for name, module in list(model.layers.named_modules()):
         if isinstance(module, Linear):
             with torch.device("meta"):
@@ -80,8 +80,8 @@ def check_gpu(name: str, capability: tuple[int, int]) -> None:
 
 
 @functools.cache
-def _float8_linear(emulate: bool) -> tuple[Callable[..., nn.Linear], Any]:
-    """The class of a projection that trains in FP8, and torchao's configuration for it."""
+def float8_linear(emulate: bool) -> tuple[Callable[..., nn.Linear], Any]:
+    """The class of a projection that trains in FP8, and torchao's configuration for it; raises UserError without torchao."""
     for name in ("torchao", "torch.utils._pytree"):  # they warn of kernels for another Python, and of each other
         logging.getLogger(name).setLevel(logging.ERROR)
     try:

@@ -19,9 +19,10 @@ from osler.model.loss import ModelLoss, SummedLoss
 from osler.model.transformer import Transformer
 from osler.parallel.config import DdpConfig, DeepSpeedConfig, FsdpConfig, NoParallelConfig, ParallelConfig
 from osler.parallel.ddp import share_with_ddp
-from osler.parallel.deepspeed import share_with_deepspeed
+from osler.parallel.deepspeed import read_settings, share_with_deepspeed
 from osler.parallel.engine import Engine
 from osler.parallel.fsdp import share_with_fsdp
+from osler.runtime.log import say
 from osler.runtime.shapes import with_few_shapes
 from osler.runtime.world import World
 
@@ -40,13 +41,15 @@ def parallelize(
     compile: bool,
     loss_of: Callable[[Transformer], ModelLoss] = SummedLoss,
 ) -> Engine:
-    """Make ``model`` ready for its training step, in place; with one process every strategy is the plain one.
+    """Make ``model`` ready for its training step, in place; with one process a strategy changes nothing, and that is said.
 
     Only a ``SummedLoss`` can be compiled, and DeepSpeed takes no other.
     """
     check_strategy(config, world.size)
     loss = loss_of(model)
     if world.size == 1:
+        if not isinstance(config, NoParallelConfig):
+            say(f"parallel.type={config.type} changes nothing here: it shares the work when torchrun starts several processes.")
         engine = Engine(torch.compile(loss, fullgraph=True, dynamic=False) if compile else loss)
     else:
         if compile:
@@ -59,12 +62,19 @@ def parallelize(
 
 
 def check_strategy(config: ParallelConfig, processes: int) -> None:
-    """Raise UserError for several processes that would each train the same model alone."""
+    """Raise UserError for several processes that would each train the same model alone, and for DeepSpeed where it cannot run."""
     if processes > 1 and isinstance(config, NoParallelConfig):
         raise UserError(
             f"{processes} processes were started and parallel.type is none, so each would train the same model alone: set "
             "parallel.type=ddp (or fsdp where the optimizer's state is too large for one GPU), or start one process."
         )
+    if isinstance(config, DeepSpeedConfig):
+        if processes == 1:
+            raise UserError(
+                "parallel.type=deepspeed trains on several processes, and one was started: start them with torchrun "
+                "--nproc-per-node N -m osler.cli ..., or set parallel.type=none, which trains the same model alone."
+            )
+        read_settings(config)
 
 
 def compile_by_block(loss: SummedLoss) -> None:

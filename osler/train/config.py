@@ -116,6 +116,8 @@ class TrainConfig:
             raise ValueError(
                 f"precision=pure-bf16 rounds inside its own AdamW; with optim.type={self.optim.type} use precision=bf16"
             )
+        if self.loader_workers < 0:
+            raise ValueError(f"loader_workers {self.loader_workers} must be 0 (no threads) or more")
         if self.clip_norm <= 0:
             raise ValueError(f"clip_norm {self.clip_norm} must be above 0")
 

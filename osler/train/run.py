@@ -208,8 +208,6 @@ def check_same_start(step: int, world: World) -> None:
 def place_of(machine: Machine, parallel: ParallelConfig, world: World) -> str:
     """On what a run computes, in words."""
     place = str(machine.device) if world.size == 1 else f"{world.size} x {machine.device.type} ({parallel.type})"
-    if world.size == 1 and parallel.type != "none":
-        place += f" alone (parallel.type={parallel.type} shares the work when torchrun starts several processes)"
     return f"{place}, compiled" if machine.compile else place
 
 

@@ -19,7 +19,9 @@ from osler.model.config import ModelConfig
 from osler.model.transformer import Transformer
 from osler.monitor.fanout import check_sinks
 from osler.optim.bf16 import keep_in_bf16
-from osler.parallel.fp8 import convert_to_fp8
+from osler.parallel.config import DeepSpeedConfig
+from osler.parallel.deepspeed import read_settings
+from osler.parallel.fp8 import convert_to_fp8, float8_linear
 from osler.parallel.parallelize import check_strategy
 from osler.runtime.device import compile_works, describe_machine, pick_device, pick_dtype
 from osler.runtime.files import RunFolder, indented, write_or_warn
@@ -65,8 +67,12 @@ def choose_machine(device: str, precision: str, compile_mode: str, *, steps: int
 
 
 def check_plan(config: TrainConfig, *, is_new: bool) -> None:
-    """Raise UserError when what a run needs is not there: device, data, for one that begins its tokenizer, whom alerts go to."""
-    pick_device(config.device)
+    """Raise UserError when what a run needs is not there: device, packages, data, a new one's tokenizer, whom alerts go to."""
+    device = pick_device(config.device)
+    if config.precision == "fp8":
+        float8_linear(device.type != "cuda")
+    if isinstance(config.parallel, DeepSpeedConfig):
+        read_settings(config.parallel)
     check_sinks(config.monitor)
     check_source(config.data)
     if is_new and config.init_from is None and config.tokenizer.path is not None:

@@ -21,9 +21,11 @@ TINY += ["seq_len=32", "batch_tokens=128", "micro_batch_tokens=64"]
 
 
 def test_bench_times_a_recipe_and_a_peer(capsys, tmp_path):
-    options = ["--peer", "hf", "--rounds", "1", "--steps", "2", "--out", str(tmp_path / "bench.json")]
+    options = ["parallel.type=ddp", "--peer", "hf", "--rounds", "1", "--steps", "2", "--out", str(tmp_path / "bench.json")]
     assert main(["bench", *TINY, "compile=never", "precision=fp32", "device=cpu", *options]) == 0
-    result = json.loads(capsys.readouterr().out)
+    printed = capsys.readouterr()
+    assert "times one process, on which parallel.type=ddp changes nothing" in printed.err
+    result = json.loads(printed.out)
     assert result == json.loads((tmp_path / "bench.json").read_text())
     ours, theirs = result["osler"], result["hf"]
     assert set(ours["step_milliseconds"]) == {"data", "forward", "backward", "optimizer"}

@@ -10,12 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from osler.cli import main
 from osler.errors import UserError
-from osler.model.config import ModelConfig
-from osler.model.transformer import Transformer
 from osler.parallel.config import DeepSpeedConfig
-from osler.parallel.parallelize import parallelize
-from osler.runtime.world import World
+from osler.parallel.deepspeed import read_settings
+from osler.parallel.parallelize import check_strategy
 
 PROGRAM = Path(__file__).with_name("parallel_runs.py")
 
@@ -38,6 +37,27 @@ def test_every_number_of_ranks_and_strategy_is_the_same_run(tiny, tmp_path):
 
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is not None, reason="DeepSpeed is installed")
 def test_without_deepspeed_its_strategy_says_what_to_install():
-    model = Transformer(ModelConfig(num_layers=1, vocab_size=64))
     with pytest.raises(UserError, match=r"pip install -e '\.\[deepspeed\]'.*parallel.type=fsdp"):
-        parallelize(model, DeepSpeedConfig(), World(size=2), compile=False)
+        check_strategy(DeepSpeedConfig(), 2)
+
+
+def test_what_deepspeed_is_told_beside_the_run_is_checked(monkeypatch, tmp_path):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)  # reading the file needs no DeepSpeed
+    file = tmp_path / "zero.json"
+    config = DeepSpeedConfig(config_file=str(file))
+    file.write_text('{"zero_optimization": {"stage": 3}}')
+    assert read_settings(config) == {"zero_optimization": {"stage": 3}}
+    for content, word in (('{"gradient_clipping": 2}', "clip_norm"), ("[]", "no JSON object"), ('{"optimizer": {}}', "optim ")):
+        file.write_text(content)
+        with pytest.raises(UserError, match=word):
+            check_strategy(config, 2)
+    file.unlink()
+    with pytest.raises(UserError, match="does not exist"):
+        check_strategy(config, 2)
+
+
+def test_deepspeed_on_one_process_is_refused_before_anything_is_written(tiny, tmp_path, capsys):
+    assert main(["pretrain", tiny.pretrain, "parallel.type=deepspeed", "--run", str(tmp_path / "run")]) == 2
+    told = capsys.readouterr().err
+    assert "parallel.type=deepspeed trains on several processes" in told and "parallel.type=none" in told
+    assert not (tmp_path / "run").exists()

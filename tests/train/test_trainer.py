@@ -321,6 +321,7 @@ def test_how_a_run_is_computed_may_change_between_starts(tiny, launch_stopped, t
     assert launch_stopped(tmp_path, fault="train-step:sigterm:3") == 130
     assert launch_stopped(tmp_path, "loader_workers=0", "parallel.type=ddp", fault="train-step:sigterm:3") == 130
     assert main(["pretrain", "micro_batch_tokens=64", "parallel.type=fsdp", "--run", str(tmp_path), "--resume"]) == 0
+    assert capsys.readouterr().err.count("parallel.type=fsdp changes nothing here") == 1, "one process shares with nobody"
     assert [line["step"] for line in lines(tmp_path) if "train/loss" in line] == [5, 10, 12]
     assert main(["pretrain", tiny.pretrain, "seed=1", "--run", str(tmp_path)]) == 2
     assert "seed is 1 here and 0 there" in capsys.readouterr().err
