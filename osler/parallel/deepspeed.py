@@ -150,6 +150,7 @@ class DeepSpeedEngine(Engine):
             with self.deepspeed.zero.GatheredParameters(parameter, modifier_rank=0), torch.no_grad():
                 parameter.copy_(value)
             tools.safe_set_full_fp32_param(parameter, value)
+        self._try_step(optimizer, 1.0)  # the moments are there and connected after a step
         for name, parameter in model.named_parameters():
             for key in state["state"].get(name, {}):
                 moment = tensors["optimizer"][f"{name}/{key}"]
@@ -160,7 +161,7 @@ class DeepSpeedEngine(Engine):
                     entry["step"] = torch.full_like(entry["step"], float(moment))
 
     def _try_step(self, optimizer: torch.optim.Optimizer, scale: float) -> None:
-        """Make a step without a learning rate; its gradient is ``scale`` times zero."""
+        """Make a step without a learning rate, whose gradient is zero times ``scale``."""
         for group in optimizer.param_groups:
             group["lr"] = 0.0
         ids = torch.zeros(1, 2, dtype=torch.int64, device=self.inner.device)
@@ -169,7 +170,11 @@ class DeepSpeedEngine(Engine):
 
     def _require_skipping(self, optimizer: torch.optim.Optimizer) -> None:
         """Raise UserError when DeepSpeed makes a step with a gradient of NaN, which would be the end of the weights."""
+        log = self.deepspeed.utils.logger
+        level = log.level
+        log.setLevel("ERROR")  # it warns of every step that it skips
         self._try_step(optimizer, math.nan)
+        log.setLevel(level)
         if self.inner.was_step_applied():
             raise UserError(
                 f"DeepSpeed {self.deepspeed.__version__} does not skip a step whose gradient is not finite, so one such step "
@@ -177,23 +182,21 @@ class DeepSpeedEngine(Engine):
             )
 
     def _make_moments(self, optimizer: torch.optim.Optimizer) -> None:
-        """Let the moments be there, as zeros, before the first step, so that a checkpoint can be loaded into them.
+        """Give the flat parts of stages 1 and 2 their moments, zeros, before the first step.
 
-        Stages 1 and 2 connect weights and moments once, after the first step of the first parameter group: the flat parts of all
-        groups must have theirs by then.
+        DeepSpeed connects weights and moments once, after the first step of the first parameter group: those of the other groups
+        must be there by then. Stage 3 shows no flat parts and connects each by itself.
         """
-        flats = [flat for group in optimizer.param_groups for flat in group["params"]]  # stage 3 shows none
+        flats = [flat for group in optimizer.param_groups for flat in group["params"]]
         kept = [flat.grad for flat in flats]
-        for flat in flats:
-            flat.grad = torch.zeros_like(flat)
         for group in optimizer.param_groups:
             group["lr"] = 0.0
+        for flat in flats:
+            flat.grad = torch.zeros_like(flat)
         optimizer.step()
         for flat, grad in zip(flats, kept, strict=True):
             flat.grad = grad
-        self._try_step(optimizer, 1.0)
-        for entry in optimizer.state.values():
-            entry["step"] = torch.zeros_like(entry["step"])
+            optimizer.state[flat]["step"].zero_()
 
     def whole_weights(self, model: Transformer) -> dict[str, Tensor]:
         weights = {}

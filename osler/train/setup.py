@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -122,13 +122,26 @@ def warn_of_small_passes(config: TrainConfig, processes: int) -> None:
         if rows >= min(share, wanted):
             continue
         batch = -(-share // wanted) * wanted * processes * span.seq_len
-        micro = next(part for part in range(wanted, share + 1) if share % part == 0) * span.seq_len
-        stage = f"stage {span.number} of the curriculum: " if config.curriculum else ""
+        larger = (
+            f", micro_batch_tokens={micro} makes larger ones"
+            for micro in range(config.seq_len, config.batch_tokens + 1, config.seq_len)
+            if rows_per_micro_batch(share, span.seq_len, micro) >= min(share, wanted) and accepts(config, micro)
+        )
+        stage, whose = (f"stage {span.number} of the curriculum: ", "The stage's own ") if config.curriculum else ("", "")
         say(
             f"Warning: {stage}each of {processes} processes has {share} rows of {span.seq_len} tokens, which split into equal "
-            f"forward passes of {rows} only, where one process makes passes of {wanted}. batch_tokens={batch} keeps those, "
-            f"micro_batch_tokens={micro} makes larger ones."
+            f"forward passes of {rows} only, where one process makes passes of {wanted}. {whose}batch_tokens={batch} keeps "
+            f"those{next(larger, '')}."
         )
+
+
+def accepts(config: TrainConfig, micro_batch_tokens: int) -> bool:
+    """Whether a config may have another size of its forward passes."""
+    try:
+        replace(config, micro_batch_tokens=micro_batch_tokens)
+    except ValueError:
+        return False
+    return True
 
 
 def set_precision(model: Transformer, config: TrainConfig, device: torch.device, *, processes: int = 1) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from dataclasses import replace
+from itertools import product
 
 import pytest
 
@@ -43,6 +46,40 @@ def test_the_stage_of_a_curriculum_is_named(capsys):
     assert told.count("Warning") == 1 and "stage 2 of the curriculum: each of 4 processes has 3 rows" in told
     with pytest.raises(UserError, match=r"Stage 2 of the curriculum: a batch of 12 rows .* 8 ranks"):
         check_processes(config, 8)
+
+
+def largest_pass(rows: int, fitting: int) -> int:
+    return max(part for part in range(1, rows + 1) if rows % part == 0 and part <= max(1, fitting))
+
+
+def test_every_share_keeps_its_passes_or_is_told_with_numbers_that_are_accepted_and_mend_it(capsys):
+    """Over many batches, with and without a curriculum, whose first stage has rows half as long and a batch of its own."""
+    advised = Counter()
+    for rows, first, micro, processes in product((4, 6, 12), (0, 6, 10, 12, 20, 24), (1, 2, 3, 4, 6), (1, 2, 3, 4)):
+        stages = (Stage(seq_len=64, until_tokens=6144, batch_tokens=first * 64), Stage(seq_len=128)) if first else ()
+        try:
+            config = replace(CONFIG, batch_tokens=rows * 128, micro_batch_tokens=micro * 128, curriculum=stages)
+            warnings = warning(config, processes, capsys).splitlines()
+        except (ValueError, UserError):
+            continue
+        falls = [
+            f"stage {span.number} " if first else "Warning: each"
+            for span in config.timeline.spans
+            for share, fitting in [(span.rows_per_batch // processes, micro * 128 // span.seq_len)]
+            if largest_pass(share, fitting) < min(share, largest_pass(span.rows_per_batch, fitting))
+        ]
+        assert [where in line for where, line in zip(falls, warnings, strict=True)] == [True] * len(falls)
+        for where, line in zip(falls, warnings, strict=True):
+            batch, larger = re.search(r" batch_tokens=(\d+) keeps", line), re.search(r"micro_batch_tokens=(\d+) makes", line)
+            changed = {"batch_tokens": int(batch[1])}
+            if first:
+                number = int(where.split()[1]) - 1
+                own = replace(stages[number], batch_tokens=int(batch[1]))
+                changed = {"curriculum": (*stages[:number], own, *stages[number + 1 :])}
+            for change in [changed, *([{"micro_batch_tokens": int(larger[1])}] if larger else [])]:
+                advised[bool(first), min(change)] += 1
+                assert where not in warning(replace(config, **change), processes, capsys)
+    assert min(advised.values()) > 3 and len(advised) == 4, advised
 
 
 @pytest.mark.parametrize("name", PRETRAIN)
