@@ -48,6 +48,7 @@ PIECES = (
 LONGEST_TRAINED_CHARS = 1000
 _LONG = f"{{{LONGEST_TRAINED_CHARS + 1},}}"
 _LONG_RUN = re.compile(rf"(?<!\S)\S{_LONG}|(?<!\s)\s{_LONG}")  # what can hold a longer one
+_LOOK_CHARS = 1 << 16  # of such a run are looked at together, because every piece costs memory meanwhile
 
 
 class Tokenizer:
@@ -240,15 +241,16 @@ def _cut_long_pieces(texts: Iterable[str]) -> Iterator[str]:
     told = False
     for text in texts:
         start = 0
-        for run in _LONG_RUN.finditer(text):
-            for _, (begin, end) in splitter.pre_tokenize_str(run.group()):
-                for cut in range(run.start() + begin + LONGEST_TRAINED_CHARS, run.start() + end, LONGEST_TRAINED_CHARS):
+        looks = ((look, run.end()) for run in _LONG_RUN.finditer(text) for look in range(run.start(), run.end(), _LOOK_CHARS))
+        for look, run_end in looks:
+            for _, (begin, end) in splitter.pre_tokenize_str(text[look : min(look + _LOOK_CHARS, run_end)]):
+                for cut in range(look + begin + LONGEST_TRAINED_CHARS, look + end, LONGEST_TRAINED_CHARS):
                     yield text[start:cut]
                     start = cut
         if start and not told:
             told = True
             say(
-                f"The text holds words of more than {LONGEST_TRAINED_CHARS:,} characters, such as {text[:start][-20:]!r}; "
+                f"The text holds words of more than {LONGEST_TRAINED_CHARS:,} characters, such as {text[start - 20 : start]!r}; "
                 "the tokenizer is trained on parts of them."
             )
         yield text[start:]
