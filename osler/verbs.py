@@ -146,10 +146,11 @@ def run_checkpoint_prune(arguments: argparse.Namespace) -> int:
 
 def run_report(arguments: argparse.Namespace) -> int:
     from osler.report.page import build_report
+    from osler.report.read import read_run
     from osler.report.text import summary_text
 
-    build_report(arguments.run)
-    print(summary_text(arguments.run))
+    run = read_run(arguments.run)
+    print(summary_text(run, build_report(run, arguments.out)))
     return 0
 
 
@@ -293,7 +294,7 @@ VERBS: tuple[Verb, ...] = (
         "Write the report of a run, and print its summary",
         "osler report runs/quickstart",
         run_report,
-        (RUN,),
+        (RUN, option("--out", metavar="FILE", help="the page to write (default: report.html in the run folder)")),
     ),
     Verb(
         "checkpoint list",

@@ -74,7 +74,9 @@ class Watch:
 def replayed(facts: Facts, path: Path) -> Watch:
     """A watch that has seen a metrics file of whole lines, whose alerts were given by the process that wrote them."""
     watch = Watch(facts)
-    for text in path.read_bytes().split(b"\n")[:-1]:
-        line = json.loads(text)
-        watch.look(line["step"], line.get("tokens", 0), line)
+    with path.open("rb") as file:
+        for text in file:
+            if text.endswith(b"\n"):
+                line = json.loads(text)
+                watch.look(line["step"], line.get("tokens", 0), line)
     return watch

@@ -13,6 +13,7 @@ import math
 import time as clock
 from collections.abc import Mapping
 from contextlib import suppress
+from itertools import compress
 from pathlib import Path
 from types import TracebackType
 from typing import TextIO
@@ -103,18 +104,24 @@ class JsonlSink:
 
 
 def _heal(path: Path, resume_step: int | None) -> None:
-    """Rewrite the file without torn lines and without steps after `resume_step`; leave a good file untouched."""
+    """Rewrite the file without torn lines and without steps after `resume_step`; leave a good file untouched.
+
+    A long log is read line by line: it may be larger than what the machine has left beside a model.
+    """
+    is_whole, is_kept = True, bytearray()
     try:
-        before = path.read_bytes()
+        with path.open("rb") as file:  # a binary file ends lines at the newline byte alone, as JSON does
+            for line in file:
+                is_whole = line.endswith(b"\n")
+                is_kept.append(_keeps(line, resume_step))
     except FileNotFoundError:
         return
     except OSError as error:
         raise UserError(f"Cannot read the metrics of this run at {path}: {error.strerror}.") from error
-    # Splitting on the newline byte alone: str.splitlines would also cut at characters that JSON strings may hold.
-    kept = [line for line in before.split(b"\n") if _keeps(line, resume_step)]
-    after = b"".join(line + b"\n" for line in kept)
-    if after != before:
-        write_atomic(path, after)
+    if is_whole and all(is_kept):
+        return
+    with path.open("rb") as file:
+        write_atomic(path, (line if line.endswith(b"\n") else line + b"\n" for line in compress(file, is_kept)))
 
 
 def _keeps(line: bytes, resume_step: int | None) -> bool:

@@ -11,10 +11,13 @@ import statistics
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from osler.monitor.metrics import declared_name, describe
 from osler.report import format as fmt
+from osler.report.columns import Series
 from osler.report.families import Family, by_layer, family_of, in_families
-from osler.report.read import Series, StageRun
+from osler.report.read import StageRun
 from osler.report.svg import Band, Line
 
 COLOURS = 8  # of the palette
@@ -259,24 +262,24 @@ def bundle(layers: dict[int, Series]) -> tuple[list[Line], Band]:
         farthest = ", farthest from the others" if layer == odd and len(numbers) > 2 else ""
         series = layers[layer]
         lines.append(Line(f"layer {layer}{farthest}", series.steps, series.values, (0, 1, 3, 2)[len(lines)], smooth=False))
-    spans: dict[int, tuple[float, float]] = {}
-    for series in layers.values():
-        for step, value in series.finite():
-            low, high = spans.get(step, (value, value))
-            spans[step] = min(low, value), max(high, value)
-    steps = sorted(spans)
-    return lines, Band(steps, [spans[s][0] for s in steps], [spans[s][1] for s in steps])
+    known = [series.finite() for series in layers.values()]
+    steps = np.unique(np.concatenate([series.steps for series in known]))
+    low, high = np.full(len(steps), math.inf), np.full(len(steps), -math.inf)
+    for series in known:
+        at = np.searchsorted(steps, series.steps)
+        low[at], high[at] = np.minimum(low[at], series.values), np.maximum(high[at], series.values)
+    return lines, Band(steps, low, high)
 
 
 def legend_value(spec: Spec, line: Line) -> str:
     """The number beside a line's name, with the word that says which one when it is not the last."""
-    known = [v for v in line.y if math.isfinite(v)]
-    if not known:
+    known = line.y[np.isfinite(line.y)]
+    if not len(known):
         return fmt.MISSING
     if spec.legend == "median":
-        return f"{fmt.value(statistics.median(known), spec.kind)} (median)"
+        return f"{fmt.value(np.median(known), spec.kind)} (median)"
     if spec.legend == "peak":
-        return f"{fmt.value(max(known), spec.kind)} (peak)"
+        return f"{fmt.value(known.max(), spec.kind)} (peak)"
     return fmt.value(known[-1], spec.kind)
 
 
@@ -290,9 +293,9 @@ def line_of(run: StageRun, name: str, label: str, colour: int, over: str = "step
     """A stage's curve of one metric, over steps or over tokens."""
     series, smooth = run.curves[name], not name.startswith(EXACT)
     if over == "tokens":
-        points = [(run.clock[step][0], value) for step, value in zip(series.steps, series.values, strict=True)]
-        known = [(tokens, value) for tokens, value in points if math.isfinite(tokens)]
-        return Line(label, [tokens for tokens, _ in known], [value for _, value in known], colour, smooth)
+        tokens = run.seen.values[np.searchsorted(run.seen.steps, series.steps)]
+        known = np.isfinite(tokens)
+        return Line(label, tokens[known], series.values[known], colour, smooth)
     return Line(label, series.steps, series.values, colour, smooth)
 
 
@@ -322,8 +325,7 @@ def _meaning(name: str) -> str:
 def _end(series: Series) -> float:
     """Where a curve ended up: the mean of its last quarter, NaN when its newest value is not finite."""
     last = series.values[-max(1, len(series.values) // 4) :]
-    known = [v for v in last if math.isfinite(v)]
-    return statistics.fmean(known) if known and math.isfinite(last[-1]) else math.nan
+    return float(last[np.isfinite(last)].mean()) if math.isfinite(last[-1]) else math.nan
 
 
 def inner(row: str, name: str) -> str:

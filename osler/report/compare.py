@@ -8,11 +8,12 @@ and so are metrics of single layers.
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from osler.errors import UserError
 from osler.monitor.metrics import declared_name
@@ -21,11 +22,10 @@ from osler.report.charts import COLOURS, SPECS, Chart, Spec, inner, line_of, spe
 from osler.report.families import by_layer, in_families
 from osler.report.lenient import as_text
 from osler.report.model import count_parameters, find_model
-from osler.report.page import assemble
+from osler.report.page import assemble, write_page
 from osler.report.read import ExamScore, Run, StageRun, read_run
 from osler.report.sections import e, grid, section
 from osler.report.words import stage_title
-from osler.runtime.files import write_atomic
 
 LEFT_OUT = ("description",)  # fields that say nothing about a run
 CELL_WIDTH = 36  # of a configuration's value in the terminal: three of them fit; the page has values whole
@@ -50,12 +50,8 @@ Table = list[tuple[str, list[str]]]  # rows: what, and a text for each run
 def build_comparison(folders: Sequence[str], out: str | Path) -> tuple[str, Path]:
     """Write the page and return the table for the terminal and the page's path; raises UserError when nothing compares."""
     runs = _open(folders)
-    path = Path(out)
     groups = _groups(runs)
-    try:
-        write_atomic(path, render(groups, list(runs)))
-    except OSError as error:
-        raise UserError(f"The page cannot be written to {path}: {error.strerror}. Give another place with --out.") from error
+    path = write_page(Path(out), render(groups, list(runs)))
     return "\n\n".join(_as_text(title, members) for title, members in groups.items()), path
 
 
@@ -239,22 +235,20 @@ def _exam(member: Member, split: str) -> str:
     return fmt.percent(score.accuracy) + interval
 
 
-def _values(stage: StageRun, name: str) -> list[float]:
-    return [v for _, v in stage.finite(name)]
-
-
 def _last(stage: StageRun, name: str) -> float:
-    return (_values(stage, name) or [math.nan])[-1]
+    known = stage.finite(name).values
+    return known[-1] if len(known) else math.nan
 
 
 def _lowest(stage: StageRun, name: str) -> float:
-    return min(_values(stage, name), default=math.nan)
+    return stage.finite(name).values.min(initial=math.inf)
 
 
 def _median(stage: StageRun, name: str) -> float:
-    return statistics.median(_values(stage, name) or [math.nan])
+    known = stage.finite(name).values
+    return float(np.median(known)) if len(known) else math.nan
 
 
 def _last_tenth(stage: StageRun, name: str) -> float:
-    known = _values(stage, name)
-    return statistics.fmean(known[-max(1, len(known) // 10) :]) if known else math.nan
+    known = stage.finite(name).values
+    return float(known[-max(1, len(known) // 10) :].mean()) if len(known) else math.nan

@@ -7,14 +7,16 @@ go wrong: completions that never end, rewards that never move, one letter that t
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Iterator
+
+import numpy as np
 
 from osler.monitor.lifetime import still_wrong, unresolved_at_end
 from osler.report import format as fmt
+from osler.report.columns import Series
 from osler.report.diary import grave_in_words
 from osler.report.lenient import as_text
-from osler.report.read import Run, Series, StageRun
+from osler.report.read import Run, StageRun
 from osler.report.words import baseline, headline_score, scores_on, stage_names, stage_title, unfit, unfit_explains
 
 
@@ -64,25 +66,27 @@ def _diary(stage: StageRun) -> list[str]:
 
 def _training(stage: StageRun) -> Iterator[str]:
     for name in ("train/loss", "train/grad_norm", "loss"):
-        bad = [s for s, v in _pairs(stage, name) if not math.isfinite(v)]
-        if bad:
+        curve = stage.curves.get(name, Series())
+        bad = curve.steps[~np.isfinite(curve.values)]
+        if len(bad):
             often = fmt.plural(len(bad), "logged step")
             yield f"{name} was not a finite number at {often}, first at step {fmt.count(bad[0])}."
-    skipped = sum(value for _, value in stage.finite("train/skipped_steps"))  # each line counts those since the one before
+    skipped = stage.finite("train/skipped_steps").values.sum()  # each line counts those since the one before
     if skipped > 0:
         yield f"{fmt.plural(int(skipped), 'update')} skipped because loss or gradient was not finite."
     held_out = stage.finite("eval/loss")
     if len(held_out) >= 4:
-        step, best = min(held_out, key=lambda point: point[1])
-        if held_out[-1][1] > best * 1.02:
+        lowest, end = int(held_out.values.argmin()), held_out.values[-1]
+        best = held_out.values[lowest]
+        if end > best * 1.02:
             yield (
-                f"held-out loss was lowest at step {fmt.count(step)} ({fmt.number(best)}) and ended at "
-                f"{fmt.number(held_out[-1][1])}: the model was memorising by then."
+                f"held-out loss was lowest at step {fmt.count(held_out.steps[lowest])} ({fmt.number(best)}) and ended at "
+                f"{fmt.number(end)}: the model was memorising by then."
             )
-    loss = [v for _, v in stage.finite("train/loss")]
+    loss = stage.finite("train/loss").values
     if len(loss) >= 40:
         tenth = len(loss) // 10
-        blocks = [statistics.fmean(loss[i : i + tenth]) for i in range(0, len(loss) - tenth + 1, tenth)]
+        blocks = [loss[i : i + tenth].mean() for i in range(0, len(loss) - tenth + 1, tenth)]
         if blocks[-1] > 1.15 * min(blocks):
             yield f"the loss ended {fmt.percent(blocks[-1] / min(blocks) - 1, 0)} above its best stretch."
 
@@ -91,14 +95,14 @@ def _reinforcement(stage: StageRun) -> Iterator[str]:
     if _tail(stage, "completions/clipped_ratio") > 0.9:
         yield "more than 90% of the completions were cut at the length limit: the model does not end its answers."
     longest = streak = 0
-    for _, reward in stage.finite("reward"):
+    for reward in stage.finite("reward").values:
         streak = streak + 1 if reward == 0 else 0
         longest = max(longest, streak)
     if longest >= 5:
         yield f"the reward was exactly zero for {longest} logged steps in a row: nothing to learn from."
     if _tail(stage, "frac_reward_zero_std") > 0.8:
         yield "in the last quarter more than 80% of the groups had equal rewards and taught nothing."
-    entropy = [v for _, v in stage.finite("entropy")]
+    entropy = stage.finite("entropy").values
     if len(entropy) > 4 and entropy[0] > 0.2 and _tail(stage, "entropy") < 0.02:
         yield "entropy fell to nearly zero: the policy has stopped exploring."
     if _tail(stage, "sampling/sampling_logp_difference/mean") > 0.02:
@@ -146,12 +150,7 @@ def _advice(run: Run) -> Iterator[str]:
     yield "Then take the next larger recipe: the same code, more tokens, a larger model."
 
 
-def _pairs(stage: StageRun, name: str) -> list[tuple[int, float]]:
-    series = stage.curves.get(name, Series([], []))
-    return list(zip(series.steps, series.values, strict=True))
-
-
 def _tail(stage: StageRun, name: str) -> float:
     """Mean of a curve's last quarter; NaN, which compares false with everything, when there is none."""
-    known = [v for _, v in stage.finite(name)]
-    return statistics.fmean(known[-max(1, len(known) // 4) :]) if known else math.nan
+    known = stage.finite(name).values
+    return float(known[-max(1, len(known) // 4) :].mean()) if len(known) else math.nan

@@ -40,8 +40,13 @@ def parse_line(line: bytes) -> dict[str, Any] | None:
 def measurements(line: dict[str, Any]) -> Iterator[tuple[str, float]]:
     """The metrics of a line of ``metrics.jsonl``, NaN where a value was not finite."""
     for name, raw in line.items():
-        if name not in RESERVED and (raw is None or isinstance(raw, (int, float)) or raw in NOT_FINITE):
+        if name not in RESERVED and is_measurement(raw):
             yield name, as_number(raw)
+
+
+def is_measurement(raw: object) -> bool:
+    """Whether a value of a line is that of a metric: a number, or what stands for one that was not finite."""
+    return raw is None or isinstance(raw, (int, float)) or raw in NOT_FINITE
 
 
 def as_number(raw: object) -> float:

@@ -13,6 +13,7 @@ from datetime import datetime
 from importlib import resources
 from pathlib import Path
 
+from osler.errors import UserError
 from osler.report import sections
 from osler.report.read import Run, read_run
 from osler.report.samples import samples
@@ -63,11 +64,21 @@ LINKS = (
 )
 
 
-def build_report(run_folder: str | Path) -> Path:
-    """Write `report.html` into a run folder and return its path; raises UserError when it is not a run folder."""
+def build_report(run_folder: str | Path | Run, out: str | Path | None = None) -> Path:
+    """Write the page, into the run folder unless `out` names a file, and return its path.
+
+    Raises UserError when it is not a run folder, or when the file cannot be written.
+    """
     run = read_run(run_folder)
-    path = RunFolder(run.path).report
-    write_atomic(path, render(run))
+    return write_page(RunFolder(run.path).report if out is None else Path(out), render(run))
+
+
+def write_page(path: Path, text: str) -> Path:
+    """Write a page and return its path; raises UserError when its place takes no file."""
+    try:
+        write_atomic(path, text)
+    except OSError as error:
+        raise UserError(f"The page cannot be written to {path}: {error.strerror}. Name another file with --out.") from error
     return path
 
 

@@ -22,17 +22,17 @@ the page shows; a torn last line of a .jsonl is what a kill leaves behind and is
 
 from __future__ import annotations
 
-import itertools
-import math
-import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from osler.errors import UserError
 from osler.monitor.events import read_events
-from osler.report.lenient import NAN, as_dict, as_dicts, as_list, as_number, as_pair, as_text, measurements, read_jsonl
+from osler.report.columns import Floats, Series, read_columns
+from osler.report.lenient import NAN, as_dict, as_dicts, as_list, as_number, as_pair, as_text, read_jsonl
 from osler.report.model import checkpoint_model
 from osler.runtime.files import RunFolder, read_json
 from osler.yaml12 import load_yaml
@@ -41,55 +41,45 @@ STAGE_ORDER = ("untrained", "pretrain", "midtrain", "sft", "grpo", "rl")
 
 
 @dataclass
-class Series:
-    """One metric over steps, in step order; NaN where the run logged a value that was not finite."""
-
-    steps: list[int]
-    values: list[float]
-
-    def finite(self) -> list[tuple[int, float]]:
-        return [(s, v) for s, v in zip(self.steps, self.values, strict=True) if math.isfinite(v)]
-
-
-@dataclass
 class StageRun:
-    """The log of one stage: its curves by metric name and the clock beside them (by step)."""
+    """The log of one stage: its curves by metric name, and beside them tokens seen and unix seconds."""
 
     name: str
     curves: dict[str, Series] = field(default_factory=dict)
-    clock: dict[int, tuple[float, float]] = field(default_factory=dict)  # step -> (tokens, unix seconds)
+    seen: Series = field(default_factory=Series)  # tokens
+    clock: Series = field(default_factory=Series)  # unix seconds
     config: dict[str, Any] = field(default_factory=dict)
     config_text: str = ""
     model: dict[str, Any] = field(default_factory=dict)  # as its checkpoints describe it, {} without one
     events: list[dict[str, Any]] = field(default_factory=list)  # its diary, oldest first
 
-    def finite(self, name: str) -> list[tuple[int, float]]:
-        """The finite points of a curve as (step, value), none when the metric was not logged."""
-        return self.curves[name].finite() if name in self.curves else []
+    def finite(self, name: str) -> Series:
+        """The finite points of a curve, none when the metric was not logged."""
+        return self.curves.get(name, Series()).finite()
 
     @property
     def last_step(self) -> int:
-        return max(self.clock, default=0)
+        return int(self.seen.steps[-1]) if len(self.seen) else 0
 
     @property
     def tokens(self) -> float:
-        return max((t for t, _ in self.clock.values() if math.isfinite(t)), default=NAN)
+        known = self.seen.finite().values
+        return float(known.max()) if len(known) else NAN
 
     @property
     def seconds(self) -> float:
         """Time between the first and the last line, pauses left out."""
         gaps = self._gaps()
-        return sum(gaps) - sum(self.pauses) if gaps else NAN
+        return float(gaps.sum()) - sum(self.pauses) if len(gaps) else NAN
 
     @property
     def pauses(self) -> list[float]:
         """Gaps between lines, in seconds, far longer than the run's usual ones: it was stopped, or it slept."""
         gaps = self._gaps()
-        return [g for g in gaps if g > max(60.0, 30 * statistics.median(gaps))] if len(gaps) >= 5 else []
+        return [float(g) for g in gaps[gaps > max(60.0, 30 * np.median(gaps))]] if len(gaps) >= 5 else []
 
-    def _gaps(self) -> list[float]:
-        times = [time for _, (_, time) in sorted(self.clock.items()) if math.isfinite(time)]
-        return [max(b - a, 0.0) for a, b in itertools.pairwise(times)]
+    def _gaps(self) -> Floats:
+        return np.maximum(np.diff(self.clock.finite().values), 0.0)
 
 
 @dataclass
@@ -173,8 +163,10 @@ class Run:
     problems: list[str]
 
 
-def read_run(folder: str | Path) -> Run:
-    """Read a run folder; raises UserError when it has no config.yaml."""
+def read_run(folder: str | Path | Run) -> Run:
+    """Read a run folder; raises UserError when it has no config.yaml. A run that was read already is returned as it is."""
+    if isinstance(folder, Run):
+        return folder
     path = Path(folder)
     if not RunFolder(path).config.is_file():
         raise UserError(
@@ -233,29 +225,11 @@ def _read_config(path: Path, problems: list[str]) -> tuple[str, dict[str, Any]]:
 
 def _read_metrics(folder: Path, problems: list[str], default: str = "") -> list[StageRun]:
     """One StageRun per stage named in metrics.jsonl (lines without a stage belong to `default`)."""
-    lines, bad = read_jsonl(RunFolder(folder).metrics)
+    columns, bad = read_columns(RunFolder(folder).metrics, default)
     if bad:
         where = f"{default}/metrics.jsonl" if default else "metrics.jsonl"
         problems.append(f"{where}: {bad} unreadable line{'s' if bad > 1 else ''} skipped.")
-    points: dict[str, dict[str, dict[int, float]]] = {}
-    clocks: dict[str, dict[int, tuple[float, float]]] = {}
-    for line in lines:
-        step = as_number(line.get("step"))
-        if not math.isfinite(step):
-            continue
-        stage = default or as_text(line.get("stage"))
-        clocks.setdefault(stage, {})[int(step)] = (as_number(line.get("tokens")), as_number(line.get("time")))
-        for name, value in measurements(line):
-            # A step logged twice (a resume without truncation) counts once, the later line wins.
-            points.setdefault(stage, {}).setdefault(name, {})[int(step)] = value
-    runs = []
-    for stage, clock in clocks.items():
-        curves = {
-            name: Series(sorted(by_step), [by_step[step] for step in sorted(by_step)])
-            for name, by_step in points.get(stage, {}).items()
-        }
-        runs.append(StageRun(stage, curves, clock))
-    return runs
+    return [StageRun(stage, *own.series()) for stage, own in columns.items()]
 
 
 def _read_stages(path: Path, problems: list[str]) -> list[Stage]:

@@ -7,6 +7,8 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
+
 from osler.report import diary, svg
 from osler.report import format as fmt
 from osler.report.charts import Chart, charts_of, legend_value, unit_of
@@ -90,11 +92,10 @@ def strip(run: Run) -> str:
         tiles.append(("Time", fmt.duration(total_seconds(run)), together))
     for metric, label in (("eval/loss", "Held-out loss"), ("perf/tokens_per_second", "Tokens/s"), ("reward", "Reward")):
         for stage in run.runs:
-            known = stage.finite(metric)
-            if known:
-                values = sorted(v for _, v in known)
+            known = stage.finite(metric).values
+            if len(known):
                 per_second = metric.startswith("perf/")
-                shown = fmt.count(values[len(values) // 2]) if per_second else fmt.number(known[-1][1])
+                shown = fmt.count(np.sort(known)[len(known) // 2]) if per_second else fmt.number(known[-1])
                 tiles.append((label, shown, f"{stage_title(stage.name)}, {'median' if per_second else 'at the end'}"))
                 break
     if not tiles:

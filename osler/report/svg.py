@@ -11,12 +11,19 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from osler.report import format as fmt
+
+Numbers = npt.NDArray[Any]  # a list is taken as well where a chart is given one
 
 WIDTH, HEIGHT = 520, 240
 LEFT, RIGHT, TOP, BOTTOM = 54, 12, 12, 26
 MAX_POINTS = 480  # more than one point per pixel draws nothing new and makes the page heavy
+MAX_LEVELS = 4 * MAX_POINTS  # means that a long curve is smoothed from
 SMOOTH_FROM = 30  # fewer points are drawn as they are
 
 
@@ -25,19 +32,22 @@ class Line:
     """One curve of a chart; y may hold NaN, which is drawn as a gap."""
 
     label: str
-    x: Sequence[float]
-    y: Sequence[float]
+    x: Numbers
+    y: Numbers
     colour: int
     smooth: bool = True
+
+    def __post_init__(self) -> None:
+        self.x, self.y = np.asarray(self.x), np.asarray(self.y, np.float64)
 
 
 @dataclass
 class Band:
     """An area between two curves; all values are finite."""
 
-    x: Sequence[float]
-    low: Sequence[float]
-    high: Sequence[float]
+    x: Numbers
+    low: Numbers
+    high: Numbers
 
 
 @dataclass
@@ -65,35 +75,44 @@ def nice_ticks(low: float, high: float, target: int = 5) -> tuple[list[float], f
     return [round(i * step, 12) for i in range(first, last + 1)], step
 
 
-def smoothed(values: Sequence[float]) -> list[float]:
+def smoothed(y: Numbers) -> Numbers:
     """A centred bell-weighted mean over about a twentieth of the curve: no lag, gaps stay gaps."""
+    values = np.asarray(y, np.float64)
     radius = max(2, len(values) // 40)
-    weights = [math.exp(-0.5 * (2 * i / radius) ** 2) for i in range(-radius, radius + 1)]
-    out = []
-    for i, value in enumerate(values):
-        total = weight = 0.0
-        for j in range(max(0, i - radius), min(len(values), i + radius + 1)):
-            if math.isfinite(values[j]):
-                w = weights[j - i + radius]
-                total, weight = total + w * values[j], weight + w
-        out.append(total / weight if math.isfinite(value) and weight else math.nan)
-    return out
+    bell = np.exp(-0.5 * (2 * np.arange(-radius, radius + 1) / radius) ** 2)
+    known = np.isfinite(values)
+    inside = slice(radius, radius + len(values))
+    total = np.convolve(np.where(known, values, 0.0), bell)[inside]
+    weight = np.convolve(known.astype(np.float64), bell)[inside]
+    return np.where(known, total / np.where(known, weight, 1.0), math.nan)
 
 
-def thinned(x: Sequence[float], y: Sequence[float]) -> tuple[list[float], list[float]]:
+def averaged(x: Numbers, y: Numbers) -> tuple[Numbers, Numbers]:
+    """At most `MAX_LEVELS` points: the means of stretches of equal length; a stretch without a finite value is a gap."""
+    size = math.ceil(len(x) / MAX_LEVELS)
+    if size <= 1:
+        return x, y
+    known = np.isfinite(y)
+    starts = np.arange(0, len(x), size)
+    counts, lengths = np.add.reduceat(known, starts, dtype=np.int64), np.diff(np.append(starts, len(x)))
+    sums = np.add.reduceat(np.where(known, y, 0.0), starts)
+    return np.add.reduceat(x, starts) / lengths, np.where(counts > 0, sums / np.maximum(counts, 1), math.nan)
+
+
+def thinned(x: Numbers, y: Numbers) -> tuple[Numbers, Numbers]:
     """At most `MAX_POINTS` points that keep each stretch's smallest and largest value, and its gaps."""
     n = len(x)
     if n <= MAX_POINTS:
-        return list(x), list(y)
+        return x, y
     size = math.ceil(2 * n / MAX_POINTS)
-    keep: list[int] = []
-    for start in range(0, n, size):
-        block = range(start, min(start + size, n))
-        finite = [i for i in block if math.isfinite(y[i])]
-        chosen = {min(finite, key=lambda i: y[i]), max(finite, key=lambda i: y[i])} if finite else {start}
-        keep += sorted(chosen)
-    keep = sorted({0, n - 1, *keep})
-    return [x[i] for i in keep], [y[i] for i in keep]
+    starts = np.arange(0, n, size)
+    places = np.append(np.arange(n), np.full(-n % size, n - 1)).reshape(-1, size)  # of stretches; the last one is filled up
+    blocks = y[places]
+    known = np.isfinite(blocks)
+    least = starts + np.where(known, blocks, math.inf).argmin(axis=1)
+    most = starts + np.where(known, blocks, -math.inf).argmax(axis=1)
+    keep = np.unique(np.concatenate([[0, n - 1], least, most]))
+    return x[keep], y[keep]
 
 
 def line_chart(
@@ -105,31 +124,32 @@ def line_chart(
     kind: how values are written, see `format.value`. zero: the value axis starts at zero. over: what x counts, `step` or
     `tokens`. marks: (x, css class, meaning) of upright lines. band: an area behind the curves.
     """
-    finite = [v for line in lines for v in line.y if math.isfinite(v)]
-    if not finite:
+    finite = [line.y[np.isfinite(line.y)] for line in lines]
+    if not sum(map(len, finite)):
         return ""
     if band:
-        finite += [*band.low, *band.high]
-    xs = [v for line in lines for v in line.x]
-    x_ticks, x_step = nice_ticks(min(xs), max(xs), 6)
-    x_low, x_high = (min(xs), max(xs)) if max(xs) > min(xs) else (min(xs) - 1, max(xs) + 1)
-    low, high, above = value_range(finite, zero, kind)
+        finite += [band.low, band.high]
+    first, last = (float(end(end(line.x) for line in lines if len(line.x))) for end in (min, max))
+    x_ticks, x_step = nice_ticks(first, last, 6)
+    x_ticks = [t for t in x_ticks if first <= t <= last and abs(t - round(t)) < 1e-9]
+    x_low, x_high = (first, last) if last > first else (first - 1, last + 1)
+    low, high, above = value_range(np.concatenate(finite), zero, kind)
     y_ticks, y_step = nice_ticks(low, high, 5)
     sx = Scale(x_low, x_high, LEFT, WIDTH - RIGHT)
     sy = Scale(y_ticks[0], y_ticks[-1], HEIGHT - BOTTOM, TOP)
-    parts = [_y_axis(y_ticks, y_step, sy, kind), _x_axis([t for t in x_ticks if _whole_inside(t, xs)], x_step, sx, over)]
+    parts = [_y_axis(y_ticks, y_step, sy, kind), _x_axis(x_ticks, x_step, sx, over)]
     parts.append(_area(band, sx, sy) if band else "")
     parts.append(_marks(marks, sx))
     shown = []
     for line in lines:
-        smooth = line.smooth and sum(map(math.isfinite, line.y)) >= SMOOTH_FROM
+        smooth = line.smooth and np.isfinite(line.y).sum() >= SMOOTH_FROM
         colour = f"c{line.colour}"
         x, y = thinned(line.x, line.y)
         parts.append(_curve(x, y, sx, sy, f"{colour} raw" if smooth else f"{colour} line"))
         if smooth:
-            level = smoothed([min(v, sy.high) for v in line.y])  # a spike above the axis must not bend the level
-            parts.append(_curve(*thinned(line.x, level), sx, sy, f"{colour} line"))
-        shown.append({"label": line.label, "c": line.colour, "x": x, "y": [_json_number(v) for v in y]})
+            at, level = averaged(line.x, np.minimum(line.y, sy.high))  # a spike above the axis must not bend the level
+            parts.append(_curve(*thinned(at, smoothed(level)), sx, sy, f"{colour} line"))
+        shown.append({"label": line.label, "c": line.colour, "x": x.tolist(), "y": [_json_number(v) for v in y]})
     if above:
         parts.append(f'<text class="tick" x="{LEFT + 6}" y="{TOP + 10}">↑ {above} above the axis</text>')
     data: dict[str, object] = {
@@ -238,15 +258,15 @@ def stacked_bar(parts_: Sequence[tuple[str, float, int]], title: str) -> str:
     return _svg("".join(out), 1000, 30, title, "stack", 'preserveAspectRatio="none"')
 
 
-def value_range(finite: list[float], zero: bool, kind: str) -> tuple[float, float, int]:
+def value_range(finite: Sequence[float] | Numbers, zero: bool, kind: str) -> tuple[float, float, int]:
     """Bounds of the value axis and how many points lie above it: a rare spike must not flatten the curve."""
-    ordered = sorted(finite)
-    low, high, over = ordered[0], ordered[-1], 0
-    if len(ordered) >= 50:
-        usual = ordered[int(0.985 * (len(ordered) - 1))]
+    low, high, over = float(np.min(finite)), float(np.max(finite)), 0
+    if len(finite) >= 50:
+        rank = int(0.985 * (len(finite) - 1))
+        usual = float(np.partition(finite, rank)[rank])
         if high - low > 4 * (usual - low) > 0:
             high = usual + 0.25 * (usual - low)
-            over = sum(v > high for v in ordered)
+            over = int(np.sum(np.asarray(finite) > high))
     if zero:
         low = min(low, 0.0)
     if kind == "percent":
@@ -300,7 +320,7 @@ def _marks(marks: Sequence[tuple[float, str, str]], sx: Scale) -> str:
     return "".join(out.values())
 
 
-def _curve(x: Sequence[float], y: Sequence[float], sx: Scale, sy: Scale, css: str) -> str:
+def _curve(x: Numbers, y: Numbers, sx: Scale, sy: Scale, css: str) -> str:
     """A path broken at NaN; points that stand alone, and all points of a short line, get a dot."""
     runs: list[list[tuple[str, str]]] = [[]]
     for a, b in zip(x, y, strict=True):
@@ -323,9 +343,9 @@ def _spoken(title: str, lines: Sequence[Line], kind: str, over: str) -> str:
 
     told = []
     for line in lines:
-        known = [(a, b) for a, b in zip(line.x, line.y, strict=True) if math.isfinite(b)]
-        if known:
-            (a, first), (b, last) = known[0], known[-1]
+        known = np.flatnonzero(np.isfinite(line.y))
+        if len(known):
+            (a, first), (b, last) = ((line.x[end], line.y[end]) for end in (known[0], known[-1]))
             told.append(f"{line.label} from {fmt.value(first, kind)} at {at(a)} to {fmt.value(last, kind)} at {at(b)}")
     return f"{title}: {'; '.join(told)}."
 
@@ -333,10 +353,6 @@ def _spoken(title: str, lines: Sequence[Line], kind: str, over: str) -> str:
 def _svg(body: str, width: float, height: float, title: str, css: str, attrs: str = "") -> str:
     box = f'viewBox="0 0 {width:g} {height:g}"'
     return f'<svg class="{css}" {box} role="img" {attrs}><title>{_e(title)}</title>{body}</svg>'
-
-
-def _whole_inside(value: float, xs: Sequence[float]) -> bool:
-    return min(xs) <= value <= max(xs) and abs(value - round(value)) < 1e-9
 
 
 def _clamp(value: float, range_: tuple[float, float]) -> float:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from osler.report import format as fmt
 from osler.report.findings import findings
-from osler.report.read import read_run
+from osler.report.read import Run, read_run
 from osler.report.words import (
     difference_in_words,
     headline,
@@ -20,8 +20,11 @@ from osler.report.words import (
 from osler.runtime.files import RunFolder
 
 
-def summary_text(run_folder: str | Path) -> str:
-    """A summary for the terminal, no colour, no trailing newline; raises UserError when it is not a run folder."""
+def summary_text(run_folder: str | Path | Run, page: Path | None = None) -> str:
+    """A summary for the terminal, no colour, no trailing newline; raises UserError when it is not a run folder.
+
+    page: where the report was written when it is not in the run folder.
+    """
     run = read_run(run_folder)
     lines = ["".join(headline(run))]
     score = headline_score(run)
@@ -46,7 +49,7 @@ def summary_text(run_folder: str | Path) -> str:
     lines += [f"Watch: {text}" for text in watch[:3]]
     if len(watch) > 3:
         lines.append(f"Watch: {len(watch) - 3} more on the page")
-    page = RunFolder(run.path).report
+    page = page or RunFolder(run.path).report
     if page.is_file():
         lines.append(f"Report: {page}")
     return "\n".join(lines)

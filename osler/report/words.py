@@ -115,8 +115,8 @@ def headline(run: Run) -> tuple[str, str, str]:
         return start, fmt.percent(score.accuracy), on
     for stage in reversed(run.runs):
         for name, before, after in HEADLINE_CURVES:
-            known = [value for _, value in stage.finite(name)]
-            if known:
+            known = stage.finite(name).values
+            if len(known):
                 since = f"from {fmt.number(known[0])} to " if len(known) > 1 else "of " if before else ""
                 start = f"{before} {since}".lstrip()
                 end = after + (f", in {took}" if took != fmt.MISSING else "")

@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -24,8 +24,8 @@ from osler.runtime.log import say
 _HASH_BLOCK_BYTES = 1 << 20
 
 
-def write_atomic(path: str | os.PathLike[str], data: bytes | str) -> None:
-    """Replace ``path`` by ``data`` (text as UTF-8) in one step, durable when this returns.
+def write_atomic(path: str | os.PathLike[str], data: bytes | str | Iterable[bytes]) -> None:
+    """Replace ``path`` by ``data`` (text as UTF-8, or pieces in turn) in one step, durable when this returns.
 
     Raises OSError and leaves the old file as it was when the disk is full or fails. Two writers at once are harmless:
     the last one wins. A kill may leave a hidden ``.<name>.*.tmp`` beside the file.
@@ -35,7 +35,8 @@ def write_atomic(path: str | os.PathLike[str], data: bytes | str) -> None:
     try:
         with open_durable(temporary) as file:
             # A name that is not UTF-8 is written escaped, as JSON would.
-            file.write(data.encode("utf-8", "backslashreplace") if isinstance(data, str) else data)
+            data = data.encode("utf-8", "backslashreplace") if isinstance(data, str) else data
+            file.writelines([data] if isinstance(data, bytes) else data)
         fault("write-atomic")
         os.replace(temporary, path)
     except OSError:

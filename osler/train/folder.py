@@ -184,10 +184,10 @@ def was_evaluated(run: RunFolder, step: int) -> bool:
 
     A kill between a checkpoint and the evaluation that follows it leaves none.
     """
-    with suppress(FileNotFoundError):  # a full disk may have kept it out, or from being healed
-        for line in run.metrics.read_text(encoding="utf-8", errors="replace").split("\n"):
+    with suppress(FileNotFoundError), run.metrics.open("rb") as file:  # a full disk may have kept it out, or from being healed
+        for line in file:
             with suppress(ValueError):
-                if '"eval/seconds"' in line and json.loads(line)["step"] == step:
+                if b'"eval/seconds"' in line and json.loads(line)["step"] == step:
                     return True
     return False
 

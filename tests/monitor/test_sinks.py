@@ -6,11 +6,14 @@ import json
 import math
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import pytest
 
 from osler.errors import UserError
+from osler.monitor.alerts import replayed
+from osler.monitor.history import Facts
 from osler.monitor.sinks import JsonlSink
 
 
@@ -108,6 +111,22 @@ def test_bytes_that_are_not_text_are_dropped(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes() + b"\x00\xff\x80\n[1]\n{}\n")
     log(path, 2, 2)
     assert steps(path) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("resume_step", [None, 2500])
+def test_a_long_log_is_not_held_in_memory(tmp_path: Path, resume_step: int | None) -> None:
+    path, wide = tmp_path / "metrics.jsonl", "x" * 2000
+    rows = [json.dumps({"step": step, "text": wide}) for step in range(1, 3001)]
+    path.write_text("\n".join([*rows, '{"st']), encoding="utf-8")
+    tracemalloc.start()
+    try:
+        JsonlSink(path, resume_step=resume_step).close()
+        replayed(Facts(lr=1e-3, clip_norm=1.0), path)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert len(steps(path)) == (resume_step or 3000)
+    assert peak < path.stat().st_size / 4
 
 
 def test_a_folder_in_the_files_place_is_the_users_to_fix(tmp_path: Path) -> None:

@@ -14,11 +14,12 @@ from osler.monitor.metrics import METRICS
 from osler.report import format as fmt
 from osler.report import svg
 from osler.report.charts import TOGETHER, bundle, charts_of, kind_of
+from osler.report.columns import Series
 from osler.report.diary import grave_in_words, happenings, marks_of
 from osler.report.families import OTHER, by_layer, family_of, layer_of
 from osler.report.findings import findings
 from osler.report.page import build_report
-from osler.report.read import Series, StageRun, read_run
+from osler.report.read import StageRun, read_run
 from osler.report.text import summary_text
 
 Bare = Callable[..., Path]
@@ -126,12 +127,12 @@ def test_the_farthest_layer_is_the_one_that_is_not_finite() -> None:
     layers[1] = Series([1, 2], [1.0, math.nan])
     assert "layer 1, farthest from the others" in [line.label for line in bundle(layers)[0]]
     lines_, band = bundle({0: Series([1], [math.nan])})
-    assert [line.label for line in lines_] == ["layer 0"] and not band.x
+    assert [line.label for line in lines_] == ["layer 0"] and not len(band.x)
 
 
 def test_metrics_of_one_row_share_a_chart() -> None:
     curves = {f"rewards/r{i}/mean": Series([1], [float(i)]) for i in range(10)}
-    _, rest = charts_of(StageRun("grpo", curves, {1: (1.0, 1.0)}), 0)
+    _, rest = charts_of(StageRun("grpo", curves), 0)
     ((family, charts),) = rest
     assert family.title == "Reinforcement learning"
     assert [[line.label for line in drawn] for _, drawn, _ in charts] == [[f"r{i}" for i in range(8)], ["r8", "r9"]]
@@ -140,7 +141,7 @@ def test_metrics_of_one_row_share_a_chart() -> None:
 
 def test_metrics_that_are_read_beside_one_another_share_a_chart() -> None:
     curves = {f"perf/{part}_ms": Series([1], [1.0]) for part in ("data", "forward", "loading")}
-    ((family, charts),) = charts_of(StageRun("", curves, {1: (1.0, 1.0)}), 0)[1]
+    ((family, charts),) = charts_of(StageRun("", curves), 0)[1]
     assert family.title == "Performance" and [spec.title for spec, _, _ in charts] == [
         "Where a step's time goes",
         "perf/loading_ms",

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from osler.cli import main
 from osler.config import encode
 from osler.errors import UserError
 from osler.model.config import ModelConfig
@@ -281,7 +282,7 @@ def test_a_step_logged_twice_counts_once(bare: Bare) -> None:
     rows = [(1, 9.0), (2, 8.0), (3, 7.0), (2, 5.0), (3, 4.0)]
     folder = bare(metrics_jsonl="".join(f'{{"step": {s}, "train/loss": {v}}}\n' for s, v in rows))
     series = read_run(folder).runs[0].curves["train/loss"]
-    assert (series.steps, series.values) == ([1, 2, 3], [9.0, 5.0, 4.0])
+    assert (series.steps.tolist(), series.values.tolist()) == ([1, 2, 3], [9.0, 5.0, 4.0])
 
 
 def test_a_score_at_chance_is_called_that(quickstart: Path) -> None:
@@ -371,6 +372,17 @@ def test_the_summary_says_what_the_page_says(quickstart: Path) -> None:
         assert sentence.strip(" .") in page
     assert "(59.4% to 65.8%, n = 900)" in summary and str(quickstart / "report.html") in summary
     assert "\x1b" not in summary and len(summary.splitlines()) < 20
+
+
+def test_the_page_can_be_written_elsewhere(quickstart: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = tmp_path / "sent.html"
+    assert main(["report", str(quickstart), "--out", str(page)]) == 0
+    assert f"Report: {page}" in capsys.readouterr().out and page.read_text(encoding="utf-8").startswith("<!doctype html>")
+    assert not (quickstart / "report.html").exists()
+    for place in (tmp_path, tmp_path / "none" / "page.html"):
+        assert main(["report", str(quickstart), "--out", str(place)]) == 2
+        said = capsys.readouterr().err
+        assert f"The page cannot be written to {place}" in said and "--out" in said
 
 
 def test_building_twice_replaces_the_page(quickstart: Path) -> None:

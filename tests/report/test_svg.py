@@ -8,10 +8,11 @@ import json
 import math
 import re
 
+import numpy as np
 import pytest
 
 from osler.report import svg
-from osler.report.svg import Line, line_chart, nice_ticks, smoothed, thinned
+from osler.report.svg import Line, averaged, line_chart, nice_ticks, smoothed, thinned
 
 
 @pytest.mark.parametrize(
@@ -38,10 +39,30 @@ def test_thinning_keeps_ends_extremes_and_gaps() -> None:
     y = [0.0] * 10_000
     y[1234], y[4321], y[9000] = 50.0, -50.0, math.nan
     y[5000:5100] = [math.nan] * 100
-    tx, ty = thinned(x, y)
+    tx, ty = (thin.tolist() for thin in thinned(np.array(x), np.array(y)))
     assert len(tx) <= svg.MAX_POINTS + 2 and tx == sorted(tx)
     assert {0.0, 9999.0, 1234.0, 4321.0} <= set(tx)
     assert any(math.isnan(v) for v in ty)
+
+
+def test_a_long_curve_is_smoothed_from_means_and_keeps_long_gaps() -> None:
+    x, y = np.arange(100_000.0), np.tile([1.0, 3.0], 50_000)
+    y[7], y[60_000:70_000] = math.nan, math.nan
+    at, level = averaged(x, y)
+    assert len(at) == len(level) <= svg.MAX_LEVELS and at[0] > 0 and at[-1] < 99_999
+    known = np.isfinite(level)
+    assert not known[(at > 60_100) & (at < 69_900)].any() and known[(at < 59_900) | (at > 70_100)].all()
+    assert np.nanmax(abs(level - 2.0)) < 0.1
+    assert [series.tolist() for series in averaged(x[:5], y[:5])] == [[0, 1, 2, 3, 4], [1, 3, 1, 3, 1]]
+
+
+def test_a_chart_of_a_long_curve_shows_its_extremes() -> None:
+    y = np.ones(300_000)
+    y[123_456] = -5.0
+    drawing = line_chart([Line("a", np.arange(300_000), y, 0)], title="T")
+    data = json.loads(html.unescape(re.search(r"data-chart='([^']+)'", drawing).group(1)))  # type: ignore[union-attr]
+    (line,) = data["lines"]
+    assert line["y"][line["x"].index(123_456)] == -5.0 and len(line["x"]) <= svg.MAX_POINTS + 2
 
 
 def path_data(drawing: str) -> list[str]:
