@@ -3,14 +3,15 @@
 Weight, gradient and both moments take eight bytes per parameter instead of the sixteen of fp32 master weights. That works because
 ``ops/rounding.py`` keeps the mean of what bf16 cannot hold; the moments are rounded that way too, since with a beta of 0.999 the
 second one would otherwise stand still as well. What a rounding draws is a function of (seed, number of the parameter, step,
-position), so resume is bit-exact and the number of skipped or micro-batched calls changes nothing. The gradients of a step's
-micro-batches are added up in bf16 before that, rounded to nearest, as autograd does: few large ones are better. (After
-"Revisiting BFloat16 Training", arXiv 2010.06192, and "Stochastic Rounding for LLM Training", arXiv 2502.20566.)
+position), so resume is bit-exact and the number of skipped or micro-batched calls changes nothing. The gradients of several
+micro-batches are added up in fp32, four more bytes per parameter while that lasts, and rounded once. (After "Revisiting BFloat16
+Training", arXiv 2010.06192, and "Stochastic Rounding for LLM Training", arXiv 2502.20566.)
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -28,6 +29,40 @@ def keep_in_bf16(model: nn.Module) -> None:
     """Turn the parameters of ``model`` into bf16 in place; buffers such as the tables of RoPE keep their dtype."""
     for parameter in model.parameters():
         parameter.data = parameter.data.to(torch.bfloat16)
+
+
+class WideSums:
+    """Adds up in fp32 what several backward passes give bf16 parameters; with one pass nothing happens.
+
+    The gradient of a pass within ``holding`` goes into a sum, and ``parameter.grad`` is free again; the pass after it leaves the
+    sum with its own gradient added, rounded once. Each parameter's turn comes as soon as its gradient is there, before an engine
+    sends it to other ranks.
+    """
+
+    def __init__(self, parameters: Iterable[Tensor]) -> None:
+        self.is_holding = False
+        self.sums: dict[Tensor, Tensor] = {}
+        for parameter in parameters:
+            parameter.register_post_accumulate_grad_hook(self._add)
+
+    @contextmanager
+    def holding(self, accumulating: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
+        """A pass that is not the step's last, within the engine's own ``accumulating``."""
+        self.is_holding = True
+        try:
+            with accumulating():
+                yield
+        finally:
+            self.is_holding = False
+
+    def _add(self, parameter: Tensor) -> None:
+        grad, total = parameter.grad, self.sums.pop(parameter, None)
+        assert grad is not None
+        if self.is_holding:
+            self.sums[parameter] = grad.float() if total is None else total.add_(grad)
+            parameter.grad = None
+        elif total is not None:
+            grad.copy_(total.add_(grad))
 
 
 def adamw_update(

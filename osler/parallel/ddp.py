@@ -5,7 +5,9 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+import torch
 import torch._dynamo
+import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from osler.model.loss import ModelLoss
@@ -22,8 +24,17 @@ def share_with_ddp(loss: ModelLoss, config: DdpConfig, world: World) -> Engine:
     known = inspect.signature(DistributedDataParallel).parameters
     silent: dict[str, Any] = {"forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False}
     wrapped = DistributedDataParallel(loss, gradient_as_bucket_view=True, **silent)
+    if any(parameter.dtype == torch.bfloat16 for parameter in loss.parameters()):
+        wrapped.register_comm_hook(None, lambda _, bucket: average_in_fp32(bucket))  # whose annotations must be none
     settle_buckets(wrapped, loss)
     return Engine(wrapped, world, wrapped.no_sync)
+
+
+def average_in_fp32(bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+    """Average the gradients of bf16 parameters as exactly as one process adds them up: rounded once, behind the sum."""
+    wide = bucket.buffer().float().div_(dist.get_world_size())
+    sent = dist.all_reduce(wide, async_op=True).get_future()
+    return sent.then(lambda future: bucket.buffer().copy_(future.value()[0]))
 
 
 def settle_buckets(wrapped: DistributedDataParallel, loss: ModelLoss) -> None:

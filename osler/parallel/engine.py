@@ -18,6 +18,7 @@ from torch import Tensor
 from osler.checkpoint.sharded import gathered, load_whole, whole
 from osler.checkpoint.state import flatten_optimizer, restore_optimizer
 from osler.model.transformer import Transformer
+from osler.optim.bf16 import Bf16AdamW, WideSums
 from osler.runtime.world import World
 
 Hold = Callable[[str, str, Tensor], Tensor]
@@ -43,6 +44,9 @@ class Engine:
     def bind(self, optimizer: torch.optim.Optimizer, clip_norm: float) -> None:
         """Called once, with the optimizer built over the parameters and before anything is restored or learned."""
         self.clip_norm = clip_norm
+        if isinstance(optimizer, Bf16AdamW):
+            sums = WideSums(parameter for group in optimizer.param_groups for parameter in group["params"])
+            self.accumulating = partial(sums.holding, self.accumulating)
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of one micro-batch."""

@@ -36,7 +36,9 @@ from osler.checkpoint.sharded import whole
 from osler.cli import main
 from osler.data.loader import Batch
 from osler.model.config import ModelConfig
+from osler.model.loss import SummedLoss
 from osler.model.transformer import Transformer
+from osler.optim.bf16 import keep_in_bf16
 from osler.optim.build import build_optimizer
 from osler.optim.config import AdamWConfig
 from osler.parallel.config import DdpConfig, FsdpConfig
@@ -238,7 +240,31 @@ def accumulate() -> int:
             gradient = whole(model.layers[0].mlp.down_proj.weight.grad)
             assert float(gradient.abs().sum()) > 0 and spread(world, float(gradient.abs().sum())) == 0, "not averaged"
             assert (gradient != gradient.bfloat16()).any(), "averaged in bf16"
+        add_up_in_bf16(world, shape)
     return 0
+
+
+def add_up_in_bf16(world: World, shape: ModelConfig) -> None:
+    """Gradients of bf16 weights are added up over passes and ranks in fp32: they are rounded in each pass, and at the end."""
+    passes = [torch.arange(8)[None] + number + 8 * world.rank for number in range(8)]
+    model = Transformer(shape, compute_dtype=torch.bfloat16)
+    model.init_weights(0)
+    keep_in_bf16(model)
+    weight = model.layers[0].mlp.down_proj.weight
+    exact = torch.zeros(weight.shape)
+    for ids in passes:
+        SummedLoss(model)(ids, ids + 1, None).backward()
+        exact += weight.grad.float()
+        model.zero_grad()
+    engine = parallelize(model, DdpConfig(), world, compile=False)
+    engine.bind(build_optimizer(model, AdamWConfig()), 1.0)
+    for ids in passes[:-1]:
+        with engine.accumulating():
+            engine.backward(engine.loss(ids, ids + 1, None))
+        assert weight.grad is None
+    engine.backward(engine.loss(passes[-1], passes[-1] + 1, None))
+    exact = world.mean(exact)
+    assert float((weight.grad.float() - exact).norm() / exact.norm()) < 2**-8 and weight.grad.dtype == torch.bfloat16
 
 
 class Sent(TorchDispatchMode):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from copy import deepcopy
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 
 from osler.checkpoint.state import flatten_optimizer, restore_optimizer
+from osler.data.loader import Batch
 from osler.model.config import ModelConfig
 from osler.model.loss import SummedLoss
 from osler.model.transformer import Transformer
@@ -16,6 +18,8 @@ from osler.optim import bf16
 from osler.optim.bf16 import Bf16AdamW, adamw_update, keep_in_bf16
 from osler.optim.build import build_optimizer
 from osler.optim.config import AdamWConfig
+from osler.parallel.engine import Engine
+from osler.train.step import TrainStep, condemned_unless_finite
 
 MODEL = ModelConfig(
     num_layers=2, hidden_size=32, intermediate_size=64, num_heads=2, num_kv_heads=1, head_dim=16, vocab_size=64,
@@ -152,3 +156,56 @@ def test_it_trains_as_fp32_weights_do_where_rounding_to_nearest_stalls(one_threa
     assert losses["fp32"] < 3.0
     assert losses["stochastic"] == pytest.approx(losses["fp32"], rel=0.01)
     assert losses["nearest"] > 1.1 * losses["fp32"]
+
+
+def step_gradients(micro_batch_tokens: int | None, *, compiled: bool = False) -> tuple[dict[str, torch.Tensor], TrainStep]:
+    """The gradients that a step of 32 rows leaves to the optimizer, and the step."""
+    model = tiny(in_bf16=True)
+    loss = SummedLoss(model)
+    options = {"fullgraph": True, "dynamic": False, "backend": "aot_eager_decomp_partition"}
+    engine = Engine(torch.compile(loss, **options) if compiled else loss)
+    settings = {"micro_batch_tokens": micro_batch_tokens, "clip_norm": 1e9, "document_mask": False, "device": torch.device("cpu")}
+    step = TrainStep(model, build_optimizer(model, AdamWConfig()), engine, **settings)
+    found: dict[str, torch.Tensor] = {}
+
+    @contextmanager
+    def keep(rows):
+        found.update((name, parameter.grad.clone()) for name, parameter in model.named_parameters())
+        yield
+
+    step.watch = keep
+    ids = torch.randint(0, 64, (32, 17), generator=torch.Generator().manual_seed(1))
+    step(Batch(ids[:, :-1], ids[:, 1:], torch.zeros_like(ids[:, 1:])), 1.0)
+    return found, step
+
+
+def distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    apart = sum(float((one[name].double() - other[name].double()).square().sum()) for name in other)
+    return (apart / sum(float(value.double().square().sum()) for value in other.values())) ** 0.5
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_many_small_batches_give_the_gradient_of_a_large_one(one_thread, compiled):
+    """But for one rounding: half a unit in the last place of bf16 is 2 ** -9."""
+    alone = [row_gradients(number) for number in range(32)]
+    exact = {name: sum(gradient[name].double() for gradient in alone) / (32 * 16) for name in alone[0]}
+    summed, step = step_gradients(16, compiled=compiled)
+    assert distance(summed, exact) < 2**-9
+    assert distance(summed, step_gradients(None)[0]) < 2**-8
+    assert all(parameter.dtype == torch.bfloat16 for parameter in step.parameters)
+
+
+def row_gradients(number: int) -> dict[str, torch.Tensor]:
+    model = tiny(in_bf16=True)
+    ids = torch.randint(0, 64, (32, 17), generator=torch.Generator().manual_seed(1))[number : number + 1]
+    SummedLoss(model)(ids[:, :-1], ids[:, 1:], None).backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+def test_one_batch_is_left_to_autograd_bit_for_bit(one_thread):
+    model = tiny(in_bf16=True)
+    ids = torch.randint(0, 64, (32, 17), generator=torch.Generator().manual_seed(1))
+    loss = SummedLoss(model)(ids[:, :-1], ids[:, 1:], None) / (32 * 16)
+    condemned_unless_finite(loss).backward()
+    found, _ = step_gradients(None)
+    assert all(torch.equal(found[name], parameter.grad) for name, parameter in model.named_parameters())
