@@ -36,6 +36,7 @@ from osler.rl.advantages import group_advantages
 from osler.rl.config import AlgorithmConfig
 from osler.rl.loss import LossInputs, add_sums, grpo_loss, loss_metrics, token_weights
 from osler.rl.rollout import Group
+from osler.runtime.device import sent
 from osler.runtime.world import World
 from osler.train.step import condemned_unless_finite
 
@@ -117,19 +118,19 @@ def completion_logprobs(
         row_N += [b] * len(row.completion_ids)
         place_N += range(len(row.prompt_ids) - 1, row.tokens - 1)  # the hidden state before a token predicts it
         label_N += row.completion_ids
-    mask_BT = mask_BT.to(device)
-    hidden_BLD = model(ids_BL.to(device))
-    hidden_ND = hidden_BLD[torch.tensor(row_N, device=device), torch.tensor(place_N, device=device)]
+    mask_BT = sent(mask_BT, device)
+    hidden_BLD = model(sent(ids_BL, device))
+    hidden_ND = hidden_BLD[sent(torch.tensor(row_N), device), sent(torch.tensor(place_N), device)]
     features_ND, weight_VD = model.head(hidden_ND)
     vocab_size = model.config.vocab_size
     kept = [row.keep for row in rows if row.keep is not None]
     logp_N, entropy_N = linear_logprobs(
         features_ND,
         weight_VD,
-        torch.tensor(label_N, device=device),
+        sent(torch.tensor(label_N), device),
         vocab_size=vocab_size,
         temperature=temperature,
-        keep_NV=unpack_keep(torch.cat(kept).to(device), vocab_size) if kept else None,
+        keep_NV=unpack_keep(sent(torch.cat(kept), device), vocab_size) if kept else None,
     )
     empty_BT = torch.zeros(mask_BT.shape, dtype=logp_N.dtype, device=device)
     # Rows are laid out one after another in N, which is the order in which masked_scatter fills the mask.
@@ -283,9 +284,9 @@ def _micro_batch(rows: list[Row], weight_BT: Tensor, learns: bool, device: torch
         rows=rows,
         learns=learns,
         idle=idle,
-        old_BT=old_BT.to(device),
-        advantages_B=torch.tensor([row.advantage for row in rows], dtype=torch.float32, device=device),
-        weight_BT=weight_BT[:, :width].to(device),
+        old_BT=sent(old_BT, device),
+        advantages_B=sent(torch.tensor([row.advantage for row in rows], dtype=torch.float32), device),
+        weight_BT=sent(weight_BT[:, :width], device),
     )
 
 

@@ -224,6 +224,11 @@ def _memory_bytes() -> int | None:
     return None
 
 
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host's on the device; a GPU copies it from pinned memory, so that the host need not wait for the copy."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
 def keep_freed_memory() -> bool:
     """Ask glibc to keep freed memory for reuse; returns whether it agreed (False on any other C library).
 
