@@ -1,17 +1,14 @@
 """Scoring exams, by what a model writes or by which option it finds most likely.
 
 ``score_by_generation`` is the exam as a reader sees it: question in, thinking and answer out, greedy by default, the
-answer read by ``read_choice`` / ``read_number`` below. These are this file's own, stricter than the reader that pays
-rewards, so that a trick learned against the reward does not raise the score. ``score_by_likelihood`` needs no answer
-format, so it also suits base models.
+answer read as the rewards read it (``osler.tasks.answers``). ``score_by_likelihood`` needs no answer format, so it also
+suits base models.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from decimal import Decimal
 from typing import Literal
 
 import torch
@@ -22,11 +19,10 @@ from osler.inference.engine import Engine
 from osler.model.transformer import Transformer
 from osler.ops.cross_entropy import linear_logprobs
 from osler.runtime.stop import asked
-from osler.tasks.item import LETTERS, ExamItem, permute, render_answer, render_question, reorder
+from osler.tasks.answers import read_answer
+from osler.tasks.item import ExamItem, permute, render_answer, render_question, reorder
 from osler.tokenizer.bpe import Tokenizer
 from osler.tokenizer.chat import Completion, encode_prompt, parse_completion
-
-_PLAIN_NUMBER = re.compile(r"[-+]?\$?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?[.%]?")
 
 
 def score_by_generation(
@@ -94,56 +90,9 @@ def presentations(items: Iterable[ExamItem], permutations: int, seed: int) -> It
 
 def mark(item: ExamItem, completion: Completion) -> Result:
     """The examiner: read the completion's answer and compare it with the item's."""
-    text = completion.answer or ""
-    unread = UNPARSED if completion.finished else CUT
-    if item.options:
-        choice = read_choice(text, item.options)
-        status = unread if choice is None else ANSWERED
-        right = choice == item.answer_index
-        return Result(item, status, right=right, predicted=choice, text=text, thinking=completion.thinking)
-    number = read_number(text)
-    status = unread if number is None else ANSWERED
-    return Result(item, status, right=number == Decimal(item.answer), text=text, thinking=completion.thinking)
-
-
-def read_choice(text: str, options: Sequence[str]) -> int | None:
-    """The option an answer gives, as ``text (B)``, ``(B)``, ``B``, ``B.`` or the option's text; None unless it is
-    exactly one.
-
-    A misspelt text beside a letter is forgiven; another option's text or a second letter is not.
-    """
-    answer = _folded(text)
-    letters = LETTERS.lower()[: len(options)]
-    meanings = [_folded(option) for option in options]
-    closed = answer[-3:-2] == "(" and answer.endswith(")")
-    tail = letters.find(answer[-2]) if closed else -1
-    before = _folded(answer[:-3]) if tail >= 0 else ""
-    exact = {
-        index
-        for index, (letter, meaning) in enumerate(zip(letters, meanings, strict=True))
-        if answer in (meaning, f"({letter})", letter, f"{letter})") or (tail == index and before == meaning)
-    }
-    if exact:
-        return exact.pop() if len(exact) == 1 and (tail < 0 or tail in exact) else None
-    if tail < 0 or before in meanings or any(f"({letter})" in before for letter in letters):
-        return None
-    return tail
-
-
-def read_number(text: str) -> Decimal | None:
-    """The number an answer consists of: ``72``, ``$1,080``, ``#### 72`` or ``72 apples``; None when it is not that
-    plain.
-    """
-    numbers = set()
-    final = text.rpartition("####")[2]
-    if "=" in final:
-        return None
-    for word in final.split():
-        if _PLAIN_NUMBER.fullmatch(word):
-            numbers.add(Decimal(word.rstrip(".%").replace("$", "").replace(",", "")))
-        elif word == "/" or any(character.isdigit() for character in word):
-            return None
-    return numbers.pop() if len(numbers) == 1 else None
+    reading = read_answer(item, completion)
+    status = ANSWERED if reading.readable else UNPARSED if completion.finished else CUT
+    return Result(item, status, reading.right, reading.choice, completion.answer or "", completion.thinking)
 
 
 def score_by_likelihood(
@@ -285,7 +234,3 @@ def _shared_length(sequences: Sequence[Sequence[int]]) -> int:
             break
         shared += 1
     return shared
-
-
-def _folded(text: str) -> str:
-    return " ".join(text.lower().split()).rstrip(".").rstrip()

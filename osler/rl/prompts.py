@@ -15,8 +15,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from osler.errors import UserError
+from osler.tasks.answers import Completed
 from osler.tasks.item import ExamItem, permute
-from osler.tasks.rewards import Completed
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,8 @@ from osler.rl.config import AlgorithmConfig
 from osler.rl.filters import BAD_VERDICTS, Verdict, is_dead, judge, letter_fractions, settle
 from osler.rl.prompts import RlTask, Visit, refill_visits, rollout_seed, visits
 from osler.runtime.world import World
-from osler.tasks.item import ExamItem, extract_number, render_question
-from osler.tasks.rewards import answered_index, correct
+from osler.tasks.answers import read_answer
+from osler.tasks.item import render_question
 from osler.tokenizer.bpe import Tokenizer
 from osler.tokenizer.chat import Completion, encode_prompt, parse_completion
 
@@ -169,12 +169,11 @@ def score(
     completion = parse_completion(tokenizer, ids, reasoning=visit.task.reasoning)
     rewards = {term.name: float(term.function(item, completion)) for term in visit.task.rewards}
     total = sum(term.weight * rewards[term.name] for term in visit.task.rewards)
-    letter = answered_index(item, completion)
-    answer = completion.answer or ""
+    reading = read_answer(item, completion)
     verdict = judge(
         ids[:-1] if finished else ids,
-        text_is_empty=not completion.thinking and not answer,
-        has_answer=has_readable_answer(item, answer, letter),
+        text_is_empty=not completion.thinking and not completion.answer,
+        has_answer=reading.readable,
         quality=algorithm.quality,
     )
     settled = settle(total, verdict, finished, algorithm)
@@ -189,22 +188,15 @@ def score(
         verdict=verdict,
         stays=settled.stays,
         trained=settled.trained,
-        letter=letter,
-        correct=correct(item, completion) == 1.0,  # for the log, whatever the rewards pay for
+        letter=reading.choice,
+        correct=reading.right,  # for the log, whatever the rewards pay for
         keeper=keeper,
     )
 
 
-def has_readable_answer(item: ExamItem, answer: str, letter: int | None) -> bool:
-    """Say whether an answer of the item's kind (an option, a number, any text) can be read, right or wrong."""
-    if item.options:
-        return letter is not None
-    return bool(answer.strip()) if extract_number(item.answer) is None else extract_number(answer) is not None
-
-
 def is_readable(group: Group, sample: Sample) -> bool:
     """Say whether a sample of the group holds an answer that can be read, right or wrong."""
-    return has_readable_answer(group.visit.item, sample.completion.answer or "", sample.letter)
+    return read_answer(group.visit.item, sample.completion).readable
 
 
 def count_tokens(groups: Sequence[Group]) -> int:

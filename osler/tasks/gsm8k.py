@@ -8,12 +8,12 @@ removed: they are a tool call of the original paper, not text a reader would wri
 from __future__ import annotations
 
 import re
-from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Literal
 
 from osler.config import config
 from osler.errors import UserError
+from osler.tasks.answers import read_number
 from osler.tasks.item import ExamItem, content_id
 from osler.tasks.rows import Row, read_rows
 
@@ -38,12 +38,9 @@ def load(path: str | Path, *, split: str = "", limit: int | None = None) -> list
 def _item(row: Row, split: str) -> ExamItem:
     question, solution = row.text("question", SCHEMA), row.text("answer", SCHEMA)
     work, mark, final = solution.rpartition("####")
-    answer = final.strip().replace(",", "")
-    try:
-        if not mark or not Decimal(answer).is_finite():
-            raise InvalidOperation
-    except InvalidOperation:
-        raise UserError(f"{row.where}: 'answer' must end in '#### ' and a number, not in {solution[-40:]!r}.") from None
+    number = read_number(final)
+    if not mark or number is None:
+        raise UserError(f"{row.where}: 'answer' must end in '#### ' and a number, not in {solution[-40:]!r}.")
     thinking = re.sub(r"<<[^<>]*>>", "", work).strip()
     return ExamItem(
         id=content_id("gsm8k", question),
@@ -52,5 +49,5 @@ def _item(row: Row, split: str) -> ExamItem:
         answer_index=-1,
         split=split,
         thinking=thinking,
-        answer=answer,
+        answer=f"{number:f}",
     )

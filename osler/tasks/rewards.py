@@ -2,48 +2,22 @@
 
 They are string work of bounded length, so they need no time limit. A reward for format alone destroys accuracy (a
 published run fell from 0.228 to 0.025), which is why ``format`` is only good for logging and ``gated_format`` pays for
-form when the answer is right. Scores that are reported never come from here: ``osler.eval.exams`` reads answers with
-its own code.
+form when the answer is right. Answers are read as the exam reads them (``osler.tasks.answers``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
 
-from osler.tasks.item import LETTERS, MAX_ANSWER_CHARS, ExamItem, extract_letter, extract_number, plain
+from osler.tasks.answers import MAX_ANSWER_CHARS, Completed, read_answer
+from osler.tasks.item import LETTERS, ExamItem
 
 MAX_THINKING_CHARS = 2000  # about 400 words: what ``brief_correct`` allows
 
 
-class Completed(Protocol):
-    """What a model wrote after a prompt (``osler.tokenizer.chat.Completion``)."""
-
-    @property
-    def thinking(self) -> str: ...
-    @property
-    def answer(self) -> str | None: ...
-    @property
-    def well_formed(self) -> bool: ...
-
-
-def answered_index(item: ExamItem, completion: Completed) -> int | None:
-    """The option that the completion chose, or None (no answer, ambiguous, or an item without options)."""
-    if completion.answer is None or not item.options:
-        return None
-    return extract_letter(completion.answer, len(item.options), item.options)
-
-
 def correct(item: ExamItem, completion: Completed) -> float:
     """1 when the answer is right."""
-    if completion.answer is None:
-        return 0.0
-    if item.options:
-        return float(answered_index(item, completion) == item.answer_index)
-    number = extract_number(item.answer)
-    if number is None:
-        return float(plain(completion.answer) == plain(item.answer))
-    return float(extract_number(completion.answer) == number)
+    return float(read_answer(item, completion).right)
 
 
 def format_ok(item: ExamItem, completion: Completed) -> float:
@@ -55,7 +29,7 @@ def format_ok(item: ExamItem, completion: Completed) -> float:
         return 0.0
     if item.options:
         return float(answer in {f"{option} ({LETTERS[index]})" for index, option in enumerate(item.options)})
-    return float(bool(answer) if extract_number(item.answer) is None else extract_number(answer) is not None)
+    return float(read_answer(item, completion).readable)
 
 
 def gated_format(item: ExamItem, completion: Completed) -> float:

@@ -6,8 +6,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
@@ -16,8 +14,6 @@ from osler.eval.exams import (
     mark,
     option_rows,
     presentations,
-    read_choice,
-    read_number,
     score_by_generation,
     score_by_likelihood,
     sum_logprobs,
@@ -27,7 +23,7 @@ from osler.inference.engine import Engine
 from osler.model.config import ModelConfig
 from osler.model.transformer import Transformer
 from osler.ops.cross_entropy import linear_cross_entropy
-from osler.tasks.item import ExamItem, extract_letter, extract_number, render_answer, render_question
+from osler.tasks.item import ExamItem, render_answer, render_question
 from osler.tasks.rewards import correct
 from osler.tokenizer.bpe import Tokenizer
 from osler.tokenizer.chat import Completion, Turn, encode_example, encode_prompt
@@ -222,75 +218,21 @@ def test_a_merge_across_the_border_is_scored_from_before_it() -> None:
         assert joined.decode(ids) == f"Question: What helps?\nAnswer: {option}"
 
 
-ANSWERS = [
-    ("amoxicillin (B)", 1),
-    ("(B)", 1),
-    ("B", 1),
-    ("b.", 1),
-    ("Amoxicillin", 1),
-    ("amoxicilin (B).", 1),
-    ("penicillin (B)", None),
-    ("(A) or (B)", None),
-    ("(A) (B)", None),
-    ("aspirin", None),
-    ("E", None),
-    ("(E)", None),
-    ("", None),
-]
+def test_an_answer_that_is_a_text_is_marked() -> None:
+    item = replace(NUMBER, answer="lobar pneumonia")
+    texts = {"Lobar  pneumonia.": ("answered", True), "asthma": ("answered", False), "": ("unparsed", False)}
+    for text, expected in texts.items():
+        result = mark(item, Completion(thinking="x", answer=text, finished=True, well_formed=True))
+        assert (result.status, result.right) == expected
 
 
-@pytest.mark.parametrize(("text", "expected"), ANSWERS)
-def test_the_examiner_reads_answers(text: str, expected: int | None) -> None:
-    assert read_choice(text, DRUGS) == expected
-
-
-WORDS = [
-    "amoxicillin",
-    "penicillin",
-    "amoxicilin",
-    "The answer is",
-    "(A)",
-    "(B)",
-    "(b)",
-    "(E)",
-    "A",
-    "B",
-    "b",
-    ".",
-    ")",
-]
-
-
-def test_the_examiner_reads_options_that_end_in_a_full_stop_or_hold_letters() -> None:
-    options = ("RhO(D) protects the mother.", "RhO(D) protects the fetus.", "Vitamin (A)", "B")
-    assert read_choice("RhO(D) protects the fetus. (B)", options) == 1
-    assert read_choice("RhO(D) protects the mother. (B)", options) is None
-    assert read_choice("RhO(D) protects the mother", options) == 0
-    assert read_choice("Vitamin (A) (C)", options) == 2
-    assert read_choice("Vitamin (A)", options) is None  # the text of C, or the letter A
-    assert read_choice("B", options) is None  # the letter B, or the text of D
-    assert read_choice("B (D)", options) == 3
-
-
-PIECES = st.sampled_from([*WORDS, " ", ", "])
-DIGITS = ["7", "72", "1,080", "1,08", ".", "-", "$", "%", "/", "=", "####", "e5", "nan", " ", " apples", "_", ","]
-NUMBERS = st.sampled_from(DIGITS)
-
-
-@settings(max_examples=300, derandomize=True)
-@given(st.lists(PIECES, max_size=6).map("".join), st.lists(NUMBERS, max_size=6).map("".join))
-def test_examiner_and_reward_agree_where_the_examiner_reads_anything(choice: str, number: str) -> None:
-    item = ExamItem(id="a", question="?", options=DRUGS, answer_index=1)
-    seventy_two = replace(NUMBER, answer="72")
-    for text, exam_item in ((choice, item), (number, seventy_two)):
-        completion = Completion(thinking="x", answer=text, finished=True, well_formed=True)
-        result = mark(exam_item, completion)
-        if result.status == "answered":
-            assert float(result.right) == correct(exam_item, completion)
-    if (read := read_choice(choice, DRUGS)) is not None:
-        assert extract_letter(choice, 4, DRUGS) == read
-    if (value := read_number(number)) is not None:
-        assert extract_number(number) == value
+def test_an_answer_that_was_cut_within_a_word_is_not_read() -> None:
+    sum_of_ten = replace(NUMBER, answer="10")
+    drug = ITEMS[0]
+    for item, text, status in [(sum_of_ten, "10", "cut"), (drug, "amoxicillin", "cut"), (drug, "amoxicillin (B)", "answered")]:
+        completion = Completion(thinking="x", answer=text, finished=False, well_formed=False)
+        assert mark(item, completion).status == status
+        assert correct(item, completion) == (status == "answered")
 
 
 def test_examiner_and_reward_agree_on_everything_the_model_writes(scholar: Transformer, tokenizer: Tokenizer) -> None:

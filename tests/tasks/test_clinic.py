@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from osler.clinic.exam import exam
+from osler.tasks.answers import read_choice
 from osler.tasks.clinic import ClinicTask, load
-from osler.tasks.item import extract_letter, render_answer, render_question
+from osler.tasks.item import render_answer, render_question
 from osler.tasks.registry import load_task
 
 
@@ -20,7 +21,7 @@ def test_clinic_items_keep_question_options_answer_and_reasoning() -> None:
         assert item.thinking == clinic.thinking and item.split == "new_findings"
         assert item.group == f"{clinic.relation}/{clinic.condition}"
         assert all(f"{option} (" in render_question(item) for option in item.options)
-        assert extract_letter(render_answer(item), 4, item.options) == item.answer_index
+        assert read_choice(render_answer(item), item.options) == item.answer_index
 
 
 def test_the_config_and_the_function_agree() -> None:

@@ -18,7 +18,8 @@ import zstandard
 from osler.config import decode, encode
 from osler.errors import UserError
 from osler.tasks import gsm8k, medmcqa, medqa, pubmedqa
-from osler.tasks.item import extract_letter, permute, render_answer
+from osler.tasks.answers import read_choice, read_number
+from osler.tasks.item import permute, render_answer
 from osler.tasks.registry import TASK_CONFIGS, TASKS, TaskConfig, load_task
 
 MEDQA = {
@@ -94,7 +95,7 @@ def test_real_gsm8k_loads_whole() -> None:
     assert len(items) == len({item.id for item in items}) == 7473
     assert items[0].answer == "72" and "109200000" in {item.answer for item in items}
     for item in items:
-        assert Decimal(item.answer).is_finite() and item.options == ()
+        assert read_number(item.answer) == Decimal(item.answer) and item.options == ()
         assert item.thinking and "<<" not in item.thinking and "####" not in item.thinking
 
 
@@ -103,7 +104,7 @@ def test_every_real_answer_is_read_back_in_any_order() -> None:
     for item in [*exams[0], *exams[1], *pubmedqa.load(shared("pubmedqa-labeled-train-500.jsonl"))]:
         for visit in range(2):
             shown = permute(item, 0, visit)
-            assert extract_letter(render_answer(shown), len(shown.options), shown.options) == shown.answer_index
+            assert read_choice(render_answer(shown), shown.options) == shown.answer_index
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -160,6 +161,8 @@ def test_a_missing_field_is_named_with_file_and_line(name: str, field: str, tmp_
         ("pubmedqa", {"context": {"contexts": []}}, "list of texts"),
         ("gsm8k", {"answer": "it is 42"}, "must end in '#### '"),
         ("gsm8k", {"answer": "#### NaN"}, "must end in '#### '"),
+        ("gsm8k", {"answer": "#### 1_000"}, "must end in '#### '"),
+        ("gsm8k", {"answer": "#### 1,08"}, "must end in '#### '"),
         ("gsm8k", {"answer": None}, "must be text"),
     ],
 )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import pytest
 
 from osler.tasks.item import ExamItem
-from osler.tasks.rewards import MAX_THINKING_CHARS, REWARDS, answered_index
+from osler.tasks.rewards import MAX_THINKING_CHARS, REWARDS
 
 ITEM = ExamItem(id="r", question="?", options=("penicillin", "amoxicillin"), answer_index=1)
 NUMBER = ExamItem(id="n", question="?", options=(), answer_index=-1, answer="72")
@@ -18,6 +18,7 @@ TEXT = ExamItem(id="t", question="?", options=(), answer_index=-1, answer="lobar
 class Written:
     thinking: str = "It is a pneumonia."
     answer: str | None = "amoxicillin (B)"
+    finished: bool = True
     well_formed: bool = True
 
 
@@ -64,9 +65,3 @@ def test_an_endless_answer_is_wrong_and_quick() -> None:
     endless = Written(answer="(A) " * 200_000 + "(B)")
     assert all(reward(ITEM, endless) == 0 for reward in REWARDS.values())
     assert REWARDS["correct"](NUMBER, Written(answer="72 " * 200_000)) == 0
-
-
-def test_the_chosen_letter_is_reported_for_histograms() -> None:
-    assert answered_index(ITEM, Written(answer="penicillin (A)")) == 0
-    assert answered_index(ITEM, Written(answer=None)) is None
-    assert answered_index(NUMBER, Written(answer="72")) is None

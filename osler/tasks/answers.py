@@ -1,0 +1,211 @@
+"""Reading an answer: which option, number or text a model gave, or that it cannot be told.
+
+The exam and the rewards read with the same ``read_answer``, so a score and a reward never disagree about what was said.
+It reads the form that models are taught and the forms beside it that have one meaning. Whatever could mean something
+else is not read, which counts as wrong: a guess would pay for tricks, and a score would contain it.
+
+- An option is ``amoxicillin (B)``, ``(B)``, ``B``, ``B.``, ``B) amoxicillin``, ``Option B``, ``The answer is B``, or the
+  exact text of one option. Text and letter must not contradict each other; negations, alternatives and doubts ("not (A)",
+  "A or (B)", "maybe B"), a second letter and a letter beyond the options leave it unread.
+- A number is one word of digits: ``72``, ``-5``, ``$1,080``, ``25%``, ``72 apples``. Units are ignored, because the answers
+  of GSM8K have none. A letter or sign that is glued to it (``5k``, ``1e3``, ``0x10``, ``3²``, ``1/2``, ``10:30``), other
+  separators (``1_000``, ``1 000``, ``1.000,5``), words that change its value ("about", "million") and a second number
+  leave it unread.
+- Markdown, LaTeX's ``\\boxed{}``, full-width characters, the minus sign and the digits of any one script are understood.
+  ``####`` and ``\\boxed{}`` mark what counts; where they mark two different answers, none is read.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import Protocol
+
+from osler.tasks.item import LETTERS, ExamItem, plain, wording
+
+MAX_ANSWER_CHARS = 1000  # a longer answer (options aside) is not an answer; it also bounds the time any pattern can take
+
+# The ASCII form of full-width characters, the minus sign and Arabic separators.
+_ASCII = {0xFF01 + k: 0x21 + k for k in range(94)} | {0x2212: "-", 0x066B: ".", 0x066C: ",", 0x066A: "%"}
+_BOXED = re.compile(r"\\f?boxed\{((?:[^{}]|\{[^{}]*\})*)\}")
+_LATEX = re.compile(r"\\(?:f?boxed|text(?:bf|rm)?|math(?:bf|rm))\{([^{}]*)\}")
+_EMPHASIS = re.compile(r"(?<!\w)(\*\*|__|\*|_|`|\$)(\S(?:.*?\S)?)\1(?!\w)")
+
+_INTRODUCTION = re.compile(  # The answer is B, Final answer: B, Option B
+    r"(?:(?:so|thus|hence|therefore),? )?(?:(?:the|my) )?(?:(?:final|correct|best|right) )?"
+    r"(?:answer|option|choice)(?: is)? ?[:=]? (?:(?:option|choice) )?",
+    re.IGNORECASE,
+)
+_LONE = re.compile(r"(?:\(([A-Za-z])\)|([A-Za-z])\)?)[.:!]?")  # (B)   B   B)   B.
+_TAIL = re.compile(r"(.*)\(([A-Za-z])\)[.!,;:]*")  # amoxicillin (B)
+_HEAD = re.compile(r"(?:\(([A-Za-z])\)[.:]?|([A-Za-z])[.:)]) (.+)")  # B. amoxicillin
+_EXPLAINED = re.compile(r"(.*?)\(([A-Za-z])\)[.,;:] ?(.+)")  # amoxicillin (B), because it is oral
+# Another letter, as a word by itself; "A" before a small letter is the article.
+_LETTER = re.compile(r"\(([A-Za-z])\)|(?<![\w'’-])([B-Z]|A(?! [a-z]))(?![\w'’-])")
+_WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
+_DOUBT = re.compile(
+    "not|no|nor|neither|never|none|cannot|.+n['’]t|except|but|or|either|both|versus|vs|instead|wrong|false|incorrect|unlike|than|"
+    "other|another|else|opposite|exclude|excluding|eliminate|avoid|rule|ruled|unsure|guess|maybe|perhaps|possibly|probably|might|"
+    "may|could"
+)
+
+_NUMBER = re.compile(  # a sign, a currency, digits with thousands commas, a fraction, a percent or currency sign, a stop
+    r"(?:[-+]?[$€£¥₹]?|[$€£¥₹][-+])((?:[1-9]\d{0,2}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)[%$€£¥₹]?[.,;:!]*", re.ASCII
+)
+_OTHER_NUMBER = re.compile(  # words beside a number that change it
+    "minus|negative|about|approximately|approx|roughly|around|nearly|almost|over|under|least|most|between|hundred|thousand|"
+    "million|billion|trillion|dozen|half|quarter|twice|double|triple|k"
+)
+
+
+class Completed(Protocol):
+    """What a model wrote after a prompt (``osler.tokenizer.chat.Completion``)."""
+
+    @property
+    def thinking(self) -> str: ...
+    @property
+    def answer(self) -> str | None: ...
+    @property
+    def finished(self) -> bool: ...
+    @property
+    def well_formed(self) -> bool: ...
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What an answer says: whether it can be read, whether it is right, and the position of the option it chose."""
+
+    readable: bool
+    right: bool
+    choice: int | None = None
+
+
+def read_answer(item: ExamItem, completion: Completed) -> Reading:
+    """Read a completion's answer to an item: an option, a number, or any text where the item's answer is a text."""
+    text = completion.answer or ""
+    if not completion.finished and text[-1:].isalnum():
+        text = ""  # the length limit may have cut through a word or a number
+    if item.options:
+        choice = read_choice(text, item.options)
+        return Reading(choice is not None, choice is not None and item.is_right(choice), choice)
+    expected = read_number(item.answer)
+    if expected is None:
+        return Reading(bool(text.strip()), bool(text.strip()) and plain(text) == plain(item.answer))
+    number = read_number(text)
+    return Reading(number is not None, number == expected)
+
+
+def read_choice(text: str, options: Sequence[str]) -> int | None:
+    """The position of the option that an answer names, or None when it names none, or not for sure."""
+    if len(text) > MAX_ANSWER_CHARS + max(map(len, options)):
+        return None
+    said, shown = _spaced(text), [_spaced(option) for option in options]
+    for index, option in enumerate(shown):
+        if said == f"{option} ({LETTERS[index]})" and said not in shown:
+            return index
+    choices = {_choice(_unwrapped(part), options) for part in _final_parts(text)}
+    return choices.pop() if len(choices) == 1 else None
+
+
+def read_number(text: str) -> Decimal | None:
+    """The number that an answer gives, or None when it gives none, or not for sure."""
+    if len(text) > MAX_ANSWER_CHARS:
+        return None
+    numbers = {_number(_unwrapped(part)) for part in _final_parts(text)}
+    return numbers.pop() if len(numbers) == 1 else None
+
+
+def _choice(text: str, options: Sequence[str]) -> int | None:
+    whole = _matching(text, options)
+    if not whole and (introduction := _INTRODUCTION.match(text)):
+        text = text[introduction.end() :]
+        whole = _matching(text, options)
+    letter, beside, after = "", "", ""
+    misspelt = False  # whether the text beside the letter may differ from the option's
+    if found := _LONE.fullmatch(text):
+        letter = found[1] or found[2]
+    elif found := _TAIL.fullmatch(text):
+        letter, beside, misspelt = found[2], found[1], True
+    elif whole:
+        pass  # "E. coli" and "Vitamin (A): deficiency" may be the texts of options
+    elif found := _HEAD.fullmatch(text):
+        letter, beside = found[1] or found[2], found[3]
+    elif found := _EXPLAINED.fullmatch(text):
+        beside, letter, after = found.groups()
+    if not letter or (index := LETTERS.index(letter.upper())) >= len(options):
+        return whole[0] if len({wording(options[index]) for index in whole}) == 1 else None
+    if whole and index not in whole:
+        return None  # the letter of one option and the text of another
+    matching = _matching(beside, options)
+    allowed = index in matching if matching or not misspelt else _is_free_of_doubt(beside, index, options)
+    return index if (allowed or not beside.strip()) and _is_free_of_doubt(after, index, options) else None
+
+
+def _is_free_of_doubt(text: str, index: int, options: Sequence[str]) -> bool:
+    """Whether words around a letter leave it alone: no negation, alternative, other letter or other option's text.
+
+    What the option itself says is no doubt: "no growth (B)" names B when that is its text.
+    """
+    words, own = _words(text), _words(options[index])
+    strange = set(words) - set(own)
+    if any(map(_DOUBT.fullmatch, strange)):
+        return False
+    letters = {(found[1] or found[2]).lower() for found in _LETTER.finditer(text)} - set(own)
+    if letters & set(LETTERS.lower()[: len(options)]) - {LETTERS[index].lower()}:
+        return False
+    others = (f" {' '.join(_words(option))} " for option in options)
+    said, meant = f" {' '.join(words)} ", f" {' '.join(own)} "
+    return not any(other.strip() and other in said and other not in meant for other in others)
+
+
+def _matching(text: str, options: Sequence[str]) -> list[int]:
+    """The options whose text this is; "AA" is not "Aa" where both are options."""
+    for form in (wording, lambda text: plain(_unwrapped(text))):
+        said = form(text)
+        found = [index for index, option in enumerate(options) if said and form(option) == said]
+        if found:
+            return found
+    return []
+
+
+def _number(text: str) -> Decimal | None:
+    work, _, result = text.rpartition("=")  # 48 + 24 = 72
+    if "=" in work or any(map(_DOUBT.fullmatch, _words(text))) or any(map(_OTHER_NUMBER.fullmatch, _words(result))):
+        return None
+    numbers = []
+    for word in result.strip("\"'“”‘’ ").split():
+        if found := _NUMBER.fullmatch(word):
+            numbers.append(Decimal(found[1].replace(",", "")) * (-1 if "-" in word else 1))
+        elif any(character.isnumeric() for character in word) or (not _words(word) and word.strip("%$€£¥₹.,;:!")):
+            return None  # 5k, 3², 1/2, or an operator
+    if len(numbers) != 1 or (work and _number(work) not in (None, numbers[0])):
+        return None
+    return numbers[0]
+
+
+def _final_parts(text: str) -> list[str]:
+    """What is marked as the answer by ``\\boxed{}`` or ``####``, else the whole text."""
+    return [*_BOXED.findall(text), *text.split("####")[1:]] or [text]
+
+
+def _unwrapped(text: str) -> str:
+    """The text without markup and line breaks, in ASCII where it is a matter of form alone."""
+    text = unicodedata.normalize("NFC", text).translate(_ASCII)
+    digits = {character for character in text if character.isdecimal()}
+    if len({ord(digit) - unicodedata.decimal(digit) for digit in digits}) == 1:
+        text = text.translate({ord(digit): str(unicodedata.decimal(digit)) for digit in digits})
+    text = text.replace("\\$", "$").replace("\\%", "%")
+    for _ in range(3):  # emphasis in emphasis in a box
+        text = _EMPHASIS.sub(r"\2", _LATEX.sub(r" \1 ", _spaced(text)))
+    return _spaced(text)
+
+
+def _spaced(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _words(text: str) -> list[str]:
+    return [word.casefold() for word in _WORD.findall(text)]

@@ -1,0 +1,144 @@
+"""How an answer is read: every form has a row, and what is not sure is not read. The exam and the rewards read alike."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from decimal import Decimal
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from osler.eval.exams import mark
+from osler.tasks.answers import read_answer, read_choice, read_number
+from osler.tasks.item import ExamItem, render_answer
+from osler.tasks.rewards import correct
+from osler.tokenizer.chat import Completion
+
+DRUGS = ("penicillin", "amoxicillin", "vancomycin", "doxycycline")
+ITEM = ExamItem(id="x1", question="First-line treatment?", options=DRUGS, answer_index=1)
+SUM = ExamItem(id="s1", question="6 x 12?", options=(), answer_index=-1, answer="72")
+
+READ_AS_B = [
+    "amoxicillin (B)", "  amoxicillin (B).", "amoxicilin (B)", "amoxicillin (b)", "(B)", "B", "B.", "b", "B)", "B: amoxicillin",
+    "B. amoxicillin", "(B) amoxicillin", "amoxicillin", "Amoxicillin.", '"amoxicillin"', "The answer is B", "the answer is B",
+    "The answer is (B).", "Answer: B", "Answer: B.", "answer: b", "So the correct answer is: amoxicillin (B).",
+    "The answer is amoxicillin.", "Option B", "option (b)", "**B**", "**B.** amoxicillin", "**amoxicillin (B)**", "`B`",
+    "**Answer:** B", r"\boxed{B}", r"$\boxed{\text{(B)}}$", "#### B", "（Ｂ）", "Ｂ", "amoxicillin (B), because it is oral",
+    "amoxicillin (B) amoxicillin (B)", "A beta lactam (B)",
+]  # fmt: skip
+NOT_READ = [
+    "", "   ", "aspirin", "Bacteria", "A fever",  # a letter inside a word, or an article
+    "E", "(E)", "amoxicillin (E)", "Answer: E",  # no such option
+    "not (A)", "not amoxicillin", "The answer is not B", "It isn't (B)", "anything but (B)", "all except (B)", "rule out (B)",
+    "Neither A nor (B)", "A or (B)", "X or Y (B)", "(A) or (B)", "amoxicillin or penicillin", "both (B)", "A, B", "A B C D",
+    "(A) (B) (C) (D)", "B and C", "B/C", "Options B", "penicillin (A) amoxicillin (B)", "penicillin amoxicillin (B)",
+    "penicillin (B)", "B. penicillin", "The answer is penicillin (B)",  # the text of one, the letter of another
+    "Answer: B Answer: C", r"\boxed{B} \boxed{C}", "#### B #### C", "amoxicillin (B). Wait, penicillin (A).",
+    "amoxicillin (B). No.", "maybe (B)", "possibly B", "B?", "I guess (B)",
+    "Β", "В",  # Greek and Cyrillic
+    "(B) is wrong", "?" * 5000 + "(B)",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "expected"), [*((text, 1) for text in READ_AS_B), *((text, None) for text in NOT_READ)])
+def test_reading_a_choice(text: str, expected: int | None) -> None:
+    assert read_choice(text, DRUGS) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "expected"),
+    [
+        ("O (D)", ("A", "B", "AB", "O"), 3),
+        ("O", ("A", "B", "AB", "O"), 3),
+        ("A", ("B", "A", "AB", "O"), None),  # the letter A or the blood group A
+        ("A (B)", ("B", "A", "AB", "O"), 1),
+        ("A", ("A", "B", "AB", "O"), 0),
+        ("B (D)", ("RhO(D)", "x", "y", "B"), 3),
+        ("Vitamin (A) (C)", ("Vitamin D", "Zinc", "Vitamin (A)", "Iron"), 2),
+        ("Vitamin (A)", ("Vitamin D", "Zinc", "Vitamin (A)", "Iron"), None),
+        ("Vitamin (A) deficiency", ("Scurvy", "Vitamin (A) deficiency"), 1),
+        ("RhO(D) protects the fetus. (B)", ("RhO(D) protects the mother.", "RhO(D) protects the fetus."), 1),
+        ("RhO(D) protects the mother. (B)", ("RhO(D) protects the mother.", "RhO(D) protects the fetus."), None),
+        ("E. coli", ("Proteus", "E. coli", "Klebsiella", "Serratia", "Candida"), 1),
+        ("hepatitis B viru (C)", ("measles", "mumps", "hepatitis B virus"), 2),
+        ("raised D-dimers (A)", ("raised D-dimer", "ferritin", "lactate", "troponin"), 0),
+        ("no grwth (B)", ("growth", "no growth"), 1),  # the option says "no" itself
+        ("Aa", ("AA", "Aa", "aa"), 1),
+        ("AA (B)", ("AA", "Aa", "aa"), None),
+        ("aA", ("AA", "Aa", "aa"), None),
+        ("10² (A)", ("10²", "102"), 0),
+        ("102", ("10²", "102"), 1),
+        ("_x_ (B)", ("x", "_x_"), 1),
+        ("maybe (C)", ("yes", "no", "maybe"), 2),
+        ("maybe (D)", ("yes", "no", "maybe"), None),
+        ("no", ("yes", "no", "maybe"), 1),
+        ("Both", ("left", "right", "Both"), 2),
+    ],
+)
+def test_option_texts_that_look_like_letters_or_doubt(text: str, options: tuple[str, ...], expected: int | None) -> None:
+    assert read_choice(text, options) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        *((text, "72") for text in (
+            "72", "72.", "72!", "072", "+72", "72 apples", "72 times", "#### 72", "It is 3 of 4. #### 72",
+            "She sold 48 + 24 = 72", "72 = 72.0", "x = 72", "$72", "72$", "$ 72", "€72",
+            "72%", "72 %", "72 percent", "the total is 72.",
+            "**72**", "$72$", r"\$72", r"\boxed{72}", r"It is 3 and 4, so $\boxed{72}$.", "７２", "٧٢", "७२",
+        )),
+        ("$1,080", "1080"), ("109,200,000", "109200000"), ("1,000.50", "1000.5"), ("１，０８０", "1080"), ("١٬٠٨٠", "1080"),
+        ("-5", "-5"), ("−5", "-5"), ("-$5", "-5"), ("$-5", "-5"), ("0.50 dollars", "0.5"), ("$.50", "0.5"),
+        *((text, None) for text in (
+            "", "none", "seventy-two", "nan", "inf", "?", "1" * 2000,
+            "1e3", "5k", "5 k", "3²", "10^3", "0x10", "72kg", "2nd", "3D", "½", "七", "7٢",  # something is glued to it
+            "1_000", "1 000", "1 000", "1'000", "1.000,5", "1,08", "0,500", "1000,000", "1,000,00",  # other separators
+            "1/2", "2 1/2", "1 / 2", "10:30", "3-4", "3–4", "(72)", "5'10\"",
+            "- 5", "–5", "--5", "~72", "≈ 72", "> 72",
+            "72 or 73", "between 3 and 4", "not 72", "isn't 72", "about 72", "at least 72", "5 million", "minus 5", "half of 72",
+            "4 + 4", "3 x 3", "2 * 3 * 4", "71 = 72", "x = 71, y = 72", "#### 71 #### 72", r"\boxed{71} \boxed{72}",
+        )),
+    ],
+)  # fmt: skip
+def test_reading_a_number(text: str, expected: str | None) -> None:
+    assert read_number(text) == (None if expected is None else Decimal(expected))
+
+
+WORDS = [*READ_AS_B, *NOT_READ[:-1], "not ", "A", "B", "(A)", "(B)", "(E)", "penicillin", " or ", " ", ". ", ", "]
+DIGITS = ["7", "72", "1,080", ".", "-", "−", "$", "%", "/", "=", "####", "e5", "k", "²", "_", ",", " ", " cm", "\\boxed{", "}"]
+
+
+@settings(max_examples=200, derandomize=True)
+@given(st.lists(st.sampled_from(WORDS), max_size=3).map("".join), st.lists(st.sampled_from(DIGITS), max_size=6).map("".join))
+def test_the_exam_and_the_reward_read_alike(choice: str, number: str) -> None:
+    for item, text in ((ITEM, choice), (SUM, number)):
+        completion = Completion(thinking="x", answer=text, finished=True, well_formed=True)
+        result, reading = mark(item, completion), read_answer(item, completion)
+        assert (result.right, result.predicted) == (correct(item, completion) == 1, reading.choice)
+        assert reading.readable == (result.status == "answered") and (reading.readable or not reading.right)
+
+
+@settings(derandomize=True)
+@given(st.text(max_size=200))
+def test_reading_never_fails_and_stays_in_range(text: str) -> None:
+    assert read_choice(text, DRUGS) in (None, 0, 1, 2, 3)
+    number = read_number(text)
+    assert number is None or number.is_finite()
+
+
+@settings(derandomize=True)
+@given(st.lists(st.text(min_size=1, max_size=12).filter(str.strip), min_size=2, max_size=6), st.data())
+def test_the_taught_form_is_always_read_back(options: list[str], data: st.DataObject) -> None:
+    index = data.draw(st.integers(0, len(options) - 1))
+    read = read_choice(render_answer(replace(ITEM, options=tuple(options), answer_index=index)), options)
+    # None only where an option's own text is another option's rendering
+    assert read == index or (read is None and any("(" in option for option in options))
+
+
+def test_hostile_text_ends_at_once() -> None:
+    """A pattern that tries every way to split a text would not end in a lifetime."""
+    pieces = ["*", "* a ", "**a", "_", "`", "$", "(A)", "(B), ", "\\boxed{", "\\boxed{a{b}", "\\text{", "####", "=", "1,", "'a"]
+    for text in [(piece * 1000)[:999] + end for piece in pieces for end in ("", "x")]:
+        assert read_choice(text, DRUGS) in (None, 0, 1) and read_number(text) is None
