@@ -25,13 +25,18 @@ class Delivered:
         shards = self.packings[0].order.shards
         return shards.num_bytes / shards.num_tokens if self.packings[0].prompt_loss else None
 
+    def epochs(self, step: int, skipped_tokens: int = 0) -> float:
+        """How often the data have been gone through after ``step`` steps."""
+        packing = self.packings[self.timeline.at_step(step - 1).number - 1]
+        return packing.epochs(self.timeline.rows_at(step - 1, skipped_tokens).stop)
+
     def metrics(self, step: int, steps: int, *, by_source: bool, skipped_tokens: int = 0) -> dict[str, float]:
         """The state after ``step`` steps, and the padding of the last ``steps`` of them; ``by_source`` visits every document."""
         span = self.timeline.at_step(step - 1)
         packing = self.packings[span.number - 1]
         stop = self.timeline.rows_at(step - 1, skipped_tokens).stop
         first = max(0, stop - steps * span.rows_per_batch)
-        metrics = {"data/epoch": packing.epochs(stop), "data/padding_frac": packing.padding(first, stop)}
+        metrics = {"data/epoch": self.epochs(step, skipped_tokens), "data/padding_frac": packing.padding(first, stop)}
         if by_source:
             tokens_S, epoch_S = packing.tokens_by_source(stop), packing.tokens_of_epoch
             given, whole = int(tokens_S.sum()), int(epoch_S.sum())

@@ -5,7 +5,7 @@
 offset in tokens, whatever the length: a curriculum goes on with longer rows where the shorter ones ended.
 `WholePacking` (fine-tuning) keeps documents whole: best-fit decreasing puts them together in rows of seq_len + 1
 tokens, the rest of a row is padding, and a longer document is cut into consecutive pieces that share one token, so
-nothing is dropped and nothing starves.
+nothing starves, and nothing is dropped but what is asked to be left out.
 
 Row i is found without visiting the rows before it. There is no state: resume is exact at any row.
 """
@@ -18,7 +18,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from osler.data.order import CACHED_EPOCHS, Order
-from osler.data.shards import Int64Array, MaskArray, TokenArray
+from osler.data.shards import Int64Array, MaskArray, ShardSet, TokenArray
 from osler.errors import UserError
 from osler.ops.labels import IGNORED
 
@@ -120,16 +120,19 @@ class WholePacking:
 
     The first token of a document is never a label (nothing before it could tell it), nor is padding. Which lengths
     share a row is planned once, because it depends on lengths alone; an epoch only deals its permutation out to those
-    places.
+    places. Documents of `left_out` are in no row.
     """
 
-    def __init__(self, order: Order, seq_len: int, *, prompt_loss: bool = False) -> None:
+    def __init__(
+        self, order: Order, seq_len: int, *, prompt_loss: bool = False, left_out: Int64Array | tuple[()] = ()
+    ) -> None:
         _check_seq_len(seq_len)
         self.order = order
         self.seq_len = seq_len
         self.prompt_loss = prompt_loss
         lengths = order.shards.lengths
         counts = np.maximum(1, -(-(lengths - 1) // seq_len))
+        counts[np.asarray(left_out, np.int64)] = 0
         first = np.cumsum(counts) - counts
         self._document = np.repeat(np.arange(len(lengths), dtype=np.int64), counts)
         self._start = (np.arange(len(self._document), dtype=np.int64) - np.repeat(first, counts)) * seq_len
@@ -185,6 +188,15 @@ class WholePacking:
         rank[permutation] = np.arange(len(permutation))
         pieces_by_place = np.lexsort((self._start, rank[self._document], -self._length))
         return pieces_by_place, rank, self.order.shuffled(self.rows_per_epoch, epoch, "rows")
+
+
+def torn_examples(shards: ShardSet, seq_len: int) -> Int64Array:
+    """The examples that are longer than a row, whose answers would be cut from their questions.
+
+    An example is a document of which only a part is learned; one that is learned as a whole, a text, may be cut anywhere.
+    """
+    masks = ((index, shards.document(index)[1]) for index in np.flatnonzero(shards.lengths > seq_len + 1).tolist())
+    return np.array([index for index, mask in masks if mask is not None and not mask.all()], np.int64)
 
 
 def by_source(order: Order, sources: Int64Array, tokens: Int64Array) -> Int64Array:

@@ -90,9 +90,16 @@ def open_source(data: ClinicData | FilesData | TurnsData) -> Source:
 
 
 def check_source(data: ClinicData | FilesData | TurnsData) -> None:
-    """Raise UserError when the files of a config are not there or their first document cannot be read."""
-    if not isinstance(data, ClinicData):
-        next(iter(open_source(data).train), None)
+    """Raise UserError when the files of a config are not there, hold nothing, or their first document cannot be read."""
+    if isinstance(data, ClinicData):
+        return
+    empty = 0
+    for document in open_source(data).train:
+        if not document.is_empty:
+            return
+        empty += 1
+    found = f"of {empty:,} documents {empty:,} are empty" if empty else "there are no documents"
+    raise UserError(f"There is nothing to learn from: {found} in data.path={data.path}.")
 
 
 def prepare_source(
@@ -104,6 +111,7 @@ def prepare_source(
     consent: str = "",
 ) -> Prepared:
     """Prepare the data of a config into the folder `out`; see `osler.data.prepare.prepare`."""
+    check_source(data)
     source = open_source(data)
     return prepare(
         source.train,
@@ -122,6 +130,7 @@ def train_tokenizer(data: ClinicData | FilesData | TurnsData, vocab_size: int, *
 
     What `prepare` will hold out is left out here too. The sample is spread evenly and the same every time.
     """
+    check_source(data)
     source = open_source(data)
     held = frozenset() if source.validation is not None else held_out(source.train, source.holdout_fraction, source.seed)
     total = sum(

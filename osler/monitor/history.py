@@ -26,6 +26,7 @@ DEAD_UNITS = "model/dead_units_frac/"  # and the number of the layer
 LAYER_NORM = "grad/norm/"  # and the number of the layer, or what else it is
 REWARD, REWARD_SPREAD, CORRECT = "reward", "reward_std", "answer/correct_frac"
 CUT = "completions/clipped_ratio"
+EPOCH = "data/epoch"
 UNLEARNED = "train/unlearned_steps"
 
 KEPT = 480  # values of one metric

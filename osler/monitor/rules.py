@@ -19,6 +19,7 @@ from osler.monitor.history import (
     CUT,
     DATA_TIME,
     DEAD_UNITS,
+    EPOCH,
     GRAD_NORM,
     KEPT,
     LAYER_NORM,
@@ -53,6 +54,7 @@ GROWTH_WINDOWS = (30, 120, 480)
 SLOW_SECONDS, BUSY_CPUS = 60.0, 0.25  # at less than half of the best speed; other work that may be the cause
 STALLED, STALLED_LINES = 0.005, 60  # of the loss; fewer lines cannot tell a plateau from noise
 ANNEALED = 0.1  # of the highest learning rate: below it a loss may rest
+WORN_EPOCHS = 16  # passes over the data
 CUT_SHARE = 0.9  # above this share of cut completions something is wrong with the template or the limit
 FINE_CUT_SHARE = 0.5  # below this share in a run's first lines the template and the limit were right
 
@@ -164,6 +166,19 @@ def ended_badly(past: History) -> Iterator[Finding]:
             f"rose, try {past.facts.slower}.",
             loss,
             "critical",
+        )
+
+
+def repeated(past: History) -> Iterator[Finding]:
+    """The data were read so often that once more teaches next to nothing (Muennighoff et al. 2023, arXiv 2305.16264)."""
+    epochs = past.line[EPOCH]
+    if epochs > WORN_EPOCHS:
+        yield Finding(
+            "repeated-data",
+            f"the run has read its data {epochs:.0f} times. After about {WORN_EPOCHS} times once more teaches next to nothing, and "
+            "the model learns them by heart: keep the checkpoint with the lowest eval/loss, and give more data or a smaller "
+            "total_tokens.",
+            epochs,
         )
 
 
@@ -349,6 +364,7 @@ RULES: tuple[tuple[str, Callable[[History], Iterator[Finding]]], ...] = (
     (GRAD_NORM, vanishing),
     (LOSS, guessing),
     (UNLEARNED, unlearned),
+    (EPOCH, repeated),
     (LOSS, rising),
     (CLIPPED, clipped),
     (DEAD_UNITS, dead_units),

@@ -48,6 +48,8 @@ class TrainConfig:
     data: DataConfig = ClinicData()
     # stream cuts documents anywhere, whole keeps them whole and pads; auto: whole for sft
     packing: Literal["auto", "stream", "whole"] = "auto"
+    # examples whose answer does not fit into a row with its question (sft, packing whole): refuse to begin, or drop them
+    too_long: Literal["refuse", "drop"] = "refuse"
     document_mask: bool = False  # whether attention stays inside a document
     seq_len: int = 128  # tokens in a row: with a curriculum in its longest, and in those of held-out text
     batch_tokens: int = 8_192  # tokens per optimizer step

@@ -61,14 +61,17 @@ from osler.train.folder import (
 from osler.train.setup import (
     COMPILE_MIN_STEPS,
     Machine,
+    check_lengths,
     check_plan,
     check_processes,
     check_vocabulary,
     choose_machine,
     describe_run,
+    left_out,
     make_model,
     make_tokenizer,
     set_precision,
+    tell_of_repeats,
     warn_of_small_passes,
 )
 from osler.train.step import TrainStep
@@ -141,7 +144,7 @@ def train(config: TrainConfig, run: RunFolder, world: World | None = None) -> bo
     tokenizer_path = run.root / TOKENIZER_FILE
     tokenizer = world.once(lambda: make_tokenizer(config, tokenizer, tokenizer_path))
     check_vocabulary(model.config, tokenizer, is_new=checkpoint is None and config.init_from is None)
-    prepared = world.ahead(lambda: begin(config, run, tokenizer), lambda: open_prepared(run.root / DATA, tokenizer))
+    prepared = world.ahead(lambda: begin(config, run, tokenizer, model.config), lambda: open_prepared(run.root / DATA, tokenizer))
     engine = parallelize(model, config.parallel, world, compile=machine.compile)
     optimizer = build_optimizer(model, config.optim, seed=config.seed, process_group=world.group)
     train_step = TrainStep(
@@ -177,6 +180,7 @@ def train(config: TrainConfig, run: RunFolder, world: World | None = None) -> bo
         if config.max_minutes is None:
             warn_of_endless_warmup(config.schedule.warmup_tokens, config.total_tokens)
         warn_of_stages_out_of_reach(config)
+        tell_of_repeats(config, prepared.train, trainer.delivered)
         say(
             f"{config.kind}: {model.config.num_parameters:,} parameters, {prepared.train.num_tokens:,} tokens of data, "
             f"{length_of(config)} to train on; {machine.dtype} on {place_of(machine, config.parallel, world)}."
@@ -185,10 +189,12 @@ def train(config: TrainConfig, run: RunFolder, world: World | None = None) -> bo
     return trainer.fit()
 
 
-def begin(config: TrainConfig, run: RunFolder, tokenizer: Tokenizer) -> Prepared:
+def begin(config: TrainConfig, run: RunFolder, tokenizer: Tokenizer, model: ModelConfig) -> Prepared:
     """Put into the folder what every rank then reads: the shards, the config that makes it this run's, the tokenizer."""
     allowed, consent = config.allow_data_change, "allow_data_change=true"
     prepared = prepare_source(config.data, tokenizer, run.root / DATA, set_aside=allowed, consent=consent)
+    if allowed or not run.config.exists():  # a run that has begun goes on
+        check_lengths(config, prepared, model.max_seq_len)
     claim(run, config)
     if not (run.root / TOKENIZER_FILE).exists():
         write_atomic(run.root / TOKENIZER_FILE, tokenizer.to_bytes())
@@ -266,7 +272,7 @@ def packing_of(config: TrainConfig, order: Order, span: Span) -> StreamPacking |
     """How documents become rows: in pretraining every token is learned, in fine-tuning what the loss masks say."""
     prompt_loss = config.kind == "pretrain"
     if config.packs_whole:
-        return WholePacking(order, span.seq_len, prompt_loss=prompt_loss)
+        return WholePacking(order, span.seq_len, prompt_loss=prompt_loss, left_out=left_out(config, order.shards))
     return StreamPacking(order, span.seq_len, first_token=span.first_token, prompt_loss=prompt_loss)
 
 
@@ -298,7 +304,7 @@ def text_batches(config: TrainConfig, shards: ShardSet) -> Iterator[tuple[Tensor
 
 def answer_batches(config: TrainConfig, shards: ShardSet) -> Iterator[tuple[Tensor, ...]]:
     """Held-out examples, whole and apart from each other; what is scored is what the loss masks say."""
-    packing = WholePacking(Order(shards, VALIDATION_SEED), config.seq_len)
+    packing = WholePacking(Order(shards, VALIDATION_SEED), config.seq_len, left_out=left_out(config, shards))
     size = max(1, EVAL_BATCH_TOKENS // config.seq_len)
     for start in range(0, packing.rows_per_epoch, size):
         batch = make_batch(packing, range(start, min(packing.rows_per_epoch, start + size)))

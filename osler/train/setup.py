@@ -7,11 +7,16 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from osler.checkpoint import store
 from osler.data.curriculum import rows_per_micro_batch
+from osler.data.delivered import Delivered
 from osler.data.loader import check_shares
+from osler.data.packing import torn_examples
+from osler.data.prepare import Prepared
+from osler.data.shards import Int64Array, ShardSet
 from osler.data.sources import check_source, train_tokenizer
 from osler.errors import UserError
 from osler.inference.load import TOKENIZER_FILE, described_model, load_model
@@ -31,6 +36,10 @@ from osler.train.config import TrainConfig
 from osler.train.folder import VERSIONS
 
 COMPILE_MIN_STEPS = 100  # compiling costs 10 to 30 seconds; shorter runs end sooner without it
+ROUND_LENGTH = 64  # a row length that is proposed is a multiple of it
+# Passes over the data that are told at the start. Text: Muennighoff et al. 2023, arXiv 2305.16264, found up to 4 to be nearly as
+# good as new text, and hardly a gain after 16. Fine-tuning is often many passes over few examples.
+WORTHWHILE_EPOCHS = {"pretrain": 4, "sft": 16}
 MUCH_USED = 0.9  # of the model's vocabulary: below this share of it the rest is worth a word
 PACKAGES = ("osler", "torch", "torchao", "numpy", "tokenizers", "safetensors", "pydantic", "pyarrow")
 
@@ -188,6 +197,58 @@ def check_vocabulary(model: ModelConfig, tokenizer: Tokenizer, *, is_new: bool) 
         say(
             f"The tokenizer has {tokenizer.vocab_size:,} tokens, the model room for {model.vocab_size:,}: "
             f"model.vocab_size={tokenizer.vocab_size} would be smaller and lose nothing."
+        )
+
+
+def left_out(config: TrainConfig, shards: ShardSet) -> Int64Array:
+    """The examples that ``too_long=drop`` leaves out of training, and of the held-out data."""
+    drops = config.kind == "sft" and config.too_long == "drop"
+    return torn_examples(shards, config.seq_len) if drops else np.zeros(0, np.int64)
+
+
+def check_lengths(config: TrainConfig, prepared: Prepared, max_seq_len: int) -> None:
+    """Refuse to fine-tune on answers that are cut from their questions, or say how many examples are dropped for it.
+
+    ``max_seq_len`` is the model's. Raises UserError also when nothing is left of a split.
+    """
+    if config.kind != "sft" or not config.packs_whole:
+        return
+    splits = [shards for shards in (prepared.train, prepared.validation) if shards is not None]
+    torn = [torn_examples(shards, config.seq_len) for shards in splits]
+    count = sum(map(len, torn))
+    if not count:
+        return
+    longest = max(int(shards.lengths[chosen].max()) for shards, chosen in zip(splits, torn, strict=True) if len(chosen))
+    wanted = min(max_seq_len, -(-(longest - 1) // ROUND_LENGTH) * ROUND_LENGTH)
+    still = sum(len(torn_examples(shards, wanted)) for shards in splits)
+    fits = f"set seq_len={wanted} batch_tokens={-(-config.batch_tokens // wanted) * wanted}"
+    limit = f", the most that the model reads (max_seq_len), for which {still:,} are too long still" if still else ""
+    what = (
+        f"{count:,} of {sum(shards.num_documents for shards in splits):,} examples are longer than a row of seq_len "
+        f"{config.seq_len} (the longest has {longest:,} tokens), so that answers would be cut from their questions"
+    )
+    if config.too_long == "refuse":
+        more = fits + limit if wanted > config.seq_len else f"the model reads no more than {max_seq_len} tokens (max_seq_len)"
+        raise UserError(f"{what}: {more}, or leave these examples out with too_long=drop.")
+    if any(len(chosen) == shards.num_documents for shards, chosen in zip(splits, torn, strict=True)):
+        raise UserError(f"{what}, and too_long=drop leaves nothing to train on or to hold out: {fits}{limit}.")
+    say(f"Warning: {what}; they are left out (too_long=drop).")
+
+
+def tell_of_repeats(config: TrainConfig, shards: ShardSet, delivered: Delivered) -> None:
+    """Say when the data are less than one row, or read so often that it is not worth much; by the clock that shows later."""
+    tokens, most = shards.num_tokens, WORTHWHILE_EPOCHS[config.kind]
+    if tokens < config.seq_len:
+        say(
+            f"Warning: the data are {tokens:,} tokens, less than one row of seq_len {config.seq_len}. Give more data, or set a "
+            "smaller seq_len."
+        )
+    epochs = delivered.epochs(config.total_steps)
+    if config.max_minutes is None and epochs > most:
+        say(
+            f"Note: the run reads its {tokens:,} tokens {epochs:.1f} times. Up to about {most} times, data are worth nearly what "
+            "new data are; after that ever less, and the model learns them by heart. Give more data, or set "
+            f"total_tokens={int(config.total_tokens * most / epochs)}; watch that eval/loss goes on to fall."
         )
 
 
