@@ -139,8 +139,6 @@ def train_tokenizer(data: ClinicData | FilesData | TurnsData, vocab_size: int, *
         if document.split_key() not in held
         for part in document.parts
     )
-    if total == 0:
-        raise UserError("There is no text to train a tokenizer on.")
     kept = (document for document in source.train if document.split_key() not in held)
     return train(_sample(kept, max_bytes / total), vocab_size)
 
