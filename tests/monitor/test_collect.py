@@ -153,7 +153,7 @@ def test_a_loader_that_starves_the_device_is_told_by_the_clock(wait_ms, told):
         collector.fetch(endless, step)
         time.sleep(0.008)
         collector.mark("forward")
-        alerts += watch.look(step, step, collector.line())
+        alerts += watch.look(100 * step, step, collector.line())  # as if each line were one of a hundred steps
     assert [alert.name for alert in alerts] == told
     assert all("loader_workers=4 (now 2)" in alert.message for alert in alerts)
 
