@@ -175,8 +175,8 @@ def repeated(past: History) -> Iterator[Finding]:
     if epochs > WORN_EPOCHS:
         yield Finding(
             "repeated-data",
-            f"the run has read its data {epochs:.0f} times. After about {WORN_EPOCHS} times once more teaches next to nothing, and "
-            "the model learns them by heart: keep the checkpoint with the lowest eval/loss, and give more data or a smaller "
+            f"the run has read its data {epochs:.0f} times. After about {WORN_EPOCHS} times once more teaches next to nothing, "
+            "and the model learns them by heart: keep the checkpoint with the lowest eval/loss, and give more data or a smaller "
             "total_tokens.",
             epochs,
         )
