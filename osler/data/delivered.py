@@ -8,6 +8,8 @@ that a run passed over, after it went back, counts as gone through.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from osler.data.curriculum import Timeline
 from osler.data.loader import StagedLoader
 
@@ -39,10 +41,21 @@ class Delivered:
         metrics = {"data/epoch": self.epochs(step, skipped_tokens), "data/padding_frac": packing.padding(first, stop)}
         if by_source:
             tokens_S, epoch_S = packing.tokens_by_source(stop), packing.tokens_of_epoch
-            given, whole = int(tokens_S.sum()), int(epoch_S.sum())
-            for name, tokens, of_epoch in zip(packing.order.shards.sources, tokens_S.tolist(), epoch_S.tolist(), strict=True):
-                metrics[f"data/tokens/{name}"] = tokens
-                metrics[f"data/epoch/{name}"] = tokens / of_epoch
-                metrics[f"data/asked_frac/{name}"] = of_epoch / whole
-                metrics[f"data/delivered_frac/{name}"] = tokens / given
+            names = packing.order.shards.sources
+            given, of_epoch = (dict(zip(names, part.tolist(), strict=True)) for part in (tokens_S, epoch_S))
+            metrics |= of_sources(tokens=given, given=given, of_epoch=of_epoch, asked=of_epoch)
         return metrics
+
+
+def of_sources(
+    *, tokens: Mapping[str, float], given: Mapping[str, float], of_epoch: Mapping[str, float], asked: Mapping[str, float]
+) -> dict[str, float]:
+    """What a run was given of each source: ``given`` and ``of_epoch`` count the same thing, ``asked`` only compares sources."""
+    metrics: dict[str, float] = {}
+    all_given, all_asked = sum(given.values()), sum(asked.values())
+    for name in given:
+        metrics[f"data/tokens/{name}"] = tokens[name]
+        metrics[f"data/epoch/{name}"] = given[name] / of_epoch[name]
+        metrics[f"data/asked_frac/{name}"] = asked[name] / all_asked
+        metrics[f"data/delivered_frac/{name}"] = given[name] / all_given
+    return metrics

@@ -165,12 +165,16 @@ class Collector:
 
     def speed(self, tokens_per_second: float, *, tokens_left: int, seq_len: int) -> dict[str, float]:
         """What follows from a speed of training: the time left, and the share of the GPUs' peak where that is known."""
-        metrics = {"perf/tokens_per_second": tokens_per_second, "perf/eta_seconds": max(0, tokens_left) / tokens_per_second}
+        eta_seconds = max(0, tokens_left) / tokens_per_second
+        mfu = self.mfu(tokens_per_second, seq_len)
+        return {"perf/tokens_per_second": tokens_per_second, "perf/eta_seconds": eta_seconds, **mfu}
+
+    def mfu(self, tokens_per_second: float, seq_len: int) -> dict[str, float]:
+        """The share of the GPUs' peak that a speed of training on rows of ``seq_len`` tokens is, where the peak is known."""
         peak = peak_flops(self.device)
-        if peak is not None:
-            flops = tokens_per_second * self.model.config.flops_per_token(seq_len)
-            metrics["perf/mfu"] = flops / (peak * self.world.size)
-        return metrics
+        if peak is None:
+            return {}
+        return {"perf/mfu": tokens_per_second * self.model.config.flops_per_token(seq_len) / (peak * self.world.size)}
 
 
 def has_learned(loss: float, grad_norm: float) -> bool:

@@ -25,6 +25,7 @@ MEMORY = ("perf/memory_resident_bytes", "perf/memory_allocated_bytes")
 DEAD_UNITS = "model/dead_units_frac/"  # and the number of the layer
 LAYER_NORM = "grad/norm/"  # and the number of the layer, or what else it is
 REWARD, REWARD_SPREAD, CORRECT = "reward", "reward_std", "answer/correct_frac"
+ALL_EQUAL = "frac_reward_zero_std"
 CUT = "completions/clipped_ratio"
 EPOCH = "data/epoch"
 UNLEARNED = "train/unlearned_steps"
@@ -85,7 +86,7 @@ class History:
         for name in (STAGE, LR, GRAD_NORM, CLIPPED, *SPEEDS, *MEMORY):
             if name in line:
                 self.values[name].append(line[name])
-        if GRAD_NORM in line and line.get(REWARD_SPREAD) == 0.0:  # the pull of GRPO's KL term alone says nothing of other steps
+        if GRAD_NORM in line and line.get(ALL_EQUAL) == 1.0:  # the pull of GRPO's KL term alone says nothing of other steps
             self.values[GRAD_NORM][-1] = 0.0
         if any(name in line for name in MEMORY):
             self.memory_steps.append(step)

@@ -69,10 +69,10 @@ METRICS: dict[str, Metric] = {
     # the data
     "data/epoch": Metric("epochs", "how often the training data have been gone through"),
     "data/padding_frac": Metric("fraction", "places in the rows since the line before that hold no token"),
-    "data/tokens/<source>": Metric("tokens", "tokens of one source gone through so far", PLAN),
+    "data/tokens/<source>": Metric("tokens", "tokens of one source gone through so far; GRPO: answers to a task", PLAN),
     "data/epoch/<source>": Metric("epochs", "how often one source has been gone through", PLAN),
-    "data/asked_frac/<source>": Metric("fraction", "share of the tokens that one source is to have", PLAN),
-    "data/delivered_frac/<source>": Metric("fraction", "share of the tokens that one source has had so far", PLAN),
+    "data/asked_frac/<source>": Metric("fraction", "share of the tokens (GRPO: questions) that a source is to have", PLAN),
+    "data/delivered_frac/<source>": Metric("fraction", "share of the tokens (GRPO: questions) that a source has had", PLAN),
     # evaluation: never trained on
     "eval/loss": Metric("nats/token", "mean cross-entropy on held-out text", EVALUATION),
     "eval/train_gap": Metric("nats/token", "held-out loss minus the training loss of the line before", EVALUATION),
@@ -100,7 +100,8 @@ METRICS: dict[str, Metric] = {
     "perf/train_tokens_per_second": Metric("tokens/s", "tokens trained on per second of training, sampling excluded"),
     "perf/rollout_frac": Metric("fraction", "share of the step's time spent sampling"),
     # reinforcement learning (GRPO), TRL's names
-    "loss": Metric("objective", "GRPO loss; its level means little, its trend less"),
+    "loss": Metric("objective", "GRPO loss, of steps with something to learn; its level means little, its trend less"),
+    "loss/drift": Metric("objective", "GRPO loss beyond that of the policy that drew the samples; its jumps are told as spikes"),
     "reward": Metric("reward", "mean total reward of the batch's completions"),
     "reward_std": Metric("reward", "spread of the reward inside a group, averaged over groups"),
     "frac_reward_zero_std": Metric("fraction", "groups whose rewards are all equal, which teach nothing"),

@@ -92,6 +92,7 @@ def grpo_loss(inputs: LossInputs, algorithm: AlgorithmConfig) -> tuple[Tensor, d
     surrogate_BT = -torch.minimum(policy_ratio_BT * advantages_B1, policy_ratio_BT.clamp(low, high) * advantages_B1)
     on_policy_B = off_policy_keep(inputs.advantages_B, seq_kl_B, algorithm.opsm_delta)
     per_token_BT = surrogate_BT * on_policy_B[:, None]
+    undrifted_BT = -advantages_B1 * on_policy_B[:, None]  # the same where the ratio is 1
 
     kl_BT = torch.zeros_like(log_ratio_BT)
     if algorithm.beta > 0.0:
@@ -108,6 +109,7 @@ def grpo_loss(inputs: LossInputs, algorithm: AlgorithmConfig) -> tuple[Tensor, d
         row_B = mask_BT.any(dim=1)
         sums = {
             "loss": loss.detach(),
+            "drift": ((per_token_BT.detach() - undrifted_BT) * inputs.weight_BT).sum(),
             "tokens": mask_BT.sum(),
             "rows": row_B.sum(),
             "kl": kl_BT.detach().sum(),
@@ -156,6 +158,7 @@ def loss_metrics(sums: dict[str, Tensor]) -> dict[str, Tensor]:
     tokens, rows = sums["tokens"].clamp(min=1), sums["rows"].clamp(min=1)
     metrics = {
         "loss": sums["loss"],
+        "loss/drift": sums["drift"],
         "kl": sums["kl"] / tokens,
         "clip_ratio/low_mean": sums["clip_low"] / tokens,
         "clip_ratio/high_mean": sums["clip_high"] / tokens,

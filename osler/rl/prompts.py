@@ -56,6 +56,11 @@ def visits(tasks: Sequence[RlTask], seed: int, step: int, count: int) -> list[Vi
     ]
 
 
+def walked(tasks: Sequence[RlTask], steps: int, count: int) -> dict[str, int]:
+    """Return how many questions of each task the first ``steps`` steps of ``count`` questions ask, refills not counted."""
+    return {task.name: steps * share for task, share in zip(tasks, task_shares(tasks, count), strict=True)}
+
+
 def refill_visits(tasks: Sequence[RlTask], seed: int, step: int, refill: int, wanted: Sequence[str]) -> list[Visit]:
     """Return one more question for each task name in ``wanted``, for the ``refill``-th refill of a step."""
     by_name = {task.name: task for task in tasks}

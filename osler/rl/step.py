@@ -192,7 +192,7 @@ def update_policy(
         engine.bind(optimizer, clip_norm)
     world, parameters = engine.world, list(model.parameters())
     device = parameters[0].device
-    batches = _prepare(rows, algorithm, micro_batch_tokens, device, world)
+    batches, padding_frac = _prepare(rows, algorithm, micro_batch_tokens, device, world)
     if algorithm.beta > 0.0:
         if reference is None:
             raise ValueError("beta > 0 needs a reference model")
@@ -230,7 +230,8 @@ def update_policy(
     metrics = {name: float(values.mean()) for name, values in by_update.items()}
     metrics |= {name: float(values[0]) for name, values in by_update.items() if name.startswith(FIRST_UPDATE_METRICS)}
     metrics |= of_norms(by_update["train/grad_norm"].tolist(), engine.clip_norm)
-    return metrics | {"train/skipped_steps": float(by_update["train/skipped_steps"].sum())}
+    metrics["train/skipped_steps"] = float(by_update["train/skipped_steps"].sum())
+    return metrics | {"data/padding_frac": padding_frac}
 
 
 def few_rows(rows: Sequence[Row], count: int = 16) -> Rows:
@@ -246,8 +247,10 @@ def few_rows(rows: Sequence[Row], count: int = 16) -> Rows:
 
 def _prepare(
     rows: Sequence[Row], algorithm: AlgorithmConfig, micro_batch_tokens: int, device: torch.device, world: World
-) -> list[MicroBatch]:
+) -> tuple[list[MicroBatch], float]:
     """Cut this rank's share of the update into micro-batches; token weights come from the whole of it.
+
+    The number beside them is the share of the places in the micro-batches of all ranks that hold no token.
 
     What only watches comes first: the ranks then exchange gradients in the last pass, and FSDP, which gathers weights for
     a forward pass, lets go of them in a backward pass.
@@ -266,13 +269,15 @@ def _prepare(
     # With nothing to learn the update still happens, on zero gradients: the optimizer's momentum does not stand still.
     learning = learning or list(range(len(rows)))
     watching = sorted(set(range(len(rows))) - set(learning))
-    prepared = []
+    prepared: list[MicroBatch] = []
+    places = 0
     for chosen, learns in ((watching, False), (learning, True)):
         cut = [micro_batches(rows, share, micro_batch_tokens) for share in deal(rows, chosen, world.size)]
         own = cut[world.rank]
+        places += sum(len(indices) * rows[indices[0]].tokens for share in cut for indices in share)  # the longest comes first
         prepared += [_micro_batch([rows[index] for index in indices], weight[indices], learns, device) for indices in own]
         prepared += [_idle_pass(learns, device)] * (max(map(len, cut)) - len(own))
-    return prepared
+    return prepared, 1.0 - sum(row.tokens for row in rows) / places
 
 
 def _micro_batch(rows: list[Row], weight_BT: Tensor, learns: bool, device: torch.device, *, idle: bool = False) -> MicroBatch:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
@@ -22,6 +23,7 @@ import torch
 
 from osler.checkpoint import store
 from osler.checkpoint.saver import Saver
+from osler.data.delivered import of_sources
 from osler.inference.engine import Engine
 from osler.model.transformer import Transformer
 from osler.monitor.collect import Collector
@@ -32,8 +34,8 @@ from osler.optim.build import set_decay_and_momentum, set_lr
 from osler.optim.schedule import lr_scale
 from osler.parallel.engine import Engine as ParallelEngine
 from osler.rl.config import GrpoConfig
-from osler.rl.prompts import RlTask, visits
-from osler.rl.rollout import RolloutWorker, rollout_metrics
+from osler.rl.prompts import RlTask, visits, walked
+from osler.rl.rollout import Group, RolloutWorker, count_tokens, rollout_metrics
 from osler.rl.step import training_rows, update_policy
 from osler.runtime.faults import fault
 from osler.runtime.files import RunFolder
@@ -42,6 +44,9 @@ from osler.runtime.stop import AskedToStop, StopFlag
 from osler.tokenizer.bpe import Tokenizer
 from osler.train.folder import check_fingerprints, was_evaluated
 from osler.train.incidents import Incidents
+
+# Numbers that a step has when some group's rewards differ, so that means and rules over steps are over those that learned.
+OF_LEARNING = ("loss", "loss/drift", "grad/clipped_frac")
 
 
 class GrpoTrainer:
@@ -95,6 +100,7 @@ class GrpoTrainer:
         )
         self.step = 0  # finished steps
         self.tokens = 0  # completion tokens sampled
+        self.task_tokens = Counter[str]()  # completion tokens of each task's groups
         self.best_value: float | None = None
         self.has_left = False  # an evaluation, because the run was asked to stop
         self.incidents = Incidents(config, run, self._details, self.world)
@@ -195,18 +201,41 @@ class GrpoTrainer:
             self.reference.load_state_dict(self.engine.whole_weights(self.model))
 
         seconds = time.perf_counter() - started
-        learned = [row.tokens for row in rows if row.has_gradient(algorithm.beta)]
+        if metrics["frac_reward_zero_std"] == 1.0:  # at most the KL term had a gradient, whose numbers are not those of learning
+            update = {name: value for name, value in update.items() if name not in OF_LEARNING}
+        lengths = [row.tokens for row in rows if row.has_gradient(algorithm.beta)]
         return {
             **metrics,
             **update,
             **self.collector.line(),
+            **self._delivered(groups),
+            **(self._speed(lengths, seconds - rollout_seconds) if lengths else {}),
             "perf/eta_seconds": (config.steps - self.step) * seconds,
             "train/lr": self.optimizer.param_groups[0]["lr"],
             "perf/step_seconds": seconds,
             "perf/rollout_frac": rollout_seconds / seconds,
             "perf/rollout_tokens_per_second": sampled_tokens / rollout_seconds,
-            "perf/train_tokens_per_second": sum(learned) * algorithm.updates_per_batch / (seconds - rollout_seconds),
         }
+
+    def _speed(self, lengths: Sequence[int], seconds: float) -> dict[str, float]:
+        """The speed of the updates on rows of these lengths, and the share of the GPUs' peak that it is."""
+        speed = sum(lengths) * self.config.algorithm.updates_per_batch / seconds
+        # A token costs attention over its row, so the mean is over tokens.
+        seq_len = round(sum(length**2 for length in lengths) / sum(lengths))
+        return {"perf/train_tokens_per_second": speed, **self.collector.mfu(speed, seq_len)}
+
+    def _delivered(self, groups: Sequence[Group]) -> dict[str, float]:
+        """How often the questions have been gone through after the step just made, whose groups these are."""
+        tasks = self.worker.tasks
+        for group in groups:
+            self.task_tokens[group.visit.task.name] += count_tokens([group])
+        asked = walked(tasks, self.step + self.incidents.data_offset, self.config.algorithm.prompts_per_step)
+        of_epoch = {task.name: len(task.items) for task in tasks}
+        metrics = {"data/epoch": sum(asked.values()) / sum(of_epoch.values())}
+        if self.collector.is_due(self.step):
+            weights = {task.name: task.weight for task in tasks}
+            metrics |= of_sources(tokens=self.task_tokens, given=asked, of_epoch=of_epoch, asked=weights)
+        return metrics
 
     # -- watching ------------------------------------------------------------------------------------------------------
 
@@ -223,13 +252,13 @@ class GrpoTrainer:
     def _observe(self, metrics: Mapping[str, float]) -> None:
         """Hand the numbers of the step just made to whoever watches for incidents.
 
-        A step without a usable sample has none, and one whose groups are all rewarded equally says nothing of the others: its
-        loss is zero, or what the KL term leaves.
+        A step without a usable sample has none, and one whose groups are all rewarded equally says nothing of the others.
         """
         norm = metrics.get("train/grad_norm")
         if norm is not None and (metrics["frac_reward_zero_std"] < 1.0 or not math.isfinite(norm)):
             skipped = metrics["train/skipped_steps"] >= self.config.algorithm.updates_per_batch
-            self.incidents.observe(self.step, metrics["loss"], metrics["train/grad_norm"], skipped=skipped)
+            loss, drift = metrics.get("loss", math.nan), metrics.get("loss/drift")
+            self.incidents.observe(self.step, loss, norm, skipped=skipped, drift=drift)
 
     def _details(self, step: int) -> dict[str, Any]:
         """What an incident at the end of a step, the one just made, is recorded with."""
@@ -288,6 +317,7 @@ class GrpoTrainer:
             "kind": "grpo",
             "step": self.step,
             "tokens": self.tokens,
+            "task_tokens": dict(self.task_tokens),
             "incidents": self.incidents.checkpointed(self.step),
             "optimizer": optimizer_state,
             "fingerprints": self.fingerprints,
@@ -317,6 +347,7 @@ class GrpoTrainer:
             self.reference.load_state_dict(loaded.tensors["reference"])
         self.step = loaded.state["step"]
         self.tokens = loaded.state["tokens"]
+        self.task_tokens = Counter(loaded.state.get("task_tokens", {}))
         self.incidents.restore(loaded.state.get("incidents"))
         best = store.best_checkpoint(self.run.checkpoints)
         self.best_value = best.value if best is not None and best.step <= self.step else None

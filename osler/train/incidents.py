@@ -66,33 +66,43 @@ class Incidents:
         self.spikes = SpikeWindow(limits.spike)
         self.before: deque[list[Any]] = deque(maxlen=STEPS_BEFORE)  # step, loss and gradient norm of the last good steps
         self.skipped_in_a_row = 0
+        self.first_skipped = 0  # the step with which they began; steps without anything to learn lie between them unseen
+        self.not_finite_in_a_row = 0  # steps of which at least one update was skipped
         self.cause: str | None = None  # why the run has to go back
         self.rollbacks = 0
         self.data_offset = 0  # how far the data is ahead of the steps: tokens in train/, steps in rl/
         self.good_step: int | None = None  # of the last checkpoint from before any trouble
 
-    def observe(self, step: int, loss: float, grad_norm: float, *, skipped: bool) -> None:
-        """Judge the numbers of a finished step, all of whose updates were skipped or not; steps come in order."""
-        if not math.isfinite(grad_norm):  # in rl/ also when one of several updates of the step was skipped
+    def observe(self, step: int, loss: float, grad_norm: float, *, skipped: bool, drift: float | None = None) -> None:
+        """Judge the numbers of a finished step, all of whose updates were skipped or not; steps come in order.
+
+        ``drift`` is the part of the loss that spikes are looked for in; None: all of it.
+        """
+        if math.isfinite(grad_norm):
+            self.not_finite_in_a_row = 0
+        else:  # in rl/ also when one of several updates of the step was skipped
             message = "The gradient was not finite: the update was skipped and changed nothing."
-            self._record(step, "skipped-step", message, loss, grad_norm, loudly=self.skipped_in_a_row == 0)
+            self._record(step, "skipped-step", message, loss, grad_norm, loudly=self.not_finite_in_a_row == 0)
+            self.not_finite_in_a_row += 1
         if skipped:
+            self.first_skipped = self.first_skipped if self.skipped_in_a_row else step
             self.skipped_in_a_row += 1
             if self.skipped_in_a_row >= self.limits.max_skipped_steps:
                 self.cause = (
                     f"The gradient was not finite for {self.skipped_in_a_row} steps in a row (steps "
-                    f"{step - self.skipped_in_a_row + 1} to {step}); those steps changed nothing."
+                    f"{self.first_skipped} to {step}); those steps changed nothing."
                 )
             return
         self.skipped_in_a_row = 0
-        spike = self.spikes.observe(loss)
+        value, what = (loss, "loss") if drift is None else (drift, "loss beyond the samples' own (loss/drift)")
+        spike = self.spikes.observe(value)
         if spike is None:
             if math.isfinite(loss) and math.isfinite(grad_norm):
                 self.before.append([step, loss, grad_norm])
             return
         message = (
-            f"The loss spiked: {loss:.4g} is {spike.deviations:.1f} robust standard deviations above {spike.median:.4g}, the "
-            "median of the losses before it."
+            f"The {what} spiked: {value:.4g} is {spike.deviations:.1f} robust standard deviations above {spike.median:.4g}, the "
+            "median of the ones before it."
         )
         self._record(step, "loss-spike", message, loss, grad_norm, loudly=spike.in_a_row == 1, deviations=spike.deviations)
         if self.limits.spike.action == "rollback" and spike.in_a_row == 1:
@@ -157,6 +167,8 @@ class Incidents:
         return {
             "good_step": self.good_step,
             "skipped_in_a_row": self.skipped_in_a_row,
+            "first_skipped": self.first_skipped,
+            "not_finite_in_a_row": self.not_finite_in_a_row,
             "cause": self.cause,
             "rollbacks": self.rollbacks,
             "data_offset": self.data_offset,
@@ -169,6 +181,7 @@ class Incidents:
         if state is None:
             return
         self.good_step, self.skipped_in_a_row, self.cause = state["good_step"], state["skipped_in_a_row"], state["cause"]
+        self.first_skipped, self.not_finite_in_a_row = state.get("first_skipped", 0), state.get("not_finite_in_a_row", 0)
         self.rollbacks, self.data_offset = state["rollbacks"], state["data_offset"]
         self.spikes.restore(state["spikes"])
         self.before = deque(state["before"], STEPS_BEFORE)

@@ -197,7 +197,8 @@ def test_neither_a_jump_of_memory_nor_a_new_stage_is_an_alert():
 
 def test_a_policy_that_rarely_has_a_gradient_or_a_few_rewards_among_penalties_is_left_alone():
     rare = [{GRAD_NORM: 1.3 if n % 9 == 0 else 0.0, REWARD: 0.01, CUT: 0.1} for n in range(120)]
-    pulled = [line | ({} if line[GRAD_NORM] else {GRAD_NORM: 2e-5, "reward_std": 0.0}) for line in rare]  # by the KL term alone
+    # by the KL term alone
+    pulled = [line | ({} if line[GRAD_NORM] else {GRAD_NORM: 2e-5, "frac_reward_zero_std": 1.0}) for line in rare]
     penalised = [{REWARD: -0.2, "reward_std": 0.3, "answer/correct_frac": 0.1} for _ in range(40)]
     assert told(rare) == told(pulled) == told(penalised) == {}
     often = [pulled[n % 2] for n in range(60)] + [{GRAD_NORM: 80.0, REWARD: 0.01, "reward_std": 0.1}]

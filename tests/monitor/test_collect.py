@@ -22,6 +22,10 @@ from osler.monitor.metrics import METRICS, declared_name
 # What needs a GPU, and what only GRPO logs.
 ON_GPU = {"perf/mfu", "perf/memory_allocated_bytes", "perf/memory_reserved_bytes"}
 OF_GRPO = {"perf/step_seconds", "perf/rollout_tokens_per_second", "perf/train_tokens_per_second", "perf/rollout_frac"}
+OF_TEXT = {  # what only supervised training logs
+    "train/loss", "train/perplexity", "train/bits_per_byte", "train/stage", "train/seq_len", "train/batch_tokens",
+    "train/unlearned_steps", "perf/tokens_per_second", "perf/data_ms", "eval/loss", "eval/train_gap", "eval/bits_per_byte",
+}  # fmt: skip
 AREAS = ("train/", "grad/", "update/", "model/", "data/", "eval/", "perf/")
 UNREADABLE = "eval/<split>_unparsed_frac"  # the small exam of training counts right answers alone
 FULL = ["monitor.level=full", "monitor.full_every_steps=5"]
@@ -134,10 +138,15 @@ def test_fine_tuning_pads_and_grpo_is_watched(tiny, runs, tmp_path):
         ends.append(weights(tmp_path / level))
     assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
     found = lines(tmp_path / "full")
-    watched = {"grad/norm/<part>", "grad/norm_max", "grad/clipped_frac", "update/ratio", "perf/optimizer_ms"}
-    watched |= {"model/attention_entropy/<layer>", "model/dead_units_frac/<layer>"}
-    assert rows_of(found) >= OF_GRPO | watched
-    assert [line["step"] for line in found if "grad/mean" in line] == [1, 3]
+    assert set(METRICS) - ON_GPU - OF_TEXT == rows_of(found)
+    looks = [line for line in found if "grad/mean" in line]
+    assert [line["step"] for line in looks] == [1, 3]
+    steps = [line for line in found if "reward" in line]
+    assert [line["data/epoch"] for line in steps] == pytest.approx([3 / 60, 6 / 60, 9 / 60])
+    assert all(0 < line["data/padding_frac"] < 0.5 for line in steps)
+    assert [line["data/tokens/clinic"] for line in looks] == [line["tokens"] for line in looks]
+    assert all(line["data/epoch/clinic"] == line["data/epoch"] for line in looks)
+    assert all(line["data/asked_frac/clinic"] == line["data/delivered_frac/clinic"] == 1 for line in looks)
 
 
 @pytest.mark.parametrize(("wait_ms", "told"), [(0, []), (8, ["starved-loader"])])

@@ -131,6 +131,16 @@ def test_step_zero_ratio_clip_and_kl_vanish():
     assert metrics["sampling/sampling_logp_difference/max"].item() < 1e-8
 
 
+@pytest.mark.parametrize("aggregate", ["sequence_mean", "token_mean", "constant"])
+def test_the_drift_is_what_the_loss_gained_since_the_sampling(aggregate):
+    """Nothing where the policy is the one that drew; elsewhere the loss minus that of the same rewards and lengths before it."""
+    algorithm = AlgorithmConfig(beta=0.1, aggregate=aggregate)
+    before, at_first = grpo_loss(make_batch(drift=0.0, aggregate=aggregate), algorithm)
+    after, later = grpo_loss(make_batch(drift=0.6, aggregate=aggregate), algorithm)
+    assert abs(at_first["drift"].item()) < 1e-8 < 1e-3 < abs(later["drift"].item())
+    assert later["drift"].item() == pytest.approx((after - before).item(), abs=1e-8)
+
+
 @pytest.mark.parametrize("beta", [0.0, 0.1])
 def test_step_zero_gradient_is_reinforce_with_the_group_mean_baseline(beta):
     batch = make_batch(drift=0.0)

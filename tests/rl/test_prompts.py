@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 
 from osler.errors import UserError
-from osler.rl.prompts import RlTask, refill_visits, rollout_seed, task_shares, visits
+from osler.rl.prompts import RlTask, refill_visits, rollout_seed, task_shares, visits, walked
 from osler.tasks.item import ExamItem
 
 
@@ -26,6 +26,12 @@ def test_an_epoch_asks_every_item_once_and_the_next_in_another_order():
     asked = [visit.item.id for step in range(4) for visit in visits([task(10)], 7, step, 5)]
     assert sorted(asked[:10]) == sorted(asked[10:]) == sorted(item.id for item in items(10, "exam"))
     assert asked[:10] != asked[10:]
+
+
+def test_what_was_walked_through_is_what_the_steps_asked():
+    tasks = [task(10, "exam", 2.0), task(3, "drill")]
+    asked = Counter(visit.task.name for step in range(7) for visit in visits(tasks, 1, step, 5))
+    assert walked(tasks, 7, 5) == asked
 
 
 def test_a_step_depends_on_seed_and_step_alone():

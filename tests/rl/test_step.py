@@ -82,6 +82,7 @@ def test_a_backward_pass_without_rows_of_no_advantage_is_the_same_update(make_po
     monkeypatch.setattr(Row, "has_gradient", lambda row, beta: True)
     plain, plain_metrics = updated()
     torch.testing.assert_close(fast, plain, atol=1e-6, rtol=0)
+    assert fast_metrics.pop("data/padding_frac") <= plain_metrics.pop("data/padding_frac")  # passes of their own for the others
     assert fast_metrics == pytest.approx(plain_metrics, abs=1e-5)
 
 

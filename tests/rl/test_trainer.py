@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 from dataclasses import replace
@@ -14,6 +15,8 @@ from osler.checkpoint import store
 from osler.errors import UserError
 from osler.inference.decode import Decoder
 from osler.inference.engine import Engine
+from osler.monitor import collect
+from osler.monitor.config import SpikeConfig
 from osler.monitor.events import read_events
 from osler.monitor.lifetime import LIFETIME
 from osler.monitor.metrics import declared_name
@@ -225,6 +228,87 @@ def test_one_skipped_update_of_two_is_noted_and_no_skipped_step(make_trainer, tm
     (event,) = (event for event in read_events(tmp_path / "events.jsonl") if event["kind"] == "incident")
     assert (event["step"], event["name"], event["grad_norm"]) == (1, "skipped-step", None)
     assert [step for step, *_ in trainer.incidents.before] == [2, 3, 4, 5]
+
+
+def test_of_steps_in_a_row_with_a_skipped_update_the_first_alone_is_told(make_trainer, tmp_path, capsys):
+    """One of two updates is skipped in steps 1 and 2, both in step 3, none in step 4; a resumed run goes on in silence."""
+    trainer = make_trainer(tmp_path)
+    observe, numbers = trainer.incidents.observe, dict(skipped=False, drift=0.0)
+    observe(1, math.nan, math.nan, **numbers)
+    saved = trainer.incidents.checkpointed(1)
+    trainer = make_trainer(tmp_path)
+    trainer.incidents.restore(json.loads(json.dumps(saved)))
+    observe = trainer.incidents.observe
+    observe(2, math.nan, math.nan, **numbers)
+    observe(3, math.nan, math.nan, skipped=True)
+    observe(4, 0.0, 1.0, **numbers)
+    observe(5, math.nan, math.nan, **numbers)
+    assert capsys.readouterr().err.count("The gradient was not finite") == 1 + 1
+    noted = [event["step"] for event in read_events(tmp_path / "events.jsonl") if event["name"] == "skipped-step"]
+    assert noted == [1, 2, 3, 5]
+
+
+def rewarded_by_step(task, scale_of_step, completions=8):
+    """The task with its rewards scaled anew in each step of so many completions; without refills."""
+    term, calls = task.rewards[0], []
+
+    def scaled(item, completion):
+        calls.append(item)
+        return scale_of_step((len(calls) - 1) // completions) * term.function(item, completion)
+
+    return replace(task, rewards=(RewardTerm(term.name, scaled),))
+
+
+SPIKE = SpikeConfig(window_steps=6)
+ONCE = replace(ALGORITHM, dynamic_sampling=False, updates_per_batch=1, opsm_delta=None)
+
+
+@pytest.mark.parametrize("aggregate", ["token_mean", "constant", "sequence_mean"])
+def test_rewards_and_lengths_alone_are_no_spike(make_trainer, short_task, tmp_path, aggregate):
+    """Short answers earn the more, and much more from step 5 on: the policy has not moved, whatever the loss says."""
+    algorithm = replace(ONCE, aggregate=aggregate, samples_per_prompt=32)
+    task = rewarded_by_step(short_task, lambda step: 1e-3 if step < 4 else 100.0, completions=64)
+    trainer = make_trainer(tmp_path, config=replace(CONFIG, algorithm=algorithm, spike=SPIKE, steps=6), task=task)
+    assert trainer.fit()
+    steps = [line for line in logged(tmp_path) if "reward" in line]
+    assert max(abs(line["loss/drift"]) for line in steps) < 0.01
+    if aggregate == "token_mean":
+        assert steps[4]["loss"] > 0.2 + steps[3]["loss"], "no false alarm to be seen"
+    assert [event for event in read_events(tmp_path / "events.jsonl") if event["kind"] == "incident"] == []
+
+
+def test_a_step_without_anything_to_learn_counts_nowhere(make_trainer, short_task, tmp_path):
+    """All rewards are equal in steps 2 and 4; the KL term alone moves the policy there."""
+    config = replace(CONFIG, algorithm=ONCE, steps=5, optim=AdamWConfig(lr=1e-2))
+    trainer = make_trainer(tmp_path, config=config, task=rewarded_by_step(short_task, lambda step: step % 2 == 0))
+    assert trainer.fit()
+    steps = [line for line in logged(tmp_path) if "reward" in line]
+    assert [line["groups/effective"] > 0 for line in steps] == [True, False, True, False, True]
+    for name in ("loss", "loss/drift", "grad/clipped_frac"):
+        assert [name in line for line in steps] == [True, False, True, False, True], name
+    assert all(line["train/grad_norm"] > 0 for line in steps)
+    assert [step for step, *_ in trainer.incidents.before] == [1, 3, 5]
+    assert len(trainer.incidents.spikes.usual) == 3
+
+
+def test_steps_without_anything_to_learn_do_not_end_a_row_of_skipped_ones(make_trainer, short_task, tmp_path, monkeypatch):
+    """Gradients that are not finite in steps 1 and 3, nothing to learn in step 2: two in a row, told by their numbers."""
+    monkeypatch.setenv(faults.VARIABLE, "train-loss:nan:1,train-loss:nan:3")
+    faults.reset()
+    config = replace(CONFIG, algorithm=replace(ONCE, beta=0.0), micro_batch_tokens=10_000, max_skipped_steps=2)
+    trainer = make_trainer(tmp_path, config=config, task=rewarded_by_step(short_task, lambda step: step % 2 == 0))
+    with pytest.raises(UserError, match=r"not finite for 2 steps in a row \(steps 1 to 3\)"):
+        trainer.fit()
+
+
+def test_the_share_of_the_gpus_peak_follows_from_the_speed_of_the_updates(make_trainer, tmp_path, monkeypatch):
+    monkeypatch.setattr(collect, "peak_flops", lambda device: 1e12)
+    trainer = make_trainer(tmp_path, config=replace(CONFIG, steps=1))
+    assert trainer.fit()
+    (line,) = (line for line in map(json.loads, (tmp_path / "metrics.jsonl").open()) if "reward" in line)
+    per_token = line["perf/mfu"] * 1e12 / line["perf/train_tokens_per_second"]
+    config = trainer.model.config
+    assert config.flops_per_token(1) < per_token < config.flops_per_token(config.max_seq_len)
 
 
 def test_no_copy_of_the_weights_lies_beside_the_update(make_trainer, tmp_path):
