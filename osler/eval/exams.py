@@ -111,8 +111,11 @@ def score_by_likelihood(
 
     With ``template`` the prompt is the chat template up to the answer (no thinking) with the options listed, and an
     option is scored as ``text (B)``; without it the prompt is plain "Question: ... Answer:" and an option is its bare
-    text. Log-likelihoods are divided by the option's UTF-8 bytes (default: the same for every tokenizer, lm-eval's
-    ``acc_norm``), by its tokens, or by nothing (``acc``: short options win). Equal scores go to the earlier option.
+    text. The log-likelihood of all that is scored is divided by its UTF-8 bytes (default: the same for every tokenizer), by
+    its tokens, or by nothing (lm-evaluation-harness's ``acc``: short options win). By bytes is the harness's ``acc_norm``,
+    which divides by the characters of the choice without the space before it, wherever the choices are ASCII; beyond ASCII
+    a character is several bytes. In the template the choices in that sense are ``text (A)``, ``text (B)`` and so on. Equal
+    scores go to the earlier option.
     """
     shown = list(presentations(items, permutations, seed))
     results = [Result(item, TOO_LONG, right=False) for item in shown]
@@ -127,7 +130,7 @@ def score_by_likelihood(
     for i, mine in owners:
         item = shown[i]
         sizes = {
-            "bytes": [len(option.encode()) for option in item.options],
+            "bytes": [len(text.encode()) for text in scored_texts(item, template=template)],
             "tokens": [len(rows[row][0]) - rows[row][1] for row in mine],
             "none": [1] * len(mine),
         }[normalise]
@@ -135,6 +138,13 @@ def score_by_likelihood(
         best = scores.index(max(scores))
         results[i] = Result(item, ANSWERED, right=best == item.answer_index, predicted=best, text=item.options[best])
     return summarise(results, cluster_by_group=cluster_by_group, max_seq_len=model.config.max_seq_len)
+
+
+def scored_texts(item: ExamItem, *, template: bool) -> list[str]:
+    """What the model is scored on, for every option: the answer as it is taught, or in plain text the option alone."""
+    if not template:
+        return list(item.options)
+    return [render_answer(replace(item, answer_index=index)) for index in range(len(item.options))]
 
 
 def option_rows(
@@ -148,10 +158,9 @@ def option_rows(
     """
     if not item.options:
         raise ValueError(f"item {item.id} has no options to compare")
+    texts = scored_texts(item, template=template)
     if template:
-        answers = [
-            tokenizer.encode(render_answer(replace(item, answer_index=index))) for index in range(len(item.options))
-        ]
+        answers = [tokenizer.encode(text) for text in texts]
         room = max_seq_len - max(map(len, answers))
         prompt = _fitted(item, lambda text: encode_prompt(tokenizer, text, reasoning=False), room)
         return None if prompt is None else [(prompt + answer, len(prompt)) for answer in answers]
@@ -160,12 +169,12 @@ def option_rows(
         return tokenizer.encode(f"Question: {text}\nAnswer:")
 
     bare = replace(item, options=(), answer_index=-1)
-    longest = max(len(tokenizer.encode(f" {option}")) for option in item.options) + 1
+    longest = max(len(tokenizer.encode(f" {text}")) for text in texts) + 1
     kept = _shortened(bare, plain, max_seq_len - longest)
     if kept is None:
         return None
     stem = f"Question: {render_question(kept)}\nAnswer:"
-    together = [tokenizer.encode(f"{stem} {option}") for option in item.options]
+    together = [tokenizer.encode(f"{stem} {text}") for text in texts]
     start = _shared_length([tokenizer.encode(stem), *together])
     fits = max(map(len, together)) <= max_seq_len and start > 0
     return [(ids, start) for ids in together] if fits else None

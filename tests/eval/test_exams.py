@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer as Backend
@@ -177,10 +178,41 @@ def test_likelihood_equals_brute_force(tokenizer: Tokenizer, template: bool) -> 
             expected.append(total)
     for batch_tokens in (1, 300, 100_000):
         assert sum_logprobs(model, all_rows, batch_tokens=batch_tokens) == pytest.approx(expected, abs=1e-3)
-    by_bytes = [total / len(ITEMS[k // 4].options[k % 4].encode()) for k, total in enumerate(expected)]
-    chosen = [max(range(4), key=lambda o, k=k: by_bytes[4 * k + o]) for k in range(6)]  # type: ignore[misc]
-    score = score_by_likelihood(model, tokenizer, ITEMS, template=template)
-    assert [result.predicted for result in score.results] == chosen
+
+
+@pytest.mark.parametrize("template", [True, False])
+def test_likelihood_chooses_as_lm_evaluation_harness_does(tokenizer: Tokenizer, template: bool) -> None:
+    """The harness's acc and acc_norm, written out as its ``process_results`` has them, one prefix at a time."""
+    model = build(tokenizer)
+    options = ("no", "fever and cough, a rash, joint pain", "rash", "night sweats and a slow pulse", "skin", "salty skin")
+    items = [replace(item, options=options[k:] + options[:k], answer_index=0) for k, item in enumerate(ITEMS)]
+    by_text_alone, acc, acc_norm = [], [], []
+    for item in items:
+        question = render_question(item)
+        if template:
+            context = encode_prompt(tokenizer, question, reasoning=False)
+            choices = [f"{option} ({letter})" for option, letter in zip(item.options, "ABCDEF", strict=True)]
+            rows = [(context, tokenizer.encode(choice)) for choice in choices]
+        else:
+            context = tokenizer.encode(f"Question: {item.question}\nAnswer:")
+            choices = list(item.options)
+            rows = [(context, tokenizer.encode(f" {choice}")) for choice in choices]
+        lls = []
+        for ids, continuation in rows:
+            total = 0.0
+            for k, token in enumerate(continuation):
+                with torch.no_grad():
+                    logits = model.logits(model(torch.tensor([ids + continuation[:k]])))[0, -1].double()
+                total += logits.log_softmax(-1)[token].item()
+            lls.append(total)
+        completion_len = np.array([float(len(choice)) for choice in choices])
+        acc.append(int(np.argmax(lls)))
+        acc_norm.append(int(np.argmax(np.array(lls) / completion_len)))
+        by_text_alone.append(int(np.argmax(np.array(lls) / np.array([len(option) for option in item.options]))))
+    for normalise, expected in (("none", acc), ("bytes", acc_norm)):
+        score = score_by_likelihood(model, tokenizer, items, template=template, normalise=normalise)  # type: ignore[arg-type]
+        assert [result.predicted for result in score.results] == expected
+    assert acc != acc_norm and (by_text_alone != acc_norm) == template  # the rules differ on these items
 
 
 def test_options_are_tokenised_jointly_with_their_prompt(tokenizer: Tokenizer) -> None:
