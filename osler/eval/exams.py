@@ -80,8 +80,14 @@ def score_by_generation(
 
 
 def presentations(items: Iterable[ExamItem], permutations: int, seed: int) -> Iterator[ExamItem]:
-    """Every item in ``permutations`` option orders: as it is, then its rotations, then rotations of shuffled orders."""
+    """Every item in ``permutations`` option orders: as it is, then its rotations, then rotations of shuffled orders.
+
+    An item whose options point at each other is shown as often, always as it is, so that all items weigh the same.
+    """
     for item in items:
+        if item.keeps_order:
+            yield from [item] * permutations
+            continue
         n = len(item.options)
         for visit in range(permutations if n else 1):
             base = item if visit < n or n == 0 else permute(item, seed, visit // n)
@@ -136,7 +142,7 @@ def score_by_likelihood(
         }[normalise]
         scores = [sums[row] / size for row, size in zip(mine, sizes, strict=True)]
         best = scores.index(max(scores))
-        results[i] = Result(item, ANSWERED, right=best == item.answer_index, predicted=best, text=item.options[best])
+        results[i] = Result(item, ANSWERED, right=item.is_right(best), predicted=best, text=item.options[best])
     return summarise(results, cluster_by_group=cluster_by_group, max_seq_len=model.config.max_seq_len)
 
 

@@ -86,7 +86,8 @@ def summarise(
         raise UserError("There are no items to score: the exam is empty.")
     right = [float(result.right) for result in results]
     clusters = [_cluster(result.item, cluster_by_group) for result in results]
-    answers = Counter(result.item.answer_index for result in results if result.item.options)
+    options = [[result.item.is_right(index) for index in range(len(result.item.options))] for result in results]
+    answers = Counter(index for each in options for index, is_right in enumerate(each) if is_right)
     constant, hits = min(answers.items(), key=lambda pair: (-pair[1], pair[0])) if answers else (None, 0)
     widest = max(len(result.item.options) for result in results)
     given = Counter(_letter(result.predicted) for result in results if result.predicted is not None)
@@ -105,7 +106,7 @@ def summarise(
         letters={letter: given[letter] for letter in LETTERS[:widest]},
         constant_letter=_letter(constant),
         constant_accuracy=hits / len(results),
-        chance=sum(1 / len(result.item.options) for result in results if result.item.options) / len(results),
+        chance=sum(sum(each) / len(each) for each in options if each) / len(results),
         groups=_groups(results, clusters),
         results=tuple(results),
     )

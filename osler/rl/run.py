@@ -33,6 +33,7 @@ from osler.runtime.log import say
 from osler.runtime.stop import AskedToStop, asked
 from osler.runtime.world import World, joined, place
 from osler.tasks.item import ExamItem, render_question
+from osler.tasks.overlap import shared_questions
 from osler.tasks.registry import check_task, load_task
 from osler.tasks.rewards import REWARDS
 from osler.tokenizer.bpe import Tokenizer
@@ -174,13 +175,14 @@ def longest_prompt(item: ExamItem, tokenizer: Tokenizer, entry: RlTaskConfig) ->
 
 def check_held_out(tasks: Sequence[RlTask], eval_items: Sequence[ExamItem]) -> None:
     """Refuse to train on a question of the evaluation."""
-    held_out = {(item.context, item.question, frozenset(item.options)) for item in eval_items}
     for task in tasks:
-        shared = [item for item in task.items if (item.context, item.question, frozenset(item.options)) in held_out]
+        shared = shared_questions(task.items, eval_items)
         if shared:
+            trained, examined = shared[0]
             raise UserError(
-                f"{len(shared)} questions of task {task.name} are also in eval_task (the first is {shared[0].id}): a score "
-                "on questions that were trained on means nothing. Use another split for one of them."
+                f"{len(shared):,} of {len(task.items):,} questions of task {task.name} are also in eval_task (the first is "
+                f"{trained.id}, there {examined.id}): a score on questions that were trained on means nothing. Use another split "
+                "for one of them, or take the questions out of the file to train on."
             )
 
 

@@ -7,6 +7,7 @@ from dataclasses import fields
 from typing import Annotated, Any
 
 from osler.config import TAGGED
+from osler.runtime.log import say
 from osler.tasks import clinic, gsm8k, medmcqa, medqa, pubmedqa
 from osler.tasks.item import ExamItem
 from osler.tasks.rows import check_file
@@ -33,6 +34,13 @@ def check_task(config: Any, key: str) -> None:
 
 
 def load_task(config: Any) -> list[ExamItem]:
-    """The items that a task config describes (one of ``TaskConfig``)."""
+    """The items that a task config describes (one of ``TaskConfig``); how many of them have unusual options is said."""
     arguments = {field.name: getattr(config, field.name) for field in fields(config) if field.name != "type"}
-    return TASKS[type(config)](**arguments)
+    items = TASKS[type(config)](**arguments)
+    name = getattr(config, "path", config.type)
+    if fixed := sum(item.keeps_order for item in items):
+        say(f"{name}: {fixed:,} of {len(items):,} questions have options that point at others, as \"All of the above\"; "
+            "they are always shown in the order of the file.")  # fmt: skip
+    if twins := sum(item.repeats_an_option for item in items):
+        say(f"{name}: {twins:,} of {len(items):,} questions have the same option twice; where it is right, either counts.")
+    return items

@@ -142,6 +142,18 @@ def test_permutations_show_the_right_option_in_every_place_once() -> None:
     assert {item.options[item.answer_index] for item in eight} == {"amoxicillin"}
 
 
+def test_options_that_point_at_options_stay_where_they_are() -> None:
+    pointing = replace(ITEMS[0], options=("ears", "eyes", "A and B", "None of the above"))
+    assert list(presentations([pointing, ITEMS[1]], 4, seed=0))[:4] == [pointing] * 4
+
+
+def test_equal_options_are_right_together(tokenizer: Tokenizer) -> None:
+    ignorant = build(tokenizer, head_init="zero")  # all words equally likely: the first option always wins
+    items = [replace(item, options=("aa", "bb", "aa", "cc"), answer_index=2) for item in ITEMS]
+    score = score_by_likelihood(ignorant, tokenizer, items, normalise="tokens")
+    assert (score.accuracy, score.chance, score.constant_accuracy) == (1.0, 0.5, 1.0)
+
+
 def test_a_model_that_knows_one_letter_is_at_chance_over_permutations(tokenizer: Tokenizer) -> None:
     ignorant = build(tokenizer, head_init="zero")  # all words equally likely: the first option always wins
     items = [replace(item, options=("aa", "bb", "cc", "dd"), answer_index=0) for item in ITEMS]

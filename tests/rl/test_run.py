@@ -16,7 +16,7 @@ from osler.model.transformer import Transformer
 from osler.report.read import read_run
 from osler.report.words import model_of
 from osler.rl.prompts import RlTask
-from osler.rl.run import fingerprint_of, run
+from osler.rl.run import check_held_out, fingerprint_of, run
 from osler.tasks.clinic import ClinicTask
 from osler.tasks.item import ExamItem, render_answer, render_question
 from osler.tasks.registry import load_task
@@ -84,6 +84,15 @@ def test_training_on_the_evaluations_questions_is_refused(start, tmp_path):
     overrides = arguments(start, "tasks=[{task: {type: clinic, split: validation, limit: 30}}]")
     with pytest.raises(UserError, match="also in eval_task"):
         run(None, overrides, run_dir=str(tmp_path / "run"))
+
+
+def test_a_question_of_the_evaluation_is_found_with_a_fifth_option_and_in_other_case():
+    item = ExamItem(id="eval-1", question="Which drug treats whooping cough best?", options=("a", "b", "c", "d"), answer_index=0)
+    again = replace(item, id="train-1", question="WHICH drug treats  whooping cough best ?", options=("b", "c", "a", "e", "d"))
+    tasks = [RlTask("medqa", (replace(item, id="train-0", question="Which drug treats the croup?"), again), ())]
+    with pytest.raises(UserError, match=r"1 of 2 questions of task medqa.*train-1, there eval-1"):
+        check_held_out(tasks, [item])
+    check_held_out(tasks, [replace(item, question="Which drug treats a cold?")])
 
 
 def test_questions_that_do_not_fit_are_refused_by_number(start, tmp_path):

@@ -106,6 +106,14 @@ def test_reading_a_number(text: str, expected: str | None) -> None:
     assert read_number(text) == (None if expected is None else Decimal(expected))
 
 
+def test_the_text_of_an_option_that_is_there_twice_is_read_and_right() -> None:
+    twins = replace(ITEM, options=("36 hours", "72 hours", "36 hours", "7 days"), answer_index=0)
+    for text, right in [("36 hours (A)", True), ("36 hours (C)", True), ("36 hours", True), ("C", True), ("72 hours (B)", False)]:
+        completion = Completion(thinking="x", answer=text, finished=True, well_formed=True)
+        assert mark(twins, completion).right == right and correct(twins, completion) == right
+    assert read_choice("36 hours (B)", twins.options) is None
+
+
 WORDS = [*READ_AS_B, *NOT_READ[:-1], "not ", "A", "B", "(A)", "(B)", "(E)", "penicillin", " or ", " ", ". ", ", "]
 DIGITS = ["7", "72", "1,080", ".", "-", "−", "$", "%", "/", "=", "####", "e5", "k", "²", "_", ",", " ", " cm", "\\boxed{", "}"]
 

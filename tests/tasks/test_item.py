@@ -12,6 +12,7 @@ from osler.tasks.item import (
     ExamItem,
     content_id,
     permute,
+    points_at_options,
     render_answer,
     render_question,
     reorder,
@@ -66,6 +67,42 @@ def test_permuting_keeps_the_right_answer(seed: int, visit: int, answer: int) ->
 def test_the_right_option_of_equal_texts_stays_the_right_one() -> None:
     twins = ExamItem(id="t", question="?", options=("same", "same", "other"), answer_index=1)
     assert [reorder(twins, order).answer_index for order in [(0, 1, 2), (1, 0, 2), (2, 0, 1)]] == [1, 0, 2]
+
+
+POINTING = [
+    "All of the above", "none of the above.", "None of these", "Any of the above", "both of them", "Both", "Neither", "None",
+    "ALL", "All are correct", "Both are true", "Both 1 and 2", "1 and 2", "1, 2, and 3", "A and C", "A, B & D", "(A) or (C)",
+    "a but not b", "Both A and B", "Both AB", "B only", "Only 3", "options B and D", "Option B",
+    "Both option 2 and 3", "II and III", "a, b are true & c, d are false",
+    "First can be any of the above but it should end with maxilla", "All of the following",
+]  # fmt: skip
+NOT_POINTING = [
+    "amoxicillin", "A", "AB", "1", "1.5", "1/2", "2-3", "1-2 days", "yes", "True", "Above the clavicle", "Below",
+    "Hepatitis B and C", "Both kidneys", "All trans retinoic acid", "Type 1 and 2", "Vitamin A and D", "Choice of hangman",
+    "Spinal cord", "Enzymes of only one of those is present at a time",
+    "Altitude of area above sea level", "None of the mother's cells",
+    "Treatment option a patient prefers", "Drug A will not decrease blood pressure",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "expected"), [*((t, True) for t in POINTING), *((t, False) for t in NOT_POINTING)])
+def test_options_that_point_at_options_are_known(text: str, expected: bool) -> None:
+    assert points_at_options(text) == expected
+
+
+def test_options_that_point_at_options_are_not_permuted() -> None:
+    for pointer in POINTING:
+        item = ExamItem(id="p", question="?", options=("renin", "insulin", pointer, "gastrin"), answer_index=2)
+        assert item.keeps_order and all(permute(item, 7, visit) == item for visit in range(20))
+    assert not ITEM.keeps_order and any(permute(ITEM, 7, visit) != ITEM for visit in range(20))
+
+
+def test_an_option_that_is_there_twice_is_right_twice() -> None:
+    item = ExamItem(id="t", question="?", options=("4.6", "4.61", " 4.6", "5"), answer_index=0)
+    assert [item.is_right(index) for index in range(4)] == [True, False, True, False]
+    assert item.repeats_an_option and not ITEM.repeats_an_option
+    genotypes = ExamItem(id="g", question="?", options=("AA", "Aa", "aa"), answer_index=1)
+    assert [genotypes.is_right(index) for index in range(3)] == [False, True, False]
 
 
 def test_all_orders_come_equally_often() -> None:

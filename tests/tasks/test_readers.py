@@ -276,6 +276,18 @@ def test_medqa_takes_five_options(tmp_path: Path) -> None:
     assert medqa.load(lines(tmp_path / "e.jsonl", [row]))[0].answer_index == 4
 
 
+def test_options_that_point_at_options_or_are_equal_are_counted_at_load(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changes = [{}, {"opd": "All of the above"}, {"opc": "a"}, {"opd": "Both A and B", "opb": "A "}]
+    path = lines(tmp_path / "exam.jsonl", [MEDMCQA | change | {"id": f"m{n}"} for n, change in enumerate(changes)])
+    assert len(load_task(medmcqa.MedmcqaTask(path=str(path)))) == 4
+    said = capsys.readouterr().err
+    assert "2 of 4 questions have options that point at others" in said and "1 of 4 questions have the same option twice" in said
+    load_task(medqa.MedqaTask(path=str(lines(tmp_path / "m.jsonl", [MEDQA]))))
+    assert "options" not in capsys.readouterr().err
+
+
 def test_a_task_is_chosen_by_its_config(tmp_path: Path) -> None:
     path = lines(tmp_path / "m.jsonl", [MEDQA])
     config = decode(TaskConfig, {"type": "medqa", "path": str(path), "split": "test"})  # type: ignore[arg-type]
