@@ -20,7 +20,7 @@ class EvalConfig:
     # generation lets the model write and reads its answer, likelihood takes the option it finds most likely; auto: generation
     # unless the model was trained on plain text alone
     method: Literal["auto", "generation", "likelihood", "both"] = "auto"
-    permutations: int = 1  # option orders in which every question is shown
+    permutations: int = 1  # option orders in which every question is shown; "All of the above" and the like stay put
     reasoning: bool | None = None  # think before the answer; null: as the model was trained
     max_new_tokens: int = 128  # thinking and answer together
     temperature: float = 0.0  # 0: always the likeliest token

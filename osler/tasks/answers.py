@@ -13,6 +13,7 @@ else is not read, which counts as wrong: a guess would pay for tricks, and a sco
   leave it unread.
 - Markdown, LaTeX's ``\\boxed{}``, full-width characters, the minus sign and the digits of any one script are understood.
   ``####`` and ``\\boxed{}`` mark what counts; where they mark two different answers, none is read.
+- An answer that the length limit cut within a word or a number is not read.
 """
 
 from __future__ import annotations
