@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from osler.checkpoint.sharded import part_of
 from osler.errors import UserError
+from osler.runtime.sharded import part_of
 
 NamedParameters = Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]
 

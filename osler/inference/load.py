@@ -47,7 +47,7 @@ def load_model(
     """
     loaded = store.load(store.resolve(path, which), names=["model"])
     config = described_model(loaded)
-    tokenizer = Tokenizer.from_bytes(loaded.files[TOKENIZER_FILE], name=str(loaded.path / TOKENIZER_FILE))
+    tokenizer = tokenizer_of(loaded)
     model = Transformer(config, compute_dtype=compute_dtype)
     model.load_state_dict(loaded.tensors["model"])
     return LoadedModel(loaded.path, model.to(device).eval(), tokenizer, loaded.state)
@@ -60,6 +60,11 @@ def read_model_config(path: str | Path) -> tuple[Path, ModelConfig]:
     """
     loaded = store.load(store.resolve(path), names=[])
     return loaded.path, described_model(loaded)
+
+
+def tokenizer_of(loaded: store.Loaded) -> Tokenizer:
+    """The tokenizer in a checkpoint that describes itself."""
+    return Tokenizer.from_bytes(loaded.files[TOKENIZER_FILE], name=str(loaded.path / TOKENIZER_FILE))
 
 
 def described_model(loaded: store.Loaded) -> ModelConfig:

@@ -16,12 +16,14 @@ QK-norm weights start at ``qk_norm_init`` instead.
 induction head by hand (arXiv 2209.11895) into the first key/value head of the first two layers, because a small model that must
 copy from its context otherwise spends most of its training before one forms by chance; see ``_wire_induction``. Everything stays
 ordinary weights that train and export like others. Draws come from a CPU generator in parameter order, so a seed means one model
-everywhere.
+everywhere. Where weights are cut over ranks, every rank draws all of them, one parameter at a time, and keeps its parts.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +31,7 @@ from torch import Tensor, nn
 from osler.model.attention import Attention
 from osler.model.config import ModelConfig
 from osler.model.rope import rope_tables, rotate
+from osler.runtime.sharded import put_whole, whole
 
 NEIGHBOUR_PAIRS = 4  # of the fastest RoPE pairs: enough to tell one position back from its neighbours
 MATCH_DISTANCE = 50  # tokens over which a matching head must not be turned by more than a radian
@@ -39,7 +42,7 @@ def init_weights(model: nn.Module, config: ModelConfig, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(_draw(name, parameter, config, generator))
+            put_whole(parameter, _draw(name, parameter, config, generator))
         if config.attention_init != "independent":
             layers = [module for module in model.modules() if isinstance(module, Attention)]
             for layer in layers:
@@ -77,10 +80,9 @@ def _draw(name: str, parameter: Tensor, config: ModelConfig, generator: torch.Ge
 def _mirror(layer: Attention, config: ModelConfig) -> None:
     groups = config.num_heads // config.num_kv_heads
     per_head = (config.num_kv_heads, config.head_dim, config.hidden_size)
-    layer.q_proj.weight.copy_(layer.k_proj.weight.view(per_head).repeat_interleave(groups, 0).flatten(0, 1))
-    layer.o_proj.weight.copy_(
-        0.5 / groups * layer.v_proj.weight.view(per_head).repeat_interleave(groups, 0).flatten(0, 1).T
-    )
+    keys, values = (whole(layer.k_proj.weight), whole(layer.v_proj.weight))
+    put_whole(layer.q_proj.weight, keys.view(per_head).repeat_interleave(groups, 0).flatten(0, 1))
+    put_whole(layer.o_proj.weight, 0.5 / groups * values.view(per_head).repeat_interleave(groups, 0).flatten(0, 1).T)
 
 
 def _wire_induction(
@@ -97,7 +99,15 @@ def _wire_induction(
     size, hidden = config.head_dim, config.hidden_size
     groups = config.num_heads // config.num_kv_heads
     before, token = slice(1, 1 + size), slice(1 + size, hidden)
-    embedding[:, 0], embedding[:, before] = 1.0, 0.0
+
+    @contextmanager
+    def editing(parameter: Tensor) -> Iterator[Tensor]:
+        full = whole(parameter)
+        yield full
+        put_whole(parameter, full)
+
+    with editing(embedding) as full:
+        full[:, 0], full[:, before] = 1.0, 0.0
 
     def token_projection() -> Tensor:
         projection = torch.zeros(size, hidden)
@@ -115,13 +125,17 @@ def _wire_induction(
     reserved = torch.zeros(size, hidden)
     reserved[:, before] = torch.eye(size)
 
-    first.k_proj.weight[:size] = torch.outer(fixed, constant)
-    first.v_proj.weight[:size] = identity
-    second.k_proj.weight[:size] = reserved * slow
-    second.v_proj.weight[:size] = copied
-    for head in range(groups):  # the query heads that share the key/value head share the work
-        rows = slice(head * size, (head + 1) * size)
-        first.q_proj.weight[rows] = torch.outer(one_back, constant)
-        first.o_proj.weight[:, rows] = reserved.T / groups
-        second.q_proj.weight[rows] = identity * slow
-        second.o_proj.weight[:, rows] = copied.T / groups
+    # The query heads that share the key/value head share the work.
+    wiring = {
+        first: (torch.outer(fixed, constant), identity, torch.outer(one_back, constant), reserved.T / groups),
+        second: (reserved * slow, copied, identity * slow, copied.T / groups),
+    }
+    for layer, (key, value, query, output) in wiring.items():
+        with editing(layer.k_proj.weight) as full:
+            full[:size] = key
+        with editing(layer.v_proj.weight) as full:
+            full[:size] = value
+        with editing(layer.q_proj.weight) as full:
+            full[: groups * size] = query.repeat(groups, 1)
+        with editing(layer.o_proj.weight) as full:
+            full[:, : groups * size] = output.repeat(1, groups)

@@ -62,9 +62,13 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, eps=config.norm_eps, weight=config.norm_weight)
         self.lm_head = None if config.tie_embeddings else Linear(config.hidden_size, config.padded_vocab_size)
-        cos, sin = rope_tables(config.max_seq_len, config.head_dim, config.rope_theta)
-        self.register_buffer("rope_cos", cos, persistent=False)
-        self.register_buffer("rope_sin", sin, persistent=False)
+        self.make_tables(torch.get_default_device())
+
+    def make_tables(self, device: torch.device) -> None:
+        """Compute the tables of RoPE on a device: no weights, so a model that began on ``meta`` needs this beside its own."""
+        cos, sin = rope_tables(self.config.max_seq_len, self.config.head_dim, self.config.rope_theta)
+        self.register_buffer("rope_cos", cos.to(device), persistent=False)
+        self.register_buffer("rope_sin", sin.to(device), persistent=False)
 
     def init_weights(self, seed: int) -> None:
         """Draw every weight by the table in ``model/init.py``; the same seed gives the same weights on every device."""

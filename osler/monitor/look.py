@@ -21,11 +21,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from osler.checkpoint.sharded import whole
 from osler.model.rope import rotate
 from osler.model.transformer import Block, Transformer
 from osler.ops.cross_entropy import default_chunk_tokens
 from osler.ops.labels import IGNORED
+from osler.runtime.sharded import whole
 
 LOOK_TOKENS = 2048  # of the batch that the look inside takes, in whole rows where one fits
 ENTROPY_QUERIES = 256  # queries, over all rows, whose attention is looked at

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from osler.checkpoint.sharded import gathered, load_whole, whole
 from osler.checkpoint.state import flatten_optimizer, restore_optimizer
 from osler.model.transformer import Transformer
 from osler.optim.bf16 import Bf16AdamW, WideSums
+from osler.runtime.sharded import gathered, load_whole, whole
 from osler.runtime.world import World
 
 Hold = Callable[[str, str, Tensor], Tensor]

@@ -138,7 +138,7 @@ def train(config: TrainConfig, run: RunFolder, world: World | None = None) -> bo
     # What `auto` comes to is a trial, which might end differently on another rank.
     machine = world.once(lambda: choose_machine(world.device, precision, config.compile, steps=steps))
     machine = replace(machine, device=pick_device(world.device))
-    model, tokenizer = make_model(config, machine, checkpoint)
+    model, tokenizer, fill = make_model(config, machine, checkpoint, processes=world.size)
     set_precision(model, config, machine.device, processes=world.size)
     set_recompute(model, config.recompute)
     tokenizer_path = run.root / TOKENIZER_FILE
@@ -146,6 +146,8 @@ def train(config: TrainConfig, run: RunFolder, world: World | None = None) -> bo
     check_vocabulary(model.config, tokenizer, is_new=checkpoint is None and config.init_from is None)
     prepared = world.ahead(lambda: begin(config, run, tokenizer, model.config), lambda: open_prepared(run.root / DATA, tokenizer))
     engine = parallelize(model, config.parallel, world, compile=machine.compile)
+    fill()
+    del fill  # and what it loaded
     optimizer = build_optimizer(model, config.optim, seed=config.seed, process_group=world.group)
     train_step = TrainStep(
         model,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -19,18 +20,19 @@ from osler.data.prepare import Prepared
 from osler.data.shards import Int64Array, ShardSet
 from osler.data.sources import check_source, train_tokenizer
 from osler.errors import UserError
-from osler.inference.load import TOKENIZER_FILE, described_model, load_model
+from osler.inference.load import described_model, tokenizer_of
 from osler.model.config import ModelConfig
 from osler.model.transformer import Transformer
 from osler.monitor.fanout import check_sinks
 from osler.optim.bf16 import keep_in_bf16
-from osler.parallel.config import DeepSpeedConfig
+from osler.parallel.config import DeepSpeedConfig, FsdpConfig
 from osler.parallel.deepspeed import read_settings
 from osler.parallel.fp8 import convert_to_fp8, float8_linear
 from osler.parallel.parallelize import check_strategy
 from osler.runtime.device import compile_works, describe_machine, pick_device, pick_dtype
 from osler.runtime.files import RunFolder, indented, write_or_warn
 from osler.runtime.log import say
+from osler.runtime.sharded import load_whole
 from osler.tokenizer.bpe import Tokenizer
 from osler.train.config import TrainConfig
 from osler.train.folder import VERSIONS
@@ -88,25 +90,37 @@ def check_plan(config: TrainConfig, *, is_new: bool) -> None:
         Tokenizer.load(config.tokenizer.path)
 
 
-def make_model(config: TrainConfig, machine: Machine, checkpoint: store.Loaded | None) -> tuple[Transformer, Tokenizer | None]:
+def make_model(
+    config: TrainConfig, machine: Machine, checkpoint: store.Loaded | None, *, processes: int = 1
+) -> tuple[Transformer, Tokenizer | None, Callable[[], None]]:
     """The model to train, and the tokenizer that comes with it: from the run's own checkpoint, from ``init_from``, or new.
 
-    A run that goes on needs ``init_from`` no more. The weights of ``checkpoint`` are left to ``Trainer.restore``.
+    A run that goes on needs ``init_from`` no more. The weights of ``checkpoint`` are left to ``Trainer.restore``. A model that
+    FSDP is going to cut stands on ``meta``; the function that is returned gives it its weights when it is cut.
     """
-    if checkpoint is not None:
-        tokenizer = Tokenizer.from_bytes(checkpoint.files[TOKENIZER_FILE], name=str(checkpoint.path / TOKENIZER_FILE))
-        return Transformer(described_model(checkpoint), compute_dtype=machine.dtype).to(machine.device), tokenizer
-    if config.init_from is None:
-        model = Transformer(config.model, compute_dtype=machine.dtype)
-        model.init_weights(config.seed)
-        return model.to(machine.device), None
-    loaded = load_model(config.init_from, device=machine.device, compute_dtype=machine.dtype)
-    if config.seq_len > loaded.model.config.max_seq_len:
+    source = checkpoint
+    if checkpoint is None and config.init_from is not None:
+        source = store.load(store.resolve(config.init_from), names=["model"])
+    shape, tokenizer = (config.model, None) if source is None else (described_model(source), tokenizer_of(source))
+    if source is not None and config.seq_len > shape.max_seq_len:
         raise UserError(
-            f"seq_len {config.seq_len} is longer than the {loaded.model.config.max_seq_len} tokens (max_seq_len) that the "
-            f"model in {loaded.path} allows."
+            f"seq_len {config.seq_len} is longer than the {shape.max_seq_len} tokens (max_seq_len) that the model in "
+            f"{source.path} allows."
         )
-    return loaded.model.train(), loaded.tokenizer
+    is_cut_first = processes > 1 and isinstance(config.parallel, FsdpConfig)
+    with torch.device("meta" if is_cut_first else "cpu"):
+        model = Transformer(shape, compute_dtype=machine.dtype)
+
+    def fill() -> None:
+        if source is None:
+            model.init_weights(config.seed)
+        elif checkpoint is None:
+            load_whole(model, source.tensors["model"])
+
+    if is_cut_first:
+        return model, tokenizer, fill
+    fill()
+    return model.to(machine.device), tokenizer, lambda: None
 
 
 def check_processes(config: TrainConfig, processes: int) -> None:

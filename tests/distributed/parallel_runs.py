@@ -19,6 +19,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,12 @@ import torch._inductor.compile_fx
 import torch._inductor.config
 import torch.distributed.fsdp
 import torchao.float8  # noqa: F401 - loaded once for every fork, like much of what stands here
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import osler.train.run  # noqa: F401
 from osler.checkpoint import store
-from osler.checkpoint.sharded import whole
 from osler.cli import main
 from osler.data.loader import Batch
 from osler.model.config import ModelConfig
@@ -44,7 +46,11 @@ from osler.optim.config import AdamWConfig
 from osler.parallel.config import DdpConfig, FsdpConfig
 from osler.parallel.parallelize import parallelize
 from osler.runtime import faults
+from osler.runtime.sharded import whole
 from osler.runtime.world import World, joined
+from osler.tokenizer.config import TokenizerConfig
+from osler.train.config import TrainConfig
+from osler.train.setup import Machine, make_model
 from osler.train.step import TrainStep
 
 TOLERANCE = 1e-6
@@ -302,6 +308,54 @@ def send_once() -> int:
     return 0
 
 
+class Held(TorchDispatchMode):
+    """Counts the bytes of the tensors that are alive, of those that operations made, and their most."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.most = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and (local := getattr(tensor, "_local_tensor", tensor)).device.type == "cpu":
+                storage = local.untyped_storage()
+                self.alive[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+        self.alive = {key: entry for key, entry in self.alive.items() if not entry[0].expired()}
+        self.most = max(self.most, sum(size for _, size in self.alive.values()))
+        return result
+
+
+def start_in_parts(checkpoint: Path) -> int:
+    """FSDP's ranks start with the weights of one process to the bit, new or loaded, and new ones never lie on a rank whole."""
+    shape = ModelConfig(
+        num_layers=12, hidden_size=64, intermediate_size=128, num_heads=4, num_kv_heads=2, head_dim=16, vocab_size=512,
+        head_init="normal", residual_init="scaled", max_seq_len=32,
+    )  # fmt: skip
+    machine = Machine(torch.device("cpu"), torch.float32, False)
+    given = {"seq_len": 32, "batch_tokens": 64, "parallel": FsdpConfig(), "tokenizer": TokenizerConfig(vocab_size=512)}
+    with joined("cpu") as world:
+        for start in (
+            {"model": replace(shape, attention_init="mirrored")}, {"model": replace(shape, attention_init="induction")},
+            {"init_from": str(checkpoint)},
+        ):  # fmt: skip
+            config = TrainConfig(**given, **start)
+            alone, _, _ = make_model(config, machine, None)
+            with Held() as held:
+                model, _, fill = make_model(config, machine, None, processes=world.size)
+                engine = parallelize(model, config.parallel, world, compile=False)
+                fill()
+            weights = engine.whole_weights(model)
+            assert all(torch.equal(weights[name], value) for name, value in alone.state_dict().items()), f"{start}: other weights"
+            assert torch.equal(model.rope_cos, alone.rope_cos) and torch.equal(model.rope_sin, alone.rope_sin)
+            sizes = [4 * value.numel() for value in weights.values()]
+            if "model" in start:  # beside its parts a rank holds a tensor or two that are drawn, gathered and cut, and tables
+                allowed = sum(sizes) / world.size + 3 * max(sizes) + 2**14
+                assert held.most < allowed < sum(sizes), f"{start}: {held.most:,} of {sum(sizes):,} bytes, allowed {allowed:,}"
+    return 0
+
+
 def runs_on_two(program: Callable[[], int], folder: Path) -> None:
     assert codes(start(program, folder, 2)) == [0, 0], said(folder, 0) + said(folder, 1)
 
@@ -362,7 +416,9 @@ def run_all(recipes: dict[str, list[str]], root: Path) -> None:
             folder = root / f"zero-{stage}"
             report(f"ZeRO {stage}", functools.partial(same_run, zero, root / "pretrain-1", folder, 2, "deepspeed"))
         report("to ZeRO and back", functools.partial(continued, pretrain, root / "pretrain-1", root / "zero", ZERO_AND_BACK))
-    for name, program in {"accumulation": accumulate, "sent once": send_once}.items():
+    programs = {"accumulation": accumulate, "sent once": send_once}
+    programs["start in parts"] = functools.partial(start_in_parts, root / "pretrain-1")
+    for name, program in programs.items():
         report(name, functools.partial(runs_on_two, program, root / name.replace(" ", "-")))
     report("watched", functools.partial(watched, pretrain, root))
     report("lost", functools.partial(lost, pretrain, root / "lost"))

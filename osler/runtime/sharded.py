@@ -1,4 +1,4 @@
-"""Between tensors that are cut over the ranks (``DTensor``) and the whole ones that a checkpoint holds.
+"""Between tensors that are cut over the ranks (``DTensor``) and the whole ones that a checkpoint or an initialisation knows.
 
 A checkpoint is the same whoever wrote it, so it goes on with any number of ranks and any strategy. Plain tensors pass through
 unchanged. Exact: nothing is computed, parts are only put together and cut. The functions are collective.
@@ -52,7 +52,18 @@ def part_of(value: Tensor, like: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+def put_whole(tensor: Tensor, value: Tensor) -> None:
+    """Copy a whole ``value`` into a tensor that may be cut: each rank takes its part."""
+    if tensor.shape != value.shape:  # would be broadcast
+        raise ValueError(f"a tensor of shape {tuple(tensor.shape)} cannot take one of {tuple(value.shape)}")
+    tensor.copy_(part_of(value, tensor))
+
+
+@torch.no_grad()
 def load_whole(model: torch.nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Load a state dict of whole tensors into a model whose own may be cut."""
+    """Load a state dict of whole tensors into a model whose own may be cut, one tensor at a time."""
     own = model.state_dict()
-    model.load_state_dict({name: part_of(value, own[name]) if name in own else value for name, value in tensors.items()})
+    if own.keys() != tensors.keys():
+        raise ValueError(f"the model and what is loaded differ in {', '.join(sorted(own.keys() ^ tensors.keys()))}")
+    for name, value in tensors.items():
+        put_whole(own[name], value)
