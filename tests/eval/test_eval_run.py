@@ -33,6 +33,7 @@ TINY = {
     "tokenizer": {"vocab_size": 400},
     "batch_tokens": 512, "total_tokens": 4096, "eval_every_tokens": 4096, "save_every_tokens": 2048,
     "schedule": {"type": "constant", "warmup_tokens": 0}, "compile": "never", "precision": "fp32", "device": "cpu",
+    "too_long": "drop",
 }  # fmt: skip
 CLINIC = {"passages": 60, "examples": 60, "validation_passages": 5, "validation_examples": 5}
 NOTES = [f"Day {day}. The fever is {'gone' if day % 2 else 'high'}; the patient sleeps – and eats well." for day in range(40)]
