@@ -142,9 +142,10 @@ def test_the_chain_of_usmle_2day_runs_scaled_down_and_not_without_its_middle(sta
     told = capsys.readouterr().err
     assert "GRPO would learn nothing from runs/usmle-2day-pretrain" in told and "osler sft usmle-2day/format" in told
     assert not Path("runs/usmle-2day-grpo").exists()
-    middle = ["data.examples=300", "data.cards=0", "data.drills=0", "seq_len=256", "batch_tokens=2048", "micro_batch_tokens=2048"]
-    middle += ["total_tokens=300_000", "optim.lr=1e-2", "schedule.warmup_tokens=20_000", "compile=never"]
-    assert main(["sft", "usmle-2day/format", *plain, *middle]) == 0
+    assert main(["sft", "usmle-2day/format", *plain, "--dry-run"]) == 0  # on the clinic, as it is
+    middle = ["data.type=turns", f"data.path={stand_in.turns}", "data.thinking_field=thinking", "seq_len=128"]
+    middle += ["batch_tokens=512", "micro_batch_tokens=512", "total_tokens=60_000", "optim.lr=1e-2", "schedule.warmup_tokens=999"]
+    assert main(["sft", "usmle-2day/format", *plain, *middle, "compile=never"]) == 0
     assert main(grpo) == 0
     told = capsys.readouterr().err
     assert "Warning: none of" not in told and "Done: runs/usmle-2day-grpo" in told
