@@ -55,8 +55,9 @@ def arguments(start, *more):
     ]
 
 
-def test_a_whole_run(start, tmp_path):
-    assert run(None, arguments(start), run_dir=str(tmp_path / "run")) == 0
+def test_a_whole_run(start, tmp_path, capsys):
+    assert run(None, arguments(start, "parallel.type=fsdp"), run_dir=str(tmp_path / "run")) == 0
+    assert capsys.readouterr().err.count("parallel.type=fsdp changes nothing here") == 1, "one process shares with nobody"
     loaded = load_model(tmp_path / "run")
     assert loaded.state["step"] == 3
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
+import sys
 from collections import Counter
 from dataclasses import replace
 from itertools import product
@@ -12,9 +14,10 @@ import pytest
 from osler.config import available_recipes, decode, load_recipe
 from osler.data.config import Stage
 from osler.errors import UserError
-from osler.parallel.config import DdpConfig
+from osler.parallel.config import DdpConfig, DeepSpeedConfig
+from osler.parallel.fp8 import float8_linear
 from osler.train.config import TrainConfig
-from osler.train.setup import check_processes, warn_of_small_passes
+from osler.train.setup import check_plan, check_processes, warn_of_small_passes
 
 CONFIG = TrainConfig(seq_len=128, batch_tokens=12 * 128, micro_batch_tokens=2 * 128, parallel=DdpConfig())
 PRETRAIN = [name for name in available_recipes() if load_recipe(name).get("kind") == "pretrain"]
@@ -80,6 +83,22 @@ def test_every_share_keeps_its_passes_or_is_told_with_numbers_that_are_accepted_
                 advised[bool(first), min(change)] += 1
                 assert where not in warning(replace(config, **change), processes, capsys)
     assert min(advised.values()) > 3 and len(advised) == 4, advised
+
+
+def test_a_plan_misses_the_packages_that_a_run_would_miss(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchao.float8", None)
+    float8_linear.cache_clear()
+    config = TrainConfig(device="cpu", precision="fp8")
+    with pytest.raises(UserError, match=r"precision=fp8 needs torchao .*\[fp8\]"):
+        check_plan(config, is_new=True)
+    if importlib.util.find_spec("deepspeed") is None:
+        with pytest.raises(UserError, match=r"needs the package DeepSpeed"):
+            check_plan(replace(config, precision="fp32", parallel=DeepSpeedConfig()), is_new=True)
+
+
+def test_no_fewer_than_no_threads_prepare_batches():
+    with pytest.raises(ValueError, match="loader_workers -1 must be 0"):
+        TrainConfig(loader_workers=-1)
 
 
 @pytest.mark.parametrize("name", PRETRAIN)
