@@ -27,6 +27,55 @@ PARAMETERS = {
     "osler-400m": 405_651_456,
 }
 RECIPE_NAMES = sorted(available_recipes())
+SHAPES = {  # layers, hidden, intermediate, heads, kv heads, head_dim, vocabulary, tied, rank, norm weights, max_seq_len
+    "pure-tiny": (12, 512, 1408, 8, 2, 64, 50_304, False, None, False, 2048),
+    "pure-small": (16, 768, 2112, 12, 3, 64, 50_304, False, None, False, 2048),
+    "pure-medium": (24, 1024, 2816, 16, 4, 64, 50_304, False, None, False, 2048),
+    "pure-medium-large": (20, 1152, 3168, 16, 4, 72, 50_304, False, None, False, 2048),
+    "pure-large": (24, 1536, 4224, 16, 4, 96, 50_304, False, None, False, 2048),
+    "synth-tiny": (6, 384, 1024, 6, 6, 64, 50_304, False, None, True, 2048),
+    "synth-small": (12, 768, 2048, 12, 12, 64, 50_304, False, None, True, 2048),
+    "synth-medium": (24, 1024, 2752, 16, 16, 64, 50_304, False, None, True, 2048),
+    "synth-baguette": (80, 512, 1408, 8, 8, 64, 50_304, False, None, True, 2048),
+    "superbpe-270m": (28, 640, 1712, 10, 2, 64, 200_005, False, 128, True, 4096),
+    "factorized-177m": (28, 768, 2048, 12, 2, 64, 50_257, True, 128, True, 4096),
+    "osler-400m": (20, 1152, 3168, 18, 6, 64, 50_304, False, None, False, 2048),
+}
+MODELS = {  # of the training recipes
+    "debug": "pure-tiny",
+    "usmle-2day/pretrain": "pure-medium-large",
+    "a100-1day": "pure-medium-large",
+    "a100-3day": "pure-medium",
+    "synth-8xh100": "synth-medium",
+    "synth-baguette-8xh100": "synth-baguette",
+    "superbpe-curriculum": "superbpe-270m",
+    "ultra-curriculum": "superbpe-270m",
+    **{name: "factorized-177m" for name in RECIPE_NAMES if name.startswith("four-stage/")},
+    "osler-2day": "osler-400m",
+    "osler-20usd": "osler-400m",
+}
+TOKENS = {
+    "debug": 10_000_000,
+    "usmle-2day/pretrain": 2_000_000_000,
+    "a100-1day": 15_000_000_000,
+    "a100-3day": 50_000_000_000,
+    "synth-8xh100": 40_000 * 8 * 64 * 2048,
+    "synth-baguette-8xh100": 40_000 * 8 * 64 * 2048,
+    "four-stage/1-wikipedia": 15 * 960_000_000,
+    "four-stage/2-reasoning": 20 * 1_500_000_000,
+    "four-stage/3-math": 100 * 100_000_000,
+    "four-stage/4-code": 20 * 150_000_000,
+}
+STAGES = {  # tokens in a row, rows of a step, and the step at which they begin; None: not published
+    "superbpe-curriculum": [
+        (128, 256, 0), (256, 128, 3_000), (512, 64, 6_000), (768, 64, 10_000), (1024, 32, 15_000), (2048, 32, 25_000)
+    ],
+    "ultra-curriculum": [
+        (8, 8192, 0), (16, 4096, None), (32, 2048, None), (64, 1024, None), (128, 512, None), (256, 256, None),
+        (512, 128, None), (768, 256, None), (1536, 128, None), (2048, 64, None),
+    ],
+    "four-stage/1-wikipedia-24gb": [(512, 8 * 8, 0), (1024, 6 * 8, 5_000), (1536, 4 * 8, 10_000), (2048, 4 * 8, 15_000)],
+}  # fmt: skip
 
 
 def model_of(name: str) -> ModelConfig:
@@ -51,6 +100,59 @@ def test_parameters_counted_from_the_built_model(name, parameters):
     width = config.hidden_size if config.embed_rank is None else config.embed_rank
     padding = padding_rows * (width + (0 if config.tie_embeddings else config.hidden_size))
     assert sum(parameter.numel() for parameter in model.parameters()) - padding == parameters
+
+
+@pytest.mark.parametrize(("name", "shape"), SHAPES.items())
+def test_published_shapes(name, shape):
+    model = model_of(name)
+    sizes = (model.num_layers, model.hidden_size, model.intermediate_size, model.num_heads, model.num_kv_heads, model.head_dim)
+    rest = (model.vocab_size, model.tie_embeddings, model.embed_rank, model.norm_weight, model.max_seq_len)
+    assert sizes + rest == shape
+    assert model.rope_theta == 10_000.0 and not model.qk_norm_weight
+    assert model.head_init == ("normal" if model.tie_embeddings else "zero"), "the first loss is ln(vocab_size)"
+
+
+@pytest.mark.parametrize(("name", "model"), MODELS.items())
+def test_published_models_of_training_recipes(name, model):
+    assert model_of(name) == model_of(model)
+
+
+@pytest.mark.parametrize(("name", "tokens"), TOKENS.items())
+def test_published_lengths(name, tokens):
+    assert load_recipe(name)["total_tokens"] == tokens
+
+
+@pytest.mark.parametrize(("name", "stages"), STAGES.items())
+def test_published_stages(name, stages):
+    spans = decode_recipe(load_recipe(name)).timeline.spans
+    assert [(span.seq_len, span.rows_per_batch) for span in spans] == [stage[:2] for stage in stages]
+    begins = [(span.first_step, step) for span, (_, _, step) in zip(spans, stages, strict=True)]
+    assert all(published in (None, step) for step, published in begins)
+
+
+def test_published_numbers_of_single_recipes():
+    usmle = decode_recipe(load_recipe("usmle-2day/pretrain"))
+    assert (usmle.batch_tokens, usmle.micro_batch_tokens, usmle.seq_len) == (16 * 2048 * 16, 16 * 2048, 2048)
+    assert (usmle.optim.type, usmle.optim.lr, usmle.clip_norm, usmle.precision) == ("adamw", 3e-4, 1.0, "bf16")
+    schedule = usmle.schedule
+    assert (schedule.type, schedule.warmup_tokens, schedule.final_fraction) == ("cosine", 100_000_000, 0.1)
+    assert (usmle.save_every_tokens, usmle.eval_every_tokens) == (500 * 524_288, 250 * 524_288)
+    assert decode_recipe(load_recipe("debug")).batch_tokens == 32_768
+    synth = decode_recipe(load_recipe("synth-8xh100"))
+    assert (synth.batch_tokens, synth.compile, synth.total_steps) == (8 * 64 * 2048, "always", 40_000)
+    small = decode_recipe(load_recipe("four-stage/1-wikipedia-24gb"))
+    assert (small.micro_batch_tokens, small.batch_tokens, small.precision) == (4 * 2048, 4 * 8 * 2048, "auto")
+    for name in ("superbpe-curriculum", "ultra-curriculum", "text-10min"):
+        assert load_recipe(name)["data"]["holdout_fraction"] == 0.05
+    for name in ("superbpe-curriculum", "ultra-curriculum"):
+        assert load_recipe(name)["precision"] == "fp8"
+
+
+def test_what_is_wrong_in_a_published_recipe_stands_in_its_description():
+    told = available_recipes()
+    assert "32,768 but 49,152 at 768 and 65,536 at 2,048" in told["superbpe-curriculum"]
+    for name in ("a100-1day", "a100-3day"):
+        assert "cannot do even at full peak" in told[name]
 
 
 @pytest.mark.parametrize("name", RECIPE_NAMES)

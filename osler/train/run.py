@@ -64,9 +64,9 @@ from osler.train.setup import (
     check_lengths,
     check_plan,
     check_processes,
-    check_vocabulary,
     choose_machine,
     describe_run,
+    fit_vocabulary,
     left_out,
     make_model,
     make_tokenizer,
@@ -143,7 +143,7 @@ def train(config: TrainConfig, run: RunFolder, world: World | None = None) -> bo
     set_recompute(model, config.recompute)
     tokenizer_path = run.root / TOKENIZER_FILE
     tokenizer = world.once(lambda: make_tokenizer(config, tokenizer, tokenizer_path))
-    check_vocabulary(model.config, tokenizer, is_new=checkpoint is None and config.init_from is None)
+    fit_vocabulary(model, tokenizer, is_new=checkpoint is None and config.init_from is None)
     prepared = world.ahead(lambda: begin(config, run, tokenizer, model.config), lambda: open_prepared(run.root / DATA, tokenizer))
     engine = parallelize(model, config.parallel, world, compile=machine.compile)
     fill()

@@ -21,7 +21,6 @@ from osler.data.shards import Int64Array, ShardSet
 from osler.data.sources import check_source, train_tokenizer
 from osler.errors import UserError
 from osler.inference.load import described_model, tokenizer_of
-from osler.model.config import ModelConfig
 from osler.model.transformer import Transformer
 from osler.monitor.fanout import check_sinks
 from osler.optim.bf16 import keep_in_bf16
@@ -200,16 +199,27 @@ def make_tokenizer(config: TrainConfig, given: Tokenizer | None, kept: Path) -> 
     return train_tokenizer(config.data, config.tokenizer.vocab_size, max_bytes=config.tokenizer.max_bytes)
 
 
-def check_vocabulary(model: ModelConfig, tokenizer: Tokenizer, *, is_new: bool) -> None:
-    """Refuse a tokenizer with more tokens than the model has rows for; say when it leaves many rows of a new one unused."""
-    if tokenizer.vocab_size > model.vocab_size:
-        raise UserError(
-            f"The tokenizer has {tokenizer.vocab_size:,} tokens, the model only {model.vocab_size:,}: set "
-            f"model.vocab_size={tokenizer.vocab_size}."
-        )
-    if is_new and tokenizer.vocab_size < MUCH_USED * model.vocab_size:
+def fit_vocabulary(model: Transformer, tokenizer: Tokenizer, *, is_new: bool) -> None:
+    """Give special tokens that come after the model's vocabulary its padding rows; refuse a tokenizer that is larger still.
+
+    Says when a tokenizer leaves many rows of a new model unused.
+    """
+    config = model.config
+    beyond = range(config.vocab_size, tokenizer.vocab_size)
+    if beyond:
+        if tokenizer.vocab_size > config.padded_vocab_size or not tokenizer.special_ids.issuperset(beyond):
+            raise UserError(
+                f"The tokenizer has {tokenizer.vocab_size:,} tokens, the model only {config.vocab_size:,}: set "
+                f"model.vocab_size={tokenizer.vocab_size}."
+            )
         say(
-            f"The tokenizer has {tokenizer.vocab_size:,} tokens, the model room for {model.vocab_size:,}: "
+            f"{len(beyond)} special tokens come after the {config.vocab_size:,} of the model: they take rows of its padding to "
+            f"{config.padded_vocab_size:,}, so it keeps its size."
+        )
+        model.config = replace(config, vocab_size=tokenizer.vocab_size)
+    if is_new and tokenizer.vocab_size < MUCH_USED * config.vocab_size:
+        say(
+            f"The tokenizer has {tokenizer.vocab_size:,} tokens, the model room for {config.vocab_size:,}: "
             f"model.vocab_size={tokenizer.vocab_size} would be smaller and lose nothing."
         )
 

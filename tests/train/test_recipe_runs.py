@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from osler.cli import main
 from osler.clinic.textbook import textbook
@@ -17,6 +18,7 @@ from osler.data.curriculum import rows_per_micro_batch
 from osler.inference.load import load_model
 from osler.rl.config import GrpoConfig
 from osler.tasks.registry import load_task
+from osler.tokenizer.bpe import EOS, Tokenizer
 from osler.train.config import TrainConfig
 from osler.train.folder import default_name
 
@@ -117,6 +119,23 @@ def test_a_pretraining_recipe_runs_scaled_down(name, stand_in, tmp_path, monkeyp
         assert [line["train/seq_len"] for line in steps[::2]] == [stage.seq_len // 8 for stage in config.curriculum]
 
 
+def test_special_tokens_that_a_tokenizer_lacks_take_padding_rows_of_the_model(tiny, tmp_path, capsys):
+    """As with GPT-2's tokenizer and factorized-177m: 50,257 tokens fill the vocabulary, and the template needs three more."""
+    path = tmp_path / "tokenizer.json"
+    path.write_bytes(Tokenizer.train(textbook(0, 50), 300, specials=(EOS,)).to_bytes())
+    command = ["pretrain", str(tiny.pretrain), f"tokenizer.path={path}", "--run", str(tmp_path / "run")]
+    assert main([*command, "model.vocab_size=299"]) == 2, "the 300th token is none of the template's"
+    assert "set model.vocab_size=303" in capsys.readouterr().err
+    assert main([*command, "model.vocab_size=300"]) == 0
+    assert "3 special tokens come after the 300 of the model" in capsys.readouterr().err
+    loaded = load_model(tmp_path / "run")
+    assert loaded.model.config.vocab_size == loaded.tokenizer.vocab_size == 303
+    assert loaded.model.embed_tokens.weight.shape[0] == loaded.model.config.padded_vocab_size == 320
+    assert loaded.model.logits(loaded.model(torch.tensor([[302]]))).shape[-1] == 303
+    longer = ["seq_len=192", "batch_tokens=576", "total_tokens=1152"]
+    assert main(["sft", str(tiny.sft), f"init_from={tmp_path / 'run'}", *longer, "--run", str(tmp_path / "sft")]) == 0
+
+
 @pytest.mark.parametrize("name", GRPO)
 def test_a_grpo_recipe_passes_the_dry_run_and_finds_its_questions(name, stand_in, monkeypatch, capsys):
     monkeypatch.chdir(stand_in.root)
@@ -193,12 +212,11 @@ def test_published_numbers_of_steps(name, steps, batch_tokens):
 
 @pytest.mark.parametrize("name", IN_STAGES)
 def test_tokens_per_step_of_the_stages(name):
-    """Constant in the six stages but for rows of 768, of which 85 are no number to share; what the recipe says in the others."""
     config = decode(TrainConfig, load_recipe(name))
     batches = [span.batch_tokens for span in config.timeline.spans]
     expected = {
-        "superbpe-curriculum": [65_536, 65_536, 65_536, 61_440, 65_536, 65_536],
-        "ultra-curriculum": [65_536] * 7 + [98_304] * 2 + [131_072],
+        "superbpe-curriculum": [32_768, 32_768, 32_768, 49_152, 32_768, 65_536],
+        "ultra-curriculum": [65_536] * 7 + [196_608] * 2 + [131_072],
         "four-stage/1-wikipedia-24gb": [32_768, 49_152, 49_152, 65_536],
     }
     assert batches == expected[name]
