@@ -73,24 +73,25 @@ def decode(cls: type[T], mapping: Mapping[str, Any], *, source: str = "") -> T:
     """
     from pydantic import ValidationError
 
+    source = source or "the configuration"
     if not isinstance(mapping, Mapping):
-        raise ConfigError(f"{source or cls.__name__}: should be a mapping of keys to values, given {shown(mapping)}")
+        raise ConfigError(f"{source}: should be a mapping of keys to values, given {shown(mapping)}")
     completed = _complete_type(cls, encode(mapping))
     try:
         text = json.dumps(completed)
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"{source or cls.__name__}: a value is no text, number, list or mapping ({error})") from None
+        raise ConfigError(f"{source}: a value is no text, number, list or mapping ({error})") from None
     try:
         # Strict JSON is exactly the wanted rule: "3" is no integer and 1 no boolean, but a list may become a tuple.
         return cast(T, _adapter(cast(Any, cls)).validate_json(text))
     except UserError as error:  # of a __post_init__: pydantic files only ValueErrors under their path
-        raise ConfigError(f"{source or cls.__name__}: {error}") from None
+        raise ConfigError(f"{source}: {error}") from None
     except ValidationError as error:
         from osler.mistakes import error_lines
 
         lines = error_lines(cls, error.errors(include_url=False))
     count = "1 error" if len(lines) == 1 else f"{len(lines)} errors"
-    raise ConfigError("\n  ".join([f"{source or cls.__name__}: {count}", *lines]))
+    raise ConfigError("\n  ".join([f"{source}: {count}", *lines]))
 
 
 @functools.cache

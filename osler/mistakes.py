@@ -32,7 +32,7 @@ _SHOULD = {
 
 
 def error_lines(cls: type, errors: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Return one line per wrong path; the alternatives of a union that failed together share a line."""
+    """Return one line per wrong path, which what is wrong with the whole lacks; alternatives of a union share a line."""
     found: dict[str, tuple[list[str], str]] = {}
     for error in errors:
         path, owner = _locate(cls, error["loc"])
@@ -43,7 +43,7 @@ def error_lines(cls: type, errors: Iterable[Mapping[str, Any]]) -> list[str]:
         problems, _ = found.setdefault(path, ([], f", given {shown(error['input'])}" if show_given else ""))
         if problem not in problems:
             problems.append(problem)
-    return [f"{path or cls.__name__}: {_join(problems)}{given}" for path, (problems, given) in found.items()]
+    return [f"{path}{': ' if path else ''}{_join(problems)}{given}" for path, (problems, given) in found.items()]
 
 
 def _join(problems: Sequence[str]) -> str:

@@ -144,13 +144,19 @@ class TestDecode:
     def test_all_errors_at_once_one_line_each(self):
         text = message({"name": 1, "stages": [{"seq_len": 1}, {"seq_len": "x"}], "weights": {"a": "b"}, "rows": "many"})
         assert text.splitlines() == [
-            "Run: 5 errors",
+            "the configuration: 5 errors",
             "  steps: is required and missing",
             "  name: should be text, given 1",
             '  stages[1].seq_len: should be an integer, given "x"',
             '  weights.a: should be a number, given "b"',
             "  rows: should be an integer or 'auto', given \"many\"",
         ]
+
+    def test_no_line_is_headed_by_the_name_of_a_class(self):
+        assert message({"type": "muon", "momentum": 2.0}, Muon) == (
+            "the configuration: 1 error\n  momentum is 2.0; it must be below 1"
+        )
+        assert message([], Muon) == "the configuration: should be a mapping of keys to values, given []"
 
     def test_value_errors_of_post_init_stand_at_their_path(self):
         text = message({"steps": 1, "optim": {"type": "muon", "momentum": 1.5}, "name": 2})

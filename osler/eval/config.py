@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from osler.config import config
+from osler.ops.temperature import check_temperature
 from osler.tasks.clinic import ClinicTask
 from osler.tasks.registry import TaskConfig
 
@@ -40,8 +41,7 @@ class EvalConfig:
         for name in ("permutations", "max_new_tokens", "rows"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if self.temperature < 0:
-            raise ValueError(f"temperature {self.temperature} must be 0 or more")
+        check_temperature(self.temperature)
         if self.seq_len is not None and self.seq_len < 1:
             raise ValueError(f"seq_len {self.seq_len} must be at least 1")
         if self.overlap < 0:

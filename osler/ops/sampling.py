@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from osler.errors import UserError
+from osler.ops.temperature import check_temperature
 
 _BLOCK = 64
 _LOW_32 = 0xFFFFFFFF
@@ -58,8 +59,10 @@ def row_uniform(seed: int, row_B: Tensor, position_B: Tensor) -> Tensor:
 
 def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
     """Refuse sampling settings that have no meaning, by name and number (UserError)."""
-    if not 0 <= temperature < float("inf"):
-        raise UserError(f"temperature is {temperature}: give 0 (greedy) or a positive number.")
+    try:
+        check_temperature(temperature)
+    except ValueError as error:
+        raise UserError(f"{error}.") from None
     if top_k is not None and top_k < 1:
         raise UserError(f"top_k is {top_k}: give at least 1, or leave it out to keep the whole vocabulary.")
     if top_p is not None and not 0 < top_p <= 1:

@@ -71,7 +71,7 @@ def run(
     if resume:
         config = stored_config(QuickstartConfig, str(root.root), overrides)
     else:
-        config = decode(QuickstartConfig, load_recipe("quickstart", overrides))
+        config = decode(QuickstartConfig, load_recipe("quickstart", overrides), source="quickstart")
     for stage in (config.pretrain, config.sft, config.grpo):
         check_sinks(stage.monitor)
     if dry_run:

@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 
 from osler.config import TAGGED, config
 from osler.monitor.config import MonitorConfig, SpikeConfig
+from osler.ops.temperature import check_temperature
 from osler.optim.config import AdamWConfig, ConstantConfig, OptimConfig, ScheduleConfig
 from osler.parallel.config import DdpConfig, FsdpConfig, NoParallelConfig
 from osler.tasks.clinic import ClinicTask
@@ -102,6 +103,7 @@ class AlgorithmConfig:
             )
         if self.temperature <= 0.0:
             raise ValueError(f"temperature = {self.temperature} must be positive: greedy groups hold equal samples")
+        check_temperature(self.temperature)
         if not 0.0 < self.top_p <= 1.0 or (self.top_k is not None and self.top_k < 1):
             raise ValueError(f"top_p = {self.top_p} must lie in (0, 1], top_k = {self.top_k} be at least 1 or left out")
         if self.beta < 0.0 or self.overlong_penalty < 0.0 or self.max_refills < 0:

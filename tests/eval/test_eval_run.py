@@ -262,3 +262,8 @@ def test_remarks_say_what_a_score_is_worth():
     assert "did not fit" in list(remarks(score(0, 100, "too_long")))[1]
     wide = table([score(90, 10), score(1, 1)]).splitlines()
     assert len({line.index("generation") for line in wide[1:3]}) == 1 and len(wide[0]) == len(wide[1])
+
+
+def test_a_temperature_that_nothing_can_be_divided_by_is_refused():
+    with pytest.raises(ValueError, match="temperature is 1e-40: give 0"):
+        EvalConfig(temperature=1e-40)

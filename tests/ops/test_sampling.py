@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from osler.errors import UserError
 from osler.ops.sampling import check_sampling, keep_set, pack_keep, row_uniform, sample, unpack_keep
+from osler.ops.temperature import COLDEST
 
 
 def chi_square_limit(cells: int) -> float:
@@ -90,6 +91,12 @@ def test_impossible_tokens_are_never_drawn_at_either_end_of_the_unit_interval() 
     assert bool(torch.isin(token, torch.tensor([3, 100, 150])).all()) and bool(logp.isfinite().all())
 
 
+def test_the_coldest_temperature_takes_the_likeliest() -> None:
+    logits = 50 * torch.randn(8, 130)
+    token, logp, _ = sample(logits, torch.rand(8), temperature=COLDEST, top_p=0.9)
+    assert torch.equal(token, logits.argmax(-1)) and torch.equal(logp, torch.zeros(8))
+
+
 def test_temperature_zero_takes_the_likeliest_and_reports_it_at_temperature_one() -> None:
     logits = torch.randn(8, 40, generator=torch.Generator().manual_seed(1))
     token, logp, keep = sample(logits, torch.rand(8), temperature=0, top_k=3, top_p=0.5)
@@ -158,6 +165,7 @@ def test_packing_a_kept_set_loses_nothing(vocab: int, seed: int) -> None:
         (-1.0, None, None, "temperature"),
         (math.nan, None, None, "temperature"),
         (math.inf, None, None, "temperature"),
+        (1e-40, None, None, "give 0 .* or a number of at least 1e-30"),
         (1.0, 0, None, "top_k"),
         (1.0, None, 0.0, "top_p"),
         (1.0, None, 1.5, "top_p"),

@@ -30,6 +30,8 @@ def test_parts_are_changed_one_field_at_a_time():
         ({"init_from": "x", "algorithm": {"kl": "k4"}}, "algorithm.kl"),
         ({"init_from": "x", "algorithm": {"samples_per_prompt": 1}}, "at least 2 samples"),
         ({"init_from": "x", "algorithm": {"temperature": 0.0}}, "temperature"),
+        ({"init_from": "x", "algorithm": {"temperature": 1e-40}}, "temperature is 1e-40"),
+        ({"init_from": "x", "steps": 0}, "^the configuration: 1 error\n  steps"),
         ({"init_from": "x", "algorithm": {"top_k": 0}}, "top_k"),
         ({"init_from": "x", "algorithm": {"clip": {"low": 0.0}}}, "clip.low"),
         ({"init_from": "x", "algorithm": {"quality": {"ngram": 40}}}, "ngram"),
