@@ -218,7 +218,9 @@ def charts_of(run: StageRun, colour: int) -> tuple[list[Chart], list[tuple[Famil
             spec, (lines, band) = spec_of(next(iter(of.values()))), bundle({n: run.curves[name] for n, name in of.items()})
             good = f"{spec.good} The grey area spans all {len(of)} layers."
             charts.append((replace(spec, title=f"{base} by layer", good=good), lines, band))
-        charts += [_row_chart(run, row, some, colour) for row, some in _by_row(whole)]
+        for row, some in by_row(sorted(whole)):  # one chart, as far as colours reach
+            parts = (some[start : start + COLOURS] for start in range(0, len(some), COLOURS))
+            charts += [_row_chart(run, row, part, colour) for part in parts]
         rest.append((family, charts))
     return main, rest
 
@@ -299,14 +301,12 @@ def line_of(run: StageRun, name: str, label: str, colour: int, over: str = "step
     return Line(label, series.steps, series.values, colour, smooth)
 
 
-def _by_row(names: list[str]) -> Iterator[tuple[str, list[str]]]:
-    """Metrics that one row of the table declares belong into one chart, as far as colours reach."""
+def by_row(names: Iterable[str]) -> Iterator[tuple[str, list[str]]]:
+    """Metrics by the row of the table that declares them; one that none declares is a row of its own."""
     rows: dict[str, list[str]] = {}
-    for name in sorted(names):
+    for name in names:
         rows.setdefault(declared_name(name) or name, []).append(name)
-    for row, some in rows.items():
-        for start in range(0, len(some), COLOURS):
-            yield row, some[start : start + COLOURS]
+    yield from rows.items()
 
 
 def _row_chart(run: StageRun, row: str, names: list[str], colour: int) -> Chart:

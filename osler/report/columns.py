@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from osler.errors import UserError
 from osler.monitor.sinks import RESERVED
 from osler.report.lenient import as_number, as_text, is_measurement, parse_line
 
@@ -131,6 +132,8 @@ def read_columns(path: Path, default: str = "") -> tuple[dict[str, Columns], int
         file = path.open("rb")
     except FileNotFoundError:
         return {}, 0
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}.") from error
     with file:
         for raw in file:  # a binary file ends lines at the newline byte alone, as JSON does
             if not raw.strip():

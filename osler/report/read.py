@@ -29,6 +29,7 @@ from typing import Any
 
 import numpy as np
 
+from osler.checkpoint.manifest import MANIFEST
 from osler.errors import UserError
 from osler.monitor.events import read_events
 from osler.report.columns import Floats, Series, read_columns
@@ -37,6 +38,7 @@ from osler.report.model import checkpoint_model
 from osler.runtime.files import RunFolder, read_json
 from osler.yaml12 import load_yaml
 
+MOST_NAMED = 8  # runs that a message spells out
 STAGE_ORDER = ("untrained", "pretrain", "midtrain", "sft", "grpo", "rl")
 
 
@@ -168,11 +170,8 @@ def read_run(folder: str | Path | Run) -> Run:
     if isinstance(folder, Run):
         return folder
     path = Path(folder)
-    if not RunFolder(path).config.is_file():
-        raise UserError(
-            f"{path} is not a run folder: it has no config.yaml. Give the folder that a training run wrote "
-            "(the one with config.yaml and metrics.jsonl in it)."
-        )
+    if not RunFolder(path).config.is_file() or is_checkpoint(path):
+        raise UserError(why_no_run(path))
     problems: list[str] = []
     text, config = _read_config(RunFolder(path).config, problems)
     stages = _read_stages(path, problems)
@@ -198,6 +197,25 @@ def read_run(folder: str | Path | Run) -> Run:
     )  # fmt: skip
 
 
+def is_checkpoint(path: Path) -> bool:
+    """Whether a folder is a checkpoint, which has the configuration of its run too."""
+    return (path / MANIFEST).is_file()
+
+
+def why_no_run(path: Path) -> str:
+    """What a path is that is no run folder, and what to give instead, as a paragraph."""
+    what = "the folder that a training run wrote (the one with config.yaml and metrics.jsonl in it)"
+    if not path.is_dir():
+        return f"{path} is {'a file and ' if path.exists() else ''}no folder. Give {what}: the one named by --run."
+    if is_checkpoint(path):
+        return f"{path} is a checkpoint and not a run folder. Give the folder of its run: {path.resolve().parent.parent}."
+    if runs := sub_runs(path):
+        names = ", ".join(str(run) for run in runs[:MOST_NAMED]) + (" ..." if len(runs) > MOST_NAMED else "")
+        holds = "is not a run folder itself but holds"
+        return f"{path} {holds} {len(runs)} run{'s' if len(runs) > 1 else ''}. Give one of them: {names}."
+    return f"{path} is not a run folder: it has no config.yaml. Give {what}."
+
+
 def stage_rank(label: str, names: Iterable[str] = ()) -> float:
     """Where a stage or checkpoint label belongs in time: by stages.json, else by the usual order of training."""
     low = label.lower()
@@ -210,7 +228,12 @@ def stage_rank(label: str, names: Iterable[str] = ()) -> float:
 
 def sub_runs(folder: Path) -> list[Path]:
     """The run folders inside a run folder: the stages of a quickstart."""
-    return sorted(p for p in folder.iterdir() if RunFolder(p).config.is_file() or RunFolder(p).metrics.is_file())
+    return sorted(path for path in folder.iterdir() if is_run(path))
+
+
+def is_run(path: Path) -> bool:
+    """Whether a folder is one that a run has begun to write."""
+    return (RunFolder(path).config.is_file() or RunFolder(path).metrics.is_file()) and not is_checkpoint(path)
 
 
 def _read_config(path: Path, problems: list[str]) -> tuple[str, dict[str, Any]]:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from osler.monitor.lifetime import LIFETIME
 from osler.monitor.metrics import declared_name
 from osler.report import format as fmt
-from osler.report.charts import inner, kind_of
+from osler.report.charts import by_row, inner, kind_of
 from osler.report.diary import happenings, in_words
 from osler.report.families import Family, by_layer, in_families
 from osler.report.lenient import as_text
@@ -39,6 +39,7 @@ PANEL_WIDTH, GAP = 36, 3
 HEIGHTS = (8, 6, 5, 4, 3, 2, 1)  # of a curve in lines: the first at which all fits
 PLAIN_HEIGHT = 4
 EVENTS, CHECKPOINTS = 5, 4
+SHOWN_OF_ROW = 6  # metrics that one row of METRICS declares, as of each source of the data
 STATE_STYLES = {"running": "good", "finished": "good", "dead": "bad", "failed": "bad", "quiet": "warn", "stopped": "warn"}
 
 
@@ -191,7 +192,10 @@ def _values(stage: Stage, width: int) -> list[Text]:
     lines = []
     for family, names in in_families(newest):
         whole, layers = by_layer(names)
-        told = [f"{_short(name, family)} {_show(name, newest[name])}" for name in whole]
+        told = []
+        for row, some in by_row(whole):
+            told += [f"{_short(name, family)} {_show(name, newest[name])}" for name in some[:SHOWN_OF_ROW]]
+            told += [f"and {len(some) - SHOWN_OF_ROW} more of {_short(row, family)}"] if len(some) > SHOWN_OF_ROW else []
         for base, of in layers.items():
             low, high = (pick(of, key=lambda layer: newest[of[layer]]) for pick in (min, max))
             least, most = _show(of[low], newest[of[low]]), _show(of[high], newest[of[high]])

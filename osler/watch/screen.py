@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from osler.errors import UserError
+from osler.report.read import is_run, sub_runs, why_no_run
 from osler.runtime.log import is_terminal
-from osler.watch.frame import Text, frame
+from osler.watch.frame import Text, clean, frame
 from osler.watch.state import Watched
 
 # Another screen, no cursor, no wrapping of long lines; and back.
@@ -34,10 +35,14 @@ def run(folder: str, *, every_seconds: float = 2.0, once: bool = False) -> int:
     """Show a run until the reader leaves; once and in plain text where nobody watches a terminal. Returns the exit code."""
     if not every_seconds > 0:
         raise UserError(f"--every {every_seconds:g} must be above 0: the seconds between two pictures.")
-    watched = Watched(Path(folder))
+    path = Path(folder)
+    watched = Watched(path)
+    if path.is_dir() and not is_run(path) and (runs := sub_runs(path)):
+        print("\n".join(listed(runs, time.time())))
+        return 0
     if once or not is_terminal(sys.stdout):
-        if not Path(folder).is_dir():  # on a terminal it may come yet, and a misspelt name stands in the first line
-            raise UserError(f"{folder} is no folder. Give the folder of a run: the one named by --run when it was started.")
+        if not is_run(path):  # on a terminal it may come yet, and what is waited for stands on the screen
+            raise UserError(why_no_run(path))
         watched.refresh()
         print("\n".join(line.text for line in frame(watched, time.time(), shutil.get_terminal_size().columns)))
         return 0
@@ -50,6 +55,16 @@ def run(folder: str, *, every_seconds: float = 2.0, once: bool = False) -> int:
             if not wait(every_seconds, size, keys):
                 break
     return 0
+
+
+def listed(runs: Sequence[Path], now: float) -> list[str]:
+    """A line for each run of a folder: where it is, and how it is."""
+    lines = []
+    for folder in runs:
+        watched = Watched(folder)
+        watched.refresh()
+        lines.append(clean(f"{folder}  {watched.current.state(now).words}"))
+    return [*lines, f"This folder holds {len(runs)} runs; give one: osler watch {runs[0]}"]
 
 
 def draw(lines: Sequence[Text]) -> None:

@@ -164,7 +164,7 @@ class Stage:
             return self._ended(noted, now)
         if last is None:
             if not self.has_begun:
-                return State("waiting", "nothing here yet: neither config.yaml nor metrics.jsonl")
+                return State("waiting", "nothing here yet: waiting for a run to write its config.yaml here (q or Ctrl-C leaves)")
             return State("waiting", f"no metrics yet; begun {fmt.duration(silent)} ago")
         saved = next((c.step for c in self.checkpoints), None)
         if self.is_complete and not noted:

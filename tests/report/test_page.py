@@ -385,6 +385,24 @@ def test_the_page_can_be_written_elsewhere(quickstart: Path, tmp_path: Path, cap
         assert f"The page cannot be written to {place}" in said and "--out" in said
 
 
+def test_what_is_no_run_is_told_with_what_to_give(quickstart: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    step = quickstart / "sft" / "checkpoints" / "step-000000010"
+    step.mkdir(parents=True)
+    for name in ("config.yaml", "manifest.json"):
+        (step / name).write_text("{}", encoding="utf-8")
+    (quickstart / "grpo" / "metrics.jsonl").unlink()
+    (quickstart / "grpo" / "metrics.jsonl").mkdir()
+    for path, said in (
+        (quickstart / "none", "is no folder"),
+        (quickstart / "config.yaml", "is a file and no folder"),
+        (step, f"is a checkpoint and not a run folder. Give the folder of its run: {(quickstart / 'sft').resolve()}."),
+        (step.parent, "is not a run folder: it has no config.yaml"),
+        (quickstart / "grpo", "metrics.jsonl cannot be read: Is a directory"),
+    ):
+        assert main(["report", str(path)]) == 2
+        assert said in " ".join(capsys.readouterr().err.split())
+
+
 def test_building_twice_replaces_the_page(quickstart: Path) -> None:
     first, second = build_report(quickstart), build_report(quickstart)
     assert first == second and not list(quickstart.glob("*.tmp"))

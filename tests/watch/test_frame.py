@@ -185,6 +185,11 @@ def test_a_silent_run_whose_log_is_open_runs(make_run: MakeRun) -> None:
         assert picture(folder).splitlines()[1] == "running, no sign of it for 3 min 00 s"
 
 
+def test_a_folder_of_many_files_is_no_wall_of_names(make_run: MakeRun) -> None:
+    text = picture(make_run(**{f"data/tokens/file-{n:03}.txt": 100.0 + n for n in range(40)}), 300).replace(NO_BREAK, " ")
+    assert "tokens/file-005.txt 105 · and 34 more of tokens/<source>" in text and "file-006" not in text
+
+
 def test_a_run_by_the_clock_takes_its_length_from_its_checkpoint(make_run: MakeRun) -> None:
     folder = make_run(config=CONFIG + "max_minutes: 2\n")
     assert "4,000 of 8,000 tokens · 1 min 18 s so far · 41 s to go" in picture(folder)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -39,8 +40,23 @@ def test_without_a_terminal_one_plain_picture_is_printed(run: Path, capsys: pyte
 def test_what_cannot_be_watched_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["watch", str(tmp_path / "nowhere")]) == 2
     assert "is no folder" in capsys.readouterr().err
+    assert main(["watch", str(tmp_path), "--once"]) == 2
+    assert f"{tmp_path} is not a run folder: it has no config.yaml" in capsys.readouterr().err
     assert main(["watch", str(tmp_path), "--every", "0"]) == 2
     assert "above 0" in capsys.readouterr().err
+
+
+def test_a_folder_of_runs_is_listed(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    top = run / "more"
+    for name in ("a", "b"):
+        shutil.copytree(run, top / name, ignore=lambda *_: ["more"])
+    (top / "notes").mkdir()
+    assert main(["watch", str(top)]) == 0
+    first, second, last = capsys.readouterr().out.splitlines()
+    assert first.startswith(f"{top / 'a'}  running") and second.startswith(f"{top / 'b'}  running")
+    assert last == f"This folder holds 2 runs; give one: osler watch {top / 'a'}"
+    assert main(["report", str(top)]) == 2
+    assert f"holds 2 runs. Give one of them: {top / 'a'}, {top / 'b'}." in capsys.readouterr().err
 
 
 def _hear_ctrl_c() -> None:
