@@ -89,7 +89,7 @@ def float8_linear(emulate: bool) -> tuple[Callable[..., nn.Linear], Any]:
         from torchao.float8.float8_linear import Float8Linear
     except ImportError as error:
         raise UserError(
-            f"precision=fp8 needs torchao ({error}): install it with pip install -e '.[fp8]', or use precision=bf16."
+            f"precision=fp8 needs torchao ({error}): pip install -e '.[fp8]' in Osler's source tree, or use precision=bf16."
         ) from error
 
     class Float8Projection(Float8Linear):

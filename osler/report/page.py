@@ -78,7 +78,8 @@ def write_page(path: Path, text: str) -> Path:
     try:
         write_atomic(path, text)
     except OSError as error:
-        raise UserError(f"The page cannot be written to {path}: {error.strerror}. Name another file with --out.") from error
+        elsewhere = "`osler report RUN --out FILE`, or `osler compare` with --out FILE, writes it elsewhere."
+        raise UserError(f"The page cannot be written to {path}: {error.strerror}. {elsewhere}") from error
     return path
 
 

@@ -52,7 +52,7 @@ def load(path: str | Path, *, split: str = "", limit: int | None = None, first_o
     if not labelled:
         raise UserError(
             f"{path}: no row has a label (cop is -1 everywhere): this is the test split, whose answers are not public. "
-            "Set task.path to the validation split."
+            "Give the file of the validation split."
         )
     _check_numbering(path, [cop for _, cop in labelled], first_option)
     if len(labelled) < len(rows):
@@ -80,7 +80,7 @@ def _check_numbering(path: str | Path, cops: Sequence[int], first_option: int) -
     if first_option == 0 and (high == 4 or (low > 0 and len(cops) >= _ROWS_THAT_TELL)):
         raise UserError(
             f"{path}: 'cop' runs from {low} to {high}: this file counts its options from 1, as the authors' "
-            "original does, and the hub's files count from 0. Set task.first_option=1 to convert it."
+            "original does, and the hub's files count from 0. Set first_option=1 beside its path."
         )
 
 

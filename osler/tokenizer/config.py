@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from osler.config import config
 
+SMALLEST_VOCABULARY = 300  # of a tokenizer that is trained
+
 
 @config
 class TokenizerConfig:
@@ -15,5 +17,6 @@ class TokenizerConfig:
     max_bytes: int = 32_000_000  # of text to train on; more is sampled evenly
 
     def __post_init__(self) -> None:
-        if self.path is None and self.vocab_size < 300:
-            raise ValueError(f"vocab_size {self.vocab_size} is too small: 256 bytes and the special tokens need 300")
+        if self.path is None and self.vocab_size < SMALLEST_VOCABULARY:
+            needed = f"256 bytes and the special tokens need {SMALLEST_VOCABULARY}"
+            raise ValueError(f"vocab_size {self.vocab_size} is too small: {needed}")

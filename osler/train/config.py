@@ -14,7 +14,7 @@ from osler.model.config import ModelConfig
 from osler.monitor.config import MonitorConfig, SpikeConfig
 from osler.optim.config import AdamWConfig, LinearConfig, OptimConfig, ScheduleConfig
 from osler.parallel.config import NoParallelConfig, ParallelConfig
-from osler.tokenizer.config import TokenizerConfig
+from osler.tokenizer.config import SMALLEST_VOCABULARY, TokenizerConfig
 
 DataConfig = Annotated[ClinicData | FilesData | TurnsData, TAGGED]
 
@@ -110,7 +110,8 @@ class TrainConfig:
         if self.tokenizer.path is None and self.init_from is None and self.tokenizer.vocab_size > self.model.vocab_size:
             raise ValueError(
                 f"tokenizer.vocab_size {self.tokenizer.vocab_size} is larger than model.vocab_size {self.model.vocab_size}; "
-                f"set model.vocab_size={self.tokenizer.vocab_size}, or tokenizer.vocab_size={self.model.vocab_size}"
+                f"set model.vocab_size={self.tokenizer.vocab_size}"
+                + (f", or tokenizer.vocab_size={self.model.vocab_size}" if self.model.vocab_size >= SMALLEST_VOCABULARY else "")
             )
         if self.max_minutes is not None and self.max_minutes <= 0:
             raise ValueError(f"max_minutes {self.max_minutes} must be above 0")

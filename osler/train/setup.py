@@ -245,17 +245,20 @@ def check_lengths(config: TrainConfig, prepared: Prepared, max_seq_len: int) -> 
     longest = max(int(shards.lengths[chosen].max()) for shards, chosen in zip(splits, torn, strict=True) if len(chosen))
     wanted = min(max_seq_len, -(-(longest - 1) // ROUND_LENGTH) * ROUND_LENGTH)
     still = sum(len(torn_examples(shards, wanted)) for shards in splits)
-    fits = f"set seq_len={wanted} batch_tokens={-(-config.batch_tokens // wanted) * wanted}"
+    micro = None if config.micro_batch_tokens is None else max(1, config.micro_batch_tokens // wanted) * wanted
+    unit = micro or wanted  # a batch is whole forward passes of whole rows
+    passes = "" if micro in (None, config.micro_batch_tokens) else f" micro_batch_tokens={micro}"
+    fits = f"set seq_len={wanted} batch_tokens={-(-config.batch_tokens // unit) * unit}{passes}"
     limit = f", the most that the model reads (max_seq_len), for which {still:,} are too long still" if still else ""
     what = (
         f"{count:,} of {sum(shards.num_documents for shards in splits):,} examples are longer than a row of seq_len "
         f"{config.seq_len} (the longest has {longest:,} tokens), so that answers would be cut from their questions"
     )
-    if config.too_long == "refuse":
-        more = fits + limit if wanted > config.seq_len else f"the model reads no more than {max_seq_len} tokens (max_seq_len)"
-        raise UserError(f"{what}: {more}, or leave these examples out with too_long=drop.")
+    more = fits + limit if wanted > config.seq_len else f"the model reads no more than {max_seq_len} tokens (max_seq_len)"
     if any(len(chosen) == shards.num_documents for shards, chosen in zip(splits, torn, strict=True)):
-        raise UserError(f"{what}, and too_long=drop leaves nothing to train on or to hold out: {fits}{limit}.")
+        raise UserError(f"{what}, and too_long=drop leaves nothing to train on or to hold out: {more}.")
+    if config.too_long == "refuse":
+        raise UserError(f"{what}: {more}, or leave these examples out with too_long=drop.")
     say(f"Warning: {what}; they are left out (too_long=drop).")
 
 

@@ -227,7 +227,7 @@ def mcqa_file(path: Path, cops: list[int | None]) -> Path:
 
 def test_medmcqa_files_that_count_from_one_are_refused_and_convert_on_request(tmp_path: Path) -> None:
     original = mcqa_file(tmp_path / "original.json", [1, 4, 2, 3])
-    with pytest.raises(UserError, match=r"counts its options from 1.*task\.first_option=1"):
+    with pytest.raises(UserError, match=r"counts its options from 1.*first_option=1 beside its path"):
         medmcqa.load(original)
     assert [item.answer_index for item in medmcqa.load(original, first_option=1)] == [0, 3, 1, 2]
     without_fours = mcqa_file(tmp_path / "no_four.jsonl", [1, 2, 3] * 20)

@@ -41,12 +41,31 @@ def test_answers_that_would_be_cut_from_their_questions_are_refused_with_what_to
     assert any("eval/loss" in line for line in metrics(run))
 
 
-def test_row_lengths_that_are_proposed_work(tiny, long_turns, tmp_path, capsys):
+@pytest.mark.parametrize("micro", [None, 256])
+def test_row_lengths_that_are_proposed_work(tiny, long_turns, tmp_path, capsys, micro):
     command = ["sft", tiny.sft, f"data.path={long_turns}", "model.max_seq_len=1024", "--run", str(tmp_path / "run")]
+    command += [f"micro_batch_tokens={micro}"] if micro else []
     assert main(command) == 2
     advice = capsys.readouterr().err.split(": set ")[1].split(", or ")[0].split()
-    assert [part.partition("=")[0] for part in advice] == ["seq_len", "batch_tokens"]
+    keys = ["seq_len", "batch_tokens", *(["micro_batch_tokens"] if micro else [])]
+    assert [part.partition("=")[0] for part in advice] == keys
     assert main([*command, *advice, "total_tokens=1024"]) == 0
+
+
+def test_dropping_is_not_proposed_where_it_leaves_nothing(tiny, tmp_path, capsys):
+    path = tmp_path / "turns.jsonl"
+    row = {"question": "What is it? " * 200, "why": "Clear.", "answer": "(A)"}
+    path.write_text("".join(json.dumps({**row, "question": f"{n} {row['question']}"}) + "\n" for n in range(40)))
+    assert main(["sft", tiny.sft, f"data.path={path}", "--run", str(tmp_path / "run")]) == 2
+    said = capsys.readouterr().err
+    assert "or leave these examples out" not in said and "too_long=drop leaves nothing to train on" in said
+
+
+def test_a_vocabulary_that_is_refused_is_not_proposed(tiny, tmp_path, capsys):
+    command = ["pretrain", tiny.pretrain, "tokenizer.path=null", "tokenizer.vocab_size=512", "--run", str(tmp_path / "run")]
+    assert main([*command, "model.vocab_size=200"]) == 2
+    said = capsys.readouterr().err
+    assert "set model.vocab_size=512" in said and "tokenizer.vocab_size=200" not in said
 
 
 def test_dropping_every_example_is_refused(tiny, long_turns, tmp_path, capsys):
