@@ -12,24 +12,54 @@ import errno
 import os
 import signal
 import sys
-import threading
 from collections.abc import Iterator, Sequence
+from typing import NoReturn
 
 from osler.errors import UserError
 from osler.runtime.log import complain
 from osler.runtime.neighbours import sharing_cpus
-from osler.runtime.world import is_teller_unconnected
+from osler.runtime.stop import REQUESTS, hear_requests, ignore_requests, interruptible
+from osler.runtime.streams import OUTPUT, flush_or_silence, open_streams, silence
+from osler.runtime.world import is_one_of_several, is_silent, is_teller_unconnected
 from osler.verbs import VERBS, Verb
 
 EXIT_CODES = """\
 Exit codes: 0 done; 1 an error in Osler, with a traceback, or damage that `checkpoint verify` or `data inspect` found; 2 something
 to mend, told in one paragraph (a wrong option, a full disk, a loss that stays NaN, another process of the run that was lost);
-130 stopped by Ctrl-C or SIGTERM: training has finished its step and saved, and the same command goes on. A second Ctrl-C leaves
-at once; the run then goes on from its last checkpoint."""
+130 stopped by Ctrl-C, SIGTERM or a terminal that closes (SIGHUP): training has finished its step and saved, and the same command
+goes on. A second Ctrl-C leaves at once; the run then goes on from its last checkpoint."""
 REMEDIES = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "Free some of the disk; the same command then goes on."),
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "Name another place, or ask whose it is for the permission."),
 }  # what a person can do about an error of the system
+
+
+def program() -> NoReturn:
+    """The command ``osler``: run the verb that its words name, and end the process."""
+    open_streams()
+    hear_requests()  # to the end: who was asked to stop does not listen again
+    code: int | str | None = 1
+    try:
+        code = main()
+    except SystemExit as left:
+        code = left.code
+    finally:
+        end(code)
+
+
+def end(code: int | str | None) -> NoReturn:
+    """End the process without noise, after the traceback of an exception that is on its way."""
+    if sys.exc_info()[0] is not None:
+        sys.excepthook(*sys.exc_info())
+    for request in REQUESTS:
+        signal.signal(request, signal.SIG_IGN)  # holds to the last moment, when Python's own handlers are gone
+    flush_or_silence()
+    if isinstance(code, int) and is_one_of_several():
+        # Threads of gloo let go of tensors whenever they get to it, and need the interpreter for that. One that asks for it while
+        # it shuts down is ended on the spot, which aborts the process. Nothing joins these threads while anything holds their
+        # group, and after an error that could wait for a rank that is gone.
+        os._exit(code)
+    sys.exit(code)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,39 +68,37 @@ def main(argv: Sequence[str] | None = None) -> int:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # an ASCII terminal shows ? where it cannot show a sign
     try:
-        with termination_as_interrupt(), sharing_cpus():
-            code = dispatch(list(sys.argv[1:] if argv is None else argv))
-        sys.stdout.flush()
-        return code
+        with interruptible(), sharing_cpus(), written_out():
+            return dispatch(list(sys.argv[1:] if argv is None else argv))
     except UserError as error:
         complain(f"osler: {error}", is_teller_unconnected(str(error)) if error.teller is None else error.teller)
         return 2
     except KeyboardInterrupt:
-        complain("osler: interrupted")
+        complain("osler: interrupted", not is_silent("LOCAL_RANK"))
         return 130
     except BrokenPipeError:
-        # The reader (`| head`) is gone; without this the interpreter complains when it flushes stdout at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        silence(sys.stdout)  # the reader (`| head`) is gone; the interpreter would complain when it flushes stdout at exit
         return 141
     except OSError as error:
-        if error.errno not in REMEDIES:
+        if error.errno not in REMEDIES and error.filename != OUTPUT:
             raise
         what = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-        complain(f"osler: {what}. {REMEDIES[error.errno]}", True)
+        complain(f"osler: {what}. {REMEDIES.get(error.errno or 0, 'Lead it to where it can be written.')}")
         return 2
 
 
 @contextlib.contextmanager
-def termination_as_interrupt() -> Iterator[None]:
-    """SIGTERM ends whatever runs as Ctrl-C does, where nothing hears it that knows better, as training does."""
-    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
-        yield
-        return
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+def written_out() -> Iterator[None]:
+    """Flush standard output after a verb, or after argparse's help, and ignore from then on who asks to stop."""
     try:
-        yield
+        try:
+            yield
+        except SystemExit:
+            sys.stdout.flush()
+            raise
+        sys.stdout.flush()
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        ignore_requests()
 
 
 def dispatch(argv: list[str]) -> int:
@@ -140,4 +168,4 @@ def version() -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    program()

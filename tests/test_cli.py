@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,7 @@ from osler import cli, verbs
 from osler.errors import UserError
 
 ROOT = Path(__file__).parents[1]
-HELP_SECONDS = 0.3
+HELP_MODULES = 250  # of Python's own and ours; torch alone brings more than a thousand
 
 
 def osler(*arguments: str, **options) -> subprocess.CompletedProcess:
@@ -25,13 +24,11 @@ def osler(*arguments: str, **options) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, check=False, env=environment, **options)
 
 
-def test_help_is_immediate():
-    def seconds() -> float:
-        start = time.perf_counter()
-        assert osler("--help").returncode == 0
-        return time.perf_counter() - start
-
-    assert min(seconds() for _ in range(5)) < HELP_SECONDS
+def test_help_loads_next_to_nothing():
+    """Which is why it answers at once."""
+    code = "import sys\nfrom osler.cli import main\nmain(['--help'])\nprint(len(sys.modules), file=sys.stderr)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert "usage: osler" in result.stdout and int(result.stderr) < HELP_MODULES
 
 
 LIGHT = [["--help"], ["pretrain", "--help"], ["recipes"], ["show", "pure-tiny"], ["show", "grpo", "--explain"]]

@@ -19,6 +19,7 @@ from osler.inference.generate import Piece, stream_answer
 from osler.inference.ready import ReadyModel, open_model
 from osler.inference.rollout import Sampling
 from osler.runtime.log import is_terminal, say
+from osler.runtime.stop import Terminated
 from osler.tasks.clinic import load as load_clinic_exam
 from osler.tasks.item import render_answer, render_question
 from osler.tokenizer.bpe import Tokenizer
@@ -69,9 +70,9 @@ def chat(
             reply(engine, ready, line, replace(sampling, seed=seed + number), reasoning=reasoning)
         except UserError as error:
             say(f"{error}")  # a question too long: the next may fit
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as request:
             print(PLAIN if colours() else "", flush=True)
-            if not interactive:
+            if not interactive or isinstance(request, Terminated):
                 raise
             say("(interrupted)")
     return 0
@@ -122,9 +123,11 @@ def terminal_lines() -> Iterator[str]:
     while True:
         try:
             line = input(PROMPT).strip()
-        except EOFError:
+        except (EOFError, OSError):  # the end, or a terminal that is gone
             print()
             return
+        except Terminated:
+            raise
         except KeyboardInterrupt:
             print("\n(an empty line or Ctrl-D leaves)")
             continue
@@ -138,11 +141,14 @@ def terminal_lines() -> Iterator[str]:
 
 def piped_lines() -> Iterator[str]:
     """The lines of stdin that are not blank; UserError at one that is not UTF-8, as in any file."""
-    for _, line in decode_lines(sys.stdin.buffer, "stdin"):
-        if line.strip() in LEAVE:
-            return
-        if line.strip():
-            yield line.strip()
+    try:
+        for _, line in decode_lines(sys.stdin.buffer, "stdin"):
+            if line.strip() in LEAVE:
+                return
+            if line.strip():
+                yield line.strip()
+    except OSError as error:
+        raise UserError(f"Standard input cannot be read: {error.strerror}. Pipe the questions in, or type them.") from error
 
 
 def show_answer(pieces: Iterable[Piece]) -> None:

@@ -1,6 +1,7 @@
 """When a process began to work on a run and how it ended, as events: a run that failed must not look like one that was killed.
 
-A process that is killed writes no end; its silence tells. Only a failure is told outside the run: of the rest a person knows.
+A process that is killed writes no end; its silence tells, and on the host that it noted the folder's lock. Only a failure is told
+outside the run: of the rest a person knows.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from socket import gethostname
 from typing import Any
 
 from osler.errors import UserError
@@ -27,11 +29,11 @@ def recorded(
 
     A run that is complete says what is still wrong with it, which ``unresolved`` gives.
     """
-    first = step()
+    first, host = step(), gethostname()
     if first:
-        events.write(first, START, "resumed", f"Going on from step {first:,}.", tell=False)
+        events.write(first, START, "resumed", f"Going on from step {first:,}.", tell=False, host=host)
     else:
-        events.write(first, START, "begun", "The run begins.", tell=False)
+        events.write(first, START, "begun", "The run begins.", tell=False, host=host)
     try:
         yield
     except KeyboardInterrupt:
@@ -47,7 +49,7 @@ def recorded(
         message = f"The run is complete, but {still_wrong(len(alerts))}." if alerts else "The run is complete."
         events.write(step(), END, FINISHED, message, tell=False, unresolved=[asdict(alert) for alert in alerts])
     else:
-        events.write(step(), END, STOPPED, "Stopped by Ctrl-C or SIGTERM, and saved.", tell=False, saved=True)
+        events.write(step(), END, STOPPED, "Stopped by Ctrl-C, SIGTERM or SIGHUP, and saved.", tell=False, saved=True)
 
 
 def still_wrong(count: int) -> str:

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,19 +69,43 @@ def held(folder: Path) -> Iterator[None]:
         return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise UserError(
-            f"Another process is at work on {folder}. Wait until it is done, stop it with Ctrl-C, or name another folder with "
-            "--run."
-        ) from None
-    except OSError:  # a disk without locks
-        pass
-    try:
+        with contextlib.suppress(OSError):  # a disk without locks
+            while not _locked(descriptor, fcntl.LOCK_EX):
+                if is_held(folder):
+                    raise UserError(
+                        f"Another process is at work on {folder}. Wait until it is done, stop it with Ctrl-C, or name another "
+                        "folder with --run."
+                    )
+                time.sleep(0.01)  # somebody looks whether the folder is held
         yield
     finally:
         os.close(descriptor)
+
+
+def is_held(folder: Path) -> bool:
+    """Whether a process is in ``held`` with this folder; False also where locks do not reach, as on some network disks."""
+    try:
+        import fcntl
+    except ImportError:
+        return False
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            return not _locked(descriptor, fcntl.LOCK_SH)  # shared, and for this moment
+        finally:
+            os.close(descriptor)
+    return False
+
+
+def _locked(descriptor: int, kind: int) -> bool:
+    """Take a lock of the system unless another process has one in the way; OSError where there are none."""
+    import fcntl
+
+    try:
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 @contextlib.contextmanager

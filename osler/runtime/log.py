@@ -132,10 +132,11 @@ def say_once(text: str) -> None:
         say(text)
 
 
-def complain(text: str, teller: bool | None = None) -> None:
-    """Write what ends the program to stderr, if this process is the ``teller``; None: the first process of each machine is."""
-    if not is_silent("LOCAL_RANK") if teller is None else teller:
-        print(text, file=sys.stderr)
+def complain(text: str, is_teller: bool = True) -> None:
+    """Write what ends the program to stderr, if this is the one of several processes that tells it."""
+    if is_teller:
+        with contextlib.suppress(OSError, ValueError):  # nobody is there to be told
+            print(text, file=sys.stderr, flush=True)
 
 
 def is_terminal(stream: TextIO) -> bool:

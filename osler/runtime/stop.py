@@ -1,22 +1,32 @@
-"""Ctrl-C and SIGTERM as a request: the loop finishes its step, saves, and leaves; a second signal leaves at once.
+"""Ctrl-C, SIGTERM and SIGHUP as a request: the loop finishes its step, saves, and leaves; a second signal leaves at once.
 
 One request often comes twice: a terminal and a service manager signal a whole group of processes, and a launcher among them
-(``torchrun``, ``timeout``) passes on what it got. What follows the first signal closely is therefore the same request.
+(``torchrun``, ``timeout``) passes on what it got. What follows the first signal closely is therefore the same request, and so is
+whatever arrives while the process leaves: it is deaf from then on, because an exception in its last moments only makes noise.
 """
 
 from __future__ import annotations
 
 import signal
+import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 
 from osler.runtime.log import say
 
 EXIT_STOPPED = 130  # a run that was asked to stop and saved; the same command goes on from there
 SAME_REQUEST_SECONDS = 0.5
-
+REQUESTS = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]  # Windows has no SIGHUP
 
 _entered: list[StopFlag] = []
+_leaving = False  # this process was asked to stop and ends
+_interrupted = (0, 0.0)  # the signal that interrupted it last, and when by time.monotonic()
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM or SIGHUP: ends also what goes on after a Ctrl-C, as a chat does."""
 
 
 class AskedToStop(Exception):
@@ -28,10 +38,59 @@ def asked() -> bool:
     return any(flag.requested for flag in _entered)
 
 
-class StopFlag:
-    """While entered, the first SIGINT or SIGTERM sets ``requested``; a second one, half a second later, raises KeyboardInterrupt.
+def hear_requests() -> dict[int, object]:
+    """From now on SIGTERM and SIGHUP interrupt the program as Ctrl-C does; where a StopFlag is entered, it hears all three.
 
-    The trainers set ``requested`` too, when another rank was asked: a first signal to this process is no second one then.
+    A signal that something else handles or ignores is left alone: ``nohup`` keeps its promise. Returns the handlers before.
+    """
+    global _leaving, _interrupted
+    _leaving, _interrupted = False, (0, 0.0)
+    if threading.current_thread() is not threading.main_thread():
+        return {}
+    standard = (signal.SIG_DFL, signal.default_int_handler)
+    return _install(_interrupt, [number for number in REQUESTS if signal.getsignal(number) in standard])
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """``hear_requests`` inside, for a program that goes on afterwards."""
+    before = hear_requests()
+    try:
+        yield
+    finally:
+        _restore(before)
+
+
+def ignore_requests() -> None:
+    """Make the process deaf to all requests, because it ends."""
+    global _leaving
+    _leaving = True
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    global _interrupted
+    (last, when), now = _interrupted, time.monotonic()
+    if _leaving or (number == last and now - when <= SAME_REQUEST_SECONDS):
+        return
+    _interrupted = (number, now)
+    raise KeyboardInterrupt if number == signal.SIGINT else Terminated
+
+
+def _install(handler: Callable[[int, FrameType | None], None], numbers: list[signal.Signals]) -> dict[int, object]:
+    """Set the handler of these signals and return those before."""
+    return {number: signal.signal(number, handler) for number in numbers}
+
+
+def _restore(handlers: dict[int, object]) -> None:
+    for number, handler in handlers.items():
+        signal.signal(number, handler)  # type: ignore[arg-type]
+
+
+class StopFlag:
+    """While entered, the first signal that asks to stop sets ``requested``; one half a second later raises KeyboardInterrupt.
+
+    The trainers set ``requested`` too, when another rank was asked: a first signal to this process is no second one then. A
+    process that has left the flag after a request is about to end, and ``interruptible`` ignores what comes then.
     """
 
     def __init__(self) -> None:
@@ -40,8 +99,8 @@ class StopFlag:
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> StopFlag:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._previous[number] = signal.signal(number, self._on_signal)
+        ignored = hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        self._previous = _install(self._on_signal, REQUESTS[:2] if ignored else REQUESTS)
         _entered.append(self)
         return self
 
@@ -49,13 +108,14 @@ class StopFlag:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         _entered.remove(self)
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
+        if self.requested:
+            ignore_requests()
+        _restore(self._previous)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
         if self._first_seconds is None:
             self.requested, self._first_seconds = True, now
             say(f"{signal.Signals(number).name}: finishing this step and saving; once more to leave at once.")
-        elif now - self._first_seconds > SAME_REQUEST_SECONDS:
+        elif self in _entered and now - self._first_seconds > SAME_REQUEST_SECONDS:
             raise KeyboardInterrupt

@@ -56,9 +56,14 @@ def place() -> Place:
     return Place(int(os.environ["RANK"]), local_rank, size, int(os.environ.get("LOCAL_WORLD_SIZE", local_rank + 1)))
 
 
+def is_one_of_several() -> bool:
+    """Whether something started several processes of this program."""
+    return os.environ.get("WORLD_SIZE", "1") != "1"
+
+
 def is_silent(rank_variable: str = "RANK") -> bool:
     """Whether rank 0 speaks for this process; ``LOCAL_RANK`` asks whether rank 0 of this machine does."""
-    return os.environ.get("WORLD_SIZE", "1") != "1" and os.environ.get(rank_variable, "0") != "0"
+    return is_one_of_several() and os.environ.get(rank_variable, "0") != "0"
 
 
 def require_one_process(verb: str) -> None:
@@ -219,29 +224,32 @@ def _left_mistake(store: Store | None) -> str | None:
     return None
 
 
-def _is_teller(store: Store | None, what: str) -> bool | None:
-    """Whether this process is the first of its machine to tell a person this; None when the store is gone."""
+def _is_teller(store: Store | None, what: str) -> bool:
+    """Whether this process is the first of its machine to tell a person this; when the store is gone, the first rank is.
+
+    The store ends with rank 0, which then has told its own.
+    """
     from socket import gethostname  # not for every verb
 
     with suppress(RuntimeError):
         if store is not None:
             return bool(store.add(f"{MISTAKE}/{gethostname()}/{what}", 1) == 1)
-    return None
+    return not is_silent("LOCAL_RANK")
 
 
-def is_teller_unconnected(what: str) -> bool | None:
-    """Whether this process is the first of its machine to tell a person this, when it has not connected; None: nobody knows.
+def is_teller_unconnected(what: str) -> bool:
+    """Whether this process is to tell a person this, when it has not connected: the first of its machine, or who cannot know.
 
     torchrun ends the others as soon as one has ended, so the one to tell it must be the first to end.
     """
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":  # torchrun keeps none
-        return None
+        return True
     import torch.distributed as dist
 
     with suppress(RuntimeError):
         where = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         return _is_teller(dist.TCPStore(*where, is_master=False, wait_for_workers=False, timeout=TELLER_TIMEOUT), what)
-    return None
+    return True
 
 
 def device_of(device: str, here: Place) -> str:

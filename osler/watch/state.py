@@ -1,19 +1,18 @@
 """What a run folder says about its run at this moment: what it is, how far it is, whether anybody still works on it.
 
-Its diary says when a process began and how it ended; one that was killed wrote no end. For that, and for a run without such
-notes, its files are read: the end of its plan, a checkpoint at its last line, the silence since, and on Linux whether a process
-of this machine holds its log open.
+Its diary says when a process began and how it ended; one that was killed wrote no end. On the machine where it began the lock
+on the folder tells whether it lives. Elsewhere, and for a run without such notes, its files are read: the end of its plan, a
+checkpoint at its last line, and the silence since.
 """
 
 from __future__ import annotations
 
 import math
-import os
-import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from socket import gethostname
 from typing import Any
 
 from osler.checkpoint.manifest import FOLDER_NAME, MANIFEST, STATE
@@ -24,14 +23,13 @@ from osler.report import format as fmt
 from osler.report.lenient import as_dict, as_dicts, as_number, as_text
 from osler.report.model import count_parameters, find_model
 from osler.report.read import stage_rank, sub_runs
-from osler.runtime.files import RunFolder, read_json
+from osler.runtime.files import RunFolder, is_held, read_json
 from osler.watch.follow import Follower
 from osler.yaml12 import load_yaml
 
 QUICKSTART_STAGES = ("pretrain", "sft", "grpo")
 QUIET_SECONDS, QUIET_GAPS = 10.0, 3.0  # silence of this length is worth a word
 DEAD_SECONDS, DEAD_GAPS = 120.0, 20.0  # and of this length means that nobody works on the run
-SCAN_SECONDS = 10.0  # between two looks at the machine's processes
 
 
 @dataclass(frozen=True)
@@ -66,7 +64,6 @@ class Stage:
         self.best: dict[str, Any] = {}
         self.saved: dict[str, Any] = {}  # state of the newest checkpoint
         self._seen: dict[str, tuple[int, int]] = {}
-        self._scanned: tuple[float, bool] = (-math.inf, False)
 
     def refresh(self) -> None:
         """Read what changed since the last call."""
@@ -170,18 +167,28 @@ class Stage:
         if self.is_complete and not noted:
             return State("finished", f"finished {_ago(silent)}")
         gap = self.log.usual_gap
-        if silent <= max(QUIET_SECONDS, QUIET_GAPS * gap):
+        held = is_held(self.run.root)
+        killed = self._was_killed(noted, held)
+        if silent <= max(QUIET_SECONDS, QUIET_GAPS * gap) and not killed:
             return State("running", "running")
         for_so_long = f"no sign of it for {fmt.duration(silent)}"
-        if self._held_open(now):
+        if held:
             return State("running", f"running, {for_so_long}")
         kept = "nothing saved" if saved is None else f"saved at step {saved:,}"
-        if silent <= max(DEAD_SECONDS, DEAD_GAPS * gap):
+        if silent <= max(DEAD_SECONDS, DEAD_GAPS * gap) and not killed:
             return State("quiet", f"{for_so_long}; {kept}")
         if saved is not None and saved >= last.step and not noted:
             return State("stopped", f"stopped {_ago(silent)}, {kept}")
-        killed = " (killed, or the machine went down)" if noted else ""
-        return State("dead", f"dead: {for_so_long}{killed}; last line at step {last.step:,}, {kept}")
+        guess = " (killed, or the machine went down)" if noted else ""
+        return State("dead", f"dead: {for_so_long}{guess}; last line at step {last.step:,}, {kept}")
+
+    def _was_killed(self, noted: Mapping[str, Any], held: bool) -> bool:
+        """Whether a process that noted its start on this machine has left the folder without noting its end.
+
+        It notes the end before it leaves, so a diary that has changed since it was read does not count.
+        """
+        has_left = not held and noted.get("host") == gethostname()
+        return has_left and _stamp(self.run.events) == self._seen.get(self.run.events.name)
 
     def _noted(self) -> dict[str, Any]:
         """The newest start or end in the diary; empty without one, and when a process that notes neither has gone on since."""
@@ -199,14 +206,8 @@ class Stage:
             but = f", but {still_wrong(len(held))}: {', '.join(as_text(alert.get('name')) for alert in held)}" if held else ""
             return State("finished", f"finished {ago}{but}")
         if end.get("name") == STOPPED:
-            return State("stopped", f"stopped {ago} by Ctrl-C or SIGTERM, {newest}")
+            return State("stopped", f"stopped {ago} by Ctrl-C, SIGTERM or SIGHUP, {newest}")
         return State(FAILED, f"failed {ago} at step {end['step']}, {newest}: {as_text(end['message'])}")
-
-    def _held_open(self, now: float) -> bool:
-        """Whether a process of this machine has the log open, as far as that can be seen."""
-        if now - self._scanned[0] > SCAN_SECONDS:
-            self._scanned = (now, is_open(self.run.metrics))
-        return self._scanned[1]
 
 
 class Watched:
@@ -250,26 +251,6 @@ def idle_times(events: Sequence[dict[str, Any]]) -> list[tuple[float, float]]:
             idle.append((since, as_number(event.get("time"))))
             since = -math.inf
     return [(since, until) for since, until in idle if math.isfinite(until) and not math.isnan(since)]
-
-
-def is_open(path: Path) -> bool:
-    """Whether a process of this machine that may be looked at writes to a file; False where that cannot be told."""
-    target = os.path.realpath(path)
-    for folder in Path("/proc").glob("[0-9]*/fd"):
-        try:
-            with os.scandir(folder) as files:
-                if any(os.readlink(file.path) == target and _writes(file.path) for file in files):
-                    return True
-        except OSError:  # another user's, or ended by now
-            continue
-    return False
-
-
-def _writes(descriptor: str) -> bool:
-    """Whether an entry of /proc/PID/fd was opened for writing: whoever reads along, as `tail -f` does, is not the run."""
-    process, _, number = descriptor.rpartition("/fd/")
-    flags = re.search(r"^flags:\s*([0-7]+)", Path(f"{process}/fdinfo/{number}").read_text(encoding="ascii"), re.MULTILINE)
-    return flags is not None and int(flags[1], 8) & os.O_ACCMODE != os.O_RDONLY
 
 
 def _stamp(path: Path) -> tuple[int, int]:

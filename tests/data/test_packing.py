@@ -171,12 +171,14 @@ def test_best_fit_is_best_fit() -> None:
     assert filled.max() <= 128 and len(filled) <= 1.03 * many.sum() / 128 + 1
 
 
-def test_planning_100_000_documents_takes_under_two_seconds() -> None:
-    lengths = np.sort(np.random.default_rng(0).integers(2, 2048, 100_000))[::-1]
-    start = time.process_time()
-    rows = best_fit(lengths, 2049)
-    assert time.process_time() - start < 2
-    assert len(rows) == 100_000
+def test_planning_takes_time_in_proportion_to_the_documents() -> None:
+    def seconds(count: int) -> float:
+        lengths = np.sort(np.random.default_rng(0).integers(2, 2048, count))[::-1]
+        start = time.process_time()
+        assert len(best_fit(lengths, 2049)) == count
+        return time.process_time() - start
+
+    assert seconds(200_000) < 8 * seconds(50_000) + 1, "four times the documents, sixteen times if each looked at all rows"
 
 
 def test_seq_len_must_be_positive(make_shards, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]

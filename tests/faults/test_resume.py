@@ -113,7 +113,7 @@ def test_sigkill_at_named_and_random_moments_and_ctrl_c(tiny, runs, tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(PROGRAM.parents[2]), "OMP_NUM_THREADS": "1"}
     given = [tiny.pretrain, tiny.sft, tiny.grpo, str(runs.pretrain), str(runs.sft), str(tmp_path)]
     done = subprocess.run(
-        [sys.executable, str(PROGRAM), *given], env=environment, capture_output=True, text=True, timeout=240, check=False
+        [sys.executable, str(PROGRAM), *given], env=environment, capture_output=True, text=True, timeout=1800, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
     lines = done.stdout.splitlines()

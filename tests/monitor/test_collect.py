@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import time
 
 import pytest
 import torch
@@ -150,17 +149,20 @@ def test_fine_tuning_pads_and_grpo_is_watched(tiny, runs, tmp_path):
 
 
 @pytest.mark.parametrize(("wait_ms", "told"), [(0, []), (8, ["starved-loader"])])
-def test_a_loader_that_starves_the_device_is_told_by_the_clock(wait_ms, told):
+def test_a_loader_that_starves_the_device_is_told_by_the_clock(wait_ms, told, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("osler.runtime.stopwatch.time.perf_counter", lambda: now[0])
+
     def batches():
         while True:
-            time.sleep(wait_ms / 1000)
+            now[0] += wait_ms / 1000
             yield None
 
     collector, endless = Collector(MonitorConfig(), Transformer(ModelConfig(num_layers=1)), torch.device("cpu")), batches()
     watch, alerts = Watch(Facts(lr=1e-3, clip_norm=1.0, loader_workers=2)), []
     for step in range(1, 13):
         collector.fetch(endless, step)
-        time.sleep(0.008)
+        now[0] += 0.008
         collector.mark("forward")
         alerts += watch.look(100 * step, step, collector.line())  # as if each line were one of a hundred steps
     assert [alert.name for alert in alerts] == told

@@ -29,6 +29,14 @@ PYTHON = f'"{sys.executable}"'
 SICK = {"model/dead_units_frac/0": 0.6}
 
 
+PATIENCE_SECONDS = 300.0
+
+
+@pytest.fixture(autouse=True)
+def patience_at_the_end(monkeypatch):
+    monkeypatch.setattr("osler.monitor.fanout.CLOSE_SECONDS", PATIENCE_SECONDS)
+
+
 class Notebook:
     """A sink that keeps what it gets, and can be made to fail or to wait."""
 
@@ -42,7 +50,7 @@ class Notebook:
         if step == self.fails_at:
             raise ConnectionError("no route to host")
         if step == self.waits_at:
-            self.gate.wait(20)
+            self.gate.wait(PATIENCE_SECONDS)
         self.steps.append(step)
 
     def alert(self, alert):
@@ -53,7 +61,7 @@ class Notebook:
 
 
 def wait_until(true: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + PATIENCE_SECONDS
     while not true():
         assert time.monotonic() < deadline
         time.sleep(0.002)
@@ -96,12 +104,11 @@ def test_a_sink_that_cannot_be_opened_is_told_at_the_end_at_the_latest(capsys, e
 def test_a_sink_that_hangs_stops_neither_a_step_nor_the_end(capsys):
     notebook = Notebook(waits_at=1)
     courier = Courier("Notebook", lambda: notebook, hang_seconds=0.05)
-    before = time.monotonic()
     courier.write(0, 0, {})
     courier.write(1, 1, {})
     wait_until(lambda: courier.gone or courier.write(2, 2, {}))
-    courier.close(seconds=5)
-    assert time.monotonic() - before < 4
+    courier.close()
+    assert courier._thread.is_alive(), "nobody has waited for it"
     assert capsys.readouterr().err.count("Notebook has not answered for 0.05 s") == 1
     notebook.gate.set()
 
@@ -110,9 +117,8 @@ def test_the_end_of_a_run_waits_a_little_and_no_more(capsys):
     notebook = Notebook(waits_at=0)
     courier = Courier("Notebook", lambda: notebook)
     courier.write(0, 0, {})
-    before = time.monotonic()
     courier.close(seconds=0.05)
-    assert time.monotonic() - before < 4 and "has not finished within 0.05 s" in capsys.readouterr().err
+    assert courier._thread.is_alive() and "has not finished within 0.05 s" in capsys.readouterr().err
     notebook.gate.set()
 
 
@@ -189,7 +195,10 @@ def test_a_webhook_gets_the_alert_as_json_without_a_shell(tmp_path):
 
 @pytest.mark.parametrize(
     ("code", "timeout", "said"),
-    [("import sys; sys.exit('no such channel')", 20.0, "no such channel"), ("import time; time.sleep(30)", 0.1, "timed out")],
+    [
+        ("import sys; sys.exit('no such channel')", PATIENCE_SECONDS, "no such channel"),
+        ("import time; time.sleep(3600)", 0.1, "timed out"),
+    ],
 )
 def test_a_webhook_that_fails_is_told_once_and_tried_again(capsys, code, timeout, said):
     hook = Webhook(f'{PYTHON} -c "{code}"', "runs/x", timeout_seconds=timeout)
@@ -224,7 +233,7 @@ class Sink:
         if self.fate == "crashes":
             os.abort()
         if self.fate == "hangs":
-            time.sleep(60)
+            time.sleep(3600)
         self.path.open("a").write(f"{step} {tokens} {metrics} ")
     def alert(self, alert):
         self.path.open("a").write(f"{alert.name} ")
@@ -253,7 +262,7 @@ def test_an_outpost_passes_on_what_it_gets(make_outpost, tmp_path, capsys):
     courier = Courier("Far", lambda: make_outpost("works"))
     courier.write(1, 10, {"train/loss": 0.5})
     courier.alert(ALERT)
-    courier.close(20)
+    courier.close(PATIENCE_SECONDS)
     assert (tmp_path / "got").read_text() == "1 10 {'train/loss': 0.5} dead-layers closed" and capsys.readouterr().err == ""
 
 
@@ -261,7 +270,7 @@ def test_an_outpost_passes_on_what_it_gets(make_outpost, tmp_path, capsys):
 def test_an_outpost_that_ends_is_told_with_its_last_words(make_outpost, fate, said, capsys):
     courier = Courier("Far", lambda: make_outpost(fate))
     courier.write(1, 10, {})
-    courier.close(20)
+    courier.close(PATIENCE_SECONDS)
     told = capsys.readouterr().err
     assert "Far failed" in told and said in told and told.count("\n") == 1
 
@@ -269,9 +278,8 @@ def test_an_outpost_that_ends_is_told_with_its_last_words(make_outpost, fate, sa
 def test_an_outpost_that_hangs_does_not_hold_up_the_end(make_outpost, capsys):
     courier = Courier("Far", lambda: make_outpost("hangs"))
     courier.write(1, 10, {})
-    before = time.monotonic()
     courier.close(0.2)
-    assert time.monotonic() - before < 5 and "Far has not finished" in capsys.readouterr().err
+    assert courier._thread.is_alive() and "Far has not finished" in capsys.readouterr().err
 
 
 def test_tensorboard_has_every_step_once_after_a_resume(tmp_path):
@@ -297,7 +305,6 @@ def test_a_tracker_without_network_takes_a_run_and_its_resume(field, offline, tm
     pytest.importorskip(field, reason=f"extra `{field}`")
     for name, value in {**offline, "HOME": str(tmp_path)}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(couriers, "CLOSE_SECONDS", 60.0)
     run = RunFolder.create(tmp_path / "run")
     run.config.write_text("kind: pretrain\noptim: {lr: 0.1}\n")
     for step in (0, 2):
@@ -305,7 +312,7 @@ def test_a_tracker_without_network_takes_a_run_and_its_resume(field, offline, tm
             for n in range(step + 1, step + 4):
                 sinks.write(n, n, {"train/loss": 1.0 / n, **SICK})
             for courier in sinks.couriers:
-                courier.close(60)
+                courier.close(PATIENCE_SECONDS)
     assert "failed" not in capsys.readouterr().err
     if field == "wandb":
         ids = {folder.name.rpartition("-")[2] for folder in (run.trackers / "wandb").glob("offline-run-*")}

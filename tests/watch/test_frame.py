@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Callable
 from pathlib import Path
+from socket import gethostname
 
 import pytest
 
@@ -14,8 +15,9 @@ from osler.checkpoint import store
 from osler.model.config import ModelConfig
 from osler.monitor.events import EventLog
 from osler.report import format as fmt
+from osler.runtime.files import held, is_held
 from osler.watch.frame import NO_BREAK, blocks, clean, columns, frame
-from osler.watch.state import DEAD_SECONDS, Watched, is_open
+from osler.watch.state import DEAD_SECONDS, Watched
 
 NOW = 2_000_000.0
 CONFIG = "kind: pretrain\ntotal_tokens: 8000\nmodel: {num_layers: 2, hidden_size: 64, vocab_size: 512}\n"
@@ -103,7 +105,7 @@ def test_what_silence_means(make_run: MakeRun, ago: float, saved: int | None, st
     ("name", "message", "expected"),
     [
         ("finished", "The run is complete.", "finished 30 s ago"),
-        ("stopped", "Stopped.", "stopped 30 s ago by Ctrl-C or SIGTERM, saved at step 20"),
+        ("stopped", "Stopped.", "stopped 30 s ago by Ctrl-C, SIGTERM or SIGHUP, saved at step 20"),
         ("failed", "Lower optim.lr.", "failed 30 s ago at step 40, saved at step 20: Lower optim.lr."),
     ],
 )
@@ -175,19 +177,42 @@ def test_newest_values_say_what_they_are_of(make_run: MakeRun) -> None:
     assert "rewards/a/mean 0.500" in text
 
 
-@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="only Linux shows which files a process has open")
-def test_a_silent_run_whose_log_is_open_runs(make_run: MakeRun) -> None:
+def test_a_silent_run_whose_folder_is_held_runs(make_run: MakeRun) -> None:
+    pytest.importorskip("fcntl", reason="locks of this kind are Unix's")
     folder = make_run(ago=DEAD_SECONDS + 60)
-    assert not is_open(folder / "metrics.jsonl")
-    with (folder / "metrics.jsonl").open():  # whoever reads along is not the run
-        assert not is_open(folder / "metrics.jsonl")
-    with (folder / "metrics.jsonl").open("a"):
+    assert not is_held(folder)
+    with (folder / "metrics.jsonl").open("a"):  # whoever has the log open is not the run
+        assert picture(folder).splitlines()[1].startswith("dead")
+    with held(folder):
         assert picture(folder).splitlines()[1] == "running, no sign of it for 3 min 00 s"
 
 
 def test_a_folder_of_many_files_is_no_wall_of_names(make_run: MakeRun) -> None:
     text = picture(make_run(**{f"data/tokens/file-{n:03}.txt": 100.0 + n for n in range(40)}), 300).replace(NO_BREAK, " ")
     assert "tokens/file-005.txt 105 · and 34 more of tokens/<source>" in text and "file-006" not in text
+
+
+@pytest.mark.parametrize(("host", "expected"), [(gethostname(), "dead: no sign of it for 1.0 s (killed"), ("far", "running")])
+def test_a_run_that_is_killed_on_this_machine_is_dead_at_once(make_run: MakeRun, host: str, expected: str) -> None:
+    """Its start is noted, its end is not, and it holds the folder no more; on another machine the lock may not be seen."""
+    pytest.importorskip("fcntl", reason="locks of this kind are Unix's")
+    folder = make_run()
+    EventLog(folder / "events.jsonl").write(0, "start", "begun", "The run begins.", host=host)
+    age(folder, 1.0)
+    with held(folder):
+        assert picture(folder).splitlines()[1] == "running"
+    assert picture(folder).splitlines()[1].startswith(expected)
+
+
+def test_an_end_that_is_noted_after_the_diary_was_read_is_no_death(make_run: MakeRun) -> None:
+    folder = make_run()
+    diary = EventLog(folder / "events.jsonl")
+    diary.write(0, "start", "begun", "The run begins.", host=gethostname())
+    age(folder, 1.0)
+    watched = Watched(folder)
+    watched.refresh()
+    diary.write(40, "end", "finished", "The run is complete.")
+    assert watched.root.state(NOW).kind == "running"
 
 
 def test_a_run_by_the_clock_takes_its_length_from_its_checkpoint(make_run: MakeRun) -> None:

@@ -81,7 +81,7 @@ class Terminal:
         )
         self.other, self.seen = other, ""
 
-    def until(self, text: str, seconds: float = 60.0) -> str:
+    def until(self, text: str, seconds: float = 300.0) -> str:
         """Read on until a text shows up; returns what came up to it."""
         import select
 
@@ -96,7 +96,7 @@ class Terminal:
         """Wait for the end, and see that the terminal is as it was."""
         import termios
 
-        code = self.process.wait(60)
+        code = self.process.wait(300)
         assert self.seen.count(ENTER) == self.seen.count(LEAVE), "the screen before is back, with its cursor"
         assert self.seen.endswith(LEAVE)
         assert termios.tcgetattr(self.other)[:6] == self.settings[:6], "keys are echoed again"
