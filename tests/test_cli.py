@@ -13,6 +13,7 @@ import pytest
 
 from osler import cli, verbs
 from osler.errors import UserError
+from osler.runtime.stop import REQUESTS
 
 ROOT = Path(__file__).parents[1]
 HELP_MODULES = 250  # of Python's own and ours; torch alone brings more than a thousand
@@ -146,6 +147,22 @@ def test_an_error_of_ours_keeps_its_traceback(monkeypatch):
     assert result.returncode == 1 and "ZeroDivisionError" in result.stderr and "Traceback" in result.stderr
 
 
+@pytest.mark.parametrize(("work", "code"), [("return 0", 0), ("1 / 0", 1), ("raise SystemExit(3)", 3)])
+@pytest.mark.parametrize("processes", [1, 2])
+def test_one_of_several_processes_ends_before_the_interpreter_shuts_down(work, code, processes):
+    """Threads of gloo may want it at any time, which aborts a process whose interpreter is shutting down."""
+    program = (
+        "import os, sys, osler.cli as cli\n"
+        "class Trace:\n    def __del__(self, write=os.write): write(1, b'shut down')\n"
+        f"sys.trace = Trace()\ndef run(_):\n    print('done ')\n    {work}\n"
+        "cli.VERBS = (cli.Verb('work', '', '', run),)\nsys.argv = ['osler', 'work']\ncli.program()"
+    )
+    environment = {**os.environ, "WORLD_SIZE": str(processes), "RANK": "0"}
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert result.returncode == code and ("ZeroDivisionError" in result.stderr) == (code == 1), result.stderr
+    assert result.stdout == ("done \nshut down" if processes == 1 else "done \n")
+
+
 def test_user_errors_of_any_depth_are_code_2(monkeypatch, capsys):
     failing_verb(monkeypatch, UserError("mend this"))
     assert cli.main(["fail"]) == 2
@@ -230,12 +247,13 @@ def test_shards_of_another_tokenizer_are_not_decoded(notes, tmp_path, capsys):
     assert "another tokenizer" in capsys.readouterr().err
 
 
-def test_sigterm_ends_a_verb_as_ctrl_c_does(capsys, monkeypatch):
-    monkeypatch.setattr("osler.cli.dispatch", lambda argv: signal.raise_signal(signal.SIGTERM))
-    before = signal.getsignal(signal.SIGTERM)
+@pytest.mark.parametrize("number", REQUESTS)
+def test_sigterm_and_sighup_end_a_verb_as_ctrl_c_does(number, capsys, monkeypatch):
+    monkeypatch.setattr("osler.cli.dispatch", lambda argv: signal.raise_signal(number))
+    before = signal.getsignal(number)
     assert cli.main(["eval"]) == 130
     assert "osler: interrupted" in capsys.readouterr().err
-    assert signal.getsignal(signal.SIGTERM) is before
+    assert signal.getsignal(number) is before
 
 
 def test_a_place_that_may_not_be_written_to_is_told_in_words(capsys, monkeypatch):

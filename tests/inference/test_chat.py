@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import signal
 import sys
 from itertools import pairwise
 from pathlib import Path
@@ -148,6 +149,16 @@ def test_ctrl_c_at_the_prompt_does_not_leave(runs, monkeypatch, capsys):
     assert talk(monkeypatch, runs / "sft", Impatient("What is it?\n\n")) == 0
     out = capsys.readouterr().out
     assert "leaves" in out and out.count("thinking  ") == 1
+
+
+def test_sigterm_and_a_terminal_that_closes_leave_at_the_prompt(runs, monkeypatch, capsys):
+    class Ended(Terminal):
+        def readline(self, size: int | None = -1, /) -> str:
+            signal.raise_signal(signal.SIGTERM)
+            raise AssertionError("the signal was not heard")
+
+    assert talk(monkeypatch, runs / "sft", Ended("")) == 130
+    assert "osler: interrupted" in capsys.readouterr().err
 
 
 def test_a_question_too_long_is_refused_and_the_next_answered(runs, monkeypatch, capsys):
