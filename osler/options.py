@@ -29,6 +29,14 @@ RUN_FOLDER = (
     option("--resume", action="store_true", help="go on from the newest good checkpoint of --run DIR"),
     option("--dry-run", action="store_true", help="check the configuration and say what would happen, then stop"),
 )
+ORIGIN = (
+    option("--from-step", type=int, metavar="N", help="go back to the checkpoint of step N; what came after it is set aside"),
+    option(
+        "--branch",
+        metavar="CHECKPOINT",
+        help="start a new run, --run DIR, from a checkpoint of another: with its optimizer, place in the data and configuration",
+    ),
+)
 CHECKPOINT = option("checkpoint", metavar="CHECKPOINT", help="a run folder, or a checkpoint in it")
 RUN = option("run", metavar="DIR", help="a run folder")
 SAMPLING = (
@@ -72,6 +80,11 @@ def only_overrides(items: Sequence[str]) -> list[str]:
 def run_folder(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return what the options of ``RUN_FOLDER`` say, by the names that every ``run`` function takes."""
     return {"run_dir": arguments.run, "resume": arguments.resume, "dry_run": arguments.dry_run}
+
+
+def start_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return what the options of ``RUN_FOLDER`` and ``ORIGIN`` say."""
+    return {**run_folder(arguments), "from_step": arguments.from_step, "branch": arguments.branch}
 
 
 def sampling(arguments: argparse.Namespace) -> dict[str, Any]:

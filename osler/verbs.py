@@ -9,6 +9,7 @@ from typing import NamedTuple
 from osler.options import (
     CHECKPOINT,
     EVAL_HELP,
+    ORIGIN,
     OVERRIDES,
     RECIPE,
     RUN,
@@ -21,6 +22,7 @@ from osler.options import (
     run_folder,
     sampling,
     split_items,
+    start_of,
 )
 
 
@@ -92,19 +94,19 @@ def run_data_inspect(arguments: argparse.Namespace) -> int:
 def run_pretrain(arguments: argparse.Namespace) -> int:
     from osler.train.run import run
 
-    return run("pretrain", *split_items(arguments.items), **run_folder(arguments))
+    return run("pretrain", *split_items(arguments.items), **start_of(arguments))
 
 
 def run_sft(arguments: argparse.Namespace) -> int:
     from osler.train.run import run
 
-    return run("sft", *split_items(arguments.items), **run_folder(arguments))
+    return run("sft", *split_items(arguments.items), **start_of(arguments))
 
 
 def run_grpo(arguments: argparse.Namespace) -> int:
     from osler.rl.run import run
 
-    return run(*split_items(arguments.items), **run_folder(arguments))
+    return run(*split_items(arguments.items), **start_of(arguments))
 
 
 def run_eval(arguments: argparse.Namespace) -> int:
@@ -247,21 +249,21 @@ VERBS: tuple[Verb, ...] = (
         "Train a model from scratch on text",
         "osler pretrain text-10min data.path=notes/ --run runs/notes",
         run_pretrain,
-        (RECIPE, *RUN_FOLDER),
+        (RECIPE, *RUN_FOLDER, *ORIGIN),
     ),
     Verb(
         "sft",
         "Teach a pretrained model to reason and answer",
         "osler sft init_from=runs/clinic-pretrain data.type=turns data.path=cases.jsonl",
         run_sft,
-        (RECIPE, *RUN_FOLDER),
+        (RECIPE, *RUN_FOLDER, *ORIGIN),
     ),
     Verb(
         "grpo",
         "Improve a model by its own tries at exam questions (reinforcement learning)",
         "osler grpo init_from=runs/clinic-sft algorithm.samples_per_prompt=16",
         run_grpo,
-        (RECIPE, *RUN_FOLDER),
+        (RECIPE, *RUN_FOLDER, *ORIGIN),
     ),
     Verb(
         "eval",

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from osler.checkpoint.manifest import FOLDER_NAME, REPLACED_SUFFIX, looks_whole, read_manifest, verify
+from osler.checkpoint.manifest import FOLDER_NAME, MANIFEST, REPLACED_SUFFIX, STATE, looks_whole, read_manifest, verify
 from osler.errors import UserError
 from osler.runtime.faults import fault
 from osler.runtime.files import RunFolder, read_json, write_json
@@ -53,6 +53,25 @@ def root_of(path: str | Path) -> Path:
         raise UserError(f"{path} is no folder: give a run folder or one of its checkpoints.")
     inner = RunFolder(path).checkpoints
     return inner if inner.is_dir() else path
+
+
+def refuse_checkpoint(path: str | Path) -> None:
+    """Raise UserError when a run folder, to be written into, is a checkpoint or a folder of checkpoints, or lies in one."""
+    given, real = Path(path), Path(path).resolve()
+    for folder in (given, *given.parents, real, *real.parents):
+        is_inside = folder.parent.name == "checkpoints"
+        match = FOLDER_NAME.fullmatch(folder.name)
+        if (match and is_inside) or ((folder / MANIFEST).is_file() and (folder / STATE).is_file()):
+            run = folder.parent.parent
+            back = f" {run}; `--run {run} --from-step {int(match[1])}` takes it back to this step" if match and is_inside else ""
+            where = "a checkpoint" if folder in (given, real) else "in a checkpoint"
+            raise UserError(
+                f"{path} is no run folder but {where}, and what is written into one damages it. Give the run folder{back}. To "
+                f"start a new run at this step, with the optimizer and the place in the data, give `--branch {folder} --run "
+                f"NEW_FOLDER`; init_from={folder} takes the weights alone."
+            )
+        if folder.name == "checkpoints" and by_age(folder):
+            raise UserError(f"{path} is no run folder: {folder} holds the checkpoints of a run. Give that run, {folder.parent}.")
 
 
 def by_age(root: Path) -> list[Entry]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -89,6 +90,15 @@ def build_optimizer(
         return Bf16AdamW(adamw_groups(model, config), betas=(config.beta1, config.beta2), eps=config.eps, seed=seed)
     optimizer: torch.optim.Optimizer = OPTIMIZERS[type(config)](model, config, process_group)
     return optimizer
+
+
+@contextmanager
+def keeping_settings(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Learning rates, betas and the like stay those of the config, whatever is loaded into the optimizer inside."""
+    kept = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+    yield
+    for group, settings in zip(optimizer.param_groups, kept, strict=True):
+        group.update(settings)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, scale: float) -> None:

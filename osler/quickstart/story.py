@@ -23,6 +23,7 @@ import torch
 
 from osler.checkpoint import store
 from osler.checkpoint.manifest import folder_name
+from osler.checkpoint.root import refuse_checkpoint
 from osler.config import decode, encode, load_recipe
 from osler.data.config import ClinicData
 from osler.errors import UserError
@@ -68,6 +69,7 @@ def run(
     """The verb ``quickstart``; the same call goes on where it stopped, and ``resume`` does so with the stored config."""
     require_one_process("quickstart")
     root = RunFolder(Path(run_dir or "runs/quickstart"))
+    refuse_checkpoint(root.root)
     if resume:
         config = stored_config(QuickstartConfig, str(root.root), overrides)
     else:

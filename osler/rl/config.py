@@ -155,6 +155,9 @@ class GrpoConfig:
     description: str = ""  # for the reader; changes nothing
     seed: int = 0  # of the questions and the sampling
     init_from: str  # run folder or checkpoint to start from, with its model and tokenizer
+    # checkpoint of another run to go on from, with its optimizer and its place in the data; --branch sets it, and the config of
+    # that run with it
+    branch_from: str | None = None
     tasks: tuple[RlTaskConfig, ...] = (RlTaskConfig(),)  # what is asked: a list, each with an exam, its weight and its rewards
     eval_task: TaskConfig | None = ClinicTask(split="validation", limit=200)  # the exam sat during training; null: none
     eval_permutations: int = 1  # option orders per evaluated question

@@ -12,11 +12,14 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from osler.checkpoint import store
+from osler.checkpoint.manifest import STATE, TENSORS_SUFFIX
+from osler.checkpoint.root import refuse_checkpoint
 from osler.config import decode, load_recipe, parse_overrides
 from osler.errors import UserError
 from osler.eval.exams import score_by_generation
 from osler.inference.engine import Engine
 from osler.inference.load import LoadedModel, describing_files, load_model
+from osler.monitor.events import EventLog
 from osler.monitor.fanout import check_sinks
 from osler.optim.build import build_optimizer
 from osler.parallel.activation_checkpoint import set_recompute
@@ -28,7 +31,7 @@ from osler.rl.rollout import RolloutWorker
 from osler.rl.step import PolicyLoss
 from osler.rl.trainer import GrpoTrainer
 from osler.runtime.device import keep_freed_memory, pick_device
-from osler.runtime.files import RunFolder, fingerprint, write_or_warn
+from osler.runtime.files import RunFolder, fingerprint, read_json, write_or_warn
 from osler.runtime.log import say
 from osler.runtime.stop import AskedToStop, asked
 from osler.runtime.world import World, joined, place
@@ -40,16 +43,17 @@ from osler.tokenizer.bpe import Tokenizer
 from osler.tokenizer.chat import encode_prompt
 from osler.train.folder import (
     VERSIONS,
+    check_fingerprints,
     claim,
     default_name,
     describe_plan,
     newest_checkpoint,
     refuse_another,
     starting_model,
-    stored_config,
     stored_precision,
     work,
 )
+from osler.train.origin import announce_branch, branch_point, config_of_run, describe_branch, planned_start, taken_back
 from osler.train.run import check_same_start, place_of, warn_of_endless_warmup
 from osler.train.setup import choose_machine, describe_run
 
@@ -61,26 +65,36 @@ def run(
     run_dir: str | None = None,
     resume: bool = False,
     dry_run: bool = False,
+    from_step: int | None = None,
+    branch: str | None = None,
 ) -> int:
     """The verb ``grpo``; returns the process's exit code."""
-    if resume:
-        config, folder = stored_config(GrpoConfig, run_dir, overrides), RunFolder(Path(str(run_dir)))
-    else:
+    config = config_of_run(GrpoConfig, "grpo", recipe, overrides, run_dir, resume=resume, from_step=from_step, branch=branch)
+    if config is None:
         config = decode(GrpoConfig, load_recipe(recipe, overrides) if recipe else parse_overrides(overrides), source=recipe or "")
-        folder = RunFolder(Path(run_dir or Path("runs") / default_name(recipe or "clinic", "grpo")))
+    folder = RunFolder(Path(run_dir or Path("runs") / default_name(recipe or "clinic", "grpo")))
+    refuse_checkpoint(folder.root)
+    back = from_step if branch is None else None
     if dry_run:
         refuse_another(folder, config)
         pick_device(config.device)
-        newest = newest_checkpoint(folder)
+        newest, aside = planned_start(folder, back)
         start = starting_model(newest, config)
+        if newest is None and (origin := branch_point(config)) is not None:
+            check_branch(config, origin)
+            say(describe_branch(config, store.load(origin, names=[])))
         check_exams(config)
         check_sinks(config.monitor)
-        print(describe_plan(config, folder, newest, start, planned_numbers(config)))
+        print(describe_plan(config, folder, newest, start, {**aside, **planned_numbers(config)}))
         return 0
     done = f"Done: {folder.root}\n  osler eval {folder.root}   sit the exam\n  osler report {folder.root}   the run as a page"
     check_strategy(config.parallel, place().size)
     with joined(config.device) as world:
-        return work("grpo", folder, lambda run: train(config, run, world), lambda: done)
+
+        def start_from(run: RunFolder) -> bool:
+            return train(config, taken_back(run, config, back, world), world)
+
+        return work("grpo", folder, start_from, lambda: done, goes_back=back is not None)
 
 
 def train(config: GrpoConfig, run: RunFolder, world: World | None = None) -> bool:
@@ -90,7 +104,10 @@ def train(config: GrpoConfig, run: RunFolder, world: World | None = None) -> boo
     check_exams(config)
     check_sinks(config.monitor)
     keep_freed_memory()
-    checkpoint = newest_checkpoint(run)
+    newest = newest_checkpoint(run)
+    checkpoint = newest or branch_point(config)
+    if newest is None and checkpoint is not None:
+        check_branch(config, checkpoint)
     precision = stored_precision(checkpoint, config.precision)
     # What `auto` comes to is a trial, which might end differently on another rank.
     machine = world.once(lambda: choose_machine(world.device, precision, "never", steps=config.steps))
@@ -106,6 +123,9 @@ def train(config: GrpoConfig, run: RunFolder, world: World | None = None) -> boo
     if world.once(lambda: checkpoint is None) and config.preflight != "off":
         samples = preflight(RolloutWorker(sampler, tokenizer, tasks, config.algorithm, config.seed, world).ask(0), config)
         sampler.release()
+    fingerprints = {"tokenizer": tokenizer.fingerprint, "data": fingerprint_of(tasks)}
+    if checkpoint is not None and not config.allow_data_change:  # with it the change is recorded when the run goes on
+        check_fingerprints(store.load(checkpoint, names=[]), fingerprints, EventLog(run.events))
     world.once(lambda: claim(run, config))
     if samples and world.is_first:
         write_or_warn(run.samples, samples)  # a start over in the same folder replaces it
@@ -124,12 +144,14 @@ def train(config: GrpoConfig, run: RunFolder, world: World | None = None) -> boo
         evaluate=evaluate,
         best_metric=best_metric,
         files={**describing_files(model.config, tokenizer), **files},
-        fingerprints={"tokenizer": tokenizer.fingerprint, "data": fingerprint_of(tasks)},
+        fingerprints=fingerprints,
     )
     saved = store.load(checkpoint) if checkpoint is not None else None
     check_same_start(-1 if saved is None else saved.step, world)
     if saved is not None:
         trainer.restore(saved)
+        if newest is None:
+            announce_branch(config, saved, trainer.incidents.events)
         say(f"Continuing {run.root} from step {trainer.step:,}.")
     else:
         warn_of_idle_ranks(config, world)
@@ -137,6 +159,18 @@ def train(config: GrpoConfig, run: RunFolder, world: World | None = None) -> boo
         say(describe_start(config, start, tasks, place_of(machine, config.parallel, world)))
     del saved  # weights and moments were copied out of it
     return trainer.fit()
+
+
+def check_branch(config: GrpoConfig, start: Path) -> None:
+    """Raise UserError when a run with this config cannot go on from a checkpoint of another."""
+    step = read_json(start / STATE)["step"]
+    if step >= config.steps:
+        raise UserError(f"{start} is at step {step:,}, and steps is {config.steps:,}: set steps higher.")
+    if config.algorithm.beta > 0.0 and not (start / f"reference{TENSORS_SUFFIX}").is_file():
+        raise UserError(
+            f"algorithm.beta={config.algorithm.beta:g} needs the reference that the run began with, and {start} holds none, "
+            f"because beta was 0 there: leave it at 0, or start a new run with init_from={start}."
+        )
 
 
 def check_exams(config: GrpoConfig) -> None:

@@ -43,6 +43,9 @@ class TrainConfig:
     description: str = ""  # for the reader; changes nothing
     seed: int = 0  # of the weights and of the order of the data
     init_from: str | None = None  # run folder or checkpoint to start from; its model and tokenizer replace those given here
+    # checkpoint of another run to go on from, with its optimizer and its place in the data; --branch sets it, and the config of
+    # that run with it
+    branch_from: str | None = None
     model: ModelConfig = ModelConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()
     data: DataConfig = ClinicData()

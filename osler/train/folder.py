@@ -6,6 +6,7 @@ Pretraining, fine-tuning and GRPO start and go on through these functions; they 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any, TypeVar
 
 from osler.checkpoint import store
 from osler.checkpoint.manifest import STATE
+from osler.checkpoint.root import refuse_checkpoint
 from osler.config import decode, encode, merge, parse_overrides
 from osler.errors import UserError
 from osler.inference.load import read_model_config
@@ -30,6 +32,8 @@ MOST_NAMED = 5  # differences between two configs that an error spells out
 COMPUTING = ("parallel", "loader_workers", "micro_batch_tokens", "recompute", "async_save", "monitor")
 PERMISSIONS = ("allow_data_change", "preflight")  # given for one start
 GIVEN_ANEW = (*COMPUTING, *PERMISSIONS)
+# Where files lie may change too: what is in them must be the same, which the shards' and the checkpoints' fingerprints tell.
+PLACES = re.compile(r"(.*\.)?data\.path|tasks\[\d+\]\.task\.path")
 DATA_SECTIONS = ("data", "tasks")  # what a run learns from: of training, of GRPO
 LENGTHS = {"total_tokens", "max_minutes", "steps"}  # what a person changes who wants to go on with a finished run
 VERSIONS = "versions.json"  # packages and machine, in the run folder and in every checkpoint
@@ -42,10 +46,13 @@ def default_name(recipe: str, kind: str) -> str:
     return name if name.endswith(f"-{kind}") else f"{name}-{kind}"
 
 
-def work(kind: str, run: RunFolder, train: Callable[[RunFolder], bool], next_steps: Callable[[], str]) -> int:
+def work(
+    kind: str, run: RunFolder, train: Callable[[RunFolder], bool], next_steps: Callable[[], str], *, goes_back: bool = False
+) -> int:
     """Train in the folder and say at the end what to do next; returns the exit code.
 
-    One process at a time: the first rank keeps others out. A start that fails leaves no empty folder behind.
+    One process at a time: the first rank keeps others out. A start that fails leaves no empty folder behind. The command of one
+    that ``goes_back`` would do so again.
     """
     RunFolder.create(run.root)
     with held(run.root) if place().rank == 0 else nullcontext():
@@ -56,7 +63,8 @@ def work(kind: str, run: RunFolder, train: Callable[[RunFolder], bool], next_ste
                 run.root.rmdir()
             raise
     if not finished:
-        say(f"Stopped and saved. The same command, or `osler {kind} --run {run.root} --resume`, goes on from there.")
+        same = "" if goes_back else "The same command, or "
+        say(f"Stopped and saved. {same}`osler {kind} --run {run.root} --resume`{',' if same else ''} goes on from there.")
         return EXIT_STOPPED
     say(next_steps())
     return 0
@@ -72,8 +80,20 @@ def claim(run: RunFolder, config: Any) -> None:
     wanted = encode(config)
     if not run.config.exists():
         write_atomic(run.config, dump_yaml(wanted))
-    elif free := [key for key in _free_sections(config) if key in wanted]:
+        return
+    moved = moved_places(run, config)
+    if moved:
+        say(f"The files that this run learns from have moved: {', '.join(moved.values())}.")
+    free = {*_free_sections(config), *(re.split(r"[.\[]", key)[0] for key in moved)} & wanted.keys()
+    if free:
         write_atomic(run.config, dump_yaml(read_config(run) | {key: wanted[key] for key in free}))
+
+
+def moved_places(run: RunFolder, config: Any) -> dict[str, str]:
+    """Where the config finds files elsewhere than the run's does, which may only be when they hold the same: key to words."""
+    stored = read_config(run) if run.config.exists() else {}
+    changed = differences(config, stored, str(run.config), leave_out=_free_sections(config)) if stored else {}
+    return {key: words for key, words in changed.items() if PLACES.fullmatch(key)}
 
 
 def _free_sections(config: Any) -> tuple[str, ...]:
@@ -85,30 +105,45 @@ def refuse_another(run: RunFolder, config: Any) -> None:
     """Raise UserError when the folder belongs to a run with another config: a run folder holds one run."""
     if not run.config.exists():
         return
-    stored, wanted = read_config(run), encode(config)
-    if stored.get("kind") == wanted["kind"]:  # a field that came with a later Osler had its default when the run began
-        stored = encode(decode(type(config), stored, source=str(run.config)))
-    for key in (*GIVEN_ANEW, *_free_sections(config)):
-        stored.pop(key, None)
-        wanted.pop(key, None)
-    if stored == wanted:
+    changed = differences(config, read_config(run), str(run.config), leave_out=(*GIVEN_ANEW, *_free_sections(config)))
+    changed = {key: words for key, words in changed.items() if not PLACES.fullmatch(key)}
+    if not changed:
         return
-    old, new = _flat(stored), _flat(wanted)
-    changed = sorted((key for key in {*old, *new} if old.get(key) != new.get(key)), key=lambda key: (key != "kind", key))
-    named = [f"{key} is {new.get(key)} here and {old.get(key)} there" for key in changed[:MOST_NAMED]]
-    more = [f"{len(changed) - MOST_NAMED} more"] if len(changed) > MOST_NAMED else []
-    longer = f" To train its model further, start a new run with init_from={run.root}." if set(changed) <= LENGTHS else ""
+    kind = encode(config)["kind"]
+    branch = f" To train it on from where it is, start a new run with `osler {kind} --branch {run.root} --run NEW_FOLDER`, or"
+    longer = f"{branch} with its weights alone start a new run with init_from={run.root}." if changed.keys() <= LENGTHS else ""
     raise UserError(
-        f"{run.root} holds another run: {', '.join(named + more)}. Choose another folder with --run, or delete that one to "
+        f"{run.root} holds another run: {named(changed)}. Choose another folder with --run, or delete that one to "
         f"start over.{longer}"
     )
 
 
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A nested config with dotted keys."""
+def differences(
+    config: Any, stored: Mapping[str, Any], source: str, leave_out: Sequence[str] = GIVEN_ANEW
+) -> dict[str, str]:
+    """What differs between a config and a ``stored`` one, read from ``source``: dotted key to words, the kind first."""
+    wanted, there = encode(config), dict(stored)
+    if there.get("kind") == wanted["kind"]:  # a field that came with a later Osler had its default when the run began
+        there = encode(decode(type(config), there, source=source))
+    old, new = (flat({key: value for key, value in tree.items() if key not in leave_out}) for tree in (there, wanted))
+    changed = sorted((key for key in {*old, *new} if old.get(key) != new.get(key)), key=lambda key: (key != "kind", key))
+    return {key: f"{key} is {new.get(key)} here and {old.get(key)} there" for key in changed}
+
+
+def named(changed: Mapping[str, str]) -> str:
+    """The first of some differences in a line, and how many more there are."""
+    more = [f"{len(changed) - MOST_NAMED} more"] if len(changed) > MOST_NAMED else []
+    return ", ".join([*list(changed.values())[:MOST_NAMED], *more])
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A nested config with keys such as ``data.path`` and ``tasks[0].task.path``."""
     out: dict[str, Any] = {}
     for key, value in tree.items():
-        out |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+        if isinstance(value, (list, tuple)) and any(isinstance(item, Mapping) for item in value):
+            out |= flat({f"{key}[{number}]": item for number, item in enumerate(value)}, prefix)
+        else:
+            out |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
     return out
 
 
@@ -116,14 +151,23 @@ def stored_config(cls: type[T], run_dir: str | None, overrides: Sequence[str]) -
     """The config that a run folder was started with, for ``--resume``; what may differ from start to start may be given anew."""
     if run_dir is None:
         raise UserError("--resume needs --run FOLDER: the run to go on with.")
-    refused = [override for override in overrides if override.partition("=")[0].partition(".")[0] not in GIVEN_ANEW]
+    refuse_checkpoint(run_dir)
+    refused = [override for override in overrides if not _may_be_given(override.partition("=")[0])]
     if refused:
-        raise UserError(f"--resume continues a run as it was configured; leave out {' '.join(refused)}.")
+        raise UserError(
+            f"--resume continues a run as it was configured; leave out {' '.join(refused)}. A new run that goes on from this one "
+            f"may be configured otherwise: --branch {run_dir} --run NEW_FOLDER."
+        )
     run = RunFolder(Path(run_dir))
     if not run.config.exists():
         raise UserError(f"{run_dir} holds no run to resume: {run.config} is missing.")
     stored = read_config(run)
     return decode(cls, merge(stored, parse_overrides(overrides, stored)), source=str(run.config))
+
+
+def _may_be_given(key: str) -> bool:
+    """Whether a resume may be given this field; ``tasks`` is given whole, and ``refuse_another`` sees what changed in it."""
+    return key.partition(".")[0] in GIVEN_ANEW or key == "tasks" or PLACES.fullmatch(key) is not None
 
 
 def read_config(run: RunFolder) -> dict[str, Any]:
@@ -193,11 +237,12 @@ def was_evaluated(run: RunFolder, step: int) -> bool:
 
 
 def starting_model(newest: Path | None, config: Any) -> tuple[Path, ModelConfig] | None:
-    """The checkpoint that a run with ``init_from`` would go on or start from, and the model in it; None without ``init_from``.
+    """The checkpoint that a run which begins with another's model would go on or start from, and the model; None for others.
 
     ``newest`` is the run's own. Raises UserError when there is no good checkpoint to start from.
     """
-    return None if config.init_from is None else read_model_config(newest or config.init_from)
+    start = config.branch_from or config.init_from
+    return None if start is None else read_model_config(newest or start)
 
 
 def describe_plan(
@@ -213,7 +258,9 @@ def describe_plan(
         derived["goes on from"] = f"step {read_json(newest / STATE)['step']:,}: {newest}"
     if start is not None:
         path, model = start
-        if newest is None:
+        if newest is None and config.branch_from is not None:
+            derived["branches from"] = f"step {read_json(path / STATE)['step']:,}: {path}"
+        elif newest is None:
             derived["starts from"] = f"{path}, its model and tokenizer"
         derived["model"] = (
             f"{model.num_parameters:,} parameters (num_layers {model.num_layers}, hidden_size {model.hidden_size}, "

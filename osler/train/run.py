@@ -8,12 +8,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from osler.checkpoint import store
+from osler.checkpoint.root import refuse_checkpoint
 from osler.config import decode, load_recipe, parse_overrides
 from osler.data.config import ClinicData
 from osler.data.curriculum import Span, rows_per_micro_batch
@@ -23,7 +25,6 @@ from osler.data.order import Order
 from osler.data.packing import StreamPacking, WholePacking
 from osler.data.prepare import Prepared, open_prepared
 from osler.data.shards import ShardSet
-from osler.data.sources import prepare_source
 from osler.errors import UserError
 from osler.eval.exams import score_by_generation
 from osler.eval.perplexity import batches, measure, windows
@@ -38,7 +39,7 @@ from osler.parallel.config import ParallelConfig
 from osler.parallel.engine import Engine as ParallelEngine
 from osler.parallel.parallelize import parallelize
 from osler.runtime.device import keep_freed_memory, pick_device
-from osler.runtime.files import RunFolder, write_atomic
+from osler.runtime.files import RunFolder
 from osler.runtime.log import say
 from osler.runtime.stop import AskedToStop, asked
 from osler.runtime.world import World, joined, place
@@ -48,20 +49,19 @@ from osler.tokenizer.bpe import Tokenizer
 from osler.train.config import ExamProbe, TrainConfig
 from osler.train.folder import (
     VERSIONS,
-    claim,
     default_name,
     describe_plan,
     newest_checkpoint,
     refuse_another,
     starting_model,
-    stored_config,
     stored_precision,
     work,
 )
+from osler.train.origin import announce_branch, branch_point, config_of_run, describe_branch, planned_start, taken_back
 from osler.train.setup import (
     COMPILE_MIN_STEPS,
     Machine,
-    check_lengths,
+    check_branch,
     check_plan,
     check_processes,
     choose_machine,
@@ -74,13 +74,13 @@ from osler.train.setup import (
     tell_of_repeats,
     warn_of_small_passes,
 )
+from osler.train.shards import begin, check_data, shards_of
 from osler.train.step import TrainStep
 from osler.train.trainer import Trainer
 
 VALIDATION_SEED = 0  # the held-out rows are the same in every run over the same shards
 EXAM_NEW_TOKENS = 64
 EVAL_BATCH_TOKENS = 16_384
-DATA = "data"  # in the run folder: the shards
 
 
 def run(
@@ -91,27 +91,42 @@ def run(
     run_dir: str | None = None,
     resume: bool = False,
     dry_run: bool = False,
+    from_step: int | None = None,
+    branch: str | None = None,
 ) -> int:
     """The verbs ``pretrain`` and ``sft``; returns the process's exit code."""
-    if resume:
-        config, folder = stored_config(TrainConfig, run_dir, overrides), RunFolder(Path(str(run_dir)))
-    else:
+    config = config_of_run(TrainConfig, kind, recipe, overrides, run_dir, resume=resume, from_step=from_step, branch=branch)
+    if config is None:
         given = load_recipe(recipe, overrides) if recipe else parse_overrides(overrides)
         config = decode(TrainConfig, {**given, "kind": kind}, source=recipe or "")
-        folder = RunFolder(Path(run_dir) if run_dir else own_folder(recipe, config))
-    if config.init_from is not None and any(override.startswith("model.") for override in overrides):
-        say("Warning: model.* changes nothing here, because the model comes from init_from.")
+    folder = RunFolder(Path(run_dir) if run_dir else own_folder(recipe, config))
+    refuse_checkpoint(folder.root)
+    back = from_step if branch is None else None
+    is_given = config.init_from is not None or config.branch_from is not None
+    if is_given and any(override.startswith("model.") for override in overrides):
+        say("Warning: model.* changes nothing here, because the model comes from the checkpoint that the run starts from.")
     if dry_run:
         refuse_another(folder, config)
-        newest = newest_checkpoint(folder)
+        newest, aside = planned_start(folder, back)
         start = starting_model(newest, config)
-        check_plan(config, is_new=newest is None)
-        print(describe_plan(config, folder, newest, start, planned_numbers(config, start[1] if start else config.model)))
+        checkpoint = newest or branch_point(config)
+        loaded = None if checkpoint is None else store.load(checkpoint, names=[])
+        if newest is None and loaded is not None:
+            check_branch(config, loaded)
+            say(describe_branch(config, loaded))
+        check_plan(config, is_new=loaded is None)
+        check_data(config, folder, loaded)
+        numbers = planned_numbers(config, start[1] if start else config.model)
+        print(describe_plan(config, folder, newest, start, {**aside, **numbers}))
         return 0
     check_processes(config, place().size)
     warn_of_small_passes(config, place().size)
     with joined(config.device) as world:
-        return work(kind, folder, lambda run: train(config, run, world), lambda: next_steps(config, folder))
+
+        def start_from(run: RunFolder) -> bool:
+            return train(config, taken_back(run, config, back, world), world)
+
+        return work(kind, folder, start_from, lambda: next_steps(config, folder), goes_back=back is not None)
 
 
 def own_folder(recipe: str | None, config: TrainConfig) -> Path:
@@ -131,8 +146,11 @@ def train(config: TrainConfig, run: RunFolder, world: World | None = None) -> bo
     exam = exam_items(config.exam)
     keep_freed_memory()
     newest = newest_checkpoint(run)
-    checkpoint = store.load(newest) if newest is not None else None
-    precision = stored_precision(newest, config.precision)
+    start = newest or branch_point(config)
+    checkpoint = store.load(start) if start is not None else None
+    if newest is None and checkpoint is not None:
+        check_branch(config, checkpoint)
+    precision = stored_precision(start, config.precision)
     # A run by the clock takes as many steps as it can: from a minute on compiling pays.
     steps = config.total_steps if config.max_minutes is None else int(config.max_minutes * COMPILE_MIN_STEPS)
     # What `auto` comes to is a trial, which might end differently on another rank.
@@ -144,7 +162,8 @@ def train(config: TrainConfig, run: RunFolder, world: World | None = None) -> bo
     tokenizer_path = run.root / TOKENIZER_FILE
     tokenizer = world.once(lambda: make_tokenizer(config, tokenizer, tokenizer_path))
     fit_vocabulary(model, tokenizer, is_new=checkpoint is None and config.init_from is None)
-    prepared = world.ahead(lambda: begin(config, run, tokenizer, model.config), lambda: open_prepared(run.root / DATA, tokenizer))
+    shards, start_with = shards_of(config, run), partial(begin, config, run, tokenizer, checkpoint, model.config)
+    prepared = world.ahead(start_with, lambda: open_prepared(shards, tokenizer))
     engine = parallelize(model, config.parallel, world, compile=machine.compile)
     fill()
     del fill  # and what it loaded
@@ -177,6 +196,8 @@ def train(config: TrainConfig, run: RunFolder, world: World | None = None) -> bo
     check_same_start(-1 if checkpoint is None else checkpoint.step, world)
     if checkpoint is not None:
         trainer.restore(checkpoint)
+        if newest is None:
+            announce_branch(config, checkpoint, trainer.incidents.events)
         say(f"Continuing {run.root} from step {trainer.step:,} ({trainer.tokens:,} tokens).")
     else:
         if config.max_minutes is None:
@@ -189,18 +210,6 @@ def train(config: TrainConfig, run: RunFolder, world: World | None = None) -> bo
         )
     del checkpoint  # weights and moments were copied out of it; a second set need not lie in memory while training
     return trainer.fit()
-
-
-def begin(config: TrainConfig, run: RunFolder, tokenizer: Tokenizer, model: ModelConfig) -> Prepared:
-    """Put into the folder what every rank then reads: the shards, the config that makes it this run's, the tokenizer."""
-    allowed, consent = config.allow_data_change, "allow_data_change=true"
-    prepared = prepare_source(config.data, tokenizer, run.root / DATA, set_aside=allowed, consent=consent)
-    if allowed or not run.config.exists():  # a run that has begun goes on
-        check_lengths(config, prepared, model.max_seq_len)
-    claim(run, config)
-    if not (run.root / TOKENIZER_FILE).exists():
-        write_atomic(run.root / TOKENIZER_FILE, tokenizer.to_bytes())
-    return prepared
 
 
 def check_same_start(step: int, world: World) -> None:

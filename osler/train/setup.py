@@ -12,13 +12,14 @@ import numpy as np
 import torch
 
 from osler.checkpoint import store
+from osler.config import decode
 from osler.data.curriculum import rows_per_micro_batch
 from osler.data.delivered import Delivered
 from osler.data.loader import check_shares
 from osler.data.packing import torn_examples
 from osler.data.prepare import Prepared
 from osler.data.shards import Int64Array, ShardSet
-from osler.data.sources import check_source, train_tokenizer
+from osler.data.sources import train_tokenizer
 from osler.errors import UserError
 from osler.inference.load import described_model, tokenizer_of
 from osler.model.transformer import Transformer
@@ -35,6 +36,7 @@ from osler.runtime.sharded import load_whole
 from osler.tokenizer.bpe import Tokenizer
 from osler.train.config import TrainConfig
 from osler.train.folder import VERSIONS
+from osler.yaml12 import load_yaml
 
 COMPILE_MIN_STEPS = 100  # compiling costs 10 to 30 seconds; shorter runs end sooner without it
 ROUND_LENGTH = 64  # a row length that is proposed is a multiple of it
@@ -77,16 +79,37 @@ def choose_machine(device: str, precision: str, compile_mode: str, *, steps: int
 
 
 def check_plan(config: TrainConfig, *, is_new: bool) -> None:
-    """Raise UserError when what a run needs is not there: device, packages, data, a new one's tokenizer, whom alerts go to."""
+    """Raise UserError when what a run needs beside data is not there: device, packages, its tokenizer, whom alerts go to."""
     device = pick_device(config.device)
     if config.precision == "fp8":
         float8_linear(device.type != "cuda")
     if isinstance(config.parallel, DeepSpeedConfig):
         read_settings(config.parallel)
     check_sinks(config.monitor)
-    check_source(config.data)
     if is_new and config.init_from is None and config.tokenizer.path is not None:
         Tokenizer.load(config.tokenizer.path)
+
+
+def check_branch(config: TrainConfig, start: store.Loaded) -> None:
+    """Raise UserError when a run with this config cannot go on from a checkpoint of another, counting its steps and rows on."""
+    there = decode(TrainConfig, load_yaml(start.files["config.yaml"].decode("utf-8"), str(start.path)), source=str(start.path))
+    tokens, seen = config.timeline.tokens_before(start.step), start.state["tokens"]
+    if tokens != seen:
+        raise UserError(
+            f"Step {start.step:,} of {start.path} is {seen:,} tokens into its run, and with the batches given here it would be "
+            f"{tokens:,}: leave batch_tokens, seq_len and curriculum as they were up to there. From there on a curriculum can "
+            f"change them, with a first stage that has until_tokens={seen}."
+        )
+    if config.packs_whole != there.packs_whole or (config.packs_whole and config.seq_len != there.seq_len):
+        raise UserError(
+            f"With another packing, or documents kept whole in rows of another seq_len, step {start.step:,} is another place in "
+            f"the data: leave packing and seq_len as they are in {start.path}, or start a new run with init_from={start.path}."
+        )
+    if tokens >= config.total_tokens:
+        raise UserError(
+            f"{start.path} has seen {seen:,} tokens, and total_tokens is {config.total_tokens:,}: there is nothing left to "
+            "train. Set total_tokens higher."
+        )
 
 
 def make_model(

@@ -28,7 +28,7 @@ from osler.monitor.collect import Collector, has_learned, of_steps
 from osler.monitor.fanout import FanOut, open_sinks
 from osler.monitor.history import Facts
 from osler.monitor.lifetime import recorded
-from osler.optim.build import set_decay_and_momentum
+from osler.optim.build import keeping_settings, set_decay_and_momentum
 from osler.optim.schedule import lr_scale
 from osler.runtime.faults import fault
 from osler.runtime.files import RunFolder
@@ -198,10 +198,11 @@ class Trainer:
         self.world.once(save)
 
     def restore(self, loaded: store.Loaded) -> None:
-        """Continue from a checkpoint of this run, bit for bit."""
+        """Continue from a checkpoint of this run, bit for bit, or with its own settings from one of the run it branches from."""
         allowed = self.config.allow_data_change
         check_fingerprints(loaded, self.fingerprints, self.incidents.events, allow_data_change=allowed)
-        self._take_over(loaded)
+        with keeping_settings(self.optimizer):
+            self._take_over(loaded)
 
     def _take_over(self, loaded: store.Loaded) -> None:
         """Become what was saved; what is learned from was checked when this process began."""

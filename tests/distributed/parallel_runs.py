@@ -13,6 +13,7 @@ import io
 import json
 import math
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -161,6 +162,23 @@ def continued(command: Sequence[str], whole: Path, folder: Path, starts: Sequenc
             saved = store.newest_good(folder / "checkpoints")[0]
             assert saved is not None and store.load(saved).step == 3 * (number + 1), f"{saved} was saved"
     assert_same(folder, whole)
+
+
+def from_earlier(whole: Path, root: Path) -> None:
+    """Two ranks take a run back to its first checkpoint, or branch from it, and end where it ended."""
+    first = min((whole / "checkpoints").glob("step-*"))
+    back, step = Path(shutil.copytree(whole, root / "back")), str(int(first.name[5:]))
+    assert train(["pretrain", "--from-step", step, "parallel.type=ddp"], back, 2) == [0, 0], said(back, 0)[-2000:]
+    assert (back / "set-aside" / f"after-step-{step}" / "checkpoints" / store.folder_name(STEPS)).is_dir()
+    assert_same(back, whole)
+    branch = root / "branch"
+    assert train(["pretrain", "--branch", str(first), "parallel.type=fsdp"], branch, 2) == [0, 0], said(branch, 0)[-2000:]
+    made_again = [line["step"] for line in metrics(branch) if "eval/seconds" in line]  # the evaluation after the checkpoint too
+    earlier = [line for line in metrics(whole) if line["step"] <= int(step)]
+    kept = [json.dumps(line) for line in earlier if not ("eval/seconds" in line and line["step"] in made_again)]
+    (branch / "metrics.jsonl").write_text("\n".join([*kept, (branch / "metrics.jsonl").read_text()]))
+    assert_same(branch, whole)
+    assert [said(folder, 1) for folder in (back, branch)] == ["", ""], "another rank than 0 spoke"
 
 
 def watched(command: Sequence[str], root: Path) -> None:
@@ -417,6 +435,7 @@ def run_all(recipes: dict[str, list[str]], root: Path) -> None:
     programs["start in parts"] = functools.partial(start_in_parts, root / "pretrain-1")
     for name, program in programs.items():
         report(name, functools.partial(runs_on_two, program, root / name.replace(" ", "-")))
+    report("from earlier", functools.partial(from_earlier, root / "pretrain-1", root))
     report("watched", functools.partial(watched, pretrain, root))
     report("lost", functools.partial(lost, pretrain, root / "lost"))
     report("none", functools.partial(refused, pretrain, root / "none", ["2 processes", "parallel.type=ddp"]))

@@ -1,0 +1,121 @@
+"""The shards that a run learns from: prepared in its folder, taken over from the run that it branches from, or given to it.
+
+They are the run's own from its first step on, so a run goes on when the files that they were made of are gone, or cannot be found
+from the folder that a command is given in.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import uuid
+from pathlib import Path
+
+from osler.checkpoint import store
+from osler.data.prepare import Prepared, open_prepared
+from osler.data.shards import MANIFEST, read_manifest
+from osler.data.sources import check_source, prepare_source
+from osler.errors import UserError
+from osler.inference.load import TOKENIZER_FILE
+from osler.model.config import ModelConfig
+from osler.monitor.events import EventLog
+from osler.runtime.files import RunFolder, fsync_dir, write_atomic
+from osler.runtime.log import say
+from osler.tokenizer.bpe import Tokenizer
+from osler.train.config import TrainConfig
+from osler.train.folder import check_fingerprints, claim, moved_places
+from osler.train.origin import same_data
+from osler.train.setup import check_lengths
+
+DATA = "data"  # in the run folder
+FLOORS = 4  # above a checkpoint: its run folder is the second, and the fourth for one that was set aside
+
+
+def shards_of(config: TrainConfig, run: RunFolder) -> Path:
+    """The folder of the shards that the run learns from."""
+    return run.root / DATA
+
+
+def begin(
+    config: TrainConfig, run: RunFolder, tokenizer: Tokenizer, start: store.Loaded | None, model: ModelConfig
+) -> Prepared:
+    """Put into the folder what every rank then reads: the shards, the config that makes it this run's, the tokenizer.
+
+    ``start`` is the checkpoint that the run goes on from.
+    """
+    folder = shards_of(config, run)
+    at_hand = shards_at_hand(config, run, start)
+    if at_hand is not None and at_hand != folder:
+        _take_over(at_hand, folder)
+    if at_hand is not None and is_source_gone(config, run):
+        say(f"There is nothing at data.path={_source(config)} from here; going on with what was prepared from it, in {folder}.")
+        prepared = open_prepared(folder, tokenizer)
+    else:
+        allowed, consent = config.allow_data_change, "allow_data_change=true"
+        try:
+            prepared = prepare_source(config.data, tokenizer, folder, set_aside=allowed, consent=consent)
+        except UserError as error:
+            moved = moved_places(run, config)
+            if not moved:
+                raise
+            raise UserError(f"{', '.join(moved.values())}. {error}") from error
+    if start is not None and not config.allow_data_change:  # with it the change is recorded when the run goes on
+        current = {"tokenizer": tokenizer.fingerprint, "data": prepared.train.fingerprint}
+        check_fingerprints(start, current, EventLog(run.events))
+    if config.allow_data_change or not run.config.exists():  # a run that has begun goes on
+        check_lengths(config, prepared, model.max_seq_len)
+    claim(run, config)
+    if not (run.root / TOKENIZER_FILE).exists():
+        write_atomic(run.root / TOKENIZER_FILE, tokenizer.to_bytes())
+    return prepared
+
+
+def check_data(config: TrainConfig, run: RunFolder, start: store.Loaded | None) -> None:
+    """Raise UserError when there is nothing that the run could learn from."""
+    if not (is_source_gone(config, run) and shards_at_hand(config, run, start) is not None):
+        check_source(config.data)
+
+
+def is_source_gone(config: TrainConfig, run: RunFolder) -> bool:
+    """Whether the files that the run was made of are not there; another path, given now, is one to be found."""
+    path = _source(config)
+    if path is None or Path(path).exists():
+        return False
+    return not moved_places(run, config)
+
+
+def shards_at_hand(config: TrainConfig, run: RunFolder, start: store.Loaded | None) -> Path | None:
+    """Shards that are known to be those of the run: in its folder, or in that of the run that it branches from."""
+    own = shards_of(config, run)
+    if start is None:  # the config is claimed when the shards are whole
+        return own if run.config.exists() and (own / MANIFEST).is_file() else None
+    above = list(start.path.absolute().parents)[:FLOORS] if not own.exists() and same_data(config, start) else []
+    for folder in (own, *(parent / DATA for parent in above)):
+        if (folder / MANIFEST).is_file():
+            manifest = read_manifest(folder)
+            found = {"tokenizer": manifest["tokenizer_fingerprint"], "data": manifest["splits"]["train"]["fingerprint"]}
+            if found == {name: start.state["fingerprints"].get(name) for name in found}:
+                return folder
+    return None
+
+
+def _source(config: TrainConfig) -> str | None:
+    return getattr(config.data, "path", None)
+
+
+def _take_over(shards: Path, folder: Path) -> None:
+    """Give another run's shards to this one, without a second copy of their bytes where the disk allows: nothing changes them."""
+    partial = folder.with_name(f".{folder.name}.partial-{uuid.uuid4().hex[:12]}")
+    try:
+        shutil.copytree(shards, partial, copy_function=_link_or_copy)
+        partial.rename(folder)
+        fsync_dir(folder.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another disk, or one without links
+        shutil.copy2(source, target)
