@@ -25,6 +25,16 @@ def no_fault_from_outside(monkeypatch):
     monkeypatch.delenv("OSLER_FAULT", raising=False)
 
 
+@pytest.fixture
+def no_compiled_code():
+    """What other tests of this process have compiled counts towards torch's limit of versions and lends its constants."""
+    import torch
+
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory) -> SimpleNamespace:
     """A folder with a tokenizer, questions with one-letter answers, and the recipes ``pretrain``, ``sft`` and ``grpo``.

@@ -16,12 +16,7 @@ from osler.runtime.device import compile_works
 SHAPE = {"num_layers": 2, "hidden_size": 64, "intermediate_size": 96, "num_heads": 4, "num_kv_heads": 2, "head_dim": 16}
 
 
-@pytest.fixture(autouse=True)
-def no_compiled_code() -> Iterator[None]:
-    """What other tests have compiled counts towards torch's limit of versions, and its constants here are none of theirs."""
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
+pytestmark = pytest.mark.usefixtures("no_compiled_code")
 
 
 @pytest.mark.slow
