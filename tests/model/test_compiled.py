@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
@@ -13,10 +11,9 @@ from osler.model.transformer import Transformer
 from osler.ops import attention, cross_entropy
 from osler.runtime.device import compile_works
 
-SHAPE = {"num_layers": 2, "hidden_size": 64, "intermediate_size": 96, "num_heads": 4, "num_kv_heads": 2, "head_dim": 16}
-
-
 pytestmark = pytest.mark.usefixtures("no_compiled_code")
+
+SHAPE = {"num_layers": 2, "hidden_size": 64, "intermediate_size": 96, "num_heads": 4, "num_kv_heads": 2, "head_dim": 16}
 
 
 @pytest.mark.slow

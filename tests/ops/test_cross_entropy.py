@@ -13,6 +13,8 @@ from osler.ops import cross_entropy
 from osler.ops.cross_entropy import cross_entropy_reference, linear_cross_entropy, linear_logprobs
 from osler.ops.labels import IGNORED
 
+pytestmark = pytest.mark.usefixtures("no_compiled_code")
+
 
 def make(tokens: int, size: int, rows: int, words: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     g = torch.Generator().manual_seed(seed)

@@ -21,6 +21,8 @@ from osler.optim.config import AdamWConfig
 from osler.parallel.engine import Engine
 from osler.train.step import TrainStep, condemned_unless_finite
 
+pytestmark = pytest.mark.usefixtures("no_compiled_code")
+
 MODEL = ModelConfig(
     num_layers=2, hidden_size=32, intermediate_size=64, num_heads=2, num_kv_heads=1, head_dim=16, vocab_size=64,
     max_seq_len=32, head_init="normal", residual_init="scaled",

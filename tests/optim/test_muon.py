@@ -14,6 +14,8 @@ from osler.optim.build import build_optimizer, set_decay_and_momentum
 from osler.optim.config import AdamWConfig, LrWeightDecay, MomentumWarmup, MuonConfig
 from osler.optim.muon import Muon, equal_shapes, orthogonalize
 
+pytestmark = pytest.mark.usefixtures("no_compiled_code")
+
 SHAPES = [(24, 40), (40, 24), (24, 40), (16, 16), (24, 40), (40, 24), (1, 8)]
 
 

@@ -12,6 +12,8 @@ from osler.model.loss import SummedLoss
 from osler.model.transformer import Transformer
 from osler.parallel.activation_checkpoint import set_recompute
 
+pytestmark = pytest.mark.usefixtures("no_compiled_code")
+
 MODEL = ModelConfig(num_layers=3, max_seq_len=64, vocab_size=256, head_init="normal", residual_init="scaled", norm_weight=True)
 MODES = ("off", "selective", "full")
 

@@ -17,6 +17,8 @@ from osler.optim.config import AdamWConfig
 from osler.parallel.activation_checkpoint import set_recompute
 from osler.parallel.fp8 import check_gpu, check_shapes, convert_to_fp8
 
+pytestmark = pytest.mark.usefixtures("no_compiled_code")
+
 CPU = torch.device("cpu")
 MODEL = ModelConfig(
     num_layers=2, hidden_size=64, intermediate_size=128, num_heads=2, num_kv_heads=1, head_dim=32, vocab_size=256,

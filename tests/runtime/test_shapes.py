@@ -18,13 +18,6 @@ from osler.runtime.world import World
 LENGTHS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
 
 
-@pytest.fixture
-def no_compiled_code():
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
-
-
 def test_ten_lengths_with_at_most_four_compiled_versions_alive(no_compiled_code, monkeypatch):
     """The loss that training compiles, at more lengths than torch allows one function; counted in torch's own cache."""
     from torch._dynamo.eval_frame import _debug_get_cache_entry_list

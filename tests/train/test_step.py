@@ -14,6 +14,8 @@ from osler.monitor.collect import Collector
 from osler.monitor.config import MonitorConfig
 from osler.train.run import make_loader
 
+pytestmark = pytest.mark.usefixtures("no_compiled_code")
+
 
 def clones(model, optimizer):
     state = [value.clone() for entry in optimizer.state.values() for value in entry.values()]
