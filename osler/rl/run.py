@@ -34,7 +34,7 @@ from osler.runtime.device import keep_freed_memory, pick_device
 from osler.runtime.files import RunFolder, fingerprint, read_json, write_or_warn
 from osler.runtime.log import say
 from osler.runtime.stop import AskedToStop, asked
-from osler.runtime.world import World, joined, place
+from osler.runtime.world import World, joined
 from osler.tasks.item import ExamItem, render_question
 from osler.tasks.overlap import shared_questions
 from osler.tasks.registry import check_task, load_task
@@ -88,8 +88,8 @@ def run(
         print(describe_plan(config, folder, newest, start, {**aside, **planned_numbers(config)}))
         return 0
     done = f"Done: {folder.root}\n  osler eval {folder.root}   sit the exam\n  osler report {folder.root}   the run as a page"
-    check_strategy(config.parallel, place().size)
-    with joined(config.device) as world:
+    with joined(config.device) as world:  # connected first: then what all ranks find wrong is told once
+        check_strategy(config.parallel, world.size)
 
         def start_from(run: RunFolder) -> bool:
             return train(config, taken_back(run, config, back, world), world)

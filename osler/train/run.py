@@ -42,7 +42,7 @@ from osler.runtime.device import keep_freed_memory, pick_device
 from osler.runtime.files import RunFolder
 from osler.runtime.log import say
 from osler.runtime.stop import AskedToStop, asked
-from osler.runtime.world import World, joined, place
+from osler.runtime.world import World, joined
 from osler.tasks.clinic import load as load_clinic_exam
 from osler.tasks.item import ExamItem
 from osler.tokenizer.bpe import Tokenizer
@@ -119,9 +119,9 @@ def run(
         numbers = planned_numbers(config, start[1] if start else config.model)
         print(describe_plan(config, folder, newest, start, {**aside, **numbers}))
         return 0
-    check_processes(config, place().size)
-    warn_of_small_passes(config, place().size)
-    with joined(config.device) as world:
+    with joined(config.device) as world:  # connected first: then what all ranks find wrong is told once
+        check_processes(config, world.size)
+        warn_of_small_passes(config, world.size)
 
         def start_from(run: RunFolder) -> bool:
             return train(config, taken_back(run, config, back, world), world)
