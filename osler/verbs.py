@@ -233,6 +233,7 @@ VERBS: tuple[Verb, ...] = (
             option("--tokenizer", required=True, metavar="FILE", help="the tokenizer to cut the text with"),
             option("--out", required=True, metavar="DIR", help="the folder to write, or to reuse if it is the same"),
         ),
+        "`osler pretrain data.type=prepared data.path=shards/` trains on them, with the tokenizer that they were cut with.",
     ),
     Verb(
         "data inspect",

@@ -1,5 +1,5 @@
-"""What a run learns from (the built-in clinic, one's own text, or one's own questions and answers), and in rows of which
-length. Torch-free.
+"""What a run learns from (the built-in clinic, one's own text, one's own questions and answers, or shards of these), and in rows
+of which length. Torch-free.
 """
 
 from __future__ import annotations
@@ -58,6 +58,14 @@ class TurnsData:
 
     def __post_init__(self) -> None:
         _check_fraction(self.holdout_fraction)
+
+
+@config
+class PreparedData:
+    """Shards that `osler data prepare` wrote, with the tokenizer that they were cut with and what it held out."""
+
+    type: Literal["prepared"] = "prepared"
+    path: str  # the folder of shards; the run reads them where they lie
 
 
 @config

@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import Any
 
 from osler.data.documents import Document
-from osler.data.shards import FORMAT_VERSION, MANIFEST, SHARD_TOKENS, ShardSet, ShardWriter, read_manifest
+from osler.data.shards import FORMAT_VERSION, MANIFEST, SHARD_TOKENS, TOKENIZER, ShardSet, ShardWriter, read_manifest
 from osler.errors import UserError
 from osler.runtime.faults import fault
-from osler.runtime.files import fingerprint, fsync_dir, write_json
+from osler.runtime.files import fingerprint, fsync_dir, write_atomic, write_json
 from osler.runtime.log import Progress, say
 from osler.tokenizer.bpe import Tokenizer
 from osler.tokenizer.chat import encode_examples
@@ -118,6 +118,33 @@ def open_prepared(out: str | Path, tokenizer: Tokenizer) -> Prepared:
     manifest = read_manifest(out)
     _check_same("tokenizer", Path(out), manifest["tokenizer_fingerprint"], tokenizer.fingerprint)
     return _open(Path(out), reused=True)
+
+
+def tokenizer_of_shards(folder: str | Path, given: str | None = None) -> Tokenizer:
+    """The tokenizer that a folder of shards was cut with, which lies in it, or the ``given`` file.
+
+    Raises UserError when the folder is none, has no tokenizer, or was cut with another than that.
+    """
+    path = Path(folder)
+    if not path.is_dir():
+        raise UserError(f"There is no folder {folder}; set data.path to one that `osler data prepare` wrote.")
+    wanted = read_manifest(path)["tokenizer_fingerprint"]
+    file = path / TOKENIZER if given is None else Path(given)
+    if given is None and not file.is_file():
+        raise UserError(f"{folder} has no {TOKENIZER}: set tokenizer.path to the file that it was prepared with.")
+    tokenizer = Tokenizer.load(file).with_specials()
+    refuse_other_tokenizer(path, wanted, tokenizer, f"in {file}")
+    return tokenizer
+
+
+def refuse_other_tokenizer(folder: Path, wanted: str, tokenizer: Tokenizer, whose: str) -> None:
+    """Raise UserError when shards were cut with another tokenizer than that of ``whose``."""
+    if tokenizer.fingerprint != wanted:
+        raise UserError(
+            f"The shards in {folder} were cut with the tokenizer {wanted}, and the one {whose} is {tokenizer.fingerprint}: their "
+            f"tokens mean something else to it. Leave tokenizer.path out to use the one in the folder, or prepare the text again "
+            "with `osler data prepare --tokenizer FILE`."
+        )
 
 
 @dataclass(frozen=True)
@@ -250,6 +277,7 @@ def _write_folder(
         manifest["splits"] = splits
         manifest["empty_documents"] = sum(survey.empty for survey in surveys)
         manifest["dropped_copies"] = len(train.survey.keys) - splits["train"]["documents"] if held_is_given else 0
+        write_atomic(partial / TOKENIZER, tokenizer.to_bytes())
         fault("prepare-manifest")
         write_json(partial / MANIFEST, manifest)
         fault("prepare-rename")

@@ -1,7 +1,7 @@
 """Tokens on disk: flat memory-mapped arrays, cut into shards, with a manifest that says what they are.
 
-A prepared folder holds `manifest.json` and one folder per split (`train`, `validation`). A split is a list of shards;
-each shard is three raw little-endian files: `tokens-00000.bin` (uint16 while ids fit, else uint32),
+A prepared folder holds `manifest.json`, `tokenizer.json` and one folder per split (`train`, `validation`). A split is a list of
+shards; each shard is three raw little-endian files: `tokens-00000.bin` (uint16 while ids fit, else uint32),
 `offsets-00000.bin` (uint64, where each document starts, and the end) and, if some document has one, `mask-00000.bin`
 (uint8, 1 = learn this token). No document crosses a shard. The fingerprint of a split is a hash of the files' hashes:
 equal fingerprints mean equal tokens in equal order, which is what exact resume needs to know. The manifest also says
@@ -26,6 +26,7 @@ from osler.runtime.files import fingerprint, read_json, sha256_file
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
+TOKENIZER = "tokenizer.json"  # that the shards were cut with
 SHARD_TOKENS = 1 << 26
 MOST_SOURCES = 32  # collections that are counted apart; documents of all further ones are counted together
 OTHER_SOURCES = "others"

@@ -80,7 +80,7 @@ def complete(config: EvalConfig, ready: ReadyModel) -> tuple[EvalConfig, ShardSe
         return replace(config, task=CLINIC_EXAM), None
     if ready.training.get("eval_task"):
         return decode(EvalConfig, {**encode(config), "task": ready.training["eval_task"]}), None
-    data = ready.run.root / "data" if ready.run is not None else None
+    data = ready.shards
     if data is not None and data.is_dir() and "validation" in read_manifest(data)["splits"] and not ready.answers_questions:
         return config, ShardSet.open(data, "validation")
     raise UserError(

@@ -86,6 +86,13 @@ class ReadyModel:
         return folder if path.parent == folder.checkpoints and folder.config.is_file() else None
 
     @property
+    def shards(self) -> Path | None:
+        """The folder of the shards that it was trained on, where that is known."""
+        if self._data.get("type") == "prepared":
+            return Path(str(self._data["path"]))
+        return self.run.root / "data" if self.run is not None else None
+
+    @property
     def _data(self) -> Mapping[str, Any]:
         data = self.training.get("data")
         return data if isinstance(data, Mapping) else {}

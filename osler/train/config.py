@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 from osler.config import TAGGED, config
-from osler.data.config import ClinicData, FilesData, Stage, TurnsData
+from osler.data.config import ClinicData, FilesData, PreparedData, Stage, TurnsData
 from osler.data.curriculum import Timeline, lay_out, rows_per_micro_batch
 from osler.model.config import ModelConfig
 from osler.monitor.config import MonitorConfig, SpikeConfig
@@ -16,7 +16,7 @@ from osler.optim.config import AdamWConfig, LinearConfig, OptimConfig, ScheduleC
 from osler.parallel.config import NoParallelConfig, ParallelConfig
 from osler.tokenizer.config import SMALLEST_VOCABULARY, TokenizerConfig
 
-DataConfig = Annotated[ClinicData | FilesData | TurnsData, TAGGED]
+DataConfig = Annotated[ClinicData | FilesData | TurnsData | PreparedData, TAGGED]
 
 
 @config
@@ -110,7 +110,8 @@ class TrainConfig:
             )
         if self.curriculum:
             self._check_curriculum()
-        if self.tokenizer.path is None and self.init_from is None and self.tokenizer.vocab_size > self.model.vocab_size:
+        trains_tokenizer = self.tokenizer.path is None and self.init_from is None and not isinstance(self.data, PreparedData)
+        if trains_tokenizer and self.tokenizer.vocab_size > self.model.vocab_size:
             raise ValueError(
                 f"tokenizer.vocab_size {self.tokenizer.vocab_size} is larger than model.vocab_size {self.model.vocab_size}; "
                 f"set model.vocab_size={self.tokenizer.vocab_size}"

@@ -13,11 +13,12 @@ import torch
 
 from osler.checkpoint import store
 from osler.config import decode
+from osler.data.config import PreparedData
 from osler.data.curriculum import rows_per_micro_batch
 from osler.data.delivered import Delivered
 from osler.data.loader import check_shares
 from osler.data.packing import torn_examples
-from osler.data.prepare import Prepared
+from osler.data.prepare import Prepared, tokenizer_of_shards
 from osler.data.shards import Int64Array, ShardSet
 from osler.data.sources import train_tokenizer
 from osler.errors import UserError
@@ -202,7 +203,7 @@ def set_precision(model: Transformer, config: TrainConfig, device: torch.device,
 
 
 def make_tokenizer(config: TrainConfig, given: Tokenizer | None, kept: Path) -> Tokenizer:
-    """The run's tokenizer: the one in the file ``kept``, the model's own (``given``), ``tokenizer.path``, or one trained now.
+    """The run's tokenizer: that in the file ``kept``, the model's (``given``), its shards', ``tokenizer.path``, or a new one.
 
     Raises UserError when ``kept`` is there and is not the tokenizer that the model was trained with.
     """
@@ -216,6 +217,8 @@ def make_tokenizer(config: TrainConfig, given: Tokenizer | None, kept: Path) -> 
         return found
     if given is not None:
         return given
+    if isinstance(config.data, PreparedData):
+        return tokenizer_of_shards(config.data.path, config.tokenizer.path)
     if config.tokenizer.path is not None:
         return Tokenizer.load(config.tokenizer.path).with_specials()
     say(f"Training a tokenizer of {config.tokenizer.vocab_size:,} tokens on the run's own text.")

@@ -12,11 +12,12 @@ import uuid
 from pathlib import Path
 
 from osler.checkpoint import store
-from osler.data.prepare import Prepared, open_prepared
+from osler.data.config import PreparedData
+from osler.data.prepare import Prepared, open_prepared, refuse_other_tokenizer, tokenizer_of_shards
 from osler.data.shards import MANIFEST, read_manifest
 from osler.data.sources import check_source, prepare_source
 from osler.errors import UserError
-from osler.inference.load import TOKENIZER_FILE
+from osler.inference.load import TOKENIZER_FILE, tokenizer_of
 from osler.model.config import ModelConfig
 from osler.monitor.events import EventLog
 from osler.runtime.files import RunFolder, fsync_dir, write_atomic
@@ -33,32 +34,21 @@ FLOORS = 4  # above a checkpoint: its run folder is the second, and the fourth f
 
 def shards_of(config: TrainConfig, run: RunFolder) -> Path:
     """The folder of the shards that the run learns from."""
-    return run.root / DATA
+    return Path(config.data.path) if isinstance(config.data, PreparedData) else run.root / DATA
 
 
-def begin(
-    config: TrainConfig, run: RunFolder, tokenizer: Tokenizer, start: store.Loaded | None, model: ModelConfig
-) -> Prepared:
+def begin(config: TrainConfig, run: RunFolder, tokenizer: Tokenizer, start: store.Loaded | None, model: ModelConfig) -> Prepared:
     """Put into the folder what every rank then reads: the shards, the config that makes it this run's, the tokenizer.
 
     ``start`` is the checkpoint that the run goes on from.
     """
-    folder = shards_of(config, run)
-    at_hand = shards_at_hand(config, run, start)
-    if at_hand is not None and at_hand != folder:
-        _take_over(at_hand, folder)
-    if at_hand is not None and is_source_gone(config, run):
-        say(f"There is nothing at data.path={_source(config)} from here; going on with what was prepared from it, in {folder}.")
-        prepared = open_prepared(folder, tokenizer)
-    else:
-        allowed, consent = config.allow_data_change, "allow_data_change=true"
-        try:
-            prepared = prepare_source(config.data, tokenizer, folder, set_aside=allowed, consent=consent)
-        except UserError as error:
-            moved = moved_places(run, config)
-            if not moved:
-                raise
-            raise UserError(f"{', '.join(moved.values())}. {error}") from error
+    try:
+        prepared = _open(config, run, tokenizer, start)
+    except UserError as error:
+        moved = moved_places(run, config)
+        if not moved:
+            raise
+        raise UserError(f"{', '.join(moved.values())}. {error}") from error
     if start is not None and not config.allow_data_change:  # with it the change is recorded when the run goes on
         current = {"tokenizer": tokenizer.fingerprint, "data": prepared.train.fingerprint}
         check_fingerprints(start, current, EventLog(run.events))
@@ -70,8 +60,38 @@ def begin(
     return prepared
 
 
+def _open(config: TrainConfig, run: RunFolder, tokenizer: Tokenizer, start: store.Loaded | None) -> Prepared:
+    folder, data = shards_of(config, run), config.data
+    if isinstance(data, PreparedData):
+        whose = "of the run" if start is not None or config.init_from is None else f"of {config.init_from}"
+        return _open_given(data, tokenizer, whose)
+    at_hand = shards_at_hand(config, run, start)
+    if at_hand is not None and at_hand != folder:
+        _take_over(at_hand, folder)
+    if at_hand is not None and is_source_gone(config, run):
+        say(f"There is nothing at data.path={_source(config)} from here; going on with what was prepared from it, in {folder}.")
+        return open_prepared(folder, tokenizer)
+    return prepare_source(data, tokenizer, folder, set_aside=config.allow_data_change, consent="allow_data_change=true")
+
+
+def _open_given(data: PreparedData, tokenizer: Tokenizer, whose: str) -> Prepared:
+    """Open shards that somebody prepared; UserError when they are not there, torn, or of another tokenizer than ``whose``."""
+    if not Path(data.path).is_dir():
+        raise UserError(f"There is no folder {data.path}; set data.path to one that `osler data prepare` wrote.")
+    refuse_other_tokenizer(Path(data.path), read_manifest(data.path)["tokenizer_fingerprint"], tokenizer, whose)
+    return open_prepared(data.path, tokenizer)
+
+
 def check_data(config: TrainConfig, run: RunFolder, start: store.Loaded | None) -> None:
     """Raise UserError when there is nothing that the run could learn from."""
+    if isinstance(config.data, PreparedData):
+        if start is None and config.init_from is not None:
+            start = store.load(store.resolve(config.init_from), names=[])
+        if start is None:
+            _open_given(config.data, tokenizer_of_shards(config.data.path, config.tokenizer.path), "of the run")
+        else:
+            _open_given(config.data, tokenizer_of(start), f"of {start.path}")
+        return
     if not (is_source_gone(config, run) and shards_at_hand(config, run, start) is not None):
         check_source(config.data)
 

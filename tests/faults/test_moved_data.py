@@ -132,3 +132,93 @@ def test_questions_may_be_given_from_another_place_when_they_are_the_same(launch
     many = moved.replace("}}]", "}, weight: 2}]")
     assert main(["grpo", "--resume", many, "--run", str(run)]) == 2
     assert "holds another run: tasks[0].weight is 2.0 here and 1.0 there" in capsys.readouterr().err
+
+
+# -- shards that `osler data prepare` wrote ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def shards(tiny, tmp_path):
+    notes, out = tmp_path / "notes.jsonl", tmp_path / "shards"
+    notes.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    command = ["data", "prepare", str(notes), "data.holdout_fraction=0.1", "--tokenizer", str(tiny.tokenizer), "--out", str(out)]
+    assert main(command) == 0
+    return out
+
+
+def recipe_on(tiny, tmp_path: Path) -> str:
+    """The tiny pretraining recipe without a tokenizer of its own."""
+    recipe = json.loads(Path(tiny.pretrain).read_text())
+    del recipe["tokenizer"], recipe["data"]
+    path = tmp_path / "bare.yaml"
+    path.write_text(json.dumps(recipe))
+    return str(path)
+
+
+def test_training_on_prepared_shards_is_training_on_their_text(
+    shards, launch, tiny, tmp_path, assert_same_run, capsys, monkeypatch
+):
+    from osler.runtime import faults
+
+    text = [f"data.path={tmp_path / 'notes.jsonl'}", "data.type=files", "data.holdout_fraction=0.1"]
+    assert launch("pretrain", tmp_path / "whole", *text) == 0
+    (tmp_path / "notes.jsonl").unlink()
+    command = ["pretrain", recipe_on(tiny, tmp_path), "data.type=prepared", f"data.path={shards}", "--run", str(tmp_path / "run")]
+    assert main([*command, "--dry-run"]) == 0 and not (tmp_path / "run").exists()
+    faults.reset()
+    with monkeypatch.context() as patched:
+        patched.setenv(faults.VARIABLE, "train-step:sigterm:5")
+        assert main(command) == 130
+    assert main(command) == 0
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+    assert not (tmp_path / "run" / "data").exists()
+    assert any("eval/bits_per_byte" in line for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    capsys.readouterr()
+    assert main(["eval", str(tmp_path / "run")]) == 0
+    assert "bits per byte" in capsys.readouterr().out
+    moved = shards.rename(tmp_path / "moved")
+    for more in ([], ["--dry-run"]):
+        assert main(["pretrain", "--resume", "--run", str(tmp_path / "run"), *more]) == 2
+        assert f"There is no folder {shards}; set data.path" in capsys.readouterr().err
+    assert main(["pretrain", "--resume", f"data.path={moved}", "--run", str(tmp_path / "run")]) == 0
+    branch = ["--branch", str(tmp_path / "run"), "total_tokens=3328", "--run", str(tmp_path / "branch")]
+    assert main(["pretrain", *branch, f"data.path={moved}"]) == 0
+
+
+def test_shards_of_another_tokenizer_are_refused(shards, tiny, runs, tmp_path, capsys):
+    other = tmp_path / "other.json"
+    assert main(["tokenizer", "train", str(tmp_path / "notes.jsonl"), "tokenizer.vocab_size=300", "--out", str(other)]) == 0
+    cut = [str(tmp_path / "notes.jsonl"), "--tokenizer", str(other), "--out", str(tmp_path / "others")]
+    assert main(["data", "prepare", *cut]) == 0
+    bare = recipe_on(tiny, tmp_path)
+    ours, theirs = (["data.type=prepared", f"data.path={path}"] for path in (shards, tmp_path / "others"))
+    for words, whose in (
+        (["pretrain", bare, *ours, f"tokenizer.path={other}"], f"the one in {other} is"),
+        (["sft", bare, *theirs, f"init_from={runs.pretrain}"], f"of {runs.pretrain}"),
+    ):
+        for more in (["--dry-run"], []):
+            assert main([*words, "--run", str(tmp_path / "run"), *more]) == 2
+            text = capsys.readouterr().err
+            assert "were cut with the tokenizer" in text and whose in text and "osler data prepare" in text
+    (shards / "tokenizer.json").unlink()  # as an earlier version left it
+    assert main(["pretrain", bare, *ours, "--run", str(tmp_path / "run")]) == 2
+    assert "set tokenizer.path to the file that it was prepared with" in capsys.readouterr().err
+    assert main(["pretrain", bare, *ours, f"tokenizer.path={tiny.tokenizer}", "--run", str(tmp_path / "run")]) == 0
+
+
+def test_shards_that_changed_are_refused_and_turns_keep_their_masks(shards, tiny, runs, tmp_path, capsys):
+    turns = ["data.type=turns", f"data.path={tiny.turns}", "data.thinking_field=why"]
+    cut = ["--tokenizer", str(tiny.tokenizer), "--out", str(tmp_path / "turns")]
+    assert main(["data", "prepare", *turns, *cut]) == 0
+    command = ["sft", tiny.sft, f"init_from={runs.pretrain}", "--run"]
+    on_shards = ["data={type: prepared, path: " + str(tmp_path / "turns") + "}"]
+    assert main([*command, str(tmp_path / "text"), *turns]) == 0
+    assert main([*command, str(tmp_path / "shards-run"), *on_shards]) == 0
+    ends = [
+        (tmp_path / run / "checkpoints" / "step-000000012" / "model.safetensors").read_bytes() for run in ("text", "shards-run")
+    ]
+    assert ends[0] == ends[1]
+    shutil.rmtree(tmp_path / "turns")
+    shards.rename(tmp_path / "turns")
+    assert main([*command, str(tmp_path / "shards-run"), *on_shards]) == 2
+    assert "The data changed since checkpoint" in capsys.readouterr().err
