@@ -32,7 +32,7 @@ def test_every_number_of_ranks_and_strategy_is_the_same_run(tiny, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     lines = done.stdout.splitlines()
     assert [line for line in lines if not line.startswith("ok ")] == []
-    assert len(lines) == 28 + (4 if importlib.util.find_spec("deepspeed") else 0)
+    assert len(lines) == 29 + (4 if importlib.util.find_spec("deepspeed") else 0)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is not None, reason="DeepSpeed is installed")
