@@ -135,8 +135,9 @@ def run_checkpoint_list(arguments: argparse.Namespace) -> int:
 
 def run_checkpoint_verify(arguments: argparse.Namespace) -> int:
     from osler.checkpoint.verbs import verify_checkpoints
+    from osler.monitor.events import record_damage
 
-    return verify_checkpoints(arguments.checkpoint)
+    return verify_checkpoints(arguments.checkpoint, record_damage)
 
 
 def run_checkpoint_prune(arguments: argparse.Namespace) -> int:

@@ -8,6 +8,7 @@ earlier step is not the one with the highest step.
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -24,6 +25,9 @@ TENSORS_SUFFIX = ".safetensors"
 # A folder is set aside under the second name while another takes its place; until then it is a full checkpoint.
 REPLACED_SUFFIX = ".replaced"
 FOLDER_NAME = re.compile(r"step-(\d{9,})(\.replaced)?")
+
+Signature = tuple[object, ...]
+_verified: dict[Path, Signature] = {}  # checkpoints whose bytes this process has read and found good, and their files then
 
 _HEX_SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -94,6 +98,7 @@ def verify(path: str | Path, names: Collection[str] | None = None, *, pause: Cal
     hidden ones, which file managers and network disks leave behind. ``pause`` is called after each block that was hashed.
     """
     folder = Path(path)
+    signature = _signature(folder)
     problems, manifest = _check_names_and_sizes(folder)
     reported = {name for name, _ in problems}
     for name, record in manifest.files.items() if manifest else ():
@@ -105,7 +110,25 @@ def verify(path: str | Path, names: Collection[str] | None = None, *, pause: Cal
                 problems.append((name, "its content changed since it was saved (SHA-256 differs)"))
         except OSError as error:
             problems.append((name, f"cannot be read ({error.strerror})"))
+    if names is None and signature and not problems:
+        _verified[folder.absolute()] = signature
     return [f"{name}: {text}" for name, text in problems]
+
+
+def verify_once(folder: Path, *, pause: Callable[[], None] = no_pause) -> list[str]:
+    """As ``verify``, without reading again what this process has found good and nobody has touched since."""
+    signature = _signature(folder)
+    return [] if signature and _verified.get(folder.absolute()) == signature else verify(folder, pause=pause)
+
+
+def _signature(folder: Path) -> Signature | None:
+    """What tells, without reading them, that files were touched; None when they cannot be looked at."""
+    try:
+        stats = {entry.name: entry.stat() for entry in os.scandir(folder)}
+        files = sorted((name, stat.st_size, stat.st_mtime_ns, stat.st_ino) for name, stat in stats.items())
+        return (folder.stat().st_mtime_ns, *files)
+    except OSError:
+        return None
 
 
 def looks_whole(folder: Path) -> bool:

@@ -1,30 +1,46 @@
 """The folder of a run's checkpoints as a whole: which is the newest, which the best, which may go.
 
 Age is the order of the saves, not of the steps: after going back to an earlier step the newest checkpoint is not the one with the
-highest step. Five things keep a checkpoint: it is among the last that look whole, it is the best, it is a milestone, it is the
+highest step. Five things keep a checkpoint: it is among the last that are good, it is the best, it is a milestone, it is the
 one that a run in trouble would go back to, or it is the newest, which was verified a moment ago; so what verified last is never
-deleted. Torch-free, and nothing is kept in memory.
+deleted. Torch-free.
 """
 
 from __future__ import annotations
 
 import shutil
 import sys
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
 
-from osler.checkpoint.manifest import FOLDER_NAME, MANIFEST, REPLACED_SUFFIX, STATE, looks_whole, read_manifest, verify
+from osler.checkpoint.manifest import (
+    FOLDER_NAME,
+    MANIFEST,
+    REPLACED_SUFFIX,
+    STATE,
+    looks_whole,
+    read_manifest,
+    verify,
+    verify_once,
+)
 from osler.errors import UserError
 from osler.runtime.faults import fault
-from osler.runtime.files import RunFolder, read_json, write_json
+from osler.runtime.files import RunFolder, no_pause, read_json, write_json
 from osler.runtime.log import say
 
 BEST = "best.json"
 HIDDEN = ".tmp-"  # begins the name of what is being written or deleted
 
 Skipped = list[tuple[Path, list[str]]]
+OnDamage = Callable[[Path, list[str]], None]  # is told of a checkpoint that is damaged, and how
+
+
+def ignore_damage(_: Path, __: list[str]) -> None:
+    """What is told of damage when nobody keeps a record."""
 
 
 @dataclass(frozen=True)
@@ -135,24 +151,47 @@ def best_checkpoint(root: str | Path) -> Best | None:
     return Best(path, int(match[1]), content.get("metric", ""), content.get("value")) if path.is_dir() else None
 
 
-def rotate(root: Path, newest: Path, keep_last: int, good_step: int | None = None) -> None:
-    """Delete what is neither the newest (verified a moment ago), nor the best, nor a milestone, nor among the last.
+def rotate(
+    root: Path,
+    newest: Path,
+    keep_last: int,
+    good_step: int | None = None,
+    *,
+    pause: Callable[[], None] = no_pause,
+    on_damage: OnDamage = ignore_damage,
+) -> None:
+    """Delete what is neither the newest (verified a moment ago), nor the best, nor a milestone, nor among the last good ones.
 
-    The newest that looks whole up to ``good_step`` stays too, however many have been saved in trouble since.
+    The newest good one up to ``good_step`` stays too, however many have been saved in trouble since. Before anything goes, those
+    that are counted on in its stead are read, each once in this process; ``on_damage`` is told of one that is no longer good.
     """
     try:
         marked = best_checkpoint(root)
         kept = {newest} | ({marked.path} if marked else set())
         entries = by_age(root)
         whole = [entry for entry in entries if looks_whole(entry.path) and not entry.path.name.endswith(REPLACED_SUFFIX)]
-        kept.update(entry.path for number, entry in enumerate(whole) if number < keep_last or entry.milestone)
-        kept.update([entry.path for entry in whole if good_step is not None and entry.step <= good_step][:1])
+        kept.update(entry.path for entry in whole if entry.milestone)
+        good = _good_ones(whole, newest, pause, on_damage) if len(whole) > keep_last else iter(whole)
+        counted = list(islice(good, keep_last))
+        if good_step is not None:
+            counted += islice((entry for entry in chain(counted, good) if entry.step <= good_step), 1)
+        kept.update(entry.path for entry in counted)
         for entry in entries:
             if entry.path not in kept and not entry.path.is_symlink():
                 fault("rotate")
                 remove(entry.path)
     except (OSError, UserError) as error:  # the new checkpoint is safe, only the space is not freed
         say(f"Warning: old checkpoints in {root} were not removed: {error}")
+
+
+def _good_ones(entries: Sequence[Entry], newest: Path, pause: Callable[[], None], on_damage: OnDamage) -> Iterator[Entry]:
+    """Those that are as they were saved, read no earlier than they are asked for."""
+    for entry in entries:
+        problems = [] if entry.path == newest else verify_once(entry.path, pause=pause)
+        if not problems:
+            yield entry
+        elif entry.path.is_dir():  # or somebody has deleted it meanwhile
+            on_damage(entry.path, problems)
 
 
 def prunable(root: Path, keep_last: int, *, keep_best: bool, keep_milestones: bool) -> list[tuple[Path, str]]:

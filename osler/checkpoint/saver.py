@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from osler.checkpoint import store
+from osler.checkpoint.root import OnDamage, Skipped, ignore_damage
 from osler.errors import UserError
 from osler.runtime.files import fsync_file
 from osler.runtime.log import say
@@ -40,9 +41,18 @@ class Saver:
     """Owns the checkpoints folder of a run; a context that ends only when the save in flight has.
 
     ``logs`` are files of the run that a resume counts on: what they hold by then is on the disk before a checkpoint is.
+    ``on_damage`` is told, by the thread that saves and waits, of older checkpoints that the writer found to be damaged.
     """
 
-    def __init__(self, root: Path, *, keep_last: int, in_background: bool, logs: Sequence[Path] = ()) -> None:
+    def __init__(
+        self,
+        root: Path,
+        *,
+        keep_last: int,
+        in_background: bool,
+        logs: Sequence[Path] = (),
+        on_damage: OnDamage = ignore_damage,
+    ) -> None:
         self.root = root
         self.logs = logs
         self.keep_last = keep_last
@@ -53,6 +63,8 @@ class Saver:
         self._gpu: torch.device | None = None  # that tensors came from
         self._hurry = threading.Event()  # set while somebody waits for the writer
         self._given_up = False
+        self._on_damage = on_damage
+        self._damaged: Skipped = []  # found by the writer and not told yet
 
     def hold(self, part: str, name: str, tensor: Tensor) -> Tensor:
         """Copy a tensor into the buffer of its names, from a GPU without waiting for it; one that lies there already is left.
@@ -115,7 +127,7 @@ class Saver:
         for log in self.logs:
             with suppress(OSError):  # it is not there, or the disk refuses it, which the checkpoint will tell
                 fsync_file(log)
-        store.save(self.root, step, **contents)
+        store.save(self.root, step, **contents, on_damage=lambda *found: self._damaged.append(found))
 
     @property
     def is_saving(self) -> bool:
@@ -142,6 +154,9 @@ class Saver:
                     f"{error} Earlier checkpoints are untouched: mend the disk, and the same command goes on from the newest."
                 ) from error
             say(f"Warning: {error} The run goes on; earlier checkpoints are untouched.")
+        finally:
+            while self._damaged:
+                self._on_damage(*self._damaged.pop(0))
 
     def _pause(self, cpu_share: float) -> Callable[[], None]:
         """What the writer calls after each block of its work: it sleeps for as long as its share of a core demands."""

@@ -39,9 +39,11 @@ from osler.checkpoint.manifest import (
 from osler.checkpoint.root import (
     BEST,
     HIDDEN,
+    OnDamage,
     best_checkpoint,
     by_age,
     describe_skipped,
+    ignore_damage,
     mark_best,
     newest_good,
     remove,
@@ -84,13 +86,15 @@ def save(
     best_metric: str = "",
     best_value: float | None = None,
     pause: Callable[[], None] = no_pause,
+    on_damage: OnDamage = ignore_damage,
 ) -> Path:
     """Save a checkpoint, verify it, then delete all but the last ``keep_last``, the best and the milestones; returns its folder.
 
     ``tensors`` maps a file's name to its tensors; ``state`` must be JSON with string keys. A ``milestone`` is kept for good, and
     the newest up to ``good_step`` as long as no other is named. A checkpoint of the same step is replaced, and stays until the
     new one is whole on the disk. Raises CheckpointSaveError when the disk is full or fails; the half-written folder is then
-    removed and the older checkpoints stay. ``pause`` is called after each block that was written or read back.
+    removed and the older checkpoints stay. ``pause`` is called after each block that was written or read
+    back, ``on_damage`` for an older checkpoint that proves to be damaged.
     """
     root = Path(root)
     if keep_last < 1 or step < 0:
@@ -119,7 +123,7 @@ def save(
         raise CheckpointSaveError(f"Checkpoint {final} could not be saved: {error.strerror or error}.") from error
     if best:
         mark_best(final, best_metric, best_value)
-    rotate(root, final, keep_last, good_step)
+    rotate(root, final, keep_last, good_step, pause=pause, on_damage=on_damage)
     return final
 
 

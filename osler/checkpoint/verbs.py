@@ -6,12 +6,22 @@ Only ``prune`` changes anything, and what it deletes goes by the rules of ``root
 from __future__ import annotations
 
 import json
+import os
 import time
 from contextlib import suppress
 from pathlib import Path
 
 from osler.checkpoint.manifest import FOLDER_NAME, MANIFEST, STATE, looks_whole, verify
-from osler.checkpoint.root import Entry, best_checkpoint, by_age, prunable, remove, root_of
+from osler.checkpoint.root import (
+    Entry,
+    OnDamage,
+    best_checkpoint,
+    by_age,
+    ignore_damage,
+    prunable,
+    remove,
+    root_of,
+)
 from osler.errors import UserError
 
 
@@ -33,8 +43,8 @@ def list_checkpoints(path: str) -> int:
     return 0
 
 
-def verify_checkpoints(path: str) -> int:
-    """Hash every file of a checkpoint, or of all checkpoints of a run; 1 when one is damaged."""
+def verify_checkpoints(path: str, on_damage: OnDamage = ignore_damage) -> int:
+    """Hash every file of a checkpoint, or of all checkpoints of a run, and tell ``on_damage``; 1 when one is damaged."""
     folder = Path(path)
     one = folder.is_dir() and ((folder / MANIFEST).exists() or FOLDER_NAME.fullmatch(folder.name) is not None)
     damaged = 0
@@ -46,6 +56,10 @@ def verify_checkpoints(path: str) -> int:
         damaged += bool(problems)
         print(f"{checkpoint.name}: {'DAMAGED' if problems else 'every file is as it was saved'}")
         print("".join(f"  {problem}\n" for problem in problems), end="")
+        if problems:
+            with suppress(OSError):  # whoever has read it before, as the run that saved it, reads it again before it counts on it
+                os.utime(checkpoint)
+            on_damage(checkpoint, problems)
     return 1 if damaged else 0
 
 

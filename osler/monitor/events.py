@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from osler.checkpoint.manifest import FOLDER_NAME
+from osler.runtime.files import RunFolder
 from osler.runtime.log import say
 
 
@@ -38,6 +41,21 @@ class EventLog:
             if not self._warned:
                 self._warned = True
                 say(f"Warning: {self.path} cannot be written ({error.strerror}); what happens to this run is told here alone.")
+
+
+def write_damage(events: EventLog, checkpoint: Path, problems: Sequence[str]) -> None:
+    """Append that a checkpoint is not as it was saved any more."""
+    match = FOLDER_NAME.fullmatch(checkpoint.name)
+    message = f"{checkpoint.name} is damaged ({'; '.join(problems)}): it does not count among the checkpoints that are kept."
+    events.write(int(match[1]) if match else 0, "incident", "damaged-checkpoint", message)
+
+
+def record_damage(checkpoint: Path, problems: Sequence[str]) -> None:
+    """``write_damage`` in the diary of the run that a checkpoint lies in, if it lies in one."""
+    root = checkpoint.absolute().parent
+    run = RunFolder(root.parent)
+    if root == run.checkpoints and run.config.is_file():
+        write_damage(EventLog(run.events), checkpoint, problems)
 
 
 def read_events(path: str | Path) -> list[dict[str, Any]]:

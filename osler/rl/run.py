@@ -104,7 +104,7 @@ def train(config: GrpoConfig, run: RunFolder, world: World | None = None) -> boo
     check_exams(config)
     check_sinks(config.monitor)
     keep_freed_memory()
-    newest = newest_checkpoint(run)
+    newest = newest_checkpoint(run, record=world.is_first)
     checkpoint = newest or branch_point(config)
     if newest is None and checkpoint is not None:
         check_branch(config, checkpoint)

@@ -82,7 +82,13 @@ class GrpoTrainer:
         self.sampler = sampler
         self.run = run
         logs = (run.metrics, run.events)
-        self.saver = Saver(run.checkpoints, keep_last=config.keep_last, in_background=config.async_save, logs=logs)
+        self.saver = Saver(
+            run.checkpoints,
+            keep_last=config.keep_last,
+            in_background=config.async_save,
+            logs=logs,
+            on_damage=lambda *found: self.incidents.found_damaged(*found),
+        )
         self.worker = RolloutWorker(sampler, tokenizer, tasks, config.algorithm, config.seed, self.world)
         self.evaluate = evaluate
         self.best_metric = best_metric

@@ -19,7 +19,7 @@ from osler.config import decode, encode, merge, parse_overrides
 from osler.errors import UserError
 from osler.inference.load import read_model_config
 from osler.model.config import ModelConfig
-from osler.monitor.events import EventLog
+from osler.monitor.events import EventLog, write_damage
 from osler.runtime.files import RunFolder, held, read_json, write_atomic
 from osler.runtime.log import say
 from osler.runtime.stop import EXIT_STOPPED
@@ -178,12 +178,15 @@ def read_config(run: RunFolder) -> dict[str, Any]:
     return stored
 
 
-def newest_checkpoint(run: RunFolder) -> Path | None:
+def newest_checkpoint(run: RunFolder, *, record: bool = False) -> Path | None:
     """The checkpoint to go on from, with a warning when newer ones are damaged; None when the run has saved none.
 
-    Raises UserError when every checkpoint is damaged: starting over in silence would throw the run away.
+    With ``record`` the run's diary tells of the damage. Raises UserError when every checkpoint is damaged: starting over in
+    silence would throw the run away.
     """
     found, skipped = store.newest_good(run.checkpoints)
+    for path, problems in skipped if record else ():
+        write_damage(EventLog(run.events), path, problems)
     if found is None and skipped:
         raise UserError(
             f"No checkpoint in {run.checkpoints} is good: {store.describe_skipped(skipped)}. Restore one from a copy, or "

@@ -22,10 +22,10 @@ from typing import Any, Protocol
 
 from osler.checkpoint import store
 from osler.checkpoint.manifest import STATE, verify
-from osler.checkpoint.root import by_age
+from osler.checkpoint.root import OnDamage, by_age, ignore_damage
 from osler.errors import UserError
 from osler.monitor.config import SpikeConfig
-from osler.monitor.events import EventLog
+from osler.monitor.events import EventLog, write_damage
 from osler.monitor.spikes import SpikeWindow
 from osler.optim.config import OptimConfig
 from osler.runtime.files import RunFolder, read_json
@@ -122,7 +122,7 @@ class Incidents:
         ``position`` is the trainer's, in the unit of ``data_offset``. Raises UserError, on every rank, when there is no way back.
         """
         root = self.run.checkpoints
-        path = self.world.once(lambda: last_good(root, self.good_step))
+        path = self.world.once(lambda: last_good(root, self.good_step, self.found_damaged))
         if path is None or self.rollbacks >= self.limits.max_rollbacks:
             raise UserError(self._diagnosis(step, path))
         cause, rollbacks, there = self.cause, self.rollbacks + 1, position() + self.data_offset
@@ -138,6 +138,11 @@ class Incidents:
             say(f"Warning: {message}")
             reached: dict[str, Any] = {"from_step": step, "number": rollbacks, "data_offset": self.data_offset}
             self.events.write(loaded.step, "rollback", "rollback", message, **reached)
+
+    def found_damaged(self, checkpoint: Path, problems: list[str]) -> None:
+        """Say and record that a checkpoint of the run is not as it was saved any more; rank 0 alone finds that out."""
+        say(f"Warning: {checkpoint} is damaged ({'; '.join(problems)}).")
+        write_damage(self.events, checkpoint, problems)
 
     def _diagnosis(self, step: int, good: Path | None) -> str:
         """Everything that a person needs to find out what is wrong, in a paragraph; ``good`` is the last good checkpoint."""
@@ -192,12 +197,15 @@ def finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def last_good(root: Path, good_step: int | None) -> Path | None:
+def last_good(root: Path, good_step: int | None, on_damage: OnDamage = ignore_damage) -> Path | None:
     """The checkpoint of ``good_step``, or should the disk have lost it the last good one before; None when there is none."""
     if good_step is None:
         return None
     for entry in sorted(by_age(root), key=lambda entry: entry.step, reverse=True):
-        if entry.step > good_step or verify(entry.path):
+        if entry.step > good_step:
+            continue
+        if problems := verify(entry.path):
+            on_damage(entry.path, problems)
             continue
         if read_json(entry.path / STATE).get("incidents", {}).get("good_step") == entry.step:
             return entry.path

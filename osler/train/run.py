@@ -145,7 +145,7 @@ def train(config: TrainConfig, run: RunFolder, world: World | None = None) -> bo
     check_sinks(config.monitor)
     exam = exam_items(config.exam)
     keep_freed_memory()
-    newest = newest_checkpoint(run)
+    newest = newest_checkpoint(run, record=world.is_first)
     start = newest or branch_point(config)
     checkpoint = store.load(start) if start is not None else None
     if newest is None and checkpoint is not None:

@@ -78,7 +78,13 @@ class Trainer:
         self.probe = probe
         self.run = run
         logs = (run.metrics, run.events)
-        self.saver = Saver(run.checkpoints, keep_last=config.keep_last, in_background=config.async_save, logs=logs)
+        self.saver = Saver(
+            run.checkpoints,
+            keep_last=config.keep_last,
+            in_background=config.async_save,
+            logs=logs,
+            on_damage=lambda *found: self.incidents.found_damaged(*found),
+        )
         self.files = files
         self.fingerprints = fingerprints
         self.started = started  # time.monotonic() at which this process began to work on the run

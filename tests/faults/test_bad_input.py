@@ -55,10 +55,10 @@ def own_text(tiny):
     [
         ("total_token=5", "total_token: unknown key; did you mean `total_tokens`?"),
         ("model.num_layer=3", "model.num_layer: unknown key; did you mean `model.num_layers`?"),
-        ("path=notes", "did you mean `data.path` (with data.type=files or data.type=turns) or `tokenizer.path`?"),
-        ("pth=notes", "did you mean `data.path` (with data.type=files or data.type=turns) or `tokenizer.path`?"),
+        ("path=notes", "did you mean `data.path` (with data.type=files or data.type=turns or data.type=prepared) or `tokenizer.path`?"),
+        ("pth=notes", "did you mean `data.path` (with data.type=files or data.type=turns or data.type=prepared) or `tokenizer.path`?"),
         ("data.path=notes", "data.path: unknown key of this type; it needs data.type=files or data.type=turns"),
-        ("data.pth=notes", "did you mean `data.path` (with data.type=files or data.type=turns)?"),
+        ("data.pth=notes", "did you mean `data.path` (with data.type=files or data.type=turns or data.type=prepared)?"),
         ("data={type: files, pth: notes}", "data.pth: unknown key; did you mean `data.path`?"),
         ("optim.type=adamv", "optim"),
         ("data.type=clinics", "data: unknown type `clinics`; did you mean `clinic`?"),
@@ -257,6 +257,20 @@ def test_a_damaged_checkpoint_is_passed_over(stopped, tiny, whole, launch, asser
     assert "step-000000009 is damaged (optimizer.safetensors: its content changed" in text
     assert "going on from" in text and "from step 8" in text
     assert_same_run(stopped, whole["pretrain"])
+    told = [event for event in read_events(stopped / "events.jsonl") if event["name"] == "damaged-checkpoint"]
+    assert {event["step"] for event in told} == {9} and "optimizer.safetensors" in told[0]["message"]
+
+
+def test_a_checkpoint_that_rots_while_the_run_stands_still_does_not_count(launch, tmp_path, capsys):
+    """It is found when it would be counted on, said and recorded, and an older good one stays in its stead."""
+    run = tmp_path / "run"
+    assert launch("pretrain", run, "keep_last=3", fault="train-step:sigterm:9") == 130
+    flip(run / "checkpoints" / store.folder_name(8) / "model.safetensors")
+    assert launch("pretrain", run, "keep_last=3") == 0
+    assert "step-000000008 is damaged (model.safetensors: its content changed" in capsys.readouterr().err
+    told = [event for event in read_events(run / "events.jsonl") if event["name"] == "damaged-checkpoint"]
+    assert [event["step"] for event in told] == [8]
+    assert [path.name for path in sorted((run / "checkpoints").glob("step-*"))] == [store.folder_name(s) for s in (6, 9, 12)]
 
 
 def test_no_good_checkpoint_is_an_error_and_not_a_fresh_start(stopped, tiny, mistake):
