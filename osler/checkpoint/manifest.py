@@ -27,7 +27,7 @@ REPLACED_SUFFIX = ".replaced"
 FOLDER_NAME = re.compile(r"step-(\d{9,})(\.replaced)?")
 
 Signature = tuple[object, ...]
-_verified: dict[Path, Signature] = {}  # checkpoints whose bytes this process has read and found good, and their files then
+_verdicts: dict[Path, tuple[Signature, list[str]]] = {}  # of checkpoints that this process has read: their files then, problems
 
 _HEX_SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -110,15 +110,16 @@ def verify(path: str | Path, names: Collection[str] | None = None, *, pause: Cal
                 problems.append((name, "its content changed since it was saved (SHA-256 differs)"))
         except OSError as error:
             problems.append((name, f"cannot be read ({error.strerror})"))
-    if names is None and signature and not problems:
-        _verified[folder.absolute()] = signature
-    return [f"{name}: {text}" for name, text in problems]
+    found = [f"{name}: {text}" for name, text in problems]
+    if names is None and signature:
+        _verdicts[folder.absolute()] = (signature, found)
+    return found
 
 
-def verify_once(folder: Path, *, pause: Callable[[], None] = no_pause) -> list[str]:
-    """As ``verify``, without reading again what this process has found good and nobody has touched since."""
-    signature = _signature(folder)
-    return [] if signature and _verified.get(folder.absolute()) == signature else verify(folder, pause=pause)
+def verdict(folder: Path) -> list[str] | None:
+    """What ``verify`` has found in this process; None when it was not asked, or somebody has touched the folder since."""
+    signature, found = _verdicts.get(folder.absolute(), (None, None))
+    return found if signature == _signature(folder) else None
 
 
 def _signature(folder: Path) -> Signature | None:

@@ -24,8 +24,8 @@ from osler.checkpoint.manifest import (
     STATE,
     looks_whole,
     read_manifest,
+    verdict,
     verify,
-    verify_once,
 )
 from osler.errors import UserError
 from osler.runtime.faults import fault
@@ -163,7 +163,7 @@ def rotate(
     """Delete what is neither the newest (verified a moment ago), nor the best, nor a milestone, nor among the last good ones.
 
     The newest good one up to ``good_step`` stays too, however many have been saved in trouble since. Before anything goes, those
-    that are counted on in its stead are read, each once in this process; ``on_damage`` is told of one that is no longer good.
+    that are counted on in its stead are read, each once in this process; ``on_damage`` is told of what is found then.
     """
     try:
         marked = best_checkpoint(root)
@@ -187,11 +187,13 @@ def rotate(
 def _good_ones(entries: Sequence[Entry], newest: Path, pause: Callable[[], None], on_damage: OnDamage) -> Iterator[Entry]:
     """Those that are as they were saved, read no earlier than they are asked for."""
     for entry in entries:
-        problems = [] if entry.path == newest else verify_once(entry.path, pause=pause)
+        problems = [] if entry.path == newest else verdict(entry.path)
+        if problems is None:
+            problems = verify(entry.path, pause=pause)
+            if problems and entry.path.is_dir():  # or somebody has deleted it meanwhile
+                on_damage(entry.path, problems)
         if not problems:
             yield entry
-        elif entry.path.is_dir():  # or somebody has deleted it meanwhile
-            on_damage(entry.path, problems)
 
 
 def prunable(root: Path, keep_last: int, *, keep_best: bool, keep_milestones: bool) -> list[tuple[Path, str]]:

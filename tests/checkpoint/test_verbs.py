@@ -172,7 +172,7 @@ def test_rot_under_unchanged_names_and_times_is_found_by_the_next_process(tmp_pa
     times = rotten.stat().st_atime_ns, rotten.stat().st_mtime_ns
     flip(rotten)
     os.utime(rotten, ns=times)
-    monkeypatch.setattr(manifest, "_verified", {})
+    monkeypatch.setattr(manifest, "_verdicts", {})
     [(path, _)] = save(tmp_path, 5, keep_last=1, good_step=3)
     assert path == folder(tmp_path, 3) and left(tmp_path) == [2, 5]
 
@@ -185,7 +185,7 @@ def test_rotation_reads_a_checkpoint_once_in_a_process(tmp_path, monkeypatch):
 
     usual = {blocks(step) for step in range(1, 6)}
     assert len(usual) == 1 and usual.pop() >= 8  # as many to write as to read back, and none of those before
-    monkeypatch.setattr(manifest, "_verified", {})
+    monkeypatch.setattr(manifest, "_verdicts", {})
     first, second = blocks(6), blocks(7)
     assert second < first <= 2 * second and left(tmp_path) == [6, 7]
 
@@ -195,12 +195,12 @@ def test_verify_tells_the_runs_diary_and_the_run_itself(run, capsys):
     times = rotten.stat().st_atime_ns, rotten.stat().st_mtime_ns
     flip(rotten)
     os.utime(rotten, ns=times)
-    assert manifest.verify_once(folder(run, 4)) == []  # this process saved it, and it looks as it did
+    assert manifest.verdict(folder(run, 4)) == []  # this process saved it, and it looks as it did
     assert osler("verify", run) == 1 and not (run / "events.jsonl").exists()  # there is no run in this folder
     (run / "config.yaml").write_text("kind: pretrain\n")
     assert osler("verify", folder(run, 4)) == 1
     [event] = read_events(run / "events.jsonl")
     assert (event["step"], event["kind"], event["name"]) == (4, "incident", "damaged-checkpoint")
     assert "step-000000004 is damaged (model.safetensors: its content changed" in event["message"]
-    assert manifest.verify_once(folder(run, 4)) != []
+    assert manifest.verdict(folder(run, 4)) != []
     assert [path for path, _ in save(run, 6, keep_last=3)] == [folder(run, 4)] and left(run) == [2, 3, 5, 6]

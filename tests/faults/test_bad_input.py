@@ -55,8 +55,8 @@ def own_text(tiny):
     [
         ("total_token=5", "total_token: unknown key; did you mean `total_tokens`?"),
         ("model.num_layer=3", "model.num_layer: unknown key; did you mean `model.num_layers`?"),
-        ("path=notes", "did you mean `data.path` (with data.type=files or data.type=turns or data.type=prepared) or `tokenizer.path`?"),
-        ("pth=notes", "did you mean `data.path` (with data.type=files or data.type=turns or data.type=prepared) or `tokenizer.path`?"),
+        ("path=notes", "`data.path` (with data.type=files or data.type=turns or data.type=prepared) or `tokenizer.path`?"),
+        ("pth=notes", "`data.path` (with data.type=files or data.type=turns or data.type=prepared) or `tokenizer.path`?"),
         ("data.path=notes", "data.path: unknown key of this type; it needs data.type=files or data.type=turns"),
         ("data.pth=notes", "did you mean `data.path` (with data.type=files or data.type=turns or data.type=prepared)?"),
         ("data={type: files, pth: notes}", "data.pth: unknown key; did you mean `data.path`?"),
@@ -258,7 +258,7 @@ def test_a_damaged_checkpoint_is_passed_over(stopped, tiny, whole, launch, asser
     assert "going on from" in text and "from step 8" in text
     assert_same_run(stopped, whole["pretrain"])
     told = [event for event in read_events(stopped / "events.jsonl") if event["name"] == "damaged-checkpoint"]
-    assert {event["step"] for event in told} == {9} and "optimizer.safetensors" in told[0]["message"]
+    assert [event["step"] for event in told] == [9] and "optimizer.safetensors" in told[0]["message"]
 
 
 def test_a_checkpoint_that_rots_while_the_run_stands_still_does_not_count(launch, tmp_path, capsys):
