@@ -106,6 +106,8 @@ def train(config: GrpoConfig, run: RunFolder, world: World | None = None) -> boo
     keep_freed_memory()
     newest = newest_checkpoint(run, record=world.is_first)
     checkpoint = newest or branch_point(config)
+    # Before ranks could wait for different things.
+    check_same_start(-1 if checkpoint is None else store.load(checkpoint, names=[]).step, world)
     if newest is None and checkpoint is not None:
         check_branch(config, checkpoint)
     precision = stored_precision(checkpoint, config.precision)
@@ -147,7 +149,6 @@ def train(config: GrpoConfig, run: RunFolder, world: World | None = None) -> boo
         fingerprints=fingerprints,
     )
     saved = store.load(checkpoint) if checkpoint is not None else None
-    check_same_start(-1 if saved is None else saved.step, world)
     if saved is not None:
         trainer.restore(saved)
         if newest is None:

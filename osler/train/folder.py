@@ -79,7 +79,8 @@ def claim(run: RunFolder, config: Any) -> None:
     refuse_another(run, config)
     wanted = encode(config)
     if not run.config.exists():
-        write_atomic(run.config, dump_yaml(wanted))
+        given_once = {"allow_data_change": False} if "allow_data_change" in wanted else {}
+        write_atomic(run.config, dump_yaml(wanted | given_once))
         return
     moved = moved_places(run, config)
     if moved:

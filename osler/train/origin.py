@@ -21,7 +21,7 @@ from osler.checkpoint.manifest import FOLDER_NAME, STATE, looks_whole, verify
 from osler.checkpoint.root import BEST, Entry, best_checkpoint, by_age, mark_best, refuse_checkpoint, root_of
 from osler.config import decode, merge, parse_overrides
 from osler.errors import UserError
-from osler.monitor.events import EventLog
+from osler.monitor.events import EventLog, read_events
 from osler.runtime.files import RunFolder, fsync_dir, read_json, write_atomic
 from osler.runtime.log import say
 from osler.runtime.world import World
@@ -31,6 +31,7 @@ from osler.yaml12 import load_yaml
 T = TypeVar("T")
 ASIDE = "set-aside"  # in the run folder: what runs that went back had made
 CONFIG = "config.yaml"  # in a checkpoint
+REWIND = "rewind"  # the event
 
 
 def config_of_run(
@@ -112,15 +113,20 @@ def go_back(run: RunFolder, step: int) -> None:
 
     The checkpoint saved last moves first, so that a kill half way leaves a run that was stopped at one of them.
     """
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):  # torchrun starts the same command again after a failure
+    # torchrun starts the same command again after a failure: once is enough.
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) and last_rewind(run) == step:
         return
     target = find_step(run.checkpoints, step)
     later = later_than(run, target)
     files = [split_lines(path, step) for path in (run.metrics, run.events)]
     if not later and not any(split.later for split in files):
-        say(f"Nothing in {run.root} is later than step {step:,}.")
+        message = f"Back at step {step:,}, and nothing came after it."
+        EventLog(run.events).write(step, REWIND, REWIND, message)
+        say(f"{run.root}: {message}")
         return
     best = best_checkpoint(run.checkpoints)
+    if best is not None and best.path in {entry.path for entry in later}:
+        _mark_earlier_best(run, best.metric, files[0].kept, later)
     aside = _unused(run.root / ASIDE / f"after-step-{step}")
     checkpoints = RunFolder(aside).checkpoints
     checkpoints.mkdir(parents=True)
@@ -131,8 +137,6 @@ def go_back(run: RunFolder, step: int) -> None:
         entry.path.rename(checkpoints / entry.path.name)
     fsync_dir(checkpoints)
     fsync_dir(run.checkpoints)
-    if best is not None and not best.path.is_dir():
-        _mark_earlier_best(run, best.metric, files[0].kept)
     for split in files:
         if split.later:
             write_atomic(split.path, b"".join(split.kept))
@@ -141,8 +145,14 @@ def go_back(run: RunFolder, step: int) -> None:
         f"Back at step {step:,}. What came after it is in {aside.relative_to(run.root)}: the checkpoints of steps {steps}, "
         f"{len(files[0].later):,} lines of metrics and {len(files[1].later):,} events."
     )
-    EventLog(run.events).write(step, "rewind", "rewind", message)
+    EventLog(run.events).write(step, REWIND, REWIND, message)
     say(f"{run.root}: {message}")
+
+
+def last_rewind(run: RunFolder) -> int | None:
+    """The step that the run went back to last."""
+    steps = [event["step"] for event in read_events(run.events) if event["kind"] == REWIND]
+    return steps[-1] if steps else None
 
 
 def split_lines(path: Path, step: int) -> Split:
@@ -169,13 +179,14 @@ def _unused(folder: Path) -> Path:
     return free
 
 
-def _mark_earlier_best(run: RunFolder, metric: str, lines: Sequence[bytes]) -> None:
-    """Mark the best of the checkpoints that are left, by the metrics that are left; without one no checkpoint is the best."""
+def _mark_earlier_best(run: RunFolder, metric: str, lines: Sequence[bytes], later: Sequence[Entry]) -> None:
+    """Mark the best of the checkpoints that stay, by the metrics that stay; without one no checkpoint is the best."""
+    leaving = {entry.path for entry in later}
     scores: dict[Path, float] = {}
     for line in lines:
         values = json.loads(line) if _step_of(line) >= 0 else {}
         saved = run.checkpoints / store.folder_name(max(0, values.get("step", 0)))
-        if isinstance(values.get(metric), (int, float)) and saved.is_dir():
+        if isinstance(values.get(metric), (int, float)) and saved.is_dir() and saved not in leaving:
             scores[saved] = values[metric]
     (run.checkpoints / BEST).unlink()
     if scores:
@@ -198,11 +209,19 @@ def branch_config(cls: type[T], kind: str, branch: str, step: int | None, overri
     refuse_checkpoint(run_dir)
     run = RunFolder(Path(run_dir))
     stored = read_config(run) if run.config.exists() else {}
-    if stored.get("branch_from") is None or Path(stored["branch_from"]) != Path(branch):
+    if not _is_begun(stored.get("branch_from"), Path(branch), step):
         checkpoint = _checkpoint_of(branch, step)
         _check_kind(checkpoint, kind)
         stored = _config_in(checkpoint, store.load(checkpoint, names=[]).files) | {"branch_from": str(checkpoint)}
     return decode(cls, merge(stored, parse_overrides(overrides, stored)), source=str(branch))
+
+
+def _is_begun(branch_from: str | None, branch: Path, step: int | None) -> bool:
+    """Whether a run that began at ``branch_from`` is what ``--branch`` asks for: that checkpoint, or one of that run."""
+    if branch_from is None:
+        return False
+    there = Path(branch_from)
+    return branch == there or (branch in there.parents and (step is None or there.name == store.folder_name(step)))
 
 
 def _checkpoint_of(branch: str, step: int | None) -> Path:
@@ -210,6 +229,8 @@ def _checkpoint_of(branch: str, step: int | None) -> Path:
     match = FOLDER_NAME.fullmatch(path.name)
     if match and not path.is_dir() and path.parent.is_dir():
         find_step(path.parent, int(match[1]))  # says which there are
+    if match and step not in (None, int(match[1])):
+        raise UserError(f"{path} is step {int(match[1])}, and --from-step says {step}: leave one of them out.")
     if step is None or match:
         path = store.resolve(path)
     else:

@@ -148,6 +148,7 @@ def train(config: TrainConfig, run: RunFolder, world: World | None = None) -> bo
     newest = newest_checkpoint(run, record=world.is_first)
     start = newest or branch_point(config)
     checkpoint = store.load(start) if start is not None else None
+    check_same_start(-1 if checkpoint is None else checkpoint.step, world)  # before ranks could wait for different things
     if newest is None and checkpoint is not None:
         check_branch(config, checkpoint)
     precision = stored_precision(start, config.precision)
@@ -193,10 +194,10 @@ def train(config: TrainConfig, run: RunFolder, world: World | None = None) -> bo
         fingerprints={"tokenizer": tokenizer.fingerprint, "data": prepared.train.fingerprint},
         started=started,
     )
-    check_same_start(-1 if checkpoint is None else checkpoint.step, world)
     if checkpoint is not None:
         trainer.restore(checkpoint)
         if newest is None:
+            trainer.total_tokens = config.total_tokens  # what the clock had made of the other run's is no plan for this one
             announce_branch(config, checkpoint, trainer.incidents.events)
         say(f"Continuing {run.root} from step {trainer.step:,} ({trainer.tokens:,} tokens).")
     else:

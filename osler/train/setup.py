@@ -106,6 +106,11 @@ def check_branch(config: TrainConfig, start: store.Loaded) -> None:
             f"With another packing, or documents kept whole in rows of another seq_len, step {start.step:,} is another place in "
             f"the data: leave packing and seq_len as they are in {start.path}, or start a new run with init_from={start.path}."
         )
+    if config.max_minutes is not None and start.state["seconds"] >= 60 * config.max_minutes:
+        raise UserError(
+            f"{start.path} has trained for {start.state['seconds'] / 60:.1f} minutes, from which the clock of a branch goes on. "
+            f"max_minutes is {config.max_minutes:g}: set max_minutes higher, or max_minutes=null for a run by total_tokens alone."
+        )
     if tokens >= config.total_tokens:
         raise UserError(
             f"{start.path} has seen {seen:,} tokens, and total_tokens is {config.total_tokens:,}: there is nothing left to "

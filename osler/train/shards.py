@@ -24,12 +24,11 @@ from osler.runtime.files import RunFolder, fsync_dir, write_atomic
 from osler.runtime.log import say
 from osler.tokenizer.bpe import Tokenizer
 from osler.train.config import TrainConfig
-from osler.train.folder import check_fingerprints, claim, moved_places
-from osler.train.origin import same_data
+from osler.train.folder import check_fingerprints, claim, moved_places, read_config
+from osler.train.origin import ASIDE, same_data
 from osler.train.setup import check_lengths
 
 DATA = "data"  # in the run folder
-FLOORS = 4  # above a checkpoint: its run folder is the second, and the fourth for one that was set aside
 
 
 def shards_of(config: TrainConfig, run: RunFolder) -> Path:
@@ -101,7 +100,7 @@ def is_source_gone(config: TrainConfig, run: RunFolder) -> bool:
     path = _source(config)
     if path is None or Path(path).exists():
         return False
-    return not moved_places(run, config)
+    return not run.config.exists() or read_config(run)["data"].get("path") == path
 
 
 def shards_at_hand(config: TrainConfig, run: RunFolder, start: store.Loaded | None) -> Path | None:
@@ -109,7 +108,7 @@ def shards_at_hand(config: TrainConfig, run: RunFolder, start: store.Loaded | No
     own = shards_of(config, run)
     if start is None:  # the config is claimed when the shards are whole
         return own if run.config.exists() and (own / MANIFEST).is_file() else None
-    above = list(start.path.absolute().parents)[:FLOORS] if not own.exists() and same_data(config, start) else []
+    above = runs_above(start.path) if not own.exists() and same_data(config, start) else []
     for folder in (own, *(parent / DATA for parent in above)):
         if (folder / MANIFEST).is_file():
             manifest = read_manifest(folder)
@@ -117,6 +116,12 @@ def shards_at_hand(config: TrainConfig, run: RunFolder, start: store.Loaded | No
             if found == {name: start.state["fingerprints"].get(name) for name in found}:
                 return folder
     return None
+
+
+def runs_above(checkpoint: Path) -> list[Path]:
+    """The run folder that a checkpoint lies in, or the two when one of them was set aside in the other."""
+    parents = list(checkpoint.absolute().parents)
+    return [parents[1], *(parents[3:4] if len(parents) > 3 and parents[2].name == ASIDE else [])]
 
 
 def _source(config: TrainConfig) -> str | None:

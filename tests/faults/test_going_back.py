@@ -119,6 +119,15 @@ def test_going_back_twice_keeps_both_and_stopping_names_resume_alone(finished, l
     assert f"Stopped and saved. `osler pretrain --run {run} --resume` goes on" in text and "same command" not in text
 
 
+def test_a_restart_by_torchrun_goes_back_if_nothing_has_and_once_at_most(finished, monkeypatch):
+    run = finished("pretrain")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert main(["pretrain", "--run", str(run), "--from-step", "6"]) == 0, "the first start was lost before it went back"
+    assert os.listdir(run / "set-aside") == ["after-step-6"]
+    assert main(["pretrain", "--run", str(run), "--from-step", "6"]) == 0
+    assert os.listdir(run / "set-aside") == ["after-step-6"] and steps(run)[-1] == 12
+
+
 def test_the_best_is_then_the_best_of_what_is_left(finished):
     run = finished("pretrain")
     checkpoints = run / "checkpoints"
@@ -226,11 +235,13 @@ def test_a_branch_takes_changes_says_them_and_learns_with_them(whole, tmp_path, 
     assert all(line["train/lr"] < 1e-12 for line in logged(run) if "train/lr" in line)
 
 
-def test_a_branch_that_was_stopped_goes_on_without_its_origin(whole, tmp_path, monkeypatch):
+@pytest.mark.parametrize("named", [["checkpoint"], ["run", "--from-step", "6"]], ids=["by its checkpoint", "by its run"])
+def test_a_branch_that_was_stopped_goes_on_without_its_origin(named, whole, tmp_path, monkeypatch):
     from osler.runtime import faults
 
     origin = Path(shutil.copytree(whole["pretrain"], tmp_path / "origin"))
-    command = ["pretrain", "--branch", str(at(origin, 6)), "--run", str(tmp_path / "new")]
+    there = {"checkpoint": at(origin, 6), "run": origin}[named[0]]
+    command = ["pretrain", "--branch", str(there), *named[1:], "--run", str(tmp_path / "new")]
     faults.reset()
     with monkeypatch.context() as patched:
         patched.setenv(faults.VARIABLE, "train-step:sigterm:3")
@@ -241,11 +252,23 @@ def test_a_branch_that_was_stopped_goes_on_without_its_origin(whole, tmp_path, m
     assert all(torch.equal(value, ends[1].tensors["model"][name]) for name, value in ends[0].tensors["model"].items())
 
 
+def test_a_branch_of_a_run_by_the_clock_has_a_length_of_its_own(launch, tmp_path, mistake):
+    origin, run = tmp_path / "origin", tmp_path / "new"
+    assert launch("pretrain", origin, "max_minutes=1e-4") == 0
+    begun = steps(origin)[-1]
+    assert begun < 12, "the clock ended the run"
+    branch = ["pretrain", "--branch", str(origin), "--run", str(run)]
+    assert "set max_minutes higher" in mistake(*branch) and not run.exists()
+    assert main([*branch, "max_minutes=60", "total_tokens=3072"]) == 0
+    assert steps(run)[-1] == 12
+
+
 def test_a_branch_that_cannot_go_on_is_refused(whole, tiny, tmp_path, mistake):
     branch = ["pretrain", "--branch", at(whole["pretrain"], 6), "--run", tmp_path / "new"]
     assert "--branch needs --run" in mistake(*branch[:3])
     assert f"leave out {tiny.pretrain}" in mistake(*branch, tiny.pretrain)
     assert "leave out --resume" in mistake(*branch, "--resume")
+    assert "is step 6, and --from-step says 3: leave one of them out" in mistake(*branch, "--from-step", 3)
     text = mistake(*branch, "batch_tokens=512")
     assert "is 1,536 tokens into its run" in text and "it would be 3,072" in text and "until_tokens=1536" in text
     assert "precision is pure-bf16 here and fp32 in" in mistake(*branch, "precision=pure-bf16")

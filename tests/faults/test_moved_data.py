@@ -222,3 +222,11 @@ def test_shards_that_changed_are_refused_and_turns_keep_their_masks(shards, tiny
     shards.rename(tmp_path / "turns")
     assert main([*command, str(tmp_path / "shards-run"), *on_shards]) == 2
     assert "The data changed since checkpoint" in capsys.readouterr().err
+
+
+def test_leave_to_change_the_data_is_no_leave_to_mistype_them_and_is_given_once(stopped, tmp_path, launch, capsys):
+    before = (stopped / "config.yaml").read_text()
+    assert main(["pretrain", "--resume", "allow_data_change=true", "data.path=typo", "--run", str(stopped)]) == 2
+    assert "typo" in capsys.readouterr().err and (stopped / "config.yaml").read_text() == before
+    assert launch("pretrain", tmp_path / "other", "data.type=files", "data.path=notes/", "allow_data_change=true") == 0
+    assert load_yaml((tmp_path / "other" / "config.yaml").read_text(), "")["allow_data_change"] is False
