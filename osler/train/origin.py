@@ -64,10 +64,12 @@ def find_step(root: Path, step: int) -> Entry:
     """The good checkpoint of a step; raises UserError that lists the steps there are when it is not there or is damaged."""
     entries = by_age(root)
     found = [entry for entry in entries if entry.step == step]
-    problems = [problem for entry in found for problem in verify(entry.path)] if found else []
-    good = next((entry for entry in found if not verify(entry.path)), None)
-    if good is not None:
-        return good
+    problems: list[str] = []
+    for entry in found:
+        here = verify(entry.path)
+        if not here:
+            return entry
+        problems += here
     others = sorted({entry.step for entry in entries if entry.step != step and looks_whole(entry.path)})
     there = f"there are steps {', '.join(map(str, others))}" if others else "there is no other"
     what = f"The checkpoint of step {step} in {root} is damaged ({'; '.join(problems)})"
@@ -158,8 +160,10 @@ def last_rewind(run: RunFolder) -> int | None:
 def split_lines(path: Path, step: int) -> Split:
     """The lines of a file of JSON, by whether they are of a later step; one that is torn stays."""
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-    later = [line for line in lines if _step_of(line) > step]
-    return Split(path, [line for line in lines if _step_of(line) <= step], later)
+    split = Split(path, [], [])
+    for line in lines:
+        (split.later if _step_of(line) > step else split.kept).append(line)
+    return split
 
 
 def _step_of(line: bytes) -> float:
