@@ -100,6 +100,7 @@ def verify(path: str | Path, names: Collection[str] | None = None, *, pause: Cal
     folder = Path(path)
     signature = _signature(folder)
     problems, manifest = _check_names_and_sizes(folder)
+    was_read = True
     reported = {name for name, _ in problems}
     for name, record in manifest.files.items() if manifest else ():
         unwanted = names is not None and name.endswith(TENSORS_SUFFIX) and name[: -len(TENSORS_SUFFIX)] not in names
@@ -109,15 +110,19 @@ def verify(path: str | Path, names: Collection[str] | None = None, *, pause: Cal
             if sha256_file(folder / name, pause) != record.sha256:
                 problems.append((name, "its content changed since it was saved (SHA-256 differs)"))
         except OSError as error:
+            was_read = False
             problems.append((name, f"cannot be read ({error.strerror})"))
     found = [f"{name}: {text}" for name, text in problems]
-    if names is None and signature:
+    if names is None and signature and was_read:  # what could not be read may be read later
         _verdicts[folder.absolute()] = (signature, found)
     return found
 
 
 def verdict(folder: Path) -> list[str] | None:
-    """What ``verify`` has found in this process; None when it was not asked, or somebody has touched the folder since."""
+    """What ``verify`` has found in this process.
+
+    None when it was not asked, when it could not read a file, or when somebody has touched the folder since.
+    """
     signature, found = _verdicts.get(folder.absolute(), (None, None))
     return found if signature == _signature(folder) else None
 

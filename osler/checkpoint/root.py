@@ -171,11 +171,13 @@ def rotate(
         entries = by_age(root)
         whole = [entry for entry in entries if looks_whole(entry.path) and not entry.path.name.endswith(REPLACED_SUFFIX)]
         kept.update(entry.path for entry in whole if entry.milestone)
-        good = _good_ones(whole, newest, pause, on_damage) if len(whole) > keep_last else iter(whole)
+        unread: set[Path] = set()  # a network disk may be back in a moment, and the checkpoint good
+        good = _good_ones(whole, newest, pause, on_damage, unread) if len(whole) > keep_last else iter(whole)
         counted = list(islice(good, keep_last))
         if good_step is not None:
             counted += islice((entry for entry in chain(counted, good) if entry.step <= good_step), 1)
         kept.update(entry.path for entry in counted)
+        kept |= unread
         for entry in entries:
             if entry.path not in kept and not entry.path.is_symlink():
                 fault("rotate")
@@ -184,14 +186,18 @@ def rotate(
         say(f"Warning: old checkpoints in {root} were not removed: {error}")
 
 
-def _good_ones(entries: Sequence[Entry], newest: Path, pause: Callable[[], None], on_damage: OnDamage) -> Iterator[Entry]:
-    """Those that are as they were saved, read no earlier than they are asked for."""
+def _good_ones(
+    entries: Sequence[Entry], newest: Path, pause: Callable[[], None], on_damage: OnDamage, unread: set[Path]
+) -> Iterator[Entry]:
+    """Those that are as they were saved, read no earlier than they are asked for; ``unread`` takes those that cannot be read."""
     for entry in entries:
         problems = [] if entry.path == newest else verdict(entry.path)
         if problems is None:
             problems = verify(entry.path, pause=pause)
             if problems and entry.path.is_dir():  # or somebody has deleted it meanwhile
                 on_damage(entry.path, problems)
+                if verdict(entry.path) is None:
+                    unread.add(entry.path)
         if not problems:
             yield entry
 

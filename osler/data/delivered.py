@@ -54,6 +54,8 @@ def of_sources(
     metrics: dict[str, float] = {}
     all_given, all_asked = sum(given.values()), sum(asked.values())
     for name in given:
+        if not of_epoch[name]:  # all its documents are left out, because they are too long
+            continue
         metrics[f"data/tokens/{name}"] = tokens[name]
         metrics[f"data/epoch/{name}"] = given[name] / of_epoch[name]
         metrics[f"data/asked_frac/{name}"] = asked[name] / all_asked

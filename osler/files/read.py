@@ -141,8 +141,8 @@ class _OccursTwiceError(ValueError):
 def _json_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     made = dict(pairs)
     if len(made) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise _OccursTwiceError(next(name for name in names if names.count(name) > 1))
+        seen: set[str] = set()
+        raise _OccursTwiceError(next(name for name, _ in pairs if name in seen or seen.add(name)))  # type: ignore[func-returns-value]
     return made
 
 

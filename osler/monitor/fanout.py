@@ -110,7 +110,9 @@ def open_sinks(config: MonitorConfig, run: RunFolder, facts: Facts, *, step: int
         return FanOut(JsonlSink(os.devnull), None, EventLog(os.devnull), [])
     file = JsonlSink(run.metrics, resume_step=step if step else -1)
     couriers = [Courier(name, open_sink) for name, open_sink in _places(config, run, step)]
-    return FanOut(file, replayed(facts, run.metrics), SpreadingLog(run.events, couriers), couriers)
+    watch = replayed(facts, run.metrics)
+    watch.history.forget_speed()
+    return FanOut(file, watch, SpreadingLog(run.events, couriers), couriers)
 
 
 def _places(config: MonitorConfig, run: RunFolder, step: int) -> Iterator[tuple[str, Callable[[], Sink]]]:

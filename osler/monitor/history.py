@@ -17,7 +17,7 @@ GRAD_NORM = "train/grad_norm"
 CLIPPED = "grad/clipped_frac"
 STAGE = "train/stage"
 DATA_TIME = "perf/data_ms"
-SPEEDS = ("perf/tokens_per_second", "perf/rollout_tokens_per_second")  # of training, of GRPO
+SPEED = "perf/tokens_per_second"  # GRPO has none: how fast it samples depends on how long the answers are
 OTHER_CPUS = "perf/other_cpus"
 WAITED = "seconds of a line in which training waited for data"  # no metric of its own
 STEP_TIMES = (DATA_TIME, "perf/forward_ms", "perf/backward_ms", "perf/optimizer_ms")
@@ -83,7 +83,7 @@ class History:
             self._begin_stage()
         new_steps, new_tokens = step - self.step, tokens - self.tokens
         self.line, self.step, self.tokens, self.lines = line, step, tokens, self.lines + 1
-        for name in (STAGE, LR, GRAD_NORM, CLIPPED, *SPEEDS, *MEMORY):
+        for name in (STAGE, LR, GRAD_NORM, CLIPPED, SPEED, *MEMORY):
             if name in line:
                 self.values[name].append(line[name])
         if GRAD_NORM in line and line.get(ALL_EQUAL) == 1.0:  # the pull of GRPO's KL term alone says nothing of other steps
@@ -110,15 +110,18 @@ class History:
             nothing = line[REWARD] <= 0.0 and 0.0 in (line.get(REWARD_SPREAD, 0.0), line.get(CORRECT, 0.0))
             self.without_reward = self.without_reward + 1 if nothing else 0
 
-        for name in SPEEDS:
-            if line.get(name, 0.0) > 0.0:
-                self._add_speed(name, new_tokens / line[name])
+        if line.get(SPEED, 0.0) > 0.0:
+            self._add_speed(line[SPEED], new_tokens / line[SPEED])
 
-    def _add_speed(self, name: str, seconds: float) -> None:
-        is_slow = self.line[name] < SLOW * self.best_speed
-        self.slow_seconds = self.slow_seconds + seconds if is_slow else 0.0
-        if len(self.values[name]) >= SMOOTHED_SPEEDS:
-            self.best_speed = max(self.best_speed, median(self.last(name, SMOOTHED_SPEEDS)))
+    def _add_speed(self, speed: float, seconds: float) -> None:
+        self.slow_seconds = self.slow_seconds + seconds if speed < SLOW * self.best_speed else 0.0
+        if len(self.values[SPEED]) >= SMOOTHED_SPEEDS:
+            self.best_speed = max(self.best_speed, median(self.last(SPEED, SMOOTHED_SPEEDS)))
+
+    def forget_speed(self) -> None:
+        """Begin anew with what is usual: another process may have other devices, or more of them."""
+        self.values[SPEED].clear()
+        self.best_speed, self.slow_seconds = 0.0, 0.0
 
     def _add_loss(self, loss: float) -> None:
         losses = self.values[LOSS]

@@ -29,7 +29,7 @@ from osler.monitor.history import (
     OTHER_CPUS,
     REWARD,
     SMOOTHED_LOSSES,
-    SPEEDS,
+    SPEED,
     UNLEARNED,
     WAITED,
     History,
@@ -172,7 +172,7 @@ def ended_badly(past: History) -> Iterator[Finding]:
 def repeated(past: History) -> Iterator[Finding]:
     """The data were read so often that once more teaches next to nothing (Muennighoff et al. 2023, arXiv 2305.16264)."""
     epochs = past.line[EPOCH]
-    if epochs > WORN_EPOCHS:
+    if epochs > WORN_EPOCHS and not past.facts.max_new_tokens:  # GRPO answers its questions anew each time
         yield Finding(
             "repeated-data",
             f"the run has read its data {epochs:.0f} times. After about {WORN_EPOCHS} times once more teaches next to nothing, "
@@ -295,7 +295,7 @@ def slowed(past: History) -> Iterator[Finding]:
             if others > BUSY_CPUS
             else "No other process keeps its CPUs busy: look for heat, a power limit, a full memory that swaps, or a slow disk."
         )
-        now = next(past.line[name] for name in SPEEDS if name in past.line)
+        now = past.line[SPEED]
         yield Finding(
             "slow-run",
             f"the run makes {now:,.0f} tokens/s, and it has made {past.best_speed:,.0f}. {cause}",
@@ -371,7 +371,7 @@ RULES: tuple[tuple[str, Callable[[History], Iterator[Finding]]], ...] = (
     (LAYER_NORM, cut_off),
     *((metric, partial(growing, metric)) for metric in MEMORY),
     (DATA_TIME, starved),
-    *((speed, slowed) for speed in SPEEDS),
+    (SPEED, slowed),
     (LOSS, stalled),
     (CUT, cut),
     (REWARD, unrewarded),

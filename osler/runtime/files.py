@@ -82,19 +82,19 @@ def held(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def is_held(folder: Path) -> bool:
-    """Whether a process is in ``held`` with this folder; False also where locks do not reach, as on some network disks."""
+def is_held(folder: Path) -> bool | None:
+    """Whether a process is in ``held`` with this folder; None where there are no locks to tell, as on some network disks."""
     try:
         import fcntl
     except ImportError:
-        return False
+        return None
     with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:
             return not _locked(descriptor, fcntl.LOCK_SH)  # shared, and for this moment
         finally:
             os.close(descriptor)
-    return False
+    return None
 
 
 def _locked(descriptor: int, kind: int) -> bool:

@@ -182,12 +182,12 @@ class Stage:
         guess = " (killed, or the machine went down)" if noted else ""
         return State("dead", f"dead: {for_so_long}{guess}; last line at step {last.step:,}, {kept}")
 
-    def _was_killed(self, noted: Mapping[str, Any], held: bool) -> bool:
+    def _was_killed(self, noted: Mapping[str, Any], held: bool | None) -> bool:
         """Whether a process that noted its start on this machine has left the folder without noting its end.
 
         It notes the end before it leaves, so a diary that has changed since it was read does not count.
         """
-        has_left = not held and noted.get("host") == gethostname()
+        has_left = held is False and noted.get("host") == gethostname()
         return has_left and _stamp(self.run.events) == self._seen.get(self.run.events.name)
 
     def _noted(self) -> dict[str, Any]:

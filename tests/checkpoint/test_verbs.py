@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 from pathlib import Path
@@ -162,6 +163,26 @@ def test_a_checkpoint_that_rotted_does_not_count_for_keep_last(tmp_path):
     [(path, problems)] = save(tmp_path, 4, keep_last=3)
     assert path == folder(tmp_path, 2) and "its content changed" in problems[0]
     assert left(tmp_path) == [1, 3, 4] and all(store.verify(folder(tmp_path, step)) == [] for step in (1, 3, 4))
+
+
+def test_a_checkpoint_that_cannot_be_read_for_a_moment_is_not_deleted(tmp_path, monkeypatch):
+    """As on a network disk that is away: nobody knows whether it is damaged, so it neither counts nor goes."""
+    for step in (1, 2, 3):
+        save(tmp_path, step, keep_last=3)
+    monkeypatch.setattr(manifest, "_verdicts", {})
+    real = manifest.sha256_file
+
+    def away(path, pause):
+        if path.parent == folder(tmp_path, 2):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(path, pause)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(manifest, "sha256_file", away)
+        [(path, problems)] = save(tmp_path, 4, keep_last=3)
+    assert path == folder(tmp_path, 2) and "cannot be read" in problems[0]
+    assert left(tmp_path) == [1, 2, 3, 4] and store.verify(folder(tmp_path, 2)) == []
+    assert save(tmp_path, 5, keep_last=4) == [] and left(tmp_path) == [2, 3, 4, 5]
 
 
 def test_rot_under_unchanged_names_and_times_is_found_by_the_next_process(tmp_path, monkeypatch):

@@ -7,7 +7,7 @@ import pytest
 
 from osler.data.config import Stage
 from osler.data.curriculum import lay_out
-from osler.data.delivered import Delivered
+from osler.data.delivered import Delivered, of_sources
 from osler.data.loader import Loader, StagedLoader
 from osler.data.order import Order
 from osler.data.packing import StreamPacking, WholePacking
@@ -37,6 +37,12 @@ def test_sources_are_known_by_document(shards):
     assert shards.sources == ["folder-a", "folder-b", "folder-c"]
     for index in range(40):
         assert (shards.document(index)[0] == 1 + shards.source_of_document[index]).all()
+
+
+def test_a_source_whose_documents_are_all_left_out_is_not_counted():
+    numbers = {"kept": 30.0, "too long": 0.0}
+    metrics = of_sources(tokens=numbers, given=numbers, of_epoch=numbers, asked=numbers)
+    assert metrics["data/epoch/kept"] == metrics["data/asked_frac/kept"] == 1.0 and "data/epoch/too long" not in metrics
 
 
 def test_a_stream_delivers_what_its_rows_hold(shards):

@@ -6,6 +6,7 @@ import json
 import math
 import random
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import pytest
 
@@ -15,6 +16,7 @@ from osler.monitor.history import (
     CUT,
     DATA_TIME,
     DEAD_UNITS,
+    EPOCH,
     GRAD_NORM,
     LAYER_NORM,
     LOSS,
@@ -22,7 +24,7 @@ from osler.monitor.history import (
     MEMORY,
     OTHER_CPUS,
     REWARD,
-    SPEEDS,
+    SPEED,
     STAGE,
     STEP_TIMES,
     UNLEARNED,
@@ -47,7 +49,7 @@ def healthy(lines: int, *, noise: float = 0.02, floor: float = 1.0, decay: float
             CLIPPED: 0.3 if n < 10 else 0.05,
             **dict.fromkeys(STEP_TIMES, 30.0),
             DATA_TIME: 2.0,
-            SPEEDS[0]: 20_000 * math.exp(0.1 * draw.gauss(0, 1)),
+            SPEED: 20_000 * math.exp(0.1 * draw.gauss(0, 1)),
             OTHER_CPUS: 0.1 * draw.random(),
             MEMORY[0]: 2 * GIB * (1 - 0.3 * math.exp(-n / 4)) + draw.gauss(0, 1e6),
             f"{DEAD_UNITS}0": 0.1 * draw.random(),
@@ -141,8 +143,8 @@ def test_a_memorised_loss_is_left_alone():
         (lambda n, line: {MEMORY[0]: line[MEMORY[0]] + n * 10 * 2**20}, "memory-growth", 40),
         (lambda n, line: {MEMORY[1]: 4 * GIB + n * 2**20 * 5}, "memory-growth", 130),
         (lambda n, line: {DATA_TIME: 60.0}, "starved-loader", 5),
-        (lambda n, line: {SPEEDS[0]: 1_700.0, OTHER_CPUS: 1.0}, "slow-run", 3),
-        (lambda n, line: {SPEEDS[0]: 9_000.0}, "slow-run", 14),
+        (lambda n, line: {SPEED: 1_700.0, OTHER_CPUS: 1.0}, "slow-run", 3),
+        (lambda n, line: {SPEED: 9_000.0}, "slow-run", 14),
         (lambda n, line: {CUT: 0.95}, "cut-completions", 1),
         (lambda n, line: {REWARD: 0.0}, "no-reward", 5),
     ],
@@ -155,15 +157,30 @@ def test_a_sick_curve_is_told_within_so_many_lines(change, name, within):
 @pytest.mark.parametrize(("busy_cpus", "cause"), [(1.0, "keep 1.0 CPUs of this machine busy"), (0.0, "No other process")])
 def test_a_slow_run_says_whether_a_neighbour_is_the_cause(busy_cpus, cause):
     watch = Watch(FACTS)
-    lines = [line if n < 60 else line | {SPEEDS[0]: 1_700.0, OTHER_CPUS: busy_cpus} for n, line in enumerate(healthy(70))]
+    lines = [line if n < 60 else line | {SPEED: 1_700.0, OTHER_CPUS: busy_cpus} for n, line in enumerate(healthy(70))]
     alerts = [alert for n, line in enumerate(lines, 1) for alert in watch.look(n * STEPS, n * STEPS * TOKENS, line)]
     assert [alert.name for alert in alerts] == ["slow-run"] and cause in alerts[0].message
 
 
+def test_a_run_that_goes_on_elsewhere_has_another_usual_speed():
+    lines = [line if n < 60 else line | {SPEED: 1_700.0} for n, line in enumerate(healthy(120))]
+    watch = Watch(FACTS)
+    for n, line in enumerate(lines, 1):
+        if n == 61:
+            watch.history.forget_speed()
+        assert watch.look(n * STEPS, n * STEPS * TOKENS, line) == []
+
+
+def test_questions_that_are_asked_often_are_no_worn_data():
+    lines = [line | {EPOCH: 20.0} for line in healthy(20)]
+    assert "repeated-data" in told(lines, replace(FACTS, max_new_tokens=0))
+    assert "repeated-data" not in told(lines), "with max_new_tokens it is GRPO"
+
+
 def test_a_slow_minute_is_needed_and_a_new_stage_has_its_own_speed():
-    assert sick(lambda n, line: {SPEEDS[0]: 1_700.0} if n in (1, 2, 20, 21) else {}) == {}
+    assert sick(lambda n, line: {SPEED: 1_700.0} if n in (1, 2, 20, 21) else {}) == {}
     assert sick(lambda n, line: {DATA_TIME: 10.0, **dict.fromkeys(STEP_TIMES[1:], 5.0)}) == {}, "half a second in five lines"
-    stages = [line | ({STAGE: 1.0} if n < 60 else {STAGE: 2.0, SPEEDS[0]: 1_700.0}) for n, line in enumerate(healthy(200))]
+    stages = [line | ({STAGE: 1.0} if n < 60 else {STAGE: 2.0, SPEED: 1_700.0}) for n, line in enumerate(healthy(200))]
     assert told(stages) == {}
 
 

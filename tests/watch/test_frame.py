@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -202,6 +203,20 @@ def test_a_run_that_is_killed_on_this_machine_is_dead_at_once(make_run: MakeRun,
     with held(folder):
         assert picture(folder).splitlines()[1] == "running"
     assert picture(folder).splitlines()[1].startswith(expected)
+
+
+def test_a_run_on_a_disk_without_locks_is_not_taken_for_dead(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    fcntl = pytest.importorskip("fcntl", reason="locks of this kind are Unix's")
+
+    def no_locks(descriptor: int, kind: int) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    folder = make_run()
+    EventLog(folder / "events.jsonl").write(0, "start", "begun", "The run begins.", host=gethostname())
+    age(folder, 1.0)
+    with held(folder):
+        assert picture(folder).splitlines()[1] == "running"
 
 
 def test_an_end_that_is_noted_after_the_diary_was_read_is_no_death(make_run: MakeRun) -> None:
