@@ -142,7 +142,10 @@ def _json_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     made = dict(pairs)
     if len(made) != len(pairs):
         seen: set[str] = set()
-        raise _OccursTwiceError(next(name for name, _ in pairs if name in seen or seen.add(name)))  # type: ignore[func-returns-value]
+        for name, _ in pairs:
+            if name in seen:
+                raise _OccursTwiceError(name)
+            seen.add(name)
     return made
 
 

@@ -19,7 +19,6 @@ STAGE = "train/stage"
 DATA_TIME = "perf/data_ms"
 SPEED = "perf/tokens_per_second"  # GRPO has none: how fast it samples depends on how long the answers are
 OTHER_CPUS = "perf/other_cpus"
-WAITED = "seconds of a line in which training waited for data"  # no metric of its own
 STEP_TIMES = (DATA_TIME, "perf/forward_ms", "perf/backward_ms", "perf/optimizer_ms")
 MEMORY = ("perf/memory_resident_bytes", "perf/memory_allocated_bytes")
 DEAD_UNITS = "model/dead_units_frac/"  # and the number of the layer
@@ -70,6 +69,7 @@ class History:
     def _begin_stage(self) -> None:
         """Forget: another length of rows or size of batch changes what is usual."""
         self.values: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=KEPT))
+        self.waited_seconds: deque[float] = deque(maxlen=KEPT)  # of each line, for data
         self.memory_steps: deque[int] = deque(maxlen=KEPT)  # of the values of MEMORY
         self.calmest = math.inf  # lowest gradient norm after the warm-up, smoothed
         self.best_loss = math.inf  # smoothed
@@ -94,7 +94,7 @@ class History:
         if DATA_TIME in line:
             total = sum(line.get(name, 0.0) for name in STEP_TIMES)
             self.values[DATA_TIME].append(line[DATA_TIME] / (total or 1.0))
-            self.values[WAITED].append(line[DATA_TIME] / 1000 * new_steps)
+            self.waited_seconds.append(line[DATA_TIME] / 1000 * new_steps)
         if LOSS in metrics:
             self.loss = line.get(LOSS, math.nan)
         if LOSS in line:

@@ -31,7 +31,6 @@ from osler.monitor.history import (
     SMOOTHED_LOSSES,
     SPEED,
     UNLEARNED,
-    WAITED,
     History,
 )
 
@@ -276,7 +275,7 @@ def growing(metric: str, past: History) -> Iterator[Finding]:
 def starved(past: History) -> Iterator[Finding]:
     """The device waits for data."""
     share, workers = median(past.last(DATA_TIME, STARVED_LINES)), past.facts.loader_workers
-    waited = sum(past.last(WAITED, STARVED_LINES))  # so little that nobody would notice it is no reason to speak
+    waited = sum(list(past.waited_seconds)[-STARVED_LINES:])  # so little that nobody would notice it is no reason to speak
     if len(past.values[DATA_TIME]) >= CALM and share > STARVED and waited > STARVED_SECONDS:
         yield Finding(
             "starved-loader",

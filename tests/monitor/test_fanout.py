@@ -161,6 +161,17 @@ def test_a_resumed_run_does_not_say_again_what_it_said(tmp_path, capsys):
     assert [event["step"] for event in read_events(run.events)] == [1] and capsys.readouterr().err.count("Critical: ") == 1
 
 
+def test_a_run_that_goes_on_finds_out_anew_how_fast_it_is(tmp_path):
+    run = RunFolder(tmp_path)
+    for begun, speed in ((0, 5e4), (10, 1e4)):  # the second time on a smaller machine
+        with open_sinks(MonitorConfig(), run, FACTS, step=begun) as sinks:
+            assert sinks.watch.history.best_speed == 0.0 and sinks.watch.history.lines == begun
+            for step in range(begun + 1, begun + 11):
+                sinks.write(step, 1_000_000 * step, {"perf/tokens_per_second": speed})
+            assert sinks.watch.history.best_speed == speed
+    assert read_events(run.events) == []
+
+
 def test_a_run_that_goes_back_forgets_the_lines_that_it_makes_again(tmp_path):
     run = RunFolder.create(tmp_path)
     with open_sinks(MonitorConfig(), run, FACTS, step=0) as sinks:
