@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,6 +24,19 @@ MODEL = {
 def no_fault_from_outside(monkeypatch):
     """A fault set in the caller's shell would strike in every test."""
     monkeypatch.delenv("OSLER_FAULT", raising=False)
+
+
+@pytest.fixture
+def standard_handlers():
+    """Signals are handled as in a terminal, although whoever runs the tests may ignore some: `nohup`, or `&` in a script."""
+    from osler.runtime.stop import REQUESTS
+
+    before = {number: signal.getsignal(number) for number in REQUESTS}
+    for number in REQUESTS:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture

@@ -247,6 +247,7 @@ def test_shards_of_another_tokenizer_are_not_decoded(notes, tmp_path, capsys):
     assert "another tokenizer" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("standard_handlers")
 @pytest.mark.parametrize("number", REQUESTS)
 def test_sigterm_and_sighup_end_a_verb_as_ctrl_c_does(number, capsys, monkeypatch):
     monkeypatch.setattr("osler.cli.dispatch", lambda argv: signal.raise_signal(number))

@@ -9,16 +9,7 @@ import pytest
 from osler.runtime import stop
 from osler.runtime.stop import REQUESTS, SAME_REQUEST_SECONDS, StopFlag, Terminated, interruptible
 
-
-@pytest.fixture(autouse=True)
-def standard_handlers():
-    """Signals are handled as in a terminal, although whoever runs the tests may ignore some: `nohup`, or `&` in a script."""
-    before = {number: signal.getsignal(number) for number in REQUESTS}
-    for number in REQUESTS:
-        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
+pytestmark = pytest.mark.usefixtures("standard_handlers")
 
 
 @pytest.fixture
