@@ -63,9 +63,9 @@ def sampling() -> Callable[[], int]:
     import torch
     from bench_sample import MODELS, PROMPT_TOKENS, ROWS, build_model
 
-    from osler.inference.engine import Engine
+    from osler.inference.engine import InferenceEngine
 
-    engine = Engine(build_model(MODELS["tiny"], torch.float32))
+    engine = InferenceEngine(build_model(MODELS["tiny"], torch.float32))
     prompts = torch.randint(MODELS["tiny"]["vocab"], (ROWS, PROMPT_TOKENS), generator=torch.Generator().manual_seed(2)).tolist()
     return lambda: engine.generate(prompts, max_new_tokens=32).num_tokens
 

@@ -82,9 +82,9 @@ def measure(contestant: str, shape: dict[str, int], dtype_name: str, workload: s
     """Time whole calls in this process: seconds of the median one, and of the first where it compiles."""
     import torch
 
-    from osler.inference.engine import Engine
+    from osler.inference.engine import InferenceEngine
     from osler.inference.recompute import generate_by_recompute
-    from osler.inference.rollout import Sampling
+    from osler.inference.rollout import SamplingParams
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype_name]
@@ -114,10 +114,10 @@ def measure(contestant: str, shape: dict[str, int], dtype_name: str, workload: s
     elif contestant == "recompute":
 
         def call(new_tokens: int) -> int:
-            return generate_by_recompute(model, prompts, Sampling(new_tokens), samples_per_prompt=samples).num_tokens
+            return generate_by_recompute(model, prompts, SamplingParams(new_tokens), samples_per_prompt=samples).num_tokens
 
     else:
-        engine = Engine(model, compile=contestant == "engine-compiled")
+        engine = InferenceEngine(model, compile=contestant == "engine-compiled")
 
         def call(new_tokens: int) -> int:
             return engine.generate(prompts, samples_per_prompt=samples, max_new_tokens=new_tokens).num_tokens

@@ -15,7 +15,7 @@ import torch
 
 from osler.errors import UserError
 from osler.eval.score import ANSWERED, CUT, TOO_LONG, UNPARSED, ExamScore, Result, summarise
-from osler.inference.engine import Engine
+from osler.inference.engine import InferenceEngine
 from osler.model.transformer import Transformer
 from osler.ops.cross_entropy import linear_logprobs
 from osler.runtime.stop import asked
@@ -26,7 +26,7 @@ from osler.tokenizer.chat import Completion, encode_prompt, parse_completion
 
 
 def score_by_generation(
-    engine: Engine,
+    engine: InferenceEngine,
     tokenizer: Tokenizer,
     items: Sequence[ExamItem],
     *,

@@ -19,7 +19,7 @@ from osler.eval.config import CLINIC_EXAM, EvalConfig
 from osler.eval.exams import score_by_generation, score_by_likelihood
 from osler.eval.perplexity import HeldOut, batches, measure, windows
 from osler.eval.score import ExamScore, Result, describe_too_long, length_explains, summarise
-from osler.inference.engine import Engine
+from osler.inference.engine import InferenceEngine
 from osler.inference.ready import ReadyModel, open_model
 from osler.runtime.files import read_json, write_json
 from osler.runtime.log import Progress, say
@@ -141,7 +141,7 @@ def methods(config: EvalConfig, ready: ReadyModel, items: Sequence[ExamItem]) ->
 def by_generation(config: EvalConfig, ready: ReadyModel, items: Sequence[ExamItem], progress: Callable[[int], None]) -> ExamScore:
     """The score of what the model writes."""
     return score_by_generation(
-        Engine(ready.model, max_rows=config.rows),
+        InferenceEngine(ready.model, max_rows=config.rows),
         ready.tokenizer,
         items,
         max_new_tokens=config.max_new_tokens,

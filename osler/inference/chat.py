@@ -14,10 +14,10 @@ from dataclasses import replace
 
 from osler.errors import UserError
 from osler.files.read import decode_lines
-from osler.inference.engine import Engine
+from osler.inference.engine import InferenceEngine
 from osler.inference.generate import Piece, stream_answer
 from osler.inference.ready import ReadyModel, open_model
-from osler.inference.rollout import Sampling
+from osler.inference.rollout import SamplingParams
 from osler.runtime.log import is_terminal, say
 from osler.runtime.stop import Terminated
 from osler.tasks.clinic import load as load_clinic_exam
@@ -34,11 +34,11 @@ def generate(
     checkpoint: str, prompt: str, *, max_new_tokens: int = 200, temperature: float = 0.7, top_p: float = 0.95, seed: int = 0
 ) -> int:
     """The verb ``generate``: print how the model continues ``prompt`` (empty: how it begins a text)."""
-    sampling = Sampling(max_new_tokens, temperature, top_p=top_p, seed=seed)
+    sampling = SamplingParams(max_new_tokens, temperature, top_p=top_p, seed=seed)
     ready = open_model(checkpoint)
     if colours():
         print(f"{DIM}{prompt}{PLAIN}", end="", flush=True)
-    show_text(continue_text(Engine(ready.model), ready.tokenizer, prompt, sampling))
+    show_text(continue_text(InferenceEngine(ready.model), ready.tokenizer, prompt, sampling))
     return 0
 
 
@@ -57,12 +57,12 @@ def chat(
     repeated. ``reasoning`` None: think first if that was trained. Ctrl-C stops the answer under way, and the session where
     nobody can type on.
     """
-    sampling = Sampling(max_new_tokens, temperature, top_p=top_p, seed=seed)
+    sampling = SamplingParams(max_new_tokens, temperature, top_p=top_p, seed=seed)
     ready = open_model(checkpoint)
     reasoning = ready.reasons if reasoning is None else reasoning
     interactive = sys.stdin.isatty()
     say(welcome(ready, interactive, seed))
-    engine = Engine(ready.model)
+    engine = InferenceEngine(ready.model)
     for number, line in enumerate(terminal_lines() if interactive else piped_lines()):
         if not interactive:
             print(f"{PROMPT}{line}")
@@ -78,7 +78,7 @@ def chat(
     return 0
 
 
-def reply(engine: Engine, ready: ReadyModel, line: str, sampling: Sampling, *, reasoning: bool) -> None:
+def reply(engine: InferenceEngine, ready: ReadyModel, line: str, sampling: SamplingParams, *, reasoning: bool) -> None:
     """Print the answer to a line, or how the text goes on when the model never learned to answer."""
     if not ready.answers_questions:
         show_text(continue_text(engine, ready.tokenizer, line, sampling))
@@ -173,7 +173,7 @@ def show_text(texts: Iterable[str]) -> None:
     print()
 
 
-def continue_text(engine: Engine, tokenizer: Tokenizer, text: str, sampling: Sampling) -> Iterator[str]:
+def continue_text(engine: InferenceEngine, tokenizer: Tokenizer, text: str, sampling: SamplingParams) -> Iterator[str]:
     """Yield what the model writes after ``text``, in pieces that hold whole characters.
 
     ``text`` stands after an end-of-text token, as a document does in training. New tokens are cut to what the model's

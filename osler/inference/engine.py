@@ -26,10 +26,10 @@ from torch import Tensor
 
 from osler.errors import UserError
 from osler.inference.decode import Decoder, cache_dtype
-from osler.inference.rollout import Rollout, Sampling, check_prompts
+from osler.inference.rollout import Rollout, SamplingParams, check_prompts
 from osler.model.kv_cache import KVCache
 from osler.model.transformer import Transformer
-from osler.ops.sampling import pack_keep, row_uniform, sample
+from osler.ops.sampling import pack_mask, row_uniform, sample
 
 _PREFILL_TOKENS = 16_384  # prompts run through the model this many tokens at a time: bounds the attention mask
 _COMPILED_READ_SLOTS = 64  # compiled steps read the cache in multiples of this, to be compiled few times
@@ -46,7 +46,7 @@ class _Rows:
     uniform_BN: Tensor  # the random number of every token to come
     tokens_BN: Tensor
     logprobs_BN: Tensor
-    keep_BN: Tensor | None  # packed kept sets, [B, N, V / 8]
+    mask_BN: Tensor | None  # packed sampling masks, [B, N, V / 8]
     length_B: Tensor  # tokens drawn, up to and with the stop token
     done_B: Tensor
 
@@ -60,7 +60,7 @@ class _Rows:
             uniform_BN=self.uniform_BN[index_B],
             tokens_BN=self.tokens_BN[index_B],
             logprobs_BN=self.logprobs_BN[index_B],
-            keep_BN=None if self.keep_BN is None else self.keep_BN[index_B],
+            mask_BN=None if self.mask_BN is None else self.mask_BN[index_B],
             length_B=self.length_B[index_B],
             done_B=self.done_B[index_B],
         )
@@ -73,25 +73,25 @@ class _Collected:
         self.completions: list[list[int]] = [[] for _ in range(num_rows)]
         self.logprobs: list[list[float]] = [[] for _ in range(num_rows)]
         self.finished = [False] * num_rows
-        self.packed_keep: list[Tensor] | None = None
+        self.packed_masks: list[Tensor] | None = None
 
     def take(self, rows: _Rows, numbers: Sequence[int], chosen: Sequence[int]) -> None:
         """Store the rows at places ``chosen``; ``numbers`` tells each place's number in the call."""
         lengths, done = rows.length_B.tolist(), rows.done_B.tolist()
         tokens, logprobs = rows.tokens_BN.tolist(), rows.logprobs_BN.tolist()
-        keep = None if rows.keep_BN is None else rows.keep_BN.cpu()
-        if keep is not None and self.packed_keep is None:
-            self.packed_keep = [torch.empty(0)] * len(self.completions)
+        keep = None if rows.mask_BN is None else rows.mask_BN.cpu()
+        if keep is not None and self.packed_masks is None:
+            self.packed_masks = [torch.empty(0)] * len(self.completions)
         for index in chosen:
             number, length = numbers[index], lengths[index]
             self.completions[number] = tokens[index][:length]
             self.logprobs[number] = logprobs[index][:length]
             self.finished[number] = done[index]
-            if keep is not None and self.packed_keep is not None:
-                self.packed_keep[number] = keep[index, :length].clone()
+            if keep is not None and self.packed_masks is not None:
+                self.packed_masks[number] = keep[index, :length].clone()
 
 
-class Engine:
+class InferenceEngine:
     """Draws completions from ``model``, on its device and in ``dtype`` (the model's compute dtype unless given).
 
     ``max_rows`` bounds the rows decoded at once (and with them the cache); more are done in waves. ``compile`` runs the
@@ -138,10 +138,10 @@ class Engine:
     ) -> Rollout:
         """Draw ``samples_per_prompt`` completions of every prompt; row r belongs to prompt r // samples_per_prompt.
 
-        Settings are those of :class:`osler.inference.rollout.Sampling`. Raises UserError for an empty prompt, ids outside
+        Settings are those of :class:`SamplingParams`. Raises UserError for an empty prompt, ids outside
         the vocabulary, and prompts that with ``max_new_tokens`` exceed the model's ``max_seq_len``.
         """
-        sampling = Sampling(max_new_tokens, temperature, top_k, top_p, tuple(stop_ids), seed, first_row)
+        sampling = SamplingParams(max_new_tokens, temperature, top_k, top_p, tuple(stop_ids), seed, first_row)
         check_prompts(self.model.config, prompts, samples_per_prompt, sampling)
         collected = _Collected(len(prompts) * samples_per_prompt)
         numbers = range(len(prompts) * samples_per_prompt)
@@ -154,7 +154,7 @@ class Engine:
             logprobs=collected.logprobs,
             finished=collected.finished,
             vocab_size=self.model.config.vocab_size,
-            packed_keep=collected.packed_keep,
+            packed_masks=collected.packed_masks,
         )
 
     def release(self) -> None:
@@ -173,7 +173,7 @@ class Engine:
         seed: int = 0,
     ) -> Iterator[int]:
         """Yield one completion's tokens as they are drawn, the stop token included: those ``generate`` would give."""
-        sampling = Sampling(max_new_tokens, temperature, top_k, top_p, tuple(stop_ids), seed)
+        sampling = SamplingParams(max_new_tokens, temperature, top_k, top_p, tuple(stop_ids), seed)
         check_prompts(self.model.config, [prompt], 1, sampling)
         # Entered around each step and not around the loop: a generator's caller must not find itself in inference mode.
         with torch.inference_mode():
@@ -197,7 +197,7 @@ class Engine:
         self._decoder = Decoder(self.model, dtype=self.dtype, rows=rows, pack=not self._compile)
         self._counter = torch.arange(self.model.config.max_seq_len, device=self.device)
 
-    def _run(self, wave: Sequence[int], prompts: list[tuple[int, ...]], sampling: Sampling, collected: _Collected) -> None:
+    def _run(self, wave: Sequence[int], prompts: list[tuple[int, ...]], sampling: SamplingParams, collected: _Collected) -> None:
         """Decode one wave to its end; ``wave`` holds its rows' numbers in the call."""
         rows, numbers = self._prefill(wave, prompts, sampling), list(wave)
         prompt_slots = max(len(prompt) for prompt in prompts)
@@ -213,7 +213,7 @@ class Engine:
             self._advance(rows, sampling, slot, step)
         collected.take(rows, numbers, range(len(numbers)))
 
-    def _prefill(self, numbers: Sequence[int], prompts: list[tuple[int, ...]], sampling: Sampling) -> _Rows:
+    def _prefill(self, numbers: Sequence[int], prompts: list[tuple[int, ...]], sampling: SamplingParams) -> _Rows:
         """Run each distinct prompt through the model once, give each row its copy and draw each row's first token."""
         config, device = self.model.config, self.device
         distinct = {prompt: index for index, prompt in enumerate(dict.fromkeys(prompts))}
@@ -242,12 +242,12 @@ class Engine:
             uniform_BN=row_uniform(sampling.seed, row_B1, length_B[:, None] + new_N),
             tokens_BN=torch.zeros(shape_BN, dtype=torch.int64, device=device),
             logprobs_BN=torch.zeros(shape_BN, device=device),
-            keep_BN=None,
+            mask_BN=None,
             length_B=torch.zeros_like(length_B),
             done_B=torch.zeros_like(length_B, dtype=torch.bool),
         )
         if sampling.truncates(config.vocab_size):
-            rows.keep_BN = torch.zeros(*shape_BN, -(-config.vocab_size // 8), dtype=torch.uint8, device=device)
+            rows.mask_BN = torch.zeros(*shape_BN, -(-config.vocab_size // 8), dtype=torch.uint8, device=device)
         self._draw(rows, torch.cat(logits)[prompt_B], sampling, self._counter[:1])
         return rows
 
@@ -283,32 +283,32 @@ class Engine:
         cache.v[:, :, :, :filled] = rows.cache.v[:, index_B, :, :filled]
         return rows.select(index_B, cache), [numbers[index] for index in stay]
 
-    def _advance(self, rows: _Rows, sampling: Sampling, slot: int, step: int) -> None:
+    def _advance(self, rows: _Rows, sampling: SamplingParams, slot: int, step: int) -> None:
         """Feed every row's last token into cache slot ``slot`` and draw its next, number ``step``; no host sync."""
         multiple = _COMPILED_READ_SLOTS if self._compile else 1
         rows.cache.read_len = min(-(-(slot + 1) // multiple) * multiple, rows.visible_BS.shape[1])
         with torch._dynamo.config.patch(recompile_limit=64) if self._compile else nullcontext():
             self._step(rows, sampling, self._counter[slot : slot + 1], self._counter[step : step + 1])
 
-    def _decode(self, rows: _Rows, sampling: Sampling, slot_T: Tensor, step_T: Tensor) -> None:
+    def _decode(self, rows: _Rows, sampling: SamplingParams, slot_T: Tensor, step_T: Tensor) -> None:
         assert self._decoder is not None, "generate lays the weights out first"
         rows.visible_BS.index_fill_(1, slot_T, True)
         visible_BS = rows.visible_BS[:, : rows.cache.read_len]
         logits_BV = self._decoder.step(rows.token_B, rows.position_B, slot_T, visible_BS, rows.cache)
         self._draw(rows, logits_BV, sampling, step_T)
 
-    def _draw(self, rows: _Rows, logits_BV: Tensor, sampling: Sampling, step_T: Tensor) -> None:
+    def _draw(self, rows: _Rows, logits_BV: Tensor, sampling: SamplingParams, step_T: Tensor) -> None:
         """Draw one token per row and note it, in place."""
         uniform_B = rows.uniform_BN.index_select(1, step_T).squeeze(1)
-        token_B, logp_B, keep_BV = sample(
+        token_B, logp_B, mask_BV = sample(
             logits_BV, uniform_B, temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p
         )
         rows.token_B.copy_(token_B)
         rows.position_B += 1
         rows.tokens_BN.index_copy_(1, step_T, token_B[:, None])
         rows.logprobs_BN.index_copy_(1, step_T, logp_B[:, None])
-        if rows.keep_BN is not None and keep_BV is not None:
-            rows.keep_BN.index_copy_(1, step_T, pack_keep(keep_BV)[:, None])
+        if rows.mask_BN is not None and mask_BV is not None:
+            rows.mask_BN.index_copy_(1, step_T, pack_mask(mask_BV)[:, None])
         rows.length_B += ~rows.done_B
         for stop in sampling.stop_ids:
             rows.done_B |= token_B == stop

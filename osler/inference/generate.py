@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from osler.inference.engine import Engine
+from osler.inference.engine import InferenceEngine
 from osler.tokenizer.bpe import Tokenizer
 from osler.tokenizer.chat import ANSWER, encode_prompt
 
@@ -27,7 +27,7 @@ class Piece:
 
 
 def stream_answer(
-    engine: Engine,
+    engine: InferenceEngine,
     tokenizer: Tokenizer,
     question: str,
     *,

@@ -13,14 +13,14 @@ from collections.abc import Sequence
 
 import torch
 
-from osler.inference.rollout import Rollout, Sampling, check_prompts
+from osler.inference.rollout import Rollout, SamplingParams, check_prompts
 from osler.model.transformer import Transformer
-from osler.ops.sampling import pack_keep, row_uniform, sample
+from osler.ops.sampling import pack_mask, row_uniform, sample
 
 
 @torch.inference_mode()
 def generate_by_recompute(
-    model: Transformer, prompts: Sequence[Sequence[int]], sampling: Sampling, *, samples_per_prompt: int = 1
+    model: Transformer, prompts: Sequence[Sequence[int]], sampling: SamplingParams, *, samples_per_prompt: int = 1
 ) -> Rollout:
     """Sample ``samples_per_prompt`` completions of every prompt, recomputing every prefix."""
     check_prompts(model.config, prompts, samples_per_prompt, sampling)
@@ -39,7 +39,7 @@ def generate_by_recompute(
         length_B = torch.tensor([len(row) for row in rows], device=device)
         logits_BV = model.logits(model(ids_BT)[row_B, length_B - 1])
         u_B = row_uniform(sampling.seed, sampling.first_row + row_B, length_B)
-        token_B, logp_B, keep_BV = sample(
+        token_B, logp_B, mask_BV = sample(
             logits_BV, u_B, temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p
         )
         for index, (token, logp) in enumerate(zip(token_B.tolist(), logp_B.tolist(), strict=True)):
@@ -48,12 +48,12 @@ def generate_by_recompute(
             rows[index].append(token)
             logprobs[index].append(logp)
             finished[index] = token in sampling.stop_ids
-            if keep_BV is not None:
-                kept[index].append(pack_keep(keep_BV[index]).cpu())
+            if mask_BV is not None:
+                kept[index].append(pack_mask(mask_BV[index]).cpu())
     return Rollout(
         completions=[row[start:] for row, start in zip(rows, starts, strict=True)],
         logprobs=logprobs,
         finished=finished,
         vocab_size=model.config.vocab_size,
-        packed_keep=[torch.stack(masks) for masks in kept] if kept and kept[0] else None,
+        packed_masks=[torch.stack(masks) for masks in kept] if kept and kept[0] else None,
     )

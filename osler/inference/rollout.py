@@ -9,11 +9,11 @@ from torch import Tensor
 
 from osler.errors import UserError
 from osler.model.config import ModelConfig
-from osler.ops.sampling import check_sampling, unpack_keep
+from osler.ops.sampling import check_sampling, unpack_mask
 
 
 @dataclass(frozen=True)
-class Sampling:
+class SamplingParams:
     """How tokens are drawn; the defaults draw from the model's own distribution.
 
     ``temperature`` 0 takes the likeliest token. A row ends with the first of ``stop_ids`` or after ``max_new_tokens``.
@@ -35,7 +35,7 @@ class Sampling:
             raise UserError(f"max_new_tokens is {self.max_new_tokens}: ask for at least one token.")
 
     def truncates(self, vocab_size: int) -> bool:
-        """Whether tokens are drawn from a kept set smaller than the vocabulary."""
+        """Whether tokens are drawn from a part of the vocabulary."""
         cuts = (self.top_k is not None and self.top_k < vocab_size) or (self.top_p is not None and self.top_p < 1)
         return self.temperature > 0 and cuts
 
@@ -45,8 +45,8 @@ class Rollout:
     """Completions, one per row (row r belongs to prompt r // samples_per_prompt), without their prompts.
 
     A completion includes the stop token when one was drawn; ``finished`` is False where the length limit cut it.
-    ``logprobs`` are those the tokens were drawn with: at the sampling temperature, over the kept set (greedy:
-    temperature 1, whole vocabulary). ``packed_keep`` holds each row's kept sets in bits, uint8 [tokens, V / 8] on the
+    ``logprobs`` are those the tokens were drawn with: at the sampling temperature, over the sampling mask (greedy:
+    temperature 1, whole vocabulary). ``packed_masks`` holds each row's sampling masks in bits, uint8 [tokens, V / 8] on the
     CPU, or is None when nothing was cut off.
     """
 
@@ -54,18 +54,20 @@ class Rollout:
     logprobs: list[list[float]]
     finished: list[bool]
     vocab_size: int
-    packed_keep: list[Tensor] | None = None
+    packed_masks: list[Tensor] | None = None
 
     @property
     def num_tokens(self) -> int:
         return sum(len(completion) for completion in self.completions)
 
-    def keep(self, row: int) -> Tensor | None:
-        """The kept sets of one row, bool [tokens, vocab_size] on the CPU; None when nothing was cut off."""
-        return None if self.packed_keep is None else unpack_keep(self.packed_keep[row], self.vocab_size)
+    def sampling_mask(self, row: int) -> Tensor | None:
+        """The sampling masks of one row, bool [tokens, vocab_size] on the CPU; None when nothing was cut off."""
+        return None if self.packed_masks is None else unpack_mask(self.packed_masks[row], self.vocab_size)
 
 
-def check_prompts(config: ModelConfig, prompts: Sequence[Sequence[int]], samples_per_prompt: int, sampling: Sampling) -> None:
+def check_prompts(
+    config: ModelConfig, prompts: Sequence[Sequence[int]], samples_per_prompt: int, sampling: SamplingParams
+) -> None:
     """Refuse what the model cannot continue, naming the prompt and the numbers (UserError)."""
     if samples_per_prompt < 1:
         raise UserError(f"samples_per_prompt is {samples_per_prompt}: ask for at least one sample.")

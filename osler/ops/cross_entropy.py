@@ -78,19 +78,19 @@ def linear_logprobs(
     *,
     vocab_size: int | None = None,
     temperature: float = 1.0,
-    keep_NV: Tensor | None = None,
+    mask_NV: Tensor | None = None,
     chunk_tokens: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of each label and entropy of its distribution, both [N] fp32 in nats, at ``temperature``.
 
-    ``keep_NV`` (bool, True = kept, [N, vocab_size]) renormalises over a sampler's kept set, which must hold the label. Only the
+    ``mask_NV`` (bool, True = kept, [N, vocab_size]) renormalises over a sampling mask, which must hold the label. Only the
     log-probabilities are differentiable.
     """
     logp, entropy = _LinearLogprobs.apply(
         features_NR,
         weight_VR,
         labels_N,
-        keep_NV,
+        mask_NV,
         vocab_size or weight_VR.shape[0],
         temperature,
         chunk_tokens or default_chunk_tokens(weight_VR.shape[0]),
@@ -139,11 +139,11 @@ def _without_padding(logits_CV: Tensor, vocab_size: int) -> Tensor:
     return logits_CV.masked_fill(torch.arange(logits_CV.shape[1], device=logits_CV.device) >= vocab_size, float("-inf"))
 
 
-def _chunk_logits(x_CR: Tensor, weight_VR: Tensor, vocab_size: int, keep_CV: Tensor | None) -> Tensor:
+def _chunk_logits(x_CR: Tensor, weight_VR: Tensor, vocab_size: int, mask_CV: Tensor | None) -> Tensor:
     logits_CV = _without_padding(_wide(x_CR @ weight_VR.T), vocab_size)
-    if keep_CV is not None:
-        keep_CV = F.pad(keep_CV, (0, weight_VR.shape[0] - keep_CV.shape[1]))
-        logits_CV = logits_CV.masked_fill(~keep_CV, float("-inf"))
+    if mask_CV is not None:
+        mask_CV = F.pad(mask_CV, (0, weight_VR.shape[0] - mask_CV.shape[1]))
+        logits_CV = logits_CV.masked_fill(~mask_CV, float("-inf"))
     return logits_CV
 
 
@@ -285,7 +285,7 @@ class _LinearLogprobs(torch.autograd.Function):
             logits = _chunk_logits(features[part], head, vocab_size, None if keep is None else keep[part]) / temperature
             log_softmax = logits.log_softmax(-1)
             logp.append(log_softmax.gather(1, labels[part, None]).squeeze(1))
-            # A word outside the kept set has log-probability -inf and adds nothing: 0 * -inf must not become NaN.
+            # A word outside the mask has log-probability -inf and adds nothing: 0 * -inf must not become NaN.
             entropy.append(-(log_softmax.exp() * log_softmax.clamp_min(-1e9)).sum(-1))
         ctx.save_for_backward(features, weight, labels, keep)
         ctx.numbers = (vocab_size, temperature, chunk_tokens)

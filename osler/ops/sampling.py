@@ -77,10 +77,10 @@ def sample(
     top_k: int | None = None,
     top_p: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Draw one token per row: (token_B int64, logp_B fp32, keep_BV bool, or None when nothing is cut off).
+    """Draw one token per row: (token_B int64, logp_B fp32, mask_BV bool, or None when nothing is cut off).
 
     ``logits_BV`` is fp32, -inf where a token must never be drawn; ``u_B`` is in [0, 1). ``logp_B`` is the
-    log-probability that the token was drawn with: at ``temperature``, over the kept set. The kept set is the ``top_k``
+    log-probability that the token was drawn with: at ``temperature``, over the sampling mask. The mask holds the ``top_k``
     likeliest tokens, and of these (renormalised) the fewest likeliest whose probabilities reach ``top_p``; it always
     has the drawn token. Temperature 0 takes the likeliest token and ignores the rest; its ``logp_B`` is at temperature 1.
     """
@@ -89,11 +89,11 @@ def sample(
         chosen_B = logits_BV.gather(-1, token_B[:, None]).squeeze(-1)
         return token_B, chosen_B - logits_BV.logsumexp(-1), None
     scaled_BV = logits_BV if temperature == 1 else logits_BV / temperature
-    keep_BV = keep_set(scaled_BV, top_k=top_k, top_p=top_p)
-    if keep_BV is not None:
-        scaled_BV = scaled_BV.masked_fill(~keep_BV, -torch.inf)
+    mask_BV = sampling_mask(scaled_BV, top_k=top_k, top_p=top_p)
+    if mask_BV is not None:
+        scaled_BV = scaled_BV.masked_fill(~mask_BV, -torch.inf)
     token_B, logp_B = _invert(scaled_BV, u_B)
-    return token_B, logp_B, keep_BV
+    return token_B, logp_B, mask_BV
 
 
 def _invert(scaled_BV: Tensor, u_B: Tensor) -> tuple[Tensor, Tensor]:
@@ -125,7 +125,7 @@ def _first_above(end_BN: Tensor, target_B1: Tensor) -> Tensor:
     return torch.minimum(found_B1, last_B1)
 
 
-def keep_set(scaled_BV: Tensor, *, top_k: int | None = None, top_p: float | None = None) -> Tensor | None:
+def sampling_mask(scaled_BV: Tensor, *, top_k: int | None = None, top_p: float | None = None) -> Tensor | None:
     """Mark the tokens that ``top_k`` and ``top_p`` leave to draw from (bool), or None when neither cuts anything.
 
     ``scaled_BV`` are logits already divided by the temperature. At least one token of each row is kept, exactly
@@ -137,22 +137,22 @@ def keep_set(scaled_BV: Tensor, *, top_k: int | None = None, top_p: float | None
     if top_k == vocab and top_p >= 1:
         return None
     values_BK, index_BK = scaled_BV.topk(top_k, dim=-1)
-    keep_BK = values_BK > -torch.inf
+    mask_BK = values_BK > -torch.inf
     if top_p < 1:
         probability_BK = values_BK.double().softmax(-1)
-        keep_BK = keep_BK & (probability_BK.cumsum(-1) - probability_BK < top_p)
-        keep_BK[:, 0] = True
-    return torch.zeros_like(scaled_BV, dtype=torch.bool).scatter_(-1, index_BK, keep_BK)
+        mask_BK = mask_BK & (probability_BK.cumsum(-1) - probability_BK < top_p)
+        mask_BK[:, 0] = True
+    return torch.zeros_like(scaled_BV, dtype=torch.bool).scatter_(-1, index_BK, mask_BK)
 
 
-def pack_keep(keep_BV: Tensor) -> Tensor:
+def pack_mask(mask_BV: Tensor) -> Tensor:
     """Store a bool mask over the vocabulary in bits: uint8 [..., ceil(V / 8)], lowest bit first."""
-    vocab = keep_BV.size(-1)
-    padded = F.pad(keep_BV, (0, -vocab % 8)).unflatten(-1, (-1, 8)).to(torch.uint8)
+    vocab = mask_BV.size(-1)
+    padded = F.pad(mask_BV, (0, -vocab % 8)).unflatten(-1, (-1, 8)).to(torch.uint8)
     return (padded << torch.arange(8, dtype=torch.uint8, device=padded.device)).sum(-1, dtype=torch.uint8)
 
 
-def unpack_keep(packed: Tensor, vocab_size: int) -> Tensor:
-    """Undo ``pack_keep``: bool [..., vocab_size]."""
+def unpack_mask(packed: Tensor, vocab_size: int) -> Tensor:
+    """Undo ``pack_mask``: bool [..., vocab_size]."""
     bits = (packed.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8, device=packed.device)) & 1
     return bits.flatten(-2)[..., :vocab_size].bool()

@@ -30,7 +30,7 @@ from osler.errors import UserError
 from osler.eval.config import EXAM_SEED
 from osler.eval.exams import score_by_generation
 from osler.eval.score import ExamScore, Result, compare
-from osler.inference.engine import Engine
+from osler.inference.engine import InferenceEngine
 from osler.inference.load import load_model
 from osler.monitor.fanout import check_sinks
 from osler.quickstart.config import QuickstartConfig
@@ -189,7 +189,7 @@ class Story:
     def examine(self, label: str, checkpoint: Path) -> dict[str, ExamScore]:
         """Let a checkpoint sit the exam on every test split, greedily; add the scores and some answers to the folder."""
         loaded = load_model(checkpoint)
-        engine = Engine(loaded.model, dtype=torch.float32)
+        engine = InferenceEngine(loaded.model, dtype=torch.float32)
         scores = {}
         for split in self.config.exam_splits:
             items = load_clinic_exam(split=split, limit=self.config.exam_items, seed=EXAM_SEED)

@@ -11,7 +11,7 @@ gradient, because grad(w) = w * grad(logp) is what turns an average over samples
 
 All averaging sits in ``weight_BT``, made once by :func:`token_weights` for the whole update: micro-batches are slices
 of it, so their losses (and gradients) add up to those of the whole however the rows are split. ``logp``, ``logp_old``
-and ``logp_ref`` must be taken at one temperature and over one kept set of tokens.
+and ``logp_ref`` must be taken at one temperature and over the same sampling mask.
 
 Shapes: B completions, T their tokens, padded on the right.
 """

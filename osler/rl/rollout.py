@@ -5,8 +5,8 @@ and dynamic sampling replaces whole groups. Everything drawn is a function of (s
 resume.
 
 Every rank asks its share of the questions and tells the others what it drew, so all of them know all groups and come to
-the same metrics, advantages and refills, whatever their number. Kept sets alone, which are large, stay where they were
-drawn.
+the same metrics, advantages and refills, whatever their number. Sampling masks alone, which are large, stay where
+they were drawn.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from osler.inference.engine import Engine
+from osler.inference.engine import InferenceEngine
 from osler.rl.config import AlgorithmConfig
 from osler.rl.filters import BAD_VERDICTS, Verdict, is_dead, judge, letter_fractions, settle
 from osler.rl.prompts import RlTask, Visit, refill_visits, rollout_seed, visits
@@ -32,15 +32,15 @@ from osler.tokenizer.chat import Completion, encode_prompt, parse_completion
 class Sample:
     """One completion: ``ids`` include the end-of-text token where the model produced it, and ``logprobs`` go with them.
 
-    ``keep`` is the sampler's kept set, packed bits uint8 ``[len(ids), ceil(V / 8)]``, or None when nothing was cut off.
-    The rank ``keeper`` alone has it, and so it alone can learn from the sample; None: every rank can.
+    ``sampling_mask`` says which words each token was drawn from, in bits, uint8 ``[len(ids), ceil(V / 8)]``; None: from all.
+    Only the rank ``sampled_by_rank`` has it, so only that rank can learn from the sample; None: every rank can.
     ``rewards`` are the raw values by name; ``reward`` is their weighted sum after the filters.
     """
 
     ids: list[int]
     logprobs: list[float]
     finished: bool
-    keep: Tensor | None
+    sampling_mask: Tensor | None
     completion: Completion
     rewards: dict[str, float]
     reward: float
@@ -49,7 +49,7 @@ class Sample:
     trained: bool
     letter: int | None
     correct: bool
-    keeper: int | None = None
+    sampled_by_rank: int | None = None
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class RolloutWorker:
 
     def __init__(
         self,
-        engine: Engine,
+        engine: InferenceEngine,
         tokenizer: Tokenizer,
         tasks: Sequence[RlTask],
         algorithm: AlgorithmConfig,
@@ -115,7 +115,7 @@ class RolloutWorker:
             encode_prompt(self.tokenizer, render_question(visit.item), reasoning=visit.task.reasoning) for visit in asked
         ]
         own = self._draw(asked[first:end], prompts[first:end], seed, first_row=first * self.algorithm.samples_per_prompt)
-        parts = world.gather([[replace(sample, keep=None) for sample in samples] for samples in own])
+        parts = world.gather([[replace(sample, sampling_mask=None) for sample in samples] for samples in own])
         parts[world.rank] = own
         samples_of = [samples for part in parts for samples in part]
         return [Group(*group) for group in zip(asked, prompts, samples_of, strict=True)]
@@ -136,7 +136,7 @@ class RolloutWorker:
             seed=seed,
             first_row=first_row,
         )
-        keeper = None if drawn.packed_keep is None else self.world.rank
+        sampled_by_rank = None if drawn.packed_masks is None else self.world.rank
         samples = [
             score(
                 tokenizer,
@@ -144,9 +144,9 @@ class RolloutWorker:
                 ids,
                 drawn.logprobs[row],
                 drawn.finished[row],
-                None if drawn.packed_keep is None else drawn.packed_keep[row],
+                None if drawn.packed_masks is None else drawn.packed_masks[row],
                 algorithm,
-                keeper,
+                sampled_by_rank,
             )
             for row, ids in enumerate(drawn.completions)
         ]
@@ -160,9 +160,9 @@ def score(
     ids: list[int],
     logprobs: list[float],
     finished: bool,
-    keep: Tensor | None,
+    sampling_mask: Tensor | None,
     algorithm: AlgorithmConfig,
-    keeper: int | None = None,
+    sampled_by_rank: int | None = None,
 ) -> Sample:
     """Read one completion, reward it, and apply the sample filters."""
     item = visit.item
@@ -181,7 +181,7 @@ def score(
         ids=ids,
         logprobs=logprobs,
         finished=finished,
-        keep=keep,
+        sampling_mask=sampling_mask,
         completion=completion,
         rewards=rewards,
         reward=settled.reward,
@@ -190,7 +190,7 @@ def score(
         trained=settled.trained,
         letter=reading.choice,
         correct=reading.right,  # for the log, whatever the rewards pay for
-        keeper=keeper,
+        sampled_by_rank=sampled_by_rank,
     )
 
 

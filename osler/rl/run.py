@@ -17,7 +17,7 @@ from osler.checkpoint.root import refuse_checkpoint
 from osler.config import decode, load_recipe, parse_overrides
 from osler.errors import UserError
 from osler.eval.exams import score_by_generation
-from osler.inference.engine import Engine
+from osler.inference.engine import InferenceEngine
 from osler.inference.load import LoadedModel, describing_files, load_model
 from osler.monitor.events import EventLog
 from osler.monitor.fanout import check_sinks
@@ -120,7 +120,7 @@ def train(config: GrpoConfig, run: RunFolder, world: World | None = None) -> boo
     tasks = load_tasks(config, start)
     eval_items = load_task(config.eval_task) if config.eval_task is not None else []
     check_held_out(tasks, eval_items)
-    sampler = Engine(model, max_rows=config.rollout_rows)
+    sampler = InferenceEngine(model, max_rows=config.rollout_rows)
     samples = ""
     if world.once(lambda: checkpoint is None) and config.preflight != "off":
         samples = preflight(RolloutWorker(sampler, tokenizer, tasks, config.algorithm, config.seed, world).ask(0), config)
@@ -222,7 +222,7 @@ def check_held_out(tasks: Sequence[RlTask], eval_items: Sequence[ExamItem]) -> N
 
 
 def exam(
-    config: GrpoConfig, sampler: Engine, tokenizer: Tokenizer, items: Sequence[ExamItem], world: World
+    config: GrpoConfig, sampler: InferenceEngine, tokenizer: Tokenizer, items: Sequence[ExamItem], world: World
 ) -> tuple[Callable[[], dict[str, float]] | None, str]:
     """A function that sits the evaluation exam with the sampler's model, and the name of its accuracy.
 

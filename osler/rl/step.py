@@ -4,7 +4,7 @@ optimizer.
 Every rank knows all rows of the update and learns from its share of them, which is sorted by length into micro-batches of
 a token budget. The weights of all tokens are made once for the whole update, so how it is shared and cut changes nothing
 but the order of floating-point sums. Rows without an advantage get a forward pass, for the metrics, and no backward pass
-unless there is a KL term. Log-probabilities are taken at the sampler's temperature and over its kept set, at completion
+unless there is a KL term. Log-probabilities are taken at the sampler's temperature and over its sampling masks, at completion
 tokens only: the prompt never reaches the vocabulary.
 
 Ranks exchange gradients, and with FSDP weights, in every pass alike, so all of them make the same number of passes: one
@@ -30,7 +30,7 @@ from osler.monitor.collect import Collector, of_norms
 from osler.monitor.look import Rows
 from osler.ops.cross_entropy import linear_logprobs
 from osler.ops.labels import IGNORED
-from osler.ops.sampling import unpack_keep
+from osler.ops.sampling import unpack_mask
 from osler.parallel.engine import Engine
 from osler.rl.advantages import group_advantages
 from osler.rl.config import AlgorithmConfig
@@ -45,15 +45,15 @@ FIRST_UPDATE_METRICS = "sampling/"  # sampler against trainer: only comparable b
 
 @dataclass(frozen=True)
 class Row:
-    """One completion to learn from; ``keep`` and ``keeper`` as in ``rollout.Sample``, ``trained`` False gives it no gradient."""
+    """One completion to learn from; masks and ranks are those of ``rollout.Sample``, ``trained`` False gives it no gradient."""
 
     prompt_ids: list[int]
     completion_ids: list[int]
     logprobs: list[float]
     advantage: float
-    keep: Tensor | None = None
+    sampling_mask: Tensor | None = None
     trained: bool = True
-    keeper: int | None = None
+    sampled_by_rank: int | None = None
 
     @property
     def tokens(self) -> int:
@@ -71,7 +71,15 @@ def training_rows(groups: Sequence[Group], algorithm: AlgorithmConfig) -> list[R
     valid_PG = torch.tensor([[s.stays for s in group.samples] for group in groups])
     advantages_PG = group_advantages(rewards_PG, algorithm.advantage, valid_PG=valid_PG).tolist()
     return [
-        Row(group.prompt_ids, sample.ids, sample.logprobs, advantage, sample.keep, sample.trained, sample.keeper)
+        Row(
+            group.prompt_ids,
+            sample.ids,
+            sample.logprobs,
+            advantage,
+            sample.sampling_mask,
+            sample.trained,
+            sample.sampled_by_rank,
+        )
         for group, advantages in zip(groups, advantages_PG, strict=True)
         for sample, advantage in zip(group.samples, advantages, strict=True)
         if sample.stays
@@ -79,12 +87,12 @@ def training_rows(groups: Sequence[Group], algorithm: AlgorithmConfig) -> list[R
 
 
 def deal(rows: Sequence[Row], chosen: Sequence[int], ranks: int) -> list[list[int]]:
-    """Share the chosen indices out, longest row first: each to its keeper, or to the rank with the fewest tokens so far."""
+    """Share the chosen indices out, longest row first: to the rank that drew the row, or to the one with the fewest tokens."""
     shares: list[list[int]] = [[] for _ in range(ranks)]
     tokens = [0] * ranks
     for index in sorted(chosen, key=lambda i: -rows[i].tokens):
-        keeper = rows[index].keeper
-        rank = tokens.index(min(tokens)) if keeper is None else keeper
+        drawn_by = rows[index].sampled_by_rank
+        rank = tokens.index(min(tokens)) if drawn_by is None else drawn_by
         shares[rank].append(index)
         tokens[rank] += rows[index].tokens
     return shares
@@ -123,14 +131,14 @@ def completion_logprobs(
     hidden_ND = hidden_BLD[sent(torch.tensor(row_N), device), sent(torch.tensor(place_N), device)]
     features_ND, weight_VD = model.head(hidden_ND)
     vocab_size = model.config.vocab_size
-    kept = [row.keep for row in rows if row.keep is not None]
+    masks = [row.sampling_mask for row in rows if row.sampling_mask is not None]
     logp_N, entropy_N = linear_logprobs(
         features_ND,
         weight_VD,
         sent(torch.tensor(label_N), device),
         vocab_size=vocab_size,
         temperature=temperature,
-        keep_NV=unpack_keep(sent(torch.cat(kept), device), vocab_size) if kept else None,
+        mask_NV=unpack_mask(sent(torch.cat(masks), device), vocab_size) if masks else None,
     )
     empty_BT = torch.zeros(mask_BT.shape, dtype=logp_N.dtype, device=device)
     # Rows are laid out one after another in N, which is the order in which masked_scatter fills the mask.

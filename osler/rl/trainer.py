@@ -24,7 +24,7 @@ import torch
 from osler.checkpoint import store
 from osler.checkpoint.saver import Saver
 from osler.data.delivered import of_sources
-from osler.inference.engine import Engine
+from osler.inference.engine import InferenceEngine
 from osler.model.transformer import Transformer
 from osler.monitor.collect import Collector
 from osler.monitor.fanout import FanOut, open_sinks
@@ -65,7 +65,7 @@ class GrpoTrainer:
         model: Transformer,
         optimizer: torch.optim.Optimizer,
         engine: ParallelEngine,
-        sampler: Engine,
+        sampler: InferenceEngine,
         tokenizer: Tokenizer,
         tasks: Sequence[RlTask],
         run: RunFolder,

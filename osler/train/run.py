@@ -28,7 +28,7 @@ from osler.data.shards import ShardSet
 from osler.errors import UserError
 from osler.eval.exams import score_by_generation
 from osler.eval.perplexity import batches, measure, windows
-from osler.inference.engine import Engine
+from osler.inference.engine import InferenceEngine
 from osler.inference.load import TOKENIZER_FILE, describing_files
 from osler.model.config import ModelConfig
 from osler.model.transformer import Transformer
@@ -336,7 +336,7 @@ def exam_probe(
     """A function that sits the clinic's exam with the model as it is; each rank answers its share of the questions."""
 
     def sit() -> dict[str, float]:
-        sampler, world = Engine(engine.plain_model(model), dtype=dtype), engine.world
+        sampler, world = InferenceEngine(engine.plain_model(model), dtype=dtype), engine.world
         scores = {}
         for split, items in exam.items():
             share = items[world.rank :: world.size]

@@ -90,8 +90,8 @@ def taught_nothing(command: Sequence[str], folder: Path) -> None:
 def run_all(grpo: list[str], root: Path) -> None:
     with redirect_stdout(io.StringIO()):  # reads the recipe once for every fork
         main([*grpo, "--dry-run"])
-    # Three questions on four ranks: one asks none. In the other variant kept sets stay with who drew them, and without a KL term
-    # pairs of equal rewards, of which one refill leaves some, are not learned from: the ranks have other numbers of passes.
+    # Three questions on four ranks: one asks none. In the other variant sampling masks stay with who drew them, and without a KL
+    # term pairs of equal rewards, of which one refill leaves some, are not learned from: the ranks have other numbers of passes.
     options = ["beta=0", "top_k=40", "samples_per_prompt=2", "updates_per_batch=2", "dynamic_sampling=true", "max_refills=1"]
     uneven = [*grpo, *(f"algorithm.{option}" for option in options), "micro_batch_tokens=60", "steps=4"]
     cases = {"plain": (grpo, [(2, "ddp"), (4, "ddp"), (2, "fsdp")]), "uneven": (uneven, [(4, "ddp"), (2, "fsdp")])}

@@ -20,7 +20,7 @@ from osler.eval.exams import (
     sum_logprobs,
 )
 from osler.eval.score import compare
-from osler.inference.engine import Engine
+from osler.inference.engine import InferenceEngine
 from osler.model.config import ModelConfig
 from osler.model.transformer import Transformer
 from osler.ops.cross_entropy import linear_cross_entropy
@@ -95,37 +95,37 @@ def scholar(tokenizer: Tokenizer) -> Transformer:
 def test_what_was_learnt_is_scored_right(scholar: Transformer, tokenizer: Tokenizer) -> None:
     done: list[int] = []
     score = score_by_generation(
-        Engine(scholar), tokenizer, [*ITEMS, NUMBER], max_new_tokens=40, batch_rows=3, progress=done.append
+        InferenceEngine(scholar), tokenizer, [*ITEMS, NUMBER], max_new_tokens=40, batch_rows=3, progress=done.append
     )
     assert (score.n, score.correct, score.unparsed, score.cut, score.too_long) == (7, 7, 0, 0, 0)
     assert score.letters == {"A": 2, "B": 2, "C": 1, "D": 1} and done == [3, 6, 7]
     assert score.results[1].text == render_answer(ITEMS[1]) and score.results[6].text == "42"
     assert score.groups["drug"]["n"] == 6
-    without = score_by_generation(Engine(scholar), tokenizer, ITEMS, max_new_tokens=20, reasoning=False)
+    without = score_by_generation(InferenceEngine(scholar), tokenizer, ITEMS, max_new_tokens=20, reasoning=False)
     assert without.accuracy == 1.0
 
 
 def test_the_same_answers_are_wrong_on_another_key(scholar: Transformer, tokenizer: Tokenizer) -> None:
     wrong_key = [replace(item, answer_index=(item.answer_index + 1) % 4) for item in ITEMS]
-    score = score_by_generation(Engine(scholar), tokenizer, wrong_key, max_new_tokens=40)
+    score = score_by_generation(InferenceEngine(scholar), tokenizer, wrong_key, max_new_tokens=40)
     assert score.correct == 0 and score.unparsed == 0
-    right = score_by_generation(Engine(scholar), tokenizer, ITEMS, max_new_tokens=40)
+    right = score_by_generation(InferenceEngine(scholar), tokenizer, ITEMS, max_new_tokens=40)
     gain = compare(score, right)
     assert gain.mean == 1.0 and gain.interval[0] > 0.3
 
 
 def test_length_limits_are_counted_and_never_right(scholar: Transformer, tokenizer: Tokenizer) -> None:
-    cut = score_by_generation(Engine(scholar), tokenizer, ITEMS, max_new_tokens=2)
+    cut = score_by_generation(InferenceEngine(scholar), tokenizer, ITEMS, max_new_tokens=2)
     assert (cut.correct, cut.cut, cut.unparsed) == (0, 6, 0)
-    tight = score_by_generation(Engine(scholar), tokenizer, ITEMS, max_new_tokens=40, max_seq_len=50)
+    tight = score_by_generation(InferenceEngine(scholar), tokenizer, ITEMS, max_new_tokens=40, max_seq_len=50)
     assert (tight.n, tight.correct, tight.too_long) == (6, 0, 6)
     with pytest.raises(UserError, match="no room"):
-        score_by_generation(Engine(scholar), tokenizer, ITEMS, max_new_tokens=128)
+        score_by_generation(InferenceEngine(scholar), tokenizer, ITEMS, max_new_tokens=128)
 
 
 def test_a_long_context_is_shortened_from_its_front(scholar: Transformer, tokenizer: Tokenizer) -> None:
     long = replace(ITEMS[0], context=" ".join(f"word{k}" for k in range(500)))
-    score = score_by_generation(Engine(scholar), tokenizer, [long], max_new_tokens=20)
+    score = score_by_generation(InferenceEngine(scholar), tokenizer, [long], max_new_tokens=20)
     assert score.too_long == 0
     rows = option_rows(tokenizer, long, template=True, max_seq_len=100)
     assert rows is not None
@@ -280,7 +280,7 @@ def test_an_answer_that_was_cut_within_a_word_is_not_read() -> None:
 
 
 def test_examiner_and_reward_agree_on_everything_the_model_writes(scholar: Transformer, tokenizer: Tokenizer) -> None:
-    engine = Engine(scholar)
+    engine = InferenceEngine(scholar)
     score = score_by_generation(engine, tokenizer, ITEMS, max_new_tokens=40, permutations=4, temperature=1.5, seed=3)
     assert 0 < score.correct < score.presentations
     for result in score.results:

@@ -16,10 +16,10 @@ from osler.config import decode
 from osler.errors import UserError
 from osler.inference import chat
 from osler.inference.chat import continue_text, show_answer
-from osler.inference.engine import Engine
+from osler.inference.engine import InferenceEngine
 from osler.inference.generate import Piece
 from osler.inference.ready import ReadyModel, open_model
-from osler.inference.rollout import Sampling
+from osler.inference.rollout import SamplingParams
 from osler.runtime.files import RunFolder
 from osler.train.config import TrainConfig
 from osler.train.run import train
@@ -121,8 +121,8 @@ def test_a_model_of_plain_text_continues_what_is_written_and_says_so(runs, monke
     captured = capsys.readouterr()
     assert "trained on text alone" in captured.err and "osler sft" in captured.err
     ready = open_model(runs / "textbook", device="cpu")
-    settings = Sampling(6, 0.0, top_p=0.95)
-    expected = "".join(continue_text(Engine(ready.model), ready.tokenizer, "A patient has", settings))
+    settings = SamplingParams(6, 0.0, top_p=0.95)
+    expected = "".join(continue_text(InferenceEngine(ready.model), ready.tokenizer, "A patient has", settings))
     assert captured.out == f"> A patient has\n{expected}\n"
 
 
@@ -192,7 +192,7 @@ def test_generate_prints_the_continuation(runs, capsys):
     out = capsys.readouterr().out
     ready = open_model(runs / "textbook", device="cpu")
     prompt = [ready.tokenizer.eos_id, *ready.tokenizer.encode("A patient")]
-    rollout = Engine(ready.model).generate([prompt], max_new_tokens=12, temperature=0, stop_ids=[ready.tokenizer.eos_id])
+    rollout = InferenceEngine(ready.model).generate([prompt], max_new_tokens=12, temperature=0, stop_ids=[ready.tokenizer.eos_id])
     assert out == ready.tokenizer.decode(rollout.completions[0], skip_special=True) + "\n"
     assert cli.main([*arguments, ""]) == 0
     assert len(capsys.readouterr().out) > 1, "an empty prompt is the beginning of a text"
@@ -219,22 +219,22 @@ def test_half_a_character_waits_for_its_other_half(runs):
     ids = tokenizer.encode("è→x🩺")
     assert len(ids) == len(set(ids)) > 6, "the characters are several tokens each"
     ready = biased(ready, [tokenizer.eos_id, *ids])
-    pieces = list(continue_text(Engine(ready.model), tokenizer, "", Sampling(len(ids), 0.0)))
+    pieces = list(continue_text(InferenceEngine(ready.model), tokenizer, "", SamplingParams(len(ids), 0.0)))
     assert pieces == ["è", "→", "x", "🩺"]
-    cut = list(continue_text(Engine(ready.model), tokenizer, "", Sampling(len(ids) - 1, 0.0)))
+    cut = list(continue_text(InferenceEngine(ready.model), tokenizer, "", SamplingParams(len(ids) - 1, 0.0)))
     assert cut == ["è", "→", "x", "\N{REPLACEMENT CHARACTER}"], "what is never completed is shown at the end"
 
 
 def test_a_prompt_that_fills_the_context_is_refused(runs):
     ready = open_model(runs / "textbook", device="cpu")
     with pytest.raises(UserError, match="max_seq_len"):
-        next(continue_text(Engine(ready.model), ready.tokenizer, "fever " * 400, Sampling(5)))
+        next(continue_text(InferenceEngine(ready.model), ready.tokenizer, "fever " * 400, SamplingParams(5)))
     text = "fever " * 20
     room = 160 - 1 - len(ready.tokenizer.encode(text))
     assert room > 0
 
     def continued(new_tokens: int) -> str:
-        return "".join(continue_text(Engine(ready.model), ready.tokenizer, text, Sampling(new_tokens, 0.0)))
+        return "".join(continue_text(InferenceEngine(ready.model), ready.tokenizer, text, SamplingParams(new_tokens, 0.0)))
 
     assert continued(10_000) == continued(room), "new tokens are cut to what is left"
 

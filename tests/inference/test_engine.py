@@ -10,9 +10,9 @@ import torch
 
 from osler.errors import UserError
 from osler.inference.decode import Decoder, cache_dtype
-from osler.inference.engine import Engine
+from osler.inference.engine import InferenceEngine
 from osler.inference.recompute import generate_by_recompute
-from osler.inference.rollout import Rollout, Sampling
+from osler.inference.rollout import Rollout, SamplingParams
 from osler.model.config import ModelConfig
 from osler.model.kv_cache import KVCache
 from osler.model.transformer import Transformer
@@ -65,16 +65,16 @@ def assert_same(a: Rollout, b: Rollout) -> None:
     assert a.finished == b.finished
     for x, y in zip(a.logprobs, b.logprobs, strict=True):
         torch.testing.assert_close(torch.tensor(x), torch.tensor(y), atol=1e-5, rtol=0)
-    assert (a.packed_keep is None) == (b.packed_keep is None)
+    assert (a.packed_masks is None) == (b.packed_masks is None)
     for row in range(len(a.completions)):
-        kept_a, kept_b = a.keep(row), b.keep(row)
+        kept_a, kept_b = a.sampling_mask(row), b.sampling_mask(row)
         assert (kept_a is None and kept_b is None) or torch.equal(kept_a, kept_b)
 
 
 def draw(model: Transformer, prompts: list[list[int]] = PROMPTS, **changes: Any) -> Rollout:
     engine = {name: changes.pop(name) for name in ("max_rows", "poll_steps", "dtype") if name in changes}
     asked: dict[str, Any] = {"samples_per_prompt": 3, "max_new_tokens": 24, "stop_ids": STOP_IDS, "seed": 5}
-    return Engine(model, **engine).generate(prompts, **{**asked, **changes})
+    return InferenceEngine(model, **engine).generate(prompts, **{**asked, **changes})
 
 
 # ---- against the plain loop
@@ -83,14 +83,14 @@ def draw(model: Transformer, prompts: list[list[int]] = PROMPTS, **changes: Any)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_engine_draws_what_the_plain_loop_draws(name: str) -> None:
     model = build(CONFIGS[name])
-    sampling = Sampling(max_new_tokens=24, stop_ids=STOP_IDS, seed=5)
+    sampling = SamplingParams(max_new_tokens=24, stop_ids=STOP_IDS, seed=5)
     assert_same(draw(model, poll_steps=2), generate_by_recompute(model, PROMPTS, sampling, samples_per_prompt=3))
 
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_engine_draws_what_the_plain_loop_draws_with(name: str) -> None:
     model = build(PLAIN)
-    sampling = Sampling(max_new_tokens=24, stop_ids=STOP_IDS, seed=5, **SETTINGS[name])
+    sampling = SamplingParams(max_new_tokens=24, stop_ids=STOP_IDS, seed=5, **SETTINGS[name])
     expected = generate_by_recompute(model, PROMPTS, sampling, samples_per_prompt=3)
     assert_same(draw(model, poll_steps=3, **SETTINGS[name]), expected)
 
@@ -100,7 +100,7 @@ def test_a_part_of_a_call_draws_what_the_whole_draws() -> None:
     whole = draw(model)
     part = draw(model, prompts=PROMPTS[1:], first_row=3)
     assert part.completions == whole.completions[3:] != draw(model, prompts=PROMPTS[1:]).completions
-    sampling = Sampling(max_new_tokens=24, stop_ids=STOP_IDS, seed=5, first_row=3)
+    sampling = SamplingParams(max_new_tokens=24, stop_ids=STOP_IDS, seed=5, first_row=3)
     assert_same(part, generate_by_recompute(model, PROMPTS[1:], sampling, samples_per_prompt=3))
 
 
@@ -135,7 +135,7 @@ def test_logprobs_equal_a_full_forward(name: str) -> None:
             torch.tensor(completion),
             vocab_size=model.config.vocab_size,
             temperature=SETTINGS[name].get("temperature", 1.0) or 1.0,
-            keep_NV=rollout.keep(row),
+            mask_NV=rollout.sampling_mask(row),
         )
         torch.testing.assert_close(torch.tensor(logprobs), expected.detach(), atol=1e-5, rtol=0)
 
@@ -178,22 +178,22 @@ def test_seeds_repeat_and_differ() -> None:
 
 def test_the_engine_follows_the_weights_of_the_model() -> None:
     model = build(PLAIN)
-    engine = Engine(model)
+    engine = InferenceEngine(model)
     before = engine.generate(PROMPTS, max_new_tokens=8, temperature=0)
     model.load_state_dict(build(PLAIN, seed=1).state_dict())
     after = engine.generate(PROMPTS, max_new_tokens=8, temperature=0)
     assert before.completions != after.completions
-    assert_same(after, Engine(model).generate(PROMPTS, max_new_tokens=8, temperature=0))
+    assert_same(after, InferenceEngine(model).generate(PROMPTS, max_new_tokens=8, temperature=0))
 
 
 def test_a_stream_is_the_first_row_of_generate() -> None:
     model = build(PLAIN)
     asked: dict[str, Any] = {"max_new_tokens": 24, "stop_ids": STOP_IDS, "seed": 5}
     for prompt in PROMPTS:
-        streamed = list(Engine(model).stream(prompt, **asked))
-        assert streamed == Engine(model).generate([prompt], **asked).completions[0]
+        streamed = list(InferenceEngine(model).stream(prompt, **asked))
+        assert streamed == InferenceEngine(model).generate([prompt], **asked).completions[0]
     with torch.enable_grad():
-        for _ in Engine(model).stream(PROMPTS[0], **asked):
+        for _ in InferenceEngine(model).stream(PROMPTS[0], **asked):
             assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
 
 
@@ -229,13 +229,13 @@ def test_completions_end_with_their_first_stop_token_or_at_the_limit() -> None:
 
 def test_a_stop_on_the_first_and_on_the_last_possible_token() -> None:
     model = build(PLAIN)
-    first = Engine(model).generate([[1]], max_new_tokens=5, temperature=0).completions[0]
+    first = InferenceEngine(model).generate([[1]], max_new_tokens=5, temperature=0).completions[0]
     for position in (0, 4):
         stop = first[position]
-        rollout = Engine(model, poll_steps=1).generate([[1]], max_new_tokens=5, temperature=0, stop_ids=[stop])
+        rollout = InferenceEngine(model, poll_steps=1).generate([[1]], max_new_tokens=5, temperature=0, stop_ids=[stop])
         assert rollout.completions[0] == first[: first.index(stop) + 1]
         assert rollout.finished == [True]
-    assert Engine(model).generate([[1]], max_new_tokens=1).finished == [False]
+    assert InferenceEngine(model).generate([[1]], max_new_tokens=1).finished == [False]
 
 
 def test_padding_of_the_vocabulary_is_never_drawn() -> None:
@@ -248,7 +248,7 @@ def test_padding_of_the_vocabulary_is_never_drawn() -> None:
 
 
 def test_no_prompts_no_rows() -> None:
-    assert Engine(build(PLAIN)).generate([], max_new_tokens=4).completions == []
+    assert InferenceEngine(build(PLAIN)).generate([], max_new_tokens=4).completions == []
 
 
 @pytest.mark.parametrize(
@@ -274,6 +274,6 @@ def test_mistakes_are_named(prompts: list[list[int]], changes: dict[str, Any], w
 
 def test_the_whole_length_of_the_model_can_be_used() -> None:
     model = build(PLAIN)
-    sampling = Sampling(max_new_tokens=14, seed=5)
+    sampling = SamplingParams(max_new_tokens=14, seed=5)
     expected = generate_by_recompute(model, [[1] * 50], sampling)
     assert_same(draw(model, [[1] * 50], samples_per_prompt=1, max_new_tokens=14, stop_ids=()), expected)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from osler.errors import UserError
-from osler.inference.engine import Engine
+from osler.inference.engine import InferenceEngine
 from osler.inference.generate import stream_answer
 from osler.model.config import ModelConfig
 from osler.model.transformer import Transformer
@@ -22,19 +22,19 @@ def tokenizer() -> Tokenizer:
 
 
 @pytest.fixture(scope="module")
-def engine(tokenizer: Tokenizer) -> Engine:
+def engine(tokenizer: Tokenizer) -> InferenceEngine:
     config = ModelConfig(num_layers=1, hidden_size=32, intermediate_size=32, num_heads=2, num_kv_heads=1, head_dim=16,
                          vocab_size=tokenizer.vocab_size, max_seq_len=128)  # fmt: skip
     model = Transformer(config)
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3, generator=generator)
-    return Engine(model)
+    return InferenceEngine(model)
 
 
 @pytest.mark.parametrize("reasoning", [True, False])
 @pytest.mark.parametrize("seed", range(6))
-def test_pieces_add_up_to_the_completion(engine: Engine, tokenizer: Tokenizer, seed: int, reasoning: bool) -> None:
+def test_pieces_add_up_to_the_completion(engine: InferenceEngine, tokenizer: Tokenizer, seed: int, reasoning: bool) -> None:
     prompt = encode_prompt(tokenizer, "What is it?", reasoning=reasoning)
     asked = {"max_new_tokens": 100, "temperature": 1.5, "seed": seed}
     ids = engine.generate([prompt], stop_ids=[tokenizer.eos_id], **asked).completions[0]
@@ -51,7 +51,7 @@ def test_pieces_add_up_to_the_completion(engine: Engine, tokenizer: Tokenizer, s
     assert [c for piece in pieces for c in piece.text if c.isascii()] == whole
 
 
-def test_a_question_that_leaves_no_room_is_refused(engine: Engine, tokenizer: Tokenizer) -> None:
+def test_a_question_that_leaves_no_room_is_refused(engine: InferenceEngine, tokenizer: Tokenizer) -> None:
     with pytest.raises(UserError, match="max_seq_len 128"):
         list(stream_answer(engine, tokenizer, "x!" * 200))
     short = "?" * (127 - len(encode_prompt(tokenizer, "")))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from osler.inference.engine import Engine
+from osler.inference.engine import InferenceEngine
 from osler.model.config import ModelConfig
 from osler.model.transformer import Transformer
 from osler.rl.config import AlgorithmConfig
@@ -24,7 +24,7 @@ def tiny_model(seed=0):
     )  # fmt: skip
     model = Transformer(config)
     model.init_weights(seed)
-    with torch.no_grad():  # sharper than at the start of training, so that kept sets and ratios have something to show
+    with torch.no_grad():  # sharper than at the start of training, so that sampling masks and ratios have something to show
         for parameter in model.parameters():
             generator = torch.Generator().manual_seed(parameter.numel())
             parameter.add_(0.15 * torch.randn(parameter.shape, generator=generator))
@@ -36,12 +36,12 @@ def sample_rows(model, *, sampler=(1.0, None, 1.0), max_rows=64, poll_steps=16, 
     generator = torch.Generator().manual_seed(1)
     prompts = [torch.randint(4, VOCAB, (length,), generator=generator).tolist() for length in (2, 7, 5)]
     temperature, top_k, top_p = sampler
-    drawn = Engine(model, max_rows=max_rows, poll_steps=poll_steps).generate(
+    drawn = InferenceEngine(model, max_rows=max_rows, poll_steps=poll_steps).generate(
         prompts, samples_per_prompt=4, max_new_tokens=20, temperature=temperature, top_k=top_k, top_p=top_p,
         stop_ids=STOPS, seed=5,
     )  # fmt: skip
     values = [0.5, -0.5, 1.0, -1.0] * 3 if advantage is None else [advantage] * 12
-    keep = drawn.packed_keep or [None] * 12
+    keep = drawn.packed_masks or [None] * 12
     return [Row(prompts[r // 4], ids, drawn.logprobs[r], values[r], keep[r]) for r, ids in enumerate(drawn.completions)]
 
 
@@ -62,7 +62,7 @@ def test_sampler_logprobs_equal_a_full_forward(sampler):
 
 @pytest.mark.parametrize("sampler", [(1.0, 5, 1.0), (1.3, None, 0.8)])
 def test_without_the_kept_set_the_logprobs_are_wrong(sampler):
-    """What the kept set is stored for: over the whole vocabulary the same tokens have other log-probabilities."""
+    """What the sampling mask is stored for: over the whole vocabulary the same tokens have other log-probabilities."""
     model = tiny_model()
     rows = [Row(r.prompt_ids, r.completion_ids, r.logprobs, r.advantage) for r in sample_rows(model, sampler=sampler)]
     with torch.no_grad():

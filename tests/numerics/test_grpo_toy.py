@@ -11,7 +11,7 @@ from copy import deepcopy
 
 import torch
 
-from osler.inference.engine import Engine
+from osler.inference.engine import InferenceEngine
 from osler.model.config import ModelConfig
 from osler.model.transformer import Transformer
 from osler.optim.build import build_optimizer
@@ -41,7 +41,7 @@ def train(*, steps, reward=right_frac):
     model.init_weights(0)
     reference = deepcopy(model).requires_grad_(False)
     optimizer = build_optimizer(model, AdamWConfig(lr=3e-3, weight_decay=0.0))
-    engine = Engine(model)
+    engine = InferenceEngine(model)
 
     def draw(questions, samples, seed):
         return engine.generate(

@@ -70,7 +70,7 @@ def test_logprobs_entropy_and_gradient_equal_log_softmax(keep: bool) -> None:
     x, w, y = make(40, 8, 24, 20)
     kept = torch.rand(40, 20, generator=torch.Generator().manual_seed(1)) < 0.5
     kept[torch.arange(40), y] = True
-    logp, entropy = linear_logprobs(x, w, y, vocab_size=20, temperature=0.7, keep_NV=kept if keep else None, chunk_tokens=11)
+    logp, entropy = linear_logprobs(x, w, y, vocab_size=20, temperature=0.7, mask_NV=kept if keep else None, chunk_tokens=11)
     logits = (x @ w[:20].T) / 0.7
     if keep:
         logits = logits.masked_fill(~kept, float("-inf"))

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from osler.errors import UserError
-from osler.ops.sampling import check_sampling, keep_set, pack_keep, row_uniform, sample, unpack_keep
+from osler.ops.sampling import check_sampling, pack_mask, row_uniform, sample, sampling_mask, unpack_mask
 from osler.ops.temperature import COLDEST
 
 
@@ -104,7 +104,7 @@ def test_temperature_zero_takes_the_likeliest_and_reports_it_at_temperature_one(
     torch.testing.assert_close(logp, logits.log_softmax(-1).amax(-1))
 
 
-# ---- kept sets
+# ---- sampling masks
 
 
 @settings(max_examples=60, deadline=None)
@@ -142,21 +142,21 @@ def test_kept_set_is_the_smallest_of_the_likeliest(
 
 def test_top_p_counts_what_top_k_left() -> None:
     logits = torch.tensor([[0.4, 0.3, 0.2, 0.1]]).log()
-    assert keep_set(logits, top_k=2, top_p=0.5).tolist() == [[True, False, False, False]]
-    assert keep_set(logits, top_p=0.5).tolist() == [[True, True, False, False]]
+    assert sampling_mask(logits, top_k=2, top_p=0.5).tolist() == [[True, False, False, False]]
+    assert sampling_mask(logits, top_p=0.5).tolist() == [[True, True, False, False]]
 
 
 def test_equal_logits_still_keep_exactly_k() -> None:
-    assert keep_set(torch.zeros(3, 10), top_k=4).sum(-1).tolist() == [4, 4, 4]
+    assert sampling_mask(torch.zeros(3, 10), top_k=4).sum(-1).tolist() == [4, 4, 4]
 
 
 @settings(max_examples=30, deadline=None)
 @given(vocab=st.integers(1, 70), seed=st.integers(0, 100))
 def test_packing_a_kept_set_loses_nothing(vocab: int, seed: int) -> None:
     keep = torch.rand(3, 2, vocab, generator=torch.Generator().manual_seed(seed)) < 0.4
-    packed = pack_keep(keep)
+    packed = pack_mask(keep)
     assert packed.dtype == torch.uint8 and packed.shape == (3, 2, -(-vocab // 8))
-    assert torch.equal(unpack_keep(packed, vocab), keep)
+    assert torch.equal(unpack_mask(packed, vocab), keep)
 
 
 @pytest.mark.parametrize(

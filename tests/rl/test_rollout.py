@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from osler.inference.engine import Engine
+from osler.inference.engine import InferenceEngine
 from osler.monitor.metrics import declared_name
 from osler.rl.config import AlgorithmConfig, QualityConfig
 from osler.rl.prompts import RewardTerm, RlTask, Visit
@@ -107,7 +107,7 @@ def test_metrics_are_declared_and_count_by_hand(tokenizer):
 def worker(policy, tokenizer, task, **options):
     settings = {"prompts_per_step": 3, "samples_per_prompt": 4, "max_new_tokens": 12, "quality": OFF}
     algorithm = AlgorithmConfig(**{**settings, **options})
-    return RolloutWorker(Engine(policy), tokenizer, [task], algorithm, seed=3)
+    return RolloutWorker(InferenceEngine(policy), tokenizer, [task], algorithm, seed=3)
 
 
 def ids_of(groups):
@@ -129,7 +129,7 @@ def test_the_kept_set_holds_every_drawn_token(make_policy, tokenizer, short_task
     groups, _ = worker(make_policy(), tokenizer, short_task, top_k=5).step(0)
     for group in groups:
         for sample in group.samples:
-            bits = sample.keep.tolist()
+            bits = sample.sampling_mask.tolist()
             assert len(bits) == len(sample.ids)
             for row, token in zip(bits, sample.ids, strict=True):
                 assert row[token // 8] >> token % 8 & 1

@@ -35,13 +35,13 @@ def test_micro_batches_hold_every_chosen_row_once_within_the_budget(sizes, budge
 @given(
     sizes=st.lists(st.tuples(st.integers(1, 30), st.sampled_from([None, None, 0, 1])), max_size=20), ranks=st.integers(2, 4)
 )
-def test_rows_are_dealt_to_their_keepers_and_otherwise_evenly(sizes, ranks):
-    rows = [replace(row(size, 1), keeper=keeper) for size, keeper in sizes]
+def test_rows_are_dealt_to_those_who_drew_them_and_otherwise_evenly(sizes, ranks):
+    rows = [replace(row(size, 1), sampled_by_rank=sampled_by_rank) for size, sampled_by_rank in sizes]
     chosen = list(range(0, len(rows), 2))
     shares = deal(rows, chosen, ranks)
     assert sorted(index for share in shares for index in share) == chosen
-    assert all(rows[index].keeper in (None, rank) for rank, share in enumerate(shares) for index in share)
-    if all(rows[index].keeper is None for index in chosen):
+    assert all(rows[index].sampled_by_rank in (None, rank) for rank, share in enumerate(shares) for index in share)
+    if all(rows[index].sampled_by_rank is None for index in chosen):
         tokens = [sum(rows[index].tokens for index in share) for share in shares]
         assert max(tokens) - min(tokens) <= max((rows[index].tokens for index in chosen), default=0)
 

@@ -14,7 +14,7 @@ import torch
 from osler.checkpoint import store
 from osler.errors import UserError
 from osler.inference.decode import Decoder
-from osler.inference.engine import Engine
+from osler.inference.engine import InferenceEngine
 from osler.monitor import collect
 from osler.monitor.config import SpikeConfig
 from osler.monitor.events import read_events
@@ -65,7 +65,7 @@ def make_trainer(make_policy, tokenizer, short_task):
             model=model,
             optimizer=build_optimizer(model, config.optim),
             engine=ParallelEngine(PolicyLoss(model)),
-            sampler=Engine(model),
+            sampler=InferenceEngine(model),
             tokenizer=tokenizer,
             tasks=[task],
             run=RunFolder.create(folder),
