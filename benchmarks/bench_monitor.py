@@ -63,7 +63,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
     from osler.bench.measure import stand_in
     from osler.config import decode, load_recipe
-    from osler.data.delivered import Delivered
+    from osler.data.consumed import ConsumedData
     from osler.data.loader import Batch, Loader, StagedLoader
     from osler.model.config import ModelConfig
     from osler.monitor.config import MonitorConfig
@@ -109,7 +109,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             optimizer=optimizer,
             train_step=step,
             batches=batches,
-            delivered=Delivered(staged),
+            consumed=ConsumedData(staged),
             evaluate=dict,
             probe=dict,
             run=run,

@@ -66,7 +66,7 @@ class Saver:
         self._on_damage = on_damage
         self._damaged: Skipped = []  # found by the writer and not told yet
 
-    def hold(self, part: str, name: str, tensor: Tensor) -> Tensor:
+    def to_host(self, part: str, name: str, tensor: Tensor) -> Tensor:
         """Copy a tensor into the buffer of its names, from a GPU without waiting for it; one that lies there already is left.
 
         ``save`` does this with all tensors. Called before it, between ``wait`` and ``save``, it frees a device from tensors that
@@ -112,7 +112,7 @@ class Saver:
                 torch.cuda.current_stream(self._gpu).synchronize()  # what ``hold`` has queued
             self._finish(partial(write, tensors=tensors), needed=last)
             return
-        held = {part: {name: self.hold(part, name, own) for name, own in named.items()} for part, named in tensors.items()}
+        held = {part: {name: self.to_host(part, name, own) for name, own in named.items()} for part, named in tensors.items()}
         copied = None if self._gpu is None else torch.cuda.current_stream(self._gpu).record_event()
 
         def work() -> None:

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from osler.data.curriculum import Timeline
-from osler.data.packing import Packing, Row
+from osler.data.packing import PackedRow, Packing
 from osler.errors import UserError
 from osler.runtime.faults import fault
 
@@ -129,5 +129,5 @@ def make_batch(packing: Packing, indices: Sequence[int]) -> Batch:
     return Batch(*(torch.from_numpy(np.stack(arrays)) for arrays in _by_field(rows)))
 
 
-def _by_field(rows: Sequence[Row]) -> Iterator[tuple[np.ndarray, ...]]:
+def _by_field(rows: Sequence[PackedRow]) -> Iterator[tuple[np.ndarray, ...]]:
     return zip(*rows, strict=True)

@@ -23,7 +23,7 @@ from osler.errors import UserError
 from osler.ops.labels import IGNORED
 
 
-class Row(NamedTuple):
+class PackedRow(NamedTuple):
     """One row, three int64 arrays of seq_len: input ids, the next token (or -100), and which document a token is of.
 
     Documents are numbered 0, 1, ... within the row, padding has the last number.
@@ -47,7 +47,7 @@ class Packing(Protocol):
         """How many rows hold every document once; not always whole."""
         ...
 
-    def row(self, index: int) -> Row:
+    def row(self, index: int) -> PackedRow:
         """Return a row; the same number is the same row, always."""
         ...
 
@@ -80,7 +80,7 @@ class StreamPacking:
         self.rows_per_epoch = order.shards.num_tokens / seq_len
         self.tokens_of_epoch = by_source(order, order.shards.source_of_document, order.shards.lengths)
 
-    def row(self, index: int) -> Row:
+    def row(self, index: int) -> PackedRow:
         """Return tokens index * seq_len ... (index + 1) * seq_len of the stream from `first_token` on."""
         shards = self.order.shards
         epoch, offset = divmod(self.first_token + index * self.seq_len, shards.num_tokens)
@@ -147,7 +147,7 @@ class WholePacking:
         self._row_ends = np.cumsum(np.bincount(row_of_place, minlength=self.rows_per_epoch))
         self._plan = functools.lru_cache(CACHED_EPOCHS)(self._plan_epoch)
 
-    def row(self, index: int) -> Row:
+    def row(self, index: int) -> PackedRow:
         """Return the row at `index % rows_per_epoch` of its epoch."""
         epoch, position = divmod(index, self.rows_per_epoch)
         pieces_by_place, rank, rows = self._plan(epoch)
@@ -252,7 +252,7 @@ class _RowBuilder:
         self.room -= len(ids)
         self._documents += 1
 
-    def finish(self, *, across_documents: bool, prompt_loss: bool) -> Row:
+    def finish(self, *, across_documents: bool, prompt_loss: bool) -> PackedRow:
         """Return the row; `across_documents` learns a document's first token from the end of the one before."""
         learn = self._learn
         if prompt_loss:
@@ -260,7 +260,7 @@ class _RowBuilder:
         document_ids = self._document_ids
         document_ids[self._used :] = self._documents
         learned = learn[1:] if across_documents else learn[1:] & (document_ids[1:] == document_ids[:-1])
-        return Row(self._ids[:-1], np.where(learned, self._ids[1:], IGNORED), document_ids[:-1])
+        return PackedRow(self._ids[:-1], np.where(learned, self._ids[1:], IGNORED), document_ids[:-1])
 
 
 def _check_seq_len(seq_len: int) -> None:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from osler.data.documents import Document
-from osler.data.shards import FORMAT_VERSION, MANIFEST, SHARD_TOKENS, TOKENIZER, ShardSet, ShardWriter, read_manifest
+from osler.data.shards import DATA_MANIFEST, FORMAT_VERSION, SHARD_TOKENS, TOKENIZER, ShardSet, ShardWriter, read_data_manifest
 from osler.errors import UserError
 from osler.runtime.faults import fault
 from osler.runtime.files import fingerprint, fsync_dir, write_atomic, write_json
@@ -115,7 +115,7 @@ def prepare(
 
 def open_prepared(out: str | Path, tokenizer: Tokenizer) -> Prepared:
     """Open a folder that `prepare` made; UserError when it is missing, torn, or made with another tokenizer."""
-    manifest = read_manifest(out)
+    manifest = read_data_manifest(out)
     _check_same("tokenizer", Path(out), manifest["tokenizer_fingerprint"], tokenizer.fingerprint)
     return _open(Path(out), reused=True)
 
@@ -128,7 +128,7 @@ def tokenizer_of_shards(folder: str | Path, given: str | None = None) -> Tokeniz
     path = Path(folder)
     if not path.is_dir():
         raise UserError(f"There is no folder {folder}; set data.path to one that `osler data prepare` wrote.")
-    wanted = read_manifest(path)["tokenizer_fingerprint"]
+    wanted = read_data_manifest(path)["tokenizer_fingerprint"]
     file = path / TOKENIZER if given is None else Path(given)
     if given is None and not file.is_file():
         raise UserError(f"{folder} has no {TOKENIZER}: set tokenizer.path to the file that it was prepared with.")
@@ -212,9 +212,9 @@ def _can_reuse(out: Path, manifest: dict[str, Any], consent: str = "") -> bool:
     """Whether `out` holds exactly these data; UserError when it holds anything else."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return False
-    if not (out / MANIFEST).is_file():
+    if not (out / DATA_MANIFEST).is_file():
         raise UserError(f"{out} exists but is not a folder of prepared data; give another folder or remove it.")
-    found = read_manifest(out)
+    found = read_data_manifest(out)
     _check_same("tokenizer", out, found["tokenizer_fingerprint"], manifest["tokenizer_fingerprint"])
     _check_same("content", out, found["content_fingerprint"], manifest["content_fingerprint"], consent)
     return True
@@ -222,9 +222,9 @@ def _can_reuse(out: Path, manifest: dict[str, Any], consent: str = "") -> bool:
 
 def _set_aside(out: Path, content_fingerprint: str) -> None:
     """Rename prepared data of another content after it; of the same content once more, as after going back and forth, drop it."""
-    if not (out / MANIFEST).is_file():
+    if not (out / DATA_MANIFEST).is_file():
         return
-    found = read_manifest(out)["content_fingerprint"]
+    found = read_data_manifest(out)["content_fingerprint"]
     aside = out.with_name(f"{out.name}-{found}")
     if found == content_fingerprint:
         return
@@ -245,7 +245,7 @@ def _check_same(what: str, out: Path, found: str, wanted: str, consent: str = ""
 
 
 def _open(out: Path, *, reused: bool) -> Prepared:
-    manifest = read_manifest(out)
+    manifest = read_data_manifest(out)
     train = ShardSet.open(out, "train")
     validation = ShardSet.open(out, "validation") if "validation" in manifest["splits"] else None
     held = f", {validation.num_documents:,} held out" if validation is not None else ""
@@ -279,7 +279,7 @@ def _write_folder(
         manifest["dropped_copies"] = len(train.survey.keys) - splits["train"]["documents"] if held_is_given else 0
         write_atomic(partial / TOKENIZER, tokenizer.to_bytes())
         fault("prepare-manifest")
-        write_json(partial / MANIFEST, manifest)
+        write_json(partial / DATA_MANIFEST, manifest)
         fault("prepare-rename")
         if not _rename(partial, out) and not _can_reuse(out, manifest):
             raise UserError(f"{out} was emptied by something else while it was being prepared; prepare it again.")
@@ -296,7 +296,7 @@ def _rename(partial: Path, out: Path) -> bool:
             out.rmdir()  # refuses unless it is empty
         os.rename(partial, out)
     except OSError:
-        if not (out / MANIFEST).is_file():
+        if not (out / DATA_MANIFEST).is_file():
             raise
         return False
     fsync_dir(out.parent)

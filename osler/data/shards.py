@@ -25,7 +25,7 @@ from osler.errors import UserError
 from osler.runtime.files import fingerprint, read_json, sha256_file
 
 FORMAT_VERSION = 1
-MANIFEST = "manifest.json"
+DATA_MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"  # that the shards were cut with
 SHARD_TOKENS = 1 << 26
 MOST_SOURCES = 32  # collections that are counted apart; documents of all further ones are counted together
@@ -154,7 +154,7 @@ class ShardSet:
 
         Raises UserError when the folder, the split or a file is missing, or a file has another size than it should.
         """
-        manifest = read_manifest(path)
+        manifest = read_data_manifest(path)
         if split not in manifest["splits"]:
             have = ", ".join(manifest["splits"]) or "none"
             raise UserError(f"The prepared data in {path} have no split '{split}' (they have: {have}).")
@@ -192,11 +192,11 @@ class ShardSet:
         return problems
 
 
-def read_manifest(path: str | Path) -> dict[str, Any]:
+def read_data_manifest(path: str | Path) -> dict[str, Any]:
     """Return the manifest of a prepared folder; UserError when there is none or this version cannot read it."""
-    file = Path(path) / MANIFEST
+    file = Path(path) / DATA_MANIFEST
     if not file.is_file():
-        raise UserError(f"{path} is not a folder of prepared data: it has no {MANIFEST}.")
+        raise UserError(f"{path} is not a folder of prepared data: it has no {DATA_MANIFEST}.")
     manifest = read_json(file)
     version = manifest.get("format_version") if isinstance(manifest, dict) else None
     if version != FORMAT_VERSION:

@@ -13,7 +13,7 @@ from typing import Any
 
 from osler.config import decode, encode, parse_overrides
 from osler.data.readers import TextFiles
-from osler.data.shards import ShardSet, read_manifest
+from osler.data.shards import ShardSet, read_data_manifest
 from osler.errors import UserError
 from osler.eval.config import CLINIC_EXAM, EvalConfig
 from osler.eval.exams import score_by_generation, score_by_likelihood
@@ -81,7 +81,7 @@ def complete(config: EvalConfig, ready: ReadyModel) -> tuple[EvalConfig, ShardSe
     if ready.training.get("eval_task"):
         return decode(EvalConfig, {**encode(config), "task": ready.training["eval_task"]}), None
     data = ready.shards
-    if data is not None and data.is_dir() and "validation" in read_manifest(data)["splits"] and not ready.answers_questions:
+    if data is not None and data.is_dir() and "validation" in read_data_manifest(data)["splits"] and not ready.answers_questions:
         return config, ShardSet.open(data, "validation")
     raise UserError(
         f"What shall {ready.path} be examined on? Give an exam (task.type=medqa task.path=FILE, or task.type=clinic) or a text "

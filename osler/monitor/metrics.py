@@ -71,8 +71,8 @@ METRICS: dict[str, Metric] = {
     "data/padding_frac": Metric("fraction", "places in the rows since the line before that hold no token"),
     "data/tokens/<source>": Metric("tokens", "tokens of one source gone through so far; GRPO: answers to a task", PLAN),
     "data/epoch/<source>": Metric("epochs", "how often one source has been gone through", PLAN),
-    "data/asked_frac/<source>": Metric("fraction", "share of the tokens (GRPO: questions) that a source is to have", PLAN),
-    "data/delivered_frac/<source>": Metric("fraction", "share of the tokens (GRPO: questions) that a source has had", PLAN),
+    "data/target_frac/<source>": Metric("fraction", "share of the tokens (GRPO: questions) that a source is to have", PLAN),
+    "data/consumed_frac/<source>": Metric("fraction", "share of the tokens (GRPO: questions) that a source has had", PLAN),
     # evaluation: never trained on
     "eval/loss": Metric("nats/token", "mean cross-entropy on held-out text", EVALUATION),
     "eval/train_gap": Metric("nats/token", "held-out loss minus the training loss of the line before", EVALUATION),

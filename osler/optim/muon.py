@@ -10,7 +10,7 @@ vectors are not maps between hidden states and stay with AdamW.
 Matrices of equal shape are orthogonalised in one batched call. Given a process group, each rank does its share and the
 results are gathered: every rank then applies the same bits. Sharded parameters (DTensor, as FSDP2 makes them) are
 gathered for it; state and arithmetic around it stay on the shards. Where ``found_inf`` is 1, a step changes nothing,
-and the host never looks. All state is tensors by parameter, so a resume through ``osler.checkpoint.state`` is exact.
+and the host never looks. All state is tensors by parameter, so a resume through ``osler.checkpoint.optimizer_state`` is exact.
 
 Shapes: S matrices of a stack, M rows, N columns (of the shard, where parameters are sharded).
 """

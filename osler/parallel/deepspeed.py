@@ -19,13 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from osler.checkpoint.state import flatten_optimizer
+from osler.checkpoint.optimizer_state import flatten_optimizer
 from osler.errors import UserError
 from osler.model.loss import SummedLoss
 from osler.model.transformer import Transformer
 from osler.ops.labels import IGNORED
 from osler.parallel.config import DeepSpeedConfig
-from osler.parallel.engine import Engine, Hold
+from osler.parallel.engine import Engine, ToHost
 from osler.runtime.files import read_json
 from osler.runtime.log import say
 from osler.runtime.shapes import with_few_shapes
@@ -118,7 +118,7 @@ class DeepSpeedEngine(Engine):
         return torch.tensor(grad_norm, device=self.inner.device), torch.tensor(float(skipped), device=self.inner.device)
 
     def parts(
-        self, model: Transformer, optimizer: torch.optim.Optimizer, hold: Hold | None = None
+        self, model: Transformer, optimizer: torch.optim.Optimizer, to_host: ToHost | None = None
     ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
         tools = self.deepspeed.utils
         weights = self.whole_weights(model)
@@ -135,7 +135,7 @@ class DeepSpeedEngine(Engine):
                 }
         shadow: Any = SimpleNamespace(param_groups=groups, state=state)
         moments, described = flatten_optimizer(shadow, weights)
-        return self._gathered({"model": weights, "optimizer": moments}, hold), described
+        return self._gathered({"model": weights, "optimizer": moments}, to_host), described
 
     def restore(
         self,

@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from osler.checkpoint.state import flatten_optimizer, restore_optimizer
+from osler.checkpoint.optimizer_state import flatten_optimizer, restore_optimizer
 from osler.model.transformer import Transformer
 from osler.optim.bf16 import Bf16AdamW, WideSums
 from osler.runtime.sharded import gathered, load_whole, whole
 from osler.runtime.world import World
 
-Hold = Callable[[str, str, Tensor], Tensor]
+ToHost = Callable[[str, str, Tensor], Tensor]
 LossFunction = Callable[..., Any]  # a ModelLoss, wrapped or not
 
 
@@ -65,18 +65,18 @@ class Engine:
         return grad_norm, skipped
 
     def parts(
-        self, model: Transformer, optimizer: torch.optim.Optimizer, hold: Hold | None = None
+        self, model: Transformer, optimizer: torch.optim.Optimizer, to_host: ToHost | None = None
     ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
         """What a checkpoint holds: whole tensors of model and optimizer, on rank 0 alone, and the JSON beside them.
 
-        ``hold`` takes a tensor, by the names of its part and its own, that was put together for the checkpoint: see ``gathered``.
+        ``to_host(part, name, tensor)`` copies a tensor that was gathered for the checkpoint off the device, see ``gathered``.
         """
         moments, state = flatten_optimizer(optimizer, model.named_parameters())
-        return self._gathered({"model": model.state_dict(), "optimizer": moments}, hold), state
+        return self._gathered({"model": model.state_dict(), "optimizer": moments}, to_host), state
 
-    def _gathered(self, parts: Mapping[str, Mapping[str, Tensor]], hold: Hold | None) -> dict[str, dict[str, Tensor]]:
+    def _gathered(self, parts: Mapping[str, Mapping[str, Tensor]], to_host: ToHost | None) -> dict[str, dict[str, Tensor]]:
         return {
-            part: gathered(tensors, keep=self.world.is_first, hold=partial(hold, part) if hold else None)
+            part: gathered(tensors, keep=self.world.is_first, to_host=partial(to_host, part) if to_host else None)
             for part, tensors in parts.items()
         }
 

@@ -23,7 +23,7 @@ import torch
 
 from osler.checkpoint import store
 from osler.checkpoint.saver import Saver
-from osler.data.delivered import of_sources
+from osler.data.consumed import source_metrics
 from osler.inference.engine import InferenceEngine
 from osler.model.transformer import Transformer
 from osler.monitor.collect import Collector
@@ -214,7 +214,7 @@ class GrpoTrainer:
             **metrics,
             **update,
             **self.collector.line(),
-            **self._delivered(groups),
+            **self._consumed(groups),
             **(self._speed(lengths, seconds - rollout_seconds) if lengths else {}),
             "perf/eta_seconds": (config.steps - self.step) * seconds,
             "train/lr": self.optimizer.param_groups[0]["lr"],
@@ -230,7 +230,7 @@ class GrpoTrainer:
         seq_len = round(sum(length**2 for length in lengths) / sum(lengths))
         return {"perf/train_tokens_per_second": speed, **self.collector.mfu(speed, seq_len)}
 
-    def _delivered(self, groups: Sequence[Group]) -> dict[str, float]:
+    def _consumed(self, groups: Sequence[Group]) -> dict[str, float]:
         """How often the questions have been gone through after the step just made, whose groups these are."""
         tasks = self.worker.tasks
         for group in groups:
@@ -240,7 +240,7 @@ class GrpoTrainer:
         metrics = {"data/epoch": sum(asked.values()) / sum(of_epoch.values())}
         if self.collector.is_due(self.step):
             weights = {task.name: task.weight for task in tasks}
-            metrics |= of_sources(tokens=self.task_tokens, given=asked, of_epoch=of_epoch, asked=weights)
+            metrics |= source_metrics(tokens=self.task_tokens, consumed=asked, of_epoch=of_epoch, target=weights)
         return metrics
 
     # -- watching ------------------------------------------------------------------------------------------------------
@@ -315,8 +315,8 @@ class GrpoTrainer:
         """
         self.world.once(self.saver.wait)  # which is what the other ranks have more patience for than for a collective
         last = stop.requested or self.step >= self.config.steps
-        hold = self.saver.hold if self.config.async_save else None
-        tensors, optimizer_state = self.engine.parts(self.model, self.optimizer, hold)
+        to_host = self.saver.to_host if self.config.async_save else None
+        tensors, optimizer_state = self.engine.parts(self.model, self.optimizer, to_host)
         if self.reference is not None:  # kept even when never refreshed: a run folder must resume without ``init_from``
             tensors["reference"] = dict(self.reference.state_dict())
         state = {

@@ -23,17 +23,17 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def gathered(
-    tensors: Mapping[str, Tensor], *, keep: bool, hold: Callable[[str, Tensor], Tensor] | None = None
+    tensors: Mapping[str, Tensor], *, keep: bool, to_host: Callable[[str, Tensor], Tensor] | None = None
 ) -> dict[str, Tensor]:
     """Whole tensors, for the rank that keeps them; sharded ones are put together one at a time and leave the device at once.
 
-    ``hold(name, tensor)`` says how such a one leaves it; without, by a copy that is waited for.
+    ``to_host(name, tensor)`` says how such a one leaves it; without, by a copy that is waited for.
     """
     kept: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         full = whole(tensor)
         if keep and is_sharded(tensor):
-            full = full.cpu() if hold is None else hold(name, full)
+            full = full.cpu() if to_host is None else to_host(name, full)
         if keep:
             kept[name] = full
     return kept

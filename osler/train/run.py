@@ -18,8 +18,8 @@ from osler.checkpoint import store
 from osler.checkpoint.root import refuse_checkpoint
 from osler.config import decode, load_recipe, parse_overrides
 from osler.data.config import ClinicData
+from osler.data.consumed import ConsumedData
 from osler.data.curriculum import Span, rows_per_micro_batch
-from osler.data.delivered import Delivered
 from osler.data.loader import Loader, StagedLoader, make_batch
 from osler.data.order import Order
 from osler.data.packing import StreamPacking, WholePacking
@@ -186,7 +186,7 @@ def train(config: TrainConfig, run: RunFolder, world: World | None = None) -> bo
         optimizer=optimizer,
         train_step=train_step,
         batches=loader.batches,
-        delivered=Delivered(loader),
+        consumed=ConsumedData(loader),
         evaluate=validation(config, model, prepared, machine.eager_dtype, engine),
         probe=exam_probe(exam, model, tokenizer, machine.eager_dtype, engine),
         run=run,
@@ -204,7 +204,7 @@ def train(config: TrainConfig, run: RunFolder, world: World | None = None) -> bo
         if config.max_minutes is None:
             warn_of_endless_warmup(config.schedule.warmup_tokens, config.total_tokens)
         warn_of_stages_out_of_reach(config)
-        tell_of_repeats(config, prepared.train, trainer.delivered)
+        tell_of_repeats(config, prepared.train, trainer.consumed)
         say(
             f"{config.kind}: {model.config.num_parameters:,} parameters, {prepared.train.num_tokens:,} tokens of data, "
             f"{length_of(config)} to train on; {machine.dtype} on {place_of(machine, config.parallel, world)}."

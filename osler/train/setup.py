@@ -14,8 +14,8 @@ import torch
 from osler.checkpoint import store
 from osler.config import decode
 from osler.data.config import PreparedData
+from osler.data.consumed import ConsumedData
 from osler.data.curriculum import rows_per_micro_batch
-from osler.data.delivered import Delivered
 from osler.data.loader import check_shares
 from osler.data.packing import torn_examples
 from osler.data.prepare import Prepared, tokenizer_of_shards
@@ -293,7 +293,7 @@ def check_lengths(config: TrainConfig, prepared: Prepared, max_seq_len: int) -> 
     say(f"Warning: {what}; they are left out (too_long=drop).")
 
 
-def tell_of_repeats(config: TrainConfig, shards: ShardSet, delivered: Delivered) -> None:
+def tell_of_repeats(config: TrainConfig, shards: ShardSet, consumed: ConsumedData) -> None:
     """Say when the data are less than one row, or read so often that it is not worth much; by the clock that shows later."""
     tokens, most = shards.num_tokens, WORTHWHILE_EPOCHS[config.kind]
     if tokens < config.seq_len:
@@ -301,7 +301,7 @@ def tell_of_repeats(config: TrainConfig, shards: ShardSet, delivered: Delivered)
             f"Warning: the data are {tokens:,} tokens, less than one row of seq_len {config.seq_len}. Give more data, or set a "
             "smaller seq_len."
         )
-    epochs = delivered.epochs(config.total_steps)
+    epochs = consumed.epochs(config.total_steps)
     if config.max_minutes is None and epochs > most:
         say(
             f"Note: the run reads its {tokens:,} tokens {epochs:.1f} times. Up to about {most} times, data are worth nearly what "

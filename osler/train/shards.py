@@ -14,7 +14,7 @@ from pathlib import Path
 from osler.checkpoint import store
 from osler.data.config import PreparedData
 from osler.data.prepare import Prepared, open_prepared, refuse_other_tokenizer, tokenizer_of_shards
-from osler.data.shards import MANIFEST, read_manifest
+from osler.data.shards import DATA_MANIFEST, read_data_manifest
 from osler.data.sources import check_source, prepare_source
 from osler.errors import UserError
 from osler.inference.load import TOKENIZER_FILE, tokenizer_of
@@ -77,7 +77,7 @@ def _open_given(data: PreparedData, tokenizer: Tokenizer, whose: str) -> Prepare
     """Open shards that somebody prepared; UserError when they are not there, torn, or of another tokenizer than ``whose``."""
     if not Path(data.path).is_dir():
         raise UserError(f"There is no folder {data.path}; set data.path to one that `osler data prepare` wrote.")
-    refuse_other_tokenizer(Path(data.path), read_manifest(data.path)["tokenizer_fingerprint"], tokenizer, whose)
+    refuse_other_tokenizer(Path(data.path), read_data_manifest(data.path)["tokenizer_fingerprint"], tokenizer, whose)
     return open_prepared(data.path, tokenizer)
 
 
@@ -107,11 +107,11 @@ def shards_at_hand(config: TrainConfig, run: RunFolder, start: store.Loaded | No
     """Shards that are known to be those of the run: in its folder, or in that of the run that it branches from."""
     own = shards_of(config, run)
     if start is None:  # the config is claimed when the shards are whole
-        return own if run.config.exists() and (own / MANIFEST).is_file() else None
+        return own if run.config.exists() and (own / DATA_MANIFEST).is_file() else None
     above = runs_above(start.path) if not own.exists() and same_data(config, start) else []
     for folder in (own, *(parent / DATA for parent in above)):
-        if (folder / MANIFEST).is_file():
-            manifest = read_manifest(folder)
+        if (folder / DATA_MANIFEST).is_file():
+            manifest = read_data_manifest(folder)
             found = {"tokenizer": manifest["tokenizer_fingerprint"], "data": manifest["splits"]["train"]["fingerprint"]}
             if found == {name: start.state["fingerprints"].get(name) for name in found}:
                 return folder

@@ -21,7 +21,7 @@ import torch
 
 from osler.checkpoint import store
 from osler.checkpoint.saver import Saver
-from osler.data.delivered import Delivered
+from osler.data.consumed import ConsumedData
 from osler.data.loader import Batch
 from osler.model.transformer import Transformer
 from osler.monitor.collect import Collector, has_learned, of_steps
@@ -46,7 +46,7 @@ class Trainer:
     """Trains ``model`` on batches until ``total_tokens`` (or the clock), writing metrics and checkpoints to ``run``.
 
     ``batches(step, skipped_tokens)`` iterates over global batches from a step on, so many tokens further on in the data than its
-    steps say, and ``delivered`` knows what is in them; ``evaluate`` returns metrics of the model as it is;
+    steps say, and ``consumed`` knows what is in them; ``evaluate`` returns metrics of the model as it is;
     ``files`` and ``fingerprints`` go into every checkpoint, which is refused on resume when the fingerprints differ.
     """
 
@@ -58,7 +58,7 @@ class Trainer:
         optimizer: torch.optim.Optimizer,
         train_step: TrainStep,
         batches: Callable[[int, int], Iterator[Batch]],
-        delivered: Delivered,
+        consumed: ConsumedData,
         evaluate: Callable[[], dict[str, float]],
         probe: Callable[[], dict[str, float]],
         run: RunFolder,
@@ -73,7 +73,7 @@ class Trainer:
         self.engine = train_step.engine
         self.world = self.engine.world
         self.batches = batches
-        self.delivered = delivered
+        self.consumed = consumed
         self.evaluate = evaluate
         self.probe = probe
         self.run = run
@@ -177,8 +177,8 @@ class Trainer:
         self._fetch()
         self.world.once(self.saver.wait)  # which is what the other ranks have more patience for than for a collective
         last = self.done or stop.requested
-        hold = self.saver.hold if self.config.async_save else None
-        tensors, optimizer_state = self.engine.parts(self.model, self.optimizer, hold)
+        to_host = self.saver.to_host if self.config.async_save else None
+        tensors, optimizer_state = self.engine.parts(self.model, self.optimizer, to_host)
         state = {
             "kind": self.config.kind,
             "step": self.step,
@@ -266,9 +266,9 @@ class Trainer:
         """Write what the steps since the last line gave; the speed is that since the tokens and the time of ``mark``."""
         self._fetch()
         now = time.monotonic()
-        metrics = of_steps(self.window, self.config.clip_norm, self.delivered.bytes_per_token)
+        metrics = of_steps(self.window, self.config.clip_norm, self.consumed.bytes_per_token)
         metrics |= {"train/lr": self.config.optim.lr * scale, **self.collector.line()}
-        metrics |= self.delivered.metrics(
+        metrics |= self.consumed.metrics(
             self.step,
             len(self.window),
             by_source=self.collector.is_due(self.step),

@@ -96,7 +96,7 @@ def test_the_next_save_waits_for_the_one_before_and_takes_its_buffers(saver, slo
 
 def test_tensors_that_were_held_before_are_not_copied_again(saver, tmp_path):
     own = content(3.0)
-    held = {part: {name: saver.hold(part, name, tensor) for name, tensor in named.items()} for part, named in own.items()}
+    held = {part: {name: saver.to_host(part, name, tensor) for name, tensor in named.items()} for part, named in own.items()}
     own["model"]["weight"].detach().fill_(-1.0)
     save(saver, 3, held)
     saver.wait()

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from osler.data.shards import FORMAT_VERSION, MANIFEST, ShardSet, ShardWriter
+from osler.data.shards import DATA_MANIFEST, FORMAT_VERSION, ShardSet, ShardWriter
 from osler.runtime.files import write_json
 from osler.tokenizer.bpe import Tokenizer
 
@@ -35,7 +35,7 @@ def make_shards(tmp_path: Path) -> MakeShards:
             token += length - 1
             writer.add(ids, masks[index] if masks is not None else None, num_bytes=length)
         manifest = {"format_version": FORMAT_VERSION, "tokenizer_fingerprint": "t" * 16, "eos_id": EOS_ID}
-        write_json(folder / MANIFEST, {**manifest, "vocab_size": vocab_size, "splits": {"train": writer.close()}})
+        write_json(folder / DATA_MANIFEST, {**manifest, "vocab_size": vocab_size, "splits": {"train": writer.close()}})
         return ShardSet.open(folder)
 
     return make

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from osler.config import ConfigError, decode
+from osler.data.commands import Sections
 from osler.data.config import ClinicData, FilesData, TurnsData
 from osler.data.sources import SAMPLE_CHARS, _sample, open_source, prepare_source, train_tokenizer
-from osler.data.verbs import Sections
 from osler.errors import UserError
 
 CLINIC = ClinicData(passages=150, examples=120, cards=7, drills=3, validation_passages=10, validation_examples=20)

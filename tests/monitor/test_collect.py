@@ -95,7 +95,7 @@ def test_numbers_of_a_run_fit_together(watched):
             assert math.isclose(line["train/perplexity"], math.exp(line["train/loss"]))
             assert 0 < line["update/ratio"] < 1 and 0 <= line["train/token_accuracy"] <= 1
             assert line["train/label_probability"] <= line["train/top_probability"]
-            shares = [line[name] for name in line if name.startswith("data/delivered_frac/")]
+            shares = [line[name] for name in line if name.startswith("data/consumed_frac/")]
             assert len(shares) == 2 and sum(shares) == pytest.approx(1)
             given = [line[name] for name in line if name.startswith("data/tokens/")]
             assert sum(given) == line["tokens"]
@@ -145,7 +145,7 @@ def test_fine_tuning_pads_and_grpo_is_watched(tiny, runs, tmp_path):
     assert all(0 < line["data/padding_frac"] < 0.5 for line in steps)
     assert [line["data/tokens/clinic"] for line in looks] == [line["tokens"] for line in looks]
     assert all(line["data/epoch/clinic"] == line["data/epoch"] for line in looks)
-    assert all(line["data/asked_frac/clinic"] == line["data/delivered_frac/clinic"] == 1 for line in looks)
+    assert all(line["data/target_frac/clinic"] == line["data/consumed_frac/clinic"] == 1 for line in looks)
 
 
 @pytest.mark.parametrize(("wait_ms", "told"), [(0, []), (8, ["starved-loader"])])

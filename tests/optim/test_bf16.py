@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from osler.checkpoint.state import flatten_optimizer, restore_optimizer
+from osler.checkpoint.optimizer_state import flatten_optimizer, restore_optimizer
 from osler.data.loader import Batch
 from osler.model.config import ModelConfig
 from osler.model.loss import SummedLoss

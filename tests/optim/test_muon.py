@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from osler.checkpoint.state import flatten_optimizer, restore_optimizer
+from osler.checkpoint.optimizer_state import flatten_optimizer, restore_optimizer
 from osler.model.config import ModelConfig
 from osler.model.transformer import Transformer
 from osler.optim.build import build_optimizer, set_decay_and_momentum

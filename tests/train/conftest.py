@@ -12,7 +12,7 @@ import torch
 
 from osler.cli import main
 from osler.config import decode, load_recipe
-from osler.data.delivered import Delivered
+from osler.data.consumed import ConsumedData
 from osler.data.prepare import open_prepared
 from osler.inference.load import load_model
 from osler.model.loss import SummedLoss
@@ -74,7 +74,7 @@ def make_trainer(config, shards, make_step) -> Callable[..., Trainer]:
             optimizer=optimizer,
             train_step=step,
             batches=loader.batches,
-            delivered=Delivered(loader),
+            consumed=ConsumedData(loader),
             evaluate=evaluate,
             probe=probe,
             run=RunFolder.create(folder),

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from osler.data.config import Stage
+from osler.data.consumed import ConsumedData, source_metrics
 from osler.data.curriculum import lay_out
-from osler.data.delivered import Delivered, of_sources
 from osler.data.loader import Loader, StagedLoader
 from osler.data.order import Order
 from osler.data.packing import StreamPacking, WholePacking
@@ -41,11 +41,11 @@ def test_sources_are_known_by_document(shards):
 
 def test_a_source_whose_documents_are_all_left_out_is_not_counted():
     numbers = {"kept": 30.0, "too long": 0.0}
-    metrics = of_sources(tokens=numbers, given=numbers, of_epoch=numbers, asked=numbers)
-    assert metrics["data/epoch/kept"] == metrics["data/asked_frac/kept"] == 1.0 and "data/epoch/too long" not in metrics
+    metrics = source_metrics(tokens=numbers, consumed=numbers, of_epoch=numbers, target=numbers)
+    assert metrics["data/epoch/kept"] == metrics["data/target_frac/kept"] == 1.0 and "data/epoch/too long" not in metrics
 
 
-def test_a_stream_delivers_what_its_rows_hold(shards):
+def test_a_stream_consumes_what_its_rows_hold(shards):
     stages = [Stage(seq_len=4, until_tokens=60), Stage(seq_len=SEQ_LEN)]
     timeline = lay_out(stages, seq_len=SEQ_LEN, batch_tokens=2 * SEQ_LEN)
     loaders = [
@@ -53,40 +53,40 @@ def test_a_stream_delivers_what_its_rows_hold(shards):
         for s in timeline.spans
     ]
     loader = StagedLoader(timeline, loaders)
-    delivered = Delivered(loader)
-    assert delivered.bytes_per_token == 3.0
+    consumed = ConsumedData(loader)
+    assert consumed.bytes_per_token == 3.0
     seen: list[int] = []
     for step, batch in zip(range(1, 60), loader.batches(), strict=False):
         seen += batch.ids.flatten().tolist()
-        found = delivered.metrics(step, 1, by_source=True)
+        found = consumed.metrics(step, 1, by_source=True)
         assert [found[f"data/tokens/folder-{name}"] for name in "abc"] == counted(seen)
         assert found["data/epoch"] == pytest.approx(len(seen) / shards.num_tokens) and found["data/padding_frac"] == 0
-        assert sum(found[f"data/delivered_frac/folder-{name}"] for name in "abc") == pytest.approx(1)
+        assert sum(found[f"data/consumed_frac/folder-{name}"] for name in "abc") == pytest.approx(1)
     assert found["data/epoch"] > 2
     whole = counted(np.concatenate([shards.document(index)[0] for index in range(40)]))
     for name, tokens in zip("abc", whole, strict=True):
-        assert found[f"data/asked_frac/folder-{name}"] == pytest.approx(tokens / shards.num_tokens)
-        assert found[f"data/delivered_frac/folder-{name}"] == pytest.approx(tokens / shards.num_tokens, abs=0.1)
+        assert found[f"data/target_frac/folder-{name}"] == pytest.approx(tokens / shards.num_tokens)
+        assert found[f"data/consumed_frac/folder-{name}"] == pytest.approx(tokens / shards.num_tokens, abs=0.1)
         assert found[f"data/epoch/folder-{name}"] == pytest.approx(found["data/epoch"], abs=0.6)
 
 
-def test_whole_documents_are_delivered_with_their_padding(shards):
+def test_whole_documents_are_consumed_with_their_padding(shards):
     packing = WholePacking(Order(shards, 1), SEQ_LEN, prompt_loss=True)
     timeline = lay_out([], seq_len=SEQ_LEN, batch_tokens=3 * SEQ_LEN)
-    delivered = Delivered(StagedLoader(timeline, [Loader(packing, 3)]))
+    consumed = ConsumedData(StagedLoader(timeline, [Loader(packing, 3)]))
     places = []
     for step in range(1, 3 * packing.rows_per_epoch // 3 + 2):
         for number in range(3 * (step - 1), 3 * step):
             row = packing.row(number)
             places.append([*row.ids.tolist(), max(0, int(row.labels[-1]))])  # the last place is a label only
-        found = delivered.metrics(step, 2, by_source=True)
+        found = consumed.metrics(step, 2, by_source=True)
         assert [found[f"data/tokens/folder-{name}"] for name in "abc"] == counted(places)
         last = np.asarray(places[-6:])
         assert found["data/padding_frac"] == pytest.approx((last == 0).mean())
         assert found["data/epoch"] == pytest.approx(3 * step / packing.rows_per_epoch)
     assert found["data/epoch"] > 2
-    ahead = delivered.metrics(step, 1, by_source=True, skipped_tokens=6 * SEQ_LEN)
-    later = delivered.metrics(step + 2, 1, by_source=True)
+    ahead = consumed.metrics(step, 1, by_source=True, skipped_tokens=6 * SEQ_LEN)
+    later = consumed.metrics(step + 2, 1, by_source=True)
     assert ahead == later  # six rows were passed over: two steps
 
 

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from osler.checkpoint.state import flatten_optimizer, restore_optimizer
+from osler.checkpoint.optimizer_state import flatten_optimizer, restore_optimizer
 from osler.checkpoint.store import load, save
 from osler.errors import UserError
 

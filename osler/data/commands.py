@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 from osler.config import TAGGED, config, decode, load_recipe, merge, parse_overrides
 from osler.data.config import ClinicData, FilesData, TurnsData
-from osler.data.shards import ShardSet, read_manifest
+from osler.data.shards import ShardSet, read_data_manifest
 from osler.data.sources import prepare_source, train_tokenizer
 from osler.errors import UserError
 from osler.runtime.files import write_atomic
@@ -94,7 +94,7 @@ def data_inspect(folder: str, tokenizer_path: str | None) -> int:
     print_splits(folder)
     tokenizer = None if tokenizer_path is None else Tokenizer.load(tokenizer_path).with_specials()
     damaged = 0
-    for split in read_manifest(folder)["splits"]:
+    for split in read_data_manifest(folder)["splits"]:
         shards = ShardSet.open(folder, split)
         if tokenizer is not None:
             if tokenizer.fingerprint != shards.tokenizer_fingerprint:
@@ -109,7 +109,7 @@ def data_inspect(folder: str, tokenizer_path: str | None) -> int:
 
 def print_splits(folder: str) -> None:
     """Print one line for each split: documents, tokens, tokens that are learned, bytes of text."""
-    manifest = read_manifest(folder)
+    manifest = read_data_manifest(folder)
     print(f"tokenizer {manifest['tokenizer_fingerprint']}, vocabulary {manifest['vocab_size']:,}")
     print(f"{'split':<12}{'documents':>12}{'tokens':>16}{'learned':>16}{'bytes':>16}{'bytes/token':>13}")
     for split in manifest["splits"]:
