@@ -39,7 +39,8 @@ def training(recipe: str) -> Callable[[], int]:
     from osler.bench.measure import stand_in, training_step
     from osler.config import decode, load_recipe
     from osler.data.loader import Loader
-    from osler.runtime.device import compile_works, keep_freed_memory, pick_dtype
+    from osler.parallel.compile import compile_works
+    from osler.runtime.device import keep_freed_memory, pick_dtype
     from osler.train.config import TrainConfig
 
     keep_freed_memory()

@@ -239,7 +239,7 @@ def attention_kernel(call: Callable[[], object]) -> str | None:
 
 def check_compile(device: torch.device) -> Check:
     """Compile a small function and run it."""
-    from osler.runtime.device import compile_works
+    from osler.parallel.compile import compile_works
 
     start = time.perf_counter()
     works, reason = compile_works(device)

@@ -74,9 +74,9 @@ def test_probes_of_the_device(monkeypatch):
 
 
 def test_compile_failure_is_advice_not_an_error(monkeypatch):
-    from osler.runtime import device
+    from osler.parallel import compile
 
-    monkeypatch.setattr(device, "compile_works", lambda device: (False, "no C++ compiler found"))
+    monkeypatch.setattr(compile, "compile_works", lambda device: (False, "no C++ compiler found"))
     check = doctor.check_compile(CPU)
     assert (check.status, check.finding) == ("missing", "no C++ compiler found") and check.advice
 
@@ -111,10 +111,10 @@ def test_table_and_advice():
 
 @pytest.mark.parametrize("as_json", [False, True])
 def test_run_prints_every_check_and_returns_zero(monkeypatch, capsys, tmp_path, as_json):
-    from osler.runtime import device
+    from osler.parallel import compile
 
-    # Compiling takes ten seconds or more and has its own tests in tests/runtime.
-    monkeypatch.setattr(device, "compile_works", lambda device: (True, ""))
+    # Compiling takes ten seconds or more and has its own tests in tests/parallel.
+    monkeypatch.setattr(compile, "compile_works", lambda device: (True, ""))
     monkeypatch.setattr(doctor, "_MATMUL_TRIAL_SECONDS", 0.01)
     assert doctor.run(as_json=as_json, folder=tmp_path) == 0
     out = capsys.readouterr().out

@@ -29,13 +29,15 @@ from osler.data.shards import ShardSet, ShardWriter
 from osler.model.config import ModelConfig
 from osler.model.transformer import Transformer
 from osler.optim.build import build_optimizer
-from osler.parallel.activation_checkpoint import set_recompute
+from osler.parallel.config import NoParallelConfig
 from osler.parallel.engine import Engine
+from osler.parallel.parallelize import parallelize
 from osler.runtime.device import keep_freed_memory, peak_flops
 from osler.runtime.memory import peak_bytes
 from osler.runtime.stopwatch import Stopwatch
+from osler.runtime.world import World
 from osler.train.config import TrainConfig
-from osler.train.setup import set_precision
+from osler.train.setup import pass_tokens
 from osler.train.step import TrainStep
 
 DOCUMENT_TOKENS = 700  # the length of a stand-in document; rows are cut across them
@@ -76,17 +78,23 @@ def training_step(
     model, loss = contestant(spec, config, getattr(torch, spec["dtype"]))
     model.to(device)
     if isinstance(model, Transformer):
-        set_precision(model, config, device)
-        set_recompute(model, config.recompute)
+        engine = parallelize(
+            model,
+            NoParallelConfig(),
+            World(device=str(device)),
+            precision=config.precision,
+            pass_tokens=pass_tokens(config, processes=1),
+            recompute=config.recompute,
+            compile=spec["compile"],
+        )
         optimizer = build_optimizer(model, config.optim, seed=config.seed)
     else:  # whatever dtypes a peer keeps its weights in
+        engine = Engine(torch.compile(loss, dynamic=False) if spec["compile"] else loss)
         optimizer = torch.optim.AdamW([{"params": list(model.parameters()), "base_lr": 1e-4}], fused=True)
-    if spec["compile"]:
-        loss = torch.compile(loss, dynamic=False, fullgraph=spec["contestant"] == "osler")
     step = TrainStep(
         model,
         optimizer,
-        Engine(loss),
+        engine,
         micro_batch_tokens=config.micro_batch_tokens,
         clip_norm=config.clip_norm,
         document_mask=config.document_mask,

@@ -28,7 +28,6 @@ from osler.parallel.config import DeepSpeedConfig
 from osler.parallel.engine import Engine, ToHost
 from osler.runtime.files import read_json
 from osler.runtime.log import say
-from osler.runtime.shapes import with_few_shapes
 from osler.runtime.world import World
 
 # Sections of DeepSpeed's own JSON that a run decides, and the fields that decide them.
@@ -79,7 +78,7 @@ class DeepSpeedEngine(Engine):
     leaves_gradients = False
 
     def __init__(self, deepspeed: Any, module: SummedLoss, settings: Mapping[str, Any], world: World) -> None:
-        super().__init__(module, world, self._accumulating)
+        super().__init__(lambda *rows: self.inner(*rows), world, self._accumulating)
         self.deepspeed, self.module = deepspeed, module
         self.settings: dict[str, Any] = {
             "train_micro_batch_size_per_gpu": 1,  # the loss is normalised already, so DeepSpeed's counting changes nothing
@@ -96,7 +95,6 @@ class DeepSpeedEngine(Engine):
         self.inner = self.deepspeed.initialize(
             model=self.module, optimizer=optimizer, config={**self.settings, "gradient_clipping": clip_norm}
         )[0]
-        self.loss = with_few_shapes(self.inner)
         self._require_skipping(optimizer)
         self._make_moments(optimizer)
 

@@ -1,29 +1,28 @@
 """The one place that turns a single-device model into what the ranks train together.
 
-The order is FP8, recompute, compile, shard: layers are exchanged before anything wraps them (``fp8.py``) and blocks are told to
-recompute before they are compiled (``activation_checkpoint.py``), both on the model that comes in here; what is sharded is the
-compiled block, so that its hooks stay outside the graph. One process compiles
-the whole loss as one graph; several compile block by block, because a block's gradient can then travel while the one before it
-still computes. The optimizer is built after this, on the parameters that result.
+The order is fixed: dtype of the weights, FP8, recompute, compile, shard; the reason stands beside each step. The optimizer is
+built after this, on the parameters that result.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
-
-import torch
 
 from osler.errors import UserError
 from osler.model.loss import ModelLoss, SummedLoss
 from osler.model.transformer import Transformer
+from osler.optim.bf16 import keep_in_bf16
+from osler.parallel.activation_checkpoint import set_recompute
+from osler.parallel.compile import compile_loss, with_few_shapes
 from osler.parallel.config import DdpConfig, DeepSpeedConfig, FsdpConfig, NoParallelConfig, ParallelConfig
 from osler.parallel.ddp import share_with_ddp
 from osler.parallel.deepspeed import read_settings, share_with_deepspeed
 from osler.parallel.engine import Engine
+from osler.parallel.fp8 import convert_to_fp8
 from osler.parallel.fsdp import share_with_fsdp
+from osler.runtime.device import pick_device
 from osler.runtime.log import say
-from osler.runtime.shapes import with_few_shapes
 from osler.runtime.world import World
 
 STRATEGIES: dict[type, Callable[[Any, Any, World], Engine]] = {
@@ -38,24 +37,37 @@ def parallelize(
     config: ParallelConfig,
     world: World,
     *,
-    compile: bool,
+    precision: str = "auto",
+    pass_tokens: Sequence[int] = (),
+    recompute: str = "off",
+    compile: bool = False,
     loss_of: Callable[[Transformer], ModelLoss] = SummedLoss,
 ) -> Engine:
-    """Make ``model`` ready for its training step, in place; with one process a strategy changes nothing, and that is said.
+    """Make ``model`` ready for its training step, in place, and return the engine that makes the step.
 
-    Only a ``SummedLoss`` can be compiled, and DeepSpeed takes no other.
+    ``pass_tokens`` are the tokens of a forward pass of one process in each stage, which FP8 needs to be multiples of 16. Only a
+    ``SummedLoss`` can be compiled, and DeepSpeed takes no other. Raises UserError for what cannot train on these processes.
     """
     check_strategy(config, world.size)
+    # The dtype of the weights comes first, because buckets and shards are laid out by it.
+    if precision == "pure-bf16":
+        keep_in_bf16(model)
+    # FP8 exchanges layers, so it precedes whatever would hold on to the layers that go.
+    if precision == "fp8":
+        convert_to_fp8(model, pick_device(world.device), tokens=pass_tokens)
+    # Recomputation lies inside of what is compiled, so that the compiler plans both forward passes of a block.
+    set_recompute(model, recompute)
     loss = loss_of(model)
-    if world.size == 1:
+    # Compiling precedes sharding, so that the hooks that gather weights and send gradients stay outside the graphs.
+    if compile:
+        assert isinstance(loss, SummedLoss)
+        compile_loss(loss, by_block=world.size > 1)
+    if world.size > 1:
+        engine = STRATEGIES[type(config)](loss, config, world)
+    else:
         if not isinstance(config, NoParallelConfig):
             say(f"parallel.type={config.type} changes nothing here: it shares the work when torchrun starts several processes.")
-        engine = Engine(torch.compile(loss, fullgraph=True, dynamic=False) if compile else loss)
-    else:
-        if compile:
-            assert isinstance(loss, SummedLoss)
-            compile_by_block(loss)
-        engine = STRATEGIES[type(config)](loss, config, world)
+        engine = Engine(loss)
     if compile:
         engine.loss = with_few_shapes(engine.loss)
     return engine
@@ -75,10 +87,3 @@ def check_strategy(config: ParallelConfig, processes: int) -> None:
                 "--nproc-per-node N -m osler.cli ..., or set parallel.type=none, which trains the same model alone."
             )
         read_settings(config)
-
-
-def compile_by_block(loss: SummedLoss) -> None:
-    """Compile each block, which all share one graph, and the loss behind the last."""
-    for block in loss.model.layers:
-        block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False)
-    loss.of_hidden = torch.compile(loss.of_hidden, fullgraph=True, dynamic=False)  # type: ignore[method-assign]

@@ -22,7 +22,6 @@ from osler.inference.load import LoadedModel, describing_files, load_model
 from osler.monitor.events import EventLog
 from osler.monitor.fanout import check_sinks
 from osler.optim.build import build_optimizer
-from osler.parallel.activation_checkpoint import set_recompute
 from osler.parallel.parallelize import check_strategy, parallelize
 from osler.rl.config import GrpoConfig, RlTaskConfig
 from osler.rl.preflight import preflight
@@ -116,7 +115,6 @@ def train(config: GrpoConfig, run: RunFolder, world: World | None = None) -> boo
     machine = replace(machine, device=pick_device(world.device))
     start = load_model(checkpoint or config.init_from, device=machine.device, compute_dtype=machine.dtype)
     model, tokenizer = start.model.train(), start.tokenizer
-    set_recompute(model, config.recompute)
     tasks = load_tasks(config, start)
     eval_items = load_task(config.eval_task) if config.eval_task is not None else []
     check_held_out(tasks, eval_items)
@@ -133,7 +131,7 @@ def train(config: GrpoConfig, run: RunFolder, world: World | None = None) -> boo
         write_or_warn(run.samples, samples)  # a start over in the same folder replaces it
     evaluate, best_metric = exam(config, sampler, tokenizer, eval_items, world)
     files = {"config.yaml": run.config.read_bytes(), VERSIONS: world.once(lambda: describe_run(run, machine))}
-    engine = parallelize(model, config.parallel, world, compile=False, loss_of=PolicyLoss)
+    engine = parallelize(model, config.parallel, world, recompute=config.recompute, loss_of=PolicyLoss)
     trainer = GrpoTrainer(
         config,
         model=model,

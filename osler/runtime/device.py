@@ -1,6 +1,6 @@
-"""What this machine can do: the device, the number format that pays on it, whether compilation works, its peak speed.
+"""What this machine can do: the device, the number format that pays on it, its peak speed.
 
-Nothing is assumed from a name when it can be tried: bf16 is timed against fp32, and a small function is compiled.
+Nothing is assumed from a name when it can be tried: bf16 is timed against fp32.
 Answers are kept for the life of the process. A run stores what it resolved, because two trials on a busy machine may
 disagree, and a resumed run must not change its arithmetic. Nothing happens on import.
 """
@@ -13,7 +13,6 @@ import functools
 import itertools
 import os
 import platform
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -55,7 +54,7 @@ PEAK_FLOPS: tuple[tuple[str, float], ...] = (
     ("MI250X", 383e12),
 )
 
-# What the activations are in; see train/setup.py for where the precisions differ otherwise.
+# What the activations are in; see parallel/parallelize.py for how the precisions differ otherwise.
 PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32, "pure-bf16": torch.bfloat16, "fp8": torch.bfloat16}
 
 _BF16_TRIAL_SECONDS = 0.6  # long enough to find quiet moments on a busy machine
@@ -128,49 +127,6 @@ def _linear_trial(device: str, dtype: torch.dtype) -> Callable[[], float]:
         return time.perf_counter() - start
 
     return trial
-
-
-def compile_works(device: torch.device) -> tuple[bool, str]:
-    """Whether ``torch.compile`` works here, tried on a tiny function, and if not, why (seconds; kept)."""
-    return _compile_works(device.type)
-
-
-@functools.cache
-def _compile_works(device_type: str) -> tuple[bool, str]:
-    if sys.platform == "win32" and device_type == "cpu":
-        return False, "torch.compile on a Windows CPU is not supported here"
-    from torch._inductor import cpp_builder
-    from torch._inductor.exc import InvalidCxxCompiler
-    from torch._inductor.utils import fresh_cache
-
-    def tiny(x: Tensor) -> Tensor:
-        return torch.tanh(x * 2.0 + 1.0).sum()
-
-    try:
-        # The cache outlives a compiler that was removed, so the compiler is asked for and the cache starts empty.
-        cpp_builder.get_cpp_compiler()
-        with fresh_cache():
-            result = torch.compile(tiny, fullgraph=True)(torch.ones(64, device=device_type))
-    except InvalidCxxCompiler:
-        return False, "no C++ compiler found: install g++ (or clang)"
-    except (RuntimeError, OSError, ImportError) as error:  # every compiler error of torch is a RuntimeError
-        return False, _compile_reason(error)
-    expected = tiny(torch.ones(64, device=device_type))
-    if not torch.allclose(result, expected, rtol=1e-4):
-        return False, f"a compiled function gave {result.item()} instead of {expected.item()}"
-    return True, ""
-
-
-def _compile_reason(error: BaseException) -> str:
-    """One line out of torch's page-long compiler errors."""
-    text = str(error)
-    if "Python.h" in text:
-        return "the C++ compiler finds no Python.h: install the Python headers (python3-dev)"
-    if "triton" in text.lower() and ("not find" in text or "No module" in text or "Cannot find" in text):
-        return "no working Triton found: install the triton package that belongs to this PyTorch"
-    lines = [line.strip() for line in text.splitlines()]
-    telling = [line for line in lines if "error" in line.lower()] or [line for line in lines if line]
-    return (telling[0] if telling else type(error).__name__)[:200]
 
 
 def peak_flops(device: torch.device) -> float | None:

@@ -34,7 +34,7 @@ from osler.model.config import ModelConfig
 from osler.model.transformer import Transformer
 from osler.monitor.fanout import check_sinks
 from osler.optim.build import build_optimizer
-from osler.parallel.activation_checkpoint import set_recompute
+from osler.parallel.compile import COMPILE_MIN_STEPS
 from osler.parallel.config import ParallelConfig
 from osler.parallel.engine import Engine as ParallelEngine
 from osler.parallel.parallelize import parallelize
@@ -59,7 +59,6 @@ from osler.train.folder import (
 )
 from osler.train.origin import announce_branch, branch_point, config_of_run, describe_branch, planned_start, taken_back
 from osler.train.setup import (
-    COMPILE_MIN_STEPS,
     Machine,
     check_branch,
     check_plan,
@@ -70,7 +69,7 @@ from osler.train.setup import (
     left_out,
     make_model,
     make_tokenizer,
-    set_precision,
+    pass_tokens,
     tell_of_repeats,
     warn_of_small_passes,
 )
@@ -158,16 +157,22 @@ def train(config: TrainConfig, run: RunFolder, world: World | None = None) -> bo
     machine = world.once(lambda: choose_machine(world.device, precision, config.compile, steps=steps))
     machine = replace(machine, device=pick_device(world.device))
     model, tokenizer, fill = make_model(config, machine, checkpoint, processes=world.size)
-    set_precision(model, config, machine.device, processes=world.size)
-    set_recompute(model, config.recompute)
+    engine = parallelize(
+        model,
+        config.parallel,
+        world,
+        precision=config.precision,
+        pass_tokens=pass_tokens(config, world.size),
+        recompute=config.recompute,
+        compile=machine.compile,
+    )
+    fill()
+    del fill  # and what it loaded
     tokenizer_path = run.root / TOKENIZER_FILE
     tokenizer = world.once(lambda: make_tokenizer(config, tokenizer, tokenizer_path))
     fit_vocabulary(model, tokenizer, is_new=checkpoint is None and config.init_from is None)
     shards, start_with = shards_of(config, run), partial(begin, config, run, tokenizer, checkpoint, model.config)
     prepared = world.ahead(start_with, lambda: open_prepared(shards, tokenizer))
-    engine = parallelize(model, config.parallel, world, compile=machine.compile)
-    fill()
-    del fill  # and what it loaded
     optimizer = build_optimizer(model, config.optim, seed=config.seed, process_group=world.group)
     train_step = TrainStep(
         model,

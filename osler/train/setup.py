@@ -25,12 +25,12 @@ from osler.errors import UserError
 from osler.inference.load import described_model, tokenizer_of
 from osler.model.transformer import Transformer
 from osler.monitor.fanout import check_sinks
-from osler.optim.bf16 import keep_in_bf16
+from osler.parallel.compile import should_compile
 from osler.parallel.config import DeepSpeedConfig, FsdpConfig
 from osler.parallel.deepspeed import read_settings
-from osler.parallel.fp8 import convert_to_fp8, float8_linear
+from osler.parallel.fp8 import float8_linear
 from osler.parallel.parallelize import check_strategy
-from osler.runtime.device import compile_works, describe_machine, pick_device, pick_dtype
+from osler.runtime.device import describe_machine, pick_device, pick_dtype
 from osler.runtime.files import RunFolder, indented, write_or_warn
 from osler.runtime.log import say
 from osler.runtime.sharded import load_whole
@@ -39,7 +39,6 @@ from osler.train.config import TrainConfig
 from osler.train.folder import VERSIONS
 from osler.yaml12 import load_yaml
 
-COMPILE_MIN_STEPS = 100  # compiling costs 10 to 30 seconds; shorter runs end sooner without it
 ROUND_LENGTH = 64  # a row length that is proposed is a multiple of it
 # Passes over the data that are told at the start. Text: Muennighoff et al. 2023, arXiv 2305.16264, found up to 4 to be nearly as
 # good as new text, and hardly a gain after 16. Fine-tuning is often many passes over few examples.
@@ -68,15 +67,10 @@ def choose_machine(device: str, precision: str, compile_mode: str, *, steps: int
     On a CPU bf16 goes with compilation: eager bf16 operators are an order of magnitude slower than fp32 there.
     """
     chosen = pick_device(device)
-    wanted = compile_mode == "always" or (compile_mode == "auto" and steps >= COMPILE_MIN_STEPS)
-    works, reason = compile_works(chosen) if wanted else (False, "")
-    if wanted and not works:
-        if compile_mode == "always":
-            raise UserError(f"compile=always, but torch.compile does not work here: {reason}")
-        say(f"torch.compile does not work here ({reason}); training without it, several times slower.")
-    if precision == "auto" and chosen.type == "cpu" and not works:
+    compile = should_compile(compile_mode, chosen, steps=steps)
+    if precision == "auto" and chosen.type == "cpu" and not compile:
         precision = "fp32"
-    return Machine(chosen, pick_dtype(precision, chosen), works)
+    return Machine(chosen, pick_dtype(precision, chosen), compile)
 
 
 def check_plan(config: TrainConfig, *, is_new: bool) -> None:
@@ -195,16 +189,12 @@ def accepts(config: TrainConfig, micro_batch_tokens: int) -> bool:
     return True
 
 
-def set_precision(model: Transformer, config: TrainConfig, device: torch.device, *, processes: int = 1) -> None:
-    """Give a new or loaded ``model`` the weights and projections that ``config.precision`` trains."""
-    if config.precision == "pure-bf16":
-        keep_in_bf16(model)
-    if config.precision == "fp8":
-        passes = [
-            rows_per_micro_batch(span.rows_per_batch // processes, span.seq_len, config.micro_batch_tokens) * span.seq_len
-            for span in config.timeline.spans
-        ]
-        convert_to_fp8(model, device, tokens=passes)
+def pass_tokens(config: TrainConfig, processes: int) -> list[int]:
+    """Return the tokens of a forward pass of one process, in each stage."""
+    return [
+        rows_per_micro_batch(span.rows_per_batch // processes, span.seq_len, config.micro_batch_tokens) * span.seq_len
+        for span in config.timeline.spans
+    ]
 
 
 def make_tokenizer(config: TrainConfig, given: Tokenizer | None, kept: Path) -> Tokenizer:

@@ -251,7 +251,7 @@ def accumulate() -> int:
         for config, compute_dtype in ((DdpConfig(), torch.float32), (FsdpConfig(), torch.bfloat16)):
             model = Transformer(shape, compute_dtype=compute_dtype)
             model.init_weights(0)
-            engine = parallelize(model, config, world, compile=False)
+            engine = parallelize(model, config, world)
             ids = torch.arange(8)[None] + 10 * world.rank
             with engine.accumulating():
                 engine.backward(engine.loss(ids, ids + 1, None))
@@ -280,7 +280,7 @@ def add_up_in_bf16(world: World, shape: ModelConfig) -> None:
         SummedLoss(model)(ids, ids + 1, None).backward()
         exact += weight.grad.float()
         model.zero_grad()
-    engine = parallelize(model, DdpConfig(), world, compile=False)
+    engine = parallelize(model, DdpConfig(), world)
     engine.bind(build_optimizer(model, AdamWConfig()), 1.0)
     for ids in passes[:-1]:
         with engine.accumulating():
@@ -312,7 +312,7 @@ def send_once() -> int:
         for config in (DdpConfig(), FsdpConfig()):
             model = Transformer(ModelConfig(num_layers=1, hidden_size=32, vocab_size=64, head_init="normal"))
             model.init_weights(0)
-            engine = parallelize(model, config, world, compile=False)
+            engine = parallelize(model, config, world)
             optimizer = build_optimizer(model, AdamWConfig())
             for rows in (4, 2, 1):
                 settings: dict[str, Any] = {"clip_norm": 1.0, "document_mask": False, "device": torch.device("cpu")}
@@ -362,7 +362,7 @@ def start_in_parts(checkpoint: Path) -> int:
             alone, _, _ = make_model(config, machine, None)
             with Held() as held:
                 model, _, fill = make_model(config, machine, None, processes=world.size)
-                engine = parallelize(model, config.parallel, world, compile=False)
+                engine = parallelize(model, config.parallel, world)
                 fill()
             weights = engine.whole_weights(model)
             assert all(torch.equal(weights[name], value) for name, value in alone.state_dict().items()), f"{start}: other weights"

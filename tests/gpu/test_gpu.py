@@ -46,12 +46,9 @@ def test_a_compiled_step_makes_no_host_synchronisation(
     precision: str, optim: AdamWConfig | MuonConfig, recompute: str
 ) -> None:
     from osler.data.loader import Batch
-    from osler.parallel.activation_checkpoint import set_recompute
     from osler.parallel.config import NoParallelConfig
     from osler.parallel.parallelize import parallelize
     from osler.runtime.world import World
-    from osler.train.config import TrainConfig
-    from osler.train.setup import set_precision
     from osler.train.step import TrainStep
 
     if precision == "fp8" and torch.cuda.get_device_capability() < (8, 9):
@@ -59,12 +56,14 @@ def test_a_compiled_step_makes_no_host_synchronisation(
 
     model = Transformer(ModelConfig(), compute_dtype=torch.bfloat16).cuda()
     model.init_weights(0)
-    set_precision(model, TrainConfig(precision=precision), torch.device("cuda"))
-    set_recompute(model, recompute)
+    world, passes = World(device="cuda"), [4 * 64]
+    engine = parallelize(
+        model, NoParallelConfig(), world, precision=precision, pass_tokens=passes, recompute=recompute, compile=True
+    )
     step = TrainStep(
         model,
         build_optimizer(model, optim),
-        parallelize(model, NoParallelConfig(), World(), compile=True),
+        engine,
         micro_batch_tokens=4 * 64,
         clip_norm=1.0,
         document_mask=False,

@@ -9,7 +9,7 @@ from osler.model.config import ModelConfig
 from osler.model.loss import SummedLoss
 from osler.model.transformer import Transformer
 from osler.ops import attention, cross_entropy
-from osler.runtime.device import compile_works
+from osler.parallel.compile import compile_works
 
 pytestmark = pytest.mark.usefixtures("no_compiled_code")
 

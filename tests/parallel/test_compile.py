@@ -1,19 +1,24 @@
-"""Compiled versions of many shapes: few are alive, none is made twice in a row, and all compute the same."""
+"""Whether compiling works is tried; of many shapes few stay compiled, none compiles twice in a row, and all compute the same."""
 
 from __future__ import annotations
 
 import functools
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import torch
 
 from osler.model.config import ModelConfig
 from osler.model.loss import SummedLoss
 from osler.model.transformer import Transformer
+from osler.parallel.compile import COMPILED_SHAPES, compile_works
 from osler.parallel.config import NoParallelConfig
 from osler.parallel.parallelize import parallelize
-from osler.runtime.shapes import COMPILED_SHAPES
 from osler.runtime.world import World
 
+ROOT = Path(__file__).parents[2]
 LENGTHS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
 
 
@@ -40,3 +45,21 @@ def test_ten_lengths_with_at_most_four_compiled_versions_alive(no_compiled_code,
         assert counter.frame_count == number
         alive.append(len(_debug_get_cache_entry_list(SummedLoss.forward.__code__)))
     assert alive == [1, 2, 3, 4, 1, 2, 3, 4, 1, 2] and max(alive) == COMPILED_SHAPES
+
+
+def test_compile_says_what_is_missing():
+    """Without a compiler on the path the probe answers with what to install; the import alone does nothing."""
+    code = (
+        "import sys, torch, osler.parallel.compile as compile\n"
+        "assert 'torch._inductor.compile_fx' not in sys.modules\n"
+        "print(compile.compile_works(torch.device('cpu')))\n"
+    )
+    environment = {**os.environ, "PATH": "", "CXX": "no-such-compiler", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=1800)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("(False, '") and "C++ compiler" in done.stdout
+
+
+def test_compile_is_tried():
+    works, reason = compile_works(torch.device("cpu"))
+    assert works == (reason == "")

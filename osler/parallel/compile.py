@@ -1,0 +1,115 @@
+"""All that Osler knows of ``torch.compile``: whether it works here and pays, what is compiled, how many shapes stay compiled.
+
+Shapes are static: a training step has one shape in each stage of a curriculum, and code for a known shape is faster. Nothing here
+is state that a resume needs. Only ``ops/cross_entropy.py`` also depends on a compiler: it keeps one from fusing its chunks.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from osler.errors import UserError
+from osler.model.loss import SummedLoss
+from osler.runtime.log import say
+
+COMPILE_MIN_STEPS = 100  # compiling costs 10 to 30 seconds; shorter runs end sooner without it
+COMPILED_SHAPES = 4  # alive at once
+
+
+def should_compile(mode: str, device: torch.device, *, steps: int) -> bool:
+    """Return whether a run of so many steps compiles: ``always``, ``never``, or ``auto`` where it works and pays.
+
+    Raises UserError for ``always`` where compiling does not work.
+    """
+    if mode == "never" or (mode == "auto" and steps < COMPILE_MIN_STEPS):
+        return False
+    works, reason = compile_works(device)
+    if not works:
+        if mode == "always":
+            raise UserError(f"compile=always, but torch.compile does not work here: {reason}")
+        say(f"torch.compile does not work here ({reason}); training without it, several times slower.")
+    return works
+
+
+def compile_loss(loss: SummedLoss, *, by_block: bool) -> None:
+    """Compile ``loss`` in place: as one graph, or each block and what follows the last block as graphs of their own.
+
+    Blocks by themselves let other ranks receive a block's gradient while the block before it still computes, and share one graph.
+    """
+    if not by_block:
+        loss.forward = _compiled(loss.forward)  # type: ignore[method-assign]
+        return
+    torch._dynamo.config.optimize_ddp = False  # the blocks are cut already, so torch need not cut graphs for DDP
+    for block in loss.model.layers:
+        block.forward = _compiled(block.forward)
+    loss.of_hidden = _compiled(loss.of_hidden)  # type: ignore[method-assign]
+
+
+def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return torch.compile(function, fullgraph=True, dynamic=False)
+
+
+def with_few_shapes(compiled: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Return the same function of a tensor and more, which drops all compiled code before a fifth shape of the tensor compiles.
+
+    torch keeps the code of every shape, and a ``fullgraph`` function fails at more shapes than dynamo's ``recompile_limit`` (8).
+    It has no public way to drop one function's code, so what is still needed compiles again. A run of four shapes never does.
+    """
+    alive: set[torch.Size] = set()
+
+    def call(first: Tensor, *others: Any) -> Tensor:
+        if first.shape not in alive:
+            if len(alive) == COMPILED_SHAPES:
+                torch.compiler.reset()
+                alive.clear()
+            alive.add(first.shape)
+        return compiled(first, *others)
+
+    return call
+
+
+def compile_works(device: torch.device) -> tuple[bool, str]:
+    """Return whether ``torch.compile`` works here, and if not, why. Compiles a tiny function once, which takes seconds."""
+    return _compile_works(device.type)
+
+
+@functools.cache
+def _compile_works(device_type: str) -> tuple[bool, str]:
+    if sys.platform == "win32" and device_type == "cpu":
+        return False, "torch.compile on a Windows CPU is not supported here"
+    from torch._inductor import cpp_builder
+    from torch._inductor.exc import InvalidCxxCompiler
+    from torch._inductor.utils import fresh_cache
+
+    def tiny(x: Tensor) -> Tensor:
+        return torch.tanh(x * 2.0 + 1.0).sum()
+
+    try:
+        # The cache outlives a compiler that was removed, so the compiler is asked for and the cache starts empty.
+        cpp_builder.get_cpp_compiler()
+        with fresh_cache():
+            result = torch.compile(tiny, fullgraph=True)(torch.ones(64, device=device_type))
+    except InvalidCxxCompiler:
+        return False, "no C++ compiler found: install g++ (or clang)"
+    except (RuntimeError, OSError, ImportError) as error:  # every compiler error of torch is a RuntimeError
+        return False, _first_reason(str(error)) or type(error).__name__
+    expected = tiny(torch.ones(64, device=device_type))
+    if not torch.allclose(result, expected, rtol=1e-4):
+        return False, f"a compiled function gave {result.item()} instead of {expected.item()}"
+    return True, ""
+
+
+def _first_reason(text: str) -> str:
+    """Return one line out of torch's page-long compiler errors."""
+    if "Python.h" in text:
+        return "the C++ compiler finds no Python.h: install the Python headers (python3-dev)"
+    if "triton" in text.lower() and ("not find" in text or "No module" in text or "Cannot find" in text):
+        return "no working Triton found: install the triton package that belongs to this PyTorch"
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return next((line for line in lines if "error" in line.lower()), "".join(lines[:1]))[:200]
