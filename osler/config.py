@@ -13,10 +13,13 @@ import difflib
 import enum
 import functools
 import json
+import operator
 import types
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+
+from annotated_types import Ge, Gt, Le, Lt
 
 from osler.errors import UserError
 from osler.yaml12 import load_yaml
@@ -33,6 +36,13 @@ else:
 T = TypeVar("T")
 RECIPES = Path(__file__).parent / "recipes"
 
+# The range of a number is declared once, in its type; others are written out: Annotated[float, Ge(0), Lt(1)].
+PositiveInt = Annotated[int, Ge(1)]
+NonNegativeInt = Annotated[int, Ge(0)]
+PositiveFloat = Annotated[float, Gt(0)]
+NonNegativeFloat = Annotated[float, Ge(0)]
+Fraction = Annotated[float, Ge(0), Le(1)]
+
 
 class ConfigError(UserError):
     """A recipe, an override or a mapping that does not describe a valid configuration."""
@@ -40,8 +50,19 @@ class ConfigError(UserError):
 
 @dataclass_transform(kw_only_default=True, frozen_default=True)
 def config(cls: type[T]) -> type[T]:
-    """Make ``cls`` a frozen, keyword-only dataclass that ``decode`` reads strictly."""
+    """Make ``cls`` a frozen, keyword-only dataclass that ``decode`` reads strictly and that checks the ranges of its numbers.
+
+    Its own ``__post_init__`` comes after that, and raises ValueError for fields that do not fit each other.
+    """
     cls.__pydantic_config__ = {"extra": "forbid", "strict": True, "allow_inf_nan": False}  # type: ignore[attr-defined]
+    check_fields_together = getattr(cls, "__post_init__", None)
+
+    def __post_init__(self: T) -> None:
+        _check_ranges(self)
+        if check_fields_together:
+            check_fields_together(self)
+
+    cls.__post_init__ = __post_init__  # type: ignore[attr-defined]
     return dataclasses.dataclass(frozen=True, kw_only=True)(cls)
 
 
@@ -59,6 +80,43 @@ class _Tagged:
 
 
 TAGGED = _Tagged()
+
+
+# -- ranges ------------------------------------------------------------------------------------------------------------
+
+
+_WORDS = {Ge: "at least", Gt: "above", Le: "at most", Lt: "below"}
+
+
+def _bounds(annotation: Any) -> list[Any]:
+    """Return the bounds in an annotation: ``Ge(1)`` and the like."""
+    if get_origin(annotation) is Annotated:
+        inner, *metadata = get_args(annotation)
+        return [*_bounds(inner), *(item for item in metadata if type(item) in _WORDS)]
+    if get_origin(annotation) in (Union, types.UnionType):
+        return [bound for member in get_args(annotation) for bound in _bounds(member)]
+    return []
+
+
+def _limit(bound: Any) -> tuple[str, float]:
+    """Return the name of a bound's comparison in ``operator`` and the number to compare with."""
+    name = type(bound).__name__.lower()
+    return name, getattr(bound, name)
+
+
+def range_of(annotation: Any) -> str:
+    """Return the range of an annotated number in words, as in "at least 0 and below 1"; empty without one."""
+    return " and ".join(f"{_WORDS[type(bound)]} {_limit(bound)[1]}" for bound in _bounds(annotation))
+
+
+def _check_ranges(value: object) -> None:
+    """Raise ValueError for a number outside of its range; ``decode`` finds the same through pydantic, at every path."""
+    cls: Any = type(value)
+    for field, annotation in hints(cls).items():
+        number = getattr(value, field)
+        limits = map(_limit, _bounds(annotation)) if isinstance(number, (int, float)) else ()
+        if not all(getattr(operator, name)(number, limit) for name, limit in limits):
+            raise ValueError(f"{field} must be {range_of(annotation)}, given {number}")
 
 
 # -- decoding ----------------------------------------------------------------------------------------------------------

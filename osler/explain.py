@@ -14,7 +14,7 @@ import textwrap
 import tokenize
 from typing import Any, Literal, get_args, get_origin
 
-from osler.config import encode, hints, members_of, tag_of
+from osler.config import encode, hints, members_of, range_of, tag_of
 from osler.yaml12 import dump_yaml
 
 COLUMNS = 120  # longer lines put their comment above
@@ -62,12 +62,12 @@ def _purpose(cls: type) -> str:
 
 
 def _choices(annotation: Any) -> str:
-    """The values or types that a field may have, where they can be listed."""
+    """Return the values, the types or the range that a field may have."""
     members, tagged = members_of(annotation)
     if tagged:
         return f"type is one of {', '.join(str(tag_of(member)) for member in members)}"
     values = [str(value) for member in members if get_origin(member) is Literal for value in get_args(member)]
-    return f"one of {', '.join(values)}" if len(values) > 1 else ""
+    return f"one of {', '.join(values)}" if len(values) > 1 else range_of(annotation)
 
 
 def _commented(text: str, comments: list[str], indent: str) -> list[str]:

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, get_args, get_origin
 
-from osler.config import hints, is_config_class, members_of, nearest, shown, tag_of
+from osler.config import hints, is_config_class, members_of, nearest, range_of, shown, tag_of
 
 _SHOULD = {
     "int_type": "should be an integer",
@@ -39,7 +39,7 @@ def error_lines(cls: type, errors: Iterable[Mapping[str, Any]]) -> list[str]:
         if error["type"] == "unexpected_keyword_argument":
             problem, show_given = _unknown_key(cls, path, owner), True
         else:
-            problem, show_given = _problem(error, owner)
+            problem, show_given = _problem(error, path, owner)
         problems, _ = found.setdefault(path, ([], f", given {shown(error['input'])}" if show_given else ""))
         if problem not in problems:
             problems.append(problem)
@@ -50,7 +50,7 @@ def _join(problems: Sequence[str]) -> str:
     return " or ".join([*problems[:1], *(problem.removeprefix("should be ") for problem in problems[1:])])
 
 
-def _problem(error: Mapping[str, Any], owner: Any) -> tuple[str, bool]:
+def _problem(error: Mapping[str, Any], path: str, owner: Any) -> tuple[str, bool]:
     """Say what is wrong, and whether the given value belongs in the message."""
     kind, given, context = error["type"], error["input"], error.get("ctx", {})
     if kind in ("missing", "missing_argument", "missing_keyword_only_argument"):
@@ -64,6 +64,8 @@ def _problem(error: Mapping[str, Any], owner: Any) -> tuple[str, bool]:
     if kind == "literal_error":
         choices = re.findall(r"'([^']*)'", context["expected"])
         return f"should be {context['expected']}{nearest(str(given), choices, list_all=False)}", True
+    if kind in ("greater_than_equal", "greater_than", "less_than_equal", "less_than"):
+        return f"must be {range_of(hints(owner)[path.rpartition('.')[2]])}", True
     if kind in ("value_error", "assertion_error"):
         return str(context.get("error", error["msg"])), False
     problem = _SHOULD.get(kind) or error["msg"].replace("Input should", "should", 1)

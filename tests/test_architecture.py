@@ -35,6 +35,7 @@ VAGUE_NAMES = {"utils", "util", "common", "helpers", "helper", "misc", "shared",
 
 # Libraries beside torch and numpy: the only files that may import them, so that each can be replaced in one place.
 DOORS: dict[str, set[str]] = {
+    "annotated_types": {"config.py"},
     "pydantic": {"config.py"},
     "yaml": {"yaml12.py"},
     "tokenizers": {"tokenizer/bpe.py"},

@@ -12,7 +12,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from osler.config import TAGGED, ConfigError, config, decode, encode, load_recipe, merge, parse_overrides
+from osler.config import (
+    TAGGED,
+    ConfigError,
+    Ge,
+    Lt,
+    PositiveInt,
+    config,
+    decode,
+    encode,
+    load_recipe,
+    merge,
+    parse_overrides,
+    range_of,
+)
 from osler.errors import UserError
 from osler.yaml12 import dump_yaml, load_yaml
 
@@ -28,17 +41,17 @@ class Adam:
 class Muon:
     type: Literal["muon"] = "muon"
     lr: float = 0.02
-    momentum: float = 0.95
+    momentum: Annotated[float, Ge(0), Lt(1)] = 0.95
 
     def __post_init__(self) -> None:
-        if self.momentum >= 1:
-            raise ValueError(f"momentum is {self.momentum}; it must be below 1")
+        if self.lr > self.momentum:
+            raise ValueError(f"lr {self.lr} is above momentum {self.momentum}")
 
 
 @config
 class Stage:
     seq_len: int
-    rows: int = 8
+    rows: PositiveInt | None = 8
 
 
 @config
@@ -154,13 +167,25 @@ class TestDecode:
 
     def test_no_line_is_headed_by_the_name_of_a_class(self):
         assert message({"type": "muon", "momentum": 2.0}, Muon) == (
-            "the configuration: 1 error\n  momentum is 2.0; it must be below 1"
+            "the configuration: 1 error\n  momentum: must be at least 0 and below 1, given 2.0"
         )
+        assert message({"type": "muon", "lr": 2.0}, Muon) == "the configuration: 1 error\n  lr 2.0 is above momentum 0.95"
         assert message([], Muon) == "the configuration: should be a mapping of keys to values, given []"
 
     def test_value_errors_of_post_init_stand_at_their_path(self):
-        text = message({"steps": 1, "optim": {"type": "muon", "momentum": 1.5}, "name": 2})
-        assert "optim: momentum is 1.5; it must be below 1" in text and "name: should be text" in text
+        text = message({"steps": 1, "optim": {"type": "muon", "lr": 1.5}, "name": 2})
+        assert "optim: lr 1.5 is above momentum 0.95" in text and "name: should be text" in text
+
+    def test_a_number_out_of_its_range_is_named_with_the_range(self):
+        stages = [{"seq_len": 1, "rows": None}, {"seq_len": 1, "rows": 0}]
+        text = message({"steps": 1, "stages": stages, "optim": {"type": "muon", "momentum": 1}})
+        assert "  stages[1].rows: must be at least 1, given 0" in text and "stages[0]" not in text
+        assert "  optim.momentum: must be at least 0 and below 1, given 1" in text
+        with pytest.raises(ValueError, match=r"^momentum must be at least 0 and below 1, given nan$"):
+            Muon(momentum=float("nan"))
+        with pytest.raises(ValueError, match="rows must be at least 1, given 0"):
+            Stage(seq_len=1, rows=0)
+        assert range_of(PositiveInt | None) == "at least 1" and range_of(int | None) == ""
 
     def test_user_errors_of_post_init_name_the_source(self):
         with pytest.raises(ConfigError, match=r"my\.yaml: choose a smaller size"):
@@ -187,7 +212,7 @@ class TestDecode:
             steps=st.integers(),
             name=st.text(st.characters(exclude_categories=["Cs"])),
             dtype=st.sampled_from(["auto", "bf16", "fp32"]),
-            optim=st.builds(Adam, lr=st.floats(allow_nan=False, allow_infinity=False)) | st.builds(Muon, lr=st.floats(0, 1)),
+            optim=st.builds(Adam, lr=st.floats(allow_nan=False, allow_infinity=False)) | st.builds(Muon, lr=st.floats(0, 0.9)),
             second=st.none() | st.builds(Muon),
             stages=st.lists(st.builds(Stage, seq_len=st.integers(1, 9)), max_size=3).map(tuple),
             weights=st.dictionaries(st.text("abc.", max_size=3), st.floats(0, 1), max_size=3),

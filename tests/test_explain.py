@@ -9,7 +9,18 @@ from typing import Annotated, Any, Literal, get_args
 import pytest
 
 from osler import cli
-from osler.config import TAGGED, available_recipes, config, decode, encode, hints, is_config_class, load_recipe, members_of
+from osler.config import (
+    TAGGED,
+    Fraction,
+    available_recipes,
+    config,
+    decode,
+    encode,
+    hints,
+    is_config_class,
+    load_recipe,
+    members_of,
+)
 from osler.errors import UserError
 from osler.explain import COLUMNS, explained, explanations
 from osler.show import KINDS, VERBS, ModelFamily, decode_recipe, show_recipe
@@ -25,7 +36,7 @@ class Tea:
     """
 
     type: Literal["tea"] = "tea"
-    minutes: float = 3.0  # in the water
+    minutes: Fraction | None = 0.5  # in the water
 
 
 @config
@@ -70,7 +81,7 @@ def test_what_is_explained_is_still_the_config():
     assert load_yaml(text, "test") == encode(breakfast) and decode(Breakfast, load_yaml(text, "test")) == breakfast
     assert "guests: 1  # people # not dogs" in lines
     assert "drink:  # Leaves in water, without milk; type is one of tea, coffee" in lines
-    assert "  minutes: 3.0  # in the water" in lines
+    assert "  minutes: 0.5  # in the water; at least 0 and at most 1" in lines
     assert "later: null  # after breakfast; type is one of tea, coffee" in lines
     assert text.count("    strength: ") == 2 and "    strength: strong  # of the taste; one of weak, strong" in lines
     assert "prices:  # of each thing" in lines and "none: []  # never" in lines

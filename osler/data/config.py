@@ -4,9 +4,11 @@ of which length. Torch-free.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from osler.config import config
+from osler.config import Ge, Lt, NonNegativeInt, PositiveInt, config
+
+HeldOut = Annotated[float, Ge(0), Lt(1)]
 
 
 @config
@@ -15,17 +17,14 @@ class ClinicData:
 
     type: Literal["clinic"] = "clinic"
     seed: int = 0  # of every text and question that is drawn
-    passages: int = 20_000  # of textbook prose
-    examples: int = 20_000  # exam questions with reasoning and answer
-    cards: int = 5_000  # that ask to match a word with its partner: form, no fact
-    drills: int = 5_000  # multiple-choice questions about nothing but the options themselves: form, no fact
-    validation_passages: int = 200  # of textbook prose, held out
-    validation_examples: int = 200  # exam questions, held out
+    passages: NonNegativeInt = 20_000  # of textbook prose
+    examples: NonNegativeInt = 20_000  # exam questions with reasoning and answer
+    cards: NonNegativeInt = 5_000  # that ask to match a word with its partner: form, no fact
+    drills: NonNegativeInt = 5_000  # multiple-choice questions about nothing but the options themselves: form, no fact
+    validation_passages: NonNegativeInt = 200  # of textbook prose, held out
+    validation_examples: NonNegativeInt = 200  # exam questions, held out
 
     def __post_init__(self) -> None:
-        for name in ("passages", "examples", "cards", "drills", "validation_passages", "validation_examples"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)} must be 0 or more")
         if self.passages + self.examples == 0:
             raise ValueError("the clinic gives nothing to learn from: set passages or examples above 0")
 
@@ -37,12 +36,8 @@ class FilesData:
     type: Literal["files"] = "files"
     path: str  # a .parquet, .jsonl, .ndjson, .txt or .md file (all but parquet also .gz and .zst), or a folder of them
     field: str = "text"  # the column of text in tables
-    holdout_fraction: float = 0.05  # share of the documents that becomes validation data, at least one document; 0: none
+    holdout_fraction: HeldOut = 0.05  # share of the documents that becomes validation data, at least one document; 0: none
     seed: int = 0  # of the choice of what is held out
-
-    def __post_init__(self) -> None:
-        _check_fraction(self.holdout_fraction)
-
 
 @config
 class TurnsData:
@@ -53,12 +48,8 @@ class TurnsData:
     question_field: str = "question"  # the column with the question
     thinking_field: str | None = None  # the column with the reasoning between question and answer; null: there is none
     answer_field: str = "answer"  # the column with the answer
-    holdout_fraction: float = 0.05  # share of the examples that becomes validation data, at least one example; 0: none
+    holdout_fraction: HeldOut = 0.05  # share of the examples that becomes validation data, at least one example; 0: none
     seed: int = 0  # of the choice of what is held out
-
-    def __post_init__(self) -> None:
-        _check_fraction(self.holdout_fraction)
-
 
 @config
 class PreparedData:
@@ -72,19 +63,10 @@ class PreparedData:
 class Stage:
     """Part of a curriculum: rows of `seq_len` tokens until the run has seen `until_tokens`; the last stage runs to the end."""
 
-    seq_len: int  # tokens in a row
-    until_tokens: int | None = None  # counted from the start of the run; the step that crosses it is the stage's last
-    batch_tokens: int | None = None  # None: the run's; a batch is as many whole rows as fit
+    seq_len: PositiveInt  # tokens in a row
+    until_tokens: PositiveInt | None = None  # counted from the start of the run; the step that crosses it is the stage's last
+    batch_tokens: PositiveInt | None = None  # None: the run's; a batch is as many whole rows as fit
 
     def __post_init__(self) -> None:
-        for name in ("seq_len", "until_tokens", "batch_tokens"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value} must be at least 1")
         if self.batch_tokens is not None and self.batch_tokens % self.seq_len:
             raise ValueError(f"batch_tokens={self.batch_tokens} is not a multiple of seq_len={self.seq_len}")
-
-
-def _check_fraction(fraction: float) -> None:
-    if not 0 <= fraction < 1:
-        raise ValueError(f"holdout_fraction={fraction} must be at least 0 and below 1")

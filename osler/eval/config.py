@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from osler.config import config
+from osler.config import NonNegativeInt, PositiveInt, config
 from osler.ops.temperature import check_temperature
 from osler.tasks.clinic import ClinicTask
 from osler.tasks.registry import TaskConfig
@@ -21,28 +21,21 @@ class EvalConfig:
     # generation lets the model write and reads its answer, likelihood takes the option it finds most likely; auto: generation
     # unless the model was trained on plain text alone
     method: Literal["auto", "generation", "likelihood", "both"] = "auto"
-    permutations: int = 1  # option orders in which every question is shown; "All of the above" and the like stay put
+    permutations: PositiveInt = 1  # option orders in which every question is shown; "All of the above" and the like stay put
     reasoning: bool | None = None  # think before the answer; null: as the model was trained
-    max_new_tokens: int = 128  # thinking and answer together
+    max_new_tokens: PositiveInt = 128  # thinking and answer together
     temperature: float = 0.0  # 0: always the likeliest token
     normalise: Literal["bytes", "tokens", "none"] = "bytes"  # what an option's log-likelihood is divided by
     seed: int = 0  # of option orders and sampling
-    rows: int = 256  # answers written at once: fewer need less memory, and draw others when temperature is above 0
+    rows: PositiveInt = 256  # answers written at once: fewer need less memory, and draw others when temperature is above 0
 
     text: str | None = None  # a file or folder of text, measured in bits per byte; not one that the model was trained on
     text_field: str = "text"  # the column of tables
-    seq_len: int | None = None  # tokens read at once; null: as many as in training
-    overlap: int = 0  # tokens that a window of text repeats from the one before, as context
+    seq_len: PositiveInt | None = None  # tokens read at once; null: as many as in training
+    overlap: NonNegativeInt = 0  # tokens that a window of text repeats from the one before, as context
 
     which: Literal["newest", "best"] = "newest"  # checkpoint of a run folder
     device: str = "auto"  # auto, cpu, cuda or cuda:N
 
     def __post_init__(self) -> None:
-        for name in ("permutations", "max_new_tokens", "rows"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         check_temperature(self.temperature)
-        if self.seq_len is not None and self.seq_len < 1:
-            raise ValueError(f"seq_len {self.seq_len} must be at least 1")
-        if self.overlap < 0:
-            raise ValueError(f"overlap {self.overlap} must be 0 or more")

@@ -6,9 +6,9 @@ no biases. The standard class with the same mathematics is Hugging Face's Qwen3;
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from osler.config import config
+from osler.config import Ge, NonNegativeFloat, PositiveFloat, PositiveInt, config
 
 MODEL_FILE = "model.json"  # in every checkpoint: the config of the model that it holds
 VOCAB_MULTIPLE = 64  # matmuls over the vocabulary run at full speed only at multiples of the tile size
@@ -18,20 +18,20 @@ VOCAB_MULTIPLE = 64  # matmuls over the vocabulary run at full speed only at mul
 class ModelConfig:
     """A decoder-only transformer. The defaults are the quickstart's one-million-parameter model."""
 
-    num_layers: int = 4  # transformer blocks
-    hidden_size: int = 128  # width of the residual stream
-    intermediate_size: int = 384  # width inside the feed-forward layers
-    num_heads: int = 4  # query heads
-    num_kv_heads: int = 2  # key/value heads; each serves num_heads / num_kv_heads query heads
-    head_dim: int = 32  # width of a head; even
-    vocab_size: int = 2048  # tokens; at least the tokenizer's
-    max_seq_len: int = 2048  # tokens of context at most
-    rope_theta: float = 10_000.0  # base of the rotary position embedding
-    norm_eps: float = 1e-6  # added to the mean square in every RMSNorm
+    num_layers: PositiveInt = 4  # transformer blocks
+    hidden_size: PositiveInt = 128  # width of the residual stream
+    intermediate_size: PositiveInt = 384  # width inside the feed-forward layers
+    num_heads: PositiveInt = 4  # query heads
+    num_kv_heads: PositiveInt = 2  # key/value heads; each serves num_heads / num_kv_heads query heads
+    head_dim: PositiveInt = 32  # width of a head; even
+    vocab_size: PositiveInt = 2048  # tokens; no fewer than the tokenizer's
+    max_seq_len: Annotated[int, Ge(2)] = 2048  # tokens of context at most
+    rope_theta: PositiveFloat = 10_000.0  # base of the rotary position embedding
+    norm_eps: NonNegativeFloat = 1e-6  # added to the mean square in every RMSNorm
     norm_weight: bool = False  # false: every RMSNorm, QK-norm included, is parameter-free
     qk_norm_weight: bool = False  # whether QK-norm has weights; needs norm_weight
     tie_embeddings: bool = False  # whether the head is the input embedding
-    embed_rank: int | None = None  # factorized embedding, [vocab_size, rank] then [rank, hidden_size]; null: one matrix
+    embed_rank: PositiveInt | None = None  # factorized embedding, [vocab_size, rank] then [rank, hidden_size]; null: one matrix
     residual_init: Literal["zero", "scaled"] = "zero"  # what the output projections of a block start as (model/init.py)
     head_init: Literal["zero", "normal"] = "zero"  # what the head starts as
     # how attention starts: mirrored heads look at tokens like theirs, induction adds a head that copies
@@ -39,17 +39,6 @@ class ModelConfig:
     qk_norm_init: float = 1.0  # what weighted QK-norms start at; above 1 attention starts sharper
 
     def __post_init__(self) -> None:
-        for name in (
-            "num_layers",
-            "hidden_size",
-            "intermediate_size",
-            "num_heads",
-            "num_kv_heads",
-            "head_dim",
-            "vocab_size",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}; every key/value "
@@ -57,10 +46,8 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim {self.head_dim} is odd; RoPE rotates pairs, so it must be even")
-        if self.max_seq_len < 2:
-            raise ValueError(f"max_seq_len is {self.max_seq_len}; it must be at least 2")
-        if self.embed_rank is not None and not 0 < self.embed_rank <= self.hidden_size:
-            raise ValueError(f"embed_rank {self.embed_rank} must be between 1 and hidden_size {self.hidden_size}")
+        if self.embed_rank is not None and self.embed_rank > self.hidden_size:
+            raise ValueError(f"embed_rank {self.embed_rank} must be at most hidden_size {self.hidden_size}")
         if self.tie_embeddings and self.head_init == "zero":
             # A tied head cannot start at zero: it is the input embedding.
             raise ValueError(

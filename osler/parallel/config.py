@@ -34,12 +34,8 @@ class DeepSpeedConfig:
     """DeepSpeed's ZeRO (an extra): cuts the optimizer (stage 1), the gradients too (2), the weights too (3)."""
 
     type: Literal["deepspeed"] = "deepspeed"
-    stage: int = 2  # of ZeRO: 1, 2 or 3
+    stage: Literal[1, 2, 3] = 2  # of ZeRO
     config_file: str | None = None  # DeepSpeed's own JSON, whose zero_optimization then replaces stage
-
-    def __post_init__(self) -> None:
-        if self.stage not in (1, 2, 3):
-            raise ValueError(f"stage {self.stage} must be 1, 2 or 3")
 
 
 ParallelConfig = Annotated[NoParallelConfig | DdpConfig | FsdpConfig | DeepSpeedConfig, TAGGED]

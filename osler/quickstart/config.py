@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from osler.config import config
+from osler.config import Fraction, PositiveInt, config
 from osler.rl.config import GrpoConfig
 from osler.train.config import TrainConfig
 
@@ -21,12 +21,12 @@ class QuickstartConfig:
     # the third stage: own answers, rewarded when right; seed and init_from are set by the quickstart
     grpo: GrpoConfig = GrpoConfig(init_from="sft")
     exam_splits: tuple[str, ...] = ("new_findings", "new_questions")  # of the clinic, examined after sft and after grpo
-    exam_items: int = 500  # questions of each split
-    exam_new_tokens: int = 64  # thinking and answer together, at most
-    start_accuracy: float = 0.68  # GRPO starts from the earlier checkpoint whose validation accuracy is nearest to this
+    exam_items: PositiveInt = 500  # questions of each split
+    exam_new_tokens: PositiveInt = 64  # thinking and answer together, at most
+    start_accuracy: Fraction = 0.68  # GRPO starts from the earlier checkpoint whose validation accuracy is nearest to this
 
     def __post_init__(self) -> None:
-        if self.exam_items < 1 or not self.exam_splits:
-            raise ValueError("the exam needs at least one split and one item")
+        if not self.exam_splits:
+            raise ValueError("exam_splits is empty: the exam needs at least one split")
         if self.sft.exam.every_tokens < 1:
             raise ValueError("sft.exam.every_tokens must be above 0: the earlier checkpoint is chosen by these exams")

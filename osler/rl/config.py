@@ -10,9 +10,9 @@ from __future__ import annotations
 from dataclasses import field
 from typing import Annotated, Literal
 
-from osler.config import TAGGED, config
+from osler.config import TAGGED, Fraction, Ge, Gt, Le, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, config
 from osler.monitor.config import MonitorConfig, SpikeConfig
-from osler.ops.temperature import check_temperature
+from osler.ops.temperature import COLDEST
 from osler.optim.config import AdamWConfig, ConstantConfig, OptimConfig, ScheduleConfig
 from osler.parallel.config import DdpConfig, FsdpConfig, NoParallelConfig
 from osler.tasks.clinic import ClinicTask
@@ -24,14 +24,8 @@ from osler.tasks.rewards import REWARDS
 class ClipConfig:
     """Range ``[1 - low, 1 + high]`` of the importance ratio."""
 
-    low: float = 0.2  # how far below 1 the ratio may go
-    high: float = 0.2  # how far above 1; more than low is clip-higher (DAPO, arXiv 2503.14476)
-
-    def __post_init__(self) -> None:
-        if not 0.0 < self.low <= 1.0:
-            raise ValueError(f"clip.low = {self.low} must lie in (0, 1]")
-        if self.high <= 0.0:
-            raise ValueError(f"clip.high = {self.high} must be positive")
+    low: Annotated[float, Gt(0), Le(1)] = 0.2  # how far below 1 the ratio may go
+    high: PositiveFloat = 0.2  # how far above 1; more than low is clip-higher (DAPO, arXiv 2503.14476)
 
 
 @config
@@ -42,29 +36,27 @@ class QualityConfig:
     # baseline; off only measures
     action: Literal["zero", "drop", "off"] = "zero"
     require_answer: bool = True  # whether a sample without an answer is bad
-    ngram: int = 4  # length in tokens of the n-grams whose repeats are counted
-    max_repeated_frac: float = 0.5  # share of n-grams that may repeat an earlier one; a sample with more is degenerate
-    min_tokens: int = 32  # shorter samples are never degenerate
+    ngram: PositiveInt = 4  # length in tokens of the n-grams whose repeats are counted
+    max_repeated_frac: Fraction = 0.5  # share of n-grams that may repeat an earlier one; a sample with more is degenerate
+    min_tokens: PositiveInt = 32  # shorter samples are never degenerate
 
     def __post_init__(self) -> None:
-        if self.ngram < 1 or self.min_tokens < self.ngram:
-            raise ValueError(f"quality needs 1 <= ngram <= min_tokens, got {self.ngram} and {self.min_tokens}")
-        if not 0.0 <= self.max_repeated_frac <= 1.0:
-            raise ValueError(f"quality.max_repeated_frac = {self.max_repeated_frac} must lie in [0, 1]")
+        if self.min_tokens < self.ngram:
+            raise ValueError(f"min_tokens {self.min_tokens} must be at least ngram {self.ngram}")
 
 
 @config
 class AlgorithmConfig:
     """One GRPO algorithm: sampling, advantages, ratio, KL, masks and how tokens are averaged."""
 
-    prompts_per_step: int = 8  # questions in one rollout
-    samples_per_prompt: int = 8  # completions of each question: the group
-    updates_per_batch: int = 1  # optimizer updates on each rollout batch; every update uses the whole batch
-    max_new_tokens: int = 128  # tokens of a completion at most
+    prompts_per_step: PositiveInt = 8  # questions in one rollout
+    samples_per_prompt: Annotated[int, Ge(2)] = 8  # completions of each question: the group; one alone has no advantage
+    updates_per_batch: PositiveInt = 1  # optimizer updates on each rollout batch; every update uses the whole batch
+    max_new_tokens: PositiveInt = 128  # tokens of a completion at most
 
-    temperature: float = 1.0  # of sampling; above 0
-    top_p: float = 1.0  # share of the probability to sample from; 1: all
-    top_k: int | None = None  # sample from so many likeliest tokens; null: all
+    temperature: Annotated[float, Ge(COLDEST)] = 1.0  # of sampling; greedy samples would all be equal
+    top_p: Annotated[float, Gt(0), Le(1)] = 1.0  # share of the probability to sample from; 1: all
+    top_k: PositiveInt | None = None  # sample from so many likeliest tokens; null: all
 
     # what is taken off a reward: the group's mean, the mean and then divided by the deviation, or the mean of the others
     advantage: Literal["mean", "mean_std", "leave_one_out"] = "mean"
@@ -78,40 +70,19 @@ class AlgorithmConfig:
     # unbiased is the importance-weighted k3; k3, k2, k1 are the plain estimates, whose gradients are those of other quantities:
     # k1's is zero on average on-policy, and k3's is that of the reversed divergence
     kl: Literal["unbiased", "k3", "k2", "k1"] = "unbiased"
-    beta: float = 0.01  # weight of the KL to the reference in the loss
+    beta: NonNegativeFloat = 0.01  # weight of the KL to the reference in the loss
     # off-policy sequence mask: completions with a negative advantage and a KL per token above this get no gradient; null: off
-    opsm_delta: float | None = None
+    opsm_delta: NonNegativeFloat | None = None
     # steps after which the reference becomes the model as it is; null: it stays the first
-    reference_refresh_steps: int | None = None
+    reference_refresh_steps: PositiveInt | None = None
 
     dynamic_sampling: bool = False  # whether groups whose rewards are all equal are replaced
-    max_refills: int = 3  # rollouts more, at most, to replace them
+    max_refills: NonNegativeInt = 3  # rollouts more, at most, to replace them
     # a completion cut at the length limit: mask gives it no gradient but keeps it in the baseline and in the denominators,
     # penalise takes overlong_penalty off its reward, keep changes nothing
     overlong: Literal["mask", "penalise", "keep"] = "keep"
-    overlong_penalty: float = 0.5  # taken off the reward with overlong=penalise
+    overlong_penalty: NonNegativeFloat = 0.5  # taken off the reward with overlong=penalise
     quality: QualityConfig = QualityConfig()
-
-    def __post_init__(self) -> None:
-        for name in ("prompts_per_step", "updates_per_batch", "max_new_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} = {getattr(self, name)} must be at least 1")
-        if self.samples_per_prompt < 2:
-            raise ValueError(
-                f"samples_per_prompt = {self.samples_per_prompt}: a group needs at least 2 samples, because the "
-                "baseline of one sample is its own reward and every advantage would be zero"
-            )
-        if self.temperature <= 0.0:
-            raise ValueError(f"temperature = {self.temperature} must be positive: greedy groups hold equal samples")
-        check_temperature(self.temperature)
-        if not 0.0 < self.top_p <= 1.0 or (self.top_k is not None and self.top_k < 1):
-            raise ValueError(f"top_p = {self.top_p} must lie in (0, 1], top_k = {self.top_k} be at least 1 or left out")
-        if self.beta < 0.0 or self.overlong_penalty < 0.0 or self.max_refills < 0:
-            raise ValueError("beta, overlong_penalty and max_refills must not be negative")
-        if self.opsm_delta is not None and self.opsm_delta < 0.0:
-            raise ValueError(f"opsm_delta = {self.opsm_delta} must not be negative (0.1 to 0.5 is sensible)")
-        if self.reference_refresh_steps is not None and self.reference_refresh_steps < 1:
-            raise ValueError("reference_refresh_steps must be at least 1, or left out to keep the first reference")
 
     @property
     def completions_per_step(self) -> int:
@@ -125,15 +96,13 @@ class RlTaskConfig:
 
     task: TaskConfig = ClinicTask(split="train", limit=4000)
     name: str = ""  # in metrics; empty: the exam's type
-    weight: float = 1.0  # share of every step's questions, relative to the other tasks
+    weight: PositiveFloat = 1.0  # share of every step's questions, relative to the other tasks
     # functions of osler/tasks/rewards.py with their weights; a reward for form alone destroys accuracy, gated_format pays for
     # it only when the answer is right
     rewards: dict[str, float] = field(default_factory=lambda: {"correct": 1.0})
     reasoning: bool = True  # whether the model thinks before it answers
 
     def __post_init__(self) -> None:
-        if self.weight <= 0.0:
-            raise ValueError(f"weight = {self.weight} must be positive; leave the task out instead")
         unknown = sorted(set(self.rewards) - set(REWARDS))
         if unknown or not self.rewards:
             raise ValueError(f"rewards {unknown or 'are missing'}; known: {', '.join(REWARDS)}")
@@ -160,31 +129,31 @@ class GrpoConfig:
     branch_from: str | None = None
     tasks: tuple[RlTaskConfig, ...] = (RlTaskConfig(),)  # what is asked: a list, each with an exam, its weight and its rewards
     eval_task: TaskConfig | None = ClinicTask(split="validation", limit=200)  # the exam sat during training; null: none
-    eval_permutations: int = 1  # option orders per evaluated question
+    eval_permutations: PositiveInt = 1  # option orders per evaluated question
     algorithm: AlgorithmConfig = AlgorithmConfig()
     optim: OptimConfig = AdamWConfig(lr=3e-5, weight_decay=0.0)  # lr far below that of pretraining: 1e-6 to 1e-4 for AdamW
     # counts the token budget of the rollouts: completions of a step times max_new_tokens
     schedule: ScheduleConfig = ConstantConfig()
-    clip_norm: float = 1.0  # norm that the gradient is scaled down to when it is larger
-    micro_batch_tokens: int = 16_384  # prompt and completion tokens per forward pass of one process, padding included
-    rollout_rows: int = 256  # completions sampled at once by one process; bounds the key/value cache
+    clip_norm: PositiveFloat = 1.0  # norm that the gradient is scaled down to when it is larger
+    micro_batch_tokens: PositiveInt = 16_384  # prompt and completion tokens per forward pass of one process, padding included
+    rollout_rows: PositiveInt = 256  # completions sampled at once by one process; bounds the key/value cache
 
-    steps: int = 100  # rollouts, each with updates_per_batch updates
-    eval_every_steps: int = 20  # steps between two exams
-    save_every_steps: int = 20  # steps between two checkpoints
+    steps: PositiveInt = 100  # rollouts, each with updates_per_batch updates
+    eval_every_steps: PositiveInt = 20  # steps between two exams
+    save_every_steps: PositiveInt = 20  # steps between two checkpoints
     # whether a checkpoint is written while training goes on, from a copy in memory; changes nothing in it
     async_save: bool = True
-    keep_last: int = 2  # checkpoints kept besides the best and the milestones
-    keep_every_steps: int = 0  # steps between two milestones, which are checkpoints kept for good; 0: none
+    keep_last: PositiveInt = 2  # checkpoints kept besides the best and the milestones
+    keep_every_steps: NonNegativeInt = 0  # steps between two milestones, which are checkpoints kept for good; 0: none
     allow_data_change: bool = False  # whether a started run may go on with other questions, never with another tokenizer
     # so many steps in a row with a non-finite gradient send the run back to its last good checkpoint and past the questions since
-    max_skipped_steps: int = 20
-    max_rollbacks: int = 2  # times that a run goes back, in all; then it ends with a diagnosis
+    max_skipped_steps: PositiveInt = 20
+    max_rollbacks: NonNegativeInt = 2  # times that a run goes back, in all; then it ends with a diagnosis
     spike: SpikeConfig = SpikeConfig()
     # before a run begins, the model answers the first step's questions: refuse ends a run whose model then neither earns a reward
     # nor gives an answer that can be read, warn says so and starts, off asks nothing; changes nothing in the run
     preflight: Literal["refuse", "warn", "off"] = "refuse"
-    zero_reward_patience: int = 5  # so many steps in a row without a reward are worth a warning
+    zero_reward_patience: PositiveInt = 5  # so many steps in a row without a reward are worth a warning
 
     device: str = "auto"  # auto, cpu, cuda or cuda:N
     # how several processes share the work; with fsdp the policy is put together on each of them to sample
@@ -194,16 +163,6 @@ class GrpoConfig:
     recompute: Literal["off", "selective", "full"] = "off"  # activations computed again in the backward pass, to save memory
 
     def __post_init__(self) -> None:
-        intervals = ("steps", "eval_every_steps", "save_every_steps", "max_skipped_steps", "zero_reward_patience")
-        for name in (*intervals, "keep_last", "micro_batch_tokens", "rollout_rows", "eval_permutations"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} = {getattr(self, name)} must be at least 1")
-        if self.max_rollbacks < 0:
-            raise ValueError(f"max_rollbacks = {self.max_rollbacks} must be 0 (never go back) or more")
-        if self.keep_every_steps < 0:
-            raise ValueError(f"keep_every_steps = {self.keep_every_steps} must be 0 (no milestones) or more")
-        if self.clip_norm <= 0.0:
-            raise ValueError(f"clip_norm = {self.clip_norm} must be positive")
         labels = [task.label for task in self.tasks]
         if not labels or len(set(labels)) < len(labels):
             raise ValueError(f"tasks need at least one entry, each with its own name, got {labels}")

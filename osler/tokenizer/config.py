@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from osler.config import config
+from osler.config import PositiveInt, config
 
 SMALLEST_VOCABULARY = 300  # of a tokenizer that is trained
 
@@ -14,7 +14,7 @@ class TokenizerConfig:
     # a tokenizer.json, or GPT-2's vocab.bpe with encoder.json beside it; null: train one on the run's own text
     path: str | None = None
     vocab_size: int = 2048  # of a tokenizer that is trained; a loaded one has its own
-    max_bytes: int = 32_000_000  # of text to train on; more is sampled evenly
+    max_bytes: PositiveInt = 32_000_000  # of text to train on; more is sampled evenly
 
     def __post_init__(self) -> None:
         if self.path is None and self.vocab_size < SMALLEST_VOCABULARY:

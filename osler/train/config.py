@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from osler.config import TAGGED, config
+from osler.config import TAGGED, NonNegativeInt, PositiveFloat, PositiveInt, config
 from osler.data.config import ClinicData, FilesData, PreparedData, Stage, TurnsData
 from osler.data.curriculum import Timeline, lay_out, rows_per_micro_batch
 from osler.model.config import ModelConfig
@@ -23,16 +23,14 @@ DataConfig = Annotated[ClinicData | FilesData | TurnsData | PreparedData, TAGGED
 class ExamProbe:
     """A small exam during training: clinic questions answered greedily, every so many tokens."""
 
-    every_tokens: int = 0  # tokens between two exams; 0: never
+    every_tokens: NonNegativeInt = 0  # tokens between two exams; 0: never
     # of the clinic: train, validation, validation_questions, new_findings, new_questions
     splits: tuple[str, ...] = ("validation",)
-    items: int = 200  # questions of each split
+    items: PositiveInt = 200  # questions of each split
 
     def __post_init__(self) -> None:
-        if self.every_tokens < 0:
-            raise ValueError(f"every_tokens is {self.every_tokens}; it must be 0 (never) or more")
-        if self.items < 1 or not self.splits:
-            raise ValueError(f"items is {self.items} and splits {list(self.splits)}: an exam needs at least one of each")
+        if not self.splits:
+            raise ValueError("splits is empty: an exam needs at least one")
 
 
 @config
@@ -54,15 +52,15 @@ class TrainConfig:
     # examples whose answer does not fit into a row with its question (sft, packing whole): refuse to begin, or drop them
     too_long: Literal["refuse", "drop"] = "refuse"
     document_mask: bool = False  # whether attention stays inside a document
-    seq_len: int = 128  # tokens in a row: with a curriculum in its longest, and in those of held-out text
-    batch_tokens: int = 8_192  # tokens per optimizer step
-    micro_batch_tokens: int | None = None  # tokens per forward pass of one process; null: its whole batch at once
+    seq_len: PositiveInt = 128  # tokens in a row: with a curriculum in its longest, and in those of held-out text
+    batch_tokens: PositiveInt = 8_192  # tokens per optimizer step
+    micro_batch_tokens: PositiveInt | None = None  # tokens per forward pass of one process; null: its whole batch at once
     curriculum: tuple[Stage, ...] = ()  # stages of shorter rows and other batches; none: seq_len and batch_tokens throughout
-    total_tokens: int = 8_192_000  # tokens to train on, repeats included
-    max_minutes: float | None = None  # end by the clock if that comes before total_tokens; the schedule is fitted to it
+    total_tokens: PositiveInt = 8_192_000  # tokens to train on, repeats included
+    max_minutes: PositiveFloat | None = None  # end by the clock if that comes before total_tokens; the schedule is fitted to it
     optim: OptimConfig = AdamWConfig()
     schedule: ScheduleConfig = LinearConfig(warmup_tokens=327_680)
-    clip_norm: float = 1.0  # norm that the gradient is scaled down to when it is larger
+    clip_norm: PositiveFloat = 1.0  # norm that the gradient is scaled down to when it is larger
     # bf16 computes in bf16 from fp32 weights, fp8 also multiplies in FP8; pure-bf16 keeps weights and moments in bf16 too;
     # auto: bf16 where it is faster than fp32 here
     precision: Literal["auto", "bf16", "fp32", "pure-bf16", "fp8"] = "auto"
@@ -71,39 +69,30 @@ class TrainConfig:
     compile: Literal["auto", "always", "never"] = "auto"
     device: str = "auto"  # auto, cpu, cuda or cuda:N
     parallel: ParallelConfig = NoParallelConfig()  # how several processes share the work
-    loader_workers: int = 1  # threads that prepare batches ahead; 0: none; changes no batch
-    log_every_steps: int = 10  # optimizer steps between two lines of metrics
-    eval_every_tokens: int = 2_048_000  # tokens between two measurements of the held-out loss
-    save_every_tokens: int = 2_048_000  # tokens between two checkpoints
+    loader_workers: NonNegativeInt = 1  # threads that prepare batches ahead; 0: none; changes no batch
+    log_every_steps: PositiveInt = 10  # optimizer steps between two lines of metrics
+    eval_every_tokens: PositiveInt = 2_048_000  # tokens between two measurements of the held-out loss
+    save_every_tokens: PositiveInt = 2_048_000  # tokens between two checkpoints
     # whether a checkpoint is written while training goes on, from a copy in memory; changes nothing in it
     async_save: bool = True
-    keep_last: int = 2  # checkpoints kept besides the best and the milestones
-    keep_every_tokens: int = 0  # tokens between two milestones, which are checkpoints kept for good; 0: none
+    keep_last: PositiveInt = 2  # checkpoints kept besides the best and the milestones
+    keep_every_tokens: NonNegativeInt = 0  # tokens between two milestones, which are checkpoints kept for good; 0: none
     allow_data_change: bool = False  # whether a started run may go on with other data, never with another tokenizer
     # so many steps in a row with a non-finite gradient send the run back to its last good checkpoint and past the data since,
     # when the next line of metrics is due
-    max_skipped_steps: int = 20
-    max_rollbacks: int = 2  # times that a run goes back, in all; then it ends with a diagnosis
+    max_skipped_steps: PositiveInt = 20
+    max_rollbacks: NonNegativeInt = 2  # times that a run goes back, in all; then it ends with a diagnosis
     spike: SpikeConfig = SpikeConfig()
     exam: ExamProbe = ExamProbe()
     monitor: MonitorConfig = MonitorConfig()
 
     def __post_init__(self) -> None:
-        counts = ("seq_len", "total_tokens", "log_every_steps", "eval_every_tokens", "save_every_tokens", "keep_last")
-        for name in (*counts, "max_skipped_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if self.max_rollbacks < 0:
-            raise ValueError(f"max_rollbacks is {self.max_rollbacks}; it must be 0 (never go back) or more")
-        if self.keep_every_tokens < 0:
-            raise ValueError(f"keep_every_tokens is {self.keep_every_tokens}; it must be 0 (no milestones) or more")
-        rows, rest = divmod(self.batch_tokens, self.seq_len)
-        if rest or rows < 1:
-            raise ValueError(f"batch_tokens {self.batch_tokens} is not a positive multiple of seq_len {self.seq_len}")
+        if self.batch_tokens % self.seq_len:
+            raise ValueError(f"batch_tokens {self.batch_tokens} is not a multiple of seq_len {self.seq_len}")
         if self.init_from is None and self.seq_len > self.model.max_seq_len:
             raise ValueError(f"seq_len {self.seq_len} is longer than model.max_seq_len {self.model.max_seq_len}")
         micro = self.micro_batch_tokens
-        if micro is not None and (micro < self.seq_len or micro % self.seq_len or self.batch_tokens % micro):
+        if micro is not None and (micro % self.seq_len or self.batch_tokens % micro):
             raise ValueError(
                 f"micro_batch_tokens {micro} must be a multiple of seq_len {self.seq_len} that divides "
                 f"batch_tokens {self.batch_tokens}"
@@ -117,16 +106,10 @@ class TrainConfig:
                 f"set model.vocab_size={self.tokenizer.vocab_size}"
                 + (f", or tokenizer.vocab_size={self.model.vocab_size}" if self.model.vocab_size >= SMALLEST_VOCABULARY else "")
             )
-        if self.max_minutes is not None and self.max_minutes <= 0:
-            raise ValueError(f"max_minutes {self.max_minutes} must be above 0")
         if self.precision == "pure-bf16" and self.optim.type != "adamw":
             raise ValueError(
                 f"precision=pure-bf16 rounds inside its own AdamW; with optim.type={self.optim.type} use precision=bf16"
             )
-        if self.loader_workers < 0:
-            raise ValueError(f"loader_workers {self.loader_workers} must be 0 (no threads) or more")
-        if self.clip_norm <= 0:
-            raise ValueError(f"clip_norm {self.clip_norm} must be above 0")
 
     def _check_curriculum(self) -> None:
         if self.packs_whole:

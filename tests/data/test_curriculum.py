@@ -94,8 +94,8 @@ def test_stages_that_contradict_each_other(stages, message):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"seq_len": 0}, "seq_len=0 must be at least 1"),
-        ({"seq_len": 8, "until_tokens": 0}, "until_tokens=0 must be at least 1"),
+        ({"seq_len": 0}, "seq_len must be at least 1, given 0"),
+        ({"seq_len": 8, "until_tokens": 0}, "until_tokens must be at least 1, given 0"),
         ({"seq_len": 8, "batch_tokens": 20}, "batch_tokens=20 is not a multiple of seq_len=8"),
     ],
 )

@@ -207,7 +207,7 @@ def test_a_run_on_text_of_ones_own_is_measured_on_its_held_out_part(runs, capsys
         (["max_new_tokens=400"], "no room for a question"),
         (["text=no/such/folder"], "no file or folder no/such/folder"),
         (["method=guess"], "method"),
-        (["permutations=0"], "permutations is 0"),
+        (["permutations=0"], "permutations: must be at least 1"),
         (["task.limt=3"], "did you mean `task.limit`"),
         (["seq_len=4000", "text=x.txt"], "max_seq_len"),
     ],

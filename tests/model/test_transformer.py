@@ -261,7 +261,7 @@ def test_config_counts_what_the_model_has() -> None:
         ({"head_dim": 15}, "head_dim 15 is odd"),
         ({"tie_embeddings": True}, "needs head_init=normal"),
         ({"embed_rank": 1000}, "embed_rank 1000"),
-        ({"num_layers": 0}, "num_layers is 0"),
+        ({"num_layers": 0}, "num_layers must be at least 1"),
     ],
 )
 def test_impossible_shapes_are_refused_with_the_numbers(changes: dict[str, Any], words: str) -> None:

@@ -97,7 +97,7 @@ def test_a_plan_misses_the_packages_that_a_run_would_miss(monkeypatch):
 
 
 def test_no_fewer_than_no_threads_prepare_batches():
-    with pytest.raises(ValueError, match="loader_workers -1 must be 0"):
+    with pytest.raises(ValueError, match="loader_workers must be at least 0, given -1"):
         TrainConfig(loader_workers=-1)
 
 
