@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
 from osler.errors import UserError
-from osler.runtime.log import complain
+from osler.runtime.log import complain, log_to_terminal
 from osler.runtime.neighbours import sharing_cpus
 from osler.runtime.stop import REQUESTS, hear_requests, ignore_requests, interruptible
 from osler.runtime.streams import OUTPUT, flush_or_silence, open_streams, silence
@@ -68,6 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # an ASCII terminal shows ? where it cannot show a sign
     try:
+        log_to_terminal()
         with interruptible(), sharing_cpus(), written_out():
             return dispatch(list(sys.argv[1:] if argv is None else argv))
     except UserError as error:

@@ -26,6 +26,14 @@ def no_fault_from_outside(monkeypatch):
     monkeypatch.delenv("OSLER_FAULT", raising=False)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def logs_on_the_terminal():
+    """Messages of library functions that a test calls itself reach stderr as under the command line."""
+    from osler.runtime.log import log_to_terminal
+
+    log_to_terminal()
+
+
 @pytest.fixture
 def standard_handlers():
     """Signals are handled as in a terminal, although whoever runs the tests may ignore some: `nohup`, or `&` in a script."""

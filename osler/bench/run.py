@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 import os
 import statistics
 import subprocess
@@ -20,9 +21,10 @@ from typing import Any
 from osler.config import decode, encode, load_recipe, parse_overrides
 from osler.errors import UserError
 from osler.runtime.files import write_json
-from osler.runtime.log import say
 from osler.runtime.world import require_one_process
 from osler.train.config import TrainConfig
+
+logger = logging.getLogger(__name__)
 
 CONVENTION = "PaLM: 6 x (matrices + head) + 12 x layers x heads x head_dim x seq_len FLOPs per token, non-causal"
 STEPS_ALWAYS_COMPILED = 1_000_000
@@ -48,7 +50,7 @@ def run(
         raise UserError(f"`{recipe}` is a recipe of kind {kind}: give one of `osler pretrain` or `osler sft`, or a model family.")
     config = decode(TrainConfig, {**given, "kind": kind}, source=recipe or "")
     if config.parallel.type != "none":
-        say(f"osler bench times one process, on which parallel.type={config.parallel.type} changes nothing.")
+        logger.info(f"osler bench times one process, on which parallel.type={config.parallel.type} changes nothing.")
     result = compare(config, recipe or "defaults", peers=peers, rounds=rounds, steps=steps)
     print(json.dumps(result, indent=2))
     if out is not None:
@@ -85,7 +87,7 @@ def compare(config: TrainConfig, name: str, *, peers: Sequence[str], rounds: int
             done = in_fresh_process(specs[name_of_one])
             measured[name_of_one].append(done)
             rate = f"{done['tokens_per_second']:,.0f} tokens/s" if "tokens_per_second" in done else "timed"
-            say(f"round {number + 1} of {rounds}: {name_of_one} {rate}")
+            logger.info(f"round {number + 1} of {rounds}: {name_of_one} {rate}")
     return {
         "benchmark": "train",
         "recipe": name,

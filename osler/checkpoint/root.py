@@ -8,6 +8,7 @@ deleted. Torch-free.
 
 from __future__ import annotations
 
+import logging
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -30,7 +31,8 @@ from osler.checkpoint.manifest import (
 from osler.errors import UserError
 from osler.runtime.faults import fault
 from osler.runtime.files import RunFolder, no_pause, read_json, write_json
-from osler.runtime.log import say
+
+logger = logging.getLogger(__name__)
 
 BEST = "best.json"
 HIDDEN = ".tmp-"  # begins the name of what is being written or deleted
@@ -134,7 +136,7 @@ def mark_best(path: str | Path, metric: str, value: float | None) -> None:
         fault("save-best")
         write_json(path.parent / BEST, {"folder": path.name, "metric": metric, "value": value})
     except OSError as error:
-        say(f"Warning: {path} could not be marked best: {error.strerror}")
+        logger.warning(f"{path} could not be marked best: {error.strerror}")
 
 
 def best_checkpoint(root: str | Path) -> Best | None:
@@ -183,7 +185,7 @@ def rotate(
                 fault("rotate")
                 remove(entry.path)
     except (OSError, UserError) as error:  # the new checkpoint is safe, only the space is not freed
-        say(f"Warning: old checkpoints in {root} were not removed: {error}")
+        logger.warning(f"old checkpoints in {root} were not removed: {error}")
 
 
 def _good_ones(

@@ -15,6 +15,7 @@ buffers): nothing is left to overlap with. Whoever promises that something is on
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -32,7 +33,8 @@ from osler.checkpoint import store
 from osler.checkpoint.root import OnDamage, Skipped, ignore_damage
 from osler.errors import UserError
 from osler.runtime.files import fsync_file
-from osler.runtime.log import say
+
+logger = logging.getLogger(__name__)
 
 CPU_SHARE = 0.03  # of one core, for the writer beside a CPU that trains
 
@@ -153,7 +155,7 @@ class Saver:
                 raise UserError(
                     f"{error} Earlier checkpoints are untouched: mend the disk, and the same command goes on from the newest."
                 ) from error
-            say(f"Warning: {error} The run goes on; earlier checkpoints are untouched.")
+            logger.warning(f"{error} The run goes on; earlier checkpoints are untouched.")
         finally:
             while self._damaged:
                 self._on_damage(*self._damaged.pop(0))

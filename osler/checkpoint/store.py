@@ -14,6 +14,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import logging
 import shutil
 import sys
 from collections.abc import Callable, Collection, Mapping
@@ -54,7 +55,8 @@ from osler.checkpoint.tensors import read_tensors, write_tensors
 from osler.errors import UserError
 from osler.runtime.faults import fault
 from osler.runtime.files import fsync_dir, no_pause, open_durable, read_json
-from osler.runtime.log import say
+
+logger = logging.getLogger(__name__)
 
 
 class CheckpointSaveError(RuntimeError):
@@ -251,5 +253,5 @@ def resolve(path: str | Path, which: str = "newest") -> Path:
         reason = f": {describe_skipped(skipped)}" if skipped else ""
         raise UserError(f"There is no {'good ' if skipped else ''}checkpoint in {root}{reason}.")
     if skipped:
-        say(f"Warning: falling back to {found}: {describe_skipped(skipped)}")
+        logger.warning(f"falling back to {found}: {describe_skipped(skipped)}")
     return found

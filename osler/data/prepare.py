@@ -11,6 +11,7 @@ starts again from nothing; there is no half state to resume.
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import shutil
 import time
@@ -26,9 +27,11 @@ from osler.data.shards import DATA_MANIFEST, FORMAT_VERSION, SHARD_TOKENS, TOKEN
 from osler.errors import UserError
 from osler.runtime.faults import fault
 from osler.runtime.files import fingerprint, fsync_dir, write_atomic, write_json
-from osler.runtime.log import Progress, say
+from osler.runtime.log import Progress
 from osler.tokenizer.bpe import Tokenizer
 from osler.tokenizer.chat import encode_examples
+
+logger = logging.getLogger(__name__)
 
 BATCH_DOCUMENTS = 512
 BATCH_CHARACTERS = 2_000_000
@@ -232,7 +235,9 @@ def _set_aside(out: Path, content_fingerprint: str) -> None:
         shutil.rmtree(out)
     else:
         out.rename(aside)
-    say(f"The data prepared before, of fingerprint {found}, are now in {aside}; those given now have {content_fingerprint}.")
+    logger.info(
+        f"The data prepared before, of fingerprint {found}, are now in {aside}; those given now have {content_fingerprint}."
+    )
 
 
 def _check_same(what: str, out: Path, found: str, wanted: str, consent: str = "") -> None:
@@ -252,7 +257,7 @@ def _open(out: Path, *, reused: bool) -> Prepared:
     verb = "Reusing the data prepared in" if reused else "Prepared"
     empty = f"; skipped {manifest['empty_documents']:,} empty" if manifest["empty_documents"] else ""
     copies = f"; dropped {manifest['dropped_copies']:,} copies of validation" if manifest["dropped_copies"] else ""
-    say(f"{verb} {out}: {train.num_documents:,} documents, {train.num_tokens:,} tokens{held}{empty}{copies}")
+    logger.info(f"{verb} {out}: {train.num_documents:,} documents, {train.num_tokens:,} tokens{held}{empty}{copies}")
     return Prepared(train, validation, reused, manifest)
 
 

@@ -8,16 +8,19 @@ what is left out, files or columns, is named once.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from osler.data.documents import Document
 from osler.errors import UserError
 from osler.files.find import ROW_ENDINGS, TEXT_ENDINGS, ending, find_files, shown
 from osler.files.read import Row, read_rows, read_text
-from osler.runtime.log import say_once
 from osler.tokenizer.chat import Turn
+
+logger = logging.getLogger(__name__)
 
 # How tables of questions and answers call their columns, in lower case: what the message about a missing column proposes.
 TURN_COLUMNS = {
@@ -79,8 +82,14 @@ class TurnFiles:
 def _files(path: str | Path, endings: Sequence[str], key: str) -> list[Path]:
     found = find_files(path, endings, key=key)
     if found.left_out:
-        say_once(f"{shown(path)}: left out: {found.left_out}.")
+        _tell_once(f"{shown(path)}: left out: {found.left_out}.")
     return found.files
+
+
+@cache
+def _tell_once(text: str) -> None:
+    """Log what this process has not logged before: files are read several times, and one line about them is enough."""
+    logger.info(text)
 
 
 def _tell_unread(path: str | Path, row: Row, *, wants_thinking: bool = False) -> None:
@@ -89,7 +98,7 @@ def _tell_unread(path: str | Path, row: Row, *, wants_thinking: bool = False) ->
         return
     reasoning = [name for name in row.unread if wants_thinking and name.lower() in TURN_COLUMNS["thinking_field"]]
     hint = f" data.thinking_field={shown(reasoning[0])} would read the reasoning." if reasoning else ""
-    say_once(f"{shown(path)}: columns not read: {', '.join(map(shown, row.unread))}.{hint}")
+    _tell_once(f"{shown(path)}: columns not read: {', '.join(map(shown, row.unread))}.{hint}")
 
 
 def _text(row: Row, field: str, key: str) -> str | None:

@@ -6,6 +6,7 @@ where the report finds it. Nothing is resumed: an interrupted evaluation starts 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,10 +23,12 @@ from osler.eval.score import ExamScore, Result, describe_too_long, length_explai
 from osler.inference.engine import InferenceEngine
 from osler.inference.ready import ReadyModel, open_model
 from osler.runtime.files import read_json, write_json
-from osler.runtime.log import Progress, say
+from osler.runtime.log import Progress
 from osler.tasks.clinic import ClinicTask
 from osler.tasks.item import ExamItem
 from osler.tasks.registry import TASK_CONFIGS, check_task, load_task
+
+logger = logging.getLogger(__name__)
 
 EXAMS_FILE = "exams.json"
 LIKELIHOOD_ITEMS = 32  # scored between two updates of the progress line
@@ -46,7 +49,7 @@ def run(checkpoint: str, overrides: Sequence[str] = ()) -> int:
     config = read_config(overrides)
     check_task(config.task, "task")
     ready = open_model(checkpoint, device=config.device, which=config.which)
-    say(ready.describe())
+    logger.info(ready.describe())
     config, held_out = complete(config, ready)
     sittings = [] if config.task is None else sit(config, ready)
     if sittings:
@@ -129,9 +132,9 @@ def methods(config: EvalConfig, ready: ReadyModel, items: Sequence[ExamItem]) ->
     if ready.answers_questions:
         return ["generation"]
     if not has_options:
-        say("This model was trained on plain text alone and never learned to answer; expect answers that cannot be read.")
+        logger.info("This model was trained on plain text alone and never learned to answer; expect answers that cannot be read.")
         return ["generation"]
-    say(
+    logger.info(
         "This model was trained on plain text alone and never learned to answer, so the option it finds most likely counts "
         "(method=likelihood); `osler sft` teaches it to answer."
     )
@@ -246,7 +249,7 @@ def save_scores(ready: ReadyModel, name: str, sittings: Sequence[Sitting]) -> No
     if ready.kind in exams:
         exams[ready.kind] = exams.pop(ready.kind)  # the report leads with the last: the run itself, not an earlier step
     write_json(path, exams)
-    say(f"Saved to {path}; `osler report {ready.run.root}` shows it.")
+    logger.info(f"Saved to {path}; `osler report {ready.run.root}` shows it.")
 
 
 # -- text --------------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ same on all of them. Times and memory are rank 0's. DeepSpeed leaves no gradient
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,11 +26,12 @@ from osler.monitor.config import MonitorConfig
 from osler.monitor.history import OTHER_CPUS, UNLEARNED
 from osler.monitor.look import Rows, of_gradients, of_rows, of_update, of_weights
 from osler.runtime.device import peak_flops
-from osler.runtime.log import say
 from osler.runtime.memory import peak_bytes, resident_bytes
 from osler.runtime.neighbours import busy_elsewhere, read_cpus
 from osler.runtime.stopwatch import Stopwatch
 from osler.runtime.world import World
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 PARTS = {
@@ -64,7 +66,7 @@ class Collector:
         self.whole_weights = whole_weights or model.state_dict
         self.has_gradients = has_gradients
         if config.level == "full" and not has_gradients:
-            say("monitor.level=full leaves out grad/* and update/*: DeepSpeed keeps gradients and updates to itself.")
+            logger.info("monitor.level=full leaves out grad/* and update/*: DeepSpeed keeps gradients and updates to itself.")
         self.first_look = lines_every
         self.look_every = -(-config.full_every_steps // lines_every) * lines_every
         self.stopwatch = Stopwatch(device)

@@ -7,6 +7,7 @@ alive. Nothing here is resumed; a line that was dropped stands in ``metrics.json
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 import time
@@ -15,7 +16,8 @@ from types import TracebackType
 from typing import Protocol
 
 from osler.monitor.alerts import Alert
-from osler.runtime.log import say
+
+logger = logging.getLogger(__name__)
 
 QUEUE_LINES = 1000
 HANG_SECONDS = 120.0  # a single call that takes longer does not come back
@@ -70,9 +72,11 @@ class Courier:
             return
         self._thread.join(seconds)
         if not self._is_gone() and self._thread.is_alive():
-            say(f"{self.name} has not finished within {seconds:g} s; the run waits no longer. What it lacks is in metrics.jsonl.")
+            logger.info(
+                f"{self.name} has not finished within {seconds:g} s; the run waits no longer. What it lacks is in metrics.jsonl."
+            )
         elif self.dropped:
-            say(f"Warning: {self.name} was too slow for {self.dropped} lines; they are only in metrics.jsonl.")
+            logger.warning(f"{self.name} was too slow for {self.dropped} lines; they are only in metrics.jsonl.")
         self.gone = True
 
     def _give(self, work: Callable[[Sink], None]) -> None:
@@ -96,7 +100,7 @@ class Courier:
 
     def _give_up(self, what: str) -> None:
         self.gone = True
-        say(f"Warning: {self.name} {what}. The run goes on without it.")
+        logger.warning(f"{self.name} {what}. The run goes on without it.")
 
     def _work(self, open_sink: Callable[[], Sink]) -> None:
         with self._failure:

@@ -8,6 +8,7 @@ here twice. A disk that refuses a line costs that line and not the run.
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +16,8 @@ from typing import Any
 
 from osler.checkpoint.manifest import FOLDER_NAME
 from osler.runtime.files import RunFolder
-from osler.runtime.log import say
+
+logger = logging.getLogger(__name__)
 
 
 class EventLog:
@@ -40,7 +42,7 @@ class EventLog:
         except OSError as error:
             if not self._warned:
                 self._warned = True
-                say(f"Warning: {self.path} cannot be written ({error.strerror}); what happens to this run is told here alone.")
+                logger.warning(f"{self.path} cannot be written ({error.strerror}); what happens to this run is told here alone.")
 
 
 def write_damage(events: EventLog, checkpoint: Path, problems: Sequence[str]) -> None:

@@ -7,6 +7,7 @@ Resume is exact: the file is cut to the checkpoint's step, the rules replay it, 
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import time
@@ -28,9 +29,11 @@ from osler.monitor.sink_tensorboard import TensorBoardSink
 from osler.monitor.sinks import JsonlSink
 from osler.monitor.webhook import Webhook, parse_command
 from osler.runtime.files import RunFolder
-from osler.runtime.log import say
 from osler.yaml12 import load_yaml
 
+logger = logging.getLogger(__name__)
+
+LEVELS = {"warning": logging.WARNING, "critical": logging.CRITICAL}  # of an alert in the log
 TRACKERS = {"tensorboard": "TensorBoard", "wandb": "Weights & Biases", "clearml": "ClearML"}  # field, package and extra: name
 
 
@@ -61,7 +64,7 @@ class FanOut:
         for courier in self.couriers:
             courier.write(step, tokens, finite)
         for alert in self.watch.look(step, tokens, metrics) if self.watch else ():
-            say(alert.in_words)
+            logger.log(LEVELS[alert.severity], f"step {alert.step}: {alert.message}")
             self.events.write(alert.step, "alert", alert.name, alert.message, severity=alert.severity)
 
     def unresolved(self) -> list[Alert]:

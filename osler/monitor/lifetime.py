@@ -6,6 +6,7 @@ outside the run: of the rest a person knows.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -15,7 +16,8 @@ from typing import Any
 from osler.errors import UserError
 from osler.monitor.alerts import Alert
 from osler.monitor.events import EventLog
-from osler.runtime.log import say
+
+logger = logging.getLogger(__name__)
 
 START, END = LIFETIME = ("start", "end")  # kinds of event
 FINISHED, STOPPED, FAILED = "finished", "stopped", "failed"  # names of an end
@@ -45,7 +47,8 @@ def recorded(
     if is_done():
         alerts = unresolved()
         if alerts:
-            say("\n  ".join([f"The run is complete, but {still_wrong(len(alerts))}:", *(alert.in_words for alert in alerts)]))
+            lines = [f"The run is complete, but {still_wrong(len(alerts))}:", *(alert.in_words for alert in alerts)]
+            logger.warning("\n  ".join(lines))
         message = f"The run is complete, but {still_wrong(len(alerts))}." if alerts else "The run is complete."
         events.write(step(), END, FINISHED, message, tell=False, unresolved=[asdict(alert) for alert in alerts])
     else:

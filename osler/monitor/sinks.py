@@ -9,6 +9,7 @@ of the checkpoint it starts from and the sink drops the lines after it, so a kil
 from __future__ import annotations
 
 import json
+import logging
 import math
 import time as clock
 from collections.abc import Mapping
@@ -20,7 +21,8 @@ from typing import TextIO
 
 from osler.errors import UserError
 from osler.runtime.files import write_atomic
-from osler.runtime.log import say
+
+logger = logging.getLogger(__name__)
 
 RESERVED = ("step", "tokens", "time", "stage")
 
@@ -57,7 +59,7 @@ class JsonlSink:
         self.close()
         if not self._warned:
             self._warned = True
-            say(f"Warning: metrics cannot be written to {self.path} ({error}); the run goes on without them until they can.")
+            logger.warning(f"metrics cannot be written to {self.path} ({error}); the run goes on without them until they can.")
 
     def write(self, step: int, tokens: int, metrics: Mapping[str, float], *, time: float | None = None) -> None:
         """Append one line: step, tokens seen, unix seconds (now by default), and the metrics.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shlex
 import shutil
 import subprocess
@@ -11,7 +12,8 @@ from dataclasses import asdict
 
 from osler.errors import UserError
 from osler.monitor.alerts import Alert
-from osler.runtime.log import say
+
+logger = logging.getLogger(__name__)
 
 TIMEOUT_SECONDS = 30.0
 
@@ -51,7 +53,7 @@ class Webhook:
             if not self.failed:
                 said = getattr(error, "stderr", None) or b""
                 why = said.decode("utf-8", "replace").strip()[-300:] or str(error)
-                say(f"Warning: monitor.webhook failed ({why}). The run goes on; the next alert tries it again.")
+                logger.warning(f"monitor.webhook failed ({why}). The run goes on; the next alert tries it again.")
             self.failed = True
 
     def close(self) -> None:

@@ -7,6 +7,7 @@ is state that a resume needs. Only ``ops/cross_entropy.py`` also depends on a co
 from __future__ import annotations
 
 import functools
+import logging
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +17,8 @@ from torch import Tensor
 
 from osler.errors import UserError
 from osler.model.loss import SummedLoss
-from osler.runtime.log import say
+
+logger = logging.getLogger(__name__)
 
 COMPILE_MIN_STEPS = 100  # compiling costs 10 to 30 seconds; shorter runs end sooner without it
 COMPILED_SHAPES = 4  # alive at once
@@ -33,7 +35,7 @@ def should_compile(mode: str, device: torch.device, *, steps: int) -> bool:
     if not works:
         if mode == "always":
             raise UserError(f"compile=always, but torch.compile does not work here: {reason}")
-        say(f"torch.compile does not work here ({reason}); training without it, several times slower.")
+        logger.info(f"torch.compile does not work here ({reason}); training without it, several times slower.")
     return works
 
 

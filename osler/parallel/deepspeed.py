@@ -10,6 +10,7 @@ refused. https://deepspeed.readthedocs.io
 from __future__ import annotations
 
 import importlib.util
+import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,8 +28,9 @@ from osler.ops.labels import IGNORED
 from osler.parallel.config import DeepSpeedConfig
 from osler.parallel.engine import Engine, ToHost
 from osler.runtime.files import read_json
-from osler.runtime.log import say
 from osler.runtime.world import World
+
+logger = logging.getLogger(__name__)
 
 # Sections of DeepSpeed's own JSON that a run decides, and the fields that decide them.
 OURS = {
@@ -48,7 +50,7 @@ def share_with_deepspeed(loss: SummedLoss, config: DeepSpeedConfig, world: World
     own = read_settings(config)
     stage = own["zero_optimization"].get("stage")
     if stage != config.stage:
-        say(f"{config.config_file} sets ZeRO stage {stage}, which takes the place of parallel.stage={config.stage}.")
+        logger.info(f"{config.config_file} sets ZeRO stage {stage}, which takes the place of parallel.stage={config.stage}.")
     import deepspeed
 
     return DeepSpeedEngine(deepspeed, loss, own, world)

@@ -22,7 +22,8 @@ from osler.errors import UserError
 from osler.model.config import ModelConfig
 from osler.model.linear import Linear
 from osler.model.transformer import Transformer
-from osler.runtime.log import say
+
+logger = logging.getLogger(__name__)
 
 TILE = 16  # the hardware multiplies FP8 matrices in tiles of this size
 FIRST_CAPABILITY = (8, 9)  # of CUDA devices with FP8: Ada; 9.0 is Hopper
@@ -38,10 +39,10 @@ def convert_to_fp8(model: Transformer, device: torch.device, *, tokens: Sequence
     if device.type == "cuda":
         check_gpu(torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device))
     else:
-        say("Warning: a CPU has no FP8; its rounding is emulated, which is slower than bf16 and good for trials only.")
+        logger.warning("a CPU has no FP8; its rounding is emulated, which is slower than bf16 and good for trials only.")
     if model.config.hidden_size < NARROW:
-        say(
-            f"Warning: hidden_size {model.config.hidden_size} is small for FP8. The authors of nanochat report it slower than "
+        logger.warning(
+            f"hidden_size {model.config.hidden_size} is small for FP8. The authors of nanochat report it slower than "
             "bf16 at width 768, and 17 % faster at 1,664; precision=bf16 switches it off."
         )
     layer, config = float8_linear(device.type != "cuda")

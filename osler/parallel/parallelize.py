@@ -6,6 +6,7 @@ built after this, on the parameters that result.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,8 +23,9 @@ from osler.parallel.engine import Engine
 from osler.parallel.fp8 import convert_to_fp8
 from osler.parallel.fsdp import share_with_fsdp
 from osler.runtime.device import pick_device
-from osler.runtime.log import say
 from osler.runtime.world import World
+
+logger = logging.getLogger(__name__)
 
 STRATEGIES: dict[type, Callable[[Any, Any, World], Engine]] = {
     DdpConfig: share_with_ddp,
@@ -66,7 +68,9 @@ def parallelize(
         engine = STRATEGIES[type(config)](loss, config, world)
     else:
         if not isinstance(config, NoParallelConfig):
-            say(f"parallel.type={config.type} changes nothing here: it shares the work when torchrun starts several processes.")
+            logger.info(
+                f"parallel.type={config.type} changes nothing here: it shares the work when torchrun starts several processes."
+            )
         engine = Engine(loss)
     if compile:
         engine.loss = with_few_shapes(engine.loss)

@@ -13,6 +13,7 @@ nearest to ``start_accuracy``; test splits play no part in the choice. The repor
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -38,7 +39,6 @@ from osler.report.page import build_report
 from osler.report.text import summary_text
 from osler.rl.run import train as train_grpo
 from osler.runtime.files import RunFolder, read_json, write_json
-from osler.runtime.log import say
 from osler.runtime.stop import EXIT_STOPPED
 from osler.runtime.world import require_one_process
 from osler.tasks.clinic import load as load_clinic_exam
@@ -47,6 +47,8 @@ from osler.train.config import TrainConfig
 from osler.train.folder import claim, read_config, stored_config
 from osler.train.run import train as train_supervised
 from osler.yaml12 import dump_yaml
+
+logger = logging.getLogger(__name__)
 
 SAMPLES_SHOWN = 6
 NOTES = (
@@ -100,20 +102,20 @@ class Story:
             self.stage("grpo", "own answers, rewarded when right, from an earlier checkpoint", self.grpo)
             self.stage("exam grpo", "the exam before and after GRPO", self.examine_grpo)
         except Stopped:
-            say("Stopped and saved. The same command goes on from there.")
+            logger.info("Stopped and saved. The same command goes on from there.")
             return EXIT_STOPPED
         write_json(self.run.root / "notes.json", list(NOTES))
         report = build_report(self.run.root)
         print(summary_text(self.run.root))
-        say(f"Report: {report}   (open it in a browser)")
-        say(f"Next:   osler chat {self.run.root / 'sft'}   ·   osler pretrain text-10min data.path=FOLDER_OF_TEXT")
+        logger.info(f"Report: {report}   (open it in a browser)")
+        logger.info(f"Next:   osler chat {self.run.root / 'sft'}   ·   osler pretrain text-10min data.path=FOLDER_OF_TEXT")
         return 0
 
     def stage(self, name: str, what: str, work: Callable[[], bool]) -> None:
         """Do one stage unless it is recorded as finished, and record it with its seconds."""
         if any(stage["name"] == name for stage in self.stages):
             return
-        say(f"── {name}: {what}")
+        logger.info(f"── {name}: {what}")
         started = time.monotonic()
         if not work():
             raise Stopped
@@ -156,7 +158,7 @@ class Story:
         if not tried:
             raise UserError(f"No checkpoint in {sft.checkpoints} was examined; lower sft.exam.every_tokens.")
         chosen = min(tried, key=lambda folder: abs(tried[folder] - self.config.start_accuracy))
-        say(f"GRPO starts from {chosen.name}, {tried[chosen]:.1%} on the validation splits.")
+        logger.info(f"GRPO starts from {chosen.name}, {tried[chosen]:.1%} on the validation splits.")
         return chosen
 
     def examine_supervised(self) -> bool:
@@ -197,7 +199,7 @@ class Story:
                 engine, loaded.tokenizer, items, max_new_tokens=self.config.exam_new_tokens, cluster_by_group=True
             )
             score = scores[split]
-            say(
+            logger.info(
                 f"{label}, {split}: {score.accuracy:.1%} [{score.interval[0]:.1%}, {score.interval[1]:.1%}] of {score.n}"
             )
             self.show_samples(label, score.results)

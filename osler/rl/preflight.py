@@ -11,14 +11,16 @@ without an error and without learning.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 
 from osler.errors import UserError
 from osler.rl.config import GrpoConfig
 from osler.rl.rollout import Group, Sample, is_readable
-from osler.runtime.log import say
 from osler.tasks.item import render_answer, render_question
 from osler.tokenizer.chat import ANSWER
+
+logger = logging.getLogger(__name__)
 
 SAMPLES_SHOWN = 4
 MOST_CUT = 0.9  # above this share of cut completions the model does not end by itself
@@ -36,30 +38,30 @@ def preflight(groups: Sequence[Group], config: GrpoConfig) -> str:
     samples = [sample for group in groups for sample in group.samples]
     if all(sample.reward <= 0.0 for sample in samples):
         if any(sample.completion.well_formed and is_readable(group, sample) for group in groups for sample in group.samples):
-            say(
-                f"Warning: none of the {len(samples)} completions before training earned a reward, although some keep to the "
+            logger.warning(
+                f"none of the {len(samples)} completions before training earned a reward, although some keep to the "
                 "template. GRPO learns nothing until one does: take easier questions, more algorithm.samples_per_prompt, or "
                 "train the model longer on examples first."
             )
         elif config.preflight == "refuse":
             raise UserError(refusal(samples, config))
         else:
-            say(f"Warning: {refusal(samples, config)}")
+            logger.warning(f"{refusal(samples, config)}")
     return "".join(sample_line(group, sample) for group, sample in shown)
 
 
 def show(groups: Sequence[Group], shown: Sequence[tuple[Group, Sample]]) -> None:
     """Print some samples and what share of all is right, can be read and was cut."""
     for number, (group, sample) in enumerate(shown, start=1):
-        say(f"Sample {number} before training: {render_question(group.visit.item)}")
-        say(f"  thinking: {sample.completion.thinking or '(none)'}")
-        say(f"  answer:   {sample.completion.answer or '(none)'}")
-        say(f"  right:    {render_answer(group.visit.item)}   (reward {sample.reward:g})")
+        logger.info(f"Sample {number} before training: {render_question(group.visit.item)}")
+        logger.info(f"  thinking: {sample.completion.thinking or '(none)'}")
+        logger.info(f"  answer:   {sample.completion.answer or '(none)'}")
+        logger.info(f"  right:    {render_answer(group.visit.item)}   (reward {sample.reward:g})")
     right = [sum(sample.correct for sample in group.samples) for group in groups]
     size, count = len(groups[0].samples), sum(len(group.samples) for group in groups)
     readable = sum(is_readable(group, sample) for group in groups for sample in group.samples)
     cut = sum(not sample.finished for group in groups for sample in group.samples)
-    say(
+    logger.info(
         f"Before training: pass@1 {sum(right) / count:.3f}, pass@{size} {sum(map(bool, right)) / len(groups):.3f} over "
         f"{len(groups)} questions; {readable / count:.0%} of the answers can be read, {cut / count:.0%} of the completions were "
         f"cut; {sum(group.effective for group in groups)} of {len(groups)} groups teach something."

@@ -7,6 +7,7 @@ nor ``init_from``.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -31,7 +32,6 @@ from osler.rl.step import PolicyLoss
 from osler.rl.trainer import GrpoTrainer
 from osler.runtime.device import keep_freed_memory, pick_device
 from osler.runtime.files import RunFolder, fingerprint, read_json, write_or_warn
-from osler.runtime.log import say
 from osler.runtime.stop import AskedToStop, asked
 from osler.runtime.world import World, joined
 from osler.tasks.item import ExamItem, render_question
@@ -55,6 +55,8 @@ from osler.train.folder import (
 from osler.train.origin import announce_branch, branch_point, config_of_run, describe_branch, planned_start, taken_back
 from osler.train.run import check_same_start, place_of, warn_of_endless_warmup
 from osler.train.setup import choose_machine, describe_run
+
+logger = logging.getLogger(__name__)
 
 
 def run(
@@ -81,7 +83,7 @@ def run(
         start = starting_model(newest, config)
         if newest is None and (origin := branch_point(config)) is not None:
             check_branch(config, origin)
-            say(describe_branch(config, store.load(origin, names=[])))
+            logger.info(describe_branch(config, store.load(origin, names=[])))
         check_exams(config)
         check_sinks(config.monitor)
         print(describe_plan(config, folder, newest, start, {**aside, **planned_numbers(config)}))
@@ -151,11 +153,11 @@ def train(config: GrpoConfig, run: RunFolder, world: World | None = None) -> boo
         trainer.restore(saved)
         if newest is None:
             announce_branch(config, saved, trainer.incidents.events)
-        say(f"Continuing {run.root} from step {trainer.step:,}.")
+        logger.info(f"Continuing {run.root} from step {trainer.step:,}.")
     else:
         warn_of_idle_ranks(config, world)
         warn_of_endless_warmup(config.schedule.warmup_tokens, config.budget_tokens, "steps x completions x max_new_tokens =")
-        say(describe_start(config, start, tasks, place_of(machine, config.parallel, world)))
+        logger.info(describe_start(config, start, tasks, place_of(machine, config.parallel, world)))
     del saved  # weights and moments were copied out of it
     return trainer.fit()
 
@@ -193,7 +195,7 @@ def load_tasks(config: GrpoConfig, start: LoadedModel) -> list[RlTask]:
                 "algorithm.max_new_tokens."
             )
         if len(fitting) < len(items):
-            say(f"Task {entry.label}: {len(items) - len(fitting)} of {len(items)} questions are too long and left out.")
+            logger.info(f"Task {entry.label}: {len(items) - len(fitting)} of {len(items)} questions are too long and left out.")
         terms = tuple(RewardTerm(name, REWARDS[name], weight) for name, weight in entry.rewards.items())
         tasks.append(RlTask(entry.label, tuple(fitting), terms, entry.weight, entry.reasoning))
     task_shares(tasks, config.algorithm.prompts_per_step)  # refuses weights that never come up before anything is trained
@@ -261,8 +263,8 @@ def fingerprint_of(tasks: Sequence[RlTask]) -> str:
 def warn_of_idle_ranks(config: GrpoConfig, world: World) -> None:
     """A group is drawn by one rank, so more ranks than questions do not sample faster."""
     if config.algorithm.prompts_per_step < world.size:
-        say(
-            f"Warning: {world.size} processes share the {config.algorithm.prompts_per_step} questions of a step "
+        logger.warning(
+            f"{world.size} processes share the {config.algorithm.prompts_per_step} questions of a step "
             "(algorithm.prompts_per_step), so some of them draw nothing and wait."
         )
 

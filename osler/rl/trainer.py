@@ -10,6 +10,7 @@ agreed on after each step. A checkpoint is the same whatever the number of ranks
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections import Counter
@@ -39,11 +40,13 @@ from osler.rl.rollout import Group, RolloutWorker, count_tokens, rollout_metrics
 from osler.rl.step import training_rows, update_policy
 from osler.runtime.faults import fault
 from osler.runtime.files import RunFolder
-from osler.runtime.log import Progress, say
+from osler.runtime.log import Progress
 from osler.runtime.stop import AskedToStop, StopFlag
 from osler.tokenizer.bpe import Tokenizer
 from osler.train.folder import check_fingerprints, was_evaluated
 from osler.train.incidents import Incidents
+
+logger = logging.getLogger(__name__)
 
 # Numbers that a step has when some group's rewards differ, so that means and rules over steps are over those that learned.
 OF_LEARNING = ("loss", "loss/drift", "grad/clipped_frac")
@@ -304,7 +307,7 @@ class GrpoTrainer:
         # Last, because the line is what tells a resumed run that this evaluation is complete.
         sink.write(self.step, self.tokens, {**metrics, "eval/seconds": time.perf_counter() - before})
         shown = ", ".join(f"{name.removeprefix('eval/')} {value:.4f}" for name, value in metrics.items())
-        say(f"step {self.step}: {shown}")
+        logger.info(f"step {self.step}: {shown}")
 
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 

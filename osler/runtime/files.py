@@ -10,6 +10,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import logging
 import os
 import threading
 import time
@@ -20,7 +21,8 @@ from typing import Any, BinaryIO
 
 from osler.errors import UserError
 from osler.runtime.faults import fault
-from osler.runtime.log import say
+
+logger = logging.getLogger(__name__)
 
 _HASH_BLOCK_BYTES = 1 << 20
 
@@ -52,7 +54,7 @@ def write_or_warn(path: str | os.PathLike[str], data: bytes | str) -> None:
     try:
         write_atomic(path, data)
     except OSError as error:
-        say(f"Warning: {path} could not be written: {error.strerror}.")
+        logger.warning(f"{path} could not be written: {error.strerror}.")
 
 
 @contextlib.contextmanager

@@ -1,28 +1,32 @@
-"""What a person sees while the program works: one live line on a terminal, a plain line now and then elsewhere.
+"""The one place that writes to the terminal: log messages, progress lines, and the error that ends the program.
 
-Time comes from a monotonic clock, so a clock that is set back harms neither the estimate nor the rhythm. Output that
-cannot be written (a closed terminal, a full log disk) is dropped: no run ends because nobody was watching. Of several
-processes that train together only rank 0 speaks.
+The modules of Osler use ``logging``, each with a logger of its own name; ``log_to_terminal`` sends what they say to stderr. A
+progress line is redrawn on a terminal and printed now and then elsewhere. Output that cannot be written (a closed terminal, a
+full log disk) is dropped, so that no run ends because nobody was watching. Of several processes that train together only rank 0
+writes.
 """
 
 from __future__ import annotations
 
 import collections
 import contextlib
+import logging
 import os
 import sys
 import time
 from collections.abc import Callable
 from typing import TextIO
 
+from osler.errors import UserError
 from osler.runtime.world import is_silent
 
 _LIVE_SECONDS = 0.2  # a live line is redrawn at most five times a second
 _RATE_WINDOW_SECONDS = 60.0
 _ERASE_LINE = "\r\x1b[K"
 
-_said: set[str] = set()  # by say_once
 _live: list[Progress] = []  # progress lines now on a terminal, so that say() does not write into them
+
+LEVEL_VARIABLE = "OSLER_LOG_LEVEL"  # debug, info (the default), warning, error or critical
 
 
 class Progress:
@@ -125,11 +129,26 @@ def say(text: str, stream: TextIO | None = None) -> None:
     _write(stream, f"{erase}{text}\n")
 
 
-def say_once(text: str) -> None:
-    """``say`` what this process has not said before: files are read several times, and one line about them is enough."""
-    if text not in _said:
-        _said.add(text)
-        say(text)
+class TerminalHandler(logging.Handler):
+    """Writes log messages to stderr; one of level WARNING or above begins with its level."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one message."""
+        level = f"{record.levelname.capitalize()}: " if record.levelno >= logging.WARNING else ""
+        say(f"{level}{record.getMessage()}")
+
+
+def log_to_terminal() -> None:
+    """Send the messages of all of Osler's loggers to the terminal, from the level in ``OSLER_LOG_LEVEL`` on.
+
+    Raises UserError when that is no level.
+    """
+    osler, level = logging.getLogger("osler"), os.environ.get(LEVEL_VARIABLE, "info").upper()
+    if level not in ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"):
+        raise UserError(f"{LEVEL_VARIABLE} is {level.lower()!r}; it must be debug, info, warning, error or critical.")
+    osler.setLevel(level)
+    if not any(isinstance(handler, TerminalHandler) for handler in osler.handlers):
+        osler.addHandler(TerminalHandler())
 
 
 def complain(text: str, is_teller: bool = True) -> None:

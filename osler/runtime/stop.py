@@ -7,6 +7,7 @@ whatever arrives while the process leaves: it is deaf from then on, because an e
 
 from __future__ import annotations
 
+import logging
 import signal
 import threading
 import time
@@ -14,7 +15,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType, TracebackType
 
-from osler.runtime.log import say
+logger = logging.getLogger(__name__)
+
 
 EXIT_STOPPED = 130  # a run that was asked to stop and saved; the same command goes on from there
 SAME_REQUEST_SECONDS = 0.5
@@ -116,6 +118,6 @@ class StopFlag:
         now = time.monotonic()
         if self._first_seconds is None:
             self.requested, self._first_seconds = True, now
-            say(f"{signal.Signals(number).name}: finishing this step and saving; once more to leave at once.")
+            logger.info(f"{signal.Signals(number).name}: finishing this step and saving; once more to leave at once.")
         elif self in _entered and now - self._first_seconds > SAME_REQUEST_SECONDS:
             raise KeyboardInterrupt

@@ -9,6 +9,7 @@ is checked over the whole file: a file with a 4, or a file of some size without 
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,9 +17,10 @@ from typing import Literal
 
 from osler.config import config
 from osler.errors import UserError
-from osler.runtime.log import say
 from osler.tasks.item import ExamItem
 from osler.tasks.rows import Row, read_rows
+
+logger = logging.getLogger(__name__)
 
 SCHEMA = "openlifescienceai/medmcqa: id, question, opa, opb, opc, opd, cop, exp"
 _ROWS_THAT_TELL = 32  # about a third of all answers are A: 32 rows without one are a one in 100,000 accident
@@ -56,7 +58,7 @@ def load(path: str | Path, *, split: str = "", limit: int | None = None, first_o
         )
     _check_numbering(path, [cop for _, cop in labelled], first_option)
     if len(labelled) < len(rows):
-        say(f"{path}: {len(rows) - len(labelled)} of {len(rows)} rows have no label and are left out")
+        logger.info(f"{path}: {len(rows) - len(labelled)} of {len(rows)} rows have no label and are left out")
     return [_item(row, cop - first_option, split) for row, cop in labelled][:limit]
 
 

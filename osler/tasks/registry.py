@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import fields
 from typing import Annotated, Any
 
 from osler.config import TAGGED
-from osler.runtime.log import say
 from osler.tasks import clinic, gsm8k, medmcqa, medqa, pubmedqa
 from osler.tasks.item import ExamItem
 from osler.tasks.rows import check_file
+
+logger = logging.getLogger(__name__)
 
 TaskConfig = Annotated[
     clinic.ClinicTask | medqa.MedqaTask | medmcqa.MedmcqaTask | pubmedqa.PubmedqaTask | gsm8k.Gsm8kTask, TAGGED
@@ -39,8 +41,10 @@ def load_task(config: Any) -> list[ExamItem]:
     items = TASKS[type(config)](**arguments)
     name = getattr(config, "path", config.type)
     if fixed := sum(item.keeps_order for item in items):
-        say(f"{name}: {fixed:,} of {len(items):,} questions have options that point at others, as \"All of the above\"; "
+        logger.info(f"{name}: {fixed:,} of {len(items):,} questions have options that point at others, as \"All of the above\"; "
             "they are always shown in the order of the file.")  # fmt: skip
     if twins := sum(item.repeats_an_option for item in items):
-        say(f"{name}: {twins:,} of {len(items):,} questions have the same option twice; where it is right, either counts.")
+        logger.info(
+            f"{name}: {twins:,} of {len(items):,} questions have the same option twice; where it is right, either counts."
+        )
     return items

@@ -16,6 +16,7 @@ from __future__ import annotations
 import functools
 import gzip
 import json
+import logging
 import re
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -27,7 +28,8 @@ from tokenizers import Tokenizer as Backend
 
 from osler.errors import UserError
 from osler.runtime.files import fingerprint, read_json
-from osler.runtime.log import say
+
+logger = logging.getLogger(__name__)
 
 QUESTION = "<|question|>"
 THINKING = "<|thinking|>"
@@ -249,7 +251,7 @@ def _cut_long_pieces(texts: Iterable[str]) -> Iterator[str]:
                     start = cut
         if start and not told:
             told = True
-            say(
+            logger.info(
                 f"The text holds words of more than {LONGEST_TRAINED_CHARS:,} characters, such as {text[start - 20 : start]!r}; "
                 "the tokenizer is trained on parts of them."
             )

@@ -6,6 +6,7 @@ Pretraining, fine-tuning and GRPO start and go on through these functions; they 
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
@@ -21,10 +22,11 @@ from osler.inference.load import read_model_config
 from osler.model.config import ModelConfig
 from osler.monitor.events import EventLog, write_damage
 from osler.runtime.files import RunFolder, held, read_json, write_atomic
-from osler.runtime.log import say
 from osler.runtime.stop import EXIT_STOPPED
 from osler.runtime.world import place
 from osler.yaml12 import dump_yaml, load_yaml
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 MOST_NAMED = 5  # differences between two configs that an error spells out
@@ -64,9 +66,9 @@ def work(
             raise
     if not finished:
         same = "" if goes_back else "The same command, or "
-        say(f"Stopped and saved. {same}`osler {kind} --run {run.root} --resume`{',' if same else ''} goes on from there.")
+        logger.info(f"Stopped and saved. {same}`osler {kind} --run {run.root} --resume`{',' if same else ''} goes on from there.")
         return EXIT_STOPPED
-    say(next_steps())
+    logger.info(next_steps())
     return 0
 
 
@@ -84,7 +86,7 @@ def claim(run: RunFolder, config: Any) -> None:
         return
     moved = moved_places(run, config)
     if moved:
-        say(f"The files that this run learns from have moved: {', '.join(moved.values())}.")
+        logger.info(f"The files that this run learns from have moved: {', '.join(moved.values())}.")
     free = {*_free_sections(config), *(re.split(r"[.\[]", key)[0] for key in moved)} & wanted.keys()
     if free:
         write_atomic(run.config, dump_yaml(read_config(run) | {key: wanted[key] for key in free}))
@@ -194,7 +196,7 @@ def newest_checkpoint(run: RunFolder, *, record: bool = False) -> Path | None:
             "delete that folder to start this run over."
         )
     if skipped:
-        say(f"Warning: {store.describe_skipped(skipped)}; going on from {found}.")
+        logger.warning(f"{store.describe_skipped(skipped)}; going on from {found}.")
     return found
 
 
@@ -216,7 +218,7 @@ def check_fingerprints(
             continue
         if name == "data" and allow_data_change:
             message = f"The data changed: from step {loaded.step} on the run learns from {value}, and before from {before}."
-            say(f"Warning: {message} Losses on either side are not comparable (allow_data_change).")
+            logger.warning(f"{message} Losses on either side are not comparable (allow_data_change).")
             events.write(loaded.step, "data-change", name, message, before=before, now=value)
             continue
         remedy = ", allow it with allow_data_change=true," if name == "data" else ""

@@ -13,6 +13,7 @@ back to.) Every incident is a line in ``events.jsonl``.
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from collections import deque
@@ -29,8 +30,9 @@ from osler.monitor.events import EventLog, write_damage
 from osler.monitor.spikes import SpikeWindow
 from osler.optim.config import OptimConfig
 from osler.runtime.files import RunFolder, read_json
-from osler.runtime.log import say
 from osler.runtime.world import World
+
+logger = logging.getLogger(__name__)
 
 STEPS_BEFORE = 5  # good steps before an incident whose numbers a diagnosis shows
 
@@ -112,7 +114,7 @@ class Incidents:
         if not self.world.is_first:
             return
         if loudly:
-            say(f"Warning: step {step}: {message}")
+            logger.warning(f"step {step}: {message}")
         numbers = {"loss": finite(loss), "grad_norm": finite(grad_norm), **more}
         self.events.write(step, "incident", name, message, tell=loudly, **self.details(step), **numbers)
 
@@ -135,13 +137,13 @@ class Incidents:
             f"{self.limits.max_rollbacks}). {cause}"
         )
         if self.world.is_first:
-            say(f"Warning: {message}")
+            logger.warning(f"{message}")
             reached: dict[str, Any] = {"from_step": step, "number": rollbacks, "data_offset": self.data_offset}
             self.events.write(loaded.step, "rollback", "rollback", message, **reached)
 
     def found_damaged(self, checkpoint: Path, problems: list[str]) -> None:
         """Say and record that a checkpoint of the run is not as it was saved any more; rank 0 alone finds that out."""
-        say(f"Warning: {checkpoint} is damaged ({'; '.join(problems)}).")
+        logger.warning(f"{checkpoint} is damaged ({'; '.join(problems)}).")
         write_damage(self.events, checkpoint, problems)
 
     def _diagnosis(self, step: int, good: Path | None) -> str:

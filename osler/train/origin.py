@@ -9,6 +9,7 @@ that checkpoint until it has one of its own.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -23,10 +24,11 @@ from osler.config import decode, merge, parse_overrides
 from osler.errors import UserError
 from osler.monitor.events import EventLog, read_events
 from osler.runtime.files import RunFolder, fsync_dir, read_json, write_atomic
-from osler.runtime.log import say
 from osler.runtime.world import World
 from osler.train.folder import differences, flat, named, newest_checkpoint, read_config, refuse_another, stored_config
 from osler.yaml12 import load_yaml
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 ASIDE = "set-aside"  # in the run folder: what runs that went back had made
@@ -124,7 +126,7 @@ def go_back(run: RunFolder, step: int) -> None:
     if not later and not any(split.later for split in files):
         message = f"Back at step {step:,}, and nothing came after it."
         EventLog(run.events).write(step, REWIND, REWIND, message)
-        say(f"{run.root}: {message}")
+        logger.info(f"{run.root}: {message}")
         return
     best = best_checkpoint(run.checkpoints)
     if best is not None and best.path in {entry.path for entry in later}:
@@ -148,7 +150,7 @@ def go_back(run: RunFolder, step: int) -> None:
         f"{len(files[0].later):,} lines of metrics and {len(files[1].later):,} events."
     )
     EventLog(run.events).write(step, REWIND, REWIND, message)
-    say(f"{run.root}: {message}")
+    logger.info(f"{run.root}: {message}")
 
 
 def last_rewind(run: RunFolder) -> int | None:
@@ -293,5 +295,5 @@ def describe_branch(config: Any, loaded: store.Loaded) -> str:
 def announce_branch(config: Any, loaded: store.Loaded, events: EventLog) -> None:
     """Say and record that a run begins as a branch."""
     message = describe_branch(config, loaded)
-    say(message)
+    logger.info(message)
     events.write(loaded.step, "branch", "branch", message)

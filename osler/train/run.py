@@ -5,6 +5,7 @@ A run folder that already holds this run goes on from its newest good checkpoint
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -40,7 +41,6 @@ from osler.parallel.engine import Engine as ParallelEngine
 from osler.parallel.parallelize import parallelize
 from osler.runtime.device import keep_freed_memory, pick_device
 from osler.runtime.files import RunFolder
-from osler.runtime.log import say
 from osler.runtime.stop import AskedToStop, asked
 from osler.runtime.world import World, joined
 from osler.tasks.clinic import load as load_clinic_exam
@@ -77,6 +77,8 @@ from osler.train.shards import begin, check_data, shards_of
 from osler.train.step import TrainStep
 from osler.train.trainer import Trainer
 
+logger = logging.getLogger(__name__)
+
 VALIDATION_SEED = 0  # the held-out rows are the same in every run over the same shards
 EXAM_NEW_TOKENS = 64
 EVAL_BATCH_TOKENS = 16_384
@@ -103,7 +105,7 @@ def run(
     back = from_step if branch is None else None
     is_given = config.init_from is not None or config.branch_from is not None
     if is_given and any(override.startswith("model.") for override in overrides):
-        say("Warning: model.* changes nothing here, because the model comes from the checkpoint that the run starts from.")
+        logger.warning("model.* changes nothing here, because the model comes from the checkpoint that the run starts from.")
     if dry_run:
         refuse_another(folder, config)
         newest, aside = planned_start(folder, back)
@@ -112,7 +114,7 @@ def run(
         loaded = None if checkpoint is None else store.load(checkpoint, names=[])
         if newest is None and loaded is not None:
             check_branch(config, loaded)
-            say(describe_branch(config, loaded))
+            logger.info(describe_branch(config, loaded))
         check_plan(config, is_new=loaded is None)
         check_data(config, folder, loaded)
         numbers = planned_numbers(config, start[1] if start else config.model)
@@ -204,13 +206,13 @@ def train(config: TrainConfig, run: RunFolder, world: World | None = None) -> bo
         if newest is None:
             trainer.total_tokens = config.total_tokens  # what the clock had made of the other run's is no plan for this one
             announce_branch(config, checkpoint, trainer.incidents.events)
-        say(f"Continuing {run.root} from step {trainer.step:,} ({trainer.tokens:,} tokens).")
+        logger.info(f"Continuing {run.root} from step {trainer.step:,} ({trainer.tokens:,} tokens).")
     else:
         if config.max_minutes is None:
             warn_of_endless_warmup(config.schedule.warmup_tokens, config.total_tokens)
         warn_of_stages_out_of_reach(config)
         tell_of_repeats(config, prepared.train, trainer.consumed)
-        say(
+        logger.info(
             f"{config.kind}: {model.config.num_parameters:,} parameters, {prepared.train.num_tokens:,} tokens of data, "
             f"{length_of(config)} to train on; {machine.dtype} on {place_of(machine, config.parallel, world)}."
         )
@@ -243,8 +245,8 @@ def length_of(config: TrainConfig) -> str:
 def warn_of_endless_warmup(warmup_tokens: int, total_tokens: int, total: str = "total_tokens") -> None:
     """A run shortened from the command line easily ends inside the warm-up it inherits, and learns next to nothing."""
     if warmup_tokens >= total_tokens:
-        say(
-            f"Warning: schedule.warmup_tokens {warmup_tokens:,} is not below {total} {total_tokens:,}, so the learning rate "
+        logger.warning(
+            f"schedule.warmup_tokens {warmup_tokens:,} is not below {total} {total_tokens:,}, so the learning rate "
             "never reaches optim.lr; set schedule.warmup_tokens to a tenth of that or less."
         )
 
@@ -255,8 +257,8 @@ def warn_of_stages_out_of_reach(config: TrainConfig) -> None:
     reached = len(timeline.shares(config.total_tokens))
     if reached < len(timeline.spans):
         lost = timeline.spans[reached]
-        say(
-            f"Warning: stage {lost.number} of the curriculum would begin at {lost.first_token:,} tokens, but total_tokens is "
+        logger.warning(
+            f"stage {lost.number} of the curriculum would begin at {lost.first_token:,} tokens, but total_tokens is "
             f"{config.total_tokens:,}: the run never sees rows of {lost.seq_len} tokens. Lower the stages' until_tokens."
         )
 

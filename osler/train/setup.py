@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -32,12 +33,13 @@ from osler.parallel.fp8 import float8_linear
 from osler.parallel.parallelize import check_strategy
 from osler.runtime.device import describe_machine, pick_device, pick_dtype
 from osler.runtime.files import RunFolder, indented, write_or_warn
-from osler.runtime.log import say
 from osler.runtime.sharded import load_whole
 from osler.tokenizer.bpe import Tokenizer
 from osler.train.config import TrainConfig
 from osler.train.folder import VERSIONS
 from osler.yaml12 import load_yaml
+
+logger = logging.getLogger(__name__)
 
 ROUND_LENGTH = 64  # a row length that is proposed is a multiple of it
 # Passes over the data that are told at the start. Text: Muennighoff et al. 2023, arXiv 2305.16264, found up to 4 to be nearly as
@@ -173,8 +175,8 @@ def warn_of_small_passes(config: TrainConfig, processes: int) -> None:
             if rows_per_micro_batch(share, span.seq_len, micro) >= min(share, wanted) and accepts(config, micro)
         )
         stage, whose = (f"stage {span.number} of the curriculum: ", "The stage's own ") if config.curriculum else ("", "")
-        say(
-            f"Warning: {stage}each of {processes} processes has {share} rows of {span.seq_len} tokens, which split into equal "
+        logger.warning(
+            f"{stage}each of {processes} processes has {share} rows of {span.seq_len} tokens, which split into equal "
             f"forward passes of {rows} only, where one process makes passes of {wanted}. {whose}batch_tokens={batch} keeps "
             f"those{next(larger, '')}."
         )
@@ -216,7 +218,7 @@ def make_tokenizer(config: TrainConfig, given: Tokenizer | None, kept: Path) -> 
         return tokenizer_of_shards(config.data.path, config.tokenizer.path)
     if config.tokenizer.path is not None:
         return Tokenizer.load(config.tokenizer.path).with_specials()
-    say(f"Training a tokenizer of {config.tokenizer.vocab_size:,} tokens on the run's own text.")
+    logger.info(f"Training a tokenizer of {config.tokenizer.vocab_size:,} tokens on the run's own text.")
     return train_tokenizer(config.data, config.tokenizer.vocab_size, max_bytes=config.tokenizer.max_bytes)
 
 
@@ -233,13 +235,13 @@ def fit_vocabulary(model: Transformer, tokenizer: Tokenizer, *, is_new: bool) ->
                 f"The tokenizer has {tokenizer.vocab_size:,} tokens, the model only {config.vocab_size:,}: set "
                 f"model.vocab_size={tokenizer.vocab_size}."
             )
-        say(
+        logger.info(
             f"{len(beyond)} special tokens come after the {config.vocab_size:,} of the model: they take rows of its padding to "
             f"{config.padded_vocab_size:,}, so it keeps its size."
         )
         model.config = replace(config, vocab_size=tokenizer.vocab_size)
     if is_new and tokenizer.vocab_size < MUCH_USED * config.vocab_size:
-        say(
+        logger.info(
             f"The tokenizer has {tokenizer.vocab_size:,} tokens, the model room for {config.vocab_size:,}: "
             f"model.vocab_size={tokenizer.vocab_size} would be smaller and lose nothing."
         )
@@ -280,20 +282,20 @@ def check_lengths(config: TrainConfig, prepared: Prepared, max_seq_len: int) -> 
         raise UserError(f"{what}, and too_long=drop leaves nothing to train on or to hold out: {more}.")
     if config.too_long == "refuse":
         raise UserError(f"{what}: {more}, or leave these examples out with too_long=drop.")
-    say(f"Warning: {what}; they are left out (too_long=drop).")
+    logger.warning(f"{what}; they are left out (too_long=drop).")
 
 
 def tell_of_repeats(config: TrainConfig, shards: ShardSet, consumed: ConsumedData) -> None:
     """Say when the data are less than one row, or read so often that it is not worth much; by the clock that shows later."""
     tokens, most = shards.num_tokens, WORTHWHILE_EPOCHS[config.kind]
     if tokens < config.seq_len:
-        say(
-            f"Warning: the data are {tokens:,} tokens, less than one row of seq_len {config.seq_len}. Give more data, or set a "
+        logger.warning(
+            f"the data are {tokens:,} tokens, less than one row of seq_len {config.seq_len}. Give more data, or set a "
             "smaller seq_len."
         )
     epochs = consumed.epochs(config.total_steps)
     if config.max_minutes is None and epochs > most:
-        say(
+        logger.info(
             f"Note: the run reads its {tokens:,} tokens {epochs:.1f} times. Up to about {most} times, data are worth nearly what "
             "new data are; after that ever less, and the model learns them by heart. Give more data, or set "
             f"total_tokens={int(config.total_tokens * most / epochs)}; watch that eval/loss goes on to fall."

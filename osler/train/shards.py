@@ -6,6 +6,7 @@ from the folder that a command is given in.
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import uuid
@@ -21,12 +22,13 @@ from osler.inference.load import TOKENIZER_FILE, tokenizer_of
 from osler.model.config import ModelConfig
 from osler.monitor.events import EventLog
 from osler.runtime.files import RunFolder, fsync_dir, write_atomic
-from osler.runtime.log import say
 from osler.tokenizer.bpe import Tokenizer
 from osler.train.config import TrainConfig
 from osler.train.folder import check_fingerprints, claim, moved_places, read_config
 from osler.train.origin import ASIDE, same_data
 from osler.train.setup import check_lengths
+
+logger = logging.getLogger(__name__)
 
 DATA = "data"  # in the run folder
 
@@ -68,7 +70,9 @@ def _open(config: TrainConfig, run: RunFolder, tokenizer: Tokenizer, start: stor
     if at_hand is not None and at_hand != folder:
         _take_over(at_hand, folder)
     if at_hand is not None and is_source_gone(config, run):
-        say(f"There is nothing at data.path={_source(config)} from here; going on with what was prepared from it, in {folder}.")
+        logger.info(
+            f"There is nothing at data.path={_source(config)} from here; going on with what was prepared from it, in {folder}."
+        )
         return open_prepared(folder, tokenizer)
     return prepare_source(data, tokenizer, folder, set_aside=config.allow_data_change, consent="allow_data_change=true")
 

@@ -11,6 +11,7 @@ make the same steps. A checkpoint is the same whatever the number of ranks.
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -32,12 +33,14 @@ from osler.optim.build import keeping_settings, set_decay_and_momentum
 from osler.optim.schedule import lr_scale
 from osler.runtime.faults import fault
 from osler.runtime.files import RunFolder
-from osler.runtime.log import Progress, say
+from osler.runtime.log import Progress
 from osler.runtime.stop import AskedToStop, StopFlag
 from osler.train.config import TrainConfig
 from osler.train.folder import check_fingerprints, was_evaluated
 from osler.train.incidents import Incidents
 from osler.train.step import StepResult, TrainStep
+
+logger = logging.getLogger(__name__)
 
 PLANNED_SHARE = 0.97  # of the minutes asked for: the rest is for the last checkpoint and evaluation
 
@@ -352,5 +355,5 @@ class Trainer:
         # Last, because the line is what tells a resumed run that this evaluation is complete.
         sink.write(self.step, self.tokens, {**metrics, "eval/seconds": time.monotonic() - before})
         shown = {name.replace("eval/loss", "held-out loss").removeprefix("eval/"): value for name, value in metrics.items()}
-        say(f"step {self.step}: " + ", ".join(f"{name} {value:.4f}" for name, value in shown.items()))
+        logger.info(f"step {self.step}: " + ", ".join(f"{name} {value:.4f}" for name, value in shown.items()))
         progress.update(self.tokens)

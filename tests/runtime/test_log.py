@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 import os
 import sys
 from collections.abc import Iterator
+from functools import partial
 from typing import TextIO
 
 import pytest
 
+from osler.cli import main
 from osler.runtime.log import Progress, duration, quantity, say
 
 
@@ -150,9 +153,23 @@ def test_a_lost_reader_does_not_end_the_run(tmp_path):
     assert not Progress(10, "steps", stream).live
 
 
-def test_say_writes_to_stderr(capsys):
-    say("hello")
-    assert capsys.readouterr().err == "hello\n"
+def test_a_log_message_is_a_line_on_stderr_with_its_level_where_that_matters(capsys):
+    logger = logging.getLogger("osler.somewhere")
+    logger.debug("a detail")
+    logger.info("100% ready")
+    logger.warning("a disk is full")
+    assert capsys.readouterr().err == "100% ready\nWarning: a disk is full\n"
+
+
+def test_a_user_may_ask_for_warnings_alone(capsys, monkeypatch, request):
+    osler, logger = logging.getLogger("osler"), logging.getLogger("osler.somewhere")
+    request.addfinalizer(partial(osler.setLevel, osler.level))
+    monkeypatch.setenv("OSLER_LOG_LEVEL", "warning")
+    assert main(["--version"]) == 0 and osler.level == logging.WARNING
+    logger.warning("a disk is full")
+    assert capsys.readouterr().err == "Warning: a disk is full\n", "once, however often a verb runs in a process"
+    monkeypatch.setenv("OSLER_LOG_LEVEL", "loud")
+    assert main(["--version"]) == 2 and "OSLER_LOG_LEVEL is 'loud'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
