@@ -62,11 +62,12 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from osler.bench.measure import stand_in
-    from osler.config import decode, load_recipe
     from osler.data.consumed import ConsumedData
     from osler.data.loader import Batch, Loader, StagedLoader
+    from osler.decode import decode
     from osler.model.config import ModelConfig
     from osler.monitor.config import MonitorConfig
+    from osler.recipe import load_recipe
     from osler.runtime.device import keep_freed_memory
     from osler.runtime.files import RunFolder
     from osler.train.config import TrainConfig

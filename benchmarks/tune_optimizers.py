@@ -22,7 +22,8 @@ from typing import Any
 from text_10min import train
 
 from osler.bench.run import compare
-from osler.config import decode, load_recipe
+from osler.decode import decode
+from osler.recipe import load_recipe
 from osler.runtime.device import describe_machine
 from osler.train.config import TrainConfig
 

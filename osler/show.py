@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from osler.config import available_recipes, config, decode, encode, load_recipe, merge, parse_overrides
+from osler.config import config, encode
+from osler.decode import decode
 from osler.errors import UserError
 from osler.eval.config import EvalConfig
 from osler.explain import explained
 from osler.model.config import ModelConfig
 from osler.quickstart.config import QuickstartConfig
+from osler.recipe import available_recipes, load_recipe, merge, parse_overrides
 from osler.rl.config import GrpoConfig
 from osler.train.config import TrainConfig
 from osler.yaml12 import dump_yaml

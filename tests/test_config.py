@@ -12,21 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from osler.config import (
-    TAGGED,
-    ConfigError,
-    Ge,
-    Lt,
-    PositiveInt,
-    config,
-    decode,
-    encode,
-    load_recipe,
-    merge,
-    parse_overrides,
-    range_of,
-)
+from osler.config import TAGGED, ConfigError, Ge, Lt, PositiveInt, config, encode, range_of
+from osler.decode import decode
 from osler.errors import UserError
+from osler.recipe import load_recipe, merge, parse_overrides
 from osler.yaml12 import dump_yaml, load_yaml
 
 

@@ -9,20 +9,11 @@ from typing import Annotated, Any, Literal, get_args
 import pytest
 
 from osler import cli
-from osler.config import (
-    TAGGED,
-    Fraction,
-    available_recipes,
-    config,
-    decode,
-    encode,
-    hints,
-    is_config_class,
-    load_recipe,
-    members_of,
-)
+from osler.config import TAGGED, Fraction, config, encode, hints, is_config_class, members_of
+from osler.decode import decode
 from osler.errors import UserError
 from osler.explain import COLUMNS, explained, explanations
+from osler.recipe import available_recipes, load_recipe
 from osler.show import KINDS, VERBS, ModelFamily, decode_recipe, show_recipe
 from osler.yaml12 import load_yaml
 

@@ -7,8 +7,10 @@ import sys
 
 import pytest
 
-from osler.config import RECIPES, available_recipes, decode, encode, load_recipe
+from osler.config import encode
+from osler.decode import decode
 from osler.model.config import ModelConfig
+from osler.recipe import RECIPES, available_recipes, load_recipe
 from osler.show import decode_recipe, derived, list_recipes, show_recipe
 from osler.yaml12 import load_yaml
 

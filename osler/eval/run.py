@@ -12,9 +12,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from osler.config import decode, encode, parse_overrides
+from osler.config import encode
 from osler.data.readers import TextFiles
 from osler.data.shards import ShardSet, read_data_manifest
+from osler.decode import decode
 from osler.errors import UserError
 from osler.eval.config import CLINIC_EXAM, EvalConfig
 from osler.eval.exams import score_by_generation, score_by_likelihood
@@ -22,6 +23,7 @@ from osler.eval.perplexity import HeldOut, batches, measure, windows
 from osler.eval.score import ExamScore, Result, describe_too_long, length_explains, summarise
 from osler.inference.engine import InferenceEngine
 from osler.inference.ready import ReadyModel, open_model
+from osler.recipe import parse_overrides
 from osler.runtime.files import read_json, write_json
 from osler.runtime.log import Progress
 from osler.tasks.clinic import ClinicTask

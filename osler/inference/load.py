@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from osler.checkpoint import store
-from osler.config import decode, encode
+from osler.config import encode
+from osler.decode import decode
 from osler.errors import UserError
 from osler.model.config import MODEL_FILE, ModelConfig
 from osler.model.transformer import Transformer

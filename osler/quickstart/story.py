@@ -25,8 +25,9 @@ import torch
 from osler.checkpoint import store
 from osler.checkpoint.manifest import folder_name
 from osler.checkpoint.root import refuse_checkpoint
-from osler.config import decode, encode, load_recipe
+from osler.config import encode
 from osler.data.config import ClinicData
+from osler.decode import decode
 from osler.errors import UserError
 from osler.eval.config import EXAM_SEED
 from osler.eval.exams import score_by_generation
@@ -35,6 +36,7 @@ from osler.inference.engine import InferenceEngine
 from osler.inference.load import load_model
 from osler.monitor.fanout import check_sinks
 from osler.quickstart.config import QuickstartConfig
+from osler.recipe import load_recipe
 from osler.report.page import build_report
 from osler.report.text import summary_text
 from osler.rl.run import train as train_grpo

@@ -9,7 +9,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from osler.config import decode
+from osler.decode import decode
 from osler.errors import UserError
 from osler.model.config import MODEL_FILE, ModelConfig
 from osler.runtime.files import RunFolder, read_json

@@ -15,7 +15,7 @@ from pathlib import Path
 from osler.checkpoint import store
 from osler.checkpoint.manifest import STATE, TENSORS_SUFFIX
 from osler.checkpoint.root import refuse_checkpoint
-from osler.config import decode, load_recipe, parse_overrides
+from osler.decode import decode
 from osler.errors import UserError
 from osler.eval.exams import score_by_generation
 from osler.inference.engine import InferenceEngine
@@ -24,6 +24,7 @@ from osler.monitor.events import EventLog
 from osler.monitor.fanout import check_sinks
 from osler.optim.build import build_optimizer
 from osler.parallel.parallelize import check_strategy, parallelize
+from osler.recipe import load_recipe, parse_overrides
 from osler.rl.config import GrpoConfig, RlTaskConfig
 from osler.rl.preflight import preflight
 from osler.rl.prompts import RewardTerm, RlTask, task_shares

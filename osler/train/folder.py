@@ -16,11 +16,13 @@ from typing import Any, TypeVar
 from osler.checkpoint import store
 from osler.checkpoint.manifest import STATE
 from osler.checkpoint.root import refuse_checkpoint
-from osler.config import decode, encode, merge, parse_overrides
+from osler.config import encode
+from osler.decode import decode
 from osler.errors import UserError
 from osler.inference.load import read_model_config
 from osler.model.config import ModelConfig
 from osler.monitor.events import EventLog, write_damage
+from osler.recipe import merge, parse_overrides
 from osler.runtime.files import RunFolder, held, read_json, write_atomic
 from osler.runtime.stop import EXIT_STOPPED
 from osler.runtime.world import place

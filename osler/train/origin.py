@@ -20,9 +20,10 @@ from typing import Any, NamedTuple, TypeVar
 from osler.checkpoint import store
 from osler.checkpoint.manifest import FOLDER_NAME, STATE, looks_whole, verify
 from osler.checkpoint.root import BEST, Entry, best_checkpoint, by_age, mark_best, refuse_checkpoint, root_of
-from osler.config import decode, merge, parse_overrides
+from osler.decode import decode
 from osler.errors import UserError
 from osler.monitor.events import EventLog, read_events
+from osler.recipe import merge, parse_overrides
 from osler.runtime.files import RunFolder, fsync_dir, read_json, write_atomic
 from osler.runtime.world import World
 from osler.train.folder import differences, flat, named, newest_checkpoint, read_config, refuse_another, stored_config

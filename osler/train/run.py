@@ -17,7 +17,6 @@ from torch import Tensor
 
 from osler.checkpoint import store
 from osler.checkpoint.root import refuse_checkpoint
-from osler.config import decode, load_recipe, parse_overrides
 from osler.data.config import ClinicData
 from osler.data.consumed import ConsumedData
 from osler.data.curriculum import Span, rows_per_micro_batch
@@ -26,6 +25,7 @@ from osler.data.order import Order
 from osler.data.packing import StreamPacking, WholePacking
 from osler.data.prepare import Prepared, open_prepared
 from osler.data.shards import ShardSet
+from osler.decode import decode
 from osler.errors import UserError
 from osler.eval.exams import score_by_generation
 from osler.eval.perplexity import batches, measure, windows
@@ -39,6 +39,7 @@ from osler.parallel.compile import COMPILE_MIN_STEPS
 from osler.parallel.config import ParallelConfig
 from osler.parallel.engine import Engine as ParallelEngine
 from osler.parallel.parallelize import parallelize
+from osler.recipe import load_recipe, parse_overrides
 from osler.runtime.device import keep_freed_memory, pick_device
 from osler.runtime.files import RunFolder
 from osler.runtime.stop import AskedToStop, asked

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 
 from osler.checkpoint import store
-from osler.config import decode
 from osler.data.config import PreparedData
 from osler.data.consumed import ConsumedData
 from osler.data.curriculum import rows_per_micro_batch
@@ -22,6 +21,7 @@ from osler.data.packing import torn_examples
 from osler.data.prepare import Prepared, tokenizer_of_shards
 from osler.data.shards import Int64Array, ShardSet
 from osler.data.sources import train_tokenizer
+from osler.decode import decode
 from osler.errors import UserError
 from osler.inference.load import described_model, tokenizer_of
 from osler.model.transformer import Transformer

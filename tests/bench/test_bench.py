@@ -9,7 +9,8 @@ import torch
 
 from osler.bench.contestants import build_hf, build_osler
 from osler.cli import main
-from osler.config import decode, parse_overrides
+from osler.decode import decode
+from osler.recipe import parse_overrides
 from osler.runtime.stopwatch import Stopwatch
 from osler.train.config import TrainConfig
 

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from osler.config import ConfigError, decode
+from osler.config import ConfigError
 from osler.data.commands import Sections
 from osler.data.config import ClinicData, FilesData, TurnsData
 from osler.data.sources import SAMPLE_CHARS, _sample, open_source, prepare_source, train_tokenizer
+from osler.decode import decode
 from osler.errors import UserError
 
 CLINIC = ClinicData(passages=150, examples=120, cards=7, drills=3, validation_passages=10, validation_examples=20)

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from osler import cli
-from osler.config import ConfigError, decode
+from osler.config import ConfigError
+from osler.decode import decode
 from osler.errors import UserError
 from osler.eval.config import EXAM_SEED, EvalConfig
 from osler.eval.exams import score_by_generation, score_by_likelihood

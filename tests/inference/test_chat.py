@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from osler import cli
-from osler.config import decode
+from osler.decode import decode
 from osler.errors import UserError
 from osler.inference import chat
 from osler.inference.chat import continue_text, show_answer

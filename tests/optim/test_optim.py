@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from osler.config import ConfigError, decode, load_recipe
+from osler.config import ConfigError
+from osler.decode import decode
 from osler.model.config import ModelConfig
 from osler.model.transformer import Transformer
 from osler.optim.build import build_optimizer, group_of, set_decay_and_momentum, set_lr
@@ -23,6 +24,7 @@ from osler.optim.config import (
     WarmupStableDecayConfig,
 )
 from osler.optim.schedule import Schedule, WeightDecaySchedule, lr_scale, momentum_at, weight_decay_scale
+from osler.recipe import load_recipe
 from osler.rl.config import GrpoConfig
 from osler.train.config import TrainConfig
 

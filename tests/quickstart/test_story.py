@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from osler.config import decode, load_recipe
+from osler.decode import decode
 from osler.quickstart.config import QuickstartConfig
 from osler.quickstart.story import run
+from osler.recipe import load_recipe
 
 MODEL = (
     *("num_layers=2", "hidden_size=64", "intermediate_size=64", "num_heads=2", "num_kv_heads=1", "head_dim=16"),

@@ -7,7 +7,8 @@ import sys
 
 import pytest
 
-from osler.config import ConfigError, decode, encode
+from osler.config import ConfigError, encode
+from osler.decode import decode
 from osler.rl.config import AlgorithmConfig, GrpoConfig
 
 

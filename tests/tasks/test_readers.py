@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gzip
 import json
 import os
@@ -13,15 +14,16 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import zstandard
 
-from osler.config import decode, encode
+from osler.config import encode
+from osler.decode import decode
 from osler.errors import UserError
 from osler.tasks import gsm8k, medmcqa, medqa, pubmedqa
 from osler.tasks.answers import read_choice, read_number
 from osler.tasks.item import permute, render_answer
 from osler.tasks.registry import TASK_CONFIGS, TASKS, TaskConfig, load_task
 
+zstd = functools.partial(pa.compress, codec="zstd", asbytes=True)
 MEDQA = {
     "question": "Which?",
     "answer": "two",
@@ -200,7 +202,7 @@ def test_files_that_are_no_exam_are_refused(tmp_path: Path) -> None:
     ("name", "content", "said"),
     [
         ("exam.JSONL", b"\xef\xbb\xbf%s\r\n", ""),
-        ("exam.jsonl.zst", zstandard.compress(b"%s\n" % json.dumps(MEDQA).encode()), ""),
+        ("exam.jsonl.zst", zstd(b"%s\n" % json.dumps(MEDQA).encode()), ""),
         ("exam.ndjson", b"%s", ""),
         ("exam.jsonl", b'%s\n{"question": "\\ud83e"}', "exam.jsonl:2: the field 'question' holds half a character"),
         ("exam.jsonl", b'%s\n{"options": {"A": "\\ud83e"}}', "exam.jsonl:2: the field 'options.A' holds half a character"),

@@ -11,14 +11,15 @@ import pytest
 import torch
 
 from osler.cli import main
-from osler.config import decode, load_recipe
 from osler.data.consumed import ConsumedData
 from osler.data.prepare import open_prepared
+from osler.decode import decode
 from osler.inference.load import load_model
 from osler.model.loss import SummedLoss
 from osler.model.transformer import Transformer
 from osler.optim.build import build_optimizer
 from osler.parallel.engine import Engine
+from osler.recipe import load_recipe
 from osler.runtime import faults
 from osler.runtime.files import RunFolder
 from osler.tokenizer.bpe import Tokenizer

@@ -11,12 +11,14 @@ import torch
 
 from osler.checkpoint import store
 from osler.cli import main
-from osler.config import decode, encode, load_recipe
+from osler.config import encode
 from osler.data.config import Stage
 from osler.data.loader import Batch, Loader, StagedLoader
 from osler.data.order import Order
 from osler.data.packing import StreamPacking
+from osler.decode import decode
 from osler.errors import UserError
+from osler.recipe import load_recipe
 from osler.report.page import build_report
 from osler.train.config import TrainConfig
 from osler.train.run import make_loader

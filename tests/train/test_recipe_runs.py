@@ -13,9 +13,10 @@ import torch
 
 from osler.cli import main
 from osler.clinic.textbook import textbook
-from osler.config import available_recipes, decode, load_recipe
 from osler.data.curriculum import rows_per_micro_batch
+from osler.decode import decode
 from osler.inference.load import load_model
+from osler.recipe import available_recipes, load_recipe
 from osler.rl.config import GrpoConfig
 from osler.tasks.registry import load_task
 from osler.tokenizer.bpe import EOS, Tokenizer

@@ -1,18 +1,23 @@
-"""What is wrong with a mapping that does not describe a config, in the words of whoever wrote it.
+"""Decoding: a mapping of plain values becomes a config, or a list of everything that is wrong with it.
 
-Pydantic finds the errors; here each becomes one line with the path as the user wrote it, the value, and the nearest key that
-exists. Loaded only when there is something to say.
+Pydantic finds the errors. Here each becomes one line with the path as the user wrote it, the value, and the nearest key that
+exists.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, get_args, get_origin
+from typing import Any, TypeVar, cast, get_args, get_origin
 
-from osler.config import hints, is_config_class, members_of, nearest, range_of, shown, tag_of
+from osler.config import ConfigError, encode, hints, is_config_class, members_of, nearest, range_of, shown, tag_of
+from osler.errors import UserError
+
+T = TypeVar("T")
 
 _SHOULD = {
     "int_type": "should be an integer",
@@ -29,6 +34,74 @@ _SHOULD = {
     "path_type": "should be a path",
     "none_required": "should be null",
 }
+
+
+def decode(cls: type[T], mapping: Mapping[str, Any], *, source: str = "") -> T:
+    """Build ``cls`` from a mapping of plain values.
+
+    Types are strict, except that lists become tuples, text becomes a path, and integers are taken where floats are
+    asked for. A nested mapping of the same ``type`` as the default value changes only the fields it names. ``source``
+    is named in the message. Raises ConfigError with every error of the mapping, one line each.
+    """
+    from pydantic import ValidationError
+
+    source = source or "the configuration"
+    if not isinstance(mapping, Mapping):
+        raise ConfigError(f"{source}: should be a mapping of keys to values, given {shown(mapping)}")
+    completed = _complete_type(cls, encode(mapping))
+    try:
+        text = json.dumps(completed)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{source}: a value is no text, number, list or mapping ({error})") from None
+    try:
+        # Strict JSON is exactly the wanted rule: "3" is no integer and 1 no boolean, but a list may become a tuple.
+        return cast(T, _adapter(cast(Any, cls)).validate_json(text))
+    except UserError as error:  # of a __post_init__: pydantic files only ValueErrors under their path
+        raise ConfigError(f"{source}: {error}") from None
+    except ValidationError as error:
+        lines = error_lines(cls, error.errors(include_url=False))
+    count = "1 error" if len(lines) == 1 else f"{len(lines)} errors"
+    raise ConfigError("\n  ".join([f"{source}: {count}", *lines]))
+
+
+@functools.cache
+def _adapter(cls: Any) -> Any:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(cls)
+
+
+def _complete_type(annotation: Any, value: Any) -> Any:
+    """Fill ``value`` with the default values of the config fields it only partly gives, at every depth."""
+    members, tagged = members_of(annotation)
+    if isinstance(value, Mapping) and tagged:
+        members = [member for member in members if tag_of(member) == value.get("type")]
+    if len(members) != 1:
+        return value
+    if isinstance(value, Mapping) and is_config_class(members[0]):
+        completed = dict(value)
+        for field in dataclasses.fields(members[0]):
+            if field.name in value:
+                default = field.default_factory() if callable(field.default_factory) else field.default
+                item = _complete_value(default, value[field.name])
+                completed[field.name] = _complete_type(hints(members[0])[field.name], item)
+        return completed
+    if isinstance(value, list) and get_origin(members[0]) in (list, tuple):
+        return [_complete_type(get_args(members[0])[0], item) for item in value]
+    return value
+
+
+def _complete_value(default: Any, given: Any) -> Any:
+    if not (is_config_class(type(default)) and isinstance(given, Mapping)):
+        return given
+    kind = getattr(default, "type", None)
+    if given.get("type", kind) != kind:
+        return given
+    completed = dict(given)
+    for field in dataclasses.fields(default):
+        value = getattr(default, field.name)
+        completed[field.name] = _complete_value(value, given[field.name]) if field.name in given else encode(value)
+    return completed
 
 
 def error_lines(cls: type, errors: Iterable[Mapping[str, Any]]) -> list[str]:
