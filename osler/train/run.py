@@ -387,15 +387,11 @@ def next_steps(config: TrainConfig, folder: RunFolder) -> str:
     """What to do with a finished run."""
     lines = [f"Done: {folder.root}", f"  osler report {folder.root}      the run as a page"]
     if config.kind == "pretrain":
-        lines += [
-            f'  osler generate {folder.root} --prompt "..."   let it write',
-            f"  osler sft init_from={folder.root}   teach it to reason and answer",
-        ]
+        lines.append(f'  osler generate {folder.root} --prompt "..."   let it write')
+        lines.append(f"  osler sft init_from={folder.root}   teach it to reason and answer")
     elif isinstance(config.data, ClinicData):
-        lines += [
-            f"  osler eval {folder.root}   sit the exam",
-            f"  osler grpo init_from={folder.root}   improve it by its own tries",
-        ]
+        lines.append(f"  osler eval {folder.root}   sit the exam")
+        lines.append(f"  osler grpo init_from={folder.root}   improve it by its own tries")
     else:
         lines.append(f"  osler eval {folder.root} task.type=medqa task.path=FILE   sit an exam")
     return "\n".join([*lines, f"  osler chat {folder.root}   talk to it"])
