@@ -30,7 +30,7 @@ from osler.model.config import ModelConfig
 from osler.model.transformer import Transformer
 from osler.optim.build import build_optimizer
 from osler.parallel.config import NoParallelConfig
-from osler.parallel.engine import Engine
+from osler.parallel.engine import ParallelEngine
 from osler.parallel.parallelize import parallelize
 from osler.runtime.device import keep_freed_memory, peak_flops
 from osler.runtime.memory import peak_bytes
@@ -89,7 +89,7 @@ def training_step(
         )
         optimizer = build_optimizer(model, config.optim, seed=config.seed)
     else:  # whatever dtypes a peer keeps its weights in
-        engine = Engine(torch.compile(loss, dynamic=False) if spec["compile"] else loss)
+        engine = ParallelEngine(torch.compile(loss, dynamic=False) if spec["compile"] else loss)
         optimizer = torch.optim.AdamW([{"params": list(model.parameters()), "base_lr": 1e-4}], fused=True)
     step = TrainStep(
         model,

@@ -82,7 +82,7 @@ def measure(
             nats -= logp.double().sum().item()
             tokens += int(scored.sum())
     model.train(training)
-    nats, scored_tokens, left = world.sum(nats, tokens, asked())
+    nats, scored_tokens, left = world.all_reduce_sum(nats, tokens, asked())
     if left:
         raise AskedToStop
     if scored_tokens == 0 or total_bytes <= 0:

@@ -115,7 +115,7 @@ class Collector:
             return
         self.looking = False
         few = rows().few()
-        (all_learn,) = self.world.least(few.learns)
+        (all_learn,) = self.world.all_reduce_min(few.learns)
         if not all_learn:  # nothing is to be seen in rows without a token to learn, and a mean over the ranks needs all of them
             yield
             return
@@ -138,7 +138,7 @@ class Collector:
         """What was measured since the last line. Waits for the device, and is collective."""
         metrics: dict[str, float] = {}
         if self.looked:
-            values = self.world.mean(torch.stack([value.float() for value in self.looked.values()])).tolist()
+            values = self.world.all_reduce_mean(torch.stack([value.float() for value in self.looked.values()])).tolist()
             metrics |= dict(zip(self.looked, values, strict=True))
             self.looked = {}
         if self.level != "off":

@@ -11,11 +11,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from osler.model.loss import ModelLoss
 from osler.parallel.config import DdpConfig
-from osler.parallel.engine import Engine
+from osler.parallel.engine import ParallelEngine
 from osler.runtime.world import World
 
 
-def share_with_ddp(loss: ModelLoss, config: DdpConfig, world: World) -> Engine:
+def share_with_ddp(loss: ModelLoss, config: DdpConfig, world: World) -> ParallelEngine:
     """Wrap the loss, so that DDP sees one forward pass from tokens to a number."""
     # The only buffers are tables, equal everywhere; torch 2.13 renamed the option that would send them at every step.
     known = inspect.signature(DistributedDataParallel).parameters
@@ -24,7 +24,7 @@ def share_with_ddp(loss: ModelLoss, config: DdpConfig, world: World) -> Engine:
     if any(parameter.dtype == torch.bfloat16 for parameter in loss.parameters()):
         wrapped.register_comm_hook(None, lambda _, bucket: average_in_fp32(bucket))  # whose annotations must be none
     settle_buckets(wrapped, loss)
-    return Engine(wrapped, world, wrapped.no_sync)
+    return ParallelEngine(wrapped, world, wrapped.no_sync)
 
 
 def average_in_fp32(bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:

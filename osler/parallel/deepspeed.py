@@ -26,7 +26,7 @@ from osler.model.loss import SummedLoss
 from osler.model.transformer import Transformer
 from osler.ops.labels import IGNORED
 from osler.parallel.config import DeepSpeedConfig
-from osler.parallel.engine import Engine, ToHost
+from osler.parallel.engine import ParallelEngine, ToHost
 from osler.runtime.files import read_json
 from osler.runtime.world import World
 
@@ -45,7 +45,7 @@ OURS = {
 }
 
 
-def share_with_deepspeed(loss: SummedLoss, config: DeepSpeedConfig, world: World) -> Engine:
+def share_with_deepspeed(loss: SummedLoss, config: DeepSpeedConfig, world: World) -> ParallelEngine:
     """Make ready for ``deepspeed.initialize``; raises UserError where ``read_settings`` does."""
     own = read_settings(config)
     stage = own["zero_optimization"].get("stage")
@@ -74,7 +74,7 @@ def read_settings(config: DeepSpeedConfig) -> dict[str, Any]:
     return settings | given
 
 
-class DeepSpeedEngine(Engine):
+class DeepSpeedEngine(ParallelEngine):
     """ZeRO behind the interface of a plain engine."""
 
     leaves_gradients = False

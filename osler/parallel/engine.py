@@ -25,7 +25,7 @@ ToHost = Callable[[str, str, Tensor], Tensor]
 LossFunction = Callable[..., Any]  # a ModelLoss, wrapped or not
 
 
-class Engine:
+class ParallelEngine:
     """One process, or an engine that leaves averaged gradients in ``parameter.grad`` as a plain backward pass would."""
 
     leaves_gradients = True

@@ -19,11 +19,11 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from osler.model.loss import ModelLoss
 from osler.parallel.config import FsdpConfig
-from osler.parallel.engine import Engine
+from osler.parallel.engine import ParallelEngine
 from osler.runtime.world import World
 
 
-def share_with_fsdp(loss: ModelLoss, config: FsdpConfig, world: World) -> Engine:
+def share_with_fsdp(loss: ModelLoss, config: FsdpConfig, world: World) -> ParallelEngine:
     """Cut every block, and what lies outside the blocks as one more; the model's parameters become ``DTensor``.
 
     Those of a model on ``meta`` then have memory for their parts and no values.
@@ -50,4 +50,4 @@ def share_with_fsdp(loss: ModelLoss, config: FsdpConfig, world: World) -> Engine
             root.set_requires_gradient_sync(True)
 
     assert isinstance(root, FSDPModule)
-    return Engine(loss, world, accumulating)
+    return ParallelEngine(loss, world, accumulating)

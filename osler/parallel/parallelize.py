@@ -19,7 +19,7 @@ from osler.parallel.compile import compile_loss, with_few_shapes
 from osler.parallel.config import DdpConfig, DeepSpeedConfig, FsdpConfig, NoParallelConfig, ParallelConfig
 from osler.parallel.ddp import share_with_ddp
 from osler.parallel.deepspeed import read_settings, share_with_deepspeed
-from osler.parallel.engine import Engine
+from osler.parallel.engine import ParallelEngine
 from osler.parallel.fp8 import convert_to_fp8
 from osler.parallel.fsdp import share_with_fsdp
 from osler.runtime.device import pick_device
@@ -27,7 +27,7 @@ from osler.runtime.world import World
 
 logger = logging.getLogger(__name__)
 
-STRATEGIES: dict[type, Callable[[Any, Any, World], Engine]] = {
+STRATEGIES: dict[type, Callable[[Any, Any, World], ParallelEngine]] = {
     DdpConfig: share_with_ddp,
     FsdpConfig: share_with_fsdp,
     DeepSpeedConfig: share_with_deepspeed,
@@ -44,7 +44,7 @@ def parallelize(
     recompute: str = "off",
     compile: bool = False,
     loss_of: Callable[[Transformer], ModelLoss] = SummedLoss,
-) -> Engine:
+) -> ParallelEngine:
     """Make ``model`` ready for its training step, in place, and return the engine that makes the step.
 
     ``pass_tokens`` are the tokens of a forward pass of one process in each stage, which FP8 needs to be multiples of 16. Only a
@@ -71,7 +71,7 @@ def parallelize(
             logger.info(
                 f"parallel.type={config.type} changes nothing here: it shares the work when torchrun starts several processes."
             )
-        engine = Engine(loss)
+        engine = ParallelEngine(loss)
     if compile:
         engine.loss = with_few_shapes(engine.loss)
     return engine

@@ -115,7 +115,7 @@ class RolloutWorker:
             encode_prompt(self.tokenizer, render_question(visit.item), reasoning=visit.task.reasoning) for visit in asked
         ]
         own = self._draw(asked[first:end], prompts[first:end], seed, first_row=first * self.algorithm.samples_per_prompt)
-        parts = world.gather([[replace(sample, sampling_mask=None) for sample in samples] for samples in own])
+        parts = world.all_gather([[replace(sample, sampling_mask=None) for sample in samples] for samples in own])
         parts[world.rank] = own
         samples_of = [samples for part in parts for samples in part]
         return [Group(*group) for group in zip(asked, prompts, samples_of, strict=True)]

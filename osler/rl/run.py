@@ -114,7 +114,7 @@ def train(config: GrpoConfig, run: RunFolder, world: World | None = None) -> boo
         check_branch(config, checkpoint)
     precision = stored_precision(checkpoint, config.precision)
     # What `auto` comes to is a trial, which might end differently on another rank.
-    machine = world.once(lambda: choose_machine(world.device, precision, "never", steps=config.steps))
+    machine = world.broadcast_from_first(lambda: choose_machine(world.device, precision, "never", steps=config.steps))
     machine = replace(machine, device=pick_device(world.device))
     start = load_model(checkpoint or config.init_from, device=machine.device, compute_dtype=machine.dtype)
     model, tokenizer = start.model.train(), start.tokenizer
@@ -123,17 +123,17 @@ def train(config: GrpoConfig, run: RunFolder, world: World | None = None) -> boo
     check_held_out(tasks, eval_items)
     sampler = InferenceEngine(model, max_rows=config.rollout_rows)
     samples = ""
-    if world.once(lambda: checkpoint is None) and config.preflight != "off":
+    if world.broadcast_from_first(lambda: checkpoint is None) and config.preflight != "off":
         samples = preflight(RolloutWorker(sampler, tokenizer, tasks, config.algorithm, config.seed, world).ask(0), config)
         sampler.release()
     fingerprints = {"tokenizer": tokenizer.fingerprint, "data": fingerprint_of(tasks)}
     if checkpoint is not None and not config.allow_data_change:  # with it the change is recorded when the run goes on
         check_fingerprints(store.load(checkpoint, names=[]), fingerprints, EventLog(run.events))
-    world.once(lambda: claim(run, config))
+    world.broadcast_from_first(lambda: claim(run, config))
     if samples and world.is_first:
         write_or_warn(run.samples, samples)  # a start over in the same folder replaces it
     evaluate, best_metric = exam(config, sampler, tokenizer, eval_items, world)
-    files = {"config.yaml": run.config.read_bytes(), VERSIONS: world.once(lambda: describe_run(run, machine))}
+    files = {"config.yaml": run.config.read_bytes(), VERSIONS: world.broadcast_from_first(lambda: describe_run(run, machine))}
     engine = parallelize(model, config.parallel, world, recompute=config.recompute, loss_of=PolicyLoss)
     trainer = GrpoTrainer(
         config,
@@ -248,7 +248,7 @@ def exam(
                 seed=config.seed,
             )
             counts = (score.correct, score.unparsed + score.cut + score.too_long, score.presentations)
-        right, unread, shown, left = world.sum(*counts, asked())
+        right, unread, shown, left = world.all_reduce_sum(*counts, asked())
         if left:
             raise AskedToStop
         return {f"eval/{name}_accuracy": right / shown, f"eval/{name}_unparsed_frac": unread / shown}

@@ -31,7 +31,7 @@ from osler.monitor.look import Rows
 from osler.ops.cross_entropy import linear_logprobs
 from osler.ops.labels import IGNORED
 from osler.ops.sampling import unpack_mask
-from osler.parallel.engine import Engine
+from osler.parallel.engine import ParallelEngine
 from osler.rl.advantages import group_advantages
 from osler.rl.config import AlgorithmConfig
 from osler.rl.loss import LossInputs, add_sums, grpo_loss, loss_metrics, token_weights
@@ -185,7 +185,7 @@ def update_policy(
     reference: Transformer | None = None,
     micro_batch_tokens: int = 16_384,
     clip_norm: float = 1.0,
-    engine: Engine | None = None,
+    engine: ParallelEngine | None = None,
     collector: Collector | None = None,
 ) -> dict[str, float]:
     """Take ``updates_per_batch`` optimizer steps on the rows and return the metrics, averaged over them.
@@ -196,7 +196,7 @@ def update_policy(
     (``build_optimizer``); its learning rate is used as it is. ``collector`` watches the update.
     """
     if engine is None:
-        engine = Engine(PolicyLoss(model))
+        engine = ParallelEngine(PolicyLoss(model))
         engine.bind(optimizer, clip_norm)
     world, parameters = engine.world, list(model.parameters())
     device = parameters[0].device
@@ -233,7 +233,7 @@ def update_policy(
         steps.append({"train/grad_norm": grad_norm, "train/skipped_steps": skipped})
     # Nothing was fetched from the device until here.
     own = {name: torch.stack([sums[name] for sums in history]).cpu().double() for name in history[0]}
-    by_update = loss_metrics(reduce(add_sums, world.gather(own)))
+    by_update = loss_metrics(reduce(add_sums, world.all_gather(own)))
     by_update |= {name: torch.stack([step[name] for step in steps]).cpu() for name in steps[0]}
     metrics = {name: float(values.mean()) for name, values in by_update.items()}
     metrics |= {name: float(values[0]) for name, values in by_update.items() if name.startswith(FIRST_UPDATE_METRICS)}

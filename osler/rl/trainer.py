@@ -33,7 +33,7 @@ from osler.monitor.history import Facts
 from osler.monitor.lifetime import recorded
 from osler.optim.build import keeping_settings, set_decay_and_momentum, set_lr
 from osler.optim.schedule import lr_scale
-from osler.parallel.engine import Engine as ParallelEngine
+from osler.parallel.engine import ParallelEngine
 from osler.rl.config import GrpoConfig
 from osler.rl.prompts import RlTask, visits, walked
 from osler.rl.rollout import Group, RolloutWorker, count_tokens, rollout_metrics
@@ -128,7 +128,7 @@ class GrpoTrainer:
         ):
             self.incidents.events = sink.events
             # Before the first step, or where a kill came after the checkpoint and before its evaluation.
-            if self._evaluation_due() and not self.world.once(lambda: was_evaluated(self.run, self.step)):
+            if self._evaluation_due() and not self.world.broadcast_from_first(lambda: was_evaluated(self.run, self.step)):
                 self._evaluate(sink)
             while self.step < config.steps and not self.has_left:
                 metrics = self._one_step()
@@ -147,7 +147,7 @@ class GrpoTrainer:
                     self.save(stop)
                     stopping = self._agree(stop)  # once more, because saving takes its time
                 if stopping and not done:
-                    self.world.once(lambda: self.saver.wait(needed=True))
+                    self.world.broadcast_from_first(lambda: self.saver.wait(needed=True))
                     return False
                 if self._evaluation_due():
                     self._evaluate(sink)
@@ -162,7 +162,7 @@ class GrpoTrainer:
 
     def _agree(self, stop: StopFlag) -> bool:
         """Whether the ranks stop, because one was asked to. A signal after this vote counts in the next."""
-        (on,) = self.world.least(not stop.requested)
+        (on,) = self.world.all_reduce_min(not stop.requested)
         stop.requested = stop.requested or not on
         return not on
 
@@ -277,10 +277,10 @@ class GrpoTrainer:
 
     def _roll_back(self, sink: FanOut, stop: StopFlag) -> None:
         """Go back to the last good checkpoint and on with other questions; saved at once, so that a kill changes nothing."""
-        self.world.once(self.saver.wait)  # the checkpoint to go back to may be the one that is being written
+        self.world.broadcast_from_first(self.saver.wait)  # the checkpoint to go back to may be the one that is being written
         self.incidents.roll_back(self.step, self._take_over, lambda: self.step)
         self.save(stop)
-        self.world.once(self.saver.wait)
+        self.world.broadcast_from_first(self.saver.wait)
         fault("rollback")
         sink.rewind(self.step)
 
@@ -297,7 +297,7 @@ class GrpoTrainer:
         except AskedToStop:
             self.has_left = True
         # Only what is on the disk can be the best, and count as evaluated.
-        self.world.once(lambda: self.saver.wait(needed=self.has_left))
+        self.world.broadcast_from_first(lambda: self.saver.wait(needed=self.has_left))
         if self.has_left:
             return
         value, saved = metrics.get(self.best_metric), self.run.checkpoints / store.folder_name(self.step)
@@ -316,7 +316,7 @@ class GrpoTrainer:
 
         Sharded tensors come together on rank 0, one at a time.
         """
-        self.world.once(self.saver.wait)  # which is what the other ranks have more patience for than for a collective
+        self.world.broadcast_from_first(self.saver.wait)  # the hosts have more patience than a collective
         last = stop.requested or self.step >= self.config.steps
         to_host = self.saver.to_host if self.config.async_save else None
         tensors, optimizer_state = self.engine.parts(self.model, self.optimizer, to_host)
@@ -341,7 +341,7 @@ class GrpoTrainer:
             good_step=self.incidents.good_step,
             last=last,
         )
-        self.world.once(save)
+        self.world.broadcast_from_first(save)
 
     def restore(self, loaded: store.Loaded) -> None:
         """Continue from a checkpoint of this run, bit for bit, or with its own settings from one of the run it branches from."""

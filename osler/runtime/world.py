@@ -1,15 +1,12 @@
-"""The processes of a run: who they are by torchrun's environment, and how they agree.
+"""The processes of a run: each knows its place from torchrun's environment, and they agree through a ``World``.
 
-The idea: every process runs the same program on rows of its own. What may differ between them goes through a ``World``: one
-rank writes and decides (``once``), counts and clocks are agreed on (``least``, ``sum``), all are told what each found out
-(``gather``), tensors are averaged (``mean``). One process is a world of size 1, in which all of that does nothing. Tensors
-travel by NCCL between GPUs and by gloo on CPUs; the hosts agree over gloo connections of their own, which never wait for a GPU
-and have the patience that preparing data takes.
+Every process runs the same program on rows of its own. Whatever may differ between them goes through the methods of ``World``;
+one process is a world of size 1, in which they do nothing. Tensors travel by NCCL between GPUs and by gloo on CPUs. The hosts
+agree over gloo connections of their own, which never wait for a GPU and are patient enough for the preparation of data.
 
-A process that dies closes its connections, so the others fail at their next word with each other instead of waiting for ever;
-``joined`` makes one clear error of it. A mistake that ends one process is left where the others look when they have lost it, and
-ends them too, so that a person reads it once on each machine, whichever and however many ranks made it. There is no state to
-resume.
+A process that dies closes its connections, so the others fail when they next communicate, instead of waiting for ever; ``joined``
+turns that into one clear error. A process that ends with a UserError leaves the message where the others find it when they fail,
+so they end with the same message, and it is printed once on each machine. There is no state to resume.
 """
 
 from __future__ import annotations
@@ -95,8 +92,8 @@ class World:
 
         return dist.group.WORLD
 
-    def once(self, work: Callable[[], T]) -> T:
-        """Call ``work`` on rank 0 alone and give its result, which must be picklable, to every rank; the others wait."""
+    def broadcast_from_first(self, work: Callable[[], T]) -> T:
+        """Call ``work`` on rank 0 alone and return its result, which must be picklable, on every rank."""
         if self.size == 1:
             return work()
         import torch
@@ -106,28 +103,23 @@ class World:
         dist.broadcast_object_list(box, src=0, group=self.hosts, device=torch.device("cpu"))
         return box[0]  # type: ignore[return-value]
 
-    def ahead(self, work: Callable[[], T], follow: Callable[[], T]) -> T:
-        """Call ``work`` on rank 0 and, when that is done, ``follow`` on the others: what one writes and the others read."""
-        if self.is_first:
-            done = work()
-            self.least(0)
-            return done
-        self.least(0)
-        return follow()
+    def barrier(self) -> None:
+        """Wait until every rank is here; does not wait for a GPU."""
+        self.all_reduce_min(0)
 
-    def least(self, *values: int) -> list[int]:
-        """The least that any rank gives, for each of the values; does not wait for a GPU."""
+    def all_reduce_min(self, *values: int) -> list[int]:
+        """Return the least that any rank gives, for each of the values; does not wait for a GPU."""
         if self.size == 1:
             return list(values)
         import torch
         import torch.distributed as dist
 
-        agreed = torch.tensor(values, dtype=torch.int64)
-        dist.all_reduce(agreed, op=dist.ReduceOp.MIN, group=self.hosts)
-        return [int(value) for value in agreed.tolist()]
+        least = torch.tensor(values, dtype=torch.int64)
+        dist.all_reduce(least, op=dist.ReduceOp.MIN, group=self.hosts)
+        return [int(value) for value in least.tolist()]
 
-    def sum(self, *values: float) -> list[float]:
-        """The sum over the ranks of each of the values, in fp64; does not wait for a GPU."""
+    def all_reduce_sum(self, *values: float) -> list[float]:
+        """Return the sum over the ranks of each of the values, in fp64; does not wait for a GPU."""
         if self.size == 1:
             return list(values)
         import torch
@@ -137,8 +129,8 @@ class World:
         dist.all_reduce(total, group=self.hosts)
         return [float(value) for value in total.tolist()]
 
-    def gather(self, value: T) -> list[T]:
-        """What every rank gives, which must be picklable, in the order of the ranks; does not wait for a GPU."""
+    def all_gather(self, value: T) -> list[T]:
+        """Return what every rank gives, which must be picklable, in the order of the ranks; does not wait for a GPU."""
         if self.size == 1:
             return [value]
         import torch.distributed as dist
@@ -147,7 +139,7 @@ class World:
         dist.all_gather_object(box, value, group=self.hosts)
         return box  # type: ignore[return-value]
 
-    def mean(self, tensor: Tensor) -> Tensor:
+    def all_reduce_mean(self, tensor: Tensor) -> Tensor:
         """Average a tensor over the ranks in place, on its device and without waiting for it."""
         if self.size > 1:
             import torch.distributed as dist
@@ -187,7 +179,7 @@ def joined(device: str) -> Iterator[World]:
         )
         world = World(here.rank, here.size, own, dist.new_group(backend="gloo", timeout=HOST_TIMEOUT))
         yield world
-        world.least(0)  # nobody hangs up while another still listens
+        world.barrier()  # nobody hangs up while another still listens
         dist.destroy_process_group()  # not after an error: that could wait for a rank that is gone
     except UserError as error:
         _leave_mistake(store, str(error))

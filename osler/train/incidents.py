@@ -124,13 +124,13 @@ class Incidents:
         ``position`` is the trainer's, in the unit of ``data_offset``. Raises UserError, on every rank, when there is no way back.
         """
         root = self.run.checkpoints
-        path = self.world.once(lambda: last_good(root, self.good_step, self.found_damaged))
+        path = self.world.broadcast_from_first(lambda: last_good(root, self.good_step, self.found_damaged))
         if path is None or self.rollbacks >= self.limits.max_rollbacks:
             raise UserError(self._diagnosis(step, path))
         cause, rollbacks, there = self.cause, self.rollbacks + 1, position() + self.data_offset
         loaded = store.load(path)
         restore(loaded)  # everything in here too
-        self.world.least(0)  # the caller replaces the checkpoint, which others may still be reading
+        self.world.barrier()  # the caller replaces the checkpoint, which others may still be reading
         self.cause, self.rollbacks, self.data_offset = None, rollbacks, there - position()
         message = (
             f"Going back from step {step} to {path.name} and on with the data after step {step} (rollback {rollbacks} of at most "

@@ -109,7 +109,7 @@ def taken_back(run: RunFolder, config: Any, step: int | None, world: World) -> R
     """The run's folder, after rank 0 has gone back in it to ``step``, when one is given."""
     if step is not None:
         refuse_another(run, config)
-        world.once(partial(go_back, run, step))
+        world.broadcast_from_first(partial(go_back, run, step))
     return run
 
 

@@ -37,7 +37,7 @@ from osler.monitor.fanout import check_sinks
 from osler.optim.build import build_optimizer
 from osler.parallel.compile import COMPILE_MIN_STEPS
 from osler.parallel.config import ParallelConfig
-from osler.parallel.engine import Engine as ParallelEngine
+from osler.parallel.engine import ParallelEngine
 from osler.parallel.parallelize import parallelize
 from osler.recipe import load_recipe, parse_overrides
 from osler.runtime.device import keep_freed_memory, pick_device
@@ -157,7 +157,7 @@ def train(config: TrainConfig, run: RunFolder, world: World | None = None) -> bo
     # A run by the clock takes as many steps as it can: from a minute on compiling pays.
     steps = config.total_steps if config.max_minutes is None else int(config.max_minutes * COMPILE_MIN_STEPS)
     # What `auto` comes to is a trial, which might end differently on another rank.
-    machine = world.once(lambda: choose_machine(world.device, precision, config.compile, steps=steps))
+    machine = world.broadcast_from_first(lambda: choose_machine(world.device, precision, config.compile, steps=steps))
     machine = replace(machine, device=pick_device(world.device))
     model, tokenizer, fill = make_model(config, machine, checkpoint, processes=world.size)
     engine = parallelize(
@@ -172,10 +172,12 @@ def train(config: TrainConfig, run: RunFolder, world: World | None = None) -> bo
     fill()
     del fill  # and what it loaded
     tokenizer_path = run.root / TOKENIZER_FILE
-    tokenizer = world.once(lambda: make_tokenizer(config, tokenizer, tokenizer_path))
+    tokenizer = world.broadcast_from_first(lambda: make_tokenizer(config, tokenizer, tokenizer_path))
     fit_vocabulary(model, tokenizer, is_new=checkpoint is None and config.init_from is None)
     shards, start_with = shards_of(config, run), partial(begin, config, run, tokenizer, checkpoint, model.config)
-    prepared = world.ahead(start_with, lambda: open_prepared(shards, tokenizer))
+    prepared = start_with() if world.is_first else None  # what rank 0 writes, the others read
+    world.barrier()
+    prepared = prepared or open_prepared(shards, tokenizer)
     optimizer = build_optimizer(model, config.optim, seed=config.seed, process_group=world.group)
     train_step = TrainStep(
         model,
@@ -187,7 +189,7 @@ def train(config: TrainConfig, run: RunFolder, world: World | None = None) -> bo
         device=machine.device,
     )
     loader = make_loader(config, prepared.train, world, pin_memory=machine.device.type == "cuda")
-    files = {"config.yaml": run.config.read_bytes(), VERSIONS: world.once(lambda: describe_run(run, machine))}
+    files = {"config.yaml": run.config.read_bytes(), VERSIONS: world.broadcast_from_first(lambda: describe_run(run, machine))}
     trainer = Trainer(
         config,
         model=model,
@@ -223,7 +225,7 @@ def train(config: TrainConfig, run: RunFolder, world: World | None = None) -> bo
 
 def check_same_start(step: int, world: World) -> None:
     """Refuse to train when the ranks found different checkpoints, as on machines whose run folders are not the same disk."""
-    least, most = world.least(step, -step)
+    least, most = world.all_reduce_min(step, -step)
     if least != -most:
         raise UserError(
             f"The processes found different checkpoints to go on from (steps {least} to {-most}, -1 is none): the run folder "
@@ -349,7 +351,7 @@ def exam_probe(
         for split, items in exam.items():
             share = items[world.rank :: world.size]
             score = score_by_generation(sampler, tokenizer, share, max_new_tokens=EXAM_NEW_TOKENS) if share else None
-            right, left = world.sum(round(score.accuracy * len(share)) if score else 0, asked())
+            right, left = world.all_reduce_sum(round(score.accuracy * len(share)) if score else 0, asked())
             if left:
                 raise AskedToStop
             scores[f"eval/{split}_accuracy"] = right / len(items)

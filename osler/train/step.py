@@ -19,7 +19,7 @@ from osler.data.curriculum import rows_per_micro_batch
 from osler.data.loader import Batch
 from osler.monitor.look import Rows
 from osler.optim.build import set_lr
-from osler.parallel.engine import Engine
+from osler.parallel.engine import ParallelEngine
 from osler.runtime.faults import poisoned
 
 
@@ -42,7 +42,7 @@ class TrainStep:
         self,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
-        engine: Engine,
+        engine: ParallelEngine,
         *,
         micro_batch_tokens: int | None,
         clip_norm: float,
@@ -65,7 +65,7 @@ class TrainStep:
         """Update the parameters from ``batch`` (on the CPU) with every learning rate scaled by ``lr_scale``."""
         # Counted on the CPU copy, over the whole batch: micro-batches then weigh by their learned tokens.
         world = self.engine.world
-        found_tokens = world.mean(torch.full((), float(batch.num_loss_tokens), device=self.device))
+        found_tokens = world.all_reduce_mean(torch.full((), float(batch.num_loss_tokens), device=self.device))
         learned_tokens = found_tokens.clamp_min(1 / world.size)
         total = torch.zeros((), device=self.device)
         num_rows, seq_len = batch.ids.shape

@@ -135,7 +135,7 @@ class Trainer:
             self.saver,
         ):
             self.incidents.events = sink.events
-            if self.step and not self.world.once(lambda: was_evaluated(self.run, self.step)):
+            if self.step and not self.world.broadcast_from_first(lambda: was_evaluated(self.run, self.step)):
                 self._evaluate(sink, progress)  # a kill came after this checkpoint and before its evaluation
             batches = self.batches(self.step, self.incidents.data_offset)
             first, mark = self.step, (self.tokens, time.monotonic())
@@ -164,7 +164,7 @@ class Trainer:
                     self.save(stop)
                     stopping = self._agree(stop)  # once more, because saving takes its time
                 if stopping and not self.done:
-                    self.world.once(lambda: self.saver.wait(needed=True))
+                    self.world.broadcast_from_first(lambda: self.saver.wait(needed=True))
                     return False
                 if evaluation_due:
                     before = time.monotonic()
@@ -178,7 +178,7 @@ class Trainer:
         Sharded tensors come together on rank 0, one at a time.
         """
         self._fetch()
-        self.world.once(self.saver.wait)  # which is what the other ranks have more patience for than for a collective
+        self.world.broadcast_from_first(self.saver.wait)  # the hosts have more patience than a collective
         last = self.done or stop.requested
         to_host = self.saver.to_host if self.config.async_save else None
         tensors, optimizer_state = self.engine.parts(self.model, self.optimizer, to_host)
@@ -204,7 +204,7 @@ class Trainer:
             good_step=self.incidents.good_step,
             last=last,
         )
-        self.world.once(save)
+        self.world.broadcast_from_first(save)
 
     def restore(self, loaded: store.Loaded) -> None:
         """Continue from a checkpoint of this run, bit for bit, or with its own settings from one of the run it branches from."""
@@ -236,7 +236,7 @@ class Trainer:
         """Bring what the steps left on the device to the host: the only wait for the device between evaluations."""
         if not self.on_device:
             return
-        rows = self.world.mean(torch.stack([torch.stack(result) for result in self.on_device])).tolist()
+        rows = self.world.all_reduce_mean(torch.stack([torch.stack(result) for result in self.on_device])).tolist()
         self.on_device.clear()
         for step, (loss, grad_norm, skipped) in enumerate(rows, start=self.step - len(rows) + 1):
             if has_learned(loss, grad_norm):
@@ -257,11 +257,11 @@ class Trainer:
     def _roll_back(self, sink: FanOut, stop: StopFlag) -> None:
         """Go back to the last good checkpoint and on with other data; saved at once, so that a kill changes nothing."""
         earlier_seconds = self.earlier_seconds
-        self.world.once(self.saver.wait)  # the checkpoint to go back to may be the one that is being written
+        self.world.broadcast_from_first(self.saver.wait)  # the checkpoint to go back to may be the one that is being written
         self.incidents.roll_back(self.step, self._take_over, lambda: self.tokens)
         self.earlier_seconds = earlier_seconds  # the clock does not go back
         self.save(stop)
-        self.world.once(self.saver.wait)
+        self.world.broadcast_from_first(self.saver.wait)
         fault("rollback")
         sink.rewind(self.step)
 
@@ -306,7 +306,7 @@ class Trainer:
         left = max(0.0, self.config.max_minutes * 60 * PLANNED_SHARE - self.seconds)
         steps = self.timeline.steps_within(self.tokens + int(left * speed))
         fitting = min(self.config.total_tokens, self.timeline.tokens_before(steps))
-        (self.total_tokens,) = self.world.least(fitting)
+        (self.total_tokens,) = self.world.all_reduce_min(fitting)
 
     def _watch_clock(self) -> None:
         """End the run when its minutes are over, should the steps since the last plan have been slower than planned."""
@@ -316,7 +316,7 @@ class Trainer:
 
     def _agree(self, stop: StopFlag) -> bool:
         """Whether the ranks stop, because one was asked to. A signal after this vote counts in the next."""
-        self.total_tokens, on = self.world.least(self.total_tokens, not stop.requested)
+        self.total_tokens, on = self.world.all_reduce_min(self.total_tokens, not stop.requested)
         stop.requested = stop.requested or not on
         return not on
 
@@ -342,7 +342,7 @@ class Trainer:
         except AskedToStop:
             self.has_left, metrics = True, {}
         # Only what is on the disk can be the best, and count as evaluated.
-        self.world.once(lambda: self.saver.wait(needed=self.has_left))
+        self.world.broadcast_from_first(lambda: self.saver.wait(needed=self.has_left))
         if not metrics:
             return
         loss = metrics.get("eval/loss", math.inf)

@@ -240,7 +240,7 @@ def mistaken(command: Sequence[str], folder: Path, everyone: bool) -> None:
 
 def spread(world: World, value: float) -> int:
     """How far apart the ranks' values are, in millionths."""
-    least, most = world.least(round(value * 1e6), -round(value * 1e6))
+    least, most = world.all_reduce_min(round(value * 1e6), -round(value * 1e6))
     return -most - least
 
 
@@ -287,7 +287,7 @@ def add_up_in_bf16(world: World, shape: ModelConfig) -> None:
             engine.backward(engine.loss(ids, ids + 1, None))
         assert weight.grad is None
     engine.backward(engine.loss(passes[-1], passes[-1] + 1, None))
-    exact = world.mean(exact)
+    exact = world.all_reduce_mean(exact)
     assert float((weight.grad.float() - exact).norm() / exact.norm()) < 2**-8 and weight.grad.dtype == torch.bfloat16
 
 

@@ -18,7 +18,7 @@ from osler.optim import bf16
 from osler.optim.bf16 import Bf16AdamW, adamw_update, keep_in_bf16
 from osler.optim.build import build_optimizer
 from osler.optim.config import AdamWConfig
-from osler.parallel.engine import Engine
+from osler.parallel.engine import ParallelEngine
 from osler.train.step import TrainStep, condemned_unless_finite
 
 pytestmark = pytest.mark.usefixtures("no_compiled_code")
@@ -165,7 +165,7 @@ def step_gradients(micro_batch_tokens: int | None, *, compiled: bool = False) ->
     model = tiny(in_bf16=True)
     loss = SummedLoss(model)
     options = {"fullgraph": True, "dynamic": False, "backend": "aot_eager_decomp_partition"}
-    engine = Engine(torch.compile(loss, **options) if compiled else loss)
+    engine = ParallelEngine(torch.compile(loss, **options) if compiled else loss)
     settings = {"micro_batch_tokens": micro_batch_tokens, "clip_norm": 1e9, "document_mask": False, "device": torch.device("cpu")}
     step = TrainStep(model, build_optimizer(model, AdamWConfig()), engine, **settings)
     found: dict[str, torch.Tensor] = {}

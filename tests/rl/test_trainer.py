@@ -22,7 +22,7 @@ from osler.monitor.lifetime import LIFETIME
 from osler.monitor.metrics import declared_name
 from osler.optim.build import build_optimizer
 from osler.optim.config import AdamWConfig, LinearConfig
-from osler.parallel.engine import Engine as ParallelEngine
+from osler.parallel.engine import ParallelEngine
 from osler.rl.config import AlgorithmConfig, GrpoConfig, QualityConfig
 from osler.rl.prompts import RewardTerm
 from osler.rl.step import PolicyLoss

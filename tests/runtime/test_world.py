@@ -25,9 +25,9 @@ def torchrun(monkeypatch):
 def test_one_process_is_a_world_in_which_nothing_happens():
     with joined("cpu") as world:
         assert (world.rank, world.size, world.device, world.is_first) == (0, 1, "cpu", True)
-        assert world.once(lambda: "said") == "said" == world.ahead(lambda: "said", lambda: "not this")
-        assert world.least(3, -2) == [3, -2] and world.sum(1.5, 2) == [1.5, 2]
-        assert world.mean(torch.tensor(7.0)) == 7
+        assert world.broadcast_from_first(lambda: "said") == "said"
+        assert world.all_reduce_min(3, -2) == [3, -2] and world.all_reduce_sum(1.5, 2) == [1.5, 2]
+        assert world.all_reduce_mean(torch.tensor(7.0)) == 7
 
 
 def test_the_place_is_what_torchrun_says(torchrun):
@@ -86,4 +86,4 @@ def test_the_first_to_find_a_mistake_tells_it_where_torchrun_keeps_a_store(torch
 
 def test_mean_of_a_world_without_ranks_keeps_the_tensor():
     tensor = torch.ones(3)
-    assert World().mean(tensor) is tensor
+    assert World().all_reduce_mean(tensor) is tensor

@@ -18,7 +18,7 @@ from osler.inference.load import load_model
 from osler.model.loss import SummedLoss
 from osler.model.transformer import Transformer
 from osler.optim.build import build_optimizer
-from osler.parallel.engine import Engine
+from osler.parallel.engine import ParallelEngine
 from osler.recipe import load_recipe
 from osler.runtime import faults
 from osler.runtime.files import RunFolder
@@ -50,7 +50,7 @@ def make_step(runs) -> Callable[..., tuple[Transformer, torch.optim.Optimizer, T
         step = TrainStep(
             model,
             optimizer,
-            Engine(SummedLoss(model)),
+            ParallelEngine(SummedLoss(model)),
             micro_batch_tokens=config.micro_batch_tokens,
             clip_norm=config.clip_norm,
             document_mask=config.document_mask,
