@@ -161,14 +161,9 @@ def train(config: TrainConfig, run: RunFolder, world: World | None = None) -> bo
     machine = replace(machine, device=pick_device(world.device))
     model, tokenizer, fill = make_model(config, machine, checkpoint, processes=world.size)
     engine = parallelize(
-        model,
-        config.parallel,
-        world,
-        precision=config.precision,
-        pass_tokens=pass_tokens(config, world.size),
-        recompute=config.recompute,
-        compile=machine.compile,
-    )
+        model, config.parallel, world, precision=config.precision, pass_tokens=pass_tokens(config, world.size),
+        recompute=config.recompute, compile=machine.compile,
+    )  # fmt: skip
     fill()
     del fill  # and what it loaded
     tokenizer_path = run.root / TOKENIZER_FILE
