@@ -57,9 +57,9 @@ def work_of(mode: str, folder: Path, lines: int) -> Callable[[], object]:
     """What a mode does with a run, imports included."""
 
     def resume() -> None:
-        from osler.monitor.sinks import JsonlSink
+        from osler.records.metrics import MetricsFile
 
-        JsonlSink(folder / "copy.jsonl", resume_step=STEPS_PER_LINE * lines * 9 // 10).close()
+        MetricsFile(folder / "copy.jsonl", last_step=STEPS_PER_LINE * lines * 9 // 10).close()
 
     def replay() -> None:
         from osler.monitor.alerts import replayed

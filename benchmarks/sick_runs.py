@@ -12,7 +12,6 @@ healthy one is told anything.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -54,8 +53,9 @@ def dead_from(healthy: Path, folder: Path) -> str:
 
 def run(name: str, steps: int, folder: Path) -> dict[str, Any]:
     """Make one run; returns what it was told and the course of its loss."""
-    from osler.monitor.events import read_events
     from osler.monitor.lifetime import LIFETIME
+    from osler.records.events import read_events
+    from osler.records.metrics import read_metrics
 
     fields, fault, _ = CASES[name]
     out = folder / name.replace(" ", "-")
@@ -64,12 +64,11 @@ def run(name: str, steps: int, folder: Path) -> dict[str, Any]:
     command = [sys.executable, "-m", "osler.cli", "pretrain", *RUN, f"optim.lr={LR}", f"total_tokens={2048 * steps}", *fields]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), **({"OSLER_FAULT": fault} if fault else {})}
     done = subprocess.run([*command, "--run", str(out)], env=environment, stdout=subprocess.DEVNULL, check=False)
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    events = [event for event in read_events(out / "events.jsonl") if event["kind"] not in LIFETIME]
+    events = [event for event in read_events(out / "events.jsonl") if event.kind not in LIFETIME]
     return {
         "exit_code": done.returncode,
-        "told": [{key: event[key] for key in TOLD if key in event} for event in events],
-        "loss": {line["step"]: line["train/loss"] for line in lines if "train/loss" in line},
+        "told": [{key: fields[key] for key in TOLD if key in fields} for fields in ({**vars(e), **e.details} for e in events)],
+        "loss": {line.step: line.values["train/loss"] for line in read_metrics(out / "metrics.jsonl", having="train/loss")},
     }
 
 

@@ -135,7 +135,7 @@ def run_checkpoint_list(arguments: argparse.Namespace) -> int:
 
 def run_checkpoint_verify(arguments: argparse.Namespace) -> int:
     from osler.checkpoint.commands import verify_checkpoints
-    from osler.monitor.events import record_damage
+    from osler.monitor.damage import record_damage
 
     return verify_checkpoints(arguments.checkpoint, record_damage)
 

@@ -18,7 +18,7 @@ FLOORS: dict[str, int] = {
     **dict.fromkeys(("errors",), 0),
     **dict.fromkeys(("config", "yaml12"), 1),
     **dict.fromkeys(("decode", "recipe", "explain", "runtime", "ops", "files", "clinic"), 2),
-    **dict.fromkeys(("model", "optim", "tokenizer", "tasks", "checkpoint"), 3),
+    **dict.fromkeys(("model", "optim", "tokenizer", "tasks", "checkpoint", "records"), 3),
     **dict.fromkeys(("data", "parallel", "inference", "monitor"), 4),
     **dict.fromkeys(("eval",), 5),
     **dict.fromkeys(("train",), 6),

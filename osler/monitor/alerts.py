@@ -7,13 +7,13 @@ lines, so a run that goes on replays the file (``replayed``). Torch-free.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from osler.monitor.history import Facts, History
 from osler.monitor.rules import RULES, Finding, Severity, ended_badly
+from osler.records.metrics import read_metrics
 
 PAUSE, WORSE = 100, 2.0  # lines of silence about the same thing at first; how much worse breaks it
 
@@ -41,7 +41,7 @@ class Watch:
         self.said: dict[str, tuple[int, int, float]] = {}  # name -> line from which it may be said again, pause, badness
         self.holding: dict[int, list[Alert]] = {}  # number of a rule -> what it saw in the newest line that it looked at
 
-    def look(self, step: int, tokens: int, metrics: Mapping[str, object]) -> list[Alert]:
+    def look(self, step: int, tokens: float, metrics: Mapping[str, float]) -> list[Alert]:
         """Take in the next line and return its alerts."""
         past = self.history
         past.add(step, tokens, metrics)
@@ -72,11 +72,8 @@ class Watch:
 
 
 def replayed(facts: Facts, path: Path) -> Watch:
-    """A watch that has seen a metrics file of whole lines, whose alerts were given by the process that wrote them."""
+    """Return a watch that has seen the lines of a metrics file; their alerts were given by the process that wrote them."""
     watch = Watch(facts)
-    with path.open("rb") as file:
-        for text in file:
-            if text.endswith(b"\n"):
-                line = json.loads(text)
-                watch.look(line["step"], line.get("tokens", 0), line)
+    for line in read_metrics(path):
+        watch.look(line.step, line.tokens, line.values)
     return watch

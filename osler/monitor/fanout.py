@@ -22,12 +22,12 @@ from osler.errors import UserError
 from osler.monitor.alerts import Alert, Watch, replayed
 from osler.monitor.config import MonitorConfig
 from osler.monitor.courier import CLOSE_SECONDS, Courier, Sink
-from osler.monitor.events import EventLog
 from osler.monitor.history import Facts
 from osler.monitor.outpost import Outpost
 from osler.monitor.sink_tensorboard import TensorBoardSink
-from osler.monitor.sinks import JsonlSink
 from osler.monitor.webhook import Webhook, parse_command
+from osler.records.events import EventLog
+from osler.records.metrics import MetricsFile
 from osler.runtime.files import RunFolder
 from osler.yaml12 import load_yaml
 
@@ -54,7 +54,7 @@ class SpreadingLog(EventLog):
 class FanOut:
     """Writes a run's lines and alerts wherever they are wanted. What else happens to the run goes to ``events``."""
 
-    def __init__(self, file: JsonlSink, watch: Watch | None, events: EventLog, couriers: Sequence[Courier]) -> None:
+    def __init__(self, file: MetricsFile, watch: Watch | None, events: EventLog, couriers: Sequence[Courier]) -> None:
         self.file, self.watch, self.events, self.couriers = file, watch, events, couriers
 
     def write(self, step: int, tokens: int, metrics: Mapping[str, float]) -> None:
@@ -110,8 +110,8 @@ def check_sinks(config: MonitorConfig) -> None:
 def open_sinks(config: MonitorConfig, run: RunFolder, facts: Facts, *, step: int, is_first: bool = True) -> FanOut:
     """The sinks of a run that goes on from ``step`` (0: begins); only the first rank's lead anywhere."""
     if not is_first:
-        return FanOut(JsonlSink(os.devnull), None, EventLog(os.devnull), [])
-    file = JsonlSink(run.metrics, resume_step=step if step else -1)
+        return FanOut(MetricsFile(os.devnull), None, EventLog(os.devnull), [])
+    file = MetricsFile(run.metrics, last_step=step if step else -1)
     couriers = [Courier(name, open_sink) for name, open_sink in _places(config, run, step)]
     watch = replayed(facts, run.metrics)
     watch.history.forget_speed()

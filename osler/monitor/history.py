@@ -58,7 +58,8 @@ class History:
 
     def __init__(self, facts: Facts) -> None:
         self.facts = facts
-        self.lines = self.step = self.tokens = 0
+        self.lines = self.step = 0
+        self.tokens = 0.0
         self.line: dict[str, float] = {}  # the newest, without what is not finite
         self.loss: float | None = None  # of the newest line with one; NaN when it was not finite
         self.peak_lr = 0.0
@@ -76,9 +77,9 @@ class History:
         self.best_speed, self.slow_seconds = 0.0, 0.0  # smoothed; of the slow lines since the last one that was not
         self.loss_sums, self.jump_sums = array("d", [0.0]), array("d", [0.0])  # running sums: of losses, of their differences
 
-    def add(self, step: int, tokens: int, metrics: Mapping[str, object]) -> None:
-        """Take in a line; a value that is null or not finite is no value."""
-        line = {name: float(v) for name, v in metrics.items() if isinstance(v, (int, float)) and math.isfinite(v)}
+    def add(self, step: int, tokens: float, metrics: Mapping[str, float]) -> None:
+        """Take in a line; a value that is not finite is no value."""
+        line = {name: float(value) for name, value in metrics.items() if math.isfinite(value)}
         if STAGE in line and self.last(STAGE, 1) not in ([], [line[STAGE]]):
             self._begin_stage()
         new_steps, new_tokens = step - self.step, tokens - self.tokens

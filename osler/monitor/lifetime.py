@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from socket import gethostname
-from typing import Any
 
 from osler.errors import UserError
 from osler.monitor.alerts import Alert
-from osler.monitor.events import EventLog
+from osler.records.events import Event, EventLog
+from osler.records.values import as_dicts, as_text
 
 logger = logging.getLogger(__name__)
 
@@ -60,11 +60,10 @@ def still_wrong(count: int) -> str:
     return "1 alert still holds" if count == 1 else f"{count} alerts still hold"
 
 
-def unresolved_at_end(events: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The alerts that held at the end of a complete run, by the newest start or end in its diary."""
-    noted: dict[str, Any] = next((event for event in reversed(events) if event["kind"] in LIFETIME), {})
-    found = noted.get("unresolved")
-    return [alert for alert in found if isinstance(alert, dict)] if isinstance(found, list) else []
+def unresolved_at_end(events: Sequence[Event]) -> list[str]:
+    """Return the names of the alerts that held at the end of a complete run, by its newest start or end."""
+    newest = next((event for event in reversed(events) if event.kind in LIFETIME), None)
+    return [as_text(alert.get("name")) for alert in as_dicts(newest.details.get("unresolved"))] if newest else []
 
 
 def in_a_line(error: BaseException) -> str:

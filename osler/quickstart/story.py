@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -37,6 +38,7 @@ from osler.inference.load import load_model
 from osler.monitor.fanout import check_sinks
 from osler.quickstart.config import QuickstartConfig
 from osler.recipe import load_recipe
+from osler.records.metrics import read_metrics
 from osler.report.page import build_report
 from osler.report.text import summary_text
 from osler.rl.run import train as train_grpo
@@ -153,10 +155,11 @@ class Story:
         splits = [f"eval/{split}_accuracy" for split in self.config.sft.exam.splits]
         sft = self.folder("sft")
         tried: dict[Path, float] = {}
-        for line in map(json.loads, sft.metrics.read_text().splitlines()):
-            folder = sft.checkpoints / folder_name(line["step"])
-            if all(line.get(name) is not None for name in splits) and folder.is_dir() and not store.verify(folder):
-                tried[folder] = sum(line[name] for name in splits) / len(splits)
+        for line in read_metrics(sft.metrics, having=splits[0]):
+            score = sum(line.values.get(name, math.nan) for name in splits) / len(splits)
+            folder = sft.checkpoints / folder_name(line.step)
+            if math.isfinite(score) and folder.is_dir() and not store.verify(folder):
+                tried[folder] = score
         if not tried:
             raise UserError(f"No checkpoint in {sft.checkpoints} was examined; lower sft.exam.every_tokens.")
         chosen = min(tried, key=lambda folder: abs(tried[folder] - self.config.start_accuracy))

@@ -15,7 +15,7 @@ import numpy as np
 
 from osler.monitor.metrics import declared_name, describe
 from osler.report import format as fmt
-from osler.report.columns import Series
+from osler.report.curves import Series
 from osler.report.families import Family, by_layer, family_of, in_families
 from osler.report.read import StageRun
 from osler.report.svg import Band, Line

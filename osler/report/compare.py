@@ -17,10 +17,10 @@ import numpy as np
 
 from osler.errors import UserError
 from osler.monitor.metrics import declared_name
+from osler.records.values import as_text
 from osler.report import format as fmt
 from osler.report.charts import COLOURS, SPECS, Chart, Spec, inner, line_of, spec_of
 from osler.report.families import by_layer, in_families
-from osler.report.lenient import as_text
 from osler.report.model import count_parameters, find_model
 from osler.report.page import assemble, write_page
 from osler.report.read import ExamScore, Run, StageRun, read_run

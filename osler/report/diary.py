@@ -11,11 +11,10 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
 
 from osler.monitor.lifetime import END, FAILED, FINISHED, START
+from osler.records.events import Event
 from osler.report import format as fmt
-from osler.report.lenient import as_number, as_text
 
 GRAVE = ("incident", "rollback", "alert")  # what deserves attention, the gravest first; other kinds are only told
 STEPS_NAMED = 6
@@ -32,24 +31,18 @@ class Happening:
     message: str
 
 
-def happenings(events: Sequence[dict[str, Any]]) -> list[Happening]:
+def happenings(events: Sequence[Event]) -> list[Happening]:
     """A diary's events, oldest first, as happenings, the newest first."""
-    found: dict[tuple[str, str], dict[int, dict[str, Any]]] = {}
-    newest: dict[tuple[str, str], int] = {}
-    for position, event in enumerate(events):
-        step = as_number(event.get("step"))
-        key = (as_text(event.get("kind")), as_text(event.get("name")))
-        if math.isfinite(step):
-            found.setdefault(key, {})[int(step)] = event
-            newest[key] = position
-    out = []
-    for key in sorted(found, key=lambda key: -newest[key]):
-        last = events[newest[key]]
-        out.append(Happening(*key, tuple(sorted(found[key])), as_number(last.get("time")), as_text(last.get("message"))))
-    return out
+    found: dict[tuple[str, str], list[Event]] = {}
+    for event in reversed(events):
+        found.setdefault((event.kind, event.name), []).append(event)
+    return [
+        Happening(*key, tuple(sorted({event.step for event in alike})), alike[0].time, alike[0].message)
+        for key, alike in found.items()
+    ]
 
 
-def marks_of(events: Sequence[dict[str, Any]]) -> list[tuple[float, str, str]]:
+def marks_of(events: Sequence[Event]) -> list[tuple[float, str, str]]:
     """Each happening's steps as marks for a chart, but for the edges that the chart itself shows: (step, css class, words)."""
     return [
         (step, _weight(happening), f"{_title(happening)} at step {step:,}")
@@ -59,7 +52,7 @@ def marks_of(events: Sequence[dict[str, Any]]) -> list[tuple[float, str, str]]:
     ]
 
 
-def grave_in_words(events: Sequence[dict[str, Any]]) -> list[str]:
+def grave_in_words(events: Sequence[Event]) -> list[str]:
     """A sentence for every alert, incident, rollback and failure, the gravest first."""
     grave = sorted((h for h in happenings(events) if _weight(h) in GRAVE), key=lambda h: GRAVE.index(_weight(h)))
     return [in_words(h) for h in grave]
@@ -70,7 +63,7 @@ def in_words(h: Happening) -> str:
     return f"{_title(h)}, {_when(h)}: {h.message}"
 
 
-def rows(events: Sequence[dict[str, Any]]) -> str:
+def rows(events: Sequence[Event]) -> str:
     """The rows of a table of what happened: what, when, and the words of the newest."""
     out = ""
     for h in happenings(events):

@@ -13,9 +13,8 @@ import numpy as np
 
 from osler.monitor.lifetime import still_wrong, unresolved_at_end
 from osler.report import format as fmt
-from osler.report.columns import Series
+from osler.report.curves import Series
 from osler.report.diary import grave_in_words
-from osler.report.lenient import as_text
 from osler.report.read import Run, StageRun
 from osler.report.words import baseline, headline_score, scores_on, stage_names, stage_title, unfit, unfit_explains
 
@@ -60,7 +59,7 @@ def _exam_findings(run: Run) -> Iterator[str]:
 def _diary(stage: StageRun) -> list[str]:
     """What the diary says; first what was still wrong when the run was complete."""
     held = unresolved_at_end(stage.events)
-    names = ", ".join(as_text(alert.get("name")).replace("-", " ") for alert in held)
+    names = ", ".join(held).replace("-", " ")
     return [*([f"The run is complete, but {still_wrong(len(held))}: {names}."] if held else []), *grave_in_words(stage.events)]
 
 

@@ -1,7 +1,7 @@
 """What a run folder holds, read tolerantly: everything but `config.yaml` may be missing, torn or half right.
 
     config.yaml        resolved configuration (the one file a run folder must have)
-    metrics.jsonl      {"step", "tokens", "time", "stage"?, metric: number or null} per line
+    metrics.jsonl      {"step", "tokens", "time", metric: number or null} per line
     events.jsonl       {"step", "time", "kind", "name", "message", ...} per line: alerts, incidents, rollbacks
     checkpoints/       step-XXXXXXXXX/model.json: the model that was trained
     <stage>/           run folders of a quickstart's stages (pretrain/, sft/, grpo/ ...), read the same way
@@ -31,9 +31,10 @@ import numpy as np
 
 from osler.checkpoint.manifest import MANIFEST
 from osler.errors import UserError
-from osler.monitor.events import read_events
-from osler.report.columns import Floats, Series, read_columns
-from osler.report.lenient import NAN, as_dict, as_dicts, as_list, as_number, as_pair, as_text, read_jsonl
+from osler.records import jsonl
+from osler.records.events import Event, read_events
+from osler.records.values import NAN, as_dict, as_dicts, as_list, as_number, as_pair, as_text
+from osler.report.curves import Floats, Series, read_curves
 from osler.report.model import checkpoint_model
 from osler.runtime.files import RunFolder, read_json
 from osler.yaml12 import load_yaml
@@ -53,7 +54,7 @@ class StageRun:
     config: dict[str, Any] = field(default_factory=dict)
     config_text: str = ""
     model: dict[str, Any] = field(default_factory=dict)  # as its checkpoints describe it, {} without one
-    events: list[dict[str, Any]] = field(default_factory=list)  # its diary, oldest first
+    events: list[Event] = field(default_factory=list)  # oldest first
 
     def finite(self, name: str) -> Series:
         """The finite points of a curve, none when the metric was not logged."""
@@ -247,12 +248,11 @@ def _read_config(path: Path, problems: list[str]) -> tuple[str, dict[str, Any]]:
 
 
 def _read_metrics(folder: Path, problems: list[str], default: str = "") -> list[StageRun]:
-    """One StageRun per stage named in metrics.jsonl (lines without a stage belong to `default`)."""
-    columns, bad = read_columns(RunFolder(folder).metrics, default)
-    if bad:
+    found = read_curves(RunFolder(folder).metrics)
+    if found.unreadable:
         where = f"{default}/metrics.jsonl" if default else "metrics.jsonl"
-        problems.append(f"{where}: {bad} unreadable line{'s' if bad > 1 else ''} skipped.")
-    return [StageRun(stage, *own.series()) for stage, own in columns.items()]
+        problems.append(f"{where}: {found.unreadable} unreadable line{'s' if found.unreadable > 1 else ''} skipped.")
+    return [StageRun(default, found.metrics, found.tokens, found.clock)] if len(found.clock) else []
 
 
 def _read_stages(path: Path, problems: list[str]) -> list[Stage]:
@@ -294,7 +294,7 @@ def _read_comparisons(path: Path, problems: list[str]) -> list[Comparison]:
 
 
 def _read_samples(path: Path, problems: list[str]) -> list[Sample]:
-    rows, bad = read_jsonl(RunFolder(path).samples)
+    rows, bad = jsonl.read(RunFolder(path).samples)
     if bad:
         problems.append(f"samples.jsonl: {bad} unreadable line{'s' if bad > 1 else ''} skipped.")
     samples = []

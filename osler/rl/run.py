@@ -20,11 +20,11 @@ from osler.errors import UserError
 from osler.eval.exams import score_by_generation
 from osler.inference.engine import InferenceEngine
 from osler.inference.load import LoadedModel, describing_files, load_model
-from osler.monitor.events import EventLog
 from osler.monitor.fanout import check_sinks
 from osler.optim.build import build_optimizer
 from osler.parallel.parallelize import check_strategy, parallelize
 from osler.recipe import load_recipe, parse_overrides
+from osler.records.events import EventLog
 from osler.rl.config import GrpoConfig, RlTaskConfig
 from osler.rl.preflight import preflight
 from osler.rl.prompts import RewardTerm, RlTask, task_shares

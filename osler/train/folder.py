@@ -21,8 +21,10 @@ from osler.decode import decode
 from osler.errors import UserError
 from osler.inference.load import read_model_config
 from osler.model.config import ModelConfig
-from osler.monitor.events import EventLog, write_damage
+from osler.monitor.damage import write_damage
 from osler.recipe import merge, parse_overrides
+from osler.records.events import EventLog
+from osler.records.metrics import read_metrics
 from osler.runtime.files import RunFolder, held, read_json, write_atomic
 from osler.runtime.stop import EXIT_STOPPED
 from osler.runtime.world import place
@@ -236,12 +238,7 @@ def was_evaluated(run: RunFolder, step: int) -> bool:
 
     A kill between a checkpoint and the evaluation that follows it leaves none.
     """
-    with suppress(FileNotFoundError), run.metrics.open("rb") as file:  # a full disk may have kept it out, or from being healed
-        for line in file:
-            with suppress(ValueError):
-                if b'"eval/seconds"' in line and json.loads(line)["step"] == step:
-                    return True
-    return False
+    return any(line.step == step for line in read_metrics(run.metrics, having="eval/seconds"))
 
 
 def starting_model(newest: Path | None, config: Any) -> tuple[Path, ModelConfig] | None:

@@ -26,9 +26,10 @@ from osler.checkpoint.manifest import STATE, verify
 from osler.checkpoint.root import OnDamage, by_age, ignore_damage
 from osler.errors import UserError
 from osler.monitor.config import SpikeConfig
-from osler.monitor.events import EventLog, write_damage
+from osler.monitor.damage import write_damage
 from osler.monitor.spikes import SpikeWindow
 from osler.optim.config import OptimConfig
+from osler.records.events import EventLog
 from osler.runtime.files import RunFolder, read_json
 from osler.runtime.world import World
 

@@ -8,22 +8,23 @@ that checkpoint until it has one of its own.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 from osler.checkpoint import store
 from osler.checkpoint.manifest import FOLDER_NAME, STATE, looks_whole, verify
 from osler.checkpoint.root import BEST, Entry, best_checkpoint, by_age, mark_best, refuse_checkpoint, root_of
 from osler.decode import decode
 from osler.errors import UserError
-from osler.monitor.events import EventLog, read_events
 from osler.recipe import merge, parse_overrides
+from osler.records import jsonl
+from osler.records.events import EventLog, read_events
+from osler.records.metrics import MetricsLine
 from osler.runtime.files import RunFolder, fsync_dir, read_json, write_atomic
 from osler.runtime.world import World
 from osler.train.folder import differences, flat, named, newest_checkpoint, read_config, refuse_another, stored_config
@@ -82,14 +83,6 @@ def find_step(root: Path, step: int) -> Entry:
 # -- going back in a run -----------------------------------------------------------------------------------------------
 
 
-class Split(NamedTuple):
-    """The lines of a file of a run: those that stay, and those of steps that are set aside."""
-
-    path: Path
-    kept: list[bytes]
-    later: list[bytes]
-
-
 def planned_start(run: RunFolder, step: int | None) -> tuple[Path | None, dict[str, str]]:
     """The checkpoint of its own that a start would go on from, and in words what it would set aside."""
     if step is None:
@@ -123,32 +116,33 @@ def go_back(run: RunFolder, step: int) -> None:
         return
     target = find_step(run.checkpoints, step)
     later = later_than(run, target)
-    files = [split_lines(path, step) for path in (run.metrics, run.events)]
-    if not later and not any(split.later for split in files):
+    (metrics, later_metrics), (events, later_events) = (jsonl.split(path, step) for path in (run.metrics, run.events))
+    if not later and not later_metrics and not later_events:
         message = f"Back at step {step:,}, and nothing came after it."
         EventLog(run.events).write(step, REWIND, REWIND, message)
         logger.info(f"{run.root}: {message}")
         return
     best = best_checkpoint(run.checkpoints)
     if best is not None and best.path in {entry.path for entry in later}:
-        _mark_earlier_best(run, best.metric, files[0].kept, later)
+        _mark_earlier_best(run, best.metric, metrics, later)
     aside = _unused(run.root / ASIDE / f"after-step-{step}")
     checkpoints = RunFolder(aside).checkpoints
     checkpoints.mkdir(parents=True)
-    for split in files:
-        if split.later:
-            write_atomic(aside / split.path.name, b"".join(split.later))
+    files = [(run.metrics, metrics, later_metrics), (run.events, events, later_events)]
+    for path, _, gone in files:
+        if gone:
+            write_atomic(aside / path.name, gone)
     for entry in later:
         entry.path.rename(checkpoints / entry.path.name)
     fsync_dir(checkpoints)
     fsync_dir(run.checkpoints)
-    for split in files:
-        if split.later:
-            write_atomic(split.path, b"".join(split.kept))
+    for path, kept, gone in files:
+        if gone:
+            write_atomic(path, kept)
     steps = ", ".join(str(entry.step) for entry in reversed(later)) or "none"
     message = (
         f"Back at step {step:,}. What came after it is in {aside.relative_to(run.root)}: the checkpoints of steps {steps}, "
-        f"{len(files[0].later):,} lines of metrics and {len(files[1].later):,} events."
+        f"{len(later_metrics):,} lines of metrics and {len(later_events):,} events."
     )
     EventLog(run.events).write(step, REWIND, REWIND, message)
     logger.info(f"{run.root}: {message}")
@@ -156,25 +150,8 @@ def go_back(run: RunFolder, step: int) -> None:
 
 def last_rewind(run: RunFolder) -> int | None:
     """The step that the run went back to last."""
-    steps = [event["step"] for event in read_events(run.events) if event["kind"] == REWIND]
+    steps = [event.step for event in read_events(run.events) if event.kind == REWIND]
     return steps[-1] if steps else None
-
-
-def split_lines(path: Path, step: int) -> Split:
-    """The lines of a file of JSON, by whether they are of a later step; one that is torn stays."""
-    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-    split = Split(path, [], [])
-    for line in lines:
-        (split.later if _step_of(line) > step else split.kept).append(line)
-    return split
-
-
-def _step_of(line: bytes) -> float:
-    try:
-        step = json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
-        return -math.inf
-    return step if isinstance(step, int) else -math.inf
 
 
 def _unused(folder: Path) -> Path:
@@ -190,11 +167,10 @@ def _mark_earlier_best(run: RunFolder, metric: str, lines: Sequence[bytes], late
     """Mark the best of the checkpoints that stay, by the metrics that stay; without one no checkpoint is the best."""
     leaving = {entry.path for entry in later}
     scores: dict[Path, float] = {}
-    for line in lines:
-        values = json.loads(line) if _step_of(line) >= 0 else {}
-        saved = run.checkpoints / store.folder_name(max(0, values.get("step", 0)))
-        if isinstance(values.get(metric), (int, float)) and saved.is_dir() and saved not in leaving:
-            scores[saved] = values[metric]
+    for line in filter(None, map(MetricsLine.parse, lines)):
+        score, saved = line.values.get(metric, math.nan), run.checkpoints / store.folder_name(max(0, line.step))
+        if math.isfinite(score) and saved.is_dir() and saved not in leaving:
+            scores[saved] = score
     (run.checkpoints / BEST).unlink()
     if scores:
         sign = 1 if metric.endswith("loss") else -1

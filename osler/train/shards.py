@@ -20,7 +20,7 @@ from osler.data.sources import check_source, prepare_source
 from osler.errors import UserError
 from osler.inference.load import TOKENIZER_FILE, tokenizer_of
 from osler.model.config import ModelConfig
-from osler.monitor.events import EventLog
+from osler.records.events import EventLog
 from osler.runtime.files import RunFolder, fsync_dir, write_atomic
 from osler.tokenizer.bpe import Tokenizer
 from osler.train.config import TrainConfig

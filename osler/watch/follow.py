@@ -17,7 +17,8 @@ from pathlib import Path
 from statistics import median
 from typing import BinaryIO, NamedTuple
 
-from osler.report.lenient import as_number, measurements, parse_line
+from osler.records.metrics import MetricsLine
+from osler.records.values import as_number
 
 CHUNK_BYTES = 1 << 18  # read at a time; the last one is parsed in full
 SAMPLED_LINES = 3000
@@ -116,11 +117,10 @@ class Follower:
         return self.position > began
 
     def _take(self, raw: bytes) -> None:
-        line = parse_line(raw) or {}
-        step = as_number(line.get("step"))
-        if not math.isfinite(step):
+        line = MetricsLine.parse(raw)
+        if line is None:
             return
-        moment = Moment(int(step), as_number(line.get("tokens")), as_number(line.get("time")))
+        moment = Moment(line.step, line.tokens, line.time)
         if self.recent:
             before = self.recent[-1]
             gap = moment.time - before.time
@@ -129,7 +129,7 @@ class Follower:
             if paused or moment.step < before.step:  # went back to a checkpoint: neither says how fast it is now
                 self.recent.clear()
         self.recent.append(moment)
-        for name, value in measurements(line):
+        for name, value in line.values.items():
             curve = self.curves.setdefault(name, [])
             while curve and curve[-1][0] >= moment.step:  # a step made twice counts once, the later line wins
                 curve.pop()

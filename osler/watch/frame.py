@@ -14,11 +14,11 @@ from typing import NamedTuple
 
 from osler.monitor.lifetime import LIFETIME
 from osler.monitor.metrics import declared_name
+from osler.records.values import as_text
 from osler.report import format as fmt
 from osler.report.charts import by_row, inner, kind_of
 from osler.report.diary import happenings, in_words
 from osler.report.families import Family, by_layer, in_families
-from osler.report.lenient import as_text
 from osler.report.svg import value_range
 from osler.watch.state import Stage, Watched
 
@@ -208,7 +208,7 @@ def _values(stage: Stage, width: int) -> list[Text]:
 def _events(stage: Stage) -> list[Text]:
     """What happened, the newest first; when the run began and how it ended, the state says."""
     styles = {"incident": "bad", "rollback": "bad", "alert": "warn"}
-    told = [event for event in stage.events if event["kind"] not in LIFETIME]
+    told = [event for event in stage.events if event.kind not in LIFETIME]
     return [Text(in_words(h), styles.get(h.kind, "")) for h in happenings(told)[:EVENTS]]
 
 

@@ -8,7 +8,7 @@ checkpoint at its last line, and the silence since.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +17,10 @@ from typing import Any
 
 from osler.checkpoint.manifest import FOLDER_NAME, MANIFEST, STATE
 from osler.errors import UserError
-from osler.monitor.events import read_events
 from osler.monitor.lifetime import END, FAILED, FINISHED, LIFETIME, START, STOPPED, still_wrong, unresolved_at_end
+from osler.records.events import Event, read_events
+from osler.records.values import as_dict, as_dicts, as_number, as_text
 from osler.report import format as fmt
-from osler.report.lenient import as_dict, as_dicts, as_number, as_text
 from osler.report.model import count_parameters, find_model
 from osler.report.read import stage_rank, sub_runs
 from osler.runtime.files import RunFolder, is_held, read_json
@@ -59,7 +59,7 @@ class Stage:
         self.config: dict[str, Any] = {}
         self.machine: dict[str, Any] = {}
         self.parameters: int | None = None
-        self.events: list[dict[str, Any]] = []
+        self.events: list[Event] = []
         self.checkpoints: list[Checkpoint] = []  # the one saved last comes first
         self.best: dict[str, Any] = {}
         self.saved: dict[str, Any] = {}  # state of the newest checkpoint
@@ -157,7 +157,7 @@ class Stage:
         last = self.log.last
         silent = max(0.0, now - self.newest_sign)
         noted = self._noted()
-        if noted and noted["kind"] == END:
+        if noted and noted.kind == END:
             return self._ended(noted, now)
         if last is None:
             if not self.has_begun:
@@ -182,32 +182,31 @@ class Stage:
         guess = " (killed, or the machine went down)" if noted else ""
         return State("dead", f"dead: {for_so_long}{guess}; last line at step {last.step:,}, {kept}")
 
-    def _was_killed(self, noted: Mapping[str, Any], held: bool | None) -> bool:
+    def _was_killed(self, noted: Event | None, held: bool | None) -> bool:
         """Whether a process that noted its start on this machine has left the folder without noting its end.
 
         It notes the end before it leaves, so a diary that has changed since it was read does not count.
         """
-        has_left = held is False and noted.get("host") == gethostname()
+        has_left = held is False and noted is not None and noted.details.get("host") == gethostname()
         return has_left and _stamp(self.run.events) == self._seen.get(self.run.events.name)
 
-    def _noted(self) -> dict[str, Any]:
-        """The newest start or end in the diary; empty without one, and when a process that notes neither has gone on since."""
-        noted: dict[str, Any] = next((event for event in reversed(self.events) if event["kind"] in LIFETIME), {})
-        last = self.log.last
-        is_old = noted.get("kind") == END and last is not None and last.time > as_number(noted.get("time"))
-        return {} if is_old else noted
+    def _noted(self) -> Event | None:
+        """Return the newest start or end; None without one, and when a process that notes neither has gone on since."""
+        noted, last = next((event for event in reversed(self.events) if event.kind in LIFETIME), None), self.log.last
+        is_old = noted is not None and noted.kind == END and last is not None and last.time > noted.time
+        return None if is_old else noted
 
-    def _ended(self, end: dict[str, Any], now: float) -> State:
+    def _ended(self, end: Event, now: float) -> State:
         """How the last process ended, by its own words."""
-        ago = _ago(max(0.0, now - as_number(end.get("time"))))
+        ago = _ago(max(0.0, now - end.time))
         newest = next((f"saved at step {c.step:,}" for c in self.checkpoints), "nothing saved")
-        if end.get("name") == FINISHED:
+        if end.name == FINISHED:
             held = unresolved_at_end(self.events)
-            but = f", but {still_wrong(len(held))}: {', '.join(as_text(alert.get('name')) for alert in held)}" if held else ""
+            but = f", but {still_wrong(len(held))}: {', '.join(held)}" if held else ""
             return State("finished", f"finished {ago}{but}")
-        if end.get("name") == STOPPED:
+        if end.name == STOPPED:
             return State("stopped", f"stopped {ago} by Ctrl-C, SIGTERM or SIGHUP, {newest}")
-        return State(FAILED, f"failed {ago} at step {end['step']}, {newest}: {as_text(end['message'])}")
+        return State(FAILED, f"failed {ago} at step {end.step}, {newest}: {end.message}")
 
 
 class Watched:
@@ -241,14 +240,14 @@ class Watched:
         return sorted({*self.stages, *planned}, key=lambda name: stage_rank(name))
 
 
-def idle_times(events: Sequence[dict[str, Any]]) -> list[tuple[float, float]]:
+def idle_times(events: Sequence[Event]) -> list[tuple[float, float]]:
     """For each process of a run when the one before had ended, minus infinity where that is not known, and when it began."""
     idle, since = [], -math.inf
     for event in events:
-        if event["kind"] == END:
-            since = as_number(event.get("time"))
-        elif event["kind"] == START:
-            idle.append((since, as_number(event.get("time"))))
+        if event.kind == END:
+            since = event.time
+        elif event.kind == START:
+            idle.append((since, event.time))
             since = -math.inf
     return [(since, until) for since, until in idle if math.isfinite(until) and not math.isnan(since)]
 

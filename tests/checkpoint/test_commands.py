@@ -12,7 +12,7 @@ import torch
 
 from osler.checkpoint import manifest, store
 from osler.cli import main
-from osler.monitor.events import read_events
+from osler.records.events import read_events
 
 
 @pytest.fixture
@@ -221,7 +221,7 @@ def test_verify_tells_the_runs_diary_and_the_run_itself(run, capsys):
     (run / "config.yaml").write_text("kind: pretrain\n")
     assert osler("verify", folder(run, 4)) == 1
     [event] = read_events(run / "events.jsonl")
-    assert (event["step"], event["kind"], event["name"]) == (4, "incident", "damaged-checkpoint")
-    assert "step-000000004 is damaged (model.safetensors: its content changed" in event["message"]
+    assert (event.step, event.kind, event.name) == (4, "incident", "damaged-checkpoint")
+    assert "step-000000004 is damaged (model.safetensors: its content changed" in event.message
     assert manifest.verdict(folder(run, 4)) != []
     assert [path for path, _ in save(run, 6, keep_last=3)] == [folder(run, 4)] and left(run) == [2, 3, 5, 6]

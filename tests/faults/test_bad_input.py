@@ -19,8 +19,8 @@ from osler.data.order import Order
 from osler.data.packing import StreamPacking, WholePacking
 from osler.data.prepare import open_prepared
 from osler.errors import UserError
-from osler.monitor.events import read_events
 from osler.monitor.lifetime import LIFETIME
+from osler.records.events import read_events
 from osler.tokenizer.bpe import Tokenizer
 from osler.yaml12 import dump_yaml, load_yaml
 
@@ -257,8 +257,8 @@ def test_a_damaged_checkpoint_is_passed_over(stopped, tiny, whole, launch, asser
     assert "step-000000009 is damaged (optimizer.safetensors: its content changed" in text
     assert "going on from" in text and "from step 8" in text
     assert_same_run(stopped, whole["pretrain"])
-    told = [event for event in read_events(stopped / "events.jsonl") if event["name"] == "damaged-checkpoint"]
-    assert [event["step"] for event in told] == [9] and "optimizer.safetensors" in told[0]["message"]
+    told = [event for event in read_events(stopped / "events.jsonl") if event.name == "damaged-checkpoint"]
+    assert [event.step for event in told] == [9] and "optimizer.safetensors" in told[0].message
 
 
 def test_a_checkpoint_that_rots_while_the_run_stands_still_does_not_count(launch, tmp_path, capsys):
@@ -268,8 +268,8 @@ def test_a_checkpoint_that_rots_while_the_run_stands_still_does_not_count(launch
     flip(run / "checkpoints" / store.folder_name(8) / "model.safetensors")
     assert launch("pretrain", run, "keep_last=3") == 0
     assert "step-000000008 is damaged (model.safetensors: its content changed" in capsys.readouterr().err
-    told = [event for event in read_events(run / "events.jsonl") if event["name"] == "damaged-checkpoint"]
-    assert [event["step"] for event in told] == [8]
+    told = [event for event in read_events(run / "events.jsonl") if event.name == "damaged-checkpoint"]
+    assert [event.step for event in told] == [8]
     assert [path.name for path in sorted((run / "checkpoints").glob("step-*"))] == [store.folder_name(s) for s in (6, 9, 12)]
 
 
@@ -310,7 +310,7 @@ def test_other_data_are_refused_with_or_without_the_old_shards(tiny, own_text, l
 
 
 def events_of(run):
-    return [(event["kind"], event["step"]) for event in read_events(run / "events.jsonl") if event["kind"] not in LIFETIME]
+    return [(event.kind, event.step) for event in read_events(run / "events.jsonl") if event.kind not in LIFETIME]
 
 
 def test_other_data_are_taken_when_that_is_allowed(tiny, own_text, launch, mistake, tmp_path, capsys):

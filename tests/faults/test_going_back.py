@@ -13,7 +13,7 @@ import torch
 from osler.checkpoint import store
 from osler.cli import main
 from osler.errors import UserError
-from osler.monitor.events import read_events
+from osler.records.events import read_events
 from osler.runtime.files import RunFolder
 from osler.train.origin import go_back
 from osler.yaml12 import load_yaml
@@ -97,9 +97,9 @@ def test_a_run_that_went_back_is_one_that_was_stopped_there(kind, finished, whol
     assert_same_run(run, whole[kind])
     assert steps(run)[-1] == 12 and 12 in steps(aside) and store.verify(at(aside, 12)) == []
     assert logged(aside) == later
-    told = [(event["kind"], event["step"]) for event in read_events(run / "events.jsonl")]
+    told = [(event.kind, event.step) for event in read_events(run / "events.jsonl")]
     assert told[-3:] == [("rewind", step), ("start", step), ("end", 12)] and ("end", 12) not in told[:-1]
-    assert [event["step"] for event in read_events(aside / "events.jsonl")] == [12]
+    assert [event.step for event in read_events(aside / "events.jsonl")] == [12]
 
 
 def test_going_back_twice_keeps_both_and_stopping_names_resume_alone(finished, launch, monkeypatch, capsys):
@@ -216,7 +216,7 @@ def test_a_branch_without_changes_ends_where_its_run_ended(kind, whole, tmp_path
     ]
     assert untimed[0] == untimed[1]
     assert {path: path.stat().st_mtime_ns for path in origin.rglob("*") if path.is_file()} == before
-    assert read_events(tmp_path / "new" / "events.jsonl")[0]["kind"] == "branch"
+    assert read_events(tmp_path / "new" / "events.jsonl")[0].kind == "branch"
     assert main(command) == 0 and steps(tmp_path / "new")[-1] == 12  # the same command: it is finished
 
 

@@ -7,8 +7,8 @@ import json
 import pytest
 
 from osler.checkpoint import store
-from osler.monitor.events import read_events
 from osler.monitor.lifetime import LIFETIME
+from osler.records.events import read_events
 from osler.runtime.faults import InjectedError
 
 KINDS = ("pretrain", "sft", "grpo")
@@ -26,9 +26,9 @@ def test_one_poisoned_batch_is_skipped_and_counted(kind, launch, tmp_path):
     assert launch(kind, tmp_path, *OVERRIDES, fault="train-loss:nan:9") == 0
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert sum(line.get("train/skipped_steps", 0) for line in lines) == 1
-    (event,) = (event for event in read_events(tmp_path / "events.jsonl") if event["kind"] not in LIFETIME)
-    assert (event["step"], event["kind"], event["name"], event["grad_norm"]) == (9, "incident", "skipped-step", None)
-    assert len(event["questions"]) == 3 if kind == "grpo" else event["rows"][1] - event["rows"][0] == 3
+    (event,) = (event for event in read_events(tmp_path / "events.jsonl") if event.kind not in LIFETIME)
+    assert (event.step, event.kind, event.name, event.details["grad_norm"]) == (9, "incident", "skipped-step", None)
+    assert len(event.details["questions"]) == 3 if kind == "grpo" else event.details["rows"][1] - event.details["rows"][0] == 3
     assert state(tmp_path)["rollbacks"] == 0
 
 

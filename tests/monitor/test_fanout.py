@@ -15,12 +15,12 @@ from osler.monitor import courier as couriers
 from osler.monitor.alerts import Alert, Watch
 from osler.monitor.config import MonitorConfig
 from osler.monitor.courier import Courier
-from osler.monitor.events import read_events
 from osler.monitor.fanout import FanOut, SpreadingLog, check_sinks, open_sinks
 from osler.monitor.history import Facts
 from osler.monitor.outpost import Outpost
-from osler.monitor.sinks import JsonlSink
 from osler.monitor.webhook import Webhook
+from osler.records.events import read_events
+from osler.records.metrics import MetricsFile
 from osler.runtime.files import RunFolder
 
 FACTS = Facts(lr=1e-3, clip_norm=1.0)
@@ -139,12 +139,12 @@ def test_a_slow_sink_loses_lines_and_they_are_counted(capsys, monkeypatch):
 def test_an_alert_reaches_console_diary_and_sinks_and_the_file_depends_on_none(tmp_path, capsys):
     run, good, bad = RunFolder.create(tmp_path), Notebook(), Notebook(fails_at=1)
     places = [Courier("good", lambda: good), Courier("bad", lambda: bad)]
-    with FanOut(JsonlSink(run.metrics), Watch(FACTS), SpreadingLog(run.events, places), places) as sinks:
+    with FanOut(MetricsFile(run.metrics), Watch(FACTS), SpreadingLog(run.events, places), places) as sinks:
         for step in (1, 2, 3):
             sinks.write(step, step, SICK)
     assert [json.loads(line)["step"] for line in run.metrics.read_text().splitlines()] == [1, 2, 3]
     (event,) = read_events(run.events)
-    assert (event["kind"], event["name"], event["step"], event["severity"]) == ("alert", "dead-layers", 1, "critical")
+    assert (event.kind, event.name, event.step, event.details["severity"]) == ("alert", "dead-layers", 1, "critical")
     assert [alert.name for alert in good.alerts] == ["dead-layers"] and good.steps == [1, 2, 3] and good.closed
     said = capsys.readouterr().err
     assert said.count("Critical: step 1: 60% of the feed-forward units in layer 0 give nothing") == 1
@@ -158,7 +158,7 @@ def test_a_resumed_run_does_not_say_again_what_it_said(tmp_path, capsys):
             for n in range(step + 1, step + 6):
                 sinks.write(n, n, SICK)
     assert len(run.metrics.read_text().splitlines()) == 8
-    assert [event["step"] for event in read_events(run.events)] == [1] and capsys.readouterr().err.count("Critical: ") == 1
+    assert [event.step for event in read_events(run.events)] == [1] and capsys.readouterr().err.count("Critical: ") == 1
 
 
 def test_a_run_that_goes_on_finds_out_anew_how_fast_it_is(tmp_path):
@@ -180,7 +180,7 @@ def test_a_run_that_goes_back_forgets_the_lines_that_it_makes_again(tmp_path):
                 sinks.rewind(4)
             sinks.write(step, step, SICK if step == 6 else {"train/lr": 1.0})
     assert [json.loads(line)["step"] for line in run.metrics.read_text().splitlines()] == list(range(1, 9))
-    assert [event["step"] for event in read_events(run.events)] == [6, 6]
+    assert [event.step for event in read_events(run.events)] == [6, 6]
 
 
 def test_other_ranks_write_nothing(tmp_path, capsys):

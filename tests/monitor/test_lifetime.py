@@ -8,10 +8,10 @@ import pytest
 
 from osler.errors import UserError
 from osler.monitor.config import MonitorConfig
-from osler.monitor.events import read_events
 from osler.monitor.fanout import open_sinks
 from osler.monitor.history import Facts
 from osler.monitor.lifetime import recorded
+from osler.records.events import read_events
 from osler.runtime.files import RunFolder
 
 FACTS = Facts(lr=1e-3, clip_norm=1.0)
@@ -42,11 +42,11 @@ def test_starts_and_ends_are_in_the_diary_and_failures_reach_the_webhook(tmp_pat
         live(run, out, first=4, last=7, error=KeyboardInterrupt())
     live(run, out, first=4, last=10)
     events = read_events(run.events)
-    assert [(e["kind"], e["name"], e["step"]) for e in events] == [
+    assert [(e.kind, e.name, e.step) for e in events] == [
         ("start", "begun", 0), ("end", "stopped", 4), ("start", "resumed", 4), ("end", "failed", 6), ("start", "resumed", 4),
         ("end", "failed", 6), ("start", "resumed", 4), ("end", "stopped", 7), ("start", "resumed", 4), ("end", "finished", 10),
     ]  # fmt: skip
-    assert [e["message"] for e in events if e["name"] == "failed"] == ["ValueError: no such row", "Lower optim.lr."]
-    assert [e["saved"] for e in events if e["name"] == "stopped"] == [True, False]
+    assert [e.message for e in events if e.name == "failed"] == ["ValueError: no such row", "Lower optim.lr."]
+    assert [e.details["saved"] for e in events if e.name == "stopped"] == [True, False]
     told = out.read_text()
     assert told.count('"failed"') == told.count('"critical"') == told.count("\n") == 2 and '"message": "Lower optim.lr."' in told

@@ -9,8 +9,10 @@ import pytest
 
 from osler.decode import decode
 from osler.quickstart.config import QuickstartConfig
-from osler.quickstart.story import run
+from osler.quickstart.story import Story, run
 from osler.recipe import load_recipe
+from osler.runtime.files import RunFolder
+from osler.train.folder import stored_config
 
 MODEL = (
     *("num_layers=2", "hidden_size=64", "intermediate_size=64", "num_heads=2", "num_kv_heads=1", "head_dim=16"),
@@ -88,6 +90,15 @@ def test_an_interrupted_story_goes_on_at_its_stage(story: Path, capsys: pytest.C
     assert [stage["name"] for stage in json.loads(stages.read_text())] == [stage["name"] for stage in whole]
     shown = capsys.readouterr().err
     assert "── exam grpo" in shown and "── grpo" not in shown
+
+
+def test_a_torn_line_of_metrics_does_not_stop_the_choice_of_a_checkpoint(story: Path) -> None:
+    quickstart = Story(stored_config(QuickstartConfig, str(story), ()), RunFolder(story))
+    chosen, metrics = quickstart.earlier_checkpoint(), RunFolder(story / "sft").metrics
+    whole = metrics.read_bytes()
+    metrics.write_bytes(whole + b'{"step": 9, "tok')
+    assert quickstart.earlier_checkpoint() == chosen
+    metrics.write_bytes(whole)
 
 
 def test_the_shipped_recipe_decodes_and_its_exam_is_large_enough() -> None:

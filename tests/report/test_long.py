@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from osler.report.columns import read_columns
 from osler.report.compare import build_comparison
+from osler.report.curves import read_curves
 from osler.report.page import build_report
 from osler.report.text import summary_text
 
@@ -63,7 +63,7 @@ def test_time_and_memory_grow_as_the_lines_do(runs: tuple[Path, Path], tmp_path:
     assert more < (TIMES - 1) * SHORT * len(NAMES) * 30, "bytes of each number"
 
 
-def test_the_columns_are_what_the_lines_say(tmp_path: Path) -> None:
+def test_the_curves_are_what_the_lines_say(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     lines = [
         '{"step": 1, "tokens": 10, "time": 1.0, "a": 1, "b": true, "text": "x"}',
@@ -72,22 +72,19 @@ def test_the_columns_are_what_the_lines_say(tmp_path: Path) -> None:
         "torn in the middle",
         '{"step": 1e300, "a": 5}',
         '{"tokens": 7, "a": 5}',
-        f'{{"step": 4.0, "tokens": 40, "a": {10**400}, "stage": "sft"}}',
-        '{"step": 4, "a": 9.5, "stage": "sft"}',
+        f'{{"step": 4.0, "tokens": 40, "a": {10**400}}}',
+        '{"step": 4, "a": 9.5}',
         '{"step": 2, "tokens": 21, "time": 9.0, "a": 7}',
         '{"step": 5, "a',
     ]
     path.write_text("\n".join(lines), encoding="utf-8")
-    found, bad = read_columns(path)
-    assert bad == 1 and list(found) == ["", "sft"]
-    curves, seen, clock = found[""].series()
-    told = {name: list(zip(series.steps.tolist(), map(str, series.values), strict=True)) for name, series in curves.items()}
+    found = read_curves(path)
+    told = {name: list(zip(curve.steps.tolist(), map(str, curve.values), strict=True)) for name, curve in found.metrics.items()}
     assert told == {
-        "a": [(1, "1.0"), (2, "7.0"), (3, "nan")],
-        "b": [(1, "1.0"), (2, "nan")],
+        "a": [(1, "1.0"), (2, "7.0"), (3, "nan"), (4, "9.5")],
+        "b": [(1, "1.0")],
         "text": [(2, "3.0")],
     }
-    assert [str(value) for value in seen.values] == ["10.0", "21.0", "nan"] and clock.values.tolist()[:2] == [1.0, 9.0]
-    curves, seen, _ = found["sft"].series()
-    assert curves["a"].values.tolist() == [9.5] and seen.steps.tolist() == [4]
-    assert list(read_columns(path, "all")[0]) == ["all"] and read_columns(tmp_path / "none") == ({}, 0)
+    assert [str(value) for value in found.tokens.values] == ["10.0", "21.0", "nan", "nan"]
+    assert found.clock.values.tolist()[:2] == [1.0, 9.0] and found.unreadable == 3, "torn in the middle, or without a step"
+    assert not read_curves(tmp_path / "none").metrics

@@ -11,10 +11,12 @@ from pathlib import Path
 import pytest
 
 from osler.monitor.metrics import METRICS
+from osler.records.events import Event
+from osler.records.values import to_json
 from osler.report import format as fmt
 from osler.report import svg
 from osler.report.charts import TOGETHER, bundle, charts_of, kind_of
-from osler.report.columns import Series
+from osler.report.curves import Series
 from osler.report.diary import grave_in_words, happenings, marks_of
 from osler.report.families import OTHER, by_layer, family_of, layer_of
 from osler.report.findings import findings
@@ -25,12 +27,12 @@ from osler.report.text import summary_text
 Bare = Callable[..., Path]
 
 
-def event(step: int, kind: str, name: str, message: str = "Said.", time: float = 1e6) -> dict[str, object]:
-    return {"step": step, "time": time + step, "kind": kind, "name": name, "message": message}
+def event(step: int, kind: str, name: str, message: str = "Said.") -> Event:
+    return Event(step, 1e6 + step, kind, name, message)
 
 
-def lines(*rows: dict[str, object]) -> str:
-    return "".join(json.dumps(row) + "\n" for row in rows)
+def lines(*rows: dict[str, object] | Event) -> str:
+    return "".join(json.dumps(to_json(row) if isinstance(row, Event) else row) + "\n" for row in rows)
 
 
 DIARY = (

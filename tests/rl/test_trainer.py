@@ -17,12 +17,12 @@ from osler.inference.decode import Decoder
 from osler.inference.engine import InferenceEngine
 from osler.monitor import collect
 from osler.monitor.config import SpikeConfig
-from osler.monitor.events import read_events
 from osler.monitor.lifetime import LIFETIME
 from osler.monitor.metrics import declared_name
 from osler.optim.build import build_optimizer
 from osler.optim.config import AdamWConfig, LinearConfig
 from osler.parallel.engine import ParallelEngine
+from osler.records.events import read_events
 from osler.rl.config import AlgorithmConfig, GrpoConfig, QualityConfig
 from osler.rl.prompts import RewardTerm
 from osler.rl.step import PolicyLoss
@@ -193,9 +193,9 @@ def test_alarms_for_completions_that_never_end_and_rewards_that_never_come(make_
     assert "of the completions were cut at 1 tokens" in printed
     assert "no completion earned a reward for 3 steps" in printed
     events = read_events(tmp_path / "events.jsonl")
-    assert [(event["name"], event["step"]) for event in (events[0], events[-1])] == [("begun", 0), ("finished", CONFIG.steps)]
-    events = [event for event in events if event["kind"] not in LIFETIME]
-    assert [(event["name"], event["step"]) for event in events] == [
+    assert [(event.name, event.step) for event in (events[0], events[-1])] == [("begun", 0), ("finished", CONFIG.steps)]
+    events = [event for event in events if event.kind not in LIFETIME]
+    assert [(event.name, event.step) for event in events] == [
         ("cut-completions", 1),
         ("no-reward", 3),
     ]
@@ -225,8 +225,8 @@ def test_one_skipped_update_of_two_is_noted_and_no_skipped_step(make_trainer, tm
     trainer = make_trainer(tmp_path, config=replace(CONFIG, max_skipped_steps=1))
     assert trainer.fit() and trainer.incidents.rollbacks == 0
     assert [line["train/skipped_steps"] for line in logged(tmp_path) if "reward" in line] == [1, 0, 0, 0, 0]
-    (event,) = (event for event in read_events(tmp_path / "events.jsonl") if event["kind"] == "incident")
-    assert (event["step"], event["name"], event["grad_norm"]) == (1, "skipped-step", None)
+    (event,) = (event for event in read_events(tmp_path / "events.jsonl") if event.kind == "incident")
+    assert (event.step, event.name, event.details["grad_norm"]) == (1, "skipped-step", None)
     assert [step for step, *_ in trainer.incidents.before] == [2, 3, 4, 5]
 
 
@@ -244,7 +244,7 @@ def test_of_steps_in_a_row_with_a_skipped_update_the_first_alone_is_told(make_tr
     observe(4, 0.0, 1.0, **numbers)
     observe(5, math.nan, math.nan, **numbers)
     assert capsys.readouterr().err.count("The gradient was not finite") == 1 + 1
-    noted = [event["step"] for event in read_events(tmp_path / "events.jsonl") if event["name"] == "skipped-step"]
+    noted = [event.step for event in read_events(tmp_path / "events.jsonl") if event.name == "skipped-step"]
     assert noted == [1, 2, 3, 5]
 
 
@@ -274,7 +274,7 @@ def test_rewards_and_lengths_alone_are_no_spike(make_trainer, short_task, tmp_pa
     assert max(abs(line["loss/drift"]) for line in steps) < 0.01
     if aggregate == "token_mean":
         assert steps[4]["loss"] > 0.2 + steps[3]["loss"], "no false alarm to be seen"
-    assert [event for event in read_events(tmp_path / "events.jsonl") if event["kind"] == "incident"] == []
+    assert [event for event in read_events(tmp_path / "events.jsonl") if event.kind == "incident"] == []
 
 
 def test_a_step_without_anything_to_learn_counts_nowhere(make_trainer, short_task, tmp_path):

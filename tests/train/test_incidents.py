@@ -14,8 +14,8 @@ import torch
 from osler.checkpoint import store
 from osler.errors import UserError
 from osler.monitor.config import MonitorConfig, SpikeConfig
-from osler.monitor.events import read_events
 from osler.monitor.lifetime import LIFETIME
+from osler.records.events import read_events
 from osler.runtime import faults
 from osler.train.incidents import last_good
 
@@ -65,13 +65,13 @@ def test_every_incident_is_in_the_diary(make_trainer, broken, tmp_path, capsys):
     broken("train-loss:nan:6-7")
     trainer = make_trainer(tmp_path, max_skipped_steps=2, **STEADY)
     assert trainer.fit()
-    events = [event for event in read_events(tmp_path / "events.jsonl") if event["kind"] not in LIFETIME]
-    assert [(event["kind"], event["name"], event["step"]) for event in events] == [
+    events = [event for event in read_events(tmp_path / "events.jsonl") if event.kind not in LIFETIME]
+    assert [(event.kind, event.name, event.step) for event in events] == [
         ("incident", "skipped-step", 6),
         ("incident", "skipped-step", 7),
         ("rollback", "rollback", 4),
     ]
-    skipped, _, back = events
+    skipped, _, back = (event.details for event in events)
     assert skipped["rows"] == [20, 23] and skipped["tokens"] == 6 * 256 and skipped["loss"] is skipped["grad_norm"] is None
     assert skipped["lr"] == pytest.approx(logged(tmp_path, "train/lr")[6], rel=1e-6)
     assert (back["from_step"], back["number"], back["data_offset"]) == (7, 1, 3 * 256)
@@ -86,7 +86,7 @@ def test_of_skipped_steps_in_a_row_the_first_alone_is_told_outside(make_trainer,
     script.write_text("import sys; open(sys.argv[1], 'a').write(sys.stdin.read())")
     monitor = MonitorConfig(webhook=f"'{sys.executable}' '{script}' '{out}'")
     assert make_trainer(tmp_path, monitor=monitor, max_skipped_steps=9, **STEADY).fit()
-    noted = [event["step"] for event in read_events(tmp_path / "events.jsonl") if event["name"] == "skipped-step"]
+    noted = [event.step for event in read_events(tmp_path / "events.jsonl") if event.name == "skipped-step"]
     assert noted == [2, 3, 4] and out.read_text().count('"skipped-step"') == 1
 
 
@@ -138,8 +138,8 @@ def test_without_end_it_is_an_error_that_says_everything(make_trainer, broken, t
     good = tmp_path / "checkpoints" / store.folder_name(4)
     assert f"`--run NEW_FOLDER init_from={good} optim.lr=" in told and "middle of the trouble" not in told
     events = read_events(tmp_path / "events.jsonl")
-    assert [event["kind"] for event in events].count("rollback") == 2
-    assert (events[-1]["kind"], events[-1]["name"], events[-1]["step"], events[-1]["message"]) == ("end", "failed", 7, told)
+    assert [event.kind for event in events].count("rollback") == 2
+    assert (events[-1].kind, events[-1].name, events[-1].step, events[-1].message) == ("end", "failed", 7, told)
 
 
 @pytest.mark.parametrize(
@@ -175,10 +175,10 @@ def test_a_loss_that_spikes(make_trainer, tmp_path, capsys, action):
 
     trainer.train_step.engine.loss = spiking
     assert trainer.fit()
-    events = [event for event in read_events(tmp_path / "events.jsonl") if event["kind"] not in LIFETIME]
-    assert (events[0]["kind"], events[0]["name"], events[0]["step"], events[0]["rows"]) == ("incident", "loss-spike", 9, [32, 35])
-    assert events[0]["deviations"] > 20 and events[0]["loss"] > 40
-    assert [event["kind"] for event in events[1:]] == (["rollback"] if action == "rollback" else [])
+    events = [event for event in read_events(tmp_path / "events.jsonl") if event.kind not in LIFETIME]
+    assert (events[0].kind, events[0].name, events[0].step, events[0].details["rows"]) == ("incident", "loss-spike", 9, [32, 35])
+    assert events[0].details["deviations"] > 20 and events[0].details["loss"] > 40
+    assert [event.kind for event in events[1:]] == (["rollback"] if action == "rollback" else [])
     assert "Warning: step 9: The loss spiked" in capsys.readouterr().err
     assert trainer.incidents.data_offset == (256 if action == "rollback" else 0)
     assert (max(logged(tmp_path).values()) > 40) == (action == "report")

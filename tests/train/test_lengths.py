@@ -7,7 +7,7 @@ import json
 import pytest
 
 from osler.cli import main
-from osler.monitor.events import read_events
+from osler.records.events import read_events
 
 
 @pytest.fixture
@@ -84,7 +84,7 @@ def test_text_that_is_read_again_and_again_is_told_at_the_start_and_at_the_end(t
     assert "less than one row of seq_len 64" in said
     assert "Note: the run reads its " in said and " times. Up to about 4 times" in said
     assert "Warning: step 12: the run has read its data " in said
-    assert "repeated-data" in {alert["name"] for alert in read_events(run / "events.jsonl")[-1]["unresolved"]}
+    assert "repeated-data" in {alert["name"] for alert in read_events(run / "events.jsonl")[-1].details["unresolved"]}
 
 
 def test_a_run_over_data_that_suffice_is_told_nothing(tiny, tmp_path, capsys):

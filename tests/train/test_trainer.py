@@ -17,8 +17,8 @@ from osler.checkpoint import store
 from osler.cli import main
 from osler.inference.load import load_model
 from osler.monitor.config import MonitorConfig
-from osler.monitor.events import read_events
 from osler.monitor.metrics import declared_name
+from osler.records.events import read_events
 from osler.report.page import build_report
 from osler.report.read import read_run
 from osler.report.words import model_of
@@ -80,7 +80,7 @@ def test_steps_without_a_token_to_learn_count_nowhere(make_trainer, tmp_path):
             assert 4.0 < line["train/loss"] < 7.0 and line["model/activation_rms/0"] > 0.0 < line["train/entropy"]
     assert len(trainer.incidents.spikes.usual) == len([step for step in learned if step <= 36])
     events = read_events(trainer.run.events)
-    assert {event["name"] for event in events} == {"begun", "nothing-to-learn", "finished"}
+    assert {event.name for event in events} == {"begun", "nothing-to-learn", "finished"}
 
 
 def test_keep_last_and_the_best(make_trainer, tmp_path):

@@ -9,9 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from osler.monitor.sinks import JsonlSink
-from osler.report.lenient import parse_line
-from osler.watch import follow
+from osler.records import jsonl
+from osler.records.metrics import MetricsFile
 from osler.watch.follow import MAX_POINTS, SAMPLED_LINES, Follower
 
 
@@ -27,7 +26,7 @@ def path(tmp_path: Path) -> Path:
 def test_what_is_appended_is_read_once(path: Path) -> None:
     log = Follower(path)
     assert not log.poll() and log.last is None, "not there yet"
-    with JsonlSink(path) as sink:
+    with MetricsFile(path) as sink:
         sink.write(1, 100, {"train/loss": 3.0}, time=1e6)
         assert log.poll() and not log.poll()
         sink.write(2, 200, {"train/loss": math.nan, "eval/loss": 2.5}, time=1e6 + 4)
@@ -68,11 +67,11 @@ def test_a_file_written_anew_is_read_anew(path: Path, in_place: bool) -> None:
 
 def test_a_resume_drops_the_lines_after_its_checkpoint(path: Path) -> None:
     log = Follower(path)
-    with JsonlSink(path) as sink:
+    with MetricsFile(path) as sink:
         for step in range(1, 7):
             sink.write(step, step, {"loss": float(step)})
     log.poll()
-    with JsonlSink(path, resume_step=4) as sink:
+    with MetricsFile(path, last_step=4) as sink:
         assert log.poll() and [s for s, _ in log.curves["loss"]] == [1, 2, 3, 4]
         sink.write(5, 5, {"loss": 50.0})
     assert log.poll() and log.curves["loss"][-1] == (5, 50.0)
@@ -107,7 +106,8 @@ def test_a_long_log_opens_quickly_and_is_then_followed_line_by_line(path: Path, 
                 file.write(line(step, **{"eval/loss": 4.0, "eval/seconds": 1.0}))
     log = Follower(path)
     parsed: list[bytes] = []
-    monkeypatch.setattr(follow, "parse_line", lambda text: parsed.append(text) or parse_line(text))
+    parse = jsonl.parse
+    monkeypatch.setattr(jsonl, "parse", lambda text: parsed.append(text) or parse(text))
     log.poll()
     assert len(parsed) < 0.05 * count
     assert log.lines == count + 20 and log.active_seconds == count - 1

@@ -14,7 +14,7 @@ import pytest
 
 from osler.checkpoint import store
 from osler.model.config import ModelConfig
-from osler.monitor.events import EventLog
+from osler.records.events import EventLog
 from osler.report import format as fmt
 from osler.runtime.files import held, is_held
 from osler.watch.frame import NO_BREAK, blocks, clean, columns, frame

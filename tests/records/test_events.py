@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from osler.monitor.events import EventLog, read_events
+from osler.records.events import EventLog, read_events
 
 
 def test_a_torn_line_costs_itself_only(tmp_path: Path) -> None:
@@ -17,11 +17,11 @@ def test_a_torn_line_costs_itself_only(tmp_path: Path) -> None:
         file.write('{"step": 4, "kind": "incid')
     EventLog(path).write(5, "alert", "stalled", "Third.")
     events = read_events(path)
-    assert [(event["step"], event["kind"], event["name"], event["message"]) for event in events] == [
+    assert [(event.step, event.kind, event.name, event.message) for event in events] == [
         (3, "incident", "skipped-step", "First."),
         (5, "alert", "stalled", "Third."),
     ]
-    assert events[0]["loss"] is None and events[0]["rows"] == [4, 7] and events[0]["time"] > 0
+    assert events[0].details["loss"] is None and events[0].details["rows"] == [4, 7] and events[0].time > 0
 
 
 def test_a_disk_that_refuses_is_told_of_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,93 @@
+"""Values out of files that may be half right or of another version: what cannot be used becomes NaN, empty, or a default.
+
+Nothing here raises for what a file holds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Mapping
+from functools import cache
+from typing import Any, TypeVar, get_type_hints
+
+NAN = math.nan
+T = TypeVar("T")
+
+
+def as_number(raw: object) -> float:
+    """Return a finite number, or NaN."""
+    if isinstance(raw, (int, float, str)):
+        try:
+            value = float(raw)
+        except (ValueError, OverflowError):
+            return NAN
+        return value if math.isfinite(value) else NAN
+    return NAN
+
+
+def as_text(raw: object) -> str:
+    """Return text as it is, null as empty text, and anything else as JSON."""
+    if raw is None:
+        return ""
+    return raw if isinstance(raw, str) else json.dumps(raw, ensure_ascii=False, default=str)
+
+
+def as_list(raw: object) -> list[Any]:
+    """Return a list, and for a mapping its values; empty for anything else."""
+    if isinstance(raw, dict):
+        return list(raw.values())
+    return list(raw) if isinstance(raw, (list, tuple)) else []
+
+
+def as_dict(raw: object) -> dict[str, Any]:
+    """Return a mapping with keys of text, empty for anything else."""
+    return {str(key): value for key, value in raw.items()} if isinstance(raw, dict) else {}
+
+
+def as_dicts(raw: object) -> list[dict[str, Any]]:
+    """Return the mappings of a list."""
+    return [row for row in raw if isinstance(row, dict)] if isinstance(raw, list) else []
+
+
+def as_pair(raw: object) -> tuple[float, float]:
+    """Return two numbers, or two NaN."""
+    two = as_list(raw)
+    return (as_number(two[0]), as_number(two[1])) if len(two) == 2 else (NAN, NAN)
+
+
+READERS: dict[Any, Callable[[Any], Any]] = {
+    float: as_number,
+    str: as_text,
+    bool: lambda raw: raw is True,
+    bool | None: lambda raw: raw if isinstance(raw, bool) else None,
+    list[str]: lambda raw: [as_text(item) for item in as_list(raw)],
+    dict[str, float]: lambda raw: {key: as_number(value) for key, value in as_dict(raw).items()},
+    dict[str, Any]: as_dict,
+    tuple[float, float]: as_pair,
+}
+
+
+def from_json(record: type[T], fields: Mapping[str, Any]) -> T:
+    """Return a record made of a JSON object; keys that it does not have are ignored, and those that lack get their defaults."""
+    readers = _readers(record)  # type: ignore[arg-type]
+    return record(**{name: readers[name](raw) for name, raw in fields.items() if name in readers})
+
+
+def to_json(record: Any) -> dict[str, Any]:
+    """Return the fields of a record for a JSON object, null for a number that is not finite."""
+    return {field.name: _plain(getattr(record, field.name)) for field in dataclasses.fields(record)}
+
+
+@cache
+def _readers(record: type) -> dict[str, Callable[[Any], Any]]:
+    return {name: READERS[kind] for name, kind in get_type_hints(record).items()}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
