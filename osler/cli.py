@@ -1,4 +1,4 @@
-"""The command line: finds the verb, parses its options, runs it. Nothing heavy is imported before, so help answers at once.
+"""The command line: finds the command, parses its options, runs it. Nothing heavy is imported before, so help answers at once.
 
 Exit codes: see ``EXIT_CODES``, which `osler --help` prints.
 """
@@ -15,13 +15,13 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
+from osler.commands import COMMANDS, Command
 from osler.errors import UserError
 from osler.runtime.log import complain, log_to_terminal
 from osler.runtime.neighbours import sharing_cpus
 from osler.runtime.stop import REQUESTS, hear_requests, ignore_requests, interruptible
 from osler.runtime.streams import OUTPUT, flush_or_silence, open_streams, silence
 from osler.runtime.world import is_one_of_several, is_silent, is_teller_unconnected
-from osler.verbs import VERBS, Verb
 
 EXIT_CODES = """\
 Exit codes: 0 done; 1 an error in Osler, with a traceback, or damage that `checkpoint verify` or `data inspect` found; 2 something
@@ -35,7 +35,7 @@ REMEDIES = {
 
 
 def program() -> NoReturn:
-    """The command ``osler``: run the verb that its words name, and end the process."""
+    """The command ``osler``: run the command that its words name, and end the process."""
     open_streams()
     hear_requests()  # to the end: who was asked to stop does not listen again
     code: int | str | None = 1
@@ -63,7 +63,7 @@ def end(code: int | str | None) -> NoReturn:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb and return the exit code; exceptions that are not the user's mistake pass through."""
+    """Run one command and return the exit code; exceptions that are not the user's mistake pass through."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # an ASCII terminal shows ? where it cannot show a sign
@@ -90,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 @contextlib.contextmanager
 def written_out() -> Iterator[None]:
-    """Flush standard output after a verb, or after argparse's help, and ignore from then on who asks to stop."""
+    """Flush standard output after a command, or after argparse's help, and ignore from then on who asks to stop."""
     try:
         try:
             yield
@@ -103,57 +103,57 @@ def written_out() -> Iterator[None]:
 
 
 def dispatch(argv: list[str]) -> int:
-    """Find the verb that ``argv`` names, parse its options and run it."""
+    """Find the command that ``argv`` names, parse its options and run it."""
     if not argv or argv[0] in ("-h", "--help", "help"):
-        print(overview(VERBS))
+        print(overview(COMMANDS))
         return 0
     if argv[0] == "--version":
         print(version())
         return 0
     for words in (2, 1):
         name = " ".join(argv[:words])
-        verb = next((verb for verb in VERBS if verb.name == name), None)
-        if verb:
-            return verb.run(parser(verb).parse_intermixed_args(argv[words:]))
-    group = [verb for verb in VERBS if verb.name.startswith(f"{argv[0]} ")]
+        command = next((command for command in COMMANDS if command.name == name), None)
+        if command:
+            return command.run(parser(command).parse_intermixed_args(argv[words:]))
+    group = [command for command in COMMANDS if command.name.startswith(f"{argv[0]} ")]
     if group and len(argv) == 1:
-        names = " and ".join(f"`{verb.name}`" for verb in group)
-        raise UserError(f"`{argv[0]}` is half a verb; there are {names}. See `osler {argv[0]} --help`.")
+        names = " and ".join(f"`{command.name}`" for command in group)
+        raise UserError(f"`{argv[0]}` is half a command; there are {names}. See `osler {argv[0]} --help`.")
     if group and argv[1] in ("-h", "--help"):
         print(overview(group))
         return 0
     given = " ".join(argv[:2]) if group else argv[0]
-    close = difflib.get_close_matches(given, [verb.name for verb in VERBS], n=1)
-    raise UserError(f"there is no verb `{given}`{f'; did you mean `{close[0]}`?' if close else ''} See `osler --help`.")
+    close = difflib.get_close_matches(given, [command.name for command in COMMANDS], n=1)
+    raise UserError(f"there is no command `{given}`{f'; did you mean `{close[0]}`?' if close else ''} See `osler --help`.")
 
 
-def overview(verbs: Sequence[Verb]) -> str:
-    """List verbs, one line each."""
-    lines = [f"  {verb.name:<18} {verb.line}" for verb in verbs]
+def overview(commands: Sequence[Command]) -> str:
+    """List commands, one line each."""
+    lines = [f"  {command.name:<18} {command.line}" for command in commands]
     return "\n".join(
         [
-            "usage: osler VERB [RECIPE] [key.path=value ...] [options]",
+            "usage: osler COMMAND [RECIPE] [key.path=value ...] [options]",
             "",
             "Train a small language model from scratch until it answers medical questions.",
             "",
             *lines,
             "",
-            "`osler VERB --help` shows options and an example; `osler quickstart` is the place to start.",
+            "`osler COMMAND --help` shows options and an example; `osler quickstart` is the place to start.",
             "",
             EXIT_CODES,
         ]
     )
 
 
-def parser(verb: Verb) -> argparse.ArgumentParser:
-    """Return the parser of one verb."""
+def parser(command: Command) -> argparse.ArgumentParser:
+    """Return the parser of one command."""
     made = argparse.ArgumentParser(
-        prog=f"osler {verb.name}",
-        description=verb.line,
-        epilog="\n".join([f"example:\n  {verb.example}", verb.more]).rstrip(),
+        prog=f"osler {command.name}",
+        description=command.line,
+        epilog="\n".join([f"example:\n  {command.example}", command.more]).rstrip(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    for flags, settings in verb.options:
+    for flags, settings in command.options:
         made.add_argument(*flags, **settings)
     return made
 

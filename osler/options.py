@@ -1,4 +1,4 @@
-"""The options that verbs of the command line share, what they say, and the longer helps. Nothing heavy is imported."""
+"""The options that commands of the command line share, what they say, and the longer helps. Nothing heavy is imported."""
 
 from __future__ import annotations
 
@@ -70,10 +70,10 @@ def split_items(items: Sequence[str]) -> tuple[str | None, list[str]]:
 
 
 def only_overrides(items: Sequence[str]) -> list[str]:
-    """Return the overrides of a verb that takes no recipe."""
+    """Return the overrides of a command that takes no recipe."""
     recipe, overrides = split_items(items)
     if recipe is not None:
-        raise UserError(f"`{recipe}`: this verb takes no recipe, only key.path=value.")
+        raise UserError(f"`{recipe}`: this command takes no recipe, only key.path=value.")
     return overrides
 
 

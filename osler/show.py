@@ -32,8 +32,8 @@ KINDS: dict[str, type[Any]] = {
     "grpo": GrpoConfig,
     "quickstart": QuickstartConfig,
 }
-# What a verb does without a recipe, and what it cannot do without.
-VERBS: dict[str, tuple[type[Any], Mapping[str, Any]]] = {
+# What a command does without a recipe, and what it cannot do without.
+WITHOUT_RECIPE: dict[str, tuple[type[Any], Mapping[str, Any]]] = {
     "pretrain": (TrainConfig, {"kind": "pretrain"}),
     "sft": (TrainConfig, {"kind": "sft"}),
     "grpo": (GrpoConfig, {"init_from": "RUN"}),
@@ -55,12 +55,13 @@ def list_recipes() -> str:
 def show_recipe(recipe: str | None, overrides: Sequence[str] = (), *, explain: bool = False) -> str:
     """Return a recipe as YAML with every default filled in, and what follows from it as comments.
 
-    The name of a verb stands for what it does without a recipe; ``explain`` adds what each field means.
+    The name of a command stands for what it does without a recipe; ``explain`` adds what each field means.
     """
     if recipe is None:
-        raise UserError(f"which recipe? `osler recipes` lists them; {', '.join(VERBS)} show what a verb does without one.")
-    if recipe in VERBS:
-        cls, given = VERBS[recipe]
+        names = ", ".join(WITHOUT_RECIPE)
+        raise UserError(f"which recipe? `osler recipes` lists them; {names} show what a command does without one.")
+    if recipe in WITHOUT_RECIPE:
+        cls, given = WITHOUT_RECIPE[recipe]
         resolved = decode(cls, merge(given, parse_overrides(overrides)), source=recipe)
     else:
         resolved = decode_recipe(load_recipe(recipe, overrides), source=recipe)

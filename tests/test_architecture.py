@@ -25,7 +25,7 @@ FLOORS: dict[str, int] = {
     **dict.fromkeys(("rl", "report"), 7),
     **dict.fromkeys(("quickstart", "doctor", "bench", "watch"), 8),
     **dict.fromkeys(("show", "options"), 9),
-    **dict.fromkeys(("verbs",), 10),
+    **dict.fromkeys(("commands",), 10),
     **dict.fromkeys(("cli",), 11),
 }
 
@@ -175,7 +175,7 @@ def test_every_door_is_used_and_every_requirement_is_imported():
 
 
 def test_configs_and_cli_do_not_load_torch():
-    light = ["osler.config", "osler.recipe", "osler.cli", "osler.verbs", "osler.doctor", "osler.explain", "osler.show"]
+    light = ["osler.config", "osler.recipe", "osler.cli", "osler.commands", "osler.doctor", "osler.explain", "osler.show"]
     light += ["osler.optim.schedule", "osler.monitor.metrics", "osler.monitor.alerts"]
     light += [f"osler.{path.parent.name}.config" for path in PACKAGE.glob("*/config.py")]
     light += [f"osler.clinic.{path.stem}" for path in (PACKAGE / "clinic").glob("*.py") if path.stem != "__init__"]

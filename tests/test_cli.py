@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from osler import cli, verbs
+from osler import cli, commands
 from osler.errors import UserError
 from osler.runtime.stop import REQUESTS
 
@@ -37,7 +37,7 @@ LIGHT += [["metrics", "rank"]]
 
 
 @pytest.mark.parametrize("arguments", LIGHT)
-def test_light_verbs_never_load_torch(arguments):
+def test_light_commands_never_load_torch(arguments):
     code = (
         "import sys\nfrom osler.cli import main\n"
         f"try: main({arguments!r})\nexcept SystemExit: pass\n"
@@ -49,29 +49,29 @@ def test_light_verbs_never_load_torch(arguments):
     assert result.returncode == 0, result.stderr
 
 
-@pytest.mark.parametrize("verb", verbs.VERBS, ids=lambda verb: verb.name)
-def test_every_verb_explains_itself(verb, capsys):
+@pytest.mark.parametrize("command", commands.COMMANDS, ids=lambda command: command.name)
+def test_every_command_explains_itself(command, capsys):
     with pytest.raises(SystemExit) as stop:
-        cli.main([*verb.name.split(), "--help"])
+        cli.main([*command.name.split(), "--help"])
     text = capsys.readouterr().out
     assert stop.value.code == 0
-    assert verb.line in " ".join(text.split())
-    assert f"example:\n  {verb.example}" in text and verb.example.startswith(f"osler {verb.name}")
+    assert command.line in " ".join(text.split())
+    assert f"example:\n  {command.example}" in text and command.example.startswith(f"osler {command.name}")
 
 
-@pytest.mark.parametrize("verb", verbs.VERBS, ids=lambda verb: verb.name)
-def test_every_example_parses(verb):
+@pytest.mark.parametrize("command", commands.COMMANDS, ids=lambda command: command.name)
+def test_every_example_parses(command):
     import shlex
 
-    words = shlex.split(verb.example)[1 + len(verb.name.split()) :]
-    assert cli.parser(verb).parse_intermixed_args(words) is not None
+    words = shlex.split(command.example)[1 + len(command.name.split()) :]
+    assert cli.parser(command).parse_intermixed_args(words) is not None
 
 
-def test_overview_lists_every_verb(capsys):
+def test_overview_lists_every_command(capsys):
     for arguments in ([], ["--help"], ["help"]):
         assert cli.main(arguments) == 0
         text = capsys.readouterr().out
-        assert all(f"  {verb.name} " in text for verb in cli.VERBS)
+        assert all(f"  {command.name} " in text for command in cli.COMMANDS)
     assert cli.main(["data", "--help"]) == 0
     text = capsys.readouterr().out
     assert "data prepare" in text and "doctor" not in text
@@ -86,7 +86,7 @@ def test_version(capsys):
     ("arguments", "message"),
     [
         (["shwo"], "did you mean `show`?"),
-        (["data"], "`data` is half a verb; there are `data prepare`"),
+        (["data"], "`data` is half a command; there are `data prepare`"),
         (["tokenizer"], "`tokenizer train`"),
         (["data", "prepar"], "did you mean `data prepare`?"),
         (["show", "pure-tiyn"], "did you mean `pure-tiny`?"),
@@ -110,9 +110,9 @@ def test_mistakes_are_one_message_and_code_2(arguments, message, capsys):
 
 
 def test_a_recipe_where_none_belongs_is_refused():
-    assert verbs.only_overrides(["a.b=1", "c=d e"]) == ["a.b=1", "c=d e"]
+    assert commands.only_overrides(["a.b=1", "c=d e"]) == ["a.b=1", "c=d e"]
     with pytest.raises(UserError, match="takes no recipe"):
-        verbs.only_overrides(["pure-tiny", "a=1"])
+        commands.only_overrides(["pure-tiny", "a=1"])
 
 
 def test_a_wrong_option_is_code_2():
@@ -120,27 +120,27 @@ def test_a_wrong_option_is_code_2():
     assert result.returncode == 2 and "--no-such-option" in result.stderr and "Traceback" not in result.stderr
 
 
-def failing_verb(monkeypatch, error: BaseException) -> None:
+def failing_command(monkeypatch, error: BaseException) -> None:
     def run(_):
         raise error
 
-    monkeypatch.setattr(cli, "VERBS", (cli.Verb("fail", "", "osler fail", run),))
+    monkeypatch.setattr(cli, "COMMANDS", (cli.Command("fail", "", "osler fail", run),))
 
 
 def test_interruption_is_code_130(monkeypatch, capsys):
-    failing_verb(monkeypatch, KeyboardInterrupt())
+    failing_command(monkeypatch, KeyboardInterrupt())
     assert cli.main(["fail"]) == 130
     assert "Traceback" not in capsys.readouterr().err
 
 
 def test_an_error_of_ours_keeps_its_traceback(monkeypatch):
-    failing_verb(monkeypatch, ZeroDivisionError("a bug"))
+    failing_command(monkeypatch, ZeroDivisionError("a bug"))
     with pytest.raises(ZeroDivisionError, match="a bug"):
         cli.main(["fail"])
     code = (
         "import sys, osler.cli as cli\n"
         "def run(_): 1 / 0\n"
-        "cli.VERBS = (cli.Verb('fail', '', '', run),)\n"
+        "cli.COMMANDS = (cli.Command('fail', '', '', run),)\n"
         "sys.exit(cli.main(['fail']))"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
@@ -155,7 +155,7 @@ def test_one_of_several_processes_ends_before_the_interpreter_shuts_down(work, c
         "import os, sys, osler.cli as cli\n"
         "class Trace:\n    def __del__(self, write=os.write): write(1, b'shut down')\n"
         f"sys.trace = Trace()\ndef run(_):\n    print('done ')\n    {work}\n"
-        "cli.VERBS = (cli.Verb('work', '', '', run),)\nsys.argv = ['osler', 'work']\ncli.program()"
+        "cli.COMMANDS = (cli.Command('work', '', '', run),)\nsys.argv = ['osler', 'work']\ncli.program()"
     )
     environment = {**os.environ, "WORLD_SIZE": str(processes), "RANK": "0"}
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, env=environment)
@@ -164,7 +164,7 @@ def test_one_of_several_processes_ends_before_the_interpreter_shuts_down(work, c
 
 
 def test_user_errors_of_any_depth_are_code_2(monkeypatch, capsys):
-    failing_verb(monkeypatch, UserError("mend this"))
+    failing_command(monkeypatch, UserError("mend this"))
     assert cli.main(["fail"]) == 2
     assert capsys.readouterr().err == "osler: mend this\n"
 
@@ -187,7 +187,7 @@ def test_an_ascii_terminal_does_not_break_output():
     code = (
         "import sys, osler.cli as cli\n"
         "def run(_):\n    print('\\u2192 5 \\u00d7')\n    return 0\n"
-        "cli.VERBS = (cli.Verb('sign', '', '', run),)\n"
+        "cli.COMMANDS = (cli.Command('sign', '', '', run),)\n"
         "sys.exit(cli.main(['sign']))"
     )
     command = [sys.executable, "-c", code]
@@ -249,7 +249,7 @@ def test_shards_of_another_tokenizer_are_not_decoded(notes, tmp_path, capsys):
 
 @pytest.mark.usefixtures("standard_handlers")
 @pytest.mark.parametrize("number", REQUESTS)
-def test_sigterm_and_sighup_end_a_verb_as_ctrl_c_does(number, capsys, monkeypatch):
+def test_sigterm_and_sighup_end_a_command_as_ctrl_c_does(number, capsys, monkeypatch):
     monkeypatch.setattr("osler.cli.dispatch", lambda argv: signal.raise_signal(number))
     before = signal.getsignal(number)
     assert cli.main(["eval"]) == 130

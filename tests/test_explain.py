@@ -14,7 +14,7 @@ from osler.decode import decode
 from osler.errors import UserError
 from osler.explain import COLUMNS, explained, explanations
 from osler.recipe import available_recipes, load_recipe
-from osler.show import KINDS, VERBS, ModelFamily, decode_recipe, show_recipe
+from osler.show import KINDS, WITHOUT_RECIPE, ModelFamily, decode_recipe, show_recipe
 from osler.yaml12 import load_yaml
 
 
@@ -80,12 +80,12 @@ def test_what_is_explained_is_still_the_config():
     assert lines[above - 2].startswith("# who is hungry") and all(len(line) <= COLUMNS for line in lines)
 
 
-@pytest.mark.parametrize("name", [*available_recipes(), *VERBS])
-def test_every_recipe_and_verb_is_explained_and_resolves_to_the_same(name):
+@pytest.mark.parametrize("name", [*available_recipes(), *WITHOUT_RECIPE])
+def test_every_recipe_and_command_is_explained_and_resolves_to_the_same(name):
     text = show_recipe(name, explain=True)
     assert load_yaml(text, name) == load_yaml(show_recipe(name), name)
     assert max(map(len, text.splitlines())) <= COLUMNS
-    if name not in VERBS:
+    if name not in WITHOUT_RECIPE:
         assert load_yaml(text, name) == encode(decode_recipe(load_recipe(name)))
 
 
@@ -100,7 +100,7 @@ def classes(annotation: Any) -> Iterator[type]:
                 yield from classes(argument)
 
 
-ALL = {cls for top in (ModelFamily, *KINDS.values(), *(cls for cls, _ in VERBS.values())) for cls in classes(top)}
+ALL = {cls for top in (ModelFamily, *KINDS.values(), *(cls for cls, _ in WITHOUT_RECIPE.values())) for cls in classes(top)}
 
 
 def test_all_config_classes_are_found():
@@ -122,5 +122,5 @@ def test_the_command_line_explains(capsys):
     assert "kind: sft" in out and "  thinking_field: null  # the column with the reasoning" in out
     assert cli.main(["show", "eval", "task.type=medqa", "task.path=x.jsonl"]) == 0
     assert "  path: x.jsonl\n" in capsys.readouterr().out
-    with pytest.raises(UserError, match="grpo, eval show what a verb does"):
+    with pytest.raises(UserError, match="grpo, eval show what a command does"):
         show_recipe(None)

@@ -42,7 +42,7 @@ def run(
     steps: int = 12,
     out: str | None = None,
 ) -> int:
-    """The verb ``bench``: print one JSON object, and write it to ``out`` too."""
+    """The command ``bench``: print one JSON object, and write it to ``out`` too."""
     require_one_process("osler bench")
     if rounds < 1 or steps < 1:
         raise UserError(f"--rounds {rounds} and --steps {steps} must be at least 1.")

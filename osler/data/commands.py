@@ -38,7 +38,7 @@ def read_sections(recipe: str | None, overrides: Sequence[str]) -> Sections:
     given = parse_overrides(overrides)
     strange = sorted(set(given) - set(SECTIONS))
     if strange:
-        raise UserError(f"`{strange[0]}` says nothing about text: this verb reads data.KEY=... and tokenizer.KEY=...")
+        raise UserError(f"`{strange[0]}` says nothing about text: this command reads data.KEY=... and tokenizer.KEY=...")
     whole: Mapping[str, Any] = {}
     if recipe is not None:
         path = Path(recipe)

@@ -47,7 +47,7 @@ class Sitting:
 
 
 def run(checkpoint: str, overrides: Sequence[str] = ()) -> int:
-    """The verb ``eval``; returns the process's exit code."""
+    """The command ``eval``; returns the process's exit code."""
     config = read_config(overrides)
     check_task(config.task, "task")
     ready = open_model(checkpoint, device=config.device, which=config.which)

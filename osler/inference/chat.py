@@ -33,7 +33,7 @@ HELD_BACK = "\N{REPLACEMENT CHARACTER}"  # how half a character decodes, until i
 def generate(
     checkpoint: str, prompt: str, *, max_new_tokens: int = 200, temperature: float = 0.7, top_p: float = 0.95, seed: int = 0
 ) -> int:
-    """The verb ``generate``: print how the model continues ``prompt`` (empty: how it begins a text)."""
+    """The command ``generate``: print how the model continues ``prompt`` (empty: how it begins a text)."""
     sampling = SamplingParams(max_new_tokens, temperature, top_p=top_p, seed=seed)
     ready = open_model(checkpoint)
     if colours():
@@ -51,7 +51,7 @@ def chat(
     top_p: float = 0.95,
     seed: int = 0,
 ) -> int:
-    """The verb ``chat``: answer the questions of stdin until it ends; a model that never learned to answer continues them.
+    """The command ``chat``: answer the questions of stdin until it ends; a model that never learned to answer continues them.
 
     Question k of a session is drawn with ``seed + k``, so asking again may give another answer and a session can be
     repeated. ``reasoning`` None: think first if that was trained. Ctrl-C stops the answer under way, and the session where

@@ -13,7 +13,7 @@ from osler.train.config import TrainConfig
 class QuickstartConfig:
     """Tokenizer and pretraining, reasoning, GRPO, exam and report on the built-in clinic, in one run folder."""
 
-    kind: Literal["quickstart"] = "quickstart"  # the verb sets it
+    kind: Literal["quickstart"] = "quickstart"  # the command sets it
     description: str = ""  # for the reader; changes nothing
     seed: int = 0  # of every stage
     pretrain: TrainConfig = TrainConfig()  # the first stage: a tokenizer, then the next token of the textbook

@@ -2,8 +2,8 @@
 
     textbook ─► tokenizer ─► pretrain ─► sft (reasoning) ─► exam ─► GRPO from an earlier checkpoint ─► exam ─► report
 
-Each stage is an ordinary run in a folder of its own, made by the same code as the single verbs. A stage that is finished is not
-done again, and one that was interrupted goes on from its checkpoint, so the same command always continues.
+Each stage is an ordinary run in a folder of its own, made by the functions of the single commands. The same command always
+continues: it skips the stages that are finished, and one that was interrupted goes on from its checkpoint.
 
 Why GRPO starts from an *earlier* checkpoint: on this world demonstrations alone almost solve the exam, and what is solved cannot
 show what reinforcement learning does. So it starts from the supervised checkpoint whose accuracy on a validation split is
@@ -72,7 +72,7 @@ def run(
     resume: bool = False,
     dry_run: bool = False,
 ) -> int:
-    """The verb ``quickstart``; the same call goes on where it stopped, and ``resume`` does so with the stored config."""
+    """The command ``quickstart``; the same call goes on where it stopped, and ``resume`` does so with the stored config."""
     require_one_process("quickstart")
     root = RunFolder(Path(run_dir or "runs/quickstart"))
     refuse_checkpoint(root.root)

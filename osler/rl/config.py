@@ -120,7 +120,7 @@ class GrpoConfig:
     How many tokens will be sampled is not known in advance, so the schedule counts the budget of the rollouts.
     """
 
-    kind: Literal["grpo"] = "grpo"  # the verb sets it
+    kind: Literal["grpo"] = "grpo"  # the command sets it
     description: str = ""  # for the reader; changes nothing
     seed: int = 0  # of the questions and the sampling
     init_from: str  # run folder or checkpoint to start from, with its model and tokenizer

@@ -70,7 +70,7 @@ def run(
     from_step: int | None = None,
     branch: str | None = None,
 ) -> int:
-    """The verb ``grpo``; returns the process's exit code."""
+    """The command ``grpo``; returns the process's exit code."""
     config = config_of_run(GrpoConfig, "grpo", recipe, overrides, run_dir, resume=resume, from_step=from_step, branch=branch)
     if config is None:
         config = decode(GrpoConfig, load_recipe(recipe, overrides) if recipe else parse_overrides(overrides), source=recipe or "")

@@ -63,10 +63,10 @@ def is_silent(rank_variable: str = "RANK") -> bool:
     return is_one_of_several() and os.environ.get(rank_variable, "0") != "0"
 
 
-def require_one_process(verb: str) -> None:
-    """Raise UserError when torchrun started several processes of a verb that is one."""
+def require_one_process(command: str) -> None:
+    """Raise UserError when torchrun started several processes of a command that is one."""
     if place().size > 1:
-        raise UserError(f"{place().size} processes were started, but {verb} runs as one: start it without torchrun.")
+        raise UserError(f"{place().size} processes were started, but {command} runs as one: start it without torchrun.")
 
 
 @dataclass(frozen=True)
@@ -221,7 +221,7 @@ def _is_teller(store: Store | None, what: str) -> bool:
 
     The store ends with rank 0, which then has told its own.
     """
-    from socket import gethostname  # not for every verb
+    from socket import gethostname  # not for every command
 
     with suppress(RuntimeError):
         if store is not None:

@@ -37,7 +37,7 @@ class ExamProbe:
 class TrainConfig:
     """One supervised stage: ``pretrain`` learns every token, ``sft`` learns what the model must answer."""
 
-    kind: Literal["pretrain", "sft"] = "pretrain"  # pretrain learns every token, sft what the model must answer; the verb sets it
+    kind: Literal["pretrain", "sft"] = "pretrain"  # pretrain learns every token, sft only what the model must answer
     description: str = ""  # for the reader; changes nothing
     seed: int = 0  # of the weights and of the order of the data
     init_from: str | None = None  # run folder or checkpoint to start from; its model and tokenizer replace those given here

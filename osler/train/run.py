@@ -96,7 +96,7 @@ def run(
     from_step: int | None = None,
     branch: str | None = None,
 ) -> int:
-    """The verbs ``pretrain`` and ``sft``; returns the process's exit code."""
+    """The commands ``pretrain`` and ``sft``; returns the process's exit code."""
     config = config_of_run(TrainConfig, kind, recipe, overrides, run_dir, resume=resume, from_step=from_step, branch=branch)
     if config is None:
         given = load_recipe(recipe, overrides) if recipe else parse_overrides(overrides)

@@ -135,7 +135,7 @@ def test_prune_keeps_at_least_one(run, capsys):
     assert "at least one checkpoint stays" in capsys.readouterr().err and left(run) == [1, 2, 3, 4, 5]
 
 
-def test_the_group_lists_its_verbs(capsys):
+def test_the_group_lists_its_commands(capsys):
     assert main(["checkpoint"]) == 2
     text = capsys.readouterr().err
     assert all(f"`checkpoint {verb}`" in text for verb in ("list", "verify", "prune"))

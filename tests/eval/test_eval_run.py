@@ -114,7 +114,7 @@ def test_a_model_of_plain_text_is_scored_by_likelihood_and_that_is_said(runs, ca
     ready = open_model(runs / "textbook", device="cpu")
     items = load_clinic(split="validation", limit=40, seed=EXAM_SEED)
     whole = score_by_likelihood(ready.model, ready.tokenizer, items, template=False, normalise="tokens", cluster_by_group=True)
-    # The verb scores a few items at a time, for its progress line: that changes nothing.
+    # The command scores a few items at a time, for its progress line: that changes nothing.
     assert row["letters"] == whole.letters and row["interval"] == list(whole.interval)
     assert "B " in captured.out.split("letters answered")[1]
 

@@ -24,7 +24,7 @@ def untimed(values: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.fixture
 def launch(tiny, runs, monkeypatch) -> Callable[..., int]:
-    """``launch(kind, folder, *overrides, fault=...)`` runs the verb in this process and returns its exit code."""
+    """``launch(kind, folder, *overrides, fault=...)`` runs the command in this process and returns its exit code."""
     starts = {"pretrain": [], "sft": [f"init_from={runs.pretrain}"], "grpo": [f"init_from={runs.sft}"]}
 
     def start(kind: str, folder: Path, *overrides: str, fault: str = "", resume: bool = False) -> int:

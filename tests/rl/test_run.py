@@ -1,4 +1,4 @@
-"""The verb: from a fine-tuned checkpoint to a finished run folder, resumed, moved, and refused where it must be."""
+"""The command: from a fine-tuned checkpoint to a finished run folder, resumed, moved, and refused where it must be."""
 
 from __future__ import annotations
 

@@ -167,7 +167,7 @@ def test_a_user_may_ask_for_warnings_alone(capsys, monkeypatch, request):
     monkeypatch.setenv("OSLER_LOG_LEVEL", "warning")
     assert main(["--version"]) == 0 and osler.level == logging.WARNING
     logger.warning("a disk is full")
-    assert capsys.readouterr().err == "Warning: a disk is full\n", "once, however often a verb runs in a process"
+    assert capsys.readouterr().err == "Warning: a disk is full\n", "once, however often a command runs in a process"
     monkeypatch.setenv("OSLER_LOG_LEVEL", "loud")
     assert main(["--version"]) == 2 and "OSLER_LOG_LEVEL is 'loud'" in capsys.readouterr().err
 

@@ -40,7 +40,7 @@ def test_an_environment_without_a_rank_is_refused(torchrun, monkeypatch):
         place()
 
 
-def test_a_verb_of_one_process_refuses_several(torchrun):
+def test_a_command_of_one_process_refuses_several(torchrun):
     with pytest.raises(UserError, match="8 processes were started, but quickstart runs as one"):
         require_one_process("quickstart")
 
@@ -68,8 +68,8 @@ def test_ranks_that_agreed_on_who_tells_a_mistake_keep_to_it(torchrun, monkeypat
 
 def test_a_mistake_on_one_rank_is_told_where_ranks_cannot_agree_on_it(torchrun, capsys):
     """Another launcher than torchrun keeps no store: rank 5, the second of its machine, does not know of the others."""
-    assert main(["no-such-verb"]) == 2
-    assert "no verb `no-such-verb`" in capsys.readouterr().err
+    assert main(["no-such-command"]) == 2
+    assert "no command `no-such-command`" in capsys.readouterr().err
 
 
 def test_the_first_to_find_a_mistake_tells_it_where_torchrun_keeps_a_store(torchrun, monkeypatch, capsys):
@@ -79,9 +79,9 @@ def test_the_first_to_find_a_mistake_tells_it_where_torchrun_keeps_a_store(torch
     told = []
     for local_rank in ("1", "0"):
         monkeypatch.setenv("LOCAL_RANK", local_rank)
-        assert main(["no-such-verb"]) == 2
+        assert main(["no-such-command"]) == 2
         told.append(capsys.readouterr().err)
-    assert "no verb `no-such-verb`" in told[0] and told[1] == ""
+    assert "no command `no-such-command`" in told[0] and told[1] == ""
 
 
 def test_mean_of_a_world_without_ranks_keeps_the_tensor():

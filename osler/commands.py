@@ -1,4 +1,4 @@
-"""The verbs of the command line: what each calls, one table. Nothing heavy is imported before one runs."""
+"""The commands of the command line: what each calls, one table. Nothing heavy is imported before one runs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from osler.options import (
 )
 
 
-class Verb(NamedTuple):
+class Command(NamedTuple):
     """A command: what it does in one line, an example, the function that runs it, its options, and more for its help."""
 
     name: str
@@ -37,7 +37,7 @@ class Verb(NamedTuple):
     more: str = ""
 
 
-# -- what each verb calls ----------------------------------------------------------------------------------------------
+# -- what each command calls ------------------------------------------------------------------------------------------------
 
 
 def run_quickstart(arguments: argparse.Namespace) -> int:
@@ -184,37 +184,37 @@ def run_doctor(arguments: argparse.Namespace) -> int:
     return run(as_json=arguments.json, folder=arguments.folder)
 
 
-VERBS: tuple[Verb, ...] = (
-    Verb(
+COMMANDS: tuple[Command, ...] = (
+    Command(
         "quickstart",
         "Train, examine and report a small model on this machine, in minutes",
         "osler quickstart --run runs/first",
         run_quickstart,
         (OVERRIDES, *RUN_FOLDER),
     ),
-    Verb("recipes", "List the recipes: name, parameters, what it is", "osler recipes", run_recipes),
-    Verb(
+    Command("recipes", "List the recipes: name, parameters, what it is", "osler recipes", run_recipes),
+    Command(
         "show",
         "Print a recipe with every default filled in; --explain says what each field means",
         "osler show text-10min --explain",
         run_show,
         (RECIPE, option("--explain", action="store_true", help="say behind each field what it means")),
     ),
-    Verb(
+    Command(
         "metrics",
         "Show what every logged number means, its unit, and what it takes",
         "osler metrics grad",
         run_metrics,
         (option("word", nargs="?", default="", metavar="WORD", help="only metrics whose name or meaning has it"),),
     ),
-    Verb(
+    Command(
         "tokenizer train",
         "Train a tokenizer on a recipe's data, or on a file or folder of text",
         "osler tokenizer train notes/ tokenizer.vocab_size=8192 --out tokenizer.json",
         run_tokenizer_train,
         (RECIPE, option("--out", required=True, metavar="FILE", help="the tokenizer.json to write")),
     ),
-    Verb(
+    Command(
         "tokenizer inspect",
         "Show a tokenizer, and how it cuts a text",
         "osler tokenizer inspect tokenizer.json 'fever and a stiff neck'",
@@ -224,7 +224,7 @@ VERBS: tuple[Verb, ...] = (
             option("text", nargs="?", metavar="TEXT", help="text to cut into tokens"),
         ),
     ),
-    Verb(
+    Command(
         "data prepare",
         "Tokenise a recipe's data, or a file or folder of text, into shards",
         "osler data prepare notes/ data.holdout_fraction=0.1 --tokenizer tokenizer.json --out shards/",
@@ -236,7 +236,7 @@ VERBS: tuple[Verb, ...] = (
         ),
         "`osler pretrain data.type=prepared data.path=shards/` trains on them, with the tokenizer that they were cut with.",
     ),
-    Verb(
+    Command(
         "data inspect",
         "Show what a folder of shards holds, and check every byte",
         "osler data inspect shards/ --tokenizer tokenizer.json",
@@ -246,28 +246,28 @@ VERBS: tuple[Verb, ...] = (
             option("--tokenizer", metavar="FILE", help="show how each split begins"),
         ),
     ),
-    Verb(
+    Command(
         "pretrain",
         "Train a model from scratch on text",
         "osler pretrain text-10min data.path=notes/ --run runs/notes",
         run_pretrain,
         (RECIPE, *RUN_FOLDER, *ORIGIN),
     ),
-    Verb(
+    Command(
         "sft",
         "Teach a pretrained model to reason and answer",
         "osler sft init_from=runs/clinic-pretrain data.type=turns data.path=cases.jsonl",
         run_sft,
         (RECIPE, *RUN_FOLDER, *ORIGIN),
     ),
-    Verb(
+    Command(
         "grpo",
         "Improve a model by its own tries at exam questions (reinforcement learning)",
         "osler grpo init_from=runs/clinic-sft algorithm.samples_per_prompt=16",
         run_grpo,
         (RECIPE, *RUN_FOLDER, *ORIGIN),
     ),
-    Verb(
+    Command(
         "eval",
         "Sit an exam with a model: the score and its confidence interval",
         "osler eval runs/clinic-sft",
@@ -275,14 +275,14 @@ VERBS: tuple[Verb, ...] = (
         (CHECKPOINT, OVERRIDES),
         EVAL_HELP,
     ),
-    Verb(
+    Command(
         "generate",
         "Let a model continue a text",
         "osler generate runs/clinic-pretrain --prompt 'A patient with fever'",
         run_generate,
         (CHECKPOINT, option("--prompt", required=True, metavar="TEXT", help="the text to continue"), *SAMPLING),
     ),
-    Verb(
+    Command(
         "chat",
         "Ask a model questions in the terminal",
         "osler chat runs/clinic-sft",
@@ -293,28 +293,28 @@ VERBS: tuple[Verb, ...] = (
             *SAMPLING,
         ),
     ),
-    Verb(
+    Command(
         "report",
         "Write the report of a run, and print its summary",
         "osler report runs/quickstart",
         run_report,
         (RUN, option("--out", metavar="FILE", help="the page to write (default: report.html in the run folder)")),
     ),
-    Verb(
+    Command(
         "checkpoint list",
         "List the checkpoints of a run: step, tokens, size, which is the best",
         "osler checkpoint list runs/notes",
         run_checkpoint_list,
         (RUN,),
     ),
-    Verb(
+    Command(
         "checkpoint verify",
         "Check every byte of a run's checkpoints, or of one; exit code 1 when one is damaged",
         "osler checkpoint verify runs/notes",
         run_checkpoint_verify,
         (CHECKPOINT,),
     ),
-    Verb(
+    Command(
         "checkpoint prune",
         "Delete checkpoints, never the last good one",
         "osler checkpoint prune runs/notes --keep-last 1 --keep-best --dry-run",
@@ -327,7 +327,7 @@ VERBS: tuple[Verb, ...] = (
             option("--dry-run", action="store_true", help="only say what would be deleted"),
         ),
     ),
-    Verb(
+    Command(
         "watch",
         "Show a run in the terminal while it runs: state, curves, newest values, events, checkpoints",
         "osler watch runs/mine",
@@ -339,7 +339,7 @@ VERBS: tuple[Verb, ...] = (
         ),
         WATCH_HELP,
     ),
-    Verb(
+    Command(
         "compare",
         "Lay runs over one another: one HTML page, and a table in the terminal",
         "osler compare runs/mine runs/mine-lower-lr --out lower-lr.html",
@@ -349,7 +349,7 @@ VERBS: tuple[Verb, ...] = (
             option("--out", default="compare.html", metavar="FILE", help="the page to write (default: compare.html)"),
         ),
     ),
-    Verb(
+    Command(
         "bench",
         "Time a recipe's training step on this machine, alone or beside nanochat and Hugging Face",
         "osler bench pure-tiny seq_len=512 batch_tokens=4096 --peer hf --peer ../nanochat",
@@ -362,7 +362,7 @@ VERBS: tuple[Verb, ...] = (
             option("--out", metavar="FILE", help="also write the JSON here"),
         ),
     ),
-    Verb(
+    Command(
         "doctor",
         "Find out what this machine can do",
         "osler doctor --json",
