@@ -117,3 +117,14 @@ def set_decay_and_momentum(
             group["weight_decay"] = config.weight_decay * scale
             if isinstance(config, MuonConfig):
                 group["momentum"] = momentum_at(config, tokens)
+
+
+def set_hyperparameters(
+    optimizer: torch.optim.Optimizer, config: AdamWConfig | MuonConfig, lr_scale: float, tokens: int, total_tokens: int
+) -> None:
+    """Set all that changes from step to step: learning rates, the weight decay of matrices, and Muon's momentum.
+
+    ``lr_scale`` multiplies each group's full learning rate; decay and momentum are what they are after ``tokens``.
+    """
+    set_lr(optimizer, lr_scale)
+    set_decay_and_momentum(optimizer, config, lr_scale, tokens, total_tokens)
