@@ -46,8 +46,8 @@ DOORS: dict[str, set[str]] = {
     "transformers": {"bench/contestants.py"},
     "nanochat": {"bench/contestants.py"},
     "torchao": {"parallel/fp8.py"},
-    "wandb": {"monitor/sink_wandb.py"},
-    "clearml": {"monitor/sink_clearml.py"},
+    "wandb": {"monitor/wandb.py"},
+    "clearml": {"monitor/clearml.py"},
 }
 EVERYWHERE = {"torch", "numpy"}
 # What pyproject.toml asks for: the library that is imported, where its name differs; None: a library we import needs it.

@@ -1,8 +1,9 @@
-"""What is watched in a run, where the numbers go, and whom an alert reaches. Torch-free."""
+"""What a run measures of itself, where the numbers go, and who is told of an alert. Torch-free."""
 
 from __future__ import annotations
 
 from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
 from osler.config import Ge, PositiveFloat, PositiveInt, config
 
@@ -14,10 +15,29 @@ class MonitorConfig:
     # off: what training knows anyway; basic: what is nearly free; full: gradients, weights and activations by layer too
     level: Literal["off", "basic", "full"] = "basic"
     full_every_steps: PositiveInt = 100  # with level=full: steps between two looks at everything, rounded up to lines of metrics
-    webhook: str | None = None  # a command that is run for each alert, with the alert as JSON on its standard input
+    alert_command: str | None = None  # a command that is run for each alert, with the alert as JSON on its standard input
+    webhook: str | None = None  # an https:// URL that each alert is sent to, as JSON in a POST request
     tensorboard: bool = False  # also write for TensorBoard, into the run folder
     wandb: str | None = None  # project of Weights & Biases to log to as well
     clearml: str | None = None  # project of ClearML to log to as well
+
+    def __post_init__(self) -> None:
+        if self.webhook is not None and not _is_webhook(self.webhook):
+            raise ValueError(
+                f"webhook is {self.webhook!r}; it must be an https:// URL (http:// for localhost alone). A command that "
+                "gets each alert is alert_command."
+            )
+
+
+def _is_webhook(url: str) -> bool:
+    """Whether alerts may be sent to a URL: encrypted, or to this machine."""
+    try:
+        parts = urlsplit(url)
+        host, _ = parts.hostname, parts.port  # raises ValueError on a port that is none
+    except ValueError:
+        return False
+    is_local = parts.scheme == "http" and host in ("localhost", "127.0.0.1", "::1")
+    return bool(host) and (parts.scheme == "https" or is_local) and url.isascii() and not any(c.isspace() for c in url)
 
 
 @config

@@ -35,7 +35,7 @@ from osler.eval.exams import score_by_generation
 from osler.eval.score import ExamScore, Result, compare
 from osler.inference.engine import InferenceEngine
 from osler.inference.load import load_model
-from osler.monitor.fanout import check_sinks
+from osler.monitor.logger import check_trackers
 from osler.quickstart.config import QuickstartConfig
 from osler.recipe import load_recipe
 from osler.records.metrics import read_metrics
@@ -81,7 +81,7 @@ def run(
     else:
         config = decode(QuickstartConfig, load_recipe("quickstart", overrides), source="quickstart")
     for stage in (config.pretrain, config.sft, config.grpo):
-        check_sinks(stage.monitor)
+        check_trackers(stage.monitor)
     if dry_run:
         print(dump_yaml(encode(config)).rstrip())
         return 0

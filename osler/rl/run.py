@@ -20,7 +20,7 @@ from osler.errors import UserError
 from osler.eval.exams import score_by_generation
 from osler.inference.engine import InferenceEngine
 from osler.inference.load import LoadedModel, describing_files, load_model
-from osler.monitor.fanout import check_sinks
+from osler.monitor.logger import check_trackers
 from osler.optim.build import build_optimizer
 from osler.parallel.parallelize import check_strategy, parallelize
 from osler.recipe import load_recipe, parse_overrides
@@ -86,7 +86,7 @@ def run(
             check_branch(config, origin)
             logger.info(describe_branch(config, store.load(origin, names=[])))
         check_exams(config)
-        check_sinks(config.monitor)
+        check_trackers(config.monitor)
         print(describe_plan(config, folder, newest, start, {**aside, **planned_numbers(config)}))
         return 0
     done = f"Done: {folder.root}\n  osler eval {folder.root}   sit the exam\n  osler report {folder.root}   the run as a page"
@@ -104,7 +104,7 @@ def train(config: GrpoConfig, run: RunFolder, world: World | None = None) -> boo
     world = world or World(device=config.device)
     refuse_another(run, config)
     check_exams(config)
-    check_sinks(config.monitor)
+    check_trackers(config.monitor)
     keep_freed_memory()
     newest = newest_checkpoint(run, record=world.is_first)
     checkpoint = newest or branch_point(config)

@@ -28,9 +28,9 @@ from osler.data.consumed import source_metrics
 from osler.inference.engine import InferenceEngine
 from osler.model.transformer import Transformer
 from osler.monitor.collect import Collector
-from osler.monitor.fanout import FanOut, open_sinks
 from osler.monitor.history import Facts
 from osler.monitor.lifetime import recorded
+from osler.monitor.logger import RunLogger, open_logger
 from osler.optim.build import keeping_settings, set_decay_and_momentum, set_lr
 from osler.optim.schedule import lr_scale
 from osler.parallel.engine import ParallelEngine
@@ -121,7 +121,7 @@ class GrpoTrainer:
         config = self.config
         with (
             StopFlag() as stop,  # first: whoever sees the metrics file may rely on a signal being a request
-            open_sinks(config.monitor, self.run, self._facts(), step=self.step, is_first=self.world.is_first) as sink,
+            open_logger(config.monitor, self.run, self._facts(), step=self.step, is_first=self.world.is_first) as sink,
             recorded(sink.events, lambda: self.step, lambda: self.step >= config.steps and not self.has_left, sink.unresolved),
             Progress(config.steps, "steps", label="grpo", initial=self.step) as progress,
             self.saver,
@@ -275,7 +275,7 @@ class GrpoTrainer:
         asked = [visit.item.id for visit in visits(self.worker.tasks, self.config.seed, position, count)]
         return {"tokens": self.tokens, "lr": self.optimizer.param_groups[0]["lr"], "questions": asked}
 
-    def _roll_back(self, sink: FanOut, stop: StopFlag) -> None:
+    def _roll_back(self, sink: RunLogger, stop: StopFlag) -> None:
         """Go back to the last good checkpoint and on with other questions; saved at once, so that a kill changes nothing."""
         self.world.broadcast_from_first(self.saver.wait)  # the checkpoint to go back to may be the one that is being written
         self.incidents.roll_back(self.step, self._take_over, lambda: self.step)
@@ -284,7 +284,7 @@ class GrpoTrainer:
         fault("rollback")
         sink.rewind(self.step)
 
-    def _evaluate(self, sink: FanOut) -> None:
+    def _evaluate(self, sink: RunLogger) -> None:
         """Evaluate, and mark this step's checkpoint when it is the best so far."""
         if self.evaluate is None:
             return

@@ -33,7 +33,7 @@ from osler.inference.engine import InferenceEngine
 from osler.inference.load import TOKENIZER_FILE, describing_files
 from osler.model.config import ModelConfig
 from osler.model.transformer import Transformer
-from osler.monitor.fanout import check_sinks
+from osler.monitor.logger import check_trackers
 from osler.optim.build import build_optimizer
 from osler.parallel.compile import COMPILE_MIN_STEPS
 from osler.parallel.config import ParallelConfig
@@ -144,7 +144,7 @@ def train(config: TrainConfig, run: RunFolder, world: World | None = None) -> bo
     world = world or World(device=config.device)
     started = time.monotonic()
     refuse_another(run, config)
-    check_sinks(config.monitor)
+    check_trackers(config.monitor)
     exam = exam_items(config.exam)
     keep_freed_memory()
     newest = newest_checkpoint(run, record=world.is_first)

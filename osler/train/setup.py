@@ -25,7 +25,7 @@ from osler.decode import decode
 from osler.errors import UserError
 from osler.inference.load import described_model, tokenizer_of
 from osler.model.transformer import Transformer
-from osler.monitor.fanout import check_sinks
+from osler.monitor.logger import check_trackers
 from osler.parallel.compile import should_compile
 from osler.parallel.config import DeepSpeedConfig, FsdpConfig
 from osler.parallel.deepspeed import read_settings
@@ -82,7 +82,7 @@ def check_plan(config: TrainConfig, *, is_new: bool) -> None:
         float8_linear(device.type != "cuda")
     if isinstance(config.parallel, DeepSpeedConfig):
         read_settings(config.parallel)
-    check_sinks(config.monitor)
+    check_trackers(config.monitor)
     if is_new and config.init_from is None and config.tokenizer.path is not None:
         Tokenizer.load(config.tokenizer.path)
 

@@ -26,9 +26,9 @@ from osler.data.consumed import ConsumedData
 from osler.data.loader import Batch
 from osler.model.transformer import Transformer
 from osler.monitor.collect import Collector, has_learned, of_steps
-from osler.monitor.fanout import FanOut, open_sinks
 from osler.monitor.history import Facts
 from osler.monitor.lifetime import recorded
+from osler.monitor.logger import RunLogger, open_logger
 from osler.optim.build import keeping_settings, set_decay_and_momentum
 from osler.optim.schedule import lr_scale
 from osler.runtime.faults import fault
@@ -129,7 +129,7 @@ class Trainer:
         config = self.config
         with (
             StopFlag() as stop,  # first: whoever sees the metrics file may rely on a signal being a request
-            open_sinks(config.monitor, self.run, self._facts(), step=self.step, is_first=self.world.is_first) as sink,
+            open_logger(config.monitor, self.run, self._facts(), step=self.step, is_first=self.world.is_first) as sink,
             recorded(sink.events, lambda: self.step, lambda: self.done and not self.has_left, sink.unresolved),
             Progress(self.total_tokens, "tokens", label=config.kind, initial=self.tokens) as progress,
             self.saver,
@@ -254,7 +254,7 @@ class Trainer:
         learning_rate = self.config.optim.lr * self._schedule(step - 1)[1]
         return {"tokens": self.timeline.tokens_before(step), "lr": learning_rate, "rows": [rows.start, rows.stop - 1]}
 
-    def _roll_back(self, sink: FanOut, stop: StopFlag) -> None:
+    def _roll_back(self, sink: RunLogger, stop: StopFlag) -> None:
         """Go back to the last good checkpoint and on with other data; saved at once, so that a kill changes nothing."""
         earlier_seconds = self.earlier_seconds
         self.world.broadcast_from_first(self.saver.wait)  # the checkpoint to go back to may be the one that is being written
@@ -265,7 +265,7 @@ class Trainer:
         fault("rollback")
         sink.rewind(self.step)
 
-    def _log(self, sink: FanOut, progress: Progress, mark: tuple[int, float], scale: float) -> tuple[int, float]:
+    def _log(self, sink: RunLogger, progress: Progress, mark: tuple[int, float], scale: float) -> tuple[int, float]:
         """Write what the steps since the last line gave; the speed is that since the tokens and the time of ``mark``."""
         self._fetch()
         now = time.monotonic()
@@ -330,7 +330,7 @@ class Trainer:
             loader_workers=self.config.loader_workers,
         )
 
-    def _evaluate(self, sink: FanOut, progress: Progress) -> None:
+    def _evaluate(self, sink: RunLogger, progress: Progress) -> None:
         """Measure what is due after this step; a lowest held-out loss marks the step's checkpoint as the best."""
         fault("evaluate")
         before = time.monotonic()

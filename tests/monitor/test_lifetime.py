@@ -8,9 +8,9 @@ import pytest
 
 from osler.errors import UserError
 from osler.monitor.config import MonitorConfig
-from osler.monitor.fanout import open_sinks
 from osler.monitor.history import Facts
 from osler.monitor.lifetime import recorded
+from osler.monitor.logger import open_logger
 from osler.records.events import read_events
 from osler.runtime.files import RunFolder
 
@@ -18,12 +18,12 @@ FACTS = Facts(lr=1e-3, clip_norm=1.0)
 
 
 def live(run, out, *, first, last, total=10, error=None):
-    """Work on a run from step `first` to `last` with a webhook that appends to `out`."""
+    """Work on a run from step `first` to `last` with an alert command that appends to `out`."""
     script = run.root / "copy.py"
     script.write_text("import sys; open(sys.argv[1], 'a').write(sys.stdin.read())")
     hook, step = f"'{sys.executable}' '{script}' '{out}'", first
     with (
-        open_sinks(MonitorConfig(webhook=hook), run, FACTS, step=first) as sinks,
+        open_logger(MonitorConfig(alert_command=hook), run, FACTS, step=first) as sinks,
         recorded(sinks.events, lambda: step, lambda: step >= total, sinks.unresolved),
     ):
         step = last
@@ -31,7 +31,7 @@ def live(run, out, *, first, last, total=10, error=None):
             raise error
 
 
-def test_starts_and_ends_are_in_the_diary_and_failures_reach_the_webhook(tmp_path):
+def test_starts_and_ends_are_in_the_diary_and_failures_reach_the_alert_command(tmp_path):
     run, out = RunFolder.create(tmp_path), tmp_path / "told"
     live(run, out, first=0, last=4)
     with pytest.raises(ValueError, match="no such row"):

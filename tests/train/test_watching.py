@@ -17,20 +17,20 @@ from osler.watch.state import Watched
 SICK = ("optim.lr=10", "total_tokens=20480", "save_every_tokens=10240", "eval_every_tokens=20480")  # 80 steps, a line for 5
 
 
-def test_a_learning_rate_far_too_high_reaches_the_webhook(launch_stopped, tiny, tmp_path, capsys):
+def test_a_learning_rate_far_too_high_reaches_the_alert_command(launch_stopped, tiny, tmp_path, capsys):
     out, run = tmp_path / "alerts.jsonl", RunFolder(tmp_path / "run")
     assert launch_stopped(run.root, *SICK, fault="train-step:sigterm:10") == EXIT_STOPPED
     said_before = {event.name for event in read_events(run.events) if event.kind not in LIFETIME}
     (tmp_path / "copy.py").write_text("import sys; open(sys.argv[1], 'a').write(sys.stdin.read())")
     hook = f"'{sys.executable}' '{tmp_path / 'copy.py'}' '{out}'"
-    assert main(["pretrain", tiny.pretrain, *SICK, f'monitor.webhook="{hook}"', "--run", str(run.root)]) == 0
+    assert main(["pretrain", tiny.pretrain, *SICK, f'monitor.alert_command="{hook}"', "--run", str(run.root)]) == 0
     events = [event for event in read_events(run.events) if event.kind not in LIFETIME]
     told = [json.loads(line) for line in out.read_text().splitlines()]
     assert "learning-rate" in {event.name for event in events}
     assert [alert["name"] for alert in told] == [event.name for event in events if event.step > 10]
     assert all(alert["run"] == str(run.root) and "optim.lr=3.3 (now 10)" in alert["message"] for alert in told)
     said = capsys.readouterr().err
-    for event in events:  # the console says the severity that the webhook says
+    for event in events:  # the console says the severity that the command is given
         severity = event.details.get("severity", "warning")
         assert f"\n{severity.capitalize()}: step {event.step}: {event.message}" in said
         assert next(alert["severity"] for alert in told if alert["name"] == event.name) == severity or event.step <= 10
@@ -53,9 +53,9 @@ def test_a_run_that_ends_worse_than_guessing_says_so_wherever_its_end_is_told(ti
     assert any("but 1 alert still holds: worse than guessing" in text for text in findings(read_run(run.root)))
 
 
-def test_a_webhook_that_cannot_work_is_refused_before_anything_is_made(tiny, tmp_path, capsys):
+def test_an_alert_command_that_cannot_work_is_refused_before_anything_is_made(tiny, tmp_path, capsys):
     for more in (["--dry-run"], []):
-        command = ["pretrain", tiny.pretrain, "monitor.webhook=no-such-program-here", "--run", str(tmp_path / "run"), *more]
+        command = ["pretrain", tiny.pretrain, "monitor.alert_command=no-such-program-here", "--run", str(tmp_path / "run"), *more]
         assert main(command) == 2
         assert "no program 'no-such-program-here'" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()

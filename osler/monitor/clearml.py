@@ -1,7 +1,6 @@
 """ClearML: the door to an optional library. Without a server set ``CLEARML_OFFLINE_MODE=1``.
 
-It runs in a process of its own (``outpost.py``). The task's id stands in the run folder, so a run that goes on is the same task
-there, with the run's count of steps.
+The task's id is in the run folder, so that a run that is resumed is the same task there, with the run's count of steps.
 """
 
 from __future__ import annotations
@@ -12,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from osler.monitor.alerts import Alert
+from osler.monitor.tracker import Tracker
 from osler.runtime.files import write_atomic
 
 ID_FILE = "clearml.id"
 
 
-class ClearmlSink:
+class ClearmlTracker(Tracker):
     """One task of a project."""
 
     def __init__(self, project: str, folder: str, name: str, config: Mapping[str, Any]) -> None:

@@ -1,7 +1,7 @@
 """Weights & Biases: the door to an optional library. Without a network set ``WANDB_MODE=offline``, and ``wandb sync`` later.
 
-It runs in a process of its own (``outpost.py``). The run's id stands in the run folder, so a run that goes on is the same run
-there. Charts are over ``step``, which is logged as a metric: W&B's own counter refuses a step that is made again after a resume.
+The run's id is in the run folder, so that a run that is resumed is the same run there. Charts are over ``step``, which is logged
+as a metric, because W&B's own counter refuses a step that is made again after a resume.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from osler.monitor.alerts import Alert
+from osler.monitor.tracker import Tracker
 from osler.runtime.files import write_atomic
 
 ID_FILE = "wandb.id"
 
 
-class WandbSink:
+class WandbTracker(Tracker):
     """One run of a project."""
 
     def __init__(self, project: str, folder: str, name: str, config: Mapping[str, Any]) -> None:

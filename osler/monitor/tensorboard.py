@@ -9,18 +9,19 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from osler.monitor.alerts import Alert
+from osler.monitor.tracker import Tracker
 
 FOLDER = "tensorboard"
 
 
-class TensorBoardSink:
+class TensorBoardTracker(Tracker):
     """Writes scalars and alerts to event files, whole after each line."""
 
-    def __init__(self, folder: Path, first_step: int) -> None:
+    def __init__(self, folder: str, first_step: int) -> None:
         """``first_step``: the first that this process writes."""
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer = SummaryWriter(log_dir=str(folder / FOLDER), purge_step=first_step)
+        self.writer = SummaryWriter(log_dir=str(Path(folder) / FOLDER), purge_step=first_step)
 
     def write(self, step: int, tokens: int, metrics: Mapping[str, float]) -> None:
         for name, value in metrics.items():

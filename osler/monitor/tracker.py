@@ -1,0 +1,195 @@
+"""A tracker in a process of its own, so that nothing it does costs the run a step.
+
+A library that talks to a network installs signal handlers, patches how processes start, holds the end of the program until its
+uploads are done, hangs, and crashes. Here it does all of that in a child process, which reads one JSON line for each call from a
+pipe. The run never waits for the pipe: what does not fit stays in a bounded queue, and what does not fit there is dropped and
+counted. At the end of the run the child has a few seconds to finish, and then goes on alone for at most ``LINGER_SECONDS``. What
+the library prints goes to a file in the run folder. Nothing is resumed: what a tracker lacks is in ``metrics.jsonl``.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from osler.monitor.alerts import Alert
+
+logger = logging.getLogger(__name__)
+
+QUEUE_BYTES = 4 * 2**20  # of lines that wait for the pipe
+PIPE_BYTES = 2**16  # written at once
+HANG_SECONDS = 120.0  # a tracker that has not read from a full pipe for so long hangs
+CLOSE_SECONDS = 8.0  # that the end of a run waits for its trackers, all together
+LINGER_SECONDS = 300.0  # that a tracker may live on after the run's process
+
+
+class Tracker:
+    """A place for metrics and alerts, as it is in the child. Every method may raise, and may take its time."""
+
+    def write(self, step: int, tokens: int, metrics: Mapping[str, float]) -> None:
+        """Take the finite metrics of a step."""
+
+    def alert(self, alert: Alert) -> None:
+        """Take an alert; raises UndeliveredError when the next one may get through."""
+
+    def close(self) -> None:
+        """Finish what was taken."""
+
+
+class UndeliveredError(Exception):
+    """An alert that did not arrive; the tracker is tried again with the next."""
+
+
+class TrackerProcess:
+    """The tracker ``module:Class(*arguments)`` in a child process; no method raises or waits, but for ``close``."""
+
+    def __init__(self, name: str, target: str, printed: Path, *arguments: Any) -> None:
+        """``name`` is what messages call the tracker, ``printed`` the file for what it prints."""
+        self.name, self.printed = name, printed
+        self.dropped = 0  # lines
+        self.is_gone = False  # has ended, was given up, or was closed
+        self._is_ending = self._has_warned = False
+        self._unsent = bytearray()
+        self._blocked_since: float | None = None
+        try:
+            printed.parent.mkdir(parents=True, exist_ok=True)
+            with printed.open("wb") as file:
+                self.process = subprocess.Popen(
+                    [sys.executable, "-c", "from osler.monitor.tracker import serve; serve()"],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=file,
+                    bufsize=0,
+                    env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+                    start_new_session=True,  # a Ctrl-C is for the run
+                )
+            assert self.process.stdin is not None and self.process.stdout is not None
+            self._to_child, self._from_child = self.process.stdin, self.process.stdout
+            os.set_blocking(self._to_child.fileno(), False)
+            os.set_blocking(self._from_child.fileno(), False)
+        except OSError as error:
+            self._give_up(f"could not be started ({error})")
+        self._send(target, arguments)  # not on the command line, which other users can read
+
+    def write(self, step: int, tokens: int, metrics: Mapping[str, float]) -> None:
+        """Hand on a line of metrics; they must be finite."""
+        self._send("write", {"step": step, "tokens": tokens, "metrics": dict(metrics)})
+
+    def alert(self, alert: Alert) -> None:
+        """Hand on an alert."""
+        self._send("alert", asdict(alert))
+
+    def end(self) -> None:
+        """Say that nothing more comes, without waiting for the tracker to finish."""
+        if not self._is_ending:
+            self._is_ending = True
+            self._send("close", {})
+
+    def close(self, seconds: float = CLOSE_SECONDS) -> None:
+        """Wait at most so long until the tracker has finished, and log what did not arrive; closing twice is fine."""
+        self.end()
+        if self.is_gone:
+            return
+        deadline = time.monotonic() + seconds
+        while not (is_gone := self._hear()) and time.monotonic() < deadline:
+            self._flush()
+            time.sleep(0.01)
+        if not is_gone:
+            logger.info(
+                f"{self.name} has not finished within {seconds:g} s; the run waits no longer. What it lacks is in metrics.jsonl."
+            )
+        elif self.dropped:
+            logger.warning(f"{self.name} was too slow for {self.dropped} lines; they are only in metrics.jsonl.")
+        self.is_gone = True
+        self._to_child.close()
+        self._from_child.close()
+
+    def _send(self, call: str, given: Any) -> None:
+        if self._hear():
+            return
+        line = json.dumps([call, given], allow_nan=False).encode("utf-8") + b"\n"
+        self._flush()
+        if len(self._unsent) + len(line) > QUEUE_BYTES and not self._is_ending:
+            self.dropped += 1
+            return
+        self._unsent += line
+        self._flush()
+
+    def _flush(self) -> None:
+        """Write what the pipe takes."""
+        try:
+            while self._unsent and (sent := self._to_child.write(self._unsent[:PIPE_BYTES])):
+                del self._unsent[:sent]
+                self._blocked_since = None
+        except OSError:  # the child has ended, and says why, or its exit code does
+            self._unsent.clear()
+        if self._unsent and self._blocked_since is None:
+            self._blocked_since = time.monotonic()
+
+    def _hear(self) -> bool:
+        """Read what the child has to say, log what is news, and return whether the tracker is gone."""
+        if self.is_gone:
+            return True
+        code, since = self.process.poll(), self._blocked_since
+        for line in (self._from_child.read() or b"").splitlines():
+            is_final, reason = json.loads(line)
+            if is_final:
+                self._give_up(f"failed ({reason}; more in {self.printed})")
+            elif not self._has_warned:
+                self._has_warned = True
+                logger.warning(f"{self.name} failed ({reason}). The run goes on; the next alert tries it again.")
+        if self.is_gone or (self._is_ending and code == 0):
+            self.is_gone = True
+        elif code is not None:
+            self._give_up(f"failed (exit code {code}; more in {self.printed})")
+        elif since is not None and time.monotonic() - since > HANG_SECONDS:
+            self._give_up(f"has not answered for {HANG_SECONDS:g} s")
+        return self.is_gone
+
+    def _give_up(self, what: str) -> None:
+        self.is_gone = True
+        logger.warning(f"{self.name} {what}. The run goes on without it.")
+
+
+def serve() -> None:
+    """In the child: open the tracker and make the calls that come in, until the run closes it or is gone."""
+    threading.Thread(target=_leave_after, args=(os.getppid(),), daemon=True).start()
+    to_run = os.dup(1)
+    os.dup2(2, 1)  # what the library prints is for the file
+
+    def tell(is_final: bool, reason: str) -> None:
+        os.write(to_run, json.dumps([is_final, reason[:300]]).encode("utf-8") + b"\n")
+
+    try:
+        target, arguments = json.loads(sys.stdin.readline())
+        module, _, name = target.partition(":")
+        tracker: Tracker = getattr(import_module(module), name)(*arguments)
+        for call, given in map(json.loads, sys.stdin):
+            if call == "close":
+                break
+            try:
+                tracker.alert(Alert(**given)) if call == "alert" else tracker.write(**given)
+            except UndeliveredError as error:
+                tell(False, str(error))
+        tracker.close()
+    except BaseException as error:
+        tell(True, f"{type(error).__name__}: {error}")
+        raise
+
+
+def _leave_after(parent: int) -> None:
+    """End this process some time after its parent, whatever it is doing: nobody would look for one that hangs."""
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    time.sleep(LINGER_SECONDS)
+    os._exit(1)
