@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from osler.config import Ge, Lt, NonNegativeInt, PositiveInt, config
 
-HeldOut = Annotated[float, Ge(0), Lt(1)]
+HoldoutFraction = Annotated[float, Ge(0), Lt(1)]
 
 
 @config
@@ -36,7 +36,7 @@ class FilesData:
     type: Literal["files"] = "files"
     path: str  # a .parquet, .jsonl, .ndjson, .txt or .md file (all but parquet also .gz and .zst), or a folder of them
     field: str = "text"  # the column of text in tables
-    holdout_fraction: HeldOut = 0.05  # share of the documents that becomes validation data, at least one document; 0: none
+    holdout_fraction: HoldoutFraction = 0.05  # share of the documents kept for validation, one at least; 0: none
     seed: int = 0  # of the choice of what is held out
 
 @config
@@ -48,7 +48,7 @@ class TurnsData:
     question_field: str = "question"  # the column with the question
     thinking_field: str | None = None  # the column with the reasoning between question and answer; null: there is none
     answer_field: str = "answer"  # the column with the answer
-    holdout_fraction: HeldOut = 0.05  # share of the examples that becomes validation data, at least one example; 0: none
+    holdout_fraction: HoldoutFraction = 0.05  # share of the examples kept for validation, one at least; 0: none
     seed: int = 0  # of the choice of what is held out
 
 @config

@@ -1,8 +1,7 @@
-"""Scoring exams, by what a model writes or by which option it finds most likely.
+"""Score exams, by what a model writes or by which option it finds most likely.
 
-``score_by_generation`` is the exam as a reader sees it: question in, thinking and answer out, greedy by default, the
-answer read as the rewards read it (``osler.tasks.answers``). ``score_by_likelihood`` needs no answer format, so it also
-suits base models.
+``score_by_generation`` shows the question, lets the model think and answer, and reads the answer as the rewards read it
+(``osler.tasks.answers``). ``score_by_likelihood`` needs no form of answer, so it also suits base models.
 """
 
 from __future__ import annotations
@@ -14,10 +13,12 @@ from typing import Literal
 import torch
 
 from osler.errors import UserError
+from osler.eval.logprobs import BATCH_TOKENS, evaluating, label_logprobs, padded_batches
 from osler.eval.score import ANSWERED, CUT, TOO_LONG, UNPARSED, ExamScore, Result, summarise
 from osler.inference.engine import InferenceEngine
+from osler.inference.rollout import SamplingParams
 from osler.model.transformer import Transformer
-from osler.ops.cross_entropy import linear_logprobs
+from osler.ops.labels import IGNORED
 from osler.runtime.stop import asked
 from osler.tasks.answers import read_answer
 from osler.tasks.item import ExamItem, permute, render_answer, render_question, reorder
@@ -25,62 +26,62 @@ from osler.tokenizer.bpe import Tokenizer
 from osler.tokenizer.chat import Completion, encode_prompt, parse_completion
 
 
+def greedy(max_new_tokens: int) -> SamplingParams:
+    """Return how an exam is mostly sat: always the likeliest token, thinking and answer in ``max_new_tokens`` together."""
+    return SamplingParams(max_new_tokens, temperature=0.0)
+
+
 def score_by_generation(
     engine: InferenceEngine,
     tokenizer: Tokenizer,
     items: Sequence[ExamItem],
+    sampling: SamplingParams,
     *,
-    max_new_tokens: int,
     reasoning: bool = True,
-    temperature: float = 0.0,
-    batch_rows: int = 256,
     permutations: int = 1,
-    seed: int = 0,
     cluster_by_group: bool = False,
-    max_seq_len: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> ExamScore:
     """Let the model write an answer to every item and score what it wrote.
 
-    With ``permutations`` k every item is shown in k option orders (k = number of options: the right one in each place
-    once). Prompt and completion must fit ``max_seq_len`` (default: the model's); a context passage is shortened from
-    its front to fit, a question is not. ``progress`` is called with the number of presentations done.
+    With ``permutations`` k every item is shown in k option orders (k = number of options: the right one stands in each place
+    once). Prompt and completion must fit the model's ``max_seq_len``; a context passage is shortened from its front to fit, a
+    question is not. The seed of ``sampling`` also draws the orders. ``progress`` is called with the number of answers so far.
     """
-    longest = max_seq_len or engine.model.config.max_seq_len
-    room = longest - max_new_tokens
+    longest = engine.model.config.max_seq_len
+    room = longest - sampling.max_new_tokens
     if room < 1:
         raise UserError(
-            f"max_new_tokens is {max_new_tokens}, which leaves no room for a question in the model's "
+            f"max_new_tokens is {sampling.max_new_tokens}, which leaves no room for a question in the model's "
             f"{longest} tokens: ask for shorter answers."
         )
-    shown = list(presentations(items, permutations, seed))
+    shown = list(presentations(items, permutations, sampling.seed))
     prompts = [_fitted(item, lambda text: encode_prompt(tokenizer, text, reasoning=reasoning), room) for item in shown]
     results = [Result(item, TOO_LONG, right=False) for item in shown]
-    order = sorted(
-        (i for i, prompt in enumerate(prompts) if prompt is not None), key=lambda i: (-len(prompts[i] or ()), i)
-    )
-    done = len(shown) - len(order)
-    for start in range(0, len(order), batch_rows):
+    fitting = [(i, prompt) for i, prompt in enumerate(prompts) if prompt is not None]
+    fitting.sort(key=lambda pair: -len(pair[1]))
+    for start in range(0, len(fitting), engine.max_rows):
         if asked():  # a trainer that asks all ranks whether to stop makes nothing of this score
             break
-        batch = order[start : start + batch_rows]
+        batch = fitting[start : start + engine.max_rows]
         rollout = engine.generate(
-            [prompts[i] or [] for i in batch],
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
+            [prompt for _, prompt in batch],
+            max_new_tokens=sampling.max_new_tokens,
+            temperature=sampling.temperature,
             stop_ids=[tokenizer.eos_id],
-            seed=seed + start,
+            seed=sampling.seed + start,
         )
-        for i, ids in zip(batch, rollout.completions, strict=True):
+        for (i, _), ids in zip(batch, rollout.completions, strict=True):
             results[i] = mark(shown[i], parse_completion(tokenizer, ids, reasoning=reasoning))
-        done += len(batch)
         if progress is not None:
-            progress(done)
-    return summarise(results, cluster_by_group=cluster_by_group, max_seq_len=longest, max_new_tokens=max_new_tokens)
+            progress(len(shown) - len(fitting) + start + len(batch))
+    return summarise(
+        results, cluster_by_group=cluster_by_group, max_seq_len=longest, max_new_tokens=sampling.max_new_tokens
+    )
 
 
 def presentations(items: Iterable[ExamItem], permutations: int, seed: int) -> Iterator[ExamItem]:
-    """Every item in ``permutations`` option orders: as it is, then its rotations, then rotations of shuffled orders.
+    """Yield every item in ``permutations`` option orders: as it is, then its rotations, then rotations of shuffled orders.
 
     An item whose options point at each other is shown as often, always as it is, so that all items weigh the same.
     """
@@ -95,7 +96,7 @@ def presentations(items: Iterable[ExamItem], permutations: int, seed: int) -> It
 
 
 def mark(item: ExamItem, completion: Completion) -> Result:
-    """The examiner: read the completion's answer and compare it with the item's."""
+    """Read the completion's answer and compare it with the item's."""
     reading = read_answer(item, completion)
     status = ANSWERED if reading.readable else UNPARSED if completion.finished else CUT
     return Result(item, status, reading.right, reading.choice, completion.answer or "", completion.thinking)
@@ -108,20 +109,19 @@ def score_by_likelihood(
     *,
     template: bool = True,
     normalise: Literal["bytes", "tokens", "none"] = "bytes",
-    batch_tokens: int = 16_384,
     permutations: int = 1,
     seed: int = 0,
     cluster_by_group: bool = False,
 ) -> ExamScore:
     """Choose the option whose text is most likely after the prompt; items must have options.
 
-    With ``template`` the prompt is the chat template up to the answer (no thinking) with the options listed, and an
-    option is scored as ``text (B)``; without it the prompt is plain "Question: ... Answer:" and an option is its bare
-    text. The log-likelihood of all that is scored is divided by its UTF-8 bytes (default: the same for every tokenizer), by
-    its tokens, or by nothing (lm-evaluation-harness's ``acc``: short options win). By bytes is the harness's ``acc_norm``,
-    which divides by the characters of the choice without the space before it, wherever the choices are ASCII; beyond ASCII
-    a character is several bytes. In the template the choices in that sense are ``text (A)``, ``text (B)`` and so on. Equal
-    scores go to the earlier option.
+    With ``template`` the prompt is the chat template up to the answer (no thinking) with the options listed, and an option is
+    scored as ``text (B)``; without it the prompt is plain "Question: ... Answer:" and an option is its bare text.
+
+    The log-likelihood of all that is scored is divided by its UTF-8 bytes (the default, the same for every tokenizer), by its
+    tokens, or by nothing (lm-evaluation-harness's ``acc``, where short options win). By bytes is the harness's ``acc_norm`` as
+    long as the choices are ASCII: it divides by the characters of the choice without the space before it. In the template its
+    choices are ``text (A)``, ``text (B)`` and so on. Of equal scores the earlier option wins.
     """
     shown = list(presentations(items, permutations, seed))
     results = [Result(item, TOO_LONG, right=False) for item in shown]
@@ -132,7 +132,7 @@ def score_by_likelihood(
         if options is not None:
             owners.append((i, range(len(rows), len(rows) + len(options))))
             rows.extend(options)
-    sums = sum_logprobs(model, rows, batch_tokens=batch_tokens)
+    sums = sum_logprobs(model, rows)
     for i, mine in owners:
         item = shown[i]
         sizes = {
@@ -147,7 +147,7 @@ def score_by_likelihood(
 
 
 def scored_texts(item: ExamItem, *, template: bool) -> list[str]:
-    """What the model is scored on, for every option: the answer as it is taught, or in plain text the option alone."""
+    """Return the text that is scored for every option: the answer as it is taught, or without the template the bare option."""
     if not template:
         return list(item.options)
     return [render_answer(replace(item, answer_index=index)) for index in range(len(item.options))]
@@ -156,11 +156,11 @@ def scored_texts(item: ExamItem, *, template: bool) -> list[str]:
 def option_rows(
     tokenizer: Tokenizer, item: ExamItem, *, template: bool, max_seq_len: int
 ) -> list[tuple[list[int], int]] | None:
-    """For every option the ids of prompt and option together, and where scoring starts; None when they do not fit.
+    """Return for every option the ids of prompt and option together and where scoring starts; None when they do not fit.
 
-    Plain text is tokenised jointly, because a merge may straddle the border; scoring starts where the options' ids, or
-    the prompt's own, first differ, so the straddled characters count alike in every option. In the template a special
-    token is the border.
+    Plain text is tokenised as a whole, because a merge may straddle the border. Scoring starts where the ids of the options, or
+    those of the prompt alone, first differ, so that characters on both sides of the border count alike in every option. In the
+    template a special token is the border.
     """
     if not item.options:
         raise ValueError(f"item {item.id} has no options to compare")
@@ -174,9 +174,8 @@ def option_rows(
     def plain(text: str) -> list[int]:
         return tokenizer.encode(f"Question: {text}\nAnswer:")
 
-    bare = replace(item, options=(), answer_index=-1)
     longest = max(len(tokenizer.encode(f" {text}")) for text in texts) + 1
-    kept = _shortened(bare, plain, max_seq_len - longest)
+    kept = _shortened(replace(item, options=(), answer_index=-1), plain, max_seq_len - longest)
     if kept is None:
         return None
     stem = f"Question: {render_question(kept)}\nAnswer:"
@@ -187,49 +186,31 @@ def option_rows(
 
 
 def sum_logprobs(
-    model: Transformer, rows: Sequence[tuple[list[int], int]], *, batch_tokens: int = 16_384
+    model: Transformer, rows: Sequence[tuple[list[int], int]], *, batch_tokens: int = BATCH_TOKENS
 ) -> list[float]:
-    """For every row (ids, start) the sum of log p(ids[t] | ids[:t]) over t >= start, in nats; start >= 1."""
-    device = next(model.parameters()).device
-    order = sorted(range(len(rows)), key=lambda row: -len(rows[row][0]))
+    """Return for every row (ids, start) the sum of log p(ids[t] | ids[:t]) over t >= start, in nats; start >= 1."""
+    labelled = [(ids[:-1], [IGNORED] * (start - 1) + ids[start:]) for ids, start in rows]
     sums = [0.0] * len(rows)
-    position = 0
-    training = model.training
-    model.eval()
-    with torch.no_grad():
-        while position < len(order):
-            width = len(rows[order[position]][0])
-            batch = order[position : position + max(1, batch_tokens // width)]
-            position += len(batch)
-            ids_BT = torch.zeros(
-                len(batch), width, dtype=torch.int64
-            )  # right padding: causal attention never looks there
-            scored_BT = torch.zeros(len(batch), width, dtype=torch.bool)
-            for b, row in enumerate(batch):
-                ids, start = rows[row]
-                ids_BT[b, : len(ids)] = torch.tensor(ids)
-                scored_BT[b, start : len(ids)] = True
-            ids_BT = ids_BT.to(device)
-            scored = scored_BT[:, 1:].to(device)
-            features, weight = model.head(model(ids_BT)[:, :-1][scored])
-            logp, _ = linear_logprobs(features, weight, ids_BT[:, 1:][scored], vocab_size=model.config.vocab_size)
-            owner = scored.nonzero()[:, 0]
-            totals = torch.zeros(len(batch), dtype=torch.float64, device=device).index_add_(0, owner, logp.double())
-            for row, total in zip(batch, totals.tolist(), strict=True):
-                sums[row] = total
-    model.train(training)
+    with evaluating(model):
+        for numbers, ids_BT, labels_BT in padded_batches(labelled, batch_tokens):
+            scored_BT, logprobs_N = label_logprobs(model, ids_BT, labels_BT)
+            totals = torch.zeros(len(numbers), dtype=torch.float64, device=logprobs_N.device)
+            totals.index_add_(0, scored_BT.nonzero()[:, 0], logprobs_N.double())
+            for number, total in zip(numbers, totals.tolist(), strict=True):
+                sums[number] = total
     return sums
 
 
 def _fitted(item: ExamItem, encode: Callable[[str], list[int]], room: int) -> list[int] | None:
+    """Return the prompt of an item that is shortened to ``room`` tokens; None when it cannot be."""
     kept = _shortened(item, encode, room)
     return None if kept is None else encode(render_question(kept))
 
 
 def _shortened(item: ExamItem, encode: Callable[[str], list[int]], room: int) -> ExamItem | None:
-    """The item with as many of its context's last words as fit ``room`` tokens; None when even none of them does.
+    """Return the item with as many last words of its context as fit ``room`` tokens; None when even the question does not.
 
-    An abstract gives its results last, so the front goes first.
+    The front goes first, because an abstract gives its results last.
     """
     if len(encode(render_question(item))) <= room:
         return item

@@ -1,4 +1,4 @@
-"""``osler eval``: sit an exam with a checkpoint, or measure how well it predicts a text.
+"""``osler eval``: let a checkpoint sit an exam, or measure how well it predicts a text.
 
 A score is printed with its interval, chance and the best constant letter, and goes into the run folder's ``exams.json``,
 where the report finds it. Nothing is resumed: an interrupted evaluation starts again and leaves no file.
@@ -19,10 +19,12 @@ from osler.decode import decode
 from osler.errors import UserError
 from osler.eval.config import CLINIC_EXAM, EvalConfig
 from osler.eval.exams import score_by_generation, score_by_likelihood
-from osler.eval.perplexity import HeldOut, batches, measure, windows
+from osler.eval.logprobs import BATCH_TOKENS
+from osler.eval.perplexity import TextScore, batches, measure, windows
 from osler.eval.score import ExamScore, Result, describe_too_long, length_explains, summarise
 from osler.inference.engine import InferenceEngine
 from osler.inference.ready import ReadyModel, open_model
+from osler.inference.rollout import SamplingParams
 from osler.recipe import parse_overrides
 from osler.runtime.files import read_json, write_json
 from osler.runtime.log import Progress
@@ -34,12 +36,11 @@ logger = logging.getLogger(__name__)
 
 EXAMS_FILE = "exams.json"
 LIKELIHOOD_ITEMS = 32  # scored between two updates of the progress line
-BATCH_TOKENS = 16_384  # of a forward pass
 
 
 @dataclass(frozen=True)
 class Sitting:
-    """One exam sat in one way."""
+    """The score of one exam, sat in one way."""
 
     exam: str
     method: str
@@ -47,7 +48,7 @@ class Sitting:
 
 
 def run(checkpoint: str, overrides: Sequence[str] = ()) -> int:
-    """The command ``eval``; returns the process's exit code."""
+    """Run the command ``eval`` and return the process's exit code."""
     config = read_config(overrides)
     check_task(config.task, "task")
     ready = open_model(checkpoint, device=config.device, which=config.which)
@@ -65,7 +66,7 @@ def run(checkpoint: str, overrides: Sequence[str] = ()) -> int:
 
 
 def read_config(overrides: Sequence[str]) -> EvalConfig:
-    """The config that overrides describe; a task without a type is the clinic's exam with some fields changed."""
+    """Return the config that the overrides describe; a task without a type is the clinic's exam with some fields changed."""
     given = parse_overrides(overrides)
     task = given.get("task")
     if isinstance(task, dict):
@@ -78,7 +79,7 @@ def read_config(overrides: Sequence[str]) -> EvalConfig:
 
 
 def complete(config: EvalConfig, ready: ReadyModel) -> tuple[EvalConfig, ShardSet | None]:
-    """What to do when it was not said: the clinic's exam, the exam of the training, or the run's held-out text."""
+    """Fill in what to measure where nothing was asked for: the clinic's exam, that of the training, or the held-out text."""
     if config.task is not None or config.text is not None:
         return config, None
     if ready.knows_clinic:
@@ -98,7 +99,7 @@ def complete(config: EvalConfig, ready: ReadyModel) -> tuple[EvalConfig, ShardSe
 
 
 def sit(config: EvalConfig, ready: ReadyModel) -> list[Sitting]:
-    """Sit every part of the exam in every way asked for."""
+    """Let the model sit every part of the exam in every way that was asked for."""
     exams = {name: load_task(task) for name, task in parts(config.task).items()}
     for name, items in exams.items():
         if not items:
@@ -115,7 +116,7 @@ def sit(config: EvalConfig, ready: ReadyModel) -> list[Sitting]:
 
 
 def parts(task: Any) -> dict[str, Any]:
-    """The exams that a task config stands for, by the name they are shown under; the clinic's splits are exams apart."""
+    """Return the exams of a task config by the name they are shown under; each split of the clinic is an exam of its own."""
     if isinstance(task, ClinicTask):
         splits = [split.strip() for split in task.split.split(",")]
         return {split: replace(task, split=split) for split in splits}
@@ -123,7 +124,7 @@ def parts(task: Any) -> dict[str, Any]:
 
 
 def methods(config: EvalConfig, ready: ReadyModel, items: Sequence[ExamItem]) -> list[str]:
-    """How an exam is sat: as asked for, or as the model's training and the kind of questions suggest."""
+    """Return how the exam is sat: as asked for, or as the model's training and the kind of questions suggest."""
     has_options = all(item.options for item in items)
     if config.method in ("likelihood", "both") and not has_options:
         raise UserError("These questions have no options to compare the likelihoods of; use method=generation.")
@@ -144,24 +145,21 @@ def methods(config: EvalConfig, ready: ReadyModel, items: Sequence[ExamItem]) ->
 
 
 def by_generation(config: EvalConfig, ready: ReadyModel, items: Sequence[ExamItem], progress: Callable[[int], None]) -> ExamScore:
-    """The score of what the model writes."""
+    """Score what the model writes."""
     return score_by_generation(
         InferenceEngine(ready.model, max_rows=config.rows),
         ready.tokenizer,
         items,
-        max_new_tokens=config.max_new_tokens,
+        SamplingParams(config.max_new_tokens, temperature=config.temperature, seed=config.seed),
         reasoning=ready.reasons if config.reasoning is None else config.reasoning,
-        temperature=config.temperature,
-        batch_rows=config.rows,
         permutations=config.permutations,
-        seed=config.seed,
         cluster_by_group=isinstance(config.task, ClinicTask),  # items of one fact stand or fall together
         progress=progress,
     )
 
 
 def by_likelihood(config: EvalConfig, ready: ReadyModel, items: Sequence[ExamItem], progress: Callable[[int], None]) -> ExamScore:
-    """The score of the options that the model finds most likely."""
+    """Score the options that the model finds most likely, a few items at a time so that progress can be shown."""
     results: list[Result] = []
     for start in range(0, len(items), LIKELIHOOD_ITEMS):
         part = score_by_likelihood(
@@ -170,7 +168,6 @@ def by_likelihood(config: EvalConfig, ready: ReadyModel, items: Sequence[ExamIte
             items[start : start + LIKELIHOOD_ITEMS],
             template=ready.answers_questions,
             normalise=config.normalise,
-            batch_tokens=BATCH_TOKENS,
             permutations=config.permutations,
             seed=config.seed,
         )
@@ -181,7 +178,7 @@ def by_likelihood(config: EvalConfig, ready: ReadyModel, items: Sequence[ExamIte
 
 
 def table(sittings: Sequence[Sitting]) -> str:
-    """The scores beside what they must be compared with, the letters answered, and what the reader should not overlook."""
+    """Return the scores beside what they must be compared with, the letters answered, and remarks."""
     wide = max(len("exam"), *(len(sitting.exam) for sitting in sittings))
     lines = [f"{'exam':<{wide}}  method      accuracy  95 % interval    questions  chance  one letter  unparsed   cut  too long"]
     letters = []
@@ -210,7 +207,7 @@ def table(sittings: Sequence[Sitting]) -> str:
 
 
 def remarks(sitting: Sitting) -> Iterator[str]:
-    """What the reader of a score should not overlook."""
+    """Yield what the reader of a score should not overlook."""
     score, name = sitting.score, f"{sitting.exam}, {sitting.method}"
     low, high = score.interval
     baseline = max(score.chance, score.constant_accuracy)
@@ -229,7 +226,7 @@ def remarks(sitting: Sitting) -> Iterator[str]:
 
 
 def label(config: EvalConfig, ready: ReadyModel, checkpoint: str) -> str:
-    """What the report calls the checkpoint: its kind of training when it stands for the run, with its step otherwise."""
+    """Return the name of the checkpoint in the report: its kind of training, with its step unless it is the run's newest."""
     kind = ready.kind or "model"
     stands_for_run = ready.run is not None and config.which == "newest" and Path(checkpoint).resolve() != ready.path.resolve()
     return kind if stands_for_run else f"{kind}, step {ready.loaded.state.get('step', 0):,}"
@@ -257,8 +254,8 @@ def save_scores(ready: ReadyModel, name: str, sittings: Sequence[Sitting]) -> No
 # -- text --------------------------------------------------------------------------------------------------------------
 
 
-def measure_files(config: EvalConfig, ready: ReadyModel) -> HeldOut:
-    """What the files at ``text`` cost the model: read twice, once to count their bytes."""
+def measure_files(config: EvalConfig, ready: ReadyModel) -> TextScore:
+    """Measure the files at ``text``; they are read twice, once to count their bytes."""
     assert config.text is not None
     source = TextFiles(config.text, config.text_field, path_key="text", field_key="text_field")
     sizes = [len(document.text.encode("utf-8")) for document in source if not document.is_empty]
@@ -269,8 +266,8 @@ def measure_files(config: EvalConfig, ready: ReadyModel) -> HeldOut:
     return measure_documents(config, ready, documents, len(sizes), sum(sizes))
 
 
-def measure_shards(config: EvalConfig, ready: ReadyModel, shards: ShardSet) -> HeldOut:
-    """What a prepared split costs the model."""
+def measure_shards(config: EvalConfig, ready: ReadyModel, shards: ShardSet) -> TextScore:
+    """Measure a prepared split."""
     if shards.tokenizer_fingerprint != ready.tokenizer.fingerprint:
         raise UserError(f"{shards.folder} was prepared with another tokenizer than the model's; prepare it anew.")
     return measure_documents(config, ready, shards.documents(), shards.num_documents, shards.num_bytes)
@@ -278,8 +275,8 @@ def measure_shards(config: EvalConfig, ready: ReadyModel, shards: ShardSet) -> H
 
 def measure_documents(
     config: EvalConfig, ready: ReadyModel, documents: Iterator[list[int]], count: int, num_bytes: int
-) -> HeldOut:
-    """What documents (ids that end with the end-of-text token) cost, cut into windows."""
+) -> TextScore:
+    """Measure documents, whose ids end with the end-of-text token, in windows."""
     seq_len = window(config, ready)
     if config.overlap >= seq_len:
         raise UserError(f"overlap {config.overlap} must be less than the window of {seq_len} tokens.")
@@ -295,15 +292,15 @@ def measure_documents(
 
 
 def window(config: EvalConfig, ready: ReadyModel) -> int:
-    """How many tokens are read at once."""
+    """Return how many tokens are read at once."""
     longest = ready.model.config.max_seq_len
     if config.seq_len is not None and config.seq_len > longest:
         raise UserError(f"seq_len {config.seq_len} is longer than the {longest} tokens (max_seq_len) that the model allows.")
     return config.seq_len or ready.seq_len
 
 
-def describe_text(name: str, cost: HeldOut, config: EvalConfig, ready: ReadyModel) -> str:
-    """The cost of a text in one line; bits per byte are comparable between all models, the rest only within a tokenizer."""
+def describe_text(name: str, cost: TextScore, config: EvalConfig, ready: ReadyModel) -> str:
+    """Describe the score of a text in a line; only its bits per byte can be compared between models of several tokenizers."""
     return (
         f"{name}: {cost.bits_per_byte:.4f} bits per byte ({cost.bytes:,} bytes; {cost.tokens:,} tokens at {cost.loss:.4f} nats, "
         f"perplexity {cost.perplexity:.1f}; read {window(config, ready)} tokens at a time)"

@@ -1,8 +1,7 @@
-"""The score of an exam: what a model answered, what that is worth, and what it must be compared with.
+"""The score of an exam, with its confidence interval and what it must be compared with.
 
-A score never stands alone: beside it are its interval, chance, and the best constant letter on the same items, because
-a model at chance gains most cheaply by always saying one letter. Unreadable, cut and too long answers are counted and
-are wrong; nothing is left out.
+Beside a score stand chance and the best constant letter on the same items, because always saying one letter is the cheapest
+way for a model to gain. Answers that cannot be read, were cut or had no room are counted and are wrong; nothing is left out.
 """
 
 from __future__ import annotations
@@ -24,19 +23,19 @@ TOO_LONG = "too_long"  # the question did not fit into the model's context
 
 @dataclass(frozen=True)
 class Result:
-    """One presentation of one item: ``item`` has its options in the order that was shown."""
+    """What came of one presentation of an item; ``item`` has its options in the order that was shown."""
 
     item: ExamItem
     status: str
     right: bool
     predicted: int | None = None  # the option's position as shown
     text: str = ""  # the answer as it was written
-    thinking: str = ""  # and the reasoning before it
+    thinking: str = ""  # the reasoning before it
 
 
 @dataclass(frozen=True)
 class ExamScore:
-    """The accuracy of one model on one exam, over ``n`` items shown in ``presentations`` option orders altogether."""
+    """The accuracy of one model on one exam of ``n`` items, which were shown ``presentations`` times in all."""
 
     n: int
     presentations: int
@@ -55,32 +54,20 @@ class ExamScore:
     groups: dict[str, dict[str, Any]]  # by the first part of the item's group: n, correct, accuracy, interval
     results: tuple[Result, ...]
 
-    def to_dict(self, *, results: bool = False) -> dict[str, Any]:
-        """Plain values for JSON; with ``results`` also one record per presentation."""
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for JSON, without the single results."""
         record = {name: value for name, value in vars(self).items() if name != "results"}
         record["interval"] = list(self.interval)
         record["constant_letter_baseline"] = record.pop("constant_accuracy")
-        if results:
-            record["results"] = [
-                {
-                    "id": result.item.id,
-                    "group": result.item.group,
-                    "status": result.status,
-                    "right": result.right,
-                    "predicted": _letter(result.predicted),
-                    "expected": result.item.answer_letter or result.item.answer,
-                    "text": result.text,
-                }
-                for result in self.results
-            ]
         return record
 
 
 def summarise(
     results: Sequence[Result], *, cluster_by_group: bool = False, max_seq_len: int = 0, max_new_tokens: int = 0
 ) -> ExamScore:
-    """The score of ``results``; presentations of one item (with ``cluster_by_group``: of one group) count as one
-    cluster. The two lengths are only recorded, to say what a question did not fit into.
+    """Return the score of ``results``. Presentations of one item (with ``cluster_by_group``: of one group) are one cluster.
+
+    The two lengths are only recorded, to say what a question did not fit into. Raises UserError when there are no results.
     """
     if not results:
         raise UserError("There are no items to score: the exam is empty.")
@@ -113,15 +100,15 @@ def summarise(
 
 
 def length_explains(high: float, baseline: float, too_long: float, presentations: float) -> bool:
-    """Whether a score below ``baseline`` may be due to questions that did not fit alone.
+    """Return whether questions that did not fit may alone explain a score below ``baseline``.
 
-    It may when ``high``, the upper end of its interval, would reach the baseline had those been guessed at that rate.
+    They may when ``high``, the upper end of its interval, would reach the baseline if those had been guessed at that rate.
     """
     return too_long > 0 and high < baseline <= high + baseline * too_long / presentations
 
 
 def describe_too_long(too_long: int, presentations: int, correct: int, max_seq_len: int, max_new_tokens: int) -> str:
-    """How many questions did not fit into what, and how the others went, without a full stop; a length of 0 is left out."""
+    """Say how many questions did not fit into what, and how the others went, without a full stop; a length of 0 is unknown."""
     answer = f", of which max_new_tokens keeps {max_new_tokens:,} for the answer" if max_new_tokens else ""
     room = f" (max_seq_len {max_seq_len:,}{answer})" if max_seq_len else ""
     others = f"; of the other {presentations - too_long:,} it answered {correct:,} right" if too_long < presentations else ""
@@ -129,7 +116,7 @@ def describe_too_long(too_long: int, presentations: int, correct: int, max_seq_l
 
 
 def compare(before: ExamScore, after: ExamScore, *, cluster_by_group: bool = False) -> Difference:
-    """The gain from ``before`` to ``after``, paired item by item (an item's presentations are averaged first).
+    """Return the gain from ``before`` to ``after``, paired item by item; an item's presentations are averaged first.
 
     Raises UserError when the two were not scored on the same items.
     """

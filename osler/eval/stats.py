@@ -1,25 +1,23 @@
-"""Intervals for scores: one proportion, and the difference of two models on the same items.
+"""Confidence intervals for scores: of one proportion, and of the difference of two models on the same items.
 
-Items that ask for the same fact, or the same item under several option orders, are not independent. Every function
-therefore takes ``clusters``: the variance is computed from the clusters' sums (a sandwich estimator with the usual
-correction for few clusters), which says how many independent items the sample is worth, and that effective size goes
-into the closed formula. The bootstrap is the second, slower route to the same numbers and works for any mean.
+Items that ask for the same fact, or the same item under several option orders, are not independent. Every function therefore
+takes ``clusters``: the variance is computed from the clusters' sums (a sandwich estimator with the usual correction for few
+clusters). It says how many independent items the sample is worth, and that effective size goes into the closed formula. A test
+compares the intervals with those of a bootstrap.
 
 Sources: Wilson 1927; Agresti and Min 2005 (adjusted interval for matched pairs); Cameron and Miller 2015 (clusters).
 """
 
 from __future__ import annotations
 
-import random
 from collections.abc import Hashable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from math import sqrt
 from statistics import NormalDist
-from typing import Any
 
 
 def wilson(correct: float, n: float, confidence: float = 0.95) -> tuple[float, float]:
-    """Wilson's score interval for ``correct`` among ``n``, which may be an effective, fractional size."""
+    """Return Wilson's score interval for ``correct`` among ``n``, which may be an effective, fractional size."""
     if n <= 0 or not 0 <= correct <= n:
         raise ValueError(f"{correct} correct of {n} is no proportion")
     z = NormalDist().inv_cdf(0.5 + confidence / 2)
@@ -33,7 +31,7 @@ def wilson(correct: float, n: float, confidence: float = 0.95) -> tuple[float, f
 def mean_interval(
     values: Sequence[float], clusters: Sequence[Hashable] | None = None, confidence: float = 0.95
 ) -> tuple[float, float]:
-    """Wilson's interval for the mean of ``values`` in [0, 1], at the effective sample size that the clusters leave.
+    """Return Wilson's interval for the mean of ``values`` in [0, 1], at the effective sample size that the clusters leave.
 
     The effective size is at most the number of values, and the number of clusters where the variance is zero (all right
     or all wrong).
@@ -50,7 +48,7 @@ def mean_interval(
 
 @dataclass(frozen=True)
 class Difference:
-    """``after - before`` on the same items: the mean, its interval, and the items on which the two disagree."""
+    """``after - before`` on the same items: the mean, its interval, and how many items were gained and lost."""
 
     mean: float
     interval: tuple[float, float]
@@ -59,10 +57,6 @@ class Difference:
     gained: int
     lost: int
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return {**asdict(self), "interval": list(self.interval)}
-
 
 def paired_difference(
     before: Sequence[float],
@@ -70,7 +64,7 @@ def paired_difference(
     clusters: Sequence[Hashable] | None = None,
     confidence: float = 0.95,
 ) -> Difference:
-    """The change of a score in [0, 1] between two models on the same items, in the same order.
+    """Return the change of a score in [0, 1] between two models on the same items, in the same order.
 
     The interval adds half an item to each of the four cells right/wrong by right/wrong (Agresti and Min), so it stays
     wide when the two models hardly ever disagree; ``mean`` is the plain difference.
@@ -95,30 +89,6 @@ def paired_difference(
     )
 
 
-def bootstrap_mean(
-    values: Sequence[float],
-    clusters: Sequence[Hashable] | None = None,
-    *,
-    confidence: float = 0.95,
-    resamples: int = 2000,
-    seed: int = 0,
-) -> tuple[float, float]:
-    """Percentile bootstrap interval of the mean, drawing whole clusters with replacement; the same seed gives the
-    same interval.
-    """
-    _mean(values)
-    clusters = range(len(values)) if clusters is None else clusters
-    groups = list(_by_cluster(values, clusters).values())
-    rng = random.Random(seed)
-    means = []
-    for _ in range(resamples):
-        drawn = rng.choices(groups, k=len(groups))
-        means.append(sum(total for total, _ in drawn) / sum(count for _, count in drawn))
-    means.sort()
-    tail = (1 - confidence) / 2
-    return means[int(tail * resamples)], means[min(resamples - 1, int((1 - tail) * resamples))]
-
-
 def _mean(values: Sequence[float]) -> float:
     if not values:
         raise ValueError("no items: a mean of nothing has no interval")
@@ -126,7 +96,7 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def _by_cluster(values: Sequence[float], clusters: Sequence[Hashable]) -> dict[Hashable, tuple[float, int]]:
-    """The sum and the count of every cluster."""
+    """Return the sum and the count of every cluster."""
     sums: dict[Hashable, tuple[float, int]] = {}
     for value, cluster in zip(values, clusters, strict=True):
         total, count = sums.get(cluster, (0.0, 0))
@@ -135,11 +105,9 @@ def _by_cluster(values: Sequence[float], clusters: Sequence[Hashable]) -> dict[H
 
 
 def _clustered_sum_of_squares(values: Sequence[float], clusters: Sequence[Hashable], centre: float) -> float:
-    """Sum over clusters of the squared sum of deviations, times G / (G - 1) for real clusters: n**2 times the
-    mean's variance.
-    """
+    """Return n**2 times the variance of the mean: the sum of the clusters' squared sums of deviations, corrected."""
     sums = _by_cluster(values, clusters)
     groups = len(sums)
-    # single items keep the textbook variance p (1 - p) / n, so that Wilson's own interval comes back exactly
+    # G / (G - 1), but single items keep the textbook variance p (1 - p) / n, so that Wilson's own interval comes back exactly
     correction = groups / (groups - 1) if 1 < groups < len(values) else 1.0
     return correction * sum((total - count * centre) ** 2 for total, count in sums.values())

@@ -31,7 +31,7 @@ from osler.data.config import ClinicData
 from osler.decode import decode
 from osler.errors import UserError
 from osler.eval.config import EXAM_SEED
-from osler.eval.exams import score_by_generation
+from osler.eval.exams import greedy, score_by_generation
 from osler.eval.score import ExamScore, Result, compare
 from osler.inference.engine import InferenceEngine
 from osler.inference.load import load_model
@@ -201,7 +201,7 @@ class Story:
         for split in self.config.exam_splits:
             items = load_clinic_exam(split=split, limit=self.config.exam_items, seed=EXAM_SEED)
             scores[split] = score_by_generation(
-                engine, loaded.tokenizer, items, max_new_tokens=self.config.exam_new_tokens, cluster_by_group=True
+                engine, loaded.tokenizer, items, greedy(self.config.exam_new_tokens), cluster_by_group=True
             )
             score = scores[split]
             logger.info(

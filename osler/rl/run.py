@@ -17,7 +17,7 @@ from osler.checkpoint.manifest import STATE, TENSORS_SUFFIX
 from osler.checkpoint.root import refuse_checkpoint
 from osler.decode import decode
 from osler.errors import UserError
-from osler.eval.exams import score_by_generation
+from osler.eval.exams import greedy, score_by_generation
 from osler.inference.engine import InferenceEngine
 from osler.inference.load import LoadedModel, describing_files, load_model
 from osler.monitor.logger import check_trackers
@@ -241,11 +241,9 @@ def exam(
                 sampler,
                 tokenizer,
                 share,
-                max_new_tokens=config.algorithm.max_new_tokens,
+                replace(greedy(config.algorithm.max_new_tokens), seed=config.seed),
                 reasoning=config.tasks[0].reasoning,
-                batch_rows=config.rollout_rows,
                 permutations=config.eval_permutations,
-                seed=config.seed,
             )
             counts = (score.correct, score.unparsed + score.cut + score.too_long, score.presentations)
         right, unread, shown, left = world.all_reduce_sum(*counts, asked())

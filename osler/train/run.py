@@ -27,7 +27,7 @@ from osler.data.prepare import Prepared, open_prepared
 from osler.data.shards import ShardSet
 from osler.decode import decode
 from osler.errors import UserError
-from osler.eval.exams import score_by_generation
+from osler.eval.exams import greedy, score_by_generation
 from osler.eval.perplexity import batches, measure, windows
 from osler.inference.engine import InferenceEngine
 from osler.inference.load import TOKENIZER_FILE, describing_files
@@ -345,7 +345,7 @@ def exam_probe(
         scores = {}
         for split, items in exam.items():
             share = items[world.rank :: world.size]
-            score = score_by_generation(sampler, tokenizer, share, max_new_tokens=EXAM_NEW_TOKENS) if share else None
+            score = score_by_generation(sampler, tokenizer, share, greedy(EXAM_NEW_TOKENS)) if share else None
             right, left = world.all_reduce_sum(round(score.accuracy * len(share)) if score else 0, asked())
             if left:
                 raise AskedToStop

@@ -14,7 +14,7 @@ from osler.config import ConfigError
 from osler.decode import decode
 from osler.errors import UserError
 from osler.eval.config import EXAM_SEED, EvalConfig
-from osler.eval.exams import score_by_generation, score_by_likelihood
+from osler.eval.exams import greedy, score_by_generation, score_by_likelihood
 from osler.eval.run import Sitting, complete, parts, read_config, remarks, table
 from osler.eval.score import Result, summarise
 from osler.inference.engine import InferenceEngine
@@ -73,7 +73,7 @@ def test_the_printed_score_is_the_score_and_goes_where_the_report_finds_it(runs,
     ready = open_model(runs / "sft", device="cpu")
     items = load_clinic(split="new_findings", limit=12, seed=EXAM_SEED)
     engine = InferenceEngine(ready.model)
-    expected = score_by_generation(engine, ready.tokenizer, items, max_new_tokens=8, permutations=2, cluster_by_group=True)
+    expected = score_by_generation(engine, ready.tokenizer, items, greedy(8), permutations=2, cluster_by_group=True)
     stored = read_json(runs / "sft" / "exams.json")
     assert list(stored) == ["sft"] and list(stored["sft"]) == ["new_findings", "new_questions"]
     row = stored["sft"]["new_findings"]

@@ -12,6 +12,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from osler.errors import UserError
 from osler.eval.exams import (
+    greedy,
     mark,
     option_rows,
     presentations,
@@ -21,6 +22,7 @@ from osler.eval.exams import (
 )
 from osler.eval.score import compare
 from osler.inference.engine import InferenceEngine
+from osler.inference.rollout import SamplingParams
 from osler.model.config import ModelConfig
 from osler.model.transformer import Transformer
 from osler.ops.cross_entropy import linear_cross_entropy
@@ -95,37 +97,37 @@ def scholar(tokenizer: Tokenizer) -> Transformer:
 def test_what_was_learnt_is_scored_right(scholar: Transformer, tokenizer: Tokenizer) -> None:
     done: list[int] = []
     score = score_by_generation(
-        InferenceEngine(scholar), tokenizer, [*ITEMS, NUMBER], max_new_tokens=40, batch_rows=3, progress=done.append
+        InferenceEngine(scholar, max_rows=3), tokenizer, [*ITEMS, NUMBER], greedy(40), progress=done.append
     )
     assert (score.n, score.correct, score.unparsed, score.cut, score.too_long) == (7, 7, 0, 0, 0)
     assert score.letters == {"A": 2, "B": 2, "C": 1, "D": 1} and done == [3, 6, 7]
     assert score.results[1].text == render_answer(ITEMS[1]) and score.results[6].text == "42"
     assert score.groups["drug"]["n"] == 6
-    without = score_by_generation(InferenceEngine(scholar), tokenizer, ITEMS, max_new_tokens=20, reasoning=False)
+    without = score_by_generation(InferenceEngine(scholar), tokenizer, ITEMS, greedy(20), reasoning=False)
     assert without.accuracy == 1.0
 
 
 def test_the_same_answers_are_wrong_on_another_key(scholar: Transformer, tokenizer: Tokenizer) -> None:
     wrong_key = [replace(item, answer_index=(item.answer_index + 1) % 4) for item in ITEMS]
-    score = score_by_generation(InferenceEngine(scholar), tokenizer, wrong_key, max_new_tokens=40)
+    score = score_by_generation(InferenceEngine(scholar), tokenizer, wrong_key, greedy(40))
     assert score.correct == 0 and score.unparsed == 0
-    right = score_by_generation(InferenceEngine(scholar), tokenizer, ITEMS, max_new_tokens=40)
+    right = score_by_generation(InferenceEngine(scholar), tokenizer, ITEMS, greedy(40))
     gain = compare(score, right)
     assert gain.mean == 1.0 and gain.interval[0] > 0.3
 
 
 def test_length_limits_are_counted_and_never_right(scholar: Transformer, tokenizer: Tokenizer) -> None:
-    cut = score_by_generation(InferenceEngine(scholar), tokenizer, ITEMS, max_new_tokens=2)
+    cut = score_by_generation(InferenceEngine(scholar), tokenizer, ITEMS, greedy(2))
     assert (cut.correct, cut.cut, cut.unparsed) == (0, 6, 0)
-    tight = score_by_generation(InferenceEngine(scholar), tokenizer, ITEMS, max_new_tokens=40, max_seq_len=50)
+    tight = score_by_generation(InferenceEngine(scholar), tokenizer, ITEMS, greedy(118))
     assert (tight.n, tight.correct, tight.too_long) == (6, 0, 6)
     with pytest.raises(UserError, match="no room"):
-        score_by_generation(InferenceEngine(scholar), tokenizer, ITEMS, max_new_tokens=128)
+        score_by_generation(InferenceEngine(scholar), tokenizer, ITEMS, greedy(128))
 
 
 def test_a_long_context_is_shortened_from_its_front(scholar: Transformer, tokenizer: Tokenizer) -> None:
     long = replace(ITEMS[0], context=" ".join(f"word{k}" for k in range(500)))
-    score = score_by_generation(InferenceEngine(scholar), tokenizer, [long], max_new_tokens=20)
+    score = score_by_generation(InferenceEngine(scholar), tokenizer, [long], greedy(20))
     assert score.too_long == 0
     rows = option_rows(tokenizer, long, template=True, max_seq_len=100)
     assert rows is not None
@@ -166,7 +168,7 @@ def test_a_model_that_knows_one_letter_is_at_chance_over_permutations(tokenizer:
 
 def test_likelihood_finds_what_was_learnt(scholar: Transformer, tokenizer: Tokenizer) -> None:
     for normalise in ("bytes", "tokens", "none"):
-        score = score_by_likelihood(scholar, tokenizer, ITEMS, normalise=normalise, batch_tokens=200)  # type: ignore[arg-type]
+        score = score_by_likelihood(scholar, tokenizer, ITEMS, normalise=normalise)  # type: ignore[arg-type]
         assert score.accuracy == 1.0 and score.unparsed == 0
     assert score_by_likelihood(scholar, tokenizer, ITEMS, template=False).n == 6
     with pytest.raises(ValueError, match="no options"):
@@ -281,7 +283,7 @@ def test_an_answer_that_was_cut_within_a_word_is_not_read() -> None:
 
 def test_examiner_and_reward_agree_on_everything_the_model_writes(scholar: Transformer, tokenizer: Tokenizer) -> None:
     engine = InferenceEngine(scholar)
-    score = score_by_generation(engine, tokenizer, ITEMS, max_new_tokens=40, permutations=4, temperature=1.5, seed=3)
+    score = score_by_generation(engine, tokenizer, ITEMS, SamplingParams(40, temperature=1.5, seed=3), permutations=4)
     assert 0 < score.correct < score.presentations
     for result in score.results:
         completion = Completion(thinking="x", answer=result.text or None, finished=True, well_formed=True)
