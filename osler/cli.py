@@ -21,7 +21,7 @@ from osler.runtime.log import complain, log_to_terminal
 from osler.runtime.neighbours import sharing_cpus
 from osler.runtime.stop import REQUESTS, hear_requests, ignore_requests, interruptible
 from osler.runtime.streams import OUTPUT, flush_or_silence, open_streams, silence
-from osler.runtime.world import is_one_of_several, is_silent, is_teller_unconnected
+from osler.runtime.world import is_distributed, is_reporter, is_silent
 
 EXIT_CODES = """\
 Exit codes: 0 done; 1 an error in Osler, with a traceback, or damage that `checkpoint verify` or `data inspect` found; 2 something
@@ -54,7 +54,7 @@ def end(code: int | str | None) -> NoReturn:
     for request in REQUESTS:
         signal.signal(request, signal.SIG_IGN)  # holds to the last moment, when Python's own handlers are gone
     flush_or_silence()
-    if isinstance(code, int) and is_one_of_several():
+    if isinstance(code, int) and is_distributed():
         # Threads of gloo let go of tensors whenever they get to it, and need the interpreter for that. One that asks for it while
         # it shuts down is ended on the spot, which aborts the process. Nothing joins these threads while anything holds their
         # group, and after an error that could wait for a rank that is gone.
@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with interruptible(), sharing_cpus(), written_out():
             return dispatch(list(sys.argv[1:] if argv is None else argv))
     except UserError as error:
-        complain(f"osler: {error}", is_teller_unconnected(str(error)) if error.teller is None else error.teller)
+        complain(f"osler: {error}", is_reporter(str(error)) if error.is_reporter is None else error.is_reporter)
         return 2
     except KeyboardInterrupt:
         complain("osler: interrupted", not is_silent("LOCAL_RANK"))

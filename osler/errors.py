@@ -4,5 +4,5 @@
 class UserError(Exception):
     """A mistake in what the user gave (a key, a file, a number); the message is one paragraph that says what to do."""
 
-    # Of several processes that train together, whether this one tells it; None: they have not agreed on that.
-    teller: bool | None = None
+    # Whether this one of several processes that train together reports the error; None: they have not agreed on that.
+    is_reporter: bool | None = None

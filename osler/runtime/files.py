@@ -1,7 +1,7 @@
-"""Files that are either whole or absent: atomic writes, hashes, and the layout of a run folder.
+"""Files that are either whole or absent: atomic writes, hashes, and the layout and the lock of a run folder.
 
-A file is written beside its place under another name, flushed to the disk, and renamed over the old one; a crash at any
-moment leaves the old file or the new one. Nothing here knows about tensors.
+A file is written beside its place under another name, flushed to the disk, and renamed over the old one, so a crash at any moment
+leaves the old file or the new one. Nothing here knows about tensors.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ _HASH_BLOCK_BYTES = 1 << 20
 def write_atomic(path: str | os.PathLike[str], data: bytes | str | Iterable[bytes]) -> None:
     """Replace ``path`` by ``data`` (text as UTF-8, or pieces in turn) in one step, durable when this returns.
 
-    Raises OSError and leaves the old file as it was when the disk is full or fails. Two writers at once are harmless:
-    the last one wins. A kill may leave a hidden ``.<name>.*.tmp`` beside the file.
+    Raises OSError and leaves the old file as it was when the disk is full or fails. Of two writers at once the last one wins.
+    A kill may leave a hidden ``.<name>.*.tmp`` beside the file.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
@@ -50,7 +50,7 @@ def write_atomic(path: str | os.PathLike[str], data: bytes | str | Iterable[byte
 
 
 def write_or_warn(path: str | os.PathLike[str], data: bytes | str) -> None:
-    """``write_atomic`` for a file that a run can do without: a disk that refuses it costs a warning."""
+    """Write a file that a run can do without; log a warning when the disk refuses it."""
     try:
         write_atomic(path, data)
     except OSError as error:
@@ -58,11 +58,12 @@ def write_or_warn(path: str | os.PathLike[str], data: bytes | str) -> None:
 
 
 @contextlib.contextmanager
-def held(folder: Path) -> Iterator[None]:
-    """Keep other processes of this machine out of a folder that is written to; UserError when one is in it.
+def locked(folder: Path) -> Iterator[None]:
+    """Lock a folder that is written to; raises UserError when another process of this machine has locked it.
 
-    The lock is the system's and ends with the process, whatever ends it. Where there is none (Windows, some network disks)
-    nothing is kept out.
+    The lock is the system's, on the folder itself: it leaves no file, any process can ask for it, and it ends with the process in
+    every case. Without such locks (Windows, some network disks) nothing is locked. The library ``filelock`` cannot do this: it
+    locks a file that it leaves behind, and where the system has no locks, that file keeps a killed run from going on.
     """
     try:
         import fcntl
@@ -72,20 +73,20 @@ def held(folder: Path) -> Iterator[None]:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         with contextlib.suppress(OSError):  # a disk without locks
-            while not _locked(descriptor, fcntl.LOCK_EX):
-                if is_held(folder):
+            while not _try_lock(descriptor, fcntl.LOCK_EX):
+                if is_locked(folder):
                     raise UserError(
                         f"Another process is at work on {folder}. Wait until it is done, stop it with Ctrl-C, or name another "
                         "folder with --run."
                     )
-                time.sleep(0.01)  # somebody looks whether the folder is held
+                time.sleep(0.01)  # another process only asks whether the folder is locked
         yield
     finally:
         os.close(descriptor)
 
 
-def is_held(folder: Path) -> bool | None:
-    """Whether a process is in ``held`` with this folder; None where there are no locks to tell, as on some network disks."""
+def is_locked(folder: Path) -> bool | None:
+    """Return whether a process has locked the folder; None where there are no locks to tell, as on some network disks."""
     try:
         import fcntl
     except ImportError:
@@ -93,14 +94,14 @@ def is_held(folder: Path) -> bool | None:
     with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:
-            return not _locked(descriptor, fcntl.LOCK_SH)  # shared, and for this moment
+            return not _try_lock(descriptor, fcntl.LOCK_SH)  # shared, and for this moment
         finally:
             os.close(descriptor)
     return None
 
 
-def _locked(descriptor: int, kind: int) -> bool:
-    """Take a lock of the system unless another process has one in the way; OSError where there are none."""
+def _try_lock(descriptor: int, kind: int) -> bool:
+    """Take a lock of the system unless another process has one in the way; raises OSError where there are none."""
     import fcntl
 
     try:
@@ -120,7 +121,7 @@ def open_durable(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 
 
 def fsync_file(path: str | os.PathLike[str]) -> None:
-    """Bring to the disk what this or another handle has written to a file; OSError when there is none, or the disk fails."""
+    """Flush a file to the disk, whichever handle wrote it; raises OSError when there is no such file, or the disk fails."""
     with open(path, "r+b") as file:
         os.fsync(file.fileno())
 
@@ -145,7 +146,7 @@ def write_json(path: str | os.PathLike[str], obj: Any) -> None:
 
 
 def indented(obj: Any) -> str:
-    """JSON for people: indented, with every sign as itself."""
+    """Return JSON for people: indented, with every character as itself."""
     return json.dumps(obj, indent=2, ensure_ascii=False) + "\n"
 
 
@@ -162,11 +163,11 @@ def read_json(path: str | os.PathLike[str]) -> Any:
 
 
 def no_pause() -> None:
-    """What long work on files calls after each block unless it is told to make room for others."""
+    """Do nothing, where another process might be given room."""
 
 
 def sha256_file(path: str | os.PathLike[str], pause: Callable[[], None] = no_pause) -> str:
-    """Hex SHA-256 of a file's bytes; ``pause`` is called after each block of them."""
+    """Return the SHA-256 of a file's bytes in hex, calling ``pause`` after each block."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(_HASH_BLOCK_BYTES):
@@ -176,20 +177,39 @@ def sha256_file(path: str | os.PathLike[str], pause: Callable[[], None] = no_pau
 
 
 def canonical_json(obj: Any) -> bytes:
-    """JSON with sorted keys and no spaces: equal objects give equal bytes. Raises ValueError on NaN or infinity."""
+    """Return JSON with sorted keys and no spaces, equal for equal objects. Raises ValueError on NaN and infinity."""
     return json.dumps(obj, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode("utf-8")
 
 
 def fingerprint(obj: Any) -> str:
-    """16 hex digits that name a JSON-able object: the start of the SHA-256 of its canonical JSON."""
+    """Return 16 hex digits that name an object of JSON: the start of the SHA-256 of its canonical form."""
     return hashlib.sha256(canonical_json(obj)).hexdigest()[:16]
+
+
+class _Entry:
+    """A path inside a run folder."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __get__(self, run: RunFolder, owner: type[RunFolder]) -> Path:
+        return run.root / self.name
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """The layout of one run: every file of a run has its name here and is relative, so the folder can be moved."""
+    """The layout of one run. Every file has its name here, and all names are relative, so the folder can be moved."""
 
     root: Path
+
+    config = _Entry("config.yaml")  # the resolved configuration
+    metrics = _Entry("metrics.jsonl")  # one JSON object per line and logged step
+    events = _Entry("events.jsonl")  # alerts, incidents and rollbacks, one JSON object per line
+    samples = _Entry("samples.jsonl")  # what the model wrote along the way, one JSON object per line
+    trackers = _Entry("trackers")  # what TensorBoard, Weights & Biases and ClearML keep
+    checkpoints = _Entry("checkpoints")  # folders named step-XXXXXXXXX
+    report = _Entry("report.html")  # the self-contained page about the run
+    stages = _Entry("stages.json")  # which stages of a quickstart are finished
 
     @classmethod
     def create(cls, path: str | os.PathLike[str]) -> RunFolder:
@@ -203,43 +223,3 @@ class RunFolder:
         except OSError as error:
             raise UserError(f"The run folder {root} cannot be created: {error.strerror}.") from error
         return cls(root)
-
-    @property
-    def config(self) -> Path:
-        """The resolved configuration."""
-        return self.root / "config.yaml"
-
-    @property
-    def metrics(self) -> Path:
-        """One JSON object per line and logged step."""
-        return self.root / "metrics.jsonl"
-
-    @property
-    def events(self) -> Path:
-        """The diary: alerts, incidents, rollbacks, one JSON object per line."""
-        return self.root / "events.jsonl"
-
-    @property
-    def trackers(self) -> Path:
-        """What TensorBoard, Weights & Biases and ClearML keep here."""
-        return self.root / "trackers"
-
-    @property
-    def checkpoints(self) -> Path:
-        """The folder of ``step-XXXXXXXXX`` folders."""
-        return self.root / "checkpoints"
-
-    @property
-    def report(self) -> Path:
-        """The self-contained page about the run."""
-        return self.root / "report.html"
-
-    @property
-    def samples(self) -> Path:
-        """What the model wrote along the way, one JSON object per line."""
-        return self.root / "samples.jsonl"
-
-    @property
-    def stages(self) -> Path:
-        """Which stages of a longer story are finished."""
-        return self.root / "stages.json"

@@ -151,9 +151,9 @@ def log_to_terminal() -> None:
         osler.addHandler(TerminalHandler())
 
 
-def complain(text: str, is_teller: bool = True) -> None:
-    """Write what ends the program to stderr, if this is the one of several processes that tells it."""
-    if is_teller:
+def complain(text: str, is_reporter: bool = True) -> None:
+    """Write what ends the program to stderr, if this is the one of several processes that reports it."""
+    if is_reporter:
         with contextlib.suppress(OSError, ValueError):  # nobody is there to be told
             print(text, file=sys.stderr, flush=True)
 

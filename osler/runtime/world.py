@@ -27,13 +27,13 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)  # a rank that hangs in a step is given up after this
 HOST_TIMEOUT = timedelta(days=1)  # the others wait as long as rank 0 needs to prepare the data
-TELLER_TIMEOUT = timedelta(seconds=10)
-MISTAKE = "mistake"  # key in the store that the processes meet at
+REPORT_TIMEOUT = timedelta(seconds=10)
+ERROR_KEY = "user_error"  # in the store that the processes meet at
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a process stands: its number among all, its number on this machine, and how many there are of each."""
+    """The ranks of a process among all processes and on its machine, and how many there are of each."""
 
     rank: int = 0
     local_rank: int = 0
@@ -42,7 +42,7 @@ class Place:
 
 
 def place() -> Place:
-    """This process's place by the environment that torchrun sets; without it, the only process."""
+    """Return this process's place by torchrun's environment; raises UserError when that is incomplete."""
     size = int(os.environ.get("WORLD_SIZE", 1))
     if size == 1:
         return Place()
@@ -53,25 +53,25 @@ def place() -> Place:
     return Place(int(os.environ["RANK"]), local_rank, size, int(os.environ.get("LOCAL_WORLD_SIZE", local_rank + 1)))
 
 
-def is_one_of_several() -> bool:
-    """Whether something started several processes of this program."""
+def is_distributed() -> bool:
+    """Return whether something started several processes of this program."""
     return os.environ.get("WORLD_SIZE", "1") != "1"
 
 
 def is_silent(rank_variable: str = "RANK") -> bool:
-    """Whether rank 0 speaks for this process; ``LOCAL_RANK`` asks whether rank 0 of this machine does."""
-    return is_one_of_several() and os.environ.get(rank_variable, "0") != "0"
+    """Return whether rank 0 speaks for this process; with ``LOCAL_RANK``, whether rank 0 of this machine does."""
+    return is_distributed() and os.environ.get(rank_variable, "0") != "0"
 
 
 def require_one_process(command: str) -> None:
-    """Raise UserError when torchrun started several processes of a command that is one."""
+    """Raise UserError when torchrun started several processes of a command that runs as one."""
     if place().size > 1:
         raise UserError(f"{place().size} processes were started, but {command} runs as one: start it without torchrun.")
 
 
 @dataclass(frozen=True)
 class World:
-    """The processes that train one model together; every method must be called by all of them, in the same order."""
+    """The processes that train one model together. All of them must call the same methods in the same order."""
 
     rank: int = 0
     size: int = 1
@@ -80,12 +80,12 @@ class World:
 
     @property
     def is_first(self) -> bool:
-        """Whether this is the process that speaks and writes."""
+        """Whether this is rank 0, which speaks and writes."""
         return self.rank == 0
 
     @property
     def group(self) -> ProcessGroup | None:
-        """All ranks, for work that they share on the device; None for one process."""
+        """The ranks, for work that they share on the device; None for one process."""
         if self.size == 1:
             return None
         import torch.distributed as dist
@@ -151,9 +151,9 @@ class World:
 
 @contextmanager
 def joined(device: str) -> Iterator[World]:
-    """The world that torchrun started this process in, connected; ``device`` is what the config asks for.
+    """Connect to the other processes that torchrun started, for as long as the context lasts; ``device`` is the config's.
 
-    With GPUs each process takes the one of its local rank. Raises UserError when another process of the run was lost.
+    Each process takes the GPU of its local rank. Raises UserError when another process of the run was lost.
     """
     here = place()
     if here.size == 1:
@@ -182,70 +182,72 @@ def joined(device: str) -> Iterator[World]:
         world.barrier()  # nobody hangs up while another still listens
         dist.destroy_process_group()  # not after an error: that could wait for a rank that is gone
     except UserError as error:
-        _leave_mistake(store, str(error))
-        error.teller = _is_teller(store, str(error))
+        _leave_error(store, str(error))
+        error.is_reporter = _is_reporter(store, str(error))
         raise
     except RuntimeError as error:
         if not (isinstance(error, dist.DistError) or "gloo" in str(error)):  # gloo's errors have no class
             raise
-        mistake = _left_mistake(store)
+        message = _left_error(store)
+        first_line = str(error).partition("\n")[0][:200]
         lost = UserError(
-            mistake
-            or f"Rank {here.rank} of {here.size} lost the others: one of them ended or cannot be reached "
-            f"({_first_line(error)}). What it said last tells why; the same command goes on from the newest checkpoint."
+            message
+            or f"Rank {here.rank} of {here.size} lost the others: one of them ended or cannot be reached ({first_line}). "
+            "Its last message says why; the same command goes on from the newest checkpoint."
         )
-        lost.teller = _is_teller(store, mistake or "lost")
+        lost.is_reporter = _is_reporter(store, message or "lost")
         raise lost from error
 
 
-# The store is where the processes met. It outlives each of them under torchrun, and otherwise ends with rank 0.
+# The store is where the processes met. Under torchrun it outlives all of them; otherwise it ends with rank 0.
 
 
-def _leave_mistake(store: Store | None, mistake: str) -> None:
-    """Leave what ends this process to those that are going to lose it."""
+def _leave_error(store: Store | None, message: str) -> None:
+    """Leave the error that ends this process for the ranks that are about to lose it."""
     with suppress(RuntimeError):
         if store is not None:
-            store.set(MISTAKE, mistake)
+            store.set(ERROR_KEY, message)
 
 
-def _left_mistake(store: Store | None) -> str | None:
-    """What ended another process, if it was a mistake."""
+def _left_error(store: Store | None) -> str | None:
+    """Return the error that another process left."""
     with suppress(RuntimeError):
-        if store is not None and store.check([MISTAKE]):
-            return str(store.get(MISTAKE), "utf-8")
+        if store is not None and store.check([ERROR_KEY]):
+            return str(store.get(ERROR_KEY), "utf-8")
     return None
 
 
-def _is_teller(store: Store | None, what: str) -> bool:
-    """Whether this process is the first of its machine to tell a person this; when the store is gone, the first rank is.
+def _is_reporter(store: Store | None, message: str) -> bool:
+    """Return whether this process is the first on its machine to report this; without a store, rank 0 of the machine is.
 
-    The store ends with rank 0, which then has told its own.
+    The store ends with rank 0, which has reported its own error by then.
     """
-    from socket import gethostname  # not for every command
+    from socket import gethostname  # not every command needs it
 
     with suppress(RuntimeError):
         if store is not None:
-            return bool(store.add(f"{MISTAKE}/{gethostname()}/{what}", 1) == 1)
+            return bool(store.add(f"{ERROR_KEY}/{gethostname()}/{message}", 1) == 1)
     return not is_silent("LOCAL_RANK")
 
 
-def is_teller_unconnected(what: str) -> bool:
-    """Whether this process is to tell a person this, when it has not connected: the first of its machine, or who cannot know.
+def is_reporter(message: str) -> bool:
+    """Return whether this process, which has not connected, is to report an error: the first on its machine, or all.
 
-    torchrun ends the others as soon as one has ended, so the one to tell it must be the first to end.
+    torchrun ends the other processes as soon as one has ended, so the first to end must be the one that reports.
     """
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":  # torchrun keeps none
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":  # then there is no store to ask
         return True
     import torch.distributed as dist
 
     with suppress(RuntimeError):
         where = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        return _is_teller(dist.TCPStore(*where, is_master=False, wait_for_workers=False, timeout=TELLER_TIMEOUT), what)
+        store = dist.TCPStore(*where, is_master=False, wait_for_workers=False, timeout=REPORT_TIMEOUT)
+        return _is_reporter(store, message)
     return True
 
 
 def device_of(device: str, here: Place) -> str:
-    """The device of one process among several; raises UserError when there is not one GPU for each."""
+    """Return the device of one process among several; raises UserError when there is not one GPU for each."""
     import torch
 
     from osler.runtime.device import pick_device
@@ -255,13 +257,10 @@ def device_of(device: str, here: Place) -> str:
         return "cpu"
     if ":" in device:
         raise UserError(f"device={device} names one GPU, but {here.size} processes were started: use device=auto.")
-    if here.local_size > torch.cuda.device_count():
+    gpus = torch.cuda.device_count()
+    if here.local_size > gpus:
         raise UserError(
-            f"{here.local_size} processes were started on this machine, and it has {torch.cuda.device_count()} GPUs: start "
-            f"torchrun with --nproc-per-node {torch.cuda.device_count()}, or train on the CPU with device=cpu."
+            f"{here.local_size} processes were started on this machine, and it has {gpus} GPUs: start torchrun with "
+            f"--nproc-per-node {gpus}, or train on the CPU with device=cpu."
         )
     return f"cuda:{here.local_rank}"
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).partition("\n")[0][:200]

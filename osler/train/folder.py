@@ -25,7 +25,7 @@ from osler.monitor.damage import write_damage
 from osler.recipe import merge, parse_overrides
 from osler.records.events import EventLog
 from osler.records.metrics import read_metrics
-from osler.runtime.files import RunFolder, held, read_json, write_atomic
+from osler.runtime.files import RunFolder, locked, read_json, write_atomic
 from osler.runtime.stop import EXIT_STOPPED
 from osler.runtime.world import place
 from osler.yaml12 import dump_yaml, load_yaml
@@ -61,7 +61,7 @@ def work(
     that ``goes_back`` would do so again.
     """
     RunFolder.create(run.root)
-    with held(run.root) if place().rank == 0 else nullcontext():
+    with locked(run.root) if place().rank == 0 else nullcontext():
         try:
             finished = train(run)
         except BaseException:

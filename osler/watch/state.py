@@ -23,7 +23,7 @@ from osler.records.values import as_dict, as_dicts, as_number, as_text
 from osler.report import format as fmt
 from osler.report.model import count_parameters, find_model
 from osler.report.read import stage_rank, sub_runs
-from osler.runtime.files import RunFolder, is_held, read_json
+from osler.runtime.files import RunFolder, is_locked, read_json
 from osler.watch.follow import Follower
 from osler.yaml12 import load_yaml
 
@@ -167,7 +167,7 @@ class Stage:
         if self.is_complete and not noted:
             return State("finished", f"finished {_ago(silent)}")
         gap = self.log.usual_gap
-        held = is_held(self.run.root)
+        held = is_locked(self.run.root)
         killed = self._was_killed(noted, held)
         if silent <= max(QUIET_SECONDS, QUIET_GAPS * gap) and not killed:
             return State("running", "running")

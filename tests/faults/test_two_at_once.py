@@ -10,14 +10,14 @@ import threading
 import pytest
 
 from osler.errors import UserError
-from osler.runtime.files import held, is_held
+from osler.runtime.files import is_locked, locked
 
 pytest.importorskip("fcntl", reason="locks of this kind are Unix's")
 
 
 @pytest.mark.parametrize("kind", ["pretrain", "sft", "grpo"])
 def test_a_folder_that_a_process_works_on_is_refused(kind, launch, tmp_path, capsys):
-    with held(tmp_path):
+    with locked(tmp_path):
         assert launch(kind, tmp_path) == 2
     assert "Another process is at work on" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
@@ -32,7 +32,7 @@ def test_a_look_at_a_folder_keeps_nobody_out(tmp_path):
     entered = threading.Event()
 
     def enter() -> None:
-        with held(tmp_path):
+        with locked(tmp_path):
             entered.set()
 
     thread = threading.Thread(target=enter)
@@ -40,17 +40,17 @@ def test_a_look_at_a_folder_keeps_nobody_out(tmp_path):
     assert not entered.wait(0.05)
     os.close(looking)
     thread.join(300)
-    assert entered.is_set() and not is_held(tmp_path)
+    assert entered.is_set() and not is_locked(tmp_path)
 
 
 def test_the_lock_ends_with_its_process(tmp_path):
-    program = "import sys, time; from osler.runtime.files import held\nfrom pathlib import Path\n"
-    program += "with held(Path(sys.argv[1])):\n    print('in', flush=True)\n    time.sleep(3600)\n"
+    program = "import sys, time; from osler.runtime.files import locked\nfrom pathlib import Path\n"
+    program += "with locked(Path(sys.argv[1])):\n    print('in', flush=True)\n    time.sleep(3600)\n"
     process = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE, cwd=os.getcwd())
     assert process.stdout is not None and process.stdout.readline() == b"in\n"
-    with pytest.raises(UserError, match="Another process"), held(tmp_path):
+    with pytest.raises(UserError, match="Another process"), locked(tmp_path):
         pass
     process.kill()
     process.wait()
-    with held(tmp_path):
+    with locked(tmp_path):
         pass

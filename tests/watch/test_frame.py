@@ -16,7 +16,7 @@ from osler.checkpoint import store
 from osler.model.config import ModelConfig
 from osler.records.events import EventLog
 from osler.report import format as fmt
-from osler.runtime.files import held, is_held
+from osler.runtime.files import is_locked, locked
 from osler.watch.frame import NO_BREAK, blocks, clean, columns, frame
 from osler.watch.state import DEAD_SECONDS, Watched
 
@@ -181,10 +181,10 @@ def test_newest_values_say_what_they_are_of(make_run: MakeRun) -> None:
 def test_a_silent_run_whose_folder_is_held_runs(make_run: MakeRun) -> None:
     pytest.importorskip("fcntl", reason="locks of this kind are Unix's")
     folder = make_run(ago=DEAD_SECONDS + 60)
-    assert not is_held(folder)
+    assert not is_locked(folder)
     with (folder / "metrics.jsonl").open("a"):  # whoever has the log open is not the run
         assert picture(folder).splitlines()[1].startswith("dead")
-    with held(folder):
+    with locked(folder):
         assert picture(folder).splitlines()[1] == "running, no sign of it for 3 min 00 s"
 
 
@@ -200,7 +200,7 @@ def test_a_run_that_is_killed_on_this_machine_is_dead_at_once(make_run: MakeRun,
     folder = make_run()
     EventLog(folder / "events.jsonl").write(0, "start", "begun", "The run begins.", host=host)
     age(folder, 1.0)
-    with held(folder):
+    with locked(folder):
         assert picture(folder).splitlines()[1] == "running"
     assert picture(folder).splitlines()[1].startswith(expected)
 
@@ -215,7 +215,7 @@ def test_a_run_on_a_disk_without_locks_is_not_taken_for_dead(make_run: MakeRun, 
     folder = make_run()
     EventLog(folder / "events.jsonl").write(0, "start", "begun", "The run begins.", host=gethostname())
     age(folder, 1.0)
-    with held(folder):
+    with locked(folder):
         assert picture(folder).splitlines()[1] == "running"
 
 
