@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from osler.errors import UserError
@@ -55,6 +56,17 @@ class Rollout:
     finished: list[bool]
     vocab_size: int
     packed_masks: list[Tensor] | None = None
+
+    @classmethod
+    def empty(cls, rows: int, vocab_size: int, sampling: SamplingParams) -> Rollout:
+        """Return a rollout with a place for every row."""
+        return cls(
+            completions=[[] for _ in range(rows)],
+            logprobs=[[] for _ in range(rows)],
+            finished=[False] * rows,
+            vocab_size=vocab_size,
+            packed_masks=[torch.empty(0)] * rows if sampling.truncates(vocab_size) else None,
+        )
 
     @property
     def num_tokens(self) -> int:

@@ -15,6 +15,13 @@ VOCAB_MULTIPLE = 64  # matmuls over the vocabulary run at full speed only at mul
 
 
 @config
+class DenseAttentionConfig:
+    """Every token attends to all tokens before it."""
+
+    type: Literal["dense"] = "dense"
+
+
+@config
 class ModelConfig:
     """A decoder-only transformer. The defaults are the quickstart's one-million-parameter model."""
 
@@ -24,6 +31,7 @@ class ModelConfig:
     num_heads: PositiveInt = 4  # query heads
     num_kv_heads: PositiveInt = 2  # key/value heads; each serves num_heads / num_kv_heads query heads
     head_dim: PositiveInt = 32  # width of a head; even
+    attention: DenseAttentionConfig = DenseAttentionConfig()  # which of the tokens before it a token attends to
     vocab_size: PositiveInt = 2048  # tokens; no fewer than the tokenizer's
     max_seq_len: Annotated[int, Ge(2)] = 2048  # tokens of context at most
     rope_theta: PositiveFloat = 10_000.0  # base of the rotary position embedding
@@ -50,9 +58,7 @@ class ModelConfig:
             raise ValueError(f"embed_rank {self.embed_rank} must be at most hidden_size {self.hidden_size}")
         if self.tie_embeddings and self.head_init == "zero":
             # A tied head cannot start at zero: it is the input embedding.
-            raise ValueError(
-                "tie_embeddings=true needs head_init=normal: a tied head is the embedding and cannot start at zero"
-            )
+            raise ValueError("tie_embeddings=true needs head_init=normal: a tied head is the embedding and cannot start at zero")
         if self.qk_norm_weight and not self.norm_weight:
             raise ValueError("qk_norm_weight=true needs norm_weight=true")
         if self.qk_norm_init != 1.0 and not self.qk_norm_weight:

@@ -1,10 +1,16 @@
-"""Static key/value cache: one allocation for a whole rollout, written in place, read only as far as filled.
+"""Keys and values of past tokens, one allocation for many rows that are each at their own position.
 
-The cache knows nothing of prompts or stopping: the caller says which slots a call writes (the same for every row) and how many
-slots attention reads (``read_len``), and masks what a row must not see.
+A row is one sequence that grows. Its tokens stand in neighbouring slots, and ``bias_BKS``, which attention adds to its scores,
+hides all other slots. So rows may begin and end at any time: ``put`` lets a row begin with a prompt, whatever stood there before,
+and ``select`` keeps some rows. Attention reads the cache only as far as its fullest row.
+
+Shape legend: L layers, B rows, K key/value heads, C = B * K, S slots, H head size, R some of the rows.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,20 +18,92 @@ from torch import Tensor
 from osler.model.config import ModelConfig
 
 
+def cache_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    """Dtype to keep keys and values in: fp32 on a CPU, whose small batched matmuls are twice as slow in bf16."""
+    return torch.float32 if device.type == "cpu" else dtype
+
+
+class CacheStep(NamedTuple):
+    """The cache in one decode step; made once for all layers, to which the lists belong."""
+
+    k: Sequence[Tensor]  # to write, [C * S, H]
+    v: Sequence[Tensor]
+    k_CHS: Sequence[Tensor]  # to read, as far as filled
+    v_CSH: Sequence[Tensor]
+    slot_BK: Tensor  # where the new token of every row goes, in [C * S]
+    bias_C1S: Tensor  # added to the scores
+
+    def write(self, layer: int, k_BKH: Tensor, v_BKH: Tensor) -> tuple[Tensor, Tensor]:
+        """Store the new tokens of a layer and return all keys and values of it."""
+        for stored, new_BKH in ((self.k[layer], k_BKH), (self.v[layer], v_BKH)):
+            stored.index_put_((self.slot_BK,), new_BKH.to(stored.dtype))
+        return self.k_CHS[layer], self.v_CSH[layer]
+
+
 class KVCache:
-    """Keys and values of every layer, [num_layers, B, num_kv_heads, max_len, head_dim]."""
+    """Room for ``rows`` rows of at most ``slots`` tokens each."""
 
-    def __init__(
-        self, config: ModelConfig, batch: int, max_len: int, dtype: torch.dtype, device: torch.device | str
-    ) -> None:
-        shape = (config.num_layers, batch, config.num_kv_heads, max_len, config.head_dim)
-        self.k = torch.zeros(shape, dtype=dtype, device=device)
-        self.v = torch.zeros(shape, dtype=dtype, device=device)
-        self.read_len = max_len
+    def __init__(self, config: ModelConfig, rows: int, slots: int, dtype: torch.dtype, device: torch.device | str) -> None:
+        self.config, self.slots = config, slots
+        shape = (config.num_layers, rows, config.num_kv_heads, slots, config.head_dim)
+        self.k, self.v = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
+        self.bias_BKS = torch.full(shape[1:4], -torch.inf, dtype=dtype, device=device)
+        self.length_B = torch.zeros(rows, dtype=torch.int64, device=device)  # tokens of a row: the position of its next
+        self._first_BK = torch.arange(0, rows * shape[2] * slots, slots, device=device).view(rows, shape[2])
+        self.slot_BK = self._first_BK.clone()  # where the next token of every row goes, in [C * S]
+        self.filled = self.read_slots = 0  # slots that the fullest row fills, and that a step reads
 
-    def update(self, layer: int, k_BKTH: Tensor, v_BKTH: Tensor, slots_T: Tensor) -> tuple[Tensor, Tensor]:
-        """Write this call's keys and values at ``slots_T`` and return those of slots [0, read_len)."""
-        k, v = self.k[layer], self.v[layer]
-        k.index_copy_(2, slots_T, k_BKTH.to(k.dtype))
-        v.index_copy_(2, slots_T, v_BKTH.to(v.dtype))
-        return k[:, :, : self.read_len], v[:, :, : self.read_len]
+    def put(self, row_R: Tensor, prompts: KVCache, from_R: Tensor) -> None:
+        """Let rows begin with prompts that fill the last slots of another cache; what the rows had before is gone."""
+        width, length_R = prompts.slots, prompts.length_B[from_R]
+        self.k[:, row_R, :, :width] = prompts.k[:, from_R].to(self.k.dtype)
+        self.v[:, row_R, :, :width] = prompts.v[:, from_R].to(self.v.dtype)
+        slot_S = torch.arange(self.slots, device=length_R.device)
+        hidden_RS = (slot_S < width - length_R[:, None]) | (slot_S >= width)
+        self.bias_BKS[row_R] = torch.zeros_like(hidden_RS, dtype=self.k.dtype).masked_fill_(hidden_RS, -torch.inf)[:, None]
+        self.length_B[row_R] = length_R
+        self.slot_BK[row_R] = self._first_BK[row_R] + width
+        self._measure()
+
+    def select(self, row_R: Tensor) -> KVCache:
+        """Copy some rows into a cache of their own."""
+        chosen = KVCache(self.config, len(row_R), self.slots, self.k.dtype, self.k.device)
+        chosen.k[..., : self.filled, :] = self.k[:, row_R, :, : self.filled]
+        chosen.v[..., : self.filled, :] = self.v[:, row_R, :, : self.filled]
+        chosen.bias_BKS.copy_(self.bias_BKS[row_R])
+        chosen.length_B.copy_(self.length_B[row_R])
+        chosen.slot_BK += (self.slot_BK - self._first_BK)[row_R]
+        chosen._measure()
+        return chosen
+
+    def _measure(self) -> None:
+        """Find the fullest row; waits for the device, which whoever changes rows has just done anyway."""
+        self.filled = int((self.slot_BK - self._first_BK).amax())
+
+    def make_room(self, multiple: int = 1) -> None:
+        """Let the next step write one slot more, and read up to a ``multiple`` of slots: to be called before every step.
+
+        It is apart from the step because a compiler would compile the step again for every number.
+        """
+        if self.filled >= self.slots:
+            raise ValueError(f"all {self.slots} slots of the fullest row are taken")
+        self.filled += 1
+        self.read_slots = min(-(-self.filled // multiple) * multiple, self.slots)
+
+    def open_step(self) -> CacheStep:
+        """Show every row its new token and return what all layers of a decode step need of the cache."""
+        self.bias_BKS.view(-1).index_fill_(0, self.slot_BK.view(-1), 0.0)
+        read_k, read_v = (stored[..., : self.read_slots, :].flatten(1, 2) for stored in (self.k, self.v))
+        return CacheStep(
+            k=self.k.flatten(1, 3).unbind(0),
+            v=self.v.flatten(1, 3).unbind(0),
+            k_CHS=read_k.transpose(2, 3).unbind(0),
+            v_CSH=read_v.unbind(0),
+            slot_BK=self.slot_BK,
+            bias_C1S=self.bias_BKS[..., : self.read_slots].flatten(0, 1)[:, None],
+        )
+
+    def close_step(self) -> None:
+        """Move every row on by the token that it was given."""
+        self.length_B += 1
+        self.slot_BK += 1

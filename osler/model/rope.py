@@ -6,9 +6,7 @@ import torch
 from torch import Tensor
 
 
-def rope_tables(
-    max_seq_len: int, head_dim: int, theta: float, device: torch.device | None = None
-) -> tuple[Tensor, Tensor]:
+def rope_tables(max_seq_len: int, head_dim: int, theta: float, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
     """Cosines and sines, each [max_seq_len, head_dim] fp32; the second half of a row repeats the first."""
     frequencies = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim)
     angles = torch.outer(torch.arange(max_seq_len, dtype=torch.float32, device=device), frequencies)

@@ -1,7 +1,9 @@
 """The model: one plain single-device transformer that training, sampling, evaluation and export share.
 
 It ends at the hidden states; the head is applied by whoever needs it, because training and RL never hold tokens x vocabulary
-(``ops/cross_entropy.py``). Shape legend: B batch, T tokens, D hidden, S cached tokens, V vocabulary (padded), N = B*T.
+(``ops/cross_entropy.py``). Sampling runs the same weights through ``decoder.py``.
+
+Shape legend: B batch, T tokens, D hidden, R features of the head, V vocabulary (padded), N = B * T.
 """
 
 from __future__ import annotations
@@ -13,34 +15,28 @@ import torch
 from torch import Tensor, nn
 
 from osler.model.attention import Attention
-from osler.model.config import ModelConfig
+from osler.model.config import DenseAttentionConfig, ModelConfig
 from osler.model.feed_forward import FeedForward
 from osler.model.init import init_weights
-from osler.model.kv_cache import KVCache
 from osler.model.linear import Linear
 from osler.model.norm import RMSNorm
 from osler.model.rope import rope_tables
+
+ATTENTIONS = {DenseAttentionConfig: Attention}
 
 
 class Block(nn.Module):
     """Pre-norm attention, then pre-norm feed-forward, each added to the residual stream."""
 
-    def __init__(self, config: ModelConfig, layer: int) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, eps=config.norm_eps, weight=config.norm_weight)
-        self.self_attn = Attention(config, layer)
+        self.self_attn = ATTENTIONS[type(config.attention)](config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.norm_eps, weight=config.norm_weight)
         self.mlp = FeedForward(config)
 
-    def forward(
-        self,
-        x_BTD: Tensor,
-        rope: tuple[Tensor, Tensor],
-        mask: Tensor | None = None,
-        cache: KVCache | None = None,
-        slots_T: Tensor | None = None,
-    ) -> Tensor:
-        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), rope, mask=mask, cache=cache, slots_T=slots_T)
+    def forward(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None = None) -> Tensor:
+        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), rope, mask=mask)
         return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
 
 
@@ -59,23 +55,23 @@ class Transformer(nn.Module):
         self.compute_dtype = compute_dtype
         self.embed_tokens = nn.Embedding(config.padded_vocab_size, config.embed_rank or config.hidden_size)
         self.embed_proj = None if config.embed_rank is None else Linear(config.embed_rank, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, eps=config.norm_eps, weight=config.norm_weight)
         self.lm_head = None if config.tie_embeddings else Linear(config.hidden_size, config.padded_vocab_size)
         self.make_tables(torch.get_default_device())
 
     def make_tables(self, device: torch.device) -> None:
-        """Compute the tables of RoPE on a device: no weights, so a model that began on ``meta`` needs this beside its own."""
+        """Compute the tables of RoPE on a device; they are no weights, so a model that began on ``meta`` needs this too."""
         cos, sin = rope_tables(self.config.max_seq_len, self.config.head_dim, self.config.rope_theta)
         self.register_buffer("rope_cos", cos.to(device), persistent=False)
         self.register_buffer("rope_sin", sin.to(device), persistent=False)
 
     def init_weights(self, seed: int) -> None:
-        """Draw every weight by the table in ``model/init.py``; the same seed gives the same weights on every device."""
+        """Draw every weight by the table in ``init.py``; a seed gives the same weights on every device."""
         init_weights(self, self.config, seed)
 
     def twin(self, weights: Mapping[str, Tensor]) -> Transformer:
-        """The plain model that shares ``weights``, which are this one's state dict: neither compiled, sharded nor wrapped."""
+        """Return a plain model, neither compiled, sharded nor wrapped, that shares ``weights``: this one's state dict."""
         with torch.device("meta"):
             twin = Transformer(self.config, compute_dtype=self.compute_dtype)
         twin.load_state_dict(weights, assign=True)
@@ -84,47 +80,32 @@ class Transformer(nn.Module):
 
     @contextmanager
     def computing_in(self, dtype: torch.dtype) -> Iterator[None]:
-        """Use another compute dtype for a while, such as fp32 for an evaluation without compilation on a CPU."""
+        """Use another compute dtype for a while, such as fp32 for an eager evaluation on a CPU."""
         before, self.compute_dtype = self.compute_dtype, dtype
         try:
             yield
         finally:
             self.compute_dtype = before
 
-    def forward(
-        self,
-        ids_BT: Tensor,
-        *,
-        positions_BT: Tensor | None = None,
-        document_BT: Tensor | None = None,
-        cache: KVCache | None = None,
-        slots_T: Tensor | None = None,
-        mask: Tensor | None = None,
-    ) -> Tensor:
-        """Hidden states after the final norm, [B, T, D] in ``compute_dtype``.
+    def forward(self, ids_BT: Tensor, *, document_BT: Tensor | None = None) -> Tensor:
+        """Return the hidden states after the final norm, [B, T, D] in ``compute_dtype``.
 
-        Without a cache attention is causal; with ``document_BT`` it stays inside equal document ids. With a cache, this call's
-        keys and values go to ``slots_T`` (int64 [T], the same for every row) and attention reads slots [0, cache.read_len)
-        under ``mask`` (bool [B, 1, T, S], True = visible), which the caller must give.
+        Attention is causal; with ``document_BT`` it stays inside equal document ids.
         """
-        length = ids_BT.shape[1]
+        length, mask = ids_BT.shape[1], None
         if document_BT is not None:
             causal = torch.ones(length, length, dtype=torch.bool, device=ids_BT.device).tril()
             mask = ((document_BT[:, :, None] == document_BT[:, None, :]) & causal)[:, None]
         x_BTD = self.embed_tokens(ids_BT).to(self.compute_dtype)
         if self.embed_proj is not None:
             x_BTD = self.embed_proj(x_BTD)
-        if positions_BT is None:
-            rope = (self.rope_cos[:length, None], self.rope_sin[:length, None])
-        else:
-            rope = (self.rope_cos[positions_BT][:, :, None], self.rope_sin[positions_BT][:, :, None])
-        rope = (rope[0].to(x_BTD.dtype), rope[1].to(x_BTD.dtype))
+        rope = (self.rope_cos[:length, None].to(x_BTD.dtype), self.rope_sin[:length, None].to(x_BTD.dtype))
         for block in self.layers:
-            x_BTD = block(x_BTD, rope, mask, cache, slots_T)
+            x_BTD = block(x_BTD, rope, mask)
         return self.norm(x_BTD)
 
     def head(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """Features [N, R] and weight [V, R] with logits = features @ weight.T; rows from ``config.vocab_size`` on are padding."""
+        """Return features [N, R] and weight [V, R] with logits = features @ weight.T; rows past the vocabulary are padding."""
         features = hidden.flatten(0, -2)
         if self.lm_head is not None:
             return features, self.lm_head.weight
@@ -134,7 +115,7 @@ class Transformer(nn.Module):
         return features, self.embed_tokens.weight
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Logits over the true vocabulary in fp32, [..., vocab_size]; for sampling and tests, not for training."""
+        """Return logits over the true vocabulary in fp32, [..., vocab_size]; training never holds as many."""
         features, weight = self.head(hidden)
         logits = (features @ weight.to(features.dtype).T)[:, : self.config.vocab_size].float()
         return logits.view(*hidden.shape[:-1], -1)

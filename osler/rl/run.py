@@ -125,7 +125,6 @@ def train(config: GrpoConfig, run: RunFolder, world: World | None = None) -> boo
     samples = ""
     if world.broadcast_from_first(lambda: checkpoint is None) and config.preflight != "off":
         samples = preflight(RolloutWorker(sampler, tokenizer, tasks, config.algorithm, config.seed, world).ask(0), config)
-        sampler.release()
     fingerprints = {"tokenizer": tokenizer.fingerprint, "data": fingerprint_of(tasks)}
     if checkpoint is not None and not config.allow_data_change:  # with it the change is recorded when the run goes on
         check_fingerprints(store.load(checkpoint, names=[]), fingerprints, EventLog(run.events))

@@ -174,7 +174,6 @@ class GrpoTrainer:
             yield
         finally:
             self.sampler.model = self.model
-            self.sampler.release()
 
     def _one_step(self) -> dict[str, float]:
         """Ask the questions of the current step, learn from the answers, and count the step as done."""

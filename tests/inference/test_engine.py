@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 from typing import Any
 
 import pytest
 import torch
 
 from osler.errors import UserError
-from osler.inference.decode import Decoder, cache_dtype
 from osler.inference.engine import InferenceEngine
 from osler.inference.recompute import generate_by_recompute
 from osler.inference.rollout import Rollout, SamplingParams
 from osler.model.config import ModelConfig
-from osler.model.kv_cache import KVCache
+from osler.model.decoder import Decoder
+from osler.model.kv_cache import cache_dtype
 from osler.model.transformer import Transformer
 from osler.ops.cross_entropy import linear_logprobs
 
@@ -104,23 +105,6 @@ def test_a_part_of_a_call_draws_what_the_whole_draws() -> None:
     assert_same(part, generate_by_recompute(model, PROMPTS[1:], sampling, samples_per_prompt=3))
 
 
-@pytest.mark.parametrize("pack", [True, False])
-@pytest.mark.parametrize("name", ["grouped", "norm-weights", "tied-factorized"])
-def test_one_decode_step_equals_the_plain_model(name: str, pack: bool) -> None:
-    model, rows = build(CONFIGS[name]), 3
-    ids = torch.randint(0, 50, (rows, 9), generator=torch.Generator().manual_seed(0))
-    positions, slots = torch.arange(9).expand(rows, 9), torch.arange(9)
-    prompt, cache = (KVCache(model.config, rows, length, torch.float32, "cpu") for length in (8, 12))
-    with torch.inference_mode():
-        decoder = Decoder(model, dtype=torch.float32, rows=rows, pack=pack)
-        decoder.prefill(ids[:, :8], positions[:, :8], None, prompt)
-        cache.k[:, :, :, :8], cache.v[:, :, :, :8] = prompt.k, prompt.v
-        cache.read_len = 9
-        visible = torch.ones(rows, 9, dtype=torch.bool)
-        logits = decoder.step(ids[:, 8], positions[:, 8], slots[8:], visible, cache)
-        torch.testing.assert_close(logits, model.logits(model(ids))[:, -1], atol=1e-5, rtol=1e-5)
-
-
 @pytest.mark.parametrize("name", [*SETTINGS])
 def test_logprobs_equal_a_full_forward(name: str) -> None:
     model = build(CONFIGS["tied-factorized"])
@@ -184,6 +168,11 @@ def test_the_engine_follows_the_weights_of_the_model() -> None:
     after = engine.generate(PROMPTS, max_new_tokens=8, temperature=0)
     assert before.completions != after.completions
     assert_same(after, InferenceEngine(model).generate(PROMPTS, max_new_tokens=8, temperature=0))
+
+
+def test_no_copy_of_the_weights_outlives_a_call() -> None:
+    InferenceEngine(build(PLAIN)).generate(PROMPTS, max_new_tokens=2)
+    assert not [thing for thing in gc.get_objects() if type(thing) is Decoder]
 
 
 def test_a_stream_is_the_first_row_of_generate() -> None:

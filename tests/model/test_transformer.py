@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -10,7 +11,8 @@ import torch
 
 from osler.config import encode
 from osler.model.config import ModelConfig
-from osler.model.kv_cache import KVCache
+from osler.model.decoder import Decoder
+from osler.model.linear import Layout
 from osler.model.rope import rotate
 from osler.model.transformer import Transformer
 from osler.ops.cross_entropy import linear_cross_entropy
@@ -66,9 +68,7 @@ def to_qwen3(model: Transformer) -> Any:
             rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta},
         )
     )
-    state = {
-        name if name.startswith("lm_head") else f"model.{name}": value for name, value in model.state_dict().items()
-    }
+    state = {name if name.startswith("lm_head") else f"model.{name}": value for name, value in model.state_dict().items()}
     missing, unexpected = theirs.load_state_dict(state, strict=False)
     assert not unexpected
     # Only parameter-free norms (which stay at one) and the tied head may be missing.
@@ -86,35 +86,29 @@ def test_logits_equal_qwen3(shape: str) -> None:
         torch.testing.assert_close(model.logits(model(ids)), expected, atol=1e-4, rtol=0)
 
 
+def decoded(model: Transformer, ids: torch.Tensor, prompts: Sequence[int], *, pack: bool = True) -> list[torch.Tensor]:
+    """Every row's logits from the end of its prompt on, as sampling gets them: a prefill of uneven prompts, then steps."""
+    rows, length = ids.shape
+    decoder = Decoder(model, Layout(torch.float32, rows, pack))
+    cache = decoder.new_cache(rows, length)
+    filled, logits = decoder.prefill([row[:prompt].tolist() for row, prompt in zip(ids, prompts, strict=True)], max(prompts))
+    cache.put(torch.arange(rows), filled, torch.arange(rows))
+    found = [logits]
+    for step in range(length - max(prompts)):
+        cache.make_room()
+        found.append(decoder.step(ids[torch.arange(rows), torch.tensor(prompts) + step], cache))
+    return list(torch.stack(found, 1))
+
+
+@pytest.mark.parametrize("pack", [True, False])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_cached_logits_equal_qwen3_with_its_cache(shape: str) -> None:
+def test_prefill_and_steps_equal_qwen3(shape: str, pack: bool) -> None:
     model = build(**SHAPES[shape])
-    theirs = to_qwen3(model)
     ids = torch.randint(0, 130, (2, 20), generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
-        first = theirs(ids[:, :12], use_cache=True)
-        past, expected = first.past_key_values, [first.logits]
-        for t in range(12, 20):
-            step = theirs(ids[:, t : t + 1], past_key_values=past, use_cache=True)
-            past = step.past_key_values
-            expected.append(step.logits)
-        ours = decode_in_steps(model, ids, 12)
-    torch.testing.assert_close(ours, torch.cat(expected, 1)[..., :130], atol=1e-4, rtol=0)
-
-
-def decode_in_steps(model: Transformer, ids: torch.Tensor, prompt: int) -> torch.Tensor:
-    rows, length = ids.shape
-    cache = KVCache(model.config, rows, length, torch.float32, "cpu")
-    logits = []
-    for start, stop in [(0, prompt), *((t, t + 1) for t in range(prompt, length))]:
-        cache.read_len = stop
-        positions = torch.arange(start, stop)
-        visible = (torch.arange(stop)[None] <= positions[:, None]).expand(rows, 1, -1, -1)
-        hidden = model(
-            ids[:, start:stop], positions_BT=positions.expand(rows, -1), cache=cache, slots_T=positions, mask=visible
-        )
-        logits.append(model.logits(hidden))
-    return torch.cat(logits, 1)
+        expected = to_qwen3(model)(ids).logits[..., :130]
+        for row, (logits, prompt) in enumerate(zip(decoded(model, ids, (12, 5), pack=pack), (12, 5), strict=True)):
+            torch.testing.assert_close(logits, expected[row, prompt - 1 :][: len(logits)], atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize(
@@ -127,11 +121,55 @@ def test_factorized_embeddings_with_cache_and_by_hand(shape: dict[str, Any]) -> 
     with torch.no_grad():
         hidden = model(ids)
         full = model.logits(hidden)
-        torch.testing.assert_close(decode_in_steps(model, ids, 7), full, atol=1e-5, rtol=0)
+        for row, logits in enumerate(decoded(model, ids, (7, 7))):
+            torch.testing.assert_close(logits, full[row, 6:], atol=1e-5, rtol=0)
         assert model.embed_proj is not None
         if model.config.tie_embeddings:
             embedding = model.embed_tokens.weight @ model.embed_proj.weight.T  # [V, hidden]
             torch.testing.assert_close(full, (hidden @ embedding.T)[..., :130], atol=1e-4, rtol=1e-4)
+
+
+def test_rows_join_and_leave_in_flight() -> None:
+    """Each row is at its own position, whatever shares the cache with it or stood in its place before."""
+    model = build(**SHAPES["weighted_norms"])
+    ids = torch.randint(0, 130, (3, 30), generator=torch.Generator().manual_seed(6))
+    plain = model.logits(model(ids))
+    decoder = Decoder(model, Layout(torch.float32, 2))
+    cache = decoder.new_cache(2, 24)
+    place: dict[int, int] = {}  # row of the cache, by sequence
+    length = [0, 0, 0]
+
+    def join(sequence: int, prompt: int, row: int) -> None:
+        filled, logits = decoder.prefill([ids[sequence, :prompt].tolist()], prompt)
+        torch.testing.assert_close(logits[0], plain[sequence, prompt - 1], atol=1e-5, rtol=0)
+        cache.put(torch.tensor([row]), filled, torch.tensor([0]))
+        place[sequence], length[sequence] = row, prompt
+
+    def steps(count: int) -> None:
+        for _ in range(count):
+            tokens = torch.zeros(len(cache.length_B), dtype=torch.int64)  # a row that nobody uses is given anything
+            for sequence, row in place.items():
+                tokens[row] = ids[sequence, length[sequence]]
+            cache.make_room()
+            logits = decoder.step(tokens, cache)
+            for sequence, row in place.items():
+                torch.testing.assert_close(logits[row], plain[sequence, length[sequence]], atol=1e-5, rtol=0)
+                length[sequence] += 1
+
+    with torch.inference_mode():
+        join(0, 5, row=0)
+        steps(3)
+        join(1, 11, row=1)
+        steps(4)
+        del place[0]
+        join(2, 2, row=0)
+        steps(6)
+        assert cache.filled == 21  # of the longer row
+        cache, place = cache.select(torch.tensor([0])), {2: 0}
+        assert cache.filled == 8
+        steps(16)
+        with pytest.raises(ValueError, match="24 slots"):
+            cache.make_room()
 
 
 def test_document_ids_keep_documents_apart() -> None:
@@ -207,9 +245,7 @@ def test_eighty_layers_start_with_finite_gradients_and_learn() -> None:
         features, weight = model.head(model(ids[:, :-1]))
         loss = linear_cross_entropy(features, weight, ids[:, 1:].flatten()) / 128
         loss.backward()
-        assert all(
-            torch.isfinite(parameter.grad).all() for parameter in model.parameters() if parameter.grad is not None
-        )
+        assert all(torch.isfinite(parameter.grad).all() for parameter in model.parameters() if parameter.grad is not None)
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
@@ -249,9 +285,7 @@ def test_config_counts_what_the_model_has() -> None:
         {"tie_embeddings": True, "head_init": "normal"},
     ):
         model = build(vocab_size=128, **changes)  # a multiple of 64: no padding rows
-        assert model.config.num_parameters == sum(parameter.numel() for parameter in model.parameters()), encode(
-            model.config
-        )
+        assert model.config.num_parameters == sum(parameter.numel() for parameter in model.parameters()), encode(model.config)
 
 
 @pytest.mark.parametrize(

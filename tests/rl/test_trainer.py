@@ -13,7 +13,6 @@ import torch
 
 from osler.checkpoint import store
 from osler.errors import UserError
-from osler.inference.decode import Decoder
 from osler.inference.engine import InferenceEngine
 from osler.monitor import collect
 from osler.monitor.config import SpikeConfig
@@ -309,12 +308,6 @@ def test_the_share_of_the_gpus_peak_follows_from_the_speed_of_the_updates(make_t
     per_token = line["perf/mfu"] * 1e12 / line["perf/train_tokens_per_second"]
     config = trainer.model.config
     assert config.flops_per_token(1) < per_token < config.flops_per_token(config.max_seq_len)
-
-
-def test_no_copy_of_the_weights_lies_beside_the_update(make_trainer, tmp_path):
-    trainer = make_trainer(tmp_path, config=replace(CONFIG, steps=1))
-    assert trainer.fit()
-    assert not [value for value in vars(trainer.sampler).values() if isinstance(value, Decoder)]
 
 
 def test_a_step_without_a_difference_in_reward_says_nothing_of_what_a_loss_is_usually(make_trainer, tmp_path):

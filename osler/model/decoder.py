@@ -1,0 +1,98 @@
+"""The model as sampling runs it: whole prompts once, then one token of every row at a time against a cache.
+
+It is the mathematics of ``transformer.py``, which the tests compare it with, on copies of the weights that are laid out for few
+tokens at a time. Each part brings its own form for decoding (``attention.py``, ``feed_forward.py``, ``linear.py``).
+
+Shape legend: P prompts, B rows, T prompt tokens, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from osler.model.feed_forward import DecodeFeedForward
+from osler.model.kv_cache import KVCache, cache_dtype
+from osler.model.linear import DecodeLinear, Layout
+from osler.model.transformer import Block, Transformer
+
+
+class Decoder:
+    """The present weights of a model, ready to decode on its device."""
+
+    @torch.no_grad()
+    def __init__(self, model: Transformer, layout: Layout) -> None:
+        self.config, self.dtype = model.config, layout.dtype
+        self.device = model.embed_tokens.weight.device
+        self._embed = model.embed_tokens.weight.detach()
+        self._embed_proj = None if model.embed_proj is None else DecodeLinear(layout, model.embed_proj.weight)
+        blocks = [block for block in model.layers if isinstance(block, Block)]
+        self._new_cache = blocks[0].self_attn.new_cache
+        self._layers = [
+            (
+                block.self_attn.for_decoding(layer, block.input_layernorm, layout),
+                DecodeFeedForward(block.mlp, block.post_attention_layernorm, layout),
+            )
+            for layer, block in enumerate(blocks)
+        ]
+        head = model.embed_tokens if model.lm_head is None else model.lm_head
+        if model.lm_head is None and model.embed_proj is not None:
+            hidden_to_rank = DecodeLinear(layout, model.embed_proj.weight.T, norm=model.norm)
+            self._head = [hidden_to_rank, DecodeLinear(layout, head.weight)]
+        else:
+            self._head = [DecodeLinear(layout, head.weight, norm=model.norm)]
+        # rotate(x) = x * cos + swap_halves(x) * sin, with the minus sign of the left half moved into the table.
+        half = model.config.head_dim // 2
+        self._cos = model.rope_cos.to(self.dtype)
+        self._sin = torch.cat([-model.rope_sin[:, :half], model.rope_sin[:, half:]], dim=-1).to(self.dtype)
+
+    def new_cache(self, rows: int, slots: int) -> KVCache:
+        """Return an empty cache for ``step``."""
+        return self._new_cache(self.config, rows, slots, cache_dtype(self.device, self.dtype), self.device)
+
+    def prefill(self, prompts: Sequence[Sequence[int]], width: int) -> tuple[KVCache, Tensor]:
+        """Return a cache that prompts fill, for ``KVCache.put``, and the logits after their last tokens, [P, V] fp32.
+
+        Prompts are padded on the left to ``width``. They carry their true positions, so nothing else notices the padding.
+        """
+        pads = [width - len(prompt) for prompt in prompts]
+        ids_PT = torch.tensor([[0] * pad + list(prompt) for pad, prompt in zip(pads, prompts, strict=True)], device=self.device)
+        pad_P1 = torch.tensor(pads, device=self.device)[:, None]
+        slot_T = torch.arange(width, device=self.device)
+        mask_P1TT = None
+        if any(pads):
+            # A padded query sees itself, or its softmax would be over nothing and its NaN would reach the values.
+            own_TT = torch.eye(width, dtype=torch.bool, device=self.device)
+            mask_P1TT = ((slot_T[:, None] >= slot_T) & (slot_T >= pad_P1)[:, None] | own_TT)[:, None]
+        cache = self._new_cache(self.config, len(prompts), width, self.dtype, self.device)
+        cache.length_B += width - pad_P1.squeeze(1)
+        position_PT = (slot_T - pad_P1).clamp_min(0)
+        rope = (self._cos[position_PT][:, :, None], self._sin[position_PT][:, :, None])
+        x_PTD = self._embedded(ids_PT)
+        for attention, feed_forward in self._layers:
+            x_PTD = x_PTD + attention.prefill(x_PTD, rope, mask_P1TT, cache)
+            x_PTD = x_PTD + feed_forward(x_PTD)
+        return cache, self._logits(x_PTD[:, -1])
+
+    def step(self, token_B: Tensor, cache: KVCache) -> Tensor:
+        """Return the logits after one more token of every row, [B, V] fp32; needs ``cache.make_room`` before it."""
+        rope = (self._cos[cache.length_B][:, None], self._sin[cache.length_B][:, None])
+        cached = cache.open_step()
+        x_BD = self._embedded(token_B)
+        for attention, feed_forward in self._layers:
+            x_BD = x_BD + attention.step(x_BD, rope, cached)
+            x_BD = x_BD + feed_forward(x_BD)
+        cache.close_step()
+        return self._logits(x_BD)
+
+    def _embedded(self, ids: Tensor) -> Tensor:
+        x = F.embedding(ids, self._embed).to(self.dtype)
+        return x if self._embed_proj is None else self._embed_proj(x)
+
+    def _logits(self, x_BD: Tensor) -> Tensor:
+        for layer in self._head:
+            x_BD = layer(x_BD)
+        return x_BD.float()[:, : self.config.vocab_size]
