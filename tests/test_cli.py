@@ -99,7 +99,7 @@ def test_version(capsys):
         (["data", "inspect", "no/such/folder"], "no/such/folder"),
         (["tokenizer", "train", "data=3", "--out", "y"], "data: should be a mapping"),
         (["tokenizer", "train", "data.passages=-1", "--out", "y"], "passages"),
-        (["data", "prepare", "model.num_layers=1", "--tokenizer", "x", "--out", "y"], "says nothing about text"),
+        (["data", "prepare", "model.num_layers=1", "--tokenizer", "x", "--out", "y"], "is not about text"),
     ],
 )
 def test_mistakes_are_one_message_and_code_2(arguments, message, capsys):
@@ -218,7 +218,7 @@ def test_from_text_to_shards_and_back(notes, tmp_path, capsys):
     rows = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines() if line}
     assert (rows["train"][1], rows["validation"][1]) == ("9", "3")
     assert cli.main(prepare) == 0
-    assert "was there already" in capsys.readouterr().out
+    assert "exists already" in capsys.readouterr().out
 
     assert cli.main(["data", "inspect", shards, "--tokenizer", tokenizer]) == 0
     out = capsys.readouterr().out

@@ -1,7 +1,6 @@
-"""What `osler tokenizer` and `osler data` do: train or show a tokenizer, prepare or show shards.
+"""The commands `osler tokenizer` and `osler data`: train or inspect a tokenizer, prepare or inspect shards.
 
-Both read the sections ``data`` and ``tokenizer`` of a training recipe, so that what is inspected here is what a run
-trains on. Nothing is kept between calls; an interrupted preparation leaves no folder and starts again.
+Both read the sections ``data`` and ``tokenizer`` of a training recipe, so they see the data that a run trains on.
 """
 
 from __future__ import annotations
@@ -34,11 +33,11 @@ class Sections:
 
 
 def read_sections(recipe: str | None, overrides: Sequence[str]) -> Sections:
-    """Read ``data`` and ``tokenizer`` from a recipe, or take ``recipe`` as a file or folder of text if it is one."""
+    """Read ``data`` and ``tokenizer`` from a recipe; ``recipe`` may also be a file or folder of text."""
     given = parse_overrides(overrides)
     strange = sorted(set(given) - set(SECTIONS))
     if strange:
-        raise UserError(f"`{strange[0]}` says nothing about text: this command reads data.KEY=... and tokenizer.KEY=...")
+        raise UserError(f"`{strange[0]}` is not about text: this command reads data.KEY=... and tokenizer.KEY=...")
     whole: Mapping[str, Any] = {}
     if recipe is not None:
         path = Path(recipe)
@@ -47,7 +46,7 @@ def read_sections(recipe: str | None, overrides: Sequence[str]) -> Sections:
     sections = {name: whole[name] for name in SECTIONS if name in whole}
     data = given.get("data")
     if "data" not in sections and isinstance(data, dict) and "path" in data:
-        data.setdefault("type", "files")  # of the sources without further fields, only text has a path
+        data.setdefault("type", "files")  # of the types that need no other field, only text has a path
     return decode(Sections, merge(sections, given), source=recipe or "")
 
 
@@ -56,7 +55,7 @@ def tokenizer_train(recipe: str | None, overrides: Sequence[str], out: str) -> i
     sections = read_sections(recipe, overrides)
     wanted = sections.tokenizer
     if wanted.path is not None:
-        raise UserError(f"tokenizer.path={wanted.path} names a tokenizer that is there already; leave it out to train one.")
+        raise UserError(f"tokenizer.path={wanted.path} names a tokenizer that exists; leave it out to train one.")
     tokenizer = train_tokenizer(sections.data, wanted.vocab_size, max_bytes=wanted.max_bytes)
     path = Path(out)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -66,7 +65,7 @@ def tokenizer_train(recipe: str | None, overrides: Sequence[str], out: str) -> i
 
 
 def tokenizer_inspect(path: str, text: str | None) -> int:
-    """Print what a tokenizer is, and how it cuts ``text``."""
+    """Print the properties of a tokenizer, and the tokens of ``text``."""
     tokenizer = Tokenizer.load(path)
     print(f"vocabulary    {tokenizer.vocab_size:,}")
     print(f"fingerprint   {tokenizer.fingerprint}")
@@ -82,17 +81,17 @@ def tokenizer_inspect(path: str, text: str | None) -> int:
 
 
 def data_prepare(recipe: str | None, overrides: Sequence[str], tokenizer_path: str, out: str) -> int:
-    """Tokenise the text of a recipe into the folder ``out`` and print what came of it."""
+    """Tokenise the text of a recipe into the folder ``out`` and print what is in it."""
     sections = read_sections(recipe, overrides)
     tokenizer = Tokenizer.load(tokenizer_path).with_specials()
     prepared = prepare_source(sections.data, tokenizer, out)
-    print(f"{out}: {'was there already' if prepared.reused else 'written'}")
+    print(f"{out}: {'exists already' if prepared.reused else 'written'}")
     print_splits(out)
     return 0
 
 
 def data_inspect(folder: str, tokenizer_path: str | None) -> int:
-    """Print what a folder of shards holds and check every byte; 1 when a file is damaged."""
+    """Print what a folder of shards holds and check every byte; return 1 when a file is damaged."""
     print_splits(folder)
     tokenizer = None if tokenizer_path is None else Tokenizer.load(tokenizer_path).with_specials()
     damaged = 0

@@ -1,6 +1,4 @@
-"""What a run learns from (the built-in clinic, one's own text, one's own questions and answers, or shards of these), and in rows
-of which length. Torch-free.
-"""
+"""What a run learns from, and the lengths of its rows. Torch-free."""
 
 from __future__ import annotations
 
@@ -19,7 +17,7 @@ class ClinicData:
     seed: int = 0  # of every text and question that is drawn
     passages: NonNegativeInt = 20_000  # of textbook prose
     examples: NonNegativeInt = 20_000  # exam questions with reasoning and answer
-    cards: NonNegativeInt = 5_000  # that ask to match a word with its partner: form, no fact
+    cards: NonNegativeInt = 5_000  # exercises in matching a word with its partner: form, no fact
     drills: NonNegativeInt = 5_000  # multiple-choice questions about nothing but the options themselves: form, no fact
     validation_passages: NonNegativeInt = 200  # of textbook prose, held out
     validation_examples: NonNegativeInt = 200  # exam questions, held out
@@ -39,6 +37,7 @@ class FilesData:
     holdout_fraction: HoldoutFraction = 0.05  # share of the documents kept for validation, one at least; 0: none
     seed: int = 0  # of the choice of what is held out
 
+
 @config
 class TurnsData:
     """Questions and answers of one's own, with or without the reasoning between them."""
@@ -51,17 +50,18 @@ class TurnsData:
     holdout_fraction: HoldoutFraction = 0.05  # share of the examples kept for validation, one at least; 0: none
     seed: int = 0  # of the choice of what is held out
 
+
 @config
 class PreparedData:
-    """Shards that `osler data prepare` wrote, with the tokenizer that they were cut with and what it held out."""
+    """Shards that `osler data prepare` wrote, with their tokenizer and their validation data."""
 
     type: Literal["prepared"] = "prepared"
-    path: str  # the folder of shards; the run reads them where they lie
+    path: str  # the folder of shards; the run reads them there and makes no copy
 
 
 @config
 class Stage:
-    """Part of a curriculum: rows of `seq_len` tokens until the run has seen `until_tokens`; the last stage runs to the end."""
+    """Part of a curriculum: rows of `seq_len` tokens until the run has seen `until_tokens`; the last one runs to the end."""
 
     seq_len: PositiveInt  # tokens in a row
     until_tokens: PositiveInt | None = None  # counted from the start of the run; the step that crosses it is the stage's last

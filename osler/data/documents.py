@@ -1,8 +1,9 @@
-"""A document: the unit that is read, tokenised, held out and shuffled as a whole."""
+"""Documents, the units that are read, tokenised, held out and shuffled, and a corpus of them."""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from osler.tokenizer.chat import Turn
@@ -12,17 +13,17 @@ from osler.tokenizer.chat import Turn
 class Document:
     """A text, or (with `turn`) a question and its answer whose prompt is not learned.
 
-    `source` says where it came from ("notes.jsonl:12"), for messages only; `collection` is what it is one of, for counting.
+    `where` ("notes.jsonl:12") is for messages. `source` is the file or kind of text that metrics count the document under.
     """
 
     text: str = ""
     turn: Turn | None = None
+    where: str = ""
     source: str = ""
-    collection: str = ""
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """The texts in it: the text, or question, thinking (if any) and answer."""
+        """Return the texts in it: the text, or question, thinking (if any) and answer."""
         if self.turn is None:
             return (self.text,)
         if self.turn.thinking is None:
@@ -31,18 +32,31 @@ class Document:
 
     @property
     def is_empty(self) -> bool:
-        """Whether there is nothing to learn: a blank text, or a blank question or answer."""
+        """Return whether there is nothing to learn: the text, the question or the answer is blank."""
         if self.turn is None:
             return not self.text.strip()
         return not self.turn.question.strip() or not self.turn.answer.strip()
 
     def exact_digest(self) -> bytes:
-        """8 bytes that name the content to the character."""
+        """Return 8 bytes that identify the content to the character."""
         return _digest(self.parts)
 
     def split_key(self) -> int:
-        """64 bits, the same for documents equal but for case and spacing, which may not be on both sides of a split."""
+        """Return 64 bits that identify the content but for case and spacing; equal documents go to one side of a split."""
         return int.from_bytes(_digest(tuple(" ".join(part.split()).casefold() for part in self.parts)), "big")
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Documents to train on, and to validate on; both can be iterated repeatedly and always give the same.
+
+    Without `validation` documents, a share `holdout_fraction` of the training documents, chosen by `seed`, takes their place.
+    """
+
+    train: Iterable[Document]
+    validation: Iterable[Document] | None = None
+    holdout_fraction: float = 0.0
+    seed: int = 0
 
 
 def _digest(parts: tuple[str, ...]) -> bytes:

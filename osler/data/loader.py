@@ -1,9 +1,8 @@
 """Batches for one rank: a pure function of (packing, step), with threads that only work ahead.
 
-The idea: the global batch of step s is rows s * rows ... (s + 1) * rows of the packing, and rank r of w takes the r-th
-of w equal parts. So every rank agrees without talking, the world size may change between runs, and the whole state of
-a loader is the step. With a curriculum each stage has a loader, and they take turns. The only module of this package
-that knows torch.
+The global batch of step s is rows s * n ... (s + 1) * n of the packing, and rank r of w takes the r-th of w equal parts. So the
+ranks need not communicate, their number may change between runs, and the state of a loader is the step. A curriculum has one
+loader for each stage. This is the only module of the package that imports torch.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ import numpy as np
 import torch
 
 from osler.data.curriculum import Timeline
-from osler.data.packing import PackedRow, Packing
+from osler.data.packing import Packing
 from osler.errors import UserError
 from osler.runtime.faults import fault
 
@@ -35,21 +34,21 @@ class Batch:
     document_ids: torch.Tensor
 
     def pinned(self) -> Batch:
-        """The same in memory that a GPU copies from without the host's help."""
+        """Return a copy in pinned memory, from which copies to a GPU do not block."""
         return Batch(self.ids.pin_memory(), self.labels.pin_memory(), self.document_ids.pin_memory())
 
     @property
     def num_loss_tokens(self) -> int:
-        """How many labels count."""
+        """Return how many labels are learned."""
         return int((self.labels >= 0).sum())
 
 
 @dataclass(frozen=True)
 class Loader:
-    """The batches of one rank; `rows_per_batch` counts the rows of all ranks together, `workers` threads work ahead.
+    """The batches of one rank. `rows_per_batch` counts the rows of all ranks; `workers` is the number of threads.
 
-    `stage` is the number of the curriculum's stage that the batches are of, 0 without one. Raises UserError, which names
-    it, when the ranks cannot share the rows equally. `pin_memory` is for training on a GPU.
+    `stage` is the number of the curriculum's stage, 0 without a curriculum. Raises UserError when the ranks cannot share the
+    rows equally.
     """
 
     packing: Packing
@@ -62,13 +61,9 @@ class Loader:
 
     def __post_init__(self) -> None:
         check_shares(self.rows_per_batch, self.packing.seq_len, self.world_size, self.stage)
-        if not 0 <= self.rank < self.world_size:
-            raise UserError(f"rank={self.rank} must be between 0 and {self.world_size - 1}.")
-        if self.workers < 0:
-            raise UserError(f"workers={self.workers} must be 0 (no threads) or more.")
 
     def batch(self, step: int, skipped_rows: int = 0) -> Batch:
-        """Return this rank's rows of the global batch of a step (0, 1, ...), after so many rows that are passed over."""
+        """Return this rank's rows of the global batch of a step (0, 1, ...), with the first rows of the packing skipped."""
         fault("load-batch")
         rows = self.rows_per_batch // self.world_size
         first = skipped_rows + step * self.rows_per_batch + self.rank * rows
@@ -76,7 +71,7 @@ class Loader:
         return batch.pinned() if self.pin_memory else batch
 
     def batches(self, start_step: int = 0, skipped_rows: int = 0) -> Generator[Batch, None, None]:
-        """Yield the batches from a step on without end; the number of workers never changes them."""
+        """Yield the batches from a step on, without end; they do not depend on the number of workers."""
         if self.workers == 0:
             while True:
                 yield self.batch(start_step, skipped_rows)
@@ -94,7 +89,7 @@ class Loader:
 
 
 def check_shares(rows_per_batch: int, seq_len: int, world_size: int, stage: int = 0) -> None:
-    """Raise UserError when the ranks cannot share the rows of a batch equally; it names the stage of a curriculum, 0 is none."""
+    """Raise UserError, which names the curriculum's stage if there is one, when ranks cannot share a batch's rows equally."""
     if rows_per_batch < 1 or rows_per_batch % world_size:
         batch = f"Stage {stage} of the curriculum: a batch" if stage else "A batch"
         raise UserError(
@@ -105,16 +100,16 @@ def check_shares(rows_per_batch: int, seq_len: int, world_size: int, stage: int 
 
 @dataclass(frozen=True)
 class StagedLoader:
-    """The batches of a run in stages: each span of the timeline has its loader, whose step 0 is the first of the span."""
+    """The batches of a run: each span of the timeline has its loader, whose step 0 is the first step of the span."""
 
     timeline: Timeline
     loaders: Sequence[Loader]
 
     def batches(self, start_step: int = 0, skipped_tokens: int = 0) -> Iterator[Batch]:
-        """Yield the batches from a step of the run on without end, so many tokens further on in the stream than its steps say.
+        """Yield the batches from a step of the run on, without end, with the first tokens of the data skipped.
 
-        Tokens before a stage were passed over in all stages, so one that follows repeats nothing of the one before it; where
-        its rows do not divide them, less than a row is left out or comes again.
+        The tokens are skipped in every stage, so no stage repeats data of the one before. Where the rows of a stage do not
+        divide them, less than a row is left out or repeated.
         """
         for span, loader in zip(self.timeline.spans, self.loaders, strict=True):
             first = max(start_step, span.first_step)
@@ -124,10 +119,6 @@ class StagedLoader:
 
 
 def make_batch(packing: Packing, indices: Sequence[int]) -> Batch:
-    """Return the rows of these numbers as one batch; for evaluation, which wants each row of one epoch once."""
+    """Return the rows with these numbers as one batch."""
     rows = [packing.row(index) for index in indices]
-    return Batch(*(torch.from_numpy(np.stack(arrays)) for arrays in _by_field(rows)))
-
-
-def _by_field(rows: Sequence[PackedRow]) -> Iterator[tuple[np.ndarray, ...]]:
-    return zip(*rows, strict=True)
+    return Batch(*(torch.from_numpy(np.stack(arrays)) for arrays in zip(*rows, strict=True)))

@@ -1,9 +1,8 @@
-"""The order of documents: computed from (seed, shard fingerprint, epoch), never remembered.
+"""The order of documents, computed from (seed, shard fingerprint, epoch).
 
-Each epoch has its own permutation. It comes from the raw words of a Philox counter generator (Salmon et al. 2011)
-keyed by a hash, sorted: numpy guarantees that raw stream in every version, which it does not for
-`Generator.permutation`. So any epoch can be looked up at once, on any rank, after any number of restarts, and resume
-needs nothing but a position.
+Each epoch has its own permutation: the sorted raw words of a Philox counter generator (Salmon et al. 2011) keyed by a hash.
+numpy guarantees this raw stream in every version, which it does not for `Generator.permutation`. Any epoch can be computed at
+once, on any rank, after any number of restarts, so a resume needs nothing but a position.
 """
 
 from __future__ import annotations
@@ -31,13 +30,13 @@ class Order:
         return self.shuffled(self.shards.num_documents, epoch, "documents")
 
     def shuffled(self, count: int, epoch: int, purpose: str) -> Int64Array:
-        """Return a permutation of `range(count)`; each `purpose` has its own, independent of the others."""
+        """Return a permutation of `range(count)`; those of different purposes are independent."""
         name = f"{self.seed}:{self.shards.fingerprint}:{epoch}:{purpose}"
         key = int.from_bytes(hashlib.sha256(name.encode()).digest()[:16], "big")
         words = np.random.Philox(key=key).random_raw(count)
         return np.argsort(words, kind="stable").astype(np.int64, copy=False)
 
     def _lay_out(self, epoch: int) -> tuple[Int64Array, Int64Array]:
-        """The documents of an epoch end to end: their indices and, after each, how many tokens have passed."""
+        """Return the documents of an epoch in order, and the number of tokens up to the end of each."""
         permutation = self.permutation(epoch)
         return permutation, np.cumsum(self.shards.lengths[permutation])

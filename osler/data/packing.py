@@ -1,32 +1,30 @@
-"""Rows of equal length out of documents of any length: the two ways, both pure functions of the row's number.
+"""Rows of equal length made of documents of any length, in two ways; a row is a pure function of its number.
 
-`StreamPacking` (pretraining) lays the documents of an epoch end to end, epoch after epoch, and cuts rows of seq_len +
-1 tokens with stride seq_len, so every token is predicted once and no place is padding. Its place in the data is an
-offset in tokens, whatever the length: a curriculum goes on with longer rows where the shorter ones ended.
-`WholePacking` (fine-tuning) keeps documents whole: best-fit decreasing puts them together in rows of seq_len + 1
-tokens, the rest of a row is padding, and a longer document is cut into consecutive pieces that share one token, so
-nothing starves, and nothing is dropped but what is asked to be left out.
+`StreamPacking` (pretraining) joins the documents of an epoch, epoch after epoch, and cuts rows of seq_len + 1 tokens with stride
+seq_len, so every token is predicted once and nothing is padding. Its position in the data is an offset in tokens, so a curriculum
+goes on with longer rows where the shorter ones ended.
+`WholePacking` (fine-tuning) keeps documents whole. Best-fit decreasing combines them in rows of seq_len + 1 tokens, and the rest
+of a row is padding. A longer document is cut into consecutive pieces that share one token, so all of it is learned.
 
-Row i is found without visiting the rows before it. There is no state: resume is exact at any row.
+Row i is found without visiting the rows before it. There is no state, so resume is exact at any row.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 
 from osler.data.order import CACHED_EPOCHS, Order
 from osler.data.shards import Int64Array, MaskArray, ShardSet, TokenArray
-from osler.errors import UserError
 from osler.ops.labels import IGNORED
 
 
 class PackedRow(NamedTuple):
-    """One row, three int64 arrays of seq_len: input ids, the next token (or -100), and which document a token is of.
+    """One row, three int64 arrays of seq_len: input ids, the next token of each (or -100), and its document.
 
-    Documents are numbered 0, 1, ... within the row, padding has the last number.
+    Documents are numbered 0, 1, ... within the row; padding has the last number.
     """
 
     ids: Int64Array
@@ -34,45 +32,13 @@ class PackedRow(NamedTuple):
     document_ids: Int64Array
 
 
-class Packing(Protocol):
-    """Rows by number: `row(i)` for any i >= 0, epoch after epoch."""
-
-    order: Order
-    seq_len: int
-    prompt_loss: bool
-    tokens_of_epoch: Int64Array  # of each source, in the rows of one epoch
-
-    @property
-    def rows_per_epoch(self) -> float:
-        """How many rows hold every document once; not always whole."""
-        ...
-
-    def row(self, index: int) -> PackedRow:
-        """Return a row; the same number is the same row, always."""
-        ...
-
-    def epochs(self, rows: int) -> float:
-        """How often every document was given when `rows` rows were."""
-        ...
-
-    def padding(self, first: int, stop: int) -> float:
-        """The share of the places in rows `first:stop` that is left empty."""
-        ...
-
-    def tokens_by_source(self, rows: int) -> Int64Array:
-        """Tokens of each source in the first `rows` rows; visits every document of an epoch."""
-        ...
-
-
 class StreamPacking:
-    """Documents end to end; `rows_per_epoch` is seldom whole, because rows run on across the end of an epoch.
+    """Documents joined into an endless stream; rows run on across the end of an epoch.
 
-    Row 0 begins at `first_token` of the endless stream. With `prompt_loss` everything is learned, whatever the documents'
-    loss masks say.
+    Row 0 begins at token `first_token` of the stream. With `prompt_loss` every token is learned, whatever the loss masks say.
     """
 
     def __init__(self, order: Order, seq_len: int, *, first_token: int = 0, prompt_loss: bool = False) -> None:
-        _check_seq_len(seq_len)
         self.order = order
         self.seq_len = seq_len
         self.first_token = first_token
@@ -81,7 +47,7 @@ class StreamPacking:
         self.tokens_of_epoch = by_source(order, order.shards.source_of_document, order.shards.lengths)
 
     def row(self, index: int) -> PackedRow:
-        """Return tokens index * seq_len ... (index + 1) * seq_len of the stream from `first_token` on."""
+        """Return tokens index * seq_len ... (index + 1) * seq_len of the stream, counted from `first_token`."""
         shards = self.order.shards
         epoch, offset = divmod(self.first_token + index * self.seq_len, shards.num_tokens)
         builder = _RowBuilder(self.seq_len + 1, shards.eos_id)
@@ -98,35 +64,34 @@ class StreamPacking:
         return builder.finish(across_documents=True, prompt_loss=self.prompt_loss)
 
     def epochs(self, rows: int) -> float:
-        """Epochs of the stream that lie before the end of `rows` rows, those before the first row included."""
+        """Return the epochs of the stream up to the end of `rows` rows; those before row 0 count too."""
         return (self.first_token + rows * self.seq_len) / self.order.shards.num_tokens
 
     def padding(self, first: int, stop: int) -> float:
-        """Nothing is padding."""
+        """Return 0: nothing is padding."""
         return 0.0
 
     def tokens_by_source(self, rows: int) -> Int64Array:
-        """Tokens of each source in the stream up to the end of `rows` rows, those before the first row included."""
+        """Return the tokens of each source in the stream up to the end of `rows` rows; those before row 0 count too."""
         shards = self.order.shards
         epoch, offset = divmod(self.first_token + rows * self.seq_len, shards.num_tokens)
         permutation, ends = self.order.laid_out(epoch)
         lengths = shards.lengths[permutation]
-        given = np.clip(offset - (ends - lengths), 0, lengths)
-        return epoch * self.tokens_of_epoch + by_source(self.order, shards.source_of_document[permutation], given)
+        consumed = np.clip(offset - (ends - lengths), 0, lengths)
+        return epoch * self.tokens_of_epoch + by_source(self.order, shards.source_of_document[permutation], consumed)
 
 
 class WholePacking:
-    """Documents whole, padded; `padding_fraction` is the share of places left empty.
+    """Whole documents and padding; documents in `left_out` are in no row.
 
-    The first token of a document is never a label (nothing before it could tell it), nor is padding. Which lengths
-    share a row is planned once, because it depends on lengths alone; an epoch only deals its permutation out to those
-    places. Documents of `left_out` are in no row.
+    The first token of a document is never a label, because nothing before it could predict it; padding is none either. Which
+    lengths share a row is planned once, because it depends on the lengths alone. An epoch assigns its permutation of the
+    documents to those places.
     """
 
     def __init__(
         self, order: Order, seq_len: int, *, prompt_loss: bool = False, left_out: Int64Array | tuple[()] = ()
     ) -> None:
-        _check_seq_len(seq_len)
         self.order = order
         self.seq_len = seq_len
         self.prompt_loss = prompt_loss
@@ -142,7 +107,6 @@ class WholePacking:
         self._row_of_place = row_of_place
         self._tokens_of_row = np.bincount(row_of_place, np.sort(self._length)[::-1]).astype(np.int64)
         self.tokens_of_epoch = by_source(order, order.shards.source_of_document[self._document], self._length)
-        self.padding_fraction = 1 - float(self._length.sum()) / (self.rows_per_epoch * (seq_len + 1))
         self._places = np.argsort(row_of_place, kind="stable")  # the places of row 0, of row 1, ...
         self._row_ends = np.cumsum(np.bincount(row_of_place, minlength=self.rows_per_epoch))
         self._plan = functools.lru_cache(CACHED_EPOCHS)(self._plan_epoch)
@@ -162,27 +126,27 @@ class WholePacking:
         return builder.finish(across_documents=False, prompt_loss=self.prompt_loss)
 
     def epochs(self, rows: int) -> float:
-        """How often every document was given when `rows` rows were."""
+        """Return how many epochs the first `rows` rows are."""
         return rows / self.rows_per_epoch
 
     def padding(self, first: int, stop: int) -> float:
-        """The share of the places in rows `first:stop` that is left empty."""
+        """Return the share of the places in rows `first:stop` that is padding."""
         epochs, positions = np.divmod(np.arange(first, stop), self.rows_per_epoch)
         used = sum(int(self._tokens_of_row[self._plan(e)[2][positions[epochs == e]]].sum()) for e in np.unique(epochs).tolist())
         return 1 - used / ((stop - first) * (self.seq_len + 1))
 
     def tokens_by_source(self, rows: int) -> Int64Array:
-        """Tokens of each source in the first `rows` rows; visits every document of an epoch."""
+        """Return the tokens of each source in the first `rows` rows; visits every document of an epoch."""
         epoch, position = divmod(rows, self.rows_per_epoch)
         pieces_by_place, _, order_of_rows = self._plan(epoch)
-        is_given = np.zeros(self.rows_per_epoch, bool)
-        is_given[order_of_rows[:position]] = True
-        pieces = pieces_by_place[is_given[self._row_of_place]]
+        is_consumed = np.zeros(self.rows_per_epoch, bool)
+        is_consumed[order_of_rows[:position]] = True
+        pieces = pieces_by_place[is_consumed[self._row_of_place]]
         sources = self.order.shards.source_of_document[self._document[pieces]]
         return epoch * self.tokens_of_epoch + by_source(self.order, sources, self._length[pieces])
 
     def _plan_epoch(self, epoch: int) -> tuple[Int64Array, Int64Array, Int64Array]:
-        """The piece at each place (longest first), each document's rank in the epoch, and the order of the rows."""
+        """Return the piece at each place (longest first), each document's rank in the epoch, and the order of the rows."""
         permutation = self.order.permutation(epoch)
         rank = np.empty_like(permutation)
         rank[permutation] = np.arange(len(permutation))
@@ -190,25 +154,28 @@ class WholePacking:
         return pieces_by_place, rank, self.order.shuffled(self.rows_per_epoch, epoch, "rows")
 
 
-def torn_examples(shards: ShardSet, seq_len: int) -> Int64Array:
-    """The examples that are longer than a row, whose answers would be cut from their questions.
+Packing = StreamPacking | WholePacking
 
-    An example is a document of which only a part is learned; one that is learned as a whole, a text, may be cut anywhere.
+
+def torn_examples(shards: ShardSet, seq_len: int) -> Int64Array:
+    """Return the examples that are longer than a row; cutting them would separate their answers from their questions.
+
+    An example is a document of which a part is learned. A document that is learned as a whole may be cut anywhere.
     """
     masks = ((index, shards.document(index)[1]) for index in np.flatnonzero(shards.lengths > seq_len + 1).tolist())
     return np.array([index for index, mask in masks if mask is not None and not mask.all()], np.int64)
 
 
 def by_source(order: Order, sources: Int64Array, tokens: Int64Array) -> Int64Array:
-    """Sum tokens by the numbers of their sources."""
+    """Return the sum of the tokens of each source."""
     count = len(order.shards.sources)
     return np.bincount(sources, tokens, minlength=count).astype(np.int64)  # sums in fp64, which is exact up to 2**53
 
 
 def best_fit(lengths: Int64Array, capacity: int) -> Int64Array:
-    """Return which row each length goes to: the fullest row it fits in, else a new one; `lengths` come longest first.
+    """Return which row each length goes to: the fullest row that it fits in, else a new one; `lengths` come longest first.
 
-    The rows with room form one bitmask by how much is left, so the best fit is its lowest bit from `length` on: 100,000
+    A bitmask says which amounts of room there are in rows, so the best fit is its lowest bit from `length` on, and 100,000
     documents take a fraction of a second.
     """
     rows = np.empty(len(lengths), dtype=np.int64)
@@ -243,7 +210,7 @@ class _RowBuilder:
         self._documents = 0
 
     def add(self, ids: TokenArray, mask: MaskArray | None) -> None:
-        """Append tokens of one document."""
+        """Append tokens of one document, with their loss mask (None: all are learned)."""
         place = slice(self._used, self._used + len(ids))
         self._ids[place] = ids
         self._learn[place] = True if mask is None else mask
@@ -253,7 +220,7 @@ class _RowBuilder:
         self._documents += 1
 
     def finish(self, *, across_documents: bool, prompt_loss: bool) -> PackedRow:
-        """Return the row; `across_documents` learns a document's first token from the end of the one before."""
+        """Return the row; with `across_documents` the first token of a document is learned from the end of the one before."""
         learn = self._learn
         if prompt_loss:
             learn[: self._used] = True
@@ -261,8 +228,3 @@ class _RowBuilder:
         document_ids[self._used :] = self._documents
         learned = learn[1:] if across_documents else learn[1:] & (document_ids[1:] == document_ids[:-1])
         return PackedRow(self._ids[:-1], np.where(learned, self._ids[1:], IGNORED), document_ids[:-1])
-
-
-def _check_seq_len(seq_len: int) -> None:
-    if seq_len < 1:
-        raise UserError(f"seq_len={seq_len} must be at least 1.")

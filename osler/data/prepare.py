@@ -1,11 +1,10 @@
-"""Documents to a folder of shards: tokenised once, split into train and validation, whole or not there at all.
+"""From a corpus to a folder of shards: tokenised once, split into train and validation, complete or absent.
 
-The idea: two passes over the documents. The first only hashes: it names the content (an existing folder made from the
-same content with the same tokenizer is reused without tokenising anything) and decides by document what is held out.
-Documents that are equal but for case and spacing go to the same side, so no validation document has a copy in train.
-The second pass tokenises in batches, appends ``<|endoftext|>`` and writes into a folder beside the target, which takes
-the target's name only when every file and then the manifest are on the disk. An interrupted preparation therefore
-starts again from nothing; there is no half state to resume.
+Preparation makes two passes over the documents. The first only hashes: it identifies the content, so that a folder made from the
+same content with the same tokenizer is reused, and it decides which documents are held out. Documents that are equal but for case
+and spacing go to the same side, so no validation document has a copy in train. The second pass tokenises in batches, appends
+``<|endoftext|>`` and writes into a folder beside the target, which is renamed when every file and the manifest are on the disk.
+An interrupted preparation therefore starts again from nothing.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from osler.data.documents import Document
+from osler.data.documents import Corpus, Document
 from osler.data.shards import DATA_MANIFEST, FORMAT_VERSION, SHARD_TOKENS, TOKENIZER, ShardSet, ShardWriter, read_data_manifest
 from osler.errors import UserError
 from osler.runtime.faults import fault
@@ -35,22 +34,21 @@ logger = logging.getLogger(__name__)
 
 BATCH_DOCUMENTS = 512
 BATCH_CHARACTERS = 2_000_000
-STALE_SECONDS = 24 * 3600  # what a killed preparation left behind is removed after a day
+STALE_SECONDS = 24 * 3600  # the age at which what a killed preparation left is removed
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """An open folder of shards; `validation` is None when nothing is held out, `reused` when it was there already."""
+    """An open folder of shards; `validation` is None when nothing is held out, `reused` when it existed already."""
 
     train: ShardSet
     validation: ShardSet | None
     reused: bool
-    manifest: dict[str, Any]
 
 
 @dataclass(frozen=True)
 class _Survey:
-    """What the first pass found: a name for the content, and per document that is not empty its split key."""
+    """What the first pass found: a digest of the content, and the split key of each document that is not empty."""
 
     digest: str
     keys: Sequence[int]
@@ -58,33 +56,48 @@ class _Survey:
     has_turns: bool
 
 
-def prepare(
-    documents: Iterable[Document],
-    tokenizer: Tokenizer,
-    out: str | Path,
-    *,
-    validation: Iterable[Document] | None = None,
-    holdout_fraction: float = 0.0,
-    seed: int = 0,
-    shard_tokens: int = SHARD_TOKENS,
-    set_aside: bool = False,
-    consent: str = "",
-) -> Prepared:
-    """Tokenise `documents` into the folder `out`, or reuse it when it was made from the same content and tokenizer.
+@dataclass(frozen=True)
+class _Split:
+    """One split to write; `held` are the split keys that are not in train."""
 
-    `documents` is iterated twice and must give the same each time (an iterator is read into a list first). Validation
-    data are the documents of `validation`, whose copies in train are dropped, or a share of the documents:
-    `holdout_fraction` of the distinct ones chosen by `seed`, at least one if there are two. Empty documents are
-    skipped and counted. Raises UserError when nothing is left to learn from, or when `out` holds other data, which
-    ``set_aside`` gives another name instead; ``consent`` is what a person gives to have that, for the message.
+    name: str
+    documents: Iterable[Document]
+    survey: _Survey
+    held: frozenset[int]
+
+    def _takes(self, key: int) -> bool:
+        return (key in self.held) == (self.name == "validation")
+
+    def __len__(self) -> int:
+        return sum(map(self._takes, self.survey.keys))
+
+    def __iter__(self) -> Iterator[Document]:
+        """Yield the documents of this split. Raises UserError when the documents differ from those of the first pass."""
+        digest = hashlib.sha256()
+        keys = iter(self.survey.keys)
+        for document in self.documents:
+            digest.update(document.exact_digest())
+            if not document.is_empty and (key := next(keys, None)) is not None and self._takes(key):
+                yield document
+        if digest.hexdigest() != self.survey.digest:
+            raise UserError("The documents changed while they were being prepared; prepare them again.")
+
+
+def prepare(
+    corpus: Corpus, tokenizer: Tokenizer, out: str | Path, *, set_aside: bool = False, consent: str = ""
+) -> Prepared:
+    """Tokenise a corpus into the folder `out`, or reuse the folder when it was made from the same content and tokenizer.
+
+    Copies of validation documents are dropped from train. Of the distinct documents, at least one is held out if there are two
+    and `holdout_fraction` is not 0. Empty documents are skipped and counted. Raises UserError when nothing is left to learn
+    from, or when `out` holds other data, unless `set_aside` renames these; the message names `consent`, the setting that
+    allows it.
     """
     out = Path(out)
-    documents = list(documents) if isinstance(documents, Iterator) else documents
-    validation = list(validation) if isinstance(validation, Iterator) else validation
-    survey = _survey(documents)
-    held_survey = _survey(validation) if validation is not None else None
-    held = _held_keys(survey, held_survey, holdout_fraction, seed)
-    if not any(key not in held for key in survey.keys):
+    survey = _survey(corpus.train)
+    held_survey = None if corpus.validation is None else _survey(corpus.validation)
+    held = _held_keys(survey, corpus) if held_survey is None else frozenset(held_survey.keys)
+    if all(key in held for key in survey.keys):
         raise UserError(
             f"There is nothing to learn from: of {len(survey.keys) + survey.empty:,} documents {survey.empty:,} are "
             f"empty and {len(survey.keys):,} are copies of validation documents."
@@ -92,8 +105,8 @@ def prepare(
     content = {
         "documents": survey.digest,
         "validation": None if held_survey is None else held_survey.digest,
-        "holdout_fraction": 0.0 if held_survey is not None else holdout_fraction,
-        "seed": seed,
+        "holdout_fraction": corpus.holdout_fraction if held_survey is None else 0.0,
+        "seed": corpus.seed,
     }
     manifest: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
@@ -107,26 +120,26 @@ def prepare(
         _set_aside(out, fingerprint(content))
     if _can_reuse(out, manifest, consent):
         return _open(out, reused=True)
-    passes = [_Pass(documents, survey, held, is_train=True)]
-    if held_survey is None:
-        passes.append(_Pass(documents, survey, held, is_train=False))
-    elif validation is not None:
-        passes.append(_Pass(validation, held_survey, held, is_train=False))
-    _write_folder(out, manifest, passes, tokenizer, shard_tokens)
+    train = _Split("train", corpus.train, survey, held)
+    if corpus.validation is None or held_survey is None:
+        validation = _Split("validation", corpus.train, survey, held)
+    else:
+        validation = _Split("validation", corpus.validation, held_survey, held)
+    _write_folder(out, manifest, [train, validation], tokenizer)
     return _open(out, reused=False)
 
 
 def open_prepared(out: str | Path, tokenizer: Tokenizer) -> Prepared:
-    """Open a folder that `prepare` made; UserError when it is missing, torn, or made with another tokenizer."""
+    """Open a folder that `prepare` made; raises UserError when it is missing, torn, or made with another tokenizer."""
     manifest = read_data_manifest(out)
     _check_same("tokenizer", Path(out), manifest["tokenizer_fingerprint"], tokenizer.fingerprint)
     return _open(Path(out), reused=True)
 
 
 def tokenizer_of_shards(folder: str | Path, given: str | None = None) -> Tokenizer:
-    """The tokenizer that a folder of shards was cut with, which lies in it, or the ``given`` file.
+    """Return the tokenizer of a folder of shards, from that folder or from the file ``given``.
 
-    Raises UserError when the folder is none, has no tokenizer, or was cut with another than that.
+    Raises UserError when the folder is missing or has no tokenizer, or when the file holds another one.
     """
     path = Path(folder)
     if not path.is_dir():
@@ -141,41 +154,18 @@ def tokenizer_of_shards(folder: str | Path, given: str | None = None) -> Tokeniz
 
 
 def refuse_other_tokenizer(folder: Path, wanted: str, tokenizer: Tokenizer, whose: str) -> None:
-    """Raise UserError when shards were cut with another tokenizer than that of ``whose``."""
+    """Raise UserError when shards were made with another tokenizer than that of ``whose``."""
     if tokenizer.fingerprint != wanted:
         raise UserError(
-            f"The shards in {folder} were cut with the tokenizer {wanted}, and the one {whose} is {tokenizer.fingerprint}: their "
-            f"tokens mean something else to it. Leave tokenizer.path out to use the one in the folder, or prepare the text again "
-            "with `osler data prepare --tokenizer FILE`."
+            f"The shards in {folder} were made with the tokenizer {wanted}, but the one {whose} is {tokenizer.fingerprint}, for "
+            "which their tokens mean something else. Leave tokenizer.path out to use the one in the folder, or prepare the text "
+            "again with `osler data prepare --tokenizer FILE`."
         )
 
 
-@dataclass(frozen=True)
-class _Pass:
-    """One split to write: which of the documents, by their split keys, belong to it."""
-
-    documents: Iterable[Document]
-    survey: _Survey
-    held: frozenset[int]
-    is_train: bool
-
-    @property
-    def split(self) -> str:
-        return "train" if self.is_train else "validation"
-
-    def chosen(self) -> Iterator[Document]:
-        """The documents of this split. Raises UserError when they are no longer those of the first pass."""
-        digest = hashlib.sha256()
-        index = 0
-        for document in self.documents:
-            digest.update(document.exact_digest())
-            if document.is_empty:
-                continue
-            if index < len(self.survey.keys) and (self.survey.keys[index] in self.held) != self.is_train:
-                yield document
-            index += 1
-        if digest.hexdigest() != self.survey.digest:
-            raise UserError("The documents changed while they were being prepared; prepare them again.")
+def held_out(corpus: Corpus) -> frozenset[int]:
+    """Return the split keys of the documents that `prepare` holds out of a corpus without validation documents."""
+    return _held_keys(_survey(corpus.train), corpus)
 
 
 def _survey(documents: Iterable[Document]) -> _Survey:
@@ -185,7 +175,7 @@ def _survey(documents: Iterable[Document]) -> _Survey:
         try:
             digest.update(document.exact_digest())
         except UnicodeEncodeError as error:
-            where = document.source or "A document"
+            where = document.where or "A document"
             raise UserError(f"{where} holds half a character (a lone surrogate) at position {error.start}.") from None
         if document.is_empty:
             empty += 1
@@ -195,24 +185,16 @@ def _survey(documents: Iterable[Document]) -> _Survey:
     return _Survey(digest.hexdigest(), keys, empty, has_turns)
 
 
-def held_out(documents: Iterable[Document], fraction: float, seed: int) -> frozenset[int]:
-    """The split keys of the documents that :func:`prepare` holds out when no validation documents are given."""
-    return _held_keys(_survey(documents), None, fraction, seed)
-
-
-def _held_keys(survey: _Survey, held_survey: _Survey | None, fraction: float, seed: int) -> frozenset[int]:
-    """The split keys that may not be in train."""
-    if held_survey is not None:
-        return frozenset(held_survey.keys)
+def _held_keys(survey: _Survey, corpus: Corpus) -> frozenset[int]:
     distinct = set(survey.keys)
-    if fraction <= 0 or len(distinct) < 2:
+    if corpus.holdout_fraction <= 0 or len(distinct) < 2:
         return frozenset()
-    count = min(max(1, round(fraction * len(distinct))), len(distinct) - 1)
-    return frozenset(sorted(distinct, key=lambda key: hashlib.sha256(f"{seed}:{key}".encode()).digest())[:count])
+    count = min(max(1, round(corpus.holdout_fraction * len(distinct))), len(distinct) - 1)
+    return frozenset(sorted(distinct, key=lambda key: hashlib.sha256(f"{corpus.seed}:{key}".encode()).digest())[:count])
 
 
 def _can_reuse(out: Path, manifest: dict[str, Any], consent: str = "") -> bool:
-    """Whether `out` holds exactly these data; UserError when it holds anything else."""
+    """Return whether `out` holds exactly these data; raises UserError when it holds anything else."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return False
     if not (out / DATA_MANIFEST).is_file():
@@ -224,20 +206,19 @@ def _can_reuse(out: Path, manifest: dict[str, Any], consent: str = "") -> bool:
 
 
 def _set_aside(out: Path, content_fingerprint: str) -> None:
-    """Rename prepared data of another content after it; of the same content once more, as after going back and forth, drop it."""
+    """Rename prepared data of other content after its fingerprint; delete them when data of that name exist already."""
     if not (out / DATA_MANIFEST).is_file():
         return
     found = read_data_manifest(out)["content_fingerprint"]
-    aside = out.with_name(f"{out.name}-{found}")
     if found == content_fingerprint:
         return
+    aside = out.with_name(f"{out.name}-{found}")
     if aside.exists():
         shutil.rmtree(out)
     else:
         out.rename(aside)
-    logger.info(
-        f"The data prepared before, of fingerprint {found}, are now in {aside}; those given now have {content_fingerprint}."
-    )
+    new = f"the new data have fingerprint {content_fingerprint}"
+    logger.info(f"The data prepared before (fingerprint {found}) are in {aside}; {new}.")
 
 
 def _check_same(what: str, out: Path, found: str, wanted: str, consent: str = "") -> None:
@@ -258,30 +239,23 @@ def _open(out: Path, *, reused: bool) -> Prepared:
     empty = f"; skipped {manifest['empty_documents']:,} empty" if manifest["empty_documents"] else ""
     copies = f"; dropped {manifest['dropped_copies']:,} copies of validation" if manifest["dropped_copies"] else ""
     logger.info(f"{verb} {out}: {train.num_documents:,} documents, {train.num_tokens:,} tokens{held}{empty}{copies}")
-    return Prepared(train, validation, reused, manifest)
+    return Prepared(train, validation, reused)
 
 
-def _write_folder(
-    out: Path, manifest: dict[str, Any], passes: Sequence[_Pass], tokenizer: Tokenizer, shard_tokens: int
-) -> None:
-    """Write everything beside `out` and give it its name at the end; leaves nothing behind when it fails."""
+def _write_folder(out: Path, manifest: dict[str, Any], splits: Sequence[_Split], tokenizer: Tokenizer) -> None:
+    """Write everything beside `out` and rename it at the end; leaves nothing behind when it fails."""
     partial = out.parent / f".{out.name}.partial-{uuid.uuid4().hex[:12]}"
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         _remove_stale(out)
         partial.mkdir()
-        splits: dict[str, Any] = {}
-        has_turns = any(one.survey.has_turns for one in passes)
-        for one in passes:
-            written = _write_split(partial / one.split, one, tokenizer, has_turns, shard_tokens)
-            if written["documents"]:
-                splits[one.split] = written
-        held_is_given = manifest["content"]["validation"] is not None
-        surveys = {id(one.survey): one.survey for one in passes}.values()
-        train = passes[0]
-        manifest["splits"] = splits
+        with_mask = any(split.survey.has_turns for split in splits)
+        entries = {split.name: _write_split(partial / split.name, split, tokenizer, with_mask) for split in splits}
+        surveys = {id(split.survey): split.survey for split in splits}.values()
+        manifest["splits"] = {name: entry for name, entry in entries.items() if entry["documents"]}
         manifest["empty_documents"] = sum(survey.empty for survey in surveys)
-        manifest["dropped_copies"] = len(train.survey.keys) - splits["train"]["documents"] if held_is_given else 0
+        is_given = manifest["content"]["validation"] is not None
+        manifest["dropped_copies"] = len(splits[0].survey.keys) - len(splits[0]) if is_given else 0
         write_atomic(partial / TOKENIZER, tokenizer.to_bytes())
         fault("prepare-manifest")
         write_json(partial / DATA_MANIFEST, manifest)
@@ -295,7 +269,7 @@ def _write_folder(
 
 
 def _rename(partial: Path, out: Path) -> bool:
-    """Give the finished folder its name; False when another process has put one there in the meantime."""
+    """Give the finished folder its name; return False when another process has put one there in the meantime."""
     try:
         if out.is_dir():
             out.rmdir()  # refuses unless it is empty
@@ -308,15 +282,14 @@ def _rename(partial: Path, out: Path) -> bool:
     return True
 
 
-def _write_split(folder: Path, one: _Pass, tokenizer: Tokenizer, with_mask: bool, shard_tokens: int) -> dict[str, Any]:
-    writer = ShardWriter(folder, vocab_size=tokenizer.vocab_size, with_mask=with_mask, shard_tokens=shard_tokens)
-    total = sum((key in one.held) != one.is_train for key in one.survey.keys)
+def _write_split(folder: Path, split: _Split, tokenizer: Tokenizer, with_mask: bool) -> dict[str, Any]:
+    writer = ShardWriter(folder, vocab_size=tokenizer.vocab_size, with_mask=with_mask, shard_tokens=SHARD_TOKENS)
     try:
-        with Progress(total, "documents", label=f"Tokenising {one.split}") as progress:
-            for batch in _batches(one.chosen()):
+        with Progress(len(split), "documents", label=f"Tokenising {split.name}") as progress:
+            for batch in _batches(split):
                 for document, (ids, mask) in zip(batch, encode(tokenizer, batch), strict=True):
                     num_bytes = sum(len(part.encode("utf-8")) for part in document.parts)
-                    writer.add(ids, mask, num_bytes, document.collection)
+                    writer.add(ids, mask, num_bytes, document.source)
                 progress.update(writer.num_documents, tokens=writer.num_tokens)
                 fault("prepare-batch")
         entry = writer.close()
@@ -348,7 +321,7 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
 
 
 def _remove_stale(out: Path) -> None:
-    """Remove what preparations of this folder left behind when they were killed; a running one writes all the time."""
+    """Remove what killed preparations of this folder left behind; a running one would have written lately."""
     for folder in out.parent.iterdir():
         if not folder.name.startswith(f".{out.name}.partial-"):
             continue

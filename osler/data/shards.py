@@ -1,11 +1,11 @@
-"""Tokens on disk: flat memory-mapped arrays, cut into shards, with a manifest that says what they are.
+"""Tokens on disk: flat memory-mapped arrays in shards, and a manifest that describes them.
 
 A prepared folder holds `manifest.json`, `tokenizer.json` and one folder per split (`train`, `validation`). A split is a list of
-shards; each shard is three raw little-endian files: `tokens-00000.bin` (uint16 while ids fit, else uint32),
-`offsets-00000.bin` (uint64, where each document starts, and the end) and, if some document has one, `mask-00000.bin`
-(uint8, 1 = learn this token). No document crosses a shard. The fingerprint of a split is a hash of the files' hashes:
-equal fingerprints mean equal tokens in equal order, which is what exact resume needs to know. The manifest also says
-which collections the documents are of, as runs of equal ones; that is for counting and in no fingerprint.
+shards. Each shard is three raw little-endian files: `tokens-00000.bin` (uint16 while ids fit, else uint32), `offsets-00000.bin`
+(uint64, where each document starts, and the end) and, if some document has a loss mask, `mask-00000.bin` (uint8, 1 = learn this
+token). No document crosses a shard. The fingerprint of a split is a hash of the files' hashes: equal fingerprints mean equal
+tokens in equal order, which exact resume depends on. The manifest also lists the sources of the documents, as runs of equal
+ones; they are for metrics and in no fingerprint.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from osler.runtime.files import fingerprint, read_json, sha256_file
 
 FORMAT_VERSION = 1
 DATA_MANIFEST = "manifest.json"
-TOKENIZER = "tokenizer.json"  # that the shards were cut with
+TOKENIZER = "tokenizer.json"  # of the shards
 SHARD_TOKENS = 1 << 26
-MOST_SOURCES = 32  # collections that are counted apart; documents of all further ones are counted together
+MOST_SOURCES = 32  # that are counted separately; documents of all further ones are counted as OTHER_SOURCES
 OTHER_SOURCES = "others"
 
 Int64Array = npt.NDArray[np.int64]
@@ -54,10 +54,10 @@ class ShardWriter:
         self.num_loss_tokens = 0
         self.num_bytes = 0
         self._source_names: dict[str, str] = {}
-        self._sources: list[tuple[str, int]] = []  # runs of documents of one collection
+        self._sources: list[tuple[str, int]] = []  # runs of documents of one source
 
-    def add(self, ids: Sequence[int], mask: Sequence[int] | None, num_bytes: int, collection: str = "") -> None:
-        """Append one document: ids, loss mask (None = learn all), UTF-8 bytes of its text, and what it is one of."""
+    def add(self, ids: Sequence[int], mask: Sequence[int] | None, num_bytes: int, source: str = "") -> None:
+        """Append one document: its ids, loss mask (None = learn all), number of UTF-8 bytes of text, and source."""
         if self._offsets[-1] and self._offsets[-1] + len(ids) > self._shard_tokens:
             self._finish_shard()
         if self._tokens is None:
@@ -66,26 +66,25 @@ class ShardWriter:
             if self._with_mask:
                 self._mask = _HashedFile(self._folder / f"mask-{number:05d}.bin")
         self._tokens.write(np.asarray(ids, dtype=self._dtype).tobytes())
-        num_loss_tokens = len(ids) if mask is None else sum(mask)
         if self._mask is not None:
             self._mask.write(b"\x01" * len(ids) if mask is None else bytes(mask))
         self._offsets.append(self._offsets[-1] + len(ids))
         self.num_documents += 1
         self.num_tokens += len(ids)
-        self.num_loss_tokens += num_loss_tokens
+        self.num_loss_tokens += len(ids) if mask is None else sum(mask)
         self.num_bytes += num_bytes
-        self._count(collection)
+        self._count(source)
 
-    def _count(self, collection: str) -> None:
-        if collection not in self._source_names:
-            name = re.sub(r"[^\w.\-]+", "-", collection) or "documents"  # as the name of a metric may be
-            self._source_names[collection] = name if len(self._source_names) < MOST_SOURCES else OTHER_SOURCES
-        name = self._source_names[collection]
+    def _count(self, source: str) -> None:
+        if source not in self._source_names:
+            name = re.sub(r"[^\w.\-]+", "-", source) or "documents"  # only what the name of a metric may hold
+            self._source_names[source] = name if len(self._source_names) < MOST_SOURCES else OTHER_SOURCES
+        name = self._source_names[source]
         run = self._sources.pop()[1] if self._sources and self._sources[-1][0] == name else 0
         self._sources.append((name, run + 1))
 
     def close(self) -> dict[str, Any]:
-        """Finish the last shard, flush everything to the disk and return the split's part of the manifest."""
+        """Finish the last shard, flush all files to the disk and return the split's part of the manifest."""
         if self._tokens is not None:
             self._finish_shard()
         return {
@@ -100,7 +99,7 @@ class ShardWriter:
         }
 
     def abort(self) -> None:
-        """Close the open files; what they hold is not a shard."""
+        """Close the files of an unfinished shard."""
         for file in (self._tokens, self._mask):
             if file is not None:
                 file.close()
@@ -150,9 +149,9 @@ class ShardSet:
 
     @classmethod
     def open(cls, path: str | Path, split: str = "train") -> ShardSet:
-        """Open one split of a prepared folder; the sizes of its files are checked, their bytes by `verify`.
+        """Open one split of a prepared folder; this checks the sizes of its files, and `verify` their bytes.
 
-        Raises UserError when the folder, the split or a file is missing, or a file has another size than it should.
+        Raises UserError when the folder, the split or a file is missing, or a file has the wrong size.
         """
         manifest = read_data_manifest(path)
         if split not in manifest["splits"]:
@@ -180,7 +179,7 @@ class ShardSet:
             yield self.document(index)[0].tolist()
 
     def verify(self) -> list[str]:
-        """Hash every file and return what is wrong, one sentence per file; an empty list means all is well."""
+        """Hash every file and return one sentence for each that is missing or changed."""
         problems = []
         for shard in self._entry["shards"]:
             for name, digest in shard["files"].items():
@@ -193,26 +192,24 @@ class ShardSet:
 
 
 def read_data_manifest(path: str | Path) -> dict[str, Any]:
-    """Return the manifest of a prepared folder; UserError when there is none or this version cannot read it."""
+    """Return the manifest of a prepared folder; raises UserError when there is none that this version can read."""
     file = Path(path) / DATA_MANIFEST
     if not file.is_file():
         raise UserError(f"{path} is not a folder of prepared data: it has no {DATA_MANIFEST}.")
     manifest = read_json(file)
     version = manifest.get("format_version") if isinstance(manifest, dict) else None
     if version != FORMAT_VERSION:
-        raise UserError(
-            f"{file} is of format {version}, this version of Osler reads format {FORMAT_VERSION}; prepare them anew."
-        )
+        raise UserError(f"{file} has format {version}, this version of Osler reads {FORMAT_VERSION}; prepare the data again.")
     return dict(manifest)
 
 
 class _HashedFile:
-    """A file being written, hashed on the way; `close` flushes it to the disk and returns its sha256."""
+    """A file that is hashed as it is written; `close` flushes it to the disk and returns its sha256."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._digest = hashlib.sha256()
-        self._file: BinaryIO = open(path, "wb")  # noqa: SIM115 - it lives as long as its shard
+        self._file: BinaryIO = open(path, "wb")  # noqa: SIM115 - open until its shard is finished
 
     def write(self, data: bytes) -> None:
         self._file.write(data)
@@ -229,8 +226,8 @@ class _HashedFile:
 def _map(path: Path, dtype: np.dtype[Any], count: int) -> npt.NDArray[Any]:
     """Memory-map a file of exactly `count` items."""
     if not path.is_file():
-        raise UserError(f"{path} is missing; prepare the data anew.")
+        raise UserError(f"{path} is missing; prepare the data again.")
     size, expected = path.stat().st_size, count * dtype.itemsize
     if size != expected:
-        raise UserError(f"{path} has {size} bytes instead of {expected}: it is torn or changed; prepare the data anew.")
+        raise UserError(f"{path} has {size} bytes instead of {expected}: it is torn or changed; prepare the data again.")
     return np.asarray(np.memmap(path, dtype=dtype, mode="r", shape=(count,)))  # a plain array slices twice as fast

@@ -1,8 +1,8 @@
-"""What stands in a file: a text, or rows of parquet or JSON lines, plain or compressed, one row at a time.
+"""Read what is in a file: a text, or rows of parquet or JSON lines, plain or compressed, one row at a time.
 
-Training data, exams and questions that are piped into a chat are read here and nowhere else, so that a file means the
-same everywhere. Whatever is wrong is a UserError that names the file and the line, row or byte. Reading takes time in
-proportion to the size of a file, however long its lines are, and memory for one line or one batch of rows.
+Training data, exams and questions piped into a chat are all read here, so that a file means the same everywhere. Whatever is
+wrong raises a UserError that names the file and the line, row or byte. Reading takes time in proportion to the size of the
+file, however long its lines are, and memory for one line or one batch of rows.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,10 +24,10 @@ if TYPE_CHECKING:
 
 BLOCK_BYTES = 1 << 20
 BATCH_ROWS = 1024
-HEAD_BYTES = 4096  # of a file of JSON lines, to see what it begins with
-HALF_CHARACTER = re.compile(r"\\u[dD][89a-fA-F]")  # the only way in which JSON in UTF-8 can write one; whole ones match too
+HEAD_BYTES = 4096  # of a file of JSON lines, to see whether it begins with an array
+HALF_CHARACTER = re.compile(r"\\u[dD][89a-fA-F]")  # a surrogate, the only way to write half a character; pairs match too
 
-# Columns about a row rather than of it, by the words of their names.
+# Columns that say something about a row and are not its content, by the words of their names.
 _BOOKKEEPING = re.compile(
     r"(?:^|_)(?:id|ids|idx|index|uid|uuid|hash|url|uri|link|path|file|filename|source|dump|date|time|timestamp|created|updated"
     r"|license|licence|lang|language|split|subset|version)(?:$|_)",
@@ -36,10 +37,10 @@ _BOOKKEEPING = re.compile(
 
 @dataclass(frozen=True)
 class Row:
-    """One row: where it stands ("notes.jsonl:12"), and the values of its columns.
+    """One row of a table: where it is ("notes.jsonl:12") and the values of its columns.
 
-    `columns` names all columns. The first row of a file names in `unread` those that were not asked for and look as if
-    they carried meaning: they hold text, lists or objects.
+    `columns` names all columns of the row. In the first row of a file, `unread` names the columns that were not asked for and
+    look like content: they hold text, lists or objects.
     """
 
     where: str
@@ -50,7 +51,7 @@ class Row:
 
 def read_text(file: Path) -> str:
     """Return the content of a text file, without a byte order mark."""
-    with _reading(file), _open(file) as stream:
+    with _os_errors_named(file), _open(file) as stream:
         data = stream.read()
     try:
         return data.decode("utf-8-sig")
@@ -60,15 +61,15 @@ def read_text(file: Path) -> str:
 
 
 def read_rows(file: Path, columns: Sequence[str] | None = None) -> Iterator[Row]:
-    """Yield the rows of a parquet file or a file of JSON lines; `columns` None means all of them.
+    """Yield the rows of a parquet file or a file of JSON lines; `columns` None reads all of them.
 
-    A column that is not there is missing from `Row.values`; which values are right is for the caller to say.
+    A column that does not exist is missing from `Row.values`; the caller decides whether that is an error.
     """
     return _parquet_rows(file, columns) if ending(file) == PARQUET_ENDING else _json_rows(file, columns)
 
 
 def decode_lines(lines: Iterable[bytes], name: str) -> Iterator[tuple[str, str]]:
-    """Yield each line as text, with where it stands. Raises UserError where a line is not UTF-8."""
+    """Yield where each line is and its text. Raises UserError when a line is not UTF-8."""
     offset = 0
     for number, line in enumerate(lines, 1):
         where = f"{name}:{number}"
@@ -77,15 +78,15 @@ def decode_lines(lines: Iterable[bytes], name: str) -> Iterator[tuple[str, str]]
         except UnicodeDecodeError as error:
             raise UserError(_not_utf8(where, error, offset)) from None
         offset += len(line)
-        yield where, text.removeprefix("\ufeff")  # on later lines where files were joined
+        yield where, text.removeprefix("\ufeff")  # joined files have one on later lines
 
 
 # -- bytes and lines ---------------------------------------------------------------------------------------------------
 
 
 def _open(file: Path) -> IO[bytes]:
-    """Open for reading bytes, decompressing on the way; a torn compressed file raises OSError while it is read."""
-    handle = open(file, "rb")  # noqa: SIM115 - by Python, which takes names that are not UTF-8; the stream closes it
+    """Open a file for reading its decompressed bytes; reading raises OSError where a compressed file is torn."""
+    handle = open(file, "rb")  # noqa: SIM115 - Python takes names that are not UTF-8, pyarrow does not; the stream closes it
     compression = COMPRESSIONS.get(file.suffix.lower())
     if compression is None:
         return handle
@@ -96,8 +97,8 @@ def _open(file: Path) -> IO[bytes]:
 
 
 @contextlib.contextmanager
-def _reading(file: Path) -> Iterator[None]:
-    """Turn what the system and pyarrow say about a file into a UserError."""
+def _os_errors_named(file: Path) -> Iterator[None]:
+    """Turn an OSError of the system or of pyarrow into a UserError that names the file."""
     try:
         yield
     except OSError as error:
@@ -105,7 +106,7 @@ def _reading(file: Path) -> Iterator[None]:
 
 
 def _lines(stream: IO[bytes]) -> Iterator[bytes]:
-    """Cut a stream into lines at newlines only: pyarrow's own line iteration is not available on compressed streams.
+    """Cut a stream at newlines and nowhere else; pyarrow cannot iterate over the lines of a compressed stream.
 
     The parts of a line longer than a block are joined once, at its end.
     """
@@ -134,18 +135,14 @@ def _damaged(file: Path, error: Exception) -> str:
 # -- JSON lines --------------------------------------------------------------------------------------------------------
 
 
-class _OccursTwiceError(ValueError):
-    """A key of a JSON object that occurs twice."""
+class _RepeatedKeyError(ValueError):
+    """A JSON object has a key twice."""
 
 
 def _json_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     made = dict(pairs)
     if len(made) != len(pairs):
-        seen: set[str] = set()
-        for name, _ in pairs:
-            if name in seen:
-                raise _OccursTwiceError(name)
-            seen.add(name)
+        raise _RepeatedKeyError(Counter(name for name, _ in pairs).most_common(1)[0][0])
     return made
 
 
@@ -154,8 +151,8 @@ _decode = json.JSONDecoder(object_pairs_hook=_json_object).decode
 
 def _json_rows(file: Path, columns: Sequence[str] | None) -> Iterator[Row]:
     name = shown(file)
-    with _reading(file):
-        with _open(file) as stream:  # the first line of an array may be all of a file that is larger than the memory
+    with _os_errors_named(file):
+        with _open(file) as stream:  # the first line of an array may be a whole file, larger than the memory
             if stream.read(HEAD_BYTES).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
                 raise UserError(f"{name} begins with '['. {_one_object_per_line('[')}")
         is_first = True
@@ -173,7 +170,7 @@ def _json_rows(file: Path, columns: Sequence[str] | None) -> Iterator[Row]:
 def _parse(text: str, where: str) -> dict[str, Any]:
     try:
         row = _decode(text)
-    except _OccursTwiceError as error:
+    except _RepeatedKeyError as error:
         raise UserError(f"{where}: the field {str(error)!r} occurs twice; which one is meant? Remove the other.") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where} is not JSON ({error}). {_one_object_per_line(text)}") from None
@@ -183,7 +180,7 @@ def _parse(text: str, where: str) -> dict[str, Any]:
 
 
 def _one_object_per_line(text: str) -> str:
-    """The rule, and how to turn into it what does not keep to it."""
+    """Return the rule for lines of JSON, and how to convert a text that breaks it."""
     rule = "Every line must hold one JSON object"
     if text.lstrip().startswith("["):
         code = "import json, sys; [print(json.dumps(row)) for row in json.load(sys.stdin)]"
@@ -206,10 +203,8 @@ def _check_characters(row: dict[str, Any], where: str) -> None:
             try:
                 value.encode("utf-8")
             except UnicodeEncodeError as error:
-                raise UserError(
-                    f"{where}: the field '{shown(field)}' holds half a character at position {error.start}. Write it whole, or "
-                    "remove the row."
-                ) from None
+                what = f"the field '{shown(field)}' holds half a character at position {error.start}"
+                raise UserError(f"{where}: {what}. Write it whole, or remove the row.") from None
 
 
 def _unread_json(row: dict[str, Any], columns: Sequence[str]) -> list[str]:
@@ -249,15 +244,15 @@ def _parquet_rows(file: Path, columns: Sequence[str] | None) -> Iterator[Row]:
 def _unread_parquet(schema: pyarrow.Schema, columns: Sequence[str]) -> list[str]:
     from pyarrow import types
 
-    about = (types.is_integer, types.is_floating, types.is_decimal, types.is_boolean, types.is_temporal)
-    names = [field.name for field in schema if not any(check(field.type) for check in about)]
+    is_number = (types.is_integer, types.is_floating, types.is_decimal, types.is_boolean, types.is_temporal)
+    names = [field.name for field in schema if not any(check(field.type) for check in is_number)]
     return [name for name in names if _is_content(name, columns)]
 
 
 def _column_values(column: pyarrow.Array, name: str, file: Path, rows_before: int) -> list[Any]:
     try:
         values: list[Any] = column.to_pylist()
-    except ValueError:  # text that is not UTF-8, or what Python has no value for
+    except ValueError:  # text that is not UTF-8, or a value that Python cannot hold
         for index, value in enumerate(column):
             where = f"{shown(file)}: row {rows_before + index + 1}, field '{shown(name)}'"
             try:

@@ -1,19 +1,18 @@
-"""Reading an answer: which option, number or text a model gave, or that it cannot be told.
+"""Read an answer: which option, number or text a model gave, if that is certain.
 
-The exam and the rewards read with the same ``read_answer``, so a score and a reward never disagree about what was said.
-It reads the form that models are taught and the forms beside it that have one meaning. Whatever could mean something
-else is not read, which counts as wrong: a guess would pay for tricks, and a score would contain it.
+The exam and the rewards share ``read_answer``, so a score and a reward never disagree. It reads the form that models are taught
+and other forms that have one meaning. What could mean something else is not read and counts as wrong: guessing would reward
+tricks and inflate scores.
 
 - An option is ``amoxicillin (B)``, ``(B)``, ``B``, ``B.``, ``B) amoxicillin``, ``Option B``, ``The answer is B``, or the
-  exact text of one option. Text and letter must not contradict each other; negations, alternatives and doubts ("not (A)",
-  "A or (B)", "maybe B"), a second letter and a letter beyond the options leave it unread.
+  exact text of one option. It is not read when text and letter contradict each other, with a negation, alternative or doubt
+  ("not (A)", "A or (B)", "maybe B"), with a second letter, or with a letter beyond the options.
 - A number is one word of digits: ``72``, ``-5``, ``$1,080``, ``25%``, ``72 apples``. Units are ignored, because the answers
-  of GSM8K have none. A letter or sign that is glued to it (``5k``, ``1e3``, ``0x10``, ``3²``, ``1/2``, ``10:30``), other
-  separators (``1_000``, ``1 000``, ``1.000,5``), words that change its value ("about", "million") and a second number
-  leave it unread.
+  of GSM8K have none. It is not read with a letter or sign attached (``5k``, ``1e3``, ``0x10``, ``3²``, ``1/2``, ``10:30``),
+  other separators (``1_000``, ``1 000``, ``1.000,5``), words that change its value ("about", "million") or a second number.
 - Markdown, LaTeX's ``\\boxed{}``, full-width characters, the minus sign and the digits of any one script are understood.
-  ``####`` and ``\\boxed{}`` mark what counts; where they mark two different answers, none is read.
-- An answer that the length limit cut within a word or a number is not read.
+  ``####`` and ``\\boxed{}`` mark what counts; when they mark two different answers, none is read.
+- An answer that the length limit cut inside a word or a number is not read.
 """
 
 from __future__ import annotations
@@ -25,9 +24,9 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Protocol
 
-from osler.tasks.item import LETTERS, ExamItem, plain, wording
+from osler.tasks.item import LETTERS, ExamItem, plain, render_option, wording
 
-MAX_ANSWER_CHARS = 1000  # a longer answer (options aside) is not an answer; it also bounds the time any pattern can take
+MAX_ANSWER_CHARS = 1000  # beside the options; nothing longer is read, which also bounds the time that a pattern can take
 
 # The ASCII form of full-width characters, the minus sign and Arabic separators.
 _ASCII = {0xFF01 + k: 0x21 + k for k in range(94)} | {0x2212: "-", 0x066B: ".", 0x066C: ",", 0x066A: "%"}
@@ -44,7 +43,7 @@ _LONE = re.compile(r"(?:\(([A-Za-z])\)|([A-Za-z])\)?)[.:!]?")  # (B)   B   B)   
 _TAIL = re.compile(r"(.*)\(([A-Za-z])\)[.!,;:]*")  # amoxicillin (B)
 _HEAD = re.compile(r"(?:\(([A-Za-z])\)[.:]?|([A-Za-z])[.:)]) (.+)")  # B. amoxicillin
 _EXPLAINED = re.compile(r"(.*?)\(([A-Za-z])\)[.,;:] ?(.+)")  # amoxicillin (B), because it is oral
-# Another letter, as a word by itself; "A" before a small letter is the article.
+# A letter that is a word by itself; "A" before a lower-case letter is the article.
 _LETTER = re.compile(r"\(([A-Za-z])\)|(?<![\w'’-])([B-Z]|A(?! [a-z]))(?![\w'’-])")
 _WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
 _DOUBT = re.compile(
@@ -63,7 +62,7 @@ _OTHER_NUMBER = re.compile(  # words beside a number that change it
 
 
 class Completed(Protocol):
-    """What a model wrote after a prompt (``osler.tokenizer.chat.Completion``)."""
+    """A parsed completion, such as ``osler.tokenizer.chat.Completion``."""
 
     @property
     def thinking(self) -> str: ...
@@ -77,7 +76,7 @@ class Completed(Protocol):
 
 @dataclass(frozen=True)
 class Reading:
-    """What an answer says: whether it can be read, whether it is right, and the position of the option it chose."""
+    """Whether an answer can be read, whether it is right, and the position of the option that it names."""
 
     readable: bool
     right: bool
@@ -85,7 +84,7 @@ class Reading:
 
 
 def read_answer(item: ExamItem, completion: Completed) -> Reading:
-    """Read a completion's answer to an item: an option, a number, or any text where the item's answer is a text."""
+    """Read the answer to an item: an option, a number, or any text where the item's answer is a text."""
     text = completion.answer or ""
     if not completion.finished and text[-1:].isalnum():
         text = ""  # the length limit may have cut through a word or a number
@@ -100,19 +99,19 @@ def read_answer(item: ExamItem, completion: Completed) -> Reading:
 
 
 def read_choice(text: str, options: Sequence[str]) -> int | None:
-    """The position of the option that an answer names, or None when it names none, or not for sure."""
+    """Return the position of the option that an answer names, or None when that is not certain."""
     if len(text) > MAX_ANSWER_CHARS + max(map(len, options)):
         return None
     said, shown = _spaced(text), [_spaced(option) for option in options]
     for index, option in enumerate(shown):
-        if said == f"{option} ({LETTERS[index]})" and said not in shown:
+        if said == render_option(option, LETTERS[index]) and said not in shown:
             return index
     choices = {_choice(_unwrapped(part), options) for part in _final_parts(text)}
     return choices.pop() if len(choices) == 1 else None
 
 
 def read_number(text: str) -> Decimal | None:
-    """The number that an answer gives, or None when it gives none, or not for sure."""
+    """Return the number that an answer gives, or None when that is not certain."""
     if len(text) > MAX_ANSWER_CHARS:
         return None
     numbers = {_number(_unwrapped(part)) for part in _final_parts(text)}
@@ -131,7 +130,7 @@ def _choice(text: str, options: Sequence[str]) -> int | None:
     elif found := _TAIL.fullmatch(text):
         letter, beside, misspelt = found[2], found[1], True
     elif whole:
-        pass  # "E. coli" and "Vitamin (A): deficiency" may be the texts of options
+        pass  # "E. coli" and "Vitamin (A): deficiency" may be texts of options
     elif found := _HEAD.fullmatch(text):
         letter, beside = found[1] or found[2], found[3]
     elif found := _EXPLAINED.fullmatch(text):
@@ -146,13 +145,12 @@ def _choice(text: str, options: Sequence[str]) -> int | None:
 
 
 def _is_free_of_doubt(text: str, index: int, options: Sequence[str]) -> bool:
-    """Whether words around a letter leave it alone: no negation, alternative, other letter or other option's text.
+    """Return whether the words around a letter hold no negation, alternative, other letter or text of another option.
 
-    What the option itself says is no doubt: "no growth (B)" names B when that is its text.
+    The words of the option itself do not count: "no growth (B)" names B when that is its text.
     """
     words, own = _words(text), _words(options[index])
-    strange = set(words) - set(own)
-    if any(map(_DOUBT.fullmatch, strange)):
+    if any(map(_DOUBT.fullmatch, set(words) - set(own))):
         return False
     letters = {(found[1] or found[2]).lower() for found in _LETTER.finditer(text)} - set(own)
     if letters & set(LETTERS.lower()[: len(options)]) - {LETTERS[index].lower()}:
@@ -163,7 +161,7 @@ def _is_free_of_doubt(text: str, index: int, options: Sequence[str]) -> bool:
 
 
 def _matching(text: str, options: Sequence[str]) -> list[int]:
-    """The options whose text this is; "AA" is not "Aa" where both are options."""
+    """Return the positions of the options with this text; "AA" is not "Aa" where both are options."""
     for form in (wording, lambda text: plain(_unwrapped(text))):
         said = form(text)
         found = [index for index, option in enumerate(options) if said and form(option) == said]
@@ -188,12 +186,12 @@ def _number(text: str) -> Decimal | None:
 
 
 def _final_parts(text: str) -> list[str]:
-    """What is marked as the answer by ``\\boxed{}`` or ``####``, else the whole text."""
+    """Return what ``\\boxed{}`` or ``####`` mark as the answer, else the whole text."""
     return [*_BOXED.findall(text), *text.split("####")[1:]] or [text]
 
 
 def _unwrapped(text: str) -> str:
-    """The text without markup and line breaks, in ASCII where it is a matter of form alone."""
+    """Return the text without markup and line breaks, in ASCII where only the form differs."""
     text = unicodedata.normalize("NFC", text).translate(_ASCII)
     digits = {character for character in text if character.isdecimal()}
     if len({ord(digit) - unicodedata.decimal(digit) for digit in digits}) == 1:

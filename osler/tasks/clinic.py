@@ -1,6 +1,4 @@
-"""The clinic as a task: items of the built-in synthetic world, made on the spot from a seed (a test bench, not
-medical advice).
-"""
+"""The clinic as a task: items of the built-in synthetic world, made from a seed (a test bench, not medical advice)."""
 
 from __future__ import annotations
 
@@ -11,12 +9,10 @@ from osler.clinic.exam import ClinicItem, exam
 from osler.config import config
 from osler.tasks.item import ExamItem
 
-DRILL = "drill"
-
 
 @config
 class ClinicTask:
-    """Questions of the built-in synthetic world, made on the spot."""
+    """Questions of the built-in synthetic world, made from a seed."""
 
     type: Literal["clinic"] = "clinic"
     split: str = "validation"  # train, validation, validation_questions, new_findings, new_questions, or drill
@@ -26,17 +22,16 @@ class ClinicTask:
 
 
 def load(*, split: str = "validation", limit: int = 400, seed: int = 0, split_seed: int = 0) -> list[ExamItem]:
-    """``limit`` items of a clinic split, the same for the same seeds; ``split_seed`` decides what is held out.
+    """Return ``limit`` items of a clinic split, the same for the same seeds; ``split_seed`` decides what is held out.
 
     The split "drill" is not an exam: its items train the form of the exam and state no fact.
     """
-    if split == DRILL:
-        return [convert(item) for item in drills(seed, limit)]
-    return [convert(item) for item in exam(seed, split, limit, split_seed=split_seed)]
+    items = drills(seed, limit) if split == "drill" else exam(seed, split, limit, split_seed=split_seed)
+    return list(map(exam_item, items))
 
 
-def convert(item: ClinicItem) -> ExamItem:
-    """A clinic item as an exam item; its group is ``relation/condition``, the fact that it asks for."""
+def exam_item(item: ClinicItem) -> ExamItem:
+    """Return a clinic item as an exam item; its group is ``relation/condition``, the fact that it asks for."""
     return ExamItem(
         id=item.id,
         question=item.question,

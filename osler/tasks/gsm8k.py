@@ -1,8 +1,7 @@
-"""GSM8K (Cobbe et al. 2021, arXiv 2110.14168): grade-school arithmetic with a numeric answer, in the schema of
-openai/gsm8k.
+"""GSM8K (Cobbe et al. 2021, arXiv 2110.14168): grade-school arithmetic with a numeric answer, in the schema of openai/gsm8k.
 
-The dataset's answer is the worked solution, ``####``, the number. The calculator annotations ``<<48/2=24>>`` are
-removed: they are a tool call of the original paper, not text a reader would write.
+The dataset's answer is the worked solution, ``####``, the number. The calculator annotations ``<<48/2=24>>`` are removed: they
+are a tool call of the paper, not text that a person would write.
 """
 
 from __future__ import annotations
@@ -13,9 +12,10 @@ from typing import Literal
 
 from osler.config import config
 from osler.errors import UserError
+from osler.files.read import Row
 from osler.tasks.answers import read_number
 from osler.tasks.item import ExamItem, content_id
-from osler.tasks.rows import Row, read_rows
+from osler.tasks.rows import exam_rows, text
 
 SCHEMA = "openai/gsm8k (main): question, answer ('... #### number')"
 
@@ -25,29 +25,28 @@ class Gsm8kTask:
     """Grade-school arithmetic with a numeric answer, in the schema of openai/gsm8k."""
 
     type: Literal["gsm8k"] = "gsm8k"
-    path: str  # a .parquet, .jsonl or .ndjson file (also .jsonl.gz and the like)
+    path: str  # a .parquet, .jsonl or .ndjson file (also .jsonl.gz and the like), or a folder of them
     split: str = ""  # a name for the file in tables and metrics
     limit: int | None = None  # the first so many questions; null: all
 
 
 def load(path: str | Path, *, split: str = "", limit: int | None = None) -> list[ExamItem]:
-    """All items of a local file (the first ``limit``), in file order; no options, ``answer`` is the bare number."""
-    return [_item(row, split) for row in read_rows(path)][:limit]
+    """Return the first ``limit`` items in the order of the file, without options; raises UserError like ``medqa.load``."""
+    return [_item(row, split) for row in exam_rows(path)][:limit]
 
 
 def _item(row: Row, split: str) -> ExamItem:
-    question, solution = row.text("question", SCHEMA), row.text("answer", SCHEMA)
+    question, solution = text(row, "question", SCHEMA), text(row, "answer", SCHEMA)
     work, mark, final = solution.rpartition("####")
     number = read_number(final)
     if not mark or number is None:
         raise UserError(f"{row.where}: 'answer' must end in '#### ' and a number, not in {solution[-40:]!r}.")
-    thinking = re.sub(r"<<[^<>]*>>", "", work).strip()
     return ExamItem(
         id=content_id("gsm8k", question),
         question=question,
         options=(),
         answer_index=-1,
         split=split,
-        thinking=thinking,
+        thinking=re.sub(r"<<[^<>]*>>", "", work).strip(),
         answer=f"{number:f}",
     )

@@ -1,10 +1,8 @@
-"""One exam item and how it is written into a prompt; ``osler.tasks.answers`` reads the answer.
+"""An exam item and its text in a prompt; ``osler.tasks.answers`` reads the answer.
 
-Options are written as ``text (A)``: the text comes before its letter, so a model first says what it means and then only
-has to find the letter beside it. ``permute`` gives them a new order on every visit, because the cheapest gain of
-reinforcement learning on a fixed order is "always say C". Only items whose options point at each other ("All of the
-above", "A and C") keep theirs, since another order would change what these say. Everything here is a pure function;
-there is no state to resume.
+Options are written as ``text (A)``: a model first says what it means and then only has to find the letter beside it. ``permute``
+gives the options a new order on every visit, because with a fixed order reinforcement learning finds "always say C" first. Items
+whose options point at each other ("All of the above", "A and C") keep their order, which is part of their meaning.
 """
 
 from __future__ import annotations
@@ -35,7 +33,7 @@ _LABEL = re.compile("[a-f]|[1-6]|i{1,3}|iv|vi?")
 
 @dataclass(frozen=True)
 class ExamItem:
-    """A question with its options and the right one, or (``options == ()``) with a free ``answer`` such as a number."""
+    """A question with options of which one is right, or (``options == ()``) with a free ``answer`` such as a number."""
 
     id: str
     question: str
@@ -44,60 +42,56 @@ class ExamItem:
     split: str = ""
     thinking: str | None = None  # the reasoning to learn from; never names a letter, because options are permuted
     context: str = ""  # a passage that is shown before the question
-    group: str = ""  # what items have in common, coarse to fine: "subject" or "relation/condition"
-    answer: str = ""  # the answer's text when there are no options
+    group: str = ""  # "subject" or "relation/condition", coarse to fine; items of a group are alike
+    answer: str = ""  # the text of the answer when there are no options
 
     def __post_init__(self) -> None:
         if self.options and not 0 <= self.answer_index < len(self.options) <= len(LETTERS):
-            raise ValueError(
-                f"item {self.id}: answer_index {self.answer_index} outside its {len(self.options)} options"
-            )
+            raise ValueError(f"item {self.id}: answer_index {self.answer_index} outside its {len(self.options)} options")
 
     @property
     def answer_letter(self) -> str:
-        """The right option's letter, or "" for an item without options."""
+        """Return the letter of the right option, or "" for an item without options."""
         return LETTERS[self.answer_index] if self.options else ""
 
     @property
     def keeps_order(self) -> bool:
-        """Whether an option points at others, so that another order would change its meaning."""
+        """Return whether an option points at others, so that another order would change its meaning."""
         return any(map(points_at_options, self.options))
 
     @property
     def repeats_an_option(self) -> bool:
-        """Whether two options have the same text."""
+        """Return whether two options have the same text."""
         return len(set(map(wording, self.options))) < len(self.options)
 
     def is_right(self, index: int) -> bool:
-        """Whether the option at ``index`` is the right one or says the same: some exams print an option twice."""
+        """Return whether the option at ``index`` is right or has the right text; some exams print an option twice."""
         return wording(self.options[index]) == wording(self.options[self.answer_index])
 
 
 def content_id(task: str, *parts: str) -> str:
-    """A stable id for an item whose file gives none: the same content has the same id in every file and order."""
+    """Return an id made of the content, for items whose file gives none; it is the same in every file."""
     return f"{task}-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:12]}"
 
 
-def render_question(item: ExamItem, order: Sequence[int] | None = None) -> str:
-    """The text of a prompt: context, question, then the options as ``text (A)``.
-
-    ``order[k]`` is the index of the option shown at position k (default: as they are); the letters follow the position.
-    """
-    order = range(len(item.options)) if order is None else order
-    if sorted(order) != list(range(len(item.options))):
-        raise ValueError(f"order {list(order)} is not a permutation of {len(item.options)} options")
-    shown = [f"{item.options[index]} ({LETTERS[position]})" for position, index in enumerate(order)]
-    question = " ".join([item.question.strip(), *shown])
+def render_question(item: ExamItem) -> str:
+    """Return the text of a prompt: context, question, then the options as ``text (A)``."""
+    question = " ".join([item.question.strip(), *map(render_option, item.options, LETTERS)])
     return f"{item.context.strip()}\n{question}" if item.context.strip() else question
 
 
 def render_answer(item: ExamItem) -> str:
-    """The answer a model is taught to write: ``text (B)``, or the bare answer of an item without options."""
-    return f"{item.options[item.answer_index]} ({item.answer_letter})" if item.options else item.answer
+    """Return the answer that a model is taught to write: ``text (B)``, or the bare answer of an item without options."""
+    return render_option(item.options[item.answer_index], item.answer_letter) if item.options else item.answer
+
+
+def render_option(text: str, letter: str) -> str:
+    """Return an option as questions show it and answers name it: ``text (B)``."""
+    return f"{text} ({letter})"
 
 
 def reorder(item: ExamItem, order: Sequence[int]) -> ExamItem:
-    """The same item with option ``order[k]`` at position k."""
+    """Return the item with option ``order[k]`` at position k."""
     order = list(order)
     if sorted(order) != list(range(len(item.options))):
         raise ValueError(f"order {order} is not a permutation of {len(item.options)} options")
@@ -108,9 +102,9 @@ def reorder(item: ExamItem, order: Sequence[int]) -> ExamItem:
 
 
 def permute(item: ExamItem, seed: int, visit: int) -> ExamItem:
-    """The same item with its options in an order drawn from (seed, item id, visit): all orders equally likely.
+    """Return the item with its options in an order drawn from (seed, item id, visit); all orders are equally likely.
 
-    An item whose options point at each other stays as it is.
+    An item whose options point at each other is returned as it is.
     """
     if item.keeps_order:
         return item
@@ -122,9 +116,9 @@ def permute(item: ExamItem, seed: int, visit: int) -> ExamItem:
 
 
 def points_at_options(text: str) -> bool:
-    """Whether an option's text speaks of other options, by "above", by their letters or numbers, or by "all" and "none".
+    """Return whether an option speaks of other options: by "above", by letters or numbers, or by "all" and "none".
 
-    Letters and numbers may also stand for statements in the question; keeping the order is right for those too.
+    Letters and numbers may also mean statements in the question; keeping the order is right for those too.
     """
     if _POINTER.search(text):
         return True
@@ -137,10 +131,10 @@ def points_at_options(text: str) -> bool:
 
 
 def plain(text: str) -> str:
-    """Text as it is compared: case, spacing, Unicode form, outer quotes and a final full stop do not matter."""
+    """Return the text to compare where case, spacing, Unicode form, outer quotes and a final full stop do not matter."""
     return wording(" ".join(text.split()).strip("\"'“”‘’ ")).casefold()
 
 
 def wording(text: str) -> str:
-    """Text as it is compared where case may be all that tells two options apart, as with "Aa" and "aa"."""
+    """Return the text to compare where case matters, since two options may differ in nothing else ("Aa" and "aa")."""
     return " ".join(unicodedata.normalize("NFC", text).split()).rstrip(". ")

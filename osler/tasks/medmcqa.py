@@ -1,10 +1,9 @@
-"""MedMCQA (Pal et al. 2022, arXiv 2203.14371): Indian medical entrance questions, in the schema of
-openlifescienceai/medmcqa.
+"""MedMCQA (Pal et al. 2022, arXiv 2203.14371): Indian medical entrance questions, in the schema of openlifescienceai/medmcqa.
 
-``cop`` is the right option, counted from 0 on the hub (-1 in the unlabelled test split) and from 1 in the authors'
-original files, whose other fields have the same names. Reading one as the other shifts every answer, so the numbering
-is checked over the whole file: a file with a 4, or a file of some size without a single 0, is refused unless
-``first_option=1`` says that it is an original.
+``cop`` is the right option, counted from 0 on the hub (-1 in the unlabelled test split) and from 1 in the authors' original
+files, whose other fields have the same names. Mistaking one for the other shifts every answer, so the numbering of the whole
+file is checked: a file with a 4, or a file of some size without a single 0, is refused unless ``first_option=1`` says that it
+is an original.
 """
 
 from __future__ import annotations
@@ -17,13 +16,14 @@ from typing import Literal
 
 from osler.config import config
 from osler.errors import UserError
+from osler.files.read import Row
 from osler.tasks.item import ExamItem
-from osler.tasks.rows import Row, read_rows
+from osler.tasks.rows import exam_rows, field, text
 
 logger = logging.getLogger(__name__)
 
 SCHEMA = "openlifescienceai/medmcqa: id, question, opa, opb, opc, opd, cop, exp"
-_ROWS_THAT_TELL = 32  # about a third of all answers are A: 32 rows without one are a one in 100,000 accident
+_ROWS_THAT_TELL = 32  # about a third of all answers are A: 32 rows without one happen by chance once in 100,000 files
 # The opening of an explanation: "Ans. (B) ", "Answer- C. ", "Ans. BSolitary bone cyst" (glued to the first word).
 _STUB = re.compile(r"^\W*(?i:ans(?:wer)?s?\b)\W*(?:(?i:is\b)\W*)?(?:(?i:[a-d])\b\W*|[A-D](?=[A-Z][a-z]))?")
 _NAMES_A_LETTER = re.compile(r"\b(?:ans(?:wer)?|option|choice)s?\b\W*(?:is\b\W*)?[a-d1-4]\b|\([a-d]\)", re.IGNORECASE)
@@ -34,23 +34,21 @@ class MedmcqaTask:
     """Indian medical entrance questions, in the schema of openlifescienceai/medmcqa."""
 
     type: Literal["medmcqa"] = "medmcqa"
-    path: str  # a .parquet, .jsonl or .ndjson file (also .jsonl.gz and the like)
+    path: str  # a .parquet, .jsonl or .ndjson file (also .jsonl.gz and the like), or a folder of them
     split: str = ""  # a name for the file in tables and metrics
     limit: int | None = None  # the first so many questions; null: all
     first_option: int = 0  # the number of option A in the file: 0 in the hub's files, 1 in the authors' original
 
 
 def load(path: str | Path, *, split: str = "", limit: int | None = None, first_option: int = 0) -> list[ExamItem]:
-    """All labelled items of a local file (the first ``limit``), in file order; ``first_option`` is the number of
-    option A, 0 or 1.
+    """Return the first ``limit`` labelled items in the order of the file; ``first_option`` is the number of option A, 0 or 1.
 
-    Rows without a label are left out and their count is reported; a file with no label at all raises UserError.
+    Rows without a label are left out and counted in a message. Raises UserError when no row has one.
     """
     if first_option not in (0, 1):
         raise UserError(f"first_option must be 0 (the hub's files) or 1 (the original files), not {first_option}.")
-    rows = list(read_rows(path))
-    answers = [_cop(row) for row in rows]
-    labelled = [(row, cop) for row, cop in zip(rows, answers, strict=True) if cop is not None]
+    rows = [(row, _cop(row)) for row in exam_rows(path)]
+    labelled = [(row, cop) for row, cop in rows if cop is not None]
     if not labelled:
         raise UserError(
             f"{path}: no row has a label (cop is -1 everywhere): this is the test split, whose answers are not public. "
@@ -65,7 +63,7 @@ def load(path: str | Path, *, split: str = "", limit: int | None = None, first_o
 def _cop(row: Row) -> int | None:
     if row.values.get("cop", 0) is None:
         return None
-    cop: int = row.get("cop", int, SCHEMA)
+    cop: int = field(row, "cop", int, SCHEMA)
     if not -1 <= cop <= 4:
         raise UserError(f"{row.where}: 'cop' is {cop}; it must be the number of one of four options.")
     return None if cop == -1 else cop
@@ -87,12 +85,11 @@ def _check_numbering(path: str | Path, cops: Sequence[int], first_option: int) -
 
 
 def _item(row: Row, index: int, split: str) -> ExamItem:
-    options = tuple(row.text(field, SCHEMA) for field in ("opa", "opb", "opc", "opd"))
     subject = row.values.get("subject_name")
     return ExamItem(
-        id=f"medmcqa-{row.text('id', SCHEMA)}",
-        question=row.text("question", SCHEMA),
-        options=options,
+        id=f"medmcqa-{text(row, 'id', SCHEMA)}",
+        question=text(row, "question", SCHEMA),
+        options=tuple(text(row, name, SCHEMA) for name in ("opa", "opb", "opc", "opd")),
         answer_index=index,
         split=split,
         thinking=_explanation(row.values.get("exp")),
@@ -101,9 +98,7 @@ def _item(row: Row, index: int, split: str) -> ExamItem:
 
 
 def _explanation(text: object) -> str | None:
-    """The explanation without its "Ans. B" opening; None when it is absent, trivial, or still names a letter
-    (options move).
-    """
+    """Return an explanation without its "Ans. B" opening; None when it is absent, trivial, or names a letter (options move)."""
     if not isinstance(text, str):
         return None
     text = _STUB.sub("", text.replace("\xa0", " "), count=1).strip()

@@ -1,8 +1,8 @@
-"""The same question in two exams, however it is written.
+"""Find questions that two exams share, however they are written.
 
-Context and question identify an item: its options may be fewer, more, reworded or in another order, and case, white
-space, punctuation and Unicode form do not matter. A question that says little by itself ("Which of the following is
-true?", "6 x 7?") is the same only where half of the options agree too, or the answers where there are no options.
+Context and question identify an item: its options may be fewer, more, reworded or in another order, and case, white space,
+punctuation and Unicode form do not matter. A question that says little by itself ("Which of the following is true?", "6 x 7?")
+is the same only when half of the options agree too, or the answers when there are no options.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from collections.abc import Iterable, Sequence
 
 from osler.tasks.item import ExamItem, points_at_options
 
-TELLING_WORDS = 4  # a question with fewer of them is told by its options
-# Words that questions of every subject have.
+TELLING_WORDS = 4  # a question with fewer than these is identified by its options too
+# Words that occur in questions of every subject.
 _COMMON = re.compile(
     "an?|the|of|in|on|to|for|with|by|at|from|and|or|is|are|was|were|be|been|do|does|did|has|have|this|that|these|those|its?|what|"
     "which|who|when|where|why|how|following|ones?|all|each|any|none|not|no|except|true|false|correct|incorrect|right|wrong|best|"
@@ -24,7 +24,7 @@ _COMMON = re.compile(
 
 
 def shared_questions(items: Sequence[ExamItem], others: Iterable[ExamItem]) -> list[tuple[ExamItem, ExamItem]]:
-    """The items that are also among ``others``, each with the one it equals."""
+    """Return the items that are also among ``others``, each with the one that it equals."""
     known: dict[str, list[ExamItem]] = {}
     for other in others:
         known.setdefault(_words(f"{other.context} {other.question}"), []).append(other)
@@ -45,7 +45,7 @@ def _options_agree(item: ExamItem, other: ExamItem) -> bool:
 
 def _options(item: ExamItem) -> set[str]:
     options = item.options or (item.answer,)
-    own = [option for option in options if not points_at_options(option)]  # "All of the above" says nothing of the question
+    own = [option for option in options if not points_at_options(option)]  # "All of the above" says nothing about the question
     return {_words(option) for option in own or options}
 
 

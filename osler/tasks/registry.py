@@ -1,4 +1,4 @@
-"""The exams Osler knows: one table from a task's config class to its loader, in plain sight."""
+"""The exams that Osler knows: one table from a task's config class to its loader."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from dataclasses import fields
 from typing import Annotated, Any
 
 from osler.config import TAGGED
+from osler.files.find import ROW_ENDINGS, find_files
 from osler.tasks import clinic, gsm8k, medmcqa, medqa, pubmedqa
 from osler.tasks.item import ExamItem
-from osler.tasks.rows import check_file
 
 logger = logging.getLogger(__name__)
 
@@ -30,21 +30,21 @@ TASK_CONFIGS: dict[str, type] = {cls.type: cls for cls in TASKS}  # type: ignore
 
 
 def check_task(config: Any, key: str) -> None:
-    """Raise UserError when the exam's file is not there; ``key`` is the path of the task in the run's config."""
+    """Raise UserError when the files of an exam do not exist; ``key`` is the path of the task in the run's config."""
     if hasattr(config, "path"):
-        check_file(config.path, f"{key}.path")
+        find_files(config.path, ROW_ENDINGS, key=f"{key}.path")
 
 
 def load_task(config: Any) -> list[ExamItem]:
-    """The items that a task config describes (one of ``TaskConfig``); how many of them have unusual options is said."""
+    """Return the items that a task config describes (one of ``TaskConfig``), and report how many have unusual options."""
     arguments = {field.name: getattr(config, field.name) for field in fields(config) if field.name != "type"}
     items = TASKS[type(config)](**arguments)
     name = getattr(config, "path", config.type)
-    if fixed := sum(item.keeps_order for item in items):
-        logger.info(f"{name}: {fixed:,} of {len(items):,} questions have options that point at others, as \"All of the above\"; "
-            "they are always shown in the order of the file.")  # fmt: skip
-    if twins := sum(item.repeats_an_option for item in items):
+    if pointing := sum(item.keeps_order for item in items):
         logger.info(
-            f"{name}: {twins:,} of {len(items):,} questions have the same option twice; where it is right, either counts."
+            f'{name}: {pointing:,} of {len(items):,} questions have options that point at others, such as "All of the above"; '
+            "their options are always shown in the order of the file."
         )
+    if repeating := sum(item.repeats_an_option for item in items):
+        logger.info(f"{name}: {repeating:,} of {len(items):,} questions have an option twice; where it is right, either counts.")
     return items

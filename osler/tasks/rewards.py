@@ -1,8 +1,8 @@
 """Rewards of reinforcement learning: pure functions of (item, completion), between 0 and 1.
 
-They are string work of bounded length, so they need no time limit. A reward for format alone destroys accuracy (a
-published run fell from 0.228 to 0.025), which is why ``format`` is only good for logging and ``gated_format`` pays for
-form when the answer is right. Answers are read as the exam reads them (``osler.tasks.answers``).
+Answers are read as the exam reads them (``osler.tasks.answers``), in bounded time. A reward for format alone destroys accuracy
+(a published run fell from 0.228 to 0.025), so ``format`` is for logging and ``gated_format`` pays for form only when the answer
+is right.
 """
 
 from __future__ import annotations
@@ -10,35 +10,36 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from osler.tasks.answers import MAX_ANSWER_CHARS, Completed, read_answer
-from osler.tasks.item import LETTERS, ExamItem
+from osler.tasks.item import LETTERS, ExamItem, render_option
 
-MAX_THINKING_CHARS = 2000  # about 400 words: what ``brief_correct`` allows
+MAX_THINKING_CHARS = 2000  # about 400 words, for ``brief_correct``
 
 
 def correct(item: ExamItem, completion: Completed) -> float:
-    """1 when the answer is right."""
+    """Return 1 when the answer is right."""
     return float(read_answer(item, completion).right)
 
 
 def format_ok(item: ExamItem, completion: Completed) -> float:
-    """1 when the completion keeps to the template, has some thinking, and answers as taught: ``option text
-    (letter)``, a number, or for items whose answer is a text any text.
+    """Return 1 when the completion follows the template, has some thinking, and answers in the form that is taught.
+
+    That form is ``option text (letter)``, a number, or any text for an item whose answer is a text.
     """
     answer = (completion.answer or "").strip()
     if not completion.well_formed or not completion.thinking.strip() or len(answer) > MAX_ANSWER_CHARS:
         return 0.0
     if item.options:
-        return float(answer in {f"{option} ({LETTERS[index]})" for index, option in enumerate(item.options)})
+        return float(answer in map(render_option, item.options, LETTERS))
     return float(read_answer(item, completion).readable)
 
 
 def gated_format(item: ExamItem, completion: Completed) -> float:
-    """1 for the right answer in the right form; form without the answer earns nothing."""
+    """Return 1 for the right answer in the form that is taught."""
     return correct(item, completion) * format_ok(item, completion)
 
 
 def brief_correct(item: ExamItem, completion: Completed) -> float:
-    """1 for the right answer after at most ``MAX_THINKING_CHARS`` characters of thinking."""
+    """Return 1 for the right answer after at most ``MAX_THINKING_CHARS`` characters of thinking."""
     return correct(item, completion) if len(completion.thinking) <= MAX_THINKING_CHARS else 0.0
 
 

@@ -1,7 +1,6 @@
 """Rows: every token of an epoch served exactly once, labels are the next token, and any row stands by itself."""
 
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,9 +8,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from osler.data.order import Order
-from osler.data.packing import Packing, StreamPacking, WholePacking, best_fit
+from osler.data.packing import StreamPacking, WholePacking, best_fit
 from osler.data.shards import ShardSet
-from osler.errors import UserError
 from osler.ops.labels import IGNORED
 
 LENGTHS = [5, 2, 40, 9, 9, 130, 3, 17, 2, 33]  # 250 tokens; one document is several rows long
@@ -109,7 +107,7 @@ def test_whole_rows_conserve_tokens(make_shards, seq_len: int) -> None:  # type:
         check_whole_epoch(packing, epoch)
     places = packing.rows_per_epoch * (seq_len + 1)
     pieces = [-(-(length - 1) // seq_len) for length in LENGTHS]
-    assert packing.padding_fraction == pytest.approx(1 - (sum(LENGTHS) + sum(pieces) - len(pieces)) / places)
+    assert packing.padding(0, packing.rows_per_epoch) == pytest.approx(1 - (sum(LENGTHS) + sum(pieces) - len(pieces)) / places)
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -181,14 +179,7 @@ def test_planning_takes_time_in_proportion_to_the_documents() -> None:
     assert seconds(200_000) < 8 * seconds(50_000) + 1, "four times the documents, sixteen times if each looked at all rows"
 
 
-def test_seq_len_must_be_positive(make_shards, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    order = Order(make_shards([3]), 0)
-    for packing in (StreamPacking, WholePacking):
-        with pytest.raises(UserError, match="seq_len=0 must be at least 1"):
-            packing(order, 0)
-
-
 def test_one_tiny_document_fills_any_row(make_shards) -> None:  # type: ignore[no-untyped-def]
-    packings: list[Packing] = [cls(Order(make_shards([2]), 0), 9) for cls in (StreamPacking, WholePacking)]
-    assert packings[0].row(5).ids.tolist() == [0, 1, 0, 1, 0, 1, 0, 1, 0]
-    assert packings[1].row(5).ids.tolist() == [1, 0, 0, 0, 0, 0, 0, 0, 0]
+    order = Order(make_shards([2]), 0)
+    assert StreamPacking(order, 9).row(5).ids.tolist() == [0, 1, 0, 1, 0, 1, 0, 1, 0]
+    assert WholePacking(order, 9).row(5).ids.tolist() == [1, 0, 0, 0, 0, 0, 0, 0, 0]

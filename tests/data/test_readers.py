@@ -36,7 +36,7 @@ def test_json_lines_in_every_compression(tmp_path: Path, ending: str) -> None:
     path = tmp_path / f"notes{ending}"
     path.write_bytes(packed)
     assert texts(path) == TEXTS
-    assert [document.source for document in TextFiles(path)] == [f"{path}:{line}" for line in (1, 2, 3)]
+    assert [document.where for document in TextFiles(path)] == [f"{path}:{line}" for line in (1, 2, 3)]
 
 
 def test_json_lines_longer_than_a_block_and_blank_lines(tmp_path: Path) -> None:
@@ -44,7 +44,7 @@ def test_json_lines_longer_than_a_block_and_blank_lines(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(b"\xef\xbb\xbf" + jsonl([{"text": "a"}]) + b"\n  \n" + jsonl([{"text": long}, {"text": None}]))
     assert texts(path) == ["a", long, ""]
-    assert [document.source[-2:] for document in TextFiles(path)] == [":1", ":4", ":5"]
+    assert [document.where[-2:] for document in TextFiles(path)] == [":1", ":4", ":5"]
 
 
 @pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())])
@@ -53,7 +53,7 @@ def test_parquet(tmp_path: Path, kind: pa.DataType) -> None:
     table = pa.table({"text": pa.array([*TEXTS, None], pa.string()).cast(kind), "n": [1, 2, 3, 4]})
     pq.write_table(table, path, row_group_size=2)
     assert texts(path) == [*TEXTS, ""]
-    assert [document.source for document in TextFiles(path)][2] == f"{path}: row 3"
+    assert [document.where for document in TextFiles(path)][2] == f"{path}: row 3"
 
 
 def test_text_files_are_one_document_each(tmp_path: Path) -> None:
@@ -157,7 +157,7 @@ def test_invalid_utf8_in_parquet_names_the_row(tmp_path: Path) -> None:
 def test_missing_and_empty_places(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="There is no file or folder"):
         texts(tmp_path / "absent")
-    with pytest.raises(UserError, match=r"holds no file that can be read \(it is empty\)\. Read are \.parquet"):
+    with pytest.raises(UserError, match=r"holds no file that can be read \(it is empty\)\. Readable files end in \.parquet"):
         texts(tmp_path)
     (tmp_path / "empty.jsonl").write_bytes(b"")
     assert texts(tmp_path) == []
@@ -172,7 +172,7 @@ def test_every_kind_that_is_read_is_named_and_every_kind_that_is_named_is_read(t
     (tmp_path / "notes.pdf").write_bytes(b"%PDF")
     with pytest.raises(UserError) as caught:
         texts(tmp_path)
-    named = re.findall(r"\.[a-z.]*[a-z]", str(caught.value).split("Read are ")[1])
+    named = re.findall(r"\.[a-z.]*[a-z]", str(caught.value).split("Readable files end in ")[1])
     assert set(named) >= {".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".md.gz", ".txt", ".txt.gz", ".txt.zst"}
     pack = {".gz": gzip.compress, ".zst": zstd}
     for number, ending in enumerate(named):
@@ -239,7 +239,7 @@ def test_the_keys_are_those_of_who_asks(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"Set text_field=NAME") as caught:
         list(TextFiles(path, path_key="text", field_key="text_field"))
     assert "data." not in str(caught.value)
-    with pytest.raises(UserError, match="set text to one that is there"):
+    with pytest.raises(UserError, match="set text to one that exists"):
         list(TextFiles(tmp_path / "gone", path_key="text"))
 
 
@@ -292,4 +292,4 @@ def test_what_a_name_that_is_not_utf8_leaves_in_documents_can_be_written(tmp_pat
     (folder / os.fsdecode(b"\xe9.txt")).write_text("a text")
     (folder / os.fsdecode(b"\xe8.jsonl")).write_bytes(jsonl([{"text": "one"}]))
     for document in TextFiles(folder):
-        assert document.source.isprintable() and document.collection.isprintable()
+        assert document.where.isprintable() and document.source.isprintable()

@@ -10,7 +10,7 @@ import pytest
 from osler.config import ConfigError
 from osler.data.commands import Sections
 from osler.data.config import ClinicData, FilesData, TurnsData
-from osler.data.sources import SAMPLE_CHARS, _sample, open_source, prepare_source, train_tokenizer
+from osler.data.sources import SAMPLE_CHARS, _sample, open_corpus, prepare_source, train_tokenizer
 from osler.decode import decode
 from osler.errors import UserError
 
@@ -19,7 +19,7 @@ MANY = 1_000_000_000  # bytes: all of the text
 
 
 def test_clinic_documents_are_prose_then_exam_turns_then_drills() -> None:
-    source = open_source(CLINIC)
+    source = open_corpus(CLINIC)
     documents = list(source.train)
     assert [document.turn is None for document in documents] == [True] * 150 + [False] * 120 + [True] * 7 + [False] * 3
     turn = documents[269].turn
@@ -27,8 +27,8 @@ def test_clinic_documents_are_prose_then_exam_turns_then_drills() -> None:
     assert all(f"({letter})" in turn.question for letter in "ABCD")
     assert turn.answer in turn.question and turn.answer[-3:] in ("(A)", "(B)", "(C)", "(D)")
     assert source.validation is not None and len(list(source.validation)) == 30
-    assert list(open_source(CLINIC).train) == documents
-    assert list(open_source(ClinicData(seed=1, passages=150, examples=120, cards=7, drills=3)).train) != documents
+    assert list(open_corpus(CLINIC).train) == documents
+    assert list(open_corpus(ClinicData(seed=1, passages=150, examples=120, cards=7, drills=3)).train) != documents
 
 
 def test_clinic_is_prepared_and_reused(tmp_path: Path) -> None:
@@ -75,10 +75,10 @@ def test_one_large_file_is_sampled_in_pieces(tmp_path: Path, words: int) -> None
     """A document is not taken or left as a whole: whatever the draw, there is text, and about `max_bytes` of it."""
     (tmp_path / "book.txt").write_text(" ".join(f"w{n % 997}" for n in range(words)))
     size = (tmp_path / "book.txt").stat().st_size
-    pieces = list(_sample(open_source(FilesData(path=str(tmp_path))).train, 0.3))
+    pieces = list(_sample(open_corpus(FilesData(path=str(tmp_path))).train, 0.3))
     taken = sum(map(len, pieces))
     assert 0 < taken <= max(0.6 * size, SAMPLE_CHARS)
-    assert list(_sample(open_source(FilesData(path=str(tmp_path))).train, 0.3)) == pieces
+    assert list(_sample(open_corpus(FilesData(path=str(tmp_path))).train, 0.3)) == pieces
 
 
 def test_a_tokenizer_has_not_seen_what_is_held_out(tmp_path: Path) -> None:
@@ -112,7 +112,7 @@ def test_a_real_textbook_survives_the_way_to_tokens(tmp_path: Path) -> None:
     data = FilesData(path=str(path))
     tokenizer = train_tokenizer(data, 2048, max_bytes=1_000_000)
     prepared = prepare_source(data, tokenizer, tmp_path / "out")
-    texts = [document.text for document in open_source(data).train]
+    texts = [document.text for document in open_corpus(data).train]
     train = [prepared.train.document(index)[0][:-1].tolist() for index in range(prepared.train.num_documents)]
     assert prepared.validation is not None and prepared.validation.num_documents == round(0.05 * len(texts))
     assert {tokenizer.decode(ids) for ids in train} < set(texts)

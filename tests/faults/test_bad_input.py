@@ -195,12 +195,12 @@ def test_an_exam_file_that_is_missing_is_told_by_its_key_before_anything_is_load
     start = ["grpo", tiny.grpo, f"init_from={runs.sft}", "--run", tmp_path / "run"]
     train = f"tasks=[{{task: {{type: clinic}}}}, {{task: {{type: medqa, path: {gone}}}}}]"
     for dry in ([], ["--dry-run"]):
-        assert f"no exam file {gone}; set tasks[1].task.path=FILE" in mistake(*start, train, *dry)
+        assert f"no file or folder {gone}; set tasks[1].task.path" in mistake(*start, train, *dry)
         text = mistake(*start, "eval_task.type=medqa", f"eval_task.path={gone}", *dry)
-        assert f"no exam file {gone}; set eval_task.path=FILE" in text
+        assert f"no file or folder {gone}; set eval_task.path" in text
     assert "gone is no folder" in mistake("grpo", tiny.grpo, f"init_from={tmp_path / 'gone'}", "--dry-run")
     text = mistake("eval", tmp_path / "no-model", "task.type=medqa", f"task.path={gone}")
-    assert f"no exam file {gone}; set task.path=FILE" in text
+    assert f"no file or folder {gone}; set task.path" in text
 
 
 def test_a_dry_run_refuses_the_folder_of_another_run_and_not_its_own(stopped, tiny, mistake):

@@ -199,7 +199,7 @@ def test_shards_of_another_tokenizer_are_refused(shards, tiny, runs, tmp_path, c
         for more in (["--dry-run"], []):
             assert main([*words, "--run", str(tmp_path / "run"), *more]) == 2
             text = capsys.readouterr().err
-            assert "were cut with the tokenizer" in text and whose in text and "osler data prepare" in text
+            assert "were made with the tokenizer" in text and whose in text and "osler data prepare" in text
     (shards / "tokenizer.json").unlink()  # as an earlier version left it
     assert main(["pretrain", bare, *ours, "--run", str(tmp_path / "run")]) == 2
     assert "set tokenizer.path to the file that it was prepared with" in capsys.readouterr().err

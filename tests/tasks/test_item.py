@@ -30,11 +30,9 @@ def test_options_are_written_as_text_then_letter() -> None:
 
 
 def test_an_order_moves_the_texts_and_not_the_letters() -> None:
-    assert render_question(ITEM, (3, 2, 1, 0)).endswith("doxycycline (A) vancomycin (B) amoxicillin (C) penicillin (D)")
-    assert render_question(ITEM, (3, 2, 1, 0)) == render_question(reorder(ITEM, (3, 2, 1, 0)))
+    shown = render_question(reorder(ITEM, (3, 2, 1, 0)))
+    assert shown.endswith("doxycycline (A) vancomycin (B) amoxicillin (C) penicillin (D)")
     for wrong in [(0, 1, 2), (0, 1, 2, 2), (1, 2, 3, 4)]:
-        with pytest.raises(ValueError, match="permutation"):
-            render_question(ITEM, wrong)
         with pytest.raises(ValueError, match="permutation"):
             reorder(ITEM, wrong)
 

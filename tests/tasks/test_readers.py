@@ -191,7 +191,7 @@ def test_files_that_are_no_exam_are_refused(tmp_path: Path) -> None:
         ("fake.jsonl.gz", "cannot be read"),
         ("cut.jsonl.gz", "cannot be read"),
         ("fake.parquet", "cannot be read, it may be torn"),
-        ("absent.jsonl", r"no exam file .*set task\.path=FILE"),
+        ("absent.jsonl", r"no file or folder .*set task\.path to"),
     ]:
         with pytest.raises(UserError, match=message) as caught:
             medqa.load(tmp_path / name)
