@@ -87,7 +87,7 @@ def lay_out(curriculum: Sequence[Stage], *, seq_len: int, batch_tokens: int) -> 
         name, border = f"curriculum, stage {number} of {len(stages)} (seq_len {stage.seq_len})", stage.until_tokens
         rows = (stage.batch_tokens or batch_tokens) // stage.seq_len
         if stage.seq_len > seq_len:
-            raise ValueError(f"{name}: its rows are longer than the run's seq_len {seq_len}; raise seq_len to that of the longest")
+            raise ValueError(f"{name}: its rows are longer than the run's seq_len {seq_len}; raise it to the longest of them")
         if number == len(stages):
             if border is not None:
                 raise ValueError(f"{name}: the last stage runs to total_tokens; leave out its until_tokens {border:,}")

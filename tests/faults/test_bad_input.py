@@ -333,7 +333,7 @@ def test_other_data_are_taken_when_that_is_allowed(tiny, own_text, launch, mista
     assert "another content" in text and "allow_data_change=true" in text
     assert main(["pretrain", "--resume", "allow_data_change=true", "--run", str(run)]) == 0
     old, new = fingerprints
-    assert f"of fingerprint {old}, are now in {run / 'data'}-{old}; those given now have {new}." in capsys.readouterr().err
+    assert f"(fingerprint {old}) are in {run / 'data'}-{old}; the new data have fingerprint {new}." in capsys.readouterr().err
     assert events_of(run) == [("data-change", 3), ("data-change", 6)]
 
 
