@@ -68,25 +68,25 @@ def run_metrics(arguments: argparse.Namespace) -> int:
 
 
 def run_tokenizer_train(arguments: argparse.Namespace) -> int:
-    from osler.data.commands import tokenizer_train
+    from osler.data.from_recipe import tokenizer_train
 
     return tokenizer_train(*split_items(arguments.items), arguments.out)
 
 
 def run_tokenizer_inspect(arguments: argparse.Namespace) -> int:
-    from osler.data.commands import tokenizer_inspect
+    from osler.data.from_recipe import tokenizer_inspect
 
     return tokenizer_inspect(arguments.tokenizer, arguments.text)
 
 
 def run_data_prepare(arguments: argparse.Namespace) -> int:
-    from osler.data.commands import data_prepare
+    from osler.data.from_recipe import data_prepare
 
     return data_prepare(*split_items(arguments.items), arguments.tokenizer, arguments.out)
 
 
 def run_data_inspect(arguments: argparse.Namespace) -> int:
-    from osler.data.commands import data_inspect
+    from osler.data.from_recipe import data_inspect
 
     return data_inspect(arguments.folder, arguments.tokenizer)
 
@@ -128,20 +128,20 @@ def run_chat(arguments: argparse.Namespace) -> int:
 
 
 def run_checkpoint_list(arguments: argparse.Namespace) -> int:
-    from osler.checkpoint.commands import list_checkpoints
+    from osler.checkpoint.maintenance import list_checkpoints
 
     return list_checkpoints(arguments.run)
 
 
 def run_checkpoint_verify(arguments: argparse.Namespace) -> int:
-    from osler.checkpoint.commands import verify_checkpoints
+    from osler.checkpoint.maintenance import verify_checkpoints
     from osler.monitor.damage import record_damage
 
     return verify_checkpoints(arguments.checkpoint, record_damage)
 
 
 def run_checkpoint_prune(arguments: argparse.Namespace) -> int:
-    from osler.checkpoint.commands import prune_checkpoints
+    from osler.checkpoint.maintenance import prune_checkpoints
 
     kept = {name: getattr(arguments, name) for name in ("keep_last", "keep_best", "keep_milestones")}
     return prune_checkpoints(arguments.run, **kept, dry_run=arguments.dry_run)

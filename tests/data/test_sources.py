@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from osler.config import ConfigError
-from osler.data.commands import Sections
 from osler.data.config import ClinicData, FilesData, TurnsData
+from osler.data.from_recipe import Sections
 from osler.data.sources import SAMPLE_CHARS, _sample, open_corpus, prepare_source, train_tokenizer
 from osler.decode import decode
 from osler.errors import UserError
