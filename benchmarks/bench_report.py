@@ -62,10 +62,10 @@ def work_of(mode: str, folder: Path, lines: int) -> Callable[[], object]:
         MetricsFile(folder / "copy.jsonl", last_step=STEPS_PER_LINE * lines * 9 // 10).close()
 
     def replay() -> None:
-        from osler.monitor.alerts import replayed
-        from osler.monitor.history import Facts
+        from osler.monitor.alerts import replay
+        from osler.monitor.history import RunSettings
 
-        replayed(Facts(lr=0.02, clip_norm=1.0, warmup_tokens=163_840, vocab_size=8192), folder / "metrics.jsonl")
+        replay(RunSettings(lr=0.02, clip_norm=1.0, warmup_tokens=163_840, vocab_size=8192), folder / "metrics.jsonl")
 
     def verb(*words: str) -> None:
         from osler.cli import main

@@ -70,13 +70,13 @@ class Transformer(nn.Module):
         """Draw every weight by the table in ``init.py``; a seed gives the same weights on every device."""
         init_weights(self, self.config, seed)
 
-    def twin(self, weights: Mapping[str, Tensor]) -> Transformer:
+    def eager_copy(self, weights: Mapping[str, Tensor]) -> Transformer:
         """Return a plain model, neither compiled, sharded nor wrapped, that shares ``weights``: this one's state dict."""
         with torch.device("meta"):
-            twin = Transformer(self.config, compute_dtype=self.compute_dtype)
-        twin.load_state_dict(weights, assign=True)
-        twin.rope_cos, twin.rope_sin = self.rope_cos, self.rope_sin
-        return twin.train(self.training)
+            copy = Transformer(self.config, compute_dtype=self.compute_dtype)
+        copy.load_state_dict(weights, assign=True)
+        copy.rope_cos, copy.rope_sin = self.rope_cos, self.rope_sin
+        return copy.train(self.training)
 
     @contextmanager
     def computing_in(self, dtype: torch.dtype) -> Iterator[None]:

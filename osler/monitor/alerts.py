@@ -2,7 +2,7 @@
 
 The rules (``rules.py``) look at each line of ``metrics.jsonl`` as it is written. What was said is said again after a pause, each
 longer than the one before, or when it has become twice as bad. Resume is exact without a checkpoint: alerts are a function of the
-lines, so a run that goes on replays the file (``replayed``). Torch-free.
+lines, so a run that goes on replays the file (``replay``). Torch-free.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from osler.monitor.history import Facts, History
+from osler.monitor.history import History, RunSettings
 from osler.monitor.rules import RULES, Finding, Severity, ended_badly
 from osler.records.metrics import read_metrics
 
@@ -33,15 +33,15 @@ class Alert:
         return f"{self.severity.capitalize()}: step {self.step}: {self.message}"
 
 
-class Watch:
+class Alerter:
     """Reads a run's lines one by one and returns what is to be said about each."""
 
-    def __init__(self, facts: Facts) -> None:
-        self.history = History(facts)
+    def __init__(self, settings: RunSettings) -> None:
+        self.history = History(settings)
         self.said: dict[str, tuple[int, int, float]] = {}  # name -> line from which it may be said again, pause, badness
-        self.holding: dict[int, list[Alert]] = {}  # number of a rule -> what it saw in the newest line that it looked at
+        self.firing: dict[int, list[Alert]] = {}  # number of a rule -> what it saw in the newest line that it looked at
 
-    def look(self, step: int, tokens: float, metrics: Mapping[str, float]) -> list[Alert]:
+    def observe(self, step: int, tokens: float, metrics: Mapping[str, float]) -> list[Alert]:
         """Take in the next line and return its alerts."""
         past = self.history
         past.add(step, tokens, metrics)
@@ -50,13 +50,13 @@ class Watch:
             if not past.has(metric):
                 continue
             found = [(finding, Alert(step, finding.name, finding.severity, finding.message)) for finding in rule(past)]
-            self.holding[number] = [alert for _, alert in found]
+            self.firing[number] = [alert for _, alert in found]
             news += [alert for finding, alert in found if self._is_news(finding)]
         return news
 
     def unresolved(self) -> list[Alert]:
         """What still holds when the run is at its end, each name once, the gravest first."""
-        past, held = self.history, [alert for alerts in self.holding.values() for alert in alerts]
+        past, held = self.history, [alert for alerts in self.firing.values() for alert in alerts]
         if not any(alert.name == "learning-rate" for alert in held):  # which says the same
             held += [Alert(past.step, finding.name, finding.severity, finding.message) for finding in ended_badly(past)]
         held.sort(key=lambda alert: alert.severity != "critical")
@@ -71,9 +71,9 @@ class Watch:
         return True
 
 
-def replayed(facts: Facts, path: Path) -> Watch:
-    """Return a watch that has seen the lines of a metrics file; their alerts were given by the process that wrote them."""
-    watch = Watch(facts)
+def replay(settings: RunSettings, path: Path) -> Alerter:
+    """Return an alerter that has seen the lines of a metrics file; their alerts were given by the process that wrote them."""
+    alerter = Alerter(settings)
     for line in read_metrics(path):
-        watch.look(line.step, line.tokens, line.values)
-    return watch
+        alerter.observe(line.step, line.tokens, line.values)
+    return alerter

@@ -1,13 +1,13 @@
 """What a run measures of itself between two lines of metrics, and what that may cost.
 
-Three levels. ``off`` logs what training knows anyway. ``basic`` adds memory and the time of each part of a step: marks in the
-stream and a few system calls per line. ``full`` also looks at everything (``look.py``), in the first step that ends a line and in
-every ``full_every_steps``-th, rounded up to one that ends a line: so a look is written at once, no checkpoint falls between the
-two, and resume is exact. ``benchmarks/bench_monitor.py`` measures what the levels cost.
+There are three levels. ``off`` logs what training knows anyway. ``basic`` adds memory and the time of each part of a step: marks
+in the stream, and a few system calls per line. ``full`` also probes the model (``model_stats.py``) in the first step that ends a
+line and in every ``full_every_steps``-th, rounded up to one that ends a line. So a probe is written at once, no checkpoint falls
+between the two, and resume is exact. ``benchmarks/bench_monitor.py`` measures what the levels cost.
 
-Nothing waits for the device before a line is written, nothing is drawn, and the weights are the same at every level. With several
-ranks each looks at rows of its own, and the mean over the ranks is logged, of maxima too; gradients, weights and updates are the
-same on all of them. Times and memory are rank 0's. DeepSpeed leaves no gradients: under it those and the update are left out.
+Nothing waits for the device before a line is written, nothing is drawn, and the weights are the same at every level. Of several
+ranks each probes rows of its own, and the mean over the ranks is logged, also of maxima; gradients, weights and updates are the
+same on all of them. Times and memory are rank 0's. DeepSpeed leaves no gradients, so under it those and the update are left out.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch import Tensor
 from osler.model.transformer import Transformer
 from osler.monitor.config import MonitorConfig
 from osler.monitor.history import OTHER_CPUS, UNLEARNED
-from osler.monitor.look import Rows, of_gradients, of_rows, of_update, of_weights
+from osler.monitor.model_stats import ProbeRows, activation_stats, gradient_stats, update_stats, weight_stats
 from osler.runtime.device import peak_flops
 from osler.runtime.memory import peak_bytes, resident_bytes
 from osler.runtime.neighbours import busy_elsewhere, read_cpus
@@ -46,8 +46,8 @@ PARTS = {
 class Collector:
     """Follows the steps of one run: ``fetch`` before each, ``mark`` and ``update`` within, ``line`` when a line is due.
 
-    ``whole_weights`` gives the state dict, whole, and is collective, as is every look. ``lines_every`` is the run's steps between
-    two lines; ``has_gradients`` says whether backward passes leave averaged ones.
+    ``whole_weights`` gives the state dict, whole, and is collective, as is every probe. ``lines_every`` is the run's steps
+    between two lines; ``has_gradients`` says whether backward passes leave averaged ones.
     """
 
     def __init__(
@@ -67,18 +67,18 @@ class Collector:
         self.has_gradients = has_gradients
         if config.level == "full" and not has_gradients:
             logger.info("monitor.level=full leaves out grad/* and update/*: DeepSpeed keeps gradients and updates to itself.")
-        self.first_look = lines_every
-        self.look_every = -(-config.full_every_steps // lines_every) * lines_every
+        self.first_probe = lines_every
+        self.probe_every = -(-config.full_every_steps // lines_every) * lines_every
         self.stopwatch = Stopwatch(device)
         self.steps = 0  # since the last line, or since the clock was started anew
-        self.looking = False
-        self.looked: dict[str, Tensor] = {}
+        self.is_probing = False
+        self.probed: dict[str, Tensor] = {}
         self.cpus = read_cpus()  # when the last line was written
         self.first_bytes: int | None = None  # held when the first line of this process was written
 
     def is_due(self, step: int) -> bool:
-        """Whether everything is looked at in this step; steps count from 1."""
-        return self.level == "full" and (step == self.first_look or step % self.look_every == 0)
+        """Whether the model is probed in this step; steps count from 1."""
+        return self.level == "full" and (step == self.first_probe or step % self.probe_every == 0)
 
     def fetch(self, batches: Iterator[T], step: int) -> T:
         """Take the batch of a step, and with it begin to follow the step."""
@@ -89,7 +89,7 @@ class Collector:
 
     def begin(self, step: int) -> None:
         """Begin to follow a step; what lay between it and the step before is in no part."""
-        self.looking = self.is_due(step)
+        self.is_probing = self.is_due(step)
         self.steps += 1
         if self.level != "off":
             self.stopwatch.start()
@@ -105,42 +105,42 @@ class Collector:
         self.steps = 0
 
     @contextmanager
-    def update(self, rows: Callable[[], Rows]) -> Iterator[None]:
+    def update(self, rows: Callable[[], ProbeRows]) -> Iterator[None]:
         """Stand around an optimizer's step: gradients are there and not yet clipped, and are gone afterwards.
 
-        ``rows`` gives rows of the step's batch, and is asked only when a look is due.
+        ``rows`` gives rows of the step's batch, and is called only when a probe is due.
         """
-        if not self.looking:
+        if not self.is_probing:
             yield
             return
-        self.looking = False
+        self.is_probing = False
         few = rows().few()
         (all_learn,) = self.world.all_reduce_min(few.learns)
-        if not all_learn:  # nothing is to be seen in rows without a token to learn, and a mean over the ranks needs all of them
+        if not all_learn:  # rows without a token to learn show nothing, and a mean over the ranks needs all of them
             yield
             return
         weights = self.whole_weights()
-        self.looked = of_weights(weights) | of_rows(self.model, weights, few.on(self.device))
+        self.probed = weight_stats(weights) | activation_stats(self.model, weights, few.on(self.device))
         del weights
         before: dict[str, Tensor] = {}
         if self.has_gradients:
             parameters = list(self.model.named_parameters())
-            self.looked |= of_gradients((name, parameter.grad) for name, parameter in parameters if parameter.grad is not None)
+            self.probed |= gradient_stats((name, parameter.grad) for name, parameter in parameters if parameter.grad is not None)
             before = {name: parameter.detach().clone() for name, parameter in parameters}
         self.mark("monitor")
         yield
         self.mark("optimizer")
         if before:
-            self.looked |= of_update(before, parameters)
+            self.probed |= update_stats(before, parameters)
         self.mark("monitor")
 
     def line(self) -> dict[str, float]:
         """What was measured since the last line. Waits for the device, and is collective."""
         metrics: dict[str, float] = {}
-        if self.looked:
-            values = self.world.all_reduce_mean(torch.stack([value.float() for value in self.looked.values()])).tolist()
-            metrics |= dict(zip(self.looked, values, strict=True))
-            self.looked = {}
+        if self.probed:
+            values = self.world.all_reduce_mean(torch.stack([value.float() for value in self.probed.values()])).tolist()
+            metrics |= dict(zip(self.probed, values, strict=True))
+            self.probed = {}
         if self.level != "off":
             seconds = self.stopwatch.read()
             metrics |= {name: 1000 * seconds[part] / self.steps for name, part in PARTS.items() if part in seconds}

@@ -14,7 +14,7 @@ class MonitorConfig:
 
     # off: what training knows anyway; basic: what is nearly free; full: gradients, weights and activations by layer too
     level: Literal["off", "basic", "full"] = "basic"
-    full_every_steps: PositiveInt = 100  # with level=full: steps between two looks at everything, rounded up to lines of metrics
+    full_every_steps: PositiveInt = 100  # with level=full: steps between two probes of the model, rounded up to lines of metrics
     alert_command: str | None = None  # a command that is run for each alert, with the alert as JSON on its standard input
     webhook: str | None = None  # an https:// URL that each alert is sent to, as JSON in a POST request
     tensorboard: bool = False  # also write for TensorBoard, into the run folder

@@ -36,9 +36,10 @@ SLOW = 0.5  # of the best speed: below it a line is slow
 
 
 @dataclass(frozen=True, kw_only=True)
-class Facts:
+class RunSettings:
     """What the rules must know of a run's configuration to judge it and to advise."""
 
+    section: str = ""  # of a recipe that these settings are in, as ``pretrain.``
     lr: float  # optim.lr
     clip_norm: float
     warmup_tokens: int = 0
@@ -49,15 +50,23 @@ class Facts:
 
     @property
     def slower(self) -> str:
-        """A smaller learning rate, as an override and in words."""
-        return f"optim.lr={self.lr / 3:.2g} (now {self.lr:.2g})"
+        """Return a smaller learning rate, as an override and in words."""
+        return self._rate(self.lr / 3)
+
+    @property
+    def faster(self) -> str:
+        """Return a larger learning rate, as an override and in words."""
+        return self._rate(10 * self.lr)
+
+    def _rate(self, lr: float) -> str:
+        return f"{self.section}optim.lr={lr:.2g} (now {self.lr:.2g})"
 
 
 class History:
     """What the lines up to this one say; ``add`` takes in the next."""
 
-    def __init__(self, facts: Facts) -> None:
-        self.facts = facts
+    def __init__(self, settings: RunSettings) -> None:
+        self.settings = settings
         self.lines = self.step = 0
         self.tokens = 0.0
         self.line: dict[str, float] = {}  # the newest, without what is not finite
@@ -101,7 +110,7 @@ class History:
         if LOSS in line:
             self._add_loss(line[LOSS])
         norms = [norm for norm in self.last(GRAD_NORM, SMOOTHED_NORMS) if norm > 0.0]
-        if tokens > self.facts.warmup_tokens and len(norms) == SMOOTHED_NORMS:
+        if tokens > self.settings.warmup_tokens and len(norms) == SMOOTHED_NORMS:
             self.calmest = min(self.calmest, median(norms))
         for name, values in self.first.items():
             if name in line and len(values) < FIRST:

@@ -18,9 +18,9 @@ from types import TracebackType
 from typing import Any
 
 from osler.errors import UserError
-from osler.monitor.alerts import Alert, Watch, replayed
+from osler.monitor.alerts import Alert, Alerter, replay
 from osler.monitor.config import MonitorConfig
-from osler.monitor.history import Facts
+from osler.monitor.history import RunSettings
 from osler.monitor.notify import parse_command
 from osler.monitor.tracker import CLOSE_SECONDS, TrackerProcess
 from osler.records.events import EventLog
@@ -51,8 +51,8 @@ class SharedEventLog(EventLog):
 class RunLogger:
     """Writes a run's metrics and alerts wherever they are wanted; ``events`` takes what else happens to the run."""
 
-    def __init__(self, file: MetricsFile, watch: Watch | None, events: EventLog, trackers: Sequence[TrackerProcess]) -> None:
-        self.file, self.watch, self.events, self.trackers = file, watch, events, trackers
+    def __init__(self, file: MetricsFile, alerter: Alerter | None, events: EventLog, trackers: Sequence[TrackerProcess]) -> None:
+        self.file, self.alerter, self.events, self.trackers = file, alerter, events, trackers
 
     def write(self, step: int, tokens: int, metrics: Mapping[str, float]) -> None:
         """Write one line of metrics, and raise the alerts that follow from it."""
@@ -60,25 +60,25 @@ class RunLogger:
         finite = {name: float(value) for name, value in metrics.items() if math.isfinite(value)}
         for tracker in self.trackers:
             tracker.write(step, tokens, finite)
-        for alert in self.watch.look(step, tokens, metrics) if self.watch else ():
+        for alert in self.alerter.observe(step, tokens, metrics) if self.alerter else ():
             logger.log(LEVELS[alert.severity], f"step {alert.step}: {alert.message}")
             self.events.write(alert.step, "alert", alert.name, alert.message, severity=alert.severity)
 
     def unresolved(self) -> list[Alert]:
         """Return the alerts that still hold at the end of the run; those of the end alone are written to the events here."""
-        if self.watch is None:
+        if self.alerter is None:
             return []
-        held = self.watch.unresolved()
+        held = self.alerter.unresolved()
         for alert in held:
-            if alert.name not in self.watch.said:
+            if alert.name not in self.alerter.said:
                 self.events.write(alert.step, "alert", alert.name, alert.message, severity=alert.severity)
         return held
 
     def rewind(self, step: int) -> None:
         """Drop the lines after ``step`` and what the rules saw in them: a run that has gone back makes those steps again."""
         self.file.rewind(step)
-        if self.watch is not None:
-            self.watch = replayed(self.watch.history.facts, self.file.path)
+        if self.alerter is not None:
+            self.alerter = replay(self.alerter.history.settings, self.file.path)
 
     def __enter__(self) -> RunLogger:
         return self
@@ -104,15 +104,15 @@ def check_trackers(config: MonitorConfig) -> None:
         parse_command(config.alert_command)
 
 
-def open_logger(config: MonitorConfig, run: RunFolder, facts: Facts, *, step: int, is_first: bool = True) -> RunLogger:
+def open_logger(config: MonitorConfig, run: RunFolder, settings: RunSettings, *, step: int, is_first: bool = True) -> RunLogger:
     """Return the logger of a run that goes on from ``step`` (0: begins); that of any rank but the first writes nothing."""
     if not is_first:
         return RunLogger(MetricsFile(os.devnull), None, EventLog(os.devnull), ())
     file = MetricsFile(run.metrics, last_step=step or -1)
-    watch = replayed(facts, run.metrics)
-    watch.history.forget_speed()  # another process may have other devices, or more of them
+    alerter = replay(settings, run.metrics)
+    alerter.history.forget_speed()  # another process may have other devices, or more of them
     trackers = list(_start_trackers(config, run, step))
-    return RunLogger(file, watch, SharedEventLog(run.events, trackers), trackers)
+    return RunLogger(file, alerter, SharedEventLog(run.events, trackers), trackers)
 
 
 def _start_trackers(config: MonitorConfig, run: RunFolder, step: int) -> Iterator[TrackerProcess]:

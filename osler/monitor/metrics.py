@@ -14,7 +14,7 @@ from osler.errors import UserError
 
 FREE = "free"  # training knows it anyway
 BASIC = "basic"  # marks in the stream, clocks and counters of the host
-GRADIENTS = "full: gradients"  # a pass over the gradients, in the steps in which everything is looked at
+GRADIENTS = "full: gradients"  # a pass over the gradients, in the steps that probe the model
 WEIGHTS = "full: weights"  # a pass over the weights, and for updates a copy of them
 FORWARD = "full: forward"  # a forward pass of at most 2,048 tokens of the batch
 CLOCK = "full: clock"  # a mark before and after
@@ -88,7 +88,7 @@ METRICS: dict[str, Metric] = {
     "perf/forward_ms": Metric("ms", "forward passes, per step", BASIC),
     "perf/backward_ms": Metric("ms", "backward passes, per step, the exchange of gradients included", BASIC),
     "perf/optimizer_ms": Metric("ms", "clipping and update, per step", BASIC),
-    "perf/monitor_ms": Metric("ms", "looking at everything, spread over the steps since the line before", CLOCK),
+    "perf/monitor_ms": Metric("ms", "probing the model, spread over the steps since the line before", CLOCK),
     "perf/other_cpus": Metric("CPUs", "kept busy on average by everything else on rank 0's CPUs, other ranks included", BASIC),
     "perf/memory_allocated_bytes": Metric("bytes", "held by tensors on rank 0's GPU", BASIC),
     "perf/memory_reserved_bytes": Metric("bytes", "taken from rank 0's GPU, held by tensors or kept for them", BASIC),

@@ -71,7 +71,7 @@ class Finding(NamedTuple):
 
 def exploding(past: History) -> Iterator[Finding]:
     """Above its history for three lines, creeping up over many, or one line out of all proportion."""
-    norms, clip = past.last(GRAD_NORM, USUAL + 3), past.facts.clip_norm
+    norms, clip = past.last(GRAD_NORM, USUAL + 3), past.settings.clip_norm
     now, before = min(norms[-3:]), [norm for norm in norms[:-3] if norm > 0.0]  # 0: nothing to learn from in GRPO
     if len(before) < CALM:
         return
@@ -84,7 +84,7 @@ def exploding(past: History) -> Iterator[Finding]:
     yield Finding(
         "exploding-gradient",
         f"the gradient's norm is {now:.3g}, {now / usual:.0f} times the {usual:.3g} that it was. The learning rate is probably "
-        f"too high: try {past.facts.slower} with a longer schedule.warmup_tokens. If it came at once, look at the data of "
+        f"too high: try {past.settings.slower} with a longer schedule.warmup_tokens. If it came at once, look at the data of "
         "these steps.",
         now / usual,
         "critical",
@@ -103,8 +103,8 @@ def vanishing(past: History) -> Iterator[Finding]:
         yield Finding(
             "vanishing-gradient",
             f"the gradient's norm is {now:.2g}{was}, while the loss is {past.line[LOSS]:.3g}: nothing is being learned. "
-            f"Activations have probably saturated or died: go back to an earlier checkpoint with {past.facts.slower}; in a new "
-            "model look at the initialisation.",
+            "Activations have probably saturated or died: go back to an earlier checkpoint with "
+            f"{past.settings.slower}; in a new model look at the initialisation.",
             1.0 / max(now, 1e-30),
             "critical",
         )
@@ -112,18 +112,18 @@ def vanishing(past: History) -> Iterator[Finding]:
 
 def guessing(past: History) -> Iterator[Finding]:
     """Worse than guessing for three lines, or no better after the warm-up: the rate is too high, or next to nothing."""
-    facts, losses = past.facts, past.last(LOSS, 5)
-    if not facts.vocab_size or len(losses) < 3:
+    settings, losses = past.settings, past.last(LOSS, 5)
+    if not settings.vocab_size or len(losses) < 3:
         return
-    chance = math.log(facts.vocab_size)
+    chance = math.log(settings.vocab_size)
     is_worse = min(losses[-3:]) > WORSE * chance
-    had_time = past.tokens > facts.warmup_tokens and past.step >= GUESSING_STEPS and len(losses) == 5
+    had_time = past.tokens > settings.warmup_tokens and past.step >= GUESSING_STEPS and len(losses) == 5
     if is_worse or (had_time and min(losses) > GUESSING * chance):
-        too_high = is_worse or facts.lr > TINY_LR
-        advice = f"high: try {facts.slower}" if too_high else f"low: try optim.lr={10 * facts.lr:.2g} (now {facts.lr:.2g})"
+        too_high = is_worse or settings.lr > TINY_LR
+        advice = f"high: try {settings.slower}" if too_high else f"low: try {settings.faster}"
         yield Finding(
             "learning-rate",
-            f"the loss is {median(losses):.3f}, and guessing among {facts.vocab_size:,} tokens gives {chance:.3f}: the model "
+            f"the loss is {median(losses):.3f}, and guessing among {settings.vocab_size:,} tokens gives {chance:.3f}: the model "
             f"{'does worse than that' if is_worse else 'has learned nothing'}. The learning rate is probably too {advice}.",
             median(losses) / chance,
             "critical",
@@ -147,14 +147,14 @@ def unlearned(past: History) -> Iterator[Finding]:
 
 def ended_badly(past: History) -> Iterator[Finding]:
     """What is wrong with the last loss of a run, however few its lines: it is no number, or worse than guessing."""
-    vocab_size, loss = past.facts.vocab_size, past.loss
+    vocab_size, loss = past.settings.vocab_size, past.loss
     if loss is None:
         return
     if math.isnan(loss):
         yield Finding(
             "no-finite-loss",
             "no step of the last line had a finite loss, so none of them changed the model. Try "
-            f"{past.facts.slower}, and look at the data.",
+            f"{past.settings.slower}, and look at the data.",
             severity="critical",
         )
     elif vocab_size and loss > math.log(vocab_size):
@@ -162,7 +162,7 @@ def ended_badly(past: History) -> Iterator[Finding]:
             "worse-than-guessing",
             f"the run ends with a loss of {loss:.3f}, and guessing among {vocab_size:,} tokens gives {math.log(vocab_size):.3f}: "
             f"the model has learned nothing. Train longer (total_tokens), with a warm-up that ends early in the run; if the loss "
-            f"rose, try {past.facts.slower}.",
+            f"rose, try {past.settings.slower}.",
             loss,
             "critical",
         )
@@ -171,7 +171,7 @@ def ended_badly(past: History) -> Iterator[Finding]:
 def repeated(past: History) -> Iterator[Finding]:
     """The data were read so often that once more teaches next to nothing (Muennighoff et al. 2023, arXiv 2305.16264)."""
     epochs = past.line[EPOCH]
-    if epochs > WORN_EPOCHS and not past.facts.max_new_tokens:  # GRPO answers its questions anew each time
+    if epochs > WORN_EPOCHS and not past.settings.max_new_tokens:  # GRPO answers its questions anew each time
         yield Finding(
             "repeated-data",
             f"the run has read its data {epochs:.0f} times. After about {WORN_EPOCHS} times once more teaches next to nothing, "
@@ -194,14 +194,14 @@ def rising(past: History) -> Iterator[Finding]:
         yield Finding(
             "swinging-loss",
             f"the loss swings by {swing:.2f} from line to line around {median(losses):.3f}. The learning rate is probably too "
-            f"high, or the batch too small: try {past.facts.slower}, or a larger batch_tokens.",
+            f"high, or the batch too small: try {past.settings.slower}, or a larger batch_tokens.",
             swing,
         )
     if now - best > max(RISEN * best, RISEN_NATS, 3 * median(map(abs, jumps))) and min(losses[-3:]) > best:
         yield Finding(
             "learning-rate",
             f"the loss has risen to {now:.3f} from its best, {best:.3f}. The learning rate is probably too high: go back to a "
-            f"checkpoint from before and try {past.facts.slower}. If the data changes here, this may be its doing.",
+            f"checkpoint from before and try {past.settings.slower}. If the data changes here, this may be its doing.",
             now / best,
             "critical",
         )
@@ -210,12 +210,12 @@ def rising(past: History) -> Iterator[Finding]:
 def clipped(past: History) -> Iterator[Finding]:
     """The length of every step is that of the clipping."""
     shares = past.last(CLIPPED, CLIPPED_LINES)
-    if past.tokens > past.facts.warmup_tokens and len(shares) == CLIPPED_LINES and min(shares) >= ALWAYS_CLIPPED:
+    if past.tokens > past.settings.warmup_tokens and len(shares) == CLIPPED_LINES and min(shares) >= ALWAYS_CLIPPED:
         norm = f" (norm {past.line[GRAD_NORM]:.3g})" if GRAD_NORM in past.line else ""
         yield Finding(
             "always-clipped",
-            f"every gradient of the last {CLIPPED_LINES} lines was clipped{norm}, so clip_norm={past.facts.clip_norm:g} decides "
-            f"how far a step goes. Try {past.facts.slower}; if the loss falls well as it is, a larger clip_norm.",
+            f"every gradient of the last {CLIPPED_LINES} lines was clipped{norm}, so clip_norm={past.settings.clip_norm:g} "
+            f"decides how far a step goes. Try {past.settings.slower}; if the loss falls well as it is, a larger clip_norm.",
         )
 
 
@@ -231,7 +231,7 @@ def dead_units(past: History) -> Iterator[Finding]:
             "dead-layers",
             f"{dead[worst]:.0%} of the feed-forward units in layer {worst} give nothing for any token{layers}. They do not come "
             "back by themselves; a step was probably too large. Go back to an earlier checkpoint and try "
-            f"{past.facts.slower} and a longer schedule.warmup_tokens.",
+            f"{past.settings.slower} and a longer schedule.warmup_tokens.",
             sum(dead.values()),
             "critical",
         )
@@ -274,7 +274,7 @@ def growing(metric: str, past: History) -> Iterator[Finding]:
 
 def starved(past: History) -> Iterator[Finding]:
     """The device waits for data."""
-    share, workers = median(past.last(DATA_TIME, STARVED_LINES)), past.facts.loader_workers
+    share, workers = median(past.last(DATA_TIME, STARVED_LINES)), past.settings.loader_workers
     waited = sum(list(past.waited_seconds)[-STARVED_LINES:])  # so little that nobody would notice it is no reason to speak
     if len(past.values[DATA_TIME]) >= CALM and share > STARVED and waited > STARVED_SECONDS:
         yield Finding(
@@ -308,7 +308,7 @@ def stalled(past: History) -> Iterator[Finding]:
     Windows grow with the run, because a healthy loss falls by like amounts in like ratios of time.
     """
     sums, jumps, count = past.loss_sums, past.jump_sums, len(past.loss_sums) - 1
-    lr = past.line.get(LR, past.facts.lr)
+    lr = past.line.get(LR, past.settings.lr)
     if count < STALLED_LINES or lr < ANNEALED * past.peak_lr:
         return
     size = count // 5
@@ -319,7 +319,7 @@ def stalled(past: History) -> Iterator[Finding]:
         yield Finding(
             "stalled-loss",
             f"the loss has not fallen for {2 * size} lines: {before:.3f}, then {now:.3f}, at a learning rate of {lr:.2g}. Either "
-            f"the rate is too high for what is left to learn: try {past.facts.slower}, or a schedule that falls to 0. Or the "
+            f"the rate is too high for what is left to learn: try {past.settings.slower}, or a schedule that falls to 0. Or the "
             "model has learned what its size and its data allow.",
         )
 
@@ -330,24 +330,24 @@ def cut(past: History) -> Iterator[Finding]:
         least = min(past.first[CUT])
         cause = (
             f", where at first it were {least:.0%}. The learning rate is probably too high: go back to a checkpoint from before "
-            f"and try {past.facts.slower}."
+            f"and try {past.settings.slower}."
             if least < FINE_CUT_SHARE
             else ". Either algorithm.max_new_tokens is too small, or the model never learned to end (was it fine-tuned with the "
             "chat template?)."
         )
         yield Finding(
             "cut-completions",
-            f"{past.line[CUT]:.0%} of the completions were cut at {past.facts.max_new_tokens} tokens{cause}",
+            f"{past.line[CUT]:.0%} of the completions were cut at {past.settings.max_new_tokens} tokens{cause}",
         )
 
 
 def unrewarded(past: History) -> Iterator[Finding]:
     """GRPO: no reward for so many steps that it cannot be chance. When there was some at first, the model has lost it."""
-    if past.without_reward >= past.facts.zero_reward_patience:
+    if past.without_reward >= past.settings.zero_reward_patience:
         most = max(past.first[REWARD])
         cause = (
             f"At first the mean reward was {most:.2g}, so the learning rate is probably too high: go back to a checkpoint from "
-            f"before and try {past.facts.slower}."
+            f"before and try {past.settings.slower}."
             if most > 0.0
             else "Look at samples.jsonl in the run folder, and start from a model that is right now and then."
         )

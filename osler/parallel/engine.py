@@ -96,7 +96,7 @@ class ParallelEngine:
 
         With one process it is the model itself; DDP's copy shares the weights, others gather them: drop it after use.
         """
-        return model if self.world.size == 1 else model.twin(self.whole_weights(model))
+        return model if self.world.size == 1 else model.eager_copy(self.whole_weights(model))
 
     def whole_weights(self, model: Transformer) -> dict[str, Tensor]:
         """The state dict, whole, on every rank."""

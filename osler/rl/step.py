@@ -27,7 +27,7 @@ from torch import Tensor
 from osler.model.loss import ModelLoss
 from osler.model.transformer import Transformer
 from osler.monitor.collect import Collector, of_norms
-from osler.monitor.look import Rows
+from osler.monitor.model_stats import ProbeRows
 from osler.ops.cross_entropy import linear_logprobs
 from osler.ops.labels import IGNORED
 from osler.ops.sampling import unpack_mask
@@ -242,15 +242,15 @@ def update_policy(
     return metrics | {"data/padding_frac": padding_frac}
 
 
-def few_rows(rows: Sequence[Row], count: int = 16) -> Rows:
-    """The longest rows, padded, with their completions as labels: for a look inside the model."""
+def few_rows(rows: Sequence[Row], count: int = 16) -> ProbeRows:
+    """The longest rows, padded, with their completions as labels: for a probe of the model."""
     chosen = sorted(rows, key=lambda row: -row.tokens)[:count]
     ids_BL = torch.zeros(len(chosen), chosen[0].tokens, dtype=torch.int64)
     labels_BL = torch.full_like(ids_BL, IGNORED)
     for b, row in enumerate(chosen):
         ids_BL[b, : row.tokens] = torch.tensor(row.prompt_ids + row.completion_ids)
         labels_BL[b, len(row.prompt_ids) - 1 : row.tokens - 1] = torch.tensor(row.completion_ids)
-    return Rows(ids_BL, labels_BL)
+    return ProbeRows(ids_BL, labels_BL)
 
 
 def _prepare(

@@ -28,7 +28,7 @@ from osler.data.consumed import source_metrics
 from osler.inference.engine import InferenceEngine
 from osler.model.transformer import Transformer
 from osler.monitor.collect import Collector
-from osler.monitor.history import Facts
+from osler.monitor.history import RunSettings
 from osler.monitor.lifetime import recorded
 from osler.monitor.logger import RunLogger, open_logger
 from osler.optim.build import keeping_settings, set_decay_and_momentum, set_lr
@@ -121,7 +121,7 @@ class GrpoTrainer:
         config = self.config
         with (
             StopFlag() as stop,  # first: whoever sees the metrics file may rely on a signal being a request
-            open_logger(config.monitor, self.run, self._facts(), step=self.step, is_first=self.world.is_first) as sink,
+            open_logger(config.monitor, self.run, self._run_settings(), step=self.step, is_first=self.world.is_first) as sink,
             recorded(sink.events, lambda: self.step, lambda: self.step >= config.steps and not self.has_left, sink.unresolved),
             Progress(config.steps, "steps", label="grpo", initial=self.step) as progress,
             self.saver,
@@ -247,9 +247,9 @@ class GrpoTrainer:
 
     # -- watching ------------------------------------------------------------------------------------------------------
 
-    def _facts(self) -> Facts:
+    def _run_settings(self) -> RunSettings:
         """What the alerts must know of this run: among them is that no completion ends, or none is ever rewarded."""
-        return Facts(
+        return RunSettings(
             lr=self.config.optim.lr,
             clip_norm=self.config.clip_norm,
             warmup_tokens=self.config.schedule.warmup_tokens,

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from osler.data.curriculum import rows_per_micro_batch
 from osler.data.loader import Batch
-from osler.monitor.look import Rows
+from osler.monitor.model_stats import ProbeRows
 from osler.optim.build import set_lr
 from osler.parallel.engine import ParallelEngine
 from osler.runtime.faults import poisoned
@@ -59,7 +59,7 @@ class TrainStep:
         self.device = device
         self.mark = mark  # called at the end of each part of a step: forward, backward, optimizer
         # stands around the update, while the gradients are there
-        self.watch: Callable[[Callable[[], Rows]], AbstractContextManager[None]] = lambda rows: nullcontext()
+        self.watch: Callable[[Callable[[], ProbeRows]], AbstractContextManager[None]] = lambda rows: nullcontext()
 
     def __call__(self, batch: Batch, lr_scale: float) -> StepResult:
         """Update the parameters from ``batch`` (on the CPU) with every learning rate scaled by ``lr_scale``."""
@@ -81,7 +81,7 @@ class TrainStep:
             total += loss.detach()
             self.mark("backward")
         set_lr(self.optimizer, lr_scale)
-        with self.watch(lambda: Rows(batch.ids, batch.labels, batch.document_ids if self.document_mask else None)):
+        with self.watch(lambda: ProbeRows(batch.ids, batch.labels, batch.document_ids if self.document_mask else None)):
             norm_and_skipped = self.engine.update(self.optimizer, self.parameters)
         self.mark("optimizer")
         return StepResult(torch.where(found_tokens > 0, total, math.nan), *norm_and_skipped)

@@ -26,7 +26,7 @@ from osler.data.consumed import ConsumedData
 from osler.data.loader import Batch
 from osler.model.transformer import Transformer
 from osler.monitor.collect import Collector, has_learned, of_steps
-from osler.monitor.history import Facts
+from osler.monitor.history import RunSettings
 from osler.monitor.lifetime import recorded
 from osler.monitor.logger import RunLogger, open_logger
 from osler.optim.build import keeping_settings, set_decay_and_momentum
@@ -129,7 +129,7 @@ class Trainer:
         config = self.config
         with (
             StopFlag() as stop,  # first: whoever sees the metrics file may rely on a signal being a request
-            open_logger(config.monitor, self.run, self._facts(), step=self.step, is_first=self.world.is_first) as sink,
+            open_logger(config.monitor, self.run, self._run_settings(), step=self.step, is_first=self.world.is_first) as sink,
             recorded(sink.events, lambda: self.step, lambda: self.done and not self.has_left, sink.unresolved),
             Progress(self.total_tokens, "tokens", label=config.kind, initial=self.tokens) as progress,
             self.saver,
@@ -320,9 +320,9 @@ class Trainer:
         stop.requested = stop.requested or not on
         return not on
 
-    def _facts(self) -> Facts:
+    def _run_settings(self) -> RunSettings:
         """What the alerts must know of this run."""
-        return Facts(
+        return RunSettings(
             lr=self.config.optim.lr,
             clip_norm=self.config.clip_norm,
             warmup_tokens=self.config.schedule.warmup_tokens,

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 
-from osler.monitor.alerts import PAUSE, Alert, Watch, replayed
+from osler.monitor.alerts import PAUSE, Alert, Alerter, replay
 from osler.monitor.history import (
     CLIPPED,
     CUT,
@@ -28,10 +28,10 @@ from osler.monitor.history import (
     STAGE,
     STEP_TIMES,
     UNLEARNED,
-    Facts,
+    RunSettings,
 )
 
-FACTS = Facts(lr=2.5e-3, clip_norm=1.0, warmup_tokens=40_000, vocab_size=2048, loader_workers=1, max_new_tokens=48)
+SETTINGS = RunSettings(lr=2.5e-3, clip_norm=1.0, warmup_tokens=40_000, vocab_size=2048, loader_workers=1, max_new_tokens=48)
 TOKENS, STEPS = 4096, 10  # of a step; in a line
 GIB = 2**30
 Line = dict[str, float]
@@ -44,7 +44,7 @@ def healthy(lines: int, *, noise: float = 0.02, floor: float = 1.0, decay: float
         warmup = min(1.0, n / 4)
         yield {
             LOSS: (floor + (7.6 - floor) * n**-0.45) * (1 + noise * draw.gauss(0, 1)),
-            LR: FACTS.lr * warmup * (1 - decay * n / lines),
+            LR: SETTINGS.lr * warmup * (1 - decay * n / lines),
             GRAD_NORM: (0.35 + 0.6 / n) * math.exp(0.25 * draw.gauss(0, 1)),
             CLIPPED: 0.3 if n < 10 else 0.05,
             **dict.fromkeys(STEP_TIMES, 30.0),
@@ -57,12 +57,12 @@ def healthy(lines: int, *, noise: float = 0.02, floor: float = 1.0, decay: float
         }
 
 
-def told(lines: Iterator[Line] | list[Line], facts: Facts = FACTS) -> dict[str, int]:
+def told(lines: Iterator[Line] | list[Line], settings: RunSettings = SETTINGS) -> dict[str, int]:
     """Names of the alerts of a curve, each with the line at which it was said first."""
     found: dict[str, int] = {}
-    watch = Watch(facts)
+    alerter = Alerter(settings)
     for number, line in enumerate(lines, start=1):
-        for alert in watch.look(number * STEPS, number * STEPS * TOKENS, line):
+        for alert in alerter.observe(number * STEPS, number * STEPS * TOKENS, line):
             assert "\n" not in alert.message and alert.step == number * STEPS
             found.setdefault(alert.name, number)
     return found
@@ -75,10 +75,10 @@ def sick(change: Callable[[int, Line], Line], lines: int = 200, **shape: float) 
 
 def ends(lines: list[Line]) -> list[tuple[str, str]]:
     """Severity and name of what holds at the end of a run of these lines, among which are evaluations."""
-    watch = Watch(FACTS)
+    alerter = Alerter(SETTINGS)
     for number, line in enumerate(lines, start=1):
-        watch.look(number * STEPS, number * STEPS * TOKENS, line)
-    return [(alert.severity, alert.name) for alert in watch.unresolved()]
+        alerter.observe(number * STEPS, number * STEPS * TOKENS, line)
+    return [(alert.severity, alert.name) for alert in alerter.unresolved()]
 
 
 def test_what_holds_at_the_end_is_what_the_newest_looks_saw():
@@ -98,8 +98,8 @@ def test_what_holds_at_the_end_is_what_the_newest_looks_saw():
 
 
 def test_a_last_loss_without_worth_is_told_however_short_the_run():
-    assert ends([{LOSS: math.log(FACTS.vocab_size) - 0.01}]) == []
-    assert ends([{LOSS: math.log(FACTS.vocab_size) + 0.01}, {"eval/loss": 1.0}]) == [("critical", "worse-than-guessing")]
+    assert ends([{LOSS: math.log(SETTINGS.vocab_size) - 0.01}]) == []
+    assert ends([{LOSS: math.log(SETTINGS.vocab_size) + 0.01}, {"eval/loss": 1.0}]) == [("critical", "worse-than-guessing")]
     assert ends([{LOSS: 3.0}, {LOSS: math.nan}]) == [("critical", "no-finite-loss")]
     assert ends([{UNLEARNED: 10.0}]) == [("critical", "nothing-to-learn")]
     assert ends([{UNLEARNED: 3.0, LOSS: 3.0}]) == [("warning", "nothing-to-learn")]
@@ -156,24 +156,24 @@ def test_a_sick_curve_is_told_within_so_many_lines(change, name, within):
 
 @pytest.mark.parametrize(("busy_cpus", "cause"), [(1.0, "keep 1.0 CPUs of this machine busy"), (0.0, "No other process")])
 def test_a_slow_run_says_whether_a_neighbour_is_the_cause(busy_cpus, cause):
-    watch = Watch(FACTS)
+    alerter = Alerter(SETTINGS)
     lines = [line if n < 60 else line | {SPEED: 1_700.0, OTHER_CPUS: busy_cpus} for n, line in enumerate(healthy(70))]
-    alerts = [alert for n, line in enumerate(lines, 1) for alert in watch.look(n * STEPS, n * STEPS * TOKENS, line)]
+    alerts = [alert for n, line in enumerate(lines, 1) for alert in alerter.observe(n * STEPS, n * STEPS * TOKENS, line)]
     assert [alert.name for alert in alerts] == ["slow-run"] and cause in alerts[0].message
 
 
 def test_a_run_that_goes_on_elsewhere_has_another_usual_speed():
     lines = [line if n < 60 else line | {SPEED: 1_700.0} for n, line in enumerate(healthy(120))]
-    watch = Watch(FACTS)
+    alerter = Alerter(SETTINGS)
     for n, line in enumerate(lines, 1):
         if n == 61:
-            watch.history.forget_speed()
-        assert watch.look(n * STEPS, n * STEPS * TOKENS, line) == []
+            alerter.history.forget_speed()
+        assert alerter.observe(n * STEPS, n * STEPS * TOKENS, line) == []
 
 
 def test_questions_that_are_asked_often_are_no_worn_data():
     lines = [line | {EPOCH: 20.0} for line in healthy(20)]
-    assert "repeated-data" in told(lines, replace(FACTS, max_new_tokens=0))
+    assert "repeated-data" in told(lines, replace(SETTINGS, max_new_tokens=0))
     assert "repeated-data" not in told(lines), "with max_new_tokens it is GRPO"
 
 
@@ -187,7 +187,7 @@ def test_a_slow_minute_is_needed_and_a_new_stage_has_its_own_speed():
 def test_a_run_that_learns_nothing_is_told_when_the_warmup_is_over():
     lines = [line | {LOSS: 7.62 + 0.01 * (n % 3)} for n, line in enumerate(healthy(30))]
     assert told(lines) == {"learning-rate": 5}
-    assert told(lines, Facts(lr=1e-3, clip_norm=1.0)) == {}, "without a vocabulary there is nothing to compare with"
+    assert told(lines, RunSettings(lr=1e-3, clip_norm=1.0)) == {}, "without a vocabulary there is nothing to compare with"
 
 
 def test_a_run_that_does_worse_than_guessing_is_told_at_once():
@@ -201,8 +201,8 @@ def test_a_plateau_is_told_before_the_run_has_doubled_and_never_when_the_rate_is
     def flat(lr: float) -> list[Line]:
         return [line | ({} if n < 100 else {LOSS: 1.8 + 0.01 * ((7 * n) % 5 - 2), LR: lr}) for n, line in enumerate(healthy(240))]
 
-    assert told(flat(FACTS.lr)).keys() == {"stalled-loss"} and told(flat(FACTS.lr))["stalled-loss"] < 200
-    assert told(flat(FACTS.lr / 20)) == {}
+    assert told(flat(SETTINGS.lr)).keys() == {"stalled-loss"} and told(flat(SETTINGS.lr))["stalled-loss"] < 200
+    assert told(flat(SETTINGS.lr / 20)) == {}
 
 
 def test_neither_a_jump_of_memory_nor_a_new_stage_is_an_alert():
@@ -224,35 +224,35 @@ def test_a_policy_that_rarely_has_a_gradient_or_a_few_rewards_among_penalties_is
 
 @pytest.mark.parametrize("began_well", [True, False])
 def test_a_policy_that_got_worse_was_trained_too_fast_and_one_that_began_so_was_not(began_well):
-    watch, said = Watch(FACTS), {}
+    alerter, said = Alerter(SETTINGS), {}
     for step in range(1, 12):
         fine = began_well and step < 3
         line = {CUT: 0.02, REWARD: 0.3, "reward_std": 0.4} if fine else {CUT: 1.0, REWARD: 0.0, "reward_std": 0.0}
-        said |= {alert.name: alert.message for alert in watch.look(step, step * TOKENS, line)}
+        said |= {alert.name: alert.message for alert in alerter.observe(step, step * TOKENS, line)}
     assert said.keys() == {"cut-completions", "no-reward"}
-    assert all(("learning rate" in text and FACTS.slower in text) == began_well for text in said.values())
+    assert all(("learning rate" in text and SETTINGS.slower in text) == began_well for text in said.values())
     assert ("chat template" in said["cut-completions"]) == ("samples.jsonl" in said["no-reward"]) == (not began_well)
     assert not began_well or ("2%" in said["cut-completions"] and "0.3" in said["no-reward"])
 
 
 def test_a_head_that_begins_at_zero_lets_no_gradient_through_in_the_first_step():
     line = {GRAD_NORM: 0.3, f"{LAYER_NORM}embed": 0.0, f"{LAYER_NORM}0": 0.0, f"{LAYER_NORM}head": 0.3}
-    watch = Watch(FACTS)
-    assert watch.look(1, TOKENS, line) == []
-    assert [alert.name for alert in watch.look(2, 2 * TOKENS, line)] == ["dead-layer-gradient"]
+    alerter = Alerter(SETTINGS)
+    assert alerter.observe(1, TOKENS, line) == []
+    assert [alert.name for alert in alerter.observe(2, 2 * TOKENS, line)] == ["dead-layer-gradient"]
 
 
 def test_the_message_names_number_cause_and_remedy():
-    (alert,) = Watch(FACTS).look(10, 1000, {f"{DEAD_UNITS}3": 0.634})
+    (alert,) = Alerter(SETTINGS).observe(10, 1000, {f"{DEAD_UNITS}3": 0.634})
     assert alert.severity == "critical"
     assert "63% of the feed-forward units in layer 3" in alert.message
     assert "optim.lr=0.00083 (now 0.0025)" in alert.message
 
 
 def test_what_was_said_is_said_again_after_a_pause_or_when_it_gets_worse():
-    watch = Watch(FACTS)
+    alerter = Alerter(SETTINGS)
     one, two = {f"{DEAD_UNITS}0": 0.6}, {f"{DEAD_UNITS}0": 0.9, f"{DEAD_UNITS}1": 0.9}
-    said = [n for n in range(1, 401) if watch.look(n, n, one if n < 350 else two)]
+    said = [n for n in range(1, 401) if alerter.observe(n, n, one if n < 350 else two)]
     assert said == [1, 1 + PAUSE, 1 + 3 * PAUSE, 350]
 
 
@@ -267,13 +267,13 @@ def test_a_replay_of_the_file_goes_on_as_if_nothing_had_happened(tmp_path):
         line.update({GRAD_NORM: 9.0} if n > 80 else {}, **({LOSS: 2.5} if n > 50 else {}))
     lines[90][LOSS] = math.nan
 
-    def look(watch: Watch, first: int, last: int) -> list[Alert]:
-        return [a for n in range(first, last) for a in watch.look(n, n * TOKENS * STEPS, lines[n])]
+    def look(alerter: Alerter, first: int, last: int) -> list[Alert]:
+        return [a for n in range(first, last) for a in alerter.observe(n, n * TOKENS * STEPS, lines[n])]
 
-    whole, path = Watch(FACTS), tmp_path / "metrics.jsonl"
+    whole, path = Alerter(SETTINGS), tmp_path / "metrics.jsonl"
     look(whole, 0, 120)
     written = [{"step": n, "tokens": n * TOKENS * STEPS, "time": 1.0, **line} for n, line in enumerate(lines[:120])]
     path.write_text("".join(json.dumps(line).replace("NaN", "null") + "\n" for line in written), encoding="utf-8")
-    resumed = replayed(FACTS, path)
+    resumed = replay(SETTINGS, path)
     expected = look(whole, 120, 200)
     assert expected and look(resumed, 120, 200) == expected

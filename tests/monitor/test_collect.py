@@ -12,10 +12,10 @@ from osler.cli import main
 from osler.inference.load import load_model
 from osler.model.config import ModelConfig
 from osler.model.transformer import Transformer
-from osler.monitor.alerts import Watch
+from osler.monitor.alerts import Alerter
 from osler.monitor.collect import Collector, of_steps
 from osler.monitor.config import MonitorConfig
-from osler.monitor.history import Facts
+from osler.monitor.history import RunSettings
 from osler.monitor.metrics import METRICS, declared_name
 
 # What needs a GPU, and what only GRPO logs.
@@ -159,12 +159,12 @@ def test_a_loader_that_starves_the_device_is_told_by_the_clock(wait_ms, told, mo
             yield None
 
     collector, endless = Collector(MonitorConfig(), Transformer(ModelConfig(num_layers=1)), torch.device("cpu")), batches()
-    watch, alerts = Watch(Facts(lr=1e-3, clip_norm=1.0, loader_workers=2)), []
+    alerter, alerts = Alerter(RunSettings(lr=1e-3, clip_norm=1.0, loader_workers=2)), []
     for step in range(1, 13):
         collector.fetch(endless, step)
         now[0] += 0.008
         collector.mark("forward")
-        alerts += watch.look(100 * step, step, collector.line())  # as if each line were one of a hundred steps
+        alerts += alerter.observe(100 * step, step, collector.line())  # as if each line were one of a hundred steps
     assert [alert.name for alert in alerts] == told
     assert all("loader_workers=4 (now 2)" in alert.message for alert in alerts)
 

@@ -8,13 +8,13 @@ import pytest
 
 from osler.errors import UserError
 from osler.monitor.config import MonitorConfig
-from osler.monitor.history import Facts
+from osler.monitor.history import RunSettings
 from osler.monitor.lifetime import recorded
 from osler.monitor.logger import open_logger
 from osler.records.events import read_events
 from osler.runtime.files import RunFolder
 
-FACTS = Facts(lr=1e-3, clip_norm=1.0)
+SETTINGS = RunSettings(lr=1e-3, clip_norm=1.0)
 
 
 def live(run, out, *, first, last, total=10, error=None):
@@ -23,7 +23,7 @@ def live(run, out, *, first, last, total=10, error=None):
     script.write_text("import sys; open(sys.argv[1], 'a').write(sys.stdin.read())")
     hook, step = f"'{sys.executable}' '{script}' '{out}'", first
     with (
-        open_logger(MonitorConfig(alert_command=hook), run, FACTS, step=first) as sinks,
+        open_logger(MonitorConfig(alert_command=hook), run, SETTINGS, step=first) as sinks,
         recorded(sinks.events, lambda: step, lambda: step >= total, sinks.unresolved),
     ):
         step = last

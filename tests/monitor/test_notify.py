@@ -18,7 +18,7 @@ from osler.monitor.logger import check_trackers, open_logger
 from osler.monitor.notify import AlertCommand, Webhook
 from osler.monitor.tracker import UndeliveredError
 from osler.runtime.files import RunFolder
-from tests.monitor.test_logger import FACTS, SICK
+from tests.monitor.test_logger import SETTINGS, SICK
 
 ALERT = Alert(7, "dead-layers", "critical", "layer 3 is dead – look")
 PYTHON = f'"{sys.executable}"'
@@ -60,7 +60,7 @@ def test_command_and_webhook_get_the_same_json(tmp_path, monkeypatch):
     run = RunFolder.create(tmp_path / "run")
     with server() as (url, got):
         config = MonitorConfig(alert_command=f"{PYTHON} '{script}' '{out}'", webhook=url)
-        with open_logger(config, run, FACTS, step=0) as logger:
+        with open_logger(config, run, SETTINGS, step=0) as logger:
             logger.events.write(7, "incident", "dead-layers", ALERT.message, severity="critical", rows=[1, 2])
             logger.write(1, 1, SICK)
     lines = out.read_bytes().splitlines()

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from osler.errors import UserError
-from osler.monitor.alerts import replayed
-from osler.monitor.history import Facts
+from osler.monitor.alerts import replay
+from osler.monitor.history import RunSettings
 from osler.records.metrics import MetricsFile
 
 
@@ -121,7 +121,7 @@ def test_a_long_log_is_not_held_in_memory(tmp_path: Path, last_step: float) -> N
     tracemalloc.start()
     try:
         MetricsFile(path, last_step=last_step).close()
-        replayed(Facts(lr=1e-3, clip_norm=1.0), path)
+        replay(RunSettings(lr=1e-3, clip_norm=1.0), path)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()

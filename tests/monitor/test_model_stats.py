@@ -9,18 +9,18 @@ import torch
 
 from osler.model.config import ModelConfig
 from osler.model.transformer import Transformer
-from osler.monitor.alerts import Watch
-from osler.monitor.history import Facts
-from osler.monitor.look import (
-    Rows,
+from osler.monitor.alerts import Alerter
+from osler.monitor.history import RunSettings
+from osler.monitor.model_stats import (
+    ProbeRows,
+    activation_stats,
     attention_entropy,
     dead_share,
     effective_rank,
-    of_gradients,
-    of_predictions,
-    of_rows,
-    of_update,
-    of_weights,
+    gradient_stats,
+    prediction_stats,
+    update_stats,
+    weight_stats,
 )
 
 SHAPE = ModelConfig(
@@ -37,14 +37,14 @@ def model(request) -> Transformer:
 
 
 @pytest.fixture
-def rows() -> Rows:
+def rows() -> ProbeRows:
     ids = torch.randint(0, 100, (3, 24), generator=torch.Generator().manual_seed(0))
     labels = ids.roll(-1, 1)
     labels[:, -1] = labels[0, :9] = -100
-    return Rows(ids, labels)
+    return ProbeRows(ids, labels)
 
 
-def learn(model: Transformer, rows: Rows) -> dict[str, torch.Tensor]:
+def learn(model: Transformer, rows: ProbeRows) -> dict[str, torch.Tensor]:
     logits = model.logits(model(rows.ids_BT))
     torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows.labels_BT.flatten()).backward()
     return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
@@ -57,7 +57,7 @@ def belongs(name: str, part: str) -> bool:
 
 def test_gradients_are_those_of_a_plain_loop(model, rows):
     gradients = learn(model, rows)
-    found = of_gradients(gradients.items())
+    found = gradient_stats(gradients.items())
     parts = {name.rpartition("/")[2] for name in found if name.startswith("grad/norm/")}
     assert parts == {"0", "1", "2", "embed", "head", "norm"}
     for part in parts:
@@ -79,7 +79,7 @@ def test_gradients_are_those_of_a_plain_loop(model, rows):
 def test_what_is_not_finite_in_a_gradient_is_counted():
     gradient = torch.zeros(4, 5)
     gradient[1, 2], gradient[3, 3] = float("nan"), float("inf")
-    found = of_gradients([("layers.0.mlp.up_proj.weight", gradient), ("norm.weight", torch.ones(20))])
+    found = gradient_stats([("layers.0.mlp.up_proj.weight", gradient), ("norm.weight", torch.ones(20))])
     assert float(found["grad/nonfinite_frac"]) == pytest.approx(2 / 40)
     assert float(found["grad/zero_frac"]) == pytest.approx(18 / 40)
     assert float(found["grad/norm/norm"]) == pytest.approx(math.sqrt(20)) and found["grad/norm/0"].isnan()
@@ -90,17 +90,17 @@ def test_an_update_is_measured_against_the_weights_before_it(model):
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.mul_(1.5 if name.startswith("layers.1.") else 1.0)
-    found = of_update(before, model.named_parameters())
+    found = update_stats(before, model.named_parameters())
     assert float(found["update/part_ratio/1"]) == pytest.approx(0.5)
     assert float(found["update/part_ratio/0"]) == float(found["update/part_ratio/embed"]) == 0.0
-    norms = of_weights(before)
+    norms = weight_stats(before)
     plain = 0.5 * float(norms["model/weight_norm/1"]) / math.sqrt(sum(float((w**2).sum()) for w in before.values()))
     assert float(found["update/ratio"]) == pytest.approx(plain, rel=1e-5)
 
 
 def test_weights_have_norms_by_part_and_kind(model):
     weights = model.state_dict()
-    found = of_weights(weights)
+    found = weight_stats(weights)
     ups = torch.cat([w.flatten() for name, w in weights.items() if name.endswith("up_proj.weight")])
     assert float(found["model/kind_norm/up_proj"]) == pytest.approx(float(ups.norm()), rel=1e-5)
     assert float(found["model/weight_norm/norm"]) == pytest.approx(math.sqrt(32))
@@ -167,14 +167,14 @@ def test_units_that_no_token_moves_are_dead():
     assert float(dead_share(torch.zeros(2, 3, 8), everywhere(units)[:, :3])) == 1.0
 
 
-def test_padding_is_not_looked_at(model, rows):
+def test_padding_is_not_counts(model, rows):
     """Whatever stands behind the last learned token of a row, also as documents of its own, the numbers are the same."""
-    found = of_rows(model, model.state_dict(), rows)
-    padded = Rows(torch.full((3, 32), 7), torch.full((3, 32), -100))
+    found = activation_stats(model, model.state_dict(), rows)
+    padded = ProbeRows(torch.full((3, 32), 7), torch.full((3, 32), -100))
     padded.ids_BT[:, :24], padded.labels_BT[:, :24] = rows.ids_BT, rows.labels_BT
     apart = padded._replace(document_BT=(torch.arange(32) >= 24).long().expand(3, -1))
     for other in (padded, apart):
-        same = of_rows(model, model.state_dict(), other)
+        same = activation_stats(model, model.state_dict(), other)
         assert found.keys() == same.keys() and not any(value.isnan() for value in found.values())
         assert all(float(same[name]) == pytest.approx(float(value), rel=1e-5) for name, value in found.items())
 
@@ -190,7 +190,7 @@ def test_the_look_inside_sees_what_the_model_computes(model, rows):
     for handle in handles:
         handle.remove()
     random = torch.get_rng_state()
-    found = of_rows(model, model.state_dict(), rows)
+    found = activation_stats(model, model.state_dict(), rows)
     assert torch.equal(torch.get_rng_state(), random)
     for layer, all_places in seen.items():
         x = all_places[:, :-1]  # behind the last learned token
@@ -218,14 +218,14 @@ def test_the_look_inside_sees_what_the_model_computes(model, rows):
 def test_a_dead_layer_shows(model, rows):
     with torch.no_grad():
         model.layers[1].mlp.gate_proj.weight.zero_()
-    found = of_rows(model, model.state_dict(), rows)
+    found = activation_stats(model, model.state_dict(), rows)
     assert [float(found[f"model/dead_units_frac/{layer}"]) == 1.0 for layer in range(3)] == [False, True, False]
     line = {name: float(value) for name, value in found.items()}
-    (alert,) = Watch(Facts(lr=1e-3, clip_norm=1.0)).look(10, 1000, line)
+    (alert,) = Alerter(RunSettings(lr=1e-3, clip_norm=1.0)).observe(10, 1000, line)
     assert alert.name == "dead-layers" and "100% of the feed-forward units in layer 1" in alert.message
 
 
 def test_rows_without_a_label_have_no_accuracy(model, rows):
     hidden = torch.zeros(1, 4, 32)
-    found = of_predictions(model, hidden, Rows(torch.zeros(1, 4, dtype=torch.int64), torch.full((1, 4), -100)))
+    found = prediction_stats(model, hidden, ProbeRows(torch.zeros(1, 4, dtype=torch.int64), torch.full((1, 4), -100)))
     assert found["train/token_accuracy"].isnan()

@@ -1,10 +1,10 @@
-"""A look at everything: the gradients, the weights, one update, and what a few rows do inside the model.
+"""Statistics of the gradients, the weights, one update, and of what a few rows do inside the model.
 
-The idea: every function here maps tensors to a handful of numbers that stay on the device, so that a look costs arithmetic and
-never a wait. The look inside is one more forward pass, eager and without gradients, through a plain twin that shares the weights
-(``Transformer.twin``) and carries hooks; the model that trains, compiled or cut over ranks as it may be, is not touched, and no
-random number is drawn. Tensors that are cut over ranks are put together one at a time, so functions over them are collective.
-What lies behind the last learned token of a row is mostly padding and is not looked at. There is no state.
+Every function here maps tensors to a handful of numbers that stay on the device, so that it costs arithmetic and never a wait.
+The activations come from a probe: one more forward pass, eager and without gradients, through a copy of the model that shares
+its weights (``Transformer.eager_copy``) and carries hooks. So the model that trains, which may be compiled or sharded, is not
+touched, and no random number is drawn. Sharded tensors are put together one at a time, so functions over them are collective.
+What lies behind the last learned token of a row is mostly padding and does not count. There is no state.
 
 Attention entropy: Zhai et al. 2023, arXiv 2303.06296. Effective rank: the participation ratio of the squared singular values.
 
@@ -27,29 +27,29 @@ from osler.ops.cross_entropy import default_chunk_tokens
 from osler.ops.labels import IGNORED
 from osler.runtime.sharded import whole
 
-LOOK_TOKENS = 2048  # of the batch that the look inside takes, in whole rows where one fits
-ENTROPY_QUERIES = 256  # queries, over all rows, whose attention is looked at
+PROBE_TOKENS = 2048  # of the batch that a probe takes, in whole rows where one fits
+ENTROPY_QUERIES = 256  # queries, over all rows, whose attention is measured
 DEAD = 0.01  # a unit whose largest activation is below this share of its layer's rms is dead
 RANKED = ("self_attn.o_proj.weight", "mlp.down_proj.weight")  # what writes into the residual stream
 
 
-class Rows(NamedTuple):
-    """Rows to look at: ids, labels (-100 is not learned), and document ids where attention stays inside a document."""
+class ProbeRows(NamedTuple):
+    """The rows of a probe: ids, labels (-100 is not learned), and document ids where attention stays inside a document."""
 
     ids_BT: Tensor
     labels_BT: Tensor
     document_BT: Tensor | None = None
 
-    def few(self) -> Rows:
-        """The first rows that have a token to learn, or else the first, ``LOOK_TOKENS`` at most; for rows on the CPU."""
-        count = max(1, LOOK_TOKENS // self.ids_BT.shape[1])
-        last = (self.labels_BT[:, :LOOK_TOKENS] == IGNORED).all(1).sort(stable=True).indices  # rows without one
+    def few(self) -> ProbeRows:
+        """The first rows that have a token to learn, or else the first, ``PROBE_TOKENS`` at most; for rows on the CPU."""
+        count = max(1, PROBE_TOKENS // self.ids_BT.shape[1])
+        last = (self.labels_BT[:, :PROBE_TOKENS] == IGNORED).all(1).sort(stable=True).indices  # rows without one
         chosen = last[:count]
-        return Rows(*(None if part is None else part[chosen, :LOOK_TOKENS] for part in self))  # type: ignore[arg-type]
+        return ProbeRows(*(None if part is None else part[chosen, :PROBE_TOKENS] for part in self))  # type: ignore[arg-type]
 
-    def on(self, device: torch.device) -> Rows:
+    def on(self, device: torch.device) -> ProbeRows:
         """The same on a device."""
-        return Rows(*(None if part is None else part.to(device, non_blocking=True) for part in self))  # type: ignore[arg-type]
+        return ProbeRows(*(None if part is None else part.to(device, non_blocking=True) for part in self))  # type: ignore[arg-type]
 
     @property
     def learns(self) -> bool:
@@ -57,7 +57,7 @@ class Rows(NamedTuple):
         return bool((self.labels_BT != IGNORED).any())
 
     @property
-    def looked_at_BT(self) -> Tensor:
+    def counts_BT(self) -> Tensor:
         """Where a learned token is still to come, or is: False in the padding at the end of a row."""
         return (self.labels_BT != IGNORED).flip(1).cumsum(1).flip(1) > 0
 
@@ -72,7 +72,7 @@ def part_of(name: str) -> str:
 
 
 @torch.no_grad()
-def of_gradients(gradients: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+def gradient_stats(gradients: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
     """Norms by part of the model, and mean, spread, largest size and odd values over all of it."""
     squares: defaultdict[str, list[Tensor]] = defaultdict(list)
     sums, peaks, zeros, odd, count = [], [], [], [], 0
@@ -97,7 +97,7 @@ def of_gradients(gradients: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def of_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def weight_stats(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Norms of whole weights by part of the model and by kind of matrix, and the rank of a few matrices."""
     parts: defaultdict[str, list[Tensor]] = defaultdict(list)
     kinds: defaultdict[str, list[Tensor]] = defaultdict(list)
@@ -127,7 +127,7 @@ def effective_rank(matrix_MN: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def of_update(before: Mapping[str, Tensor], parameters: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+def update_stats(before: Mapping[str, Tensor], parameters: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
     """How far an update moved the weights, as a share of their norm ``before``; 0 where a step was skipped."""
     moved: defaultdict[str, list[Tensor]] = defaultdict(list)
     size: defaultdict[str, list[Tensor]] = defaultdict(list)
@@ -149,23 +149,23 @@ def _total(numbers: Sequence[Tensor]) -> Tensor:
 
 
 @torch.no_grad()
-def of_rows(model: Transformer, weights: Mapping[str, Tensor], rows: Rows) -> dict[str, Tensor]:
+def activation_stats(model: Transformer, weights: Mapping[str, Tensor], rows: ProbeRows) -> dict[str, Tensor]:
     """What the model with these whole weights does with a few rows, layer by layer and in its predictions.
 
     A CPU computes in fp32, because eager bf16 is slow there.
     """
-    twin, seen = model.twin(weights), dict[str, Tensor]()
+    copy, seen = model.eager_copy(weights), dict[str, Tensor]()
     if not rows.ids_BT.is_cuda:
-        twin.compute_dtype = torch.float32
-    for layer, block in enumerate(twin.layers):
+        copy.compute_dtype = torch.float32
+    for layer, block in enumerate(copy.layers):
         assert isinstance(block, Block)
-        _watch(block, layer, rows.looked_at_BT, seen)
-    hidden_BTD = twin(rows.ids_BT, document_BT=rows.document_BT)
-    return {**seen, **of_predictions(twin, hidden_BTD, rows)}
+        _add_hooks(block, layer, rows.counts_BT, seen)
+    hidden_BTD = copy(rows.ids_BT, document_BT=rows.document_BT)
+    return {**seen, **prediction_stats(copy, hidden_BTD, rows)}
 
 
-def _watch(block: Block, layer: int, places_BT: Tensor, seen: dict[str, Tensor]) -> None:
-    """Hang hooks into a block of a twin, which leave what they measure in ``seen``."""
+def _add_hooks(block: Block, layer: int, places_BT: Tensor, seen: dict[str, Tensor]) -> None:
+    """Add hooks to a block, which put what they measure into ``seen``."""
     held: dict[str, Any] = {}
 
     def attention_begins(module: Any, args: Any, kwargs: Any) -> None:
@@ -228,10 +228,10 @@ def dead_share(units_BTF: Tensor, places_BT: Tensor) -> Tensor:
     return (units_BTF.abs().amax((0, 1)) <= DEAD * rms).float().mean()
 
 
-def of_predictions(model: Transformer, hidden_BTD: Tensor, rows: Rows) -> dict[str, Tensor]:
+def prediction_stats(model: Transformer, hidden_BTD: Tensor, rows: ProbeRows) -> dict[str, Tensor]:
     """How right, how undecided and how sure the model is of the labels that count; logits a chunk at a time."""
     chunk = default_chunk_tokens(model.config.padded_vocab_size)
-    flat = (hidden_BTD.flatten(0, 1), rows.labels_BT.flatten(), rows.looked_at_BT.flatten())
+    flat = (hidden_BTD.flatten(0, 1), rows.labels_BT.flatten(), rows.counts_BT.flatten())
     sums, peaks = [], []
     for hidden_CD, label_C, place_C in zip(*(part.split(chunk) for part in flat), strict=True):
         logits_CV = model.logits(hidden_CD)
