@@ -13,25 +13,23 @@ import math
 import os
 import signal
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from parallel_runs import PATIENCE_SECONDS, STEPS, codes, metrics, report, said, start, train
+from parallel_runs import STEPS, codes, metrics, report, said, start, train
+from run_folders import ENDLESS, LONG_STEP, at, flip, newest_step, wait_for
 
 import osler.rl.run  # noqa: F401 - loaded once for every fork
 from osler.checkpoint import store
 from osler.cli import main
 from osler.runtime import stop
 
-ENDLESS = ["total_tokens=100_000_000_000", "eval_every_tokens=100_000_000_000", "save_every_tokens=100_000_000_000"]
-LONG_STEP = ["batch_tokens=1_048_576", "micro_batch_tokens=512"]
 POISON = "train-loss:nan:9-10"
 
 
 def end(folder: Path) -> store.Loaded:
-    return store.load(folder / "checkpoints" / store.folder_name(STEPS))
+    return store.load(at(folder, STEPS))
 
 
 def assert_equal_bits(folder: Path, other: Path) -> None:
@@ -50,8 +48,7 @@ def one_of_four_killed(command: Sequence[str], whole: Path, folder: Path) -> Non
     assert ended == [2, 2, -signal.SIGKILL, 2], f"ended with {ended}"
     told = "".join(said(folder, rank) for rank in range(4))
     assert told.count("of 4 lost the others") == 1 and "Traceback" not in told, told
-    saved, skipped = store.newest_good(folder / "checkpoints")
-    assert saved is not None and not skipped and store.load(saved).step == 4
+    assert newest_step(folder) == 4
     assert train(command, folder, 4) == [0] * 4, said(folder, 0)[-2000:]
     assert_equal_bits(folder, whole)
 
@@ -59,10 +56,7 @@ def one_of_four_killed(command: Sequence[str], whole: Path, folder: Path) -> Non
 def damaged(command: Sequence[str], whole: Path, folder: Path) -> None:
     """All ranks pass over a newest checkpoint that rots, which is told once, and go on from the one before, to the bit."""
     assert train(command, folder, 4, fault_rank=1, fault="train-step:sigterm:7") == [130] * 4, said(folder, 0)[-2000:]
-    file = folder / "checkpoints" / store.folder_name(7) / "optimizer.safetensors"
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
-    file.write_bytes(content)
+    flip(at(folder, 7) / "optimizer.safetensors")
     assert train(command, folder, 4) == [0] * 4, said(folder, 0)[-2000:]
     told = "".join(said(folder, rank) for rank in range(4))
     assert " ".join(told.split()).count("step-000000007 is damaged") == 1, told
@@ -128,15 +122,7 @@ def interrupted(command: Sequence[str], folder: Path, *, twice: bool) -> None:
         assert not (folder / "checkpoints").exists()
         return
     assert ended == [130, 130] and "Stopped and saved" in told, f"ended with {ended}: {told}"
-    saved, skipped = store.newest_good(folder / "checkpoints")
-    assert saved is not None and not skipped and store.load(saved).step >= metrics(folder)[-1]["step"]
-
-
-def wait_for(condition) -> None:  # type: ignore[no-untyped-def]
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while not condition():
-        assert time.monotonic() < deadline, "the run did not get that far"
-        time.sleep(0.01)
+    assert newest_step(folder) >= metrics(folder)[-1]["step"]
 
 
 def run_all(recipe: str, grpo: list[str], root: Path) -> None:

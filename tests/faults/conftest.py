@@ -2,68 +2,94 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from run_folders import KINDS, STEPS, STOPPED, at, logged, untimed
 
 from osler.checkpoint import store
 from osler.cli import main
 from osler.runtime import faults
 
-STEPS = 12
-
-
-def untimed(values: dict[str, Any]) -> dict[str, Any]:
-    """Metrics or state without what the clock decides."""
-    return {k: v for k, v in values.items() if k not in ("time", "seconds", "eval/seconds") and not k.startswith("perf/")}
-
 
 @pytest.fixture
-def launch(tiny, runs, monkeypatch) -> Callable[..., int]:
-    """``launch(kind, folder, *overrides, fault=...)`` runs the command in this process and returns its exit code."""
-    starts = {"pretrain": [], "sft": [f"init_from={runs.pretrain}"], "grpo": [f"init_from={runs.sft}"]}
+def osler(monkeypatch) -> Callable[..., int]:
+    """``osler(*words, fault=...)`` runs a command in this process and returns its exit code."""
 
-    def start(kind: str, folder: Path, *overrides: str, fault: str = "", resume: bool = False) -> int:
+    def run(*words: object, fault: str = "") -> int:
         faults.reset()
         with monkeypatch.context() as environment:
             if fault:
                 environment.setenv(faults.VARIABLE, fault)
-            if resume:
-                return main([kind, "--run", str(folder), "--resume"])
-            return main([kind, getattr(tiny, kind), *starts[kind], *overrides, "--run", str(folder)])
+            return main([str(word) for word in words])
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def commands(tiny, runs) -> dict[str, list[str]]:
+    """The command that starts a run of each kind, but for its folder."""
+    starts = {"pretrain": [], "sft": [f"init_from={runs.pretrain}"], "grpo": [f"init_from={runs.sft}"]}
+    return {kind: [kind, getattr(tiny, kind), *starts[kind]] for kind in KINDS}
+
+
+@pytest.fixture
+def launch(osler, commands) -> Callable[..., int]:
+    """``launch(kind, folder, *overrides, fault=..., resume=...)`` starts a run, or resumes it by its folder alone."""
+
+    def start(kind: str, folder: Path, *overrides: str, fault: str = "", resume: bool = False) -> int:
+        words = [kind, "--resume"] if resume else [*commands[kind], *overrides]
+        return osler(*words, "--run", folder, fault=fault)
 
     return start
 
 
+@pytest.fixture
+def stopped(launch, tmp_path) -> Path:
+    """A pretraining run that was stopped after nine steps, with checkpoints of steps 8 and 9."""
+    assert launch("pretrain", tmp_path / "run", fault="train-step:sigterm:9") == STOPPED
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def mistake(capsys) -> Callable[..., str]:
+    """Run the command line on a mistake and return what it says about it: one paragraph, and no traceback."""
+
+    def run(*words: object) -> str:
+        capsys.readouterr()
+        assert main([str(word) for word in words]) == 2
+        text = capsys.readouterr().err
+        assert "Traceback" not in text
+        *_, message = text.rpartition("osler: ")
+        assert message and "\n\n" not in message
+        return " ".join(message.split())
+
+    return run
+
+
 @pytest.fixture(scope="session")
-def whole(tiny, runs, tmp_path_factory) -> dict[str, Path]:
+def whole(commands, tmp_path_factory) -> dict[str, Path]:
     """One uninterrupted run of each kind."""
     root = tmp_path_factory.mktemp("whole")
-    starts = {"pretrain": [], "sft": [f"init_from={runs.pretrain}"], "grpo": [f"init_from={runs.sft}"]}
-    for kind, start in starts.items():
-        assert main([kind, getattr(tiny, kind), *start, "--run", str(root / kind)]) == 0
-    return {kind: root / kind for kind in starts}
+    for kind, command in commands.items():
+        assert main([*command, "--run", str(root / kind)]) == 0
+    return {kind: root / kind for kind in commands}
 
 
 @pytest.fixture(scope="session")
 def assert_same_run() -> Callable[[Path, Path], None]:
     """Two finished runs: the same tensors to the bit, the same state, metrics and best checkpoint."""
 
-    def logged(folder: Path) -> list[dict[str, Any]]:
-        return [untimed(json.loads(line)) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
     def check(folder: Path, other: Path) -> None:
-        ends = [store.load(run / "checkpoints" / store.folder_name(STEPS)) for run in (folder, other)]
+        ends = [store.load(at(run, STEPS)) for run in (folder, other)]
         assert ends[0].tensors.keys() == ends[1].tensors.keys()
         for part, tensors in ends[0].tensors.items():
             assert tensors.keys() == ends[1].tensors[part].keys()
             assert [name for name, value in tensors.items() if not torch.equal(value, ends[1].tensors[part][name])] == []
         assert untimed(ends[0].state) == untimed(ends[1].state)
-        assert logged(folder) == logged(other)
+        assert list(map(untimed, logged(folder))) == list(map(untimed, logged(other)))
         assert store.best_checkpoint(folder / "checkpoints").step == store.best_checkpoint(other / "checkpoints").step
 
     return check

@@ -9,17 +9,16 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
-import json
 import math
 import os
 import random
 import signal
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch._dynamo  # noqa: F401 - torch.optim loads it, for seconds; here it is loaded once for every fork
+from run_folders import ENDLESS, LONG_STEP, PATIENCE_SECONDS, logged, newest_step, report, untimed, wait_for
 
 import osler.rl.run
 import osler.train.run  # noqa: F401
@@ -35,19 +34,8 @@ KILLS = {
     "grpo": ("save-state:kill:2", "save-files:kill:7", "evaluate:kill:2"),
 }
 RANDOM_KILLS = 2
-SUPERVISED = ["total_tokens=100_000_000_000", "eval_every_tokens=100_000_000_000", "save_every_tokens=100_000_000_000"]
-ENDLESS = {
-    "pretrain": SUPERVISED,
-    "sft": SUPERVISED,
-    "grpo": ["steps=1_000_000", "eval_every_steps=1_000_000", "save_every_steps=1_000_000"],
-}
-# One step is thousands of micro-batches or completions, so that a second signal finds the run still in the step of the first.
-LONG_STEP = {
-    "pretrain": ["batch_tokens=1_048_576", "micro_batch_tokens=512"],
-    "sft": ["batch_tokens=1_048_576", "micro_batch_tokens=512"],
-    "grpo": ["algorithm.prompts_per_step=60", "algorithm.samples_per_prompt=500", "eval_task=null"],
-}
-PATIENCE_SECONDS = 300
+ENDLESS_GRPO = ["steps=1_000_000", "eval_every_steps=1_000_000", "save_every_steps=1_000_000"]
+LONG_STEP_GRPO = ["algorithm.prompts_per_step=60", "algorithm.samples_per_prompt=500", "eval_task=null"]
 COMPARED = ("model.safetensors", "optimizer.safetensors", "reference.safetensors")
 
 
@@ -82,10 +70,7 @@ def outcome(folder: Path) -> dict[str, object]:
     last, skipped = store.newest_good(folder / "checkpoints")
     assert last is not None and not skipped, f"damaged: {skipped}"
     found: dict[str, object] = {name: (last / name).read_bytes() for name in COMPARED if (last / name).exists()}
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    found["metrics"] = [
-        {k: v for k, v in line.items() if k not in ("time", "eval/seconds") and not k.startswith("perf/")} for line in lines
-    ]
+    found["metrics"] = list(map(untimed, logged(folder)))
     found["last"] = last.name
     return found
 
@@ -108,17 +93,11 @@ def check(command: list[str], whole: Path, folder: Path, fault: str) -> None:
     assert not different and expected.keys() == found.keys(), f"differs in {different}"
 
 
-def wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while not condition():
-        assert time.monotonic() < deadline, "the run did not get that far"
-        time.sleep(0.01)
-
-
 def interrupt(kind: str, command: list[str], folder: Path, *, twice: bool) -> None:
     """Ctrl-C on a run without end: once, and passed on to its last moment, saves and leaves; twice leaves at once; 130 always."""
     log, metrics = folder.with_suffix(".log"), folder / "metrics.jsonl"
-    wanted = [*command, *ENDLESS[kind], *(LONG_STEP[kind] if twice else [])]
+    endless, long_step = (ENDLESS_GRPO, LONG_STEP_GRPO) if kind == "grpo" else (ENDLESS, LONG_STEP)
+    wanted = [*command, *endless, *(long_step if twice else [])]
     child = fork_run(wanted, folder, same_request_seconds=0.0 if twice else math.inf)
     try:
         wait_for(lambda: metrics.exists() and (twice or metrics.stat().st_size > 0))
@@ -139,18 +118,7 @@ def interrupt(kind: str, command: list[str], folder: Path, *, twice: bool) -> No
     if twice:
         assert "osler: interrupted" in said and not (folder / "checkpoints").exists()
         return
-    saved, skipped = store.newest_good(folder / "checkpoints")
-    assert saved is not None and not skipped and "Stopped and saved" in said
-    assert store.load(saved).step >= json.loads(metrics.read_text().splitlines()[-1])["step"]
-
-
-def report(name: str, case: Callable[[], None]) -> None:
-    try:
-        case()
-    except (AssertionError, OSError) as error:
-        print(f"FAILED {name}: {error}", flush=True)
-    else:
-        print(f"ok {name}", flush=True)
+    assert "Stopped and saved" in said and newest_step(folder) >= logged(folder)[-1]["step"]
 
 
 def run_all(recipes: dict[str, list[str]], root: Path) -> None:

@@ -11,8 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from run_folders import STOPPED, at, flip, saved_steps
 
-from osler.checkpoint import store
 from osler.cli import main
 from osler.data.loader import Loader
 from osler.data.order import Order
@@ -24,21 +24,8 @@ from osler.records.events import read_events
 from osler.tokenizer.bpe import Tokenizer
 from osler.yaml12 import dump_yaml, load_yaml
 
-
-@pytest.fixture
-def mistake(capsys):
-    """Run the command line on a mistake and return what it says about it."""
-
-    def run(*arguments) -> str:
-        capsys.readouterr()
-        assert main([str(argument) for argument in arguments]) == 2
-        text = capsys.readouterr().err
-        assert "Traceback" not in text
-        *_, message = text.rpartition("osler: ")
-        assert message and "\n\n" not in message, "one paragraph"
-        return " ".join(message.split())
-
-    return run
+COUGH = "A cough that lasts eight weeks is chronic. " * 20
+FEVER = "A fever that lasts three weeks has a name. " * 20
 
 
 @pytest.fixture
@@ -54,27 +41,18 @@ def own_text(tiny):
     ("override", "message"),
     [
         ("total_token=5", "total_token: unknown key; did you mean `total_tokens`?"),
-        ("model.num_layer=3", "model.num_layer: unknown key; did you mean `model.num_layers`?"),
         ("path=notes", "`data.path` (with data.type=files or data.type=turns or data.type=prepared) or `tokenizer.path`?"),
         ("pth=notes", "`data.path` (with data.type=files or data.type=turns or data.type=prepared) or `tokenizer.path`?"),
         ("data.path=notes", "data.path: unknown key of this type; it needs data.type=files or data.type=turns"),
         ("data.pth=notes", "did you mean `data.path` (with data.type=files or data.type=turns or data.type=prepared)?"),
-        ("data={type: files, pth: notes}", "data.pth: unknown key; did you mean `data.path`?"),
-        ("optim.type=adamv", "optim"),
         ("data.type=clinics", "data: unknown type `clinics`; did you mean `clinic`?"),
-        ("schedule.type=cosin", "schedule: unknown type `cosin`; did you mean `cosine`?"),
-        ("packing=hole", "did you mean `whole`?"),
         ("total_tokens=many", 'total_tokens: should be an integer, given "many"'),
         ("optim.lr=nan", 'optim.lr: should be a finite number, given "nan"'),
-        ("optim.lr=.nan", "optim.lr: should be a finite number"),
-        ("clip_norm=.inf", "clip_norm: should be a finite number"),
         ("spike.threshold=.nan", "spike.threshold: should be a finite number"),
         ("optim.lr=-1", "optim.lr: must be above 0, given -1"),
         ("optim.weight_decay=-0.1", "optim.weight_decay: must be at least 0, given -0.1"),
         ("optim={type: muon, eps: 0}", "optim.eps: must be above 0, given 0"),
         ("schedule.final_fraction=1.5", "final_fraction: must be at least 0 and at most 1, given 1.5"),
-        ("total_tokens=1.5", "total_tokens: should be an integer"),
-        ("document_mask=1", "document_mask: should be true or false"),
         ("model=5", "model: should be a mapping of keys to values"),
         ("batch_tokens=300", "batch_tokens 300 is not a multiple of seq_len 64"),
         ("micro_batch_tokens=192", "micro_batch_tokens 192 must be a multiple of seq_len 64 that divides batch_tokens 256"),
@@ -213,7 +191,7 @@ def test_a_mistake_can_be_mended_in_the_same_folder(mistake, own_text, tmp_path)
     path = tmp_path / "notes.txt"
     path.write_text("")
     mistake("pretrain", *own_text(path), "--run", tmp_path / "run")
-    path.write_text("A cough that lasts eight weeks is chronic. " * 20)
+    path.write_text(COUGH)
     assert main(["pretrain", *own_text(path), "--run", str(tmp_path / "run")]) == 0
 
 
@@ -237,40 +215,16 @@ def test_documents_of_any_length_and_number(own_text, tiny, tmp_path):
 # -- the run folder ----------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def stopped(launch, tmp_path):
-    """A pretraining run stopped after nine steps, with checkpoints of steps 8 and 9."""
-    assert launch("pretrain", tmp_path / "run", fault="train-step:sigterm:9") == 130
-    return tmp_path / "run"
-
-
-def flip(path):
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
-
-
-def test_a_damaged_checkpoint_is_passed_over(stopped, tiny, whole, launch, assert_same_run, capsys):
-    flip(stopped / "checkpoints" / store.folder_name(9) / "optimizer.safetensors")
-    assert launch("pretrain", stopped) == 0
-    text = capsys.readouterr().err
-    assert "step-000000009 is damaged (optimizer.safetensors: its content changed" in text
-    assert "going on from" in text and "from step 8" in text
-    assert_same_run(stopped, whole["pretrain"])
-    told = [event for event in read_events(stopped / "events.jsonl") if event.name == "damaged-checkpoint"]
-    assert [event.step for event in told] == [9] and "optimizer.safetensors" in told[0].message
-
-
 def test_a_checkpoint_that_rots_while_the_run_stands_still_does_not_count(launch, tmp_path, capsys):
     """It is found when it would be counted on, said and recorded, and an older good one stays in its stead."""
     run = tmp_path / "run"
-    assert launch("pretrain", run, "keep_last=3", fault="train-step:sigterm:9") == 130
-    flip(run / "checkpoints" / store.folder_name(8) / "model.safetensors")
+    assert launch("pretrain", run, "keep_last=3", fault="train-step:sigterm:9") == STOPPED
+    flip(at(run, 8) / "model.safetensors")
     assert launch("pretrain", run, "keep_last=3") == 0
     assert "step-000000008 is damaged (model.safetensors: its content changed" in capsys.readouterr().err
     told = [event for event in read_events(run / "events.jsonl") if event.name == "damaged-checkpoint"]
     assert [event.step for event in told] == [8]
-    assert [path.name for path in sorted((run / "checkpoints").glob("step-*"))] == [store.folder_name(s) for s in (6, 9, 12)]
+    assert saved_steps(run) == [6, 9, 12]
 
 
 def test_no_good_checkpoint_is_an_error_and_not_a_fresh_start(stopped, tiny, mistake):
@@ -286,21 +240,20 @@ def test_no_good_checkpoint_is_an_error_and_not_a_fresh_start(stopped, tiny, mis
         assert "There is no good checkpoint" in text and "is damaged" in text
 
 
-def test_another_tokenizer_is_refused(stopped, tiny, mistake):
+@pytest.mark.parametrize("allowed", [[], ["allow_data_change=true"]])
+def test_another_tokenizer_is_refused_whatever_is_allowed(allowed, stopped, tiny, mistake):
     old = Tokenizer.load(stopped / "tokenizer.json").fingerprint
     other = Tokenizer.train(["other words for another tokenizer"] * 9, 300)
     (stopped / "tokenizer.json").write_bytes(other.to_bytes())
-    text = mistake("pretrain", tiny.pretrain, "--run", stopped)
-    assert old in text and other.fingerprint in text and "tokenizer" in text
+    text = mistake("pretrain", tiny.pretrain, *allowed, "--run", stopped)
+    assert old in text and other.fingerprint in text and "tokenizer" in text and not events_of(stopped)
 
 
 def test_other_data_are_refused_with_or_without_the_old_shards(tiny, own_text, launch, mistake, tmp_path):
-    path = tmp_path / "notes.txt"
-    path.write_text("A cough that lasts eight weeks is chronic. " * 20)
-    overrides = own_text(path)[1:]
-    run = tmp_path / "run"
-    assert launch("pretrain", run, *overrides, fault="train-step:sigterm:3") == 130
-    path.write_text("A fever that lasts three weeks has a name. " * 20)
+    path, run = tmp_path / "notes.txt", tmp_path / "run"
+    path.write_text(COUGH)
+    assert launch("pretrain", run, *own_text(path)[1:], fault="train-step:sigterm:3") == STOPPED
+    path.write_text(FEVER)
     text = mistake("pretrain", *own_text(path), "--run", run)
     assert len(set(re.findall(r"\b[0-9a-f]{16}\b", text))) == 2 and "another content" in text
     assert "allow it with allow_data_change=true, or choose another folder" in text
@@ -316,16 +269,16 @@ def events_of(run):
 def test_other_data_are_taken_when_that_is_allowed(tiny, own_text, launch, mistake, tmp_path, capsys):
     """Loudly, with an event, from the checkpoint on, and only for the start that it is given to; the old shards stay."""
     path, other, run = tmp_path / "notes.txt", tmp_path / "other.txt", tmp_path / "run"
-    path.write_text("A cough that lasts eight weeks is chronic. " * 20)
-    other.write_text("A fever that lasts three weeks has a name. " * 20)
-    assert launch("pretrain", run, *own_text(path)[1:], fault="train-step:sigterm:3") == 130
+    path.write_text(COUGH)
+    other.write_text(FEVER)
+    assert launch("pretrain", run, *own_text(path)[1:], fault="train-step:sigterm:3") == STOPPED
     assert "data.path is" in mistake("pretrain", *own_text(other), "--run", run)
-    assert launch("pretrain", run, *own_text(other)[1:], "allow_data_change=true", fault="train-step:sigterm:2") == 130
+    assert launch("pretrain", run, *own_text(other)[1:], "allow_data_change=true", fault="train-step:sigterm:2") == STOPPED
     text = capsys.readouterr().err
     assert "Warning: The data changed: from step 3 on the run learns from" in text and "allow_data_change" in text
     assert events_of(run) == [("data-change", 3)]
     assert len(list(run.glob("data-*"))) == 1 and load_yaml((run / "config.yaml").read_text(), "")["data"]["path"] == str(other)
-    assert launch("pretrain", run, *own_text(other)[1:], fault="train-step:sigterm:1") == 130  # they are the run's data now
+    assert launch("pretrain", run, *own_text(other)[1:], fault="train-step:sigterm:1") == STOPPED  # they are the run's data now
     other.write_text("A rash that itches at night is scabies. " * 20)
     capsys.readouterr()
     text = mistake("pretrain", "--resume", "--run", run)
@@ -340,21 +293,14 @@ def test_other_data_are_taken_when_that_is_allowed(tiny, own_text, launch, mista
 def test_a_run_goes_back_to_before_an_allowed_change(tiny, own_text, launch, tmp_path, capsys):
     """The permission was given for one start; a later one that must go back behind the change needs none."""
     path, other, run = tmp_path / "notes.txt", tmp_path / "other.txt", tmp_path / "run"
-    path.write_text("A cough that lasts eight weeks is chronic. " * 20)
-    other.write_text("A fever that lasts three weeks has a name. " * 20)
-    assert launch("pretrain", run, *own_text(path)[1:], "max_skipped_steps=2", fault="train-step:sigterm:4") == 130
+    path.write_text(COUGH)
+    other.write_text(FEVER)
+    assert launch("pretrain", run, *own_text(path)[1:], "max_skipped_steps=2", fault="train-step:sigterm:4") == STOPPED
     changed = [*own_text(other)[1:], "max_skipped_steps=2"]
-    assert launch("pretrain", run, *changed, "allow_data_change=true", fault="train-loss:nan:1,train-step:sigterm:1") == 130
+    assert launch("pretrain", run, *changed, "allow_data_change=true", fault="train-loss:nan:1,train-step:sigterm:1") == STOPPED
     capsys.readouterr()
     assert launch("pretrain", run, *changed, fault="train-loss:nan:1") == 0
     assert "Going back from step 10 to step-000000004" in " ".join(capsys.readouterr().err.split())
-
-
-def test_another_tokenizer_is_never_allowed(stopped, tiny, mistake):
-    other = Tokenizer.train(["other words for another tokenizer"] * 9, 300)
-    (stopped / "tokenizer.json").write_bytes(other.to_bytes())
-    text = mistake("pretrain", tiny.pretrain, "allow_data_change=true", "--run", stopped)
-    assert other.fingerprint in text and "tokenizer" in text and not events_of(stopped)
 
 
 def test_other_questions_are_refused(tiny, launch, mistake, tmp_path):
@@ -368,7 +314,7 @@ def test_other_questions_are_refused(tiny, launch, mistake, tmp_path):
     write(["drug", "organ", "sign"])
     run = tmp_path / "run"
     override = f"tasks=[{{task: {{type: medqa, path: {exam}}}}}]"
-    assert launch("grpo", run, override, "eval_task=null", fault="save-tensors:sigterm") == 130
+    assert launch("grpo", run, override, "eval_task=null", fault="save-tensors:sigterm") == STOPPED
     write(["drug", "organ", "cause"])
     text = mistake("grpo", "--resume", "--run", run)
     assert len(set(re.findall(r"\b[0-9a-f]{16}\b", text))) == 2 and "The data changed since checkpoint" in text

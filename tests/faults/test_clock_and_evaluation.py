@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import itertools
-import json
 import time
 
 import pytest
+from run_folders import KINDS, STOPPED, at, flip, logged, newest_step, tear, truncate
 
-from osler.checkpoint import store
+from osler.records.events import read_events
 from osler.runtime.faults import InjectedError
 
-KINDS = ("pretrain", "sft", "grpo")
 EVALUATIONS = {"pretrain": 2, "sft": 2, "grpo": 3}
 
 
@@ -24,7 +23,7 @@ def test_a_clock_that_jumps_changes_nothing_but_the_time_field(kind, launch, who
     assert launch(kind, tmp_path) == 0
     monkeypatch.undo()
     assert_same_run(tmp_path, whole[kind])
-    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    lines = logged(tmp_path)
     assert max(line["time"] for line in lines) - min(line["time"] for line in lines) > 2 * year
     spent = time.monotonic() - before
     assert all(0 < line["eval/seconds"] < spent for line in lines if "eval/seconds" in line)
@@ -36,7 +35,7 @@ def test_an_evaluation_that_crashes_costs_nothing(kind, launch, whole, assert_sa
     """The one after step 6: its checkpoint is there already, and the next start makes up for it."""
     with pytest.raises(InjectedError):
         launch(kind, tmp_path, fault=f"evaluate:crash:{2 if kind == 'grpo' else 1}")  # GRPO also evaluates what it starts from
-    assert store.newest_good(tmp_path / "checkpoints")[0].name == store.folder_name(6)
+    assert newest_step(tmp_path) == 6
     assert launch(kind, tmp_path, resume=True) == 0
     assert_same_run(tmp_path, whole[kind])
 
@@ -44,23 +43,11 @@ def test_an_evaluation_that_crashes_costs_nothing(kind, launch, whole, assert_sa
 @pytest.mark.parametrize(("kind", "which"), [(kind, which) for kind in KINDS for which in range(1, EVALUATIONS[kind] + 1)])
 def test_a_stop_does_not_wait_for_an_evaluation(kind, which, launch, whole, assert_same_run, tmp_path):
     """Whichever it is, GRPO's first and everyone's last among them: it is left, and the next start makes up for it."""
-    assert launch(kind, tmp_path, fault=f"evaluate:sigterm:{which}") == 130
-    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
-    assert sum("eval/seconds" in line for line in lines) == which - 1
-    events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
-    assert [event["name"] for event in events if event["kind"] == "end"] == ["stopped"]
+    assert launch(kind, tmp_path, fault=f"evaluate:sigterm:{which}") == STOPPED
+    assert sum("eval/seconds" in line for line in logged(tmp_path)) == which - 1
+    assert [event.name for event in read_events(tmp_path / "events.jsonl") if event.kind == "end"] == ["stopped"]
     assert launch(kind, tmp_path) == 0
     assert_same_run(tmp_path, whole[kind])
-
-
-def truncate(path):
-    path.write_bytes(path.read_bytes()[:-7])
-
-
-def flip(path):
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 4
-    path.write_bytes(data)
 
 
 @pytest.mark.parametrize(
@@ -69,12 +56,13 @@ def flip(path):
 )
 def test_a_damaged_checkpoint_costs_its_steps(kind, file, damage, launch, whole, assert_same_run, tmp_path, capsys):
     """The run goes on from the one before, says so, and ends as ever; a torn line of the metrics is nothing either."""
-    assert launch(kind, tmp_path, fault="train-step:sigterm:9") == 130
-    assert store.newest_good(tmp_path / "checkpoints")[0].name == store.folder_name(9)
-    damage(tmp_path / "checkpoints" / store.folder_name(9) / file)
-    with open(tmp_path / "metrics.jsonl", "a") as metrics:
-        metrics.write('{"step": 10, "tok')
+    assert launch(kind, tmp_path, fault="train-step:sigterm:9") == STOPPED
+    assert newest_step(tmp_path) == 9
+    damage(at(tmp_path, 9) / file)
+    tear(tmp_path / "metrics.jsonl")
     assert launch(kind, tmp_path) == 0
     said = " ".join(capsys.readouterr().err.split())
-    assert f"step-000000009 is damaged ({file}" in said and "going on from" in said
+    assert f"step-000000009 is damaged ({file}" in said and "going on from" in said and "from step 8" in said
     assert_same_run(tmp_path, whole[kind])
+    told = [event for event in read_events(tmp_path / "events.jsonl") if event.name == "damaged-checkpoint"]
+    assert [event.step for event in told] == [9] and file in told[0].message

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
+from run_folders import KINDS, STOPPED, at, logged, saved_steps, tear
 
 from osler.checkpoint import store
 from osler.inference.load import load_model
-
-
-def saved_steps(folder):
-    return sorted(int(path.name.split("-")[1]) for path in (folder / "checkpoints").glob("step-*"))
 
 
 @pytest.mark.parametrize("fault", ["save-tensors:enospc:3", "save-manifest:ioerror:2", "save-rename:ioerror:2"])
@@ -44,12 +39,11 @@ def test_a_save_that_fails_costs_the_others_no_step_either(kind, launch, whole, 
     assert_same_run(tmp_path, whole[kind])
 
 
-@pytest.mark.parametrize("kind", ["pretrain", "sft", "grpo"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_run_goes_on_where_a_full_disk_keeps_its_notes_out(kind, launch, whole, assert_same_run, tmp_path, capsys):
     """Full when the run goes on: neither can its versions be written nor its torn log be healed. Later there is room again."""
-    assert launch(kind, tmp_path, fault="train-step:sigterm:7") == 130
-    with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 8, "tok')
+    assert launch(kind, tmp_path, fault="train-step:sigterm:7") == STOPPED
+    tear(tmp_path / "metrics.jsonl")
     capsys.readouterr()
     assert launch(kind, tmp_path, fault="write-atomic:enospc:1-2") == 0
     text = capsys.readouterr().err
@@ -58,7 +52,7 @@ def test_a_run_goes_on_where_a_full_disk_keeps_its_notes_out(kind, launch, whole
 
 
 @pytest.mark.parametrize("write", [1, 2, 3])
-@pytest.mark.parametrize("kind", ["pretrain", "sft", "grpo"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_run_that_finds_the_disk_full_says_so(kind, write, launch, tmp_path, capsys):
     """At its first writes (shards, config, tokenizer, versions) and from then on."""
     assert launch(kind, tmp_path, fault=f"write-atomic:enospc:{write}-") == 2
@@ -88,8 +82,6 @@ def test_skipped_steps_are_counted_and_weights_stay(launch, tmp_path):
     """One wild step, then only skipped ones: the weights of the checkpoints no longer change."""
     warmup = ["schedule={type: constant, warmup_tokens: 0}", "max_skipped_steps=100", "keep_last=9"]
     assert launch("pretrain", tmp_path, "optim.lr=1e30", *warmup) == 0
-    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    counted = sum(line.get("train/skipped_steps", 0) for line in lines)
-    assert 9 <= counted <= 11
-    states = [load_model(tmp_path / "checkpoints" / store.folder_name(step)).model.state_dict() for step in (4, 12)]
+    assert 9 <= sum(line.get("train/skipped_steps", 0) for line in logged(tmp_path)) <= 11
+    states = [load_model(at(tmp_path, step)).model.state_dict() for step in (4, 12)]
     assert all(value.equal(states[1][name]) for name, value in states[0].items())

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from run_folders import KINDS, STOPPED, at, logged, saved_steps, untimed
 
 from osler.checkpoint import store
 from osler.cli import main
@@ -17,20 +17,6 @@ from osler.records.events import read_events
 from osler.runtime.files import RunFolder
 from osler.train.origin import go_back
 from osler.yaml12 import load_yaml
-
-KINDS = ("pretrain", "sft", "grpo")
-
-
-def at(run: Path, step: int) -> Path:
-    return run / "checkpoints" / store.folder_name(step)
-
-
-def steps(run: Path) -> list[int]:
-    return sorted(int(path.name[5:]) for path in (run / "checkpoints").glob("step-*"))
-
-
-def logged(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture
@@ -41,17 +27,6 @@ def finished(whole, tmp_path):
         return Path(shutil.copytree(whole[kind], tmp_path / "run"))
 
     return copy
-
-
-@pytest.fixture
-def mistake(capsys):
-    def run(*words: object) -> str:
-        assert main([str(word) for word in words]) == 2
-        text = capsys.readouterr().err
-        assert "Traceback" not in text
-        return text
-
-    return run
 
 
 # -- a checkpoint is no run folder -------------------------------------------------------------------------------------
@@ -88,33 +63,28 @@ def test_a_checkpoint_is_refused_as_a_run_folder_and_stays_whole(finished, tiny,
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_run_that_went_back_is_one_that_was_stopped_there(kind, finished, whole, assert_same_run, capsys):
     run = finished(kind)
-    step = steps(run)[0]
+    step = saved_steps(run)[0]
     later = [line for line in logged(run) if line["step"] > step]
     assert main([kind, "--run", str(run), "--from-step", str(step)]) == 0
     text = capsys.readouterr().err
     aside = run / "set-aside" / f"after-step-{step}"
     assert f"Back at step {step}." in text and f"set-aside/after-step-{step}" in text and f"from step {step}" in text
     assert_same_run(run, whole[kind])
-    assert steps(run)[-1] == 12 and 12 in steps(aside) and store.verify(at(aside, 12)) == []
+    assert saved_steps(run)[-1] == 12 and 12 in saved_steps(aside) and store.verify(at(aside, 12)) == []
     assert logged(aside) == later
     told = [(event.kind, event.step) for event in read_events(run / "events.jsonl")]
     assert told[-3:] == [("rewind", step), ("start", step), ("end", 12)] and ("end", 12) not in told[:-1]
     assert [event.step for event in read_events(aside / "events.jsonl")] == [12]
 
 
-def test_going_back_twice_keeps_both_and_stopping_names_resume_alone(finished, launch, monkeypatch, capsys):
+def test_going_back_twice_keeps_both_and_stopping_names_resume_alone(finished, osler, capsys):
     run = finished("pretrain")
-    first = steps(run)[0]
+    back = ["pretrain", "--run", run, "--from-step", 6]
     for expected in (["after-step-6"], ["after-step-6", "after-step-6-2"]):
-        assert first == 6
-        assert main(["pretrain", "--run", str(run), "--from-step", "6"]) == 0
+        assert osler(*back) == 0
         assert sorted(os.listdir(run / "set-aside")) == expected
-    from osler.runtime import faults
-
-    faults.reset()
-    monkeypatch.setenv(faults.VARIABLE, "train-step:sigterm:2")
     capsys.readouterr()
-    assert main(["pretrain", "--run", str(run), "--from-step", "6"]) == 130
+    assert osler(*back, fault="train-step:sigterm:2") == STOPPED
     text = capsys.readouterr().err
     assert f"Stopped and saved. `osler pretrain --run {run} --resume` goes on" in text and "same command" not in text
 
@@ -125,7 +95,7 @@ def test_a_restart_by_torchrun_goes_back_if_nothing_has_and_once_at_most(finishe
     assert main(["pretrain", "--run", str(run), "--from-step", "6"]) == 0, "the first start was lost before it went back"
     assert os.listdir(run / "set-aside") == ["after-step-6"]
     assert main(["pretrain", "--run", str(run), "--from-step", "6"]) == 0
-    assert os.listdir(run / "set-aside") == ["after-step-6"] and steps(run)[-1] == 12
+    assert os.listdir(run / "set-aside") == ["after-step-6"] and saved_steps(run)[-1] == 12
 
 
 def test_the_best_is_then_the_best_of_what_is_left(finished):
@@ -141,7 +111,7 @@ def test_the_best_is_then_the_best_of_what_is_left(finished):
 def test_a_step_that_is_not_there_is_refused_with_those_that_are(finished, tiny, mistake):
     run = finished("pretrain")
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
-    there = ", ".join(map(str, steps(run)))
+    there = ", ".join(map(str, saved_steps(run)))
     for more in ([], ["--dry-run"], ["--resume"]):
         text = mistake("pretrain", "--run", run, "--from-step", 7, *more)
         assert "There is no checkpoint of step 7" in text and f"there are steps {there}" in text
@@ -150,9 +120,9 @@ def test_a_step_that_is_not_there_is_refused_with_those_that_are(finished, tiny,
     text = mistake("pretrain", "--branch", run, "--from-step", 7, "--run", run.parent / "new")
     assert "There is no checkpoint of step 7" in text
     assert "--from-step needs --run" in mistake("pretrain", "--from-step", 6)
-    text = mistake("pretrain", tiny.pretrain, "seed=5", "--run", run, "--from-step", steps(run)[0])
+    text = mistake("pretrain", tiny.pretrain, "seed=5", "--run", run, "--from-step", saved_steps(run)[0])
     assert "holds another run: seed is 5" in text
-    assert "leave out optim.lr=1" in mistake("pretrain", "optim.lr=1", "--run", run, "--from-step", steps(run)[0])
+    assert "leave out optim.lr=1" in mistake("pretrain", "optim.lr=1", "--run", run, "--from-step", saved_steps(run)[0])
     (at(run, 12) / "state.json").write_text("{}")
     text = mistake("pretrain", "--run", run, "--from-step", 12)
     assert "of step 12 in" in text and "is damaged" in text and "state.json" in text
@@ -164,7 +134,7 @@ def test_a_dry_run_says_what_would_be_set_aside(finished, capsys):
     assert main(["pretrain", "--run", str(run), "--from-step", "6", "--dry-run"]) == 0
     text = capsys.readouterr().out
     assert f"step 6: {at(run, 6)}" in text and "# sets aside" in text and "12" in text.partition("sets aside")[2]
-    assert steps(run)[-1] == 12 and not (run / "set-aside").exists()
+    assert saved_steps(run)[-1] == 12 and not (run / "set-aside").exists()
 
 
 def test_a_kill_while_going_back_loses_nothing(finished, whole, assert_same_run, monkeypatch):
@@ -195,7 +165,7 @@ def test_a_kill_while_going_back_loses_nothing(finished, whole, assert_same_run,
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_branch_without_changes_ends_where_its_run_ended(kind, whole, tmp_path, capsys):
     origin = whole[kind]
-    step = steps(origin)[0]
+    step = saved_steps(origin)[0]
     before = {path: path.stat().st_mtime_ns for path in origin.rglob("*") if path.is_file()}
     command = [kind, "--branch", str(at(origin, step)), "--run", str(tmp_path / "new")]
     assert main([*command, "--dry-run"]) == 0
@@ -206,18 +176,11 @@ def test_a_branch_without_changes_ends_where_its_run_ended(kind, whole, tmp_path
     ends = [store.load(at(run, 12)) for run in (origin, tmp_path / "new")]
     for part, tensors in ends[0].tensors.items():
         assert all(torch.equal(value, ends[1].tensors[part][name]) for name, value in tensors.items())
-    untimed = [
-        [
-            {key: value for key, value in line.items() if key not in ("time", "eval/seconds") and not key.startswith("perf/")}
-            for line in logged(run)
-            if line["step"] > step
-        ]
-        for run in (origin, tmp_path / "new")
-    ]
-    assert untimed[0] == untimed[1]
+    lines = [[untimed(line) for line in logged(run) if line["step"] > step] for run in (origin, tmp_path / "new")]
+    assert lines[0] == lines[1]
     assert {path: path.stat().st_mtime_ns for path in origin.rglob("*") if path.is_file()} == before
     assert read_events(tmp_path / "new" / "events.jsonl")[0].kind == "branch"
-    assert main(command) == 0 and steps(tmp_path / "new")[-1] == 12  # the same command: it is finished
+    assert main(command) == 0 and saved_steps(tmp_path / "new")[-1] == 12  # the same command: it is finished
 
 
 def test_a_branch_takes_changes_says_them_and_learns_with_them(whole, tmp_path, capsys):
@@ -236,18 +199,13 @@ def test_a_branch_takes_changes_says_them_and_learns_with_them(whole, tmp_path, 
 
 
 @pytest.mark.parametrize("named", [["checkpoint"], ["run", "--from-step", "6"]], ids=["by its checkpoint", "by its run"])
-def test_a_branch_that_was_stopped_goes_on_without_its_origin(named, whole, tmp_path, monkeypatch):
-    from osler.runtime import faults
-
+def test_a_branch_that_was_stopped_goes_on_without_its_origin(named, whole, osler, tmp_path):
     origin = Path(shutil.copytree(whole["pretrain"], tmp_path / "origin"))
     there = {"checkpoint": at(origin, 6), "run": origin}[named[0]]
-    command = ["pretrain", "--branch", str(there), *named[1:], "--run", str(tmp_path / "new")]
-    faults.reset()
-    with monkeypatch.context() as patched:
-        patched.setenv(faults.VARIABLE, "train-step:sigterm:3")
-        assert main(command) == 130
+    command = ["pretrain", "--branch", there, *named[1:], "--run", tmp_path / "new"]
+    assert osler(*command, fault="train-step:sigterm:3") == STOPPED
     shutil.rmtree(origin)
-    assert main(command) == 0
+    assert osler(*command) == 0
     ends = [store.load(at(run, 12)) for run in (whole["pretrain"], tmp_path / "new")]
     assert all(torch.equal(value, ends[1].tensors["model"][name]) for name, value in ends[0].tensors["model"].items())
 
@@ -255,12 +213,12 @@ def test_a_branch_that_was_stopped_goes_on_without_its_origin(named, whole, tmp_
 def test_a_branch_of_a_run_by_the_clock_has_a_length_of_its_own(launch, tmp_path, mistake):
     origin, run = tmp_path / "origin", tmp_path / "new"
     assert launch("pretrain", origin, "max_minutes=1e-4") == 0
-    begun = steps(origin)[-1]
+    begun = saved_steps(origin)[-1]
     assert begun < 12, "the clock ended the run"
     branch = ["pretrain", "--branch", str(origin), "--run", str(run)]
     assert "set max_minutes higher" in mistake(*branch) and not run.exists()
     assert main([*branch, "max_minutes=60", "total_tokens=3072"]) == 0
-    assert steps(run)[-1] == 12
+    assert saved_steps(run)[-1] == 12
 
 
 def test_a_branch_that_cannot_go_on_is_refused(whole, tiny, tmp_path, mistake):

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from run_folders import STOPPED, at
 
 from osler.cli import main
 from osler.yaml12 import load_yaml
@@ -22,7 +23,7 @@ def stopped(launch, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     own = ["data.type=files", "data.path=notes/"]
     assert launch("pretrain", tmp_path / "whole", *own) == 0
-    assert launch("pretrain", tmp_path / "run", *own, fault="train-step:sigterm:5") == 130
+    assert launch("pretrain", tmp_path / "run", *own, fault="train-step:sigterm:5") == STOPPED
     return tmp_path / "run"
 
 
@@ -119,7 +120,7 @@ def test_questions_may_be_given_from_another_place_when_they_are_the_same(launch
         return f"tasks=[{{task: {{type: medqa, path: {path}}}}}]"
 
     run, old = tmp_path / "run", tmp_path / "old.jsonl"
-    assert launch("grpo", run, write(old, "A"), "eval_task=null", "preflight=off", fault="train-step:sigterm:2") == 130
+    assert launch("grpo", run, write(old, "A"), "eval_task=null", "preflight=off", fault="train-step:sigterm:2") == STOPPED
     old.unlink()
     for answer, code, words in (
         ("B", 2, "The data changed since checkpoint"),
@@ -156,20 +157,15 @@ def recipe_on(tiny, tmp_path: Path) -> str:
 
 
 def test_training_on_prepared_shards_is_training_on_their_text(
-    shards, launch, tiny, tmp_path, assert_same_run, capsys, monkeypatch
+    shards, osler, launch, tiny, tmp_path, assert_same_run, capsys
 ):
-    from osler.runtime import faults
-
     text = [f"data.path={tmp_path / 'notes.jsonl'}", "data.type=files", "data.holdout_fraction=0.1"]
     assert launch("pretrain", tmp_path / "whole", *text) == 0
     (tmp_path / "notes.jsonl").unlink()
     command = ["pretrain", recipe_on(tiny, tmp_path), "data.type=prepared", f"data.path={shards}", "--run", str(tmp_path / "run")]
     assert main([*command, "--dry-run"]) == 0 and not (tmp_path / "run").exists()
-    faults.reset()
-    with monkeypatch.context() as patched:
-        patched.setenv(faults.VARIABLE, "train-step:sigterm:5")
-        assert main(command) == 130
-    assert main(command) == 0
+    assert osler(*command, fault="train-step:sigterm:5") == STOPPED
+    assert osler(*command) == 0
     assert_same_run(tmp_path / "run", tmp_path / "whole")
     assert not (tmp_path / "run" / "data").exists()
     assert any("eval/bits_per_byte" in line for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
@@ -214,9 +210,7 @@ def test_shards_that_changed_are_refused_and_turns_keep_their_masks(shards, tiny
     on_shards = ["data={type: prepared, path: " + str(tmp_path / "turns") + "}"]
     assert main([*command, str(tmp_path / "text"), *turns]) == 0
     assert main([*command, str(tmp_path / "shards-run"), *on_shards]) == 0
-    ends = [
-        (tmp_path / run / "checkpoints" / "step-000000012" / "model.safetensors").read_bytes() for run in ("text", "shards-run")
-    ]
+    ends = [(at(tmp_path / run, 12) / "model.safetensors").read_bytes() for run in ("text", "shards-run")]
     assert ends[0] == ends[1]
     shutil.rmtree(tmp_path / "turns")
     shards.rename(tmp_path / "turns")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -10,12 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from run_folders import KINDS, STOPPED, at, logged, newest_step
 
-from osler.checkpoint import store
 from osler.inference.load import load_model
 
-KINDS = ("pretrain", "sft", "grpo")
-STOPPED = 130
 PROGRAM = Path(__file__).with_name("interrupted_runs.py")
 
 
@@ -23,7 +20,7 @@ def test_runs_train_at_all(whole, runs):
     """What follows compares runs with each other; here they move, and GRPO is paid."""
     starts = {"pretrain": None, "sft": runs.pretrain, "grpo": runs.sft}
     for kind, start in starts.items():
-        lines = [json.loads(line) for line in (whole[kind] / "metrics.jsonl").read_text().splitlines()]
+        lines = logged(whole[kind])
         assert lines[-1]["step"] == 12
         if start is None:
             assert [line["step"] for line in lines if "train/loss" in line] == [5, 10, 12]
@@ -39,7 +36,7 @@ def test_runs_train_at_all(whole, runs):
 def test_stopped_after_any_step_and_resumed(kind, step, launch, whole, assert_same_run, tmp_path):
     """Step 1 is before any line, 5 is logged, 6 is evaluated, 11 leaves half a log window."""
     assert launch(kind, tmp_path, fault=f"train-step:sigterm:{step}") == STOPPED
-    assert store.newest_good(tmp_path / "checkpoints")[0].name == store.folder_name(step)
+    assert newest_step(tmp_path) == step
     assert launch(kind, tmp_path) == 0
     assert_same_run(tmp_path, whole[kind])
 
@@ -62,7 +59,7 @@ def test_stopped_twice_while_saving(kind, background, launch, whole, assert_same
     """In the background the signal may find the run a few steps further; then those are saved too."""
     option = f"async_save={str(background).lower()}"
     assert launch(kind, tmp_path, option, fault="save-tensors:sigterm") == STOPPED
-    saved = store.load(store.newest_good(tmp_path / "checkpoints")[0]).step
+    saved = newest_step(tmp_path)
     assert 4 <= saved < 12 if background else saved == 4
     again = "save-tensors:sigterm:3" if kind == "grpo" else "train-step:sigterm:5"
     assert launch(kind, tmp_path, option, fault=again) in ((STOPPED, 0) if background else (STOPPED,))
@@ -75,8 +72,7 @@ def test_an_evaluation_that_was_cut_off_is_made_up_for(kind, launch, whole, asse
     """A stop during the save of step 6 leaves its checkpoint and not the evaluation that comes after it."""
     files_per_save = 3 if kind == "grpo" else 2  # model, optimizer and the reference of the KL term
     assert launch(kind, tmp_path, "async_save=false", fault=f"save-tensors:sigterm:{2 * files_per_save}") == STOPPED
-    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
-    assert not any("eval/seconds" in line and json.loads(line)["step"] == 6 for line in lines)
+    assert not any("eval/seconds" in line and line["step"] == 6 for line in logged(tmp_path))
     assert launch(kind, tmp_path, resume=True) == 0
     assert_same_run(tmp_path, whole[kind])
 
@@ -85,8 +81,8 @@ def test_an_evaluation_that_was_cut_off_is_made_up_for(kind, launch, whole, asse
 def test_saving_in_the_foreground_gives_the_same_files(kind, launch, whole, assert_same_run, tmp_path):
     assert launch(kind, tmp_path, "async_save=false") == 0
     assert_same_run(tmp_path, whole[kind])
-    for file in sorted((whole[kind] / "checkpoints" / store.folder_name(12)).glob("*.safetensors")):
-        assert file.read_bytes() == (tmp_path / "checkpoints" / store.folder_name(12) / file.name).read_bytes()
+    for file in sorted(at(whole[kind], 12).glob("*.safetensors")):
+        assert file.read_bytes() == (at(tmp_path, 12) / file.name).read_bytes()
 
 
 @pytest.mark.parametrize("kind", KINDS)

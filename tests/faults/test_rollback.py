@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
+from run_folders import KINDS, STOPPED, logged, newest_step
 
 from osler.checkpoint import store
 from osler.monitor.lifetime import LIFETIME
 from osler.records.events import read_events
 from osler.runtime.faults import InjectedError
 
-KINDS = ("pretrain", "sft", "grpo")
 # GRPO looks at the numbers of every step, the others when they log: every fifth step, and the last.
 BAD, OVERRIDES = "train-loss:nan:9-10", ("max_skipped_steps=2",)
 BACK_TO, PASSED_STEPS = 8, 2
@@ -24,8 +22,7 @@ def state(folder):
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_poisoned_batch_is_skipped_and_counted(kind, launch, tmp_path):
     assert launch(kind, tmp_path, *OVERRIDES, fault="train-loss:nan:9") == 0
-    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert sum(line.get("train/skipped_steps", 0) for line in lines) == 1
+    assert sum(line.get("train/skipped_steps", 0) for line in logged(tmp_path)) == 1
     (event,) = (event for event in read_events(tmp_path / "events.jsonl") if event.kind not in LIFETIME)
     assert (event.step, event.kind, event.name, event.details["grad_norm"]) == (9, "incident", "skipped-step", None)
     assert len(event.details["questions"]) == 3 if kind == "grpo" else event.details["rows"][1] - event.details["rows"][0] == 3
@@ -41,13 +38,12 @@ def test_going_back_survives_kills_and_stops_bit_for_bit(kind, launch, assert_sa
 
     with pytest.raises(InjectedError):  # dies behind the save, before the metrics of the lost steps are dropped
         launch(kind, killed, *OVERRIDES, fault=f"{BAD},rollback:crash")
-    assert store.newest_good(killed / "checkpoints")[0].name == store.folder_name(BACK_TO)
-    assert json.loads((killed / "metrics.jsonl").read_text().splitlines()[-1])["step"] == BACK_TO + PASSED_STEPS
+    assert newest_step(killed) == BACK_TO and logged(killed)[-1]["step"] == BACK_TO + PASSED_STEPS
     assert launch(kind, killed, *OVERRIDES) == 0
     assert_same_run(killed, calm)
 
     # The first bad step is in the checkpoint of a stop; what follows from it and the second is the same.
-    assert launch(kind, stopped, *OVERRIDES, fault="train-loss:nan:9,train-step:sigterm:9") == 130
+    assert launch(kind, stopped, *OVERRIDES, fault="train-loss:nan:9,train-step:sigterm:9") == STOPPED
     assert launch(kind, stopped, *OVERRIDES, fault="train-loss:nan:1") == 0
     assert_same_run(stopped, calm)
 

@@ -1,0 +1,76 @@
+"""What a run leaves in its folder, and how its files rot: shared by the tests of faults and by the programs that they start."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from osler.checkpoint import store
+
+KINDS = ("pretrain", "sft", "grpo")
+STEPS = 12  # of every run of the recipes in tests/conftest.py
+STOPPED = 130
+PATIENCE_SECONDS = 300
+ENDLESS = ["total_tokens=100_000_000_000", "eval_every_tokens=100_000_000_000", "save_every_tokens=100_000_000_000"]
+# One step is thousands of micro-batches, so that a second signal finds the run still in the step of the first.
+LONG_STEP = ["batch_tokens=1_048_576", "micro_batch_tokens=512"]
+
+
+def at(run: Path, step: int) -> Path:
+    return run / "checkpoints" / store.folder_name(step)
+
+
+def saved_steps(run: Path) -> list[int]:
+    return sorted(int(path.name[5:]) for path in (run / "checkpoints").glob("step-*"))
+
+
+def newest_step(run: Path) -> int:
+    """The step of the newest checkpoint, which must be whole like all others."""
+    saved, skipped = store.newest_good(run / "checkpoints")
+    assert saved is not None and not skipped, f"damaged: {skipped}"
+    return store.load(saved).step
+
+
+def untimed(values: dict[str, Any]) -> dict[str, Any]:
+    """Metrics or state without what the clock decides."""
+    return {k: v for k, v in values.items() if k not in ("time", "seconds", "eval/seconds") and not k.startswith("perf/")}
+
+
+def logged(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+def tear(path: Path) -> None:
+    """Leave the first half of a line of metrics at the end, as a crash does."""
+    with path.open("a") as file:
+        file.write('{"step": 99, "tok')
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not condition():
+        assert time.monotonic() < deadline, "the run did not get that far"
+        time.sleep(0.01)
+
+
+def report(name: str, case: Callable[[], None]) -> None:
+    """Run a case of a program and print the line that its test reads."""
+    try:
+        case()
+    except (AssertionError, OSError) as error:
+        print(f"FAILED {name}: {error}", flush=True)
+    else:
+        print(f"ok {name}", flush=True)
