@@ -41,7 +41,7 @@ class Command(NamedTuple):
 
 
 def run_quickstart(arguments: argparse.Namespace) -> int:
-    from osler.quickstart.story import run
+    from osler.quickstart.run import run
 
     return run(only_overrides(arguments.items), **run_folder(arguments))
 

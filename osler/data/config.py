@@ -60,7 +60,7 @@ class PreparedData:
 
 
 @config
-class Stage:
+class CurriculumStage:
     """Part of a curriculum: rows of `seq_len` tokens until the run has seen `until_tokens`; the last one runs to the end."""
 
     seq_len: PositiveInt  # tokens in a row

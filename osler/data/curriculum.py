@@ -12,7 +12,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from osler.data.config import Stage
+from osler.data.config import CurriculumStage
 
 
 @dataclass(frozen=True)
@@ -74,13 +74,13 @@ class Timeline:
         return [(span, tokens) for span, tokens in reached if tokens > 0]
 
 
-def lay_out(curriculum: Sequence[Stage], *, seq_len: int, batch_tokens: int) -> Timeline:
+def lay_out(curriculum: Sequence[CurriculumStage], *, seq_len: int, batch_tokens: int) -> Timeline:
     """Return the timeline of a curriculum; without stages it is one stage to the end of the run.
 
     `seq_len` is the longest row of the run, `batch_tokens` the batch of stages that name none. Raises ValueError when the
     stages contradict each other.
     """
-    stages = curriculum or (Stage(seq_len=seq_len),)
+    stages = curriculum or (CurriculumStage(seq_len=seq_len),)
     spans: list[Span] = []
     step = token = 0
     for number, stage in enumerate(stages, start=1):

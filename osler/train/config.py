@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 from osler.config import TAGGED, NonNegativeInt, PositiveFloat, PositiveInt, config
-from osler.data.config import ClinicData, FilesData, PreparedData, Stage, TurnsData
+from osler.data.config import ClinicData, CurriculumStage, FilesData, PreparedData, TurnsData
 from osler.data.curriculum import Timeline, lay_out, rows_per_micro_batch
 from osler.model.config import ModelConfig
 from osler.monitor.config import MonitorConfig, SpikeConfig
@@ -55,7 +55,7 @@ class TrainConfig:
     seq_len: PositiveInt = 128  # tokens in a row: with a curriculum in its longest, and in those of held-out text
     batch_tokens: PositiveInt = 8_192  # tokens per optimizer step
     micro_batch_tokens: PositiveInt | None = None  # tokens per forward pass of one process; null: its whole batch at once
-    curriculum: tuple[Stage, ...] = ()  # stages of shorter rows and other batches; none: seq_len and batch_tokens throughout
+    curriculum: tuple[CurriculumStage, ...] = ()  # stages of shorter rows and other batches; none: the same throughout
     total_tokens: PositiveInt = 8_192_000  # tokens to train on, repeats included
     max_minutes: PositiveFloat | None = None  # end by the clock if that comes before total_tokens; the schedule is fitted to it
     optim: OptimConfig = AdamWConfig()

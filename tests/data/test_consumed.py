@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from osler.data.config import Stage
+from osler.data.config import CurriculumStage as Stage
 from osler.data.consumed import ConsumedData, source_metrics
 from osler.data.curriculum import lay_out
 from osler.data.loader import Loader, StagedLoader

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from osler.data.config import Stage
+from osler.data.config import CurriculumStage as Stage
 from osler.data.curriculum import Span, Timeline, lay_out, rows_per_micro_batch
 from osler.data.order import Order
 from osler.data.packing import StreamPacking

@@ -12,7 +12,7 @@ import torch
 from osler.checkpoint import store
 from osler.cli import main
 from osler.config import encode
-from osler.data.config import Stage
+from osler.data.config import CurriculumStage as Stage
 from osler.data.loader import Batch, Loader, StagedLoader
 from osler.data.order import Order
 from osler.data.packing import StreamPacking

@@ -11,7 +11,7 @@ from itertools import product
 
 import pytest
 
-from osler.data.config import Stage
+from osler.data.config import CurriculumStage as Stage
 from osler.decode import decode
 from osler.errors import UserError
 from osler.parallel.config import DdpConfig, DeepSpeedConfig

@@ -1,13 +1,13 @@
-"""The whole pipeline as one readable story: ``osler quickstart``.
+"""The whole pipeline, one stage after another: ``osler quickstart``.
 
     textbook ─► tokenizer ─► pretrain ─► sft (reasoning) ─► exam ─► GRPO from an earlier checkpoint ─► exam ─► report
 
 Each stage is an ordinary run in a folder of its own, made by the functions of the single commands. The same command always
 continues: it skips the stages that are finished, and one that was interrupted goes on from its checkpoint.
 
-Why GRPO starts from an *earlier* checkpoint: on this world demonstrations alone almost solve the exam, and what is solved cannot
-show what reinforcement learning does. So it starts from the supervised checkpoint whose accuracy on a validation split is
-nearest to ``start_accuracy``; test splits play no part in the choice. The report says what that proves and what it does not.
+Why GRPO starts from an *earlier* checkpoint: in this world demonstrations alone almost solve the exam, which leaves nothing for
+reinforcement learning to show. So GRPO starts from the supervised checkpoint whose accuracy on a validation split is nearest to
+``start_accuracy``; the test splits play no part in the choice. The report says what that proves and what it does not.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def run(
     resume: bool = False,
     dry_run: bool = False,
 ) -> int:
-    """The command ``quickstart``; the same call goes on where it stopped, and ``resume`` does so with the stored config."""
+    """Run the command ``quickstart``. The same call continues a run that stopped; ``resume`` uses the config stored in it."""
     require_one_process("quickstart")
     root = RunFolder(Path(run_dir or "runs/quickstart"))
     refuse_checkpoint(root.root)
@@ -85,10 +85,10 @@ def run(
     if dry_run:
         print(dump_yaml(encode(config)).rstrip())
         return 0
-    return Story(config, RunFolder.create(root.root)).tell()
+    return Quickstart(config, RunFolder.create(root.root)).run_stages()
 
 
-class Story:
+class Quickstart:
     """One quickstart in its folder."""
 
     def __init__(self, config: QuickstartConfig, run: RunFolder) -> None:
@@ -96,8 +96,8 @@ class Story:
         self.run = run
         self.stages: list[dict[str, Any]] = read_json(run.stages) if run.stages.exists() else []
 
-    def tell(self) -> int:
-        """Run every stage that is not finished; returns the process's exit code."""
+    def run_stages(self) -> int:
+        """Run every stage that is not finished, then write the report; return the process's exit code."""
         claim(self.run, self.config)
         try:
             self.stage("pretrain", "textbook prose: a tokenizer, then the next token", self.pretrain)
@@ -141,17 +141,20 @@ class Story:
         return train_grpo(replace(self.config.grpo, seed=self.config.seed, init_from=start), self.folder("grpo"))
 
     def started_from(self, name: str) -> str | None:
-        """What a stage that has begun was started from, as it was written then: the folder may have been moved since."""
+        """Return what a stage that has begun was started from, as it was written then; None for one that has not.
+
+        The folder may have been moved since.
+        """
         folder = self.folder(name)
         return read_config(folder)["init_from"] if folder.config.exists() else None
 
     def seeded(self, stage: TrainConfig) -> TrainConfig:
-        """The stage with the quickstart's seed for weights, order and text."""
+        """Give a stage the quickstart's seed for weights, order and text."""
         data = replace(stage.data, seed=self.config.seed) if isinstance(stage.data, ClinicData) else stage.data
         return replace(stage, seed=self.config.seed, data=data)
 
     def earlier_checkpoint(self) -> Path:
-        """The supervised checkpoint whose mean accuracy on the validation splits is nearest to ``start_accuracy``."""
+        """Return the supervised checkpoint whose mean accuracy on the validation splits is nearest to ``start_accuracy``."""
         splits = [f"eval/{split}_accuracy" for split in self.config.sft.exam.splits]
         sft = self.folder("sft")
         tried: dict[Path, float] = {}
@@ -194,7 +197,7 @@ class Story:
         return True
 
     def examine(self, label: str, checkpoint: Path) -> dict[str, ExamScore]:
-        """Let a checkpoint sit the exam on every test split, greedily; add the scores and some answers to the folder."""
+        """Let a checkpoint sit the exam on every test split; add the scores and some answers to the folder."""
         loaded = load_model(checkpoint)
         engine = InferenceEngine(loaded.model, dtype=torch.float32)
         scores = {}

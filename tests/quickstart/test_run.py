@@ -9,7 +9,7 @@ import pytest
 
 from osler.decode import decode
 from osler.quickstart.config import QuickstartConfig
-from osler.quickstart.story import Story, run
+from osler.quickstart.run import Quickstart, run
 from osler.recipe import load_recipe
 from osler.runtime.files import RunFolder
 from osler.train.folder import stored_config
@@ -43,58 +43,58 @@ TINY = (
 
 
 @pytest.fixture(scope="module")
-def story(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("quickstart") / "run"
     assert run(TINY, run_dir=str(root)) == 0
     return root
 
 
-def test_every_stage_is_recorded_with_its_time(story: Path) -> None:
-    stages = json.loads((story / "stages.json").read_text())
+def test_every_stage_is_recorded_with_its_time(finished: Path) -> None:
+    stages = json.loads((finished / "stages.json").read_text())
     assert [stage["name"] for stage in stages] == ["pretrain", "sft", "exam sft", "grpo", "exam grpo"]
     assert all(stage["seconds"] >= 0 and stage["what"] for stage in stages)
 
 
-def test_exams_hold_both_splits_of_every_checkpoint(story: Path) -> None:
-    exams = json.loads((story / "exams.json").read_text())
+def test_exams_hold_both_splits_of_every_checkpoint(finished: Path) -> None:
+    exams = json.loads((finished / "exams.json").read_text())
     assert set(exams) == {"sft", "sft, earlier checkpoint", "grpo"}
     for scores in exams.values():
         assert set(scores) == {"new_findings", "new_questions"}
         for score in scores.values():
             assert score["n"] == 8 and score["interval"][0] <= score["accuracy"] <= score["interval"][1]
             assert score["constant_letter_baseline"] >= 0.25 and score["method"] == "generation"
-    for row in json.loads((story / "comparison.json").read_text()):
+    for row in json.loads((finished / "comparison.json").read_text()):
         assert row["difference"] == pytest.approx(row["after"] - row["before"])
         assert row["after"] == exams["grpo"][row["split"]]["accuracy"]
 
 
-def test_report_and_samples_are_there(story: Path) -> None:
-    page = (story / "report.html").read_text()
+def test_report_and_samples_are_there(finished: Path) -> None:
+    page = (finished / "report.html").read_text()
     assert "new_questions" in page.replace(" ", "_").lower() and "not medical advice" in page
-    lines = [json.loads(line) for line in (story / "samples.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (finished / "samples.jsonl").read_text().splitlines()]
     assert {line["stage"] for line in lines} == {"sft", "sft, earlier checkpoint", "grpo"}
 
 
-def test_the_same_command_again_does_nothing_again(story: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    before = (story / "grpo" / "metrics.jsonl").read_bytes(), (story / "stages.json").read_bytes()
-    assert run(TINY, run_dir=str(story)) == 0
-    assert before == ((story / "grpo" / "metrics.jsonl").read_bytes(), (story / "stages.json").read_bytes())
+def test_the_same_command_again_does_nothing_again(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = (finished / "grpo" / "metrics.jsonl").read_bytes(), (finished / "stages.json").read_bytes()
+    assert run(TINY, run_dir=str(finished)) == 0
+    assert before == ((finished / "grpo" / "metrics.jsonl").read_bytes(), (finished / "stages.json").read_bytes())
     assert "── pretrain" not in capsys.readouterr().err
 
 
-def test_an_interrupted_story_goes_on_at_its_stage(story: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    stages = story / "stages.json"
+def test_an_interrupted_story_goes_on_at_its_stage(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stages = finished / "stages.json"
     whole = json.loads(stages.read_text())
     stages.write_text(json.dumps(whole[:-1]))
-    assert run(TINY, run_dir=str(story)) == 0
+    assert run(TINY, run_dir=str(finished)) == 0
     assert [stage["name"] for stage in json.loads(stages.read_text())] == [stage["name"] for stage in whole]
     shown = capsys.readouterr().err
     assert "── exam grpo" in shown and "── grpo" not in shown
 
 
-def test_a_torn_line_of_metrics_does_not_stop_the_choice_of_a_checkpoint(story: Path) -> None:
-    quickstart = Story(stored_config(QuickstartConfig, str(story), ()), RunFolder(story))
-    chosen, metrics = quickstart.earlier_checkpoint(), RunFolder(story / "sft").metrics
+def test_a_torn_line_of_metrics_does_not_stop_the_choice_of_a_checkpoint(finished: Path) -> None:
+    quickstart = Quickstart(stored_config(QuickstartConfig, str(finished), ()), RunFolder(finished))
+    chosen, metrics = quickstart.earlier_checkpoint(), RunFolder(finished / "sft").metrics
     whole = metrics.read_bytes()
     metrics.write_bytes(whole + b'{"step": 9, "tok')
     assert quickstart.earlier_checkpoint() == chosen
