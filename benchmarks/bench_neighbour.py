@@ -66,10 +66,11 @@ def sampling() -> Callable[[], int]:
     from bench_sample import MODELS, PROMPT_TOKENS, ROWS, build_model
 
     from osler.inference.engine import InferenceEngine
+    from osler.ops.sampling_params import SamplingParams
 
     engine = InferenceEngine(build_model(MODELS["tiny"], torch.float32))
     prompts = torch.randint(MODELS["tiny"]["vocab"], (ROWS, PROMPT_TOKENS), generator=torch.Generator().manual_seed(2)).tolist()
-    return lambda: engine.generate(prompts, max_new_tokens=32).num_tokens
+    return lambda: engine.generate(prompts, SamplingParams(max_new_tokens=32)).num_tokens
 
 
 def rate(call: Callable[[], int], seconds: float) -> float:

@@ -84,7 +84,7 @@ def measure(contestant: str, shape: dict[str, int], dtype_name: str, workload: s
 
     from osler.inference.engine import InferenceEngine
     from osler.inference.recompute import generate_by_recompute
-    from osler.inference.rollout import SamplingParams
+    from osler.ops.sampling_params import SamplingParams
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype_name]
@@ -114,13 +114,15 @@ def measure(contestant: str, shape: dict[str, int], dtype_name: str, workload: s
     elif contestant == "recompute":
 
         def call(new_tokens: int) -> int:
-            return generate_by_recompute(model, prompts, SamplingParams(new_tokens), samples_per_prompt=samples).num_tokens
+            sampling = SamplingParams(max_new_tokens=new_tokens)
+            return generate_by_recompute(model, prompts, sampling, samples_per_prompt=samples).num_tokens
 
     else:
         engine = InferenceEngine(model, compile=contestant == "engine-compiled")
 
         def call(new_tokens: int) -> int:
-            return engine.generate(prompts, samples_per_prompt=samples, max_new_tokens=new_tokens).num_tokens
+            sampling = SamplingParams(max_new_tokens=new_tokens)
+            return engine.generate(prompts, sampling, samples_per_prompt=samples).num_tokens
 
     started = time.perf_counter()
     call(NEW_TOKENS if contestant == "engine-compiled" else 4)

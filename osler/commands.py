@@ -118,13 +118,13 @@ def run_eval(arguments: argparse.Namespace) -> int:
 def run_generate(arguments: argparse.Namespace) -> int:
     from osler.inference.chat import generate
 
-    return generate(arguments.checkpoint, arguments.prompt, **sampling(arguments))
+    return generate(arguments.checkpoint, arguments.prompt, sampling(arguments))
 
 
 def run_chat(arguments: argparse.Namespace) -> int:
     from osler.inference.chat import chat
 
-    return chat(arguments.checkpoint, reasoning=False if arguments.no_reasoning else None, **sampling(arguments))
+    return chat(arguments.checkpoint, sampling(arguments), reasoning=False if arguments.no_reasoning else None)
 
 
 def run_checkpoint_list(arguments: argparse.Namespace) -> int:

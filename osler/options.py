@@ -6,7 +6,9 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
+from osler.decode import decode
 from osler.errors import UserError
+from osler.ops.sampling_params import SamplingParams
 
 Option = tuple[tuple[str, ...], dict[str, Any]]
 
@@ -87,6 +89,7 @@ def start_of(arguments: argparse.Namespace) -> dict[str, Any]:
     return {**run_folder(arguments), "from_step": arguments.from_step, "branch": arguments.branch}
 
 
-def sampling(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return what the options of ``SAMPLING`` say."""
-    return {name: getattr(arguments, name) for name in ("max_new_tokens", "temperature", "top_p", "seed")}
+def sampling(arguments: argparse.Namespace) -> SamplingParams:
+    """Return what the options of ``SAMPLING`` say; raises UserError for a number that means nothing."""
+    names = ("max_new_tokens", "temperature", "top_p", "seed")
+    return decode(SamplingParams, {name: getattr(arguments, name) for name in names}, source="the command line")

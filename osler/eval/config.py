@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from osler.config import NonNegativeInt, PositiveInt, config
-from osler.ops.temperature import check_temperature
+from osler.ops.sampling_params import check_temperature
 from osler.tasks.clinic import ClinicTask
 from osler.tasks.registry import TaskConfig
 

@@ -16,9 +16,9 @@ from osler.errors import UserError
 from osler.eval.logprobs import BATCH_TOKENS, evaluating, label_logprobs, padded_batches
 from osler.eval.score import ANSWERED, CUT, TOO_LONG, UNPARSED, ExamScore, Result, summarise
 from osler.inference.engine import InferenceEngine
-from osler.inference.rollout import SamplingParams
 from osler.model.transformer import Transformer
 from osler.ops.labels import IGNORED
+from osler.ops.sampling_params import SamplingParams
 from osler.runtime.stop import asked
 from osler.tasks.answers import read_answer
 from osler.tasks.item import ExamItem, permute, render_answer, render_question, reorder
@@ -28,7 +28,7 @@ from osler.tokenizer.chat import Completion, encode_prompt, parse_completion
 
 def greedy(max_new_tokens: int) -> SamplingParams:
     """Return how an exam is mostly sat: always the likeliest token, thinking and answer in ``max_new_tokens`` together."""
-    return SamplingParams(max_new_tokens, temperature=0.0)
+    return SamplingParams(max_new_tokens=max_new_tokens, temperature=0.0)
 
 
 def score_by_generation(
@@ -66,10 +66,7 @@ def score_by_generation(
         batch = fitting[start : start + engine.max_rows]
         rollout = engine.generate(
             [prompt for _, prompt in batch],
-            max_new_tokens=sampling.max_new_tokens,
-            temperature=sampling.temperature,
-            stop_ids=[tokenizer.eos_id],
-            seed=sampling.seed + start,
+            replace(sampling, stop_ids=(tokenizer.eos_id,), seed=sampling.seed + start),
         )
         for (i, _), ids in zip(batch, rollout.completions, strict=True):
             results[i] = mark(shown[i], parse_completion(tokenizer, ids, reasoning=reasoning))

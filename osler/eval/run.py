@@ -24,7 +24,7 @@ from osler.eval.perplexity import TextScore, batches, measure, windows
 from osler.eval.score import ExamScore, Result, describe_too_long, length_explains, summarise
 from osler.inference.engine import InferenceEngine
 from osler.inference.ready import ReadyModel, open_model
-from osler.inference.rollout import SamplingParams
+from osler.ops.sampling_params import SamplingParams
 from osler.recipe import parse_overrides
 from osler.runtime.files import read_json, write_json
 from osler.runtime.log import Progress
@@ -150,7 +150,7 @@ def by_generation(config: EvalConfig, ready: ReadyModel, items: Sequence[ExamIte
         InferenceEngine(ready.model, max_rows=config.rows),
         ready.tokenizer,
         items,
-        SamplingParams(config.max_new_tokens, temperature=config.temperature, seed=config.seed),
+        SamplingParams(max_new_tokens=config.max_new_tokens, temperature=config.temperature, seed=config.seed),
         reasoning=ready.reasons if config.reasoning is None else config.reasoning,
         permutations=config.permutations,
         cluster_by_group=isinstance(config.task, ClinicTask),  # items of one fact stand or fall together

@@ -25,12 +25,13 @@ import torch
 from torch import Tensor
 
 from osler.errors import UserError
-from osler.inference.rollout import Rollout, SamplingParams, check_prompts
+from osler.inference.rollout import Rollout, check_prompts
 from osler.model.decoder import Decoder
 from osler.model.kv_cache import KVCache
 from osler.model.linear import Layout
 from osler.model.transformer import Transformer
 from osler.ops.sampling import pack_mask, row_uniform, sample
+from osler.ops.sampling_params import SamplingParams
 
 _PREFILL_TOKENS = 16_384  # prompts run through the model this many tokens at a time: bounds the attention mask
 _COMPILED_READ_SLOTS = 64  # compiled steps read the cache in multiples of this, to be compiled few times
@@ -98,53 +99,37 @@ class InferenceEngine:
     def generate(
         self,
         prompts: Sequence[Sequence[int]],
+        sampling: SamplingParams,
         *,
         samples_per_prompt: int = 1,
-        max_new_tokens: int,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        stop_ids: Sequence[int] = (),
-        seed: int = 0,
         first_row: int = 0,
     ) -> Rollout:
         """Draw ``samples_per_prompt`` completions of every prompt; row r belongs to prompt r // samples_per_prompt.
 
+        A row's random numbers belong to its number, which counts from ``first_row`` where a call does a part of a larger one.
         Raises UserError for an empty prompt, ids outside the vocabulary, and prompts that with ``max_new_tokens`` exceed the
         model's ``max_seq_len``.
         """
-        sampling = SamplingParams(max_new_tokens, temperature, top_k, top_p, tuple(stop_ids), seed, first_row)
         check_prompts(self.model.config, prompts, samples_per_prompt, sampling)
-        numbers = range(len(prompts) * samples_per_prompt)
-        rollout = Rollout.empty(len(numbers), self.model.config.vocab_size, sampling)
-        if numbers:
-            decoder = self._decoder(min(self.max_rows, len(numbers)))
-        for start in range(0, len(numbers), self.max_rows):
-            wave = numbers[start : start + self.max_rows]
-            self._run(decoder, wave, [tuple(prompts[number // samples_per_prompt]) for number in wave], sampling, rollout)
+        asked = [tuple(prompt) for prompt in prompts for _ in range(samples_per_prompt)]
+        rollout = Rollout.empty(len(asked), self.model.config.vocab_size, sampling)
+        decoder = self._decoder(min(self.max_rows, max(len(asked), 1)))
+        for start in range(0, len(asked), self.max_rows):
+            wave = asked[start : start + self.max_rows]
+            row_B = torch.arange(start, start + len(wave), device=decoder.device)
+            self._run(decoder, self._prefill(decoder, wave, first_row + row_B, sampling), row_B.tolist(), sampling, rollout)
         return rollout
 
-    def stream(
-        self,
-        prompt: Sequence[int],
-        *,
-        max_new_tokens: int,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        stop_ids: Sequence[int] = (),
-        seed: int = 0,
-    ) -> Iterator[int]:
+    def stream(self, prompt: Sequence[int], sampling: SamplingParams) -> Iterator[int]:
         """Yield one completion's tokens as they are drawn, the stop token included: those that ``generate`` would give."""
-        sampling = SamplingParams(max_new_tokens, temperature, top_k, top_p, tuple(stop_ids), seed)
         check_prompts(self.model.config, [prompt], 1, sampling)
         # Entered around each step and not around the loop: a generator's caller must not find itself in inference mode.
         with torch.inference_mode():
             decoder = self._decoder(1)
-            rows = self._prefill(decoder, [0], [tuple(prompt)], sampling)
+            rows = self._prefill(decoder, [tuple(prompt)], torch.zeros(1, dtype=torch.int64, device=decoder.device), sampling)
             token = int(rows.token_B)
         yield token
-        for _ in range(1, max_new_tokens):
+        for _ in range(1, sampling.max_new_tokens):
             if token in sampling.stop_ids:
                 return
             with torch.inference_mode():
@@ -156,16 +141,8 @@ class InferenceEngine:
         """Lay out the weights that the model has now."""
         return Decoder(self.model, Layout(self.dtype, rows, pack=not self._compile))
 
-    def _run(
-        self,
-        decoder: Decoder,
-        wave: Sequence[int],
-        prompts: list[tuple[int, ...]],
-        sampling: SamplingParams,
-        rollout: Rollout,
-    ) -> None:
-        """Decode one wave to its end; ``wave`` holds the numbers of its rows in the rollout."""
-        rows, numbers = self._prefill(decoder, wave, prompts, sampling), list(wave)
+    def _run(self, decoder: Decoder, rows: _Rows, numbers: list[int], sampling: SamplingParams, rollout: Rollout) -> None:
+        """Decode rows to their end and store them in the rollout, where they have these numbers."""
         for step in range(1, sampling.max_new_tokens):
             if sampling.stop_ids and step % self.poll_steps == 0:
                 running = [row for row, done in enumerate(rows.done_B.tolist()) if not done]
@@ -181,10 +158,11 @@ class InferenceEngine:
             self._advance(decoder, rows, sampling)
         rows.move_to(rollout, range(len(numbers)), numbers)
 
-    def _prefill(
-        self, decoder: Decoder, numbers: Sequence[int], prompts: list[tuple[int, ...]], sampling: SamplingParams
-    ) -> _Rows:
-        """Run each distinct prompt through the model once, give each row its copy and draw each row's first token."""
+    def _prefill(self, decoder: Decoder, prompts: Sequence[tuple[int, ...]], row_B: Tensor, sampling: SamplingParams) -> _Rows:
+        """Run each distinct prompt through the model once, give each row its copy and draw each row's first token.
+
+        ``row_B`` are the numbers that the rows' random numbers belong to.
+        """
         vocab_size, device = self.model.config.vocab_size, decoder.device
         distinct = {prompt: index for index, prompt in enumerate(dict.fromkeys(prompts))}
         prompt_B = torch.tensor([distinct[prompt] for prompt in prompts], device=device)
@@ -197,12 +175,11 @@ class InferenceEngine:
             row_R = ((prompt_B >= start) & (prompt_B < start + chunk)).nonzero().squeeze(1)
             cache.put(row_R, filled, prompt_B[row_R] - start)
             logits.append(logits_PV)
-        row_B1 = sampling.first_row + torch.tensor(numbers, device=device)[:, None]
         position_BN = cache.length_B[:, None] + torch.arange(sampling.max_new_tokens, device=device)
         rows = _Rows(
             cache=cache,
             token_B=torch.zeros_like(cache.length_B),
-            uniform_BN=row_uniform(sampling.seed, row_B1, position_BN),
+            uniform_BN=row_uniform(sampling.seed, row_B[:, None], position_BN),
             tokens_BN=torch.zeros_like(position_BN),
             logprobs_BN=torch.zeros(position_BN.shape, device=device),
             masks_BN=None,
@@ -226,13 +203,7 @@ class InferenceEngine:
     def _draw(self, rows: _Rows, logits_BV: Tensor, sampling: SamplingParams) -> None:
         """Draw one token per row and note it, in place; rows that are done write behind their end."""
         place_B1 = rows.length_B[:, None]
-        token_B, logp_B, mask_BV = sample(
-            logits_BV,
-            rows.uniform_BN.gather(1, place_B1).squeeze(1),
-            temperature=sampling.temperature,
-            top_k=sampling.top_k,
-            top_p=sampling.top_p,
-        )
+        token_B, logp_B, mask_BV = sample(logits_BV, rows.uniform_BN.gather(1, place_B1).squeeze(1), sampling)
         rows.token_B.copy_(token_B)
         rows.tokens_BN.scatter_(1, place_B1, token_B[:, None])
         rows.logprobs_BN.scatter_(1, place_B1, logp_B[:, None])

@@ -1,21 +1,21 @@
-"""Text out of the engine: an answer to a question, piece by piece, for chat.
+"""Text out of the engine, piece by piece: how a text goes on, or the answer to a question.
 
-A piece is told apart as thinking or answer by the markers of the template, which themselves are never shown. Text appears
-as soon as it is certain: bytes of a character that is still incomplete wait for the next token.
+Text appears as soon as it is certain: the bytes of a character that is still incomplete wait for the next token.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from osler.inference.engine import InferenceEngine
+from osler.ops.sampling_params import SamplingParams
 from osler.tokenizer.bpe import Tokenizer
 from osler.tokenizer.chat import ANSWER, encode_prompt
 
 Part = Literal["thinking", "answer"]
-_UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what the bytes of half a character decode to
+_INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # what the bytes of half a character decode to
 
 
 @dataclass(frozen=True)
@@ -26,52 +26,64 @@ class Piece:
     text: str
 
 
+def continue_text(engine: InferenceEngine, tokenizer: Tokenizer, text: str, sampling: SamplingParams) -> Iterator[str]:
+    """Yield what the model writes after ``text``, which stands after an end-of-text token, as a document does in training.
+
+    The new tokens are cut to what the model's ``max_seq_len`` leaves. Raises UserError when ``text`` leaves no room.
+    """
+    written = _Text(tokenizer)
+    for token in _stream(engine, tokenizer, [tokenizer.eos_id, *tokenizer.encode(text)], sampling):
+        if token != tokenizer.eos_id:
+            yield from written.add(token)
+    yield from written.rest()
+
+
 def stream_answer(
-    engine: InferenceEngine,
-    tokenizer: Tokenizer,
-    question: str,
-    *,
-    reasoning: bool = True,
-    max_new_tokens: int = 256,
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    seed: int = 0,
+    engine: InferenceEngine, tokenizer: Tokenizer, question: str, sampling: SamplingParams, *, reasoning: bool = True
 ) -> Iterator[Piece]:
     """Yield the reply to ``question`` as it is drawn; with ``reasoning`` it begins with the thinking part.
 
-    The new tokens are cut to what the model's ``max_seq_len`` leaves. Raises UserError when the question leaves no room.
+    The markers of the template tell thinking and answer apart and are not shown. The new tokens are cut to what the model's
+    ``max_seq_len`` leaves. Raises UserError when the question leaves no room.
     """
-    prompt = encode_prompt(tokenizer, question, reasoning=reasoning)
-    room = engine.model.config.max_seq_len - len(prompt)
-    tokens = engine.stream(
-        prompt,
-        max_new_tokens=max(min(max_new_tokens, room), 1),
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        stop_ids=[tokenizer.eos_id],
-        seed=seed,
-    )
     part: Part = "thinking" if reasoning else "answer"
-    answer_id, shown = tokenizer.special_id(ANSWER), 0
-    ids: list[int] = []
-    for token in tokens:
-        if token in tokenizer.special_ids:
-            yield from _rest(tokenizer, ids, shown, part)
-            ids, shown = [], 0
-            part = "answer" if token == answer_id else part
-            continue
-        ids.append(token)
-        text = tokenizer.decode(ids)
-        if not text.endswith(_UNFINISHED) and len(text) > shown:
-            yield Piece(part, text[shown:])
-            shown = len(text)
-    yield from _rest(tokenizer, ids, shown, part)
-
-
-def _rest(tokenizer: Tokenizer, ids: list[int], shown: int, part: Part) -> Iterator[Piece]:
-    """What was held back and will not be completed any more."""
-    text = tokenizer.decode(ids)[shown:] if ids else ""
-    if text:
+    answer_id = tokenizer.special_id(ANSWER)
+    written = _Text(tokenizer)
+    for token in _stream(engine, tokenizer, encode_prompt(tokenizer, question, reasoning=reasoning), sampling):
+        is_marker = token in tokenizer.special_ids
+        for text in written.rest() if is_marker else written.add(token):
+            yield Piece(part, text)
+        if token == answer_id:
+            part = "answer"
+    for text in written.rest():
         yield Piece(part, text)
+
+
+def _stream(engine: InferenceEngine, tokenizer: Tokenizer, prompt: Sequence[int], sampling: SamplingParams) -> Iterator[int]:
+    room = engine.model.config.max_seq_len - len(prompt)
+    new_tokens = max(min(sampling.max_new_tokens, room), 1)
+    return engine.stream(prompt, replace(sampling, max_new_tokens=new_tokens, stop_ids=(tokenizer.eos_id,)))
+
+
+class _Text:
+    """The text of tokens that arrive one by one."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self.ids: list[int] = []
+        self.shown = 0
+
+    def add(self, token: int) -> Iterator[str]:
+        """Yield the text that a token completes, if any."""
+        self.ids.append(token)
+        certain = self.tokenizer.decode(self.ids).removesuffix(_INCOMPLETE)
+        if len(certain) > self.shown:
+            yield certain[self.shown :]
+            self.shown = len(certain)
+
+    def rest(self) -> Iterator[str]:
+        """Yield what waits for bytes that will not come, if anything, and begin anew."""
+        rest = self.tokenizer.decode(self.ids)[self.shown :]
+        if rest:
+            yield rest
+        self.ids, self.shown = [], 0

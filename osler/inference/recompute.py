@@ -13,14 +13,20 @@ from collections.abc import Sequence
 
 import torch
 
-from osler.inference.rollout import Rollout, SamplingParams, check_prompts
+from osler.inference.rollout import Rollout, check_prompts
 from osler.model.transformer import Transformer
 from osler.ops.sampling import pack_mask, row_uniform, sample
+from osler.ops.sampling_params import SamplingParams
 
 
 @torch.inference_mode()
 def generate_by_recompute(
-    model: Transformer, prompts: Sequence[Sequence[int]], sampling: SamplingParams, *, samples_per_prompt: int = 1
+    model: Transformer,
+    prompts: Sequence[Sequence[int]],
+    sampling: SamplingParams,
+    *,
+    samples_per_prompt: int = 1,
+    first_row: int = 0,
 ) -> Rollout:
     """Sample ``samples_per_prompt`` completions of every prompt, recomputing every prefix."""
     check_prompts(model.config, prompts, samples_per_prompt, sampling)
@@ -38,10 +44,8 @@ def generate_by_recompute(
         ids_BT = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device)
         length_B = torch.tensor([len(row) for row in rows], device=device)
         logits_BV = model.logits(model(ids_BT)[row_B, length_B - 1])
-        u_B = row_uniform(sampling.seed, sampling.first_row + row_B, length_B)
-        token_B, logp_B, mask_BV = sample(
-            logits_BV, u_B, temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p
-        )
+        u_B = row_uniform(sampling.seed, first_row + row_B, length_B)
+        token_B, logp_B, mask_BV = sample(logits_BV, u_B, sampling)
         for index, (token, logp) in enumerate(zip(token_B.tolist(), logp_B.tolist(), strict=True)):
             if finished[index]:
                 continue

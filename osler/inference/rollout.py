@@ -10,35 +10,8 @@ from torch import Tensor
 
 from osler.errors import UserError
 from osler.model.config import ModelConfig
-from osler.ops.sampling import check_sampling, unpack_mask
-
-
-@dataclass(frozen=True)
-class SamplingParams:
-    """How tokens are drawn; the defaults draw from the model's own distribution.
-
-    ``temperature`` 0 takes the likeliest token. A row ends with the first of ``stop_ids`` or after ``max_new_tokens``.
-    The same ``seed`` gives row r (prompt r // samples_per_prompt) the same random stream whatever shares its batch;
-    ``first_row`` is the number of the first row, for a call that does a part of a larger one.
-    """
-
-    max_new_tokens: int
-    temperature: float = 1.0
-    top_k: int | None = None
-    top_p: float | None = None
-    stop_ids: tuple[int, ...] = ()
-    seed: int = 0
-    first_row: int = 0
-
-    def __post_init__(self) -> None:
-        check_sampling(self.temperature, self.top_k, self.top_p)
-        if self.max_new_tokens < 1:
-            raise UserError(f"max_new_tokens is {self.max_new_tokens}: ask for at least one token.")
-
-    def truncates(self, vocab_size: int) -> bool:
-        """Whether tokens are drawn from a part of the vocabulary."""
-        cuts = (self.top_k is not None and self.top_k < vocab_size) or (self.top_p is not None and self.top_p < 1)
-        return self.temperature > 0 and cuts
+from osler.ops.sampling import unpack_mask
+from osler.ops.sampling_params import SamplingParams
 
 
 @dataclass(frozen=True)

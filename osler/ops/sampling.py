@@ -1,10 +1,10 @@
 """Drawing the next token: one uniform number per row in, one token and its log-probability out.
 
-The idea is inversion: a row's token is the one under which its uniform number falls in the cumulative distribution. Two
-levels of sums (blocks of 64 tokens, then one block) make that a single pass over the vocabulary, in float64 so that
-rare tokens keep their probability. The uniform numbers come from a counter-based hash of (seed, row, position) rather
-than from a generator with state (Salmon et al., 2011, "Parallel random numbers: as easy as 1, 2, 3"): what a row draws
-depends neither on which rows share its batch nor on what was drawn before, so resume and compaction change nothing.
+The method is inversion: a row's token is the one under which its uniform number falls in the cumulative distribution. Two
+levels of sums (blocks of 64 tokens, then one block) make that a single pass over the vocabulary, in float64 so that rare tokens
+keep their probability. The uniform numbers come from a counter-based hash of (seed, row, position) and not from a generator with
+state (Salmon et al., 2011, "Parallel random numbers: as easy as 1, 2, 3"). So what a row draws depends neither on the rows that
+share its batch nor on what was drawn before, and resume and compaction change nothing.
 
 Shapes: B rows, V vocabulary.
 """
@@ -15,8 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from osler.errors import UserError
-from osler.ops.temperature import check_temperature
+from osler.ops.sampling_params import SamplingParams
 
 _BLOCK = 64
 _LOW_32 = 0xFFFFFFFF
@@ -27,7 +26,7 @@ _MULTIPLY_2 = 0xD35A2D97 - (1 << 32)
 
 
 def mix(word: Tensor) -> Tensor:
-    """Permute 32-bit words (in int64, which every backend can multiply) until each bit depends on all."""
+    """Permute 32-bit words (in int64, which every backend can multiply) so that each bit depends on all."""
     word = word ^ (word >> 16)
     word = (word * _MULTIPLY_1) & _LOW_32
     word = word ^ (word >> 15)
@@ -36,7 +35,7 @@ def mix(word: Tensor) -> Tensor:
 
 
 def mix_int(word: int) -> int:
-    """``mix`` on a Python integer, for the part of the key that is known on the host."""
+    """Do what ``mix`` does to a Python integer, for the part of the key that is known on the host."""
     word ^= word >> 16
     word = (word * _MULTIPLY_1) & _LOW_32
     word ^= word >> 15
@@ -45,9 +44,9 @@ def mix_int(word: int) -> int:
 
 
 def row_uniform(seed: int, row_B: Tensor, position_B: Tensor) -> Tensor:
-    """Give every (seed, row, position) its own uniform number, float64 in [0, 1) with 53 random bits.
+    """Return the uniform number of every (seed, row, position), float64 in [0, 1) with 53 random bits.
 
-    ``row_B`` and ``position_B`` are int64 (below 2**32) and broadcast; the value depends on nothing but the triple.
+    ``row_B`` and ``position_B`` are int64 (below 2**32) and broadcast. The number depends on nothing but the triple.
     """
     low = mix_int((seed & _LOW_32) ^ 0x9E3779B9)
     key = mix_int(low ^ ((seed >> 32) & _LOW_32) ^ 0x85EBCA6B)
@@ -57,39 +56,19 @@ def row_uniform(seed: int, row_B: Tensor, position_B: Tensor) -> Tensor:
     return ((word >> 5) * (1 << 26) + (other >> 6)).double() * 2.0**-53
 
 
-def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
-    """Refuse sampling settings that have no meaning, by name and number (UserError)."""
-    try:
-        check_temperature(temperature)
-    except ValueError as error:
-        raise UserError(f"{error}.") from None
-    if top_k is not None and top_k < 1:
-        raise UserError(f"top_k is {top_k}: give at least 1, or leave it out to keep the whole vocabulary.")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise UserError(f"top_p is {top_p}: give a number above 0 and at most 1 (1 keeps the whole vocabulary).")
+def sample(logits_BV: Tensor, u_B: Tensor, sampling: SamplingParams) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Draw one token per row; return (token_B int64, logp_B fp32, mask_BV bool, or None where all tokens could be drawn).
 
-
-def sample(
-    logits_BV: Tensor,
-    u_B: Tensor,
-    *,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Draw one token per row: (token_B int64, logp_B fp32, mask_BV bool, or None when nothing is cut off).
-
-    ``logits_BV`` is fp32, -inf where a token must never be drawn; ``u_B`` is in [0, 1). ``logp_B`` is the
-    log-probability that the token was drawn with: at ``temperature``, over the sampling mask. The mask holds the ``top_k``
-    likeliest tokens, and of these (renormalised) the fewest likeliest whose probabilities reach ``top_p``; it always
-    has the drawn token. Temperature 0 takes the likeliest token and ignores the rest; its ``logp_B`` is at temperature 1.
+    ``logits_BV`` is fp32, -inf where a token must never be drawn; ``u_B`` is in [0, 1). ``logp_B`` is the log-probability that
+    the token was drawn with: at the temperature, over the mask. Temperature 0 takes the likeliest token and ignores top-k and
+    top-p; its ``logp_B`` is at temperature 1.
     """
-    if temperature == 0:
+    if sampling.temperature == 0:
         token_B = logits_BV.argmax(-1)
         chosen_B = logits_BV.gather(-1, token_B[:, None]).squeeze(-1)
         return token_B, chosen_B - logits_BV.logsumexp(-1), None
-    scaled_BV = logits_BV if temperature == 1 else logits_BV / temperature
-    mask_BV = sampling_mask(scaled_BV, top_k=top_k, top_p=top_p)
+    scaled_BV = logits_BV if sampling.temperature == 1 else logits_BV / sampling.temperature
+    mask_BV = sampling_mask(scaled_BV, top_k=sampling.top_k, top_p=sampling.top_p)
     if mask_BV is not None:
         scaled_BV = scaled_BV.masked_fill(~mask_BV, -torch.inf)
     token_B, logp_B = _invert(scaled_BV, u_B)
@@ -97,7 +76,7 @@ def sample(
 
 
 def _invert(scaled_BV: Tensor, u_B: Tensor) -> tuple[Tensor, Tensor]:
-    """Find the token under which ``u_B`` falls in the softmax's cumulative sum, and its log-probability."""
+    """Return the token under which ``u_B`` falls in the softmax's cumulative sum, and its log-probability."""
     vocab = scaled_BV.size(-1)
     if vocab % _BLOCK:
         scaled_BV = F.pad(scaled_BV, (0, _BLOCK - vocab % _BLOCK), value=-torch.inf)
@@ -116,24 +95,24 @@ def _invert(scaled_BV: Tensor, u_B: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _first_above(end_BN: Tensor, target_B1: Tensor) -> Tensor:
-    """Index of the first running sum above the target: it always has weight of its own.
+    """Return the index of the first running sum above the target; that entry always has weight.
 
-    Rounding can leave the target at or above the last sum; the answer then is the last entry that added anything.
+    Rounding can leave the target at or above the last sum; the last entry with weight is returned then.
     """
     found_B1 = (end_BN <= target_B1).sum(-1, keepdim=True)
     last_B1 = (end_BN < end_BN[:, -1:]).sum(-1, keepdim=True)
     return torch.minimum(found_B1, last_B1)
 
 
-def sampling_mask(scaled_BV: Tensor, *, top_k: int | None = None, top_p: float | None = None) -> Tensor | None:
-    """Mark the tokens that ``top_k`` and ``top_p`` leave to draw from (bool), or None when neither cuts anything.
+def sampling_mask(scaled_BV: Tensor, *, top_k: int | None = None, top_p: float = 1.0) -> Tensor | None:
+    """Return the tokens that may be drawn (bool), or None for all of them.
 
-    ``scaled_BV`` are logits already divided by the temperature. At least one token of each row is kept, exactly
-    ``top_k`` when only that is given (equal logits at the border: an arbitrary choice among them).
+    They are the ``top_k`` likeliest tokens, and of these, renormalised, the fewest likeliest whose probabilities reach ``top_p``:
+    at least one, and exactly ``top_k`` when only that is given (an arbitrary choice among equal logits at the border).
+    ``scaled_BV`` are logits divided by the temperature.
     """
     vocab = scaled_BV.size(-1)
     top_k = vocab if top_k is None else min(top_k, vocab)
-    top_p = 1.0 if top_p is None else top_p
     if top_k == vocab and top_p >= 1:
         return None
     values_BK, index_BK = scaled_BV.topk(top_k, dim=-1)
@@ -146,13 +125,13 @@ def sampling_mask(scaled_BV: Tensor, *, top_k: int | None = None, top_p: float |
 
 
 def pack_mask(mask_BV: Tensor) -> Tensor:
-    """Store a bool mask over the vocabulary in bits: uint8 [..., ceil(V / 8)], lowest bit first."""
+    """Return a bool mask over the vocabulary in bits: uint8 [..., ceil(V / 8)], lowest bit first."""
     vocab = mask_BV.size(-1)
     padded = F.pad(mask_BV, (0, -vocab % 8)).unflatten(-1, (-1, 8)).to(torch.uint8)
     return (padded << torch.arange(8, dtype=torch.uint8, device=padded.device)).sum(-1, dtype=torch.uint8)
 
 
 def unpack_mask(packed: Tensor, vocab_size: int) -> Tensor:
-    """Undo ``pack_mask``: bool [..., vocab_size]."""
+    """Return the mask that ``pack_mask`` packed: bool [..., vocab_size]."""
     bits = (packed.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8, device=packed.device)) & 1
     return bits.flatten(-2)[..., :vocab_size].bool()

@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 
 from osler.config import TAGGED, Fraction, Ge, Gt, Le, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, config
 from osler.monitor.config import MonitorConfig, SpikeConfig
-from osler.ops.temperature import COLDEST
+from osler.ops.sampling_params import COLDEST, SamplingParams
 from osler.optim.config import AdamWConfig, ConstantConfig, OptimConfig, ScheduleConfig
 from osler.parallel.config import DdpConfig, FsdpConfig, NoParallelConfig
 from osler.tasks.clinic import ClinicTask
@@ -83,6 +83,13 @@ class AlgorithmConfig:
     overlong: Literal["mask", "penalise", "keep"] = "keep"
     overlong_penalty: NonNegativeFloat = 0.5  # taken off the reward with overlong=penalise
     quality: QualityConfig = QualityConfig()
+
+    @property
+    def sampling(self) -> SamplingParams:
+        """How completions are drawn, but for the seed and the token that ends them."""
+        return SamplingParams(
+            max_new_tokens=self.max_new_tokens, temperature=self.temperature, top_k=self.top_k, top_p=self.top_p
+        )
 
     @property
     def completions_per_step(self) -> int:

@@ -127,13 +127,8 @@ class RolloutWorker:
         algorithm, tokenizer = self.algorithm, self.tokenizer
         drawn = self.engine.generate(
             prompts,
+            replace(algorithm.sampling, stop_ids=(tokenizer.eos_id,), seed=seed),
             samples_per_prompt=algorithm.samples_per_prompt,
-            max_new_tokens=algorithm.max_new_tokens,
-            temperature=algorithm.temperature,
-            top_k=algorithm.top_k,
-            top_p=algorithm.top_p,
-            stop_ids=[tokenizer.eos_id],
-            seed=seed,
             first_row=first_row,
         )
         sampled_by_rank = None if drawn.packed_masks is None else self.world.rank

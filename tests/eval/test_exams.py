@@ -22,10 +22,10 @@ from osler.eval.exams import (
 )
 from osler.eval.score import compare
 from osler.inference.engine import InferenceEngine
-from osler.inference.rollout import SamplingParams
 from osler.model.config import ModelConfig
 from osler.model.transformer import Transformer
 from osler.ops.cross_entropy import linear_cross_entropy
+from osler.ops.sampling_params import SamplingParams
 from osler.tasks.item import ExamItem, render_answer, render_question
 from osler.tasks.rewards import correct
 from osler.tokenizer.bpe import Tokenizer
@@ -283,7 +283,8 @@ def test_an_answer_that_was_cut_within_a_word_is_not_read() -> None:
 
 def test_examiner_and_reward_agree_on_everything_the_model_writes(scholar: Transformer, tokenizer: Tokenizer) -> None:
     engine = InferenceEngine(scholar)
-    score = score_by_generation(engine, tokenizer, ITEMS, SamplingParams(40, temperature=1.5, seed=3), permutations=4)
+    sampling = SamplingParams(max_new_tokens=40, temperature=1.5, seed=3)
+    score = score_by_generation(engine, tokenizer, ITEMS, sampling, permutations=4)
     assert 0 < score.correct < score.presentations
     for result in score.results:
         completion = Completion(thinking="x", answer=result.text or None, finished=True, well_formed=True)

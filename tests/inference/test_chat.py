@@ -15,11 +15,11 @@ from osler import cli
 from osler.decode import decode
 from osler.errors import UserError
 from osler.inference import chat
-from osler.inference.chat import continue_text, show_answer
+from osler.inference.chat import show_answer
 from osler.inference.engine import InferenceEngine
-from osler.inference.generate import Piece
+from osler.inference.generate import Piece, continue_text
 from osler.inference.ready import ReadyModel, open_model
-from osler.inference.rollout import SamplingParams
+from osler.ops.sampling_params import SamplingParams
 from osler.runtime.files import RunFolder
 from osler.train.config import TrainConfig
 from osler.train.run import train
@@ -121,7 +121,7 @@ def test_a_model_of_plain_text_continues_what_is_written_and_says_so(runs, monke
     captured = capsys.readouterr()
     assert "trained on text alone" in captured.err and "osler sft" in captured.err
     ready = open_model(runs / "textbook", device="cpu")
-    settings = SamplingParams(6, 0.0, top_p=0.95)
+    settings = SamplingParams(max_new_tokens=6, temperature=0.0, top_p=0.95)
     expected = "".join(continue_text(InferenceEngine(ready.model), ready.tokenizer, "A patient has", settings))
     assert captured.out == f"> A patient has\n{expected}\n"
 
@@ -192,7 +192,8 @@ def test_generate_prints_the_continuation(runs, capsys):
     out = capsys.readouterr().out
     ready = open_model(runs / "textbook", device="cpu")
     prompt = [ready.tokenizer.eos_id, *ready.tokenizer.encode("A patient")]
-    rollout = InferenceEngine(ready.model).generate([prompt], max_new_tokens=12, temperature=0, stop_ids=[ready.tokenizer.eos_id])
+    sampling = SamplingParams(max_new_tokens=12, temperature=0, stop_ids=(ready.tokenizer.eos_id,))
+    rollout = InferenceEngine(ready.model).generate([prompt], sampling)
     assert out == ready.tokenizer.decode(rollout.completions[0], skip_special=True) + "\n"
     assert cli.main([*arguments, ""]) == 0
     assert len(capsys.readouterr().out) > 1, "an empty prompt is the beginning of a text"
@@ -219,22 +220,25 @@ def test_half_a_character_waits_for_its_other_half(runs):
     ids = tokenizer.encode("è→x🩺")
     assert len(ids) == len(set(ids)) > 6, "the characters are several tokens each"
     ready = biased(ready, [tokenizer.eos_id, *ids])
-    pieces = list(continue_text(InferenceEngine(ready.model), tokenizer, "", SamplingParams(len(ids), 0.0)))
+    pieces, cut = (
+        list(continue_text(InferenceEngine(ready.model), tokenizer, "", SamplingParams(max_new_tokens=count, temperature=0)))
+        for count in (len(ids), len(ids) - 1)
+    )
     assert pieces == ["è", "→", "x", "🩺"]
-    cut = list(continue_text(InferenceEngine(ready.model), tokenizer, "", SamplingParams(len(ids) - 1, 0.0)))
     assert cut == ["è", "→", "x", "\N{REPLACEMENT CHARACTER}"], "what is never completed is shown at the end"
 
 
 def test_a_prompt_that_fills_the_context_is_refused(runs):
     ready = open_model(runs / "textbook", device="cpu")
     with pytest.raises(UserError, match="max_seq_len"):
-        next(continue_text(InferenceEngine(ready.model), ready.tokenizer, "fever " * 400, SamplingParams(5)))
+        next(continue_text(InferenceEngine(ready.model), ready.tokenizer, "fever " * 400, SamplingParams(max_new_tokens=5)))
     text = "fever " * 20
     room = 160 - 1 - len(ready.tokenizer.encode(text))
     assert room > 0
 
     def continued(new_tokens: int) -> str:
-        return "".join(continue_text(InferenceEngine(ready.model), ready.tokenizer, text, SamplingParams(new_tokens, 0.0)))
+        sampling = SamplingParams(max_new_tokens=new_tokens, temperature=0)
+        return "".join(continue_text(InferenceEngine(ready.model), ready.tokenizer, text, sampling))
 
     assert continued(10_000) == continued(room), "new tokens are cut to what is left"
 

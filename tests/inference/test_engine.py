@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import gc
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,12 +12,13 @@ import torch
 from osler.errors import UserError
 from osler.inference.engine import InferenceEngine
 from osler.inference.recompute import generate_by_recompute
-from osler.inference.rollout import Rollout, SamplingParams
+from osler.inference.rollout import Rollout
 from osler.model.config import ModelConfig
 from osler.model.decoder import Decoder
 from osler.model.kv_cache import cache_dtype
 from osler.model.transformer import Transformer
 from osler.ops.cross_entropy import linear_logprobs
+from osler.ops.sampling_params import SamplingParams
 
 PLAIN = ModelConfig(
     num_layers=2,
@@ -31,17 +32,19 @@ PLAIN = ModelConfig(
 )
 CONFIGS = {
     "grouped": PLAIN,
-    "one-kv-head": dataclasses.replace(PLAIN, num_kv_heads=1),
-    "multi-head": dataclasses.replace(PLAIN, num_kv_heads=4),
-    "head-dim-72": dataclasses.replace(PLAIN, head_dim=72, num_heads=2, num_kv_heads=1),
-    "norm-weights": dataclasses.replace(PLAIN, norm_weight=True, qk_norm_weight=True),
-    "tied": dataclasses.replace(PLAIN, tie_embeddings=True, head_init="normal"),
-    "factorized": dataclasses.replace(PLAIN, embed_rank=16),
-    "tied-factorized": dataclasses.replace(PLAIN, tie_embeddings=True, head_init="normal", embed_rank=16),
-    "unpadded-vocab": dataclasses.replace(PLAIN, vocab_size=128),
+    "one-kv-head": replace(PLAIN, num_kv_heads=1),
+    "multi-head": replace(PLAIN, num_kv_heads=4),
+    "head-dim-72": replace(PLAIN, head_dim=72, num_heads=2, num_kv_heads=1),
+    "norm-weights": replace(PLAIN, norm_weight=True, qk_norm_weight=True),
+    "tied": replace(PLAIN, tie_embeddings=True, head_init="normal"),
+    "factorized": replace(PLAIN, embed_rank=16),
+    "tied-factorized": replace(PLAIN, tie_embeddings=True, head_init="normal", embed_rank=16),
+    "unpadded-vocab": replace(PLAIN, vocab_size=128),
 }
 PROMPTS = [[1, 2, 3], [4, 5, 6, 7, 8, 9, 10], [3], [1, 2, 3]]
 STOP_IDS = (1, 2, 30)
+SAMPLING = SamplingParams(max_new_tokens=24, stop_ids=STOP_IDS, seed=5)
+GREEDY = SamplingParams(max_new_tokens=8, temperature=0)
 SETTINGS: dict[str, dict[str, Any]] = {
     "greedy": {"temperature": 0.0},
     "plain": {},
@@ -72,10 +75,20 @@ def assert_same(a: Rollout, b: Rollout) -> None:
         assert (kept_a is None and kept_b is None) or torch.equal(kept_a, kept_b)
 
 
-def draw(model: Transformer, prompts: list[list[int]] = PROMPTS, **changes: Any) -> Rollout:
-    engine = {name: changes.pop(name) for name in ("max_rows", "poll_steps", "dtype") if name in changes}
-    asked: dict[str, Any] = {"samples_per_prompt": 3, "max_new_tokens": 24, "stop_ids": STOP_IDS, "seed": 5}
-    return InferenceEngine(model, **engine).generate(prompts, **{**asked, **changes})
+def draw(
+    model: Transformer, prompts: list[list[int]] = PROMPTS, *, samples: int = 3, first_row: int = 0, **changes: Any
+) -> Rollout:
+    engine = InferenceEngine(
+        model, **{name: changes.pop(name) for name in ("max_rows", "poll_steps", "dtype") if name in changes}
+    )
+    return engine.generate(prompts, replace(SAMPLING, **changes), samples_per_prompt=samples, first_row=first_row)
+
+
+def recompute(
+    model: Transformer, prompts: list[list[int]] = PROMPTS, *, samples: int = 3, first_row: int = 0, **changes: Any
+) -> Rollout:
+    sampling = replace(SAMPLING, **changes)
+    return generate_by_recompute(model, prompts, sampling, samples_per_prompt=samples, first_row=first_row)
 
 
 # ---- against the plain loop
@@ -84,16 +97,13 @@ def draw(model: Transformer, prompts: list[list[int]] = PROMPTS, **changes: Any)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_engine_draws_what_the_plain_loop_draws(name: str) -> None:
     model = build(CONFIGS[name])
-    sampling = SamplingParams(max_new_tokens=24, stop_ids=STOP_IDS, seed=5)
-    assert_same(draw(model, poll_steps=2), generate_by_recompute(model, PROMPTS, sampling, samples_per_prompt=3))
+    assert_same(draw(model, poll_steps=2), recompute(model))
 
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_engine_draws_what_the_plain_loop_draws_with(name: str) -> None:
     model = build(PLAIN)
-    sampling = SamplingParams(max_new_tokens=24, stop_ids=STOP_IDS, seed=5, **SETTINGS[name])
-    expected = generate_by_recompute(model, PROMPTS, sampling, samples_per_prompt=3)
-    assert_same(draw(model, poll_steps=3, **SETTINGS[name]), expected)
+    assert_same(draw(model, poll_steps=3, **SETTINGS[name]), recompute(model, **SETTINGS[name]))
 
 
 def test_a_part_of_a_call_draws_what_the_whole_draws() -> None:
@@ -101,8 +111,7 @@ def test_a_part_of_a_call_draws_what_the_whole_draws() -> None:
     whole = draw(model)
     part = draw(model, prompts=PROMPTS[1:], first_row=3)
     assert part.completions == whole.completions[3:] != draw(model, prompts=PROMPTS[1:]).completions
-    sampling = SamplingParams(max_new_tokens=24, stop_ids=STOP_IDS, seed=5, first_row=3)
-    assert_same(part, generate_by_recompute(model, PROMPTS[1:], sampling, samples_per_prompt=3))
+    assert_same(part, recompute(model, PROMPTS[1:], first_row=3))
 
 
 @pytest.mark.parametrize("name", [*SETTINGS])
@@ -131,25 +140,25 @@ def test_logprobs_equal_a_full_forward(name: str) -> None:
 @pytest.mark.parametrize("name", ["plain", "top-p"])
 def test_polling_compaction_and_waves_change_nothing(changes: dict[str, int], name: str) -> None:
     model = build(PLAIN)
-    expected = draw(model, samples_per_prompt=6, **SETTINGS[name])
+    expected = draw(model, samples=6, **SETTINGS[name])
     lengths = {len(completion) for completion in expected.completions}
     assert len(lengths) > 5, "rows must end at different steps, or compaction is not exercised"
-    assert_same(draw(model, samples_per_prompt=6, **changes, **SETTINGS[name]), expected)
+    assert_same(draw(model, samples=6, **changes, **SETTINGS[name]), expected)
 
 
 def test_a_row_draws_the_same_whatever_shares_its_batch() -> None:
     model = build(PLAIN)
-    together = draw(model, [[1, 2, 3], [4, 5, 6, 7, 8, 9, 10, 11, 12], [3]], samples_per_prompt=1)
-    first = draw(model, [[1, 2, 3]], samples_per_prompt=1)
+    together = draw(model, [[1, 2, 3], [4, 5, 6, 7, 8, 9, 10, 11, 12], [3]], samples=1)
+    first = draw(model, [[1, 2, 3]], samples=1)
     assert together.completions[0] == first.completions[0]
-    other_neighbours = draw(model, [[1, 2, 3], [9], [40, 41]], samples_per_prompt=1)
+    other_neighbours = draw(model, [[1, 2, 3], [9], [40, 41]], samples=1)
     assert other_neighbours.completions[0] == first.completions[0]
 
 
 def test_samples_of_one_prompt_equal_that_many_prompts() -> None:
     model = build(PLAIN)
-    shared = draw(model, PROMPTS[:2], samples_per_prompt=4)
-    separate = draw(model, [PROMPTS[0]] * 4 + [PROMPTS[1]] * 4, samples_per_prompt=1)
+    shared = draw(model, PROMPTS[:2], samples=4)
+    separate = draw(model, [PROMPTS[0]] * 4 + [PROMPTS[1]] * 4, samples=1)
     assert_same(shared, separate)
     assert len({tuple(completion) for completion in shared.completions[:4]}) > 1
 
@@ -163,26 +172,25 @@ def test_seeds_repeat_and_differ() -> None:
 def test_the_engine_follows_the_weights_of_the_model() -> None:
     model = build(PLAIN)
     engine = InferenceEngine(model)
-    before = engine.generate(PROMPTS, max_new_tokens=8, temperature=0)
+    before = engine.generate(PROMPTS, GREEDY)
     model.load_state_dict(build(PLAIN, seed=1).state_dict())
-    after = engine.generate(PROMPTS, max_new_tokens=8, temperature=0)
+    after = engine.generate(PROMPTS, GREEDY)
     assert before.completions != after.completions
-    assert_same(after, InferenceEngine(model).generate(PROMPTS, max_new_tokens=8, temperature=0))
+    assert_same(after, InferenceEngine(model).generate(PROMPTS, GREEDY))
 
 
 def test_no_copy_of_the_weights_outlives_a_call() -> None:
-    InferenceEngine(build(PLAIN)).generate(PROMPTS, max_new_tokens=2)
+    InferenceEngine(build(PLAIN)).generate(PROMPTS, GREEDY)
     assert not [thing for thing in gc.get_objects() if type(thing) is Decoder]
 
 
 def test_a_stream_is_the_first_row_of_generate() -> None:
     model = build(PLAIN)
-    asked: dict[str, Any] = {"max_new_tokens": 24, "stop_ids": STOP_IDS, "seed": 5}
     for prompt in PROMPTS:
-        streamed = list(InferenceEngine(model).stream(prompt, **asked))
-        assert streamed == InferenceEngine(model).generate([prompt], **asked).completions[0]
+        streamed = list(InferenceEngine(model).stream(prompt, SAMPLING))
+        assert streamed == InferenceEngine(model).generate([prompt], SAMPLING).completions[0]
     with torch.enable_grad():
-        for _ in InferenceEngine(model).stream(PROMPTS[0], **asked):
+        for _ in InferenceEngine(model).stream(PROMPTS[0], SAMPLING):
             assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
 
 
@@ -206,7 +214,7 @@ def test_bf16_logprobs_are_near_those_of_a_bf16_forward() -> None:
 
 
 def test_completions_end_with_their_first_stop_token_or_at_the_limit() -> None:
-    rollout = draw(build(PLAIN), samples_per_prompt=8)
+    rollout = draw(build(PLAIN), samples=8)
     assert 0 < sum(rollout.finished) < len(rollout.finished)
     assert rollout.num_tokens == sum(map(len, rollout.completions))
     for completion, logprobs, finished in zip(rollout.completions, rollout.logprobs, rollout.finished, strict=True):
@@ -218,26 +226,26 @@ def test_completions_end_with_their_first_stop_token_or_at_the_limit() -> None:
 
 def test_a_stop_on_the_first_and_on_the_last_possible_token() -> None:
     model = build(PLAIN)
-    first = InferenceEngine(model).generate([[1]], max_new_tokens=5, temperature=0).completions[0]
-    for position in (0, 4):
+    first = InferenceEngine(model).generate([[1]], GREEDY).completions[0]
+    for position in (0, GREEDY.max_new_tokens - 1):
         stop = first[position]
-        rollout = InferenceEngine(model, poll_steps=1).generate([[1]], max_new_tokens=5, temperature=0, stop_ids=[stop])
+        rollout = InferenceEngine(model, poll_steps=1).generate([[1]], replace(GREEDY, stop_ids=(stop,)))
         assert rollout.completions[0] == first[: first.index(stop) + 1]
         assert rollout.finished == [True]
-    assert InferenceEngine(model).generate([[1]], max_new_tokens=1).finished == [False]
+    assert InferenceEngine(model).generate([[1]], SamplingParams(max_new_tokens=1)).finished == [False]
 
 
 def test_padding_of_the_vocabulary_is_never_drawn() -> None:
     model = build(PLAIN)
     with torch.no_grad():
         model.lm_head.weight[PLAIN.vocab_size :] *= 100  # would win by far
-    rollout = draw(model, stop_ids=(), samples_per_prompt=8, temperature=5.0)
+    rollout = draw(model, stop_ids=(), samples=8, temperature=5.0)
     assert max(max(completion) for completion in rollout.completions) < PLAIN.vocab_size
-    assert_same(draw(build(PLAIN), stop_ids=(), samples_per_prompt=8, temperature=5.0), rollout)
+    assert_same(draw(build(PLAIN), stop_ids=(), samples=8, temperature=5.0), rollout)
 
 
 def test_no_prompts_no_rows() -> None:
-    assert InferenceEngine(build(PLAIN)).generate([], max_new_tokens=4).completions == []
+    assert InferenceEngine(build(PLAIN)).generate([], GREEDY).completions == []
 
 
 @pytest.mark.parametrize(
@@ -247,10 +255,8 @@ def test_no_prompts_no_rows() -> None:
         ([[1] * 50], {}, ["50 tokens", "24 new", "max_seq_len 64", "at most 14"]),
         ([[1, 50]], {}, ["id 50", "0 to 49"]),
         ([[-1]], {}, ["id -1"]),
-        ([[1]], {"stop_ids": [64]}, ["Stop id 64"]),
-        ([[1]], {"max_new_tokens": 0}, ["max_new_tokens is 0"]),
-        ([[1]], {"samples_per_prompt": 0}, ["samples_per_prompt is 0"]),
-        ([[1]], {"temperature": -0.1}, ["temperature"]),
+        ([[1]], {"stop_ids": (64,)}, ["Stop id 64"]),
+        ([[1]], {"samples": 0}, ["samples_per_prompt is 0"]),
         ([[1]], {"max_rows": 0}, ["max_rows is 0"]),
     ],
 )
@@ -263,6 +269,5 @@ def test_mistakes_are_named(prompts: list[list[int]], changes: dict[str, Any], w
 
 def test_the_whole_length_of_the_model_can_be_used() -> None:
     model = build(PLAIN)
-    sampling = SamplingParams(max_new_tokens=14, seed=5)
-    expected = generate_by_recompute(model, [[1] * 50], sampling)
-    assert_same(draw(model, [[1] * 50], samples_per_prompt=1, max_new_tokens=14, stop_ids=()), expected)
+    asked: dict[str, Any] = {"samples": 1, "max_new_tokens": 14, "stop_ids": ()}
+    assert_same(draw(model, [[1] * 50], **asked), recompute(model, [[1] * 50], **asked))

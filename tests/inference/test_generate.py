@@ -10,6 +10,7 @@ from osler.inference.engine import InferenceEngine
 from osler.inference.generate import stream_answer
 from osler.model.config import ModelConfig
 from osler.model.transformer import Transformer
+from osler.ops.sampling_params import SamplingParams
 from osler.tokenizer.bpe import Tokenizer
 from osler.tokenizer.chat import encode_prompt, parse_completion
 
@@ -36,9 +37,9 @@ def engine(tokenizer: Tokenizer) -> InferenceEngine:
 @pytest.mark.parametrize("seed", range(6))
 def test_pieces_add_up_to_the_completion(engine: InferenceEngine, tokenizer: Tokenizer, seed: int, reasoning: bool) -> None:
     prompt = encode_prompt(tokenizer, "What is it?", reasoning=reasoning)
-    asked = {"max_new_tokens": 100, "temperature": 1.5, "seed": seed}
-    ids = engine.generate([prompt], stop_ids=[tokenizer.eos_id], **asked).completions[0]
-    pieces = list(stream_answer(engine, tokenizer, "What is it?", reasoning=reasoning, **asked))
+    sampling = SamplingParams(max_new_tokens=100, temperature=1.5, stop_ids=(tokenizer.eos_id,), seed=seed)
+    ids = engine.generate([prompt], sampling).completions[0]
+    pieces = list(stream_answer(engine, tokenizer, "What is it?", sampling, reasoning=reasoning))
     assert all(piece.text for piece in pieces)
     completion = parse_completion(tokenizer, ids, reasoning=reasoning)
     shown = {part: "".join(p.text for p in pieces if p.part == part) for part in ("thinking", "answer")}
@@ -53,7 +54,7 @@ def test_pieces_add_up_to_the_completion(engine: InferenceEngine, tokenizer: Tok
 
 def test_a_question_that_leaves_no_room_is_refused(engine: InferenceEngine, tokenizer: Tokenizer) -> None:
     with pytest.raises(UserError, match="max_seq_len 128"):
-        list(stream_answer(engine, tokenizer, "x!" * 200))
+        list(stream_answer(engine, tokenizer, "x!" * 200, SamplingParams()))
     short = "?" * (127 - len(encode_prompt(tokenizer, "")))
     room = 128 - len(encode_prompt(tokenizer, short))
-    assert room >= 1 and sum(1 for _ in stream_answer(engine, tokenizer, short, max_new_tokens=500)) <= room
+    assert room >= 1 and sum(1 for _ in stream_answer(engine, tokenizer, short, SamplingParams(max_new_tokens=500))) <= room

@@ -8,6 +8,7 @@ import torch
 from osler.inference.engine import InferenceEngine
 from osler.model.config import ModelConfig
 from osler.model.transformer import Transformer
+from osler.ops.sampling_params import SamplingParams
 from osler.rl.config import AlgorithmConfig
 from osler.rl.step import Row, completion_logprobs, update_policy
 
@@ -36,13 +37,12 @@ def sample_rows(model, *, sampler=(1.0, None, 1.0), max_rows=64, poll_steps=16, 
     generator = torch.Generator().manual_seed(1)
     prompts = [torch.randint(4, VOCAB, (length,), generator=generator).tolist() for length in (2, 7, 5)]
     temperature, top_k, top_p = sampler
-    drawn = InferenceEngine(model, max_rows=max_rows, poll_steps=poll_steps).generate(
-        prompts, samples_per_prompt=4, max_new_tokens=20, temperature=temperature, top_k=top_k, top_p=top_p,
-        stop_ids=STOPS, seed=5,
-    )  # fmt: skip
+    sampling = SamplingParams(max_new_tokens=20, temperature=temperature, top_k=top_k, top_p=top_p, stop_ids=tuple(STOPS), seed=5)
+    engine = InferenceEngine(model, max_rows=max_rows, poll_steps=poll_steps)
+    drawn = engine.generate(prompts, sampling, samples_per_prompt=4)
     values = [0.5, -0.5, 1.0, -1.0] * 3 if advantage is None else [advantage] * 12
-    keep = drawn.packed_masks or [None] * 12
-    return [Row(prompts[r // 4], ids, drawn.logprobs[r], values[r], keep[r]) for r, ids in enumerate(drawn.completions)]
+    masks = drawn.packed_masks or [None] * 12
+    return [Row(prompts[r // 4], ids, drawn.logprobs[r], values[r], masks[r]) for r, ids in enumerate(drawn.completions)]
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)

@@ -14,6 +14,7 @@ import torch
 from osler.inference.engine import InferenceEngine
 from osler.model.config import ModelConfig
 from osler.model.transformer import Transformer
+from osler.ops.sampling_params import SamplingParams
 from osler.optim.build import build_optimizer
 from osler.optim.config import AdamWConfig
 from osler.rl.advantages import group_advantages
@@ -44,10 +45,8 @@ def train(*, steps, reward=right_frac):
     engine = InferenceEngine(model)
 
     def draw(questions, samples, seed):
-        return engine.generate(
-            [[*question, GO] for question in questions], samples_per_prompt=samples, max_new_tokens=LENGTH + 1,
-            stop_ids=[END], seed=seed,
-        )  # fmt: skip
+        sampling = SamplingParams(max_new_tokens=LENGTH + 1, stop_ids=(END,), seed=seed)
+        return engine.generate([[*question, GO] for question in questions], sampling, samples_per_prompt=samples)
 
     def true_score():
         questions = [[a, b, c] for a in range(SYMBOLS) for b in range(SYMBOLS) for c in range(SYMBOLS)]

@@ -1,4 +1,4 @@
-"""Drawing tokens: the random numbers, the distribution, and what top-k and top-p keep."""
+"""Drawing tokens: the random numbers, the distribution, and what top-k and top-p leave to draw from."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from osler.errors import UserError
-from osler.ops.sampling import check_sampling, pack_mask, row_uniform, sample, sampling_mask, unpack_mask
-from osler.ops.temperature import COLDEST
+from osler.ops.sampling import pack_mask, row_uniform, sample, sampling_mask, unpack_mask
+from osler.ops.sampling_params import COLDEST, SamplingParams
 
 
 def chi_square_limit(cells: int) -> float:
@@ -67,9 +66,9 @@ def test_draws_follow_the_softmax(vocab: int, temperature: float) -> None:
     logits = torch.randn(vocab, generator=torch.Generator().manual_seed(vocab)) * 1.5
     draws = 60_000
     u = row_uniform(0, torch.arange(draws), torch.zeros(1, dtype=torch.int64))
-    token, logp, keep = sample(logits.expand(draws, -1), u, temperature=temperature)
+    token, logp, mask = sample(logits.expand(draws, -1), u, SamplingParams(temperature=temperature))
     expected = (logits.double() / temperature).softmax(-1)
-    assert keep is None
+    assert mask is None
     assert chi_square(torch.bincount(token, minlength=vocab).double(), expected * draws) < chi_square_limit(vocab)
     torch.testing.assert_close(logp, expected.log()[token].float(), atol=1e-5, rtol=0)
 
@@ -77,7 +76,7 @@ def test_draws_follow_the_softmax(vocab: int, temperature: float) -> None:
 def test_a_token_is_the_inverse_of_the_cumulative_distribution() -> None:
     logits = torch.randn(50, 200, generator=torch.Generator().manual_seed(0)) * 3
     u = row_uniform(5, torch.arange(50), torch.zeros(1, dtype=torch.int64))
-    token = sample(logits, u)[0]
+    token = sample(logits, u, SamplingParams())[0]
     end = logits.double().softmax(-1).cumsum(-1)
     assert torch.equal(token, (end <= u[:, None]).sum(-1))
 
@@ -86,21 +85,21 @@ def test_impossible_tokens_are_never_drawn_at_either_end_of_the_unit_interval() 
     logits = torch.full((4, 200), -torch.inf)
     logits[:, [3, 100, 150]] = torch.tensor([0.0, 1.0, -20.0])
     u = torch.tensor([0.0, 1 - 2**-53, 0.5, 1 - 2**-24], dtype=torch.float64)
-    token, logp, _ = sample(logits, u)
+    token, logp, _ = sample(logits, u, SamplingParams())
     assert token[0] == 3 and token[1] == 150
     assert bool(torch.isin(token, torch.tensor([3, 100, 150])).all()) and bool(logp.isfinite().all())
 
 
 def test_the_coldest_temperature_takes_the_likeliest() -> None:
     logits = 50 * torch.randn(8, 130)
-    token, logp, _ = sample(logits, torch.rand(8), temperature=COLDEST, top_p=0.9)
+    token, logp, _ = sample(logits, torch.rand(8), SamplingParams(temperature=COLDEST, top_p=0.9))
     assert torch.equal(token, logits.argmax(-1)) and torch.equal(logp, torch.zeros(8))
 
 
 def test_temperature_zero_takes_the_likeliest_and_reports_it_at_temperature_one() -> None:
     logits = torch.randn(8, 40, generator=torch.Generator().manual_seed(1))
-    token, logp, keep = sample(logits, torch.rand(8), temperature=0, top_k=3, top_p=0.5)
-    assert torch.equal(token, logits.argmax(-1)) and keep is None
+    token, logp, mask = sample(logits, torch.rand(8), SamplingParams(temperature=0, top_k=3, top_p=0.5))
+    assert torch.equal(token, logits.argmax(-1)) and mask is None
     torch.testing.assert_close(logp, logits.log_softmax(-1).amax(-1))
 
 
@@ -111,33 +110,33 @@ def test_temperature_zero_takes_the_likeliest_and_reports_it_at_temperature_one(
 @given(
     vocab=st.integers(2, 80),
     top_k=st.none() | st.integers(1, 100),
-    top_p=st.none() | st.floats(0.01, 1.0),
+    top_p=st.floats(0.01, 1.0) | st.just(1.0),
     temperature=st.floats(0.2, 3.0),
     seed=st.integers(0, 1000),
 )
-def test_kept_set_is_the_smallest_of_the_likeliest(
-    vocab: int, top_k: int | None, top_p: float | None, temperature: float, seed: int
+def test_mask_is_the_smallest_of_the_likeliest(
+    vocab: int, top_k: int | None, top_p: float, temperature: float, seed: int
 ) -> None:
     logits = torch.randn(5, vocab, generator=torch.Generator().manual_seed(seed)) * 3
     u = row_uniform(seed, torch.arange(5), torch.zeros(1, dtype=torch.int64))
-    token, logp, keep = sample(logits, u, temperature=temperature, top_k=top_k, top_p=top_p)
-    if keep is None:
-        assert (top_k is None or top_k >= vocab) and (top_p is None or top_p >= 1)
+    token, logp, mask = sample(logits, u, SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p))
+    if mask is None:
+        assert (top_k is None or top_k >= vocab) and top_p == 1
         return
     scaled = logits.double() / temperature
-    assert bool(keep.gather(1, token[:, None]).all())
-    expected = scaled.masked_fill(~keep, -torch.inf).log_softmax(-1).gather(1, token[:, None])[:, 0]
+    assert bool(mask.gather(1, token[:, None]).all())
+    expected = scaled.masked_fill(~mask, -torch.inf).log_softmax(-1).gather(1, token[:, None])[:, 0]
     torch.testing.assert_close(logp.double(), expected, atol=1e-5, rtol=0)
-    for row, kept in zip(scaled, keep, strict=True):
+    for row, kept in zip(scaled, mask, strict=True):
         count = int(kept.sum())
         assert 1 <= count <= min(top_k or vocab, vocab)
         assert row[kept].min() >= row.masked_fill(kept, -torch.inf).max()
         mass = row.topk(min(top_k or vocab, vocab)).values.softmax(-1)
-        if top_p is None:
+        if top_p == 1:
             assert count == min(top_k or vocab, vocab)
         else:
             assert float(mass[: count - 1].sum()) < top_p + 1e-9
-            assert top_p >= 1 or float(mass[:count].sum()) >= top_p - 1e-6
+            assert float(mass[:count].sum()) >= top_p - 1e-6
 
 
 def test_top_p_counts_what_top_k_left() -> None:
@@ -146,31 +145,24 @@ def test_top_p_counts_what_top_k_left() -> None:
     assert sampling_mask(logits, top_p=0.5).tolist() == [[True, True, False, False]]
 
 
-def test_equal_logits_still_keep_exactly_k() -> None:
+def test_equal_logits_still_leave_exactly_k() -> None:
     assert sampling_mask(torch.zeros(3, 10), top_k=4).sum(-1).tolist() == [4, 4, 4]
 
 
 @settings(max_examples=30, deadline=None)
 @given(vocab=st.integers(1, 70), seed=st.integers(0, 100))
-def test_packing_a_kept_set_loses_nothing(vocab: int, seed: int) -> None:
-    keep = torch.rand(3, 2, vocab, generator=torch.Generator().manual_seed(seed)) < 0.4
-    packed = pack_mask(keep)
+def test_packing_a_mask_loses_nothing(vocab: int, seed: int) -> None:
+    mask = torch.rand(3, 2, vocab, generator=torch.Generator().manual_seed(seed)) < 0.4
+    packed = pack_mask(mask)
     assert packed.dtype == torch.uint8 and packed.shape == (3, 2, -(-vocab // 8))
-    assert torch.equal(unpack_mask(packed, vocab), keep)
+    assert torch.equal(unpack_mask(packed, vocab), mask)
 
 
 @pytest.mark.parametrize(
-    ("temperature", "top_k", "top_p", "word"),
-    [
-        (-1.0, None, None, "temperature"),
-        (math.nan, None, None, "temperature"),
-        (math.inf, None, None, "temperature"),
-        (1e-40, None, None, "give 0 .* or a number of at least 1e-30"),
-        (1.0, 0, None, "top_k"),
-        (1.0, None, 0.0, "top_p"),
-        (1.0, None, 1.5, "top_p"),
-    ],
-)
-def test_meaningless_settings_are_refused(temperature: float, top_k: int | None, top_p: float | None, word: str) -> None:
-    with pytest.raises(UserError, match=word):
-        check_sampling(temperature, top_k, top_p)
+    ("name", "value"),
+    [*(("temperature", value) for value in (-1.0, math.nan, math.inf, 1e-40)), ("top_k", 0), ("top_p", 0.0), ("top_p", 1.5),
+     ("max_new_tokens", 0)],
+)  # fmt: skip
+def test_meaningless_parameters_are_refused_by_name(name: str, value: float) -> None:
+    with pytest.raises(ValueError, match=name):
+        SamplingParams(**{name: value})

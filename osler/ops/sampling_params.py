@@ -1,0 +1,35 @@
+"""How tokens are drawn, as one object from the command line to the kernel. Torch-free, because configurations use it too."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated
+
+from osler.config import Gt, Le, PositiveInt, config
+
+COLDEST = 1e-30  # a logit divided by less may leave the range of fp32, and what is drawn is no number
+
+
+@config
+class SamplingParams:
+    """The defaults draw from the model's own distribution; a row ends with a stop token or after ``max_new_tokens``."""
+
+    max_new_tokens: PositiveInt = 128  # tokens of a completion at most, its stop token included
+    temperature: float = 1.0  # 0 takes the likeliest token
+    top_k: PositiveInt | None = None  # draw from so many likeliest tokens; None: from all
+    top_p: Annotated[float, Gt(0), Le(1)] = 1.0  # draw from the fewest likeliest tokens that have this share of the probability
+    stop_ids: tuple[int, ...] = ()  # tokens that end a row
+    seed: int = 0  # the same seed gives a row the same random numbers, whatever shares its batch
+
+    def __post_init__(self) -> None:
+        check_temperature(self.temperature)
+
+    def truncates(self, vocab_size: int) -> bool:
+        """Return whether tokens are drawn from a part of the vocabulary."""
+        return self.temperature > 0 and (self.top_p < 1 or (self.top_k is not None and self.top_k < vocab_size))
+
+
+def check_temperature(temperature: float) -> None:
+    """Raise ValueError unless a temperature is 0 or a number that logits can be divided by."""
+    if temperature != 0 and not COLDEST <= temperature < math.inf:
+        raise ValueError(f"temperature is {temperature}: give 0 (always the likeliest token), or a number of at least {COLDEST}")
