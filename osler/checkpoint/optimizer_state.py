@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from osler.errors import UserError
-from osler.runtime.sharded import part_of
+from osler.runtime.sharded import shard_like
 
 NamedParameters = Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]
 
@@ -136,5 +136,5 @@ def _place(key: str, value: Any, parameter: Tensor, step_on_device: bool) -> Any
     if key == "step" and value.dim() == 0 and not step_on_device:
         return value.clone()  # unless fused, torch counts steps on the CPU
     if value.shape == parameter.shape:
-        return torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(part_of(value, parameter))
+        return torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(shard_like(value, parameter))
     return value.to(parameter.device, copy=True)

@@ -1,8 +1,8 @@
 """What this machine can do: the device, the number format that pays on it, its peak speed.
 
 Nothing is assumed from a name when it can be tried: bf16 is timed against fp32.
-Answers are kept for the life of the process. A run stores what it resolved, because two trials on a busy machine may
-disagree, and a resumed run must not change its arithmetic. Nothing happens on import.
+Answers are cached for the life of the process. A run stores what it resolved, because two trials on a busy machine may disagree,
+and a resumed run must not change its arithmetic. Nothing happens on import.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from torch import Tensor
 
 from osler.errors import UserError
 
-# Dense bf16 FLOP/s from the makers' data sheets (fp16 where a card has no bf16); the first name found in the device's
-# name wins, so longer names stand before the names they contain.
+# Dense bf16 FLOP/s from the data sheets (fp16 where a card has no bf16). The first entry found in the device's name wins, so
+# longer names stand before the names they contain.
 PEAK_FLOPS: tuple[tuple[str, float], ...] = (
     ("GB200", 2500e12),
     ("B200", 2250e12),
@@ -54,15 +54,15 @@ PEAK_FLOPS: tuple[tuple[str, float], ...] = (
     ("MI250X", 383e12),
 )
 
-# What the activations are in; see parallel/parallelize.py for how the precisions differ otherwise.
+# The dtype of the activations; parallel/parallelize.py has what else a precision means.
 PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32, "pure-bf16": torch.bfloat16, "fp8": torch.bfloat16}
 
 _BF16_TRIAL_SECONDS = 0.6  # long enough to find quiet moments on a busy machine
-_BF16_GAIN = 1.2  # below this the cast of the weights, which the trial leaves out, eats the gain
+_BF16_GAIN = 1.2  # a smaller gain is lost to the cast of the weights, which the trial leaves out
 
 
 def pick_device(name: str) -> torch.device:
-    """The device for ``auto``, ``cpu``, ``cuda`` or ``cuda:N``; raises UserError when it is not there."""
+    """Return the device for ``auto``, ``cpu``, ``cuda`` or ``cuda:N``; raises UserError when it is not there."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     kind, _, index = name.partition(":")
@@ -78,7 +78,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype to compute in for a precision; ``auto`` takes bf16 where it is faster."""
+    """Return the dtype to compute in for a precision; ``auto`` is bf16 where that is faster, fp32 elsewhere."""
     if name == "auto":
         return torch.bfloat16 if bf16_pays(device) else torch.float32
     try:
@@ -88,7 +88,7 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def bf16_pays(device: torch.device) -> bool:
-    """Whether the matrix products of a training step are clearly faster in bf16 than in fp32 (under a second, once)."""
+    """Return whether a training step's matrix products are clearly faster in bf16 than in fp32. Takes a second, once."""
     return _bf16_pays(str(device), torch.get_num_threads())
 
 
@@ -101,7 +101,7 @@ def _bf16_pays(device: str, _threads: int) -> bool:
         trial()  # the first call pays for kernels and memory
     best = dict.fromkeys(trials, float("inf"))
     deadline = time.perf_counter() + _BF16_TRIAL_SECONDS
-    for round_number in itertools.count():  # in turns, and the best of each: both see the same quiet moments
+    for round_number in itertools.count():  # both take turns, so both get the quiet moments of a busy machine
         for dtype, trial in trials.items():
             best[dtype] = min(best[dtype], trial())
         if round_number >= 2 and time.perf_counter() > deadline:
@@ -110,7 +110,7 @@ def _bf16_pays(device: str, _threads: int) -> bool:
 
 
 def _linear_trial(device: str, dtype: torch.dtype) -> Callable[[], float]:
-    """The three products of one linear layer, forward and backward; the trial returns its seconds."""
+    """Return a function that times the three products of one linear layer, forward and backward, in seconds."""
     on_gpu = device.startswith("cuda")
     tokens, inputs, outputs = (8192, 1024, 4096) if on_gpu else (512, 256, 768)
     x = torch.full((tokens, inputs), 0.5, device=device, dtype=dtype)
@@ -130,20 +130,20 @@ def _linear_trial(device: str, dtype: torch.dtype) -> Callable[[], float]:
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Dense bf16 FLOP/s of the GPU by its data sheet, or None for a CPU or a card that is not in the table."""
+    """Return the dense bf16 FLOP/s of the GPU by its data sheet, or None for a CPU or a card that is not in the table."""
     if device.type != "cuda" or not torch.cuda.is_available():
         return None
     return peak_flops_of(torch.cuda.get_device_name(device))
 
 
 def peak_flops_of(gpu_name: str) -> float | None:
-    """Dense bf16 FLOP/s for a GPU's name as the driver spells it, for example ``NVIDIA H100 80GB HBM3``."""
+    """Return the dense bf16 FLOP/s for a GPU's name as the driver spells it, for example ``NVIDIA H100 80GB HBM3``."""
     words = f" {gpu_name.replace('-', ' ').replace('_', ' ')} "
     return next((flops for name, flops in PEAK_FLOPS if f" {name} " in words), None)
 
 
 def describe_machine() -> dict[str, Any]:
-    """What a time or a rounding depends on, for the record of whatever was measured: hardware, versions, threads.
+    """Return what times and roundings depend on, to keep beside a measurement: hardware, versions, threads.
 
     ``cores`` are those that this process may use; ``thread_variables`` are the environment's settings of OpenMP and MKL.
     """
@@ -164,7 +164,7 @@ def describe_machine() -> dict[str, Any]:
 
 
 def _processor() -> str:
-    """The processor's name as its maker gives it; where the system does not tell, its kind."""
+    """Return the processor's name, or its kind where the system does not tell the name."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
             name, _, value = line.partition(":")
@@ -174,27 +174,27 @@ def _processor() -> str:
 
 
 def _memory_bytes() -> int | None:
-    """The machine's memory; None where the system does not tell."""
+    """Return the machine's memory, or None where the system does not tell."""
     with contextlib.suppress(AttributeError, ValueError, OSError):
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return None
 
 
 def sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the host's on the device; a GPU copies it from pinned memory, so that the host need not wait for the copy."""
+    """Return a tensor of the host on the device, copied from pinned memory so that the host need not wait."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def keep_freed_memory() -> bool:
-    """Ask glibc to keep freed memory for reuse; returns whether it agreed (False on any other C library).
+    """Ask glibc to keep freed memory for reuse, and return whether it agreed; other C libraries are not asked.
 
-    By default glibc gives each large tensor its own mapping and returns it on free, so every step pays again for the
-    kernel's zeroing of first-touched pages; on virtual machines that can cost more than the arithmetic.
+    By default glibc maps memory for each large tensor and unmaps it on free, so the kernel zeroes new pages in every step; on
+    virtual machines that can cost more than the arithmetic.
     """
     if platform.libc_ver()[0] != "glibc":
         return False
     mallopt = ctypes.CDLL(None).mallopt
     trim_threshold, mmap_threshold, largest_int = -1, -3, 2**31 - 1
-    # Older glibc refuses thresholds above half a heap (32 MiB); then nothing larger than that is kept.
+    # Older versions of glibc refuse thresholds above half a heap (32 MiB); then nothing larger than that is kept.
     kept = any(mallopt(mmap_threshold, size) == 1 for size in (1 << 30, 32 << 20))
     return mallopt(trim_threshold, largest_int) == 1 and kept

@@ -1,11 +1,10 @@
 """Fault injection: break the program on purpose at a named place, to test that no work is lost.
 
-``OSLER_FAULT=stage:kind[:visits]`` makes visits of ``fault(stage)`` in this process fail: the first by default, the third with
-``3``, the third to fifth with ``3-5``, the third and all after it with ``3-``. Several faults are joined by commas. Kinds:
-``kill`` (SIGKILL to itself: no cleanup runs), ``sigterm`` and ``sigint`` (the polite signals, as a scheduler and a person send
-them), ``enospc`` (the error of a full disk), ``ioerror`` (the error of a failing one), ``crash`` (an error in the program
-itself), ``slow`` (a fifth of a second passes), ``nan`` (at a place that asks ``poisoned(stage)``: its numbers become NaN).
-Without the variable a visit costs one dictionary look-up and nothing else is read.
+``OSLER_FAULT=stage:kind[:visits]`` makes calls of ``fault(stage)`` in this process fail: the first by default, the third with
+``3``, the third to fifth with ``3-5``, the third and all after it with ``3-``. Commas separate several faults. Kinds: ``kill``
+(SIGKILL to itself: no cleanup runs), ``sigterm`` and ``sigint`` (as a scheduler and a person send them), ``enospc`` (the error of
+a full disk), ``ioerror`` (the error of a failing one), ``crash`` (a bug in the program), ``slow`` (a fifth of a second passes),
+``nan`` (where the code asks ``poisoned(stage)``, numbers become NaN). Without the variable a call costs one dictionary look-up.
 
 Stages: ``write-atomic`` (runtime/files.py); ``save-tensors``, ``save-state``, ``save-files``, ``save-manifest``, ``save-rename``,
 ``save-verify``, ``save-best``, ``rotate`` (checkpoint/); ``load-batch`` (data/loader.py); ``train-step``, ``train-loss``,
@@ -19,6 +18,7 @@ import os
 import re
 import signal
 import time
+from collections import Counter
 from typing import NamedTuple
 
 VARIABLE = "OSLER_FAULT"
@@ -28,7 +28,7 @@ KINDS = ("kill", *SIGNALS, *ERRORS, "crash", "slow", "nan")
 SLOW_SECONDS = 0.2
 _FAULT = re.compile(rf"([^:,]+):({'|'.join(KINDS)})(?::([1-9]\d*)(-(?:[1-9]\d*)?)?)?")
 
-_visits: dict[tuple[str, str], int] = {}
+visits: Counter[tuple[str, str]] = Counter()  # by the variable's value and the stage
 
 
 class InjectedError(RuntimeError):
@@ -36,7 +36,7 @@ class InjectedError(RuntimeError):
 
 
 class Fault(NamedTuple):
-    """One fault: where, what, and at which visits; ``last`` None is without end."""
+    """A fault of one kind at one stage, from the first visit to the last; None: to all that follow."""
 
     stage: str
     kind: str
@@ -49,7 +49,7 @@ def fault(stage: str) -> None:
     spec = os.environ.get(VARIABLE)
     if spec is None:
         return
-    for kind in _struck(spec, stage):
+    for kind in _due(spec, stage):
         if kind == "kill":
             if hasattr(signal, "SIGKILL"):
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -65,22 +65,21 @@ def fault(stage: str) -> None:
 
 
 def poisoned(stage: str) -> bool:
-    """Whether ``OSLER_FAULT`` wants the numbers of this visit to be NaN."""
+    """Return whether ``OSLER_FAULT`` turns the numbers of this visit into NaN."""
     spec = os.environ.get(VARIABLE)
-    return spec is not None and "nan" in _struck(spec, stage)
+    return spec is not None and "nan" in _due(spec, stage)
 
 
-def _struck(spec: str, stage: str) -> list[str]:
-    """Count one visit of the stage, and return the kinds of fault that fall on it."""
+def _due(spec: str, stage: str) -> list[str]:
+    """Count a visit of the stage, and return the kinds of fault that are due in it."""
     here = [each for each in parse(spec) if each.stage == stage]
-    if not here:
-        return []
-    visit = _visits[spec, stage] = _visits.get((spec, stage), 0) + 1
+    visits[spec, stage] += 1
+    visit = visits[spec, stage]
     return [each.kind for each in here if each.first <= visit and (each.last is None or visit <= each.last)]
 
 
 def parse(spec: str) -> list[Fault]:
-    """The faults of ``stage:kind[:visits]``, or several with commas between them; raises ValueError on anything else."""
+    """Return the faults that the variable's value describes; raises ValueError when it is malformed."""
     faults = []
     for part in spec.split(","):
         match = _FAULT.fullmatch(part)
@@ -93,8 +92,3 @@ def parse(spec: str) -> list[Fault]:
         last = start if rest is None else None if rest == "-" else int(rest[1:])
         faults.append(Fault(stage, kind, start, last))
     return faults
-
-
-def reset() -> None:
-    """Forget all visits, so that the same fault can strike again in this process."""
-    _visits.clear()

@@ -1,4 +1,4 @@
-"""How much memory this process holds, on its GPU or else on the host. Nothing here waits for the device."""
+"""How much memory this process holds, on its GPU or on the host. Nothing here waits for the device."""
 
 from __future__ import annotations
 
@@ -8,23 +8,21 @@ from pathlib import Path
 
 import torch
 
-_STATM = Path("/proc/self/statm")  # Linux only; elsewhere the peak alone is known
-
 
 def resident_bytes() -> int | None:
-    """What the process alone has resident now; None where the system does not tell.
+    """Return the process's resident memory without mapped files; None where the system does not tell, as outside of Linux.
 
-    Without the files that it maps, libraries and data: they grow as they are read, and give way when memory is short.
+    Mapped files, libraries and data, grow as they are read, and the system takes them out when memory is short.
     """
     try:
-        _, resident, mapped, *_ = map(int, _STATM.read_text().split())
+        _, resident, mapped, *_ = map(int, Path("/proc/self/statm").read_text().split())
         return (resident - mapped) * os.sysconf("SC_PAGE_SIZE")
     except (OSError, ValueError):
         return None
 
 
 def peak_bytes(device: torch.device) -> int | None:
-    """The most that the GPU's allocator, or else the process with the files it maps, has held; None where it is not told."""
+    """Return the most that the GPU's allocator has held, or on a CPU the process with mapped files; None where unknown."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:

@@ -1,14 +1,14 @@
-"""Other work on the same CPUs: how much of it there is, and how OpenMP's threads wait while it is there.
+"""Other work on the same CPUs: measure it, and let OpenMP's threads sleep instead of spin while it is there.
 
-The threads of a team wait for each other at the end of every parallel operation, thousands of times in a second, and they wait
-by spinning. Alone that is the fastest way. Beside other work it is the slowest: a thread that spins uses up its share of a CPU,
-and the system then takes the CPU away just when the thread could go on. ``benchmarks/bench_neighbour.py`` has the figures.
+The threads of a team wait for each other at the end of every parallel operation, thousands of times a second, and they wait by
+spinning. That is fastest on an idle machine and slowest beside other work: a spinning thread uses up its share of a CPU, and the
+system takes the CPU away just when the thread could go on. ``benchmarks/bench_neighbour.py`` has the figures.
 
-GNU's OpenMP (libgomp, which torch brings on Linux) spins only for a moment and then sleeps while it has more threads than there
-are CPUs. So as long as a neighbour is there, idle threads hold teams of their own. The team that computes keeps its size, so no
-result changes by a bit, and the way of waiting can change in the middle of a run.
+GNU's OpenMP (libgomp, which torch brings on Linux) spins only for a moment before it sleeps while it has more threads than there
+are CPUs. So idle threads hold teams of their own while other processes are busy. The team that computes keeps its size, so no bit
+of a result changes, and the way of waiting can change in the middle of a run.
 
-On other systems nothing happens here. Settings of the user's own (``OWN_SETTINGS``) are left alone.
+On other systems nothing happens. The user's own settings (``OWN_SETTINGS``) win.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 OWN_SETTINGS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
-LOOK_SECONDS = 0.5
-CROWDED_CPUS = 0.2  # more than the machine has, asked for by this process's threads and all others together
-CALM_LOOKS = 4  # in a row, before the threads spin again
+POLL_SECONDS = 0.5
+CROWDED_CPUS = 0.2  # by which this process's threads and all others together exceed the CPUs of a crowded machine
+CALM_POLLS = 4  # in a row, before the threads spin again
 PARALLEL_NUMEL = 1 << 20  # an operation on so many elements uses the whole team
 
 
 class CpuReading(NamedTuple):
-    """CPU time up to a moment, in seconds."""
+    """CPU seconds used up to a moment."""
 
     at: float  # of the monotonic clock
-    used: float  # by all processes, on the CPUs that this process may use; time that a hypervisor took away is part of it
+    used: float  # by all processes on the CPUs that this process may use, and by other machines of the same hypervisor
     own: float  # by this process
 
 
@@ -50,13 +50,13 @@ def read_cpus() -> CpuReading | None:
 
 
 def busy_elsewhere(before: CpuReading, after: CpuReading) -> float:
-    """How many CPUs other processes kept busy between two readings, on average."""
+    """Return how many CPUs other processes kept busy between two readings, on average."""
     seconds = after.at - before.at
     return max(0.0, after.used - before.used - (after.own - before.own)) / seconds if seconds > 0 else 0.0
 
 
 class IdleTeam:
-    """A team of OpenMP threads that sleeps until it is dismissed."""
+    """A team of OpenMP threads that sleeps until ``dismiss``."""
 
     def __init__(self) -> None:
         self._dismissed = threading.Event()
@@ -75,48 +75,48 @@ class IdleTeam:
         self._thread.join()
 
 
-class NeighbourWatch:
-    """Looks for other work every half second, and chooses how this process's threads wait."""
+class NeighbourMonitor:
+    """Measures other work every half second, and chooses how this process's threads wait."""
 
     def __init__(self) -> None:
         self.idle_teams: list[IdleTeam] = []
-        self._calm_looks = 0
+        self._calm_polls = 0
         self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="osler-neighbours", daemon=True)
+        self._thread = threading.Thread(target=self._poll, name="osler-neighbours", daemon=True)
 
     def start(self) -> None:
-        """Begin to look."""
+        """Begin to measure."""
         self._thread.start()
 
     def end(self) -> None:
-        """Look no more; the threads wait as usual again."""
+        """Stop measuring, and let the threads spin again."""
         self._ended.set()
         self._thread.join()
 
-    def _watch(self) -> None:
+    def _poll(self) -> None:
         before = read_cpus()
-        while before is not None and not self._ended.wait(LOOK_SECONDS):
+        while before is not None and not self._ended.wait(POLL_SECONDS):
             after = read_cpus()
             if after is None:
                 break
             if "torch" in sys.modules:
-                self.look(busy_elsewhere(before, after))
+                self.adapt(busy_elsewhere(before, after))
             before = after
         self._spin()
 
-    def look(self, elsewhere: float) -> None:
-        """Choose the way of waiting when other processes keep so many CPUs busy."""
+    def adapt(self, elsewhere: float) -> None:
+        """Choose the way of waiting while other processes keep so many CPUs busy."""
         import torch  # loaded already, or being loaded by another thread
 
         threads, cpus = torch.get_num_threads(), len(os.sched_getaffinity(0))
         if threads > 1 and threads + elsewhere > cpus + CROWDED_CPUS:
-            self._calm_looks = 0
+            self._calm_polls = 0
             # Each team has one thread that OpenMP did not start and so does not count.
             while 1 + (1 + len(self.idle_teams)) * (threads - 1) <= cpus:
                 self.idle_teams.append(IdleTeam())
         elif self.idle_teams:
-            self._calm_looks += 1
-            if self._calm_looks >= CALM_LOOKS:
+            self._calm_polls += 1
+            if self._calm_polls >= CALM_POLLS:
                 self._spin()
 
     def _spin(self) -> None:
@@ -126,13 +126,13 @@ class NeighbourWatch:
 
 @contextmanager
 def sharing_cpus() -> Iterator[None]:
-    """While entered, OpenMP's threads wait in the way that suits what else runs on these CPUs."""
+    """Let OpenMP's threads wait in the way that suits what else runs on these CPUs, for as long as the context lasts."""
     if any(name in os.environ for name in OWN_SETTINGS) or read_cpus() is None:
         yield
         return
-    watch = NeighbourWatch()
-    watch.start()
+    monitor = NeighbourMonitor()
+    monitor.start()
     try:
         yield
     finally:
-        watch.end()
+        monitor.end()

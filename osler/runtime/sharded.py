@@ -1,7 +1,7 @@
-"""Between tensors that are cut over the ranks (``DTensor``) and the whole ones that a checkpoint or an initialisation knows.
+"""From tensors that are sharded over the ranks (``DTensor``) to whole ones and back, for checkpoints and initialisation.
 
-A checkpoint is the same whoever wrote it, so it goes on with any number of ranks and any strategy. Plain tensors pass through
-unchanged. Exact: nothing is computed, parts are only put together and cut. The functions are collective.
+Whole tensors make a checkpoint independent of the ranks and the strategy that wrote it. Plain tensors pass through unchanged.
+Nothing is computed, so values stay exact. All ranks must call these functions together.
 """
 
 from __future__ import annotations
@@ -13,21 +13,22 @@ from torch import Tensor
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether a rank holds only its part (asked without importing ``torch.distributed.tensor``, which takes a second)."""
+    """Return whether a rank holds only its shard."""
+    # Importing torch.distributed.tensor to ask for the class would take a second.
     return hasattr(tensor, "full_tensor")
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The tensor that all ranks' parts make together."""
+    """Return the tensor that the shards of all ranks make together."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def gathered(
     tensors: Mapping[str, Tensor], *, keep: bool, to_host: Callable[[str, Tensor], Tensor] | None = None
 ) -> dict[str, Tensor]:
-    """Whole tensors, for the rank that keeps them; sharded ones are put together one at a time and leave the device at once.
+    """Return whole tensors on the rank that keeps them; sharded ones are gathered one at a time and copied to the host at once.
 
-    ``to_host(name, tensor)`` says how such a one leaves it; without, by a copy that is waited for.
+    ``to_host(name, tensor)`` makes that copy; by default it is waited for.
     """
     kept: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
@@ -39,29 +40,28 @@ def gathered(
     return kept
 
 
-def part_of(value: Tensor, like: Tensor) -> Tensor:
-    """This rank's part of a whole tensor, cut like ``like``; every rank gives the same ``value``, so none is sent."""
+def shard_like(value: Tensor, like: Tensor) -> Tensor:
+    """Return a whole tensor sharded like ``like``; every rank has the same ``value``, so nothing is sent."""
     if not is_sharded(like):
         return value
     from torch.distributed.tensor import DTensor, distribute_tensor
 
     assert isinstance(like, DTensor)
     value = value.to(like.device)
-    cut: Tensor = distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
-    return cut
+    return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
 
 
 @torch.no_grad()
 def put_whole(tensor: Tensor, value: Tensor) -> None:
-    """Copy a whole ``value`` into a tensor that may be cut: each rank takes its part."""
+    """Copy a whole ``value`` into a tensor that may be sharded."""
     if tensor.shape != value.shape:  # would be broadcast
         raise ValueError(f"a tensor of shape {tuple(tensor.shape)} cannot take one of {tuple(value.shape)}")
-    tensor.copy_(part_of(value, tensor))
+    tensor.copy_(shard_like(value, tensor))
 
 
 @torch.no_grad()
 def load_whole(model: torch.nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Load a state dict of whole tensors into a model whose own may be cut, one tensor at a time."""
+    """Load a state dict of whole tensors into a model that may be sharded, one tensor at a time."""
     own = model.state_dict()
     if own.keys() != tensors.keys():
         raise ValueError(f"the model and what is loaded differ in {', '.join(sorted(own.keys() ^ tensors.keys()))}")

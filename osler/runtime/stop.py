@@ -1,8 +1,8 @@
-"""Ctrl-C, SIGTERM and SIGHUP as a request: the loop finishes its step, saves, and leaves; a second signal leaves at once.
+"""Ctrl-C, SIGTERM and SIGHUP ask a run to stop: it finishes its step, saves, and ends; a second signal ends it at once.
 
-One request often comes twice: a terminal and a service manager signal a whole group of processes, and a launcher among them
-(``torchrun``, ``timeout``) passes on what it got. What follows the first signal closely is therefore the same request, and so is
-whatever arrives while the process leaves: it is deaf from then on, because an exception in its last moments only makes noise.
+One request often arrives twice: a terminal and a service manager signal a whole group of processes, and a launcher in that group
+(``torchrun``, ``timeout``) passes the signal on. A signal shortly after the first is therefore the same request. While the
+process ends, it ignores all signals, because an exception in its last moments would only make noise.
 """
 
 from __future__ import annotations
@@ -17,36 +17,35 @@ from types import FrameType, TracebackType
 
 logger = logging.getLogger(__name__)
 
-
 EXIT_STOPPED = 130  # a run that was asked to stop and saved; the same command goes on from there
 SAME_REQUEST_SECONDS = 0.5
 REQUESTS = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]  # Windows has no SIGHUP
 
 _entered: list[StopFlag] = []
-_leaving = False  # this process was asked to stop and ends
+_ending = False  # this process was asked to stop, and ends
 _interrupted = (0, 0.0)  # the signal that interrupted it last, and when by time.monotonic()
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM or SIGHUP: ends also what goes on after a Ctrl-C, as a chat does."""
+    """SIGTERM or SIGHUP, which also end what survives a Ctrl-C, such as a chat."""
 
 
 class AskedToStop(Exception):
-    """Raised, on every rank, by an evaluation that was left undone; what it had by then is no result."""
+    """An evaluation ended early, on every rank, because the run was asked to stop; it has no result."""
 
 
 def asked() -> bool:
-    """Whether this process was asked to stop and a StopFlag has heard it: signals are the whole process's, and so is this."""
+    """Return whether this process was asked to stop while a ``StopFlag`` was entered."""
     return any(flag.requested for flag in _entered)
 
 
 def hear_requests() -> dict[int, object]:
-    """From now on SIGTERM and SIGHUP interrupt the program as Ctrl-C does; where a StopFlag is entered, it hears all three.
+    """Let SIGTERM and SIGHUP interrupt the program as Ctrl-C does, and return the handlers before.
 
-    A signal that something else handles or ignores is left alone: ``nohup`` keeps its promise. Returns the handlers before.
+    An entered ``StopFlag`` handles all three instead. Signals that have a handler or are ignored stay so, as under ``nohup``.
     """
-    global _leaving, _interrupted
-    _leaving, _interrupted = False, (0, 0.0)
+    global _ending, _interrupted
+    _ending, _interrupted = False, (0, 0.0)
     if threading.current_thread() is not threading.main_thread():
         return {}
     standard = (signal.SIG_DFL, signal.default_int_handler)
@@ -55,7 +54,7 @@ def hear_requests() -> dict[int, object]:
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """``hear_requests`` inside, for a program that goes on afterwards."""
+    """Call ``hear_requests``, and undo it at the end, for a program that goes on."""
     before = hear_requests()
     try:
         yield
@@ -64,22 +63,22 @@ def interruptible() -> Iterator[None]:
 
 
 def ignore_requests() -> None:
-    """Make the process deaf to all requests, because it ends."""
-    global _leaving
-    _leaving = True
+    """Ignore all requests from here on, because the process ends."""
+    global _ending
+    _ending = True
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
     global _interrupted
     (last, when), now = _interrupted, time.monotonic()
-    if _leaving or (number == last and now - when <= SAME_REQUEST_SECONDS):
+    if _ending or (number == last and now - when <= SAME_REQUEST_SECONDS):
         return
     _interrupted = (number, now)
     raise KeyboardInterrupt if number == signal.SIGINT else Terminated
 
 
 def _install(handler: Callable[[int, FrameType | None], None], numbers: list[signal.Signals]) -> dict[int, object]:
-    """Set the handler of these signals and return those before."""
+    """Set the handler of these signals, and return the handlers before."""
     return {number: signal.signal(number, handler) for number in numbers}
 
 
@@ -89,10 +88,10 @@ def _restore(handlers: dict[int, object]) -> None:
 
 
 class StopFlag:
-    """While entered, the first signal that asks to stop sets ``requested``; one half a second later raises KeyboardInterrupt.
+    """While entered, the first signal sets ``requested``, and one more than half a second later raises KeyboardInterrupt.
 
-    The trainers set ``requested`` too, when another rank was asked: a first signal to this process is no second one then. A
-    process that has left the flag after a request is about to end, and ``interruptible`` ignores what comes then.
+    Trainers also set ``requested`` when another rank was asked; this process's first signal then is still its first. A process
+    that leaves the context after a request is about to end, so it ignores all signals from then on.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Where a step's time goes, without waiting for the device: on CUDA an event is left in the stream at every mark."""
+"""The seconds of each part of a step, without waiting for the device: on CUDA every mark records an event in the stream."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 
 class Stopwatch:
-    """Seconds by name. ``mark(name)`` ends the part of that name, which began at the mark before it (or at ``start``)."""
+    """Adds up seconds by name: ``mark(name)`` ends a part that began at the previous mark, or at ``start``."""
 
     def __init__(self, device: torch.device) -> None:
         self._on_gpu = device.type == "cuda"
@@ -18,11 +18,11 @@ class Stopwatch:
         self.start()
 
     def start(self) -> None:
-        """Let the next part begin now; what lies between is in no part."""
+        """Begin the next part now; the time since the last mark is not counted."""
         self._last = self._now()
 
     def mark(self, name: str) -> None:
-        """End a part."""
+        """End the part ``name`` and begin the next."""
         now = self._now()
         if self._on_gpu:
             self._pending.append((name, self._last, now))
@@ -31,7 +31,7 @@ class Stopwatch:
         self._last = now
 
     def read(self) -> dict[str, float]:
-        """Seconds of each part since the last reading. The only wait for the device."""
+        """Return the seconds of each part since the last call. Only this waits for the device."""
         if self._pending:
             self._pending[-1][2].synchronize()
             for name, begin, end in self._pending:

@@ -1,8 +1,8 @@
-"""The standard streams of a process that may have been started without them, or that loses them while it runs.
+"""Standard streams that are closed when the process starts, or that fail while it runs.
 
-A closed stream gets the null device in its place: Python has None there, and the next file that is opened would take its number
-and receive what libraries print. A stream that cannot be written to (a full disk, a terminal that is gone) must not make the
-interpreter complain at its end, when nobody can catch that.
+A closed stream is replaced by the null device: Python has None there, and the next file that is opened would take its number and
+receive what libraries print. A stream that cannot be written to (a full disk, a terminal that is gone) must not make the
+interpreter complain at its end, where nobody can catch that.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ OUTPUT = "standard output"  # the file name of its errors
 
 
 class _Output(io.TextIOWrapper):
-    """Standard output whose errors say that they are its own. One of ``write`` comes again in ``flush``: argparse hides it."""
+    """Standard output whose errors name it; ``flush`` raises an error of ``write`` again, because argparse hides that one."""
 
     _error: OSError | None = None
 
@@ -42,18 +42,18 @@ class _Output(io.TextIOWrapper):
 
 def open_streams() -> None:
     """Open what is closed, and let the errors of standard output name it."""
-    now = sys.stdout
+    stdout = sys.stdout
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):  # in the order of the numbers that they take
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 - open to the end
-    if isinstance(now, io.TextIOWrapper):
+    if isinstance(stdout, io.TextIOWrapper):
         sys.stdout = _Output(
-            now.buffer, encoding=now.encoding, line_buffering=now.line_buffering, write_through=now.write_through
+            stdout.buffer, encoding=stdout.encoding, line_buffering=stdout.line_buffering, write_through=stdout.write_through
         )
 
 
 def flush_or_silence() -> None:
-    """Write out what the streams hold; one that refuses it is led to the null device, which takes the rest."""
+    """Flush the streams; one that fails is redirected to the null device, which takes the rest."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
@@ -62,7 +62,7 @@ def flush_or_silence() -> None:
 
 
 def silence(stream: TextIO) -> None:
-    """Lead a stream to the null device."""
+    """Redirect a stream to the null device."""
     with suppress(OSError, ValueError):
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, stream.fileno())

@@ -21,11 +21,11 @@ PATIENCE_SECONDS = 300
 @pytest.fixture
 def fault(monkeypatch):
     def set_fault(spec: str) -> None:
-        faults.reset()
+        faults.visits.clear()
         monkeypatch.setenv(faults.VARIABLE, spec)
 
     yield set_fault
-    faults.reset()
+    faults.visits.clear()
 
 
 @pytest.fixture

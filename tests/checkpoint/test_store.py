@@ -53,11 +53,11 @@ def steps(root: Path) -> list[int]:
 @pytest.fixture
 def fault(monkeypatch):
     def set_fault(spec: str) -> None:
-        faults.reset()
+        faults.visits.clear()
         monkeypatch.setenv(faults.VARIABLE, spec)
 
     yield set_fault
-    faults.reset()
+    faults.visits.clear()
 
 
 # What goes in comes out

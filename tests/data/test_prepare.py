@@ -204,7 +204,7 @@ def test_damage_is_found(tmp_path: Path, tokenizer: Tokenizer) -> None:
 def test_a_full_disk_leaves_nothing_behind(
     tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, stage: str
 ) -> None:
-    faults.reset()
+    faults.visits.clear()
     monkeypatch.setenv(faults.VARIABLE, f"{stage}:enospc")
     with pytest.raises(UserError, match=r"could not be written to .*out: No space left"):
         prepare(Corpus(DOCUMENTS), tokenizer, tmp_path / "out")

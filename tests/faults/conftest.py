@@ -19,7 +19,7 @@ def osler(monkeypatch) -> Callable[..., int]:
     """``osler(*words, fault=...)`` runs a command in this process and returns its exit code."""
 
     def run(*words: object, fault: str = "") -> int:
-        faults.reset()
+        faults.visits.clear()
         with monkeypatch.context() as environment:
             if fault:
                 environment.setenv(faults.VARIABLE, fault)

@@ -111,7 +111,7 @@ def test_a_killed_full_run_logs_what_a_whole_one_does(tiny, tmp_path, monkeypatc
 
     for folder in ("whole", "broken"):
         if folder == "broken":
-            faults.reset()
+            faults.visits.clear()
             with monkeypatch.context() as environment:
                 environment.setenv(faults.VARIABLE, "train-step:sigterm:7")
                 assert main(["pretrain", tiny.pretrain, *FULL, "--run", str(tmp_path / folder)]) == 130

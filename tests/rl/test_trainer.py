@@ -220,7 +220,7 @@ def test_a_resume_with_another_tokenizer_or_other_questions_is_refused(make_trai
 
 def test_one_skipped_update_of_two_is_noted_and_no_skipped_step(make_trainer, tmp_path, monkeypatch):
     monkeypatch.setenv(faults.VARIABLE, "train-loss:nan:1")
-    faults.reset()
+    faults.visits.clear()
     trainer = make_trainer(tmp_path, config=replace(CONFIG, max_skipped_steps=1))
     assert trainer.fit() and trainer.incidents.rollbacks == 0
     assert [line["train/skipped_steps"] for line in logged(tmp_path) if "reward" in line] == [1, 0, 0, 0, 0]
@@ -293,7 +293,7 @@ def test_a_step_without_anything_to_learn_counts_nowhere(make_trainer, short_tas
 def test_steps_without_anything_to_learn_do_not_end_a_row_of_skipped_ones(make_trainer, short_task, tmp_path, monkeypatch):
     """Gradients that are not finite in steps 1 and 3, nothing to learn in step 2: two in a row, told by their numbers."""
     monkeypatch.setenv(faults.VARIABLE, "train-loss:nan:1,train-loss:nan:3")
-    faults.reset()
+    faults.visits.clear()
     config = replace(CONFIG, algorithm=replace(ONCE, beta=0.0), micro_batch_tokens=10_000, max_skipped_steps=2)
     trainer = make_trainer(tmp_path, config=config, task=rewarded_by_step(short_task, lambda step: step % 2 == 0))
     with pytest.raises(UserError, match=r"not finite for 2 steps in a row \(steps 1 to 3\)"):

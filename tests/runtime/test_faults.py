@@ -12,9 +12,9 @@ from osler.runtime import faults
 
 @pytest.fixture(autouse=True)
 def _fresh_visits():
-    faults.reset()
+    faults.visits.clear()
     yield
-    faults.reset()
+    faults.visits.clear()
 
 
 def test_nothing_happens_without_the_variable(monkeypatch):

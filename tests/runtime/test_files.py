@@ -34,7 +34,7 @@ def test_write_atomic_writes_bytes_and_text(tmp_path):
 def test_a_failed_write_leaves_the_old_file_and_no_remnant(tmp_path, monkeypatch, kind):
     path = tmp_path / "file.txt"
     write_atomic(path, "old")
-    faults.reset()
+    faults.visits.clear()
     monkeypatch.setenv(faults.VARIABLE, f"write-atomic:{kind}")
     with pytest.raises(OSError):
         write_atomic(path, "new")

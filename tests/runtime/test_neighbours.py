@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from osler.runtime.neighbours import (
-    CALM_LOOKS,
+    CALM_POLLS,
     OWN_SETTINGS,
     CpuReading,
-    NeighbourWatch,
+    NeighbourMonitor,
     busy_elsewhere,
     read_cpus,
     sharing_cpus,
@@ -46,40 +46,40 @@ def test_a_busy_process_is_seen():
 
 
 @pytest.fixture
-def watch():
+def monitor():
     threads = torch.get_num_threads()
-    watch = NeighbourWatch()
-    yield watch
-    watch._spin()
+    monitor = NeighbourMonitor()
+    yield monitor
+    monitor._spin()
     torch.set_num_threads(threads)
 
 
-def test_idle_teams_come_with_a_neighbour_and_go_when_it_has_been_gone_for_a_while(watch):
+def test_idle_teams_come_with_a_neighbour_and_go_when_it_has_been_gone_for_a_while(monitor):
     threads = max(2, CPUS)
     torch.set_num_threads(threads)
-    watch.look(0.0)
-    assert not watch.idle_teams
-    watch.look(1.0)
-    teams = len(watch.idle_teams)
+    monitor.adapt(0.0)
+    assert not monitor.idle_teams
+    monitor.adapt(1.0)
+    teams = len(monitor.idle_teams)
     assert 1 + (1 + teams) * (threads - 1) > CPUS, "OpenMP has more threads than CPUs"
-    watch.look(1.0)
-    assert len(watch.idle_teams) == teams, "another look changes nothing"
-    for elsewhere in [0.0] * (CALM_LOOKS - 1) + [1.0] + [0.0] * (CALM_LOOKS - 1):
-        watch.look(elsewhere)
-        assert len(watch.idle_teams) == teams, "a short rest of the neighbour is not its end"
-    watch.look(0.0)
-    assert not watch.idle_teams
+    monitor.adapt(1.0)
+    assert len(monitor.idle_teams) == teams, "another look changes nothing"
+    for elsewhere in [0.0] * (CALM_POLLS - 1) + [1.0] + [0.0] * (CALM_POLLS - 1):
+        monitor.adapt(elsewhere)
+        assert len(monitor.idle_teams) == teams, "a short rest of the neighbour is not its end"
+    monitor.adapt(0.0)
+    assert not monitor.idle_teams
 
 
-def test_one_thread_has_nobody_to_wait_for(watch):
+def test_one_thread_has_nobody_to_wait_for(monitor):
     torch.set_num_threads(1)
-    watch.look(99.0)
-    assert not watch.idle_teams
+    monitor.adapt(99.0)
+    assert not monitor.idle_teams
 
 
 PROGRAM = """
 import torch
-from osler.runtime.neighbours import NeighbourWatch
+from osler.runtime.neighbours import NeighbourMonitor
 
 torch.set_num_threads(2)
 x = torch.randn(300, 1 << 14, generator=torch.Generator().manual_seed(0))
@@ -88,11 +88,11 @@ def result():
     return torch.stack([(x @ x.T).sum(), x.softmax(-1).pow(2).sum(), torch.linalg.norm(x)])
 
 alone = result()
-watch = NeighbourWatch()
-watch.look(99.0)
-assert watch.idle_teams
+monitor = NeighbourMonitor()
+monitor.adapt(99.0)
+assert monitor.idle_teams
 beside = result()
-watch._spin()
+monitor._spin()
 assert torch.equal(alone, beside) and torch.equal(alone, result())
 """
 

@@ -92,7 +92,7 @@ def launch_stopped(tiny, monkeypatch) -> Callable[..., int]:
     """A function that pretrains with a fault that stops the run, and returns the exit code."""
 
     def start(folder, *overrides: str, fault: str) -> int:
-        faults.reset()
+        faults.visits.clear()
         with monkeypatch.context() as environment:
             environment.setenv(faults.VARIABLE, fault)
             return main(["pretrain", tiny.pretrain, *overrides, "--run", str(folder)])

@@ -27,7 +27,7 @@ def broken(monkeypatch):
     """A function that sets the fault of this process."""
 
     def set_fault(spec: str) -> None:
-        faults.reset()
+        faults.visits.clear()
         monkeypatch.setenv(faults.VARIABLE, spec)
 
     return set_fault
