@@ -30,31 +30,22 @@ PHASES = ("off", "basic", "full", "rest")
 LINES_EVERY = 10
 
 
-def built(config: Any, args: argparse.Namespace) -> tuple[Any, Any, Any]:
-    """Model, optimizer and step of a config."""
+def built(config: Any, args: argparse.Namespace) -> Any:
+    """The learner of a config."""
     import torch
 
     from osler.model.transformer import Transformer
     from osler.optim.build import build_optimizer
     from osler.parallel.parallelize import parallelize
+    from osler.runs.process import Learner
     from osler.runtime.world import World
-    from osler.train.step import TrainStep
 
     model = Transformer(config.model, compute_dtype=getattr(torch, args.dtype))
     model.init_weights(0)
     model.to(args.device)
     engine = parallelize(model, config.parallel, World(device=args.device), compile=args.compile)
     optimizer = build_optimizer(model, config.optim)
-    step = TrainStep(
-        model,
-        optimizer,
-        engine,
-        micro_batch_tokens=None,
-        clip_norm=config.clip_norm,
-        document_mask=False,
-        device=torch.device(args.device),
-    )
-    return model, optimizer, step
+    return Learner(model, optimizer, engine, config.clip_norm)
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
@@ -62,16 +53,18 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from osler.bench.measure import stand_in
-    from osler.data.consumed import ConsumedData
     from osler.data.loader import Batch, Loader, StagedLoader
     from osler.decode import decode
     from osler.model.config import ModelConfig
     from osler.monitor.config import MonitorConfig
     from osler.recipe import load_recipe
+    from osler.runs.loop import Loop
+    from osler.runs.process import Run
     from osler.runtime.device import keep_freed_memory
     from osler.runtime.files import RunFolder
-    from osler.train.config import TrainConfig
-    from osler.train.trainer import Trainer
+    from osler.runtime.world import World
+    from osler.train.config import TokenCheckpoints, TrainConfig
+    from osler.train.trainer import Evaluations, Trainer
 
     keep_freed_memory()
     device = torch.device(args.device)
@@ -85,12 +78,11 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         seq_len=args.seq_len,
         batch_tokens=batch_tokens,
         total_tokens=total_tokens,
-        save_every_tokens=total_tokens,
+        checkpoint=TokenCheckpoints(every_tokens=total_tokens),
         eval_every_tokens=total_tokens,
         log_every_steps=LINES_EVERY,
         monitor=MonitorConfig(level="off", full_every_steps=LINES_EVERY),
     )
-    model, optimizer, step = built(config, args)
     given: list[float] = []  # when the trainer got the batch of each step
     with tempfile.TemporaryDirectory() as folder:
         loader = Loader(stand_in(config, Path(folder)), args.rows, workers=1, pin_memory=device.type == "cuda")
@@ -104,21 +96,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
                 yield batch
 
         run = RunFolder.create(Path(folder) / "run")
-        trainer = Trainer(
-            config,
-            model=model,
-            optimizer=optimizer,
-            train_step=step,
-            batches=batches,
-            consumed=ConsumedData(staged),
-            evaluate=dict,
-            probe=dict,
-            run=run,
-            files={},
-            fingerprints={},
-            started=time.monotonic(),
-        )
-        assert trainer.fit()
+        trainer = Trainer(config, Run(run, World(device=args.device)), built(config, args), staged, Evaluations())
+        trainer.batches = batches
+        assert Loop(trainer).fit()
         lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]
     looks = [LINES_EVERY * line["perf/monitor_ms"] / 1000 for line in lines if line.get("perf/monitor_ms")]
     assert len(looks) == args.cycles

@@ -46,9 +46,10 @@ def measure(mode: str, args: argparse.Namespace) -> dict[str, Any]:
     from osler.parallel.config import NoParallelConfig
     from osler.parallel.parallelize import parallelize
     from osler.recipe import load_recipe
+    from osler.runs.machine import choose_machine
+    from osler.runs.process import Learner
     from osler.runtime.device import keep_freed_memory
     from osler.runtime.world import World
-    from osler.train.setup import choose_machine
     from osler.train.step import TrainStep
 
     keep_freed_memory()
@@ -60,8 +61,7 @@ def measure(mode: str, args: argparse.Namespace) -> dict[str, Any]:
     model.to(machine.device)
     optimizer = build_optimizer(model, AdamWConfig(lr=1e-4))
     engine = parallelize(model, NoParallelConfig(), World(), compile=machine.compile)
-    settings = {"micro_batch_tokens": args.micro_batch_tokens, "clip_norm": 1.0, "document_mask": False}
-    step = TrainStep(model, optimizer, engine, device=machine.device, **settings)
+    step = TrainStep(Learner(model, optimizer, engine, 1.0), micro_batch_tokens=args.micro_batch_tokens)
     ids = torch.randint(0, config.vocab_size, (args.batch_tokens // args.seq_len, args.seq_len))
     batch = Batch(ids=ids, labels=ids.roll(-1, 1), document_ids=torch.zeros_like(ids))
     synchronize = torch.cuda.synchronize if machine.device.type == "cuda" else lambda: None
@@ -73,7 +73,7 @@ def measure(mode: str, args: argparse.Namespace) -> dict[str, Any]:
         for number in range(args.save_every * (args.saves + 1)):
             synchronize()
             before = time.perf_counter()
-            step(batch, 1.0)
+            step(batch)
             kind = "beside" if saver.is_saving else "quiet"
             if mode != "none" and number % args.save_every == 0:
                 synchronize()  # that the step is computed is no part of the wait

@@ -32,7 +32,7 @@ def losses(precision: str, args: argparse.Namespace, batch_tokens: int, folder: 
         "schedule.warmup_tokens": total // 10,
         "log_every_steps": 1,
         "eval_every_tokens": total,
-        "save_every_tokens": total,
+        "checkpoint": {"every_tokens": total},
         "compile": "always",
     }
     options = [*(f"{key}={value}" for key, value in fixed.items()), *args.overrides, "--run", str(folder)]

@@ -24,7 +24,7 @@ from measuring import ROOT, publish
 RUN = [
     *("model.num_layers=4", "model.hidden_size=128", "model.intermediate_size=352", "model.num_heads=4", "model.num_kv_heads=2"),
     *("model.head_dim=32", "model.vocab_size=2048", "model.max_seq_len=128", "tokenizer.vocab_size=2048", "seq_len=128"),
-    *("batch_tokens=2048", "log_every_steps=5", "schedule.warmup_tokens=40960", "save_every_tokens=81920"),
+    *("batch_tokens=2048", "log_every_steps=5", "schedule.warmup_tokens=40960", "checkpoint.every_tokens=81920"),
     *("eval_every_tokens=100000000", "precision=fp32", "compile=never", "monitor.level=full", "monitor.full_every_steps=20"),
 ]
 LR = 0.02  # near the best for this model
@@ -36,7 +36,7 @@ CASES: dict[str, tuple[list[str], str, set[str]]] = {
     "learning rate x 10": ([f"optim.lr={10 * LR}"], "", TOO_FAST),
     "starved loader": (["loader_workers=0"], "load-batch:slow:60-", {"starved-loader"}),
     "poisoned batch": ([], "train-loss:nan:101", {"skipped-step"}),
-    "poisoned window": (["max_skipped_steps=5"], "train-loss:nan:101-105", {"rollback"}),
+    "poisoned window": (["recovery.max_skipped_steps=5"], "train-loss:nan:101-105", {"rollback"}),
     "dead layer": ([], "", {"dead-layers"}),
 }
 
@@ -86,7 +86,7 @@ def main() -> None:
         runs = {name: run(name, args.steps, folder) for name in wanted}
     cases, wrong = {}, []
     for name, made in runs.items():
-        first = next((event for event in made["told"] if event["name"] in CASES[name][2]), None)
+        first = next((event for event in made["told"] if event.name in CASES[name][2]), None)
         if (first is None) != (name == "healthy") or (name == "healthy" and made["told"]) or made["exit_code"] == 1:
             wrong.append(name)
         step = first.get("from_step", first["step"]) if first else None  # a rollback's step is the one gone back to

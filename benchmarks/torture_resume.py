@@ -57,19 +57,20 @@ def recipes(folder: Path) -> dict[str, list[str]]:
         for item in load(split="train", limit=160)
     ]
     (folder / "turns.jsonl").write_text("".join(json.dumps(turn) + "\n" for turn in turns), encoding="utf-8")
-    common = {"device": "cpu", "precision": "fp32", "keep_last": 2}
+    common = {"device": "cpu", "precision": "fp32"}
     batch = 512
     supervised = {
         **common, "compile": "never", "model": MODEL, "tokenizer": {"vocab_size": 512}, "seq_len": 128, "batch_tokens": batch,
-        "total_tokens": STEPS * batch, "save_every_tokens": SAVE_EVERY * batch, "eval_every_tokens": EVAL_EVERY * batch,
-        "log_every_steps": 4, "schedule": {"warmup_tokens": 5 * batch},
+        "total_tokens": STEPS * batch, "checkpoint": {"every_tokens": SAVE_EVERY * batch},
+        "eval_every_tokens": EVAL_EVERY * batch, "log_every_steps": 4, "schedule": {"warmup_tokens": 5 * batch},
     }  # fmt: skip
     answers = {"type": "turns", "path": str(folder / "turns.jsonl"), "thinking_field": "why"}
     clinic = {"passages": 60, "examples": 40, "cards": 0, "drills": 0, "validation_passages": 6, "validation_examples": 6}
-    long = {"total_tokens": 120 * batch, "save_every_tokens": 10**9, "eval_every_tokens": 10**9, "optim": {"lr": 1e-2}}
+    long = {"total_tokens": 120 * batch, "checkpoint": {"every_tokens": 10**9}, "eval_every_tokens": 10**9, "optim": {"lr": 1e-2}}
     exam = {"every_tokens": EVAL_EVERY * batch, "items": 4}
     grpo = {
-        **common, "steps": STEPS, "save_every_steps": SAVE_EVERY, "eval_every_steps": EVAL_EVERY, "optim": {"lr": 1e-3},
+        **common, "steps": STEPS, "checkpoint": {"every_steps": SAVE_EVERY}, "eval_every_steps": EVAL_EVERY,
+        "optim": {"lr": 1e-3},
         "tasks": [{"task": {"type": "clinic", "split": "train", "limit": 60}}],
         "eval_task": {"type": "clinic", "split": "validation", "limit": 6},
         "algorithm": {"prompts_per_step": 3, "samples_per_prompt": 4, "max_new_tokens": 8, "reference_refresh_steps": 7},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from osler.options import (
     CHECKPOINT,
@@ -22,8 +22,10 @@ from osler.options import (
     run_folder,
     sampling,
     split_items,
-    start_of,
 )
+
+if TYPE_CHECKING:
+    from osler.runs.command import Request
 
 
 class Command(NamedTuple):
@@ -91,22 +93,31 @@ def run_data_inspect(arguments: argparse.Namespace) -> int:
     return data_inspect(arguments.folder, arguments.tokenizer)
 
 
+def request(arguments: argparse.Namespace, kind: str) -> Request:
+    """Return what a person asks of a command that trains."""
+    from osler.runs.command import Request
+
+    recipe, overrides = split_items(arguments.items)
+    more = {"from_step": arguments.from_step, "branch": arguments.branch}
+    return Request(kind=kind, recipe=recipe, overrides=overrides, **run_folder(arguments), **more)
+
+
 def run_pretrain(arguments: argparse.Namespace) -> int:
     from osler.train.run import run
 
-    return run("pretrain", *split_items(arguments.items), **start_of(arguments))
+    return run(request(arguments, "pretrain"))
 
 
 def run_sft(arguments: argparse.Namespace) -> int:
     from osler.train.run import run
 
-    return run("sft", *split_items(arguments.items), **start_of(arguments))
+    return run(request(arguments, "sft"))
 
 
 def run_grpo(arguments: argparse.Namespace) -> int:
     from osler.rl.run import run
 
-    return run(*split_items(arguments.items), **start_of(arguments))
+    return run(request(arguments, "grpo"))
 
 
 def run_eval(arguments: argparse.Namespace) -> int:
@@ -323,7 +334,7 @@ COMMANDS: tuple[Command, ...] = (
             RUN,
             option("--keep-last", type=int, required=True, metavar="N", help="keep the last N that are good"),
             option("--keep-best", action="store_true", help="also keep the best"),
-            option("--keep-milestones", action="store_true", help="also keep those of keep_every_tokens or keep_every_steps"),
+            option("--keep-milestones", action="store_true", help="also keep those of checkpoint.keep_every_tokens or _steps"),
             option("--dry-run", action="store_true", help="only say what would be deleted"),
         ),
     ),

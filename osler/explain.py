@@ -41,6 +41,13 @@ def explained(value: Any, indent: str = "") -> list[str]:
 
 def explanations(cls: type) -> dict[str, str]:
     """Return the comment behind or directly above each field of a config class, empty where there is none."""
+    found: dict[str, str] = {}
+    for part in reversed(cls.__mro__[:-1]):
+        found |= _comments_in(part)
+    return found
+
+
+def _comments_in(cls: type) -> dict[str, str]:
     source = textwrap.dedent(inspect.getsource(cls))
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
     comments = {token.start[0]: token for token in tokens if token.type == tokenize.COMMENT}

@@ -84,11 +84,6 @@ def run_folder(arguments: argparse.Namespace) -> dict[str, Any]:
     return {"run_dir": arguments.run, "resume": arguments.resume, "dry_run": arguments.dry_run}
 
 
-def start_of(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return what the options of ``RUN_FOLDER`` and ``ORIGIN`` say."""
-    return {**run_folder(arguments), "from_step": arguments.from_step, "branch": arguments.branch}
-
-
 def sampling(arguments: argparse.Namespace) -> SamplingParams:
     """Return what the options of ``SAMPLING`` say; raises UserError for a number that means nothing."""
     names = ("max_new_tokens", "temperature", "top_p", "seed")

@@ -76,7 +76,7 @@ def tiny(tmp_path_factory) -> SimpleNamespace:
         for item in load(split="train", limit=160)
     ]
     (root / "turns.jsonl").write_text("".join(json.dumps(turn) + "\n" for turn in turns), encoding="utf-8")
-    common: dict[str, Any] = {"device": "cpu", "precision": "fp32", "keep_last": 2}
+    common: dict[str, Any] = {"device": "cpu", "precision": "fp32"}
     supervised = {
         **common,
         "model": MODEL,
@@ -85,7 +85,7 @@ def tiny(tmp_path_factory) -> SimpleNamespace:
         "batch_tokens": 256,
         "total_tokens": 12 * 256,
         "log_every_steps": 5,
-        "save_every_tokens": 4 * 256,
+        "checkpoint": {"every_tokens": 4 * 256},
         "eval_every_tokens": 6 * 256,
         "schedule": {"warmup_tokens": 2 * 256},
         "compile": "never",
@@ -103,11 +103,11 @@ def tiny(tmp_path_factory) -> SimpleNamespace:
             "algorithm": {"prompts_per_step": 3, "samples_per_prompt": 4, "max_new_tokens": 8, "reference_refresh_steps": 5},
             "optim": {"lr": 1.0e-3},
             "steps": 12,
-            "save_every_steps": 4,
+            "checkpoint": {"every_steps": 4},
             "eval_every_steps": 6,
         },
     }
-    recipes["sft"] |= {"total_tokens": 12 * 512, "save_every_tokens": 4 * 512, "eval_every_tokens": 6 * 512}
+    recipes["sft"] |= {"total_tokens": 12 * 512, "checkpoint": {"every_tokens": 4 * 512}, "eval_every_tokens": 6 * 512}
     for name, recipe in recipes.items():
         (root / f"{name}.yaml").write_text(json.dumps(recipe), encoding="utf-8")  # JSON is YAML
     names = {name: str(root / f"{name}.yaml") for name in recipes}
@@ -122,6 +122,6 @@ def runs(tiny) -> SimpleNamespace:
     assert "OSLER_FAULT" not in os.environ
     folder = Path(tiny.root / "runs")
     assert main(["pretrain", tiny.pretrain, "--run", str(folder / "pretrain")]) == 0
-    longer = ["total_tokens=61440", "optim.lr=1e-2", "eval_every_tokens=1000000", "save_every_tokens=1000000"]
+    longer = ["total_tokens=61440", "optim.lr=1e-2", "eval_every_tokens=1000000", "checkpoint.every_tokens=1000000"]
     assert main(["sft", tiny.sft, *longer, "--run", str(folder / "sft")]) == 0
     return SimpleNamespace(pretrain=folder / "pretrain", sft=folder / "sft")

@@ -21,12 +21,13 @@ FLOORS: dict[str, int] = {
     **dict.fromkeys(("model", "optim", "tokenizer", "tasks", "checkpoint", "records"), 3),
     **dict.fromkeys(("data", "parallel", "inference", "monitor"), 4),
     **dict.fromkeys(("eval",), 5),
-    **dict.fromkeys(("train",), 6),
-    **dict.fromkeys(("rl", "report"), 7),
-    **dict.fromkeys(("quickstart", "doctor", "bench", "watch"), 8),
-    **dict.fromkeys(("show", "options"), 9),
-    **dict.fromkeys(("commands",), 10),
-    **dict.fromkeys(("cli",), 11),
+    **dict.fromkeys(("runs",), 6),
+    **dict.fromkeys(("train", "rl"), 7),
+    **dict.fromkeys(("report",), 8),
+    **dict.fromkeys(("quickstart", "doctor", "bench", "watch"), 9),
+    **dict.fromkeys(("show", "options"), 10),
+    **dict.fromkeys(("commands",), 11),
+    **dict.fromkeys(("cli",), 12),
 }
 
 MAX_FILE_LINES = 400

@@ -138,7 +138,7 @@ def test_published_numbers_of_single_recipes():
     assert (usmle.optim.type, usmle.optim.lr, usmle.clip_norm, usmle.precision) == ("adamw", 3e-4, 1.0, "bf16")
     schedule = usmle.schedule
     assert (schedule.type, schedule.warmup_tokens, schedule.final_fraction) == ("cosine", 100_000_000, 0.1)
-    assert (usmle.save_every_tokens, usmle.eval_every_tokens) == (500 * 524_288, 250 * 524_288)
+    assert (usmle.checkpoint.every_tokens, usmle.eval_every_tokens) == (500 * 524_288, 250 * 524_288)
     assert decode_recipe(load_recipe("debug")).batch_tokens == 32_768
     synth = decode_recipe(load_recipe("synth-8xh100"))
     assert (synth.batch_tokens, synth.compile, synth.total_steps) == (8 * 64 * 2048, "always", 40_000)

@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -32,6 +32,7 @@ from osler.optim.build import build_optimizer
 from osler.parallel.config import NoParallelConfig
 from osler.parallel.engine import ParallelEngine
 from osler.parallel.parallelize import parallelize
+from osler.runs.process import Learner
 from osler.runtime.device import keep_freed_memory, peak_flops
 from osler.runtime.memory import peak_bytes
 from osler.runtime.stopwatch import Stopwatch
@@ -91,15 +92,9 @@ def training_step(
     else:  # whatever dtypes a peer keeps its weights in
         engine = ParallelEngine(torch.compile(loss, dynamic=False) if spec["compile"] else loss)
         optimizer = torch.optim.AdamW([{"params": list(model.parameters()), "base_lr": 1e-4}], fused=True)
+    learner = Learner(cast(Transformer, model), optimizer, engine, config.clip_norm)
     step = TrainStep(
-        model,
-        optimizer,
-        engine,
-        micro_batch_tokens=config.micro_batch_tokens,
-        clip_norm=config.clip_norm,
-        document_mask=config.document_mask,
-        device=device,
-        mark=mark,
+        learner, micro_batch_tokens=config.micro_batch_tokens, document_mask=config.document_mask, mark=mark
     )
     return step, model
 
@@ -130,11 +125,11 @@ def time_steps(
     On a CPU a step's seconds are the median's; on a GPU, where steps are only queued, the mean's with one wait at the end.
     """
     began = time.perf_counter()
-    step(next(batches), 1.0)
+    step(next(batches))
     wait_for(device)
     first = time.perf_counter() - began
     for _ in range(warmup):
-        step(next(batches), 1.0)
+        step(next(batches))
     wait_for(device)
     stopwatch.read()
     seconds, began = [], time.perf_counter()
@@ -143,7 +138,7 @@ def time_steps(
         stopwatch.start()
         batch = next(batches)
         stopwatch.mark("data")
-        step(batch, 1.0)
+        step(batch)
         seconds.append(time.perf_counter() - before)
     wait_for(device)
     mean = (time.perf_counter() - began) / steps

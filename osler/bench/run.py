@@ -66,8 +66,8 @@ def compare(config: TrainConfig, name: str, *, peers: Sequence[str], rounds: int
     import torch
 
     from osler.bench.contestants import require_whole_embeddings
+    from osler.runs.machine import choose_machine
     from osler.runtime.device import describe_machine
-    from osler.train.setup import choose_machine
 
     if peers:  # before Osler is timed, which takes its time
         require_whole_embeddings(config.model)

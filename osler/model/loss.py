@@ -5,10 +5,13 @@ Shape legend: B batch, T tokens, D hidden.
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor, nn
 
 from osler.model.transformer import Transformer
 from osler.ops.cross_entropy import linear_cross_entropy
+from osler.runtime.faults import poisoned
 
 
 class ModelLoss(nn.Module):
@@ -29,3 +32,12 @@ class SummedLoss(ModelLoss):
         """The part after the last block; apart, so that it can be compiled apart."""
         features, weight = self.model.head(hidden_BTD)
         return linear_cross_entropy(features, weight, labels_BT.flatten(), vocab_size=self.model.config.vocab_size)
+
+
+def nan_gradient_unless_finite(loss: Tensor) -> Tensor:
+    """Return the same loss; one that is not finite gets gradients of NaN.
+
+    Some of its gradients could be finite, and then one rank would skip the step and another would not.
+    """
+    scale = math.nan if poisoned("train-loss") else 0.0
+    return loss * (1.0 + scale * loss.detach())  # 1, or NaN

@@ -42,13 +42,13 @@ from osler.records.metrics import read_metrics
 from osler.report.page import build_report
 from osler.report.text import summary_text
 from osler.rl.run import train as train_grpo
+from osler.runs.folder import claim, read_config, stored_config
 from osler.runtime.files import RunFolder, read_json, write_json
 from osler.runtime.stop import EXIT_STOPPED
 from osler.runtime.world import require_one_process
 from osler.tasks.clinic import load as load_clinic_exam
 from osler.tasks.item import render_answer
 from osler.train.config import TrainConfig
-from osler.train.folder import claim, read_config, stored_config
 from osler.train.run import train as train_supervised
 from osler.yaml12 import dump_yaml
 

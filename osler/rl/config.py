@@ -11,10 +11,10 @@ from dataclasses import field
 from typing import Annotated, Literal
 
 from osler.config import TAGGED, Fraction, Ge, Gt, Le, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, config
-from osler.monitor.config import MonitorConfig, SpikeConfig
 from osler.ops.sampling_params import COLDEST, SamplingParams
 from osler.optim.config import AdamWConfig, ConstantConfig, OptimConfig, ScheduleConfig
 from osler.parallel.config import DdpConfig, FsdpConfig, NoParallelConfig
+from osler.runs.config import CheckpointConfig, RunConfig
 from osler.tasks.clinic import ClinicTask
 from osler.tasks.registry import TaskConfig
 from osler.tasks.rewards import REWARDS
@@ -121,19 +121,23 @@ class RlTaskConfig:
 
 
 @config
-class GrpoConfig:
+class StepCheckpoints(CheckpointConfig):
+    """When checkpoints are saved, how, and which are kept."""
+
+    every_steps: PositiveInt = 20  # steps between two checkpoints
+    keep_every_steps: NonNegativeInt = 0  # steps between two milestones, which are checkpoints kept for good; 0: none
+
+
+@config
+class GrpoConfig(RunConfig):
     """One GRPO run: where it starts, what it asks, how it learns.
 
     How many tokens will be sampled is not known in advance, so the schedule counts the budget of the rollouts.
     """
 
     kind: Literal["grpo"] = "grpo"  # the command sets it
-    description: str = ""  # for the reader; changes nothing
     seed: int = 0  # of the questions and the sampling
     init_from: str  # run folder or checkpoint to start from, with its model and tokenizer
-    # checkpoint of another run to go on from, with its optimizer and its place in the data; --branch sets it, and the config of
-    # that run with it
-    branch_from: str | None = None
     tasks: tuple[RlTaskConfig, ...] = (RlTaskConfig(),)  # what is asked: a list, each with an exam, its weight and its rewards
     eval_task: TaskConfig | None = ClinicTask(split="validation", limit=200)  # the exam sat during training; null: none
     eval_permutations: PositiveInt = 1  # option orders per evaluated question
@@ -141,33 +145,20 @@ class GrpoConfig:
     optim: OptimConfig = AdamWConfig(lr=3e-5, weight_decay=0.0)  # lr far below that of pretraining: 1e-6 to 1e-4 for AdamW
     # counts the token budget of the rollouts: completions of a step times max_new_tokens
     schedule: ScheduleConfig = ConstantConfig()
-    clip_norm: PositiveFloat = 1.0  # norm that the gradient is scaled down to when it is larger
     micro_batch_tokens: PositiveInt = 16_384  # prompt and completion tokens per forward pass of one process, padding included
     rollout_rows: PositiveInt = 256  # completions sampled at once by one process; bounds the key/value cache
 
     steps: PositiveInt = 100  # rollouts, each with updates_per_batch updates
     eval_every_steps: PositiveInt = 20  # steps between two exams
-    save_every_steps: PositiveInt = 20  # steps between two checkpoints
-    # whether a checkpoint is written while training goes on, from a copy in memory; changes nothing in it
-    async_save: bool = True
-    keep_last: PositiveInt = 2  # checkpoints kept besides the best and the milestones
-    keep_every_steps: NonNegativeInt = 0  # steps between two milestones, which are checkpoints kept for good; 0: none
-    allow_data_change: bool = False  # whether a started run may go on with other questions, never with another tokenizer
-    # so many steps in a row with a non-finite gradient send the run back to its last good checkpoint and past the questions since
-    max_skipped_steps: PositiveInt = 20
-    max_rollbacks: NonNegativeInt = 2  # times that a run goes back, in all; then it ends with a diagnosis
-    spike: SpikeConfig = SpikeConfig()
+    checkpoint: StepCheckpoints = StepCheckpoints()
     # before a run begins, the model answers the first step's questions: refuse ends a run whose model then neither earns a reward
     # nor gives an answer that can be read, warn says so and starts, off asks nothing; changes nothing in the run
     preflight: Literal["refuse", "warn", "off"] = "refuse"
     zero_reward_patience: PositiveInt = 5  # so many steps in a row without a reward are worth a warning
 
-    device: str = "auto"  # auto, cpu, cuda or cuda:N
     # how several processes share the work; with fsdp the policy is put together on each of them to sample
     parallel: Annotated[NoParallelConfig | DdpConfig | FsdpConfig, TAGGED] = NoParallelConfig()
-    monitor: MonitorConfig = MonitorConfig()
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # of activations; weights are fp32; auto: bf16 where it is faster here
-    recompute: Literal["off", "selective", "full"] = "off"  # activations computed again in the backward pass, to save memory
 
     def __post_init__(self) -> None:
         labels = [task.label for task in self.tasks]

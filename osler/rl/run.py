@@ -10,168 +10,109 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
-from pathlib import Path
 
 from osler.checkpoint import store
-from osler.checkpoint.manifest import STATE, TENSORS_SUFFIX
-from osler.checkpoint.root import refuse_checkpoint
-from osler.decode import decode
+from osler.checkpoint.manifest import TENSORS_SUFFIX
 from osler.errors import UserError
 from osler.eval.exams import greedy, score_by_generation
 from osler.inference.engine import InferenceEngine
 from osler.inference.load import LoadedModel, describing_files, load_model
-from osler.monitor.logger import check_trackers
+from osler.model.config import ModelConfig
 from osler.optim.build import build_optimizer
 from osler.parallel.parallelize import check_strategy, parallelize
-from osler.recipe import load_recipe, parse_overrides
-from osler.records.events import EventLog
 from osler.rl.config import GrpoConfig, RlTaskConfig
 from osler.rl.preflight import preflight
 from osler.rl.prompts import RewardTerm, RlTask, task_shares
 from osler.rl.rollout import RolloutWorker
 from osler.rl.step import PolicyLoss
 from osler.rl.trainer import GrpoTrainer
-from osler.runtime.device import keep_freed_memory, pick_device
-from osler.runtime.files import RunFolder, fingerprint, read_json, write_or_warn
+from osler.runs.command import Job, Request, carry_out
+from osler.runs.folder import check_fingerprints, claim
+from osler.runs.loop import Loop
+from osler.runs.machine import VERSIONS, agree_on_machine, describe_run, place_of
+from osler.runs.process import Learner, Run
+from osler.runs.start import find_start, restored, warn_of_endless_warmup
+from osler.runtime.device import pick_device
+from osler.runtime.files import RunFolder, fingerprint, write_or_warn
 from osler.runtime.stop import AskedToStop, asked
-from osler.runtime.world import World, joined
+from osler.runtime.world import World
 from osler.tasks.item import ExamItem, render_question
 from osler.tasks.overlap import shared_questions
 from osler.tasks.registry import check_task, load_task
 from osler.tasks.rewards import REWARDS
 from osler.tokenizer.bpe import Tokenizer
 from osler.tokenizer.chat import encode_prompt
-from osler.train.folder import (
-    VERSIONS,
-    check_fingerprints,
-    claim,
-    default_name,
-    describe_plan,
-    newest_checkpoint,
-    refuse_another,
-    starting_model,
-    stored_precision,
-    work,
-)
-from osler.train.origin import announce_branch, branch_point, config_of_run, describe_branch, planned_start, taken_back
-from osler.train.run import check_same_start, place_of, warn_of_endless_warmup
-from osler.train.setup import choose_machine, describe_run
 
 logger = logging.getLogger(__name__)
 
 
-def run(
-    recipe: str | None = None,
-    overrides: Sequence[str] = (),
-    *,
-    run_dir: str | None = None,
-    resume: bool = False,
-    dry_run: bool = False,
-    from_step: int | None = None,
-    branch: str | None = None,
-) -> int:
-    """The command ``grpo``; returns the process's exit code."""
-    config = config_of_run(GrpoConfig, "grpo", recipe, overrides, run_dir, resume=resume, from_step=from_step, branch=branch)
-    if config is None:
-        config = decode(GrpoConfig, load_recipe(recipe, overrides) if recipe else parse_overrides(overrides), source=recipe or "")
-    folder = RunFolder(Path(run_dir or Path("runs") / default_name(recipe or "clinic", "grpo")))
-    refuse_checkpoint(folder.root)
-    back = from_step if branch is None else None
-    if dry_run:
-        refuse_another(folder, config)
-        pick_device(config.device)
-        newest, aside = planned_start(folder, back)
-        start = starting_model(newest, config)
-        if newest is None and (origin := branch_point(config)) is not None:
-            check_branch(config, origin)
-            logger.info(describe_branch(config, store.load(origin, names=[])))
-        check_exams(config)
-        check_trackers(config.monitor)
-        print(describe_plan(config, folder, newest, start, {**aside, **planned_numbers(config)}))
-        return 0
-    done = f"Done: {folder.root}\n  osler eval {folder.root}   sit the exam\n  osler report {folder.root}   the run as a page"
-    with joined(config.device) as world:  # connected first: then what all ranks find wrong is told once
-        check_strategy(config.parallel, world.size)
-
-        def start_from(run: RunFolder) -> bool:
-            return train(config, taken_back(run, config, back, world), world)
-
-        return work("grpo", folder, start_from, lambda: done, goes_back=back is not None)
+def run(request: Request) -> int:
+    """The verb ``grpo``; returns the process's exit code."""
+    return carry_out(JOB, request)
 
 
-def train(config: GrpoConfig, run: RunFolder, world: World | None = None) -> bool:
+def train(config: GrpoConfig, folder: RunFolder, world: World | None = None) -> bool:
     """Set up and train (or continue) one GRPO run in its folder; False when it was asked to stop before the end."""
     world = world or World(device=config.device)
-    refuse_another(run, config)
+    run = Run(folder, world)
     check_exams(config)
-    check_trackers(config.monitor)
-    keep_freed_memory()
-    newest = newest_checkpoint(run, record=world.is_first)
-    checkpoint = newest or branch_point(config)
-    # Before ranks could wait for different things.
-    check_same_start(-1 if checkpoint is None else store.load(checkpoint, names=[]).step, world)
-    if newest is None and checkpoint is not None:
-        check_branch(config, checkpoint)
-    precision = stored_precision(checkpoint, config.precision)
-    # What `auto` comes to is a trial, which might end differently on another rank.
-    machine = world.broadcast_from_first(lambda: choose_machine(world.device, precision, "never", steps=config.steps))
-    machine = replace(machine, device=pick_device(world.device))
-    start = load_model(checkpoint or config.init_from, device=machine.device, compute_dtype=machine.dtype)
-    model, tokenizer = start.model.train(), start.tokenizer
-    tasks = load_tasks(config, start)
+    start = find_start(config, run, check_branch)
+    machine = agree_on_machine(
+        world, start.checkpoint, precision=config.precision, compile_mode="never", steps=config.steps
+    )
+    loaded = load_model(start.checkpoint or config.init_from, device=machine.device, compute_dtype=machine.dtype)
+    model, tokenizer = loaded.model.train(), loaded.tokenizer
+    tasks = load_tasks(config, loaded)
     eval_items = load_task(config.eval_task) if config.eval_task is not None else []
     check_held_out(tasks, eval_items)
     sampler = InferenceEngine(model, max_rows=config.rollout_rows)
+    worker = RolloutWorker(sampler, tokenizer, tasks, config.algorithm, config.seed, world)
     samples = ""
-    if world.broadcast_from_first(lambda: checkpoint is None) and config.preflight != "off":
-        samples = preflight(RolloutWorker(sampler, tokenizer, tasks, config.algorithm, config.seed, world).ask(0), config)
-    fingerprints = {"tokenizer": tokenizer.fingerprint, "data": fingerprint_of(tasks)}
-    if checkpoint is not None and not config.allow_data_change:  # with it the change is recorded when the run goes on
-        check_fingerprints(store.load(checkpoint, names=[]), fingerprints, EventLog(run.events))
-    world.broadcast_from_first(lambda: claim(run, config))
+    if world.broadcast_from_first(lambda: start.checkpoint is None) and config.preflight != "off":
+        samples = preflight(worker.ask(0), config)
+    run.fingerprints = {"tokenizer": tokenizer.fingerprint, "data": fingerprint_of(tasks)}
+    described = start.load(names=[])
+    if described is not None and not config.allow_data_change:  # with it the change is recorded when the run goes on
+        check_fingerprints(described, run.fingerprints, run.events)
+    world.broadcast_from_first(lambda: claim(folder, config))
     if samples and world.is_first:
-        write_or_warn(run.samples, samples)  # a start over in the same folder replaces it
+        write_or_warn(folder.samples, samples)  # a start over in the same folder replaces it
     evaluate, best_metric = exam(config, sampler, tokenizer, eval_items, world)
-    files = {"config.yaml": run.config.read_bytes(), VERSIONS: world.broadcast_from_first(lambda: describe_run(run, machine))}
+    versions = world.broadcast_from_first(lambda: describe_run(folder, machine))
+    run.files = {
+        **describing_files(model.config, tokenizer), "config.yaml": folder.config.read_bytes(), VERSIONS: versions
+    }  # fmt: skip
     engine = parallelize(model, config.parallel, world, recompute=config.recompute, loss_of=PolicyLoss)
-    trainer = GrpoTrainer(
-        config,
-        model=model,
-        optimizer=build_optimizer(model, config.optim, process_group=world.group),
-        engine=engine,
-        sampler=sampler,
-        tokenizer=tokenizer,
-        tasks=tasks,
-        run=run,
-        evaluate=evaluate,
-        best_metric=best_metric,
-        files={**describing_files(model.config, tokenizer), **files},
-        fingerprints=fingerprints,
-    )
-    saved = store.load(checkpoint) if checkpoint is not None else None
-    if saved is not None:
-        trainer.restore(saved)
-        if newest is None:
-            announce_branch(config, saved, trainer.incidents.events)
-        logger.info(f"Continuing {run.root} from step {trainer.step:,}.")
+    optimizer = build_optimizer(model, config.optim, process_group=world.group)
+    learner = Learner(model, optimizer, engine, config.clip_norm)
+    trainer = GrpoTrainer(config, run, learner, worker, evaluate, best_metric)
+    checkpoint = start.load()
+    if checkpoint is not None:
+        loop = restored(trainer, start, checkpoint)
     else:
+        loop = Loop(trainer)
         warn_of_idle_ranks(config, world)
         warn_of_endless_warmup(config.schedule.warmup_tokens, config.budget_tokens, "steps x completions x max_new_tokens =")
-        logger.info(describe_start(config, start, tasks, place_of(machine, config.parallel, world)))
-    del saved  # weights and moments were copied out of it
-    return trainer.fit()
+        logger.info(describe_start(config, loaded, tasks, place_of(machine, config.parallel, world)))
+    del checkpoint  # weights and moments were copied out of it
+    return loop.fit()
 
 
-def check_branch(config: GrpoConfig, start: Path) -> None:
+def check_branch(config: GrpoConfig, start: store.Loaded) -> None:
     """Raise UserError when a run with this config cannot go on from a checkpoint of another."""
-    step = read_json(start / STATE)["step"]
-    if step >= config.steps:
-        raise UserError(f"{start} is at step {step:,}, and steps is {config.steps:,}: set steps higher.")
-    if config.algorithm.beta > 0.0 and not (start / f"reference{TENSORS_SUFFIX}").is_file():
+    if start.step >= config.steps:
+        raise UserError(f"{start.path} is at step {start.step:,}, and steps is {config.steps:,}: set steps higher.")
+    if config.algorithm.beta > 0.0 and not (start.path / f"reference{TENSORS_SUFFIX}").is_file():
         raise UserError(
-            f"algorithm.beta={config.algorithm.beta:g} needs the reference that the run began with, and {start} holds none, "
-            f"because beta was 0 there: leave it at 0, or start a new run with init_from={start}."
+            f"algorithm.beta={config.algorithm.beta:g} needs the reference that the run began with, and {start.path} holds none, "
+            f"because beta was 0 there: leave it at 0, or start a new run with init_from={start.path}."
         )
+
+
+def check_start(config: GrpoConfig, folder: RunFolder, start: store.Loaded | None) -> None:
+    """Raise UserError when the device or an exam is not there."""
+    pick_device(config.device)
+    check_exams(config)
 
 
 def check_exams(config: GrpoConfig) -> None:
@@ -223,13 +164,13 @@ def check_held_out(tasks: Sequence[RlTask], eval_items: Sequence[ExamItem]) -> N
 
 def exam(
     config: GrpoConfig, sampler: InferenceEngine, tokenizer: Tokenizer, items: Sequence[ExamItem], world: World
-) -> tuple[Callable[[], dict[str, float]] | None, str]:
+) -> tuple[Callable[[], dict[str, float]], str]:
     """A function that sits the evaluation exam with the sampler's model, and the name of its accuracy.
 
     Each rank answers its share of the questions.
     """
     if config.eval_task is None:
-        return None, ""
+        return dict, ""
     name = getattr(config.eval_task, "split", "") or config.eval_task.type
 
     def sit() -> dict[str, float]:
@@ -278,10 +219,27 @@ def describe_start(config: GrpoConfig, start: LoadedModel, tasks: Sequence[RlTas
     )
 
 
-def planned_numbers(config: GrpoConfig) -> dict[str, str]:
+def planned_numbers(config: GrpoConfig, model: ModelConfig | None) -> dict[str, str]:
     """What follows from a config, for ``--dry-run``."""
     completions = config.steps * config.algorithm.completions_per_step
     return {
         "completions": f"{completions:,} of at most {config.algorithm.max_new_tokens} tokens",
         "optimizer steps": f"{config.steps * config.algorithm.updates_per_batch:,}",
     }
+
+
+def next_steps(config: GrpoConfig, folder: RunFolder) -> str:
+    """Return what to do with a finished run."""
+    return f"Done: {folder.root}\n  osler eval {folder.root}   sit the exam\n  osler report {folder.root}   the run as a page"
+
+
+JOB = Job(
+    config_class=GrpoConfig,
+    default_name=lambda config: "clinic-grpo",
+    check=check_start,
+    check_branch=check_branch,
+    check_processes=lambda config, processes: check_strategy(config.parallel, processes),
+    numbers=planned_numbers,
+    train=train,
+    next_steps=next_steps,
+)

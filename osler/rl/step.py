@@ -24,21 +24,20 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from osler.model.loss import ModelLoss
+from osler.model.loss import ModelLoss, nan_gradient_unless_finite
 from osler.model.transformer import Transformer
 from osler.monitor.collect import Collector, of_norms
 from osler.monitor.model_stats import ProbeRows
 from osler.ops.cross_entropy import linear_logprobs
 from osler.ops.labels import IGNORED
 from osler.ops.sampling import unpack_mask
-from osler.parallel.engine import ParallelEngine
 from osler.rl.advantages import group_advantages
 from osler.rl.config import AlgorithmConfig
 from osler.rl.loss import LossInputs, add_sums, grpo_loss, loss_metrics, token_weights
 from osler.rl.rollout import Group
+from osler.runs.process import Learner
 from osler.runtime.device import sent
 from osler.runtime.world import World
-from osler.train.step import condemned_unless_finite
 
 FIRST_UPDATE_METRICS = "sampling/"  # sampler against trainer: only comparable before the weights move
 
@@ -177,29 +176,22 @@ class PolicyLoss(ModelLoss):
 
 
 def update_policy(
-    model: Transformer,
-    optimizer: torch.optim.Optimizer,
+    learner: Learner,
     rows: Sequence[Row],
     algorithm: AlgorithmConfig,
     *,
     reference: Transformer | None = None,
     micro_batch_tokens: int = 16_384,
-    clip_norm: float = 1.0,
-    engine: ParallelEngine | None = None,
     collector: Collector | None = None,
 ) -> dict[str, float]:
     """Take ``updates_per_batch`` optimizer steps on the rows and return the metrics, averaged over them.
 
-    ``rows`` are those of all ranks. ``reference`` is needed when beta is above 0 and is only read. ``engine`` is one around
-    a :class:`PolicyLoss`, bound to the optimizer; without it there is one process, which clips to ``clip_norm``. An update
-    whose loss or gradient is not finite is skipped and counted under ``train/skipped_steps``. The optimizer must be a fused one
-    (``build_optimizer``); its learning rate is used as it is. ``collector`` watches the update.
+    ``rows`` are those of all ranks. ``reference`` is needed when beta is above 0 and is only read. The learner's engine is one
+    around a :class:`PolicyLoss`, and its optimizer a fused one (``build_optimizer``) whose settings are used as they are. An
+    update whose loss or gradient is not finite is skipped and counted under ``train/skipped_steps``.
     """
-    if engine is None:
-        engine = ParallelEngine(PolicyLoss(model))
-        engine.bind(optimizer, clip_norm)
-    world, parameters = engine.world, list(model.parameters())
-    device = parameters[0].device
+    engine, optimizer, device = learner.engine, learner.optimizer, learner.device
+    world, parameters = engine.world, list(learner.model.parameters())
     batches, padding_frac = _prepare(rows, algorithm, micro_batch_tokens, device, world)
     if algorithm.beta > 0.0:
         if reference is None:
@@ -223,7 +215,7 @@ def update_policy(
                 mark("forward")
                 if batch.learns:
                     # Engines average over the ranks, and the weights are of all rows.
-                    engine.backward(condemned_unless_finite(loss) * world.size)
+                    engine.backward(nan_gradient_unless_finite(loss) * world.size)
                     mark("backward")
             sums = add_sums(sums, part)
         history.append(sums)
@@ -237,7 +229,7 @@ def update_policy(
     by_update |= {name: torch.stack([step[name] for step in steps]).cpu() for name in steps[0]}
     metrics = {name: float(values.mean()) for name, values in by_update.items()}
     metrics |= {name: float(values[0]) for name, values in by_update.items() if name.startswith(FIRST_UPDATE_METRICS)}
-    metrics |= of_norms(by_update["train/grad_norm"].tolist(), engine.clip_norm)
+    metrics |= of_norms(by_update["train/grad_norm"].tolist(), learner.clip_norm)
     metrics["train/skipped_steps"] = float(by_update["train/skipped_steps"].sum())
     return metrics | {"data/padding_frac": padding_frac}
 

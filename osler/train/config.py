@@ -11,9 +11,9 @@ from osler.config import TAGGED, NonNegativeInt, PositiveFloat, PositiveInt, con
 from osler.data.config import ClinicData, CurriculumStage, FilesData, PreparedData, TurnsData
 from osler.data.curriculum import Timeline, lay_out, rows_per_micro_batch
 from osler.model.config import ModelConfig
-from osler.monitor.config import MonitorConfig, SpikeConfig
-from osler.optim.config import AdamWConfig, LinearConfig, OptimConfig, ScheduleConfig
+from osler.optim.config import LinearConfig, ScheduleConfig
 from osler.parallel.config import NoParallelConfig, ParallelConfig
+from osler.runs.config import CheckpointConfig, RunConfig
 from osler.tokenizer.config import SMALLEST_VOCABULARY, TokenizerConfig
 
 DataConfig = Annotated[ClinicData | FilesData | TurnsData | PreparedData, TAGGED]
@@ -34,16 +34,20 @@ class ExamProbe:
 
 
 @config
-class TrainConfig:
+class TokenCheckpoints(CheckpointConfig):
+    """When checkpoints are saved, how, and which are kept."""
+
+    every_tokens: PositiveInt = 2_048_000  # tokens between two checkpoints
+    keep_every_tokens: NonNegativeInt = 0  # tokens between two milestones, which are checkpoints kept for good; 0: none
+
+
+@config
+class TrainConfig(RunConfig):
     """One supervised stage: ``pretrain`` learns every token, ``sft`` learns what the model must answer."""
 
     kind: Literal["pretrain", "sft"] = "pretrain"  # pretrain learns every token, sft only what the model must answer
-    description: str = ""  # for the reader; changes nothing
     seed: int = 0  # of the weights and of the order of the data
     init_from: str | None = None  # run folder or checkpoint to start from; its model and tokenizer replace those given here
-    # checkpoint of another run to go on from, with its optimizer and its place in the data; --branch sets it, and the config of
-    # that run with it
-    branch_from: str | None = None
     model: ModelConfig = ModelConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()
     data: DataConfig = ClinicData()
@@ -58,33 +62,18 @@ class TrainConfig:
     curriculum: tuple[CurriculumStage, ...] = ()  # stages of shorter rows and other batches; none: the same throughout
     total_tokens: PositiveInt = 8_192_000  # tokens to train on, repeats included
     max_minutes: PositiveFloat | None = None  # end by the clock if that comes before total_tokens; the schedule is fitted to it
-    optim: OptimConfig = AdamWConfig()
     schedule: ScheduleConfig = LinearConfig(warmup_tokens=327_680)
-    clip_norm: PositiveFloat = 1.0  # norm that the gradient is scaled down to when it is larger
     # bf16 computes in bf16 from fp32 weights, fp8 also multiplies in FP8; pure-bf16 keeps weights and moments in bf16 too;
     # auto: bf16 where it is faster than fp32 here
     precision: Literal["auto", "bf16", "fp32", "pure-bf16", "fp8"] = "auto"
-    recompute: Literal["off", "selective", "full"] = "off"  # activations computed again in the backward pass, to save memory
     # with torch.compile; auto: where it works and the run is long enough to pay
     compile: Literal["auto", "always", "never"] = "auto"
-    device: str = "auto"  # auto, cpu, cuda or cuda:N
     parallel: ParallelConfig = NoParallelConfig()  # how several processes share the work
     loader_workers: NonNegativeInt = 1  # threads that prepare batches ahead; 0: none; changes no batch
     log_every_steps: PositiveInt = 10  # optimizer steps between two lines of metrics
     eval_every_tokens: PositiveInt = 2_048_000  # tokens between two measurements of the held-out loss
-    save_every_tokens: PositiveInt = 2_048_000  # tokens between two checkpoints
-    # whether a checkpoint is written while training goes on, from a copy in memory; changes nothing in it
-    async_save: bool = True
-    keep_last: PositiveInt = 2  # checkpoints kept besides the best and the milestones
-    keep_every_tokens: NonNegativeInt = 0  # tokens between two milestones, which are checkpoints kept for good; 0: none
-    allow_data_change: bool = False  # whether a started run may go on with other data, never with another tokenizer
-    # so many steps in a row with a non-finite gradient send the run back to its last good checkpoint and past the data since,
-    # when the next line of metrics is due
-    max_skipped_steps: PositiveInt = 20
-    max_rollbacks: NonNegativeInt = 2  # times that a run goes back, in all; then it ends with a diagnosis
-    spike: SpikeConfig = SpikeConfig()
     exam: ExamProbe = ExamProbe()
-    monitor: MonitorConfig = MonitorConfig()
+    checkpoint: TokenCheckpoints = TokenCheckpoints()
 
     def __post_init__(self) -> None:
         if self.batch_tokens % self.seq_len:

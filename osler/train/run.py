@@ -6,9 +6,7 @@ A run folder that already holds this run goes on from its newest good checkpoint
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -16,56 +14,39 @@ import torch
 from torch import Tensor
 
 from osler.checkpoint import store
-from osler.checkpoint.root import refuse_checkpoint
 from osler.data.config import ClinicData
-from osler.data.consumed import ConsumedData
 from osler.data.curriculum import Span, rows_per_micro_batch
 from osler.data.loader import Loader, StagedLoader, make_batch
 from osler.data.order import Order
 from osler.data.packing import StreamPacking, WholePacking
 from osler.data.prepare import Prepared, open_prepared
 from osler.data.shards import ShardSet
-from osler.decode import decode
-from osler.errors import UserError
 from osler.eval.exams import greedy, score_by_generation
 from osler.eval.perplexity import batches, measure, windows
 from osler.inference.engine import InferenceEngine
 from osler.inference.load import TOKENIZER_FILE, describing_files
 from osler.model.config import ModelConfig
 from osler.model.transformer import Transformer
-from osler.monitor.logger import check_trackers
 from osler.optim.build import build_optimizer
 from osler.parallel.compile import COMPILE_MIN_STEPS
-from osler.parallel.config import ParallelConfig
 from osler.parallel.engine import ParallelEngine
 from osler.parallel.parallelize import parallelize
-from osler.recipe import load_recipe, parse_overrides
-from osler.runtime.device import keep_freed_memory, pick_device
+from osler.runs.command import Job, Request, carry_out
+from osler.runs.loop import Loop
+from osler.runs.machine import VERSIONS, agree_on_machine, describe_run, place_of
+from osler.runs.process import Learner, Run
+from osler.runs.start import find_start, restored, warn_of_endless_warmup
 from osler.runtime.files import RunFolder
 from osler.runtime.stop import AskedToStop, asked
-from osler.runtime.world import World, joined
+from osler.runtime.world import World
 from osler.tasks.clinic import load as load_clinic_exam
 from osler.tasks.item import ExamItem
 from osler.tokenizer.bpe import Tokenizer
 from osler.train.config import ExamProbe, TrainConfig
-from osler.train.folder import (
-    VERSIONS,
-    default_name,
-    describe_plan,
-    newest_checkpoint,
-    refuse_another,
-    starting_model,
-    stored_precision,
-    work,
-)
-from osler.train.origin import announce_branch, branch_point, config_of_run, describe_branch, planned_start, taken_back
 from osler.train.setup import (
-    Machine,
     check_branch,
     check_plan,
     check_processes,
-    choose_machine,
-    describe_run,
     fit_vocabulary,
     left_out,
     make_model,
@@ -75,8 +56,7 @@ from osler.train.setup import (
     warn_of_small_passes,
 )
 from osler.train.shards import begin, check_data, shards_of
-from osler.train.step import TrainStep
-from osler.train.trainer import Trainer
+from osler.train.trainer import Evaluations, Trainer
 
 logger = logging.getLogger(__name__)
 
@@ -85,127 +65,59 @@ EXAM_NEW_TOKENS = 64
 EVAL_BATCH_TOKENS = 16_384
 
 
-def run(
-    kind: str,
-    recipe: str | None = None,
-    overrides: Sequence[str] = (),
-    *,
-    run_dir: str | None = None,
-    resume: bool = False,
-    dry_run: bool = False,
-    from_step: int | None = None,
-    branch: str | None = None,
-) -> int:
-    """The commands ``pretrain`` and ``sft``; returns the process's exit code."""
-    config = config_of_run(TrainConfig, kind, recipe, overrides, run_dir, resume=resume, from_step=from_step, branch=branch)
-    if config is None:
-        given = load_recipe(recipe, overrides) if recipe else parse_overrides(overrides)
-        config = decode(TrainConfig, {**given, "kind": kind}, source=recipe or "")
-    folder = RunFolder(Path(run_dir) if run_dir else own_folder(recipe, config))
-    refuse_checkpoint(folder.root)
-    back = from_step if branch is None else None
-    is_given = config.init_from is not None or config.branch_from is not None
-    if is_given and any(override.startswith("model.") for override in overrides):
-        logger.warning("model.* changes nothing here, because the model comes from the checkpoint that the run starts from.")
-    if dry_run:
-        refuse_another(folder, config)
-        newest, aside = planned_start(folder, back)
-        start = starting_model(newest, config)
-        checkpoint = newest or branch_point(config)
-        loaded = None if checkpoint is None else store.load(checkpoint, names=[])
-        if newest is None and loaded is not None:
-            check_branch(config, loaded)
-            logger.info(describe_branch(config, loaded))
-        check_plan(config, is_new=loaded is None)
-        check_data(config, folder, loaded)
-        numbers = planned_numbers(config, start[1] if start else config.model)
-        print(describe_plan(config, folder, newest, start, {**aside, **numbers}))
-        return 0
-    with joined(config.device) as world:  # connected first: then what all ranks find wrong is told once
-        check_processes(config, world.size)
-        warn_of_small_passes(config, world.size)
-
-        def start_from(run: RunFolder) -> bool:
-            return train(config, taken_back(run, config, back, world), world)
-
-        return work(kind, folder, start_from, lambda: next_steps(config, folder), goes_back=back is not None)
+def run(request: Request) -> int:
+    """The verbs ``pretrain`` and ``sft``; returns the process's exit code."""
+    return carry_out(JOB, request)
 
 
-def own_folder(recipe: str | None, config: TrainConfig) -> Path:
-    """Where a run goes without --run: named by its recipe, or else by its data."""
-    if recipe:
-        return Path("runs") / default_name(recipe, config.kind)
-    name = "clinic" if isinstance(config.data, ClinicData) else Path(config.data.path).stem or "own"
-    return Path("runs") / f"{name}-{config.kind}"
-
-
-def train(config: TrainConfig, run: RunFolder, world: World | None = None) -> bool:
+def train(config: TrainConfig, folder: RunFolder, world: World | None = None) -> bool:
     """Set up and train (or continue) one supervised run in its folder; False when it was asked to stop before the end."""
     world = world or World(device=config.device)
-    started = time.monotonic()
-    refuse_another(run, config)
-    check_trackers(config.monitor)
+    run = Run(folder, world)
     exam = exam_items(config.exam)
-    keep_freed_memory()
-    newest = newest_checkpoint(run, record=world.is_first)
-    start = newest or branch_point(config)
-    checkpoint = store.load(start) if start is not None else None
-    check_same_start(-1 if checkpoint is None else checkpoint.step, world)  # before ranks could wait for different things
-    if newest is None and checkpoint is not None:
-        check_branch(config, checkpoint)
-    precision = stored_precision(start, config.precision)
+    start = find_start(config, run, check_branch)
+    checkpoint = start.load()
     # A run by the clock takes as many steps as it can: from a minute on compiling pays.
     steps = config.total_steps if config.max_minutes is None else int(config.max_minutes * COMPILE_MIN_STEPS)
-    # What `auto` comes to is a trial, which might end differently on another rank.
-    machine = world.broadcast_from_first(lambda: choose_machine(world.device, precision, config.compile, steps=steps))
-    machine = replace(machine, device=pick_device(world.device))
+    machine = agree_on_machine(
+        world, start.checkpoint, precision=config.precision, compile_mode=config.compile, steps=steps
+    )
     model, tokenizer, fill = make_model(config, machine, checkpoint, processes=world.size)
     engine = parallelize(
-        model, config.parallel, world, precision=config.precision, pass_tokens=pass_tokens(config, world.size),
-        recompute=config.recompute, compile=machine.compile,
-    )  # fmt: skip
+        model,
+        config.parallel,
+        world,
+        precision=config.precision,
+        pass_tokens=pass_tokens(config, world.size),
+        recompute=config.recompute,
+        compile=machine.compile,
+    )
     fill()
     del fill  # and what it loaded
-    tokenizer_path = run.root / TOKENIZER_FILE
-    tokenizer = world.broadcast_from_first(lambda: make_tokenizer(config, tokenizer, tokenizer_path))
+    tokenizer = world.broadcast_from_first(lambda: make_tokenizer(config, tokenizer, folder.root / TOKENIZER_FILE))
     fit_vocabulary(model, tokenizer, is_new=checkpoint is None and config.init_from is None)
-    shards, start_with = shards_of(config, run), partial(begin, config, run, tokenizer, checkpoint, model.config)
+    shards, start_with = shards_of(config, folder), partial(begin, config, folder, tokenizer, checkpoint, model.config)
     prepared = start_with() if world.is_first else None  # what rank 0 writes, the others read
     world.barrier()
     prepared = prepared or open_prepared(shards, tokenizer)
     optimizer = build_optimizer(model, config.optim, seed=config.seed, process_group=world.group)
-    train_step = TrainStep(
-        model,
-        optimizer,
-        engine,
-        micro_batch_tokens=config.micro_batch_tokens,
-        clip_norm=config.clip_norm,
-        document_mask=config.document_mask,
-        device=machine.device,
-    )
     loader = make_loader(config, prepared.train, world, pin_memory=machine.device.type == "cuda")
-    files = {"config.yaml": run.config.read_bytes(), VERSIONS: world.broadcast_from_first(lambda: describe_run(run, machine))}
-    trainer = Trainer(
-        config,
-        model=model,
-        optimizer=optimizer,
-        train_step=train_step,
-        batches=loader.batches,
-        consumed=ConsumedData(loader),
-        evaluate=validation(config, model, prepared, machine.eager_dtype, engine),
-        probe=exam_probe(exam, model, tokenizer, machine.eager_dtype, engine),
-        run=run,
-        files={**describing_files(model.config, tokenizer), **files},
-        fingerprints={"tokenizer": tokenizer.fingerprint, "data": prepared.train.fingerprint},
-        started=started,
+    versions = world.broadcast_from_first(lambda: describe_run(folder, machine))
+    run.files = {
+        **describing_files(model.config, tokenizer), "config.yaml": folder.config.read_bytes(), VERSIONS: versions
+    }  # fmt: skip
+    run.fingerprints = {"tokenizer": tokenizer.fingerprint, "data": prepared.train.fingerprint}
+    evaluations = Evaluations(
+        held_out=validation(config, model, prepared, machine.eager_dtype, engine),
+        exam=exam_probe(exam, model, tokenizer, machine.eager_dtype, engine),
     )
+    trainer = Trainer(config, run, Learner(model, optimizer, engine, config.clip_norm), loader, evaluations)
     if checkpoint is not None:
-        trainer.restore(checkpoint)
-        if newest is None:
+        loop = restored(trainer, start, checkpoint)
+        if start.is_branch:
             trainer.total_tokens = config.total_tokens  # what the clock had made of the other run's is no plan for this one
-            announce_branch(config, checkpoint, trainer.incidents.events)
-        logger.info(f"Continuing {run.root} from step {trainer.step:,} ({trainer.tokens:,} tokens).")
     else:
+        loop = Loop(trainer)
         if config.max_minutes is None:
             warn_of_endless_warmup(config.schedule.warmup_tokens, config.total_tokens)
         warn_of_stages_out_of_reach(config)
@@ -215,38 +127,19 @@ def train(config: TrainConfig, run: RunFolder, world: World | None = None) -> bo
             f"{length_of(config)} to train on; {machine.dtype} on {place_of(machine, config.parallel, world)}."
         )
     del checkpoint  # weights and moments were copied out of it; a second set need not lie in memory while training
-    return trainer.fit()
+    return loop.fit()
 
 
-def check_same_start(step: int, world: World) -> None:
-    """Refuse to train when the ranks found different checkpoints, as on machines whose run folders are not the same disk."""
-    least, most = world.all_reduce_min(step, -step)
-    if least != -most:
-        raise UserError(
-            f"The processes found different checkpoints to go on from (steps {least} to {-most}, -1 is none): the run folder "
-            "must lie on a disk that all machines share."
-        )
-
-
-def place_of(machine: Machine, parallel: ParallelConfig, world: World) -> str:
-    """On what a run computes, in words."""
-    place = str(machine.device) if world.size == 1 else f"{world.size} x {machine.device.type} ({parallel.type})"
-    return f"{place}, compiled" if machine.compile else place
+def default_name(config: TrainConfig) -> str:
+    """Return what a run is called that no recipe names: by its data."""
+    name = "clinic" if isinstance(config.data, ClinicData) else Path(config.data.path).stem or "own"
+    return f"{name}-{config.kind}"
 
 
 def length_of(config: TrainConfig) -> str:
     """How long a run is, in words."""
     tokens = f"{config.total_tokens:,} tokens"
     return tokens if config.max_minutes is None else f"{config.max_minutes:g} minutes (at most {tokens})"
-
-
-def warn_of_endless_warmup(warmup_tokens: int, total_tokens: int, total: str = "total_tokens") -> None:
-    """A run shortened from the command line easily ends inside the warm-up it inherits, and learns next to nothing."""
-    if warmup_tokens >= total_tokens:
-        logger.warning(
-            f"schedule.warmup_tokens {warmup_tokens:,} is not below {total} {total_tokens:,}, so the learning rate "
-            "never reaches optim.lr; set schedule.warmup_tokens to a tenth of that or less."
-        )
 
 
 def warn_of_stages_out_of_reach(config: TrainConfig) -> None:
@@ -355,8 +248,9 @@ def exam_probe(
     return sit
 
 
-def planned_numbers(config: TrainConfig, model: ModelConfig) -> dict[str, str]:
+def planned_numbers(config: TrainConfig, model: ModelConfig | None) -> dict[str, str]:
     """What follows from a config and the model that it trains, for ``--dry-run``."""
+    model = model or config.model
     most = "" if config.max_minutes is None else "at most "
     batches = f"{config.total_steps:,} of {config.batch_tokens:,} tokens" if not config.curriculum else f"{config.total_steps:,}"
     return {
@@ -384,11 +278,39 @@ def next_steps(config: TrainConfig, folder: RunFolder) -> str:
     """What to do with a finished run."""
     lines = [f"Done: {folder.root}", f"  osler report {folder.root}      the run as a page"]
     if config.kind == "pretrain":
-        lines.append(f'  osler generate {folder.root} --prompt "..."   let it write')
-        lines.append(f"  osler sft init_from={folder.root}   teach it to reason and answer")
+        lines += [
+            f'  osler generate {folder.root} --prompt "..."   let it write',
+            f"  osler sft init_from={folder.root}   teach it to reason and answer",
+        ]
     elif isinstance(config.data, ClinicData):
-        lines.append(f"  osler eval {folder.root}   sit the exam")
-        lines.append(f"  osler grpo init_from={folder.root}   improve it by its own tries")
+        lines += [
+            f"  osler eval {folder.root}   sit the exam",
+            f"  osler grpo init_from={folder.root}   improve it by its own tries",
+        ]
     else:
         lines.append(f"  osler eval {folder.root} task.type=medqa task.path=FILE   sit an exam")
     return "\n".join([*lines, f"  osler chat {folder.root}   talk to it"])
+
+
+def check_start(config: TrainConfig, folder: RunFolder, start: store.Loaded | None) -> None:
+    """Raise UserError when a start, which goes on from a checkpoint or begins, lacks something."""
+    check_plan(config, is_new=start is None)
+    check_data(config, folder, start)
+
+
+def check_ranks(config: TrainConfig, processes: int) -> None:
+    """Raise UserError for what several processes cannot train together, and warn of what they would do slowly."""
+    check_processes(config, processes)
+    warn_of_small_passes(config, processes)
+
+
+JOB = Job(
+    config_class=TrainConfig,
+    default_name=default_name,
+    check=check_start,
+    check_branch=check_branch,
+    check_processes=check_ranks,
+    numbers=planned_numbers,
+    train=train,
+    next_steps=next_steps,
+)

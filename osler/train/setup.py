@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -26,17 +24,15 @@ from osler.errors import UserError
 from osler.inference.load import described_model, tokenizer_of
 from osler.model.transformer import Transformer
 from osler.monitor.logger import check_trackers
-from osler.parallel.compile import should_compile
 from osler.parallel.config import DeepSpeedConfig, FsdpConfig
 from osler.parallel.deepspeed import read_settings
 from osler.parallel.fp8 import float8_linear
 from osler.parallel.parallelize import check_strategy
-from osler.runtime.device import describe_machine, pick_device, pick_dtype
-from osler.runtime.files import RunFolder, indented, write_or_warn
+from osler.runs.machine import Machine
+from osler.runtime.device import pick_device
 from osler.runtime.sharded import load_whole
 from osler.tokenizer.bpe import Tokenizer
 from osler.train.config import TrainConfig
-from osler.train.folder import VERSIONS
 from osler.yaml12 import load_yaml
 
 logger = logging.getLogger(__name__)
@@ -46,33 +42,6 @@ ROUND_LENGTH = 64  # a row length that is proposed is a multiple of it
 # good as new text, and hardly a gain after 16. Fine-tuning is often many passes over few examples.
 WORTHWHILE_EPOCHS = {"pretrain": 4, "sft": 16}
 MUCH_USED = 0.9  # of the model's vocabulary: below this share of it the rest is worth a word
-PACKAGES = ("osler", "torch", "torchao", "numpy", "tokenizers", "safetensors", "pydantic", "pyarrow")
-
-
-@dataclass(frozen=True)
-class Machine:
-    """Where and how a run computes."""
-
-    device: torch.device
-    dtype: torch.dtype
-    compile: bool
-
-    @property
-    def eager_dtype(self) -> torch.dtype:
-        """For evaluation and sampling, which are not compiled: eager bf16 operators are slow on a CPU."""
-        return torch.float32 if self.device.type == "cpu" else self.dtype
-
-
-def choose_machine(device: str, precision: str, compile_mode: str, *, steps: int) -> Machine:
-    """Device, dtype and whether to compile; ``auto`` decides by trying it on this machine.
-
-    On a CPU bf16 goes with compilation: eager bf16 operators are an order of magnitude slower than fp32 there.
-    """
-    chosen = pick_device(device)
-    compile = should_compile(compile_mode, chosen, steps=steps)
-    if precision == "auto" and chosen.type == "cpu" and not compile:
-        precision = "fp32"
-    return Machine(chosen, pick_dtype(precision, chosen), compile)
 
 
 def check_plan(config: TrainConfig, *, is_new: bool) -> None:
@@ -300,22 +269,3 @@ def tell_of_repeats(config: TrainConfig, shards: ShardSet, consumed: ConsumedDat
             "new data are; after that ever less, and the model learns them by heart. Give more data, or set "
             f"total_tokens={int(config.total_tokens * most / epochs)}; watch that eval/loss goes on to fall."
         )
-
-
-def describe_run(run: RunFolder, machine: Machine) -> bytes:
-    """Write ``versions.json`` (packages and machine, for the report and for whoever repeats the run) and return its bytes."""
-    versions: dict[str, Any] = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    versions["machine"] = {
-        **describe_machine(),
-        "device": str(machine.device) if machine.device.type == "cpu" else torch.cuda.get_device_name(machine.device),
-        "dtype": str(machine.dtype).removeprefix("torch."),
-        "compiled": machine.compile,
-    }
-    text = indented(versions)
-    write_or_warn(run.root / VERSIONS, text)
-    return text.encode("utf-8")

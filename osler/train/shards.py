@@ -21,11 +21,12 @@ from osler.errors import UserError
 from osler.inference.load import TOKENIZER_FILE, tokenizer_of
 from osler.model.config import ModelConfig
 from osler.records.events import EventLog
+from osler.runs.branch import same_data
+from osler.runs.folder import check_fingerprints, claim, moved_places, read_config
+from osler.runs.rewind import ASIDE
 from osler.runtime.files import RunFolder, fsync_dir, write_atomic
 from osler.tokenizer.bpe import Tokenizer
 from osler.train.config import TrainConfig
-from osler.train.folder import check_fingerprints, claim, moved_places, read_config
-from osler.train.origin import ASIDE, same_data
 from osler.train.setup import check_lengths
 
 logger = logging.getLogger(__name__)

@@ -13,14 +13,13 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from osler.data.curriculum import rows_per_micro_batch
 from osler.data.loader import Batch
+from osler.model.loss import nan_gradient_unless_finite
 from osler.monitor.model_stats import ProbeRows
-from osler.optim.build import set_lr
-from osler.parallel.engine import ParallelEngine
-from osler.runtime.faults import poisoned
+from osler.runs.process import Learner
 
 
 class StepResult(NamedTuple):
@@ -40,29 +39,24 @@ class TrainStep:
 
     def __init__(
         self,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        engine: ParallelEngine,
+        learner: Learner,
         *,
-        micro_batch_tokens: int | None,
-        clip_norm: float,
-        document_mask: bool,
-        device: torch.device,
+        micro_batch_tokens: int | None = None,
+        document_mask: bool = False,
         mark: Callable[[str], None] = lambda part: None,
+        around_update: Callable[[Callable[[], ProbeRows]], AbstractContextManager[None]] = lambda rows: nullcontext(),
     ) -> None:
-        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self.optimizer = optimizer
-        self.engine = engine
+        """``mark`` is called at the end of each part of a step: forward, backward, optimizer. ``around_update`` is a context
+        around the update, while the gradients are there; it gets a function that returns the rows of the batch.
+        """
+        self.parameters = [parameter for parameter in learner.model.parameters() if parameter.requires_grad]
+        self.optimizer, self.engine, self.device = learner.optimizer, learner.engine, learner.device
         self.micro_batch_tokens = micro_batch_tokens
-        engine.bind(optimizer, clip_norm)
         self.document_mask = document_mask
-        self.device = device
-        self.mark = mark  # called at the end of each part of a step: forward, backward, optimizer
-        # stands around the update, while the gradients are there
-        self.watch: Callable[[Callable[[], ProbeRows]], AbstractContextManager[None]] = lambda rows: nullcontext()
+        self.mark, self.around_update = mark, around_update
 
-    def __call__(self, batch: Batch, lr_scale: float) -> StepResult:
-        """Update the parameters from ``batch`` (on the CPU) with every learning rate scaled by ``lr_scale``."""
+    def __call__(self, batch: Batch) -> StepResult:
+        """Update the parameters from ``batch``, which lies on the CPU, with the optimizer's settings as they are."""
         # Counted on the CPU copy, over the whole batch: micro-batches then weigh by their learned tokens.
         world = self.engine.world
         found_tokens = world.all_reduce_mean(torch.full((), float(batch.num_loss_tokens), device=self.device))
@@ -75,19 +69,12 @@ class TrainStep:
             ids, labels = (part[rows].to(self.device, non_blocking=True) for part in (batch.ids, batch.labels))
             documents = batch.document_ids[rows].to(self.device, non_blocking=True) if self.document_mask else None
             with nullcontext() if start + micro >= num_rows else self.engine.accumulating():
-                loss = condemned_unless_finite(self.engine.loss(ids, labels, documents) / learned_tokens)
+                loss = nan_gradient_unless_finite(self.engine.loss(ids, labels, documents) / learned_tokens)
                 self.mark("forward")
                 self.engine.backward(loss)
             total += loss.detach()
             self.mark("backward")
-        set_lr(self.optimizer, lr_scale)
-        with self.watch(lambda: ProbeRows(batch.ids, batch.labels, batch.document_ids if self.document_mask else None)):
+        with self.around_update(lambda: ProbeRows(batch.ids, batch.labels, batch.document_ids if self.document_mask else None)):
             norm_and_skipped = self.engine.update(self.optimizer, self.parameters)
         self.mark("optimizer")
         return StepResult(torch.where(found_tokens > 0, total, math.nan), *norm_and_skipped)
-
-
-def condemned_unless_finite(loss: Tensor) -> Tensor:
-    """The same loss; one that is not finite gets gradients of NaN, which no rank can overlook, although some would be finite."""
-    scale = math.nan if poisoned("train-loss") else 0.0
-    return loss * (1.0 + scale * loss.detach())  # 1, or NaN

@@ -113,5 +113,5 @@ def run_all(grpo: list[str], root: Path) -> None:
 
 if __name__ == "__main__":
     grpo, start, folder = sys.argv[1:]
-    shorter = ["steps=6", "save_every_steps=2", "eval_every_steps=3", "algorithm.reference_refresh_steps=2"]
+    shorter = ["steps=6", "checkpoint.every_steps=2", "eval_every_steps=3", "algorithm.reference_refresh_steps=2"]
     run_all(["grpo", grpo, f"init_from={start}", *shorter], Path(folder))

@@ -46,12 +46,14 @@ from osler.optim.build import build_optimizer
 from osler.optim.config import AdamWConfig
 from osler.parallel.config import DdpConfig, FsdpConfig
 from osler.parallel.parallelize import parallelize
+from osler.runs.machine import Machine
+from osler.runs.process import Learner
 from osler.runtime import faults
 from osler.runtime.sharded import whole
 from osler.runtime.world import World, joined
 from osler.tokenizer.config import TokenizerConfig
 from osler.train.config import TrainConfig
-from osler.train.setup import Machine, make_model
+from osler.train.setup import make_model
 from osler.train.step import TrainStep
 
 TOLERANCE = 1e-6
@@ -315,11 +317,10 @@ def send_once() -> int:
             engine = parallelize(model, config, world)
             optimizer = build_optimizer(model, AdamWConfig())
             for rows in (4, 2, 1):
-                settings: dict[str, Any] = {"clip_norm": 1.0, "document_mask": False, "device": torch.device("cpu")}
-                step = TrainStep(model, optimizer, engine, micro_batch_tokens=rows * 8, **settings)
-                step(batch, 1.0)
+                step = TrainStep(Learner(model, optimizer, engine, 1.0), micro_batch_tokens=rows * 8)
+                step(batch)
                 with Sent() as sent:
-                    step(batch, 1.0)
+                    step(batch)
                 # One small tensor counts the learned tokens; DDP has one bucket, FSDP the block and what lies outside of it.
                 reduced = (sent.times["allreduce_"], sent.times["_reduce_scatter_base_"])
                 assert reduced == ((2, 0) if isinstance(config, DdpConfig) else (1, 2)), f"{rows} rows at once: {sent.times}"

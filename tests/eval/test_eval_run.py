@@ -32,7 +32,7 @@ TINY = {
     "model": {"num_layers": 1, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "num_kv_heads": 1, "head_dim": 16,
               "vocab_size": 512, "max_seq_len": 256, "residual_init": "scaled"},
     "tokenizer": {"vocab_size": 400},
-    "batch_tokens": 512, "total_tokens": 4096, "eval_every_tokens": 4096, "save_every_tokens": 2048,
+    "batch_tokens": 512, "total_tokens": 4096, "eval_every_tokens": 4096, "checkpoint": {"every_tokens": 2048},
     "schedule": {"type": "constant", "warmup_tokens": 0}, "compile": "never", "precision": "fp32", "device": "cpu",
     "too_long": "drop",
 }  # fmt: skip

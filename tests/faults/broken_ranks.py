@@ -126,8 +126,8 @@ def interrupted(command: Sequence[str], folder: Path, *, twice: bool) -> None:
 
 
 def run_all(recipe: str, grpo: list[str], root: Path) -> None:
-    intervals = ["total_tokens=6144", "save_every_tokens=2048", "eval_every_tokens=3072"]
-    command = ["pretrain", recipe, "batch_tokens=512", *intervals, "max_skipped_steps=2", "parallel.type=ddp"]
+    intervals = ["total_tokens=6144", "checkpoint.every_tokens=2048", "eval_every_tokens=3072"]
+    command = ["pretrain", recipe, "batch_tokens=512", *intervals, "recovery.max_skipped_steps=2", "parallel.type=ddp"]
     with contextlib.redirect_stdout(io.StringIO()):  # reads the recipe once for every fork
         main([*command, "--dry-run"])
     whole = root / "whole"
@@ -149,5 +149,5 @@ def run_all(recipe: str, grpo: list[str], root: Path) -> None:
 
 if __name__ == "__main__":
     pretrain, grpo, start_of_grpo, folder = sys.argv[1:]
-    resilient = ["max_skipped_steps=2", "parallel.type=ddp"]
+    resilient = ["recovery.max_skipped_steps=2", "parallel.type=ddp"]
     run_all(pretrain, ["grpo", grpo, f"init_from={start_of_grpo}", *resilient], Path(folder))

@@ -34,7 +34,7 @@ KILLS = {
     "grpo": ("save-state:kill:2", "save-files:kill:7", "evaluate:kill:2"),
 }
 RANDOM_KILLS = 2
-ENDLESS_GRPO = ["steps=1_000_000", "eval_every_steps=1_000_000", "save_every_steps=1_000_000"]
+ENDLESS_GRPO = ["steps=1_000_000", "eval_every_steps=1_000_000", "checkpoint.every_steps=1_000_000"]
 LONG_STEP_GRPO = ["algorithm.prompts_per_step=60", "algorithm.samples_per_prompt=500", "eval_task=null"]
 COMPARED = ("model.safetensors", "optimizer.safetensors", "reference.safetensors")
 

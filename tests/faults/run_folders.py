@@ -14,7 +14,7 @@ KINDS = ("pretrain", "sft", "grpo")
 STEPS = 12  # of every run of the recipes in tests/conftest.py
 STOPPED = 130
 PATIENCE_SECONDS = 300
-ENDLESS = ["total_tokens=100_000_000_000", "eval_every_tokens=100_000_000_000", "save_every_tokens=100_000_000_000"]
+ENDLESS = ["total_tokens=100_000_000_000", "eval_every_tokens=100_000_000_000", "checkpoint.every_tokens=100_000_000_000"]
 # One step is thousands of micro-batches, so that a second signal finds the run still in the step of the first.
 LONG_STEP = ["batch_tokens=1_048_576", "micro_batch_tokens=512"]
 

@@ -48,7 +48,7 @@ def own_text(tiny):
         ("data.type=clinics", "data: unknown type `clinics`; did you mean `clinic`?"),
         ("total_tokens=many", 'total_tokens: should be an integer, given "many"'),
         ("optim.lr=nan", 'optim.lr: should be a finite number, given "nan"'),
-        ("spike.threshold=.nan", "spike.threshold: should be a finite number"),
+        ("recovery.spike.threshold=.nan", "recovery.spike.threshold: should be a finite number"),
         ("optim.lr=-1", "optim.lr: must be above 0, given -1"),
         ("optim.weight_decay=-0.1", "optim.weight_decay: must be at least 0, given -0.1"),
         ("optim={type: muon, eps: 0}", "optim.eps: must be above 0, given 0"),
@@ -62,7 +62,7 @@ def own_text(tiny):
         ("exam={every_tokens: -1}", "exam.every_tokens: must be at least 0, given -1"),
         ("max_minutes=0", "max_minutes: must be above 0, given 0"),
         ("clip_norm=-1", "clip_norm: must be above 0, given -1"),
-        ("keep_last=0", "keep_last: must be at least 1, given 0"),
+        ("checkpoint.keep_last=0", "checkpoint.keep_last: must be at least 1, given 0"),
         ("data.passages=-1", "data.passages: must be at least 0, given -1"),
         ("model.num_kv_heads=3", "num_heads 2 is not a multiple of num_kv_heads 3"),
         ("device=tpu", "Unknown device 'tpu': use auto, cpu, cuda or cuda:N"),
@@ -218,9 +218,9 @@ def test_documents_of_any_length_and_number(own_text, tiny, tmp_path):
 def test_a_checkpoint_that_rots_while_the_run_stands_still_does_not_count(launch, tmp_path, capsys):
     """It is found when it would be counted on, said and recorded, and an older good one stays in its stead."""
     run = tmp_path / "run"
-    assert launch("pretrain", run, "keep_last=3", fault="train-step:sigterm:9") == STOPPED
+    assert launch("pretrain", run, "checkpoint.keep_last=3", fault="train-step:sigterm:9") == STOPPED
     flip(at(run, 8) / "model.safetensors")
-    assert launch("pretrain", run, "keep_last=3") == 0
+    assert launch("pretrain", run, "checkpoint.keep_last=3") == 0
     assert "step-000000008 is damaged (model.safetensors: its content changed" in capsys.readouterr().err
     told = [event for event in read_events(run / "events.jsonl") if event.name == "damaged-checkpoint"]
     assert [event.step for event in told] == [8]
@@ -295,8 +295,8 @@ def test_a_run_goes_back_to_before_an_allowed_change(tiny, own_text, launch, tmp
     path, other, run = tmp_path / "notes.txt", tmp_path / "other.txt", tmp_path / "run"
     path.write_text(COUGH)
     other.write_text(FEVER)
-    assert launch("pretrain", run, *own_text(path)[1:], "max_skipped_steps=2", fault="train-step:sigterm:4") == STOPPED
-    changed = [*own_text(other)[1:], "max_skipped_steps=2"]
+    assert launch("pretrain", run, *own_text(path)[1:], "recovery.max_skipped_steps=2", fault="train-step:sigterm:4") == STOPPED
+    changed = [*own_text(other)[1:], "recovery.max_skipped_steps=2"]
     assert launch("pretrain", run, *changed, "allow_data_change=true", fault="train-loss:nan:1,train-step:sigterm:1") == STOPPED
     capsys.readouterr()
     assert launch("pretrain", run, *changed, fault="train-loss:nan:1") == 0
@@ -342,7 +342,7 @@ def test_a_start_that_fails_leaves_no_folder(tiny, mistake, tmp_path):
 def test_a_folder_of_an_earlier_version_is_the_same_run(stopped, launch):
     """A field that the config gained since has its default there."""
     config = load_yaml((stopped / "config.yaml").read_text(), "config.yaml")
-    del config["keep_last"]
+    del config["checkpoint"]["keep_last"]
     (stopped / "config.yaml").write_text(dump_yaml(config))
     assert launch("pretrain", stopped) == 0
 

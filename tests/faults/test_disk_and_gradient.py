@@ -72,7 +72,7 @@ def test_a_stop_that_cannot_save_does_not_claim_to_have_saved(launch, tmp_path, 
 def test_a_gradient_that_stays_infinite_ends_the_run(kind, launch, tmp_path, capsys):
     """Each such step is skipped; after ``max_skipped_steps`` of them the run ends and says where the last good weights are."""
     warmup = ["schedule={type: constant, warmup_tokens: 0}"]
-    assert launch(kind, tmp_path, "optim.lr=1e30", "max_skipped_steps=3", *warmup) == 2
+    assert launch(kind, tmp_path, "optim.lr=1e30", "recovery.max_skipped_steps=3", *warmup) == 2
     text = " ".join(capsys.readouterr().err.split())
     assert "The gradient was not finite for" in text and "Lower optim.lr (now 1e+30)" in text
     assert str(tmp_path / "checkpoints") in text and "Traceback" not in text
@@ -80,7 +80,7 @@ def test_a_gradient_that_stays_infinite_ends_the_run(kind, launch, tmp_path, cap
 
 def test_skipped_steps_are_counted_and_weights_stay(launch, tmp_path):
     """One wild step, then only skipped ones: the weights of the checkpoints no longer change."""
-    warmup = ["schedule={type: constant, warmup_tokens: 0}", "max_skipped_steps=100", "keep_last=9"]
+    warmup = ["schedule={type: constant, warmup_tokens: 0}", "recovery.max_skipped_steps=100", "checkpoint.keep_last=9"]
     assert launch("pretrain", tmp_path, "optim.lr=1e30", *warmup) == 0
     assert 9 <= sum(line.get("train/skipped_steps", 0) for line in logged(tmp_path)) <= 11
     states = [load_model(at(tmp_path, step)).model.state_dict() for step in (4, 12)]

@@ -14,8 +14,8 @@ from osler.checkpoint import store
 from osler.cli import main
 from osler.errors import UserError
 from osler.records.events import read_events
+from osler.runs.rewind import go_back
 from osler.runtime.files import RunFolder
-from osler.train.origin import go_back
 from osler.yaml12 import load_yaml
 
 

@@ -57,7 +57,7 @@ def test_every_precision_resumes_exactly_and_loads_as_usual(precision, launch, a
 @pytest.mark.parametrize("kind", KINDS)
 def test_stopped_twice_while_saving(kind, background, launch, whole, assert_same_run, tmp_path):
     """In the background the signal may find the run a few steps further; then those are saved too."""
-    option = f"async_save={str(background).lower()}"
+    option = f"checkpoint.in_background={str(background).lower()}"
     assert launch(kind, tmp_path, option, fault="save-tensors:sigterm") == STOPPED
     saved = newest_step(tmp_path)
     assert 4 <= saved < 12 if background else saved == 4
@@ -71,7 +71,7 @@ def test_stopped_twice_while_saving(kind, background, launch, whole, assert_same
 def test_an_evaluation_that_was_cut_off_is_made_up_for(kind, launch, whole, assert_same_run, tmp_path):
     """A stop during the save of step 6 leaves its checkpoint and not the evaluation that comes after it."""
     files_per_save = 3 if kind == "grpo" else 2  # model, optimizer and the reference of the KL term
-    assert launch(kind, tmp_path, "async_save=false", fault=f"save-tensors:sigterm:{2 * files_per_save}") == STOPPED
+    assert launch(kind, tmp_path, "checkpoint.in_background=false", fault=f"save-tensors:sigterm:{2 * files_per_save}") == STOPPED
     assert not any("eval/seconds" in line and line["step"] == 6 for line in logged(tmp_path))
     assert launch(kind, tmp_path, resume=True) == 0
     assert_same_run(tmp_path, whole[kind])
@@ -79,7 +79,7 @@ def test_an_evaluation_that_was_cut_off_is_made_up_for(kind, launch, whole, asse
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_saving_in_the_foreground_gives_the_same_files(kind, launch, whole, assert_same_run, tmp_path):
-    assert launch(kind, tmp_path, "async_save=false") == 0
+    assert launch(kind, tmp_path, "checkpoint.in_background=false") == 0
     assert_same_run(tmp_path, whole[kind])
     for file in sorted(at(whole[kind], 12).glob("*.safetensors")):
         assert file.read_bytes() == (at(tmp_path, 12) / file.name).read_bytes()

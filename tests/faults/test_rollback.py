@@ -11,7 +11,7 @@ from osler.records.events import read_events
 from osler.runtime.faults import InjectedError
 
 # GRPO looks at the numbers of every step, the others when they log: every fifth step, and the last.
-BAD, OVERRIDES = "train-loss:nan:9-10", ("max_skipped_steps=2",)
+BAD, OVERRIDES = "train-loss:nan:9-10", ("recovery.max_skipped_steps=2",)
 BACK_TO, PASSED_STEPS = 8, 2
 
 

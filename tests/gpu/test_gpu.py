@@ -48,6 +48,7 @@ def test_a_compiled_step_makes_no_host_synchronisation(
     from osler.data.loader import Batch
     from osler.parallel.config import NoParallelConfig
     from osler.parallel.parallelize import parallelize
+    from osler.runs.process import Learner
     from osler.runtime.world import World
     from osler.train.step import TrainStep
 
@@ -60,22 +61,14 @@ def test_a_compiled_step_makes_no_host_synchronisation(
     engine = parallelize(
         model, NoParallelConfig(), world, precision=precision, pass_tokens=passes, recompute=recompute, compile=True
     )
-    step = TrainStep(
-        model,
-        build_optimizer(model, optim),
-        engine,
-        micro_batch_tokens=4 * 64,
-        clip_norm=1.0,
-        document_mask=False,
-        device=torch.device("cuda"),
-    )
+    step = TrainStep(Learner(model, build_optimizer(model, optim), engine, 1.0), micro_batch_tokens=4 * 64)
     ids = torch.randint(0, 2048, (8, 65))
     inputs, labels = (part.contiguous().pin_memory() for part in (ids[:, :-1], ids[:, 1:]))
     batch = Batch(inputs, labels, torch.zeros(8, 64, dtype=torch.int64))
-    step(batch, 1.0)
+    step(batch)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        results = [step(batch, 1.0) for _ in range(3)]
+        results = [step(batch) for _ in range(3)]
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert torch.isfinite(results[-1].loss)

@@ -28,7 +28,7 @@ TINY = {
     "model": {"num_layers": 1, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "num_kv_heads": 1, "head_dim": 16,
               "vocab_size": 512, "max_seq_len": 160, "residual_init": "scaled"},
     "tokenizer": {"vocab_size": 400},
-    "batch_tokens": 512, "total_tokens": 2048, "eval_every_tokens": 2048, "save_every_tokens": 2048,
+    "batch_tokens": 512, "total_tokens": 2048, "eval_every_tokens": 2048, "checkpoint": {"every_tokens": 2048},
     "compile": "never", "precision": "fp32", "device": "cpu", "too_long": "drop",
 }  # fmt: skip
 CLINIC = {"passages": 60, "examples": 60, "validation_passages": 5, "validation_examples": 5}

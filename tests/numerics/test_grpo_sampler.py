@@ -9,8 +9,10 @@ from osler.inference.engine import InferenceEngine
 from osler.model.config import ModelConfig
 from osler.model.transformer import Transformer
 from osler.ops.sampling_params import SamplingParams
+from osler.parallel.engine import ParallelEngine
 from osler.rl.config import AlgorithmConfig
-from osler.rl.step import Row, completion_logprobs, update_policy
+from osler.rl.step import PolicyLoss, Row, completion_logprobs, update_policy
+from osler.runs.process import Learner
 
 VOCAB = 37
 STOPS = range(1, VOCAB, 6)
@@ -91,13 +93,17 @@ def test_row_compaction_and_waves_do_not_change_what_is_drawn(max_rows, poll_ste
         torch.testing.assert_close(torch.tensor(a.logprobs), torch.tensor(b.logprobs), atol=1e-5, rtol=0)
 
 
+def learner_of(model, optimizer, clip_norm=1.0):
+    return Learner(model, optimizer, ParallelEngine(PolicyLoss(model)), clip_norm)
+
+
 def gradient_after(rows, algorithm, *, micro_batch_tokens=100_000, reference=None):
     """The change of the parameters by one plain gradient step of size 1: minus the gradient of the update."""
     model = tiny_model()
     before = torch.nn.utils.parameters_to_vector(model.parameters()).detach().clone()
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0, fused=True)
     metrics = update_policy(
-        model, optimizer, rows, algorithm, reference=reference, micro_batch_tokens=micro_batch_tokens, clip_norm=1e9
+        learner_of(model, optimizer, 1e9), rows, algorithm, reference=reference, micro_batch_tokens=micro_batch_tokens
     )
     return torch.nn.utils.parameters_to_vector(model.parameters()).detach() - before, metrics
 
@@ -136,7 +142,7 @@ def test_several_updates_per_batch_go_off_policy_and_the_mask_acts():
     model = tiny_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5, fused=True)
     algorithm = AlgorithmConfig(beta=0.0, updates_per_batch=4, opsm_delta=0.01, max_new_tokens=20)
-    metrics = update_policy(model, optimizer, rows, algorithm, clip_norm=1e9)
+    metrics = update_policy(learner_of(model, optimizer, 1e9), rows, algorithm)
     assert metrics["sampling/sampling_logp_difference/max"] < 1e-5  # of the first update: trainer and sampler agree
     assert 0 < metrics["opsm/masked_frac"] < 1
     assert metrics["opsm/seq_kl_mean"] > 0
@@ -147,11 +153,12 @@ def test_a_gradient_that_is_not_finite_leaves_parameters_and_moments_alone():
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
     rows = sample_rows(model)
     algorithm = AlgorithmConfig(beta=0.0, max_new_tokens=20)
-    update_policy(model, optimizer, rows, algorithm)
+    learner = learner_of(model, optimizer)
+    update_policy(learner, rows, algorithm)
     before = torch.nn.utils.parameters_to_vector(model.parameters()).detach().clone()
     bad = [Row(row.prompt_ids, row.completion_ids, row.logprobs, float("nan")) for row in rows]
-    metrics = update_policy(model, optimizer, bad, algorithm)
+    metrics = update_policy(learner, bad, algorithm)
     assert metrics["train/skipped_steps"] == 1
     assert torch.equal(torch.nn.utils.parameters_to_vector(model.parameters()), before)
     assert all(torch.isfinite(state["exp_avg"]).all() for state in optimizer.state.values())
-    assert update_policy(model, optimizer, rows, algorithm)["train/skipped_steps"] == 0
+    assert update_policy(learner, rows, algorithm)["train/skipped_steps"] == 0

@@ -17,9 +17,11 @@ from osler.model.transformer import Transformer
 from osler.ops.sampling_params import SamplingParams
 from osler.optim.build import build_optimizer
 from osler.optim.config import AdamWConfig
+from osler.parallel.engine import ParallelEngine
 from osler.rl.advantages import group_advantages
 from osler.rl.config import AlgorithmConfig
-from osler.rl.step import Row, update_policy
+from osler.rl.step import PolicyLoss, Row, update_policy
+from osler.runs.process import Learner
 
 SYMBOLS, LENGTH = 4, 3
 GO, END = SYMBOLS, SYMBOLS + 1
@@ -43,6 +45,7 @@ def train(*, steps, reward=right_frac):
     reference = deepcopy(model).requires_grad_(False)
     optimizer = build_optimizer(model, AdamWConfig(lr=3e-3, weight_decay=0.0))
     engine = InferenceEngine(model)
+    learner = Learner(model, optimizer, ParallelEngine(PolicyLoss(model)), clip_norm=1.0)
 
     def draw(questions, samples, seed):
         sampling = SamplingParams(max_new_tokens=LENGTH + 1, stop_ids=(END,), seed=seed)
@@ -64,7 +67,7 @@ def train(*, steps, reward=right_frac):
         rows = [
             Row([*questions[q], GO], drawn.completions[row], drawn.logprobs[row], advantages[row]) for row, q in enumerate(owner)
         ]
-        update_policy(model, optimizer, rows, algorithm, reference=reference)
+        update_policy(learner, rows, algorithm, reference=reference)
     return before, true_score()
 
 

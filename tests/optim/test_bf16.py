@@ -12,14 +12,15 @@ from torch import nn
 from osler.checkpoint.optimizer_state import flatten_optimizer, restore_optimizer
 from osler.data.loader import Batch
 from osler.model.config import ModelConfig
-from osler.model.loss import SummedLoss
+from osler.model.loss import SummedLoss, nan_gradient_unless_finite
 from osler.model.transformer import Transformer
 from osler.optim import bf16
 from osler.optim.bf16 import Bf16AdamW, adamw_update, keep_in_bf16
 from osler.optim.build import build_optimizer
 from osler.optim.config import AdamWConfig
 from osler.parallel.engine import ParallelEngine
-from osler.train.step import TrainStep, condemned_unless_finite
+from osler.runs.process import Learner
+from osler.train.step import TrainStep
 
 pytestmark = pytest.mark.usefixtures("no_compiled_code")
 
@@ -166,8 +167,6 @@ def step_gradients(micro_batch_tokens: int | None, *, compiled: bool = False) ->
     loss = SummedLoss(model)
     options = {"fullgraph": True, "dynamic": False, "backend": "aot_eager_decomp_partition"}
     engine = ParallelEngine(torch.compile(loss, **options) if compiled else loss)
-    settings = {"micro_batch_tokens": micro_batch_tokens, "clip_norm": 1e9, "document_mask": False, "device": torch.device("cpu")}
-    step = TrainStep(model, build_optimizer(model, AdamWConfig()), engine, **settings)
     found: dict[str, torch.Tensor] = {}
 
     @contextmanager
@@ -175,9 +174,10 @@ def step_gradients(micro_batch_tokens: int | None, *, compiled: bool = False) ->
         found.update((name, parameter.grad.clone()) for name, parameter in model.named_parameters())
         yield
 
-    step.watch = keep
+    learner = Learner(model, build_optimizer(model, AdamWConfig()), engine, 1e9)
+    step = TrainStep(learner, micro_batch_tokens=micro_batch_tokens, around_update=keep)
     ids = torch.randint(0, 64, (32, 17), generator=torch.Generator().manual_seed(1))
-    step(Batch(ids[:, :-1], ids[:, 1:], torch.zeros_like(ids[:, 1:])), 1.0)
+    step(Batch(ids[:, :-1], ids[:, 1:], torch.zeros_like(ids[:, 1:])))
     return found, step
 
 
@@ -208,6 +208,6 @@ def test_one_batch_is_left_to_autograd_bit_for_bit(one_thread):
     model = tiny(in_bf16=True)
     ids = torch.randint(0, 64, (32, 17), generator=torch.Generator().manual_seed(1))
     loss = SummedLoss(model)(ids[:, :-1], ids[:, 1:], None) / (32 * 16)
-    condemned_unless_finite(loss).backward()
+    nan_gradient_unless_finite(loss).backward()
     found, _ = step_gradients(None)
     assert all(torch.equal(found[name], parameter.grad) for name, parameter in model.named_parameters())

@@ -11,8 +11,8 @@ from osler.decode import decode
 from osler.quickstart.config import QuickstartConfig
 from osler.quickstart.run import Quickstart, run
 from osler.recipe import load_recipe
+from osler.runs.folder import stored_config
 from osler.runtime.files import RunFolder
-from osler.train.folder import stored_config
 
 MODEL = (
     *("num_layers=2", "hidden_size=64", "intermediate_size=64", "num_heads=2", "num_kv_heads=1", "head_dim=16"),
@@ -104,4 +104,5 @@ def test_a_torn_line_of_metrics_does_not_stop_the_choice_of_a_checkpoint(finishe
 def test_the_shipped_recipe_decodes_and_its_exam_is_large_enough() -> None:
     config = decode(QuickstartConfig, load_recipe("quickstart"))
     assert config.exam_items >= 500
-    assert config.sft.keep_last >= config.sft.total_tokens // config.sft.exam.every_tokens  # every examined checkpoint is kept
+    # every examined checkpoint is kept
+    assert config.sft.checkpoint.keep_last >= config.sft.total_tokens // config.sft.exam.every_tokens

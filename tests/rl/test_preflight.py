@@ -64,7 +64,7 @@ def test_one_right_answer_is_enough(tokenizer, capsys):
 
 
 def start(tiny, runs, folder, *more) -> int:
-    shorter = ["steps=2", "eval_every_steps=2", "save_every_steps=1"]
+    shorter = ["steps=2", "eval_every_steps=2", "checkpoint.every_steps=1"]
     return main(["grpo", tiny.grpo, f"init_from={runs.sft}", *shorter, *more, "--run", str(folder)])
 
 

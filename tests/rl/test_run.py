@@ -17,6 +17,7 @@ from osler.report.read import read_run
 from osler.report.words import model_of
 from osler.rl.prompts import RlTask
 from osler.rl.run import check_held_out, fingerprint_of, run
+from osler.runs.command import Request
 from osler.tasks.clinic import ClinicTask
 from osler.tasks.item import ExamItem, render_answer, render_question
 from osler.tasks.registry import load_task
@@ -45,7 +46,7 @@ def arguments(start, *more):
         "device=cpu",
         "preflight=warn",  # the model is untrained
         "steps=3",
-        "save_every_steps=1",
+        "checkpoint.every_steps=1",
         "eval_every_steps=3",
         "eval_task.limit=4",
         "algorithm.prompts_per_step=2",
@@ -55,8 +56,12 @@ def arguments(start, *more):
     ]
 
 
+def grpo(overrides=(), **options):
+    return run(Request(kind="grpo", overrides=overrides, **options))
+
+
 def test_a_whole_run(start, tmp_path, capsys):
-    assert run(None, arguments(start, "parallel.type=fsdp"), run_dir=str(tmp_path / "run")) == 0
+    assert grpo(arguments(start, "parallel.type=fsdp"), run_dir=str(tmp_path / "run")) == 0
     assert capsys.readouterr().err.count("parallel.type=fsdp changes nothing here") == 1, "one process shares with nobody"
     loaded = load_model(tmp_path / "run")
     assert loaded.state["step"] == 3
@@ -64,19 +69,19 @@ def test_a_whole_run(start, tmp_path, capsys):
     assert [line["step"] for line in lines] == [0, 1, 2, 3, 3]
     assert "eval/validation_accuracy" in lines[0]
     assert model_of(read_run(tmp_path / "run"))[1] == loaded.model.config.num_parameters
-    assert run(None, arguments(start), run_dir=str(tmp_path / "run")) == 0  # finished: nothing is done twice
+    assert grpo(arguments(start), run_dir=str(tmp_path / "run")) == 0  # finished: nothing is done twice
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 5
 
 
 def test_a_moved_run_resumes_without_its_starting_point(start, tmp_path):
     origin = tmp_path / "sft"
     shutil.copytree(start, origin)
-    assert run(None, arguments(origin), run_dir=str(tmp_path / "run")) == 0
+    assert grpo(arguments(origin), run_dir=str(tmp_path / "run")) == 0
     whole = load_model(tmp_path / "run").model.state_dict()
     shutil.rmtree(tmp_path / "run" / "checkpoints" / store.folder_name(3))
     shutil.rmtree(origin)
     shutil.move(tmp_path / "run", tmp_path / "moved")
-    assert run(resume=True, run_dir=str(tmp_path / "moved")) == 0
+    assert grpo(resume=True, run_dir=str(tmp_path / "moved")) == 0
     resumed = load_model(tmp_path / "moved").model.state_dict()
     assert all(value.equal(whole[name]) for name, value in resumed.items())
 
@@ -84,7 +89,7 @@ def test_a_moved_run_resumes_without_its_starting_point(start, tmp_path):
 def test_training_on_the_evaluations_questions_is_refused(start, tmp_path):
     overrides = arguments(start, "tasks=[{task: {type: clinic, split: validation, limit: 30}}]")
     with pytest.raises(UserError, match="also in eval_task"):
-        run(None, overrides, run_dir=str(tmp_path / "run"))
+        grpo(overrides, run_dir=str(tmp_path / "run"))
 
 
 def test_a_question_of_the_evaluation_is_found_with_a_fifth_option_and_in_other_case():
@@ -98,21 +103,21 @@ def test_a_question_of_the_evaluation_is_found_with_a_fifth_option_and_in_other_
 
 def test_questions_that_do_not_fit_are_refused_by_number(start, tmp_path):
     with pytest.raises(UserError, match="max_seq_len 512"):
-        run(None, arguments(start, "algorithm.max_new_tokens=505"), run_dir=str(tmp_path / "run"))
+        grpo(arguments(start, "algorithm.max_new_tokens=505"), run_dir=str(tmp_path / "run"))
 
 
 def test_another_run_in_the_folder_is_refused_and_a_dry_run_of_this_one_says_where_it_goes_on(start, tmp_path, capsys):
-    run(None, arguments(start, "steps=1"), run_dir=str(tmp_path / "run"))
+    grpo(arguments(start, "steps=1"), run_dir=str(tmp_path / "run"))
     with pytest.raises(UserError, match="seed"):
-        run(None, arguments(start, "steps=1", "seed=7"), run_dir=str(tmp_path / "run"))
+        grpo(arguments(start, "steps=1", "seed=7"), run_dir=str(tmp_path / "run"))
     capsys.readouterr()
-    assert run(run_dir=str(tmp_path / "run"), resume=True, dry_run=True) == 0
+    assert grpo(run_dir=str(tmp_path / "run"), resume=True, dry_run=True) == 0
     text = capsys.readouterr().out
     assert f"# goes on from      step 1: {store.resolve(tmp_path / 'run')}\n" in text and "starts from" not in text
 
 
 def test_dry_run_touches_nothing(start, tmp_path, capsys):
-    assert run(None, arguments(start), run_dir=str(tmp_path / "run"), dry_run=True) == 0
+    assert grpo(arguments(start), run_dir=str(tmp_path / "run"), dry_run=True) == 0
     text = capsys.readouterr().out
     assert "12 of at most 8 tokens" in text and f"# starts from       {store.resolve(start)}, its model" in text
     parameters = load_model(start).model.config.num_parameters
@@ -122,15 +127,15 @@ def test_dry_run_touches_nothing(start, tmp_path, capsys):
 
 def test_a_run_that_ends_inside_its_warm_up_is_warned(start, tmp_path, capsys):
     for warmup, warned in ((3 * 2 * 2 * 8, True), (3 * 2 * 2 * 8 - 1, False)):
-        assert run(None, arguments(start, f"schedule.warmup_tokens={warmup}"), run_dir=str(tmp_path / str(warmup))) == 0
+        assert grpo(arguments(start, f"schedule.warmup_tokens={warmup}"), run_dir=str(tmp_path / str(warmup))) == 0
         assert ("schedule.warmup_tokens 96 is not below" in capsys.readouterr().err) == warned
 
 
 def test_resume_needs_a_run(tmp_path):
     with pytest.raises(UserError, match="--run"):
-        run(resume=True)
+        grpo(resume=True)
     with pytest.raises(UserError, match="no run to resume"):
-        run(resume=True, run_dir=str(tmp_path))
+        grpo(resume=True, run_dir=str(tmp_path))
 
 
 def test_the_data_fingerprint_changes_with_an_answer():

@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 
 from osler.optim.build import build_optimizer
 from osler.optim.config import AdamWConfig
+from osler.parallel.engine import ParallelEngine
 from osler.rl.config import AlgorithmConfig
-from osler.rl.step import Row, deal, micro_batches, update_policy
+from osler.rl.step import PolicyLoss, Row, deal, micro_batches, update_policy
+from osler.runs.process import Learner
 
 
 def row(prompt, completion, *, advantage=1.0, trained=True):
@@ -51,7 +53,8 @@ def moved(make_policy, rows, algorithm, **options):
     model = make_policy()
     before = torch.nn.utils.parameters_to_vector(model.parameters()).detach().clone()
     optimizer = build_optimizer(model, AdamWConfig(lr=1e-3, weight_decay=0.0))
-    metrics = update_policy(model, optimizer, rows, algorithm, **options)
+    learner = Learner(model, optimizer, ParallelEngine(PolicyLoss(model)), clip_norm=1.0)
+    metrics = update_policy(learner, rows, algorithm, **options)
     return (torch.nn.utils.parameters_to_vector(model.parameters()) - before).abs().max().item(), metrics
 
 
@@ -74,8 +77,9 @@ def test_a_backward_pass_without_rows_of_no_advantage_is_the_same_update(make_po
     def updated():
         model = make_policy()
         optimizer = build_optimizer(model, AdamWConfig(lr=1e-3, weight_decay=0.1))
-        update_policy(model, optimizer, [row(3, 4), row(2, 2, advantage=-1.0)], AlgorithmConfig(beta=0.0))
-        metrics = update_policy(model, optimizer, rows, AlgorithmConfig(beta=0.0))
+        learner = Learner(model, optimizer, ParallelEngine(PolicyLoss(model)), clip_norm=1.0)
+        update_policy(learner, [row(3, 4), row(2, 2, advantage=-1.0)], AlgorithmConfig(beta=0.0))
+        metrics = update_policy(learner, rows, AlgorithmConfig(beta=0.0))
         return torch.nn.utils.parameters_to_vector(model.parameters()), metrics
 
     fast, fast_metrics = updated()

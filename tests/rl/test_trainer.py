@@ -22,12 +22,17 @@ from osler.optim.build import build_optimizer
 from osler.optim.config import AdamWConfig, LinearConfig
 from osler.parallel.engine import ParallelEngine
 from osler.records.events import read_events
-from osler.rl.config import AlgorithmConfig, GrpoConfig, QualityConfig
+from osler.rl.config import AlgorithmConfig, GrpoConfig, QualityConfig, StepCheckpoints
 from osler.rl.prompts import RewardTerm
+from osler.rl.rollout import RolloutWorker
 from osler.rl.step import PolicyLoss
 from osler.rl.trainer import GrpoTrainer
+from osler.runs.config import RecoveryConfig
+from osler.runs.loop import Loop
+from osler.runs.process import Learner, Run
 from osler.runtime import faults
 from osler.runtime.files import RunFolder
+from osler.runtime.world import World
 
 ALGORITHM = AlgorithmConfig(
     prompts_per_step=2,
@@ -47,8 +52,7 @@ CONFIG = GrpoConfig(
     schedule=LinearConfig(),
     steps=5,
     eval_every_steps=2,
-    save_every_steps=3,
-    keep_last=9,
+    checkpoint=StepCheckpoints(every_steps=3, keep_last=9),
     micro_batch_tokens=200,
 )
 
@@ -58,20 +62,10 @@ def make_trainer(make_policy, tokenizer, short_task):
     """A function that builds a trainer from nothing in a run folder, as a new process would."""
 
     def build(folder, *, config=CONFIG, task=short_task, evaluate=lambda: {"eval/validation_accuracy": 0.5}, **options):
-        model = make_policy()
-        return GrpoTrainer(
-            config,
-            model=model,
-            optimizer=build_optimizer(model, config.optim),
-            engine=ParallelEngine(PolicyLoss(model)),
-            sampler=InferenceEngine(model),
-            tokenizer=tokenizer,
-            tasks=[task],
-            run=RunFolder.create(folder),
-            evaluate=evaluate,
-            best_metric="eval/validation_accuracy",
-            **options,
-        )
+        model, run = make_policy(), Run(RunFolder.create(folder), World(), **options)
+        learner = Learner(model, build_optimizer(model, config.optim), ParallelEngine(PolicyLoss(model)), config.clip_norm)
+        worker = RolloutWorker(InferenceEngine(model), tokenizer, [task], config.algorithm, config.seed)
+        return GrpoTrainer(config, run, learner, worker, evaluate, "eval/validation_accuracy")
 
     return build
 
@@ -101,23 +95,23 @@ def assert_same_run(folder, other, step):
 
 
 def test_a_resumed_run_is_the_same_run(make_trainer, tmp_path):
-    assert make_trainer(tmp_path / "whole").fit()
+    assert Loop(make_trainer(tmp_path / "whole")).fit()
     killed = make_trainer(tmp_path / "parts")
-    assert killed.fit()
+    assert Loop(killed).fit()
     for step in (4, 5):  # as if killed in step 4: only what was saved up to step 3 is left, and a metrics file that is ahead
         for file in sorted((tmp_path / "parts" / "checkpoints" / store.folder_name(step)).iterdir()):
             file.unlink()
         (tmp_path / "parts" / "checkpoints" / store.folder_name(step)).rmdir()
-    resumed = make_trainer(tmp_path / "parts")
+    resumed = Loop(make_trainer(tmp_path / "parts"))
     path, _ = store.newest_good(tmp_path / "parts" / "checkpoints")
     resumed.restore(store.load(path))
-    assert resumed.step == 3
+    assert resumed.trainer.step == 3
     assert resumed.fit()
     assert_same_run(tmp_path / "parts", tmp_path / "whole", 5)
 
 
 def test_sigterm_finishes_the_step_and_saves(make_trainer, short_task, tmp_path):
-    assert make_trainer(tmp_path / "whole").fit()
+    assert Loop(make_trainer(tmp_path / "whole")).fit()
     term = short_task.rewards[0]
     calls = []
 
@@ -128,12 +122,12 @@ def test_sigterm_finishes_the_step_and_saves(make_trainer, short_task, tmp_path)
         return term.function(item, completion)
 
     task = replace(short_task, rewards=(RewardTerm(term.name, interrupted),))
-    stopped = make_trainer(tmp_path / "parts", task=task)
+    stopped = Loop(make_trainer(tmp_path / "parts", task=task))
     assert not stopped.fit()
-    assert stopped.step == 2
-    resumed = make_trainer(tmp_path / "parts")
+    assert stopped.trainer.step == 2
+    resumed = Loop(make_trainer(tmp_path / "parts"))
     resumed.restore(store.load(store.resolve(tmp_path / "parts")))
-    assert resumed.step == 2
+    assert resumed.trainer.step == 2
     assert resumed.fit()
     tensors, _ = content(tmp_path / "parts", 5)
     whole, _ = content(tmp_path / "whole", 5)
@@ -142,8 +136,8 @@ def test_sigterm_finishes_the_step_and_saves(make_trainer, short_task, tmp_path)
 
 def test_every_metric_is_declared_and_the_policy_moves(make_trainer, tmp_path):
     trainer = make_trainer(tmp_path)
-    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
-    trainer.fit()
+    before = {name: value.clone() for name, value in trainer.learner.model.state_dict().items()}
+    Loop(trainer).fit()
     lines = logged(tmp_path)
     names = {name for line in lines for name in line} - {"step", "tokens"}
     assert [name for name in sorted(names) if declared_name(name) is None] == []
@@ -153,12 +147,12 @@ def test_every_metric_is_declared_and_the_policy_moves(make_trainer, tmp_path):
     assert steps[0]["sampling/sampling_logp_difference/max"] < 1e-5
     assert steps[0]["train/lr"] == pytest.approx(3e-3 * (1 - 0.5 / 5))
     assert sorted(line["tokens"] for line in steps) == [line["tokens"] for line in steps]
-    assert any(not torch.equal(value, before[name]) for name, value in trainer.model.state_dict().items())
+    assert any(not torch.equal(value, before[name]) for name, value in trainer.learner.model.state_dict().items())
 
 
 def test_the_reference_is_refreshed_on_schedule(make_trainer, tmp_path):
-    make_trainer(tmp_path, config=replace(CONFIG, steps=3, save_every_steps=1)).fit()
-    start = make_trainer(tmp_path / "other").model.state_dict()
+    Loop(make_trainer(tmp_path, config=replace(CONFIG, steps=3, checkpoint=StepCheckpoints(every_steps=1, keep_last=9)))).fit()
+    start = make_trainer(tmp_path / "other").learner.model.state_dict()
     for step, source in ((1, start), (2, content(tmp_path, 2)[0]["model"]), (3, content(tmp_path, 2)[0]["model"])):
         reference = content(tmp_path, step)[0]["reference"]
         assert all(torch.equal(value, source[name]) for name, value in reference.items()), step
@@ -168,26 +162,27 @@ def test_without_a_kl_term_there_is_no_reference(make_trainer, tmp_path):
     config = replace(CONFIG, steps=1, algorithm=replace(ALGORITHM, beta=0.0))
     trainer = make_trainer(tmp_path, config=config)
     assert trainer.reference is None
-    assert trainer.fit()
+    assert Loop(trainer).fit()
     assert content(tmp_path, 1)[0].keys() == {"model", "optimizer"}
 
 
 def test_the_best_checkpoint_is_marked(make_trainer, tmp_path):
     scores = iter([0.3, 0.6, 0.4, 0.5])
-    make_trainer(tmp_path, evaluate=lambda: {"eval/validation_accuracy": next(scores)}).fit()
+    Loop(make_trainer(tmp_path, evaluate=lambda: {"eval/validation_accuracy": next(scores)})).fit()
     best = store.best_checkpoint(tmp_path / "checkpoints")
     assert (best.step, best.metric, best.value) == (2, "eval/validation_accuracy", 0.6)
 
 
 def test_milestones_are_kept(make_trainer, tmp_path):
-    make_trainer(tmp_path, config=replace(CONFIG, keep_every_steps=2, keep_last=1)).fit()
+    milestones = StepCheckpoints(every_steps=3, keep_every_steps=2, keep_last=1)
+    Loop(make_trainer(tmp_path, config=replace(CONFIG, checkpoint=milestones))).fit()
     assert sorted(path.name for path in (tmp_path / "checkpoints").glob("step-*")) == [store.folder_name(n) for n in (2, 4, 5)]
 
 
 def test_alarms_for_completions_that_never_end_and_rewards_that_never_come(make_trainer, short_task, tmp_path, capsys):
     task = replace(short_task, rewards=(RewardTerm("none", lambda item, completion: 0.0),))
     algorithm = replace(ALGORITHM, dynamic_sampling=False, max_new_tokens=1)
-    make_trainer(tmp_path, task=task, config=replace(CONFIG, algorithm=algorithm, zero_reward_patience=3)).fit()
+    Loop(make_trainer(tmp_path, task=task, config=replace(CONFIG, algorithm=algorithm, zero_reward_patience=3))).fit()
     printed = capsys.readouterr().err
     assert "of the completions were cut at 1 tokens" in printed
     assert "no completion earned a reward for 3 steps" in printed
@@ -203,17 +198,18 @@ def test_alarms_for_completions_that_never_end_and_rewards_that_never_come(make_
 def test_a_batch_without_a_usable_sample_is_survived(make_trainer, tmp_path):
     algorithm = replace(ALGORITHM, dynamic_sampling=False, quality=QualityConfig(action="drop"))
     trainer = make_trainer(tmp_path, config=replace(CONFIG, steps=2, algorithm=algorithm))
-    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
-    assert trainer.fit()
-    assert all(torch.equal(value, before[name]) for name, value in trainer.model.state_dict().items())
+    before = {name: value.clone() for name, value in trainer.learner.model.state_dict().items()}
+    assert Loop(trainer).fit()
+    assert all(torch.equal(value, before[name]) for name, value in trainer.learner.model.state_dict().items())
 
 
 def test_a_resume_with_another_tokenizer_or_other_questions_is_refused(make_trainer, tmp_path):
-    make_trainer(tmp_path, config=replace(CONFIG, steps=1), fingerprints={"tokenizer": "a", "data": "b"}).fit()
-    other = make_trainer(tmp_path, fingerprints={"tokenizer": "a", "data": "c"})
+    Loop(make_trainer(tmp_path, config=replace(CONFIG, steps=1), fingerprints={"tokenizer": "a", "data": "b"})).fit()
+    other = Loop(make_trainer(tmp_path, fingerprints={"tokenizer": "a", "data": "c"}))
     with pytest.raises(UserError, match="data changed"):
         other.restore(store.load(store.resolve(tmp_path)))
-    other = make_trainer(tmp_path, config=replace(CONFIG, allow_data_change=True), fingerprints={"tokenizer": "z", "data": "b"})
+    allowing = replace(CONFIG, allow_data_change=True)
+    other = Loop(make_trainer(tmp_path, config=allowing, fingerprints={"tokenizer": "z", "data": "b"}))
     with pytest.raises(UserError, match="tokenizer changed"):
         other.restore(store.load(store.resolve(tmp_path)))
 
@@ -221,8 +217,8 @@ def test_a_resume_with_another_tokenizer_or_other_questions_is_refused(make_trai
 def test_one_skipped_update_of_two_is_noted_and_no_skipped_step(make_trainer, tmp_path, monkeypatch):
     monkeypatch.setenv(faults.VARIABLE, "train-loss:nan:1")
     faults.visits.clear()
-    trainer = make_trainer(tmp_path, config=replace(CONFIG, max_skipped_steps=1))
-    assert trainer.fit() and trainer.incidents.rollbacks == 0
+    trainer = make_trainer(tmp_path, config=replace(CONFIG, recovery=RecoveryConfig(max_skipped_steps=1)))
+    assert Loop(trainer).fit() and trainer.incidents.rollbacks == 0
     assert [line["train/skipped_steps"] for line in logged(tmp_path) if "reward" in line] == [1, 0, 0, 0, 0]
     (event,) = (event for event in read_events(tmp_path / "events.jsonl") if event.kind == "incident")
     assert (event.step, event.name, event.details["grad_norm"]) == (1, "skipped-step", None)
@@ -258,7 +254,7 @@ def rewarded_by_step(task, scale_of_step, completions=8):
     return replace(task, rewards=(RewardTerm(term.name, scaled),))
 
 
-SPIKE = SpikeConfig(window_steps=6)
+WATCHFUL = RecoveryConfig(spike=SpikeConfig(window_steps=6))
 ONCE = replace(ALGORITHM, dynamic_sampling=False, updates_per_batch=1, opsm_delta=None)
 
 
@@ -267,8 +263,8 @@ def test_rewards_and_lengths_alone_are_no_spike(make_trainer, short_task, tmp_pa
     """Short answers earn the more, and much more from step 5 on: the policy has not moved, whatever the loss says."""
     algorithm = replace(ONCE, aggregate=aggregate, samples_per_prompt=32)
     task = rewarded_by_step(short_task, lambda step: 1e-3 if step < 4 else 100.0, completions=64)
-    trainer = make_trainer(tmp_path, config=replace(CONFIG, algorithm=algorithm, spike=SPIKE, steps=6), task=task)
-    assert trainer.fit()
+    trainer = make_trainer(tmp_path, config=replace(CONFIG, algorithm=algorithm, recovery=WATCHFUL, steps=6), task=task)
+    assert Loop(trainer).fit()
     steps = [line for line in logged(tmp_path) if "reward" in line]
     assert max(abs(line["loss/drift"]) for line in steps) < 0.01
     if aggregate == "token_mean":
@@ -280,7 +276,7 @@ def test_a_step_without_anything_to_learn_counts_nowhere(make_trainer, short_tas
     """All rewards are equal in steps 2 and 4; the KL term alone moves the policy there."""
     config = replace(CONFIG, algorithm=ONCE, steps=5, optim=AdamWConfig(lr=1e-2))
     trainer = make_trainer(tmp_path, config=config, task=rewarded_by_step(short_task, lambda step: step % 2 == 0))
-    assert trainer.fit()
+    assert Loop(trainer).fit()
     steps = [line for line in logged(tmp_path) if "reward" in line]
     assert [line["groups/effective"] > 0 for line in steps] == [True, False, True, False, True]
     for name in ("loss", "loss/drift", "grad/clipped_frac"):
@@ -294,19 +290,20 @@ def test_steps_without_anything_to_learn_do_not_end_a_row_of_skipped_ones(make_t
     """Gradients that are not finite in steps 1 and 3, nothing to learn in step 2: two in a row, told by their numbers."""
     monkeypatch.setenv(faults.VARIABLE, "train-loss:nan:1,train-loss:nan:3")
     faults.visits.clear()
-    config = replace(CONFIG, algorithm=replace(ONCE, beta=0.0), micro_batch_tokens=10_000, max_skipped_steps=2)
+    recovery = RecoveryConfig(max_skipped_steps=2)
+    config = replace(CONFIG, algorithm=replace(ONCE, beta=0.0), micro_batch_tokens=10_000, recovery=recovery)
     trainer = make_trainer(tmp_path, config=config, task=rewarded_by_step(short_task, lambda step: step % 2 == 0))
     with pytest.raises(UserError, match=r"not finite for 2 steps in a row \(steps 1 to 3\)"):
-        trainer.fit()
+        Loop(trainer).fit()
 
 
 def test_the_share_of_the_gpus_peak_follows_from_the_speed_of_the_updates(make_trainer, tmp_path, monkeypatch):
     monkeypatch.setattr(collect, "peak_flops", lambda device: 1e12)
     trainer = make_trainer(tmp_path, config=replace(CONFIG, steps=1))
-    assert trainer.fit()
+    assert Loop(trainer).fit()
     (line,) = (line for line in map(json.loads, (tmp_path / "metrics.jsonl").open()) if "reward" in line)
     per_token = line["perf/mfu"] * 1e12 / line["perf/train_tokens_per_second"]
-    config = trainer.model.config
+    config = trainer.learner.model.config
     assert config.flops_per_token(1) < per_token < config.flops_per_token(config.max_seq_len)
 
 

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 from osler.cli import main
-from osler.data.consumed import ConsumedData
+from osler.config import encode
 from osler.data.prepare import open_prepared
 from osler.decode import decode
 from osler.inference.load import load_model
@@ -19,14 +17,16 @@ from osler.model.loss import SummedLoss
 from osler.model.transformer import Transformer
 from osler.optim.build import build_optimizer
 from osler.parallel.engine import ParallelEngine
-from osler.recipe import load_recipe
+from osler.recipe import load_recipe, merge
+from osler.runs.process import Learner, Run
 from osler.runtime import faults
 from osler.runtime.files import RunFolder
+from osler.runtime.world import World
 from osler.tokenizer.bpe import Tokenizer
 from osler.train.config import TrainConfig
 from osler.train.run import make_loader
 from osler.train.step import TrainStep
-from osler.train.trainer import Trainer
+from osler.train.trainer import Evaluations, Trainer
 
 
 @pytest.fixture(scope="session")
@@ -47,42 +47,23 @@ def make_step(runs) -> Callable[..., tuple[Transformer, torch.optim.Optimizer, T
     def build(config: TrainConfig) -> tuple[Transformer, torch.optim.Optimizer, TrainStep]:
         model = load_model(runs.pretrain).model.train()
         optimizer = build_optimizer(model, config.optim)
-        step = TrainStep(
-            model,
-            optimizer,
-            ParallelEngine(SummedLoss(model)),
-            micro_batch_tokens=config.micro_batch_tokens,
-            clip_norm=config.clip_norm,
-            document_mask=config.document_mask,
-            device=torch.device("cpu"),
-        )
+        learner = Learner(model, optimizer, ParallelEngine(SummedLoss(model)), config.clip_norm)
+        step = TrainStep(learner, micro_batch_tokens=config.micro_batch_tokens, document_mask=config.document_mask)
         return model, optimizer, step
 
     return build
 
 
 @pytest.fixture
-def make_trainer(config, shards, make_step) -> Callable[..., Trainer]:
-    """``make_trainer(folder, evaluate=..., **fields)``: fields change the config of the tiny pretraining run."""
+def make_trainer(config, shards, runs) -> Callable[..., Trainer]:
+    """``make_trainer(folder, evaluate=..., **fields)``: fields are merged into the config of the tiny pretraining run."""
 
-    def build(folder, evaluate=dict, probe=dict, **fields: Any) -> Trainer:
-        changed = replace(config, **fields)
-        model, optimizer, step = make_step(changed)
-        loader = make_loader(changed, shards)
-        return Trainer(
-            changed,
-            model=model,
-            optimizer=optimizer,
-            train_step=step,
-            batches=loader.batches,
-            consumed=ConsumedData(loader),
-            evaluate=evaluate,
-            probe=probe,
-            run=RunFolder.create(folder),
-            files={},
-            fingerprints={"data": shards.fingerprint},
-            started=time.monotonic(),
-        )
+    def build(folder, evaluate=dict, exam_score=dict, **fields: Any) -> Trainer:
+        changed = decode(TrainConfig, merge(encode(config), encode(fields)))
+        model = load_model(runs.pretrain).model.train()
+        learner = Learner(model, build_optimizer(model, changed.optim), ParallelEngine(SummedLoss(model)), changed.clip_norm)
+        run = Run(RunFolder.create(folder), World(), fingerprints={"data": shards.fingerprint})
+        return Trainer(changed, run, learner, make_loader(changed, shards), Evaluations(evaluate, exam_score))
 
     return build
 

@@ -16,10 +16,11 @@ from osler.errors import UserError
 from osler.monitor.config import MonitorConfig, SpikeConfig
 from osler.monitor.lifetime import LIFETIME
 from osler.records.events import read_events
+from osler.runs.incidents import last_good
+from osler.runs.loop import Loop
 from osler.runtime import faults
-from osler.train.incidents import last_good
 
-STEADY = {"keep_last": 9, "log_every_steps": 1, "save_every_tokens": 4 * 256}
+STEADY = {"log_every_steps": 1, "checkpoint": {"keep_last": 9, "every_tokens": 4 * 256}}
 
 
 @pytest.fixture
@@ -49,10 +50,10 @@ def test_the_run_is_the_one_whose_data_never_had_those_batches(make_trainer, bro
                 yield batch
 
     clean.batches = without_three
-    assert clean.fit()
+    assert Loop(clean).fit()
     broken("train-loss:nan:6-7")
-    trainer = make_trainer(tmp_path / "run", max_skipped_steps=2, **STEADY)
-    assert trainer.fit()
+    trainer = make_trainer(tmp_path / "run", recovery={"max_skipped_steps": 2}, **STEADY)
+    assert Loop(trainer).fit()
     assert (trainer.incidents.rollbacks, trainer.incidents.data_offset) == (1, 3 * 256)
     found, expected = (store.load(store.resolve(tmp_path / name)).tensors for name in ("run", "clean"))
     assert found["optimizer"].keys() == expected["optimizer"].keys()
@@ -63,18 +64,19 @@ def test_the_run_is_the_one_whose_data_never_had_those_batches(make_trainer, bro
 
 def test_every_incident_is_in_the_diary(make_trainer, broken, tmp_path, capsys):
     broken("train-loss:nan:6-7")
-    trainer = make_trainer(tmp_path, max_skipped_steps=2, **STEADY)
-    assert trainer.fit()
+    trainer = make_trainer(tmp_path, recovery={"max_skipped_steps": 2}, **STEADY)
+    assert Loop(trainer).fit()
     events = [event for event in read_events(tmp_path / "events.jsonl") if event.kind not in LIFETIME]
     assert [(event.kind, event.name, event.step) for event in events] == [
         ("incident", "skipped-step", 6),
         ("incident", "skipped-step", 7),
         ("rollback", "rollback", 4),
     ]
-    skipped, _, back = (event.details for event in events)
-    assert skipped["rows"] == [20, 23] and skipped["tokens"] == 6 * 256 and skipped["loss"] is skipped["grad_norm"] is None
-    assert skipped["lr"] == pytest.approx(logged(tmp_path, "train/lr")[6], rel=1e-6)
-    assert (back["from_step"], back["number"], back["data_offset"]) == (7, 1, 3 * 256)
+    skipped, _, back = events
+    details = skipped.details
+    assert details["rows"] == [20, 23] and details["tokens"] == 6 * 256 and details["loss"] is details["grad_norm"] is None
+    assert details["lr"] == pytest.approx(logged(tmp_path, "train/lr")[6], rel=1e-6)
+    assert (back.details["from_step"], back.details["number"], back.details["data_offset"]) == (7, 1, 3 * 256)
     said = " ".join(capsys.readouterr().err.split())
     assert said.count("The gradient was not finite: the update was skipped") == 1
     assert "Going back from step 7 to step-000000004 and on with the data after step 7 (rollback 1 of at most 2)." in said
@@ -84,16 +86,16 @@ def test_of_skipped_steps_in_a_row_the_first_alone_is_told_outside(make_trainer,
     broken("train-loss:nan:2-4")
     out, script = tmp_path / "told", tmp_path / "copy.py"
     script.write_text("import sys; open(sys.argv[1], 'a').write(sys.stdin.read())")
-    monitor = MonitorConfig(webhook=f"'{sys.executable}' '{script}' '{out}'")
-    assert make_trainer(tmp_path, monitor=monitor, max_skipped_steps=9, **STEADY).fit()
+    monitor = MonitorConfig(alert_command=f"'{sys.executable}' '{script}' '{out}'")
+    assert Loop(make_trainer(tmp_path, monitor=monitor, recovery={"max_skipped_steps": 9}, **STEADY)).fit()
     noted = [event.step for event in read_events(tmp_path / "events.jsonl") if event.name == "skipped-step"]
     assert noted == [2, 3, 4] and out.read_text().count('"skipped-step"') == 1
 
 
 def test_one_bad_step_costs_itself(make_trainer, broken, tmp_path):
     broken("train-loss:nan:6")
-    trainer = make_trainer(tmp_path, max_skipped_steps=2, **STEADY)
-    assert trainer.fit()
+    trainer = make_trainer(tmp_path, recovery={"max_skipped_steps": 2}, **STEADY)
+    assert Loop(trainer).fit()
     assert trainer.incidents.rollbacks == 0
     assert sum(logged(tmp_path, "train/skipped_steps").values()) == 1 and logged(tmp_path)[6] is None
     assert logged(tmp_path)[7] is not None
@@ -102,15 +104,15 @@ def test_one_bad_step_costs_itself(make_trainer, broken, tmp_path):
 def test_no_checkpoint_of_a_bad_moment_is_gone_back_to(make_trainer, broken, tmp_path):
     """Step 8 is saved between two skipped steps: what it holds may be what makes them bad. Step 6 is saved for its evaluation."""
     broken("train-loss:nan:8-9")
-    trainer = make_trainer(tmp_path, max_skipped_steps=2, **STEADY)
-    assert trainer.fit()
+    trainer = make_trainer(tmp_path, recovery={"max_skipped_steps": 2}, **STEADY)
+    assert Loop(trainer).fit()
     assert trainer.incidents.data_offset == (9 - 6) * 256
     assert store.load(tmp_path / "checkpoints" / store.folder_name(8)).state["incidents"]["good_step"] == 8  # made again since
 
 
 def test_a_damaged_checkpoint_is_passed_by(make_trainer, tmp_path):
     trainer = make_trainer(tmp_path, **STEADY)
-    assert trainer.fit()
+    assert Loop(trainer).fit()
     root = tmp_path / "checkpoints"
     assert last_good(root, None) is None
     assert last_good(root, 12) == root / store.folder_name(12)
@@ -125,12 +127,12 @@ def test_a_damaged_checkpoint_is_passed_by(make_trainer, tmp_path):
 
 def test_without_end_it_is_an_error_that_says_everything(make_trainer, broken, tmp_path):
     broken("train-loss:nan:6-")
-    trainer = make_trainer(tmp_path, max_skipped_steps=3, **STEADY)
+    trainer = make_trainer(tmp_path, recovery={"max_skipped_steps": 3}, **STEADY)
     with pytest.raises(UserError) as caught:
-        trainer.fit()
+        Loop(trainer).fit()
     told = str(caught.value)
     assert "The gradient was not finite for 3 steps in a row (steps 5 to 7); those steps changed nothing." in told
-    assert "The run has gone back 2 times already, of at most max_rollbacks=2." in told
+    assert "The run has gone back 2 times already, of at most recovery.max_rollbacks=2." in told
     assert "Before it: step 1: loss 6." in told and "step 4: loss 6." in told and "gradient norm" in told
     # Steps 5 to 8, 5 to 7 and 5 to 7 of data: the last batch is the fourteenth.
     assert "Step 7 had the learning rate 0.00" in told and "learned from rows 52 ... 55" in told
@@ -146,17 +148,21 @@ def test_without_end_it_is_an_error_that_says_everything(make_trainer, broken, t
     ("fields", "reason", "advice"),
     [
         (
-            {"save_every_tokens": 10**9, "eval_every_tokens": 10**9},
+            {"checkpoint": {"every_tokens": 10**9}, "eval_every_tokens": 10**9},
             "There is no good checkpoint from before that to go back to",
             "FOLDER optim.lr=",
         ),
-        ({"max_rollbacks": 0}, "With max_rollbacks=0 a run does not go back", "FOLDER init_from="),
+        (
+            {"recovery": {"max_skipped_steps": 2, "max_rollbacks": 0}},
+            "With recovery.max_rollbacks=0 a run does not go back",
+            "FOLDER init_from=",
+        ),
     ],
 )
 def test_no_way_back(make_trainer, broken, tmp_path, fields, reason, advice):
     broken("train-loss:nan:6-")
     with pytest.raises(UserError, match=reason) as caught:
-        make_trainer(tmp_path, **{**STEADY, "max_skipped_steps": 2, **fields}).fit()
+        Loop(make_trainer(tmp_path, **{**STEADY, "recovery": {"max_skipped_steps": 2}, **fields})).fit()
     told = str(caught.value)
     assert f"`--run NEW_{advice}" in told and ("from the middle of the trouble" in told) == ("init_from" not in told)
 
@@ -165,7 +171,7 @@ def test_no_way_back(make_trainer, broken, tmp_path, fields, reason, advice):
 def test_a_loss_that_spikes(make_trainer, tmp_path, capsys, action):
     """The labels of one batch are scrambled beyond guessing: its loss is far above the others."""
     spike = SpikeConfig(action=action, threshold=20.0, window_steps=6)
-    trainer = make_trainer(tmp_path, spike=spike, **STEADY)
+    trainer = make_trainer(tmp_path, recovery={"spike": spike}, **STEADY)
     loss = trainer.train_step.engine.loss
     calls = []
 
@@ -174,7 +180,7 @@ def test_a_loss_that_spikes(make_trainer, tmp_path, capsys, action):
         return loss(*batch) * (9.0 if len(calls) == 9 else 1.0)
 
     trainer.train_step.engine.loss = spiking
-    assert trainer.fit()
+    assert Loop(trainer).fit()
     events = [event for event in read_events(tmp_path / "events.jsonl") if event.kind not in LIFETIME]
     assert (events[0].kind, events[0].name, events[0].step, events[0].details["rows"]) == ("incident", "loss-spike", 9, [32, 35])
     assert events[0].details["deviations"] > 20 and events[0].details["loss"] > 40
@@ -186,15 +192,15 @@ def test_a_loss_that_spikes(make_trainer, tmp_path, capsys, action):
 
 def test_checkpoints_of_a_bad_time_do_not_push_out_the_good_one(make_trainer, broken, tmp_path):
     broken("train-loss:nan:6-8")
-    every_step = {**STEADY, "keep_last": 1, "save_every_tokens": 256}
-    trainer = make_trainer(tmp_path, max_skipped_steps=3, **every_step)
-    assert trainer.fit()
+    every_step = {**STEADY, "checkpoint": {"keep_last": 1, "every_tokens": 256}}
+    trainer = make_trainer(tmp_path, recovery={"max_skipped_steps": 3}, **every_step)
+    assert Loop(trainer).fit()
     assert (trainer.incidents.rollbacks, trainer.incidents.data_offset) == (1, 3 * 256)
     assert [path.name for path in (tmp_path / "checkpoints").glob("step-*")] == [store.folder_name(12)]
 
 
 def test_a_good_checkpoint_that_a_kill_left_under_its_other_name_is_found(make_trainer, tmp_path):
-    assert make_trainer(tmp_path, **STEADY).fit()
+    assert Loop(make_trainer(tmp_path, **STEADY)).fit()
     root = tmp_path / "checkpoints"
     aside = (root / store.folder_name(12)).rename(root / f"{store.folder_name(12)}.replaced")
     assert last_good(root, 12) == aside
@@ -207,7 +213,8 @@ DEATHS += ("evaluate:crash", "save-best:crash", "rotate:crash")
 @pytest.mark.parametrize("log_every_steps", [1, 3])
 def test_bad_data_and_crashes_end_where_bad_data_alone_ends(make_trainer, broken, tmp_path, log_every_steps):
     """The fourth and fifth batch, and the eleventh and twelfth, are NaN whoever meets them; every process dies somewhere."""
-    settings = {"keep_last": 1, "log_every_steps": log_every_steps, "save_every_tokens": 256, "max_skipped_steps": 2}
+    settings = {"log_every_steps": log_every_steps, "recovery": {"max_skipped_steps": 2}}
+    settings["checkpoint"] = {"keep_last": 1, "every_tokens": 256}
 
     def start(folder):
         trainer = make_trainer(folder, evaluate=lambda: {"eval/loss": 5.0 + trainer.step * 37 % 97 / 97}, **settings)
@@ -217,19 +224,19 @@ def test_bad_data_and_crashes_end_where_bad_data_alone_ends(make_trainer, broken
         return trainer
 
     calm = start(tmp_path / "calm")
-    assert calm.fit() and calm.incidents.rollbacks == 2
+    assert Loop(calm).fit() and calm.incidents.rollbacks == 2
     for death in DEATHS:
-        trainer = start(tmp_path / "run")
+        loop = Loop(start(tmp_path / "run"))
         found, _ = store.newest_good(tmp_path / "run" / "checkpoints")
         if found is not None:
-            trainer.restore(store.load(found))
+            loop.restore(store.load(found))
         broken(death)
         with pytest.raises(faults.InjectedError):
-            trainer.fit()
+            loop.fit()
     broken("none:crash")
-    trainer = start(tmp_path / "run")
-    trainer.restore(store.load(store.newest_good(tmp_path / "run" / "checkpoints")[0]))
-    assert trainer.fit()
+    loop = Loop(start(tmp_path / "run"))
+    loop.restore(store.load(store.newest_good(tmp_path / "run" / "checkpoints")[0]))
+    assert loop.fit()
     found, expected = (store.load(store.resolve(tmp_path / name)) for name in ("run", "calm"))
     for part, tensors in expected.tensors.items():
         assert all(torch.equal(value, found.tensors[part][name]) for name, value in tensors.items()), part

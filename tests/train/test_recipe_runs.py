@@ -18,10 +18,10 @@ from osler.decode import decode
 from osler.inference.load import load_model
 from osler.recipe import available_recipes, load_recipe
 from osler.rl.config import GrpoConfig
+from osler.runs.command import run_name
 from osler.tasks.registry import load_task
 from osler.tokenizer.bpe import EOS, Tokenizer
 from osler.train.config import TrainConfig
-from osler.train.folder import default_name
 
 KINDS = {name: load_recipe(name).get("kind") for name in available_recipes()}
 PRETRAIN = [name for name, kind in KINDS.items() if kind == "pretrain"]
@@ -97,8 +97,8 @@ def scaled_down(config: TrainConfig) -> list[str]:
     return [
         *sizes, f"seq_len={seq_len}", f"batch_tokens={batch}", f"micro_batch_tokens={micro}", f"total_tokens={until}",
         *(f"model.{name}={value}" for name, value in model.items()), "model.vocab_size=512",
-        f"schedule.warmup_tokens={batch}", f"eval_every_tokens={until}",
-        f"save_every_tokens={until}", "log_every_steps=1", "max_minutes=null", "device=cpu", "precision=fp32", "compile=never",
+        f"schedule.warmup_tokens={batch}", f"eval_every_tokens={until}", f"checkpoint.every_tokens={until}",
+        "log_every_steps=1", "max_minutes=null", "device=cpu", "precision=fp32", "compile=never",
     ]  # fmt: skip
 
 
@@ -192,7 +192,7 @@ def test_a_run_is_named_after_the_folder_of_its_recipe_too(stand_in, monkeypatch
 
 @pytest.mark.parametrize("name", [name for name in KINDS if load_recipe(name).get("init_from")])
 def test_a_recipe_that_goes_on_starts_where_the_one_before_it_ends(name):
-    assert load_recipe(name)["init_from"] in {f"runs/{default_name(other, kind)}" for other, kind in KINDS.items() if kind}
+    assert load_recipe(name)["init_from"] in {f"runs/{run_name(other, kind)}" for other, kind in KINDS.items() if kind}
 
 
 def test_the_start_that_a_recipe_leaves_open(capsys):

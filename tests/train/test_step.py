@@ -33,7 +33,7 @@ def test_gradient_accumulation_is_one_batch(kind, config, shards, make_step):
     results = {}
     for micro in (None, 128, 64):
         model, _, step = make_step(replace(config, micro_batch_tokens=micro, optim=replace(config.optim, eps=1e-3)))
-        made = [step(loader.batch(index), 1.0) for index in range(3)]
+        made = [step(loader.batch(index)) for index in range(3)]
         numbers = torch.stack([torch.stack(result) for result in made])
         results[micro] = numbers, torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
     for micro in (128, 64):
@@ -46,20 +46,20 @@ def test_a_step_that_is_not_finite_leaves_no_trace(config, shards, make_step):
     model, optimizer, step = make_step(config)
     twin, twin_optimizer, twin_step = make_step(config)
     for each in (step, twin_step):
-        assert each(loader.batch(0), 1.0).skipped == 0
+        assert each(loader.batch(0)).skipped == 0
     with torch.no_grad():
         poisoned = model.layers[0].self_attn.q_proj.weight
         healthy = poisoned[0, 0].clone()
         poisoned[0, 0] = float("nan")
     before = clones(model, optimizer)
-    result = step(loader.batch(1), 1.0)
+    result = step(loader.batch(1))
     assert result.skipped == 1 and not torch.isfinite(result.grad_norm)
     for found, expected in zip(clones(model, optimizer), before, strict=True):
         assert all(torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0)) for a, b in zip(found, expected, strict=True))
     with torch.no_grad():
         poisoned[0, 0] = healthy
-    step(loader.batch(1), 1.0)
-    twin_step(loader.batch(1), 1.0)
+    step(loader.batch(1))
+    twin_step(loader.batch(1))
     for found, expected in zip(clones(model, optimizer), clones(twin, twin_optimizer), strict=True):
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
@@ -91,10 +91,10 @@ def test_a_compiled_step_is_not_compiled_again(config, shards, make_step):
         step.engine.loss = torch.compile(step.engine.loss, backend=counter, fullgraph=True, dynamic=False)
         monitor = MonitorConfig(level=level, full_every_steps=2)
         collector = Collector(monitor, model, torch.device("cpu"))
-        step.mark, step.watch = collector.mark, collector.update
+        step.mark, step.around_update = collector.mark, collector.update
         stream, looks = iter(batches), []
         for number in range(1, 5):
-            step(collector.fetch(stream, number), 1.0)
+            step(collector.fetch(stream, number))
             looks.append("grad/mean" in collector.line())
         assert counter.frame_count == 1
         assert looks == ([True, True, False, True] if level == "full" else [False] * 4)

@@ -22,6 +22,7 @@ from osler.records.events import read_events
 from osler.report.page import build_report
 from osler.report.read import read_run
 from osler.report.words import model_of
+from osler.runs.loop import Loop
 from osler.tokenizer.bpe import Tokenizer
 from osler.yaml12 import load_yaml
 
@@ -45,11 +46,12 @@ def test_the_checkpoint_comes_before_the_evaluation(make_trainer, tmp_path):
         raise OutOfMemory
 
     with pytest.raises(OutOfMemory):
-        make_trainer(tmp_path, evaluate=fail).fit()
+        Loop(make_trainer(tmp_path, evaluate=fail)).fit()
     assert saved_steps(tmp_path) == [4, 6]
     again = make_trainer(tmp_path, evaluate=lambda: {"eval/loss": 3.0})
-    again.restore(store.load(store.resolve(tmp_path)))
-    assert again.step == 6 and again.fit()
+    loop = Loop(again)
+    loop.restore(store.load(store.resolve(tmp_path)))
+    assert again.step == 6 and loop.fit()
     assert [line["step"] for line in lines(tmp_path) if "eval/loss" in line] == [6, 12]
 
 
@@ -69,7 +71,7 @@ def test_steps_without_a_token_to_learn_count_nowhere(make_trainer, tmp_path):
             yield batch
 
     trainer.batches = mostly_prompts
-    assert trainer.fit()
+    assert Loop(trainer).fit()
     told = {line["step"]: line for line in lines(tmp_path)}
     for step, line in told.items():
         is_learned = step % 3 == 0
@@ -79,14 +81,14 @@ def test_steps_without_a_token_to_learn_count_nowhere(make_trainer, tmp_path):
         if is_learned:
             assert 4.0 < line["train/loss"] < 7.0 and line["model/activation_rms/0"] > 0.0 < line["train/entropy"]
     assert len(trainer.incidents.spikes.usual) == len([step for step in learned if step <= 36])
-    events = read_events(trainer.run.events)
+    events = read_events(trainer.run.folder.events)
     assert {event.name for event in events} == {"begun", "nothing-to-learn", "finished"}
 
 
 def test_keep_last_and_the_best(make_trainer, tmp_path):
     losses = iter([3.0, 1.0, 2.0, 1.5, 1.0, 4.0])
-    fields = {"save_every_tokens": 256, "eval_every_tokens": 512, "keep_last": 3}
-    assert make_trainer(tmp_path, evaluate=lambda: {"eval/loss": next(losses)}, **fields).fit()
+    fields = {"checkpoint": {"every_tokens": 256, "keep_last": 3}, "eval_every_tokens": 512}
+    assert Loop(make_trainer(tmp_path, evaluate=lambda: {"eval/loss": next(losses)}, **fields)).fit()
     assert saved_steps(tmp_path) == [4, 10, 11, 12]
     best = store.best_checkpoint(tmp_path / "checkpoints")
     assert (best.step, best.metric, best.value) == (4, "eval/loss", 1.0)
@@ -94,21 +96,22 @@ def test_keep_last_and_the_best(make_trainer, tmp_path):
 
 def test_milestones_are_saved_and_kept(make_trainer, tmp_path):
     """They fall between the other saves, and the end of the run is one."""
-    assert make_trainer(tmp_path, keep_every_tokens=5 * 256, keep_last=1).fit()
+    assert Loop(make_trainer(tmp_path, checkpoint={"keep_every_tokens": 5 * 256, "keep_last": 1})).fit()
     assert saved_steps(tmp_path) == [5, 10, 12]
 
 
 def test_the_best_is_remembered_across_processes(make_trainer, tmp_path):
     first = make_trainer(tmp_path, evaluate=lambda: {"eval/loss": 1.0}, total_tokens=6 * 256)
-    assert first.fit()
-    second = make_trainer(tmp_path, evaluate=lambda: {"eval/loss": 2.0})
+    assert Loop(first).fit()
+    second = Loop(make_trainer(tmp_path, evaluate=lambda: {"eval/loss": 2.0}))
     second.restore(store.load(store.resolve(tmp_path)))
     assert second.fit()
     assert store.best_checkpoint(tmp_path / "checkpoints").step == 6
 
 
 def test_metrics_are_declared_and_every_step_is_in_one_line(make_trainer, tmp_path):
-    assert make_trainer(tmp_path, evaluate=lambda: {"eval/loss": 1.0}, probe=lambda: {"eval/validation_accuracy": 0.5}).fit()
+    scores = {"evaluate": lambda: {"eval/loss": 1.0}, "exam_score": lambda: {"eval/validation_accuracy": 0.5}}
+    assert Loop(make_trainer(tmp_path, **scores)).fit()
     found = lines(tmp_path)
     names = {name for line in found for name in line} - {"step", "tokens", "time"}
     assert [name for name in sorted(names) if declared_name(name) is None] == []
@@ -118,7 +121,7 @@ def test_metrics_are_declared_and_every_step_is_in_one_line(make_trainer, tmp_pa
 
 
 def test_a_run_without_held_out_data_saves_and_ends(make_trainer, tmp_path):
-    assert make_trainer(tmp_path).fit()
+    assert Loop(make_trainer(tmp_path)).fit()
     assert not any("eval/seconds" in line for line in lines(tmp_path))
     assert saved_steps(tmp_path)[-1] == 12
 
@@ -165,8 +168,9 @@ def test_a_warmup_longer_than_the_run_is_pointed_out(tiny, tmp_path, capsys):
 def test_minutes_are_kept_and_shared_between_processes(tiny, launch_stopped, tmp_path, monkeypatch):
     """On a clock that goes on by a fiftieth of a second whenever somebody looks: a real one depends on the machine's load."""
     looks = itertools.count()
-    monkeypatch.setattr("osler.train.trainer.time.monotonic", lambda: next(looks) / 50)
-    minutes = ["max_minutes=0.1", "total_tokens=100_000_000", "eval_every_tokens=100_000_000", "save_every_tokens=100_000_000"]
+    monkeypatch.setattr("time.monotonic", lambda: next(looks) / 50)
+    never = ["eval_every_tokens=100_000_000", "checkpoint.every_tokens=100_000_000"]
+    minutes = ["max_minutes=0.1", "total_tokens=100_000_000", *never]
     assert launch_stopped(tmp_path, *minutes, fault="train-step:sigterm:60") == 130
     stopped = store.load(store.resolve(tmp_path)).state
     assert 60 / 50 < stopped["seconds"] < 3
@@ -217,7 +221,7 @@ def test_a_dry_run_asks_for_the_device(tiny, runs, tmp_path, capsys):
 
 
 def test_the_console_tells_the_held_out_loss_from_that_of_training(make_trainer, tmp_path, capsys):
-    assert make_trainer(tmp_path, lambda: {"eval/loss": 1.25, "eval/bits_per_byte": 2.5}).fit()
+    assert Loop(make_trainer(tmp_path, lambda: {"eval/loss": 1.25, "eval/bits_per_byte": 2.5})).fit()
     assert ": held-out loss 1.2500, bits_per_byte 2.5000, train_gap " in capsys.readouterr().err
 
 
@@ -237,7 +241,7 @@ def test_tokens_end_a_run_by_the_clock_that_would_have_time_for_more(tiny, tmp_p
 def test_the_first_step_is_not_part_of_the_speed(make_trainer, tmp_path, monkeypatch):
     """It takes a thousand seconds more on this clock, and the others far less."""
     monotonic, late = time.monotonic, [0.0]
-    monkeypatch.setattr("osler.train.trainer.time.monotonic", lambda: monotonic() + late[0])
+    monkeypatch.setattr("time.monotonic", lambda: monotonic() + late[0])
     trainer = make_trainer(tmp_path, log_every_steps=2)
     engine = trainer.train_step.engine
     loss = engine.loss
@@ -247,7 +251,7 @@ def test_the_first_step_is_not_part_of_the_speed(make_trainer, tmp_path, monkeyp
         return loss(*batch)
 
     engine.loss = slow_at_first
-    assert trainer.fit()
+    assert Loop(trainer).fit()
     speeds = [line["perf/tokens_per_second"] for line in lines(tmp_path) if "perf/tokens_per_second" in line]
     assert len(speeds) == trainer.step // 2 and min(speeds) > trainer.config.batch_tokens / 100
 
@@ -281,14 +285,14 @@ def test_a_dry_run_without_its_starting_point_is_refused(tiny, tmp_path, capsys)
 def test_a_signal_after_the_vote_of_a_step_stops_the_next(make_trainer, tmp_path):
     """Ranks vote once per step; one that acted on a later signal alone would leave the others waiting."""
     trainer = make_trainer(tmp_path, log_every_steps=2)
-    log = trainer._log
+    shown = trainer.shown
 
-    def signalled(*arguments):
+    def signalled(line):
         os.kill(os.getpid(), signal.SIGTERM)
-        return log(*arguments)
+        return shown(line)
 
-    trainer._log = signalled
-    assert not trainer.fit()
+    trainer.shown = signalled
+    assert not Loop(trainer).fit()
     assert trainer.step == 3 and saved_steps(tmp_path) == [3]
 
 

@@ -14,7 +14,7 @@ from osler.runtime.files import RunFolder
 from osler.runtime.stop import EXIT_STOPPED
 from osler.watch.state import Watched
 
-SICK = ("optim.lr=10", "total_tokens=20480", "save_every_tokens=10240", "eval_every_tokens=20480")  # 80 steps, a line for 5
+SICK = ("optim.lr=10", "total_tokens=20480", "checkpoint.every_tokens=10240", "eval_every_tokens=20480")  # 80 steps, a line for 5
 
 
 def test_a_learning_rate_far_too_high_reaches_the_alert_command(launch_stopped, tiny, tmp_path, capsys):

@@ -1,33 +1,29 @@
-"""What a run folder remembers from one process to the next: its config, its newest good checkpoint, what it resolved.
+"""What a run folder remembers from one process to the next: its config, its newest good checkpoint, what was evaluated.
 
-Pretraining, fine-tuning and GRPO start and go on through these functions; they change nothing but ``config.yaml``.
+These functions change nothing but ``config.yaml``.
 """
 
 from __future__ import annotations
 
-import json
 import logging
+
+import json
 import re
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
 from osler.checkpoint import store
-from osler.checkpoint.manifest import STATE
 from osler.checkpoint.root import refuse_checkpoint
 from osler.config import encode
 from osler.decode import decode
-from osler.errors import UserError
-from osler.inference.load import read_model_config
-from osler.model.config import ModelConfig
-from osler.monitor.damage import write_damage
 from osler.recipe import merge, parse_overrides
+from osler.errors import UserError
+from osler.monitor.damage import write_damage
 from osler.records.events import EventLog
 from osler.records.metrics import read_metrics
-from osler.runtime.files import RunFolder, locked, read_json, write_atomic
-from osler.runtime.stop import EXIT_STOPPED
-from osler.runtime.world import place
+from osler.runtime.files import RunFolder, write_atomic
 from osler.yaml12 import dump_yaml, load_yaml
 
 logger = logging.getLogger(__name__)
@@ -35,45 +31,13 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 MOST_NAMED = 5  # differences between two configs that an error spells out
 # How a run is computed and watched, not what comes out of it, but for rounding: these may change from one start to the next.
-COMPUTING = ("parallel", "loader_workers", "micro_batch_tokens", "recompute", "async_save", "monitor")
+COMPUTING = ("parallel", "loader_workers", "micro_batch_tokens", "recompute", "checkpoint.in_background", "monitor")
 PERMISSIONS = ("allow_data_change", "preflight")  # given for one start
 GIVEN_ANEW = (*COMPUTING, *PERMISSIONS)
 # Where files lie may change too: what is in them must be the same, which the shards' and the checkpoints' fingerprints tell.
 PLACES = re.compile(r"(.*\.)?data\.path|tasks\[\d+\]\.task\.path")
 DATA_SECTIONS = ("data", "tasks")  # what a run learns from: of training, of GRPO
 LENGTHS = {"total_tokens", "max_minutes", "steps"}  # what a person changes who wants to go on with a finished run
-VERSIONS = "versions.json"  # packages and machine, in the run folder and in every checkpoint
-PRECISION_OF_DTYPE = {"float32": "fp32", "bfloat16": "bf16"}
-
-
-def default_name(recipe: str, kind: str) -> str:
-    """What a run of a recipe is called without --run: ``text-10min-pretrain``; of ``usmle-2day/grpo``, ``usmle-2day-grpo``."""
-    name = Path(recipe).stem if recipe.endswith((".yaml", ".yml")) else recipe.replace("/", "-")
-    return name if name.endswith(f"-{kind}") else f"{name}-{kind}"
-
-
-def work(
-    kind: str, run: RunFolder, train: Callable[[RunFolder], bool], next_steps: Callable[[], str], *, goes_back: bool = False
-) -> int:
-    """Train in the folder and say at the end what to do next; returns the exit code.
-
-    One process at a time: the first rank keeps others out. A start that fails leaves no empty folder behind. The command of one
-    that ``goes_back`` would do so again.
-    """
-    RunFolder.create(run.root)
-    with locked(run.root) if place().rank == 0 else nullcontext():
-        try:
-            finished = train(run)
-        except BaseException:
-            with suppress(OSError):  # it holds something, so it is worth keeping
-                run.root.rmdir()
-            raise
-    if not finished:
-        same = "" if goes_back else "The same command, or "
-        logger.info(f"Stopped and saved. {same}`osler {kind} --run {run.root} --resume`{',' if same else ''} goes on from there.")
-        return EXIT_STOPPED
-    logger.info(next_steps())
-    return 0
 
 
 def claim(run: RunFolder, config: Any) -> None:
@@ -132,9 +96,15 @@ def differences(
     wanted, there = encode(config), dict(stored)
     if there.get("kind") == wanted["kind"]:  # a field that came with a later Osler had its default when the run began
         there = encode(decode(type(config), there, source=source))
-    old, new = (flat({key: value for key, value in tree.items() if key not in leave_out}) for tree in (there, wanted))
-    changed = sorted((key for key in {*old, *new} if old.get(key) != new.get(key)), key=lambda key: (key != "kind", key))
-    return {key: f"{key} is {new.get(key)} here and {old.get(key)} there" for key in changed}
+    old, new = flat(there), flat(wanted)
+    changed = {key for key in {*old, *new} if old.get(key) != new.get(key) and not _is_within(key, leave_out)}
+    in_order = sorted(changed, key=lambda key: (key != "kind", key))
+    return {key: f"{key} is {new.get(key)} here and {old.get(key)} there" for key in in_order}
+
+
+def _is_within(key: str, sections: Sequence[str]) -> bool:
+    """Whether a dotted key is one of the sections or lies in one."""
+    return any(key == section or key.startswith((f"{section}.", f"{section}[")) for section in sections)
 
 
 def named(changed: Mapping[str, str]) -> str:
@@ -174,7 +144,7 @@ def stored_config(cls: type[T], run_dir: str | None, overrides: Sequence[str]) -
 
 def _may_be_given(key: str) -> bool:
     """Whether a resume may be given this field; ``tasks`` is given whole, and ``refuse_another`` sees what changed in it."""
-    return key.partition(".")[0] in GIVEN_ANEW or key == "tasks" or PLACES.fullmatch(key) is not None
+    return _is_within(key, GIVEN_ANEW) or key == "tasks" or PLACES.fullmatch(key) is not None
 
 
 def read_config(run: RunFolder) -> dict[str, Any]:
@@ -204,14 +174,6 @@ def newest_checkpoint(run: RunFolder, *, record: bool = False) -> Path | None:
     return found
 
 
-def stored_precision(checkpoint: Path | None, wanted: str) -> str:
-    """The precision that a run resolved when it began; ``auto`` is a timing and might decide otherwise the second time."""
-    if wanted != "auto" or checkpoint is None or not (checkpoint / VERSIONS).exists():
-        return wanted
-    machine = json.loads((checkpoint / VERSIONS).read_text(encoding="utf-8"))["machine"]
-    return PRECISION_OF_DTYPE[machine["dtype"]]
-
-
 def check_fingerprints(
     loaded: store.Loaded, current: Mapping[str, str], events: EventLog, *, allow_data_change: bool = False
 ) -> None:
@@ -239,40 +201,3 @@ def was_evaluated(run: RunFolder, step: int) -> bool:
     A kill between a checkpoint and the evaluation that follows it leaves none.
     """
     return any(line.step == step for line in read_metrics(run.metrics, having="eval/seconds"))
-
-
-def starting_model(newest: Path | None, config: Any) -> tuple[Path, ModelConfig] | None:
-    """The checkpoint that a run which begins with another's model would go on or start from, and the model; None for others.
-
-    ``newest`` is the run's own. Raises UserError when there is no good checkpoint to start from.
-    """
-    start = config.branch_from or config.init_from
-    return None if start is None else read_model_config(newest or start)
-
-
-def describe_plan(
-    config: Any, folder: RunFolder, newest: Path | None, start: tuple[Path, ModelConfig] | None, numbers: Mapping[str, str]
-) -> str:
-    """What ``--dry-run`` prints: the resolved config, and what follows from it as comments.
-
-    A started run would go on from ``newest``. The model of ``start`` stands in place of the config's own, which is not used, and
-    neither is its section ``tokenizer``.
-    """
-    plan, derived = encode(config), {"run folder": str(folder.root)}
-    if newest is not None:
-        derived["goes on from"] = f"step {read_json(newest / STATE)['step']:,}: {newest}"
-    if start is not None:
-        path, model = start
-        if newest is None and config.branch_from is not None:
-            derived["branches from"] = f"step {read_json(path / STATE)['step']:,}: {path}"
-        elif newest is None:
-            derived["starts from"] = f"{path}, its model and tokenizer"
-        derived["model"] = (
-            f"{model.num_parameters:,} parameters (num_layers {model.num_layers}, hidden_size {model.hidden_size}, "
-            f"max_seq_len {model.max_seq_len})"
-        )
-        if "model" in plan:
-            plan["model"] = encode(model)
-        plan.pop("tokenizer", None)
-    derived |= numbers
-    return "\n".join([dump_yaml(plan).rstrip(), *(f"# {name:<18}{value}" for name, value in derived.items())])

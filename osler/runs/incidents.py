@@ -14,41 +14,26 @@ back to.) Every incident is a line in ``events.jsonl``.
 from __future__ import annotations
 
 import logging
+
 import math
-import os
 from collections import deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from osler.checkpoint import store
 from osler.checkpoint.manifest import STATE, verify
 from osler.checkpoint.root import OnDamage, by_age, ignore_damage
 from osler.errors import UserError
-from osler.monitor.config import SpikeConfig
 from osler.monitor.damage import write_damage
 from osler.monitor.spikes import SpikeWindow
-from osler.optim.config import OptimConfig
-from osler.records.events import EventLog
-from osler.runtime.files import RunFolder, read_json
-from osler.runtime.world import World
+from osler.runs.config import RunConfig
+from osler.runs.process import Run
+from osler.runtime.files import read_json
 
 logger = logging.getLogger(__name__)
 
 STEPS_BEFORE = 5  # good steps before an incident whose numbers a diagnosis shows
-
-
-class Limits(Protocol):
-    """What a run's config says about incidents."""
-
-    @property
-    def max_skipped_steps(self) -> int: ...
-    @property
-    def max_rollbacks(self) -> int: ...
-    @property
-    def spike(self) -> SpikeConfig: ...
-    @property
-    def optim(self) -> OptimConfig: ...
 
 
 class Incidents:
@@ -58,15 +43,12 @@ class Incidents:
     its rows. Every rank has one; rank 0 alone writes and speaks.
     """
 
-    def __init__(
-        self, limits: Limits, run: RunFolder, details: Callable[[int], Mapping[str, Any]], world: World | None = None
-    ) -> None:
-        self.limits = limits
+    def __init__(self, config: RunConfig, run: Run, details: Callable[[int], Mapping[str, Any]]) -> None:
+        self.limits = config.recovery
+        self.full_lr = config.optim.lr
         self.run = run
         self.details = details
-        self.world = world or World()
-        self.events = EventLog(run.events if self.world.is_first else os.devnull)
-        self.spikes = SpikeWindow(limits.spike)
+        self.spikes = SpikeWindow(self.limits.spike)
         self.before: deque[list[Any]] = deque(maxlen=STEPS_BEFORE)  # step, loss and gradient norm of the last good steps
         self.skipped_in_a_row = 0
         self.first_skipped = 0  # the step with which they began; steps without anything to learn lie between them unseen
@@ -112,59 +94,59 @@ class Incidents:
             self.cause = f"Step {step}: {message}"
 
     def _record(self, step: int, name: str, message: str, loss: float, grad_norm: float, *, loudly: bool, **more: Any) -> None:
-        if not self.world.is_first:
+        if not self.run.world.is_first:
             return
         if loudly:
             logger.warning(f"step {step}: {message}")
         numbers = {"loss": finite(loss), "grad_norm": finite(grad_norm), **more}
-        self.events.write(step, "incident", name, message, tell=loudly, **self.details(step), **numbers)
+        self.run.events.write(step, "incident", name, message, tell=loudly, **self.details(step), **numbers)
 
     def roll_back(self, step: int, restore: Callable[[store.Loaded], None], position: Callable[[], int]) -> None:
         """Go back to the last good checkpoint, by ``restore``, and pass over the data since; the caller saves at once.
 
         ``position`` is the trainer's, in the unit of ``data_offset``. Raises UserError, on every rank, when there is no way back.
         """
-        root = self.run.checkpoints
-        path = self.world.broadcast_from_first(lambda: last_good(root, self.good_step, self.found_damaged))
+        root = self.run.folder.checkpoints
+        path = self.run.world.broadcast_from_first(lambda: last_good(root, self.good_step, self.found_damaged))
         if path is None or self.rollbacks >= self.limits.max_rollbacks:
             raise UserError(self._diagnosis(step, path))
         cause, rollbacks, there = self.cause, self.rollbacks + 1, position() + self.data_offset
         loaded = store.load(path)
         restore(loaded)  # everything in here too
-        self.world.barrier()  # the caller replaces the checkpoint, which others may still be reading
+        self.run.world.barrier()  # the caller replaces the checkpoint, which others may still be reading
         self.cause, self.rollbacks, self.data_offset = None, rollbacks, there - position()
         message = (
             f"Going back from step {step} to {path.name} and on with the data after step {step} (rollback {rollbacks} of at most "
             f"{self.limits.max_rollbacks}). {cause}"
         )
-        if self.world.is_first:
-            logger.warning(f"{message}")
+        if self.run.world.is_first:
+            logger.warning(message)
             reached: dict[str, Any] = {"from_step": step, "number": rollbacks, "data_offset": self.data_offset}
-            self.events.write(loaded.step, "rollback", "rollback", message, **reached)
+            self.run.events.write(loaded.step, "rollback", "rollback", message, **reached)
 
     def found_damaged(self, checkpoint: Path, problems: list[str]) -> None:
         """Say and record that a checkpoint of the run is not as it was saved any more; rank 0 alone finds that out."""
         logger.warning(f"{checkpoint} is damaged ({'; '.join(problems)}).")
-        write_damage(self.events, checkpoint, problems)
+        write_damage(self.run.events, checkpoint, problems)
 
     def _diagnosis(self, step: int, good: Path | None) -> str:
         """Everything that a person needs to find out what is wrong, in a paragraph; ``good`` is the last good checkpoint."""
         if self.rollbacks:
-            tried = f"The run has gone back {self.rollbacks} times already, of at most max_rollbacks={self.limits.max_rollbacks}."
+            tried = f"The run has gone back {self.rollbacks} times already, of at most recovery.max_rollbacks={self.limits.max_rollbacks}."
         elif self.limits.max_rollbacks:
             tried = "There is no good checkpoint from before that to go back to."
         else:
-            tried = "With max_rollbacks=0 a run does not go back."
+            tried = "With recovery.max_rollbacks=0 a run does not go back."
         numbers = "; ".join(f"step {number}: loss {loss:.4g}, gradient norm {norm:.4g}" for number, loss, norm in self.before)
         details = dict(self.details(step))
         learning_rate = details.pop("lr")
         batch = ", ".join(f"{name} {values[0]} ... {values[-1]}" for name, values in details.items() if isinstance(values, list))
-        lr = self.limits.optim.lr
+        lr = self.full_lr
         start = f"init_from={good} " if good else ""
-        saved = "" if good else f" What was saved in {self.run.checkpoints} is damaged or from the middle of the trouble."
+        saved = "" if good else f" What was saved in {self.run.folder.checkpoints} is damaged or from the middle of the trouble."
         return (
             f"{self.cause} {tried} Before it: {numbers or 'no good step'}. Step {step} had the learning rate {learning_rate:.3g} "
-            f"and learned from {batch}; {self.run.events} has the others. Check the data. Lower optim.lr (now {lr:g}), which a "
+            f"and learned from {batch}; {self.run.folder.events} has the others. Check the data. Lower optim.lr (now {lr:g}), which a "
             f"started run keeps, in a new one: the same command with `--run NEW_FOLDER {start}optim.lr={lr / 3:.2g}`.{saved}"
         )
 

@@ -1,0 +1,122 @@
+"""A branch (``--branch``): a new run that goes on from a checkpoint of another, with its optimizer and its place in the data.
+
+The new run's config names the checkpoint as ``branch_from``, and it needs that checkpoint until it has one of its own. What
+follows is an ordinary resume, except that the optimizer's settings are the config's and not the checkpoint's.
+"""
+
+from __future__ import annotations
+
+import logging
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from osler.checkpoint import store
+from osler.checkpoint.manifest import FOLDER_NAME, STATE, verify
+from osler.checkpoint.root import refuse_checkpoint, root_of
+from osler.decode import decode
+from osler.recipe import merge, parse_overrides
+from osler.errors import UserError
+from osler.records.events import EventLog
+from osler.runs.folder import differences, flat, named, read_config
+from osler.runs.rewind import find_step
+from osler.runtime.files import RunFolder, read_json
+from osler.yaml12 import load_yaml
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+CONFIG = "config.yaml"  # in a checkpoint
+
+
+def branch_config(cls: type[T], kind: str, branch: str, step: int | None, overrides: Sequence[str], run: RunFolder) -> T:
+    """Return the config of a new run that goes on from a checkpoint of another: the config of that one, with overrides.
+
+    ``branch`` is a checkpoint, or a run folder with ``step`` or its newest. The same command goes on with the new run, even when
+    the checkpoint that it began with is gone.
+    """
+    refuse_checkpoint(run.root)
+    stored = read_config(run) if run.config.exists() else {}
+    if not _is_begun(stored.get("branch_from"), Path(branch), step):
+        checkpoint = _checkpoint_of(branch, step)
+        _check_kind(checkpoint, kind)
+        stored = _config_in(checkpoint, store.load(checkpoint, names=[]).files) | {"branch_from": str(checkpoint)}
+    return decode(cls, merge(stored, parse_overrides(overrides, stored)), source=str(branch))
+
+
+def _is_begun(branch_from: str | None, branch: Path, step: int | None) -> bool:
+    """Whether a run that began at ``branch_from`` is what ``--branch`` asks for: that checkpoint, or one of that run."""
+    if branch_from is None:
+        return False
+    there = Path(branch_from)
+    return branch == there or (branch in there.parents and (step is None or there.name == store.folder_name(step)))
+
+
+def _checkpoint_of(branch: str, step: int | None) -> Path:
+    path = Path(branch)
+    match = FOLDER_NAME.fullmatch(path.name)
+    if match and not path.is_dir() and path.parent.is_dir():
+        find_step(path.parent, int(match[1]))  # says which there are
+    if match and step not in (None, int(match[1])):
+        raise UserError(f"{path} is step {int(match[1])}, and --from-step says {step}: leave one of them out.")
+    if step is None or match:
+        path = store.resolve(path)
+    else:
+        path = find_step(root_of(path), step).path
+    if problems := verify(path):
+        raise UserError(f"Checkpoint {path} is damaged, branch from another: {'; '.join(problems)}.")
+    return path
+
+
+def _config_in(checkpoint: Path, files: Mapping[str, bytes]) -> dict[str, Any]:
+    stored = load_yaml(files[CONFIG].decode("utf-8"), str(checkpoint / CONFIG)) if CONFIG in files else None
+    if not isinstance(stored, dict):
+        raise UserError(f"Checkpoint {checkpoint} lacks {CONFIG}, so it does not say what it is a run of.")
+    return stored
+
+
+def _check_kind(checkpoint: Path, kind: str) -> None:
+    there = read_json(checkpoint / STATE).get("kind")
+    if there != kind:
+        raise UserError(f"{checkpoint} is of a run of `osler {there}`: branch it with `osler {there} --branch`.")
+
+
+def branch_point(config: Any) -> Path | None:
+    """The checkpoint that a run which has none of its own branches from; None for one that begins at step 0.
+
+    Raises UserError when it is of another kind of run, or holds the state of another optimizer.
+    """
+    if config.branch_from is None:
+        return None
+    path = store.resolve(config.branch_from)
+    _check_kind(path, config.kind)
+    there = flat(_config_in(path, store.load(path, names=[]).files))
+    for field, here in (("optim.type", config.optim.type), ("precision", config.precision)):
+        if here != there.get(field, here) and (field == "optim.type" or "pure-bf16" in (here, there[field])):
+            raise UserError(
+                f"{field} is {here} here and {there[field]} in {path}, whose optimizer holds another state: leave it as it is "
+                f"there, or start a new run with the weights alone, init_from={path}."
+            )
+    return path
+
+
+def same_data(config: Any, loaded: store.Loaded) -> bool:
+    """Whether a config has the data of the run that a checkpoint is of."""
+    stored = _config_in(loaded.path, loaded.files)
+    return not any(key.startswith("data.") for key in differences(config, stored, str(loaded.path / CONFIG)))
+
+
+def describe_branch(config: Any, loaded: store.Loaded) -> str:
+    """One line about a run that begins as a branch: where, and how its config differs from that of the run it comes from."""
+    stored = _config_in(loaded.path, loaded.files)
+    changed = differences(config, stored, str(loaded.path / CONFIG), leave_out=("branch_from", "description"))
+    what = f"What differs from its run: {named(changed)}." if changed else "Nothing differs from its run."
+    return f"A branch of {loaded.path}, from step {loaded.step:,}. {what}"
+
+
+def announce_branch(config: Any, loaded: store.Loaded, events: EventLog) -> None:
+    """Say and record that a run begins as a branch."""
+    message = describe_branch(config, loaded)
+    logger.info(message)
+    events.write(loaded.step, "branch", "branch", message)
