@@ -93,14 +93,15 @@ def _find(name: str, *, folder: Path | None, user: str) -> Path:
     """Return the file that a recipe or a base names; ``folder`` is where the recipe that asks for it lies."""
     given = Path(name).expanduser()
     if given.suffix in (".yaml", ".yml"):
-        candidates = [(folder or Path()) / given, RECIPES / given]
+        candidates = [(folder or Path()) / given]
     else:
         candidates = [RECIPES / f"{name}.yaml", *([folder / f"{name}.yaml"] if folder else [])]
     for candidate in candidates:
         if candidate.is_file():
             return candidate.resolve()
     if given.suffix in (".yaml", ".yml"):
-        raise ConfigError(f"{user}there is no recipe file {given}")
+        shipped = f"; the recipe that ships with Osler is `{given.with_suffix('')}`" if (RECIPES / given).is_file() else ""
+        raise ConfigError(f"{user}there is no recipe file {given}{shipped}")
     names = sorted(path.relative_to(RECIPES).with_suffix("").as_posix() for path in RECIPES.rglob("*.yaml"))
     raise ConfigError(f"{user}there is no recipe `{name}`{nearest(name, names)} (a file of yours ends in .yaml)")
 

@@ -55,6 +55,12 @@ def folder_name(step: int) -> str:
     return f"step-{step:09d}"
 
 
+def padded(path: Path) -> Path:
+    """Return the checkpoint folder that a person means, who may leave out the zeros of its name."""
+    match = re.fullmatch(r"step-(\d+)", path.name)
+    return path.with_name(folder_name(int(match[1]))) if match and not path.is_dir() else path
+
+
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write ``manifest.json`` into the folder, durably, with a hash of its own content."""
     files = {name: {"bytes": record.size_bytes, "sha256": record.sha256} for name, record in manifest.files.items()}

@@ -33,6 +33,7 @@ from osler.checkpoint.manifest import (
     FileRecord,
     Manifest,
     folder_name,
+    padded,
     read_manifest,
     verify,
     write_manifest,
@@ -240,7 +241,7 @@ def resolve(path: str | Path, which: str = "newest") -> Path:
         raise ValueError(f"which must be newest or best, not {which!r}")
     if not str(path):  # Path("") would be the folder that happens to be the current one
         raise UserError("No checkpoint is named: give a run folder or one of its checkpoints, such as init_from=RUN.")
-    path, root = Path(path), root_of(path)
+    path, root = padded(Path(path)), root_of(path)
     if (path / MANIFEST).exists() or FOLDER_NAME.fullmatch(path.name):
         return path
     if which == "best":

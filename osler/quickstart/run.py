@@ -42,7 +42,8 @@ from osler.records.metrics import read_metrics
 from osler.report.page import build_report
 from osler.report.text import summary_text
 from osler.rl.run import train as train_grpo
-from osler.runs.folder import claim, read_config, stored_config
+from osler.runs.config import RunConfig
+from osler.runs.folder import claim, read_config, stored_config, taken
 from osler.runtime.files import RunFolder, read_json, write_json
 from osler.runtime.stop import EXIT_STOPPED
 from osler.runtime.world import require_one_process
@@ -85,7 +86,8 @@ def run(
     if dry_run:
         print(dump_yaml(encode(config)).rstrip())
         return 0
-    return Quickstart(config, RunFolder.create(root.root)).run_stages()
+    with taken(root):
+        return Quickstart(config, root).run_stages()
 
 
 class Quickstart:
@@ -130,15 +132,21 @@ class Quickstart:
         return RunFolder.create(self.run.root / name)
 
     def pretrain(self) -> bool:
-        return train_supervised(self.seeded(self.config.pretrain), self.folder("pretrain"))
+        return self.train(train_supervised, self.seeded(self.config.pretrain), "pretrain")
 
     def sft(self) -> bool:
         start = self.started_from("sft") or str(self.run.root / "pretrain")
-        return train_supervised(replace(self.seeded(self.config.sft), init_from=start), self.folder("sft"))
+        return self.train(train_supervised, replace(self.seeded(self.config.sft), init_from=start), "sft")
 
     def grpo(self) -> bool:
         start = self.started_from("grpo") or str(self.earlier_checkpoint())
-        return train_grpo(replace(self.config.grpo, seed=self.config.seed, init_from=start), self.folder("grpo"))
+        return self.train(train_grpo, replace(self.config.grpo, seed=self.config.seed, init_from=start), "grpo")
+
+    def train(self, train: Callable[[Any, RunFolder], bool], config: RunConfig, name: str) -> bool:
+        """Train one stage in its folder; False when it was asked to stop."""
+        folder = self.folder(name)
+        with taken(folder):
+            return train(config, folder)
 
     def started_from(self, name: str) -> str | None:
         """Return what a stage that has begun was started from, as it was written then; None for one that has not.

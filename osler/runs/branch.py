@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from osler.checkpoint import store
-from osler.checkpoint.manifest import FOLDER_NAME, STATE, verify
+from osler.checkpoint.manifest import FOLDER_NAME, STATE, padded, verify
 from osler.checkpoint.root import refuse_checkpoint, root_of
 from osler.decode import decode
 from osler.recipe import merge, parse_overrides
@@ -54,7 +54,7 @@ def _is_begun(branch_from: str | None, branch: Path, step: int | None) -> bool:
 
 
 def _checkpoint_of(branch: str, step: int | None) -> Path:
-    path = Path(branch)
+    path = padded(Path(branch))
     match = FOLDER_NAME.fullmatch(path.name)
     if match and not path.is_dir() and path.parent.is_dir():
         find_step(path.parent, int(match[1]))  # says which there are

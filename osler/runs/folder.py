@@ -9,8 +9,8 @@ import logging
 
 import json
 import re
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,7 +23,8 @@ from osler.errors import UserError
 from osler.monitor.damage import write_damage
 from osler.records.events import EventLog
 from osler.records.metrics import read_metrics
-from osler.runtime.files import RunFolder, write_atomic
+from osler.runtime.files import RunFolder, locked, write_atomic
+from osler.runtime.world import World
 from osler.yaml12 import dump_yaml, load_yaml
 
 logger = logging.getLogger(__name__)
@@ -37,7 +38,22 @@ GIVEN_ANEW = (*COMPUTING, *PERMISSIONS)
 # Where files lie may change too: what is in them must be the same, which the shards' and the checkpoints' fingerprints tell.
 PLACES = re.compile(r"(.*\.)?data\.path|tasks\[\d+\]\.task\.path")
 DATA_SECTIONS = ("data", "tasks")  # what a run learns from: of training, of GRPO
-LENGTHS = {"total_tokens", "max_minutes", "steps"}  # what a person changes who wants to go on with a finished run
+
+
+@contextmanager
+def taken(run: RunFolder, world: World = World()) -> Iterator[None]:  # noqa: B008 - frozen
+    """Make the folder if need be and keep other processes out of it inside; all ranks call it, and rank 0 takes the lock.
+
+    A start that fails leaves no empty folder behind. Raises UserError when another process is at work on the folder.
+    """
+    RunFolder.create(run.root)
+    with locked(run.root) if world.is_first else nullcontext():
+        try:
+            yield
+        except BaseException:
+            with suppress(OSError):  # it holds something, so it is worth keeping
+                run.root.rmdir()
+            raise
 
 
 def claim(run: RunFolder, config: Any) -> None:
@@ -80,12 +96,11 @@ def refuse_another(run: RunFolder, config: Any) -> None:
     changed = {key: words for key, words in changed.items() if not PLACES.fullmatch(key)}
     if not changed:
         return
-    kind = encode(config)["kind"]
-    branch = f" To train it on from where it is, start a new run with `osler {kind} --branch {run.root} --run NEW_FOLDER`, or"
-    longer = f"{branch} with its weights alone start a new run with init_from={run.root}." if changed.keys() <= LENGTHS else ""
+    start = f"osler {read_config(run).get('kind', config.kind)}"
     raise UserError(
-        f"{run.root} holds another run: {named(changed)}. Choose another folder with --run, or delete that one to "
-        f"start over.{longer}"
+        f"{run.root} holds another run: {named(changed)}. To go on with that run as it is: `{start} --run {run.root} --resume`. "
+        f"To go on from it with another configuration: `{start} --branch {run.root} --run NEW_FOLDER key=value`; with its weights "
+        f"alone: init_from={run.root}. For a run of its own choose another folder with --run, or delete that one."
     )
 
 
@@ -99,7 +114,11 @@ def differences(
     old, new = flat(there), flat(wanted)
     changed = {key for key in {*old, *new} if old.get(key) != new.get(key) and not _is_within(key, leave_out)}
     in_order = sorted(changed, key=lambda key: (key != "kind", key))
-    return {key: f"{key} is {new.get(key)} here and {old.get(key)} there" for key in in_order}
+    return {key: f"{key} is {_as_yaml(new.get(key))} here and {_as_yaml(old.get(key))} there" for key in in_order}
+
+
+def _as_yaml(value: Any) -> str:
+    return "null" if value is None else str(value)
 
 
 def _is_within(key: str, sections: Sequence[str]) -> bool:

@@ -25,6 +25,7 @@ from osler.optim.schedule import lr_scale
 from osler.runs.incidents import Incidents
 from osler.runs.loop import Due
 from osler.runs.process import Learner, Run
+from osler.runs.start import warn_of_endless_warmup
 from osler.train.config import TrainConfig
 from osler.train.step import StepResult, TrainStep
 
@@ -67,6 +68,7 @@ class Trainer:
         self.window: list[list[float]] = []  # loss, gradient norm and skip flag of each step since the last line
         self.on_device: list[StepResult] = []  # the same, not fetched yet
         self.first_step = 0  # that this process makes
+        self.has_replanned = False
         self.since = (0, 0.0)  # tokens and time from which the next line measures the speed
 
     @property
@@ -155,6 +157,9 @@ class Trainer:
         steps = self.timeline.steps_within(self.tokens + int(left * tokens_per_second))
         fitting = min(self.config.total_tokens, self.timeline.tokens_before(steps))
         (self.total_tokens,) = self.world.all_reduce_min(fitting)
+        if not self.has_replanned:
+            self.has_replanned = True
+            warn_of_endless_warmup(self.config.schedule.warmup_tokens, self.total_tokens, "what max_minutes has time for:")
 
     def pause(self, seconds: float) -> None:
         tokens, began = self.since

@@ -325,10 +325,10 @@ def test_other_questions_are_refused(tiny, launch, mistake, tmp_path):
 
 def test_a_folder_holds_one_run(stopped, tiny, mistake):
     text = mistake("pretrain", tiny.pretrain, "seed=1", "optim.lr=1e-4", "--run", stopped)
-    assert "holds another run: optim.lr is 0.0001 here and 0.0025 there, seed is 1 here and 0 there. " in text and "--run" in text
-    assert "init_from" not in text
+    assert "holds another run: optim.lr is 0.0001 here and 0.0025 there, seed is 1 here and 0 there. " in text
+    assert f"`osler pretrain --run {stopped} --resume`" in text and f"`osler pretrain --branch {stopped} --run" in text
     text = mistake("pretrain", tiny.pretrain, "total_tokens=4096", "--run", stopped)
-    assert "total_tokens is 4096 here and 3072 there" in text and f"start a new run with init_from={stopped}" in text
+    assert "total_tokens is 4096 here and 3072 there" in text and f"init_from={stopped}" in text
     text = mistake("sft", tiny.sft, f"init_from={stopped}", "--run", stopped)
     assert "holds another run" in text and "kind" in text
 

@@ -115,7 +115,7 @@ def test_a_step_that_is_not_there_is_refused_with_those_that_are(finished, tiny,
     for more in ([], ["--dry-run"], ["--resume"]):
         text = mistake("pretrain", "--run", run, "--from-step", 7, *more)
         assert "There is no checkpoint of step 7" in text and f"there are steps {there}" in text
-    text = mistake("pretrain", "--branch", at(run, 7), "--run", run.parent / "new")
+    text = mistake("pretrain", "--branch", run / "checkpoints" / "step-7", "--run", run.parent / "new")
     assert "There is no checkpoint of step 7" in text and f"there are steps {there}" in text
     text = mistake("pretrain", "--branch", run, "--from-step", 7, "--run", run.parent / "new")
     assert "There is no checkpoint of step 7" in text

@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 
 from osler.decode import decode
+from osler.errors import UserError
 from osler.quickstart.config import QuickstartConfig
 from osler.quickstart.run import Quickstart, run
 from osler.recipe import load_recipe
 from osler.runs.folder import stored_config
-from osler.runtime.files import RunFolder
+from osler.runtime.files import RunFolder, is_locked, locked
 
 MODEL = (
     *("num_layers=2", "hidden_size=64", "intermediate_size=64", "num_heads=2", "num_kv_heads=1", "head_dim=16"),
@@ -90,6 +91,13 @@ def test_an_interrupted_story_goes_on_at_its_stage(finished: Path, capsys: pytes
     assert [stage["name"] for stage in json.loads(stages.read_text())] == [stage["name"] for stage in whole]
     shown = capsys.readouterr().err
     assert "── exam grpo" in shown and "── grpo" not in shown
+
+
+def test_another_quickstart_in_the_same_folder_is_refused(tmp_path: Path) -> None:
+    with locked(tmp_path), pytest.raises(UserError, match="Another process is at work"):
+        run(TINY, run_dir=str(tmp_path))
+    quickstart = Quickstart(decode(QuickstartConfig, load_recipe("quickstart", TINY)), RunFolder(tmp_path))
+    assert quickstart.train(lambda config, folder: bool(is_locked(folder.root)), quickstart.config.sft, "sft")
 
 
 def test_a_torn_line_of_metrics_does_not_stop_the_choice_of_a_checkpoint(finished: Path) -> None:

@@ -181,6 +181,14 @@ def test_minutes_are_kept_and_shared_between_processes(tiny, launch_stopped, tmp
     assert min(line["train/lr"] for line in lines(tmp_path) if "train/lr" in line) < 0.2 * 2.5e-3  # planned to the end
 
 
+def test_minutes_that_end_inside_the_warm_up_are_pointed_out(tiny, tmp_path, monkeypatch, capsys):
+    looks = itertools.count()
+    monkeypatch.setattr("time.monotonic", lambda: next(looks) / 50)
+    more = ["max_minutes=0.1", "total_tokens=100_000_000", "schedule.warmup_tokens=10_000_000"]
+    assert main(["pretrain", tiny.pretrain, *more, "--run", str(tmp_path)]) == 0
+    assert capsys.readouterr().err.count("schedule.warmup_tokens 10,000,000 is not below") == 1
+
+
 def test_a_run_keeps_the_precision_it_resolved(tiny, launch_stopped, tmp_path):
     """``auto`` is decided by a timing; a run that goes on elsewhere must not change its arithmetic."""
     assert launch_stopped(tmp_path, "precision=bf16", fault="train-step:sigterm:7") == 130
