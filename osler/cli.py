@@ -1,7 +1,4 @@
-"""The command line: finds the command, parses its options, runs it. Nothing heavy is imported before, so help answers at once.
-
-Exit codes: see ``EXIT_CODES``, which `osler --help` prints.
-"""
+"""The command line: find the command, parse its options, run it. Nothing heavy is imported before, so help answers at once."""
 
 from __future__ import annotations
 
@@ -24,10 +21,12 @@ from osler.runtime.streams import OUTPUT, flush_or_silence, open_streams, silenc
 from osler.runtime.world import is_distributed, is_reporter, is_silent
 
 EXIT_CODES = """\
-Exit codes: 0 done; 1 an error in Osler, with a traceback, or damage that `checkpoint verify` or `data inspect` found; 2 something
-to mend, told in one paragraph (a wrong option, a full disk, a loss that stays NaN, another process of the run that was lost);
-130 stopped by Ctrl-C, SIGTERM or a terminal that closes (SIGHUP): training has finished its step and saved, and the same command
-goes on. A second Ctrl-C leaves at once; the run then goes on from its last checkpoint."""
+Exit codes:
+  0    done
+  1    an error in Osler, with a traceback, or damage that `checkpoint verify` or `data inspect` found
+  2    something to mend, told in one paragraph: a wrong option, a full disk, a loss that stays NaN, a lost process of the run
+  130  stopped by Ctrl-C, SIGTERM or a terminal that closes (SIGHUP): training finishes its step and saves, and the same command
+       goes on. A second Ctrl-C leaves at once; the run then goes on from its last checkpoint."""
 REMEDIES = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "Free some of the disk; the same command then goes on."),
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "Name another place, or ask whose it is for the permission."),
@@ -35,9 +34,9 @@ REMEDIES = {
 
 
 def program() -> NoReturn:
-    """The command ``osler``: run the command that its words name, and end the process."""
+    """Run the command that the words of the process name, and end the process."""
     open_streams()
-    hear_requests()  # to the end: who was asked to stop does not listen again
+    hear_requests()  # never switched back: a process that was asked to stop does not listen again
     code: int | str | None = 1
     try:
         code = main()
@@ -48,22 +47,22 @@ def program() -> NoReturn:
 
 
 def end(code: int | str | None) -> NoReturn:
-    """End the process without noise, after the traceback of an exception that is on its way."""
+    """Print the traceback of an exception that is on its way, and end the process without further output."""
     if sys.exc_info()[0] is not None:
         sys.excepthook(*sys.exc_info())
     for request in REQUESTS:
-        signal.signal(request, signal.SIG_IGN)  # holds to the last moment, when Python's own handlers are gone
+        signal.signal(request, signal.SIG_IGN)  # still in force when Python's own handlers are gone
     flush_or_silence()
     if isinstance(code, int) and is_distributed():
-        # Threads of gloo let go of tensors whenever they get to it, and need the interpreter for that. One that asks for it while
-        # it shuts down is ended on the spot, which aborts the process. Nothing joins these threads while anything holds their
-        # group, and after an error that could wait for a rank that is gone.
+        # Threads of gloo free tensors at any time and need the interpreter for that. A thread that asks for it during shutdown is
+        # ended on the spot, which aborts the process. They are joined only when nothing holds their group any more, and after an
+        # error that could mean waiting for a rank that is gone.
         os._exit(code)
     sys.exit(code)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return the exit code; exceptions that are not the user's mistake pass through."""
+    """Run one command and return its exit code; errors of Osler itself pass through."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # an ASCII terminal shows ? where it cannot show a sign
@@ -78,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         complain("osler: interrupted", not is_silent("LOCAL_RANK"))
         return 130
     except BrokenPipeError:
-        silence(sys.stdout)  # the reader (`| head`) is gone; the interpreter would complain when it flushes stdout at exit
+        silence(sys.stdout)  # the reader (`| head`) is gone, and the interpreter would complain when it flushes stdout at exit
         return 141
     except OSError as error:
         if error.errno not in REMEDIES and error.filename != OUTPUT:
@@ -90,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 @contextlib.contextmanager
 def written_out() -> Iterator[None]:
-    """Flush standard output after a command, or after argparse's help, and ignore from then on who asks to stop."""
+    """Flush standard output after a command or argparse's help, and from then on ignore signals that ask to stop."""
     try:
         try:
             yield
@@ -128,7 +127,7 @@ def dispatch(argv: list[str]) -> int:
 
 
 def overview(commands: Sequence[Command]) -> str:
-    """List commands, one line each."""
+    """Return the list of commands, one line each."""
     lines = [f"  {command.name:<18} {command.line}" for command in commands]
     return "\n".join(
         [

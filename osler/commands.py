@@ -1,4 +1,4 @@
-"""The commands of the command line: what each calls, one table. Nothing heavy is imported before one runs."""
+"""The table of commands, and the function that each calls. Nothing heavy is imported before one of them runs."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 class Command(NamedTuple):
-    """A command: what it does in one line, an example, the function that runs it, its options, and more for its help."""
+    """A command: its name, what it does in one line, an example, the function that runs it, its options, more for its help."""
 
     name: str
     line: str
@@ -352,7 +352,7 @@ COMMANDS: tuple[Command, ...] = (
     ),
     Command(
         "compare",
-        "Lay runs over one another: one HTML page, and a table in the terminal",
+        "Compare runs: one HTML page, and a table in the terminal",
         "osler compare runs/mine runs/mine-lower-lr --out lower-lr.html",
         run_compare,
         (

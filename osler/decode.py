@@ -72,7 +72,7 @@ def _adapter(cls: Any) -> Any:
 
 
 def _complete_type(annotation: Any, value: Any) -> Any:
-    """Fill ``value`` with the default values of the config fields it only partly gives, at every depth."""
+    """Complete config fields that ``value`` gives only in part with their default values, at every depth."""
     members, tagged = members_of(annotation)
     if isinstance(value, Mapping) and tagged:
         members = [member for member in members if tag_of(member) == value.get("type")]
@@ -105,7 +105,7 @@ def _complete_value(default: Any, given: Any) -> Any:
 
 
 def error_lines(cls: type, errors: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Return one line per wrong path, which what is wrong with the whole lacks; alternatives of a union share a line."""
+    """Return one line per wrong path; alternatives of a union share a line, and an error of the whole config has no path."""
     found: dict[str, tuple[list[str], str]] = {}
     for error in errors:
         path, owner = _locate(cls, error["loc"])
@@ -124,7 +124,7 @@ def _join(problems: Sequence[str]) -> str:
 
 
 def _problem(error: Mapping[str, Any], path: str, owner: Any) -> tuple[str, bool]:
-    """Say what is wrong, and whether the given value belongs in the message."""
+    """Return what is wrong, and whether the message should show the given value."""
     kind, given, context = error["type"], error["input"], error.get("ctx", {})
     if kind in ("missing", "missing_argument", "missing_keyword_only_argument"):
         return "is required and missing", False
@@ -150,7 +150,7 @@ def _problem(error: Mapping[str, Any], path: str, owner: Any) -> tuple[str, bool
 
 
 def _unknown_key(cls: type, path: str, owner: Any) -> str:
-    """Say which key may be meant, as it is written from the top: here, in another section, or under another `type`."""
+    """Suggest the key that may be meant, written from the top: one of this section, of another, or of another `type`."""
     above, _, name = path.rpartition(".")
     above = f"{above}." if above else ""
     reachable = _reachable(cls)
@@ -170,16 +170,13 @@ def _unknown_key(cls: type, path: str, owner: Any) -> str:
 
 
 def _named(name: str, reachable: Iterable[str], above: str) -> list[str]:
-    """The keys whose last part is ``name``: those of the section ``above`` if there are any, else the three highest."""
+    """Return the keys whose last part is ``name``: that of the section ``above`` if there is one, else the three highest."""
     keys = sorted((key for key in reachable if key.rpartition(".")[2] == name), key=lambda key: (key.count("."), key))
     return [key for key in keys if above and key == above + name] or keys[:3]
 
 
 def _reachable(cls: Any, above: str = "") -> dict[str, str]:
-    """Every key that an override can name, and what must be set besides where only some types of a section have it.
-
-    Without `type`: which section it was meant for nobody can guess.
-    """
+    """Return every key that an override can name but `type`, and what must be set too where only some types have it."""
     keys: dict[str, str] = {}
     for name, annotation in hints(cls).items():
         if name == "type":

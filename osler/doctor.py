@@ -1,6 +1,6 @@
-"""What this machine can do, found out by doing it: a line of the table comes from a trial, not from a version number.
+"""``osler doctor``: what this machine can do, found out by trying it rather than from version numbers.
 
-A missing ability is advice, not an error: Osler trains on two CPU cores with nothing but its own requirements.
+What is missing is advice and not an error: Osler trains on two CPU cores with nothing but its own requirements.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def run(*, as_json: bool = False, folder: str | Path = ".") -> int:
 
 
 def examine(folder: Path) -> list[Check]:
-    """Run every check, which takes about fifteen seconds; ``folder`` is where runs will be written."""
+    """Return the result of every check, in about fifteen seconds; ``folder`` is where runs will be written."""
     checks = [check_python(), check_cores(), check_neighbours(), check_memory(), check_disk(folder)]
     try:
         import torch
@@ -76,7 +76,7 @@ def render(checks: Iterable[Check]) -> str:
 
 
 def check_python() -> Check:
-    """Tell the interpreter and the version of Osler it runs."""
+    """Return the versions of the interpreter and of Osler."""
     try:
         osler = f"Osler {importlib.metadata.version('osler')}"
     except importlib.metadata.PackageNotFoundError:
@@ -97,7 +97,7 @@ def check_cores() -> Check:
 
 
 def check_neighbours() -> Check:
-    """Tell how many CPUs other processes keep busy, over half a second."""
+    """Measure for half a second how many CPUs other processes keep busy."""
     before = read_cpus()
     time.sleep(_NEIGHBOUR_SECONDS)
     after = read_cpus()
@@ -111,7 +111,7 @@ def check_neighbours() -> Check:
 
 
 def check_memory() -> Check:
-    """Tell how much memory a process may take here, a container's limit included."""
+    """Return how much memory a process may take here, a container's limit included."""
     if not hasattr(os, "sysconf"):
         return Check("memory", "ok", "unknown on this system")
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -131,7 +131,7 @@ def _cgroup(name: str) -> str:
 
 
 def check_disk(folder: Path) -> Check:
-    """Write and sync 16 MiB in ``folder`` and tell the speed and the free space."""
+    """Measure the free space in ``folder``, and the speed at which 16 MiB are written and synced."""
     data = os.urandom(_DISK_TRIAL_BYTES)
     try:
         free = shutil.disk_usage(folder).free
@@ -150,7 +150,7 @@ def check_disk(folder: Path) -> Check:
 
 
 def check_device(device: torch.device) -> Check:
-    """Name the device that training picks, and say when a GPU is there that this torch cannot use."""
+    """Name the device that training picks, and find a GPU that this torch cannot use."""
     import torch
 
     if device.type == "cuda":
@@ -168,13 +168,16 @@ def check_device(device: torch.device) -> Check:
 
 
 def check_bf16(device: torch.device) -> Check:
-    """Time matrix products in fp32 and bf16, and say which one a run with ``dtype: auto`` takes."""
+    """Time matrix products in fp32 and bf16, and find which of them a run with ``precision: auto`` uses."""
     import torch
 
-    from osler.runtime.device import bf16_pays
+    from osler.runtime.device import bf16_pays, matmul_flops
 
+    sizes = [8192 if device.type == "cuda" else 512]
     try:
-        speeds = {dtype: matmul_flops(device, dtype) / 1e9 for dtype in (torch.float32, torch.bfloat16)}
+        speeds = {
+            dtype: matmul_flops(device, dtype, sizes, _MATMUL_TRIAL_SECONDS) / 1e9 for dtype in (torch.float32, torch.bfloat16)
+        }
         pays = bf16_pays(device)
     except RuntimeError as error:
         return Check("bf16", "missing", f"does not run: {str(error).splitlines()[0]}", "Runs use fp32")
@@ -182,26 +185,8 @@ def check_bf16(device: torch.device) -> Check:
     return Check("bf16", "ok" if pays else "slow", f"{finding}: runs use {'bf16' if pays else 'fp32'}")
 
 
-def matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """Return the FLOP/s of square matrix products of ``dtype`` on ``device``, the best of about 0.2 s of them."""
-    import torch
-
-    size = 8192 if device.type == "cuda" else 512
-    a = torch.ones(size, size, device=device, dtype=dtype)
-    best, stop = float("inf"), time.perf_counter() + _MATMUL_TRIAL_SECONDS
-    for attempt in range(10_000):
-        start = time.perf_counter()
-        a @ a
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        best = min(best, time.perf_counter() - start)
-        if attempt >= 3 and time.perf_counter() > stop:
-            break
-    return 2 * size**3 / best
-
-
 def check_attention(device: torch.device) -> Check:
-    """Run attention once, as a model does, and tell which kernel torch selected."""
+    """Run attention once, as a model does, and find which kernel torch selects."""
     import torch
 
     from osler.ops.attention import attention
@@ -249,7 +234,7 @@ def check_compile(device: torch.device) -> Check:
 
 
 def extras() -> list[Check]:
-    """Return one check for each optional extra of the installed package: are its requirements installed?"""
+    """Check for each optional extra of the installed package whether its requirements are installed."""
     try:
         requirements = importlib.metadata.requires("osler") or []
     except importlib.metadata.PackageNotFoundError:
@@ -270,7 +255,7 @@ def extras() -> list[Check]:
 
 
 def install_extra(name: str, root: Path = Path(__file__).parents[1]) -> str:
-    """Say how to install an extra: Osler is on no package index, so from its source tree, wherever that lies."""
+    """Return the command that installs an extra from Osler's source tree, because Osler is on no package index."""
     command = f"{sys.executable} -m pip install -c constraints.txt -e '.[{name}]'"
     return f"cd {root} && {command}" if (root / "pyproject.toml").is_file() else f"In a clone of Osler: {command}"
 

@@ -1,7 +1,7 @@
-"""A config as YAML in which every field says what it means. Torch-free.
+"""A config as YAML with a comment at every field that says what it means. Torch-free.
 
-The explanation of a field has one home, the comment behind it in its config class, or directly above it where it is long;
-a section is explained by the docstring of its class. Both are read from the source when somebody asks.
+The comment is the one behind the field in its config class, or directly above it where it is long. A section is explained by the
+docstring of its class. Both are read from the source when somebody asks; choices and ranges come from the types.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ COLUMNS = 120  # longer lines put their comment above
 
 
 def explained(value: Any, indent: str = "") -> list[str]:
-    """Return the lines of a config as YAML, what each field means behind it, or above it where that is too long."""
+    """Return the lines of a config as YAML, with comments behind the fields, or above them where they are too long."""
     cls: Any = type(value)
     meanings = explanations(cls)
     lines: list[str] = []
@@ -64,7 +64,7 @@ def _comments_in(cls: type) -> dict[str, str]:
 
 
 def _purpose(cls: type) -> str:
-    """The first paragraph of a config class's docstring on one line."""
+    """Return the first paragraph of a config class's docstring on one line."""
     return " ".join(inspect.cleandoc(cls.__doc__ or "").split("\n\n")[0].split()).replace("``", "").removesuffix(".")
 
 
@@ -78,7 +78,7 @@ def _choices(annotation: Any) -> str:
 
 
 def _commented(text: str, comments: list[str], indent: str) -> list[str]:
-    """The lines of a YAML item with its comment."""
+    """Return the lines of a YAML item with its comment."""
     comment = "; ".join(part for part in comments if part)
     first, *rest = text.split("\n")
     if not comment:

@@ -1,4 +1,4 @@
-"""The options that commands of the command line share, what they say, and the longer helps. Nothing heavy is imported."""
+"""The options that several commands share, and the longer help texts. Nothing heavy is imported."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Option = tuple[tuple[str, ...], dict[str, Any]]
 
 
 def option(*flags: str, **settings: Any) -> Option:
-    """Describe an option as ``ArgumentParser.add_argument`` takes it."""
+    """Return an option as ``ArgumentParser.add_argument`` takes it."""
     return flags, settings
 
 
@@ -80,7 +80,7 @@ def only_overrides(items: Sequence[str]) -> list[str]:
 
 
 def run_folder(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return what the options of ``RUN_FOLDER`` say, by the names that every ``run`` function takes."""
+    """Return the options of ``RUN_FOLDER`` as arguments of a ``run`` function."""
     return {"run_dir": arguments.run, "resume": arguments.resume, "dry_run": arguments.dry_run}
 
 

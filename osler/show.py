@@ -1,4 +1,4 @@
-"""What the recipes say: the list of them, and one with every default filled in and what follows from it. Torch-free."""
+"""``osler recipes`` and ``osler show``: the list of recipes, and one of them with every default filled in. Torch-free."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from osler.yaml12 import dump_yaml
 
 @config
 class ModelFamily:
-    """A recipe that is nothing but a model, to build on."""
+    """A recipe that is only a model, for others to build on."""
 
     model: ModelConfig
 
 
-# What a recipe's `kind` says it is; a recipe without one is a model family.
+# The config of each `kind` of recipe; a recipe without a kind is a model family.
 KINDS: dict[str, type[Any]] = {
     "pretrain": TrainConfig,
     "sft": TrainConfig,
     "grpo": GrpoConfig,
     "quickstart": QuickstartConfig,
 }
-# What a command does without a recipe, and what it cannot do without.
+# The config of each command that runs without a recipe, and the fields that it cannot do without.
 WITHOUT_RECIPE: dict[str, tuple[type[Any], Mapping[str, Any]]] = {
     "pretrain": (TrainConfig, {"kind": "pretrain"}),
     "sft": (TrainConfig, {"kind": "sft"}),
@@ -53,9 +53,9 @@ def list_recipes() -> str:
 
 
 def show_recipe(recipe: str | None, overrides: Sequence[str] = (), *, explain: bool = False) -> str:
-    """Return a recipe as YAML with every default filled in, and what follows from it as comments.
+    """Return a recipe as YAML with every default filled in, and the numbers that follow from it as comments.
 
-    The name of a command stands for what it does without a recipe; ``explain`` adds what each field means.
+    Instead of a recipe the name of a command may be given; ``explain`` adds what each field means.
     """
     if recipe is None:
         names = ", ".join(WITHOUT_RECIPE)
@@ -80,7 +80,7 @@ def decode_recipe(recipe: dict[str, Any], *, source: str = "") -> Any:
 def derived(resolved: Any) -> dict[str, int]:
     """Return the numbers that follow from a decoded recipe, each with its name and unit.
 
-    With ``init_from`` the section ``model`` is not used, so nothing follows from it; ``--dry-run`` reads the checkpoint.
+    Nothing follows from the section ``model`` when there is ``init_from``, which replaces it; ``--dry-run`` reads the checkpoint.
     """
     numbers: dict[str, int] = {}
     model = getattr(resolved, "model", None) if getattr(resolved, "init_from", None) is None else None

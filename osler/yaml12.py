@@ -1,8 +1,8 @@
-"""YAML as people expect it: the scalars of YAML 1.2, and keys given twice refused.
+"""YAML as people expect it: scalars as in YAML 1.2, and an error for a key that is given twice.
 
-PyYAML follows YAML 1.1, which reads ``1e-3`` as text, ``no`` as false, ``010`` as 8 and ``1:30`` as 90. It keeps the
-last of two equal keys. The rules here are those of the 1.2 core schema (https://yaml.org/spec/1.2.2/#103-core-schema);
-``_`` between digits is allowed besides.
+PyYAML follows YAML 1.1, which reads ``1e-3`` as text, ``no`` as false, ``010`` as 8 and ``1:30`` as 90. It keeps the last of two
+equal keys. The rules here are those of the 1.2 core schema (https://yaml.org/spec/1.2.2/#103-core-schema), and ``_`` may stand
+between digits.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from osler.errors import UserError
 
 
 def load_yaml(text: str, source: str) -> Any:
-    """Parse one YAML document; ``source`` names the text in the UserError that invalid YAML raises."""
+    """Parse one YAML document. Raises UserError, in which ``source`` names the text, when it is not valid."""
     import yaml
 
     try:

@@ -1,8 +1,8 @@
-"""The models that are timed: Osler's, and its peers' at the same shape with their own losses. Each peer is imported here only.
+"""The models that are timed: Osler's, and its peers' at the same shape with their own losses. Only this file imports the peers.
 
-A contestant is a model and a function of (ids, labels, document ids or None) to the summed cross-entropy in nats, what
-``train.step.TrainStep`` takes. "The same shape" means layers, width, heads, key/value heads, vocabulary, rows and row length, and
-matrix parameters as near as the designs allow: nanochat's feed-forward has two matrices of four times the width, SwiGLU has
+A contestant is a model and a function of (ids, labels, document ids or None) to the summed cross-entropy in nats, as
+``train.step.TrainStep`` takes it. "The same shape" means the same layers, width, heads, key/value heads, vocabulary, rows and row
+length, and nearly the same matrix parameters: nanochat's feed-forward has two matrices of four times the width and SwiGLU
 three, so three times ``intermediate_size`` should be about eight times ``hidden_size``.
 """
 
@@ -28,14 +28,14 @@ Contestant = tuple[nn.Module, LossFunction]
 
 
 def build_osler(config: TrainConfig, dtype: torch.dtype) -> Contestant:
-    """Osler's transformer and its chunked loss, as training runs them."""
+    """Build Osler's transformer and its chunked loss, as training runs them."""
     model = Transformer(config.model, compute_dtype=dtype)
     model.init_weights(config.seed)
     return model, SummedLoss(model)
 
 
 def build_nanochat(config: TrainConfig, dtype: torch.dtype, checkout: Path) -> Contestant:
-    """nanochat's ``GPT`` from a checkout, full attention in every layer; it casts fp32 weights to the compute dtype itself."""
+    """Build nanochat's ``GPT`` from a checkout, with full attention in every layer; it casts fp32 weights itself."""
     shape = config.model
     require_whole_embeddings(shape)
     if shape.tie_embeddings:
@@ -73,7 +73,7 @@ def require_whole_embeddings(shape: ModelConfig) -> None:
 
 
 def build_hf(config: TrainConfig, dtype: torch.dtype) -> Contestant:
-    """Hugging Face's Qwen3 with fp32 weights under autocast, as its Trainer runs bf16, and its own loss on the same labels."""
+    """Build Hugging Face's Qwen3 with its own loss: fp32 weights under autocast, as its Trainer runs bf16."""
     transformers = importlib.import_module("transformers")
     shape = config.model
     model = transformers.Qwen3ForCausalLM(qwen3_config(transformers, shape))
@@ -89,7 +89,7 @@ def build_hf(config: TrainConfig, dtype: torch.dtype) -> Contestant:
 
 
 def qwen3_config(transformers, shape: ModelConfig):  # type: ignore[no-untyped-def]  # an optional library's classes
-    """Qwen3's configuration of the same shape; UserError where it has no such shape."""
+    """Return Qwen3's configuration of the same shape. Raises UserError where it has no such shape."""
     require_whole_embeddings(shape)
     return transformers.Qwen3Config(
         vocab_size=shape.vocab_size,

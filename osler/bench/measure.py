@@ -1,8 +1,8 @@
 """One measurement in a process of its own: ``python -m osler.bench.measure JSON`` prints one JSON object.
 
 A fresh process has no other model's memory, compiled code or thread pool in it, so contestants can be compared by taking turns.
-What is timed is the training step itself (``train/step.py``) over batches from the real loader, on stand-in documents of
-random tokens: the arithmetic does not depend on what the tokens are, and zeros would flatter caches and branch predictors.
+The training step itself (``train/step.py``) is timed, over batches from the real loader. Their documents are random tokens,
+because the arithmetic does not depend on the tokens, and zeros would flatter caches and branch predictors.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from osler.parallel.config import NoParallelConfig
 from osler.parallel.engine import ParallelEngine
 from osler.parallel.parallelize import parallelize
 from osler.runs.process import Learner
-from osler.runtime.device import keep_freed_memory, peak_flops
+from osler.runtime.device import keep_freed_memory, matmul_flops, peak_flops, synchronize
 from osler.runtime.memory import peak_bytes
 from osler.runtime.stopwatch import Stopwatch
 from osler.runtime.world import World
@@ -51,7 +51,7 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
     keep_freed_memory()
     device = torch.device(spec["device"])
     if spec["contestant"] == "matmul":
-        return {"flops_per_second": matmul_rate(device, getattr(torch, spec["dtype"]))}
+        return {"flops_per_second": matmul_flops(device, getattr(torch, spec["dtype"]), MATMUL_SIZES, MATMUL_SECONDS)}
     config = decode(TrainConfig, spec["config"])
     stopwatch = Stopwatch(device)
     step, model = training_step(spec, config, device, mark=stopwatch.mark)
@@ -74,7 +74,7 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
 def training_step(
     spec: dict[str, Any], config: TrainConfig, device: torch.device, *, mark: Callable[[str], None] = lambda part: None
 ) -> tuple[TrainStep, nn.Module]:
-    """The training step of a contestant, ready for batches, and its model; ``mark`` is called when a part of a step ends."""
+    """Return the training step of a contestant and its model; ``mark`` is called when a part of a step ends."""
     torch.manual_seed(0)
     model, loss = contestant(spec, config, getattr(torch, spec["dtype"]))
     model.to(device)
@@ -107,7 +107,7 @@ def contestant(spec: dict[str, Any], config: TrainConfig, dtype: torch.dtype) ->
 
 
 def stand_in(config: TrainConfig, folder: Path) -> StreamPacking:
-    """Rows of random tokens, enough for a few batches, through the shards and the packing that training uses."""
+    """Write shards of random tokens, enough for a few batches, and return the packing that training uses over them."""
     rng = np.random.default_rng(0)
     shape: ModelConfig = config.model
     writer = ShardWriter(folder / "shards", vocab_size=shape.vocab_size, with_mask=False)
@@ -120,17 +120,17 @@ def stand_in(config: TrainConfig, folder: Path) -> StreamPacking:
 def time_steps(
     step: TrainStep, batches: Iterator[Batch], stopwatch: Stopwatch, device: torch.device, *, warmup: int, steps: int
 ) -> dict[str, Any]:
-    """Seconds of a step, of the first one (which compiles), and the parts of a step in seconds.
+    """Return the seconds of a step, of the first step (which compiles), and of the parts of a step.
 
-    On a CPU a step's seconds are the median's; on a GPU, where steps are only queued, the mean's with one wait at the end.
+    On a CPU a step's seconds are the median; on a GPU, where steps are only queued, the mean with one wait at the end.
     """
     began = time.perf_counter()
     step(next(batches))
-    wait_for(device)
+    synchronize(device)
     first = time.perf_counter() - began
     for _ in range(warmup):
         step(next(batches))
-    wait_for(device)
+    synchronize(device)
     stopwatch.read()
     seconds, began = [], time.perf_counter()
     for _ in range(steps):
@@ -140,35 +140,13 @@ def time_steps(
         stopwatch.mark("data")
         step(batch)
         seconds.append(time.perf_counter() - before)
-    wait_for(device)
+    synchronize(device)
     mean = (time.perf_counter() - began) / steps
     return {
         "step_seconds": statistics.median(seconds) if device.type == "cpu" else mean,
         "first_step_seconds": first,
         "part_seconds": {name: total / steps for name, total in stopwatch.read().items()},
     }
-
-
-def wait_for(device: torch.device) -> None:
-    """Wait until the device has done what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of the fastest of a few square matmuls: what this machine can do when nothing else is in the way."""
-    best = 0.0
-    for size in MATMUL_SIZES:
-        left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-        left @ right
-        wait_for(device)
-        until = time.perf_counter() + MATMUL_SECONDS
-        while time.perf_counter() < until:
-            began = time.perf_counter()
-            left @ right
-            wait_for(device)
-            best = max(best, 2 * size**3 / (time.perf_counter() - began))
-    return best
 
 
 if __name__ == "__main__":

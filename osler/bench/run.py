@@ -1,8 +1,8 @@
-"""``osler bench``: how fast a recipe trains here, and beside nanochat and Hugging Face at the same shape, batch and dtype.
+"""``osler bench``: how fast a recipe trains here, alone or beside nanochat and Hugging Face at the same shape, batch and dtype.
 
 Every measurement is a fresh process and the contestants take turns, so that a machine that slows down slows all of them.
-Numbers are medians over rounds, ratios are taken round by round. FLOPs are counted by the PaLM convention, non-causal; MFU is
-against the GPU's data sheet (``runtime/device.py``), or on a CPU against a plain matmul timed in the same rounds.
+Numbers are medians over rounds; ratios are taken round by round. FLOPs are counted by the PaLM convention, non-causal. MFU is
+relative to the GPU's data sheet (``runtime/device.py``); on a CPU the rate is relative to a matmul timed in the same rounds.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def run(
     steps: int = 12,
     out: str | None = None,
 ) -> int:
-    """The command ``bench``: print one JSON object, and write it to ``out`` too."""
+    """Run the command ``bench``: print one JSON object, and write it to ``out`` too."""
     require_one_process("osler bench")
     if rounds < 1 or steps < 1:
         raise UserError(f"--rounds {rounds} and --steps {steps} must be at least 1.")
@@ -110,7 +110,7 @@ def compare(config: TrainConfig, name: str, *, peers: Sequence[str], rounds: int
 
 
 def contestant_of(peer: str) -> str:
-    """The name of a peer as ``--peer`` gives it: ``hf``, or else a path to a checkout of nanochat, which must be one."""
+    """Return the name of a peer, given as ``hf`` or a checkout of nanochat. Raises UserError when it is not there."""
     if peer == "hf":
         if importlib.util.find_spec("transformers") is None:
             raise UserError("--peer hf needs transformers: make test installs it, or pip install -e '.[test]' does.")
@@ -133,7 +133,7 @@ def in_fresh_process(spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def summary(runs: Sequence[dict[str, Any]], matmul: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Medians over the rounds, and each round's tokens per second."""
+    """Return the medians over the rounds, and each round's tokens per second."""
     parts = {name: statistics.median(run["part_seconds"][name] for run in runs) for name in runs[0]["part_seconds"]}
     whole = sum(parts.values())
     peak = runs[0]["peak_flops_per_second"]
@@ -154,6 +154,6 @@ def summary(runs: Sequence[dict[str, Any]], matmul: Sequence[dict[str, Any]]) ->
 
 
 def ratio(ours: Sequence[dict[str, Any]], theirs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Tokens per second against a peer's, round by round."""
+    """Compare tokens per second with a peer's, round by round."""
     each = [mine["tokens_per_second"] / other["tokens_per_second"] for mine, other in zip(ours, theirs, strict=True)]
     return {"median": statistics.median(each), "each": [round(value, 3) for value in each]}

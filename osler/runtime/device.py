@@ -14,7 +14,7 @@ import itertools
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -118,15 +118,38 @@ def _linear_trial(device: str, dtype: torch.dtype) -> Callable[[], float]:
     grad = torch.full((tokens, outputs), 0.5, device=device, dtype=dtype)
 
     def trial() -> float:
-        if on_gpu:
-            torch.cuda.synchronize(device)
+        synchronize(x.device)
         start = time.perf_counter()
         _ = x @ weight.T, grad @ weight, grad.T @ x
-        if on_gpu:
-            torch.cuda.synchronize(device)
+        synchronize(x.device)
         return time.perf_counter() - start
 
     return trial
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done what it was given; a CPU has."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def matmul_flops(device: torch.device, dtype: torch.dtype, sizes: Sequence[int], seconds: float) -> float:
+    """Return the FLOP/s of the fastest of a few square matmuls, each size repeated for ``seconds`` and at least three times."""
+    best = 0.0
+    for size in sizes:
+        left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+        left @ right  # the first call pays for kernels and memory
+        synchronize(device)
+        deadline = time.perf_counter() + seconds
+        for attempt in itertools.count(1):
+            start = time.perf_counter()
+            left @ right
+            synchronize(device)
+            now = time.perf_counter()
+            best = max(best, 2 * size**3 / (now - start))
+            if attempt >= 3 and now > deadline:
+                break
+    return best
 
 
 def peak_flops(device: torch.device) -> float | None:
