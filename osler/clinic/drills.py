@@ -1,12 +1,12 @@
 """The clinic's drills: texts that train the form of the exam and state no fact, by seed.
 
-Two kinds. Matching cards are plain text: phrases with letters, then some of them asked again; they teach to find the letter
-that stands beside a text. Option drills have the shape of an exam item whose question names the option to choose; they teach to
-answer with what was just reasoned. Phrases are drawn from all of the clinic at random, held-out answers included, so a drill
-says nothing about which condition has which fact.
+Matching cards are plain text: phrases with letters, some of which are then asked again. They teach a model to find the letter
+beside a text. Option drills look like exam items whose question names the option to choose. They teach it to answer with what it
+has just reasoned. Phrases are drawn at random from the whole clinic, held-out answers included, so a drill does not say which
+condition has which fact.
 
-Why: in exam items one token in eighty asks for a letter, on a card one in six, and a held-out answer is never the right option
-of a training item, so without drills a small model learns the form late, or only for the answers it was trained to give.
+Why: in exam items one token in eighty asks for a letter, on a card one in six. And a held-out answer is never the right option of
+a training item. Without drills a small model learns the form late, or only for the answers that it was trained to give.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ def cards(seed: int, count: int) -> Iterator[str]:
 
 
 def card(rng: random.Random) -> str:
-    """One card, such as "Cards: fainting (A) tick bite (B). Again: tick bite (B) tick bite (B) fainting (A)."
+    """Return one card, such as "Cards: fainting (A) tick bite (B). Again: tick bite (B) tick bite (B) fainting (A)."
 
-    Four to six phrases, then that many and two draws from them with replacement: which letters are left says nothing.
+    It has four to six phrases, and asks for two more than it has, drawn with replacement, so that no letter can be ruled out.
     """
     phrases = rng.sample(phrase_pool(), rng.choice(CARD_SIZES))
     lettered = [f"{phrase} ({letter})" for phrase, letter in zip(phrases, string.ascii_uppercase, strict=False)]
@@ -63,7 +63,7 @@ def drills(seed: int, count: int) -> Iterator[ClinicItem]:
 
 @lru_cache(maxsize=1)
 def phrase_pool() -> tuple[str, ...]:
-    """Every finding, condition name and answer of the clinic once, sorted."""
+    """Return every finding, condition name and answer of the clinic once, sorted."""
     pool: set[str] = set()
     for condition in load_conditions():
         pool.update(condition.findings)

@@ -59,9 +59,9 @@ class ClinicItem:
 
 
 def exam(seed: int, split: str, n: int, *, split_seed: int = 0) -> list[ClinicItem]:
-    """`n` items of one of `EXAM_SPLITS`, balanced over facts and letters, the same for the same arguments.
+    """Return `n` items of one of `EXAM_SPLITS`, balanced over facts and letters, the same for the same arguments.
 
-    Facts come round by round, each round shuffled; a fact meets every combination of its part before one returns.
+    Every fact comes once per round, and each round is shuffled; a fact meets every combination of its part before one returns.
     Raises UserError when the split is unknown or `n` is negative.
     """
     if split not in EXAM_SPLITS:
@@ -92,7 +92,7 @@ def exam(seed: int, split: str, n: int, *, split_seed: int = 0) -> list[ClinicIt
 def render_item(
     item_id: str, fact: Fact, combo: Combo, answer_index: int, split: str, split_seed: int, rng: random.Random
 ) -> ClinicItem:
-    """One item about `fact` with the findings of `combo` in random order and the right option at `answer_index`."""
+    """Return one item about `fact`, with the findings of `combo` in random order and the right option at `answer_index`."""
     name, relation = fact
     condition = conditions_by_name()[name]
     findings: Combo = tuple(rng.sample(combo, 3))  # type: ignore[assignment]
@@ -114,14 +114,14 @@ def render_item(
 
 
 def render_vignette(frame: str, age: int, sex: str, findings: Sequence[str]) -> str:
-    """The sentence about the patient; below 18 years a boy or a girl."""
+    """Return the sentence about the patient, who is a boy or a girl below 18 years."""
     who = ("boy" if age < 18 else "man") if sex == "male" else ("girl" if age < 18 else "woman")
     article = "An" if age in (8, 11, 18) or 80 <= age < 90 else "A"
     return frame.format(a=article, age=age, who=who, f=join_findings(findings))
 
 
 def draw_distractors(fact: Fact, fact_part: str, sex: str, split_seed: int, rng: random.Random) -> list[str]:
-    """Three different wrong answers in random order."""
+    """Draw three different wrong answers, in random order."""
     same_area, other, held_out = distractor_pools(fact, fact_part, sex, split_seed)
     chosen: list[str] = []
     if held_out:
@@ -141,7 +141,7 @@ def draw_distractors(fact: Fact, fact_part: str, sex: str, split_seed: int, rng:
 def distractor_pools(
     fact: Fact, fact_part: str, sex: str, split_seed: int
 ) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
-    """Wrong answers for a fact and a sex: of the same speciality, of any, and (for held-out facts) of those."""
+    """Return wrong answers for a fact and a sex: of the same speciality, of any, and (for held-out facts) of those."""
     name, relation = fact
     condition = conditions_by_name()[name]
     acceptable = condition.acceptable(relation)

@@ -58,7 +58,7 @@ class Condition:
     accepts: Mapping[str, frozenset[str]] = field(hash=False)
 
     def acceptable(self, relation: str) -> frozenset[str]:
-        """All answers that count as right for `relation`, in lower case: the answer itself and the arguable ones."""
+        """Return all answers that count as right for `relation`, in lower case: the answer itself and the arguable ones."""
         return self.accepts.get(relation, frozenset()) | {self.answers[relation].lower()}
 
 
@@ -124,7 +124,7 @@ FACT_RELATIONS: tuple[str, ...] = tuple(name for name in RELATIONS if name != DI
 
 @lru_cache(maxsize=1)
 def load_conditions() -> tuple[Condition, ...]:
-    """All conditions, sorted by name; raises ValueError naming the condition when the data break an invariant."""
+    """Return all conditions, sorted by name. Raises ValueError, naming the condition, when the data break an invariant."""
     conditions: list[Condition] = []
     for path in sorted(CONDITIONS_FOLDER.glob("*.yaml")):
         entries = load_yaml(path.read_text(encoding="utf-8"), path.name)
@@ -136,12 +136,12 @@ def load_conditions() -> tuple[Condition, ...]:
 
 @lru_cache(maxsize=1)
 def conditions_by_name() -> Mapping[str, Condition]:
-    """`load_conditions()` as a mapping from the name."""
+    """Return `load_conditions()` by name."""
     return MappingProxyType({condition.name: condition for condition in load_conditions()})
 
 
 def parse_condition(entry: Mapping[str, Any]) -> Condition:
-    """One YAML entry as a Condition; raises ValueError on a missing or unknown key or a malformed value."""
+    """Return a YAML entry as a Condition. Raises ValueError for a missing or unknown key or a malformed value."""
     name = entry.get("name", "?")
     required = {"name", "area", "age", "findings", *FACT_RELATIONS}
     if missing := required - set(entry):

@@ -54,7 +54,7 @@ class Splits:
 
 @lru_cache(maxsize=16)
 def make_splits(seed: int = 0) -> Splits:
-    """The partition of all facts and combinations that belongs to this split seed."""
+    """Return the partition of all facts and combinations that belongs to this split seed."""
     conditions = load_conditions()
     return Splits(
         seed=seed,
@@ -101,6 +101,6 @@ def split_combos(condition: Condition, seed: int) -> Mapping[str, tuple[Combo, .
 
 
 def combo_hash(name: str, combo: Combo, seed: int) -> bytes:
-    """Eight bytes that depend on the seed, the condition and the set of findings, not on their order."""
+    """Return eight bytes that depend on the seed, the condition and the set of findings, not on their order."""
     text = "|".join([str(seed), name, *sorted(combo)])
     return blake2b(text.encode(), digest_size=8).digest()

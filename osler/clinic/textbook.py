@@ -44,7 +44,7 @@ def textbook(seed: int, passages: int, *, split_seed: int = 0) -> Iterator[str]:
 
 
 def passage(condition: Condition, splits: Splits, rng: random.Random) -> str:
-    """One passage: a title or none, one or two sentences of findings, and the five relations in random order."""
+    """Return one passage: perhaps a title, one or two sentences of findings, and the five relations in random order."""
     title = rng.choice(TITLES).format(x=condition.name)
     relations = list(FACT_RELATIONS)
     rng.shuffle(relations)
@@ -58,7 +58,7 @@ def passage(condition: Condition, splits: Splits, rng: random.Random) -> str:
 
 
 def draw_findings(condition: Condition, splits: Splits, rng: random.Random) -> list[str]:
-    """Three findings (a train combination) mostly, else two or four, in random order."""
+    """Draw mostly three findings (a train combination), else two or four, in random order."""
     count = rng.choices((2, 3, 4), weights=(1, 6, 2))[0]
     if count != 3:
         return rng.sample(condition.findings, count)
@@ -66,27 +66,27 @@ def draw_findings(condition: Condition, splits: Splits, rng: random.Random) -> l
 
 
 def finding_sentence(condition: Condition, findings: Sequence[str], rng: random.Random) -> str:
-    """One sentence that ties these findings, in this order, to the condition."""
+    """Return a sentence that ties these findings, in this order, to the condition."""
     phrasing = CANONICAL_FINDINGS if rng.random() < CANONICAL_SHARE else rng.choice(FINDING_PHRASINGS)
     return phrasing.format(f=join_findings(findings), x=condition.name)
 
 
 def relation_sentence(condition: Condition, relation: str, rng: random.Random) -> str:
-    """One sentence that states the fact (condition, relation)."""
+    """Return a sentence that states the fact (condition, relation)."""
     table = RELATIONS[relation]
     phrasing = table.canonical if rng.random() < CANONICAL_SHARE else rng.choice(table.phrasings)
     return phrasing.format(x=condition.name, y=condition.answers[relation])
 
 
 def reasoning(condition: Condition, relation: str, findings: Sequence[str]) -> str:
-    """The short reasoning of a sample, in canonical wording: findings, therefore condition, therefore fact."""
+    """Return the short reasoning of a sample in canonical wording: findings, therefore condition, therefore fact."""
     first = CANONICAL_FINDINGS.format(f=join_findings(findings), x=condition.name)
     second = RELATIONS[relation].canonical.format(x=condition.name, y=condition.answers[relation])
     return f"{first} {second}"
 
 
 def join_findings(findings: Sequence[str]) -> str:
-    """`a`, `a and b`, or `a, b and c`."""
+    """Return `a`, `a and b`, or `a, b and c`."""
     if len(findings) < 2:
         return "".join(findings)
     return f"{', '.join(findings[:-1])} and {findings[-1]}"

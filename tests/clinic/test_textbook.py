@@ -12,9 +12,7 @@ from osler.clinic.splits import make_splits
 from osler.clinic.textbook import (
     CANONICAL_FINDINGS,
     FINDING_PHRASINGS,
-    join_findings,
     reasoning,
-    relation_sentence,
     textbook,
 )
 
@@ -114,19 +112,3 @@ def test_reasoning_is_canonical_prose() -> None:
         "Here tophi, night attacks and hot big toe suggest gout. First-line treatment of gout is colchicine."
     )
     assert reasoning(condition, "diagnosis", findings).endswith("The diagnosis is gout.")
-
-
-def test_relation_sentences_use_every_wording() -> None:
-    import random
-
-    rng = random.Random(0)
-    condition = conditions_by_name()["gout"]
-    sentences = {relation_sentence(condition, "cause", rng) for _ in range(500)}
-    assert len(sentences) == 1 + len(RELATIONS["cause"].phrasings)
-
-
-def test_lists_of_findings() -> None:
-    assert join_findings(["fever"]) == "fever"
-    assert join_findings(["fever", "rash"]) == "fever and rash"
-    assert join_findings(["fever", "rash", "cough"]) == "fever, rash and cough"
-    assert join_findings([]) == ""
