@@ -13,7 +13,7 @@ MIN_COVERAGE := 85
 NO_BENCH := $(addprefix benchmarks/,measuring.py text_10min.py tune_optimizers.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-all torture lint bench clean
+.PHONY: help install quickstart tour test test-all torture lint bench clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -26,6 +26,9 @@ install: $(VENV)/.installed ## Install Osler into .venv
 
 quickstart: $(VENV)/.installed ## Train, examine and report a small model on this machine, in minutes
 	$(BIN)/python -m osler.cli quickstart $(QUICKSTART_ARGS)
+
+tour: ## Print the ten places in the code that a stranger looks for first
+	@$(PYTHON) scripts/tour.py
 
 PYTEST := $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist worksteal
 
