@@ -13,7 +13,7 @@ from typing import NamedTuple
 PACKAGE = Path(__file__).parents[1] / "osler"
 TOUR = {
     "learning-rate schedule": "lr_scale",
-    "RoPE": "rotate",
+    "RoPE": "apply_rope",
     "KV cache": "KVCache",
     "GRPO loss": "grpo_loss",
     "packing": "StreamPacking",

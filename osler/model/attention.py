@@ -23,7 +23,7 @@ from osler.model.config import ModelConfig
 from osler.model.kv_cache import CacheStep, KVCache
 from osler.model.linear import DecodeLinear, Layout, Linear, joint_linear
 from osler.model.norm import RMSNorm, WeightlessNorm
-from osler.model.rope import rotate
+from osler.model.rope import apply_rope
 from osler.ops.attention import attention
 
 
@@ -47,8 +47,8 @@ class Attention(nn.Module):
         q_BTNH = q_BTE.view(batch, length, self.num_heads, self.head_dim)
         k_BTKH = k_BTE.view(batch, length, self.num_kv_heads, self.head_dim)
         v_BTKH = v_BTE.view(batch, length, self.num_kv_heads, self.head_dim)
-        q_BNTH = rotate(self.q_norm(q_BTNH), *rope).transpose(1, 2)
-        k_BKTH = rotate(self.k_norm(k_BTKH), *rope).transpose(1, 2)
+        q_BNTH = apply_rope(self.q_norm(q_BTNH), *rope).transpose(1, 2)
+        k_BKTH = apply_rope(self.k_norm(k_BTKH), *rope).transpose(1, 2)
         out_BNTH = attention(q_BNTH, k_BKTH, v_BTKH.transpose(1, 2), mask=mask)
         return self.o_proj(out_BNTH.transpose(1, 2).reshape(batch, length, -1))
 

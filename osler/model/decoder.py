@@ -44,7 +44,7 @@ class Decoder:
             self._head = [hidden_to_rank, DecodeLinear(layout, head.weight)]
         else:
             self._head = [DecodeLinear(layout, head.weight, norm=model.norm)]
-        # rotate(x) = x * cos + swap_halves(x) * sin, with the minus sign of the left half moved into the table.
+        # apply_rope(x) = x * cos + swap_halves(x) * sin, with the minus sign of the left half moved into the table.
         half = model.config.head_dim // 2
         self._cos = model.rope_cos.to(self.dtype)
         self._sin = torch.cat([-model.rope_sin[:, :half], model.rope_sin[:, half:]], dim=-1).to(self.dtype)

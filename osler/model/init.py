@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from osler.model.attention import Attention
 from osler.model.config import ModelConfig
-from osler.model.rope import rope_tables, rotate
+from osler.model.rope import apply_rope, rope_tables
 from osler.runtime.sharded import put_whole, whole
 
 NEIGHBOUR_PAIRS = 4  # of the fastest RoPE pairs: enough to tell one position back from its neighbours
@@ -118,7 +118,7 @@ def _wire_induction(
     fixed = torch.zeros(size)
     fixed[:NEIGHBOUR_PAIRS] = 1.0
     cos, sin = rope_tables(2, size, config.rope_theta)
-    one_back = rotate(fixed, cos[1], -sin[1])
+    one_back = apply_rope(fixed, cos[1], -sin[1])
     identity, copied = token_projection(), token_projection()
     angles = config.rope_theta ** -(torch.arange(size // 2) / (size // 2))
     slow = (angles * MATCH_DISTANCE < 1).float().repeat(2)[:, None]

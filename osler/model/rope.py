@@ -14,7 +14,7 @@ def rope_tables(max_seq_len: int, head_dim: int, theta: float, device: torch.dev
     return angles.cos(), angles.sin()
 
 
-def rotate(x_BTNH: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def apply_rope(x_BTNH: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate each (i, i + H/2) pair of the last dimension; ``cos`` and ``sin`` broadcast against ``x`` and have its dtype.
 
     Their second half repeats the first (``rope_tables``). Each half of ``x`` is computed by itself, because a compiler makes slow

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from osler.model.rope import rotate
+from osler.model.rope import apply_rope
 from osler.model.transformer import Block, Transformer
 from osler.ops.cross_entropy import default_chunk_tokens
 from osler.ops.labels import IGNORED
@@ -176,7 +176,7 @@ def _add_hooks(block: Block, layer: int, places_BT: Tensor, seen: dict[str, Tens
 
     def keys(module: Any, args: Any, k_BSKH: Tensor) -> None:
         q_BTNH, rope = held.pop("queries"), held.pop("rope")
-        q_BTNH, k_BSKH = rotate(q_BTNH, *rope), rotate(k_BSKH, *rope)
+        q_BTNH, k_BSKH = apply_rope(q_BTNH, *rope), apply_rope(k_BSKH, *rope)
         seen[f"model/attention_entropy/{layer}"] = attention_entropy(q_BTNH, k_BSKH, places_BT, mask=held.pop("mask"))
 
     def units(module: Any, args: Any) -> None:

@@ -13,7 +13,7 @@ from osler.config import encode
 from osler.model.config import ModelConfig
 from osler.model.decoder import Decoder
 from osler.model.linear import Layout
-from osler.model.rope import rotate
+from osler.model.rope import apply_rope
 from osler.model.transformer import Transformer
 from osler.ops.cross_entropy import linear_cross_entropy
 
@@ -316,8 +316,8 @@ def test_wired_induction_head_looks_one_back_and_then_at_the_same_token() -> Non
     def watch(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         layer: Any = module
         x, rope = args
-        q = rotate(layer.q_norm(layer.q_proj(x).view(1, 60, 4, 32)), *rope)[0, :, 0]
-        k = rotate(layer.k_norm(layer.k_proj(x).view(1, 60, 2, 32)), *rope)[0, :, 0]
+        q = apply_rope(layer.q_norm(layer.q_proj(x).view(1, 60, 4, 32)), *rope)[0, :, 0]
+        k = apply_rope(layer.k_norm(layer.k_proj(x).view(1, 60, 2, 32)), *rope)[0, :, 0]
         scores = (q @ k.T / 32**0.5).masked_fill(torch.ones(60, 60).triu(1).bool(), float("-inf"))
         seen.append(scores.softmax(-1))
 
