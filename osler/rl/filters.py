@@ -16,7 +16,7 @@ Verdict = Literal["ok", "empty", "degenerate", "no_answer"]
 BAD_VERDICTS: tuple[Verdict, ...] = ("empty", "degenerate", "no_answer")
 
 
-class Settled(NamedTuple):
+class Filtered(NamedTuple):
     """What the filters made of a sample: its reward, whether it stays in its group, whether its tokens get gradient."""
 
     reward: float
@@ -24,7 +24,7 @@ class Settled(NamedTuple):
     trained: bool
 
 
-def judge(completion_ids: Sequence[int], *, text_is_empty: bool, has_answer: bool, quality: QualityConfig) -> Verdict:
+def check_sample(completion_ids: Sequence[int], *, text_is_empty: bool, has_answer: bool, quality: QualityConfig) -> Verdict:
     """Return the first reason why a completion is a bad sample, or "ok".
 
     ``completion_ids`` without the end-of-text token; ``has_answer`` says that an answer could be parsed, right or
@@ -48,7 +48,7 @@ def repeated_ngram_frac(ids: Sequence[int], ngram: int) -> float:
     return 1.0 - len({tuple(ids[i : i + ngram]) for i in range(count)}) / count
 
 
-def settle(reward: float, verdict: Verdict, finished: bool, algorithm: AlgorithmConfig) -> Settled:
+def apply_filters(reward: float, verdict: Verdict, finished: bool, algorithm: AlgorithmConfig) -> Filtered:
     """Apply the quality action, then the overlong rule, to the raw reward of one sample.
 
     A dropped sample leaves its group: it is in no statistic, no loss and no denominator. A cut sample under
@@ -60,10 +60,10 @@ def settle(reward: float, verdict: Verdict, finished: bool, algorithm: Algorithm
     if not finished and algorithm.overlong == "penalise":
         reward -= algorithm.overlong_penalty
     stays = not (bad and action == "drop")
-    return Settled(reward, stays, trained=stays and (finished or algorithm.overlong != "mask"))
+    return Filtered(reward, stays, trained=stays and (finished or algorithm.overlong != "mask"))
 
 
-def is_dead(rewards: Iterable[float]) -> bool:
+def all_equal(rewards: Iterable[float]) -> bool:
     """Say whether the rewards of a group's staying samples are all equal, so that nothing can be learned from it."""
     return len(set(rewards)) < 2
 

@@ -53,10 +53,10 @@ def preflight(groups: Sequence[Group], config: GrpoConfig) -> str:
 def show(groups: Sequence[Group], shown: Sequence[tuple[Group, Sample]]) -> None:
     """Print some samples and what share of all is right, can be read and was cut."""
     for number, (group, sample) in enumerate(shown, start=1):
-        logger.info(f"Sample {number} before training: {render_question(group.visit.item)}")
+        logger.info(f"Sample {number} before training: {render_question(group.prompt.item)}")
         logger.info(f"  thinking: {sample.completion.thinking or '(none)'}")
         logger.info(f"  answer:   {sample.completion.answer or '(none)'}")
-        logger.info(f"  right:    {render_answer(group.visit.item)}   (reward {sample.reward:g})")
+        logger.info(f"  right:    {render_answer(group.prompt.item)}   (reward {sample.reward:g})")
     right = [sum(sample.correct for sample in group.samples) for group in groups]
     size, count = len(groups[0].samples), sum(len(group.samples) for group in groups)
     readable = sum(is_readable(group, sample) for group in groups for sample in group.samples)
@@ -91,7 +91,7 @@ def refusal(samples: Sequence[Sample], config: GrpoConfig) -> str:
 
 def sample_line(group: Group, sample: Sample) -> str:
     """A line of the samples file, in the form that the report reads."""
-    item = group.visit.item
+    item = group.prompt.item
     line = {
         "id": item.id,
         "stage": "grpo step 0",

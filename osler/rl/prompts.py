@@ -1,9 +1,8 @@
 """Which questions a step asks: a pure function of (seed, step), so resuming needs no memory of the order.
 
-Every task walks through its own items epoch by epoch, in an order drawn anew for every epoch; its share of a step is
-fixed by the weights. The options of an item are permuted on every visit, because with a fixed order the cheapest gain
-is to learn letters by heart. Refills of dynamic sampling walk through orders of their own, so they never shift the
-main walk.
+Every task goes through its own items epoch by epoch, in a new order each epoch; the weights fix its share of a step. The
+options of an item are permuted each time it is asked, because with a fixed order the cheapest gain is to learn letters by
+heart. Refills of dynamic sampling go through orders of their own, so they never shift the main order.
 """
 
 from __future__ import annotations
@@ -40,32 +39,32 @@ class RlTask:
 
 
 @dataclass(frozen=True)
-class Visit:
-    """One question as it is asked this time: the item has its options in the order of this visit."""
+class Prompt:
+    """A question as it is asked this time: the item with its options in this time's order."""
 
     task: RlTask
     item: ExamItem
 
 
-def visits(tasks: Sequence[RlTask], seed: int, step: int, count: int) -> list[Visit]:
+def step_prompts(tasks: Sequence[RlTask], seed: int, step: int, count: int) -> list[Prompt]:
     """Return the ``count`` questions of a step."""
     return [
-        _visit(task, seed, step * share + place, "main")
+        _prompt(task, seed, step * share + place, "main")
         for task, share in zip(tasks, task_shares(tasks, count), strict=True)
         for place in range(share)
     ]
 
 
-def walked(tasks: Sequence[RlTask], steps: int, count: int) -> dict[str, int]:
+def prompts_asked(tasks: Sequence[RlTask], steps: int, count: int) -> dict[str, int]:
     """Return how many questions of each task the first ``steps`` steps of ``count`` questions ask, refills not counted."""
     return {task.name: steps * share for task, share in zip(tasks, task_shares(tasks, count), strict=True)}
 
 
-def refill_visits(tasks: Sequence[RlTask], seed: int, step: int, refill: int, wanted: Sequence[str]) -> list[Visit]:
+def refill_prompts(tasks: Sequence[RlTask], seed: int, step: int, refill: int, wanted: Sequence[str]) -> list[Prompt]:
     """Return one more question for each task name in ``wanted``, for the ``refill``-th refill of a step."""
     by_name = {task.name: task for task in tasks}
     start = random.Random(f"{seed}:{step}:{refill}").randrange(1 << 40)
-    return [_visit(by_name[name], seed, start + place, "refill") for place, name in enumerate(wanted)]
+    return [_prompt(by_name[name], seed, start + place, "refill") for place, name in enumerate(wanted)]
 
 
 def task_shares(tasks: Sequence[RlTask], count: int) -> list[int]:
@@ -95,15 +94,15 @@ def rollout_seed(seed: int, step: int, refill: int = 0) -> int:
     return int.from_bytes(hashlib.sha256(f"rollout:{seed}:{step}:{refill}".encode()).digest()[:8], "big") >> 1
 
 
-def _visit(task: RlTask, seed: int, position: int, walk: str) -> Visit:
+def _prompt(task: RlTask, seed: int, position: int, order: str) -> Prompt:
     epoch, place = divmod(position, len(task.items))
-    item = task.items[_order(seed, task.name, walk, epoch, len(task.items))[place]]
-    # Position is unique within a walk; an even and an odd number keep the two walks' permutations apart.
-    return Visit(task, permute(item, seed, 2 * position + (walk == "refill")))
+    item = task.items[_order(seed, task.name, order, epoch, len(task.items))[place]]
+    # A position is unique within its order; even and odd numbers keep the permutations of the two orders apart.
+    return Prompt(task, permute(item, seed, 2 * position + (order == "refill")))
 
 
 @functools.lru_cache(maxsize=8)
-def _order(seed: int, name: str, walk: str, epoch: int, size: int) -> list[int]:
-    order = list(range(size))
-    random.Random(f"{seed}:{name}:{walk}:{epoch}").shuffle(order)
-    return order
+def _order(seed: int, name: str, order: str, epoch: int, size: int) -> list[int]:
+    indices = list(range(size))
+    random.Random(f"{seed}:{name}:{order}:{epoch}").shuffle(indices)
+    return indices

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from osler.inference.engine import InferenceEngine
 from osler.rl.config import AlgorithmConfig
-from osler.rl.filters import BAD_VERDICTS, Verdict, is_dead, judge, letter_fractions, settle
-from osler.rl.prompts import RlTask, Visit, refill_visits, rollout_seed, visits
+from osler.rl.filters import BAD_VERDICTS, Verdict, all_equal, apply_filters, check_sample, letter_fractions
+from osler.rl.prompts import Prompt, RlTask, refill_prompts, rollout_seed, step_prompts
 from osler.runtime.world import World
 from osler.tasks.answers import read_answer
 from osler.tasks.item import render_question
@@ -56,14 +56,14 @@ class Sample:
 class Group:
     """One question and its samples."""
 
-    visit: Visit
+    prompt: Prompt
     prompt_ids: list[int]
     samples: list[Sample]
 
     @property
     def effective(self) -> bool:
         """Whether the staying samples earned different rewards, so that there is something to learn."""
-        return not is_dead(sample.reward for sample in self.samples if sample.stays)
+        return not all_equal(sample.reward for sample in self.samples if sample.stays)
 
 
 class RolloutWorker:
@@ -93,8 +93,8 @@ class RolloutWorker:
             dead = [index for index, group in enumerate(groups) if not group.effective]
             if not dead:
                 break
-            wanted = [groups[index].visit.task.name for index in dead]
-            more = refill_visits(self.tasks, self.seed, step, refill, wanted)
+            wanted = [groups[index].prompt.task.name for index in dead]
+            more = refill_prompts(self.tasks, self.seed, step, refill, wanted)
             fresh = self.sample(more, rollout_seed(self.seed, step, refill))
             sampled_tokens += count_tokens(fresh)
             for index, group in zip(dead, fresh, strict=True):
@@ -104,15 +104,15 @@ class RolloutWorker:
 
     def ask(self, step: int) -> list[Group]:
         """Return the groups of a step's own questions, before any refill."""
-        asked = visits(self.tasks, self.seed, step, self.algorithm.prompts_per_step)
+        asked = step_prompts(self.tasks, self.seed, step, self.algorithm.prompts_per_step)
         return self.sample(asked, rollout_seed(self.seed, step))
 
-    def sample(self, asked: Sequence[Visit], seed: int) -> list[Group]:
+    def sample(self, asked: Sequence[Prompt], seed: int) -> list[Group]:
         """Draw and score ``samples_per_prompt`` completions for every question, all ranks together."""
         world = self.world
         first, end = (len(asked) * rank // world.size for rank in (world.rank, world.rank + 1))
         prompts = [
-            encode_prompt(self.tokenizer, render_question(visit.item), reasoning=visit.task.reasoning) for visit in asked
+            encode_prompt(self.tokenizer, render_question(prompt.item), reasoning=prompt.task.reasoning) for prompt in asked
         ]
         own = self._draw(asked[first:end], prompts[first:end], seed, first_row=first * self.algorithm.samples_per_prompt)
         parts = world.all_gather([[replace(sample, sampling_mask=None) for sample in samples] for samples in own])
@@ -121,7 +121,7 @@ class RolloutWorker:
         return [Group(*group) for group in zip(asked, prompts, samples_of, strict=True)]
 
     def _draw(
-        self, asked: Sequence[Visit], prompts: Sequence[list[int]], seed: int, *, first_row: int
+        self, asked: Sequence[Prompt], prompts: Sequence[list[int]], seed: int, *, first_row: int
     ) -> list[list[Sample]]:
         """The samples of some of a rollout's questions; ``first_row`` is the number of the first among all."""
         algorithm, tokenizer = self.algorithm, self.tokenizer
@@ -151,7 +151,7 @@ class RolloutWorker:
 
 def score(
     tokenizer: Tokenizer,
-    visit: Visit,
+    prompt: Prompt,
     ids: list[int],
     logprobs: list[float],
     finished: bool,
@@ -160,18 +160,18 @@ def score(
     sampled_by_rank: int | None = None,
 ) -> Sample:
     """Read one completion, reward it, and apply the sample filters."""
-    item = visit.item
-    completion = parse_completion(tokenizer, ids, reasoning=visit.task.reasoning)
-    rewards = {term.name: float(term.function(item, completion)) for term in visit.task.rewards}
-    total = sum(term.weight * rewards[term.name] for term in visit.task.rewards)
+    item = prompt.item
+    completion = parse_completion(tokenizer, ids, reasoning=prompt.task.reasoning)
+    rewards = {term.name: float(term.function(item, completion)) for term in prompt.task.rewards}
+    total = sum(term.weight * rewards[term.name] for term in prompt.task.rewards)
     reading = read_answer(item, completion)
-    verdict = judge(
+    verdict = check_sample(
         ids[:-1] if finished else ids,
         text_is_empty=not completion.thinking and not completion.answer,
         has_answer=reading.readable,
         quality=algorithm.quality,
     )
-    settled = settle(total, verdict, finished, algorithm)
+    filtered = apply_filters(total, verdict, finished, algorithm)
     return Sample(
         ids=ids,
         logprobs=logprobs,
@@ -179,10 +179,10 @@ def score(
         sampling_mask=sampling_mask,
         completion=completion,
         rewards=rewards,
-        reward=settled.reward,
+        reward=filtered.reward,
         verdict=verdict,
-        stays=settled.stays,
-        trained=settled.trained,
+        stays=filtered.stays,
+        trained=filtered.trained,
         letter=reading.choice,
         correct=reading.right,  # for the log, whatever the rewards pay for
         sampled_by_rank=sampled_by_rank,
@@ -191,7 +191,7 @@ def score(
 
 def is_readable(group: Group, sample: Sample) -> bool:
     """Say whether a sample of the group holds an answer that can be read, right or wrong."""
-    return read_answer(group.visit.item, sample.completion).readable
+    return read_answer(group.prompt.item, sample.completion).readable
 
 
 def count_tokens(groups: Sequence[Group]) -> int:
@@ -222,11 +222,11 @@ def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
         values = [sample.rewards[name] for sample in samples if name in sample.rewards]
         metrics[f"rewards/{name}/mean"] = statistics.fmean(values)
         metrics[f"rewards/{name}/std"] = _spread(values)
-    num_letters = max(len(group.visit.item.options) for group in groups)
-    lettered = [sample.letter for group in groups if group.visit.item.options for sample in group.samples]
+    num_letters = max(len(group.prompt.item.options) for group in groups)
+    lettered = [sample.letter for group in groups if group.prompt.item.options for sample in group.samples]
     metrics |= letter_fractions(lettered, num_letters)
-    for task in sorted({group.visit.task.name for group in groups}):
-        own = [sample for group in groups if group.visit.task.name == task for sample in group.samples]
+    for task in sorted({group.prompt.task.name for group in groups}):
+        own = [sample for group in groups if group.prompt.task.name == task for sample in group.samples]
         metrics[f"tasks/{task}/reward"] = statistics.fmean(sample.reward for sample in own)
         metrics[f"tasks/{task}/correct_frac"] = statistics.fmean(sample.correct for sample in own)
     return metrics

@@ -85,7 +85,7 @@ def training_rows(groups: Sequence[Group], algorithm: AlgorithmConfig) -> list[R
     ]
 
 
-def deal(rows: Sequence[Row], chosen: Sequence[int], ranks: int) -> list[list[int]]:
+def assign_to_ranks(rows: Sequence[Row], chosen: Sequence[int], ranks: int) -> list[list[int]]:
     """Share the chosen indices out, longest row first: to the rank that drew the row, or to the one with the fewest tokens."""
     shares: list[list[int]] = [[] for _ in range(ranks)]
     tokens = [0] * ranks
@@ -219,7 +219,7 @@ def update_policy(
                     mark("backward")
             sums = add_sums(sums, part)
         history.append(sums)
-        with collector.update(lambda: few_rows(rows)) if collector else nullcontext():
+        with collector.update(lambda: probe_rows(rows)) if collector else nullcontext():
             grad_norm, skipped = engine.update(optimizer, parameters)
         mark("optimizer")
         steps.append({"train/grad_norm": grad_norm, "train/skipped_steps": skipped})
@@ -234,7 +234,7 @@ def update_policy(
     return metrics | {"data/padding_frac": padding_frac}
 
 
-def few_rows(rows: Sequence[Row], count: int = 16) -> ProbeRows:
+def probe_rows(rows: Sequence[Row], count: int = 16) -> ProbeRows:
     """The longest rows, padded, with their completions as labels: for a probe of the model."""
     chosen = sorted(rows, key=lambda row: -row.tokens)[:count]
     ids_BL = torch.zeros(len(chosen), chosen[0].tokens, dtype=torch.int64)
@@ -272,7 +272,7 @@ def _prepare(
     prepared: list[MicroBatch] = []
     places = 0
     for chosen, learns in ((watching, False), (learning, True)):
-        cut = [micro_batches(rows, share, micro_batch_tokens) for share in deal(rows, chosen, world.size)]
+        cut = [micro_batches(rows, share, micro_batch_tokens) for share in assign_to_ranks(rows, chosen, world.size)]
         own = cut[world.rank]
         places += sum(len(indices) * rows[indices[0]].tokens for share in cut for indices in share)  # the longest comes first
         prepared += [_micro_batch([rows[index] for index in indices], weight[indices], learns, device) for indices in own]

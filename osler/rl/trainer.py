@@ -23,7 +23,7 @@ from osler.monitor.history import RunSettings
 from osler.optim.build import set_hyperparameters
 from osler.optim.schedule import lr_scale
 from osler.rl.config import GrpoConfig
-from osler.rl.prompts import visits, walked
+from osler.rl.prompts import prompts_asked, step_prompts
 from osler.rl.rollout import Group, RolloutWorker, count_tokens, rollout_metrics
 from osler.rl.step import training_rows, update_policy
 from osler.runs.incidents import Incidents
@@ -173,8 +173,8 @@ class GrpoTrainer:
         """How often the questions have been gone through after the step just made, whose groups these are."""
         tasks = self.worker.tasks
         for group in groups:
-            self.task_tokens[group.visit.task.name] += count_tokens([group])
-        asked = walked(tasks, self.step + self.incidents.data_offset, self.config.algorithm.prompts_per_step)
+            self.task_tokens[group.prompt.task.name] += count_tokens([group])
+        asked = prompts_asked(tasks, self.step + self.incidents.data_offset, self.config.algorithm.prompts_per_step)
         of_epoch = {task.name: len(task.items) for task in tasks}
         metrics = {"data/epoch": sum(asked.values()) / sum(of_epoch.values())}
         if self.collector.is_due(self.step):
@@ -196,7 +196,7 @@ class GrpoTrainer:
     def _details(self, step: int) -> dict[str, Any]:
         """What an incident at the end of a step, the one just made, is recorded with."""
         position, count = step - 1 + self.incidents.data_offset, self.config.algorithm.prompts_per_step
-        asked = [visit.item.id for visit in visits(self.worker.tasks, self.config.seed, position, count)]
+        asked = [prompt.item.id for prompt in step_prompts(self.worker.tasks, self.config.seed, position, count)]
         return {"tokens": self.tokens, "lr": self.learner.optimizer.param_groups[0]["lr"], "questions": asked}
 
     def evaluate(self) -> dict[str, float]:

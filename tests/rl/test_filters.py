@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from osler.rl.config import AlgorithmConfig, QualityConfig
-from osler.rl.filters import is_dead, judge, letter_fractions, repeated_ngram_frac, settle
+from osler.rl.filters import all_equal, apply_filters, check_sample, letter_fractions, repeated_ngram_frac
 
 QUALITY = QualityConfig(ngram=2, max_repeated_frac=0.5, min_tokens=6)
 
@@ -22,12 +22,12 @@ QUALITY = QualityConfig(ngram=2, max_repeated_frac=0.5, min_tokens=6)
     ],
 )
 def test_verdicts(ids, text_is_empty, has_answer, verdict):
-    assert judge(ids, text_is_empty=text_is_empty, has_answer=has_answer, quality=QUALITY) == verdict
+    assert check_sample(ids, text_is_empty=text_is_empty, has_answer=has_answer, quality=QUALITY) == verdict
 
 
 def test_an_answer_may_be_optional():
     quality = QualityConfig(require_answer=False)
-    assert judge([1, 2, 3], text_is_empty=False, has_answer=False, quality=quality) == "ok"
+    assert check_sample([1, 2, 3], text_is_empty=False, has_answer=False, quality=quality) == "ok"
 
 
 def test_repeated_ngram_frac_counts_by_hand():
@@ -38,7 +38,7 @@ def test_repeated_ngram_frac_counts_by_hand():
 
 
 @pytest.mark.parametrize(
-    ("action", "verdict", "settled"),
+    ("action", "verdict", "filtered"),
     [
         ("zero", "ok", (0.7, True, True)),
         ("zero", "no_answer", (0.0, True, True)),
@@ -47,12 +47,12 @@ def test_repeated_ngram_frac_counts_by_hand():
         ("off", "empty", (0.7, True, True)),
     ],
 )
-def test_quality_actions(action, verdict, settled):
-    assert settle(0.7, verdict, True, AlgorithmConfig(quality=QualityConfig(action=action))) == settled
+def test_quality_actions(action, verdict, filtered):
+    assert apply_filters(0.7, verdict, True, AlgorithmConfig(quality=QualityConfig(action=action))) == filtered
 
 
 @pytest.mark.parametrize(
-    ("overlong", "finished", "settled"),
+    ("overlong", "finished", "filtered"),
     [
         ("keep", False, (1.0, True, True)),
         ("mask", False, (1.0, True, False)),
@@ -61,19 +61,19 @@ def test_quality_actions(action, verdict, settled):
         ("penalise", True, (1.0, True, True)),
     ],
 )
-def test_overlong_actions(overlong, finished, settled):
-    assert settle(1.0, "ok", finished, AlgorithmConfig(overlong=overlong, overlong_penalty=0.5)) == settled
+def test_overlong_actions(overlong, finished, filtered):
+    assert apply_filters(1.0, "ok", finished, AlgorithmConfig(overlong=overlong, overlong_penalty=0.5)) == filtered
 
 
 def test_a_bad_sample_that_was_cut_is_penalised_from_zero():
-    assert settle(1.0, "no_answer", False, AlgorithmConfig(overlong="penalise", overlong_penalty=0.5)).reward == -0.5
+    assert apply_filters(1.0, "no_answer", False, AlgorithmConfig(overlong="penalise", overlong_penalty=0.5)).reward == -0.5
 
 
 def test_dead_groups():
-    assert is_dead([1.0, 1.0, 1.0])
-    assert is_dead([0.3])
-    assert is_dead([])
-    assert not is_dead([0.0, 1.0, 0.0])
+    assert all_equal([1.0, 1.0, 1.0])
+    assert all_equal([0.3])
+    assert all_equal([])
+    assert not all_equal([0.0, 1.0, 0.0])
 
 
 def test_letter_fractions_count_only_answers_that_were_read():

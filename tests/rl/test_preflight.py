@@ -11,7 +11,7 @@ from osler.errors import UserError
 from osler.inference.load import load_model
 from osler.rl.config import AlgorithmConfig, GrpoConfig
 from osler.rl.preflight import preflight
-from osler.rl.prompts import RewardTerm, RlTask, Visit
+from osler.rl.prompts import Prompt, RewardTerm, RlTask
 from osler.rl.rollout import Group, score
 from osler.tasks.item import ExamItem
 from osler.tasks.rewards import correct
@@ -31,8 +31,8 @@ def answered(tokenizer, *texts: str) -> list[Group]:
             ids += [tokenizer.special_id(ANSWER)] * (number > 0) + tokenizer.encode(part)
         ended = text.endswith(EOS)
         ids += [tokenizer.eos_id] * ended
-        samples.append(score(tokenizer, Visit(TASK, ITEM), ids, [0.0] * len(ids), ended, None, CONFIG.algorithm))
-    return [Group(Visit(TASK, ITEM), [0], samples)]
+        samples.append(score(tokenizer, Prompt(TASK, ITEM), ids, [0.0] * len(ids), ended, None, CONFIG.algorithm))
+    return [Group(Prompt(TASK, ITEM), [0], samples)]
 
 
 @pytest.mark.parametrize(

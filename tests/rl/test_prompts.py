@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 
 from osler.errors import UserError
-from osler.rl.prompts import RlTask, refill_visits, rollout_seed, task_shares, visits, walked
+from osler.rl.prompts import RlTask, prompts_asked, refill_prompts, rollout_seed, step_prompts, task_shares
 from osler.tasks.item import ExamItem
 
 
@@ -23,24 +23,24 @@ def task(count=10, name="exam", weight=1.0):
 
 
 def test_an_epoch_asks_every_item_once_and_the_next_in_another_order():
-    asked = [visit.item.id for step in range(4) for visit in visits([task(10)], 7, step, 5)]
+    asked = [prompt.item.id for step in range(4) for prompt in step_prompts([task(10)], 7, step, 5)]
     assert sorted(asked[:10]) == sorted(asked[10:]) == sorted(item.id for item in items(10, "exam"))
     assert asked[:10] != asked[10:]
 
 
 def test_what_was_walked_through_is_what_the_steps_asked():
     tasks = [task(10, "exam", 2.0), task(3, "drill")]
-    asked = Counter(visit.task.name for step in range(7) for visit in visits(tasks, 1, step, 5))
-    assert walked(tasks, 7, 5) == asked
+    asked = Counter(prompt.task.name for step in range(7) for prompt in step_prompts(tasks, 1, step, 5))
+    assert prompts_asked(tasks, 7, 5) == asked
 
 
 def test_a_step_depends_on_seed_and_step_alone():
     tasks = [task(10)]
-    later_first = visits(tasks, 7, 3, 4)
+    later_first = step_prompts(tasks, 7, 3, 4)
     for step in range(3):
-        visits(tasks, 7, step, 4)
-    assert visits(tasks, 7, 3, 4) == later_first
-    assert visits(tasks, 8, 3, 4) != later_first
+        step_prompts(tasks, 7, step, 4)
+    assert step_prompts(tasks, 7, 3, 4) == later_first
+    assert step_prompts(tasks, 8, 3, 4) != later_first
 
 
 def test_options_are_permuted_on_every_visit_and_the_answer_moves_along():
@@ -48,10 +48,10 @@ def test_options_are_permuted_on_every_visit_and_the_answer_moves_along():
     original = tasks[0].items[0]
     seen = Counter()
     for step in range(400):
-        (visit,) = visits(tasks, 0, step, 1)
-        assert sorted(visit.item.options) == sorted(original.options)
-        assert visit.item.options[visit.item.answer_index] == original.options[original.answer_index]
-        seen[visit.item.answer_index] += 1
+        (prompt,) = step_prompts(tasks, 0, step, 1)
+        assert sorted(prompt.item.options) == sorted(original.options)
+        assert prompt.item.options[prompt.item.answer_index] == original.options[original.answer_index]
+        seen[prompt.item.answer_index] += 1
     assert set(seen) == {0, 1, 2, 3}
     assert all(60 < count < 140 for count in seen.values())
 
@@ -60,7 +60,7 @@ def test_shares_follow_the_weights_and_add_up():
     tasks = [task(name="a", weight=2.0), task(name="b", weight=1.0), task(name="c", weight=1.0)]
     assert task_shares(tasks, 8) == [4, 2, 2]
     assert sum(task_shares(tasks, 7)) == 7
-    assert Counter(visit.task.name for visit in visits(tasks, 0, 5, 8)) == {"a": 4, "b": 2, "c": 2}
+    assert Counter(prompt.task.name for prompt in step_prompts(tasks, 0, 5, 8)) == {"a": 4, "b": 2, "c": 2}
 
 
 def test_a_task_that_would_never_be_asked_is_refused():
@@ -72,12 +72,12 @@ def test_a_task_that_would_never_be_asked_is_refused():
 
 def test_refills_ask_the_named_tasks_and_leave_the_main_walk_alone():
     tasks = [task(name="a"), task(name="b")]
-    main = visits(tasks, 0, 1, 4)
-    first = refill_visits(tasks, 0, 0, 1, ["b", "a", "b"])
-    assert [visit.task.name for visit in first] == ["b", "a", "b"]
-    assert refill_visits(tasks, 0, 0, 1, ["b", "a", "b"]) == first
-    assert refill_visits(tasks, 0, 0, 2, ["b", "a", "b"]) != first
-    assert visits(tasks, 0, 1, 4) == main
+    main = step_prompts(tasks, 0, 1, 4)
+    first = refill_prompts(tasks, 0, 0, 1, ["b", "a", "b"])
+    assert [prompt.task.name for prompt in first] == ["b", "a", "b"]
+    assert refill_prompts(tasks, 0, 0, 1, ["b", "a", "b"]) == first
+    assert refill_prompts(tasks, 0, 0, 2, ["b", "a", "b"]) != first
+    assert step_prompts(tasks, 0, 1, 4) == main
 
 
 def test_rollout_seeds_differ():

@@ -9,7 +9,7 @@ import pytest
 from osler.inference.engine import InferenceEngine
 from osler.monitor.metrics import declared_name
 from osler.rl.config import AlgorithmConfig, QualityConfig
-from osler.rl.prompts import RewardTerm, RlTask, Visit
+from osler.rl.prompts import Prompt, RewardTerm, RlTask
 from osler.rl.rollout import Group, RolloutWorker, count_tokens, rollout_metrics, score
 from osler.rl.step import training_rows
 from osler.tasks.item import ExamItem
@@ -29,7 +29,7 @@ def sample_of(tokenizer, text, *, item=ITEM, ended=True, algorithm=None, rewards
         ids += [tokenizer.special_id(ANSWER), *tokenizer.encode(answer)]
     ids += [tokenizer.eos_id] if ended else []
     task = RlTask("exam", (item,), tuple(RewardTerm(name, REWARDS[name]) for name in rewards))
-    return score(tokenizer, Visit(task, item), ids, [-1.0] * len(ids), ended, None, algorithm or AlgorithmConfig())
+    return score(tokenizer, Prompt(task, item), ids, [-1.0] * len(ids), ended, None, algorithm or AlgorithmConfig())
 
 
 @pytest.mark.parametrize(
@@ -53,9 +53,9 @@ def test_a_completion_is_read_and_rewarded(tokenizer, text, item, reward, verdic
 def test_rewards_add_up_by_weight_and_are_kept_raw(tokenizer):
     task = RlTask("exam", (ITEM,), (RewardTerm("a", lambda i, c: 1.0, 0.5), RewardTerm("b", lambda i, c: 2.0, 0.25)))
     ids = [*tokenizer.encode("hm"), tokenizer.eos_id]
-    kept = score(tokenizer, Visit(task, ITEM), ids, [], True, None, AlgorithmConfig(quality=OFF))
+    kept = score(tokenizer, Prompt(task, ITEM), ids, [], True, None, AlgorithmConfig(quality=OFF))
     assert kept.reward == 1.0
-    zeroed = score(tokenizer, Visit(task, ITEM), ids, [], True, None, AlgorithmConfig())
+    zeroed = score(tokenizer, Prompt(task, ITEM), ids, [], True, None, AlgorithmConfig())
     assert zeroed.reward == 0.0
     assert zeroed.rewards == kept.rewards == {"a": 1.0, "b": 2.0}
 
@@ -68,7 +68,7 @@ def test_degenerate_samples_lose_their_reward(tokenizer):
 
 def group_of(tokenizer, texts, **options):
     task = RlTask("exam", (ITEM,), (RewardTerm("correct", REWARDS["correct"]),))
-    return Group(Visit(task, ITEM), [1, 2], [sample_of(tokenizer, text, **options) for text in texts])
+    return Group(Prompt(task, ITEM), [1, 2], [sample_of(tokenizer, text, **options) for text in texts])
 
 
 def test_dropped_samples_are_in_no_baseline_and_no_row(tokenizer):
@@ -85,7 +85,7 @@ def test_cut_samples_keep_their_place_in_the_baseline_without_gradient(tokenizer
     algorithm = AlgorithmConfig(overlong="mask", quality=OFF)
     samples = [sample_of(tokenizer, "a|cat (C)", algorithm=algorithm)]
     samples.append(sample_of(tokenizer, "a|ant (A)", ended=False, algorithm=algorithm))
-    rows = training_rows([Group(Visit(RlTask("exam", (ITEM,), ()), ITEM), [1], samples)], algorithm)
+    rows = training_rows([Group(Prompt(RlTask("exam", (ITEM,), ()), ITEM), [1], samples)], algorithm)
     assert [(row.advantage, row.trained) for row in rows] == [(0.5, True), (-0.5, False)]
 
 

@@ -13,7 +13,7 @@ from osler.optim.build import build_optimizer
 from osler.optim.config import AdamWConfig
 from osler.parallel.engine import ParallelEngine
 from osler.rl.config import AlgorithmConfig
-from osler.rl.step import PolicyLoss, Row, deal, micro_batches, update_policy
+from osler.rl.step import PolicyLoss, Row, assign_to_ranks, micro_batches, update_policy
 from osler.runs.process import Learner
 
 
@@ -40,7 +40,7 @@ def test_micro_batches_hold_every_chosen_row_once_within_the_budget(sizes, budge
 def test_rows_are_dealt_to_those_who_drew_them_and_otherwise_evenly(sizes, ranks):
     rows = [replace(row(size, 1), sampled_by_rank=sampled_by_rank) for size, sampled_by_rank in sizes]
     chosen = list(range(0, len(rows), 2))
-    shares = deal(rows, chosen, ranks)
+    shares = assign_to_ranks(rows, chosen, ranks)
     assert sorted(index for share in shares for index in share) == chosen
     assert all(rows[index].sampled_by_rank in (None, rank) for rank, share in enumerate(shares) for index in share)
     if all(rows[index].sampled_by_rank is None for index in chosen):
