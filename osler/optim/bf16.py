@@ -1,11 +1,11 @@
-"""AdamW for weights that live in bf16: the update in fp32, everything that is kept rounded stochastically to bf16.
+"""AdamW for weights in bf16: it computes the update in fp32 and rounds everything it keeps stochastically to bf16.
 
-Weight, gradient and both moments take eight bytes per parameter instead of the sixteen of fp32 master weights. That works because
-``ops/rounding.py`` keeps the mean of what bf16 cannot hold; the moments are rounded that way too, since with a beta of 0.999 the
-second one would otherwise stand still as well. What a rounding draws is a function of (seed, number of the parameter, step,
-position), so resume is bit-exact and the number of skipped or micro-batched calls changes nothing. The gradients of several
-micro-batches are added up in fp32, four more bytes per parameter while that lasts, and rounded once. (After "Revisiting BFloat16
-Training", arXiv 2010.06192, and "Stochastic Rounding for LLM Training", arXiv 2502.20566.)
+Weight, gradient and both moments take eight bytes per parameter instead of the sixteen with fp32 weights. This works because
+stochastic rounding (``ops/rounding.py``) keeps the mean of what bf16 cannot hold. Moments are rounded in the same way, because
+with a beta of 0.999 the second one would stand still otherwise. The random bits are a function of (seed, number of the parameter,
+step, position), so resume is bit-exact, and skipped steps and micro-batches change nothing. Gradients of several micro-batches
+are summed in fp32, with four more bytes per parameter meanwhile, and rounded once. (After "Revisiting BFloat16 Training", arXiv
+2010.06192, and "Stochastic Rounding for LLM Training", arXiv 2502.20566.)
 """
 
 from __future__ import annotations
@@ -20,45 +20,45 @@ from torch import Tensor, nn
 from osler.ops.rounding import random_bits, round_stochastic
 from osler.ops.sampling import mix, mix_int
 
-# Parameters updated at a time, so that the fp32 copies of a large embedding are no second model: on a CPU as many as its caches
-# hold, on a GPU enough to fill it.
+# Elements updated at a time, so that fp32 copies of a large embedding do not take the memory of a second model: on a CPU as many
+# as its caches hold, on a GPU enough to fill it.
 CPU_CHUNK, GPU_CHUNK = 1 << 16, 1 << 23
 
 
 def keep_in_bf16(model: nn.Module) -> None:
-    """Turn the parameters of ``model`` into bf16 in place; buffers such as the tables of RoPE keep their dtype."""
+    """Convert the parameters of ``model`` to bf16 in place; buffers, such as RoPE's tables, keep their dtype."""
     for parameter in model.parameters():
         parameter.data = parameter.data.to(torch.bfloat16)
 
 
-class WideSums:
-    """Adds up in fp32 what several backward passes give bf16 parameters; with one pass nothing happens.
+class Fp32GradientSums:
+    """Adds up in fp32 the gradients that several backward passes give bf16 parameters.
 
-    The gradient of a pass within ``holding`` goes into a sum, and ``parameter.grad`` is free again; the pass after it leaves the
-    sum with its own gradient added, rounded once. Each parameter's turn comes as soon as its gradient is there, before an engine
+    A gradient that arrives within ``accumulating`` goes into its sum, and ``parameter.grad`` is freed. The next pass outside of
+    it leaves the sum with its own gradient added, rounded once. Hooks do this as soon as a gradient is there, before an engine
     sends it to other ranks.
     """
 
     def __init__(self, parameters: Iterable[Tensor]) -> None:
-        self.is_holding = False
+        self.is_accumulating = False
         self.sums: dict[Tensor, Tensor] = {}
         for parameter in parameters:
             parameter.register_post_accumulate_grad_hook(self._add)
 
     @contextmanager
-    def holding(self, accumulating: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
-        """A pass that is not the step's last, within the engine's own ``accumulating``."""
-        self.is_holding = True
+    def accumulating(self, outer: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
+        """Stand around a backward pass that is not the step's last, inside of the engine's own context ``outer``."""
+        self.is_accumulating = True
         try:
-            with accumulating():
+            with outer():
                 yield
         finally:
-            self.is_holding = False
+            self.is_accumulating = False
 
     def _add(self, parameter: Tensor) -> None:
         grad, total = parameter.grad, self.sums.pop(parameter, None)
         assert grad is not None
-        if self.is_holding:
+        if self.is_accumulating:
             self.sums[parameter] = grad.float() if total is None else total.add_(grad)
             parameter.grad = None
         elif total is not None:
@@ -68,7 +68,7 @@ class WideSums:
 def adamw_update(
     weight: Tensor, mean: Tensor, square: Tensor, grad: Tensor, step: Tensor, group: dict[str, Any]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One step of AdamW in fp32: the new weight and moments; ``step`` counts from 1."""
+    """Return the weight and the moments after a step of AdamW in fp32; ``step`` counts from 1."""
     weight, mean, square, grad = (tensor.float() for tensor in (weight, mean, square, grad))
     beta1, beta2 = group["betas"]
     mean = mean.lerp(grad, 1 - beta1)
@@ -79,21 +79,21 @@ def adamw_update(
 
 
 class Bf16AdamW(torch.optim.Optimizer):
-    """AdamW over bf16 parameters; like the fused one it changes nothing when its attribute ``found_inf`` is 1."""
+    """AdamW over bf16 parameters. Like torch's fused AdamW it changes nothing when its attribute ``found_inf`` is 1."""
 
     found_inf: Tensor | None = None
 
     def __init__(
         self, groups: Iterable[dict[str, Any]], *, betas: tuple[float, float], eps: float, seed: int = 0
     ) -> None:
-        # "capturable" says what a checkpoint must know: steps are counted on the device.
+        # A checkpoint must know that steps are counted on the device.
         defaults = {"lr": 1e-3, "betas": betas, "eps": eps, "weight_decay": 0.0, "capturable": True}
         super().__init__(groups, defaults)
         self.seed = seed
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """Update every parameter that has a gradient. Does not wait for the device."""
+        """Update every parameter that has a gradient, without waiting for the device."""
         assert closure is None, "the gradients are there when the step is made"
         places = [(group, parameter) for group in self.param_groups for parameter in group["params"]]
         for number, (group, parameter) in enumerate(places):

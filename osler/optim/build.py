@@ -1,4 +1,7 @@
-"""From a model and a config to an optimizer: parameter groups by ordered pattern, first match wins."""
+"""Builds the optimizer that a config describes, and sets what changes from step to step.
+
+Parameters are grouped by ordered patterns; the first match wins.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from osler.optim.config import AdamWConfig, MuonConfig
 from osler.optim.muon import Muon
 from osler.optim.schedule import momentum_at, weight_decay_scale
 
-# Order matters: norms are vectors whatever they sit in; what is left over is a matrix.
+# Norms come first, because modules of the other groups contain norms too; everything that is left is a matrix.
 GROUPS = (
     ("vectors", re.compile(r"norm\.weight$")),
     ("embeddings", re.compile(r"embed_tokens|embed_proj|lm_head")),
@@ -25,12 +28,12 @@ GROUPS = (
 
 
 def group_of(parameter_name: str) -> str:
-    """The group a parameter belongs to: the first pattern of ``GROUPS`` that its name matches."""
+    """Return the group of a parameter: the first of ``GROUPS`` whose pattern matches its name."""
     return next(group for group, pattern in GROUPS if pattern.search(parameter_name))
 
 
 def grouped(model: nn.Module, settings: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Parameter groups by name with their settings; every group remembers its full learning rate as ``base_lr``."""
+    """Return the parameter groups with their settings; ``base_lr`` keeps a group's full learning rate."""
     named = list(model.named_parameters())
     groups = []
     for group, options in settings.items():
@@ -41,7 +44,7 @@ def grouped(model: nn.Module, settings: Mapping[str, Mapping[str, Any]]) -> list
 
 
 def adamw_groups(model: nn.Module, config: AdamWConfig) -> list[dict[str, Any]]:
-    """The three groups of AdamW."""
+    """Return the three groups of AdamW."""
     embedding_lr = config.lr if config.embedding_lr is None else config.embedding_lr
     settings = {
         "matrices": {"lr": config.lr, "weight_decay": config.weight_decay},
@@ -52,13 +55,13 @@ def adamw_groups(model: nn.Module, config: AdamWConfig) -> list[dict[str, Any]]:
 
 
 def build_adamw(model: nn.Module, config: AdamWConfig, process_group: dist.ProcessGroup | None) -> torch.optim.AdamW:
-    """Fused AdamW over the three groups; it has no work that ranks could share."""
+    """Build fused AdamW, which has no work that ranks could share."""
     groups = adamw_groups(model, config)
     return torch.optim.AdamW(groups, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
 
 
 def build_muon(model: nn.Module, config: MuonConfig, process_group: dist.ProcessGroup | None) -> Muon:
-    """Muon on the matrices, AdamW on the rest; Newton-Schulz runs in the model's compute dtype, the fast one."""
+    """Build Muon for the matrices with AdamW for the rest; Newton-Schulz runs in the model's compute dtype."""
     adamw = {"lr": config.adamw_lr, "weight_decay": 0.0, "betas": (config.beta1, config.beta2), "eps": config.eps}
     matrices = {
         "lr": config.lr,
@@ -80,10 +83,10 @@ def build_optimizer(
     seed: int = 0,
     process_group: dist.ProcessGroup | None = None,
 ) -> torch.optim.Optimizer:
-    """The optimizer that ``config`` describes, over all of ``model``'s parameters.
+    """Build the optimizer of ``config`` over all of ``model``'s parameters.
 
-    Weights that are kept in bf16 get the AdamW that rounds stochastically, by ``seed``. ``process_group``: ranks that hold the
-    same model and will have the same gradients, and may share an update's work.
+    Weights in bf16 get the AdamW that rounds stochastically, by ``seed``. The ranks of ``process_group`` hold the same model,
+    will have the same gradients, and may share an update's work.
     """
     if any(parameter.dtype == torch.bfloat16 for parameter in model.parameters()):
         assert isinstance(config, AdamWConfig), "a config that asks for another is refused"
@@ -94,7 +97,7 @@ def build_optimizer(
 
 @contextmanager
 def keeping_settings(optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """Learning rates, betas and the like stay those of the config, whatever is loaded into the optimizer inside."""
+    """Keep learning rates, betas and the like as they are, whatever is loaded into the optimizer within the context."""
     kept = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
     yield
     for group, settings in zip(optimizer.param_groups, kept, strict=True):

@@ -1,16 +1,16 @@
 """Muon for the matrices and AdamW for everything else, in one optimizer.
 
-The idea (Keller Jordan, 2024, kellerjordan.github.io/posts/muon): a matrix moves along its Nesterov momentum with all
-singular values made equal, so that no few directions take the whole step. A quintic Newton-Schulz iteration does that
-with matmuls only, and roughly: singular values come out between about 0.7 and 1.2, which learns as well as exactly 1.
-An update is scaled by ``sqrt(max(1, rows / columns))``, which keeps its effect on the outputs' size the same for every
-shape, so one learning rate serves all matrices and transfers over widths (arXiv 2310.17813). Embeddings, head and
-vectors are not maps between hidden states and stay with AdamW.
+Muon (Keller Jordan, 2024, kellerjordan.github.io/posts/muon) moves a matrix along its Nesterov momentum with all singular values
+made equal, so that a few directions cannot take the whole step. A quintic Newton-Schulz iteration approximates that with matmuls
+only: singular values end between about 0.7 and 1.2, which learns as well as exactly 1. An update is scaled by ``sqrt(max(1, rows
+/ columns))``, which makes its effect on the size of the outputs the same for every shape, so one learning rate serves all
+matrices and transfers over widths (arXiv 2310.17813). Embeddings, head and vectors are no maps between hidden states and stay
+with AdamW.
 
-Matrices of equal shape are orthogonalised in one batched call. Given a process group, each rank does its share and the
-results are gathered: every rank then applies the same bits. Sharded parameters (DTensor, as FSDP2 makes them) are
-gathered for it; state and arithmetic around it stay on the shards. Where ``found_inf`` is 1, a step changes nothing,
-and the host never looks. All state is tensors by parameter, so a resume through ``osler.checkpoint.optimizer_state`` is exact.
+Matrices of equal shape are orthogonalised in one batched call. Given a process group, each rank does its share and all gather the
+results, so every rank applies the same bits. Sharded parameters (DTensor, from FSDP2) are gathered for the orthogonalisation
+only. A step with ``found_inf`` = 1 changes nothing, and the host does not wait for it. All state is tensors by parameter, so a
+resume through ``osler.checkpoint.optimizer_state`` is exact.
 
 Shapes: S matrices of a stack, M rows, N columns (of the shard, where parameters are sharded).
 """
@@ -18,15 +18,17 @@ Shapes: S matrices of a stack, M rows, N columns (of the shard, where parameters
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
+
+from osler.runtime.sharded import shard_like, whole
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # chosen for the steepest rise at zero, not for convergence to 1
 EPS = 1e-7
@@ -35,7 +37,7 @@ all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_te
 
 
 def orthogonalize(matrices_SMN: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
-    """Each matrix with its singular values pulled towards 1, in ``dtype``; zero stays zero. Fit for ``torch.compile``."""
+    """Return each matrix with its singular values pulled towards 1, in ``dtype``; zero stays zero."""
     a, b, c = NEWTON_SCHULZ
     norm_S11 = torch.linalg.vector_norm(matrices_SMN, dim=(1, 2), keepdim=True, dtype=torch.float32)
     x_SMN = (matrices_SMN / norm_S11.clamp(min=EPS)).to(dtype)
@@ -50,9 +52,9 @@ def orthogonalize(matrices_SMN: Tensor, steps: int, dtype: torch.dtype) -> Tenso
 class Muon(torch.optim.Optimizer):
     """Muon on the group named ``matrices``, fused AdamW on all others.
 
-    ``groups`` carry their options: ``matrices`` has lr, weight_decay, momentum and newton_schulz_steps, the others lr,
-    weight_decay, betas and eps. ``dtype`` is what Newton-Schulz runs in. ``process_group`` says that its ranks hold the
-    same parameters and gradients and may share the work; without one every rank does all of it, with the same result.
+    The group ``matrices`` has lr, weight_decay, momentum and newton_schulz_steps; the others have lr, weight_decay, betas and
+    eps. ``dtype`` is what Newton-Schulz runs in. The ranks of ``process_group`` hold the same parameters and gradients and share
+    the work; without one every rank does all of it, with the same result.
     """
 
     def __init__(
@@ -76,10 +78,10 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Update every parameter that has a gradient; nothing at all where the tensor ``self.found_inf`` is 1."""
+        """Update every parameter that has a gradient, or none where the tensor ``self.found_inf`` is 1."""
         found_inf = getattr(self, "found_inf", None)
-        if isinstance(found_inf, DTensor):
-            found_inf = found_inf.full_tensor()
+        if found_inf is not None:
+            found_inf = whole(found_inf)
         for group in self.param_groups:
             parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
             if parameters:
@@ -115,50 +117,54 @@ class Muon(torch.optim.Optimizer):
         )
 
     def _update_matrices(self, parameters: Sequence[Tensor], group: dict[str, Any], found_inf: Tensor | None) -> None:
-        before: tuple[list[Tensor], _Directions] | None = None
+        waiting: list[tuple[list[Tensor], Callable[[], Tensor]]] = []
         for stack in equal_shapes(parameters, self.world_size):
-            launched = stack, self._orthogonalize(stack, self._advance(stack, group, found_inf), group)
-            if before is not None:  # one behind, so that its gathering runs while this stack is computed
-                self._apply(*before, group, found_inf)
-            before = launched
-        assert before is not None
-        self._apply(*before, group, found_inf)
+            waiting.append((stack, self._orthogonalize(stack, self._advance(stack, group, found_inf), group)))
+            if len(waiting) > 1:  # a stack is gathered from the ranks while the next one is computed
+                self._apply(*waiting.pop(0), group, found_inf)
+        self._apply(*waiting.pop(), group, found_inf)
 
     def _advance(self, stack: Sequence[Tensor], group: dict[str, Any], found_inf: Tensor | None) -> Tensor:
-        """Take the gradients of a stack into its momenta; returns the Nesterov updates."""
+        """Add the gradients of a stack to its momenta, and return the Nesterov updates."""
         for parameter in stack:
             if parameter not in self.state:
                 self.state[parameter] = {"momentum_buffer": torch.zeros_like(parameter)}
         momenta = [local(self.state[parameter]["momentum_buffer"]) for parameter in stack]
         gradients = [local(gradient_of(parameter)) for parameter in stack]
-        # The momentum moves to the gradient by a share: ascent on it with full decay of what was there.
+        # A step of ascent with full decay moves the momentum towards the gradient by a share of the distance.
         fused_descent(momenta, gradients, 1 - group["momentum"], 1.0, found_inf, maximize=True)
         return torch.stack(torch._foreach_lerp(gradients, momenta, group["momentum"]))
 
-    def _orthogonalize(self, stack: Sequence[Tensor], update_SMN: Tensor, group: dict[str, Any]) -> _Directions:
-        """Orthogonalise a stack, or this rank's share of it and start gathering the others'."""
+    def _orthogonalize(self, stack: Sequence[Tensor], update_SMN: Tensor, group: dict[str, Any]) -> Callable[[], Tensor]:
+        """Orthogonalise a stack, or this rank's share of it, and return a function that waits for the whole stack."""
         if isinstance(stack[0], DTensor):
             updates = zip(update_SMN.to(self.dtype), stack, strict=True)  # cast first: half the bytes to send
             update_SMN = torch.stack([whole_of(update, parameter) for update, parameter in updates])
         steps = group["newton_schulz_steps"]
         if self.world_size == 1:
-            return _Directions(orthogonalize(update_SMN, steps, self.dtype), None)
+            done_SMN = orthogonalize(update_SMN, steps, self.dtype)
+            return lambda: done_SMN
         share = -(-len(stack) // self.world_size)
         first = share * dist.get_rank(self.process_group)
         own = update_SMN[first : first + share]
         own_SMN = update_SMN.new_zeros(share, *update_SMN.shape[1:], dtype=self.dtype)  # the last ranks may have less
         own_SMN[: len(own)] = orthogonalize(own, steps, self.dtype)
         all_SMN = own_SMN.new_empty(share * self.world_size, *own_SMN.shape[1:])
-        return _Directions(all_SMN, all_gather(all_SMN, own_SMN, group=self.process_group, async_op=True))
+        work = all_gather(all_SMN, own_SMN, group=self.process_group, async_op=True)
+
+        def gathered() -> Tensor:
+            work.wait()  # on a GPU the stream waits, not the host
+            return all_SMN
+
+        return gathered
 
     def _apply(
-        self, stack: Sequence[Tensor], directions: _Directions, group: dict[str, Any], found_inf: Tensor | None
+        self, stack: Sequence[Tensor], directions: Callable[[], Tensor], group: dict[str, Any], found_inf: Tensor | None
     ) -> None:
         """Decay the weights of a stack and move them against their directions."""
         weights = [local(parameter) for parameter in stack]
-        matrices = directions.wait().to(weights[0].dtype)[: len(stack)].unbind()
-        if isinstance(stack[0], DTensor):
-            matrices = tuple(shard_of(matrix, parameter) for matrix, parameter in zip(matrices, stack, strict=True))
+        directions_SMN = directions().to(weights[0].dtype)
+        matrices = [local(shard_like(matrix, like)) for matrix, like in zip(directions_SMN[: len(stack)], stack, strict=True)]
         rows, columns = stack[0].shape
         scale = math.sqrt(max(1.0, rows / columns))
         fused_descent(weights, matrices, group["lr"] * scale, group["weight_decay"] / scale, found_inf)
@@ -173,9 +179,9 @@ def fused_descent(
     *,
     maximize: bool = False,
 ) -> None:
-    """``weights -= lr · (directions + weight_decay · weights)``, or with ``maximize`` minus directions, in one kernel.
+    """Compute ``weights -= lr · (directions + weight_decay · weights)`` in one kernel; ``maximize`` negates directions.
 
-    torch's fused SGD, for the kernel itself leaves everything as it is where ``found_inf`` is 1.
+    The kernel is torch's fused SGD, because that leaves everything as it is where ``found_inf`` is 1.
     """
     sgd(
         list(weights),
@@ -192,22 +198,10 @@ def fused_descent(
     )
 
 
-class _Directions(NamedTuple):
-    """Orthogonalised matrices, perhaps still on their way from other ranks."""
-
-    matrices_SMN: Tensor
-    work: dist.Work | None
-
-    def wait(self) -> Tensor:
-        if self.work is not None:
-            self.work.wait()  # on a GPU the stream waits, not the host
-        return self.matrices_SMN
-
-
 def equal_shapes(parameters: Iterable[Tensor], multiple: int) -> Iterator[list[Tensor]]:
-    """Lists of matrices that can be stacked: equal shape, dtype and device, at most ``STACK_ELEMENTS`` together.
+    """Yield lists of matrices that can be stacked: equal shape, dtype and device, at most ``STACK_ELEMENTS`` together.
 
-    Lists are cut at multiples of ``multiple``, so that only the last one of a shape divides unevenly.
+    The length of a list is a multiple of ``multiple``, except for the last list of a shape.
     """
     by_shape: dict[Any, list[Tensor]] = {}
     for parameter in parameters:
@@ -218,7 +212,7 @@ def equal_shapes(parameters: Iterable[Tensor], multiple: int) -> Iterator[list[T
 
 
 def local(tensor: Tensor) -> Tensor:
-    """What this rank holds of a tensor: all of it unless it is sharded. Shares memory."""
+    """Return what this rank holds of a tensor, sharing its memory."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
@@ -231,14 +225,7 @@ def whole_of(shard: Tensor, parameter: Tensor) -> Tensor:
     return placed.full_tensor()
 
 
-def shard_of(whole: Tensor, parameter: Tensor) -> Tensor:
-    """This rank's part of a matrix that every rank has whole, sharded like ``parameter``; nothing is sent."""
-    assert isinstance(parameter, DTensor)
-    everywhere = [Replicate()] * parameter.device_mesh.ndim
-    return DTensor.from_local(whole, parameter.device_mesh, everywhere).redistribute(placements=parameter.placements).to_local()
-
-
 def gradient_of(parameter: Tensor) -> Tensor:
-    """The gradient, which the caller knows to be there."""
+    """Return the gradient, which the caller knows to be there."""
     assert parameter.grad is not None
     return parameter.grad

@@ -20,7 +20,7 @@ WeightDecaySchedule = ConstantWeightDecay | LinearWeightDecay | LrWeightDecay
 
 
 def lr_scale(schedule: Schedule, tokens: int, total_tokens: int) -> float:
-    """Factor in [0, 1] on every learning rate after ``tokens`` of ``total_tokens``; loops ask for the middle of a step."""
+    """Return the factor in [0, 1] on every learning rate after ``tokens``; trainers ask for the middle of a step."""
     if tokens < schedule.warmup_tokens:
         return tokens / schedule.warmup_tokens
     if isinstance(schedule, ConstantConfig):
@@ -35,14 +35,14 @@ def lr_scale(schedule: Schedule, tokens: int, total_tokens: int) -> float:
 
 
 def weight_decay_scale(schedule: WeightDecaySchedule, lr_scale: float, tokens: int, total_tokens: int) -> float:
-    """Factor in [0, 1] on the weight decay after ``tokens``, where the learning rate is at ``lr_scale`` of its own."""
+    """Return the factor in [0, 1] on the weight decay after ``tokens``, where the factor on the learning rate is ``lr_scale``."""
     if isinstance(schedule, ConstantWeightDecay):
         return 1.0
     return lr_scale if isinstance(schedule, LrWeightDecay) else 1 - _progress(tokens, 0, total_tokens)
 
 
 def momentum_at(config: MuonConfig, tokens: int) -> float:
-    """Muon's momentum after ``tokens``."""
+    """Return Muon's momentum after ``tokens``."""
     warmup = config.momentum_warmup
     if tokens >= warmup.tokens:
         return config.momentum

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from osler.checkpoint.optimizer_state import flatten_optimizer, restore_optimizer
 from osler.model.transformer import Transformer
-from osler.optim.bf16 import Bf16AdamW, WideSums
+from osler.optim.bf16 import Bf16AdamW, Fp32GradientSums
 from osler.runtime.sharded import gathered, load_whole, whole
 from osler.runtime.world import World
 
@@ -45,8 +45,8 @@ class ParallelEngine:
         """Called once, with the optimizer built over the parameters and before anything is restored or learned."""
         self.clip_norm = clip_norm
         if isinstance(optimizer, Bf16AdamW):
-            sums = WideSums(parameter for group in optimizer.param_groups for parameter in group["params"])
-            self.accumulating = partial(sums.holding, self.accumulating)
+            sums = Fp32GradientSums(parameter for group in optimizer.param_groups for parameter in group["params"])
+            self.accumulating = partial(sums.accumulating, self.accumulating)
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of one micro-batch."""
