@@ -1,4 +1,4 @@
-"""How several processes train one model together: one ``type`` in a recipe, and nothing else changes. Torch-free."""
+"""How several processes train one model together: a recipe sets one ``type`` and nothing else. Torch-free."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ class NoParallelConfig:
 
 @config
 class DdpConfig:
-    """Every process holds the whole model and its optimizer; gradients are averaged. The fastest where that fits."""
+    """Every process holds the whole model and its optimizer, and gradients are averaged. The fastest where that fits."""
 
     type: Literal["ddp"] = "ddp"
 
 
 @config
 class FsdpConfig:
-    """Weights, gradients and optimizer are cut into one part per process (FSDP2); a block is gathered when it computes."""
+    """Every process holds a shard of weights, gradients and optimizer (FSDP2); a block is gathered when it computes."""
 
     type: Literal["fsdp"] = "fsdp"
     reshard_after_forward: bool = True  # gather a block again for its backward pass; False: keep it, more memory and fewer waits
@@ -31,7 +31,7 @@ class FsdpConfig:
 
 @config
 class DeepSpeedConfig:
-    """DeepSpeed's ZeRO (an extra): cuts the optimizer (stage 1), the gradients too (2), the weights too (3)."""
+    """DeepSpeed's ZeRO (an extra) shards the optimizer (stage 1), the gradients too (2), and the weights too (3)."""
 
     type: Literal["deepspeed"] = "deepspeed"
     stage: Literal[1, 2, 3] = 2  # of ZeRO

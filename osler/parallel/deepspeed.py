@@ -1,10 +1,10 @@
-"""DeepSpeed's ZeRO (arXiv 1910.02054): the door to an optional library, and its engine in the terms of ours.
+"""DeepSpeed's ZeRO (arXiv 1910.02054), an optional library, behind the interface of ``ParallelEngine``.
 
-DeepSpeed takes over the optimizer's parameters, averages and clips gradients and makes the step itself. Checkpoints are ours: its
-functions that put single weights and moments together give the same tensors that any other strategy writes, so a run may change
-to ZeRO and back. ZeRO 2 and 3 reduce gradients in every micro-batch. DeepSpeed looks itself for a gradient that is not finite and
-skips its step, which waits for the device; a version that makes such a step is found by trying one before the first batch, and
-refused. https://deepspeed.readthedocs.io
+DeepSpeed takes over the optimizer's parameters, averages and clips gradients, and makes the step. Checkpoints are Osler's:
+DeepSpeed can gather single weights and moments, so the tensors are those of any other strategy, and a run may change to ZeRO and
+back. ZeRO 2 and 3 reduce gradients in every micro-batch. DeepSpeed itself skips a step whose gradient is not finite, and waits
+for the device to know. Some versions make such a step; a trial before the first batch finds them, and they are refused.
+https://deepspeed.readthedocs.io
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from osler.runtime.world import World
 
 logger = logging.getLogger(__name__)
 
-# Sections of DeepSpeed's own JSON that a run decides, and the fields that decide them.
-OURS = {
+# Keys of DeepSpeed's own JSON that a run decides, and the fields that decide them.
+DECIDED_BY = {
     "gradient_clipping": "clip_norm",
     "gradient_accumulation_steps": "micro_batch_tokens",
     "train_batch_size": "batch_tokens",
@@ -45,8 +45,8 @@ OURS = {
 }
 
 
-def share_with_deepspeed(loss: SummedLoss, config: DeepSpeedConfig, world: World) -> ParallelEngine:
-    """Make ready for ``deepspeed.initialize``; raises UserError where ``read_settings`` does."""
+def apply_deepspeed(loss: SummedLoss, config: DeepSpeedConfig, world: World) -> ParallelEngine:
+    """Prepare for ``deepspeed.initialize``, which needs the optimizer; raises UserError where ``read_settings`` does."""
     own = read_settings(config)
     stage = own["zero_optimization"].get("stage")
     if stage != config.stage:
@@ -57,7 +57,10 @@ def share_with_deepspeed(loss: SummedLoss, config: DeepSpeedConfig, world: World
 
 
 def read_settings(config: DeepSpeedConfig) -> dict[str, Any]:
-    """What DeepSpeed is told beside what a run decides. Raises UserError without the package, and for what a run decides."""
+    """Return the user's settings of DeepSpeed.
+
+    Raises UserError when the package is missing, and for a file that is no JSON object or sets what the run decides.
+    """
     if importlib.util.find_spec("deepspeed") is None:
         raise UserError(
             "parallel.type=deepspeed needs the package DeepSpeed: pip install -e '.[deepspeed]' in Osler's source tree. "
@@ -69,13 +72,13 @@ def read_settings(config: DeepSpeedConfig) -> dict[str, Any]:
     given = read_json(config.config_file)
     if not isinstance(given, dict):
         raise UserError(f"parallel.config_file {config.config_file} holds no JSON object with DeepSpeed's settings.")
-    for key in OURS.keys() & given.keys():
-        raise UserError(f"parallel.config_file {config.config_file} sets {key}: leave it out, the run's {OURS[key]} decides it.")
+    for key in DECIDED_BY.keys() & given.keys():
+        raise UserError(f"parallel.config_file {config.config_file} sets {key}: leave it out, the run's {DECIDED_BY[key]} decides it.")
     return settings | given
 
 
 class DeepSpeedEngine(ParallelEngine):
-    """ZeRO behind the interface of a plain engine."""
+    """Training by DeepSpeed's engine, which exists from ``bind`` on."""
 
     leaves_gradients = False
 
@@ -92,7 +95,7 @@ class DeepSpeedEngine(ParallelEngine):
         }
 
     def bind(self, optimizer: torch.optim.Optimizer, clip_norm: float) -> None:
-        # ZeRO replaces the parameters in these groups by flat parts of its own.
+        # ZeRO replaces the parameters in these groups by flat shards of its own.
         self.groups = [list(group["params"]) for group in optimizer.param_groups]
         self.inner = self.deepspeed.initialize(
             model=self.module, optimizer=optimizer, config={**self.settings, "gradient_clipping": clip_norm}
@@ -150,7 +153,7 @@ class DeepSpeedEngine(ParallelEngine):
             with self.deepspeed.zero.GatheredParameters(parameter, modifier_rank=0), torch.no_grad():
                 parameter.copy_(value)
             tools.safe_set_full_fp32_param(parameter, value)
-        self._try_step(optimizer, 1.0)  # the moments are there and connected after a step
+        self._try_step(optimizer, 1.0)  # DeepSpeed makes the moments and connects them in the first step
         for name, parameter in model.named_parameters():
             for key in state["state"].get(name, {}):
                 moment = tensors["optimizer"][f"{name}/{key}"]
@@ -161,16 +164,16 @@ class DeepSpeedEngine(ParallelEngine):
                     entry["step"] = torch.full_like(entry["step"], float(moment))
 
     def _try_step(self, optimizer: torch.optim.Optimizer, scale: float) -> None:
-        """Make a step without a learning rate, whose gradient is zero times ``scale``."""
+        """Make a step with a learning rate of 0 and a gradient of zero times ``scale``."""
         for group in optimizer.param_groups:
             group["lr"] = 0.0
         ids = torch.zeros(1, 2, dtype=torch.int64, device=self.inner.device)
-        with torch.compiler.set_stance("force_eager"):  # this shape never comes again
+        with torch.compiler.set_stance("force_eager"):  # this shape does not come again
             self.backward(self.inner(ids, torch.full_like(ids, IGNORED), None) * scale)
         self.inner.step()
 
     def _require_skipping(self, optimizer: torch.optim.Optimizer) -> None:
-        """Raise UserError when DeepSpeed makes a step with a gradient of NaN, which would be the end of the weights."""
+        """Raise UserError when DeepSpeed makes a step with a gradient of NaN, which would destroy the weights."""
         log = self.deepspeed.utils.logger
         level = log.level
         log.setLevel("ERROR")  # it warns of every step that it skips
@@ -183,10 +186,10 @@ class DeepSpeedEngine(ParallelEngine):
             )
 
     def _make_moments(self, optimizer: torch.optim.Optimizer) -> None:
-        """Give the flat parts of stages 1 and 2 their moments, zeros, before the first step.
+        """Make the moments, zeros, of the flat shards of stages 1 and 2 before the first step.
 
-        DeepSpeed connects weights and moments once, after the first step of the first parameter group: those of the other groups
-        must be there by then. Stage 3 shows no flat parts and connects each by itself.
+        DeepSpeed connects weights and moments once, after the first step of the first parameter group, so the moments of the
+        other groups must exist by then. Stage 3 has no such flat shards and connects each parameter by itself.
         """
         flats = [flat for group in optimizer.param_groups for flat in group["params"]]
         kept = [flat.grad for flat in flats]

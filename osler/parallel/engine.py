@@ -1,8 +1,9 @@
-"""What training asks of whatever joins the ranks: a loss, a way to hold back communication, an update, the weights as a whole.
+"""The interface of a parallel strategy: the loss, accumulation without communication, the update, and whole tensors for
+checkpoints.
 
-The idea: each rank divides its summed loss by the *mean* number of learned tokens of a rank. Averaging gradients over the ranks,
-which is what every engine does, then gives the gradient of the mean loss per learned token of the global batch, however unevenly
-the ranks share those tokens. Stateless beyond the model and the optimizer.
+Each rank divides its summed loss by the *mean* number of learned tokens of a rank. Every strategy averages gradients over the
+ranks, which then gives the gradient of the mean loss per learned token of the global batch, however unevenly the ranks share
+those tokens. There is no state beyond the model and the optimizer.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ LossFunction = Callable[..., Any]  # a ModelLoss, wrapped or not
 
 
 class ParallelEngine:
-    """One process, or an engine that leaves averaged gradients in ``parameter.grad`` as a plain backward pass would."""
+    """Training on one process, or by a strategy that leaves averaged gradients in ``parameter.grad``."""
 
     leaves_gradients = True
 
@@ -36,13 +37,13 @@ class ParallelEngine:
         world: World | None = None,
         accumulating: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
-        """``loss`` sums over this rank's rows; inside ``accumulating()`` a backward pass leaves its gradient on the rank."""
+        """``loss`` sums over this rank's rows. Within ``accumulating()`` a backward pass leaves its gradient on the rank."""
         self.loss = loss
         self.world = world or World()
         self.accumulating = accumulating
 
     def bind(self, optimizer: torch.optim.Optimizer, clip_norm: float) -> None:
-        """Called once, with the optimizer built over the parameters and before anything is restored or learned."""
+        """Take the optimizer of the parameters; called once, before anything is restored or learned."""
         self.clip_norm = clip_norm
         if isinstance(optimizer, Bf16AdamW):
             sums = Fp32GradientSums(parameter for group in optimizer.param_groups for parameter in group["params"])
@@ -53,9 +54,9 @@ class ParallelEngine:
         loss.backward()
 
     def update(self, optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Clip and make the optimizer's step, or skip it inside its kernel when the gradient is not finite.
+        """Clip the gradients and make the optimizer's step, which its kernel skips when a gradient is not finite.
 
-        Returns the gradient norm before clipping, and 1 if skipped; both stay on the device.
+        Returns the gradient norm before clipping, and 1 for a skipped step; both stay on the device.
         """
         grad_norm = whole(torch.nn.utils.clip_grad_norm_(parameters, self.clip_norm, foreach=True))
         skipped = (~torch.isfinite(grad_norm)).float()
@@ -67,7 +68,7 @@ class ParallelEngine:
     def parts(
         self, model: Transformer, optimizer: torch.optim.Optimizer, to_host: ToHost | None = None
     ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-        """What a checkpoint holds: whole tensors of model and optimizer, on rank 0 alone, and the JSON beside them.
+        """Return what a checkpoint holds: whole tensors of model and optimizer, on rank 0 only, and the JSON beside them.
 
         ``to_host(part, name, tensor)`` copies a tensor that was gathered for the checkpoint off the device, see ``gathered``.
         """
@@ -87,17 +88,18 @@ class ParallelEngine:
         tensors: Mapping[str, Mapping[str, Tensor]],
         state: Mapping[str, Any],
     ) -> None:
-        """Put back what ``parts`` gave, whichever engine gave it."""
+        """Load what ``parts`` of any engine returned."""
         load_whole(model, tensors["model"])
         restore_optimizer(optimizer, model.named_parameters(), tensors["optimizer"], state)
 
     def plain_model(self, model: Transformer) -> Transformer:
-        """The model as evaluation and sampling know it: neither sharded nor compiled.
+        """Return the model that evaluation and sampling use, neither sharded nor compiled; every rank must call this.
 
-        With one process it is the model itself; DDP's copy shares the weights, others gather them: drop it after use.
+        With one process it is the model itself. With DDP it shares the weights; otherwise it has gathered them, so drop it after
+        use.
         """
         return model if self.world.size == 1 else model.eager_copy(self.whole_weights(model))
 
     def whole_weights(self, model: Transformer) -> dict[str, Tensor]:
-        """The state dict, whole, on every rank."""
+        """Return the state dict with whole tensors, on every rank."""
         return {name: whole(tensor) for name, tensor in model.state_dict().items()}

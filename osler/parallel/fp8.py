@@ -1,10 +1,10 @@
 """FP8 for the projections of the blocks, through torchao (the extra ``fp8``).
 
 The three matrix products of a projection (output, gradient of the input, gradient of the weight) run on 8-bit numbers:
-activations and weights as e4m3, gradients as e5m2 (arXiv 2209.05433), each tensor scaled by its own largest value just before
-("tensorwise, dynamic"). Everything else stays as with ``precision=bf16``: embeddings, norms, attention and head in bf16, weights,
-optimizer and loss in fp32. Where no gradient is wanted the ordinary product runs, so what is evaluated, sampled and saved is the
-ordinary model. Scales are computed anew every time and no state is kept: checkpoints are ordinary, and resume is exact.
+activations and weights as e4m3, gradients as e5m2 (arXiv 2209.05433). Each tensor is scaled by its own largest value
+("tensorwise, dynamic"). Everything else is as with ``precision=bf16``: embeddings, norms, attention and head in bf16; weights,
+optimizer and loss in fp32. Without gradients the ordinary product runs, so the ordinary model is evaluated, sampled and saved.
+Scales are computed for every product and no state is kept, so checkpoints are ordinary and resume is exact.
 """
 
 from __future__ import annotations
@@ -27,13 +27,14 @@ logger = logging.getLogger(__name__)
 
 TILE = 16  # the hardware multiplies FP8 matrices in tiles of this size
 FIRST_CAPABILITY = (8, 9)  # of CUDA devices with FP8: Ada; 9.0 is Hopper
-NARROW = 1024  # widths below it are reported to lose
+NARROW = 1024  # FP8 is reported to be slower at smaller widths
 
 
 def convert_to_fp8(model: Transformer, device: torch.device, *, tokens: Sequence[int]) -> None:
-    """Let the projections of ``model`` train in FP8, in place; ``tokens`` is how many a forward pass takes, in each stage.
+    """Let the projections of ``model`` train in FP8, in place; ``tokens`` are those of a forward pass in each stage.
 
-    Parameters keep their names, values and identity. A CPU emulates. Raises UserError when the device or the shapes cannot.
+    Parameters stay the same objects under the same names. A CPU emulates FP8. Raises UserError for other devices without FP8, and
+    for shapes that are no multiples of 16.
     """
     check_shapes(model.config, tokens)
     if device.type == "cuda":
@@ -55,7 +56,7 @@ def convert_to_fp8(model: Transformer, device: torch.device, *, tokens: Sequence
 
 
 def check_shapes(config: ModelConfig, tokens: Sequence[int]) -> None:
-    """Refuse projections and batches that FP8 hardware cannot multiply, by name and number (UserError)."""
+    """Raise UserError for projections and batches that FP8 hardware cannot multiply."""
     sizes = {
         "hidden_size": config.hidden_size,
         "intermediate_size": config.intermediate_size,
@@ -72,7 +73,7 @@ def check_shapes(config: ModelConfig, tokens: Sequence[int]) -> None:
 
 
 def check_gpu(name: str, capability: tuple[int, int]) -> None:
-    """Refuse a GPU without FP8 (UserError)."""
+    """Raise UserError for a GPU without FP8."""
     if capability < FIRST_CAPABILITY:
         raise UserError(
             f"precision=fp8 needs a GPU of compute capability 8.9 or more (Ada, Hopper, Blackwell); {name} has "
@@ -82,8 +83,8 @@ def check_gpu(name: str, capability: tuple[int, int]) -> None:
 
 @functools.cache
 def float8_linear(emulate: bool) -> tuple[Callable[..., nn.Linear], Any]:
-    """The class of a projection that trains in FP8, and torchao's configuration for it; raises UserError without torchao."""
-    for name in ("torchao", "torch.utils._pytree"):  # they warn of kernels for another Python, and of each other
+    """Return the class of a projection in FP8 and torchao's configuration for it; raises UserError without torchao."""
+    for name in ("torchao", "torch.utils._pytree"):  # they warn about kernels for another Python, and about each other
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
         from torchao.float8 import Float8LinearConfig

@@ -1,11 +1,10 @@
-"""Fully sharded data parallel (FSDP2, ``fully_shard``): each rank keeps a part of every weight and moment.
+"""Fully sharded data parallelism (FSDP2, ``fully_shard``): each rank keeps a shard of every weight and moment.
 
-A model on the ``meta`` device is cut before it has weights, so that no rank ever holds all of them to start with; evaluation
-gathers it whole. While micro-batches accumulate, a rank keeps whole gradients, because nothing is sent before the last one; a
-batch of one forward pass keeps parts only. A block's weights are gathered in the compute dtype when it computes, and gradients
-are reduced in fp32, so the master weights and the sum over ranks are as wide as with one process; only FP8 finds weights that
-were rounded to bf16 before it rounds them.
-https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html
+A model on the ``meta`` device is sharded before it has weights, so no rank ever needs to hold all of them; only evaluation
+gathers the model. While micro-batches accumulate, a rank keeps whole gradients, because nothing is sent before the last one; a
+batch of one forward pass keeps shards only. Weights are gathered in the compute dtype and gradients are reduced in fp32, so the
+weights and the sum over the ranks are as wide as with one process. Only FP8 differs: it gets weights that were rounded to bf16
+before. https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html
 """
 
 from __future__ import annotations
@@ -23,10 +22,10 @@ from osler.parallel.engine import ParallelEngine
 from osler.runtime.world import World
 
 
-def share_with_fsdp(loss: ModelLoss, config: FsdpConfig, world: World) -> ParallelEngine:
-    """Cut every block, and what lies outside the blocks as one more; the model's parameters become ``DTensor``.
+def apply_fsdp(loss: ModelLoss, config: FsdpConfig, world: World) -> ParallelEngine:
+    """Shard every block, and what lies outside of the blocks as one more unit; the model's parameters become ``DTensor``.
 
-    Those of a model on ``meta`` then have memory for their parts and no values.
+    The shards of a model on ``meta`` get memory but no values.
     """
     mesh = init_device_mesh(torch.device(world.device).type, (world.size,))
     # The model casts its activations itself.

@@ -17,20 +17,20 @@ from osler.optim.bf16 import keep_in_bf16
 from osler.parallel.activation_checkpoint import set_recompute
 from osler.parallel.compile import compile_loss, with_few_shapes
 from osler.parallel.config import DdpConfig, DeepSpeedConfig, FsdpConfig, NoParallelConfig, ParallelConfig
-from osler.parallel.ddp import share_with_ddp
-from osler.parallel.deepspeed import read_settings, share_with_deepspeed
+from osler.parallel.ddp import apply_ddp
+from osler.parallel.deepspeed import apply_deepspeed, read_settings
 from osler.parallel.engine import ParallelEngine
 from osler.parallel.fp8 import convert_to_fp8
-from osler.parallel.fsdp import share_with_fsdp
+from osler.parallel.fsdp import apply_fsdp
 from osler.runtime.device import pick_device
 from osler.runtime.world import World
 
 logger = logging.getLogger(__name__)
 
 STRATEGIES: dict[type, Callable[[Any, Any, World], ParallelEngine]] = {
-    DdpConfig: share_with_ddp,
-    FsdpConfig: share_with_fsdp,
-    DeepSpeedConfig: share_with_deepspeed,
+    DdpConfig: apply_ddp,
+    FsdpConfig: apply_fsdp,
+    DeepSpeedConfig: apply_deepspeed,
 }
 
 
