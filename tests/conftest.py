@@ -22,8 +22,11 @@ MODEL = {
 
 @pytest.fixture(autouse=True)
 def no_fault_from_outside(monkeypatch):
-    """A fault set in the caller's shell would strike in every test."""
-    monkeypatch.delenv("OSLER_FAULT", raising=False)
+    """A fault set in the caller's shell would strike in every test, and visits are counted anew in each."""
+    from osler.runtime import faults
+
+    monkeypatch.delenv(faults.VARIABLE, raising=False)
+    faults.visits.clear()
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -45,6 +48,17 @@ def standard_handlers():
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture
+def one_thread():
+    """Small operators only wait for a second thread."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -91,7 +91,7 @@ def training_step(
         optimizer = build_optimizer(model, config.optim, seed=config.seed)
     else:  # whatever dtypes a peer keeps its weights in
         engine = ParallelEngine(torch.compile(loss, dynamic=False) if spec["compile"] else loss)
-        optimizer = torch.optim.AdamW([{"params": list(model.parameters()), "base_lr": 1e-4}], fused=True)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     learner = Learner(cast(Transformer, model), optimizer, engine, config.clip_norm)
     step = TrainStep(
         learner, micro_batch_tokens=config.micro_batch_tokens, document_mask=config.document_mask, mark=mark

@@ -104,24 +104,6 @@ def keeping_settings(optimizer: torch.optim.Optimizer) -> Iterator[None]:
         group.update(settings)
 
 
-def set_lr(optimizer: torch.optim.Optimizer, scale: float) -> None:
-    """Set each group's learning rate to ``scale`` times its full one."""
-    for group in optimizer.param_groups:
-        group["lr"] = group["base_lr"] * scale
-
-
-def set_decay_and_momentum(
-    optimizer: torch.optim.Optimizer, config: AdamWConfig | MuonConfig, lr_scale: float, tokens: int, total_tokens: int
-) -> None:
-    """Set the matrices' weight decay and Muon's momentum to what they are after ``tokens``."""
-    for group in optimizer.param_groups:
-        if group["name"] == "matrices":
-            scale = weight_decay_scale(config.weight_decay_schedule, lr_scale, tokens, total_tokens)
-            group["weight_decay"] = config.weight_decay * scale
-            if isinstance(config, MuonConfig):
-                group["momentum"] = momentum_at(config, tokens)
-
-
 def set_hyperparameters(
     optimizer: torch.optim.Optimizer, config: AdamWConfig | MuonConfig, lr_scale: float, tokens: int, total_tokens: int
 ) -> None:
@@ -129,5 +111,10 @@ def set_hyperparameters(
 
     ``lr_scale`` multiplies each group's full learning rate; decay and momentum are what they are after ``tokens``.
     """
-    set_lr(optimizer, lr_scale)
-    set_decay_and_momentum(optimizer, config, lr_scale, tokens, total_tokens)
+    for group in optimizer.param_groups:
+        group["lr"] = group["base_lr"] * lr_scale
+        if group["name"] == "matrices":
+            decay_scale = weight_decay_scale(config.weight_decay_schedule, lr_scale, tokens, total_tokens)
+            group["weight_decay"] = config.weight_decay * decay_scale
+            if isinstance(config, MuonConfig):
+                group["momentum"] = momentum_at(config, tokens)

@@ -73,7 +73,7 @@ def read_settings(config: DeepSpeedConfig) -> dict[str, Any]:
     if not isinstance(given, dict):
         raise UserError(f"parallel.config_file {config.config_file} holds no JSON object with DeepSpeed's settings.")
     for key in DECIDED_BY.keys() & given.keys():
-        raise UserError(f"parallel.config_file {config.config_file} sets {key}: leave it out, the run's {DECIDED_BY[key]} decides it.")
+        raise UserError(f"parallel.config_file {config.config_file} sets {key}: leave it out, {DECIDED_BY[key]} decides it.")
     return settings | given
 
 

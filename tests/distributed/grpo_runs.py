@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 import io
 import math
-import signal
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 
 import torch
-from parallel_runs import metrics, refused, report, said, train
+from parallel_runs import continued, lost, metrics, refused, report, said, train
 
 import osler.rl.run  # noqa: F401 - loaded once for every fork
 from osler.checkpoint import store
@@ -55,32 +53,8 @@ def same_run(command: Sequence[str], whole: Path, folder: Path, size: int, strat
     assert [said(folder, rank) for rank in range(1, size)] == [""] * (size - 1), "another rank than 0 spoke"
 
 
-def continued(command: Sequence[str], whole: Path, folder: Path, starts: Sequence[tuple[int, str]]) -> None:
-    """Stop by a signal to one rank after a few steps, each time going on with another number of ranks or strategy."""
-    for number, (size, strategy) in enumerate(starts, start=1):
-        last = number == len(starts)
-        fault = {} if last else {"fault_rank": size - 1, "fault": "train-step:sigterm:2"}
-        ended = train([*command, f"parallel.type={strategy}"], folder, size, **fault)
-        assert ended == [0 if last else 130] * size, f"{strategy} on {size} ended with {ended}: {said(folder, 0)[-2000:]}"
-        if not last:
-            saved = store.newest_good(folder / "checkpoints")[0]
-            assert saved is not None and store.load(saved).step == 2 * number, f"{saved} was saved"
-    assert_same(folder, whole)
-
-
-def lost(command: Sequence[str], whole: Path, folder: Path) -> None:
-    """When one rank is killed, the other ends soon and says why; one process goes on from what was saved to the same end."""
-    ended = train([*command, "parallel.type=ddp"], folder, 2, fault_rank=1, fault="train-step:kill:3")
-    assert ended == [2, -signal.SIGKILL], f"ended with {ended}"
-    assert "Rank 0 of 2 lost the others" in said(folder, 0) and "Traceback" not in said(folder, 0)
-    saved, skipped = store.newest_good(folder / "checkpoints")
-    assert saved is not None and not skipped and store.load(saved).step == 2
-    assert train(command, folder, 1) == [0]
-    assert_same(folder, whole)
-
-
 def taught_nothing(command: Sequence[str], folder: Path) -> None:
-    """A model from which nothing can be learned is refused by every rank and told by one, and nothing is left behind."""
+    """A model from which nothing can be learned is refused by every rank and reported by one, and nothing is left behind."""
     assert train([*command, "parallel.type=ddp"], folder, 2) == [2, 2]
     told = said(folder, 0) + said(folder, 1)
     assert told.count("osler: ") == told.count("preflight=warn") == told.count("Before training") == 1, told
@@ -100,15 +74,15 @@ def run_all(grpo: list[str], root: Path) -> None:
         assert train(command, whole, 1) == [0], said(whole, 0)[-2000:]
         for size, strategy in sizes:
             folder = root / f"{name}-{size}-{strategy}"
-            report(f"{name} {strategy} {size}", functools.partial(same_run, command, whole, folder, size, strategy))
+            report(f"{name} {strategy} {size}", same_run, command, whole, folder, size, strategy)
     assert {line.get("groups/effective") for line in metrics(root / "uneven")} & {1.0, 2.0}, "no group was left out"
     for name, starts in {"shrinks": [(4, "ddp"), (2, "fsdp"), (1, "none")], "grows": [(1, "none"), (2, "ddp")]}.items():
-        report(name, functools.partial(continued, grpo, root / "plain", root / name, starts))
-    report("lost", functools.partial(lost, grpo, root / "plain", root / "lost"))
-    report("none", functools.partial(refused, grpo, root / "none", ["2 processes", "parallel.type=ddp"]))
-    report("taught nothing", functools.partial(taught_nothing, [*grpo, "algorithm.max_new_tokens=1"], root / "taught"))
+        report(name, continued, grpo, root / "plain", root / name, starts, 2, assert_same)
+    report("lost", lost, grpo, root / "plain", root / "lost", 3, 2, assert_same)
+    report("none", refused, grpo, root / "none", ["2 processes", "parallel.type=ddp"])
+    report("taught nothing", taught_nothing, [*grpo, "algorithm.max_new_tokens=1"], root / "taught")
     zero = [*grpo, "parallel.type=deepspeed"]
-    report("deepspeed", functools.partial(refused, zero, root / "zero", ["parallel", "deepspeed", "ddp"], times=2))
+    report("deepspeed", refused, zero, root / "zero", ["parallel", "deepspeed", "ddp"], times=2)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""A program for test_parallel.py: forks the ranks of many small runs on gloo and compares what they end in.
+"""A program for test_parallel.py: forks the ranks of many small runs on gloo and compares how they end.
 
-One process imports everything once and forks for every rank, as torchrun would start it; it never computes itself. Prints
+One process imports everything once and forks every rank, as torchrun would start it; it never computes itself. It prints
 ``ok <case>`` or ``FAILED <case>: why``.
 """
 
@@ -62,6 +62,7 @@ TOLERANCE = 1e-6
 FP8_TOLERANCE = {"ddp": 1e-4, "fsdp": 2**-8}
 MUON_TOLERANCE = 1e-5  # its step depends on the gradient's direction alone, however small, and so on how a sum was rounded
 PATIENCE_SECONDS = 300  # less than a lost rank would cost that is given up only after COLLECTIVE_TIMEOUT
+Same = Callable[[Path, Path], None]  # raises AssertionError when two runs differ
 ZERO_AND_BACK = [(2, "fsdp"), (2, "deepspeed"), (2, "deepspeed"), (1, "none")]
 STEPS = 12
 
@@ -153,17 +154,19 @@ def same_run(command: Sequence[str], whole: Path, folder: Path, size: int, strat
     assert [said(folder, rank) for rank in range(1, size)] == [""] * (size - 1), "another rank than 0 spoke"
 
 
-def continued(command: Sequence[str], whole: Path, folder: Path, starts: Sequence[tuple[int, str]]) -> None:
-    """Stop by a signal to one rank after a few steps, each time going on with another number of ranks or strategy."""
-    for number, (size, strategy) in enumerate(starts):
-        last = number == len(starts) - 1
-        fault = {} if last else {"fault_rank": size - 1, "fault": "train-step:sigterm:3"}
+def continued(
+    command: Sequence[str], whole: Path, folder: Path, starts: Sequence[tuple[int, str]], each: int = 3, same: Same = assert_same
+) -> None:
+    """Stop by a signal to one rank after ``each`` steps, and go on with another number of ranks or strategy."""
+    for number, (size, strategy) in enumerate(starts, start=1):
+        last = number == len(starts)
+        fault = {} if last else {"fault_rank": size - 1, "fault": f"train-step:sigterm:{each}"}
         ended = train([*command, f"parallel.type={strategy}"], folder, size, **fault)
         assert ended == [0 if last else 130] * size, f"{strategy} on {size} ended with {ended}: {said(folder, 0)[-2000:]}"
         if not last:
             saved = store.newest_good(folder / "checkpoints")[0]
-            assert saved is not None and store.load(saved).step == 3 * (number + 1), f"{saved} was saved"
-    assert_same(folder, whole)
+            assert saved is not None and store.load(saved).step == each * number, f"{saved} was saved"
+    same(folder, whole)
 
 
 def from_earlier(whole: Path, root: Path) -> None:
@@ -184,7 +187,7 @@ def from_earlier(whole: Path, root: Path) -> None:
 
 
 def watched(command: Sequence[str], root: Path) -> None:
-    """A look at everything changes no bit, and finds the same gradients, weights and updates however they are cut up."""
+    """Full monitoring changes no bit, and finds the same gradients, weights and updates however they are sharded."""
     full = [*command, "monitor.level=full", "monitor.full_every_steps=5"]
     alone, of_all = root / "watched-1", ("grad/", "update/", "model/weight_norm", "model/effective_rank", "data/")
     assert train(full, alone, 1) == [0], said(alone, 0)[-2000:]
@@ -203,19 +206,21 @@ def watched(command: Sequence[str], root: Path) -> None:
                 assert close, f"step {step}: {name} is {found[step][name]} by {strategy} and {line[name]} with one process"
 
 
-def lost(command: Sequence[str], folder: Path) -> None:
-    """When one rank is killed, the other ends soon, says why in a paragraph, and leaves nothing torn."""
-    ended = train([*command, "parallel.type=ddp"], folder, 2, fault_rank=1, fault="train-step:kill:6")
+def lost(command: Sequence[str], whole: Path, folder: Path, kill: int = 6, step: int = 4, same: Same = assert_same) -> None:
+    """When one rank is killed, the other ends soon and says why; one process goes on from what was saved to the same end."""
+    ended = train([*command, "parallel.type=ddp"], folder, 2, fault_rank=1, fault=f"train-step:kill:{kill}")
     assert ended == [2, -signal.SIGKILL], f"ended with {ended}"
     assert "Rank 0 of 2 lost the others" in said(folder, 0) and "Traceback" not in said(folder, 0)
     saved, skipped = store.newest_good(folder / "checkpoints")
-    assert saved is not None and not skipped and store.load(saved).step == 4
+    assert saved is not None and not skipped and store.load(saved).step == step
+    assert train(command, folder, 1) == [0]
+    same(folder, whole)
 
 
 def refused(command: Sequence[str], folder: Path, words: Sequence[str], *, times: int = 1) -> None:
-    """A mistake is told in one paragraph, once by whichever rank finds it first, and every rank ends with 2.
+    """An error is reported in one paragraph by the first rank that finds it, and every rank ends with 2.
 
-    What a rank finds before it connects it tells itself, as these have no launcher that keeps a store.
+    Each rank reports what it finds before it connects, because there is no launcher here that keeps a store.
     """
     assert train(command, folder, 2) == [2, 2]
     told = said(folder, 0) + said(folder, 1)
@@ -225,7 +230,7 @@ def refused(command: Sequence[str], folder: Path, words: Sequence[str], *, times
 
 
 def mistaken(command: Sequence[str], folder: Path, everyone: bool) -> None:
-    """A mistake that the last rank finds, alone or with the others, when all are connected: all end, and it is told once."""
+    """An error that the last rank finds, alone or with the others, when all are connected: all end, and one reports it."""
     absent = str(folder.with_suffix(".absent"))
 
     def program() -> int:
@@ -237,7 +242,7 @@ def mistaken(command: Sequence[str], folder: Path, everyone: bool) -> None:
     assert told.count("osler: ") == told.count(absent) == 1, told
     assert "Traceback" not in told and "lost the others" not in told, told
     if not everyone:
-        assert absent in said(folder, 1), "the rank that made the mistake is not the one to tell it"
+        assert absent in said(folder, 1), "another rank than the one with the error reported it"
 
 
 def spread(world: World, value: float) -> int:
@@ -379,10 +384,10 @@ def runs_on_two(program: Callable[[], int], folder: Path) -> None:
     assert codes(start(program, folder, 2)) == [0, 0], said(folder, 0) + said(folder, 1)
 
 
-def report(name: str, case: Callable[[], None]) -> None:
+def report(name: str, case: Callable[..., None], *given: Any, **options: Any) -> None:
     before = time.monotonic()
     try:
-        case()
+        case(*given, **options)
     except (AssertionError, OSError) as error:
         print(f"FAILED {name}: {error}", flush=True)
     else:
@@ -397,12 +402,12 @@ def same_however_computed(command: Sequence[str], root: Path) -> None:
         name = f"{strategy} recompute={recompute} compile={compiled}"
         settings = [*command, f"recompute={recompute}", f"compile={compiled}"]
         folder = root / f"{strategy}-{recompute}-{compiled}"
-        report(name, functools.partial(same_run, settings, root / "pretrain-1", folder, 2, strategy))
+        report(name, same_run, settings, root / "pretrain-1", folder, 2, strategy)
     fp8 = [*command, "precision=fp8"]
     assert train(fp8, root / "fp8-1", 1) == [0], said(root / "fp8-1", 0)[-2000:]
     for strategy, tolerance in FP8_TOLERANCE.items():
         folder = root / f"fp8-{strategy}"
-        report(f"fp8 {strategy}", functools.partial(same_run, fp8, root / "fp8-1", folder, 2, strategy, tolerance))
+        report(f"fp8 {strategy}", same_run, fp8, root / "fp8-1", folder, 2, strategy, tolerance)
 
 
 def run_all(recipes: dict[str, list[str]], root: Path) -> None:
@@ -413,7 +418,7 @@ def run_all(recipes: dict[str, list[str]], root: Path) -> None:
         assert train(command, whole, 1) == [0], said(whole, 0)[-2000:]
         for size, strategy in ((2, "ddp"), (2, "fsdp"), (4, "fsdp" if kind == "pretrain" else "ddp")):
             folder = root / f"{kind}-{size}-{strategy}"
-            report(f"{kind} {strategy} {size}", functools.partial(same_run, command, whole, folder, size, strategy))
+            report(f"{kind} {strategy} {size}", same_run, command, whole, folder, size, strategy)
     pretrain = recipes["pretrain"]
     for name, starts in {
         "shrinks": [(4, "fsdp"), (2, "fsdp"), (1, "none")],
@@ -421,33 +426,32 @@ def run_all(recipes: dict[str, list[str]], root: Path) -> None:
         "grows": [(1, "none"), (2, "fsdp"), (4, "fsdp")],
         "alone again": [(4, "ddp"), (1, "none")],
     }.items():
-        report(name, functools.partial(continued, pretrain, root / "pretrain-1", root / name, starts))
-    report("sft shrinks", functools.partial(continued, recipes["sft"], root / "sft-1", root / "sft", [(2, "ddp"), (1, "none")]))
+        report(name, continued, pretrain, root / "pretrain-1", root / name, starts)
+    report("sft shrinks", continued, recipes["sft"], root / "sft-1", root / "sft", [(2, "ddp"), (1, "none")])
     same_however_computed(pretrain, root)
     muon = [*pretrain, "optim={type: muon}"]
     assert train(muon, root / "muon-1", 1) == [0], said(root / "muon-1", 0)[-2000:]
     for strategy in ("ddp", "fsdp"):
         folder = root / f"muon-{strategy}"
-        report(f"muon {strategy}", functools.partial(same_run, muon, root / "muon-1", folder, 2, strategy, MUON_TOLERANCE))
+        report(f"muon {strategy}", same_run, muon, root / "muon-1", folder, 2, strategy, MUON_TOLERANCE)
     if importlib.util.find_spec("deepspeed"):
         for stage in (1, 2, 3):
             zero = [*pretrain, f"parallel.stage={stage}"]
             folder = root / f"zero-{stage}"
-            report(f"ZeRO {stage}", functools.partial(same_run, zero, root / "pretrain-1", folder, 2, "deepspeed"))
-        report("to ZeRO and back", functools.partial(continued, pretrain, root / "pretrain-1", root / "zero", ZERO_AND_BACK))
+            report(f"ZeRO {stage}", same_run, zero, root / "pretrain-1", folder, 2, "deepspeed")
+        report("to ZeRO and back", continued, pretrain, root / "pretrain-1", root / "zero", ZERO_AND_BACK)
     programs = {"accumulation": accumulate, "sent once": send_once}
     programs["start in parts"] = functools.partial(start_in_parts, root / "pretrain-1")
     for name, program in programs.items():
-        report(name, functools.partial(runs_on_two, program, root / name.replace(" ", "-")))
-    report("from earlier", functools.partial(from_earlier, root / "pretrain-1", root))
-    report("watched", functools.partial(watched, pretrain, root))
-    report("lost", functools.partial(lost, pretrain, root / "lost"))
-    report("none", functools.partial(refused, pretrain, root / "none", ["2 processes", "parallel.type=ddp"]))
+        report(name, runs_on_two, program, root / name.replace(" ", "-"))
+    report("from earlier", from_earlier, root / "pretrain-1", root)
+    report("watched", watched, pretrain, root)
+    report("lost", lost, pretrain, root / "pretrain-1", root / "lost")
+    report("none", refused, pretrain, root / "none", ["2 processes", "parallel.type=ddp"])
     uneven = [*pretrain, "parallel.type=ddp", "batch_tokens=192", "micro_batch_tokens=64"]
     for name, everyone in {"one rank's mistake": False, "every rank's mistake": True}.items():
-        case = functools.partial(mistaken, recipes["sft"], root / name.replace(" ", "-"), everyone)
-        report(name, case)
-    report("rows", functools.partial(refused, uneven, root / "rows", ["3 rows", "multiple of 2"]))
+        report(name, mistaken, recipes["sft"], root / name.replace(" ", "-"), everyone)
+    report("rows", refused, uneven, root / "rows", ["3 rows", "multiple of 2"])
 
 
 if __name__ == "__main__":

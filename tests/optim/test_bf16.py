@@ -38,15 +38,6 @@ def tiny(*, in_bf16: bool) -> Transformer:
     return model
 
 
-@pytest.fixture
-def one_thread():
-    """Operators this small only wait for a second one."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def set_gradients(model: nn.Module, number: int) -> None:
     generator = torch.Generator().manual_seed(number)
     for parameter in model.parameters():

@@ -10,7 +10,7 @@ import torch
 from osler.checkpoint.optimizer_state import flatten_optimizer, restore_optimizer
 from osler.model.config import ModelConfig
 from osler.model.transformer import Transformer
-from osler.optim.build import build_optimizer, set_decay_and_momentum
+from osler.optim.build import build_optimizer, set_hyperparameters
 from osler.optim.config import AdamWConfig, LrWeightDecay, MomentumWarmup, MuonConfig
 from osler.optim.muon import Muon, equal_shapes, orthogonalize
 
@@ -74,12 +74,6 @@ def test_singular_values_come_out_near_one_and_singular_vectors_stay(shape, dtyp
 def test_zero_stays_zero_and_no_step_is_only_a_normalisation():
     assert orthogonalize(torch.zeros(2, 4, 3), 5, torch.float32).abs().max() == 0
     assert torch.linalg.matrix_norm(orthogonalize(torch.ones(1, 4, 3), 0, torch.float32)) == pytest.approx(1.0)
-
-
-def test_orthogonalize_is_one_graph():
-    compiled = torch.compile(orthogonalize, fullgraph=True, backend="eager")
-    stack = torch.randn(2, 6, 4, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(compiled(stack, 5, torch.float32), orthogonalize(stack, 5, torch.float32))
 
 
 def test_every_step_is_the_rule():
@@ -216,7 +210,7 @@ def test_five_more_steps_after_disk_are_equal_to_the_last_bit():
 
     def advance(model, optimizer, first, last):
         for step in range(first, last):
-            set_decay_and_momentum(optimizer, config, 1 / (1 + step), step, 10)
+            set_hyperparameters(optimizer, config, 1 / (1 + step), step, 10)
             give_gradients(model.parameters(), step)
             optimizer.step()
 
@@ -233,21 +227,3 @@ def test_five_more_steps_after_disk_are_equal_to_the_last_bit():
     advance(resumed, again, 5, 10)
     expected, found = bits(model, optimizer), bits(resumed, again)
     assert expected.keys() == found.keys() and all(torch.equal(found[name], value) for name, value in expected.items())
-
-
-def test_it_learns_a_linear_map():
-    generator = torch.Generator().manual_seed(0)
-    target, x = torch.randn(16, 12, generator=generator) / 4, torch.randn(64, 12, generator=generator)
-    layer = torch.nn.Linear(12, 16, bias=False)
-    with torch.no_grad():
-        layer.weight.zero_()
-    optimizer = build_optimizer(layer, MuonConfig(weight_decay=0.0))
-    losses = []
-    for step in range(60):
-        optimizer.param_groups[0]["lr"] = 0.1 * (1 - step / 60)
-        optimizer.zero_grad()
-        loss = (layer(x) - x @ target.T).square().mean()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < 0.01 * losses[0]

@@ -10,7 +10,7 @@ from osler.config import ConfigError
 from osler.decode import decode
 from osler.model.config import ModelConfig
 from osler.model.transformer import Transformer
-from osler.optim.build import build_optimizer, group_of, set_decay_and_momentum, set_lr
+from osler.optim.build import build_optimizer, group_of, set_hyperparameters
 from osler.optim.config import (
     AdamWConfig,
     ConstantConfig,
@@ -75,14 +75,22 @@ def test_momentum_warmup_at_round_numbers() -> None:
 
 
 @pytest.mark.parametrize("kind", [AdamWConfig, MuonConfig])
-def test_decay_and_momentum_are_set_on_the_matrices_only(kind: type[AdamWConfig] | type[MuonConfig]) -> None:
-    config = kind(weight_decay=0.2, weight_decay_schedule=LinearWeightDecay())
-    optimizer = build_optimizer(Transformer(ModelConfig(norm_weight=True)), config)
-    for tokens, expected in {0: 0.2, 500: 0.1, 1000: 0.0, 250: 0.15}.items():
-        set_decay_and_momentum(optimizer, config, 1.0, tokens, 1000)
-        decays = {group["name"]: group["weight_decay"] for group in optimizer.param_groups}
-        assert decays == {"matrices": pytest.approx(expected), "embeddings": 0.0, "vectors": 0.0}
-    assert [group.get("momentum") for group in optimizer.param_groups] == [0.95 if kind is MuonConfig else None, None, None]
+def test_a_step_has_its_learning_rates_and_the_decay_and_momentum_of_matrices(kind: type[AdamWConfig] | type[MuonConfig]) -> None:
+    other_lr = {"embedding_lr" if kind is AdamWConfig else "adamw_lr": 5e-3}
+    config = kind(lr=1e-2, **other_lr, weight_decay=0.2, weight_decay_schedule=LinearWeightDecay())  # type: ignore[arg-type]
+    model = Transformer(ModelConfig(norm_weight=True))
+    optimizer = build_optimizer(model, config)
+    groups = {str(group["name"]): group for group in optimizer.param_groups}
+    assert sum(len(group["params"]) for group in groups.values()) == len(list(model.parameters()))
+    for scale, tokens, decay in ((0.5, 0, 0.2), (1.0, 500, 0.1), (0.1, 1000, 0.0), (0.25, 250, 0.15)):
+        set_hyperparameters(optimizer, config, scale, tokens, 1000)
+        vectors = 1e-2 if kind is AdamWConfig else 5e-3
+        found = {name: (group["lr"], group["weight_decay"], group.get("momentum")) for name, group in groups.items()}
+        assert found == {
+            "matrices": (1e-2 * scale, pytest.approx(decay), 0.95 if kind is MuonConfig else None),
+            "embeddings": (5e-3 * scale, 0.0, None),
+            "vectors": (vectors * scale, 0.0, None),
+        }
 
 
 def test_a_recipe_without_a_type_means_adamw_and_a_type_replaces_it() -> None:
@@ -110,35 +118,14 @@ def test_groups_first_match_wins() -> None:
     assert group_of("layers.3.mlp.down_proj.weight") == "matrices"
 
 
-def test_every_parameter_is_in_one_group_and_only_matrices_decay() -> None:
-    model = Transformer(ModelConfig(norm_weight=True))
-    optimizer = build_optimizer(model, AdamWConfig(lr=1e-3, embedding_lr=5e-3, weight_decay=0.1))
-    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(model.parameters()))
-    by_name = {group["name"]: group for group in optimizer.param_groups}
-    assert {name: group["weight_decay"] for name, group in by_name.items()} == {
-        "matrices": 0.1,
-        "embeddings": 0.0,
-        "vectors": 0.0,
-    }
-    set_lr(optimizer, 0.5)
-    assert {name: group["lr"] for name, group in by_name.items()} == {
-        "matrices": 5e-4,
-        "embeddings": 2.5e-3,
-        "vectors": 5e-4,
-    }
-
-
-@pytest.mark.parametrize("changes", [{"lr": 0.0}, {"embedding_lr": -1.0}, {"beta2": 1.0}])
-def test_impossible_numbers_are_refused(changes: dict[str, float]) -> None:
-    with pytest.raises(ValueError, match="must"):
-        AdamWConfig(**changes)
-
-
 @pytest.mark.parametrize(
-    "changes", [{"lr": 0.0}, {"adamw_lr": 0.0}, {"momentum": 1.0}, {"newton_schulz_steps": 0}, {"weight_decay": -0.1}]
-)
-def test_impossible_numbers_for_muon_are_refused(changes: dict[str, float]) -> None:
+    ("kind", "changes"),
+    [
+        (AdamWConfig, {"lr": 0.0}), (AdamWConfig, {"embedding_lr": -1.0}), (AdamWConfig, {"beta2": 1.0}),
+        (MuonConfig, {"adamw_lr": 0.0}), (MuonConfig, {"momentum": 1.0}), (MuonConfig, {"newton_schulz_steps": 0}),
+        (MuonConfig, {"weight_decay": -0.1}), (MomentumWarmup, {"start": 1.0}),
+    ],
+)  # fmt: skip
+def test_impossible_numbers_are_refused(kind: type, changes: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="must"):
-        MuonConfig(**changes)
-    with pytest.raises(ValueError, match="must"):
-        MomentumWarmup(start=1.0)
+        kind(**changes)

@@ -17,22 +17,13 @@ from osler.optim.config import AdamWConfig
 from osler.parallel.activation_checkpoint import set_recompute
 from osler.parallel.fp8 import check_gpu, check_shapes, convert_to_fp8
 
-pytestmark = pytest.mark.usefixtures("no_compiled_code")
+pytestmark = pytest.mark.usefixtures("no_compiled_code", "one_thread")
 
 CPU = torch.device("cpu")
 MODEL = ModelConfig(
     num_layers=2, hidden_size=64, intermediate_size=128, num_heads=2, num_kv_heads=1, head_dim=32, vocab_size=256,
     max_seq_len=64, head_init="normal", residual_init="scaled",
 )  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Operators this small only wait for a second one."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def build(*, fp8: bool, config: ModelConfig = MODEL) -> Transformer:

@@ -12,8 +12,6 @@ from osler.errors import UserError
 from osler.runtime.device import (
     bf16_pays,
     describe_machine,
-    keep_freed_memory,
-    peak_flops,
     peak_flops_of,
     pick_device,
     pick_dtype,
@@ -39,14 +37,9 @@ def test_a_missing_gpu_is_said():
 def test_pick_dtype():
     assert pick_dtype("bf16", CPU) == torch.bfloat16
     assert pick_dtype("fp32", CPU) == torch.float32
+    assert pick_dtype("auto", CPU) == (torch.bfloat16 if bf16_pays(CPU) else torch.float32)
     with pytest.raises(UserError, match="fp16"):
         pick_dtype("fp16", CPU)
-
-
-def test_auto_dtype_is_what_was_timed():
-    pays = bf16_pays(CPU)
-    assert all(bf16_pays(CPU) is pays for _ in range(100))  # kept, so a hundred answers cost nothing
-    assert pick_dtype("auto", CPU) == (torch.bfloat16 if pays else torch.float32)
 
 
 @pytest.mark.parametrize(
@@ -70,10 +63,6 @@ def test_peak_flops_by_name(name, flops):
     assert peak_flops_of(name) == flops
 
 
-def test_a_cpu_has_no_data_sheet():
-    assert peak_flops(CPU) is None
-
-
 def test_a_machine_is_described_by_its_processor_and_threads(monkeypatch):
     monkeypatch.setenv("OMP_WAIT_POLICY", "passive")
     machine = describe_machine()
@@ -83,8 +72,3 @@ def test_a_machine_is_described_by_its_processor_and_threads(monkeypatch):
     assert 1 <= machine["cores"] <= os.cpu_count() and machine["threads"] == torch.get_num_threads()
     assert machine["torch"] == torch.__version__ and "OMP_WAIT_POLICY=passive" in machine["thread_variables"]
     assert machine["memory_bytes"] is None or machine["memory_bytes"] > 1 << 27
-
-
-def test_keep_freed_memory_is_harmless():
-    assert keep_freed_memory() in (True, False)
-    assert torch.ones(1 << 22).sum().item() == 1 << 22

@@ -10,18 +10,6 @@ import pytest
 from osler.runtime import faults
 
 
-@pytest.fixture(autouse=True)
-def _fresh_visits():
-    faults.visits.clear()
-    yield
-    faults.visits.clear()
-
-
-def test_nothing_happens_without_the_variable(monkeypatch):
-    monkeypatch.delenv(faults.VARIABLE, raising=False)
-    assert faults.fault("save-state") is None
-
-
 @pytest.mark.parametrize(("kind", "code"), [("enospc", errno.ENOSPC), ("ioerror", errno.EIO)])
 def test_an_error_strikes_its_stage_once(monkeypatch, kind, code):
     monkeypatch.setenv(faults.VARIABLE, f"save-state:{kind}")
@@ -30,15 +18,6 @@ def test_an_error_strikes_its_stage_once(monkeypatch, kind, code):
         faults.fault("save-state")
     assert caught.value.errno == code
     faults.fault("save-state")
-
-
-def test_the_count_picks_the_visit(monkeypatch):
-    monkeypatch.setenv(faults.VARIABLE, "step:ioerror:3")
-    faults.fault("step")
-    faults.fault("step")
-    with pytest.raises(OSError):
-        faults.fault("step")
-    faults.fault("step")
 
 
 def test_sigterm_reaches_the_handler(monkeypatch):
