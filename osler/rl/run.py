@@ -47,12 +47,12 @@ logger = logging.getLogger(__name__)
 
 
 def run(request: Request) -> int:
-    """The verb ``grpo``; returns the process's exit code."""
+    """Run the command ``grpo``; return the exit code."""
     return carry_out(JOB, request)
 
 
 def train(config: GrpoConfig, folder: RunFolder, world: World | None = None) -> bool:
-    """Set up and train (or continue) one GRPO run in its folder; False when it was asked to stop before the end."""
+    """Set up and train (or continue) one GRPO run in its folder. Return False when it was asked to stop before the end."""
     world = world or World(device=config.device)
     run = Run(folder, world)
     check_exams(config)
@@ -123,7 +123,7 @@ def check_exams(config: GrpoConfig) -> None:
 
 
 def load_tasks(config: GrpoConfig, start: LoadedModel) -> list[RlTask]:
-    """The items and rewards to train on; questions that do not fit the model's context are left out, and that is said."""
+    """Return the items and rewards to train on. Questions that do not fit into the model's context are left out and counted."""
     room = start.model.config.max_seq_len - config.algorithm.max_new_tokens
     tasks = []
     for entry in config.tasks:
@@ -144,13 +144,13 @@ def load_tasks(config: GrpoConfig, start: LoadedModel) -> list[RlTask]:
 
 
 def longest_prompt(item: ExamItem, tokenizer: Tokenizer, entry: RlTaskConfig) -> int:
-    """An upper bound on the tokens of the item's prompt, whatever the order of its options."""
+    """Return an upper bound on the tokens of the item's prompt, whatever the order of its options."""
     # Another order puts other letters at the seams between options; a seam is worth a token at most.
     return len(encode_prompt(tokenizer, render_question(item), reasoning=entry.reasoning)) + len(item.options)
 
 
 def check_held_out(tasks: Sequence[RlTask], eval_items: Sequence[ExamItem]) -> None:
-    """Refuse to train on a question of the evaluation."""
+    """Raise UserError when a question to train on is also one of the evaluation."""
     for task in tasks:
         shared = shared_questions(task.items, eval_items)
         if shared:
@@ -165,10 +165,7 @@ def check_held_out(tasks: Sequence[RlTask], eval_items: Sequence[ExamItem]) -> N
 def exam(
     config: GrpoConfig, sampler: InferenceEngine, tokenizer: Tokenizer, items: Sequence[ExamItem], world: World
 ) -> tuple[Callable[[], dict[str, float]], str]:
-    """A function that sits the evaluation exam with the sampler's model, and the name of its accuracy.
-
-    Each rank answers its share of the questions.
-    """
+    """Return a function that examines the sampler's model, and the name of its accuracy; the ranks share the questions."""
     if config.eval_task is None:
         return dict, ""
     name = getattr(config.eval_task, "split", "") or config.eval_task.type
@@ -195,12 +192,12 @@ def exam(
 
 
 def fingerprint_of(tasks: Sequence[RlTask]) -> str:
-    """16 hex digits that name the questions, their answers and their order: a resume with others would train on those."""
+    """Return 16 hex digits that change with the questions, their answers and their order."""
     return fingerprint([[task.name, [asdict(item) for item in task.items]] for task in tasks])
 
 
 def warn_of_idle_ranks(config: GrpoConfig, world: World) -> None:
-    """A group is drawn by one rank, so more ranks than questions do not sample faster."""
+    """Warn when there are more ranks than questions in a step: one rank draws a whole group, so the others wait."""
     if config.algorithm.prompts_per_step < world.size:
         logger.warning(
             f"{world.size} processes share the {config.algorithm.prompts_per_step} questions of a step "
@@ -209,7 +206,7 @@ def warn_of_idle_ranks(config: GrpoConfig, world: World) -> None:
 
 
 def describe_start(config: GrpoConfig, start: LoadedModel, tasks: Sequence[RlTask], place: str) -> str:
-    """One line about a run that begins."""
+    """Return one line about a run that begins."""
     algorithm = config.algorithm
     questions = ", ".join(f"{len(task.items):,} of {task.name}" for task in tasks)
     return (
@@ -220,7 +217,7 @@ def describe_start(config: GrpoConfig, start: LoadedModel, tasks: Sequence[RlTas
 
 
 def planned_numbers(config: GrpoConfig, model: ModelConfig | None) -> dict[str, str]:
-    """What follows from a config, for ``--dry-run``."""
+    """Return what follows from a config, for ``--dry-run``."""
     completions = config.steps * config.algorithm.completions_per_step
     return {
         "completions": f"{completions:,} of at most {config.algorithm.max_new_tokens} tokens",
@@ -229,7 +226,7 @@ def planned_numbers(config: GrpoConfig, model: ModelConfig | None) -> dict[str, 
 
 
 def next_steps(config: GrpoConfig, folder: RunFolder) -> str:
-    """Return what to do with a finished run."""
+    """Return what a person can do with a finished run."""
     return f"Done: {folder.root}\n  osler eval {folder.root}   sit the exam\n  osler report {folder.root}   the run as a page"
 
 

@@ -46,7 +46,7 @@ def branch_config(cls: type[T], kind: str, branch: str, step: int | None, overri
 
 
 def _is_begun(branch_from: str | None, branch: Path, step: int | None) -> bool:
-    """Whether a run that began at ``branch_from`` is what ``--branch`` asks for: that checkpoint, or one of that run."""
+    """Whether ``--branch`` asks for the run that began at ``branch_from``: it names that checkpoint, or its run."""
     if branch_from is None:
         return False
     there = Path(branch_from)
@@ -83,9 +83,9 @@ def _check_kind(checkpoint: Path, kind: str) -> None:
 
 
 def branch_point(config: Any) -> Path | None:
-    """The checkpoint that a run which has none of its own branches from; None for one that begins at step 0.
+    """Return the checkpoint that a new run branches from; None for a run that begins at step 0.
 
-    Raises UserError when it is of another kind of run, or holds the state of another optimizer.
+    Raises UserError when that checkpoint is of another kind of run or holds the state of another optimizer.
     """
     if config.branch_from is None:
         return None
@@ -102,13 +102,13 @@ def branch_point(config: Any) -> Path | None:
 
 
 def same_data(config: Any, loaded: store.Loaded) -> bool:
-    """Whether a config has the data of the run that a checkpoint is of."""
+    """Whether a config has the same data as the run of a checkpoint."""
     stored = _config_in(loaded.path, loaded.files)
     return not any(key.startswith("data.") for key in differences(config, stored, str(loaded.path / CONFIG)))
 
 
 def describe_branch(config: Any, loaded: store.Loaded) -> str:
-    """One line about a run that begins as a branch: where, and how its config differs from that of the run it comes from."""
+    """Return one line about a branch: where it begins, and how its config differs from that of its run."""
     stored = _config_in(loaded.path, loaded.files)
     changed = differences(config, stored, str(loaded.path / CONFIG), leave_out=("branch_from", "description"))
     what = f"What differs from its run: {named(changed)}." if changed else "Nothing differs from its run."
@@ -116,7 +116,7 @@ def describe_branch(config: Any, loaded: store.Loaded) -> str:
 
 
 def announce_branch(config: Any, loaded: store.Loaded, events: EventLog) -> None:
-    """Say and record that a run begins as a branch."""
+    """Log and record that a run begins as a branch."""
     message = describe_branch(config, loaded)
     logger.info(message)
     events.write(loaded.step, "branch", "branch", message)

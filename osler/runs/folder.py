@@ -1,4 +1,4 @@
-"""What a run folder remembers from one process to the next: its config, its newest good checkpoint, what was evaluated.
+"""What a run folder tells the next process: its config, its newest good checkpoint, what was evaluated.
 
 These functions change nothing but ``config.yaml``.
 """
@@ -42,7 +42,7 @@ DATA_SECTIONS = ("data", "tasks")  # what a run learns from: of training, of GRP
 
 @contextmanager
 def taken(run: RunFolder, world: World = World()) -> Iterator[None]:  # noqa: B008 - frozen
-    """Make the folder if need be and keep other processes out of it inside; all ranks call it, and rank 0 takes the lock.
+    """Create the folder if it does not exist, and lock it inside the context; all ranks call this, and rank 0 locks.
 
     A start that fails leaves no empty folder behind. Raises UserError when another process is at work on the folder.
     """
@@ -57,10 +57,10 @@ def taken(run: RunFolder, world: World = World()) -> Iterator[None]:  # noqa: B0
 
 
 def claim(run: RunFolder, config: Any) -> None:
-    """Write ``config.yaml``, which makes the folder this run's, unless it is that already.
+    """Write ``config.yaml``, which makes the folder this run's, unless it is there already.
 
-    Called when all that a person may have got wrong has been checked, so that a mistake can be mended in the same folder. With
-    ``allow_data_change`` the data of a run become those given now.
+    Call this after everything that a person may have got wrong was checked, so that a mistake can be corrected in the same
+    folder. With ``allow_data_change`` the run's data become those given now.
     """
     refuse_another(run, config)
     wanted = encode(config)
@@ -77,19 +77,19 @@ def claim(run: RunFolder, config: Any) -> None:
 
 
 def moved_places(run: RunFolder, config: Any) -> dict[str, str]:
-    """Where the config finds files elsewhere than the run's does, which may only be when they hold the same: key to words."""
+    """Return, key to words, the paths of files that differ from those in the run's config; what is in them may not differ."""
     stored = read_config(run) if run.config.exists() else {}
     changed = differences(config, stored, str(run.config), leave_out=_free_sections(config)) if stored else {}
     return {key: words for key, words in changed.items() if PLACES.fullmatch(key)}
 
 
 def _free_sections(config: Any) -> tuple[str, ...]:
-    """The sections about data when this start may change them."""
+    """Return the sections about data if this start may change them."""
     return DATA_SECTIONS if getattr(config, "allow_data_change", False) else ()
 
 
 def refuse_another(run: RunFolder, config: Any) -> None:
-    """Raise UserError when the folder belongs to a run with another config: a run folder holds one run."""
+    """Raise UserError when the folder holds a run with another config."""
     if not run.config.exists():
         return
     changed = differences(config, read_config(run), str(run.config), leave_out=(*GIVEN_ANEW, *_free_sections(config)))
@@ -107,7 +107,7 @@ def refuse_another(run: RunFolder, config: Any) -> None:
 def differences(
     config: Any, stored: Mapping[str, Any], source: str, leave_out: Sequence[str] = GIVEN_ANEW
 ) -> dict[str, str]:
-    """What differs between a config and a ``stored`` one, read from ``source``: dotted key to words, the kind first."""
+    """Return what differs between a config and a ``stored`` one from ``source``: dotted key to words, the kind first."""
     wanted, there = encode(config), dict(stored)
     if there.get("kind") == wanted["kind"]:  # a field that came with a later Osler had its default when the run began
         there = encode(decode(type(config), there, source=source))
@@ -127,13 +127,13 @@ def _is_within(key: str, sections: Sequence[str]) -> bool:
 
 
 def named(changed: Mapping[str, str]) -> str:
-    """The first of some differences in a line, and how many more there are."""
+    """Return the first differences in one line, and how many more there are."""
     more = [f"{len(changed) - MOST_NAMED} more"] if len(changed) > MOST_NAMED else []
     return ", ".join([*list(changed.values())[:MOST_NAMED], *more])
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A nested config with keys such as ``data.path`` and ``tasks[0].task.path``."""
+    """Return a nested config with keys such as ``data.path`` and ``tasks[0].task.path``."""
     out: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, (list, tuple)) and any(isinstance(item, Mapping) for item in value):
@@ -144,7 +144,7 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def stored_config(cls: type[T], run_dir: str | None, overrides: Sequence[str]) -> T:
-    """The config that a run folder was started with, for ``--resume``; what may differ from start to start may be given anew."""
+    """Return the config that a run was started with, for ``--resume``. Overrides may change what may differ between starts."""
     if run_dir is None:
         raise UserError("--resume needs --run FOLDER: the run to go on with.")
     refuse_checkpoint(run_dir)
@@ -162,12 +162,12 @@ def stored_config(cls: type[T], run_dir: str | None, overrides: Sequence[str]) -
 
 
 def _may_be_given(key: str) -> bool:
-    """Whether a resume may be given this field; ``tasks`` is given whole, and ``refuse_another`` sees what changed in it."""
+    """Whether a resume may override this field; ``tasks`` is given whole, and ``refuse_another`` checks what changed in it."""
     return _is_within(key, GIVEN_ANEW) or key == "tasks" or PLACES.fullmatch(key) is not None
 
 
 def read_config(run: RunFolder) -> dict[str, Any]:
-    """The run's ``config.yaml`` as plain values."""
+    """Return the run's ``config.yaml`` as plain values."""
     stored = load_yaml(run.config.read_text(encoding="utf-8"), str(run.config))
     if not isinstance(stored, dict):
         raise UserError(f"{run.config} is no configuration, it may be torn; delete {run.root} to start over.")
@@ -175,10 +175,10 @@ def read_config(run: RunFolder) -> dict[str, Any]:
 
 
 def newest_checkpoint(run: RunFolder, *, record: bool = False) -> Path | None:
-    """The checkpoint to go on from, with a warning when newer ones are damaged; None when the run has saved none.
+    """Return the checkpoint to go on from, and warn when newer ones are damaged; None when the run has saved none.
 
-    With ``record`` the run's diary tells of the damage. Raises UserError when every checkpoint is damaged: starting over in
-    silence would throw the run away.
+    ``record``: also write the damage to ``events.jsonl``. Raises UserError when every checkpoint is damaged, because starting
+    over silently would throw the run away.
     """
     found, skipped = store.newest_good(run.checkpoints)
     for path, problems in skipped if record else ():
@@ -196,7 +196,7 @@ def newest_checkpoint(run: RunFolder, *, record: bool = False) -> Path | None:
 def check_fingerprints(
     loaded: store.Loaded, current: Mapping[str, str], events: EventLog, *, allow_data_change: bool = False
 ) -> None:
-    """Refuse to go on from a checkpoint with another tokenizer, or with other data unless that is allowed, and then record it."""
+    """Raise UserError for a checkpoint of another tokenizer, or of other data unless that is allowed; then record the change."""
     for name, value in current.items():
         before = loaded.state["fingerprints"].get(name)
         if before == value:
@@ -217,6 +217,6 @@ def check_fingerprints(
 def was_evaluated(run: RunFolder, step: int) -> bool:
     """Whether the metrics hold an evaluation at ``step``.
 
-    A kill between a checkpoint and the evaluation that follows it leaves none.
+    They do not after a kill between a checkpoint and the evaluation that follows it.
     """
     return any(line.step == step for line in read_metrics(run.metrics, having="eval/seconds"))

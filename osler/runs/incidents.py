@@ -1,7 +1,7 @@
-"""What goes wrong in a run, and what is done about it: steps that were skipped, losses that spiked, going back.
+"""What goes wrong in a run and what is done about it: skipped steps, loss spikes, rollbacks.
 
 A gradient that is not finite costs its step and nothing else. When that happens many times in a row, or the loss spikes and
-``spike.action`` says so, the run goes back to the last checkpoint from before the trouble and on with the data after it: the
+``recovery.spike.action`` says so, the run goes back to the last checkpoint from before the trouble and on with the data after it: the
 data's position is what the steps say plus ``data_offset``. Having gone back too often, or without such a checkpoint (the run is
 younger than its first one), it ends with a diagnosis. Everything is a function of numbers that all ranks have in common, so all
 decide alike.
@@ -37,10 +37,10 @@ STEPS_BEFORE = 5  # good steps before an incident whose numbers a diagnosis show
 
 
 class Incidents:
-    """Sees the numbers of every step, says and records what is wrong with them, and knows the way back.
+    """Watches the numbers of every step, reports and records what is wrong with them, and rolls the run back.
 
-    ``details`` tells of a step (1, 2 ...) what it learned from and how, as JSON: ``tokens``, ``lr``, and the names or numbers of
-    its rows. Every rank has one; rank 0 alone writes and speaks.
+    ``details`` returns as JSON what a step (1, 2 ...) learned from and how: ``tokens``, ``lr``, and the names or numbers of its
+    rows. Every rank has one; only rank 0 writes and logs.
     """
 
     def __init__(self, config: RunConfig, run: Run, details: Callable[[int], Mapping[str, Any]]) -> None:
@@ -59,9 +59,9 @@ class Incidents:
         self.good_step: int | None = None  # of the last checkpoint from before any trouble
 
     def observe(self, step: int, loss: float, grad_norm: float, *, skipped: bool, drift: float | None = None) -> None:
-        """Judge the numbers of a finished step, all of whose updates were skipped or not; steps come in order.
+        """Check the numbers of a finished step; steps come in order. ``skipped``: all updates of the step were skipped.
 
-        ``drift`` is the part of the loss that spikes are looked for in; None: all of it.
+        Spikes are looked for in ``drift``, a part of the loss; None: in all of it.
         """
         if math.isfinite(grad_norm):
             self.not_finite_in_a_row = 0
@@ -102,9 +102,10 @@ class Incidents:
         self.run.events.write(step, "incident", name, message, tell=loudly, **self.details(step), **numbers)
 
     def roll_back(self, step: int, restore: Callable[[store.Loaded], None], position: Callable[[], int]) -> None:
-        """Go back to the last good checkpoint, by ``restore``, and pass over the data since; the caller saves at once.
+        """Go back to the last good checkpoint with ``restore`` and skip the data since then; the caller saves at once.
 
-        ``position`` is the trainer's, in the unit of ``data_offset``. Raises UserError, on every rank, when there is no way back.
+        ``position`` returns the trainer's place in the data, in the unit of ``data_offset``. Raises UserError on every rank when
+        the run cannot go back.
         """
         root = self.run.folder.checkpoints
         path = self.run.world.broadcast_from_first(lambda: last_good(root, self.good_step, self.found_damaged))
@@ -125,12 +126,12 @@ class Incidents:
             self.run.events.write(loaded.step, "rollback", "rollback", message, **reached)
 
     def found_damaged(self, checkpoint: Path, problems: list[str]) -> None:
-        """Say and record that a checkpoint of the run is not as it was saved any more; rank 0 alone finds that out."""
+        """Log and record that a checkpoint of the run has changed since it was saved; only rank 0 finds that out."""
         logger.warning(f"{checkpoint} is damaged ({'; '.join(problems)}).")
         write_damage(self.run.events, checkpoint, problems)
 
     def _diagnosis(self, step: int, good: Path | None) -> str:
-        """Everything that a person needs to find out what is wrong, in a paragraph; ``good`` is the last good checkpoint."""
+        """Return in one paragraph what a person needs to find the cause; ``good`` is the last good checkpoint."""
         if self.rollbacks:
             tried = f"The run has gone back {self.rollbacks} times already, of at most recovery.max_rollbacks={self.limits.max_rollbacks}."
         elif self.limits.max_rollbacks:
@@ -151,7 +152,7 @@ class Incidents:
         )
 
     def checkpointed(self, step: int) -> dict[str, Any]:
-        """What a checkpoint of this step keeps of all this; it is the one to go back to, unless something is wrong right now."""
+        """Return what the checkpoint of this step keeps. Unless something is wrong now, it becomes the one to go back to."""
         if not (self.skipped_in_a_row or self.spikes.spikes or self.cause):
             self.good_step = step
         return {
@@ -167,7 +168,7 @@ class Incidents:
         }
 
     def restore(self, state: Mapping[str, Any] | None) -> None:
-        """Go on from what ``checkpointed`` gave; None is a checkpoint from before there were any incidents to keep."""
+        """Continue from what ``checkpointed`` returned; None comes from a checkpoint of an older version."""
         if state is None:
             return
         self.good_step, self.skipped_in_a_row, self.cause = state["good_step"], state["skipped_in_a_row"], state["cause"]
@@ -178,12 +179,12 @@ class Incidents:
 
 
 def finite(value: float) -> float | None:
-    """The number for JSON, which knows neither NaN nor infinity."""
+    """Return the number for JSON, which has neither NaN nor infinity."""
     return value if math.isfinite(value) else None
 
 
 def last_good(root: Path, good_step: int | None, on_damage: OnDamage = ignore_damage) -> Path | None:
-    """The checkpoint of ``good_step``, or should the disk have lost it the last good one before; None when there is none."""
+    """Return the checkpoint of ``good_step``, or if the disk has lost it the last good one before it; None without one."""
     if good_step is None:
         return None
     for entry in sorted(by_age(root), key=lambda entry: entry.step, reverse=True):

@@ -66,12 +66,12 @@ EVAL_BATCH_TOKENS = 16_384
 
 
 def run(request: Request) -> int:
-    """The verbs ``pretrain`` and ``sft``; returns the process's exit code."""
+    """Run the command ``pretrain`` or ``sft``; return the exit code."""
     return carry_out(JOB, request)
 
 
 def train(config: TrainConfig, folder: RunFolder, world: World | None = None) -> bool:
-    """Set up and train (or continue) one supervised run in its folder; False when it was asked to stop before the end."""
+    """Set up and train (or continue) one supervised run in its folder. Return False when it was asked to stop before the end."""
     world = world or World(device=config.device)
     run = Run(folder, world)
     exam = exam_items(config.exam)
@@ -131,19 +131,19 @@ def train(config: TrainConfig, folder: RunFolder, world: World | None = None) ->
 
 
 def default_name(config: TrainConfig) -> str:
-    """Return what a run is called that no recipe names: by its data."""
+    """Return the name of a run without a recipe, which comes from its data."""
     name = "clinic" if isinstance(config.data, ClinicData) else Path(config.data.path).stem or "own"
     return f"{name}-{config.kind}"
 
 
 def length_of(config: TrainConfig) -> str:
-    """How long a run is, in words."""
+    """Return in words how long a run is."""
     tokens = f"{config.total_tokens:,} tokens"
     return tokens if config.max_minutes is None else f"{config.max_minutes:g} minutes (at most {tokens})"
 
 
 def warn_of_stages_out_of_reach(config: TrainConfig) -> None:
-    """Borders of a curriculum are counted in tokens, so a shortened run may end before its long rows."""
+    """Warn when a run ends before it reaches every stage of its curriculum, because it was shortened perhaps."""
     timeline = config.timeline
     reached = len(timeline.shares(config.total_tokens))
     if reached < len(timeline.spans):
@@ -161,7 +161,7 @@ def make_loader(
     *,
     pin_memory: bool = False,
 ) -> StagedLoader:
-    """This rank's batches, with a packing and a loader for each stage."""
+    """Return the loader of this rank's batches, which has a packing for each stage."""
     timeline, order = config.timeline, Order(shards, config.seed)
     loaders = [
         Loader(
@@ -179,7 +179,7 @@ def make_loader(
 
 
 def packing_of(config: TrainConfig, order: Order, span: Span) -> StreamPacking | WholePacking:
-    """How documents become rows: in pretraining every token is learned, in fine-tuning what the loss masks say."""
+    """Return how documents become rows. In pretraining every token is learned, in fine-tuning what the loss masks say."""
     prompt_loss = config.kind == "pretrain"
     if config.packs_whole:
         return WholePacking(order, span.seq_len, prompt_loss=prompt_loss, left_out=left_out(config, order.shards))
@@ -189,7 +189,7 @@ def packing_of(config: TrainConfig, order: Order, span: Span) -> StreamPacking |
 def validation(
     config: TrainConfig, model: Transformer, prepared: Prepared, dtype: torch.dtype, engine: ParallelEngine
 ) -> Callable[[], dict[str, float]]:
-    """A function that measures the held-out loss, and for text its bits per byte: every held-out token once, on one rank."""
+    """Return a function that measures the held-out loss, and for text its bits per byte. The ranks share the batches."""
     shards = prepared.validation
 
     def evaluate() -> dict[str, float]:
@@ -207,13 +207,13 @@ def validation(
 
 
 def text_batches(config: TrainConfig, shards: ShardSet) -> Iterator[tuple[Tensor, Tensor]]:
-    """Held-out documents one by one in windows of ``seq_len`` that do not overlap, each begun by the end-of-text token."""
+    """Yield batches of held-out documents in windows of ``seq_len`` that do not overlap; each begins with end-of-text."""
     rows = windows(shards.documents(), seq_len=config.seq_len, start_id=shards.eos_id)
     return batches(rows, batch_tokens=EVAL_BATCH_TOKENS)
 
 
 def answer_batches(config: TrainConfig, shards: ShardSet) -> Iterator[tuple[Tensor, ...]]:
-    """Held-out examples, whole and apart from each other; what is scored is what the loss masks say."""
+    """Yield batches of whole held-out examples that do not see each other; the loss masks say what is scored."""
     packing = WholePacking(Order(shards, VALIDATION_SEED), config.seq_len, left_out=left_out(config, shards))
     size = max(1, EVAL_BATCH_TOKENS // config.seq_len)
     for start in range(0, packing.rows_per_epoch, size):
@@ -222,7 +222,7 @@ def answer_batches(config: TrainConfig, shards: ShardSet) -> Iterator[tuple[Tens
 
 
 def exam_items(probe: ExamProbe) -> dict[str, list[ExamItem]]:
-    """The questions of the small exam by split, drawn before training so that a split that does not exist fails now."""
+    """Return the questions of the small exam by split. Drawn before training, so that a split that does not exist fails now."""
     if probe.every_tokens == 0:
         return {}
     return {split: load_clinic_exam(split=split, limit=probe.items) for split in probe.splits}
@@ -231,7 +231,7 @@ def exam_items(probe: ExamProbe) -> dict[str, list[ExamItem]]:
 def exam_probe(
     exam: Mapping[str, Sequence[ExamItem]], model: Transformer, tokenizer: Tokenizer, dtype: torch.dtype, engine: ParallelEngine
 ) -> Callable[[], dict[str, float]]:
-    """A function that sits the clinic's exam with the model as it is; each rank answers its share of the questions."""
+    """Return a function that examines the model as it is on the clinic's questions; the ranks share them."""
 
     def sit() -> dict[str, float]:
         sampler, world = InferenceEngine(engine.plain_model(model), dtype=dtype), engine.world
@@ -249,7 +249,7 @@ def exam_probe(
 
 
 def planned_numbers(config: TrainConfig, model: ModelConfig | None) -> dict[str, str]:
-    """What follows from a config and the model that it trains, for ``--dry-run``."""
+    """Return what follows from a config and the model that it trains, for ``--dry-run``."""
     model = model or config.model
     most = "" if config.max_minutes is None else "at most "
     batches = f"{config.total_steps:,} of {config.batch_tokens:,} tokens" if not config.curriculum else f"{config.total_steps:,}"
@@ -263,7 +263,7 @@ def planned_numbers(config: TrainConfig, model: ModelConfig | None) -> dict[str,
 
 
 def planned_stages(config: TrainConfig) -> dict[str, str]:
-    """A line for each stage that the run reaches: its tokens, its steps, and what a step is."""
+    """Return a line for each stage that the run reaches: its tokens, its steps, and what a step is."""
     lines = {}
     for span, tokens in config.timeline.shares(config.total_tokens):
         micro = rows_per_micro_batch(span.rows_per_batch, span.seq_len, config.micro_batch_tokens)
@@ -275,7 +275,7 @@ def planned_stages(config: TrainConfig) -> dict[str, str]:
 
 
 def next_steps(config: TrainConfig, folder: RunFolder) -> str:
-    """What to do with a finished run."""
+    """Return what a person can do with a finished run."""
     lines = [f"Done: {folder.root}", f"  osler report {folder.root}      the run as a page"]
     if config.kind == "pretrain":
         lines += [
@@ -293,7 +293,7 @@ def next_steps(config: TrainConfig, folder: RunFolder) -> str:
 
 
 def check_start(config: TrainConfig, folder: RunFolder, start: store.Loaded | None) -> None:
-    """Raise UserError when a start, which goes on from a checkpoint or begins, lacks something."""
+    """Raise UserError when a start lacks something; ``start`` is the checkpoint that it goes on from."""
     check_plan(config, is_new=start is None)
     check_data(config, folder, start)
 

@@ -1,4 +1,4 @@
-"""What a training run stands on before its first step: device and precision, model, tokenizer, data on disk."""
+"""What a training run needs before its first step: checks of its config, the model, the tokenizer."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ MUCH_USED = 0.9  # of the model's vocabulary: below this share of it the rest is
 
 
 def check_plan(config: TrainConfig, *, is_new: bool) -> None:
-    """Raise UserError when what a run needs beside data is not there: device, packages, its tokenizer, whom alerts go to."""
+    """Raise UserError when something that a run needs besides data is missing: device, packages, tokenizer, trackers."""
     device = pick_device(config.device)
     if config.precision == "fp8":
         float8_linear(device.type != "cuda")
@@ -57,7 +57,7 @@ def check_plan(config: TrainConfig, *, is_new: bool) -> None:
 
 
 def check_branch(config: TrainConfig, start: store.Loaded) -> None:
-    """Raise UserError when a run with this config cannot go on from a checkpoint of another, counting its steps and rows on."""
+    """Raise UserError when a run with this config cannot take over steps and rows from a checkpoint of another run."""
     there = decode(TrainConfig, load_yaml(start.files["config.yaml"].decode("utf-8"), str(start.path)), source=str(start.path))
     tokens, seen = config.timeline.tokens_before(start.step), start.state["tokens"]
     if tokens != seen:
@@ -86,10 +86,10 @@ def check_branch(config: TrainConfig, start: store.Loaded) -> None:
 def make_model(
     config: TrainConfig, machine: Machine, checkpoint: store.Loaded | None, *, processes: int = 1
 ) -> tuple[Transformer, Tokenizer | None, Callable[[], None]]:
-    """The model to train, and the tokenizer that comes with it: from the run's own checkpoint, from ``init_from``, or new.
+    """Return the model to train and its tokenizer: from the run's own checkpoint, from ``init_from``, or new (no tokenizer).
 
-    A run that goes on needs ``init_from`` no more. The weights of ``checkpoint`` are left to ``Trainer.restore``. A model that
-    FSDP is going to cut stands on ``meta``; the function that is returned gives it its weights when it is cut.
+    The weights of ``checkpoint`` are loaded later, by ``Loop.restore``. A model that FSDP is going to shard is on ``meta``; the
+    function returned as third value fills in the weights after that.
     """
     source = checkpoint
     if checkpoint is None and config.init_from is not None:
@@ -117,9 +117,9 @@ def make_model(
 
 
 def check_processes(config: TrainConfig, processes: int) -> None:
-    """Refuse what several processes cannot train together (UserError), before they connect and before anything is written.
+    """Raise UserError for what several processes cannot train together.
 
-    Some optimizers' arithmetic goes over whole, own parameters, so strategies that cut these up are not for them.
+    Some optimizers need whole parameters, so strategies that shard these do not work with them.
     """
     check_strategy(config.parallel, processes)
     for span in config.timeline.spans:
@@ -131,7 +131,7 @@ def check_processes(config: TrainConfig, processes: int) -> None:
 
 
 def warn_of_small_passes(config: TrainConfig, processes: int) -> None:
-    """Say when a process's share of a batch splits into smaller forward passes than the whole batch does on one process."""
+    """Warn when a process's share of a batch splits into smaller forward passes than the whole batch does on one process."""
     for span in config.timeline.spans:
         share = span.rows_per_batch // processes
         rows, wanted = (rows_per_micro_batch(n, span.seq_len, config.micro_batch_tokens) for n in (share, span.rows_per_batch))
@@ -152,7 +152,7 @@ def warn_of_small_passes(config: TrainConfig, processes: int) -> None:
 
 
 def accepts(config: TrainConfig, micro_batch_tokens: int) -> bool:
-    """Whether a config may have another size of its forward passes."""
+    """Whether a config allows this ``micro_batch_tokens``."""
     try:
         replace(config, micro_batch_tokens=micro_batch_tokens)
     except ValueError:
@@ -169,9 +169,9 @@ def pass_tokens(config: TrainConfig, processes: int) -> list[int]:
 
 
 def make_tokenizer(config: TrainConfig, given: Tokenizer | None, kept: Path) -> Tokenizer:
-    """The run's tokenizer: that in the file ``kept``, the model's (``given``), its shards', ``tokenizer.path``, or a new one.
+    """Return the run's tokenizer: from the file ``kept``, the model (``given``), its shards, ``tokenizer.path``, or a new one.
 
-    Raises UserError when ``kept`` is there and is not the tokenizer that the model was trained with.
+    Raises UserError when the tokenizer in ``kept`` is not the one that the model was trained with.
     """
     if kept.exists():
         found = Tokenizer.load(kept)
@@ -192,9 +192,9 @@ def make_tokenizer(config: TrainConfig, given: Tokenizer | None, kept: Path) -> 
 
 
 def fit_vocabulary(model: Transformer, tokenizer: Tokenizer, *, is_new: bool) -> None:
-    """Give special tokens that come after the model's vocabulary its padding rows; refuse a tokenizer that is larger still.
+    """Let special tokens beyond the model's vocabulary use its padding rows, and note when many rows of a new model are unused.
 
-    Says when a tokenizer leaves many rows of a new model unused.
+    Raises UserError for a tokenizer that is larger still.
     """
     config = model.config
     beyond = range(config.vocab_size, tokenizer.vocab_size)
@@ -217,15 +217,15 @@ def fit_vocabulary(model: Transformer, tokenizer: Tokenizer, *, is_new: bool) ->
 
 
 def left_out(config: TrainConfig, shards: ShardSet) -> Int64Array:
-    """The examples that ``too_long=drop`` leaves out of training, and of the held-out data."""
+    """Return the examples that ``too_long=drop`` leaves out of the training data or of the held-out data."""
     drops = config.kind == "sft" and config.too_long == "drop"
     return torn_examples(shards, config.seq_len) if drops else np.zeros(0, np.int64)
 
 
 def check_lengths(config: TrainConfig, prepared: Prepared, max_seq_len: int) -> None:
-    """Refuse to fine-tune on answers that are cut from their questions, or say how many examples are dropped for it.
+    """Raise UserError for examples whose answers would be cut from their questions, or warn how many ``too_long=drop`` drops.
 
-    ``max_seq_len`` is the model's. Raises UserError also when nothing is left of a split.
+    ``max_seq_len`` is the model's. Raises UserError also when a split would be left empty.
     """
     if config.kind != "sft" or not config.packs_whole:
         return
@@ -255,7 +255,7 @@ def check_lengths(config: TrainConfig, prepared: Prepared, max_seq_len: int) -> 
 
 
 def tell_of_repeats(config: TrainConfig, shards: ShardSet, consumed: ConsumedData) -> None:
-    """Say when the data are less than one row, or read so often that it is not worth much; by the clock that shows later."""
+    """Warn when the data are less than one row; note when the run repeats them so often that repeats teach little."""
     tokens, most = shards.num_tokens, WORTHWHILE_EPOCHS[config.kind]
     if tokens < config.seq_len:
         logger.warning(

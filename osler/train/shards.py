@@ -1,7 +1,7 @@
-"""The shards that a run learns from: prepared in its folder, taken over from the run that it branches from, or given to it.
+"""The shards that a run learns from: prepared in its folder, copied from the run that it branches from, or given to it.
 
-They are the run's own from its first step on, so a run goes on when the files that they were made of are gone, or cannot be found
-from the folder that a command is given in.
+They belong to the run from its first step on. So a run goes on when the files that the shards were made of are gone, or when a
+relative path to them means nothing in the current folder.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ DATA = "data"  # in the run folder
 
 
 def shards_of(config: TrainConfig, run: RunFolder) -> Path:
-    """The folder of the shards that the run learns from."""
+    """Return the folder of the shards that the run learns from."""
     return Path(config.data.path) if isinstance(config.data, PreparedData) else run.root / DATA
 
 
 def begin(config: TrainConfig, run: RunFolder, tokenizer: Tokenizer, start: store.Loaded | None, model: ModelConfig) -> Prepared:
-    """Put into the folder what every rank then reads: the shards, the config that makes it this run's, the tokenizer.
+    """Write into the run folder what every rank then reads: the shards, ``config.yaml``, the tokenizer.
 
     ``start`` is the checkpoint that the run goes on from.
     """
@@ -79,7 +79,7 @@ def _open(config: TrainConfig, run: RunFolder, tokenizer: Tokenizer, start: stor
 
 
 def _open_given(data: PreparedData, tokenizer: Tokenizer, whose: str) -> Prepared:
-    """Open shards that somebody prepared; UserError when they are not there, torn, or of another tokenizer than ``whose``."""
+    """Open shards that were prepared before. Raises UserError when they are missing, torn, or of another tokenizer."""
     if not Path(data.path).is_dir():
         raise UserError(f"There is no folder {data.path}; set data.path to one that `osler data prepare` wrote.")
     refuse_other_tokenizer(Path(data.path), read_data_manifest(data.path)["tokenizer_fingerprint"], tokenizer, whose)
@@ -87,7 +87,7 @@ def _open_given(data: PreparedData, tokenizer: Tokenizer, whose: str) -> Prepare
 
 
 def check_data(config: TrainConfig, run: RunFolder, start: store.Loaded | None) -> None:
-    """Raise UserError when there is nothing that the run could learn from."""
+    """Raise UserError when the run has no data to learn from."""
     if isinstance(config.data, PreparedData):
         if start is None and config.init_from is not None:
             start = store.load(store.resolve(config.init_from), names=[])
@@ -101,7 +101,7 @@ def check_data(config: TrainConfig, run: RunFolder, start: store.Loaded | None) 
 
 
 def is_source_gone(config: TrainConfig, run: RunFolder) -> bool:
-    """Whether the files that the run was made of are not there; another path, given now, is one to be found."""
+    """Whether the files that the shards were made of are missing. A path that differs from the run's must exist."""
     path = _source(config)
     if path is None or Path(path).exists():
         return False
@@ -109,7 +109,7 @@ def is_source_gone(config: TrainConfig, run: RunFolder) -> bool:
 
 
 def shards_at_hand(config: TrainConfig, run: RunFolder, start: store.Loaded | None) -> Path | None:
-    """Shards that are known to be those of the run: in its folder, or in that of the run that it branches from."""
+    """Return shards that are known to be the run's: in its folder, or in the folder of the run that it branches from."""
     own = shards_of(config, run)
     if start is None:  # the config is claimed when the shards are whole
         return own if run.config.exists() and (own / DATA_MANIFEST).is_file() else None
@@ -124,7 +124,7 @@ def shards_at_hand(config: TrainConfig, run: RunFolder, start: store.Loaded | No
 
 
 def runs_above(checkpoint: Path) -> list[Path]:
-    """The run folder that a checkpoint lies in, or the two when one of them was set aside in the other."""
+    """Return the run folder that a checkpoint lies in, or two when one of them was set aside in the other."""
     parents = list(checkpoint.absolute().parents)
     return [parents[1], *(parents[3:4] if len(parents) > 3 and parents[2].name == ASIDE else [])]
 
@@ -134,7 +134,7 @@ def _source(config: TrainConfig) -> str | None:
 
 
 def _take_over(shards: Path, folder: Path) -> None:
-    """Give another run's shards to this one, without a second copy of their bytes where the disk allows: nothing changes them."""
+    """Link another run's shards into this one, or copy them where the disk has no links; nothing ever changes them."""
     partial = folder.with_name(f".{folder.name}.partial-{uuid.uuid4().hex[:12]}")
     try:
         shutil.copytree(shards, partial, copy_function=_link_or_copy)
