@@ -1,0 +1,159 @@
+"""What ``osler pretrain``, ``sft`` and ``grpo`` have in common: from what a person asks to a finished run folder.
+
+A run folder that already holds this run goes on from its newest good checkpoint; one that holds another run is refused.
+"""
+
+from __future__ import annotations
+
+import logging
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from osler.checkpoint import store
+from osler.checkpoint.manifest import STATE
+from osler.checkpoint.root import refuse_checkpoint
+from osler.config import encode
+from osler.decode import decode
+from osler.recipe import load_recipe, parse_overrides
+from osler.errors import UserError
+from osler.inference.load import read_model_config
+from osler.model.config import ModelConfig
+from osler.monitor.logger import check_trackers
+from osler.runs.branch import branch_config, branch_point, describe_branch
+from osler.runs.config import RunConfig
+from osler.runs.folder import refuse_another, stored_config, taken
+from osler.runs.rewind import go_back, planned_start
+from osler.runtime.files import RunFolder, read_json
+from osler.runtime.stop import EXIT_STOPPED
+from osler.runtime.world import World, joined
+from osler.yaml12 import dump_yaml
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What a person asks of a command that trains."""
+
+    kind: str  # the command
+    recipe: str | None = None
+    overrides: Sequence[str] = ()
+    run_dir: str | None = None
+    resume: bool = False
+    dry_run: bool = False
+    from_step: int | None = None
+    branch: str | None = None  # run folder or checkpoint of another run
+
+    @property
+    def back_to(self) -> int | None:
+        """The step that the run goes back to."""
+        return self.from_step if self.branch is None else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A kind of training, as the command line knows it. The functions that check raise UserError."""
+
+    config_class: type[RunConfig]
+    default_name: Callable[[Any], str]  # of the run of a config that no recipe names
+    check: Callable[[Any, RunFolder, store.Loaded | None], None]  # what a start needs, given the checkpoint it goes on from
+    check_branch: Callable[[Any, store.Loaded], None]  # that a run with this config can go on from a checkpoint of another
+    check_processes: Callable[[Any, int], None]
+    numbers: Callable[[Any, ModelConfig | None], Mapping[str, str]]  # what follows from a config, for --dry-run
+    train: Callable[[Any, RunFolder, World], bool]
+    next_steps: Callable[[Any, RunFolder], str]  # what to do with a finished run
+
+
+def carry_out(job: Job, request: Request) -> int:
+    """Train as a person asks, or say with --dry-run what that would be; return the exit code."""
+    config = config_of(job.config_class, request)
+    name = run_name(request.recipe, request.kind) if request.recipe else job.default_name(config)
+    folder = RunFolder(Path(request.run_dir or Path("runs") / name))
+    refuse_checkpoint(folder.root)
+    has_model = config.init_from is not None or config.branch_from is not None
+    if has_model and any(override.startswith("model.") for override in request.overrides):
+        logger.warning("model.* changes nothing here, because the model comes from the checkpoint that the run starts from.")
+    if request.dry_run:
+        print(describe_plan(job, config, folder, request.back_to))
+        return 0
+    with joined(config.device) as world:  # connected first: then what all ranks find wrong is told once
+        job.check_processes(config, world.size)
+        with taken(folder, world):
+            if request.back_to is not None:
+                refuse_another(folder, config)
+                world.broadcast_from_first(partial(go_back, folder, request.back_to))
+            finished = job.train(config, folder, world)
+    if finished:
+        logger.info(job.next_steps(config, folder))
+        return 0
+    same = "The same command, or " if request.back_to is None else ""  # it would go back again
+    resume = f"`osler {request.kind} --run {folder.root} --resume`"
+    logger.info(f"Stopped and saved. {same}{resume}{',' if same else ''} goes on from there.")
+    return EXIT_STOPPED
+
+
+def config_of(cls: type[RunConfig], request: Request) -> Any:
+    """Return the config that a start is given by a recipe or field by field, or takes from a run that is there."""
+    recipe, run_dir, overrides = request.recipe, request.run_dir, request.overrides
+    if request.branch is not None:
+        if recipe is not None or request.resume:
+            raise UserError(
+                f"--branch takes the configuration of the run that it branches from: leave out {recipe or '--resume'}. Fields "
+                "are changed with key.path=value; to go on with a branch that has begun give --run and --resume alone."
+            )
+        if run_dir is None:
+            raise UserError("--branch needs --run NEW_FOLDER: the new run.")
+        return branch_config(cls, request.kind, request.branch, request.from_step, overrides, RunFolder(Path(run_dir)))
+    if request.from_step is not None and run_dir is None:
+        raise UserError("--from-step needs --run FOLDER: the run to go back in.")
+    if request.resume or (request.from_step is not None and recipe is None):
+        return stored_config(cls, run_dir, overrides)
+    given = load_recipe(recipe, overrides) if recipe else parse_overrides(overrides)
+    return decode(cls, {**given, "kind": request.kind}, source=recipe or "")
+
+
+def run_name(recipe: str, kind: str) -> str:
+    """Return what a run of a recipe is called without --run: ``text-10min-pretrain``; of ``usmle-2day/grpo``, ``usmle-2day-grpo``."""
+    name = Path(recipe).stem if recipe.endswith((".yaml", ".yml")) else recipe.replace("/", "-")
+    return name if name.endswith(f"-{kind}") else f"{name}-{kind}"
+
+
+def describe_plan(job: Job, config: Any, folder: RunFolder, back_to: int | None) -> str:
+    """Return what ``--dry-run`` prints: the resolved config, and as comments what follows from it. Nothing is changed.
+
+    The model of the checkpoint that the run goes on or starts from stands in place of the config's own, which is not used then,
+    and neither is its section ``tokenizer``. Raises UserError for what would keep the run from starting.
+    """
+    refuse_another(folder, config)
+    newest, aside = planned_start(folder, back_to)
+    origin = config.branch_from or config.init_from
+    start = None if origin is None else read_model_config(newest or origin)
+    checkpoint = newest or branch_point(config)
+    loaded = None if checkpoint is None else store.load(checkpoint, names=[])
+    if newest is None and loaded is not None:
+        job.check_branch(config, loaded)
+        logger.info(describe_branch(config, loaded))
+    check_trackers(config.monitor)
+    job.check(config, folder, loaded)
+    plan, derived = encode(config), {"run folder": str(folder.root)}
+    if newest is not None:
+        derived["goes on from"] = f"step {read_json(newest / STATE)['step']:,}: {newest}"
+    if start is not None:
+        path, model = start
+        if newest is None and config.branch_from is not None:
+            derived["branches from"] = f"step {read_json(path / STATE)['step']:,}: {path}"
+        elif newest is None:
+            derived["starts from"] = f"{path}, its model and tokenizer"
+        derived["model"] = (
+            f"{model.num_parameters:,} parameters (num_layers {model.num_layers}, hidden_size {model.hidden_size}, "
+            f"max_seq_len {model.max_seq_len})"
+        )
+        if "model" in plan:
+            plan["model"] = encode(model)
+        plan.pop("tokenizer", None)
+    derived |= {**aside, **job.numbers(config, start[1] if start else None)}
+    return "\n".join([dump_yaml(plan).rstrip(), *(f"# {name:<18}{value}" for name, value in derived.items())])

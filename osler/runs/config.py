@@ -1,0 +1,51 @@
+"""What every training run can be told, whatever it learns from. Torch-free."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from osler.config import NonNegativeInt, PositiveFloat, PositiveInt, config
+from osler.monitor.config import MonitorConfig, SpikeConfig
+from osler.optim.config import AdamWConfig, ConstantConfig, OptimConfig, ScheduleConfig
+
+
+@config
+class CheckpointConfig:
+    """How checkpoints are written, and which are kept."""
+
+    keep_last: PositiveInt = 2  # checkpoints kept besides the best and the milestones
+    # whether a checkpoint is written while training goes on, from a copy in memory; changes nothing in it
+    in_background: bool = True
+
+
+@config
+class RecoveryConfig:
+    """When a run in trouble goes back to its last good checkpoint and on with other data, and when it gives up."""
+
+    # steps in a row with a non-finite gradient that send the run back, when the next line of metrics is due
+    max_skipped_steps: PositiveInt = 20
+    max_rollbacks: NonNegativeInt = 2  # times that a run goes back, in all; then it ends with a diagnosis
+    spike: SpikeConfig = SpikeConfig()
+
+
+@config
+class RunConfig:
+    """The part of a configuration that all kinds of training share."""
+
+    kind: str  # of run; the command sets it
+    description: str = ""  # for the reader; changes nothing
+    seed: int = 0
+    init_from: str | None  # run folder or checkpoint to start from
+    # checkpoint of another run to go on from, with its optimizer and its place in the data; --branch sets it, and the config of
+    # that run with it
+    branch_from: str | None = None
+    optim: OptimConfig = AdamWConfig()
+    schedule: ScheduleConfig = ConstantConfig()
+    clip_norm: PositiveFloat = 1.0  # norm that the gradient is scaled down to when it is larger
+    precision: str = "auto"
+    recompute: Literal["off", "selective", "full"] = "off"  # activations computed again in the backward pass, to save memory
+    device: str = "auto"  # auto, cpu, cuda or cuda:N
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    recovery: RecoveryConfig = RecoveryConfig()
+    allow_data_change: bool = False  # whether a started run may go on with other data, never with another tokenizer
+    monitor: MonitorConfig = MonitorConfig()

@@ -1,0 +1,277 @@
+"""The life of a training run between its first step and its last, the same for every trainer.
+
+Each turn the trainer makes a step, the ranks agree whether to stop, and a line of metrics is written when one is due. A run in
+trouble then goes back (``incidents.py``). When a checkpoint or an evaluation is due, the checkpoint comes first, so an evaluation
+that fails costs nothing.
+
+Every rank runs this loop; rank 0 alone writes. A checkpoint is the same whatever the number of ranks, and a resumed run makes the
+same steps with the same numbers as one that was never interrupted.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import time
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, NamedTuple, Protocol
+
+from torch import Tensor
+
+from osler.checkpoint import store
+from osler.checkpoint.saver import Saver
+from osler.monitor.logger import open_logger
+from osler.monitor.history import RunSettings
+from osler.monitor.lifetime import recorded
+from osler.optim.build import keeping_settings
+from osler.runs.config import RunConfig
+from osler.runs.folder import check_fingerprints, was_evaluated
+from osler.runs.incidents import Incidents
+from osler.runs.process import Learner, Run
+from osler.runtime.faults import fault
+from osler.runtime.log import Progress
+from osler.runtime.stop import AskedToStop, StopFlag
+
+logger = logging.getLogger(__name__)
+
+
+class Due(NamedTuple):
+    """What is due after a step: a checkpoint, one that is kept for good, an evaluation."""
+
+    save: bool
+    milestone: bool
+    evaluation: bool
+
+
+class Trainer(Protocol):
+    """What the loop asks of the code that trains."""
+
+    run: Run
+    learner: Learner
+    incidents: Incidents
+    best_metric: str  # decides which checkpoint is the best; lower is better when its name ends with "loss"
+    step: int  # finished steps
+
+    @property
+    def config(self) -> RunConfig:
+        """What the run was told."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens trained on."""
+
+    @property
+    def position(self) -> int:
+        """Place in the data without what was passed over, in the unit of ``incidents.data_offset``."""
+
+    @property
+    def done(self) -> bool:
+        """Whether the last step is made."""
+
+    @property
+    def progress(self) -> tuple[int, int, str]:
+        """How much is done, of how much, and the unit."""
+
+    def settings(self) -> RunSettings:
+        """Return what the alerts must know of the run."""
+
+    def begin(self) -> None:
+        """Take up the data at the current step; called before the first step and after the run has gone back."""
+
+    def advance(self) -> dict[str, float] | None:
+        """Make one step. Return the metrics of a line when one is due."""
+
+    def shown(self, metrics: Mapping[str, float]) -> dict[str, str]:
+        """Return what the progress bar shows of a line."""
+
+    def due(self) -> Due:
+        """Return what is due after the step just made."""
+
+    def evaluate(self) -> dict[str, float]:
+        """Measure the model as it is. Raises AskedToStop when the run was asked to stop meanwhile."""
+
+    def pause(self, seconds: float) -> None:
+        """Leave these seconds out of the speed of training."""
+
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps of the trainer itself, as JSON."""
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """Return what a checkpoint keeps besides model and optimizer."""
+
+    def restore(self, loaded: store.Loaded) -> None:
+        """Take back what ``state`` and ``tensors`` gave."""
+
+
+class Loop:
+    """Runs a trainer to its last step; saves, evaluates, goes back and stops on the way."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer, self.run, self.incidents = trainer, trainer.run, trainer.incidents
+        self.world = trainer.run.world
+        folder, checkpoint = trainer.run.folder, trainer.config.checkpoint
+        self.saver = Saver(
+            folder.checkpoints,
+            keep_last=checkpoint.keep_last,
+            in_background=checkpoint.in_background,
+            logs=(folder.metrics, folder.events),
+            on_damage=self.incidents.found_damaged,
+        )
+        self.best: float | None = None  # value of the best metric so far
+        self.left_evaluation = False  # because the run was asked to stop
+
+    def fit(self) -> bool:
+        """Train to the end. Return False when the run was asked to stop before; everything is saved then."""
+        trainer, config = self.trainer, self.trainer.config
+        done, total, unit = trainer.progress
+        with (
+            StopFlag() as self.stop,  # first, so that whoever sees the metrics file may send a signal
+            open_logger(
+                config.monitor, self.run.folder, trainer.settings(), step=trainer.step, is_first=self.world.is_first
+            ) as self.logger,
+            recorded(self.logger.events, lambda: trainer.step, lambda: self.is_complete, self.logger.unresolved),
+            Progress(total, unit, label=config.kind, initial=done) as self.progress,
+            self.saver,
+        ):
+            self.run.events = self.logger.events
+            # Before the first step, or where a kill came after the checkpoint and before its evaluation.
+            folder, step = self.run.folder, trainer.step
+            if trainer.due().evaluation and not self.world.broadcast_from_first(lambda: was_evaluated(folder, step)):
+                self._evaluate()
+            trainer.begin()
+            while not trainer.done and not self.left_evaluation:
+                if not self._turn():
+                    return False
+        return not self.left_evaluation
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether nothing is left to train or to evaluate."""
+        return self.trainer.done and not self.left_evaluation
+
+    def _turn(self) -> bool:
+        """Make one step and what is due after it. Return False when the run stops here."""
+        trainer = self.trainer
+        line = trainer.advance()
+        fault("train-step")
+        stopping = self._agree_to_stop()
+        if line is not None:
+            self.logger.write(trainer.step, trainer.tokens, line)
+            self._show(trainer.shown(line))
+            if self.incidents.cause:
+                self._roll_back()
+                return True
+        due = trainer.due()
+        if due.save or due.milestone or due.evaluation or stopping:
+            self.save()
+            stopping = self._agree_to_stop()  # once more, because saving takes its time
+        if stopping and not trainer.done:
+            self.world.broadcast_from_first(lambda: self.saver.wait(needed=True))
+            return False
+        if due.evaluation:
+            self._evaluate()
+        return True
+
+    def _agree_to_stop(self) -> bool:
+        """Whether the ranks stop, because one was asked to. A signal after this vote counts in the next."""
+        (all_go_on,) = self.world.all_reduce_min(not self.stop.requested)
+        self.stop.requested = self.stop.requested or not all_go_on
+        return not all_go_on
+
+    def _show(self, shown: Mapping[str, str]) -> None:
+        done, self.progress.total, _ = self.trainer.progress
+        self.progress.update(done, **shown)
+
+    # -- save, restore, roll back ----------------------------------------------------------------------------------------
+
+    def save(self) -> None:
+        """Have a checkpoint written, in the background unless it is the last of this process; see ``Saver.save``.
+
+        Sharded tensors come together on rank 0, one at a time.
+        """
+        trainer, learner = self.trainer, self.trainer.learner
+        own_state = trainer.state()
+        self.world.broadcast_from_first(self.saver.wait)  # ranks have more patience here than in a collective on the device
+        to_host = self.saver.to_host if trainer.config.checkpoint.in_background else None
+        tensors, optimizer_state = learner.engine.parts(learner.model, learner.optimizer, to_host)
+        state = {
+            "kind": trainer.config.kind,
+            "step": trainer.step,
+            "tokens": trainer.tokens,
+            **own_state,
+            "incidents": self.incidents.checkpointed(trainer.step),
+            "fingerprints": dict(self.run.fingerprints),
+            "optimizer": optimizer_state,
+        }
+        save = partial(
+            self.saver.save,
+            trainer.step,
+            tensors={**tensors, **trainer.tensors()},
+            state=state,
+            files=self.run.files,
+            milestone=trainer.due().milestone,
+            good_step=self.incidents.good_step,
+            last=trainer.done or self.stop.requested,
+        )
+        self.world.broadcast_from_first(save)
+
+    def restore(self, loaded: store.Loaded) -> None:
+        """Continue from a checkpoint of this run, bit for bit, or with its own settings from one of the run it branches from."""
+        allowed = self.trainer.config.allow_data_change
+        check_fingerprints(loaded, self.run.fingerprints, self.run.events, allow_data_change=allowed)
+        with keeping_settings(self.trainer.learner.optimizer):
+            self._take_over(loaded)
+        self.run.earlier_seconds = loaded.state.get("seconds", 0.0)
+
+    def _take_over(self, loaded: store.Loaded) -> None:
+        """Become what was saved; what is learned from was checked when this process began."""
+        learner = self.trainer.learner
+        learner.engine.restore(learner.model, learner.optimizer, loaded.tensors, loaded.state["optimizer"])
+        self.trainer.restore(loaded)
+        self.incidents.restore(loaded.state.get("incidents"))
+        # Read from the folder, because a checkpoint is written before the evaluation that may make it the best.
+        best = store.best_checkpoint(self.run.folder.checkpoints)
+        self.best = best.value if best is not None and best.step <= loaded.step else None
+
+    def _roll_back(self) -> None:
+        """Go back to the last good checkpoint and on with other data; saved at once, so that a kill changes nothing."""
+        self.world.broadcast_from_first(self.saver.wait)  # the checkpoint to go back to may be the one that is being written
+        self.incidents.roll_back(self.trainer.step, self._take_over, lambda: self.trainer.position)
+        self.save()
+        self.world.broadcast_from_first(self.saver.wait)
+        fault("rollback")
+        self.logger.rewind(self.trainer.step)
+        self.trainer.begin()
+
+    # -- evaluate --------------------------------------------------------------------------------------------------------
+
+    def _evaluate(self) -> None:
+        """Evaluate, and mark the checkpoint of this step when it is the best so far."""
+        fault("evaluate")
+        trainer, before = self.trainer, time.monotonic()
+        self.saver.hurry()
+        metrics: dict[str, float] = {}
+        try:
+            metrics = trainer.evaluate()
+        except AskedToStop:
+            self.left_evaluation = True
+        # Only what is on the disk can be the best, and count as evaluated.
+        self.world.broadcast_from_first(lambda: self.saver.wait(needed=self.left_evaluation))
+        if metrics:
+            self._mark_if_best(metrics)
+            # Last, because the line is what tells a resumed run that this evaluation is complete.
+            self.logger.write(trainer.step, trainer.tokens, {**metrics, "eval/seconds": time.monotonic() - before})
+            shown = {name.replace("eval/loss", "held-out loss").removeprefix("eval/"): value for name, value in metrics.items()}
+            logger.info(f"step {trainer.step}: " + ", ".join(f"{name} {value:.4f}" for name, value in shown.items()))
+            self._show({})
+        trainer.pause(time.monotonic() - before)
+
+    def _mark_if_best(self, metrics: Mapping[str, float]) -> None:
+        name = self.trainer.best_metric
+        value, saved = metrics.get(name), self.run.folder.checkpoints / store.folder_name(self.trainer.step)
+        if value is None or not self.world.is_first or not saved.is_dir():
+            return
+        if self.best is None or (value < self.best if name.endswith("loss") else value > self.best):
+            self.best = value
+            store.mark_best(saved, name, value)
