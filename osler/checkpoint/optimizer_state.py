@@ -1,8 +1,8 @@
-"""Optimizer states as named tensors plus JSON, and back, bit for bit.
+"""The state of an optimizer as named tensors plus JSON, and back, bit for bit.
 
-``torch.optim`` numbers its parameters in the order they were given and casts the state to the parameter's dtype on
-loading; here every entry is stored under the parameter's name and keeps its own dtype, so a resume is exact. Tensor
-names are ``<parameter>/<entry>``, for example ``layers.0.q_proj.weight/exp_avg``, and ``group.<index>/<entry>``.
+``torch.optim`` numbers the parameters and casts their state to the parameter's dtype on loading. Here every entry is stored
+under the parameter's name and keeps its own dtype, so a resume is exact. Tensors are named ``<parameter>/<entry>``, for example
+``layers.0.q_proj.weight/exp_avg``, and ``group.<index>/<entry>``.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from osler.runtime.sharded import shard_like
 
 NamedParameters = Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]
 
-# How an update is computed rather than what it is: the machine that resumes decides these for itself.
+# These choose an implementation of the same update; the machine that resumes decides them for itself.
 _IMPLEMENTATION = ("fused", "foreach", "capturable", "differentiable")
 
 
 def flatten_optimizer(
     optimizer: torch.optim.Optimizer, named_parameters: NamedParameters
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and JSON that hold the state and hyperparameters of an optimizer, such as AdamW.
+    """Return the state and hyperparameters of an optimizer as named tensors and JSON.
 
-    ``named_parameters`` names every parameter of the optimizer, as ``model.named_parameters()`` does. The tensors are
-    the optimizer's own, not copies: write them out before the next step.
+    ``named_parameters`` names every parameter of the optimizer, as ``model.named_parameters()`` does. The tensors are the
+    optimizer's own and change with its next step.
     """
     names = {id(parameter): name for name, parameter in dict(named_parameters).items()}
     tensors: dict[str, Tensor] = {}
@@ -52,7 +52,7 @@ def _name_of(parameter: Tensor, names: Mapping[int, str]) -> str:
 
 
 def _split(prefix: str, entries: Mapping[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """Move the tensors among ``entries`` to ``tensors``; what stays is JSON, with tuples marked and tensors named."""
+    """Move the tensors among ``entries`` to ``tensors`` and return the rest as JSON, with tuples marked and tensors named."""
     plain: dict[str, Any] = {}
     for key, value in entries.items():
         if isinstance(value, Tensor):
@@ -73,11 +73,11 @@ def restore_optimizer(
     tensors: Mapping[str, Tensor],
     state: Mapping[str, Any],
 ) -> None:
-    """Put back what ``flatten_optimizer`` took: the optimizer's next step is bit for bit the one that was not made.
+    """Restore what ``flatten_optimizer`` returned; the optimizer's next step is then the same bit for bit.
 
-    Copies the tensors to the parameters' devices. Hyperparameters (learning rate, betas, weight decay) come from the
-    checkpoint; which implementation computes the update (fused or not) stays as built. Raises UserError, before
-    changing anything, when the checkpoint belongs to other parameters or other groups of them.
+    Tensors are copied to the devices of the parameters. Hyperparameters (learning rate, betas, weight decay) come from the
+    checkpoint; the implementation of the update (fused or not) stays as built. Raises UserError, before anything is changed,
+    when the checkpoint belongs to other parameters or groups them otherwise.
     """
     parameters = dict(named_parameters)
     names = {id(parameter): name for name, parameter in parameters.items()}
@@ -130,7 +130,7 @@ def _joined(entries: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[s
 
 
 def _place(key: str, value: Any, parameter: Tensor, step_on_device: bool) -> Any:
-    """A copy of one state entry where the optimizer expects it: beside its parameter, in the same memory order."""
+    """Return a copy of a state entry on the device and in the memory order of its parameter, where the optimizer expects it."""
     if not isinstance(value, Tensor):
         return value
     if key == "step" and value.dim() == 0 and not step_on_device:

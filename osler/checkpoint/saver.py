@@ -1,16 +1,16 @@
-"""Saves the checkpoints of a run while the run goes on: the trainer waits for a copy in memory and not for the disk.
+"""Saves the checkpoints of a run while it trains: the trainer waits for a copy in memory and not for the disk.
 
-The idea: a copy of the tensors is taken into buffers that are kept from save to save, and one thread then writes, flushes,
-reads back and rotates (``store.save``), which is nearly all of a save's time. From a GPU the copies are only queued: the writer
-waits for them, and the next step cannot overtake them, because it is queued behind them on the same stream. Where the CPU
-trains, hashing would take cores away from it, so the writer uses a small share of one until somebody waits for it. One save is in
-flight at most, since a second would need a second set of buffers: the next one waits for it.
+The tensors are copied into buffers that are kept from save to save. One thread then writes, flushes, reads back and rotates,
+which is nearly all of a save's time. From a GPU the copies are only queued: the writer waits for them, and the next step cannot
+overtake them, because it is queued behind them on the same stream. When the CPU trains, hashing would take cores away from it,
+so the writer uses a small share of one core until somebody waits for it. One save is in flight at most, since a second would
+need a second set of buffers.
 
-The price is memory on the host for a copy of weights and moments, from the first such save on (pinned beside a GPU, where torch
-rounds each tensor up to a power of two). What reaches the disk is the same to the byte as without the thread.
+The price is memory on the host for a copy of weights and moments from the first such save on (pinned beside a GPU, where torch
+rounds each tensor up to a power of two). The bytes on the disk are the same as without the thread.
 
-The last save of a process is made in the foreground, from the tensors themselves (those that were cut over ranks take the same
-buffers): nothing is left to overlap with. Whoever promises that something is on the disk calls ``wait`` before.
+The last save of a process is made in the foreground, from the tensors themselves (sharded ones were gathered into the buffers),
+because nothing is left to overlap with. Call ``wait`` before relying on a checkpoint.
 """
 
 from __future__ import annotations
@@ -30,9 +30,10 @@ import torch
 from torch import Tensor
 
 from osler.checkpoint import store
-from osler.checkpoint.root import OnDamage, Skipped, ignore_damage
+from osler.checkpoint.root import Damaged, OnDamage, ignore_damage
+from osler.checkpoint.rotation import rotate
 from osler.errors import UserError
-from osler.runtime.files import fsync_file
+from osler.runtime.files import fsync_file, no_pause
 
 logger = logging.getLogger(__name__)
 
@@ -40,10 +41,10 @@ CPU_SHARE = 0.03  # of one core, for the writer beside a CPU that trains
 
 
 class Saver:
-    """Owns the checkpoints folder of a run; a context that ends only when the save in flight has.
+    """Owns the checkpoints folder of a run; leaving its context waits for the save in flight.
 
-    ``logs`` are files of the run that a resume counts on: what they hold by then is on the disk before a checkpoint is.
-    ``on_damage`` is told, by the thread that saves and waits, of older checkpoints that the writer found to be damaged.
+    ``logs`` are files of the run that a resume needs: their lines are on the disk before a checkpoint is. ``on_damage`` is
+    called in the thread that saves and waits, for older checkpoints that the writer found to be damaged.
     """
 
     def __init__(
@@ -66,13 +67,13 @@ class Saver:
         self._hurry = threading.Event()  # set while somebody waits for the writer
         self._given_up = False
         self._on_damage = on_damage
-        self._damaged: Skipped = []  # found by the writer and not told yet
+        self._damaged: Damaged = []  # found by the writer and not reported yet
 
     def to_host(self, part: str, name: str, tensor: Tensor) -> Tensor:
-        """Copy a tensor into the buffer of its names, from a GPU without waiting for it; one that lies there already is left.
+        """Copy a tensor into its buffer on the host, without waiting for a GPU, and return the buffer.
 
-        ``save`` does this with all tensors. Called before it, between ``wait`` and ``save``, it frees a device from tensors that
-        were put together for the checkpoint only.
+        ``save`` does this with all tensors that are not in their buffers. Call it between ``wait`` and ``save`` for tensors that
+        were gathered for the checkpoint, to free the device from them.
         """
         buffer = self._buffers.get((part, name))
         if buffer is tensor:
@@ -94,54 +95,48 @@ class Saver:
         good_step: int | None = None,
         last: bool = False,
     ) -> None:
-        """Save a checkpoint as ``store.save`` does; the tensors may change when this returns, ``state`` and ``files`` may not.
+        """Save a checkpoint as ``store.save`` does, then rotate; ``rotate`` explains ``good_step``.
 
-        A disk that refuses is warned about, in the background with the next ``wait``. Raises UserError instead when the save is
-        the ``last`` of this process, because what it would hold is lost.
+        The tensors may change when this returns, ``state`` and ``files`` may not. When the disk refuses this warns, in the
+        background with the next ``wait``. Raises UserError instead when the save is the ``last`` of this process, because its
+        content would be lost.
         """
         self.wait()
-        write = partial(
-            self._write,
-            step,
-            state=state,
-            files=files,
-            keep_last=self.keep_last,
-            milestone=milestone,
-            good_step=good_step,
-        )
+        write = partial(self._write, step, good_step, state=state, files=files, milestone=milestone)
         if last or not self.in_background:
             if self._gpu is not None:
-                torch.cuda.current_stream(self._gpu).synchronize()  # what ``hold`` has queued
+                torch.cuda.current_stream(self._gpu).synchronize()  # for what ``to_host`` has queued
             self._finish(partial(write, tensors=tensors), needed=last)
             return
-        held = {part: {name: self.to_host(part, name, own) for name, own in named.items()} for part, named in tensors.items()}
-        copied = None if self._gpu is None else torch.cuda.current_stream(self._gpu).record_event()
+        copies = {part: {name: self.to_host(part, name, own) for name, own in named.items()} for part, named in tensors.items()}
+        event = None if self._gpu is None else torch.cuda.current_stream(self._gpu).record_event()
 
         def work() -> None:
-            if copied is not None:
-                copied.synchronize()
-            write(tensors=held, pause=self._pause(1.0 if copied is not None else CPU_SHARE))
+            if event is not None:
+                event.synchronize()
+            write(tensors=copies, pause=self._pause(1.0 if event is not None else CPU_SHARE))
 
         self._hurry.clear()
         self._in_flight = self._writer.submit(work)
 
-    def _write(self, step: int, **contents: Any) -> None:
+    def _write(self, step: int, good_step: int | None, *, pause: Callable[[], None] = no_pause, **contents: Any) -> None:
         for log in self.logs:
-            with suppress(OSError):  # it is not there, or the disk refuses it, which the checkpoint will tell
+            with suppress(OSError):  # it does not exist, or the disk refuses it and then the checkpoint too
                 fsync_file(log)
-        store.save(self.root, step, **contents, on_damage=lambda *found: self._damaged.append(found))
+        saved = store.save(self.root, step, pause=pause, **contents)
+        self._damaged += rotate(self.root, saved, self.keep_last, good_step, pause=pause)
 
     @property
     def is_saving(self) -> bool:
-        """Whether a save is in flight."""
+        """Return whether a save is in flight."""
         return self._in_flight is not None and not self._in_flight.done()
 
     def hurry(self) -> None:
-        """Let the save in flight use the CPU as it likes from now on."""
+        """Let the save in flight use a whole core from now on."""
         self._hurry.set()
 
     def wait(self, *, needed: bool = False) -> None:
-        """Wait for the save in flight, if there is one, and warn when it failed; UserError instead when it is ``needed``."""
+        """Wait for the save in flight, if any, and warn when it failed; raises UserError instead when it is ``needed``."""
         in_flight, self._in_flight = self._in_flight, None
         if in_flight is not None:
             self.hurry()
@@ -161,7 +156,7 @@ class Saver:
                 self._on_damage(*self._damaged.pop(0))
 
     def _pause(self, cpu_share: float) -> Callable[[], None]:
-        """What the writer calls after each block of its work: it sleeps for as long as its share of a core demands."""
+        """Return what the writer calls after each block: it sleeps until the writer has used only its share of a core."""
         used = time.thread_time()
 
         def pause() -> None:
@@ -177,9 +172,9 @@ class Saver:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        """Let the save in flight end whatever ends the run, an evaluation that crashed say.
+        """Wait for the save in flight, whatever ends the run.
 
-        At a second Ctrl-C it stops after its block and leaves a hidden folder, which the next save removes.
+        At a second Ctrl-C the save stops after its block and leaves a hidden folder, which the next save removes.
         """
         if kind is None or not issubclass(kind, KeyboardInterrupt):
             self.wait()

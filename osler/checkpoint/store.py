@@ -1,9 +1,8 @@
-"""Checkpoints that survive a kill at any moment: saved whole or not at all, verified, rotated, and found again.
+"""Saves and loads checkpoints that survive a kill at any moment: a checkpoint is complete or absent, and verified.
 
-``root/step-000000123/`` holds one ``<name>.safetensors`` per tensor dictionary, ``state.json``, further files as bytes,
-and ``manifest.json``. A save writes all of it into a hidden folder, flushes every file, writes the manifest last,
-renames the folder and flushes the root; then it reads everything back, and only then deletes old checkpoints. There is
-no pickle anywhere. What was put in comes out bit for bit; whether a *resume* is exact is up to what the caller puts in.
+``root/step-000000123/`` holds one ``<name>.safetensors`` per tensor dictionary, ``state.json``, further files as bytes, and
+``manifest.json``. A save writes all of it into a hidden folder, flushes every file, writes the manifest last, renames the folder
+and flushes the root; then it reads everything back. There is no pickle anywhere. What was put in comes out bit for bit.
 
 One process saves into a root at a time.
 """
@@ -34,28 +33,14 @@ from osler.checkpoint.manifest import (
     Manifest,
     folder_name,
     padded,
-    read_manifest,
     verify,
-    write_manifest,
 )
-from osler.checkpoint.root import (
-    BEST,
-    HIDDEN,
-    OnDamage,
-    best_checkpoint,
-    by_age,
-    describe_skipped,
-    ignore_damage,
-    mark_best,
-    newest_good,
-    remove,
-    root_of,
-    rotate,
-)
+from osler.checkpoint.root import BEST, best_checkpoint, by_age, describe_damaged, is_checkpoint, newest_good, root_of
+from osler.checkpoint.rotation import HIDDEN, remove
 from osler.checkpoint.tensors import read_tensors, write_tensors
 from osler.errors import UserError
 from osler.runtime.faults import fault
-from osler.runtime.files import fsync_dir, no_pause, open_durable, read_json
+from osler.runtime.files import fsync_dir, no_pause, open_durable, read_json, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -82,26 +67,19 @@ def save(
     tensors: Mapping[str, Mapping[str, Tensor]],
     state: Mapping[str, Any],
     files: Mapping[str, bytes] | None = None,
-    keep_last: int = 2,
     milestone: bool = False,
-    good_step: int | None = None,
-    best: bool = False,
-    best_metric: str = "",
-    best_value: float | None = None,
     pause: Callable[[], None] = no_pause,
-    on_damage: OnDamage = ignore_damage,
 ) -> Path:
-    """Save a checkpoint, verify it, then delete all but the last ``keep_last``, the best and the milestones; returns its folder.
+    """Save a checkpoint, verify it and return its folder.
 
-    ``tensors`` maps a file's name to its tensors; ``state`` must be JSON with string keys. A ``milestone`` is kept for good, and
-    the newest up to ``good_step`` as long as no other is named. A checkpoint of the same step is replaced, and stays until the
-    new one is whole on the disk. Raises CheckpointSaveError when the disk is full or fails; the half-written folder is then
-    removed and the older checkpoints stay. ``pause`` is called after each block that was written or read
-    back, ``on_damage`` for an older checkpoint that proves to be damaged.
+    ``tensors`` maps names of files to named tensors; ``state`` must be JSON with string keys; rotation never deletes a
+    ``milestone``. A checkpoint of the same step is replaced, and stays until the new one is complete on the disk. ``pause`` is
+    called after each block that was written or read back. Raises CheckpointSaveError when the disk is full or fails; then the
+    half-written folder is removed and the older checkpoints stay.
     """
     root = Path(root)
-    if keep_last < 1 or step < 0:
-        raise ValueError(f"keep_last must be at least 1 and step at least 0, not {keep_last} and {step}")
+    if step < 0:
+        raise ValueError(f"step must be at least 0, not {step}")
     contents = _contents(tensors, state, files or {})
     final = root / folder_name(step)
     temporary = root / f"{HIDDEN}{final.name}"
@@ -124,16 +102,13 @@ def save(
         with contextlib.suppress(OSError):
             _tidy(root)
         raise CheckpointSaveError(f"Checkpoint {final} could not be saved: {error.strerror or error}.") from error
-    if best:
-        mark_best(final, best_metric, best_value)
-    rotate(root, final, keep_last, good_step, pause=pause, on_damage=on_damage)
     return final
 
 
 def _contents(
     tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any], files: Mapping[str, bytes]
 ) -> dict[str, bytes]:
-    """The small files as bytes; raises before the disk is touched when names or state are unusable."""
+    """Return all files but those of tensors; raises ValueError or TypeError for names or a state that cannot be stored."""
     _require_string_keys(state)
     names = [*(f"{name}{TENSORS_SUFFIX}" for name in tensors), STATE, MANIFEST, *files]
     for name in names:
@@ -145,7 +120,7 @@ def _contents(
 
 
 def _require_string_keys(value: Any, path: str = "state") -> None:
-    """JSON would turn a key 3 into "3" without a word, and the resumed run would not find it."""
+    """Refuse a key such as 3, which JSON would silently turn into "3"; the resumed run would not find it."""
     if isinstance(value, Mapping):
         for key, inner in value.items():
             if not isinstance(key, str):
@@ -174,16 +149,16 @@ def _write_folder(
             file.write(data[len(data) // 2 :])
         records[name] = FileRecord(len(data), hashlib.sha256(data).hexdigest())
     fault("save-manifest")
-    write_manifest(folder, replace(manifest, files=records))
+    replace(manifest, files=records).write(folder)
     fsync_dir(folder)
 
 
 def _set_aside(final: Path) -> None:
-    """Free the name ``final`` while the checkpoint that has it stays findable under another one."""
+    """Give the checkpoint named ``final``, if there is one, another name under which it is still found."""
     aside = final.with_name(final.name + REPLACED_SUFFIX)
     if not final.exists():
         return
-    if aside.exists():  # an earlier replacement was killed half way: keep whichever of the two is good
+    if aside.exists():  # an earlier replacement was killed half way: keep the one that is good
         if verify(final):
             remove(final)
             return
@@ -195,7 +170,7 @@ def _tidy(root: Path) -> None:
     """Delete what killed saves and deletions left, and give a set-aside checkpoint its name back if that is free."""
     for path in root.glob(f"{HIDDEN}*"):
         if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path, ignore_errors=True)  # what cannot go, as while another looks at it, is in nobody's way
+            shutil.rmtree(path, ignore_errors=True)  # what cannot be deleted, as while another reads it, does no harm
     for path in root.glob(f".{BEST}.*.tmp"):
         with contextlib.suppress(OSError):
             path.unlink()
@@ -205,8 +180,21 @@ def _tidy(root: Path) -> None:
             aside.rename(final)
 
 
+def mark_best(path: str | Path, metric: str, value: float | None) -> None:
+    """Record that a checkpoint is the best so far; rotation keeps it, and no longer the one before.
+
+    When the disk refuses this only warns, since the checkpoint is safe, and the one before stays marked.
+    """
+    path = Path(path)
+    try:
+        fault("save-best")
+        write_json(path.parent / BEST, {"folder": path.name, "metric": metric, "value": value})
+    except OSError as error:
+        logger.warning(f"{path} could not be marked best: {error.strerror}")
+
+
 def load(path: str | Path, names: Collection[str] | None = None) -> Loaded:
-    """Verify a checkpoint folder and read it; ``names`` restricts verifying and reading to those tensor dictionaries.
+    """Verify a checkpoint folder and read it; ``names`` restricts both to those tensor dictionaries.
 
     Raises UserError that names the damaged file, or the name that is not in the checkpoint.
     """
@@ -214,45 +202,44 @@ def load(path: str | Path, names: Collection[str] | None = None) -> Loaded:
     problems = verify(folder, names)
     if problems:
         raise UserError(f"Checkpoint {folder} is damaged, use an earlier one: {'; '.join(problems)}.")
-    manifest = read_manifest(folder)
+    manifest = Manifest.read(folder)
     present = [name.removesuffix(TENSORS_SUFFIX) for name in manifest.files if name.endswith(TENSORS_SUFFIX)]
     missing = sorted(set(names or ()) - set(present))
     if missing:
         raise UserError(f"Checkpoint {folder} holds no {', '.join(missing)}; it holds {', '.join(present)}.")
-    wanted = [name for name in present if names is None or name in names]
+    others = [name for name in manifest.files if name != STATE and not name.endswith(TENSORS_SUFFIX)]
     return Loaded(
         path=folder,
         step=manifest.step,
-        tensors={name: read_tensors(folder / f"{name}{TENSORS_SUFFIX}") for name in wanted},
+        tensors={name: read_tensors(folder / f"{name}{TENSORS_SUFFIX}") for name in present if names is None or name in names},
         state=read_json(folder / STATE),
-        files={
-            name: (folder / name).read_bytes() for name in manifest.files if name != STATE and not name.endswith(TENSORS_SUFFIX)
-        },
+        files={name: (folder / name).read_bytes() for name in others},
     )
 
 
 def resolve(path: str | Path, which: str = "newest") -> Path:
-    """The checkpoint folder that a person means by a checkpoint, a checkpoints root, or a run folder.
+    """Return the checkpoint folder that is meant by a checkpoint, a checkpoints folder, or a run folder.
 
-    A checkpoint folder is taken as it is (``load`` verifies it); otherwise ``which`` picks the ``newest`` good one, and
-    says so when newer ones are damaged, or the ``best``. Raises UserError when there is none.
+    A checkpoint is taken as it is (``load`` verifies it). Otherwise ``which`` picks the ``newest`` good one, with a warning when
+    newer ones are damaged, or the ``best``. Raises UserError when there is none.
     """
     if which not in ("newest", "best"):
         raise ValueError(f"which must be newest or best, not {which!r}")
-    if not str(path):  # Path("") would be the folder that happens to be the current one
+    if not str(path):  # Path("") would be the current folder
         raise UserError("No checkpoint is named: give a run folder or one of its checkpoints, such as init_from=RUN.")
-    path, root = padded(Path(path)), root_of(path)
-    if (path / MANIFEST).exists() or FOLDER_NAME.fullmatch(path.name):
+    path = padded(Path(path))
+    root = root_of(path)
+    if is_checkpoint(path):
         return path
     if which == "best":
         marked = best_checkpoint(root)
         if marked is None:
             raise UserError(f"No checkpoint in {root} is marked best; take the newest instead.")
         return marked.path
-    found, skipped = newest_good(root)
+    found, damaged = newest_good(root)
     if found is None:
-        reason = f": {describe_skipped(skipped)}" if skipped else ""
-        raise UserError(f"There is no {'good ' if skipped else ''}checkpoint in {root}{reason}.")
-    if skipped:
-        logger.warning(f"falling back to {found}: {describe_skipped(skipped)}")
+        reason = f": {describe_damaged(damaged)}" if damaged else ""
+        raise UserError(f"There is no {'good ' if damaged else ''}checkpoint in {root}{reason}.")
+    if damaged:
+        logger.warning(f"falling back to {found}: {describe_damaged(damaged)}")
     return found

@@ -1,9 +1,9 @@
-"""Writes and reads named tensors in the safetensors format, hashing them on the way to the disk.
+"""Named tensors in the safetensors format, hashed as they are written.
 
-The format (https://huggingface.co/docs/safetensors): eight bytes with the header's length, a JSON header, then the raw
-bytes. Writing it here rather than with the library's ``save_file`` gives three things that a checkpoint needs: the hash
-is of what was meant, not of what a second reading found; one tensor at a time leaves the device; and a full disk is an
-ordinary OSError. Tensors that share memory are written once per name. Reading is the library's. Values are exact.
+The format (https://huggingface.co/docs/safetensors) is eight bytes with the length of the header, a JSON header, then the raw
+bytes. A checkpoint needs three things that the library's ``save_file`` does not give: a hash of the tensors and not of what was
+read back, only one tensor at a time off the device, and an ordinary OSError when the disk is full. Tensors that share memory are
+written once per name. The library reads the files. Values are exact.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ _BLOCK_BYTES = 16 << 20
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], pause: Callable[[], None] = no_pause) -> tuple[int, str]:
-    """Write one safetensors file, durably; returns its size in bytes and its hex SHA-256. ``pause`` is called after each block.
+    """Write one safetensors file, durably, and return its size in bytes and hex SHA-256; ``pause`` is called after each block.
 
-    Raises OSError when the disk refuses and TypeError for a tensor that is no plain dense array.
+    Raises OSError when the disk refuses, and TypeError for a tensor that is sparse or of a dtype without a name in the format.
     """
-    # Wide types first, so that every tensor lies aligned to its own size without holes between them.
+    # Wide types first, so that every tensor is aligned to the size of its elements without holes.
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
     header = _header(ordered)
     with open_durable(path) as file:

@@ -185,11 +185,11 @@ def newest_checkpoint(run: RunFolder, *, record: bool = False) -> Path | None:
         write_damage(EventLog(run.events), path, problems)
     if found is None and skipped:
         raise UserError(
-            f"No checkpoint in {run.checkpoints} is good: {store.describe_skipped(skipped)}. Restore one from a copy, or "
+            f"No checkpoint in {run.checkpoints} is good: {store.describe_damaged(skipped)}. Restore one from a copy, or "
             "delete that folder to start this run over."
         )
     if skipped:
-        logger.warning(f"{store.describe_skipped(skipped)}; going on from {found}.")
+        logger.warning(f"{store.describe_damaged(skipped)}; going on from {found}.")
     return found
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from osler.checkpoint.rotation import rotate
 from osler.checkpoint.saver import Saver
 from osler.checkpoint.store import CheckpointSaveError, load, mark_best, newest_good, save
 from osler.runtime import faults
@@ -41,17 +42,10 @@ def content(step: int, version: int = 0) -> dict[str, dict[str, torch.Tensor]]:
 
 
 def put(root: Path, step: int, version: int = 0) -> None:
-    save(
-        root,
-        step,
-        tensors=content(step, version),
-        state={"step": step, "text": "x" * 1000},
-        files={"tokenizer.json": b"{}" * 500},
-        keep_last=1,
-        best=True,
-        best_metric="eval/loss",
-        best_value=1 / (step + 1),
-    )
+    files = {"tokenizer.json": b"{}" * 500}
+    path = save(root, step, tensors=content(step, version), state={"step": step, "text": "x" * 1000}, files=files)
+    mark_best(path, "eval/loss", 1 / (step + 1))
+    rotate(root, path, keep_last=1)
 
 
 def put_in_background(root: Path, step: int) -> None:
@@ -153,7 +147,7 @@ def best_survives(root: Path) -> None:
         put(root, 2)
 
     assert in_child(work) == signal.SIGKILL
-    save(root, 3, tensors=content(3), state={"step": 3}, keep_last=1)
+    rotate(root, save(root, 3, tensors=content(3), state={"step": 3}), keep_last=1)
     assert (root / "step-000000002").is_dir() and (root / "step-000000003").is_dir()
     check(root, {3})
 

@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import errno
-import os
 import re
 from pathlib import Path
 
 import pytest
-import torch
 
 from osler.checkpoint import manifest, store
+from osler.checkpoint.rotation import rotate
 from osler.cli import main
 from osler.records.events import read_events
+from tests.checkpoint.conftest import flip, put, rot_silently, steps
 
 
 @pytest.fixture
 def run(tmp_path) -> Path:
     """Steps 1 to 5; 2 is the best, 3 a milestone."""
     for step in range(1, 6):
-        tensors = {"model": {"weight": torch.full((1000,), float(step))}}
-        store.save(
-            tmp_path / "checkpoints", step, tensors=tensors, state={"tokens": 4096 * step}, keep_last=9, milestone=step == 3
-        )
+        put(tmp_path / "checkpoints", step, keep_last=9, milestone=step == 3)
     store.mark_best(folder(tmp_path, 2), "eval/loss", 1.25)
     return tmp_path
 
@@ -32,13 +28,7 @@ def folder(run: Path, step: int) -> Path:
 
 
 def left(run: Path) -> list[int]:
-    return sorted(int(name.split("-")[1]) for name in os.listdir(run / "checkpoints") if name.startswith("step-"))
-
-
-def flip(path: Path) -> None:
-    data = bytearray(path.read_bytes())
-    data[-1] ^= 1
-    path.write_bytes(data)
+    return steps(run / "checkpoints")
 
 
 def osler(*words: object) -> int:
@@ -135,93 +125,16 @@ def test_prune_keeps_at_least_one(run, capsys):
     assert "at least one checkpoint stays" in capsys.readouterr().err and left(run) == [1, 2, 3, 4, 5]
 
 
-def test_the_group_lists_its_commands(capsys):
-    assert main(["checkpoint"]) == 2
-    text = capsys.readouterr().err
-    assert all(f"`checkpoint {verb}`" in text for verb in ("list", "verify", "prune"))
-    assert main(["checkpoint", "--help"]) == 0
-    text = capsys.readouterr().out
-    assert all(f"checkpoint {verb} " in text for verb in ("list", "verify", "prune"))
-
-
-# -- damage that comes after the save ----------------------------------------------------------------------------------
-
-
-def save(run: Path, step: int, **options) -> list[tuple[Path, list[str]]]:
-    """Save a checkpoint of some blocks; returns what damage was found on the way."""
-    found: list[tuple[Path, list[str]]] = []
-    tensors = {"model": {"weight": torch.full((1 << 20,), float(step))}}
-    report = {"on_damage": lambda *damaged: found.append(damaged)}
-    store.save(run / "checkpoints", step, tensors=tensors, state={}, **report, **options)
-    return found
-
-
-def test_a_checkpoint_that_rotted_does_not_count_for_keep_last(tmp_path):
-    for step in (1, 2, 3):
-        assert save(tmp_path, step, keep_last=3) == []
-    flip(folder(tmp_path, 2) / "model.safetensors")
-    [(path, problems)] = save(tmp_path, 4, keep_last=3)
-    assert path == folder(tmp_path, 2) and "its content changed" in problems[0]
-    assert left(tmp_path) == [1, 3, 4] and all(store.verify(folder(tmp_path, step)) == [] for step in (1, 3, 4))
-
-
-def test_a_checkpoint_that_cannot_be_read_for_a_moment_is_not_deleted(tmp_path, monkeypatch):
-    """As on a network disk that is away: nobody knows whether it is damaged, so it neither counts nor goes."""
-    for step in (1, 2, 3):
-        save(tmp_path, step, keep_last=3)
-    monkeypatch.setattr(manifest, "_verdicts", {})
-    real = manifest.sha256_file
-
-    def away(path, pause):
-        if path.parent == folder(tmp_path, 2):
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
-        return real(path, pause)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(manifest, "sha256_file", away)
-        [(path, problems)] = save(tmp_path, 4, keep_last=3)
-    assert path == folder(tmp_path, 2) and "cannot be read" in problems[0]
-    assert left(tmp_path) == [1, 2, 3, 4] and store.verify(folder(tmp_path, 2)) == []
-    assert save(tmp_path, 5, keep_last=4) == [] and left(tmp_path) == [2, 3, 4, 5]
-
-
-def test_rot_under_unchanged_names_and_times_is_found_by_the_next_process(tmp_path, monkeypatch):
-    """As a disk rots; the one to go back to must be good as well."""
-    for step in (1, 2, 3, 4):
-        save(tmp_path, step, keep_last=9)
-    rotten = folder(tmp_path, 3) / "model.safetensors"
-    times = rotten.stat().st_atime_ns, rotten.stat().st_mtime_ns
-    flip(rotten)
-    os.utime(rotten, ns=times)
-    monkeypatch.setattr(manifest, "_verdicts", {})
-    [(path, _)] = save(tmp_path, 5, keep_last=1, good_step=3)
-    assert path == folder(tmp_path, 3) and left(tmp_path) == [2, 5]
-
-
-def test_rotation_reads_a_checkpoint_once_in_a_process(tmp_path, monkeypatch):
-    def blocks(step: int) -> int:
-        pauses = []
-        save(tmp_path, step, keep_last=2, pause=lambda: pauses.append(step))
-        return len(pauses)
-
-    usual = {blocks(step) for step in range(1, 6)}
-    assert len(usual) == 1 and usual.pop() >= 8  # as many to write as to read back, and none of those before
-    monkeypatch.setattr(manifest, "_verdicts", {})
-    first, second = blocks(6), blocks(7)
-    assert second < first <= 2 * second and left(tmp_path) == [6, 7]
-
-
-def test_verify_tells_the_runs_diary_and_the_run_itself(run, capsys):
-    rotten = folder(run, 4) / "model.safetensors"
-    times = rotten.stat().st_atime_ns, rotten.stat().st_mtime_ns
-    flip(rotten)
-    os.utime(rotten, ns=times)
-    assert manifest.verdict(folder(run, 4)) == []  # this process saved it, and it looks as it did
+def test_verify_records_damage_and_makes_the_run_read_again(run, capsys):
+    rot_silently(folder(run, 4) / "model.safetensors")
+    assert manifest.known_problems(folder(run, 4)) == []  # this process saved it, and it looks as it did
     assert osler("verify", run) == 1 and not (run / "events.jsonl").exists()  # there is no run in this folder
     (run / "config.yaml").write_text("kind: pretrain\n")
     assert osler("verify", folder(run, 4)) == 1
     [event] = read_events(run / "events.jsonl")
     assert (event.step, event.kind, event.name) == (4, "incident", "damaged-checkpoint")
     assert "step-000000004 is damaged (model.safetensors: its content changed" in event.message
-    assert manifest.verdict(folder(run, 4)) != []
-    assert [path for path, _ in save(run, 6, keep_last=3)] == [folder(run, 4)] and left(run) == [2, 3, 5, 6]
+    assert manifest.known_problems(folder(run, 4)) != []
+    newest = put(run / "checkpoints", 6, keep_last=9)
+    [(path, _)] = rotate(run / "checkpoints", newest, 3)
+    assert path == folder(run, 4) and left(run) == [2, 3, 5, 6]

@@ -13,19 +13,8 @@ import torch
 from osler.checkpoint import store
 from osler.checkpoint.saver import CPU_SHARE, Saver
 from osler.errors import UserError
-from osler.runtime import faults
 
 PATIENCE_SECONDS = 300
-
-
-@pytest.fixture
-def fault(monkeypatch):
-    def set_fault(spec: str) -> None:
-        faults.visits.clear()
-        monkeypatch.setenv(faults.VARIABLE, spec)
-
-    yield set_fault
-    faults.visits.clear()
 
 
 @pytest.fixture

@@ -14,50 +14,12 @@ import pytest
 import torch
 
 from osler.checkpoint import manifest
-from osler.checkpoint.store import (
-    CheckpointSaveError,
-    best_checkpoint,
-    describe_skipped,
-    load,
-    mark_best,
-    newest_good,
-    resolve,
-    save,
-    verify,
-)
+from osler.checkpoint.store import CheckpointSaveError, describe_damaged, load, newest_good, resolve, save, verify
 from osler.checkpoint.tensors import DTYPE_NAMES
 from osler.errors import UserError
-from osler.runtime import faults
+from tests.checkpoint.conftest import flip, put, steps
 
 FILES = ["config.yaml", "manifest.json", "model.safetensors", "optimizer.safetensors", "state.json", "tokenizer.json"]
-
-
-def put(root: Path, step: int, **options) -> Path:
-    generator = torch.Generator().manual_seed(step)
-    model = {"weight": torch.randn(40, 30, generator=generator), "bias": torch.randn(7, generator=generator)}
-    optimizer = {"weight/exp_avg": torch.randn(40, 30, generator=generator), "weight/step": torch.tensor(float(step))}
-    return save(
-        root,
-        step,
-        tensors={"model": model, "optimizer": optimizer},
-        state={"step": step, "loss": 0.1 * step},
-        files={"tokenizer.json": b'{"vocab": {}}' * 20, "config.yaml": b"seed: 1\n"},
-        **{"keep_last": 3, **options},
-    )
-
-
-def steps(root: Path) -> list[int]:
-    return sorted(int(path.name.split("-")[1]) for path in root.glob("step-*"))
-
-
-@pytest.fixture
-def fault(monkeypatch):
-    def set_fault(spec: str) -> None:
-        faults.visits.clear()
-        monkeypatch.setenv(faults.VARIABLE, spec)
-
-    yield set_fault
-    faults.visits.clear()
 
 
 # What goes in comes out
@@ -139,7 +101,6 @@ def test_names_restrict_reading_and_verifying(tmp_path):
         (ValueError, {"files": {"Manifest.json": b""}}),
         (ValueError, {"files": {"model.safetensors": b""}}),
         (ValueError, {"files": {".hidden": b""}}),
-        (ValueError, {"keep_last": 0}),
         (ValueError, {"step": -1}),
     ],
 )
@@ -151,12 +112,6 @@ def test_misuse_is_refused_before_the_disk_is_touched(tmp_path, error, arguments
 
 
 # Damage
-
-
-def flip(path: Path, index: int) -> None:
-    data = bytearray(path.read_bytes())
-    data[index] ^= 0x41
-    path.write_bytes(data)
 
 
 def truncate(path: Path) -> None:
@@ -199,7 +154,7 @@ def test_damage_to_any_file_is_noticed_and_fallen_back_from(two_checkpoints, tmp
     with pytest.raises(UserError, match=name):
         load(bad)
     assert newest_good(tmp_path) == (good, [(bad, problems)])
-    assert name in describe_skipped([(bad, problems)])
+    assert name in describe_damaged([(bad, problems)])
 
 
 def test_the_bytes_of_the_manifest_count(tmp_path):
@@ -210,7 +165,7 @@ def test_the_bytes_of_the_manifest_count(tmp_path):
         path.write_bytes(original)
         flip(path, index)
         with contextlib.suppress(UserError):
-            manifest.read_manifest(path.parent)
+            manifest.Manifest.read(path.parent)
             unnoticed.append(index)
     assert unnoticed == []
 
@@ -231,7 +186,7 @@ def test_a_manifest_cannot_reach_outside_its_folder(tmp_path):
     path = put(tmp_path, 1)
     (tmp_path / "secret").write_bytes(b"s")
     files = {"../secret": manifest.FileRecord(1, "0" * 64)}
-    manifest.write_manifest(path, manifest.Manifest(1, 1, files))
+    manifest.Manifest(1, 1, files).write(path)
     assert "outside its folder" in verify(path)[0]
 
 
@@ -263,9 +218,9 @@ def test_a_pickle_that_the_manifest_vouches_for_is_not_run_either(tmp_path, monk
     monkeypatch.setenv("OSLER_TEST_BOMB", str(tmp_path / "exploded"))
     path = put(tmp_path, 1)
     (path / name).write_bytes(pickle.dumps(_Bomb()))
-    written = manifest.read_manifest(path)
+    written = manifest.Manifest.read(path)
     record = manifest.FileRecord((path / name).stat().st_size, manifest.sha256_file(path / name))
-    manifest.write_manifest(path, manifest.Manifest(1, 1, {**written.files, name: record}))
+    manifest.Manifest(1, 1, {**written.files, name: record}).write(path)
     assert verify(path) == []
     with pytest.raises(UserError, match=name):
         load(path)
@@ -329,118 +284,6 @@ def test_remnants_of_killed_saves_are_removed(tmp_path):
     assert newest_good(tmp_path) == (None, [])
     put(tmp_path, 8)
     assert os.listdir(tmp_path) == ["step-000000008"]
-
-
-# Rotation
-
-
-def test_the_last_ones_and_the_best_stay(tmp_path):
-    for step in range(1, 8):
-        put(tmp_path, step, keep_last=2, best=step == 3, best_metric="eval/loss", best_value=0.5)
-        newest_two = {max(1, step - 1), step}
-        assert set(steps(tmp_path)) == newest_two | ({3} if step >= 3 else set())
-    found = best_checkpoint(tmp_path)
-    assert found is not None
-    assert (found.step, found.metric, found.value) == (3, "eval/loss", 0.5)
-    mark_best(tmp_path / "step-000000007", "eval/loss", 0.4)
-    put(tmp_path, 8, keep_last=2)
-    assert steps(tmp_path) == [7, 8]
-
-
-def test_milestones_stay(tmp_path):
-    for step in range(1, 9):
-        put(tmp_path, step, keep_last=2, milestone=step % 3 == 0)
-    assert steps(tmp_path) == [3, 6, 7, 8]
-    truncate(tmp_path / "step-000000003" / "state.json")
-    put(tmp_path, 9, keep_last=1)
-    assert steps(tmp_path) == [6, 9]
-
-
-def test_a_checkpoint_that_does_not_read_back_costs_no_earlier_one(tmp_path, monkeypatch):
-    """The disk changes a byte between writing and reading: the new checkpoint goes, and the last good one stays."""
-    put(tmp_path, 1)
-    rename = Path.rename
-
-    def rename_and_damage(self, target):
-        moved = rename(self, target)
-        if Path(target).name == "step-000000002":
-            flip(Path(target) / "model.safetensors", -1)
-        return moved
-
-    monkeypatch.setattr(Path, "rename", rename_and_damage)
-    with pytest.raises(CheckpointSaveError, match=r"does not read back \(model\.safetensors"):
-        put(tmp_path, 2, keep_last=1)
-    assert os.listdir(tmp_path) == ["step-000000001"] and verify(tmp_path / "step-000000001") == []
-
-
-def test_a_damaged_checkpoint_does_not_count_among_the_last(tmp_path):
-    for step in (1, 2, 3):
-        put(tmp_path, step)
-    truncate(tmp_path / "step-000000003" / "model.safetensors")
-    put(tmp_path, 4, keep_last=2)
-    assert steps(tmp_path) == [2, 4]
-
-
-def test_going_back_makes_the_later_ones_old(tmp_path):
-    """After a run went back from step 30 to 10, its checkpoint of step 20 is the newest."""
-    for step in (10, 30):
-        put(tmp_path, step)
-    path = put(tmp_path, 20)
-    assert newest_good(tmp_path) == (path, [])
-    put(tmp_path, 21, keep_last=2)
-    assert steps(tmp_path) == [20, 21]
-
-
-def test_saving_a_step_again_replaces_it(tmp_path):
-    put(tmp_path, 1)
-    save(tmp_path, 1, tensors={}, state={"again": True})
-    assert load(tmp_path / "step-000000001").state == {"again": True}
-    assert steps(tmp_path) == [1]
-
-
-def test_foreign_files_and_links_are_left_alone(tmp_path):
-    root, elsewhere = tmp_path / "root", put(tmp_path / "elsewhere", 1)
-    put(root, 2)
-    (root / "notes.txt").write_text("mine")
-    (root / "step-old").mkdir()
-    (root / "step-000000001").symlink_to(elsewhere, target_is_directory=True)
-    for step in (3, 4):
-        put(root, step, keep_last=1)
-    assert sorted(os.listdir(root)) == ["notes.txt", "step-000000001", "step-000000004", "step-old"]
-    assert verify(elsewhere) == []
-
-
-def test_a_torn_best_pointer_stops_rotation_but_not_the_run(tmp_path, capsys):
-    put(tmp_path, 1, best=True)
-    (tmp_path / "best.json").write_text('{"folder": "../..')
-    put(tmp_path, 2, keep_last=1)
-    assert steps(tmp_path) == [1, 2]
-    assert "best.json" in capsys.readouterr().err
-    (tmp_path / "best.json").write_text('{"folder": "../../etc"}')
-    with pytest.raises(UserError, match="does not name a checkpoint"):
-        best_checkpoint(tmp_path)
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_rotation_keeps_its_promises_in_any_history(tmp_path, seed):
-    rng = random.Random(seed)
-    marked = None
-    for _ in range(12):
-        step, keep_last, is_best = rng.randrange(1, 15), rng.randrange(1, 4), rng.random() < 0.3
-        before = [path for path in tmp_path.glob("step-*") if not verify(path)]
-        path = save(tmp_path, step, tensors={}, state={}, keep_last=keep_last, best=is_best)
-        marked = path if is_best else marked
-        assert newest_good(tmp_path) == (path, [])
-        assert marked is None or marked.is_dir()
-        left = set(tmp_path.glob("step-*"))
-        assert len(left - {marked}) <= keep_last
-        assert len(left) >= min(keep_last, len({*before, path}))
-        if rng.random() < 0.3:
-            (rng.choice(sorted(left - {marked}) or [path]) / "state.json").write_bytes(b"")
-            if marked is not None and verify(marked):
-                put(tmp_path, 99, keep_last=1)
-                marked = tmp_path / "step-000000099"
-                mark_best(marked, "", None)
 
 
 # What a person means by a path

@@ -65,7 +65,7 @@ def picture(folder: Path, width: int = 100, height: int | None = None) -> str:
 
 
 def save(folder: Path, step: int, ago: float, **state: object) -> None:
-    store.save(folder / "checkpoints", step, tensors={}, state={"step": step, **state}, files={}, keep_last=5)
+    store.save(folder / "checkpoints", step, tensors={}, state={"step": step, **state}, files={})
     age(folder, ago)
 
 
