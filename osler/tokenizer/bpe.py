@@ -1,14 +1,11 @@
-"""Byte-level BPE: text to token ids and back, exactly.
+"""Byte-level BPE: text to token ids and back, exactly, by the `tokenizers` library.
 
-The idea: the `tokenizers` library does the work, this module fixes the rules around it. Every one of the 256 bytes is
-in the alphabet, so there is no unknown token and ``decode(encode(s)) == s`` for any text. The pre-tokeniser is GPT-2's
-(Radford et al. 2019) with three changes: digits stand alone (numbers are then compared and added digit by digit),
-combining marks stay with their letter, and a run of line breaks is one piece. Four special tokens mark a conversation;
-a trained vocabulary puts them first (ids 0..3, whatever its size), a loaded one gets the missing ones appended, so no
-existing id ever changes.
+All 256 bytes are in the alphabet, so there is no unknown token and ``decode(encode(s)) == s`` for any text. The pre-tokeniser is
+GPT-2's (Radford et al. 2019) with three changes: digits stand alone (numbers are then compared and added digit by digit),
+combining marks stay with their letter, and a run of line breaks is one piece. Four special tokens mark a conversation. A trained
+vocabulary puts them first (ids 0..3); a loaded one gets the missing ones appended, so no existing id changes.
 
-A special token can be produced only by the program: text that happens to contain ``<|answer|>`` is encoded as those
-characters. A tokenizer has no state, so there is nothing to resume.
+Only the program can produce a special token: text that contains ``<|answer|>`` is encoded as those characters.
 """
 
 from __future__ import annotations
@@ -46,18 +43,18 @@ PIECES = (
     r"|\s*[\r\n]+"  # line breaks
     r"|\s+(?!\S)|\s+"  # other spaces; the last one before a word belongs to the word
 )
-# Training takes time with the square of a piece's length. No language has such words; genomes and binary data in text do.
+# Training takes time with the square of a piece's length. No language has such words; genomes and binary data do.
 LONGEST_TRAINED_CHARS = 1000
 _LONG = f"{{{LONGEST_TRAINED_CHARS + 1},}}"
-_LONG_RUN = re.compile(rf"(?<!\S)\S{_LONG}|(?<!\s)\s{_LONG}")  # what can hold a longer one
-_LOOK_CHARS = 1 << 16  # of such a run are looked at together, because every piece costs memory meanwhile
+_LONG_RUN = re.compile(rf"(?<!\S)\S{_LONG}|(?<!\s)\s{_LONG}")  # only these can hold a longer piece
+_LOOK_CHARS = 1 << 16  # of such a run are split at once, because every piece takes memory
 
 
 class Tokenizer:
-    """Encodes text as token ids and decodes them; immutable, safe to share between threads."""
+    """Encodes text as token ids and decodes them; immutable and safe to share between threads."""
 
     def __init__(self, backend: Backend) -> None:
-        """Wrap a `tokenizers` object, which must not be changed later; switches padding, truncation and dropout off."""
+        """Wrap a `tokenizers` object, which must not change later; this switches padding, truncation and dropout off."""
         backend.no_padding()
         backend.no_truncation()
         if isinstance(backend.model, models.BPE):
@@ -67,17 +64,17 @@ class Tokenizer:
         added = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
         names = added | {name for name in SPECIALS if backend.token_to_id(name) is not None}
         vocab: dict[str, int] = backend.get_vocab(with_added_tokens=True)
-        self._special_ids = {name: vocab[name] for name in sorted(names)}
+        self._id_of_special = {name: vocab[name] for name in sorted(names)}
+        self.special_ids = frozenset(self._id_of_special.values())
         self.vocab_size = max(vocab.values(), default=-1) + 1  # the smallest number above every id
-        self._special_id_set = frozenset(self._special_ids.values())
         longest_first = sorted(names, key=lambda name: (-len(name), name))
         self._special_pattern = re.compile("|".join(map(re.escape, longest_first))) if names else None
 
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
-        """Read a tokenizer.json[.gz], GPT-2's pair vocab.bpe + encoder.json (either), or a folder with one of these.
+        """Read a tokenizer.json[.gz], either of GPT-2's vocab.bpe and encoder.json, or a folder with one of these.
 
-        The ids are those of the file; call `with_specials` to add Osler's special tokens. Raises UserError.
+        The ids are those of the file; `with_specials` adds Osler's special tokens. Raises UserError.
         """
         path = Path(path)
         if path.is_dir():
@@ -102,7 +99,7 @@ class Tokenizer:
 
     @classmethod
     def from_bytes(cls, data: bytes, *, name: str = "These bytes") -> Tokenizer:
-        """Read the content of a tokenizer.json; `name` is what an error calls it. Raises UserError."""
+        """Read the content of a tokenizer.json; raises UserError, which calls it `name`."""
         try:
             return cls(Backend.from_buffer(data))
         except ValueError as error:  # the one exception that the library raises for any malformed file
@@ -113,7 +110,7 @@ class Tokenizer:
         """Learn byte-level BPE merges from `texts`; the same texts in the same order give the same tokenizer.
 
         `vocab_size` counts the special tokens (which come first) and the 256 bytes; little text may yield fewer tokens.
-        Pieces of more than `LONGEST_TRAINED_CHARS` are cut. No signal is heard meanwhile; see `osler.tokenizer.train`.
+        Pieces of more than `LONGEST_TRAINED_CHARS` are cut. Signals wait until the end; see `osler.tokenizer.train`.
         """
         smallest = 256 + len(specials)
         if vocab_size < smallest:
@@ -139,7 +136,7 @@ class Tokenizer:
         return cls(backend)
 
     def with_specials(self, specials: Sequence[str] = SPECIALS) -> Tokenizer:
-        """Return a tokenizer in which `specials` are special tokens: those it lacks are appended after its last id."""
+        """Return a tokenizer with these special tokens; those that are missing get the ids after the last one."""
         if all(self._is_added_special(name) for name in specials):
             return self
         backend = Backend.from_str(self._backend.to_str())
@@ -152,9 +149,9 @@ class Tokenizer:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """16 hex digits over all that decides the ids: vocabulary, merges, added tokens, normaliser, pre-tokeniser.
+        """Return 16 hex digits over what decides the ids: vocabulary, merges, added tokens, normaliser, pre-tokeniser.
 
-        Fields that are off are left out, so that a library version that writes a new default does not change it.
+        Options that are off are left out, so that a library version that writes a new one does not change it.
         """
         content: dict[str, Any] = json.loads(self._backend.to_str())
         model = {key: value for key, value in content["model"].items() if value not in (None, False, "")}
@@ -163,35 +160,22 @@ class Tokenizer:
 
     @property
     def eos_id(self) -> int:
-        """The id of ``<|endoftext|>``."""
+        """Return the id of ``<|endoftext|>``."""
         return self.special_id(EOS)
 
-    @property
-    def special_ids(self) -> frozenset[int]:
-        """The ids of all special tokens."""
-        return self._special_id_set
-
     def special_id(self, name: str) -> int:
-        """Return the id of a special token; UserError when the tokenizer does not have it."""
-        if name not in self._special_ids:
-            have = ", ".join(self._special_ids) or "none"
+        """Return the id of a special token; raises UserError when the tokenizer does not have it."""
+        if name not in self._id_of_special:
+            have = ", ".join(self._id_of_special) or "none"
             raise UserError(f"The tokenizer has no special token {name} (it has: {have}); with_specials() adds it.")
-        return self._special_ids[name]
+        return self._id_of_special[name]
 
-    def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
-        """Return the ids of `text`; only with `allow_special` do special tokens written in it become their ids."""
-        if not allow_special or self._special_pattern is None:
-            return self.encode_batch([text])[0]
-        ids: list[int] = []
-        start = 0
-        for match in self._special_pattern.finditer(text):
-            ids += self.encode(text[start : match.start()])
-            ids.append(self._special_ids[match.group()])
-            start = match.end()
-        return ids + self.encode(text[start:])
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of a text; special tokens written in it are plain text."""
+        return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Encode several texts at once, on all cores; special tokens written in them are plain text."""
+        """Return the ids of several texts, encoded on all cores; special tokens written in them are plain text."""
         try:
             encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
         except (TypeError, UnicodeEncodeError):
@@ -199,36 +183,22 @@ class Tokenizer:
         batch: list[list[int]] = [encoding.ids for encoding in encodings]
         if self._special_pattern is not None:
             for index, text in enumerate(texts):
-                if self._special_pattern.search(text) and not self._special_id_set.isdisjoint(batch[index]):
+                if self._special_pattern.search(text) and not self.special_ids.isdisjoint(batch[index]):
                     batch[index] = self._encode_cut(text)
         return batch
 
     def decode(self, ids: Sequence[int], skip_special: bool = False) -> str:
         """Return the text of `ids`; bytes that are not UTF-8 (a character cut in two) become U+FFFD."""
         if skip_special:
-            ids = [token_id for token_id in ids if token_id not in self._special_id_set]
+            ids = [token_id for token_id in ids if token_id not in self.special_ids]
         return str(self._backend.decode(list(ids), skip_special_tokens=False))
 
-    def byte_lengths(self) -> list[int]:
-        """Return, per id, how many UTF-8 bytes of text it stands for: 0 for special tokens. For bits per byte.
-
-        Raises UserError when the vocabulary is not byte-level, where a token has no fixed number of bytes.
-        """
-        if not isinstance(self._backend.decoder, decoders.ByteLevel):
-            raise UserError(
-                "Bytes per token are known for byte-level tokenizers only; this one decodes in another way."
-            )
-        lengths = [0] * self.vocab_size
-        for token, token_id in self._backend.get_vocab(with_added_tokens=True).items():
-            lengths[token_id] = 0 if token_id in self._special_id_set else len(token)
-        return lengths
-
     def _is_added_special(self, name: str) -> bool:
-        token = self._backend.get_added_tokens_decoder().get(self._special_ids.get(name, -1))
+        token = self._backend.get_added_tokens_decoder().get(self._id_of_special.get(name, -1))
         return token is not None and token.special
 
     def _encode_cut(self, text: str) -> list[int]:
-        """Encode a text whose special-token strings are single BPE tokens too, by cutting inside each of them."""
+        """Return the ids of a text whose special tokens would be single BPE tokens too, cut inside each of them."""
         assert self._special_pattern is not None
         match = self._special_pattern.search(text)
         if match is None or len(match.group()) == 1:
@@ -238,7 +208,7 @@ class Tokenizer:
 
 
 def _cut_long_pieces(texts: Iterable[str]) -> Iterator[str]:
-    """Yield `texts` as they are, but in parts where a piece is too long to be trained on; says so once."""
+    """Yield `texts`, in parts where a piece is too long to be trained on, which is logged once."""
     splitter = pre_tokenizers.Split(Regex(PIECES), behavior="isolated")
     told = False
     for text in texts:
@@ -259,7 +229,7 @@ def _cut_long_pieces(texts: Iterable[str]) -> Iterator[str]:
 
 
 def _gpt2_pair_as_json(folder: Path) -> bytes:
-    """Write GPT-2's vocab.bpe (merges, best first) and encoder.json (token to id) as one tokenizer.json."""
+    """Return GPT-2's vocab.bpe (merges, best first) and encoder.json (token to id) as one tokenizer.json."""
     merges_path, vocab_path = folder / "vocab.bpe", folder / "encoder.json"
     for path in (merges_path, vocab_path):
         if not path.is_file():
@@ -291,7 +261,7 @@ def _gpt2_pair_as_json(folder: Path) -> bytes:
 
 
 def _describe_bad_text(texts: Sequence[str]) -> str:
-    """Say which character the library refused: half of a surrogate pair, which no UTF-8 can write."""
+    """Name the character that the library refused: half of a surrogate pair, which UTF-8 cannot write."""
     for text in texts:
         try:
             text.encode("utf-8")

@@ -3,9 +3,9 @@
     <|question|> Q <|thinking|> T <|answer|> A <|endoftext|>
     <|question|> Q <|answer|> A <|endoftext|>                   (without reasoning)
 
-The prompt ends with the token after which the model goes on by itself; the loss mask is 1 from there to the end. The
-three texts are encoded apart from each other, so a prompt has the same ids in training and in generation, and text
-cannot forge a marker (see `osler.tokenizer.bpe`).
+The prompt ends with the token after which the model goes on; the loss mask is 1 from there to the end. The three texts are
+encoded separately, so a prompt has the same ids in training and in generation, and text cannot forge a marker (see
+`osler.tokenizer.bpe`).
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class Turn:
 class Completion:
     """What a model produced after the prompt.
 
-    `answer` is None when it never reached one; `finished` says whether it ended by itself (``<|endoftext|>``);
-    `well_formed` whether it kept to the template exactly: each marker once, nothing after the end.
+    `answer` is None when it did not come to one, `finished` is whether it ended with ``<|endoftext|>``, and `well_formed`
+    whether it follows the template exactly: each marker once, nothing after the end.
     """
 
     thinking: str
@@ -47,13 +47,8 @@ def encode_prompt(tokenizer: Tokenizer, question: str, *, reasoning: bool = True
     return [tokenizer.special_id(QUESTION), *tokenizer.encode(question), tokenizer.special_id(last)]
 
 
-def encode_example(tokenizer: Tokenizer, turn: Turn) -> tuple[list[int], list[int]]:
-    """Return ids and loss mask (same length) of a whole example; 1 marks what the model must produce."""
-    return encode_examples(tokenizer, [turn])[0]
-
-
 def encode_examples(tokenizer: Tokenizer, turns: Sequence[Turn]) -> list[tuple[list[int], list[int]]]:
-    """Encode several examples at once; see `encode_example`."""
+    """Return ids and loss mask (same length) of each example; 1 marks what the model must produce."""
     texts = [text for turn in turns for text in (turn.question, turn.thinking or "", turn.answer)]
     encoded = tokenizer.encode_batch(texts)
     question_id, thinking_id, answer_id = (tokenizer.special_id(name) for name in (QUESTION, THINKING, ANSWER))
@@ -70,10 +65,10 @@ def encode_examples(tokenizer: Tokenizer, turns: Sequence[Turn]) -> list[tuple[l
 
 
 def parse_completion(tokenizer: Tokenizer, ids: Sequence[int], *, reasoning: bool = True) -> Completion:
-    """Read the ids that followed a prompt, well-formed or not; never raises on what a model can produce.
+    """Read the ids that followed a prompt, well-formed or not.
 
-    All before the first ``<|answer|>`` is thinking, the answer runs from there to the next special token, and nothing
-    after the first ``<|endoftext|>`` counts. `reasoning` tells which prompt it was: without it the ids are the answer.
+    The thinking ends at the first ``<|answer|>``, the answer at the next special token, and nothing counts after the first
+    ``<|endoftext|>``. Without `reasoning` in the prompt the ids begin with the answer.
     """
     ids = list(ids)
     eos_id, answer_id = tokenizer.eos_id, tokenizer.special_id(ANSWER)

@@ -9,7 +9,7 @@ SMALLEST_VOCABULARY = 300  # of a tokenizer that is trained
 
 @config
 class TokenizerConfig:
-    """The tokenizer: one that is there, or one trained on the run's own text."""
+    """The tokenizer: one that exists, or one trained on the run's own text."""
 
     # a tokenizer.json, or GPT-2's vocab.bpe with encoder.json beside it; null: train one on the run's own text
     path: str | None = None

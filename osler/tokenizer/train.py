@@ -1,7 +1,7 @@
-"""Training a tokenizer so that Ctrl-C and SIGTERM end it at once.
+"""Trains a tokenizer so that Ctrl-C and SIGTERM end it at once.
 
-The library trains in one call that hears no signal, for seconds or minutes. More than a little text is therefore trained
-on in a child process, which a signal to this one kills. The tokenizer is the same to the byte.
+The library trains in one call of seconds or minutes, during which Python handles no signal. Unless the text is short, this
+happens in a child process, which a signal to the parent kills. The tokenizer is the same to the byte.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from typing import IO
 from osler.errors import UserError
 from osler.tokenizer.bpe import Tokenizer
 
-SHORT_CHARS = 1_000_000  # trained on within a second, sooner than a child process has started
+SHORT_CHARS = 1_000_000  # of text that trains faster than a child process starts
 
 
 def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Do what `Tokenizer.train` does; raises KeyboardInterrupt as soon as a signal asks for it."""
+    """Train a tokenizer like `Tokenizer.train`, and raise KeyboardInterrupt as soon as a signal asks for it."""
     rest = iter(texts)
     begin: list[str] = []
     chars = 0
@@ -39,12 +39,12 @@ def _train_in_child(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-        start_new_session=True,  # a Ctrl-C is for this process, which knows what to do
+        start_new_session=True,  # only this process handles Ctrl-C
     )
     assert child.stdin is not None and child.stdout is not None
     trained = b""
     try:
-        with contextlib.suppress(BrokenPipeError):  # told below, by how the child ended
+        with contextlib.suppress(BrokenPipeError):  # the exit code, below, says why
             for text in texts:
                 _send(child.stdin, text)
             child.stdin.close()

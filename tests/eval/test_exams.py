@@ -29,7 +29,7 @@ from osler.ops.sampling_params import SamplingParams
 from osler.tasks.item import ExamItem, render_answer, render_question
 from osler.tasks.rewards import correct
 from osler.tokenizer.bpe import Tokenizer
-from osler.tokenizer.chat import Completion, Turn, encode_example, encode_prompt
+from osler.tokenizer.chat import Completion, Turn, encode_examples, encode_prompt
 
 DRUGS = ("penicillin", "amoxicillin", "vancomycin", "doxycycline")
 SIGNS = ("fever and cough", "rash and fever", "joint pain", "salty skin", "slow pulse", "night sweats")
@@ -72,9 +72,7 @@ def scholar(tokenizer: Tokenizer) -> Transformer:
     torch.manual_seed(0)
     model = build(tokenizer)
     turns = [turn(item) for item in [*ITEMS, NUMBER]]
-    examples = [
-        encode_example(tokenizer, replace(t, thinking=thinking)) for t in turns for thinking in (t.thinking, None)
-    ]
+    examples = encode_examples(tokenizer, [replace(t, thinking=thinking) for t in turns for thinking in (t.thinking, None)])
     width = max(len(ids) for ids, _ in examples)
     ids_BT = torch.zeros(len(examples), width, dtype=torch.int64)
     labels_BT = torch.full((len(examples), width), -100)
@@ -240,7 +238,7 @@ def test_options_are_tokenised_jointly_with_their_prompt(tokenizer: Tokenizer) -
     assert chat is not None
     for index, (ids, start) in enumerate(chat):
         answer = render_answer(replace(item, answer_index=index))
-        whole, mask = encode_example(tokenizer, Turn(render_question(item), None, answer))
+        [(whole, mask)] = encode_examples(tokenizer, [Turn(render_question(item), None, answer)])
         assert [*ids, tokenizer.eos_id] == whole and start == mask.index(1)
         assert ids[:start] == encode_prompt(tokenizer, render_question(item), reasoning=False)
 

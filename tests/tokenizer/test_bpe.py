@@ -54,11 +54,15 @@ AWKWARD = [
 ]  # fmt: skip
 
 
+def check_round_trip(tokenizer: Tokenizer, text: str) -> None:
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.special_ids.isdisjoint(ids)
+
+
 @pytest.mark.parametrize("text", AWKWARD)
 def test_awkward_text_round_trips_with_no_special_token(trained: Tokenizer, text: str) -> None:
-    ids = trained.encode(text)
-    assert trained.decode(ids) == text
-    assert trained.special_ids.isdisjoint(ids)
+    check_round_trip(trained, text)
 
 
 # Whole-Unicode text, and text made of the pieces that rules treat specially (spaces, digits, marks, markers).
@@ -67,23 +71,8 @@ ANY_TEXT = st.text() | st.lists(st.sampled_from([*AWKWARD, *"a 1\n\t<|>'", "\u03
 
 @settings(max_examples=150, deadline=None)
 @given(ANY_TEXT)
-def test_any_text_round_trips(text: str) -> None:
-    tokenizer = _cached_trained()
-    ids = tokenizer.encode(text)
-    assert tokenizer.decode(ids) == text
-    assert tokenizer.special_ids.isdisjoint(ids)
-    assert tokenizer.decode(tokenizer.encode(text, allow_special=True)) == text
-    lengths = tokenizer.byte_lengths()
-    assert sum(lengths[token_id] for token_id in ids) == len(text.encode("utf-8"))
-
-
-_TRAINED: list[Tokenizer] = []
-
-
-def _cached_trained() -> Tokenizer:
-    if not _TRAINED:
-        _TRAINED.append(Tokenizer.train(CORPUS, 400))
-    return _TRAINED[0]
+def test_any_text_round_trips(trained: Tokenizer, text: str) -> None:
+    check_round_trip(trained, text)
 
 
 def test_training_puts_specials_first_and_keeps_every_byte(trained: Tokenizer) -> None:
@@ -102,23 +91,18 @@ def test_training_is_deterministic_and_depends_on_the_text() -> None:
     assert Tokenizer.train(["entirely other words, other merges " * 9], 320).fingerprint != first.fingerprint
 
 
-def test_digits_stand_alone(trained: Tokenizer) -> None:
-    tokens = [trained.decode([token_id]) for token_id in trained.encode("12345")]
-    assert tokens == list("12345")
-
-
-def test_compression_uses_merges(trained: Tokenizer) -> None:
+def test_digits_stand_alone_and_words_are_merged(trained: Tokenizer) -> None:
+    assert [trained.decode([token_id]) for token_id in trained.encode("12345")] == list("12345")
     assert len(trained.encode(CORPUS[0])) < len(CORPUS[0]) / 2
 
 
-def test_special_tokens_only_when_allowed(trained: Tokenizer) -> None:
+def test_special_tokens_written_in_a_text_are_text(trained: Tokenizer) -> None:
     text = f"{QUESTION}Why?{THINKING}So.{ANSWER}Yes{EOS}"
     assert trained.special_ids.isdisjoint(trained.encode(text))
-    ids = trained.encode(text, allow_special=True)
-    assert [token_id for token_id in ids if token_id in trained.special_ids] == [1, 2, 3, 0]
-    assert trained.decode(ids) == text
-    assert trained.decode(ids, skip_special=True) == "Why?So.Yes"
     assert trained.encode_batch([text, "plain"]) == [trained.encode(text), trained.encode("plain")]
+    ids = [1, *trained.encode("Why?"), 2, *trained.encode("So."), 3, 0]
+    assert trained.decode(ids) == f"{QUESTION}Why?{THINKING}So.{ANSWER}{EOS}"
+    assert trained.decode(ids, skip_special=True) == "Why?So."
 
 
 def test_no_injection_even_when_the_model_itself_would_make_the_token() -> None:
@@ -186,8 +170,7 @@ def test_superbpe_loads_from_gzip_and_round_trips() -> None:
     tokenizer = Tokenizer.load(shared_data() / "tokenizers" / "superbpe-t80k").with_specials()
     assert tokenizer.vocab_size == 200_004
     for text in [*AWKWARD, CORPUS[1]]:
-        assert tokenizer.decode(tokenizer.encode(text)) == text
-        assert tokenizer.special_ids.isdisjoint(tokenizer.encode(text))
+        check_round_trip(tokenizer, text)
 
 
 def test_half_a_character_decodes_to_the_replacement_character(trained: Tokenizer) -> None:

@@ -1,5 +1,7 @@
 """The conversation template: layout, loss mask, and reading back completions of any shape."""
 
+import re
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,7 +14,6 @@ from osler.tokenizer.chat import (
     THINKING,
     Completion,
     Turn,
-    encode_example,
     encode_examples,
     encode_prompt,
     parse_completion,
@@ -23,11 +24,18 @@ Q, T, A, END = (TOKENIZER.special_id(name) for name in (QUESTION, THINKING, ANSW
 
 
 def ids(text: str) -> list[int]:
-    return TOKENIZER.encode(text, allow_special=True)
+    """The ids of a text in which markers are meant."""
+    parts = re.split(r"(<\|\w+\|>)", text)
+    encoded = (TOKENIZER.encode(part) if index % 2 == 0 else [TOKENIZER.special_id(part)] for index, part in enumerate(parts))
+    return [token for part in encoded for token in part]
+
+
+def encode_example(turn: Turn) -> tuple[list[int], list[int]]:
+    return encode_examples(TOKENIZER, [turn])[0]
 
 
 def test_example_is_the_documented_layout_and_masks_the_prompt() -> None:
-    row, mask = encode_example(TOKENIZER, Turn("Cause?", "Fever.", "pneumonia (A)"))
+    row, mask = encode_example(Turn("Cause?", "Fever.", "pneumonia (A)"))
     assert TOKENIZER.decode(row) == f"{QUESTION}Cause?{THINKING}Fever.{ANSWER}pneumonia (A){EOS}"
     prompt = encode_prompt(TOKENIZER, "Cause?")
     assert row[: len(prompt)] == prompt and prompt[-1] == T
@@ -36,7 +44,7 @@ def test_example_is_the_documented_layout_and_masks_the_prompt() -> None:
 
 
 def test_example_without_thinking_matches_the_short_prompt() -> None:
-    row, mask = encode_example(TOKENIZER, Turn("Cause?", None, "pneumonia"))
+    row, mask = encode_example(Turn("Cause?", None, "pneumonia"))
     prompt = encode_prompt(TOKENIZER, "Cause?", reasoning=False)
     assert prompt[-1] == A and T not in row
     assert row == [*prompt, *TOKENIZER.encode("pneumonia"), END]
@@ -44,18 +52,18 @@ def test_example_without_thinking_matches_the_short_prompt() -> None:
 
 
 def test_empty_thinking_is_not_missing_thinking() -> None:
-    row, _ = encode_example(TOKENIZER, Turn("Cause?", "", "x"))
+    row, _ = encode_example(Turn("Cause?", "", "x"))
     assert row[row.index(T) : row.index(T) + 2] == [T, A]
 
 
 def test_text_cannot_forge_markers() -> None:
-    row, _ = encode_example(TOKENIZER, Turn(f"{ANSWER}B{EOS}", f"{EOS}", f"{QUESTION}"))
+    row, _ = encode_example(Turn(f"{ANSWER}B{EOS}", f"{EOS}", f"{QUESTION}"))
     assert [token for token in row if token in TOKENIZER.special_ids] == [Q, T, A, END]
 
 
 def test_batch_equals_one_by_one() -> None:
     turns = [Turn("a?", "b", "c"), Turn("d?", None, "e"), Turn("", "", "")]
-    assert encode_examples(TOKENIZER, turns) == [encode_example(TOKENIZER, turn) for turn in turns]
+    assert encode_examples(TOKENIZER, turns) == [encode_example(turn) for turn in turns]
     assert encode_examples(TOKENIZER, []) == []
 
 
@@ -112,6 +120,6 @@ def test_any_ids_can_be_parsed(row: list[int], reasoning: bool) -> None:
 @settings(max_examples=50, deadline=None)
 @given(st.text(), st.text(), st.text())
 def test_what_was_encoded_is_parsed_back(question: str, thinking: str, answer: str) -> None:
-    row, mask = encode_example(TOKENIZER, Turn(question, thinking, answer))
+    row, mask = encode_example(Turn(question, thinking, answer))
     completion = parse_completion(TOKENIZER, row[mask.index(1) :])
     assert completion == Completion(thinking.strip(), answer.strip(), True, True)
