@@ -129,7 +129,8 @@ def _not_utf8(where: str, error: UnicodeDecodeError, offset: int) -> str:
 def _damaged(file: Path, error: Exception) -> str:
     if isinstance(error, OSError) and error.errno is not None:
         return f"{shown(file)} cannot be read: {error.strerror}."
-    return f"{shown(file)} cannot be read, it may be torn or not what its name says: {error}. Copy or download it again."
+    reason = " ".join(str(error).split()).removesuffix(".")  # pyarrow's may have several lines
+    return f"{shown(file)} cannot be read, it may be torn or not what its name says: {reason}. Copy or download it again."
 
 
 # -- JSON lines --------------------------------------------------------------------------------------------------------

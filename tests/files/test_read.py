@@ -4,6 +4,7 @@ import functools
 import gzip
 import io
 import json
+import re
 import subprocess
 import sys
 import time
@@ -16,7 +17,8 @@ import pytest
 
 from osler.errors import UserError
 from osler.files import read
-from osler.files.read import decode_lines, read_rows
+from osler.files.find import ROW_ENDINGS, TEXT_ENDINGS, ending, find_files
+from osler.files.read import decode_lines, read_rows, read_text
 
 zstd = functools.partial(pa.compress, codec="zstd", asbytes=True)
 
@@ -25,10 +27,19 @@ def values(path: Path, columns: list[str] | None = None) -> list[dict[str, Any]]
     return [row.values for row in read_rows(path, columns)]
 
 
+def as_parquet(table: pa.Table) -> bytes:
+    pq.write_table(table, buffer := io.BytesIO())
+    return buffer.getvalue()
+
+
+PARQUET = as_parquet(pa.table({"title": ["a"] * 999, "n": list(range(999))}))
+NOT_UTF8 = as_parquet(pa.table({"text": pa.array([b"fine", b"also", b"caf\xe9"], pa.binary()).view(pa.string())}))
+
+
 def refusal(path: Path, content: bytes, columns: list[str] | None = None) -> str:
     path.write_bytes(content)
     with pytest.raises(UserError) as caught:
-        values(path, columns)
+        read_text(path) if ending(path) in TEXT_ENDINGS else values(path, columns)
     assert str(caught.value).isprintable()
     return str(caught.value)
 
@@ -37,8 +48,8 @@ def test_byte_order_marks_line_ends_and_joined_files(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'\xef\xbb\xbf{"a": 1}\r\n\r\n\xef\xbb\xbf{"a": 2}')
     assert [(row.where, row.values) for row in read_rows(path)] == [(f"{path}:1", {"a": 1}), (f"{path}:3", {"a": 2})]
-    for pack, ending in ((gzip.compress, ".gz"), (zstd, ".zst")):
-        packed = tmp_path / f"a.jsonl{ending}"
+    for pack, suffix in ((gzip.compress, ".gz"), (zstd, ".zst")):
+        packed = tmp_path / f"a.jsonl{suffix}"
         packed.write_bytes(pack(b'{"a": 1}\n') + pack(b'{"a": 2}\n'))  # as `cat one.gz two.gz` makes it
         assert values(packed) == [{"a": 1}, {"a": 2}]
 
@@ -61,6 +72,44 @@ def test_byte_order_marks_line_ends_and_joined_files(tmp_path: Path) -> None:
 )
 def test_mistakes_in_json_lines(tmp_path: Path, content: bytes, said: str) -> None:
     assert said in refusal(tmp_path / "a.jsonl", content)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.txt", b"one\ntwo \xff", "a.txt:2 is not UTF-8 text: byte 0xff at position 8"),
+        ("a.txt.gz", gzip.compress(b"words " * 999, mtime=0)[:30], "a.txt.gz cannot be read, it may be torn"),
+        ("a.jsonl.gz", b"not gzip", "a.jsonl.gz cannot be read"),
+        ("a.jsonl.zst", zstd(bytes(range(256)) * 99)[:-9], "a.jsonl.zst cannot be read"),
+        ("a.parquet", b"PAR1 torn", "a.parquet cannot be read, it may be torn"),
+        ("a.parquet", b"", "a.parquet cannot be read"),
+        ("a.parquet", PARQUET[:-20], "a.parquet cannot be read, it may be torn"),
+        ("a.parquet", PARQUET[:8] + bytes(52) + PARQUET[60:], "a.parquet cannot be read, it may be torn"),
+        ("a.parquet", NOT_UTF8, "a.parquet: row 3, field 'text' is not UTF-8 text: byte 0xe9 at position 3"),
+    ],
+)
+def test_torn_files_and_foreign_bytes(tmp_path: Path, name: str, content: bytes, said: str) -> None:
+    assert said in refusal(tmp_path / name, content)
+
+
+def test_lines_longer_than_a_block_and_blank_lines(tmp_path: Path) -> None:
+    path, long = tmp_path / "a.jsonl", "x" * 3_000_000
+    path.write_bytes(b'\xef\xbb\xbf{"a": "a"}\n\n  \n{"a": "%s"}\n{"a": null}\n' % long.encode())
+    assert [(row.where[-2:], row.values["a"]) for row in read_rows(path)] == [(":1", "a"), (":4", long), (":5", None)]
+
+
+def test_every_kind_that_is_named_is_read(tmp_path: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        find_files(tmp_path, (*ROW_ENDINGS, *TEXT_ENDINGS), key="x")
+    named = re.findall(r"\.[a-z.]*[a-z]", str(caught.value).split("end in ")[1])
+    assert set(named) >= {".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".md.gz", ".txt", ".txt.gz", ".txt.zst"}
+    pack = {".gz": gzip.compress, ".zst": zstd}
+    for number, kind in enumerate(named):
+        path = tmp_path / f"{number}{kind}"
+        path.write_bytes(PARQUET if kind == ".parquet" else pack.get(path.suffix, bytes)(b'{"title": "a"}'))
+    for file in find_files(tmp_path, named, key="x"):
+        content = read_text(file) if ending(file) in TEXT_ENDINGS else next(iter(read_rows(file))).values["title"]
+        assert content in ("a", '{"title": "a"}')
 
 
 def test_whole_characters_written_as_escapes_and_half_ones_elsewhere_are_read(tmp_path: Path) -> None:

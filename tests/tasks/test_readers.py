@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import gzip
 import json
 import os
@@ -23,31 +22,15 @@ from osler.tasks.answers import read_choice, read_number
 from osler.tasks.item import permute, render_answer
 from osler.tasks.registry import TASK_CONFIGS, TASKS, TaskConfig, load_task
 
-zstd = functools.partial(pa.compress, codec="zstd", asbytes=True)
-MEDQA = {
-    "question": "Which?",
-    "answer": "two",
-    "answer_idx": "B",
-    "options": {"A": "one", "B": "two", "C": "x", "D": "y"},
-}
+MEDQA = {"question": "Which?", "answer": "two", "answer_idx": "B", "options": {"A": "one", "B": "two", "C": "x", "D": "y"}}
 MEDMCQA = {
-    "id": "m1",
-    "question": "Which?",
-    "opa": "a",
-    "opb": "b",
-    "opc": "c",
-    "opd": "d",
-    "cop": 2,
-    "exp": None,
+    "id": "m1", "question": "Which?", "opa": "a", "opb": "b", "opc": "c", "opd": "d", "cop": 2, "exp": None,
     "subject_name": "Dental",
-}
+}  # fmt: skip
 PUBMEDQA = {
-    "pubid": 7,
-    "question": "Does it?",
-    "context": {"contexts": ["One.", "Two."]},
-    "long_answer": "It does not.",
+    "pubid": 7, "question": "Does it?", "context": {"contexts": ["One.", "Two."]}, "long_answer": "It does not.",
     "final_decision": "no",
-}
+}  # fmt: skip
 GSM8K = {"question": "6 x 7?", "answer": "6 x 7 = <<6*7=42>>42 apples.\n#### 42"}
 ROWS = {"medqa": MEDQA, "medmcqa": MEDMCQA, "pubmedqa": PUBMEDQA, "gsm8k": GSM8K}
 LOADERS: dict[str, Any] = {"medqa": medqa.load, "medmcqa": medmcqa.load, "pubmedqa": pubmedqa.load, "gsm8k": gsm8k.load}
@@ -124,22 +107,13 @@ def test_plain_gzipped_and_parquet_files_give_the_same_items(name: str, tmp_path
     assert LOADERS[name](plain, split="s", limit=1) == items[:1]
 
 
-@pytest.mark.parametrize(
-    ("name", "field"),
-    [
-        ("medqa", "question"),
-        ("medqa", "answer_idx"),
-        ("medqa", "answer"),
-        ("medqa", "options"),
-        ("medmcqa", "cop"),
-        ("medmcqa", "opc"),
-        ("medmcqa", "id"),
-        ("pubmedqa", "context"),
-        ("pubmedqa", "final_decision"),
-        ("pubmedqa", "pubid"),
-        ("gsm8k", "answer"),
-    ],
-)
+MISSING = {
+    "medqa": ("question", "answer_idx", "answer", "options"), "medmcqa": ("cop", "opc", "id"),
+    "pubmedqa": ("context", "final_decision", "pubid"), "gsm8k": ("answer",),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "field"), [(name, field) for name, fields in MISSING.items() for field in fields])
 def test_a_missing_field_is_named_with_file_and_line(name: str, field: str, tmp_path: Path) -> None:
     row = ROWS[name]
     path = lines(tmp_path / "exam.jsonl", [row, {key: value for key, value in row.items() if key != field}])
@@ -174,53 +148,32 @@ def test_a_wrong_value_is_refused(name: str, change: dict[str, Any], message: st
         LOADERS[name](path)
 
 
-def test_files_that_are_no_exam_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "torn.jsonl").write_text('{"question": "x"')
-    (tmp_path / "list.jsonl").write_text("[1, 2]\n")
-    (tmp_path / "empty.jsonl").write_text("\n\n")
-    (tmp_path / "exam.csv").write_text("a,b\n")
-    (tmp_path / "fake.jsonl.gz").write_text("not gzip")
-    (tmp_path / "fake.parquet").write_text("not parquet")
-    cut = gzip.compress(json.dumps(MEDQA).encode() * 50)
-    (tmp_path / "cut.jsonl.gz").write_bytes(cut[: len(cut) // 2])
-    for name, message in [
-        ("torn.jsonl", "torn.jsonl:1 is not JSON"),
-        ("list.jsonl", "one JSON object"),
-        ("empty.jsonl", "no rows"),
-        ("exam.csv", "parquet"),
-        ("fake.jsonl.gz", "cannot be read"),
-        ("cut.jsonl.gz", "cannot be read"),
-        ("fake.parquet", "cannot be read, it may be torn"),
-        ("absent.jsonl", r"no file or folder .*set task\.path to"),
-    ]:
-        with pytest.raises(UserError, match=message) as caught:
-            medqa.load(tmp_path / name)
-        assert name in str(caught.value)
-
-
 @pytest.mark.parametrize(
-    ("name", "content", "said"),
+    ("name", "content", "message"),
     [
-        ("exam.JSONL", b"\xef\xbb\xbf%s\r\n", ""),
-        ("exam.jsonl.zst", zstd(b"%s\n" % json.dumps(MEDQA).encode()), ""),
-        ("exam.ndjson", b"%s", ""),
-        ("exam.jsonl", b'%s\n{"question": "\\ud83e"}', "exam.jsonl:2: the field 'question' holds half a character"),
-        ("exam.jsonl", b'%s\n{"options": {"A": "\\ud83e"}}', "exam.jsonl:2: the field 'options.A' holds half a character"),
-        ("exam.jsonl", b'%s\n{"question": ' + b"[" * 99_999, "exam.jsonl:2 is not JSON"),
-        ("exam.jsonl", b'%s\n{"question": "caf\xe9"}', "exam.jsonl:2 is not UTF-8 text: byte 0xe9"),
-        ("exam.json", b"[%s]", "exam.json begins with '['. Every line must hold one JSON object; turn an array"),
-        ("ex\udce9m.jsonl", b"%s\n", ""),
+        ("torn.jsonl", b'{"question": "x"', "torn.jsonl:1 is not JSON"),
+        ("list.jsonl", b"[1, 2]\n", "one JSON object"),
+        ("empty.jsonl", b"\n\n", "no rows"),
+        ("exam.csv", b"a,b\n", r"of a kind that cannot be read here.*\.parquet"),
+        ("fake.jsonl.gz", b"not gzip", "cannot be read"),
+        ("half.jsonl", b'{"options": {"A": "\\ud83e"}}', "half.jsonl:1: the field 'options.A' holds half a character"),
+        ("absent.jsonl", None, r"no file or folder .*set task\.path to"),
     ],
 )
-def test_an_exam_is_read_as_training_data_are(name: str, content: bytes, said: str, tmp_path: Path) -> None:
-    path = tmp_path / name
-    path.write_bytes(content.replace(b"%s", json.dumps(MEDQA).encode()))
-    if not said:
-        assert [item.question for item in medqa.load(path)] == [MEDQA["question"]]
-        return
-    with pytest.raises(UserError) as caught:
-        medqa.load(path)
-    assert said in str(caught.value)
+def test_files_that_are_no_exam_are_refused(name: str, content: bytes | None, message: str, tmp_path: Path) -> None:
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message) as caught:
+        medqa.load(tmp_path / name)
+    assert name in str(caught.value)
+
+
+def test_an_exam_may_be_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines(tmp_path / "a.jsonl", [GSM8K])
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(json.dumps(GSM8K | {"question": "7 x 6?"}).encode()))
+    (tmp_path / "notes.csv").write_text("x")
+    assert [item.question for item in gsm8k.load(tmp_path)] == ["6 x 7?", "7 x 6?"]
+    assert f"{tmp_path}: left out: 1 .csv." in capsys.readouterr().err
 
 
 def mcqa_file(path: Path, cops: list[int | None]) -> Path:
