@@ -68,10 +68,7 @@ def _split(prefix: str, entries: Mapping[str, Any], tensors: dict[str, Tensor]) 
 
 
 def restore_optimizer(
-    optimizer: torch.optim.Optimizer,
-    named_parameters: NamedParameters,
-    tensors: Mapping[str, Tensor],
-    state: Mapping[str, Any],
+    optimizer: torch.optim.Optimizer, named_parameters: NamedParameters, tensors: Mapping[str, Tensor], state: Mapping[str, Any]
 ) -> None:
     """Restore what ``flatten_optimizer`` returned; the optimizer's next step is then the same bit for bit.
 

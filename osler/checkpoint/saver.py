@@ -48,13 +48,7 @@ class Saver:
     """
 
     def __init__(
-        self,
-        root: Path,
-        *,
-        keep_last: int,
-        in_background: bool,
-        logs: Sequence[Path] = (),
-        on_damage: OnDamage = ignore_damage,
+        self, root: Path, *, keep_last: int, in_background: bool, logs: Sequence[Path] = (), on_damage: OnDamage = ignore_damage
     ) -> None:
         self.root = root
         self.logs = logs

@@ -89,9 +89,7 @@ class WholePacking:
     documents to those places.
     """
 
-    def __init__(
-        self, order: Order, seq_len: int, *, prompt_loss: bool = False, left_out: Int64Array | tuple[()] = ()
-    ) -> None:
+    def __init__(self, order: Order, seq_len: int, *, prompt_loss: bool = False, left_out: Int64Array | tuple[()] = ()) -> None:
         self.order = order
         self.seq_len = seq_len
         self.prompt_loss = prompt_loss

@@ -83,9 +83,7 @@ class _Split:
             raise UserError("The documents changed while they were being prepared; prepare them again.")
 
 
-def prepare(
-    corpus: Corpus, tokenizer: Tokenizer, out: str | Path, *, set_aside: bool = False, consent: str = ""
-) -> Prepared:
+def prepare(corpus: Corpus, tokenizer: Tokenizer, out: str | Path, *, set_aside: bool = False, consent: str = "") -> Prepared:
     """Tokenise a corpus into the folder `out`, or reuse the folder when it was made from the same content and tokenizer.
 
     Copies of validation documents are dropped from train. Of the distinct documents, at least one is held out if there are two

@@ -43,9 +43,5 @@ def _item(row: Row, split: str) -> ExamItem:
         raise UserError(f"{row.where}: 'answer_idx' is {letter!r}, which is none of the options {', '.join(letters)}.")
     index = letters.index(letter)
     if plain(texts[index]) != plain(answer) and plain(answer) in map(plain, texts):
-        raise UserError(
-            f"{row.where}: 'answer' is the text of another option than 'answer_idx' {letter}; which one is right?"
-        )
-    return ExamItem(
-        id=content_id("medqa", question, *texts), question=question, options=texts, answer_index=index, split=split
-    )
+        raise UserError(f"{row.where}: 'answer' is the text of another option than 'answer_idx' {letter}; which one is right?")
+    return ExamItem(id=content_id("medqa", question, *texts), question=question, options=texts, answer_index=index, split=split)

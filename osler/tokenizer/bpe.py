@@ -86,9 +86,7 @@ class Tokenizer:
         if not path.is_file():
             raise UserError(f"There is no tokenizer at {path}.")
         if path.name in ("vocab.bpe", "encoder.json"):
-            return cls.from_bytes(
-                _gpt2_pair_as_json(path.parent), name=f"The pair vocab.bpe and encoder.json in {path.parent}"
-            )
+            return cls.from_bytes(_gpt2_pair_as_json(path.parent), name=f"The pair vocab.bpe and encoder.json in {path.parent}")
         data = path.read_bytes()
         if path.suffix == ".gz":
             try:

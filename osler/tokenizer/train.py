@@ -7,12 +7,12 @@ happens in a child process, which a signal to the parent kills. The tokenizer is
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from itertools import chain
-from typing import IO
 
 from osler.errors import UserError
 from osler.tokenizer.bpe import Tokenizer
@@ -46,7 +46,7 @@ def _train_in_child(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     try:
         with contextlib.suppress(BrokenPipeError):  # the exit code, below, says why
             for text in texts:
-                _send(child.stdin, text)
+                child.stdin.write(json.dumps(text).encode() + b"\n")
             child.stdin.close()
             trained = child.stdout.read()
     except BaseException:
@@ -65,15 +65,5 @@ def _train_in_child(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     return Tokenizer.from_bytes(trained)
 
 
-def _send(stream: IO[bytes], text: str) -> None:
-    data = text.encode("utf-8")
-    stream.write(len(data).to_bytes(8, "little") + data)
-
-
-def _received(stream: IO[bytes]) -> Iterator[str]:
-    while size := stream.read(8):
-        yield stream.read(int.from_bytes(size, "little")).decode("utf-8")
-
-
 if __name__ == "__main__":
-    sys.stdout.buffer.write(Tokenizer.train(_received(sys.stdin.buffer), int(sys.argv[1])).to_bytes())
+    sys.stdout.buffer.write(Tokenizer.train(map(json.loads, sys.stdin.buffer), int(sys.argv[1])).to_bytes())

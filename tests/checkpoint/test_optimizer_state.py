@@ -46,9 +46,7 @@ def test_five_more_steps_are_equal_to_the_last_bit(tmp_path, options, resumed_op
     loaded = load(path)
     resumed.load_state_dict(loaded.tensors["model"])
     untouched = {name: tensor.clone() for name, tensor in loaded.tensors["optimizer"].items()}
-    restore_optimizer(
-        resumed_optimizer, resumed.named_parameters(), loaded.tensors["optimizer"], loaded.state["optimizer"]
-    )
+    restore_optimizer(resumed_optimizer, resumed.named_parameters(), loaded.tensors["optimizer"], loaded.state["optimizer"])
     train(resumed, resumed_optimizer, 5, 10)
 
     for name, tensor in model.state_dict().items():

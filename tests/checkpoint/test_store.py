@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from osler.checkpoint import manifest
 from osler.checkpoint.store import CheckpointSaveError, describe_damaged, load, newest_good, resolve, save, verify
@@ -43,13 +44,9 @@ def test_every_dtype_and_shape_comes_back_bit_for_bit(tmp_path):
         assert torch.equal(back.reshape(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8)), name
 
 
-def test_the_files_are_ordinary_safetensors(tmp_path):
-    from safetensors import safe_open
-
-    path = put(tmp_path, 1)
-    with safe_open(path / "model.safetensors", framework="pt") as file:
-        assert sorted(file.keys()) == ["bias", "weight"]
-        assert file.metadata() == {"format": "pt"}
+def test_other_tools_take_the_files_for_those_of_torch(tmp_path):
+    with safe_open(put(tmp_path, 1) / "model.safetensors", framework="pt") as file:
+        assert sorted(file.keys()) == ["bias", "weight"] and file.metadata() == {"format": "pt"}
 
 
 def test_tied_views_and_parameters_are_saved_by_value(tmp_path):
@@ -60,16 +57,11 @@ def test_tied_views_and_parameters_are_saved_by_value(tmp_path):
         "transposed": base.T,
         "slice": base[1:3, ::2],
         "expanded": torch.ones(1).expand(5),
+        "larger than a block": torch.arange(5_000_000, dtype=torch.int32),
     }
     loaded = load(save(tmp_path, 0, tensors={"model": tensors}, state={})).tensors["model"]
     for name, tensor in tensors.items():
         assert torch.equal(loaded[name], tensor), name
-
-
-def test_a_tensor_larger_than_a_block_is_whole(tmp_path):
-    tensor = torch.arange(5_000_000, dtype=torch.int32)  # 20 MB
-    path = save(tmp_path, 1, tensors={"model": {"big": tensor}}, state={})
-    assert torch.equal(load(path).tensors["model"]["big"], tensor)
 
 
 def test_state_and_files_come_back_exactly(tmp_path):
@@ -118,16 +110,13 @@ def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-def empty(path: Path) -> None:
-    path.write_bytes(b"")
-
-
-def grow(path: Path) -> None:
-    path.write_bytes(path.read_bytes() + b"\0")
-
-
-def flip_somewhere(path: Path) -> None:
-    flip(path, random.Random(path.name).randrange(path.stat().st_size))
+DAMAGES = {
+    "flip": lambda path: flip(path, random.Random(path.name).randrange(path.stat().st_size)),
+    "truncate": truncate,
+    "empty": lambda path: path.write_bytes(b""),
+    "grow": lambda path: path.write_bytes(path.read_bytes() + b"\0"),
+    "unlink": Path.unlink,
+}
 
 
 @pytest.fixture(scope="module")
@@ -138,17 +127,13 @@ def two_checkpoints(tmp_path_factory):
     return root
 
 
-def test_the_test_knows_every_file(tmp_path):
-    assert sorted(os.listdir(put(tmp_path, 1))) == FILES
-
-
-@pytest.mark.parametrize("damage", [flip_somewhere, truncate, empty, grow, Path.unlink], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("name", FILES)
 def test_damage_to_any_file_is_noticed_and_fallen_back_from(two_checkpoints, tmp_path, name, damage):
     shutil.copytree(two_checkpoints, tmp_path, dirs_exist_ok=True)
     good, bad = tmp_path / "step-000000001", tmp_path / "step-000000002"
-    assert newest_good(tmp_path) == (bad, [])
-    damage(bad / name)
+    assert newest_good(tmp_path) == (bad, []) and sorted(os.listdir(bad)) == FILES
+    DAMAGES[damage](bad / name)
     problems = verify(bad)
     assert len(problems) == 1 and problems[0].startswith(f"{name}: ")
     with pytest.raises(UserError, match=name):

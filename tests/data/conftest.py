@@ -26,9 +26,7 @@ def make_shards(tmp_path: Path) -> MakeShards:
         folder = tmp_path / f"shards-{len(list(tmp_path.iterdir()))}"
         folder.mkdir()
         vocab_size = sum(lengths) + 1
-        writer = ShardWriter(
-            folder / "train", vocab_size=vocab_size, with_mask=masks is not None, shard_tokens=shard_tokens
-        )
+        writer = ShardWriter(folder / "train", vocab_size=vocab_size, with_mask=masks is not None, shard_tokens=shard_tokens)
         token = 1
         for index, length in enumerate(lengths):
             ids = [*range(token, token + length - 1), EOS_ID]

@@ -51,10 +51,7 @@ def test_two_resumes_ranks_1_2_4_1_and_workers_0_to_3(packing: Packing) -> None:
     whole = list(islice(Loader(packing, 4).batches(), 12))
     shapes = [(1, 0), (2, 3), (4, 1), (1, 2)]
     for part, (world_size, workers) in enumerate(shapes):
-        ranks = [
-            list(islice(Loader(packing, 4, rank, world_size, workers).batches(3 * part), 3))
-            for rank in range(world_size)
-        ]
+        ranks = [list(islice(Loader(packing, 4, rank, world_size, workers).batches(3 * part), 3)) for rank in range(world_size)]
         for step in range(3):
             assert same(joined([batches[step] for batches in ranks]), whole[3 * part + step])
 
@@ -103,7 +100,7 @@ def test_rows_that_cannot_be_shared_are_refused(packing: Packing) -> None:
 
 def test_only_the_loader_knows_torch() -> None:
     program = (
-        "import sys, osler.data.config, osler.data.prepare, osler.data.packing, osler.data.sources;"
+        "import sys, osler.data.curriculum, osler.data.prepare, osler.data.packing, osler.data.sources;"
         "sys.exit('torch' in sys.modules)"
     )
     root = Path(__file__).resolve().parents[2]

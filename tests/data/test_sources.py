@@ -43,9 +43,7 @@ def test_clinic_is_prepared_and_reused(tmp_path: Path) -> None:
 
 
 def test_files_and_turns_hold_out_documents(tmp_path: Path) -> None:
-    rows = [
-        {"question": f"What is {n}?", "why": f"Since {n}.", "answer": f"{n}", "text": f"Text {n}"} for n in range(40)
-    ]
+    rows = [{"question": f"What is {n}?", "why": f"Since {n}.", "answer": f"{n}", "text": f"Text {n}"} for n in range(40)]
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     configs = [FilesData(path=str(path)), TurnsData(path=str(path), thinking_field="why", holdout_fraction=0.1)]
@@ -58,8 +56,7 @@ def test_files_and_turns_hold_out_documents(tmp_path: Path) -> None:
 
 def test_tokenizer_sample_is_deterministic_and_smaller(tmp_path: Path) -> None:
     (tmp_path / "texts.jsonl").write_text(
-        "".join(json.dumps({"text": hashlib.md5(str(n).encode()).hexdigest() * 2}) + "\n" for n in range(200)),
-        encoding="utf-8",
+        "".join(json.dumps({"text": hashlib.md5(str(n).encode()).hexdigest() * 2}) + "\n" for n in range(200)), encoding="utf-8"
     )
     data = FilesData(path=str(tmp_path))
     first, second = (train_tokenizer(data, 2000, max_bytes=8_000) for _ in range(2))

@@ -13,11 +13,7 @@ def test_clinic_items_keep_question_options_answer_and_reasoning() -> None:
     made, items = exam(3, "new_findings", 40), load(split="new_findings", limit=40, seed=3)
     assert len(items) == len({item.id for item in items}) == 40
     for clinic, item in zip(made, items, strict=True):
-        assert (item.question, item.options, item.answer_index) == (
-            clinic.question,
-            clinic.options,
-            clinic.answer_index,
-        )
+        assert (item.question, item.options, item.answer_index) == (clinic.question, clinic.options, clinic.answer_index)
         assert item.thinking == clinic.thinking and item.split == "new_findings"
         assert item.group == f"{clinic.relation}/{clinic.condition}"
         assert all(f"{option} (" in render_question(item) for option in item.options)

@@ -8,24 +8,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from osler.tasks.item import (
-    ExamItem,
-    content_id,
-    permute,
-    points_at_options,
-    render_answer,
-    render_question,
-    reorder,
-)
+from osler.tasks.item import ExamItem, content_id, permute, points_at_options, render_answer, render_question, reorder
 
 DRUGS = ("penicillin", "amoxicillin", "vancomycin", "doxycycline")
 ITEM = ExamItem(id="x1", question="First-line treatment?", options=DRUGS, answer_index=1)
 
 
 def test_options_are_written_as_text_then_letter() -> None:
-    assert render_question(ITEM) == (
-        "First-line treatment? penicillin (A) amoxicillin (B) vancomycin (C) doxycycline (D)"
-    )
+    assert render_question(ITEM) == ("First-line treatment? penicillin (A) amoxicillin (B) vancomycin (C) doxycycline (D)")
     assert render_answer(ITEM) == "amoxicillin (B)"
 
 
@@ -38,9 +28,7 @@ def test_an_order_moves_the_texts_and_not_the_letters() -> None:
 
 
 def test_a_context_stands_before_the_question_and_free_answers_have_no_letters() -> None:
-    shown = render_question(
-        ExamItem(id="c", question="So?", options=("yes", "no"), answer_index=0, context="Abstract.")
-    )
+    shown = render_question(ExamItem(id="c", question="So?", options=("yes", "no"), answer_index=0, context="Abstract."))
     assert shown == "Abstract.\nSo? yes (A) no (B)"
     free = ExamItem(id="g", question="6 x 7?", options=(), answer_index=-1, answer="42")
     assert render_question(free) == "6 x 7?" and render_answer(free) == "42" and permute(free, 1, 2) == free
@@ -112,10 +100,7 @@ def test_all_orders_come_equally_often() -> None:
 
 def test_visits_seeds_and_items_are_permuted_independently() -> None:
     orders = {
-        tuple(
-            permute(ExamItem(id=name, question="?", options=DRUGS, answer_index=0), seed, visit).options
-            for visit in range(6)
-        )
+        tuple(permute(ExamItem(id=name, question="?", options=DRUGS, answer_index=0), seed, visit).options for visit in range(6))
         for seed in range(3)
         for name in ("a", "b")
     }

@@ -63,9 +63,7 @@ def test_real_medmcqa_loads_whole() -> None:
     assert items[0].options[3] == "Hypotonic upper lip" and items[0].answer_index == 3 and items[0].group == "Dental"
     explained = [item for item in items if item.thinking]
     assert 700 < len(explained) < 1082  # of 1,082 explanations the ones that say more than a letter
-    assert not any(
-        item.thinking.lower().startswith(("ans. ", "ans: ", "answer- ")) for item in explained if item.thinking
-    )
+    assert not any(item.thinking.lower().startswith(("ans. ", "ans: ", "answer- ")) for item in explained if item.thinking)
 
 
 def test_real_pubmedqa_loads_whole() -> None:
@@ -97,9 +95,7 @@ def test_plain_gzipped_and_parquet_files_give_the_same_items(name: str, tmp_path
     row = ROWS[name]
     plain = lines(tmp_path / "exam.jsonl", [row, row | {"question": "Another?", "id": "m2"}])
     (tmp_path / "exam.jsonl.gz").write_bytes(gzip.compress(plain.read_bytes()))
-    pq.write_table(
-        pa.Table.from_pylist([json.loads(line) for line in plain.read_text().splitlines()]), tmp_path / "e.parquet"
-    )
+    pq.write_table(pa.Table.from_pylist([json.loads(line) for line in plain.read_text().splitlines()]), tmp_path / "e.parquet")
     items = LOADERS[name](plain, split="s")
     assert len(items) == 2 and items[0].split == "s"
     assert LOADERS[name](tmp_path / "exam.jsonl.gz", split="s") == items
@@ -197,9 +193,7 @@ def test_medmcqa_files_that_count_from_one_are_refused_and_convert_on_request(tm
         medmcqa.load(mcqa_file(tmp_path / "mixed.jsonl", [0, 4]))
 
 
-def test_medmcqa_rows_without_a_label_are_left_out_and_counted(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_medmcqa_rows_without_a_label_are_left_out_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     items = medmcqa.load(mcqa_file(tmp_path / "some.jsonl", [0, -1, 3, None]))
     assert [item.answer_index for item in items] == [0, 3]
     assert "2 of 4 rows have no label" in capsys.readouterr().err
@@ -210,10 +204,7 @@ def test_medmcqa_rows_without_a_label_are_left_out_and_counted(
 @pytest.mark.parametrize(
     ("exp", "thinking"),
     [
-        (
-            "Ans. (B) Penicillin binds the transpeptidase of the wall.",
-            "Penicillin binds the transpeptidase of the wall.",
-        ),
+        ("Ans. (B) Penicillin binds the transpeptidase of the wall.", "Penicillin binds the transpeptidase of the wall."),
         ("Answer- C. It binds the transpeptidase of the wall.", "It binds the transpeptidase of the wall."),
         ("Ans. B: 5 days", None),
         ("Both drugs bind the wall, so option B is the best choice here.", None),
@@ -248,6 +239,4 @@ def test_a_task_is_chosen_by_its_config(tmp_path: Path) -> None:
     config = decode(TaskConfig, {"type": "medqa", "path": str(path), "split": "test"})  # type: ignore[arg-type]
     assert isinstance(config, medqa.MedqaTask) and encode(config)["path"] == str(path)
     assert load_task(config) == medqa.load(path, split="test")
-    assert set(TASK_CONFIGS) == {"clinic", "medqa", "medmcqa", "pubmedqa", "gsm8k"} and set(
-        TASK_CONFIGS.values()
-    ) == set(TASKS)
+    assert set(TASK_CONFIGS) == {"clinic", "medqa", "medmcqa", "pubmedqa", "gsm8k"} and set(TASK_CONFIGS.values()) == set(TASKS)

@@ -48,12 +48,7 @@ class Written:
 )
 def test_reward_table(item: ExamItem, written: Written, correct: float, form: float) -> None:
     rewards = {name: reward(item, written) for name, reward in REWARDS.items()}
-    assert rewards == {
-        "correct": correct,
-        "format": form,
-        "gated_format": correct * form,
-        "brief_correct": correct,
-    }
+    assert rewards == {"correct": correct, "format": form, "gated_format": correct * form, "brief_correct": correct}
 
 
 def test_long_thinking_loses_the_brief_reward_only() -> None:

@@ -11,16 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from osler.errors import UserError
-from osler.tokenizer.bpe import (
-    ANSWER,
-    EOS,
-    LONGEST_TRAINED_CHARS,
-    QUESTION,
-    SPECIALS,
-    THINKING,
-    Tokenizer,
-    _cut_long_pieces,
-)
+from osler.tokenizer.bpe import ANSWER, EOS, LONGEST_TRAINED_CHARS, QUESTION, SPECIALS, THINKING, Tokenizer, _cut_long_pieces
 
 CORPUS = [
     "Pneumonia is an infection of the lung. The patient has fever, cough and 38.5 degrees.\n\n",
