@@ -127,11 +127,13 @@ def prepare(corpus: Corpus, tokenizer: Tokenizer, out: str | Path, *, set_aside:
     return _open(out, reused=False)
 
 
-def open_prepared(out: str | Path, tokenizer: Tokenizer) -> Prepared:
-    """Open a folder that `prepare` made; raises UserError when it is missing, torn, or made with another tokenizer."""
-    manifest = read_data_manifest(out)
-    _check_same("tokenizer", Path(out), manifest["tokenizer_fingerprint"], tokenizer.fingerprint)
-    return _open(Path(out), reused=True)
+def open_prepared(folder: str | Path, tokenizer: Tokenizer, whose: str = "of the run") -> Prepared:
+    """Open a folder that `prepare` made; raises UserError when it is missing, torn, or of another tokenizer.
+
+    The message says ``whose`` the given tokenizer is.
+    """
+    _refuse_other_tokenizer(folder, tokenizer, whose)
+    return _open(Path(folder), reused=True)
 
 
 def tokenizer_of_shards(folder: str | Path, given: str | None = None) -> Tokenizer:
@@ -139,20 +141,17 @@ def tokenizer_of_shards(folder: str | Path, given: str | None = None) -> Tokeniz
 
     Raises UserError when the folder is missing or has no tokenizer, or when the file holds another one.
     """
-    path = Path(folder)
-    if not path.is_dir():
-        raise UserError(f"There is no folder {folder}; set data.path to one that `osler data prepare` wrote.")
-    wanted = read_data_manifest(path)["tokenizer_fingerprint"]
-    file = path / TOKENIZER if given is None else Path(given)
+    read_data_manifest(folder)
+    file = Path(folder) / TOKENIZER if given is None else Path(given)
     if given is None and not file.is_file():
         raise UserError(f"{folder} has no {TOKENIZER}: set tokenizer.path to the file that it was prepared with.")
     tokenizer = Tokenizer.load(file).with_specials()
-    refuse_other_tokenizer(path, wanted, tokenizer, f"in {file}")
+    _refuse_other_tokenizer(folder, tokenizer, f"in {file}")
     return tokenizer
 
 
-def refuse_other_tokenizer(folder: Path, wanted: str, tokenizer: Tokenizer, whose: str) -> None:
-    """Raise UserError when shards were made with another tokenizer than that of ``whose``."""
+def _refuse_other_tokenizer(folder: str | Path, tokenizer: Tokenizer, whose: str) -> None:
+    wanted = read_data_manifest(folder)["tokenizer_fingerprint"]
     if tokenizer.fingerprint != wanted:
         raise UserError(
             f"The shards in {folder} were made with the tokenizer {wanted}, but the one {whose} is {tokenizer.fingerprint}, for "

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from osler.checkpoint import store
 from osler.data.config import PreparedData
-from osler.data.prepare import Prepared, open_prepared, refuse_other_tokenizer, tokenizer_of_shards
+from osler.data.prepare import Prepared, open_prepared, tokenizer_of_shards
 from osler.data.shards import DATA_MANIFEST, read_data_manifest
 from osler.data.sources import check_source, prepare_source
 from osler.errors import UserError
@@ -66,7 +66,7 @@ def _open(config: TrainConfig, run: RunFolder, tokenizer: Tokenizer, start: stor
     folder, data = shards_of(config, run), config.data
     if isinstance(data, PreparedData):
         whose = "of the run" if start is not None or config.init_from is None else f"of {config.init_from}"
-        return _open_given(data, tokenizer, whose)
+        return open_prepared(data.path, tokenizer, whose)
     at_hand = shards_at_hand(config, run, start)
     if at_hand is not None and at_hand != folder:
         _take_over(at_hand, folder)
@@ -78,23 +78,15 @@ def _open(config: TrainConfig, run: RunFolder, tokenizer: Tokenizer, start: stor
     return prepare_source(data, tokenizer, folder, set_aside=config.allow_data_change, consent="allow_data_change=true")
 
 
-def _open_given(data: PreparedData, tokenizer: Tokenizer, whose: str) -> Prepared:
-    """Open shards that were prepared before. Raises UserError when they are missing, torn, or of another tokenizer."""
-    if not Path(data.path).is_dir():
-        raise UserError(f"There is no folder {data.path}; set data.path to one that `osler data prepare` wrote.")
-    refuse_other_tokenizer(Path(data.path), read_data_manifest(data.path)["tokenizer_fingerprint"], tokenizer, whose)
-    return open_prepared(data.path, tokenizer)
-
-
 def check_data(config: TrainConfig, run: RunFolder, start: store.Loaded | None) -> None:
     """Raise UserError when the run has no data to learn from."""
     if isinstance(config.data, PreparedData):
         if start is None and config.init_from is not None:
             start = store.load(store.resolve(config.init_from), names=[])
         if start is None:
-            _open_given(config.data, tokenizer_of_shards(config.data.path, config.tokenizer.path), "of the run")
+            open_prepared(config.data.path, tokenizer_of_shards(config.data.path, config.tokenizer.path))
         else:
-            _open_given(config.data, tokenizer_of(start), f"of {start.path}")
+            open_prepared(config.data.path, tokenizer_of(start), f"of {start.path}")
         return
     if not (is_source_gone(config, run) and shards_at_hand(config, run, start) is not None):
         check_source(config.data)

@@ -175,7 +175,7 @@ def test_training_on_prepared_shards_is_training_on_their_text(
     moved = shards.rename(tmp_path / "moved")
     for more in ([], ["--dry-run"]):
         assert main(["pretrain", "--resume", "--run", str(tmp_path / "run"), *more]) == 2
-        assert f"There is no folder {shards}; set data.path" in capsys.readouterr().err
+        assert f"{shards} is no folder that `osler data prepare` wrote" in capsys.readouterr().err
     assert main(["pretrain", "--resume", f"data.path={moved}", "--run", str(tmp_path / "run")]) == 0
     branch = ["--branch", str(tmp_path / "run"), "total_tokens=3328", "--run", str(tmp_path / "branch")]
     assert main(["pretrain", *branch, f"data.path={moved}"]) == 0
