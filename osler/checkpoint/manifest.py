@@ -29,7 +29,7 @@ FOLDER_NAME = re.compile(r"step-(\d{9,})(\.replaced)?")
 _HEX_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 Signature = tuple[object, ...]
-_found: dict[Path, tuple[Signature, list[str]]] = {}  # by folder: its signature when this process verified it, and the problems
+_known: dict[Path, tuple[Signature, list[str]]] = {}  # what this process found in a folder, and the signature it had then
 
 
 @dataclass(frozen=True)
@@ -117,13 +117,13 @@ def verify(path: str | Path, names: Collection[str] | None = None, *, pause: Cal
             problems[name] = f"cannot be read ({error.strerror})"
     found = [f"{name}: {text}" for name, text in problems.items()]
     if names is None and signature and is_readable:  # what cannot be read may be readable later
-        _found[folder.absolute()] = (signature, found)
+        _known[folder.absolute()] = (signature, found)
     return found
 
 
 def known_problems(folder: Path) -> list[str] | None:
     """Return what ``verify`` found in this process; None if it was not called, could not read a file, or the folder changed."""
-    signature, found = _found.get(folder.absolute(), (None, None))
+    signature, found = _known.get(folder.absolute(), (None, None))
     return found if signature == _signature(folder) else None
 
 

@@ -43,7 +43,6 @@ class StreamPacking:
         self.seq_len = seq_len
         self.first_token = first_token
         self.prompt_loss = prompt_loss
-        self.rows_per_epoch = order.shards.num_tokens / seq_len
         self.tokens_of_epoch = by_source(order, order.shards.source_of_document, order.shards.lengths)
 
     def row(self, index: int) -> PackedRow:

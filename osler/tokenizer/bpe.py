@@ -133,12 +133,13 @@ class Tokenizer:
         backend.train_from_iterator(_cut_long_pieces(texts), trainer)
         return cls(backend)
 
-    def with_specials(self, specials: Sequence[str] = SPECIALS) -> Tokenizer:
-        """Return a tokenizer with these special tokens; those that are missing get the ids after the last one."""
-        if all(self._is_added_special(name) for name in specials):
+    def with_specials(self) -> Tokenizer:
+        """Return a tokenizer with Osler's special tokens; those that are missing get the ids after the last one."""
+        added = self._backend.get_added_tokens_decoder()
+        if all((token := added.get(self._id_of_special.get(name, -1))) and token.special for name in SPECIALS):
             return self
         backend = Backend.from_str(self._backend.to_str())
-        backend.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in specials])
+        backend.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in SPECIALS])
         return Tokenizer(backend)
 
     def to_bytes(self) -> bytes:
@@ -190,10 +191,6 @@ class Tokenizer:
         if skip_special:
             ids = [token_id for token_id in ids if token_id not in self.special_ids]
         return str(self._backend.decode(list(ids), skip_special_tokens=False))
-
-    def _is_added_special(self, name: str) -> bool:
-        token = self._backend.get_added_tokens_decoder().get(self._id_of_special.get(name, -1))
-        return token is not None and token.special
 
     def _encode_cut(self, text: str) -> list[int]:
         """Return the ids of a text whose special tokens would be single BPE tokens too, cut inside each of them."""

@@ -57,7 +57,6 @@ def test_stream_rows_are_cuts_of_the_stream(make_shards, seq_len: int) -> None: 
         assert row.ids.tolist() == stream[start : start + seq_len]
         assert row.labels.tolist() == stream[start + 1 : start + seq_len + 1]
         assert row.ids.dtype == row.labels.dtype == row.document_ids.dtype == np.int64
-    assert packing.rows_per_epoch == 250 / seq_len
 
 
 def test_stream_document_ids_change_after_each_end(make_shards) -> None:  # type: ignore[no-untyped-def]
