@@ -7,7 +7,6 @@ follows is an ordinary resume, except that the optimizer's settings are the conf
 from __future__ import annotations
 
 import logging
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,8 +15,8 @@ from osler.checkpoint import store
 from osler.checkpoint.manifest import FOLDER_NAME, STATE, padded, verify
 from osler.checkpoint.root import refuse_checkpoint, root_of
 from osler.decode import decode
-from osler.recipe import merge, parse_overrides
 from osler.errors import UserError
+from osler.recipe import merge, parse_overrides
 from osler.records.events import EventLog
 from osler.runs.folder import differences, flat, named, read_config
 from osler.runs.rewind import find_step

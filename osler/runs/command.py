@@ -6,7 +6,6 @@ A run folder that already holds this run goes on from its newest good checkpoint
 from __future__ import annotations
 
 import logging
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,11 +17,11 @@ from osler.checkpoint.manifest import STATE
 from osler.checkpoint.root import refuse_checkpoint
 from osler.config import encode
 from osler.decode import decode
-from osler.recipe import load_recipe, parse_overrides
 from osler.errors import UserError
 from osler.inference.load import read_model_config
 from osler.model.config import ModelConfig
 from osler.monitor.logger import check_trackers
+from osler.recipe import load_recipe, parse_overrides
 from osler.runs.branch import branch_config, branch_point, describe_branch
 from osler.runs.config import RunConfig
 from osler.runs.folder import refuse_another, stored_config, taken

@@ -6,8 +6,6 @@ These functions change nothing but ``config.yaml``.
 from __future__ import annotations
 
 import logging
-
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
@@ -18,9 +16,9 @@ from osler.checkpoint import store
 from osler.checkpoint.root import refuse_checkpoint
 from osler.config import encode
 from osler.decode import decode
-from osler.recipe import merge, parse_overrides
 from osler.errors import UserError
 from osler.monitor.damage import write_damage
+from osler.recipe import merge, parse_overrides
 from osler.records.events import EventLog
 from osler.records.metrics import read_metrics
 from osler.runtime.files import RunFolder, locked, write_atomic

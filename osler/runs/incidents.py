@@ -14,7 +14,6 @@ back to.) Every incident is a line in ``events.jsonl``.
 from __future__ import annotations
 
 import logging
-
 import math
 from collections import deque
 from collections.abc import Callable, Mapping

@@ -11,7 +11,6 @@ same steps with the same numbers as one that was never interrupted.
 from __future__ import annotations
 
 import logging
-
 import time
 from collections.abc import Mapping
 from functools import partial
@@ -21,9 +20,9 @@ from torch import Tensor
 
 from osler.checkpoint import store
 from osler.checkpoint.saver import Saver
-from osler.monitor.logger import open_logger
 from osler.monitor.history import RunSettings
 from osler.monitor.lifetime import recorded
+from osler.monitor.logger import open_logger
 from osler.optim.build import keeping_settings
 from osler.runs.config import RunConfig
 from osler.runs.folder import check_fingerprints, was_evaluated

@@ -12,8 +12,8 @@ import torch
 from osler.model.transformer import Transformer
 from osler.monitor.collect import Collector
 from osler.monitor.config import MonitorConfig
-from osler.records.events import EventLog
 from osler.parallel.engine import ParallelEngine
+from osler.records.events import EventLog
 from osler.runtime.files import RunFolder
 from osler.runtime.world import World
 

@@ -7,7 +7,6 @@ stopped there, and what follows is an ordinary resume.
 from __future__ import annotations
 
 import logging
-
 import math
 import os
 from collections.abc import Sequence
@@ -15,7 +14,7 @@ from pathlib import Path
 
 from osler.checkpoint import store
 from osler.checkpoint.manifest import looks_whole, verify
-from osler.checkpoint.root import BEST, Entry, best_checkpoint, by_age, mark_best
+from osler.checkpoint.root import BEST, Entry, best_checkpoint, by_age
 from osler.errors import UserError
 from osler.records import jsonl
 from osler.records.events import EventLog, read_events
@@ -129,4 +128,4 @@ def _mark_earlier_best(run: RunFolder, metric: str, lines: Sequence[bytes], late
     if scores:
         sign = 1 if metric.endswith("loss") else -1
         path = min(scores, key=lambda path: sign * scores[path])
-        mark_best(path, metric, scores[path])
+        store.mark_best(path, metric, scores[path])
