@@ -116,7 +116,7 @@ def config_of(cls: type[RunConfig], request: Request) -> Any:
 
 
 def run_name(recipe: str, kind: str) -> str:
-    """Return what a run of a recipe is called without --run: ``text-10min-pretrain``; of ``usmle-2day/grpo``, ``usmle-2day-grpo``."""
+    """Return what a run of a recipe is called without --run: ``text-10min-pretrain``, ``usmle-2day-grpo``."""
     name = Path(recipe).stem if recipe.endswith((".yaml", ".yml")) else recipe.replace("/", "-")
     return name if name.endswith(f"-{kind}") else f"{name}-{kind}"
 

@@ -97,8 +97,8 @@ def refuse_another(run: RunFolder, config: Any) -> None:
     start = f"osler {read_config(run).get('kind', config.kind)}"
     raise UserError(
         f"{run.root} holds another run: {named(changed)}. To go on with that run as it is: `{start} --run {run.root} --resume`. "
-        f"To go on from it with another configuration: `{start} --branch {run.root} --run NEW_FOLDER key=value`; with its weights "
-        f"alone: init_from={run.root}. For a run of its own choose another folder with --run, or delete that one."
+        f"To go on from it with another configuration: `{start} --branch {run.root} --run NEW_FOLDER key=value`; with its "
+        f"weights alone: init_from={run.root}. For a run of its own choose another folder with --run, or delete that one."
     )
 
 

@@ -1,10 +1,10 @@
 """What goes wrong in a run and what is done about it: skipped steps, loss spikes, rollbacks.
 
 A gradient that is not finite costs its step and nothing else. When that happens many times in a row, or the loss spikes and
-``recovery.spike.action`` says so, the run goes back to the last checkpoint from before the trouble and on with the data after it: the
-data's position is what the steps say plus ``data_offset``. Having gone back too often, or without such a checkpoint (the run is
-younger than its first one), it ends with a diagnosis. Everything is a function of numbers that all ranks have in common, so all
-decide alike.
+``recovery.spike.action`` says so, the run goes back to the last checkpoint from before the trouble and on with the data after it:
+the data's position is what the steps say plus ``data_offset``. Having gone back too often, or without such a checkpoint
+(the run is younger than its first one), it ends with a diagnosis. Everything is a function of numbers that all ranks have in
+common, so all decide alike.
 
 Resume is exact: a checkpoint keeps all of this, and one is written at once after going back. What was decided is acted upon where
 the trainer asks (``cause``), which no interruption moves. (A signal leaves a checkpoint more, and so perhaps a later one to go
@@ -132,7 +132,8 @@ class Incidents:
     def _diagnosis(self, step: int, good: Path | None) -> str:
         """Return in one paragraph what a person needs to find the cause; ``good`` is the last good checkpoint."""
         if self.rollbacks:
-            tried = f"The run has gone back {self.rollbacks} times already, of at most recovery.max_rollbacks={self.limits.max_rollbacks}."
+            most = f"recovery.max_rollbacks={self.limits.max_rollbacks}"
+            tried = f"The run has gone back {self.rollbacks} times already, of at most {most}."
         elif self.limits.max_rollbacks:
             tried = "There is no good checkpoint from before that to go back to."
         else:
@@ -146,8 +147,9 @@ class Incidents:
         saved = "" if good else f" What was saved in {self.run.folder.checkpoints} is damaged or from the middle of the trouble."
         return (
             f"{self.cause} {tried} Before it: {numbers or 'no good step'}. Step {step} had the learning rate {learning_rate:.3g} "
-            f"and learned from {batch}; {self.run.folder.events} has the others. Check the data. Lower optim.lr (now {lr:g}), which a "
-            f"started run keeps, in a new one: the same command with `--run NEW_FOLDER {start}optim.lr={lr / 3:.2g}`.{saved}"
+            f"and learned from {batch}; {self.run.folder.events} has the others. Check the data. Lower optim.lr (now {lr:g}), "
+            f"which a started run keeps, in a new one: the same command with `--run NEW_FOLDER "
+            f"{start}optim.lr={lr / 3:.2g}`.{saved}"
         )
 
     def checkpointed(self, step: int) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What one process of a run holds: ``Run`` is the folder and what goes into its checkpoints, ``Learner`` the model that learns."""
+"""What one process of a run holds: ``Run`` is the folder and what goes into its checkpoints, ``Learner`` the model."""
 
 from __future__ import annotations
 
