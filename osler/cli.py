@@ -123,7 +123,7 @@ def dispatch(argv: list[str]) -> int:
         return 0
     given = " ".join(argv[:2]) if group else argv[0]
     close = difflib.get_close_matches(given, [command.name for command in COMMANDS], n=1)
-    raise UserError(f"there is no command `{given}`{f'; did you mean `{close[0]}`?' if close else ''} See `osler --help`.")
+    raise UserError(f"there is no command `{given}`{f'; did you mean `{close[0]}`?' if close else '.'} See `osler --help`.")
 
 
 def overview(commands: Sequence[Command]) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import enum
 import functools
 import json
 import operator
@@ -17,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from annotated_types import Ge, Gt, Le, Lt
+from annotated_types import Ge, Gt, Le, Lt  # noqa: F401 - configs import them from here
 from typing_extensions import dataclass_transform
 
 from osler.errors import UserError
@@ -63,35 +62,24 @@ class _Tagged:
         members = [member for member in get_args(source) if member is not type(None)]
         return handler(Annotated[source, Field(discriminator="type")] if len(members) > 1 else source)
 
-    def __repr__(self) -> str:
-        return "TAGGED"
-
 
 TAGGED = _Tagged()
+_WORDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}  # as Ge(1).ge and operator.ge are named
 
 
-_WORDS = {Ge: "at least", Gt: "above", Le: "at most", Lt: "below"}
-
-
-def _bounds(annotation: Any) -> list[Any]:
-    """Return the bounds in an annotation: ``Ge(1)`` and the like."""
+def _bounds(annotation: Any) -> list[tuple[str, float]]:
+    """Return the bounds in an annotation, such as ("ge", 1)."""
     if get_origin(annotation) is Annotated:
         inner, *metadata = get_args(annotation)
-        return [*_bounds(inner), *(item for item in metadata if type(item) in _WORDS)]
+        return [*_bounds(inner), *((name, getattr(item, name)) for item in metadata for name in _WORDS if hasattr(item, name))]
     if get_origin(annotation) in (Union, types.UnionType):
         return [bound for member in get_args(annotation) for bound in _bounds(member)]
     return []
 
 
-def _limit(bound: Any) -> tuple[str, float]:
-    """Return the name of a bound's comparison in ``operator`` and the number to compare with."""
-    name = type(bound).__name__.lower()
-    return name, getattr(bound, name)
-
-
 def range_of(annotation: Any) -> str:
     """Return the range of an annotated number in words, as in "at least 0 and below 1"; empty without one."""
-    return " and ".join(f"{_WORDS[type(bound)]} {_limit(bound)[1]}" for bound in _bounds(annotation))
+    return " and ".join(f"{_WORDS[name]} {limit}" for name, limit in _bounds(annotation))
 
 
 def _check_ranges(value: object) -> None:
@@ -99,8 +87,8 @@ def _check_ranges(value: object) -> None:
     cls: Any = type(value)
     for field, annotation in hints(cls).items():
         number = getattr(value, field)
-        limits = map(_limit, _bounds(annotation)) if isinstance(number, (int, float)) else ()
-        if not all(getattr(operator, name)(number, limit) for name, limit in limits):
+        bounds = _bounds(annotation) if isinstance(number, (int, float)) else []
+        if not all(getattr(operator, name)(number, limit) for name, limit in bounds):
             raise ValueError(f"{field} must be {range_of(annotation)}, given {number}")
 
 
@@ -112,8 +100,6 @@ def encode(value: Any) -> Any:
         return {key: encode(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [encode(item) for item in value]
-    if isinstance(value, enum.Enum):
-        return value.value
     return str(value) if isinstance(value, Path) else value
 
 

@@ -19,18 +19,14 @@ from osler.errors import UserError
 
 T = TypeVar("T")
 
+_MAPPING = ("dataclass_type", "dataclass_exact_type", "model_attributes_type", "dict_type")
 _SHOULD = {
-    "int_type": "should be an integer",
-    "int_from_float": "should be an integer",
+    **dict.fromkeys(("int_type", "int_from_float"), "should be an integer"),
+    **dict.fromkeys(_MAPPING, "should be a mapping of keys to values"),
+    **dict.fromkeys(("tuple_type", "list_type"), "should be a list"),
     "float_type": "should be a number",
     "bool_type": "should be true or false",
     "string_type": "should be text",
-    "dataclass_type": "should be a mapping of keys to values",
-    "dataclass_exact_type": "should be a mapping of keys to values",
-    "model_attributes_type": "should be a mapping of keys to values",
-    "dict_type": "should be a mapping of keys to values",
-    "tuple_type": "should be a list",
-    "list_type": "should be a list",
     "path_type": "should be a path",
     "none_required": "should be null",
 }
@@ -48,7 +44,7 @@ def decode(cls: type[T], mapping: Mapping[str, Any], *, source: str = "") -> T:
     source = source or "the configuration"
     if not isinstance(mapping, Mapping):
         raise ConfigError(f"{source}: should be a mapping of keys to values, given {shown(mapping)}")
-    completed = _complete_type(cls, encode(mapping))
+    completed = _complete(cls, encode(mapping))
     try:
         text = json.dumps(completed)
     except (TypeError, ValueError) as error:
@@ -71,37 +67,25 @@ def _adapter(cls: Any) -> Any:
     return TypeAdapter(cls)
 
 
-def _complete_type(annotation: Any, value: Any) -> Any:
-    """Complete config fields that ``value`` gives only in part with their default values, at every depth."""
+def _complete(annotation: Any, given: Any, default: Any = None) -> Any:
+    """Return what is given of a field, at every depth completed with the field's default where that is of the same type."""
     members, tagged = members_of(annotation)
-    if isinstance(value, Mapping) and tagged:
-        members = [member for member in members if tag_of(member) == value.get("type")]
-    if len(members) != 1:
-        return value
-    if isinstance(value, Mapping) and is_config_class(members[0]):
-        completed = dict(value)
-        for field in dataclasses.fields(members[0]):
-            if field.name in value:
-                default = field.default_factory() if callable(field.default_factory) else field.default
-                item = _complete_value(default, value[field.name])
-                completed[field.name] = _complete_type(hints(members[0])[field.name], item)
-        return completed
-    if isinstance(value, list) and get_origin(members[0]) in (list, tuple):
-        return [_complete_type(get_args(members[0])[0], item) for item in value]
-    return value
-
-
-def _complete_value(default: Any, given: Any) -> Any:
-    if not (is_config_class(type(default)) and isinstance(given, Mapping)):
+    if isinstance(given, list) and len(members) == 1 and get_origin(members[0]) in (list, tuple):
+        return [_complete(get_args(members[0])[0], item) for item in given]
+    if not isinstance(given, Mapping):
         return given
     kind = getattr(default, "type", None)
-    if given.get("type", kind) != kind:
-        return given
-    completed = dict(given)
-    for field in dataclasses.fields(default):
-        value = getattr(default, field.name)
-        completed[field.name] = _complete_value(value, given[field.name]) if field.name in given else encode(value)
-    return completed
+    if is_config_class(type(default)) and given.get("type", kind) == kind:
+        owner: Any = type(default)
+        defaults, completed = vars(default), encode(default)
+    else:
+        members = [member for member in members if not tagged or tag_of(member) == given.get("type")]
+        if len(members) != 1 or not is_config_class(members[0]):
+            return given
+        owner, completed = members[0], {}
+        fields = dataclasses.fields(owner)
+        defaults = {field.name: field.default_factory() if callable(field.default_factory) else field.default for field in fields}
+    return {**completed, **{key: _complete(hints(owner).get(key), item, defaults.get(key)) for key, item in given.items()}}
 
 
 def error_lines(cls: type, errors: Iterable[Mapping[str, Any]]) -> list[str]:
