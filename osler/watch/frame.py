@@ -1,6 +1,6 @@
-"""One picture of a run as lines of text: a function of what is known, the time, and the size of the terminal.
+"""One frame of `osler watch` as lines of text: a function of what is known of the run, the time, and the terminal's size.
 
-Curves are drawn as columns of eighth blocks, which every terminal font has; each column is the mean of its stretch of steps.
+Curves are columns of eighth blocks, which every terminal font has; a column is the mean over its stretch of steps.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from osler.report.charts import by_row, inner, kind_of
 from osler.report.diary import happenings, in_words
 from osler.report.families import Family, by_layer, in_families
 from osler.report.svg import value_range
-from osler.watch.state import Stage, Watched
+from osler.watch.state import WatchedFolder, WatchedRun
 
 BLOCKS = " ▁▂▃▄▅▆▇█"
 FULL, EMPTY = "━", "─"
@@ -44,19 +44,19 @@ STATE_STYLES = {"running": "good", "finished": "good", "dead": "bad", "failed": 
 
 
 class Text(NamedTuple):
-    """A line and how it is meant: title, chart, good, warn, bad, dim, or plain."""
+    """A line and its style: title, chart, good, warn, bad, dim, or plain."""
 
     text: str
     style: str = ""
 
 
-def frame(watched: Watched, now: float, width: int, height: int | None = None) -> list[Text]:
-    """The picture, no line longer than `width`; at most `height` lines, with None everything, the first line as long as it is."""
-    stage = watched.current
-    top = [*_header(watched, stage, now, width), *_stages(watched, stage, width)]
-    below = [*_events(stage), *_checkpoints(stage, now), *_values(stage, width)]
+def frame(watched: WatchedFolder, now: float, width: int, height: int | None = None) -> list[Text]:
+    """Return the lines, none longer than `width`, at most `height` of them; with None all, and the first as long as it is."""
+    run = watched.current
+    top = [*_header(watched, run, now, width), *_stages(watched, run, width)]
+    below = [*_events(run), *_checkpoints(run, now), *_values(run, width)]
     for rows in HEIGHTS if height is not None else (PLAIN_HEIGHT,):
-        lines = [*top, *_panels(stage, width, rows), *below]
+        lines = [*top, *_panels(run, width, rows), *below]
         if height is None or len(lines) <= height:
             break
     whole = [Text(clean(text).rstrip(), style) for text, style in lines[:height]]
@@ -66,56 +66,56 @@ def frame(watched: Watched, now: float, width: int, height: int | None = None) -
 
 
 def _cut(text: str, width: int) -> str:
-    """Text that is too long without its end, and that is shown."""
+    """Return text cut to a width, with an ellipsis for what is missing."""
     return text if len(text) <= width else text[: width - 1] + "…"
 
 
 def _wrapped(text: str, width: int) -> list[str]:
-    """Text as lines, the first as it is when it fits."""
+    """Return text as lines of at most `width`; text that fits keeps its spaces."""
     if len(text) <= width:
         return [text]
     return textwrap.wrap(text, width, subsequent_indent="  " if width > 20 else "", break_on_hyphens=False)
 
 
 def clean(text: str) -> str:
-    """Text without anything that a terminal would obey."""
+    """Return text without control characters, which a terminal would obey."""
     return "".join(c if c.isprintable() else " " for c in text)
 
 
-def _header(watched: Watched, stage: Stage, now: float, width: int) -> list[Text]:
-    """What runs, on what, how far it is and how long it has to go."""
-    machine = stage.machine
-    facts = [str(watched.root.run.root), stage.kind or stage.name]
-    if watched.root is not stage and watched.root.kind:
+def _header(watched: WatchedFolder, run: WatchedRun, now: float, width: int) -> list[Text]:
+    """Return what runs, on what, how far it is and how long it has to go."""
+    machine = run.machine
+    facts = [str(watched.root.folder.root), run.kind or run.name]
+    if watched.root is not run and watched.root.kind:
         facts.insert(1, watched.root.kind)
-    if stage.parameters:
-        facts.append(f"{fmt.count(stage.parameters)} parameters")
+    if run.parameters:
+        facts.append(f"{fmt.count(run.parameters)} parameters")
     facts += [as_text(machine[key]) for key in ("device", "dtype") if machine.get(key)]
-    state = stage.state(now)
+    state = run.state(now)
     lines = [Text(" · ".join(filter(None, facts)), "title")]
     lines += [Text(part, STATE_STYLES.get(state.kind, "dim")) for part in _wrapped(clean(state.words), max(20, width))]
-    last = stage.log.last
+    last = run.log.last
     if last is None:
         return lines
-    total, unit = stage.total
+    total, unit = run.total
     of_total = {unit: f" of {fmt.count(total)}"} if math.isfinite(total) else {}
     told = [f"step {last.step:,}{of_total.get('steps', '')}"]
     told.append(f"{fmt.count(last.tokens)}{of_total.get('tokens', '')} tokens")
-    told.append(f"{fmt.duration(stage.log.active_seconds)} so far")
-    left = stage.seconds_left(now)
+    told.append(f"{fmt.duration(run.log.active_seconds)} so far")
+    left = run.seconds_left(now)
     if state.kind == "running" and math.isfinite(left):
         told.append(f"{fmt.duration(left)} to go")
     lines.append(Text(" · ".join(told)))
     if total > 0:
-        share = min(1.0, max(0.0, stage.done / total))
+        share = min(1.0, max(0.0, run.done / total))
         size = max(10, min(width, 100) - 7)
         full = int(share * size)
         lines.append(Text(f"{FULL * full}{EMPTY * (size - full)} {fmt.percent(share)}", "chart"))
     return lines
 
 
-def _stages(watched: Watched, current: Stage, width: int) -> list[Text]:
-    """The stages of a story in a row, the one that is shown with an arrow."""
+def _stages(watched: WatchedFolder, current: WatchedRun, width: int) -> list[Text]:
+    """Return the stages of a quickstart in a row, with an arrow at the one that is shown."""
     told = []
     for name in watched.names():
         if name == current.name:
@@ -130,27 +130,27 @@ def _stages(watched: Watched, current: Stage, width: int) -> list[Text]:
     return [Text(line, "dim") for line in textwrap.wrap("   ".join(told), max(20, width))]
 
 
-def _panels(stage: Stage, width: int, rows: int) -> list[Text]:
-    """The curves, as many side by side as the width allows."""
+def _panels(run: WatchedRun, width: int, rows: int) -> list[Text]:
+    """Return the curves, as many side by side as the width allows."""
     shown = [
         (title if row == name else f"{inner(row, name)} {title}", name, zero)
         for row, title, zero in PANELS
-        for name in sorted(stage.log.curves)
-        if declared_name(name) == row and any(math.isfinite(v) for _, v in stage.log.curves[name])
+        for name in sorted(run.log.curves)
+        if declared_name(name) == row and any(math.isfinite(v) for _, v in run.log.curves[name])
     ]
     side_by_side = max(1, min(len(shown), (width + GAP) // (PANEL_WIDTH + GAP)))
     size = (width - GAP * (side_by_side - 1)) // side_by_side
     lines = []
     for start in range(0, len(shown), side_by_side):
         some = shown[start : start + side_by_side]
-        panels = [_panel(title, stage.log.curves[name], name, zero, size, rows) for title, name, zero in some]
+        panels = [_panel(title, run.log.curves[name], name, zero, size, rows) for title, name, zero in some]
         for i, parts in enumerate(zip(*panels, strict=True)):
             lines.append(Text((" " * GAP).join(parts), "chart" if i else "title"))
     return lines
 
 
 def _panel(title: str, curve: Sequence[tuple[int, float]], name: str, zero: bool, width: int, rows: int) -> list[str]:
-    """A curve under its title, newest value and range."""
+    """Return a curve under its title, newest value and range."""
     known = [v for _, v in curve if math.isfinite(v)]
     head = f"{title} {_show(name, curve[-1][1])}"
     span = f"{_show(name, min(known))} to {_show(name, max(known))}"
@@ -159,9 +159,9 @@ def _panel(title: str, curve: Sequence[tuple[int, float]], name: str, zero: bool
 
 
 def columns(curve: Sequence[tuple[int, float]], width: int) -> list[float]:
-    """A curve as `width` values over equal stretches of steps: their means, and straight lines over stretches without a value.
+    """Return the means of a curve over `width` equal stretches of steps, with straight lines over stretches without a value.
 
-    NaN where all that was logged in a stretch was not finite.
+    A mean is NaN where nothing in its stretch was finite.
     """
     first, last = curve[0][0], curve[-1][0]
     stretches: dict[int, list[float]] = {}
@@ -176,7 +176,7 @@ def columns(curve: Sequence[tuple[int, float]], width: int) -> list[float]:
 
 
 def blocks(values: Sequence[float], rows: int, *, zero: bool = False) -> list[str]:
-    """Values as columns of blocks, the highest line first; a rare spike is cut off, NaN is left blank."""
+    """Return values as columns of blocks, the highest line first; a rare spike is cut off, NaN is left blank."""
     known = [v for v in values if math.isfinite(v)]
     if not known:
         return [" " * len(values)] * rows
@@ -186,9 +186,9 @@ def blocks(values: Sequence[float], rows: int, *, zero: bool = False) -> list[st
     return ["".join(BLOCKS[min(8, max(0, h - 8 * row))] for h in heights) for row in reversed(range(rows))]
 
 
-def _values(stage: Stage, width: int) -> list[Text]:
-    """The newest value of every metric, by family; of a metric that all layers have the range and where its top is."""
-    newest = {name: curve[-1][1] for name, curve in stage.log.curves.items() if curve}
+def _values(run: WatchedRun, width: int) -> list[Text]:
+    """Return the newest value of every metric, by family; of one that all layers have its range and the layer of its top."""
+    newest = {name: curve[-1][1] for name, curve in run.log.curves.items() if curve}
     lines = []
     for family, names in in_families(newest):
         whole, layers = by_layer(names)
@@ -205,20 +205,20 @@ def _values(stage: Stage, width: int) -> list[Text]:
     return lines
 
 
-def _events(stage: Stage) -> list[Text]:
-    """What happened, the newest first; when the run began and how it ended, the state says."""
+def _events(run: WatchedRun) -> list[Text]:
+    """Return what happened, the newest first; when the run began and how it ended is in its state."""
     styles = {"incident": "bad", "rollback": "bad", "alert": "warn"}
-    told = [event for event in stage.events if event.kind not in LIFETIME]
+    told = [event for event in run.events if event.kind not in LIFETIME]
     return [Text(in_words(h), styles.get(h.kind, "")) for h in happenings(told)[:EVENTS]]
 
 
-def _checkpoints(stage: Stage, now: float) -> list[Text]:
-    """The newest checkpoints and the best."""
-    if not stage.checkpoints:
+def _checkpoints(run: WatchedRun, now: float) -> list[Text]:
+    """Return the newest checkpoints, and which is the best."""
+    if not run.checkpoints:
         return []
-    best = as_text(stage.best.get("folder"))
-    told = [f"{c.step:,}{' (best)' if c.path.name == best else ''}" for c in stage.checkpoints[:CHECKPOINTS]]
-    ago = fmt.duration(max(0.0, now - stage.checkpoints[0].time))
+    best = as_text(run.best.get("folder"))
+    told = [f"{c.step:,}{' (best)' if c.path.name == best else ''}" for c in run.checkpoints[:CHECKPOINTS]]
+    ago = fmt.duration(max(0.0, now - run.checkpoints[0].time))
     return [Text(f"checkpoints: step {', '.join(told)}; the newest {ago} ago", "dim")]
 
 
@@ -227,6 +227,6 @@ def _show(name: str, value: float) -> str:
 
 
 def _short(name: str, family: Family) -> str:
-    """A name without its area when that is the one area of its family."""
+    """Return a name without its area, when its family has no other."""
     area, slash, rest = name.partition("/")
     return rest if slash and family.prefixes == (f"{area}/",) else name

@@ -1,7 +1,7 @@
-"""`osler watch`: the picture of a run, drawn again and again on a screen of its own, until Ctrl-C or q.
+"""`osler watch`: frames of a run, drawn on the terminal's alternate screen until Ctrl-C or q.
 
-The alternate screen, so that nothing is left behind; keys are not echoed. Plain ANSI, because a frame is finished lines that are
-drawn from the top left: a library would bring layouts that nothing here needs.
+This is plain ANSI, because a frame is lines that are already laid out. A library such as rich would save some forty lines here
+and bring four packages; the keyboard, SIGTERM, Ctrl-Z and the charts would stay ours.
 """
 
 from __future__ import annotations
@@ -21,27 +21,27 @@ from osler.errors import UserError
 from osler.report.read import is_run, sub_runs, why_no_run
 from osler.runtime.log import is_terminal
 from osler.watch.frame import Text, clean, frame
-from osler.watch.state import Watched
+from osler.watch.state import WatchedFolder
 
 # Another screen, no cursor, no wrapping of long lines; and back.
 ENTER, LEAVE = "\x1b[?1049h\x1b[?25l\x1b[?7l", "\x1b[?7h\x1b[?25h\x1b[?1049l"
 HOME, CLEAR_LINE, CLEAR_BELOW, PLAIN = "\x1b[H", "\x1b[K", "\x1b[J", "\x1b[0m"
 STYLES = {"title": "\x1b[1m", "chart": "\x1b[36m", "good": "\x1b[32m", "warn": "\x1b[33m", "bad": "\x1b[31m", "dim": "\x1b[2m"}
-LOOK_SECONDS = 0.2  # between two looks at the keyboard and the size of the terminal
+POLL_SECONDS = 0.2  # between two checks of the keyboard and of the terminal's size
 EXIT_TERMINATED = 143
 
 
 def run(folder: str, *, every_seconds: float = 2.0, once: bool = False) -> int:
-    """Show a run until the reader leaves; once and in plain text where nobody watches a terminal. Returns the exit code."""
+    """Show a run until the reader leaves, or once in plain text where there is no terminal; returns the exit code."""
     if not every_seconds > 0:
-        raise UserError(f"--every {every_seconds:g} must be above 0: the seconds between two pictures.")
+        raise UserError(f"--every {every_seconds:g} must be above 0: the seconds between two frames.")
     path = Path(folder)
-    watched = Watched(path)
+    watched = WatchedFolder(path)
     if path.is_dir() and not is_run(path) and (runs := sub_runs(path)):
         print("\n".join(listed(runs, time.time())))
         return 0
     if once or not is_terminal(sys.stdout):
-        if not is_run(path):  # on a terminal it may come yet, and what is waited for stands on the screen
+        if not is_run(path):  # on a terminal a run may still begin, and the screen says so
             raise UserError(why_no_run(path))
         watched.refresh()
         print("\n".join(line.text for line in frame(watched, time.time(), shutil.get_terminal_size().columns)))
@@ -58,19 +58,19 @@ def run(folder: str, *, every_seconds: float = 2.0, once: bool = False) -> int:
 
 
 def listed(runs: Sequence[Path], now: float) -> list[str]:
-    """A line for each run of a folder: where it is, and how it is."""
+    """Return a line for each run of a folder: where it is, and how it is."""
     lines = []
     for folder in runs:
-        watched = Watched(folder)
+        watched = WatchedFolder(folder)
         watched.refresh()
         lines.append(clean(f"{folder}  {watched.current.state(now).words}"))
     return [*lines, f"This folder holds {len(runs)} runs; give one: osler watch {runs[0]}"]
 
 
 def draw(lines: Sequence[Text]) -> None:
-    """Put a picture on the screen, over the one before.
+    """Draw a frame over the one before.
 
-    A line is cleared before it is written: after a full one the cursor stands on its last character and would take it along.
+    A line is cleared before it is written, because after a full line the cursor is on its last character, which would go too.
     """
     colours = not os.environ.get("NO_COLOR")
     styled = [f"{CLEAR_LINE}{STYLES.get(style, '') if colours else ''}{text}{PLAIN}" for text, style in lines]
@@ -78,15 +78,15 @@ def draw(lines: Sequence[Text]) -> None:
 
 
 def wait(seconds: float, size: os.terminal_size, keys: int | None) -> bool:
-    """Wait for the next picture, or less long when the terminal changes its size; False when the reader pressed q."""
+    """Wait for the next frame, or until the terminal's size changes; return False when the reader pressed q."""
     end = time.monotonic() + seconds
     while (left := end - time.monotonic()) > 0 and shutil.get_terminal_size() == size:
         if keys is None:
-            time.sleep(min(left, LOOK_SECONDS))
-        elif select.select([keys], [], [], min(left, LOOK_SECONDS))[0]:
+            time.sleep(min(left, POLL_SECONDS))
+        elif select.select([keys], [], [], min(left, POLL_SECONDS))[0]:
             pressed = os.read(keys, 64)
-            if not pressed:  # the keyboard is gone; it would be ready for ever
-                time.sleep(min(left, LOOK_SECONDS))
+            if not pressed:  # the keyboard is gone, and select would not wait
+                time.sleep(min(left, POLL_SECONDS))
             if pressed in (b"q", b"Q"):
                 return False
     return True
@@ -94,7 +94,7 @@ def wait(seconds: float, size: os.terminal_size, keys: int | None) -> bool:
 
 @contextlib.contextmanager
 def own_screen() -> Iterator[int | None]:
-    """Take the terminal over and give it back as it was, also after Ctrl-C, SIGTERM and Ctrl-Z; yields the keyboard, if any."""
+    """Take the terminal over and give it back as it was, also on Ctrl-C, SIGTERM and Ctrl-Z; yields the keyboard, if any."""
     keys, restore_keys = _quiet_keyboard()
 
     def terminate(*_: Any) -> None:
@@ -121,7 +121,7 @@ def own_screen() -> Iterator[int | None]:
 
 
 def _quiet_keyboard() -> tuple[int | None, Any]:
-    """The keyboard, with keys not echoed and not waiting for a line; and what undoes that. None where there is none."""
+    """Return the keyboard, if there is one, set to give single keys without an echo; and what undoes that."""
     try:
         import termios
         import tty

@@ -1,8 +1,8 @@
-"""What a run folder says about its run at this moment: what it is, how far it is, whether anybody still works on it.
+"""What a run folder says about its run at this moment: what it is, how far it is, whether a process still works on it.
 
-Its diary says when a process began and how it ended; one that was killed wrote no end. On the machine where it began the lock
-on the folder tells whether it lives. Elsewhere, and for a run without such notes, its files are read: the end of its plan, a
-checkpoint at its last line, and the silence since.
+``events.jsonl`` says when a process began and how it ended; one that was killed wrote no end. On the machine where it began, the
+lock on the folder tells whether it lives. Elsewhere, and for a run without such events, its other files tell: the end of its
+plan, a checkpoint at its last line, and the silence since.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from osler.watch.follow import Follower
 from osler.yaml12 import load_yaml
 
 QUICKSTART_STAGES = ("pretrain", "sft", "grpo")
-QUIET_SECONDS, QUIET_GAPS = 10.0, 3.0  # silence of this length is worth a word
-DEAD_SECONDS, DEAD_GAPS = 120.0, 20.0  # and of this length means that nobody works on the run
+QUIET_SECONDS, QUIET_GAPS = 10.0, 3.0  # a silence longer than both, in seconds and in usual gaps, is worth a word
+DEAD_SECONDS, DEAD_GAPS = 120.0, 20.0  # and one longer than these means that no process works on the run
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint folder that is whole by the look of it."""
+    """A checkpoint folder that has a manifest."""
 
     step: int
     time: float
@@ -43,19 +43,19 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class State:
-    """How a run is: one of running, quiet, finished, stopped, failed, dead, waiting; and in words."""
+    """How a run is: running, quiet, finished, stopped, failed, dead or waiting; and in words."""
 
     kind: str
     words: str
 
 
-class Stage:
+class WatchedRun:
     """One run folder, followed."""
 
     def __init__(self, folder: Path, name: str = "") -> None:
-        self.run = RunFolder(folder)
+        self.folder = RunFolder(folder)
         self.name = name
-        self.log = Follower(self.run.metrics)
+        self.log = Follower(self.folder.metrics)
         self.config: dict[str, Any] = {}
         self.machine: dict[str, Any] = {}
         self.parameters: int | None = None
@@ -67,15 +67,15 @@ class Stage:
 
     def refresh(self) -> None:
         """Read what changed since the last call."""
-        if self._changed(self.run.events):  # first: no line is read whose process has not been seen to begin
-            self.events = read_events(self.run.events)
+        if self._changed(self.folder.events):  # first, so that the start of a process is known before its lines
+            self.events = read_events(self.folder.events)
             self.log.idle = idle_times(self.events)
         self.log.poll()
-        if self._changed(self.run.config):
-            self.config = _read_yaml(self.run.config)
-        if self._changed(self.run.root / "versions.json"):
-            self.machine = as_dict(as_dict(_read(self.run.root / "versions.json")).get("machine"))
-        if self._changed(self.run.checkpoints):
+        if self._changed(self.folder.config):
+            self.config = _read_yaml(self.folder.config)
+        if self._changed(self.folder.root / "versions.json"):
+            self.machine = as_dict(as_dict(_read(self.folder.root / "versions.json")).get("machine"))
+        if self._changed(self.folder.checkpoints):
             self._read_checkpoints()
         if self.parameters is None:
             model = find_model(_read(self.checkpoints[0].path / "model.json")) if self.checkpoints else find_model(self.config)
@@ -83,12 +83,12 @@ class Stage:
 
     def _read_checkpoints(self) -> None:
         found = []
-        for path in self.run.checkpoints.glob("step-*"):
+        for path in self.folder.checkpoints.glob("step-*"):
             name = FOLDER_NAME.fullmatch(path.name)
             if name and (path / MANIFEST).is_file():
                 found.append(Checkpoint(int(name[1]), _stamp(path / MANIFEST)[0] / 1e9, path))
         self.checkpoints = sorted(found, key=lambda c: (c.time, c.step), reverse=True)
-        self.best = as_dict(_read(self.run.checkpoints / "best.json"))
+        self.best = as_dict(_read(self.folder.checkpoints / "best.json"))
         self.saved = as_dict(_read(self.checkpoints[0].path / STATE)) if self.checkpoints else {}
 
     def _changed(self, path: Path) -> bool:
@@ -98,7 +98,7 @@ class Stage:
 
     @property
     def has_begun(self) -> bool:
-        return self.run.config.is_file() or self.log.last is not None
+        return self.folder.config.is_file() or self.log.last is not None
 
     @property
     def kind(self) -> str:
@@ -106,16 +106,16 @@ class Stage:
 
     @property
     def newest_sign(self) -> float:
-        """When the run last left a trace, in unix seconds; 0 without one."""
+        """When the run last wrote anything, in unix seconds; 0 if it never did."""
         last = self.log.last
         times = [last.time if last else 0.0, *(c.time for c in self.checkpoints[:1]), *(s[0] / 1e9 for s in self._seen.values())]
         return max((t for t in times if math.isfinite(t)), default=0.0)
 
     @property
     def total(self) -> tuple[float, str]:
-        """How long the run is and in what: tokens, or steps for GRPO; NaN when that is not known.
+        """How long the run is, and in what unit: tokens, or steps for GRPO; NaN when that is not known.
 
-        A run by the clock fits its tokens to the time again and again; its newest checkpoint says to how many.
+        A run with ``max_minutes`` fits its tokens to the time again and again; its newest checkpoint has the newest number.
         """
         if self.kind == "grpo":
             return as_number(self.config.get("steps")), "steps"
@@ -130,17 +130,17 @@ class Stage:
 
     @property
     def is_complete(self) -> bool:
-        """Whether the run has reached its end; of a run by the clock only its last checkpoint knows."""
+        """Whether the run has reached its end; with ``max_minutes`` only its last checkpoint knows."""
         if self.kind != "grpo" and self.config.get("max_minutes"):
             return as_number(self.saved.get("tokens")) >= as_number(self.saved.get("total_tokens"))
         return self.done >= self.total[0]
 
     def seconds_left(self, now: float) -> float:
-        """Time to the end: what the run last said itself, or else at the speed of the newest lines; NaN when it is not known."""
+        """Return the time to the end: what the run last logged, else what follows from its newest lines; NaN without either."""
         step, seconds = self.log.curves.get("perf/eta_seconds", [(-1, math.nan)])[-1]
-        told = next((moment.time for moment in self.log.recent if moment.step == step), math.nan)
-        if math.isfinite(seconds - told):
-            return max(0.0, seconds - (now - told))
+        logged_at = next((moment.time for moment in self.log.recent if moment.step == step), math.nan)
+        if math.isfinite(seconds - logged_at):
+            return max(0.0, seconds - (now - logged_at))
         first, last = (self.log.recent[0], self.log.recent[-1]) if len(self.log.recent) > 1 else (None, None)
         if first is None or last is None:
             return math.nan
@@ -153,95 +153,95 @@ class Stage:
         return max(0.0, min((x for x in (left, by_clock) if math.isfinite(x)), default=math.nan))
 
     def state(self, now: float) -> State:
-        """Whether the run runs, and what its silence means."""
+        """Return whether the run runs, and what its silence means."""
         last = self.log.last
         silent = max(0.0, now - self.newest_sign)
-        noted = self._noted()
-        if noted and noted.kind == END:
-            return self._ended(noted, now)
+        event = self._start_or_end()
+        if event and event.kind == END:
+            return self._ended(event, now)
         if last is None:
             if not self.has_begun:
                 return State("waiting", "nothing here yet: waiting for a run to write its config.yaml here (q or Ctrl-C leaves)")
             return State("waiting", f"no metrics yet; begun {fmt.duration(silent)} ago")
         saved = next((c.step for c in self.checkpoints), None)
-        if self.is_complete and not noted:
+        if self.is_complete and not event:
             return State("finished", f"finished {_ago(silent)}")
         gap = self.log.usual_gap
-        held = is_locked(self.run.root)
-        killed = self._was_killed(noted, held)
+        locked = is_locked(self.folder.root)
+        killed = self._was_killed(event, locked)
         if silent <= max(QUIET_SECONDS, QUIET_GAPS * gap) and not killed:
             return State("running", "running")
         for_so_long = f"no sign of it for {fmt.duration(silent)}"
-        if held:
+        if locked:
             return State("running", f"running, {for_so_long}")
         kept = "nothing saved" if saved is None else f"saved at step {saved:,}"
         if silent <= max(DEAD_SECONDS, DEAD_GAPS * gap) and not killed:
             return State("quiet", f"{for_so_long}; {kept}")
-        if saved is not None and saved >= last.step and not noted:
+        if saved is not None and saved >= last.step and not event:
             return State("stopped", f"stopped {_ago(silent)}, {kept}")
-        guess = " (killed, or the machine went down)" if noted else ""
+        guess = " (killed, or the machine went down)" if event else ""
         return State("dead", f"dead: {for_so_long}{guess}; last line at step {last.step:,}, {kept}")
 
-    def _was_killed(self, noted: Event | None, held: bool | None) -> bool:
-        """Whether a process that noted its start on this machine has left the folder without noting its end.
+    def _was_killed(self, start: Event | None, locked: bool | None) -> bool:
+        """Whether a process that began on this machine has unlocked the folder without writing its end.
 
-        It notes the end before it leaves, so a diary that has changed since it was read does not count.
+        It writes the end first, so events that have changed since they were read do not count.
         """
-        has_left = held is False and noted is not None and noted.details.get("host") == gethostname()
-        return has_left and _stamp(self.run.events) == self._seen.get(self.run.events.name)
+        has_left = locked is False and start is not None and start.details.get("host") == gethostname()
+        return has_left and _stamp(self.folder.events) == self._seen.get(self.folder.events.name)
 
-    def _noted(self) -> Event | None:
-        """Return the newest start or end; None without one, and when a process that notes neither has gone on since."""
-        noted, last = next((event for event in reversed(self.events) if event.kind in LIFETIME), None), self.log.last
-        is_old = noted is not None and noted.kind == END and last is not None and last.time > noted.time
-        return None if is_old else noted
+    def _start_or_end(self) -> Event | None:
+        """Return the newest start or end; None without one, and when a process that writes neither has gone on since."""
+        newest, last = next((event for event in reversed(self.events) if event.kind in LIFETIME), None), self.log.last
+        is_old = newest is not None and newest.kind == END and last is not None and last.time > newest.time
+        return None if is_old else newest
 
     def _ended(self, end: Event, now: float) -> State:
-        """How the last process ended, by its own words."""
+        """Return how the last process ended, in its own words."""
         ago = _ago(max(0.0, now - end.time))
         newest = next((f"saved at step {c.step:,}" for c in self.checkpoints), "nothing saved")
         if end.name == FINISHED:
-            held = unresolved_at_end(self.events)
-            but = f", but {still_wrong(len(held))}: {', '.join(held)}" if held else ""
+            unresolved = unresolved_at_end(self.events)
+            but = f", but {still_wrong(len(unresolved))}: {', '.join(unresolved)}" if unresolved else ""
             return State("finished", f"finished {ago}{but}")
         if end.name == STOPPED:
             return State("stopped", f"stopped {ago} by Ctrl-C, SIGTERM or SIGHUP, {newest}")
         return State(FAILED, f"failed {ago} at step {end.step}, {newest}: {end.message}")
 
 
-class Watched:
-    """A run folder with all its stages: itself, or the runs inside it."""
+class WatchedFolder:
+    """A run folder, and the runs inside it, which are the stages of a quickstart."""
 
     def __init__(self, folder: Path) -> None:
-        self.root = Stage(folder)
-        self.stages: dict[str, Stage] = {}
-        self.finished: dict[str, float] = {}  # stages of a story that are done, and their seconds
+        self.root = WatchedRun(folder)
+        self.stages: dict[str, WatchedRun] = {}
+        self.finished: dict[str, float] = {}  # stages that are done, and their seconds
 
     def refresh(self) -> None:
         """Read what changed since the last call, in all stages."""
         with suppress(OSError):  # the folder may be gone by now
-            for path in sub_runs(self.root.run.root):
+            for path in sub_runs(self.root.folder.root):
                 if path.name not in self.stages:
-                    self.stages[path.name] = Stage(path, path.name)
+                    self.stages[path.name] = WatchedRun(path, path.name)
         for stage in (self.root, *self.stages.values()):
             stage.refresh()
-        rows = as_dicts(_read(self.root.run.stages))
+        rows = as_dicts(_read(self.root.folder.stages))
         self.finished = {as_text(row.get("name")): as_number(row.get("seconds")) for row in rows}
 
     @property
-    def current(self) -> Stage:
-        """The stage with the newest sign of life; the folder's own run where it has no others."""
+    def current(self) -> WatchedRun:
+        """The stage that wrote last; the folder's own run where it has no stages."""
         own = [] if self.stages and self.root.log.last is None else [self.root]
         return max([*self.stages.values(), *own], key=lambda stage: stage.newest_sign)
 
     def names(self) -> list[str]:
-        """The stages in the order of training, those to come included; empty for a single run."""
+        """Return the stages in the order of training, also those to come; none for a single run."""
         planned = QUICKSTART_STAGES if self.root.kind == "quickstart" else ()
         return sorted({*self.stages, *planned}, key=lambda name: stage_rank(name))
 
 
 def idle_times(events: Sequence[Event]) -> list[tuple[float, float]]:
-    """For each process of a run when the one before had ended, minus infinity where that is not known, and when it began."""
+    """Return for each process of a run when the one before had ended, -inf where that is not known, and when it began."""
     idle, since = [], -math.inf
     for event in events:
         if event.kind == END:
@@ -253,7 +253,7 @@ def idle_times(events: Sequence[Event]) -> list[tuple[float, float]]:
 
 
 def _stamp(path: Path) -> tuple[int, int]:
-    """Time and size of a file: what has the same has not changed."""
+    """Return time and size of a file, which has not changed while they are the same."""
     try:
         stat = path.stat()
     except OSError:
@@ -262,7 +262,7 @@ def _stamp(path: Path) -> tuple[int, int]:
 
 
 def _read(path: Path) -> Any:
-    """What a JSON file holds, None when it cannot be read."""
+    """Return what a JSON file holds, None when it cannot be read."""
     try:
         return read_json(path)
     except UserError:

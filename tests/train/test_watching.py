@@ -12,7 +12,7 @@ from osler.report.findings import findings
 from osler.report.read import read_run
 from osler.runtime.files import RunFolder
 from osler.runtime.stop import EXIT_STOPPED
-from osler.watch.state import Watched
+from osler.watch.state import WatchedFolder
 
 SICK = ("optim.lr=10", "total_tokens=20480", "checkpoint.every_tokens=10240", "eval_every_tokens=20480")  # 80 steps, a line for 5
 
@@ -46,7 +46,7 @@ def test_a_run_that_ends_worse_than_guessing_says_so_wherever_its_end_is_told(ti
     assert said.index("still holds") < said.index("Done: ")
     end = read_events(run.events)[-1]
     assert [alert["name"] for alert in end.details["unresolved"]] == ["worse-than-guessing"]
-    watched = Watched(run.root)
+    watched = WatchedFolder(run.root)
     watched.refresh()
     state = watched.current.state(end.time + 1)
     assert state.kind == "finished" and "but 1 alert still holds: worse-than-guessing" in state.words

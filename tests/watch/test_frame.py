@@ -18,7 +18,7 @@ from osler.records.events import EventLog
 from osler.report import format as fmt
 from osler.runtime.files import is_locked, locked
 from osler.watch.frame import NO_BREAK, blocks, clean, columns, frame
-from osler.watch.state import DEAD_SECONDS, Watched
+from osler.watch.state import DEAD_SECONDS, WatchedFolder
 
 NOW = 2_000_000.0
 CONFIG = "kind: pretrain\ntotal_tokens: 8000\nmodel: {num_layers: 2, hidden_size: 64, vocab_size: 512}\n"
@@ -59,7 +59,7 @@ def note(folder: Path, step: int, when: float, kind: str, name: str, message: st
 
 
 def picture(folder: Path, width: int = 100, height: int | None = None) -> str:
-    watched = Watched(folder)
+    watched = WatchedFolder(folder)
     watched.refresh()
     return "\n".join(line.text for line in frame(watched, NOW, width, height))
 
@@ -154,7 +154,7 @@ def test_short_pauses_between_processes_are_no_work_and_the_run_itself_says_how_
     note(folder, 0, NOW - 80, "start", "begun")
     note(folder, 40, NOW, "end", "stopped")
     note(folder, 40, NOW + 29, "start", "resumed")
-    watched = Watched(folder)
+    watched = WatchedFolder(folder)
     watched.refresh()
     assert watched.current.log.active_seconds == 78 + 1 + 2 + 8, "to the end, from the start on, and between lines"
     assert [moment.step for moment in watched.current.log.recent] == [41, 42, 43, 44, 45]
@@ -224,7 +224,7 @@ def test_an_end_that_is_noted_after_the_diary_was_read_is_no_death(make_run: Mak
     diary = EventLog(folder / "events.jsonl")
     diary.write(0, "start", "begun", "The run begins.", host=gethostname())
     age(folder, 1.0)
-    watched = Watched(folder)
+    watched = WatchedFolder(folder)
     watched.refresh()
     diary.write(40, "end", "finished", "The run is complete.")
     assert watched.root.state(NOW).kind == "running"
@@ -279,7 +279,7 @@ def test_a_quickstart_shows_the_stage_at_work_and_names_the_others(make_run: Mak
 
 
 def test_a_folder_where_nothing_has_begun(tmp_path: Path, make_run: MakeRun) -> None:
-    watched = Watched(tmp_path / "new")
+    watched = WatchedFolder(tmp_path / "new")
     (tmp_path / "new").mkdir()
     watched.refresh()
     assert "nothing here yet" in frame(watched, NOW, 80)[1].text
