@@ -81,14 +81,14 @@ class Collector:
         return self.level == "full" and (step == self.first_probe or step % self.probe_every == 0)
 
     def fetch(self, batches: Iterator[T], step: int) -> T:
-        """Take the batch of a step, and with it begin to follow the step."""
+        """Begin to follow a step by taking its batch."""
         self.begin(step)
         batch = next(batches)
         self.mark("data")
         return batch
 
     def begin(self, step: int) -> None:
-        """Begin to follow a step; what lay between it and the step before is in no part."""
+        """Begin to follow a step; the time between it and the step before is in no part."""
         self.is_probing = self.is_due(step)
         self.steps += 1
         if self.level != "off":
@@ -100,13 +100,13 @@ class Collector:
             self.stopwatch.mark(part)
 
     def restart_clock(self) -> None:
-        """Forget the times since the last line, because a step among them compiled."""
+        """Forget the times since the last line, for a step among them compiled."""
         self.stopwatch.read()
         self.steps = 0
 
     @contextmanager
     def update(self, rows: Callable[[], ProbeRows]) -> Iterator[None]:
-        """Stand around an optimizer's step: gradients are there and not yet clipped, and are gone afterwards.
+        """Wrap an optimizer's step: the gradients are there and not yet clipped, and are gone afterwards.
 
         ``rows`` gives rows of the step's batch, and is called only when a probe is due.
         """
@@ -135,7 +135,7 @@ class Collector:
         self.mark("monitor")
 
     def line(self) -> dict[str, float]:
-        """What was measured since the last line. Waits for the device, and is collective."""
+        """Return what was measured since the last line; waits for the device and is collective."""
         metrics: dict[str, float] = {}
         if self.probed:
             values = self.world.all_reduce_mean(torch.stack([value.float() for value in self.probed.values()])).tolist()
@@ -166,13 +166,13 @@ class Collector:
         return {name: number for name, number in found.items() if number is not None}
 
     def speed(self, tokens_per_second: float, *, tokens_left: int, seq_len: int) -> dict[str, float]:
-        """What follows from a speed of training: the time left, and the share of the GPUs' peak where that is known."""
+        """Return what follows from a speed of training: the time left, and the share of the GPUs' peak where that is known."""
         eta_seconds = max(0, tokens_left) / tokens_per_second
         mfu = self.mfu(tokens_per_second, seq_len)
         return {"perf/tokens_per_second": tokens_per_second, "perf/eta_seconds": eta_seconds, **mfu}
 
     def mfu(self, tokens_per_second: float, seq_len: int) -> dict[str, float]:
-        """The share of the GPUs' peak that a speed of training on rows of ``seq_len`` tokens is, where the peak is known."""
+        """Return the share of the GPUs' peak at a speed of training on rows of ``seq_len`` tokens, where the peak is known."""
         peak = peak_flops(self.device)
         if peak is None:
             return {}
@@ -188,9 +188,9 @@ def has_learned(loss: float, grad_norm: float) -> bool:
 
 
 def of_steps(window: Sequence[Sequence[float]], clip_norm: float, bytes_per_token: float | None) -> dict[str, float]:
-    """What follows from loss, gradient norm and skip flag of the steps since the last line.
+    """Return what follows from loss, gradient norm and skip flag of the steps since the last line.
 
-    ``bytes_per_token`` of the text that is learned, None where that is not all of the text.
+    ``bytes_per_token`` is that of the text, None where not all of the text is learned.
     """
     learned = [row for row in window if has_learned(row[0], row[1])]
     unlearned = {UNLEARNED: float(len(window) - len(learned))}
@@ -212,7 +212,7 @@ def of_steps(window: Sequence[Sequence[float]], clip_norm: float, bytes_per_toke
 
 
 def of_norms(norms: Sequence[float], clip_norm: float) -> dict[str, float]:
-    """What follows from the gradient norms of the updates since the last line, before clipping."""
+    """Return what follows from the gradient norms, before clipping, of the updates since the last line."""
     finite = [norm for norm in norms if math.isfinite(norm)]
     return {
         "grad/norm_max": max(finite, default=math.nan),

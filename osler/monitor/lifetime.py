@@ -1,7 +1,7 @@
-"""When a process began to work on a run and how it ended, as events: a run that failed must not look like one that was killed.
+"""The start and the end of each process of a run, as events: a run that failed must not look like one that was killed.
 
-A process that is killed writes no end; its silence tells, and on the host that it noted the folder's lock. Only a failure is told
-outside the run: of the rest a person knows.
+A process that is killed writes no end; its silence tells, and on its own host the lock of the folder. Only a failure also goes to
+the trackers, because a person knows of the rest.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ FINISHED, STOPPED, FAILED = "finished", "stopped", "failed"  # names of an end
 def recorded(
     events: EventLog, step: Callable[[], int], is_done: Callable[[], bool], unresolved: Callable[[], Sequence[Alert]]
 ) -> Iterator[None]:
-    """Write the start and the end of the work inside; who leaves early without an exception was asked to stop, and has saved.
+    """Write the start and the end of the work inside; work that ends early without an error was asked to stop, and has saved.
 
-    A run that is complete says what is still wrong with it, which ``unresolved`` gives.
+    A run that is complete says what is still wrong with it: ``unresolved`` returns that.
     """
     first, host = step(), gethostname()
     if first:
@@ -56,7 +56,7 @@ def recorded(
 
 
 def still_wrong(count: int) -> str:
-    """How many alerts hold at the end of a run, in words."""
+    """Return in words how many alerts hold at the end of a run."""
     return "1 alert still holds" if count == 1 else f"{count} alerts still hold"
 
 
@@ -67,7 +67,7 @@ def unresolved_at_end(events: Sequence[Event]) -> list[str]:
 
 
 def in_a_line(error: BaseException) -> str:
-    """What an exception says in its first line; its type as well, unless it was written for the user."""
+    """Return the first line of an exception's message, with its type unless it was written for the user."""
     said = next(iter(str(error).strip().splitlines()), "")
     if isinstance(error, UserError):
         return said

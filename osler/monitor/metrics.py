@@ -1,8 +1,8 @@
-"""What every logged number means and takes: one table, name -> (unit, meaning, cost). `osler metrics` prints it.
+"""What every logged number means and costs: one table, name -> (unit, meaning, cost), which `osler metrics` prints.
 
-A name in angle brackets stands for any run of letters, digits, `_`, `-` and `.`: `eval/<split>_accuracy` declares
-`eval/test_accuracy`. Names of reinforcement learning are TRL's, so that people find them; the report takes its
-units and its captions from here, and a test holds the code to the table. Fractions run from 0 to 1.
+A name in angle brackets stands for letters, digits, `_`, `-` and `.`: `eval/<split>_accuracy` declares `eval/test_accuracy`. The
+names for reinforcement learning are TRL's, so that people find them. The report takes its units and captions from here, and a
+test compares the code with the table. Fractions are from 0 to 1.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ EVALUATION = "evaluation"  # an evaluation that the recipe asks for
 
 
 class Metric(NamedTuple):
-    """One row of the table: the unit a value is in, what the value says, and what it takes; `full: ...` needs that level."""
+    """One row of the table: the unit, the meaning and the cost of a value; `full: ...` needs that level."""
 
     unit: str
     meaning: str
@@ -135,20 +135,20 @@ _PATTERNS: list[tuple[re.Pattern[str], str]] = [
 
 
 def declared_name(name: str) -> str | None:
-    """The row of `METRICS` that declares a metric (itself, or the pattern it fits), or None."""
+    """Return the row of `METRICS` that declares a metric, which may be a pattern, or None."""
     if name in METRICS:
         return name
     return next((row for pattern, row in _PATTERNS if pattern.fullmatch(name)), None)
 
 
 def describe(name: str) -> Metric | None:
-    """Unit, meaning and cost of a metric as it appears in a log, or None when the table does not declare it."""
+    """Return the declaration of a metric as it appears in a log, or None when there is none."""
     row = declared_name(name)
     return METRICS[row] if row is not None else None
 
 
 def table(word: str = "") -> str:
-    """Name, unit, cost and meaning of the metrics whose name or meaning has a word, one line each."""
+    """Return a line for each metric whose name or meaning has a word: name, unit, cost, meaning."""
     found = [(name, *metric) for name, metric in METRICS.items() if word.lower() in f"{name} {metric.meaning}".lower()]
     if not found:
         raise UserError(f"No metric has `{word}` in its name or meaning; `osler metrics` lists all {len(METRICS)}.")

@@ -41,14 +41,14 @@ class ProbeRows(NamedTuple):
     document_BT: Tensor | None = None
 
     def few(self) -> ProbeRows:
-        """The first rows that have a token to learn, or else the first, ``PROBE_TOKENS`` at most; for rows on the CPU."""
+        """Return ``PROBE_TOKENS`` at most: rows with a token to learn before rows without; for rows on the CPU."""
         count = max(1, PROBE_TOKENS // self.ids_BT.shape[1])
         last = (self.labels_BT[:, :PROBE_TOKENS] == IGNORED).all(1).sort(stable=True).indices  # rows without one
         chosen = last[:count]
         return ProbeRows(*(None if part is None else part[chosen, :PROBE_TOKENS] for part in self))  # type: ignore[arg-type]
 
     def on(self, device: torch.device) -> ProbeRows:
-        """The same on a device."""
+        """Return the same rows on a device."""
         return ProbeRows(*(None if part is None else part.to(device, non_blocking=True) for part in self))  # type: ignore[arg-type]
 
     @property
@@ -66,14 +66,14 @@ class ProbeRows(NamedTuple):
 
 
 def part_of(name: str) -> str:
-    """Where in the model a parameter sits: the number of its layer, ``embed``, ``norm`` or ``head``."""
+    """Return the part of the model that a parameter is in: the number of its layer, ``embed``, ``norm`` or ``head``."""
     first, *rest = name.split(".")
     return rest[0] if first == "layers" else {"embed_tokens": "embed", "embed_proj": "embed", "lm_head": "head"}.get(first, first)
 
 
 @torch.no_grad()
 def gradient_stats(gradients: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
-    """Norms by part of the model, and mean, spread, largest size and odd values over all of it."""
+    """Return norms by part of the model; and mean, spread, maximum, zeros and values that are not finite over all of it."""
     squares: defaultdict[str, list[Tensor]] = defaultdict(list)
     sums, peaks, zeros, odd, count = [], [], [], [], 0
     for name, cut in gradients:
@@ -98,7 +98,7 @@ def gradient_stats(gradients: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]
 
 @torch.no_grad()
 def weight_stats(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Norms of whole weights by part of the model and by kind of matrix, and the rank of a few matrices."""
+    """Return norms by part of the model and by kind of matrix, and the effective rank of a few matrices."""
     parts: defaultdict[str, list[Tensor]] = defaultdict(list)
     kinds: defaultdict[str, list[Tensor]] = defaultdict(list)
     for name, weight in weights.items():
@@ -128,7 +128,7 @@ def effective_rank(matrix_MN: Tensor) -> Tensor:
 
 @torch.no_grad()
 def update_stats(before: Mapping[str, Tensor], parameters: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
-    """How far an update moved the weights, as a share of their norm ``before``; 0 where a step was skipped."""
+    """Return how far an update moved the weights, as a share of their norm ``before``; 0 for a skipped step."""
     moved: defaultdict[str, list[Tensor]] = defaultdict(list)
     size: defaultdict[str, list[Tensor]] = defaultdict(list)
     for name, parameter in parameters:
@@ -150,9 +150,9 @@ def _total(numbers: Sequence[Tensor]) -> Tensor:
 
 @torch.no_grad()
 def activation_stats(model: Transformer, weights: Mapping[str, Tensor], rows: ProbeRows) -> dict[str, Tensor]:
-    """What the model with these whole weights does with a few rows, layer by layer and in its predictions.
+    """Return what the model with these whole weights does with a few rows, layer by layer and in its predictions.
 
-    A CPU computes in fp32, because eager bf16 is slow there.
+    On a CPU it computes in fp32, because eager bf16 is slow there.
     """
     copy, seen = model.eager_copy(weights), dict[str, Tensor]()
     if not rows.ids_BT.is_cuda:
@@ -195,13 +195,13 @@ def _add_hooks(block: Block, layer: int, places_BT: Tensor, seen: dict[str, Tens
 
 
 def at_places(x_BTX: Tensor, places_BT: Tensor) -> tuple[Tensor, Tensor]:
-    """The values in fp32 with zeros at all other places, and the rms of those that stay."""
+    """Return the values in fp32, with zeros at all other places, and the rms of those that stay."""
     x_BTX = x_BTX.float().masked_fill(~places_BT[..., None], 0.0)
     return x_BTX, (x_BTX.square().sum() / (places_BT.sum() * x_BTX.shape[-1])).sqrt()
 
 
 def attention_entropy(q_BTNH: Tensor, k_BSKH: Tensor, places_BT: Tensor, *, mask: Tensor | None = None) -> Tensor:
-    """Mean entropy, in nats, of what a few queries of every row and head attend to; as ``ops/attention.py`` attends.
+    """Return the mean entropy, in nats, of what a few queries of every row and head attend to.
 
     The queries are spread evenly over a row: at most ``ENTROPY_QUERIES`` of all rows together, at least the last of each. Those
     at other places than ``places_BT`` do not count.
@@ -223,13 +223,13 @@ def attention_entropy(q_BTNH: Tensor, k_BSKH: Tensor, places_BT: Tensor, *, mask
 
 
 def dead_share(units_BTF: Tensor, places_BT: Tensor) -> Tensor:
-    """Share of the units that no token moves: their largest activation is below ``DEAD`` times the layer's rms."""
+    """Return the share of units that no token moves: their largest activation is below ``DEAD`` times the layer's rms."""
     units_BTF, rms = at_places(units_BTF, places_BT)
     return (units_BTF.abs().amax((0, 1)) <= DEAD * rms).float().mean()
 
 
 def prediction_stats(model: Transformer, hidden_BTD: Tensor, rows: ProbeRows) -> dict[str, Tensor]:
-    """How right, how undecided and how sure the model is of the labels that count; logits a chunk at a time."""
+    """Return how right, how undecided and how sure the model is at the learned tokens; logits come a chunk at a time."""
     chunk = default_chunk_tokens(model.config.padded_vocab_size)
     flat = (hidden_BTD.flatten(0, 1), rows.labels_BT.flatten(), rows.counts_BT.flatten())
     sums, peaks = [], []

@@ -1,10 +1,9 @@
-"""A loss that jumps: how far a value lies above the ones before it, in robust standard deviations.
+"""Spikes of the loss: how far a value lies above the ones before it, in robust standard deviations.
 
-The idea: the median and the median absolute deviation of the last losses say what is usual, and neither is moved by a few wild
-values (Iglewicz and Hoaglin 1993, How to Detect and Handle Outliers). A value that is not finite is no evidence of what is usual,
-and a spike is none either: neither enters the window, so nothing can make the next spike look normal. A loss that stays up is a
-new level and no spike: after half a window of spikes in a row the window begins anew with them. Resume is exact: ``state`` is the
-whole memory.
+The median and the median absolute deviation of the last losses say what is usual, because a few wild values move neither
+(Iglewicz and Hoaglin 1993, How to Detect and Handle Outliers). Spikes and values that are not finite do not enter the window, so
+that they cannot make the next spike look usual. A loss that stays up is a new level: after half a window of spikes in a row, the
+window starts over with them. Resume is exact, because ``state`` is all there is.
 """
 
 from __future__ import annotations
@@ -17,12 +16,12 @@ from typing import NamedTuple
 
 from osler.monitor.config import SpikeConfig
 
-NORMAL_SPREAD = 1.4826  # standard deviations in a median absolute deviation, were the values normal
-LEAST_SPREAD = 0.01  # nats: the spread of a loss that stands still is rounding, and no measure of anything
+NORMAL_SPREAD = 1.4826  # standard deviations in a median absolute deviation of normal values
+LEAST_SPREAD = 0.01  # nats: a loss that stands still varies by rounding alone
 
 
 class Spike(NamedTuple):
-    """A value too far above the usual ones: by how many standard deviations, above what, and the how many-th in a row."""
+    """A value too far above the usual ones: by how many standard deviations, above which median, and its number in a row."""
 
     deviations: float
     median: float
@@ -30,7 +29,7 @@ class Spike(NamedTuple):
 
 
 class SpikeWindow:
-    """The last usual losses; ``observe`` judges each new one by them."""
+    """The last usual losses, to which ``observe`` compares each new one."""
 
     def __init__(self, config: SpikeConfig) -> None:
         self.threshold = config.threshold
@@ -38,7 +37,7 @@ class SpikeWindow:
         self.spikes: list[float] = []  # in a row, up to now
 
     def observe(self, loss: float) -> Spike | None:
-        """Judge a loss and remember it; None when it is usual, not finite, or when half a window has not been seen yet."""
+        """Take in a loss; return None when it is usual or not finite, or when less than half a window was seen before it."""
         if not math.isfinite(loss):
             return None
         patience = -(-(self.usual.maxlen or 1) // 2)
@@ -55,17 +54,17 @@ class SpikeWindow:
         return None
 
     def state(self) -> dict[str, list[float]]:
-        """The memory, as JSON."""
+        """Return the window as JSON."""
         return {"usual": list(self.usual), "spikes": list(self.spikes)}
 
     def restore(self, state: dict[str, list[float]]) -> None:
-        """Go on from what ``state`` gave."""
+        """Go on from what ``state`` returned."""
         self.usual = deque(state["usual"], self.usual.maxlen)
         self.spikes = list(state["spikes"])
 
 
 def robust_z(value: float, usual: Sequence[float] | deque[float]) -> tuple[float, float]:
-    """How many standard deviations a value lies above the median of the others, estimated by medians; and that median."""
+    """Return how many standard deviations, estimated by medians, a value lies above the median of others; and that median."""
     median = statistics.median(usual)
     spread = NORMAL_SPREAD * statistics.median(abs(other - median) for other in usual)
     return (value - median) / max(spread, LEAST_SPREAD), median

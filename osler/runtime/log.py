@@ -30,10 +30,10 @@ LEVEL_VARIABLE = "OSLER_LOG_LEVEL"  # debug, info (the default), warning, error 
 
 
 class Progress:
-    """Progress through ``total`` units of work, with a rate over the last minute and the time left.
+    """Shows progress through ``total`` units of work, and the time left at the rate of the last minute.
 
-    ``initial`` is what an earlier run had done already. The first update starts the clock of the rate: what came before it
-    (loading, compiling) is not slow work. Usable as a context manager.
+    ``initial`` is what an earlier run has done. The first update starts the clock, because loading and compiling, which come
+    before it, are not slow work. The clock is monotonic. Usable as a context manager.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class Progress:
         self.close()
 
     def update(self, done: float, **fields: object) -> None:
-        """Say that ``done`` units are finished; ``fields`` stay on the line until given again. Cheap to call often."""
+        """Show that ``done`` units are finished; ``fields`` stay on the line until they are given again. Cheap to call often."""
         now = self._clock()
         self._done = done
         self._fields.update(fields)
@@ -94,7 +94,7 @@ class Progress:
                 _write(self.stream, "\n")
 
     def line(self) -> str:
-        """The text of the line: label, percent, amounts, fields, time left."""
+        """Return the text of the line: label, percent, amounts, fields, time left."""
         share = min(1.0, self._done / self.total) if self.total > 0 else 1.0
         parts = [self.label] if self.label else []
         parts.append(f"{100 * share:5.1f}%")
@@ -159,7 +159,7 @@ def complain(text: str, is_reporter: bool = True) -> None:
 
 
 def is_terminal(stream: TextIO) -> bool:
-    """Whether a person watches the stream on a terminal that can redraw a line."""
+    """Whether the stream is a terminal that can redraw a line."""
     try:
         return stream.isatty() and os.environ.get("TERM") != "dumb"
     except ValueError:  # the stream is closed
@@ -167,7 +167,7 @@ def is_terminal(stream: TextIO) -> bool:
 
 
 def quantity(value: object) -> str:
-    """A number for a person to read: ``12.3k``, ``4.00M``, ``0.0123``; anything else as it is."""
+    """Return a number as a person reads it, ``12.3k``, ``4.00M`` or ``0.0123``, and anything else as text."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return str(value)
     if isinstance(value, int) and abs(value) < 10_000:
@@ -180,7 +180,7 @@ def quantity(value: object) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as ``42s``, ``3m05s``, ``2h07m`` or ``1d03h``."""
+    """Return seconds as ``42s``, ``3m05s``, ``2h07m`` or ``1d03h``."""
     whole = max(0, round(seconds))
     minutes, rest = divmod(whole, 60)
     hours, minutes = divmod(minutes, 60)
@@ -202,7 +202,7 @@ def _columns(stream: TextIO) -> int:
 def _write(stream: TextIO, text: str) -> None:
     if is_silent():
         return
-    # The reader is gone, the stream is closed, or a signal handler speaks amid another write.
+    # The reader is gone, the stream is closed, or a signal handler writes amid another write.
     with contextlib.suppress(OSError, ValueError, RuntimeError):
         stream.write(text)
         stream.flush()
