@@ -1,8 +1,8 @@
-"""What is wrong with a run, said before a person would have seen it in the curves.
+"""Alerts: what is wrong with a run, before a person would have seen it in the curves.
 
-The rules (``rules.py``) look at each line of ``metrics.jsonl`` as it is written. What was said is said again after a pause, each
-longer than the one before, or when it has become twice as bad. Resume is exact without a checkpoint: alerts are a function of the
-lines, so a run that goes on replays the file (``replay``). Torch-free.
+The rules (``rules.py``) read each line of ``metrics.jsonl`` as it is written. An alert is repeated after a pause, each longer
+than the one before, or when it has become twice as bad. Resume is exact without a checkpoint: alerts are a function of the lines,
+so a run that goes on replays the file (``replay``). Torch-free.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ class Alert:
 
     @property
     def in_words(self) -> str:
-        """The alert as a line of the console, with its severity."""
+        """The alert as a line, with its severity."""
         return f"{self.severity.capitalize()}: step {self.step}: {self.message}"
 
 
 class Alerter:
-    """Reads a run's lines one by one and returns what is to be said about each."""
+    """Reads a run's lines one by one and returns the alerts that each raises."""
 
     def __init__(self, settings: RunSettings) -> None:
         self.history = History(settings)
         self.said: dict[str, tuple[int, int, float]] = {}  # name -> line from which it may be said again, pause, badness
-        self.firing: dict[int, list[Alert]] = {}  # number of a rule -> what it saw in the newest line that it looked at
+        self.firing: dict[int, list[Alert]] = {}  # number of a rule -> what it found in the newest line with its metric
 
     def observe(self, step: int, tokens: float, metrics: Mapping[str, float]) -> list[Alert]:
         """Take in the next line and return its alerts."""
@@ -55,7 +55,7 @@ class Alerter:
         return news
 
     def unresolved(self) -> list[Alert]:
-        """What still holds when the run is at its end, each name once, the gravest first."""
+        """Return what still holds at the end of the run, each name once, the gravest first."""
         past, held = self.history, [alert for alerts in self.firing.values() for alert in alerts]
         if not any(alert.name == "learning-rate" for alert in held):  # which says the same
             held += [Alert(past.step, finding.name, finding.severity, finding.message) for finding in ended_badly(past)]

@@ -1,4 +1,4 @@
-"""A run's numbers so far, as the alerts look at them: the last values of each metric, and sums over all losses. Torch-free."""
+"""A run's numbers so far, as the rules need them: the last values of each metric, and sums over all losses. Torch-free."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ SLOW = 0.5  # of the best speed: below it a line is slow
 
 @dataclass(frozen=True, kw_only=True)
 class RunSettings:
-    """What the rules must know of a run's configuration to judge it and to advise."""
+    """What the rules must know of a run's configuration, to judge and to advise."""
 
-    section: str = ""  # of a recipe that these settings are in, as ``pretrain.``
-    lr: float  # optim.lr
+    section: str = ""  # begins the keys of these settings where they are a section of a recipe, as ``pretrain.``
+    lr: float
     clip_norm: float
     warmup_tokens: int = 0
     vocab_size: int = 0  # 0: the loss is not a cross-entropy over the vocabulary
@@ -63,13 +63,14 @@ class RunSettings:
 
 
 class History:
-    """What the lines up to this one say; ``add`` takes in the next."""
+    """The lines so far, of which ``add`` takes in the next."""
 
     def __init__(self, settings: RunSettings) -> None:
         self.settings = settings
         self.lines = self.step = 0
         self.tokens = 0.0
         self.line: dict[str, float] = {}  # the newest, without what is not finite
+        self.has_loss = False  # whether the newest line has a loss, finite or not
         self.loss: float | None = None  # of the newest line with one; NaN when it was not finite
         self.peak_lr = 0.0
         self.without_reward = 0  # lines in a row
@@ -77,7 +78,7 @@ class History:
         self._begin_stage()
 
     def _begin_stage(self) -> None:
-        """Forget: another length of rows or size of batch changes what is usual."""
+        """Forget the past, because another length of rows or size of batch changes what is usual."""
         self.values: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=KEPT))
         self.waited_seconds: deque[float] = deque(maxlen=KEPT)  # of each line, for data
         self.memory_steps: deque[int] = deque(maxlen=KEPT)  # of the values of MEMORY
@@ -105,7 +106,8 @@ class History:
             total = sum(line.get(name, 0.0) for name in STEP_TIMES)
             self.values[DATA_TIME].append(line[DATA_TIME] / (total or 1.0))
             self.waited_seconds.append(line[DATA_TIME] / 1000 * new_steps)
-        if LOSS in metrics:
+        self.has_loss = LOSS in metrics
+        if self.has_loss:
             self.loss = line.get(LOSS, math.nan)
         if LOSS in line:
             self._add_loss(line[LOSS])
@@ -129,7 +131,7 @@ class History:
             self.best_speed = max(self.best_speed, median(self.last(SPEED, SMOOTHED_SPEEDS)))
 
     def forget_speed(self) -> None:
-        """Begin anew with what is usual: another process may have other devices, or more of them."""
+        """Forget what speed is usual: another process may have other devices, or more of them."""
         self.values[SPEED].clear()
         self.best_speed, self.slow_seconds = 0.0, 0.0
 
@@ -142,9 +144,9 @@ class History:
             self.best_loss = min(self.best_loss, median(self.last(LOSS, SMOOTHED_LOSSES)))
 
     def has(self, metric: str) -> bool:
-        """Whether the newest line has a metric; a name that ends with a slash stands for one metric per layer."""
+        """Whether the newest line has a metric, or one that begins with its name where that ends with a slash."""
         return metric in self.line or (metric.endswith("/") and any(name.startswith(metric) for name in self.line))
 
     def last(self, name: str, count: int) -> list[float]:
-        """The last values of a metric, the newest last; of ``DATA_TIME``, its share of the step."""
+        """Return the last values of a metric, the newest last; those of ``DATA_TIME`` are shares of a step."""
         return list(islice(reversed(self.values[name]), count))[::-1]

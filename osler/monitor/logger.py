@@ -12,6 +12,7 @@ import math
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
@@ -109,10 +110,17 @@ def open_logger(config: MonitorConfig, run: RunFolder, settings: RunSettings, *,
     if not is_first:
         return RunLogger(MetricsFile(os.devnull), None, EventLog(os.devnull), ())
     file = MetricsFile(run.metrics, last_step=step or -1)
-    alerter = replay(settings, run.metrics)
+    alerter = replay(replace(settings, section=_section(run)), run.metrics)
     alerter.history.forget_speed()  # another process may have other devices, or more of them
     trackers = list(_start_trackers(config, run, step))
     return RunLogger(file, alerter, SharedEventLog(run.events, trackers), trackers)
+
+
+def _section(run: RunFolder) -> str:
+    """Return ``pretrain.`` and so on for a stage of a quickstart, whose settings are a section of its recipe; else nothing."""
+    above = RunFolder(run.root.absolute().parent).config
+    is_stage = above.is_file() and load_yaml(above.read_text(encoding="utf-8"), str(above)).get("kind") == "quickstart"
+    return f"{run.root.name}." if is_stage else ""
 
 
 def _start_trackers(config: MonitorConfig, run: RunFolder, step: int) -> Iterator[TrackerProcess]:

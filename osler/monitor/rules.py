@@ -1,8 +1,8 @@
-"""The rules: each looks at the newest line of a run's history and yields what is wrong, in words.
+"""The alert rules: each reads the newest line of a run's history and yields what is wrong.
 
-Each compares a number with the run's own past by medians, which a single odd line cannot move, and names the number, the likely
-cause and what to change. The thresholds leave room for what healthy runs of this kind do: lines that differ by a tenth, norms
-that double, a restart. Torch-free.
+A rule compares a number with the run's own past by medians, which a single odd line cannot move, and names the number, the likely
+cause and what to change. The thresholds leave room for what healthy runs do: lines that differ by a tenth, norms that double, a
+restart. Torch-free.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ GUESSING, GUESSING_STEPS = 0.97, 50  # of ln(vocabulary): a loss above it knows 
 WORSE = 1.2  # of ln(vocabulary): a model that is sure of what is wrong; no start is as bad
 TINY_LR = 1e-5  # a learning rate below it is rather too low
 RISEN, RISEN_NATS = 0.25, 0.1  # of the best loss, and at least so many nats: above the noise of small losses
-SWINGING, SWINGING_NATS = 0.2, 0.3  # of the loss, and nats: what it rises and falls again in one line
+SWINGING, SWINGING_NATS = 0.2, 0.3  # of the loss, and nats: a rise and fall in one line
 ALWAYS_CLIPPED, CLIPPED_LINES = 0.99, 30
 DEAD = 0.5  # of a layer's units
 STARVED, STARVED_LINES = 0.2, 5  # of the step's time spent on waiting for data
@@ -61,7 +61,7 @@ Severity = Literal["warning", "critical"]
 
 
 class Finding(NamedTuple):
-    """What a rule sees in a line; the same name is one trouble, and a greater badness is more of it."""
+    """What a rule finds in a line; findings of one name are the same trouble, and a greater badness is more of it."""
 
     name: str
     message: str
@@ -70,7 +70,7 @@ class Finding(NamedTuple):
 
 
 def exploding(past: History) -> Iterator[Finding]:
-    """Above its history for three lines, creeping up over many, or one line out of all proportion."""
+    """The norm is above its history for three lines, creeps up over many, or is out of all proportion in one."""
     norms, clip = past.last(GRAD_NORM, USUAL + 3), past.settings.clip_norm
     now, before = min(norms[-3:]), [norm for norm in norms[:-3] if norm > 0.0]  # 0: nothing to learn from in GRPO
     if len(before) < CALM:
@@ -92,7 +92,7 @@ def exploding(past: History) -> Iterator[Finding]:
 
 
 def vanishing(past: History) -> Iterator[Finding]:
-    """Next to nothing for three lines, although there is something to learn. (GRPO without differences in reward has no loss.)"""
+    """The norm is next to nothing for three lines, with something to learn. (GRPO without different rewards has no loss.)"""
     norms = past.last(GRAD_NORM, USUAL + 3)
     if past.line.get(LOSS, 0.0) < LEARNED or len(norms) < 3:
         return
@@ -111,7 +111,7 @@ def vanishing(past: History) -> Iterator[Finding]:
 
 
 def guessing(past: History) -> Iterator[Finding]:
-    """Worse than guessing for three lines, or no better after the warm-up: the rate is too high, or next to nothing."""
+    """The loss is worse than guessing for three lines, or no better after the warm-up: the rate is too high, or too low."""
     settings, losses = past.settings, past.last(LOSS, 5)
     if not settings.vocab_size or len(losses) < 3:
         return
@@ -131,10 +131,10 @@ def guessing(past: History) -> Iterator[Finding]:
 
 
 def unlearned(past: History) -> Iterator[Finding]:
-    """Steps whose rows held no token to learn: a step that says nothing, and cost its time."""
+    """The rows of some steps had no token to learn, so that the steps were for nothing."""
     count = past.line[UNLEARNED]
     if count:
-        is_all = LOSS not in past.line
+        is_all = not past.has_loss
         yield Finding(
             "nothing-to-learn",
             f"{'all' if is_all else 'some'} steps since the line before ({count:.0f}) had no token to learn in any row, and "
@@ -146,7 +146,7 @@ def unlearned(past: History) -> Iterator[Finding]:
 
 
 def ended_badly(past: History) -> Iterator[Finding]:
-    """What is wrong with the last loss of a run, however few its lines: it is no number, or worse than guessing."""
+    """The last loss of a run, however few its lines, is not finite, or worse than guessing."""
     vocab_size, loss = past.settings.vocab_size, past.loss
     if loss is None:
         return
@@ -169,7 +169,7 @@ def ended_badly(past: History) -> Iterator[Finding]:
 
 
 def repeated(past: History) -> Iterator[Finding]:
-    """The data were read so often that once more teaches next to nothing (Muennighoff et al. 2023, arXiv 2305.16264)."""
+    """The data were read so often that one more time teaches next to nothing (Muennighoff et al. 2023, arXiv 2305.16264)."""
     epochs = past.line[EPOCH]
     if epochs > WORN_EPOCHS and not past.settings.max_new_tokens:  # GRPO answers its questions anew each time
         yield Finding(
@@ -182,7 +182,7 @@ def repeated(past: History) -> Iterator[Finding]:
 
 
 def rising(past: History) -> Iterator[Finding]:
-    """The loss goes up again, and that is not the noise of its lines; or that noise is all there is."""
+    """The loss goes up again by more than the noise of its lines, or that noise is all there is."""
     losses = past.last(LOSS, 15)
     if len(losses) < 5:
         return
@@ -208,7 +208,7 @@ def rising(past: History) -> Iterator[Finding]:
 
 
 def clipped(past: History) -> Iterator[Finding]:
-    """The length of every step is that of the clipping."""
+    """Clipping decides the length of every step."""
     shares = past.last(CLIPPED, CLIPPED_LINES)
     if past.tokens > past.settings.warmup_tokens and len(shares) == CLIPPED_LINES and min(shares) >= ALWAYS_CLIPPED:
         norm = f" (norm {past.line[GRAD_NORM]:.3g})" if GRAD_NORM in past.line else ""
@@ -238,7 +238,7 @@ def dead_units(past: History) -> Iterator[Finding]:
 
 
 def cut_off(past: History) -> Iterator[Finding]:
-    """No gradient reaches a layer, and others have one. (In the first step a head that begins at zero lets none through.)"""
+    """No gradient reaches a layer while others have one. (A head that begins at zero lets none through in the first step.)"""
     parts = [name.removeprefix(LAYER_NORM) for name, norm in past.line.items() if name.startswith(LAYER_NORM) and norm == 0.0]
     still = [f"layer {part}" if part.isdigit() else part for part in parts]
     if still and past.line.get(GRAD_NORM, 0.0) > 0.0 and past.step > 1:
@@ -252,7 +252,7 @@ def cut_off(past: History) -> Iterator[Finding]:
 
 
 def growing(metric: str, past: History) -> Iterator[Finding]:
-    """Even growth over a window: the medians of its quarters rise by like amounts, which neither a jump nor a warm-up does."""
+    """Memory grows evenly: the medians of a window's quarters rise by like amounts, unlike in a jump or a warm-up."""
     for lines in GROWTH_WINDOWS:
         values = past.last(metric, lines)
         if len(past.values[metric]) < min(lines + CALM, KEPT):
@@ -279,14 +279,15 @@ def starved(past: History) -> Iterator[Finding]:
     if len(past.values[DATA_TIME]) >= CALM and share > STARVED and waited > STARVED_SECONDS:
         yield Finding(
             "starved-loader",
-            f"{share:.0%} of a step's time passes in waiting for data ({past.line[DATA_TIME]:.0f} ms). Try loader_workers="
-            f"{2 * max(1, workers)} (now {workers}), and put the run folder, where the shards lie, on a faster disk.",
+            f"{share:.0%} of a step's time passes in waiting for data ({past.line[DATA_TIME]:.0f} ms). Try "
+            f"{past.settings.section}loader_workers={2 * max(1, workers)} (now {workers}), and put the run folder, which holds the "
+            "shards, on a faster disk.",
             share,
         )
 
 
 def slowed(past: History) -> Iterator[Finding]:
-    """Less than half as fast as it was, for a minute."""
+    """The run is less than half as fast as it was, for a minute."""
     if past.slow_seconds >= SLOW_SECONDS:
         others = past.line.get(OTHER_CPUS, 0.0)
         cause = (
@@ -357,7 +358,7 @@ def unrewarded(past: History) -> Iterator[Finding]:
         )
 
 
-# The metric without which a rule does not look, and the rule. A name that ends with a slash stands for one metric per layer.
+# A rule runs on lines with its metric; a name that ends with a slash stands for one metric per layer.
 RULES: tuple[tuple[str, Callable[[History], Iterator[Finding]]], ...] = (
     (GRAD_NORM, exploding),
     (GRAD_NORM, vanishing),

@@ -103,6 +103,7 @@ def test_a_last_loss_without_worth_is_told_however_short_the_run():
     assert ends([{LOSS: 3.0}, {LOSS: math.nan}]) == [("critical", "no-finite-loss")]
     assert ends([{UNLEARNED: 10.0}]) == [("critical", "nothing-to-learn")]
     assert ends([{UNLEARNED: 3.0, LOSS: 3.0}]) == [("warning", "nothing-to-learn")]
+    assert ends([{UNLEARNED: 3.0, LOSS: math.nan}]) == [("critical", "no-finite-loss"), ("warning", "nothing-to-learn")]
     assert ends([{UNLEARNED: 3.0, LOSS: 3.0}, {UNLEARNED: 0.0, LOSS: 3.0}]) == []
 
 

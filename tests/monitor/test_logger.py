@@ -51,6 +51,15 @@ def test_a_resumed_run_does_not_say_again_what_it_said(tmp_path, capsys):
     assert [event.step for event in read_events(run.events)] == [1] and capsys.readouterr().err.count("Critical: ") == 1
 
 
+def test_the_advice_for_a_stage_of_a_quickstart_names_the_key_of_its_recipe(tmp_path, capsys):
+    for parent, key in (("pretrain", "optim.lr=0.00033"), ("quickstart", "sft.optim.lr=0.00033")):
+        run = RunFolder.create(tmp_path / parent / "sft")
+        RunFolder(run.root.parent).config.write_text(f"kind: {parent}\n")
+        with open_logger(MonitorConfig(), run, SETTINGS, step=0) as logger:
+            logger.write(1, 1, SICK)
+        assert f"try {key} (now 0.001)" in capsys.readouterr().err
+
+
 def test_a_run_that_goes_on_finds_out_anew_how_fast_it_is(tmp_path):
     run = RunFolder(tmp_path)
     for begun, speed in ((0, 5e4), (10, 1e4)):  # the second time on a smaller machine
