@@ -280,8 +280,8 @@ def starved(past: History) -> Iterator[Finding]:
         yield Finding(
             "starved-loader",
             f"{share:.0%} of a step's time passes in waiting for data ({past.line[DATA_TIME]:.0f} ms). Try "
-            f"{past.settings.section}loader_workers={2 * max(1, workers)} (now {workers}), and put the run folder, which holds the "
-            "shards, on a faster disk.",
+            f"{past.settings.section}loader_workers={2 * max(1, workers)} (now {workers}), and put the run folder with "
+            "its shards on a faster disk.",
             share,
         )
 
