@@ -135,7 +135,7 @@ def methods(config: EvalConfig, ready: ReadyModel, items: Sequence[ExamItem]) ->
     if ready.answers_questions:
         return ["generation"]
     if not has_options:
-        logger.info("This model was trained on plain text alone and never learned to answer; expect answers that cannot be read.")
+        logger.warning("This model was trained on plain text alone and never learned to answer; many answers cannot be read.")
         return ["generation"]
     logger.info(
         "This model was trained on plain text alone and never learned to answer, so the option it finds most likely counts "

@@ -105,7 +105,7 @@ class TrackerProcess:
             self._flush()
             time.sleep(0.01)
         if not is_gone:
-            logger.info(
+            logger.warning(
                 f"{self.name} has not finished within {seconds:g} s; the run waits no longer. What it lacks is in metrics.jsonl."
             )
         elif self.dropped:

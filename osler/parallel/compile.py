@@ -35,7 +35,7 @@ def should_compile(mode: str, device: torch.device, *, steps: int) -> bool:
     if not works:
         if mode == "always":
             raise UserError(f"compile=always, but torch.compile does not work here: {reason}")
-        logger.info(f"torch.compile does not work here ({reason}); training without it, several times slower.")
+        logger.warning(f"torch.compile does not work here ({reason}); training without it, several times slower.")
     return works
 
 

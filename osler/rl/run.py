@@ -136,7 +136,7 @@ def load_tasks(config: GrpoConfig, start: LoadedModel) -> list[RlTask]:
                 "algorithm.max_new_tokens."
             )
         if len(fitting) < len(items):
-            logger.info(f"Task {entry.label}: {len(items) - len(fitting)} of {len(items)} questions are too long and left out.")
+            logger.warning(f"Task {entry.label}: {len(items) - len(fitting)} of {len(items)} questions are too long: left out.")
         terms = tuple(RewardTerm(name, REWARDS[name], weight) for name, weight in entry.rewards.items())
         tasks.append(RlTask(entry.label, tuple(fitting), terms, entry.weight, entry.reasoning))
     task_shares(tasks, config.algorithm.prompts_per_step)  # refuses weights that never come up before anything is trained

@@ -56,7 +56,7 @@ def load(path: str | Path, *, split: str = "", limit: int | None = None, first_o
         )
     _check_numbering(path, [cop for _, cop in labelled], first_option)
     if len(labelled) < len(rows):
-        logger.info(f"{path}: {len(rows) - len(labelled)} of {len(rows)} rows have no label and are left out")
+        logger.warning(f"{path}: {len(rows) - len(labelled)} of {len(rows)} rows have no label and are left out")
     return [_item(row, cop - first_option, split) for row, cop in labelled][:limit]
 
 
