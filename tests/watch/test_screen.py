@@ -92,10 +92,12 @@ class Terminal:
                 self.seen += os.read(self.end, 1 << 16).decode("utf-8", "replace")
         return self.seen[begun:]
 
-    def leave(self) -> int:
-        """Wait for the end, and see that the terminal is as it was."""
+    def leave(self, how: signal.Signals | bytes = b"q") -> int:
+        """Leave by a key or a signal, see that the terminal is as it was, and return the exit code."""
         import termios
 
+        os.write(self.end, how) if isinstance(how, bytes) else self.process.send_signal(how)
+        self.until(LEAVE)
         code = self.process.wait(300)
         assert self.seen.count(ENTER) == self.seen.count(LEAVE), "the screen before is back, with its cursor"
         assert self.seen.endswith(LEAVE)
@@ -105,16 +107,11 @@ class Terminal:
         return code
 
 
-@pytest.mark.parametrize("way", ["ctrl-c", "q", "sigterm"])
-def test_the_terminal_is_left_as_it_was(run: Path, way: str) -> None:
+@pytest.mark.parametrize(("how", "code"), [(signal.SIGINT, 0), (b"q", 0), (signal.SIGTERM, 143)])
+def test_the_terminal_is_left_as_it_was(run: Path, how: signal.Signals | bytes, code: int) -> None:
     terminal = Terminal(run, every=30.0)
     assert terminal.until("so far").startswith(ENTER + HOME)
-    if way == "q":
-        os.write(terminal.end, b"q")
-    else:
-        terminal.process.send_signal(signal.SIGINT if way == "ctrl-c" else signal.SIGTERM)
-    terminal.until(LEAVE)
-    assert terminal.leave() == (143 if way == "sigterm" else 0)
+    assert terminal.leave(how) == code
 
 
 def test_a_pause_gives_the_terminal_back_for_its_time(run: Path) -> None:
@@ -126,8 +123,6 @@ def test_a_pause_gives_the_terminal_back_for_its_time(run: Path) -> None:
     terminal.process.send_signal(signal.SIGCONT)
     terminal.until(ENTER)
     terminal.until("so far")
-    terminal.process.send_signal(signal.SIGINT)
-    terminal.until(LEAVE)
     assert terminal.leave() == 0
 
 
@@ -138,8 +133,6 @@ def test_a_run_that_is_about_to_begin_is_waited_for(run: Path) -> None:
     folder.mkdir()
     (run / "metrics.jsonl").rename(folder / "metrics.jsonl")
     terminal.until("loss 3.250")
-    os.write(terminal.end, b"q")
-    terminal.until(LEAVE)
     assert terminal.leave() == 0
 
 
@@ -174,6 +167,4 @@ def test_the_picture_follows_the_run_and_the_size_of_the_terminal(run: Path) -> 
         terminal.until("\x1b[J")
         picture = terminal.until("\x1b[J").rpartition(HOME)[2]
         assert picture.count("\r\n") <= 1
-    terminal.process.send_signal(signal.SIGINT)
-    terminal.until(LEAVE)
     assert terminal.leave() == 0
