@@ -218,7 +218,7 @@ def _checkpoints(run: WatchedRun, now: float) -> list[Text]:
         return []
     best = as_text(run.best.get("folder"))
     told = [f"{c.step:,}{' (best)' if c.path.name == best else ''}" for c in run.checkpoints[:CHECKPOINTS]]
-    ago = fmt.duration(max(0.0, now - run.checkpoints[0].time))
+    ago = fmt.duration(max(0.0, now - run.saved_at))
     return [Text(f"checkpoints: step {', '.join(told)}; the newest {ago} ago", "dim")]
 
 

@@ -15,7 +15,8 @@ from pathlib import Path
 from socket import gethostname
 from typing import Any
 
-from osler.checkpoint.manifest import FOLDER_NAME, MANIFEST, STATE
+from osler.checkpoint.manifest import MANIFEST, STATE
+from osler.checkpoint.root import Entry, by_age
 from osler.errors import UserError
 from osler.monitor.lifetime import END, FAILED, FINISHED, LIFETIME, START, STOPPED, still_wrong, unresolved_at_end
 from osler.records.events import Event, read_events
@@ -30,15 +31,6 @@ from osler.yaml12 import load_yaml
 QUICKSTART_STAGES = ("pretrain", "sft", "grpo")
 QUIET_SECONDS, QUIET_GAPS = 10.0, 3.0  # a silence longer than both, in seconds and in usual gaps, is worth a word
 DEAD_SECONDS, DEAD_GAPS = 120.0, 20.0  # and one longer than these means that no process works on the run
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A checkpoint folder that has a manifest."""
-
-    step: int
-    time: float
-    path: Path
 
 
 @dataclass(frozen=True)
@@ -60,7 +52,8 @@ class WatchedRun:
         self.machine: dict[str, Any] = {}
         self.parameters: int | None = None
         self.events: list[Event] = []
-        self.checkpoints: list[Checkpoint] = []  # the one saved last comes first
+        self.checkpoints: list[Entry] = []  # the newest first
+        self.saved_at = 0.0  # when the newest was written, in unix seconds
         self.best: dict[str, Any] = {}
         self.saved: dict[str, Any] = {}  # state of the newest checkpoint
         self._seen: dict[str, tuple[int, int]] = {}
@@ -82,12 +75,8 @@ class WatchedRun:
             self.parameters = count_parameters(model) if model else None
 
     def _read_checkpoints(self) -> None:
-        found = []
-        for path in self.folder.checkpoints.glob("step-*"):
-            name = FOLDER_NAME.fullmatch(path.name)
-            if name and (path / MANIFEST).is_file():
-                found.append(Checkpoint(int(name[1]), _stamp(path / MANIFEST)[0] / 1e9, path))
-        self.checkpoints = sorted(found, key=lambda c: (c.time, c.step), reverse=True)
+        self.checkpoints = [entry for entry in by_age(self.folder.checkpoints) if (entry.path / MANIFEST).is_file()]
+        self.saved_at = _stamp(self.checkpoints[0].path / MANIFEST)[0] / 1e9 if self.checkpoints else 0.0
         self.best = as_dict(_read(self.folder.checkpoints / "best.json"))
         self.saved = as_dict(_read(self.checkpoints[0].path / STATE)) if self.checkpoints else {}
 
@@ -108,7 +97,7 @@ class WatchedRun:
     def newest_sign(self) -> float:
         """When the run last wrote anything, in unix seconds; 0 if it never did."""
         last = self.log.last
-        times = [last.time if last else 0.0, *(c.time for c in self.checkpoints[:1]), *(s[0] / 1e9 for s in self._seen.values())]
+        times = [last.time if last else 0.0, self.saved_at, *(stamp[0] / 1e9 for stamp in self._seen.values())]
         return max((t for t in times if math.isfinite(t)), default=0.0)
 
     @property
