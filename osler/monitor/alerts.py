@@ -56,11 +56,11 @@ class Alerter:
 
     def unresolved(self) -> list[Alert]:
         """Return what still holds at the end of the run, each name once, the gravest first."""
-        past, held = self.history, [alert for alerts in self.firing.values() for alert in alerts]
-        if not any(alert.name == "learning-rate" for alert in held):  # which says the same
-            held += [Alert(past.step, finding.name, finding.severity, finding.message) for finding in ended_badly(past)]
-        held.sort(key=lambda alert: alert.severity != "critical")
-        return list({alert.name: alert for alert in reversed(held)}.values())[::-1]
+        past, firing = self.history, [alert for alerts in self.firing.values() for alert in alerts]
+        if not any(alert.name == "learning-rate" for alert in firing):  # which says the same
+            firing += [Alert(past.step, finding.name, finding.severity, finding.message) for finding in ended_badly(past)]
+        firing.sort(key=lambda alert: alert.severity != "critical")
+        return list({alert.name: alert for alert in reversed(firing)}.values())[::-1]
 
     def _is_news(self, finding: Finding) -> bool:
         again, pause, badness = self.said.get(finding.name, (0, 0, 0.0))

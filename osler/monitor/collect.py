@@ -74,7 +74,7 @@ class Collector:
         self.is_probing = False
         self.probed: dict[str, Tensor] = {}
         self.cpus = read_cpus()  # when the last line was written
-        self.first_bytes: int | None = None  # held when the first line of this process was written
+        self.first_bytes: int | None = None  # used when the first line of this process was written
 
     def is_due(self, step: int) -> bool:
         """Whether the model is probed in this step; steps count from 1."""
@@ -154,14 +154,14 @@ class Collector:
 
     def _memory(self) -> dict[str, float]:
         if self.device.type == "cuda":
-            held: int | None = torch.cuda.memory_allocated(self.device)
-            found = {"perf/memory_allocated_bytes": held, "perf/memory_reserved_bytes": torch.cuda.memory_reserved(self.device)}
+            used: int | None = torch.cuda.memory_allocated(self.device)
+            found = {"perf/memory_allocated_bytes": used, "perf/memory_reserved_bytes": torch.cuda.memory_reserved(self.device)}
         else:
-            held = resident_bytes()
-            found = {"perf/memory_resident_bytes": held}
-        self.first_bytes = held if self.first_bytes is None else self.first_bytes
-        if held is not None and self.first_bytes is not None:
-            found["perf/memory_growth_bytes"] = held - self.first_bytes
+            used = resident_bytes()
+            found = {"perf/memory_resident_bytes": used}
+        self.first_bytes = used if self.first_bytes is None else self.first_bytes
+        if used is not None and self.first_bytes is not None:
+            found["perf/memory_growth_bytes"] = used - self.first_bytes
         found["perf/memory_peak_bytes"] = peak_bytes(self.device)
         return {name: number for name, number in found.items() if number is not None}
 

@@ -69,11 +69,11 @@ class RunLogger:
         """Return the alerts that still hold at the end of the run; those of the end alone are written to the events here."""
         if self.alerter is None:
             return []
-        held = self.alerter.unresolved()
-        for alert in held:
+        alerts = self.alerter.unresolved()
+        for alert in alerts:
             if alert.name not in self.alerter.said:
                 self.events.write(alert.step, "alert", alert.name, alert.message, severity=alert.severity)
-        return held
+        return alerts
 
     def rewind(self, step: int) -> None:
         """Drop the lines after ``step`` and what the rules saw in them: a run that has gone back makes those steps again."""

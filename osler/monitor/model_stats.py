@@ -166,18 +166,18 @@ def activation_stats(model: Transformer, weights: Mapping[str, Tensor], rows: Pr
 
 def _add_hooks(block: Block, layer: int, places_BT: Tensor, seen: dict[str, Tensor]) -> None:
     """Add hooks to a block, which put what they measure into ``seen``."""
-    held: dict[str, Any] = {}
+    inputs: dict[str, Any] = {}
 
     def attention_begins(module: Any, args: Any, kwargs: Any) -> None:
-        held["rope"], held["mask"] = args[1], kwargs["mask"]
+        inputs["rope"], inputs["mask"] = args[1], kwargs["mask"]
 
     def queries(module: Any, args: Any, q_BTNH: Tensor) -> None:
-        held["queries"] = q_BTNH
+        inputs["queries"] = q_BTNH
 
     def keys(module: Any, args: Any, k_BSKH: Tensor) -> None:
-        q_BTNH, rope = held.pop("queries"), held.pop("rope")
+        q_BTNH, rope = inputs.pop("queries"), inputs.pop("rope")
         q_BTNH, k_BSKH = apply_rope(q_BTNH, *rope), apply_rope(k_BSKH, *rope)
-        seen[f"model/attention_entropy/{layer}"] = attention_entropy(q_BTNH, k_BSKH, places_BT, mask=held.pop("mask"))
+        seen[f"model/attention_entropy/{layer}"] = attention_entropy(q_BTNH, k_BSKH, places_BT, mask=inputs.pop("mask"))
 
     def units(module: Any, args: Any) -> None:
         seen[f"model/dead_units_frac/{layer}"] = dead_share(args[0], places_BT)
