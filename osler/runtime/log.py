@@ -14,19 +14,17 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable
 from typing import TextIO
 
 from osler.errors import UserError
 from osler.runtime.world import is_silent
 
-_LIVE_SECONDS = 0.2  # a live line is redrawn at most five times a second
-_RATE_WINDOW_SECONDS = 60.0
-_ERASE_LINE = "\r\x1b[K"
+LEVEL_VARIABLE = "OSLER_LOG_LEVEL"  # debug, info (the default), warning, error or critical
+LIVE_SECONDS, PLAIN_SECONDS = 0.2, 10.0  # between two updates of a progress line on a terminal, and elsewhere
+RATE_WINDOW_SECONDS = 60.0
+ERASE_LINE = "\r\x1b[K"
 
 _live: list[Progress] = []  # progress lines now on a terminal, so that say() does not write into them
-
-LEVEL_VARIABLE = "OSLER_LOG_LEVEL"  # debug, info (the default), warning, error or critical
 
 
 class Progress:
@@ -36,24 +34,12 @@ class Progress:
     before it, are not slow work. The clock is monotonic. Usable as a context manager.
     """
 
-    def __init__(
-        self,
-        total: float,
-        unit: str,
-        stream: TextIO | None = None,
-        *,
-        label: str = "",
-        initial: float = 0,
-        plain_seconds: float = 10.0,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
+    def __init__(self, total: float, unit: str, *, label: str = "", initial: float = 0) -> None:
         self.total = total
         self.unit = unit
         self.label = label
-        self.stream = sys.stderr if stream is None else stream
-        self.live = is_terminal(self.stream)
-        self._clock = clock
-        self._every_seconds = _LIVE_SECONDS if self.live else plain_seconds
+        self.live = is_terminal(sys.stderr)
+        self._every_seconds = LIVE_SECONDS if self.live else PLAIN_SECONDS
         self._done = initial
         self._fields: dict[str, object] = {}
         self._marks: collections.deque[tuple[float, float]] = collections.deque()
@@ -71,11 +57,11 @@ class Progress:
 
     def update(self, done: float, **fields: object) -> None:
         """Show that ``done`` units are finished; ``fields`` stay on the line until they are given again. Cheap to call often."""
-        now = self._clock()
+        now = time.monotonic()
         self._done = done
         self._fields.update(fields)
         self._marks.append((now, done))
-        while len(self._marks) > 2 and now - self._marks[0][0] > _RATE_WINDOW_SECONDS:
+        while len(self._marks) > 2 and now - self._marks[0][0] > RATE_WINDOW_SECONDS:
             self._marks.popleft()
         self._pending = True
         if self._shown_at is None or now - self._shown_at >= self._every_seconds:
@@ -87,11 +73,11 @@ class Progress:
             return
         self._closed = True
         if self._pending:
-            self._show(self._clock())
+            self._show(time.monotonic())
         if self.live:
             _live.remove(self)
             if self._shown_at is not None:
-                _write(self.stream, "\n")
+                _write("\n")
 
     def line(self) -> str:
         """Return the text of the line: label, percent, amounts, fields, time left."""
@@ -117,16 +103,14 @@ class Progress:
         self._shown_at = now
         self._pending = False
         if self.live:  # one column stays free: a full last column makes some terminals wrap
-            _write(self.stream, _ERASE_LINE + self.line()[: max(1, _columns(self.stream) - 1)])
+            _write(ERASE_LINE + self.line()[: max(1, _columns() - 1)])
         else:
-            _write(self.stream, self.line() + "\n")
+            _write(self.line() + "\n")
 
 
-def say(text: str, stream: TextIO | None = None) -> None:
+def say(text: str) -> None:
     """Write one line to stderr; a live progress line steps aside and comes back with its next update."""
-    stream = sys.stderr if stream is None else stream
-    erase = _ERASE_LINE if any(progress.stream is stream for progress in _live) else ""
-    _write(stream, f"{erase}{text}\n")
+    _write(f"{ERASE_LINE if _live else ''}{text}\n")
 
 
 class TerminalHandler(logging.Handler):
@@ -192,17 +176,17 @@ def duration(seconds: float) -> str:
     return f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
 
 
-def _columns(stream: TextIO) -> int:
+def _columns() -> int:
     try:
-        return os.get_terminal_size(stream.fileno()).columns or 80
+        return os.get_terminal_size(sys.stderr.fileno()).columns or 80
     except (OSError, ValueError):
         return 80
 
 
-def _write(stream: TextIO, text: str) -> None:
+def _write(text: str) -> None:
     if is_silent():
         return
     # The reader is gone, the stream is closed, or a signal handler writes amid another write.
     with contextlib.suppress(OSError, ValueError, RuntimeError):
-        stream.write(text)
-        stream.flush()
+        sys.stderr.write(text)
+        sys.stderr.flush()

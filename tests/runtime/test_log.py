@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import logging
 import os
 import sys
 from collections.abc import Iterator
 from functools import partial
-from typing import TextIO
 
 import pytest
 
@@ -17,25 +15,25 @@ from osler.cli import main
 from osler.runtime.log import Progress, duration, quantity, say
 
 
-class Clock:
-    def __init__(self) -> None:
-        self.seconds = 100.0
-
-    def __call__(self) -> float:
-        return self.seconds
+@pytest.fixture
+def clock(monkeypatch):
+    """The time in a list, which a test moves on."""
+    now = [100.0]
+    monkeypatch.setattr("osler.runtime.log.time.monotonic", lambda: now[0])
+    return now
 
 
 @contextlib.contextmanager
-def terminal(columns: int) -> Iterator[tuple[TextIO, int]]:
-    """A real pseudo-terminal of that width: the stream to write to and the descriptor to read from."""
+def terminal(columns: int) -> Iterator[int]:
+    """Make stderr a pseudo-terminal of that width; gives the descriptor to read from."""
     fcntl, termios, pty = (pytest.importorskip(name) for name in ("fcntl", "termios", "pty"))
-    master, slave = pty.openpty()
-    fcntl.ioctl(slave, termios.TIOCSWINSZ, columns.to_bytes(2, sys.byteorder).rjust(4, b"\x00") + b"\x00" * 4)
-    with os.fdopen(slave, "w") as stream:
+    end, other = pty.openpty()
+    fcntl.ioctl(other, termios.TIOCSWINSZ, columns.to_bytes(2, sys.byteorder).rjust(4, b"\x00") + b"\x00" * 4)
+    with os.fdopen(other, "w") as stream, contextlib.redirect_stderr(stream):
         try:
-            yield stream, master
+            yield end
         finally:
-            os.close(master)
+            os.close(end)
 
 
 @pytest.fixture(autouse=True)
@@ -43,79 +41,74 @@ def _ordinary_terminal(monkeypatch):
     monkeypatch.setenv("TERM", "xterm")
 
 
-def test_plain_lines_come_every_few_seconds():
-    stream, clock = io.StringIO(), Clock()
-    progress = Progress(1000, "steps", stream, plain_seconds=10, clock=clock)
+def test_plain_lines_come_every_few_seconds(capsys, clock):
+    progress = Progress(1000, "steps")
     for step in range(1, 301):
-        clock.seconds += 0.1
+        clock[0] += 0.1
         progress.update(step, loss=2.5)
     progress.close()
-    lines = stream.getvalue().splitlines()
+    said = capsys.readouterr().err
+    lines = said.splitlines()
     assert len(lines) == 4  # the first update, then at 10, 20, and the last state at close
     assert lines[-1].startswith(" 30.0%  300/1000 steps  loss 2.5  ETA 1m10s")
-    assert "\r" not in stream.getvalue()
+    assert "\r" not in said
 
 
-def test_the_estimate_ignores_what_an_earlier_run_did():
-    clock = Clock()
-    progress = Progress(1000, "steps", io.StringIO(), initial=890, clock=clock)
+def test_the_estimate_ignores_what_an_earlier_run_did(clock):
+    progress = Progress(1000, "steps", initial=890)
     progress.update(900)
-    clock.seconds += 10
+    clock[0] += 10
     progress.update(950)
     assert "ETA 10s" in progress.line()
 
 
-def test_the_estimate_begins_with_the_first_update():
+def test_the_estimate_begins_with_the_first_update(clock):
     """What came before it is loading and compiling: no rate follows from it."""
-    clock = Clock()
-    progress = Progress(1000, "steps", io.StringIO(), clock=clock)
-    clock.seconds += 30
+    progress = Progress(1000, "steps")
+    clock[0] += 30
     progress.update(1)
     assert "ETA" not in progress.line()
-    clock.seconds += 1
+    clock[0] += 1
     progress.update(11)
     assert "ETA 1m39s" in progress.line()
 
 
-def test_the_estimate_follows_the_last_minute():
-    clock = Clock()
-    progress = Progress(2000, "steps", io.StringIO(), clock=clock)
-    clock.seconds += 500  # a slow start, such as compilation
+def test_the_estimate_follows_the_last_minute(clock):
+    progress = Progress(2000, "steps")
     progress.update(1)
+    clock[0] += 500  # a slow start, such as compilation
     for step in range(1, 102):
-        clock.seconds += 1
+        clock[0] += 1
         progress.update(10 * step)
     assert "ETA 1m39s" in progress.line()
 
 
-def test_fields_stay_until_given_again_and_finished_work_has_no_estimate():
-    clock = Clock()
-    progress = Progress(10, "items", io.StringIO(), label="eval", clock=clock)
-    clock.seconds += 1
+def test_fields_stay_until_given_again_and_finished_work_has_no_estimate(clock):
+    progress = Progress(10, "items", label="eval")
+    clock[0] += 1
     progress.update(5, accuracy=0.25)
     progress.update(10)
     assert progress.line() == "eval  100.0%  10/10 items  accuracy 0.25"
 
 
 def test_nothing_to_do_is_complete():
-    assert Progress(0, "items", io.StringIO()).line().startswith("100.0%")
+    assert Progress(0, "items").line().startswith("100.0%")
 
 
-def test_a_terminal_sees_one_line_that_fits():
-    clock = Clock()
-    with terminal(columns=40) as (stream, master):
-        progress = Progress(1_000_000, "tokens", stream, clock=clock)
+def test_a_terminal_sees_one_line_that_fits(clock):
+    with terminal(40) as end:
+        progress = Progress(1_000_000, "tokens")
         for done in range(1, 11):
-            clock.seconds += 0.0625
+            clock[0] += 0.0625
             progress.update(done * 1000, loss=3.25, tokens_per_second=123456.0, note="x" * 60)
-        say("a message", stream)
-        clock.seconds += 1
+        say("a message")
+        clock[0] += 1
         progress.update(20_000)
         progress.close()
-        say("afterwards", stream)
+        say("afterwards")
         output = ""
         while not output.endswith("afterwards\r\n"):
-            output += os.read(master, 65536).decode()
+            output += os.read(end, 65536).decode()
     drawn = output.split("\r\x1b[K")[1:]
     assert len(drawn) == 5  # updates 1, 5 and 9; the message; the last update
     assert all(len(line) == 39 for line in drawn[:3])
@@ -125,32 +118,33 @@ def test_a_terminal_sees_one_line_that_fits():
 
 def test_a_dumb_terminal_gets_plain_lines(monkeypatch):
     monkeypatch.setenv("TERM", "dumb")
-    with terminal(columns=80) as (stream, _):
-        assert not Progress(10, "steps", stream).live
+    with terminal(80):
+        assert not Progress(10, "steps").live
 
 
-def test_close_shows_the_last_state_once():
-    stream, clock = io.StringIO(), Clock()
-    with Progress(10, "steps", stream, clock=clock) as progress:
+def test_close_shows_the_last_state_once(capsys, clock):
+    with Progress(10, "steps") as progress:
         progress.update(1)
-        clock.seconds += 1
+        clock[0] += 1
         progress.update(9)
     progress.close()
-    assert [line.split()[1] for line in stream.getvalue().splitlines()] == ["1/10", "9/10"]
+    assert [line.split()[1] for line in capsys.readouterr().err.splitlines()] == ["1/10", "9/10"]
 
 
-def test_a_lost_reader_does_not_end_the_run(tmp_path):
+def test_a_lost_reader_does_not_end_the_run(monkeypatch):
     reader, writer = os.pipe()
     os.close(reader)
     stream = os.fdopen(writer, "w")
-    progress = Progress(10, "steps", stream, plain_seconds=0)
+    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setattr("osler.runtime.log.PLAIN_SECONDS", 0.0)
+    progress = Progress(10, "steps")
     progress.update(1)
-    say("nobody listens", stream)
+    say("nobody listens")
     with contextlib.suppress(OSError):
         stream.close()
     progress.update(2)
     progress.close()
-    assert not Progress(10, "steps", stream).live
+    assert not Progress(10, "steps").live
 
 
 def test_a_log_message_is_a_line_on_stderr_with_its_level_where_that_matters(capsys):
