@@ -32,6 +32,7 @@ FLOORS: dict[str, int] = {
 
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 80
+MAX_PARAMETERS = 8
 VAGUE_NAMES = {"utils", "util", "common", "helpers", "helper", "misc", "shared", "base", "core"}
 
 # Libraries beside torch and numpy: the only files that may import them, so that each can be replaced in one place.
@@ -132,6 +133,8 @@ def test_module_is_documented_small_and_well_named(path):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             lines = (node.end_lineno or node.lineno) - node.lineno + 1
             assert lines <= MAX_FUNCTION_LINES, f"{path}:{node.lineno}: {node.name} has {lines} lines"
+            given = [arg.arg for arg in ast.walk(node.args) if isinstance(arg, ast.arg) and arg.arg not in ("self", "cls")]
+            assert len(given) <= MAX_PARAMETERS, f"{path}:{node.lineno}: {node.name} has {len(given)} parameters"
 
 
 @pytest.mark.parametrize("path", MODULES, ids=NAMES)
