@@ -116,7 +116,7 @@ def config_of(cls: type[RunConfig], request: Request) -> Any:
 
 
 def run_name(recipe: str, kind: str) -> str:
-    """Return what a run of a recipe is called without --run: ``text-10min-pretrain``, ``usmle-2day-grpo``."""
+    """Return the name of a recipe's run, unless --run gives one: ``usmle-2day-grpo`` for ``usmle-2day/grpo``."""
     name = Path(recipe).stem if recipe.endswith((".yaml", ".yml")) else recipe.replace("/", "-")
     return name if name.endswith(f"-{kind}") else f"{name}-{kind}"
 

@@ -1,10 +1,9 @@
 """What goes wrong in a run and what is done about it: skipped steps, loss spikes, rollbacks.
 
 A gradient that is not finite costs its step and nothing else. When that happens many times in a row, or the loss spikes and
-``recovery.spike.action`` says so, the run goes back to the last checkpoint from before the trouble and on with the data after it:
-the data's position is what the steps say plus ``data_offset``. Having gone back too often, or without such a checkpoint
-(the run is younger than its first one), it ends with a diagnosis. Everything is a function of numbers that all ranks have in
-common, so all decide alike.
+``recovery.spike.action`` says so, the run goes back to the last checkpoint from before the trouble and skips the data since
+then: the data's position is what the steps say plus ``data_offset``. A run that has gone back too often, or that has no such
+checkpoint yet, ends with a diagnosis. Everything is a function of numbers that all ranks have in common, so all decide alike.
 
 Resume is exact: a checkpoint keeps all of this, and one is written at once after going back. What was decided is acted upon where
 the trainer asks (``cause``), which no interruption moves. (A signal leaves a checkpoint more, and so perhaps a later one to go
@@ -130,27 +129,29 @@ class Incidents:
         write_damage(self.run.events, checkpoint, problems)
 
     def _diagnosis(self, step: int, good: Path | None) -> str:
-        """Return in one paragraph what a person needs to find the cause; ``good`` is the last good checkpoint."""
+        """Return what a person needs to find the cause: what happened, then a list. ``good`` is the last good checkpoint."""
+        most = self.limits.max_rollbacks
         if self.rollbacks:
-            most = f"recovery.max_rollbacks={self.limits.max_rollbacks}"
-            tried = f"The run has gone back {self.rollbacks} times already, of at most {most}."
+            tried = f"The run has gone back {self.rollbacks} times already, of at most recovery.max_rollbacks={most}."
         elif self.limits.max_rollbacks:
             tried = "There is no good checkpoint from before that to go back to."
         else:
             tried = "With recovery.max_rollbacks=0 a run does not go back."
-        numbers = "; ".join(f"step {number}: loss {loss:.4g}, gradient norm {norm:.4g}" for number, loss, norm in self.before)
+        before = [f"step {number}: loss {loss:.4g}, gradient norm {norm:.4g}" for number, loss, norm in self.before]
         details = dict(self.details(step))
         learning_rate = details.pop("lr")
         batch = ", ".join(f"{name} {values[0]} ... {values[-1]}" for name, values in details.items() if isinstance(values, list))
         lr = self.full_lr
         start = f"init_from={good} " if good else ""
         saved = "" if good else f" What was saved in {self.run.folder.checkpoints} is damaged or from the middle of the trouble."
-        return (
-            f"{self.cause} {tried} Before it: {numbers or 'no good step'}. Step {step} had the learning rate {learning_rate:.3g} "
-            f"and learned from {batch}; {self.run.folder.events} has the others. Check the data. Lower optim.lr (now {lr:g}), "
-            f"which a started run keeps, in a new one: the same command with `--run NEW_FOLDER "
-            f"{start}optim.lr={lr / 3:.2g}`.{saved}"
-        )
+        facts = [
+            *(before or ["no good step came before it"]),
+            f"step {step}: the learning rate was {learning_rate:.3g}, and it learned from {batch}",
+            f"the other steps are in {self.run.folder.events}",
+            f"check the data; or start a new run with a lower optim.lr (a started run keeps its {lr:g}): the same command with "
+            f"`--run NEW_FOLDER {start}optim.lr={lr / 3:.2g}`",
+        ]
+        return "\n  ".join([f"{self.cause} {tried}{saved}", *facts])
 
     def checkpointed(self, step: int) -> dict[str, Any]:
         """Return what the checkpoint of this step keeps. Unless something is wrong now, it becomes the one to go back to."""

@@ -1,4 +1,4 @@
-"""What one process of a run holds: ``Run`` is the folder and what goes into its checkpoints, ``Learner`` the model."""
+"""What one process of a run holds: ``Run``, the folder and what goes into its checkpoints, and ``Learner``, what is trained."""
 
 from __future__ import annotations
 

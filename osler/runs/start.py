@@ -1,4 +1,4 @@
-"""Where a process starts: at the newest good checkpoint of its run, at the one that the run branches from, or at step 0."""
+"""Where a process starts: at the newest good checkpoint of its run, at the checkpoint that it branches from, or at step 0."""
 
 from __future__ import annotations
 
