@@ -106,7 +106,7 @@ class TrackerProcess:
             time.sleep(0.01)
         if not is_gone:
             logger.warning(
-                f"{self.name} has not finished within {seconds:g} s; the run waits no longer. What it lacks is in metrics.jsonl."
+                f"{self.name} has not finished within {seconds:.3g} s; the run waits no longer. All of it is in the run folder."
             )
         elif self.dropped:
             logger.warning(f"{self.name} was too slow for {self.dropped} lines; they are only in metrics.jsonl.")
