@@ -25,7 +25,7 @@ from osler.report import format as fmt
 from osler.report.model import count_parameters, find_model
 from osler.report.read import stage_rank, sub_runs
 from osler.runtime.files import RunFolder, is_locked, read_json
-from osler.watch.follow import Follower
+from osler.watch.follow import Follower, Moment
 from osler.yaml12 import load_yaml
 
 QUICKSTART_STAGES = ("pretrain", "sft", "grpo")
@@ -114,8 +114,15 @@ class WatchedRun:
     @property
     def done(self) -> float:
         """How much of `total` is done."""
-        last = self.log.last
-        return math.nan if last is None else float(last.step) if self.total[1] == "steps" else last.tokens
+        return self._done_at(self.log.last) if self.log.last else math.nan
+
+    def _done_at(self, moment: Moment) -> float:
+        return float(moment.step) if self.total[1] == "steps" else moment.tokens
+
+    @property
+    def kept(self) -> str:
+        """What would survive of the run, in words."""
+        return next((f"saved at step {entry.step:,}" for entry in self.checkpoints), "nothing saved")
 
     @property
     def is_complete(self) -> bool:
@@ -130,12 +137,10 @@ class WatchedRun:
         logged_at = next((moment.time for moment in self.log.recent if moment.step == step), math.nan)
         if math.isfinite(seconds - logged_at):
             return max(0.0, seconds - (now - logged_at))
-        first, last = (self.log.recent[0], self.log.recent[-1]) if len(self.log.recent) > 1 else (None, None)
-        if first is None or last is None:
+        if len(self.log.recent) < 2:
             return math.nan
-        steps = self.total[1] == "steps"
-        made = float(last.step - first.step) if steps else last.tokens - first.tokens
-        took = last.time - first.time
+        first, last = self.log.recent[0], self.log.recent[-1]
+        made, took = self._done_at(last) - self._done_at(first), last.time - first.time
         left = (self.total[0] - self.done) * took / made - (now - last.time) if made > 0 and took > 0 else math.nan
         minutes = as_number(self.config.get("max_minutes"))
         by_clock = 60 * minutes - self.log.active_seconds - (now - last.time)
@@ -152,7 +157,6 @@ class WatchedRun:
             if not self.has_begun:
                 return State("waiting", "nothing here yet: waiting for a run to write its config.yaml here (q or Ctrl-C leaves)")
             return State("waiting", f"no metrics yet; begun {fmt.duration(silent)} ago")
-        saved = next((c.step for c in self.checkpoints), None)
         if self.is_complete and not event:
             return State("finished", f"finished {_ago(silent)}")
         gap = self.log.usual_gap
@@ -163,13 +167,12 @@ class WatchedRun:
         for_so_long = f"no sign of it for {fmt.duration(silent)}"
         if locked:
             return State("running", f"running, {for_so_long}")
-        kept = "nothing saved" if saved is None else f"saved at step {saved:,}"
         if silent <= max(DEAD_SECONDS, DEAD_GAPS * gap) and not killed:
-            return State("quiet", f"{for_so_long}; {kept}")
-        if saved is not None and saved >= last.step and not event:
-            return State("stopped", f"stopped {_ago(silent)}, {kept}")
+            return State("quiet", f"{for_so_long}; {self.kept}")
+        if self.checkpoints and self.checkpoints[0].step >= last.step and not event:
+            return State("stopped", f"stopped {_ago(silent)}, {self.kept}")
         guess = " (killed, or the machine went down)" if event else ""
-        return State("dead", f"dead: {for_so_long}{guess}; last line at step {last.step:,}, {kept}")
+        return State("dead", f"dead: {for_so_long}{guess}; last line at step {last.step:,}, {self.kept}")
 
     def _was_killed(self, start: Event | None, locked: bool | None) -> bool:
         """Whether a process that began on this machine has unlocked the folder without writing its end.
@@ -188,14 +191,13 @@ class WatchedRun:
     def _ended(self, end: Event, now: float) -> State:
         """Return how the last process ended, in its own words."""
         ago = _ago(max(0.0, now - end.time))
-        newest = next((f"saved at step {c.step:,}" for c in self.checkpoints), "nothing saved")
         if end.name == FINISHED:
             unresolved = unresolved_at_end(self.events)
             but = f", but {still_wrong(len(unresolved))}: {', '.join(unresolved)}" if unresolved else ""
             return State("finished", f"finished {ago}{but}")
         if end.name == STOPPED:
-            return State("stopped", f"stopped {ago} by Ctrl-C, SIGTERM or SIGHUP, {newest}")
-        return State(FAILED, f"failed {ago} at step {end.step}, {newest}: {end.message}")
+            return State("stopped", f"stopped {ago} by Ctrl-C, SIGTERM or SIGHUP, {self.kept}")
+        return State(FAILED, f"failed {ago} at step {end.step}, {self.kept}: {end.message}")
 
 
 class WatchedFolder:
