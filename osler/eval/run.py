@@ -229,7 +229,7 @@ def label(config: EvalConfig, ready: ReadyModel, checkpoint: str) -> str:
     """Return the name of the checkpoint in the report: its kind of training, with its step unless it is the run's newest."""
     kind = ready.kind or "model"
     stands_for_run = ready.run is not None and config.which == "newest" and Path(checkpoint).resolve() != ready.path.resolve()
-    return kind if stands_for_run else f"{kind}, step {ready.loaded.state.get('step', 0):,}"
+    return kind if stands_for_run else f"{kind}, step {ready.state.get('step', 0):,}"
 
 
 def save_scores(ready: ReadyModel, name: str, sittings: Sequence[Sitting]) -> None:

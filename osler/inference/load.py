@@ -1,4 +1,4 @@
-"""From a checkpoint on disk to a model and tokenizer ready to use: the way in for evaluation, chat, GRPO and export."""
+"""From a checkpoint on disk to a model with its tokenizer, for evaluation, chat, GRPO and export."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class LoadedModel:
 
 
 def describing_files(model: ModelConfig, tokenizer: Tokenizer) -> dict[str, bytes]:
-    """The files that make a checkpoint describe itself; every trainer puts them beside the weights."""
+    """Return the files that make a checkpoint describe itself; every trainer puts them beside the weights."""
     return {MODEL_FILE: json.dumps(encode(model), indent=2).encode(), TOKENIZER_FILE: tokenizer.to_bytes()}
 
 
@@ -55,7 +55,7 @@ def load_model(
 
 
 def read_model_config(path: str | Path) -> tuple[Path, ModelConfig]:
-    """The checkpoint that ``load_model`` would take, and the shape of its model; the weights are not read into memory.
+    """Return the checkpoint that ``load_model`` would take and the shape of its model, without reading the weights.
 
     Raises UserError where ``load_model`` does.
     """
@@ -64,12 +64,12 @@ def read_model_config(path: str | Path) -> tuple[Path, ModelConfig]:
 
 
 def tokenizer_of(loaded: store.Loaded) -> Tokenizer:
-    """The tokenizer in a checkpoint that describes itself."""
+    """Return the tokenizer in a checkpoint that describes itself."""
     return Tokenizer.from_bytes(loaded.files[TOKENIZER_FILE], name=str(loaded.path / TOKENIZER_FILE))
 
 
 def described_model(loaded: store.Loaded) -> ModelConfig:
-    """The shape of the model that a checkpoint holds; raises UserError when it does not describe itself."""
+    """Return the shape of the model in a checkpoint. Raises UserError when the checkpoint does not describe itself."""
     missing = [name for name in (MODEL_FILE, TOKENIZER_FILE) if name not in loaded.files]
     if missing:
         raise UserError(f"Checkpoint {loaded.path} lacks {' and '.join(missing)}, so it does not say what model it holds.")

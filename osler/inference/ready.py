@@ -1,8 +1,8 @@
-"""A checkpoint opened for use by a person: on which device, at which precision, and what its training taught it.
+"""A checkpoint opened for a person to use: the device and precision it computes on, and what its training taught it.
 
-Evaluation and chat treat a model by how it was trained: one that never saw the question-and-answer template can only
-continue text. What a checkpoint was trained on is read from the ``config.yaml`` in it; a checkpoint without one, such as
-an imported model, counts as trained on text alone. Nothing is kept, so there is nothing to resume.
+Evaluation and chat treat a model by how it was trained: one that never saw the question-and-answer template can only continue
+text. What a checkpoint was trained on is read from the ``config.yaml`` in it; a checkpoint without one, such as an imported
+model, counts as trained on text alone.
 """
 
 from __future__ import annotations
@@ -16,10 +16,8 @@ import torch
 
 from osler.errors import UserError
 from osler.inference.load import LoadedModel, load_model
-from osler.model.transformer import Transformer
 from osler.runtime.device import pick_device, pick_dtype
 from osler.runtime.files import RunFolder
-from osler.tokenizer.bpe import Tokenizer
 from osler.yaml12 import load_yaml
 
 CONFIG_FILE = "config.yaml"
@@ -27,29 +25,15 @@ TAUGHT = ("sft", "grpo")  # kinds of training that are all questions and answers
 
 
 @dataclass(frozen=True)
-class ReadyModel:
+class ReadyModel(LoadedModel):
     """A loaded model; ``training`` is the config of the run that wrote its checkpoint, empty when that is not known."""
 
-    loaded: LoadedModel
     training: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def path(self) -> Path:
-        """The folder of the checkpoint itself."""
-        return self.loaded.path
-
-    @property
-    def model(self) -> Transformer:
-        return self.loaded.model
-
-    @property
-    def tokenizer(self) -> Tokenizer:
-        return self.loaded.tokenizer
 
     @property
     def kind(self) -> str:
         """The kind of training: pretrain, sft, grpo, or "" when the checkpoint does not say."""
-        return str(self.loaded.state.get("kind", ""))
+        return str(self.state.get("kind", ""))
 
     @property
     def answers_questions(self) -> bool:
@@ -60,7 +44,7 @@ class ReadyModel:
 
     @property
     def reasons(self) -> bool:
-        """Whether it learned to think before it answers; a prompt that asks for what it never saw gets nonsense."""
+        """Whether it learned to think before it answers; asked for what it never saw, it writes nonsense."""
         if self._data.get("type") == "turns":
             return self._data.get("thinking_field") is not None
         tasks = self.training.get("tasks") or []
@@ -74,7 +58,7 @@ class ReadyModel:
 
     @property
     def seq_len(self) -> int:
-        """The length of the rows it was trained on, in tokens; the longest that it allows when that is not known."""
+        """The length in tokens of the rows it was trained on; the longest that it allows when that is not known."""
         longest = self.model.config.max_seq_len
         return min(int(self.training.get("seq_len", longest)), longest)
 
@@ -87,7 +71,7 @@ class ReadyModel:
 
     @property
     def shards(self) -> Path | None:
-        """The folder of the shards that it was trained on, where that is known."""
+        """The folder with the shards that it was trained on, where that is known."""
         if self._data.get("type") == "prepared":
             return Path(str(self._data["path"]))
         return self.run.root / "data" if self.run is not None else None
@@ -98,7 +82,7 @@ class ReadyModel:
         return data if isinstance(data, Mapping) else {}
 
     def describe(self) -> str:
-        """One line: where, how large, how trained."""
+        """Return one line: where it is, how large it is and how it was trained."""
         trained = {"": "", "pretrain": ", pretrained", "sft": ", fine-tuned (sft)"}.get(self.kind, f", trained by {self.kind}")
         return f"{self.path}: {self.model.config.num_parameters:,} parameters{trained}"
 
@@ -106,19 +90,19 @@ class ReadyModel:
 def open_model(checkpoint: str | Path, *, device: str = "auto", which: str = "newest") -> ReadyModel:
     """Load a run folder's newest (or best) checkpoint, or the one given, for sampling and scoring.
 
-    On a CPU it computes in fp32, because eager bf16 is far slower there; on a GPU in bf16 where that is faster. Raises
-    UserError when there is no good checkpoint; for a folder that holds several runs the message names them.
+    It computes in fp32 on a CPU, where eager bf16 is far slower, and in bf16 on a GPU where that is faster. Raises UserError
+    when there is no good checkpoint; for a folder with several runs the message names them.
     """
     chosen = pick_device(device)
     dtype = torch.float32 if chosen.type == "cpu" else pick_dtype("auto", chosen)
     loaded = load_model(_one_run(Path(checkpoint)), device=chosen, compute_dtype=dtype, which=which)
     config = loaded.path / CONFIG_FILE
     training = load_yaml(config.read_text(encoding="utf-8"), str(config)) if config.is_file() else None
-    return ReadyModel(loaded, training if isinstance(training, Mapping) else {})
+    return ReadyModel(**vars(loaded), training=training if isinstance(training, Mapping) else {})
 
 
 def _one_run(path: Path) -> Path:
-    """The same path, unless it holds runs and is none: which of them is meant only the user knows."""
+    """Return ``path``; raises UserError when it holds several runs, because only the user knows which is meant."""
     if not path.is_dir() or RunFolder(path).checkpoints.is_dir():
         return path
     runs = [sub for sub in sorted(path.iterdir()) if RunFolder(sub).checkpoints.is_dir()]

@@ -1,8 +1,7 @@
-"""The plain sampling loop: run the whole prefix through the model again for every token. Slow, and obviously right.
+"""The plain sampling loop, which runs the whole prefix through the model again for every token: slow, and obviously right.
 
-It is the reference that ``engine.py`` is tested against and the baseline that ``benchmarks/bench_sample.py`` divides by.
-All rows advance together; prompts of different lengths are padded on the right, where causal attention never looks.
-Same seed, same tokens as the engine.
+It draws what ``engine.py`` draws, which is tested against it, and ``benchmarks/bench_sample.py`` compares their speed. All rows
+advance together; prompts of different lengths are padded on the right, where causal attention never looks.
 
 Shape legend: B rows, T tokens, V vocabulary.
 """
@@ -34,7 +33,7 @@ def generate_by_recompute(
     rows = [list(prompt) for prompt in prompts for _ in range(samples_per_prompt)]
     starts = [len(row) for row in rows]
     logprobs: list[list[float]] = [[] for _ in rows]
-    kept: list[list[torch.Tensor]] = [[] for _ in rows]
+    masks: list[list[torch.Tensor]] = [[] for _ in rows]
     finished = [False] * len(rows)
     row_B = torch.arange(len(rows), device=device)
     for _ in range(sampling.max_new_tokens):
@@ -53,11 +52,10 @@ def generate_by_recompute(
             logprobs[index].append(logp)
             finished[index] = token in sampling.stop_ids
             if mask_BV is not None:
-                kept[index].append(pack_mask(mask_BV[index]).cpu())
+                masks[index].append(pack_mask(mask_BV[index]).cpu())
     return Rollout(
         completions=[row[start:] for row, start in zip(rows, starts, strict=True)],
         logprobs=logprobs,
         finished=finished,
-        vocab_size=model.config.vocab_size,
-        packed_masks=[torch.stack(masks) for masks in kept] if kept and kept[0] else None,
+        packed_masks=[torch.stack(each) for each in masks] if masks and masks[0] else None,
     )

@@ -1,4 +1,4 @@
-"""What a sampler is asked for and what it returns, shared by the fast engine and the plain recompute loop."""
+"""What sampling returns and what it refuses, for the engine and the plain loop that it is tested against."""
 
 from __future__ import annotations
 
@@ -10,24 +10,22 @@ from torch import Tensor
 
 from osler.errors import UserError
 from osler.model.config import ModelConfig
-from osler.ops.sampling import unpack_mask
 from osler.ops.sampling_params import SamplingParams
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """Completions, one per row (row r belongs to prompt r // samples_per_prompt), without their prompts.
+    """Completions without their prompts, one per row; row r belongs to prompt r // samples_per_prompt.
 
-    A completion includes the stop token when one was drawn; ``finished`` is False where the length limit cut it.
-    ``logprobs`` are those the tokens were drawn with: at the sampling temperature, over the sampling mask (greedy:
-    temperature 1, whole vocabulary). ``packed_masks`` holds each row's sampling masks in bits, uint8 [tokens, V / 8] on the
-    CPU, or is None when nothing was cut off.
+    A completion includes the stop token when one was drawn; ``finished`` is False where the length limit cut it. ``logprobs``
+    are those that the tokens were drawn with: at the sampling temperature, over the sampling mask (greedy: temperature 1, whole
+    vocabulary). ``packed_masks`` has the sampling masks of each row, packed by ``pack_mask``, uint8 [tokens, V / 8] on the CPU;
+    it is None when every token could be drawn.
     """
 
     completions: list[list[int]]
     logprobs: list[list[float]]
     finished: list[bool]
-    vocab_size: int
     packed_masks: list[Tensor] | None = None
 
     @classmethod
@@ -37,7 +35,6 @@ class Rollout:
             completions=[[] for _ in range(rows)],
             logprobs=[[] for _ in range(rows)],
             finished=[False] * rows,
-            vocab_size=vocab_size,
             packed_masks=[torch.empty(0)] * rows if sampling.truncates(vocab_size) else None,
         )
 
@@ -45,15 +42,11 @@ class Rollout:
     def num_tokens(self) -> int:
         return sum(len(completion) for completion in self.completions)
 
-    def sampling_mask(self, row: int) -> Tensor | None:
-        """The sampling masks of one row, bool [tokens, vocab_size] on the CPU; None when nothing was cut off."""
-        return None if self.packed_masks is None else unpack_mask(self.packed_masks[row], self.vocab_size)
-
 
 def check_prompts(
     config: ModelConfig, prompts: Sequence[Sequence[int]], samples_per_prompt: int, sampling: SamplingParams
 ) -> None:
-    """Refuse what the model cannot continue, naming the prompt and the numbers (UserError)."""
+    """Raise UserError for what the model cannot continue, naming the prompt and the numbers."""
     if samples_per_prompt < 1:
         raise UserError(f"samples_per_prompt is {samples_per_prompt}: ask for at least one sample.")
     for index, prompt in enumerate(prompts):

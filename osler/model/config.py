@@ -1,4 +1,4 @@
-"""The shape of a model, and what follows from it by arithmetic: parameters, FLOPs per token, bytes of KV cache. Torch-free.
+"""The shape of a model and what follows from it: parameters, FLOPs per token, bytes of KV cache. Torch-free.
 
 One family covers every recipe: decoder-only, pre-norm RMSNorm, RoPE, QK-norm before RoPE, grouped-query attention, SwiGLU,
 no biases. The standard class with the same mathematics is Hugging Face's Qwen3; parameters carry its names.
@@ -74,7 +74,7 @@ class ModelConfig:
 
     @property
     def padded_vocab_size(self) -> int:
-        """Rows the embedding and head are allocated with; rows past ``vocab_size`` are never trained, sampled or counted."""
+        """Rows of the embedding and the head; those past ``vocab_size`` are never trained, sampled or counted."""
         return -(-self.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
     @property
@@ -87,7 +87,7 @@ class ModelConfig:
 
     @property
     def matrix_parameters(self) -> int:
-        """Weights of the transformer blocks that multiply activations (no embeddings, no head, no norms)."""
+        """Number of weights in the matrices of the transformer blocks."""
         attention = self.hidden_size * (2 * self.query_size + 2 * self.kv_size)
         return self.num_layers * (attention + 3 * self.hidden_size * self.intermediate_size)
 
@@ -110,11 +110,11 @@ class ModelConfig:
 
     @property
     def num_parameters(self) -> int:
-        """Exact number of parameters, padding rows not counted."""
+        """Number of parameters without padding rows."""
         return self.matrix_parameters + self.embedding_parameters + self.head_parameters + self.norm_parameters
 
     def flops_per_token(self, seq_len: int) -> int:
-        """Training FLOPs per token by the PaLM convention (non-causal).
+        """Return the training FLOPs per token by the PaLM convention (non-causal).
 
         6 x (matrices and head) + 12 x num_layers x num_heads x head_dim x seq_len.
         """
@@ -125,5 +125,5 @@ class ModelConfig:
         return 6 * (self.matrix_parameters + head) + 12 * self.num_layers * self.query_size * seq_len
 
     def kv_cache_bytes(self, batch: int, seq_len: int, dtype_bytes: int = 2) -> int:
-        """Bytes of the keys and values of ``batch`` rows of ``seq_len`` tokens."""
+        """Return the bytes of the keys and values of ``batch`` rows of ``seq_len`` tokens."""
         return 2 * self.num_layers * batch * seq_len * self.kv_size * dtype_bytes

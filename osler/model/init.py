@@ -1,4 +1,4 @@
-"""How every weight starts, in one table.
+"""How every weight starts.
 
 | parameter                     | start                                                                                       |
 |-------------------------------|---------------------------------------------------------------------------------------------|
@@ -11,19 +11,19 @@
 
 QK-norm weights start at ``qk_norm_init`` instead.
 
-``attention_init="mirrored"`` then overwrites q_proj with k_proj of its group and o_proj with half of v_projᵀ: heads start as
-"look at tokens like me, copy what they are" (mimetic initialisation, arXiv 2305.09828). ``"induction"`` does that and wires one
-induction head by hand (arXiv 2209.11895) into the first key/value head of the first two layers, because a small model that must
-copy from its context otherwise spends most of its training before one forms by chance; see ``_wire_induction``. Everything stays
-ordinary weights that train and export like others. Draws come from a CPU generator in parameter order, so a seed means one model
-everywhere. Where weights are cut over ranks, every rank draws all of them, one parameter at a time, and keeps its parts.
+``attention_init="mirrored"`` then overwrites q_proj with k_proj of its group and o_proj with half of v_projᵀ, so heads start by
+looking at tokens like theirs and copying what they are (mimetic initialisation, arXiv 2305.09828). ``"induction"`` does that and
+wires one induction head by hand (arXiv 2209.11895) into the first key/value head of the first two layers, because a small model
+that must copy from its context spends most of its training before one forms by chance. All of them are ordinary weights.
+
+Draws come from a CPU generator in parameter order, so a seed means the same model everywhere. Where weights are cut over ranks,
+every rank draws all of them, one parameter at a time, and keeps its parts.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +38,7 @@ MATCH_DISTANCE = 50  # tokens over which a matching head must not be turned by m
 
 
 def init_weights(model: nn.Module, config: ModelConfig, seed: int) -> None:
-    """Fill ``model``'s parameters in place by the table above."""
+    """Fill the parameters of ``model`` in place by the table above."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -88,26 +88,18 @@ def _mirror(layer: Attention, config: ModelConfig) -> None:
 def _wire_induction(
     embedding: Tensor, first: Attention, second: Attention, config: ModelConfig, generator: torch.Generator
 ) -> None:
-    """Make the first key/value head of two layers say: find where this token stood before, and copy what came after it.
+    """Make the first key/value head of two layers find where this token stood before, and copy what came after it.
 
     The hidden vector gets three parts: a constant, ``head_dim`` places for "the token before me", and the rest, which is the
-    token itself. In the first layer a head looks one position back, by the constant alone: its keys are one fixed vector in the
-    fastest RoPE pairs, its queries the same vector turned by one position. It writes a projection of the token it finds into the
-    reserved places. In the second layer queries are that projection of the token itself, in the slow RoPE pairs that distance
-    hardly turns, keys are the reserved places, and what is found is added to the token part.
+    token itself. In the first layer the head looks one position back by the constant alone: its keys are one fixed vector in the
+    fastest RoPE pairs, its queries the same vector turned by one position. It writes a projection of the token that it finds into
+    the reserved places. In the second layer the queries are that projection of the token itself, in the slow RoPE pairs that
+    distance hardly turns; the keys are the reserved places, and what is found is added to the token part.
     """
     size, hidden = config.head_dim, config.hidden_size
-    groups = config.num_heads // config.num_kv_heads
+    groups = config.num_heads // config.num_kv_heads  # query heads that share the key/value head share the work
     before, token = slice(1, 1 + size), slice(1 + size, hidden)
-
-    @contextmanager
-    def editing(parameter: Tensor) -> Iterator[Tensor]:
-        full = whole(parameter)
-        yield full
-        put_whole(parameter, full)
-
-    with editing(embedding) as full:
-        full[:, 0], full[:, before] = 1.0, 0.0
+    everything = slice(None)
 
     def token_projection() -> Tensor:
         projection = torch.zeros(size, hidden)
@@ -125,17 +117,19 @@ def _wire_induction(
     reserved = torch.zeros(size, hidden)
     reserved[:, before] = torch.eye(size)
 
-    # The query heads that share the key/value head share the work.
-    wiring = {
-        first: (torch.outer(fixed, constant), identity, torch.outer(one_back, constant), reserved.T / groups),
-        second: (reserved * slow, copied, identity * slow, copied.T / groups),
-    }
-    for layer, (key, value, query, output) in wiring.items():
-        with editing(layer.k_proj.weight) as full:
-            full[:size] = key
-        with editing(layer.v_proj.weight) as full:
-            full[:size] = value
-        with editing(layer.q_proj.weight) as full:
-            full[: groups * size] = query.repeat(groups, 1)
-        with editing(layer.o_proj.weight) as full:
-            full[:, : groups * size] = output.repeat(1, groups)
+    _overwrite(embedding, (everything, 0), 1.0)
+    _overwrite(embedding, (everything, before), 0.0)
+    for layer, key, value, query, output in (
+        (first, torch.outer(fixed, constant), identity, torch.outer(one_back, constant), reserved.T / groups),
+        (second, reserved * slow, copied, identity * slow, copied.T / groups),
+    ):
+        _overwrite(layer.k_proj.weight, slice(size), key)
+        _overwrite(layer.v_proj.weight, slice(size), value)
+        _overwrite(layer.q_proj.weight, slice(groups * size), query.repeat(groups, 1))
+        _overwrite(layer.o_proj.weight, (everything, slice(groups * size)), output.repeat(1, groups))
+
+
+def _overwrite(parameter: Tensor, part: Any, values: Tensor | float) -> None:
+    full = whole(parameter)
+    full[part] = values
+    put_whole(parameter, full)

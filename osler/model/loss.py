@@ -1,4 +1,4 @@
-"""The loss of training as one module: what a parallel engine wraps and what is compiled.
+"""The loss of training as one module, which a parallel engine wraps and a compiler compiles.
 
 Shape legend: B batch, T tokens, D hidden.
 """
@@ -15,7 +15,7 @@ from osler.runtime.faults import poisoned
 
 
 class ModelLoss(nn.Module):
-    """A loss with the model that it is of: its forward pass goes from tokens to a number."""
+    """A loss and its model in one module, whose forward pass goes from tokens to a number."""
 
     def __init__(self, model: Transformer) -> None:
         super().__init__()
@@ -23,13 +23,13 @@ class ModelLoss(nn.Module):
 
 
 class SummedLoss(ModelLoss):
-    """Maps (ids, labels, document ids or None) to the summed cross-entropy in nats; fit for ``torch.compile``."""
+    """Map (ids, labels, document ids or None) to the summed cross-entropy in nats; fit for ``torch.compile``."""
 
     def forward(self, ids_BT: Tensor, labels_BT: Tensor, document_BT: Tensor | None) -> Tensor:
         return self.of_hidden(self.model(ids_BT, document_BT=document_BT), labels_BT)
 
     def of_hidden(self, hidden_BTD: Tensor, labels_BT: Tensor) -> Tensor:
-        """The part after the last block; apart, so that it can be compiled apart."""
+        """Compute the part after the last block, which can be compiled by itself."""
         features, weight = self.model.head(hidden_BTD)
         return linear_cross_entropy(features, weight, labels_BT.flatten(), vocab_size=self.model.config.vocab_size)
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def rope_tables(max_seq_len: int, head_dim: int, theta: float, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
-    """Cosines and sines, each [max_seq_len, head_dim] fp32; the second half of a row repeats the first."""
+    """Return cosines and sines, each [max_seq_len, head_dim] fp32; the second half of a row repeats the first."""
     frequencies = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim)
     angles = torch.outer(torch.arange(max_seq_len, dtype=torch.float32, device=device), frequencies)
     angles = torch.cat([angles, angles], dim=-1)
@@ -17,8 +17,7 @@ def rope_tables(max_seq_len: int, head_dim: int, theta: float, device: torch.dev
 def apply_rope(x_BTNH: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate each (i, i + H/2) pair of the last dimension; ``cos`` and ``sin`` broadcast against ``x`` and have its dtype.
 
-    Their second half repeats the first (``rope_tables``). Each half of ``x`` is computed by itself, because a compiler makes slow
-    code of halves that change places first.
+    Each half of ``x`` is computed by itself, because a compiler makes slow code of halves that change places first.
     """
     left, right = x_BTNH.chunk(2, dim=-1)
     cos, sin = (table[..., : left.shape[-1]] for table in (cos, sin))

@@ -1,9 +1,9 @@
-"""Linear head and cross-entropy in one, by chunks of tokens: of tokens x vocabulary logits only a bounded part is ever held.
+"""Linear head and cross-entropy in one, by chunks of tokens, so that only a part of the tokens x vocabulary logits is in memory.
 
-Idea: the gradient of a summed cross-entropy with respect to the logits is known as soon as the logits are, so the forward pass
-turns each chunk of logits into its contribution to the gradients and forgets it. Log-probabilities of given labels (RL) do not
-know their gradient yet; they recompute each chunk in the backward pass instead. The matmuls run in the dtype of the features,
-the log-sum-exp and every sum of weight gradients in fp32. Both pass ``torch.compile(fullgraph=True)``.
+The gradient of a summed cross-entropy with respect to the logits is known as soon as the logits are, so the forward pass turns
+each chunk of logits into its part of the gradients and forgets it. The gradient of log-probabilities (RL) is not known yet, so
+their backward pass computes each chunk again. The matmuls run in the dtype of the features, the log-sum-exp and every sum of
+weight gradients in fp32. Both pass ``torch.compile(fullgraph=True)``.
 
 Shape legend: N tokens, R features per token, V rows of the head (padding included), C tokens of one chunk.
 """
@@ -22,24 +22,16 @@ from osler.ops.labels import IGNORED
 MOST_CHUNK_TOKENS = 2048
 WEIGHT_PIECE = 1 << 25  # elements of a weight gradient that are widened to fp32 at a time: 128 MB
 CHUNK_BYTES = 1 << 28  # of logits: in fp32 1,280 tokens of 50k words, 320 of 200k
-BLOCK_LOGITS = {"cpu": 1 << 21}  # logits that are widened to fp32 at a time: few enough to stay in the cache while worked on
+BLOCK_LOGITS = {"cpu": 1 << 21}  # logits that are widened to fp32 at a time: few enough to stay in the cache
 TILES = {"cpu": 4}  # parts of the vocabulary that compiled code takes one after another, each as wide as TILE_WORDS at least
 TILE_WORDS = 12_800
 TILED_CHUNK_TOKENS, TILED_CHUNK_BYTES = 4096, 400 << 20  # in tiles: the gradient of only one of them stands beside the logits
 
 
-def cross_entropy_reference(
-    features_NR: Tensor,
-    weight_VR: Tensor,
-    labels_N: Tensor,
-    *,
-    vocab_size: int | None = None,
-    loss_weight_N: Tensor | None = None,
-) -> Tensor:
-    """The formula itself: full logits, summed ``F.cross_entropy``; what :func:`linear_cross_entropy` is tested against."""
+def cross_entropy_reference(features_NR: Tensor, weight_VR: Tensor, labels_N: Tensor, *, vocab_size: int | None = None) -> Tensor:
+    """Compute :func:`linear_cross_entropy` by its definition: full logits, and the sum of ``F.cross_entropy``."""
     logits = _wide(features_NR @ weight_VR[:vocab_size].to(features_NR.dtype).T)
-    losses = F.cross_entropy(logits, labels_N, ignore_index=IGNORED, reduction="none")
-    return (losses if loss_weight_N is None else losses * loss_weight_N).sum()
+    return F.cross_entropy(logits, labels_N, ignore_index=IGNORED, reduction="sum")
 
 
 def linear_cross_entropy(
@@ -48,18 +40,13 @@ def linear_cross_entropy(
     labels_N: Tensor,
     *,
     vocab_size: int | None = None,
-    loss_weight_N: Tensor | None = None,
     chunk_tokens: int | None = None,
 ) -> Tensor:
-    """Sum over tokens of -log softmax(features @ weight.T)[label], fp32 scalar, in nats.
+    """Return the sum over tokens of -log softmax(features @ weight.T)[label], fp32 scalar, in nats.
 
-    Labels equal to -100 count nothing; ``loss_weight_N`` scales each token; weight rows from ``vocab_size`` on are padding and
-    take no probability.
+    Labels equal to -100 count nothing; weight rows from ``vocab_size`` on are padding and take no probability.
     """
-    valid_N = labels_N != IGNORED
-    scale_N = _wide(valid_N.to(features_NR.dtype))  # in the dtype of every sum
-    if loss_weight_N is not None:
-        scale_N = scale_N * loss_weight_N.to(scale_N.dtype)
+    scale_N = _wide((labels_N != IGNORED).to(features_NR.dtype))  # in the dtype of every sum
     loss: Tensor = _LinearCrossEntropy.apply(
         features_NR,
         weight_VR,
@@ -81,10 +68,10 @@ def linear_logprobs(
     mask_NV: Tensor | None = None,
     chunk_tokens: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Log-probability of each label and entropy of its distribution, both [N] fp32 in nats, at ``temperature``.
+    """Return the log-probability of each label and the entropy of its distribution, both [N] fp32 in nats, at ``temperature``.
 
-    ``mask_NV`` (bool, True = kept, [N, vocab_size]) renormalises over a sampling mask, which must hold the label. Only the
-    log-probabilities are differentiable.
+    ``mask_NV`` (bool, [N, vocab_size]) is a sampling mask to renormalise over; it must include the labels. The entropy has no
+    gradient.
     """
     logp, entropy = _LinearLogprobs.apply(
         features_NR,
@@ -99,7 +86,7 @@ def linear_logprobs(
 
 
 def default_chunk_tokens(vocab_size: int, logit_bytes: int = 4) -> int:
-    """How many tokens' logits are held at a time: what ``CHUNK_BYTES`` allows, in multiples of 64."""
+    """Return how many tokens' logits fit in ``CHUNK_BYTES``, in multiples of 64."""
     return max(64, min(MOST_CHUNK_TOKENS, CHUNK_BYTES // (logit_bytes * vocab_size) // 64 * 64))
 
 
@@ -116,9 +103,9 @@ def _tile_words(head_VR: Tensor) -> int:
 
 @torch.library.custom_op("osler::in_turn", mutates_args=(), schema="(Tensor x, Tensor[] after) -> Tensor")
 def in_turn(x: Tensor, after: list[Tensor]) -> Tensor:
-    """``x``, once ``after`` has been computed.
+    """Return ``x`` once ``after`` has been computed.
 
-    A compiler sees no order between chunks and fuses across them, until the logits of all chunks lie side by side in memory.
+    Otherwise a compiler, which sees no order between chunks, fuses across them until the logits of all chunks are in memory.
     """
     return x.clone()
 
@@ -129,7 +116,7 @@ def _(x: Tensor, after: list[Tensor]) -> Tensor:
 
 
 def _wide(x: Tensor) -> Tensor:
-    """At least fp32: bf16 is widened, fp64 (numerical tests) stays."""
+    """Return ``x`` in fp32 at least: bf16 is widened, fp64 (numerical tests) stays."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -158,7 +145,7 @@ class _Gradients(NamedTuple):
 def _eager_gradients(
     features_NR: Tensor, head_VR: Tensor, labels_N: Tensor, scale_N: Tensor, vocab_size: int, chunk_tokens: int
 ) -> _Gradients:
-    """Chunk by chunk, each one's logits overwritten with their gradient."""
+    """Go chunk by chunk and overwrite the logits of each with their gradient."""
     grad_head = torch.zeros_like(head_VR, dtype=scale_N.dtype)
     losses, grad_chunks = [], []
     for x, label, scale in zip(*(each.split(chunk_tokens) for each in (features_NR, labels_N, scale_N)), strict=True):
@@ -171,9 +158,9 @@ def _eager_gradients(
 
 
 def _into_gradient(logits_CV: Tensor, label_C: Tensor, scale_C: Tensor, vocab_size: int) -> Tensor:
-    """Summed loss of one chunk, whose gradient is written over its logits.
+    """Return the summed loss of one chunk and write its gradient over its logits.
 
-    Run operator by operator, a chunk would go through memory once for each of them; a block of its rows stays in the cache.
+    A whole chunk would go through memory once for every operator; a block of its rows stays in the cache.
     """
     rows = max(1, BLOCK_LOGITS.get(logits_CV.device.type, logits_CV.numel()) // logits_CV.shape[1])
     losses = []
@@ -186,7 +173,7 @@ def _into_gradient(logits_CV: Tensor, label_C: Tensor, scale_C: Tensor, vocab_si
 
 
 def _add_weight_gradient(grad_weight_VR: Tensor, grad_logits_CV: Tensor, x_CR: Tensor) -> None:
-    """Add one chunk's part, in pieces of the vocabulary: the product of all of it, widened, would be as large as the sum."""
+    """Add one chunk's part, in pieces of the vocabulary, because the whole product, widened, would be as large as the sum."""
     rows = max(1, WEIGHT_PIECE // x_CR.shape[1])
     if rows >= grad_weight_VR.shape[0] or torch.compiler.is_compiling():  # compiled, nothing is widened on its own
         grad_weight_VR += grad_logits_CV.T @ x_CR
@@ -198,9 +185,10 @@ def _add_weight_gradient(grad_weight_VR: Tensor, grad_logits_CV: Tensor, x_CR: T
 def _compiled_gradients(
     features_NR: Tensor, head_VR: Tensor, labels_N: Tensor, scale_N: Tensor, vocab_size: int, chunk_tokens: int
 ) -> _Gradients:
-    """What ``_eager_gradients`` gives, for a compiler, which fuses what is done to a logit; on a CPU by tiles of the vocabulary.
+    """Compute the same in a form for a compiler, which fuses what is done to a logit.
 
-    The matmuls behind a tile's gradient then find more of it in the cache. Parts of several chunks are summed in fp32.
+    A CPU goes by tiles of the vocabulary, so that the matmuls behind a tile's gradient find more of it in the cache. Parts of
+    several chunks are summed in fp32.
     """
     chunks = list(zip(*(each.split(chunk_tokens) for each in (features_NR, labels_N, scale_N)), strict=True))
     tile_words = _tile_words(head_VR)
@@ -234,7 +222,7 @@ def _compiled_gradients(
 def _tile_logits(
     x_CR: Tensor, tiles: Sequence[tuple[int, Tensor]], label_C: Tensor, vocab_size: int
 ) -> tuple[list[Tensor], Tensor, Tensor]:
-    """The logits tile by tile (first word, rows of the head), their log-sum-exp over all tiles, and those of the labels."""
+    """Return the logits of every tile (first word, rows of the head), their log-sum-exp over all, and those of the labels."""
     tile_logits: list[Tensor] = []
     log_sums: list[Tensor] = []
     label_logit_C = torch.zeros_like(label_C, dtype=torch.promote_types(x_CR.dtype, torch.float32))

@@ -1,3 +1,3 @@
-"""The label of a token that is not learned: data writes it, loss and scores leave it out. Torch-free."""
+"""The label of a token that is not learned. Torch-free."""
 
 IGNORED = -100

@@ -1,9 +1,9 @@
-"""Stochastic rounding to bf16: up or down at random, so that the mean of many roundings is the number itself.
+"""Stochastic rounding to bf16: up or down at random, so that the mean of many roundings is the number.
 
-A weight of 1.0 in bf16 has its neighbours 0.4 and 0.8 % away. Rounded to the nearest, an update smaller than half of that is
-lost, and lost again in every step; rounded stochastically it arrives once in so many steps (Gupta et al., arXiv 1502.02551). A
-bf16 number is the upper half of an fp32 word, so adding 16 random bits to the word and cutting off its lower half rounds up with
-exactly the probability that the cut half stands for. Numbers that bf16 can hold stay as they are.
+A weight of 1.0 in bf16 has its neighbours 0.4 and 0.8 % away. Rounding to the nearest loses every update smaller than half of
+that; stochastic rounding applies it once in so many steps (Gupta et al., arXiv 1502.02551). A bf16 number is the upper half of an
+fp32 word, so adding 16 random bits to the word and cutting off its lower half rounds up with exactly the probability that the cut
+half stands for. Numbers that bf16 can represent stay as they are.
 
 The random bits are a hash of (key, position), as in ``ops/sampling.py``: there is no state, so there is nothing to resume.
 """
@@ -20,7 +20,7 @@ _LOW_16 = 0xFFFF
 
 
 def random_bits(key: Tensor, first: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Three independent draws of 16 bits (int64 [count]) for the positions from ``first`` on, on the device of ``key``.
+    """Return three independent draws of 16 bits (int64 [count]) for the positions from ``first`` on, on the device of ``key``.
 
     ``key`` is an int64 scalar out of ``mix``: keys that differ in few bits would draw the same at neighbouring positions. The
     same key and position give the same bits on every device.
@@ -40,7 +40,7 @@ def round_stochastic(x: Tensor, bits: Tensor) -> Tensor:
 
 
 def round_stochastic_reference(x: Tensor, bits: Tensor) -> Tensor:
-    """The same by the definition, in float64: away from zero with the probability of the way from the neighbour inside."""
+    """Do the same by its definition in float64: the share of the way to the outer neighbour is the probability."""
     nearest = x.to(torch.bfloat16)
     beyond = nearest.abs() > x.abs()
     zero = torch.zeros_like(nearest)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -238,12 +239,12 @@ def test_a_task_without_type_is_the_clinic_with_some_fields_changed():
 
 def test_a_grpo_run_without_the_clinic_sits_the_exam_it_was_evaluated_on(made):
     ready = open_model(made / "notes", device="cpu")
-    other = type(ready)(ready.loaded, {"tasks": [{"task": {"type": "medqa", "path": "train.jsonl"}}],
-                                       "eval_task": {"type": "medqa", "path": "test.jsonl", "split": "test"}})  # fmt: skip
+    exam = {"type": "medqa", "path": "test.jsonl", "split": "test"}
+    other = replace(ready, training={"tasks": [{"task": {"type": "medqa", "path": "train.jsonl"}}], "eval_task": exam})
     config, shards = complete(EvalConfig(), other)
     assert list(parts(config.task)) == ["medqa test"] and shards is None
     with pytest.raises(UserError, match=r"task\.type=medqa"):
-        complete(EvalConfig(), type(ready)(ready.loaded, {"data": {"type": "turns"}}))
+        complete(EvalConfig(), replace(ready, training={"data": {"type": "turns"}}))
     given = EvalConfig(task=ClinicTask())
     assert complete(given, other) == (given, None)
 

@@ -254,4 +254,4 @@ def test_a_prompt_that_fills_the_context_is_refused(runs):
     ],
 )
 def test_a_model_is_asked_to_think_if_it_learned_to(training, reasons):
-    assert ReadyModel(None, training).reasons is reasons
+    assert ReadyModel(path=None, model=None, tokenizer=None, state={}, training=training).reasons is reasons

@@ -18,6 +18,7 @@ from osler.model.decoder import Decoder
 from osler.model.kv_cache import cache_dtype
 from osler.model.transformer import Transformer
 from osler.ops.cross_entropy import linear_logprobs
+from osler.ops.sampling import unpack_mask
 from osler.ops.sampling_params import SamplingParams
 
 PLAIN = ModelConfig(
@@ -70,9 +71,8 @@ def assert_same(a: Rollout, b: Rollout) -> None:
     for x, y in zip(a.logprobs, b.logprobs, strict=True):
         torch.testing.assert_close(torch.tensor(x), torch.tensor(y), atol=1e-5, rtol=0)
     assert (a.packed_masks is None) == (b.packed_masks is None)
-    for row in range(len(a.completions)):
-        kept_a, kept_b = a.sampling_mask(row), b.sampling_mask(row)
-        assert (kept_a is None and kept_b is None) or torch.equal(kept_a, kept_b)
+    for x, y in zip(a.packed_masks or (), b.packed_masks or (), strict=True):
+        assert torch.equal(x, y)
 
 
 def draw(
@@ -118,6 +118,7 @@ def test_a_part_of_a_call_draws_what_the_whole_draws() -> None:
 def test_logprobs_equal_a_full_forward(name: str) -> None:
     model = build(CONFIGS["tied-factorized"])
     rollout = draw(model, **SETTINGS[name])
+    masks = rollout.packed_masks
     for row, (completion, logprobs) in enumerate(zip(rollout.completions, rollout.logprobs, strict=True)):
         prompt = PROMPTS[row // 3]
         hidden = model(torch.tensor([prompt + completion]))[:, len(prompt) - 1 : -1]
@@ -128,7 +129,7 @@ def test_logprobs_equal_a_full_forward(name: str) -> None:
             torch.tensor(completion),
             vocab_size=model.config.vocab_size,
             temperature=SETTINGS[name].get("temperature", 1.0) or 1.0,
-            mask_NV=rollout.sampling_mask(row),
+            mask_NV=None if masks is None else unpack_mask(masks[row], 50),
         )
         torch.testing.assert_close(torch.tensor(logprobs), expected.detach(), atol=1e-5, rtol=0)
 
