@@ -113,7 +113,7 @@ class InferenceEngine:
         check_prompts(self.model.config, prompts, samples_per_prompt, sampling)
         asked = [tuple(prompt) for prompt in prompts for _ in range(samples_per_prompt)]
         rollout = Rollout.empty(len(asked), self.model.config.vocab_size, sampling)
-        decoder = self._decoder(min(self.max_rows, max(len(asked), 1)))
+        decoder = self._lay_out(min(self.max_rows, max(len(asked), 1)))
         for start in range(0, len(asked), self.max_rows):
             wave = asked[start : start + self.max_rows]
             row_B = torch.arange(start, start + len(wave), device=decoder.device)
@@ -125,7 +125,7 @@ class InferenceEngine:
         check_prompts(self.model.config, [prompt], 1, sampling)
         # Entered around each step and not around the loop: a generator's caller must not find itself in inference mode.
         with torch.inference_mode():
-            decoder = self._decoder(1)
+            decoder = self._lay_out(1)
             rows = self._prefill(decoder, [tuple(prompt)], torch.zeros(1, dtype=torch.int64, device=decoder.device), sampling)
             token = int(rows.token_B)
         yield token
@@ -137,8 +137,8 @@ class InferenceEngine:
                 token = int(rows.token_B)
             yield token
 
-    def _decoder(self, rows: int) -> Decoder:
-        """Lay out the weights that the model has now."""
+    def _lay_out(self, rows: int) -> Decoder:
+        """Copy the weights that the model has now into the layout of decoding."""
         return Decoder(self.model, Layout(self.dtype, rows, pack=not self._compile))
 
     def _run(self, decoder: Decoder, rows: _Rows, numbers: list[int], sampling: SamplingParams, rollout: Rollout) -> None:

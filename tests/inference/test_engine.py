@@ -17,8 +17,6 @@ from osler.model.config import ModelConfig
 from osler.model.decoder import Decoder
 from osler.model.kv_cache import cache_dtype
 from osler.model.transformer import Transformer
-from osler.ops.cross_entropy import linear_logprobs
-from osler.ops.sampling import unpack_mask
 from osler.ops.sampling_params import SamplingParams
 
 PLAIN = ModelConfig(
@@ -114,26 +112,6 @@ def test_a_part_of_a_call_draws_what_the_whole_draws() -> None:
     assert_same(part, recompute(model, PROMPTS[1:], first_row=3))
 
 
-@pytest.mark.parametrize("name", [*SETTINGS])
-def test_logprobs_equal_a_full_forward(name: str) -> None:
-    model = build(CONFIGS["tied-factorized"])
-    rollout = draw(model, **SETTINGS[name])
-    masks = rollout.packed_masks
-    for row, (completion, logprobs) in enumerate(zip(rollout.completions, rollout.logprobs, strict=True)):
-        prompt = PROMPTS[row // 3]
-        hidden = model(torch.tensor([prompt + completion]))[:, len(prompt) - 1 : -1]
-        features, weight = model.head(hidden)
-        expected, _ = linear_logprobs(
-            features,
-            weight,
-            torch.tensor(completion),
-            vocab_size=model.config.vocab_size,
-            temperature=SETTINGS[name].get("temperature", 1.0) or 1.0,
-            mask_NV=None if masks is None else unpack_mask(masks[row], 50),
-        )
-        torch.testing.assert_close(torch.tensor(logprobs), expected.detach(), atol=1e-5, rtol=0)
-
-
 # ---- against itself
 
 
@@ -145,15 +123,6 @@ def test_polling_compaction_and_waves_change_nothing(changes: dict[str, int], na
     lengths = {len(completion) for completion in expected.completions}
     assert len(lengths) > 5, "rows must end at different steps, or compaction is not exercised"
     assert_same(draw(model, samples=6, **changes, **SETTINGS[name]), expected)
-
-
-def test_a_row_draws_the_same_whatever_shares_its_batch() -> None:
-    model = build(PLAIN)
-    together = draw(model, [[1, 2, 3], [4, 5, 6, 7, 8, 9, 10, 11, 12], [3]], samples=1)
-    first = draw(model, [[1, 2, 3]], samples=1)
-    assert together.completions[0] == first.completions[0]
-    other_neighbours = draw(model, [[1, 2, 3], [9], [40, 41]], samples=1)
-    assert other_neighbours.completions[0] == first.completions[0]
 
 
 def test_samples_of_one_prompt_equal_that_many_prompts() -> None:

@@ -53,32 +53,12 @@ def test_unbiased_kl_has_the_gradient_of_the_divergence(off_policy):
     torch.testing.assert_close(gradient, true_kl_gradient(theta, logp_ref), atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("off_policy", [False, True], ids=POLICIES)
-@pytest.mark.parametrize("kind", ["k3", "k1"])
-def test_plain_estimates_have_another_gradient(kind, off_policy):
-    theta, logp_old, logp_ref = bandit(off_policy)
-    gradient = expected_kl_gradient(theta, logp_old, logp_ref, kind)
-    assert (gradient - true_kl_gradient(theta, logp_ref)).abs().max() > 1e-2
-
-
 def test_on_policy_the_plain_estimates_have_their_known_gradients():
     theta, logp_old, logp_ref = bandit(off_policy=False)
     k1, k2, k3 = (expected_kl_gradient(theta, logp_old, logp_ref, kind) for kind in ("k1", "k2", "k3"))
     torch.testing.assert_close(k1, torch.zeros_like(k1), atol=1e-12, rtol=0)
     torch.testing.assert_close(k2, true_kl_gradient(theta, logp_ref), atol=1e-12, rtol=0)
     torch.testing.assert_close(k3, true_kl_gradient(theta, logp_ref, reverse=True), atol=1e-12, rtol=0)
-
-
-@pytest.mark.parametrize("off_policy", [False, True], ids=POLICIES)
-def test_the_gradient_check_catches_a_detached_ratio(off_policy):
-    theta, logp_old, logp_ref = bandit(off_policy)
-    logp = theta.log_softmax(-1)
-    ratio = (logp - logp_old).exp()
-    honest = (logp_old.exp() * kl_estimate(logp_ref - logp, ratio, "unbiased")).sum()
-    detached = (logp_old.exp() * kl_estimate(logp_ref - logp, ratio.detach(), "unbiased")).sum()
-    assert detached.item() == pytest.approx(honest.item(), abs=1e-12)  # the value looks right
-    error = (torch.autograd.grad(detached, theta)[0] - true_kl_gradient(theta, logp_ref)).abs().max()
-    assert error > 1e-2  # ten thousand times the tolerance of the check above
 
 
 @pytest.mark.parametrize("off_policy", [False, True], ids=POLICIES)
@@ -203,7 +183,7 @@ def test_opsm_keeps_masked_tokens_in_the_denominators():
 
 
 ALGORITHMS = [
-    AlgorithmConfig(beta=0.1, opsm_delta=0.1, aggregate=aggregate, ratio=ratio, kl=kl)
+    AlgorithmConfig(beta=0.1, opsm_delta=0.1, aggregate=aggregate, ratio=ratio, kl=kl, clip=ClipConfig(low=0.2, high=0.28))
     for aggregate, ratio, kl in [
         ("sequence_mean", "token", "unbiased"),
         ("token_mean", "token", "k3"),
@@ -253,17 +233,6 @@ def test_padding_changes_nothing(algorithm, garbage):
     assert gradient[:, 5:].abs().max() == 0
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS, ids=LABELS)
-def test_order_inside_the_group_changes_nothing(algorithm):
-    order = torch.tensor([2, 0, 1, 4, 5, 3])
-    batch = make_batch(aggregate=algorithm.aggregate)
-    loss, _ = grpo_loss(batch, algorithm)
-    moved, _ = grpo_loss(select(batch, order), algorithm)
-    torch.testing.assert_close(moved, loss, atol=1e-12, rtol=0)
-    first, second = (torch.autograd.grad(x, batch.logp_BT)[0] for x in (loss, moved))
-    torch.testing.assert_close(first, second, atol=1e-12, rtol=0)
-
-
 def ten_line_loop(batch, algorithm, max_new_tokens):
     """The formulas of the paper with Python floats, written without looking at the tensors' code."""
     total, low, high = 0.0, 1 - algorithm.clip.low, 1 + algorithm.clip.high
@@ -289,23 +258,6 @@ def test_parity_with_a_ten_line_loop(algorithm, seed):
     batch = make_batch(seed=seed, aggregate=algorithm.aggregate, max_new_tokens=9, drift=0.8)
     loss, _ = grpo_loss(batch, algorithm)
     assert loss.item() == pytest.approx(ten_line_loop(batch, algorithm, 9), abs=1e-10)
-
-
-def test_clip_higher_leaves_room_above():
-    """A ratio of 1.25 with a positive advantage: clipped at 0.2, still learning at 0.28."""
-    old = torch.full((1, 1), -1.0, dtype=torch.float64)
-    mask = torch.ones(1, 1, dtype=torch.bool)
-
-    def gradient(high):
-        logp = (old + math.log(1.25)).requires_grad_()
-        advantage = torch.ones(1, dtype=torch.float64)
-        weight = token_weights(mask, "token_mean", max_new_tokens=1, dtype=torch.float64)
-        algorithm = AlgorithmConfig(beta=0.0, clip=ClipConfig(low=0.2, high=high))
-        loss, sums = grpo_loss(LossInputs(logp, old, None, mask, advantage, weight), algorithm)
-        return torch.autograd.grad(loss, logp)[0].item(), sums["clip_high"].item()
-
-    assert gradient(0.2) == (0.0, 1)
-    assert gradient(0.28) == (pytest.approx(-1.25), 0)
 
 
 def test_cut_rows_get_no_gradient_and_stay_counted():

@@ -34,14 +34,13 @@ def tiny_model(seed=0):
     return model
 
 
-def sample_rows(model, *, sampler=(1.0, None, 1.0), max_rows=64, poll_steps=16, advantage=None):
+def sample_rows(model, *, sampler=(1.0, None, 1.0), advantage=None):
     """Twelve completions of prompts of different lengths, as rows to learn from."""
     generator = torch.Generator().manual_seed(1)
     prompts = [torch.randint(4, VOCAB, (length,), generator=generator).tolist() for length in (2, 7, 5)]
     temperature, top_k, top_p = sampler
     sampling = SamplingParams(max_new_tokens=20, temperature=temperature, top_k=top_k, top_p=top_p, stop_ids=tuple(STOPS), seed=5)
-    engine = InferenceEngine(model, max_rows=max_rows, poll_steps=poll_steps)
-    drawn = engine.generate(prompts, sampling, samples_per_prompt=4)
+    drawn = InferenceEngine(model).generate(prompts, sampling, samples_per_prompt=4)
     values = [0.5, -0.5, 1.0, -1.0] * 3 if advantage is None else [advantage] * 12
     masks = drawn.packed_masks or [None] * 12
     return [Row(prompts[r // 4], ids, drawn.logprobs[r], values[r], masks[r]) for r, ids in enumerate(drawn.completions)]
@@ -63,7 +62,7 @@ def test_sampler_logprobs_equal_a_full_forward(sampler):
 
 
 @pytest.mark.parametrize("sampler", [(1.0, 5, 1.0), (1.3, None, 0.8)])
-def test_without_the_kept_set_the_logprobs_are_wrong(sampler):
+def test_without_the_sampling_mask_the_logprobs_are_wrong(sampler):
     """What the sampling mask is stored for: over the whole vocabulary the same tokens have other log-probabilities."""
     model = tiny_model()
     rows = [Row(r.prompt_ids, r.completion_ids, r.logprobs, r.advantage) for r in sample_rows(model, sampler=sampler)]
@@ -81,16 +80,6 @@ def test_padding_does_not_change_a_rows_logprobs():
         for r, row in enumerate(rows):
             alone, _, _ = completion_logprobs(model, [row], temperature=1.0, device=CPU)
             torch.testing.assert_close(together[r, : alone.shape[1]], alone[0], atol=1e-5, rtol=0)
-
-
-@pytest.mark.parametrize(("max_rows", "poll_steps"), [(64, 1), (5, 2), (1, 16)])
-def test_row_compaction_and_waves_do_not_change_what_is_drawn(max_rows, poll_steps):
-    model = tiny_model()
-    whole = sample_rows(model, poll_steps=1000)
-    parts = sample_rows(model, max_rows=max_rows, poll_steps=poll_steps)
-    for a, b in zip(whole, parts, strict=True):
-        assert a.completion_ids == b.completion_ids
-        torch.testing.assert_close(torch.tensor(a.logprobs), torch.tensor(b.logprobs), atol=1e-5, rtol=0)
 
 
 def learner_of(model, optimizer, clip_norm=1.0):
