@@ -117,7 +117,8 @@ class InferenceEngine:
         for start in range(0, len(asked), self.max_rows):
             wave = asked[start : start + self.max_rows]
             row_B = torch.arange(start, start + len(wave), device=decoder.device)
-            self._run(decoder, self._prefill(decoder, wave, first_row + row_B, sampling), row_B.tolist(), sampling, rollout)
+            rows = self._prefill(decoder, wave, first_row + row_B, sampling)
+            self._run(decoder, rows, [*range(start, start + len(wave))], sampling, rollout)
         return rollout
 
     def stream(self, prompt: Sequence[int], sampling: SamplingParams) -> Iterator[int]:

@@ -1,9 +1,9 @@
 """Grouped-query self-attention with QK-norm before RoPE.
 
-The rest of the model uses three things of an attention: ``forward`` trains, ``new_cache`` makes what decoding keeps of past
-tokens, and ``for_decoding`` gives the same weights with ``prefill``, which reads whole prompts, and ``step``, which takes one
-more token of every row. Another kind of attention is one more file with these and an entry in ``ATTENTIONS``
-(``transformer.py``).
+The rest of the model uses four things of an attention. ``forward`` trains, and ``project`` shows its queries and keys.
+``cache_class`` keeps what decoding needs of past tokens, and ``for_decoding`` gives the same weights with ``prefill``, which
+reads whole prompts, and ``step``, which takes one more token of every row. Another kind of attention is one more file with these
+and an entry in ``ATTENTIONS`` (``transformer.py``).
 
 Half of a decode step goes into calling many small operators (two CPU cores, 64 rows, a model of 4 layers x 128). So q, k and v
 are one matmul, and q and k are normalised and rotated together. Query heads that share a key/value head are one small matmul
@@ -30,6 +30,8 @@ from osler.ops.attention import attention
 class Attention(nn.Module):
     """q/k/v projections, per-head RMSNorm, RoPE, attention, output projection."""
 
+    cache_class = KVCache
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.num_heads, self.num_kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
@@ -41,18 +43,19 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(config.head_dim, eps=config.norm_eps, weight=config.qk_norm_weight)
 
     def forward(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], *, mask: Tensor | None = None) -> Tensor:
-        """Attend causally, or where ``mask`` (bool, broadcast to [B, N, T, T]) is True."""
+        """Attend causally, or where ``mask`` (bool, [B, 1, T, T]) is True."""
+        q_BNTH, k_BKTH, v_BKTH = (heads.transpose(1, 2) for heads in self.project(x_BTD, rope))
+        out_BNTH = attention(q_BNTH, k_BKTH, v_BKTH, mask=mask)
+        return self.o_proj(out_BNTH.transpose(1, 2).reshape(*x_BTD.shape[:2], -1))
+
+    def project(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Return rotated queries [B, T, N, H], rotated keys [B, T, K, H] and values [B, T, K, H]."""
         batch, length, _ = x_BTD.shape
         q_BTE, k_BTE, v_BTE = joint_linear(x_BTD, self.q_proj, self.k_proj, self.v_proj)
         q_BTNH = q_BTE.view(batch, length, self.num_heads, self.head_dim)
         k_BTKH = k_BTE.view(batch, length, self.num_kv_heads, self.head_dim)
         v_BTKH = v_BTE.view(batch, length, self.num_kv_heads, self.head_dim)
-        q_BNTH = apply_rope(self.q_norm(q_BTNH), *rope).transpose(1, 2)
-        k_BKTH = apply_rope(self.k_norm(k_BTKH), *rope).transpose(1, 2)
-        out_BNTH = attention(q_BNTH, k_BKTH, v_BTKH.transpose(1, 2), mask=mask)
-        return self.o_proj(out_BNTH.transpose(1, 2).reshape(batch, length, -1))
-
-    new_cache = staticmethod(KVCache)
+        return apply_rope(self.q_norm(q_BTNH), *rope), apply_rope(self.k_norm(k_BTKH), *rope), v_BTKH
 
     def for_decoding(self, layer: int, norm: RMSNorm, layout: Layout) -> DecodeAttention:
         """Copy the weights into the layout of decoding, with the norm that stands before this attention."""
@@ -93,7 +96,7 @@ class DecodeAttention:
         return self._o_proj(out_BE.to(x_BD.dtype))
 
     def _project(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Rotated queries [..., N, H] and keys [..., K, H], and values [..., K, H], of hidden states [..., D]."""
+        """Return rotated queries [..., N, H] and keys [..., K, H], and values [..., K, H], of hidden states [..., D]."""
         qkv = self._qkv(x).unflatten(-1, (-1, self.head_dim))
         qk, v = qkv.split([self.num_heads + self.num_kv_heads, self.num_kv_heads], dim=-2)
         qk = self._qk_norm(qk)

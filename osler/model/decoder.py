@@ -30,7 +30,7 @@ class Decoder:
         self._embed = model.embed_tokens.weight.detach()
         self._embed_proj = None if model.embed_proj is None else DecodeLinear(layout, model.embed_proj.weight)
         blocks = [block for block in model.layers if isinstance(block, Block)]
-        self._new_cache = blocks[0].self_attn.new_cache
+        self._cache_class = blocks[0].self_attn.cache_class
         self._layers = [
             (
                 block.self_attn.for_decoding(layer, block.input_layernorm, layout),
@@ -51,7 +51,7 @@ class Decoder:
 
     def new_cache(self, rows: int, slots: int) -> KVCache:
         """Return an empty cache for ``step``."""
-        return self._new_cache(self.config, rows, slots, cache_dtype(self.device, self.dtype), self.device)
+        return self._cache_class(self.config, rows, slots, cache_dtype(self.device, self.dtype), self.device)
 
     def prefill(self, prompts: Sequence[Sequence[int]], width: int) -> tuple[KVCache, Tensor]:
         """Return a cache that prompts fill, for ``KVCache.put``, and the logits after their last tokens, [P, V] fp32.
@@ -67,7 +67,7 @@ class Decoder:
             # A padded query sees itself, or its softmax would be over nothing and its NaN would reach the values.
             own_TT = torch.eye(width, dtype=torch.bool, device=self.device)
             mask_P1TT = ((slot_T[:, None] >= slot_T) & (slot_T >= pad_P1)[:, None] | own_TT)[:, None]
-        cache = self._new_cache(self.config, len(prompts), width, self.dtype, self.device)
+        cache = self._cache_class(self.config, len(prompts), width, self.dtype, self.device)
         cache.length_B += width - pad_P1.squeeze(1)
         position_PT = (slot_T - pad_P1).clamp_min(0)
         rope = (self._cos[position_PT][:, :, None], self._sin[position_PT][:, :, None])

@@ -21,7 +21,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from osler.model.rope import apply_rope
 from osler.model.transformer import Block, Transformer
 from osler.ops.cross_entropy import default_chunk_tokens
 from osler.ops.labels import IGNORED
@@ -166,18 +165,10 @@ def activation_stats(model: Transformer, weights: Mapping[str, Tensor], rows: Pr
 
 def _add_hooks(block: Block, layer: int, places_BT: Tensor, seen: dict[str, Tensor]) -> None:
     """Add hooks to a block, which put what they measure into ``seen``."""
-    inputs: dict[str, Any] = {}
 
     def attention_begins(module: Any, args: Any, kwargs: Any) -> None:
-        inputs["rope"], inputs["mask"] = args[1], kwargs["mask"]
-
-    def queries(module: Any, args: Any, q_BTNH: Tensor) -> None:
-        inputs["queries"] = q_BTNH
-
-    def keys(module: Any, args: Any, k_BSKH: Tensor) -> None:
-        q_BTNH, rope = inputs.pop("queries"), inputs.pop("rope")
-        q_BTNH, k_BSKH = apply_rope(q_BTNH, *rope), apply_rope(k_BSKH, *rope)
-        seen[f"model/attention_entropy/{layer}"] = attention_entropy(q_BTNH, k_BSKH, places_BT, mask=inputs.pop("mask"))
+        q_BTNH, k_BSKH, _ = module.project(*args)
+        seen[f"model/attention_entropy/{layer}"] = attention_entropy(q_BTNH, k_BSKH, places_BT, mask=kwargs["mask"])
 
     def units(module: Any, args: Any) -> None:
         seen[f"model/dead_units_frac/{layer}"] = dead_share(args[0], places_BT)
@@ -188,8 +179,6 @@ def _add_hooks(block: Block, layer: int, places_BT: Tensor, seen: dict[str, Tens
         seen[f"model/activation_outlier/{layer}"] = x_BTD.abs().amax() / rms
 
     block.self_attn.register_forward_pre_hook(attention_begins, with_kwargs=True)
-    block.self_attn.q_norm.register_forward_hook(queries)
-    block.self_attn.k_norm.register_forward_hook(keys)
     block.mlp.down_proj.register_forward_pre_hook(units)
     block.register_forward_hook(block_ends)
 

@@ -261,7 +261,7 @@ class _LinearLogprobs(torch.autograd.Function):
         features: Tensor,
         weight: Tensor,
         labels: Tensor,
-        keep: Tensor | None,
+        mask: Tensor | None,
         vocab_size: int,
         temperature: float,
         chunk_tokens: int,
@@ -270,12 +270,12 @@ class _LinearLogprobs(torch.autograd.Function):
         logp, entropy = [], []
         for start in range(0, features.shape[0], chunk_tokens):
             part = slice(start, start + chunk_tokens)
-            logits = _chunk_logits(features[part], head, vocab_size, None if keep is None else keep[part]) / temperature
+            logits = _chunk_logits(features[part], head, vocab_size, None if mask is None else mask[part]) / temperature
             log_softmax = logits.log_softmax(-1)
             logp.append(log_softmax.gather(1, labels[part, None]).squeeze(1))
             # A word outside the mask has log-probability -inf and adds nothing: 0 * -inf must not become NaN.
             entropy.append(-(log_softmax.exp() * log_softmax.clamp_min(-1e9)).sum(-1))
-        ctx.save_for_backward(features, weight, labels, keep)
+        ctx.save_for_backward(features, weight, labels, mask)
         ctx.numbers = (vocab_size, temperature, chunk_tokens)
         entropy_N = torch.cat(entropy)
         ctx.mark_non_differentiable(entropy_N)
@@ -283,7 +283,7 @@ class _LinearLogprobs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_logp: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        features, weight, labels, keep = ctx.saved_tensors
+        features, weight, labels, mask = ctx.saved_tensors
         vocab_size, temperature, chunk_tokens = ctx.numbers
         head = weight.to(features.dtype)
         grad_weight = torch.zeros_like(weight, dtype=torch.promote_types(features.dtype, torch.float32))
@@ -291,7 +291,7 @@ class _LinearLogprobs(torch.autograd.Function):
         for start in range(0, features.shape[0], chunk_tokens):
             part = slice(start, start + chunk_tokens)
             x = features[part]
-            logits = _chunk_logits(x, head, vocab_size, None if keep is None else keep[part]) / temperature
+            logits = _chunk_logits(x, head, vocab_size, None if mask is None else mask[part]) / temperature
             one_hot = labels[part, None] == torch.arange(head.shape[0], device=x.device)
             grad_logits = ((one_hot.to(logits.dtype) - logits.softmax(-1)) * (grad_logp[part, None] / temperature)).to(x.dtype)
             grad_chunks.append(grad_logits @ head)

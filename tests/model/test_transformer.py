@@ -13,7 +13,6 @@ from osler.config import encode
 from osler.model.config import ModelConfig
 from osler.model.decoder import Decoder
 from osler.model.linear import Layout
-from osler.model.rope import apply_rope
 from osler.model.transformer import Transformer
 from osler.ops.cross_entropy import linear_cross_entropy
 
@@ -267,16 +266,13 @@ def test_wired_induction_head_looks_one_back_and_then_at_the_same_token() -> Non
     ids = torch.cat([first, first])[None]  # every token of the second half stood 30 places before
     seen: list[torch.Tensor] = []
 
-    def watch(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        layer: Any = module
-        x, rope = args
-        q = apply_rope(layer.q_norm(layer.q_proj(x).view(1, 60, 4, 32)), *rope)[0, :, 0]
-        k = apply_rope(layer.k_norm(layer.k_proj(x).view(1, 60, 2, 32)), *rope)[0, :, 0]
+    def watch(layer: Any, args: tuple[Any, ...]) -> None:
+        q, k = (heads[0, :, 0] for heads in layer.project(*args)[:2])
         scores = (q @ k.T / 32**0.5).masked_fill(torch.ones(60, 60).triu(1).bool(), float("-inf"))
         seen.append(scores.softmax(-1))
 
     for block in list(model.layers)[:2]:
-        block.self_attn.register_forward_pre_hook(watch, with_kwargs=True)  # type: ignore[union-attr, operator]
+        block.self_attn.register_forward_pre_hook(watch)  # type: ignore[union-attr, operator]
     with torch.no_grad():
         model(ids)
     back, match = seen
