@@ -23,7 +23,7 @@ from osler.model.config import ModelConfig
 from osler.model.kv_cache import CacheStep, KVCache
 from osler.model.linear import DecodeLinear, Layout, Linear, joint_linear
 from osler.model.norm import RMSNorm, WeightlessNorm
-from osler.model.rope import apply_rope
+from osler.model.rope import apply_rolled_rope, apply_rope
 from osler.ops.attention import attention
 
 
@@ -102,6 +102,5 @@ class DecodeAttention:
         qk = self._qk_norm(qk)
         if self._qk_weight_MH is not None:
             qk = qk * self._qk_weight_MH
-        qk = torch.addcmul(qk * rope[0], qk.roll(self.head_dim // 2, dims=-1), rope[1])
-        q, k = qk.split([self.num_heads, self.num_kv_heads], dim=-2)
+        q, k = apply_rolled_rope(qk, *rope).split([self.num_heads, self.num_kv_heads], dim=-2)
         return q, k, v

@@ -9,6 +9,7 @@ Shape legend: P prompts, B rows, T prompt tokens, D hidden, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from torch import Tensor
 from osler.model.feed_forward import DecodeFeedForward
 from osler.model.kv_cache import KVCache, cache_dtype
 from osler.model.linear import DecodeLinear, Layout
+from osler.model.rope import rolled_tables
 from osler.model.transformer import Block, Transformer
 
 
@@ -29,7 +31,7 @@ class Decoder:
         self.device = model.embed_tokens.weight.device
         self._embed = model.embed_tokens.weight.detach()
         self._embed_proj = None if model.embed_proj is None else DecodeLinear(layout, model.embed_proj.weight)
-        blocks = [block for block in model.layers if isinstance(block, Block)]
+        blocks = [cast(Block, block) for block in model.layers]
         self._cache_class = blocks[0].self_attn.cache_class
         self._layers = [
             (
@@ -44,10 +46,7 @@ class Decoder:
             self._head = [hidden_to_rank, DecodeLinear(layout, head.weight)]
         else:
             self._head = [DecodeLinear(layout, head.weight, norm=model.norm)]
-        # apply_rope(x) = x * cos + swap_halves(x) * sin, with the minus sign of the left half moved into the table.
-        half = model.config.head_dim // 2
-        self._cos = model.rope_cos.to(self.dtype)
-        self._sin = torch.cat([-model.rope_sin[:, :half], model.rope_sin[:, half:]], dim=-1).to(self.dtype)
+        self._rope = [table.to(self.dtype) for table in rolled_tables(model.rope_cos, model.rope_sin)]
 
     def new_cache(self, rows: int, slots: int) -> KVCache:
         """Return an empty cache for ``step``."""
@@ -70,8 +69,7 @@ class Decoder:
         cache = self._cache_class(self.config, len(prompts), width, self.dtype, self.device)
         cache.length_B += width - pad_P1.squeeze(1)
         position_PT = (slot_T - pad_P1).clamp_min(0)
-        rope = (self._cos[position_PT][:, :, None], self._sin[position_PT][:, :, None])
-        x_PTD = self._embedded(ids_PT)
+        rope, x_PTD = self._rope_at(position_PT), self._embedded(ids_PT)
         for attention, feed_forward in self._layers:
             x_PTD = x_PTD + attention.prefill(x_PTD, rope, mask_P1TT, cache)
             x_PTD = x_PTD + feed_forward(x_PTD)
@@ -79,14 +77,17 @@ class Decoder:
 
     def step(self, token_B: Tensor, cache: KVCache) -> Tensor:
         """Return the logits after one more token of every row, [B, V] fp32; needs ``cache.make_room`` before it."""
-        rope = (self._cos[cache.length_B][:, None], self._sin[cache.length_B][:, None])
-        cached = cache.open_step()
-        x_BD = self._embedded(token_B)
+        rope, cached, x_BD = self._rope_at(cache.length_B), cache.open_step(), self._embedded(token_B)
         for attention, feed_forward in self._layers:
             x_BD = x_BD + attention.step(x_BD, rope, cached)
             x_BD = x_BD + feed_forward(x_BD)
         cache.close_step()
         return self._logits(x_BD)
+
+    def _rope_at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Return cosines and sines at positions [...], each [..., 1, H]."""
+        cos, sin = (table[positions].unsqueeze(-2) for table in self._rope)
+        return cos, sin
 
     def _embedded(self, ids: Tensor) -> Tensor:
         x = F.embedding(ids, self._embed).to(self.dtype)
