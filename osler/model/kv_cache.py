@@ -46,7 +46,7 @@ class KVCache:
     def __init__(self, config: ModelConfig, rows: int, slots: int, dtype: torch.dtype, device: torch.device | str) -> None:
         self.config, self.slots = config, slots
         shape = (config.num_layers, rows, config.num_kv_heads, slots, config.head_dim)
-        self.k, self.v = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
+        self.k, self.v = self.stored = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(2)]
         self.bias_BKS = torch.full(shape[1:4], -torch.inf, dtype=dtype, device=device)
         self.length_B = torch.zeros(rows, dtype=torch.int64, device=device)  # tokens of a row: the position of its next
         self._first_BK = torch.arange(0, rows * shape[2] * slots, slots, device=device).view(rows, shape[2])
@@ -56,8 +56,8 @@ class KVCache:
     def put(self, row_R: Tensor, prompts: KVCache, from_R: Tensor) -> None:
         """Let rows begin with prompts that fill the last slots of another cache; what the rows had before is gone."""
         width, length_R = prompts.slots, prompts.length_B[from_R]
-        self.k[:, row_R, :, :width] = prompts.k[:, from_R].to(self.k.dtype)
-        self.v[:, row_R, :, :width] = prompts.v[:, from_R].to(self.v.dtype)
+        for own, theirs in zip(self.stored, prompts.stored, strict=True):
+            own[:, row_R, :, :width] = theirs[:, from_R].to(own.dtype)
         slot_S = torch.arange(self.slots, device=length_R.device)
         hidden_RS = (slot_S < width - length_R[:, None]) | (slot_S >= width)
         self.bias_BKS[row_R] = torch.zeros_like(hidden_RS, dtype=self.k.dtype).masked_fill_(hidden_RS, -torch.inf)[:, None]
@@ -67,9 +67,9 @@ class KVCache:
 
     def select(self, row_R: Tensor) -> KVCache:
         """Copy some rows into a cache of their own."""
-        chosen = KVCache(self.config, len(row_R), self.slots, self.k.dtype, self.k.device)
-        chosen.k[..., : self.filled, :] = self.k[:, row_R, :, : self.filled]
-        chosen.v[..., : self.filled, :] = self.v[:, row_R, :, : self.filled]
+        chosen = type(self)(self.config, len(row_R), self.slots, self.k.dtype, self.k.device)
+        for copy, original in zip(chosen.stored, self.stored, strict=True):
+            copy[..., : self.filled, :] = original[:, row_R, :, : self.filled]
         chosen.bias_BKS.copy_(self.bias_BKS[row_R])
         chosen.length_B.copy_(self.length_B[row_R])
         chosen.slot_BK += (self.slot_BK - self._first_BK)[row_R]
