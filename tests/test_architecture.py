@@ -180,7 +180,7 @@ def test_every_door_is_used_and_every_requirement_is_imported():
 
 def test_configs_and_cli_do_not_load_torch():
     light = ["osler.config", "osler.recipe", "osler.cli", "osler.commands", "osler.doctor", "osler.explain", "osler.show"]
-    light += ["osler.optim.schedule", "osler.monitor.metrics", "osler.monitor.alerts"]
+    light += ["osler.optim.schedule", "osler.monitor.metrics", "osler.monitor.tracker", "osler.monitor.notify"]
     light += [f"osler.{path.parent.name}.config" for path in PACKAGE.glob("*/config.py")]
     light += [f"osler.clinic.{path.stem}" for path in (PACKAGE / "clinic").glob("*.py") if path.stem != "__init__"]
     code = (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import time
 from collections.abc import Callable
 
@@ -15,7 +14,7 @@ from osler.monitor.tracker import TrackerProcess
 ALERT = Alert(7, "dead-layers", "critical", "layer 3 is dead – look")
 PATIENCE_SECONDS = 300.0
 LIBRARY = """
-import os, pathlib, signal, sys, threading, time
+import os, pathlib, sys, threading, time
 from osler.monitor.tracker import Tracker, UndeliveredError
 class Library(Tracker):
     def __init__(self, folder, fate):
@@ -24,7 +23,6 @@ class Library(Tracker):
         if fate == "refuses":
             sys.exit("no API key")
         if fate == "holds the end":
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
             threading.Thread(target=time.sleep, args=(3600,)).start()
     def write(self, step, tokens, metrics):
         if self.fate == "crashes":
@@ -132,10 +130,12 @@ def test_a_tracker_that_hangs_stops_neither_a_step_nor_the_end(start, capsys, mo
 
 
 @pytest.mark.parametrize("fate", ["hangs", "holds the end"])
-def test_the_end_of_a_run_waits_a_little_and_no_more(start, fate, capsys):
+def test_the_end_of_a_run_waits_a_little_and_no_more(start, fate, tmp_path, capsys):
     tracker = start(fate)
     tracker.write(1, 10, {})
-    tracker.process.send_signal(signal.SIGCONT)
+    if fate == "holds the end":
+        tracker.end()
+        wait_until(lambda: (tmp_path / "got").exists() and "closed" in (tmp_path / "got").read_text())
     tracker.close(0.2)
     assert tracker.process.poll() is None and "Far has not finished within 0.2 s" in capsys.readouterr().err
 
