@@ -187,7 +187,7 @@ def has_learned(loss: float, grad_norm: float) -> bool:
     return not (math.isnan(loss) and math.isfinite(grad_norm))
 
 
-def of_steps(window: Sequence[Sequence[float]], clip_norm: float, bytes_per_token: float | None) -> dict[str, float]:
+def step_stats(window: Sequence[Sequence[float]], clip_norm: float, bytes_per_token: float | None) -> dict[str, float]:
     """Return what follows from loss, gradient norm and skip flag of the steps since the last line.
 
     ``bytes_per_token`` is that of the text, None where not all of the text is learned.
@@ -203,7 +203,7 @@ def of_steps(window: Sequence[Sequence[float]], clip_norm: float, bytes_per_toke
         "train/perplexity": math.exp(min(loss, 700.0)),
         "train/grad_norm": learned[-1][1],
         "train/skipped_steps": sum(skipped for _, _, skipped in learned),
-        **of_norms([norm for _, norm, _ in learned], clip_norm),
+        **norm_stats([norm for _, norm, _ in learned], clip_norm),
         **unlearned,
     }
     if bytes_per_token is not None:
@@ -211,7 +211,7 @@ def of_steps(window: Sequence[Sequence[float]], clip_norm: float, bytes_per_toke
     return metrics
 
 
-def of_norms(norms: Sequence[float], clip_norm: float) -> dict[str, float]:
+def norm_stats(norms: Sequence[float], clip_norm: float) -> dict[str, float]:
     """Return what follows from the gradient norms, before clipping, of the updates since the last line."""
     finite = [norm for norm in norms if math.isfinite(norm)]
     return {

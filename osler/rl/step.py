@@ -26,7 +26,7 @@ from torch import Tensor
 
 from osler.model.loss import ModelLoss, nan_gradient_unless_finite
 from osler.model.transformer import Transformer
-from osler.monitor.collect import Collector, of_norms
+from osler.monitor.collect import Collector, norm_stats
 from osler.monitor.model_stats import ProbeRows
 from osler.ops.cross_entropy import linear_logprobs
 from osler.ops.labels import IGNORED
@@ -229,7 +229,7 @@ def update_policy(
     by_update |= {name: torch.stack([step[name] for step in steps]).cpu() for name in steps[0]}
     metrics = {name: float(values.mean()) for name, values in by_update.items()}
     metrics |= {name: float(values[0]) for name, values in by_update.items() if name.startswith(FIRST_UPDATE_METRICS)}
-    metrics |= of_norms(by_update["train/grad_norm"].tolist(), learner.clip_norm)
+    metrics |= norm_stats(by_update["train/grad_norm"].tolist(), learner.clip_norm)
     metrics["train/skipped_steps"] = float(by_update["train/skipped_steps"].sum())
     return metrics | {"data/padding_frac": padding_frac}
 

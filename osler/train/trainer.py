@@ -18,7 +18,7 @@ from torch import Tensor
 from osler.checkpoint import store
 from osler.data.consumed import ConsumedData
 from osler.data.loader import StagedLoader
-from osler.monitor.collect import has_learned, of_steps
+from osler.monitor.collect import has_learned, step_stats
 from osler.monitor.history import RunSettings
 from osler.optim.build import set_hyperparameters
 from osler.optim.schedule import lr_scale
@@ -183,7 +183,7 @@ class Trainer:
         self._fetch()
         tokens, began = self.since
         self.since = self.tokens, time.monotonic()
-        metrics = of_steps(self.window, self.config.clip_norm, self.consumed.bytes_per_token)
+        metrics = step_stats(self.window, self.config.clip_norm, self.consumed.bytes_per_token)
         metrics |= {"train/lr": self.config.optim.lr * scale, **self.collector.line()}
         metrics |= self.consumed.metrics(
             self.step,

@@ -13,7 +13,7 @@ from osler.inference.load import load_model
 from osler.model.config import ModelConfig
 from osler.model.transformer import Transformer
 from osler.monitor.alerts import Alerter
-from osler.monitor.collect import Collector, of_steps
+from osler.monitor.collect import Collector, step_stats
 from osler.monitor.config import MonitorConfig
 from osler.monitor.history import RunSettings
 from osler.monitor.metrics import METRICS, declared_name
@@ -171,10 +171,10 @@ def test_a_loader_that_starves_the_device_is_told_by_the_clock(wait_ms, told, mo
 
 def test_steps_that_were_skipped_or_clipped_are_counted():
     window = [[2.0, 0.5, 0.0], [math.nan, math.inf, 1.0], [4.0, 3.0, 0.0]]
-    found = of_steps(window, clip_norm=1.0, bytes_per_token=4.0)
+    found = step_stats(window, clip_norm=1.0, bytes_per_token=4.0)
     assert found["train/loss"] == 3.0 and found["train/perplexity"] == math.exp(3.0)
     assert found["train/bits_per_byte"] == pytest.approx(3.0 / math.log(2) / 4)
     assert found["train/grad_norm"] == found["grad/norm_max"] == 3.0
     assert found["grad/clipped_frac"] == 0.5 and found["train/skipped_steps"] == 1.0
-    alone = of_steps(window[1:2], clip_norm=1.0, bytes_per_token=None)
+    alone = step_stats(window[1:2], clip_norm=1.0, bytes_per_token=None)
     assert math.isnan(alone["train/loss"]) and math.isnan(alone["grad/clipped_frac"]) and "train/bits_per_byte" not in alone
