@@ -146,7 +146,7 @@ def run_checkpoint_list(arguments: argparse.Namespace) -> int:
 
 def run_checkpoint_verify(arguments: argparse.Namespace) -> int:
     from osler.checkpoint.maintenance import verify_checkpoints
-    from osler.monitor.damage import record_damage
+    from osler.runs.damage import record_damage
 
     return verify_checkpoints(arguments.checkpoint, record_damage)
 

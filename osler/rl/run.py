@@ -73,7 +73,7 @@ def train(config: GrpoConfig, folder: RunFolder, world: World | None = None) -> 
     run.fingerprints = {"tokenizer": tokenizer.fingerprint, "data": fingerprint_of(tasks)}
     described = start.load(names=[])
     if described is not None and not config.allow_data_change:  # with it the change is recorded when the run goes on
-        check_fingerprints(described, run.fingerprints, run.events)
+        check_fingerprints(described, run.fingerprints)
     world.broadcast_from_first(lambda: claim(folder, config))
     if samples and world.is_first:
         write_or_warn(folder.samples, samples)  # a start over in the same folder replaces it

@@ -17,10 +17,10 @@ from osler.checkpoint.root import refuse_checkpoint
 from osler.config import encode
 from osler.decode import decode
 from osler.errors import UserError
-from osler.monitor.damage import write_damage
 from osler.recipe import merge, parse_overrides
 from osler.records.events import EventLog
 from osler.records.metrics import read_metrics
+from osler.runs.damage import write_damage
 from osler.runtime.files import RunFolder, locked, write_atomic
 from osler.runtime.world import World
 from osler.yaml12 import dump_yaml, load_yaml
@@ -191,18 +191,16 @@ def newest_checkpoint(run: RunFolder, *, record: bool = False) -> Path | None:
     return found
 
 
-def check_fingerprints(
-    loaded: store.Loaded, current: Mapping[str, str], events: EventLog, *, allow_data_change: bool = False
-) -> None:
-    """Raise UserError for a checkpoint of another tokenizer, or of other data unless that is allowed; then record the change."""
+def check_fingerprints(loaded: store.Loaded, current: Mapping[str, str], *, changes: EventLog | None = None) -> None:
+    """Raise UserError for a checkpoint of another tokenizer or of other data. With ``changes`` other data are recorded there."""
     for name, value in current.items():
         before = loaded.state["fingerprints"].get(name)
         if before == value:
             continue
-        if name == "data" and allow_data_change:
+        if name == "data" and changes is not None:
             message = f"The data changed: from step {loaded.step} on the run learns from {value}, and before from {before}."
             logger.warning(f"{message} Losses on either side are not comparable (allow_data_change).")
-            events.write(loaded.step, "data-change", name, message, before=before, now=value)
+            changes.write(loaded.step, "data-change", name, message, before=before, now=value)
             continue
         remedy = ", allow it with allow_data_change=true," if name == "data" else ""
         raise UserError(

@@ -217,8 +217,8 @@ class Loop:
 
     def restore(self, loaded: store.Loaded) -> None:
         """Continue from a checkpoint of this run, bit for bit, or with its own settings from one of the run it branches from."""
-        allowed = self.trainer.config.allow_data_change
-        check_fingerprints(loaded, self.run.fingerprints, self.run.events, allow_data_change=allowed)
+        changes = self.run.events if self.trainer.config.allow_data_change else None
+        check_fingerprints(loaded, self.run.fingerprints, changes=changes)
         with keeping_settings(self.trainer.learner.optimizer):
             self._take_over(loaded)
         self.run.earlier_seconds = loaded.state.get("seconds", 0.0)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -55,7 +54,7 @@ from osler.train.setup import (
     tell_of_repeats,
     warn_of_small_passes,
 )
-from osler.train.shards import begin, check_data, shards_of
+from osler.train.shards import check_data, prepare_run, shards_of
 from osler.train.trainer import Evaluations, Trainer
 
 logger = logging.getLogger(__name__)
@@ -96,10 +95,9 @@ def train(config: TrainConfig, folder: RunFolder, world: World | None = None) ->
     del fill  # and what it loaded
     tokenizer = world.broadcast_from_first(lambda: make_tokenizer(config, tokenizer, folder.root / TOKENIZER_FILE))
     fit_vocabulary(model, tokenizer, is_new=checkpoint is None and config.init_from is None)
-    shards, start_with = shards_of(config, folder), partial(begin, config, folder, tokenizer, checkpoint, model.config)
-    prepared = start_with() if world.is_first else None  # what rank 0 writes, the others read
-    world.barrier()
-    prepared = prepared or open_prepared(shards, tokenizer)
+    prepared = prepare_run(config, folder, tokenizer, checkpoint, model.config) if world.is_first else None
+    world.barrier()  # what rank 0 wrote, the others read
+    prepared = prepared or open_prepared(shards_of(config, folder), tokenizer)
     optimizer = build_optimizer(model, config.optim, seed=config.seed, process_group=world.group)
     loader = make_loader(config, prepared.train, world, pin_memory=machine.device.type == "cuda")
     versions = world.broadcast_from_first(lambda: describe_run(folder, machine))

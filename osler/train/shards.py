@@ -20,7 +20,6 @@ from osler.data.sources import check_source, prepare_source
 from osler.errors import UserError
 from osler.inference.load import TOKENIZER_FILE, tokenizer_of
 from osler.model.config import ModelConfig
-from osler.records.events import EventLog
 from osler.runs.branch import same_data
 from osler.runs.folder import check_fingerprints, claim, moved_places, read_config
 from osler.runs.rewind import ASIDE
@@ -39,7 +38,9 @@ def shards_of(config: TrainConfig, run: RunFolder) -> Path:
     return Path(config.data.path) if isinstance(config.data, PreparedData) else run.root / DATA
 
 
-def begin(config: TrainConfig, run: RunFolder, tokenizer: Tokenizer, start: store.Loaded | None, model: ModelConfig) -> Prepared:
+def prepare_run(
+    config: TrainConfig, run: RunFolder, tokenizer: Tokenizer, start: store.Loaded | None, model: ModelConfig
+) -> Prepared:
     """Write into the run folder what every rank then reads: the shards, ``config.yaml``, the tokenizer.
 
     ``start`` is the checkpoint that the run goes on from.
@@ -53,7 +54,7 @@ def begin(config: TrainConfig, run: RunFolder, tokenizer: Tokenizer, start: stor
         raise UserError(f"{', '.join(moved.values())}. {error}") from error
     if start is not None and not config.allow_data_change:  # with it the change is recorded when the run goes on
         current = {"tokenizer": tokenizer.fingerprint, "data": prepared.train.fingerprint}
-        check_fingerprints(start, current, EventLog(run.events))
+        check_fingerprints(start, current)
     if config.allow_data_change or not run.config.exists():  # a run that has begun goes on
         check_lengths(config, prepared, model.max_seq_len)
     claim(run, config)
