@@ -11,8 +11,8 @@ from typing import Literal
 
 from osler.inference.engine import InferenceEngine
 from osler.ops.sampling_params import SamplingParams
-from osler.tokenizer.bpe import Tokenizer
-from osler.tokenizer.chat import ANSWER, encode_prompt
+from osler.tokenizer.bpe import ANSWER, Tokenizer
+from osler.tokenizer.chat import encode_prompt
 
 Part = Literal["thinking", "answer"]
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # what the bytes of half a character decode to

@@ -18,7 +18,7 @@ from osler.errors import UserError
 from osler.rl.config import GrpoConfig
 from osler.rl.rollout import Group, Sample, is_readable
 from osler.tasks.item import render_answer, render_question
-from osler.tokenizer.chat import ANSWER
+from osler.tokenizer.bpe import ANSWER
 
 logger = logging.getLogger(__name__)
 

@@ -13,9 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from osler.tokenizer.bpe import ANSWER, EOS, QUESTION, THINKING, Tokenizer
-
-__all__ = ["ANSWER", "EOS", "QUESTION", "THINKING"]  # the markers belong to the template, wherever they are defined
+from osler.tokenizer.bpe import ANSWER, QUESTION, THINKING, Tokenizer
 
 
 @dataclass(frozen=True)

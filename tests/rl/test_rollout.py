@@ -14,7 +14,7 @@ from osler.rl.rollout import Group, RolloutWorker, count_tokens, rollout_metrics
 from osler.rl.step import training_rows
 from osler.tasks.item import ExamItem
 from osler.tasks.rewards import REWARDS
-from osler.tokenizer.chat import ANSWER
+from osler.tokenizer.bpe import ANSWER
 
 ITEM = ExamItem(id="q", question="Which drug?", options=("ant", "bee", "cat", "dog"), answer_index=2)
 NUMBER = ExamItem(id="n", question="How many?", options=(), answer_index=-1, answer="72")

@@ -6,18 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from osler.tokenizer.bpe import Tokenizer
-from osler.tokenizer.chat import (
-    ANSWER,
-    EOS,
-    QUESTION,
-    THINKING,
-    Completion,
-    Turn,
-    encode_examples,
-    encode_prompt,
-    parse_completion,
-)  # fmt: skip
+from osler.tokenizer.bpe import ANSWER, EOS, QUESTION, THINKING, Tokenizer
+from osler.tokenizer.chat import Completion, Turn, encode_examples, encode_prompt, parse_completion
 
 TOKENIZER = Tokenizer.train(["Fever and rusty sputum suggest pneumonia. What is the cause? Because of this. "] * 9, 300)
 Q, T, A, END = (TOKENIZER.special_id(name) for name in (QUESTION, THINKING, ANSWER, EOS))
