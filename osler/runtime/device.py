@@ -81,10 +81,7 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     """Return the dtype to compute in for a precision; ``auto`` is bf16 where that is faster, fp32 elsewhere."""
     if name == "auto":
         return torch.bfloat16 if bf16_pays(device) else torch.float32
-    try:
-        return PRECISIONS[name]
-    except KeyError:
-        raise UserError(f"Unknown precision {name!r}: use auto or one of {', '.join(PRECISIONS)}.") from None
+    return PRECISIONS[name]
 
 
 def bf16_pays(device: torch.device) -> bool:
@@ -208,16 +205,16 @@ def sent(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
-def keep_freed_memory() -> bool:
-    """Ask glibc to keep freed memory for reuse, and return whether it agreed; other C libraries are not asked.
+def keep_freed_memory() -> None:
+    """Ask glibc to keep freed memory for reuse; other C libraries are not asked.
 
     By default glibc maps memory for each large tensor and unmaps it on free, so the kernel zeroes new pages in every step; on
     virtual machines that can cost more than the arithmetic.
     """
     if platform.libc_ver()[0] != "glibc":
-        return False
+        return
     mallopt = ctypes.CDLL(None).mallopt
     trim_threshold, mmap_threshold, largest_int = -1, -3, 2**31 - 1
-    # Older versions of glibc refuse thresholds above half a heap (32 MiB); then nothing larger than that is kept.
-    kept = any(mallopt(mmap_threshold, size) == 1 for size in (1 << 30, 32 << 20))
-    return mallopt(trim_threshold, largest_int) == 1 and kept
+    if mallopt(mmap_threshold, 1 << 30) != 1:  # older versions of glibc refuse thresholds above half a heap
+        mallopt(mmap_threshold, 32 << 20)
+    mallopt(trim_threshold, largest_int)

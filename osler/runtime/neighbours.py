@@ -76,7 +76,7 @@ class IdleTeam:
 
 
 class NeighbourMonitor:
-    """Measures other work every half second, and chooses how this process's threads wait."""
+    """While entered, measures other work every half second, and chooses how this process's threads wait."""
 
     def __init__(self) -> None:
         self.idle_teams: list[IdleTeam] = []
@@ -84,12 +84,10 @@ class NeighbourMonitor:
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._poll, name="osler-neighbours", daemon=True)
 
-    def start(self) -> None:
-        """Begin to measure."""
+    def __enter__(self) -> None:
         self._thread.start()
 
-    def end(self) -> None:
-        """Stop measuring, and let the threads spin again."""
+    def __exit__(self, *error: object) -> None:
         self._ended.set()
         self._thread.join()
 
@@ -130,9 +128,5 @@ def sharing_cpus() -> Iterator[None]:
     if any(name in os.environ for name in OWN_SETTINGS) or read_cpus() is None:
         yield
         return
-    monitor = NeighbourMonitor()
-    monitor.start()
-    try:
+    with NeighbourMonitor():
         yield
-    finally:
-        monitor.end()
