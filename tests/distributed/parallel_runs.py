@@ -19,7 +19,7 @@ import socket
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -59,8 +59,9 @@ from osler.train.step import TrainStep
 TOLERANCE = 1e-6
 # In FP8 another order of a sum is enough for a weight to be rounded to its other neighbour, now and then. Under FSDP weights
 # arrive in bf16, so each is rounded twice; half a bit of bf16 is 2 ** -9.
-FP8_TOLERANCE = {"ddp": 1e-4, "fsdp": 2**-8}
-MUON_TOLERANCE = 1e-5  # its step depends on the gradient's direction alone, however small, and so on how a sum was rounded
+FP8_TOLERANCES = {"ddp": 1e-4, "fsdp": 2**-8}
+# Muon's step depends on the direction of a gradient alone, however small, and so on how a sum was rounded.
+MUON_TOLERANCES = {"ddp": 1e-5, "fsdp": 1e-5}
 PATIENCE_SECONDS = 300  # less than a lost rank would cost that is given up only after COLLECTIVE_TIMEOUT
 Same = Callable[[Path, Path], None]  # raises AssertionError when two runs differ
 ZERO_AND_BACK = [(2, "fsdp"), (2, "deepspeed"), (2, "deepspeed"), (1, "none")]
@@ -394,31 +395,23 @@ def report(name: str, case: Callable[..., None], *given: Any, **options: Any) ->
         print(f"ok {name} {time.monotonic() - before:.1f}", flush=True)
 
 
-def same_however_computed(command: Sequence[str], root: Path) -> None:
-    """Compiled and with activations computed again the losses are those of the plain process, in FP8 those of one in FP8."""
-    for strategy, recompute, compiled in (
-        ("ddp", "selective", "never"), ("ddp", "full", "always"), ("fsdp", "selective", "never"), ("fsdp", "full", "always")
-    ):  # fmt: skip
-        name = f"{strategy} recompute={recompute} compile={compiled}"
-        settings = [*command, f"recompute={recompute}", f"compile={compiled}"]
-        folder = root / f"{strategy}-{recompute}-{compiled}"
-        report(name, same_run, settings, root / "pretrain-1", folder, 2, strategy)
-    fp8 = [*command, "precision=fp8"]
-    assert train(fp8, root / "fp8-1", 1) == [0], said(root / "fp8-1", 0)[-2000:]
-    for strategy, tolerance in FP8_TOLERANCE.items():
-        folder = root / f"fp8-{strategy}"
-        report(f"fp8 {strategy}", same_run, fp8, root / "fp8-1", folder, 2, strategy, tolerance)
+def compare(
+    name: str, command: Sequence[str], root: Path, starts: Sequence[tuple[int, str]], tolerances: Mapping[str, float] = {}
+) -> None:
+    """Run a command on one process, and report whether it is the same run on several."""
+    whole = root / f"{name}-1"
+    assert train(command, whole, 1) == [0], said(whole, 0)[-2000:]
+    for size, strategy in starts:
+        tolerance = tolerances.get(strategy, TOLERANCE)
+        folder = root / f"{name}-{size}-{strategy}"
+        report(f"{name} {strategy} {size}", same_run, command, whole, folder, size, strategy, tolerance)
 
 
 def run_all(recipes: dict[str, list[str]], root: Path) -> None:
     for kind, command in recipes.items():
         with contextlib.redirect_stdout(io.StringIO()):  # reads the recipe once for every fork
             main([*command, "--dry-run"])
-        whole = root / f"{kind}-1"
-        assert train(command, whole, 1) == [0], said(whole, 0)[-2000:]
-        for size, strategy in ((2, "ddp"), (2, "fsdp"), (4, "fsdp" if kind == "pretrain" else "ddp")):
-            folder = root / f"{kind}-{size}-{strategy}"
-            report(f"{kind} {strategy} {size}", same_run, command, whole, folder, size, strategy)
+        compare(kind, command, root, [(2, "ddp"), (2, "fsdp"), (4, "fsdp" if kind == "pretrain" else "ddp")])
     pretrain = recipes["pretrain"]
     for name, starts in {
         "shrinks": [(4, "fsdp"), (2, "fsdp"), (1, "none")],
@@ -428,12 +421,13 @@ def run_all(recipes: dict[str, list[str]], root: Path) -> None:
     }.items():
         report(name, continued, pretrain, root / "pretrain-1", root / name, starts)
     report("sft shrinks", continued, recipes["sft"], root / "sft-1", root / "sft", [(2, "ddp"), (1, "none")])
-    same_however_computed(pretrain, root)
-    muon = [*pretrain, "optim={type: muon}"]
-    assert train(muon, root / "muon-1", 1) == [0], said(root / "muon-1", 0)[-2000:]
-    for strategy in ("ddp", "fsdp"):
-        folder = root / f"muon-{strategy}"
-        report(f"muon {strategy}", same_run, muon, root / "muon-1", folder, 2, strategy, MUON_TOLERANCE)
+    for strategy, recompute, compiled in (
+        ("ddp", "selective", "never"), ("ddp", "full", "always"), ("fsdp", "selective", "never"), ("fsdp", "full", "always")
+    ):  # fmt: skip
+        name, settings = f"{strategy}-{recompute}-{compiled}", [f"recompute={recompute}", f"compile={compiled}"]
+        report(name, same_run, [*pretrain, *settings], root / "pretrain-1", root / name, 2, strategy)
+    compare("fp8", [*pretrain, "precision=fp8"], root, [(2, "ddp"), (2, "fsdp")], FP8_TOLERANCES)
+    compare("muon", [*pretrain, "optim={type: muon}"], root, [(2, "ddp"), (2, "fsdp")], MUON_TOLERANCES)
     if importlib.util.find_spec("deepspeed"):
         for stage in (1, 2, 3):
             zero = [*pretrain, f"parallel.stage={stage}"]

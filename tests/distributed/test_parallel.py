@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
@@ -16,23 +12,12 @@ from osler.parallel.config import DeepSpeedConfig
 from osler.parallel.deepspeed import read_settings
 from osler.parallel.parallelize import check_strategy
 
-PROGRAM = Path(__file__).with_name("parallel_runs.py")
-
 
 @pytest.mark.slow
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_every_number_of_ranks_and_strategy_is_the_same_run(tiny, tmp_path):
-    path = os.pathsep.join([str(PROGRAM.parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    environment |= {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"), "TORCHINDUCTOR_COMPILE_THREADS": "1"}
-    given = [tiny.pretrain, tiny.sft, str(tmp_path)]
-    done = subprocess.run(
-        [sys.executable, str(PROGRAM), *given], env=environment, capture_output=True, text=True, timeout=1800, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    lines = done.stdout.splitlines()
-    assert [line for line in lines if not line.startswith("ok ")] == []
-    assert len(lines) == 29 + (4 if importlib.util.find_spec("deepspeed") else 0)
+def test_every_number_of_ranks_and_strategy_is_the_same_run(run_cases, tiny, tmp_path):
+    compiling = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"), "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+    cases = run_cases("parallel_runs.py", tiny.pretrain, tiny.sft, tmp_path, DS_ACCELERATOR="cpu", **compiling)
+    assert cases == 29 + (4 if importlib.util.find_spec("deepspeed") else 0)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is not None, reason="DeepSpeed is installed")
