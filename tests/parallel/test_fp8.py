@@ -14,8 +14,10 @@ from osler.model.loss import SummedLoss
 from osler.model.transformer import Transformer
 from osler.optim.build import build_optimizer
 from osler.optim.config import AdamWConfig
-from osler.parallel.activation_checkpoint import set_recompute
+from osler.parallel.config import NoParallelConfig
 from osler.parallel.fp8 import check_gpu, check_shapes, convert_to_fp8
+from osler.parallel.parallelize import parallelize
+from osler.runtime.world import World
 
 pytestmark = pytest.mark.usefixtures("no_compiled_code", "one_thread")
 
@@ -77,31 +79,27 @@ def test_projections_only_and_everything_else_is_ordinary():
     assert not torch.equal(model(batch()[0]), plain(batch()[0]))
 
 
+def fp8_gradients(recompute: str, *, num_layers: int = 2, compiled: bool = False) -> dict[str, torch.Tensor]:
+    model = build(fp8=False, config=replace(MODEL, num_layers=num_layers))
+    world, passes = World(device="cpu"), [2 * 64]
+    loss = parallelize(model, NoParallelConfig(), world, precision="fp8", pass_tokens=passes, recompute=recompute).loss
+    if compiled:
+        loss = torch.compile(loss, fullgraph=True, dynamic=False, backend="aot_eager_decomp_partition")
+    loss(*batch(), None).backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
 @pytest.mark.parametrize("mode", ["off", "selective", "full"])
 def test_compiles_and_recomputes(mode):
-    config = replace(MODEL, num_layers=1)
-    gradients = []
-    for compiled in (False, True):
-        model = build(fp8=True, config=config)
-        set_recompute(model, "off" if not compiled else mode)
-        loss = SummedLoss(model)
-        if compiled:
-            loss = torch.compile(loss, fullgraph=True, dynamic=False, backend="aot_eager_decomp_partition")
-        loss(*batch(), None).backward()
-        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
-    for name, grad in gradients[0].items():
-        assert (gradients[1][name] - grad).norm() <= 0.05 * grad.norm()
+    found = fp8_gradients(mode, num_layers=1, compiled=True)
+    for name, grad in fp8_gradients("off", num_layers=1).items():
+        assert (found[name] - grad).norm() <= 0.05 * grad.norm()
 
 
 @pytest.mark.parametrize("mode", ["selective", "full"])
 def test_recomputation_changes_no_bit(mode):
-    gradients = []
-    for each in ("off", mode):
-        model = build(fp8=True)
-        set_recompute(model, each)
-        SummedLoss(model)(*batch(), None).backward()
-        gradients.append([parameter.grad for parameter in model.parameters()])
-    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    expected, found = fp8_gradients("off"), fp8_gradients(mode)
+    assert all(torch.equal(found[name], grad) for name, grad in expected.items())
 
 
 def test_thirty_steps_stay_within_two_percent_of_bf16():
