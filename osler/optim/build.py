@@ -6,7 +6,7 @@ Parameters are grouped by ordered patterns; the first match wins.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -43,24 +43,21 @@ def grouped(model: nn.Module, settings: Mapping[str, Mapping[str, Any]]) -> list
     return groups
 
 
-def adamw_groups(model: nn.Module, config: AdamWConfig) -> list[dict[str, Any]]:
-    """Return the three groups of AdamW."""
+def build_adamw(model: nn.Module, config: AdamWConfig, seed: int, _: dist.ProcessGroup | None) -> torch.optim.Optimizer:
+    """Build fused AdamW, or for weights in bf16 the AdamW that rounds stochastically; ranks share no work of either."""
     embedding_lr = config.lr if config.embedding_lr is None else config.embedding_lr
     settings = {
         "matrices": {"lr": config.lr, "weight_decay": config.weight_decay},
         "embeddings": {"lr": embedding_lr, "weight_decay": 0.0},
         "vectors": {"lr": config.lr, "weight_decay": 0.0},
     }
-    return grouped(model, settings)
+    groups, betas = grouped(model, settings), (config.beta1, config.beta2)
+    if any(parameter.dtype == torch.bfloat16 for parameter in model.parameters()):
+        return Bf16AdamW(groups, betas=betas, eps=config.eps, seed=seed)
+    return torch.optim.AdamW(groups, betas=betas, eps=config.eps, fused=True)
 
 
-def build_adamw(model: nn.Module, config: AdamWConfig, process_group: dist.ProcessGroup | None) -> torch.optim.AdamW:
-    """Build fused AdamW, which has no work that ranks could share."""
-    groups = adamw_groups(model, config)
-    return torch.optim.AdamW(groups, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
-
-
-def build_muon(model: nn.Module, config: MuonConfig, process_group: dist.ProcessGroup | None) -> Muon:
+def build_muon(model: nn.Module, config: MuonConfig, _: int, process_group: dist.ProcessGroup | None) -> Muon:
     """Build Muon for the matrices with AdamW for the rest; Newton-Schulz runs in the model's compute dtype."""
     adamw = {"lr": config.adamw_lr, "weight_decay": 0.0, "betas": (config.beta1, config.beta2), "eps": config.eps}
     matrices = {
@@ -73,7 +70,7 @@ def build_muon(model: nn.Module, config: MuonConfig, process_group: dist.Process
     return Muon(groups, dtype=getattr(model, "compute_dtype", torch.float32), process_group=process_group)
 
 
-OPTIMIZERS: dict[type, Any] = {AdamWConfig: build_adamw, MuonConfig: build_muon}
+OPTIMIZERS: dict[type, Callable[..., torch.optim.Optimizer]] = {AdamWConfig: build_adamw, MuonConfig: build_muon}
 
 
 def build_optimizer(
@@ -85,14 +82,10 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """Build the optimizer of ``config`` over all of ``model``'s parameters.
 
-    Weights in bf16 get the AdamW that rounds stochastically, by ``seed``. The ranks of ``process_group`` hold the same model,
-    will have the same gradients, and may share an update's work.
+    ``seed`` is that of stochastic rounding. The ranks of ``process_group`` hold the same model, will have the same gradients, and
+    may share an update's work.
     """
-    if any(parameter.dtype == torch.bfloat16 for parameter in model.parameters()):
-        assert isinstance(config, AdamWConfig), "a config that asks for another is refused"
-        return Bf16AdamW(adamw_groups(model, config), betas=(config.beta1, config.beta2), eps=config.eps, seed=seed)
-    optimizer: torch.optim.Optimizer = OPTIMIZERS[type(config)](model, config, process_group)
-    return optimizer
+    return OPTIMIZERS[type(config)](model, config, seed, process_group)
 
 
 @contextmanager
