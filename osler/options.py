@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from osler.decode import decode
 from osler.errors import UserError
-from osler.ops.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from osler.ops.sampling_params import SamplingParams
 
 Option = tuple[tuple[str, ...], dict[str, Any]]
 
@@ -85,6 +86,9 @@ def run_folder(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def sampling(arguments: argparse.Namespace) -> SamplingParams:
-    """Return what the options of ``SAMPLING`` say; raises UserError for a number that means nothing."""
+    """Return the options of ``SAMPLING``. Raises UserError for a number that is out of its range."""
+    from osler.decode import decode
+    from osler.ops.sampling_params import SamplingParams
+
     names = ("max_new_tokens", "temperature", "top_p", "seed")
     return decode(SamplingParams, {name: getattr(arguments, name) for name in names}, source="the command line")
