@@ -27,7 +27,7 @@ class Piece:
 
 
 def continue_text(engine: InferenceEngine, tokenizer: Tokenizer, text: str, sampling: SamplingParams) -> Iterator[str]:
-    """Yield what the model writes after ``text``, which stands after an end-of-text token, as a document does in training.
+    """Yield what the model writes after ``text``, which follows an end-of-text token, as documents do in training.
 
     The new tokens are cut to what the model's ``max_seq_len`` leaves. Raises UserError when ``text`` leaves no room.
     """

@@ -64,7 +64,7 @@ class ReadyModel(LoadedModel):
 
     @property
     def run(self) -> RunFolder | None:
-        """The run folder that the checkpoint lies in, if it does."""
+        """The run folder that the checkpoint is in, if any."""
         path = self.path if self.path.parent.parent.name else self.path.resolve()
         folder = RunFolder(path.parent.parent)
         return folder if path.parent == folder.checkpoints and folder.config.is_file() else None

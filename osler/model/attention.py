@@ -58,12 +58,12 @@ class Attention(nn.Module):
         return apply_rope(self.q_norm(q_BTNH), *rope), apply_rope(self.k_norm(k_BTKH), *rope), v_BTKH
 
     def for_decoding(self, layer: int, norm: RMSNorm, layout: Layout) -> DecodeAttention:
-        """Copy the weights into the layout of decoding, with the norm that stands before this attention."""
+        """Copy the weights into the layout of decoding, together with the norm before this attention."""
         return DecodeAttention(self, layer, norm, layout)
 
 
 class DecodeAttention:
-    """The same attention, the norm before it included, for few tokens at a time; see the top of this file."""
+    """The same attention and the norm before it for few tokens at a time; the top of this file says how."""
 
     def __init__(self, trained: Attention, layer: int, norm: RMSNorm, layout: Layout) -> None:
         self.layer = layer
@@ -77,7 +77,7 @@ class DecodeAttention:
             self._qk_weight_MH = torch.stack(heads).to(layout.dtype)
 
     def prefill(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache) -> Tensor:
-        """Attend from all tokens of some prompts at once, as ``Attention.forward`` does; they fill the cache."""
+        """Attend from all tokens of some prompts at once, as ``Attention.forward`` does, and fill the cache with them."""
         q_BTNH, k_BTKH, v_BTKH = self._project(x_BTD, rope, x_BTD.dtype)
         k_BKTH, v_BKTH = k_BTKH.transpose(1, 2), v_BTKH.transpose(1, 2)
         cache.k[self.layer].copy_(k_BKTH)

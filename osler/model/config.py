@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from osler.config import Ge, NonNegativeFloat, PositiveFloat, PositiveInt, config
 
-MODEL_FILE = "model.json"  # in every checkpoint: the config of the model that it holds
+MODEL_FILE = "model.json"  # in every checkpoint: the config of its model
 VOCAB_MULTIPLE = 64  # matmuls over the vocabulary run at full speed only at multiples of the tile size
 
 
@@ -62,7 +62,7 @@ class ModelConfig:
         if self.qk_norm_weight and not self.norm_weight:
             raise ValueError("qk_norm_weight=true needs norm_weight=true")
         if self.qk_norm_init != 1.0 and not self.qk_norm_weight:
-            raise ValueError(f"qk_norm_init {self.qk_norm_init} needs qk_norm_weight=true: without weights nothing holds it")
+            raise ValueError(f"qk_norm_init {self.qk_norm_init} needs qk_norm_weight=true: it is what these weights start at")
         if self.attention_init == "induction":
             if self.num_layers < 2 or self.hidden_size < 3 * self.head_dim + 1:
                 raise ValueError(

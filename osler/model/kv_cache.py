@@ -1,8 +1,8 @@
 """Keys and values of past tokens, one allocation for many rows that are each at their own position.
 
-A row is one sequence that grows. Its tokens stand in neighbouring slots, and ``bias_BKS``, which attention adds to its scores,
-hides all other slots. So rows may begin and end at any time: ``put`` lets a row begin with a prompt, whatever stood there before,
-and ``select`` keeps some rows. Attention reads the cache only as far as its fullest row.
+A row is one sequence that grows. Its tokens are in neighbouring slots, and ``bias_BKS``, which attention adds to its scores,
+hides all other slots. So rows can begin and end at any step: ``put`` lets a row begin with a prompt, whatever was in it before,
+and ``select`` copies some rows into a cache of their own. Attention reads the cache only as far as its fullest row.
 
 Shape legend: L layers, B rows, K key/value heads, C = B * K, S slots, H head size, R some of the rows.
 """
@@ -19,12 +19,12 @@ from osler.model.config import ModelConfig
 
 
 def cache_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
-    """Dtype to keep keys and values in: fp32 on a CPU, whose small batched matmuls are twice as slow in bf16."""
+    """Return the dtype for keys and values: fp32 on a CPU, whose small batched matmuls are twice as slow in bf16."""
     return torch.float32 if device.type == "cpu" else dtype
 
 
 class CacheStep(NamedTuple):
-    """The cache in one decode step; made once for all layers, to which the lists belong."""
+    """What a decode step needs of the cache, prepared once for all layers; each list has one entry per layer."""
 
     k: Sequence[Tensor]  # to write, [C * S, H]
     v: Sequence[Tensor]
@@ -34,7 +34,7 @@ class CacheStep(NamedTuple):
     bias_C1S: Tensor  # added to the scores
 
     def write(self, layer: int, k_BKH: Tensor, v_BKH: Tensor) -> tuple[Tensor, Tensor]:
-        """Store the new tokens of a layer and return all keys and values of it."""
+        """Store a layer's keys and values of the new tokens, and return all that the layer has."""
         self.k[layer].index_put_((self.slot_BK,), k_BKH)
         self.v[layer].index_put_((self.slot_BK,), v_BKH)
         return self.k_CHS[layer], self.v_CSH[layer]
@@ -54,7 +54,7 @@ class KVCache:
         self.filled = self.read_slots = 0  # slots that the fullest row fills, and that a step reads
 
     def put(self, row_R: Tensor, prompts: KVCache, from_R: Tensor) -> None:
-        """Let rows begin with prompts that fill the last slots of another cache; what the rows had before is gone."""
+        """Let rows begin with prompts that are in the last slots of another cache; this overwrites what the rows had."""
         width, length_R = prompts.slots, prompts.length_B[from_R]
         for own, theirs in zip(self.stored, prompts.stored, strict=True):
             own[:, row_R, :, :width] = theirs[:, from_R].to(own.dtype)
@@ -77,13 +77,13 @@ class KVCache:
         return chosen
 
     def _measure(self) -> None:
-        """Find the fullest row; waits for the device, which whoever changes rows has just done anyway."""
+        """Find the fullest row. This waits for the device, which whoever changes rows has just done anyway."""
         self.filled = int((self.slot_BK - self._first_BK).amax())
 
     def make_room(self, multiple: int = 1) -> None:
-        """Let the next step write one slot more, and read up to a ``multiple`` of slots: to be called before every step.
+        """Let the next step write one more slot and read up to a ``multiple`` of slots; call this before every step.
 
-        It is apart from the step because a compiler would compile the step again for every number.
+        It is not part of the step because a compiler would compile the step again for every number of slots.
         """
         if self.filled >= self.slots:
             raise ValueError(f"all {self.slots} slots of the fullest row are taken")
@@ -91,7 +91,7 @@ class KVCache:
         self.read_slots = min(-(-self.filled // multiple) * multiple, self.slots)
 
     def open_step(self) -> CacheStep:
-        """Show every row its new token and return what all layers of a decode step need of the cache."""
+        """Make the new token of every row visible to it, and prepare the cache for all layers of a decode step."""
         self.bias_BKS.view(-1).index_fill_(0, self.slot_BK.view(-1), 0.0)
         read_k, read_v = (stored[..., : self.read_slots, :].flatten(1, 2) for stored in (self.k, self.v))
         return CacheStep(
@@ -104,6 +104,6 @@ class KVCache:
         )
 
     def close_step(self) -> None:
-        """Move every row on by the token that it was given."""
+        """Move every row on by one token."""
         self.length_B += 1
         self.slot_BK += 1

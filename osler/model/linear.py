@@ -48,9 +48,9 @@ class Layout(NamedTuple):
 
 
 class DecodeLinear:
-    """Linear layers on the same input as one matmul, in the layout of decoding, with the norm that stands before them.
+    """Linear layers on the same input as one matmul in the layout of decoding, together with the norm before them.
 
-    The norm's weight stands in the columns of the matrix, which saves an operator. The weights are copies.
+    The norm's weight is multiplied into the columns of the matrix, which saves an operator. The weights are copies.
     """
 
     def __init__(self, layout: Layout, *weights: Tensor, norm: RMSNorm | None = None) -> None:

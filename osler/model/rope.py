@@ -25,11 +25,11 @@ def apply_rope(x_BTNH: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def rolled_tables(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the tables for ``apply_rolled_rope``: the minus sign of the left half stands in the sines."""
+    """Return the tables for ``apply_rolled_rope``: the sines of the left half are negative."""
     left, right = sin.chunk(2, dim=-1)
     return cos, torch.cat([-left, right], dim=-1)
 
 
 def apply_rolled_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Do the same in three operators, which is faster where each call counts, as in decoding."""
+    """Do the same as ``apply_rope`` in three operators, which is faster when operators are small, as in decoding."""
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)

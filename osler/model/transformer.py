@@ -1,7 +1,7 @@
-"""The model: one plain single-device transformer that training, sampling, evaluation and export share.
+"""The model: one plain single-device transformer for training, evaluation and export. Sampling runs it through ``decoder.py``.
 
-It ends at the hidden states; the head is applied by whoever needs it, because training and RL never hold tokens x vocabulary
-(``ops/cross_entropy.py``). Sampling runs the same weights through ``decoder.py``.
+It ends at the hidden states. Whoever needs the head applies it, because training and RL never compute all logits at once
+(``ops/cross_entropy.py``).
 
 Shape legend: B batch, T tokens, D hidden, R features of the head, V vocabulary (padded), N = B * T.
 """
@@ -115,7 +115,7 @@ class Transformer(nn.Module):
         return features, self.embed_tokens.weight
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Return logits over the true vocabulary in fp32, [..., vocab_size]; training never holds as many."""
+        """Return logits over the true vocabulary in fp32, [..., vocab_size]; training never computes so many at once."""
         features, weight = self.head(hidden)
         logits = (features @ weight.to(features.dtype).T)[:, : self.config.vocab_size].float()
         return logits.view(*hidden.shape[:-1], -1)

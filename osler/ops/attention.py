@@ -29,7 +29,7 @@ def attention(q_BNTH: Tensor, k_BKTH: Tensor, v_BKTH: Tensor, *, mask: Tensor | 
     """Compute :func:`attention_reference` in the form that is fastest on the device; queries that see no key are undefined."""
     if q_BNTH.is_cuda:
         groups = q_BNTH.shape[1] // k_BKTH.shape[1]
-        if mask is not None and groups > 1:  # the kernel that takes a mask without holding all scores has no grouped form
+        if mask is not None and groups > 1:  # the kernel that takes a mask and saves memory has no grouped form
             k_BKTH, v_BKTH = (x.repeat_interleave(groups, dim=1) for x in (k_BKTH, v_BKTH))
         return F.scaled_dot_product_attention(
             q_BNTH, k_BKTH, v_BKTH, attn_mask=mask, is_causal=mask is None, enable_gqa=mask is None and groups > 1

@@ -25,7 +25,7 @@ CHUNK_BYTES = 1 << 28  # of logits: in fp32 1,280 tokens of 50k words, 320 of 20
 BLOCK_LOGITS = {"cpu": 1 << 21}  # logits that are widened to fp32 at a time: few enough to stay in the cache
 TILES = {"cpu": 4}  # parts of the vocabulary that compiled code takes one after another, each as wide as TILE_WORDS at least
 TILE_WORDS = 12_800
-TILED_CHUNK_TOKENS, TILED_CHUNK_BYTES = 4096, 400 << 20  # in tiles: the gradient of only one of them stands beside the logits
+TILED_CHUNK_TOKENS, TILED_CHUNK_BYTES = 4096, 400 << 20  # beside the logits, only one tile's gradient is in memory
 
 
 def cross_entropy_reference(features_NR: Tensor, weight_VR: Tensor, labels_N: Tensor, *, vocab_size: int | None = None) -> Tensor:
@@ -153,7 +153,7 @@ def _eager_gradients(
         losses.append(_into_gradient(logits, label, scale, vocab_size))
         grad_chunks.append(logits @ head_VR)
         _add_weight_gradient(grad_head, logits, x)
-        del logits  # or two chunks of them would be held
+        del logits  # or those of two chunks would be in memory
     return _Gradients(torch.stack(losses).sum(), torch.cat(grad_chunks), grad_head)
 
 
