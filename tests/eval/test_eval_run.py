@@ -96,8 +96,7 @@ def test_questions_that_do_not_fit_are_named_as_the_cause(runs, capsys):
     out = capsys.readouterr().out
     row = read_json(runs / "sft" / "exams.json")["sft"]["validation"]
     assert (row["too_long"], row["presentations"], row["max_seq_len"], row["max_new_tokens"]) == (40, 40, 256, 240)
-    assert "below guessing and always answering A, because too many questions did not fit." in out
-    assert "40 of 40 questions did not fit into the model's context (max_seq_len 256, of which max_new_tokens keeps 240" in out
+    assert "because too many questions did not fit" in out
     assert next(line for line in out.splitlines() if line.startswith("validation ")).endswith(" 40")
     said = verdict(read_run(runs / "sft").exams[0])
     assert "(25.0%): 40 of 40 questions did not fit into the model's context (max_seq_len 256, of which" in said
