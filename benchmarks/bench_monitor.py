@@ -58,6 +58,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     from osler.model.config import ModelConfig
     from osler.monitor.config import MonitorConfig
     from osler.recipe import load_recipe
+    from osler.records.metrics import read_metrics
     from osler.runs.loop import Loop
     from osler.runs.process import Run
     from osler.runtime.device import keep_freed_memory
@@ -99,8 +100,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         trainer = Trainer(config, Run(run, World(device=args.device)), built(config, args), staged, Evaluations())
         trainer.batches = batches
         assert Loop(trainer).fit()
-        lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]
-    looks = [LINES_EVERY * line["perf/monitor_ms"] / 1000 for line in lines if line.get("perf/monitor_ms")]
+        times = [line.values["perf/monitor_ms"] for line in read_metrics(run.metrics, having="perf/monitor_ms")]
+    looks = [LINES_EVERY * ms / 1000 for ms in times if ms]
     assert len(looks) == args.cycles
     windows = {phase: [number for number, each in enumerate(phases) if each == phase and number] for phase in PHASES}
     return {

@@ -10,7 +10,6 @@ gap of a step is |loss in FP8 / loss in bf16 - 1|; the target is that no step of
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
@@ -37,8 +36,9 @@ def losses(precision: str, args: argparse.Namespace, batch_tokens: int, folder: 
     }
     options = [*(f"{key}={value}" for key, value in fixed.items()), *args.overrides, "--run", str(folder)]
     in_fresh_python(["-m", "osler.cli", "pretrain", *([args.recipe] if args.recipe else []), *options])
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [line["train/loss"] for line in lines if "train/loss" in line]
+    from osler.records.metrics import read_metrics
+
+    return [line.values["train/loss"] for line in read_metrics(folder / "metrics.jsonl", having="train/loss")]
 
 
 def main() -> None:

@@ -23,6 +23,8 @@ from typing import Any
 
 from measuring import ROOT, publish
 
+from osler.records.metrics import read_metrics
+
 
 def train(files: Sequence[Path], overrides: Sequence[str]) -> dict[str, Any]:
     """Train the recipe over copies of ``files`` in a folder that is gone afterwards; returns what was measured."""
@@ -37,17 +39,16 @@ def train(files: Sequence[Path], overrides: Sequence[str]) -> dict[str, Any]:
         if subprocess.run([*command, *overrides], env=environment).returncode:
             raise SystemExit(1)
         minutes = (time.monotonic() - started) / 60
-        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        measured = [line for line in lines if "eval/bits_per_byte" in line]
+        measured = list(read_metrics(run / "metrics.jsonl", having="eval/bits_per_byte"))
         manifest = json.loads((run / "data" / "manifest.json").read_text())
     return {
         "benchmark": "text-10min",
         "files": [file.name for file in files],
         "overrides": list(overrides),
         "minutes": minutes,
-        "bits_per_byte": measured[-1]["eval/bits_per_byte"],
-        "curve": [{"tokens": line["tokens"], "bits_per_byte": line["eval/bits_per_byte"]} for line in measured],
-        "tokens_trained": measured[-1]["tokens"],
+        "bits_per_byte": measured[-1].values["eval/bits_per_byte"],
+        "curve": [{"tokens": line.tokens, "bits_per_byte": line.values["eval/bits_per_byte"]} for line in measured],
+        "tokens_trained": measured[-1].tokens,
         "content_fingerprint": manifest["content_fingerprint"],
     }
 

@@ -14,7 +14,7 @@ import torch
 
 from osler.errors import UserError
 from osler.eval.logprobs import BATCH_TOKENS, evaluating, label_logprobs, padded_batches
-from osler.eval.score import ANSWERED, CUT, TOO_LONG, UNPARSED, ExamScore, Result, summarise
+from osler.eval.score import ANSWERED, CUT, TOO_LONG, UNPARSED, Result, ScoredExam, summarise
 from osler.inference.engine import InferenceEngine
 from osler.model.transformer import Transformer
 from osler.ops.labels import IGNORED
@@ -41,7 +41,7 @@ def score_by_generation(
     permutations: int = 1,
     cluster_by_group: bool = False,
     progress: Callable[[int], None] | None = None,
-) -> ExamScore:
+) -> ScoredExam:
     """Let the model write an answer to every item and score what it wrote.
 
     With ``permutations`` k every item is shown in k option orders (k = number of options: the right one stands in each place
@@ -109,7 +109,7 @@ def score_by_likelihood(
     permutations: int = 1,
     seed: int = 0,
     cluster_by_group: bool = False,
-) -> ExamScore:
+) -> ScoredExam:
     """Choose the option whose text is most likely after the prompt; items must have options.
 
     With ``template`` the prompt is the chat template up to the answer (no thinking) with the options listed, and an option is

@@ -21,12 +21,12 @@ from osler.eval.config import CLINIC_EXAM, EvalConfig
 from osler.eval.exams import score_by_generation, score_by_likelihood
 from osler.eval.logprobs import BATCH_TOKENS
 from osler.eval.perplexity import TextScore, batches, measure, windows
-from osler.eval.score import ExamScore, Result, describe_too_long, length_explains, summarise
+from osler.eval.score import Result, ScoredExam, describe_too_long, length_explains, summarise
 from osler.inference.engine import InferenceEngine
 from osler.inference.ready import ReadyModel, open_model
 from osler.ops.sampling_params import SamplingParams
 from osler.recipe import parse_overrides
-from osler.runtime.files import read_json, write_json
+from osler.records.exams import add_exams
 from osler.runtime.log import Progress
 from osler.tasks.clinic import ClinicTask
 from osler.tasks.item import ExamItem
@@ -34,7 +34,6 @@ from osler.tasks.registry import TASK_CONFIGS, check_task, load_task
 
 logger = logging.getLogger(__name__)
 
-EXAMS_FILE = "exams.json"
 LIKELIHOOD_ITEMS = 32  # scored between two updates of the progress line
 
 
@@ -44,7 +43,7 @@ class Sitting:
 
     exam: str
     method: str
-    score: ExamScore
+    score: ScoredExam
 
 
 def run(checkpoint: str, overrides: Sequence[str] = ()) -> int:
@@ -144,7 +143,9 @@ def methods(config: EvalConfig, ready: ReadyModel, items: Sequence[ExamItem]) ->
     return ["likelihood"]
 
 
-def by_generation(config: EvalConfig, ready: ReadyModel, items: Sequence[ExamItem], progress: Callable[[int], None]) -> ExamScore:
+def by_generation(
+    config: EvalConfig, ready: ReadyModel, items: Sequence[ExamItem], progress: Callable[[int], None]
+) -> ScoredExam:
     """Score what the model writes."""
     return score_by_generation(
         InferenceEngine(ready.model, max_rows=config.rows),
@@ -158,7 +159,9 @@ def by_generation(config: EvalConfig, ready: ReadyModel, items: Sequence[ExamIte
     )
 
 
-def by_likelihood(config: EvalConfig, ready: ReadyModel, items: Sequence[ExamItem], progress: Callable[[int], None]) -> ExamScore:
+def by_likelihood(
+    config: EvalConfig, ready: ReadyModel, items: Sequence[ExamItem], progress: Callable[[int], None]
+) -> ScoredExam:
     """Score the options that the model finds most likely, a few items at a time so that progress can be shown."""
     results: list[Result] = []
     for start in range(0, len(items), LIKELIHOOD_ITEMS):
@@ -193,7 +196,7 @@ def table(sittings: Sequence[Sitting]) -> str:
             f"{low:>6.1%} – {high:.1%}".ljust(15),
             f"{score.n:>9,}" if orders == 1 else f"{score.n:,} × {orders}".rjust(9),
             (f"{score.chance:.1%}" if score.chance else "–").rjust(6),
-            (f"{score.constant_accuracy:.1%} ({score.constant_letter})" if score.constant_letter else "–").rjust(10),
+            (f"{score.constant_letter_baseline:.1%} ({score.constant_letter})" if score.constant_letter else "–").rjust(10),
             f"{score.unparsed:>8,}",
             f"{score.cut:>4,}",
             f"{score.too_long:>8,}",
@@ -210,7 +213,7 @@ def remarks(sitting: Sitting) -> Iterator[str]:
     """Yield what the reader of a score should not overlook."""
     score, name = sitting.score, f"{sitting.exam}, {sitting.method}"
     low, high = score.interval
-    baseline = max(score.chance, score.constant_accuracy)
+    baseline = max(score.chance, score.constant_letter_baseline)
     if score.constant_letter and high < baseline:
         short = length_explains(high, baseline, score.too_long, score.presentations)
         why = ", because too many questions did not fit" if short else ""
@@ -220,9 +223,8 @@ def remarks(sitting: Sitting) -> Iterator[str]:
     if score.cut * 20 > score.presentations:
         yield f"{name}: {score.cut:,} of {score.presentations:,} answers were cut; max_new_tokens=N gives more room."
     if score.too_long:
-        lengths = (score.max_seq_len, score.max_new_tokens)
         hint = " A smaller max_new_tokens=N leaves the question more room." if score.max_new_tokens else ""
-        yield f"{name}: {describe_too_long(score.too_long, score.presentations, score.correct, *lengths)}.{hint}"
+        yield f"{name}: {describe_too_long(score)}.{hint}"
 
 
 def label(config: EvalConfig, ready: ReadyModel, checkpoint: str) -> str:
@@ -236,19 +238,11 @@ def save_scores(ready: ReadyModel, name: str, sittings: Sequence[Sitting]) -> No
     """Add scores to the run folder's ``exams.json``, beside those of other checkpoints and other exams."""
     if ready.run is None:
         return
-    path = ready.run.root / EXAMS_FILE
-    exams = read_json(path) if path.exists() else {}
-    if not isinstance(exams, dict):
-        raise UserError(f"{path} is not a table of scores; move it away and evaluate again.")
-    rows = exams.setdefault(name, {})
-    for sitting in sittings:
-        split = sitting.exam if sitting.method == "generation" else f"{sitting.exam}, {sitting.method}"
-        score = sitting.score
-        rows[split] = {**score.to_dict(), "method": sitting.method}
-    if ready.kind in exams:
-        exams[ready.kind] = exams.pop(ready.kind)  # the report leads with the last: the run itself, not an earlier step
-    write_json(path, exams)
-    logger.info(f"Saved to {path}; `osler report {ready.run.root}` shows it.")
+    scores = {
+        s.exam if s.method == "generation" else f"{s.exam}, {s.method}": replace(s.score, method=s.method) for s in sittings
+    }
+    add_exams(ready.run.exams, name, scores, last=ready.kind)  # the run itself comes last, not an earlier step
+    logger.info(f"Saved to {ready.run.exams}; `osler report {ready.run.root}` shows it.")
 
 
 # -- text --------------------------------------------------------------------------------------------------------------

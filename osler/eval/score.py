@@ -13,6 +13,7 @@ from typing import Any
 
 from osler.errors import UserError
 from osler.eval.stats import Difference, mean_interval, paired_difference
+from osler.records.exams import ExamScore
 from osler.tasks.item import LETTERS, ExamItem
 
 ANSWERED = "answered"
@@ -33,38 +34,17 @@ class Result:
     thinking: str = ""  # the reasoning before it
 
 
-@dataclass(frozen=True)
-class ExamScore:
-    """The accuracy of one model on one exam of ``n`` items, which were shown ``presentations`` times in all."""
+@dataclass(frozen=True, kw_only=True)
+class ScoredExam(ExamScore):
+    """A score and the answers that it was computed from."""
 
-    n: int
-    presentations: int
-    correct: int
-    accuracy: float
-    interval: tuple[float, float]  # 95 %, aware of clusters
-    unparsed: int
-    cut: int
-    too_long: int
-    max_seq_len: int  # tokens that a question had to share with its answer; 0: not known
-    max_new_tokens: int  # of them kept for the answer, where the model wrote it; else 0
-    letters: dict[str, int]  # how often each letter was answered
-    constant_letter: str  # the letter that would score best if it were always said, and its accuracy
-    constant_accuracy: float
-    chance: float
-    groups: dict[str, dict[str, Any]]  # by the first part of the item's group: n, correct, accuracy, interval
     results: tuple[Result, ...]
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain values for JSON, without the single results."""
-        record = {name: value for name, value in vars(self).items() if name != "results"}
-        record["interval"] = list(self.interval)
-        record["constant_letter_baseline"] = record.pop("constant_accuracy")
-        return record
 
 
 def summarise(
     results: Sequence[Result], *, cluster_by_group: bool = False, max_seq_len: int = 0, max_new_tokens: int = 0
-) -> ExamScore:
+) -> ScoredExam:
     """Return the score of ``results``. Presentations of one item (with ``cluster_by_group``: of one group) are one cluster.
 
     The two lengths are only recorded, to say what a question did not fit into. Raises UserError when there are no results.
@@ -79,7 +59,7 @@ def summarise(
     widest = max(len(result.item.options) for result in results)
     given = Counter(_letter(result.predicted) for result in results if result.predicted is not None)
     status = Counter(result.status for result in results)
-    return ExamScore(
+    return ScoredExam(
         n=len({result.item.id for result in results}),
         presentations=len(results),
         correct=sum(result.right for result in results),
@@ -92,7 +72,7 @@ def summarise(
         max_new_tokens=max_new_tokens,
         letters={letter: given[letter] for letter in LETTERS[:widest]},
         constant_letter=_letter(constant),
-        constant_accuracy=hits / len(results),
+        constant_letter_baseline=hits / len(results),
         chance=sum(sum(each) / len(each) for each in options if each) / len(results),
         groups=_groups(results, clusters),
         results=tuple(results),
@@ -107,15 +87,16 @@ def length_explains(high: float, baseline: float, too_long: float, presentations
     return too_long > 0 and high < baseline <= high + baseline * too_long / presentations
 
 
-def describe_too_long(too_long: int, presentations: int, correct: int, max_seq_len: int, max_new_tokens: int) -> str:
-    """Say how many questions did not fit into what, and how the others went, without a full stop; a length of 0 is unknown."""
-    answer = f", of which max_new_tokens keeps {max_new_tokens:,} for the answer" if max_new_tokens else ""
-    room = f" (max_seq_len {max_seq_len:,}{answer})" if max_seq_len else ""
-    others = f"; of the other {presentations - too_long:,} it answered {correct:,} right" if too_long < presentations else ""
-    return f"{too_long:,} of {presentations:,} questions did not fit into the model's context{room} and count as wrong{others}"
+def describe_too_long(score: ExamScore) -> str:
+    """Say how many questions did not fit into what, and how the others went; an unknown length is left out."""
+    too_long, count = score.too_long, score.presentations
+    answer = f", of which max_new_tokens keeps {score.max_new_tokens:,.0f} for the answer" if score.max_new_tokens > 0 else ""
+    room = f" (max_seq_len {score.max_seq_len:,.0f}{answer})" if score.max_seq_len > 0 else ""
+    others = f"; of the other {count - too_long:,.0f} it answered {score.correct:,.0f} right" if too_long < count else ""
+    return f"{too_long:,.0f} of {count:,.0f} questions did not fit into the model's context{room} and count as wrong{others}"
 
 
-def compare(before: ExamScore, after: ExamScore, *, cluster_by_group: bool = False) -> Difference:
+def compare(before: ScoredExam, after: ScoredExam, *, cluster_by_group: bool = False) -> Difference:
     """Return the gain from ``before`` to ``after``, paired item by item; an item's presentations are averaged first.
 
     Raises UserError when the two were not scored on the same items.
@@ -150,7 +131,7 @@ def _groups(results: Sequence[Result], clusters: Sequence[str]) -> dict[str, dic
     return table
 
 
-def _by_item(score: ExamScore) -> dict[str, float]:
+def _by_item(score: ScoredExam) -> dict[str, float]:
     shown: dict[str, list[bool]] = {}
     for result in score.results:
         shown.setdefault(result.item.id, []).append(result.right)

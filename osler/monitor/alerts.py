@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from osler.monitor.history import History, RunSettings
+from osler.monitor.policy_rules import POLICY_RULES
 from osler.monitor.rules import RULES, Finding, Severity, ended_badly
 from osler.records.metrics import read_metrics
 
@@ -46,7 +47,7 @@ class Alerter:
         past = self.history
         past.add(step, tokens, metrics)
         news = []
-        for number, (metric, rule) in enumerate(RULES):
+        for number, (metric, rule) in enumerate((*RULES, *POLICY_RULES)):
             if not past.has(metric):
                 continue
             found = [(finding, Alert(step, finding.name, finding.severity, finding.message)) for finding in rule(past)]

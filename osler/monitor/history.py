@@ -9,9 +9,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import islice
 from statistics import median
+from string import ascii_uppercase
 
 # The metrics that the rules read, by their names in METRICS.
 LOSS = "train/loss"
+HELD_OUT = "eval/loss"
 LR = "train/lr"
 GRAD_NORM = "train/grad_norm"
 CLIPPED = "grad/clipped_frac"
@@ -25,10 +27,16 @@ DEAD_UNITS = "model/dead_units_frac/"  # and the number of the layer
 LAYER_NORM = "grad/norm/"  # and the number of the layer, or what else it is
 REWARD, REWARD_SPREAD, CORRECT = "reward", "reward_std", "answer/correct_frac"
 ALL_EQUAL = "frac_reward_zero_std"
+ENTROPY = "entropy"
+LOGP_DIFFERENCE = "sampling/sampling_logp_difference/mean"
+LETTERS = tuple(f"answer/letter_{letter}_frac" for letter in ascii_uppercase)
 CUT = "completions/clipped_ratio"
 EPOCH = "data/epoch"
 UNLEARNED = "train/unlearned_steps"
 
+JUDGED = frozenset(  # by their last values
+    (STAGE, LR, GRAD_NORM, CLIPPED, SPEED, *MEMORY, HELD_OUT, ALL_EQUAL, ENTROPY, LOGP_DIFFERENCE, *LETTERS)
+)
 KEPT = 480  # values of one metric
 FIRST = 5  # lines that say how a run began
 SMOOTHED_NORMS, SMOOTHED_LOSSES, SMOOTHED_SPEEDS = 10, 5, 5  # lines in a median
@@ -74,7 +82,7 @@ class History:
         self.loss: float | None = None  # of the newest line with one; NaN when it was not finite
         self.peak_lr = 0.0
         self.without_reward = 0  # lines in a row
-        self.first: dict[str, list[float]] = {CUT: [], REWARD: []}  # of the first lines
+        self.first: dict[str, list[float]] = {CUT: [], REWARD: [], ENTROPY: []}  # of the first lines
         self._begin_stage()
 
     def _begin_stage(self) -> None:
@@ -84,6 +92,7 @@ class History:
         self.memory_steps: deque[int] = deque(maxlen=KEPT)  # of the values of MEMORY
         self.calmest = math.inf  # lowest gradient norm after the warm-up, smoothed
         self.best_loss = math.inf  # smoothed
+        self.lowest_held_out = (math.inf, 0)  # and its step
         self.best_speed, self.slow_seconds = 0.0, 0.0  # smoothed; of the slow lines since the last one that was not
         self.loss_sums, self.jump_sums = array("d", [0.0]), array("d", [0.0])  # running sums: of losses, of their differences
 
@@ -94,9 +103,11 @@ class History:
             self._begin_stage()
         new_steps, new_tokens = step - self.step, tokens - self.tokens
         self.line, self.step, self.tokens, self.lines = line, step, tokens, self.lines + 1
-        for name in (STAGE, LR, GRAD_NORM, CLIPPED, SPEED, *MEMORY):
-            if name in line:
+        for name in line:
+            if name in JUDGED:
                 self.values[name].append(line[name])
+        if HELD_OUT in line:
+            self.lowest_held_out = min(self.lowest_held_out, (line[HELD_OUT], step))
         if GRAD_NORM in line and line.get(ALL_EQUAL) == 1.0:  # the pull of GRPO's KL term alone says nothing of other steps
             self.values[GRAD_NORM][-1] = 0.0
         if any(name in line for name in MEMORY):

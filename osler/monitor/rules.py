@@ -16,18 +16,17 @@ from typing import Literal, NamedTuple
 
 from osler.monitor.history import (
     CLIPPED,
-    CUT,
     DATA_TIME,
     DEAD_UNITS,
     EPOCH,
     GRAD_NORM,
+    HELD_OUT,
     KEPT,
     LAYER_NORM,
     LOSS,
     LR,
     MEMORY,
     OTHER_CPUS,
-    REWARD,
     SMOOTHED_LOSSES,
     SPEED,
     UNLEARNED,
@@ -54,8 +53,7 @@ SLOW_SECONDS, BUSY_CPUS = 60.0, 0.25  # at less than half of the best speed; oth
 STALLED, STALLED_LINES = 0.005, 60  # of the loss; fewer lines cannot tell a plateau from noise
 ANNEALED = 0.1  # of the highest learning rate: below it a loss may rest
 WORN_EPOCHS = 16  # passes over the data
-CUT_SHARE = 0.9  # above this share of cut completions something is wrong with the template or the limit
-FINE_CUT_SHARE = 0.5  # below this share in a run's first lines the template and the limit were right
+TURNED, TURNED_EVALUATIONS = 0.02, 4  # of the lowest held-out loss; evaluations of which the last two are above that
 
 Severity = Literal["warning", "critical"]
 
@@ -207,6 +205,19 @@ def rising(past: History) -> Iterator[Finding]:
         )
 
 
+def memorising(past: History) -> Iterator[Finding]:
+    """The held-out loss has turned: the model learns its data by heart."""
+    losses = past.last(HELD_OUT, KEPT)
+    lowest, step = past.lowest_held_out
+    if len(losses) >= TURNED_EVALUATIONS and min(losses[-2:]) > (1 + TURNED) * lowest:
+        yield Finding(
+            "memorising",
+            f"the held-out loss is {losses[-1]:.3f}, and it was lowest, {lowest:.3f}, at step {step:,}: the model learns its "
+            "data by heart. Keep the checkpoint of that step, and give more, or more varied, data.",
+            losses[-1] / lowest,
+        )
+
+
 def clipped(past: History) -> Iterator[Finding]:
     """Clipping decides the length of every step."""
     shares = past.last(CLIPPED, CLIPPED_LINES)
@@ -325,39 +336,6 @@ def stalled(past: History) -> Iterator[Finding]:
         )
 
 
-def cut(past: History) -> Iterator[Finding]:
-    """GRPO: hardly a completion ends by itself. When most did at first, the steps since have broken the model."""
-    if past.line[CUT] > CUT_SHARE:
-        least = min(past.first[CUT])
-        cause = (
-            f", where at first it were {least:.0%}. The learning rate is probably too high: go back to a checkpoint from before "
-            f"and try {past.settings.slower}."
-            if least < FINE_CUT_SHARE
-            else ". Either algorithm.max_new_tokens is too small, or the model never learned to end (was it fine-tuned with the "
-            "chat template?)."
-        )
-        yield Finding(
-            "cut-completions",
-            f"{past.line[CUT]:.0%} of the completions were cut at {past.settings.max_new_tokens} tokens{cause}",
-        )
-
-
-def unrewarded(past: History) -> Iterator[Finding]:
-    """GRPO: no reward for so many steps that it cannot be chance. When there was some at first, the model has lost it."""
-    if past.without_reward >= past.settings.zero_reward_patience:
-        most = max(past.first[REWARD])
-        cause = (
-            f"At first the mean reward was {most:.2g}, so the learning rate is probably too high: go back to a checkpoint from "
-            f"before and try {past.settings.slower}."
-            if most > 0.0
-            else "Look at samples.jsonl in the run folder, and start from a model that is right now and then."
-        )
-        yield Finding(
-            "no-reward",
-            f"no completion earned a reward for {past.without_reward} steps; there is nothing to learn from. {cause}",
-        )
-
-
 # A rule runs on lines with its metric; a name that ends with a slash stands for one metric per layer.
 RULES: tuple[tuple[str, Callable[[History], Iterator[Finding]]], ...] = (
     (GRAD_NORM, exploding),
@@ -373,6 +351,5 @@ RULES: tuple[tuple[str, Callable[[History], Iterator[Finding]]], ...] = (
     (DATA_TIME, starved),
     (SPEED, slowed),
     (LOSS, stalled),
-    (CUT, cut),
-    (REWARD, unrewarded),
+    (HELD_OUT, memorising),
 )

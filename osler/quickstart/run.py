@@ -12,7 +12,6 @@ reinforcement learning to show. So GRPO starts from the supervised checkpoint wh
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import time
@@ -32,19 +31,24 @@ from osler.decode import decode
 from osler.errors import UserError
 from osler.eval.config import EXAM_SEED
 from osler.eval.exams import greedy, score_by_generation
-from osler.eval.score import ExamScore, Result, compare
+from osler.eval.score import Result, ScoredExam, compare
 from osler.inference.engine import InferenceEngine
 from osler.inference.load import load_model
 from osler.monitor.logger import check_trackers
 from osler.quickstart.config import QuickstartConfig
 from osler.recipe import load_recipe
+from osler.records import jsonl
+from osler.records.exams import Comparison, add_exams
 from osler.records.metrics import read_metrics
+from osler.records.samples import SampledAnswer
+from osler.records.stages import FinishedStage
+from osler.records.values import read_records, to_json, write_records
 from osler.report.page import build_report
 from osler.report.text import summary_text
 from osler.rl.run import train as train_grpo
 from osler.runs.config import RunConfig
 from osler.runs.folder import claim, read_config, stored_config, taken
-from osler.runtime.files import RunFolder, read_json, write_json
+from osler.runtime.files import RunFolder, write_json
 from osler.runtime.stop import EXIT_STOPPED
 from osler.runtime.world import require_one_process
 from osler.tasks.clinic import load as load_clinic_exam
@@ -56,6 +60,7 @@ from osler.yaml12 import dump_yaml
 logger = logging.getLogger(__name__)
 
 SAMPLES_SHOWN = 6
+EARLIER = "sft, earlier checkpoint"  # the label of the checkpoint that GRPO starts from
 NOTES = (
     "The clinic is a synthetic world for testing training code. It is not medical advice.",
     "New findings: the fact was in the training exam, this combination of findings was not. New questions: the fact stood in the "
@@ -96,7 +101,7 @@ class Quickstart:
     def __init__(self, config: QuickstartConfig, run: RunFolder) -> None:
         self.config = config
         self.run = run
-        self.stages: list[dict[str, Any]] = read_json(run.stages) if run.stages.exists() else []
+        self.stages = read_records(FinishedStage, run.stages)
 
     def run_stages(self) -> int:
         """Run every stage that is not finished, then write the report; return the process's exit code."""
@@ -119,14 +124,14 @@ class Quickstart:
 
     def stage(self, name: str, what: str, work: Callable[[], bool]) -> None:
         """Do one stage unless it is recorded as finished, and record it with its seconds."""
-        if any(stage["name"] == name for stage in self.stages):
+        if any(stage.name == name for stage in self.stages):
             return
         logger.info(f"── {name}: {what}")
         started = time.monotonic()
         if not work():
             raise Stopped
-        self.stages.append({"name": name, "seconds": round(time.monotonic() - started, 1), "what": what})
-        write_json(self.run.stages, self.stages)
+        self.stages.append(FinishedStage(name, round(time.monotonic() - started, 1), what))
+        write_records(self.run.stages, self.stages)
 
     def folder(self, name: str) -> RunFolder:
         return RunFolder.create(self.run.root / name)
@@ -183,28 +188,17 @@ class Quickstart:
 
     def examine_grpo(self) -> bool:
         start = self.folder("sft").checkpoints / Path(str(self.started_from("grpo"))).name
-        before = self.examine("sft, earlier checkpoint", start)
+        before = self.examine(EARLIER, start)
         after = self.examine("grpo", self.run.root / "grpo")
         rows = []
         for split, score in before.items():
-            difference = compare(score, after[split], cluster_by_group=True)
-            rows.append(
-                {
-                    "split": split,
-                    "before": score.accuracy,
-                    "after": after[split].accuracy,
-                    "difference": difference.mean,
-                    "interval": list(difference.interval),
-                    "n": difference.n,
-                    "before_label": "sft, earlier checkpoint",
-                    "after_label": "grpo",
-                    "branch": True,
-                }
-            )
-        write_json(self.run.root / "comparison.json", rows)
+            gain = compare(score, after[split], cluster_by_group=True)
+            pair = score.accuracy, after[split].accuracy
+            rows.append(Comparison(split, *pair, gain.mean, gain.interval, gain.n, EARLIER, "grpo", branch=True))
+        write_records(self.run.comparison, rows)
         return True
 
-    def examine(self, label: str, checkpoint: Path) -> dict[str, ExamScore]:
+    def examine(self, label: str, checkpoint: Path) -> dict[str, ScoredExam]:
         """Let a checkpoint sit the exam on every test split; add the scores and some answers to the folder."""
         loaded = load_model(checkpoint)
         engine = InferenceEngine(loaded.model, dtype=torch.float32)
@@ -218,29 +212,22 @@ class Quickstart:
             logger.info(
                 f"{label}, {split}: {score.accuracy:.1%} [{score.interval[0]:.1%}, {score.interval[1]:.1%}] of {score.n}"
             )
-            self.show_samples(label, score.results)
-        path = self.run.root / "exams.json"
-        exams = read_json(path) if path.exists() else {}
-        exams[label] = {split: {**score.to_dict(), "method": "generation"} for split, score in scores.items()}
-        write_json(path, exams)
+            self.save_samples(label, score.results)
+            add_exams(self.run.exams, label, {split: replace(score, method="generation")})
         return scores
 
-    def show_samples(self, label: str, results: Sequence[Result]) -> None:
+    def save_samples(self, label: str, results: Sequence[Result]) -> None:
         """Keep what the checkpoint wrote to a few questions, for the report."""
-        with self.run.samples.open("a", encoding="utf-8") as file:
-            for result in results[: SAMPLES_SHOWN // len(self.config.exam_splits)]:
-                item = result.item
-                line = {
-                    "id": item.id,
-                    "stage": label,
-                    "question": item.question,
-                    "options": list(item.options),
-                    "thinking": result.thinking,
-                    "answer": result.text,
-                    "correct_answer": render_answer(item),
-                    "correct": result.right,
-                }
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        for result in results[: SAMPLES_SHOWN // len(self.config.exam_splits)]:
+            jsonl.append(self.run.samples, to_json(sampled_answer(result, label)))
+
+
+def sampled_answer(result: Result, stage: str) -> SampledAnswer:
+    """Return an exam's answer as a sample of a stage."""
+    item = result.item
+    return SampledAnswer(
+        item.id, stage, item.question, list(item.options), result.thinking, result.text, render_answer(item), result.right
+    )
 
 
 class Stopped(Exception):

@@ -8,9 +8,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
+
+from osler.runtime.files import read_json, write_json
 
 NAN = math.nan
 T = TypeVar("T")
@@ -75,9 +78,19 @@ def from_json(record: type[T], fields: Mapping[str, Any]) -> T:
     return record(**{name: readers[name](raw) for name, raw in fields.items() if name in readers})
 
 
-def to_json(record: Any) -> dict[str, Any]:
-    """Return the fields of a record for a JSON object, null for a number that is not finite."""
-    return {field.name: _plain(getattr(record, field.name)) for field in dataclasses.fields(record)}
+def to_json(record: Any, kind: type | None = None) -> dict[str, Any]:
+    """Return the fields of a record, or those that ``kind`` has, for a JSON object; null for a number that is not finite."""
+    return {field.name: _plain(getattr(record, field.name)) for field in dataclasses.fields(kind or record)}
+
+
+def read_records(record: type[T], path: Path) -> list[T]:
+    """Return the records of a JSON file that holds a list, none when there is no file; raises UserError when it is damaged."""
+    return [from_json(record, row) for row in as_dicts(read_json(path))] if path.exists() else []
+
+
+def write_records(path: Path, records: Sequence[Any]) -> None:
+    """Write records as a JSON file that holds a list."""
+    write_json(path, [to_json(record) for record in records])
 
 
 @cache

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -17,10 +18,11 @@ from osler.monitor.metrics import declared_name, describe
 from osler.report import format as fmt
 from osler.report.curves import Series
 from osler.report.families import Family, by_layer, family_of, in_families
-from osler.report.read import StageRun
-from osler.report.svg import Band, Line
+from osler.report.read import StageLog
+from osler.report.svg import Band, Line, line_chart
 
 COLOURS = 8  # of the palette
+KINDS = {"fraction": "percent", "tokens": "count", "tokens/s": "count", "steps": "count", "number": "count", "bytes": "bytes"}
 EXACT = ("eval/", "train/lr", "train/stage", "train/seq_len", "train/batch_tokens")  # no noise that smoothing could take away
 
 
@@ -31,10 +33,14 @@ class Spec:
     title: str
     lines: tuple[tuple[str, str], ...]
     good: str
-    kind: str = "number"
     zero: bool = False
     legend: str = "last"  # which value the legend shows: last, median or peak
     over: str = "step"  # what the curve runs over: step, or tokens
+
+    @property
+    def kind(self) -> str:
+        """How its values are written."""
+        return kind_of(self.lines[0][0])
 
 
 SPECS: tuple[Spec, ...] = (
@@ -53,7 +59,6 @@ SPECS: tuple[Spec, ...] = (
         "Exam accuracy",
         (("eval/<split>_accuracy", ""),),
         "Good: climbs away from guessing and stays there. Judge the end by its interval, not by the last wiggle.",
-        kind="percent",
         zero=True,
     ),
     Spec(
@@ -83,28 +88,24 @@ SPECS: tuple[Spec, ...] = (
         "Completions cut at the limit",
         (("completions/clipped_ratio", "cut"),),
         "Good: near zero. A completion that never ends never learns to end.",
-        kind="percent",
         zero=True,
     ),
     Spec(
         "Groups without a lesson",
         (("frac_reward_zero_std", "all rewards equal"),),
         "Good: well below 100%. A group whose answers all score the same gives no gradient.",
-        kind="percent",
         zero=True,
     ),
     Spec(
         "Letters answered",
         (("answer/letter_<X>_frac", ""),),
         "Good: all letters near one another, as the options are shuffled. One letter taking over is a cheap cheat.",
-        kind="percent",
         zero=True,
     ),
     Spec(
         "Readable answers",
         (("answer/format_ok", "readable"),),
         "Good: near 100%, and early. What cannot be read cannot be right.",
-        kind="percent",
         zero=True,
     ),
     Spec(
@@ -115,7 +116,6 @@ SPECS: tuple[Spec, ...] = (
             ("perf/train_tokens_per_second", "updating"),
         ),
         "Good: level. Dips are evaluations, checkpoints, or a machine that is busy with something else.",
-        kind="count",
         zero=True,
         legend="median",
     ),
@@ -130,7 +130,6 @@ SPECS: tuple[Spec, ...] = (
         "Stage of the curriculum",
         (("train/stage", "stage"),),
         "The plan rather than a result. A bend of the loss where a stage begins is the new length, not the model.",
-        kind="count",
         zero=True,
         over="tokens",
     ),
@@ -138,7 +137,6 @@ SPECS: tuple[Spec, ...] = (
         "Length of rows",
         (("train/seq_len", "length"),),
         "The plan: short rows first. What lies further back than a row is long cannot be learned in its stage.",
-        kind="count",
         zero=True,
         over="tokens",
     ),
@@ -146,7 +144,6 @@ SPECS: tuple[Spec, ...] = (
         "Tokens per step",
         (("train/batch_tokens", "batch"),),
         "The plan: level, unless stages were given batches of their own. A larger batch has a calmer gradient.",
-        kind="count",
         zero=True,
         over="tokens",
     ),
@@ -168,7 +165,6 @@ TOGETHER: tuple[Spec, ...] = (
             ("train/top_probability", "given to the likeliest"),
         ),
         "Good: all climb, and the model is about as often right as it is sure. Much surer than right is overconfident.",
-        kind="percent",
         zero=True,
     ),
     Spec(
@@ -193,17 +189,36 @@ TOGETHER: tuple[Spec, ...] = (
             ("perf/memory_peak_bytes", "at most"),
         ),
         "Good: level after the first steps. What climbs steadily ends the run one day.",
-        kind="bytes",
         zero=True,
         legend="peak",
     ),
 )
 
 Chart = tuple[Spec, list[Line], Band | None]
+MARKED = ("Loss", "Reward")  # the charts that show when things happened
 
 
-def charts_of(run: StageRun, colour: int) -> tuple[list[Chart], list[tuple[Family, list[Chart]]]]:
-    """The charts that a stage's log can fill: those of `SPECS`, and by family one for every metric left over.
+class Figure(NamedTuple):
+    """A chart that is drawn, with what stands beside it."""
+
+    spec: Spec
+    lines: list[Line]
+    drawing: str
+
+
+def figures(charts: Iterable[Chart], marks: Sequence[tuple[float, str, str]] = ()) -> list[Figure]:
+    """Draw the charts that have a finite point; marks go into those of `MARKED`."""
+    out = []
+    for spec, lines, band in charts:
+        own = marks if spec.title in MARKED else ()
+        drawing = line_chart(lines, title=spec.title, kind=spec.kind, zero=spec.zero, over=spec.over, marks=own, band=band)
+        if drawing:
+            out.append(Figure(spec, lines, drawing))
+    return out
+
+
+def charts_of(run: StageLog, colour: int) -> tuple[list[Chart], list[tuple[Family, list[Chart]]]]:
+    """Return the charts that a stage's log fills: those of `SPECS`, and by family one for every metric left over.
 
     A metric that every layer has is one chart. colour: palette number of the stage, which the first line of each chart takes.
     """
@@ -225,8 +240,8 @@ def charts_of(run: StageRun, colour: int) -> tuple[list[Chart], list[tuple[Famil
     return main, rest
 
 
-def _filled(specs: Iterable[Spec], run: StageRun, colour: int, used: set[str]) -> Iterator[Chart]:
-    """The specs of which a stage logged something, with their lines; the names of the metrics are added to `used`."""
+def _filled(specs: Iterable[Spec], run: StageLog, colour: int, used: set[str]) -> Iterator[Chart]:
+    """Yield the specs of which a stage logged something, with their lines; add the names of the metrics to `used`."""
     for spec in specs:
         lines: list[Line] = []
         for row, label in spec.lines:
@@ -238,20 +253,19 @@ def _filled(specs: Iterable[Spec], run: StageRun, colour: int, used: set[str]) -
 
 
 def spec_of(name: str) -> Spec:
-    """The chart of one metric that no entry of `SPECS` names: its name, and its meaning from the table."""
-    return Spec(name, ((name, name),), _meaning(name), kind_of(name))
+    """Return the chart of a metric that no entry of `SPECS` names, with its meaning from the table."""
+    return Spec(name, ((name, name),), _meaning(name))
 
 
 def kind_of(name: str) -> str:
-    """How values of a metric are written: by its unit, or the end of its name when the table does not know it."""
+    """Return how a metric's values are written, by its unit or, when the table does not know it, by the end of its name."""
     metric = describe(name)
     unit = metric.unit if metric else {"frac": "fraction", "bytes": "bytes"}.get(name.rpartition("_")[2], "")
-    kinds = {"fraction": "percent", "tokens": "count", "tokens/s": "count", "steps": "count", "bytes": "bytes"}
-    return kinds.get(unit, "number")
+    return KINDS.get(unit, "number")
 
 
 def bundle(layers: dict[int, Series]) -> tuple[list[Line], Band]:
-    """The first, the middle and the last layer and the one farthest from the others, and what all layers span.
+    """Return the curves of the first, the middle, the last and the oddest layer, and the area that all layers span.
 
     A layer whose newest value is not finite is the farthest of all.
     """
@@ -274,7 +288,7 @@ def bundle(layers: dict[int, Series]) -> tuple[list[Line], Band]:
 
 
 def legend_value(spec: Spec, line: Line) -> str:
-    """The number beside a line's name, with the word that says which one when it is not the last."""
+    """Return the number beside a line's name; a word says which one it is when it is not the last."""
     known = line.y[np.isfinite(line.y)]
     if not len(known):
         return fmt.MISSING
@@ -286,13 +300,13 @@ def legend_value(spec: Spec, line: Line) -> str:
 
 
 def unit_of(lines: tuple[tuple[str, str], ...]) -> str:
-    """The unit of a chart's first metric, empty for fractions, whose axis says `%` already."""
+    """Return the unit of a chart's first metric, empty for fractions, whose axis says `%` already."""
     metric = describe(lines[0][0])
     return "" if metric is None or metric.unit == "fraction" else metric.unit
 
 
-def line_of(run: StageRun, name: str, label: str, colour: int, over: str = "step") -> Line:
-    """A stage's curve of one metric, over steps or over tokens."""
+def line_of(run: StageLog, name: str, label: str, colour: int, over: str = "step") -> Line:
+    """Return a stage's curve of one metric, over steps or over tokens."""
     series, smooth = run.curves[name], not name.startswith(EXACT)
     if over == "tokens":
         tokens = run.seen.values[np.searchsorted(run.seen.steps, series.steps)]
@@ -302,15 +316,15 @@ def line_of(run: StageRun, name: str, label: str, colour: int, over: str = "step
 
 
 def by_row(names: Iterable[str]) -> Iterator[tuple[str, list[str]]]:
-    """Metrics by the row of the table that declares them; one that none declares is a row of its own."""
+    """Group metrics by the row of the table that declares them; one that none declares is a row of its own."""
     rows: dict[str, list[str]] = {}
     for name in names:
         rows.setdefault(declared_name(name) or name, []).append(name)
     yield from rows.items()
 
 
-def _row_chart(run: StageRun, row: str, names: list[str], colour: int) -> Chart:
-    """One chart of metrics that a row declares, or of a single metric."""
+def _row_chart(run: StageLog, row: str, names: list[str], colour: int) -> Chart:
+    """Return one chart of the metrics that a row declares, or of a single metric."""
     if len(names) == 1:
         return spec_of(names[0]), [line_of(run, names[0], names[0].split("/")[-1], colour)], None
     lines = [line_of(run, name, inner(row, name), _palette(colour, i)) for i, name in enumerate(names)]
@@ -323,13 +337,13 @@ def _meaning(name: str) -> str:
 
 
 def _end(series: Series) -> float:
-    """Where a curve ended up: the mean of its last quarter, NaN when its newest value is not finite."""
+    """Return the mean of a curve's last quarter, NaN when its newest value is not finite."""
     last = series.values[-max(1, len(series.values) // 4) :]
     return float(last[np.isfinite(last)].mean()) if math.isfinite(last[-1]) else math.nan
 
 
 def inner(row: str, name: str) -> str:
-    """What stands in a name for the angle brackets of its row: `test` in `eval/test_accuracy`."""
+    """Return what stands in a name for the angle brackets of its row: `test` in `eval/test_accuracy`."""
     before, after = row[: row.index("<")], row[row.index(">") + 1 :]
     return name[len(before) : len(name) - len(after)]
 

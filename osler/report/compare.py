@@ -8,23 +8,25 @@ and so are metrics of single layers.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from osler.errors import UserError
 from osler.monitor.metrics import declared_name
+from osler.records.exams import ExamScore
 from osler.records.values import as_text
 from osler.report import format as fmt
-from osler.report.charts import COLOURS, SPECS, Chart, Spec, inner, line_of, spec_of
-from osler.report.families import by_layer, in_families
+from osler.report import html
+from osler.report.charts import COLOURS, SPECS, Chart, Figure, Spec, figures, inner, line_of, spec_of
+from osler.report.curves import Floats
+from osler.report.families import Family, by_layer, in_families
 from osler.report.model import count_parameters, find_model
-from osler.report.page import assemble, write_page
-from osler.report.read import ExamScore, Run, StageRun, read_run
-from osler.report.sections import e, grid, section
+from osler.report.read import Run, StageLog, read_run
 from osler.report.words import stage_title
 
 LEFT_OUT = ("description",)  # fields that say nothing about a run
@@ -37,7 +39,7 @@ class Member:
 
     name: str
     colour: int
-    stage: StageRun
+    stage: StageLog
     config: Mapping[str, Any]
     model: Mapping[str, Any]
     exams: Sequence[ExamScore]
@@ -51,34 +53,33 @@ def build_comparison(folders: Sequence[str], out: str | Path) -> tuple[str, Path
     """Write the page and return the table for the terminal and the page's path; raises UserError when nothing compares."""
     runs = _open(folders)
     groups = _groups(runs)
-    path = write_page(Path(out), render(groups, list(runs)))
+    path = html.write_page(Path(out), render(groups, list(runs)))
     return "\n\n".join(_as_text(title, members) for title, members in groups.items()), path
 
 
+class Group(NamedTuple):
+    """What the page shows of stages that are compared with each other."""
+
+    title: str
+    members: Sequence[Member]
+    tables: Mapping[str, Table]
+    main: Sequence[Figure]
+    families: Sequence[tuple[Family, Sequence[Figure]]]
+
+
 def render(groups: Mapping[str, Sequence[Member]], names: Sequence[str]) -> str:
-    """The whole page as text."""
-    legend = "".join(f'<span><i class="c{i}"></i>{e(name)}</span>' for i, name in enumerate(names))
-    lead = (
-        "Curves run over the tokens that each run has seen. Shown is what at least two runs measured, without the curves of "
-        "single layers: those are in each run's own report."
-    )
-    parts = [
-        f'<section class="hero"><div><h1><em>{len(names)} runs</em> side by side</h1><p class="lead">{lead}</p>'
-        f'<p class="key">{legend}</p></div></section>'
-    ]
-    links = []
+    """Return the whole page."""
+    shown = {}
     for position, (title, members) in enumerate(groups.items()):
-        anchor = f"group-{position}"
-        links.append((anchor, title or "Comparison"))
-        body = _html_table("Numbers", numbers(members), members)
-        body += _html_table("What differs in their configurations", differences(members), members)
-        body += _curves(members)
-        parts.append(section(anchor, title or "Comparison", "", body))
-    return assemble(" · ".join(names), "Osler comparison", "the files of these runs", parts, links)
+        tables = {"Numbers": numbers(members), "What differs in their configurations": differences(members)}
+        shown[f"group-{position}"] = Group(title, members, tables, *_curves(members))
+    body = html.render("compare.html", names=names, groups=shown)
+    links = {anchor: group.title or "Comparison" for anchor, group in shown.items()}
+    return html.page(" · ".join(names), "Osler comparison", "the files of these runs", body, links)
 
 
 def numbers(members: Sequence[Member]) -> Table:
-    """How the runs ended; rows that no run can fill are left out."""
+    """Return how the runs ended, without rows that no run can fill."""
     stages = [m.stage for m in members]
     models = [count_parameters(dict(m.model)) if m.model else None for m in members]
     rows: Table = [
@@ -86,24 +87,27 @@ def numbers(members: Sequence[Member]) -> Table:
         ("steps", [fmt.count(s.last_step) for s in stages]),
         ("tokens", [fmt.count(s.tokens) for s in stages]),
         ("time", [fmt.duration(s.seconds) for s in stages]),
-        ("tokens/s, median", [fmt.count(_median(s, "perf/tokens_per_second")) for s in stages]),
-        ("sampled tokens/s, median", [fmt.count(_median(s, "perf/rollout_tokens_per_second")) for s in stages]),
-        ("training loss, mean of the last tenth", [fmt.number(_last_tenth(s, "train/loss")) for s in stages]),
-        ("held-out loss at the end", [fmt.number(_last(s, "eval/loss")) for s in stages]),
-        ("held-out loss, lowest", [fmt.number(_lowest(s, "eval/loss")) for s in stages]),
-        ("bits per byte at the end", [fmt.number(_last(s, "eval/bits_per_byte")) for s in stages]),
-        ("reward, mean of the last tenth", [fmt.number(_last_tenth(s, "reward")) for s in stages]),
     ]
+    for what, name, of, write in (
+        ("tokens/s, median", "perf/tokens_per_second", np.median, fmt.count),
+        ("sampled tokens/s, median", "perf/rollout_tokens_per_second", np.median, fmt.count),
+        ("training loss, mean of the last tenth", "train/loss", _last_tenth, fmt.number),
+        ("held-out loss at the end", "eval/loss", _end, fmt.number),
+        ("held-out loss, lowest", "eval/loss", np.min, fmt.number),
+        ("bits per byte at the end", "eval/bits_per_byte", _end, fmt.number),
+        ("reward, mean of the last tenth", "reward", _last_tenth, fmt.number),
+    ):
+        rows.append((what, [write(_value(s, name, of)) for s in stages]))
     for name in sorted({n for s in stages for n in s.curves if declared_name(n) == "eval/<split>_accuracy"}):
         split = inner("eval/<split>_accuracy", name)
-        rows.append((f"accuracy on {split} while training, last", [fmt.percent(_last(s, name)) for s in stages]))
+        rows.append((f"accuracy on {split} while training, last", [fmt.percent(_value(s, name, _end)) for s in stages]))
     for split in dict.fromkeys(score.split for m in members for score in m.exams):
         rows.append((f"exam on {split}, 95% interval", [_exam(m, split) for m in members]))
     return [(what, row) for what, row in rows if any(cell != fmt.MISSING for cell in row)]
 
 
 def differences(members: Sequence[Member]) -> Table:
-    """The fields of the configurations that are not the same everywhere, then versions and machines that differ."""
+    """Return the fields in which the configurations differ, then those of versions and machines."""
     flat = [_flat({**m.config, "versions": m.versions}) for m in members]
     keys = dict.fromkeys(key for one in flat for key in one)
     rows = [(key, [_field(one, key) for one in flat]) for key in keys if key not in LEFT_OUT]
@@ -111,7 +115,7 @@ def differences(members: Sequence[Member]) -> Table:
 
 
 def _open(folders: Sequence[str]) -> dict[str, Run]:
-    """The runs by name; raises UserError when they are too few, too many, not runs, or without metrics."""
+    """Read the runs, by name; raises UserError when they are too few, too many, not runs, or without metrics."""
     if not 2 <= len(folders) <= COLOURS:
         raise UserError(
             f"compare takes 2 to {COLOURS} run folders, whose colours can be told apart, and was given {len(folders)}."
@@ -128,18 +132,18 @@ def _open(folders: Sequence[str]) -> dict[str, Run]:
 
 
 def _groups(runs: Mapping[str, Run]) -> dict[str, list[Member]]:
-    """What is compared with what, by title: all runs when each has one stage, else the stages of one name or kind."""
+    """Group by title what is compared: all runs when each has one stage, else the stages of one name or kind."""
     with_curves = {name: [stage for stage in run.runs if stage.curves] for name, run in runs.items()}
     alone = all(len(stages) == 1 for stages in with_curves.values())
     groups: dict[str, list[Member]] = {}
     for colour, (name, run) in enumerate(runs.items()):
         for stage in with_curves[name]:
-            config = stage.config or run.config
+            config = stage.config or run.own.config
             key = "" if alone else stage.name or as_text(config.get("kind"))
             labels = {stage.name, stage.name or (run.exams[-1].label if run.exams else "")}
             groups.setdefault(stage_title(key) if key else "", []).append(
                 Member(
-                    name, colour, stage, config, stage.model or (run.model if not stage.name else {}) or find_model(config),
+                    name, colour, stage, config, stage.model or find_model(config),
                     [score for score in run.exams if score.label in labels], {**run.versions, **run.groups},
                 )
             )  # fmt: skip
@@ -150,12 +154,9 @@ def _groups(runs: Mapping[str, Run]) -> dict[str, list[Member]]:
     return shared
 
 
-def _curves(members: Sequence[Member]) -> str:
-    """Each metric of two runs or more as one chart: the usual ones, then the others by family."""
-    counts: dict[str, int] = {}
-    for member in members:
-        for name in member.stage.curves:
-            counts[name] = counts.get(name, 0) + 1
+def _curves(members: Sequence[Member]) -> tuple[list[Figure], list[tuple[Family, list[Figure]]]]:
+    """Draw each metric of two runs or more as one chart: the usual ones, then the others by family."""
+    counts = Counter(name for member in members for name in member.stage.curves)
     shared = sorted(name for name, count in counts.items() if count > 1)
     main: list[Chart] = []
     for spec in SPECS:
@@ -167,13 +168,11 @@ def _curves(members: Sequence[Member]) -> str:
                     one = replace(one, title=f"{spec.title}: {told}", good=spec_of(name).good)
                 main.append(_overlay(one, name, members))
     used = {row for spec in SPECS for row, _ in spec.lines}
-    out = grid(main)
+    rest = []
     for family, names in in_families(n for n in shared if declared_name(n) not in used):
         whole, _ = by_layer(names)  # layers of several runs over one another could not be told apart
-        if more := grid([_overlay(spec_of(name), name, members) for name in whole]):
-            title = f"{family.title}: {fmt.plural(more.count('<figure'), 'more curve')}"
-            out += f'<details><summary>{title}</summary><p class="note">{e(family.good)}</p>{more}</details>'
-    return f"<h3>Curves</h3>{out}" if out else ""
+        rest.append((family, figures(_overlay(spec_of(name), name, members) for name in whole)))
+    return figures(main), rest
 
 
 def _overlay(spec: Spec, name: str, members: Sequence[Member]) -> Chart:
@@ -181,20 +180,8 @@ def _overlay(spec: Spec, name: str, members: Sequence[Member]) -> Chart:
     return replace(spec, over="tokens"), [line for line in lines if len(line.x)], None
 
 
-def _html_table(title: str, table: Table, members: Sequence[Member]) -> str:
-    if not table:
-        return f"<h3>{e(title)}</h3><p>Nothing.</p>"
-    head = "".join(f'<th scope="col"><i class="c{m.colour}"></i>{e(m.name)}</th>' for m in members)
-    rows = "".join(
-        f'<tr><th scope="row">{e(what)}</th>' + "".join(f'<td class="num">{e(cell)}</td>' for cell in row) + "</tr>"
-        for what, row in table
-    )
-    table_ = f'<table><thead><tr><th scope="col"></th>{head}</tr></thead><tbody>{rows}</tbody></table>'
-    return f'<h3>{e(title)}</h3><div class="scroll" tabindex="0">{table_}</div>'
-
-
 def _as_text(title: str, members: Sequence[Member]) -> str:
-    """Numbers and differences as one table of text; of unlike kinds of run, the differences in what all of them have."""
+    """Return numbers and differences as one table of text; for unlike kinds of run, only differences in fields that all have."""
     told, apart = numbers(members), differences(members)
     rest = [] if len({as_text(m.config.get("kind")) for m in members}) == 1 else [row for row in apart if fmt.MISSING in row[1]]
     apart = [(key, [_cut(cell) for cell in row]) for key, row in apart if (key, row) not in rest]
@@ -210,12 +197,12 @@ def _as_text(title: str, members: Sequence[Member]) -> str:
 
 
 def _cut(cell: str) -> str:
-    """A value short enough for a column of the terminal."""
+    """Shorten a value to a column of the terminal."""
     return cell if len(cell) <= CELL_WIDTH else cell[: CELL_WIDTH - 1] + "…"
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A nested mapping with dotted keys."""
+    """Return a nested mapping with dotted keys."""
     out: dict[str, Any] = {}
     for key, value in tree.items():
         out |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
@@ -223,7 +210,7 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _field(flat: Mapping[str, Any], key: str) -> str:
-    """A field's value as YAML writes it, or a dash where a configuration lacks the field."""
+    """Return a field's value as text, or a dash where a configuration lacks the field."""
     return fmt.MISSING if key not in flat else "null" if flat[key] is None else as_text(flat[key])
 
 
@@ -235,20 +222,15 @@ def _exam(member: Member, split: str) -> str:
     return fmt.percent(score.accuracy) + interval
 
 
-def _last(stage: StageRun, name: str) -> float:
+def _value(stage: StageLog, name: str, of: Callable[[Floats], float]) -> float:
+    """Return what a function makes of a metric's finite values, NaN when there are none."""
     known = stage.finite(name).values
-    return known[-1] if len(known) else math.nan
+    return float(of(known)) if len(known) else math.nan
 
 
-def _lowest(stage: StageRun, name: str) -> float:
-    return stage.finite(name).values.min(initial=math.inf)
+def _end(known: Floats) -> float:
+    return float(known[-1])
 
 
-def _median(stage: StageRun, name: str) -> float:
-    known = stage.finite(name).values
-    return float(np.median(known)) if len(known) else math.nan
-
-
-def _last_tenth(stage: StageRun, name: str) -> float:
-    known = stage.finite(name).values
-    return float(known[-max(1, len(known) // 10) :].mean()) if len(known) else math.nan
+def _last_tenth(known: Floats) -> float:
+    return float(known[-max(1, len(known) // 10) :].mean())

@@ -63,12 +63,12 @@ _LAYER = re.compile(r"(.+)/(?:layer_)?(\d+)")
 
 
 def family_of(name: str) -> Family:
-    """The family of a metric."""
+    """Return the family of a metric."""
     return next((family for family in FAMILIES if name.startswith(family.prefixes)), OTHER)
 
 
 def in_families(names: Iterable[str]) -> list[tuple[Family, list[str]]]:
-    """The names by family, both in their order; families without a name are left out."""
+    """Group names by family, both in their order; families without a name are left out."""
     found: dict[Family, list[str]] = {}
     for name in names:
         found.setdefault(family_of(name), []).append(name)
@@ -76,13 +76,13 @@ def in_families(names: Iterable[str]) -> list[tuple[Family, list[str]]]:
 
 
 def layer_of(name: str) -> tuple[str, int] | None:
-    """What a metric is called without its layer, and the layer; None for a metric of the whole model."""
+    """Return a metric's name without its layer, and the layer; None for a metric of the whole model."""
     found = _LAYER.fullmatch(name)
     return (found[1], int(found[2])) if found else None
 
 
 def by_layer(names: Iterable[str]) -> tuple[list[str], dict[str, dict[int, str]]]:
-    """The metrics of the whole model, and of each metric that layers have its name by layer, in order of layers."""
+    """Return the metrics of the whole model, and for each metric that layers have its names by layer."""
     whole: list[str] = []
     layers: dict[str, dict[int, str]] = {}
     for name in names:

@@ -12,19 +12,19 @@ MINUS = "\u2212"
 
 
 def percent(fraction: float, digits: int = 1) -> str:
-    """0.6133 -> `61.3%`."""
+    """Write a fraction: 0.6133 -> `61.3%`."""
     return f"{_minus(100 * fraction, digits)}%" if math.isfinite(fraction) else MISSING
 
 
 def points(fraction: float, digits: int = 1) -> str:
-    """A difference of two fractions in percentage points with its sign: 0.041 -> `+4.1`."""
+    """Write a difference of two fractions in percentage points with its sign: 0.041 -> `+4.1`."""
     if not math.isfinite(fraction):
         return MISSING
     return ("+" if round(100 * fraction, digits) > 0 else "") + _minus(100 * fraction, digits)
 
 
 def count(value: float) -> str:
-    """1234 -> `1,234`; from 100,000 on three figures and a letter: `123k`, `1.23M`, `4.56B`; `9.1e+29` where letters end."""
+    """Write a count: 1234 -> `1,234`; from 100,000 on `123k`, `1.23M`, `4.56B`; `9.1e+29` where letters end."""
     if not math.isfinite(value):
         return MISSING
     if abs(value) >= 1e15:
@@ -36,7 +36,7 @@ def count(value: float) -> str:
 
 
 def size(value: float) -> str:
-    """Bytes in powers of ten: `512 kB`, `1.23 GB`."""
+    """Write bytes in powers of ten: `512 kB`, `1.23 GB`."""
     if not math.isfinite(value):
         return MISSING
     for unit, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
@@ -46,7 +46,7 @@ def size(value: float) -> str:
 
 
 def number(value: float) -> str:
-    """A measurement with four figures: `2.134`, `0.0213`, `3.00e-4`, `1,234`."""
+    """Write a measurement with four figures: `2.134`, `0.0213`, `3.00e-4`, `1,234`."""
     if not math.isfinite(value):
         return MISSING
     size = abs(value)
@@ -61,7 +61,7 @@ def number(value: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """`0.8 s`, `41 s`, `4 min 12 s`, `2 h 05 min`, `3 d 4 h`."""
+    """Write a duration: `0.8 s`, `41 s`, `4 min 12 s`, `2 h 05 min`, `3 d 4 h`."""
     if not math.isfinite(seconds) or seconds < 0:
         return MISSING
     if seconds < 9.95:
@@ -79,7 +79,7 @@ def duration(seconds: float) -> str:
 
 
 def tick(value: float, step: float, kind: str = "number") -> str:
-    """An axis label: as many decimals as the distance between ticks needs, `k`, `M`, `B` for large axes."""
+    """Write an axis label with as many decimals as the distance between ticks needs; `k`, `M`, `B` on large axes."""
     if kind == "percent":
         return f"{_minus(100 * value, _decimals(100 * step))}%"
     if abs(value) < step * 1e-6:
@@ -94,14 +94,14 @@ def tick(value: float, step: float, kind: str = "number") -> str:
 
 
 def value(number_: float, kind: str) -> str:
-    """A value as its chart's kind asks: `percent`, `count`, `bytes` or `number`."""
+    """Write a value as its chart's kind asks: `percent`, `count`, `bytes` or `number`."""
     if kind == "percent":
         return percent(number_)
     return count(number_) if kind == "count" else size(number_) if kind == "bytes" else number(number_)
 
 
 def plural(n: float, word: str) -> str:
-    """`1 question`, `1,273 questions`."""
+    """Write a count of things: `1 question`, `1,273 questions`."""
     return f"{count(n)} {word}{'' if n == 1 else 's'}"
 
 

@@ -16,7 +16,7 @@ from osler.runtime.files import RunFolder, read_json
 
 
 def checkpoint_model(folder: Path) -> dict[str, Any]:
-    """The model that a run folder's newest readable checkpoint describes, {} without one; they all hold the same."""
+    """Return the model that a run folder's newest readable checkpoint describes, {} without one; all hold the same."""
     for path in sorted(RunFolder(folder).checkpoints.glob(f"step-*/{MODEL_FILE}"), reverse=True):
         try:
             found = find_model(read_json(path))
@@ -28,7 +28,7 @@ def checkpoint_model(folder: Path) -> dict[str, Any]:
 
 
 def find_model(config: object) -> dict[str, Any]:
-    """The first mapping inside a configuration that describes its model (`num_layers`, `hidden_size`), or {}."""
+    """Return the first mapping inside a configuration that describes its model (`num_layers`, `hidden_size`), or {}."""
     if isinstance(config, dict) and not config.get("init_from"):
         if "num_layers" in config and "hidden_size" in config:
             return config
@@ -37,7 +37,7 @@ def find_model(config: object) -> dict[str, Any]:
 
 
 def count_parameters(model: dict[str, Any]) -> int | None:
-    """The number of parameters, None when the description is not that of a model or leaves something open."""
+    """Return the number of parameters, None when the description is not that of a model or leaves something open."""
     known = {f.name for f in dataclasses.fields(ModelConfig)}
     try:
         return decode(ModelConfig, {k: v for k, v in model.items() if k in known}).num_parameters

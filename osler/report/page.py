@@ -1,67 +1,44 @@
-"""The report: one self-contained HTML page about a run, written into its folder as `report.html`.
-
-Nothing on the page comes from elsewhere: style, script and charts are inline, fonts are the reader's own, and a content
-policy forbids the browser to fetch anything. All of it can be read without the script, which adds read-outs on the
-curves and the switch between light and dark.
-"""
+"""The report: one self-contained HTML page about a run, written into its folder as `report.html`."""
 
 from __future__ import annotations
 
-import html
-from collections.abc import Sequence
-from datetime import datetime
-from importlib import resources
+import math
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
-from osler.errors import UserError
-from osler.report import sections
-from osler.report.read import Run, read_run
-from osler.report.samples import samples
-from osler.runtime.files import RunFolder, write_atomic
+import numpy as np
 
-POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
-
-PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="{policy}">
-<meta name="color-scheme" content="light dark">
-<title>{title}</title>
-<link rel="icon" href="data:,">
-<style>
-{style}</style>
-</head>
-<body>
-<a class="skip" href="#main">Skip to the content</a>
-<header class="top">
-<p class="brand"><b>Osler</b> <span>{name}</span></p>
-<nav aria-label="Sections">{links}</nav>
-<button type="button" id="theme" hidden>Dark</button>
-</header>
-<main id="main">
-{body}
-</main>
-<footer><p>{footer}</p></footer>
-<div id="readout" role="status" hidden></div>
-<script>
-{script}</script>
-</body>
-</html>
-"""
-
-LINKS = (
-    ("exams", "Exams"),
-    ("grpo", "Before/after"),
-    ("samples", "Samples"),
-    ("time", "Time"),
-    ("happened", "What happened"),
-    ("curves", "Curves"),
-    ("watch", "To watch"),
-    ("next", "Next"),
-    ("record", "Record"),
+from osler.records.samples import SampledAnswer
+from osler.report import format as fmt
+from osler.report import html
+from osler.report.attention import attention, next_steps
+from osler.report.charts import Figure, charts_of, figures
+from osler.report.events import EventGroup, grouped, marks_of
+from osler.report.families import Family
+from osler.report.read import Run, StageLog, read_run, stage_rank
+from osler.report.words import (
+    headline,
+    headline_score,
+    in_sentence,
+    interval,
+    model_of,
+    score_in_words,
+    scores_on,
+    stage_colour,
+    stage_seconds,
+    stage_title,
+    teachers,
+    total_seconds,
+    total_tokens,
 )
+from osler.runtime.files import RunFolder
+
+MOST_STAGES, MOST_QUESTIONS = 3, 24  # of the samples
+LINKS = {
+    "exams": "Exams", "grpo": "Before/after", "samples": "Samples", "time": "Time", "happened": "What happened",
+    "curves": "Curves", "watch": "To watch", "next": "Next", "record": "Record",
+}  # fmt: skip
 
 
 def build_report(run_folder: str | Path | Run, out: str | Path | None = None) -> Path:
@@ -70,50 +47,160 @@ def build_report(run_folder: str | Path | Run, out: str | Path | None = None) ->
     Raises UserError when it is not a run folder, or when the file cannot be written.
     """
     run = read_run(run_folder)
-    return write_page(RunFolder(run.path).report if out is None else Path(out), render(run))
-
-
-def write_page(path: Path, text: str) -> Path:
-    """Write a page and return its path; raises UserError when its place takes no file."""
-    try:
-        write_atomic(path, text)
-    except OSError as error:
-        elsewhere = "`osler report RUN --out FILE`, or `osler compare` with --out FILE, writes it elsewhere."
-        raise UserError(f"The page cannot be written to {path}: {error.strerror}. {elsewhere}") from error
-    return path
+    return html.write_page(RunFolder(run.path).report if out is None else Path(out), render(run))
 
 
 def render(run: Run) -> str:
-    """The whole page as text."""
-    lead, body = samples(run)
-    parts = [
-        sections.hero(run),
-        sections.strip(run),
-        sections.exams(run),
-        sections.comparison(run),
-        sections.section("samples", "Samples", lead, body),
-        sections.cost(run),
-        sections.happened(run),
-        sections.curves(run),
-        sections.watch(run),
-        sections.what_next(run),
-        sections.record(run),
-    ]
-    return assemble(run.path.resolve().name, "Osler run report", "the files of this run", parts, LINKS)
+    """Return the whole page."""
+    score = headline_score(run)
+    sample_stages, questions = _questions(run)
+    times = _times(run)
+    body = html.render(
+        "report.html",
+        run=run,
+        score=score,
+        headline=headline(run),
+        summary=_summary(run),
+        ladder_of=_ladder(run),
+        attention=attention(run),
+        tiles=list(_tiles(run)),
+        splits={split: scores_on(run, split) for split in dict.fromkeys(one.split for one in run.exams)},
+        comparison_title="Before and after GRPO" if _compares_grpo(run) else "Before and after",
+        reach=_reach(run),
+        sample_stages=sample_stages,
+        questions=questions,
+        samples_lead=_changes(questions, sample_stages),
+        right_option=right_option,
+        times=times,
+        times_total=sum(seconds for _, seconds, *_ in times),
+        teachers=teachers(run),
+        stages=[_Stage(run, stage, position) for position, stage in enumerate(run.runs)],
+        next_steps=list(next_steps(run)),
+        facts=_facts(run),
+    )
+    return html.page(run.path.resolve().name, "Osler run report", "the files of this run", body, LINKS)
 
 
-def assemble(name: str, what: str, made_of: str, parts: Sequence[str], links: Sequence[tuple[str, str]]) -> str:
-    """A page of sections, with links to those that are there."""
-    content = "\n".join(part for part in parts if part)
-    shown = "".join(f'<a href="#{anchor}">{title}</a>' for anchor, title in links if f'<section id="{anchor}"' in content)
-    name = html.escape(name)
-    made = datetime.now().astimezone().strftime("%Y-%m-%d %H:%M")
-    return PAGE.format(
-        policy=POLICY, title=f"{name}: {what}", name=name, links=shown, body=content,
-        style=_asset("style.css"), script=_asset("script.js"),
-        footer=f"Made by Osler from {made_of}, {made}. The page fetches nothing; it can be moved or sent.",
-    )  # fmt: skip
+class _Stage:
+    """What the page shows of one stage's log."""
+
+    def __init__(self, run: Run, log: StageLog, position: int) -> None:
+        self.title, self.colour = stage_title(log.name), stage_colour(log.name, position)
+        main, rest = charts_of(log, self.colour)
+        self.main: list[Figure] = figures(main, marks_of(log.events))
+        self.families: list[tuple[Family, list[Figure]]] = [(family, figures(charts)) for family, charts in rest]
+        self.groups: list[EventGroup] = grouped(log.events)
+        seconds = stage_seconds(run, log.name.lower()) if log.name else log.seconds
+        self.facts = [fmt.plural(log.last_step, "step")]
+        self.facts += [f"{fmt.count(log.tokens)} tokens"] if math.isfinite(log.tokens) else []
+        self.facts += [fmt.duration(seconds)] if math.isfinite(seconds) else []
 
 
-def _asset(name: str) -> str:
-    return resources.files("osler.report").joinpath(name).read_text(encoding="utf-8")
+def _summary(run: Run) -> str:
+    """Say what was trained, on how much, and the score in plain words."""
+    model, parameters = model_of(run)
+    score, tokens, what = headline_score(run), total_tokens(run), []
+    if math.isfinite(parameters):
+        shape = f" ({model['num_layers']} layers of width {model['hidden_size']})" if model else ""
+        what.append(f"A model of {fmt.count(parameters)} parameters{shape}")
+    if math.isfinite(tokens):
+        what.append(f"{'trained' if what else 'Trained'} on {fmt.count(tokens)} tokens")
+    return (", ".join(what) + "." if what else "") + (f" {score_in_words(score)}" if score else "")
+
+
+def _ladder(run: Run) -> tuple[list[Any], list[Any], str]:
+    """Return all checkpoints on the split that the page leads with, as `svg.ladder` takes them."""
+    score = headline_score(run)
+    if score is None:
+        return [], [], ""
+    scores = scores_on(run, score.split)
+    rows = [(stage_title(s.label), s.low, s.accuracy, s.high, stage_colour(s.label, i)) for i, s in enumerate(scores)]
+    marks = [(score.chance, "chance", "guessing"), (score.constant_letter_baseline, "constant", "one letter")]
+    words = (f"{label} {fmt.percent(value)} ({fmt.percent(low)} to {fmt.percent(high)})" for label, low, value, high, _ in rows)
+    return rows, marks, f"Accuracy on {score.split}: {'; '.join(words)}"
+
+
+def _tiles(run: Run) -> Iterator[tuple[str, str, str]]:
+    """Yield the key numbers: label, value, and what it is of."""
+    score, (_, parameters) = headline_score(run), model_of(run)
+    together = "all stages" if len(run.stages) > 1 or len(run.runs) > 1 else ""
+    if score:
+        yield "Score", fmt.percent(score.accuracy), interval(score)
+    if math.isfinite(parameters):
+        yield "Parameters", fmt.count(parameters), ""
+    if math.isfinite(total_tokens(run)):
+        yield "Tokens seen", fmt.count(total_tokens(run)), together
+    if math.isfinite(total_seconds(run)):
+        yield "Time", fmt.duration(total_seconds(run)), together
+    for metric, label in (("eval/loss", "Held-out loss"), ("perf/tokens_per_second", "Tokens/s"), ("reward", "Reward")):
+        for stage in run.runs:
+            known = stage.finite(metric).values
+            if len(known):
+                is_speed = metric.startswith("perf/")
+                shown = fmt.count(np.sort(known)[len(known) // 2]) if is_speed else fmt.number(known[-1])
+                yield label, shown, f"{stage_title(stage.name)}, {'median' if is_speed else 'at the end'}"
+                break
+
+
+def _compares_grpo(run: Run) -> bool:
+    return any("grpo" in pair.after_label.lower() for pair in run.comparisons)
+
+
+def _reach(run: Run) -> float:
+    """Return how far the axis of differences reaches on either side of zero."""
+    ends = (abs(v) for pair in run.comparisons for v in (*pair.interval, pair.difference) if math.isfinite(v))
+    return max(0.05, math.ceil(20 * max(ends, default=0.1)) / 20)
+
+
+def _times(run: Run) -> list[tuple[str, float, int, str]]:
+    """Return title, seconds, colour and words of each stage; nothing when there are not two."""
+    known = [(s.name, s.seconds, s.what) for s in run.stages] or [(r.name, r.seconds, "") for r in run.runs]
+    times = [(stage_title(n), s, stage_colour(n, i), what) for i, (n, s, what) in enumerate(known) if s > 0]
+    return times if len(times) > 1 else []
+
+
+def _questions(run: Run) -> tuple[list[str], list[dict[str, SampledAnswer]]]:
+    """Return the last stages that were asked, and for each question their answers by stage."""
+    names = [stage.name for stage in run.stages]
+    stages = sorted(dict.fromkeys(sample.stage for sample in run.samples), key=lambda name: stage_rank(name, names))
+    stages = stages[-MOST_STAGES:]
+    by_id: dict[str, dict[str, SampledAnswer]] = {}
+    for sample in run.samples:
+        if sample.stage in stages:
+            by_id.setdefault(sample.id, {})[sample.stage] = sample
+    return stages, list(by_id.values())[:MOST_QUESTIONS]
+
+
+def _changes(questions: Sequence[dict[str, SampledAnswer]], stages: Sequence[str]) -> str:
+    """Say how many of the questions on the page changed sides between the last two checkpoints."""
+    if len(stages) < 2:
+        return "Not picked: as the run drew them."
+    before, after = stages[-2:]
+    pairs = [(q[before].correct, q[after].correct) for q in questions if before in q and after in q]
+    first, second = (in_sentence(stage_title(name)) for name in (before, after))
+    return (
+        f"The same questions after {first} and after {second}, not picked: of {len(pairs)}, {pairs.count((False, True))} turned "
+        f"right and {pairs.count((True, False))} turned wrong. Too few to measure by; read them for how it answers."
+    )
+
+
+def right_option(sample: SampledAnswer) -> int | None:
+    """Return the place of the correct answer among the options: by its letter, its text, or both as in `text (B)`."""
+    key = sample.correct_answer.strip()
+    for place, option in enumerate(sample.options):
+        letter = chr(ord("A") + place)
+        if key.casefold() in (letter.casefold(), option.strip().casefold()) or key.rstrip(".").endswith(f"({letter})"):
+            return place
+    return None
+
+
+def _facts(run: Run) -> dict[str, dict[str, str]]:
+    """Return versions, machine and fingerprints, with bytes in GiB."""
+    groups = {**run.groups, **({"versions": run.versions} if run.versions else {})}
+    return {
+        name: {
+            key: f"{int(text) / 2**30:.1f} GiB" if key.endswith("_bytes") and text.isdecimal() else text
+            for key, text in table.items()
+        }
+        for name, table in groups.items()
+    }

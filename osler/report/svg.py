@@ -64,7 +64,7 @@ class Scale:
 
 
 def nice_ticks(low: float, high: float, target: int = 5) -> tuple[list[float], float]:
-    """Round numbers (1, 2, 2.5 or 5 times a power of ten) that cover [low, high], and their distance."""
+    """Return round numbers (1, 2, 2.5 or 5 times a power of ten) that cover [low, high], and their distance."""
     if not high > low:
         high = low + (abs(low) or 1.0)
     rough = (high - low) / max(target - 1, 1)
@@ -76,7 +76,7 @@ def nice_ticks(low: float, high: float, target: int = 5) -> tuple[list[float], f
 
 
 def smoothed(y: Numbers) -> Numbers:
-    """A centred bell-weighted mean over about a twentieth of the curve: no lag, gaps stay gaps."""
+    """Return a centred bell-weighted mean over about a twentieth of the curve: no lag, gaps stay gaps."""
     values = np.asarray(y, np.float64)
     radius = max(2, len(values) // 40)
     bell = np.exp(-0.5 * (2 * np.arange(-radius, radius + 1) / radius) ** 2)
@@ -88,7 +88,7 @@ def smoothed(y: Numbers) -> Numbers:
 
 
 def averaged(x: Numbers, y: Numbers) -> tuple[Numbers, Numbers]:
-    """At most `MAX_LEVELS` points: the means of stretches of equal length; a stretch without a finite value is a gap."""
+    """Return the means of at most `MAX_LEVELS` stretches of equal length; one without a finite value is a gap."""
     size = math.ceil(len(x) / MAX_LEVELS)
     if size <= 1:
         return x, y
@@ -100,7 +100,7 @@ def averaged(x: Numbers, y: Numbers) -> tuple[Numbers, Numbers]:
 
 
 def thinned(x: Numbers, y: Numbers) -> tuple[Numbers, Numbers]:
-    """At most `MAX_POINTS` points that keep each stretch's smallest and largest value, and its gaps."""
+    """Return at most `MAX_POINTS` points that keep each stretch's smallest and largest value, and its gaps."""
     n = len(x)
     if n <= MAX_POINTS:
         return x, y
@@ -119,7 +119,7 @@ def line_chart(
     lines: Sequence[Line], *, title: str, kind: str = "number", zero: bool = False, over: str = "step",
     marks: Sequence[tuple[float, str, str]] = (), band: Band | None = None,
 ) -> str:  # fmt: skip
-    """Curves over steps with axes and ticks; empty text when no line has a finite point.
+    """Draw curves over steps with axes and ticks; empty text when no line has a finite point.
 
     kind: how values are written, see `format.value`. zero: the value axis starts at zero. over: what x counts, `step` or
     `tokens`. marks: (x, css class, meaning) of upright lines. band: an area behind the curves.
@@ -170,7 +170,7 @@ def interval_bar(
     low: float, value: float, high: float, *, marks: Sequence[tuple[float, str, str]] = (),
     range_: tuple[float, float] = (0.0, 1.0), title: str, colour: int = 0,
 ) -> str:  # fmt: skip
-    """An interval as a bar, its centre as a dot, on an axis over `range_`; marks are (value, css class, meaning)."""
+    """Draw an interval as a bar and its centre as a dot, on an axis over `range_`; marks are (value, css class, meaning)."""
     width, height = 220, 26
     scale = Scale(*range_, 4, width - 4)
     parts = [f'<line class="rail" x1="4" x2="{width - 4}" y1="13" y2="13"/>']
@@ -187,7 +187,7 @@ def interval_bar(
 
 
 def ladder(rows: Sequence[tuple[str, float, float, float, int]], marks: Sequence[tuple[float, str, str]], title: str) -> str:
-    """The scores of several checkpoints under one another on an axis from 0 to 100%.
+    """Draw the scores of several checkpoints under one another on an axis from 0 to 100%.
 
     rows: (label, low, value, high, colour); marks: (value, css class, words), drawn through all rows.
     """
@@ -222,8 +222,8 @@ def ladder(rows: Sequence[tuple[str, float, float, float, int]], marks: Sequence
     return _svg("".join(parts), width, bottom + 26, title, "ladder")
 
 
-def histogram(counts: dict[str, float], title: str) -> str:
-    """A small bar per key, its key beneath, and a dotted line at the height of equal shares."""
+def histogram(counts: dict[str, float]) -> str:
+    """Draw a small bar for each key, the key beneath it, and a dotted line at the height of equal shares."""
     total = sum(v for v in counts.values() if math.isfinite(v))
     if not total > 0:
         return ""
@@ -239,27 +239,26 @@ def histogram(counts: dict[str, float], title: str) -> str:
         parts.append(f'<text class="tick" text-anchor="middle" x="{slot * i + slot / 2:g}" y="{floor + 12}">{_e(key)}</text>')
     even = floor - (floor - top) / len(counts) / max(peak, 0.5)
     parts.append(f'<line class="even" x1="0" x2="{width}" y1="{_c(even)}" y2="{_c(even)}"/>')
+    title = "Letters: " + ", ".join(f"{key} {fmt.count(n)}" for key, n in counts.items())
     return _svg("".join(parts), width, 46, title, "letters", f'style="width:{width}px"')
 
 
-def stacked_bar(parts_: Sequence[tuple[str, float, int]], title: str) -> str:
-    """One bar of (label, size, colour) side by side; sizes that are not positive are left out."""
-    known = [(label, size, colour) for label, size, colour in parts_ if size > 0]
-    total = sum(size for _, size, _ in known)
-    if not known:
-        return ""
-    x, out = 0.0, []
-    for label, size, colour in known:
-        width = 1000 * size / total
-        text = f"{label}: {fmt.duration(size)} ({fmt.percent(size / total)})"
+def stacked_bar(times: Sequence[tuple[str, float, int, str]]) -> str:
+    """Draw one bar of stages side by side, each given as (title, seconds, colour, words)."""
+    total = sum(seconds for _, seconds, *_ in times)
+    x, out, spoken = 0.0, [], []
+    for title, seconds, colour, _ in times:
+        width = 1000 * seconds / total
+        text = f"{title}: {fmt.duration(seconds)} ({fmt.percent(seconds / total)})"
         box = f'x="{_c(x)}" y="0" width="{_c(max(width - 2, 1))}" height="30"'
         out.append(f'<rect class="c{colour} solid" {box}><title>{_e(text)}</title></rect>')
+        spoken.append(f"{title} {fmt.duration(seconds)}")
         x += width
-    return _svg("".join(out), 1000, 30, title, "stack", 'preserveAspectRatio="none"')
+    return _svg("".join(out), 1000, 30, f"Time per stage: {'; '.join(spoken)}", "stack", 'preserveAspectRatio="none"')
 
 
 def value_range(finite: Sequence[float] | Numbers, zero: bool, kind: str) -> tuple[float, float, int]:
-    """Bounds of the value axis and how many points lie above it: a rare spike must not flatten the curve."""
+    """Return the bounds of the value axis and how many points lie above it: a rare spike must not flatten the curve."""
     low, high, over = float(np.min(finite)), float(np.max(finite)), 0
     if len(finite) >= 50:
         rank = int(0.985 * (len(finite) - 1))
@@ -302,7 +301,7 @@ def _x_axis(ticks: list[float], step: float, scale: Scale, over: str) -> str:
 
 
 def _area(band: Band, sx: Scale, sy: Scale) -> str:
-    """A band as one shape: there along its upper edge, back along its lower one."""
+    """Draw a band as one shape, along its upper edge and back along its lower one."""
     there = list(zip(*thinned(band.x, band.high), strict=True))
     back = list(zip(*thinned(band.x, band.low), strict=True))[::-1]
     points = " ".join(f"{_c(sx(x))} {_c(sy(_clamp(y, (sy.low, sy.high))))}" for x, y in there + back)
@@ -310,7 +309,7 @@ def _area(band: Band, sx: Scale, sy: Scale) -> str:
 
 
 def _marks(marks: Sequence[tuple[float, str, str]], sx: Scale) -> str:
-    """Upright lines, at most one of a class on a pixel: a thousand alerts are one thick line and not a thousand."""
+    """Draw upright lines, at most one of a class on a pixel: a thousand alerts are one thick line and not a thousand."""
     out = {}
     for at, css, meaning in marks:
         if sx.low <= at <= sx.high:
@@ -321,7 +320,7 @@ def _marks(marks: Sequence[tuple[float, str, str]], sx: Scale) -> str:
 
 
 def _curve(x: Numbers, y: Numbers, sx: Scale, sy: Scale, css: str) -> str:
-    """A path broken at NaN; points that stand alone, and all points of a short line, get a dot."""
+    """Draw a path that NaN breaks; points that stand alone, and all points of a short line, get a dot."""
     runs: list[list[tuple[str, str]]] = [[]]
     for a, b in zip(x, y, strict=True):
         if math.isfinite(b):
@@ -336,7 +335,7 @@ def _curve(x: Numbers, y: Numbers, sx: Scale, sy: Scale, css: str) -> str:
 
 
 def _spoken(title: str, lines: Sequence[Line], kind: str, over: str) -> str:
-    """What the chart shows, for those who do not see it: where each line starts and ends."""
+    """Say what a chart shows to those who do not see it: where each line starts and ends."""
 
     def at(x: float) -> str:
         return f"step {fmt.count(x)}" if over == "step" else f"{fmt.count(x)} {over}"

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 from osler.report import format as fmt
-from osler.report.findings import findings
+from osler.report.attention import attention
 from osler.report.read import Run, read_run
 from osler.report.words import (
     difference_in_words,
     headline,
     headline_score,
+    interval,
     score_in_words,
     stage_title,
     teachers,
@@ -21,7 +21,7 @@ from osler.runtime.files import RunFolder
 
 
 def summary_text(run_folder: str | Path | Run, page: Path | None = None) -> str:
-    """A summary for the terminal, no colour, no trailing newline; raises UserError when it is not a run folder.
+    """Return a summary for the terminal, without colour or a last newline; raises UserError when it is not a run folder.
 
     page: where the report was written when it is not in the run folder.
     """
@@ -34,9 +34,8 @@ def summary_text(run_folder: str | Path | Run, page: Path | None = None) -> str:
         width = max(len(stage_title(s.label)) for s in run.exams)
         wide = max(len(s.split) for s in run.exams)
         for s in run.exams:
-            interval = f"{fmt.percent(s.low)} to {fmt.percent(s.high)}" if math.isfinite(s.low) else "no interval"
             name = f"{stage_title(s.label):<{width}}  {s.split:<{wide}}"
-            lines.append(f"  {name}  {fmt.percent(s.accuracy):>6}  ({interval}, n = {fmt.count(s.n)})")
+            lines.append(f"  {name}  {fmt.percent(s.accuracy):>6}  ({interval(s)}, n = {fmt.count(s.n)})")
     for c in run.comparisons:
         gain = f"{fmt.points(c.difference)} points ({fmt.points(c.low)} to {fmt.points(c.high)})"
         lines.append(f"{stage_title(c.after_label)} on {c.split}: {gain}. {difference_in_words(c)}")
@@ -45,10 +44,10 @@ def summary_text(run_folder: str | Path | Run, page: Path | None = None) -> str:
     if run.stages:
         told = ", ".join(f"{stage_title(s.name)} {fmt.duration(s.seconds)}" for s in run.stages)
         lines.append(f"Time: {fmt.duration(total_seconds(run))} ({told})")
-    watch = findings(run)
-    lines += [f"Watch: {text}" for text in watch[:3]]
-    if len(watch) > 3:
-        lines.append(f"Watch: {len(watch) - 3} more on the page")
+    found = attention(run)
+    lines += [f"Watch: {text}" for text in found[:3]]
+    if len(found) > 3:
+        lines.append(f"Watch: {len(found) - 3} more on the page")
     page = page or RunFolder(run.path).report
     if page.is_file():
         lines.append(f"Report: {page}")

@@ -10,9 +10,10 @@ import re
 from typing import Any
 
 from osler.eval.score import describe_too_long, length_explains
+from osler.records.exams import Comparison, ExamScore
 from osler.report import format as fmt
 from osler.report.model import count_parameters, find_model
-from osler.report.read import NAN, Comparison, ExamScore, Run
+from osler.report.read import NAN, Run
 
 TITLES = {
     "": "Training",
@@ -35,25 +36,25 @@ COLOURS = {"": 0, "pretrain": 0, "sft": 1, "grpo": 2, "rl": 2, "midtrain": 3, "u
 
 
 def stage_title(name: str) -> str:
-    """A stage's or checkpoint's name as a reader would write it: `sft, earlier` -> `Supervised fine-tuning, earlier`."""
+    """Write a stage's or checkpoint's name as a reader would: `sft, earlier` -> `Supervised fine-tuning, earlier`."""
     stage, comma, more = name.partition(",")
     return (TITLES.get(stage.lower()) or (stage[:1].upper() + stage[1:]).replace("_", " ")) + comma + more
 
 
 def in_sentence(title: str) -> str:
-    """A title inside a sentence: `Pretraining` -> `pretraining`, but `GRPO` stays."""
+    """Write a title inside a sentence: `Pretraining` -> `pretraining`, but `GRPO` stays."""
     return title[:1].lower() + title[1:] if title[1:2].islower() else title
 
 
 def stage_colour(name: str, position: int = 0) -> int:
-    """The palette number that a stage keeps all over the page."""
+    """Return the palette number that a stage keeps all over the page."""
     words = re.findall("[a-z]+", name.lower())
     known = [colour for key, colour in COLOURS.items() if key in words]
     return known[-1] if known else (COLOURS[""] if not name else (3, 6, 4, 7)[position % 4])
 
 
 def headline_score(run: Run) -> ExamScore | None:
-    """The score the page leads with: the last checkpoint's, on the split called test or else on the first.
+    """Return the score that the page leads with: the last checkpoint's, on the split called test or else on the first.
 
     Both ends of a branch are left out: it shows what a step can do from an earlier checkpoint, not where the run ended.
     """
@@ -64,38 +65,38 @@ def headline_score(run: Run) -> ExamScore | None:
 
 
 def scores_on(run: Run, split: str) -> list[ExamScore]:
-    """Scores of all checkpoints on one split, in order of training."""
+    """Return the scores of all checkpoints on one split, in order of training."""
     return [score for score in run.exams if score.split == split]
 
 
 def total_seconds(run: Run) -> float:
-    """Time of the whole run: the stages' sum, or the span of the logs."""
+    """Return the time of the whole run: the stages' sum, or the span of the logs."""
     known = [s.seconds for s in run.stages if s.seconds >= 0] or [r.seconds for r in run.runs if r.seconds >= 0]
     return sum(known) if known else NAN
 
 
 def total_tokens(run: Run) -> float:
-    """Tokens of all stages that logged them."""
+    """Return the tokens of all stages that logged them."""
     known = [r.tokens for r in run.runs if math.isfinite(r.tokens)]
     return sum(known) if known else NAN
 
 
 def stage_names(run: Run) -> str:
-    """The names of all stages, of stages.json and of the logs, in one lower-case text to look for words in."""
+    """Return the names of all stages as one lower-case text to look for words in."""
     return " ".join([*(s.name for s in run.stages), *(r.name for r in run.runs)]).lower()
 
 
 def stage_seconds(run: Run, word: str) -> float:
-    """Time of the stage whose name contains a word, NaN when there is none."""
+    """Return the time of the stage whose name contains a word, NaN when there is none."""
     timed = [s.seconds for s in run.stages if word in s.name.lower()]
     logged = [r.seconds for r in run.runs if word in r.name.lower()]
     return sum(timed) if timed else sum(logged) if logged else NAN
 
 
 def model_of(run: Run) -> tuple[dict[str, Any], float]:
-    """The model's configuration and its number of parameters (NaN when it cannot be counted)."""
-    saved = [run.model, *(stage.model for stage in run.runs)]
-    written = map(find_model, [run.config, *(stage.config for stage in run.runs)])
+    """Return the model's configuration and its number of parameters (NaN when it cannot be counted)."""
+    saved = [run.own.model, *(stage.model for stage in run.runs)]
+    written = map(find_model, [run.own.config, *(stage.config for stage in run.runs)])
     models = [model for model in (*saved, *written) if model]
     for model in models:
         parameters = count_parameters(model)
@@ -105,7 +106,7 @@ def model_of(run: Run) -> tuple[dict[str, Any], float]:
 
 
 def headline(run: Run) -> tuple[str, str, str]:
-    """The page's first sentence in three parts, the middle one to be set apart; parts may be empty."""
+    """Return the page's first sentence in three parts, the middle one to be set apart; parts may be empty."""
     score = headline_score(run)
     took = fmt.duration(total_seconds(run))
     scratch = "pretrain" in stage_names(run)
@@ -125,7 +126,7 @@ def headline(run: Run) -> tuple[str, str, str]:
 
 
 def score_in_words(score: ExamScore) -> str:
-    """Right answers, the interval, and how it stands to the two baselines."""
+    """Say how many answers were right, the interval, and how it compares to the two baselines."""
     each = f" ({fmt.count(score.n)} different ones, shown in several orders)" if score.presentations > score.n else ""
     out = f"It answered {fmt.count(score.correct)} of {fmt.plural(score.presentations, 'question')}{each} right."
     if math.isfinite(score.low) and math.isfinite(score.high):
@@ -136,38 +137,43 @@ def score_in_words(score: ExamScore) -> str:
     return f"{out} {verdict(score)}".strip()
 
 
+def interval(score: ExamScore) -> str:
+    """Return a score's interval in percent."""
+    known = math.isfinite(score.low) and math.isfinite(score.high)
+    return f"{fmt.percent(score.low)} to {fmt.percent(score.high)}" if known else "no interval"
+
+
 def baseline(score: ExamScore) -> float:
-    """The better of guessing and of always giving one letter, NaN when neither is known."""
-    return max((b for b in (score.chance, score.constant) if math.isfinite(b)), default=NAN)
+    """Return the better of guessing and of always giving one letter, NaN when neither is known."""
+    return max((b for b in (score.chance, score.constant_letter_baseline) if math.isfinite(b)), default=NAN)
 
 
 def verdict(score: ExamScore) -> str:
-    """Whether the interval clears guessing and the best constant letter, and how many questions had no chance to be right."""
+    """Say whether the interval clears guessing and the best constant letter, and how many questions did not fit."""
     if unfit_explains(score):
         return f"That is below {' or '.join(_baselines(score))}: {unfit(score)}"
     return " ".join(filter(None, (_against_baselines(score), unfit(score))))
 
 
 def unfit(score: ExamScore) -> str:
-    """How many questions did not fit into the model's context, as a sentence; empty when all did or that is not known."""
+    """Say how many questions did not fit into the model's context; empty when all did or that is not known."""
     if not (score.too_long > 0 and score.presentations >= score.too_long):
         return ""
-    counts = (score.too_long, score.presentations, score.correct, score.max_seq_len, score.max_new_tokens)
-    return f"{describe_too_long(*(int(n) if math.isfinite(n) else 0 for n in counts))}."
+    return f"{describe_too_long(score)}."
 
 
 def unfit_explains(score: ExamScore) -> bool:
-    """Whether a score below the baseline may be due to those questions alone."""
+    """Return whether a score below the baseline may be due to questions that did not fit."""
     return bool(unfit(score)) and length_explains(score.high, baseline(score), score.too_long, score.presentations)
 
 
 def _baselines(score: ExamScore) -> list[str]:
-    """What a model without knowledge would score, as far as it is known."""
+    """Return what a model without knowledge would score, as far as it is known."""
     known = []
     if math.isfinite(score.chance):
         known.append(f"guessing ({fmt.percent(score.chance)})")
-    if math.isfinite(score.constant):
-        known.append(f"always giving the same letter ({fmt.percent(score.constant)})")
+    if math.isfinite(score.constant_letter_baseline):
+        known.append(f"always giving the same letter ({fmt.percent(score.constant_letter_baseline)})")
     return known
 
 
@@ -183,7 +189,7 @@ def _against_baselines(score: ExamScore) -> str:
 
 
 def difference_in_words(c: Comparison) -> str:
-    """What a paired difference allows one to say."""
+    """Say what a paired difference allows one to say."""
     if not (math.isfinite(c.low) and math.isfinite(c.high)):
         return "No interval was computed, so this difference proves nothing."
     if c.low > 0:
@@ -194,7 +200,7 @@ def difference_in_words(c: Comparison) -> str:
 
 
 def teachers(run: Run) -> str:
-    """Supervised demonstrations against GRPO in points and seconds, from this run's own numbers; or empty text."""
+    """Compare supervised demonstrations with GRPO in points and seconds, from this run's own numbers; or empty text."""
     sft, grpo = stage_seconds(run, "sft"), stage_seconds(run, "grpo")
     if not (math.isfinite(sft) and math.isfinite(grpo)):
         return ""
@@ -230,6 +236,6 @@ def teachers(run: Run) -> str:
 
 
 def _gain(rows: list[ExamScore], word: str) -> float:
-    """Accuracy of the checkpoint whose label holds a word, minus that of the checkpoint before it."""
+    """Return the accuracy of the checkpoint whose label holds a word, minus that of the checkpoint before it."""
     at = next((i for i, row in enumerate(rows) if word in row.label.lower()), 0)
     return rows[at].accuracy - rows[at - 1].accuracy if at > 0 else NAN

@@ -10,11 +10,13 @@ without an error and without learning.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Sequence
 
 from osler.errors import UserError
+from osler.records import jsonl
+from osler.records.samples import SampledAnswer
+from osler.records.values import to_json
 from osler.rl.config import GrpoConfig
 from osler.rl.rollout import Group, Sample, is_readable
 from osler.tasks.item import render_answer, render_question
@@ -90,16 +92,10 @@ def refusal(samples: Sequence[Sample], config: GrpoConfig) -> str:
 
 
 def sample_line(group: Group, sample: Sample) -> str:
-    """A line of the samples file, in the form that the report reads."""
-    item = group.prompt.item
-    line = {
-        "id": item.id,
-        "stage": "grpo step 0",
-        "question": item.question,
-        "options": list(item.options),
-        "thinking": sample.completion.thinking,
-        "answer": sample.completion.answer or "",
-        "correct_answer": render_answer(item),
-        "correct": sample.correct,
-    }
-    return json.dumps(line, ensure_ascii=False) + "\n"
+    """Return a sample as a line of the samples file."""
+    item, completion = group.prompt.item, sample.completion
+    answer = SampledAnswer(
+        item.id, "grpo step 0", item.question, list(item.options), completion.thinking, completion.answer or "",
+        render_answer(item), sample.correct,
+    )  # fmt: skip
+    return jsonl.to_line(to_json(answer))

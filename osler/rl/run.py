@@ -171,7 +171,7 @@ def exam(
     name = getattr(config.eval_task, "split", "") or config.eval_task.type
 
     def sit() -> dict[str, float]:
-        counts = (0, 0, 0)
+        counts = (0.0, 0.0, 0.0)
         share = items[world.rank :: world.size]
         if share or not items:  # an empty exam is refused in words
             score = score_by_generation(

@@ -209,6 +209,8 @@ class RunFolder:
     trackers = _Entry("trackers")  # what TensorBoard, Weights & Biases and ClearML keep
     checkpoints = _Entry("checkpoints")  # folders named step-XXXXXXXXX
     report = _Entry("report.html")  # the self-contained page about the run
+    exams = _Entry("exams.json")  # what the run's checkpoints scored
+    comparison = _Entry("comparison.json")  # pairs of checkpoints on the same questions
     stages = _Entry("stages.json")  # which stages of a quickstart are finished
 
     @classmethod

@@ -17,7 +17,7 @@ from osler.monitor.metrics import declared_name
 from osler.records.values import as_text
 from osler.report import format as fmt
 from osler.report.charts import by_row, inner, kind_of
-from osler.report.diary import happenings, in_words
+from osler.report.events import grouped
 from osler.report.families import Family, by_layer, in_families
 from osler.report.svg import value_range
 from osler.watch.state import WatchedFolder, WatchedRun
@@ -209,7 +209,7 @@ def _events(run: WatchedRun) -> list[Text]:
     """Return what happened, the newest first; when the run began and how it ended is in its state."""
     styles = {"incident": "bad", "rollback": "bad", "alert": "warn"}
     told = [event for event in run.events if event.kind not in LIFETIME]
-    return [Text(in_words(h), styles.get(h.kind, "")) for h in happenings(told)[:EVENTS]]
+    return [Text(group.in_words, styles.get(group.kind, "")) for group in grouped(told)[:EVENTS]]
 
 
 def _checkpoints(run: WatchedRun, now: float) -> list[Text]:

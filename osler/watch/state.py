@@ -20,7 +20,8 @@ from osler.checkpoint.root import Entry, by_age
 from osler.errors import UserError
 from osler.monitor.lifetime import END, FAILED, FINISHED, LIFETIME, START, STOPPED, still_wrong, unresolved_at_end
 from osler.records.events import Event, read_events
-from osler.records.values import as_dict, as_dicts, as_number, as_text
+from osler.records.stages import FinishedStage
+from osler.records.values import as_dict, as_number, as_text, read_records
 from osler.report import format as fmt
 from osler.report.model import count_parameters, find_model
 from osler.report.read import stage_rank, sub_runs
@@ -216,8 +217,8 @@ class WatchedFolder:
                     self.stages[path.name] = WatchedRun(path, path.name)
         for stage in (self.root, *self.stages.values()):
             stage.refresh()
-        rows = as_dicts(_read(self.root.folder.stages))
-        self.finished = {as_text(row.get("name")): as_number(row.get("seconds")) for row in rows}
+        with suppress(UserError):  # half written
+            self.finished = {stage.name: stage.seconds for stage in read_records(FinishedStage, self.root.folder.stages)}
 
     @property
     def current(self) -> WatchedRun:

@@ -88,7 +88,7 @@ def test_the_printed_score_is_the_score_and_goes_where_the_report_finds_it(runs,
         ("sft", "new_findings", "generation"),
         ("sft", "new_questions", "generation"),
     ]
-    assert read[0].constant == pytest.approx(0.25) and read[0].chance == pytest.approx(0.25)
+    assert read[0].constant_letter_baseline == pytest.approx(0.25) and read[0].chance == pytest.approx(0.25)
 
 
 def test_questions_that_do_not_fit_are_named_as_the_cause(runs, capsys):

@@ -151,7 +151,7 @@ def test_equal_options_are_right_together(tokenizer: Tokenizer) -> None:
     ignorant = build(tokenizer, head_init="zero")  # all words equally likely: the first option always wins
     items = [replace(item, options=("aa", "bb", "aa", "cc"), answer_index=2) for item in ITEMS]
     score = score_by_likelihood(ignorant, tokenizer, items, normalise="tokens")
-    assert (score.accuracy, score.chance, score.constant_accuracy) == (1.0, 0.5, 1.0)
+    assert (score.accuracy, score.chance, score.constant_letter_baseline) == (1.0, 0.5, 1.0)
 
 
 def test_a_model_that_knows_one_letter_is_at_chance_over_permutations(tokenizer: Tokenizer) -> None:
@@ -160,7 +160,7 @@ def test_a_model_that_knows_one_letter_is_at_chance_over_permutations(tokenizer:
     assert score_by_likelihood(ignorant, tokenizer, items, normalise="tokens").accuracy == 1.0
     score = score_by_likelihood(ignorant, tokenizer, items, normalise="tokens", permutations=4)
     assert (score.n, score.presentations, score.accuracy) == (6, 24, 0.25)
-    assert score.letters == {"A": 24, "B": 0, "C": 0, "D": 0} and score.constant_accuracy == 0.25
+    assert score.letters == {"A": 24, "B": 0, "C": 0, "D": 0} and score.constant_letter_baseline == 0.25
     assert score.interval[1] > 0.5  # six items, not twenty-four
 
 

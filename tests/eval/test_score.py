@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
+from dataclasses import fields
+from pathlib import Path
 
 import pytest
 
@@ -13,14 +14,15 @@ from osler.eval.score import (
     CUT,
     TOO_LONG,
     UNPARSED,
-    ExamScore,
     Result,
+    ScoredExam,
     compare,
     describe_too_long,
     length_explains,
     summarise,
 )
 from osler.eval.stats import wilson
+from osler.records.exams import ExamScore, add_exams, read_exams
 from osler.tasks.item import ExamItem
 
 
@@ -37,7 +39,7 @@ def exam(answers: str, groups: str = "") -> list[ExamItem]:
     ]
 
 
-def answered(items: list[ExamItem], given: str) -> ExamScore:
+def answered(items: list[ExamItem], given: str) -> ScoredExam:
     results = []
     for item, letter in zip(items, given, strict=True):
         predicted = "ABCD".find(letter)
@@ -52,7 +54,7 @@ def test_a_score_reports_what_it_must_be_compared_with() -> None:
     assert score.interval == pytest.approx(wilson(3, 8))
     assert (score.unparsed, score.cut, score.too_long) == (1, 1, 1)
     assert score.letters == {"A": 2, "B": 1, "C": 2, "D": 0}
-    assert (score.constant_letter, score.constant_accuracy, score.chance) == ("B", 0.375, 0.25)
+    assert (score.constant_letter, score.constant_letter_baseline, score.chance) == ("B", 0.375, 0.25)
 
 
 def test_only_enough_long_questions_explain_a_score_below_the_baseline() -> None:
@@ -63,9 +65,10 @@ def test_only_enough_long_questions_explain_a_score_below_the_baseline() -> None
 
 
 def test_what_did_not_fit_is_described_with_its_room() -> None:
-    written = describe_too_long(45, 1050, 2, 256, 128)
+    score = ExamScore(too_long=45, presentations=1050, correct=2, max_seq_len=256, max_new_tokens=128)
+    written = describe_too_long(score)
     assert all(number in written for number in ("45 of 1,050", "max_seq_len 256", "keeps 128", "other 1,005", "answered 2"))
-    assert "max_seq_len" not in describe_too_long(8, 8, 0, 0, 0)
+    assert "max_seq_len" not in describe_too_long(ExamScore(too_long=8, presentations=8))
 
 
 def test_groups_are_scored_apart_by_their_first_part() -> None:
@@ -83,14 +86,21 @@ def test_chance_and_constant_letter_of_mixed_and_free_items() -> None:
     three = ExamItem(id="y", question="?", options=("yes", "no", "maybe"), answer_index=0)
     free = ExamItem(id="n", question="?", options=(), answer_index=-1, answer="72")
     score = summarise([Result(three, ANSWERED, True, 0), Result(free, ANSWERED, True)])
-    assert score.chance == pytest.approx(1 / 6) and score.constant_accuracy == 0.5 and score.correct == 2
+    assert score.chance == pytest.approx(1 / 6) and score.constant_letter_baseline == 0.5 and score.correct == 2
     numbers = summarise([Result(free, ANSWERED, False)])
     assert (numbers.chance, numbers.constant_letter, numbers.letters) == (0.0, "", {})
 
 
-def test_scores_become_json() -> None:
-    record = answered(exam("AB", groups="gh"), "AA").to_dict()
-    assert json.loads(json.dumps(record)) == record and record["accuracy"] == 0.5 and "results" not in record
+def test_scores_come_back_from_their_file(tmp_path: Path) -> None:
+    score, path = answered(exam("AB", groups="gh"), "AA"), tmp_path / "exams.json"
+    add_exams(path, "sft", {"test": score})
+    add_exams(path, "sft, step 8", {"test": score}, last="sft")
+    add_exams(path, "sft", {"other": score}, last="sft")
+    found = read_exams(path)
+    assert [(one.label, one.split) for one in found] == [("sft, step 8", "test"), ("sft", "test"), ("sft", "other")]
+    assert found[0] == ExamScore(**{**{f.name: getattr(score, f.name) for f in fields(ExamScore)}, "label": "sft, step 8",
+                                    "split": "test"})  # fmt: skip
+    assert "results" not in path.read_text()
 
 
 def test_a_gain_is_paired_on_the_same_items() -> None:

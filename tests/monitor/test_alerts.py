@@ -12,13 +12,18 @@ import pytest
 
 from osler.monitor.alerts import PAUSE, Alert, Alerter, replay
 from osler.monitor.history import (
+    ALL_EQUAL,
     CLIPPED,
     CUT,
     DATA_TIME,
     DEAD_UNITS,
+    ENTROPY,
     EPOCH,
     GRAD_NORM,
+    HELD_OUT,
     LAYER_NORM,
+    LETTERS,
+    LOGP_DIFFERENCE,
     LOSS,
     LR,
     MEMORY,
@@ -148,6 +153,11 @@ def test_a_memorised_loss_is_left_alone():
         (lambda n, line: {SPEED: 9_000.0}, "slow-run", 14),
         (lambda n, line: {CUT: 0.95}, "cut-completions", 1),
         (lambda n, line: {REWARD: 0.0}, "no-reward", 5),
+        (lambda n, line: {HELD_OUT: 3.0 if n < 3 else 3.1}, "memorising", 4),
+        (lambda n, line: {ALL_EQUAL: 0.85}, "equal-rewards", 20),
+        (lambda n, line: {ENTROPY: 0.3 if n < 3 else 0.01}, "no-exploration", 20),
+        (lambda n, line: {LOGP_DIFFERENCE: 0.03}, "sampler-apart", 20),
+        (lambda n, line: dict(zip(LETTERS[:3], (0.8, 0.1, 0.1), strict=True)), "one-letter", 20),
     ],
 )  # fmt: skip
 def test_a_sick_curve_is_told_within_so_many_lines(change, name, within):
@@ -216,9 +226,9 @@ def test_neither_a_jump_of_memory_nor_a_new_stage_is_an_alert():
 def test_a_policy_that_rarely_has_a_gradient_or_a_few_rewards_among_penalties_is_left_alone():
     rare = [{GRAD_NORM: 1.3 if n % 9 == 0 else 0.0, REWARD: 0.01, CUT: 0.1} for n in range(120)]
     # by the KL term alone
-    pulled = [line | ({} if line[GRAD_NORM] else {GRAD_NORM: 2e-5, "frac_reward_zero_std": 1.0}) for line in rare]
+    pulled = [line | ({ALL_EQUAL: 0.0} if line[GRAD_NORM] else {GRAD_NORM: 2e-5, ALL_EQUAL: 1.0}) for line in rare]
     penalised = [{REWARD: -0.2, "reward_std": 0.3, "answer/correct_frac": 0.1} for _ in range(40)]
-    assert told(rare) == told(pulled) == told(penalised) == {}
+    assert told(rare) == told(penalised) == {} and told(pulled).keys() == {"equal-rewards"}
     often = [pulled[n % 2] for n in range(60)] + [{GRAD_NORM: 80.0, REWARD: 0.01, "reward_std": 0.1}]
     assert told(often) == {"exploding-gradient": 61}
 

@@ -12,6 +12,7 @@ import osler
 from osler.errors import UserError
 from osler.monitor import history
 from osler.monitor.metrics import METRICS, declared_name, describe, table
+from osler.monitor.policy_rules import POLICY_RULES
 from osler.monitor.rules import RULES
 
 PACKAGE = Path(osler.__file__).parent if osler.__file__ else Path(next(iter(osler.__path__)))
@@ -52,7 +53,8 @@ def test_the_names_of_grpo_are_trls() -> None:
 
 def test_the_rules_read_declared_metrics() -> None:
     names = {text for text in vars(history).values() if isinstance(text, str) and text.split("/")[0] in AREAS}
-    names |= {*history.MEMORY, *history.STEP_TIMES, history.REWARD, history.REWARD_SPREAD, *(metric for metric, _ in RULES)}
+    names |= {*history.MEMORY, *history.STEP_TIMES, history.REWARD, history.REWARD_SPREAD, *history.LETTERS}
+    names |= {metric for metric, _ in (*RULES, *POLICY_RULES)}
     assert {history.LAYER_NORM, history.DEAD_UNITS, history.CORRECT} < names
     assert [name for name in names if declared_name(f"{name}0" if name.endswith("/") else name) is None] == []
 

@@ -136,8 +136,6 @@ def write_quickstart(folder: Path) -> Path:
             "fingerprints": {"data": "3fd1c04b9e21aa07", "tokenizer": "a80b5512cc93e4d1"},
         },
         "notes.json": ["The world of this exam is made up: the score says nothing about real medicine."],
-        "next.json": [{"text": "Ask it something yourself.", "command": "osler chat runs/quickstart"},
-                      "Try the next larger recipe."],
     }  # fmt: skip
     for name, table in tables.items():
         (folder / name).write_text(json.dumps(table), encoding="utf-8")

@@ -15,13 +15,13 @@ from osler.records.events import Event
 from osler.records.values import to_json
 from osler.report import format as fmt
 from osler.report import svg
+from osler.report.attention import attention
 from osler.report.charts import TOGETHER, bundle, charts_of, kind_of
 from osler.report.curves import Series
-from osler.report.diary import grave_in_words, happenings, marks_of
+from osler.report.events import grave_in_words, grouped, marks_of
 from osler.report.families import OTHER, by_layer, family_of, layer_of
-from osler.report.findings import findings
 from osler.report.page import build_report
-from osler.report.read import StageRun, read_run
+from osler.report.read import StageLog, read_run
 from osler.report.text import summary_text
 
 Bare = Callable[..., Path]
@@ -59,7 +59,7 @@ def monitored(bare: Bare) -> Path:
 
 
 def test_alike_events_are_one_happening_the_newest_first() -> None:
-    told = happenings(list(DIARY))
+    told = grouped(list(DIARY))
     assert [(h.kind, h.steps) for h in told] == [
         ("data_change", (30,)), ("rollback", (15,)), ("incident", (25,)), ("alert", (10, 20)),
     ]  # fmt: skip
@@ -92,7 +92,7 @@ def test_the_page_tells_what_happened_and_marks_it_in_the_loss(monitored: Path) 
     assert len(re.findall(r'class="mark (alert|incident|rollback|told)"', loss)) == 5
     assert "<title>Incident: non finite at step 25</title>" in loss
     assert text.count('class="mark alert"') == 2, "in the chart of the loss only"
-    found = findings(read_run(monitored))
+    found = attention(read_run(monitored))
     assert found[0].endswith("step 25: Step 25 was skipped.") and len(found) == 3
     assert "3 things" in text and "Watch: " in summary_text(monitored)
 
@@ -134,7 +134,7 @@ def test_the_farthest_layer_is_the_one_that_is_not_finite() -> None:
 
 def test_metrics_of_one_row_share_a_chart() -> None:
     curves = {f"rewards/r{i}/mean": Series([1], [float(i)]) for i in range(10)}
-    _, rest = charts_of(StageRun("grpo", curves), 0)
+    _, rest = charts_of(StageLog("grpo", curves), 0)
     ((family, charts),) = rest
     assert family.title == "Reinforcement learning"
     assert [[line.label for line in drawn] for _, drawn, _ in charts] == [[f"r{i}" for i in range(8)], ["r8", "r9"]]
@@ -143,7 +143,7 @@ def test_metrics_of_one_row_share_a_chart() -> None:
 
 def test_metrics_that_are_read_beside_one_another_share_a_chart() -> None:
     curves = {f"perf/{part}_ms": Series([1], [1.0]) for part in ("data", "forward", "loading")}
-    ((family, charts),) = charts_of(StageRun("", curves), 0)[1]
+    ((family, charts),) = charts_of(StageLog("", curves), 0)[1]
     assert family.title == "Performance" and [spec.title for spec, _, _ in charts] == [
         "Where a step's time goes",
         "perf/loading_ms",

@@ -8,7 +8,7 @@ import sys
 from osler.cli import main
 from osler.monitor.lifetime import LIFETIME
 from osler.records.events import read_events
-from osler.report.findings import findings
+from osler.report.attention import attention
 from osler.report.read import read_run
 from osler.runtime.files import RunFolder
 from osler.runtime.stop import EXIT_STOPPED
@@ -50,7 +50,7 @@ def test_a_run_that_ends_worse_than_guessing_says_so_wherever_its_end_is_told(ti
     watched.refresh()
     state = watched.current.state(end.time + 1)
     assert state.kind == "finished" and "but 1 alert still holds: worse-than-guessing" in state.words
-    assert any("but 1 alert still holds: worse than guessing" in text for text in findings(read_run(run.root)))
+    assert any("but 1 alert still holds: worse than guessing" in text for text in attention(read_run(run.root)))
 
 
 def test_an_alert_command_that_cannot_work_is_refused_before_anything_is_made(tiny, tmp_path, capsys):

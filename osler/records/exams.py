@@ -1,0 +1,99 @@
+"""What a run's checkpoints scored: ``exams.json``, {label of a checkpoint: {split: score}}, and ``comparison.json``, a list.
+
+Accuracies, intervals and differences are fractions. In a file of an older version any field may be missing; it is NaN or empty.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from osler.errors import UserError
+from osler.records.values import NAN, as_dict, from_json, to_json
+from osler.runtime.files import read_json, write_json
+
+
+@dataclass(frozen=True)
+class ExamScore:
+    """The accuracy of a checkpoint on a split, over ``n`` questions shown in ``presentations`` option orders altogether."""
+
+    label: str = ""  # of the checkpoint; empty, like the split, until the score is saved
+    split: str = ""
+    method: str = ""  # how it was asked
+    n: float = NAN
+    presentations: float = NAN  # ``correct`` and the other counts are of these
+    correct: float = NAN
+    accuracy: float = NAN
+    interval: tuple[float, float] = (NAN, NAN)  # 95 %, aware of clusters
+    unparsed: float = NAN
+    cut: float = NAN
+    too_long: float = NAN
+    max_seq_len: float = NAN  # tokens that a question had to share with its answer; 0: not known
+    max_new_tokens: float = NAN  # of them kept for the answer, where the model wrote it; else 0
+    letters: dict[str, float] = field(default_factory=dict)  # how often each letter was answered
+    constant_letter: str = ""  # the letter that would score best if it were always said, and its accuracy
+    constant_letter_baseline: float = NAN
+    chance: float = NAN
+    groups: dict[str, Any] = field(default_factory=dict)  # n, correct, accuracy and interval of each group of questions
+
+    @property
+    def low(self) -> float:
+        return self.interval[0]
+
+    @property
+    def high(self) -> float:
+        return self.interval[1]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two checkpoints on the same questions: the paired difference and its interval."""
+
+    split: str = ""
+    before: float = NAN
+    after: float = NAN
+    difference: float = NAN
+    interval: tuple[float, float] = (NAN, NAN)
+    n: float = NAN
+    before_label: str = ""
+    after_label: str = ""
+    branch: bool = False  # whether ``after`` does not go on from the run's best checkpoint
+
+    @property
+    def low(self) -> float:
+        return self.interval[0]
+
+    @property
+    def high(self) -> float:
+        return self.interval[1]
+
+
+def read_exams(path: Path) -> list[ExamScore]:
+    """Return the scores of an ``exams.json`` in its order, none when there is no file; raises UserError when it is damaged."""
+    table = as_dict(read_json(path)) if path.exists() else {}
+    return [
+        replace(from_json(ExamScore, {"presentations": as_dict(row).get("n"), **as_dict(row)}), label=label, split=split)
+        for label, splits in table.items()
+        for split, row in as_dict(splits).items()
+        if isinstance(row, dict)
+    ]
+
+
+def add_exams(path: Path, label: str, scores: Mapping[str, ExamScore], *, last: str = "") -> None:
+    """Add a checkpoint's scores by split to an ``exams.json``, beside those that it holds.
+
+    The checkpoint labelled ``last``, if there is one, becomes the last of the table, which the report leads with. Raises
+    UserError when the file is damaged.
+    """
+    table = read_json(path) if path.exists() else {}
+    if not isinstance(table, dict):
+        raise UserError(f"{path} is not a table of scores; move it away and evaluate again.")
+    rows = {split: to_json(score, ExamScore) for split, score in scores.items()}
+    for row in rows.values():
+        del row["label"], row["split"]
+    table[label] = as_dict(table.get(label)) | rows
+    if last in table:
+        table[last] = table.pop(last)
+    write_json(path, table)
