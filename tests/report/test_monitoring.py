@@ -101,6 +101,12 @@ def test_a_run_without_a_diary_has_no_such_section(quickstart: Path) -> None:
     assert '<section id="happened"' not in build_report(quickstart).read_text(encoding="utf-8")
 
 
+def test_the_url_of_a_webhook_is_a_secret(bare: Bare) -> None:
+    folder = bare(config_yaml="monitor:\n  level: full\n  webhook: https://example.org/hooks/sesame\n")
+    text = build_report(folder).read_text(encoding="utf-8")
+    assert "webhook: (not shown)" in text and "level: full" in text and "sesame" not in text
+
+
 def test_hostile_events_stay_text(bare: Bare) -> None:
     evil = "</td><script>alert(1)</script>\" & '"
     row = {"step": 1, "tokens": 1, "time": 1, "train/loss": 2.0}
