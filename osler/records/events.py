@@ -51,7 +51,7 @@ class EventLog:
         except OSError as error:
             if not self._warned:
                 self._warned = True
-                logger.warning(f"{self.path} cannot be written ({error.strerror}); what happens to this run is told here alone.")
+                logger.warning(f"{self.path} cannot be written ({error.strerror}); what happens to this run is only said here.")
 
 
 def read_events(path: str | Path) -> list[Event]:

@@ -162,10 +162,10 @@ def _curves(members: Sequence[Member]) -> tuple[list[Figure], list[tuple[Family,
     for spec in SPECS:
         for row, label in spec.lines:
             for name in (n for n in shared if declared_name(n) == row):
-                told = label or inner(row, name)
-                one = replace(spec, lines=((row, told),))
+                name_of_line = label or inner(row, name)
+                one = replace(spec, lines=((row, name_of_line),))
                 if len(spec.lines) > 1 or not label:  # its sentence is about several lines beside one another
-                    one = replace(one, title=f"{spec.title}: {told}", good=spec_of(name).good)
+                    one = replace(one, title=f"{spec.title}: {name_of_line}", good=spec_of(name).good)
                 main.append(_overlay(one, name, members))
     used = {row for spec in SPECS for row, _ in spec.lines}
     rest = []
@@ -182,10 +182,10 @@ def _overlay(spec: Spec, name: str, members: Sequence[Member]) -> Chart:
 
 def _as_text(title: str, members: Sequence[Member]) -> str:
     """Return numbers and differences as one table of text; for unlike kinds of run, only differences in fields that all have."""
-    told, apart = numbers(members), differences(members)
+    ended, apart = numbers(members), differences(members)
     rest = [] if len({as_text(m.config.get("kind")) for m in members}) == 1 else [row for row in apart if fmt.MISSING in row[1]]
     apart = [(key, [_cut(cell) for cell in row]) for key, row in apart if (key, row) not in rest]
-    rows = [(title, [m.name for m in members]), *told, *([("", [""] * len(members))] if apart else []), *apart]
+    rows = [(title, [m.name for m in members]), *ended, *([("", [""] * len(members))] if apart else []), *apart]
     first = max(len(what) for what, _ in rows)
     widths = [max(len(row[i]) for _, row in rows) for i in range(len(members))]
     lines = [

@@ -34,7 +34,7 @@ class EventGroup:
         """How much it matters, as a css class: a failure as much as an incident."""
         if (self.kind, self.name) == (END, FAILED):
             return "incident"
-        return self.kind if self.kind in GRAVE else "told"
+        return self.kind if self.kind in GRAVE else "other"
 
     @property
     def title(self) -> str:

@@ -1,4 +1,4 @@
-"""The families that metrics fall into, what good looks like in each, and metrics of one layer told from those of the model.
+"""The families that metrics fall into, what good looks like in each, and how to tell a layer's metrics from the model's.
 
 A name alone says both: `model/activation_rms/3` is the value of layer 3, in the family `Model health`.
 """

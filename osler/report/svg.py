@@ -161,8 +161,8 @@ def line_chart(
     data["lines"] = shown
     parts.append(f'<line class="hair" y1="{TOP}" y2="{HEIGHT - BOTTOM}" x1="0" x2="0" visibility="hidden"/>')
     # In single quotes the many double quotes of JSON need no escape; they would double the page.
-    told = html.escape(json.dumps(data, separators=(",", ":")), quote=False).replace("'", "&#39;")
-    attrs = f"data-chart='{told}' tabindex=\"0\""
+    encoded = html.escape(json.dumps(data, separators=(",", ":")), quote=False).replace("'", "&#39;")
+    attrs = f"data-chart='{encoded}' tabindex=\"0\""
     return _svg("".join(parts), WIDTH, HEIGHT, _spoken(title, lines, kind, over), "chart", attrs)
 
 
@@ -340,13 +340,13 @@ def _spoken(title: str, lines: Sequence[Line], kind: str, over: str) -> str:
     def at(x: float) -> str:
         return f"step {fmt.count(x)}" if over == "step" else f"{fmt.count(x)} {over}"
 
-    told = []
+    spoken = []
     for line in lines:
         known = np.flatnonzero(np.isfinite(line.y))
         if len(known):
             (a, first), (b, last) = ((line.x[end], line.y[end]) for end in (known[0], known[-1]))
-            told.append(f"{line.label} from {fmt.value(first, kind)} at {at(a)} to {fmt.value(last, kind)} at {at(b)}")
-    return f"{title}: {'; '.join(told)}."
+            spoken.append(f"{line.label} from {fmt.value(first, kind)} at {at(a)} to {fmt.value(last, kind)} at {at(b)}")
+    return f"{title}: {'; '.join(spoken)}."
 
 
 def _svg(body: str, width: float, height: float, title: str, css: str, attrs: str = "") -> str:

@@ -42,8 +42,8 @@ def summary_text(run_folder: str | Path | Run, page: Path | None = None) -> str:
     if teachers(run):
         lines.append(teachers(run))
     if run.stages:
-        told = ", ".join(f"{stage_title(s.name)} {fmt.duration(s.seconds)}" for s in run.stages)
-        lines.append(f"Time: {fmt.duration(total_seconds(run))} ({told})")
+        stages = ", ".join(f"{stage_title(s.name)} {fmt.duration(s.seconds)}" for s in run.stages)
+        lines.append(f"Time: {fmt.duration(total_seconds(run))} ({stages})")
     found = attention(run)
     lines += [f"Watch: {text}" for text in found[:3]]
     if len(found) > 3:

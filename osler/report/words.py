@@ -217,22 +217,22 @@ def teachers(run: Run) -> str:
     )
     if not (math.isfinite(sft_gain) and math.isfinite(grpo_gain)):
         return f"Supervised fine-tuning took {fmt.duration(sft)}, GRPO {fmt.duration(grpo)}. {general}"
-    told = (
+    both = (
         f"Supervised demonstrations brought {fmt.points(sft_gain)} points in {fmt.duration(sft)}; "
         f"GRPO brought {fmt.points(grpo_gain)} points{noise} in {fmt.duration(grpo)}."
     )
     if sft_gain <= 0:
-        return f"{told} {general}"
+        return f"{both} {general}"
     if grpo_gain <= 0:
-        return f"{told} Where one has demonstrations, they are the cheaper teacher: GRPO added nothing measurable here."
+        return f"{both} Where one has demonstrations, they are the cheaper teacher: GRPO added nothing measurable here."
     per_sft, per_grpo = sft / (100 * sft_gain), grpo / (100 * grpo_gain)
     rates = f"{fmt.duration(per_sft)} a point against {fmt.duration(per_grpo)} a point"
     if per_sft < per_grpo:
         return (
-            f"{told} Where one has demonstrations, they are the cheaper teacher: {rates}. GRPO is for when only the "
+            f"{both} Where one has demonstrations, they are the cheaper teacher: {rates}. GRPO is for when only the "
             "answer can be checked. (The first points are also the easiest ones.)"
         )
-    return f"{told} In this run GRPO was the cheaper of the two: {rates} for the demonstrations first. {general}"
+    return f"{both} In this run GRPO was the cheaper of the two: {rates} for the demonstrations first. {general}"
 
 
 def _gain(rows: list[ExamScore], word: str) -> float:

@@ -1,4 +1,4 @@
-"""What monitoring adds to the page: the diary, families of metrics, and one chart for all layers of a metric."""
+"""What monitoring adds to the page: events, families of metrics, and one chart for all layers of a metric."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def lines(*rows: dict[str, object] | Event) -> str:
     return "".join(json.dumps(to_json(row) if isinstance(row, Event) else row) + "\n" for row in rows)
 
 
-DIARY = (
+EVENTS = (
     event(10, "alert", "exploding_gradient", "The norm is 4."),
     event(20, "alert", "exploding_gradient", "The norm is 9."),
     event(20, "alert", "exploding_gradient", "The norm is 9 again."),  # the step was made twice
@@ -47,7 +47,7 @@ DIARY = (
 
 @pytest.fixture
 def monitored(bare: Bare) -> Path:
-    """Forty layers, one of which leaves the others; a diary."""
+    """Forty layers, one of which leaves the others; a events."""
     rows = []
     for step in range(1, 41):
         row: dict[str, object] = {"step": step, "tokens": 1000 * step, "time": 1e6 + step, "train/loss": 3.0 - step / 40}
@@ -55,27 +55,27 @@ def monitored(bare: Bare) -> Path:
         row |= {f"grad/norm/{n}": 0.1 for n in range(40)} | {"grad/norm/embed": 0.5, "made_up/thing": 1.0}
         row["perf/memory_allocated_bytes"] = 2_500_000_000
         rows.append(row)
-    return bare(metrics_jsonl=lines(*rows), events_jsonl=lines(*DIARY) + '{"torn')
+    return bare(metrics_jsonl=lines(*rows), events_jsonl=lines(*EVENTS) + '{"torn')
 
 
 def test_alike_events_are_one_happening_the_newest_first() -> None:
-    told = grouped(list(DIARY))
+    told = grouped(list(EVENTS))
     assert [(h.kind, h.steps) for h in told] == [
         ("data_change", (30,)), ("rollback", (15,)), ("incident", (25,)), ("alert", (10, 20)),
     ]  # fmt: skip
     assert told[-1].message == "The norm is 9 again."
-    words = grave_in_words(list(DIARY))
+    words = grave_in_words(list(EVENTS))
     assert [text.split(":")[0] for text in words] == ["Incident", "Rollback, step 15", "Alert"], "the gravest first"
     assert words[2] == "Alert: exploding gradient, 2 times, at steps 10 and 20: The norm is 9 again."
-    assert {(step, css) for step, css, _ in marks_of(list(DIARY))} == {
-        (10, "alert"), (20, "alert"), (25, "incident"), (15, "rollback"), (30, "told"),
+    assert {(step, css) for step, css, _ in marks_of(list(EVENTS))} == {
+        (10, "alert"), (20, "alert"), (25, "incident"), (15, "rollback"), (30, "other"),
     }  # fmt: skip
 
 
 def test_a_failure_weighs_like_an_incident_and_the_edges_of_a_run_are_not_marked() -> None:
-    diary = [event(0, "start", "begun"), event(5, "end", "failed"), event(4, "start", "resumed"), event(9, "end", "finished")]
-    assert [text.split(":")[:2] for text in grave_in_words(diary)] == [["End", " failed, step 5"]]
-    assert {(step, css) for step, css, _ in marks_of(diary)} == {(5, "incident"), (4, "told")}
+    events = [event(0, "start", "begun"), event(5, "end", "failed"), event(4, "start", "resumed"), event(9, "end", "finished")]
+    assert [text.split(":")[:2] for text in grave_in_words(events)] == [["End", " failed, step 5"]]
+    assert {(step, css) for step, css, _ in marks_of(events)} == {(5, "incident"), (4, "other")}
 
 
 def test_many_steps_are_not_all_named() -> None:
@@ -89,7 +89,7 @@ def test_the_page_tells_what_happened_and_marks_it_in_the_loss(monitored: Path) 
     assert section.count("<tr>") == 1 + 4 and "Other data, as was allowed." in section
     assert section.index("Data change: fingerprint") < section.index("Rollback") < section.index("Alert: exploding gradient")
     (loss,) = re.findall(r'<svg class="chart"(?:(?!</svg>).)*<title>Loss:.*?</svg>', text, re.S)
-    assert len(re.findall(r'class="mark (alert|incident|rollback|told)"', loss)) == 5
+    assert len(re.findall(r'class="mark (alert|incident|rollback|other)"', loss)) == 5
     assert "<title>Incident: non finite at step 25</title>" in loss
     assert text.count('class="mark alert"') == 2, "in the chart of the loss only"
     found = attention(read_run(monitored))
@@ -97,7 +97,7 @@ def test_the_page_tells_what_happened_and_marks_it_in_the_loss(monitored: Path) 
     assert "3 things" in text and "Watch: " in summary_text(monitored)
 
 
-def test_a_run_without_a_diary_has_no_such_section(quickstart: Path) -> None:
+def test_a_run_without_events_has_no_such_section(quickstart: Path) -> None:
     assert '<section id="happened"' not in build_report(quickstart).read_text(encoding="utf-8")
 
 
@@ -184,6 +184,6 @@ def test_a_band_and_marks_lie_where_the_axes_say() -> None:
     assert drawing.count('class="mark') == 1 and f'x1="{(left + right) / 2:.0f}"' in drawing and "&lt;x&gt;" in drawing
 
 
-def test_a_diary_without_metrics_is_told(bare: Bare) -> None:
+def test_events_without_metrics_are_shown(bare: Bare) -> None:
     text = build_report(bare(events_jsonl=lines(event(1, "incident", "non_finite", "At once.")))).read_text(encoding="utf-8")
     assert "At once." in text[text.index('<section id="happened"') :].split("</section>")[0]
