@@ -1,4 +1,4 @@
-"""How a run's work began and ended stands in its diary; a failure is told outside, and nothing else of this is."""
+"""The start and the end of each process are events; of these a failure alone goes to the trackers."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ def live(run, out, *, first, last, total=10, error=None):
     script.write_text("import sys; open(sys.argv[1], 'a').write(sys.stdin.read())")
     hook, step = f"'{sys.executable}' '{script}' '{out}'", first
     with (
-        open_logger(MonitorConfig(alert_command=hook), run, SETTINGS, step=first) as sinks,
-        recorded(sinks.events, lambda: step, lambda: step >= total, sinks.unresolved),
+        open_logger(MonitorConfig(alert_command=hook), run, SETTINGS, step=first) as logger,
+        recorded(logger.events, lambda: step, lambda: step >= total, logger.unresolved),
     ):
         step = last
         if error is not None:
             raise error
 
 
-def test_starts_and_ends_are_in_the_diary_and_failures_reach_the_alert_command(tmp_path):
+def test_starts_and_ends_are_events_and_failures_reach_the_alert_command(tmp_path):
     run, out = RunFolder.create(tmp_path), tmp_path / "told"
     live(run, out, first=0, last=4)
     with pytest.raises(ValueError, match="no such row"):

@@ -207,14 +207,14 @@ def test_a_run_on_a_disk_without_locks_is_not_taken_for_dead(make_run: MakeRun, 
         assert picture(folder).splitlines()[1] == "running"
 
 
-def test_an_end_that_is_noted_after_the_diary_was_read_is_no_death(make_run: MakeRun) -> None:
+def test_an_end_that_is_noted_after_the_events_were_read_is_no_death(make_run: MakeRun) -> None:
     folder = make_run()
-    diary = EventLog(folder / "events.jsonl")
-    diary.write(0, "start", "begun", "The run begins.", host=gethostname())
+    log = EventLog(folder / "events.jsonl")
+    log.write(0, "start", "begun", "The run begins.", host=gethostname())
     age(folder, 1.0)
     watched = WatchedFolder(folder)
     watched.refresh()
-    diary.write(40, "end", "finished", "The run is complete.")
+    log.write(40, "end", "finished", "The run is complete.")
     assert watched.root.state(NOW).kind == "running"
 
 
@@ -238,17 +238,17 @@ def test_grpo_counts_steps(make_run: MakeRun) -> None:
 
 def test_events_and_checkpoints_are_shown(make_run: MakeRun) -> None:
     folder = make_run()
-    diary = EventLog(folder / "events.jsonl")
+    log = EventLog(folder / "events.jsonl")
     for step in range(1, 9):
-        diary.write(step, "alert", "stalled_loss", f"Number {step}.\nNext line \x1b[31m.")
+        log.write(step, "alert", "stalled_loss", f"Number {step}.\nNext line \x1b[31m.")
     for number in range(5):
-        diary.write(10, "note", f"note_{number}", "Noted.")
+        log.write(10, "note", f"note_{number}", "Noted.")
     save(folder, 20, 1.0)
     save(folder, 40, 1.0)
     store.mark_best(folder / "checkpoints" / "step-000000020", "eval/loss", 1.0)
     text = picture(folder, width=200)
     assert text.count("Noted.") == 5 and "Number" not in text, "the newest"
-    diary.write(11, "alert", "stalled_loss", "Number 11.\nNext line \x1b[31m.")
+    log.write(11, "alert", "stalled_loss", "Number 11.\nNext line \x1b[31m.")
     text = picture(folder, width=200)
     assert "Alert: stalled loss, 9 times, at steps 1, 2, …, 8 and 11: Number 11. Next line  [31m." in text
     assert "checkpoints: step 40, 20 (best)" in text or "checkpoints: step 20 (best), 40" in text
