@@ -44,6 +44,17 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.fixture
+def textbook(runs: Path) -> ReadyModel:
+    return open_model(runs / "textbook", device="cpu")
+
+
+def continued(ready: ReadyModel, text: str, new_tokens: int) -> list[str]:
+    """The pieces in which the likeliest continuation of a text comes."""
+    sampling = SamplingParams(max_new_tokens=new_tokens, temperature=0)
+    return list(continue_text(InferenceEngine(ready.model), ready.tokenizer, text, sampling))
+
+
 def piped(text: str | bytes) -> io.TextIOWrapper:
     """A stdin that a file is piped into."""
     return io.TextIOWrapper(io.BytesIO(text.encode() if isinstance(text, str) else text), encoding="utf-8")
@@ -116,14 +127,11 @@ def test_a_person_sees_an_example_and_leaves_as_told(leave, runs, monkeypatch, c
     assert "not medical advice" in captured.err and "Ctrl-D" in captured.err
 
 
-def test_a_model_of_plain_text_continues_what_is_written_and_says_so(runs, monkeypatch, capsys):
+def test_a_model_of_plain_text_continues_what_is_written_and_says_so(runs, textbook, monkeypatch, capsys):
     assert talk(monkeypatch, runs / "textbook", piped("A patient has\n"), "--temperature", "0") == 0
     captured = capsys.readouterr()
     assert "trained on text alone" in captured.err and "osler sft" in captured.err
-    ready = open_model(runs / "textbook", device="cpu")
-    settings = SamplingParams(max_new_tokens=6, temperature=0.0, top_p=0.95)
-    expected = "".join(continue_text(InferenceEngine(ready.model), ready.tokenizer, "A patient has", settings))
-    assert captured.out == f"> A patient has\n{expected}\n"
+    assert captured.out == f"> A patient has\n{''.join(continued(textbook, 'A patient has', 6))}\n"
 
 
 def test_ctrl_c_stops_one_answer_at_a_terminal_and_everything_in_a_pipe(runs, monkeypatch):
@@ -186,15 +194,14 @@ def test_thinking_is_dimmed_on_a_terminal_only(monkeypatch, capsys):
     assert capsys.readouterr().out == "thinking  Fever and rash.\n(no answer; --max-new-tokens N may leave room for one)\n"
 
 
-def test_generate_prints_the_continuation(runs, capsys):
+def test_generate_prints_the_continuation(runs, textbook, capsys):
     arguments = ["generate", str(runs / "textbook"), "--max-new-tokens", "12", "--temperature", "0", "--prompt"]
     assert cli.main([*arguments, "A patient"]) == 0
     out = capsys.readouterr().out
-    ready = open_model(runs / "textbook", device="cpu")
-    prompt = [ready.tokenizer.eos_id, *ready.tokenizer.encode("A patient")]
-    sampling = SamplingParams(max_new_tokens=12, temperature=0, stop_ids=(ready.tokenizer.eos_id,))
-    rollout = InferenceEngine(ready.model).generate([prompt], sampling)
-    assert out == ready.tokenizer.decode(rollout.completions[0], skip_special=True) + "\n"
+    tokenizer = textbook.tokenizer
+    sampling = SamplingParams(max_new_tokens=12, temperature=0, stop_ids=(tokenizer.eos_id,))
+    rollout = InferenceEngine(textbook.model).generate([[tokenizer.eos_id, *tokenizer.encode("A patient")]], sampling)
+    assert out == tokenizer.decode(rollout.completions[0], skip_special=True) + "\n"
     assert cli.main([*arguments, ""]) == 0
     assert len(capsys.readouterr().out) > 1, "an empty prompt is the beginning of a text"
 
@@ -214,33 +221,22 @@ def biased(ready: ReadyModel, ids: list[int]) -> ReadyModel:
     return ready
 
 
-def test_half_a_character_waits_for_its_other_half(runs):
-    ready = open_model(runs / "textbook", device="cpu")
-    tokenizer = ready.tokenizer
-    ids = tokenizer.encode("è→x🩺")
+def test_half_a_character_waits_for_its_other_half(textbook):
+    ids = textbook.tokenizer.encode("è→x🩺")
     assert len(ids) == len(set(ids)) > 6, "the characters are several tokens each"
-    ready = biased(ready, [tokenizer.eos_id, *ids])
-    pieces, cut = (
-        list(continue_text(InferenceEngine(ready.model), tokenizer, "", SamplingParams(max_new_tokens=count, temperature=0)))
-        for count in (len(ids), len(ids) - 1)
-    )
-    assert pieces == ["è", "→", "x", "🩺"]
+    ready = biased(textbook, [textbook.tokenizer.eos_id, *ids])
+    assert continued(ready, "", len(ids)) == ["è", "→", "x", "🩺"]
+    cut = continued(ready, "", len(ids) - 1)
     assert cut == ["è", "→", "x", "\N{REPLACEMENT CHARACTER}"], "what is never completed is shown at the end"
 
 
-def test_a_prompt_that_fills_the_context_is_refused(runs):
-    ready = open_model(runs / "textbook", device="cpu")
+def test_a_prompt_that_fills_the_context_is_refused(textbook):
     with pytest.raises(UserError, match="max_seq_len"):
-        next(continue_text(InferenceEngine(ready.model), ready.tokenizer, "fever " * 400, SamplingParams(max_new_tokens=5)))
+        continued(textbook, "fever " * 400, 5)
     text = "fever " * 20
-    room = 160 - 1 - len(ready.tokenizer.encode(text))
+    room = 160 - 1 - len(textbook.tokenizer.encode(text))
     assert room > 0
-
-    def continued(new_tokens: int) -> str:
-        sampling = SamplingParams(max_new_tokens=new_tokens, temperature=0)
-        return "".join(continue_text(InferenceEngine(ready.model), ready.tokenizer, text, sampling))
-
-    assert continued(10_000) == continued(room), "new tokens are cut to what is left"
+    assert continued(textbook, text, 10_000) == continued(textbook, text, room), "new tokens are cut to what is left"
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from osler.config import encode
+from osler.model.attention import Attention, DecodeAttention
 from osler.model.config import ModelConfig
 from osler.model.decoder import Decoder
 from osler.model.linear import Layout
-from osler.model.transformer import Transformer
+from osler.model.transformer import ATTENTIONS, Transformer
 from osler.ops.cross_entropy import linear_cross_entropy
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -169,6 +170,40 @@ def test_rows_join_and_leave_in_flight() -> None:
         steps(16)
         with pytest.raises(ValueError, match="24 slots"):
             cache.make_room()
+
+
+class OwnTokenConfig:
+    """Stands for the config of another attention."""
+
+
+class OwnTokenAttention(Attention):
+    """A token attends to itself alone."""
+
+    def forward(self, x_BTD: torch.Tensor, rope: Any, *, mask: torch.Tensor | None = None) -> torch.Tensor:
+        return super().forward(x_BTD, rope, mask=torch.eye(x_BTD.shape[1], dtype=torch.bool)[None, None])
+
+    def for_decoding(self, layer: int, norm: Any, layout: Layout) -> DecodeAttention:
+        return DecodeOwnToken(self, layer, norm, layout)
+
+
+class DecodeOwnToken(DecodeAttention):
+    def prefill(self, x_BTD: torch.Tensor, rope: Any, mask: torch.Tensor | None, cache: Any) -> torch.Tensor:
+        return super().prefill(x_BTD, rope, torch.eye(x_BTD.shape[1], dtype=torch.bool)[None, None], cache)
+
+    def step(self, x_BD: torch.Tensor, rope: Any, cached: Any) -> torch.Tensor:
+        _, _, v_BKH = self._project(x_BD, rope, x_BD.dtype)
+        return self._o_proj(v_BKH.repeat_interleave(self.num_heads // self.num_kv_heads, 1).flatten(1))
+
+
+def test_another_attention_needs_one_entry_in_a_dict(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ATTENTIONS, OwnTokenConfig, OwnTokenAttention)
+    model = build(head_init="normal", attention=OwnTokenConfig())
+    ids = torch.randint(0, 130, (2, 20), generator=torch.Generator().manual_seed(7))
+    with torch.no_grad():
+        full = model.logits(model(ids))
+        assert not torch.allclose(full, build(head_init="normal").logits(build(head_init="normal")(ids)), atol=1e-2)
+        for row, (logits, prompt) in enumerate(zip(decoded(model, ids, (12, 5)), (12, 5), strict=True)):
+            torch.testing.assert_close(logits, full[row, prompt - 1 :][: len(logits)], atol=1e-5, rtol=0)
 
 
 def test_document_ids_keep_documents_apart() -> None:
