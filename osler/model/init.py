@@ -101,6 +101,10 @@ def _wire_induction(
     before, token = slice(1, 1 + size), slice(1 + size, hidden)
     everything = slice(None)
 
+    # The embedding comes first: nothing else is in memory while this largest tensor is whole.
+    _overwrite(embedding, (everything, 0), 1.0)
+    _overwrite(embedding, (everything, before), 0.0)
+
     def token_projection() -> Tensor:
         projection = torch.zeros(size, hidden)
         projection[:, token] = torch.randn(size, hidden - 1 - size, generator=generator) / math.sqrt(hidden - 1 - size)
@@ -117,8 +121,6 @@ def _wire_induction(
     reserved = torch.zeros(size, hidden)
     reserved[:, before] = torch.eye(size)
 
-    _overwrite(embedding, (everything, 0), 1.0)
-    _overwrite(embedding, (everything, before), 0.0)
     for layer, key, value, query, output in (
         (first, torch.outer(fixed, constant), identity, torch.outer(one_back, constant), reserved.T / groups),
         (second, reserved * slow, copied, identity * slow, copied.T / groups),
