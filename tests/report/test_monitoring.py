@@ -47,7 +47,7 @@ EVENTS = (
 
 @pytest.fixture
 def monitored(bare: Bare) -> Path:
-    """Forty layers, one of which leaves the others; a events."""
+    """Forty layers, one of which leaves the others; some events."""
     rows = []
     for step in range(1, 41):
         row: dict[str, object] = {"step": step, "tokens": 1000 * step, "time": 1e6 + step, "train/loss": 3.0 - step / 40}
