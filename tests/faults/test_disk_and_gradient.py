@@ -74,7 +74,7 @@ def test_a_gradient_that_stays_infinite_ends_the_run(kind, launch, tmp_path, cap
     warmup = ["schedule={type: constant, warmup_tokens: 0}"]
     assert launch(kind, tmp_path, "optim.lr=1e30", "recovery.max_skipped_steps=3", *warmup) == 2
     text = " ".join(capsys.readouterr().err.split())
-    assert "The gradient was not finite for" in text and "Lower optim.lr (now 1e+30)" in text
+    assert "The gradient was not finite for" in text and "optim.lr=3.3e+29" in text
     assert str(tmp_path / "checkpoints") in text and "Traceback" not in text
 
 
