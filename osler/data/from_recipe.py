@@ -19,6 +19,7 @@ from osler.recipe import load_recipe, merge, parse_overrides
 from osler.runtime.files import write_atomic
 from osler.tokenizer.bpe import Tokenizer
 from osler.tokenizer.config import TokenizerConfig
+from osler.tokenizer.round_trip import describe_lost, lost_characters
 
 SHOWN_TOKENS = 48  # of the first document of a split
 SECTIONS = ("data", "tokenizer")
@@ -71,10 +72,15 @@ def tokenizer_inspect(path: str, text: str | None) -> int:
     print(f"fingerprint   {tokenizer.fingerprint}")
     special = sorted(tokenizer.special_ids)
     print(f"special       {', '.join(f'{tokenizer.decode([i])} = {i}' for i in special) or 'none'}")
+    lost = lost_characters(tokenizer)
+    refused = "; it is byte-level and must not, so no run takes it" if tokenizer.is_byte_level else ""
+    print(f"loses         {describe_lost(lost) + refused if lost else 'nothing'}")
     if text is not None:
         ids = tokenizer.encode(text)
         size = len(text.encode("utf-8"))
         print(f"tokens        {len(ids)} for {size} bytes ({size / max(1, len(ids)):.2f} bytes per token)")
+        if (back := tokenizer.decode(ids)) != text:
+            print(f"read back as  {back!r}")
         print(f"ids           {' '.join(map(str, ids))}")
         print(f"pieces        {'|'.join(tokenizer.decode([i]) for i in ids)}")
     return 0

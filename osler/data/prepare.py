@@ -29,11 +29,13 @@ from osler.runtime.files import fingerprint, fsync_dir, write_atomic, write_json
 from osler.runtime.log import Progress
 from osler.tokenizer.bpe import Tokenizer
 from osler.tokenizer.chat import encode_examples
+from osler.tokenizer.round_trip import RoundTrip
 
 logger = logging.getLogger(__name__)
 
 BATCH_DOCUMENTS = 512
 BATCH_CHARACTERS = 2_000_000
+LOOK_EVERY = 16  # documents: their start is decoded again, to see what the tokenizer loses
 STALE_SECONDS = 24 * 3600  # the age at which what a killed preparation left is removed
 
 
@@ -280,16 +282,19 @@ def _rename(partial: Path, out: Path) -> bool:
 
 
 def _write_split(folder: Path, split: _Split, tokenizer: Tokenizer, with_mask: bool) -> dict[str, Any]:
+    round_trip = RoundTrip(tokenizer)
     writer = ShardWriter(folder, vocab_size=tokenizer.vocab_size, with_mask=with_mask, shard_tokens=SHARD_TOKENS)
     try:
         with Progress(len(split), "documents", label=f"Tokenising {split.name}") as progress:
             for batch in _batches(split):
+                round_trip.look([part for document in batch[::LOOK_EVERY] for part in document.parts])
                 for document, (ids, mask) in zip(batch, encode(tokenizer, batch), strict=True):
                     num_bytes = sum(len(part.encode("utf-8")) for part in document.parts)
                     writer.add(ids, mask, num_bytes, document.source)
                 progress.update(writer.num_documents, tokens=writer.num_tokens)
                 fault("prepare-batch")
         entry = writer.close()
+        round_trip.warn()
     finally:
         writer.abort()
     fsync_dir(folder)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +32,11 @@ from osler.runtime.log import Progress
 from osler.tasks.clinic import ClinicTask
 from osler.tasks.item import ExamItem
 from osler.tasks.registry import TASK_CONFIGS, check_task, load_task
+from osler.tokenizer.round_trip import RoundTrip, refuse_missing_bytes
 
 logger = logging.getLogger(__name__)
 
+LOOKED_AT = 256  # documents whose start is decoded again, to see what the tokenizer loses
 LIKELIHOOD_ITEMS = 32  # scored between two updates of the progress line
 
 
@@ -256,6 +259,9 @@ def measure_files(config: EvalConfig, ready: ReadyModel) -> TextScore:
     if not sizes:
         raise UserError(f"{config.text} holds no text: there is nothing to measure.")
     tokenizer = ready.tokenizer
+    round_trip = RoundTrip(tokenizer)
+    round_trip.look(document.text for document in islice(source, LOOKED_AT))
+    round_trip.warn()
     documents = ([*tokenizer.encode(document.text), tokenizer.eos_id] for document in source if not document.is_empty)
     return measure_documents(config, ready, documents, len(sizes), sum(sizes))
 
@@ -271,6 +277,7 @@ def measure_documents(
     config: EvalConfig, ready: ReadyModel, documents: Iterator[list[int]], count: int, num_bytes: int
 ) -> TextScore:
     """Measure documents, whose ids end with the end-of-text token, in windows."""
+    refuse_missing_bytes(ready.tokenizer)
     seq_len = window(config, ready)
     if config.overlap >= seq_len:
         raise UserError(f"overlap {config.overlap} must be less than the window of {seq_len} tokens.")

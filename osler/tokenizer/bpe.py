@@ -192,6 +192,16 @@ class Tokenizer:
             ids = [token_id for token_id in ids if token_id not in self.special_ids]
         return str(self._backend.decode(list(ids), skip_special_tokens=False))
 
+    @property
+    def is_byte_level(self) -> bool:
+        """Whether its tokens are bytes, so that it can write any text."""
+        return "ByteLevel(" in repr(self._backend.decoder)  # alone or in a sequence of decoders
+
+    def normalize(self, text: str) -> str:
+        """Return the text after the tokenizer's normalizer, which may fold case, accents or spaces."""
+        normalizer = self._backend.normalizer
+        return text if normalizer is None else str(normalizer.normalize_str(text))
+
     def _encode_cut(self, text: str) -> list[int]:
         """Return the ids of a text whose special tokens would be single BPE tokens too, cut inside each of them."""
         assert self._special_pattern is not None

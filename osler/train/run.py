@@ -41,6 +41,7 @@ from osler.runtime.world import World
 from osler.tasks.clinic import load as load_clinic_exam
 from osler.tasks.item import ExamItem
 from osler.tokenizer.bpe import Tokenizer
+from osler.tokenizer.round_trip import refuse_missing_bytes
 from osler.train.config import ExamProbe, TrainConfig
 from osler.train.setup import (
     check_branch,
@@ -93,7 +94,8 @@ def train(config: TrainConfig, folder: RunFolder, world: World | None = None) ->
     )
     fill()
     del fill  # and what it loaded
-    tokenizer = world.broadcast_from_first(lambda: make_tokenizer(config, tokenizer, folder.root / TOKENIZER_FILE))
+    kept = folder.root / TOKENIZER_FILE
+    tokenizer = world.broadcast_from_first(lambda: refuse_missing_bytes(make_tokenizer(config, tokenizer, kept)))
     fit_vocabulary(model, tokenizer, is_new=checkpoint is None and config.init_from is None)
     prepared = prepare_run(config, folder, tokenizer, checkpoint, model.config) if world.is_first else None
     world.barrier()  # what rank 0 wrote, the others read

@@ -32,6 +32,7 @@ from osler.runs.machine import Machine
 from osler.runtime.device import pick_device
 from osler.runtime.sharded import load_whole
 from osler.tokenizer.bpe import Tokenizer
+from osler.tokenizer.round_trip import refuse_missing_bytes
 from osler.train.config import TrainConfig
 from osler.yaml12 import load_yaml
 
@@ -53,7 +54,7 @@ def check_plan(config: TrainConfig, *, is_new: bool) -> None:
         read_settings(config.parallel)
     check_trackers(config.monitor)
     if is_new and config.init_from is None and config.tokenizer.path is not None:
-        Tokenizer.load(config.tokenizer.path)
+        refuse_missing_bytes(Tokenizer.load(config.tokenizer.path))
 
 
 def check_branch(config: TrainConfig, start: store.Loaded) -> None:

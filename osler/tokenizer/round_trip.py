@@ -1,0 +1,107 @@
+"""Check that text survives a tokenizer: ``decode(encode(text)) == text``.
+
+A tokenizer that drops characters makes its text easier to predict, so a model that trains on it reports a bits per byte that is
+far too good. A byte-level tokenizer must lose nothing, and `refuse_missing_bytes` needs no text to find out. Of any other it
+depends on the text: `RoundTrip` looks at samples of it. What a normalizer changes by design (case, accents, spaces) is not lost.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections import Counter
+from collections.abc import Iterable
+
+from osler.errors import UserError
+from osler.tokenizer.bpe import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+MAX_LOST = 0.01  # the largest share of the characters that a tokenizer which is not byte-level may lose
+SAMPLE_CHARS = 4096  # looked at of a text
+EXAMPLE_CHARS = 40
+# Characters with every byte that UTF-8 uses: ASCII, each last byte, each first byte.
+_CODES = (*range(0x100), *range(0x100, 0x800, 64), *range(0x800, 0xD800, 0x800), *range(0xE000, 0x11_0000, 0x1000))
+_PROBES = [chr(code) for code in _CODES]
+_SPACES = re.compile(r"[\s\u2581]+")  # U+2581 is SentencePiece's space
+
+
+class RoundTrip:
+    """Counts what a tokenizer loses and changes of the texts that it is shown."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._chars = self._lost = self._changed = 0
+        self._example = self._lost_example = ""
+
+    def look(self, texts: Iterable[str]) -> None:
+        """Look at the start of each text. Raises UserError when too much is lost of what was seen so far."""
+        starts = [text[:SAMPLE_CHARS] for text in texts]
+        for text, ids in zip(starts, self._tokenizer.encode_batch(starts), strict=True):
+            back = self._tokenizer.decode(ids)
+            lost = _missing(_bare(self._tokenizer.normalize(text)), _bare(back))
+            self._chars += len(text)
+            self._lost += lost
+            self._changed += max(lost, _missing(text, back), _missing(back.strip(), text))
+            if lost and not self._lost_example:
+                self._lost_example = _example(text, back)
+            elif not self._example and back.strip() != text.strip():
+                self._example = _example(text, back)
+        if self._lost > (0 if self._tokenizer.is_byte_level else MAX_LOST * self._chars):
+            raise UserError(
+                f"The tokenizer loses text: {self._lost_example}; {self._share(self._lost)} of the characters looked at vanish. "
+                "A model could not read them, and its bits per byte would be too good. Give another tokenizer.path, or leave it "
+                "out to train one on this text."
+            )
+
+    def warn(self) -> None:
+        """Log a warning when the tokenizer changes the text."""
+        if self._changed:
+            logger.warning(
+                f"The tokenizer changes {self._share(self._changed)} of the text's characters: "
+                f"{self._lost_example or self._example}. Bits per byte count the bytes of the text as it was."
+            )
+
+    def _share(self, chars: int) -> str:
+        return f"{chars / max(1, self._chars):.2%}"
+
+
+def lost_characters(tokenizer: Tokenizer) -> list[str]:
+    """Return the characters that a tokenizer loses, of some hundred that together have every byte of UTF-8."""
+    batch = zip(_PROBES, tokenizer.encode_batch(_PROBES), strict=True)
+    return [text for text, ids in batch if _missing(_bare(tokenizer.normalize(text)), _bare(tokenizer.decode(ids)))]
+
+
+def refuse_missing_bytes(tokenizer: Tokenizer) -> Tokenizer:
+    """Return the tokenizer. Raises UserError when it is byte-level but has no token for some byte of UTF-8."""
+    if tokenizer.is_byte_level and (lost := lost_characters(tokenizer)):
+        raise UserError(
+            f"The tokenizer loses text: it is byte-level but has no token for some bytes, so {describe_lost(lost)} vanish. Its "
+            "vocabulary must begin with all 256 bytes (in `tokenizers`: initial_alphabet=ByteLevel.alphabet()). Give another "
+            "tokenizer.path, or leave it out to train one."
+        )
+    return tokenizer
+
+
+def describe_lost(lost: list[str]) -> str:
+    """Return a few of the characters, letters first."""
+    shown = sorted(lost, key=lambda character: (not character.isalpha(), not character.isprintable()))[:5]
+    return ", ".join(map(repr, shown)) + (f" and {len(lost) - len(shown)} more" if len(lost) > len(shown) else "")
+
+
+def _bare(text: str) -> str:
+    return _SPACES.sub("", text)
+
+
+def _missing(text: str, back: str) -> int:
+    """Return how many characters of one text the other lacks, wherever they stand."""
+    return 0 if text == back else (Counter(text) - Counter(back)).total()
+
+
+def _example(text: str, back: str) -> str:
+    """Show the first place where a text and what is read back differ."""
+    text, back = text.strip(), back.strip()
+    pairs = enumerate(zip(text, back, strict=False))
+    place = next((index for index, (one, other) in pairs if one != other), min(len(text), len(back)))
+    start = max(0, place - EXAMPLE_CHARS // 2)
+    return f"{text[start : start + EXAMPLE_CHARS]!r} is read back as {back[start : start + EXAMPLE_CHARS]!r}"

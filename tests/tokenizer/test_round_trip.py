@@ -1,0 +1,112 @@
+"""What a tokenizer loses of a text: refused where it falsifies bits per byte, a warning where it is meant."""
+
+import logging
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, normalizers, pre_tokenizers
+
+from osler.data.documents import Corpus, Document
+from osler.data.from_recipe import tokenizer_inspect
+from osler.data.prepare import prepare
+from osler.errors import UserError
+from osler.tokenizer.bpe import Tokenizer
+from osler.tokenizer.round_trip import RoundTrip, lost_characters, refuse_missing_bytes
+from tests.tokenizer.test_bpe import CORPUS, shared_data
+
+
+def without_bytes() -> Tokenizer:
+    backend = Backend(models.BPE({"a": 0, "b": 1, "ab": 2}, [("a", "b")]))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(), decoders.ByteLevel()
+    return Tokenizer(backend).with_specials()
+
+
+def words(*known: str) -> Tokenizer:
+    vocab = {word: index for index, word in enumerate(("[UNK]", *known))}
+    backend = Backend(models.WordLevel(vocab, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    return Tokenizer(backend).with_specials()
+
+
+def test_a_byte_level_tokenizer_without_some_byte_is_refused() -> None:
+    with pytest.raises(UserError, match=r"loses text.*'A'"):
+        refuse_missing_bytes(without_bytes())
+    with pytest.raises(UserError, match="'a cab' is read back as 'aab'"):
+        RoundTrip(without_bytes()).look(["a cab"])
+    assert refuse_missing_bytes(Tokenizer.train(CORPUS, 400))
+
+
+def test_nothing_is_prepared_with_a_tokenizer_that_loses_text(tmp_path: Path) -> None:
+    for tokenizer in (without_bytes(), words("the")):
+        with pytest.raises(UserError, match="loses text"):
+            prepare(Corpus([Document(text=text) for text in CORPUS]), tokenizer, tmp_path / "out")
+        assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("tokenizer", "said"), [(without_bytes(), "must not"), (Tokenizer.train(CORPUS, 400), "nothing")])
+def test_inspect_tells_what_is_lost(tokenizer: Tokenizer, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "t.json").write_bytes(tokenizer.to_bytes())
+    tokenizer_inspect(str(tmp_path / "t.json"), "a cab")
+    out = capsys.readouterr().out
+    assert said in out and ("read back as  'aab'" in out) == (said != "nothing")
+
+
+def test_one_rare_character_is_enough_for_a_byte_level_tokenizer() -> None:
+    backend = Backend(models.BPE({chr(code): code for code in range(33, 127)} | {"Ġ": 0}, []))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    round_trip = RoundTrip(Tokenizer(backend))
+    round_trip.look(["plain ASCII text " * 100])
+    with pytest.raises(UserError, match="5 µg"):
+        round_trip.look(["plain ASCII text " * 100 + "5 µg"])
+
+
+def test_unknown_words_are_refused_and_a_few_only_told(caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(UserError, match="loses text"):
+        RoundTrip(words("the", "of")).look(["the fever of malaria"])
+    round_trip = RoundTrip(words("the", "fever"))
+    round_trip.look(["the fever " * 200 + "rash"])
+    with caplog.at_level(logging.WARNING):
+        round_trip.warn()
+    assert "rash" in caplog.text
+
+
+def test_what_a_normalizer_changes_is_told_and_not_refused(caplog: pytest.LogCaptureFixture) -> None:
+    backend = Backend.from_str(Tokenizer.train(CORPUS, 400)._backend.to_str())
+    backend.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
+    tokenizer = refuse_missing_bytes(Tokenizer(backend))
+    round_trip = RoundTrip(tokenizer)
+    round_trip.look(["Fever ABC"])
+    with caplog.at_level(logging.WARNING):
+        round_trip.warn()
+    assert "44.44%" in caplog.text and "'fever abc'" in caplog.text
+
+
+@pytest.mark.parametrize("path", ["gpt2", "gpt2/encoder.json", "superbpe-t80k"])
+def test_published_tokenizers_pass(path: str, caplog: pytest.LogCaptureFixture) -> None:
+    tokenizer = refuse_missing_bytes(Tokenizer.load(shared_data() / "tokenizers" / path))
+    round_trip = RoundTrip(tokenizer)
+    round_trip.look([*CORPUS, "ΔG ≥ 5 µg/ml 👩‍👩‍👧 日本語\r\n\t <|answer|>"])
+    round_trip.warn()
+    assert lost_characters(tokenizer) == [] and not caplog.text
+
+
+@pytest.mark.parametrize("kind", ["sentencepiece", "metaspace", "wordpiece"])
+def test_other_kinds_pass(kind: str) -> None:
+    letters = sorted({*"".join(CORPUS), "▁"} - {" ", "\n"})
+    if kind == "wordpiece":
+        vocab = {token: index for index, token in enumerate(["[UNK]", *letters, *("##" + letter for letter in letters)])}
+        backend = Backend(models.WordPiece(vocab, unk_token="[UNK]"))
+        backend.pre_tokenizer, backend.decoder = pre_tokenizers.BertPreTokenizer(), decoders.WordPiece()
+    else:
+        fallback = [f"<0x{byte:02X}>" for byte in range(256)]
+        vocab = {token: index for index, token in enumerate(["<unk>", *fallback, *letters])}
+        backend = Backend(models.BPE(vocab, [], unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+        if kind == "metaspace":
+            backend.pre_tokenizer = pre_tokenizers.Metaspace()
+            ends = [decoders.Metaspace()]
+        else:
+            backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+            ends = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse(), *ends] if kind == "metaspace" else ends)
+    RoundTrip(Tokenizer(backend)).look([text.replace("\n", " ") for text in CORPUS])
