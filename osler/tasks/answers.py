@@ -4,9 +4,10 @@ The exam and the rewards share ``read_answer``, so a score and a reward never di
 and other forms that have one meaning. What could mean something else is not read and counts as wrong: guessing would reward
 tricks and inflate scores.
 
-- An option is ``amoxicillin (B)``, ``(B)``, ``B``, ``B.``, ``B) amoxicillin``, ``Option B``, ``The answer is B``, or the
-  exact text of one option. It is not read when text and letter contradict each other, with a negation, alternative or doubt
-  ("not (A)", "A or (B)", "maybe B"), with a second letter, or with a letter beyond the options.
+- An option is ``amoxicillin (B)``, ``(B)``, ``B``, ``B.``, ``B) amoxicillin``, ``Option B``, ``The answer is B``,
+  ``B is correct``, or the exact text of one option, also after its letter. It is not read when text and letter contradict each
+  other, with a negation, alternative or doubt ("not (A)", "A or (B)", "maybe B"), with a second letter, or with a letter
+  beyond the options.
 - A number is one word of digits: ``72``, ``-5``, ``$1,080``, ``25%``, ``72 apples``. Units are ignored, because the answers
   of GSM8K have none. It is not read with a letter or sign attached (``5k``, ``1e3``, ``0x10``, ``3²``, ``1/2``, ``10:30``),
   other separators (``1_000``, ``1 000``, ``1.000,5``), words that change its value ("about", "million") or a second number.
@@ -36,20 +37,32 @@ _EMPHASIS = re.compile(r"(?<!\w)(\*\*|__|\*|_|`|\$)(\S(?:.*?\S)?)\1(?!\w)")
 
 _INTRODUCTION = re.compile(  # The answer is B, Final answer: B, Option B
     r"(?:(?:so|thus|hence|therefore),? )?(?:(?:the|my) )?(?:(?:final|correct|best|right) )?"
-    r"(?:answer|option|choice)(?: is)? ?[:=]? (?:(?:option|choice) )?",
+    r"(?:answer|option|choice)(?: is)?(?: ?[:=] ?| )(?:(?:option|choice) )?",
     re.IGNORECASE,
 )
+_VERDICT = re.compile(  # B is correct, (B) is the right answer.
+    r"(\([A-Za-z]\)|[A-Z]) is (?:the )?(?:correct|right|best)(?: (?:answer|option|choice|one))?[.!]?"
+)
+_QUOTES = re.compile("[\"“”]")
 _LONE = re.compile(r"(?:\(([A-Za-z])\)|([A-Za-z])\)?)[.:!]?")  # (B)   B   B)   B.
 _TAIL = re.compile(r"(.*)\(([A-Za-z])\)[.!,;:]*")  # amoxicillin (B)
 _HEAD = re.compile(r"(?:\(([A-Za-z])\)[.:]?|([A-Za-z])[.:)]) (.+)")  # B. amoxicillin
+_BARE_HEAD = re.compile(r"([A-Za-z]) (.+)")  # B amoxicillin, as from a letter on a line of its own
 _EXPLAINED = re.compile(r"(.*?)\(([A-Za-z])\)[.,;:] ?(.+)")  # amoxicillin (B), because it is oral
 # A letter that is a word by itself; "A" before a lower-case letter is the article.
 _LETTER = re.compile(r"\(([A-Za-z])\)|(?<![\w'’-])([B-Z]|A(?! [a-z]))(?![\w'’-])")
 _WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
-_DOUBT = re.compile(
-    "not|no|nor|neither|never|none|cannot|.+n['’]t|except|but|or|either|both|versus|vs|instead|wrong|false|incorrect|unlike|than|"
-    "other|another|else|opposite|exclude|excluding|eliminate|avoid|rule|ruled|unsure|guess|maybe|perhaps|possibly|probably|might|"
-    "may|could"
+_DOUBT = re.compile(  # a negation, an alternative, a doubt, a rejection, or a change of mind
+    "not|no|nor|neither|never|none|cannot|.+n['’]t|(?:do|does|did|is|was|are|were|ca|wo|would|should)nt|"
+    "except|excepting|exception|without|besides|aside|apart|lacks?|lacking|unless|if|whether|"
+    "but|or|either|both|versus|vs|instead|rather|than|unlike|other|another|else|opposite|"
+    "wrong|false|untrue|incorrect|incorrectly|mistaken|mistake|error|contraindicat.+|inappropriate|unsuitable|inadequate|"
+    "insufficient|ineffective|unnecessary|unacceptable|inadvisable|harmful|"
+    "exclud.+|eliminat.+|avoid.*|rule|rules|ruled|ruling|reject.*|dismiss.*|discard.*|omit.*|ignor(?:e|ed|ing)|"
+    "disagree.*|den(?:y|ied|ies)|"
+    "unlikely|improbable|impossible|implausible|least|less|hardly|barely|scarcely|rarely|seldom|"
+    "unsure|uncertain|unclear|doubt.*|questionable|guess.*|maybe|perhaps|possibly|probably|might|may|could|"
+    "mean|means|meant|actually|wait|sorry|oops|correction|scratch|reconsider.*"
 )
 
 _NUMBER = re.compile(  # a sign, a currency, digits with thousands commas, a fraction, a percent or currency sign, a stop
@@ -123,9 +136,12 @@ def _choice(text: str, options: Sequence[str]) -> int | None:
     if not whole and (introduction := _INTRODUCTION.match(text)):
         text = text[introduction.end() :]
         whole = _matching(text, options)
+    if verdict := _VERDICT.fullmatch(text):
+        text = verdict[1]
+        whole = _matching(text, options)
     letter, beside, after = "", "", ""
     misspelt = False  # whether the text beside the letter may differ from the option's
-    if found := _LONE.fullmatch(text):
+    if found := _LONE.fullmatch(_QUOTES.sub("", text)):
         letter = found[1] or found[2]
     elif found := _TAIL.fullmatch(text):
         letter, beside, misspelt = found[2], found[1], True
@@ -133,6 +149,8 @@ def _choice(text: str, options: Sequence[str]) -> int | None:
         pass  # "E. coli" and "Vitamin (A): deficiency" may be texts of options
     elif found := _HEAD.fullmatch(text):
         letter, beside = found[1] or found[2], found[3]
+    elif (found := _BARE_HEAD.fullmatch(text)) and not _LETTER.search(found[2]):
+        letter, beside = found.groups()
     elif found := _EXPLAINED.fullmatch(text):
         beside, letter, after = found.groups()
     if not letter or (index := LETTERS.index(letter.upper())) >= len(options):
@@ -171,13 +189,16 @@ def _matching(text: str, options: Sequence[str]) -> list[int]:
 
 
 def _number(text: str) -> Decimal | None:
+    if introduction := _INTRODUCTION.match(text):
+        text = text[introduction.end() :]
     work, _, result = text.rpartition("=")  # 48 + 24 = 72
     if "=" in work or any(map(_DOUBT.fullmatch, _words(text))) or any(map(_OTHER_NUMBER.fullmatch, _words(result))):
         return None
     numbers = []
     for word in result.strip("\"'“”‘’ ").split():
         if found := _NUMBER.fullmatch(word):
-            numbers.append(Decimal(found[1].replace(",", "")) * (-1 if "-" in word else 1))
+            number = Decimal(found[1].replace(",", ""))
+            numbers.append(number.copy_negate() if "-" in word else number)  # arithmetic would round it to 28 digits
         elif any(character.isnumeric() for character in word) or (not _words(word) and word.strip("%$€£¥₹.,;:!")):
             return None  # 5k, 3², 1/2, or an operator
     if len(numbers) != 1 or (work and _number(work) not in (None, numbers[0])):

@@ -25,7 +25,9 @@ READ_AS_B = [
     "The answer is (B).", "Answer: B", "Answer: B.", "answer: b", "So the correct answer is: amoxicillin (B).",
     "The answer is amoxicillin.", "Option B", "option (b)", "**B**", "**B.** amoxicillin", "**amoxicillin (B)**", "`B`",
     "**Answer:** B", r"\boxed{B}", r"$\boxed{\text{(B)}}$", "#### B", "（Ｂ）", "Ｂ", "amoxicillin (B), because it is oral",
-    "amoxicillin (B) amoxicillin (B)", "A beta lactam (B)",
+    "amoxicillin (B) amoxicillin (B)", "A beta lactam (B)", "B\namoxicillin", "answer:B", "The answer is:(B)",
+    'The answer is "B"',
+    'The answer is "B".', "B is correct", "(B) is correct.", "Option B is the right answer.",
 ]  # fmt: skip
 NOT_READ = [
     "", "   ", "aspirin", "Bacteria", "A fever",  # a letter inside a word, or an article
@@ -36,6 +38,10 @@ NOT_READ = [
     "penicillin (B)", "B. penicillin", "The answer is penicillin (B)",  # the text of one, the letter of another
     "Answer: B Answer: C", r"\boxed{B} \boxed{C}", "#### B #### C", "amoxicillin (B). Wait, penicillin (A).",
     "amoxicillin (B). No.", "maybe (B)", "possibly B", "B?", "I guess (B)",
+    "unlikely amoxicillin (B)", "least likely (B)", "less likely (B)", "without amoxicillin (B)", "apart from (B)",
+    "contraindicated (B)", "contraindications: (B)", "excluded: (B)", "dont give (B)", "rejecting (B)", "doubtful (B)",
+    "(B), I mean the third", "(B). Actually the third", "A amoxicillin", "B penicillin", "B C", "B amoxicillin or penicillin",
+    "B is correct or C is", "E is correct", "B is incorrect", "B is correct?", "answer:B or C",
     "Β", "В",  # Greek and Cyrillic
     "(B) is wrong", "?" * 5000 + "(B)",
 ]  # fmt: skip
@@ -53,6 +59,10 @@ def test_reading_a_choice(text: str, expected: int | None) -> None:
         ("O", ("A", "B", "AB", "O"), 3),
         ("A", ("B", "A", "AB", "O"), None),  # the letter A or the blood group A
         ("A (B)", ("B", "A", "AB", "O"), 1),
+        ("A B", ("B", "A", "AB", "O"), None),  # the letter A of the text B, or two letters
+        ("A is correct", ("B", "A", "AB", "O"), None),
+        ('"A"', ("B", "A", "AB", "O"), None),
+        ("without (B)", ("with", "without"), 1),
         ("A", ("A", "B", "AB", "O"), 0),
         ("B (D)", ("RhO(D)", "x", "y", "B"), 3),
         ("Vitamin (A) (C)", ("Vitamin D", "Zinc", "Vitamin (A)", "Iron"), 2),
@@ -87,10 +97,12 @@ def test_option_texts_that_look_like_letters_or_doubt(text: str, options: tuple[
             "72", "72.", "72!", "072", "+72", "72 apples", "72 times", "#### 72", "It is 3 of 4. #### 72",
             "She sold 48 + 24 = 72", "72 = 72.0", "x = 72", "$72", "72$", "$ 72", "€72",
             "72%", "72 %", "72 percent", "the total is 72.",
+            "Answer:72", "Answer: 72", "the answer is 72",
             "**72**", "$72$", r"\$72", r"\boxed{72}", r"It is 3 and 4, so $\boxed{72}$.", "７２", "٧٢", "७२",
         )),
         ("$1,080", "1080"), ("109,200,000", "109200000"), ("1,000.50", "1000.5"), ("１，０８０", "1080"), ("١٬٠٨٠", "1080"),
-        ("-5", "-5"), ("−5", "-5"), ("-$5", "-5"), ("$-5", "-5"), ("0.50 dollars", "0.5"), ("$.50", "0.5"),
+        ("1" + "0" * 28 + "1", "1" + "0" * 28 + "1"), ("-1" + "0" * 28 + "1", "-1" + "0" * 28 + "1"),  # to the last digit
+        ("-5", "-5"), ("answer:-5", "-5"), ("−5", "-5"), ("-$5", "-5"), ("$-5", "-5"), ("0.50 dollars", "0.5"), ("$.50", "0.5"),
         *((text, None) for text in (
             "", "none", "seventy-two", "nan", "inf", "?", "1" * 2000,
             "1e3", "5k", "5 k", "3²", "10^3", "0x10", "72kg", "2nd", "3D", "½", "七", "7٢",  # something is glued to it
@@ -98,6 +110,7 @@ def test_option_texts_that_look_like_letters_or_doubt(text: str, options: tuple[
             "1/2", "2 1/2", "1 / 2", "10:30", "3-4", "3–4", "(72)", "5'10\"",
             "- 5", "–5", "--5", "~72", "≈ 72", "> 72",
             "72 or 73", "between 3 and 4", "not 72", "isn't 72", "about 72", "at least 72", "5 million", "minus 5", "half of 72",
+            "Answer:72 or 73", "Answer:71 = 72",
             "4 + 4", "3 x 3", "2 * 3 * 4", "71 = 72", "x = 71, y = 72", "#### 71 #### 72", r"\boxed{71} \boxed{72}",
         )),
     ],
