@@ -15,6 +15,7 @@ from statistics import median
 from typing import Literal, NamedTuple
 
 from osler.monitor.history import (
+    ALL_EQUAL,
     CLIPPED,
     DATA_TIME,
     DEAD_UNITS,
@@ -144,8 +145,14 @@ def unlearned(past: History) -> Iterator[Finding]:
 
 
 def ended_badly(past: History) -> Iterator[Finding]:
-    """The last loss of a run, however few its lines, is not finite, or worse than guessing."""
-    vocab_size, loss = past.settings.vocab_size, past.loss
+    """The last loss of a run, however few its lines, is not finite, or worse than guessing; or GRPO never had a gradient."""
+    vocab_size, loss, equal = past.settings.vocab_size, past.loss, past.values[ALL_EQUAL]
+    if equal and min(equal) == 1.0 and past.without_reward < past.settings.zero_reward_patience:
+        yield Finding(
+            "equal-rewards",
+            "the samples of each question were rewarded equally in every step, so the model learned nothing. Ask what it gets "
+            "right about half the time.",
+        )
     if loss is None:
         return
     if math.isnan(loss):

@@ -11,7 +11,7 @@ from dataclasses import field
 from typing import Annotated, Literal
 
 from osler.config import TAGGED, Fraction, Ge, Gt, Le, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, config
-from osler.ops.sampling_params import COLDEST, SamplingParams
+from osler.ops.sampling_params import SamplingParams
 from osler.optim.config import AdamWConfig, ConstantConfig, OptimConfig, ScheduleConfig
 from osler.parallel.config import DdpConfig, FsdpConfig, NoParallelConfig
 from osler.runs.config import CheckpointConfig, RunConfig
@@ -54,9 +54,10 @@ class AlgorithmConfig:
     updates_per_batch: PositiveInt = 1  # optimizer updates on each rollout batch; every update uses the whole batch
     max_new_tokens: PositiveInt = 128  # tokens of a completion at most
 
-    temperature: Annotated[float, Ge(COLDEST)] = 1.0  # of sampling; greedy samples would all be equal
-    top_p: Annotated[float, Gt(0), Le(1)] = 1.0  # share of the probability to sample from; 1: all
-    top_k: PositiveInt | None = None  # sample from so many likeliest tokens; null: all
+    # of sampling; the samples of a group must differ, so the ranges of these three leave greedy sampling out
+    temperature: Annotated[float, Ge(0.01)] = 1.0
+    top_p: Annotated[float, Ge(0.1), Le(1)] = 1.0  # share of the probability to sample from; 1: all
+    top_k: Annotated[int, Ge(2)] | None = None  # sample from so many likeliest tokens; null: all
 
     # what is taken off a reward: the group's mean, the mean and then divided by the deviation, or the mean of the others
     advantage: Literal["mean", "mean_std", "leave_one_out"] = "mean"

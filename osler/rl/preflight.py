@@ -49,6 +49,16 @@ def preflight(groups: Sequence[Group], config: GrpoConfig) -> str:
             raise UserError(refusal(samples, config))
         else:
             logger.warning(f"{refusal(samples, config)}")
+    elif not any(group.effective for group in groups):
+        cause = (
+            "all of them are right: take harder questions"
+            if all(sample.correct for sample in samples)
+            else "the samples of each question are alike: take more algorithm.samples_per_prompt, or other questions"
+        )
+        logger.warning(
+            f"no question has samples with different rewards before training, so GRPO learns nothing from them; {cause}, or let "
+            "algorithm.dynamic_sampling=true look for others."
+        )
     return "".join(sample_line(group, sample) for group, sample in shown)
 
 

@@ -112,6 +112,12 @@ def test_a_last_loss_without_worth_is_told_however_short_the_run():
     assert ends([{UNLEARNED: 3.0, LOSS: 3.0}, {UNLEARNED: 0.0, LOSS: 3.0}]) == []
 
 
+def test_a_short_grpo_run_that_never_had_a_gradient_is_told_at_its_end():
+    right = {REWARD: 1.0, "reward_std": 0.0, "answer/correct_frac": 1.0, ALL_EQUAL: 1.0}
+    assert ends([right] * 3) == [("warning", "equal-rewards")]
+    assert ends([right, right | {ALL_EQUAL: 0.5}, right]) == []
+
+
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize(
     ("lines", "noise", "floor"),

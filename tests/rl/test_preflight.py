@@ -56,6 +56,11 @@ def test_a_model_that_keeps_to_the_template_and_is_never_right_may_begin(tokeniz
     assert "Warning: none of the 2 completions before training earned a reward" in capsys.readouterr().err
 
 
+def test_questions_that_are_all_answered_right_teach_nothing(tokenizer, capsys):
+    preflight(answered(tokenizer, *[f"ant{ANSWER}ant (A){EOS}"] * 3), CONFIG)
+    assert "learns nothing from them; all of them are right" in capsys.readouterr().err
+
+
 def test_one_right_answer_is_enough(tokenizer, capsys):
     preflight(answered(tokenizer, f"ant{ANSWER}ant (A){EOS}", "aspirin"), CONFIG)
     told = capsys.readouterr().err
