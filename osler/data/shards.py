@@ -178,6 +178,11 @@ class ShardSet:
         for index in range(self.num_documents):
             yield self.document(index)[0].tolist()
 
+    @property
+    def file_bytes(self) -> int:
+        """Return the size of all files of the split."""
+        return sum(array.nbytes for array in (*self._tokens, *self._offsets, *self._masks) if array is not None)
+
     def verify(self) -> list[str]:
         """Hash every file and return one sentence for each that is missing or changed."""
         problems = []

@@ -31,6 +31,7 @@ from osler.train.setup import check_lengths
 logger = logging.getLogger(__name__)
 
 DATA = "data"  # in the run folder
+CHECKED_BYTES = 4 * 2**30  # of shards at most are read when a process starts, at about 0.7 GB/s
 
 
 def shards_of(config: TrainConfig, run: RunFolder) -> Path:
@@ -55,6 +56,8 @@ def prepare_run(
     if start is not None and not config.allow_data_change:  # with it the change is recorded when the run goes on
         current = {"tokenizer": tokenizer.fingerprint, "data": prepared.train.fingerprint}
         check_fingerprints(start, current)
+    if prepared.reused:
+        _check_bytes(prepared, run)
     if config.allow_data_change or not run.config.exists():  # a run that has begun goes on
         check_lengths(config, prepared, model.max_seq_len)
     claim(run, config)
@@ -77,6 +80,20 @@ def _open(config: TrainConfig, run: RunFolder, tokenizer: Tokenizer, start: stor
         )
         return open_prepared(folder, tokenizer)
     return prepare_source(data, tokenizer, folder, set_aside=config.allow_data_change, consent="allow_data_change=true")
+
+
+def _check_bytes(prepared: Prepared, run: RunFolder) -> None:
+    """Raise UserError when a shard rotted since it was written; many gigabytes are left to `osler data inspect`."""
+    splits = [split for split in (prepared.train, prepared.validation) if split is not None]
+    folder = prepared.train.folder.parent
+    if sum(split.file_bytes for split in splits) > CHECKED_BYTES:
+        logger.info(f"The shards in {folder} are too large to be checked at every start; `osler data inspect {folder}` does it.")
+        return
+    problems = [problem for split in splits for problem in split.verify()]
+    if problems:
+        own = folder == run.root / DATA
+        remedy = f"delete {folder}, and the same command prepares it again" if own else "prepare the shards again"
+        raise UserError(f"{' '.join(problems)} Restore it from a copy, or {remedy}.")
 
 
 def check_data(config: TrainConfig, run: RunFolder, start: store.Loaded | None) -> None:

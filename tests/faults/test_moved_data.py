@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from run_folders import STOPPED, at
+from run_folders import STOPPED, at, flip
 
 from osler.cli import main
 from osler.yaml12 import load_yaml
@@ -87,6 +87,17 @@ def test_without_its_shards_a_run_needs_its_data(stopped, tmp_path, capsys):
     for more in ([], ["--dry-run"]):
         assert main(["pretrain", "--resume", "--run", str(stopped), *more]) == 2
         assert "no file or folder notes" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_a_rotten_shard_is_named_and_prepared_again(split, stopped, tmp_path, assert_same_run, capsys):
+    flip(stopped / "data" / split / "tokens-00000.bin")
+    assert main(["pretrain", "--resume", "--run", str(stopped)]) == 2
+    told = capsys.readouterr().err
+    assert f"{split}/tokens-00000.bin has changed" in told and f"delete {stopped / 'data'}" in told
+    shutil.rmtree(stopped / "data")
+    assert main(["pretrain", "--resume", "--run", str(stopped)]) == 0
+    assert_same_run(stopped, tmp_path / "whole")
 
 
 def test_a_branch_takes_the_shards_of_its_run_along(stopped, tmp_path, capsys):
