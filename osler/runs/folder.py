@@ -166,9 +166,19 @@ def _may_be_given(key: str) -> bool:
 
 def read_config(run: RunFolder) -> dict[str, Any]:
     """Return the run's ``config.yaml`` as plain values."""
-    stored = load_yaml(run.config.read_text(encoding="utf-8"), str(run.config))
+    try:
+        stored = load_yaml(run.config.read_text(encoding="utf-8"), str(run.config))
+        problem = "is empty" if stored is None else "is no configuration"
+    except (UserError, UnicodeDecodeError) as error:
+        stored, problem = None, f"is torn or damaged ({error})"
     if not isinstance(stored, dict):
-        raise UserError(f"{run.config} is no configuration, it may be torn; delete {run.root} to start over.")
+        good, _ = store.newest_good(run.checkpoints)
+        remedy = (
+            f"The run's newest good checkpoint has a copy: `cp {good / run.config.name} {run.config}` restores it"
+            if good
+            else f"Without a checkpoint to take it from, delete {run.root} to start over"
+        )
+        raise UserError(f"{run.config} {problem}. {remedy}.")
     return stored
 
 

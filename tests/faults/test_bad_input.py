@@ -351,5 +351,9 @@ def test_resume_needs_a_run_and_nothing_else(stopped, mistake, tmp_path):
     assert "--resume needs --run" in mistake("pretrain", "--resume")
     assert "holds no run to resume" in mistake("pretrain", "--resume", "--run", tmp_path / "nothing")
     assert "leave out seed=1" in mistake("pretrain", "seed=1", "--resume", "--run", stopped)
-    (stopped / "config.yaml").write_text("")
-    assert "config.yaml" in mistake("pretrain", "--resume", "--run", stopped)
+    whole = (stopped / "config.yaml").read_bytes()
+    for torn in (b"", whole[:200] + b"\n  x: [", b"\xff" + whole, b"- no mapping"):
+        (stopped / "config.yaml").write_bytes(torn)
+        told = mistake("pretrain", "--resume", "--run", stopped)
+        assert f"cp {at(stopped, 9) / 'config.yaml'} {stopped / 'config.yaml'}" in told
+    assert (at(stopped, 9) / "config.yaml").read_bytes() == whole  # so the advice is good
