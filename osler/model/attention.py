@@ -78,7 +78,7 @@ class DecodeAttention:
 
     def prefill(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache) -> Tensor:
         """Attend from all tokens of some prompts at once, as ``Attention.forward`` does, and fill the cache with them."""
-        q_BTNH, k_BTKH, v_BTKH = self._project(x_BTD, rope, x_BTD.dtype)
+        q_BTNH, k_BTKH, v_BTKH = self._project(x_BTD, rope)
         k_BKTH, v_BKTH = k_BTKH.transpose(1, 2), v_BTKH.transpose(1, 2)
         cache.k[self.layer].copy_(k_BKTH)
         cache.v[self.layer].copy_(v_BKTH)
@@ -87,20 +87,20 @@ class DecodeAttention:
 
     def step(self, x_BD: Tensor, rope: tuple[Tensor, Tensor], cached: CacheStep) -> Tensor:
         """Attend from one more token of every row, which goes into the cache."""
-        q_BNH, k_BKH, v_BKH = self._project(x_BD, rope, cached.bias_C1S.dtype)
+        q_BNH, k_BKH, v_BKH = self._project(x_BD, rope)
         k_CHS, v_CSH = cached.write(self.layer, k_BKH, v_BKH)
-        q_CGH = q_BNH.reshape(k_CHS.shape[0], -1, self.head_dim)
+        q_CGH = q_BNH.to(k_CHS.dtype).reshape(k_CHS.shape[0], -1, self.head_dim)
         scores_CGS = torch.baddbmm(cached.bias_C1S, q_CGH, k_CHS, alpha=self.head_dim**-0.5)
         weights_CGS = scores_CGS.softmax(-1, dtype=torch.float32).to(v_CSH.dtype)
         out_BE = torch.bmm(weights_CGS, v_CSH).view(x_BD.shape[0], -1)
         return self._o_proj(out_BE.to(x_BD.dtype))
 
-    def _project(self, x: Tensor, rope: tuple[Tensor, Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    def _project(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Return rotated queries [..., N, H] and keys [..., K, H], and values [..., K, H], of hidden states [..., D]."""
         qkv = self._qkv(x).unflatten(-1, (-1, self.head_dim))
         qk, v = qkv.split([self.num_heads + self.num_kv_heads, self.num_kv_heads], dim=-2)
         qk = self._qk_norm(qk)
         if self._qk_weight_MH is not None:
             qk = qk * self._qk_weight_MH
-        q, k = apply_rolled_rope(qk, *rope).to(dtype).split([self.num_heads, self.num_kv_heads], dim=-2)
-        return q, k, v.to(dtype)
+        q, k = apply_rolled_rope(qk, *rope).split([self.num_heads, self.num_kv_heads], dim=-2)
+        return q, k, v

@@ -35,8 +35,8 @@ class CacheStep(NamedTuple):
 
     def write(self, layer: int, k_BKH: Tensor, v_BKH: Tensor) -> tuple[Tensor, Tensor]:
         """Store a layer's keys and values of the new tokens, and return all that the layer has."""
-        self.k[layer].index_put_((self.slot_BK,), k_BKH)
-        self.v[layer].index_put_((self.slot_BK,), v_BKH)
+        for stored, new_BKH in ((self.k[layer], k_BKH), (self.v[layer], v_BKH)):
+            stored.index_put_((self.slot_BK,), new_BKH.to(stored.dtype))
         return self.k_CHS[layer], self.v_CSH[layer]
 
 
