@@ -191,7 +191,7 @@ class DecodeOwnToken(DecodeAttention):
         return super().prefill(x_BTD, rope, torch.eye(x_BTD.shape[1], dtype=torch.bool)[None, None], cache)
 
     def step(self, x_BD: torch.Tensor, rope: Any, cached: Any) -> torch.Tensor:
-        _, _, v_BKH = self._project(x_BD, rope, x_BD.dtype)
+        _, _, v_BKH = self._project(x_BD, rope)
         return self._o_proj(v_BKH.repeat_interleave(self.num_heads // self.num_kv_heads, 1).flatten(1))
 
 
