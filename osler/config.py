@@ -29,6 +29,7 @@ NonNegativeInt = Annotated[int, Ge(0)]
 PositiveFloat = Annotated[float, Gt(0)]
 NonNegativeFloat = Annotated[float, Ge(0)]
 Fraction = Annotated[float, Ge(0), Le(1)]
+Seed = Annotated[int, Ge(0), Le(2**32 - 1)]  # every generator takes it, and a little more when a constant is added
 
 
 class ConfigError(UserError):

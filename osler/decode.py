@@ -32,6 +32,20 @@ _SHOULD = {
 }
 
 
+# Names of other libraries: what they are called here. Everything is counted in tokens.
+_ELSEWHERE = {
+    "learning_rate": ("lr",),
+    "epochs": ("total_tokens", "steps"),
+    "num_train_epochs": ("total_tokens", "steps"),
+    "max_steps": ("total_tokens", "steps"),
+    "batch_size": ("batch_tokens", "prompts_per_step"),
+    "warmup_steps": ("warmup_tokens",),
+    "block_size": ("seq_len",),
+    "context_length": ("seq_len",),
+    "n_layer": ("num_layers",),
+}
+
+
 def decode(cls: type[T], mapping: Mapping[str, Any], *, source: str = "") -> T:
     """Build ``cls`` from a mapping of plain values.
 
@@ -141,7 +155,7 @@ def _unknown_key(cls: type, path: str, owner: Any) -> str:
     if path in reachable:
         return f"unknown key of this type; it needs {reachable[path]}"
     here = [field.name for field in dataclasses.fields(owner)] if owner else []
-    namesakes = _named(name, reachable, above)
+    namesakes = [key for meant in (name, *_ELSEWHERE.get(name, ())) for key in _named(meant, reachable, above)]
     meant = [*namesakes, *(above + close for close in difflib.get_close_matches(name, here, n=1))]
     if not meant:
         nearest_name = difflib.get_close_matches(name, {key.rpartition(".")[2] for key in reachable}, n=1)

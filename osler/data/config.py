@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from osler.config import Ge, Lt, NonNegativeInt, PositiveInt, config
+from osler.config import Ge, Lt, NonNegativeInt, PositiveInt, Seed, config
 
 HoldoutFraction = Annotated[float, Ge(0), Lt(1)]
 
@@ -14,7 +14,7 @@ class ClinicData:
     """The built-in synthetic world: textbook prose, exam questions with reasoning, and drills of the form of the exam."""
 
     type: Literal["clinic"] = "clinic"
-    seed: int = 0  # of every text and question that is drawn
+    seed: Seed = 0  # of every text and question that is drawn
     passages: NonNegativeInt = 20_000  # of textbook prose
     examples: NonNegativeInt = 20_000  # exam questions with reasoning and answer
     cards: NonNegativeInt = 5_000  # exercises in matching a word with its partner: form, no fact
@@ -35,7 +35,7 @@ class FilesData:
     path: str  # a .parquet, .jsonl, .ndjson, .txt or .md file (all but parquet also .gz and .zst), or a folder of them
     field: str = "text"  # the column of text in tables
     holdout_fraction: HoldoutFraction = 0.05  # share of the documents kept for validation, one at least; 0: none
-    seed: int = 0  # of the choice of what is held out
+    seed: Seed = 0  # of the choice of what is held out
 
 
 @config
@@ -48,7 +48,7 @@ class TurnsData:
     thinking_field: str | None = None  # the column with the reasoning between question and answer; null: there is none
     answer_field: str = "answer"  # the column with the answer
     holdout_fraction: HoldoutFraction = 0.05  # share of the examples kept for validation, one at least; 0: none
-    seed: int = 0  # of the choice of what is held out
+    seed: Seed = 0  # of the choice of what is held out
 
 
 @config

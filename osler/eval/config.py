@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from osler.config import NonNegativeInt, PositiveInt, config
+from osler.config import NonNegativeInt, PositiveInt, Seed, config
 from osler.ops.sampling_params import check_temperature
 from osler.tasks.clinic import ClinicTask
 from osler.tasks.registry import TaskConfig
@@ -26,7 +26,7 @@ class EvalConfig:
     max_new_tokens: PositiveInt = 128  # thinking and answer together
     temperature: float = 0.0  # 0: always the likeliest token
     normalise: Literal["bytes", "tokens", "none"] = "bytes"  # what an option's log-likelihood is divided by
-    seed: int = 0  # of option orders and sampling
+    seed: Seed = 0  # of option orders and sampling
     rows: PositiveInt = 256  # answers written at once: fewer need less memory, and draw others when temperature is above 0
 
     text: str | None = None  # a file or folder of text, measured in bits per byte; not one that the model was trained on

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from osler.config import Ge, NonNegativeFloat, PositiveFloat, PositiveInt, config
+from osler.config import Ge, PositiveFloat, PositiveInt, config
 
 MODEL_FILE = "model.json"  # in every checkpoint: the config of its model
 VOCAB_MULTIPLE = 64  # matmuls over the vocabulary run at full speed only at multiples of the tile size
@@ -35,7 +35,7 @@ class ModelConfig:
     vocab_size: PositiveInt = 2048  # tokens; no fewer than the tokenizer's
     max_seq_len: Annotated[int, Ge(2)] = 2048  # tokens of context at most
     rope_theta: PositiveFloat = 10_000.0  # base of the rotary position embedding
-    norm_eps: NonNegativeFloat = 1e-6  # added to the mean square in every RMSNorm
+    norm_eps: PositiveFloat = 1e-6  # added to the mean square in every RMSNorm
     norm_weight: bool = False  # false: every RMSNorm, QK-norm included, is parameter-free
     qk_norm_weight: bool = False  # whether QK-norm has weights; needs norm_weight
     tie_embeddings: bool = False  # whether the head is the input embedding

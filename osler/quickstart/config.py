@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from osler.config import Fraction, PositiveInt, config
+from osler.config import Fraction, PositiveInt, Seed, config
 from osler.rl.config import GrpoConfig
 from osler.train.config import TrainConfig
 
@@ -15,7 +15,7 @@ class QuickstartConfig:
 
     kind: Literal["quickstart"] = "quickstart"  # the command sets it
     description: str = ""  # for the reader; changes nothing
-    seed: int = 0  # of every stage
+    seed: Seed = 0  # of every stage
     pretrain: TrainConfig = TrainConfig()  # the first stage: a tokenizer, then the next token of the textbook
     sft: TrainConfig = TrainConfig(kind="sft")  # the second stage: worked exam questions
     # the third stage: own answers, rewarded when right; seed and init_from are set by the quickstart

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import field
 from typing import Annotated, Literal
 
-from osler.config import TAGGED, Fraction, Ge, Gt, Le, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, config
+from osler.config import TAGGED, Fraction, Ge, Gt, Le, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Seed, config
 from osler.ops.sampling_params import SamplingParams
 from osler.optim.config import AdamWConfig, ConstantConfig, OptimConfig, ScheduleConfig
 from osler.parallel.config import DdpConfig, FsdpConfig, NoParallelConfig
@@ -137,7 +137,7 @@ class GrpoConfig(RunConfig):
     """
 
     kind: Literal["grpo"] = "grpo"  # the command sets it
-    seed: int = 0  # of the questions and the sampling
+    seed: Seed = 0  # of the questions and the sampling
     init_from: str  # run folder or checkpoint to start from, with its model and tokenizer
     tasks: tuple[RlTaskConfig, ...] = (RlTaskConfig(),)  # what is asked: a list, each with an exam, its weight and its rewards
     eval_task: TaskConfig | None = ClinicTask(split="validation", limit=200)  # the exam sat during training; null: none

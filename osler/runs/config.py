@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from osler.config import NonNegativeInt, PositiveFloat, PositiveInt, config
+from osler.config import NonNegativeInt, PositiveFloat, PositiveInt, Seed, config
 from osler.monitor.config import MonitorConfig, SpikeConfig
 from osler.optim.config import AdamWConfig, ConstantConfig, OptimConfig, ScheduleConfig
 
@@ -34,7 +34,7 @@ class RunConfig:
 
     kind: str  # of run; the command sets it
     description: str = ""  # for the reader; changes nothing
-    seed: int = 0
+    seed: Seed = 0
     init_from: str | None  # run folder or checkpoint to start from
     # checkpoint of another run to go on from, with its optimizer and its place in the data; --branch sets it, and the config of
     # that run with it

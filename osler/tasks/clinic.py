@@ -6,7 +6,7 @@ from typing import Literal
 
 from osler.clinic.drills import drills
 from osler.clinic.exam import ClinicItem, exam
-from osler.config import config
+from osler.config import PositiveInt, Seed, config
 from osler.tasks.item import ExamItem
 
 
@@ -16,9 +16,9 @@ class ClinicTask:
 
     type: Literal["clinic"] = "clinic"
     split: str = "validation"  # train, validation, validation_questions, new_findings, new_questions, or drill
-    limit: int = 400  # questions
-    seed: int = 0  # of the questions that are drawn
-    split_seed: int = 0  # of what is held out; training uses 0
+    limit: PositiveInt = 400  # questions
+    seed: Seed = 0  # of the questions that are drawn
+    split_seed: Seed = 0  # of what is held out; training uses 0
 
 
 def load(*, split: str = "validation", limit: int = 400, seed: int = 0, split_seed: int = 0) -> list[ExamItem]:

@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import Literal
 
-from osler.config import config
+from osler.config import PositiveInt, config
 from osler.errors import UserError
 from osler.files.read import Row
 from osler.tasks.answers import read_number
@@ -27,7 +27,7 @@ class Gsm8kTask:
     type: Literal["gsm8k"] = "gsm8k"
     path: str  # a .parquet, .jsonl or .ndjson file (also .jsonl.gz and the like), or a folder of them
     split: str = ""  # a name for the file in tables and metrics
-    limit: int | None = None  # the first so many questions; null: all
+    limit: PositiveInt | None = None  # the first so many questions; null: all
 
 
 def load(path: str | Path, *, split: str = "", limit: int | None = None) -> list[ExamItem]:

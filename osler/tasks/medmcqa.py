@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from osler.config import config
+from osler.config import PositiveInt, config
 from osler.errors import UserError
 from osler.files.read import Row
 from osler.tasks.item import ExamItem
@@ -36,7 +36,7 @@ class MedmcqaTask:
     type: Literal["medmcqa"] = "medmcqa"
     path: str  # a .parquet, .jsonl or .ndjson file (also .jsonl.gz and the like), or a folder of them
     split: str = ""  # a name for the file in tables and metrics
-    limit: int | None = None  # the first so many questions; null: all
+    limit: PositiveInt | None = None  # the first so many questions; null: all
     first_option: int = 0  # the number of option A in the file: 0 in the hub's files, 1 in the authors' original
 
 

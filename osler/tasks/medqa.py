@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from osler.config import config
+from osler.config import PositiveInt, config
 from osler.errors import UserError
 from osler.files.read import Row
 from osler.tasks.item import LETTERS, ExamItem, content_id, plain
@@ -21,7 +21,7 @@ class MedqaTask:
     type: Literal["medqa"] = "medqa"
     path: str  # a .parquet, .jsonl or .ndjson file (also .jsonl.gz and the like), or a folder of them
     split: str = ""  # a name for the file in tables and metrics
-    limit: int | None = None  # the first so many questions; null: all
+    limit: PositiveInt | None = None  # the first so many questions; null: all
 
 
 def load(path: str | Path, *, split: str = "", limit: int | None = None) -> list[ExamItem]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from osler.config import TAGGED, NonNegativeInt, PositiveFloat, PositiveInt, config
+from osler.config import TAGGED, NonNegativeInt, PositiveFloat, PositiveInt, Seed, config
 from osler.data.config import ClinicData, CurriculumStage, FilesData, PreparedData, TurnsData
 from osler.data.curriculum import Timeline, lay_out, rows_per_micro_batch
 from osler.model.config import ModelConfig
@@ -46,7 +46,7 @@ class TrainConfig(RunConfig):
     """One supervised stage: ``pretrain`` learns every token, ``sft`` learns what the model must answer."""
 
     kind: Literal["pretrain", "sft"] = "pretrain"  # pretrain learns every token, sft only what the model must answer
-    seed: int = 0  # of the weights and of the order of the data
+    seed: Seed = 0  # of the weights and of the order of the data
     init_from: str | None = None  # run folder or checkpoint to start from; its model and tokenizer replace those given here
     model: ModelConfig = ModelConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()

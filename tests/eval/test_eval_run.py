@@ -204,7 +204,8 @@ def test_a_run_on_text_of_ones_own_is_measured_on_its_held_out_part(runs, capsys
     ("arguments", "message"),
     [
         (["task.split=finals"], "no exam split 'finals'"),
-        (["task.limit=0"], "has no items"),
+        (["task.limit=0"], "task.limit: must be at least 1"),
+        (["task={type: medqa, path: x.txt, limit: -1}"], "task.limit: must be at least 1"),
         (["max_new_tokens=400"], "no room for a question"),
         (["text=no/such/folder"], "no file or folder no/such/folder"),
         (["method=guess"], "method"),

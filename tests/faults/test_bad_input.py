@@ -40,6 +40,12 @@ def own_text(tiny):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
+        ("learning_rate=1", "learning_rate: unknown key; did you mean `optim.lr`?"),
+        ("epochs=3", "epochs: unknown key; did you mean `total_tokens`?"),
+        ("seed=99999999999999999999", "seed: must be at least 0 and at most 4294967295"),
+        ("schedule.warmup_tokens=-1", "schedule.warmup_tokens: must be at least 0"),
+        ("model.rope_theta=0", "model.rope_theta: must be above 0"),
+        ("model.norm_eps=0", "model.norm_eps: must be above 0"),
         ("total_token=5", "total_token: unknown key; did you mean `total_tokens`?"),
         ("path=notes", "`data.path` (with data.type=files or data.type=turns or data.type=prepared) or `tokenizer.path`?"),
         ("pth=notes", "`data.path` (with data.type=files or data.type=turns or data.type=prepared) or `tokenizer.path`?"),
