@@ -53,11 +53,11 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from osler.bench.measure import stand_in
+    from osler.config.decode import decode
+    from osler.config.recipe import load_recipe
     from osler.data.loader import Batch, Loader, StagedLoader
-    from osler.decode import decode
     from osler.model.config import ModelConfig
     from osler.monitor.config import MonitorConfig
-    from osler.recipe import load_recipe
     from osler.records.metrics import read_metrics
     from osler.runs.loop import Loop
     from osler.runs.process import Run

@@ -28,11 +28,11 @@ def build(contestant: str, recipe: str, dtype_name: str, device: str) -> Any:
     """The optimizer with its matrices, which have random gradients."""
     import torch
 
-    from osler.decode import decode
+    from osler.config.decode import decode
+    from osler.config.recipe import load_recipe
     from osler.model.transformer import Transformer
     from osler.optim.build import group_of
     from osler.optim.muon import Muon
-    from osler.recipe import load_recipe
     from osler.train.config import TrainConfig
 
     model = Transformer(decode(TrainConfig, load_recipe(recipe)).model).to(device)

@@ -50,14 +50,14 @@ def measure(mode: str, args: argparse.Namespace) -> dict[str, float]:
     """Time one mode in this process."""
     import torch
 
-    from osler.decode import decode
+    from osler.config.decode import decode
+    from osler.config.recipe import load_recipe
     from osler.model.config import ModelConfig
     from osler.model.loss import SummedLoss
     from osler.model.transformer import Transformer
     from osler.optim.build import build_optimizer
     from osler.optim.config import AdamWConfig
     from osler.parallel.activation_checkpoint import set_recompute
-    from osler.recipe import load_recipe
     from osler.runtime.device import keep_freed_memory
     from osler.runtime.memory import peak_bytes
 

@@ -68,7 +68,7 @@ def work_of(mode: str, folder: Path, lines: int) -> Callable[[], object]:
         replay(RunSettings(lr=0.02, clip_norm=1.0, warmup_tokens=163_840, vocab_size=8192), folder / "metrics.jsonl")
 
     def verb(*words: str) -> None:
-        from osler.cli import main
+        from osler.cli.main import main
 
         with contextlib.redirect_stdout(io.StringIO()):
             if code := main(list(words)):

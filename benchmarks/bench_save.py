@@ -37,15 +37,15 @@ def measure(mode: str, args: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from osler.checkpoint.saver import Saver
+    from osler.config.decode import decode
+    from osler.config.recipe import load_recipe
     from osler.data.loader import Batch
-    from osler.decode import decode
     from osler.model.config import ModelConfig
     from osler.model.transformer import Transformer
     from osler.optim.build import build_optimizer
     from osler.optim.config import AdamWConfig
     from osler.parallel.config import NoParallelConfig
     from osler.parallel.parallelize import parallelize
-    from osler.recipe import load_recipe
     from osler.runs.machine import choose_machine
     from osler.runs.process import Learner
     from osler.runtime.device import keep_freed_memory

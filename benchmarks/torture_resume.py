@@ -93,7 +93,7 @@ def recipes(folder: Path) -> dict[str, list[str]]:
 
 def launch(command: list[str], run: Path, size: int = 1, fault: str = "", hit: int = 0) -> list[int]:
     """Fork the ranks of a run, rank ``hit`` with a fault; returns their process ids. Messages go to ``<run>.log``."""
-    from osler.cli import main
+    from osler.cli.main import main
     from osler.runtime import faults
 
     with socket.socket() as probe:
@@ -219,7 +219,7 @@ def one_round(number: int, kinds: list[str], seed: int, commands: dict[str, list
 
 def measure(kinds: list[str], rounds: int, seed: int, folder: Path) -> list[dict[str, Any]]:
     """All rounds; those that an earlier start made in this folder are read."""
-    from osler.cli import main
+    from osler.cli.main import main
 
     commands = recipes(folder)
     needed = {"pretrain", *kinds} if "sft" in kinds else {*kinds}  # fine-tuning and GRPO begin with the others

@@ -131,7 +131,7 @@ def tiny(tmp_path_factory) -> SimpleNamespace:
 @pytest.fixture(scope="session")
 def runs(tiny) -> SimpleNamespace:
     """Finished runs: ``pretrain``, and ``sft``, which ends its answers and is right about every fourth time."""
-    from osler.cli import main
+    from osler.cli.main import main
 
     assert "OSLER_FAULT" not in os.environ
     folder = Path(tiny.root / "runs")

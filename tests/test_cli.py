@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from osler import cli, commands
-from osler.errors import UserError
+from osler.cli import commands
+from osler.cli import main as cli
+from osler.runtime.errors import UserError
 from osler.runtime.stop import REQUESTS
 
 ROOT = Path(__file__).parents[1]
@@ -27,7 +28,7 @@ def osler(*arguments: str, **options) -> subprocess.CompletedProcess:
 
 def test_help_loads_next_to_nothing():
     """Which is why it answers at once."""
-    code = "import sys\nfrom osler.cli import main\nmain(['--help'])\nprint(len(sys.modules), file=sys.stderr)"
+    code = "import sys\nfrom osler.cli.main import main\nmain(['--help'])\nprint(len(sys.modules), file=sys.stderr)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert "usage: osler" in result.stdout and int(result.stderr) < HELP_MODULES
 
@@ -39,7 +40,7 @@ LIGHT += [["metrics", "rank"]]
 @pytest.mark.parametrize("arguments", LIGHT)
 def test_light_commands_never_load_torch(arguments):
     code = (
-        "import sys\nfrom osler.cli import main\n"
+        "import sys\nfrom osler.cli.main import main\n"
         f"try: main({arguments!r})\nexcept SystemExit: pass\n"
         "heavy = {'torch', 'tokenizers', 'pyarrow', 'numpy'} & set(sys.modules)\n"
         f"if {arguments!r}[-1] == '--help': heavy |= {{'pydantic', 'yaml'}} & set(sys.modules)\n"
@@ -138,7 +139,7 @@ def test_an_error_of_ours_keeps_its_traceback(monkeypatch):
     with pytest.raises(ZeroDivisionError, match="a bug"):
         cli.main(["fail"])
     code = (
-        "import sys, osler.cli as cli\n"
+        "import sys, osler.cli.main as cli\n"
         "def run(_): 1 / 0\n"
         "cli.COMMANDS = (cli.Command('fail', '', '', run),)\n"
         "sys.exit(cli.main(['fail']))"
@@ -152,7 +153,7 @@ def test_an_error_of_ours_keeps_its_traceback(monkeypatch):
 def test_one_of_several_processes_ends_before_the_interpreter_shuts_down(work, code, processes):
     """Threads of gloo may want it at any time, which aborts a process whose interpreter is shutting down."""
     program = (
-        "import os, sys, osler.cli as cli\n"
+        "import os, sys, osler.cli.main as cli\n"
         "class Trace:\n    def __del__(self, write=os.write): write(1, b'shut down')\n"
         f"sys.trace = Trace()\ndef run(_):\n    print('done ')\n    {work}\n"
         "cli.COMMANDS = (cli.Command('work', '', '', run),)\nsys.argv = ['osler', 'work']\ncli.program()"
@@ -172,7 +173,7 @@ def test_user_errors_of_any_depth_are_code_2(monkeypatch, capsys):
 @pytest.mark.skipif(not hasattr(signal, "SIGPIPE"), reason="needs POSIX pipes")
 def test_a_closed_pipe_is_quiet():
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", "from osler.cli import main; import sys; sys.exit(main(['recipes']))"]
+    command = [sys.executable, "-c", "from osler.cli.main import main; import sys; sys.exit(main(['recipes']))"]
     read, write = os.pipe()
     os.close(read)  # nobody will read, as after `| head -0`
     try:
@@ -185,7 +186,7 @@ def test_a_closed_pipe_is_quiet():
 def test_an_ascii_terminal_does_not_break_output():
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii"}
     code = (
-        "import sys, osler.cli as cli\n"
+        "import sys, osler.cli.main as cli\n"
         "def run(_):\n    print('\\u2192 5 \\u00d7')\n    return 0\n"
         "cli.COMMANDS = (cli.Command('sign', '', '', run),)\n"
         "sys.exit(cli.main(['sign']))"
@@ -250,7 +251,7 @@ def test_shards_of_another_tokenizer_are_not_decoded(notes, tmp_path, capsys):
 @pytest.mark.usefixtures("standard_handlers")
 @pytest.mark.parametrize("number", REQUESTS)
 def test_sigterm_and_sighup_end_a_command_as_ctrl_c_does(number, capsys, monkeypatch):
-    monkeypatch.setattr("osler.cli.dispatch", lambda argv: signal.raise_signal(number))
+    monkeypatch.setattr("osler.cli.main.dispatch", lambda argv: signal.raise_signal(number))
     before = signal.getsignal(number)
     assert cli.main(["eval"]) == 130
     assert "osler: interrupted" in capsys.readouterr().err
@@ -261,6 +262,6 @@ def test_a_place_that_may_not_be_written_to_is_told_in_words(capsys, monkeypatch
     def refuse(argv):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), "runs/x/report.html")
 
-    monkeypatch.setattr("osler.cli.dispatch", refuse)
+    monkeypatch.setattr("osler.cli.main.dispatch", refuse)
     assert cli.main(["report"]) == 2
     assert "osler: runs/x/report.html: Permission denied. Name another place" in capsys.readouterr().err

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from osler.config import encode
-from osler.decode import decode
+from osler.cli.show import decode_recipe, derived, list_recipes, show_recipe
+from osler.config.decode import decode
+from osler.config.recipe import available_recipes, load_recipe
+from osler.config.schema import encode
+from osler.config.yaml12 import load_yaml
 from osler.model.config import ModelConfig
-from osler.recipe import available_recipes, load_recipe
-from osler.show import decode_recipe, derived, list_recipes, show_recipe
-from osler.yaml12 import load_yaml
 
 PARAMETERS = {
     "pure-tiny": 85_327_872,

@@ -17,11 +17,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from osler.errors import UserError
 from osler.model.config import ModelConfig
 from osler.model.loss import SummedLoss
 from osler.model.transformer import Transformer
 from osler.parallel.engine import LossFunction
+from osler.runtime.errors import UserError
 from osler.train.config import TrainConfig
 
 Contestant = tuple[nn.Module, LossFunction]

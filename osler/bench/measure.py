@@ -21,11 +21,11 @@ import torch
 from torch import nn
 
 from osler.bench.contestants import Contestant, build_hf, build_nanochat, build_osler
+from osler.config.decode import decode
 from osler.data.loader import Batch, Loader
 from osler.data.order import Order
 from osler.data.packing import StreamPacking
 from osler.data.shards import ShardSet, ShardWriter
-from osler.decode import decode
 from osler.model.config import ModelConfig
 from osler.model.transformer import Transformer
 from osler.optim.build import build_optimizer

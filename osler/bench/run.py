@@ -18,10 +18,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from osler.config import encode
-from osler.decode import decode
-from osler.errors import UserError
-from osler.recipe import load_recipe, parse_overrides
+from osler.config.decode import decode
+from osler.config.recipe import load_recipe, parse_overrides
+from osler.config.schema import encode
+from osler.runtime.errors import UserError
 from osler.runtime.files import write_json
 from osler.runtime.world import require_one_process
 from osler.train.config import TrainConfig

@@ -11,7 +11,7 @@ from pathlib import Path
 from osler.checkpoint.manifest import FOLDER_NAME, MANIFEST, STATE, looks_whole, verify
 from osler.checkpoint.root import Entry, OnDamage, best_checkpoint, by_age, ignore_damage, is_checkpoint, root_of
 from osler.checkpoint.rotation import prunable, remove
-from osler.errors import UserError
+from osler.runtime.errors import UserError
 
 
 def list_checkpoints(path: str) -> int:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from osler.errors import UserError
+from osler.runtime.errors import UserError
 from osler.runtime.files import canonical_json, no_pause, read_json, sha256_file, write_json
 
 FORMAT = 1

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from osler.errors import UserError
+from osler.runtime.errors import UserError
 from osler.runtime.sharded import shard_like
 
 NamedParameters = Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from osler.checkpoint.manifest import FOLDER_NAME, MANIFEST, STATE, Manifest, verify
-from osler.errors import UserError
+from osler.runtime.errors import UserError
 from osler.runtime.files import RunFolder, read_json
 
 BEST = "best.json"

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from osler.checkpoint.manifest import REPLACED_SUFFIX, known_problems, looks_whole, verify
 from osler.checkpoint.root import Damaged, best_checkpoint, by_age
-from osler.errors import UserError
+from osler.runtime.errors import UserError
 from osler.runtime.faults import fault
 from osler.runtime.files import no_pause
 

@@ -32,7 +32,7 @@ from torch import Tensor
 from osler.checkpoint import store
 from osler.checkpoint.root import Damaged, OnDamage, ignore_damage
 from osler.checkpoint.rotation import rotate
-from osler.errors import UserError
+from osler.runtime.errors import UserError
 from osler.runtime.files import fsync_file, no_pause
 
 logger = logging.getLogger(__name__)

@@ -38,7 +38,7 @@ from osler.checkpoint.manifest import (
 from osler.checkpoint.root import BEST, best_checkpoint, by_age, describe_damaged, is_checkpoint, newest_good, root_of
 from osler.checkpoint.rotation import HIDDEN, remove
 from osler.checkpoint.tensors import read_tensors, write_tensors
-from osler.errors import UserError
+from osler.runtime.errors import UserError
 from osler.runtime.faults import fault
 from osler.runtime.files import fsync_dir, no_pause, open_durable, read_json, write_json
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from osler.errors import UserError
+from osler.runtime.errors import UserError
 from osler.runtime.faults import fault
 from osler.runtime.files import no_pause, open_durable
 

@@ -24,7 +24,7 @@ from functools import cache
 from osler.clinic.facts import RELATIONS, Condition, conditions_by_name, load_conditions
 from osler.clinic.splits import EXAM_SPLITS, Combo, Fact, make_splits
 from osler.clinic.textbook import join_findings, reasoning
-from osler.errors import UserError
+from osler.runtime.errors import UserError
 
 NUM_OPTIONS = 4
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from osler.yaml12 import load_yaml
+from osler.config.yaml12 import load_yaml
 
 CONDITIONS_FOLDER = Path(__file__).parent
 NUM_FINDINGS = 8

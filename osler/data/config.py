@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from osler.config import Ge, Lt, NonNegativeInt, PositiveInt, Seed, config
+from osler.config.schema import Ge, Lt, NonNegativeInt, PositiveInt, Seed, config
 
 HoldoutFraction = Annotated[float, Ge(0), Lt(1)]
 

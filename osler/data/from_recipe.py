@@ -9,13 +9,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-from osler.config import TAGGED, config
+from osler.config.decode import decode
+from osler.config.recipe import load_recipe, merge, parse_overrides
+from osler.config.schema import TAGGED, config
 from osler.data.config import ClinicData, FilesData, TurnsData
 from osler.data.shards import ShardSet, read_data_manifest
 from osler.data.sources import prepare_source, train_tokenizer
-from osler.decode import decode
-from osler.errors import UserError
-from osler.recipe import load_recipe, merge, parse_overrides
+from osler.runtime.errors import UserError
 from osler.runtime.files import write_atomic
 from osler.tokenizer.bpe import Tokenizer
 from osler.tokenizer.config import TokenizerConfig

@@ -19,7 +19,7 @@ import torch
 
 from osler.data.curriculum import Timeline
 from osler.data.packing import Packing
-from osler.errors import UserError
+from osler.runtime.errors import UserError
 from osler.runtime.faults import fault
 
 BATCHES_AHEAD = 2  # per worker

@@ -23,7 +23,7 @@ from typing import Any
 
 from osler.data.documents import Corpus, Document
 from osler.data.shards import DATA_MANIFEST, FORMAT_VERSION, SHARD_TOKENS, TOKENIZER, ShardSet, ShardWriter, read_data_manifest
-from osler.errors import UserError
+from osler.runtime.errors import UserError
 from osler.runtime.faults import fault
 from osler.runtime.files import fingerprint, fsync_dir, write_atomic, write_json
 from osler.runtime.log import Progress

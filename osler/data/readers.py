@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from osler.data.documents import Document
-from osler.errors import UserError
 from osler.files.find import ROW_ENDINGS, TEXT_ENDINGS, ending, find_files, log_once, shown
 from osler.files.read import Row, read_rows, read_text
+from osler.runtime.errors import UserError
 from osler.tokenizer.chat import Turn
 
 # Common names of the columns of questions and answers, in lower case; the message about a missing column proposes them.

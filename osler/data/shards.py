@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from osler.errors import UserError
+from osler.runtime.errors import UserError
 from osler.runtime.files import fingerprint, read_json, sha256_file
 
 FORMAT_VERSION = 1

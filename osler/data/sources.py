@@ -13,7 +13,7 @@ from osler.data.config import ClinicData, FilesData, TurnsData
 from osler.data.documents import Corpus, Document
 from osler.data.prepare import Prepared, held_out, prepare
 from osler.data.readers import TextFiles, TurnFiles
-from osler.errors import UserError
+from osler.runtime.errors import UserError
 from osler.tasks.clinic import exam_item
 from osler.tasks.clinic import load as load_clinic_exam
 from osler.tasks.item import ExamItem, render_answer, render_question

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from osler.config import NonNegativeInt, PositiveInt, Seed, config
+from osler.config.schema import NonNegativeInt, PositiveInt, Seed, config
 from osler.ops.sampling_params import check_temperature
 from osler.tasks.clinic import ClinicTask
 from osler.tasks.registry import TaskConfig

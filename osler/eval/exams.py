@@ -12,13 +12,13 @@ from typing import Literal
 
 import torch
 
-from osler.errors import UserError
 from osler.eval.logprobs import BATCH_TOKENS, evaluating, label_logprobs, padded_batches
 from osler.eval.score import ANSWERED, CUT, TOO_LONG, UNPARSED, Result, ScoredExam, summarise
 from osler.inference.engine import InferenceEngine
 from osler.model.transformer import Transformer
 from osler.ops.labels import IGNORED
 from osler.ops.sampling_params import SamplingParams
+from osler.runtime.errors import UserError
 from osler.runtime.stop import asked
 from osler.tasks.answers import read_answer
 from osler.tasks.item import ExamItem, permute, render_answer, render_question, reorder

@@ -18,10 +18,10 @@ from math import exp, log
 
 from torch import Tensor
 
-from osler.errors import UserError
 from osler.eval.logprobs import LabelledRow, evaluating, label_logprobs, padded_batches
 from osler.model.transformer import Transformer
 from osler.ops.labels import IGNORED
+from osler.runtime.errors import UserError
 from osler.runtime.stop import AskedToStop, asked
 from osler.runtime.world import World
 

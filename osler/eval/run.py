@@ -13,11 +13,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from osler.config import encode
+from osler.config.decode import decode
+from osler.config.recipe import parse_overrides
+from osler.config.schema import encode
 from osler.data.readers import TextFiles
 from osler.data.shards import ShardSet, read_data_manifest
-from osler.decode import decode
-from osler.errors import UserError
 from osler.eval.config import CLINIC_EXAM, EvalConfig
 from osler.eval.exams import score_by_generation, score_by_likelihood
 from osler.eval.logprobs import BATCH_TOKENS
@@ -26,8 +26,8 @@ from osler.eval.score import Result, ScoredExam, describe_too_long, length_expla
 from osler.inference.engine import InferenceEngine
 from osler.inference.ready import ReadyModel, open_model
 from osler.ops.sampling_params import SamplingParams
-from osler.recipe import parse_overrides
 from osler.records.exams import add_exams
+from osler.runtime.errors import UserError
 from osler.runtime.log import Progress
 from osler.tasks.clinic import ClinicTask
 from osler.tasks.item import ExamItem

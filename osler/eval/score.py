@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from osler.errors import UserError
 from osler.eval.stats import Difference, mean_interval, paired_difference
 from osler.records.exams import ExamScore
+from osler.runtime.errors import UserError
 from osler.tasks.item import LETTERS, ExamItem
 
 ANSWERED = "answered"

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
-from osler.errors import UserError
+from osler.runtime.errors import UserError
 
 logger = logging.getLogger(__name__)
 

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from osler.errors import UserError
 from osler.files.find import COMPRESSIONS, PARQUET_ENDING, ending, shown
+from osler.runtime.errors import UserError
 
 if TYPE_CHECKING:
     import pyarrow

@@ -12,12 +12,12 @@ import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
-from osler.errors import UserError
 from osler.files.read import decode_lines
 from osler.inference.engine import InferenceEngine
 from osler.inference.generate import Piece, continue_text, stream_answer
 from osler.inference.ready import ReadyModel, open_model
 from osler.ops.sampling_params import SamplingParams
+from osler.runtime.errors import UserError
 from osler.runtime.log import is_terminal, say
 from osler.runtime.stop import Terminated
 from osler.tasks.clinic import load as load_clinic_exam

@@ -24,7 +24,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from osler.errors import UserError
 from osler.inference.rollout import Rollout, check_prompts
 from osler.model.decoder import Decoder
 from osler.model.kv_cache import KVCache
@@ -32,6 +31,7 @@ from osler.model.linear import Layout
 from osler.model.transformer import Transformer
 from osler.ops.sampling import pack_mask, row_uniform, sample
 from osler.ops.sampling_params import SamplingParams
+from osler.runtime.errors import UserError
 
 _PREFILL_TOKENS = 16_384  # prompts run through the model this many tokens at a time: bounds the attention mask
 _COMPILED_READ_SLOTS = 64  # compiled steps read the cache in multiples of this, to be compiled few times

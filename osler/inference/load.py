@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 from osler.checkpoint import store
-from osler.config import encode
-from osler.decode import decode
-from osler.errors import UserError
+from osler.config.decode import decode
+from osler.config.schema import encode
 from osler.model.config import MODEL_FILE, ModelConfig
 from osler.model.transformer import Transformer
+from osler.runtime.errors import UserError
 from osler.tokenizer.bpe import Tokenizer
 
 TOKENIZER_FILE = "tokenizer.json"

@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 
-from osler.errors import UserError
+from osler.config.yaml12 import load_yaml
 from osler.inference.load import LoadedModel, load_model
 from osler.runtime.device import pick_device, pick_dtype
+from osler.runtime.errors import UserError
 from osler.runtime.files import RunFolder
-from osler.yaml12 import load_yaml
 
 CONFIG_FILE = "config.yaml"
 TAUGHT = ("sft", "grpo")  # kinds of training that are all questions and answers

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from osler.errors import UserError
 from osler.model.config import ModelConfig
 from osler.ops.sampling_params import SamplingParams
+from osler.runtime.errors import UserError
 
 
 @dataclass(frozen=True)

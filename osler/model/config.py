@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from osler.config import Ge, PositiveFloat, PositiveInt, config
+from osler.config.schema import Ge, PositiveFloat, PositiveInt, config
 
 MODEL_FILE = "model.json"  # in every checkpoint: the config of its model
 VOCAB_MULTIPLE = 64  # matmuls over the vocabulary run at full speed only at multiples of the tile size

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
-from osler.config import Ge, PositiveFloat, PositiveInt, config
+from osler.config.schema import Ge, PositiveFloat, PositiveInt, config
 
 
 @config

@@ -12,10 +12,10 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from socket import gethostname
 
-from osler.errors import UserError
 from osler.monitor.alerts import Alert
 from osler.records.events import Event, EventLog
 from osler.records.values import as_dicts, as_text
+from osler.runtime.errors import UserError
 
 logger = logging.getLogger(__name__)
 

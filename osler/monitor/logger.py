@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from osler.errors import UserError
+from osler.config.yaml12 import load_yaml
 from osler.monitor.alerts import Alert, Alerter, replay
 from osler.monitor.config import MonitorConfig
 from osler.monitor.history import RunSettings
@@ -26,8 +26,8 @@ from osler.monitor.notify import parse_command
 from osler.monitor.tracker import CLOSE_SECONDS, TrackerProcess
 from osler.records.events import EventLog
 from osler.records.metrics import MetricsFile
+from osler.runtime.errors import UserError
 from osler.runtime.files import RunFolder
-from osler.yaml12 import load_yaml
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-from osler.errors import UserError
+from osler.runtime.errors import UserError
 
 FREE = "free"  # training knows it anyway
 BASIC = "basic"  # marks in the stream, clocks and counters of the host

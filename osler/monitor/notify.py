@@ -17,9 +17,9 @@ from http.client import HTTPException
 from typing import Any
 from urllib.request import HTTPRedirectHandler, Request, build_opener
 
-from osler.errors import UserError
 from osler.monitor.alerts import Alert
 from osler.monitor.tracker import Tracker, UndeliveredError
+from osler.runtime.errors import UserError
 
 TIMEOUT_SECONDS = 30.0
 

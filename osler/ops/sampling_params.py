@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Annotated
 
-from osler.config import Gt, Le, PositiveInt, config
+from osler.config.schema import Gt, Le, PositiveInt, config
 
 COLDEST = 1e-30  # a logit divided by less may leave the range of fp32, and what is drawn is no number
 

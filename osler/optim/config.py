@@ -4,7 +4,19 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from osler.config import TAGGED, Fraction, Ge, Gt, Le, Lt, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, config
+from osler.config.schema import (
+    TAGGED,
+    Fraction,
+    Ge,
+    Gt,
+    Le,
+    Lt,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    config,
+)
 
 Momentum = Annotated[float, Ge(0), Lt(1)]
 

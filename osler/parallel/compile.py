@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from osler.errors import UserError
 from osler.model.loss import SummedLoss
+from osler.runtime.errors import UserError
 
 logger = logging.getLogger(__name__)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from osler.config import TAGGED, config
+from osler.config.schema import TAGGED, config
 
 
 @config

@@ -21,12 +21,12 @@ import torch
 from torch import Tensor
 
 from osler.checkpoint.optimizer_state import flatten_optimizer
-from osler.errors import UserError
 from osler.model.loss import SummedLoss
 from osler.model.transformer import Transformer
 from osler.ops.labels import IGNORED
 from osler.parallel.config import DeepSpeedConfig
 from osler.parallel.engine import ParallelEngine, ToHost
+from osler.runtime.errors import UserError
 from osler.runtime.files import read_json
 from osler.runtime.world import World
 

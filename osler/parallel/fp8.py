@@ -18,10 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from osler.errors import UserError
 from osler.model.config import ModelConfig
 from osler.model.linear import Linear
 from osler.model.transformer import Transformer
+from osler.runtime.errors import UserError
 
 logger = logging.getLogger(__name__)
 

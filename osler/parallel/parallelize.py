@@ -10,7 +10,6 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from osler.errors import UserError
 from osler.model.loss import ModelLoss, SummedLoss
 from osler.model.transformer import Transformer
 from osler.optim.bf16 import keep_in_bf16
@@ -23,6 +22,7 @@ from osler.parallel.engine import ParallelEngine
 from osler.parallel.fp8 import convert_to_fp8
 from osler.parallel.fsdp import apply_fsdp
 from osler.runtime.device import pick_device
+from osler.runtime.errors import UserError
 from osler.runtime.world import World
 
 logger = logging.getLogger(__name__)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from osler.config import Fraction, PositiveInt, Seed, config
+from osler.config.schema import Fraction, PositiveInt, Seed, config
 from osler.rl.config import GrpoConfig
 from osler.train.config import TrainConfig
 

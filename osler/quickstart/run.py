@@ -25,10 +25,11 @@ import torch
 from osler.checkpoint import store
 from osler.checkpoint.manifest import folder_name
 from osler.checkpoint.root import refuse_checkpoint
-from osler.config import encode
+from osler.config.decode import decode
+from osler.config.recipe import load_recipe
+from osler.config.schema import encode
+from osler.config.yaml12 import dump_yaml
 from osler.data.config import ClinicData
-from osler.decode import decode
-from osler.errors import UserError
 from osler.eval.config import EXAM_SEED
 from osler.eval.exams import greedy, score_by_generation
 from osler.eval.score import Result, ScoredExam, compare
@@ -36,7 +37,6 @@ from osler.inference.engine import InferenceEngine
 from osler.inference.load import load_model
 from osler.monitor.logger import check_trackers
 from osler.quickstart.config import QuickstartConfig
-from osler.recipe import load_recipe
 from osler.records import jsonl
 from osler.records.exams import Comparison, add_exams
 from osler.records.metrics import read_metrics
@@ -48,6 +48,7 @@ from osler.report.text import summary_text
 from osler.rl.run import train as train_grpo
 from osler.runs.config import RunConfig
 from osler.runs.folder import claim, read_config, stored_config, taken
+from osler.runtime.errors import UserError
 from osler.runtime.files import RunFolder, write_json
 from osler.runtime.stop import EXIT_STOPPED
 from osler.runtime.world import require_one_process
@@ -55,7 +56,6 @@ from osler.tasks.clinic import load as load_clinic_exam
 from osler.tasks.item import render_answer
 from osler.train.config import TrainConfig
 from osler.train.run import train as train_supervised
-from osler.yaml12 import dump_yaml
 
 logger = logging.getLogger(__name__)
 

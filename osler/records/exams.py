@@ -10,8 +10,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from osler.errors import UserError
 from osler.records.values import NAN, as_dict, from_json, to_json
+from osler.runtime.errors import UserError
 from osler.runtime.files import read_json, write_json
 
 

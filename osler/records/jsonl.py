@@ -13,7 +13,7 @@ from itertools import compress
 from pathlib import Path
 from typing import Any
 
-from osler.errors import UserError
+from osler.runtime.errors import UserError
 from osler.runtime.files import write_atomic
 
 

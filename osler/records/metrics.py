@@ -20,9 +20,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import TextIO
 
-from osler.errors import UserError
 from osler.records import jsonl
 from osler.records.values import as_number
+from osler.runtime.errors import UserError
 
 logger = logging.getLogger(__name__)
 

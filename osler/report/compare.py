@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from osler.errors import UserError
 from osler.monitor.metrics import declared_name
 from osler.records.exams import ExamScore
 from osler.records.values import as_text
@@ -28,6 +27,7 @@ from osler.report.families import Family, by_layer, in_families
 from osler.report.model import count_parameters, find_model
 from osler.report.read import Run, StageLog, read_run
 from osler.report.words import stage_title
+from osler.runtime.errors import UserError
 
 LEFT_OUT = ("description",)  # fields that say nothing about a run
 CELL_WIDTH = 36  # of a configuration's value in the terminal: three of them fit; the page has values whole

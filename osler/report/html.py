@@ -17,11 +17,11 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from osler.errors import UserError
+from osler.config.yaml12 import dump_yaml
 from osler.report import charts, svg, words
 from osler.report import format as fmt
+from osler.runtime.errors import UserError
 from osler.runtime.files import write_atomic
-from osler.yaml12 import dump_yaml
 
 
 def _drawing(function: Callable[..., str]) -> Callable[..., Markup]:

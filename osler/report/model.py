@@ -9,9 +9,9 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from osler.decode import decode
-from osler.errors import UserError
+from osler.config.decode import decode
 from osler.model.config import MODEL_FILE, ModelConfig
+from osler.runtime.errors import UserError
 from osler.runtime.files import RunFolder, read_json
 
 

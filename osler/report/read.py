@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from osler.checkpoint.manifest import MANIFEST
-from osler.errors import UserError
+from osler.config.yaml12 import load_yaml
 from osler.records.events import Event, read_events
 from osler.records.exams import Comparison, ExamScore, read_exams
 from osler.records.samples import SampledAnswer, read_samples
@@ -31,8 +31,8 @@ from osler.records.stages import FinishedStage
 from osler.records.values import NAN, as_dict, as_list, as_text, read_records
 from osler.report.curves import Floats, Series, read_curves
 from osler.report.model import checkpoint_model
+from osler.runtime.errors import UserError
 from osler.runtime.files import RunFolder, read_json
-from osler.yaml12 import load_yaml
 
 T = TypeVar("T")
 MOST_NAMED = 8  # runs that a message spells out

@@ -10,7 +10,19 @@ from __future__ import annotations
 from dataclasses import field
 from typing import Annotated, Literal
 
-from osler.config import TAGGED, Fraction, Ge, Gt, Le, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Seed, config
+from osler.config.schema import (
+    TAGGED,
+    Fraction,
+    Ge,
+    Gt,
+    Le,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Seed,
+    config,
+)
 from osler.ops.sampling_params import SamplingParams
 from osler.optim.config import AdamWConfig, ConstantConfig, OptimConfig, ScheduleConfig
 from osler.parallel.config import DdpConfig, FsdpConfig, NoParallelConfig

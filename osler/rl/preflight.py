@@ -13,12 +13,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
-from osler.errors import UserError
 from osler.records import jsonl
 from osler.records.samples import SampledAnswer
 from osler.records.values import to_json
 from osler.rl.config import GrpoConfig
 from osler.rl.rollout import Group, Sample, is_readable
+from osler.runtime.errors import UserError
 from osler.tasks.item import render_answer, render_question
 from osler.tokenizer.bpe import ANSWER
 

@@ -13,7 +13,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from osler.errors import UserError
+from osler.runtime.errors import UserError
 from osler.tasks.answers import Completed
 from osler.tasks.item import ExamItem, permute
 

@@ -13,7 +13,6 @@ from dataclasses import asdict, replace
 
 from osler.checkpoint import store
 from osler.checkpoint.manifest import TENSORS_SUFFIX
-from osler.errors import UserError
 from osler.eval.exams import greedy, score_by_generation
 from osler.inference.engine import InferenceEngine
 from osler.inference.load import LoadedModel, describing_files, load_model
@@ -33,6 +32,7 @@ from osler.runs.machine import VERSIONS, agree_on_machine, describe_run, place_o
 from osler.runs.process import Learner, Run
 from osler.runs.start import find_start, restored, warn_of_endless_warmup
 from osler.runtime.device import pick_device
+from osler.runtime.errors import UserError
 from osler.runtime.files import RunFolder, fingerprint, write_or_warn
 from osler.runtime.stop import AskedToStop, asked
 from osler.runtime.world import World

@@ -14,14 +14,14 @@ from typing import Any, TypeVar
 from osler.checkpoint import store
 from osler.checkpoint.manifest import FOLDER_NAME, STATE, padded, verify
 from osler.checkpoint.root import refuse_checkpoint, root_of
-from osler.decode import decode
-from osler.errors import UserError
-from osler.recipe import merge, parse_overrides
+from osler.config.decode import decode
+from osler.config.recipe import merge, parse_overrides
+from osler.config.yaml12 import load_yaml
 from osler.records.events import EventLog
 from osler.runs.folder import differences, flat, named, read_config
 from osler.runs.rewind import find_step
+from osler.runtime.errors import UserError
 from osler.runtime.files import RunFolder, read_json
-from osler.yaml12 import load_yaml
 
 logger = logging.getLogger(__name__)
 

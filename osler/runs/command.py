@@ -15,21 +15,21 @@ from typing import Any
 from osler.checkpoint import store
 from osler.checkpoint.manifest import STATE
 from osler.checkpoint.root import refuse_checkpoint
-from osler.config import encode
-from osler.decode import decode
-from osler.errors import UserError
+from osler.config.decode import decode
+from osler.config.recipe import load_recipe, parse_overrides
+from osler.config.schema import encode
+from osler.config.yaml12 import dump_yaml
 from osler.inference.load import read_model_config
 from osler.model.config import ModelConfig
 from osler.monitor.logger import check_trackers
-from osler.recipe import load_recipe, parse_overrides
 from osler.runs.branch import branch_config, branch_point, describe_branch
 from osler.runs.config import RunConfig
 from osler.runs.folder import refuse_another, stored_config, taken
 from osler.runs.rewind import go_back, planned_start
+from osler.runtime.errors import UserError
 from osler.runtime.files import RunFolder, read_json
 from osler.runtime.stop import EXIT_STOPPED
 from osler.runtime.world import World, joined
-from osler.yaml12 import dump_yaml
 
 logger = logging.getLogger(__name__)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from osler.config import NonNegativeInt, PositiveFloat, PositiveInt, Seed, config
+from osler.config.schema import NonNegativeInt, PositiveFloat, PositiveInt, Seed, config
 from osler.monitor.config import MonitorConfig, SpikeConfig
 from osler.optim.config import AdamWConfig, ConstantConfig, OptimConfig, ScheduleConfig
 

@@ -14,16 +14,16 @@ from typing import Any, TypeVar
 
 from osler.checkpoint import store
 from osler.checkpoint.root import refuse_checkpoint
-from osler.config import encode
-from osler.decode import decode
-from osler.errors import UserError
-from osler.recipe import merge, parse_overrides
+from osler.config.decode import decode
+from osler.config.recipe import merge, parse_overrides
+from osler.config.schema import encode
+from osler.config.yaml12 import dump_yaml, load_yaml
 from osler.records.events import EventLog
 from osler.records.metrics import read_metrics
 from osler.runs.damage import write_damage
+from osler.runtime.errors import UserError
 from osler.runtime.files import RunFolder, locked, write_atomic
 from osler.runtime.world import World
-from osler.yaml12 import dump_yaml, load_yaml
 
 logger = logging.getLogger(__name__)
 

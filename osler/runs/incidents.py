@@ -22,11 +22,11 @@ from typing import Any
 from osler.checkpoint import store
 from osler.checkpoint.manifest import STATE, verify
 from osler.checkpoint.root import OnDamage, by_age, ignore_damage
-from osler.errors import UserError
 from osler.monitor.spikes import SpikeWindow
 from osler.runs.config import RunConfig
 from osler.runs.damage import write_damage
 from osler.runs.process import Run
+from osler.runtime.errors import UserError
 from osler.runtime.files import read_json
 
 logger = logging.getLogger(__name__)

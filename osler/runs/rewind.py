@@ -15,11 +15,11 @@ from pathlib import Path
 from osler.checkpoint import store
 from osler.checkpoint.manifest import looks_whole, verify
 from osler.checkpoint.root import BEST, Entry, best_checkpoint, by_age
-from osler.errors import UserError
 from osler.records import jsonl
 from osler.records.events import EventLog, read_events
 from osler.records.metrics import MetricsLine
 from osler.runs.folder import newest_checkpoint
+from osler.runtime.errors import UserError
 from osler.runtime.files import RunFolder, fsync_dir, write_atomic
 
 logger = logging.getLogger(__name__)

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from osler.checkpoint import store
-from osler.errors import UserError
 from osler.monitor.logger import check_trackers
 from osler.runs.branch import announce_branch, branch_point
 from osler.runs.folder import newest_checkpoint, refuse_another
 from osler.runs.loop import Loop, Trainer
 from osler.runs.process import Run
 from osler.runtime.device import keep_freed_memory
+from osler.runtime.errors import UserError
 from osler.runtime.world import World
 
 logger = logging.getLogger(__name__)

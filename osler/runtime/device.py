@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from osler.errors import UserError
+from osler.runtime.errors import UserError
 
 # Dense bf16 FLOP/s from the data sheets (fp16 where a card has no bf16). The first entry found in the device's name wins, so
 # longer names stand before the names they contain.

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from osler.errors import UserError
+from osler.runtime.errors import UserError
 from osler.runtime.faults import fault
 
 logger = logging.getLogger(__name__)

@@ -16,7 +16,7 @@ import sys
 import time
 from typing import TextIO
 
-from osler.errors import UserError
+from osler.runtime.errors import UserError
 from osler.runtime.world import is_silent
 
 LEVEL_VARIABLE = "OSLER_LOG_LEVEL"  # debug, info (the default), warning, error or critical

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, TypeVar
 
-from osler.errors import UserError
+from osler.runtime.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor

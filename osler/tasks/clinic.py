@@ -6,7 +6,7 @@ from typing import Literal
 
 from osler.clinic.drills import drills
 from osler.clinic.exam import ClinicItem, exam
-from osler.config import PositiveInt, Seed, config
+from osler.config.schema import PositiveInt, Seed, config
 from osler.tasks.item import ExamItem
 
 

@@ -10,9 +10,9 @@ import re
 from pathlib import Path
 from typing import Literal
 
-from osler.config import PositiveInt, config
-from osler.errors import UserError
+from osler.config.schema import PositiveInt, config
 from osler.files.read import Row
+from osler.runtime.errors import UserError
 from osler.tasks.answers import read_number
 from osler.tasks.item import ExamItem, content_id
 from osler.tasks.rows import exam_rows, text

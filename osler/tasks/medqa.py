@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from osler.config import PositiveInt, config
-from osler.errors import UserError
+from osler.config.schema import PositiveInt, config
 from osler.files.read import Row
+from osler.runtime.errors import UserError
 from osler.tasks.item import LETTERS, ExamItem, content_id, plain
 from osler.tasks.rows import exam_rows, field, text
 

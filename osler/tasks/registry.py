@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import fields
 from typing import Annotated, Any
 
-from osler.config import TAGGED
+from osler.config.schema import TAGGED
 from osler.files.find import ROW_ENDINGS, find_files
 from osler.tasks import clinic, gsm8k, medmcqa, medqa, pubmedqa
 from osler.tasks.item import ExamItem

@@ -10,9 +10,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from osler.errors import UserError
 from osler.files.find import ROW_ENDINGS, find_files, shown
 from osler.files.read import Row, read_rows
+from osler.runtime.errors import UserError
 
 _NAMES = {str: "text", int: "a whole number", dict: "an object", list: "a list"}
 

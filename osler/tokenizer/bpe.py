@@ -23,7 +23,7 @@ from typing import Any
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
 
-from osler.errors import UserError
+from osler.runtime.errors import UserError
 from osler.runtime.files import fingerprint, read_json
 
 logger = logging.getLogger(__name__)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from osler.config import PositiveInt, config
+from osler.config.schema import PositiveInt, config
 
 SMALLEST_VOCABULARY = 300  # of a tokenizer that is trained
 

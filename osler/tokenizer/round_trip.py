@@ -12,7 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 
-from osler.errors import UserError
+from osler.runtime.errors import UserError
 from osler.tokenizer.bpe import Tokenizer
 
 logger = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterable
 from itertools import chain
 
-from osler.errors import UserError
+from osler.runtime.errors import UserError
 from osler.tokenizer.bpe import Tokenizer
 
 SHORT_CHARS = 1_000_000  # of text that trains faster than a child process starts

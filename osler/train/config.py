@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from osler.config import TAGGED, NonNegativeInt, PositiveFloat, PositiveInt, Seed, config
+from osler.config.schema import TAGGED, NonNegativeInt, PositiveFloat, PositiveInt, Seed, config
 from osler.data.config import ClinicData, CurriculumStage, FilesData, PreparedData, TurnsData
 from osler.data.curriculum import Timeline, lay_out, rows_per_micro_batch
 from osler.model.config import ModelConfig

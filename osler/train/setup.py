@@ -11,6 +11,8 @@ import numpy as np
 import torch
 
 from osler.checkpoint import store
+from osler.config.decode import decode
+from osler.config.yaml12 import load_yaml
 from osler.data.config import PreparedData
 from osler.data.consumed import ConsumedData
 from osler.data.curriculum import rows_per_micro_batch
@@ -19,8 +21,6 @@ from osler.data.packing import torn_examples
 from osler.data.prepare import Prepared, tokenizer_of_shards
 from osler.data.shards import Int64Array, ShardSet
 from osler.data.sources import train_tokenizer
-from osler.decode import decode
-from osler.errors import UserError
 from osler.inference.load import described_model, tokenizer_of
 from osler.model.transformer import Transformer
 from osler.monitor.logger import check_trackers
@@ -30,11 +30,11 @@ from osler.parallel.fp8 import float8_linear
 from osler.parallel.parallelize import check_strategy
 from osler.runs.machine import Machine
 from osler.runtime.device import pick_device
+from osler.runtime.errors import UserError
 from osler.runtime.sharded import load_whole
 from osler.tokenizer.bpe import Tokenizer
 from osler.tokenizer.round_trip import refuse_missing_bytes
 from osler.train.config import TrainConfig
-from osler.yaml12 import load_yaml
 
 logger = logging.getLogger(__name__)
 

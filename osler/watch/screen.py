@@ -17,8 +17,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from osler.errors import UserError
 from osler.report.read import is_run, sub_runs, why_no_run
+from osler.runtime.errors import UserError
 from osler.runtime.log import is_terminal
 from osler.watch.frame import Text, clean, frame
 from osler.watch.state import WatchedFolder

@@ -17,7 +17,7 @@ from typing import Any
 
 from osler.checkpoint.manifest import MANIFEST, STATE
 from osler.checkpoint.root import Entry, by_age
-from osler.errors import UserError
+from osler.config.yaml12 import load_yaml
 from osler.monitor.lifetime import END, FAILED, FINISHED, LIFETIME, START, STOPPED, still_wrong, unresolved_at_end
 from osler.records.events import Event, read_events
 from osler.records.stages import FinishedStage
@@ -25,9 +25,9 @@ from osler.records.values import as_dict, as_number, as_text, read_records
 from osler.report import format as fmt
 from osler.report.model import count_parameters, find_model
 from osler.report.read import stage_rank, sub_runs
+from osler.runtime.errors import UserError
 from osler.runtime.files import RunFolder, is_locked, read_json
 from osler.watch.follow import Follower, Moment
-from osler.yaml12 import load_yaml
 
 QUICKSTART_STAGES = ("pretrain", "sft", "grpo")
 QUIET_SECONDS, QUIET_GAPS = 10.0, 3.0  # a silence longer than both, in seconds and in usual gaps, is worth a word

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from osler.bench.contestants import build_hf, build_osler
-from osler.cli import main
-from osler.decode import decode
-from osler.recipe import parse_overrides
+from osler.cli.main import main
+from osler.config.decode import decode
+from osler.config.recipe import parse_overrides
 from osler.runtime.stopwatch import Stopwatch
 from osler.train.config import TrainConfig
 

@@ -9,7 +9,7 @@ import pytest
 
 from osler.checkpoint import manifest, store
 from osler.checkpoint.rotation import rotate
-from osler.cli import main
+from osler.cli.main import main
 from osler.records.events import read_events
 from tests.checkpoint.conftest import flip, put, rot_silently, steps
 

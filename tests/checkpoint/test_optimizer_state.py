@@ -9,7 +9,7 @@ import torch
 
 from osler.checkpoint.optimizer_state import flatten_optimizer, restore_optimizer
 from osler.checkpoint.store import load, save
-from osler.errors import UserError
+from osler.runtime.errors import UserError
 
 
 def build(**options) -> tuple[torch.nn.Module, torch.optim.AdamW]:

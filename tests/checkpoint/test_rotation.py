@@ -15,7 +15,7 @@ from osler.checkpoint.manifest import folder_name, verify
 from osler.checkpoint.root import best_checkpoint, newest_good
 from osler.checkpoint.rotation import rotate
 from osler.checkpoint.store import CheckpointSaveError, load, mark_best, save
-from osler.errors import UserError
+from osler.runtime.errors import UserError
 from tests.checkpoint.conftest import flip, put, rot_silently, steps
 
 

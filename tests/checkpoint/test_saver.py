@@ -12,7 +12,7 @@ import torch
 
 from osler.checkpoint import store
 from osler.checkpoint.saver import CPU_SHARE, Saver
-from osler.errors import UserError
+from osler.runtime.errors import UserError
 
 PATIENCE_SECONDS = 300
 

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from osler.checkpoint import manifest
 from osler.checkpoint.store import CheckpointSaveError, describe_damaged, load, newest_good, resolve, save, verify
 from osler.checkpoint.tensors import DTYPE_NAMES
-from osler.errors import UserError
+from osler.runtime.errors import UserError
 from tests.checkpoint.conftest import flip, put, steps
 
 FILES = ["config.yaml", "manifest.json", "model.safetensors", "optimizer.safetensors", "state.json", "tokenizer.json"]

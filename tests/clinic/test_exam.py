@@ -10,7 +10,7 @@ from osler.clinic.exam import ClinicItem, exam, render_vignette
 from osler.clinic.facts import DIAGNOSIS, RELATIONS, conditions_by_name
 from osler.clinic.splits import EXAM_SPLITS, make_splits
 from osler.clinic.textbook import textbook
-from osler.errors import UserError
+from osler.runtime.errors import UserError
 
 BY_NAME = conditions_by_name()
 ITEMS = {split: exam(0, split, 1500) for split in EXAM_SPLITS}

@@ -12,7 +12,7 @@ import torch
 from osler.data.loader import Batch, Loader, make_batch
 from osler.data.order import Order
 from osler.data.packing import Packing, StreamPacking, WholePacking
-from osler.errors import UserError
+from osler.runtime.errors import UserError
 
 LENGTHS = [5, 2, 40, 9, 9, 130, 3, 17, 2, 33]
 

@@ -12,8 +12,8 @@ import pytest
 from osler.data.documents import Corpus, Document
 from osler.data.prepare import STALE_SECONDS, open_prepared, prepare
 from osler.data.shards import ShardSet, read_data_manifest
-from osler.errors import UserError
 from osler.runtime import faults
+from osler.runtime.errors import UserError
 from osler.tokenizer.bpe import Tokenizer
 from osler.tokenizer.chat import Turn, encode_examples
 

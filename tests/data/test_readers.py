@@ -11,7 +11,7 @@ import pytest
 
 from osler.data.documents import Document
 from osler.data.readers import TextFiles, TurnFiles
-from osler.errors import UserError
+from osler.runtime.errors import UserError
 from osler.tokenizer.chat import Turn
 
 TEXTS = ["First, with é and 🧪.\nTwo lines.", "", "Third\u2028with a line separator."]

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from osler.config import ConfigError
+from osler.config.decode import decode
+from osler.config.schema import ConfigError
 from osler.data.config import ClinicData, FilesData, TurnsData
 from osler.data.from_recipe import Sections
 from osler.data.sources import SAMPLE_CHARS, _sample, open_corpus, prepare_source, train_tokenizer
-from osler.decode import decode
-from osler.errors import UserError
+from osler.runtime.errors import UserError
 
 CLINIC = ClinicData(passages=150, examples=120, cards=7, drills=3, validation_passages=10, validation_examples=20)
 MANY = 1_000_000_000  # bytes: all of the text

@@ -14,7 +14,7 @@ from parallel_runs import continued, lost, metrics, refused, report, said, train
 
 import osler.rl.run  # noqa: F401 - loaded once for every fork
 from osler.checkpoint import store
-from osler.cli import main
+from osler.cli.main import main
 
 TOLERANCE = 1e-5
 CLOCKED = ("time", "perf/", "eval/seconds")

@@ -37,7 +37,7 @@ from torch.utils._pytree import tree_leaves
 
 import osler.train.run  # noqa: F401
 from osler.checkpoint import store
-from osler.cli import main
+from osler.cli.main import main
 from osler.data.loader import Batch
 from osler.model.config import ModelConfig
 from osler.model.loss import SummedLoss

@@ -6,11 +6,11 @@ import importlib.util
 
 import pytest
 
-from osler.cli import main
-from osler.errors import UserError
+from osler.cli.main import main
 from osler.parallel.config import DeepSpeedConfig
 from osler.parallel.deepspeed import read_settings
 from osler.parallel.parallelize import check_strategy
+from osler.runtime.errors import UserError
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ import json
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from osler.cli import main
+from osler.cli.main import main
 from osler.inference.load import load_model
 
 SIGNS = {"fever": "infection", "thirst": "diabetes", "wheeze": "asthma", "jaundice": "hepatitis"}

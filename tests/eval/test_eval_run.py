@@ -10,10 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from osler import cli
-from osler.config import ConfigError
-from osler.decode import decode
-from osler.errors import UserError
+from osler.cli import main as cli
+from osler.config.decode import decode
+from osler.config.schema import ConfigError
 from osler.eval.config import EXAM_SEED, EvalConfig
 from osler.eval.exams import greedy, score_by_generation, score_by_likelihood
 from osler.eval.run import Sitting, complete, parts, read_config, remarks, table
@@ -22,6 +21,7 @@ from osler.inference.engine import InferenceEngine
 from osler.inference.ready import open_model
 from osler.report.read import read_run
 from osler.report.words import verdict
+from osler.runtime.errors import UserError
 from osler.runtime.files import RunFolder, read_json
 from osler.tasks.clinic import ClinicTask
 from osler.tasks.clinic import load as load_clinic

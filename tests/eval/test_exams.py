@@ -10,7 +10,6 @@ import torch
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from osler.errors import UserError
 from osler.eval.exams import (
     greedy,
     mark,
@@ -26,6 +25,7 @@ from osler.model.config import ModelConfig
 from osler.model.transformer import Transformer
 from osler.ops.cross_entropy import linear_cross_entropy
 from osler.ops.sampling_params import SamplingParams
+from osler.runtime.errors import UserError
 from osler.tasks.item import ExamItem, render_answer, render_question
 from osler.tasks.rewards import correct
 from osler.tokenizer.bpe import Tokenizer

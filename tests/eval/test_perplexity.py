@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from osler.data.shards import ShardSet, ShardWriter
-from osler.errors import UserError
 from osler.eval.perplexity import batches, measure, windows
 from osler.model.config import ModelConfig
 from osler.model.transformer import Transformer
+from osler.runtime.errors import UserError
 from osler.tokenizer.bpe import Tokenizer
 
 VOCAB = 50

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from osler.errors import UserError
 from osler.eval.score import (
     ANSWERED,
     CUT,
@@ -23,6 +22,7 @@ from osler.eval.score import (
 )
 from osler.eval.stats import wilson
 from osler.records.exams import ExamScore, add_exams, read_exams
+from osler.runtime.errors import UserError
 from osler.tasks.item import ExamItem
 
 

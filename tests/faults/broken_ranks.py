@@ -22,7 +22,7 @@ from run_folders import ENDLESS, LONG_STEP, at, flip, newest_step, wait_for
 
 import osler.rl.run  # noqa: F401 - loaded once for every fork
 from osler.checkpoint import store
-from osler.cli import main
+from osler.cli.main import main
 from osler.runtime import stop
 
 POISON = "train-loss:nan:9-10"

@@ -10,7 +10,7 @@ import torch
 from run_folders import KINDS, STEPS, STOPPED, at, logged, untimed
 
 from osler.checkpoint import store
-from osler.cli import main
+from osler.cli.main import main
 from osler.runtime import faults
 
 

@@ -23,7 +23,7 @@ from run_folders import ENDLESS, LONG_STEP, PATIENCE_SECONDS, logged, newest_ste
 import osler.rl.run
 import osler.train.run  # noqa: F401
 from osler.checkpoint import store
-from osler.cli import main, program
+from osler.cli.main import main, program
 from osler.runtime import faults, stop
 from osler.tasks.clinic import load as load_clinic_exam
 

@@ -13,16 +13,16 @@ import pytest
 import torch
 from run_folders import STOPPED, at, flip, saved_steps
 
-from osler.cli import main
+from osler.cli.main import main
+from osler.config.yaml12 import dump_yaml, load_yaml
 from osler.data.loader import Loader
 from osler.data.order import Order
 from osler.data.packing import StreamPacking, WholePacking
 from osler.data.prepare import open_prepared
-from osler.errors import UserError
 from osler.monitor.lifetime import LIFETIME
 from osler.records.events import read_events
+from osler.runtime.errors import UserError
 from osler.tokenizer.bpe import Tokenizer
-from osler.yaml12 import dump_yaml, load_yaml
 
 COUGH = "A cough that lasts eight weeks is chronic. " * 20
 FEVER = "A fever that lasts three weeks has a name. " * 20

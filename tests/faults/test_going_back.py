@@ -11,12 +11,12 @@ import torch
 from run_folders import KINDS, STOPPED, at, logged, saved_steps, untimed
 
 from osler.checkpoint import store
-from osler.cli import main
-from osler.errors import UserError
+from osler.cli.main import main
+from osler.config.yaml12 import load_yaml
 from osler.records.events import read_events
 from osler.runs.rewind import go_back
+from osler.runtime.errors import UserError
 from osler.runtime.files import RunFolder
-from osler.yaml12 import load_yaml
 
 
 @pytest.fixture

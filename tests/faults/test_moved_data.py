@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from run_folders import STOPPED, at, flip
 
-from osler.cli import main
-from osler.yaml12 import load_yaml
+from osler.cli.main import main
+from osler.config.yaml12 import load_yaml
 
 TEXTS = [f"Finding {number} speaks for disease {number % 7}, and never for its twin. " * 3 for number in range(60)]
 

@@ -10,7 +10,7 @@ import threading
 import pytest
 from run_folders import KINDS
 
-from osler.errors import UserError
+from osler.runtime.errors import UserError
 from osler.runtime.files import is_locked, locked
 
 pytest.importorskip("fcntl", reason="locks of this kind are Unix's")

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from osler.errors import UserError
 from osler.files.find import ROW_ENDINGS, TEXT_ENDINGS, ending, find_files, shown
+from osler.runtime.errors import UserError
 
 ALL = (*ROW_ENDINGS, *TEXT_ENDINGS)
 

@@ -15,10 +15,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from osler.errors import UserError
 from osler.files import read
 from osler.files.find import ROW_ENDINGS, TEXT_ENDINGS, ending, find_files
 from osler.files.read import decode_lines, read_rows, read_text
+from osler.runtime.errors import UserError
 
 zstd = functools.partial(pa.compress, codec="zstd", asbytes=True)
 

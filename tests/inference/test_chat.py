@@ -11,15 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from osler import cli
-from osler.decode import decode
-from osler.errors import UserError
+from osler.cli import main as cli
+from osler.config.decode import decode
 from osler.inference import chat
 from osler.inference.chat import show_answer
 from osler.inference.engine import InferenceEngine
 from osler.inference.generate import Piece, continue_text
 from osler.inference.ready import ReadyModel, open_model
 from osler.ops.sampling_params import SamplingParams
+from osler.runtime.errors import UserError
 from osler.runtime.files import RunFolder
 from osler.train.config import TrainConfig
 from osler.train.run import train

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 
-from osler.errors import UserError
 from osler.inference.engine import InferenceEngine
 from osler.inference.recompute import generate_by_recompute
 from osler.inference.rollout import Rollout
@@ -18,6 +17,7 @@ from osler.model.decoder import Decoder
 from osler.model.kv_cache import cache_dtype
 from osler.model.transformer import Transformer
 from osler.ops.sampling_params import SamplingParams
+from osler.runtime.errors import UserError
 
 PLAIN = ModelConfig(
     num_layers=2,

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from osler.config import encode
+from osler.config.schema import encode
 from osler.model.attention import Attention, DecodeAttention
 from osler.model.config import ModelConfig
 from osler.model.decoder import Decoder

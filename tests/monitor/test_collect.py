@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from osler.cli import main
+from osler.cli.main import main
 from osler.inference.load import load_model
 from osler.model.config import ModelConfig
 from osler.model.transformer import Transformer

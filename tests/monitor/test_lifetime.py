@@ -6,12 +6,12 @@ import sys
 
 import pytest
 
-from osler.errors import UserError
 from osler.monitor.config import MonitorConfig
 from osler.monitor.history import RunSettings
 from osler.monitor.lifetime import recorded
 from osler.monitor.logger import open_logger
 from osler.records.events import read_events
+from osler.runtime.errors import UserError
 from osler.runtime.files import RunFolder
 
 SETTINGS = RunSettings(lr=1e-3, clip_norm=1.0)

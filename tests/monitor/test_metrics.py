@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 import osler
-from osler.errors import UserError
 from osler.monitor import history
 from osler.monitor.metrics import METRICS, declared_name, describe, table
 from osler.monitor.policy_rules import POLICY_RULES
 from osler.monitor.rules import RULES
+from osler.runtime.errors import UserError
 
 PACKAGE = Path(osler.__file__).parent if osler.__file__ else Path(next(iter(osler.__path__)))
 AREAS = {name.split("/")[0] for name in METRICS if "/" in name}

@@ -11,12 +11,12 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
-from osler.errors import UserError
 from osler.monitor.alerts import Alert
 from osler.monitor.config import MonitorConfig
 from osler.monitor.logger import check_trackers, open_logger
 from osler.monitor.notify import AlertCommand, Webhook
 from osler.monitor.tracker import UndeliveredError
+from osler.runtime.errors import UserError
 from osler.runtime.files import RunFolder
 from tests.monitor.test_logger import SETTINGS, SICK
 

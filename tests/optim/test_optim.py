@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from osler.config import ConfigError
-from osler.decode import decode
+from osler.config.decode import decode
+from osler.config.recipe import load_recipe
+from osler.config.schema import ConfigError
 from osler.model.config import ModelConfig
 from osler.model.transformer import Transformer
 from osler.optim.build import build_optimizer, group_of, set_hyperparameters
@@ -24,7 +25,6 @@ from osler.optim.config import (
     WarmupStableDecayConfig,
 )
 from osler.optim.schedule import Schedule, WeightDecaySchedule, lr_scale, momentum_at, weight_decay_scale
-from osler.recipe import load_recipe
 from osler.rl.config import GrpoConfig
 from osler.train.config import TrainConfig
 

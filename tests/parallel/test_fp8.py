@@ -7,7 +7,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from osler.errors import UserError
 from osler.model.config import ModelConfig
 from osler.model.linear import Linear
 from osler.model.loss import SummedLoss
@@ -17,6 +16,7 @@ from osler.optim.config import AdamWConfig
 from osler.parallel.config import NoParallelConfig
 from osler.parallel.fp8 import check_gpu, check_shapes, convert_to_fp8
 from osler.parallel.parallelize import parallelize
+from osler.runtime.errors import UserError
 from osler.runtime.world import World
 
 pytestmark = pytest.mark.usefixtures("no_compiled_code", "one_thread")

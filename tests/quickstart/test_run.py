@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from osler.decode import decode
-from osler.errors import UserError
+from osler.config.decode import decode
+from osler.config.recipe import load_recipe
 from osler.quickstart.config import QuickstartConfig
 from osler.quickstart.run import Quickstart, run
-from osler.recipe import load_recipe
 from osler.runs.folder import stored_config
+from osler.runtime.errors import UserError
 from osler.runtime.files import RunFolder, is_locked, locked
 
 MODEL = (

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from osler.errors import UserError
 from osler.records import jsonl
 from osler.records.metrics import read_metrics
 from osler.records.values import NAN, from_json, to_json
+from osler.runtime.errors import UserError
 
 ODD = b'[1]\n{}\n"text"\n\xff\xfe\n' + b"[" * 100_000 + b'\n{"step": 1e300}\n{"step": null}\n{"step": 2}\n{"step": 3'
 

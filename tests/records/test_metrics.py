@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from osler.errors import UserError
 from osler.monitor.alerts import replay
 from osler.monitor.history import RunSettings
 from osler.records.metrics import MetricsFile
+from osler.runtime.errors import UserError
 
 
 def steps(path: Path) -> list[int]:

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from osler.cli import main
-from osler.errors import UserError
+from osler.cli.main import main
 from osler.report.compare import build_comparison
+from osler.runtime.errors import UserError
 
 MakeRun = Callable[..., Path]
 

@@ -10,9 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from osler.cli import main
-from osler.config import encode
-from osler.errors import UserError
+from osler.cli.main import main
+from osler.config.schema import encode
 from osler.model.config import ModelConfig
 from osler.monitor.metrics import METRICS
 from osler.report import format as fmt
@@ -21,6 +20,7 @@ from osler.report.page import build_report
 from osler.report.read import read_run
 from osler.report.text import summary_text
 from osler.report.words import headline, model_of, stage_colour, stage_title
+from osler.runtime.errors import UserError
 
 CONFIG_OF_ANOTHER = "model: {num_layers: 6, hidden_size: 256}\n"
 VOID = {"meta", "link", "br", "hr", "img", "input"}

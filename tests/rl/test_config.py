@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from osler.config import ConfigError, encode
-from osler.decode import decode
+from osler.config.decode import decode
+from osler.config.schema import ConfigError, encode
 from osler.rl.config import AlgorithmConfig, GrpoConfig
 
 

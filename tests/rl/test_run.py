@@ -9,7 +9,6 @@ from dataclasses import replace
 import pytest
 
 from osler.checkpoint import store
-from osler.errors import UserError
 from osler.inference.load import describing_files, load_model
 from osler.model.config import ModelConfig
 from osler.model.transformer import Transformer
@@ -18,6 +17,7 @@ from osler.report.words import model_of
 from osler.rl.prompts import RlTask
 from osler.rl.run import check_held_out, fingerprint_of, run
 from osler.runs.command import Request
+from osler.runtime.errors import UserError
 from osler.tasks.clinic import ClinicTask
 from osler.tasks.item import ExamItem, render_answer, render_question
 from osler.tasks.registry import load_task

@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from osler.checkpoint import store
-from osler.errors import UserError
 from osler.inference.engine import InferenceEngine
 from osler.monitor import collect
 from osler.monitor.config import SpikeConfig
@@ -31,6 +30,7 @@ from osler.runs.config import RecoveryConfig
 from osler.runs.loop import Loop
 from osler.runs.process import Learner, Run
 from osler.runtime import faults
+from osler.runtime.errors import UserError
 from osler.runtime.files import RunFolder
 from osler.runtime.world import World
 

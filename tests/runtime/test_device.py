@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from osler.errors import UserError
 from osler.runtime.device import (
     bf16_pays,
     describe_machine,
@@ -16,6 +15,7 @@ from osler.runtime.device import (
     pick_device,
     pick_dtype,
 )
+from osler.runtime.errors import UserError
 
 CPU = torch.device("cpu")
 

@@ -7,8 +7,8 @@ import os
 
 import pytest
 
-from osler.errors import UserError
 from osler.runtime import faults
+from osler.runtime.errors import UserError
 from osler.runtime.files import (
     RunFolder,
     fingerprint,

@@ -11,7 +11,7 @@ from functools import partial
 
 import pytest
 
-from osler.cli import main
+from osler.cli.main import main
 from osler.runtime.log import Progress, duration, quantity, say
 
 

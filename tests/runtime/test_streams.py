@@ -61,7 +61,7 @@ def test_no_file_takes_the_number_of_a_closed_stream(tmp_path):
 
 
 def test_a_chat_whose_questions_cannot_be_read_says_so(runs, tmp_path, monkeypatch, capsys):
-    from osler.cli import main
+    from osler.cli.main import main
 
     with (tmp_path / "written").open("w") as unreadable, open(unreadable.fileno(), closefd=False) as stream:
         monkeypatch.setattr("sys.stdin", stream)

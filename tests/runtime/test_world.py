@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from osler.cli import main
-from osler.errors import UserError
+from osler.cli.main import main
+from osler.runtime.errors import UserError
 from osler.runtime.log import say
 from osler.runtime.world import Place, device_of, joined, place, require_one_process
 

@@ -14,9 +14,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from osler.config import encode
-from osler.decode import decode
-from osler.errors import UserError
+from osler.config.decode import decode
+from osler.config.schema import encode
+from osler.runtime.errors import UserError
 from osler.tasks import gsm8k, medmcqa, medqa, pubmedqa
 from osler.tasks.answers import read_choice, read_number
 from osler.tasks.item import permute, render_answer

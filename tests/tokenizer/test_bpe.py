@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from osler.errors import UserError
+from osler.runtime.errors import UserError
 from osler.tokenizer.bpe import ANSWER, EOS, LONGEST_TRAINED_CHARS, QUESTION, SPECIALS, THINKING, Tokenizer, _cut_long_pieces
 
 CORPUS = [

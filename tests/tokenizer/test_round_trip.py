@@ -10,7 +10,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers
 from osler.data.documents import Corpus, Document
 from osler.data.from_recipe import tokenizer_inspect
 from osler.data.prepare import prepare
-from osler.errors import UserError
+from osler.runtime.errors import UserError
 from osler.tokenizer.bpe import Tokenizer
 from osler.tokenizer.round_trip import RoundTrip, lost_characters, refuse_missing_bytes
 from tests.tokenizer.test_bpe import CORPUS, shared_data

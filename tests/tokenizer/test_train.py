@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from osler.errors import UserError
+from osler.runtime.errors import UserError
 from osler.tokenizer import train as training
 from osler.tokenizer.bpe import Tokenizer
 from osler.tokenizer.train import SHORT_CHARS, train

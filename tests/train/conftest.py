@@ -8,16 +8,16 @@ from typing import Any
 import pytest
 import torch
 
-from osler.cli import main
-from osler.config import encode
+from osler.cli.main import main
+from osler.config.decode import decode
+from osler.config.recipe import load_recipe, merge
+from osler.config.schema import encode
 from osler.data.prepare import open_prepared
-from osler.decode import decode
 from osler.inference.load import load_model
 from osler.model.loss import SummedLoss
 from osler.model.transformer import Transformer
 from osler.optim.build import build_optimizer
 from osler.parallel.engine import ParallelEngine
-from osler.recipe import load_recipe, merge
 from osler.runs.process import Learner, Run
 from osler.runtime import faults
 from osler.runtime.files import RunFolder

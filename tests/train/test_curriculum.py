@@ -10,16 +10,16 @@ import pytest
 import torch
 
 from osler.checkpoint import store
-from osler.cli import main
-from osler.config import encode
+from osler.cli.main import main
+from osler.config.decode import decode
+from osler.config.recipe import load_recipe
+from osler.config.schema import encode
 from osler.data.config import CurriculumStage as Stage
 from osler.data.loader import Batch, Loader, StagedLoader
 from osler.data.order import Order
 from osler.data.packing import StreamPacking
-from osler.decode import decode
-from osler.errors import UserError
-from osler.recipe import load_recipe
 from osler.report.page import build_report
+from osler.runtime.errors import UserError
 from osler.train.config import TrainConfig
 from osler.train.run import make_loader
 

@@ -12,13 +12,13 @@ import pytest
 import torch
 
 from osler.checkpoint import store
-from osler.errors import UserError
 from osler.monitor.config import MonitorConfig, SpikeConfig
 from osler.monitor.lifetime import LIFETIME
 from osler.records.events import read_events
 from osler.runs.incidents import last_good
 from osler.runs.loop import Loop
 from osler.runtime import faults
+from osler.runtime.errors import UserError
 
 STEADY = {"log_every_steps": 1, "checkpoint": {"keep_last": 9, "every_tokens": 4 * 256}}
 

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from osler.cli import main
+from osler.cli.main import main
 from osler.records.events import read_events
 
 

@@ -11,12 +11,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from osler.cli import main
+from osler.cli.main import main
 from osler.clinic.textbook import textbook
+from osler.config.decode import decode
+from osler.config.recipe import available_recipes, load_recipe
 from osler.data.curriculum import rows_per_micro_batch
-from osler.decode import decode
 from osler.inference.load import load_model
-from osler.recipe import available_recipes, load_recipe
 from osler.rl.config import GrpoConfig
 from osler.runs.command import run_name
 from osler.tasks.registry import load_task

@@ -11,12 +11,12 @@ from itertools import product
 
 import pytest
 
+from osler.config.decode import decode
+from osler.config.recipe import available_recipes, load_recipe
 from osler.data.config import CurriculumStage as Stage
-from osler.decode import decode
-from osler.errors import UserError
 from osler.parallel.config import DdpConfig, DeepSpeedConfig
 from osler.parallel.fp8 import float8_linear
-from osler.recipe import available_recipes, load_recipe
+from osler.runtime.errors import UserError
 from osler.train.config import TrainConfig
 from osler.train.setup import check_plan, check_processes, warn_of_small_passes
 

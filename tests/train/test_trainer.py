@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from osler.checkpoint import store
-from osler.cli import main
+from osler.cli.main import main
+from osler.config.yaml12 import load_yaml
 from osler.inference.load import load_model
 from osler.monitor.config import MonitorConfig
 from osler.monitor.metrics import declared_name
@@ -24,7 +25,6 @@ from osler.report.read import read_run
 from osler.report.words import model_of
 from osler.runs.loop import Loop
 from osler.tokenizer.bpe import Tokenizer
-from osler.yaml12 import load_yaml
 
 
 def lines(folder):

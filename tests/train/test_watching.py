@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 
-from osler.cli import main
+from osler.cli.main import main
 from osler.monitor.lifetime import LIFETIME
 from osler.records.events import read_events
 from osler.report.attention import attention

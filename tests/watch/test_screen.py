@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from osler.cli import main
+from osler.cli.main import main
 from osler.watch.frame import Text
 from osler.watch.screen import CLEAR_LINE, ENTER, HOME, LEAVE, draw
 

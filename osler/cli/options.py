@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from osler.errors import UserError
+from osler.runtime.errors import UserError
 
 if TYPE_CHECKING:
     from osler.ops.sampling_params import SamplingParams
@@ -87,7 +87,7 @@ def run_folder(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def sampling(arguments: argparse.Namespace) -> SamplingParams:
     """Return the options of ``SAMPLING``. Raises UserError for a number that is out of its range."""
-    from osler.decode import decode
+    from osler.config.decode import decode
     from osler.ops.sampling_params import SamplingParams
 
     names = ("max_new_tokens", "temperature", "top_p", "seed")

@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from osler.config import config, encode
-from osler.decode import decode
-from osler.errors import UserError
+from osler.config.decode import decode
+from osler.config.explain import explained
+from osler.config.recipe import available_recipes, load_recipe, merge, parse_overrides
+from osler.config.schema import config, encode
+from osler.config.yaml12 import dump_yaml
 from osler.eval.config import EvalConfig
-from osler.explain import explained
 from osler.model.config import ModelConfig
 from osler.quickstart.config import QuickstartConfig
-from osler.recipe import available_recipes, load_recipe, merge, parse_overrides
 from osler.rl.config import GrpoConfig
+from osler.runtime.errors import UserError
 from osler.train.config import TrainConfig
-from osler.yaml12 import dump_yaml
 
 
 @config

@@ -14,8 +14,8 @@ import textwrap
 import tokenize
 from typing import Any, Literal, get_args, get_origin
 
-from osler.config import encode, hints, members_of, range_of, tag_of
-from osler.yaml12 import dump_yaml
+from osler.config.schema import encode, hints, members_of, range_of, tag_of
+from osler.config.yaml12 import dump_yaml
 
 COLUMNS = 120  # longer lines put their comment above
 

@@ -14,8 +14,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar, cast, get_args, get_origin
 
-from osler.config import ConfigError, encode, hints, is_config_class, members_of, nearest, range_of, shown, tag_of
-from osler.errors import UserError
+from osler.config.schema import ConfigError, encode, hints, is_config_class, members_of, nearest, range_of, shown, tag_of
+from osler.runtime.errors import UserError
 
 T = TypeVar("T")
 

@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from osler.config import ConfigError, nearest, shown
-from osler.yaml12 import load_yaml
+from osler.config.schema import ConfigError, nearest, shown
+from osler.config.yaml12 import load_yaml
 
-RECIPES = Path(__file__).parent / "recipes"
+RECIPES = Path(__file__).parents[1] / "recipes"
 
 
 def available_recipes() -> dict[str, str]:

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
-from osler.options import (
+from osler.cli.options import (
     CHECKPOINT,
     EVAL_HELP,
     ORIGIN,
@@ -49,14 +49,14 @@ def run_quickstart(arguments: argparse.Namespace) -> int:
 
 
 def run_recipes(_: argparse.Namespace) -> int:
-    from osler.show import list_recipes
+    from osler.cli.show import list_recipes
 
     print(list_recipes())
     return 0
 
 
 def run_show(arguments: argparse.Namespace) -> int:
-    from osler.show import show_recipe
+    from osler.cli.show import show_recipe
 
     print(show_recipe(*split_items(arguments.items), explain=arguments.explain))
     return 0

@@ -12,8 +12,8 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
-from osler.commands import COMMANDS, Command
-from osler.errors import UserError
+from osler.cli.commands import COMMANDS, Command
+from osler.runtime.errors import UserError
 from osler.runtime.log import complain, log_to_terminal
 from osler.runtime.neighbours import sharing_cpus
 from osler.runtime.stop import REQUESTS, hear_requests, ignore_requests, interruptible
@@ -166,6 +166,3 @@ def version() -> str:
     except PackageNotFoundError:
         return "osler (a source tree that is not installed)"
 
-
-if __name__ == "__main__":
-    program()

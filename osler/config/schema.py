@@ -1,7 +1,7 @@
 """Config classes: frozen dataclasses that say which types, choices and ranges their fields have.
 
-A config class stands beside the code it configures, and reading one needs neither torch nor pydantic. ``osler/decode.py`` fills
-one from a mapping, ``osler/recipe.py`` reads the mapping from files and the command line.
+A config class stands beside the code it configures, and reading one needs neither torch nor pydantic. ``decode.py`` fills
+one from a mapping, ``recipe.py`` reads the mapping from files and the command line.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_typ
 from annotated_types import Ge, Gt, Le, Lt  # noqa: F401 - configs import them from here
 from typing_extensions import dataclass_transform
 
-from osler.errors import UserError
+from osler.runtime.errors import UserError
 
 T = TypeVar("T")
 

@@ -11,7 +11,7 @@ import functools
 import re
 from typing import Any
 
-from osler.errors import UserError
+from osler.runtime.errors import UserError
 
 
 def load_yaml(text: str, source: str) -> Any:
