@@ -40,7 +40,7 @@ from osler.checkpoint.rotation import HIDDEN, remove
 from osler.checkpoint.tensors import read_tensors, write_tensors
 from osler.runtime.errors import UserError
 from osler.runtime.faults import fault
-from osler.runtime.files import fsync_dir, no_pause, open_durable, read_json, write_json
+from osler.runtime.files import RunFolder, fsync_dir, no_pause, open_durable, read_json, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -231,6 +231,8 @@ def resolve(path: str | Path, which: str = "newest") -> Path:
     root = root_of(path)
     if is_checkpoint(path):
         return path
+    if runs := _runs_in(path):
+        raise UserError(f"{path} holds {len(runs)} runs; give the one that you mean: {', '.join(map(str, runs))}.")
     if which == "best":
         marked = best_checkpoint(root)
         if marked is None:
@@ -243,3 +245,10 @@ def resolve(path: str | Path, which: str = "newest") -> Path:
     if damaged:
         logger.warning(f"falling back to {found}: {describe_damaged(damaged)}")
     return found
+
+
+def _runs_in(folder: Path) -> list[Path]:
+    """Return the runs in a folder that is none itself, such as a quickstart's."""
+    if RunFolder(folder).checkpoints.is_dir():
+        return []
+    return [sub for sub in sorted(folder.iterdir()) if RunFolder(sub).checkpoints.is_dir()]

@@ -25,8 +25,8 @@ Exit codes:
   0    done
   1    an error in Osler, with a traceback, or damage that `checkpoint verify` or `data inspect` found
   2    something to mend, told in one paragraph: a wrong option, a full disk, a loss that stays NaN, a lost process of the run
-  130  stopped by Ctrl-C, SIGTERM or a terminal that closes (SIGHUP): training finishes its step and saves, and the same command
-       goes on. A second Ctrl-C leaves at once; the run then goes on from its last checkpoint."""
+  130  stopped by Ctrl-C, SIGTERM, SIGUSR1 or a terminal that closes (SIGHUP): training finishes its step and saves, and the
+       same command goes on. A second Ctrl-C leaves at once; the run then goes on from its last checkpoint."""
 REMEDIES = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "Free some of the disk; the same command then goes on."),
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "Name another place, or ask whose it is for the permission."),

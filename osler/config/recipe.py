@@ -102,6 +102,11 @@ def _find(name: str, *, folder: Path | None, user: str) -> Path:
     if given.suffix in (".yaml", ".yml"):
         shipped = f"; the recipe that ships with Osler is `{given.with_suffix('')}`" if (RECIPES / given).is_file() else ""
         raise ConfigError(f"{user}there is no recipe file {given}{shipped}")
+    if given.exists():
+        kind = "folder" if given.is_dir() else "file"
+        raise ConfigError(f"{user}{name} is no recipe but a {kind}; to train on it: data.type=files data.path={name}")
+    if name.startswith((".", "/", "~")):
+        raise ConfigError(f"{user}there is no file or folder {name}")
     names = sorted(path.relative_to(RECIPES).with_suffix("").as_posix() for path in RECIPES.rglob("*.yaml"))
     raise ConfigError(f"{user}there is no recipe `{name}`{nearest(name, names)} (a file of yours ends in .yaml)")
 

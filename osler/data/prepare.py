@@ -118,6 +118,13 @@ def prepare(corpus: Corpus, tokenizer: Tokenizer, out: str | Path, *, set_aside:
     }
     if set_aside:
         _set_aside(out, fingerprint(content))
+    if held_survey is None and corpus.holdout_fraction > 0 and not held:
+        logger.warning(
+            f"Nothing is held out, so there is no held-out loss: the {len(survey.keys):,} documents that are not empty are equal "
+            "but for case and spacing."
+            if len(survey.keys) > 1
+            else "Nothing is held out, so there is no held-out loss: there is only one document."
+        )
     if _can_reuse(out, manifest, consent):
         return _open(out, reused=True)
     train = _Split("train", corpus.train, survey, held)

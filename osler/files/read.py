@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     import pyarrow
 
 BLOCK_BYTES = 1 << 20
+MOST_DIGITS = 640  # of an integer that Python surely converts: the least that sys.set_int_max_str_digits takes
+MOST_NULS = 0.1  # of the characters of a text; in UTF-16 it is about half
 BATCH_ROWS = 1024
 HEAD_BYTES = 4096  # of a file of JSON lines, to see whether it begins with an array
 HALF_CHARACTER = re.compile(r"\\u[dD][89a-fA-F]")  # a surrogate, the only way to write half a character; pairs match too
@@ -54,10 +56,13 @@ def read_text(file: Path) -> str:
     with _os_errors_named(file), _open(file) as stream:
         data = stream.read()
     try:
-        return data.decode("utf-8-sig")
+        text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise UserError(_not_utf8(f"{shown(file)}:{line}", error, 0)) from None
+    if text.count("\0") > MOST_NULS * len(text):
+        raise UserError(f"{shown(file)} holds NUL bytes, so it is probably UTF-16 or no text. Convert the file to UTF-8.")
+    return text
 
 
 def read_rows(file: Path, columns: Sequence[str] | None = None) -> Iterator[Row]:
@@ -90,6 +95,8 @@ def _open(file: Path) -> IO[bytes]:
     compression = COMPRESSIONS.get(file.suffix.lower())
     if compression is None:
         return handle
+    if file.stat().st_size == 0:  # pyarrow reads nothing from it without an error
+        raise UserError(f"{shown(file)} cannot be read, it may be torn: it is empty, which no compressed file is. Copy it again.")
     import pyarrow
 
     stream: IO[bytes] = pyarrow.input_stream(handle, compression=compression)
@@ -147,7 +154,12 @@ def _json_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return made
 
 
-_decode = json.JSONDecoder(object_pairs_hook=_json_object).decode
+def _json_integer(digits: str) -> int | float:
+    """Return an integer; one with more digits than Python converts is infinite, which only matters where it is read."""
+    return int(digits) if len(digits) < MOST_DIGITS else float(digits)
+
+
+_decode = json.JSONDecoder(object_pairs_hook=_json_object, parse_int=_json_integer).decode
 
 
 def _json_rows(file: Path, columns: Sequence[str] | None) -> Iterator[Row]:

@@ -17,7 +17,6 @@ import torch
 from osler.config.yaml12 import load_yaml
 from osler.inference.load import LoadedModel, load_model
 from osler.runtime.device import pick_device, pick_dtype
-from osler.runtime.errors import UserError
 from osler.runtime.files import RunFolder
 
 CONFIG_FILE = "config.yaml"
@@ -95,17 +94,7 @@ def open_model(checkpoint: str | Path, *, device: str = "auto", which: str = "ne
     """
     chosen = pick_device(device)
     dtype = torch.float32 if chosen.type == "cpu" else pick_dtype("auto", chosen)
-    loaded = load_model(_one_run(Path(checkpoint)), device=chosen, compute_dtype=dtype, which=which)
+    loaded = load_model(checkpoint, device=chosen, compute_dtype=dtype, which=which)
     config = loaded.path / CONFIG_FILE
     training = load_yaml(config.read_text(encoding="utf-8"), str(config)) if config.is_file() else None
     return ReadyModel(**vars(loaded), training=training if isinstance(training, Mapping) else {})
-
-
-def _one_run(path: Path) -> Path:
-    """Return ``path``; raises UserError when it holds several runs, because only the user knows which is meant."""
-    if not path.is_dir() or RunFolder(path).checkpoints.is_dir():
-        return path
-    runs = [sub for sub in sorted(path.iterdir()) if RunFolder(sub).checkpoints.is_dir()]
-    if runs:
-        raise UserError(f"{path} holds {len(runs)} runs; give the one that you mean: {', '.join(map(str, runs))}.")
-    return path

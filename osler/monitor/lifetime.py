@@ -52,7 +52,7 @@ def recorded(
         message = f"The run is complete, but {still_wrong(len(alerts))}." if alerts else "The run is complete."
         events.write(step(), END, FINISHED, message, tell=False, unresolved=[asdict(alert) for alert in alerts])
     else:
-        events.write(step(), END, STOPPED, "Stopped by Ctrl-C, SIGTERM or SIGHUP, and saved.", tell=False, saved=True)
+        events.write(step(), END, STOPPED, "Stopped by Ctrl-C or a signal, and saved.", tell=False, saved=True)
 
 
 def still_wrong(count: int) -> str:

@@ -1,4 +1,6 @@
-"""Ctrl-C, SIGTERM and SIGHUP ask a run to stop: it finishes its step, saves, and ends; a second signal ends it at once.
+"""Ctrl-C, SIGTERM, SIGUSR1 and SIGHUP ask a run to stop: it finishes its step, saves, and ends; a second signal ends it at once.
+
+SIGUSR1 is what Slurm sends before the time is up: ``--signal=USR1@90``.
 
 One request often arrives twice: a terminal and a service manager signal a whole group of processes, and a launcher in that group
 (``torchrun``, ``timeout``) passes the signal on. A signal shortly after the first is therefore the same request. While the
@@ -19,7 +21,9 @@ logger = logging.getLogger(__name__)
 
 EXIT_STOPPED = 130  # a run that was asked to stop and saved; the same command goes on from there
 SAME_REQUEST_SECONDS = 0.5
-REQUESTS = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]  # Windows has no SIGHUP
+REQUESTS = [  # SIGHUP last; Windows has only the first two
+    signal.Signals[name] for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, name)
+]
 
 _entered: list[StopFlag] = []
 _ending = False  # this process was asked to stop, and ends
@@ -27,7 +31,7 @@ _interrupted = (0, 0.0)  # the signal that interrupted it last, and when by time
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM or SIGHUP, which also end what survives a Ctrl-C, such as a chat."""
+    """SIGTERM, SIGUSR1 or SIGHUP, which also end what survives a Ctrl-C, such as a chat."""
 
 
 class AskedToStop(Exception):
@@ -40,9 +44,9 @@ def asked() -> bool:
 
 
 def hear_requests() -> dict[int, object]:
-    """Let SIGTERM and SIGHUP interrupt the program as Ctrl-C does, and return the handlers before.
+    """Let SIGTERM, SIGUSR1 and SIGHUP interrupt the program as Ctrl-C does, and return the handlers before.
 
-    An entered ``StopFlag`` handles all three instead. Signals that have a handler or are ignored stay so, as under ``nohup``.
+    An entered ``StopFlag`` handles all of them instead. Signals that have a handler or are ignored stay so, as under ``nohup``.
     """
     global _ending, _interrupted
     _ending, _interrupted = False, (0, 0.0)
@@ -101,7 +105,7 @@ class StopFlag:
 
     def __enter__(self) -> StopFlag:
         ignored = hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
-        self._previous = _install(self._on_signal, REQUESTS[:2] if ignored else REQUESTS)
+        self._previous = _install(self._on_signal, REQUESTS[:-1] if ignored else REQUESTS)
         _entered.append(self)
         return self
 

@@ -34,8 +34,10 @@ def _item(row: Row, split: str) -> ExamItem:
     options = field(row, "options", dict, SCHEMA)
     letters = [letter for letter in LETTERS if options.get(letter) is not None]  # parquet fills absent letters with None
     if len(letters) < 2 or letters != list(LETTERS[: len(letters)]):
+        empty = ", ".join(sorted(letter for letter, value in options.items() if value is None))
+        problem = f"; without a text: {empty}" if empty else ""
         raise UserError(
-            f"{row.where}: 'options' must hold the letters A, B, ... without a gap, not {', '.join(sorted(options))}."
+            f"{row.where}: 'options' must hold the letters A, B, ... without a gap, not {', '.join(letters) or 'none'}{problem}."
         )
     texts = tuple(text(row, f"options.{letter}", SCHEMA) for letter in letters)
     letter, answer = text(row, "answer_idx", SCHEMA), text(row, "answer", SCHEMA)

@@ -197,7 +197,7 @@ class WatchedRun:
             but = f", but {still_wrong(len(unresolved))}: {', '.join(unresolved)}" if unresolved else ""
             return State("finished", f"finished {ago}{but}")
         if end.name == STOPPED:
-            return State("stopped", f"stopped {ago} by Ctrl-C, SIGTERM or SIGHUP, {self.kept}")
+            return State("stopped", f"stopped {ago} by Ctrl-C or a signal, {self.kept}")
         return State(FAILED, f"failed {ago} at step {end.step}, {self.kept}: {end.message}")
 
 

@@ -296,6 +296,9 @@ def test_resolve_says_what_is_missing(tmp_path):
         resolve(tmp_path / "absent")
     with pytest.raises(UserError, match="no checkpoint in"):
         resolve(tmp_path)
+    put(tmp_path / "quickstart" / "sft" / "checkpoints", 1)
+    with pytest.raises(UserError, match=r"holds 1 runs; give the one that you mean: .*sft"):
+        resolve(tmp_path / "quickstart")
     put(tmp_path, 1)
     with pytest.raises(UserError, match="marked best"):
         resolve(tmp_path, which="best")

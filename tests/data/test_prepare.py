@@ -261,3 +261,11 @@ def test_a_kill_leaves_nothing_that_counts(tmp_path: Path, tokenizer: Tokenizer,
 def test_half_a_character_names_its_document(tmp_path: Path, tokenizer: Tokenizer) -> None:
     with pytest.raises(UserError, match=r"notes:3 holds half a character \(a lone surrogate\) at position 1"):
         prepare(Corpus([Document(text="a\ud800", where="notes:3")]), tokenizer, tmp_path / "out")
+
+
+def test_it_is_said_when_nothing_is_held_out(tmp_path: Path, tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]) -> None:
+    twins = Corpus([Document(text="Fever."), Document(text="fever. ")], holdout_fraction=0.5)
+    prepared = prepare(twins, tokenizer, tmp_path / "a")
+    assert prepared.validation is None and "Nothing is held out" in capsys.readouterr().err
+    prepare(Corpus(DOCUMENTS, holdout_fraction=0.1), tokenizer, tmp_path / "b")
+    assert "Nothing is held out" not in capsys.readouterr().err

@@ -103,6 +103,8 @@ def test_a_tokenizer_much_smaller_than_the_model_is_mentioned(launch, tmp_path, 
 def test_a_recipe_that_is_missing_or_broken(mistake, tmp_path):
     assert "no-such.yaml" in mistake("pretrain", "no-such.yaml")
     assert "did you mean `pure-tiny`?" in mistake("pretrain", "pure-tiyn")
+    assert "there is no file or folder ../nosuch" in mistake("data", "prepare", "../nosuch", "--tokenizer", "t", "--out", "o")
+    assert f"data.type=files data.path={tmp_path}" in mistake("pretrain", tmp_path)
     broken = tmp_path / "broken.yaml"
     broken.write_text("seq_len: 64\nmodel: {num_layers: 2\n")
     assert "broken.yaml: not valid YAML at line" in mistake("pretrain", broken)

@@ -81,6 +81,7 @@ def test_mistakes_in_json_lines(tmp_path: Path, content: bytes, said: str) -> No
         ("a.txt.gz", gzip.compress(b"words " * 999, mtime=0)[:30], "a.txt.gz cannot be read, it may be torn"),
         ("a.jsonl.gz", b"not gzip", "a.jsonl.gz cannot be read"),
         ("a.jsonl.zst", zstd(bytes(range(256)) * 99)[:-9], "a.jsonl.zst cannot be read"),
+        ("a.jsonl.gz", b"", "a.jsonl.gz cannot be read, it may be torn: it is empty"),
         ("a.parquet", b"PAR1 torn", "a.parquet cannot be read, it may be torn"),
         ("a.parquet", b"", "a.parquet cannot be read"),
         ("a.parquet", PARQUET[:-20], "a.parquet cannot be read, it may be torn"),
@@ -200,3 +201,16 @@ def test_lines_are_cut_at_newlines_wherever_blocks_end(monkeypatch: pytest.Monke
         assert list(read._lines(io.BytesIO(data))) == [b"one\n", b"\n", b"two\r\n", b"three"]
         assert list(read._lines(io.BytesIO(data + b"\n"))) == [b"one\n", b"\n", b"two\r\n", b"three\n"]
     assert list(decode_lines([], "x")) == []
+
+
+def test_utf16_without_a_mark_is_refused_and_a_single_nul_is_text(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes("fever and cough".encode("utf-16-le"))
+    with pytest.raises(UserError, match=r"a\.txt holds NUL bytes, so it is probably UTF-16"):
+        read_text(tmp_path / "a.txt")
+    (tmp_path / "b.txt").write_bytes(b"fever and\0 cough")
+    assert read_text(tmp_path / "b.txt") == "fever and\0 cough"
+
+
+def test_an_integer_of_many_digits_does_not_matter_where_it_is_not_read(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps({"n": 7, "text": "fever"}).replace("7", "7" * 5000))
+    assert values(tmp_path / "a.jsonl", ["text"])[0]["text"] == "fever"

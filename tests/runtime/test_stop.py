@@ -40,6 +40,10 @@ def test_a_request_that_is_passed_on_is_one_and_a_later_one_leaves_at_once(numbe
             signal.raise_signal(number)
 
 
+def test_a_warning_from_slurm_is_a_request():
+    assert signal.SIGUSR1 in REQUESTS
+
+
 def test_the_first_signal_after_another_ranks_is_no_second_one():
     before = signal.getsignal(signal.SIGTERM)
     with StopFlag() as flag:

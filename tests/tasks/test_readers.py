@@ -124,6 +124,7 @@ def test_a_missing_field_is_named_with_file_and_line(name: str, field: str, tmp_
         ("medqa", {"answer_idx": "E"}, "'answer_idx' is 'E'"),
         ("medqa", {"answer": "one"}, "another option"),
         ("medqa", {"options": {"A": "one", "C": "x"}}, "without a gap"),
+        ("medqa", {"options": {"A": "one", "B": None, "C": "x"}}, "not A, C; without a text: B"),
         ("medqa", {"options": ["one", "two"]}, "must be an object"),
         ("medqa", {"question": " "}, "'question' is empty"),
         ("medmcqa", {"cop": "2"}, "'cop' must be a whole number"),

@@ -114,7 +114,7 @@ def test_what_silence_means(make_run, ago, saved, steps, has_begun, expected) ->
     ("name", "message", "expected"),
     [
         ("finished", "The run is complete.", "finished 30 s ago"),
-        ("stopped", "Stopped.", "stopped 30 s ago by Ctrl-C, SIGTERM or SIGHUP, saved at step 20"),
+        ("stopped", "Stopped.", "stopped 30 s ago by Ctrl-C or a signal, saved at step 20"),
         ("failed", "Lower optim.lr.", "failed 30 s ago at step 40, saved at step 20: Lower optim.lr."),
     ],
 )
