@@ -265,3 +265,12 @@ def test_a_place_that_may_not_be_written_to_is_told_in_words(capsys, monkeypatch
     monkeypatch.setattr("osler.cli.main.dispatch", refuse)
     assert cli.main(["report"]) == 2
     assert "osler: runs/x/report.html: Permission denied. Name another place" in capsys.readouterr().err
+
+
+def test_the_command_that_the_quickstart_names_for_a_shorter_one_is_valid(capsys, tmp_path):
+    with pytest.raises(SystemExit):
+        cli.main(["quickstart", "--help"])
+    line = next(line for line in capsys.readouterr().out.splitlines() if "exam_items=" in line)
+    words = line.replace("runs/short", str(tmp_path / "run")).split()
+    assert words[0] == "osler" and cli.main([*words[1:], "--dry-run"]) == 0
+    assert "exam_items: 50" in capsys.readouterr().out

@@ -28,6 +28,12 @@ if TYPE_CHECKING:
     from osler.runs.command import Request
 
 
+SHORTER = """\
+a shorter one, that learns less:
+  osler quickstart pretrain.total_tokens=400000 sft.total_tokens=200000 grpo.steps=5 exam_items=50 --run runs/short
+  osler show quickstart --explain     every field, and what it means"""
+
+
 class Command(NamedTuple):
     """A command: its name, what it does in one line, an example, the function that runs it, its options, more for its help."""
 
@@ -202,6 +208,7 @@ COMMANDS: tuple[Command, ...] = (
         "osler quickstart --run runs/first",
         run_quickstart,
         (OVERRIDES, *RUN_FOLDER),
+        SHORTER,
     ),
     Command("recipes", "List the recipes: name, parameters, what it is", "osler recipes", run_recipes),
     Command(

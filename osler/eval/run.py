@@ -110,7 +110,7 @@ def sit(config: EvalConfig, ready: ReadyModel) -> list[Sitting]:
     sittings = []
     for name, items in exams.items():
         for method in ways:
-            with Progress(len(items) * config.permutations, "answers", label=name) as progress:
+            with Progress(len(items) * config.permutations, "questions asked", label=name) as progress:
                 answer = by_generation if method == "generation" else by_likelihood
                 score = answer(config, ready, items, progress.update)
             sittings.append(Sitting(name, method, score))

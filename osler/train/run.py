@@ -120,6 +120,11 @@ def train(config: TrainConfig, folder: RunFolder, world: World | None = None) ->
         loop = Loop(trainer)
         if config.max_minutes is None:
             warn_of_endless_warmup(config.schedule.warmup_tokens, config.total_tokens)
+            if config.batch_tokens > config.total_tokens:
+                logger.warning(
+                    f"batch_tokens {config.batch_tokens:,} is larger than total_tokens {config.total_tokens:,}, so the run is a "
+                    "single step, which teaches next to nothing; set a smaller batch_tokens or a larger total_tokens."
+                )
         warn_of_stages_out_of_reach(config)
         tell_of_repeats(config, prepared.train, trainer.consumed)
         logger.info(

@@ -82,7 +82,7 @@ def test_the_printed_score_is_the_score_and_goes_where_the_report_finds_it(runs,
     assert row["cut"] == expected.cut and row["n"] == 12 and row["presentations"] == 24
     [shown] = [line for line in captured.out.splitlines() if line.startswith("new_findings ")]
     assert f"{expected.accuracy:.1%}" in shown and "12 × 2" in shown and "25.0%" in shown
-    assert "24/24 answers" in captured.err
+    assert "24/24 questions asked" in captured.err
     read = read_run(runs / "sft").exams
     assert [(score.label, score.split, score.method) for score in read] == [
         ("sft", "new_findings", "generation"),

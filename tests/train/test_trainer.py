@@ -165,6 +165,11 @@ def test_a_warmup_longer_than_the_run_is_pointed_out(tiny, tmp_path, capsys):
     assert "warmup_tokens" not in capsys.readouterr().err
 
 
+def test_a_batch_larger_than_the_run_is_pointed_out(tiny, tmp_path, capsys):
+    assert main(["pretrain", tiny.pretrain, "total_tokens=128", "--run", str(tmp_path / "run")]) == 0
+    assert "batch_tokens 256 is larger than total_tokens 128" in capsys.readouterr().err
+
+
 def test_minutes_are_kept_and_shared_between_processes(tiny, launch_stopped, tmp_path, monkeypatch):
     """On a clock that goes on by a fiftieth of a second whenever somebody looks: a real one depends on the machine's load."""
     looks = itertools.count()
