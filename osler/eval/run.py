@@ -51,7 +51,7 @@ class Sitting:
 
 def run(checkpoint: str, overrides: Sequence[str] = ()) -> int:
     """Run the command ``eval`` and return the process's exit code."""
-    config = read_config(overrides)
+    config = config_of(overrides)
     check_task(config.task, "task")
     ready = open_model(checkpoint, device=config.device, which=config.which)
     logger.info(ready.describe())
@@ -67,7 +67,7 @@ def run(checkpoint: str, overrides: Sequence[str] = ()) -> int:
     return 0
 
 
-def read_config(overrides: Sequence[str]) -> EvalConfig:
+def config_of(overrides: Sequence[str]) -> EvalConfig:
     """Return the config that the overrides describe; a task without a type is the clinic's exam with some fields changed."""
     given = parse_overrides(overrides)
     task = given.get("task")

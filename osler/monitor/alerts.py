@@ -16,7 +16,7 @@ from osler.monitor.policy_rules import POLICY_RULES
 from osler.monitor.rules import RULES, Finding, Severity, ended_badly
 from osler.records.metrics import read_metrics
 
-PAUSE, WORSE = 100, 2.0  # lines of silence about the same thing at first; how much worse breaks it
+PAUSE, MUCH_WORSE = 100, 2.0  # lines of silence about the same thing at first; how much worse breaks it
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Alerter:
 
     def _is_news(self, finding: Finding) -> bool:
         again, pause, badness = self.said.get(finding.name, (0, 0, 0.0))
-        if self.history.lines < again and finding.badness < WORSE * badness:
+        if self.history.lines < again and finding.badness < MUCH_WORSE * badness:
             return False
         pause = 2 * pause if pause else PAUSE
         self.said[finding.name] = (self.history.lines + pause, pause, max(badness, finding.badness))

@@ -12,14 +12,14 @@ from collections.abc import Iterator
 from osler.monitor.lifetime import still_wrong, unresolved_at_end
 from osler.report import format as fmt
 from osler.report.events import grave_in_words
-from osler.report.read import Run, StageLog
+from osler.report.read import RunRecord, StageLog
 from osler.report.words import baseline, headline_score, scores_on, stage_names, stage_title, unfit, unfit_explains
 
 UNPARSED_SHARE = 0.05  # of the answers
 HABIT_SHARE, HABIT_ANSWERS = 0.6, 40  # of the answers that are one letter, and answers in all
 
 
-def attention(run: Run) -> list[str]:
+def attention(run: RunRecord) -> list[str]:
     """Return everything that deserves attention, the gravest first; empty when nothing stands out."""
     out = list(_about_exams(run))
     for stage in run.runs:
@@ -27,7 +27,7 @@ def attention(run: Run) -> list[str]:
     return out + run.problems
 
 
-def _about_exams(run: Run) -> Iterator[str]:
+def _about_exams(run: RunRecord) -> Iterator[str]:
     score = headline_score(run)
     if score and math.isfinite(score.low) and score.low <= baseline(score) <= score.high:
         yield (
@@ -65,7 +65,7 @@ def _about_pauses(stage: StageLog) -> Iterator[str]:
         )
 
 
-def next_steps(run: Run) -> Iterator[str]:
+def next_steps(run: RunRecord) -> Iterator[str]:
     """Yield what to do next, the most pressing first."""
     score, names = headline_score(run), stage_names(run)
     if score is None:

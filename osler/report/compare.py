@@ -25,7 +25,7 @@ from osler.report.charts import COLOURS, SPECS, Chart, Figure, Spec, figures, in
 from osler.report.curves import Floats
 from osler.report.families import Family, by_layer, in_families
 from osler.report.model import count_parameters, find_model
-from osler.report.read import Run, StageLog, read_run
+from osler.report.read import RunRecord, StageLog, read_run
 from osler.report.words import stage_title
 from osler.runtime.errors import UserError
 
@@ -57,7 +57,7 @@ def build_comparison(folders: Sequence[str], out: str | Path) -> tuple[str, Path
     return "\n\n".join(_as_text(title, members) for title, members in groups.items()), path
 
 
-class Group(NamedTuple):
+class RunGroup(NamedTuple):
     """What the page shows of stages that are compared with each other."""
 
     title: str
@@ -72,7 +72,7 @@ def render(groups: Mapping[str, Sequence[Member]], names: Sequence[str]) -> str:
     shown = {}
     for position, (title, members) in enumerate(groups.items()):
         tables = {"Numbers": numbers(members), "What differs in their configurations": differences(members)}
-        shown[f"group-{position}"] = Group(title, members, tables, *_curves(members))
+        shown[f"group-{position}"] = RunGroup(title, members, tables, *_curves(members))
     body = html.render("compare.html", names=names, groups=shown)
     links = {anchor: group.title or "Comparison" for anchor, group in shown.items()}
     return html.page(" · ".join(names), "Osler comparison", "the files of these runs", body, links)
@@ -114,7 +114,7 @@ def differences(members: Sequence[Member]) -> Table:
     return [(key, row) for key, row in rows if len(set(row)) > 1]
 
 
-def _open(folders: Sequence[str]) -> dict[str, Run]:
+def _open(folders: Sequence[str]) -> dict[str, RunRecord]:
     """Read the runs, by name; raises UserError when they are too few, too many, not runs, or without metrics."""
     if not 2 <= len(folders) <= COLOURS:
         raise UserError(
@@ -131,7 +131,7 @@ def _open(folders: Sequence[str]) -> dict[str, Run]:
     return runs
 
 
-def _groups(runs: Mapping[str, Run]) -> dict[str, list[Member]]:
+def _groups(runs: Mapping[str, RunRecord]) -> dict[str, list[Member]]:
     """Group by title what is compared: all runs when each has one stage, else the stages of one name or kind."""
     with_curves = {name: [stage for stage in run.runs if stage.curves] for name, run in runs.items()}
     alone = all(len(stages) == 1 for stages in with_curves.values())

@@ -16,7 +16,7 @@ from osler.report.attention import attention, next_steps
 from osler.report.charts import Figure, charts_of, figures
 from osler.report.events import EventGroup, grouped, marks_of
 from osler.report.families import Family
-from osler.report.read import Run, StageLog, read_run, stage_rank
+from osler.report.read import RunRecord, StageLog, read_run, stage_rank
 from osler.report.words import (
     headline,
     headline_score,
@@ -41,7 +41,7 @@ LINKS = {
 }  # fmt: skip
 
 
-def build_report(run_folder: str | Path | Run, out: str | Path | None = None) -> Path:
+def build_report(run_folder: str | Path | RunRecord, out: str | Path | None = None) -> Path:
     """Write the page, into the run folder unless `out` names a file, and return its path.
 
     Raises UserError when it is not a run folder, or when the file cannot be written.
@@ -50,7 +50,7 @@ def build_report(run_folder: str | Path | Run, out: str | Path | None = None) ->
     return html.write_page(RunFolder(run.path).report if out is None else Path(out), render(run))
 
 
-def render(run: Run) -> str:
+def render(run: RunRecord) -> str:
     """Return the whole page."""
     score = headline_score(run)
     sample_stages, questions = _questions(run)
@@ -84,7 +84,7 @@ def render(run: Run) -> str:
 class _Stage:
     """What the page shows of one stage's log."""
 
-    def __init__(self, run: Run, log: StageLog, position: int) -> None:
+    def __init__(self, run: RunRecord, log: StageLog, position: int) -> None:
         self.title, self.colour = stage_title(log.name), stage_colour(log.name, position)
         main, rest = charts_of(log, self.colour)
         self.main: list[Figure] = figures(main, marks_of(log.events))
@@ -96,7 +96,7 @@ class _Stage:
         self.facts += [fmt.duration(seconds)] if math.isfinite(seconds) else []
 
 
-def _summary(run: Run) -> str:
+def _summary(run: RunRecord) -> str:
     """Say what was trained, on how much, and the score in plain words."""
     model, parameters = model_of(run)
     score, tokens, what = headline_score(run), total_tokens(run), []
@@ -108,7 +108,7 @@ def _summary(run: Run) -> str:
     return (", ".join(what) + "." if what else "") + (f" {score_in_words(score)}" if score else "")
 
 
-def _ladder(run: Run) -> tuple[list[Any], list[Any], str]:
+def _ladder(run: RunRecord) -> tuple[list[Any], list[Any], str]:
     """Return all checkpoints on the split that the page leads with, as `svg.ladder` takes them."""
     score = headline_score(run)
     if score is None:
@@ -120,7 +120,7 @@ def _ladder(run: Run) -> tuple[list[Any], list[Any], str]:
     return rows, marks, f"Accuracy on {score.split}: {'; '.join(words)}"
 
 
-def _tiles(run: Run) -> Iterator[tuple[str, str, str]]:
+def _tiles(run: RunRecord) -> Iterator[tuple[str, str, str]]:
     """Yield the key numbers: label, value, and what it is of."""
     score, (_, parameters) = headline_score(run), model_of(run)
     together = "all stages" if len(run.stages) > 1 or len(run.runs) > 1 else ""
@@ -142,24 +142,24 @@ def _tiles(run: Run) -> Iterator[tuple[str, str, str]]:
                 break
 
 
-def _compares_grpo(run: Run) -> bool:
+def _compares_grpo(run: RunRecord) -> bool:
     return any("grpo" in pair.after_label.lower() for pair in run.comparisons)
 
 
-def _reach(run: Run) -> float:
+def _reach(run: RunRecord) -> float:
     """Return how far the axis of differences reaches on either side of zero."""
     ends = (abs(v) for pair in run.comparisons for v in (*pair.interval, pair.difference) if math.isfinite(v))
     return max(0.05, math.ceil(20 * max(ends, default=0.1)) / 20)
 
 
-def _times(run: Run) -> list[tuple[str, float, int, str]]:
+def _times(run: RunRecord) -> list[tuple[str, float, int, str]]:
     """Return title, seconds, colour and words of each stage; nothing when there are not two."""
     known = [(s.name, s.seconds, s.what) for s in run.stages] or [(r.name, r.seconds, "") for r in run.runs]
     times = [(stage_title(n), s, stage_colour(n, i), what) for i, (n, s, what) in enumerate(known) if s > 0]
     return times if len(times) > 1 else []
 
 
-def _questions(run: Run) -> tuple[list[str], list[dict[str, SampledAnswer]]]:
+def _questions(run: RunRecord) -> tuple[list[str], list[dict[str, SampledAnswer]]]:
     """Return the last stages that were asked, and for each question their answers by stage."""
     names = [stage.name for stage in run.stages]
     stages = sorted(dict.fromkeys(sample.stage for sample in run.samples), key=lambda name: stage_rank(name, names))
@@ -194,7 +194,7 @@ def right_option(sample: SampledAnswer) -> int | None:
     return None
 
 
-def _facts(run: Run) -> dict[str, dict[str, str]]:
+def _facts(run: RunRecord) -> dict[str, dict[str, str]]:
     """Return versions, machine and fingerprints, with bytes in GiB."""
     groups = {**run.groups, **({"versions": run.versions} if run.versions else {})}
     return {

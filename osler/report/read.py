@@ -7,8 +7,8 @@
     versions.json      {package: version, ..., "machine": {...}, any other group: {...}}
     notes.json         [sentence, ...]       what the run wants its reader to know
 
-A file that cannot be read becomes a line in `Run.problems`, which the page shows. A torn last line of a .jsonl is what a kill
-leaves behind, and is passed over without a word.
+A file that cannot be read becomes a line in `RunRecord.problems`, which the page shows. A kill leaves a torn last line in a
+.jsonl, which is skipped without a word.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from osler.checkpoint.manifest import MANIFEST
+from osler.checkpoint.root import is_checkpoint
 from osler.config.yaml12 import load_yaml
 from osler.records.events import Event, read_events
 from osler.records.exams import Comparison, ExamScore, read_exams
@@ -82,7 +82,7 @@ class StageLog:
 
 
 @dataclass
-class Run:
+class RunRecord:
     """All there is to tell about one run folder."""
 
     path: Path
@@ -98,9 +98,9 @@ class Run:
     problems: list[str]
 
 
-def read_run(folder: str | Path | Run) -> Run:
+def read_run(folder: str | Path | RunRecord) -> RunRecord:
     """Read a run folder; a run that was read already is returned as it is. Raises UserError when it has no config.yaml."""
-    if isinstance(folder, Run):
+    if isinstance(folder, RunRecord):
         return folder
     path, run = Path(folder), RunFolder(Path(folder))
     if not run.config.is_file() or is_checkpoint(path):
@@ -114,7 +114,7 @@ def read_run(folder: str | Path | Run) -> Run:
     samples, unreadable = read_samples(run.samples)
     _note_unreadable(problems, "samples.jsonl", unreadable)
     versions = as_dict(_read(problems, path / "versions.json", read_json))
-    return Run(
+    return RunRecord(
         path=path,
         own=own,
         runs=sorted(runs, key=lambda stage: stage_rank(stage.name, names)),
@@ -131,11 +131,6 @@ def read_run(folder: str | Path | Run) -> Run:
         notes=[as_text(note) for note in as_list(_read(problems, path / "notes.json", read_json)) if as_text(note)],
         problems=problems,
     )
-
-
-def is_checkpoint(path: Path) -> bool:
-    """Return whether a folder is a checkpoint, which also holds the configuration of its run."""
-    return (path / MANIFEST).is_file()
 
 
 def why_no_run(path: Path) -> str:

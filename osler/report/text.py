@@ -6,7 +6,7 @@ from pathlib import Path
 
 from osler.report import format as fmt
 from osler.report.attention import attention
-from osler.report.read import Run, read_run
+from osler.report.read import RunRecord, read_run
 from osler.report.words import (
     difference_in_words,
     headline,
@@ -20,7 +20,7 @@ from osler.report.words import (
 from osler.runtime.files import RunFolder
 
 
-def summary_text(run_folder: str | Path | Run, page: Path | None = None) -> str:
+def summary_text(run_folder: str | Path | RunRecord, page: Path | None = None) -> str:
     """Return a summary for the terminal, without colour or a last newline; raises UserError when it is not a run folder.
 
     page: where the report was written when it is not in the run folder.

@@ -13,7 +13,7 @@ from osler.eval.score import describe_too_long, length_explains
 from osler.records.exams import Comparison, ExamScore
 from osler.report import format as fmt
 from osler.report.model import count_parameters, find_model
-from osler.report.read import NAN, Run
+from osler.report.read import NAN, RunRecord
 
 TITLES = {
     "": "Training",
@@ -53,7 +53,7 @@ def stage_colour(name: str, position: int = 0) -> int:
     return known[-1] if known else (COLOURS[""] if not name else (3, 6, 4, 7)[position % 4])
 
 
-def headline_score(run: Run) -> ExamScore | None:
+def headline_score(run: RunRecord) -> ExamScore | None:
     """Return the score that the page leads with: the last checkpoint's, on the split called test or else on the first.
 
     Both ends of a branch are left out: it shows what a step can do from an earlier checkpoint, not where the run ended.
@@ -64,36 +64,36 @@ def headline_score(run: Run) -> ExamScore | None:
     return next((score for score in last if "test" in score.split.lower()), last[0] if last else None)
 
 
-def scores_on(run: Run, split: str) -> list[ExamScore]:
+def scores_on(run: RunRecord, split: str) -> list[ExamScore]:
     """Return the scores of all checkpoints on one split, in order of training."""
     return [score for score in run.exams if score.split == split]
 
 
-def total_seconds(run: Run) -> float:
+def total_seconds(run: RunRecord) -> float:
     """Return the time of the whole run: the stages' sum, or the span of the logs."""
     known = [s.seconds for s in run.stages if s.seconds >= 0] or [r.seconds for r in run.runs if r.seconds >= 0]
     return sum(known) if known else NAN
 
 
-def total_tokens(run: Run) -> float:
+def total_tokens(run: RunRecord) -> float:
     """Return the tokens of all stages that logged them."""
     known = [r.tokens for r in run.runs if math.isfinite(r.tokens)]
     return sum(known) if known else NAN
 
 
-def stage_names(run: Run) -> str:
+def stage_names(run: RunRecord) -> str:
     """Return the names of all stages as one lower-case text to look for words in."""
     return " ".join([*(s.name for s in run.stages), *(r.name for r in run.runs)]).lower()
 
 
-def stage_seconds(run: Run, word: str) -> float:
+def stage_seconds(run: RunRecord, word: str) -> float:
     """Return the time of the stage whose name contains a word, NaN when there is none."""
     timed = [s.seconds for s in run.stages if word in s.name.lower()]
     logged = [r.seconds for r in run.runs if word in r.name.lower()]
     return sum(timed) if timed else sum(logged) if logged else NAN
 
 
-def model_of(run: Run) -> tuple[dict[str, Any], float]:
+def model_of(run: RunRecord) -> tuple[dict[str, Any], float]:
     """Return the model's configuration and its number of parameters (NaN when it cannot be counted)."""
     saved = [run.own.model, *(stage.model for stage in run.runs)]
     written = map(find_model, [run.own.config, *(stage.config for stage in run.runs)])
@@ -105,7 +105,7 @@ def model_of(run: Run) -> tuple[dict[str, Any], float]:
     return models[0] if models else {}, NAN
 
 
-def headline(run: Run) -> tuple[str, str, str]:
+def headline(run: RunRecord) -> tuple[str, str, str]:
     """Return the page's first sentence in three parts, the middle one to be set apart; parts may be empty."""
     score = headline_score(run)
     took = fmt.duration(total_seconds(run))
@@ -199,7 +199,7 @@ def difference_in_words(c: Comparison) -> str:
     return "No measurable change: the interval includes zero."
 
 
-def teachers(run: Run) -> str:
+def teachers(run: RunRecord) -> str:
     """Compare supervised demonstrations with GRPO in points and seconds, from this run's own numbers; or empty text."""
     sft, grpo = stage_seconds(run, "sft"), stage_seconds(run, "grpo")
     if not (math.isfinite(sft) and math.isfinite(grpo)):

@@ -43,7 +43,7 @@ FIRST_UPDATE_METRICS = "sampling/"  # sampler against trainer: only comparable b
 
 
 @dataclass(frozen=True)
-class Row:
+class TrainingRow:
     """One completion to learn from; masks and ranks are those of ``rollout.Sample``, ``trained`` False gives it no gradient."""
 
     prompt_ids: list[int]
@@ -64,13 +64,13 @@ class Row:
         return self.trained and (self.advantage != 0.0 or beta > 0.0)
 
 
-def training_rows(groups: Sequence[Group], algorithm: AlgorithmConfig) -> list[Row]:
+def training_rows(groups: Sequence[Group], algorithm: AlgorithmConfig) -> list[TrainingRow]:
     """Return the samples that stay, with their advantages over their groups."""
     rewards_PG = torch.tensor([[s.reward for s in group.samples] for group in groups], dtype=torch.float64)
     valid_PG = torch.tensor([[s.stays for s in group.samples] for group in groups])
     advantages_PG = group_advantages(rewards_PG, algorithm.advantage, valid_PG=valid_PG).tolist()
     return [
-        Row(
+        TrainingRow(
             group.prompt_ids,
             sample.ids,
             sample.logprobs,
@@ -85,7 +85,7 @@ def training_rows(groups: Sequence[Group], algorithm: AlgorithmConfig) -> list[R
     ]
 
 
-def assign_to_ranks(rows: Sequence[Row], chosen: Sequence[int], ranks: int) -> list[list[int]]:
+def assign_to_ranks(rows: Sequence[TrainingRow], chosen: Sequence[int], ranks: int) -> list[list[int]]:
     """Share the chosen indices out, longest row first: to the rank that drew the row, or to the one with the fewest tokens."""
     shares: list[list[int]] = [[] for _ in range(ranks)]
     tokens = [0] * ranks
@@ -97,7 +97,7 @@ def assign_to_ranks(rows: Sequence[Row], chosen: Sequence[int], ranks: int) -> l
     return shares
 
 
-def micro_batches(rows: Sequence[Row], chosen: Sequence[int], budget_tokens: int) -> list[list[int]]:
+def micro_batches(rows: Sequence[TrainingRow], chosen: Sequence[int], budget_tokens: int) -> list[list[int]]:
     """Cut the chosen indices, longest row first, into lists whose padded size fits the budget (one row at least)."""
     batches: list[list[int]] = []
     longest = 0
@@ -110,7 +110,7 @@ def micro_batches(rows: Sequence[Row], chosen: Sequence[int], budget_tokens: int
 
 
 def completion_logprobs(
-    model: Transformer, rows: Sequence[Row], *, temperature: float, device: torch.device
+    model: Transformer, rows: Sequence[TrainingRow], *, temperature: float, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return (logp_BT, entropy_BT, mask_BT) of the completion tokens, zero in padding; ``logp_BT`` has a gradient."""
     width_T, width_L = max(len(row.completion_ids) for row in rows), max(row.tokens for row in rows)
@@ -152,7 +152,7 @@ def completion_logprobs(
 class MicroBatch:
     """Rows of one micro-batch and everything about them that no update changes; ``idle`` is a pass of no row."""
 
-    rows: list[Row]
+    rows: list[TrainingRow]
     learns: bool
     idle: bool
     old_BT: Tensor
@@ -177,7 +177,7 @@ class PolicyLoss(ModelLoss):
 
 def update_policy(
     learner: Learner,
-    rows: Sequence[Row],
+    rows: Sequence[TrainingRow],
     algorithm: AlgorithmConfig,
     *,
     reference: Transformer | None = None,
@@ -234,7 +234,7 @@ def update_policy(
     return metrics | {"data/padding_frac": padding_frac}
 
 
-def probe_rows(rows: Sequence[Row], count: int = 16) -> ProbeRows:
+def probe_rows(rows: Sequence[TrainingRow], count: int = 16) -> ProbeRows:
     """The longest rows, padded, with their completions as labels: for a probe of the model."""
     chosen = sorted(rows, key=lambda row: -row.tokens)[:count]
     ids_BL = torch.zeros(len(chosen), chosen[0].tokens, dtype=torch.int64)
@@ -246,7 +246,7 @@ def probe_rows(rows: Sequence[Row], count: int = 16) -> ProbeRows:
 
 
 def _prepare(
-    rows: Sequence[Row], algorithm: AlgorithmConfig, micro_batch_tokens: int, device: torch.device, world: World
+    rows: Sequence[TrainingRow], algorithm: AlgorithmConfig, micro_batch_tokens: int, device: torch.device, world: World
 ) -> tuple[list[MicroBatch], float]:
     """Cut this rank's share of the update into micro-batches; token weights come from the whole of it.
 
@@ -280,7 +280,9 @@ def _prepare(
     return prepared, 1.0 - sum(row.tokens for row in rows) / places
 
 
-def _micro_batch(rows: list[Row], weight_BT: Tensor, learns: bool, device: torch.device, *, idle: bool = False) -> MicroBatch:
+def _micro_batch(
+    rows: list[TrainingRow], weight_BT: Tensor, learns: bool, device: torch.device, *, idle: bool = False
+) -> MicroBatch:
     width = max(len(row.completion_ids) for row in rows)
     old_BT = torch.zeros(len(rows), width)
     for b, row in enumerate(rows):
@@ -296,4 +298,4 @@ def _micro_batch(rows: list[Row], weight_BT: Tensor, learns: bool, device: torch
 
 
 def _idle_pass(learns: bool, device: torch.device) -> MicroBatch:
-    return _micro_batch([Row([0], [0], [0.0], 0.0)], torch.zeros(1, 1), learns, device, idle=True)
+    return _micro_batch([TrainingRow([0], [0], [0.0], 0.0)], torch.zeros(1, 1), learns, device, idle=True)

@@ -56,7 +56,7 @@ from osler.train.setup import (
     warn_of_small_passes,
 )
 from osler.train.shards import check_data, prepare_run, shards_of
-from osler.train.trainer import Evaluations, Trainer
+from osler.train.trainer import Evaluations, SupervisedTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -111,7 +111,7 @@ def train(config: TrainConfig, folder: RunFolder, world: World | None = None) ->
         held_out=validation(config, model, prepared, machine.eager_dtype, engine),
         exam=exam_probe(exam, model, tokenizer, machine.eager_dtype, engine),
     )
-    trainer = Trainer(config, run, Learner(model, optimizer, engine, config.clip_norm), loader, evaluations)
+    trainer = SupervisedTrainer(config, run, Learner(model, optimizer, engine, config.clip_norm), loader, evaluations)
     if checkpoint is not None:
         loop = restored(trainer, start, checkpoint)
         if start.is_branch:

@@ -39,7 +39,7 @@ class Evaluations(NamedTuple):
     exam: Callable[[], dict[str, float]] = dict
 
 
-class Trainer:
+class SupervisedTrainer:
     """Trains on the batches of ``loader`` until ``total_tokens`` or until the clock ends the run."""
 
     best_metric = "eval/loss"

@@ -15,7 +15,7 @@ from osler.config.decode import decode
 from osler.config.schema import ConfigError
 from osler.eval.config import EXAM_SEED, EvalConfig
 from osler.eval.exams import greedy, score_by_generation, score_by_likelihood
-from osler.eval.run import Sitting, complete, parts, read_config, remarks, table
+from osler.eval.run import Sitting, complete, parts, config_of, remarks, table
 from osler.eval.score import Result, summarise
 from osler.inference.engine import InferenceEngine
 from osler.inference.ready import open_model
@@ -228,13 +228,13 @@ def test_a_folder_of_runs_names_them(runs, capsys):
 
 
 def test_a_task_without_type_is_the_clinic_with_some_fields_changed():
-    task = read_config(["task.limit=7"]).task
+    task = config_of(["task.limit=7"]).task
     assert list(parts(task)) == ["new_findings", "new_questions"]
     assert all(part.limit == 7 and part.seed == EXAM_SEED for part in parts(task).values())
-    assert list(parts(read_config(["task.type=clinic", "task.split=validation"]).task)) == ["validation"]
-    assert read_config(["text=notes/"]).task is None
+    assert list(parts(config_of(["task.type=clinic", "task.split=validation"]).task)) == ["validation"]
+    assert config_of(["text=notes/"]).task is None
     with pytest.raises(ConfigError, match=r"task\.path"):
-        read_config(["task.type=pubmedqa"])
+        config_of(["task.type=pubmedqa"])
 
 
 def test_a_grpo_run_without_the_clinic_sits_the_exam_it_was_evaluated_on(made):

@@ -11,7 +11,7 @@ from osler.model.transformer import Transformer
 from osler.ops.sampling_params import SamplingParams
 from osler.parallel.engine import ParallelEngine
 from osler.rl.config import AlgorithmConfig
-from osler.rl.step import PolicyLoss, Row, completion_logprobs, update_policy
+from osler.rl.step import PolicyLoss, TrainingRow, completion_logprobs, update_policy
 from osler.runs.process import Learner
 
 VOCAB = 37
@@ -43,7 +43,7 @@ def sample_rows(model, *, sampler=(1.0, None, 1.0), advantage=None):
     drawn = InferenceEngine(model).generate(prompts, sampling, samples_per_prompt=4)
     values = [0.5, -0.5, 1.0, -1.0] * 3 if advantage is None else [advantage] * 12
     masks = drawn.packed_masks or [None] * 12
-    return [Row(prompts[r // 4], ids, drawn.logprobs[r], values[r], masks[r]) for r, ids in enumerate(drawn.completions)]
+    return [TrainingRow(prompts[r // 4], ids, drawn.logprobs[r], values[r], masks[r]) for r, ids in enumerate(drawn.completions)]
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
@@ -65,7 +65,7 @@ def test_sampler_logprobs_equal_a_full_forward(sampler):
 def test_without_the_sampling_mask_the_logprobs_are_wrong(sampler):
     """What the sampling mask is stored for: over the whole vocabulary the same tokens have other log-probabilities."""
     model = tiny_model()
-    rows = [Row(r.prompt_ids, r.completion_ids, r.logprobs, r.advantage) for r in sample_rows(model, sampler=sampler)]
+    rows = [TrainingRow(r.prompt_ids, r.completion_ids, r.logprobs, r.advantage) for r in sample_rows(model, sampler=sampler)]
     with torch.no_grad():
         logp, _, _ = completion_logprobs(model, rows, temperature=sampler[0], device=CPU)
     gaps = [(logp[r, : len(row.logprobs)] - torch.tensor(row.logprobs)).abs().max() for r, row in enumerate(rows)]
@@ -145,7 +145,7 @@ def test_a_gradient_that_is_not_finite_leaves_parameters_and_moments_alone():
     learner = learner_of(model, optimizer)
     update_policy(learner, rows, algorithm)
     before = torch.nn.utils.parameters_to_vector(model.parameters()).detach().clone()
-    bad = [Row(row.prompt_ids, row.completion_ids, row.logprobs, float("nan")) for row in rows]
+    bad = [TrainingRow(row.prompt_ids, row.completion_ids, row.logprobs, float("nan")) for row in rows]
     metrics = update_policy(learner, bad, algorithm)
     assert metrics["train/skipped_steps"] == 1
     assert torch.equal(torch.nn.utils.parameters_to_vector(model.parameters()), before)

@@ -20,7 +20,7 @@ from osler.optim.config import AdamWConfig
 from osler.parallel.engine import ParallelEngine
 from osler.rl.advantages import group_advantages
 from osler.rl.config import AlgorithmConfig
-from osler.rl.step import PolicyLoss, Row, update_policy
+from osler.rl.step import PolicyLoss, TrainingRow, update_policy
 from osler.runs.process import Learner
 
 SYMBOLS, LENGTH = 4, 3
@@ -65,7 +65,8 @@ def train(*, steps, reward=right_frac):
         rewards = [reward(c, [*questions[q], END]) for c, q in zip(drawn.completions, owner, strict=True)]
         advantages = group_advantages(torch.tensor(rewards).view(len(questions), -1)).flatten().tolist()
         rows = [
-            Row([*questions[q], GO], drawn.completions[row], drawn.logprobs[row], advantages[row]) for row, q in enumerate(owner)
+            TrainingRow([*questions[q], GO], drawn.completions[row], drawn.logprobs[row], advantages[row])
+            for row, q in enumerate(owner)
         ]
         update_policy(learner, rows, algorithm, reference=reference)
     return before, true_score()

@@ -13,12 +13,12 @@ from osler.optim.build import build_optimizer
 from osler.optim.config import AdamWConfig
 from osler.parallel.engine import ParallelEngine
 from osler.rl.config import AlgorithmConfig
-from osler.rl.step import PolicyLoss, Row, assign_to_ranks, micro_batches, update_policy
+from osler.rl.step import PolicyLoss, TrainingRow, assign_to_ranks, micro_batches, update_policy
 from osler.runs.process import Learner
 
 
 def row(prompt, completion, *, advantage=1.0, trained=True):
-    return Row(list(range(4, 4 + prompt)), list(range(5, 5 + completion)), [-5.0] * completion, advantage, None, trained)
+    return TrainingRow(list(range(4, 4 + prompt)), list(range(5, 5 + completion)), [-5.0] * completion, advantage, None, trained)
 
 
 @given(
@@ -83,7 +83,7 @@ def test_a_backward_pass_without_rows_of_no_advantage_is_the_same_update(make_po
         return torch.nn.utils.parameters_to_vector(model.parameters()), metrics
 
     fast, fast_metrics = updated()
-    monkeypatch.setattr(Row, "has_gradient", lambda row, beta: True)
+    monkeypatch.setattr(TrainingRow, "has_gradient", lambda row, beta: True)
     plain, plain_metrics = updated()
     torch.testing.assert_close(fast, plain, atol=1e-6, rtol=0)
     assert fast_metrics.pop("data/padding_frac") <= plain_metrics.pop("data/padding_frac")  # passes of their own for the others

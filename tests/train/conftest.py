@@ -26,7 +26,7 @@ from osler.tokenizer.bpe import Tokenizer
 from osler.train.config import TrainConfig
 from osler.train.run import make_loader
 from osler.train.step import TrainStep
-from osler.train.trainer import Evaluations, Trainer
+from osler.train.trainer import Evaluations, SupervisedTrainer
 
 
 @pytest.fixture(scope="session")
@@ -55,15 +55,15 @@ def make_step(runs) -> Callable[..., tuple[Transformer, torch.optim.Optimizer, T
 
 
 @pytest.fixture
-def make_trainer(config, shards, runs) -> Callable[..., Trainer]:
+def make_trainer(config, shards, runs) -> Callable[..., SupervisedTrainer]:
     """``make_trainer(folder, evaluate=..., **fields)``: fields are merged into the config of the tiny pretraining run."""
 
-    def build(folder, evaluate=dict, exam_score=dict, **fields: Any) -> Trainer:
+    def build(folder, evaluate=dict, exam_score=dict, **fields: Any) -> SupervisedTrainer:
         changed = decode(TrainConfig, merge(encode(config), encode(fields)))
         model = load_model(runs.pretrain).model.train()
         learner = Learner(model, build_optimizer(model, changed.optim), ParallelEngine(SummedLoss(model)), changed.clip_norm)
         run = Run(RunFolder.create(folder), World(), fingerprints={"data": shards.fingerprint})
-        return Trainer(changed, run, learner, make_loader(changed, shards), Evaluations(evaluate, exam_score))
+        return SupervisedTrainer(changed, run, learner, make_loader(changed, shards), Evaluations(evaluate, exam_score))
 
     return build
 
