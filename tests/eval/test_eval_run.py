@@ -15,7 +15,7 @@ from osler.config.decode import decode
 from osler.config.schema import ConfigError
 from osler.eval.config import EXAM_SEED, EvalConfig
 from osler.eval.exams import greedy, score_by_generation, score_by_likelihood
-from osler.eval.run import Sitting, complete, parts, config_of, remarks, table
+from osler.eval.run import Sitting, complete, config_of, parts, remarks, table
 from osler.eval.score import Result, summarise
 from osler.inference.engine import InferenceEngine
 from osler.inference.ready import open_model
