@@ -106,7 +106,7 @@ def _find(name: str, *, folder: Path | None, user: str) -> Path:
         kind = "folder" if given.is_dir() else "file"
         raise ConfigError(f"{user}{name} is no recipe but a {kind}; to train on it: data.type=files data.path={name}")
     if name.startswith((".", "/", "~")):
-        raise ConfigError(f"{user}there is no file or folder {name}")
+        raise ConfigError(f"{user}there is no file or folder {name}; text to train on: data.type=files data.path=PATH")
     names = sorted(path.relative_to(RECIPES).with_suffix("").as_posix() for path in RECIPES.rglob("*.yaml"))
     raise ConfigError(f"{user}there is no recipe `{name}`{nearest(name, names)} (a file of yours ends in .yaml)")
 

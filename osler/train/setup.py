@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -13,14 +14,14 @@ import torch
 from osler.checkpoint import store
 from osler.config.decode import decode
 from osler.config.yaml12 import load_yaml
-from osler.data.config import PreparedData
+from osler.data.config import FilesData, PreparedData, TurnsData
 from osler.data.consumed import ConsumedData
 from osler.data.curriculum import rows_per_micro_batch
 from osler.data.loader import check_shares
 from osler.data.packing import torn_examples
 from osler.data.prepare import Prepared, tokenizer_of_shards
 from osler.data.shards import Int64Array, ShardSet
-from osler.data.sources import train_tokenizer
+from osler.data.sources import open_corpus, train_tokenizer
 from osler.inference.load import described_model, tokenizer_of
 from osler.model.transformer import Transformer
 from osler.monitor.logger import check_trackers
@@ -33,7 +34,7 @@ from osler.runtime.device import pick_device
 from osler.runtime.errors import UserError
 from osler.runtime.sharded import load_whole
 from osler.tokenizer.bpe import Tokenizer
-from osler.tokenizer.round_trip import refuse_missing_bytes
+from osler.tokenizer.round_trip import RoundTrip, refuse_missing_bytes
 from osler.train.config import TrainConfig
 
 logger = logging.getLogger(__name__)
@@ -42,6 +43,7 @@ ROUND_LENGTH = 64  # a row length that is proposed is a multiple of it
 # Passes over the data that are told at the start. Text: Muennighoff et al. 2023, arXiv 2305.16264, found up to 4 to be nearly as
 # good as new text, and hardly a gain after 16. Fine-tuning is often many passes over few examples.
 WORTHWHILE_EPOCHS = {"pretrain": 4, "sft": 16}
+LOOKED_AT = 64  # documents whose start is decoded again before a run begins, to see what its tokenizer loses
 MUCH_USED = 0.9  # of the model's vocabulary: below this share of it the rest is worth a word
 
 
@@ -54,7 +56,10 @@ def check_plan(config: TrainConfig, *, is_new: bool) -> None:
         read_settings(config.parallel)
     check_trackers(config.monitor)
     if is_new and config.init_from is None and config.tokenizer.path is not None:
-        refuse_missing_bytes(Tokenizer.load(config.tokenizer.path))
+        tokenizer = refuse_missing_bytes(Tokenizer.load(config.tokenizer.path))
+        if isinstance(config.data, FilesData | TurnsData):
+            documents = islice(open_corpus(config.data).train, LOOKED_AT)
+            RoundTrip(tokenizer).look(part for document in documents for part in document.parts)
 
 
 def check_branch(config: TrainConfig, start: store.Loaded) -> None:

@@ -12,6 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from run_folders import STOPPED, at, flip, saved_steps
+from tokenizers import Tokenizer as Backend
+from tokenizers import models, pre_tokenizers
 
 from osler.cli.main import main
 from osler.config.yaml12 import dump_yaml, load_yaml
@@ -98,6 +100,17 @@ def test_a_tokenizer_too_large_for_the_model(mistake, tiny, tmp_path):
 def test_a_tokenizer_much_smaller_than_the_model_is_mentioned(launch, tmp_path, capsys):
     assert launch("pretrain", tmp_path / "run", "model.vocab_size=700", "total_tokens=256") == 0
     assert "512 tokens, the model room for 700" in capsys.readouterr().err
+
+
+def test_a_tokenizer_that_loses_the_text_is_refused_before_the_run(mistake, tiny, tmp_path):
+    backend = Backend(models.WordLevel({"[UNK]": 0, "fever": 1}, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.save(str(tmp_path / "t.json"))
+    (tmp_path / "notes.txt").write_text("cough and fever")
+    given = ["data.type=files", f"data.path={tmp_path / 'notes.txt'}", f"tokenizer.path={tmp_path / 't.json'}"]
+    for more in (["--dry-run"], []):
+        assert "is read back as '[UNK]" in mistake("pretrain", "debug", *given, "--run", tmp_path / "run", *more)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_recipe_that_is_missing_or_broken(mistake, tmp_path):
