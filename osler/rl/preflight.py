@@ -29,7 +29,7 @@ MOST_CUT = 0.9  # above this share of cut completions the model does not end by 
 
 
 def preflight(groups: Sequence[Group], config: GrpoConfig) -> str:
-    """Show what came back on the first step's questions and judge it; returns the lines of the samples file.
+    """Show the answers to the first step's questions and refuse a hopeless start. Return the lines of the samples file.
 
     Raises UserError, on every rank, when no completion earned a reward and none keeps to the template with an answer that can be
     read. (A model that draws at random hits a marker and a letter now and then, and hardly ever all of the template.)
@@ -48,7 +48,7 @@ def preflight(groups: Sequence[Group], config: GrpoConfig) -> str:
         elif config.preflight == "refuse":
             raise UserError(refusal(samples, config))
         else:
-            logger.warning(f"{refusal(samples, config)}")
+            logger.warning(refusal(samples, config))
     elif not any(group.effective for group in groups):
         cause = (
             "all of them are right: take harder questions"

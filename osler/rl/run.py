@@ -55,8 +55,8 @@ def train(config: GrpoConfig, folder: RunFolder, world: World | None = None) -> 
     """Set up and train (or continue) one GRPO run in its folder. Return False when it was asked to stop before the end."""
     world = world or World(device=config.device)
     run = Run(folder, world)
-    check_exams(config)
     start = find_start(config, run, check_branch)
+    check_exams(config)
     machine = agree_on_machine(
         world, start.checkpoint, precision=config.precision, compile_mode="never", steps=config.steps
     )

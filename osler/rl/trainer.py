@@ -87,6 +87,9 @@ class GrpoTrainer:
     def begin(self) -> None:
         """Do nothing: what is asked is computed from the step."""
 
+    def close(self) -> None:
+        """Do nothing, like ``begin``."""
+
     def pause(self, seconds: float) -> None:
         """Do nothing: each step is timed by itself."""
 
@@ -146,7 +149,7 @@ class GrpoTrainer:
         return Due(
             save=self._crossed(config.checkpoint.every_steps),
             milestone=self._crossed(config.checkpoint.keep_every_steps),
-            evaluation=self._crossed(config.eval_every_steps),
+            evaluation=bool(self.best_metric) and self._crossed(config.eval_every_steps),
         )
 
     def _crossed(self, every_steps: int) -> bool:
@@ -217,7 +220,7 @@ class GrpoTrainer:
             self.reference.load_state_dict(loaded.tensors["reference"])
         self.step = loaded.state["step"]
         self.tokens = loaded.state["tokens"]
-        self.task_tokens = Counter(loaded.state.get("task_tokens", {}))
+        self.task_tokens = Counter(loaded.state["task_tokens"])
 
 
 def frozen_copy(model: Transformer) -> Transformer:

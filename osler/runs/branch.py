@@ -36,9 +36,10 @@ def branch_config(cls: type[T], kind: str, branch: str, step: int | None, overri
     the checkpoint that it began with is gone.
     """
     refuse_checkpoint(run.root)
+    branch_path = padded(Path(branch))
     stored = read_config(run) if run.config.exists() else {}
-    if not _is_begun(stored.get("branch_from"), Path(branch), step):
-        checkpoint = _checkpoint_of(branch, step)
+    if not _is_begun(stored.get("branch_from"), branch_path, step):
+        checkpoint = _checkpoint_of(branch_path, step)
         _check_kind(checkpoint, kind)
         stored = _config_in(checkpoint, store.load(checkpoint, names=[]).files) | {"branch_from": str(checkpoint)}
     return decode(cls, merge(stored, parse_overrides(overrides, stored)), source=str(branch))
@@ -52,8 +53,7 @@ def _is_begun(branch_from: str | None, branch: Path, step: int | None) -> bool:
     return branch == there or (branch in there.parents and (step is None or there.name == store.folder_name(step)))
 
 
-def _checkpoint_of(branch: str, step: int | None) -> Path:
-    path = padded(Path(branch))
+def _checkpoint_of(path: Path, step: int | None) -> Path:
     match = FOLDER_NAME.fullmatch(path.name)
     if match and not path.is_dir() and path.parent.is_dir():
         find_step(path.parent, int(match[1]))  # says which there are

@@ -10,14 +10,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast, get_args
 
 from osler.checkpoint import store
 from osler.checkpoint.manifest import STATE
 from osler.checkpoint.root import refuse_checkpoint
 from osler.config.decode import decode
 from osler.config.recipe import load_recipe, parse_overrides
-from osler.config.schema import encode
+from osler.config.schema import encode, hints
 from osler.config.yaml12 import dump_yaml
 from osler.inference.load import read_model_config
 from osler.model.config import ModelConfig
@@ -112,6 +112,9 @@ def config_of(cls: type[RunConfig], request: Request) -> Any:
     if request.resume or (request.from_step is not None and recipe is None):
         return stored_config(cls, run_dir, overrides)
     given = load_recipe(recipe, overrides) if recipe else parse_overrides(overrides)
+    kind = given.get("kind", request.kind)
+    if kind not in get_args(hints(cast(Any, cls))["kind"]):
+        raise UserError(f"{recipe or 'This configuration'} is for `osler {kind}`, not for `osler {request.kind}`.")
     return decode(cls, {**given, "kind": request.kind}, source=recipe or "")
 
 

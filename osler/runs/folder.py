@@ -1,7 +1,4 @@
-"""What a run folder tells the next process: its config, its newest good checkpoint, what was evaluated.
-
-These functions change nothing but ``config.yaml``.
-"""
+"""What a run folder tells the next process: its config, its newest good checkpoint, what was evaluated."""
 
 from __future__ import annotations
 

@@ -169,12 +169,10 @@ class Incidents:
             "before": list(self.before),
         }
 
-    def restore(self, state: Mapping[str, Any] | None) -> None:
-        """Continue from what ``checkpointed`` returned; None comes from a checkpoint of an older version."""
-        if state is None:
-            return
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Continue from what ``checkpointed`` returned."""
         self.good_step, self.skipped_in_a_row, self.cause = state["good_step"], state["skipped_in_a_row"], state["cause"]
-        self.first_skipped, self.not_finite_in_a_row = state.get("first_skipped", 0), state.get("not_finite_in_a_row", 0)
+        self.first_skipped, self.not_finite_in_a_row = state["first_skipped"], state["not_finite_in_a_row"]
         self.rollbacks, self.data_offset = state["rollbacks"], state["data_offset"]
         self.spikes.restore(state["spikes"])
         self.before = deque(state["before"], STEPS_BEFORE)

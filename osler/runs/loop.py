@@ -11,8 +11,10 @@ same steps with the same numbers as one that was never interrupted.
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Mapping
+from contextlib import closing
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
@@ -22,7 +24,7 @@ from osler.checkpoint import store
 from osler.checkpoint.saver import Saver
 from osler.monitor.history import RunSettings
 from osler.monitor.lifetime import recorded
-from osler.monitor.logger import open_logger
+from osler.monitor.logger import RunLogger, open_logger
 from osler.optim.build import keeping_settings
 from osler.runs.config import RunConfig
 from osler.runs.folder import check_fingerprints, was_evaluated
@@ -93,6 +95,9 @@ class Trainer(Protocol):
     def pause(self, seconds: float) -> None:
         """Leave these seconds out of the speed of training."""
 
+    def close(self) -> None:
+        """Give up what ``begin`` took up."""
+
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint keeps of the trainer itself, as JSON."""
 
@@ -119,6 +124,10 @@ class Loop:
         )
         self.best: float | None = None  # value of the best metric so far
         self.left_evaluation = False  # because the run was asked to stop
+        self.has_shown_nothing = True
+        self.stop: StopFlag  # these three live inside ``fit``
+        self.run_logger: RunLogger
+        self.progress: Progress
 
     def fit(self) -> bool:
         """Train to the end. Return False when the run was asked to stop before; everything is saved then."""
@@ -128,12 +137,13 @@ class Loop:
             StopFlag() as self.stop,  # first, so that whoever sees the metrics file may send a signal
             open_logger(
                 config.monitor, self.run.folder, trainer.settings(), step=trainer.step, is_first=self.world.is_first
-            ) as self.logger,
-            recorded(self.logger.events, lambda: trainer.step, lambda: self.is_complete, self.logger.unresolved),
+            ) as self.run_logger,
+            recorded(self.run_logger.events, lambda: trainer.step, lambda: self.is_complete, self.run_logger.unresolved),
             Progress(total, unit, label=config.kind, initial=done) as self.progress,
             self.saver,
+            closing(trainer),
         ):
-            self.run.events = self.logger.events
+            self.run.events = self.run_logger.events
             # Before the first step, or where a kill came after the checkpoint and before its evaluation.
             folder, step = self.run.folder, trainer.step
             if trainer.due().evaluation and not self.world.broadcast_from_first(lambda: was_evaluated(folder, step)):
@@ -156,11 +166,13 @@ class Loop:
         fault("train-step")
         stopping = self._agree_to_stop()
         if line is not None:
-            self.logger.write(trainer.step, trainer.tokens, line)
+            self.run_logger.write(trainer.step, trainer.tokens, line)
             self._show(trainer.shown(line))
             if self.incidents.cause:
                 self._roll_back()
                 return True
+        elif self.has_shown_nothing:  # the first step may have compiled for minutes
+            self._show({})
         due = trainer.due()
         if due.save or due.milestone or due.evaluation or stopping:
             self.save()
@@ -179,6 +191,7 @@ class Loop:
         return not all_go_on
 
     def _show(self, shown: Mapping[str, str]) -> None:
+        self.has_shown_nothing = False
         done, self.progress.total, _ = self.trainer.progress
         self.progress.update(done, **shown)
 
@@ -190,10 +203,10 @@ class Loop:
         Sharded tensors come together on rank 0, one at a time.
         """
         trainer, learner = self.trainer, self.trainer.learner
-        own_state = trainer.state()
         self.world.broadcast_from_first(self.saver.wait)  # ranks have more patience here than in a collective on the device
         to_host = self.saver.to_host if trainer.config.checkpoint.in_background else None
         tensors, optimizer_state = learner.engine.parts(learner.model, learner.optimizer, to_host)
+        own_state = trainer.state()
         state = {
             "kind": trainer.config.kind,
             "step": trainer.step,
@@ -228,7 +241,7 @@ class Loop:
         learner = self.trainer.learner
         learner.engine.restore(learner.model, learner.optimizer, loaded.tensors, loaded.state["optimizer"])
         self.trainer.restore(loaded)
-        self.incidents.restore(loaded.state.get("incidents"))
+        self.incidents.restore(loaded.state["incidents"])
         # Read from the folder, because a checkpoint is written before the evaluation that may make it the best.
         best = store.best_checkpoint(self.run.folder.checkpoints)
         self.best = best.value if best is not None and best.step <= loaded.step else None
@@ -240,7 +253,7 @@ class Loop:
         self.save()
         self.world.broadcast_from_first(self.saver.wait)
         fault("rollback")
-        self.logger.rewind(self.trainer.step)
+        self.run_logger.rewind(self.trainer.step)
         self.trainer.begin()
 
     # -- evaluate --------------------------------------------------------------------------------------------------------
@@ -260,7 +273,7 @@ class Loop:
         if metrics:
             self._mark_if_best(metrics)
             # Last, because the line is what tells a resumed run that this evaluation is complete.
-            self.logger.write(trainer.step, trainer.tokens, {**metrics, "eval/seconds": time.monotonic() - before})
+            self.run_logger.write(trainer.step, trainer.tokens, {**metrics, "eval/seconds": time.monotonic() - before})
             shown = {name.replace("eval/loss", "held-out loss").removeprefix("eval/"): value for name, value in metrics.items()}
             logger.info(f"step {trainer.step}: " + ", ".join(f"{name} {value:.4f}" for name, value in shown.items()))
             self._show({})
@@ -269,7 +282,7 @@ class Loop:
     def _mark_if_best(self, metrics: Mapping[str, float]) -> None:
         name = self.trainer.best_metric
         value, saved = metrics.get(name), self.run.folder.checkpoints / store.folder_name(self.trainer.step)
-        if value is None or not self.world.is_first or not saved.is_dir():
+        if value is None or not math.isfinite(value) or not self.world.is_first or not saved.is_dir():
             return
         if self.best is None or (value < self.best if name.endswith("loss") else value > self.best):
             self.best = value

@@ -74,8 +74,8 @@ def train(config: TrainConfig, folder: RunFolder, world: World | None = None) ->
     """Set up and train (or continue) one supervised run in its folder. Return False when it was asked to stop before the end."""
     world = world or World(device=config.device)
     run = Run(folder, world)
-    exam = exam_items(config.exam)
     start = find_start(config, run, check_branch)
+    exam = exam_items(config.exam)
     checkpoint = start.load()
     # A run by the clock takes as many steps as it can: from a minute on compiling pays.
     steps = config.total_steps if config.max_minutes is None else int(config.max_minutes * COMPILE_MIN_STEPS)
@@ -83,6 +83,9 @@ def train(config: TrainConfig, folder: RunFolder, world: World | None = None) ->
         world, start.checkpoint, precision=config.precision, compile_mode=config.compile, steps=steps
     )
     model, tokenizer, fill = make_model(config, machine, checkpoint, processes=world.size)
+    kept = folder.root / TOKENIZER_FILE
+    tokenizer = world.broadcast_from_first(lambda: refuse_missing_bytes(make_tokenizer(config, tokenizer, kept)))
+    fit_vocabulary(model, tokenizer, is_new=checkpoint is None and config.init_from is None)
     engine = parallelize(
         model,
         config.parallel,
@@ -94,9 +97,6 @@ def train(config: TrainConfig, folder: RunFolder, world: World | None = None) ->
     )
     fill()
     del fill  # and what it loaded
-    kept = folder.root / TOKENIZER_FILE
-    tokenizer = world.broadcast_from_first(lambda: refuse_missing_bytes(make_tokenizer(config, tokenizer, kept)))
-    fit_vocabulary(model, tokenizer, is_new=checkpoint is None and config.init_from is None)
     prepared = prepare_run(config, folder, tokenizer, checkpoint, model.config) if world.is_first else None
     world.barrier()  # what rank 0 wrote, the others read
     prepared = prepared or open_prepared(shards_of(config, folder), tokenizer)

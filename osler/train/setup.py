@@ -24,7 +24,6 @@ from osler.data.shards import Int64Array, ShardSet
 from osler.data.sources import open_corpus, train_tokenizer
 from osler.inference.load import described_model, tokenizer_of
 from osler.model.transformer import Transformer
-from osler.monitor.logger import check_trackers
 from osler.parallel.config import DeepSpeedConfig, FsdpConfig
 from osler.parallel.deepspeed import read_settings
 from osler.parallel.fp8 import float8_linear
@@ -54,7 +53,6 @@ def check_plan(config: TrainConfig, *, is_new: bool) -> None:
         float8_linear(device.type != "cuda")
     if isinstance(config.parallel, DeepSpeedConfig):
         read_settings(config.parallel)
-    check_trackers(config.monitor)
     if is_new and config.init_from is None and config.tokenizer.path is not None:
         tokenizer = refuse_missing_bytes(Tokenizer.load(config.tokenizer.path))
         if isinstance(config.data, FilesData | TurnsData):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from osler.checkpoint import store
 from osler.data.consumed import ConsumedData
-from osler.data.loader import StagedLoader
+from osler.data.loader import Batch, StagedLoader
 from osler.monitor.collect import has_learned, step_stats
 from osler.monitor.history import RunSettings
 from osler.optim.build import set_hyperparameters
@@ -68,6 +68,7 @@ class SupervisedTrainer:
         self.window: list[list[float]] = []  # loss, gradient norm and skip flag of each step since the last line
         self.on_device: list[StepResult] = []  # the same, not fetched yet
         self.first_step = 0  # that this process makes
+        self.iterator: Iterator[Batch] = iter(())  # of batches, from ``begin`` to ``close``
         self.has_replanned = False
         self.since = (0, 0.0)  # tokens and time from which the next line measures the speed
 
@@ -100,8 +101,11 @@ class SupervisedTrainer:
 
     def begin(self) -> None:
         self.iterator = self.batches(self.step, self.incidents.data_offset)
-        self.first_step = self.step + 1
+        self.first_step = self.first_step or self.step + 1
         self.since = self.tokens, time.monotonic()
+
+    def close(self) -> None:
+        self.iterator = iter(())  # the loader's threads end here, and not when the trainer is garbage
 
     def advance(self) -> dict[str, float] | None:
         middle, scale = self._schedule(self.step)
@@ -241,5 +245,5 @@ class SupervisedTrainer:
         state = loaded.state
         self.step = state["step"]
         self.total_tokens = state["total_tokens"] if self.config.max_minutes else self.config.total_tokens
-        self.train_loss = state.get("train_loss")
+        self.train_loss = state["train_loss"]
         self.window = [[math.nan if value is None else value for value in row] for row in state["window"]]

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import signal
+import threading
 import time
 from itertools import pairwise
 
@@ -92,6 +93,19 @@ def test_keep_last_and_the_best(make_trainer, tmp_path):
     assert saved_steps(tmp_path) == [4, 10, 11, 12]
     best = store.best_checkpoint(tmp_path / "checkpoints")
     assert (best.step, best.metric, best.value) == (4, "eval/loss", 1.0)
+
+
+def test_a_loss_that_is_not_finite_is_never_the_best(make_trainer, tmp_path):
+    losses = iter([math.nan, 5.0, math.inf])
+    assert Loop(make_trainer(tmp_path, evaluate=lambda: {"eval/loss": next(losses)}, eval_every_tokens=4 * 256)).fit()
+    best = store.best_checkpoint(tmp_path / "checkpoints")
+    assert (best.step, best.value) == (8, 5.0)
+
+
+def test_the_threads_of_the_loader_end_with_the_run(make_trainer, tmp_path):
+    trainer = make_trainer(tmp_path, loader_workers=1)
+    assert Loop(trainer).fit() and trainer.done
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("loader")]
 
 
 def test_milestones_are_saved_and_kept(make_trainer, tmp_path):
