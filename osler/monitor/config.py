@@ -24,8 +24,7 @@ class MonitorConfig:
     def __post_init__(self) -> None:
         if self.webhook is not None and not _is_webhook(self.webhook):
             raise ValueError(
-                f"webhook is {self.webhook!r}; it must be an https:// URL (http:// for localhost alone). A command that "
-                "gets each alert is alert_command."
+                "webhook must be an https:// URL (http:// for localhost alone). A command that gets each alert is alert_command."
             )
 
 

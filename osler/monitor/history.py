@@ -81,6 +81,7 @@ class History:
         self.has_loss = False  # whether the newest line has a loss, finite or not
         self.loss: float | None = None  # of the newest line with one; NaN when it was not finite
         self.peak_lr = 0.0
+        self.had_gradient = False  # in GRPO: some group was not rewarded equally
         self.without_reward = 0  # lines in a row
         self.first: dict[str, list[float]] = {CUT: [], REWARD: [], ENTROPY: []}  # of the first lines
         self._begin_stage()
@@ -108,6 +109,7 @@ class History:
                 self.values[name].append(line[name])
         if HELD_OUT in line:
             self.lowest_held_out = min(self.lowest_held_out, (line[HELD_OUT], step))
+        self.had_gradient = self.had_gradient or line.get(ALL_EQUAL, 1.0) < 1.0
         if GRAD_NORM in line and line.get(ALL_EQUAL) == 1.0:  # the pull of GRPO's KL term alone says nothing of other steps
             self.values[GRAD_NORM][-1] = 0.0
         if any(name in line for name in MEMORY):

@@ -118,8 +118,8 @@ def open_logger(config: MonitorConfig, run: RunFolder, settings: RunSettings, *,
 
 def _section(run: RunFolder) -> str:
     """Return ``pretrain.`` and so on for a stage of a quickstart, whose settings are a section of its recipe; else nothing."""
-    above = RunFolder(run.root.absolute().parent).config
-    is_stage = above.is_file() and load_yaml(above.read_text(encoding="utf-8"), str(above)).get("kind") == "quickstart"
+    above = RunFolder(run.root.absolute().parent).config  # of whatever the folder above is, so it is not parsed
+    is_stage = above.is_file() and "\nkind: quickstart\n" in "\n" + above.read_text(encoding="utf-8", errors="replace")
     return f"{run.root.name}." if is_stage else ""
 
 

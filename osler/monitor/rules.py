@@ -147,7 +147,7 @@ def unlearned(past: History) -> Iterator[Finding]:
 def ended_badly(past: History) -> Iterator[Finding]:
     """The last loss of a run, however few its lines, is not finite, or worse than guessing; or GRPO never had a gradient."""
     vocab_size, loss, equal = past.settings.vocab_size, past.loss, past.values[ALL_EQUAL]
-    if equal and min(equal) == 1.0 and past.without_reward < past.settings.zero_reward_patience:
+    if equal and not past.had_gradient and past.without_reward < past.settings.zero_reward_patience:
         yield Finding(
             "equal-rewards",
             "the samples of each question were rewarded equally in every step, so the model learned nothing. Ask what it gets "

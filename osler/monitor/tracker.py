@@ -46,6 +46,9 @@ class Tracker:
         """Finish what was taken."""
 
 
+SERVE = "from osler.monitor.tracker import serve; serve()"
+
+
 class UndeliveredError(Exception):
     """An alert that did not arrive; the tracker is tried again with the next."""
 
@@ -65,12 +68,11 @@ class TrackerProcess:
             printed.parent.mkdir(parents=True, exist_ok=True)
             with printed.open("wb") as file:
                 self.process = subprocess.Popen(
-                    [sys.executable, "-c", "from osler.monitor.tracker import serve; serve()"],
+                    [sys.executable, "-c", f"import sys; sys.path[:] = {sys.path!r}\n{SERVE}"],
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     stderr=file,
                     bufsize=0,
-                    env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
                     start_new_session=True,  # a Ctrl-C is for the run
                 )
             assert self.process.stdin is not None and self.process.stdout is not None

@@ -26,4 +26,4 @@ class SampledAnswer:
 def read_samples(path: Path) -> tuple[list[SampledAnswer], int]:
     """Return the answers of a file, and how many of its lines before the last are unreadable."""
     rows, unreadable = jsonl.read(path)
-    return [from_json(SampledAnswer, {"id": row.get("question"), **row}) for row in rows], unreadable
+    return [from_json(SampledAnswer, {**row, "id": row.get("id") or row.get("question")}) for row in rows], unreadable

@@ -48,7 +48,7 @@ FAMILIES: tuple[Family, ...] = (  # the first whose prefix fits
     Family(
         "Data",
         ("data/",),
-        "Good: what is delivered matches what was asked for, and no source is read many times over.",
+        "Good: the share consumed of each source matches its target, and no source is read many times over.",
     ),
     Family(
         "Reinforcement learning",

@@ -186,12 +186,14 @@ def _changes(questions: Sequence[dict[str, SampledAnswer]], stages: Sequence[str
 
 def right_option(sample: SampledAnswer) -> int | None:
     """Return the place of the correct answer among the options: by its letter, its text, or both as in `text (B)`."""
-    key = sample.correct_answer.strip()
-    for place, option in enumerate(sample.options):
-        letter = chr(ord("A") + place)
-        if key.casefold() in (letter.casefold(), option.strip().casefold()) or key.rstrip(".").endswith(f"({letter})"):
-            return place
-    return None
+    key = sample.correct_answer.strip().casefold()
+    letters = [chr(ord("a") + place) for place in range(len(sample.options))]
+    ways = (
+        [key.rstrip(".").endswith(f"({letter})") for letter in letters],
+        [key == option.strip().casefold() for option in sample.options],
+        [key == letter for letter in letters],
+    )
+    return next((way.index(True) for way in ways if True in way), None)
 
 
 def _facts(run: RunRecord) -> dict[str, dict[str, str]]:

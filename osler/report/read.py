@@ -169,7 +169,7 @@ def is_run(path: Path) -> bool:
 
 def _read_config(path: Path, problems: list[str]) -> tuple[str, dict[str, Any]]:
     text = path.read_text(encoding="utf-8", errors="replace")
-    text = re.sub(r"(?m)^( *webhook: )(?!null$).+$", r"\1(not shown)", text)  # who knows the URL can write to it
+    text = re.sub(r"(?m)^( *(?:webhook|alert_command): )(?!null$).+$", r"\1(not shown)", text)  # may hold a secret
     try:
         config = load_yaml(text, path.name)
     except UserError as error:

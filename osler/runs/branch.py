@@ -109,7 +109,7 @@ def same_data(config: Any, loaded: store.Loaded) -> bool:
 def describe_branch(config: Any, loaded: store.Loaded) -> str:
     """Return one line about a branch: where it begins, and how its config differs from that of its run."""
     stored = _config_in(loaded.path, loaded.files)
-    changed = differences(config, stored, str(loaded.path / CONFIG), leave_out=("branch_from", "description"))
+    changed = differences(config, stored, str(loaded.path / CONFIG), leave_out=("branch_from", "description", "monitor"))
     what = f"What differs from its run: {named(changed)}." if changed else "Nothing differs from its run."
     return f"A branch of {loaded.path}, from step {loaded.step:,}. {what}"
 

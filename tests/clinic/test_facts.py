@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import FrozenInstanceError
+from itertools import combinations
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from osler.clinic.facts import (
     FACT_RELATIONS,
     RELATIONS,
     check_conditions,
+    conditions_by_name,
     load_conditions,
     parse_condition,
 )
@@ -35,6 +37,12 @@ def test_there_are_at_least_64_conditions_in_many_specialities() -> None:
     assert {"infections", "cardiology", "endocrinology", "hematology", "neurology", "toxicology"} <= areas
 
 
+def test_names_are_unique_and_sorted() -> None:
+    names = [condition.name for condition in CONDITIONS]
+    assert names == sorted(set(names))
+    assert list(conditions_by_name()) == names
+
+
 def test_every_condition_has_eight_short_findings_and_five_short_answers() -> None:
     for condition in CONDITIONS:
         assert len(set(condition.findings)) == 8
@@ -44,6 +52,11 @@ def test_every_condition_has_eight_short_findings_and_five_short_answers() -> No
             assert 1 <= len(text.split()) <= 4, text
             assert "," not in text and " and " not in text.replace("fluids and", "fluids").replace("rest and", "rest")
             assert text == text.strip() and not text.endswith(".")
+
+
+def test_no_two_conditions_share_three_findings() -> None:
+    for one, other in combinations(CONDITIONS, 2):
+        assert len(set(one.findings) & set(other.findings)) <= 2, (one.name, other.name)
 
 
 def test_findings_give_no_answer_away() -> None:
@@ -73,6 +86,23 @@ def test_arguable_answers_name_answers_of_other_conditions() -> None:
             assert accepted <= known, (condition.name, relation, accepted - known)
             assert condition.answers[relation].lower() not in accepted
             assert condition.acceptable(relation) == accepted | {condition.answers[relation].lower()}
+
+
+def test_some_facts_every_physician_knows() -> None:
+    facts = {(c.name, relation): c.answers[relation] for c in CONDITIONS for relation in FACT_RELATIONS}
+    assert facts["lobar pneumonia", "cause"] == "pneumococcus"
+    assert facts["opioid overdose", "treatment"] == "naloxone"
+    assert facts["ankylosing spondylitis", "risk"] == "HLA-B27"
+    assert facts["rheumatic fever", "complication"] == "mitral stenosis"
+    assert facts["cystic fibrosis", "test"] == "sweat chloride test"
+    assert facts["Down syndrome", "cause"] == "trisomy 21"
+
+
+def test_sex_limited_conditions() -> None:
+    by_name = conditions_by_name()
+    assert by_name["ectopic pregnancy"].sex == by_name["preeclampsia"].sex == "female"
+    assert by_name["hemophilia A"].sex == "male"
+    assert all(1 <= condition.age[0] <= condition.age[1] <= 99 for condition in CONDITIONS)
 
 
 def test_every_relation_has_enough_wordings_in_both_directions() -> None:

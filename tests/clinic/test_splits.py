@@ -8,7 +8,7 @@ from itertools import combinations
 import pytest
 
 from osler.clinic.facts import DIAGNOSIS, FACT_RELATIONS, load_conditions
-from osler.clinic.splits import PARTS, combo_hash, make_splits, split_combos, split_facts
+from osler.clinic.splits import EXAM_SPLITS, PARTS, combo_hash, make_splits, split_combos, split_facts
 
 CONDITIONS = load_conditions()
 SEEDS = (0, 1, 2, 17)
@@ -52,6 +52,17 @@ def test_combinations_are_partitioned(seed: int) -> None:
         assert set(everything) == {frozenset(combo) for combo in combinations(condition.findings, 3)}
         assert (len(parts["train"]), len(parts["validation"]), len(parts["test"])) == (39, 6, 11)
         assert {finding for combo in parts["train"] for finding in combo} == set(condition.findings)
+
+
+def test_exam_splits_are_disjoint_by_construction() -> None:
+    """Two exam splits differ in the part of the facts or of the combinations, and parts do not overlap."""
+    assert len(set(EXAM_SPLITS.values())) == len(EXAM_SPLITS)
+    assert EXAM_SPLITS["train"] == ("train", "train")
+    held_out_combos = [combos for split, (_, combos) in EXAM_SPLITS.items() if split != "train"]
+    assert "train" not in held_out_combos
+    assert EXAM_SPLITS["new_findings"][0] == "train"
+    assert EXAM_SPLITS["new_questions"][0] == "test"
+    assert EXAM_SPLITS["validation_questions"][0] == "validation"
 
 
 def test_splits_are_a_pure_function_of_the_seed() -> None:

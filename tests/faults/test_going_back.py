@@ -186,10 +186,11 @@ def test_a_branch_without_changes_ends_where_its_run_ended(kind, whole, tmp_path
 def test_a_branch_takes_changes_says_them_and_learns_with_them(whole, tmp_path, capsys):
     """The learning rate of the checkpoint's optimizer does not come back."""
     origin, run = whole["pretrain"], tmp_path / "new"
-    changes = ["optim.lr=1e-12", "total_tokens=3584", "monitor.tensorboard=false"]
+    changes = ["optim.lr=1e-12", "total_tokens=3584", "monitor.webhook=http://localhost:9/a-secret"]
     assert main(["pretrain", "--branch", str(origin), *changes, "--run", str(run)]) == 0
     text = capsys.readouterr().err
     assert "optim.lr is 1e-12 here and 0.0025 there" in text and "total_tokens is 3584 here and 3072 there" in text
+    assert "a-secret" not in text and "a-secret" not in (run / "events.jsonl").read_text()
     config = load_yaml((run / "config.yaml").read_text(), "")
     assert config["branch_from"] == str(at(origin, 12)) and config["optim"]["lr"] == 1e-12
     ends = [store.load(at(folder, step)) for folder, step in ((origin, 12), (run, 14))]

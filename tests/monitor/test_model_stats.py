@@ -167,7 +167,7 @@ def test_units_that_no_token_moves_are_dead():
     assert float(dead_share(torch.zeros(2, 3, 8), everywhere(units)[:, :3])) == 1.0
 
 
-def test_padding_is_not_counts(model, rows):
+def test_padding_does_not_count(model, rows):
     """Whatever stands behind the last learned token of a row, also as documents of its own, the numbers are the same."""
     found = activation_stats(model, model.state_dict(), rows)
     padded = ProbeRows(torch.full((3, 32), 7), torch.full((3, 32), -100))

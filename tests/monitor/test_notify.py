@@ -109,3 +109,22 @@ def test_a_webhook_that_is_no_secure_url_is_refused(url):
 @pytest.mark.parametrize("url", ["https://example.org:8443/hooks/x?id=1", "http://localhost:8080", "http://[::1]/x"])
 def test_a_webhook_is_encrypted_or_on_this_machine(url):
     assert MonitorConfig(webhook=url).webhook == url
+
+
+def test_an_alert_command_has_the_environment_of_the_run(tmp_path, monkeypatch):
+    """Osler's own folders do not shadow the modules of the script."""
+    monkeypatch.setattr("osler.monitor.logger.CLOSE_SECONDS", 300.0)
+    monkeypatch.setenv("PYTHONPATH", "mine")
+    script, out = tmp_path / "hook.py", tmp_path / "out"
+    script.write_text("import os, sys; open(sys.argv[1], 'w').write(os.environ['PYTHONPATH'])")
+    config = MonitorConfig(alert_command=f"{PYTHON} '{script}' '{out}'")
+    with open_logger(config, RunFolder.create(tmp_path / "run"), SETTINGS, step=0) as logger:
+        logger.events.write(7, "incident", "dead-layers", ALERT.message)
+    assert out.read_text() == "mine"
+
+
+@pytest.mark.parametrize("above", [b"- a list", b"", b"\xff", b"a: 1\na: 2", b"x: !env y"])
+def test_a_config_file_above_the_run_is_not_read_as_osler_s(tmp_path, above):
+    (tmp_path / "config.yaml").write_bytes(above)
+    with open_logger(MonitorConfig(), RunFolder.create(tmp_path / "run"), SETTINGS, step=0) as logger:
+        assert logger.alerter.history.settings.section == ""

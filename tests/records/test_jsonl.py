@@ -11,6 +11,7 @@ import pytest
 
 from osler.records import jsonl
 from osler.records.metrics import read_metrics
+from osler.records.samples import read_samples
 from osler.records.values import NAN, from_json, to_json
 from osler.runtime.errors import UserError
 
@@ -31,6 +32,11 @@ def test_what_is_no_object_is_passed_over(odd: Path) -> None:
     assert jsonl.read(odd.with_name("none")) == ([], 0)
     with pytest.raises(UserError, match="cannot be read"):
         jsonl.read(odd.parent)
+
+
+def test_a_sample_without_an_id_is_known_by_its_question(tmp_path: Path) -> None:
+    (tmp_path / "samples.jsonl").write_text('{"id": null, "question": "a"}\n{"question": "b"}\n{"id": "c", "question": "d"}\n')
+    assert [sample.id for sample in read_samples(tmp_path / "samples.jsonl")[0]] == ["a", "b", "c"]
 
 
 def test_appending_ends_a_torn_line_first(odd: Path) -> None:

@@ -14,9 +14,10 @@ from osler.cli.main import main
 from osler.config.schema import encode
 from osler.model.config import ModelConfig
 from osler.monitor.metrics import METRICS
+from osler.records.samples import SampledAnswer
 from osler.report import format as fmt
 from osler.report.charts import SPECS
-from osler.report.page import build_report
+from osler.report.page import build_report, right_option
 from osler.report.read import read_run
 from osler.report.text import summary_text
 from osler.report.words import headline, model_of, stage_colour, stage_title
@@ -417,3 +418,8 @@ def test_a_checkpoint_is_named_and_coloured_by_its_stage() -> None:
     assert stage_title("sft, earlier checkpoint") == "Supervised fine-tuning, earlier checkpoint"
     assert stage_title("my_stage") == "My stage"
     assert stage_colour("sft, earlier checkpoint") == stage_colour("sft") != stage_colour("rl") == stage_colour("grpo-2")
+
+
+@pytest.mark.parametrize(("answer", "place"), [("C", 0), ("y (B)", 1), ("(D).", 3), ("b", 2), ("d", 3), ("none", None)])
+def test_the_right_option_is_found_by_its_text_before_its_letter(answer, place):
+    assert right_option(SampledAnswer(options=("C", "A", "B", "x"), correct_answer=answer)) == place
