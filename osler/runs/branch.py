@@ -29,15 +29,15 @@ T = TypeVar("T")
 CONFIG = "config.yaml"  # in a checkpoint
 
 
-def branch_config(cls: type[T], kind: str, branch: str, step: int | None, overrides: Sequence[str], run: RunFolder) -> T:
+def branch_config(cls: type[T], kind: str, branch: str, step: int | None, overrides: Sequence[str], folder: RunFolder) -> T:
     """Return the config of a new run that goes on from a checkpoint of another: the config of that one, with overrides.
 
     ``branch`` is a checkpoint, or a run folder with ``step`` or its newest. The same command goes on with the new run, even when
     the checkpoint that it began with is gone.
     """
-    refuse_checkpoint(run.root)
+    refuse_checkpoint(folder.root)
     branch_path = padded(Path(branch))
-    stored = read_config(run) if run.config.exists() else {}
+    stored = read_config(folder) if folder.config.exists() else {}
     if not _is_begun(stored.get("branch_from"), branch_path, step):
         checkpoint = _checkpoint_of(branch_path, step)
         _check_kind(checkpoint, kind)

@@ -36,45 +36,45 @@ DATA_SECTIONS = ("data", "tasks")  # what a run learns from: of training, of GRP
 
 
 @contextmanager
-def taken(run: RunFolder, world: World = World()) -> Iterator[None]:  # noqa: B008 - frozen
+def taken(folder: RunFolder, world: World = World()) -> Iterator[None]:  # noqa: B008 - frozen
     """Create the folder if it does not exist, and lock it inside the context; all ranks call this, and rank 0 locks.
 
     A start that fails leaves no empty folder behind. Raises UserError when another process is at work on the folder.
     """
-    RunFolder.create(run.root)
-    with locked(run.root) if world.is_first else nullcontext():
+    RunFolder.create(folder.root)
+    with locked(folder.root) if world.is_first else nullcontext():
         try:
             yield
         except BaseException:
             with suppress(OSError):  # it holds something, so it is worth keeping
-                run.root.rmdir()
+                folder.root.rmdir()
             raise
 
 
-def claim(run: RunFolder, config: Any) -> None:
+def claim(folder: RunFolder, config: Any) -> None:
     """Write ``config.yaml``, which makes the folder this run's, unless it is there already.
 
     Call this after everything that a person may have got wrong was checked, so that a mistake can be corrected in the same
     folder. With ``allow_data_change`` the run's data become those given now.
     """
-    refuse_another(run, config)
+    refuse_another(folder, config)
     wanted = encode(config)
-    if not run.config.exists():
+    if not folder.config.exists():
         given_once = {"allow_data_change": False} if "allow_data_change" in wanted else {}
-        write_atomic(run.config, dump_yaml(wanted | given_once))
+        write_atomic(folder.config, dump_yaml(wanted | given_once))
         return
-    moved = moved_places(run, config)
+    moved = moved_places(folder, config)
     if moved:
         logger.info(f"The files that this run learns from have moved: {', '.join(moved.values())}.")
     free = {*_free_sections(config), *(re.split(r"[.\[]", key)[0] for key in moved)} & wanted.keys()
     if free:
-        write_atomic(run.config, dump_yaml(read_config(run) | {key: wanted[key] for key in free}))
+        write_atomic(folder.config, dump_yaml(read_config(folder) | {key: wanted[key] for key in free}))
 
 
-def moved_places(run: RunFolder, config: Any) -> dict[str, str]:
+def moved_places(folder: RunFolder, config: Any) -> dict[str, str]:
     """Return, key to words, the paths of files that differ from those in the run's config; what is in them may not differ."""
-    stored = read_config(run) if run.config.exists() else {}
-    changed = differences(config, stored, str(run.config), leave_out=_free_sections(config)) if stored else {}
+    stored = read_config(folder) if folder.config.exists() else {}
+    changed = differences(config, stored, str(folder.config), leave_out=_free_sections(config)) if stored else {}
     return {key: words for key, words in changed.items() if PLACES.fullmatch(key)}
 
 
@@ -83,19 +83,19 @@ def _free_sections(config: Any) -> tuple[str, ...]:
     return DATA_SECTIONS if getattr(config, "allow_data_change", False) else ()
 
 
-def refuse_another(run: RunFolder, config: Any) -> None:
+def refuse_another(folder: RunFolder, config: Any) -> None:
     """Raise UserError when the folder holds a run with another config."""
-    if not run.config.exists():
+    if not folder.config.exists():
         return
-    changed = differences(config, read_config(run), str(run.config), leave_out=(*GIVEN_ANEW, *_free_sections(config)))
+    changed = differences(config, read_config(folder), str(folder.config), leave_out=(*GIVEN_ANEW, *_free_sections(config)))
     changed = {key: words for key, words in changed.items() if not PLACES.fullmatch(key)}
     if not changed:
         return
-    start = f"osler {read_config(run).get('kind', config.kind)}"
+    start = f"osler {read_config(folder).get('kind', config.kind)}"
     raise UserError(
-        f"{run.root} holds another run: {named(changed)}. To go on with that run as it is: `{start} --run {run.root} --resume`. "
-        f"To go on from it with another configuration: `{start} --branch {run.root} --run NEW_FOLDER key=value`; with its "
-        f"weights alone: init_from={run.root}. For a run of its own choose another folder with --run, or delete that one."
+        f"{folder.root} holds another run: {named(changed)}. To go on with that run as it is: `{start} --run {folder.root} "
+        f"--resume`. To go on from it with another configuration: `{start} --branch {folder.root} --run NEW_FOLDER key=value`; "
+        f"with its weights alone: init_from={folder.root}. For a new run choose another folder with --run, or delete that one."
     )
 
 
@@ -149,11 +149,11 @@ def stored_config(cls: type[T], run_dir: str | None, overrides: Sequence[str]) -
             f"--resume continues a run as it was configured; leave out {' '.join(refused)}. A new run that goes on from this one "
             f"may be configured otherwise: --branch {run_dir} --run NEW_FOLDER."
         )
-    run = RunFolder(Path(run_dir))
-    if not run.config.exists():
-        raise UserError(f"{run_dir} holds no run to resume: {run.config} is missing.")
-    stored = read_config(run)
-    return decode(cls, merge(stored, parse_overrides(overrides, stored)), source=str(run.config))
+    folder = RunFolder(Path(run_dir))
+    if not folder.config.exists():
+        raise UserError(f"{run_dir} holds no run to resume: {folder.config} is missing.")
+    stored = read_config(folder)
+    return decode(cls, merge(stored, parse_overrides(overrides, stored)), source=str(folder.config))
 
 
 def _may_be_given(key: str) -> bool:
@@ -161,36 +161,36 @@ def _may_be_given(key: str) -> bool:
     return _is_within(key, GIVEN_ANEW) or key == "tasks" or PLACES.fullmatch(key) is not None
 
 
-def read_config(run: RunFolder) -> dict[str, Any]:
+def read_config(folder: RunFolder) -> dict[str, Any]:
     """Return the run's ``config.yaml`` as plain values."""
     try:
-        stored = load_yaml(run.config.read_text(encoding="utf-8"), str(run.config))
+        stored = load_yaml(folder.config.read_text(encoding="utf-8"), str(folder.config))
         problem = "is empty" if stored is None else "is no configuration"
     except (UserError, UnicodeDecodeError) as error:
         stored, problem = None, f"is torn or damaged ({error})"
     if not isinstance(stored, dict):
-        good, _ = store.newest_good(run.checkpoints)
+        good, _ = store.newest_good(folder.checkpoints)
         remedy = (
-            f"The run's newest good checkpoint has a copy: `cp {good / run.config.name} {run.config}` restores it"
+            f"The run's newest good checkpoint has a copy: `cp {good / folder.config.name} {folder.config}` restores it"
             if good
-            else f"Without a checkpoint to take it from, delete {run.root} to start over"
+            else f"Without a checkpoint to take it from, delete {folder.root} to start over"
         )
-        raise UserError(f"{run.config} {problem}. {remedy}.")
+        raise UserError(f"{folder.config} {problem}. {remedy}.")
     return stored
 
 
-def newest_checkpoint(run: RunFolder, *, record: bool = False) -> Path | None:
+def newest_checkpoint(folder: RunFolder, *, record: bool = False) -> Path | None:
     """Return the checkpoint to go on from, and warn when newer ones are damaged; None when the run has saved none.
 
     ``record``: also write the damage to ``events.jsonl``. Raises UserError when every checkpoint is damaged, because starting
     over silently would throw the run away.
     """
-    found, skipped = store.newest_good(run.checkpoints)
+    found, skipped = store.newest_good(folder.checkpoints)
     for path, problems in skipped if record else ():
-        write_damage(EventLog(run.events), path, problems)
+        write_damage(EventLog(folder.events), path, problems)
     if found is None and skipped:
         raise UserError(
-            f"No checkpoint in {run.checkpoints} is good: {store.describe_damaged(skipped)}. Restore one from a copy, or "
+            f"No checkpoint in {folder.checkpoints} is good: {store.describe_damaged(skipped)}. Restore one from a copy, or "
             "delete that folder to start this run over."
         )
     if skipped:
@@ -217,9 +217,9 @@ def check_fingerprints(loaded: store.Loaded, current: Mapping[str, str], *, chan
         )
 
 
-def was_evaluated(run: RunFolder, step: int) -> bool:
+def was_evaluated(folder: RunFolder, step: int) -> bool:
     """Whether the metrics hold an evaluation at ``step``.
 
     They do not after a kill between a checkpoint and the evaluation that follows it.
     """
-    return any(line.step == step for line in read_metrics(run.metrics, having="eval/seconds"))
+    return any(line.step == step for line in read_metrics(folder.metrics, having="eval/seconds"))

@@ -44,66 +44,66 @@ def find_step(root: Path, step: int) -> Entry:
     raise UserError(f"{what if found else f'There is no checkpoint of step {step} in {root}'}; {there}.")
 
 
-def planned_start(run: RunFolder, step: int | None) -> tuple[Path | None, dict[str, str]]:
+def planned_start(folder: RunFolder, step: int | None) -> tuple[Path | None, dict[str, str]]:
     """Return the checkpoint of this run that a start would go on from, and in words what it would set aside."""
     if step is None:
-        return newest_checkpoint(run), {}
-    target = find_step(run.checkpoints, step)
-    later = ", ".join(str(entry.step) for entry in reversed(later_than(run, target)))
+        return newest_checkpoint(folder), {}
+    target = find_step(folder.checkpoints, step)
+    later = ", ".join(str(entry.step) for entry in reversed(later_than(folder, target)))
     return target.path, {"sets aside": f"the checkpoints of steps {later}"} if later else {}
 
 
-def later_than(run: RunFolder, target: Entry) -> list[Entry]:
+def later_than(folder: RunFolder, target: Entry) -> list[Entry]:
     """Return the checkpoints that the run saved after ``target`` or that have later steps, newest first."""
-    entries = [entry for entry in by_age(run.checkpoints) if entry.path != target.path]
+    entries = [entry for entry in by_age(folder.checkpoints) if entry.path != target.path]
     return [entry for entry in entries if entry.step > target.step or entry.sequence > target.sequence]
 
 
-def go_back(run: RunFolder, step: int) -> None:
+def go_back(folder: RunFolder, step: int) -> None:
     """Make a run what it was at the checkpoint of ``step``, and move later checkpoints, metrics and events to another folder.
 
     The newest checkpoint moves first, so a kill half way leaves a run that was stopped at one of them.
     """
     # torchrun starts the same command again after a failure: once is enough.
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) and last_rewind(run) == step:
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) and last_rewind(folder) == step:
         return
-    target = find_step(run.checkpoints, step)
-    later = later_than(run, target)
-    (metrics, later_metrics), (events, later_events) = (jsonl.split(path, step) for path in (run.metrics, run.events))
+    target = find_step(folder.checkpoints, step)
+    later = later_than(folder, target)
+    (metrics, later_metrics), (events, later_events) = (jsonl.split(path, step) for path in (folder.metrics, folder.events))
     if not later and not later_metrics and not later_events:
         message = f"Back at step {step:,}, and nothing came after it."
-        EventLog(run.events).write(step, REWIND, REWIND, message)
-        logger.info(f"{run.root}: {message}")
+        EventLog(folder.events).write(step, REWIND, REWIND, message)
+        logger.info(f"{folder.root}: {message}")
         return
-    best = best_checkpoint(run.checkpoints)
+    best = best_checkpoint(folder.checkpoints)
     if best is not None and best.path in {entry.path for entry in later}:
-        _mark_earlier_best(run, best.metric, metrics, later)
-    aside = _unused(run.root / ASIDE / f"after-step-{step}")
+        _mark_earlier_best(folder, best.metric, metrics, later)
+    aside = _unused(folder.root / ASIDE / f"after-step-{step}")
     checkpoints = RunFolder(aside).checkpoints
     checkpoints.mkdir(parents=True)
-    files = [(run.metrics, metrics, later_metrics), (run.events, events, later_events)]
+    files = [(folder.metrics, metrics, later_metrics), (folder.events, events, later_events)]
     for path, _, gone in files:
         if gone:
             write_atomic(aside / path.name, gone)
     for entry in later:
         entry.path.rename(checkpoints / entry.path.name)
     fsync_dir(checkpoints)
-    fsync_dir(run.checkpoints)
+    fsync_dir(folder.checkpoints)
     for path, kept, gone in files:
         if gone:
             write_atomic(path, kept)
     steps = ", ".join(str(entry.step) for entry in reversed(later)) or "none"
     message = (
-        f"Back at step {step:,}. What came after it is in {aside.relative_to(run.root)}: the checkpoints of steps {steps}, "
+        f"Back at step {step:,}. What came after it is in {aside.relative_to(folder.root)}: the checkpoints of steps {steps}, "
         f"{len(later_metrics):,} lines of metrics and {len(later_events):,} events."
     )
-    EventLog(run.events).write(step, REWIND, REWIND, message)
-    logger.info(f"{run.root}: {message}")
+    EventLog(folder.events).write(step, REWIND, REWIND, message)
+    logger.info(f"{folder.root}: {message}")
 
 
-def last_rewind(run: RunFolder) -> int | None:
+def last_rewind(folder: RunFolder) -> int | None:
     """Return the step that the run went back to last."""
-    steps = [event.step for event in read_events(run.events) if event.kind == REWIND]
+    steps = [event.step for event in read_events(folder.events) if event.kind == REWIND]
     return steps[-1] if steps else None
 
 
@@ -116,15 +116,15 @@ def _unused(folder: Path) -> Path:
     return free
 
 
-def _mark_earlier_best(run: RunFolder, metric: str, lines: Sequence[bytes], later: Sequence[Entry]) -> None:
+def _mark_earlier_best(folder: RunFolder, metric: str, lines: Sequence[bytes], later: Sequence[Entry]) -> None:
     """Mark the best of the checkpoints that stay by the metrics that stay; without metrics none is the best."""
     leaving = {entry.path for entry in later}
     scores: dict[Path, float] = {}
     for line in filter(None, map(MetricsLine.parse, lines)):
-        score, saved = line.values.get(metric, math.nan), run.checkpoints / store.folder_name(max(0, line.step))
+        score, saved = line.values.get(metric, math.nan), folder.checkpoints / store.folder_name(max(0, line.step))
         if math.isfinite(score) and saved.is_dir() and saved not in leaving:
             scores[saved] = score
-    (run.checkpoints / BEST).unlink()
+    (folder.checkpoints / BEST).unlink()
     if scores:
         sign = 1 if metric.endswith("loss") else -1
         path = min(scores, key=lambda path: sign * scores[path])
