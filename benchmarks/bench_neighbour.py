@@ -54,7 +54,7 @@ def training(recipe: str) -> Callable[[], int]:
     batches = Loader(stand_in(config, folder), config.batch_tokens // config.seq_len, workers=config.loader_workers).batches()
 
     def call() -> int:
-        step(next(batches), 1.0)
+        step(next(batches))
         return config.batch_tokens
 
     return call
