@@ -15,8 +15,22 @@ from osler.runtime.errors import UserError
 from osler.runtime.files import read_json, write_json
 
 
+class HasInterval:
+    """A record with an ``interval``, by the names of its ends."""
+
+    interval: tuple[float, float]
+
+    @property
+    def low(self) -> float:
+        return self.interval[0]
+
+    @property
+    def high(self) -> float:
+        return self.interval[1]
+
+
 @dataclass(frozen=True)
-class ExamScore:
+class ExamScore(HasInterval):
     """The accuracy of a checkpoint on a split, over ``n`` questions shown in ``presentations`` option orders altogether."""
 
     label: str = ""  # of the checkpoint; empty, like the split, until the score is saved
@@ -38,17 +52,9 @@ class ExamScore:
     chance: float = NAN
     groups: dict[str, Any] = field(default_factory=dict)  # n, correct, accuracy and interval of each group of questions
 
-    @property
-    def low(self) -> float:
-        return self.interval[0]
-
-    @property
-    def high(self) -> float:
-        return self.interval[1]
-
 
 @dataclass(frozen=True)
-class Comparison:
+class Comparison(HasInterval):
     """Two checkpoints on the same questions: the paired difference and its interval."""
 
     split: str = ""
@@ -60,14 +66,6 @@ class Comparison:
     before_label: str = ""
     after_label: str = ""
     branch: bool = False  # whether ``after`` does not go on from the run's best checkpoint
-
-    @property
-    def low(self) -> float:
-        return self.interval[0]
-
-    @property
-    def high(self) -> float:
-        return self.interval[1]
 
 
 def read_exams(path: Path) -> list[ExamScore]:

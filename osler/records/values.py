@@ -73,7 +73,7 @@ READERS: dict[Any, Callable[[Any], Any]] = {
 
 
 def from_json(record: type[T], fields: Mapping[str, Any]) -> T:
-    """Return a record made of a JSON object; keys that it does not have are ignored, and those that lack get their defaults."""
+    """Return a record of a JSON object. Unknown keys are ignored; fields that the object lacks get their defaults."""
     readers = _readers(record)  # type: ignore[arg-type]
     return record(**{name: readers[name](raw) for name, raw in fields.items() if name in readers})
 

@@ -10,24 +10,21 @@ import re
 from pathlib import Path
 from typing import Literal
 
-from osler.config.schema import PositiveInt, config
+from osler.config.schema import config
 from osler.files.read import Row
 from osler.runtime.errors import UserError
 from osler.tasks.answers import read_number
 from osler.tasks.item import ExamItem, content_id
-from osler.tasks.rows import exam_rows, text
+from osler.tasks.rows import ExamFile, exam_rows, text
 
 SCHEMA = "openai/gsm8k (main): question, answer ('... #### number')"
 
 
 @config
-class Gsm8kTask:
+class Gsm8kTask(ExamFile):
     """Grade-school arithmetic with a numeric answer, in the schema of openai/gsm8k."""
 
     type: Literal["gsm8k"] = "gsm8k"
-    path: str  # a .parquet, .jsonl or .ndjson file (also .jsonl.gz and the like), or a folder of them
-    split: str = ""  # a name for the file in tables and metrics
-    limit: PositiveInt | None = None  # the first so many questions; null: all
 
 
 def load(path: str | Path, *, split: str = "", limit: int | None = None) -> list[ExamItem]:

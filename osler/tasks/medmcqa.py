@@ -14,11 +14,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from osler.config.schema import PositiveInt, config
+from osler.config.schema import config
 from osler.files.read import Row
 from osler.runtime.errors import UserError
 from osler.tasks.item import ExamItem
-from osler.tasks.rows import exam_rows, field, text
+from osler.tasks.rows import ExamFile, exam_rows, field, text
 
 logger = logging.getLogger(__name__)
 
@@ -30,13 +30,10 @@ _NAMES_A_LETTER = re.compile(r"\b(?:ans(?:wer)?|option|choice)s?\b\W*(?:is\b\W*)
 
 
 @config
-class MedmcqaTask:
+class MedmcqaTask(ExamFile):
     """Indian medical entrance questions, in the schema of openlifescienceai/medmcqa."""
 
     type: Literal["medmcqa"] = "medmcqa"
-    path: str  # a .parquet, .jsonl or .ndjson file (also .jsonl.gz and the like), or a folder of them
-    split: str = ""  # a name for the file in tables and metrics
-    limit: PositiveInt | None = None  # the first so many questions; null: all
     first_option: int = 0  # the number of option A in the file: 0 in the hub's files, 1 in the authors' original
 
 

@@ -5,23 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from osler.config.schema import PositiveInt, config
+from osler.config.schema import config
 from osler.files.read import Row
 from osler.runtime.errors import UserError
 from osler.tasks.item import LETTERS, ExamItem, content_id, plain
-from osler.tasks.rows import exam_rows, field, text
+from osler.tasks.rows import ExamFile, exam_rows, field, text
 
 SCHEMA = "GBaker/MedQA-USMLE-4-options: question, options {A..D}, answer, answer_idx"
 
 
 @config
-class MedqaTask:
+class MedqaTask(ExamFile):
     """USMLE questions with four options, in the schema of GBaker/MedQA-USMLE-4-options."""
 
     type: Literal["medqa"] = "medqa"
-    path: str  # a .parquet, .jsonl or .ndjson file (also .jsonl.gz and the like), or a folder of them
-    split: str = ""  # a name for the file in tables and metrics
-    limit: PositiveInt | None = None  # the first so many questions; null: all
 
 
 def load(path: str | Path, *, split: str = "", limit: int | None = None) -> list[ExamItem]:

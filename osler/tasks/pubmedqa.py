@@ -8,24 +8,21 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from osler.config.schema import PositiveInt, config
+from osler.config.schema import config
 from osler.files.read import Row
 from osler.runtime.errors import UserError
 from osler.tasks.item import ExamItem
-from osler.tasks.rows import exam_rows, field, text
+from osler.tasks.rows import ExamFile, exam_rows, field, text
 
 SCHEMA = "qiaojin/PubMedQA (pqa_labeled): pubid, question, context.contexts, long_answer, final_decision"
 OPTIONS = ("yes", "no", "maybe")
 
 
 @config
-class PubmedqaTask:
+class PubmedqaTask(ExamFile):
     """Yes, no or maybe from an abstract, in the schema of qiaojin/PubMedQA."""
 
     type: Literal["pubmedqa"] = "pubmedqa"
-    path: str  # a .parquet, .jsonl or .ndjson file (also .jsonl.gz and the like), or a folder of them
-    split: str = ""  # a name for the file in tables and metrics
-    limit: PositiveInt | None = None  # the first so many questions; null: all
 
 
 def load(path: str | Path, *, split: str = "", limit: int | None = None) -> list[ExamItem]:

@@ -10,11 +10,22 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from osler.config.schema import PositiveInt, config
 from osler.files.find import ROW_ENDINGS, find_files, shown
 from osler.files.read import Row, read_rows
 from osler.runtime.errors import UserError
 
 _NAMES = {str: "text", int: "a whole number", dict: "an object", list: "a list"}
+
+
+@config
+class ExamFile:
+    """An exam in a file of a person's."""
+
+    type: str  # of exam
+    path: str  # a .parquet, .jsonl or .ndjson file (also .jsonl.gz and the like), or a folder of them
+    split: str = ""  # a name for the file in tables and metrics
+    limit: PositiveInt | None = None  # the first so many questions; null: all
 
 
 def exam_rows(path: str | Path) -> Iterator[Row]:

@@ -109,4 +109,7 @@ def test_other_kinds_pass(kind: str) -> None:
             backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
             ends = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
         backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse(), *ends] if kind == "metaspace" else ends)
-    RoundTrip(Tokenizer(backend)).look([text.replace("\n", " ") for text in CORPUS])
+    tokenizer, texts = Tokenizer(backend), [text.replace("\n", " ") for text in CORPUS]
+    RoundTrip(tokenizer).look(texts)  # raises when text is lost
+    for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
+        assert "".join(tokenizer.decode(ids).split()) == "".join(text.split())
