@@ -86,7 +86,7 @@ def main() -> None:
         runs = {name: run(name, args.steps, folder) for name in wanted}
     cases, wrong = {}, []
     for name, made in runs.items():
-        first = next((event for event in made["told"] if event.name in CASES[name][2]), None)
+        first = next((event for event in made["told"] if event["name"] in CASES[name][2]), None)
         if (first is None) != (name == "healthy") or (name == "healthy" and made["told"]) or made["exit_code"] == 1:
             wrong.append(name)
         step = first.get("from_step", first["step"]) if first else None  # a rollback's step is the one gone back to
