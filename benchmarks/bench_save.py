@@ -50,7 +50,7 @@ def measure(mode: str, args: argparse.Namespace) -> dict[str, Any]:
     from osler.runs.process import Learner
     from osler.runtime.device import keep_freed_memory
     from osler.runtime.world import World
-    from osler.train.step import TrainStep
+    from osler.train.trainer import TrainStep
 
     keep_freed_memory()
     machine = choose_machine(args.device, args.precision, args.compile, steps=10**6)

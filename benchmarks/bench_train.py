@@ -2,8 +2,8 @@
 
     python benchmarks/bench_train.py [--peer PATH_TO_NANOCHAT] [--peer hf] [--shape small] [--batch-tokens N] [--out FILE]
 
-How it measures stands in `osler/bench/run.py`. Every model's step is `train/step.py` (forward, backward, clipping, fused AdamW),
-so the comparison is of the models and their losses.
+How it measures stands in `osler/bench/run.py`. Every model's step is `TrainStep` (forward, backward, clipping,
+fused AdamW), so the comparison is of the models and their losses.
 """
 
 from __future__ import annotations

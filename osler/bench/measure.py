@@ -1,7 +1,7 @@
 """One measurement in a process of its own: ``python -m osler.bench.measure JSON`` prints one JSON object.
 
 A fresh process has no other model's memory, compiled code or thread pool in it, so contestants can be compared by taking turns.
-The training step itself (``train/step.py``) is timed, over batches from the real loader. Their documents are random tokens,
+The training step itself (``train/trainer.py``) is timed, over batches from the real loader. Their documents are random tokens,
 because the arithmetic does not depend on the tokens, and zeros would flatter caches and branch predictors.
 """
 
@@ -39,7 +39,7 @@ from osler.runtime.stopwatch import Stopwatch
 from osler.runtime.world import World
 from osler.train.config import TrainConfig
 from osler.train.setup import pass_tokens
-from osler.train.step import TrainStep
+from osler.train.trainer import TrainStep
 
 DOCUMENT_TOKENS = 700  # the length of a stand-in document; rows are cut across them
 MATMUL_SIZES = (1024, 2048, 4096)

@@ -12,7 +12,7 @@ from typing import Literal
 
 import torch
 
-from osler.eval.logprobs import BATCH_TOKENS, evaluating, label_logprobs, padded_batches
+from osler.eval.likelihood import BATCH_TOKENS, evaluating, label_logprobs, padded_batches
 from osler.eval.score import ANSWERED, CUT, TOO_LONG, UNPARSED, Result, ScoredExam, summarise
 from osler.inference.engine import InferenceEngine
 from osler.model.transformer import Transformer

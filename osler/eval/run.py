@@ -20,8 +20,7 @@ from osler.data.readers import TextFiles
 from osler.data.shards import ShardSet, read_data_manifest
 from osler.eval.config import CLINIC_EXAM, EvalConfig
 from osler.eval.exams import score_by_generation, score_by_likelihood
-from osler.eval.logprobs import BATCH_TOKENS
-from osler.eval.perplexity import TextScore, batches, measure, windows
+from osler.eval.likelihood import BATCH_TOKENS, TextScore, batches, measure, windows
 from osler.eval.score import Result, ScoredExam, describe_too_long, length_explains, summarise
 from osler.inference.engine import InferenceEngine
 from osler.inference.ready import ReadyModel, open_model

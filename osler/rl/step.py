@@ -31,9 +31,8 @@ from osler.monitor.model_stats import ProbeRows
 from osler.ops.cross_entropy import linear_logprobs
 from osler.ops.labels import IGNORED
 from osler.ops.sampling import unpack_mask
-from osler.rl.advantages import group_advantages
 from osler.rl.config import AlgorithmConfig
-from osler.rl.loss import LossInputs, add_sums, grpo_loss, loss_metrics, token_weights
+from osler.rl.loss import LossInputs, add_sums, group_advantages, grpo_loss, loss_metrics, token_weights
 from osler.rl.rollout import Group
 from osler.runs.process import Learner
 from osler.runtime.device import sent

@@ -21,7 +21,7 @@ from osler.data.packing import StreamPacking, WholePacking
 from osler.data.prepare import Prepared, open_prepared
 from osler.data.shards import ShardSet
 from osler.eval.exams import greedy, score_by_generation
-from osler.eval.perplexity import batches, measure, windows
+from osler.eval.likelihood import batches, measure, windows
 from osler.inference.engine import InferenceEngine
 from osler.inference.load import TOKENIZER_FILE, describing_files
 from osler.model.config import ModelConfig

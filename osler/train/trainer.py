@@ -1,4 +1,7 @@
-"""The supervised trainer, for pretraining and fine-tuning; ``runs/loop.py`` runs it.
+"""The supervised trainer, for pretraining and fine-tuning, and its optimizer step; ``runs/loop.py`` runs it.
+
+A step whose loss or gradient is not finite is skipped inside the optimizer (``found_inf``), so parameters and moments stay
+untouched and the host need not look. Nothing in a step waits for the device.
 
 Resume is exact: a checkpoint holds model, optimizer, step and the half-filled log window. The order of data is a function of the
 step and of what was passed over (``runs/incidents.py``), and nothing else is random. (A run limited by ``max_minutes`` also
@@ -10,6 +13,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -17,9 +21,12 @@ from torch import Tensor
 
 from osler.checkpoint import store
 from osler.data.consumed import ConsumedData
+from osler.data.curriculum import rows_per_micro_batch
 from osler.data.loader import Batch, StagedLoader
+from osler.model.loss import nan_gradient_unless_finite
 from osler.monitor.collect import has_learned, step_stats
 from osler.monitor.history import RunSettings
+from osler.monitor.model_stats import ProbeRows
 from osler.optim.build import set_hyperparameters
 from osler.optim.schedule import lr_scale
 from osler.runs.incidents import Incidents
@@ -27,7 +34,65 @@ from osler.runs.loop import Due
 from osler.runs.process import Learner, Run
 from osler.runs.start import warn_of_endless_warmup
 from osler.train.config import TrainConfig
-from osler.train.step import StepResult, TrainStep
+
+
+class StepResult(NamedTuple):
+    """What a step leaves on the device: mean loss in nats per learned token, gradient norm before clipping, 1 if skipped.
+
+    The loss is a rank's part: its mean over the ranks is that of the global batch. It is NaN on all ranks when none has a token
+    to learn; the gradient is zero then.
+    """
+
+    loss: Tensor
+    grad_norm: Tensor
+    skipped: Tensor
+
+
+class TrainStep:
+    """Callable that makes one optimizer step from this rank's rows of one global batch."""
+
+    def __init__(
+        self,
+        learner: Learner,
+        *,
+        micro_batch_tokens: int | None = None,
+        document_mask: bool = False,
+        mark: Callable[[str], None] = lambda part: None,
+        around_update: Callable[[Callable[[], ProbeRows]], AbstractContextManager[None]] = lambda rows: nullcontext(),
+    ) -> None:
+        """``mark`` is called at the end of each part of a step: forward, backward, optimizer. ``around_update`` is a context
+        around the update, while the gradients are there; it gets a function that returns the rows of the batch.
+        """
+        self.parameters = [parameter for parameter in learner.model.parameters() if parameter.requires_grad]
+        self.optimizer, self.engine, self.device = learner.optimizer, learner.engine, learner.device
+        self.micro_batch_tokens = micro_batch_tokens
+        self.document_mask = document_mask
+        self.mark, self.around_update = mark, around_update
+
+    def __call__(self, batch: Batch) -> StepResult:
+        """Update the parameters from ``batch``, which lies on the CPU, with the optimizer's settings as they are."""
+        # Counted on the CPU copy, over the whole batch: micro-batches then weigh by their learned tokens.
+        world = self.engine.world
+        found_tokens = world.all_reduce_mean(torch.full((), float(batch.num_loss_tokens), device=self.device))
+        learned_tokens = found_tokens.clamp_min(1 / world.size)
+        total = torch.zeros((), device=self.device)
+        num_rows, seq_len = batch.ids.shape
+        micro = rows_per_micro_batch(num_rows, seq_len, self.micro_batch_tokens)
+        for start in range(0, num_rows, micro):
+            rows = slice(start, start + micro)
+            ids, labels = (part[rows].to(self.device, non_blocking=True) for part in (batch.ids, batch.labels))
+            documents = batch.document_ids[rows].to(self.device, non_blocking=True) if self.document_mask else None
+            with nullcontext() if start + micro >= num_rows else self.engine.accumulating():
+                loss = nan_gradient_unless_finite(self.engine.loss(ids, labels, documents) / learned_tokens)
+                self.mark("forward")
+                self.engine.backward(loss)
+            total += loss.detach()
+            self.mark("backward")
+        with self.around_update(lambda: ProbeRows(batch.ids, batch.labels, batch.document_ids if self.document_mask else None)):
+            norm_and_skipped = self.engine.update(self.optimizer, self.parameters)
+        self.mark("optimizer")
+        return StepResult(torch.where(found_tokens > 0, total, math.nan), *norm_and_skipped)
+
 
 PLANNED_SHARE = 0.97  # of the minutes asked for: the rest is for the last checkpoint and evaluation
 

@@ -55,7 +55,7 @@ from osler.runtime.world import World, joined
 from osler.tokenizer.config import TokenizerConfig
 from osler.train.config import TrainConfig
 from osler.train.setup import make_model
-from osler.train.step import TrainStep
+from osler.train.trainer import TrainStep
 
 TOLERANCE = 1e-6
 # In FP8 another order of a sum is enough for a weight to be rounded to its other neighbour, now and then. Under FSDP weights

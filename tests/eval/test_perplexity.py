@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from osler.data.shards import ShardSet, ShardWriter
-from osler.eval.perplexity import batches, measure, windows
+from osler.eval.likelihood import batches, measure, windows
 from osler.model.config import ModelConfig
 from osler.model.transformer import Transformer
 from osler.runtime.errors import UserError

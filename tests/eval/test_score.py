@@ -19,8 +19,8 @@ from osler.eval.score import (
     describe_too_long,
     length_explains,
     summarise,
+    wilson,
 )
-from osler.eval.stats import wilson
 from osler.records.exams import ExamScore, add_exams, read_exams
 from osler.runtime.errors import UserError
 from osler.tasks.item import ExamItem

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from osler.eval.stats import mean_interval, paired_difference, wilson
+from osler.eval.score import mean_interval, paired_difference, wilson
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,7 @@ def test_a_compiled_step_makes_no_host_synchronisation(
     from osler.parallel.parallelize import parallelize
     from osler.runs.process import Learner
     from osler.runtime.world import World
-    from osler.train.step import TrainStep
+    from osler.train.trainer import TrainStep
 
     if precision == "fp8" and torch.cuda.get_device_capability() < (8, 9):
         pytest.skip("needs a GPU with FP8")

@@ -9,9 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from osler.rl.advantages import group_advantages
 from osler.rl.config import AlgorithmConfig, ClipConfig
-from osler.rl.loss import LossInputs, add_sums, grpo_loss, kl_estimate, loss_metrics, token_weights
+from osler.rl.loss import LossInputs, add_sums, group_advantages, grpo_loss, kl_estimate, loss_metrics, token_weights
 
 ACTIONS = 7
 POLICIES = ["on_policy", "off_policy"]

@@ -18,8 +18,8 @@ from osler.ops.sampling_params import SamplingParams
 from osler.optim.build import build_optimizer
 from osler.optim.config import AdamWConfig
 from osler.parallel.engine import ParallelEngine
-from osler.rl.advantages import group_advantages
 from osler.rl.config import AlgorithmConfig
+from osler.rl.loss import group_advantages
 from osler.rl.step import PolicyLoss, TrainingRow, update_policy
 from osler.runs.process import Learner
 

@@ -8,9 +8,8 @@ from collections import defaultdict
 import pytest
 import torch
 
-from osler.rl.advantages import group_advantages
 from osler.rl.config import AlgorithmConfig, ClipConfig
-from osler.rl.loss import LossInputs, grpo_loss, loss_metrics, token_weights
+from osler.rl.loss import LossInputs, group_advantages, grpo_loss, loss_metrics, token_weights
 
 ROWS, WIDTH, MAX_NEW_TOKENS = 8, 6, 10
 LOSS_TYPE = {"sequence_mean": "grpo", "token_mean": "bnpo", "constant": "dr_grpo"}

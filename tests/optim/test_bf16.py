@@ -20,7 +20,7 @@ from osler.optim.build import build_optimizer
 from osler.optim.config import AdamWConfig
 from osler.parallel.engine import ParallelEngine
 from osler.runs.process import Learner
-from osler.train.step import TrainStep
+from osler.train.trainer import TrainStep
 
 pytestmark = pytest.mark.usefixtures("no_compiled_code")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from osler.rl.config import AlgorithmConfig, QualityConfig
-from osler.rl.filters import all_equal, apply_filters, check_sample, letter_fractions, repeated_ngram_frac
+from osler.rl.rollout import all_equal, apply_filters, check_sample, letter_fractions, repeated_ngram_frac
 
 QUALITY = QualityConfig(ngram=2, max_repeated_frac=0.5, min_tokens=6)
 

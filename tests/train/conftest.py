@@ -25,8 +25,7 @@ from osler.runtime.world import World
 from osler.tokenizer.bpe import Tokenizer
 from osler.train.config import TrainConfig
 from osler.train.run import make_loader
-from osler.train.step import TrainStep
-from osler.train.trainer import Evaluations, SupervisedTrainer
+from osler.train.trainer import Evaluations, SupervisedTrainer, TrainStep
 
 
 @pytest.fixture(scope="session")

@@ -1,9 +1,8 @@
-"""How many bits a model needs for a byte of held-out text: the one score of a language model that does not depend on its
-tokenizer.
+"""Log-probabilities of labelled tokens, and how many bits a model needs for a byte of held-out text.
 
-``bits_per_byte = nats / ln 2 / bytes``. The nats are summed over every token of the text, each predicted exactly once, and the
-bytes are those of the text in UTF-8. The end-of-text token after a document is predicted like any other, because a code must
-say where a document ends; it has no bytes.
+Bits per byte is the one score of a language model that does not depend on its tokenizer: ``nats / ln 2 / bytes``. The nats are
+summed over every token of the text, each predicted exactly once, and the bytes are those of the text in UTF-8. The end-of-text
+token after a document is predicted like any other, because a code must say where a document ends; it has no bytes.
 
 ``windows`` cuts documents that are longer than a row. Without overlap every window starts without context, which costs some
 bits; with ``overlap`` it reads that many tokens of the window before once more, and does not score them again.
@@ -12,18 +11,69 @@ bits; with ``overlap`` it reads that many tokens of the window before once more,
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice, takewhile
 from math import exp, log
 
+import torch
 from torch import Tensor
 
-from osler.eval.logprobs import LabelledRow, evaluating, label_logprobs, padded_batches
 from osler.model.transformer import Transformer
+from osler.ops.cross_entropy import linear_logprobs
 from osler.ops.labels import IGNORED
 from osler.runtime.errors import UserError
 from osler.runtime.stop import AskedToStop, asked
 from osler.runtime.world import World
+
+BATCH_TOKENS = 16_384  # of a forward pass, padding included
+LabelledRow = tuple[list[int], list[int]]  # ids, and behind each the id that follows it, or -100 where none is scored
+
+
+@contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Run the model in evaluation mode and without gradients, then put its mode back."""
+    training = model.training
+    model.eval()
+    with torch.no_grad():
+        yield
+    model.train(training)
+
+
+def label_logprobs(
+    model: Transformer, ids_BT: Tensor, labels_BT: Tensor, document_BT: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return which labels are scored, bool [B, T], and the log-probability of each of them in that order, [N] in nats.
+
+    Attention stays inside a document where ``document_BT`` is given.
+    """
+    device = model.embed_tokens.weight.device
+    ids_BT, labels_BT = ids_BT.to(device), labels_BT.to(device)
+    scored_BT = labels_BT != IGNORED
+    hidden_BTD = model(ids_BT, document_BT=None if document_BT is None else document_BT.to(device))
+    features, weight = model.head(hidden_BTD[scored_BT])
+    logprobs_N, _ = linear_logprobs(features, weight, labels_BT[scored_BT], vocab_size=model.config.vocab_size)
+    return scored_BT, logprobs_N
+
+
+def padded_batches(rows: Sequence[LabelledRow], batch_tokens: int) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+    """Yield the numbers of some rows of similar length, their ids and their labels, padded on the right with label -100.
+
+    A batch has at most ``batch_tokens``, padding included, but at least one row. Causal attention never looks at the padding.
+    """
+    order = sorted(range(len(rows)), key=lambda row: -len(rows[row][0]))
+    while order:
+        width = len(rows[order[0]][0])
+        count = max(1, batch_tokens // width)
+        chosen, order = order[:count], order[count:]
+        ids_BT = torch.zeros(len(chosen), width, dtype=torch.int64)
+        labels_BT = torch.full((len(chosen), width), IGNORED, dtype=torch.int64)
+        for b, row in enumerate(chosen):
+            ids, labels = rows[row]
+            ids_BT[b, : len(ids)] = torch.tensor(ids)
+            labels_BT[b, : len(labels)] = torch.tensor(labels)
+        yield chosen, ids_BT, labels_BT
+
 
 _SORTED_WINDOWS = 4096  # windows sorted by length at a time: less padding, and the sum does not depend on the order
 
