@@ -167,7 +167,7 @@ def run_checkpoint_prune(arguments: argparse.Namespace) -> int:
 def run_report(arguments: argparse.Namespace) -> int:
     from osler.report.page import build_report
     from osler.report.read import read_run
-    from osler.report.text import summary_text
+    from osler.report.words import summary_text
 
     run = read_run(arguments.run)
     print(summary_text(run, build_report(run, arguments.out)))

@@ -44,7 +44,7 @@ from osler.records.samples import SampledAnswer
 from osler.records.stages import FinishedStage
 from osler.records.values import read_records, to_json, write_records
 from osler.report.page import build_report
-from osler.report.text import summary_text
+from osler.report.words import summary_text
 from osler.rl.run import train as train_grpo
 from osler.runs.config import RunConfig
 from osler.runs.folder import claim, read_config, stored_config, taken

@@ -7,6 +7,7 @@ meaning from the table as the caption, so that nothing a run logs is hidden.
 from __future__ import annotations
 
 import math
+import re
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +18,6 @@ import numpy as np
 from osler.monitor.metrics import declared_name, describe
 from osler.report import format as fmt
 from osler.report.curves import Series
-from osler.report.families import Family, by_layer, family_of, in_families
 from osler.report.read import StageLog
 from osler.report.svg import Band, Line, line_chart
 
@@ -33,7 +33,7 @@ class Spec:
     title: str
     lines: tuple[tuple[str, str], ...]
     good: str
-    zero: bool = False
+    zero: bool = True  # whether the axis starts there
     legend: str = "last"  # which value the legend shows: last, median or peak
     over: str = "step"  # what the curve runs over: step, or tokens
 
@@ -44,155 +44,57 @@ class Spec:
 
 
 SPECS: tuple[Spec, ...] = (
-    Spec(
-        "Loss",
-        (("train/loss", "train"), ("eval/loss", "held out")),
-        "Good: both lines fall and stay together. Held-out loss that rises while train loss falls is memorising.",
-    ),
-    Spec(
-        "Reward",
-        (("reward", "mean"),),
-        "Good: a steady climb. Flat from the start means that the questions are all too hard or all too easy.",
-        zero=True,
-    ),
-    Spec(
-        "Exam accuracy",
-        (("eval/<split>_accuracy", ""),),
-        "Good: climbs away from guessing and stays there. Judge the end by its interval, not by the last wiggle.",
-        zero=True,
-    ),
-    Spec(
-        "Held-out bits per byte",
-        (("eval/bits_per_byte", "held out"),),
-        "Good: falls. Unlike the loss it compares models with different tokenizers.",
-    ),
-    Spec(
-        "Distance from the reference",
-        (("kl", "KL"),),
-        "Good: grows slowly and levels off. A leap means that the policy has run away from what it was taught.",
-        zero=True,
-    ),
-    Spec(
-        "Entropy",
-        (("entropy", "entropy"),),
-        "Good: sinks gently and stays above zero. At zero the policy always says the same and can learn nothing new.",
-        zero=True,
-    ),
-    Spec(
-        "Completion length",
-        (("completions/mean_length", "mean"),),
-        "Good: settles. Growth up to the limit, or a collapse to a few tokens, is often a reward being gamed.",
-        zero=True,
-    ),
-    Spec(
-        "Completions cut at the limit",
-        (("completions/clipped_ratio", "cut"),),
-        "Good: near zero. A completion that never ends never learns to end.",
-        zero=True,
-    ),
-    Spec(
-        "Groups without a lesson",
-        (("frac_reward_zero_std", "all rewards equal"),),
-        "Good: well below 100%. A group whose answers all score the same gives no gradient.",
-        zero=True,
-    ),
-    Spec(
-        "Letters answered",
-        (("answer/letter_<X>_frac", ""),),
-        "Good: all letters near one another, as the options are shuffled. One letter taking over is a cheap cheat.",
-        zero=True,
-    ),
-    Spec(
-        "Readable answers",
-        (("answer/format_ok", "readable"),),
-        "Good: near 100%, and early. What cannot be read cannot be right.",
-        zero=True,
-    ),
-    Spec(
-        "Speed",
-        (
-            ("perf/tokens_per_second", "training"),
-            ("perf/rollout_tokens_per_second", "sampling"),
-            ("perf/train_tokens_per_second", "updating"),
-        ),
-        "Good: level. Dips are evaluations, checkpoints, or a machine that is busy with something else.",
-        zero=True,
-        legend="median",
-    ),
-    Spec(
-        "Learning rate",
-        (("train/lr", "learning rate"),),
-        "The plan rather than a result: a short warm-up, then down. Read the other curves by it.",
-        zero=True,
-        legend="peak",
-    ),
-    Spec(
-        "Stage of the curriculum",
-        (("train/stage", "stage"),),
-        "The plan rather than a result. A bend of the loss where a stage begins is the new length, not the model.",
-        zero=True,
-        over="tokens",
-    ),
-    Spec(
-        "Length of rows",
-        (("train/seq_len", "length"),),
-        "The plan: short rows first. What lies further back than a row is long cannot be learned in its stage.",
-        zero=True,
-        over="tokens",
-    ),
-    Spec(
-        "Tokens per step",
-        (("train/batch_tokens", "batch"),),
-        "The plan: level, unless stages were given batches of their own. A larger batch has a calmer gradient.",
-        zero=True,
-        over="tokens",
-    ),
-    Spec(
-        "Gradient norm",
-        (("train/grad_norm", "norm"),),
-        "Good: calm after the start. Growing, or full of spikes, asks for a lower learning rate.",
-        zero=True,
-    ),
-)
+    Spec("Loss", (("train/loss", "train"), ("eval/loss", "held out")),
+         "Good: both lines fall and stay together. Held-out loss that rises while train loss falls is memorising.", zero=False),
+    Spec("Reward", (("reward", "mean"),),
+         "Good: a steady climb. Flat from the start means that the questions are all too hard or all too easy."),
+    Spec("Exam accuracy", (("eval/<split>_accuracy", ""),),
+         "Good: climbs away from guessing and stays there. Judge the end by its interval, not by the last wiggle."),
+    Spec("Held-out bits per byte", (("eval/bits_per_byte", "held out"),),
+         "Good: falls. Unlike the loss it compares models with different tokenizers.", zero=False),
+    Spec("Distance from the reference", (("kl", "KL"),),
+         "Good: grows slowly and levels off. A leap means that the policy has run away from what it was taught."),
+    Spec("Entropy", (("entropy", "entropy"),),
+         "Good: sinks gently and stays above zero. At zero the policy always says the same and can learn nothing new."),
+    Spec("Completion length", (("completions/mean_length", "mean"),),
+         "Good: settles. Growth up to the limit, or a collapse to a few tokens, is often a reward being gamed."),
+    Spec("Completions cut at the limit", (("completions/clipped_ratio", "cut"),),
+         "Good: near zero. A completion that never ends never learns to end."),
+    Spec("Groups without a lesson", (("frac_reward_zero_std", "all rewards equal"),),
+         "Good: well below 100%. A group whose answers all score the same gives no gradient."),
+    Spec("Letters answered", (("answer/letter_<X>_frac", ""),),
+         "Good: all letters near one another, as the options are shuffled. One letter taking over is a cheap cheat."),
+    Spec("Readable answers", (("answer/format_ok", "readable"),),
+         "Good: near 100%, and early. What cannot be read cannot be right."),
+    Spec("Speed", (("perf/tokens_per_second", "training"), ("perf/rollout_tokens_per_second", "sampling"),
+          ("perf/train_tokens_per_second", "updating")),
+         "Good: level. Dips are evaluations, checkpoints, or a machine that is busy with something else.", legend="median"),
+    Spec("Learning rate", (("train/lr", "learning rate"),),
+         "The plan rather than a result: a short warm-up, then down. Read the other curves by it.", legend="peak"),
+    Spec("Stage of the curriculum", (("train/stage", "stage"),),
+         "The plan rather than a result. A bend of the loss where a stage begins is the new length, not the model.",
+         over="tokens"),
+    Spec("Length of rows", (("train/seq_len", "length"),),
+         "The plan: short rows first. What lies further back than a row is long cannot be learned in its stage.", over="tokens"),
+    Spec("Tokens per step", (("train/batch_tokens", "batch"),),
+         "The plan: level, unless stages were given batches of their own. A larger batch has a calmer gradient.", over="tokens"),
+    Spec("Gradient norm", (("train/grad_norm", "norm"),),
+         "Good: calm after the start. Growing, or full of spikes, asks for a lower learning rate."),
+)  # fmt: skip
 
 # Metrics of one family that are read beside one another.
 TOGETHER: tuple[Spec, ...] = (
-    Spec(
-        "How right and how sure",
-        (
-            ("train/token_accuracy", "likeliest token right"),
-            ("train/label_probability", "given to the right one"),
-            ("train/top_probability", "given to the likeliest"),
-        ),
-        "Good: all climb, and the model is about as often right as it is sure. Much surer than right is overconfident.",
-        zero=True,
-    ),
-    Spec(
-        "Where a step's time goes",
-        (
-            ("perf/data_ms", "data"),
-            ("perf/forward_ms", "forward"),
-            ("perf/backward_ms", "backward"),
-            ("perf/optimizer_ms", "optimizer"),
-            ("perf/monitor_ms", "watching"),
-        ),
-        "Good: level, and nearly all of it forward and backward. While a step waits for data, the device is idle.",
-        zero=True,
-        legend="median",
-    ),
-    Spec(
-        "Memory",
-        (
-            ("perf/memory_allocated_bytes", "allocated"),
-            ("perf/memory_reserved_bytes", "reserved"),
-            ("perf/memory_resident_bytes", "of the process"),
-            ("perf/memory_peak_bytes", "at most"),
-        ),
-        "Good: level after the first steps. What climbs steadily ends the run one day.",
-        zero=True,
-        legend="peak",
-    ),
-)
+    Spec("How right and how sure", (("train/token_accuracy", "likeliest token right"),
+          ("train/label_probability", "given to the right one"), ("train/top_probability", "given to the likeliest")),
+         "Good: all climb, and the model is about as often right as it is sure. Much surer than right is overconfident."),
+    Spec("Where a step's time goes", (("perf/data_ms", "data"), ("perf/forward_ms", "forward"), ("perf/backward_ms", "backward"),
+          ("perf/optimizer_ms", "optimizer"), ("perf/monitor_ms", "watching")),
+         "Good: level, and nearly all of it forward and backward. While a step waits for data, the device is idle.",
+         legend="median"),
+    Spec("Memory", (("perf/memory_allocated_bytes", "allocated"), ("perf/memory_reserved_bytes", "reserved"),
+          ("perf/memory_resident_bytes", "of the process"), ("perf/memory_peak_bytes", "at most")),
+         "Good: level after the first steps. What climbs steadily ends the run one day.", legend="peak"),
+)  # fmt: skip
 
 Chart = tuple[Spec, list[Line], Band | None]
 MARKED = ("Loss", "Reward")  # the charts that show when things happened
@@ -254,7 +156,7 @@ def _filled(specs: Iterable[Spec], run: StageLog, colour: int, used: set[str]) -
 
 def spec_of(name: str) -> Spec:
     """Return the chart of a metric that no entry of `SPECS` names, with its meaning from the table."""
-    return Spec(name, ((name, name),), _meaning(name))
+    return Spec(name, ((name, name),), _meaning(name), zero=False)
 
 
 def kind_of(name: str) -> str:
@@ -351,3 +253,65 @@ def inner(row: str, name: str) -> str:
 def _palette(first: int, position: int) -> int:
     order = [first, *(c for c in (2, 1, 0, 3, 4, 6, 7, 5) if c != first)]
     return order[position % len(order)]
+
+
+@dataclass(frozen=True)
+class Family:
+    """Metrics whose names begin alike, and one sentence on what good looks like."""
+
+    title: str
+    prefixes: tuple[str, ...]
+    good: str
+
+
+FAMILIES: tuple[Family, ...] = (  # the first whose prefix fits
+    Family("Gradients", ("train/grad_norm", "train/skipped_steps", "grad/", "update/"),
+           "Good: calm, of one order of magnitude in all layers, and every value finite."),
+    Family("Plan", ("train/lr", "train/stage", "train/seq_len", "train/batch_tokens"),
+           "What was set rather than what came out; the other curves are read by it."),
+    Family("Quality", ("train/", "eval/"),
+           "Good: losses fall, accuracies climb, and what is measured on held-out text follows what is measured in training."),
+    Family("Performance", ("perf/",),
+           "Good: level from the first minutes on. Memory that grows, or time that goes into data, is worth a look."),
+    Family("Model health", ("model/",),
+           "Good: all layers move together and settle. One layer that leaves the others, or a share near 100%, is ill."),
+    Family("Data", ("data/",),
+           "Good: the share consumed of each source matches its target, and no source is read many times over."),
+    Family("Reinforcement learning", ("reward", "frac_reward", "rewards/", "loss", "kl", "entropy", "clip_ratio/", "completions/",
+            "sampling/", "opsm/", "groups/", "filters/", "answer/", "tasks/"),
+           "Good: rewards climb while the distance from the reference stays small and answers stay varied."),
+)  # fmt: skip
+OTHER = Family("Other", (), "Metrics that the table does not know; the run that logged them does.")
+
+_LAYER = re.compile(r"(.+)/(?:layer_)?(\d+)")
+
+
+def family_of(name: str) -> Family:
+    """Return the family of a metric."""
+    return next((family for family in FAMILIES if name.startswith(family.prefixes)), OTHER)
+
+
+def in_families(names: Iterable[str]) -> list[tuple[Family, list[str]]]:
+    """Group names by family, both in their order; families without a name are left out."""
+    found: dict[Family, list[str]] = {}
+    for name in names:
+        found.setdefault(family_of(name), []).append(name)
+    return [(family, found[family]) for family in (*FAMILIES, OTHER) if family in found]
+
+
+def layer_of(name: str) -> tuple[str, int] | None:
+    """Return a metric's name without its layer, and the layer; None for a metric of the whole model."""
+    found = _LAYER.fullmatch(name)
+    return (found[1], int(found[2])) if found else None
+
+
+def by_layer(names: Iterable[str]) -> tuple[list[str], dict[str, dict[int, str]]]:
+    """Return the metrics of the whole model, and for each metric that layers have its names by layer."""
+    whole: list[str] = []
+    layers: dict[str, dict[int, str]] = {}
+    for name in names:
+        if found := layer_of(name):
+            layers.setdefault(found[0], {})[found[1]] = name
+        else:
+            whole.append(name)
+    return whole, {base: dict(sorted(of.items())) for base, of in layers.items()}

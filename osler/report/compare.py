@@ -21,11 +21,22 @@ from osler.records.exams import ExamScore
 from osler.records.values import as_text
 from osler.report import format as fmt
 from osler.report import html
-from osler.report.charts import COLOURS, SPECS, Chart, Figure, Spec, figures, inner, line_of, spec_of
+from osler.report.charts import (
+    COLOURS,
+    SPECS,
+    Chart,
+    Family,
+    Figure,
+    Spec,
+    by_layer,
+    figures,
+    in_families,
+    inner,
+    line_of,
+    spec_of,
+)
 from osler.report.curves import Floats
-from osler.report.families import Family, by_layer, in_families
-from osler.report.model import count_parameters, find_model
-from osler.report.read import RunRecord, StageLog, read_run
+from osler.report.read import RunRecord, StageLog, count_parameters, find_model, read_run
 from osler.report.words import stage_title
 from osler.runtime.errors import UserError
 

@@ -12,17 +12,17 @@ import numpy as np
 from osler.records.samples import SampledAnswer
 from osler.report import format as fmt
 from osler.report import html
-from osler.report.attention import attention, next_steps
-from osler.report.charts import Figure, charts_of, figures
+from osler.report.charts import Family, Figure, charts_of, figures
 from osler.report.events import EventGroup, grouped, marks_of
-from osler.report.families import Family
 from osler.report.read import RunRecord, StageLog, read_run, stage_rank
 from osler.report.words import (
+    attention,
     headline,
     headline_score,
     in_sentence,
     interval,
     model_of,
+    next_steps,
     score_in_words,
     scores_on,
     stage_colour,

@@ -13,6 +13,7 @@ A file that cannot be read becomes a line in `RunRecord.problems`, which the pag
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -23,14 +24,15 @@ from typing import Any, TypeVar
 import numpy as np
 
 from osler.checkpoint.root import is_checkpoint
+from osler.config.decode import decode
 from osler.config.yaml12 import load_yaml
+from osler.model.config import MODEL_FILE, ModelConfig
 from osler.records.events import Event, read_events
 from osler.records.exams import Comparison, ExamScore, read_exams
 from osler.records.samples import SampledAnswer, read_samples
 from osler.records.stages import FinishedStage
 from osler.records.values import NAN, as_dict, as_list, as_text, read_records
 from osler.report.curves import Floats, Series, read_curves
-from osler.report.model import checkpoint_model
 from osler.runtime.errors import UserError
 from osler.runtime.files import RunFolder, read_json
 
@@ -199,3 +201,33 @@ def _read(problems: list[str], path: Path, reader: Callable[[Path], T]) -> T | N
     except UserError:
         problems.append(f"{path.name} could not be read; its part of this page is missing.")
         return None
+
+
+def checkpoint_model(folder: Path) -> dict[str, Any]:
+    """Return the model that a run folder's newest readable checkpoint describes, {} without one; all hold the same."""
+    for path in sorted(RunFolder(folder).checkpoints.glob(f"step-*/{MODEL_FILE}"), reverse=True):
+        try:
+            found = find_model(read_json(path))
+        except UserError:
+            continue
+        if found:
+            return found
+    return {}
+
+
+def find_model(config: object) -> dict[str, Any]:
+    """Return the first mapping inside a configuration that describes its model (`num_layers`, `hidden_size`), or {}."""
+    if isinstance(config, dict) and not config.get("init_from"):
+        if "num_layers" in config and "hidden_size" in config:
+            return config
+        return next((found for child in config.values() if (found := find_model(child))), {})
+    return {}
+
+
+def count_parameters(model: dict[str, Any]) -> int | None:
+    """Return the number of parameters, None when the description is not that of a model or leaves something open."""
+    known = {f.name for f in dataclasses.fields(ModelConfig)}
+    try:
+        return decode(ModelConfig, {k: v for k, v in model.items() if k in known}).num_parameters
+    except UserError:
+        return None  # for example a vocabulary size that the tokenizer has yet to decide

@@ -16,9 +16,8 @@ from osler.monitor.lifetime import LIFETIME
 from osler.monitor.metrics import declared_name
 from osler.records.values import as_text
 from osler.report import format as fmt
-from osler.report.charts import by_row, inner, kind_of
+from osler.report.charts import Family, by_layer, by_row, in_families, inner, kind_of
 from osler.report.events import grouped
-from osler.report.families import Family, by_layer, in_families
 from osler.report.svg import value_range
 from osler.watch.state import WatchedFolder, WatchedRun
 

@@ -23,11 +23,10 @@ from osler.records.events import Event, read_events
 from osler.records.stages import FinishedStage
 from osler.records.values import as_dict, as_number, as_text, read_records
 from osler.report import format as fmt
-from osler.report.model import count_parameters, find_model
-from osler.report.read import stage_rank, sub_runs
+from osler.report.curves import Follower, Moment
+from osler.report.read import count_parameters, find_model, stage_rank, sub_runs
 from osler.runtime.errors import UserError
 from osler.runtime.files import RunFolder, is_locked, read_json
-from osler.watch.follow import Follower, Moment
 
 QUICKSTART_STAGES = ("pretrain", "sft", "grpo")
 QUIET_SECONDS, QUIET_GAPS = 10.0, 3.0  # a silence longer than both, in seconds and in usual gaps, is worth a word

@@ -13,7 +13,7 @@ import pytest
 from osler.report.compare import build_comparison
 from osler.report.curves import read_curves
 from osler.report.page import build_report
-from osler.report.text import summary_text
+from osler.report.words import summary_text
 
 SHORT, TIMES = 1500, 8
 NAMES = [f"train/m{number}" for number in range(12)]

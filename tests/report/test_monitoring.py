@@ -15,14 +15,12 @@ from osler.records.events import Event
 from osler.records.values import to_json
 from osler.report import format as fmt
 from osler.report import svg
-from osler.report.attention import attention
-from osler.report.charts import TOGETHER, bundle, charts_of, kind_of
+from osler.report.charts import OTHER, TOGETHER, bundle, by_layer, charts_of, family_of, kind_of, layer_of
 from osler.report.curves import Series
 from osler.report.events import grave_in_words, grouped, marks_of
-from osler.report.families import OTHER, by_layer, family_of, layer_of
 from osler.report.page import build_report
 from osler.report.read import StageLog, read_run
-from osler.report.text import summary_text
+from osler.report.words import attention, summary_text
 
 Bare = Callable[..., Path]
 

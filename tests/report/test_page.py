@@ -19,8 +19,7 @@ from osler.report import format as fmt
 from osler.report.charts import SPECS
 from osler.report.page import build_report, right_option
 from osler.report.read import read_run
-from osler.report.text import summary_text
-from osler.report.words import headline, model_of, stage_colour, stage_title
+from osler.report.words import headline, model_of, stage_colour, stage_title, summary_text
 from osler.runtime.errors import UserError
 
 CONFIG_OF_ANOTHER = "model: {num_layers: 6, hidden_size: 256}\n"

@@ -8,8 +8,8 @@ import sys
 from osler.cli.main import main
 from osler.monitor.lifetime import LIFETIME
 from osler.records.events import read_events
-from osler.report.attention import attention
 from osler.report.read import read_run
+from osler.report.words import attention
 from osler.runtime.files import RunFolder
 from osler.runtime.stop import EXIT_STOPPED
 from osler.watch.state import WatchedFolder

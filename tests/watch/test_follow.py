@@ -11,7 +11,7 @@ import pytest
 
 from osler.records import jsonl
 from osler.records.metrics import MetricsFile
-from osler.watch.follow import MAX_POINTS, SAMPLED_LINES, Follower
+from osler.report.curves import MAX_POINTS, SAMPLED_LINES, Follower
 
 
 def line(step: int, **metrics: object) -> str:
