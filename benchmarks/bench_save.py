@@ -46,8 +46,7 @@ def measure(mode: str, args: argparse.Namespace) -> dict[str, Any]:
     from osler.optim.config import AdamWConfig
     from osler.parallel.config import NoParallelConfig
     from osler.parallel.parallelize import parallelize
-    from osler.runs.machine import choose_machine
-    from osler.runs.process import Learner
+    from osler.runs.process import Learner, choose_machine
     from osler.runtime.device import keep_freed_memory
     from osler.runtime.world import World
     from osler.train.trainer import TrainStep

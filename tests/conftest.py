@@ -5,11 +5,16 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+
+ROOT = Path(__file__).parents[1]
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores: what each of them starts, torch first, takes one
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -69,6 +74,25 @@ def no_compiled_code():
     torch.compiler.reset()
     yield
     torch.compiler.reset()
+
+
+@pytest.fixture
+def run_cases() -> Callable[..., int]:
+    """``run_cases(program, *arguments, **environment)``: all cases of a program that forks succeed; returns their number."""
+    if not hasattr(os, "fork"):
+        pytest.skip("needs fork")
+
+    def run(program: str, *arguments: object, **environment: str) -> int:
+        paths = [str(ROOT), str(ROOT / "tests" / "distributed"), *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", **environment}
+        command = [sys.executable, str(ROOT / "tests" / program), *map(str, arguments)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1800, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+        lines = done.stdout.splitlines()
+        assert [line for line in lines if not line.startswith("ok ")] == []
+        return len(lines)
+
+    return run
 
 
 @pytest.fixture(scope="session")

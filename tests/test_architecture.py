@@ -40,7 +40,7 @@ DOORS: dict[str, set[str]] = {
     "pydantic": {"config/schema.py", "config/decode.py"},
     "yaml": {"config/yaml12.py"},
     "tokenizers": {"tokenizer/bpe.py"},
-    "safetensors": {"checkpoint/tensors.py"},
+    "safetensors": {"checkpoint/store.py"},
     "pyarrow": {"files/read.py"},
     "jinja2": {"report/html.py"},
     "markupsafe": {"report/html.py"},

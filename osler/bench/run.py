@@ -66,7 +66,7 @@ def compare(config: TrainConfig, name: str, *, peers: Sequence[str], rounds: int
     import torch
 
     from osler.bench.contestants import require_whole_embeddings
-    from osler.runs.machine import choose_machine
+    from osler.runs.process import choose_machine
     from osler.runtime.device import describe_machine
 
     if peers:  # before Osler is timed, which takes its time

@@ -30,8 +30,7 @@ import torch
 from torch import Tensor
 
 from osler.checkpoint import store
-from osler.checkpoint.root import Damaged, OnDamage, ignore_damage
-from osler.checkpoint.rotation import rotate
+from osler.checkpoint.folders import Damaged, OnDamage, ignore_damage, rotate
 from osler.runtime.errors import UserError
 from osler.runtime.files import fsync_file, no_pause
 

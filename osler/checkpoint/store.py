@@ -2,9 +2,12 @@
 
 ``root/step-000000123/`` holds one ``<name>.safetensors`` per tensor dictionary, ``state.json``, further files as bytes, and
 ``manifest.json``. A save writes all of it into a hidden folder, flushes every file, writes the manifest last, renames the folder
-and flushes the root; then it reads everything back. There is no pickle anywhere. What was put in comes out bit for bit.
+and flushes the root; then it reads everything back. There is no pickle anywhere. What was put in comes out bit for bit. One
+process saves into a root at a time.
 
-One process saves into a root at a time.
+A file of tensors (https://huggingface.co/docs/safetensors) is eight bytes with the length of the header, a JSON header, then the
+raw bytes. The library reads it. Its ``save_file`` cannot write it, because a checkpoint needs a hash of the tensors and not of
+what was read back, only one tensor at a time off the device, and an ordinary OSError when the disk is full.
 """
 
 from __future__ import annotations
@@ -16,33 +19,62 @@ import json
 import logging
 import shutil
 import sys
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
-from osler.checkpoint.manifest import (
+from osler.checkpoint.folders import (
+    BEST,
     FOLDER_NAME,
+    HIDDEN,
     MANIFEST,
     REPLACED_SUFFIX,
     STATE,
     TENSORS_SUFFIX,
     FileRecord,
     Manifest,
+    best_checkpoint,
+    by_age,
+    describe_damaged,
     folder_name,
+    is_checkpoint,
+    newest_good,
     padded,
+    remove,
+    root_of,
     verify,
 )
-from osler.checkpoint.root import BEST, best_checkpoint, by_age, describe_damaged, is_checkpoint, newest_good, root_of
-from osler.checkpoint.rotation import HIDDEN, remove
-from osler.checkpoint.tensors import read_tensors, write_tensors
 from osler.runtime.errors import UserError
 from osler.runtime.faults import fault
-from osler.runtime.files import RunFolder, fsync_dir, no_pause, open_durable, read_json, write_json
+from osler.runtime.files import RunFolder, fsync_dir, no_pause, open_durable, read_json
 
 logger = logging.getLogger(__name__)
+
+DTYPE_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint64: "U64",
+    torch.uint32: "U32",
+    torch.uint16: "U16",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+_BLOCK_BYTES = 16 << 20
 
 
 class CheckpointSaveError(RuntimeError):
@@ -180,19 +212,6 @@ def _tidy(root: Path) -> None:
             aside.rename(final)
 
 
-def mark_best(path: str | Path, metric: str, value: float | None) -> None:
-    """Record that a checkpoint is the best so far; rotation keeps it, and no longer the one before.
-
-    When the disk refuses this only warns, since the checkpoint is safe, and the one before stays marked.
-    """
-    path = Path(path)
-    try:
-        fault("save-best")
-        write_json(path.parent / BEST, {"folder": path.name, "metric": metric, "value": value})
-    except OSError as error:
-        logger.warning(f"{path} could not be marked best: {error.strerror}")
-
-
 def load(path: str | Path, names: Collection[str] | None = None) -> Loaded:
     """Verify a checkpoint folder and read it; ``names`` restricts both to those tensor dictionaries.
 
@@ -252,3 +271,58 @@ def _runs_in(folder: Path) -> list[Path]:
     if RunFolder(folder).checkpoints.is_dir():
         return []
     return [sub for sub in sorted(folder.iterdir()) if RunFolder(sub).checkpoints.is_dir()]
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], pause: Callable[[], None] = no_pause) -> tuple[int, str]:
+    """Write one safetensors file, durably, and return its size in bytes and hex SHA-256; ``pause`` is called after each block.
+
+    Raises OSError when the disk refuses, and TypeError for a tensor that is sparse or of a dtype without a name in the format.
+    """
+    # Wide types first, so that every tensor is aligned to the size of its elements without holes.
+    ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
+    header = _header(ordered)
+    with open_durable(path) as file:
+        digest = hashlib.sha256()
+        size = 0
+        for block in _blocks(header, (tensor for _, tensor in ordered)):
+            file.write(block)
+            digest.update(block)
+            size += len(block)
+            pause()
+    return size, digest.hexdigest()
+
+
+def _header(ordered: Iterable[tuple[str, Tensor]]) -> bytes:
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    start = 0
+    for name, tensor in ordered:
+        if tensor.layout != torch.strided or tensor.dtype not in DTYPE_NAMES:
+            raise TypeError(f"Tensor {name!r} ({tensor.dtype}, {tensor.layout}) has no safetensors form.")
+        end = start + tensor.numel() * tensor.element_size()
+        entries[name] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+        start = end
+    text = json.dumps(entries, separators=(",", ":")).encode("utf-8")
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _blocks(header: bytes, tensors: Iterable[Tensor]) -> Iterator[bytes | memoryview]:
+    yield header
+    fault("save-tensors")
+    for tensor in tensors:
+        if tensor.numel() == 0:
+            continue
+        flat = tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy()
+        if sys.byteorder == "big":
+            flat = flat.reshape(-1, tensor.element_size())[:, ::-1].copy().reshape(-1)
+        view = flat.data
+        for start in range(0, len(view), _BLOCK_BYTES):
+            yield view[start : start + _BLOCK_BYTES]
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read a safetensors file to CPU memory; raises UserError naming the file when it is not one."""
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is not a readable safetensors file: {error}.") from error

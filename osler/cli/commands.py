@@ -145,20 +145,19 @@ def run_chat(arguments: argparse.Namespace) -> int:
 
 
 def run_checkpoint_list(arguments: argparse.Namespace) -> int:
-    from osler.checkpoint.maintenance import list_checkpoints
+    from osler.runs.checkpoints import list_checkpoints
 
     return list_checkpoints(arguments.run)
 
 
 def run_checkpoint_verify(arguments: argparse.Namespace) -> int:
-    from osler.checkpoint.maintenance import verify_checkpoints
-    from osler.runs.damage import record_damage
+    from osler.runs.checkpoints import verify_checkpoints
 
-    return verify_checkpoints(arguments.checkpoint, record_damage)
+    return verify_checkpoints(arguments.checkpoint)
 
 
 def run_checkpoint_prune(arguments: argparse.Namespace) -> int:
-    from osler.checkpoint.maintenance import prune_checkpoints
+    from osler.runs.checkpoints import prune_checkpoints
 
     kept = {name: getattr(arguments, name) for name in ("keep_last", "keep_best", "keep_milestones")}
     return prune_checkpoints(arguments.run, **kept, dry_run=arguments.dry_run)

@@ -23,8 +23,7 @@ from typing import Any
 import torch
 
 from osler.checkpoint import store
-from osler.checkpoint.manifest import folder_name
-from osler.checkpoint.root import refuse_checkpoint
+from osler.checkpoint.folders import folder_name, refuse_checkpoint
 from osler.config.decode import decode
 from osler.config.recipe import load_recipe
 from osler.config.schema import encode

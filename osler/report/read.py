@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from osler.checkpoint.root import is_checkpoint
+from osler.checkpoint.folders import is_checkpoint
 from osler.config.decode import decode
 from osler.config.yaml12 import load_yaml
 from osler.model.config import MODEL_FILE, ModelConfig

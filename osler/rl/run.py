@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 
 from osler.checkpoint import store
-from osler.checkpoint.manifest import TENSORS_SUFFIX
+from osler.checkpoint.folders import TENSORS_SUFFIX
 from osler.eval.exams import greedy, score_by_generation
 from osler.inference.engine import InferenceEngine
 from osler.inference.load import LoadedModel, describing_files, load_model
@@ -28,8 +28,7 @@ from osler.rl.trainer import GrpoTrainer
 from osler.runs.command import Job, Request, carry_out
 from osler.runs.folder import check_fingerprints, claim
 from osler.runs.loop import Loop
-from osler.runs.machine import VERSIONS, agree_on_machine, describe_run, place_of
-from osler.runs.process import Learner, Run
+from osler.runs.process import VERSIONS, Learner, Run, agree_on_machine, describe_run, place_of
 from osler.runs.start import find_start, restored, warn_of_endless_warmup
 from osler.runtime.device import pick_device
 from osler.runtime.errors import UserError

@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any, cast, get_args
 
 from osler.checkpoint import store
-from osler.checkpoint.manifest import STATE
-from osler.checkpoint.root import refuse_checkpoint
+from osler.checkpoint.folders import STATE, refuse_checkpoint
 from osler.config.decode import decode
 from osler.config.recipe import load_recipe, parse_overrides
 from osler.config.schema import encode, hints
@@ -22,10 +21,10 @@ from osler.config.yaml12 import dump_yaml
 from osler.inference.load import read_model_config
 from osler.model.config import ModelConfig
 from osler.monitor.logger import check_trackers
-from osler.runs.branch import branch_config, branch_point, describe_branch
 from osler.runs.config import RunConfig
 from osler.runs.folder import refuse_another, stored_config, taken
 from osler.runs.rewind import go_back, planned_start
+from osler.runs.start import branch_config, branch_point, describe_branch
 from osler.runtime.errors import UserError
 from osler.runtime.files import RunFolder, read_json
 from osler.runtime.stop import EXIT_STOPPED

@@ -7,20 +7,21 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from osler.checkpoint import store
-from osler.checkpoint.root import refuse_checkpoint
+from osler.checkpoint.folders import FOLDER_NAME, describe_damaged, newest_good, refuse_checkpoint
 from osler.config.decode import decode
 from osler.config.recipe import merge, parse_overrides
 from osler.config.schema import encode
 from osler.config.yaml12 import dump_yaml, load_yaml
 from osler.records.events import EventLog
 from osler.records.metrics import read_metrics
-from osler.runs.damage import write_damage
 from osler.runtime.errors import UserError
 from osler.runtime.files import RunFolder, locked, write_atomic
 from osler.runtime.world import World
+
+if TYPE_CHECKING:
+    from osler.checkpoint.store import Loaded  # which loads torch
 
 logger = logging.getLogger(__name__)
 
@@ -169,7 +170,7 @@ def read_config(folder: RunFolder) -> dict[str, Any]:
     except (UserError, UnicodeDecodeError) as error:
         stored, problem = None, f"is torn or damaged ({error})"
     if not isinstance(stored, dict):
-        good, _ = store.newest_good(folder.checkpoints)
+        good, _ = newest_good(folder.checkpoints)
         remedy = (
             f"The run's newest good checkpoint has a copy: `cp {good / folder.config.name} {folder.config}` restores it"
             if good
@@ -185,20 +186,27 @@ def newest_checkpoint(folder: RunFolder, *, record: bool = False) -> Path | None
     ``record``: also write the damage to ``events.jsonl``. Raises UserError when every checkpoint is damaged, because starting
     over silently would throw the run away.
     """
-    found, skipped = store.newest_good(folder.checkpoints)
+    found, skipped = newest_good(folder.checkpoints)
     for path, problems in skipped if record else ():
         write_damage(EventLog(folder.events), path, problems)
     if found is None and skipped:
         raise UserError(
-            f"No checkpoint in {folder.checkpoints} is good: {store.describe_damaged(skipped)}. Restore one from a copy, or "
+            f"No checkpoint in {folder.checkpoints} is good: {describe_damaged(skipped)}. Restore one from a copy, or "
             "delete that folder to start this run over."
         )
     if skipped:
-        logger.warning(f"{store.describe_damaged(skipped)}; going on from {found}.")
+        logger.warning(f"{describe_damaged(skipped)}; going on from {found}.")
     return found
 
 
-def check_fingerprints(loaded: store.Loaded, current: Mapping[str, str], *, changes: EventLog | None = None) -> None:
+def write_damage(events: EventLog, checkpoint: Path, problems: Sequence[str]) -> None:
+    """Append that a checkpoint is damaged."""
+    match = FOLDER_NAME.fullmatch(checkpoint.name)
+    message = f"{checkpoint.name} is damaged ({'; '.join(problems)}): it does not count among the checkpoints that are kept."
+    events.write(int(match[1]) if match else 0, "incident", "damaged-checkpoint", message)
+
+
+def check_fingerprints(loaded: Loaded, current: Mapping[str, str], *, changes: EventLog | None = None) -> None:
     """Raise UserError for a checkpoint of another tokenizer or of other data. With ``changes`` other data are recorded there."""
     for name, value in current.items():
         before = loaded.state["fingerprints"].get(name)

@@ -20,11 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from osler.checkpoint import store
-from osler.checkpoint.manifest import STATE, verify
-from osler.checkpoint.root import OnDamage, by_age, ignore_damage
+from osler.checkpoint.folders import STATE, OnDamage, by_age, ignore_damage, verify
 from osler.monitor.spikes import SpikeWindow
 from osler.runs.config import RunConfig
-from osler.runs.damage import write_damage
+from osler.runs.folder import write_damage
 from osler.runs.process import Run
 from osler.runtime.errors import UserError
 from osler.runtime.files import read_json

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple, Protocol
 from torch import Tensor
 
 from osler.checkpoint import store
+from osler.checkpoint.folders import mark_best
 from osler.checkpoint.saver import Saver
 from osler.monitor.history import RunSettings
 from osler.monitor.lifetime import recorded
@@ -286,4 +287,4 @@ class Loop:
             return
         if self.best is None or (value < self.best if name.endswith("loss") else value > self.best):
             self.best = value
-            store.mark_best(saved, name, value)
+            mark_best(saved, name, value)

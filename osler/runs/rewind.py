@@ -12,9 +12,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from osler.checkpoint import store
-from osler.checkpoint.manifest import looks_whole, verify
-from osler.checkpoint.root import BEST, Entry, best_checkpoint, by_age
+from osler.checkpoint.folders import BEST, Entry, best_checkpoint, by_age, folder_name, looks_whole, mark_best, verify
 from osler.records import jsonl
 from osler.records.events import EventLog, read_events
 from osler.records.metrics import MetricsLine
@@ -121,11 +119,11 @@ def _mark_earlier_best(folder: RunFolder, metric: str, lines: Sequence[bytes], l
     leaving = {entry.path for entry in later}
     scores: dict[Path, float] = {}
     for line in filter(None, map(MetricsLine.parse, lines)):
-        score, saved = line.values.get(metric, math.nan), folder.checkpoints / store.folder_name(max(0, line.step))
+        score, saved = line.values.get(metric, math.nan), folder.checkpoints / folder_name(max(0, line.step))
         if math.isfinite(score) and saved.is_dir() and saved not in leaving:
             scores[saved] = score
     (folder.checkpoints / BEST).unlink()
     if scores:
         sign = 1 if metric.endswith("loss") else -1
         path = min(scores, key=lambda path: sign * scores[path])
-        store.mark_best(path, metric, scores[path])
+        mark_best(path, metric, scores[path])

@@ -32,8 +32,7 @@ from osler.parallel.engine import ParallelEngine
 from osler.parallel.parallelize import parallelize
 from osler.runs.command import Job, Request, carry_out
 from osler.runs.loop import Loop
-from osler.runs.machine import VERSIONS, agree_on_machine, describe_run, place_of
-from osler.runs.process import Learner, Run
+from osler.runs.process import VERSIONS, Learner, Run, agree_on_machine, describe_run, place_of
 from osler.runs.start import find_start, restored, warn_of_endless_warmup
 from osler.runtime.files import RunFolder
 from osler.runtime.stop import AskedToStop, asked

@@ -19,9 +19,9 @@ from osler.data.shards import DATA_MANIFEST, read_data_manifest
 from osler.data.sources import check_source, prepare_source
 from osler.inference.load import TOKENIZER_FILE, tokenizer_of
 from osler.model.config import ModelConfig
-from osler.runs.branch import same_data
 from osler.runs.folder import check_fingerprints, claim, moved_places, read_config
 from osler.runs.rewind import ASIDE
+from osler.runs.start import same_data
 from osler.runtime.errors import UserError
 from osler.runtime.files import RunFolder, fsync_dir, write_atomic
 from osler.tokenizer.bpe import Tokenizer

@@ -15,8 +15,7 @@ from pathlib import Path
 from socket import gethostname
 from typing import Any
 
-from osler.checkpoint.manifest import MANIFEST, STATE
-from osler.checkpoint.root import Entry, by_age
+from osler.checkpoint.folders import MANIFEST, STATE, Entry, by_age
 from osler.config.yaml12 import load_yaml
 from osler.monitor.lifetime import END, FAILED, FINISHED, LIFETIME, START, STOPPED, still_wrong, unresolved_at_end
 from osler.records.events import Event, read_events

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from osler.checkpoint.rotation import rotate
-from osler.checkpoint.store import mark_best, save
+from osler.checkpoint.folders import mark_best, rotate
+from osler.checkpoint.store import save
 from osler.runtime import faults
 
 

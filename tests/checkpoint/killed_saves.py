@@ -17,9 +17,9 @@ from pathlib import Path
 
 import torch
 
-from osler.checkpoint.rotation import rotate
+from osler.checkpoint.folders import mark_best, rotate
 from osler.checkpoint.saver import Saver
-from osler.checkpoint.store import CheckpointSaveError, load, mark_best, newest_good, save
+from osler.checkpoint.store import CheckpointSaveError, load, newest_good, save
 from osler.runtime import faults
 
 STAGES = (

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from osler.checkpoint import manifest, store
-from osler.checkpoint.rotation import rotate
+from osler.checkpoint import folders, store
+from osler.checkpoint.folders import rotate
 from osler.cli.main import main
 from osler.records.events import read_events
 from tests.checkpoint.conftest import flip, put, rot_silently, steps
@@ -19,7 +19,7 @@ def run(tmp_path) -> Path:
     """Steps 1 to 5; 2 is the best, 3 a milestone."""
     for step in range(1, 6):
         put(tmp_path / "checkpoints", step, keep_last=9, milestone=step == 3)
-    store.mark_best(folder(tmp_path, 2), "eval/loss", 1.25)
+    folders.mark_best(folder(tmp_path, 2), "eval/loss", 1.25)
     return tmp_path
 
 
@@ -127,14 +127,14 @@ def test_prune_keeps_at_least_one(run, capsys):
 
 def test_verify_records_damage_and_makes_the_run_read_again(run, capsys):
     rot_silently(folder(run, 4) / "model.safetensors")
-    assert manifest.known_problems(folder(run, 4)) == []  # this process saved it, and it looks as it did
+    assert folders.known_problems(folder(run, 4)) == []  # this process saved it, and it looks as it did
     assert osler("verify", run) == 1 and not (run / "events.jsonl").exists()  # there is no run in this folder
     (run / "config.yaml").write_text("kind: pretrain\n")
     assert osler("verify", folder(run, 4)) == 1
     [event] = read_events(run / "events.jsonl")
     assert (event.step, event.kind, event.name) == (4, "incident", "damaged-checkpoint")
     assert "step-000000004 is damaged (model.safetensors: its content changed" in event.message
-    assert manifest.known_problems(folder(run, 4)) != []
+    assert folders.known_problems(folder(run, 4)) != []
     newest = put(run / "checkpoints", 6, keep_last=9)
     [(path, _)] = rotate(run / "checkpoints", newest, 3)
     assert path == folder(run, 4) and left(run) == [2, 3, 5, 6]

@@ -10,11 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from osler.checkpoint import manifest
-from osler.checkpoint.manifest import folder_name, verify
-from osler.checkpoint.root import best_checkpoint, newest_good
-from osler.checkpoint.rotation import rotate
-from osler.checkpoint.store import CheckpointSaveError, load, mark_best, save
+from osler.checkpoint import folders
+from osler.checkpoint.folders import best_checkpoint, folder_name, mark_best, newest_good, rotate, verify
+from osler.checkpoint.store import CheckpointSaveError, load, save
 from osler.runtime.errors import UserError
 from tests.checkpoint.conftest import flip, put, rot_silently, steps
 
@@ -144,7 +142,7 @@ def save_big(root: Path, step: int, keep_last: int, *, pause=lambda: None, **opt
 @pytest.fixture
 def another_process(monkeypatch):
     """Forget what this process has verified."""
-    return lambda: monkeypatch.setattr(manifest, "_known", {})
+    return lambda: monkeypatch.setattr(folders, "_known", {})
 
 
 def test_a_checkpoint_that_rotted_does_not_count_for_keep_last(tmp_path):
@@ -161,7 +159,7 @@ def test_a_checkpoint_that_cannot_be_read_for_a_moment_is_not_deleted(tmp_path, 
     for step in (1, 2, 3):
         save_big(tmp_path, step, 3)
     another_process()
-    real = manifest.sha256_file
+    real = folders.sha256_file
 
     def away(path, pause):
         if path.parent == folder(tmp_path, 2):
@@ -169,7 +167,7 @@ def test_a_checkpoint_that_cannot_be_read_for_a_moment_is_not_deleted(tmp_path, 
         return real(path, pause)
 
     with monkeypatch.context() as patched:
-        patched.setattr(manifest, "sha256_file", away)
+        patched.setattr(folders, "sha256_file", away)
         [(path, problems)] = save_big(tmp_path, 4, 3)
     assert path == folder(tmp_path, 2) and "cannot be read" in problems[0]
     assert steps(tmp_path) == [1, 2, 3, 4] and verify(folder(tmp_path, 2)) == []
@@ -181,7 +179,7 @@ def test_rot_under_unchanged_names_and_times_is_found_by_the_next_process(tmp_pa
     for step in (1, 2, 3, 4):
         save_big(tmp_path, step, 9)
     rot_silently(folder(tmp_path, 3) / "model.safetensors")
-    assert manifest.known_problems(folder(tmp_path, 3)) == []  # this process saved it, and it looks as it did
+    assert folders.known_problems(folder(tmp_path, 3)) == []  # this process saved it, and it looks as it did
     another_process()
     [(path, _)] = save_big(tmp_path, 5, 1, good_step=3)
     assert path == folder(tmp_path, 3) and steps(tmp_path) == [2, 5]

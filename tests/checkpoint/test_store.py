@@ -14,9 +14,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from osler.checkpoint import manifest
-from osler.checkpoint.store import CheckpointSaveError, describe_damaged, load, newest_good, resolve, save, verify
-from osler.checkpoint.tensors import DTYPE_NAMES
+from osler.checkpoint import folders
+from osler.checkpoint.store import DTYPE_NAMES, CheckpointSaveError, describe_damaged, load, newest_good, resolve, save, verify
 from osler.runtime.errors import UserError
 from tests.checkpoint.conftest import flip, put, steps
 
@@ -150,7 +149,7 @@ def test_the_bytes_of_the_manifest_count(tmp_path):
         path.write_bytes(original)
         flip(path, index)
         with contextlib.suppress(UserError):
-            manifest.Manifest.read(path.parent)
+            folders.Manifest.read(path.parent)
             unnoticed.append(index)
     assert unnoticed == []
 
@@ -163,15 +162,15 @@ def test_a_manifest_of_another_step_or_format_is_noticed(tmp_path):
         (path / "manifest.json").write_text(json.dumps(content))
         assert len(verify(path)) == 1
     future = {"format": 99}
-    (path / "manifest.json").write_text(json.dumps({**future, "sha256": manifest._content_hash(future)}))
+    (path / "manifest.json").write_text(json.dumps({**future, "sha256": folders._content_hash(future)}))
     assert "format 99" in verify(path)[0]
 
 
 def test_a_manifest_cannot_reach_outside_its_folder(tmp_path):
     path = put(tmp_path, 1)
     (tmp_path / "secret").write_bytes(b"s")
-    files = {"../secret": manifest.FileRecord(1, "0" * 64)}
-    manifest.Manifest(1, 1, files).write(path)
+    files = {"../secret": folders.FileRecord(1, "0" * 64)}
+    folders.Manifest(1, 1, files).write(path)
     assert "outside its folder" in verify(path)[0]
 
 
@@ -203,9 +202,9 @@ def test_a_pickle_that_the_manifest_vouches_for_is_not_run_either(tmp_path, monk
     monkeypatch.setenv("OSLER_TEST_BOMB", str(tmp_path / "exploded"))
     path = put(tmp_path, 1)
     (path / name).write_bytes(pickle.dumps(_Bomb()))
-    written = manifest.Manifest.read(path)
-    record = manifest.FileRecord((path / name).stat().st_size, manifest.sha256_file(path / name))
-    manifest.Manifest(1, 1, {**written.files, name: record}).write(path)
+    written = folders.Manifest.read(path)
+    record = folders.FileRecord((path / name).stat().st_size, folders.sha256_file(path / name))
+    folders.Manifest(1, 1, {**written.files, name: record}).write(path)
     assert verify(path) == []
     with pytest.raises(UserError, match=name):
         load(path)

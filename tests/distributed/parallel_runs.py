@@ -47,8 +47,7 @@ from osler.optim.build import build_optimizer
 from osler.optim.config import AdamWConfig
 from osler.parallel.config import DdpConfig, FsdpConfig
 from osler.parallel.parallelize import parallelize
-from osler.runs.machine import Machine
-from osler.runs.process import Learner
+from osler.runs.process import Learner, Machine
 from osler.runtime import faults
 from osler.runtime.sharded import whole
 from osler.runtime.world import World, joined

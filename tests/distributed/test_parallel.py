@@ -16,7 +16,7 @@ from osler.runtime.errors import UserError
 @pytest.mark.slow
 def test_every_number_of_ranks_and_strategy_is_the_same_run(run_cases, tiny, tmp_path):
     compiling = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"), "TORCHINDUCTOR_COMPILE_THREADS": "1"}
-    cases = run_cases("parallel_runs.py", tiny.pretrain, tiny.sft, tmp_path, DS_ACCELERATOR="cpu", **compiling)
+    cases = run_cases("distributed/parallel_runs.py", tiny.pretrain, tiny.sft, tmp_path, DS_ACCELERATOR="cpu", **compiling)
     assert cases == 29 + (4 if importlib.util.find_spec("deepspeed") else 0)
 
 

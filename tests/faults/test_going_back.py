@@ -11,6 +11,7 @@ import torch
 from run_folders import KINDS, STOPPED, at, logged, saved_steps, untimed
 
 from osler.checkpoint import store
+from osler.checkpoint.folders import mark_best
 from osler.cli.main import main
 from osler.config.yaml12 import load_yaml
 from osler.records.events import read_events
@@ -101,7 +102,7 @@ def test_a_restart_by_torchrun_goes_back_if_nothing_has_and_once_at_most(finishe
 def test_the_best_is_then_the_best_of_what_is_left(finished):
     run = finished("pretrain")
     checkpoints = run / "checkpoints"
-    store.mark_best(at(run, 12), "eval/loss", 0.5)
+    mark_best(at(run, 12), "eval/loss", 0.5)
     go_back(RunFolder(run), 6)
     best = store.best_checkpoint(checkpoints)
     value = next(line["eval/loss"] for line in logged(run) if "eval/loss" in line)

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from run_folders import KINDS, STOPPED, at, logged, newest_step
 
 from osler.inference.load import load_model
-
-PROGRAM = Path(__file__).with_name("interrupted_runs.py")
 
 
 def test_runs_train_at_all(whole, runs):
@@ -106,14 +100,6 @@ def test_a_moved_run_needs_neither_recipe_nor_start(kind, launch, runs, tmp_path
     assert load_model(tmp_path / "second").state["step"] == 12
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL")
-def test_sigkill_at_named_and_random_moments_and_ctrl_c(tiny, runs, tmp_path):
-    environment = {**os.environ, "PYTHONPATH": str(PROGRAM.parents[2]), "OMP_NUM_THREADS": "1"}
-    given = [tiny.pretrain, tiny.sft, tiny.grpo, str(runs.pretrain), str(runs.sft), str(tmp_path)]
-    done = subprocess.run(
-        [sys.executable, str(PROGRAM), *given], env=environment, capture_output=True, text=True, timeout=1800, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    lines = done.stdout.splitlines()
-    assert [line for line in lines if not line.startswith("ok ")] == []
-    assert len(lines) == 18
+def test_sigkill_at_named_and_random_moments_and_ctrl_c(run_cases, tiny, runs, tmp_path):
+    given = (tiny.pretrain, tiny.sft, tiny.grpo, runs.pretrain, runs.sft, tmp_path)
+    assert run_cases("faults/interrupted_runs.py", *given) == 18

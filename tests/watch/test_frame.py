@@ -13,6 +13,7 @@ from socket import gethostname
 import pytest
 
 from osler.checkpoint import store
+from osler.checkpoint.folders import mark_best
 from osler.model.config import ModelConfig
 from osler.records.events import EventLog
 from osler.report import format as fmt
@@ -245,7 +246,7 @@ def test_events_and_checkpoints_are_shown(make_run: MakeRun) -> None:
         log.write(10, "note", f"note_{number}", "Noted.")
     save(folder, 20, 1.0)
     save(folder, 40, 1.0)
-    store.mark_best(folder / "checkpoints" / "step-000000020", "eval/loss", 1.0)
+    mark_best(folder / "checkpoints" / "step-000000020", "eval/loss", 1.0)
     text = picture(folder, width=200)
     assert text.count("Noted.") == 5 and "Number" not in text, "the newest"
     log.write(11, "alert", "stalled_loss", "Number 11.\nNext line \x1b[31m.")

@@ -5,13 +5,27 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from osler.checkpoint.manifest import FOLDER_NAME, MANIFEST, STATE, looks_whole, verify
-from osler.checkpoint.root import Entry, OnDamage, best_checkpoint, by_age, ignore_damage, is_checkpoint, root_of
-from osler.checkpoint.rotation import prunable, remove
+from osler.checkpoint.folders import (
+    FOLDER_NAME,
+    MANIFEST,
+    STATE,
+    Entry,
+    best_checkpoint,
+    by_age,
+    is_checkpoint,
+    looks_whole,
+    remove,
+    root_of,
+    verify,
+)
+from osler.records.events import EventLog
+from osler.runs.folder import write_damage
 from osler.runtime.errors import UserError
+from osler.runtime.files import RunFolder
 
 
 def list_checkpoints(path: str) -> int:
@@ -32,7 +46,7 @@ def list_checkpoints(path: str) -> int:
     return 0
 
 
-def verify_checkpoints(path: str, on_damage: OnDamage = ignore_damage) -> int:
+def verify_checkpoints(path: str) -> int:
     """Hash every file of a checkpoint, or of all checkpoints of a run; return 1 when one is damaged."""
     folder = Path(path)
     damaged = 0
@@ -47,7 +61,7 @@ def verify_checkpoints(path: str, on_damage: OnDamage = ignore_damage) -> int:
         if problems:
             with suppress(OSError):  # so that the run that saved it, and verified it then, reads it again
                 os.utime(checkpoint)
-            on_damage(checkpoint, problems)
+            record_damage(checkpoint, problems)
     return 1 if damaged else 0
 
 
@@ -97,3 +111,33 @@ def _size_and_time(folder: Path) -> tuple[int, float | None]:
         written = files[MANIFEST] if MANIFEST in files else folder.stat()
         return sum(stat.st_size for stat in files.values()), written.st_mtime
     return 0, None
+
+
+def prunable(root: Path, keep_last: int, *, keep_best: bool, keep_milestones: bool) -> list[tuple[Path, str]]:
+    """Return what may be deleted, and why, when only the last ``keep_last`` that verify are to stay; newest first.
+
+    Raises UserError when none verifies: then nothing may go, because a person may still mend one of them.
+    """
+    marked = best_checkpoint(root)
+    going, good = [], 0
+    for entry in by_age(root):
+        is_best = marked is not None and marked.path == entry.path
+        if (is_old := good >= keep_last) or verify(entry.path):
+            if not (entry.path.is_symlink() or (keep_milestones and entry.milestone) or (keep_best and is_best)):
+                reasons = [f"older than the last {keep_last}" if is_old else "damaged"]
+                reasons += ["the best, which --keep-best keeps"] if is_best else []
+                reasons += ["a milestone, which --keep-milestones keeps"] if entry.milestone else []
+                going.append((entry.path, "; ".join(reasons)))
+        else:
+            good += 1
+    if not good:
+        raise UserError(f"No checkpoint in {root} is good, so none is deleted; `osler checkpoint verify` names what is damaged.")
+    return going
+
+
+def record_damage(checkpoint: Path, problems: Sequence[str]) -> None:
+    """Append that a checkpoint is damaged to the events of the run that it lies in, if it lies in one."""
+    root = checkpoint.absolute().parent
+    run = RunFolder(root.parent)
+    if root == run.checkpoints and run.config.is_file():
+        write_damage(EventLog(run.events), checkpoint, problems)

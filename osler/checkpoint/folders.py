@@ -1,0 +1,350 @@
+"""The checkpoint folders of a run: whether each is as it was saved, which is the newest, the best, and which are deleted.
+
+A folder's manifest names its files with sizes and hashes, and has a hash of itself. It is written last, so a folder with a valid
+manifest was complete once; ``verify`` tells whether it still is. ``sequence`` counts the saves: the newest checkpoint is the one
+saved last, which after going back to an earlier step is not the one with the highest step.
+
+Rotation keeps the last checkpoints that are good, the best, the milestones, the one that a rollback would take, and the newest,
+which was verified when it was saved. So what verified last is never deleted. Torch-free.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import re
+import shutil
+import sys
+from collections.abc import Callable, Collection
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from osler.runtime.errors import UserError
+from osler.runtime.faults import fault
+from osler.runtime.files import RunFolder, canonical_json, no_pause, read_json, sha256_file, write_json
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+STATE = "state.json"
+TENSORS_SUFFIX = ".safetensors"
+# A checkpoint has the second name while another of its step takes its place; it is a full checkpoint until then.
+REPLACED_SUFFIX = ".replaced"
+FOLDER_NAME = re.compile(r"step-(\d{9,})(\.replaced)?")
+
+BEST = "best.json"
+HIDDEN = ".tmp-"  # begins the name of what is being written or deleted
+
+_HEX_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+Signature = tuple[object, ...]
+_known: dict[Path, tuple[Signature, list[str]]] = {}  # what this process found in a folder, and the signature it had then
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """The size and hash that a file must have."""
+
+    size_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The content of ``manifest.json``."""
+
+    step: int
+    sequence: int
+    files: dict[str, FileRecord]
+    milestone: bool = False  # rotation never deletes it
+
+    def write(self, folder: Path) -> None:
+        """Write ``manifest.json`` into a folder, durably, with a hash of its own content."""
+        content = {
+            "format": FORMAT,
+            "step": self.step,
+            "sequence": self.sequence,
+            "milestone": self.milestone,
+            "files": {name: {"bytes": record.size_bytes, "sha256": record.sha256} for name, record in self.files.items()},
+        }
+        write_json(folder / MANIFEST, {**content, "sha256": _content_hash(content)})
+
+    @classmethod
+    def read(cls, folder: Path) -> Manifest:
+        """Read ``manifest.json``; raises UserError when it is missing, torn, changed, or of an unknown format."""
+        path = folder / MANIFEST
+        content = read_json(path)
+        try:
+            claimed = content.pop("sha256")
+            if claimed != _content_hash(content):
+                raise UserError(f"{path} was changed after it was written.")
+            if content["format"] != FORMAT:
+                raise UserError(f"{path} has format {content['format']}; this version of Osler reads format {FORMAT}.")
+            files = {name: FileRecord(int(entry["bytes"]), entry["sha256"]) for name, entry in content["files"].items()}
+            if any(Path(name).name != name or not _HEX_SHA256.fullmatch(record.sha256) for name, record in files.items()):
+                raise UserError(f"{path} names a file outside its folder or a malformed hash.")
+            return cls(int(content["step"]), int(content["sequence"]), files, content.get("milestone") is True)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{path} is not a checkpoint manifest.") from error
+
+
+def folder_name(step: int) -> str:
+    """Return ``step-000000123``, which sorts by step."""
+    return f"step-{step:09d}"
+
+
+def padded(path: Path) -> Path:
+    """Return the checkpoint folder that a person means, who may leave out the zeros of its name."""
+    match = re.fullmatch(r"step-(\d+)", path.name)
+    return path.with_name(folder_name(int(match[1]))) if match and not path.is_dir() else path
+
+
+def _content_hash(content: dict[str, Any]) -> str:
+    return hashlib.sha256(canonical_json(content)).hexdigest()
+
+
+def verify(path: str | Path, names: Collection[str] | None = None, *, pause: Callable[[], None] = no_pause) -> list[str]:
+    """Return what is wrong with a checkpoint folder, one line per file; an empty list means that it is good.
+
+    ``names`` restricts the hashing to the tensors of those names; every file is checked for presence and size all the same. A
+    file that the manifest does not list is a problem, because nothing would read it; hidden ones are not, because file managers
+    and network disks leave them. ``pause`` is called after each block that was hashed.
+    """
+    folder = Path(path)
+    signature = _signature(folder)
+    problems, manifest = _check_names_and_sizes(folder)
+    is_readable = True
+    for name, record in manifest.files.items() if manifest else ():
+        is_unwanted = names is not None and name.endswith(TENSORS_SUFFIX) and name.removesuffix(TENSORS_SUFFIX) not in names
+        if name in problems or is_unwanted:
+            continue
+        try:
+            if sha256_file(folder / name, pause) != record.sha256:
+                problems[name] = "its content changed since it was saved (SHA-256 differs)"
+        except OSError as error:
+            is_readable = False
+            problems[name] = f"cannot be read ({error.strerror})"
+    found = [f"{name}: {text}" for name, text in problems.items()]
+    if names is None and signature and is_readable:  # what cannot be read may be readable later
+        _known[folder.absolute()] = (signature, found)
+    return found
+
+
+def known_problems(folder: Path) -> list[str] | None:
+    """Return what ``verify`` found in this process; None if it was not called, could not read a file, or the folder changed."""
+    signature, found = _known.get(folder.absolute(), (None, None))
+    return found if signature == _signature(folder) else None
+
+
+def _signature(folder: Path) -> Signature | None:
+    """Return what changes when a file is touched; None when the folder cannot be read."""
+    try:
+        stats = {entry.name: entry.stat() for entry in os.scandir(folder)}
+        files = sorted((name, stat.st_size, stat.st_mtime_ns, stat.st_ino) for name, stat in stats.items())
+        return (folder.stat().st_mtime_ns, *files)
+    except OSError:
+        return None
+
+
+def looks_whole(folder: Path) -> bool:
+    """Return whether manifest, names and sizes agree, which is known without reading the tensors."""
+    return not _check_names_and_sizes(folder)[0]
+
+
+def _check_names_and_sizes(folder: Path) -> tuple[dict[str, str], Manifest | None]:
+    """Return what is wrong, by file, and the manifest if it can be read."""
+    if not folder.is_dir():
+        return {folder.name: "no such folder"}, None
+    try:
+        manifest = Manifest.read(folder)
+    except UserError as error:
+        return {MANIFEST: str(error)}, None
+    problems = {}
+    match = FOLDER_NAME.fullmatch(folder.name)
+    if match and int(match[1]) != manifest.step:
+        problems[MANIFEST] = f"it belongs to step {manifest.step}, not to this folder"
+    for name, record in manifest.files.items():
+        try:
+            size = (folder / name).stat().st_size
+        except FileNotFoundError:
+            problems[name] = "missing"
+        except OSError as error:
+            problems[name] = f"cannot be read ({error.strerror})"
+        else:
+            if size != record.size_bytes:
+                problems[name] = f"{size} bytes instead of {record.size_bytes}"
+    unlisted = {entry.name for entry in folder.iterdir()} - {*manifest.files, MANIFEST}
+    return problems | {name: "not listed in the manifest, remove it" for name in sorted(unlisted) if name[0] != "."}, manifest
+
+
+Damaged = list[tuple[Path, list[str]]]  # checkpoints with their problems
+OnDamage = Callable[[Path, list[str]], object]  # receives a damaged checkpoint and its problems
+
+
+def ignore_damage(path: Path, problems: list[str]) -> None:
+    """Do nothing about a damaged checkpoint."""
+
+
+class Best(NamedTuple):
+    """The checkpoint that scored best, and its score."""
+
+    path: Path
+    step: int
+    metric: str
+    value: float | None
+
+
+class Entry(NamedTuple):
+    """A checkpoint folder, with what its name and its manifest say."""
+
+    sequence: int
+    step: int
+    path: Path
+    milestone: bool
+
+
+def root_of(path: str | Path) -> Path:
+    """Return the checkpoints folder that is meant by it or by its run folder; raises UserError when the path is no folder."""
+    path = Path(path)
+    if not path.is_dir():
+        raise UserError(f"{path} is no folder: give a run folder or one of its checkpoints.")
+    inner = RunFolder(path).checkpoints
+    return inner if inner.is_dir() else path
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Return whether a path is a checkpoint by its name or by its manifest."""
+    return FOLDER_NAME.fullmatch(path.name) is not None or (path / MANIFEST).exists()
+
+
+def refuse_checkpoint(path: str | Path) -> None:
+    """Raise UserError when a run folder, to be written into, is or lies in a checkpoint or a folder of checkpoints."""
+    given, real = Path(path), Path(path).resolve()
+    for folder in (given, *given.parents, real, *real.parents):
+        match = FOLDER_NAME.fullmatch(folder.name) if folder.parent.name == "checkpoints" else None
+        if match or ((folder / MANIFEST).is_file() and (folder / STATE).is_file()):
+            run = folder.parent.parent
+            back = f" {run}; `--run {run} --from-step {int(match[1])}` takes it back to this step" if match else ""
+            where = "a checkpoint" if folder in (given, real) else "in a checkpoint"
+            raise UserError(
+                f"{path} is no run folder but {where}, and what is written into one damages it. Give the run folder{back}. To "
+                f"start a new run at this step, with the optimizer and the place in the data, give `--branch {folder} --run "
+                f"NEW_FOLDER`; init_from={folder} takes the weights alone."
+            )
+        if folder.name == "checkpoints" and by_age(folder):
+            raise UserError(f"{path} is no run folder: {folder} holds the checkpoints of a run. Give that run, {folder.parent}.")
+
+
+def by_age(root: Path) -> list[Entry]:
+    """Return all checkpoints, newest first; folders without a readable manifest come before them, to be reported."""
+    found = []
+    for path in root.iterdir() if root.is_dir() else ():
+        match = FOLDER_NAME.fullmatch(path.name)
+        if match and path.is_dir():
+            try:
+                manifest = Manifest.read(path)
+                found.append(Entry(manifest.sequence, int(match[1]), path, manifest.milestone))
+            except UserError:
+                found.append(Entry(sys.maxsize, int(match[1]), path, False))
+    return sorted(found, key=lambda entry: entry[:2], reverse=True)
+
+
+def newest_good(root: str | Path) -> tuple[Path | None, Damaged]:
+    """Return the newest checkpoint that verifies (None if none does), and the newer ones that do not.
+
+    The caller reports the damage, see ``describe_damaged``.
+    """
+    damaged: Damaged = []
+    for entry in by_age(Path(root)):
+        problems = verify(entry.path)
+        if not problems:
+            return entry.path, damaged
+        if entry.path.is_dir():  # a run may have deleted it in the meantime
+            damaged.append((entry.path, problems))
+    return None, damaged
+
+
+def describe_damaged(damaged: Damaged) -> str:
+    """Return one line for a person about checkpoints that are damaged."""
+    return "; ".join(f"{path} is damaged ({', '.join(problems)})" for path, problems in damaged)
+
+
+def best_checkpoint(root: str | Path) -> Best | None:
+    """Return the checkpoint marked best, or None when none is or it is gone; raises UserError when ``best.json`` is torn."""
+    pointer = Path(root) / BEST
+    if not pointer.exists():
+        return None
+    content = read_json(pointer)
+    name = content.get("folder") if isinstance(content, dict) else None
+    match = FOLDER_NAME.fullmatch(name) if isinstance(name, str) else None
+    if match is None:
+        raise UserError(f"{pointer} does not name a checkpoint folder; delete it if no checkpoint is to count as best.")
+    path = pointer.with_name(match[0])
+    return Best(path, int(match[1]), content.get("metric", ""), content.get("value")) if path.is_dir() else None
+
+
+def mark_best(path: str | Path, metric: str, value: float | None) -> None:
+    """Record that a checkpoint is the best so far; rotation keeps it, and no longer the one before.
+
+    When the disk refuses this only warns, since the checkpoint is safe, and the one before stays marked.
+    """
+    path = Path(path)
+    try:
+        fault("save-best")
+        write_json(path.parent / BEST, {"folder": path.name, "metric": metric, "value": value})
+    except OSError as error:
+        logger.warning(f"{path} could not be marked best: {error.strerror}")
+
+
+def rotate(
+    root: Path, newest: Path, keep_last: int, good_step: int | None = None, *, pause: Callable[[], None] = no_pause
+) -> Damaged:
+    """Delete what is not kept, and return the checkpoints that proved to be damaged.
+
+    Kept are ``newest``, the best, the milestones, the last ``keep_last`` that are good, and the newest good one up to
+    ``good_step``. Those that are counted on are read before anything is deleted, each once in a process; ``pause`` is called
+    after each block. A checkpoint that cannot be read is kept, because it may be readable later.
+    """
+    damaged: Damaged = []
+    try:
+        marked = best_checkpoint(root)
+        kept = {newest} | ({marked.path} if marked else set())
+        entries = by_age(root)
+        whole = [entry for entry in entries if looks_whole(entry.path) and not entry.path.name.endswith(REPLACED_SUFFIX)]
+        steps: list[int] = []  # of the checkpoints that are counted on
+        for entry in whole:
+            is_last = len(steps) < keep_last
+            is_rollback = good_step is not None and entry.step <= good_step < min(steps, default=good_step + 1)
+            if entry.milestone:
+                kept.add(entry.path)
+            if not is_last and not is_rollback:
+                continue
+            problems: list[str] | None = []
+            if entry.path != newest and len(whole) > keep_last and (problems := known_problems(entry.path)) is None:
+                problems = verify(entry.path, pause=pause)
+                if problems and entry.path.is_dir():  # a person may have deleted it in the meantime
+                    damaged.append((entry.path, problems))
+                    if known_problems(entry.path) is None:  # a network disk may be back in a moment
+                        kept.add(entry.path)
+            if not problems:
+                steps.append(entry.step)
+                kept.add(entry.path)
+        for entry in entries:
+            if entry.path not in kept and not entry.path.is_symlink():
+                fault("rotate")
+                remove(entry.path)
+    except (OSError, UserError) as error:  # the new checkpoint is safe, only the space is not freed
+        logger.warning(f"old checkpoints in {root} were not removed: {error}")
+    return damaged
+
+
+def remove(folder: Path) -> None:
+    """Delete a folder, if it exists, so that a kill half way leaves a hidden remnant and not a torn checkpoint."""
+    hidden = folder.with_name(f"{HIDDEN}removed-{folder.name}")
+    with suppress(FileNotFoundError):
+        folder.rename(hidden)
+    shutil.rmtree(hidden, ignore_errors=True)  # it does not count, and the next save tries again
