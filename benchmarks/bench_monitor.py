@@ -58,7 +58,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     from osler.data.loader import Batch, Loader, StagedLoader
     from osler.model.config import ModelConfig
     from osler.monitor.config import MonitorConfig
-    from osler.records.metrics import read_metrics
+    from osler.records.jsonl import read_metrics
     from osler.runs.loop import Loop
     from osler.runs.process import Run
     from osler.runtime.device import keep_freed_memory

@@ -57,7 +57,7 @@ def work_of(mode: str, folder: Path, lines: int) -> Callable[[], object]:
     """What a mode does with a run, imports included."""
 
     def resume() -> None:
-        from osler.records.metrics import MetricsFile
+        from osler.records.jsonl import MetricsFile
 
         MetricsFile(folder / "copy.jsonl", last_step=STEPS_PER_LINE * lines * 9 // 10).close()
 

@@ -36,7 +36,7 @@ def losses(precision: str, args: argparse.Namespace, batch_tokens: int, folder: 
     }
     options = [*(f"{key}={value}" for key, value in fixed.items()), *args.overrides, "--run", str(folder)]
     in_fresh_python(["-m", "osler.cli", "pretrain", *([args.recipe] if args.recipe else []), *options])
-    from osler.records.metrics import read_metrics
+    from osler.records.jsonl import read_metrics
 
     return [line.values["train/loss"] for line in read_metrics(folder / "metrics.jsonl", having="train/loss")]
 

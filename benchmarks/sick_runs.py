@@ -53,9 +53,7 @@ def dead_from(healthy: Path, folder: Path) -> str:
 
 def run(name: str, steps: int, folder: Path) -> dict[str, Any]:
     """Make one run; returns what it was told and the course of its loss."""
-    from osler.monitor.lifetime import LIFETIME
-    from osler.records.events import read_events
-    from osler.records.metrics import read_metrics
+    from osler.records.jsonl import LIFETIME, read_events, read_metrics
 
     fields, fault, _ = CASES[name]
     out = folder / name.replace(" ", "-")

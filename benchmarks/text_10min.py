@@ -23,7 +23,7 @@ from typing import Any
 
 from measuring import ROOT, publish
 
-from osler.records.metrics import read_metrics
+from osler.records.jsonl import read_metrics
 
 
 def train(files: Sequence[Path], overrides: Sequence[str]) -> dict[str, Any]:

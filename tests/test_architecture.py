@@ -48,8 +48,8 @@ DOORS: dict[str, set[str]] = {
     "transformers": {"bench/contestants.py"},
     "nanochat": {"bench/contestants.py"},
     "torchao": {"parallel/fp8.py"},
-    "wandb": {"monitor/wandb.py"},
-    "clearml": {"monitor/clearml.py"},
+    "wandb": {"monitor/sinks.py"},
+    "clearml": {"monitor/sinks.py"},
 }
 EVERYWHERE = {"torch", "numpy"}
 # What pyproject.toml asks for: the library that is imported, where its name differs; None: a library we import needs it.
@@ -191,7 +191,7 @@ def test_configs_and_cli_do_not_load_torch():
         "osler.optim.schedule",
         "osler.monitor.metrics",
         "osler.monitor.tracker",
-        "osler.monitor.notify",
+        "osler.monitor.sinks",
     ]
     light += [f"osler.{path.parent.name}.config" for path in PACKAGE.glob("*/config.py")]
     light += [f"osler.clinic.{path.stem}" for path in (PACKAGE / "clinic").glob("*.py") if path.stem != "__init__"]

@@ -25,7 +25,7 @@ from osler.eval.score import Result, ScoredExam, describe_too_long, length_expla
 from osler.inference.engine import InferenceEngine
 from osler.inference.ready import ReadyModel, open_model
 from osler.ops.sampling_params import SamplingParams
-from osler.records.exams import add_exams
+from osler.records.results import add_exams
 from osler.runtime.errors import UserError
 from osler.runtime.log import Progress
 from osler.tasks.clinic import ClinicTask

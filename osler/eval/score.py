@@ -19,7 +19,7 @@ from math import sqrt
 from statistics import NormalDist
 from typing import Any
 
-from osler.records.exams import ExamScore
+from osler.records.results import ExamScore
 from osler.runtime.errors import UserError
 from osler.tasks.item import LETTERS, ExamItem
 

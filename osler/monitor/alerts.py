@@ -13,8 +13,8 @@ from pathlib import Path
 
 from osler.monitor.history import History, RunSettings
 from osler.monitor.policy_rules import POLICY_RULES
-from osler.monitor.rules import RULES, Finding, Severity, ended_badly
-from osler.records.metrics import read_metrics
+from osler.monitor.rules import RULES, Finding, ended_badly
+from osler.records.jsonl import read_metrics
 
 PAUSE, MUCH_WORSE = 100, 2.0  # lines of silence about the same thing at first; how much worse breaks it
 
@@ -25,7 +25,7 @@ class Alert:
 
     step: int
     name: str
-    severity: Severity
+    severity: str  # warning or critical
     message: str
 
     @property

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import pairwise
 from statistics import median
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from osler.monitor.history import (
     ALL_EQUAL,
@@ -56,8 +56,6 @@ ANNEALED = 0.1  # of the highest learning rate: below it a loss may rest
 WORN_EPOCHS = 16  # passes over the data
 TURNED, TURNED_EVALUATIONS = 0.02, 4  # of the lowest held-out loss; evaluations of which the last two are above that
 
-Severity = Literal["warning", "critical"]
-
 
 class Finding(NamedTuple):
     """What a rule finds in a line; findings of one name are the same trouble, and a greater badness is more of it."""
@@ -65,7 +63,7 @@ class Finding(NamedTuple):
     name: str
     message: str
     badness: float = 1.0
-    severity: Severity = "warning"
+    severity: str = "warning"  # or critical
 
 
 def exploding(past: History) -> Iterator[Finding]:

@@ -37,10 +37,8 @@ from osler.inference.load import load_model
 from osler.monitor.logger import check_trackers
 from osler.quickstart.config import QuickstartConfig
 from osler.records import jsonl
-from osler.records.exams import Comparison, add_exams
-from osler.records.metrics import read_metrics
-from osler.records.samples import SampledAnswer
-from osler.records.stages import FinishedStage
+from osler.records.jsonl import read_metrics
+from osler.records.results import Comparison, FinishedStage, SampledAnswer, add_exams
 from osler.records.values import read_records, to_json, write_records
 from osler.report.page import build_report
 from osler.report.words import summary_text

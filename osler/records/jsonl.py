@@ -1,20 +1,41 @@
-"""Files of JSON lines: one object per line, which is on the disk whole or not at all.
+"""Files of JSON lines, and the two of them that a run appends to as it goes.
 
-A kill can tear the last line only, so a reader passes over what is not an object, and a writer that goes on ends or removes the
-torn line first. A binary file ends its lines at the newline byte alone, as JSON does.
+    metrics.jsonl: {"step": 30, "tokens": 122880, "time": 1767225600.123, "train/loss": 3.25, "train/grad_norm": null}
+    events.jsonl:  {"step": 30, "time": 1767225600.123, "kind": "alert", "name": "stalled-loss", "message": "..."}
+
+Times are in unix seconds, and null stands for a number that was not finite. ``kind`` is alert, incident, rollback, start, end and
+so on; what follows the message are details.
+
+A line is on the disk whole or not at all. A kill can tear the last line only, so a reader passes over what is not an object, and
+a writer that goes on ends or removes the torn line first. A disk that refuses a line costs that line and not the run. Resume is
+exact: metrics are cut to the step of the checkpoint, so that each step stands there once. Events are never cut: a step that was
+made twice, after a kill or a rollback, may stand there twice.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import math
-from collections.abc import Iterator, Mapping
+import time as clock
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import compress
 from pathlib import Path
 from typing import Any
 
+from osler.records.values import as_dict, as_list, as_number, as_text
 from osler.runtime.errors import UserError
 from osler.runtime.files import write_atomic
+
+logger = logging.getLogger(__name__)
+
+OWN_FIELDS = frozenset(("step", "tokens", "time"))  # of a line of metrics
+START, END = LIFETIME = ("start", "end")  # kinds of event: a process of a run has begun, and has ended
+FINISHED, STOPPED, FAILED = "finished", "stopped", "failed"  # names of an end
+
+
+# -- any file of JSON lines --------------------------------------------------------------------------------------------
 
 
 def parse(line: bytes) -> dict[str, Any] | None:
@@ -37,7 +58,7 @@ def step_of(fields: Mapping[str, Any] | None) -> int | None:
 def read_lines(path: Path) -> Iterator[bytes]:
     """Return the lines of a file one by one, with their newlines; none when there is no file.
 
-    Raises UserError when the file is there and cannot be read.
+    They end at the newline byte alone, as in JSON. Raises UserError when the file is there and cannot be read.
     """
     try:
         with path.open("rb") as file:
@@ -91,3 +112,157 @@ def split(path: Path, last_step: int) -> tuple[list[bytes], list[bytes]]:
         step = step_of(parse(line))
         (kept if step is None or step <= last_step else later).append(line)
     return kept, later
+
+
+class Log:
+    """A file that a run appends to as long as it can; a disk that refuses is told of once."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._has_warned = False
+
+    def _warn(self, error: Exception) -> None:
+        if not self._has_warned:
+            self._has_warned = True
+            logger.warning(f"{self.path} cannot be written ({error}); the run goes on without these lines until it can.")
+
+
+# -- metrics.jsonl -----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class MetricsLine:
+    """One line: the step, the tokens seen, the time in unix seconds, and the metrics by name; NaN for what was not finite."""
+
+    step: int
+    tokens: float
+    time: float
+    values: dict[str, float]
+
+    @classmethod
+    def parse(cls, line: bytes) -> MetricsLine | None:
+        """Return a line of the file, None when it is torn or names no step; fields that are no numbers are left out."""
+        fields = parse(line)
+        step = step_of(fields)
+        if fields is None or step is None:
+            return None
+        values = {
+            name: raw if type(raw) is float and math.isfinite(raw) else as_number(raw)
+            for name, raw in fields.items()
+            if (raw is None or isinstance(raw, (int, float))) and name not in OWN_FIELDS
+        }
+        return cls(step, as_number(fields.get("tokens")), as_number(fields.get("time")), values)
+
+
+def read_metrics(path: Path, having: str = "") -> Iterator[MetricsLine]:
+    """Return the whole lines of a file one by one; none when there is no file.
+
+    With ``having`` only the lines with that metric, and no others are parsed. Raises UserError when the file cannot be read.
+    """
+    wanted = f'"{having}"'.encode() if having else b""
+    parsed = (MetricsLine.parse(line) for line in read_lines(path) if wanted in line)
+    return (line for line in parsed if line is not None and (not having or having in line.values))
+
+
+class MetricsFile(Log):
+    """Appends to ``metrics.jsonl``; after a kill it goes on where the checkpoint left off."""
+
+    def __init__(self, path: str | Path, *, last_step: float = math.inf) -> None:
+        """Take out what is torn and what comes after ``last_step``, that of the checkpoint; -1 takes out every line."""
+        super().__init__(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._last_step: float | None = last_step  # until the file has been healed
+        try:
+            self._heal()
+        except OSError as error:
+            self._warn(error)
+
+    def _heal(self) -> None:
+        if self._last_step is not None:
+            heal(self.path, self._last_step)
+            self._last_step = None
+
+    def write(self, step: int, tokens: int, metrics: Mapping[str, float], *, time: float | None = None) -> None:
+        """Append one line; ``time`` is now unless it is given.
+
+        Raises ValueError when a metric has the name of one of the line's own fields.
+        """
+        if taken := OWN_FIELDS & metrics.keys():
+            raise ValueError(f"a metric cannot be called {min(taken)!r}: the line itself has a field of that name")
+        now = clock.time() if time is None else time
+        fields: dict[str, float | None] = {"step": int(step), "tokens": int(tokens), "time": round(now, 3)}
+        for name, value in metrics.items():
+            number = value if isinstance(value, int) else float(value)
+            fields[name] = number if math.isfinite(number) else None
+        try:
+            self._heal()
+            self._last_step = math.inf  # a line that is refused half way is torn
+            append(self.path, fields)
+            self._last_step = None
+        except (OSError, UserError) as error:
+            self._warn(error)
+
+    def rewind(self, step: int) -> None:
+        """Drop the lines after ``step``: a run that has gone back makes those steps again."""
+        self._last_step = step
+        try:
+            self._heal()
+        except (OSError, UserError) as error:
+            self._warn(error)
+
+
+# -- events.jsonl ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Event:
+    """One event: its step, its time in unix seconds (NaN when it is not known), what it is, and words for a person."""
+
+    step: int
+    time: float
+    kind: str
+    name: str
+    message: str
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+class EventLog(Log):
+    """Appends events; ``tell`` is called with step, name, severity and message of those worth a word outside the run."""
+
+    def __init__(self, path: str | Path, tell: Callable[[int, str, str, str], None] | None = None) -> None:
+        super().__init__(path)
+        self._tell = tell
+
+    def write(self, step: int, kind: str, name: str, message: str, *, tell: bool = True, **details: Any) -> None:
+        """Append one event; ``details`` must be JSON without NaN, and may give a ``severity`` other than warning."""
+        event = {"step": step, "time": round(clock.time(), 3), "kind": kind, "name": name, "message": message, **details}
+        try:
+            append(self.path, event)
+        except OSError as error:
+            self._warn(error)
+        if tell and self._tell:
+            self._tell(step, name, details.get("severity", "warning"), message)
+
+
+def read_events(path: str | Path) -> list[Event]:
+    """Return the events of a file, oldest first; lines that are torn, or lack step, kind or message, are left out."""
+    events = []
+    for fields in read(Path(path))[0]:
+        step = step_of(fields)
+        if step is not None and {"kind", "message"} <= fields.keys():
+            kind, name, message = (as_text(fields.get(key)) for key in ("kind", "name", "message"))
+            details = {key: value for key, value in fields.items() if key not in Event.__dataclass_fields__}
+            events.append(Event(step, as_number(fields.get("time")), kind, name, message, details))
+    return events
+
+
+def still_wrong(count: int) -> str:
+    """Return in words how many alerts hold at the end of a run."""
+    return "1 alert still holds" if count == 1 else f"{count} alerts still hold"
+
+
+def unresolved_at_end(events: Sequence[Event]) -> list[str]:
+    """Return the names of the alerts that held at the end of a complete run, by its newest start or end."""
+    newest = next((event for event in reversed(events) if event.kind in LIFETIME), None)
+    alerts = as_list(newest.details.get("unresolved")) if newest else []
+    return [as_text(alert["name"]) for alert in map(as_dict, alerts) if "name" in alert]

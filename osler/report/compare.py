@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from osler.monitor.metrics import declared_name
-from osler.records.exams import ExamScore
+from osler.records.results import ExamScore
 from osler.records.values import as_text
 from osler.report import format as fmt
 from osler.report import html

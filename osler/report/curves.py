@@ -18,8 +18,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from osler.records.jsonl import read_lines
-from osler.records.metrics import MetricsLine
+from osler.records.jsonl import MetricsLine, read_lines
 from osler.records.values import as_number
 
 Floats = npt.NDArray[np.float64]

@@ -11,8 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
-from osler.monitor.lifetime import END, FAILED, FINISHED, START
-from osler.records.events import Event
+from osler.records.jsonl import END, FAILED, FINISHED, START, Event
 from osler.report import format as fmt
 
 GRAVE = ("incident", "rollback", "alert")  # what deserves attention, the gravest first; other kinds are only listed

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from osler.records.samples import SampledAnswer
+from osler.records.results import SampledAnswer
 from osler.report import format as fmt
 from osler.report import html
 from osler.report.charts import Family, Figure, charts_of, figures

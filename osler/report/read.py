@@ -27,10 +27,8 @@ from osler.checkpoint.folders import is_checkpoint
 from osler.config.decode import decode
 from osler.config.yaml12 import load_yaml
 from osler.model.config import MODEL_FILE, ModelConfig
-from osler.records.events import Event, read_events
-from osler.records.exams import Comparison, ExamScore, read_exams
-from osler.records.samples import SampledAnswer, read_samples
-from osler.records.stages import FinishedStage
+from osler.records.jsonl import Event, read_events
+from osler.records.results import Comparison, ExamScore, FinishedStage, SampledAnswer, read_exams, read_samples
 from osler.records.values import NAN, as_dict, as_list, as_text, read_records
 from osler.report.curves import Floats, Series, read_curves
 from osler.runtime.errors import UserError

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from osler.eval.score import describe_too_long, length_explains
-from osler.monitor.lifetime import still_wrong, unresolved_at_end
-from osler.records.exams import Comparison, ExamScore
+from osler.records.jsonl import still_wrong, unresolved_at_end
+from osler.records.results import Comparison, ExamScore
 from osler.report import format as fmt
 from osler.report.events import grave_in_words
 from osler.report.read import NAN, RunRecord, StageLog, count_parameters, find_model, read_run

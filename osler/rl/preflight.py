@@ -14,7 +14,7 @@ import logging
 from collections.abc import Sequence
 
 from osler.records import jsonl
-from osler.records.samples import SampledAnswer
+from osler.records.results import SampledAnswer
 from osler.records.values import to_json
 from osler.rl.config import GrpoConfig
 from osler.rl.rollout import Group, Sample, is_readable

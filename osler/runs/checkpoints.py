@@ -22,7 +22,7 @@ from osler.checkpoint.folders import (
     root_of,
     verify,
 )
-from osler.records.events import EventLog
+from osler.records.jsonl import EventLog
 from osler.runs.folder import write_damage
 from osler.runtime.errors import UserError
 from osler.runtime.files import RunFolder

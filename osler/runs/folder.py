@@ -14,8 +14,7 @@ from osler.config.decode import decode
 from osler.config.recipe import merge, parse_overrides
 from osler.config.schema import encode
 from osler.config.yaml12 import dump_yaml, load_yaml
-from osler.records.events import EventLog
-from osler.records.metrics import read_metrics
+from osler.records.jsonl import EventLog, read_metrics
 from osler.runtime.errors import UserError
 from osler.runtime.files import RunFolder, locked, write_atomic
 from osler.runtime.world import World

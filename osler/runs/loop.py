@@ -24,8 +24,7 @@ from osler.checkpoint import store
 from osler.checkpoint.folders import mark_best
 from osler.checkpoint.saver import Saver
 from osler.monitor.history import RunSettings
-from osler.monitor.lifetime import recorded
-from osler.monitor.logger import RunLogger, open_logger
+from osler.monitor.logger import RunLogger
 from osler.optim.build import keeping_settings
 from osler.runs.config import RunConfig
 from osler.runs.folder import check_fingerprints, was_evaluated
@@ -136,10 +135,10 @@ class Loop:
         done, total, unit = trainer.progress
         with (
             StopFlag() as self.stop,  # first, so that whoever sees the metrics file may send a signal
-            open_logger(
+            RunLogger(
                 config.monitor, self.run.folder, trainer.settings(), step=trainer.step, is_first=self.world.is_first
             ) as self.run_logger,
-            recorded(self.run_logger.events, lambda: trainer.step, lambda: self.is_complete, self.run_logger.unresolved),
+            self.run_logger.lifetime(lambda: trainer.step, lambda: self.is_complete),
             Progress(total, unit, label=config.kind, initial=done) as self.progress,
             self.saver,
             closing(trainer),

@@ -19,7 +19,7 @@ from osler.monitor.config import MonitorConfig
 from osler.parallel.compile import should_compile
 from osler.parallel.config import ParallelConfig
 from osler.parallel.engine import ParallelEngine
-from osler.records.events import EventLog
+from osler.records.jsonl import EventLog
 from osler.runtime.device import describe_machine, pick_device, pick_dtype
 from osler.runtime.files import RunFolder, indented, write_or_warn
 from osler.runtime.world import World

@@ -14,8 +14,7 @@ from pathlib import Path
 
 from osler.checkpoint.folders import BEST, Entry, best_checkpoint, by_age, folder_name, looks_whole, mark_best, verify
 from osler.records import jsonl
-from osler.records.events import EventLog, read_events
-from osler.records.metrics import MetricsLine
+from osler.records.jsonl import EventLog, MetricsLine, read_events
 from osler.runs.folder import newest_checkpoint
 from osler.runtime.errors import UserError
 from osler.runtime.files import RunFolder, fsync_dir, write_atomic

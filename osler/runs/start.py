@@ -18,7 +18,7 @@ from osler.config.decode import decode
 from osler.config.recipe import merge, parse_overrides
 from osler.config.yaml12 import load_yaml
 from osler.monitor.logger import check_trackers
-from osler.records.events import EventLog
+from osler.records.jsonl import EventLog
 from osler.runs.folder import differences, flat, named, newest_checkpoint, read_config, refuse_another
 from osler.runs.loop import Loop, Trainer
 from osler.runs.process import Run

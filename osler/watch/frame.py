@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
-from osler.monitor.lifetime import LIFETIME
 from osler.monitor.metrics import declared_name
+from osler.records.jsonl import LIFETIME
 from osler.records.values import as_text
 from osler.report import format as fmt
 from osler.report.charts import Family, by_layer, by_row, in_families, inner, kind_of

@@ -17,9 +17,19 @@ from typing import Any
 
 from osler.checkpoint.folders import MANIFEST, STATE, Entry, by_age
 from osler.config.yaml12 import load_yaml
-from osler.monitor.lifetime import END, FAILED, FINISHED, LIFETIME, START, STOPPED, still_wrong, unresolved_at_end
-from osler.records.events import Event, read_events
-from osler.records.stages import FinishedStage
+from osler.records.jsonl import (
+    END,
+    FAILED,
+    FINISHED,
+    LIFETIME,
+    START,
+    STOPPED,
+    Event,
+    read_events,
+    still_wrong,
+    unresolved_at_end,
+)
+from osler.records.results import FinishedStage
 from osler.records.values import as_dict, as_number, as_text, read_records
 from osler.report import format as fmt
 from osler.report.curves import Follower, Moment

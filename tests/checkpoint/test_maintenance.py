@@ -10,7 +10,7 @@ import pytest
 from osler.checkpoint import folders, store
 from osler.checkpoint.folders import rotate
 from osler.cli.main import main
-from osler.records.events import read_events
+from osler.records.jsonl import read_events
 from tests.checkpoint.conftest import flip, put, rot_silently, steps
 
 

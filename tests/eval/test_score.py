@@ -21,7 +21,7 @@ from osler.eval.score import (
     summarise,
     wilson,
 )
-from osler.records.exams import ExamScore, add_exams, read_exams
+from osler.records.results import ExamScore, add_exams, read_exams
 from osler.runtime.errors import UserError
 from osler.tasks.item import ExamItem
 

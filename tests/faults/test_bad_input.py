@@ -21,8 +21,7 @@ from osler.data.loader import Loader
 from osler.data.order import Order
 from osler.data.packing import StreamPacking, WholePacking
 from osler.data.prepare import open_prepared
-from osler.monitor.lifetime import LIFETIME
-from osler.records.events import read_events
+from osler.records.jsonl import LIFETIME, read_events
 from osler.runtime.errors import UserError
 from osler.tokenizer.bpe import Tokenizer
 

@@ -8,7 +8,7 @@ import time
 import pytest
 from run_folders import KINDS, STOPPED, at, flip, logged, newest_step, tear, truncate
 
-from osler.records.events import read_events
+from osler.records.jsonl import read_events
 from osler.runtime.faults import InjectedError
 
 EVALUATIONS = {"pretrain": 2, "sft": 2, "grpo": 3}

@@ -14,7 +14,7 @@ from osler.checkpoint import store
 from osler.checkpoint.folders import mark_best
 from osler.cli.main import main
 from osler.config.yaml12 import load_yaml
-from osler.records.events import read_events
+from osler.records.jsonl import read_events
 from osler.runs.rewind import go_back
 from osler.runtime.errors import UserError
 from osler.runtime.files import RunFolder

@@ -6,8 +6,7 @@ import pytest
 from run_folders import KINDS, STOPPED, logged, newest_step
 
 from osler.checkpoint import store
-from osler.monitor.lifetime import LIFETIME
-from osler.records.events import read_events
+from osler.records.jsonl import LIFETIME, read_events
 from osler.runtime.faults import InjectedError
 
 # GRPO looks at the numbers of every step, the others when they log: every fifth step, and the last.

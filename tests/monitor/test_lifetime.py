@@ -8,9 +8,8 @@ import pytest
 
 from osler.monitor.config import MonitorConfig
 from osler.monitor.history import RunSettings
-from osler.monitor.lifetime import recorded
-from osler.monitor.logger import open_logger
-from osler.records.events import read_events
+from osler.monitor.logger import RunLogger
+from osler.records.jsonl import read_events
 from osler.runtime.errors import UserError
 from osler.runtime.files import RunFolder
 
@@ -23,8 +22,8 @@ def live(run, out, *, first, last, total=10, error=None):
     script.write_text("import sys; open(sys.argv[1], 'a').write(sys.stdin.read())")
     hook, step = f"'{sys.executable}' '{script}' '{out}'", first
     with (
-        open_logger(MonitorConfig(alert_command=hook), run, SETTINGS, step=first) as logger,
-        recorded(logger.events, lambda: step, lambda: step >= total, logger.unresolved),
+        RunLogger(MonitorConfig(alert_command=hook), run, SETTINGS, step=first) as logger,
+        logger.lifetime(lambda: step, lambda: step >= total),
     ):
         step = last
         if error is not None:

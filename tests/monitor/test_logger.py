@@ -9,8 +9,8 @@ import pytest
 
 from osler.monitor.config import MonitorConfig
 from osler.monitor.history import RunSettings
-from osler.monitor.logger import check_trackers, open_logger
-from osler.records.events import read_events
+from osler.monitor.logger import RunLogger, check_trackers
+from osler.records.jsonl import read_events
 from osler.runtime.errors import UserError
 from osler.runtime.files import RunFolder
 
@@ -30,7 +30,7 @@ def steps(run: RunFolder) -> list[int]:
 
 def test_an_alert_reaches_log_and_events_and_no_tracker_holds_up_the_file(tmp_path, capsys):
     run = RunFolder.create(tmp_path)
-    with open_logger(MonitorConfig(alert_command="false"), run, SETTINGS, step=0) as logger:
+    with RunLogger(MonitorConfig(alert_command="false"), run, SETTINGS, step=0) as logger:
         for step in (1, 2, 3):
             logger.write(step, step, SICK)
             assert steps(run)[-1] == step
@@ -44,7 +44,7 @@ def test_an_alert_reaches_log_and_events_and_no_tracker_holds_up_the_file(tmp_pa
 def test_a_resumed_run_does_not_say_again_what_it_said(tmp_path, capsys):
     run = RunFolder.create(tmp_path)
     for step in (0, 3):
-        with open_logger(MonitorConfig(), run, SETTINGS, step=step) as logger:
+        with RunLogger(MonitorConfig(), run, SETTINGS, step=step) as logger:
             for n in range(step + 1, step + 6):
                 logger.write(n, n, SICK)
     assert steps(run) == list(range(1, 9))
@@ -55,7 +55,7 @@ def test_the_advice_for_a_stage_of_a_quickstart_names_the_key_of_its_recipe(tmp_
     for parent, key in (("pretrain", "optim.lr=0.00033"), ("quickstart", "sft.optim.lr=0.00033")):
         run = RunFolder.create(tmp_path / parent / "sft")
         RunFolder(run.root.parent).config.write_text(f"kind: {parent}\n")
-        with open_logger(MonitorConfig(), run, SETTINGS, step=0) as logger:
+        with RunLogger(MonitorConfig(), run, SETTINGS, step=0) as logger:
             logger.write(1, 1, SICK)
         assert f"try {key} (now 0.001)" in capsys.readouterr().err
 
@@ -63,7 +63,7 @@ def test_the_advice_for_a_stage_of_a_quickstart_names_the_key_of_its_recipe(tmp_
 def test_a_run_that_goes_on_finds_out_anew_how_fast_it_is(tmp_path):
     run = RunFolder(tmp_path)
     for begun, speed in ((0, 5e4), (10, 1e4)):  # the second time on a smaller machine
-        with open_logger(MonitorConfig(), run, SETTINGS, step=begun) as logger:
+        with RunLogger(MonitorConfig(), run, SETTINGS, step=begun) as logger:
             assert logger.alerter.history.best_speed == 0.0 and logger.alerter.history.lines == begun
             for step in range(begun + 1, begun + 11):
                 logger.write(step, 1_000_000 * step, {"perf/tokens_per_second": speed})
@@ -73,7 +73,7 @@ def test_a_run_that_goes_on_finds_out_anew_how_fast_it_is(tmp_path):
 
 def test_a_run_that_goes_back_forgets_the_lines_that_it_makes_again(tmp_path):
     run = RunFolder.create(tmp_path)
-    with open_logger(MonitorConfig(), run, SETTINGS, step=0) as logger:
+    with RunLogger(MonitorConfig(), run, SETTINGS, step=0) as logger:
         for step in (*range(1, 9), *range(5, 9)):
             if step == 5:
                 logger.rewind(4)
@@ -84,7 +84,7 @@ def test_a_run_that_goes_back_forgets_the_lines_that_it_makes_again(tmp_path):
 
 def test_other_ranks_write_nothing(tmp_path, capsys):
     run = RunFolder.create(tmp_path)
-    with open_logger(MonitorConfig(alert_command="false"), run, SETTINGS, step=0, is_first=False) as logger:
+    with RunLogger(MonitorConfig(alert_command="false"), run, SETTINGS, step=0, is_first=False) as logger:
         logger.write(1, 1, SICK)
         logger.events.write(1, "rollback", "rollback", "back to step 0")
         logger.rewind(0)
@@ -102,7 +102,7 @@ def test_tensorboard_has_every_step_once_after_a_resume(tmp_path):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator", reason="extra `tensorboard`")
     run = RunFolder.create(tmp_path)
     for step in (0, 3):
-        with open_logger(MonitorConfig(tensorboard=True), run, SETTINGS, step=step) as logger:
+        with RunLogger(MonitorConfig(tensorboard=True), run, SETTINGS, step=step) as logger:
             for n in range(step + 1, step + 6):
                 logger.write(n, n, {"train/loss": 1.0 / n, **(SICK if n == 1 else {})})
         time.sleep(1.1)  # event files are read in the order of the seconds in their names
@@ -121,7 +121,7 @@ def test_a_tracker_without_network_takes_a_run_and_its_resume(field, offline, tm
     run = RunFolder.create(tmp_path / "run")
     run.config.write_text("kind: pretrain\noptim: {lr: 0.1}\n")
     for step in (0, 2):
-        with open_logger(MonitorConfig(**{field: "osler-test"}), run, SETTINGS, step=step) as logger:
+        with RunLogger(MonitorConfig(**{field: "osler-test"}), run, SETTINGS, step=step) as logger:
             for n in range(step + 1, step + 4):
                 logger.write(n, n, {"train/loss": 1.0 / n, **SICK})
     assert "failed" not in capsys.readouterr().err

@@ -1,17 +1,23 @@
-"""Files of JSON lines: what a kill tore costs itself only, and what a reader meets never stops it."""
+"""The files of a run survive kills: whole lines stay, torn ones go, a resume logs each step once, and no reader stops."""
 
 from __future__ import annotations
 
 import json
+import math
+import subprocess
+import sys
+import tracemalloc
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from osler.monitor.alerts import replay
+from osler.monitor.history import RunSettings
 from osler.records import jsonl
-from osler.records.metrics import read_metrics
-from osler.records.samples import read_samples
+from osler.records.jsonl import EventLog, MetricsFile, read_events, read_metrics
+from osler.records.results import read_samples
 from osler.records.values import NAN, from_json, to_json
 from osler.runtime.errors import UserError
 
@@ -19,10 +25,24 @@ ODD = b'[1]\n{}\n"text"\n\xff\xfe\n' + b"[" * 100_000 + b'\n{"step": 1e300}\n{"s
 
 
 @pytest.fixture
-def odd(tmp_path: Path) -> Path:
-    path = tmp_path / "metrics.jsonl"
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "metrics.jsonl"
+
+
+@pytest.fixture
+def odd(path: Path) -> Path:
     path.write_bytes(ODD)
     return path
+
+
+def steps(path: Path) -> list[int]:
+    return [json.loads(line)["step"] for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def log(path: Path, first: int, last: int, **how: int | None) -> None:
+    file = MetricsFile(path, **how)  # type: ignore[arg-type]
+    for step in range(first, last + 1):
+        file.write(step, step * 100, {"train/loss": 1.0 / (step + 1)}, time=1000.0 + step)
 
 
 def test_what_is_no_object_is_passed_over(odd: Path) -> None:
@@ -34,9 +54,9 @@ def test_what_is_no_object_is_passed_over(odd: Path) -> None:
         jsonl.read(odd.parent)
 
 
-def test_a_sample_without_an_id_is_known_by_its_question(tmp_path: Path) -> None:
-    (tmp_path / "samples.jsonl").write_text('{"id": null, "question": "a"}\n{"question": "b"}\n{"id": "c", "question": "d"}\n')
-    assert [sample.id for sample in read_samples(tmp_path / "samples.jsonl")[0]] == ["a", "b", "c"]
+def test_a_sample_without_an_id_is_known_by_its_question(path: Path) -> None:
+    path.write_text('{"id": null, "question": "a"}\n{"question": "b"}\n{"id": "c", "question": "d"}\n')
+    assert [sample.id for sample in read_samples(path)[0]] == ["a", "b", "c"]
 
 
 def test_appending_ends_a_torn_line_first(odd: Path) -> None:
@@ -52,8 +72,7 @@ def test_splitting_keeps_torn_lines_with_the_earlier_ones(odd: Path) -> None:
     assert later == [b'{"step": 4}\n'] and b"".join(kept) == ODD + b"\n"
 
 
-def test_only_lines_with_a_metric_are_read(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
+def test_only_lines_with_a_metric_are_read(path: Path) -> None:
     rows: list[dict[str, object]] = [{"step": 1, "loss": 2.0}, {"step": 2, "eval": 1.0}, {"step": 3, "note": "eval"}]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert [line.step for line in read_metrics(path, having="eval")] == [2]
@@ -74,3 +93,120 @@ def test_a_record_takes_whatever_a_file_holds(raw: Any) -> None:
     assert isinstance(record.name, str) and isinstance(record.score, float) and record.right in (None, True)
     assert from_json(Record, json.loads(json.dumps(to_json(record)))).name == record.name
     assert to_json(Record())["score"] is None
+
+
+def test_a_line_of_metrics_is_on_disk_at_once_and_null_stands_for_what_is_not_finite(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "metrics.jsonl"
+    file = MetricsFile(path)
+    file.write(3, 300, {"train/loss": math.nan, "train/grad_norm": math.inf, "groups/effective": 7, "train/lr": 0.1}, time=12.5)
+    line = json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    values = {"train/loss": None, "train/grad_norm": None, "groups/effective": 7, "train/lr": 0.1}
+    assert line == {"step": 3, "tokens": 300, "time": 12.5, **values}
+    with pytest.raises(ValueError, match="tokens"):
+        file.write(4, 400, {"tokens": 5.0})
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device that is always full is Linux's")
+def test_a_full_disk_costs_lines_and_not_the_run(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = MetricsFile(path)
+    for step in range(1, 5):
+        file.path = Path("/dev/full") if step % 2 == 0 else path
+        if file.path == path and step > 1:
+            path.write_bytes(path.read_bytes() + b'{"step": 2, "tok')  # as the disk took it before it was full
+        file.write(step, 100 * step, {"train/loss": 2.0})
+    assert steps(path) == [1, 3]
+    said = capsys.readouterr().err
+    assert said.count("cannot be written") == 1 and "No space left" in said
+
+
+@pytest.mark.parametrize(
+    ("last_step", "first", "last", "expected"), [(4, 5, 12, [*range(13)]), (-1, 0, 3, [0, 1, 2, 3]), (9, 10, 10, [*range(11)])]
+)
+def test_resume_drops_what_lies_beyond_the_checkpoint(
+    path: Path, last_step: int, first: int, last: int, expected: list[int]
+) -> None:
+    log(path, 0, 9)
+    before = path.read_bytes().splitlines()[: last_step + 1]
+    log(path, first, last, last_step=last_step)
+    assert steps(path) == expected and path.read_bytes().splitlines()[: last_step + 1] == before
+
+
+@pytest.mark.parametrize("cut", [1, 2, 20])
+def test_a_torn_last_line_is_dropped_and_the_next_line_is_whole(path: Path, cut: int) -> None:
+    log(path, 0, 4)
+    path.write_bytes(path.read_bytes()[:-cut])
+    log(path, 5, 5)
+    assert steps(path) == ([0, 1, 2, 3, 4, 5] if cut == 1 else [0, 1, 2, 3, 5]), "without its newline only, it is still whole"
+
+
+def test_lines_that_are_no_metrics_are_dropped(path: Path) -> None:
+    log(path, 0, 1)
+    path.write_bytes(path.read_bytes() + b"\x00\xff\x80\n[1]\n{}\n")
+    log(path, 2, 2)
+    assert steps(path) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("last_step", [math.inf, 2500])
+def test_a_long_log_is_not_held_in_memory(path: Path, last_step: float) -> None:
+    rows = [json.dumps({"step": step, "text": "x" * 2000}) for step in range(1, 3001)]
+    path.write_text("\n".join([*rows, '{"st']), encoding="utf-8")
+    tracemalloc.start()
+    try:
+        MetricsFile(path, last_step=last_step)
+        replay(RunSettings(lr=1e-3, clip_norm=1.0), path)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert len(steps(path)) == min(last_step, 3000)
+    assert peak < path.stat().st_size / 4
+
+
+def test_a_folder_in_the_files_place_is_the_users_to_fix(path: Path) -> None:
+    path.mkdir()
+    with pytest.raises(UserError, match=r"metrics\.jsonl"):
+        MetricsFile(path)
+
+
+def test_a_killed_and_resumed_run_has_each_step_once(path: Path) -> None:
+    script = (
+        "import os, sys\nfrom osler.records.jsonl import MetricsFile\nfile = MetricsFile(sys.argv[1])\n"
+        "for step in range(7):\n    file.write(step, step, {'train/loss': 1.0})\nos.kill(os.getpid(), 9)\n"
+    )
+    killed = subprocess.run([sys.executable, "-c", script, str(path)], cwd=Path(__file__).parents[2], check=False)
+    assert killed.returncode == -9
+    assert steps(path) == list(range(7)), "what was written before the kill is there"
+    log(path, 4, 9, last_step=3)  # the last checkpoint was at step 3
+    assert steps(path) == list(range(10))
+
+
+def test_a_run_that_goes_back_makes_its_lines_again(path: Path) -> None:
+    file = MetricsFile(path)
+    for step in (1, 2, 3, 4, 5, 3, 4, 6):
+        if step == 3 and steps(path)[-1] == 5:
+            file.rewind(2)
+        file.write(step, step, {"train/loss": 1.0})
+    assert steps(path) == [1, 2, 3, 4, 6]
+    file.rewind(6)
+    assert steps(path) == [1, 2, 3, 4, 6]
+
+
+def test_a_torn_event_costs_itself_only(path: Path) -> None:
+    assert read_events(path) == []
+    EventLog(path).write(3, "incident", "skipped-step", "First.", loss=None, rows=[4, 7])
+    with path.open("a") as file:
+        file.write('{"step": 4, "kind": "incid')
+    EventLog(path).write(5, "alert", "stalled", "Third.")
+    events = read_events(path)
+    assert [(event.step, event.kind, event.name, event.message) for event in events] == [
+        (3, "incident", "skipped-step", "First."),
+        (5, "alert", "stalled", "Third."),
+    ]
+    assert events[0].details == {"loss": None, "rows": [4, 7]} and events[0].time > 0
+
+
+def test_a_disk_that_refuses_events_is_told_of_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    events = EventLog(tmp_path)  # a folder cannot be written to
+    for step in range(3):
+        events.write(step, "alert", "stalled", "The loss stands still.")
+    said = " ".join(capsys.readouterr().err.split())
+    assert said.count("cannot be written") == 1 and "Is a directory" in said

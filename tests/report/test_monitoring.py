@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from osler.monitor.metrics import METRICS
-from osler.records.events import Event
+from osler.records.jsonl import Event
 from osler.records.values import to_json
 from osler.report import format as fmt
 from osler.report import svg

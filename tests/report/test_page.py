@@ -14,7 +14,7 @@ from osler.cli.main import main
 from osler.config.schema import encode
 from osler.model.config import ModelConfig
 from osler.monitor.metrics import METRICS
-from osler.records.samples import SampledAnswer
+from osler.records.results import SampledAnswer
 from osler.report import format as fmt
 from osler.report.charts import SPECS
 from osler.report.page import build_report, right_option

@@ -15,12 +15,11 @@ from osler.checkpoint import store
 from osler.inference.engine import InferenceEngine
 from osler.monitor import collect
 from osler.monitor.config import SpikeConfig
-from osler.monitor.lifetime import LIFETIME
 from osler.monitor.metrics import declared_name
 from osler.optim.build import build_optimizer
 from osler.optim.config import AdamWConfig, LinearConfig
 from osler.parallel.engine import ParallelEngine
-from osler.records.events import read_events
+from osler.records.jsonl import LIFETIME, read_events
 from osler.rl.config import AlgorithmConfig, GrpoConfig, QualityConfig, StepCheckpoints
 from osler.rl.prompts import RewardTerm
 from osler.rl.rollout import RolloutWorker

@@ -13,8 +13,7 @@ import torch
 
 from osler.checkpoint import store
 from osler.monitor.config import MonitorConfig, SpikeConfig
-from osler.monitor.lifetime import LIFETIME
-from osler.records.events import read_events
+from osler.records.jsonl import LIFETIME, read_events
 from osler.runs.incidents import last_good
 from osler.runs.loop import Loop
 from osler.runtime import faults

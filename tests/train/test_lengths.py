@@ -7,7 +7,7 @@ import json
 import pytest
 
 from osler.cli.main import main
-from osler.records.events import read_events
+from osler.records.jsonl import read_events
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from osler.config.yaml12 import load_yaml
 from osler.inference.load import load_model
 from osler.monitor.config import MonitorConfig
 from osler.monitor.metrics import declared_name
-from osler.records.events import read_events
+from osler.records.jsonl import read_events
 from osler.report.page import build_report
 from osler.report.read import read_run
 from osler.report.words import model_of

@@ -6,8 +6,7 @@ import json
 import sys
 
 from osler.cli.main import main
-from osler.monitor.lifetime import LIFETIME
-from osler.records.events import read_events
+from osler.records.jsonl import LIFETIME, read_events
 from osler.report.read import read_run
 from osler.report.words import attention
 from osler.runtime.files import RunFolder

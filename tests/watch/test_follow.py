@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from osler.records import jsonl
-from osler.records.metrics import MetricsFile
+from osler.records.jsonl import MetricsFile
 from osler.report.curves import MAX_POINTS, SAMPLED_LINES, Follower
 
 
@@ -26,11 +26,11 @@ def path(tmp_path: Path) -> Path:
 def test_what_is_appended_is_read_once(path: Path) -> None:
     log = Follower(path)
     assert not log.poll() and log.last is None, "not there yet"
-    with MetricsFile(path) as sink:
-        sink.write(1, 100, {"train/loss": 3.0}, time=1e6)
-        assert log.poll() and not log.poll()
-        sink.write(2, 200, {"train/loss": math.nan, "eval/loss": 2.5}, time=1e6 + 4)
-        assert log.poll()
+    sink = MetricsFile(path)
+    sink.write(1, 100, {"train/loss": 3.0}, time=1e6)
+    assert log.poll() and not log.poll()
+    sink.write(2, 200, {"train/loss": math.nan, "eval/loss": 2.5}, time=1e6 + 4)
+    assert log.poll()
     assert [s for s, _ in log.curves["train/loss"]] == [1, 2] and math.isnan(log.curves["train/loss"][1][1])
     assert log.curves["eval/loss"] == [(2, 2.5)] and log.active_seconds == 4.0
     assert log.last == (2, 200.0, 1e6 + 4) and log.bytes_read == path.stat().st_size
@@ -67,13 +67,13 @@ def test_a_file_written_anew_is_read_anew(path: Path, in_place: bool) -> None:
 
 def test_a_resume_drops_the_lines_after_its_checkpoint(path: Path) -> None:
     log = Follower(path)
-    with MetricsFile(path) as sink:
-        for step in range(1, 7):
-            sink.write(step, step, {"loss": float(step)})
+    sink = MetricsFile(path)
+    for step in range(1, 7):
+        sink.write(step, step, {"loss": float(step)})
     log.poll()
-    with MetricsFile(path, last_step=4) as sink:
-        assert log.poll() and [s for s, _ in log.curves["loss"]] == [1, 2, 3, 4]
-        sink.write(5, 5, {"loss": 50.0})
+    sink = MetricsFile(path, last_step=4)
+    assert log.poll() and [s for s, _ in log.curves["loss"]] == [1, 2, 3, 4]
+    sink.write(5, 5, {"loss": 50.0})
     assert log.poll() and log.curves["loss"][-1] == (5, 50.0)
     path.unlink()
     assert log.poll() and not log.curves

@@ -15,7 +15,7 @@ import pytest
 from osler.checkpoint import store
 from osler.checkpoint.folders import mark_best
 from osler.model.config import ModelConfig
-from osler.records.events import EventLog
+from osler.records.jsonl import EventLog
 from osler.report import format as fmt
 from osler.runtime.files import is_locked, locked
 from osler.watch.frame import NO_BREAK, blocks, clean, columns, frame

@@ -1,6 +1,8 @@
-"""What a run's checkpoints scored: ``exams.json``, {label of a checkpoint: {split: score}}, and ``comparison.json``, a list.
+"""What a run came to, in the files that the report reads. In one of an older version any field may be missing: NaN or empty.
 
-Accuracies, intervals and differences are fractions. In a file of an older version any field may be missing; it is NaN or empty.
+``exams.json`` is {label of a checkpoint: {split: score}}, ``comparison.json`` a list of pairs of checkpoints, ``samples.jsonl``
+what checkpoints answered to a few questions, ``stages.json`` the finished stages of a quickstart, in their order. Accuracies,
+intervals and differences are fractions.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from osler.records import jsonl
 from osler.records.values import NAN, as_dict, from_json, to_json
 from osler.runtime.errors import UserError
 from osler.runtime.files import read_json, write_json
@@ -68,6 +71,29 @@ class Comparison(HasInterval):
     branch: bool = False  # whether ``after`` does not go on from the run's best checkpoint
 
 
+@dataclass(frozen=True)
+class SampledAnswer:
+    """One question and what one checkpoint answered to it."""
+
+    id: str = ""  # of the question
+    stage: str = ""  # label of the checkpoint
+    question: str = ""
+    options: list[str] = field(default_factory=list)
+    thinking: str = ""
+    answer: str = ""
+    correct_answer: str = ""
+    correct: bool | None = None  # None: nobody judged it
+
+
+@dataclass(frozen=True)
+class FinishedStage:
+    """A stage that is done: how long it took, and what it did."""
+
+    name: str = ""
+    seconds: float = NAN
+    what: str = ""
+
+
 def read_exams(path: Path) -> list[ExamScore]:
     """Return the scores of an ``exams.json`` in its order, none when there is no file; raises UserError when it is damaged."""
     table = as_dict(read_json(path)) if path.exists() else {}
@@ -95,3 +121,9 @@ def add_exams(path: Path, label: str, scores: Mapping[str, ExamScore], *, last: 
     if last in table:
         table[last] = table.pop(last)
     write_json(path, table)
+
+
+def read_samples(path: Path) -> tuple[list[SampledAnswer], int]:
+    """Return the answers of a file, and how many of its lines before the last are unreadable."""
+    rows, unreadable = jsonl.read(path)
+    return [from_json(SampledAnswer, {**row, "id": row.get("id") or row.get("question")}) for row in rows], unreadable

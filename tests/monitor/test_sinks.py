@@ -11,10 +11,11 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
+from osler.monitor import sinks
 from osler.monitor.alerts import Alert
 from osler.monitor.config import MonitorConfig
-from osler.monitor.logger import check_trackers, open_logger
-from osler.monitor.notify import AlertCommand, Webhook
+from osler.monitor.logger import RunLogger, check_trackers
+from osler.monitor.sinks import AlertCommand, Webhook
 from osler.monitor.tracker import UndeliveredError
 from osler.runtime.errors import UserError
 from osler.runtime.files import RunFolder
@@ -60,7 +61,7 @@ def test_command_and_webhook_get_the_same_json(tmp_path, monkeypatch):
     run = RunFolder.create(tmp_path / "run")
     with server() as (url, got):
         config = MonitorConfig(alert_command=f"{PYTHON} '{script}' '{out}'", webhook=url)
-        with open_logger(config, run, SETTINGS, step=0) as logger:
+        with RunLogger(config, run, SETTINGS, step=0) as logger:
             logger.events.write(7, "incident", "dead-layers", ALERT.message, severity="critical", rows=[1, 2])
             logger.write(1, 1, SICK)
     lines = out.read_bytes().splitlines()
@@ -73,19 +74,20 @@ def test_command_and_webhook_get_the_same_json(tmp_path, monkeypatch):
     ("code", "timeout", "reason"),
     [("import sys; sys.exit('no such channel')", 300.0, "no such"), ("import time; time.sleep(3600)", 0.1, "timed out")],
 )
-def test_a_command_that_fails_says_why(code, timeout, reason):
+def test_a_command_that_fails_says_why(code, timeout, reason, monkeypatch):
+    monkeypatch.setattr(sinks, "TIMEOUT_SECONDS", timeout)
     with pytest.raises(UndeliveredError, match=reason):
-        AlertCommand(f'{PYTHON} -c "{code}"', "runs/x", timeout).alert(ALERT)
+        AlertCommand(f'{PYTHON} -c "{code}"', "runs/x", 0).alert(ALERT)
 
 
 def test_a_webhook_that_fails_says_why():
     with server(500) as (url, _), pytest.raises(UndeliveredError, match="500"):
-        Webhook(url, "runs/x").alert(ALERT)
+        Webhook(url, "runs/x", 0).alert(ALERT)
     with pytest.raises(UndeliveredError, match="refused"):
-        Webhook(url, "runs/x").alert(ALERT)
+        Webhook(url, "runs/x", 0).alert(ALERT)
     with server(302, Location=url) as (moved, got):
         with pytest.raises(UndeliveredError, match="302"):
-            Webhook(moved, "runs/x").alert(ALERT)
+            Webhook(moved, "runs/x", 0).alert(ALERT)
         assert len(got) == 1
 
 
@@ -118,7 +120,7 @@ def test_an_alert_command_has_the_environment_of_the_run(tmp_path, monkeypatch):
     script, out = tmp_path / "hook.py", tmp_path / "out"
     script.write_text("import os, sys; open(sys.argv[1], 'w').write(os.environ['PYTHONPATH'])")
     config = MonitorConfig(alert_command=f"{PYTHON} '{script}' '{out}'")
-    with open_logger(config, RunFolder.create(tmp_path / "run"), SETTINGS, step=0) as logger:
+    with RunLogger(config, RunFolder.create(tmp_path / "run"), SETTINGS, step=0) as logger:
         logger.events.write(7, "incident", "dead-layers", ALERT.message)
     assert out.read_text() == "mine"
 
@@ -126,5 +128,5 @@ def test_an_alert_command_has_the_environment_of_the_run(tmp_path, monkeypatch):
 @pytest.mark.parametrize("above", [b"- a list", b"", b"\xff", b"a: 1\na: 2", b"x: !env y"])
 def test_a_config_file_above_the_run_is_not_read_as_osler_s(tmp_path, above):
     (tmp_path / "config.yaml").write_bytes(above)
-    with open_logger(MonitorConfig(), RunFolder.create(tmp_path / "run"), SETTINGS, step=0) as logger:
+    with RunLogger(MonitorConfig(), RunFolder.create(tmp_path / "run"), SETTINGS, step=0) as logger:
         assert logger.alerter.history.settings.section == ""
