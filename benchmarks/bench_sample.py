@@ -7,7 +7,7 @@ with the same weights (checked: equal logits) and its default key/value cache. T
 "grouped" has 8 prompts with 8 samples each, as in GRPO (``num_return_sequences`` for transformers). Every measurement is a
 fresh process that warms up and then times a few whole calls, prefill included; contestants take turns, so that a machine that
 slows down slows all of them. Numbers are medians over rounds, ratios are taken round by round. The recompute loop is timed
-on the first workload only. ``--compile`` adds the engine with a compiled decode step, its compile time apart.
+on the first workload only.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ MODELS: dict[str, dict[str, int]] = {
     "small": {"layers": 6, "width": 256, "inner": 704, "heads": 8, "kv_heads": 2, "vocab": 4096},
 }
 HEAD_DIM, ROWS, PROMPT_TOKENS, NEW_TOKENS, GROUP = 32, 64, 48, 128, 8
-TIMED_CALLS = {"engine": 3, "engine-compiled": 3, "transformers": 3, "recompute": 1}
+TIMED_CALLS = {"engine": 3, "transformers": 3, "recompute": 1}
 
 
 def build_model(shape: dict[str, int], dtype: Any) -> Any:
@@ -118,15 +118,13 @@ def measure(contestant: str, shape: dict[str, int], dtype_name: str, workload: s
             return generate_by_recompute(model, prompts, sampling, samples_per_prompt=samples).num_tokens
 
     else:
-        engine = InferenceEngine(model, compile=contestant == "engine-compiled")
+        engine = InferenceEngine(model)
 
         def call(new_tokens: int) -> int:
             sampling = SamplingParams(max_new_tokens=new_tokens)
             return engine.generate(prompts, sampling, samples_per_prompt=samples).num_tokens
 
-    started = time.perf_counter()
-    call(NEW_TOKENS if contestant == "engine-compiled" else 4)
-    result["first_call_seconds"] = time.perf_counter() - started
+    call(4)
     seconds = []
     for _ in range(TIMED_CALLS[contestant]):
         started = time.perf_counter()
@@ -142,10 +140,9 @@ def in_fresh_process(contestant: str, model: str, dtype: str, workload: str, thr
     return measured([__file__, "--child", contestant, model, dtype, workload], threads=threads, TRANSFORMERS_VERBOSITY="error")
 
 
-def compare(model: str, dtype: str, workload: str, rounds: int, threads: int, compiled: bool) -> dict[str, Any]:
+def compare(model: str, dtype: str, workload: str, rounds: int, threads: int) -> dict[str, Any]:
     """All contestants in turn, ``rounds`` times."""
     contestants = ["engine", "transformers"]
-    contestants += ["engine-compiled"] if compiled else []
     contestants += ["recompute"] if workload == "distinct" else []
     runs: dict[str, list[dict[str, float]]] = {contestant: [] for contestant in contestants}
     for index in range(rounds):
@@ -158,7 +155,7 @@ def compare(model: str, dtype: str, workload: str, rounds: int, threads: int, co
         f"engine / {other}": statistics.median(mine / theirs for mine, theirs in zip(rates["engine"], rates[other], strict=True))
         for other in contestants[1:]
     }
-    result: dict[str, Any] = {
+    return {
         "model": model,
         "dtype": dtype,
         "workload": workload,
@@ -166,9 +163,6 @@ def compare(model: str, dtype: str, workload: str, rounds: int, threads: int, co
         "ratio": {name: round(value, 2) for name, value in ratios.items()},
         "rounds": {contestant: [round(value, 1) for value in values] for contestant, values in rates.items()},
     }
-    if compiled:
-        result["compile_seconds"] = round(statistics.median(run["first_call_seconds"] for run in runs["engine-compiled"]), 1)
-    return result
 
 
 def main() -> None:
@@ -178,7 +172,6 @@ def main() -> None:
     parser.add_argument("--workloads", nargs="+", choices=["distinct", "grouped"], default=["distinct", "grouped"])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--compile", action="store_true", help="also time the engine with a compiled decode step")
     parser.add_argument("--out", type=Path, help="also write the JSON here")
     parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
     asked = parser.parse_args()
@@ -189,7 +182,7 @@ def main() -> None:
     import transformers
 
     results = [
-        compare(model, dtype, workload, asked.rounds, asked.threads, asked.compile)
+        compare(model, dtype, workload, asked.rounds, asked.threads)
         for model in asked.models
         for dtype in asked.dtypes
         for workload in asked.workloads

@@ -49,12 +49,12 @@ MODEL = {
 
 def recipes(folder: Path) -> dict[str, list[str]]:
     """Write the recipes; returns the command of each kind, and of ``start``, the model that GRPO begins with."""
-    from osler.tasks.clinic import load
     from osler.tasks.item import LETTERS, render_question
+    from osler.tasks.registry import load_clinic
 
     turns = [
         {"question": render_question(item), "why": "Clear.", "answer": f"({LETTERS[item.answer_index]})"}
-        for item in load(split="train", limit=160)
+        for item in load_clinic(split="train", limit=160)
     ]
     (folder / "turns.jsonl").write_text("".join(json.dumps(turn) + "\n" for turn in turns), encoding="utf-8")
     common = {"device": "cpu", "precision": "fp32"}

@@ -103,15 +103,15 @@ def tiny(tmp_path_factory) -> SimpleNamespace:
     """
     from osler.data.config import ClinicData
     from osler.data.sources import train_tokenizer
-    from osler.tasks.clinic import load
     from osler.tasks.item import LETTERS, render_question
+    from osler.tasks.registry import load_clinic
 
     root = tmp_path_factory.mktemp("tiny")
     tokenizer = train_tokenizer(ClinicData(passages=100, examples=100, cards=0, drills=0), 512, max_bytes=1_000_000_000)
     (root / "tokenizer.json").write_bytes(tokenizer.to_bytes())
     turns = [
         {"question": render_question(item), "why": "Clear.", "answer": f"({LETTERS[item.answer_index]})"}
-        for item in load(split="train", limit=160)
+        for item in load_clinic(split="train", limit=160)
     ]
     (root / "turns.jsonl").write_text("".join(json.dumps(turn) + "\n" for turn in turns), encoding="utf-8")
     common: dict[str, Any] = {"device": "cpu", "precision": "fp32"}

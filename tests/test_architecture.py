@@ -17,8 +17,8 @@ PACKAGE = ROOT / "osler"
 FLOORS: dict[str, int] = {
     **dict.fromkeys(("runtime",), 0),
     **dict.fromkeys(("config",), 1),
-    **dict.fromkeys(("ops", "files", "clinic"), 2),
-    **dict.fromkeys(("model", "optim", "tokenizer", "tasks", "checkpoint", "records"), 3),
+    **dict.fromkeys(("ops", "files", "clinic", "tokenizer"), 2),
+    **dict.fromkeys(("model", "optim", "tasks", "checkpoint", "records"), 3),
     **dict.fromkeys(("data", "parallel", "inference", "monitor"), 4),
     **dict.fromkeys(("eval",), 5),
     **dict.fromkeys(("runs",), 6),

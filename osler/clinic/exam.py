@@ -1,8 +1,8 @@
-"""The clinic's exam: multiple-choice vignettes with four options and a short reasoning, by seed and split.
+"""The clinic's exam, by seed and split: multiple-choice vignettes with four options and a short reasoning; and drills.
 
 The clinic is a synthetic world, a test bench and not medical advice. An item shows a patient (age, sex, three findings)
 and asks for one relation of the condition behind them; the reasoning names the condition first, then the fact. See
-`osler.clinic.splits` for what the five splits hold out.
+`osler.clinic.facts` for what the five splits hold out.
 
 Distractors are answers of other conditions to the same question; one or two come from the same speciality, none is
 arguable for this condition, none repeats, and none belongs to a condition of the other sex. Two rules keep the
@@ -17,12 +17,21 @@ held-out facts fair:
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 
-from osler.clinic.facts import RELATIONS, Condition, conditions_by_name, load_conditions
-from osler.clinic.splits import EXAM_SPLITS, Combo, Fact, make_splits
+from osler.clinic.facts import (
+    EXAM_SPLITS,
+    RELATIONS,
+    Combo,
+    Condition,
+    Fact,
+    conditions_by_name,
+    load_conditions,
+    make_splits,
+    phrase_pool,
+)
 from osler.clinic.textbook import join_findings, reasoning
 from osler.runtime.errors import UserError
 
@@ -36,6 +45,7 @@ FRAMES = (
     "This {who} of {age} has {f}.",
     "This {who} aged {age} shows {f}.",
 )
+DRILL_QUESTIONS = ("Which option says {x}?", "Find {x}.", "Choose {x}.", "Where is {x}?", "Point to {x}.")
 
 
 @dataclass(frozen=True)
@@ -58,22 +68,19 @@ class ClinicItem:
         return self.options[self.answer_index]
 
 
-def exam(seed: int, split: str, n: int, *, split_seed: int = 0) -> list[ClinicItem]:
+def exam(seed: int, split: str, n: int) -> list[ClinicItem]:
     """Return `n` items of one of `EXAM_SPLITS`, balanced over facts and letters, the same for the same arguments.
 
     Every fact comes once per round, and each round is shuffled; a fact meets every combination of its part before one returns.
-    Raises UserError when the split is unknown or `n` is negative.
+    Raises UserError when the split is unknown.
     """
     if split not in EXAM_SPLITS:
         raise UserError(f"The clinic has no exam split {split!r}. Choose one of: {', '.join(EXAM_SPLITS)}.")
-    if n < 0:
-        raise UserError(f"An exam cannot have {n} items. Give a number of items that is 0 or more.")
     rng = random.Random(f"clinic exam {seed} {split}")
-    splits = make_splits(split_seed)
     fact_part, combo_part = EXAM_SPLITS[split]
-    facts = list(splits.facts[fact_part])
-    combos = {fact: rng.sample(splits.combos[fact[0]][combo_part], len(splits.combos[fact[0]][combo_part]))
-              for fact in facts}
+    facts = list(make_splits().facts[fact_part])
+    parts = {fact: make_splits().combos[fact[0]][combo_part] for fact in facts}
+    combos = {fact: rng.sample(part, len(part)) for fact, part in parts.items()}
     letters = list(range(NUM_OPTIONS))
     items: list[ClinicItem] = []
     for index in range(n):
@@ -84,21 +91,19 @@ def exam(seed: int, split: str, n: int, *, split_seed: int = 0) -> list[ClinicIt
             rng.shuffle(letters)
         fact = facts[turn]
         findings = combos[fact][index // len(facts) % len(combos[fact])]
-        item_id = f"clinic-{split}-{split_seed}-{seed}-{index:06d}"
-        items.append(render_item(item_id, fact, findings, letters[index % NUM_OPTIONS], split, split_seed, rng))
+        item_id = f"clinic-{split}-0-{seed}-{index:06d}"  # options are permuted by it, so it stays as it was
+        items.append(render_item(item_id, fact, findings, letters[index % NUM_OPTIONS], split, rng))
     return items
 
 
-def render_item(
-    item_id: str, fact: Fact, combo: Combo, answer_index: int, split: str, split_seed: int, rng: random.Random
-) -> ClinicItem:
+def render_item(item_id: str, fact: Fact, combo: Combo, answer_index: int, split: str, rng: random.Random) -> ClinicItem:
     """Return one item about `fact`, with the findings of `combo` in random order and the right option at `answer_index`."""
     name, relation = fact
     condition = conditions_by_name()[name]
     findings: Combo = tuple(rng.sample(combo, 3))  # type: ignore[assignment]
     sex = condition.sex if condition.sex != "any" else rng.choice(("male", "female"))
     vignette = render_vignette(rng.choice(FRAMES), rng.randint(*condition.age), sex, findings)
-    options = draw_distractors(fact, EXAM_SPLITS[split][0], sex, split_seed, rng)
+    options = draw_distractors(fact, EXAM_SPLITS[split][0], sex, rng)
     options.insert(answer_index, condition.answers[relation])
     return ClinicItem(
         id=item_id,
@@ -120,9 +125,9 @@ def render_vignette(frame: str, age: int, sex: str, findings: Sequence[str]) -> 
     return frame.format(a=article, age=age, who=who, f=join_findings(findings))
 
 
-def draw_distractors(fact: Fact, fact_part: str, sex: str, split_seed: int, rng: random.Random) -> list[str]:
+def draw_distractors(fact: Fact, fact_part: str, sex: str, rng: random.Random) -> list[str]:
     """Draw three different wrong answers, in random order."""
-    same_area, other, held_out = distractor_pools(fact, fact_part, sex, split_seed)
+    same_area, other, held_out = distractor_pools(fact, fact_part, sex)
     chosen: list[str] = []
     if held_out:
         chosen += rng.sample(held_out, min(2, len(held_out)))
@@ -138,24 +143,43 @@ def draw_distractors(fact: Fact, fact_part: str, sex: str, split_seed: int, rng:
 
 
 @cache
-def distractor_pools(
-    fact: Fact, fact_part: str, sex: str, split_seed: int
-) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
+def distractor_pools(fact: Fact, fact_part: str, sex: str) -> tuple[list[str], list[str], list[str]]:
     """Return wrong answers for a fact and a sex: of the same speciality, of any, and (for held-out facts) of those."""
-    name, relation = fact
-    condition = conditions_by_name()[name]
+    condition, relation = conditions_by_name()[fact[0]], fact[1]
     acceptable = condition.acceptable(relation)
-    splits = make_splits(split_seed)
-    train_facts = set(splits.facts["train"])
+    train_facts = set(make_splits().facts["train"])
 
-    def answers(candidates: Sequence[Condition]) -> tuple[str, ...]:
+    def answers(candidates: Sequence[Condition]) -> list[str]:
         unique = dict.fromkeys(candidate.answers[relation] for candidate in candidates)
-        return tuple(answer for answer in unique if answer.lower() not in acceptable)
+        return [answer for answer in unique if answer.lower() not in acceptable]
 
     candidates = [other for other in load_conditions() if other.sex in ("any", sex)]
     trained = [other for other in candidates if (other.name, relation) in train_facts]
-    if fact_part == "train":
-        return answers([other for other in trained if other.area == condition.area]), answers(trained), ()
+    chosen = trained if fact_part == "train" else candidates
     seen = set(answers(trained))
-    held_out = tuple(answer for answer in answers(candidates) if answer not in seen)
-    return answers([other for other in candidates if other.area == condition.area]), answers(candidates), held_out
+    held_out = [answer for answer in answers(chosen) if answer not in seen]
+    return answers([other for other in chosen if other.area == condition.area]), answers(chosen), held_out
+
+
+def drills(seed: int, count: int) -> Iterator[ClinicItem]:
+    """Yield items of the split "drill", whose question names the option to choose: they teach to answer with what was reasoned.
+
+    Their options are drawn from the whole clinic, so they do not say which condition has which fact. A held-out answer is never
+    the right option of a training item: without drills a small model gives only the answers that it was trained to give.
+    """
+    rng = random.Random(f"clinic drills {seed}")
+    for number in range(count):
+        options = tuple(rng.sample(phrase_pool(), NUM_OPTIONS))
+        answer_index = rng.randrange(NUM_OPTIONS)
+        phrase = options[answer_index]
+        yield ClinicItem(
+            id=f"drill-{seed}-{number}",
+            question=rng.choice(DRILL_QUESTIONS).format(x=phrase),
+            options=options,
+            answer_index=answer_index,
+            split="drill",
+            condition="",
+            relation="",
+            thinking=f"Here the option is {phrase}.",
+            findings=(),
+        )

@@ -1,4 +1,4 @@
-"""The facts of the clinic: real conditions, their findings, and one short answer per relation.
+"""The facts of the clinic, and which of them are held out: real conditions, their findings, one short answer per relation.
 
 The clinic is Osler's built-in synthetic world of medicine. It is a test bench for training a small language model, not
 medical advice: facts are true but cut down to a few words, and real patients do not come with exactly three findings.
@@ -10,25 +10,43 @@ The data are the YAML files beside this module, written by hand for this project
 - `accepts`: per relation, further answers that would also be right or arguable for this condition. They are never
   offered as distractors.
 
-Everything here is immutable and read once per process.
+The clinic asks two questions of a model. *New findings*: does it recognise a condition from three findings it never saw
+together? The 56 combinations of three findings of a condition are ranked by a hash and cut into train, validation and test.
+*New questions*: can it use a fact it only ever read in prose? About 12 % and 18 % of the facts (condition, relation) never take
+exam form in training; they occur in the textbook alone. Diagnosis is always a train fact. The five exam splits cross the two
+partitions, so they are disjoint by construction.
 """
 
 from __future__ import annotations
 
+import random
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
+from hashlib import blake2b
 from itertools import combinations
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from osler.config.yaml12 import load_yaml
 
-CONDITIONS_FOLDER = Path(__file__).parent
-NUM_FINDINGS = 8
-SEXES = ("any", "male", "female")
 DIAGNOSIS = "diagnosis"
+PARTS = ("train", "validation", "test")
+FACT_SHARES = {"validation": 0.12, "test": 0.18}
+COMBO_SHARES = {"validation": 0.10, "test": 0.20}
+
+# exam split -> (part of the facts, part of the combinations)
+EXAM_SPLITS = {
+    "train": ("train", "train"),
+    "validation": ("train", "validation"),
+    "validation_questions": ("validation", "validation"),
+    "new_findings": ("train", "test"),
+    "new_questions": ("test", "test"),
+}
+
+Fact = tuple[str, str]  # (name of the condition, relation)
+Combo = tuple[str, str, str]  # three findings, in the order of the condition's list: a set, written one way
 
 
 @dataclass(frozen=True)
@@ -39,7 +57,6 @@ class Relation:
     only in prose can be recalled in the reasoning. `phrasings` are the other wordings of the textbook.
     """
 
-    name: str
     canonical: str
     phrasings: tuple[str, ...]
     questions: tuple[str, ...]
@@ -51,7 +68,7 @@ class Condition:
 
     name: str
     area: str
-    sex: str
+    sex: str  # any, male or female
     age: tuple[int, int]
     findings: tuple[str, ...]
     answers: Mapping[str, str] = field(hash=False)
@@ -62,126 +79,126 @@ class Condition:
         return self.accepts.get(relation, frozenset()) | {self.answers[relation].lower()}
 
 
+@dataclass(frozen=True)
+class Splits:
+    """The partition of the clinic: `facts[part]`, and `combos[condition name][part]`, with the parts of `PARTS`."""
+
+    facts: dict[str, list[Fact]]
+    combos: dict[str, dict[str, list[Combo]]]
+
+
 # The diagnosis has no sentence of its own in the textbook: every sentence that lists findings states it.
-RELATIONS: Mapping[str, Relation] = MappingProxyType({
-    relation.name: relation
-    for relation in (
-        Relation(
-            DIAGNOSIS,
-            "The diagnosis is {x}.",
-            (),
-            ("What is the diagnosis?", "What is the most likely diagnosis?", "Which condition is most likely?",
-             "Which condition fits best?"),
-        ),
-        Relation(
-            "cause",
-            "The cause of {x} is {y}.",
-            ("The underlying cause of {x} is {y}.", "In {x}, the cause is {y}.", "We know that {x} is caused by {y}.",
-             "Recall that {y} can cause {x}.", "Given {y}, think of {x}.", "Patients develop {x} because of {y}."),
-            ("What is the cause?", "What is the most likely cause?", "What is the underlying cause?",
-             "Which cause is most likely?"),
-        ),
-        Relation(
-            "test",
-            "The best test for {x} is {y}.",
-            ("The test that confirms {x} is {y}.", "In {x}, the best test is {y}.", "Doctors confirm {x} with {y}.",
-             "Recall that {y} can confirm {x}.", "To confirm {x}, order {y}.", "Order {y} when you suspect {x}."),
-            ("What is the best test?", "Which test is best?", "Which test confirms this?",
-             "Which test should doctors order?"),
-        ),
-        Relation(
-            "treatment",
-            "First-line treatment of {x} is {y}.",
-            ("The best first treatment of {x} is {y}.", "In {x}, first-line treatment is {y}.",
-             "Doctors treat {x} with {y}.", "Recall that {y} can treat {x}.", "To treat {x}, begin with {y}.",
-             "Use {y} when you treat {x}."),
-            ("What is the first-line treatment?", "What is the best first treatment?", "Which treatment comes first?",
-             "Which treatment is best?"),
-        ),
-        Relation(
-            "complication",
-            "A classic complication of {x} is {y}.",
-            ("A feared complication of {x} is {y}.", "In {x}, a classic complication is {y}.",
-             "Untreated {x} can lead to {y}.", "Recall that {y} can complicate {x}.", "Watch for {y} in {x}.",
-             "Patients with {x} may develop {y}."),
-            ("What is a classic complication?", "Which complication is classic?", "Which complication is feared?",
-             "What complication may develop?"),
-        ),
-        Relation(
-            "risk",
-            "A classic risk factor for {x} is {y}.",
-            ("A known risk factor for {x} is {y}.", "In {x}, a classic risk factor is {y}.",
-             "The risk of {x} rises with {y}.", "Recall that {y} can predispose to {x}.",
-             "Ask about {y} when you suspect {x}.", "Doctors link {x} to {y}."),
-            ("What is a classic risk factor?", "Which risk factor is classic?", "Which risk factor is known?",
-             "What predisposes to this?"),
-        ),
-    )
-})
+RELATIONS = {
+    DIAGNOSIS: Relation(
+        "The diagnosis is {x}.",
+        (),
+        ("What is the diagnosis?", "What is the most likely diagnosis?", "Which condition is most likely?",
+         "Which condition fits best?"),
+    ),
+    "cause": Relation(
+        "The cause of {x} is {y}.",
+        ("The underlying cause of {x} is {y}.", "In {x}, the cause is {y}.", "We know that {x} is caused by {y}.",
+         "Recall that {y} can cause {x}.", "Given {y}, think of {x}.", "Patients develop {x} because of {y}."),
+        ("What is the cause?", "What is the most likely cause?", "What is the underlying cause?",
+         "Which cause is most likely?"),
+    ),
+    "test": Relation(
+        "The best test for {x} is {y}.",
+        ("The test that confirms {x} is {y}.", "In {x}, the best test is {y}.", "Doctors confirm {x} with {y}.",
+         "Recall that {y} can confirm {x}.", "To confirm {x}, order {y}.", "Order {y} when you suspect {x}."),
+        ("What is the best test?", "Which test is best?", "Which test confirms this?", "Which test should doctors order?"),
+    ),
+    "treatment": Relation(
+        "First-line treatment of {x} is {y}.",
+        ("The best first treatment of {x} is {y}.", "In {x}, first-line treatment is {y}.", "Doctors treat {x} with {y}.",
+         "Recall that {y} can treat {x}.", "To treat {x}, begin with {y}.", "Use {y} when you treat {x}."),
+        ("What is the first-line treatment?", "What is the best first treatment?", "Which treatment comes first?",
+         "Which treatment is best?"),
+    ),
+    "complication": Relation(
+        "A classic complication of {x} is {y}.",
+        ("A feared complication of {x} is {y}.", "In {x}, a classic complication is {y}.", "Untreated {x} can lead to {y}.",
+         "Recall that {y} can complicate {x}.", "Watch for {y} in {x}.", "Patients with {x} may develop {y}."),
+        ("What is a classic complication?", "Which complication is classic?", "Which complication is feared?",
+         "What complication may develop?"),
+    ),
+    "risk": Relation(
+        "A classic risk factor for {x} is {y}.",
+        ("A known risk factor for {x} is {y}.", "In {x}, a classic risk factor is {y}.", "The risk of {x} rises with {y}.",
+         "Recall that {y} can predispose to {x}.", "Ask about {y} when you suspect {x}.", "Doctors link {x} to {y}."),
+        ("What is a classic risk factor?", "Which risk factor is classic?", "Which risk factor is known?",
+         "What predisposes to this?"),
+    ),
+}
 
-FACT_RELATIONS: tuple[str, ...] = tuple(name for name in RELATIONS if name != DIAGNOSIS)
+FACT_RELATIONS = tuple(name for name in RELATIONS if name != DIAGNOSIS)
 
 
 @lru_cache(maxsize=1)
+def conditions_by_name() -> dict[str, Condition]:
+    """Return all conditions by name, sorted; `tests/clinic` checks that the files keep what is promised above."""
+    files = sorted(Path(__file__).parent.glob("*.yaml"))
+    entries = [entry for path in files for entry in load_yaml(path.read_text(encoding="utf-8"), path.name)]
+    return {entry["name"]: _condition(entry) for entry in sorted(entries, key=lambda entry: str(entry["name"]))}
+
+
 def load_conditions() -> tuple[Condition, ...]:
-    """Return all conditions, sorted by name. Raises ValueError, naming the condition, when the data break an invariant."""
-    conditions: list[Condition] = []
-    for path in sorted(CONDITIONS_FOLDER.glob("*.yaml")):
-        entries = load_yaml(path.read_text(encoding="utf-8"), path.name)
-        conditions.extend(parse_condition(entry) for entry in entries)
-    conditions.sort(key=lambda condition: condition.name)
-    check_conditions(conditions)
-    return tuple(conditions)
+    """Return all conditions, sorted by name."""
+    return tuple(conditions_by_name().values())
 
 
-@lru_cache(maxsize=1)
-def conditions_by_name() -> Mapping[str, Condition]:
-    """Return `load_conditions()` by name."""
-    return MappingProxyType({condition.name: condition for condition in load_conditions()})
-
-
-def parse_condition(entry: Mapping[str, Any]) -> Condition:
-    """Return a YAML entry as a Condition. Raises ValueError for a missing or unknown key or a malformed value."""
-    name = entry.get("name", "?")
-    required = {"name", "area", "age", "findings", *FACT_RELATIONS}
-    if missing := required - set(entry):
-        raise ValueError(f"condition {name!r} lacks {sorted(missing)}")
-    if unknown := set(entry) - required - {"sex", "accepts"}:
-        raise ValueError(f"condition {name!r} has unknown keys {sorted(unknown)}")
-    sex = entry.get("sex", "any")
-    if sex not in SEXES:
-        raise ValueError(f"condition {name!r}: sex {sex!r} is not one of {SEXES}")
+def _condition(entry: Mapping[str, Any]) -> Condition:
     low, high = entry["age"]
-    if not 1 <= low <= high <= 99:
-        raise ValueError(f"condition {name!r}: age {entry['age']} is not a range within 1 to 99")
-    accepts = entry.get("accepts", {})
-    if unknown := set(accepts) - set(RELATIONS):
-        raise ValueError(f"condition {name!r}: accepts has unknown relations {sorted(unknown)}")
-    answers = {DIAGNOSIS: name, **{relation: entry[relation] for relation in FACT_RELATIONS}}
-    texts = [*answers.values(), *entry["findings"], *(text for group in accepts.values() for text in group)]
-    for text in texts:
-        if not isinstance(text, str) or text != text.strip() or not text:
-            raise ValueError(f"condition {name!r}: {text!r} is not a trimmed text")
     return Condition(
-        name=name,
+        name=entry["name"],
         area=entry["area"],
-        sex=sex,
+        sex=entry.get("sex", "any"),
         age=(low, high),
         findings=tuple(entry["findings"]),
-        answers=MappingProxyType(answers),
-        accepts=MappingProxyType({key: frozenset(text.lower() for text in group) for key, group in accepts.items()}),
+        answers={DIAGNOSIS: entry["name"], **{relation: entry[relation] for relation in FACT_RELATIONS}},
+        accepts={name: frozenset(text.lower() for text in texts) for name, texts in entry.get("accepts", {}).items()},
     )
 
 
-def check_conditions(conditions: list[Condition]) -> None:
-    """Raise ValueError when names repeat, a condition lacks findings, or three findings would fit two conditions."""
-    names = [condition.name for condition in conditions]
-    if len(set(names)) != len(names):
-        raise ValueError(f"condition names repeat: {sorted(name for name in names if names.count(name) > 1)}")
-    for condition in conditions:
-        if len(condition.findings) != NUM_FINDINGS or len(set(condition.findings)) != NUM_FINDINGS:
-            raise ValueError(f"condition {condition.name!r} needs {NUM_FINDINGS} different findings")
-    for one, other in combinations(conditions, 2):
-        shared = set(one.findings) & set(other.findings)
-        if len(shared) > 2:
-            raise ValueError(f"{one.name!r} and {other.name!r} share {sorted(shared)}: three findings must name one")
+@lru_cache(maxsize=1)
+def phrase_pool() -> tuple[str, ...]:
+    """Return every finding, condition name and answer of the clinic once, sorted."""
+    return tuple(sorted({text for one in load_conditions() for text in (*one.findings, *one.answers.values())}))
+
+
+@lru_cache(maxsize=1)
+def make_splits() -> Splits:
+    """Return the partition of all facts and combinations into training and what is held out."""
+    return Splits(_split_facts(), {condition.name: _split_combos(condition) for condition in load_conditions()})
+
+
+def _split_facts() -> dict[str, list[Fact]]:
+    """Partition the facts, relation by relation, so that each part holds its share of every relation."""
+    rng = random.Random("clinic facts 0")
+    held_out: Counter[str] = Counter()
+    facts: dict[str, list[Fact]] = {part: [] for part in PARTS}
+    facts["train"] += [(name, DIAGNOSIS) for name in conditions_by_name()]
+    for relation in FACT_RELATIONS:
+        names = list(conditions_by_name())
+        rng.shuffle(names)
+        names.sort(key=lambda name: held_out[name])  # least held out first; the sort is stable, the rest stays shuffled
+        num_validation, num_test = (round(FACT_SHARES[part] * len(names)) for part in ("validation", "test"))
+        chosen = names[: num_validation + num_test]
+        rng.shuffle(chosen)
+        part_of = {name: "validation" if i < num_validation else "test" for i, name in enumerate(chosen)}
+        for name in conditions_by_name():
+            facts[part_of.get(name, "train")].append((name, relation))
+        held_out.update(chosen)
+    return facts
+
+
+def _split_combos(condition: Condition) -> dict[str, list[Combo]]:
+    """Partition the combinations of three findings of one condition by the rank of their hash."""
+
+    def draw(combo: Combo) -> bytes:
+        return blake2b("|".join(["0", condition.name, *sorted(combo)]).encode(), digest_size=8).digest()
+
+    combos = sorted(combinations(condition.findings, 3), key=draw)
+    num_validation, num_test = (round(COMBO_SHARES[part] * len(combos)) for part in ("validation", "test"))
+    held_out = num_validation + num_test
+    return {"validation": combos[:num_validation], "test": combos[num_validation:held_out], "train": combos[held_out:]}

@@ -1,4 +1,4 @@
-"""The clinic's textbook: short passages of prose about one condition each, by seed.
+"""The clinic's texts, by seed: passages of prose about one condition each, and cards that teach to find a letter.
 
 The clinic is a synthetic world, a test bench and not medical advice. A passage lists some findings of a condition and
 states all five of its relations, held-out facts included: the textbook is where a model meets the facts it will never
@@ -12,10 +12,10 @@ Exactly three findings in one sentence are always a train combination, so that *
 from __future__ import annotations
 
 import random
+import string
 from collections.abc import Iterator, Sequence
 
-from osler.clinic.facts import FACT_RELATIONS, RELATIONS, Condition, load_conditions
-from osler.clinic.splits import Splits, make_splits
+from osler.clinic.facts import FACT_RELATIONS, RELATIONS, Condition, load_conditions, make_splits, phrase_pool
 
 CANONICAL_SHARE = 0.4  # of the relation sentences and of the finding sentences
 
@@ -29,27 +29,27 @@ FINDING_PHRASINGS = (
     "Recall that {f} suggest {x}.",
 )
 TITLES = ("", "About {x}:", "Notes on {x}:", "Review of {x}:", "Today we study {x}.", "Next comes {x}.")
+CARD_SIZES = (4, 4, 4, 5, 6)  # mostly as many phrases as an exam item has options
 
 
-def textbook(seed: int, passages: int, *, split_seed: int = 0) -> Iterator[str]:
+def textbook(seed: int, passages: int) -> Iterator[str]:
     """Yield `passages` passages, each of about 70 to 110 tokens; every condition comes once per round, shuffled."""
     rng = random.Random(f"clinic textbook {seed}")
-    splits = make_splits(split_seed)
     conditions = list(load_conditions())
     for index in range(passages):
         turn = index % len(conditions)
         if turn == 0:
             rng.shuffle(conditions)
-        yield passage(conditions[turn], splits, rng)
+        yield passage(conditions[turn], rng)
 
 
-def passage(condition: Condition, splits: Splits, rng: random.Random) -> str:
+def passage(condition: Condition, rng: random.Random) -> str:
     """Return one passage: perhaps a title, one or two sentences of findings, and the five relations in random order."""
     title = rng.choice(TITLES).format(x=condition.name)
     relations = list(FACT_RELATIONS)
     rng.shuffle(relations)
     sentences = [relation_sentence(condition, relation, rng) for relation in relations]
-    findings = draw_findings(condition, splits, rng)
+    findings = draw_findings(condition, rng)
     sentences.insert(0, finding_sentence(condition, findings, rng))
     if len(findings) < 4 and rng.random() < 0.25:  # a second look at the findings, which may stand anywhere
         second = finding_sentence(condition, rng.sample(condition.findings, 2), rng)
@@ -57,12 +57,10 @@ def passage(condition: Condition, splits: Splits, rng: random.Random) -> str:
     return " ".join([title, *sentences] if title else sentences)
 
 
-def draw_findings(condition: Condition, splits: Splits, rng: random.Random) -> list[str]:
+def draw_findings(condition: Condition, rng: random.Random) -> list[str]:
     """Draw mostly three findings (a train combination), else two or four, in random order."""
     count = rng.choices((2, 3, 4), weights=(1, 6, 2))[0]
-    if count != 3:
-        return rng.sample(condition.findings, count)
-    return rng.sample(rng.choice(splits.combos[condition.name]["train"]), 3)
+    return rng.sample(condition.findings if count != 3 else rng.choice(make_splits().combos[condition.name]["train"]), count)
 
 
 def finding_sentence(condition: Condition, findings: Sequence[str], rng: random.Random) -> str:
@@ -86,7 +84,20 @@ def reasoning(condition: Condition, relation: str, findings: Sequence[str]) -> s
 
 
 def join_findings(findings: Sequence[str]) -> str:
-    """Return `a`, `a and b`, or `a, b and c`."""
-    if len(findings) < 2:
-        return "".join(findings)
+    """Return `a and b`, or `a, b and c`."""
     return f"{', '.join(findings[:-1])} and {findings[-1]}"
+
+
+def cards(seed: int, count: int) -> Iterator[str]:
+    """Yield cards, such as "Cards: fainting (A) tick bite (B). Again: tick bite (B) tick bite (B) fainting (A)."
+
+    A card has four to six phrases, drawn from the whole clinic, and asks for two more than it has, drawn with replacement, so
+    that no letter can be ruled out. It states no fact. In exam items one token in eighty asks for a letter, on a card one in six:
+    without cards a small model learns late to find the letter beside a text.
+    """
+    rng = random.Random(f"clinic cards {seed}")
+    for _ in range(count):
+        phrases = rng.sample(phrase_pool(), rng.choice(CARD_SIZES))
+        lettered = [f"{phrase} ({letter})" for phrase, letter in zip(phrases, string.ascii_uppercase, strict=False)]
+        asked = rng.choices(lettered, k=len(lettered) + 2)
+        yield f"Cards: {' '.join(lettered)}. Again: {' '.join(asked)}."

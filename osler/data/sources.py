@@ -7,19 +7,17 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from osler.clinic.drills import cards, drills
-from osler.clinic.textbook import textbook
+from osler.clinic.exam import drills
+from osler.clinic.textbook import cards, textbook
 from osler.data.config import ClinicData, FilesData, TurnsData
 from osler.data.documents import Corpus, Document
 from osler.data.prepare import Prepared, held_out, prepare
 from osler.data.readers import TextFiles, TurnFiles
 from osler.runtime.errors import UserError
-from osler.tasks.clinic import exam_item
-from osler.tasks.clinic import load as load_clinic_exam
 from osler.tasks.item import ExamItem, render_answer, render_question
-from osler.tokenizer.bpe import Tokenizer
+from osler.tasks.registry import exam_item, load_clinic
+from osler.tokenizer.bpe import Tokenizer, train
 from osler.tokenizer.chat import Turn
-from osler.tokenizer.train import train
 
 SAMPLE_CHARS = 1 << 16  # the sample for a tokenizer takes or leaves pieces of this length
 VALIDATION_SEED_SHIFT = 1_000_003  # so that no nearby seed for training gives the passages of validation
@@ -36,7 +34,7 @@ def open_clinic(data: ClinicData) -> Corpus:
 
 
 def _clinic_documents(seed: int, passages: int, split: str, examples: int) -> list[Document]:
-    items = load_clinic_exam(split=split, limit=examples, seed=seed)
+    items = load_clinic(split=split, limit=examples, seed=seed)
     return [
         *(Document(text=text, where="clinic textbook", source="textbook") for text in textbook(seed, passages)),
         *(_worked_example(item, "examples") for item in items),

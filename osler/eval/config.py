@@ -6,8 +6,7 @@ from typing import Literal
 
 from osler.config.schema import NonNegativeInt, PositiveInt, Seed, config
 from osler.ops.sampling_params import check_temperature
-from osler.tasks.clinic import ClinicTask
-from osler.tasks.registry import TaskConfig
+from osler.tasks.registry import ClinicTask, TaskConfig
 
 EXAM_SEED = 7_001  # of the clinic's exam: the same items for every model, and other ones than training draws on the way
 CLINIC_EXAM = ClinicTask(split="new_findings,new_questions", limit=500, seed=EXAM_SEED)

@@ -23,14 +23,13 @@ from osler.eval.exams import score_by_generation, score_by_likelihood
 from osler.eval.likelihood import BATCH_TOKENS, TextScore, batches, measure, windows
 from osler.eval.score import Result, ScoredExam, describe_too_long, length_explains, summarise
 from osler.inference.engine import InferenceEngine
-from osler.inference.ready import ReadyModel, open_model
+from osler.inference.load import LoadedModel, open_model
 from osler.ops.sampling_params import SamplingParams
 from osler.records.results import add_exams
 from osler.runtime.errors import UserError
 from osler.runtime.log import Progress
-from osler.tasks.clinic import ClinicTask
 from osler.tasks.item import ExamItem
-from osler.tasks.registry import TASK_CONFIGS, check_task, load_task
+from osler.tasks.registry import TASK_CONFIGS, ClinicTask, check_task, load_task
 from osler.tokenizer.round_trip import RoundTrip, refuse_missing_bytes
 
 logger = logging.getLogger(__name__)
@@ -79,7 +78,7 @@ def config_of(overrides: Sequence[str]) -> EvalConfig:
     return decode(EvalConfig, given)
 
 
-def complete(config: EvalConfig, ready: ReadyModel) -> tuple[EvalConfig, ShardSet | None]:
+def complete(config: EvalConfig, ready: LoadedModel) -> tuple[EvalConfig, ShardSet | None]:
     """Fill in what to measure where nothing was asked for: the clinic's exam, that of the training, or the held-out text."""
     if config.task is not None or config.text is not None:
         return config, None
@@ -99,7 +98,7 @@ def complete(config: EvalConfig, ready: ReadyModel) -> tuple[EvalConfig, ShardSe
 # -- exams -------------------------------------------------------------------------------------------------------------
 
 
-def sit(config: EvalConfig, ready: ReadyModel) -> list[Sitting]:
+def sit(config: EvalConfig, ready: LoadedModel) -> list[Sitting]:
     """Let the model sit every part of the exam in every way that was asked for."""
     exams = {name: load_task(task) for name, task in parts(config.task).items()}
     for name, items in exams.items():
@@ -124,7 +123,7 @@ def parts(task: Any) -> dict[str, Any]:
     return {f"{task.type} {task.split}".strip(): task}
 
 
-def methods(config: EvalConfig, ready: ReadyModel, items: Sequence[ExamItem]) -> list[str]:
+def methods(config: EvalConfig, ready: LoadedModel, items: Sequence[ExamItem]) -> list[str]:
     """Return how the exam is sat: as asked for, or as the model's training and the kind of questions suggest."""
     has_options = all(item.options for item in items)
     if config.method in ("likelihood", "both") and not has_options:
@@ -146,7 +145,7 @@ def methods(config: EvalConfig, ready: ReadyModel, items: Sequence[ExamItem]) ->
 
 
 def by_generation(
-    config: EvalConfig, ready: ReadyModel, items: Sequence[ExamItem], progress: Callable[[int], None]
+    config: EvalConfig, ready: LoadedModel, items: Sequence[ExamItem], progress: Callable[[int], None]
 ) -> ScoredExam:
     """Score what the model writes."""
     return score_by_generation(
@@ -162,7 +161,7 @@ def by_generation(
 
 
 def by_likelihood(
-    config: EvalConfig, ready: ReadyModel, items: Sequence[ExamItem], progress: Callable[[int], None]
+    config: EvalConfig, ready: LoadedModel, items: Sequence[ExamItem], progress: Callable[[int], None]
 ) -> ScoredExam:
     """Score the options that the model finds most likely, a few items at a time so that progress can be shown."""
     results: list[Result] = []
@@ -229,14 +228,14 @@ def remarks(sitting: Sitting) -> Iterator[str]:
         yield f"{name}: {describe_too_long(score)}.{hint}"
 
 
-def label(config: EvalConfig, ready: ReadyModel, checkpoint: str) -> str:
+def label(config: EvalConfig, ready: LoadedModel, checkpoint: str) -> str:
     """Return the name of the checkpoint in the report: its kind of training, with its step unless it is the run's newest."""
     kind = ready.kind or "model"
     stands_for_run = ready.run is not None and config.which == "newest" and Path(checkpoint).resolve() != ready.path.resolve()
     return kind if stands_for_run else f"{kind}, step {ready.state.get('step', 0):,}"
 
 
-def save_scores(ready: ReadyModel, name: str, sittings: Sequence[Sitting]) -> None:
+def save_scores(ready: LoadedModel, name: str, sittings: Sequence[Sitting]) -> None:
     """Add scores to the run folder's ``exams.json``, beside those of other checkpoints and other exams."""
     if ready.run is None:
         return
@@ -250,7 +249,7 @@ def save_scores(ready: ReadyModel, name: str, sittings: Sequence[Sitting]) -> No
 # -- text --------------------------------------------------------------------------------------------------------------
 
 
-def measure_files(config: EvalConfig, ready: ReadyModel) -> TextScore:
+def measure_files(config: EvalConfig, ready: LoadedModel) -> TextScore:
     """Measure the files at ``text``; they are read twice, once to count their bytes."""
     assert config.text is not None
     source = TextFiles(config.text, config.text_field, path_key="text", field_key="text_field")
@@ -265,7 +264,7 @@ def measure_files(config: EvalConfig, ready: ReadyModel) -> TextScore:
     return measure_documents(config, ready, documents, len(sizes), sum(sizes))
 
 
-def measure_shards(config: EvalConfig, ready: ReadyModel, shards: ShardSet) -> TextScore:
+def measure_shards(config: EvalConfig, ready: LoadedModel, shards: ShardSet) -> TextScore:
     """Measure a prepared split."""
     if shards.tokenizer_fingerprint != ready.tokenizer.fingerprint:
         raise UserError(f"{shards.folder} was prepared with another tokenizer than the model's; prepare it anew.")
@@ -273,7 +272,7 @@ def measure_shards(config: EvalConfig, ready: ReadyModel, shards: ShardSet) -> T
 
 
 def measure_documents(
-    config: EvalConfig, ready: ReadyModel, documents: Iterator[list[int]], count: int, num_bytes: int
+    config: EvalConfig, ready: LoadedModel, documents: Iterator[list[int]], count: int, num_bytes: int
 ) -> TextScore:
     """Measure documents, whose ids end with the end-of-text token, in windows."""
     refuse_missing_bytes(ready.tokenizer)
@@ -291,7 +290,7 @@ def measure_documents(
         return measure(ready.model, batches(rows, batch_tokens=BATCH_TOKENS), num_bytes)
 
 
-def window(config: EvalConfig, ready: ReadyModel) -> int:
+def window(config: EvalConfig, ready: LoadedModel) -> int:
     """Return how many tokens are read at once."""
     longest = ready.model.config.max_seq_len
     if config.seq_len is not None and config.seq_len > longest:
@@ -299,7 +298,7 @@ def window(config: EvalConfig, ready: ReadyModel) -> int:
     return config.seq_len or ready.seq_len
 
 
-def describe_text(name: str, cost: TextScore, config: EvalConfig, ready: ReadyModel) -> str:
+def describe_text(name: str, cost: TextScore, config: EvalConfig, ready: LoadedModel) -> str:
     """Describe the score of a text in a line; only its bits per byte can be compared between models of several tokenizers."""
     return (
         f"{name}: {cost.bits_per_byte:.4f} bits per byte ({cost.bytes:,} bytes; {cost.tokens:,} tokens at {cost.loss:.4f} nats, "

@@ -15,13 +15,13 @@ from dataclasses import replace
 from osler.files.read import decode_lines
 from osler.inference.engine import InferenceEngine
 from osler.inference.generate import Piece, continue_text, stream_answer
-from osler.inference.ready import ReadyModel, open_model
+from osler.inference.load import LoadedModel, open_model
 from osler.ops.sampling_params import SamplingParams
 from osler.runtime.errors import UserError
 from osler.runtime.log import is_terminal, say
 from osler.runtime.stop import Terminated
-from osler.tasks.clinic import load as load_clinic_exam
 from osler.tasks.item import render_answer, render_question
+from osler.tasks.registry import load_clinic
 
 PROMPT = "> "
 LEAVE = ("/quit", "/exit")
@@ -64,7 +64,7 @@ def chat(checkpoint: str, sampling: SamplingParams, *, reasoning: bool | None = 
     return 0
 
 
-def reply(engine: InferenceEngine, ready: ReadyModel, line: str, sampling: SamplingParams, *, reasoning: bool) -> None:
+def reply(engine: InferenceEngine, ready: LoadedModel, line: str, sampling: SamplingParams, *, reasoning: bool) -> None:
     """Print the answer to a line, or how the line goes on when the model never learned to answer."""
     if not ready.answers_questions:
         show_text(continue_text(engine, ready.tokenizer, line, sampling))
@@ -72,7 +72,7 @@ def reply(engine: InferenceEngine, ready: ReadyModel, line: str, sampling: Sampl
         show_answer(stream_answer(engine, ready.tokenizer, line, sampling, reasoning=reasoning))
 
 
-def welcome(ready: ReadyModel, interactive: bool, seed: int) -> str:
+def welcome(ready: LoadedModel, interactive: bool, seed: int) -> str:
     """Return what to know before the first question: which model, what it can do, how to leave, and a question to try."""
     lines = [ready.describe()]
     if not ready.answers_questions:
@@ -81,7 +81,7 @@ def welcome(ready: ReadyModel, interactive: bool, seed: int) -> str:
         what = "question" if ready.answers_questions else "beginning"
         lines.append(f"One {what} a line, each on its own. An empty line, /quit or Ctrl-D leaves; Ctrl-C stops an answer.")
     if interactive and ready.answers_questions and ready.knows_clinic:
-        item = load_clinic_exam(split="new_findings", limit=1, seed=seed)[0]
+        item = load_clinic(split="new_findings", limit=1, seed=seed)[0]
         lines += [
             "It learned the clinic's exam: a synthetic world, not medical advice, and every question comes with its options.",
             f"Try this one (the right answer is {render_answer(item)}):",

@@ -17,14 +17,13 @@ Shape legend: P distinct prompts, B rows, R some of the rows, N new tokens, V vo
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from osler.inference.rollout import Rollout, check_prompts
+from osler.model.config import ModelConfig
 from osler.model.decoder import Decoder
 from osler.model.kv_cache import KVCache
 from osler.model.linear import Layout
@@ -34,7 +33,26 @@ from osler.ops.sampling_params import SamplingParams
 from osler.runtime.errors import UserError
 
 _PREFILL_TOKENS = 16_384  # prompts run through the model this many tokens at a time: bounds the attention mask
-_COMPILED_READ_SLOTS = 64  # compiled steps read the cache in multiples of this, to be compiled few times
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Completions without their prompts, one per row; row r belongs to prompt r // samples_per_prompt.
+
+    A completion includes the stop token when one was drawn; ``finished`` is False where the length limit cut it. ``logprobs``
+    are those that the tokens were drawn with: at the sampling temperature, over the sampling mask (greedy: temperature 1, whole
+    vocabulary). ``packed_masks`` has the sampling masks of each row, packed by ``pack_mask``, uint8 [tokens, V / 8] on the CPU;
+    it is None when every token could be drawn.
+    """
+
+    completions: list[list[int]]
+    logprobs: list[list[float]]
+    finished: list[bool]
+    packed_masks: list[Tensor] | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(completion) for completion in self.completions)
 
 
 @dataclass
@@ -73,27 +91,15 @@ class _Rows:
 class InferenceEngine:
     """Draws completions from ``model``, on its device and in ``dtype`` (default: the model's compute dtype).
 
-    ``max_rows`` bounds the rows decoded at once, and with them the cache; more are done in waves. ``compile`` runs the decode
-    step through torch.compile, at tens of seconds for every new batch size. On a CPU that made it slower: the compiler takes the
-    small matmuls of attention apart (2 cores, 64 rows, 4 layers x 128: a quarter of the tokens/s).
+    ``max_rows`` bounds the rows decoded at once, and with them the cache; more are done in waves.
     """
 
     def __init__(
-        self,
-        model: Transformer,
-        *,
-        dtype: torch.dtype | None = None,
-        max_rows: int = 256,
-        poll_steps: int = 16,
-        compile: bool = False,
+        self, model: Transformer, *, dtype: torch.dtype | None = None, max_rows: int = 256, poll_steps: int = 16
     ) -> None:
-        if max_rows < 1 or poll_steps < 1:
-            raise UserError(f"max_rows is {max_rows} and poll_steps {poll_steps}: both must be at least 1.")
         self.model = model
         self.dtype = model.compute_dtype if dtype is None else dtype
         self.max_rows, self.poll_steps = max_rows, poll_steps
-        self._compile = compile
-        self._step = torch.compile(self._decode, dynamic=False) if compile else self._decode
 
     @torch.inference_mode()
     def generate(
@@ -110,10 +116,11 @@ class InferenceEngine:
         Raises UserError for an empty prompt, ids outside the vocabulary, and prompts that with ``max_new_tokens`` exceed the
         model's ``max_seq_len``.
         """
-        check_prompts(self.model.config, prompts, samples_per_prompt, sampling)
+        check_prompts(self.model.config, prompts, sampling)
         asked = [tuple(prompt) for prompt in prompts for _ in range(samples_per_prompt)]
-        rollout = Rollout.empty(len(asked), self.model.config.vocab_size, sampling)
-        decoder = self._lay_out(min(self.max_rows, max(len(asked), 1)))
+        masks = [torch.empty(0)] * len(asked) if sampling.truncates(self.model.config.vocab_size) else None
+        rollout = Rollout([[]] * len(asked), [[]] * len(asked), [False] * len(asked), masks)
+        decoder = Decoder(self.model, Layout(self.dtype, min(self.max_rows, max(len(asked), 1))))  # the weights of now
         for start in range(0, len(asked), self.max_rows):
             wave = asked[start : start + self.max_rows]
             row_B = torch.arange(start, start + len(wave), device=decoder.device)
@@ -123,10 +130,10 @@ class InferenceEngine:
 
     def stream(self, prompt: Sequence[int], sampling: SamplingParams) -> Iterator[int]:
         """Yield one completion's tokens as they are drawn, the stop token included: those that ``generate`` would give."""
-        check_prompts(self.model.config, [prompt], 1, sampling)
+        check_prompts(self.model.config, [prompt], sampling)
         # Entered around each step and not around the loop: a generator's caller must not find itself in inference mode.
         with torch.inference_mode():
-            decoder = self._lay_out(1)
+            decoder = Decoder(self.model, Layout(self.dtype, 1))
             rows = self._prefill(decoder, [tuple(prompt)], torch.zeros(1, dtype=torch.int64, device=decoder.device), sampling)
             token = int(rows.token_B)
         yield token
@@ -137,10 +144,6 @@ class InferenceEngine:
                 self._advance(decoder, rows, sampling)
                 token = int(rows.token_B)
             yield token
-
-    def _lay_out(self, rows: int) -> Decoder:
-        """Copy the weights that the model has now into the layout of decoding."""
-        return Decoder(self.model, Layout(self.dtype, rows, pack=not self._compile))
 
     def _run(self, decoder: Decoder, rows: _Rows, numbers: list[int], sampling: SamplingParams, rollout: Rollout) -> None:
         """Decode rows to their end and store them in the rollout, where they have these numbers."""
@@ -194,11 +197,7 @@ class InferenceEngine:
 
     def _advance(self, decoder: Decoder, rows: _Rows, sampling: SamplingParams) -> None:
         """Feed every row's last token into the cache and draw its next; no host sync."""
-        rows.cache.make_room(multiple=_COMPILED_READ_SLOTS if self._compile else 1)
-        with torch._dynamo.config.patch(recompile_limit=64) if self._compile else nullcontext():
-            self._step(decoder, rows, sampling)
-
-    def _decode(self, decoder: Decoder, rows: _Rows, sampling: SamplingParams) -> None:
+        rows.cache.make_room()
         self._draw(rows, decoder.step(rows.token_B, rows.cache), sampling)
 
     def _draw(self, rows: _Rows, logits_BV: Tensor, sampling: SamplingParams) -> None:
@@ -214,3 +213,22 @@ class InferenceEngine:
         rows.length_B += ~rows.done_B
         for stop in sampling.stop_ids:
             rows.done_B |= token_B == stop
+
+
+def check_prompts(config: ModelConfig, prompts: Sequence[Sequence[int]], sampling: SamplingParams) -> None:
+    """Raise UserError for what the model cannot continue, naming the prompt and the numbers."""
+    for index, prompt in enumerate(prompts):
+        if len(prompt) == 0:
+            raise UserError(f"Prompt {index} is empty: give at least one token, for example the end-of-text token.")
+        if len(prompt) + sampling.max_new_tokens > config.max_seq_len:
+            raise UserError(
+                f"Prompt {index} has {len(prompt)} tokens and {sampling.max_new_tokens} new ones were asked for, but the "
+                f"model was built for max_seq_len {config.max_seq_len}: shorten the prompt or ask for at most "
+                f"{max(config.max_seq_len - len(prompt), 0)} new tokens."
+            )
+        low, high = min(prompt), max(prompt)
+        if low < 0 or high >= config.vocab_size:
+            raise UserError(
+                f"Prompt {index} contains token id {low if low < 0 else high}, but the model's vocabulary has ids 0 to "
+                f"{config.vocab_size - 1}: is this prompt from another tokenizer?"
+            )

@@ -1,9 +1,15 @@
-"""From a checkpoint on disk to a model with its tokenizer, for evaluation, chat, GRPO and export."""
+"""From a checkpoint on disk to a model with its tokenizer and what its training taught it.
+
+Evaluation and chat treat a model by how it was trained: one that never saw the question-and-answer template can only continue
+text. What a checkpoint was trained on is read from the ``config.yaml`` in it; a checkpoint without one, such as an imported
+model, counts as trained on text alone.
+"""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,22 +18,87 @@ import torch
 from osler.checkpoint import store
 from osler.config.decode import decode
 from osler.config.schema import encode
+from osler.config.yaml12 import load_yaml
 from osler.model.config import MODEL_FILE, ModelConfig
 from osler.model.transformer import Transformer
+from osler.runtime.device import pick_device, pick_dtype
 from osler.runtime.errors import UserError
+from osler.runtime.files import RunFolder
 from osler.tokenizer.bpe import Tokenizer
 
 TOKENIZER_FILE = "tokenizer.json"
+CONFIG_FILE = "config.yaml"
+TAUGHT = ("sft", "grpo")  # kinds of training that are all questions and answers
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model with the tokenizer it was trained with; ``state`` is what the trainer recorded (step, tokens, kind ...)."""
+    """A model with the tokenizer it was trained with; ``state`` is what the trainer recorded (step, tokens, kind ...).
+
+    ``training`` is the config of the run that wrote the checkpoint, empty when that is not known.
+    """
 
     path: Path
     model: Transformer
     tokenizer: Tokenizer
     state: dict[str, Any]
+    training: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def kind(self) -> str:
+        """The kind of training: pretrain, sft, grpo, or "" when the checkpoint does not say."""
+        return str(self.state.get("kind", ""))
+
+    @property
+    def answers_questions(self) -> bool:
+        """Whether the model was trained on the template of question, thinking and answer."""
+        data = self._data
+        in_text = data.get("type") == "turns" or (data.get("type") == "clinic" and data.get("examples", 0) > 0)
+        return self.kind in TAUGHT or in_text
+
+    @property
+    def reasons(self) -> bool:
+        """Whether it learned to think before it answers; asked for what it never saw, it writes nonsense."""
+        if self._data.get("type") == "turns":
+            return self._data.get("thinking_field") is not None
+        tasks = self.training.get("tasks") or []
+        return bool(tasks[0]["reasoning"]) if tasks else True
+
+    @property
+    def knows_clinic(self) -> bool:
+        """Whether the run that wrote the checkpoint trained on the clinic's world."""
+        tasks = self.training.get("tasks") or []
+        return self._data.get("type") == "clinic" or any(entry["task"]["type"] == "clinic" for entry in tasks)
+
+    @property
+    def seq_len(self) -> int:
+        """The length in tokens of the rows it was trained on; the longest that it allows when that is not known."""
+        longest = self.model.config.max_seq_len
+        return min(int(self.training.get("seq_len", longest)), longest)
+
+    @property
+    def run(self) -> RunFolder | None:
+        """The run folder that the checkpoint is in, if any."""
+        path = self.path if self.path.parent.parent.name else self.path.resolve()
+        folder = RunFolder(path.parent.parent)
+        return folder if path.parent == folder.checkpoints and folder.config.is_file() else None
+
+    @property
+    def shards(self) -> Path | None:
+        """The folder with the shards that it was trained on, where that is known."""
+        if self._data.get("type") == "prepared":
+            return Path(str(self._data["path"]))
+        return self.run.root / "data" if self.run is not None else None
+
+    @property
+    def _data(self) -> Mapping[str, Any]:
+        data = self.training.get("data")
+        return data if isinstance(data, Mapping) else {}
+
+    def describe(self) -> str:
+        """Return one line: where it is, how large it is and how it was trained."""
+        trained = {"": "", "pretrain": ", pretrained", "sft": ", fine-tuned (sft)"}.get(self.kind, f", trained by {self.kind}")
+        return f"{self.path}: {self.model.config.num_parameters:,} parameters{trained}"
 
 
 def describing_files(model: ModelConfig, tokenizer: Tokenizer) -> dict[str, bytes]:
@@ -51,7 +122,20 @@ def load_model(
     tokenizer = tokenizer_of(loaded)
     model = Transformer(config, compute_dtype=compute_dtype)
     model.load_state_dict(loaded.tensors["model"])
-    return LoadedModel(loaded.path, model.to(device).eval(), tokenizer, loaded.state)
+    config_file = loaded.files.get(CONFIG_FILE, b"").decode()
+    training = load_yaml(config_file, str(loaded.path / CONFIG_FILE))
+    training = training if isinstance(training, Mapping) else {}
+    return LoadedModel(loaded.path, model.to(device).eval(), tokenizer, loaded.state, training)
+
+
+def open_model(checkpoint: str | Path, *, device: str = "auto", which: str = "newest") -> LoadedModel:
+    """Load a model for a person to use, who names the device; see ``load_model``.
+
+    It computes in fp32 on a CPU, where eager bf16 is far slower, and in bf16 on a GPU where that is faster.
+    """
+    chosen = pick_device(device)
+    dtype = torch.float32 if chosen.type == "cpu" else pick_dtype("auto", chosen)
+    return load_model(checkpoint, device=chosen, compute_dtype=dtype, which=which)
 
 
 def read_model_config(path: str | Path) -> tuple[Path, ModelConfig]:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import torch
 
-from osler.inference.rollout import Rollout, check_prompts
+from osler.inference.engine import Rollout, check_prompts
 from osler.model.transformer import Transformer
 from osler.ops.sampling import pack_mask, row_uniform, sample
 from osler.ops.sampling_params import SamplingParams
@@ -28,7 +28,7 @@ def generate_by_recompute(
     first_row: int = 0,
 ) -> Rollout:
     """Sample ``samples_per_prompt`` completions of every prompt, recomputing every prefix."""
-    check_prompts(model.config, prompts, samples_per_prompt, sampling)
+    check_prompts(model.config, prompts, sampling)
     device = next(model.parameters()).device
     rows = [list(prompt) for prompt in prompts for _ in range(samples_per_prompt)]
     starts = [len(row) for row in rows]

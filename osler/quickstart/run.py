@@ -49,8 +49,8 @@ from osler.runtime.errors import UserError
 from osler.runtime.files import RunFolder, write_json
 from osler.runtime.stop import EXIT_STOPPED
 from osler.runtime.world import require_one_process
-from osler.tasks.clinic import load as load_clinic_exam
 from osler.tasks.item import render_answer
+from osler.tasks.registry import load_clinic
 from osler.train.config import TrainConfig
 from osler.train.run import train as train_supervised
 
@@ -201,7 +201,7 @@ class Quickstart:
         engine = InferenceEngine(loaded.model, dtype=torch.float32)
         scores = {}
         for split in self.config.exam_splits:
-            items = load_clinic_exam(split=split, limit=self.config.exam_items, seed=EXAM_SEED)
+            items = load_clinic(split=split, limit=self.config.exam_items, seed=EXAM_SEED)
             scores[split] = score_by_generation(
                 engine, loaded.tokenizer, items, greedy(self.config.exam_new_tokens), cluster_by_group=True
             )

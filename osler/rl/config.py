@@ -27,8 +27,7 @@ from osler.ops.sampling_params import SamplingParams
 from osler.optim.config import AdamWConfig, ConstantConfig, OptimConfig, ScheduleConfig
 from osler.parallel.config import DdpConfig, FsdpConfig, NoParallelConfig
 from osler.runs.config import CheckpointConfig, RunConfig
-from osler.tasks.clinic import ClinicTask
-from osler.tasks.registry import TaskConfig
+from osler.tasks.registry import ClinicTask, TaskConfig
 from osler.tasks.rewards import REWARDS
 
 

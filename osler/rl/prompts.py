@@ -14,8 +14,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from osler.runtime.errors import UserError
-from osler.tasks.answers import Completed
 from osler.tasks.item import ExamItem, permute
+from osler.tokenizer.chat import Completion
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class RewardTerm:
     """One pure reward function of (item, completion) and how much it counts in the total."""
 
     name: str
-    function: Callable[[ExamItem, Completed], float]
+    function: Callable[[ExamItem, Completion], float]
     weight: float = 1.0
 
 

@@ -35,8 +35,7 @@ from osler.runtime.errors import UserError
 from osler.runtime.files import RunFolder, fingerprint, write_or_warn
 from osler.runtime.stop import AskedToStop, asked
 from osler.runtime.world import World
-from osler.tasks.item import ExamItem, render_question
-from osler.tasks.overlap import shared_questions
+from osler.tasks.item import ExamItem, render_question, shared_questions
 from osler.tasks.registry import check_task, load_task
 from osler.tasks.rewards import REWARDS
 from osler.tokenizer.bpe import Tokenizer

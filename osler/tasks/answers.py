@@ -23,9 +23,12 @@ import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 from osler.tasks.item import LETTERS, ExamItem, plain, render_option, wording
+
+if TYPE_CHECKING:
+    from osler.tokenizer.chat import Completion
 
 MAX_ANSWER_CHARS = 1000  # beside the options; nothing longer is read, which also bounds the time that a pattern can take
 
@@ -74,19 +77,6 @@ _OTHER_NUMBER = re.compile(  # words beside a number that change it
 )
 
 
-class Completed(Protocol):
-    """A parsed completion, such as ``osler.tokenizer.chat.Completion``."""
-
-    @property
-    def thinking(self) -> str: ...
-    @property
-    def answer(self) -> str | None: ...
-    @property
-    def finished(self) -> bool: ...
-    @property
-    def well_formed(self) -> bool: ...
-
-
 @dataclass(frozen=True)
 class Reading:
     """Whether an answer can be read, whether it is right, and the position of the option that it names."""
@@ -96,7 +86,7 @@ class Reading:
     choice: int | None = None
 
 
-def read_answer(item: ExamItem, completion: Completed) -> Reading:
+def read_answer(item: ExamItem, completion: Completion) -> Reading:
     """Read the answer to an item: an option, a number, or any text where the item's answer is a text."""
     text = completion.answer or ""
     if not completion.finished and text[-1:].isalnum():

@@ -1,4 +1,4 @@
-"""An exam item and its text in a prompt; ``osler.tasks.answers`` reads the answer.
+"""An exam item, its text in a prompt, and whether it is the same question as another; ``answers.py`` reads the answer.
 
 Options are written as ``text (A)``: a model first says what it means and then only has to find the letter beside it. ``permute``
 gives the options a new order on every visit, because with a fixed order reinforcement learning finds "always say C" first. Items
@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -29,6 +29,15 @@ _POINTING_WORD = re.compile(
 )
 _QUANTIFIER = re.compile("all|none|any|both|either|neither")
 _LABEL = re.compile("[a-f]|[1-6]|i{1,3}|iv|vi?")
+
+TELLING_WORDS = 4  # a question with fewer than these is identified by its options too
+# Words that occur in questions of every subject.
+_COMMON = re.compile(
+    "an?|the|of|in|on|to|for|with|by|at|from|and|or|is|are|was|were|be|been|do|does|did|has|have|this|that|these|those|its?|what|"
+    "which|who|when|where|why|how|following|ones?|all|each|any|none|not|no|except|true|false|correct|incorrect|right|wrong|best|"
+    "most|least|likely|common|commonly|appropriate|statements?|answers?|options?|choices?|about|regarding|concerning|given|above|"
+    "below|next|step|patients?|management|treatment|diagnosis|cause"
+)
 
 
 @dataclass(frozen=True)
@@ -50,11 +59,6 @@ class ExamItem:
             raise ValueError(f"item {self.id}: answer_index {self.answer_index} outside its {len(self.options)} options")
 
     @property
-    def answer_letter(self) -> str:
-        """Return the letter of the right option, or "" for an item without options."""
-        return LETTERS[self.answer_index] if self.options else ""
-
-    @property
     def keeps_order(self) -> bool:
         """Return whether an option points at others, so that another order would change its meaning."""
         return any(map(points_at_options, self.options))
@@ -69,11 +73,6 @@ class ExamItem:
         return wording(self.options[index]) == wording(self.options[self.answer_index])
 
 
-def content_id(task: str, *parts: str) -> str:
-    """Return an id made of the content, for items whose file gives none; it is the same in every file."""
-    return f"{task}-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:12]}"
-
-
 def render_question(item: ExamItem) -> str:
     """Return the text of a prompt: context, question, then the options as ``text (A)``."""
     question = " ".join([item.question.strip(), *map(render_option, item.options, LETTERS)])
@@ -82,7 +81,7 @@ def render_question(item: ExamItem) -> str:
 
 def render_answer(item: ExamItem) -> str:
     """Return the answer that a model is taught to write: ``text (B)``, or the bare answer of an item without options."""
-    return render_option(item.options[item.answer_index], item.answer_letter) if item.options else item.answer
+    return render_option(item.options[item.answer_index], LETTERS[item.answer_index]) if item.options else item.answer
 
 
 def render_option(text: str, letter: str) -> str:
@@ -91,14 +90,9 @@ def render_option(text: str, letter: str) -> str:
 
 
 def reorder(item: ExamItem, order: Sequence[int]) -> ExamItem:
-    """Return the item with option ``order[k]`` at position k."""
-    order = list(order)
-    if sorted(order) != list(range(len(item.options))):
-        raise ValueError(f"order {order} is not a permutation of {len(item.options)} options")
-    if not order:
-        return item
+    """Return the item with option ``order[k]`` at position k; ``order`` is a permutation of its options."""
     options = tuple(item.options[index] for index in order)
-    return replace(item, options=options, answer_index=order.index(item.answer_index))
+    return replace(item, options=options, answer_index=order.index(item.answer_index)) if options else item
 
 
 def permute(item: ExamItem, seed: int, visit: int) -> ExamItem:
@@ -138,3 +132,39 @@ def plain(text: str) -> str:
 def wording(text: str) -> str:
     """Return the text to compare where case matters, since two options may differ in nothing else ("Aa" and "aa")."""
     return " ".join(unicodedata.normalize("NFC", text).split()).rstrip(". ")
+
+
+def shared_questions(items: Sequence[ExamItem], others: Iterable[ExamItem]) -> list[tuple[ExamItem, ExamItem]]:
+    """Return the items that are also among ``others``, each with the one that it equals, however the two are written.
+
+    Context and question identify an item: its options may be fewer, more, reworded or in another order, and case, white space,
+    punctuation and Unicode form do not matter. A question that says little by itself ("Which of the following is true?",
+    "6 x 7?") is the same only when half of the options agree too, or the answers when there are no options.
+    """
+    known: dict[str, list[ExamItem]] = {}
+    for other in others:
+        known.setdefault(_content_words(f"{other.context} {other.question}"), []).append(other)
+    pairs = []
+    for item in items:
+        words = _content_words(f"{item.context} {item.question}")
+        telling = sum(not _COMMON.fullmatch(word) for word in words.split()) >= TELLING_WORDS
+        same = next((other for other in known.get(words, ()) if telling or _options_agree(item, other)), None)
+        if same is not None:
+            pairs.append((item, same))
+    return pairs
+
+
+def _options_agree(item: ExamItem, other: ExamItem) -> bool:
+    mine, theirs = _own_options(item), _own_options(other)
+    return 2 * len(mine & theirs) >= min(len(mine), len(theirs))
+
+
+def _own_options(item: ExamItem) -> set[str]:
+    options = item.options or (item.answer,)
+    own = [option for option in options if not points_at_options(option)]  # "All of the above" says nothing about the question
+    return {_content_words(option) for option in own or options}
+
+
+def _content_words(text: str) -> str:
+    text = unicodedata.normalize("NFKC", text).casefold()
+    return " ".join(re.findall(r"[^\W_]+", text)) or " ".join(text.split())

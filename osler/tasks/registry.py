@@ -1,50 +1,66 @@
-"""The exams that Osler knows: one table from a task's config class to its loader."""
+"""The exams that Osler knows: the clinic's (a synthetic test bench, not medical advice) and those in files."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from dataclasses import fields
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from osler.config.schema import TAGGED
+from osler.clinic.exam import ClinicItem, drills, exam
+from osler.config.schema import TAGGED, PositiveInt, Seed, config
 from osler.files.find import ROW_ENDINGS, find_files
-from osler.tasks import clinic, gsm8k, medmcqa, medqa, pubmedqa
+from osler.tasks.exam_files import ExamFile, Gsm8kTask, MedmcqaTask, MedqaTask, PubmedqaTask, load_exam_file
 from osler.tasks.item import ExamItem
 
 logger = logging.getLogger(__name__)
 
-TaskConfig = Annotated[
-    clinic.ClinicTask | medqa.MedqaTask | medmcqa.MedmcqaTask | pubmedqa.PubmedqaTask | gsm8k.Gsm8kTask, TAGGED
-]
 
-TASKS: dict[type, Callable[..., list[ExamItem]]] = {
-    clinic.ClinicTask: clinic.load,
-    medqa.MedqaTask: medqa.load,
-    medmcqa.MedmcqaTask: medmcqa.load,
-    pubmedqa.PubmedqaTask: pubmedqa.load,
-    gsm8k.Gsm8kTask: gsm8k.load,
-}
+@config
+class ClinicTask:
+    """Questions of the built-in synthetic world, made from a seed."""
 
-TASK_CONFIGS: dict[str, type] = {cls.type: cls for cls in TASKS}  # type: ignore[attr-defined]  # every task config has the tag
+    type: Literal["clinic"] = "clinic"
+    split: str = "validation"  # train, validation, validation_questions, new_findings, new_questions, or drill
+    limit: PositiveInt = 400  # questions
+    seed: Seed = 0  # of the questions that are drawn
 
 
-def check_task(config: Any, key: str) -> None:
+TaskConfig = Annotated[ClinicTask | MedqaTask | MedmcqaTask | PubmedqaTask | Gsm8kTask, TAGGED]
+
+TASK_CONFIGS: dict[str, type] = {cls.type: cls for cls in (ClinicTask, MedqaTask, MedmcqaTask, PubmedqaTask, Gsm8kTask)}
+
+
+def load_clinic(*, split: str = "validation", limit: int = 400, seed: int = 0) -> list[ExamItem]:
+    """Return ``limit`` items of a clinic split, the same for the same seed.
+
+    The split "drill" is not an exam: its items train the form of the exam and state no fact.
+    """
+    return list(map(exam_item, drills(seed, limit) if split == "drill" else exam(seed, split, limit)))
+
+
+def exam_item(item: ClinicItem) -> ExamItem:
+    """Return a clinic item as an exam item; its group is ``relation/condition``, the fact that it asks for."""
+    group = f"{item.relation}/{item.condition}"
+    return ExamItem(item.id, item.question, item.options, item.answer_index, item.split, item.thinking, group=group)
+
+
+def check_task(task: Any, key: str) -> None:
     """Raise UserError when the files of an exam do not exist; ``key`` is the path of the task in the run's config."""
-    if hasattr(config, "path"):
-        find_files(config.path, ROW_ENDINGS, key=f"{key}.path")
+    if isinstance(task, ExamFile):
+        find_files(task.path, ROW_ENDINGS, key=f"{key}.path")
 
 
-def load_task(config: Any) -> list[ExamItem]:
+def load_task(task: Any) -> list[ExamItem]:
     """Return the items that a task config describes (one of ``TaskConfig``), and report how many have unusual options."""
-    arguments = {field.name: getattr(config, field.name) for field in fields(config) if field.name != "type"}
-    items = TASKS[type(config)](**arguments)
-    name = getattr(config, "path", config.type)
+    if isinstance(task, ClinicTask):
+        return load_clinic(split=task.split, limit=task.limit, seed=task.seed)
+    items = load_exam_file(task)
     if pointing := sum(item.keeps_order for item in items):
         logger.info(
-            f'{name}: {pointing:,} of {len(items):,} questions have options that point at others, such as "All of the above"; '
-            "their options are always shown in the order of the file."
+            f'{task.path}: {pointing:,} of {len(items):,} questions have options that point at others, such as "All of the '
+            'above"; their options are always shown in the order of the file.'
         )
     if repeating := sum(item.repeats_an_option for item in items):
-        logger.info(f"{name}: {repeating:,} of {len(items):,} questions have an option twice; where it is right, either counts.")
+        logger.info(
+            f"{task.path}: {repeating:,} of {len(items):,} questions have an option twice; where it is right, either counts."
+        )
     return items

@@ -8,19 +8,23 @@ is right.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-from osler.tasks.answers import MAX_ANSWER_CHARS, Completed, read_answer
+from osler.tasks.answers import MAX_ANSWER_CHARS, read_answer
 from osler.tasks.item import LETTERS, ExamItem, render_option
+
+if TYPE_CHECKING:
+    from osler.tokenizer.chat import Completion
 
 MAX_THINKING_CHARS = 2000  # about 400 words, for ``brief_correct``
 
 
-def correct(item: ExamItem, completion: Completed) -> float:
+def correct(item: ExamItem, completion: Completion) -> float:
     """Return 1 when the answer is right."""
     return float(read_answer(item, completion).right)
 
 
-def format_ok(item: ExamItem, completion: Completed) -> float:
+def format_ok(item: ExamItem, completion: Completion) -> float:
     """Return 1 when the completion follows the template, has some thinking, and answers in the form that is taught.
 
     That form is ``option text (letter)``, a number, or any text for an item whose answer is a text.
@@ -33,17 +37,17 @@ def format_ok(item: ExamItem, completion: Completed) -> float:
     return float(read_answer(item, completion).readable)
 
 
-def gated_format(item: ExamItem, completion: Completed) -> float:
+def gated_format(item: ExamItem, completion: Completion) -> float:
     """Return 1 for the right answer in the form that is taught."""
     return correct(item, completion) * format_ok(item, completion)
 
 
-def brief_correct(item: ExamItem, completion: Completed) -> float:
+def brief_correct(item: ExamItem, completion: Completion) -> float:
     """Return 1 for the right answer after at most ``MAX_THINKING_CHARS`` characters of thinking."""
     return correct(item, completion) if len(completion.thinking) <= MAX_THINKING_CHARS else 0.0
 
 
-REWARDS: dict[str, Callable[[ExamItem, Completed], float]] = {
+REWARDS: dict[str, Callable[[ExamItem, Completion], float]] = {
     "correct": correct,
     "format": format_ok,
     "gated_format": gated_format,

@@ -14,7 +14,11 @@ import functools
 import gzip
 import json
 import logging
+import os
 import re
+import subprocess
+import sys
+import tempfile
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -48,6 +52,8 @@ LONGEST_TRAINED_CHARS = 1000
 _LONG = f"{{{LONGEST_TRAINED_CHARS + 1},}}"
 _LONG_RUN = re.compile(rf"(?<!\S)\S{_LONG}|(?<!\s)\s{_LONG}")  # only these can hold a longer piece
 _LOOK_CHARS = 1 << 16  # of such a run are split at once, because every piece takes memory
+SHORT_BYTES = 1_000_000  # of text that trains faster than a child process starts
+_HALF_CHARACTER = re.compile("[\ud800-\udfff]")  # half of a surrogate pair, which UTF-8 cannot write
 
 
 class Tokenizer:
@@ -108,7 +114,7 @@ class Tokenizer:
         """Learn byte-level BPE merges from `texts`; the same texts in the same order give the same tokenizer.
 
         `vocab_size` counts the special tokens (which come first) and the 256 bytes; little text may yield fewer tokens.
-        Pieces of more than `LONGEST_TRAINED_CHARS` are cut. Signals wait until the end; see `osler.tokenizer.train`.
+        Pieces of more than `LONGEST_TRAINED_CHARS` are cut. Signals wait until the end; see `train`.
         """
         smallest = 256 + len(specials)
         if vocab_size < smallest:
@@ -178,7 +184,9 @@ class Tokenizer:
         try:
             encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
         except (TypeError, UnicodeEncodeError):
-            raise UserError(_describe_bad_text(texts)) from None
+            half = next(filter(None, map(_HALF_CHARACTER.search, texts)))
+            what = f"half a character (a lone surrogate, {half[0]!r}) at position {half.start()}"
+            raise UserError(f"A text holds {what}.") from None
         batch: list[list[int]] = [encoding.ids for encoding in encodings]
         if self._special_pattern is not None:
             for index, text in enumerate(texts):
@@ -239,38 +247,43 @@ def _gpt2_pair_as_json(folder: Path) -> bytes:
     for path in (merges_path, vocab_path):
         if not path.is_file():
             raise UserError(f"A GPT-2 vocabulary is the two files vocab.bpe and encoder.json; {path} is missing.")
-    vocab = read_json(vocab_path)
     try:
-        lines = merges_path.read_text(encoding="utf-8").split("\n")
+        merges = merges_path.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:
         raise UserError(f"{merges_path} is not UTF-8 text: {error}.") from None
-    merges: list[list[str]] = []
-    for number, line in enumerate(lines, 1):
-        if not line or line.startswith("#version"):
-            continue
-        pair = line.split(" ")
-        if len(pair) != 2 or not all(pair):
-            raise UserError(f"{merges_path}:{number} is not a merge (two tokens with a space between): {line!r}.")
-        merges.append(pair)
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-    content: dict[str, Any] = {
-        "version": "1.0",
-        "added_tokens": [],
-        "normalizer": None,
-        "pre_tokenizer": byte_level,
-        "post_processor": None,
-        "decoder": byte_level,
-        "model": {"type": "BPE", "vocab": vocab, "merges": merges},
-    }
+    model = {"type": "BPE", "vocab": read_json(vocab_path), "merges": merges}
+    content = {"version": "1.0", "pre_tokenizer": byte_level, "decoder": byte_level, "model": model}
     return json.dumps(content, ensure_ascii=False).encode("utf-8")
 
 
-def _describe_bad_text(texts: Sequence[str]) -> str:
-    """Name the character that the library refused: half of a surrogate pair, which UTF-8 cannot write."""
-    for text in texts:
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            half = text[error.start]
-            return f"A text holds half a character (a lone surrogate, {half!r}) at position {error.start}."
-    return "A text cannot be written as UTF-8."
+def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Train a tokenizer like `Tokenizer.train`, and raise KeyboardInterrupt as soon as a signal asks for it.
+
+    The library trains in one call of seconds or minutes, during which Python handles no signal. Unless the text is short, this
+    happens in a child process, which a signal to the parent kills. The tokenizer is the same to the byte.
+    """
+    with tempfile.TemporaryFile() as lines:
+        for text in texts:
+            lines.write(json.dumps(text).encode() + b"\n")
+        size = lines.tell()
+        lines.seek(0)
+        if size < SHORT_BYTES:
+            return Tokenizer.train(map(json.loads, lines), vocab_size)
+        child = subprocess.run(
+            [sys.executable, "-m", "osler.tokenizer.bpe", str(vocab_size)],
+            stdin=lines,
+            stdout=subprocess.PIPE,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            start_new_session=True,  # only this process handles Ctrl-C
+        )
+    if child.returncode != 0:
+        raise UserError(
+            f"The process that trains the tokenizer ended with exit code {child.returncode} (-9: killed, most often for want of "
+            "memory). Set tokenizer.max_bytes to train it on less text."
+        )
+    return Tokenizer.from_bytes(child.stdout)
+
+
+if __name__ == "__main__":
+    sys.stdout.buffer.write(Tokenizer.train(map(json.loads, sys.stdin.buffer), int(sys.argv[1])).to_bytes())

@@ -37,8 +37,8 @@ from osler.runs.start import find_start, restored, warn_of_endless_warmup
 from osler.runtime.files import RunFolder
 from osler.runtime.stop import AskedToStop, asked
 from osler.runtime.world import World
-from osler.tasks.clinic import load as load_clinic_exam
 from osler.tasks.item import ExamItem
+from osler.tasks.registry import load_clinic
 from osler.tokenizer.bpe import Tokenizer
 from osler.tokenizer.round_trip import refuse_missing_bytes
 from osler.train.config import ExamProbe, TrainConfig
@@ -229,7 +229,7 @@ def exam_items(probe: ExamProbe) -> dict[str, list[ExamItem]]:
     """Return the questions of the small exam by split. Drawn before training, so that a split that does not exist fails now."""
     if probe.every_tokens == 0:
         return {}
-    return {split: load_clinic_exam(split=split, limit=probe.items) for split in probe.splits}
+    return {split: load_clinic(split=split, limit=probe.items) for split in probe.splits}
 
 
 def exam_probe(

@@ -6,9 +6,8 @@ from collections import Counter
 
 import pytest
 
-from osler.clinic.exam import ClinicItem, exam, render_vignette
-from osler.clinic.facts import DIAGNOSIS, RELATIONS, conditions_by_name
-from osler.clinic.splits import EXAM_SPLITS, make_splits
+from osler.clinic.exam import ClinicItem, drills, exam, render_vignette
+from osler.clinic.facts import DIAGNOSIS, EXAM_SPLITS, RELATIONS, conditions_by_name, make_splits
 from osler.clinic.textbook import textbook
 from osler.runtime.errors import UserError
 
@@ -42,17 +41,15 @@ def test_same_seed_same_items() -> None:
     assert exam(7, "train", 100) == exam(7, "train", 100)
     assert exam(7, "train", 100) == exam(7, "train", 900)[:100]
     assert exam(7, "train", 100) != exam(8, "train", 100)
-    assert exam(7, "train", 100) != exam(7, "train", 100, split_seed=1)
     ids = [item.id for seed in (7, 8) for split in EXAM_SPLITS for item in exam(seed, split, 20)]
     assert len(ids) == len(set(ids))
 
 
-@pytest.mark.parametrize("split_seed", [0, 5])
-def test_items_stay_inside_their_facts_and_combinations(split_seed: int) -> None:
-    splits = make_splits(split_seed)
+def test_items_stay_inside_their_facts_and_combinations() -> None:
+    splits = make_splits()
     for split, (fact_part, combo_part) in EXAM_SPLITS.items():
         facts = set(splits.facts[fact_part])
-        for item in exam(11, split, 800, split_seed=split_seed):
+        for item in ITEMS[split]:
             assert (item.condition, item.relation) in facts
             allowed = {frozenset(combo) for combo in splits.combos[item.condition][combo_part]}
             assert frozenset(item.findings) in allowed
@@ -82,7 +79,7 @@ def test_facts_are_balanced_and_combinations_do_not_repeat_early() -> None:
     items = ITEMS["new_questions"]
     counts = Counter((item.condition, item.relation) for item in items)
     assert max(counts.values()) - min(counts.values()) <= 1
-    assert len(counts) == len(make_splits(0).facts["test"])
+    assert len(counts) == len(make_splits().facts["test"])
     first = items[: 11 * len(counts)]  # eleven test combinations per condition
     assert len({(item.condition, item.relation, frozenset(item.findings)) for item in first}) == len(first)
 
@@ -132,25 +129,21 @@ def test_no_answer_is_always_wrong_in_training() -> None:
 @pytest.mark.parametrize("split", ["validation_questions", "new_questions"])
 def test_novelty_does_not_give_held_out_answers_away(split: str) -> None:
     """Two distractors are no answer of a train fact either, so picking an option never seen is a guess among three."""
-    trained = {(r, BY_NAME[name].answers[r]) for name, r in make_splits(0).facts["train"]}
+    trained = {(r, BY_NAME[name].answers[r]) for name, r in make_splits().facts["train"]}
     for item in ITEMS[split]:
         novel = [o for o in item.options if o != item.answer and (item.relation, o) not in trained]
         assert len(novel) >= 2
 
 
 def test_ages_and_articles() -> None:
-    frame = "{a} {age}-year-old {who} has {f}."
-    assert render_vignette(frame, 8, "male", ["x", "y", "z"]) == "An 8-year-old boy has x, y and z."
-    assert render_vignette(frame, 18, "female", ["x", "y", "z"]) == "An 18-year-old woman has x, y and z."
-    assert render_vignette(frame, 85, "male", ["x", "y", "z"]) == "An 85-year-old man has x, y and z."
-    assert render_vignette(frame, 17, "female", ["x", "y", "z"]) == "A 17-year-old girl has x, y and z."
+    patients = [(8, "male", "An 8 boy"), (18, "female", "An 18 woman"), (85, "male", "An 85 man"), (17, "female", "A 17 girl")]
+    for age, sex, who in patients:
+        assert render_vignette("{a} {age} {who} has {f}.", age, sex, ["x", "y", "z"]) == f"{who} has x, y and z."
 
 
 def test_user_mistakes_are_explained() -> None:
     with pytest.raises(UserError, match=r"no exam split 'test'.*new_findings"):
         exam(0, "test", 10)
-    with pytest.raises(UserError, match="-1 items"):
-        exam(0, "train", -1)
     assert exam(0, "train", 0) == []
 
 
@@ -176,3 +169,13 @@ def test_whole_samples_fit_a_row() -> None:
     passage_lengths = sorted(len(encoding.ids) for encoding in tokenizer.encode_batch(passages))
     assert passage_lengths[len(passage_lengths) // 2] <= 100
     assert passage_lengths[-1] <= 128
+
+
+def test_a_drill_names_its_right_option_and_no_fact() -> None:
+    items = list(drills(0, 400))
+    assert items[:20] == list(drills(0, 20)) != list(drills(1, 20))
+    for item in items:
+        assert len(set(item.options)) == 4 and item.answer in item.question and item.answer in item.thinking
+        assert item.condition == item.relation == "" and item.findings == ()
+    counts = [sum(item.answer_index == index for item in items) for index in range(4)]
+    assert min(counts) > 70 and len({item.id for item in items}) == 400

@@ -1,33 +1,42 @@
-"""The shape of the clinic's facts: enough conditions, findings that discriminate, answers that are never arguable."""
+"""The clinic's facts and splits: findings that discriminate, answers that are never arguable, complete and disjoint parts."""
 
 from __future__ import annotations
 
-from dataclasses import FrozenInstanceError
+from collections import Counter
 from itertools import combinations
-from typing import Any
+from pathlib import Path
 
 import pytest
 
+import osler.clinic.facts
 from osler.clinic.facts import (
     DIAGNOSIS,
+    EXAM_SPLITS,
     FACT_RELATIONS,
+    PARTS,
     RELATIONS,
-    check_conditions,
     conditions_by_name,
     load_conditions,
-    parse_condition,
+    make_splits,
 )
+from osler.config.yaml12 import load_yaml
 
 CONDITIONS = load_conditions()
+FILES = sorted(Path(osler.clinic.facts.__file__).parent.glob("*.yaml"))
+ENTRIES = [entry for path in FILES for entry in load_yaml(path.read_text(encoding="utf-8"), path.name)]
 
 
-def entry(**changes: Any) -> dict[str, Any]:
-    """A well-formed YAML entry with some keys replaced."""
-    base: dict[str, Any] = {
-        "name": "test disease", "area": "tests", "age": [20, 40], "findings": [f"sign {i}" for i in range(8)],
-        **{relation: f"some {relation}" for relation in FACT_RELATIONS},
-    }
-    return base | changes
+def test_every_entry_has_the_right_keys_and_texts() -> None:
+    required = {"name", "area", "age", "findings", *FACT_RELATIONS}
+    for entry in ENTRIES:
+        assert required <= set(entry) <= required | {"sex", "accepts"}, entry["name"]
+        assert entry.get("sex", "any") in ("any", "male", "female")
+        low, high = entry["age"]
+        assert 1 <= low <= high <= 99
+        assert set(entry.get("accepts", {})) <= set(RELATIONS)
+        accepted = [text for texts in entry.get("accepts", {}).values() for text in texts]
+        for text in (entry["name"], *entry["findings"], *accepted, *(entry[relation] for relation in FACT_RELATIONS)):
+            assert isinstance(text, str) and text == text.strip() and text
 
 
 def test_there_are_at_least_64_conditions_in_many_specialities() -> None:
@@ -39,19 +48,18 @@ def test_there_are_at_least_64_conditions_in_many_specialities() -> None:
 
 def test_names_are_unique_and_sorted() -> None:
     names = [condition.name for condition in CONDITIONS]
-    assert names == sorted(set(names))
-    assert list(conditions_by_name()) == names
+    assert names == sorted(set(names)) == sorted(entry["name"] for entry in ENTRIES)
 
 
 def test_every_condition_has_eight_short_findings_and_five_short_answers() -> None:
     for condition in CONDITIONS:
-        assert len(set(condition.findings)) == 8
+        assert len(set(condition.findings)) == len(condition.findings) == 8
         assert set(condition.answers) == set(RELATIONS)
         assert condition.answers[DIAGNOSIS] == condition.name
         for text in (*condition.findings, *condition.answers.values()):
             assert 1 <= len(text.split()) <= 4, text
             assert "," not in text and " and " not in text.replace("fluids and", "fluids").replace("rest and", "rest")
-            assert text == text.strip() and not text.endswith(".")
+            assert not text.endswith(".")
 
 
 def test_no_two_conditions_share_three_findings() -> None:
@@ -102,7 +110,6 @@ def test_sex_limited_conditions() -> None:
     by_name = conditions_by_name()
     assert by_name["ectopic pregnancy"].sex == by_name["preeclampsia"].sex == "female"
     assert by_name["hemophilia A"].sex == "male"
-    assert all(1 <= condition.age[0] <= condition.age[1] <= 99 for condition in CONDITIONS)
 
 
 def test_every_relation_has_enough_wordings_in_both_directions() -> None:
@@ -116,44 +123,39 @@ def test_every_relation_has_enough_wordings_in_both_directions() -> None:
         assert len(set(relation.questions)) >= 4
 
 
-def test_conditions_are_immutable() -> None:
-    with pytest.raises(FrozenInstanceError):
-        CONDITIONS[0].name = "other"  # type: ignore[misc]
-    with pytest.raises(TypeError):
-        CONDITIONS[0].answers["cause"] = "other"  # type: ignore[index]
+# ---- what is held out
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"sex": "both"}, "sex 'both'"),
-        ({"age": [40, 20]}, "not a range"),
-        ({"accepts": {"prognosis": ["good"]}}, "unknown relations"),
-        ({"treatmnt": "rest"}, "unknown keys"),
-        ({"cause": 21}, "not a trimmed text"),
-        ({"findings": ["fever "] * 8}, "not a trimmed text"),
-    ],
-)
-def test_malformed_entries_are_refused(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        parse_condition(entry(**changes))
+def test_facts_are_partitioned_in_their_shares() -> None:
+    facts = make_splits().facts
+    everything = [fact for part in PARTS for fact in facts[part]]
+    assert len(everything) == len(set(everything))
+    assert set(everything) == {(c.name, r) for c in CONDITIONS for r in (DIAGNOSIS, *FACT_RELATIONS)}
+    total = len(CONDITIONS) * 5
+    assert len(facts["validation"]) / total == pytest.approx(0.12, abs=0.01)
+    assert len(facts["test"]) / total == pytest.approx(0.18, abs=0.01)
+    for part in PARTS:
+        per_relation = Counter(relation for _, relation in facts[part] if relation != DIAGNOSIS)
+        assert set(per_relation) == set(FACT_RELATIONS)
+        assert max(per_relation.values()) == min(per_relation.values())
+    exam_form = Counter(name for name, relation in facts["train"] if relation != DIAGNOSIS)
+    assert min(exam_form[condition.name] for condition in CONDITIONS) >= 3
+    assert {name for name, relation in facts["train"] if relation == DIAGNOSIS} == {c.name for c in CONDITIONS}
 
 
-def test_a_missing_relation_is_refused() -> None:
-    incomplete = entry()
-    del incomplete["risk"]
-    with pytest.raises(ValueError, match=r"lacks \['risk'\]"):
-        parse_condition(incomplete)
+def test_combinations_are_partitioned() -> None:
+    for condition in CONDITIONS:
+        parts = make_splits().combos[condition.name]
+        everything = [frozenset(combo) for part in PARTS for combo in parts[part]]
+        assert len(everything) == len(set(everything)) == 56
+        assert set(everything) == {frozenset(combo) for combo in combinations(condition.findings, 3)}
+        assert (len(parts["train"]), len(parts["validation"]), len(parts["test"])) == (39, 6, 11)
+        assert {finding for combo in parts["train"] for finding in combo} == set(condition.findings)
 
 
-def test_ambiguous_or_repeated_conditions_are_refused() -> None:
-    one = parse_condition(entry())
-    check_conditions([one])
-    with pytest.raises(ValueError, match="repeat"):
-        check_conditions([one, one])
-    findings = [*(f"sign {i}" for i in range(3)), *(f"mark {i}" for i in range(5))]
-    overlapping = entry(name="other disease", findings=findings)
-    with pytest.raises(ValueError, match="three findings must name one"):
-        check_conditions([one, parse_condition(overlapping)])
-    with pytest.raises(ValueError, match="needs 8 different findings"):
-        check_conditions([parse_condition(entry(findings=["fever"] * 8))])
+def test_exam_splits_are_disjoint_by_construction() -> None:
+    """Two exam splits differ in the part of the facts or of the combinations, and parts do not overlap."""
+    assert len(set(EXAM_SPLITS.values())) == len(EXAM_SPLITS)
+    assert EXAM_SPLITS["train"] == ("train", "train")
+    assert "train" not in [combos for split, (_, combos) in EXAM_SPLITS.items() if split != "train"]
+    assert [EXAM_SPLITS[split][0] for split in ("new_findings", "validation_questions", "new_questions")] == list(PARTS)

@@ -5,16 +5,8 @@ from __future__ import annotations
 import re
 from collections import Counter
 
-import pytest
-
-from osler.clinic.facts import FACT_RELATIONS, RELATIONS, conditions_by_name, load_conditions
-from osler.clinic.splits import make_splits
-from osler.clinic.textbook import (
-    CANONICAL_FINDINGS,
-    FINDING_PHRASINGS,
-    reasoning,
-    textbook,
-)
+from osler.clinic.facts import FACT_RELATIONS, RELATIONS, conditions_by_name, load_conditions, make_splits, phrase_pool
+from osler.clinic.textbook import CANONICAL_FINDINGS, FINDING_PHRASINGS, cards, reasoning, textbook
 
 CONDITIONS = load_conditions()
 FINDING_PATTERNS = [
@@ -51,8 +43,8 @@ def test_same_seed_same_text() -> None:
     assert list(textbook(5, 50)) == list(textbook(5, 50))
     assert list(textbook(5, 50)) == list(textbook(5, 200))[:50]
     assert list(textbook(5, 50)) != list(textbook(6, 50))
-    assert list(textbook(5, 50)) != list(textbook(5, 50, split_seed=1))
     assert list(textbook(5, 0)) == []
+    assert list(cards(1, 20)) == list(cards(1, 20)) != list(cards(2, 20))
 
 
 def test_every_passage_states_findings_and_all_five_relations() -> None:
@@ -68,12 +60,11 @@ def test_every_passage_states_findings_and_all_five_relations() -> None:
     assert len(names) == len(CONDITIONS)
 
 
-@pytest.mark.parametrize("split_seed", [0, 1])
-def test_three_findings_are_always_a_train_combination(split_seed: int) -> None:
-    combos = make_splits(split_seed).combos
+def test_three_findings_are_always_a_train_combination() -> None:
+    combos = make_splits().combos
     train = {name: {frozenset(combo) for combo in parts["train"]} for name, parts in combos.items()}
     triples = 0
-    for passage in textbook(3, 5000, split_seed=split_seed):
+    for passage in textbook(3, 5000):
         for name, findings in listed_findings(passage):
             if len(findings) == 3:
                 triples += 1
@@ -108,7 +99,18 @@ def test_reasoning_is_canonical_prose() -> None:
     condition = conditions_by_name()["gout"]
     findings = ["tophi", "night attacks", "hot big toe"]
     text = reasoning(condition, "treatment", findings)
-    assert text == (
-        "Here tophi, night attacks and hot big toe suggest gout. First-line treatment of gout is colchicine."
-    )
+    assert text == "Here tophi, night attacks and hot big toe suggest gout. First-line treatment of gout is colchicine."
     assert reasoning(condition, "diagnosis", findings).endswith("The diagnosis is gout.")
+
+
+def test_what_is_asked_again_has_the_letter_it_had() -> None:
+    letters, lettered = set(), re.compile(r"(.+?) (\([A-F]\)) ?")
+    for text in cards(0, 300):
+        first, second = text.removeprefix("Cards: ").removesuffix(".").split(". Again: ")
+        pairs, asked = lettered.findall(first), lettered.findall(second)
+        assert 4 <= len(pairs) <= 6 and len(asked) == len(pairs) + 2
+        assert set(asked) <= set(pairs)
+        assert [letter for _, letter in pairs] == [f"({letter})" for letter in "ABCDEF"[: len(pairs)]]
+        assert all(phrase in phrase_pool() for phrase, _ in pairs)
+        letters.update(letter for _, letter in asked)
+    assert letters == {f"({letter})" for letter in "ABCDEF"}

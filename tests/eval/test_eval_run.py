@@ -18,14 +18,13 @@ from osler.eval.exams import greedy, score_by_generation, score_by_likelihood
 from osler.eval.run import Sitting, complete, config_of, parts, remarks, table
 from osler.eval.score import Result, summarise
 from osler.inference.engine import InferenceEngine
-from osler.inference.ready import open_model
+from osler.inference.load import open_model
 from osler.report.read import read_run
 from osler.report.words import verdict
 from osler.runtime.errors import UserError
 from osler.runtime.files import RunFolder, read_json
-from osler.tasks.clinic import ClinicTask
-from osler.tasks.clinic import load as load_clinic
 from osler.tasks.item import ExamItem
+from osler.tasks.registry import ClinicTask, load_clinic
 from osler.train.config import TrainConfig
 from osler.train.run import train
 

@@ -25,7 +25,7 @@ import osler.train.run  # noqa: F401
 from osler.checkpoint import store
 from osler.cli.main import main, program
 from osler.runtime import faults, stop
-from osler.tasks.clinic import load as load_clinic_exam
+from osler.tasks.registry import load_clinic
 
 # In the middle of a step, in every phase of a save, between a save and the mark that it is the best, in an evaluation.
 KILLS = {
@@ -122,7 +122,7 @@ def interrupt(kind: str, command: list[str], folder: Path, *, twice: bool) -> No
 
 
 def run_all(recipes: dict[str, list[str]], root: Path) -> None:
-    load_clinic_exam(split="train", limit=1)
+    load_clinic(split="train", limit=1)
     for kind, command in recipes.items():
         with contextlib.redirect_stdout(io.StringIO()):
             main([*command, "--dry-run"])

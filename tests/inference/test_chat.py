@@ -17,7 +17,7 @@ from osler.inference import chat
 from osler.inference.chat import show_answer
 from osler.inference.engine import InferenceEngine
 from osler.inference.generate import Piece, continue_text
-from osler.inference.ready import ReadyModel, open_model
+from osler.inference.load import LoadedModel, open_model
 from osler.ops.sampling_params import SamplingParams
 from osler.runtime.errors import UserError
 from osler.runtime.files import RunFolder
@@ -45,11 +45,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def textbook(runs: Path) -> ReadyModel:
+def textbook(runs: Path) -> LoadedModel:
     return open_model(runs / "textbook", device="cpu")
 
 
-def continued(ready: ReadyModel, text: str, new_tokens: int) -> list[str]:
+def continued(ready: LoadedModel, text: str, new_tokens: int) -> list[str]:
     """The pieces in which the likeliest continuation of a text comes."""
     sampling = SamplingParams(max_new_tokens=new_tokens, temperature=0)
     return list(continue_text(InferenceEngine(ready.model), ready.tokenizer, text, sampling))
@@ -206,7 +206,7 @@ def test_generate_prints_the_continuation(runs, textbook, capsys):
     assert len(capsys.readouterr().out) > 1, "an empty prompt is the beginning of a text"
 
 
-def biased(ready: ReadyModel, ids: list[int]) -> ReadyModel:
+def biased(ready: LoadedModel, ids: list[int]) -> LoadedModel:
     """The same model, made to write ``ids`` one after the other: each token's embedding points at its successor's row."""
     model = ready.model
     with torch.no_grad():
@@ -250,4 +250,4 @@ def test_a_prompt_that_fills_the_context_is_refused(textbook):
     ],
 )
 def test_a_model_is_asked_to_think_if_it_learned_to(training, reasons):
-    assert ReadyModel(path=None, model=None, tokenizer=None, state={}, training=training).reasons is reasons
+    assert LoadedModel(path=None, model=None, tokenizer=None, state={}, training=training).reasons is reasons

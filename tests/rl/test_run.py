@@ -18,9 +18,8 @@ from osler.rl.prompts import RlTask
 from osler.rl.run import check_held_out, fingerprint_of, run
 from osler.runs.command import Request
 from osler.runtime.errors import UserError
-from osler.tasks.clinic import ClinicTask
 from osler.tasks.item import ExamItem, render_answer, render_question
-from osler.tasks.registry import load_task
+from osler.tasks.registry import ClinicTask, load_task
 from osler.tokenizer.bpe import Tokenizer
 
 

@@ -1,14 +1,25 @@
-"""How an item is shown."""
+"""How an item is shown, and when two items are the same question."""
 
 from __future__ import annotations
 
+import unicodedata
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from osler.tasks.item import ExamItem, content_id, permute, points_at_options, render_answer, render_question, reorder
+from osler.tasks.item import (
+    ExamItem,
+    permute,
+    points_at_options,
+    render_answer,
+    render_question,
+    reorder,
+    shared_questions,
+)
+from osler.tasks.registry import load_clinic
 
 DRUGS = ("penicillin", "amoxicillin", "vancomycin", "doxycycline")
 ITEM = ExamItem(id="x1", question="First-line treatment?", options=DRUGS, answer_index=1)
@@ -22,9 +33,6 @@ def test_options_are_written_as_text_then_letter() -> None:
 def test_an_order_moves_the_texts_and_not_the_letters() -> None:
     shown = render_question(reorder(ITEM, (3, 2, 1, 0)))
     assert shown.endswith("doxycycline (A) vancomycin (B) amoxicillin (C) penicillin (D)")
-    for wrong in [(0, 1, 2), (0, 1, 2, 2), (1, 2, 3, 4)]:
-        with pytest.raises(ValueError, match="permutation"):
-            reorder(ITEM, wrong)
 
 
 def test_a_context_stands_before_the_question_and_free_answers_have_no_letters() -> None:
@@ -32,7 +40,6 @@ def test_a_context_stands_before_the_question_and_free_answers_have_no_letters()
     assert shown == "Abstract.\nSo? yes (A) no (B)"
     free = ExamItem(id="g", question="6 x 7?", options=(), answer_index=-1, answer="42")
     assert render_question(free) == "6 x 7?" and render_answer(free) == "42" and permute(free, 1, 2) == free
-    assert free.answer_letter == ""
 
 
 def test_an_answer_outside_the_options_is_refused() -> None:
@@ -107,6 +114,49 @@ def test_visits_seeds_and_items_are_permuted_independently() -> None:
     assert len(orders) == 6
 
 
-def test_content_ids_depend_on_the_content_alone() -> None:
-    assert content_id("t", "ab", "c") == content_id("t", "ab", "c")
-    assert len({content_id("t", "ab", "c"), content_id("t", "a", "bc"), content_id("u", "ab", "c")}) == 3
+# ---- the same question
+
+QUESTION = ExamItem(
+    id="a",
+    question="A man with Ménière disease has vertigo: which drug helps at first?",
+    options=("betahistine", "aspirin", "insulin", "zinc"),
+    answer_index=0,
+)
+STATEMENTS = ("one", "two", "three", "All of the above")
+GENERIC = ExamItem(id="g", question="Which of the following is true?", options=STATEMENTS, answer_index=0)
+PATIENTS = "Forty patients with vertigo were randomised."
+ABSTRACT = replace(QUESTION, question="Does it help?", context=PATIENTS, options=("yes", "no", "maybe"))
+SUM = ExamItem(id="s", question="What is 6 x 7?", options=(), answer_index=-1, answer="42")
+
+
+@pytest.mark.parametrize(
+    ("item", "other", "same"),
+    [
+        (QUESTION, QUESTION, True),
+        (QUESTION, replace(QUESTION, options=(*QUESTION.options, "water")), True),
+        (QUESTION, replace(QUESTION, options=QUESTION.options[::-1], answer_index=3), True),
+        (QUESTION, replace(QUESTION, options=("rest", "surgery"), answer_index=1), True),
+        (QUESTION, replace(QUESTION, question=QUESTION.question.upper()), True),
+        (QUESTION, replace(QUESTION, question=unicodedata.normalize("NFD", QUESTION.question)), True),
+        (QUESTION, replace(QUESTION, question="“A man, with Ménière  disease, has vertigo –\nwhich drug helps at first”"), True),
+        (QUESTION, replace(QUESTION, question=QUESTION.question.replace("man", "woman")), False),
+        (ABSTRACT, replace(ABSTRACT, answer_index=1), True),
+        (ABSTRACT, replace(ABSTRACT, context="", question=f"{ABSTRACT.context} {ABSTRACT.question}"), True),
+        (ABSTRACT, replace(ABSTRACT, context="Forty patients with gout were randomised."), False),
+        (GENERIC, replace(GENERIC, options=("four", "five", "six", "All of the above")), False),
+        (GENERIC, replace(GENERIC, options=("Two.", "ONE", "six", "seven", "All of the above")), True),
+        (GENERIC, replace(GENERIC, question="which of the following is TRUE"), True),
+        (SUM, replace(SUM, question="what is 6 x 7"), True),
+        (SUM, replace(SUM, question="What is 6 + 7?", answer="13"), False),
+        (replace(SUM, question="What is 6 - 7?", answer="-1"), replace(SUM, question="What is 6 + 7?", answer="13"), False),
+        (replace(SUM, question="?"), replace(SUM, question="!"), False),
+    ],
+)
+def test_the_same_question(item: ExamItem, other: ExamItem, same: bool) -> None:
+    assert shared_questions([item], [replace(GENERIC, question="Another?"), other]) == ([(item, other)] if same else [])
+
+
+def test_the_clinic_shares_no_question_between_its_splits() -> None:
+    trained = load_clinic(split="train", limit=2000)
+    assert shared_questions(trained, load_clinic(split="validation", limit=500)) == []
+    assert len(shared_questions(trained, trained[:50])) == 50

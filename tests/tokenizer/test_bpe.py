@@ -3,7 +3,13 @@
 import gzip
 import json
 import os
+import random
+import signal
+import subprocess
+import sys
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,7 +17,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from osler.runtime.errors import UserError
-from osler.tokenizer.bpe import ANSWER, EOS, LONGEST_TRAINED_CHARS, QUESTION, SPECIALS, THINKING, Tokenizer, _cut_long_pieces
+from osler.tokenizer import bpe
+from osler.tokenizer.bpe import (
+    ANSWER,
+    EOS,
+    LONGEST_TRAINED_CHARS,
+    QUESTION,
+    SHORT_BYTES,
+    SPECIALS,
+    THINKING,
+    Tokenizer,
+    _cut_long_pieces,
+    train,
+)
 
 CORPUS = [
     "Pneumonia is an infection of the lung. The patient has fever, cough and 38.5 degrees.\n\n",
@@ -184,9 +202,6 @@ def test_user_mistakes_are_explained(tmp_path: Path, trained: Tokenizer) -> None
     with pytest.raises(UserError, match=r"encoder\.json is missing"):
         Tokenizer.load(tmp_path / "vocab.bpe")
     (tmp_path / "encoder.json").write_text("{}")
-    with pytest.raises(UserError, match=r"vocab\.bpe:3 is not a merge"):
-        Tokenizer.load(tmp_path / "vocab.bpe")
-    (tmp_path / "vocab.bpe").write_text("#version: 0.2\nĠ t\n", encoding="utf-8")
     with pytest.raises(UserError, match=r"The pair vocab\.bpe and encoder\.json in .* cannot be read"):
         Tokenizer.load(tmp_path / "encoder.json")
     with pytest.raises(UserError, match=r"vocab_size=100 is too small.*260"):
@@ -220,3 +235,56 @@ def test_only_what_is_too_long_to_train_on_is_cut_and_that_is_said_once(capsys: 
     assert parts[3:] == ["a" * limit, "a", "\n" * limit, "\n", "-" * limit + "a" * limit, "a"]
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and "words of more than 1,000 characters, such as 'éé" in said
+
+
+# ---- training in a child process: the same tokenizer, and a signal is heard while it computes
+
+TEXTS = ["Fever and rusty sputum suggest pneumonia, d'où 38.5 °C.\n" * 40, "", "A cough that lasts. " * 9, "n\0l"]
+
+
+def test_a_child_trains_the_same_tokenizer_to_the_byte(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = Tokenizer.train(TEXTS, 400).to_bytes()
+    assert train(iter(TEXTS), 400).to_bytes() == whole
+    monkeypatch.setattr(bpe, "SHORT_BYTES", 1000)
+    assert train(iter(TEXTS), 400).to_bytes() == whole
+
+
+def test_a_signal_is_heard_while_the_library_computes() -> None:
+    """On one word of minutes of work: the signal comes when all text has been handed over."""
+    rng = random.Random(0)
+    words = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=1000)) for _ in range(1 + SHORT_BYTES // 1000)]
+    handed_over, heard = threading.Event(), threading.Event()
+    was_heard: list[bool] = []
+
+    def texts() -> Iterator[str]:
+        for number in range(30):
+            yield " ".join(word[number:] + word[:number] for word in words)
+        handed_over.set()
+
+    def on_signal(number: int, frame: object) -> None:
+        heard.set()
+        raise KeyboardInterrupt
+
+    def press() -> None:
+        handed_over.wait()
+        os.kill(os.getpid(), signal.SIGINT)
+        was_heard.append(heard.wait(30))
+
+    before = signal.signal(signal.SIGINT, on_signal)
+    presser = threading.Thread(target=press)
+    presser.start()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            train(texts(), 8000)
+    finally:
+        signal.signal(signal.SIGINT, before)
+        presser.join()
+    assert was_heard == [True]
+
+
+def test_a_child_that_is_lost_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bpe, "SHORT_BYTES", 10)
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with pytest.raises(UserError, match=r"ended with exit code 1 .*Set tokenizer\.max_bytes"):
+        train(["some text of more than ten characters"] * 9, 400)
+    assert subprocess._active == []  # type: ignore[attr-defined]  # nothing is left to be waited for

@@ -1,0 +1,247 @@
+"""Exams: good files load whole, broken ones are refused by file, line and field, the clinic's items stay what they are."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+from collections import Counter
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from osler.clinic.exam import exam
+from osler.config.decode import decode
+from osler.runtime.errors import UserError
+from osler.tasks.answers import read_choice, read_number
+from osler.tasks.item import ExamItem, permute, render_answer, render_question, shared_questions
+from osler.tasks.registry import TASK_CONFIGS, ClinicTask, TaskConfig, load_clinic, load_task
+
+OPTIONS = {"A": "one", "B": "two", "C": "x", "D": "y"}
+ROWS: dict[str, dict[str, Any]] = {
+    "medqa": {"question": "Which?", "answer": "two", "answer_idx": "B", "options": OPTIONS},
+    "medmcqa": {
+        "id": "m1", "question": "Which?", "opa": "a", "opb": "b", "opc": "c", "opd": "d", "cop": 2, "exp": None,
+        "subject_name": "Dental",
+    },
+    "pubmedqa": {
+        "pubid": 7, "question": "Does it?", "context": {"contexts": ["One.", "Two."]}, "long_answer": "It does not.",
+        "final_decision": "no",
+    },
+    "gsm8k": {"question": "6 x 7?", "answer": "6 x 7 = <<6*7=42>>42 apples.\n#### 42"},
+}  # fmt: skip
+
+
+def lines(path: Path, *rows: Any) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def load(name: str, path: Path, **settings: Any) -> list[ExamItem]:
+    return load_task(decode(TaskConfig, {"type": name, "path": str(path), **settings}))  # type: ignore[arg-type]
+
+
+def load_shared(name: str, file: str) -> list[ExamItem]:
+    root = os.environ.get("OSLER_SHARED_DATA") or Path(__file__).resolve().parents[3] / "shared" / "data"
+    path = Path(root) / "exams" / file
+    if not path.is_file():
+        pytest.skip(f"the real exam file {file} is not here; set OSLER_SHARED_DATA to the folder that has exams/{file}")
+    return load(name, path, split="dev")
+
+
+REAL = {
+    "medqa": ("medqa-dev.jsonl", {"C": 352, "A": 330, "B": 316, "D": 274}),
+    "medmcqa": ("medmcqa-validation-2000.jsonl", {"A": 646, "B": 533, "C": 437, "D": 384}),
+    "pubmedqa": ("pubmedqa-labeled-train-500.jsonl", {"A": 276, "B": 169, "C": 55}),
+}
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_real_exams_load_whole_and_every_answer_is_read_back_in_any_order(name: str) -> None:
+    items = load_shared(name, REAL[name][0])
+    assert len({item.id for item in items}) == len(items)
+    assert Counter("ABCD"[item.answer_index] for item in items) == REAL[name][1]
+    for item in items:
+        for visit in range(2):
+            shown = permute(item, 0, visit)
+            assert read_choice(render_answer(shown), shown.options) == shown.answer_index
+    first = items[0]
+    assert first.split == "dev"
+    if name == "medqa":
+        assert first.options[first.answer_index] == "Ceftriaxone"
+    elif name == "medmcqa":
+        assert first.options[3] == "Hypotonic upper lip" and first.answer_index == 3 and first.group == "Dental"
+        explained = [item.thinking for item in items if item.thinking]
+        assert 700 < len(explained) < 1082  # of 1,082 explanations the ones that say more than a letter
+        assert not any(text.lower().startswith(("ans. ", "ans: ", "answer- ")) for text in explained)
+        pairs = shared_questions(items[:1000], items[1000:])
+        assert len(pairs) == 3  # the file has them twice, with a letter or the case of an option changed
+        assert all(item.answer_index == other.answer_index for item, other in pairs)
+    else:
+        assert first.id == "pubmedqa-10808977" and all(item.context and item.thinking for item in items)
+
+
+def test_real_gsm8k_loads_whole() -> None:
+    items = load_shared("gsm8k", "gsm8k-train.jsonl")
+    assert len(items) == len({item.id for item in items}) == 7473
+    assert items[0].answer == "72" and "109200000" in {item.answer for item in items}
+    for item in items:
+        assert read_number(item.answer) == Decimal(item.answer) and item.options == ()
+        assert item.thinking and "<<" not in item.thinking and "####" not in item.thinking
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_plain_gzipped_and_parquet_files_give_the_same_items(name: str, tmp_path: Path) -> None:
+    row = ROWS[name]
+    plain = lines(tmp_path / "exam.jsonl", row, row | {"question": "Another?", "id": "m2"})
+    (tmp_path / "exam.jsonl.gz").write_bytes(gzip.compress(plain.read_bytes()))
+    pq.write_table(pa.Table.from_pylist([json.loads(line) for line in plain.read_text().splitlines()]), tmp_path / "e.parquet")
+    items = load(name, plain, split="s")
+    assert [item.question for item in items] == [row["question"], "Another?"] and items[0].split == "s"
+    assert load(name, tmp_path / "exam.jsonl.gz", split="s") == load(name, tmp_path / "e.parquet", split="s") == items
+    assert load(name, plain, split="s", limit=1) == items[:1]
+
+
+MISSING = {
+    "medqa": ("question", "answer_idx", "answer", "options"), "medmcqa": ("cop", "opc", "id"),
+    "pubmedqa": ("context", "final_decision", "pubid"), "gsm8k": ("answer",),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "field"), [(name, field) for name, fields in MISSING.items() for field in fields])
+def test_a_missing_field_is_named_with_file_and_line(name: str, field: str, tmp_path: Path) -> None:
+    row = ROWS[name]
+    path = lines(tmp_path / "exam.jsonl", row, {key: value for key, value in row.items() if key != field})
+    with pytest.raises(UserError, match=f"exam.jsonl:2: the field '{field}.*is missing") as caught:
+        load(name, path)
+    assert "Expected the schema of" in str(caught.value) and "another task.type" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("medqa", {"answer_idx": "E"}, "'answer_idx' is 'E'"),
+        ("medqa", {"answer": "one"}, "another option"),
+        ("medqa", {"options": {"A": "one", "C": "x"}}, "without a gap"),
+        ("medqa", {"options": {"A": "one", "B": None, "C": "x"}}, "not A, C; without a text: B"),
+        ("medqa", {"options": ["one", "two"]}, "must be an object"),
+        ("medqa", {"question": " "}, "'question' is empty"),
+        ("medmcqa", {"cop": "2"}, "'cop' must be a whole number"),
+        ("medmcqa", {"cop": 5}, "'cop' is 5"),
+        ("medmcqa", {"cop": True}, "must be a whole number"),
+        ("pubmedqa", {"final_decision": "perhaps"}, "'perhaps'"),
+        ("pubmedqa", {"context": {"contexts": []}}, "list of texts"),
+        *(("gsm8k", {"answer": answer}, "must end in '#### '") for answer in ("is 42", "#### NaN", "#### 1_000", "#### 1,08")),
+        ("gsm8k", {"answer": None}, "must be text"),
+    ],
+)
+def test_a_wrong_value_is_refused(name: str, change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=f"exam.jsonl:1: .*{message}"):
+        load(name, lines(tmp_path / "exam.jsonl", ROWS[name] | change))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("torn.jsonl", b'{"question": "x"', "torn.jsonl:1 is not JSON"),
+        ("empty.jsonl", b"\n\n", "empty.jsonl has no rows"),
+        ("exam.csv", b"a,b\n", r"exam.csv is of a kind that cannot be read here.*\.parquet"),
+        ("half.jsonl", b'{"options": {"A": "\\ud83e"}}', "half.jsonl:1: the field 'options.A' holds half a character"),
+        ("absent.jsonl", None, r"no file or folder .*absent.jsonl; set task\.path to"),
+    ],
+)
+def test_files_that_are_no_exam_are_refused(name: str, content: bytes | None, message: str, tmp_path: Path) -> None:
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        load("medqa", tmp_path / name)
+
+
+def test_an_exam_may_be_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines(tmp_path / "a.jsonl", ROWS["gsm8k"])
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(json.dumps(ROWS["gsm8k"] | {"question": "7 x 6?"}).encode()))
+    (tmp_path / "notes.csv").write_text("x")
+    assert [item.question for item in load("gsm8k", tmp_path)] == ["6 x 7?", "7 x 6?"]
+    assert f"{tmp_path}: left out: 1 .csv." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("cops", "settings", "found"),
+    [
+        ([1, 4, 2, 3], {}, "counts its options from 1.*first_option=1 beside its path"),
+        ([1, 4, 2, 3], {"limit": 1}, "counts its options from 1"),  # the whole file is looked at
+        ([1, 4, 2, 3], {"first_option": 1}, [0, 3, 1, 2]),
+        ([1, 2, 3] * 20, {}, "from 1 to 3"),
+        ([1, 2, 3], {}, [1, 2, 3]),  # too few to tell
+        ([0, 1, 2, 3], {"first_option": 1}, "counts from 0"),
+        ([0, 4], {}, "mixed"),
+        ([0, -1, 3, None], {}, [0, 3]),
+        ([-1, -1], {}, "test split"),
+    ],
+)
+def test_medmcqa_numbers_options_from_0_or_1_and_leaves_out_rows_without_a_label(
+    cops: list[int | None], settings: dict[str, Any], found: str | list[int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = lines(tmp_path / "e.jsonl", *(ROWS["medmcqa"] | {"id": f"m{i}", "cop": cop} for i, cop in enumerate(cops)))
+    if isinstance(found, str):
+        with pytest.raises(UserError, match=found):
+            load("medmcqa", path, **settings)
+    else:
+        assert [item.answer_index for item in load("medmcqa", path, **settings)] == found
+        assert ("2 of 4 rows have no label" in capsys.readouterr().err) == (None in cops)
+
+
+@pytest.mark.parametrize(
+    ("exp", "thinking"),
+    [
+        ("Ans. (B) Penicillin binds the transpeptidase of the wall.", "Penicillin binds the transpeptidase of the wall."),
+        ("Answer- C. It binds the transpeptidase of the wall.", "It binds the transpeptidase of the wall."),
+        ("Ans. B: 5 days", None),
+        ("Both drugs bind the wall, so option B is the best choice here.", None),
+        ("Causes are (a) fever (b) cough and others as well.", None),
+        ("", None),
+        (None, None),
+    ],
+)
+def test_explanations_never_name_a_letter(exp: str | None, thinking: str | None, tmp_path: Path) -> None:
+    assert load("medmcqa", lines(tmp_path / "e.jsonl", ROWS["medmcqa"] | {"exp": exp}))[0].thinking == thinking
+
+
+def test_medqa_takes_five_options(tmp_path: Path) -> None:
+    row = ROWS["medqa"] | {"options": {**OPTIONS, "E": "five"}, "answer_idx": "E", "answer": "five"}
+    assert load("medqa", lines(tmp_path / "e.jsonl", row))[0].answer_index == 4
+
+
+def test_options_that_point_at_options_or_are_equal_are_counted_at_load(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changes = [{}, {"opd": "All of the above"}, {"opc": "a"}, {"opd": "Both A and B", "opb": "A "}]
+    rows = [ROWS["medmcqa"] | change | {"id": f"m{n}"} for n, change in enumerate(changes)]
+    load("medmcqa", lines(tmp_path / "e.jsonl", *rows))
+    said = capsys.readouterr().err
+    assert "2 of 4 questions have options that point at others" in said and "1 of 4 questions have an option twice" in said
+    load("medqa", lines(tmp_path / "m.jsonl", ROWS["medqa"]))
+    assert "options" not in capsys.readouterr().err
+
+
+def test_a_task_is_chosen_by_its_config() -> None:
+    for name, cls in TASK_CONFIGS.items():
+        given = {"type": name} if name == "clinic" else {"type": name, "path": "x"}
+        assert type(decode(TaskConfig, given)) is cls  # type: ignore[arg-type]
+
+
+def test_clinic_items_keep_question_options_answer_and_reasoning() -> None:
+    made, items = exam(3, "new_findings", 40), load_task(ClinicTask(split="new_findings", limit=40, seed=3))
+    assert len(items) == len({item.id for item in items}) == 40
+    for clinic, item in zip(made, items, strict=True):
+        assert (item.question, item.options, item.answer_index) == (clinic.question, clinic.options, clinic.answer_index)
+        assert item.thinking == clinic.thinking and item.split == "new_findings"
+        assert item.group == f"{clinic.relation}/{clinic.condition}"
+        assert all(f"{option} (" in render_question(item) for option in item.options)
+        assert read_choice(render_answer(item), item.options) == item.answer_index
+    drills = load_clinic(split="drill", limit=20, seed=3)
+    assert len(drills) == 20 and all(one.split == "drill" and one.options[one.answer_index] in one.question for one in drills)
