@@ -53,8 +53,7 @@ def measure(mode: str, args: argparse.Namespace) -> dict[str, float]:
     from osler.config.decode import decode
     from osler.config.recipe import load_recipe
     from osler.model.config import ModelConfig
-    from osler.model.loss import SummedLoss
-    from osler.model.transformer import Transformer
+    from osler.model.transformer import SummedLoss, Transformer
     from osler.optim.build import build_optimizer
     from osler.optim.config import AdamWConfig
     from osler.parallel.activation_checkpoint import set_recompute

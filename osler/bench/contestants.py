@@ -18,8 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from osler.model.config import ModelConfig
-from osler.model.loss import SummedLoss
-from osler.model.transformer import Transformer
+from osler.model.transformer import SummedLoss, Transformer
 from osler.parallel.engine import LossFunction
 from osler.runtime.errors import UserError
 from osler.train.config import TrainConfig

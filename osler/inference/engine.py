@@ -26,7 +26,7 @@ from torch import Tensor
 from osler.model.config import ModelConfig
 from osler.model.decoder import Decoder
 from osler.model.kv_cache import KVCache
-from osler.model.linear import Layout
+from osler.model.layers import Layout
 from osler.model.transformer import Transformer
 from osler.ops.sampling import pack_mask, row_uniform, sample
 from osler.ops.sampling_params import SamplingParams

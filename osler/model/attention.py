@@ -21,8 +21,7 @@ from torch import Tensor, nn
 
 from osler.model.config import ModelConfig
 from osler.model.kv_cache import CacheStep, KVCache
-from osler.model.linear import DecodeLinear, Layout, Linear, joint_linear
-from osler.model.norm import RMSNorm, WeightlessNorm
+from osler.model.layers import DecodeLinear, Layout, Linear, RMSNorm, WeightlessNorm, joint_linear
 from osler.model.rope import apply_rolled_rope, apply_rope
 from osler.ops.attention import attention
 
@@ -72,9 +71,8 @@ class DecodeAttention:
         self._o_proj = DecodeLinear(layout, trained.o_proj.weight)
         self._qk_norm = WeightlessNorm(trained.q_norm.eps)
         self._qk_weight_MH: Tensor | None = None
-        if trained.q_norm.weight is not None and trained.k_norm.weight is not None:
-            heads = [trained.q_norm.weight] * self.num_heads + [trained.k_norm.weight] * self.num_kv_heads
-            self._qk_weight_MH = torch.stack(heads).to(layout.dtype)
+        if (q_H := trained.q_norm.weight) is not None and (k_H := trained.k_norm.weight) is not None:
+            self._qk_weight_MH = torch.cat([q_H.expand(self.num_heads, -1), k_H.expand(self.num_kv_heads, -1)]).to(layout.dtype)
 
     def prefill(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache) -> Tensor:
         """Attend from all tokens of some prompts at once, as ``Attention.forward`` does, and fill the cache with them."""

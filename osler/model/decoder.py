@@ -1,7 +1,7 @@
 """The model as sampling runs it: whole prompts once, then one token of every row at a time against a cache.
 
 It is the mathematics of ``transformer.py``, which the tests compare it with, on copies of the weights that are laid out for few
-tokens at a time. Each part brings its own form for decoding (``attention.py``, ``feed_forward.py``, ``linear.py``).
+tokens at a time. Each part brings its own form for decoding (``attention.py``, ``layers.py``).
 
 Shape legend: P prompts, B rows, T prompt tokens, D hidden, V vocabulary.
 """
@@ -15,9 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from osler.model.feed_forward import DecodeFeedForward
 from osler.model.kv_cache import KVCache, cache_dtype
-from osler.model.linear import DecodeLinear, Layout
+from osler.model.layers import DecodeFeedForward, DecodeLinear, Layout
 from osler.model.rope import rolled_tables
 from osler.model.transformer import Block, Transformer
 

@@ -1,13 +1,14 @@
-"""The model: one plain single-device transformer for training, evaluation and export. Sampling runs it through ``decoder.py``.
+"""The model, one plain single-device transformer for training, evaluation and export, and the loss that it is trained with.
 
-It ends at the hidden states. Whoever needs the head applies it, because training and RL never compute all logits at once
-(``ops/cross_entropy.py``).
+The model ends at the hidden states. Whoever needs the head applies it, because training and RL never compute all logits at once
+(``ops/cross_entropy.py``). Sampling runs the model through ``decoder.py``.
 
 Shape legend: B batch, T tokens, D hidden, R features of the head, V vocabulary (padded), N = B * T.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -16,11 +17,11 @@ from torch import Tensor, nn
 
 from osler.model.attention import Attention
 from osler.model.config import DenseAttentionConfig, ModelConfig
-from osler.model.feed_forward import FeedForward
 from osler.model.init import init_weights
-from osler.model.linear import Linear
-from osler.model.norm import RMSNorm
+from osler.model.layers import FeedForward, Linear, RMSNorm
 from osler.model.rope import rope_tables
+from osler.ops.cross_entropy import linear_cross_entropy
+from osler.runtime.faults import poisoned
 
 ATTENTIONS = {DenseAttentionConfig: Attention}
 
@@ -119,3 +120,32 @@ class Transformer(nn.Module):
         features, weight = self.head(hidden)
         logits = (features @ weight.to(features.dtype).T)[:, : self.config.vocab_size].float()
         return logits.view(*hidden.shape[:-1], -1)
+
+
+class ModelLoss(nn.Module):
+    """A loss and its model in one module, whose forward pass goes from tokens to a number."""
+
+    def __init__(self, model: Transformer) -> None:
+        super().__init__()
+        self.model = model
+
+
+class SummedLoss(ModelLoss):
+    """Map (ids, labels, document ids or None) to the summed cross-entropy in nats; fit for ``torch.compile``."""
+
+    def forward(self, ids_BT: Tensor, labels_BT: Tensor, document_BT: Tensor | None) -> Tensor:
+        return self.of_hidden(self.model(ids_BT, document_BT=document_BT), labels_BT)
+
+    def of_hidden(self, hidden_BTD: Tensor, labels_BT: Tensor) -> Tensor:
+        """Compute the part after the last block, which can be compiled by itself."""
+        features, weight = self.model.head(hidden_BTD)
+        return linear_cross_entropy(features, weight, labels_BT.flatten(), vocab_size=self.model.config.vocab_size)
+
+
+def nan_gradient_unless_finite(loss: Tensor) -> Tensor:
+    """Return the same loss; one that is not finite gets gradients of NaN.
+
+    Some of its gradients could be finite, and then one rank would skip the step and another would not.
+    """
+    scale = math.nan if poisoned("train-loss") else 0.0
+    return loss * (1.0 + scale * loss.detach())  # 1, or NaN

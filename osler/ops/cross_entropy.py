@@ -17,8 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from osler.ops.labels import IGNORED
-
+IGNORED = -100  # the label of a token that is not learned
 MOST_CHUNK_TOKENS = 2048
 WEIGHT_PIECE = 1 << 25  # elements of a weight gradient that are widened to fp32 at a time: 128 MB
 CHUNK_BYTES = 1 << 28  # of logits: in fp32 1,280 tokens of 50k words, 320 of 200k

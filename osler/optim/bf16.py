@@ -1,11 +1,12 @@
 """AdamW for weights in bf16: it computes the update in fp32 and rounds everything it keeps stochastically to bf16.
 
-Weight, gradient and both moments take eight bytes per parameter instead of the sixteen with fp32 weights. This works because
-stochastic rounding (``ops/rounding.py``) keeps the mean of what bf16 cannot hold. Moments are rounded in the same way, because
-with a beta of 0.999 the second one would stand still otherwise. The random bits are a function of (seed, number of the parameter,
-step, position), so resume is bit-exact, and skipped steps and micro-batches change nothing. Gradients of several micro-batches
-are summed in fp32, with four more bytes per parameter meanwhile, and rounded once. (After "Revisiting BFloat16 Training", arXiv
-2010.06192, and "Stochastic Rounding for LLM Training", arXiv 2502.20566.)
+Weight, gradient and both moments take eight bytes per parameter instead of the sixteen with fp32 weights. The neighbours of 1.0
+in bf16 are 0.4 and 0.8 % away, and rounding to the nearest loses every update smaller than half of that. Stochastic rounding goes
+up or down at random, so that the mean of many roundings is the number (arXiv 1502.02551). Moments are rounded in the same way,
+because with a beta of 0.999 the second one would stand still otherwise. The random bits are a hash of (seed, number of the
+parameter, step, position), as in ``ops/sampling.py``, so resume is bit-exact, and skipped steps and micro-batches change nothing.
+Gradients of several micro-batches are summed in fp32, with four more bytes per parameter meanwhile, and rounded once. (After
+"Revisiting BFloat16 Training", arXiv 2010.06192, and "Stochastic Rounding for LLM Training", arXiv 2502.20566.)
 """
 
 from __future__ import annotations
@@ -17,18 +18,38 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from osler.ops.rounding import random_bits, round_stochastic
 from osler.ops.sampling import mix, mix_int
 
 # Elements updated at a time, so that fp32 copies of a large embedding do not take the memory of a second model: on a CPU as many
 # as its caches hold, on a GPU enough to fill it.
 CPU_CHUNK, GPU_CHUNK = 1 << 16, 1 << 23
+_LOW_32, _LOW_16 = 0xFFFFFFFF, 0xFFFF
 
 
 def keep_in_bf16(model: nn.Module) -> None:
     """Convert the parameters of ``model`` to bf16 in place; buffers, such as RoPE's tables, keep their dtype."""
     for parameter in model.parameters():
         parameter.data = parameter.data.to(torch.bfloat16)
+
+
+def random_bits(key: Tensor, first: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return three independent draws of 16 bits (int64 [count]) for the positions from ``first`` on, on the device of ``key``.
+
+    ``key`` is an int64 scalar out of ``mix``: keys that differ in few bits would draw the same at neighbouring positions. The
+    same key and position give the same bits on every device.
+    """
+    word = mix(torch.arange(first, first + count, device=key.device) ^ key)
+    other = mix((word + 0x1B873593) & _LOW_32)
+    return word & _LOW_16, word >> 16, other & _LOW_16
+
+
+def round_stochastic(x: Tensor, bits: Tensor) -> Tensor:
+    """Round fp32 to bf16, up where the part that is cut off plus ``bits`` (integers below 2**16) carries over.
+
+    "Up" is away from zero. Infinity stays; a NaN may become any number.
+    """
+    word = (x.view(torch.int32) + bits.to(torch.int32)) & ~_LOW_16
+    return word.view(torch.float32).to(torch.bfloat16)
 
 
 class Fp32GradientSums:

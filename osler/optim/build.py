@@ -110,4 +110,4 @@ def set_hyperparameters(
             decay_scale = weight_decay_scale(config.weight_decay_schedule, lr_scale, tokens, total_tokens)
             group["weight_decay"] = config.weight_decay * decay_scale
             if isinstance(config, MuonConfig):
-                group["momentum"] = momentum_at(config, tokens)
+                group["momentum"] = momentum_at(config.momentum_warmup, config.momentum, tokens)

@@ -1,25 +1,90 @@
-"""Schedules of learning rate, weight decay and momentum: pure functions of tokens seen. Torch-free; nothing to resume."""
+"""Schedules of learning rate, weight decay and momentum: what a recipe says of them, and pure functions of the tokens seen.
+
+Torch-free; nothing to resume.
+"""
 
 from __future__ import annotations
 
 import math
+from typing import Annotated, Literal
 
-from osler.optim.config import (
-    ConstantConfig,
-    ConstantWeightDecay,
-    CosineConfig,
-    LinearConfig,
-    LinearWeightDecay,
-    LrWeightDecay,
-    MuonConfig,
-    WarmupStableDecayConfig,
-)
+from osler.config.schema import TAGGED, Fraction, Ge, Gt, Le, Lt, NonNegativeInt, config
 
-Schedule = ConstantConfig | CosineConfig | LinearConfig | WarmupStableDecayConfig
-WeightDecaySchedule = ConstantWeightDecay | LinearWeightDecay | LrWeightDecay
+Momentum = Annotated[float, Ge(0), Lt(1)]
 
 
-def lr_scale(schedule: Schedule, tokens: int, total_tokens: int) -> float:
+@config
+class ConstantConfig:
+    """Warm-up, then a constant learning rate."""
+
+    type: Literal["constant"] = "constant"
+    warmup_tokens: NonNegativeInt = 0  # tokens over which the learning rate rises from 0
+
+
+@config
+class CosineConfig:
+    """Warm-up, then half a cosine down to ``final_fraction`` of the learning rate."""
+
+    type: Literal["cosine"] = "cosine"
+    warmup_tokens: NonNegativeInt = 0  # tokens over which the learning rate rises from 0
+    final_fraction: Fraction = 0.1  # of the peak learning rate, reached at the end
+
+
+@config
+class LinearConfig:
+    """Warm-up, then a straight line down to ``final_fraction`` of the learning rate."""
+
+    type: Literal["linear"] = "linear"
+    warmup_tokens: NonNegativeInt = 0  # tokens over which the learning rate rises from 0
+    final_fraction: Fraction = 0.0  # of the peak learning rate, reached at the end
+
+
+@config
+class WarmupStableDecayConfig:
+    """Warm-up, a plateau, then a straight line down over the last ``decay_fraction`` of the tokens (arXiv 2404.06395)."""
+
+    type: Literal["warmup_stable_decay"] = "warmup_stable_decay"
+    warmup_tokens: NonNegativeInt = 0  # tokens over which the learning rate rises from 0
+    decay_fraction: Annotated[float, Gt(0), Le(1)] = 0.3  # share of all tokens over which the rate falls
+    final_fraction: Fraction = 0.0  # of the peak learning rate, reached at the end
+
+
+ScheduleConfig = Annotated[ConstantConfig | CosineConfig | LinearConfig | WarmupStableDecayConfig, TAGGED]
+
+
+@config
+class ConstantWeightDecay:
+    """The same decay from first to last."""
+
+    type: Literal["constant"] = "constant"
+
+
+@config
+class LinearWeightDecay:
+    """A straight line from the full decay to none at the last token."""
+
+    type: Literal["linear"] = "linear"
+
+
+@config
+class LrWeightDecay:
+    """Decay in proportion to the learning rate, by which a step multiplies it once more."""
+
+    type: Literal["follow_lr"] = "follow_lr"
+
+
+WeightDecayConfig = Annotated[ConstantWeightDecay | LinearWeightDecay | LrWeightDecay, TAGGED]
+
+
+@config
+class MomentumWarmup:
+    """Momentum on a straight line from ``start`` to its full value over the first ``tokens``; 0: full from the start."""
+
+    start: Momentum = 0.85  # momentum at the first token
+    tokens: NonNegativeInt = 0  # tokens over which it rises
+
+
+def lr_scale(schedule: ScheduleConfig, tokens: int, total_tokens: int) -> float:
     """Return the factor in [0, 1] on every learning rate after ``tokens``; trainers ask for the middle of a step."""
     if tokens < schedule.warmup_tokens:
         return tokens / schedule.warmup_tokens
@@ -34,19 +99,18 @@ def lr_scale(schedule: Schedule, tokens: int, total_tokens: int) -> float:
     return schedule.final_fraction + (1 - schedule.final_fraction) * shape
 
 
-def weight_decay_scale(schedule: WeightDecaySchedule, lr_scale: float, tokens: int, total_tokens: int) -> float:
+def weight_decay_scale(schedule: WeightDecayConfig, lr_scale: float, tokens: int, total_tokens: int) -> float:
     """Return the factor in [0, 1] on the weight decay after ``tokens``, where the factor on the learning rate is ``lr_scale``."""
     if isinstance(schedule, ConstantWeightDecay):
         return 1.0
     return lr_scale if isinstance(schedule, LrWeightDecay) else 1 - _progress(tokens, 0, total_tokens)
 
 
-def momentum_at(config: MuonConfig, tokens: int) -> float:
-    """Return Muon's momentum after ``tokens``."""
-    warmup = config.momentum_warmup
+def momentum_at(warmup: MomentumWarmup, momentum: float, tokens: int) -> float:
+    """Return Muon's momentum after ``tokens``, where its full value is ``momentum``."""
     if tokens >= warmup.tokens:
-        return config.momentum
-    return warmup.start + (config.momentum - warmup.start) * tokens / warmup.tokens
+        return momentum
+    return warmup.start + (momentum - warmup.start) * tokens / warmup.tokens
 
 
 def _progress(tokens: int, start: float, end: int) -> float:

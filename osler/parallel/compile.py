@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from osler.model.loss import SummedLoss
+from osler.model.transformer import SummedLoss
 from osler.runtime.errors import UserError
 
 logger = logging.getLogger(__name__)

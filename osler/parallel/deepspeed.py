@@ -21,9 +21,8 @@ import torch
 from torch import Tensor
 
 from osler.checkpoint.optimizer_state import flatten_optimizer
-from osler.model.loss import SummedLoss
-from osler.model.transformer import Transformer
-from osler.ops.labels import IGNORED
+from osler.model.transformer import SummedLoss, Transformer
+from osler.ops.cross_entropy import IGNORED
 from osler.parallel.config import DeepSpeedConfig
 from osler.parallel.engine import ParallelEngine, ToHost
 from osler.runtime.errors import UserError

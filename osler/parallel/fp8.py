@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from osler.model.config import ModelConfig
-from osler.model.linear import Linear
+from osler.model.layers import Linear
 from osler.model.transformer import Transformer
 from osler.runtime.errors import UserError
 

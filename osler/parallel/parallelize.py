@@ -10,17 +10,15 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from osler.model.loss import ModelLoss, SummedLoss
-from osler.model.transformer import Transformer
+from osler.model.transformer import ModelLoss, SummedLoss, Transformer
 from osler.optim.bf16 import keep_in_bf16
 from osler.parallel.activation_checkpoint import set_recompute
 from osler.parallel.compile import compile_loss, with_few_shapes
 from osler.parallel.config import DdpConfig, DeepSpeedConfig, FsdpConfig, NoParallelConfig, ParallelConfig
-from osler.parallel.ddp import apply_ddp
+from osler.parallel.data_parallel import apply_ddp, apply_fsdp
 from osler.parallel.deepspeed import apply_deepspeed, read_settings
 from osler.parallel.engine import ParallelEngine
 from osler.parallel.fp8 import convert_to_fp8
-from osler.parallel.fsdp import apply_fsdp
 from osler.runtime.device import pick_device
 from osler.runtime.errors import UserError
 from osler.runtime.world import World

@@ -24,7 +24,8 @@ from osler.config.schema import (
     config,
 )
 from osler.ops.sampling_params import SamplingParams
-from osler.optim.config import AdamWConfig, ConstantConfig, OptimConfig, ScheduleConfig
+from osler.optim.config import AdamWConfig, OptimConfig
+from osler.optim.schedule import ConstantConfig, ScheduleConfig
 from osler.parallel.config import DdpConfig, FsdpConfig, NoParallelConfig
 from osler.runs.config import CheckpointConfig, RunConfig
 from osler.tasks.registry import ClinicTask, TaskConfig

@@ -6,7 +6,8 @@ from typing import Literal
 
 from osler.config.schema import NonNegativeInt, PositiveFloat, PositiveInt, Seed, config
 from osler.monitor.config import MonitorConfig, SpikeConfig
-from osler.optim.config import AdamWConfig, ConstantConfig, OptimConfig, ScheduleConfig
+from osler.optim.config import AdamWConfig, OptimConfig
+from osler.optim.schedule import ConstantConfig, ScheduleConfig
 
 
 @config

@@ -11,7 +11,7 @@ from osler.config.schema import TAGGED, NonNegativeInt, PositiveFloat, PositiveI
 from osler.data.config import ClinicData, CurriculumStage, FilesData, PreparedData, TurnsData
 from osler.data.curriculum import Timeline, lay_out, rows_per_micro_batch
 from osler.model.config import ModelConfig
-from osler.optim.config import LinearConfig, ScheduleConfig
+from osler.optim.schedule import LinearConfig, ScheduleConfig
 from osler.parallel.config import NoParallelConfig, ParallelConfig
 from osler.runs.config import CheckpointConfig, RunConfig
 from osler.tokenizer.config import SMALLEST_VOCABULARY, TokenizerConfig

@@ -23,7 +23,7 @@ from osler.checkpoint import store
 from osler.data.consumed import ConsumedData
 from osler.data.curriculum import rows_per_micro_batch
 from osler.data.loader import Batch, StagedLoader
-from osler.model.loss import nan_gradient_unless_finite
+from osler.model.transformer import nan_gradient_unless_finite
 from osler.monitor.collect import has_learned, step_stats
 from osler.monitor.history import RunSettings
 from osler.monitor.model_stats import ProbeRows

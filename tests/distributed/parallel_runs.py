@@ -40,8 +40,7 @@ from osler.checkpoint import store
 from osler.cli.main import main
 from osler.data.loader import Batch
 from osler.model.config import ModelConfig
-from osler.model.loss import SummedLoss
-from osler.model.transformer import Transformer
+from osler.model.transformer import SummedLoss, Transformer
 from osler.optim.bf16 import keep_in_bf16
 from osler.optim.build import build_optimizer
 from osler.optim.config import AdamWConfig

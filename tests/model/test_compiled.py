@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from osler.model.config import ModelConfig
-from osler.model.loss import SummedLoss
-from osler.model.transformer import Transformer
+from osler.model.transformer import SummedLoss, Transformer
 from osler.ops import attention, cross_entropy
 from osler.parallel.compile import compile_works
 

@@ -13,7 +13,7 @@ from osler.config.schema import encode
 from osler.model.attention import Attention, DecodeAttention
 from osler.model.config import ModelConfig
 from osler.model.decoder import Decoder
-from osler.model.linear import Layout
+from osler.model.layers import Layout
 from osler.model.transformer import ATTENTIONS, Transformer
 from osler.ops.cross_entropy import linear_cross_entropy
 

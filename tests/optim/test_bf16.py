@@ -1,4 +1,4 @@
-"""AdamW over bf16 weights: the same mathematics as torch's, no trace of a skipped step, exact resume, and it learns."""
+"""Stochastic rounding is right on average; AdamW with it does torch's mathematics, leaves no trace of a skip, resumes, learns."""
 
 from __future__ import annotations
 
@@ -7,15 +7,17 @@ from copy import deepcopy
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 from osler.checkpoint.optimizer_state import flatten_optimizer, restore_optimizer
 from osler.data.loader import Batch
 from osler.model.config import ModelConfig
-from osler.model.loss import SummedLoss, nan_gradient_unless_finite
-from osler.model.transformer import Transformer
+from osler.model.transformer import SummedLoss, Transformer, nan_gradient_unless_finite
+from osler.ops.sampling import mix_int
 from osler.optim import bf16
-from osler.optim.bf16 import Bf16AdamW, adamw_update, keep_in_bf16
+from osler.optim.bf16 import Bf16AdamW, adamw_update, keep_in_bf16, random_bits, round_stochastic
 from osler.optim.build import build_optimizer
 from osler.optim.config import AdamWConfig
 from osler.parallel.engine import ParallelEngine
@@ -28,6 +30,66 @@ MODEL = ModelConfig(
     num_layers=2, hidden_size=32, intermediate_size=64, num_heads=2, num_kv_heads=1, head_dim=16, vocab_size=64,
     max_seq_len=32, head_init="normal", residual_init="scaled",
 )  # fmt: skip
+
+
+def key(number: int) -> torch.Tensor:
+    return torch.tensor(mix_int(number))
+
+
+def test_the_mean_of_many_roundings_is_the_number():
+    draws = 1 << 16
+    for number in (1.001, -1.003, 3.14159, 1e-20, -2.5e30, 1e-39):
+        x = torch.tensor(number)
+        rounded = round_stochastic(x.expand(draws).contiguous(), random_bits(key(1), 0, draws)[0]).double()
+        neighbours = rounded.unique()
+        assert len(neighbours) == 2 and neighbours[0] < x < neighbours[1]
+        gap = float(neighbours[1] - neighbours[0])
+        assert abs(float(rounded.mean() - x.double())) < 4 * 0.5 * gap / draws**0.5  # four standard errors at most
+
+
+def test_over_all_bits_the_mean_is_exact():
+    x = torch.randn(50, generator=torch.Generator().manual_seed(0))
+    bits = torch.arange(1 << 16)
+    for value in x:
+        mean = round_stochastic(value.expand(1 << 16).contiguous(), bits).double().mean()
+        assert mean == value.double()
+
+
+def test_what_bf16_can_hold_stays():
+    words = torch.arange(1 << 16, dtype=torch.int32).to(torch.uint16).view(torch.bfloat16)
+    words = words[~words.isnan()]
+    for bits in (0, 1, 12345, (1 << 16) - 1):
+        rounded = round_stochastic(words.float(), torch.full(words.shape, bits))
+        assert torch.equal(rounded.view(torch.int16), words.view(torch.int16))
+
+
+def round_by_definition(x: torch.Tensor, bits: torch.Tensor) -> torch.Tensor:
+    """In float64: the share of the way to the outer neighbour is the probability of going there."""
+    nearest = x.to(torch.bfloat16)
+    inside = torch.where(nearest.abs() > x.abs(), torch.nextafter(nearest, torch.zeros_like(nearest)), nearest)
+    outside = torch.nextafter(inside, torch.copysign(torch.full_like(inside, torch.inf), nearest))
+    share = (x.double() - inside.double()) / (outside.double() - inside.double())
+    return torch.where(share + bits / 2.0**16 >= 1, outside, inside)
+
+
+@given(st.floats(width=32, min_value=-(2.0**127), max_value=2.0**127), st.integers(0, 65535))
+def test_equals_the_definition(number, bits):
+    x, drawn = torch.tensor([number]), torch.tensor([bits])
+    assert torch.equal(round_stochastic(x, drawn), round_by_definition(x, drawn))
+
+
+def test_bits_are_uniform_independent_and_a_function_of_key_and_position():
+    count = 1 << 18
+    drawn = torch.stack(random_bits(key(7), 0, count))
+    assert drawn.min() >= 0 and drawn.max() < 1 << 16
+    centred = drawn.double() / 2**16 - 0.5
+    error = (1 / 12) ** 0.5 / count**0.5
+    assert centred.mean(1).abs().max() < 5 * error
+    others = torch.stack(random_bits(key(8), 0, count)).double() / 2**16 - 0.5
+    together = torch.corrcoef(torch.cat([centred, others, centred.roll(1, 1)]))
+    assert (together - torch.eye(9)).abs().max() < 5 / count**0.5
+    later = torch.stack(random_bits(key(7), 1000, 50))
+    assert torch.equal(later, drawn[:, 1000:1050])
 
 
 def tiny(*, in_bf16: bool) -> Transformer:

@@ -11,8 +11,9 @@ from osler.checkpoint.optimizer_state import flatten_optimizer, restore_optimize
 from osler.model.config import ModelConfig
 from osler.model.transformer import Transformer
 from osler.optim.build import build_optimizer, set_hyperparameters
-from osler.optim.config import AdamWConfig, LrWeightDecay, MomentumWarmup, MuonConfig
+from osler.optim.config import AdamWConfig, MuonConfig
 from osler.optim.muon import Muon, equal_shapes, orthogonalize
+from osler.optim.schedule import LrWeightDecay, MomentumWarmup
 
 pytestmark = pytest.mark.usefixtures("no_compiled_code")
 

@@ -12,8 +12,8 @@ from osler.config.schema import ConfigError
 from osler.model.config import ModelConfig
 from osler.model.transformer import Transformer
 from osler.optim.build import build_optimizer, group_of, set_hyperparameters
-from osler.optim.config import (
-    AdamWConfig,
+from osler.optim.config import AdamWConfig, MuonConfig
+from osler.optim.schedule import (
     ConstantConfig,
     ConstantWeightDecay,
     CosineConfig,
@@ -21,10 +21,13 @@ from osler.optim.config import (
     LinearWeightDecay,
     LrWeightDecay,
     MomentumWarmup,
-    MuonConfig,
+    ScheduleConfig,
     WarmupStableDecayConfig,
+    WeightDecayConfig,
+    lr_scale,
+    momentum_at,
+    weight_decay_scale,
 )
-from osler.optim.schedule import Schedule, WeightDecaySchedule, lr_scale, momentum_at, weight_decay_scale
 from osler.rl.config import GrpoConfig
 from osler.train.config import TrainConfig
 
@@ -40,7 +43,7 @@ from osler.train.config import TrainConfig
         (WarmupStableDecayConfig(warmup_tokens=700, decay_fraction=1.0), {350: 0.5, 700: 1.0, 850: 0.5, 1000: 0.0}),
     ],
 )
-def test_schedules_at_round_numbers(schedule: Schedule, points: dict[int, float]) -> None:
+def test_schedules_at_round_numbers(schedule: ScheduleConfig, points: dict[int, float]) -> None:
     for tokens, expected in points.items():
         assert lr_scale(schedule, tokens, 1000) == pytest.approx(expected), tokens
 
@@ -62,16 +65,16 @@ def test_scale_is_never_outside_zero_and_one(tokens: int, warmup: int, kind: typ
         (LrWeightDecay(), {0: 0.3, 1000: 0.3}),
     ],
 )
-def test_weight_decay_schedules_at_round_numbers(schedule: WeightDecaySchedule, points: dict[int, float]) -> None:
+def test_weight_decay_schedules_at_round_numbers(schedule: WeightDecayConfig, points: dict[int, float]) -> None:
     for tokens, expected in points.items():
         assert weight_decay_scale(schedule, 0.3, tokens, 1000) == pytest.approx(expected), tokens
 
 
 def test_momentum_warmup_at_round_numbers() -> None:
-    warming = MuonConfig(momentum=0.95, momentum_warmup=MomentumWarmup(start=0.85, tokens=100))
+    warmup = MomentumWarmup(start=0.85, tokens=100)
     for tokens, expected in {0: 0.85, 50: 0.90, 99: 0.949, 100: 0.95, 1000: 0.95}.items():
-        assert momentum_at(warming, tokens) == pytest.approx(expected), tokens
-    assert momentum_at(MuonConfig(momentum=0.9), 0) == 0.9
+        assert momentum_at(warmup, 0.95, tokens) == pytest.approx(expected), tokens
+    assert momentum_at(MomentumWarmup(), 0.9, 0) == 0.9
 
 
 @pytest.mark.parametrize("kind", [AdamWConfig, MuonConfig])

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from osler.model.config import ModelConfig
-from osler.model.loss import SummedLoss
-from osler.model.transformer import Transformer
+from osler.model.transformer import SummedLoss, Transformer
 from osler.parallel.activation_checkpoint import set_recompute
 
 pytestmark = pytest.mark.usefixtures("no_compiled_code")

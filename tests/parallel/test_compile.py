@@ -11,8 +11,7 @@ from pathlib import Path
 import torch
 
 from osler.model.config import ModelConfig
-from osler.model.loss import SummedLoss
-from osler.model.transformer import Transformer
+from osler.model.transformer import SummedLoss, Transformer
 from osler.parallel.compile import COMPILED_SHAPES
 from osler.parallel.config import NoParallelConfig
 from osler.parallel.parallelize import parallelize

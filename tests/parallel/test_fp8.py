@@ -8,9 +8,8 @@ import pytest
 import torch
 
 from osler.model.config import ModelConfig
-from osler.model.linear import Linear
-from osler.model.loss import SummedLoss
-from osler.model.transformer import Transformer
+from osler.model.layers import Linear
+from osler.model.transformer import SummedLoss, Transformer
 from osler.optim.build import build_optimizer
 from osler.optim.config import AdamWConfig
 from osler.parallel.config import NoParallelConfig

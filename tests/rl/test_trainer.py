@@ -17,7 +17,8 @@ from osler.monitor import collect
 from osler.monitor.config import SpikeConfig
 from osler.monitor.metrics import declared_name
 from osler.optim.build import build_optimizer
-from osler.optim.config import AdamWConfig, LinearConfig
+from osler.optim.config import AdamWConfig
+from osler.optim.schedule import LinearConfig
 from osler.parallel.engine import ParallelEngine
 from osler.records.jsonl import LIFETIME, read_events
 from osler.rl.config import AlgorithmConfig, GrpoConfig, QualityConfig, StepCheckpoints

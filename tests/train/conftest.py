@@ -14,8 +14,7 @@ from osler.config.recipe import load_recipe, merge
 from osler.config.schema import encode
 from osler.data.prepare import open_prepared
 from osler.inference.load import load_model
-from osler.model.loss import SummedLoss
-from osler.model.transformer import Transformer
+from osler.model.transformer import SummedLoss, Transformer
 from osler.optim.build import build_optimizer
 from osler.parallel.engine import ParallelEngine
 from osler.runs.process import Learner, Run

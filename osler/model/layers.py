@@ -1,4 +1,4 @@
-"""Bias-free linear layers: those that train, and what decoding makes of them."""
+"""The layers that blocks are made of, none with a bias, and what decoding makes of each: RMSNorm, linear layers, SwiGLU."""
 
 from __future__ import annotations
 
@@ -8,7 +8,40 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from osler.model.norm import RMSNorm, WeightlessNorm
+from osler.model.config import ModelConfig
+
+
+class RMSNorm(nn.Module):
+    """Scale the last dimension to unit root mean square (arXiv 1910.07467); ``weight=False`` makes it parameter-free.
+
+    Statistics are in fp32, the result has the dtype of the input.
+    """
+
+    def __init__(self, size: int, *, eps: float, weight: bool) -> None:
+        super().__init__()
+        self.size, self.eps = size, eps
+        self.weight = nn.Parameter(torch.ones(size)) if weight else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        # The product with the weight comes after the cast back, as in the standard classes, so exports agree in bf16 too.
+        normed = F.rms_norm(x.float(), (self.size,), eps=self.eps).to(x.dtype)
+        return normed if self.weight is None else normed * self.weight.to(x.dtype)
+
+
+class WeightlessNorm:
+    """RMSNorm without a weight for decoding.
+
+    A CPU's rms_norm is made of seven operators; these four do the same (4.5 against 7.5 microseconds for 64 rows of 128).
+    """
+
+    def __init__(self, eps: float) -> None:
+        self._eps, self._eps_1 = eps, torch.tensor(eps)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if x.is_cuda:
+            return F.rms_norm(x.float(), (x.shape[-1],), eps=self._eps).to(x.dtype)
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        return (x * torch.addcmul(self._eps_1, norm, norm, value=1 / x.shape[-1]).rsqrt_()).to(x.dtype)
 
 
 class Linear(nn.Module):
@@ -81,3 +114,29 @@ def packs_weights(device: torch.device) -> bool:
         and torch.backends.cpu.get_cpu_capability().startswith("AVX")
         and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
     )
+
+
+class FeedForward(nn.Module):
+    """SwiGLU (arXiv 2002.05202): down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = joint_linear(x, self.gate_proj, self.up_proj)
+        return self.down_proj(F.silu(gate) * up)
+
+
+class DecodeFeedForward:
+    """The same with its weights in the layout of decoding, the norm before it included."""
+
+    def __init__(self, trained: FeedForward, norm: RMSNorm, layout: Layout) -> None:
+        self._gate_up = DecodeLinear(layout, trained.gate_proj.weight, trained.up_proj.weight, norm=norm)
+        self._down = DecodeLinear(layout, trained.down_proj.weight)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        gate, up = self._gate_up(x).chunk(2, dim=-1)
+        return self._down(F.silu(gate) * up)

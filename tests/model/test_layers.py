@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from osler.model.linear import Linear, joint_linear
+from osler.model.layers import Linear, joint_linear
 
 
 class Doubled(Linear):

@@ -1,3 +1,0 @@
-"""The label of a token that is not learned. Torch-free."""
-
-IGNORED = -100

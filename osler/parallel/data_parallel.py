@@ -1,0 +1,91 @@
+"""Torch's own data parallelism: DDP, where every rank has the whole model, and FSDP2, where each keeps a shard of it.
+
+Both average gradients during the backward pass. FSDP2 shards a model on the ``meta`` device before it has weights, so no rank
+ever needs to hold all of them; only evaluation gathers the model. While micro-batches accumulate, a rank keeps whole gradients,
+as nothing is sent before the last one; a batch of one forward pass keeps shards only. Weights are gathered in the compute dtype
+and gradients are reduced in fp32, so weights and sums over the ranks are as wide as with one process. Only FP8 differs: it gets
+weights that were rounded to bf16 before. https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from osler.model.transformer import ModelLoss
+from osler.parallel.config import DdpConfig, FsdpConfig
+from osler.parallel.engine import ParallelEngine
+from osler.runtime.world import World
+
+
+def apply_ddp(loss: ModelLoss, config: DdpConfig, world: World) -> ParallelEngine:
+    """Wrap the loss, so that DDP sees one forward pass from tokens to a number."""
+    # The buffers are tables, equal on all ranks, and need not be sent in every step; torch 2.13 renamed the option.
+    known = inspect.signature(DistributedDataParallel).parameters
+    options: dict[str, Any] = {"forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False}
+    wrapped = DistributedDataParallel(loss, gradient_as_bucket_view=True, **options)
+    if any(parameter.dtype == torch.bfloat16 for parameter in loss.parameters()):
+        wrapped.register_comm_hook(None, lambda _, bucket: average_in_fp32(bucket))  # whose annotations must be none
+    lay_out_buckets(wrapped, loss)
+    return ParallelEngine(wrapped, world, wrapped.no_sync)
+
+
+def average_in_fp32(bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+    """Average gradients of bf16 parameters in fp32 and round once, as one process does that adds them up."""
+    wide = bucket.buffer().float().div_(dist.get_world_size())
+    summed = dist.all_reduce(wide, async_op=True).get_future()
+    return summed.then(lambda future: bucket.buffer().copy_(future.value()[0]))
+
+
+def lay_out_buckets(wrapped: DistributedDataParallel, loss: ModelLoss) -> None:
+    """Run an empty backward pass, after which DDP lays out its gradient buckets for good.
+
+    The place of a gradient in its bucket decides in which order three or more ranks are summed. If the first step laid the
+    buckets out, the first step after a resume would round differently from the same step of an uninterrupted run.
+    """
+    learned = [parameter for parameter in loss.parameters() if parameter.requires_grad]
+    loss.forward = lambda: sum(0.0 * parameter.sum() for parameter in learned)
+    try:
+        wrapped().backward()
+    finally:
+        del loss.forward
+    for parameter in learned:
+        parameter.grad = None
+
+
+def apply_fsdp(loss: ModelLoss, config: FsdpConfig, world: World) -> ParallelEngine:
+    """Shard every block, and what lies outside of the blocks as one more unit; the model's parameters become ``DTensor``.
+
+    The shards of a model on ``meta`` get memory but no values.
+    """
+    mesh = init_device_mesh(torch.device(world.device).type, (world.size,))
+    # The model casts its activations itself.
+    policy = MixedPrecisionPolicy(
+        param_dtype=loss.model.compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
+    for block in loss.model.layers:
+        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=config.reshard_after_forward)
+    # Embeddings and head: needed first and last, so they stay from the forward into the backward pass.
+    root = fully_shard(loss, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    if any(parameter.is_meta for parameter in loss.parameters()):
+        loss.to_empty(device=world.device)
+        loss.model.make_tables(torch.device(world.device))
+
+    @contextmanager
+    def accumulating() -> Iterator[None]:
+        root.set_requires_gradient_sync(False)
+        try:
+            yield
+        finally:
+            root.set_requires_gradient_sync(True)
+
+    assert isinstance(root, FSDPModule)
+    return ParallelEngine(loss, world, accumulating)
