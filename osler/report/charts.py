@@ -211,7 +211,7 @@ def line_of(run: StageLog, name: str, label: str, colour: int, over: str = "step
     """Return a stage's curve of one metric, over steps or over tokens."""
     series, smooth = run.curves[name], not name.startswith(EXACT)
     if over == "tokens":
-        tokens = run.seen.values[np.searchsorted(run.seen.steps, series.steps)]
+        tokens = run.log.tokens.values[np.searchsorted(run.log.tokens.steps, series.steps)]
         known = np.isfinite(tokens)
         return Line(label, tokens[known], series.values[known], colour, smooth)
     return Line(label, series.steps, series.values, colour, smooth)

@@ -14,23 +14,22 @@ A file that cannot be read becomes a line in `RunRecord.problems`, which the pag
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
-
-import numpy as np
 
 from osler.checkpoint.folders import is_checkpoint
 from osler.config.decode import decode
 from osler.config.yaml12 import load_yaml
 from osler.model.config import MODEL_FILE, ModelConfig
-from osler.records.jsonl import Event, read_events
+from osler.records.jsonl import END, START, Event, read_events
 from osler.records.results import Comparison, ExamScore, FinishedStage, SampledAnswer, read_exams, read_samples
 from osler.records.values import NAN, as_dict, as_list, as_text, read_records
-from osler.report.curves import Floats, Series, read_curves
+from osler.report.curves import MetricsLog, Series, time_at_work
 from osler.runtime.errors import UserError
 from osler.runtime.files import RunFolder, read_json
 
@@ -39,18 +38,47 @@ MOST_NAMED = 8  # runs that a message spells out
 STAGE_ORDER = ("untrained", "pretrain", "midtrain", "sft", "grpo", "rl")
 
 
-@dataclass
 class StageLog:
-    """What one stage logged: its curves by metric name, and beside them tokens seen and unix seconds."""
+    """What one stage has written so far: its curves, its configuration, its model, its events."""
 
-    name: str
-    curves: dict[str, Series] = field(default_factory=dict)
-    seen: Series = field(default_factory=Series)  # tokens
-    clock: Series = field(default_factory=Series)  # unix seconds
-    config: dict[str, Any] = field(default_factory=dict)
-    config_text: str = ""
-    model: dict[str, Any] = field(default_factory=dict)  # as its checkpoints describe it, {} without one
-    events: list[Event] = field(default_factory=list)  # oldest first
+    def __init__(self, folder: Path, name: str = "", *, sampled: bool = False) -> None:
+        self.folder, self.name = RunFolder(folder), name
+        self.log = MetricsLog(self.folder.metrics, sampled=sampled)
+        self.config: dict[str, Any] = {}
+        self.config_text = ""
+        self.saved_model: dict[str, Any] = {}  # as its checkpoints describe it, {} without one
+        self.events: list[Event] = []  # oldest first
+        self.problems: list[str] = []
+        self._stamps: dict[Path, tuple[int, int]] = {}
+
+    def refresh(self) -> None:
+        """Read what has changed since the last call; raises UserError when a log is there and cannot be read."""
+        if self._has_changed(self.folder.events):  # first, so that the start of a process is known before its lines
+            self.events = read_events(self.folder.events)
+        self.log.poll()
+        if self._has_changed(self.folder.config):
+            self.config_text, self.config = _read_config(self.folder.config, self.problems)
+        if self._has_changed(self.folder.checkpoints):
+            self._read_checkpoints()
+
+    def _has_changed(self, path: Path) -> bool:
+        old, self._stamps[path] = self._stamps.get(path, (0, 0)), stamp(path)
+        return self._stamps[path] != old
+
+    def _read_checkpoints(self) -> None:
+        """Read the model out of the newest readable checkpoint; all hold the same."""
+        for path in sorted(self.folder.checkpoints.glob(f"step-*/{MODEL_FILE}"), reverse=True):
+            self.saved_model = self.saved_model or find_model(read_or_none(path))
+
+    @property
+    def model(self) -> dict[str, Any]:
+        """The model that was trained, {} when nothing tells."""
+        return self.saved_model or find_model(self.config)
+
+    @property
+    def curves(self) -> dict[str, Series]:
+        """The curves by metric name."""
+        return self.log.curves
 
     def finite(self, name: str) -> Series:
         """Return the finite points of a curve, none when the metric was not logged."""
@@ -58,27 +86,30 @@ class StageLog:
 
     @property
     def last_step(self) -> int:
-        return int(self.seen.steps[-1]) if len(self.seen) else 0
+        return int(self.log.tokens.steps[-1]) if len(self.log.tokens) else 0
 
     @property
     def tokens(self) -> float:
-        known = self.seen.finite().values
+        known = self.log.tokens.finite().values
         return float(known.max()) if len(known) else NAN
 
     @property
     def seconds(self) -> float:
         """Time between the first and the last line, pauses left out."""
-        gaps = self._gaps()
-        return float(gaps.sum()) - sum(self.pauses) if len(gaps) else NAN
+        return self._time_at_work()[0]
 
     @property
     def pauses(self) -> list[float]:
-        """Gaps between lines, in seconds, far longer than the run's usual ones: it was stopped, or it slept."""
-        gaps = self._gaps()
-        return [float(g) for g in gaps[gaps > max(60.0, 30 * np.median(gaps))]] if len(gaps) >= 5 else []
+        """The pauses, in seconds: the run was stopped, or it slept."""
+        return self._time_at_work()[1]
 
-    def _gaps(self) -> Floats:
-        return np.maximum(np.diff(self.clock.finite().values), 0.0)
+    def _time_at_work(self) -> tuple[float, list[float]]:
+        idle, since = [], -math.inf
+        for event in self.events:
+            if event.kind == START:
+                idle.append((since, event.time))
+            since = event.time if event.kind == END else -math.inf if event.kind == START else since
+        return time_at_work(self.log.times, [(begun, ended) for begun, ended in idle if math.isfinite(ended)])
 
 
 @dataclass
@@ -108,26 +139,24 @@ def read_run(folder: str | Path | RunRecord) -> RunRecord:
     problems: list[str] = []
     stages = _read(problems, run.stages, partial(read_records, FinishedStage)) or []
     names = [stage.name for stage in stages]
-    own = _read_stage(path, "", problems)
-    runs = [own] if len(own.clock) or own.events else []
-    runs += [_read_stage(sub, sub.name, problems) for sub in sub_runs(path)]
+    own, *inner = [StageLog(path), *(StageLog(sub, sub.name) for sub in sub_runs(path))]
+    for stage in (own, *inner):
+        stage.refresh()
+        problems += [*stage.problems, *_unreadable(f"{stage.name}/metrics.jsonl".lstrip("/"), stage.log.unreadable)]
     samples, unreadable = read_samples(run.samples)
-    _note_unreadable(problems, "samples.jsonl", unreadable)
+    problems += _unreadable("samples.jsonl", unreadable)
     versions = as_dict(_read(problems, path / "versions.json", read_json))
+    groups = {key: as_dict(group) for key, group in versions.items() if isinstance(group, dict) and group}
     return RunRecord(
         path=path,
         own=own,
-        runs=sorted(runs, key=lambda stage: stage_rank(stage.name, names)),
+        runs=sorted([own, *inner] if own.curves or own.events else inner, key=lambda stage: stage_rank(stage.name, names)),
         stages=stages,
         exams=sorted(_read(problems, run.exams, read_exams) or [], key=lambda score: stage_rank(score.label, names)),
         comparisons=_read(problems, run.comparison, partial(read_records, Comparison)) or [],
         samples=samples,
         versions={key: as_text(value) for key, value in versions.items() if not isinstance(value, (dict, list))},
-        groups={
-            key: {name: as_text(value) for name, value in as_dict(group).items()}
-            for key, group in versions.items()
-            if isinstance(group, dict) and group
-        },
+        groups={key: {name: as_text(value) for name, value in group.items()} for key, group in groups.items()},
         notes=[as_text(note) for note in as_list(_read(problems, path / "notes.json", read_json)) if as_text(note)],
         problems=problems,
     )
@@ -167,54 +196,11 @@ def is_run(path: Path) -> bool:
     return (RunFolder(path).config.is_file() or RunFolder(path).metrics.is_file()) and not is_checkpoint(path)
 
 
-def _read_config(path: Path, problems: list[str]) -> tuple[str, dict[str, Any]]:
-    text = path.read_text(encoding="utf-8", errors="replace")
-    text = re.sub(r"(?m)^( *(?:webhook|alert_command): )(?!null$).+$", r"\1(not shown)", text)  # may hold a secret
-    try:
-        config = load_yaml(text, path.name)
-    except UserError as error:
-        problems.append(f"{error} The file is shown as it stands.")
-        config = None
-    return text, config if isinstance(config, dict) else {}
-
-
-def _read_stage(folder: Path, name: str, problems: list[str]) -> StageLog:
-    run = RunFolder(folder)
-    text, config = _read_config(run.config, problems) if run.config.is_file() else ("", {})
-    found = read_curves(run.metrics)
-    _note_unreadable(problems, f"{name}/metrics.jsonl".lstrip("/"), found.unreadable)
-    model = checkpoint_model(folder)
-    return StageLog(name, found.metrics, found.tokens, found.clock, config, text, model, read_events(run.events))
-
-
-def _note_unreadable(problems: list[str], name: str, lines: int) -> None:
-    if lines:
-        problems.append(f"{name}: {lines} unreadable line{'s' if lines > 1 else ''} skipped.")
-
-
-def _read(problems: list[str], path: Path, reader: Callable[[Path], T]) -> T | None:
-    """Return what a reader makes of a file; None when there is none, or (with a problem noted) when it cannot be read."""
-    try:
-        return reader(path) if path.exists() else None
-    except UserError:
-        problems.append(f"{path.name} could not be read; its part of this page is missing.")
-        return None
-
-
-def checkpoint_model(folder: Path) -> dict[str, Any]:
-    """Return the model that a run folder's newest readable checkpoint describes, {} without one; all hold the same."""
-    for path in sorted(RunFolder(folder).checkpoints.glob(f"step-*/{MODEL_FILE}"), reverse=True):
-        try:
-            found = find_model(read_json(path))
-        except UserError:
-            continue
-        if found:
-            return found
-    return {}
-
-
 def find_model(config: object) -> dict[str, Any]:
-    """Return the first mapping inside a configuration that describes its model (`num_layers`, `hidden_size`), or {}."""
+    """Return the first mapping inside a configuration that describes its model (`num_layers`, `hidden_size`), or {}.
+
+    A run with `init_from` trains the model it started from, so the section `model` of its configuration says nothing.
+    """
     if isinstance(config, dict) and not config.get("init_from"):
         if "num_layers" in config and "hidden_size" in config:
             return config
@@ -229,3 +215,43 @@ def count_parameters(model: dict[str, Any]) -> int | None:
         return decode(ModelConfig, {k: v for k, v in model.items() if k in known}).num_parameters
     except UserError:
         return None  # for example a vocabulary size that the tokenizer has yet to decide
+
+
+def stamp(path: Path) -> tuple[int, int]:
+    """Return the time in nanoseconds and the size of a file, which has not changed while they are the same."""
+    try:
+        stat = path.stat()
+    except OSError:
+        return 0, 0
+    return stat.st_mtime_ns, stat.st_size
+
+
+def read_or_none(path: Path) -> Any:
+    """Return what a JSON file holds, None when it cannot be read."""
+    try:
+        return read_json(path)
+    except UserError:
+        return None
+
+
+def _read_config(path: Path, problems: list[str]) -> tuple[str, dict[str, Any]]:
+    text = path.read_text(encoding="utf-8", errors="replace")
+    text = re.sub(r"(?m)^( *(?:webhook|alert_command): )(?!null$).+$", r"\1(not shown)", text)  # may hold a secret
+    try:
+        return text, as_dict(load_yaml(text, path.name))
+    except UserError as error:
+        problems.append(f"{error} The file is shown as it stands.")
+        return text, {}
+
+
+def _unreadable(name: str, lines: int) -> list[str]:
+    return [f"{name}: {lines} unreadable line{'s' if lines > 1 else ''} skipped."] if lines else []
+
+
+def _read(problems: list[str], path: Path, reader: Callable[[Path], T]) -> T | None:
+    """Return what a reader makes of a file; None when there is none, or (with a problem noted) when it cannot be read."""
+    try:
+        return reader(path) if path.exists() else None
+    except UserError:
+        problems.append(f"{path.name} could not be read; its part of this page is missing.")
+        return None

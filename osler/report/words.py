@@ -101,7 +101,7 @@ def stage_seconds(run: RunRecord, word: str) -> float:
 
 def model_of(run: RunRecord) -> tuple[dict[str, Any], float]:
     """Return the model's configuration and its number of parameters (NaN when it cannot be counted)."""
-    saved = [run.own.model, *(stage.model for stage in run.runs)]
+    saved = [run.own.saved_model, *(stage.saved_model for stage in run.runs)]
     written = map(find_model, [run.own.config, *(stage.config for stage in run.runs)])
     models = [model for model in (*saved, *written) if model]
     for model in models:

@@ -6,17 +6,17 @@ Curves are columns of eighth blocks, which every terminal font has; a column is 
 from __future__ import annotations
 
 import math
-import statistics
 import textwrap
-from collections.abc import Sequence
-from itertools import pairwise
 from typing import NamedTuple
+
+import numpy as np
 
 from osler.monitor.metrics import declared_name
 from osler.records.jsonl import LIFETIME
 from osler.records.values import as_text
 from osler.report import format as fmt
 from osler.report.charts import Family, by_layer, by_row, in_families, inner, kind_of
+from osler.report.curves import Floats, Series
 from osler.report.events import grouped
 from osler.report.svg import value_range
 from osler.watch.state import WatchedFolder, WatchedRun
@@ -93,20 +93,18 @@ def _header(watched: WatchedFolder, run: WatchedRun, now: float, width: int) -> 
     state = run.state(now)
     lines = [Text(" · ".join(filter(None, facts)), "title")]
     lines += [Text(part, STATE_STYLES.get(state.kind, "dim")) for part in _wrapped(clean(state.words), max(20, width))]
-    last = run.log.last
-    if last is None:
+    if not run.has_lines:
         return lines
-    total, unit = run.total
+    done, total, unit = run.progress
     of_total = {unit: f" of {fmt.count(total)}"} if math.isfinite(total) else {}
-    told = [f"step {last.step:,}{of_total.get('steps', '')}"]
-    told.append(f"{fmt.count(last.tokens)}{of_total.get('tokens', '')} tokens")
-    told.append(f"{fmt.duration(run.log.active_seconds)} so far")
+    told = [f"step {run.last_step:,}{of_total.get('steps', '')}", f"{fmt.count(run.tokens)}{of_total.get('tokens', '')} tokens"]
+    told.append(f"{fmt.duration(np.nan_to_num(run.seconds))} so far")
     left = run.seconds_left(now)
     if state.kind == "running" and math.isfinite(left):
         told.append(f"{fmt.duration(left)} to go")
     lines.append(Text(" · ".join(told)))
     if total > 0:
-        share = min(1.0, max(0.0, run.done / total))
+        share = min(1.0, max(0.0, done / total))
         size = max(10, min(width, 100) - 7)
         full = int(share * size)
         lines.append(Text(f"{FULL * full}{EMPTY * (size - full)} {fmt.percent(share)}", "chart"))
@@ -122,8 +120,8 @@ def _stages(watched: WatchedFolder, current: WatchedRun, width: int) -> list[Tex
         elif name in watched.finished:
             told.append(f"{name} {fmt.duration(watched.finished[name])}")
         elif name in watched.stages:
-            last = watched.stages[name].log.last
-            told.append(f"{name} to step {last.step:,}" if last else f"{name} begun")
+            stage = watched.stages[name]
+            told.append(f"{name} to step {stage.last_step:,}" if stage.has_lines else f"{name} begun")
         else:
             told.append(f"{name} to come")
     return [Text(line, "dim") for line in textwrap.wrap("   ".join(told), max(20, width))]
@@ -134,60 +132,56 @@ def _panels(run: WatchedRun, width: int, rows: int) -> list[Text]:
     shown = [
         (title if row == name else f"{inner(row, name)} {title}", name, zero)
         for row, title, zero in PANELS
-        for name in sorted(run.log.curves)
-        if declared_name(name) == row and any(math.isfinite(v) for _, v in run.log.curves[name])
+        for name in sorted(run.curves)
+        if declared_name(name) == row and np.isfinite(run.curves[name].values).any()
     ]
     side_by_side = max(1, min(len(shown), (width + GAP) // (PANEL_WIDTH + GAP)))
     size = (width - GAP * (side_by_side - 1)) // side_by_side
     lines = []
     for start in range(0, len(shown), side_by_side):
         some = shown[start : start + side_by_side]
-        panels = [_panel(title, run.log.curves[name], name, zero, size, rows) for title, name, zero in some]
+        panels = [_panel(title, run.curves[name], name, zero, size, rows) for title, name, zero in some]
         for i, parts in enumerate(zip(*panels, strict=True)):
             lines.append(Text((" " * GAP).join(parts), "chart" if i else "title"))
     return lines
 
 
-def _panel(title: str, curve: Sequence[tuple[int, float]], name: str, zero: bool, width: int, rows: int) -> list[str]:
+def _panel(title: str, curve: Series, name: str, zero: bool, width: int, rows: int) -> list[str]:
     """Return a curve under its title, newest value and range."""
-    known = [v for _, v in curve if math.isfinite(v)]
-    head = f"{title} {_show(name, curve[-1][1])}"
-    span = f"{_show(name, min(known))} to {_show(name, max(known))}"
+    known = curve.finite().values
+    head = f"{title} {_show(name, curve.values[-1])}"
+    span = f"{_show(name, known.min())} to {_show(name, known.max())}"
     head = f"{head}  {span:>{max(0, width - len(head) - 2)}}" if len(head) + len(span) + 2 <= width else head
     return [f"{_cut(head, width):<{width}}", *blocks(columns(curve, width), rows, zero=zero)]
 
 
-def columns(curve: Sequence[tuple[int, float]], width: int) -> list[float]:
+def columns(curve: Series, width: int) -> Floats:
     """Return the means of a curve over `width` equal stretches of steps, with straight lines over stretches without a value.
 
     A mean is NaN where nothing in its stretch was finite.
     """
-    first, last = curve[0][0], curve[-1][0]
-    stretches: dict[int, list[float]] = {}
-    for step, value in curve:
-        stretches.setdefault(min(width - 1, (step - first) * width // max(1, last - first)), []).append(value)
-    means = {i: statistics.fmean([v for v in values if math.isfinite(v)] or [math.nan]) for i, values in stretches.items()}
-    out = [means[max(means)]] * width
-    for a, b in pairwise(means):
-        for i in range(a, b):
-            out[i] = means[a] + ((means[b] - means[a]) * (i - a) / (b - a) if i > a else 0.0)
-    return out
+    steps, values, known = curve.steps - curve.steps[0], curve.values, np.isfinite(curve.values)
+    places = np.minimum(width - 1, steps * width // max(1, steps[-1]))
+    counts, sums = np.bincount(places[known], minlength=width), np.bincount(places[known], values[known], width)
+    means = np.where(counts > 0, sums / np.maximum(counts, 1), math.nan)
+    logged = np.unique(places)
+    return np.interp(np.arange(width), logged, means[logged])
 
 
-def blocks(values: Sequence[float], rows: int, *, zero: bool = False) -> list[str]:
+def blocks(values: Floats, rows: int, *, zero: bool = False) -> list[str]:
     """Return values as columns of blocks, the highest line first; a rare spike is cut off, NaN is left blank."""
-    known = [v for v in values if math.isfinite(v)]
-    if not known:
+    known = np.isfinite(values)
+    if not known.any():
         return [" " * len(values)] * rows
-    low, high, _ = value_range(known, zero, "number")
+    low, high, _ = value_range(values[known], zero, "number")
     steps = 8 * rows - 1  # the lowest value is one eighth high, so that it can be told from none
-    heights = [1 + round(steps * min(1.0, (v - low) / (high - low))) if math.isfinite(v) else 0 for v in values]
-    return ["".join(BLOCKS[min(8, max(0, h - 8 * row))] for h in heights) for row in reversed(range(rows))]
+    heights = np.where(known, 1 + np.rint(steps * np.minimum(1.0, (values - low) / (high - low))), 0)
+    return ["".join(BLOCKS[int(n)] for n in np.clip(heights - 8 * row, 0, 8)) for row in reversed(range(rows))]
 
 
 def _values(run: WatchedRun, width: int) -> list[Text]:
     """Return the newest value of every metric, by family; of one that all layers have its range and the layer of its top."""
-    newest = {name: curve[-1][1] for name, curve in run.log.curves.items() if curve}
+    newest = {name: float(curve.values[-1]) for name, curve in run.curves.items()}
     lines = []
     for family, names in in_families(newest):
         whole, layers = by_layer(names)
@@ -215,8 +209,7 @@ def _checkpoints(run: WatchedRun, now: float) -> list[Text]:
     """Return the newest checkpoints, and which is the best."""
     if not run.checkpoints:
         return []
-    best = as_text(run.best.get("folder"))
-    told = [f"{c.step:,}{' (best)' if c.path.name == best else ''}" for c in run.checkpoints[:CHECKPOINTS]]
+    told = [f"{c.step:,}{' (best)' if c.path.name == run.best else ''}" for c in run.checkpoints[:CHECKPOINTS]]
     ago = fmt.duration(max(0.0, now - run.saved_at))
     return [Text(f"checkpoints: step {', '.join(told)}; the newest {ago} ago", "dim")]
 

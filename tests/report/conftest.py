@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import pytest
@@ -37,9 +37,21 @@ QUESTIONS = (
 )  # fmt: skip
 
 
-def write_jsonl(path: Path, rows: list[dict[str, object]]) -> None:
+def write_jsonl(path: Path, rows: Iterable[Mapping[str, object]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    with path.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def write_run(
+    folder: Path, rows: Iterable[Mapping[str, object]] = (), config: str = "kind: pretrain\n", **files: object
+) -> Path:
+    """A run folder: config, the lines of its log, and JSON files by stem."""
+    write_jsonl(folder / "metrics.jsonl", rows)
+    (folder / "config.yaml").write_text(config, encoding="utf-8")
+    for stem, content in files.items():
+        (folder / f"{stem}.json").write_text(json.dumps(content), encoding="utf-8")
+    return folder
 
 
 def exam(accuracy: float, n: int, letters: dict[str, int], unparsed: int = 0) -> dict[str, object]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
@@ -15,7 +15,7 @@ from osler.records.jsonl import Event
 from osler.records.values import to_json
 from osler.report import format as fmt
 from osler.report import svg
-from osler.report.charts import OTHER, TOGETHER, bundle, by_layer, charts_of, family_of, kind_of, layer_of
+from osler.report.charts import OTHER, TOGETHER, Chart, Family, bundle, by_layer, charts_of, family_of, kind_of, layer_of
 from osler.report.curves import Series
 from osler.report.events import grave_in_words, grouped, marks_of
 from osler.report.page import build_report
@@ -136,9 +136,14 @@ def test_the_farthest_layer_is_the_one_that_is_not_finite() -> None:
     assert [line.label for line in lines_] == ["layer 0"] and not len(band.x)
 
 
+def rest_of_charts(names: Iterable[str]) -> list[tuple[Family, list[Chart]]]:
+    stage = StageLog(Path("none"))
+    stage.log.curves = {name: Series([1], [1.0]) for name in names}
+    return charts_of(stage, 0)[1]
+
+
 def test_metrics_of_one_row_share_a_chart() -> None:
-    curves = {f"rewards/r{i}/mean": Series([1], [float(i)]) for i in range(10)}
-    _, rest = charts_of(StageLog("grpo", curves), 0)
+    rest = rest_of_charts(f"rewards/r{i}/mean" for i in range(10))
     ((family, charts),) = rest
     assert family.title == "Reinforcement learning"
     assert [[line.label for line in drawn] for _, drawn, _ in charts] == [[f"r{i}" for i in range(8)], ["r8", "r9"]]
@@ -146,8 +151,7 @@ def test_metrics_of_one_row_share_a_chart() -> None:
 
 
 def test_metrics_that_are_read_beside_one_another_share_a_chart() -> None:
-    curves = {f"perf/{part}_ms": Series([1], [1.0]) for part in ("data", "forward", "loading")}
-    ((family, charts),) = charts_of(StageLog("", curves), 0)[1]
+    ((family, charts),) = rest_of_charts(f"perf/{part}_ms" for part in ("data", "forward", "loading"))
     assert family.title == "Performance" and [spec.title for spec, _, _ in charts] == [
         "Where a step's time goes",
         "perf/loading_ms",

@@ -1,0 +1,186 @@
+"""The curves of a log are what its lines say, whatever happens to the file; a long log costs no more for each line."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+import tracemalloc
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from osler.records import jsonl
+from osler.records.jsonl import MetricsFile
+from osler.report.compare import build_comparison
+from osler.report.curves import MAX_POINTS, SAMPLED_LINES, MetricsLog, time_at_work
+from osler.report.page import build_report
+from osler.report.words import summary_text
+from tests.report.conftest import write_run
+
+SHORT, TIMES = 1500, 8
+NAMES = [f"train/m{number}" for number in range(12)]
+
+
+def line(step: int, **metrics: object) -> str:
+    return json.dumps({"step": step, "tokens": 100 * step, "time": 1e6 + step, **metrics}) + "\n"
+
+
+def told(log: MetricsLog, name: str = "loss") -> list[tuple[int, str]]:
+    """The points of a curve after another look at the file."""
+    log.poll()
+    curve = log.curves[name]
+    return list(zip(curve.steps.tolist(), map(str, curve.values), strict=True))
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "metrics.jsonl"
+
+
+@pytest.fixture
+def parsed(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
+    """The lines that are parsed."""
+    lines: list[bytes] = []
+    parse = jsonl.parse
+    monkeypatch.setattr(jsonl, "parse", lambda text: lines.append(text) or parse(text))
+    return lines
+
+
+def test_the_curves_are_what_the_lines_say(path: Path) -> None:
+    lines = [
+        '{"step": 1, "tokens": 10, "time": 1.0, "a": 1, "b": true, "text": "x"}',
+        '{"step": 2, "tokens": 20, "time": 2.0, "a": null, "b": "NaN", "text": 3}',
+        '{"step": 3, "tokens": "odd", "a": 1e999, "c": [1]}',
+        "torn in the middle",
+        '{"step": 1e300, "a": 5}',
+        '{"tokens": 7, "a": 5}',
+        f'{{"step": 4.0, "tokens": 40, "a": {10**400}}}',
+        '{"step": 4, "a": 9.5}',
+        '{"step": 2, "tokens": 21, "time": 9.0, "a": 7}',
+        '\n{"step": 5, "a',
+    ]
+    path.write_text("\n".join(lines), encoding="utf-8")
+    log = MetricsLog(path)
+    assert told(log, "a") == [(1, "1.0"), (2, "7.0"), (3, "nan"), (4, "9.5")], "of a step that was made twice the later line"
+    assert told(log, "b") == [(1, "1.0")] and told(log, "text") == [(2, "3.0")] and log.curves.keys() == {"a", "b", "text"}
+    assert [str(value) for value in log.tokens.values] == ["10.0", "21.0", "nan", "nan"]
+    assert log.times.tolist() == [1.0, 2.0, 9.0] and log.unreadable == 3, "torn in the middle, or without a step"
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+def test_what_is_appended_is_read_once(path: Path, parsed: list[bytes], sampled: bool) -> None:
+    log = MetricsLog(path, sampled=sampled)
+    log.poll()
+    assert not log.curves, "not there yet"
+    sink = MetricsFile(path)
+    sink.write(1, 100, {"loss": 3.0}, time=1e6)
+    assert told(log) == told(log) == [(1, "3.0")]
+    sink.write(2, 200, {"loss": math.nan, "eval/loss": 2.5}, time=1e6 + 4)
+    assert told(log) == [(1, "3.0"), (2, "nan")] and told(log, "eval/loss") == [(2, "2.5")] and len(parsed) == 2
+    with path.open("a") as file:
+        file.write(line(3, loss=1.0)[:20])
+    assert told(log)[-1][0] == 2, "a torn line waits for its rest"
+    with path.open("a") as file:
+        file.write(line(3, loss=1.0)[20:])
+    assert told(log)[-1] == (3, "1.0") and log.times.tolist() == [1e6, 1e6 + 4, 1e6 + 3]
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_file_written_anew_is_read_anew(path: Path, in_place: bool) -> None:
+    path.write_text("".join(line(s, loss=float(s)) for s in range(1, 9)))
+    log = MetricsLog(path)
+    log.poll()
+    anew = "".join(line(s, loss=-float(s)) for s in range(1, 12))  # longer than before, and another
+    if in_place:
+        path.write_text(anew)
+    else:
+        (path.parent / "new").write_text(anew)
+        (path.parent / "new").replace(path)
+    assert told(log) == [(s, str(-float(s))) for s in range(1, 12)] and len(log.times) == 11
+
+
+def test_a_resume_drops_the_lines_after_its_checkpoint(path: Path) -> None:
+    log = MetricsLog(path)
+    sink = MetricsFile(path)
+    for step in range(1, 7):
+        sink.write(step, step, {"loss": float(step)})
+    log.poll()
+    sink = MetricsFile(path, last_step=4)
+    assert [step for step, _ in told(log)] == [1, 2, 3, 4]
+    sink.write(5, 5, {"loss": 50.0})
+    assert told(log)[-1] == (5, "50.0")
+    path.unlink()
+    log.poll()
+    assert not log.curves and not len(log.times)
+
+
+def test_pauses_are_no_work() -> None:
+    times = [1e6 + 10 * n + (7200 if n > 20 else 0) for n in range(41)]
+    assert time_at_work(times) == (390.0, [7210.0])
+    assert time_at_work(times, [(1e6 + 203, 1e6 + 7407)]) == (396.0, [7210.0]), "to the end, and from the start on"
+    assert time_at_work(times[:21], [(-math.inf, 1e6 + 195)]) == (195.0, []), "a killed process ended at its last line"
+    assert math.isnan(time_at_work(times[:1])[0])
+
+
+def test_a_long_log_is_sampled_and_then_followed_line_by_line(path: Path, parsed: list[bytes]) -> None:
+    """200,000 lines: each evaluation, the end, and enough of the rest, in a fraction of the time that parsing all would take."""
+    count = 200_000
+    wide = {f"grad/norm/{n}": 0.1 for n in range(8)}
+    with path.open("w") as file:
+        for step in range(1, count + 1):
+            file.write(line(step, **{"train/loss": 5.0, **(wide if step % 10 == 0 else {})}))
+            if step % 10_000 == 0:
+                file.write(line(step, **{"eval/loss": 4.0, "eval/seconds": 1.0}))
+    log = MetricsLog(path, sampled=True)
+    assert told(log, "eval/loss") == [(step, "4.0") for step in range(10_000, count + 1, 10_000)]
+    assert len(parsed) < 0.05 * count and time_at_work(log.times) == (count - 1, [])
+    steps = [step for step, _ in told(log, "train/loss")]
+    assert steps[-1] == count and steps[0] < 2000 and SAMPLED_LINES * 0.8 < len(steps) <= MAX_POINTS
+    assert max(b - a for a, b in pairwise(steps)) < 2000, "from everywhere"
+    assert len(log.curves["grad/norm/3"]) > SAMPLED_LINES / 20, "lines of a rhythm of their own are met as well"
+    parsed.clear()
+    for start in range(count + 1, count + 3 * MAX_POINTS, 1000):
+        with path.open("a") as file:
+            file.write("".join(line(step, **{"train/loss": 4.5}) for step in range(start, start + 1000)))
+        assert told(log, "train/loss")[-1] == (start + 999, "4.5") and len(parsed) == start + 999 - count
+    assert len(log.curves["train/loss"]) <= MAX_POINTS and log.curves["train/loss"].steps[0] == steps[0]
+
+
+def write_long_run(folder: Path, lines: int) -> Path:
+    rows = (
+        {"step": step, "tokens": 100 * step, "time": 0.5 * step, "train/loss": 1.0 + 3.0 / step}
+        | {name: (step * 7919 % 1013) / 1013 for name in NAMES}
+        for step in range(1, lines + 1)
+    )
+    return write_run(folder, rows)
+
+
+def seconds(work: Callable[[], object]) -> float:
+    begun = time.process_time()
+    work()
+    return time.process_time() - begun
+
+
+def peak_bytes(work: Callable[[], object]) -> int:
+    tracemalloc.start()
+    try:
+        work()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def test_time_and_memory_grow_as_the_lines_do(tmp_path: Path) -> None:
+    """A page that looks at every line once for each line would take some 64 times as long for 8 times the lines."""
+    short, long = write_long_run(tmp_path / "short", SHORT), write_long_run(tmp_path / "long", TIMES * SHORT)
+    build_report(short)  # what is imported on first use is no part of it
+    assert seconds(lambda: build_report(long)) < 3 * TIMES * seconds(lambda: build_report(short))
+    out, other = tmp_path / "page.html", write_long_run(tmp_path / "other", SHORT)
+    assert seconds(lambda: build_comparison([str(long), str(other)], out)) < 3 * TIMES * seconds(
+        lambda: build_comparison([str(short), str(other)], out)
+    )
+    more = peak_bytes(lambda: summary_text(long)) - peak_bytes(lambda: summary_text(short))
+    assert more < (TIMES - 1) * SHORT * len(NAMES) * 30, "bytes of each number"
