@@ -65,7 +65,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     from osler.runtime.files import RunFolder
     from osler.runtime.world import World
     from osler.train.config import TokenCheckpoints, TrainConfig
-    from osler.train.trainer import Evaluations, SupervisedTrainer
+    from osler.train.trainer import SupervisedTrainer
 
     keep_freed_memory()
     device = torch.device(args.device)
@@ -97,7 +97,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
                 yield batch
 
         run = RunFolder.create(Path(folder) / "run")
-        trainer = SupervisedTrainer(config, Run(run, World(device=args.device)), built(config, args), staged, Evaluations())
+        trainer = SupervisedTrainer(config, Run(run, World(device=args.device)), built(config, args), staged)
         trainer.batches = batches
         assert Loop(trainer).fit()
         times = [line.values["perf/monitor_ms"] for line in read_metrics(run.metrics, having="perf/monitor_ms")]

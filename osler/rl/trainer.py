@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -26,20 +27,22 @@ from osler.rl.config import GrpoConfig
 from osler.rl.prompts import prompts_asked, step_prompts
 from osler.rl.rollout import Group, RolloutWorker, count_tokens, rollout_metrics
 from osler.rl.step import training_rows, update_policy
-from osler.runs.incidents import Incidents
-from osler.runs.loop import Due
+from osler.runs.loop import Due, Trainer
 from osler.runs.process import Learner, Run
 
 # Numbers that a step has when some group's rewards differ, so that means and rules over steps are over those that learned.
 OF_LEARNING = ("loss", "loss/drift", "grad/clipped_frac")
 
 
-class GrpoTrainer:
+class GrpoTrainer(Trainer):
     """Asks the questions of ``worker`` and learns from the answers.
 
     ``learner`` has an engine around a ``step.PolicyLoss`` of the model from which ``worker`` draws. ``evaluate`` returns metrics
     of the model as it is, and ``best_metric`` among them decides which checkpoint is the best.
     """
+
+    config: GrpoConfig
+    tokens = 0  # completion tokens sampled
 
     def __init__(
         self,
@@ -50,48 +53,22 @@ class GrpoTrainer:
         evaluate: Callable[[], Mapping[str, float]] = dict,
         best_metric: str = "",
     ) -> None:
-        self.config, self.run, self.learner = config, run, learner
+        super().__init__(config, run, learner, total=config.steps)
         self.worker = worker
         self._evaluate = evaluate
         self.best_metric = best_metric
         self.reference = frozen_copy(learner.engine.plain_model(learner.model)) if config.algorithm.beta > 0.0 else None
-        self.collector = learner.collector(config.monitor)
-        self.incidents = Incidents(config, run, self._details)
-        self.step = 0
-        self.tokens = 0  # completion tokens sampled
         self.task_tokens = Counter[str]()  # completion tokens of each task's groups
 
-    @property
-    def position(self) -> int:
-        return self.step
-
-    @property
-    def done(self) -> bool:
-        return self.step >= self.config.steps
-
-    @property
-    def progress(self) -> tuple[int, int, str]:
-        return self.step, self.config.steps, "steps"
-
     def settings(self) -> RunSettings:
-        return RunSettings(
-            lr=self.config.optim.lr,
-            clip_norm=self.config.clip_norm,
-            warmup_tokens=self.config.schedule.warmup_tokens,
-            max_new_tokens=self.config.algorithm.max_new_tokens,
-            zero_reward_patience=self.config.zero_reward_patience,
+        config = self.config
+        return replace(
+            super().settings(),
+            max_new_tokens=config.algorithm.max_new_tokens,
+            zero_reward_patience=config.zero_reward_patience,
         )
 
     # -- steps -----------------------------------------------------------------------------------------------------------
-
-    def begin(self) -> None:
-        """Do nothing: what is asked is computed from the step."""
-
-    def close(self) -> None:
-        """Do nothing, like ``begin``."""
-
-    def pause(self, seconds: float) -> None:
-        """Do nothing: each step is timed by itself."""
 
     def advance(self) -> dict[str, float]:
         """Ask the questions of the current step, learn from the answers, and count the step as done."""
@@ -147,13 +124,10 @@ class GrpoTrainer:
     def due(self) -> Due:
         config = self.config
         return Due(
-            save=self._crossed(config.checkpoint.every_steps),
-            milestone=self._crossed(config.checkpoint.keep_every_steps),
-            evaluation=bool(self.best_metric) and self._crossed(config.eval_every_steps),
+            save=self.crossed(config.checkpoint.every_steps),
+            milestone=self.crossed(config.checkpoint.keep_every_steps),
+            evaluation=bool(self.best_metric) and (self.step == 0 or self.crossed(config.eval_every_steps)),
         )
-
-    def _crossed(self, every_steps: int) -> bool:
-        return every_steps > 0 and (self.step % every_steps == 0 or self.done)
 
     @contextmanager
     def _whole_model(self) -> Iterator[None]:
@@ -196,7 +170,7 @@ class GrpoTrainer:
             loss, drift = metrics.get("loss", math.nan), metrics.get("loss/drift")
             self.incidents.observe(self.step, loss, norm, skipped=skipped, drift=drift)
 
-    def _details(self, step: int) -> dict[str, Any]:
+    def details(self, step: int) -> dict[str, Any]:
         """What an incident at the end of a step, the one just made, is recorded with."""
         position, count = step - 1 + self.incidents.data_offset, self.config.algorithm.prompts_per_step
         asked = [prompt.item.id for prompt in step_prompts(self.worker.tasks, self.config.seed, position, count)]
@@ -216,9 +190,9 @@ class GrpoTrainer:
         return {} if self.reference is None else {"reference": dict(self.reference.state_dict())}
 
     def restore(self, loaded: store.Loaded) -> None:
+        super().restore(loaded)
         if self.reference is not None:
             self.reference.load_state_dict(loaded.tensors["reference"])
-        self.step = loaded.state["step"]
         self.tokens = loaded.state["tokens"]
         self.task_tokens = Counter(loaded.state["task_tokens"])
 

@@ -13,10 +13,11 @@ from __future__ import annotations
 import logging
 import math
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from contextlib import closing
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -45,67 +46,90 @@ class Due(NamedTuple):
     evaluation: bool
 
 
-class Trainer(Protocol):
-    """What the loop asks of the code that trains."""
+class Trainer(ABC):
+    """What the loop runs to its last step: a kind of training."""
 
-    run: Run
-    learner: Learner
-    incidents: Incidents
-    best_metric: str  # decides which checkpoint is the best; lower is better when its name ends with "loss"
-    step: int  # finished steps
+    config: RunConfig
+    unit = "steps"  # of ``position`` and ``total``
+    best_metric = ""  # decides which checkpoint is the best; lower is better when its name ends with "loss"
+
+    def __init__(self, config: RunConfig, run: Run, learner: Learner, *, total: int, lines_every: int = 1) -> None:
+        """``lines_every`` is the number of steps between two lines of metrics."""
+        self.config, self.run, self.learner, self.total = config, run, learner, total
+        self.world = learner.engine.world
+        self.collector = learner.collector(config.monitor, lines_every=lines_every)
+        self.incidents = Incidents(config, run, self.details)
+        self.step = 0  # finished steps
 
     @property
-    def config(self) -> RunConfig:
-        """What the run was told."""
-
-    @property
+    @abstractmethod
     def tokens(self) -> int:
         """Tokens trained on."""
 
+    def position_at(self, step: int) -> int:
+        """Return the place in the data after a step, without what was passed over, in the unit of ``incidents.data_offset``."""
+        return step
+
     @property
     def position(self) -> int:
-        """Place in the data without what was passed over, in the unit of ``incidents.data_offset``."""
+        return self.position_at(self.step)
 
     @property
     def done(self) -> bool:
         """Whether the last step is made."""
+        return self.position >= self.total
 
-    @property
-    def progress(self) -> tuple[int, int, str]:
-        """How much is done, of how much, and the unit."""
+    def crossed(self, every: int) -> bool:
+        """Whether the step just made crossed a multiple of a number of positions (0: never), or was the last."""
+        if every == 0 or self.step == 0:
+            return False
+        return self.done or self.position // every > self.position_at(self.step - 1) // every
 
     def settings(self) -> RunSettings:
         """Return what the alerts must know of the run."""
+        config = self.config
+        return RunSettings(lr=config.optim.lr, clip_norm=config.clip_norm, warmup_tokens=config.schedule.warmup_tokens)
 
-    def begin(self) -> None:
+    def begin(self) -> None:  # noqa: B027 - not every trainer has something to take up
         """Take up the data at the current step; called before the first step and after the run has gone back."""
 
+    def close(self) -> None:  # noqa: B027
+        """Give up what ``begin`` took up."""
+
+    def pause(self, seconds: float) -> None:  # noqa: B027
+        """Leave these seconds out of the speed of training."""
+
+    @abstractmethod
     def advance(self) -> dict[str, float] | None:
         """Make one step. Return the metrics of a line when one is due."""
 
+    @abstractmethod
     def shown(self, metrics: Mapping[str, float]) -> dict[str, str]:
         """Return what the progress bar shows of a line."""
 
+    @abstractmethod
     def due(self) -> Due:
-        """Return what is due after the step just made."""
+        """Return what is due after the step just made, and before the first step whether to evaluate."""
 
+    @abstractmethod
+    def details(self, step: int) -> dict[str, Any]:
+        """Return as JSON what an incident at the end of a step is recorded with; see ``Incidents``."""
+
+    @abstractmethod
     def evaluate(self) -> dict[str, float]:
         """Measure the model as it is. Raises AskedToStop when the run was asked to stop meanwhile."""
 
-    def pause(self, seconds: float) -> None:
-        """Leave these seconds out of the speed of training."""
-
-    def close(self) -> None:
-        """Give up what ``begin`` took up."""
-
+    @abstractmethod
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint keeps of the trainer itself, as JSON."""
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """Return what a checkpoint keeps besides model and optimizer."""
+        return {}
 
     def restore(self, loaded: store.Loaded) -> None:
         """Take back what ``state`` and ``tensors`` gave."""
+        self.step = loaded.state["step"]
 
 
 class Loop:
@@ -132,14 +156,13 @@ class Loop:
     def fit(self) -> bool:
         """Train to the end. Return False when the run was asked to stop before; everything is saved then."""
         trainer, config = self.trainer, self.trainer.config
-        done, total, unit = trainer.progress
         with (
             StopFlag() as self.stop,  # first, so that whoever sees the metrics file may send a signal
             RunLogger(
                 config.monitor, self.run.folder, trainer.settings(), step=trainer.step, is_first=self.world.is_first
             ) as self.run_logger,
             self.run_logger.lifetime(lambda: trainer.step, lambda: self.is_complete),
-            Progress(total, unit, label=config.kind, initial=done) as self.progress,
+            Progress(trainer.total, trainer.unit, label=config.kind, initial=trainer.position) as self.progress,
             self.saver,
             closing(trainer),
         ):
@@ -192,8 +215,8 @@ class Loop:
 
     def _show(self, shown: Mapping[str, str]) -> None:
         self.has_shown_nothing = False
-        done, self.progress.total, _ = self.trainer.progress
-        self.progress.update(done, **shown)
+        self.progress.total = self.trainer.total
+        self.progress.update(self.trainer.position, **shown)
 
     # -- save, restore, roll back ----------------------------------------------------------------------------------------
 

@@ -55,7 +55,7 @@ from osler.train.setup import (
     warn_of_small_passes,
 )
 from osler.train.shards import check_data, prepare_run, shards_of
-from osler.train.trainer import Evaluations, SupervisedTrainer
+from osler.train.trainer import SupervisedTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -106,15 +106,18 @@ def train(config: TrainConfig, folder: RunFolder, world: World | None = None) ->
         **describing_files(model.config, tokenizer), "config.yaml": folder.config.read_bytes(), VERSIONS: versions
     }  # fmt: skip
     run.fingerprints = {"tokenizer": tokenizer.fingerprint, "data": prepared.train.fingerprint}
-    evaluations = Evaluations(
+    trainer = SupervisedTrainer(
+        config,
+        run,
+        Learner(model, optimizer, engine, config.clip_norm),
+        loader,
         held_out=validation(config, model, prepared, machine.eager_dtype, engine),
         exam=exam_probe(exam, model, tokenizer, machine.eager_dtype, engine),
     )
-    trainer = SupervisedTrainer(config, run, Learner(model, optimizer, engine, config.clip_norm), loader, evaluations)
     if checkpoint is not None:
         loop = restored(trainer, start, checkpoint)
         if start.is_branch:
-            trainer.total_tokens = config.total_tokens  # what the clock had made of the other run's is no plan for this one
+            trainer.total = config.total_tokens  # what the clock had made of the other run's is no plan for this one
     else:
         loop = Loop(trainer)
         if config.max_minutes is None:

@@ -14,6 +14,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -29,8 +30,7 @@ from osler.monitor.history import RunSettings
 from osler.monitor.model_stats import ProbeRows
 from osler.optim.build import set_hyperparameters
 from osler.optim.schedule import lr_scale
-from osler.runs.incidents import Incidents
-from osler.runs.loop import Due
+from osler.runs.loop import Due, Trainer
 from osler.runs.process import Learner, Run
 from osler.runs.start import warn_of_endless_warmup
 from osler.train.config import TrainConfig
@@ -97,28 +97,29 @@ class TrainStep:
 PLANNED_SHARE = 0.97  # of the minutes asked for: the rest is for the last checkpoint and evaluation
 
 
-class Evaluations(NamedTuple):
-    """What is measured during training: the held-out loss, and a small exam. Each returns metrics of the model as it is."""
+class SupervisedTrainer(Trainer):
+    """Trains on the batches of ``loader`` until ``total_tokens`` or until the clock ends the run.
 
-    held_out: Callable[[], dict[str, float]] = dict
-    exam: Callable[[], dict[str, float]] = dict
+    ``held_out`` and ``exam`` return metrics of the model as it is: the held-out loss, and the scores of a small exam.
+    """
 
-
-class SupervisedTrainer:
-    """Trains on the batches of ``loader`` until ``total_tokens`` or until the clock ends the run."""
-
+    config: TrainConfig
+    unit = "tokens"
     best_metric = "eval/loss"
 
     def __init__(
-        self, config: TrainConfig, run: Run, learner: Learner, loader: StagedLoader, evaluations: Evaluations
+        self,
+        config: TrainConfig,
+        run: Run,
+        learner: Learner,
+        loader: StagedLoader,
+        *,
+        held_out: Callable[[], dict[str, float]] = dict,
+        exam: Callable[[], dict[str, float]] = dict,
     ) -> None:
-        self.config, self.run, self.learner = config, run, learner
-        self.world = learner.engine.world
-        self.batches = loader.batches
-        self.consumed = ConsumedData(loader)
-        self.evaluations = evaluations
-        self.incidents = Incidents(config, run, self._details)
-        self.collector = learner.collector(config.monitor, lines_every=config.log_every_steps)
+        super().__init__(config, run, learner, total=config.total_tokens, lines_every=config.log_every_steps)
+        self.batches, self.consumed, self.timeline = loader.batches, ConsumedData(loader), config.timeline
+        self.held_out, self.exam = held_out, exam
         self.train_step = TrainStep(
             learner,
             micro_batch_tokens=config.micro_batch_tokens,
@@ -126,9 +127,6 @@ class SupervisedTrainer:
             mark=self.collector.mark,
             around_update=self.collector.update,
         )
-        self.step = 0
-        self.timeline = config.timeline
-        self.total_tokens = config.total_tokens
         self.train_loss: float | None = None  # of the last line
         self.window: list[list[float]] = []  # loss, gradient norm and skip flag of each step since the last line
         self.on_device: list[StepResult] = []  # the same, not fetched yet
@@ -137,30 +135,16 @@ class SupervisedTrainer:
         self.has_replanned = False
         self.since = (0, 0.0)  # tokens and time from which the next line measures the speed
 
+    def position_at(self, step: int) -> int:
+        return self.timeline.tokens_before(step)
+
     @property
     def tokens(self) -> int:
-        return self.timeline.tokens_before(self.step)
-
-    @property
-    def position(self) -> int:
-        return self.tokens
-
-    @property
-    def done(self) -> bool:
-        return self.tokens >= self.total_tokens
-
-    @property
-    def progress(self) -> tuple[int, int, str]:
-        return self.tokens, self.total_tokens, "tokens"
+        return self.position
 
     def settings(self) -> RunSettings:
-        return RunSettings(
-            lr=self.config.optim.lr,
-            clip_norm=self.config.clip_norm,
-            warmup_tokens=self.config.schedule.warmup_tokens,
-            vocab_size=self.learner.model.config.vocab_size,
-            loader_workers=self.config.loader_workers,
-        )
+        vocab_size = self.learner.model.config.vocab_size
+        return replace(super().settings(), vocab_size=vocab_size, loader_workers=self.config.loader_workers)
 
     # -- steps -----------------------------------------------------------------------------------------------------------
 
@@ -174,7 +158,7 @@ class SupervisedTrainer:
 
     def advance(self) -> dict[str, float] | None:
         middle, scale = self._schedule(self.step)
-        set_hyperparameters(self.learner.optimizer, self.config.optim, scale, middle, self.total_tokens)
+        set_hyperparameters(self.learner.optimizer, self.config.optim, scale, middle, self.total)
         self.on_device.append(self.train_step(self.collector.fetch(self.iterator, self.step + 1)))
         self.step += 1
         stage = self.timeline.at_step(self.step - 1)
@@ -187,23 +171,17 @@ class SupervisedTrainer:
     def due(self) -> Due:
         config = self.config
         return Due(
-            save=self._crossed(config.checkpoint.every_tokens),
-            milestone=self._crossed(config.checkpoint.keep_every_tokens),
-            evaluation=self._crossed(config.eval_every_tokens) or self._crossed(config.exam.every_tokens),
+            save=self.crossed(config.checkpoint.every_tokens),
+            milestone=self.crossed(config.checkpoint.keep_every_tokens),
+            evaluation=self.crossed(config.eval_every_tokens) or self.crossed(config.exam.every_tokens),
         )
-
-    def _crossed(self, every_tokens: int) -> bool:
-        """Whether the step just made crossed a multiple of ``every_tokens`` (0: never), or was the last."""
-        if every_tokens == 0 or self.step == 0:
-            return False
-        return self.done or self.tokens // every_tokens > self.timeline.tokens_before(self.step - 1) // every_tokens
 
     def _schedule(self, step: int) -> tuple[int, float]:
         """The tokens seen in the middle of a step (0, 1 ...), and what they scale the learning rate by."""
         middle = self.timeline.tokens_before(step) + self.timeline.at_step(step).batch_tokens // 2
-        return middle, lr_scale(self.config.schedule, middle, self.total_tokens)
+        return middle, lr_scale(self.config.schedule, middle, self.total)
 
-    def _details(self, step: int) -> dict[str, Any]:
+    def details(self, step: int) -> dict[str, Any]:
         """What an incident at the end of a step is recorded with."""
         rows = self.timeline.rows_at(step - 1, self.incidents.data_offset)
         learning_rate = self.config.optim.lr * self._schedule(step - 1)[1]
@@ -216,8 +194,8 @@ class SupervisedTrainer:
         if self.config.max_minutes is None:
             return
         if self.run.seconds > self.config.max_minutes * 60 * PLANNED_SHARE:
-            self.total_tokens = self.tokens
-        (self.total_tokens,) = self.world.all_reduce_min(self.total_tokens)
+            self.total = self.tokens
+        (self.total,) = self.world.all_reduce_min(self.total)
 
     def _replan(self, tokens_per_second: float) -> None:
         """Fit the tokens of the run to the clock: as many whole steps as the rest of the time allows at this speed."""
@@ -225,10 +203,10 @@ class SupervisedTrainer:
         left = max(0.0, self.config.max_minutes * 60 * PLANNED_SHARE - self.run.seconds)
         steps = self.timeline.steps_within(self.tokens + int(left * tokens_per_second))
         fitting = min(self.config.total_tokens, self.timeline.tokens_before(steps))
-        (self.total_tokens,) = self.world.all_reduce_min(fitting)
+        (self.total,) = self.world.all_reduce_min(fitting)
         if not self.has_replanned:
             self.has_replanned = True
-            warn_of_endless_warmup(self.config.schedule.warmup_tokens, self.total_tokens, "what max_minutes has time for:")
+            warn_of_endless_warmup(self.config.schedule.warmup_tokens, self.total, "what max_minutes has time for:")
 
     def pause(self, seconds: float) -> None:
         tokens, began = self.since
@@ -275,7 +253,7 @@ class SupervisedTrainer:
             speed = (self.tokens - tokens) / (self.since[1] - began)
             if self.config.max_minutes:
                 self._replan(speed)
-            metrics |= self.collector.speed(speed, tokens_left=self.total_tokens - self.tokens, seq_len=stage.seq_len)
+            metrics |= self.collector.speed(speed, tokens_left=self.total - self.tokens, seq_len=stage.seq_len)
         return metrics
 
     def shown(self, metrics: Mapping[str, float]) -> dict[str, str]:
@@ -284,9 +262,9 @@ class SupervisedTrainer:
         return shown if speed is None else {**shown, "tokens/s": f"{speed:,.0f}"}
 
     def evaluate(self) -> dict[str, float]:
-        metrics = self.evaluations.held_out() if self._crossed(self.config.eval_every_tokens) else {}
-        if self._crossed(self.config.exam.every_tokens):
-            metrics |= self.evaluations.exam()
+        metrics = self.held_out() if self.crossed(self.config.eval_every_tokens) else {}
+        if self.crossed(self.config.exam.every_tokens):
+            metrics |= self.exam()
         loss = metrics.get("eval/loss", math.inf)
         if self.train_loss is not None and math.isfinite(loss):
             metrics["eval/train_gap"] = loss - self.train_loss
@@ -297,18 +275,15 @@ class SupervisedTrainer:
     def state(self) -> dict[str, Any]:
         self._fetch()
         return {
-            "total_tokens": self.total_tokens,
+            "total_tokens": self.total,
             "seconds": self.run.seconds,
             "train_loss": self.train_loss,
             "window": [[value if math.isfinite(value) else None for value in row] for row in self.window],
         }
 
-    def tensors(self) -> dict[str, dict[str, Tensor]]:
-        return {}
-
     def restore(self, loaded: store.Loaded) -> None:
+        super().restore(loaded)
         state = loaded.state
-        self.step = state["step"]
-        self.total_tokens = state["total_tokens"] if self.config.max_minutes else self.config.total_tokens
+        self.total = state["total_tokens"] if self.config.max_minutes else self.config.total_tokens
         self.train_loss = state["train_loss"]
         self.window = [[math.nan if value is None else value for value in row] for row in state["window"]]

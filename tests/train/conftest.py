@@ -24,7 +24,7 @@ from osler.runtime.world import World
 from osler.tokenizer.bpe import Tokenizer
 from osler.train.config import TrainConfig
 from osler.train.run import make_loader
-from osler.train.trainer import Evaluations, SupervisedTrainer, TrainStep
+from osler.train.trainer import SupervisedTrainer, TrainStep
 
 
 @pytest.fixture(scope="session")
@@ -61,7 +61,8 @@ def make_trainer(config, shards, runs) -> Callable[..., SupervisedTrainer]:
         model = load_model(runs.pretrain).model.train()
         learner = Learner(model, build_optimizer(model, changed.optim), ParallelEngine(SummedLoss(model)), changed.clip_norm)
         run = Run(RunFolder.create(folder), World(), fingerprints={"data": shards.fingerprint})
-        return SupervisedTrainer(changed, run, learner, make_loader(changed, shards), Evaluations(evaluate, exam_score))
+        loader = make_loader(changed, shards)
+        return SupervisedTrainer(changed, run, learner, loader, held_out=evaluate, exam=exam_score)
 
     return build
 
