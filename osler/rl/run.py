@@ -15,7 +15,7 @@ from osler.checkpoint import store
 from osler.checkpoint.folders import TENSORS_SUFFIX
 from osler.eval.exams import greedy, score_by_generation
 from osler.inference.engine import InferenceEngine
-from osler.inference.load import LoadedModel, describing_files, load_model
+from osler.inference.load import LoadedModel, load_model
 from osler.model.config import ModelConfig
 from osler.optim.build import build_optimizer
 from osler.parallel.parallelize import check_strategy, parallelize
@@ -28,7 +28,7 @@ from osler.rl.trainer import GrpoTrainer
 from osler.runs.command import Job, Request, carry_out
 from osler.runs.folder import check_fingerprints, claim
 from osler.runs.loop import Loop
-from osler.runs.process import VERSIONS, Learner, Run, agree_on_machine, describe_run, place_of
+from osler.runs.process import Learner, Run, agree_on_machine, place_of
 from osler.runs.start import find_start, restored, warn_of_endless_warmup
 from osler.runtime.device import pick_device
 from osler.runtime.errors import UserError
@@ -76,10 +76,7 @@ def train(config: GrpoConfig, folder: RunFolder, world: World | None = None) -> 
     if samples and world.is_first:
         write_or_warn(folder.samples, samples)  # a start over in the same folder replaces it
     evaluate, best_metric = exam(config, sampler, tokenizer, eval_items, world)
-    versions = world.broadcast_from_first(lambda: describe_run(folder, machine))
-    run.files = {
-        **describing_files(model.config, tokenizer), "config.yaml": folder.config.read_bytes(), VERSIONS: versions
-    }  # fmt: skip
+    run.describe(machine, model.config, tokenizer)
     engine = parallelize(model, config.parallel, world, recompute=config.recompute, loss_of=PolicyLoss)
     optimizer = build_optimizer(model, config.optim, process_group=world.group)
     learner = Learner(model, optimizer, engine, config.clip_norm)

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from osler.inference.load import describing_files
+from osler.model.config import ModelConfig
 from osler.model.transformer import Transformer
 from osler.monitor.collect import Collector
 from osler.monitor.config import MonitorConfig
@@ -23,6 +25,7 @@ from osler.records.jsonl import EventLog
 from osler.runtime.device import describe_machine, pick_device, pick_dtype
 from osler.runtime.files import RunFolder, indented, write_or_warn
 from osler.runtime.world import World
+from osler.tokenizer.bpe import Tokenizer
 
 PACKAGES = ("osler", "torch", "torchao", "numpy", "tokenizers", "safetensors", "pydantic", "pyarrow")
 VERSIONS = "versions.json"  # packages and machine, in the run folder and in every checkpoint
@@ -81,7 +84,7 @@ def place_of(machine: Machine, parallel: ParallelConfig, world: World) -> str:
     return f"{place}, compiled" if machine.compile else place
 
 
-def describe_run(run: RunFolder, machine: Machine) -> bytes:
+def write_versions(folder: RunFolder, machine: Machine) -> bytes:
     """Write ``versions.json``, the packages and the machine, and return its bytes."""
     versions: dict[str, Any] = {}
     for package in PACKAGES:
@@ -96,7 +99,7 @@ def describe_run(run: RunFolder, machine: Machine) -> bytes:
         "compiled": machine.compile,
     }
     text = indented(versions)
-    write_or_warn(run.root / VERSIONS, text)
+    write_or_warn(folder.root / VERSIONS, text)
     return text.encode("utf-8")
 
 
@@ -117,6 +120,13 @@ class Run:
 
     def __post_init__(self) -> None:
         self.events = EventLog(self.folder.events if self.world.is_first else os.devnull)
+
+    def describe(self, machine: Machine, model: ModelConfig, tokenizer: Tokenizer) -> None:
+        """Write ``versions.json``, and take up the files with which the run's checkpoints describe themselves."""
+        versions = self.world.broadcast_from_first(lambda: write_versions(self.folder, machine))
+        self.files = {
+            **describing_files(model, tokenizer), "config.yaml": self.folder.config.read_bytes(), VERSIONS: versions
+        }  # fmt: skip
 
     @property
     def seconds(self) -> float:

@@ -23,7 +23,7 @@ from osler.data.shards import ShardSet
 from osler.eval.exams import greedy, score_by_generation
 from osler.eval.likelihood import batches, measure, windows
 from osler.inference.engine import InferenceEngine
-from osler.inference.load import TOKENIZER_FILE, describing_files
+from osler.inference.load import TOKENIZER_FILE
 from osler.model.config import ModelConfig
 from osler.model.transformer import Transformer
 from osler.optim.build import build_optimizer
@@ -32,7 +32,7 @@ from osler.parallel.engine import ParallelEngine
 from osler.parallel.parallelize import parallelize
 from osler.runs.command import Job, Request, carry_out
 from osler.runs.loop import Loop
-from osler.runs.process import VERSIONS, Learner, Run, agree_on_machine, describe_run, place_of
+from osler.runs.process import Learner, Run, agree_on_machine, place_of
 from osler.runs.start import find_start, restored, warn_of_endless_warmup
 from osler.runtime.files import RunFolder
 from osler.runtime.stop import AskedToStop, asked
@@ -101,10 +101,7 @@ def train(config: TrainConfig, folder: RunFolder, world: World | None = None) ->
     prepared = prepared or open_prepared(shards_of(config, folder), tokenizer)
     optimizer = build_optimizer(model, config.optim, seed=config.seed, process_group=world.group)
     loader = make_loader(config, prepared.train, world, pin_memory=machine.device.type == "cuda")
-    versions = world.broadcast_from_first(lambda: describe_run(folder, machine))
-    run.files = {
-        **describing_files(model.config, tokenizer), "config.yaml": folder.config.read_bytes(), VERSIONS: versions
-    }  # fmt: skip
+    run.describe(machine, model.config, tokenizer)
     run.fingerprints = {"tokenizer": tokenizer.fingerprint, "data": prepared.train.fingerprint}
     trainer = SupervisedTrainer(
         config,
