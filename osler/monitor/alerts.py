@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from osler.monitor.history import History, RunSettings
-from osler.monitor.policy_rules import POLICY_RULES
-from osler.monitor.rules import RULES, Finding, ended_badly
+from osler.monitor.rules import RULES, RULES_OF_THE_END, Rule
 from osler.records.jsonl import read_metrics
 
 PAUSE, MUCH_WORSE = 100, 2.0  # lines of silence about the same thing at first; how much worse breaks it
@@ -44,31 +43,32 @@ class Alerter:
 
     def observe(self, step: int, tokens: float, metrics: Mapping[str, float]) -> list[Alert]:
         """Take in the next line and return its alerts."""
-        past = self.history
-        past.add(step, tokens, metrics)
+        self.history.add(step, tokens, metrics)
         news = []
-        for number, (metric, rule) in enumerate((*RULES, *POLICY_RULES)):
-            if not past.has(metric):
-                continue
-            found = [(finding, Alert(step, finding.name, finding.severity, finding.message)) for finding in rule(past)]
-            self.firing[number] = [alert for _, alert in found]
-            news += [alert for finding, alert in found if self._is_news(finding)]
+        for number, rule in enumerate(RULES):
+            if self.history.has(rule.metric):
+                found = [(self._alert(rule, message), badness) for message, badness in rule.find(self.history)]
+                self.firing[number] = [alert for alert, _ in found]
+                news += [alert for alert, badness in found if self._is_news(alert.name, badness)]
         return news
+
+    def _alert(self, rule: Rule, message: str) -> Alert:
+        return Alert(self.history.step, rule.name, rule.severity, message)
 
     def unresolved(self) -> list[Alert]:
         """Return what still holds at the end of the run, each name once, the gravest first."""
-        past, firing = self.history, [alert for alerts in self.firing.values() for alert in alerts]
+        firing = [alert for alerts in self.firing.values() for alert in alerts]
         if not any(alert.name == "learning-rate" for alert in firing):  # which says the same
-            firing += [Alert(past.step, finding.name, finding.severity, finding.message) for finding in ended_badly(past)]
+            firing += [self._alert(rule, message) for rule in RULES_OF_THE_END for message, _ in rule.find(self.history)]
         firing.sort(key=lambda alert: alert.severity != "critical")
         return list({alert.name: alert for alert in reversed(firing)}.values())[::-1]
 
-    def _is_news(self, finding: Finding) -> bool:
-        again, pause, badness = self.said.get(finding.name, (0, 0, 0.0))
-        if self.history.lines < again and finding.badness < MUCH_WORSE * badness:
+    def _is_news(self, name: str, badness: float) -> bool:
+        again, pause, before = self.said.get(name, (0, 0, 0.0))
+        if self.history.lines < again and badness < MUCH_WORSE * before:
             return False
         pause = 2 * pause if pause else PAUSE
-        self.said[finding.name] = (self.history.lines + pause, pause, max(badness, finding.badness))
+        self.said[name] = (self.history.lines + pause, pause, max(before, badness))
         return True
 
 

@@ -23,7 +23,6 @@ from torch import Tensor
 
 from osler.model.transformer import Transformer
 from osler.monitor.config import MonitorConfig
-from osler.monitor.history import OTHER_CPUS, UNLEARNED
 from osler.monitor.model_stats import ProbeRows, activation_stats, gradient_stats, update_stats, weight_stats
 from osler.runtime.device import peak_flops
 from osler.runtime.memory import peak_bytes, resident_bytes
@@ -150,7 +149,7 @@ class Collector:
 
     def _other_cpus(self) -> dict[str, float]:
         before, self.cpus = self.cpus, read_cpus()
-        return {} if before is None or self.cpus is None else {OTHER_CPUS: busy_elsewhere(before, self.cpus)}
+        return {} if before is None or self.cpus is None else {"perf/other_cpus": busy_elsewhere(before, self.cpus)}
 
     def _memory(self) -> dict[str, float]:
         if self.device.type == "cuda":
@@ -193,7 +192,7 @@ def step_stats(window: Sequence[Sequence[float]], clip_norm: float, bytes_per_to
     ``bytes_per_token`` is that of the text, None where not all of the text is learned.
     """
     learned = [row for row in window if has_learned(row[0], row[1])]
-    unlearned = {UNLEARNED: float(len(window) - len(learned))}
+    unlearned = {"train/unlearned_steps": float(len(window) - len(learned))}
     if not learned:
         return unlearned
     losses = [loss for loss, _, _ in learned if math.isfinite(loss)]
