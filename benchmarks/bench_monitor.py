@@ -53,8 +53,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from osler.bench.measure import stand_in
-    from osler.config.decode import decode
     from osler.config.recipe import load_recipe
+    from osler.config.schema import decode
     from osler.data.loader import Batch, Loader, StagedLoader
     from osler.model.config import ModelConfig
     from osler.monitor.config import MonitorConfig

@@ -37,8 +37,8 @@ def training(recipe: str) -> Callable[[], int]:
     import torch
 
     from osler.bench.measure import stand_in, training_step
-    from osler.config.decode import decode
     from osler.config.recipe import load_recipe
+    from osler.config.schema import decode
     from osler.data.loader import Loader
     from osler.parallel.compile import compile_works
     from osler.runtime.device import keep_freed_memory, pick_dtype

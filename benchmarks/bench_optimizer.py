@@ -28,8 +28,8 @@ def build(contestant: str, recipe: str, dtype_name: str, device: str) -> Any:
     """The optimizer with its matrices, which have random gradients."""
     import torch
 
-    from osler.config.decode import decode
     from osler.config.recipe import load_recipe
+    from osler.config.schema import decode
     from osler.model.transformer import Transformer
     from osler.optim.build import group_of
     from osler.optim.muon import Muon

@@ -50,15 +50,14 @@ def measure(mode: str, args: argparse.Namespace) -> dict[str, float]:
     """Time one mode in this process."""
     import torch
 
-    from osler.config.decode import decode
     from osler.config.recipe import load_recipe
+    from osler.config.schema import decode
     from osler.model.config import ModelConfig
     from osler.model.transformer import SummedLoss, Transformer
     from osler.optim.build import build_optimizer
     from osler.optim.config import AdamWConfig
     from osler.parallel.activation_checkpoint import set_recompute
-    from osler.runtime.device import keep_freed_memory
-    from osler.runtime.memory import peak_bytes
+    from osler.runtime.device import keep_freed_memory, peak_bytes
 
     keep_freed_memory()
     torch.manual_seed(0)

@@ -37,8 +37,8 @@ def measure(mode: str, args: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from osler.checkpoint.saver import Saver
-    from osler.config.decode import decode
     from osler.config.recipe import load_recipe
+    from osler.config.schema import decode
     from osler.data.loader import Batch
     from osler.model.config import ModelConfig
     from osler.model.transformer import Transformer

@@ -14,8 +14,8 @@ from pathlib import Path
 from measuring import publish
 
 from osler.bench.run import compare
-from osler.config.decode import decode
 from osler.config.recipe import load_recipe, parse_overrides
+from osler.config.schema import decode
 from osler.train.config import TrainConfig
 
 # SwiGLU of 8/3 the width (rounded to 32) has the parameters of a two-matrix feed-forward of four times the width.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import inspect
 import os
 import signal
 import subprocess
@@ -65,7 +66,17 @@ def test_every_example_parses(command):
     import shlex
 
     words = shlex.split(command.example)[1 + len(command.name.split()) :]
-    assert cli.parser(command).parse_intermixed_args(words) is not None
+    assert commands.parser(command).parse_intermixed_args(words) is not None
+
+
+@pytest.mark.parametrize("command", commands.COMMANDS, ids=lambda command: command.name)
+def test_every_function_takes_the_options_of_its_command(command, monkeypatch):
+    import shlex
+
+    called = []
+    signature = inspect.signature(commands.function_of(command))
+    monkeypatch.setattr(commands, "function_of", lambda _: lambda **given: called.append(signature.bind(**given)) or 0)
+    assert commands.run(command, shlex.split(command.example)[1 + len(command.name.split()) :]) == 0 and called
 
 
 def test_overview_lists_every_command(capsys):
@@ -111,9 +122,8 @@ def test_mistakes_are_one_message_and_code_2(arguments, message, capsys):
 
 
 def test_a_recipe_where_none_belongs_is_refused():
-    assert commands.only_overrides(["a.b=1", "c=d e"]) == ["a.b=1", "c=d e"]
     with pytest.raises(UserError, match="takes no recipe"):
-        commands.only_overrides(["pure-tiny", "a=1"])
+        cli.dispatch(["quickstart", "pure-tiny", "steps=1"])
 
 
 def test_a_wrong_option_is_code_2():
@@ -122,7 +132,7 @@ def test_a_wrong_option_is_code_2():
 
 
 def failing_command(monkeypatch, error: BaseException) -> None:
-    def run(_):
+    def run():
         raise error
 
     monkeypatch.setattr(cli, "COMMANDS", (cli.Command("fail", "", "osler fail", run),))
@@ -140,7 +150,7 @@ def test_an_error_of_ours_keeps_its_traceback(monkeypatch):
         cli.main(["fail"])
     code = (
         "import sys, osler.cli.main as cli\n"
-        "def run(_): 1 / 0\n"
+        "def run(): 1 / 0\n"
         "cli.COMMANDS = (cli.Command('fail', '', '', run),)\n"
         "sys.exit(cli.main(['fail']))"
     )
@@ -155,7 +165,7 @@ def test_one_of_several_processes_ends_before_the_interpreter_shuts_down(work, c
     program = (
         "import os, sys, osler.cli.main as cli\n"
         "class Trace:\n    def __del__(self, write=os.write): write(1, b'shut down')\n"
-        f"sys.trace = Trace()\ndef run(_):\n    print('done ')\n    {work}\n"
+        f"sys.trace = Trace()\ndef run():\n    print('done ')\n    {work}\n"
         "cli.COMMANDS = (cli.Command('work', '', '', run),)\nsys.argv = ['osler', 'work']\ncli.program()"
     )
     environment = {**os.environ, "WORLD_SIZE": str(processes), "RANK": "0"}
@@ -187,7 +197,7 @@ def test_an_ascii_terminal_does_not_break_output():
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii"}
     code = (
         "import sys, osler.cli.main as cli\n"
-        "def run(_):\n    print('\\u2192 5 \\u00d7')\n    return 0\n"
+        "def run():\n    print('\\u2192 5 \\u00d7')\n    return 0\n"
         "cli.COMMANDS = (cli.Command('sign', '', '', run),)\n"
         "sys.exit(cli.main(['sign']))"
     )

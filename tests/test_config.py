@@ -12,10 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from osler.config.decode import decode
-from osler.config.recipe import load_recipe, merge, parse_overrides
-from osler.config.schema import TAGGED, ConfigError, Ge, Lt, PositiveInt, config, encode, range_of
-from osler.config.yaml12 import dump_yaml, load_yaml
+from osler.config.recipe import dump_yaml, load_recipe, load_yaml, merge, parse_overrides
+from osler.config.schema import TAGGED, ConfigError, Ge, Lt, PositiveInt, config, decode, encode, range_of
 from osler.runtime.errors import UserError
 
 

@@ -9,12 +9,9 @@ from typing import Annotated, Any, Literal, get_args
 import pytest
 
 from osler.cli import main as cli
-from osler.cli.show import KINDS, WITHOUT_RECIPE, ModelFamily, decode_recipe, show_recipe
-from osler.config.decode import decode
-from osler.config.explain import COLUMNS, explained, explanations
-from osler.config.recipe import available_recipes, load_recipe
-from osler.config.schema import TAGGED, Fraction, config, encode, hints, is_config_class, members_of
-from osler.config.yaml12 import load_yaml
+from osler.cli.show import COLUMNS, KINDS, WITHOUT_RECIPE, ModelFamily, decode_recipe, explained, explanations, show_recipe
+from osler.config.recipe import available_recipes, load_recipe, load_yaml
+from osler.config.schema import TAGGED, Fraction, config, decode, encode, hints, is_config_class, members_of
 from osler.runtime.errors import UserError
 
 

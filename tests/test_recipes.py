@@ -5,10 +5,8 @@ from __future__ import annotations
 import pytest
 
 from osler.cli.show import decode_recipe, derived, list_recipes, show_recipe
-from osler.config.decode import decode
-from osler.config.recipe import available_recipes, load_recipe
-from osler.config.schema import encode
-from osler.config.yaml12 import load_yaml
+from osler.config.recipe import available_recipes, load_recipe, load_yaml
+from osler.config.schema import decode, encode
 from osler.model.config import ModelConfig
 
 PARAMETERS = {

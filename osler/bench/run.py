@@ -18,9 +18,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from osler.config.decode import decode
 from osler.config.recipe import load_recipe, parse_overrides
-from osler.config.schema import encode
+from osler.config.schema import decode, encode
 from osler.runtime.errors import UserError
 from osler.runtime.files import write_json
 from osler.runtime.world import require_one_process
@@ -65,7 +64,7 @@ def compare(config: TrainConfig, name: str, *, peers: Sequence[str], rounds: int
     contestants = ["osler", *map(contestant_of, peers)]
     import torch
 
-    from osler.bench.contestants import require_whole_embeddings
+    from osler.bench.measure import require_whole_embeddings
     from osler.runs.process import choose_machine
     from osler.runtime.device import describe_machine
 

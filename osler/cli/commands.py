@@ -1,32 +1,71 @@
-"""The table of commands, and the function that each calls. Nothing heavy is imported before one of them runs."""
+"""The table of commands: what each calls and which options it takes. Nothing heavy is imported before one of them runs."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+import importlib
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
-from osler.cli.options import (
-    CHECKPOINT,
-    EVAL_HELP,
-    ORIGIN,
-    OVERRIDES,
-    RECIPE,
-    RUN,
-    RUN_FOLDER,
-    SAMPLING,
-    WATCH_HELP,
-    Option,
-    only_overrides,
-    option,
-    run_folder,
-    sampling,
-    split_items,
+from osler.runtime.errors import UserError
+
+Option = tuple[tuple[str, ...], dict[str, Any]]
+
+
+def option(*flags: str, **settings: Any) -> Option:
+    """Return an option as ``ArgumentParser.add_argument`` takes it."""
+    return flags, settings
+
+
+OVERRIDES = option("overrides", nargs="*", metavar="key.path=value", help="fields to change")
+RECIPE = option(
+    "items",
+    nargs="*",
+    metavar="RECIPE | key.path=value",
+    help="a recipe of `osler recipes` or a YAML file, and fields to change; without a recipe the defaults apply; "
+    "`osler show RECIPE --explain` says what each field means",
+)
+RUN_FOLDER = (
+    option(
+        "--run",
+        "--run-dir",
+        dest="run_dir",
+        metavar="DIR",
+        help="the run folder (default: below runs/); torchrun takes --run for its own",
+    ),
+    option("--resume", action="store_true", help="go on from the newest good checkpoint of --run DIR"),
+    option("--dry-run", action="store_true", help="check the configuration and say what would happen, then stop"),
+)
+ORIGIN = (
+    option("--from-step", type=int, metavar="N", help="go back to the checkpoint of step N; what came after it is set aside"),
+    option(
+        "--branch",
+        metavar="CHECKPOINT",
+        help="start a new run, --run DIR, from a checkpoint of another: with its optimizer, place in the data and configuration",
+    ),
+)
+CHECKPOINT = option("checkpoint", metavar="CHECKPOINT", help="a run folder, or a checkpoint in it")
+RUN = option("path", metavar="DIR", help="a run folder")
+SAMPLING = (
+    option("--max-new-tokens", type=int, default=200, metavar="N", help="stop after so many tokens (default: 200)"),
+    option("--temperature", type=float, default=0.7, metavar="T", help="0 always takes the likeliest (default: 0.7)"),
+    option("--top-p", type=float, default=0.95, metavar="P", help="leave out the unlikely rest (default: 0.95)"),
+    option("--seed", type=int, default=0, metavar="S", help="the same seed gives the same text (default: 0)"),
 )
 
-if TYPE_CHECKING:
-    from osler.runs.command import Request
+EVAL_HELP = """\
+  osler eval runs/clinic-sft task.split=validation task.limit=100
+  osler eval runs/mine task.type=medqa task.path=test.jsonl     (or medmcqa, pubmedqa, gsm8k)
+  osler eval runs/mine text=notes/     (bits per byte; text that it was not trained on)
 
+With neither task nor text a model is examined on what it was trained for. Other fields: method=likelihood (or generation,
+both), permutations=4 (orders of the options), reasoning=false, max_new_tokens=, temperature=, which=best, device=cpu.
+`osler show eval --explain` says what each means."""
+
+WATCH_HELP = """\
+  osler watch runs/mine --once | less     (also where no terminal is: a log, a cron job)
+
+q or Ctrl-C leaves; the run goes on. A run that is finished or was stopped can be watched as well."""
 
 SHORTER = """\
 a shorter one, that learns less:
@@ -35,169 +74,90 @@ a shorter one, that learns less:
 
 
 class Command(NamedTuple):
-    """A command: its name, what it does in one line, an example, the function that runs it, its options, more for its help."""
+    """A command: its name, what it does in one line, an example, what it calls, its options, more for its help.
+
+    It calls a function, named ``module:function`` where that is heavy to import, with its options by name. The function returns
+    the exit code, or a text to print.
+    """
 
     name: str
     line: str
     example: str
-    run: Callable[[argparse.Namespace], int]
+    call: str | Callable[..., int | str]
     options: tuple[Option, ...] = ()
     more: str = ""
 
 
-# -- what each command calls ------------------------------------------------------------------------------------------------
+def run(command: Command, argv: Sequence[str]) -> int:
+    """Call what a command calls with the options in ``argv``, and return the exit code."""
+    given = vars(parser(command).parse_intermixed_args(argv))
+    if "items" in given:
+        given["recipe"], given["overrides"] = split_items(given.pop("items"))
+    elif "overrides" in given and (recipe := split_items(given["overrides"])[0]) is not None:
+        raise UserError(f"`{recipe}`: this command takes no recipe, only key.path=value.")
+    if "temperature" in given:
+        from osler.config.schema import decode
+        from osler.ops.sampling_params import SamplingParams
+
+        sampling = {name: given.pop(name) for name in ("max_new_tokens", "temperature", "top_p", "seed")}
+        given["sampling"] = decode(SamplingParams, sampling, source="the command line")
+    if "branch" in given:
+        from osler.runs.command import Request
+
+        given = {"request": Request(kind=command.name, **given)}
+    result = function_of(command)(**given)
+    if isinstance(result, str):
+        print(result)
+        return 0
+    return result
 
 
-def run_quickstart(arguments: argparse.Namespace) -> int:
-    from osler.quickstart.run import run
-
-    return run(only_overrides(arguments.items), **run_folder(arguments))
-
-
-def run_recipes(_: argparse.Namespace) -> int:
-    from osler.cli.show import list_recipes
-
-    print(list_recipes())
-    return 0
+def function_of(command: Command) -> Callable[..., int | str]:
+    """Import what a command calls."""
+    if not isinstance(command.call, str):
+        return command.call
+    module, _, name = command.call.partition(":")
+    function: Callable[..., int | str] = getattr(importlib.import_module(module), name)
+    return function
 
 
-def run_show(arguments: argparse.Namespace) -> int:
-    from osler.cli.show import show_recipe
-
-    print(show_recipe(*split_items(arguments.items), explain=arguments.explain))
-    return 0
-
-
-def run_metrics(arguments: argparse.Namespace) -> int:
-    from osler.monitor.metrics import table
-
-    print(table(arguments.word))
-    return 0
-
-
-def run_tokenizer_train(arguments: argparse.Namespace) -> int:
-    from osler.data.from_recipe import tokenizer_train
-
-    return tokenizer_train(*split_items(arguments.items), arguments.out)
+def parser(command: Command) -> argparse.ArgumentParser:
+    """Return the parser of one command."""
+    made = argparse.ArgumentParser(
+        prog=f"osler {command.name}",
+        description=command.line,
+        epilog="\n".join([f"example:\n  {command.example}", command.more]).rstrip(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    for flags, settings in command.options:
+        made.add_argument(*flags, **settings)
+    return made
 
 
-def run_tokenizer_inspect(arguments: argparse.Namespace) -> int:
-    from osler.data.from_recipe import tokenizer_inspect
-
-    return tokenizer_inspect(arguments.tokenizer, arguments.text)
-
-
-def run_data_prepare(arguments: argparse.Namespace) -> int:
-    from osler.data.from_recipe import data_prepare
-
-    return data_prepare(*split_items(arguments.items), arguments.tokenizer, arguments.out)
+def split_items(items: Sequence[str]) -> tuple[str | None, list[str]]:
+    """Separate the recipe, if there is one, from the overrides: those have an equals sign."""
+    recipes = [item for item in items if "=" not in item]
+    if len(recipes) > 1:
+        raise UserError(f"one recipe at a time, not {' and '.join(recipes)}; fields are changed with key.path=value.")
+    return recipes[0] if recipes else None, [item for item in items if "=" in item]
 
 
-def run_data_inspect(arguments: argparse.Namespace) -> int:
-    from osler.data.from_recipe import data_inspect
-
-    return data_inspect(arguments.folder, arguments.tokenizer)
-
-
-def request(arguments: argparse.Namespace, kind: str) -> Request:
-    """Return what a person asks of a command that trains."""
-    from osler.runs.command import Request
-
-    recipe, overrides = split_items(arguments.items)
-    more = {"from_step": arguments.from_step, "branch": arguments.branch}
-    return Request(kind=kind, recipe=recipe, overrides=overrides, **run_folder(arguments), **more)
-
-
-def run_pretrain(arguments: argparse.Namespace) -> int:
-    from osler.train.run import run
-
-    return run(request(arguments, "pretrain"))
-
-
-def run_sft(arguments: argparse.Namespace) -> int:
-    from osler.train.run import run
-
-    return run(request(arguments, "sft"))
-
-
-def run_grpo(arguments: argparse.Namespace) -> int:
-    from osler.rl.run import run
-
-    return run(request(arguments, "grpo"))
-
-
-def run_eval(arguments: argparse.Namespace) -> int:
-    from osler.eval.run import run
-
-    return run(arguments.checkpoint, only_overrides(arguments.items))
-
-
-def run_generate(arguments: argparse.Namespace) -> int:
-    from osler.inference.chat import generate
-
-    return generate(arguments.checkpoint, arguments.prompt, sampling(arguments))
-
-
-def run_chat(arguments: argparse.Namespace) -> int:
-    from osler.inference.chat import chat
-
-    return chat(arguments.checkpoint, sampling(arguments), reasoning=False if arguments.no_reasoning else None)
-
-
-def run_checkpoint_list(arguments: argparse.Namespace) -> int:
-    from osler.runs.checkpoints import list_checkpoints
-
-    return list_checkpoints(arguments.run)
-
-
-def run_checkpoint_verify(arguments: argparse.Namespace) -> int:
-    from osler.runs.checkpoints import verify_checkpoints
-
-    return verify_checkpoints(arguments.checkpoint)
-
-
-def run_checkpoint_prune(arguments: argparse.Namespace) -> int:
-    from osler.runs.checkpoints import prune_checkpoints
-
-    kept = {name: getattr(arguments, name) for name in ("keep_last", "keep_best", "keep_milestones")}
-    return prune_checkpoints(arguments.run, **kept, dry_run=arguments.dry_run)
-
-
-def run_report(arguments: argparse.Namespace) -> int:
+def report(path: str, out: str | None) -> str:
+    """Write the page of a run, and return its summary."""
     from osler.report.page import build_report
     from osler.report.read import read_run
     from osler.report.words import summary_text
 
-    run = read_run(arguments.run)
-    print(summary_text(run, build_report(run, arguments.out)))
-    return 0
+    run = read_run(path)
+    return summary_text(run, build_report(run, out))
 
 
-def run_watch(arguments: argparse.Namespace) -> int:
-    from osler.watch.screen import run
-
-    return run(arguments.run, every_seconds=arguments.every, once=arguments.once)
-
-
-def run_compare(arguments: argparse.Namespace) -> int:
+def compare(folders: Sequence[str], out: str) -> str:
+    """Write the page that compares runs, and return the table of it."""
     from osler.report.compare import build_comparison
 
-    text, path = build_comparison(arguments.runs, arguments.out)
-    print(f"{text}\n\n{path}")
-    return 0
-
-
-def run_bench(arguments: argparse.Namespace) -> int:
-    from osler.bench.run import run
-
-    given = {name: getattr(arguments, name) for name in ("rounds", "steps", "out")}
-    return run(*split_items(arguments.items), peers=arguments.peer, **given)
-
-
-def run_doctor(arguments: argparse.Namespace) -> int:
-    from osler.doctor import run
-
-    return run(as_json=arguments.json, folder=arguments.folder)
+    text, page = build_comparison(folders, out)
+    return f"{text}\n\n{page}"
 
 
 COMMANDS: tuple[Command, ...] = (
@@ -205,39 +165,39 @@ COMMANDS: tuple[Command, ...] = (
         "quickstart",
         "Train, examine and report a small model on this machine, in minutes",
         "osler quickstart --run runs/first",
-        run_quickstart,
+        "osler.quickstart.run:run",
         (OVERRIDES, *RUN_FOLDER),
         SHORTER,
     ),
-    Command("recipes", "List the recipes: name, parameters, what it is", "osler recipes", run_recipes),
+    Command("recipes", "List the recipes: name, parameters, what it is", "osler recipes", "osler.cli.show:list_recipes"),
     Command(
         "show",
         "Print a recipe with every default filled in; --explain says what each field means",
         "osler show text-10min --explain",
-        run_show,
+        "osler.cli.show:show_recipe",
         (RECIPE, option("--explain", action="store_true", help="say behind each field what it means")),
     ),
     Command(
         "metrics",
         "Show what every logged number means, its unit, and what it takes",
         "osler metrics grad",
-        run_metrics,
+        "osler.monitor.metrics:table",
         (option("word", nargs="?", default="", metavar="WORD", help="only metrics whose name or meaning has it"),),
     ),
     Command(
         "tokenizer train",
         "Train a tokenizer on a recipe's data, or on a file or folder of text",
         "osler tokenizer train notes/ tokenizer.vocab_size=8192 --out tokenizer.json",
-        run_tokenizer_train,
+        "osler.data.from_recipe:tokenizer_train",
         (RECIPE, option("--out", required=True, metavar="FILE", help="the tokenizer.json to write")),
     ),
     Command(
         "tokenizer inspect",
         "Show a tokenizer, and how it cuts a text",
         "osler tokenizer inspect tokenizer.json 'fever and a stiff neck'",
-        run_tokenizer_inspect,
+        "osler.data.from_recipe:tokenizer_inspect",
         (
-            option("tokenizer", metavar="FILE", help="a tokenizer.json, GPT-2's vocab.bpe, or a folder with one"),
+            option("path", metavar="FILE", help="a tokenizer.json, GPT-2's vocab.bpe, or a folder with one"),
             option("text", nargs="?", metavar="TEXT", help="text to cut into tokens"),
         ),
     ),
@@ -245,10 +205,12 @@ COMMANDS: tuple[Command, ...] = (
         "data prepare",
         "Tokenise a recipe's data, or a file or folder of text, into shards",
         "osler data prepare notes/ data.holdout_fraction=0.1 --tokenizer tokenizer.json --out shards/",
-        run_data_prepare,
+        "osler.data.from_recipe:data_prepare",
         (
             RECIPE,
-            option("--tokenizer", required=True, metavar="FILE", help="the tokenizer to cut the text with"),
+            option(
+                "--tokenizer", dest="tokenizer_path", required=True, metavar="FILE", help="the tokenizer to cut the text with"
+            ),
             option("--out", required=True, metavar="DIR", help="the folder to write, or to reuse if it is the same"),
         ),
         "`osler pretrain data.type=prepared data.path=shards/` trains on them, with the tokenizer that they were cut with.",
@@ -257,38 +219,38 @@ COMMANDS: tuple[Command, ...] = (
         "data inspect",
         "Show what a folder of shards holds, and check every byte",
         "osler data inspect shards/ --tokenizer tokenizer.json",
-        run_data_inspect,
+        "osler.data.from_recipe:data_inspect",
         (
             option("folder", metavar="DIR", help="a folder that `osler data prepare` wrote"),
-            option("--tokenizer", metavar="FILE", help="show how each split begins"),
+            option("--tokenizer", dest="tokenizer_path", metavar="FILE", help="show how each split begins"),
         ),
     ),
     Command(
         "pretrain",
         "Train a model from scratch on text",
         "osler pretrain text-10min data.path=notes/ --run runs/notes",
-        run_pretrain,
+        "osler.train.run:run",
         (RECIPE, *RUN_FOLDER, *ORIGIN),
     ),
     Command(
         "sft",
         "Teach a pretrained model to reason and answer",
         "osler sft init_from=runs/clinic-pretrain data.type=turns data.path=cases.jsonl",
-        run_sft,
+        "osler.train.run:run",
         (RECIPE, *RUN_FOLDER, *ORIGIN),
     ),
     Command(
         "grpo",
         "Improve a model by its own tries at exam questions (reinforcement learning)",
         "osler grpo init_from=runs/clinic-sft algorithm.samples_per_prompt=16",
-        run_grpo,
+        "osler.rl.run:run",
         (RECIPE, *RUN_FOLDER, *ORIGIN),
     ),
     Command(
         "eval",
         "Sit an exam with a model: the score and its confidence interval",
         "osler eval runs/clinic-sft",
-        run_eval,
+        "osler.eval.run:run",
         (CHECKPOINT, OVERRIDES),
         EVAL_HELP,
     ),
@@ -296,17 +258,23 @@ COMMANDS: tuple[Command, ...] = (
         "generate",
         "Let a model continue a text",
         "osler generate runs/clinic-pretrain --prompt 'A patient with fever'",
-        run_generate,
+        "osler.inference.chat:generate",
         (CHECKPOINT, option("--prompt", required=True, metavar="TEXT", help="the text to continue"), *SAMPLING),
     ),
     Command(
         "chat",
         "Ask a model questions in the terminal",
         "osler chat runs/clinic-sft",
-        run_chat,
+        "osler.inference.chat:chat",
         (
             CHECKPOINT,
-            option("--no-reasoning", action="store_true", help="ask for the answer without the thinking before it"),
+            option(
+                "--no-reasoning",
+                dest="reasoning",
+                action="store_const",
+                const=False,
+                help="ask for the answer without the thinking before it",
+            ),
             *SAMPLING,
         ),
     ),
@@ -314,28 +282,28 @@ COMMANDS: tuple[Command, ...] = (
         "report",
         "Write the report of a run, and print its summary",
         "osler report runs/quickstart",
-        run_report,
+        report,
         (RUN, option("--out", metavar="FILE", help="the page to write (default: report.html in the run folder)")),
     ),
     Command(
         "checkpoint list",
         "List the checkpoints of a run: step, tokens, size, which is the best",
         "osler checkpoint list runs/notes",
-        run_checkpoint_list,
+        "osler.runs.checkpoints:list_checkpoints",
         (RUN,),
     ),
     Command(
         "checkpoint verify",
         "Check every byte of a run's checkpoints, or of one; exit code 1 when one is damaged",
         "osler checkpoint verify runs/notes",
-        run_checkpoint_verify,
-        (CHECKPOINT,),
+        "osler.runs.checkpoints:verify_checkpoints",
+        (option("path", metavar="CHECKPOINT", help="a run folder, or a checkpoint in it"),),
     ),
     Command(
         "checkpoint prune",
         "Delete checkpoints, never the last good one",
         "osler checkpoint prune runs/notes --keep-last 1 --keep-best --dry-run",
-        run_checkpoint_prune,
+        "osler.runs.checkpoints:prune_checkpoints",
         (
             RUN,
             option("--keep-last", type=int, required=True, metavar="N", help="keep the last N that are good"),
@@ -348,10 +316,17 @@ COMMANDS: tuple[Command, ...] = (
         "watch",
         "Show a run in the terminal while it runs: state, curves, newest values, events, checkpoints",
         "osler watch runs/mine",
-        run_watch,
+        "osler.watch.screen:run",
         (
-            option("run", metavar="DIR", help="a run folder; of a quickstart the stage that is at work is shown"),
-            option("--every", type=float, default=2.0, metavar="SECONDS", help="between two pictures (default: 2)"),
+            option("folder", metavar="DIR", help="a run folder; of a quickstart the stage that is at work is shown"),
+            option(
+                "--every",
+                dest="every_seconds",
+                type=float,
+                default=2.0,
+                metavar="SECONDS",
+                help="between two pictures (default: 2)",
+            ),
             option("--once", action="store_true", help="print one picture as plain text, and end"),
         ),
         WATCH_HELP,
@@ -360,9 +335,9 @@ COMMANDS: tuple[Command, ...] = (
         "compare",
         "Compare runs: one HTML page, and a table in the terminal",
         "osler compare runs/mine runs/mine-lower-lr --out lower-lr.html",
-        run_compare,
+        compare,
         (
-            option("runs", nargs="+", metavar="DIR", help="two run folders or more"),
+            option("folders", nargs="+", metavar="DIR", help="two run folders or more"),
             option("--out", default="compare.html", metavar="FILE", help="the page to write (default: compare.html)"),
         ),
     ),
@@ -370,10 +345,17 @@ COMMANDS: tuple[Command, ...] = (
         "bench",
         "Time a recipe's training step on this machine, alone or beside nanochat and Hugging Face",
         "osler bench pure-tiny seq_len=512 batch_tokens=4096 --peer hf --peer ../nanochat",
-        run_bench,
+        "osler.bench.run:run",
         (
             RECIPE,
-            option("--peer", action="append", default=[], metavar="PATH | hf", help="a checkout of nanochat, or hf for Qwen3"),
+            option(
+                "--peer",
+                dest="peers",
+                action="append",
+                default=[],
+                metavar="PATH | hf",
+                help="a checkout of nanochat, or hf for Qwen3",
+            ),
             option("--rounds", type=int, default=3, metavar="N", help="fresh processes for each, in turns (default: 3)"),
             option("--steps", type=int, default=12, metavar="N", help="timed steps in each (default: 12)"),
             option("--out", metavar="FILE", help="also write the JSON here"),
@@ -383,9 +365,9 @@ COMMANDS: tuple[Command, ...] = (
         "doctor",
         "Find out what this machine can do",
         "osler doctor --json",
-        run_doctor,
+        "osler.doctor:run",
         (
-            option("--json", action="store_true", help="print one JSON object instead of a table"),
+            option("--json", dest="as_json", action="store_true", help="print one JSON object instead of a table"),
             option("--folder", default=".", metavar="DIR", help="where runs will be written (default: here)"),
         ),
     ),

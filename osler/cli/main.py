@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import difflib
 import errno
@@ -12,12 +11,11 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
-from osler.cli.commands import COMMANDS, Command
+from osler.cli.commands import COMMANDS, Command, run
 from osler.runtime.errors import UserError
-from osler.runtime.log import complain, log_to_terminal
+from osler.runtime.log import OUTPUT, complain, flush_or_silence, log_to_terminal, open_streams, silence
 from osler.runtime.neighbours import sharing_cpus
 from osler.runtime.stop import REQUESTS, hear_requests, ignore_requests, interruptible
-from osler.runtime.streams import OUTPUT, flush_or_silence, open_streams, silence
 from osler.runtime.world import is_distributed, is_reporter, is_silent
 
 EXIT_CODES = """\
@@ -113,7 +111,7 @@ def dispatch(argv: list[str]) -> int:
         name = " ".join(argv[:words])
         command = next((command for command in COMMANDS if command.name == name), None)
         if command:
-            return command.run(parser(command).parse_intermixed_args(argv[words:]))
+            return run(command, argv[words:])
     group = [command for command in COMMANDS if command.name.startswith(f"{argv[0]} ")]
     if group and len(argv) == 1:
         names = " and ".join(f"`{command.name}`" for command in group)
@@ -144,19 +142,6 @@ def overview(commands: Sequence[Command]) -> str:
     )
 
 
-def parser(command: Command) -> argparse.ArgumentParser:
-    """Return the parser of one command."""
-    made = argparse.ArgumentParser(
-        prog=f"osler {command.name}",
-        description=command.line,
-        epilog="\n".join([f"example:\n  {command.example}", command.more]).rstrip(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    for flags, settings in command.options:
-        made.add_argument(*flags, **settings)
-    return made
-
-
 def version() -> str:
     """Return the installed version."""
     from importlib.metadata import PackageNotFoundError, version
@@ -165,4 +150,3 @@ def version() -> str:
         return f"osler {version('osler')}"
     except PackageNotFoundError:
         return "osler (a source tree that is not installed)"
-

@@ -29,7 +29,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from osler.config.yaml12 import load_yaml
+from osler.config.recipe import load_yaml
 
 DIAGNOSIS = "diagnosis"
 PARTS = ("train", "validation", "test")

@@ -9,9 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-from osler.config.decode import decode
 from osler.config.recipe import load_recipe, merge, parse_overrides
-from osler.config.schema import TAGGED, config
+from osler.config.schema import TAGGED, config, decode
 from osler.data.config import ClinicData, FilesData, TurnsData
 from osler.data.shards import ShardSet, read_data_manifest
 from osler.data.sources import prepare_source, train_tokenizer

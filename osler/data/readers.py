@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from osler.data.documents import Document
-from osler.files.find import ROW_ENDINGS, TEXT_ENDINGS, ending, find_files, log_once, shown
-from osler.files.read import Row, read_rows, read_text
+from osler.files import ROW_ENDINGS, TEXT_ENDINGS, Row, ending, find_files, log_once, read_rows, read_text, shown
 from osler.runtime.errors import UserError
 from osler.tokenizer.chat import Turn
 

@@ -13,9 +13,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from osler.config.decode import decode
 from osler.config.recipe import parse_overrides
-from osler.config.schema import encode
+from osler.config.schema import decode, encode
 from osler.data.readers import TextFiles
 from osler.data.shards import ShardSet, read_data_manifest
 from osler.eval.config import CLINIC_EXAM, EvalConfig

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
-from osler.files.read import decode_lines
+from osler.files import decode_lines
 from osler.inference.engine import InferenceEngine
 from osler.inference.generate import Piece, continue_text, stream_answer
 from osler.inference.load import LoadedModel, open_model

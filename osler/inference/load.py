@@ -16,9 +16,8 @@ from typing import Any
 import torch
 
 from osler.checkpoint import store
-from osler.config.decode import decode
-from osler.config.schema import encode
-from osler.config.yaml12 import load_yaml
+from osler.config.recipe import load_yaml
+from osler.config.schema import decode, encode
 from osler.model.config import MODEL_FILE, ModelConfig
 from osler.model.transformer import Transformer
 from osler.runtime.device import pick_device, pick_dtype

@@ -24,10 +24,8 @@ from torch import Tensor
 from osler.model.transformer import Transformer
 from osler.monitor.config import MonitorConfig
 from osler.monitor.model_stats import ProbeRows, activation_stats, gradient_stats, update_stats, weight_stats
-from osler.runtime.device import peak_flops
-from osler.runtime.memory import peak_bytes, resident_bytes
+from osler.runtime.device import Stopwatch, peak_bytes, peak_flops, resident_bytes
 from osler.runtime.neighbours import busy_elsewhere, read_cpus
-from osler.runtime.stopwatch import Stopwatch
 from osler.runtime.world import World
 
 logger = logging.getLogger(__name__)

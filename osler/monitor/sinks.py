@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 from urllib.request import HTTPRedirectHandler, Request, build_opener
 
-from osler.config.yaml12 import load_yaml
+from osler.config.recipe import load_yaml
 from osler.monitor.alerts import Alert
 from osler.monitor.tracker import Tracker, UndeliveredError
 from osler.runtime.errors import UserError

@@ -24,10 +24,8 @@ import torch
 
 from osler.checkpoint import store
 from osler.checkpoint.folders import folder_name, refuse_checkpoint
-from osler.config.decode import decode
-from osler.config.recipe import load_recipe
-from osler.config.schema import encode
-from osler.config.yaml12 import dump_yaml
+from osler.config.recipe import dump_yaml, load_recipe
+from osler.config.schema import decode, encode
 from osler.data.config import ClinicData
 from osler.eval.config import EXAM_SEED
 from osler.eval.exams import greedy, score_by_generation

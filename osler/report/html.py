@@ -17,7 +17,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from osler.config.yaml12 import dump_yaml
+from osler.config.recipe import dump_yaml
 from osler.report import charts, svg, words
 from osler.report import format as fmt
 from osler.runtime.errors import UserError

@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from osler.checkpoint.folders import is_checkpoint
-from osler.config.decode import decode
-from osler.config.yaml12 import load_yaml
+from osler.config.recipe import load_yaml
+from osler.config.schema import decode
 from osler.model.config import MODEL_FILE, ModelConfig
 from osler.records.jsonl import END, START, Event, read_events
 from osler.records.results import Comparison, ExamScore, FinishedStage, SampledAnswer, read_exams, read_samples

@@ -14,10 +14,8 @@ from typing import Any, cast, get_args
 
 from osler.checkpoint import store
 from osler.checkpoint.folders import STATE, refuse_checkpoint
-from osler.config.decode import decode
-from osler.config.recipe import load_recipe, parse_overrides
-from osler.config.schema import encode, hints
-from osler.config.yaml12 import dump_yaml
+from osler.config.recipe import dump_yaml, load_recipe, parse_overrides
+from osler.config.schema import decode, encode, hints
 from osler.inference.load import read_model_config
 from osler.model.config import ModelConfig
 from osler.monitor.logger import check_trackers

@@ -10,10 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from osler.checkpoint.folders import FOLDER_NAME, describe_damaged, newest_good, refuse_checkpoint
-from osler.config.decode import decode
-from osler.config.recipe import merge, parse_overrides
-from osler.config.schema import encode
-from osler.config.yaml12 import dump_yaml, load_yaml
+from osler.config.recipe import dump_yaml, load_yaml, merge, parse_overrides
+from osler.config.schema import decode, encode
 from osler.records.jsonl import EventLog, read_metrics
 from osler.runtime.errors import UserError
 from osler.runtime.files import RunFolder, locked, write_atomic

@@ -14,9 +14,8 @@ from typing import Any, NamedTuple, TypeVar
 
 from osler.checkpoint import store
 from osler.checkpoint.folders import FOLDER_NAME, STATE, padded, refuse_checkpoint, root_of, verify
-from osler.config.decode import decode
-from osler.config.recipe import merge, parse_overrides
-from osler.config.yaml12 import load_yaml
+from osler.config.recipe import load_yaml, merge, parse_overrides
+from osler.config.schema import decode
 from osler.monitor.logger import check_trackers
 from osler.records.jsonl import EventLog
 from osler.runs.folder import differences, flat, named, newest_checkpoint, read_config, refuse_another

@@ -1,4 +1,4 @@
-"""What this machine can do: the device, the number format that pays on it, its peak speed.
+"""What this machine can do: the device, the number format that pays on it, its peak speed, its memory; and timing on it.
 
 Nothing is assumed from a name when it can be tried: bf16 is timed against fp32.
 Answers are cached for the life of the process. A run stores what it resolved, because two trials on a busy machine may disagree,
@@ -13,7 +13,9 @@ import functools
 import itertools
 import os
 import platform
+import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -218,3 +220,67 @@ def keep_freed_memory() -> None:
     if mallopt(mmap_threshold, 1 << 30) != 1:  # older versions of glibc refuse thresholds above half a heap
         mallopt(mmap_threshold, 32 << 20)
     mallopt(trim_threshold, largest_int)
+
+
+class Stopwatch:
+    """Adds up seconds by name: ``mark(name)`` ends a part that began at the previous mark, or at ``start``."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+        self._seconds: defaultdict[str, float] = defaultdict(float)
+        self._pending: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+        self.start()
+
+    def start(self) -> None:
+        """Begin the next part now; the time since the last mark is not counted."""
+        self._last = self._now()
+
+    def mark(self, name: str) -> None:
+        """End the part ``name`` and begin the next."""
+        now = self._now()
+        if self._on_gpu:
+            self._pending.append((name, self._last, now))
+        else:
+            self._seconds[name] += now - self._last
+        self._last = now
+
+    def read(self) -> dict[str, float]:
+        """Return the seconds of each part since the last call. Only this waits for the device."""
+        if self._pending:
+            self._pending[-1][2].synchronize()
+            for name, begin, end in self._pending:
+                self._seconds[name] += begin.elapsed_time(end) / 1000
+            self._pending.clear()
+        seconds = dict(self._seconds)
+        self._seconds.clear()
+        return seconds
+
+    def _now(self):  # type: ignore[no-untyped-def]  # float on a CPU, Event on CUDA: never mixed
+        if not self._on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+
+def resident_bytes() -> int | None:
+    """Return the process's resident memory without mapped files; None where the system does not tell, as outside of Linux.
+
+    Mapped files, libraries and data, grow as they are read, and the system takes them out when memory is short.
+    """
+    try:
+        _, resident, mapped, *_ = map(int, Path("/proc/self/statm").read_text().split())
+        return (resident - mapped) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError):
+        return None
+
+
+def peak_bytes(device: torch.device) -> int | None:
+    """Return the most that the GPU's allocator has held, or on a CPU the process with mapped files; None where unknown."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 from osler.checkpoint import store
-from osler.config.decode import decode
-from osler.config.yaml12 import load_yaml
+from osler.config.recipe import load_yaml
+from osler.config.schema import decode
 from osler.data.config import FilesData, PreparedData, TurnsData
 from osler.data.consumed import ConsumedData
 from osler.data.curriculum import rows_per_micro_batch

@@ -1,17 +1,19 @@
-"""`osler bench`: what it prints holds together, its peers have the same shape, and a stopwatch's parts add up."""
+"""`osler bench`: what it prints holds together, its peers have the same shape, and its JSON names the machine."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
-from osler.bench.contestants import build_hf, build_osler
+from osler.bench.measure import build_hf, build_osler
 from osler.cli.main import main
-from osler.config.decode import decode
 from osler.config.recipe import parse_overrides
-from osler.runtime.stopwatch import Stopwatch
+from osler.config.schema import decode
+from osler.runtime.device import Stopwatch
 from osler.train.config import TrainConfig
 
 SHAPE = {"num_layers": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "num_kv_heads": 1, "head_dim": 16}
@@ -63,7 +65,7 @@ def test_mistakes_are_told(capsys):
 
 def test_a_stopwatch_knows_where_time_went(monkeypatch):
     now = [100.0]
-    monkeypatch.setattr("osler.runtime.stopwatch.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("osler.runtime.device.time.perf_counter", lambda: now[0])
     stopwatch = Stopwatch(torch.device("cpu"))
     for _ in range(2):
         stopwatch.start()
@@ -72,3 +74,17 @@ def test_a_stopwatch_knows_where_time_went(monkeypatch):
         now[0] += 0.5
         stopwatch.mark("short")
     assert stopwatch.read() == {"long": 4.0, "short": 1.0} and stopwatch.read() == {}
+
+
+FILE = Path(__file__).parents[2] / "benchmarks" / "measuring.py"
+
+
+def test_a_result_names_its_machine(tmp_path, capsys):
+    spec = importlib.util.spec_from_file_location("measuring", FILE)
+    measuring = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(measuring)
+    measuring.publish({"benchmark": "x", "threads": 7}, tmp_path / "x.json")
+    machine = json.loads((tmp_path / "x.json").read_text())["machine"]
+    assert machine["processor"] and machine["threads"] == 7, "the threads are those of the processes that were measured"
+    assert {"cores", "memory_bytes", "torch", "python", "system", "thread_variables"} <= machine.keys()
+    assert json.loads(capsys.readouterr().out)["machine"] == machine

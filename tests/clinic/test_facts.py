@@ -19,7 +19,7 @@ from osler.clinic.facts import (
     load_conditions,
     make_splits,
 )
-from osler.config.yaml12 import load_yaml
+from osler.config.recipe import load_yaml
 
 CONDITIONS = load_conditions()
 FILES = sorted(Path(osler.clinic.facts.__file__).parent.glob("*.yaml"))

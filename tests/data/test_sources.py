@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from osler.config.decode import decode
-from osler.config.schema import ConfigError
+from osler.config.schema import ConfigError, decode
 from osler.data.config import ClinicData, FilesData, TurnsData
 from osler.data.from_recipe import Sections
 from osler.data.sources import SAMPLE_CHARS, _sample, open_corpus, prepare_source, train_tokenizer

@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 
 from osler.cli import main as cli
-from osler.config.decode import decode
-from osler.config.schema import ConfigError
+from osler.config.schema import ConfigError, decode
 from osler.eval.config import EXAM_SEED, EvalConfig
 from osler.eval.exams import greedy, score_by_generation, score_by_likelihood
 from osler.eval.run import Sitting, complete, config_of, parts, remarks, table

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import models, pre_tokenizers
 
 from osler.cli.main import main
-from osler.config.yaml12 import dump_yaml, load_yaml
+from osler.config.recipe import dump_yaml, load_yaml
 from osler.data.loader import Loader
 from osler.data.order import Order
 from osler.data.packing import StreamPacking, WholePacking

@@ -13,7 +13,7 @@ from run_folders import KINDS, STOPPED, at, logged, saved_steps, untimed
 from osler.checkpoint import store
 from osler.checkpoint.folders import mark_best
 from osler.cli.main import main
-from osler.config.yaml12 import load_yaml
+from osler.config.recipe import load_yaml
 from osler.records.jsonl import read_events
 from osler.runs.rewind import go_back
 from osler.runtime.errors import UserError

@@ -10,7 +10,7 @@ import pytest
 from run_folders import STOPPED, at, flip
 
 from osler.cli.main import main
-from osler.config.yaml12 import load_yaml
+from osler.config.recipe import load_yaml
 
 TEXTS = [f"Finding {number} speaks for disease {number % 7}, and never for its twin. " * 3 for number in range(60)]
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from osler.cli import main as cli
-from osler.config.decode import decode
+from osler.config.schema import decode
 from osler.inference import chat
 from osler.inference.chat import show_answer
 from osler.inference.engine import InferenceEngine

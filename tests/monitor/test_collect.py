@@ -151,7 +151,7 @@ def test_fine_tuning_pads_and_grpo_is_watched(tiny, runs, tmp_path):
 @pytest.mark.parametrize(("wait_ms", "told"), [(0, []), (8, ["starved-loader"])])
 def test_a_loader_that_starves_the_device_is_told_by_the_clock(wait_ms, told, monkeypatch):
     now = [100.0]
-    monkeypatch.setattr("osler.runtime.stopwatch.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("osler.runtime.device.time.perf_counter", lambda: now[0])
 
     def batches():
         while True:

@@ -6,9 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from osler.config.decode import decode
 from osler.config.recipe import load_recipe
-from osler.config.schema import ConfigError
+from osler.config.schema import ConfigError, decode
 from osler.model.config import ModelConfig
 from osler.model.transformer import Transformer
 from osler.optim.build import build_optimizer, group_of, set_hyperparameters

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from osler.config.decode import decode
 from osler.config.recipe import load_recipe
+from osler.config.schema import decode
 from osler.quickstart.config import QuickstartConfig
 from osler.quickstart.run import Quickstart, run
 from osler.runs.folder import stored_config

@@ -7,8 +7,7 @@ import sys
 
 import pytest
 
-from osler.config.decode import decode
-from osler.config.schema import ConfigError, encode
+from osler.config.schema import ConfigError, decode, encode
 from osler.rl.config import AlgorithmConfig, GrpoConfig
 
 

@@ -1,19 +1,24 @@
-"""The probes give answers that hold on any machine."""
+"""The probes give answers that hold on any machine; mapped files are no memory that the process holds."""
 
 from __future__ import annotations
 
+import mmap
 import os
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from osler.runtime.device import (
     bf16_pays,
     describe_machine,
+    peak_bytes,
     peak_flops_of,
     pick_device,
     pick_dtype,
+    resident_bytes,
 )
 from osler.runtime.errors import UserError
 
@@ -70,3 +75,24 @@ def test_a_machine_is_described_by_its_processor_and_threads(monkeypatch):
     assert 1 <= machine["cores"] <= os.cpu_count() and machine["threads"] == torch.get_num_threads()
     assert machine["torch"] == torch.__version__ and "OMP_WAIT_POLICY=passive" in machine["thread_variables"]
     assert machine["memory_bytes"] is None or machine["memory_bytes"] > 1 << 27
+
+
+MIB = 2**20
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the system does not tell")
+def test_a_mapped_file_is_not_held_and_an_array_is(tmp_path):
+    path = tmp_path / "shard.bin"
+    path.write_bytes(bytes(64 * MIB))
+    before = resident_bytes()
+    mapped = np.memmap(path, dtype=np.uint8, mode="r")
+    assert int(mapped.sum()) == 0
+    read = resident_bytes()
+    held = mmap.mmap(-1, 64 * MIB, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # new, whatever freed memory the process keeps
+    for _ in range(64):
+        held.write(bytes(MIB))
+    after = resident_bytes()
+    assert before and read and after
+    assert read - before < 32 * MIB < after - read < 96 * MIB
+    peak = peak_bytes(torch.device("cpu"))
+    assert peak is not None and peak >= after

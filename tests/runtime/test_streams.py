@@ -52,7 +52,7 @@ def test_standard_error_and_input(tmp_path, arguments, code, redirection):
 def test_no_file_takes_the_number_of_a_closed_stream(tmp_path):
     """What a library prints would go into it."""
     code = (
-        "import os, sys; from osler.runtime.streams import open_streams; open_streams()\n"
+        "import os, sys; from osler.runtime.log import open_streams; open_streams()\n"
         f"file = open({str(tmp_path / 'metrics')!r}, 'w'); os._exit(file.fileno())"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from osler.clinic.exam import exam
-from osler.config.decode import decode
+from osler.config.schema import decode
 from osler.runtime.errors import UserError
 from osler.tasks.answers import read_choice, read_number
 from osler.tasks.item import ExamItem, permute, render_answer, render_question, shared_questions

@@ -9,9 +9,8 @@ import pytest
 import torch
 
 from osler.cli.main import main
-from osler.config.decode import decode
 from osler.config.recipe import load_recipe, merge
-from osler.config.schema import encode
+from osler.config.schema import decode, encode
 from osler.data.prepare import open_prepared
 from osler.inference.load import load_model
 from osler.model.transformer import SummedLoss, Transformer

@@ -11,9 +11,8 @@ import torch
 
 from osler.checkpoint import store
 from osler.cli.main import main
-from osler.config.decode import decode
 from osler.config.recipe import load_recipe
-from osler.config.schema import encode
+from osler.config.schema import decode, encode
 from osler.data.config import CurriculumStage as Stage
 from osler.data.loader import Batch, Loader, StagedLoader
 from osler.data.order import Order

@@ -13,8 +13,8 @@ import torch
 
 from osler.cli.main import main
 from osler.clinic.textbook import textbook
-from osler.config.decode import decode
 from osler.config.recipe import available_recipes, load_recipe
+from osler.config.schema import decode
 from osler.data.curriculum import rows_per_micro_batch
 from osler.inference.load import load_model
 from osler.rl.config import GrpoConfig

@@ -11,8 +11,8 @@ from itertools import product
 
 import pytest
 
-from osler.config.decode import decode
 from osler.config.recipe import available_recipes, load_recipe
+from osler.config.schema import decode
 from osler.data.config import CurriculumStage as Stage
 from osler.parallel.config import DdpConfig, DeepSpeedConfig
 from osler.parallel.fp8 import float8_linear

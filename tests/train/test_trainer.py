@@ -16,7 +16,7 @@ import torch
 
 from osler.checkpoint import store
 from osler.cli.main import main
-from osler.config.yaml12 import load_yaml
+from osler.config.recipe import load_yaml
 from osler.inference.load import load_model
 from osler.monitor.config import MonitorConfig
 from osler.monitor.metrics import declared_name

@@ -1,10 +1,12 @@
-"""Reading rows: the same answer in every format, linear in time, and every mistake with its file, line and field."""
+"""Everything readable is found once and read the same in every format; every mistake is told with its file, line and field."""
 
 import functools
 import gzip
 import io
 import json
+import os
 import re
+import socket
 import subprocess
 import sys
 import time
@@ -15,10 +17,108 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from osler.files import read
-from osler.files.find import ROW_ENDINGS, TEXT_ENDINGS, ending, find_files
-from osler.files.read import decode_lines, read_rows, read_text
+from osler import files
+from osler.files import ROW_ENDINGS, TEXT_ENDINGS, decode_lines, ending, find_files, read_rows, read_text, shown
 from osler.runtime.errors import UserError
+
+ALL = (*ROW_ENDINGS, *TEXT_ENDINGS)
+
+
+def find(path: str | Path) -> list[Path]:
+    return find_files(path, ALL, key="data.path")
+
+
+def names(root: Path) -> list[str]:
+    return [file.relative_to(root).as_posix() for file in find(root)]
+
+
+def touch(path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("x")
+    return path
+
+
+def test_what_is_left_out_is_listed_by_kind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("a.txt", "B.JSONL", "c.Parquet", "d.md.GZ"):
+        touch(tmp_path / name)
+    assert names(tmp_path) == ["B.JSONL", "a.txt", "c.Parquet", "d.md.GZ"] and capsys.readouterr().err == ""
+    for name in ("a.json", "b.json", "sub/c.JSON", "d.csv", "e.csv.gz", "LICENSE", ".hidden", ".git/x.txt", "v1.2.pdf"):
+        touch(tmp_path / name)
+    assert len(find(tmp_path)) == len(find(tmp_path)) == 4
+    left_out = "3 .json, 2 hidden, 1 without an ending, 1 .csv, 1 .csv.gz, 1 .pdf"
+    assert capsys.readouterr().err == f"{tmp_path}: left out: {left_out}.\n", "logged once"
+
+
+def test_a_folder_with_nothing_to_read_says_why(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"holds no file that can be read \(it is empty\)\. Readable files end in \.parquet"):
+        find(tmp_path)
+    touch(tmp_path / "a.json")
+    touch(tmp_path / "b.csv")
+    with pytest.raises(UserError, match=r"holds no file that can be read \(left out: 1 \.json, 1 \.csv\)"):
+        find(tmp_path)
+
+
+def test_linked_folders_are_followed_once_and_circles_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As rglob does not: it passes over links to folders without a word."""
+    root, outside = tmp_path / "root", tmp_path / "outside"
+    touch(root / "a" / "1.txt")
+    touch(outside / "deep" / "2.txt")
+    (root / "0-same").symlink_to(root / "a")
+    (root / "linked").symlink_to(outside)
+    (outside / "back").symlink_to(root)
+    (root / "a" / "self").symlink_to(root / "a" / "self")
+    (root / "a" / "gone.txt").symlink_to(root / "nowhere")
+    (root / "3.txt").symlink_to(outside / "deep" / "2.txt")
+    assert names(root) == ["3.txt", "a/1.txt", "linked/deep/2.txt"]
+    assert "left out: 2 linked nowhere, 2 linked twice." in capsys.readouterr().err
+
+
+def test_what_cannot_be_opened_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A folder whose path is longer than the system takes cannot be listed, not even by root."""
+    touch(tmp_path / "a.txt")
+    here = os.getcwd()
+    os.chdir(tmp_path)
+    try:
+        for _ in range(20):
+            os.mkdir("n" * 250)
+            os.chdir("n" * 250)
+    finally:
+        os.chdir(here)
+    assert names(tmp_path) == ["a.txt"]
+    said = capsys.readouterr().err
+    assert "left out: 1 that cannot be opened: " in said and said.endswith("n (File name too long).\n")
+
+
+def test_what_is_no_file_is_not_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    touch(tmp_path / "a.txt")
+    os.mkfifo(tmp_path / "pipe.txt")
+    monkeypatch.chdir(tmp_path)
+    with socket.socket(socket.AF_UNIX) as bound:
+        bound.bind("socket.txt")
+        assert names(tmp_path) == ["a.txt"]
+    assert "left out: 2 neither file nor folder." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["gone", "n\0l.txt", "n" * 300, "half\ud83e", "a.txt/b"])
+def test_a_path_that_cannot_be_is_a_path_where_nothing_is(tmp_path: Path, name: str) -> None:
+    touch(tmp_path / "a.txt")
+    with pytest.raises(UserError, match=r"There is no file or folder .*; set data\.path to one that exists") as caught:
+        find(tmp_path / name)
+    assert str(caught.value).isprintable()
+
+
+def test_names_can_always_be_printed(tmp_path: Path) -> None:
+    assert shown(Path("Fièvre 🧪.txt")) == "Fièvre 🧪.txt"
+    assert shown(os.fsdecode(b"caf\xe9.txt")) == r"caf\udce9.txt"
+    assert shown("n\0l\n") == r"n\x00l\n"
+
+
+def test_the_ending_tells_the_kind() -> None:
+    for name, kind in [("a.JSONL.GZ", ".jsonl"), ("a.b.txt.zst", ".txt"), ("a.parquet.gz", ".gz"), ("a.gz", ".gz"), ("a", "")]:
+        assert ending(Path(name)) == kind
+
 
 zstd = functools.partial(pa.compress, codec="zstd", asbytes=True)
 
@@ -129,7 +229,7 @@ def test_the_way_out_of_an_array_works(tmp_path: Path) -> None:
 
 
 def test_an_array_is_refused_before_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(read, "BLOCK_BYTES", 0)  # whoever goes on to read it by blocks finds nothing to refuse
+    monkeypatch.setattr(files, "BLOCK_BYTES", 0)  # whoever goes on to read it by blocks finds nothing to refuse
     assert "begins with '['" in refusal(tmp_path / "a.jsonl", b"[" + b" " * 3_000_000)
 
 
@@ -181,13 +281,13 @@ def test_columns_about_a_row_are_not_missed(tmp_path: Path) -> None:
 
 def test_a_long_line_takes_time_in_proportion_to_its_length(monkeypatch: pytest.MonkeyPatch) -> None:
     """Eight times the blocks: cut anew at every block they take 64 times as long, put together once 8 times."""
-    monkeypatch.setattr(read, "BLOCK_BYTES", 4096)
+    monkeypatch.setattr(files, "BLOCK_BYTES", 4096)
 
     def seconds(blocks: int) -> float:
         best = float("inf")
         for _ in range(3):
             start = time.process_time()
-            assert [len(line) for line in read._lines(io.BytesIO(bytes(4096 * blocks)))] == [4096 * blocks]
+            assert [len(line) for line in files._lines(io.BytesIO(bytes(4096 * blocks)))] == [4096 * blocks]
             best = min(best, time.process_time() - start)
         return best
 
@@ -197,9 +297,9 @@ def test_a_long_line_takes_time_in_proportion_to_its_length(monkeypatch: pytest.
 def test_lines_are_cut_at_newlines_wherever_blocks_end(monkeypatch: pytest.MonkeyPatch) -> None:
     data = b"one\n\ntwo\r\nthree"
     for size in range(1, len(data) + 2):
-        monkeypatch.setattr(read, "BLOCK_BYTES", size)
-        assert list(read._lines(io.BytesIO(data))) == [b"one\n", b"\n", b"two\r\n", b"three"]
-        assert list(read._lines(io.BytesIO(data + b"\n"))) == [b"one\n", b"\n", b"two\r\n", b"three\n"]
+        monkeypatch.setattr(files, "BLOCK_BYTES", size)
+        assert list(files._lines(io.BytesIO(data))) == [b"one\n", b"\n", b"two\r\n", b"three"]
+        assert list(files._lines(io.BytesIO(data + b"\n"))) == [b"one\n", b"\n", b"two\r\n", b"three\n"]
     assert list(decode_lines([], "x")) == []
 
 
