@@ -23,11 +23,6 @@ from osler.report import format as fmt
 from osler.runtime.errors import UserError
 from osler.runtime.files import write_atomic
 
-
-def _drawing(function: Callable[..., str]) -> Callable[..., Markup]:
-    return lambda *args, **kwargs: Markup(function(*args, **kwargs))
-
-
 PAGES = jinja2.Environment(
     loader=jinja2.PackageLoader("osler.report"),
     autoescape=True,
@@ -35,12 +30,12 @@ PAGES = jinja2.Environment(
     lstrip_blocks=True,
     undefined=jinja2.StrictUndefined,
 )
-DRAWINGS = (svg.interval_bar, svg.ladder, svg.histogram, svg.stacked_bar)
-TEXTS = (
+DRAWINGS: tuple[Callable[..., str], ...] = (svg.interval_bar, svg.ladder, svg.histogram)
+TEXTS: tuple[Callable[..., Any], ...] = (
     *(fmt.percent, fmt.points, fmt.count, fmt.plural, fmt.duration, charts.legend_value, charts.unit_of, dump_yaml),
     *(words.stage_title, words.stage_colour, words.in_sentence, words.interval, words.difference_in_words),
 )
-PAGES.globals |= {function.__name__: _drawing(function) for function in DRAWINGS}
+PAGES.globals |= {function.__name__: lambda *args, draw=function, **kw: Markup(draw(*args, **kw)) for function in DRAWINGS}
 PAGES.globals |= {function.__name__: function for function in TEXTS}
 
 
@@ -52,18 +47,13 @@ def render(template: str, **values: Any) -> Markup:
 def page(name: str, what: str, made_of: str, body: Markup, links: Mapping[str, str]) -> str:
     """Return a page around its sections, with a link to each that is there; ``links`` are titles by section."""
     there = re.findall('<section id="([^"]+)"', body)
-    asset = resources.files("osler.report").joinpath
-    return render(
-        "page.html",
-        name=name,
-        what=what,
-        made_of=made_of,
-        made=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M"),
-        body=body,
-        links={anchor: title for anchor, title in links.items() if anchor in there},
-        style=Markup(asset("style.css").read_text(encoding="utf-8")),
-        script=Markup(asset("script.js").read_text(encoding="utf-8")),
+    style, script = (
+        Markup(resources.files("osler.report").joinpath(file).read_text(encoding="utf-8")) for file in ("style.css", "script.js")
     )
+    made = datetime.now().astimezone().strftime("%Y-%m-%d %H:%M")
+    links = {anchor: title for anchor, title in links.items() if anchor in there}
+    about = {"name": name, "what": what, "made_of": made_of, "made": made, "links": links}
+    return render("page.html", **about, body=body, style=style, script=script)
 
 
 def write_page(path: Path, text: str) -> Path:

@@ -11,27 +11,10 @@ import numpy as np
 
 from osler.records.results import SampledAnswer
 from osler.report import format as fmt
-from osler.report import html
-from osler.report.charts import Family, Figure, charts_of, figures
-from osler.report.events import EventGroup, grouped, marks_of
+from osler.report import html, words
+from osler.report.charts import charts_of, figures
 from osler.report.read import RunRecord, StageLog, read_run, stage_rank
-from osler.report.words import (
-    attention,
-    headline,
-    headline_score,
-    in_sentence,
-    interval,
-    model_of,
-    next_steps,
-    score_in_words,
-    scores_on,
-    stage_colour,
-    stage_seconds,
-    stage_title,
-    teachers,
-    total_seconds,
-    total_tokens,
-)
+from osler.report.words import stage_colour, stage_title
 from osler.runtime.files import RunFolder
 
 MOST_STAGES, MOST_QUESTIONS = 3, 24  # of the samples
@@ -52,86 +35,91 @@ def build_report(run_folder: str | Path | RunRecord, out: str | Path | None = No
 
 def render(run: RunRecord) -> str:
     """Return the whole page."""
-    score = headline_score(run)
     sample_stages, questions = _questions(run)
     times = _times(run)
+    ends = [abs(v) for pair in run.comparisons for v in (*pair.interval, pair.difference) if math.isfinite(v)]
+    about_grpo = any("grpo" in pair.after_label.lower() for pair in run.comparisons)
     body = html.render(
         "report.html",
         run=run,
-        score=score,
-        headline=headline(run),
+        score=words.headline_score(run),
+        headline=words.headline(run),
         summary=_summary(run),
         ladder_of=_ladder(run),
-        attention=attention(run),
+        attention=words.attention(run),
         tiles=list(_tiles(run)),
-        splits={split: scores_on(run, split) for split in dict.fromkeys(one.split for one in run.exams)},
-        comparison_title="Before and after GRPO" if _compares_grpo(run) else "Before and after",
-        reach=_reach(run),
+        splits={split: words.scores_on(run, split) for split in dict.fromkeys(one.split for one in run.exams)},
+        comparison_title="Before and after GRPO" if about_grpo else "Before and after",
+        reach=max(0.05, math.ceil(20 * max(ends, default=0.1)) / 20),  # of the axis of differences, on either side of zero
         sample_stages=sample_stages,
         questions=questions,
         samples_lead=_changes(questions, sample_stages),
         right_option=right_option,
         times=times,
         times_total=sum(seconds for _, seconds, *_ in times),
-        teachers=teachers(run),
-        stages=[_Stage(run, stage, position) for position, stage in enumerate(run.runs)],
-        next_steps=list(next_steps(run)),
-        facts=_facts(run),
+        teachers=words.teachers(run),
+        stages=[_stage(run, stage, position) for position, stage in enumerate(run.runs)],
+        next_steps=list(words.next_steps(run)),
+        facts={**run.groups, "versions": run.versions},
     )
     return html.page(run.path.resolve().name, "Osler run report", "the files of this run", body, LINKS)
 
 
-class _Stage:
-    """What the page shows of one stage's log."""
-
-    def __init__(self, run: RunRecord, log: StageLog, position: int) -> None:
-        self.title, self.colour = stage_title(log.name), stage_colour(log.name, position)
-        main, rest = charts_of(log, self.colour)
-        self.main: list[Figure] = figures(main, marks_of(log.events))
-        self.families: list[tuple[Family, list[Figure]]] = [(family, figures(charts)) for family, charts in rest]
-        self.groups: list[EventGroup] = grouped(log.events)
-        seconds = stage_seconds(run, log.name.lower()) if log.name else log.seconds
-        self.facts = [fmt.plural(log.last_step, "step")]
-        self.facts += [f"{fmt.count(log.tokens)} tokens"] if math.isfinite(log.tokens) else []
-        self.facts += [fmt.duration(seconds)] if math.isfinite(seconds) else []
+def _stage(run: RunRecord, log: StageLog, position: int) -> dict[str, Any]:
+    """Return what the page shows of one stage's log."""
+    colour, groups = stage_colour(log.name, position), words.grouped(log.events)
+    main, rest = charts_of(log, colour)
+    seconds = words.seconds_of(run, log.name.lower()) if log.name else log.seconds
+    return {
+        "title": stage_title(log.name),
+        "colour": colour,
+        "main": figures(main, words.marks_of(groups)),
+        "families": [(family, figures(charts)) for family, charts in rest],
+        "groups": groups,
+        "facts": [
+            fmt.plural(log.last_step, "step"),
+            *([f"{fmt.count(log.tokens)} tokens"] if math.isfinite(log.tokens) else []),
+            *([fmt.duration(seconds)] if math.isfinite(seconds) else []),
+        ],
+    }
 
 
 def _summary(run: RunRecord) -> str:
     """Say what was trained, on how much, and the score in plain words."""
-    model, parameters = model_of(run)
-    score, tokens, what = headline_score(run), total_tokens(run), []
+    model, parameters = words.model_of(run)
+    score, tokens, what = words.headline_score(run), words.total_tokens(run), []
     if math.isfinite(parameters):
         shape = f" ({model['num_layers']} layers of width {model['hidden_size']})" if model else ""
         what.append(f"A model of {fmt.count(parameters)} parameters{shape}")
     if math.isfinite(tokens):
         what.append(f"{'trained' if what else 'Trained'} on {fmt.count(tokens)} tokens")
-    return (", ".join(what) + "." if what else "") + (f" {score_in_words(score)}" if score else "")
+    return (", ".join(what) + "." if what else "") + (f" {words.score_in_words(score)}" if score else "")
 
 
 def _ladder(run: RunRecord) -> tuple[list[Any], list[Any], str]:
     """Return all checkpoints on the split that the page leads with, as `svg.ladder` takes them."""
-    score = headline_score(run)
+    score = words.headline_score(run)
     if score is None:
         return [], [], ""
-    scores = scores_on(run, score.split)
+    scores = words.scores_on(run, score.split)
     rows = [(stage_title(s.label), s.low, s.accuracy, s.high, stage_colour(s.label, i)) for i, s in enumerate(scores)]
     marks = [(score.chance, "chance", "guessing"), (score.constant_letter_baseline, "constant", "one letter")]
-    words = (f"{label} {fmt.percent(value)} ({fmt.percent(low)} to {fmt.percent(high)})" for label, low, value, high, _ in rows)
-    return rows, marks, f"Accuracy on {score.split}: {'; '.join(words)}"
+    said = (f"{label} {fmt.percent(value)} ({fmt.percent(low)} to {fmt.percent(high)})" for label, low, value, high, _ in rows)
+    return rows, marks, f"Accuracy on {score.split}: {'; '.join(said)}"
 
 
 def _tiles(run: RunRecord) -> Iterator[tuple[str, str, str]]:
     """Yield the key numbers: label, value, and what it is of."""
-    score, (_, parameters) = headline_score(run), model_of(run)
+    score, (_, parameters), seconds = words.headline_score(run), words.model_of(run), words.seconds_of(run)
     together = "all stages" if len(run.stages) > 1 or len(run.runs) > 1 else ""
     if score:
-        yield "Score", fmt.percent(score.accuracy), interval(score)
+        yield "Score", fmt.percent(score.accuracy), words.interval(score)
     if math.isfinite(parameters):
         yield "Parameters", fmt.count(parameters), ""
-    if math.isfinite(total_tokens(run)):
-        yield "Tokens seen", fmt.count(total_tokens(run)), together
-    if math.isfinite(total_seconds(run)):
-        yield "Time", fmt.duration(total_seconds(run)), together
+    if math.isfinite(tokens := words.total_tokens(run)):
+        yield "Tokens seen", fmt.count(tokens), together
+    if math.isfinite(seconds):
+        yield "Time", fmt.duration(seconds), together
     for metric, label in (("eval/loss", "Held-out loss"), ("perf/tokens_per_second", "Tokens/s"), ("reward", "Reward")):
         for stage in run.runs:
             known = stage.finite(metric).values
@@ -140,16 +128,6 @@ def _tiles(run: RunRecord) -> Iterator[tuple[str, str, str]]:
                 shown = fmt.count(np.sort(known)[len(known) // 2]) if is_speed else fmt.number(known[-1])
                 yield label, shown, f"{stage_title(stage.name)}, {'median' if is_speed else 'at the end'}"
                 break
-
-
-def _compares_grpo(run: RunRecord) -> bool:
-    return any("grpo" in pair.after_label.lower() for pair in run.comparisons)
-
-
-def _reach(run: RunRecord) -> float:
-    """Return how far the axis of differences reaches on either side of zero."""
-    ends = (abs(v) for pair in run.comparisons for v in (*pair.interval, pair.difference) if math.isfinite(v))
-    return max(0.05, math.ceil(20 * max(ends, default=0.1)) / 20)
 
 
 def _times(run: RunRecord) -> list[tuple[str, float, int, str]]:
@@ -177,7 +155,7 @@ def _changes(questions: Sequence[dict[str, SampledAnswer]], stages: Sequence[str
         return "Not picked: as the run drew them."
     before, after = stages[-2:]
     pairs = [(q[before].correct, q[after].correct) for q in questions if before in q and after in q]
-    first, second = (in_sentence(stage_title(name)) for name in (before, after))
+    first, second = (words.in_sentence(stage_title(name)) for name in (before, after))
     return (
         f"The same questions after {first} and after {second}, not picked: of {len(pairs)}, {pairs.count((False, True))} turned "
         f"right and {pairs.count((True, False))} turned wrong. Too few to measure by; read them for how it answers."
@@ -194,15 +172,3 @@ def right_option(sample: SampledAnswer) -> int | None:
         [key == letter for letter in letters],
     )
     return next((way.index(True) for way in ways if True in way), None)
-
-
-def _facts(run: RunRecord) -> dict[str, dict[str, str]]:
-    """Return versions, machine and fingerprints, with bytes in GiB."""
-    groups = {**run.groups, **({"versions": run.versions} if run.versions else {})}
-    return {
-        name: {
-            key: f"{int(text) / 2**30:.1f} GiB" if key.endswith("_bytes") and text.isdecimal() else text
-            for key, text in table.items()
-        }
-        for name, table in groups.items()
-    }

@@ -243,20 +243,6 @@ def histogram(counts: dict[str, float]) -> str:
     return _svg("".join(parts), width, 46, title, "letters", f'style="width:{width}px"')
 
 
-def stacked_bar(times: Sequence[tuple[str, float, int, str]]) -> str:
-    """Draw one bar of stages side by side, each given as (title, seconds, colour, words)."""
-    total = sum(seconds for _, seconds, *_ in times)
-    x, out, spoken = 0.0, [], []
-    for title, seconds, colour, _ in times:
-        width = 1000 * seconds / total
-        text = f"{title}: {fmt.duration(seconds)} ({fmt.percent(seconds / total)})"
-        box = f'x="{_c(x)}" y="0" width="{_c(max(width - 2, 1))}" height="30"'
-        out.append(f'<rect class="c{colour} solid" {box}><title>{_e(text)}</title></rect>')
-        spoken.append(f"{title} {fmt.duration(seconds)}")
-        x += width
-    return _svg("".join(out), 1000, 30, f"Time per stage: {'; '.join(spoken)}", "stack", 'preserveAspectRatio="none"')
-
-
 def value_range(finite: Sequence[float] | Numbers, zero: bool, kind: str) -> tuple[float, float, int]:
     """Return the bounds of the value axis and how many points lie above it: a rare spike must not flatten the curve."""
     low, high, over = float(np.min(finite)), float(np.max(finite)), 0

@@ -1,4 +1,4 @@
-"""What the numbers say, in sentences: the headline, the verdict on a score, what deserves attention, what to do next.
+"""What the record says, in sentences: headline, verdict on a score, what happened, what deserves attention, what to do next.
 
 The page and the summary for the terminal share them. A claim is made only where an interval carries it. What is wrong with a
 stage was judged as it trained, by the rules of ``osler/monitor``, and stands in its events; what its exams show, pauses and
@@ -9,42 +9,41 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from osler.eval.score import describe_too_long, length_explains
-from osler.records.jsonl import still_wrong, unresolved_at_end
+from osler.records.jsonl import END, FAILED, FINISHED, START, Event, still_wrong, unresolved_at_end
 from osler.records.results import Comparison, ExamScore
 from osler.report import format as fmt
-from osler.report.events import grave_in_words
-from osler.report.read import NAN, RunRecord, StageLog, count_parameters, find_model, read_run
+from osler.report.read import NAN, RunRecord, count_parameters, find_model, read_run
 from osler.runtime.files import RunFolder
 
-TITLES = {
-    "": "Training",
-    "pretrain": "Pretraining",
-    "midtrain": "Mid-training",
-    "sft": "Supervised fine-tuning",
-    "grpo": "GRPO",
-    "rl": "Reinforcement learning",
-    "data": "Data preparation",
-    "tokenizer": "Tokenizer",
-    "untrained": "Untrained",
-}
+STAGES = {  # title and palette number
+    "": ("Training", 0), "pretrain": ("Pretraining", 0), "midtrain": ("Mid-training", 3), "sft": ("Supervised fine-tuning", 1),
+    "grpo": ("GRPO", 2), "rl": ("Reinforcement learning", 2), "data": ("Data preparation", 4), "tokenizer": ("Tokenizer", 6),
+    "untrained": ("Untrained", 5),
+}  # fmt: skip
 HEADLINE_CURVES = (  # without an exam the first that was measured leads; the words before and after its values
     ("eval/bits_per_byte", "", " bits per byte of held-out text"),
     ("eval/loss", "held-out loss", ""),
     ("train/loss", "loss", ""),
     ("reward", "reward", ""),
 )
-COLOURS = {"": 0, "pretrain": 0, "sft": 1, "grpo": 2, "rl": 2, "midtrain": 3, "untrained": 5, "data": 4, "tokenizer": 6}
+GRAVE = ("incident", "rollback", "alert")  # what deserves attention, the gravest first; other kinds are only listed
+STEPS_NAMED = 6
+UNPARSED_SHARE = 0.05  # of the answers
+HABIT_SHARE, HABIT_ANSWERS = 0.6, 40  # of the answers that are one letter, and answers in all
 
 
 def stage_title(name: str) -> str:
     """Write a stage's or checkpoint's name as a reader would: `sft, earlier` -> `Supervised fine-tuning, earlier`."""
     stage, comma, more = name.partition(",")
-    return (TITLES.get(stage.lower()) or (stage[:1].upper() + stage[1:]).replace("_", " ")) + comma + more
+    usual, _ = STAGES.get(stage.lower(), ("", 0))
+    return (usual or (stage[:1].upper() + stage[1:]).replace("_", " ")) + comma + more
 
 
 def in_sentence(title: str) -> str:
@@ -54,9 +53,12 @@ def in_sentence(title: str) -> str:
 
 def stage_colour(name: str, position: int = 0) -> int:
     """Return the palette number that a stage keeps all over the page."""
-    words = re.findall("[a-z]+", name.lower())
-    known = [colour for key, colour in COLOURS.items() if key in words]
-    return known[-1] if known else (COLOURS[""] if not name else (3, 6, 4, 7)[position % 4])
+    words = re.findall("[a-z]+", name.lower()) or [name]
+    known = [colour for key, (_, colour) in STAGES.items() if key in words]
+    return known[-1] if known else (3, 6, 4, 7)[position % 4]
+
+
+# A run in numbers.
 
 
 def headline_score(run: RunRecord) -> ExamScore | None:
@@ -66,7 +68,7 @@ def headline_score(run: RunRecord) -> ExamScore | None:
     """
     aside = {label for c in run.comparisons if c.branch for label in (c.before_label, c.after_label)}
     scores = [score for score in run.exams if score.label not in aside]
-    last = [score for score in scores if score.label == scores[-1].label] if scores else []
+    last = [score for score in scores if score.label == scores[-1].label]
     return next((score for score in last if "test" in score.split.lower()), last[0] if last else None)
 
 
@@ -75,60 +77,52 @@ def scores_on(run: RunRecord, split: str) -> list[ExamScore]:
     return [score for score in run.exams if score.split == split]
 
 
-def total_seconds(run: RunRecord) -> float:
-    """Return the time of the whole run: the stages' sum, or the span of the logs."""
-    known = [s.seconds for s in run.stages if s.seconds >= 0] or [r.seconds for r in run.runs if r.seconds >= 0]
-    return sum(known) if known else NAN
+def seconds_of(run: RunRecord, stage: str = "") -> float:
+    """Return the time of the stages whose name contains a word, as they noted it or by their logs; NaN when neither tells."""
+    noted, logged = ([(one.name, one.seconds) for one in run.stages], [(one.name, one.seconds) for one in run.runs])
+    for timed in (noted, logged):
+        known = [seconds for name, seconds in timed if stage in name.lower() and seconds >= 0]
+        if known:
+            return sum(known)
+    return NAN
 
 
 def total_tokens(run: RunRecord) -> float:
     """Return the tokens of all stages that logged them."""
-    known = [r.tokens for r in run.runs if math.isfinite(r.tokens)]
-    return sum(known) if known else NAN
-
-
-def stage_names(run: RunRecord) -> str:
-    """Return the names of all stages as one lower-case text to look for words in."""
-    return " ".join([*(s.name for s in run.stages), *(r.name for r in run.runs)]).lower()
-
-
-def stage_seconds(run: RunRecord, word: str) -> float:
-    """Return the time of the stage whose name contains a word, NaN when there is none."""
-    timed = [s.seconds for s in run.stages if word in s.name.lower()]
-    logged = [r.seconds for r in run.runs if word in r.name.lower()]
-    return sum(timed) if timed else sum(logged) if logged else NAN
+    return sum(stage.tokens for stage in run.runs if math.isfinite(stage.tokens)) or NAN
 
 
 def model_of(run: RunRecord) -> tuple[dict[str, Any], float]:
     """Return the model's configuration and its number of parameters (NaN when it cannot be counted)."""
-    saved = [run.own.saved_model, *(stage.saved_model for stage in run.runs)]
-    written = map(find_model, [run.own.config, *(stage.config for stage in run.runs)])
-    models = [model for model in (*saved, *written) if model]
-    for model in models:
-        parameters = count_parameters(model)
-        if parameters is not None:
-            return model, float(parameters)
-    return models[0] if models else {}, NAN
+    stages = [run.own, *run.runs]
+    found = [*(stage.saved_model for stage in stages), *(find_model(stage.config) for stage in stages)]
+    models = [model for model in found if model]
+    counted = ((model, parameters) for model in models if (parameters := count_parameters(model)) is not None)
+    return next(counted, (models[0] if models else {}, NAN))
 
 
 def headline(run: RunRecord) -> tuple[str, str, str]:
     """Return the page's first sentence in three parts, the middle one to be set apart; parts may be empty."""
-    score = headline_score(run)
-    took = fmt.duration(total_seconds(run))
-    scratch = "pretrain" in stage_names(run)
+    score, seconds = headline_score(run), seconds_of(run)
+    took = f", in {fmt.duration(seconds)}" if math.isfinite(seconds) else ""
     if score is not None:
-        start = "From random weights to " if scratch else "Right on "
-        on = f" on {score.split}" + (f", in {took}" if took != fmt.MISSING else "")
-        return start, fmt.percent(score.accuracy), on
+        start = "From random weights to " if "pretrain" in _stage_names(run) else "Right on "
+        return start, fmt.percent(score.accuracy), f" on {score.split}{took}"
     for stage in reversed(run.runs):
         for name, before, after in HEADLINE_CURVES:
             known = stage.finite(name).values
             if len(known):
                 since = f"from {fmt.number(known[0])} to " if len(known) > 1 else "of " if before else ""
                 start = f"{before} {since}".lstrip()
-                end = after + (f", in {took}" if took != fmt.MISSING else "")
-                return f"{start[:1].upper()}{start[1:]}", fmt.number(known[-1]), end
+                return f"{start[:1].upper()}{start[1:]}", fmt.number(known[-1]), after + took
     return "Nothing measured yet", "", ""
+
+
+def _stage_names(run: RunRecord) -> str:
+    return " ".join([*(stage.name for stage in run.stages), *(log.name for log in run.runs)]).lower()
+
+
+# Scores and differences.
 
 
 def score_in_words(score: ExamScore) -> str:
@@ -136,17 +130,14 @@ def score_in_words(score: ExamScore) -> str:
     each = f" ({fmt.count(score.n)} different ones, shown in several orders)" if score.presentations > score.n else ""
     out = f"It answered {fmt.count(score.correct)} of {fmt.plural(score.presentations, 'question')}{each} right."
     if math.isfinite(score.low) and math.isfinite(score.high):
-        out += (
-            f" With so many questions, its true score most likely lies between {fmt.percent(score.low)} and "
-            f"{fmt.percent(score.high)} (95% interval)."
-        )
+        out += f" With so many questions, its true score most likely lies between {interval(score, ' and ')} (95% interval)."
     return f"{out} {verdict(score)}".strip()
 
 
-def interval(score: ExamScore) -> str:
+def interval(score: ExamScore, to: str = " to ") -> str:
     """Return a score's interval in percent."""
     known = math.isfinite(score.low) and math.isfinite(score.high)
-    return f"{fmt.percent(score.low)} to {fmt.percent(score.high)}" if known else "no interval"
+    return f"{fmt.percent(score.low)}{to}{fmt.percent(score.high)}" if known else "no interval"
 
 
 def baseline(score: ExamScore) -> float:
@@ -156,42 +147,27 @@ def baseline(score: ExamScore) -> float:
 
 def verdict(score: ExamScore) -> str:
     """Say whether the interval clears guessing and the best constant letter, and how many questions did not fit."""
-    if unfit_explains(score):
-        return f"That is below {' or '.join(_baselines(score))}: {unfit(score)}"
-    return " ".join(filter(None, (_against_baselines(score), unfit(score))))
+    ways = (("guessing", score.chance), ("always giving the same letter", score.constant_letter_baseline))
+    known = [f"{what} ({fmt.percent(rate)})" for what, rate in ways if math.isfinite(rate)]
+    if _lack_of_room_explains(score):
+        return f"That is below {' or '.join(known)}: {unfit(score)}"
+    said = ""
+    if score.low > baseline(score):
+        said = f"That is clearly above {' and above '.join(known)}."
+    elif score.high < baseline(score):
+        said = f"That is below {' or '.join(known)}: something is systematically wrong."
+    elif known and math.isfinite(score.low):
+        said = f"That cannot be told apart from {' or '.join(known)}."
+    return f"{said} {unfit(score)}".strip()
 
 
 def unfit(score: ExamScore) -> str:
     """Say how many questions did not fit into the model's context; empty when all did or that is not known."""
-    if not (score.too_long > 0 and score.presentations >= score.too_long):
-        return ""
-    return f"{describe_too_long(score)}."
+    return f"{describe_too_long(score)}." if 0 < score.too_long <= score.presentations else ""
 
 
-def unfit_explains(score: ExamScore) -> bool:
-    """Return whether a score below the baseline may be due to questions that did not fit."""
+def _lack_of_room_explains(score: ExamScore) -> bool:
     return bool(unfit(score)) and length_explains(score.high, baseline(score), score.too_long, score.presentations)
-
-
-def _baselines(score: ExamScore) -> list[str]:
-    """Return what a model without knowledge would score, as far as it is known."""
-    known = []
-    if math.isfinite(score.chance):
-        known.append(f"guessing ({fmt.percent(score.chance)})")
-    if math.isfinite(score.constant_letter_baseline):
-        known.append(f"always giving the same letter ({fmt.percent(score.constant_letter_baseline)})")
-    return known
-
-
-def _against_baselines(score: ExamScore) -> str:
-    known, bar = _baselines(score), baseline(score)
-    if not known or not math.isfinite(score.low):
-        return ""
-    if score.low > bar:
-        return f"That is clearly above {' and above '.join(known)}."
-    if score.high < bar:
-        return f"That is below {' or '.join(known)}: something is systematically wrong."
-    return f"That cannot be told apart from {' or '.join(known)}."
 
 
 def difference_in_words(c: Comparison) -> str:
@@ -207,38 +183,27 @@ def difference_in_words(c: Comparison) -> str:
 
 def teachers(run: RunRecord) -> str:
     """Compare supervised demonstrations with GRPO in points and seconds, from this run's own numbers; or empty text."""
-    sft, grpo = stage_seconds(run, "sft"), stage_seconds(run, "grpo")
+    sft, grpo = seconds_of(run, "sft"), seconds_of(run, "grpo")
     if not (math.isfinite(sft) and math.isfinite(grpo)):
         return ""
     score = headline_score(run)
     rows = scores_on(run, score.split) if score else []
-    sft_gain, grpo_gain = _gain(rows, "sft"), _gain(rows, "grpo")
-    paired = [c for c in run.comparisons if "grpo" in c.after_label.lower() and score and c.split == score.split]
-    noise = ""
-    if paired:
-        grpo_gain = paired[0].difference
-        noise = " (within noise)" if paired[0].low <= 0 <= paired[0].high else ""
-    general = (
+    sft_gain, grpo_gain, noise = _gain(rows, "sft"), _gain(rows, "grpo"), ""
+    for c in run.comparisons:
+        if "grpo" in c.after_label.lower() and score and c.split == score.split:
+            grpo_gain, noise = c.difference, " (within noise)" if c.low <= 0 <= c.high else ""
+            break
+    advice = (
         "Where one has demonstrations, they are usually the cheaper teacher; GRPO is for when only the answer can be checked."
     )
     if not (math.isfinite(sft_gain) and math.isfinite(grpo_gain)):
-        return f"Supervised fine-tuning took {fmt.duration(sft)}, GRPO {fmt.duration(grpo)}. {general}"
-    both = (
+        return f"Supervised fine-tuning took {fmt.duration(sft)}, GRPO {fmt.duration(grpo)}. {advice}"
+    if sft_gain > 0 >= grpo_gain:
+        advice = "Where one has demonstrations, they are the cheaper teacher: GRPO added nothing measurable here."
+    return (
         f"Supervised demonstrations brought {fmt.points(sft_gain)} points in {fmt.duration(sft)}; "
-        f"GRPO brought {fmt.points(grpo_gain)} points{noise} in {fmt.duration(grpo)}."
+        f"GRPO brought {fmt.points(grpo_gain)} points{noise} in {fmt.duration(grpo)}. {advice}"
     )
-    if sft_gain <= 0:
-        return f"{both} {general}"
-    if grpo_gain <= 0:
-        return f"{both} Where one has demonstrations, they are the cheaper teacher: GRPO added nothing measurable here."
-    per_sft, per_grpo = sft / (100 * sft_gain), grpo / (100 * grpo_gain)
-    rates = f"{fmt.duration(per_sft)} a point against {fmt.duration(per_grpo)} a point"
-    if per_sft < per_grpo:
-        return (
-            f"{both} Where one has demonstrations, they are the cheaper teacher: {rates}. GRPO is for when only the "
-            "answer can be checked. (The first points are also the easiest ones.)"
-        )
-    return f"{both} In this run GRPO was the cheaper of the two: {rates} for the demonstrations first. {general}"
 
 
 def _gain(rows: list[ExamScore], word: str) -> float:
@@ -247,21 +212,94 @@ def _gain(rows: list[ExamScore], word: str) -> float:
     return rows[at].accuracy - rows[at - 1].accuracy if at > 0 else NAN
 
 
-UNPARSED_SHARE = 0.05  # of the answers
-HABIT_SHARE, HABIT_ANSWERS = 0.6, 40  # of the answers that are one letter, and answers in all
+# What happened.
+
+
+@dataclass(frozen=True)
+class EventGroup:
+    """Events of one kind and name: the steps at which they came, each once, and the time and words of the newest."""
+
+    kind: str
+    name: str
+    steps: Sequence[int]
+    time: float
+    message: str
+
+    @property
+    def weight(self) -> str:
+        """How much it matters, as a css class: a failure as much as an incident."""
+        if (self.kind, self.name) == (END, FAILED):
+            return "incident"
+        return self.kind if self.kind in GRAVE else "other"
+
+    @property
+    def title(self) -> str:
+        kind, name = (re.sub("[_-]", " ", text) for text in (self.kind, self.name))
+        kind = kind[:1].upper() + kind[1:]
+        return f"{kind}: {name}" if name and name.lower() != kind.lower() else kind
+
+    @property
+    def when(self) -> str:
+        """`step 120`, or `3 times, at steps 120, 130 and 840`."""
+        named = [f"{step:,}" for step in self.steps]
+        if len(named) == 1:
+            return f"step {named[0]}"
+        if len(named) > STEPS_NAMED:
+            named = [*named[:2], "…", *named[-2:]]
+        return f"{fmt.count(len(self.steps))} times, at steps {', '.join(named[:-1])} and {named[-1]}"
+
+    @property
+    def clock(self) -> str:
+        known = math.isfinite(self.time)
+        return datetime.fromtimestamp(self.time).astimezone().strftime("%Y-%m-%d %H:%M") if known else ""
+
+    @property
+    def in_words(self) -> str:
+        return f"{self.title}, {self.when}: {self.message}"
+
+
+def grouped(events: Sequence[Event]) -> list[EventGroup]:
+    """Return events, oldest first, as groups, the newest first."""
+    found: dict[tuple[str, str], list[Event]] = {}
+    for event in reversed(events):
+        found.setdefault((event.kind, event.name), []).append(event)
+    return [
+        EventGroup(*key, sorted({event.step for event in alike}), alike[0].time, alike[0].message) for key, alike in found.items()
+    ]
+
+
+def marks_of(groups: Sequence[EventGroup]) -> list[tuple[float, str, str]]:
+    """Return each step of each group as a mark (step, css class, words) for a chart, which shows start and end by itself."""
+    return [
+        (step, group.weight, f"{group.title} at step {step:,}")
+        for group in groups
+        if (group.kind, group.name) not in ((START, "begun"), (END, FINISHED))
+        for step in group.steps
+    ]
 
 
 def attention(run: RunRecord) -> list[str]:
     """Return everything that deserves attention, the gravest first; empty when nothing stands out."""
-    out = list(_about_exams(run))
+    found = list(_about_exams(run))
     for stage in run.runs:
-        out += [f"{stage_title(stage.name)}: {text}" for text in (*_about_training(stage), *_about_pauses(stage))]
-    return out + run.problems
+        told, unresolved = [], unresolved_at_end(stage.events)
+        if unresolved:
+            names = ", ".join(unresolved).replace("-", " ")
+            told.append(f"The run is complete, but {still_wrong(len(unresolved))}: {names}.")
+        grave = [group for group in grouped(stage.events) if group.weight in GRAVE]
+        told += [group.in_words for group in sorted(grave, key=lambda group: GRAVE.index(group.weight))]
+        if pauses := stage.pauses:
+            told.append(
+                f"{fmt.plural(len(pauses), 'pause')} in the log, the longest of {fmt.duration(max(pauses))}: the run was stopped "
+                "and resumed, or the machine slept. Times on this page leave pauses out."
+            )
+        found += [f"{stage_title(stage.name)}: {text}" for text in told]
+    return found + run.problems
 
 
 def _about_exams(run: RunRecord) -> Iterator[str]:
     score = headline_score(run)
-    if score and math.isfinite(score.low) and score.low <= baseline(score) <= score.high:
+    if score and score.low <= baseline(score) <= score.high:
         yield (
             f"The final score on {score.split} ({fmt.percent(score.accuracy)}) cannot be told apart from the best "
             f"that a model without knowledge would get ({fmt.percent(baseline(score))})."
@@ -269,10 +307,8 @@ def _about_exams(run: RunRecord) -> Iterator[str]:
     for score in (s for s in run.exams if s.label == run.exams[-1].label):
         where = f"{stage_title(score.label)} on {score.split}"
         if score.presentations > 0 and score.unparsed / score.presentations > UNPARSED_SHARE:
-            yield (
-                f"{where}: {fmt.percent(score.unparsed / score.presentations)} of the answers had no readable letter "
-                "and count as wrong."
-            )
+            share = fmt.percent(score.unparsed / score.presentations)
+            yield f"{where}: {share} of the answers had no readable letter and count as wrong."
         if unfit(score):
             yield f"{where}: {unfit(score)}"
         total = sum(v for v in score.letters.values() if math.isfinite(v))
@@ -282,37 +318,20 @@ def _about_exams(run: RunRecord) -> Iterator[str]:
                 yield f"{where}: {fmt.percent(n / total)} of the answers are {letter}. That is a habit, not knowledge."
 
 
-def _about_training(stage: StageLog) -> list[str]:
-    """Return what the events say, first what was still wrong when the run was complete."""
-    held = unresolved_at_end(stage.events)
-    names = ", ".join(held).replace("-", " ")
-    return [*([f"The run is complete, but {still_wrong(len(held))}: {names}."] if held else []), *grave_in_words(stage.events)]
-
-
-def _about_pauses(stage: StageLog) -> Iterator[str]:
-    if stage.pauses:
-        yield (
-            f"{fmt.plural(len(stage.pauses), 'pause')} in the log, the longest of {fmt.duration(max(stage.pauses))}: "
-            "the run was stopped and resumed, or the machine slept. Times on this page leave pauses out."
-        )
-
-
 def next_steps(run: RunRecord) -> Iterator[str]:
     """Yield what to do next, the most pressing first."""
-    score, names = headline_score(run), stage_names(run)
+    score, names = headline_score(run), _stage_names(run)
     if score is None:
         yield "Score the checkpoint on an exam: a loss says how well it reads, not what it knows."
-    elif unfit_explains(score):
+    elif _lack_of_room_explains(score):
         yield "Give the exam's questions room: a smaller max_new_tokens, or a model with a larger model.max_seq_len."
     elif score.low <= baseline(score):
         yield "Train longer or larger before anything else: a model at chance has nothing for GRPO to reinforce."
     if "grpo" not in names and "sft" not in names:
         yield "Teach it to answer: supervised fine-tuning on worked examples, then GRPO where answers can be checked."
     if score and score.high - score.low > 0.1:
-        yield (
-            f"Ask more questions: with {fmt.count(score.n)} of them a difference under "
-            f"{50 * (score.high - score.low):.0f} points cannot be seen."
-        )
+        points = f"{50 * (score.high - score.low):.0f}"
+        yield f"Ask more questions: with {fmt.count(score.n)} of them a difference under {points} points cannot be seen."
     if score and len(scores_on(run, score.split)) > 1 and score.low > baseline(score):
         yield "Run it again with another seed: one run shows that it can work, not how often."
     yield "Talk to the model: a dozen questions of your own tell more about its habits than any single number."
@@ -325,29 +344,21 @@ def summary_text(run_folder: str | Path | RunRecord, page: Path | None = None) -
     page: where the report was written when it is not in the run folder.
     """
     run = read_run(run_folder)
-    lines = ["".join(headline(run))]
-    score = headline_score(run)
-    if score:
-        lines.append(score_in_words(score))
-    if run.exams:
-        width = max(len(stage_title(s.label)) for s in run.exams)
-        wide = max(len(s.split) for s in run.exams)
-        for s in run.exams:
-            name = f"{stage_title(s.label):<{width}}  {s.split:<{wide}}"
-            lines.append(f"  {name}  {fmt.percent(s.accuracy):>6}  ({interval(s)}, n = {fmt.count(s.n)})")
+    score, found, page = headline_score(run), attention(run), page or RunFolder(run.path).report
+    lines = ["".join(headline(run)), *([score_in_words(score)] if score else [])]
+    name_width = max((len(stage_title(s.label)) for s in run.exams), default=0)
+    split_width = max((len(s.split) for s in run.exams), default=0)
+    for s in run.exams:
+        name = f"{stage_title(s.label):<{name_width}}  {s.split:<{split_width}}"
+        lines.append(f"  {name}  {fmt.percent(s.accuracy):>6}  ({interval(s)}, n = {fmt.count(s.n)})")
     for c in run.comparisons:
         gain = f"{fmt.points(c.difference)} points ({fmt.points(c.low)} to {fmt.points(c.high)})"
         lines.append(f"{stage_title(c.after_label)} on {c.split}: {gain}. {difference_in_words(c)}")
-    if teachers(run):
-        lines.append(teachers(run))
+    lines += filter(None, [teachers(run)])
     if run.stages:
         stages = ", ".join(f"{stage_title(s.name)} {fmt.duration(s.seconds)}" for s in run.stages)
-        lines.append(f"Time: {fmt.duration(total_seconds(run))} ({stages})")
-    found = attention(run)
+        lines.append(f"Time: {fmt.duration(seconds_of(run))} ({stages})")
     lines += [f"Watch: {text}" for text in found[:3]]
-    if len(found) > 3:
-        lines.append(f"Watch: {len(found) - 3} more on the page")
-    page = page or RunFolder(run.path).report
-    if page.is_file():
-        lines.append(f"Report: {page}")
+    lines += [f"Watch: {len(found) - 3} more on the page"] if len(found) > 3 else []
+    lines += [f"Report: {page}"] if page.is_file() else []
     return "\n".join(lines)

@@ -17,10 +17,9 @@ from osler.report import format as fmt
 from osler.report import svg
 from osler.report.charts import OTHER, TOGETHER, Chart, Family, bundle, by_layer, charts_of, family_of, kind_of, layer_of
 from osler.report.curves import Series
-from osler.report.events import grave_in_words, grouped, marks_of
 from osler.report.page import build_report
 from osler.report.read import StageLog, read_run
-from osler.report.words import attention, summary_text
+from osler.report.words import attention, grouped, marks_of, summary_text
 
 Bare = Callable[..., Path]
 
@@ -56,28 +55,32 @@ def monitored(bare: Bare) -> Path:
     return bare(metrics_jsonl=lines(*rows), events_jsonl=lines(*EVENTS) + '{"torn')
 
 
-def test_alike_events_are_one_happening_the_newest_first() -> None:
-    told = grouped(list(EVENTS))
+def grave(folder: Path) -> list[str]:
+    return [text.removeprefix("Training: ") for text in attention(read_run(folder))]
+
+
+def test_alike_events_are_one_group_the_newest_first(bare: Bare) -> None:
+    told = grouped(EVENTS)
     assert [(h.kind, h.steps) for h in told] == [
-        ("data_change", (30,)), ("rollback", (15,)), ("incident", (25,)), ("alert", (10, 20)),
+        ("data_change", [30]), ("rollback", [15]), ("incident", [25]), ("alert", [10, 20]),
     ]  # fmt: skip
     assert told[-1].message == "The norm is 9 again."
-    words = grave_in_words(list(EVENTS))
+    words = grave(bare(events_jsonl=lines(*EVENTS)))
     assert [text.split(":")[0] for text in words] == ["Incident", "Rollback, step 15", "Alert"], "the gravest first"
     assert words[2] == "Alert: exploding gradient, 2 times, at steps 10 and 20: The norm is 9 again."
-    assert {(step, css) for step, css, _ in marks_of(list(EVENTS))} == {
+    assert {(step, css) for step, css, _ in marks_of(told)} == {
         (10, "alert"), (20, "alert"), (25, "incident"), (15, "rollback"), (30, "other"),
     }  # fmt: skip
 
 
-def test_a_failure_weighs_like_an_incident_and_the_edges_of_a_run_are_not_marked() -> None:
+def test_a_failure_weighs_like_an_incident_and_the_edges_of_a_run_are_not_marked(bare: Bare) -> None:
     events = [event(0, "start", "begun"), event(5, "end", "failed"), event(4, "start", "resumed"), event(9, "end", "finished")]
-    assert [text.split(":")[:2] for text in grave_in_words(events)] == [["End", " failed, step 5"]]
-    assert {(step, css) for step, css, _ in marks_of(events)} == {(5, "incident"), (4, "other")}
+    assert [text.split(":")[:2] for text in grave(bare(events_jsonl=lines(*events)))] == [["End", " failed, step 5"]]
+    assert {(step, css) for step, css, _ in marks_of(grouped(events))} == {(5, "incident"), (4, "other")}
 
 
-def test_many_steps_are_not_all_named() -> None:
-    (text,) = grave_in_words([event(step, "alert", "stalled") for step in range(100, 120)])
+def test_many_steps_are_not_all_named(bare: Bare) -> None:
+    (text,) = grave(bare(events_jsonl=lines(*(event(step, "alert", "stalled") for step in range(100, 120)))))
     assert "20 times, at steps 100, 101, …, 118 and 119" in text
 
 

@@ -122,6 +122,9 @@ def test_numbers_on_the_page_are_those_in_the_files(quickstart: Path) -> None:
     for stage in json.loads((quickstart / "stages.json").read_text(encoding="utf-8")):
         assert stage["what"] in shown
     assert "2 min 43 s" in shown and "5 min 50 s" in shown
+    text = (quickstart / "report.html").read_text(encoding="utf-8")
+    assert 'style="width: 46.5%" title="Pretraining: 2 min 43 s (46.5%)"' in text
+    assert "Time per stage: Data preparation 9.2 s;" in text
     last = json.loads((quickstart / "pretrain" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
     assert f"{last['train/loss']:.3f}" in shown and f"{last['eval/loss']:.3f}" in shown
     assert "6.82M" in shown, "the parameters that the model's configuration counts"

@@ -128,8 +128,6 @@ def test_interval_bar_marks_and_clamps() -> None:
     assert "<circle" not in svg.interval_bar(math.nan, math.nan, math.nan, title="T")
 
 
-def test_histogram_and_stack_say_their_shares() -> None:
+def test_a_histogram_says_its_shares() -> None:
     assert svg.histogram({}) == "" and svg.histogram({"A": 0.0}) == ""
     assert "A: 30 (75.0%)" in svg.histogram({"A": 30.0, "B": 10.0})
-    bar = svg.stacked_bar([("a", 30.0, 0, ""), ("b", 90.0, 1, "")])
-    assert "a: 30 s (25.0%)" in bar and 'width="248"' in bar and 'width="748"' in bar
