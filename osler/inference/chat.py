@@ -14,7 +14,7 @@ from dataclasses import replace
 
 from osler.files import decode_lines
 from osler.inference.engine import InferenceEngine
-from osler.inference.generate import Piece, continue_text, stream_answer
+from osler.inference.generate import Part, continue_text, stream_answer
 from osler.inference.load import LoadedModel, open_model
 from osler.ops.sampling_params import SamplingParams
 from osler.runtime.errors import UserError
@@ -52,8 +52,12 @@ def chat(checkpoint: str, sampling: SamplingParams, *, reasoning: bool | None = 
     for number, line in enumerate(terminal_lines() if interactive else piped_lines()):
         if not interactive:
             print(f"{PROMPT}{line}")
+        of_line = replace(sampling, seed=sampling.seed + number)
         try:
-            reply(engine, ready, line, replace(sampling, seed=sampling.seed + number), reasoning=reasoning)
+            if ready.answers_questions:
+                show_answer(stream_answer(engine, ready.tokenizer, line, of_line, reasoning=reasoning))
+            else:
+                show_text(continue_text(engine, ready.tokenizer, line, of_line))
         except UserError as error:
             say(f"{error}")  # a question too long: the next may fit
         except KeyboardInterrupt as request:
@@ -62,14 +66,6 @@ def chat(checkpoint: str, sampling: SamplingParams, *, reasoning: bool | None = 
                 raise
             say("(interrupted)")
     return 0
-
-
-def reply(engine: InferenceEngine, ready: LoadedModel, line: str, sampling: SamplingParams, *, reasoning: bool) -> None:
-    """Print the answer to a line, or how the line goes on when the model never learned to answer."""
-    if not ready.answers_questions:
-        show_text(continue_text(engine, ready.tokenizer, line, sampling))
-    else:
-        show_answer(stream_answer(engine, ready.tokenizer, line, sampling, reasoning=reasoning))
 
 
 def welcome(ready: LoadedModel, interactive: bool, seed: int) -> str:
@@ -127,17 +123,17 @@ def piped_lines() -> Iterator[str]:
         raise UserError(f"Standard input cannot be read: {error.strerror}. Pipe the questions in, or type them.") from error
 
 
-def show_answer(pieces: Iterable[Piece]) -> None:
+def show_answer(pieces: Iterable[tuple[Part, str]]) -> None:
     """Print thinking (dimmed where there are colours) and answer as they come, each behind its name."""
     dim, plain = (DIM, PLAIN) if colours() else ("", "")
     shown = ""
-    for piece in pieces:
-        if piece.part != shown:
-            print(f"{plain}\n" if shown else "", end="")
-            print(f"{dim}thinking  " if piece.part == "thinking" else "answer    ", end="")
-            shown = piece.part
-        print(piece.text, end="", flush=True)
-    print(plain if shown else "", end="\n" if shown else "")
+    for part, text in pieces:
+        if part != shown:
+            print(f"{plain}\n" if shown else "", f"{dim}thinking  " if part == "thinking" else "answer    ", sep="", end="")
+            shown = part
+        print(text, end="", flush=True)
+    if shown:
+        print(plain)
     if shown != "answer":
         print("(no answer; --max-new-tokens N may leave room for one)")
 

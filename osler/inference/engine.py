@@ -11,21 +11,19 @@ It is fast for these reasons, none of which changes what is drawn:
 ``recompute.py`` is the plain loop that draws the same, and the tests compare the two. There is no state between calls: the same
 call gives the same rollout, and every call copies the weights that the model has then.
 
-Shape legend: P distinct prompts, B rows, R some of the rows, N new tokens, V vocabulary.
+Shape legend: P distinct prompts, B rows, R some of the rows, N new tokens, V vocabulary, E bytes of a packed mask.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from osler.model.config import ModelConfig
 from osler.model.decoder import Decoder
-from osler.model.kv_cache import KVCache
 from osler.model.layers import Layout
 from osler.model.transformer import Transformer
 from osler.ops.sampling import pack_mask, row_uniform, sample
@@ -55,32 +53,77 @@ class Rollout:
         return sum(len(completion) for completion in self.completions)
 
 
-@dataclass
-class _Rows:
-    """What a wave's rows carry from step to step, on the device."""
+class _Wave:
+    """Rows that decode together: what they carry from step to step, on the device.
 
-    cache: KVCache
-    token_B: Tensor  # drawn last, not yet in the cache
-    uniform_BN: Tensor  # the random number of every token to come
-    tokens_BN: Tensor
-    logprobs_BN: Tensor
-    masks_BN: Tensor | None  # packed sampling masks, [B, N, V / 8]
-    length_B: Tensor  # tokens drawn, up to and with the stop token
-    done_B: Tensor
+    Its row k is row ``numbers[k]`` of the rollout. Random numbers belong to the number of a row from ``first_row`` on.
+    """
 
-    def select(self, row_R: Tensor) -> _Rows:
-        """Copy some rows."""
-        tensors = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "cache"}
-        chosen: dict[str, Any] = {name: None if tensor is None else tensor[row_R] for name, tensor in tensors.items()}
-        return _Rows(self.cache.select(row_R), **chosen)
+    def __init__(
+        self, decoder: Decoder, prompts: Sequence[tuple[int, ...]], sampling: SamplingParams, start: int = 0, first_row: int = 0
+    ) -> None:
+        """Run each distinct prompt through the model once, give each row its copy and draw each row's first token."""
+        self.decoder, self.sampling = decoder, sampling
+        self.numbers = list(range(start, start + len(prompts)))
+        distinct = {prompt: index for index, prompt in enumerate(dict.fromkeys(prompts))}
+        prompt_B = torch.tensor([distinct[prompt] for prompt in prompts], device=decoder.device)
+        width = max(len(prompt) for prompt in prompts)
+        self.cache = decoder.new_cache(len(prompts), width + sampling.max_new_tokens - 1)
+        chunk = max(_PREFILL_TOKENS // width, 1)
+        logits = []
+        for first in range(0, len(distinct), chunk):
+            filled, logits_PV = decoder.prefill(list(distinct)[first : first + chunk], width)
+            row_R = ((prompt_B >= first) & (prompt_B < first + chunk)).nonzero().squeeze(1)
+            self.cache.put(row_R, filled, prompt_B[row_R] - first)
+            logits.append(logits_PV)
+        number_B1 = torch.tensor(self.numbers, device=decoder.device)[:, None] + first_row
+        position_BN = self.cache.length_B[:, None] + torch.arange(sampling.max_new_tokens, device=decoder.device)
+        self.uniform_BN = row_uniform(sampling.seed, number_B1, position_BN)  # the random number of every token to come
+        self.tokens_BN = torch.zeros_like(position_BN)
+        self.logprobs_BN = torch.zeros(position_BN.shape, device=decoder.device)
+        self.packed_masks_BNE: Tensor | None = None
+        if sampling.truncates(decoder.config.vocab_size):
+            packed = -(-decoder.config.vocab_size // 8)
+            self.packed_masks_BNE = torch.zeros(*position_BN.shape, packed, dtype=torch.uint8, device=decoder.device)
+        self.length_B = torch.zeros_like(self.cache.length_B)  # tokens drawn, up to and with the stop token
+        self.done_B = torch.zeros_like(self.length_B, dtype=torch.bool)
+        self.token_B = self._draw(torch.cat(logits)[prompt_B])  # drawn last, not yet in the cache
 
-    def move_to(self, rollout: Rollout, chosen: Sequence[int], numbers: Sequence[int]) -> None:
-        """Store what rows have drawn; ``numbers`` tells the number in the rollout of every row."""
+    def advance(self) -> None:
+        """Feed every row's last token into the cache and draw its next; no host sync."""
+        self.cache.make_room()
+        self.token_B = self._draw(self.decoder.step(self.token_B, self.cache))
+
+    def _draw(self, logits_BV: Tensor) -> Tensor:
+        """Draw one token per row and note it; rows that are done write behind their end."""
+        place_B1 = self.length_B[:, None]
+        token_B, logp_B, mask_BV = sample(logits_BV, self.uniform_BN.gather(1, place_B1).squeeze(1), self.sampling)
+        self.tokens_BN.scatter_(1, place_B1, token_B[:, None])
+        self.logprobs_BN.scatter_(1, place_B1, logp_B[:, None])
+        if self.packed_masks_BNE is not None and mask_BV is not None:
+            packed_B1E = pack_mask(mask_BV)[:, None]
+            self.packed_masks_BNE.scatter_(1, place_B1[..., None].expand_as(packed_B1E), packed_B1E)
+        self.length_B += ~self.done_B
+        for stop in self.sampling.stop_ids:
+            self.done_B |= token_B == stop
+        return token_B
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Go on with these rows alone."""
+        self.numbers = [self.numbers[row] for row in rows]
+        row_R = torch.tensor(rows, device=self.decoder.device)
+        self.cache = self.cache.select(row_R)
+        for name, tensor in vars(self).items():
+            if isinstance(tensor, Tensor):
+                setattr(self, name, tensor[row_R])
+
+    def store(self, rollout: Rollout, rows: Sequence[int]) -> None:
+        """Store what these rows have drawn."""
         lengths, done = self.length_B.tolist(), self.done_B.tolist()
         tokens, logprobs = self.tokens_BN.tolist(), self.logprobs_BN.tolist()
-        masks = None if self.masks_BN is None else self.masks_BN.cpu()
-        for row in chosen:
-            number, length = numbers[row], lengths[row]
+        masks = None if self.packed_masks_BNE is None else self.packed_masks_BNE.cpu()
+        for row in rows:
+            number, length = self.numbers[row], lengths[row]
             rollout.completions[number] = tokens[row][:length]
             rollout.logprobs[number] = logprobs[row][:length]
             rollout.finished[number] = done[row]
@@ -120,12 +163,9 @@ class InferenceEngine:
         asked = [tuple(prompt) for prompt in prompts for _ in range(samples_per_prompt)]
         masks = [torch.empty(0)] * len(asked) if sampling.truncates(self.model.config.vocab_size) else None
         rollout = Rollout([[]] * len(asked), [[]] * len(asked), [False] * len(asked), masks)
-        decoder = Decoder(self.model, Layout(self.dtype, min(self.max_rows, max(len(asked), 1))))  # the weights of now
+        decoder = Decoder(self.model, Layout(self.dtype, min(self.max_rows, max(len(asked), 1))))
         for start in range(0, len(asked), self.max_rows):
-            wave = asked[start : start + self.max_rows]
-            row_B = torch.arange(start, start + len(wave), device=decoder.device)
-            rows = self._prefill(decoder, wave, first_row + row_B, sampling)
-            self._run(decoder, rows, [*range(start, start + len(wave))], sampling, rollout)
+            self._finish(_Wave(decoder, asked[start : start + self.max_rows], sampling, start, first_row), rollout)
         return rollout
 
     def stream(self, prompt: Sequence[int], sampling: SamplingParams) -> Iterator[int]:
@@ -133,86 +173,31 @@ class InferenceEngine:
         check_prompts(self.model.config, [prompt], sampling)
         # Entered around each step and not around the loop: a generator's caller must not find itself in inference mode.
         with torch.inference_mode():
-            decoder = Decoder(self.model, Layout(self.dtype, 1))
-            rows = self._prefill(decoder, [tuple(prompt)], torch.zeros(1, dtype=torch.int64, device=decoder.device), sampling)
-            token = int(rows.token_B)
+            wave = _Wave(Decoder(self.model, Layout(self.dtype, 1)), [tuple(prompt)], sampling)
+            token = int(wave.token_B)
         yield token
         for _ in range(1, sampling.max_new_tokens):
             if token in sampling.stop_ids:
                 return
             with torch.inference_mode():
-                self._advance(decoder, rows, sampling)
-                token = int(rows.token_B)
+                wave.advance()
+                token = int(wave.token_B)
             yield token
 
-    def _run(self, decoder: Decoder, rows: _Rows, numbers: list[int], sampling: SamplingParams, rollout: Rollout) -> None:
-        """Decode rows to their end and store them in the rollout, where they have these numbers."""
-        for step in range(1, sampling.max_new_tokens):
-            if sampling.stop_ids and step % self.poll_steps == 0:
-                running = [row for row, done in enumerate(rows.done_B.tolist()) if not done]
+    def _finish(self, wave: _Wave, rollout: Rollout) -> None:
+        """Decode the rows of a wave to their end and store them in the rollout."""
+        for step in range(1, wave.sampling.max_new_tokens):
+            if wave.sampling.stop_ids and step % self.poll_steps == 0:
+                running = [row for row, done in enumerate(wave.done_B.tolist()) if not done]
                 if not running:
                     break
                 size = 1 << (len(running) - 1).bit_length()
-                if size < len(numbers):
-                    finished = sorted(set(range(len(numbers))) - set(running))
-                    stay, leave = running + finished[: size - len(running)], finished[size - len(running) :]
-                    rows.move_to(rollout, leave, numbers)
-                    rows = rows.select(torch.tensor(stay, device=decoder.device))
-                    numbers = [numbers[row] for row in stay]
-            self._advance(decoder, rows, sampling)
-        rows.move_to(rollout, range(len(numbers)), numbers)
-
-    def _prefill(self, decoder: Decoder, prompts: Sequence[tuple[int, ...]], row_B: Tensor, sampling: SamplingParams) -> _Rows:
-        """Run each distinct prompt through the model once, give each row its copy and draw each row's first token.
-
-        ``row_B`` are the numbers that the rows' random numbers belong to.
-        """
-        vocab_size, device = self.model.config.vocab_size, decoder.device
-        distinct = {prompt: index for index, prompt in enumerate(dict.fromkeys(prompts))}
-        prompt_B = torch.tensor([distinct[prompt] for prompt in prompts], device=device)
-        width = max(len(prompt) for prompt in prompts)
-        cache = decoder.new_cache(len(prompts), width + sampling.max_new_tokens - 1)
-        chunk = max(_PREFILL_TOKENS // width, 1)
-        logits = []
-        for start in range(0, len(distinct), chunk):
-            filled, logits_PV = decoder.prefill(list(distinct)[start : start + chunk], width)
-            row_R = ((prompt_B >= start) & (prompt_B < start + chunk)).nonzero().squeeze(1)
-            cache.put(row_R, filled, prompt_B[row_R] - start)
-            logits.append(logits_PV)
-        position_BN = cache.length_B[:, None] + torch.arange(sampling.max_new_tokens, device=device)
-        rows = _Rows(
-            cache=cache,
-            token_B=torch.zeros_like(cache.length_B),
-            uniform_BN=row_uniform(sampling.seed, row_B[:, None], position_BN),
-            tokens_BN=torch.zeros_like(position_BN),
-            logprobs_BN=torch.zeros(position_BN.shape, device=device),
-            masks_BN=None,
-            length_B=torch.zeros_like(cache.length_B),
-            done_B=torch.zeros_like(cache.length_B, dtype=torch.bool),
-        )
-        if sampling.truncates(vocab_size):
-            rows.masks_BN = torch.zeros(*position_BN.shape, -(-vocab_size // 8), dtype=torch.uint8, device=device)
-        self._draw(rows, torch.cat(logits)[prompt_B], sampling)
-        return rows
-
-    def _advance(self, decoder: Decoder, rows: _Rows, sampling: SamplingParams) -> None:
-        """Feed every row's last token into the cache and draw its next; no host sync."""
-        rows.cache.make_room()
-        self._draw(rows, decoder.step(rows.token_B, rows.cache), sampling)
-
-    def _draw(self, rows: _Rows, logits_BV: Tensor, sampling: SamplingParams) -> None:
-        """Draw one token per row and note it, in place; rows that are done write behind their end."""
-        place_B1 = rows.length_B[:, None]
-        token_B, logp_B, mask_BV = sample(logits_BV, rows.uniform_BN.gather(1, place_B1).squeeze(1), sampling)
-        rows.token_B.copy_(token_B)
-        rows.tokens_BN.scatter_(1, place_B1, token_B[:, None])
-        rows.logprobs_BN.scatter_(1, place_B1, logp_B[:, None])
-        if rows.masks_BN is not None and mask_BV is not None:
-            packed_BE = pack_mask(mask_BV)
-            rows.masks_BN.scatter_(1, place_B1[..., None].expand(-1, 1, packed_BE.shape[1]), packed_BE[:, None])
-        rows.length_B += ~rows.done_B
-        for stop in sampling.stop_ids:
-            rows.done_B |= token_B == stop
+                if size < len(wave.numbers):
+                    finished = sorted(set(range(len(wave.numbers))) - set(running))
+                    wave.store(rollout, finished[size - len(running) :])
+                    wave.keep(running + finished[: size - len(running)])
+            wave.advance()
+        wave.store(rollout, range(len(wave.numbers)))
 
 
 def check_prompts(config: ModelConfig, prompts: Sequence[Sequence[int]], sampling: SamplingParams) -> None:

@@ -1,12 +1,13 @@
 """Text out of the engine, piece by piece: how a text goes on, or the answer to a question.
 
-Text appears as soon as it is certain: the bytes of a character that is still incomplete wait for the next token.
+Text appears as soon as it is certain: the bytes of a character that is still incomplete wait for the next token. The new tokens
+are cut to what the model's ``max_seq_len`` leaves. A prompt that leaves no room raises UserError.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Literal
 
 from osler.inference.engine import InferenceEngine
@@ -18,21 +19,10 @@ Part = Literal["thinking", "answer"]
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # what the bytes of half a character decode to
 
 
-@dataclass(frozen=True)
-class Piece:
-    """Some more text of one part of the reply."""
-
-    part: Part
-    text: str
-
-
 def continue_text(engine: InferenceEngine, tokenizer: Tokenizer, text: str, sampling: SamplingParams) -> Iterator[str]:
-    """Yield what the model writes after ``text``, which follows an end-of-text token, as documents do in training.
-
-    The new tokens are cut to what the model's ``max_seq_len`` leaves. Raises UserError when ``text`` leaves no room.
-    """
+    """Yield what the model writes after ``text``, which follows an end-of-text token, as documents do in training."""
     written = _Text(tokenizer)
-    for token in _stream(engine, tokenizer, [tokenizer.eos_id, *tokenizer.encode(text)], sampling):
+    for token in _tokens(engine, tokenizer, [tokenizer.eos_id, *tokenizer.encode(text)], sampling):
         if token != tokenizer.eos_id:
             yield from written.add(token)
     yield from written.rest()
@@ -40,26 +30,22 @@ def continue_text(engine: InferenceEngine, tokenizer: Tokenizer, text: str, samp
 
 def stream_answer(
     engine: InferenceEngine, tokenizer: Tokenizer, question: str, sampling: SamplingParams, *, reasoning: bool = True
-) -> Iterator[Piece]:
+) -> Iterator[tuple[Part, str]]:
     """Yield the reply to ``question`` as it is drawn; with ``reasoning`` it begins with the thinking part.
 
-    The markers of the template tell thinking and answer apart and are not shown. The new tokens are cut to what the model's
-    ``max_seq_len`` leaves. Raises UserError when the question leaves no room.
+    The markers of the template tell thinking and answer apart and are not shown.
     """
     part: Part = "thinking" if reasoning else "answer"
-    answer_id = tokenizer.special_id(ANSWER)
     written = _Text(tokenizer)
-    for token in _stream(engine, tokenizer, encode_prompt(tokenizer, question, reasoning=reasoning), sampling):
+    for token in _tokens(engine, tokenizer, encode_prompt(tokenizer, question, reasoning=reasoning), sampling):
         is_marker = token in tokenizer.special_ids
-        for text in written.rest() if is_marker else written.add(token):
-            yield Piece(part, text)
-        if token == answer_id:
+        yield from ((part, text) for text in (written.rest() if is_marker else written.add(token)))
+        if token == tokenizer.special_id(ANSWER):
             part = "answer"
-    for text in written.rest():
-        yield Piece(part, text)
+    yield from ((part, text) for text in written.rest())
 
 
-def _stream(engine: InferenceEngine, tokenizer: Tokenizer, prompt: Sequence[int], sampling: SamplingParams) -> Iterator[int]:
+def _tokens(engine: InferenceEngine, tokenizer: Tokenizer, prompt: Sequence[int], sampling: SamplingParams) -> Iterator[int]:
     room = engine.model.config.max_seq_len - len(prompt)
     new_tokens = max(min(sampling.max_new_tokens, room), 1)
     return engine.stream(prompt, replace(sampling, max_new_tokens=new_tokens, stop_ids=(tokenizer.eos_id,)))

@@ -44,6 +44,10 @@ class LoadedModel:
     training: Mapping[str, Any] = field(default_factory=dict)
 
     @property
+    def _data(self) -> Mapping[str, Any]:
+        return self.training.get("data") or {}
+
+    @property
     def kind(self) -> str:
         """The kind of training: pretrain, sft, grpo, or "" when the checkpoint does not say."""
         return str(self.state.get("kind", ""))
@@ -51,9 +55,8 @@ class LoadedModel:
     @property
     def answers_questions(self) -> bool:
         """Whether the model was trained on the template of question, thinking and answer."""
-        data = self._data
-        in_text = data.get("type") == "turns" or (data.get("type") == "clinic" and data.get("examples", 0) > 0)
-        return self.kind in TAUGHT or in_text
+        data_type, examples = self._data.get("type"), self._data.get("examples", 0)
+        return self.kind in TAUGHT or data_type == "turns" or (data_type == "clinic" and examples > 0)
 
     @property
     def reasons(self) -> bool:
@@ -89,11 +92,6 @@ class LoadedModel:
             return Path(str(self._data["path"]))
         return self.run.root / "data" if self.run is not None else None
 
-    @property
-    def _data(self) -> Mapping[str, Any]:
-        data = self.training.get("data")
-        return data if isinstance(data, Mapping) else {}
-
     def describe(self) -> str:
         """Return one line: where it is, how large it is and how it was trained."""
         trained = {"": "", "pretrain": ", pretrained", "sft": ", fine-tuned (sft)"}.get(self.kind, f", trained by {self.kind}")
@@ -117,14 +115,10 @@ def load_model(
     Raises UserError when there is none, when it is damaged, or when it does not say what model it holds.
     """
     loaded = store.load(store.resolve(path, which), names=["model"])
-    config = described_model(loaded)
-    tokenizer = tokenizer_of(loaded)
-    model = Transformer(config, compute_dtype=compute_dtype)
+    model = Transformer(described_model(loaded), compute_dtype=compute_dtype)
     model.load_state_dict(loaded.tensors["model"])
-    config_file = loaded.files.get(CONFIG_FILE, b"").decode()
-    training = load_yaml(config_file, str(loaded.path / CONFIG_FILE))
-    training = training if isinstance(training, Mapping) else {}
-    return LoadedModel(loaded.path, model.to(device).eval(), tokenizer, loaded.state, training)
+    training = load_yaml(loaded.files.get(CONFIG_FILE, b"").decode(), str(loaded.path / CONFIG_FILE)) or {}
+    return LoadedModel(loaded.path, model.to(device).eval(), tokenizer_of(loaded), loaded.state, training)
 
 
 def open_model(checkpoint: str | Path, *, device: str = "auto", which: str = "newest") -> LoadedModel:
@@ -135,15 +129,6 @@ def open_model(checkpoint: str | Path, *, device: str = "auto", which: str = "ne
     chosen = pick_device(device)
     dtype = torch.float32 if chosen.type == "cpu" else pick_dtype("auto", chosen)
     return load_model(checkpoint, device=chosen, compute_dtype=dtype, which=which)
-
-
-def read_model_config(path: str | Path) -> tuple[Path, ModelConfig]:
-    """Return the checkpoint that ``load_model`` would take and the shape of its model, without reading the weights.
-
-    Raises UserError where ``load_model`` does.
-    """
-    loaded = store.load(store.resolve(path), names=[])
-    return loaded.path, described_model(loaded)
 
 
 def tokenizer_of(loaded: store.Loaded) -> Tokenizer:

@@ -29,7 +29,7 @@ from osler.config.schema import decode, encode
 from osler.data.config import ClinicData
 from osler.eval.config import EXAM_SEED
 from osler.eval.exams import greedy, score_by_generation
-from osler.eval.score import Result, ScoredExam, compare
+from osler.eval.score import ScoredExam, compare
 from osler.inference.engine import InferenceEngine
 from osler.inference.load import load_model
 from osler.monitor.logger import check_trackers
@@ -94,39 +94,35 @@ class Quickstart:
     """One quickstart in its folder."""
 
     def __init__(self, config: QuickstartConfig, run: RunFolder) -> None:
-        self.config = config
-        self.run = run
-        self.stages = read_records(FinishedStage, run.stages)
+        self.config, self.run = config, run
 
     def run_stages(self) -> int:
         """Run every stage that is not finished, then write the report; return the process's exit code."""
         claim(self.run, self.config)
-        try:
-            self.stage("pretrain", "textbook prose: a tokenizer, then the next token", self.pretrain)
-            self.stage("sft", "worked exam questions: reason, then answer", self.sft)
-            self.stage("exam sft", "the exam after the supervised stages", self.examine_supervised)
-            self.stage("grpo", "own answers, rewarded when right, from an earlier checkpoint", self.grpo)
-            self.stage("exam grpo", "the exam before and after GRPO", self.examine_grpo)
-        except Stopped:
-            logger.info("Stopped and saved. The same command goes on from there.")
-            return EXIT_STOPPED
+        stages: list[tuple[str, str, Callable[[], bool]]] = [
+            ("pretrain", "textbook prose: a tokenizer, then the next token", self.pretrain),
+            ("sft", "worked exam questions: reason, then answer", self.sft),
+            ("exam sft", "the exam after the supervised stages", self.examine_supervised),
+            ("grpo", "own answers, rewarded when right, from an earlier checkpoint", self.grpo),
+            ("exam grpo", "the exam before and after GRPO", self.examine_grpo),
+        ]
+        finished = read_records(FinishedStage, self.run.stages)
+        for name, what, work in stages:
+            if name in [stage.name for stage in finished]:
+                continue
+            logger.info(f"── {name}: {what}")
+            started = time.monotonic()
+            if not work():
+                logger.info("Stopped and saved. The same command goes on from there.")
+                return EXIT_STOPPED
+            finished.append(FinishedStage(name, round(time.monotonic() - started, 1), what))
+            write_records(self.run.stages, finished)
         write_json(self.run.root / "notes.json", list(NOTES))
         report = build_report(self.run.root)
         print(summary_text(self.run.root))
         logger.info(f"Report: {report}   (open it in a browser)")
         logger.info(f"Next:   osler chat {self.run.root / 'sft'}   ·   osler pretrain text-10min data.path=FOLDER_OF_TEXT")
         return 0
-
-    def stage(self, name: str, what: str, work: Callable[[], bool]) -> None:
-        """Do one stage unless it is recorded as finished, and record it with its seconds."""
-        if any(stage.name == name for stage in self.stages):
-            return
-        logger.info(f"── {name}: {what}")
-        started = time.monotonic()
-        if not work():
-            raise Stopped
-        self.stages.append(FinishedStage(name, round(time.monotonic() - started, 1), what))
-        write_records(self.run.stages, self.stages)
 
     def folder(self, name: str) -> RunFolder:
         return RunFolder.create(self.run.root / name)
@@ -200,30 +196,14 @@ class Quickstart:
         scores = {}
         for split in self.config.exam_splits:
             items = load_clinic(split=split, limit=self.config.exam_items, seed=EXAM_SEED)
-            scores[split] = score_by_generation(
+            score = scores[split] = score_by_generation(
                 engine, loaded.tokenizer, items, greedy(self.config.exam_new_tokens), cluster_by_group=True
             )
-            score = scores[split]
-            logger.info(
-                f"{label}, {split}: {score.accuracy:.1%} [{score.interval[0]:.1%}, {score.interval[1]:.1%}] of {score.n}"
-            )
-            self.save_samples(label, score.results)
+            low, high = score.interval
+            logger.info(f"{label}, {split}: {score.accuracy:.1%} [{low:.1%}, {high:.1%}] of {score.n}")
+            for result in score.results[: SAMPLES_SHOWN // len(self.config.exam_splits)]:
+                item, asked = result.item, (result.item.question, list(result.item.options))
+                sample = SampledAnswer(item.id, label, *asked, result.thinking, result.text, render_answer(item), result.right)
+                jsonl.append(self.run.samples, to_json(sample))
             add_exams(self.run.exams, label, {split: replace(score, method="generation")})
         return scores
-
-    def save_samples(self, label: str, results: Sequence[Result]) -> None:
-        """Keep what the checkpoint wrote to a few questions, for the report."""
-        for result in results[: SAMPLES_SHOWN // len(self.config.exam_splits)]:
-            jsonl.append(self.run.samples, to_json(sampled_answer(result, label)))
-
-
-def sampled_answer(result: Result, stage: str) -> SampledAnswer:
-    """Return an exam's answer as a sample of a stage."""
-    item = result.item
-    return SampledAnswer(
-        item.id, stage, item.question, list(item.options), result.thinking, result.text, render_answer(item), result.right
-    )
-
-
-class Stopped(Exception):
-    """A stage was asked to stop and has saved."""

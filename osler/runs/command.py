@@ -16,7 +16,7 @@ from osler.checkpoint import store
 from osler.checkpoint.folders import STATE, refuse_checkpoint
 from osler.config.recipe import dump_yaml, load_recipe, parse_overrides
 from osler.config.schema import decode, encode, hints
-from osler.inference.load import read_model_config
+from osler.inference.load import described_model
 from osler.model.config import ModelConfig
 from osler.monitor.logger import check_trackers
 from osler.runs.config import RunConfig
@@ -130,7 +130,8 @@ def describe_plan(job: Job, config: Any, folder: RunFolder, back_to: int | None)
     refuse_another(folder, config)
     newest, aside = planned_start(folder, back_to)
     origin = config.branch_from or config.init_from
-    start = None if origin is None else read_model_config(newest or origin)
+    start = None if origin is None else store.load(store.resolve(newest or origin), names=[])
+    model = None if start is None else described_model(start)
     checkpoint = newest or branch_point(config)
     loaded = None if checkpoint is None else store.load(checkpoint, names=[])
     if newest is None and loaded is not None:
@@ -141,12 +142,11 @@ def describe_plan(job: Job, config: Any, folder: RunFolder, back_to: int | None)
     plan, derived = encode(config), {"run folder": str(folder.root)}
     if newest is not None:
         derived["goes on from"] = f"step {read_json(newest / STATE)['step']:,}: {newest}"
-    if start is not None:
-        path, model = start
+    if start is not None and model is not None:
         if newest is None and config.branch_from is not None:
-            derived["branches from"] = f"step {read_json(path / STATE)['step']:,}: {path}"
+            derived["branches from"] = f"step {start.step:,}: {start.path}"
         elif newest is None:
-            derived["starts from"] = f"{path}, its model and tokenizer"
+            derived["starts from"] = f"{start.path}, its model and tokenizer"
         derived["model"] = (
             f"{model.num_parameters:,} parameters (num_layers {model.num_layers}, hidden_size {model.hidden_size}, "
             f"max_seq_len {model.max_seq_len})"
@@ -154,5 +154,5 @@ def describe_plan(job: Job, config: Any, folder: RunFolder, back_to: int | None)
         if "model" in plan:
             plan["model"] = encode(model)
         plan.pop("tokenizer", None)
-    derived |= {**aside, **job.numbers(config, start[1] if start else None)}
+    derived |= {**aside, **job.numbers(config, model)}
     return "\n".join([dump_yaml(plan).rstrip(), *(f"# {name:<18}{value}" for name, value in derived.items())])

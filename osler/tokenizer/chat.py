@@ -47,18 +47,14 @@ def encode_prompt(tokenizer: Tokenizer, question: str, *, reasoning: bool = True
 
 def encode_examples(tokenizer: Tokenizer, turns: Sequence[Turn]) -> list[tuple[list[int], list[int]]]:
     """Return ids and loss mask (same length) of each example; 1 marks what the model must produce."""
-    texts = [text for turn in turns for text in (turn.question, turn.thinking or "", turn.answer)]
-    encoded = tokenizer.encode_batch(texts)
+    encoded = iter(tokenizer.encode_batch([text for turn in turns for text in (turn.question, turn.thinking or "", turn.answer)]))
     question_id, thinking_id, answer_id = (tokenizer.special_id(name) for name in (QUESTION, THINKING, ANSWER))
-    eos_id = tokenizer.eos_id
     examples = []
-    for index, turn in enumerate(turns):
-        question, thinking, answer = encoded[3 * index : 3 * index + 3]
-        if turn.thinking is None:
-            prompt, target = [question_id, *question, answer_id], [*answer, eos_id]
-        else:
-            prompt, target = [question_id, *question, thinking_id], [*thinking, answer_id, *answer, eos_id]
-        examples.append((prompt + target, [0] * len(prompt) + [1] * len(target)))
+    for turn, question, thinking, answer in zip(turns, encoded, encoded, encoded, strict=True):
+        reasoning = [] if turn.thinking is None else [thinking_id, *thinking]
+        row = [question_id, *question, *reasoning, answer_id, *answer, tokenizer.eos_id]
+        prompt = 2 + len(question)
+        examples.append((row, [0] * prompt + [1] * (len(row) - prompt)))
     return examples
 
 
@@ -74,14 +70,8 @@ def parse_completion(tokenizer: Tokenizer, ids: Sequence[int], *, reasoning: boo
     body = ids[: ids.index(eos_id)] if finished else ids
     markers = [token_id for token_id in body if token_id in tokenizer.special_ids]
     well_formed = finished and len(body) + 1 == len(ids) and markers == ([answer_id] if reasoning else [])
-    if reasoning and answer_id not in body:
-        return Completion(tokenizer.decode(body, skip_special=True).strip(), None, finished, False)
-    split = body.index(answer_id) + 1 if reasoning else 0
-    thinking, answer = body[: max(split - 1, 0)], body[split:]
+    split = (body.index(answer_id) if answer_id in body else len(body)) if reasoning else -1
+    thinking, answer = body[: max(split, 0)], body[split + 1 :]
     end = next((index for index, token_id in enumerate(answer) if token_id in tokenizer.special_ids), len(answer))
-    return Completion(
-        thinking=tokenizer.decode(thinking, skip_special=True).strip(),
-        answer=tokenizer.decode(answer[:end]).strip(),
-        finished=finished,
-        well_formed=well_formed,
-    )
+    said = tokenizer.decode(answer[:end]).strip() if split < len(body) else None
+    return Completion(tokenizer.decode(thinking, skip_special=True).strip(), said, finished, well_formed)

@@ -32,44 +32,38 @@ class RoundTrip:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._chars = self._lost = self._changed = 0
-        self._example = self._lost_example = ""
+        self._examples: dict[bool, str] = {}  # the first of what is lost, and of what is changed
 
     def look(self, texts: Iterable[str]) -> None:
         """Look at the start of each text. Raises UserError when too much is lost of what was seen so far."""
         starts = [text[:SAMPLE_CHARS] for text in texts]
-        for text, ids in zip(starts, self._tokenizer.encode_batch(starts), strict=True):
-            back = self._tokenizer.decode(ids)
-            lost = _missing(_bare(self._tokenizer.normalize(text)), _bare(back))
+        for text, back, lost in _read_back(self._tokenizer, starts):
             self._chars += len(text)
             self._lost += lost
             self._changed += max(lost, _missing(text, back), _missing(back.strip(), text))
-            if lost and not self._lost_example:
-                self._lost_example = _example(text, back)
-            elif not self._example and back.strip() != text.strip():
-                self._example = _example(text, back)
+            if lost or back.strip() != text.strip():
+                self._examples.setdefault(lost > 0, _example(text, back))
         if self._lost > (0 if self._tokenizer.is_byte_level else MAX_LOST * self._chars):
             raise UserError(
-                f"The tokenizer loses text: {self._lost_example}; {self._share(self._lost)} of the characters looked at vanish. "
-                "A model could not read them, and its bits per byte would be too good. Give another tokenizer.path, or leave it "
-                "out to train one on this text."
+                f"The tokenizer loses text: {self._examples[True]}; {self._lost / self._chars:.2%} of the characters looked at "
+                "vanish. A model could not read them, and its bits per byte would be too good. Give another tokenizer.path, or "
+                "leave it out to train one on this text."
             )
 
     def warn(self) -> None:
         """Log a warning when the tokenizer changes the text."""
         if self._changed:
+            example = self._examples.get(True) or self._examples.get(False, "")
             logger.warning(
-                f"The tokenizer changes {self._share(self._changed)} of the text's characters: "
-                f"{self._lost_example or self._example}. Bits per byte count the bytes of the text as it was."
+                f"The tokenizer changes {self._changed / self._chars:.2%} of the text's characters: {example}. Bits per byte "
+                "count the bytes of the text as it was."
             )
-
-    def _share(self, chars: int) -> str:
-        return f"{chars / max(1, self._chars):.2%}"
 
 
 def lost_characters(tokenizer: Tokenizer) -> list[str]:
-    """Return the characters that a tokenizer loses, of some hundred that together have every byte of UTF-8."""
-    batch = zip(_PROBES, tokenizer.encode_batch(_PROBES), strict=True)
-    return [text for text, ids in batch if _missing(_bare(tokenizer.normalize(text)), _bare(tokenizer.decode(ids)))]
+    """Return the characters that a tokenizer loses, of some hundred that together have every byte of UTF-8; letters first."""
+    lost = [text for text, _, missing in _read_back(tokenizer, _PROBES) if missing]
+    return sorted(lost, key=lambda character: (not character.isalpha(), not character.isprintable()))
 
 
 def refuse_missing_bytes(tokenizer: Tokenizer) -> Tokenizer:
@@ -84,13 +78,15 @@ def refuse_missing_bytes(tokenizer: Tokenizer) -> Tokenizer:
 
 
 def describe_lost(lost: list[str]) -> str:
-    """Return a few of the characters, letters first."""
-    shown = sorted(lost, key=lambda character: (not character.isalpha(), not character.isprintable()))[:5]
-    return ", ".join(map(repr, shown)) + (f" and {len(lost) - len(shown)} more" if len(lost) > len(shown) else "")
+    """Return a few of the characters."""
+    return ", ".join(map(repr, lost[:5])) + (f" and {len(lost) - 5} more" if len(lost) > 5 else "")
 
 
-def _bare(text: str) -> str:
-    return _SPACES.sub("", text)
+def _read_back(tokenizer: Tokenizer, texts: list[str]) -> Iterable[tuple[str, str, int]]:
+    """Yield each text, what is read back of it, and how many of its characters are lost."""
+    for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
+        back = tokenizer.decode(ids)
+        yield text, back, _missing(_SPACES.sub("", tokenizer.normalize(text)), _SPACES.sub("", back))
 
 
 def _missing(text: str, back: str) -> int:

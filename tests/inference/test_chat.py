@@ -16,7 +16,7 @@ from osler.config.schema import decode
 from osler.inference import chat
 from osler.inference.chat import show_answer
 from osler.inference.engine import InferenceEngine
-from osler.inference.generate import Piece, continue_text
+from osler.inference.generate import continue_text
 from osler.inference.load import LoadedModel, open_model
 from osler.ops.sampling_params import SamplingParams
 from osler.runtime.errors import UserError
@@ -182,7 +182,7 @@ def test_settings_without_meaning_are_refused_before_the_model_is_read(option, v
 
 
 def test_thinking_is_dimmed_on_a_terminal_only(monkeypatch, capsys):
-    reply = [Piece("thinking", "Fever "), Piece("thinking", "and rash."), Piece("answer", "measles (B)")]
+    reply = [("thinking", "Fever "), ("thinking", "and rash."), ("answer", "measles (B)")]
     show_answer(reply)
     assert capsys.readouterr().out == "thinking  Fever and rash.\nanswer    measles (B)\n"
     monkeypatch.setattr(chat, "is_terminal", lambda stream: True)

@@ -39,13 +39,13 @@ def test_pieces_add_up_to_the_completion(engine: InferenceEngine, tokenizer: Tok
     sampling = SamplingParams(max_new_tokens=100, temperature=1.5, stop_ids=(tokenizer.eos_id,), seed=seed)
     ids = engine.generate([prompt], sampling).completions[0]
     pieces = list(stream_answer(engine, tokenizer, "What is it?", sampling, reasoning=reasoning))
-    assert all(piece.text for piece in pieces)
+    assert all(text for _, text in pieces)
     completion = parse_completion(tokenizer, ids, reasoning=reasoning)
-    shown = {part: "".join(p.text for p in pieces if p.part == part) for part in ("thinking", "answer")}
+    shown = {part: "".join(text for its, text in pieces if its == part) for part in ("thinking", "answer")}
     if completion.well_formed or not (reasoning or set(ids[:-1]) & tokenizer.special_ids):
         assert shown["thinking"].strip() == completion.thinking
         assert shown["answer"].strip() == (completion.answer or "")
     plain = [token for token in ids if token not in tokenizer.special_ids]
     # Random bytes make broken characters; whole ones must all arrive, in order.
     whole = [c for c in tokenizer.decode(plain) if c.isascii()]
-    assert [c for piece in pieces for c in piece.text if c.isascii()] == whole
+    assert [c for _, text in pieces for c in text if c.isascii()] == whole
