@@ -43,7 +43,7 @@ def write_run(folder: Path, lines: int) -> None:
                 "train/skipped_steps": 0.0, "grad/norm_max": 0.6 + 0.1 * draw.random(), "grad/clipped_frac": 0.0,
                 "train/bits_per_byte": 0.6 * loss, "train/lr": 0.02 * (1 - number / lines),
                 **{f"perf/{part}_ms": 9 * draw.random() for part in ("data", "forward", "backward", "optimizer")},
-                "perf/memory_resident_bytes": 249008128, "perf/memory_growth_bytes": 0, "perf/memory_peak_bytes": 308953088,
+                "perf/memory_resident_bytes": 249008128, "perf/memory_peak_bytes": 308953088,
                 "data/epoch": number / 1000, "data/padding_frac": 0.0, "perf/tokens_per_second": draw.gauss(40_000, 900),
                 "perf/eta_seconds": SECONDS_PER_LINE * (lines - number),
             }  # fmt: skip

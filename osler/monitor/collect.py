@@ -71,7 +71,6 @@ class Collector:
         self.is_probing = False
         self.probed: dict[str, Tensor] = {}
         self.cpus = read_cpus()  # when the last line was written
-        self.first_bytes: int | None = None  # used when the first line of this process was written
 
     def is_due(self, step: int) -> bool:
         """Whether the model is probed in this step; steps count from 1."""
@@ -141,29 +140,24 @@ class Collector:
         if self.level != "off":
             seconds = self.stopwatch.read()
             metrics |= {name: 1000 * seconds[part] / self.steps for name, part in PARTS.items() if part in seconds}
-            metrics |= self._memory() | self._other_cpus()
+            metrics |= self._memory()
+            before, self.cpus = self.cpus, read_cpus()
+            if before is not None and self.cpus is not None:
+                metrics["perf/other_cpus"] = busy_elsewhere(before, self.cpus)
         self.steps = 0
         return metrics
 
-    def _other_cpus(self) -> dict[str, float]:
-        before, self.cpus = self.cpus, read_cpus()
-        return {} if before is None or self.cpus is None else {"perf/other_cpus": busy_elsewhere(before, self.cpus)}
-
     def _memory(self) -> dict[str, float]:
         if self.device.type == "cuda":
-            used: int | None = torch.cuda.memory_allocated(self.device)
-            found = {"perf/memory_allocated_bytes": used, "perf/memory_reserved_bytes": torch.cuda.memory_reserved(self.device)}
+            allocated, reserved = torch.cuda.memory_allocated(self.device), torch.cuda.memory_reserved(self.device)
+            found: dict[str, int | None] = {"perf/memory_allocated_bytes": allocated, "perf/memory_reserved_bytes": reserved}
         else:
-            used = resident_bytes()
-            found = {"perf/memory_resident_bytes": used}
-        self.first_bytes = used if self.first_bytes is None else self.first_bytes
-        if used is not None and self.first_bytes is not None:
-            found["perf/memory_growth_bytes"] = used - self.first_bytes
+            found = {"perf/memory_resident_bytes": resident_bytes()}
         found["perf/memory_peak_bytes"] = peak_bytes(self.device)
         return {name: number for name, number in found.items() if number is not None}
 
     def speed(self, tokens_per_second: float, *, tokens_left: int, seq_len: int) -> dict[str, float]:
-        """Return what follows from a speed of training: the time left, and the share of the GPUs' peak where that is known."""
+        """Return what follows from a speed of training: the time left, and the share of the GPUs' peak."""
         eta_seconds = max(0, tokens_left) / tokens_per_second
         mfu = self.mfu(tokens_per_second, seq_len)
         return {"perf/tokens_per_second": tokens_per_second, "perf/eta_seconds": eta_seconds, **mfu}
@@ -171,9 +165,8 @@ class Collector:
     def mfu(self, tokens_per_second: float, seq_len: int) -> dict[str, float]:
         """Return the share of the GPUs' peak at a speed of training on rows of ``seq_len`` tokens, where the peak is known."""
         peak = peak_flops(self.device)
-        if peak is None:
-            return {}
-        return {"perf/mfu": tokens_per_second * self.model.config.flops_per_token(seq_len) / (peak * self.world.size)}
+        flops = tokens_per_second * self.model.config.flops_per_token(seq_len)
+        return {} if peak is None else {"perf/mfu": flops / (peak * self.world.size)}
 
 
 def has_learned(loss: float, grad_norm: float) -> bool:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
-from urllib.parse import urlsplit
 
 from osler.config.schema import Ge, PositiveFloat, PositiveInt, config
+
+# A URL that alerts may be sent to, encrypted or to this machine: host, port, and the rest without spaces, in ASCII.
+WEBHOOK = re.compile(r"(?ai)(https://(\[[\da-f:.]+\]|[\w.@-]+)|http://(localhost|127\.0\.0\.1|\[::1\]))(:\d{1,5})?([/?#][!-~]*)?")
 
 
 @config
@@ -22,21 +25,10 @@ class MonitorConfig:
     clearml: str | None = None  # project of ClearML to log to as well
 
     def __post_init__(self) -> None:
-        if self.webhook is not None and not _is_webhook(self.webhook):
+        if self.webhook is not None and not WEBHOOK.fullmatch(self.webhook):
             raise ValueError(
                 "webhook must be an https:// URL (http:// for localhost alone). A command that gets each alert is alert_command."
             )
-
-
-def _is_webhook(url: str) -> bool:
-    """Whether alerts may be sent to a URL: encrypted, or to this machine."""
-    try:
-        parts = urlsplit(url)
-        host, _ = parts.hostname, parts.port  # raises ValueError on a port that is none
-    except ValueError:
-        return False
-    is_local = parts.scheme == "http" and host in ("localhost", "127.0.0.1", "::1")
-    return bool(host) and (parts.scheme == "https" or is_local) and url.isascii() and not any(c.isspace() for c in url)
 
 
 @config

@@ -94,7 +94,6 @@ METRICS: dict[str, Metric] = {
     "perf/memory_reserved_bytes": Metric("bytes", "taken from rank 0's GPU, held by tensors or kept for them", BASIC),
     "perf/memory_resident_bytes": Metric("bytes", "what the process alone has in memory, without a GPU", BASIC),
     "perf/memory_peak_bytes": Metric("bytes", "the most held, on the GPU or else by the process with files it maps", BASIC),
-    "perf/memory_growth_bytes": Metric("bytes", "what is held now beyond what was at the process's first line", BASIC),
     "perf/step_seconds": Metric("s", "wall time of one optimizer step"),
     "perf/rollout_tokens_per_second": Metric("tokens/s", "completion tokens sampled per second of sampling"),
     "perf/train_tokens_per_second": Metric("tokens/s", "tokens trained on per second of training, sampling excluded"),

@@ -15,7 +15,7 @@ them, H head size, Q chosen queries, S keys, C tokens of a chunk, V vocabulary; 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -69,46 +69,47 @@ def part_of(name: str) -> str:
     return rest[0] if first == "layers" else {"embed_tokens": "embed", "embed_proj": "embed", "lm_head": "head"}.get(first, first)
 
 
+def norms(squares: Mapping[str, Tensor], group_of: Callable[[str], str] = part_of) -> dict[str, Tensor]:
+    """Return the norm of each group of tensors, by default of each part of the model, from the sums of their squares."""
+    groups: defaultdict[str, list[Tensor]] = defaultdict(list)
+    for name, square in squares.items():
+        groups[group_of(name)].append(square)
+    return {group: torch.stack(each).sum().sqrt() for group, each in groups.items()}
+
+
 @torch.no_grad()
 def gradient_stats(gradients: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
     """Return norms by part of the model; and mean, spread, maximum, zeros and values that are not finite over all of it."""
-    squares: defaultdict[str, list[Tensor]] = defaultdict(list)
-    sums, peaks, zeros, odd, count = [], [], [], [], 0
+    rows: dict[str, Tensor] = {}
+    count = 0
     for name, cut in gradients:
         gradient = whole(cut).float()
-        squares[part_of(name)].append(gradient.square().sum())
-        sums.append(gradient.sum())
-        peaks.append(gradient.abs().amax())
-        zeros.append((gradient == 0).sum())
-        odd.append((~gradient.isfinite()).sum())
+        zeros, odd = (gradient == 0).sum().float(), (~gradient.isfinite()).sum().float()
+        rows[name] = torch.stack([gradient.square().sum(), gradient.sum(), gradient.abs().amax(), zeros, odd])
         count += gradient.numel()
-    mean = _total(sums) / count
-    square = _total([_total(part) for part in squares.values()]) / count
+    square, total, peak, zeros, odd = torch.stack(list(rows.values())).unbind(1)
+    mean = total.sum() / count
     return {
-        **{f"grad/norm/{part}": _total(each).sqrt() for part, each in squares.items()},
+        **{f"grad/norm/{part}": norm for part, norm in norms({name: row[0] for name, row in rows.items()}).items()},
         "grad/mean": mean,
-        "grad/std": (square - mean.square()).clamp_min(0).sqrt(),
-        "grad/max_abs": torch.stack(peaks).amax(),
-        "grad/zero_frac": _total(zeros) / count,
-        "grad/nonfinite_frac": _total(odd) / count,
+        "grad/std": (square.sum() / count - mean.square()).clamp_min(0).sqrt(),
+        "grad/max_abs": peak.amax(),
+        "grad/zero_frac": zeros.sum() / count,
+        "grad/nonfinite_frac": odd.sum() / count,
     }
 
 
 @torch.no_grad()
 def weight_stats(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return norms by part of the model and by kind of matrix, and the effective rank of a few matrices."""
-    parts: defaultdict[str, list[Tensor]] = defaultdict(list)
-    kinds: defaultdict[str, list[Tensor]] = defaultdict(list)
-    for name, weight in weights.items():
-        square = weight.float().square().sum()
-        parts[part_of(name)].append(square)
-        kinds[name.split(".")[-2]].append(square)
+    squares = {name: weight.float().square().sum() for name, weight in weights.items()}
+    parts, kinds = norms(squares), norms(squares, lambda name: name.split(".")[-2])
     layers = [int(part) for part in parts if part.isdigit()]
     chosen = sorted({layers[0], layers[len(layers) // 2], layers[-1]})
     ranked = [(f"{layer}.{name.split('.')[1]}", weights[f"layers.{layer}.{name}"]) for layer in chosen for name in RANKED]
     return {
-        **{f"model/weight_norm/{part}": _total(squares).sqrt() for part, squares in parts.items()},
-        **{f"model/kind_norm/{kind}": _total(squares).sqrt() for kind, squares in kinds.items()},
+        **{f"model/weight_norm/{part}": norm for part, norm in parts.items()},
+        **{f"model/kind_norm/{kind}": norm for kind, norm in kinds.items()},
         **{f"model/effective_rank/{name}": effective_rank(matrix) for name, matrix in ranked},
     }
 
@@ -127,20 +128,17 @@ def effective_rank(matrix_MN: Tensor) -> Tensor:
 @torch.no_grad()
 def update_stats(before: Mapping[str, Tensor], parameters: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
     """Return how far an update moved the weights, as a share of their norm ``before``; 0 for a skipped step."""
-    moved: defaultdict[str, list[Tensor]] = defaultdict(list)
-    size: defaultdict[str, list[Tensor]] = defaultdict(list)
+    moved: dict[str, Tensor] = {}
+    size: dict[str, Tensor] = {}
     for name, parameter in parameters:
-        moved[part_of(name)].append(whole(parameter.detach() - before[name]).float().square().sum())
-        size[part_of(name)].append(whole(before[name]).float().square().sum())
-    all_moved, all_size = (_total([_total(squares) for squares in each.values()]) for each in (moved, size))
+        moved[name] = whole(parameter.detach() - before[name]).float().square().sum()
+        size[name] = whole(before[name]).float().square().sum()
+    (all_moved,), (all_size,) = (norms(squares, lambda _: "").values() for squares in (moved, size))
+    sizes = norms(size)
     return {
-        "update/ratio": (all_moved / all_size).sqrt(),
-        **{f"update/part_ratio/{part}": (_total(moved[part]) / _total(size[part])).sqrt() for part in moved},
+        "update/ratio": all_moved / all_size,
+        **{f"update/part_ratio/{part}": norm / sizes[part] for part, norm in norms(moved).items()},
     }
-
-
-def _total(numbers: Sequence[Tensor]) -> Tensor:
-    return torch.stack(list(numbers)).sum()
 
 
 # -- inside the model --------------------------------------------------------------------------------------------------
@@ -199,12 +197,9 @@ def attention_entropy(q_BTNH: Tensor, k_BSKH: Tensor, places_BT: Tensor, *, mask
     place_Q = (torch.arange(1, count + 1, device=q_BTNH.device) * length) // count - 1
     q_BQKGH = q_BTNH[:, place_Q].float().unflatten(2, (k_BSKH.shape[2], -1))
     scores_BKGQS = torch.einsum("bqkgh,bskh->bkgqs", q_BQKGH, k_BSKH.float()) * size**-0.5
-    if mask is None:
-        visible_QS = torch.arange(length, device=q_BTNH.device) <= place_Q[:, None]
-        scores_BKGQS = scores_BKGQS.masked_fill(~visible_QS, float("-inf"))
-    else:
-        scores_BKGQS = scores_BKGQS.masked_fill(~mask[:, :, None, place_Q], float("-inf"))
-    log_BKGQS = scores_BKGQS.log_softmax(-1)
+    is_causal = torch.arange(length, device=q_BTNH.device) <= place_Q[:, None]
+    is_visible = is_causal if mask is None else mask[:, :, None, place_Q]
+    log_BKGQS = scores_BKGQS.masked_fill(~is_visible, float("-inf")).log_softmax(-1)
     entropy_BQ = -(log_BKGQS.exp() * log_BKGQS.clamp_min(-1e9)).sum(-1).mean((1, 2))
     counts_BQ = places_BT[:, place_Q]
     return entropy_BQ.masked_fill(~counts_BQ, 0.0).sum() / counts_BQ.sum()

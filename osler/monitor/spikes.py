@@ -41,17 +41,16 @@ class SpikeWindow:
         if not math.isfinite(loss):
             return None
         patience = -(-(self.usual.maxlen or 1) // 2)
-        if len(self.usual) >= patience:
-            deviations, median = robust_z(loss, self.usual)
-            if deviations > self.threshold:
-                self.spikes.append(loss)
-                spike = Spike(deviations, median, len(self.spikes))
-                if len(self.spikes) >= patience:
-                    self.restore({"usual": self.spikes, "spikes": []})
-                return spike
-        self.spikes.clear()
-        self.usual.append(loss)
-        return None
+        deviations, median = robust_z(loss, self.usual) if len(self.usual) >= patience else (0.0, loss)
+        if deviations <= self.threshold:
+            self.spikes.clear()
+            self.usual.append(loss)
+            return None
+        self.spikes.append(loss)
+        spike = Spike(deviations, median, len(self.spikes))
+        if len(self.spikes) >= patience:
+            self.restore({"usual": self.spikes, "spikes": []})
+        return spike
 
     def state(self) -> dict[str, list[float]]:
         """Return the window as JSON."""

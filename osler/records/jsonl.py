@@ -20,11 +20,12 @@ import math
 import time as clock
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import compress
 from pathlib import Path
 from typing import Any
 
-from osler.records.values import as_dict, as_list, as_number, as_text
+from osler.records.values import NAN, as_dict, as_list, as_number, as_text
 from osler.runtime.errors import UserError
 from osler.runtime.files import write_atomic
 
@@ -50,8 +51,6 @@ def parse(line: bytes) -> dict[str, Any] | None:
 def step_of(fields: Mapping[str, Any] | None) -> int | None:
     """Return the step that an object names, None when it names none."""
     step = fields.get("step") if fields else None
-    if type(step) is float and step.is_integer() and abs(step) < 2**53:
-        step = int(step)
     return step if type(step) is int and abs(step) < 2**53 else None
 
 
@@ -114,17 +113,10 @@ def split(path: Path, last_step: int) -> tuple[list[bytes], list[bytes]]:
     return kept, later
 
 
-class Log:
-    """A file that a run appends to as long as it can; a disk that refuses is told of once."""
-
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        self._has_warned = False
-
-    def _warn(self, error: Exception) -> None:
-        if not self._has_warned:
-            self._has_warned = True
-            logger.warning(f"{self.path} cannot be written ({error}); the run goes on without these lines until it can.")
+@cache
+def _warn(path: Path, reason: str) -> None:
+    """Warn that a file cannot be written, once for each reason."""
+    logger.warning(f"{path} cannot be written ({reason}); the run goes on without these lines until it can.")
 
 
 # -- metrics.jsonl -----------------------------------------------------------------------------------------------------
@@ -146,12 +138,10 @@ class MetricsLine:
         step = step_of(fields)
         if fields is None or step is None:
             return None
-        values = {
-            name: raw if type(raw) is float and math.isfinite(raw) else as_number(raw)
-            for name, raw in fields.items()
-            if (raw is None or isinstance(raw, (int, float))) and name not in OWN_FIELDS
-        }
-        return cls(step, as_number(fields.get("tokens")), as_number(fields.get("time")), values)
+        numbers = {name: as_number(raw) for name, raw in fields.items() if raw is None or isinstance(raw, (int, float))}
+        tokens, time = (numbers.pop(name, NAN) for name in ("tokens", "time"))
+        del numbers["step"]
+        return cls(step, tokens, time, numbers)
 
 
 def read_metrics(path: Path, having: str = "") -> Iterator[MetricsLine]:
@@ -164,18 +154,22 @@ def read_metrics(path: Path, having: str = "") -> Iterator[MetricsLine]:
     return (line for line in parsed if line is not None and (not having or having in line.values))
 
 
-class MetricsFile(Log):
+class MetricsFile:
     """Appends to ``metrics.jsonl``; after a kill it goes on where the checkpoint left off."""
 
     def __init__(self, path: str | Path, *, last_step: float = math.inf) -> None:
         """Take out what is torn and what comes after ``last_step``, that of the checkpoint; -1 takes out every line."""
-        super().__init__(path)
+        self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.rewind(last_step)
+
+    def rewind(self, last_step: float) -> None:
+        """Drop the lines after a step: a run that has gone back makes those steps again."""
         self._last_step: float | None = last_step  # until the file has been healed
         try:
             self._heal()
         except OSError as error:
-            self._warn(error)
+            _warn(self.path, str(error))
 
     def _heal(self) -> None:
         if self._last_step is not None:
@@ -190,25 +184,15 @@ class MetricsFile(Log):
         if taken := OWN_FIELDS & metrics.keys():
             raise ValueError(f"a metric cannot be called {min(taken)!r}: the line itself has a field of that name")
         now = clock.time() if time is None else time
-        fields: dict[str, float | None] = {"step": int(step), "tokens": int(tokens), "time": round(now, 3)}
-        for name, value in metrics.items():
-            number = value if isinstance(value, int) else float(value)
-            fields[name] = number if math.isfinite(number) else None
+        numbers = {name: value if isinstance(value, int) else float(value) for name, value in metrics.items()}
+        finite = {name: number if math.isfinite(number) else None for name, number in numbers.items()}
         try:
             self._heal()
             self._last_step = math.inf  # a line that is refused half way is torn
-            append(self.path, fields)
+            append(self.path, {"step": int(step), "tokens": int(tokens), "time": round(now, 3), **finite})
             self._last_step = None
         except (OSError, UserError) as error:
-            self._warn(error)
-
-    def rewind(self, step: int) -> None:
-        """Drop the lines after ``step``: a run that has gone back makes those steps again."""
-        self._last_step = step
-        try:
-            self._heal()
-        except (OSError, UserError) as error:
-            self._warn(error)
+            _warn(self.path, str(error))
 
 
 # -- events.jsonl ------------------------------------------------------------------------------------------------------
@@ -226,12 +210,11 @@ class Event:
     details: dict[str, Any] = field(default_factory=dict)
 
 
-class EventLog(Log):
+class EventLog:
     """Appends events; ``tell`` is called with step, name, severity and message of those worth a word outside the run."""
 
     def __init__(self, path: str | Path, tell: Callable[[int, str, str, str], None] | None = None) -> None:
-        super().__init__(path)
-        self._tell = tell
+        self.path, self._tell = Path(path), tell
 
     def write(self, step: int, kind: str, name: str, message: str, *, tell: bool = True, **details: Any) -> None:
         """Append one event; ``details`` must be JSON without NaN, and may give a ``severity`` other than warning."""
@@ -239,7 +222,7 @@ class EventLog(Log):
         try:
             append(self.path, event)
         except OSError as error:
-            self._warn(error)
+            _warn(self.path, str(error))
         if tell and self._tell:
             self._tell(step, name, details.get("severity", "warning"), message)
 

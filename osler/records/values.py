@@ -21,13 +21,11 @@ T = TypeVar("T")
 
 def as_number(raw: object) -> float:
     """Return a finite number, or NaN."""
-    if isinstance(raw, (int, float, str)):
-        try:
-            value = float(raw)
-        except (ValueError, OverflowError):
-            return NAN
-        return value if math.isfinite(value) else NAN
-    return NAN
+    try:
+        value = float(raw) if isinstance(raw, (int, float, str)) else NAN
+    except (ValueError, OverflowError):
+        return NAN
+    return value if math.isfinite(value) else NAN
 
 
 def as_text(raw: object) -> str:
@@ -49,17 +47,6 @@ def as_dict(raw: object) -> dict[str, Any]:
     return {str(key): value for key, value in raw.items()} if isinstance(raw, dict) else {}
 
 
-def as_dicts(raw: object) -> list[dict[str, Any]]:
-    """Return the mappings of a list."""
-    return [row for row in raw if isinstance(row, dict)] if isinstance(raw, list) else []
-
-
-def as_pair(raw: object) -> tuple[float, float]:
-    """Return two numbers, or two NaN."""
-    two = as_list(raw)
-    return (as_number(two[0]), as_number(two[1])) if len(two) == 2 else (NAN, NAN)
-
-
 READERS: dict[Any, Callable[[Any], Any]] = {
     float: as_number,
     str: as_text,
@@ -68,7 +55,7 @@ READERS: dict[Any, Callable[[Any], Any]] = {
     list[str]: lambda raw: [as_text(item) for item in as_list(raw)],
     dict[str, float]: lambda raw: {key: as_number(value) for key, value in as_dict(raw).items()},
     dict[str, Any]: as_dict,
-    tuple[float, float]: as_pair,
+    tuple[float, float]: lambda raw: (*map(as_number, as_list(raw)), NAN, NAN)[:2],
 }
 
 
@@ -85,7 +72,8 @@ def to_json(record: Any, kind: type | None = None) -> dict[str, Any]:
 
 def read_records(record: type[T], path: Path) -> list[T]:
     """Return the records of a JSON file that holds a list, none when there is no file; raises UserError when it is damaged."""
-    return [from_json(record, row) for row in as_dicts(read_json(path))] if path.exists() else []
+    rows = as_list(read_json(path)) if path.exists() else []
+    return [from_json(record, row) for row in rows if isinstance(row, dict)]
 
 
 def write_records(path: Path, records: Sequence[Any]) -> None:
