@@ -31,13 +31,6 @@ from osler.runtime.world import World
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-PARTS = {
-    "perf/data_ms": "data",
-    "perf/forward_ms": "forward",
-    "perf/backward_ms": "backward",
-    "perf/optimizer_ms": "optimizer",
-    "perf/monitor_ms": "monitor",
-}
 
 
 class Collector:
@@ -106,27 +99,23 @@ class Collector:
 
         ``rows`` gives rows of the step's batch, and is called only when a probe is due.
         """
-        if not self.is_probing:
-            yield
-            return
+        few = rows().few() if self.is_probing else None
         self.is_probing = False
-        few = rows().few()
-        (all_learn,) = self.world.all_reduce_min(few.learns)
-        if not all_learn:  # rows without a token to learn show nothing, and a mean over the ranks needs all of them
+        # Rows without a token to learn show nothing, and a mean over the ranks needs all of them.
+        if few is None or not self.world.all_reduce_min(few.learns)[0]:
             yield
             return
         weights = self.whole_weights()
         self.probed = weight_stats(weights) | activation_stats(self.model, weights, few.on(self.device))
         del weights
-        before: dict[str, Tensor] = {}
-        if self.has_gradients:
-            parameters = list(self.model.named_parameters())
-            self.probed |= gradient_stats((name, parameter.grad) for name, parameter in parameters if parameter.grad is not None)
-            before = {name: parameter.detach().clone() for name, parameter in parameters}
+        parameters = dict(self.model.named_parameters()) if self.has_gradients else {}
+        if parameters:
+            self.probed |= gradient_stats((name, p.grad) for name, p in parameters.items() if p.grad is not None)
+        before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
         self.mark("monitor")
         yield
         self.mark("optimizer")
-        if before:
+        if parameters:
             self.probed |= update_stats(before, parameters)
         self.mark("monitor")
 
@@ -139,7 +128,7 @@ class Collector:
             self.probed = {}
         if self.level != "off":
             seconds = self.stopwatch.read()
-            metrics |= {name: 1000 * seconds[part] / self.steps for name, part in PARTS.items() if part in seconds}
+            metrics |= {f"perf/{part}_ms": 1000 * spent / self.steps for part, spent in seconds.items()}
             metrics |= self._memory()
             before, self.cpus = self.cpus, read_cpus()
             if before is not None and self.cpus is not None:
@@ -170,10 +159,7 @@ class Collector:
 
 
 def has_learned(loss: float, grad_norm: float) -> bool:
-    """Whether any rank had a token to learn in a step: a mean over none is NaN, and its gradient, 0, is finite all the same.
-
-    (A loss that is not finite for another reason makes the gradient NaN.)
-    """
+    """Whether any rank had a token to learn in a step: only a mean over none is NaN and has a finite gradient, 0."""
     return not (math.isnan(loss) and math.isfinite(grad_norm))
 
 
@@ -186,8 +172,8 @@ def step_stats(window: Sequence[Sequence[float]], clip_norm: float, bytes_per_to
     unlearned = {"train/unlearned_steps": float(len(window) - len(learned))}
     if not learned:
         return unlearned
-    losses = [loss for loss, _, _ in learned if math.isfinite(loss)]
-    loss = sum(losses) / len(losses) if losses else math.nan
+    losses = [loss for loss, _, _ in learned if math.isfinite(loss)] or [math.nan]
+    loss = sum(losses) / len(losses)
     metrics = {
         "train/loss": loss,
         "train/perplexity": math.exp(min(loss, 700.0)),

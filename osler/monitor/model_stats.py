@@ -41,8 +41,7 @@ class ProbeRows(NamedTuple):
     def few(self) -> ProbeRows:
         """Return ``PROBE_TOKENS`` at most: rows with a token to learn before rows without; for rows on the CPU."""
         count = max(1, PROBE_TOKENS // self.ids_BT.shape[1])
-        last = (self.labels_BT[:, :PROBE_TOKENS] == IGNORED).all(1).sort(stable=True).indices  # rows without one
-        chosen = last[:count]
+        chosen = (self.labels_BT[:, :PROBE_TOKENS] == IGNORED).all(1).sort(stable=True).indices[:count]
         return ProbeRows(*(None if part is None else part[chosen, :PROBE_TOKENS] for part in self))  # type: ignore[arg-type]
 
     def on(self, device: torch.device) -> ProbeRows:
@@ -126,17 +125,14 @@ def effective_rank(matrix_MN: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def update_stats(before: Mapping[str, Tensor], parameters: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+def update_stats(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return how far an update moved the weights, as a share of their norm ``before``; 0 for a skipped step."""
-    moved: dict[str, Tensor] = {}
-    size: dict[str, Tensor] = {}
-    for name, parameter in parameters:
-        moved[name] = whole(parameter.detach() - before[name]).float().square().sum()
-        size[name] = whole(before[name]).float().square().sum()
-    (all_moved,), (all_size,) = (norms(squares, lambda _: "").values() for squares in (moved, size))
+    moved = {name: whole(after[name].detach() - old).float().square().sum() for name, old in before.items()}
+    size = {name: whole(old).float().square().sum() for name, old in before.items()}
+    all_moved, all_size = (torch.stack(list(squares.values())).sum() for squares in (moved, size))
     sizes = norms(size)
     return {
-        "update/ratio": all_moved / all_size,
+        "update/ratio": (all_moved / all_size).sqrt(),
         **{f"update/part_ratio/{part}": norm / sizes[part] for part, norm in norms(moved).items()},
     }
 

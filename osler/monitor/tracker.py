@@ -77,8 +77,8 @@ class TrackerProcess:
                 )
             assert self.process.stdin is not None and self.process.stdout is not None
             self._to_child, self._from_child = self.process.stdin, self.process.stdout
-            os.set_blocking(self._to_child.fileno(), False)
-            os.set_blocking(self._from_child.fileno(), False)
+            for pipe in (self._to_child, self._from_child):
+                os.set_blocking(pipe.fileno(), False)
         except OSError as error:
             self._give_up(f"could not be started ({error})")
         self._send(target, arguments)  # not on the command line, which other users can read
@@ -143,8 +143,7 @@ class TrackerProcess:
         if self.is_gone:
             return True
         code, since = self.process.poll(), self._blocked_since
-        for line in (self._from_child.read() or b"").splitlines():
-            is_final, reason = json.loads(line)
+        for is_final, reason in map(json.loads, (self._from_child.read() or b"").splitlines()):
             if is_final:
                 self._give_up(f"failed ({reason}; more in {self.printed})")
             elif not self._has_warned:

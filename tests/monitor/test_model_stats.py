@@ -90,7 +90,7 @@ def test_an_update_is_measured_against_the_weights_before_it(model):
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.mul_(1.5 if name.startswith("layers.1.") else 1.0)
-    found = update_stats(before, model.named_parameters())
+    found = update_stats(before, dict(model.named_parameters()))
     assert float(found["update/part_ratio/1"]) == pytest.approx(0.5)
     assert float(found["update/part_ratio/0"]) == float(found["update/part_ratio/embed"]) == 0.0
     norms = weight_stats(before)
