@@ -91,7 +91,6 @@ class _Wave:
 
     def advance(self) -> None:
         """Feed every row's last token into the cache and draw its next; no host sync."""
-        self.cache.make_room()
         self.token_B = self._draw(self.decoder.step(self.token_B, self.cache))
 
     def _draw(self, logits_BV: Tensor) -> Tensor:

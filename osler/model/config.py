@@ -57,7 +57,6 @@ class ModelConfig:
         if self.embed_rank is not None and self.embed_rank > self.hidden_size:
             raise ValueError(f"embed_rank {self.embed_rank} must be at most hidden_size {self.hidden_size}")
         if self.tie_embeddings and self.head_init == "zero":
-            # A tied head cannot start at zero: it is the input embedding.
             raise ValueError("tie_embeddings=true needs head_init=normal: a tied head is the embedding and cannot start at zero")
         if self.qk_norm_weight and not self.norm_weight:
             raise ValueError("qk_norm_weight=true needs norm_weight=true")
@@ -86,43 +85,30 @@ class ModelConfig:
         return self.num_kv_heads * self.head_dim
 
     @property
-    def matrix_parameters(self) -> int:
-        """Number of weights in the matrices of the transformer blocks."""
+    def _matrix_parameters(self) -> int:
         attention = self.hidden_size * (2 * self.query_size + 2 * self.kv_size)
         return self.num_layers * (attention + 3 * self.hidden_size * self.intermediate_size)
 
     @property
-    def embedding_parameters(self) -> int:
-        if self.embed_rank is None:
-            return self.vocab_size * self.hidden_size
-        return self.vocab_size * self.embed_rank + self.embed_rank * self.hidden_size
-
-    @property
-    def head_parameters(self) -> int:
-        return 0 if self.tie_embeddings else self.vocab_size * self.hidden_size
-
-    @property
-    def norm_parameters(self) -> int:
-        if not self.norm_weight:
-            return 0
-        qk = 2 * self.head_dim * self.num_layers if self.qk_norm_weight else 0
-        return (2 * self.num_layers + 1) * self.hidden_size + qk
+    def _embedding_parameters(self) -> int:
+        rank = self.embed_rank
+        return self.vocab_size * self.hidden_size if rank is None else (self.vocab_size + self.hidden_size) * rank
 
     @property
     def num_parameters(self) -> int:
         """Number of parameters without padding rows."""
-        return self.matrix_parameters + self.embedding_parameters + self.head_parameters + self.norm_parameters
+        head = 0 if self.tie_embeddings else self.vocab_size * self.hidden_size
+        norms = (2 * self.num_layers + 1) * self.hidden_size if self.norm_weight else 0
+        qk_norms = 2 * self.head_dim * self.num_layers if self.qk_norm_weight else 0
+        return self._matrix_parameters + self._embedding_parameters + head + norms + qk_norms
 
     def flops_per_token(self, seq_len: int) -> int:
         """Return the training FLOPs per token by the PaLM convention (non-causal).
 
         6 x (matrices and head) + 12 x num_layers x num_heads x head_dim x seq_len.
         """
-        if self.embed_rank is not None and self.tie_embeddings:
-            head = self.embedding_parameters
-        else:
-            head = self.vocab_size * self.hidden_size
-        return 6 * (self.matrix_parameters + head) + 12 * self.num_layers * self.query_size * seq_len
+        head = self._embedding_parameters if self.tie_embeddings else self.vocab_size * self.hidden_size
+        return 6 * (self._matrix_parameters + head) + 12 * self.num_layers * self.query_size * seq_len
 
     def kv_cache_bytes(self, batch: int, seq_len: int, dtype_bytes: int = 2) -> int:
         """Return the bytes of the keys and values of ``batch`` rows of ``seq_len`` tokens."""

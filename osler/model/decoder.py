@@ -1,7 +1,7 @@
 """The model as sampling runs it: whole prompts once, then one token of every row at a time against a cache.
 
-It is the mathematics of ``transformer.py``, which the tests compare it with, on copies of the weights that are laid out for few
-tokens at a time. Each part brings its own form for decoding (``attention.py``, ``layers.py``).
+It is the mathematics of ``transformer.py`` on copies of the weights that are laid out for few tokens at a time. Each part brings
+its own form for decoding (``attention.py``, ``layers.py``).
 
 Shape legend: P prompts, B rows, T prompt tokens, D hidden, V vocabulary.
 """
@@ -32,19 +32,15 @@ class Decoder:
         self._embed_proj = None if model.embed_proj is None else DecodeLinear(layout, model.embed_proj.weight)
         blocks = [cast(Block, block) for block in model.layers]
         self._cache_class = blocks[0].self_attn.cache_class
-        self._layers = [
-            (
-                block.self_attn.for_decoding(layer, block.input_layernorm, layout),
-                DecodeFeedForward(block.mlp, block.post_attention_layernorm, layout),
-            )
-            for layer, block in enumerate(blocks)
-        ]
-        head = model.embed_tokens if model.lm_head is None else model.lm_head
+        self._layers = []
+        for layer, block in enumerate(blocks):
+            attention = block.self_attn.for_decoding(layer, block.input_layernorm, layout)
+            self._layers.append((attention, DecodeFeedForward(block.mlp, block.post_attention_layernorm, layout)))
+        head = self._embed if model.lm_head is None else model.lm_head.weight
         if model.lm_head is None and model.embed_proj is not None:
-            hidden_to_rank = DecodeLinear(layout, model.embed_proj.weight.T, norm=model.norm)
-            self._head = [hidden_to_rank, DecodeLinear(layout, head.weight)]
+            self._head = [DecodeLinear(layout, model.embed_proj.weight.T, norm=model.norm), DecodeLinear(layout, head)]
         else:
-            self._head = [DecodeLinear(layout, head.weight, norm=model.norm)]
+            self._head = [DecodeLinear(layout, head, norm=model.norm)]
         self._rope = [table.to(self.dtype) for table in rolled_tables(model.rope_cos, model.rope_sin)]
 
     def new_cache(self, rows: int, slots: int) -> KVCache:
@@ -75,7 +71,7 @@ class Decoder:
         return cache, self._logits(x_PTD[:, -1])
 
     def step(self, token_B: Tensor, cache: KVCache) -> Tensor:
-        """Return the logits after one more token of every row, [B, V] fp32; needs ``cache.make_room`` before it."""
+        """Return the logits after one more token of every row, [B, V] fp32; raises ValueError where the cache is full."""
         rope, cached, x_BD = self._rope_at(cache.length_B), cache.open_step(), self._embedded(token_B)
         for attention, feed_forward in self._layers:
             x_BD = x_BD + attention.step(x_BD, rope, cached)

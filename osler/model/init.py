@@ -42,47 +42,44 @@ def init_weights(model: nn.Module, config: ModelConfig, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            put_whole(parameter, _draw(name, parameter, config, generator))
+            put_whole(parameter, _draw(name.split(".")[-2], parameter.shape, config, generator))
+        layers = [module for module in model.modules() if isinstance(module, Attention)]
         if config.attention_init != "independent":
-            layers = [module for module in model.modules() if isinstance(module, Attention)]
             for layer in layers:
                 _mirror(layer, config)
-            if config.attention_init == "induction":
-                embedding = dict(model.named_parameters())["embed_tokens.weight"]
-                _wire_induction(embedding, layers[0], layers[1], config, generator)
+        if config.attention_init == "induction":
+            _wire_induction(model.get_parameter("embed_tokens.weight"), layers[0], layers[1], config, generator)
 
 
-def _draw(name: str, parameter: Tensor, config: ModelConfig, generator: torch.Generator) -> Tensor:
-    def normal(std: float) -> Tensor:
-        return torch.randn(parameter.shape, generator=generator) * std
-
-    width = 1 / math.sqrt(config.hidden_size)
-    kind = name.split(".")[-2] if "." in name else name
-    if kind in ("q_norm", "k_norm"):
-        return torch.full(parameter.shape, config.qk_norm_init)
+def _draw(kind: str, shape: torch.Size, config: ModelConfig, generator: torch.Generator) -> Tensor:
     if kind.endswith("norm"):
-        return torch.ones(parameter.shape)
-    if kind == "embed_tokens":
-        return normal(1 / math.sqrt(config.embed_rank or config.hidden_size) if config.tie_embeddings else 1.0)
-    if kind == "embed_proj":
-        return normal(1 / math.sqrt(parameter.shape[1]))
-    if kind == "lm_head":
-        return torch.zeros(parameter.shape) if config.head_init == "zero" else normal(width)
-    if kind in ("o_proj", "down_proj"):
-        if config.residual_init == "zero":
-            return torch.zeros(parameter.shape)
-        return normal(1 / math.sqrt(parameter.shape[1] * 2 * config.num_layers))
+        return torch.full(shape, config.qk_norm_init if kind in ("q_norm", "k_norm") else 1.0)
+    width, fan_in = 1 / math.sqrt(config.hidden_size), shape[-1]
+    residual = 0.0 if config.residual_init == "zero" else 1 / math.sqrt(fan_in * 2 * config.num_layers)
+    normal_stds = {
+        "embed_tokens": 1 / math.sqrt(config.embed_rank or config.hidden_size) if config.tie_embeddings else 1.0,
+        "embed_proj": 1 / math.sqrt(fan_in),
+        "lm_head": 0.0 if config.head_init == "zero" else width,
+        "o_proj": residual,
+        "down_proj": residual,
+    }
+    if kind in normal_stds:
+        std = normal_stds[kind]
+        return torch.randn(shape, generator=generator) * std if std else torch.zeros(shape)
     # Uniform has no outliers; sqrt(3) makes its standard deviation the one of the table.
     bound = math.sqrt(3) * width
-    return torch.rand(parameter.shape, generator=generator) * (2 * bound) - bound
+    return torch.rand(shape, generator=generator) * (2 * bound) - bound
 
 
 def _mirror(layer: Attention, config: ModelConfig) -> None:
     groups = config.num_heads // config.num_kv_heads
-    per_head = (config.num_kv_heads, config.head_dim, config.hidden_size)
-    keys, values = (whole(layer.k_proj.weight), whole(layer.v_proj.weight))
-    put_whole(layer.q_proj.weight, keys.view(per_head).repeat_interleave(groups, 0).flatten(0, 1))
-    put_whole(layer.o_proj.weight, 0.5 / groups * values.view(per_head).repeat_interleave(groups, 0).flatten(0, 1).T)
+
+    def of_every_query_head(weight: Tensor) -> Tensor:
+        per_head = whole(weight).view(config.num_kv_heads, config.head_dim, config.hidden_size)
+        return per_head.repeat_interleave(groups, 0).flatten(0, 1)
+
+    put_whole(layer.q_proj.weight, of_every_query_head(layer.k_proj.weight))
+    put_whole(layer.o_proj.weight, 0.5 / groups * of_every_query_head(layer.v_proj.weight).T)
 
 
 def _wire_induction(
@@ -98,21 +95,18 @@ def _wire_induction(
     """
     size, hidden = config.head_dim, config.hidden_size
     groups = config.num_heads // config.num_kv_heads  # query heads that share the key/value head share the work
-    before, token = slice(1, 1 + size), slice(1 + size, hidden)
-    everything = slice(None)
+    everything, before, token = slice(None), slice(1, 1 + size), slice(1 + size, hidden)
 
+    constant = torch.eye(hidden)[0]
     # The embedding comes first: nothing else is in memory while this largest tensor is whole.
-    _overwrite(embedding, (everything, 0), 1.0)
-    _overwrite(embedding, (everything, before), 0.0)
+    _overwrite(embedding, (everything, slice(1 + size)), constant[: 1 + size])
 
     def token_projection() -> Tensor:
         projection = torch.zeros(size, hidden)
         projection[:, token] = torch.randn(size, hidden - 1 - size, generator=generator) / math.sqrt(hidden - 1 - size)
         return projection
 
-    constant = torch.eye(hidden)[0]
-    fixed = torch.zeros(size)
-    fixed[:NEIGHBOUR_PAIRS] = 1.0
+    fixed = (torch.arange(size) < NEIGHBOUR_PAIRS).float()
     cos, sin = rope_tables(2, size, config.rope_theta)
     one_back = apply_rope(fixed, cos[1], -sin[1])
     identity, copied = token_projection(), token_projection()
@@ -131,7 +125,7 @@ def _wire_induction(
         _overwrite(layer.o_proj.weight, (everything, slice(groups * size)), output.repeat(1, groups))
 
 
-def _overwrite(parameter: Tensor, part: Any, values: Tensor | float) -> None:
+def _overwrite(parameter: Tensor, part: Any, values: Tensor) -> None:
     full = whole(parameter)
     full[part] = values
     put_whole(parameter, full)

@@ -1,8 +1,7 @@
 """Keys and values of past tokens, one allocation for many rows that are each at their own position.
 
 A row is one sequence that grows. Its tokens are in neighbouring slots, and ``bias_BKS``, which attention adds to its scores,
-hides all other slots. So rows can begin and end at any step: ``put`` lets a row begin with a prompt, whatever was in it before,
-and ``select`` copies some rows into a cache of their own. Attention reads the cache only as far as its fullest row.
+hides all other slots. So rows can begin and end at any step. Attention reads the cache only as far as its fullest row.
 
 Shape legend: L layers, B rows, K key/value heads, C = B * K, S slots, H head size, R some of the rows.
 """
@@ -19,15 +18,14 @@ from osler.model.config import ModelConfig
 
 
 def cache_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype for keys and values: fp32 on a CPU, whose small batched matmuls are twice as slow in bf16."""
+    """Return the dtype of a cache for decoding: fp32 on a CPU, whose small batched matmuls are twice as slow in bf16."""
     return torch.float32 if device.type == "cpu" else dtype
 
 
 class CacheStep(NamedTuple):
-    """What a decode step needs of the cache, prepared once for all layers; each list has one entry per layer."""
+    """What a decode step needs of the cache, prepared once for all layers; each inner list has one entry per layer."""
 
-    k: Sequence[Tensor]  # to write, [C * S, H]
-    v: Sequence[Tensor]
+    stored: Sequence[Sequence[Tensor]]  # keys and values to write, [C * S, H]
     k_CHS: Sequence[Tensor]  # to read, as far as filled
     v_CSH: Sequence[Tensor]
     slot_BK: Tensor  # where the new token of every row goes, in [C * S]
@@ -35,8 +33,8 @@ class CacheStep(NamedTuple):
 
     def write(self, layer: int, k_BKH: Tensor, v_BKH: Tensor) -> tuple[Tensor, Tensor]:
         """Store a layer's keys and values of the new tokens, and return all that the layer has."""
-        for stored, new_BKH in ((self.k[layer], k_BKH), (self.v[layer], v_BKH)):
-            stored.index_put_((self.slot_BK,), new_BKH.to(stored.dtype))
+        for stored, new_BKH in zip(self.stored, (k_BKH, v_BKH), strict=True):
+            stored[layer].index_put_((self.slot_BK,), new_BKH.to(stored[layer].dtype))
         return self.k_CHS[layer], self.v_CSH[layer]
 
 
@@ -46,12 +44,12 @@ class KVCache:
     def __init__(self, config: ModelConfig, rows: int, slots: int, dtype: torch.dtype, device: torch.device | str) -> None:
         self.config, self.slots = config, slots
         shape = (config.num_layers, rows, config.num_kv_heads, slots, config.head_dim)
-        self.k, self.v = self.stored = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(2)]
+        self.k, self.v = self.stored = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(2)]  # [L, B, K, S, H]
         self.bias_BKS = torch.full(shape[1:4], -torch.inf, dtype=dtype, device=device)
         self.length_B = torch.zeros(rows, dtype=torch.int64, device=device)  # tokens of a row: the position of its next
         self._first_BK = torch.arange(0, rows * shape[2] * slots, slots, device=device).view(rows, shape[2])
         self.slot_BK = self._first_BK.clone()  # where the next token of every row goes, in [C * S]
-        self.filled = self.read_slots = 0  # slots that the fullest row fills, and that a step reads
+        self.filled = 0  # slots of the fullest row, which a step reads
 
     def put(self, row_R: Tensor, prompts: KVCache, from_R: Tensor) -> None:
         """Let rows begin with prompts that are in the last slots of another cache; this overwrites what the rows had."""
@@ -80,27 +78,19 @@ class KVCache:
         """Find the fullest row. This waits for the device, which whoever changes rows has just done anyway."""
         self.filled = int((self.slot_BK - self._first_BK).amax())
 
-    def make_room(self, multiple: int = 1) -> None:
-        """Let the next step write one more slot and read up to a ``multiple`` of slots; call this before every step.
-
-        It is not part of the step because a compiler would compile the step again for every number of slots.
-        """
+    def open_step(self) -> CacheStep:
+        """Make the new token of every row visible to it, and prepare the cache for all layers of a decode step."""
         if self.filled >= self.slots:
             raise ValueError(f"all {self.slots} slots of the fullest row are taken")
         self.filled += 1
-        self.read_slots = min(-(-self.filled // multiple) * multiple, self.slots)
-
-    def open_step(self) -> CacheStep:
-        """Make the new token of every row visible to it, and prepare the cache for all layers of a decode step."""
         self.bias_BKS.view(-1).index_fill_(0, self.slot_BK.view(-1), 0.0)
-        read_k, read_v = (stored[..., : self.read_slots, :].flatten(1, 2) for stored in (self.k, self.v))
+        read_k, read_v = (stored[..., : self.filled, :].flatten(1, 2) for stored in self.stored)
         return CacheStep(
-            k=self.k.flatten(1, 3).unbind(0),
-            v=self.v.flatten(1, 3).unbind(0),
+            stored=[stored.flatten(1, 3).unbind(0) for stored in self.stored],
             k_CHS=read_k.transpose(2, 3).unbind(0),
             v_CSH=read_v.unbind(0),
             slot_BK=self.slot_BK,
-            bias_C1S=self.bias_BKS[..., : self.read_slots].flatten(0, 1)[:, None],
+            bias_C1S=self.bias_BKS[..., : self.filled].flatten(0, 1)[:, None],
         )
 
     def close_step(self) -> None:

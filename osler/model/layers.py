@@ -69,31 +69,26 @@ def joint_linear(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
 
 
 class Layout(NamedTuple):
-    """How weights are laid out for decoding: for about ``rows`` rows at a time, in ``dtype``.
-
-    ``pack`` lets oneDNN pack them where it can, which on x86 CPUs is 1.3 to 2.4 times as fast as the plain fp32 matmul at the
-    sizes of decoding. ``torch.compile`` sees through plain matmuls only.
-    """
+    """How weights are laid out for decoding: in ``dtype``, for about ``rows`` rows at a time."""
 
     dtype: torch.dtype
     rows: int
-    pack: bool = True
 
 
 class DecodeLinear:
-    """Linear layers on the same input as one matmul in the layout of decoding, together with the norm before them.
+    """Copies of linear layers on the same input as one matmul in the layout of decoding, together with the norm before them.
 
-    The norm's weight is multiplied into the columns of the matrix, which saves an operator. The weights are copies.
+    The norm's weight is multiplied into the columns of the matrix, which saves an operator. oneDNN packs the matrix where it can,
+    which on x86 CPUs is 1.3 to 2.4 times as fast as the plain fp32 matmul at the sizes of decoding.
     """
 
     def __init__(self, layout: Layout, *weights: Tensor, norm: RMSNorm | None = None) -> None:
         weight = torch.cat(weights)
-        self._norm = None if norm is None else WeightlessNorm(norm.eps)
-        self._packed_linear = None
         if norm is not None and norm.weight is not None:
             weight = weight * norm.weight
-        self._weight = weight.to(layout.dtype)
-        if layout.pack and packs_weights(weight.device):
+        self._norm = None if norm is None else WeightlessNorm(norm.eps)
+        self._weight, self._packed_linear = weight.to(layout.dtype), None
+        if packs_weights(weight.device):
             self._weight = torch.ops.mkldnn._reorder_linear_weight(self._weight, layout.rows)
             self._packed_linear = torch.ops.mkldnn._linear_pointwise.default  # every access to torch.ops costs microseconds
 

@@ -11,14 +11,13 @@ Shape legend: N tokens, R features per token, V rows of the head (padding includ
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 IGNORED = -100  # the label of a token that is not learned
-MOST_CHUNK_TOKENS = 2048
 WEIGHT_PIECE = 1 << 25  # elements of a weight gradient that are widened to fp32 at a time: 128 MB
 CHUNK_BYTES = 1 << 28  # of logits: in fp32 1,280 tokens of 50k words, 320 of 200k
 BLOCK_LOGITS = {"cpu": 1 << 21}  # logits that are widened to fp32 at a time: few enough to stay in the cache
@@ -34,26 +33,16 @@ def cross_entropy_reference(features_NR: Tensor, weight_VR: Tensor, labels_N: Te
 
 
 def linear_cross_entropy(
-    features_NR: Tensor,
-    weight_VR: Tensor,
-    labels_N: Tensor,
-    *,
-    vocab_size: int | None = None,
-    chunk_tokens: int | None = None,
+    features_NR: Tensor, weight_VR: Tensor, labels_N: Tensor, *, vocab_size: int | None = None, chunk_tokens: int | None = None
 ) -> Tensor:
     """Return the sum over tokens of -log softmax(features @ weight.T)[label], fp32 scalar, in nats.
 
     Labels equal to -100 count nothing; weight rows from ``vocab_size`` on are padding and take no probability.
     """
     scale_N = _wide((labels_N != IGNORED).to(features_NR.dtype))  # in the dtype of every sum
-    loss: Tensor = _LinearCrossEntropy.apply(
-        features_NR,
-        weight_VR,
-        labels_N.clamp_min(0),
-        scale_N,
-        vocab_size or weight_VR.shape[0],
-        chunk_tokens or _loss_chunk_tokens(features_NR, weight_VR.shape[0]),
-    )
+    words = weight_VR.shape[0]
+    numbers = (vocab_size or words, chunk_tokens or _loss_chunk_tokens(features_NR, words))
+    loss: Tensor = _LinearCrossEntropy.apply(features_NR, weight_VR, labels_N.clamp_min(0), scale_N, numbers)
     return loss
 
 
@@ -72,26 +61,20 @@ def linear_logprobs(
     ``mask_NV`` (bool, [N, vocab_size]) is a sampling mask to renormalise over; it must include the labels. The entropy has no
     gradient.
     """
-    logp, entropy = _LinearLogprobs.apply(
-        features_NR,
-        weight_VR,
-        labels_N,
-        mask_NV,
-        vocab_size or weight_VR.shape[0],
-        temperature,
-        chunk_tokens or default_chunk_tokens(weight_VR.shape[0]),
-    )
+    words = weight_VR.shape[0]
+    numbers = (vocab_size or words, temperature, chunk_tokens or default_chunk_tokens(words))
+    logp, entropy = _LinearLogprobs.apply(features_NR, weight_VR, labels_N, mask_NV, numbers)
     return logp, entropy
 
 
-def default_chunk_tokens(vocab_size: int, logit_bytes: int = 4) -> int:
-    """Return how many tokens' logits fit in ``CHUNK_BYTES``, in multiples of 64."""
-    return max(64, min(MOST_CHUNK_TOKENS, CHUNK_BYTES // (logit_bytes * vocab_size) // 64 * 64))
+def default_chunk_tokens(vocab_size: int, logit_bytes: int = 4, most_tokens: int = 2048, most_bytes: int = CHUNK_BYTES) -> int:
+    """Return how many tokens' logits fit in ``most_bytes``, in multiples of 64."""
+    return max(64, min(most_tokens, most_bytes // (logit_bytes * vocab_size) // 64 * 64))
 
 
 def _loss_chunk_tokens(features_NR: Tensor, words: int) -> int:
     if torch.compiler.is_compiling() and features_NR.device.type in TILES:
-        return max(64, min(TILED_CHUNK_TOKENS, TILED_CHUNK_BYTES // (features_NR.element_size() * words) // 64 * 64))
+        return default_chunk_tokens(words, features_NR.element_size(), TILED_CHUNK_TOKENS, TILED_CHUNK_BYTES)
     return default_chunk_tokens(words, features_NR.element_size())
 
 
@@ -125,26 +108,13 @@ def _without_padding(logits_CV: Tensor, vocab_size: int) -> Tensor:
     return logits_CV.masked_fill(torch.arange(logits_CV.shape[1], device=logits_CV.device) >= vocab_size, float("-inf"))
 
 
-def _chunk_logits(x_CR: Tensor, weight_VR: Tensor, vocab_size: int, mask_CV: Tensor | None) -> Tensor:
-    logits_CV = _without_padding(_wide(x_CR @ weight_VR.T), vocab_size)
-    if mask_CV is not None:
-        mask_CV = F.pad(mask_CV, (0, weight_VR.shape[0] - mask_CV.shape[1]))
-        logits_CV = logits_CV.masked_fill(~mask_CV, float("-inf"))
-    return logits_CV
-
-
-class _Gradients(NamedTuple):
-    """The summed loss, and its gradients with respect to features and head; the latter in the dtype it was summed in."""
-
-    loss: Tensor
-    features_NR: Tensor
-    head_VR: Tensor
-
-
 def _eager_gradients(
     features_NR: Tensor, head_VR: Tensor, labels_N: Tensor, scale_N: Tensor, vocab_size: int, chunk_tokens: int
-) -> _Gradients:
-    """Go chunk by chunk and overwrite the logits of each with their gradient."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the loss, and its gradients with respect to features and head, the latter in the dtype it was summed in.
+
+    This goes chunk by chunk and overwrites the logits of each with their gradient.
+    """
     grad_head = torch.zeros_like(head_VR, dtype=scale_N.dtype)
     losses, grad_chunks = [], []
     for x, label, scale in zip(*(each.split(chunk_tokens) for each in (features_NR, labels_N, scale_N)), strict=True):
@@ -153,7 +123,7 @@ def _eager_gradients(
         grad_chunks.append(logits @ head_VR)
         _add_weight_gradient(grad_head, logits, x)
         del logits  # or those of two chunks would be in memory
-    return _Gradients(torch.stack(losses).sum(), torch.cat(grad_chunks), grad_head)
+    return torch.stack(losses).sum(), torch.cat(grad_chunks), grad_head
 
 
 def _into_gradient(logits_CV: Tensor, label_C: Tensor, scale_C: Tensor, vocab_size: int) -> Tensor:
@@ -183,7 +153,7 @@ def _add_weight_gradient(grad_weight_VR: Tensor, grad_logits_CV: Tensor, x_CR: T
 
 def _compiled_gradients(
     features_NR: Tensor, head_VR: Tensor, labels_N: Tensor, scale_N: Tensor, vocab_size: int, chunk_tokens: int
-) -> _Gradients:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the same in a form for a compiler, which fuses what is done to a logit.
 
     A CPU goes by tiles of the vocabulary, so that the matmuls behind a tile's gradient find more of it in the cache. Parts of
@@ -215,7 +185,7 @@ def _compiled_gradients(
             grad_tiles = [whole + part for whole, part in zip(grad_tiles, parts, strict=True)]
         else:
             grad_tiles = parts if len(chunks) == 1 else [_wide(part) for part in parts]
-    return _Gradients(loss, torch.cat(grad_chunks), torch.cat(grad_tiles))
+    return loss, torch.cat(grad_chunks), torch.cat(grad_tiles)
 
 
 def _tile_logits(
@@ -238,44 +208,45 @@ def _tile_logits(
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, features: Tensor, weight: Tensor, labels: Tensor, scale: Tensor, vocab_size: int, chunk_tokens: int
+        ctx: Any, features: Tensor, weight: Tensor, labels: Tensor, scale: Tensor, numbers: tuple[int, int]
     ) -> Tensor:
         gradients = _compiled_gradients if torch.compiler.is_compiling() else _eager_gradients
-        found = gradients(features, weight.to(features.dtype), labels, scale, vocab_size, chunk_tokens)
-        ctx.save_for_backward(found.features_NR, found.head_VR)
+        loss, grad_features, grad_head = gradients(features, weight.to(features.dtype), labels, scale, *numbers)
+        ctx.save_for_backward(grad_features, grad_head)
         ctx.weight_dtype = weight.dtype
-        return found.loss
+        return loss
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         grad_features, grad_head = ctx.saved_tensors
         grad_weight = (grad_head.to(grad_loss.dtype) * grad_loss).to(ctx.weight_dtype)
-        return grad_features * grad_loss.to(grad_features.dtype), grad_weight, None, None, None, None
+        return grad_features * grad_loss.to(grad_features.dtype), grad_weight, None, None, None
+
+
+def _scaled_logits(x_CR: Tensor, head_VR: Tensor, mask_CV: Tensor | None, vocab_size: int, temperature: float) -> Tensor:
+    logits_CV = _without_padding(_wide(x_CR @ head_VR.T), vocab_size)
+    if mask_CV is not None:
+        mask_CV = F.pad(mask_CV, (0, head_VR.shape[0] - mask_CV.shape[1]))
+        logits_CV = logits_CV.masked_fill(~mask_CV, float("-inf"))
+    return logits_CV / temperature
 
 
 class _LinearLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        features: Tensor,
-        weight: Tensor,
-        labels: Tensor,
-        mask: Tensor | None,
-        vocab_size: int,
-        temperature: float,
-        chunk_tokens: int,
+        ctx: Any, features: Tensor, weight: Tensor, labels: Tensor, mask: Tensor | None, numbers: tuple[int, float, int]
     ) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(features, weight, labels, mask)
+        ctx.numbers = (vocab_size, temperature, chunk_tokens) = numbers
         head = weight.to(features.dtype)
         logp, entropy = [], []
         for start in range(0, features.shape[0], chunk_tokens):
             part = slice(start, start + chunk_tokens)
-            logits = _chunk_logits(features[part], head, vocab_size, None if mask is None else mask[part]) / temperature
+            logits = _scaled_logits(features[part], head, None if mask is None else mask[part], vocab_size, temperature)
             log_softmax = logits.log_softmax(-1)
             logp.append(log_softmax.gather(1, labels[part, None]).squeeze(1))
             # A word outside the mask has log-probability -inf and adds nothing: 0 * -inf must not become NaN.
             entropy.append(-(log_softmax.exp() * log_softmax.clamp_min(-1e9)).sum(-1))
-        ctx.save_for_backward(features, weight, labels, mask)
-        ctx.numbers = (vocab_size, temperature, chunk_tokens)
         entropy_N = torch.cat(entropy)
         ctx.mark_non_differentiable(entropy_N)
         return torch.cat(logp), entropy_N
@@ -289,10 +260,10 @@ class _LinearLogprobs(torch.autograd.Function):
         grad_chunks: list[Tensor] = []
         for start in range(0, features.shape[0], chunk_tokens):
             part = slice(start, start + chunk_tokens)
-            x = features[part]
-            logits = _chunk_logits(x, head, vocab_size, None if mask is None else mask[part]) / temperature
-            one_hot = labels[part, None] == torch.arange(head.shape[0], device=x.device)
-            grad_logits = ((one_hot.to(logits.dtype) - logits.softmax(-1)) * (grad_logp[part, None] / temperature)).to(x.dtype)
+            logits = _scaled_logits(features[part], head, None if mask is None else mask[part], vocab_size, temperature)
+            one_hot = labels[part, None] == torch.arange(head.shape[0], device=head.device)
+            grad_logits = (one_hot.to(logits.dtype) - logits.softmax(-1)) * (grad_logp[part, None] / temperature)
+            grad_logits = grad_logits.to(features.dtype)
             grad_chunks.append(grad_logits @ head)
-            _add_weight_gradient(grad_weight, grad_logits, x)
-        return torch.cat(grad_chunks), grad_weight.to(weight.dtype), None, None, None, None, None
+            _add_weight_gradient(grad_weight, grad_logits, features[part])
+        return torch.cat(grad_chunks), grad_weight.to(weight.dtype), None, None, None

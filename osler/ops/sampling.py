@@ -11,12 +11,15 @@ Shapes: B rows, V vocabulary.
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from osler.ops.sampling_params import SamplingParams
 
+Word = TypeVar("Word", Tensor, int)
 _BLOCK = 64
 _LOW_32 = 0xFFFFFFFF
 # Multipliers of a 32-bit hash found by search (Wellons, "Hash function prospector": shifts 16, 15, 15). The second is
@@ -25,20 +28,11 @@ _MULTIPLY_1 = 0x21F0AAAD
 _MULTIPLY_2 = 0xD35A2D97 - (1 << 32)
 
 
-def mix(word: Tensor) -> Tensor:
-    """Permute 32-bit words (in int64, which every backend can multiply) so that each bit depends on all."""
+def mix(word: Word) -> Word:
+    """Permute 32-bit words (int64, which every backend can multiply, or on the host an int) so that each bit depends on all."""
     word = word ^ (word >> 16)
     word = (word * _MULTIPLY_1) & _LOW_32
     word = word ^ (word >> 15)
-    word = (word * _MULTIPLY_2) & _LOW_32
-    return word ^ (word >> 15)
-
-
-def mix_int(word: int) -> int:
-    """Do what ``mix`` does to a Python integer, for the part of the key that is known on the host."""
-    word ^= word >> 16
-    word = (word * _MULTIPLY_1) & _LOW_32
-    word ^= word >> 15
     word = (word * _MULTIPLY_2) & _LOW_32
     return word ^ (word >> 15)
 
@@ -48,8 +42,8 @@ def row_uniform(seed: int, row_B: Tensor, position_B: Tensor) -> Tensor:
 
     ``row_B`` and ``position_B`` are int64 (below 2**32) and broadcast. The number depends on nothing but the triple.
     """
-    low = mix_int((seed & _LOW_32) ^ 0x9E3779B9)
-    key = mix_int(low ^ ((seed >> 32) & _LOW_32) ^ 0x85EBCA6B)
+    low = mix((seed & _LOW_32) ^ 0x9E3779B9)
+    key = mix(low ^ ((seed >> 32) & _LOW_32) ^ 0x85EBCA6B)
     word = mix((row_B & _LOW_32) ^ key)
     word = mix((word + (position_B & _LOW_32) * 0x3C6EF372 + low) & _LOW_32)
     other = mix((word + 0x1B873593) & _LOW_32 ^ mix((position_B + key) & _LOW_32))

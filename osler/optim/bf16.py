@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from osler.ops.sampling import mix, mix_int
+from osler.ops.sampling import mix
 
 # Elements updated at a time, so that fp32 copies of a large embedding do not take the memory of a second model: on a CPU as many
 # as its caches hold, on a GPU enough to fill it.
@@ -119,7 +119,7 @@ class Bf16AdamW(torch.optim.Optimizer):
         places = [(group, parameter) for group in self.param_groups for parameter in group["params"]]
         for number, (group, parameter) in enumerate(places):
             if parameter.grad is not None:
-                self._update(parameter, parameter.grad, group, mix_int(mix_int(self.seed & 0xFFFFFFFF) ^ number))
+                self._update(parameter, parameter.grad, group, mix(mix(self.seed & _LOW_32) ^ number))
 
     def _update(self, parameter: Tensor, grad: Tensor, group: dict[str, Any], key: int) -> None:
         state = self.state[parameter]

@@ -15,7 +15,7 @@ from osler.checkpoint.optimizer_state import flatten_optimizer, restore_optimize
 from osler.data.loader import Batch
 from osler.model.config import ModelConfig
 from osler.model.transformer import SummedLoss, Transformer, nan_gradient_unless_finite
-from osler.ops.sampling import mix_int
+from osler.ops.sampling import mix
 from osler.optim import bf16
 from osler.optim.bf16 import Bf16AdamW, adamw_update, keep_in_bf16, random_bits, round_stochastic
 from osler.optim.build import build_optimizer
@@ -33,7 +33,7 @@ MODEL = ModelConfig(
 
 
 def key(number: int) -> torch.Tensor:
-    return torch.tensor(mix_int(number))
+    return torch.tensor(mix(number))
 
 
 def test_the_mean_of_many_roundings_is_the_number():
