@@ -1,7 +1,4 @@
-"""Builds the optimizer that a config describes, and sets what changes from step to step.
-
-Parameters are grouped by ordered patterns; the first match wins.
-"""
+"""Builds the optimizer that a config describes, and sets what changes from step to step."""
 
 from __future__ import annotations
 
@@ -32,26 +29,24 @@ def group_of(parameter_name: str) -> str:
     return next(group for group, pattern in GROUPS if pattern.search(parameter_name))
 
 
-def grouped(model: nn.Module, settings: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return the parameter groups with their settings; ``base_lr`` keeps a group's full learning rate."""
-    named = list(model.named_parameters())
+def grouped(
+    model: nn.Module, matrices: Mapping[str, Any], embeddings: Mapping[str, Any], vectors: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """Return the parameter groups that are not empty with their settings; ``base_lr`` keeps a group's full learning rate."""
     groups = []
-    for group, options in settings.items():
-        parameters = [parameter for name, parameter in named if group_of(name) == group]
+    for name, settings in {"matrices": matrices, "embeddings": embeddings, "vectors": vectors}.items():
+        parameters = [parameter for of, parameter in model.named_parameters() if group_of(of) == name]
         if parameters:
-            groups.append({"params": parameters, "name": group, "base_lr": options["lr"], **options})
+            groups.append({"params": parameters, "name": name, "base_lr": settings["lr"], **settings})
     return groups
 
 
 def build_adamw(model: nn.Module, config: AdamWConfig, seed: int, _: dist.ProcessGroup | None) -> torch.optim.Optimizer:
     """Build fused AdamW, or for weights in bf16 the AdamW that rounds stochastically; ranks share no work of either."""
     embedding_lr = config.lr if config.embedding_lr is None else config.embedding_lr
-    settings = {
-        "matrices": {"lr": config.lr, "weight_decay": config.weight_decay},
-        "embeddings": {"lr": embedding_lr, "weight_decay": 0.0},
-        "vectors": {"lr": config.lr, "weight_decay": 0.0},
-    }
-    groups, betas = grouped(model, settings), (config.beta1, config.beta2)
+    matrices = {"lr": config.lr, "weight_decay": config.weight_decay}
+    embeddings, vectors = {"lr": embedding_lr, "weight_decay": 0.0}, {"lr": config.lr, "weight_decay": 0.0}
+    groups, betas = grouped(model, matrices, embeddings, vectors), (config.beta1, config.beta2)
     if any(parameter.dtype == torch.bfloat16 for parameter in model.parameters()):
         return Bf16AdamW(groups, betas=betas, eps=config.eps, seed=seed)
     return torch.optim.AdamW(groups, betas=betas, eps=config.eps, fused=True)
@@ -60,13 +55,8 @@ def build_adamw(model: nn.Module, config: AdamWConfig, seed: int, _: dist.Proces
 def build_muon(model: nn.Module, config: MuonConfig, _: int, process_group: dist.ProcessGroup | None) -> Muon:
     """Build Muon for the matrices with AdamW for the rest; Newton-Schulz runs in the model's compute dtype."""
     adamw = {"lr": config.adamw_lr, "weight_decay": 0.0, "betas": (config.beta1, config.beta2), "eps": config.eps}
-    matrices = {
-        "lr": config.lr,
-        "weight_decay": config.weight_decay,
-        "momentum": config.momentum,
-        "newton_schulz_steps": config.newton_schulz_steps,
-    }
-    groups = grouped(model, {"matrices": matrices, "embeddings": adamw, "vectors": adamw})
+    matrices = {name: getattr(config, name) for name in ("lr", "weight_decay", "momentum", "newton_schulz_steps")}
+    groups = grouped(model, matrices, adamw, adamw)
     return Muon(groups, dtype=getattr(model, "compute_dtype", torch.float32), process_group=process_group)
 
 
@@ -74,11 +64,7 @@ OPTIMIZERS: dict[type, Callable[..., torch.optim.Optimizer]] = {AdamWConfig: bui
 
 
 def build_optimizer(
-    model: nn.Module,
-    config: AdamWConfig | MuonConfig,
-    *,
-    seed: int = 0,
-    process_group: dist.ProcessGroup | None = None,
+    model: nn.Module, config: AdamWConfig | MuonConfig, *, seed: int = 0, process_group: dist.ProcessGroup | None = None
 ) -> torch.optim.Optimizer:
     """Build the optimizer of ``config`` over all of ``model``'s parameters.
 

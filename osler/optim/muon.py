@@ -19,13 +19,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
 
 from osler.runtime.sharded import shard_like, whole
@@ -50,71 +50,41 @@ def orthogonalize(matrices_SMN: Tensor, steps: int, dtype: torch.dtype) -> Tenso
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon on the group named ``matrices``, fused AdamW on all others.
+    """Muon on the group named ``matrices``, torch's fused AdamW on all others, whose options are AdamW's.
 
-    The group ``matrices`` has lr, weight_decay, momentum and newton_schulz_steps; the others have lr, weight_decay, betas and
-    eps. ``dtype`` is what Newton-Schulz runs in. The ranks of ``process_group`` hold the same parameters and gradients and share
-    the work; without one every rank does all of it, with the same result.
+    The group ``matrices`` has lr, weight_decay, momentum and newton_schulz_steps. ``dtype`` is what Newton-Schulz runs in. The
+    ranks of ``process_group`` hold the same parameters and gradients and share the work; without one every rank does all of it.
     """
 
+    found_inf: Tensor | None = None
+
     def __init__(
-        self,
-        groups: Iterable[dict[str, Any]],
-        *,
-        dtype: torch.dtype = torch.float32,
-        process_group: dist.ProcessGroup | None = None,
+        self, groups: Iterable[dict[str, Any]], *, dtype: torch.dtype, process_group: dist.ProcessGroup | None = None
     ) -> None:
         super().__init__(groups, {})
         self.dtype = dtype
         self.process_group = process_group
         self.world_size = 1 if process_group is None else dist.get_world_size(process_group)
-        for group in self.param_groups:
-            if group["name"] != "matrices":
-                group["fused"] = True
-                continue
-            for parameter in group["params"]:
-                if parameter.dim() != 2:
-                    raise ValueError(f"Muon takes matrices, not a parameter of shape {tuple(parameter.shape)}")
+        self.matrices = [group for group in self.param_groups if group["name"] == "matrices"]
+        for parameter in (parameter for group in self.matrices for parameter in group["params"]):
+            if parameter.dim() != 2:
+                raise ValueError(f"Muon takes matrices, not a parameter of shape {tuple(parameter.shape)}")
+        others = [group for group in self.param_groups if group["name"] != "matrices"]
+        self.adamw = torch.optim.AdamW(others, fused=True) if others else None
+        if self.adamw is not None:
+            self.adamw.state = self.state  # the groups are shared too
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Update every parameter that has a gradient, or none where the tensor ``self.found_inf`` is 1."""
-        found_inf = getattr(self, "found_inf", None)
-        if found_inf is not None:
-            found_inf = whole(found_inf)
-        for group in self.param_groups:
+        found_inf = None if self.found_inf is None else whole(self.found_inf)
+        for group in self.matrices:
             parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
             if parameters:
-                update = self._update_matrices if group["name"] == "matrices" else self._update_others
-                update(parameters, group, found_inf)
-
-    def _update_others(self, parameters: Sequence[Tensor], group: dict[str, Any], found_inf: Tensor | None) -> None:
-        for parameter in parameters:
-            if parameter not in self.state:
-                self.state[parameter] = {
-                    "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-                    "exp_avg": torch.zeros_like(parameter),
-                    "exp_avg_sq": torch.zeros_like(parameter),
-                }
-        states = [self.state[parameter] for parameter in parameters]
-        beta1, beta2 = group["betas"]
-        adamw(
-            [local(parameter) for parameter in parameters],
-            [local(gradient_of(parameter)) for parameter in parameters],
-            [local(state["exp_avg"]) for state in states],
-            [local(state["exp_avg_sq"]) for state in states],
-            [],
-            [state["step"] for state in states],
-            fused=True,
-            found_inf=found_inf,
-            amsgrad=False,
-            maximize=False,
-            beta1=beta1,
-            beta2=beta2,
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-        )
+                self._update_matrices(parameters, group, found_inf)
+        if self.adamw is not None:
+            self.adamw.found_inf = found_inf  # type: ignore[attr-defined]
+            self.adamw.step()
 
     def _update_matrices(self, parameters: Sequence[Tensor], group: dict[str, Any], found_inf: Tensor | None) -> None:
         waiting: list[tuple[list[Tensor], Callable[[], Tensor]]] = []
@@ -130,16 +100,18 @@ class Muon(torch.optim.Optimizer):
             if parameter not in self.state:
                 self.state[parameter] = {"momentum_buffer": torch.zeros_like(parameter)}
         momenta = [local(self.state[parameter]["momentum_buffer"]) for parameter in stack]
-        gradients = [local(gradient_of(parameter)) for parameter in stack]
+        gradients = [local(parameter.grad) for parameter in stack]
         # A step of ascent with full decay moves the momentum towards the gradient by a share of the distance.
         fused_descent(momenta, gradients, 1 - group["momentum"], 1.0, found_inf, maximize=True)
         return torch.stack(torch._foreach_lerp(gradients, momenta, group["momentum"]))
 
     def _orthogonalize(self, stack: Sequence[Tensor], update_SMN: Tensor, group: dict[str, Any]) -> Callable[[], Tensor]:
         """Orthogonalise a stack, or this rank's share of it, and return a function that waits for the whole stack."""
-        if isinstance(stack[0], DTensor):
-            updates = zip(update_SMN.to(self.dtype), stack, strict=True)  # cast first: half the bytes to send
-            update_SMN = torch.stack([whole_of(update, parameter) for update, parameter in updates])
+        like = stack[0]
+        if isinstance(like, DTensor):
+            sharded: Callable[..., DTensor] = partial(DTensor.from_local, shape=like.shape, stride=like.stride())
+            shards_SMN = update_SMN.to(self.dtype)  # cast first: half the bytes to send
+            update_SMN = torch.stack([sharded(shard, like.device_mesh, like.placements).full_tensor() for shard in shards_SMN])
         steps = group["newton_schulz_steps"]
         if self.world_size == 1:
             done_SMN = orthogonalize(update_SMN, steps, self.dtype)
@@ -171,31 +143,15 @@ class Muon(torch.optim.Optimizer):
 
 
 def fused_descent(
-    weights: Sequence[Tensor],
-    directions: Sequence[Tensor],
-    lr: float,
-    weight_decay: float,
-    found_inf: Tensor | None,
-    *,
-    maximize: bool = False,
+    weights: list[Tensor], directions: list[Tensor], lr: float, weight_decay: float, found_inf: Tensor | None, **how: bool
 ) -> None:
     """Compute ``weights -= lr · (directions + weight_decay · weights)`` in one kernel; ``maximize`` negates directions.
 
     The kernel is torch's fused SGD, because that leaves everything as it is where ``found_inf`` is 1.
     """
-    sgd(
-        list(weights),
-        list(directions),
-        [None] * len(weights),
-        fused=True,
-        found_inf=found_inf,
-        weight_decay=weight_decay,
-        momentum=0.0,
-        lr=lr,
-        dampening=0.0,
-        nesterov=False,
-        maximize=maximize,
-    )
+    no_momentum: dict[str, Any] = {"momentum": 0.0, "dampening": 0.0, "nesterov": False, "maximize": False}
+    options = no_momentum | how | {"lr": lr, "weight_decay": weight_decay, "found_inf": found_inf}
+    sgd(weights, directions, [None] * len(weights), fused=True, **options)
 
 
 def equal_shapes(parameters: Iterable[Tensor], multiple: int) -> Iterator[list[Tensor]]:
@@ -211,21 +167,7 @@ def equal_shapes(parameters: Iterable[Tensor], multiple: int) -> Iterator[list[T
         yield from (found[start : start + size] for start in range(0, len(found), size))
 
 
-def local(tensor: Tensor) -> Tensor:
+def local(tensor: Tensor | None) -> Tensor:
     """Return what this rank holds of a tensor, sharing its memory."""
+    assert tensor is not None
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def whole_of(shard: Tensor, parameter: Tensor) -> Tensor:
-    """Gather a matrix that is sharded like ``parameter``."""
-    assert isinstance(parameter, DTensor)
-    placed = DTensor.from_local(
-        shard, parameter.device_mesh, parameter.placements, shape=parameter.shape, stride=parameter.stride()
-    )
-    return placed.full_tensor()
-
-
-def gradient_of(parameter: Tensor) -> Tensor:
-    """Return the gradient, which the caller knows to be there."""
-    assert parameter.grad is not None
-    return parameter.grad

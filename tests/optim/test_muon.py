@@ -119,7 +119,7 @@ def test_a_stack_moves_as_its_matrices_do_alone():
     together, optimizer = make()
     apart, _ = make()
     group = {key: value for key, value in optimizer.param_groups[0].items() if key != "params"}
-    alone = [Muon([{"params": [matrix], **group}]) for matrix in apart]
+    alone = [Muon([{"params": [matrix], **group}], dtype=torch.float32) for matrix in apart]
     for step in range(3):
         give_gradients(together, step)
         give_gradients(apart, step)
