@@ -9,8 +9,9 @@ from __future__ import annotations
 import math
 import re
 import statistics
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import cycle
 from typing import NamedTuple
 
 import numpy as np
@@ -41,6 +42,12 @@ class Spec:
     def kind(self) -> str:
         """How its values are written."""
         return kind_of(self.lines[0][0])
+
+    @property
+    def unit(self) -> str:
+        """The unit of its first metric, empty for fractions, whose axis says `%` already."""
+        metric = describe(self.lines[0][0])
+        return "" if metric is None or metric.unit == "fraction" else metric.unit
 
 
 SPECS: tuple[Spec, ...] = (
@@ -96,165 +103,6 @@ TOGETHER: tuple[Spec, ...] = (
          "Good: level after the first steps. What climbs steadily ends the run one day.", legend="peak"),
 )  # fmt: skip
 
-Chart = tuple[Spec, list[Line], Band | None]
-MARKED = ("Loss", "Reward")  # the charts that show when things happened
-
-
-class Figure(NamedTuple):
-    """A chart that is drawn, with what stands beside it."""
-
-    spec: Spec
-    lines: list[Line]
-    drawing: str
-
-
-def figures(charts: Iterable[Chart], marks: Sequence[tuple[float, str, str]] = ()) -> list[Figure]:
-    """Draw the charts that have a finite point; marks go into those of `MARKED`."""
-    out = []
-    for spec, lines, band in charts:
-        own = marks if spec.title in MARKED else ()
-        drawing = line_chart(lines, title=spec.title, kind=spec.kind, zero=spec.zero, over=spec.over, marks=own, band=band)
-        if drawing:
-            out.append(Figure(spec, lines, drawing))
-    return out
-
-
-def charts_of(run: StageLog, colour: int) -> tuple[list[Chart], list[tuple[Family, list[Chart]]]]:
-    """Return the charts that a stage's log fills: those of `SPECS`, and by family one for every metric left over.
-
-    A metric that every layer has is one chart. colour: palette number of the stage, which the first line of each chart takes.
-    """
-    used: set[str] = set()
-    main = list(_filled(SPECS, run, colour, used))
-    rest: list[tuple[Family, list[Chart]]] = []
-    for family, names in in_families([n for n in run.curves if n not in used]):
-        own = [spec for spec in TOGETHER if family_of(spec.lines[0][0]) is family]
-        charts = list(_filled(own, run, colour, used))
-        whole, layers = by_layer(name for name in names if name not in used)
-        for base, of in sorted(layers.items()):
-            spec, (lines, band) = spec_of(next(iter(of.values()))), bundle({n: run.curves[name] for n, name in of.items()})
-            good = f"{spec.good} The grey area spans all {len(of)} layers."
-            charts.append((replace(spec, title=f"{base} by layer", good=good), lines, band))
-        for row, some in by_row(sorted(whole)):  # one chart, as far as colours reach
-            parts = (some[start : start + COLOURS] for start in range(0, len(some), COLOURS))
-            charts += [_row_chart(run, row, part, colour) for part in parts]
-        rest.append((family, charts))
-    return main, rest
-
-
-def _filled(specs: Iterable[Spec], run: StageLog, colour: int, used: set[str]) -> Iterator[Chart]:
-    """Yield the specs of which a stage logged something, with their lines; add the names of the metrics to `used`."""
-    for spec in specs:
-        lines: list[Line] = []
-        for row, label in spec.lines:
-            for name in sorted(n for n in run.curves if (declared_name(n) or n) == row):
-                used.add(name)
-                lines.append(line_of(run, name, label or inner(row, name), _palette(colour, len(lines)), spec.over))
-        if any(len(line.x) for line in lines):
-            yield spec, lines, None
-
-
-def spec_of(name: str) -> Spec:
-    """Return the chart of a metric that no entry of `SPECS` names, with its meaning from the table."""
-    return Spec(name, ((name, name),), _meaning(name), zero=False)
-
-
-def kind_of(name: str) -> str:
-    """Return how a metric's values are written, by its unit or, when the table does not know it, by the end of its name."""
-    metric = describe(name)
-    unit = metric.unit if metric else {"frac": "fraction", "bytes": "bytes"}.get(name.rpartition("_")[2], "")
-    return KINDS.get(unit, "number")
-
-
-def bundle(layers: dict[int, Series]) -> tuple[list[Line], Band]:
-    """Return the curves of the first, the middle, the last and the oddest layer, and the area that all layers span.
-
-    A layer whose newest value is not finite is the farthest of all.
-    """
-    ends = {layer: _end(series) for layer, series in layers.items()}
-    middle = statistics.median([v for v in ends.values() if math.isfinite(v)] or [0.0])
-    odd = max(layers, key=lambda layer: abs(ends[layer] - middle) if math.isfinite(ends[layer]) else math.inf)
-    numbers = sorted(layers)
-    lines: list[Line] = []
-    for layer in dict.fromkeys((numbers[0], numbers[len(numbers) // 2], numbers[-1], odd)):
-        farthest = ", farthest from the others" if layer == odd and len(numbers) > 2 else ""
-        series = layers[layer]
-        lines.append(Line(f"layer {layer}{farthest}", series.steps, series.values, (0, 1, 3, 2)[len(lines)], smooth=False))
-    known = [series.finite() for series in layers.values()]
-    steps = np.unique(np.concatenate([series.steps for series in known]))
-    low, high = np.full(len(steps), math.inf), np.full(len(steps), -math.inf)
-    for series in known:
-        at = np.searchsorted(steps, series.steps)
-        low[at], high[at] = np.minimum(low[at], series.values), np.maximum(high[at], series.values)
-    return lines, Band(steps, low, high)
-
-
-def legend_value(spec: Spec, line: Line) -> str:
-    """Return the number beside a line's name; a word says which one it is when it is not the last."""
-    known = line.y[np.isfinite(line.y)]
-    if not len(known):
-        return fmt.MISSING
-    if spec.legend == "median":
-        return f"{fmt.value(np.median(known), spec.kind)} (median)"
-    if spec.legend == "peak":
-        return f"{fmt.value(known.max(), spec.kind)} (peak)"
-    return fmt.value(known[-1], spec.kind)
-
-
-def unit_of(lines: tuple[tuple[str, str], ...]) -> str:
-    """Return the unit of a chart's first metric, empty for fractions, whose axis says `%` already."""
-    metric = describe(lines[0][0])
-    return "" if metric is None or metric.unit == "fraction" else metric.unit
-
-
-def line_of(run: StageLog, name: str, label: str, colour: int, over: str = "step") -> Line:
-    """Return a stage's curve of one metric, over steps or over tokens."""
-    series, smooth = run.curves[name], not name.startswith(EXACT)
-    if over == "tokens":
-        tokens = run.log.tokens.values[np.searchsorted(run.log.tokens.steps, series.steps)]
-        known = np.isfinite(tokens)
-        return Line(label, tokens[known], series.values[known], colour, smooth)
-    return Line(label, series.steps, series.values, colour, smooth)
-
-
-def by_row(names: Iterable[str]) -> Iterator[tuple[str, list[str]]]:
-    """Group metrics by the row of the table that declares them; one that none declares is a row of its own."""
-    rows: dict[str, list[str]] = {}
-    for name in names:
-        rows.setdefault(declared_name(name) or name, []).append(name)
-    yield from rows.items()
-
-
-def _row_chart(run: StageLog, row: str, names: list[str], colour: int) -> Chart:
-    """Return one chart of the metrics that a row declares, or of a single metric."""
-    if len(names) == 1:
-        return spec_of(names[0]), [line_of(run, names[0], names[0].split("/")[-1], colour)], None
-    lines = [line_of(run, name, inner(row, name), _palette(colour, i)) for i, name in enumerate(names)]
-    return replace(spec_of(names[0]), title=row), lines, None
-
-
-def _meaning(name: str) -> str:
-    metric = describe(name)
-    return f"{metric.meaning[:1].upper()}{metric.meaning[1:]}." if metric else "Not described in the table of metrics."
-
-
-def _end(series: Series) -> float:
-    """Return the mean of a curve's last quarter, NaN when its newest value is not finite."""
-    last = series.values[-max(1, len(series.values) // 4) :]
-    return float(last[np.isfinite(last)].mean()) if math.isfinite(last[-1]) else math.nan
-
-
-def inner(row: str, name: str) -> str:
-    """Return what stands in a name for the angle brackets of its row: `test` in `eval/test_accuracy`."""
-    before, after = row[: row.index("<")], row[row.index(">") + 1 :]
-    return name[len(before) : len(name) - len(after)]
-
-
-def _palette(first: int, position: int) -> int:
-    order = [first, *(c for c in (2, 1, 0, 3, 4, 6, 7, 5) if c != first)]
-    return order[position % len(order)]
-
-
 @dataclass(frozen=True)
 class Family:
     """Metrics whose names begin alike, and one sentence on what good looks like."""
@@ -283,7 +131,121 @@ FAMILIES: tuple[Family, ...] = (  # the first whose prefix fits
 )  # fmt: skip
 OTHER = Family("Other", (), "Metrics that the table does not know; the run that logged them does.")
 
-_LAYER = re.compile(r"(.+)/(?:layer_)?(\d+)")
+LAYER = re.compile(r"(.+)/(?:layer_)?(\d+)")
+MARKED = ("Loss", "Reward")  # the charts that show when things happened
+
+
+class Figure(NamedTuple):
+    """A chart that is drawn, with what stands beside it; without a finite point the drawing is empty."""
+
+    spec: Spec
+    lines: list[Line]
+    drawing: str
+
+
+def figure(spec: Spec, lines: list[Line], band: Band | None = None, marks: Sequence[tuple[float, str, str]] = ()) -> Figure:
+    """Draw a chart; marks go into those of `MARKED`."""
+    marks = marks if spec.title in MARKED else ()
+    return Figure(
+        spec, lines, line_chart(lines, title=spec.title, kind=spec.kind, zero=spec.zero, over=spec.over, marks=marks, band=band)
+    )
+
+
+def charts_of(
+    run: StageLog, colour: int, marks: Sequence[tuple[float, str, str]] = ()
+) -> tuple[list[Figure], list[tuple[Family, list[Figure]]]]:
+    """Draw the charts that a stage's log fills: those of `SPECS`, and by family one for every metric left over.
+
+    A metric that every layer has is one chart. colour: palette number of the stage, which the first line of each chart takes.
+    """
+    palette = [colour, *(c for c in (2, 1, 0, 3, 4, 6, 7, 5) if c != colour)]
+    rows, used = by_row(sorted(run.curves)), set[str]()
+
+    def filled(specs: Iterable[Spec]) -> list[Figure]:
+        drawn = []
+        for spec in specs:
+            named = [(n, label or inner(row, n)) for row, label in spec.lines for n in rows.get(row, [])]
+            used.update(name for name, _ in named)
+            lines = [line_of(run, name, label, c, spec.over) for (name, label), c in zip(named, cycle(palette), strict=False)]
+            drawn.append(figure(spec, lines, marks=marks))
+        return [chart for chart in drawn if chart.drawing]
+
+    main = filled(SPECS)
+    rest = []
+    for family, names in in_families(n for n in run.curves if n not in used):
+        charts = filled(spec for spec in TOGETHER if family_of(spec.lines[0][0]) is family)
+        whole, layers = by_layer(name for name in names if name not in used)
+        for base, of in sorted(layers.items()):
+            spec = spec_of(next(iter(of.values())))
+            good = f"{spec.good} The grey area spans all {len(of)} layers."
+            curves = {layer: run.curves[name] for layer, name in of.items()}
+            charts.append(figure(replace(spec, title=f"{base} by layer", good=good), *bundle(curves)))
+        for row, some in by_row(sorted(whole)).items():
+            for start in range(0, len(some), COLOURS):
+                part = some[start : start + COLOURS]
+                labels = [inner(row, name) if len(part) > 1 else name.split("/")[-1] for name in part]
+                lines = [line_of(run, *line) for line in zip(part, labels, palette, strict=False)]
+                charts.append(figure(replace(spec_of(part[0]), title=row if len(part) > 1 else part[0]), lines))
+        rest.append((family, [chart for chart in charts if chart.drawing]))
+    return main, rest
+
+
+def spec_of(name: str) -> Spec:
+    """Return the chart of a metric that no entry of `SPECS` names, with its meaning from the table."""
+    metric = describe(name)
+    good = f"{metric.meaning[:1].upper()}{metric.meaning[1:]}." if metric else "Not described in the table of metrics."
+    return Spec(name, ((name, name),), good, zero=False)
+
+
+def kind_of(name: str) -> str:
+    """Return how a metric's values are written, by its unit or, when the table does not know it, by the end of its name."""
+    metric = describe(name)
+    unit = metric.unit if metric else {"frac": "fraction", "bytes": "bytes"}.get(name.rpartition("_")[2], "")
+    return KINDS.get(unit, "number")
+
+
+def line_of(run: StageLog, name: str, label: str, colour: int, over: str = "step") -> Line:
+    """Return a stage's curve of one metric, over steps or over tokens."""
+    series, tokens = run.curves[name], run.log.tokens
+    x = tokens.values[np.searchsorted(tokens.steps, series.steps)] if over == "tokens" else series.steps
+    known = np.isfinite(x)
+    return Line(label, x[known], series.values[known], colour, smooth=not name.startswith(EXACT))
+
+
+def bundle(layers: dict[int, Series]) -> tuple[list[Line], Band]:
+    """Return the curves of the first, the middle, the last and the oddest layer, and the area that all layers span.
+
+    A layer whose newest value is not finite is the farthest of all.
+    """
+    ends: dict[int, float] = {}
+    for layer, series in layers.items():  # the mean of a curve's last quarter
+        last = series.values[-max(1, len(series) // 4) :]
+        ends[layer] = float(last[np.isfinite(last)].mean()) if math.isfinite(last[-1]) else math.nan
+    middle = statistics.median([v for v in ends.values() if math.isfinite(v)] or [0.0])
+    odd = max(layers, key=lambda layer: abs(ends[layer] - middle) if math.isfinite(ends[layer]) else math.inf)
+    numbers = sorted(layers)
+    lines: list[Line] = []
+    for layer in dict.fromkeys((numbers[0], numbers[len(numbers) // 2], numbers[-1], odd)):
+        farthest = ", farthest from the others" if layer == odd and len(numbers) > 2 else ""
+        series = layers[layer]
+        lines.append(Line(f"layer {layer}{farthest}", series.steps, series.values, (0, 1, 3, 2)[len(lines)], smooth=False))
+    known = [series.finite() for series in layers.values()]
+    steps = np.unique(np.concatenate([series.steps for series in known]))
+    low, high = np.full(len(steps), math.inf), np.full(len(steps), -math.inf)
+    for series in known:
+        at = np.searchsorted(steps, series.steps)
+        low[at], high[at] = np.minimum(low[at], series.values), np.maximum(high[at], series.values)
+    return lines, Band(steps, low, high)
+
+
+def legend_value(spec: Spec, line: Line) -> str:
+    """Return the number beside a line's name; a word says which one it is when it is not the last."""
+    known = line.y[np.isfinite(line.y)]
+    if not len(known):
+        return fmt.MISSING
+    if spec.legend == "last":
+        return fmt.value(known[-1], spec.kind)
+    return f"{fmt.value(np.median(known) if spec.legend == 'median' else known.max(), spec.kind)} ({spec.legend})"
 
 
 def family_of(name: str) -> Family:
@@ -299,10 +261,12 @@ def in_families(names: Iterable[str]) -> list[tuple[Family, list[str]]]:
     return [(family, found[family]) for family in (*FAMILIES, OTHER) if family in found]
 
 
-def layer_of(name: str) -> tuple[str, int] | None:
-    """Return a metric's name without its layer, and the layer; None for a metric of the whole model."""
-    found = _LAYER.fullmatch(name)
-    return (found[1], int(found[2])) if found else None
+def by_row(names: Iterable[str]) -> dict[str, list[str]]:
+    """Group metrics by the row of the table that declares them; one that none declares is a row of its own."""
+    rows: dict[str, list[str]] = {}
+    for name in names:
+        rows.setdefault(declared_name(name) or name, []).append(name)
+    return rows
 
 
 def by_layer(names: Iterable[str]) -> tuple[list[str], dict[str, dict[int, str]]]:
@@ -310,8 +274,14 @@ def by_layer(names: Iterable[str]) -> tuple[list[str], dict[str, dict[int, str]]
     whole: list[str] = []
     layers: dict[str, dict[int, str]] = {}
     for name in names:
-        if found := layer_of(name):
-            layers.setdefault(found[0], {})[found[1]] = name
+        if found := LAYER.fullmatch(name):
+            layers.setdefault(found[1], {})[int(found[2])] = name
         else:
             whole.append(name)
     return whole, {base: dict(sorted(of.items())) for base, of in layers.items()}
+
+
+def inner(row: str, name: str) -> str:
+    """Return what stands in a name for the angle brackets of its row: `test` in `eval/test_accuracy`."""
+    before, after = row[: row.index("<")], row[row.index(">") + 1 :]
+    return name[len(before) : len(name) - len(after)]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,42 +19,37 @@ import numpy as np
 from osler.monitor.metrics import declared_name
 from osler.records.results import ExamScore
 from osler.records.values import as_text
+from osler.report import charts, html
 from osler.report import format as fmt
-from osler.report import html
-from osler.report.charts import (
-    COLOURS,
-    SPECS,
-    Chart,
-    Family,
-    Figure,
-    Spec,
-    by_layer,
-    figures,
-    in_families,
-    inner,
-    line_of,
-    spec_of,
-)
+from osler.report.charts import COLOURS, SPECS, Figure, Spec
 from osler.report.curves import Floats
 from osler.report.read import RunRecord, StageLog, count_parameters, find_model, read_run
-from osler.report.words import stage_title
+from osler.report.words import interval, stage_title
 from osler.runtime.errors import UserError
 
 LEFT_OUT = ("description",)  # fields that say nothing about a run
 CELL_WIDTH = 36  # of a configuration's value in the terminal: three of them fit; the page has values whole
+EXAM = "eval/<split>_accuracy"  # in METRICS
 
 
-@dataclass(frozen=True)
-class Member:
-    """One stage of one run: the run's name, the number of its colour, and what is compared."""
+class Member(NamedTuple):
+    """One stage of one run, with the run's name and the number of its colour."""
 
     name: str
     colour: int
     stage: StageLog
-    config: Mapping[str, Any]
-    model: Mapping[str, Any]
-    exams: Sequence[ExamScore]
-    versions: Mapping[str, Any]
+    run: RunRecord
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The stage's configuration, or else that of the run it is a part of."""
+        return self.stage.config or self.run.own.config
+
+    @property
+    def exams(self) -> list[ExamScore]:
+        """The scores of the stage, or the last checkpoint's of a run that has no stages."""
+        labels = {self.stage.name, self.stage.name or (self.run.exams[-1].label if self.run.exams else "")}
+        return [score for score in self.run.exams if score.label in labels]
 
 
 Table = list[tuple[str, list[str]]]  # rows: what, and a text for each run
@@ -68,38 +63,30 @@ def build_comparison(folders: Sequence[str], out: str | Path) -> tuple[str, Path
     return "\n\n".join(_as_text(title, members) for title, members in groups.items()), path
 
 
-class RunGroup(NamedTuple):
-    """What the page shows of stages that are compared with each other."""
-
-    title: str
-    members: Sequence[Member]
-    tables: Mapping[str, Table]
-    main: Sequence[Figure]
-    families: Sequence[tuple[Family, Sequence[Figure]]]
-
-
 def render(groups: Mapping[str, Sequence[Member]], names: Sequence[str]) -> str:
     """Return the whole page."""
-    shown = {}
+    shown: dict[str, dict[str, Any]] = {}
     for position, (title, members) in enumerate(groups.items()):
         tables = {"Numbers": numbers(members), "What differs in their configurations": differences(members)}
-        shown[f"group-{position}"] = RunGroup(title, members, tables, *_curves(members))
+        main, families = _curves(members)
+        title = title or "Comparison"
+        shown[f"group-{position}"] = {"title": title, "members": members, "tables": tables, "main": main, "families": families}
     body = html.render("compare.html", names=names, groups=shown)
-    links = {anchor: group.title or "Comparison" for anchor, group in shown.items()}
+    links = {anchor: group["title"] for anchor, group in shown.items()}
     return html.page(" · ".join(names), "Osler comparison", "the files of these runs", body, links)
 
 
 def numbers(members: Sequence[Member]) -> Table:
     """Return how the runs ended, without rows that no run can fill."""
     stages = [m.stage for m in members]
-    models = [count_parameters(dict(m.model)) if m.model else None for m in members]
+    models = [m.stage.saved_model or find_model(m.config) for m in members]
     rows: Table = [
-        ("parameters", [fmt.count(n) if n is not None else fmt.MISSING for n in models]),
+        ("parameters", [fmt.count(count_parameters(model) or math.nan) for model in models]),
         ("steps", [fmt.count(s.last_step) for s in stages]),
         ("tokens", [fmt.count(s.tokens) for s in stages]),
         ("time", [fmt.duration(s.seconds) for s in stages]),
     ]
-    for what, name, of, write in (
+    curves: list[tuple[str, str, Callable[[Floats], float], Callable[[float], str]]] = [
         ("tokens/s, median", "perf/tokens_per_second", np.median, fmt.count),
         ("sampled tokens/s, median", "perf/rollout_tokens_per_second", np.median, fmt.count),
         ("training loss, mean of the last tenth", "train/loss", _last_tenth, fmt.number),
@@ -107,21 +94,26 @@ def numbers(members: Sequence[Member]) -> Table:
         ("held-out loss, lowest", "eval/loss", np.min, fmt.number),
         ("bits per byte at the end", "eval/bits_per_byte", _end, fmt.number),
         ("reward, mean of the last tenth", "reward", _last_tenth, fmt.number),
-    ):
-        rows.append((what, [write(_value(s, name, of)) for s in stages]))
-    for name in sorted({n for s in stages for n in s.curves if declared_name(n) == "eval/<split>_accuracy"}):
-        split = inner("eval/<split>_accuracy", name)
-        rows.append((f"accuracy on {split} while training, last", [fmt.percent(_value(s, name, _end)) for s in stages]))
+        *(
+            (f"accuracy on {charts.inner(EXAM, name)} while training, last", name, _end, fmt.percent)
+            for name in sorted({n for s in stages for n in s.curves if declared_name(n) == EXAM})
+        ),
+    ]
+    for what, name, of, write in curves:
+        known = [s.finite(name).values for s in stages]
+        rows.append((what, [write(float(of(values))) if len(values) else fmt.MISSING for values in known]))
     for split in dict.fromkeys(score.split for m in members for score in m.exams):
-        rows.append((f"exam on {split}, 95% interval", [_exam(m, split) for m in members]))
+        scores = [next((score for score in m.exams if score.split == split), None) for m in members]
+        told = [f"{fmt.percent(score.accuracy)} ({interval(score)})" if score else fmt.MISSING for score in scores]
+        rows.append((f"exam on {split}, 95% interval", told))
     return [(what, row) for what, row in rows if any(cell != fmt.MISSING for cell in row)]
 
 
 def differences(members: Sequence[Member]) -> Table:
     """Return the fields in which the configurations differ, then those of versions and machines."""
-    flat = [_flat({**m.config, "versions": m.versions}) for m in members]
-    keys = dict.fromkeys(key for one in flat for key in one)
-    rows = [(key, [_field(one, key) for one in flat]) for key in keys if key not in LEFT_OUT]
+    flat = [_flat({**m.config, "versions": {**m.run.versions, **m.run.groups}}) for m in members]
+    keys = dict.fromkeys(key for one in flat for key in one if key not in LEFT_OUT)
+    rows = [(key, [one.get(key, fmt.MISSING) for one in flat]) for key in keys]
     return [(key, row) for key, row in rows if len(set(row)) > 1]
 
 
@@ -144,99 +136,70 @@ def _open(folders: Sequence[str]) -> dict[str, RunRecord]:
 
 def _groups(runs: Mapping[str, RunRecord]) -> dict[str, list[Member]]:
     """Group by title what is compared: all runs when each has one stage, else the stages of one name or kind."""
-    with_curves = {name: [stage for stage in run.runs if stage.curves] for name, run in runs.items()}
-    alone = all(len(stages) == 1 for stages in with_curves.values())
+    members = [
+        Member(name, colour, stage, run)
+        for colour, (name, run) in enumerate(runs.items())
+        for stage in run.runs
+        if stage.curves
+    ]
     groups: dict[str, list[Member]] = {}
-    for colour, (name, run) in enumerate(runs.items()):
-        for stage in with_curves[name]:
-            config = stage.config or run.own.config
-            key = "" if alone else stage.name or as_text(config.get("kind"))
-            labels = {stage.name, stage.name or (run.exams[-1].label if run.exams else "")}
-            groups.setdefault(stage_title(key) if key else "", []).append(
-                Member(
-                    name, colour, stage, config, stage.model or find_model(config),
-                    [score for score in run.exams if score.label in labels], {**run.versions, **run.groups},
-                )
-            )  # fmt: skip
-    shared = {title: members for title, members in groups.items() if len(members) > 1}
-    if {m.name for members in shared.values() for m in members} != set(runs):
-        found = "; ".join(f"{name}: {', '.join(s.name or 'one stage' for s in stages)}" for name, stages in with_curves.items())
+    for member in members:
+        key = "" if len(members) == len(runs) else member.stage.name or as_text(member.config.get("kind"))
+        groups.setdefault(stage_title(key) if key else "", []).append(member)
+    shared = {title: alike for title, alike in groups.items() if len(alike) > 1}
+    if {m.name for alike in shared.values() for m in alike} != set(runs):
+        found = "; ".join(f"{m.name}: {m.stage.name or 'one stage'}" for m in members)
         raise UserError(f"A run has no stage in common with another ({found}). Give the folders of the stages to compare.")
     return shared
 
 
-def _curves(members: Sequence[Member]) -> tuple[list[Figure], list[tuple[Family, list[Figure]]]]:
+def _curves(members: Sequence[Member]) -> tuple[list[Figure], list[tuple[charts.Family, list[Figure]]]]:
     """Draw each metric of two runs or more as one chart: the usual ones, then the others by family."""
+
+    def overlaid(pairs: Sequence[tuple[Spec, str]]) -> list[Figure]:
+        drawn = []
+        for spec, name in pairs:
+            lines = [charts.line_of(m.stage, name, m.name, m.colour, "tokens") for m in members if name in m.stage.curves]
+            drawn.append(charts.figure(replace(spec, over="tokens"), [line for line in lines if len(line.x)]))
+        return [chart for chart in drawn if chart.drawing]
+
     counts = Counter(name for member in members for name in member.stage.curves)
-    shared = sorted(name for name, count in counts.items() if count > 1)
-    main: list[Chart] = []
+    shared = charts.by_row(sorted(name for name, count in counts.items() if count > 1))
+    main = []
     for spec in SPECS:
         for row, label in spec.lines:
-            for name in (n for n in shared if declared_name(n) == row):
-                name_of_line = label or inner(row, name)
-                one = replace(spec, lines=((row, name_of_line),))
+            for name in shared.pop(row, []):
+                line = label or charts.inner(row, name)
+                one = replace(spec, lines=((row, line),))
                 if len(spec.lines) > 1 or not label:  # its sentence is about several lines beside one another
-                    one = replace(one, title=f"{spec.title}: {name_of_line}", good=spec_of(name).good)
-                main.append(_overlay(one, name, members))
-    used = {row for spec in SPECS for row, _ in spec.lines}
+                    one = replace(one, title=f"{spec.title}: {line}", good=charts.spec_of(name).good)
+                main.append((one, name))
     rest = []
-    for family, names in in_families(n for n in shared if declared_name(n) not in used):
-        whole, _ = by_layer(names)  # layers of several runs over one another could not be told apart
-        rest.append((family, figures(_overlay(spec_of(name), name, members) for name in whole)))
-    return figures(main), rest
-
-
-def _overlay(spec: Spec, name: str, members: Sequence[Member]) -> Chart:
-    lines = [line_of(m.stage, name, m.name, m.colour, "tokens") for m in members if name in m.stage.curves]
-    return replace(spec, over="tokens"), [line for line in lines if len(line.x)], None
+    for family, names in charts.in_families(sorted(name for row in shared.values() for name in row)):
+        whole, _ = charts.by_layer(names)  # layers of several runs over one another could not be told apart
+        rest.append((family, overlaid([(charts.spec_of(name), name) for name in whole])))
+    return overlaid(main), rest
 
 
 def _as_text(title: str, members: Sequence[Member]) -> str:
-    """Return numbers and differences as one table of text; for unlike kinds of run, only differences in fields that all have."""
-    ended, apart = numbers(members), differences(members)
-    rest = [] if len({as_text(m.config.get("kind")) for m in members}) == 1 else [row for row in apart if fmt.MISSING in row[1]]
-    apart = [(key, [_cut(cell) for cell in row]) for key, row in apart if (key, row) not in rest]
-    rows = [(title, [m.name for m in members]), *ended, *([("", [""] * len(members))] if apart else []), *apart]
-    first = max(len(what) for what, _ in rows)
-    widths = [max(len(row[i]) for _, row in rows) for i in range(len(members))]
-    lines = [
-        "  ".join([f"{what:<{first}}", *(f"{cell:>{w}}" for cell, w in zip(row, widths, strict=True))]).rstrip()
-        for what, row in rows
+    """Return numbers and differences as one table of text."""
+    apart = [
+        (key, [f"{cell[: CELL_WIDTH - 1]}…" if len(cell) > CELL_WIDTH else cell for cell in row])
+        for key, row in differences(members)
     ]
-    more = [f"and {fmt.plural(len(rest), 'field')} that not all kinds of run have: see the page"] if rest else []
-    return "\n".join([*lines, *more])
+    rows = [(title, [m.name for m in members]), *numbers(members), *([("", [""] * len(members))] if apart else []), *apart]
+    first, *widths = [max(map(len, column)) for column in zip(*([what, *row] for what, row in rows), strict=True)]
+    lines = ([f"{what:<{first}}", *(f"{cell:>{w}}" for cell, w in zip(row, widths, strict=True))] for what, row in rows)
+    return "\n".join("  ".join(line).rstrip() for line in lines)
 
 
-def _cut(cell: str) -> str:
-    """Shorten a value to a column of the terminal."""
-    return cell if len(cell) <= CELL_WIDTH else cell[: CELL_WIDTH - 1] + "…"
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return a nested mapping with dotted keys."""
-    out: dict[str, Any] = {}
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Return the fields of a nested mapping as text, by dotted keys."""
+    out: dict[str, str] = {}
     for key, value in tree.items():
-        out |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+        text = "null" if value is None else as_text(value)
+        out |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": text}
     return out
-
-
-def _field(flat: Mapping[str, Any], key: str) -> str:
-    """Return a field's value as text, or a dash where a configuration lacks the field."""
-    return fmt.MISSING if key not in flat else "null" if flat[key] is None else as_text(flat[key])
-
-
-def _exam(member: Member, split: str) -> str:
-    score = next((score for score in member.exams if score.split == split), None)
-    if score is None:
-        return fmt.MISSING
-    interval = f" ({fmt.percent(score.low)} to {fmt.percent(score.high)})" if math.isfinite(score.low + score.high) else ""
-    return fmt.percent(score.accuracy) + interval
-
-
-def _value(stage: StageLog, name: str, of: Callable[[Floats], float]) -> float:
-    """Return what a function makes of a metric's finite values, NaN when there are none."""
-    known = stage.finite(name).values
-    return float(of(known)) if len(known) else math.nan
 
 
 def _end(known: Floats) -> float:

@@ -6,9 +6,11 @@ The browser's read-outs follow the same rules (`script.js`, function `show`).
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 MISSING = "–"
 MINUS = "\u2212"
+UNITS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
 
 
 def percent(fraction: float, digits: int = 1) -> str:
@@ -29,20 +31,15 @@ def count(value: float) -> str:
         return MISSING
     if abs(value) >= 1e15:
         return f"{value:.1e}".replace("-", MINUS)
-    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= size * 0.9995 and abs(value) >= 99_950:
-            return _figures(value / size) + letter
-    return _minus(value, 0)
+    return "".join(_in_units(value)) if abs(value) >= 99_950 else _minus(value, 0)
 
 
 def size(value: float) -> str:
     """Write bytes in powers of ten: `512 kB`, `1.23 GB`."""
     if not math.isfinite(value):
         return MISSING
-    for unit, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= unit * 0.9995:
-            return f"{_figures(value / unit)} {letter}B"
-    return f"{_minus(value, 0)} B"
+    text, letter = _in_units(value)
+    return f"{text} {letter.replace('B', 'G')}B"
 
 
 def number(value: float) -> str:
@@ -84,20 +81,19 @@ def tick(value: float, step: float, kind: str = "number") -> str:
         return f"{_minus(100 * value, _decimals(100 * step))}%"
     if abs(value) < step * 1e-6:
         return "0"
-    for unit, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= 10_000 and abs(value) >= unit:
-            return _minus(value / unit, _decimals(step / unit)) + ("G" if kind == "bytes" and letter == "B" else letter)
+    for unit, letter in UNITS[1:]:
+        if abs(value) >= max(unit, 10_000):
+            return _minus(value / unit, _decimals(step / unit)) + (letter.replace("B", "G") if kind == "bytes" else letter)
     if 0 < step < 5e-4:
         exponent = math.floor(math.log10(abs(value)) + 1e-9)
         return f"{value / 10**exponent:.2g}e{MINUS}{abs(exponent)}".replace("-", MINUS)
     return _minus(value, _decimals(step))
 
 
-def value(number_: float, kind: str) -> str:
+def value(value_: float, kind: str) -> str:
     """Write a value as its chart's kind asks: `percent`, `count`, `bytes` or `number`."""
-    if kind == "percent":
-        return percent(number_)
-    return count(number_) if kind == "count" else size(number_) if kind == "bytes" else number(number_)
+    writers: dict[str, Callable[[float], str]] = {"percent": percent, "count": count, "bytes": size}
+    return writers.get(kind, number)(value_)
 
 
 def plural(n: float, word: str) -> str:
@@ -106,17 +102,16 @@ def plural(n: float, word: str) -> str:
 
 
 def _decimals(step: float) -> int:
-    if not step > 0:
-        return 0
-    for digits in range(7):
-        if abs(round(step, digits) - step) < step * 1e-6:
-            return digits
-    return 7
+    return next((digits for digits in range(7) if abs(round(step, digits) - step) < step * 1e-6), 7) if step > 0 else 0
 
 
-def _figures(scaled: float) -> str:
-    size = abs(scaled)
-    return _minus(scaled, 2 if size < 9.995 else 1 if size < 99.95 else 0)
+def _in_units(value_: float) -> tuple[str, str]:
+    """Return a number with three figures, and the letter of the power of ten that they count."""
+    for unit, letter in UNITS:
+        scaled = abs(value_) / unit
+        if scaled >= 0.9995:
+            return _minus(value_ / unit, 2 if scaled < 9.995 else 1 if scaled < 99.95 else 0), letter
+    return _minus(value_, 0), ""
 
 
 def _minus(value_: float, digits: int) -> str:

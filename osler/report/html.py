@@ -32,7 +32,7 @@ PAGES = jinja2.Environment(
 )
 DRAWINGS: tuple[Callable[..., str], ...] = (svg.interval_bar, svg.ladder, svg.histogram)
 TEXTS: tuple[Callable[..., Any], ...] = (
-    *(fmt.percent, fmt.points, fmt.count, fmt.plural, fmt.duration, charts.legend_value, charts.unit_of, dump_yaml),
+    *(fmt.percent, fmt.points, fmt.count, fmt.plural, fmt.duration, charts.legend_value, dump_yaml),
     *(words.stage_title, words.stage_colour, words.in_sentence, words.interval, words.difference_in_words),
 )
 PAGES.globals |= {function.__name__: lambda *args, draw=function, **kw: Markup(draw(*args, **kw)) for function in DRAWINGS}

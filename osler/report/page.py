@@ -12,7 +12,7 @@ import numpy as np
 from osler.records.results import SampledAnswer
 from osler.report import format as fmt
 from osler.report import html, words
-from osler.report.charts import charts_of, figures
+from osler.report.charts import charts_of
 from osler.report.read import RunRecord, StageLog, read_run, stage_rank
 from osler.report.words import stage_colour, stage_title
 from osler.runtime.files import RunFolder
@@ -68,13 +68,13 @@ def render(run: RunRecord) -> str:
 def _stage(run: RunRecord, log: StageLog, position: int) -> dict[str, Any]:
     """Return what the page shows of one stage's log."""
     colour, groups = stage_colour(log.name, position), words.grouped(log.events)
-    main, rest = charts_of(log, colour)
+    main, families = charts_of(log, colour, words.marks_of(groups))
     seconds = words.seconds_of(run, log.name.lower()) if log.name else log.seconds
     return {
         "title": stage_title(log.name),
         "colour": colour,
-        "main": figures(main, words.marks_of(groups)),
-        "families": [(family, figures(charts)) for family, charts in rest],
+        "main": main,
+        "families": families,
         "groups": groups,
         "facts": [
             fmt.plural(log.last_step, "step"),

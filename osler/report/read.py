@@ -212,7 +212,7 @@ def count_parameters(model: dict[str, Any]) -> int | None:
     """Return the number of parameters, None when the description is not that of a model or leaves something open."""
     known = {f.name for f in dataclasses.fields(ModelConfig)}
     try:
-        return decode(ModelConfig, {k: v for k, v in model.items() if k in known}).num_parameters
+        return None if not model else decode(ModelConfig, {k: v for k, v in model.items() if k in known}).num_parameters
     except UserError:
         return None  # for example a vocabulary size that the tokenizer has yet to decide
 

@@ -6,12 +6,12 @@ light and in dark; text sizes too, so that a narrow screen can enlarge them. Coo
 
 from __future__ import annotations
 
-import html
 import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from html import escape
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -41,8 +41,7 @@ class Line:
         self.x, self.y = np.asarray(self.x), np.asarray(self.y, np.float64)
 
 
-@dataclass
-class Band:
+class Band(NamedTuple):
     """An area between two curves; all values are finite."""
 
     x: Numbers
@@ -52,7 +51,7 @@ class Band:
 
 @dataclass
 class Scale:
-    """A linear map from values to coordinates."""
+    """A linear map from values to coordinates; a value outside lands on the edge."""
 
     low: float
     high: float
@@ -60,7 +59,8 @@ class Scale:
     end: float
 
     def __call__(self, value: float) -> float:
-        return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
+        inside = min(max(value, self.low), self.high)
+        return self.start + (inside - self.low) / (self.high - self.low) * (self.end - self.start)
 
 
 def nice_ticks(low: float, high: float, target: int = 5) -> tuple[list[float], float]:
@@ -130,16 +130,12 @@ def line_chart(
     if band:
         finite += [band.low, band.high]
     first, last = (float(end(end(line.x) for line in lines if len(line.x))) for end in (min, max))
-    x_ticks, x_step = nice_ticks(first, last, 6)
-    x_ticks = [t for t in x_ticks if first <= t <= last and abs(t - round(t)) < 1e-9]
     x_low, x_high = (first, last) if last > first else (first - 1, last + 1)
-    low, high, above = value_range(np.concatenate(finite), zero, kind)
+    low, high, above = value_range(np.concatenate(finite), zero)
     y_ticks, y_step = nice_ticks(low, high, 5)
     sx = Scale(x_low, x_high, LEFT, WIDTH - RIGHT)
     sy = Scale(y_ticks[0], y_ticks[-1], HEIGHT - BOTTOM, TOP)
-    parts = [_y_axis(y_ticks, y_step, sy, kind), _x_axis(x_ticks, x_step, sx, over)]
-    parts.append(_area(band, sx, sy) if band else "")
-    parts.append(_marks(marks, sx))
+    parts = [_axes(sx, sy, first, last, (y_ticks, y_step), kind, over), _area(band, sx, sy) if band else "", _marks(marks, sx)]
     shown = []
     for line in lines:
         smooth = line.smooth and np.isfinite(line.y).sum() >= SMOOTH_FROM
@@ -149,19 +145,20 @@ def line_chart(
         if smooth:
             at, level = averaged(line.x, np.minimum(line.y, sy.high))  # a spike above the axis must not bend the level
             parts.append(_curve(*thinned(at, smoothed(level)), sx, sy, f"{colour} line"))
-        shown.append({"label": line.label, "c": line.colour, "x": x.tolist(), "y": [_json_number(v) for v in y]})
+        values = [float(f"{v:.5g}") if math.isfinite(v) else None for v in y]
+        shown.append({"label": line.label, "c": line.colour, "x": x.tolist(), "y": values})
     if above:
-        parts.append(f'<text class="tick" x="{LEFT + 6}" y="{TOP + 10}">↑ {above} above the axis</text>')
-    data: dict[str, object] = {
+        parts.append(_text(LEFT + 6, TOP + 10, f"↑ {above} above the axis"))
+    parts.append(f'<line class="hair" y1="{TOP}" y2="{HEIGHT - BOTTOM}" x1="0" x2="0" visibility="hidden"/>')
+    data = {
         "kind": kind,
         "over": over,
         "x": [x_low, x_high, LEFT, WIDTH - RIGHT],
         "y": [sy.low, sy.high, sy.start, sy.end],
+        "lines": shown,
     }
-    data["lines"] = shown
-    parts.append(f'<line class="hair" y1="{TOP}" y2="{HEIGHT - BOTTOM}" x1="0" x2="0" visibility="hidden"/>')
     # In single quotes the many double quotes of JSON need no escape; they would double the page.
-    encoded = html.escape(json.dumps(data, separators=(",", ":")), quote=False).replace("'", "&#39;")
+    encoded = escape(json.dumps(data, separators=(",", ":")), quote=False).replace("'", "&#39;")
     attrs = f"data-chart='{encoded}' tabindex=\"0\""
     return _svg("".join(parts), WIDTH, HEIGHT, _spoken(title, lines, kind, over), "chart", attrs)
 
@@ -173,16 +170,11 @@ def interval_bar(
     """Draw an interval as a bar and its centre as a dot, on an axis over `range_`; marks are (value, css class, meaning)."""
     width, height = 220, 26
     scale = Scale(*range_, 4, width - 4)
-    parts = [f'<line class="rail" x1="4" x2="{width - 4}" y1="13" y2="13"/>']
+    parts = [_line("rail", 4, width - 4, 13, 13)]
     for at, css, meaning in marks:
         if math.isfinite(at):
-            x = _c(scale(_clamp(at, range_)))
-            parts.append(f'<line class="mark {css}" x1="{x}" x2="{x}" y1="3" y2="23"><title>{_e(meaning)}</title></line>')
-    if math.isfinite(low) and math.isfinite(high):
-        a, b = scale(_clamp(low, range_)), scale(_clamp(high, range_))
-        parts.append(f'<rect class="c{colour} band" x="{_c(a)}" y="8" width="{_c(max(b - a, 1.5))}" height="10" rx="3"/>')
-    if math.isfinite(value):
-        parts.append(f'<circle class="c{colour} dot" cx="{_c(scale(_clamp(value, range_)))}" cy="13" r="4.2"/>')
+            parts.append(_line(f"mark {css}", scale(at), scale(at), 3, 23, meaning))
+    parts.append(_interval(scale, (low, value, high), 13, 5, colour))
     return _svg("".join(parts), width, height, title, "interval")
 
 
@@ -196,54 +188,44 @@ def ladder(rows: Sequence[tuple[str, float, float, float, int]], marks: Sequence
     scale = Scale(0, 1, edge, width - edge)
     parts = []
     for i in range(5):
-        x, anchor = _c(scale(i / 4)), ("start", "middle", "middle", "middle", "end")[i]
-        parts.append(f'<line class="grid" x1="{x}" x2="{x}" y1="{top}" y2="{bottom}"/>')
-        at = {"start": 0.0, "end": float(width)}.get(anchor, float(x))
-        parts.append(f'<text class="tick" text-anchor="{anchor}" x="{_c(at)}" y="{bottom + 20}">{25 * i}%</text>')
+        x = scale(i / 4)
+        at, anchor = {0: (0.0, "start"), 4: (float(width), "end")}.get(i, (x, "middle"))
+        parts += [_line("grid", x, x, top, bottom), _text(at, bottom + 20, f"{25 * i}%", anchor)]
     known = sorted((m for m in marks if math.isfinite(m[0])), key=lambda m: m[0])
     for i, (at, css, words) in enumerate(known):
         # Chance and the constant letter lie close together: one label goes to the left of its mark, one to the right.
-        left = i == 0 and len(known) > 1
-        x, anchor, dx = _c(scale(at)), "end" if left else "start", -6 if left else 6
-        parts.append(f'<line class="mark {css}" x1="{x}" x2="{x}" y1="{top - 20}" y2="{bottom}"/>')
-        parts.append(f'<text class="tick" text-anchor="{anchor}" x="{_c(float(x) + dx)}" y="{top - 11}">{_e(words)}</text>')
+        anchor, dx = ("end", -6) if i == 0 and len(known) > 1 else ("start", 6)
+        parts += [_line(f"mark {css}", scale(at), scale(at), top - 20, bottom), _text(scale(at) + dx, top - 11, words, anchor)]
     for i, (label, low, value, high, colour) in enumerate(rows):
         y = top + row_height * (i + 1) - 17
-        end = f'text-anchor="end" x="{width - edge}" y="{y - 14}"'
-        parts.append(f'<text class="label halo" x="{edge}" y="{y - 14}">{_e(label)}</text>')
-        parts.append(f'<text class="label strong halo" {end}>{fmt.percent(value)}</text>')
-        parts.append(f'<line class="rail" x1="{edge}" x2="{width - edge}" y1="{y}" y2="{y}"/>')
-        if math.isfinite(low) and math.isfinite(high):
-            a, b = scale(_clamp(low, (0, 1))), scale(_clamp(high, (0, 1)))
-            box = f'x="{_c(a)}" y="{y - 7}" width="{_c(max(b - a, 2))}" height="14" rx="4"'
-            parts.append(f'<rect class="c{colour} band" {box}/>')
-        if math.isfinite(value):
-            parts.append(f'<circle class="c{colour} dot" cx="{_c(scale(_clamp(value, (0, 1))))}" cy="{y}" r="6"/>')
+        parts.append(_text(edge, y - 14, label, css="label halo"))
+        parts.append(_text(width - edge, y - 14, fmt.percent(value), "end", "label strong halo"))
+        parts += [_line("rail", edge, width - edge, y, y), _interval(scale, (low, value, high), y, 7, colour)]
     return _svg("".join(parts), width, bottom + 26, title, "ladder")
 
 
 def histogram(counts: dict[str, float]) -> str:
     """Draw a small bar for each key, the key beneath it, and a dotted line at the height of equal shares."""
-    total = sum(v for v in counts.values() if math.isfinite(v))
+    shares = {key: n if math.isfinite(n) else 0.0 for key, n in counts.items()}
+    total = sum(shares.values())
     if not total > 0:
         return ""
     slot, top, floor = 20, 3, 30
-    peak = max(v for v in counts.values() if math.isfinite(v)) / total
+    scale = Scale(0, max(*shares.values(), total / 2), 0, floor - top)
     parts = []
     width = slot * len(counts)
     for i, (key, n) in enumerate(counts.items()):
-        share = n / total if math.isfinite(n) else 0.0
-        height = (floor - top) * share / max(peak, 0.5)
+        height = scale(shares[key])
         box = f'x="{slot * i + 3}" y="{_c(floor - height)}" width="{slot - 6}" height="{_c(height)}" rx="1.5"'
-        parts.append(f"<rect {box}><title>{_e(key)}: {fmt.count(n)} ({fmt.percent(share)})</title></rect>")
-        parts.append(f'<text class="tick" text-anchor="middle" x="{slot * i + slot / 2:g}" y="{floor + 12}">{_e(key)}</text>')
-    even = floor - (floor - top) / len(counts) / max(peak, 0.5)
-    parts.append(f'<line class="even" x1="0" x2="{width}" y1="{_c(even)}" y2="{_c(even)}"/>')
+        parts.append(f"<rect {box}><title>{escape(key)}: {fmt.count(n)} ({fmt.percent(shares[key] / total)})</title></rect>")
+        parts.append(_text(slot * i + slot / 2, floor + 12, key, "middle"))
+    even = floor - scale(total / len(counts))
+    parts.append(_line("even", 0, width, even, even))
     title = "Letters: " + ", ".join(f"{key} {fmt.count(n)}" for key, n in counts.items())
     return _svg("".join(parts), width, 46, title, "letters", f'style="width:{width}px"')
 
 
-def value_range(finite: Sequence[float] | Numbers, zero: bool, kind: str) -> tuple[float, float, int]:
+def value_range(finite: Sequence[float] | Numbers, zero: bool) -> tuple[float, float, int]:
     """Return the bounds of the value axis and how many points lie above it: a rare spike must not flatten the curve."""
     low, high, over = float(np.min(finite)), float(np.max(finite)), 0
     if len(finite) >= 50:
@@ -254,8 +236,6 @@ def value_range(finite: Sequence[float] | Numbers, zero: bool, kind: str) -> tup
             over = int(np.sum(np.asarray(finite) > high))
     if zero:
         low = min(low, 0.0)
-    if kind == "percent":
-        high = min(high, 1.0) if high <= 1.0 else high
     if not high > low:
         margin = abs(low) * 0.1 or 0.5
         # Nothing but zeros stands on its axis: a share or a count has no room below.
@@ -263,46 +243,48 @@ def value_range(finite: Sequence[float] | Numbers, zero: bool, kind: str) -> tup
     return low, high, over
 
 
-def _y_axis(ticks: list[float], step: float, scale: Scale, kind: str) -> str:
+def _axes(sx: Scale, sy: Scale, first: float, last: float, y_axis: tuple[list[float], float], kind: str, over: str) -> str:
+    """Draw lines of the grid with their values, and whole numbers of steps or tokens beneath."""
+    floor, right = HEIGHT - BOTTOM, WIDTH - RIGHT
     out = []
+    for value in y_axis[0]:
+        label = fmt.tick(value, y_axis[1], kind)
+        out += [_line("grid", LEFT, right, sy(value), sy(value)), _text(LEFT - 8, sy(value) + 4, label, "end")]
+    out.append(_line("axis", LEFT, right, floor, floor))
+    ticks, step = nice_ticks(first, last, 6)
     for value in ticks:
-        y = _c(scale(value))
-        out.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y}" y2="{y}"/>')
-        label = fmt.tick(value, step, kind)
-        out.append(f'<text class="tick" text-anchor="end" x="{LEFT - 8}" y="{_c(float(y) + 4)}">{label}</text>')
-    return "".join(out)
-
-
-def _x_axis(ticks: list[float], step: float, scale: Scale, over: str) -> str:
-    floor = HEIGHT - BOTTOM
-    out = [f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{floor}" y2="{floor}"/>']
-    for value in ticks:
-        x = scale(value)
-        anchor = "end" if x > WIDTH - RIGHT - 10 else "start" if x < LEFT + 4 else "middle"
-        label = fmt.tick(value, step)
-        out.append(f'<line class="axis" x1="{_c(x)}" x2="{_c(x)}" y1="{floor}" y2="{floor + 4}"/>')
-        out.append(f'<text class="tick" text-anchor="{anchor}" x="{_c(x)}" y="{floor + 18}">{label}</text>')
-    out.append(f'<text class="tick" text-anchor="end" x="{LEFT - 8}" y="{floor + 18}">{over}</text>')
-    return "".join(out)
+        if first <= value <= last and abs(value - round(value)) < 1e-9:
+            x = sx(value)
+            anchor = "end" if x > right - 10 else "start" if x < LEFT + 4 else "middle"
+            out += [_line("axis", x, x, floor, floor + 4), _text(x, floor + 18, fmt.tick(value, step), anchor)]
+    return "".join([*out, _text(LEFT - 8, floor + 18, over, "end")])
 
 
 def _area(band: Band, sx: Scale, sy: Scale) -> str:
     """Draw a band as one shape, along its upper edge and back along its lower one."""
     there = list(zip(*thinned(band.x, band.high), strict=True))
     back = list(zip(*thinned(band.x, band.low), strict=True))[::-1]
-    points = " ".join(f"{_c(sx(x))} {_c(sy(_clamp(y, (sy.low, sy.high))))}" for x, y in there + back)
+    points = " ".join(f"{_c(sx(x))} {_c(sy(y))}" for x, y in there + back)
     return f'<path class="c5 area" d="M{points}Z"/>'
 
 
 def _marks(marks: Sequence[tuple[float, str, str]], sx: Scale) -> str:
     """Draw upright lines, at most one of a class on a pixel: a thousand alerts are one thick line and not a thousand."""
-    out = {}
-    for at, css, meaning in marks:
-        if sx.low <= at <= sx.high:
-            x = f"{sx(at):.0f}"
-            line = f'<line class="mark {css}" x1="{x}" x2="{x}" y1="{TOP}" y2="{HEIGHT - BOTTOM}">'
-            out[x, css] = f"{line}<title>{_e(meaning)}</title></line>"
-    return "".join(out.values())
+    drawn = {(round(sx(at)), css): meaning for at, css, meaning in marks if sx.low <= at <= sx.high}
+    return "".join(_line(f"mark {css}", x, x, TOP, HEIGHT - BOTTOM, meaning) for (x, css), meaning in drawn.items())
+
+
+def _interval(scale: Scale, ends: tuple[float, float, float], y: float, half_height: float, colour: int) -> str:
+    """Draw an interval, given as low, value and high, as a bar and a dot; what is not finite is left out."""
+    low, value, high = ends
+    out = ""
+    if math.isfinite(low) and math.isfinite(high):
+        a, width = scale(low), max(scale(high) - scale(low), 2.0)
+        box = f'x="{_c(a)}" y="{_c(y - half_height)}" width="{_c(width)}" height="{_c(2 * half_height)}" rx="3"'
+        out = f'<rect class="c{colour} band" {box}/>'
+    if math.isfinite(value):
+        out += f'<circle class="c{colour} dot" cx="{_c(scale(value))}" cy="{_c(y)}" r="{_c(0.85 * half_height)}"/>'
+    return out
 
 
 def _curve(x: Numbers, y: Numbers, sx: Scale, sy: Scale, css: str) -> str:
@@ -310,7 +292,7 @@ def _curve(x: Numbers, y: Numbers, sx: Scale, sy: Scale, css: str) -> str:
     runs: list[list[tuple[str, str]]] = [[]]
     for a, b in zip(x, y, strict=True):
         if math.isfinite(b):
-            runs[-1].append((_c(sx(a)), _c(sy(_clamp(b, (sy.low, sy.high))))))
+            runs[-1].append((_c(sx(a)), _c(sy(b))))
         elif runs[-1]:
             runs.append([])
     path = " ".join("M" + " ".join(f"{a} {b}" for a, b in run) for run in runs if len(run) > 1)
@@ -322,35 +304,32 @@ def _curve(x: Numbers, y: Numbers, sx: Scale, sy: Scale, css: str) -> str:
 
 def _spoken(title: str, lines: Sequence[Line], kind: str, over: str) -> str:
     """Say what a chart shows to those who do not see it: where each line starts and ends."""
-
-    def at(x: float) -> str:
-        return f"step {fmt.count(x)}" if over == "step" else f"{fmt.count(x)} {over}"
-
     spoken = []
     for line in lines:
         known = np.flatnonzero(np.isfinite(line.y))
         if len(known):
-            (a, first), (b, last) = ((line.x[end], line.y[end]) for end in (known[0], known[-1]))
-            spoken.append(f"{line.label} from {fmt.value(first, kind)} at {at(a)} to {fmt.value(last, kind)} at {at(b)}")
+            first, last = (
+                f"{fmt.value(line.y[end], kind)} at "
+                + (f"step {fmt.count(line.x[end])}" if over == "step" else f"{fmt.count(line.x[end])} {over}")
+                for end in (known[0], known[-1])
+            )
+            spoken.append(f"{line.label} from {first} to {last}")
     return f"{title}: {'; '.join(spoken)}."
 
 
 def _svg(body: str, width: float, height: float, title: str, css: str, attrs: str = "") -> str:
     box = f'viewBox="0 0 {width:g} {height:g}"'
-    return f'<svg class="{css}" {box} role="img" {attrs}><title>{_e(title)}</title>{body}</svg>'
+    return f'<svg class="{css}" {box} role="img" {attrs}><title>{escape(title)}</title>{body}</svg>'
 
 
-def _clamp(value: float, range_: tuple[float, float]) -> float:
-    return min(max(value, range_[0]), range_[1])
+def _line(css: str, x1: float, x2: float, y1: float, y2: float, meaning: str = "") -> str:
+    title = f"<title>{escape(meaning)}</title>" if meaning else ""
+    return f'<line class="{css}" x1="{_c(x1)}" x2="{_c(x2)}" y1="{_c(y1)}" y2="{_c(y2)}">{title}</line>'
 
 
-def _json_number(value: float) -> float | None:
-    return float(f"{value:.5g}") if math.isfinite(value) else None
+def _text(x: float, y: float, text: str, anchor: str = "start", css: str = "tick") -> str:
+    return f'<text class="{css}" text-anchor="{anchor}" x="{_c(x)}" y="{_c(y)}">{escape(text)}</text>'
 
 
 def _c(value: float) -> str:
     return f"{value:.1f}".rstrip("0").rstrip(".")
-
-
-def _e(text: str) -> str:
-    return html.escape(text)

@@ -173,7 +173,7 @@ def blocks(values: Floats, rows: int, *, zero: bool = False) -> list[str]:
     known = np.isfinite(values)
     if not known.any():
         return [" " * len(values)] * rows
-    low, high, _ = value_range(values[known], zero, "number")
+    low, high, _ = value_range(values[known], zero)
     steps = 8 * rows - 1  # the lowest value is one eighth high, so that it can be told from none
     heights = np.where(known, 1 + np.rint(steps * np.minimum(1.0, (values - low) / (high - low))), 0)
     return ["".join(BLOCKS[int(n)] for n in np.clip(heights - 8 * row, 0, 8)) for row in reversed(range(rows))]
@@ -186,7 +186,7 @@ def _values(run: WatchedRun, width: int) -> list[Text]:
     for family, names in in_families(newest):
         whole, layers = by_layer(names)
         told = []
-        for row, some in by_row(whole):
+        for row, some in by_row(whole).items():
             told += [f"{_short(name, family)} {_show(name, newest[name])}" for name in some[:SHOWN_OF_ROW]]
             told += [f"and {len(some) - SHOWN_OF_ROW} more of {_short(row, family)}"] if len(some) > SHOWN_OF_ROW else []
         for base, of in layers.items():

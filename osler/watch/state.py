@@ -53,7 +53,7 @@ class WatchedRun(StageLog):
             super().refresh()
         if self._has_changed(self.folder.root / "versions.json"):
             self.machine = as_dict(as_dict(read_or_none(self.folder.root / "versions.json")).get("machine"))
-        if self.parameters is None and self.model:
+        if self.parameters is None:
             self.parameters = count_parameters(self.model)
 
     def _read_checkpoints(self) -> None:

@@ -98,16 +98,11 @@ def test_other_kinds_share_what_they_share(make_run: MakeRun, tmp_path: Path) ->
     assert row(text, "kind") == ["pretrain", "grpo"] and row(text, "reward, mean of the last tenth")[0] == "–"
 
 
-def test_the_terminal_has_short_values_and_of_unlike_kinds_what_all_have(make_run: MakeRun, tmp_path: Path) -> None:
-    tasks = f"tasks: [{'medqa, ' * 40}]\n"
-    a = make_run("a", config=f"kind: pretrain\nseed: 0\nseq_len: 64\nmodel: {{type: x}}\nnote: {'long ' * 40}\n")
-    g = make_run("g", config=f"kind: grpo\nseed: 1\nnote: short\n{tasks}")
+def test_the_terminal_has_short_values(make_run: MakeRun, tmp_path: Path) -> None:
+    a, g = make_run("a", config=f"seed: 0\nnote: {'long ' * 40}\n"), make_run("g", config="seed: 1\nnote: short\n")
     text, page = build_comparison([str(a), str(g)], tmp_path / "out.html")
     assert row(text, "seed") == ["0", "1"] and row(text, "note") == ["long " * 7 + "…", "short"]
-    assert "tasks" not in text and "seq_len" not in text and max(map(len, text.splitlines())) < 120
-    assert text.splitlines()[-1] == "and 3 fields that not all kinds of run have: see the page"
-    html = page.read_text(encoding="utf-8")
-    assert "medqa" in html and "seq_len" in html and "long " * 39 in html
+    assert max(map(len, text.splitlines())) < 120 and "long " * 39 in page.read_text(encoding="utf-8")
 
 
 def test_stories_are_compared_stage_by_stage(make_run: MakeRun, tmp_path: Path) -> None:

@@ -92,9 +92,8 @@ def test_one_point_and_no_point() -> None:
     assert line_chart([], title="T") == ""
 
 
-@pytest.mark.parametrize("kind", ["number", "percent", "count"])
-def test_nothing_but_zeros_stands_on_the_axis(kind: str) -> None:
-    low, high, above = svg.value_range([0.0, 0.0], False, kind)
+def test_nothing_but_zeros_stands_on_the_axis() -> None:
+    low, high, above = svg.value_range([0.0, 0.0], False)
     assert low == 0.0 < high and not above
 
 
