@@ -2,10 +2,7 @@
 
 A folder's manifest names its files with sizes and hashes, and has a hash of itself. It is written last, so a folder with a valid
 manifest was complete once; ``verify`` tells whether it still is. ``sequence`` counts the saves: the newest checkpoint is the one
-saved last, which after going back to an earlier step is not the one with the highest step.
-
-Rotation keeps the last checkpoints that are good, the best, the milestones, the one that a rollback would take, and the newest,
-which was verified when it was saved. So what verified last is never deleted. Torch-free.
+saved last, which after going back to an earlier step is not the one with the highest step. Torch-free.
 """
 
 from __future__ import annotations
@@ -32,21 +29,21 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 STATE = "state.json"
 TENSORS_SUFFIX = ".safetensors"
+BEST = "best.json"  # in the root, beside the checkpoints
+HIDDEN = ".tmp-"  # begins the name of what is being written or deleted
 # A checkpoint has the second name while another of its step takes its place; it is a full checkpoint until then.
 REPLACED_SUFFIX = ".replaced"
 FOLDER_NAME = re.compile(r"step-(\d{9,})(\.replaced)?")
 
-BEST = "best.json"
-HIDDEN = ".tmp-"  # begins the name of what is being written or deleted
+Damaged = list[tuple[Path, list[str]]]  # checkpoints with their problems
 
-_HEX_SHA256 = re.compile(r"[0-9a-f]{64}")
-
-Signature = tuple[object, ...]
-_known: dict[Path, tuple[Signature, list[str]]] = {}  # what this process found in a folder, and the signature it had then
+_verified: dict[object, list[str]] = {}  # what this process found in a folder, by the signature that the folder had then
 
 
-@dataclass(frozen=True)
-class FileRecord:
+# -- one checkpoint ------------------------------------------------------------------------------------------------------------
+
+
+class FileRecord(NamedTuple):
     """The size and hash that a file must have."""
 
     size_bytes: int
@@ -64,13 +61,8 @@ class Manifest:
 
     def write(self, folder: Path) -> None:
         """Write ``manifest.json`` into a folder, durably, with a hash of its own content."""
-        content = {
-            "format": FORMAT,
-            "step": self.step,
-            "sequence": self.sequence,
-            "milestone": self.milestone,
-            "files": {name: {"bytes": record.size_bytes, "sha256": record.sha256} for name, record in self.files.items()},
-        }
+        files = {name: {"bytes": record.size_bytes, "sha256": record.sha256} for name, record in self.files.items()}
+        content = {"format": FORMAT, "step": self.step, "sequence": self.sequence, "milestone": self.milestone, "files": files}
         write_json(folder / MANIFEST, {**content, "sha256": _content_hash(content)})
 
     @classmethod
@@ -79,17 +71,20 @@ class Manifest:
         path = folder / MANIFEST
         content = read_json(path)
         try:
-            claimed = content.pop("sha256")
-            if claimed != _content_hash(content):
+            if content.pop("sha256") != _content_hash(content):
                 raise UserError(f"{path} was changed after it was written.")
             if content["format"] != FORMAT:
                 raise UserError(f"{path} has format {content['format']}; this version of Osler reads format {FORMAT}.")
             files = {name: FileRecord(int(entry["bytes"]), entry["sha256"]) for name, entry in content["files"].items()}
-            if any(Path(name).name != name or not _HEX_SHA256.fullmatch(record.sha256) for name, record in files.items()):
-                raise UserError(f"{path} names a file outside its folder or a malformed hash.")
+            if any(Path(name).name != name for name in files):
+                raise UserError(f"{path} names a file outside its folder.")
             return cls(int(content["step"]), int(content["sequence"]), files, content.get("milestone") is True)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise UserError(f"{path} is not a checkpoint manifest.") from error
+
+
+def _content_hash(content: dict[str, Any]) -> str:
+    return hashlib.sha256(canonical_json(content)).hexdigest()
 
 
 def folder_name(step: int) -> str:
@@ -103,8 +98,9 @@ def padded(path: Path) -> Path:
     return path.with_name(folder_name(int(match[1]))) if match and not path.is_dir() else path
 
 
-def _content_hash(content: dict[str, Any]) -> str:
-    return hashlib.sha256(canonical_json(content)).hexdigest()
+def is_checkpoint(path: Path) -> bool:
+    """Return whether a path is a checkpoint by its name or by its manifest."""
+    return FOLDER_NAME.fullmatch(path.name) is not None or (path / MANIFEST).exists()
 
 
 def verify(path: str | Path, names: Collection[str] | None = None, *, pause: Callable[[], None] = no_pause) -> list[str]:
@@ -130,24 +126,22 @@ def verify(path: str | Path, names: Collection[str] | None = None, *, pause: Cal
             problems[name] = f"cannot be read ({error.strerror})"
     found = [f"{name}: {text}" for name, text in problems.items()]
     if names is None and signature and is_readable:  # what cannot be read may be readable later
-        _known[folder.absolute()] = (signature, found)
+        _verified[signature] = found
     return found
 
 
 def known_problems(folder: Path) -> list[str] | None:
     """Return what ``verify`` found in this process; None if it was not called, could not read a file, or the folder changed."""
-    signature, found = _known.get(folder.absolute(), (None, None))
-    return found if signature == _signature(folder) else None
+    return _verified.get(_signature(folder))
 
 
-def _signature(folder: Path) -> Signature | None:
+def _signature(folder: Path) -> object:
     """Return what changes when a file is touched; None when the folder cannot be read."""
-    try:
-        stats = {entry.name: entry.stat() for entry in os.scandir(folder)}
-        files = sorted((name, stat.st_size, stat.st_mtime_ns, stat.st_ino) for name, stat in stats.items())
+    with suppress(OSError):
+        stats = {entry.path: entry.stat() for entry in os.scandir(folder.absolute())}
+        files = sorted((path, stat.st_size, stat.st_mtime_ns, stat.st_ino) for path, stat in stats.items())
         return (folder.stat().st_mtime_ns, *files)
-    except OSError:
-        return None
+    return None
 
 
 def looks_whole(folder: Path) -> bool:
@@ -170,10 +164,8 @@ def _check_names_and_sizes(folder: Path) -> tuple[dict[str, str], Manifest | Non
     for name, record in manifest.files.items():
         try:
             size = (folder / name).stat().st_size
-        except FileNotFoundError:
-            problems[name] = "missing"
         except OSError as error:
-            problems[name] = f"cannot be read ({error.strerror})"
+            problems[name] = "missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
         else:
             if size != record.size_bytes:
                 problems[name] = f"{size} bytes instead of {record.size_bytes}"
@@ -181,21 +173,7 @@ def _check_names_and_sizes(folder: Path) -> tuple[dict[str, str], Manifest | Non
     return problems | {name: "not listed in the manifest, remove it" for name in sorted(unlisted) if name[0] != "."}, manifest
 
 
-Damaged = list[tuple[Path, list[str]]]  # checkpoints with their problems
-OnDamage = Callable[[Path, list[str]], object]  # receives a damaged checkpoint and its problems
-
-
-def ignore_damage(path: Path, problems: list[str]) -> None:
-    """Do nothing about a damaged checkpoint."""
-
-
-class Best(NamedTuple):
-    """The checkpoint that scored best, and its score."""
-
-    path: Path
-    step: int
-    metric: str
-    value: float | None
+# -- the checkpoints of a run --------------------------------------------------------------------------------------------------
 
 
 class Entry(NamedTuple):
@@ -207,6 +185,15 @@ class Entry(NamedTuple):
     milestone: bool
 
 
+class Best(NamedTuple):
+    """The checkpoint that scored best, and its score."""
+
+    path: Path
+    step: int
+    metric: str
+    value: float | None
+
+
 def root_of(path: str | Path) -> Path:
     """Return the checkpoints folder that is meant by it or by its run folder; raises UserError when the path is no folder."""
     path = Path(path)
@@ -214,11 +201,6 @@ def root_of(path: str | Path) -> Path:
         raise UserError(f"{path} is no folder: give a run folder or one of its checkpoints.")
     inner = RunFolder(path).checkpoints
     return inner if inner.is_dir() else path
-
-
-def is_checkpoint(path: Path) -> bool:
-    """Return whether a path is a checkpoint by its name or by its manifest."""
-    return FOLDER_NAME.fullmatch(path.name) is not None or (path / MANIFEST).exists()
 
 
 def refuse_checkpoint(path: str | Path) -> None:
@@ -245,19 +227,15 @@ def by_age(root: Path) -> list[Entry]:
     for path in root.iterdir() if root.is_dir() else ():
         match = FOLDER_NAME.fullmatch(path.name)
         if match and path.is_dir():
-            try:
+            manifest = Manifest(int(match[1]), sys.maxsize, {})
+            with suppress(UserError):
                 manifest = Manifest.read(path)
-                found.append(Entry(manifest.sequence, int(match[1]), path, manifest.milestone))
-            except UserError:
-                found.append(Entry(sys.maxsize, int(match[1]), path, False))
+            found.append(Entry(manifest.sequence, int(match[1]), path, manifest.milestone))
     return sorted(found, key=lambda entry: entry[:2], reverse=True)
 
 
 def newest_good(root: str | Path) -> tuple[Path | None, Damaged]:
-    """Return the newest checkpoint that verifies (None if none does), and the newer ones that do not.
-
-    The caller reports the damage, see ``describe_damaged``.
-    """
+    """Return the newest checkpoint that verifies (None if none does), and the newer ones that do not, to be reported."""
     damaged: Damaged = []
     for entry in by_age(Path(root)):
         problems = verify(entry.path)
@@ -279,20 +257,18 @@ def best_checkpoint(root: str | Path) -> Best | None:
     if not pointer.exists():
         return None
     content = read_json(pointer)
-    name = content.get("folder") if isinstance(content, dict) else None
-    match = FOLDER_NAME.fullmatch(name) if isinstance(name, str) else None
+    match = FOLDER_NAME.fullmatch(str(content.get("folder"))) if isinstance(content, dict) else None
     if match is None:
         raise UserError(f"{pointer} does not name a checkpoint folder; delete it if no checkpoint is to count as best.")
     path = pointer.with_name(match[0])
     return Best(path, int(match[1]), content.get("metric", ""), content.get("value")) if path.is_dir() else None
 
 
-def mark_best(path: str | Path, metric: str, value: float | None) -> None:
+def mark_best(path: Path, metric: str, value: float | None) -> None:
     """Record that a checkpoint is the best so far; rotation keeps it, and no longer the one before.
 
     When the disk refuses this only warns, since the checkpoint is safe, and the one before stays marked.
     """
-    path = Path(path)
     try:
         fault("save-best")
         write_json(path.parent / BEST, {"folder": path.name, "metric": metric, "value": value})
@@ -300,14 +276,20 @@ def mark_best(path: str | Path, metric: str, value: float | None) -> None:
         logger.warning(f"{path} could not be marked best: {error.strerror}")
 
 
+def is_better(metric: str, value: float, than: float) -> bool:
+    """Return whether a value of a metric is better than another: lower if its name ends with ``loss``, else higher."""
+    return value < than if metric.endswith("loss") else value > than
+
+
 def rotate(
     root: Path, newest: Path, keep_last: int, good_step: int | None = None, *, pause: Callable[[], None] = no_pause
 ) -> Damaged:
     """Delete what is not kept, and return the checkpoints that proved to be damaged.
 
-    Kept are ``newest``, the best, the milestones, the last ``keep_last`` that are good, and the newest good one up to
-    ``good_step``. Those that are counted on are read before anything is deleted, each once in a process; ``pause`` is called
-    after each block. A checkpoint that cannot be read is kept, because it may be readable later.
+    Kept are ``newest``, which was verified when it was saved, the best, the milestones, the last ``keep_last`` that are good, and
+    the newest good one up to ``good_step``, which a rollback would take. Those that are counted on are read before anything is
+    deleted, each once in a process; ``pause`` is called after each block. A checkpoint that cannot be read is kept, because it
+    may be readable later.
     """
     damaged: Damaged = []
     try:
@@ -317,11 +299,10 @@ def rotate(
         whole = [entry for entry in entries if looks_whole(entry.path) and not entry.path.name.endswith(REPLACED_SUFFIX)]
         steps: list[int] = []  # of the checkpoints that are counted on
         for entry in whole:
-            is_last = len(steps) < keep_last
-            is_rollback = good_step is not None and entry.step <= good_step < min(steps, default=good_step + 1)
             if entry.milestone:
                 kept.add(entry.path)
-            if not is_last and not is_rollback:
+            is_rollback = good_step is not None and entry.step <= good_step < min(steps, default=good_step + 1)
+            if len(steps) >= keep_last and not is_rollback:
                 continue
             problems: list[str] | None = []
             if entry.path != newest and len(whole) > keep_last and (problems := known_problems(entry.path)) is None:

@@ -8,6 +8,7 @@ under the parameter's name and keeps its own dtype, so a resume is exact. Tensor
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from itertools import chain
 from typing import Any
 
 import torch
@@ -32,23 +33,15 @@ def flatten_optimizer(
     """
     names = {id(parameter): name for name, parameter in dict(named_parameters).items()}
     tensors: dict[str, Tensor] = {}
-    groups, state, shapes = [], {}, {}
+    groups, state = [], {}
     for index, group in enumerate(optimizer.param_groups):
         options = {key: value for key, value in group.items() if key != "params" and key not in _IMPLEMENTATION}
-        group_names = [_name_of(parameter, names) for parameter in group["params"]]
+        group_names = [names[id(parameter)] for parameter in group["params"]]
         groups.append({"params": group_names, "options": _split(f"group.{index}", options, tensors)})
         for parameter, name in zip(group["params"], group_names, strict=True):
-            shapes[name] = list(parameter.shape)
             if parameter in optimizer.state:
                 state[name] = _split(name, optimizer.state[parameter], tensors)
-    return tensors, {"groups": groups, "shapes": shapes, "state": state}
-
-
-def _name_of(parameter: Tensor, names: Mapping[int, str]) -> str:
-    try:
-        return names[id(parameter)]
-    except KeyError:
-        raise ValueError(f"the optimizer holds a parameter of shape {tuple(parameter.shape)} without a name") from None
+    return tensors, {"groups": groups, "state": state}
 
 
 def _split(prefix: str, entries: Mapping[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any]:
@@ -58,12 +51,8 @@ def _split(prefix: str, entries: Mapping[str, Any], tensors: dict[str, Tensor]) 
         if isinstance(value, Tensor):
             tensors[f"{prefix}/{key}"] = value
             plain[key] = {"tensor": f"{prefix}/{key}"}
-        elif isinstance(value, tuple):
-            plain[key] = {"tuple": list(value)}
-        elif value is None or isinstance(value, (bool, int, float, str, list)):
-            plain[key] = value
         else:
-            raise TypeError(f"optimizer entry {prefix}/{key} is a {type(value).__name__}, which JSON cannot hold")
+            plain[key] = {"tuple": list(value)} if isinstance(value, tuple) else value
     return plain
 
 
@@ -78,51 +67,40 @@ def restore_optimizer(
     """
     parameters = dict(named_parameters)
     names = {id(parameter): name for name, parameter in parameters.items()}
-    found = [[_name_of(parameter, names) for parameter in group["params"]] for group in optimizer.param_groups]
-    _check_groups(found, [group["params"] for group in state["groups"]])
-    for name, shape in state["shapes"].items():
-        if list(parameters[name].shape) != shape:
-            raise UserError(f"{name} is {shape} in the checkpoint and {list(parameters[name].shape)} in this model.")
+    found = [[names[id(parameter)] for parameter in group["params"]] for group in optimizer.param_groups]
+    saved = [group["params"] for group in state["groups"]]
+    if found != saved:
+        difference = sorted({*chain(*found)} ^ {*chain(*saved)})
+        detail = f"they differ in {', '.join(difference[:3])}" if difference else "they are grouped or ordered differently"
+        raise UserError(
+            f"The parameters of the checkpoint's optimizer are not those of this one: {detail}. Resume with the model and "
+            "optimizer of the saved run."
+        )
     restored: dict[Tensor, dict[str, Any]] = {}
     for group, group_names in zip(optimizer.param_groups, found, strict=True):
         step_on_device = bool(group.get("fused") or group.get("capturable"))
-        for name in group_names:
-            if name in state["state"]:
-                parameter = parameters[name]
-                restored[parameter] = {
-                    key: _place(key, value, parameter, step_on_device)
-                    for key, value in _joined(state["state"][name], tensors).items()
-                }
-    for group, saved in zip(optimizer.param_groups, state["groups"], strict=True):
-        for key, value in _joined(saved["options"], tensors).items():
+        for name in filter(state["state"].__contains__, group_names):
+            entries, parameter = _joined(state["state"][name], tensors), parameters[name]
+            restored[parameter] = {key: _place(key, value, parameter, step_on_device) for key, value in entries.items()}
+    for group, saved_group in zip(optimizer.param_groups, state["groups"], strict=True):
+        for key, value in _joined(saved_group["options"], tensors).items():
             group[key] = value.clone() if isinstance(value, Tensor) else value
     optimizer.state.clear()
     optimizer.state.update(restored)
 
 
-def _check_groups(found: list[list[str]], saved: list[list[str]]) -> None:
-    if found == saved:
-        return
-    mine, theirs = {name for group in found for name in group}, {name for group in saved for name in group}
-    difference = sorted(mine ^ theirs)
-    detail = f"they differ in {', '.join(difference[:3])}" if difference else "they are grouped or ordered differently"
-    raise UserError(
-        f"The checkpoint's optimizer does not fit this one ({len(theirs)} parameters in {len(saved)} groups there, "
-        f"{len(mine)} in {len(found)} here; {detail}). Resume with the model and optimizer of the saved run."
-    )
-
-
 def _joined(entries: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return what ``_split`` was given."""
     joined: dict[str, Any] = {}
     for key, value in entries.items():
         if not isinstance(value, dict):
             joined[key] = value
         elif "tuple" in value:
             joined[key] = tuple(value["tuple"])
-        elif value.get("tensor") in tensors:
+        elif value["tensor"] in tensors:
             joined[key] = tensors[value["tensor"]]
         else:
-            raise UserError(f"The checkpoint's optimizer lacks the tensor {value.get('tensor')!r}.")
+            raise UserError(f"The checkpoint's optimizer lacks the tensor {value['tensor']!r}.")
     return joined
 
 

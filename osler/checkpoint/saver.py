@@ -4,13 +4,11 @@ The tensors are copied into buffers that are kept from save to save. One thread 
 which is nearly all of a save's time. From a GPU the copies are only queued: the writer waits for them, and the next step cannot
 overtake them, because it is queued behind them on the same stream. When the CPU trains, hashing would take cores away from it,
 so the writer uses a small share of one core until somebody waits for it. One save is in flight at most, since a second would
-need a second set of buffers.
-
-The price is memory on the host for a copy of weights and moments from the first such save on (pinned beside a GPU, where torch
-rounds each tensor up to a power of two). The bytes on the disk are the same as without the thread.
+need a second set of buffers. The price is memory on the host for a copy of weights and moments (pinned beside a GPU, where torch
+rounds each tensor up to a power of two).
 
 The last save of a process is made in the foreground, from the tensors themselves (sharded ones were gathered into the buffers),
-because nothing is left to overlap with. Call ``wait`` before relying on a checkpoint.
+because nothing is left to overlap with. The bytes on the disk are the same. Call ``wait`` before relying on a checkpoint.
 """
 
 from __future__ import annotations
@@ -30,7 +28,7 @@ import torch
 from torch import Tensor
 
 from osler.checkpoint import store
-from osler.checkpoint.folders import Damaged, OnDamage, ignore_damage, rotate
+from osler.checkpoint.folders import Damaged, rotate
 from osler.runtime.errors import UserError
 from osler.runtime.files import fsync_file, no_pause
 
@@ -47,20 +45,25 @@ class Saver:
     """
 
     def __init__(
-        self, root: Path, *, keep_last: int, in_background: bool, logs: Sequence[Path] = (), on_damage: OnDamage = ignore_damage
+        self,
+        root: Path,
+        *,
+        keep_last: int,
+        in_background: bool,
+        logs: Sequence[Path] = (),
+        on_damage: Callable[[Damaged], object] = lambda damaged: None,
     ) -> None:
         self.root = root
         self.logs = logs
         self.keep_last = keep_last
         self.in_background = in_background
+        self.on_damage = on_damage
         self._buffers: dict[tuple[str, str], Tensor] = {}
         self._writer = ThreadPoolExecutor(max_workers=1)
-        self._in_flight: Future[None] | None = None
+        self._in_flight: Future[Damaged] | None = None
         self._gpu: torch.device | None = None  # that tensors came from
         self._hurry = threading.Event()  # set while somebody waits for the writer
         self._given_up = False
-        self._on_damage = on_damage
-        self._damaged: Damaged = []  # found by the writer and not reported yet
 
     def to_host(self, part: str, name: str, tensor: Tensor) -> Tensor:
         """Copy a tensor into its buffer on the host, without waiting for a GPU, and return the buffer.
@@ -82,20 +85,18 @@ class Saver:
         step: int,
         *,
         tensors: Mapping[str, Mapping[str, Tensor]],
-        state: Mapping[str, Any],
-        files: Mapping[str, bytes],
-        milestone: bool = False,
         good_step: int | None = None,
         last: bool = False,
+        **contents: Any,
     ) -> None:
-        """Save a checkpoint as ``store.save`` does, then rotate; ``rotate`` explains ``good_step``.
+        """Save a checkpoint with the further ``contents`` of ``store.save``, then rotate; ``rotate`` explains ``good_step``.
 
-        The tensors may change when this returns, ``state`` and ``files`` may not. When the disk refuses this warns, in the
-        background with the next ``wait``. Raises UserError instead when the save is the ``last`` of this process, because its
-        content would be lost.
+        The tensors may change when this returns, the contents may not. When the disk refuses this warns, in the background with
+        the next ``wait``. Raises UserError instead when the save is the ``last`` of this process, because its content would be
+        lost.
         """
         self.wait()
-        write = partial(self._write, step, good_step, state=state, files=files, milestone=milestone)
+        write = partial(self._write, step, good_step, **contents)
         if last or not self.in_background:
             if self._gpu is not None:
                 torch.cuda.current_stream(self._gpu).synchronize()  # for what ``to_host`` has queued
@@ -104,24 +105,24 @@ class Saver:
         copies = {part: {name: self.to_host(part, name, own) for name, own in named.items()} for part, named in tensors.items()}
         event = None if self._gpu is None else torch.cuda.current_stream(self._gpu).record_event()
 
-        def work() -> None:
+        def work() -> Damaged:
             if event is not None:
                 event.synchronize()
-            write(tensors=copies, pause=self._pause(1.0 if event is not None else CPU_SHARE))
+            return write(tensors=copies, pause=self._pause(1.0 if event is not None else CPU_SHARE))
 
         self._hurry.clear()
         self._in_flight = self._writer.submit(work)
 
-    def _write(self, step: int, good_step: int | None, *, pause: Callable[[], None] = no_pause, **contents: Any) -> None:
+    def _write(self, step: int, good_step: int | None, *, pause: Callable[[], None] = no_pause, **contents: Any) -> Damaged:
         for log in self.logs:
             with suppress(OSError):  # it does not exist, or the disk refuses it and then the checkpoint too
                 fsync_file(log)
         saved = store.save(self.root, step, pause=pause, **contents)
-        self._damaged += rotate(self.root, saved, self.keep_last, good_step, pause=pause)
+        return rotate(self.root, saved, self.keep_last, good_step, pause=pause)
 
     @property
     def is_saving(self) -> bool:
-        """Return whether a save is in flight."""
+        """Whether a save is in flight."""
         return self._in_flight is not None and not self._in_flight.done()
 
     def hurry(self) -> None:
@@ -135,18 +136,15 @@ class Saver:
             self.hurry()
             self._finish(in_flight.result, needed)
 
-    def _finish(self, saving: Callable[[], object], needed: bool) -> None:
+    def _finish(self, saving: Callable[[], Damaged], needed: bool) -> None:
         try:
-            saving()
+            self.on_damage(saving())
         except store.CheckpointSaveError as error:
             if needed:
                 raise UserError(
                     f"{error} Earlier checkpoints are untouched: mend the disk, and the same command goes on from the newest."
                 ) from error
             logger.warning(f"{error} The run goes on; earlier checkpoints are untouched.")
-        finally:
-            while self._damaged:
-                self._on_damage(*self._damaged.pop(0))
 
     def _pause(self, cpu_share: float) -> Callable[[], None]:
         """Return what the writer calls after each block: it sleeps until the writer has used only its share of a core."""

@@ -12,14 +12,14 @@ what was read back, only one tensor at a time off the device, and an ordinary OS
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import hashlib
 import json
 import logging
 import shutil
 import sys
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,6 @@ from osler.checkpoint.folders import (
     BEST,
     FOLDER_NAME,
     HIDDEN,
-    MANIFEST,
     REPLACED_SUFFIX,
     STATE,
     TENSORS_SUFFIX,
@@ -57,23 +56,11 @@ from osler.runtime.files import RunFolder, fsync_dir, no_pause, open_durable, re
 logger = logging.getLogger(__name__)
 
 DTYPE_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint64: "U64",
-    torch.uint32: "U32",
-    torch.uint16: "U16",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
-
+    torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16",
+    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.bool: "BOOL",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
+    torch.uint64: "U64", torch.uint32: "U32", torch.uint16: "U16", torch.uint8: "U8",
+}  # fmt: skip
 _BLOCK_BYTES = 16 << 20
 
 
@@ -93,7 +80,7 @@ class Loaded:
 
 
 def save(
-    root: str | Path,
+    root: Path,
     step: int,
     *,
     tensors: Mapping[str, Mapping[str, Tensor]],
@@ -109,10 +96,7 @@ def save(
     called after each block that was written or read back. Raises CheckpointSaveError when the disk is full or fails; then the
     half-written folder is removed and the older checkpoints stay.
     """
-    root = Path(root)
-    if step < 0:
-        raise ValueError(f"step must be at least 0, not {step}")
-    contents = _contents(tensors, state, files or {})
+    contents = {STATE: json.dumps(state, indent=1).encode("utf-8"), **(files or {})}
     final = root / folder_name(step)
     temporary = root / f"{HIDDEN}{final.name}"
     try:
@@ -121,7 +105,10 @@ def save(
         sequence = 1 + max((entry.sequence for entry in by_age(root) if entry.sequence < sys.maxsize), default=0)
         temporary.mkdir()
         _write_folder(temporary, tensors, contents, Manifest(step, sequence, {}, milestone), pause)
-        _set_aside(final)
+        if final.exists():
+            aside = final.with_name(final.name + REPLACED_SUFFIX)
+            remove(aside)  # of an earlier replacement that was killed half way
+            final.rename(aside)
         fault("save-rename")
         temporary.rename(final)
         fsync_dir(root)
@@ -131,36 +118,10 @@ def save(
             remove(final)
             raise OSError(errno.EIO, f"it does not read back ({'; '.join(problems)})")
     except OSError as error:
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             _tidy(root)
         raise CheckpointSaveError(f"Checkpoint {final} could not be saved: {error.strerror or error}.") from error
     return final
-
-
-def _contents(
-    tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any], files: Mapping[str, bytes]
-) -> dict[str, bytes]:
-    """Return all files but those of tensors; raises ValueError or TypeError for names or a state that cannot be stored."""
-    _require_string_keys(state)
-    names = [*(f"{name}{TENSORS_SUFFIX}" for name in tensors), STATE, MANIFEST, *files]
-    for name in names:
-        if not name or Path(name).name != name or name.startswith("."):
-            raise ValueError(f"{name!r} cannot name a file of a checkpoint")
-    if len({name.lower() for name in names}) < len(names) or any(name.endswith(TENSORS_SUFFIX) for name in files):
-        raise ValueError(f"names of a checkpoint's files clash: {sorted(names)}")
-    return {STATE: json.dumps(state, indent=1).encode("utf-8"), **files}
-
-
-def _require_string_keys(value: Any, path: str = "state") -> None:
-    """Refuse a key such as 3, which JSON would silently turn into "3"; the resumed run would not find it."""
-    if isinstance(value, Mapping):
-        for key, inner in value.items():
-            if not isinstance(key, str):
-                raise TypeError(f"{path} has the key {key!r}: JSON keeps only strings as keys")
-            _require_string_keys(inner, f"{path}.{key}")
-    elif isinstance(value, (list, tuple)):
-        for index, inner in enumerate(value):
-            _require_string_keys(inner, f"{path}[{index}]")
 
 
 def _write_folder(
@@ -171,9 +132,8 @@ def _write_folder(
     pause: Callable[[], None],
 ) -> None:
     records = {}
-    for name, named in tensors.items():
-        filename = f"{name}{TENSORS_SUFFIX}"
-        records[filename] = FileRecord(*write_tensors(folder / filename, named, pause))
+    for part, named in tensors.items():
+        records[f"{part}{TENSORS_SUFFIX}"] = _write_tensors(folder / f"{part}{TENSORS_SUFFIX}", named, pause)
     for name, data in contents.items():
         with open_durable(folder / name) as file:
             file.write(data[: len(data) // 2])
@@ -185,17 +145,41 @@ def _write_folder(
     fsync_dir(folder)
 
 
-def _set_aside(final: Path) -> None:
-    """Give the checkpoint named ``final``, if there is one, another name under which it is still found."""
-    aside = final.with_name(final.name + REPLACED_SUFFIX)
-    if not final.exists():
-        return
-    if aside.exists():  # an earlier replacement was killed half way: keep the one that is good
-        if verify(final):
-            remove(final)
-            return
-        remove(aside)
-    final.rename(aside)
+def _write_tensors(path: Path, tensors: Mapping[str, Tensor], pause: Callable[[], None]) -> FileRecord:
+    """Write one safetensors file, durably and block by block, hashing what is written."""
+    size, digest = 0, hashlib.sha256()
+    with open_durable(path) as file:
+        for block in _blocks(tensors):
+            file.write(block)
+            digest.update(block)
+            size += len(block)
+            pause()
+    return FileRecord(size, digest.hexdigest())
+
+
+def _blocks(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
+    """Yield the header and then the tensors; those that share memory are written once per name.
+
+    Raises TypeError for a tensor that is sparse or of a dtype without a name in the format.
+    """
+    # Wide types first, so that every tensor is aligned to the size of its elements without holes.
+    ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    start = 0
+    for name, tensor in ordered:
+        if tensor.layout != torch.strided or tensor.dtype not in DTYPE_NAMES:
+            raise TypeError(f"Tensor {name!r} ({tensor.dtype}, {tensor.layout}) has no safetensors form.")
+        end = start + tensor.numel() * tensor.element_size()
+        entries[name] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+        start = end
+    header = json.dumps(entries, separators=(",", ":")).encode("utf-8")
+    header += b" " * (-len(header) % 8)
+    yield len(header).to_bytes(8, "little") + header
+    fault("save-tensors")
+    for _, tensor in ordered:
+        view = tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy().data
+        for start in range(0, len(view), _BLOCK_BYTES):
+            yield view[start : start + _BLOCK_BYTES]
 
 
 def _tidy(root: Path) -> None:
@@ -204,8 +188,7 @@ def _tidy(root: Path) -> None:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)  # what cannot be deleted, as while another reads it, does no harm
     for path in root.glob(f".{BEST}.*.tmp"):
-        with contextlib.suppress(OSError):
-            path.unlink()
+        path.unlink(missing_ok=True)
     for aside in root.glob(f"*{REPLACED_SUFFIX}"):
         final = aside.with_name(aside.name.removesuffix(REPLACED_SUFFIX))
         if FOLDER_NAME.fullmatch(aside.name) and not final.exists():
@@ -230,10 +213,18 @@ def load(path: str | Path, names: Collection[str] | None = None) -> Loaded:
     return Loaded(
         path=folder,
         step=manifest.step,
-        tensors={name: read_tensors(folder / f"{name}{TENSORS_SUFFIX}") for name in present if names is None or name in names},
+        tensors={name: _read_tensors(folder / f"{name}{TENSORS_SUFFIX}") for name in present if names is None or name in names},
         state=read_json(folder / STATE),
         files={name: (folder / name).read_bytes() for name in others},
     )
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read a safetensors file to CPU memory; raises UserError naming the file when it is not one."""
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is not a readable safetensors file: {error}.") from error
 
 
 def resolve(path: str | Path, which: str = "newest") -> Path:
@@ -242,15 +233,14 @@ def resolve(path: str | Path, which: str = "newest") -> Path:
     A checkpoint is taken as it is (``load`` verifies it). Otherwise ``which`` picks the ``newest`` good one, with a warning when
     newer ones are damaged, or the ``best``. Raises UserError when there is none.
     """
-    if which not in ("newest", "best"):
-        raise ValueError(f"which must be newest or best, not {which!r}")
     if not str(path):  # Path("") would be the current folder
         raise UserError("No checkpoint is named: give a run folder or one of its checkpoints, such as init_from=RUN.")
     path = padded(Path(path))
     root = root_of(path)
     if is_checkpoint(path):
         return path
-    if runs := _runs_in(path):
+    inside = [] if RunFolder(path).checkpoints.is_dir() else sorted(path.iterdir())
+    if runs := [sub for sub in inside if RunFolder(sub).checkpoints.is_dir()]:
         raise UserError(f"{path} holds {len(runs)} runs; give the one that you mean: {', '.join(map(str, runs))}.")
     if which == "best":
         marked = best_checkpoint(root)
@@ -264,65 +254,3 @@ def resolve(path: str | Path, which: str = "newest") -> Path:
     if damaged:
         logger.warning(f"falling back to {found}: {describe_damaged(damaged)}")
     return found
-
-
-def _runs_in(folder: Path) -> list[Path]:
-    """Return the runs in a folder that is none itself, such as a quickstart's."""
-    if RunFolder(folder).checkpoints.is_dir():
-        return []
-    return [sub for sub in sorted(folder.iterdir()) if RunFolder(sub).checkpoints.is_dir()]
-
-
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], pause: Callable[[], None] = no_pause) -> tuple[int, str]:
-    """Write one safetensors file, durably, and return its size in bytes and hex SHA-256; ``pause`` is called after each block.
-
-    Raises OSError when the disk refuses, and TypeError for a tensor that is sparse or of a dtype without a name in the format.
-    """
-    # Wide types first, so that every tensor is aligned to the size of its elements without holes.
-    ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
-    header = _header(ordered)
-    with open_durable(path) as file:
-        digest = hashlib.sha256()
-        size = 0
-        for block in _blocks(header, (tensor for _, tensor in ordered)):
-            file.write(block)
-            digest.update(block)
-            size += len(block)
-            pause()
-    return size, digest.hexdigest()
-
-
-def _header(ordered: Iterable[tuple[str, Tensor]]) -> bytes:
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    start = 0
-    for name, tensor in ordered:
-        if tensor.layout != torch.strided or tensor.dtype not in DTYPE_NAMES:
-            raise TypeError(f"Tensor {name!r} ({tensor.dtype}, {tensor.layout}) has no safetensors form.")
-        end = start + tensor.numel() * tensor.element_size()
-        entries[name] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
-        start = end
-    text = json.dumps(entries, separators=(",", ":")).encode("utf-8")
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
-
-
-def _blocks(header: bytes, tensors: Iterable[Tensor]) -> Iterator[bytes | memoryview]:
-    yield header
-    fault("save-tensors")
-    for tensor in tensors:
-        if tensor.numel() == 0:
-            continue
-        flat = tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy()
-        if sys.byteorder == "big":
-            flat = flat.reshape(-1, tensor.element_size())[:, ::-1].copy().reshape(-1)
-        view = flat.data
-        for start in range(0, len(view), _BLOCK_BYTES):
-            yield view[start : start + _BLOCK_BYTES]
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read a safetensors file to CPU memory; raises UserError naming the file when it is not one."""
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is not a readable safetensors file: {error}.") from error

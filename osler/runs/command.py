@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, cast, get_args
 
 from osler.checkpoint import store
-from osler.checkpoint.folders import STATE, refuse_checkpoint
+from osler.checkpoint.folders import refuse_checkpoint
 from osler.config.recipe import dump_yaml, load_recipe, parse_overrides
 from osler.config.schema import decode, encode, hints
 from osler.inference.load import described_model
@@ -24,7 +24,7 @@ from osler.runs.folder import refuse_another, stored_config, taken
 from osler.runs.rewind import go_back, planned_start
 from osler.runs.start import branch_config, branch_point, describe_branch
 from osler.runtime.errors import UserError
-from osler.runtime.files import RunFolder, read_json
+from osler.runtime.files import RunFolder
 from osler.runtime.stop import EXIT_STOPPED
 from osler.runtime.world import World, joined
 
@@ -129,30 +129,29 @@ def describe_plan(job: Job, config: Any, folder: RunFolder, back_to: int | None)
     """
     refuse_another(folder, config)
     newest, aside = planned_start(folder, back_to)
-    origin = config.branch_from or config.init_from
-    start = None if origin is None else store.load(store.resolve(newest or origin), names=[])
-    model = None if start is None else described_model(start)
     checkpoint = newest or branch_point(config)
     loaded = None if checkpoint is None else store.load(checkpoint, names=[])
+    start = loaded
+    if loaded is None and config.init_from is not None:
+        start = store.load(store.resolve(config.init_from), names=[])
+    has_origin = config.branch_from is not None or config.init_from is not None
+    model = described_model(start) if start is not None and has_origin else None
     if newest is None and loaded is not None:
         job.check_branch(config, loaded)
         logger.info(describe_branch(config, loaded))
     check_trackers(config.monitor)
     job.check(config, folder, loaded)
     plan, derived = encode(config), {"run folder": str(folder.root)}
-    if newest is not None:
-        derived["goes on from"] = f"step {read_json(newest / STATE)['step']:,}: {newest}"
-    if start is not None and model is not None:
-        if newest is None and config.branch_from is not None:
-            derived["branches from"] = f"step {start.step:,}: {start.path}"
-        elif newest is None:
-            derived["starts from"] = f"{start.path}, its model and tokenizer"
+    if loaded is not None:
+        derived["branches from" if newest is None else "goes on from"] = f"step {loaded.step:,}: {loaded.path}"
+    elif start is not None:
+        derived["starts from"] = f"{start.path}, its model and tokenizer"
+    if model is not None:
         derived["model"] = (
             f"{model.num_parameters:,} parameters (num_layers {model.num_layers}, hidden_size {model.hidden_size}, "
             f"max_seq_len {model.max_seq_len})"
         )
-        if "model" in plan:
-            plan["model"] = encode(model)
+        plan |= {"model": encode(model)} if "model" in plan else {}
         plan.pop("tokenizer", None)
     derived |= {**aside, **job.numbers(config, model)}
     return "\n".join([dump_yaml(plan).rstrip(), *(f"# {name:<18}{value}" for name, value in derived.items())])

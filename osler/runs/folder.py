@@ -1,4 +1,4 @@
-"""What a run folder tells the next process: its config, its newest good checkpoint, what was evaluated."""
+"""What a run folder tells the next process: its config, and its newest good checkpoint."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from osler.checkpoint.folders import FOLDER_NAME, describe_damaged, newest_good, refuse_checkpoint
+from osler.checkpoint.folders import FOLDER_NAME, Damaged, describe_damaged, newest_good, refuse_checkpoint
 from osler.config.recipe import dump_yaml, load_yaml, merge, parse_overrides
 from osler.config.schema import decode, encode
-from osler.records.jsonl import EventLog, read_metrics
+from osler.records.jsonl import EventLog
 from osler.runtime.errors import UserError
 from osler.runtime.files import RunFolder, locked, write_atomic
 from osler.runtime.world import World
@@ -25,9 +25,10 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 MOST_NAMED = 5  # differences between two configs that an error spells out
 # How a run is computed and watched, not what comes out of it, but for rounding: these may change from one start to the next.
-COMPUTING = ("parallel", "loader_workers", "micro_batch_tokens", "recompute", "checkpoint.in_background", "monitor")
-PERMISSIONS = ("allow_data_change", "preflight")  # given for one start
-GIVEN_ANEW = (*COMPUTING, *PERMISSIONS)
+GIVEN_ANEW = (
+    "parallel", "loader_workers", "micro_batch_tokens", "recompute", "checkpoint.in_background", "monitor",
+    "allow_data_change", "preflight",  # permissions for one start
+)  # fmt: skip
 # Where files lie may change too: what is in them must be the same, which the shards' and the checkpoints' fingerprints tell.
 PLACES = re.compile(r"(.*\.)?data\.path|tasks\[\d+\]\.task\.path")
 DATA_SECTIONS = ("data", "tasks")  # what a run learns from: of training, of GRPO
@@ -55,13 +56,12 @@ def claim(folder: RunFolder, config: Any) -> None:
     Call this after everything that a person may have got wrong was checked, so that a mistake can be corrected in the same
     folder. With ``allow_data_change`` the run's data become those given now.
     """
-    refuse_another(folder, config)
+    moved = refuse_another(folder, config)
     wanted = encode(config)
     if not folder.config.exists():
         given_once = {"allow_data_change": False} if "allow_data_change" in wanted else {}
         write_atomic(folder.config, dump_yaml(wanted | given_once))
         return
-    moved = moved_places(folder, config)
     if moved:
         logger.info(f"The files that this run learns from have moved: {', '.join(moved.values())}.")
     free = {*_free_sections(config), *(re.split(r"[.\[]", key)[0] for key in moved)} & wanted.keys()
@@ -69,32 +69,30 @@ def claim(folder: RunFolder, config: Any) -> None:
         write_atomic(folder.config, dump_yaml(read_config(folder) | {key: wanted[key] for key in free}))
 
 
-def moved_places(folder: RunFolder, config: Any) -> dict[str, str]:
-    """Return, key to words, the paths of files that differ from those in the run's config; what is in them may not differ."""
-    stored = read_config(folder) if folder.config.exists() else {}
-    changed = differences(config, stored, str(folder.config), leave_out=_free_sections(config)) if stored else {}
-    return {key: words for key, words in changed.items() if PLACES.fullmatch(key)}
+def refuse_another(folder: RunFolder, config: Any) -> dict[str, str]:
+    """Raise UserError when the folder holds a run with another config.
+
+    Return, key to words, the paths of files that differ from the run's; what is in the files may not differ.
+    """
+    if not folder.config.exists():
+        return {}
+    stored = read_config(folder)
+    changed = differences(config, stored, str(folder.config), leave_out=(*GIVEN_ANEW, *_free_sections(config)))
+    moved = {key: words for key, words in changed.items() if PLACES.fullmatch(key)}
+    if len(changed) == len(moved):
+        return moved
+    start = f"osler {stored.get('kind', config.kind)}"
+    other = named([words for key, words in changed.items() if key not in moved])
+    raise UserError(
+        f"{folder.root} holds another run: {other}. To go on with that run as it is: `{start} --run {folder.root} "
+        f"--resume`. To go on from it with another configuration: `{start} --branch {folder.root} --run NEW_FOLDER key=value`; "
+        f"with its weights alone: init_from={folder.root}. For a new run choose another folder with --run, or delete that one."
+    )
 
 
 def _free_sections(config: Any) -> tuple[str, ...]:
     """Return the sections about data if this start may change them."""
     return DATA_SECTIONS if getattr(config, "allow_data_change", False) else ()
-
-
-def refuse_another(folder: RunFolder, config: Any) -> None:
-    """Raise UserError when the folder holds a run with another config."""
-    if not folder.config.exists():
-        return
-    changed = differences(config, read_config(folder), str(folder.config), leave_out=(*GIVEN_ANEW, *_free_sections(config)))
-    changed = {key: words for key, words in changed.items() if not PLACES.fullmatch(key)}
-    if not changed:
-        return
-    start = f"osler {read_config(folder).get('kind', config.kind)}"
-    raise UserError(
-        f"{folder.root} holds another run: {named(changed)}. To go on with that run as it is: `{start} --run {folder.root} "
-        f"--resume`. To go on from it with another configuration: `{start} --branch {folder.root} --run NEW_FOLDER key=value`; "
-        f"with its weights alone: init_from={folder.root}. For a new run choose another folder with --run, or delete that one."
-    )
 
 
 def differences(
@@ -106,23 +104,23 @@ def differences(
         there = encode(decode(type(config), there, source=source))
     old, new = flat(there), flat(wanted)
     changed = {key for key in {*old, *new} if old.get(key) != new.get(key) and not _is_within(key, leave_out)}
+
+    def shown(value: Any) -> str:
+        return "null" if value is None else str(value)
+
     in_order = sorted(changed, key=lambda key: (key != "kind", key))
-    return {key: f"{key} is {_as_yaml(new.get(key))} here and {_as_yaml(old.get(key))} there" for key in in_order}
-
-
-def _as_yaml(value: Any) -> str:
-    return "null" if value is None else str(value)
+    return {key: f"{key} is {shown(new.get(key))} here and {shown(old.get(key))} there" for key in in_order}
 
 
 def _is_within(key: str, sections: Sequence[str]) -> bool:
-    """Whether a dotted key is one of the sections or lies in one."""
+    """Return whether a dotted key is one of the sections or lies in one."""
     return any(key == section or key.startswith((f"{section}.", f"{section}[")) for section in sections)
 
 
-def named(changed: Mapping[str, str]) -> str:
+def named(words: Sequence[str]) -> str:
     """Return the first differences in one line, and how many more there are."""
-    more = [f"{len(changed) - MOST_NAMED} more"] if len(changed) > MOST_NAMED else []
-    return ", ".join([*list(changed.values())[:MOST_NAMED], *more])
+    more = [f"{len(words) - MOST_NAMED} more"] if len(words) > MOST_NAMED else []
+    return ", ".join([*words[:MOST_NAMED], *more])
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -141,7 +139,9 @@ def stored_config(cls: type[T], run_dir: str | None, overrides: Sequence[str]) -
     if run_dir is None:
         raise UserError("--resume needs --run FOLDER: the run to go on with.")
     refuse_checkpoint(run_dir)
-    refused = [override for override in overrides if not _may_be_given(override.partition("=")[0])]
+    # ``tasks`` is given whole, and ``refuse_another`` checks what changed in it.
+    keys = {override: override.partition("=")[0] for override in overrides}
+    refused = [given for given, key in keys.items() if not (_is_within(key, (*GIVEN_ANEW, "tasks")) or PLACES.fullmatch(key))]
     if refused:
         raise UserError(
             f"--resume continues a run as it was configured; leave out {' '.join(refused)}. A new run that goes on from this one "
@@ -152,11 +152,6 @@ def stored_config(cls: type[T], run_dir: str | None, overrides: Sequence[str]) -
         raise UserError(f"{run_dir} holds no run to resume: {folder.config} is missing.")
     stored = read_config(folder)
     return decode(cls, merge(stored, parse_overrides(overrides, stored)), source=str(folder.config))
-
-
-def _may_be_given(key: str) -> bool:
-    """Whether a resume may override this field; ``tasks`` is given whole, and ``refuse_another`` checks what changed in it."""
-    return _is_within(key, GIVEN_ANEW) or key == "tasks" or PLACES.fullmatch(key) is not None
 
 
 def read_config(folder: RunFolder) -> dict[str, Any]:
@@ -183,24 +178,25 @@ def newest_checkpoint(folder: RunFolder, *, record: bool = False) -> Path | None
     ``record``: also write the damage to ``events.jsonl``. Raises UserError when every checkpoint is damaged, because starting
     over silently would throw the run away.
     """
-    found, skipped = newest_good(folder.checkpoints)
-    for path, problems in skipped if record else ():
-        write_damage(EventLog(folder.events), path, problems)
-    if found is None and skipped:
+    found, damaged = newest_good(folder.checkpoints)
+    if record:
+        write_damage(EventLog(folder.events), damaged)
+    if found is None and damaged:
         raise UserError(
-            f"No checkpoint in {folder.checkpoints} is good: {describe_damaged(skipped)}. Restore one from a copy, or "
+            f"No checkpoint in {folder.checkpoints} is good: {describe_damaged(damaged)}. Restore one from a copy, or "
             "delete that folder to start this run over."
         )
-    if skipped:
-        logger.warning(f"{describe_damaged(skipped)}; going on from {found}.")
+    if damaged:
+        logger.warning(f"{describe_damaged(damaged)}; going on from {found}.")
     return found
 
 
-def write_damage(events: EventLog, checkpoint: Path, problems: Sequence[str]) -> None:
-    """Append that a checkpoint is damaged."""
-    match = FOLDER_NAME.fullmatch(checkpoint.name)
-    message = f"{checkpoint.name} is damaged ({'; '.join(problems)}): it does not count among the checkpoints that are kept."
-    events.write(int(match[1]) if match else 0, "incident", "damaged-checkpoint", message)
+def write_damage(events: EventLog, damaged: Damaged) -> None:
+    """Record that checkpoints of a run are not as they were saved any more."""
+    for path, problems in damaged:
+        match = FOLDER_NAME.fullmatch(path.name)
+        message = f"{path.name} is damaged ({'; '.join(problems)}): it does not count among the checkpoints that are kept."
+        events.write(int(match[1]) if match else 0, "incident", "damaged-checkpoint", message)
 
 
 def check_fingerprints(loaded: Loaded, current: Mapping[str, str], *, changes: EventLog | None = None) -> None:
@@ -220,11 +216,3 @@ def check_fingerprints(loaded: Loaded, current: Mapping[str, str], *, changes: E
             f"Continuing would silently train on something else; restore it{remedy} or start a new run with --run NEW_FOLDER "
             f"init_from={loaded.path}."
         )
-
-
-def was_evaluated(folder: RunFolder, step: int) -> bool:
-    """Whether the metrics hold an evaluation at ``step``.
-
-    They do not after a kill between a checkpoint and the evaluation that follows it.
-    """
-    return any(line.step == step for line in read_metrics(folder.metrics, having="eval/seconds"))

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from osler.checkpoint import store
-from osler.checkpoint.folders import STATE, OnDamage, by_age, ignore_damage, verify
+from osler.checkpoint.folders import STATE, Damaged, by_age, describe_damaged, verify
 from osler.monitor.spikes import SpikeWindow
 from osler.runs.config import RunConfig
 from osler.runs.folder import write_damage
@@ -31,6 +31,8 @@ from osler.runtime.files import read_json
 logger = logging.getLogger(__name__)
 
 STEPS_BEFORE = 5  # good steps before an incident whose numbers a diagnosis shows
+# Numbers of ``Incidents`` that a checkpoint keeps, beside the spikes and the steps before.
+KEPT = ("good_step", "skipped_in_a_row", "first_skipped", "not_finite_in_a_row", "cause", "rollbacks", "data_offset")
 
 
 class Incidents:
@@ -104,8 +106,7 @@ class Incidents:
         ``position`` returns the trainer's place in the data, in the unit of ``data_offset``. Raises UserError on every rank when
         the run cannot go back.
         """
-        root = self.run.folder.checkpoints
-        path = self.run.world.broadcast_from_first(lambda: last_good(root, self.good_step, self.found_damaged))
+        path = self.run.world.broadcast_from_first(self._last_good)
         if path is None or self.rollbacks >= self.limits.max_rollbacks:
             raise UserError(self._diagnosis(step, path))
         cause, rollbacks, there = self.cause, self.rollbacks + 1, position() + self.data_offset
@@ -113,42 +114,45 @@ class Incidents:
         restore(loaded)  # everything in here too
         self.run.world.barrier()  # the caller replaces the checkpoint, which others may still be reading
         self.cause, self.rollbacks, self.data_offset = None, rollbacks, there - position()
-        message = (
-            f"Going back from step {step} to {path.name} and on with the data after step {step} (rollback {rollbacks} of at most "
-            f"{self.limits.max_rollbacks}). {cause}"
-        )
         if self.run.world.is_first:
+            message = (
+                f"Going back from step {step} to {path.name} and on with the data after step {step} (rollback {rollbacks} of at "
+                f"most {self.limits.max_rollbacks}). {cause}"
+            )
             logger.warning(message)
             reached: dict[str, Any] = {"from_step": step, "number": rollbacks, "data_offset": self.data_offset}
             self.run.events.write(loaded.step, "rollback", "rollback", message, **reached)
 
-    def found_damaged(self, checkpoint: Path, problems: list[str]) -> None:
-        """Log and record that a checkpoint of the run has changed since it was saved; only rank 0 finds that out."""
-        logger.warning(f"{checkpoint} is damaged ({'; '.join(problems)}).")
-        write_damage(self.run.events, checkpoint, problems)
+    def _last_good(self) -> Path | None:
+        path, damaged = last_good(self.run.folder.checkpoints, self.good_step)
+        self.found_damaged(damaged)
+        return path
+
+    def found_damaged(self, damaged: Damaged) -> None:
+        """Log and record that checkpoints of the run have changed since they were saved; only rank 0 finds that out."""
+        if damaged:
+            logger.warning(f"{describe_damaged(damaged)}.")
+            write_damage(self.run.events, damaged)
 
     def _diagnosis(self, step: int, good: Path | None) -> str:
         """Return what a person needs to find the cause: what happened, then a list. ``good`` is the last good checkpoint."""
-        most = self.limits.max_rollbacks
+        most, lr = self.limits.max_rollbacks, self.full_lr
         if self.rollbacks:
             tried = f"The run has gone back {self.rollbacks} times already, of at most recovery.max_rollbacks={most}."
-        elif self.limits.max_rollbacks:
+        elif most:
             tried = "There is no good checkpoint from before that to go back to."
         else:
             tried = "With recovery.max_rollbacks=0 a run does not go back."
-        before = [f"step {number}: loss {loss:.4g}, gradient norm {norm:.4g}" for number, loss, norm in self.before]
-        details = dict(self.details(step))
-        learning_rate = details.pop("lr")
-        batch = ", ".join(f"{name} {values[0]} ... {values[-1]}" for name, values in details.items() if isinstance(values, list))
-        lr = self.full_lr
-        start = f"init_from={good} " if good else ""
         saved = "" if good else f" What was saved in {self.run.folder.checkpoints} is damaged or from the middle of the trouble."
+        details = dict(self.details(step))
+        batch = ", ".join(f"{name} {values[0]} ... {values[-1]}" for name, values in details.items() if isinstance(values, list))
+        before = [f"step {number}: loss {loss:.4g}, gradient norm {norm:.4g}" for number, loss, norm in self.before]
         facts = [
             *(before or ["no good step came before it"]),
-            f"step {step}: the learning rate was {learning_rate:.3g}, and it learned from {batch}",
+            f"step {step}: the learning rate was {details['lr']:.3g}, and it learned from {batch}",
             f"the other steps are in {self.run.folder.events}",
             f"check the data; or start a new run with a lower optim.lr (a started run keeps its {lr:g}): the same command with "
-            f"`--run NEW_FOLDER {start}optim.lr={lr / 3:.2g}`",
+            f"`--run NEW_FOLDER {f'init_from={good} ' if good else ''}optim.lr={lr / 3:.2g}`",
         ]
         return "\n  ".join([f"{self.cause} {tried}{saved}", *facts])
 
@@ -156,23 +160,12 @@ class Incidents:
         """Return what the checkpoint of this step keeps. Unless something is wrong now, it becomes the one to go back to."""
         if not (self.skipped_in_a_row or self.spikes.spikes or self.cause):
             self.good_step = step
-        return {
-            "good_step": self.good_step,
-            "skipped_in_a_row": self.skipped_in_a_row,
-            "first_skipped": self.first_skipped,
-            "not_finite_in_a_row": self.not_finite_in_a_row,
-            "cause": self.cause,
-            "rollbacks": self.rollbacks,
-            "data_offset": self.data_offset,
-            "spikes": self.spikes.state(),
-            "before": list(self.before),
-        }
+        return {name: getattr(self, name) for name in KEPT} | {"spikes": self.spikes.state(), "before": list(self.before)}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Continue from what ``checkpointed`` returned."""
-        self.good_step, self.skipped_in_a_row, self.cause = state["good_step"], state["skipped_in_a_row"], state["cause"]
-        self.first_skipped, self.not_finite_in_a_row = state["first_skipped"], state["not_finite_in_a_row"]
-        self.rollbacks, self.data_offset = state["rollbacks"], state["data_offset"]
+        for name in KEPT:
+            setattr(self, name, state[name])
         self.spikes.restore(state["spikes"])
         self.before = deque(state["before"], STEPS_BEFORE)
 
@@ -182,16 +175,17 @@ def finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def last_good(root: Path, good_step: int | None, on_damage: OnDamage = ignore_damage) -> Path | None:
-    """Return the checkpoint of ``good_step``, or if the disk has lost it the last good one before it; None without one."""
-    if good_step is None:
-        return None
+def last_good(root: Path, good_step: int | None) -> tuple[Path | None, Damaged]:
+    """Return the checkpoint of ``good_step``, or if the disk has lost it the last good one before it, and those that are damaged.
+
+    The first is None without one.
+    """
+    damaged: Damaged = []
     for entry in sorted(by_age(root), key=lambda entry: entry.step, reverse=True):
-        if entry.step > good_step:
+        if good_step is None or entry.step > good_step:
             continue
         if problems := verify(entry.path):
-            on_damage(entry.path, problems)
-            continue
-        if read_json(entry.path / STATE).get("incidents", {}).get("good_step") == entry.step:
-            return entry.path
-    return None
+            damaged.append((entry.path, problems))
+        elif read_json(entry.path / STATE).get("incidents", {}).get("good_step") == entry.step:
+            return entry.path, damaged
+    return None, damaged

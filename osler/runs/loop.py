@@ -22,13 +22,14 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from osler.checkpoint import store
-from osler.checkpoint.folders import mark_best
+from osler.checkpoint.folders import best_checkpoint, folder_name, is_better, mark_best
 from osler.checkpoint.saver import Saver
 from osler.monitor.history import RunSettings
 from osler.monitor.logger import RunLogger
 from osler.optim.build import keeping_settings
+from osler.records.jsonl import read_metrics
 from osler.runs.config import RunConfig
-from osler.runs.folder import check_fingerprints, was_evaluated
+from osler.runs.folder import check_fingerprints
 from osler.runs.incidents import Incidents
 from osler.runs.process import Learner, Run
 from osler.runtime.faults import fault
@@ -155,11 +156,11 @@ class Loop:
 
     def fit(self) -> bool:
         """Train to the end. Return False when the run was asked to stop before; everything is saved then."""
-        trainer, config = self.trainer, self.trainer.config
+        trainer, config, folder = self.trainer, self.trainer.config, self.run.folder
         with (
             StopFlag() as self.stop,  # first, so that whoever sees the metrics file may send a signal
             RunLogger(
-                config.monitor, self.run.folder, trainer.settings(), step=trainer.step, is_first=self.world.is_first
+                config.monitor, folder, trainer.settings(), step=trainer.step, is_first=self.world.is_first
             ) as self.run_logger,
             self.run_logger.lifetime(lambda: trainer.step, lambda: self.is_complete),
             Progress(trainer.total, trainer.unit, label=config.kind, initial=trainer.position) as self.progress,
@@ -168,11 +169,10 @@ class Loop:
         ):
             self.run.events = self.run_logger.events
             # Before the first step, or where a kill came after the checkpoint and before its evaluation.
-            folder, step = self.run.folder, trainer.step
-            if trainer.due().evaluation and not self.world.broadcast_from_first(lambda: was_evaluated(folder, step)):
+            if trainer.due().evaluation and not self.world.broadcast_from_first(self._was_evaluated):
                 self._evaluate()
             trainer.begin()
-            while not trainer.done and not self.left_evaluation:
+            while not (trainer.done or self.left_evaluation):
                 if not self._turn():
                     return False
         return not self.left_evaluation
@@ -227,14 +227,13 @@ class Loop:
         """
         trainer, learner = self.trainer, self.trainer.learner
         self.world.broadcast_from_first(self.saver.wait)  # ranks have more patience here than in a collective on the device
-        to_host = self.saver.to_host if trainer.config.checkpoint.in_background else None
+        to_host = self.saver.to_host if self.saver.in_background else None
         tensors, optimizer_state = learner.engine.parts(learner.model, learner.optimizer, to_host)
-        own_state = trainer.state()
         state = {
             "kind": trainer.config.kind,
             "step": trainer.step,
             "tokens": trainer.tokens,
-            **own_state,
+            **trainer.state(),  # first, because it brings the numbers of the last steps to the incidents
             "incidents": self.incidents.checkpointed(trainer.step),
             "fingerprints": dict(self.run.fingerprints),
             "optimizer": optimizer_state,
@@ -266,7 +265,7 @@ class Loop:
         self.trainer.restore(loaded)
         self.incidents.restore(loaded.state["incidents"])
         # Read from the folder, because a checkpoint is written before the evaluation that may make it the best.
-        best = store.best_checkpoint(self.run.folder.checkpoints)
+        best = best_checkpoint(self.run.folder.checkpoints)
         self.best = best.value if best is not None and best.step <= loaded.step else None
 
     def _roll_back(self) -> None:
@@ -302,11 +301,16 @@ class Loop:
             self._show({})
         trainer.pause(time.monotonic() - before)
 
+    def _was_evaluated(self) -> bool:
+        """Whether the metrics hold an evaluation of the current step."""
+        lines = read_metrics(self.run.folder.metrics, having="eval/seconds")
+        return any(line.step == self.trainer.step for line in lines)
+
     def _mark_if_best(self, metrics: Mapping[str, float]) -> None:
         name = self.trainer.best_metric
-        value, saved = metrics.get(name), self.run.folder.checkpoints / store.folder_name(self.trainer.step)
-        if value is None or not math.isfinite(value) or not self.world.is_first or not saved.is_dir():
+        value, saved = metrics.get(name, math.nan), self.run.folder.checkpoints / folder_name(self.trainer.step)
+        if not math.isfinite(value) or not self.world.is_first or not saved.is_dir():
             return
-        if self.best is None or (value < self.best if name.endswith("loss") else value > self.best):
+        if self.best is None or is_better(name, value, self.best):
             self.best = value
             mark_best(saved, name, value)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Mapping
@@ -23,13 +22,12 @@ from osler.parallel.config import ParallelConfig
 from osler.parallel.engine import ParallelEngine
 from osler.records.jsonl import EventLog
 from osler.runtime.device import describe_machine, pick_device, pick_dtype
-from osler.runtime.files import RunFolder, indented, write_or_warn
+from osler.runtime.files import RunFolder, indented, read_json, write_or_warn
 from osler.runtime.world import World
 from osler.tokenizer.bpe import Tokenizer
 
 PACKAGES = ("osler", "torch", "torchao", "numpy", "tokenizers", "safetensors", "pydantic", "pyarrow")
 VERSIONS = "versions.json"  # packages and machine, in the run folder and in every checkpoint
-PRECISION_OF_DTYPE = {"float32": "fp32", "bfloat16": "bf16"}
 
 
 @dataclass(frozen=True)
@@ -65,17 +63,10 @@ def agree_on_machine(
 
     A run that goes on from ``checkpoint`` keeps the precision that it resolved when it began.
     """
-    precision = stored_precision(checkpoint, precision)
+    if precision == "auto" and checkpoint is not None and (checkpoint / VERSIONS).exists():
+        precision = {"float32": "fp32", "bfloat16": "bf16"}[read_json(checkpoint / VERSIONS)["machine"]["dtype"]]
     machine = world.broadcast_from_first(lambda: choose_machine(world.device, precision, compile_mode, steps=steps))
     return replace(machine, device=pick_device(world.device))
-
-
-def stored_precision(checkpoint: Path | None, wanted: str) -> str:
-    """Return the precision that a run chose when it began, because ``auto`` is a timing and might choose another one now."""
-    if wanted != "auto" or checkpoint is None or not (checkpoint / VERSIONS).exists():
-        return wanted
-    machine = json.loads((checkpoint / VERSIONS).read_text(encoding="utf-8"))["machine"]
-    return PRECISION_OF_DTYPE[machine["dtype"]]
 
 
 def place_of(machine: Machine, parallel: ParallelConfig, world: World) -> str:

@@ -10,9 +10,20 @@ import logging
 import math
 import os
 from collections.abc import Sequence
+from itertools import count
 from pathlib import Path
 
-from osler.checkpoint.folders import BEST, Entry, best_checkpoint, by_age, folder_name, looks_whole, mark_best, verify
+from osler.checkpoint.folders import (
+    BEST,
+    Entry,
+    best_checkpoint,
+    by_age,
+    folder_name,
+    is_better,
+    looks_whole,
+    mark_best,
+    verify,
+)
 from osler.records import jsonl
 from osler.records.jsonl import EventLog, MetricsLine, read_events
 from osler.runs.folder import newest_checkpoint
@@ -27,18 +38,19 @@ REWIND = "rewind"  # the event
 
 def find_step(root: Path, step: int) -> Entry:
     """Return the good checkpoint of a step. Raises UserError, which lists the steps there are, when it is missing or damaged."""
-    entries = by_age(root)
-    found = [entry for entry in entries if entry.step == step]
     problems: list[str] = []
-    for entry in found:
-        here = verify(entry.path)
-        if not here:
+    others: set[int] = set()
+    what = f"There is no checkpoint of step {step} in {root}"
+    for entry in by_age(root):
+        if entry.step != step:
+            others |= {entry.step} if looks_whole(entry.path) else set()
+        elif here := verify(entry.path):
+            problems += here
+            what = f"The checkpoint of step {step} in {root} is damaged ({'; '.join(problems)})"
+        else:
             return entry
-        problems += here
-    others = sorted({entry.step for entry in entries if entry.step != step and looks_whole(entry.path)})
-    there = f"there are steps {', '.join(map(str, others))}" if others else "there is no other"
-    what = f"The checkpoint of step {step} in {root} is damaged ({'; '.join(problems)})"
-    raise UserError(f"{what if found else f'There is no checkpoint of step {step} in {root}'}; {there}.")
+    there = f"there are steps {', '.join(map(str, sorted(others)))}" if others else "there is no other"
+    raise UserError(f"{what}; {there}.")
 
 
 def planned_start(folder: RunFolder, step: int | None) -> tuple[Path | None, dict[str, str]]:
@@ -61,68 +73,57 @@ def go_back(folder: RunFolder, step: int) -> None:
 
     The newest checkpoint moves first, so a kill half way leaves a run that was stopped at one of them.
     """
-    # torchrun starts the same command again after a failure: once is enough.
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) and last_rewind(folder) == step:
-        return
-    target = find_step(folder.checkpoints, step)
-    later = later_than(folder, target)
-    (metrics, later_metrics), (events, later_events) = (jsonl.split(path, step) for path in (folder.metrics, folder.events))
-    if not later and not later_metrics and not later_events:
-        message = f"Back at step {step:,}, and nothing came after it."
-        EventLog(folder.events).write(step, REWIND, REWIND, message)
-        logger.info(f"{folder.root}: {message}")
-        return
+    rewinds = [event.step for event in read_events(folder.events) if event.kind == REWIND]
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) and rewinds[-1:] == [step]:
+        return  # torchrun starts the same command again after a failure: once is enough
+    later = later_than(folder, find_step(folder.checkpoints, step))
+    lines = {path: jsonl.split(path, step) for path in (folder.metrics, folder.events)}
+    message = f"Back at step {step:,}, and nothing came after it."
+    if later or any(gone for _, gone in lines.values()):
+        aside = _set_aside(folder, step, later, lines)
+        steps = ", ".join(str(entry.step) for entry in reversed(later)) or "none"
+        metrics, events = (len(gone) for _, gone in lines.values())
+        message = (
+            f"Back at step {step:,}. What came after it is in {ASIDE}/{aside.name}: the checkpoints of steps {steps}, "
+            f"{metrics:,} lines of metrics and {events:,} events."
+        )
+    EventLog(folder.events).write(step, REWIND, REWIND, message)
+    logger.info(f"{folder.root}: {message}")
+
+
+def _set_aside(
+    folder: RunFolder, step: int, later: Sequence[Entry], lines: dict[Path, tuple[list[bytes], list[bytes]]]
+) -> Path:
+    """Move checkpoints, and of each file the second part of its lines, to a new folder in the run's, and return that."""
     best = best_checkpoint(folder.checkpoints)
     if best is not None and best.path in {entry.path for entry in later}:
-        _mark_earlier_best(folder, best.metric, metrics, later)
-    aside = _unused(folder.root / ASIDE / f"after-step-{step}")
+        _mark_earlier_best(folder, best.metric, lines[folder.metrics][0], later)
+    names = (f"after-step-{step}{'' if number == 1 else f'-{number}'}" for number in count(1))
+    aside = next(path for name in names if not (path := folder.root / ASIDE / name).exists())
     checkpoints = RunFolder(aside).checkpoints
     checkpoints.mkdir(parents=True)
-    files = [(folder.metrics, metrics, later_metrics), (folder.events, events, later_events)]
-    for path, _, gone in files:
+    for path, (_, gone) in lines.items():
         if gone:
             write_atomic(aside / path.name, gone)
     for entry in later:
         entry.path.rename(checkpoints / entry.path.name)
     fsync_dir(checkpoints)
     fsync_dir(folder.checkpoints)
-    for path, kept, gone in files:
+    for path, (kept, gone) in lines.items():
         if gone:
             write_atomic(path, kept)
-    steps = ", ".join(str(entry.step) for entry in reversed(later)) or "none"
-    message = (
-        f"Back at step {step:,}. What came after it is in {aside.relative_to(folder.root)}: the checkpoints of steps {steps}, "
-        f"{len(later_metrics):,} lines of metrics and {len(later_events):,} events."
-    )
-    EventLog(folder.events).write(step, REWIND, REWIND, message)
-    logger.info(f"{folder.root}: {message}")
-
-
-def last_rewind(folder: RunFolder) -> int | None:
-    """Return the step that the run went back to last."""
-    steps = [event.step for event in read_events(folder.events) if event.kind == REWIND]
-    return steps[-1] if steps else None
-
-
-def _unused(folder: Path) -> Path:
-    """Return the folder, or the first of ``folder-2``, ``folder-3`` ... that does not exist yet."""
-    number, free = 1, folder
-    while free.exists():
-        number += 1
-        free = folder.with_name(f"{folder.name}-{number}")
-    return free
+    return aside
 
 
 def _mark_earlier_best(folder: RunFolder, metric: str, lines: Sequence[bytes], later: Sequence[Entry]) -> None:
     """Mark the best of the checkpoints that stay by the metrics that stay; without metrics none is the best."""
     leaving = {entry.path for entry in later}
-    scores: dict[Path, float] = {}
+    best: tuple[Path, float] | None = None
     for line in filter(None, map(MetricsLine.parse, lines)):
         score, saved = line.values.get(metric, math.nan), folder.checkpoints / folder_name(max(0, line.step))
-        if math.isfinite(score) and saved.is_dir() and saved not in leaving:
-            scores[saved] = score
+        is_left = math.isfinite(score) and saved.is_dir() and saved not in leaving
+        if is_left and (best is None or is_better(metric, score, best[1])):
+            best = saved, score
     (folder.checkpoints / BEST).unlink()
-    if scores:
-        sign = 1 if metric.endswith("loss") else -1
-        path = min(scores, key=lambda path: sign * scores[path])
-        mark_best(path, metric, scores[path])
+    if best:
+        mark_best(best[0], metric, best[1])

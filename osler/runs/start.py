@@ -8,16 +8,15 @@ except that the optimizer's settings are the config's and not the checkpoint's.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from osler.checkpoint import store
-from osler.checkpoint.folders import FOLDER_NAME, STATE, padded, refuse_checkpoint, root_of, verify
+from osler.checkpoint.folders import FOLDER_NAME, STATE, folder_name, padded, refuse_checkpoint, root_of, verify
 from osler.config.recipe import load_yaml, merge, parse_overrides
 from osler.config.schema import decode
 from osler.monitor.logger import check_trackers
-from osler.records.jsonl import EventLog
 from osler.runs.folder import differences, flat, named, newest_checkpoint, read_config, refuse_another
 from osler.runs.loop import Loop, Trainer
 from osler.runs.process import Run
@@ -25,7 +24,6 @@ from osler.runs.rewind import find_step
 from osler.runtime.device import keep_freed_memory
 from osler.runtime.errors import UserError
 from osler.runtime.files import RunFolder, read_json
-from osler.runtime.world import World
 
 logger = logging.getLogger(__name__)
 
@@ -47,8 +45,8 @@ class Start(NamedTuple):
 def find_start(config: Any, run: Run, check_branch: Callable[[Any, store.Loaded], None]) -> Start:
     """Check that the folder may hold this run, and return where it goes on from, which is the same on every rank.
 
-    Raises UserError when the folder holds another run, when the ranks found different checkpoints, and when ``check_branch``
-    refuses a branch that begins.
+    Raises UserError when the folder holds another run, when the ranks found different checkpoints, as on machines that do not
+    share the disk of the run folder, and when ``check_branch`` refuses a branch that begins.
     """
     refuse_another(run.folder, config)
     check_trackers(config.monitor)
@@ -56,28 +54,26 @@ def find_start(config: Any, run: Run, check_branch: Callable[[Any, store.Loaded]
     newest = newest_checkpoint(run.folder, record=run.world.is_first)
     start = Start(newest or branch_point(config), is_branch=newest is None and config.branch_from is not None)
     loaded = start.load(names=[])
-    check_same_start(-1 if loaded is None else loaded.step, run.world)  # before ranks could wait for different things
-    if start.is_branch and loaded is not None:
-        check_branch(config, loaded)
-    return start
-
-
-def check_same_start(step: int, world: World) -> None:
-    """Raise UserError when the ranks found different checkpoints, as on machines that do not share the disk of the run folder."""
-    least, most = world.all_reduce_min(step, -step)
+    step = -1 if loaded is None else loaded.step
+    least, most = run.world.all_reduce_min(step, -step)  # before ranks could wait for different things
     if least != -most:
         raise UserError(
             f"The processes found different checkpoints to go on from (steps {least} to {-most}, -1 is none): the run folder "
             "must lie on a disk that all machines share."
         )
+    if start.is_branch and loaded is not None:
+        check_branch(config, loaded)
+    return start
 
 
 def restored(trainer: Trainer, start: Start, loaded: store.Loaded) -> Loop:
-    """Return the loop of a trainer, restored from a checkpoint."""
-    loop = Loop(trainer)
+    """Return the loop of a trainer, restored from a checkpoint; a branch that begins is told and recorded."""
+    loop, events = Loop(trainer), trainer.run.events
     loop.restore(loaded)
     if start.is_branch:
-        announce_branch(trainer.config, loaded, trainer.run.events)
+        message = describe_branch(trainer.config, loaded)
+        logger.info(message)
+        events.write(loaded.step, "branch", "branch", message)
     logger.info(f"Continuing {trainer.run.folder.root} from step {trainer.step:,} ({trainer.tokens:,} tokens).")
     return loop
 
@@ -91,7 +87,7 @@ def warn_of_endless_warmup(warmup_tokens: int, total_tokens: int, total: str = "
         )
 
 
-# -- a branch -----------------------------------------------------------------------------------------------------------
+# -- a branch ------------------------------------------------------------------------------------------------------------------
 
 
 def branch_config(cls: type[T], kind: str, branch: str, step: int | None, overrides: Sequence[str], folder: RunFolder) -> T:
@@ -101,42 +97,39 @@ def branch_config(cls: type[T], kind: str, branch: str, step: int | None, overri
     the checkpoint that it began with is gone.
     """
     refuse_checkpoint(folder.root)
-    branch_path = padded(Path(branch))
+    path = padded(Path(branch))
     stored = read_config(folder) if folder.config.exists() else {}
-    if not _is_begun(stored.get("branch_from"), branch_path, step):
-        checkpoint = _checkpoint_of(branch_path, step)
+    begun = stored.get("branch_from")  # where the new run has begun, if it has
+    there = Path(begun or "")
+    is_begun = path == there or (path in there.parents and (step is None or there.name == folder_name(step)))
+    if begun is None or not is_begun:
+        checkpoint = _checkpoint_of(path, step)
         _check_kind(checkpoint, kind)
-        stored = _config_in(checkpoint, store.load(checkpoint, names=[]).files) | {"branch_from": str(checkpoint)}
-    return decode(cls, merge(stored, parse_overrides(overrides, stored)), source=str(branch))
-
-
-def _is_begun(branch_from: str | None, branch: Path, step: int | None) -> bool:
-    """Whether ``--branch`` asks for the run that began at ``branch_from``: it names that checkpoint, or its run."""
-    if branch_from is None:
-        return False
-    there = Path(branch_from)
-    return branch == there or (branch in there.parents and (step is None or there.name == store.folder_name(step)))
+        stored = config_in(store.load(checkpoint, names=[])) | {"branch_from": str(checkpoint)}
+    return decode(cls, merge(stored, parse_overrides(overrides, stored)), source=branch)
 
 
 def _checkpoint_of(path: Path, step: int | None) -> Path:
+    """Return the good checkpoint that a checkpoint, or a run folder with a step or None for its newest, names."""
     match = FOLDER_NAME.fullmatch(path.name)
-    if match and not path.is_dir() and path.parent.is_dir():
-        find_step(path.parent, int(match[1]))  # says which there are
     if match and step not in (None, int(match[1])):
         raise UserError(f"{path} is step {int(match[1])}, and --from-step says {step}: leave one of them out.")
-    if step is None or match:
-        path = store.resolve(path)
-    else:
-        path = find_step(root_of(path), step).path
+    if match and path.parent.is_dir():
+        return find_step(path.parent, int(match[1])).path
+    if step is not None and not match:
+        return find_step(root_of(path), step).path
+    path = store.resolve(path)
     if problems := verify(path):
         raise UserError(f"Checkpoint {path} is damaged, branch from another: {'; '.join(problems)}.")
     return path
 
 
-def _config_in(checkpoint: Path, files: Mapping[str, bytes]) -> dict[str, Any]:
-    stored = load_yaml(files[CONFIG].decode("utf-8"), str(checkpoint / CONFIG)) if CONFIG in files else None
+def config_in(loaded: store.Loaded) -> dict[str, Any]:
+    """Return the config of a checkpoint's run as plain values."""
+    source = str(loaded.path / CONFIG)
+    stored = load_yaml(loaded.files[CONFIG].decode("utf-8"), source) if CONFIG in loaded.files else None
     if not isinstance(stored, dict):
-        raise UserError(f"Checkpoint {checkpoint} lacks {CONFIG}, so it does not say what it is a run of.")
+        raise UserError(f"Checkpoint {loaded.path} lacks {CONFIG}, so it does not say what it is a run of.")
     return stored
 
 
@@ -155,7 +148,7 @@ def branch_point(config: Any) -> Path | None:
         return None
     path = store.resolve(config.branch_from)
     _check_kind(path, config.kind)
-    there = flat(_config_in(path, store.load(path, names=[]).files))
+    there = flat(config_in(store.load(path, names=[])))
     for field, here in (("optim.type", config.optim.type), ("precision", config.precision)):
         if here != there.get(field, here) and (field == "optim.type" or "pure-bf16" in (here, there[field])):
             raise UserError(
@@ -167,20 +160,13 @@ def branch_point(config: Any) -> Path | None:
 
 def same_data(config: Any, loaded: store.Loaded) -> bool:
     """Whether a config has the same data as the run of a checkpoint."""
-    stored = _config_in(loaded.path, loaded.files)
-    return not any(key.startswith("data.") for key in differences(config, stored, str(loaded.path / CONFIG)))
+    changed = differences(config, config_in(loaded), str(loaded.path / CONFIG))
+    return not any(key.startswith("data.") for key in changed)
 
 
 def describe_branch(config: Any, loaded: store.Loaded) -> str:
     """Return one line about a branch: where it begins, and how its config differs from that of its run."""
-    stored = _config_in(loaded.path, loaded.files)
-    changed = differences(config, stored, str(loaded.path / CONFIG), leave_out=("branch_from", "description", "monitor"))
-    what = f"What differs from its run: {named(changed)}." if changed else "Nothing differs from its run."
+    leave_out = ("branch_from", "description", "monitor")
+    changed = differences(config, config_in(loaded), str(loaded.path / CONFIG), leave_out)
+    what = f"What differs from its run: {named(list(changed.values()))}." if changed else "Nothing differs from its run."
     return f"A branch of {loaded.path}, from step {loaded.step:,}. {what}"
-
-
-def announce_branch(config: Any, loaded: store.Loaded, events: EventLog) -> None:
-    """Log and record that a run begins as a branch."""
-    message = describe_branch(config, loaded)
-    logger.info(message)
-    events.write(loaded.step, "branch", "branch", message)

@@ -19,7 +19,7 @@ from osler.data.shards import DATA_MANIFEST, read_data_manifest
 from osler.data.sources import check_source, prepare_source
 from osler.inference.load import TOKENIZER_FILE, tokenizer_of
 from osler.model.config import ModelConfig
-from osler.runs.folder import check_fingerprints, claim, moved_places, read_config
+from osler.runs.folder import check_fingerprints, claim, read_config, refuse_another
 from osler.runs.rewind import ASIDE
 from osler.runs.start import same_data
 from osler.runtime.errors import UserError
@@ -49,7 +49,7 @@ def prepare_run(
     try:
         prepared = _open(config, run, tokenizer, start)
     except UserError as error:
-        moved = moved_places(run, config)
+        moved = refuse_another(run, config)
         if not moved:
             raise
         raise UserError(f"{', '.join(moved.values())}. {error}") from error

@@ -102,14 +102,8 @@ def test_another_model_is_refused_and_the_optimizer_left_as_it_was():
     before = len(optimizer.state)
 
     renamed = {f"model.{name}": parameter for name, parameter in model.named_parameters()}
-    with pytest.raises(UserError, match="does not fit"):
+    with pytest.raises(UserError, match=r"not those of this one: they differ in 0\.bias, 0\.weight"):
         restore_optimizer(optimizer, renamed, tensors, state)
-    wrong_shape = {**state, "shapes": {**state["shapes"], "0.weight": [9, 9]}}
-    with pytest.raises(UserError, match=r"0\.weight is \[9, 9\]"):
-        restore_optimizer(optimizer, model.named_parameters(), tensors, wrong_shape)
     with pytest.raises(UserError, match="lacks the tensor"):
         restore_optimizer(optimizer, model.named_parameters(), {}, state)
     assert len(optimizer.state) == before
-
-    with pytest.raises(ValueError, match="without a name"):
-        flatten_optimizer(optimizer, {})

@@ -142,7 +142,7 @@ def save_big(root: Path, step: int, keep_last: int, *, pause=lambda: None, **opt
 @pytest.fixture
 def another_process(monkeypatch):
     """Forget what this process has verified."""
-    return lambda: monkeypatch.setattr(folders, "_known", {})
+    return lambda: monkeypatch.setattr(folders, "_verified", {})
 
 
 def test_a_checkpoint_that_rotted_does_not_count_for_keep_last(tmp_path):

@@ -82,24 +82,10 @@ def test_names_restrict_reading_and_verifying(tmp_path):
         load(path, names=["critic"])
 
 
-@pytest.mark.parametrize(
-    ("error", "arguments"),
-    [
-        (TypeError, {"state": {"a": {3: "integer key"}}}),
-        (TypeError, {"state": {"a": torch.ones(1)}}),
-        (ValueError, {"files": {"../escape": b""}}),
-        (ValueError, {"files": {"state.json": b""}}),
-        (ValueError, {"files": {"Manifest.json": b""}}),
-        (ValueError, {"files": {"model.safetensors": b""}}),
-        (ValueError, {"files": {".hidden": b""}}),
-        (ValueError, {"step": -1}),
-    ],
-)
-def test_misuse_is_refused_before_the_disk_is_touched(tmp_path, error, arguments):
-    root = tmp_path / "root"
-    with pytest.raises(error):
-        save(root, **{"step": 1, "tensors": {"model": {"w": torch.ones(1)}}, "state": {}, **arguments})
-    assert not root.exists()
+def test_a_state_that_json_cannot_hold_is_refused_before_the_disk_is_touched(tmp_path):
+    with pytest.raises(TypeError):
+        save(tmp_path / "root", 1, tensors={"model": {"w": torch.ones(1)}}, state={"a": torch.ones(1)})
+    assert not (tmp_path / "root").exists()
 
 
 # Damage

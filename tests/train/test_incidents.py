@@ -113,15 +113,15 @@ def test_a_damaged_checkpoint_is_passed_by(make_trainer, tmp_path):
     trainer = make_trainer(tmp_path, **STEADY)
     assert Loop(trainer).fit()
     root = tmp_path / "checkpoints"
-    assert last_good(root, None) is None
-    assert last_good(root, 12) == root / store.folder_name(12)
-    assert last_good(root, 11) == root / store.folder_name(8)
+    assert last_good(root, None)[0] is None
+    assert last_good(root, 12)[0] == root / store.folder_name(12)
+    assert last_good(root, 11)[0] == root / store.folder_name(8)
     with open(root / store.folder_name(8) / "model.safetensors", "r+b") as file:
         file.truncate(100)
-    assert last_good(root, 8) == root / store.folder_name(6)
+    assert last_good(root, 8)[0] == root / store.folder_name(6)
     shutil.rmtree(root / store.folder_name(6))
     shutil.rmtree(root / store.folder_name(4))
-    assert last_good(root, 8) is None
+    assert last_good(root, 8)[0] is None
 
 
 def test_without_end_it_is_an_error_that_says_everything(make_trainer, broken, tmp_path):
@@ -202,7 +202,7 @@ def test_a_good_checkpoint_that_a_kill_left_under_its_other_name_is_found(make_t
     assert Loop(make_trainer(tmp_path, **STEADY)).fit()
     root = tmp_path / "checkpoints"
     aside = (root / store.folder_name(12)).rename(root / f"{store.folder_name(12)}.replaced")
-    assert last_good(root, 12) == aside
+    assert last_good(root, 12)[0] == aside
 
 
 DEATHS = ("train-step:crash:3", "load-batch:crash", "save-tensors:crash:2", "save-rename:crash", "rollback:crash")
