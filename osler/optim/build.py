@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -72,15 +71,6 @@ def build_optimizer(
     may share an update's work.
     """
     return OPTIMIZERS[type(config)](model, config, seed, process_group)
-
-
-@contextmanager
-def keeping_settings(optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """Keep learning rates, betas and the like as they are, whatever is loaded into the optimizer within the context."""
-    kept = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
-    yield
-    for group, settings in zip(optimizer.param_groups, kept, strict=True):
-        group.update(settings)
 
 
 def set_hyperparameters(

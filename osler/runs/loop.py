@@ -26,7 +26,6 @@ from osler.checkpoint.folders import best_checkpoint, folder_name, is_better, ma
 from osler.checkpoint.saver import Saver
 from osler.monitor.history import RunSettings
 from osler.monitor.logger import RunLogger
-from osler.optim.build import keeping_settings
 from osler.records.jsonl import read_metrics
 from osler.runs.config import RunConfig
 from osler.runs.folder import check_fingerprints
@@ -251,11 +250,10 @@ class Loop:
         self.world.broadcast_from_first(save)
 
     def restore(self, loaded: store.Loaded) -> None:
-        """Continue from a checkpoint of this run, bit for bit, or with its own settings from one of the run it branches from."""
+        """Continue from a checkpoint of this run, or of the one that it branches from."""
         changes = self.run.events if self.trainer.config.allow_data_change else None
         check_fingerprints(loaded, self.run.fingerprints, changes=changes)
-        with keeping_settings(self.trainer.learner.optimizer):
-            self._take_over(loaded)
+        self._take_over(loaded)
         self.run.earlier_seconds = loaded.state.get("seconds", 0.0)
 
     def _take_over(self, loaded: store.Loaded) -> None:

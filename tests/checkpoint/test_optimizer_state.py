@@ -33,7 +33,7 @@ def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer, first: int, 
 
 @pytest.mark.parametrize(
     ("options", "resumed_options"),
-    [({}, {}), ({"fused": True}, {"fused": True}), ({"foreach": True}, {"foreach": False}), ({"amsgrad": True}, {})],
+    [({}, {}), ({"fused": True}, {"fused": True}), ({"foreach": True}, {"foreach": False}), ({"amsgrad": True}, {"amsgrad": True})],
 )
 def test_five_more_steps_are_equal_to_the_last_bit(tmp_path, options, resumed_options):
     model, optimizer = build(**options)
@@ -59,19 +59,6 @@ def test_five_more_steps_are_equal_to_the_last_bit(tmp_path, options, resumed_op
     assert all(torch.equal(untouched[name], loaded.tensors["optimizer"][name]) for name in untouched)
 
 
-def test_hyperparameters_come_from_the_checkpoint_with_their_types():
-    model, optimizer = build()
-    train(model, optimizer, 0, 1)
-    tensors, state = flatten_optimizer(optimizer, model.named_parameters())
-    other_model, other = build(fused=True)
-    other.param_groups[0]["lr"] = 5.0
-    restore_optimizer(other, other_model.named_parameters(), tensors, json.loads(json.dumps(state)))
-    assert other.param_groups[0]["lr"] == 1e-2
-    assert other.param_groups[0]["betas"] == (0.8, 0.95)
-    assert other.param_groups[0]["name"] == "decayed"
-    assert other.param_groups[0]["fused"] is True
-
-
 def test_an_optimizer_that_never_stepped_comes_back():
     model, optimizer = build()
     tensors, state = flatten_optimizer(optimizer, model.named_parameters())
@@ -81,18 +68,17 @@ def test_an_optimizer_that_never_stepped_comes_back():
     assert len(optimizer.state) == 0
 
 
-def test_state_keeps_its_own_dtype_and_plain_entries():
+def test_state_keeps_its_own_dtype_and_settings_are_those_of_the_optimizer_that_takes_it():
     weight = torch.nn.Parameter(torch.zeros(3, 2, dtype=torch.bfloat16))
-    optimizer = torch.optim.SGD([weight], lr=torch.tensor(0.5), momentum=0.9)
+    optimizer = torch.optim.SGD([weight], lr=0.5, momentum=0.9)
     momentum = torch.full((3, 2), 1 / 3)
-    optimizer.state[weight] = {"momentum": momentum, "steps": 7, "nothing": None, "pair": (1, 2.5)}
+    optimizer.state[weight] = {"momentum": momentum, "steps": 7, "nothing": None}
     tensors, state = flatten_optimizer(optimizer, {"w": weight})
-    fresh = torch.optim.SGD([weight], lr=torch.tensor(0.1), momentum=0.9)
+    fresh = torch.optim.SGD([weight], lr=0.1)
     restore_optimizer(fresh, {"w": weight}, tensors, json.loads(json.dumps(state)))
     entry = fresh.state[weight]
     assert entry["momentum"].dtype == torch.float32 and torch.equal(entry["momentum"], momentum)
-    assert (entry["steps"], entry["nothing"], entry["pair"]) == (7, None, (1, 2.5))
-    assert fresh.param_groups[0]["lr"].item() == 0.5
+    assert (entry["steps"], entry["nothing"], fresh.param_groups[0]["lr"]) == (7, None, 0.1)
 
 
 def test_another_model_is_refused_and_the_optimizer_left_as_it_was():
@@ -104,6 +90,4 @@ def test_another_model_is_refused_and_the_optimizer_left_as_it_was():
     renamed = {f"model.{name}": parameter for name, parameter in model.named_parameters()}
     with pytest.raises(UserError, match=r"not those of this one: they differ in 0\.bias, 0\.weight"):
         restore_optimizer(optimizer, renamed, tensors, state)
-    with pytest.raises(UserError, match="lacks the tensor"):
-        restore_optimizer(optimizer, model.named_parameters(), {}, state)
     assert len(optimizer.state) == before

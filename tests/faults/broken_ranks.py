@@ -102,7 +102,7 @@ def interrupted(command: Sequence[str], folder: Path, *, twice: bool) -> None:
     children = start(program, folder, 2)
     try:
         logs = [folder.with_suffix(f".rank{rank}.log") for rank in range(2)]
-        wait_for(lambda: (folder / "metrics.jsonl").exists() and (twice or (folder / "metrics.jsonl").stat().st_size > 0))
+        wait_for((folder / "events.jsonl" if twice else folder / "metrics.jsonl").exists)
         for child in children:
             os.kill(child, signal.SIGINT)
         wait_for(lambda: "SIGINT: finishing this step and saving" in logs[0].read_text())

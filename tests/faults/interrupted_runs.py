@@ -95,12 +95,12 @@ def check(command: list[str], whole: Path, folder: Path, fault: str) -> None:
 
 def interrupt(kind: str, command: list[str], folder: Path, *, twice: bool) -> None:
     """Ctrl-C on a run without end: once, and passed on to its last moment, saves and leaves; twice leaves at once; 130 always."""
-    log, metrics = folder.with_suffix(".log"), folder / "metrics.jsonl"
+    log = folder.with_suffix(".log")
     endless, long_step = (ENDLESS_GRPO, LONG_STEP_GRPO) if kind == "grpo" else (ENDLESS, LONG_STEP)
     wanted = [*command, *endless, *(long_step if twice else [])]
     child = fork_run(wanted, folder, same_request_seconds=0.0 if twice else math.inf)
     try:
-        wait_for(lambda: metrics.exists() and (twice or metrics.stat().st_size > 0))
+        wait_for((folder / "events.jsonl" if twice else folder / "metrics.jsonl").exists)
         os.kill(child, signal.SIGINT)
         wait_for(lambda: "SIGINT: finishing this step and saving; once more to leave at once" in log.read_text())
         deadline = time.monotonic() + PATIENCE_SECONDS

@@ -40,7 +40,9 @@ def untimed(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def logged(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    """The lines of metrics; none before the first is written."""
+    metrics = run / "metrics.jsonl"
+    return [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
 
 
 def flip(path: Path) -> None:

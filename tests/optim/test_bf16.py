@@ -168,7 +168,7 @@ def test_resume_is_exact_and_the_seed_counts():
     resumed, other = deepcopy(model), deepcopy(model)
     results = {}
     for name, each, seed in (("same", resumed, 3), ("other", other, 4)):
-        its_optimizer = build_optimizer(each, AdamWConfig(lr=1.0), seed=seed)
+        its_optimizer = build_optimizer(each, AdamWConfig(), seed=seed)
         restore_optimizer(its_optimizer, each.named_parameters(), tensors, state)
         set_gradients(each, 3)
         its_optimizer.step()
