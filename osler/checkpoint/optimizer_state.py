@@ -64,10 +64,10 @@ def restore_optimizer(
     for group, group_names in zip(optimizer.param_groups, found, strict=True):
         step_on_device = bool(group.get("fused") or group.get("capturable"))
         for name in filter(state["state"].get, group_names):
-            restored[parameters[name]] = {
-                key: _placed(key, tensors[value["tensor"]], parameters[name], step_on_device) if isinstance(value, dict) else value
-                for key, value in state["state"][name].items()
-            }
+            entries = restored[parameters[name]] = dict(state["state"][name])
+            for key, value in entries.items():
+                if isinstance(value, dict):
+                    entries[key] = _placed(key, tensors[value["tensor"]], parameters[name], step_on_device)
     optimizer.state.clear()
     optimizer.state.update(restored)
 

@@ -33,7 +33,12 @@ def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer, first: int, 
 
 @pytest.mark.parametrize(
     ("options", "resumed_options"),
-    [({}, {}), ({"fused": True}, {"fused": True}), ({"foreach": True}, {"foreach": False}), ({"amsgrad": True}, {"amsgrad": True})],
+    [
+        ({}, {}),
+        ({"fused": True}, {"fused": True}),
+        ({"foreach": True}, {"foreach": False}),
+        ({"amsgrad": True}, {"amsgrad": True}),
+    ],
 )
 def test_five_more_steps_are_equal_to_the_last_bit(tmp_path, options, resumed_options):
     model, optimizer = build(**options)

@@ -47,7 +47,7 @@ def test_a_run_goes_on_where_a_full_disk_keeps_its_notes_out(kind, launch, whole
     capsys.readouterr()
     assert launch(kind, tmp_path, fault="write-atomic:enospc:1-2") == 0
     text = capsys.readouterr().err
-    assert "versions.json could not be written: No space left" in text and "metrics cannot be written" in text
+    assert "versions.json could not be written: No space left" in text and "metrics.jsonl cannot be written" in text
     assert_same_run(tmp_path, whole[kind])
 
 
