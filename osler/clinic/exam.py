@@ -21,17 +21,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 
-from osler.clinic.facts import (
-    EXAM_SPLITS,
-    RELATIONS,
-    Combo,
-    Condition,
-    Fact,
-    conditions_by_name,
-    load_conditions,
-    make_splits,
-    phrase_pool,
-)
+from osler.clinic.facts import EXAM_SPLITS, RELATIONS, Condition, Fact, conditions_by_name, make_splits, phrase_pool
 from osler.clinic.textbook import join_findings, reasoning
 from osler.runtime.errors import UserError
 
@@ -84,38 +74,32 @@ def exam(seed: int, split: str, n: int) -> list[ClinicItem]:
     letters = list(range(NUM_OPTIONS))
     items: list[ClinicItem] = []
     for index in range(n):
-        turn = index % len(facts)
-        if turn == 0:
+        if index % len(facts) == 0:
             rng.shuffle(facts)
         if index % NUM_OPTIONS == 0:
             rng.shuffle(letters)
-        fact = facts[turn]
-        findings = combos[fact][index // len(facts) % len(combos[fact])]
-        item_id = f"clinic-{split}-0-{seed}-{index:06d}"  # options are permuted by it, so it stays as it was
-        items.append(render_item(item_id, fact, findings, letters[index % NUM_OPTIONS], split, rng))
+        fact = facts[index % len(facts)]
+        condition, relation = conditions_by_name()[fact[0]], fact[1]
+        findings = tuple(rng.sample(combos[fact][index // len(facts) % len(combos[fact])], 3))
+        sex = condition.sex if condition.sex != "any" else rng.choice(("male", "female"))
+        vignette = render_vignette(rng.choice(FRAMES), rng.randint(*condition.age), sex, findings)
+        options = draw_distractors(fact, fact_part, sex, rng)
+        answer_index = letters[index % NUM_OPTIONS]
+        options.insert(answer_index, condition.answers[relation])
+        items.append(
+            ClinicItem(
+                id=f"clinic-{split}-0-{seed}-{index:06d}",  # options are permuted by it, so it stays as it was
+                question=f"{vignette} {rng.choice(RELATIONS[relation].questions)}",
+                options=tuple(options),
+                answer_index=answer_index,
+                split=split,
+                condition=condition.name,
+                relation=relation,
+                thinking=reasoning(condition, relation, findings),
+                findings=findings,
+            )
+        )
     return items
-
-
-def render_item(item_id: str, fact: Fact, combo: Combo, answer_index: int, split: str, rng: random.Random) -> ClinicItem:
-    """Return one item about `fact`, with the findings of `combo` in random order and the right option at `answer_index`."""
-    name, relation = fact
-    condition = conditions_by_name()[name]
-    findings: Combo = tuple(rng.sample(combo, 3))  # type: ignore[assignment]
-    sex = condition.sex if condition.sex != "any" else rng.choice(("male", "female"))
-    vignette = render_vignette(rng.choice(FRAMES), rng.randint(*condition.age), sex, findings)
-    options = draw_distractors(fact, EXAM_SPLITS[split][0], sex, rng)
-    options.insert(answer_index, condition.answers[relation])
-    return ClinicItem(
-        id=item_id,
-        question=f"{vignette} {rng.choice(RELATIONS[relation].questions)}",
-        options=tuple(options),
-        answer_index=answer_index,
-        split=split,
-        condition=name,
-        relation=relation,
-        thinking=reasoning(condition, relation, findings),
-        findings=findings,
-    )
 
 
 def render_vignette(frame: str, age: int, sex: str, findings: Sequence[str]) -> str:
@@ -153,7 +137,7 @@ def distractor_pools(fact: Fact, fact_part: str, sex: str) -> tuple[list[str], l
         unique = dict.fromkeys(candidate.answers[relation] for candidate in candidates)
         return [answer for answer in unique if answer.lower() not in acceptable]
 
-    candidates = [other for other in load_conditions() if other.sex in ("any", sex)]
+    candidates = [other for other in conditions_by_name().values() if other.sex in ("any", sex)]
     trained = [other for other in candidates if (other.name, relation) in train_facts]
     chosen = trained if fact_part == "train" else candidates
     seen = set(answers(trained))

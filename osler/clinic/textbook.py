@@ -45,35 +45,25 @@ def textbook(seed: int, passages: int) -> Iterator[str]:
 
 def passage(condition: Condition, rng: random.Random) -> str:
     """Return one passage: perhaps a title, one or two sentences of findings, and the five relations in random order."""
+
+    def sentence(canonical: str, phrasings: Sequence[str], **parts: str) -> str:
+        phrasing = canonical if rng.random() < CANONICAL_SHARE else rng.choice(phrasings)
+        return phrasing.format(x=condition.name, **parts)
+
     title = rng.choice(TITLES).format(x=condition.name)
     relations = list(FACT_RELATIONS)
     rng.shuffle(relations)
-    sentences = [relation_sentence(condition, relation, rng) for relation in relations]
-    findings = draw_findings(condition, rng)
-    sentences.insert(0, finding_sentence(condition, findings, rng))
-    if len(findings) < 4 and rng.random() < 0.25:  # a second look at the findings, which may stand anywhere
-        second = finding_sentence(condition, rng.sample(condition.findings, 2), rng)
+    wordings = {relation: (RELATIONS[relation].canonical, RELATIONS[relation].phrasings) for relation in relations}
+    sentences = [sentence(*wording, y=condition.answers[relation]) for relation, wording in wordings.items()]
+    count = rng.choices((2, 3, 4), weights=(1, 6, 2))[0]
+    pool = condition.findings if count != 3 else rng.choice(make_splits().combos[condition.name]["train"])
+    findings = join_findings(rng.sample(pool, count))
+    sentences.insert(0, sentence(CANONICAL_FINDINGS, FINDING_PHRASINGS, f=findings))
+    if count < 4 and rng.random() < 0.25:  # a second look at the findings, which may stand anywhere
+        findings = join_findings(rng.sample(condition.findings, 2))
+        second = sentence(CANONICAL_FINDINGS, FINDING_PHRASINGS, f=findings)
         sentences.insert(rng.randrange(1, len(sentences) + 1), second)
     return " ".join([title, *sentences] if title else sentences)
-
-
-def draw_findings(condition: Condition, rng: random.Random) -> list[str]:
-    """Draw mostly three findings (a train combination), else two or four, in random order."""
-    count = rng.choices((2, 3, 4), weights=(1, 6, 2))[0]
-    return rng.sample(condition.findings if count != 3 else rng.choice(make_splits().combos[condition.name]["train"]), count)
-
-
-def finding_sentence(condition: Condition, findings: Sequence[str], rng: random.Random) -> str:
-    """Return a sentence that ties these findings, in this order, to the condition."""
-    phrasing = CANONICAL_FINDINGS if rng.random() < CANONICAL_SHARE else rng.choice(FINDING_PHRASINGS)
-    return phrasing.format(f=join_findings(findings), x=condition.name)
-
-
-def relation_sentence(condition: Condition, relation: str, rng: random.Random) -> str:
-    """Return a sentence that states the fact (condition, relation)."""
-    table = RELATIONS[relation]
-    phrasing = table.canonical if rng.random() < CANONICAL_SHARE else rng.choice(table.phrasings)
-    return phrasing.format(x=condition.name, y=condition.answers[relation])
 
 
 def reasoning(condition: Condition, relation: str, findings: Sequence[str]) -> str:

@@ -53,9 +53,5 @@ def generate_by_recompute(
             finished[index] = token in sampling.stop_ids
             if mask_BV is not None:
                 masks[index].append(pack_mask(mask_BV[index]).cpu())
-    return Rollout(
-        completions=[row[start:] for row, start in zip(rows, starts, strict=True)],
-        logprobs=logprobs,
-        finished=finished,
-        packed_masks=[torch.stack(each) for each in masks] if masks and masks[0] else None,
-    )
+    completions = [row[start:] for row, start in zip(rows, starts, strict=True)]
+    return Rollout(completions, logprobs, finished, [torch.stack(each) for each in masks] if masks and masks[0] else None)

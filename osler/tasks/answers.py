@@ -1,19 +1,15 @@
 """Read an answer: which option, number or text a model gave, if that is certain.
 
 The exam and the rewards share ``read_answer``, so a score and a reward never disagree. It reads the form that models are taught
-and other forms that have one meaning. What could mean something else is not read and counts as wrong: guessing would reward
-tricks and inflate scores.
+(``amoxicillin (B)``) and other forms that have one meaning: ``B``, ``B) amoxicillin``, ``The answer is B``, the exact text of one
+option. What could mean something else is not read and counts as wrong, because guessing would reward tricks and inflate scores:
+text and letter that contradict each other, a negation, alternative or doubt ("not (A)", "A or (B)"), a second letter or number, a
+letter beyond the options, an answer that the length limit cut inside a word.
 
-- An option is ``amoxicillin (B)``, ``(B)``, ``B``, ``B.``, ``B) amoxicillin``, ``Option B``, ``The answer is B``,
-  ``B is correct``, or the exact text of one option, also after its letter. It is not read when text and letter contradict each
-  other, with a negation, alternative or doubt ("not (A)", "A or (B)", "maybe B"), with a second letter, or with a letter
-  beyond the options.
-- A number is one word of digits: ``72``, ``-5``, ``$1,080``, ``25%``, ``72 apples``. Units are ignored, because the answers
-  of GSM8K have none. It is not read with a letter or sign attached (``5k``, ``1e3``, ``0x10``, ``3²``, ``1/2``, ``10:30``),
-  other separators (``1_000``, ``1 000``, ``1.000,5``), words that change its value ("about", "million") or a second number.
-- Markdown, LaTeX's ``\\boxed{}``, full-width characters, the minus sign and the digits of any one script are understood.
-  ``####`` and ``\\boxed{}`` mark what counts; when they mark two different answers, none is read.
-- An answer that the length limit cut inside a word or a number is not read.
+A number is one word of digits, such as ``-5``, ``$1,080`` or ``72 apples``; units are ignored, because the answers of GSM8K have
+none. It is not read with something glued to it (``5k``, ``1e3``, ``1/2``), other separators or words that change its value.
+Markdown, LaTeX's ``\\boxed{}``, full-width characters and the digits of any one script are understood. ``####`` and
+``\\boxed{}`` mark what counts.
 """
 
 from __future__ import annotations
@@ -105,7 +101,7 @@ def read_choice(text: str, options: Sequence[str]) -> int | None:
     """Return the position of the option that an answer names, or None when that is not certain."""
     if len(text) > MAX_ANSWER_CHARS + max(map(len, options)):
         return None
-    said, shown = _spaced(text), [_spaced(option) for option in options]
+    said, *shown = (" ".join(part.split()) for part in (text, *options))
     for index, option in enumerate(shown):
         if said == render_option(option, LETTERS[index]) and said not in shown:
             return index
@@ -209,11 +205,7 @@ def _unwrapped(text: str) -> str:
         text = text.translate({ord(digit): str(unicodedata.decimal(digit)) for digit in digits})
     text = text.replace("\\$", "$").replace("\\%", "%")
     for _ in range(3):  # emphasis in emphasis in a box
-        text = _EMPHASIS.sub(r"\2", _LATEX.sub(r" \1 ", _spaced(text)))
-    return _spaced(text)
-
-
-def _spaced(text: str) -> str:
+        text = _EMPHASIS.sub(r"\2", _LATEX.sub(r" \1 ", " ".join(text.split())))
     return " ".join(text.split())
 
 

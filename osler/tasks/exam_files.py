@@ -191,12 +191,11 @@ def _labelled(task: MedmcqaTask, rows: Sequence[ExamRow]) -> list[ExamRow]:
     ``cop`` is the right option, counted from 0 on the hub (-1 in the unlabelled test split) and from 1 in the authors' files,
     whose other fields have the same names. Mistaking one for the other would shift every answer.
     """
-    cops = [-1 if "cop" in row.values and row.values["cop"] is None else row.field("cop", int) for row in rows]
-    for row, cop in zip(rows, cops, strict=True):
-        if not -1 <= cop <= 4:
-            raise row.error(f"'cop' is {cop}; it must be the number of one of four options.")
-    labelled = [row for row, cop in zip(rows, cops, strict=True) if cop != -1]
-    known = {cop for cop in cops if cop != -1}
+    labelled = [row for row in rows if row.values.get("cop", "") is not None and row.field("cop", int) != -1]
+    for row in labelled:
+        if not 0 <= row.values["cop"] <= 4:
+            raise row.error(f"'cop' is {row.values['cop']}; it must be the number of one of four options.")
+    known = {row.values["cop"] for row in labelled}
     counts_from_one = 4 in known or (0 not in known and len(labelled) >= _ROWS_THAT_TELL)
     problem = ""
     if not known:

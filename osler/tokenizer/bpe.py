@@ -116,19 +116,13 @@ class Tokenizer:
         `vocab_size` counts the special tokens (which come first) and the 256 bytes; little text may yield fewer tokens.
         Pieces of more than `LONGEST_TRAINED_CHARS` are cut. Signals wait until the end; see `train`.
         """
-        smallest = 256 + len(specials)
-        if vocab_size < smallest:
-            raise UserError(
-                f"vocab_size={vocab_size} is too small: the 256 bytes and {len(specials)} special tokens need at least "
-                f"{smallest}."
-            )
+        if vocab_size < (smallest := 256 + len(specials)):
+            needed = f"the 256 bytes and {len(specials)} special tokens need at least {smallest}"
+            raise UserError(f"vocab_size={vocab_size} is too small: {needed}.")
         backend = Backend(models.BPE())
-        backend.pre_tokenizer = pre_tokenizers.Sequence(
-            [
-                pre_tokenizers.Split(Regex(PIECES), behavior="isolated"),
-                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-            ]
-        )
+        split = pre_tokenizers.Split(Regex(PIECES), behavior="isolated")
+        as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        backend.pre_tokenizer = pre_tokenizers.Sequence([split, as_bytes])
         backend.decoder = decoders.ByteLevel()
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size,
@@ -185,8 +179,8 @@ class Tokenizer:
             encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
         except (TypeError, UnicodeEncodeError):
             half = next(filter(None, map(_HALF_CHARACTER.search, texts)))
-            what = f"half a character (a lone surrogate, {half[0]!r}) at position {half.start()}"
-            raise UserError(f"A text holds {what}.") from None
+            where = f"(a lone surrogate, {half[0]!r}) at position {half.start()}"
+            raise UserError(f"A text holds half a character {where}.") from None
         batch: list[list[int]] = [encoding.ids for encoding in encodings]
         if self._special_pattern is not None:
             for index, text in enumerate(texts):
@@ -243,16 +237,12 @@ def _cut_long_pieces(texts: Iterable[str]) -> Iterator[str]:
 
 def _gpt2_pair_as_json(folder: Path) -> bytes:
     """Return GPT-2's vocab.bpe (merges, best first) and encoder.json (token to id) as one tokenizer.json."""
-    merges_path, vocab_path = folder / "vocab.bpe", folder / "encoder.json"
-    for path in (merges_path, vocab_path):
+    for path in (folder / "vocab.bpe", folder / "encoder.json"):
         if not path.is_file():
             raise UserError(f"A GPT-2 vocabulary is the two files vocab.bpe and encoder.json; {path} is missing.")
-    try:
-        merges = merges_path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise UserError(f"{merges_path} is not UTF-8 text: {error}.") from None
+    merges = (folder / "vocab.bpe").read_text(encoding="utf-8", errors="replace").splitlines()
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-    model = {"type": "BPE", "vocab": read_json(vocab_path), "merges": merges}
+    model = {"type": "BPE", "vocab": read_json(folder / "encoder.json"), "merges": merges}
     content = {"version": "1.0", "pre_tokenizer": byte_level, "decoder": byte_level, "model": model}
     return json.dumps(content, ensure_ascii=False).encode("utf-8")
 
