@@ -1,4 +1,4 @@
-"""Chat and generate as a person meets them: what is asked, printed, interrupted and left."""
+"""Chat and generate as a person meets them: what is asked, streamed, printed, interrupted and left."""
 
 from __future__ import annotations
 
@@ -16,11 +16,15 @@ from osler.config.schema import decode
 from osler.inference import chat
 from osler.inference.chat import show_answer
 from osler.inference.engine import InferenceEngine
-from osler.inference.generate import continue_text
+from osler.inference.generate import continue_text, stream_answer
 from osler.inference.load import LoadedModel, open_model
+from osler.model.config import ModelConfig
+from osler.model.transformer import Transformer
 from osler.ops.sampling_params import SamplingParams
 from osler.runtime.errors import UserError
 from osler.runtime.files import RunFolder
+from osler.tokenizer.bpe import Tokenizer
+from osler.tokenizer.chat import encode_prompt, parse_completion
 from osler.train.config import TrainConfig
 from osler.train.run import train
 
@@ -112,12 +116,6 @@ def test_a_terminal_that_is_not_utf8_is_told_so(runs, monkeypatch, capsys):
     assert "(that line is not UTF-8 text: set the terminal to UTF-8)" in capsys.readouterr().out
 
 
-def test_without_reasoning_the_answer_comes_at_once(runs, monkeypatch, capsys):
-    assert talk(monkeypatch, runs / "sft", piped("What is it?\n"), "--no-reasoning", "--temperature", "0") == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[1].startswith("answer    ") and "thinking" not in "".join(lines)
-
-
 @pytest.mark.parametrize("leave", ["\n", "/quit\n", ""])
 def test_a_person_sees_an_example_and_leaves_as_told(leave, runs, monkeypatch, capsys):
     assert talk(monkeypatch, runs / "sft", Terminal(f"What is it?\n{leave}")) == 0
@@ -169,10 +167,11 @@ def test_sigterm_and_a_terminal_that_closes_leave_at_the_prompt(runs, monkeypatc
     assert "osler: interrupted" in capsys.readouterr().err
 
 
-def test_a_question_too_long_is_refused_and_the_next_answered(runs, monkeypatch, capsys):
-    assert talk(monkeypatch, runs / "sft", piped(f"{'fever ' * 400}\nWhy?\n")) == 0
+def test_a_question_too_long_is_refused_and_the_next_answered_at_once_without_reasoning(runs, monkeypatch, capsys):
+    assert talk(monkeypatch, runs / "sft", piped(f"{'fever ' * 400}\nWhy?\n"), "--no-reasoning", "--temperature", "0") == 0
     captured = capsys.readouterr()
-    assert "max_seq_len" in captured.err and captured.out.count("thinking  ") == 1
+    assert "max_seq_len" in captured.err
+    assert captured.out.splitlines()[2].startswith("answer    ") and "thinking" not in captured.out
 
 
 @pytest.mark.parametrize(("option", "value"), [("--temperature", "-1"), ("--top-p", "0"), ("--max-new-tokens", "0")])
@@ -251,3 +250,33 @@ def test_a_prompt_that_fills_the_context_is_refused(textbook):
 )
 def test_a_model_is_asked_to_think_if_it_learned_to(training, reasons):
     assert LoadedModel(path=None, model=None, tokenizer=None, state={}, training=training).reasons is reasons
+
+
+TEXTS = ["Fever of 38 °C, cough — naïve café 発熱 咳 и кашель.", "What is the likeliest cause? Pneumonia (A)."] * 20
+
+
+@pytest.mark.parametrize("reasoning", [True, False])
+@pytest.mark.parametrize("seed", range(6))
+def test_pieces_add_up_to_the_completion(seed, reasoning):
+    tokenizer = Tokenizer.train(TEXTS, vocab_size=300)
+    config = ModelConfig(num_layers=1, hidden_size=32, intermediate_size=32, num_heads=2, num_kv_heads=1, head_dim=16,
+                         vocab_size=tokenizer.vocab_size, max_seq_len=128)  # fmt: skip
+    model = Transformer(config)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3, generator=generator)
+    engine = InferenceEngine(model)
+    prompt = encode_prompt(tokenizer, "What is it?", reasoning=reasoning)
+    sampling = SamplingParams(max_new_tokens=100, temperature=1.5, stop_ids=(tokenizer.eos_id,), seed=seed)
+    ids = engine.generate([prompt], sampling).completions[0]
+    pieces = list(stream_answer(engine, tokenizer, "What is it?", sampling, reasoning=reasoning))
+    assert all(text for _, text in pieces)
+    completion = parse_completion(tokenizer, ids, reasoning=reasoning)
+    shown = {part: "".join(text for its, text in pieces if its == part) for part in ("thinking", "answer")}
+    if completion.well_formed or not (reasoning or set(ids[:-1]) & tokenizer.special_ids):
+        assert shown["thinking"].strip() == completion.thinking
+        assert shown["answer"].strip() == (completion.answer or "")
+    plain = [token for token in ids if token not in tokenizer.special_ids]
+    # Random bytes make broken characters; whole ones must all arrive, in order.
+    whole = [c for c in tokenizer.decode(plain) if c.isascii()]
+    assert [c for _, text in pieces for c in text if c.isascii()] == whole

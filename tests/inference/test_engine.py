@@ -19,15 +19,9 @@ from osler.ops.sampling_params import SamplingParams
 from osler.runtime.errors import UserError
 
 PLAIN = ModelConfig(
-    num_layers=2,
-    hidden_size=32,
-    intermediate_size=48,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
+    num_layers=2, hidden_size=32, intermediate_size=48, num_heads=4, num_kv_heads=2, head_dim=8, max_seq_len=64,
     vocab_size=50,  # padded to 64: the 14 rows that no tokenizer knows must never be drawn
-    max_seq_len=64,
-)
+)  # fmt: skip
 CONFIGS = {  # tests/model compares decoding with Qwen3 in more shapes
     "grouped": PLAIN,
     "norm-weights": replace(PLAIN, norm_weight=True, qk_norm_weight=True),
@@ -70,10 +64,9 @@ def assert_same(a: Rollout, b: Rollout) -> None:
 def draw(
     model: Transformer, prompts: list[list[int]] = PROMPTS, *, samples: int = 3, first_row: int = 0, **changes: Any
 ) -> Rollout:
-    engine = InferenceEngine(
-        model, **{name: changes.pop(name) for name in ("max_rows", "poll_steps", "dtype") if name in changes}
-    )
-    return engine.generate(prompts, replace(SAMPLING, **changes), samples_per_prompt=samples, first_row=first_row)
+    given = {name: changes.pop(name) for name in ("max_rows", "poll_steps", "dtype") if name in changes}
+    sampling = replace(SAMPLING, **changes)
+    return InferenceEngine(model, **given).generate(prompts, sampling, samples_per_prompt=samples, first_row=first_row)
 
 
 def recompute(
@@ -86,16 +79,13 @@ def recompute(
 # ---- against the plain loop
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_engine_draws_what_the_plain_loop_draws(name: str) -> None:
-    model = build(CONFIGS[name])
-    assert_same(draw(model, poll_steps=2), recompute(model))
+PAIRS = [*((name, "plain") for name in CONFIGS), *(("grouped", name) for name in SETTINGS)]
 
 
-@pytest.mark.parametrize("name", SETTINGS)
-def test_engine_draws_what_the_plain_loop_draws_with(name: str) -> None:
-    model = build(PLAIN)
-    assert_same(draw(model, poll_steps=3, **SETTINGS[name]), recompute(model, **SETTINGS[name]))
+@pytest.mark.parametrize(("config", "settings"), PAIRS)
+def test_engine_draws_what_the_plain_loop_draws(config: str, settings: str) -> None:
+    model = build(CONFIGS[config])
+    assert_same(draw(model, poll_steps=2, **SETTINGS[settings]), recompute(model, **SETTINGS[settings]))
 
 
 def test_a_part_of_a_call_draws_what_the_whole_draws() -> None:
@@ -125,15 +115,11 @@ def test_samples_of_one_prompt_equal_that_many_prompts() -> None:
     separate = draw(model, [PROMPTS[0]] * 4 + [PROMPTS[1]] * 4, samples=1)
     assert_same(shared, separate)
     assert len({tuple(completion) for completion in shared.completions[:4]}) > 1
+    assert draw(model, PROMPTS[:2], samples=4).completions == shared.completions
+    assert draw(model, PROMPTS[:2], samples=4, seed=6).completions != shared.completions
 
 
-def test_seeds_repeat_and_differ() -> None:
-    model = build(PLAIN)
-    assert draw(model, seed=1).completions == draw(model, seed=1).completions
-    assert draw(model, seed=1).completions != draw(model, seed=2).completions
-
-
-def test_the_engine_follows_the_weights_of_the_model() -> None:
+def test_the_engine_follows_the_weights_of_the_model_and_keeps_no_copy() -> None:
     model = build(PLAIN)
     engine = InferenceEngine(model)
     before = engine.generate(PROMPTS, GREEDY)
@@ -141,10 +127,6 @@ def test_the_engine_follows_the_weights_of_the_model() -> None:
     after = engine.generate(PROMPTS, GREEDY)
     assert before.completions != after.completions
     assert_same(after, InferenceEngine(model).generate(PROMPTS, GREEDY))
-
-
-def test_no_copy_of_the_weights_outlives_a_call() -> None:
-    InferenceEngine(build(PLAIN)).generate(PROMPTS, GREEDY)
     assert not [thing for thing in gc.get_objects() if type(thing) is Decoder]
 
 
@@ -188,7 +170,7 @@ def test_completions_end_with_their_first_stop_token_or_at_the_limit() -> None:
         assert finished or len(completion) == 24
 
 
-def test_a_stop_on_the_first_and_on_the_last_possible_token() -> None:
+def test_a_stop_on_the_first_and_on_the_last_possible_token_and_the_whole_length() -> None:
     model = build(PLAIN)
     first = InferenceEngine(model).generate([[1]], GREEDY).completions[0]
     for position in (0, GREEDY.max_new_tokens - 1):
@@ -197,6 +179,9 @@ def test_a_stop_on_the_first_and_on_the_last_possible_token() -> None:
         assert rollout.completions[0] == first[: first.index(stop) + 1]
         assert rollout.finished == [True]
     assert InferenceEngine(model).generate([[1]], SamplingParams(max_new_tokens=1)).finished == [False]
+    assert InferenceEngine(model).generate([], GREEDY).completions == []
+    whole: dict[str, Any] = {"samples": 1, "max_new_tokens": 14, "stop_ids": ()}  # all 64 places of the model
+    assert_same(draw(model, [[1] * 50], **whole), recompute(model, [[1] * 50], **whole))
 
 
 def test_padding_of_the_vocabulary_is_never_drawn() -> None:
@@ -208,27 +193,17 @@ def test_padding_of_the_vocabulary_is_never_drawn() -> None:
     assert_same(draw(build(PLAIN), stop_ids=(), samples=8, temperature=5.0), rollout)
 
 
-def test_no_prompts_no_rows() -> None:
-    assert InferenceEngine(build(PLAIN)).generate([], GREEDY).completions == []
-
-
 @pytest.mark.parametrize(
-    ("prompts", "changes", "words"),
+    ("prompts", "words"),
     [
-        ([[1], []], {}, ["Prompt 1", "empty"]),
-        ([[1] * 50], {}, ["50 tokens", "24 new", "max_seq_len 64", "at most 14"]),
-        ([[1, 50]], {}, ["id 50", "0 to 49"]),
-        ([[-1]], {}, ["id -1"]),
+        ([[1], []], ["Prompt 1", "empty"]),
+        ([[1] * 50], ["50 tokens", "24 new", "max_seq_len 64", "at most 14"]),
+        ([[1, 50]], ["id 50", "0 to 49"]),
+        ([[-1]], ["id -1"]),
     ],
 )
-def test_mistakes_are_named(prompts: list[list[int]], changes: dict[str, Any], words: list[str]) -> None:
+def test_mistakes_are_named(prompts: list[list[int]], words: list[str]) -> None:
     with pytest.raises(UserError) as raised:
-        draw(build(PLAIN), prompts, **changes)
+        draw(build(PLAIN), prompts)
     for word in words:
         assert word in str(raised.value)
-
-
-def test_the_whole_length_of_the_model_can_be_used() -> None:
-    model = build(PLAIN)
-    asked: dict[str, Any] = {"samples": 1, "max_new_tokens": 14, "stop_ids": ()}
-    assert_same(draw(model, [[1] * 50], **asked), recompute(model, [[1] * 50], **asked))

@@ -52,42 +52,33 @@ def test_reading_a_choice(text: str, expected: int | None) -> None:
     assert read_choice(text, DRUGS) == expected
 
 
-@pytest.mark.parametrize(
-    ("text", "options", "expected"),
-    [
-        ("O (D)", ("A", "B", "AB", "O"), 3),
-        ("O", ("A", "B", "AB", "O"), 3),
-        ("A", ("B", "A", "AB", "O"), None),  # the letter A or the blood group A
-        ("A (B)", ("B", "A", "AB", "O"), 1),
-        ("A B", ("B", "A", "AB", "O"), None),  # the letter A of the text B, or two letters
-        ("A is correct", ("B", "A", "AB", "O"), None),
-        ('"A"', ("B", "A", "AB", "O"), None),
-        ("without (B)", ("with", "without"), 1),
-        ("A", ("A", "B", "AB", "O"), 0),
-        ("B (D)", ("RhO(D)", "x", "y", "B"), 3),
-        ("Vitamin (A) (C)", ("Vitamin D", "Zinc", "Vitamin (A)", "Iron"), 2),
-        ("Vitamin (A)", ("Vitamin D", "Zinc", "Vitamin (A)", "Iron"), None),
-        ("Vitamin (A) deficiency", ("Scurvy", "Vitamin (A) deficiency"), 1),
-        ("RhO(D) protects the fetus. (B)", ("RhO(D) protects the mother.", "RhO(D) protects the fetus."), 1),
-        ("RhO(D) protects the mother. (B)", ("RhO(D) protects the mother.", "RhO(D) protects the fetus."), None),
-        ("E. coli", ("Proteus", "E. coli", "Klebsiella", "Serratia", "Candida"), 1),
-        ("hepatitis B viru (C)", ("measles", "mumps", "hepatitis B virus"), 2),
-        ("raised D-dimers (A)", ("raised D-dimer", "ferritin", "lactate", "troponin"), 0),
-        ("no grwth (B)", ("growth", "no growth"), 1),  # the option says "no" itself
-        ("Aa", ("AA", "Aa", "aa"), 1),
-        ("AA (B)", ("AA", "Aa", "aa"), None),
-        ("aA", ("AA", "Aa", "aa"), None),
-        ("10² (A)", ("10²", "102"), 0),
-        ("102", ("10²", "102"), 1),
-        ("_x_ (B)", ("x", "_x_"), 1),
-        ("maybe (C)", ("yes", "no", "maybe"), 2),
-        ("maybe (D)", ("yes", "no", "maybe"), None),
-        ("no", ("yes", "no", "maybe"), 1),
-        ("Both", ("left", "right", "Both"), 2),
-    ],
-)
-def test_option_texts_that_look_like_letters_or_doubt(text: str, options: tuple[str, ...], expected: int | None) -> None:
-    assert read_choice(text, options) == expected
+LIKE_LETTERS_OR_DOUBT: dict[tuple[str, ...], dict[str, int | None]] = {
+    ("A", "B", "AB", "O"): {"O (D)": 3, "O": 3, "A": 0},
+    # the letter A or the blood group A, the letter A of the text B or two letters
+    ("B", "A", "AB", "O"): {"A": None, "A (B)": 1, "A B": None, "A is correct": None, '"A"': None},
+    ("with", "without"): {"without (B)": 1},
+    ("RhO(D)", "x", "y", "B"): {"B (D)": 3},
+    ("Vitamin D", "Zinc", "Vitamin (A)", "Iron"): {"Vitamin (A) (C)": 2, "Vitamin (A)": None},
+    ("Scurvy", "Vitamin (A) deficiency"): {"Vitamin (A) deficiency": 1},
+    ("RhO(D) protects the mother.", "RhO(D) protects the fetus."): {
+        "RhO(D) protects the fetus. (B)": 1, "RhO(D) protects the mother. (B)": None,
+    },
+    ("Proteus", "E. coli", "Klebsiella", "Serratia", "Candida"): {"E. coli": 1},
+    ("measles", "mumps", "hepatitis B virus"): {"hepatitis B viru (C)": 2},
+    ("raised D-dimer", "ferritin", "lactate", "troponin"): {"raised D-dimers (A)": 0},
+    ("growth", "no growth"): {"no grwth (B)": 1},  # the option says "no" itself
+    ("AA", "Aa", "aa"): {"Aa": 1, "AA (B)": None, "aA": None},
+    ("10²", "102"): {"10² (A)": 0, "102": 1},
+    ("x", "_x_"): {"_x_ (B)": 1},
+    ("yes", "no", "maybe"): {"maybe (C)": 2, "maybe (D)": None, "no": 1},
+    ("left", "right", "Both"): {"Both": 2},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("options", LIKE_LETTERS_OR_DOUBT, ids="-".join)
+def test_option_texts_that_look_like_letters_or_doubt(options: tuple[str, ...]) -> None:
+    for text, expected in LIKE_LETTERS_OR_DOUBT[options].items():
+        assert read_choice(text, options) == expected, text
 
 
 @pytest.mark.parametrize(

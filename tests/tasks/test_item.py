@@ -10,56 +10,38 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from osler.tasks.item import (
-    ExamItem,
-    permute,
-    points_at_options,
-    render_answer,
-    render_question,
-    reorder,
-    shared_questions,
-)
+from osler.tasks.item import ExamItem, permute, points_at_options, render_answer, render_question, reorder, shared_questions
 from osler.tasks.registry import load_clinic
 
 DRUGS = ("penicillin", "amoxicillin", "vancomycin", "doxycycline")
 ITEM = ExamItem(id="x1", question="First-line treatment?", options=DRUGS, answer_index=1)
+SUM = ExamItem(id="s", question="What is 6 x 7?", options=(), answer_index=-1, answer="42")
 
 
-def test_options_are_written_as_text_then_letter() -> None:
-    assert render_question(ITEM) == ("First-line treatment? penicillin (A) amoxicillin (B) vancomycin (C) doxycycline (D)")
+def with_options(*options: str, answer_index: int = 0, name: str = "o") -> ExamItem:
+    return ExamItem(id=name, question="?", options=options, answer_index=answer_index)
+
+
+def test_a_context_stands_first_then_the_question_then_the_options_each_before_its_letter() -> None:
+    assert render_question(ITEM) == "First-line treatment? penicillin (A) amoxicillin (B) vancomycin (C) doxycycline (D)"
     assert render_answer(ITEM) == "amoxicillin (B)"
-
-
-def test_an_order_moves_the_texts_and_not_the_letters() -> None:
-    shown = render_question(reorder(ITEM, (3, 2, 1, 0)))
-    assert shown.endswith("doxycycline (A) vancomycin (B) amoxicillin (C) penicillin (D)")
-
-
-def test_a_context_stands_before_the_question_and_free_answers_have_no_letters() -> None:
-    shown = render_question(ExamItem(id="c", question="So?", options=("yes", "no"), answer_index=0, context="Abstract."))
-    assert shown == "Abstract.\nSo? yes (A) no (B)"
-    free = ExamItem(id="g", question="6 x 7?", options=(), answer_index=-1, answer="42")
-    assert render_question(free) == "6 x 7?" and render_answer(free) == "42" and permute(free, 1, 2) == free
-
-
-def test_an_answer_outside_the_options_is_refused() -> None:
-    with pytest.raises(ValueError, match="x1"):
-        ExamItem(id="x1", question="?", options=("a", "b"), answer_index=2)
+    turned = reorder(ITEM, (3, 2, 1, 0))
+    assert render_question(turned).endswith("doxycycline (A) vancomycin (B) amoxicillin (C) penicillin (D)")
+    assert render_answer(turned) == "amoxicillin (C)"
+    assert render_question(replace(with_options("yes", "no"), context="Abstract.")) == "Abstract.\n? yes (A) no (B)"
+    assert render_question(SUM) == SUM.question and render_answer(SUM) == "42" and permute(SUM, 1, 2) == SUM
+    with pytest.raises(ValueError, match="item o: answer_index 2 outside its 2 options"):
+        with_options("a", "b", answer_index=2)
 
 
 @settings(derandomize=True)
 @given(seed=st.integers(0, 2**40), visit=st.integers(0, 10**6), answer=st.integers(0, 4))
 def test_permuting_keeps_the_right_answer(seed: int, visit: int, answer: int) -> None:
-    item = ExamItem(id="p", question="?", options=("a", "b", "c", "d", "e"), answer_index=answer)
+    item = with_options("a", "b", "c", "d", "e", answer_index=answer)
     moved = permute(item, seed, visit)
     assert moved.options[moved.answer_index] == item.options[answer]
     assert sorted(moved.options) == sorted(item.options)
     assert moved == permute(item, seed, visit)
-
-
-def test_the_right_option_of_equal_texts_stays_the_right_one() -> None:
-    twins = ExamItem(id="t", question="?", options=("same", "same", "other"), answer_index=1)
-    assert [reorder(twins, order).answer_index for order in [(0, 1, 2), (1, 0, 2), (2, 0, 1)]] == [1, 0, 2]
 
 
 POINTING = [
@@ -85,48 +67,37 @@ def test_options_that_point_at_options_are_known(text: str, expected: bool) -> N
 
 def test_options_that_point_at_options_are_not_permuted() -> None:
     for pointer in POINTING:
-        item = ExamItem(id="p", question="?", options=("renin", "insulin", pointer, "gastrin"), answer_index=2)
+        item = with_options("renin", "insulin", pointer, "gastrin", answer_index=2)
         assert item.keeps_order and all(permute(item, 7, visit) == item for visit in range(20))
     assert not ITEM.keeps_order and any(permute(ITEM, 7, visit) != ITEM for visit in range(20))
 
 
 def test_an_option_that_is_there_twice_is_right_twice() -> None:
-    item = ExamItem(id="t", question="?", options=("4.6", "4.61", " 4.6", "5"), answer_index=0)
+    item = with_options("4.6", "4.61", " 4.6", "5")
     assert [item.is_right(index) for index in range(4)] == [True, False, True, False]
     assert item.repeats_an_option and not ITEM.repeats_an_option
-    genotypes = ExamItem(id="g", question="?", options=("AA", "Aa", "aa"), answer_index=1)
+    genotypes = with_options("AA", "Aa", "aa", answer_index=1)
     assert [genotypes.is_right(index) for index in range(3)] == [False, True, False]
+    twins = with_options("same", "same", "other", answer_index=1)
+    assert [reorder(twins, order).answer_index for order in [(0, 1, 2), (1, 0, 2), (2, 0, 1)]] == [1, 0, 2]
 
 
-def test_all_orders_come_equally_often() -> None:
-    item = ExamItem(id="o", question="?", options=("a", "b", "c"), answer_index=0)
-    counts = Counter(permute(item, 7, visit).options for visit in range(6000))
+def test_all_orders_come_equally_often_and_visits_seeds_and_items_are_independent() -> None:
+    counts = Counter(permute(with_options("a", "b", "c"), 7, visit).options for visit in range(6000))
     assert len(counts) == 6
     assert sum((n - 1000) ** 2 / 1000 for n in counts.values()) < 20.5  # chi-square, 5 degrees, p = 0.001
-
-
-def test_visits_seeds_and_items_are_permuted_independently() -> None:
-    orders = {
-        tuple(permute(ExamItem(id=name, question="?", options=DRUGS, answer_index=0), seed, visit).options for visit in range(6))
-        for seed in range(3)
-        for name in ("a", "b")
-    }
+    items = [with_options(*DRUGS, name=name) for name in ("a", "b")]
+    orders = {tuple(permute(item, seed, visit).options for visit in range(6)) for seed in range(3) for item in items}
     assert len(orders) == 6
 
 
 # ---- the same question
 
-QUESTION = ExamItem(
-    id="a",
-    question="A man with Ménière disease has vertigo: which drug helps at first?",
-    options=("betahistine", "aspirin", "insulin", "zinc"),
-    answer_index=0,
-)
-STATEMENTS = ("one", "two", "three", "All of the above")
-GENERIC = ExamItem(id="g", question="Which of the following is true?", options=STATEMENTS, answer_index=0)
+DRUG = "A man with Ménière disease has vertigo: which drug helps at first?"
+QUESTION = replace(with_options("betahistine", "aspirin", "insulin", "zinc"), question=DRUG)
+GENERIC = replace(with_options("one", "two", "three", "All of the above"), question="Which of the following is true?")
 PATIENTS = "Forty patients with vertigo were randomised."
-ABSTRACT = replace(QUESTION, question="Does it help?", context=PATIENTS, options=("yes", "no", "maybe"))
-SUM = ExamItem(id="s", question="What is 6 x 7?", options=(), answer_index=-1, answer="42")
+ABSTRACT = replace(with_options("yes", "no", "maybe"), question="Does it help?", context=PATIENTS)
 
 
 @pytest.mark.parametrize(
@@ -136,10 +107,10 @@ SUM = ExamItem(id="s", question="What is 6 x 7?", options=(), answer_index=-1, a
         (QUESTION, replace(QUESTION, options=(*QUESTION.options, "water")), True),
         (QUESTION, replace(QUESTION, options=QUESTION.options[::-1], answer_index=3), True),
         (QUESTION, replace(QUESTION, options=("rest", "surgery"), answer_index=1), True),
-        (QUESTION, replace(QUESTION, question=QUESTION.question.upper()), True),
-        (QUESTION, replace(QUESTION, question=unicodedata.normalize("NFD", QUESTION.question)), True),
+        (QUESTION, replace(QUESTION, question=DRUG.upper()), True),
+        (QUESTION, replace(QUESTION, question=unicodedata.normalize("NFD", DRUG)), True),
         (QUESTION, replace(QUESTION, question="“A man, with Ménière  disease, has vertigo –\nwhich drug helps at first”"), True),
-        (QUESTION, replace(QUESTION, question=QUESTION.question.replace("man", "woman")), False),
+        (QUESTION, replace(QUESTION, question=DRUG.replace("man", "woman")), False),
         (ABSTRACT, replace(ABSTRACT, answer_index=1), True),
         (ABSTRACT, replace(ABSTRACT, context="", question=f"{ABSTRACT.context} {ABSTRACT.question}"), True),
         (ABSTRACT, replace(ABSTRACT, context="Forty patients with gout were randomised."), False),

@@ -20,41 +20,27 @@ def ids(text: str) -> list[int]:
     return [token for part in encoded for token in part]
 
 
-def encode_example(turn: Turn) -> tuple[list[int], list[int]]:
-    return encode_examples(TOKENIZER, [turn])[0]
+@pytest.mark.parametrize(
+    ("turn", "prompt", "target"),
+    [
+        (Turn("Cause?", "Fever.", "pneumonia (A)"), f"{QUESTION}Cause?{THINKING}", f"Fever.{ANSWER}pneumonia (A){EOS}"),
+        (Turn("Cause?", None, "pneumonia"), f"{QUESTION}Cause?{ANSWER}", f"pneumonia{EOS}"),
+        (Turn("Cause?", "", "x"), f"{QUESTION}Cause?{THINKING}", f"{ANSWER}x{EOS}"),  # empty thinking is not missing thinking
+        (Turn("", "", ""), f"{QUESTION}{THINKING}", f"{ANSWER}{EOS}"),
+    ],
+)
+def test_an_example_is_the_documented_layout_and_masks_the_prompt(turn: Turn, prompt: str, target: str) -> None:
+    [(row, mask)] = encode_examples(TOKENIZER, [turn])
+    assert encode_prompt(TOKENIZER, turn.question, reasoning=turn.thinking is not None) == ids(prompt)
+    assert row == ids(prompt) + ids(target)
+    assert mask == [0] * len(ids(prompt)) + [1] * len(ids(target))
 
 
-def test_example_is_the_documented_layout_and_masks_the_prompt() -> None:
-    row, mask = encode_example(Turn("Cause?", "Fever.", "pneumonia (A)"))
-    assert TOKENIZER.decode(row) == f"{QUESTION}Cause?{THINKING}Fever.{ANSWER}pneumonia (A){EOS}"
-    prompt = encode_prompt(TOKENIZER, "Cause?")
-    assert row[: len(prompt)] == prompt and prompt[-1] == T
-    assert mask == [0] * len(prompt) + [1] * (len(row) - len(prompt))
-    assert row[-1] == END and mask[-1] == 1
-
-
-def test_example_without_thinking_matches_the_short_prompt() -> None:
-    row, mask = encode_example(Turn("Cause?", None, "pneumonia"))
-    prompt = encode_prompt(TOKENIZER, "Cause?", reasoning=False)
-    assert prompt[-1] == A and T not in row
-    assert row == [*prompt, *TOKENIZER.encode("pneumonia"), END]
-    assert mask == [0] * len(prompt) + [1] * (len(row) - len(prompt))
-
-
-def test_empty_thinking_is_not_missing_thinking() -> None:
-    row, _ = encode_example(Turn("Cause?", "", "x"))
-    assert row[row.index(T) : row.index(T) + 2] == [T, A]
-
-
-def test_text_cannot_forge_markers() -> None:
-    row, _ = encode_example(Turn(f"{ANSWER}B{EOS}", f"{EOS}", f"{QUESTION}"))
-    assert [token for token in row if token in TOKENIZER.special_ids] == [Q, T, A, END]
-
-
-def test_batch_equals_one_by_one() -> None:
-    turns = [Turn("a?", "b", "c"), Turn("d?", None, "e"), Turn("", "", "")]
-    assert encode_examples(TOKENIZER, turns) == [encode_example(turn) for turn in turns]
-    assert encode_examples(TOKENIZER, []) == []
+def test_text_cannot_forge_markers_and_a_batch_equals_one_by_one() -> None:
+    turns = [Turn(f"{ANSWER}B{EOS}", f"{EOS}", f"{QUESTION}"), Turn("d?", None, "e"), Turn("", "", "")]
+    batch = encode_examples(TOKENIZER, turns)
+    assert [token for token in batch[0][0] if token in TOKENIZER.special_ids] == [Q, T, A, END]
+    assert batch == [encode_examples(TOKENIZER, [turn])[0] for turn in turns] and encode_examples(TOKENIZER, []) == []
 
 
 @pytest.mark.parametrize(
@@ -79,17 +65,14 @@ def test_completions_with_reasoning(text: str, expected: Completion) -> None:
     assert parse_completion(TOKENIZER, ids(text)) == expected
 
 
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        (f"pneumonia{EOS}", Completion("", "pneumonia", True, True)),
-        ("pneumonia", Completion("", "pneumonia", False, False)),
-        (f"a{ANSWER}b{EOS}", Completion("", "a", True, False)),
-        ("", Completion("", "", False, False)),
-    ],
-)
-def test_completions_without_reasoning(text: str, expected: Completion) -> None:
-    assert parse_completion(TOKENIZER, ids(text), reasoning=False) == expected
+def test_completions_without_reasoning() -> None:
+    for text, answer, finished, well_formed in [
+        (f"pneumonia{EOS}", "pneumonia", True, True),
+        ("pneumonia", "pneumonia", False, False),
+        (f"a{ANSWER}b{EOS}", "a", True, False),
+        ("", "", False, False),
+    ]:
+        assert parse_completion(TOKENIZER, ids(text), reasoning=False) == Completion("", answer, finished, well_formed)
 
 
 def test_half_a_character_does_not_break_parsing() -> None:
@@ -110,6 +93,6 @@ def test_any_ids_can_be_parsed(row: list[int], reasoning: bool) -> None:
 @settings(max_examples=50, deadline=None)
 @given(st.text(), st.text(), st.text())
 def test_what_was_encoded_is_parsed_back(question: str, thinking: str, answer: str) -> None:
-    row, mask = encode_example(Turn(question, thinking, answer))
+    [(row, mask)] = encode_examples(TOKENIZER, [Turn(question, thinking, answer)])
     completion = parse_completion(TOKENIZER, row[mask.index(1) :])
     assert completion == Completion(thinking.strip(), answer.strip(), True, True)
