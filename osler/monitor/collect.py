@@ -1,13 +1,13 @@
 """What a run measures of itself between two lines of metrics, and what that may cost.
 
-There are three levels. ``off`` logs what training knows anyway. ``basic`` adds memory and the time of each part of a step: marks
-in the stream, and a few system calls per line. ``full`` also probes the model (``model_stats.py``) in the first step that ends a
-line and in every ``full_every_steps``-th, rounded up to one that ends a line. So a probe is written at once, no checkpoint falls
-between the two, and resume is exact. ``benchmarks/bench_monitor.py`` measures what the levels cost.
+Level ``off`` logs what training knows anyway. ``basic`` adds memory and the time of each part of a step: marks in the stream, and
+a few system calls per line. ``full`` also probes the model (``model_stats.py``) in the first step that ends a line and in every
+``full_every_steps``-th, rounded up to one that ends a line. So no checkpoint falls between a probe and its line, and resume is
+exact. The weights are the same at every level; ``benchmarks/bench_monitor.py`` measures what the levels cost.
 
-Nothing waits for the device before a line is written, nothing is drawn, and the weights are the same at every level. Of several
-ranks each probes rows of its own, and the mean over the ranks is logged, also of maxima; gradients, weights and updates are the
-same on all of them. Times and memory are rank 0's. DeepSpeed leaves no gradients, so under it those and the update are left out.
+Nothing waits for the device before a line is written. Of several ranks each probes rows of its own, and the mean over the ranks
+is logged, also of maxima. Times and memory are rank 0's. DeepSpeed leaves no gradients, so under it those and the update are left
+out.
 """
 
 from __future__ import annotations
@@ -34,11 +34,7 @@ T = TypeVar("T")
 
 
 class Collector:
-    """Follows the steps of one run: ``fetch`` before each, ``mark`` and ``update`` within, ``line`` when a line is due.
-
-    ``whole_weights`` gives the state dict, whole, and is collective, as is every probe. ``lines_every`` is the run's steps
-    between two lines; ``has_gradients`` says whether backward passes leave averaged ones.
-    """
+    """Follows the steps of one run: ``fetch`` before each, ``mark`` and ``update`` within, ``line`` when a line is due."""
 
     def __init__(
         self,
@@ -46,10 +42,10 @@ class Collector:
         model: Transformer,
         device: torch.device,
         *,
-        lines_every: int = 1,
+        lines_every: int = 1,  # steps between two lines
         world: World = World(),  # noqa: B008 - frozen
-        whole_weights: Callable[[], Mapping[str, Tensor]] | None = None,
-        has_gradients: bool = True,
+        whole_weights: Callable[[], Mapping[str, Tensor]] | None = None,  # the state dict, whole; collective, as is every probe
+        has_gradients: bool = True,  # whether backward passes leave averaged ones
     ) -> None:
         self.level = config.level
         self.model, self.device, self.world = model, device, world

@@ -29,7 +29,6 @@ from osler.runtime.files import RunFolder
 
 logger = logging.getLogger(__name__)
 
-LEVELS = {"warning": logging.WARNING, "critical": logging.CRITICAL}  # of an alert in the log
 SINKS = {  # field of the config: what messages call it, and its class
     "alert_command": ("monitor.alert_command", "AlertCommand"),
     "webhook": ("monitor.webhook", "Webhook"),
@@ -67,7 +66,7 @@ class RunLogger:
         for tracker in self.trackers:
             tracker.write(step, tokens, finite)
         for alert in self.alerter.observe(step, tokens, metrics) if self.alerter else ():
-            logger.log(LEVELS[alert.severity], f"step {alert.step}: {alert.message}")
+            logger.log(logging.getLevelName(alert.severity.upper()), f"step {alert.step}: {alert.message}")
             self._record(alert)
 
     def _record(self, alert: Alert) -> None:

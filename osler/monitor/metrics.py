@@ -1,8 +1,7 @@
 """What every logged number means and costs: one table, name -> (unit, meaning, cost), which `osler metrics` prints.
 
 A name in angle brackets stands for letters, digits, `_`, `-` and `.`: `eval/<split>_accuracy` declares `eval/test_accuracy`. The
-names for reinforcement learning are TRL's, so that people find them. The report takes its units and captions from here, and a
-test compares the code with the table. Fractions are from 0 to 1.
+names for reinforcement learning are TRL's. The report takes its units and captions from here. Fractions are from 0 to 1.
 """
 
 from __future__ import annotations
@@ -128,22 +127,19 @@ METRICS: dict[str, Metric] = {
     "tasks/<name>/correct_frac": Metric("fraction", "completions on one task with the right answer"),
 }
 
-_PATTERNS: list[tuple[re.Pattern[str], str]] = [
-    (re.compile(re.sub(r"<\w+>", r"[\\w.\\-]+", name)), name) for name in METRICS if "<" in name
-]
+_PATTERNS = {name: re.compile(re.sub(r"<\w+>", r"[\\w.\\-]+", name)) for name in METRICS if "<" in name}
 
 
 def declared_name(name: str) -> str | None:
     """Return the row of `METRICS` that declares a metric, which may be a pattern, or None."""
     if name in METRICS:
         return name
-    return next((row for pattern, row in _PATTERNS if pattern.fullmatch(name)), None)
+    return next((row for row, pattern in _PATTERNS.items() if pattern.fullmatch(name)), None)
 
 
 def describe(name: str) -> Metric | None:
     """Return the declaration of a metric as it appears in a log, or None when there is none."""
-    row = declared_name(name)
-    return METRICS[row] if row is not None else None
+    return METRICS.get(declared_name(name) or "")
 
 
 def table(word: str = "") -> str:

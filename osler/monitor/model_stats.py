@@ -1,10 +1,9 @@
 """Statistics of the gradients, the weights, one update, and of what a few rows do inside the model.
 
 Every function here maps tensors to a handful of numbers that stay on the device, so that it costs arithmetic and never a wait.
-The activations come from a probe: one more forward pass, eager and without gradients, through a copy of the model that shares
-its weights (``Transformer.eager_copy``) and carries hooks. So the model that trains, which may be compiled or sharded, is not
-touched, and no random number is drawn. Sharded tensors are put together one at a time, so functions over them are collective.
-What lies behind the last learned token of a row is mostly padding and does not count. There is no state.
+The activations come from a probe: one more forward pass, eager and without gradients, through a copy of the model that shares its
+weights (``Transformer.eager_copy``) and carries hooks, so the model that trains is not touched. Sharded tensors are put together
+one at a time, so functions over them are collective. What lies behind the last learned token of a row does not count.
 
 Attention entropy: Zhai et al. 2023, arXiv 2303.06296. Effective rank: the participation ratio of the squared singular values.
 
@@ -195,8 +194,8 @@ def attention_entropy(q_BTNH: Tensor, k_BSKH: Tensor, places_BT: Tensor, *, mask
     scores_BKGQS = torch.einsum("bqkgh,bskh->bkgqs", q_BQKGH, k_BSKH.float()) * size**-0.5
     is_causal = torch.arange(length, device=q_BTNH.device) <= place_Q[:, None]
     is_visible = is_causal if mask is None else mask[:, :, None, place_Q]
-    log_BKGQS = scores_BKGQS.masked_fill(~is_visible, float("-inf")).log_softmax(-1)
-    entropy_BQ = -(log_BKGQS.exp() * log_BKGQS.clamp_min(-1e9)).sum(-1).mean((1, 2))
+    share_BKGQS = scores_BKGQS.masked_fill(~is_visible, float("-inf")).softmax(-1)
+    entropy_BQ = torch.special.entr(share_BKGQS).sum(-1).mean((1, 2))
     counts_BQ = places_BT[:, place_Q]
     return entropy_BQ.masked_fill(~counts_BQ, 0.0).sum() / counts_BQ.sum()
 

@@ -177,14 +177,12 @@ def to_json(run: str, alert: Alert) -> bytes:
 def parse_command(command: str) -> list[str]:
     """Return the words of an alert command; raises UserError when it cannot be split or the program is not there."""
     try:
-        words = shlex.split(command)
+        words = shlex.split(command) or [""]
     except ValueError as error:
         raise UserError(f"monitor.alert_command is {command!r}, which cannot be split into words: {error}.") from error
-    if not words:
-        raise UserError("monitor.alert_command is empty: give a command, or null for none.")
     if shutil.which(words[0]) is None:
         raise UserError(
             f"monitor.alert_command is {command!r}, but there is no program {words[0]!r} here. The command is started without a "
-            "shell: write pipes and variables into a script, and name that."
+            "shell: write pipes and variables into a script, and name that; null is no command."
         )
     return words

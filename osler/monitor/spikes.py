@@ -1,9 +1,8 @@
 """Spikes of the loss: how far a value lies above the ones before it, in robust standard deviations.
 
 The median and the median absolute deviation of the last losses say what is usual, because a few wild values move neither
-(Iglewicz and Hoaglin 1993, How to Detect and Handle Outliers). Spikes and values that are not finite do not enter the window, so
-that they cannot make the next spike look usual. A loss that stays up is a new level: after half a window of spikes in a row, the
-window starts over with them. Resume is exact, because ``state`` is all there is.
+(Iglewicz and Hoaglin 1993, How to Detect and Handle Outliers). Spikes do not enter the window, so that they cannot make the next
+one look usual. A loss that stays up is a new level: after half a window of spikes in a row, the window starts over with them.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """A tracker in a process of its own, so that nothing it does costs the run a step.
 
 A library that talks to a network installs signal handlers, patches how processes start, holds the end of the program until its
-uploads are done, hangs, and crashes. Here it does all of that in a child process, which reads one JSON line for each call from a
-pipe. The run never waits for the pipe: what does not fit stays in a bounded queue, and what does not fit there is dropped and
-counted. At the end of the run the child has a few seconds to finish, and then goes on alone for at most ``LINGER_SECONDS``. What
-the library prints goes to a file in the run folder. Nothing is resumed: what a tracker lacks is in ``metrics.jsonl``.
+uploads are done, hangs, and crashes. Here it does that in a child process, which reads one JSON line for each call from a pipe
+and prints into a file in the run folder. The run never waits for the pipe: what does not fit stays in a bounded queue, and what
+does not fit there is dropped and counted; it is in ``metrics.jsonl``. At the end of the run the child has a few seconds to
+finish, and then goes on alone for at most ``LINGER_SECONDS``.
 """
 
 from __future__ import annotations

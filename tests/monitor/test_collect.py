@@ -55,18 +55,11 @@ def watched(tiny, tmp_path_factory):
     return folder
 
 
-def test_a_full_run_logs_every_training_metric_of_the_table(watched):
+def test_every_level_logs_what_the_table_says(watched):
     declared = {name for name in METRICS if name.startswith(AREAS)}
-    found = rows_of(lines(watched / "full"))
-    assert declared - ON_GPU - OF_GRPO - {UNREADABLE} == found
-    assert len(declared) >= 45
-
-
-def test_what_a_row_costs_is_what_its_level_logs(watched):
-    basic, off = rows_of(lines(watched / "basic")), rows_of(lines(watched / "off"))
-    assert {name for name in basic if METRICS[name].cost.startswith("full")} == set()
-    full = rows_of(lines(watched / "full"))
-    assert full - basic == {name for name in full if METRICS[name].cost.startswith("full")}
+    off, basic, full = (rows_of(lines(watched / level)) for level in ("off", "basic", "full"))
+    assert declared - ON_GPU - OF_GRPO - {UNREADABLE} == full and len(declared) >= 45
+    assert full - basic == {name for name in full if METRICS[name].cost.startswith("full")} and basic <= full
     assert {METRICS[name].cost for name in off} == {"free", "evaluation"}
 
 
@@ -80,14 +73,10 @@ def test_watching_changes_nothing(watched):
         assert len({(line["step"], line.get("train/loss"), line.get("eval/loss")) for line in names}) == 1
 
 
-def test_looks_fall_on_lines(watched):
-    found = [line for line in lines(watched / "full") if "train/loss" in line]
-    assert [line["step"] for line in found if "grad/mean" in line] == [5, 10]
-    assert [line["step"] for line in found] == [5, 10, 12]
-
-
 def test_numbers_of_a_run_fit_together(watched):
     found = lines(watched / "full")
+    assert [line["step"] for line in found if "train/loss" in line] == [5, 10, 12]
+    assert [line["step"] for line in found if "grad/mean" in line] == [5, 10], "probes fall on lines"
     for line in found:
         if "grad/mean" in line:
             parts = [line[name] for name in line if name.startswith("grad/norm/")]
@@ -109,12 +98,10 @@ def test_a_killed_full_run_logs_what_a_whole_one_does(tiny, tmp_path, monkeypatc
     """Nothing that was measured lies between a checkpoint and its line; only clocks and memory differ."""
     from osler.runtime import faults
 
+    with monkeypatch.context() as environment:
+        environment.setenv(faults.VARIABLE, "train-step:sigterm:7")
+        assert main(["pretrain", tiny.pretrain, *FULL, "--run", str(tmp_path / "broken")]) == 130
     for folder in ("whole", "broken"):
-        if folder == "broken":
-            faults.visits.clear()
-            with monkeypatch.context() as environment:
-                environment.setenv(faults.VARIABLE, "train-step:sigterm:7")
-                assert main(["pretrain", tiny.pretrain, *FULL, "--run", str(tmp_path / folder)]) == 130
         assert main(["pretrain", tiny.pretrain, *FULL, "--run", str(tmp_path / folder)]) == 0
     whole, broken = (
         [{name: value for name, value in line.items() if not name.startswith("perf/")} for line in lines(tmp_path / folder)]

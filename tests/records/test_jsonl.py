@@ -7,6 +7,7 @@ import math
 import subprocess
 import sys
 import tracemalloc
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -131,19 +132,22 @@ def test_resume_drops_what_lies_beyond_the_checkpoint(
     assert steps(path) == expected and path.read_bytes().splitlines()[: last_step + 1] == before
 
 
-@pytest.mark.parametrize("cut", [1, 2, 20])
-def test_a_torn_last_line_is_dropped_and_the_next_line_is_whole(path: Path, cut: int) -> None:
-    log(path, 0, 4)
-    path.write_bytes(path.read_bytes()[:-cut])
+@pytest.mark.parametrize(
+    ("tear", "kept"),
+    [
+        (lambda whole: whole[:-1], [0, 1, 2]),  # without its newline only, the last line is still whole
+        (lambda whole: whole[:-2], [0, 1]),
+        (lambda whole: whole[:-20], [0, 1]),
+        (lambda whole: whole + b"\x00\xff\x80\n[1]\n{}\n", [0, 1, 2]),
+    ],
+)
+def test_what_is_no_whole_line_is_dropped_and_the_next_line_is_whole(
+    path: Path, tear: Callable[[bytes], bytes], kept: list[int]
+) -> None:
+    log(path, 0, 2)
+    path.write_bytes(tear(path.read_bytes()))
     log(path, 5, 5)
-    assert steps(path) == ([0, 1, 2, 3, 4, 5] if cut == 1 else [0, 1, 2, 3, 5]), "without its newline only, it is still whole"
-
-
-def test_lines_that_are_no_metrics_are_dropped(path: Path) -> None:
-    log(path, 0, 1)
-    path.write_bytes(path.read_bytes() + b"\x00\xff\x80\n[1]\n{}\n")
-    log(path, 2, 2)
-    assert steps(path) == [0, 1, 2]
+    assert steps(path) == [*kept, 5]
 
 
 @pytest.mark.parametrize("last_step", [math.inf, 2500])
