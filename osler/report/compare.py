@@ -19,10 +19,11 @@ import numpy as np
 from osler.monitor.metrics import declared_name
 from osler.records.results import ExamScore
 from osler.records.values import as_text
-from osler.report import charts, html
+from osler.report import charts
 from osler.report import format as fmt
 from osler.report.charts import COLOURS, SPECS, Figure, Spec
 from osler.report.curves import Floats
+from osler.report.page import write_page
 from osler.report.read import RunRecord, StageLog, count_parameters, find_model, read_run
 from osler.report.words import interval, stage_title
 from osler.runtime.errors import UserError
@@ -59,21 +60,16 @@ def build_comparison(folders: Sequence[str], out: str | Path) -> tuple[str, Path
     """Write the page and return the table for the terminal and the page's path; raises UserError when nothing compares."""
     runs = _open(folders)
     groups = _groups(runs)
-    path = html.write_page(Path(out), render(groups, list(runs)))
-    return "\n\n".join(_as_text(title, members) for title, members in groups.items()), path
-
-
-def render(groups: Mapping[str, Sequence[Member]], names: Sequence[str]) -> str:
-    """Return the whole page."""
     shown: dict[str, dict[str, Any]] = {}
     for position, (title, members) in enumerate(groups.items()):
         tables = {"Numbers": numbers(members), "What differs in their configurations": differences(members)}
         main, families = _curves(members)
         title = title or "Comparison"
         shown[f"group-{position}"] = {"title": title, "members": members, "tables": tables, "main": main, "families": families}
-    body = html.render("compare.html", names=names, groups=shown)
+    about = {"name": " · ".join(runs), "what": "Osler comparison", "made_of": "the files of these runs"}
     links = {anchor: group["title"] for anchor, group in shown.items()}
-    return html.page(" · ".join(names), "Osler comparison", "the files of these runs", body, links)
+    path = write_page(Path(out), "compare.html", about, links, names=list(runs), groups=shown)
+    return "\n\n".join(_as_text(title, members) for title, members in groups.items()), path
 
 
 def numbers(members: Sequence[Member]) -> Table:

@@ -1,21 +1,32 @@
-"""The report: one self-contained HTML page about a run, written into its folder as `report.html`."""
+"""The report: one self-contained HTML page about a run, written into its folder as `report.html`; and the door to Jinja2.
+
+Whatever a run wrote is escaped; the drawings of ``svg.py`` escape their own text. A page fetches nothing: style, script and
+charts are in it, the fonts are the reader's, and a content policy forbids the browser to load anything. All of it can be read
+without the script, which adds read-outs on the curves and the switch between light and dark.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import datetime
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import numpy as np
+from markupsafe import Markup
 
+from osler.config.recipe import dump_yaml
 from osler.records.results import SampledAnswer
+from osler.report import charts, svg, words
 from osler.report import format as fmt
-from osler.report import html, words
-from osler.report.charts import charts_of
 from osler.report.read import RunRecord, StageLog, read_run, stage_rank
 from osler.report.words import stage_colour, stage_title
-from osler.runtime.files import RunFolder
+from osler.runtime.errors import UserError
+from osler.runtime.files import RunFolder, write_atomic
 
 MOST_STAGES, MOST_QUESTIONS = 3, 24  # of the samples
 LINKS = {
@@ -30,17 +41,14 @@ def build_report(run_folder: str | Path | RunRecord, out: str | Path | None = No
     Raises UserError when it is not a run folder, or when the file cannot be written.
     """
     run = read_run(run_folder)
-    return html.write_page(RunFolder(run.path).report if out is None else Path(out), render(run))
-
-
-def render(run: RunRecord) -> str:
-    """Return the whole page."""
     sample_stages, questions = _questions(run)
-    times = _times(run)
     ends = [abs(v) for pair in run.comparisons for v in (*pair.interval, pair.difference) if math.isfinite(v)]
     about_grpo = any("grpo" in pair.after_label.lower() for pair in run.comparisons)
-    body = html.render(
+    return write_page(
+        RunFolder(run.path).report if out is None else Path(out),
         "report.html",
+        {"name": run.path.resolve().name, "what": "Osler run report", "made_of": "the files of this run"},
+        LINKS,
         run=run,
         score=words.headline_score(run),
         headline=words.headline(run),
@@ -54,21 +62,40 @@ def render(run: RunRecord) -> str:
         sample_stages=sample_stages,
         questions=questions,
         samples_lead=_changes(questions, sample_stages),
-        right_option=right_option,
-        times=times,
-        times_total=sum(seconds for _, seconds, *_ in times),
+        times=_times(run),
         teachers=words.teachers(run),
         stages=[_stage(run, stage, position) for position, stage in enumerate(run.runs)],
         next_steps=list(words.next_steps(run)),
         facts={**run.groups, "versions": run.versions},
     )
-    return html.page(run.path.resolve().name, "Osler run report", "the files of this run", body, LINKS)
+
+
+def write_page(path: Path, template: str, about: Mapping[str, str], links: Mapping[str, str], **values: Any) -> Path:
+    """Fill the sections of a template with values, put the page around them, write it, and return its path.
+
+    ``about``: name, what it is and what it was made of. ``links``: titles of sections, to those that turn out to be there. Raises
+    UserError when the path takes no file.
+    """
+    body = Markup(PAGES.get_template(template).render(values))
+    there = re.findall('<section id="([^"]+)"', body)
+    style, script = (
+        Markup(resources.files("osler.report").joinpath(file).read_text(encoding="utf-8")) for file in ("style.css", "script.js")
+    )
+    made = datetime.now().astimezone().strftime("%Y-%m-%d %H:%M")
+    shown = {anchor: title for anchor, title in links.items() if anchor in there}
+    text = PAGES.get_template("page.html").render(about, body=body, made=made, links=shown, style=style, script=script)
+    try:
+        write_atomic(path, text)
+    except OSError as error:
+        elsewhere = "`osler report RUN --out FILE`, or `osler compare` with --out FILE, writes it elsewhere."
+        raise UserError(f"The page cannot be written to {path}: {error.strerror}. {elsewhere}") from error
+    return path
 
 
 def _stage(run: RunRecord, log: StageLog, position: int) -> dict[str, Any]:
     """Return what the page shows of one stage's log."""
     colour, groups = stage_colour(log.name, position), words.grouped(log.events)
-    main, families = charts_of(log, colour, words.marks_of(groups))
+    main, families = charts.charts_of(log, colour, words.marks_of(groups))
     seconds = words.seconds_of(run, log.name.lower()) if log.name else log.seconds
     return {
         "title": stage_title(log.name),
@@ -172,3 +199,19 @@ def right_option(sample: SampledAnswer) -> int | None:
         [key == letter for letter in letters],
     )
     return next((way.index(True) for way in ways if True in way), None)
+
+
+PAGES = jinja2.Environment(
+    loader=jinja2.PackageLoader("osler.report"),
+    autoescape=True,
+    trim_blocks=True,
+    lstrip_blocks=True,
+    undefined=jinja2.StrictUndefined,
+)
+DRAWINGS: tuple[Callable[..., str], ...] = (svg.interval_bar, svg.ladder, svg.histogram)
+TEXTS: tuple[Callable[..., Any], ...] = (
+    *(fmt.percent, fmt.points, fmt.count, fmt.plural, fmt.duration, charts.legend_value, dump_yaml),
+    *(words.stage_title, words.stage_colour, words.in_sentence, words.interval, words.difference_in_words, right_option),
+)
+PAGES.globals |= {function.__name__: lambda *args, draw=function, **kw: Markup(draw(*args, **kw)) for function in DRAWINGS}
+PAGES.globals |= {function.__name__: function for function in TEXTS}

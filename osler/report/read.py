@@ -17,7 +17,6 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,8 +25,8 @@ from osler.checkpoint.folders import is_checkpoint
 from osler.config.recipe import load_yaml
 from osler.config.schema import decode
 from osler.model.config import MODEL_FILE, ModelConfig
-from osler.records.jsonl import END, START, Event, read_events
-from osler.records.results import Comparison, ExamScore, FinishedStage, SampledAnswer, read_exams, read_samples
+from osler.records.jsonl import END, LIFETIME, START, Event, read_events
+from osler.records.results import Comparison, ExamScore, FinishedStage, read_exams, read_samples
 from osler.records.values import NAN, as_dict, as_list, as_text, read_records
 from osler.report.curves import MetricsLog, Series, time_at_work
 from osler.runtime.errors import UserError
@@ -90,76 +89,71 @@ class StageLog:
 
     @property
     def tokens(self) -> float:
-        known = self.log.tokens.finite().values
-        return float(known.max()) if len(known) else NAN
+        return max(self.log.tokens.finite().values.tolist(), default=NAN)
 
     @property
     def seconds(self) -> float:
         """Time between the first and the last line, pauses left out."""
-        return self._time_at_work()[0]
+        return self.time_at_work()[0]
 
-    @property
-    def pauses(self) -> list[float]:
-        """The pauses, in seconds: the run was stopped, or it slept."""
-        return self._time_at_work()[1]
-
-    def _time_at_work(self) -> tuple[float, list[float]]:
-        idle, since = [], -math.inf
+    def time_at_work(self) -> tuple[float, list[float]]:
+        """Return the seconds without pauses, and those of each pause: the run was stopped, or it slept."""
+        idle, ended = [], -math.inf
         for event in self.events:
-            if event.kind == START:
-                idle.append((since, event.time))
-            since = event.time if event.kind == END else -math.inf if event.kind == START else since
-        return time_at_work(self.log.times, [(begun, ended) for begun, ended in idle if math.isfinite(ended)])
+            if event.kind == START and math.isfinite(event.time):
+                idle.append((ended, event.time))
+            if event.kind in LIFETIME:
+                ended = event.time if event.kind == END else -math.inf
+        return time_at_work(self.log.times, idle)
 
 
-@dataclass
 class RunRecord:
     """All there is to tell about one run folder."""
 
-    path: Path
-    own: StageLog  # of the folder itself
-    runs: list[StageLog]  # the own one if it has anything to show, and those of the stages inside, in the order of training
-    stages: list[FinishedStage]
-    exams: list[ExamScore]
-    comparisons: list[Comparison]
-    samples: list[SampledAnswer]
-    versions: dict[str, str]
-    groups: dict[str, dict[str, str]]  # machine, fingerprints, ...: the nested parts of versions.json
-    notes: list[str]
-    problems: list[str]
+    def __init__(self, path: Path) -> None:
+        self.path, run = path, RunFolder(path)
+        self.problems: list[str] = []
+        self.stages: list[FinishedStage] = self._read(run.stages, partial(read_records, FinishedStage)) or []
+        names = [stage.name for stage in self.stages]
+        self.own, *inner = [StageLog(path), *(StageLog(sub, sub.name) for sub in sub_runs(path))]
+        for stage in (self.own, *inner):
+            stage.refresh()
+            self.problems += stage.problems
+            self._count_unreadable(f"{stage.name}/metrics.jsonl".lstrip("/"), stage.log.unreadable)
+        runs = [self.own, *inner] if self.own.curves or self.own.events else inner  # those with anything to show
+        self.runs = sorted(runs, key=lambda stage: stage_rank(stage.name, names))  # in the order of training
+        exams: list[ExamScore] = self._read(run.exams, read_exams) or []
+        self.exams = sorted(exams, key=lambda score: stage_rank(score.label, names))
+        self.comparisons: list[Comparison] = self._read(run.comparison, partial(read_records, Comparison)) or []
+        self.samples, unreadable = read_samples(run.samples)
+        self._count_unreadable("samples.jsonl", unreadable)
+        versions = as_dict(self._read(path / "versions.json", read_json))
+        groups = {key: as_dict(group) for key, group in versions.items() if isinstance(group, dict) and group}
+        self.versions = {key: as_text(value) for key, value in versions.items() if not isinstance(value, (dict, list))}
+        self.groups = {key: {name: as_text(value) for name, value in group.items()} for key, group in groups.items()}
+        self.notes = [as_text(note) for note in as_list(self._read(path / "notes.json", read_json)) if as_text(note)]
+
+    def _read(self, path: Path, reader: Callable[[Path], T]) -> T | None:
+        """Return what a reader makes of a file; None when there is none, or (with a problem noted) when it cannot be read."""
+        try:
+            return reader(path) if path.exists() else None
+        except UserError:
+            self.problems.append(f"{path.name} could not be read; its part of this page is missing.")
+            return None
+
+    def _count_unreadable(self, name: str, lines: int) -> None:
+        if lines:
+            self.problems.append(f"{name}: {lines} unreadable line{'s' if lines > 1 else ''} skipped.")
 
 
 def read_run(folder: str | Path | RunRecord) -> RunRecord:
     """Read a run folder; a run that was read already is returned as it is. Raises UserError when it has no config.yaml."""
     if isinstance(folder, RunRecord):
         return folder
-    path, run = Path(folder), RunFolder(Path(folder))
-    if not run.config.is_file() or is_checkpoint(path):
+    path = Path(folder)
+    if not RunFolder(path).config.is_file() or is_checkpoint(path):
         raise UserError(why_no_run(path))
-    problems: list[str] = []
-    stages = _read(problems, run.stages, partial(read_records, FinishedStage)) or []
-    names = [stage.name for stage in stages]
-    own, *inner = [StageLog(path), *(StageLog(sub, sub.name) for sub in sub_runs(path))]
-    for stage in (own, *inner):
-        stage.refresh()
-        problems += [*stage.problems, *_unreadable(f"{stage.name}/metrics.jsonl".lstrip("/"), stage.log.unreadable)]
-    samples, unreadable = read_samples(run.samples)
-    problems += _unreadable("samples.jsonl", unreadable)
-    versions = as_dict(_read(problems, path / "versions.json", read_json))
-    groups = {key: as_dict(group) for key, group in versions.items() if isinstance(group, dict) and group}
-    return RunRecord(
-        path=path,
-        own=own,
-        runs=sorted([own, *inner] if own.curves or own.events else inner, key=lambda stage: stage_rank(stage.name, names)),
-        stages=stages,
-        exams=sorted(_read(problems, run.exams, read_exams) or [], key=lambda score: stage_rank(score.label, names)),
-        comparisons=_read(problems, run.comparison, partial(read_records, Comparison)) or [],
-        samples=samples,
-        versions={key: as_text(value) for key, value in versions.items() if not isinstance(value, (dict, list))},
-        groups={key: {name: as_text(value) for name, value in group.items()} for key, group in groups.items()},
-        notes=[as_text(note) for note in as_list(_read(problems, path / "notes.json", read_json)) if as_text(note)],
-        problems=problems,
-    )
+    return RunRecord(path)
 
 
 def why_no_run(path: Path) -> str:
@@ -242,16 +236,3 @@ def _read_config(path: Path, problems: list[str]) -> tuple[str, dict[str, Any]]:
     except UserError as error:
         problems.append(f"{error} The file is shown as it stands.")
         return text, {}
-
-
-def _unreadable(name: str, lines: int) -> list[str]:
-    return [f"{name}: {lines} unreadable line{'s' if lines > 1 else ''} skipped."] if lines else []
-
-
-def _read(problems: list[str], path: Path, reader: Callable[[Path], T]) -> T | None:
-    """Return what a reader makes of a file; None when there is none, or (with a problem noted) when it cannot be read."""
-    try:
-        return reader(path) if path.exists() else None
-    except UserError:
-        problems.append(f"{path.name} could not be read; its part of this page is missing.")
-        return None

@@ -10,10 +10,9 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from osler.eval.score import describe_too_long, length_explains
 from osler.records.jsonl import END, FAILED, FINISHED, START, Event, still_wrong, unresolved_at_end
@@ -215,43 +214,15 @@ def _gain(rows: list[ExamScore], word: str) -> float:
 # What happened.
 
 
-@dataclass(frozen=True)
-class EventGroup:
-    """Events of one kind and name: the steps at which they came, each once, and the time and words of the newest."""
+class EventGroup(NamedTuple):
+    """Events of one kind and name, in words; time and message are those of the newest."""
 
-    kind: str
-    name: str
-    steps: Sequence[int]
-    time: float
+    weight: str  # how much it matters, as a css class: that of `GRAVE`, other, or edge for a usual start or end
+    title: str
+    when: str  # `step 120`, or `3 times, at steps 120, 130 and 840`
+    clock: str
     message: str
-
-    @property
-    def weight(self) -> str:
-        """How much it matters, as a css class: a failure as much as an incident."""
-        if (self.kind, self.name) == (END, FAILED):
-            return "incident"
-        return self.kind if self.kind in GRAVE else "other"
-
-    @property
-    def title(self) -> str:
-        kind, name = (re.sub("[_-]", " ", text) for text in (self.kind, self.name))
-        kind = kind[:1].upper() + kind[1:]
-        return f"{kind}: {name}" if name and name.lower() != kind.lower() else kind
-
-    @property
-    def when(self) -> str:
-        """`step 120`, or `3 times, at steps 120, 130 and 840`."""
-        named = [f"{step:,}" for step in self.steps]
-        if len(named) == 1:
-            return f"step {named[0]}"
-        if len(named) > STEPS_NAMED:
-            named = [*named[:2], "…", *named[-2:]]
-        return f"{fmt.count(len(self.steps))} times, at steps {', '.join(named[:-1])} and {named[-1]}"
-
-    @property
-    def clock(self) -> str:
-        known = math.isfinite(self.time)
-        return datetime.fromtimestamp(self.time).astimezone().strftime("%Y-%m-%d %H:%M") if known else ""
+    steps: list[int]  # each once
 
     @property
     def in_words(self) -> str:
@@ -263,9 +234,24 @@ def grouped(events: Sequence[Event]) -> list[EventGroup]:
     found: dict[tuple[str, str], list[Event]] = {}
     for event in reversed(events):
         found.setdefault((event.kind, event.name), []).append(event)
-    return [
-        EventGroup(*key, sorted({event.step for event in alike}), alike[0].time, alike[0].message) for key, alike in found.items()
-    ]
+    return [_group(*key, alike) for key, alike in found.items()]
+
+
+def _group(kind: str, name: str, alike: Sequence[Event]) -> EventGroup:
+    """Return events of one kind and name, the newest first, as a group; a failure weighs as much as an incident."""
+    special = {(END, FAILED): "incident", (END, FINISHED): "edge", (START, "begun"): "edge"}
+    weight = special.get((kind, name), kind if kind in GRAVE else "other")
+    what, more = (re.sub("[_-]", " ", text) for text in (kind, name))
+    title = what[:1].upper() + what[1:] + (f": {more}" if more and more.lower() != what.lower() else "")
+    steps = sorted({event.step for event in alike})
+    named = [f"{step:,}" for step in steps]
+    when = f"step {named[0]}"
+    if len(steps) > 1:
+        named = [*named[:2], "…", *named[-2:]] if len(named) > STEPS_NAMED else named
+        when = f"{fmt.count(len(steps))} times, at steps {', '.join(named[:-1])} and {named[-1]}"
+    newest = alike[0]
+    time = datetime.fromtimestamp(newest.time).astimezone() if math.isfinite(newest.time) else None
+    return EventGroup(weight, title, when, f"{time:%Y-%m-%d %H:%M}" if time else "", newest.message, steps)
 
 
 def marks_of(groups: Sequence[EventGroup]) -> list[tuple[float, str, str]]:
@@ -273,8 +259,8 @@ def marks_of(groups: Sequence[EventGroup]) -> list[tuple[float, str, str]]:
     return [
         (step, group.weight, f"{group.title} at step {step:,}")
         for group in groups
-        if (group.kind, group.name) not in ((START, "begun"), (END, FINISHED))
         for step in group.steps
+        if group.weight != "edge"
     ]
 
 
@@ -288,7 +274,7 @@ def attention(run: RunRecord) -> list[str]:
             told.append(f"The run is complete, but {still_wrong(len(unresolved))}: {names}.")
         grave = [group for group in grouped(stage.events) if group.weight in GRAVE]
         told += [group.in_words for group in sorted(grave, key=lambda group: GRAVE.index(group.weight))]
-        if pauses := stage.pauses:
+        if pauses := stage.time_at_work()[1]:
             told.append(
                 f"{fmt.plural(len(pauses), 'pause')} in the log, the longest of {fmt.duration(max(pauses))}: the run was stopped "
                 "and resumed, or the machine slept. Times on this page leave pauses out."

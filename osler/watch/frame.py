@@ -202,7 +202,7 @@ def _events(run: WatchedRun) -> list[Text]:
     """Return what happened, the newest first; when the run began and how it ended is in its state."""
     styles = {"incident": "bad", "rollback": "bad", "alert": "warn"}
     told = [event for event in run.events if event.kind not in LIFETIME]
-    return [Text(group.in_words, styles.get(group.kind, "")) for group in grouped(told)[:EVENTS]]
+    return [Text(group.in_words, styles.get(group.weight, "")) for group in grouped(told)[:EVENTS]]
 
 
 def _checkpoints(run: WatchedRun, now: float) -> list[Text]:

@@ -61,8 +61,8 @@ def grave(folder: Path) -> list[str]:
 
 def test_alike_events_are_one_group_the_newest_first(bare: Bare) -> None:
     told = grouped(EVENTS)
-    assert [(h.kind, h.steps) for h in told] == [
-        ("data_change", [30]), ("rollback", [15]), ("incident", [25]), ("alert", [10, 20]),
+    assert [(group.title.partition(":")[0], group.steps) for group in told] == [
+        ("Data change", [30]), ("Rollback", [15]), ("Incident", [25]), ("Alert", [10, 20]),
     ]  # fmt: skip
     assert told[-1].message == "The norm is 9 again."
     words = grave(bare(events_jsonl=lines(*EVENTS)))

@@ -346,7 +346,7 @@ def test_time_leaves_pauses_out(bare: Bare) -> None:
     rows = [{"step": i, "time": 10.0 * i + (7200 if i > 20 else 0), "train/loss": 1.0} for i in range(41)]
     folder = bare(metrics_jsonl="".join(json.dumps(r) + "\n" for r in rows))
     stage = read_run(folder).runs[0]
-    assert stage.seconds == pytest.approx(390) and stage.pauses == [7210.0]
+    assert stage.time_at_work() == (390, [7210.0])
     summary = summary_text(folder)
     assert "in 6 min 30 s" in summary and "Watch: Training: 1 pause in the log, the longest of 2 h 00 min" in summary
 
