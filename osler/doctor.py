@@ -5,7 +5,6 @@ What is missing is advice and not an error: Osler trains on two CPU cores with n
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.metadata
 import json
 import os
@@ -15,9 +14,9 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from osler.runtime.neighbours import busy_elsewhere, read_cpus
 
@@ -33,8 +32,7 @@ _NEIGHBOUR_SECONDS = 0.5
 _BUSY_CPUS = 0.25  # a desktop at rest stays below
 
 
-@dataclasses.dataclass(frozen=True)
-class Check:
+class Check(NamedTuple):
     """One line of the examination; ``advice`` says what would make it better and is empty when nothing would."""
 
     name: str
@@ -46,8 +44,7 @@ class Check:
 def run(*, as_json: bool = False, folder: str | Path = ".") -> int:
     """Examine the machine, print the table or one JSON object, and return 0 whatever was found."""
     checks = examine(Path(folder))
-    rows = [dataclasses.asdict(check) for check in checks]
-    print(json.dumps({"checks": rows}, indent=2) if as_json else render(checks))
+    print(json.dumps({"checks": [check._asdict() for check in checks]}, indent=2) if as_json else render(checks))
     return 0
 
 
@@ -57,18 +54,23 @@ def examine(folder: Path) -> list[Check]:
     try:
         import torch
     except (ImportError, OSError) as error:  # OSError: a library that torch loads is missing or broken
-        broken = Check("torch", "missing", f"cannot be imported: {error}", "Install torch anew")
-        return [*checks, broken, *extras()]
-    from osler.runtime.device import pick_device
+        checks.append(Check("torch", "missing", f"cannot be imported: {error}", "Install torch anew"))
+    else:
+        from osler.runtime.device import pick_device
 
-    device = pick_device("auto")
-    probes: list[Callable[[torch.device], Check]] = [check_device, check_bf16, check_attention, check_compile]
-    return [*checks, Check("torch", "ok", torch.__version__), *(probe(device) for probe in probes), *extras()]
+        device = pick_device("auto")
+        checks += [Check("torch", "ok", torch.__version__), check_device(device)]
+        for name, probe, advice in (("bf16", check_bf16, "Runs use fp32"), ("attention", check_attention, "Install torch anew")):
+            try:
+                checks.append(probe(device))
+            except RuntimeError as error:
+                checks.append(Check(name, "missing", f"does not run: {str(error).splitlines()[0]}", advice))
+        checks.append(check_compile(device))
+    return [*checks, *extras()]
 
 
-def render(checks: Iterable[Check]) -> str:
+def render(checks: Sequence[Check]) -> str:
     """Lay the checks out as a table, the advice below it."""
-    checks = list(checks)
     width = max(len(check.name) for check in checks)
     lines = [f"{check.status:<8} {check.name:<{width}}  {check.finding}" for check in checks]
     advice = [f"- {check.name}: {check.advice}" for check in checks if check.advice]
@@ -77,11 +79,8 @@ def render(checks: Iterable[Check]) -> str:
 
 def check_python() -> Check:
     """Return the versions of the interpreter and of Osler."""
-    try:
-        osler = f"Osler {importlib.metadata.version('osler')}"
-    except importlib.metadata.PackageNotFoundError:
-        osler = "Osler from a source tree that is not installed"
-    return Check("python", "ok", f"{platform.python_version()} on {platform.system()} {platform.machine()}, {osler}")
+    system = f"{platform.system()} {platform.machine()}"
+    return Check("python", "ok", f"{platform.python_version()} on {system}, Osler {osler_version()}")
 
 
 def check_cores() -> Check:
@@ -123,9 +122,8 @@ def check_memory() -> Check:
 
 
 def _cgroup(name: str) -> str:
-    path = Path("/sys/fs/cgroup") / name
     try:
-        return path.read_text().strip()
+        return (Path("/sys/fs/cgroup") / name).read_text().strip()
     except OSError:
         return ""
 
@@ -174,19 +172,14 @@ def check_bf16(device: torch.device) -> Check:
     from osler.runtime.device import bf16_pays, matmul_flops
 
     sizes = [8192 if device.type == "cuda" else 512]
-    try:
-        speeds = {
-            dtype: matmul_flops(device, dtype, sizes, _MATMUL_TRIAL_SECONDS) / 1e9 for dtype in (torch.float32, torch.bfloat16)
-        }
-        pays = bf16_pays(device)
-    except RuntimeError as error:
-        return Check("bf16", "missing", f"does not run: {str(error).splitlines()[0]}", "Runs use fp32")
-    finding = f"fp32 {speeds[torch.float32]:,.0f} GFLOP/s, bf16 {speeds[torch.bfloat16]:,.0f} GFLOP/s"
-    return Check("bf16", "ok" if pays else "slow", f"{finding}: runs use {'bf16' if pays else 'fp32'}")
+    fp32, bf16 = (matmul_flops(device, dtype, sizes, _MATMUL_TRIAL_SECONDS) / 1e9 for dtype in (torch.float32, torch.bfloat16))
+    pays = bf16_pays(device)
+    finding = f"fp32 {fp32:,.0f} GFLOP/s, bf16 {bf16:,.0f} GFLOP/s: runs use {'bf16' if pays else 'fp32'}"
+    return Check("bf16", "ok" if pays else "slow", finding)
 
 
 def check_attention(device: torch.device) -> Check:
-    """Run attention once, as a model does, and find which kernel torch selects."""
+    """Run attention once, as a model does."""
     import torch
 
     from osler.ops.attention import attention
@@ -195,31 +188,8 @@ def check_attention(device: torch.device) -> Check:
     dtype = pick_dtype("auto", device)
     q = torch.ones(1, 4, 128, 64, device=device, dtype=dtype, requires_grad=True)
     kv = torch.ones(1, 2, 128, 64, device=device, dtype=dtype)
-    try:
-        kernel = attention_kernel(lambda: attention(q, kv, kv))
-    except RuntimeError as error:
-        return Check("attention", "missing", f"does not run: {str(error).splitlines()[0]}", "Install torch anew")
-    if kernel is None and device.type == "cuda":
-        advice = "Torch selected no fused kernel: memory grows with the square of the sequence length"
-        return Check("attention", "slow", "plain matrix products", advice)
-    return Check("attention", "ok", kernel or "grouped matrix products")
-
-
-def attention_kernel(call: Callable[[], object]) -> str | None:
-    """Return the name of the fused attention operator that ``call`` ends in, or None when it uses none."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    seen: list[str] = []
-
-    class Record(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-            seen.append(func.name())
-            return func(*args, **(kwargs or {}))
-
-    with Record():
-        call()
-    matches = (re.search(r"_scaled_dot_product_(\w+)", name) for name in seen)
-    return next((match[1] for match in matches if match), None)
+    attention(q, kv, kv).sum().backward()
+    return Check("attention", "ok", f"grouped, with its gradient, in {str(dtype).removeprefix('torch.')}")
 
 
 def check_compile(device: torch.device) -> Check:
@@ -235,22 +205,16 @@ def check_compile(device: torch.device) -> Check:
 
 def extras() -> list[Check]:
     """Check for each optional extra of the installed package whether its requirements are installed."""
-    try:
-        requirements = importlib.metadata.requires("osler") or []
-    except importlib.metadata.PackageNotFoundError:
-        return []
     wanted: dict[str, list[str]] = {}
-    for requirement in requirements:
-        extra = re.search(r"extra\s*==\s*['\"]([^'\"]+)", requirement)
-        name = re.match(r"[\w.-]+", requirement)
-        if extra and name:
-            wanted.setdefault(extra[1], []).append(name[0])
+    for requirement in (importlib.metadata.requires("osler") or []) if _version("osler") else []:
+        if parts := re.match(r"([\w.-]+).*extra\s*==\s*['\"]([^'\"]+)", requirement):
+            wanted.setdefault(parts[2], []).append(parts[1])
     checks = []
-    for extra_name, names in wanted.items():
-        absent = [name for name in names if not _installed(name)]
-        finding = f"{', '.join(absent)} not installed" if absent else "installed"
-        advice = install_extra(extra_name) if absent else ""
-        checks.append(Check(f"[{extra_name}]", "missing" if absent else "ok", finding, advice))
+    for extra, names in wanted.items():
+        if absent := [name for name in names if not _version(name)]:
+            checks.append(Check(f"[{extra}]", "missing", f"{', '.join(absent)} not installed", install_extra(extra)))
+        else:
+            checks.append(Check(f"[{extra}]", "ok", "installed"))
     return checks
 
 
@@ -260,9 +224,14 @@ def install_extra(name: str, root: Path = Path(__file__).parents[1]) -> str:
     return f"cd {root} && {command}" if (root / "pyproject.toml").is_file() else f"In a clone of Osler: {command}"
 
 
-def _installed(name: str) -> bool:
+def osler_version() -> str:
+    """Return Osler's version, or where it comes from."""
+    return _version("osler") or "from a source tree that is not installed"
+
+
+def _version(package: str) -> str | None:
+    """Return the installed version of a package."""
     try:
-        importlib.metadata.version(name)
+        return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
+        return None

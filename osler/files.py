@@ -227,18 +227,19 @@ def _os_errors_named(file: Path) -> Iterator[None]:
         raise UserError(_damaged(file, error)) from None
 
 
-def _lines(stream: IO[bytes]) -> Iterator[bytes]:
-    """Cut a stream at newlines and nowhere else; pyarrow cannot iterate over the lines of a compressed stream.
+def _lines(stream: IO[bytes], head: bytes = b"") -> Iterator[bytes]:
+    """Cut a stream, after the ``head`` read of it, at newlines and nowhere else, which pyarrow cannot where it is compressed.
 
     The parts of a line longer than a block are joined once, at its end.
     """
     parts: list[bytes] = []
-    while block := stream.read(BLOCK_BYTES):
+    while block := head or stream.read(BLOCK_BYTES):
         first, *others = block.split(b"\n")
         parts.append(first)
         for line in others:
             yield b"".join(parts) + b"\n"
             parts = [line]
+        head = b""
     if any(parts):
         yield b"".join(parts)
 
@@ -279,20 +280,20 @@ _decode = json.JSONDecoder(object_pairs_hook=_json_object, parse_int=_json_integ
 
 def _json_rows(file: Path, columns: Sequence[str] | None) -> Iterator[Row]:
     name = shown(file)
-    with _os_errors_named(file):
-        with _open(file) as stream:  # the first line of an array may be a whole file, larger than the memory
-            if stream.read(HEAD_BYTES).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
-                raise UserError(f"{name} begins with '['. {_one_object_per_line('[')}")
-        is_first = True
-        with _open(file) as stream:
-            for where, text in decode_lines(_lines(stream), name):
-                if not text.strip():
-                    continue
-                row = _parse(text, where)
-                if HALF_CHARACTER.search(text):
-                    _check_characters(row if columns is None else {name: row.get(name) for name in columns}, where)
-                yield Row(where, row, list(row), _unread_json(row, columns) if is_first and columns is not None else ())
-                is_first = False
+    with _os_errors_named(file), _open(file) as stream:
+        head = stream.read(HEAD_BYTES)
+        if head.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):  # its first line may be larger than the memory
+            raise UserError(f"{name} begins with '['. {_one_object_per_line('[')}")
+        is_first = columns is not None
+        for where, text in decode_lines(_lines(stream, head), name):
+            if not text.strip():
+                continue
+            row = _parse(text, where)
+            if HALF_CHARACTER.search(text):
+                _check_characters(row if columns is None else {name: row.get(name) for name in columns}, where)
+            content = [name for name, value in row.items() if not isinstance(value, (int, float))] if is_first else []
+            yield Row(where, row, list(row), _unread(content, columns))
+            is_first = False
 
 
 def _parse(text: str, where: str) -> dict[str, Any]:
@@ -335,12 +336,9 @@ def _check_characters(row: dict[str, Any], where: str) -> None:
                 raise UserError(f"{where}: {what}. Write it whole, or remove the row.") from None
 
 
-def _unread_json(row: dict[str, Any], columns: Sequence[str]) -> list[str]:
-    return [name for name, value in row.items() if not isinstance(value, (int, float)) and _is_content(name, columns)]
-
-
-def _is_content(name: str, columns: Sequence[str]) -> bool:
-    return name not in columns and not _BOOKKEEPING.search(name)
+def _unread(content: Sequence[str], columns: Sequence[str] | None) -> list[str]:
+    """Return those of the columns with content that were not asked for."""
+    return [name for name in content if columns is not None and name not in columns and not _BOOKKEEPING.search(name)]
 
 
 # -- parquet -----------------------------------------------------------------------------------------------------------
@@ -349,7 +347,9 @@ def _is_content(name: str, columns: Sequence[str]) -> bool:
 def _parquet_rows(file: Path, columns: Sequence[str] | None) -> Iterator[Row]:
     import pyarrow
     import pyarrow.parquet
+    from pyarrow import types
 
+    is_number = (types.is_integer, types.is_floating, types.is_decimal, types.is_boolean, types.is_temporal)
     number = 0
     try:
         with open(file, "rb") as handle, pyarrow.parquet.ParquetFile(handle) as table:
@@ -358,7 +358,7 @@ def _parquet_rows(file: Path, columns: Sequence[str] | None) -> Iterator[Row]:
             for name in wanted:
                 if schema.names.count(name) > 1:
                     raise UserError(f"{shown(file)} has two columns '{shown(name)}'; which one is meant? Rename the other.")
-            unread = [] if columns is None else _unread_parquet(schema, columns)
+            unread = _unread([field.name for field in schema if not any(check(field.type) for check in is_number)], columns)
             for batch in table.iter_batches(batch_size=BATCH_ROWS, columns=wanted):
                 values = [_column_values(batch.column(name), name, file, number) for name in wanted]
                 for row in zip(*values, strict=True) if wanted else [()] * batch.num_rows:
@@ -369,25 +369,16 @@ def _parquet_rows(file: Path, columns: Sequence[str] | None) -> Iterator[Row]:
         raise UserError(_damaged(file, error)) from None
 
 
-def _unread_parquet(schema: pyarrow.Schema, columns: Sequence[str]) -> list[str]:
-    from pyarrow import types
-
-    is_number = (types.is_integer, types.is_floating, types.is_decimal, types.is_boolean, types.is_temporal)
-    names = [field.name for field in schema if not any(check(field.type) for check in is_number)]
-    return [name for name in names if _is_content(name, columns)]
-
-
 def _column_values(column: pyarrow.Array, name: str, file: Path, rows_before: int) -> list[Any]:
-    try:
-        values: list[Any] = column.to_pylist()
-    except ValueError:  # text that is not UTF-8, or a value that Python cannot hold
-        for index, value in enumerate(column):
-            where = f"{shown(file)}: row {rows_before + index + 1}, field '{shown(name)}'"
-            try:
-                value.as_py()
-            except UnicodeDecodeError as error:
-                raise UserError(_not_utf8(where, error, 0)) from None
-            except ValueError as error:
-                raise UserError(f"{where} cannot be read: {error}.") from None
-        raise
+    with contextlib.suppress(ValueError):  # text that is not UTF-8, or a value that Python cannot hold
+        return list(column.to_pylist())
+    values = []
+    for row, value in enumerate(column, rows_before + 1):
+        where = f"{shown(file)}: row {row}, field '{shown(name)}'"
+        try:
+            values.append(value.as_py())
+        except UnicodeDecodeError as error:
+            raise UserError(_not_utf8(where, error, 0)) from None
+        except ValueError as error:
+            raise UserError(f"{where} cannot be read: {error}.") from None
     return values

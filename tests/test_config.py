@@ -57,7 +57,7 @@ class Run:
     compile: bool = False
     optim: Annotated[Adam | Muon, TAGGED] = Adam(lr=5e-4)
     second: Annotated[Adam | Muon, TAGGED] | None = None
-    only: Annotated[Adam, TAGGED] = Adam()
+    only: Adam = Adam()
     stages: tuple[Stage, ...] = ()
     weights: dict[str, float] = dataclasses.field(default_factory=dict)
     rows: int | Literal["auto"] = "auto"

@@ -87,7 +87,7 @@ def test_every_recipe_and_command_is_explained_and_resolves_to_the_same(name):
 
 
 def classes(annotation: Any) -> Iterator[type]:
-    for member in members_of(annotation)[0]:
+    for member in members_of(annotation):
         if is_config_class(member):
             yield member
             for inner in hints(member).values():
@@ -109,7 +109,7 @@ def test_every_field_says_what_it_means(cls):
     assert cls.__doc__ and not cls.__doc__.startswith(f"{cls.__name__}("), f"{cls.__name__} needs a docstring"
     found = explanations(cls)
     for name, annotation in hints(cls).items():
-        is_section = any(map(is_config_class, members_of(annotation)[0]))  # explained by the docstring of its class
+        is_section = any(map(is_config_class, members_of(annotation)))  # explained by the docstring of its class
         assert found[name] or is_section or name == "type", f"{cls.__name__}.{name} needs a comment that says what it means"
 
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 import importlib
 import json
 import os
-import statistics
 import sys
 import tempfile
 import time
@@ -49,17 +48,16 @@ from osler.train.trainer import TrainStep
 Contestant = tuple[nn.Module, LossFunction]
 
 
-def build_osler(config: TrainConfig, dtype: torch.dtype) -> Contestant:
+def build_osler(config: TrainConfig, dtype: torch.dtype, _: str = "") -> Contestant:
     """Build Osler's transformer and its chunked loss, as training runs them."""
     model = Transformer(config.model, compute_dtype=dtype)
     model.init_weights(config.seed)
     return model, SummedLoss(model)
 
 
-def build_nanochat(config: TrainConfig, dtype: torch.dtype, checkout: Path) -> Contestant:
+def build_nanochat(config: TrainConfig, dtype: torch.dtype, checkout: str) -> Contestant:
     """Build nanochat's ``GPT`` from a checkout, with full attention in every layer; it casts fp32 weights itself."""
     shape = config.model
-    require_whole_embeddings(shape)
     if shape.tie_embeddings:
         raise UserError("nanochat's embedding and head are two matrices: compare with model.tie_embeddings=false.")
     if shape.head_dim * shape.num_heads != shape.hidden_size:
@@ -68,7 +66,7 @@ def build_nanochat(config: TrainConfig, dtype: torch.dtype, checkout: Path) -> C
             f"hidden_size {shape.hidden_size}."
         )
     os.environ["NANOCHAT_DTYPE"] = str(dtype).removeprefix("torch.")
-    sys.path.insert(0, str(checkout))
+    sys.path.insert(0, checkout)
     gpt = importlib.import_module("nanochat.gpt")
     model = gpt.GPT(
         gpt.GPTConfig(
@@ -85,23 +83,14 @@ def build_nanochat(config: TrainConfig, dtype: torch.dtype, checkout: Path) -> C
     return model, lambda ids, labels, _: model(ids, labels) * labels.numel()
 
 
-def require_whole_embeddings(shape: ModelConfig) -> None:
-    """Raise UserError for a factorized embedding: a peer with a whole one would be a larger model."""
-    if shape.embed_rank is not None:
-        raise UserError(
-            f"No peer has a factorized embedding (model.embed_rank={shape.embed_rank}): leave --peer out, or compare with "
-            "model.embed_rank=null."
-        )
-
-
-def build_hf(config: TrainConfig, dtype: torch.dtype) -> Contestant:
+def build_hf(config: TrainConfig, dtype: torch.dtype, _: str = "") -> Contestant:
     """Build Hugging Face's Qwen3 with its own loss: fp32 weights under autocast, as its Trainer runs bf16."""
     transformers = importlib.import_module("transformers")
     shape = config.model
     model = transformers.Qwen3ForCausalLM(qwen3_config(transformers, shape))
     loss_function: Callable[..., Tensor] = model.loss_function
 
-    def loss(ids: Tensor, labels: Tensor, _: Tensor | None) -> Tensor:
+    def loss(ids: Tensor, labels: Tensor, documents: Tensor | None) -> Tensor:
         with torch.autocast(ids.device.type, dtype, enabled=dtype != torch.float32):
             logits = model(input_ids=ids, use_cache=False).logits
         # Its loss shifts labels by itself unless they come shifted.
@@ -111,8 +100,7 @@ def build_hf(config: TrainConfig, dtype: torch.dtype) -> Contestant:
 
 
 def qwen3_config(transformers, shape: ModelConfig):  # type: ignore[no-untyped-def]  # an optional library's classes
-    """Return Qwen3's configuration of the same shape. Raises UserError where it has no such shape."""
-    require_whole_embeddings(shape)
+    """Return Qwen3's configuration of the same shape."""
     return transformers.Qwen3Config(
         vocab_size=shape.vocab_size,
         hidden_size=shape.hidden_size,
@@ -128,6 +116,7 @@ def qwen3_config(transformers, shape: ModelConfig):  # type: ignore[no-untyped-d
     )
 
 
+BUILDERS: dict[str, Callable[..., Contestant]] = {"osler": build_osler, "hf": build_hf, "nanochat": build_nanochat}
 DOCUMENT_TOKENS = 700  # the length of a stand-in document; rows are cut across them
 MATMUL_SIZES = (1024, 2048, 4096)
 MATMUL_SECONDS = 0.5  # per size
@@ -163,7 +152,7 @@ def training_step(
 ) -> tuple[TrainStep, nn.Module]:
     """Return the training step of a contestant and its model; ``mark`` is called when a part of a step ends."""
     torch.manual_seed(0)
-    model, loss = contestant(spec, config, getattr(torch, spec["dtype"]))
+    model, loss = BUILDERS[spec["contestant"]](config, getattr(torch, spec["dtype"]), spec.get("peer", ""))
     model.to(device)
     if isinstance(model, Transformer):
         engine = parallelize(
@@ -180,17 +169,8 @@ def training_step(
         engine = ParallelEngine(torch.compile(loss, dynamic=False) if spec["compile"] else loss)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     learner = Learner(cast(Transformer, model), optimizer, engine, config.clip_norm)
-    step = TrainStep(
-        learner, micro_batch_tokens=config.micro_batch_tokens, document_mask=config.document_mask, mark=mark
-    )
+    step = TrainStep(learner, micro_batch_tokens=config.micro_batch_tokens, document_mask=config.document_mask, mark=mark)
     return step, model
-
-
-def contestant(spec: dict[str, Any], config: TrainConfig, dtype: torch.dtype) -> Contestant:
-    """Build the model that ``spec`` names."""
-    if spec["contestant"] == "nanochat":
-        return build_nanochat(config, dtype, Path(spec["peer"]))
-    return (build_hf if spec["contestant"] == "hf" else build_osler)(config, dtype)
 
 
 def stand_in(config: TrainConfig, folder: Path) -> StreamPacking:
@@ -219,18 +199,17 @@ def time_steps(
         step(next(batches))
     synchronize(device)
     stopwatch.read()
-    seconds, began = [], time.perf_counter()
+    times = [time.perf_counter()]
     for _ in range(steps):
-        before = time.perf_counter()
         stopwatch.start()
         batch = next(batches)
         stopwatch.mark("data")
         step(batch)
-        seconds.append(time.perf_counter() - before)
+        times.append(time.perf_counter())
     synchronize(device)
-    mean = (time.perf_counter() - began) / steps
+    mean = (time.perf_counter() - times[0]) / steps
     return {
-        "step_seconds": statistics.median(seconds) if device.type == "cpu" else mean,
+        "step_seconds": float(np.median(np.diff(times))) if device.type == "cpu" else mean,
         "first_step_seconds": first,
         "part_seconds": {name: total / steps for name, total in stopwatch.read().items()},
     }

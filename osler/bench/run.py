@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
+import operator
 import os
 import statistics
 import subprocess
@@ -61,15 +62,17 @@ def run(
 
 def compare(config: TrainConfig, name: str, *, peers: Sequence[str], rounds: int, steps: int) -> dict[str, Any]:
     """Measure Osler and its peers in turn and put the numbers together."""
-    contestants = ["osler", *map(contestant_of, peers)]
+    contestants = {"osler": "", **{contestant_of(peer): peer for peer in peers}}
+    if peers and config.model.embed_rank is not None:  # a peer with a whole embedding would be a larger model
+        raise UserError(
+            f"No peer has a factorized embedding (model.embed_rank={config.model.embed_rank}): leave --peer out, or compare "
+            "with model.embed_rank=null."
+        )
     import torch
 
-    from osler.bench.measure import require_whole_embeddings
     from osler.runs.process import choose_machine
     from osler.runtime.device import describe_machine
 
-    if peers:  # before Osler is timed, which takes its time
-        require_whole_embeddings(config.model)
     machine = choose_machine(config.device, config.precision, config.compile, steps=STEPS_ALWAYS_COMPILED)
     spec = {
         "config": encode(config),
@@ -79,32 +82,29 @@ def compare(config: TrainConfig, name: str, *, peers: Sequence[str], rounds: int
         "warmup": 3,
         "steps": steps,
     }
-    specs = {name: {**spec, "contestant": name} for name in [*contestants, "matmul"]}
-    for peer in peers:
-        specs[contestant_of(peer)]["peer"] = peer
-    measured: dict[str, list[dict[str, Any]]] = {name: [] for name in specs}
+    turns = [*contestants, "matmul"]
+    measured: dict[str, list[dict[str, Any]]] = {contestant: [] for contestant in turns}
     for number in range(rounds):
-        for name_of_one in [*contestants, "matmul"] if number % 2 == 0 else ["matmul", *contestants[::-1]]:
-            done = in_fresh_process(specs[name_of_one])
-            measured[name_of_one].append(done)
+        for contestant in turns if number % 2 == 0 else reversed(turns):
+            done = in_fresh_process({**spec, "contestant": contestant, "peer": contestants.get(contestant, "")})
+            measured[contestant].append(done)
             rate = f"{done['tokens_per_second']:,.0f} tokens/s" if "tokens_per_second" in done else "timed"
-            logger.info(f"round {number + 1} of {rounds}: {name_of_one} {rate}")
+            logger.info(f"round {number + 1} of {rounds}: {contestant} {rate}")
+    matmul = [done["flops_per_second"] for done in measured.pop("matmul")]
+    device = str(machine.device) if machine.device.type == "cpu" else torch.cuda.get_device_name(machine.device)
     return {
         "benchmark": "train",
         "recipe": name,
-        "config": encode(config),
+        "config": spec["config"],
         "dtype": spec["dtype"],
         "compiled": machine.compile,
-        "machine": {
-            **describe_machine(),
-            "device": str(machine.device) if machine.device.type == "cpu" else torch.cuda.get_device_name(machine.device),
-        },
+        "machine": {**describe_machine(), "device": device},
         "rounds": rounds,
         "steps": steps,
         "flops_convention": CONVENTION,
-        "matmul_flops_per_second": [done["flops_per_second"] for done in measured["matmul"]],
-        **{name: summary(measured[name], measured["matmul"]) for name in contestants},
-        **{f"osler_over_{name}": ratio(measured["osler"], measured[name]) for name in contestants[1:]},
+        "matmul_flops_per_second": matmul,
+        **{contestant: summary(runs, matmul) for contestant, runs in measured.items()},
+        **{f"osler_over_{peer}": ratio(measured["osler"], measured[peer]) for peer in list(contestants)[1:]},
     }
 
 
@@ -131,8 +131,8 @@ def in_fresh_process(spec: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def summary(runs: Sequence[dict[str, Any]], matmul: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Return the medians over the rounds, and each round's tokens per second."""
+def summary(runs: Sequence[dict[str, Any]], matmul: Sequence[float]) -> dict[str, Any]:
+    """Return the medians over the rounds, and each round's tokens per second; ``matmul`` are the rounds' FLOP/s of a matmul."""
     parts = {name: statistics.median(run["part_seconds"][name] for run in runs) for name in runs[0]["part_seconds"]}
     whole = sum(parts.values())
     peak = runs[0]["peak_flops_per_second"]
@@ -142,10 +142,8 @@ def summary(runs: Sequence[dict[str, Any]], matmul: Sequence[dict[str, Any]]) ->
         "step_milliseconds": {name: round(1000 * seconds, 3) for name, seconds in parts.items()},
         "step_share": {name: round(seconds / whole, 4) for name, seconds in parts.items()},
         "first_step_seconds": statistics.median(run["first_step_seconds"] for run in runs),
-        "mfu": None if peak is None else statistics.median(flops / peak for flops in achieved),
-        "of_matmul_rate": statistics.median(
-            flops / one["flops_per_second"] for flops, one in zip(achieved, matmul, strict=True)
-        ),
+        "mfu": None if peak is None else statistics.median(achieved) / peak,
+        "of_matmul_rate": statistics.median(map(operator.truediv, achieved, matmul)),
         "peak_memory_bytes": max(run["peak_memory_bytes"] for run in runs),
         "parameters": runs[0]["parameters"],
         "each_round": [round(run["tokens_per_second"], 1) for run in runs],

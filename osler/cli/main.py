@@ -1,4 +1,4 @@
-"""The command line: find the command, parse its options, run it. Nothing heavy is imported before, so help answers at once."""
+"""The command line: find the command, run it, end with its exit code. Imports nothing heavy, so help answers at once."""
 
 from __future__ import annotations
 
@@ -18,7 +18,15 @@ from osler.runtime.neighbours import sharing_cpus
 from osler.runtime.stop import REQUESTS, hear_requests, ignore_requests, interruptible
 from osler.runtime.world import is_distributed, is_reporter, is_silent
 
-EXIT_CODES = """\
+OVERVIEW = """\
+usage: osler COMMAND [RECIPE] [key.path=value ...] [options]
+
+Train a small language model from scratch until it answers medical questions.
+
+{commands}
+
+`osler COMMAND --help` shows options and an example; `osler quickstart` is the place to start.
+
 Exit codes:
   0    done
   1    an error in Osler, with a traceback, or damage that `checkpoint verify` or `data inspect` found
@@ -100,18 +108,19 @@ def written_out() -> Iterator[None]:
 
 
 def dispatch(argv: list[str]) -> int:
-    """Find the command that ``argv`` names, parse its options and run it."""
+    """Find the command that ``argv`` names, and run it."""
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(overview(COMMANDS))
         return 0
     if argv[0] == "--version":
-        print(version())
+        from osler.doctor import osler_version
+
+        print(f"osler {osler_version()}")
         return 0
     for words in (2, 1):
-        name = " ".join(argv[:words])
-        command = next((command for command in COMMANDS if command.name == name), None)
-        if command:
-            return run(command, argv[words:])
+        for command in COMMANDS:
+            if command.name == " ".join(argv[:words]):
+                return run(command, argv[words:])
     group = [command for command in COMMANDS if command.name.startswith(f"{argv[0]} ")]
     if group and len(argv) == 1:
         names = " and ".join(f"`{command.name}`" for command in group)
@@ -126,27 +135,4 @@ def dispatch(argv: list[str]) -> int:
 
 def overview(commands: Sequence[Command]) -> str:
     """Return the list of commands, one line each."""
-    lines = [f"  {command.name:<18} {command.line}" for command in commands]
-    return "\n".join(
-        [
-            "usage: osler COMMAND [RECIPE] [key.path=value ...] [options]",
-            "",
-            "Train a small language model from scratch until it answers medical questions.",
-            "",
-            *lines,
-            "",
-            "`osler COMMAND --help` shows options and an example; `osler quickstart` is the place to start.",
-            "",
-            EXIT_CODES,
-        ]
-    )
-
-
-def version() -> str:
-    """Return the installed version."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return f"osler {version('osler')}"
-    except PackageNotFoundError:
-        return "osler (a source tree that is not installed)"
+    return OVERVIEW.format(commands="\n".join(f"  {command.name:<18} {command.line}" for command in commands))

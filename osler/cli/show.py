@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args, get_origin
 
 from osler.config.recipe import available_recipes, dump_yaml, load_recipe, merge, parse_overrides
-from osler.config.schema import config, decode, encode, hints, members_of, range_of, tag_of
+from osler.config.schema import config, decode, encode, hints, members_of, range_of, tagged_members
 from osler.eval.config import EvalConfig
 from osler.model.config import ModelConfig
 from osler.quickstart.config import QuickstartConfig
@@ -160,10 +160,9 @@ def _purpose(cls: type) -> str:
 
 def _choices(annotation: Any) -> str:
     """Return the values, the types or the range that a field may have."""
-    members, tagged = members_of(annotation)
-    if tagged:
-        return f"type is one of {', '.join(str(tag_of(member)) for member in members)}"
-    values = [str(value) for member in members if get_origin(member) is Literal for value in get_args(member)]
+    if tags := tagged_members(annotation):
+        return f"type is one of {', '.join(tags)}"
+    values = [str(value) for member in members_of(annotation) if get_origin(member) is Literal for value in get_args(member)]
     return f"one of {', '.join(values)}" if len(values) > 1 else range_of(annotation)
 
 

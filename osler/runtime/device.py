@@ -13,6 +13,7 @@ import functools
 import itertools
 import os
 import platform
+import re
 import sys
 import time
 from collections import defaultdict
@@ -27,34 +28,13 @@ from osler.runtime.errors import UserError
 
 # Dense bf16 FLOP/s from the data sheets (fp16 where a card has no bf16). The first entry found in the device's name wins, so
 # longer names stand before the names they contain.
-PEAK_FLOPS: tuple[tuple[str, float], ...] = (
-    ("GB200", 2500e12),
-    ("B200", 2250e12),
-    ("H200 NVL", 835e12),
-    ("H200", 989e12),
-    ("GH200", 989e12),
-    ("H100 PCIe", 756e12),
-    ("H100 NVL", 835e12),
-    ("H100", 989e12),
-    ("A100", 312e12),
-    ("A800", 312e12),
-    ("A40", 150e12),
-    ("A30", 165e12),
-    ("A10G", 70e12),
-    ("A10", 125e12),
-    ("L40S", 362e12),
-    ("L40", 181e12),
-    ("L4", 121e12),
-    ("RTX A6000", 155e12),
-    ("RTX 5090", 209.5e12),
-    ("RTX 4090", 165.2e12),
-    ("RTX 4080", 97e12),
-    ("RTX 3090", 71e12),
-    ("V100", 125e12),
-    ("T4", 65e12),
-    ("MI300X", 1307e12),
-    ("MI250X", 383e12),
-)
+PEAK_FLOPS = {
+    "GB200": 2500e12, "B200": 2250e12, "H200 NVL": 835e12, "H200": 989e12, "GH200": 989e12,
+    "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "A100": 312e12, "A800": 312e12,
+    "A40": 150e12, "A30": 165e12, "A10G": 70e12, "A10": 125e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12,
+    "RTX A6000": 155e12, "RTX 5090": 209.5e12, "RTX 4090": 165.2e12, "RTX 4080": 97e12, "RTX 3090": 71e12,
+    "V100": 125e12, "T4": 65e12, "MI300X": 1307e12, "MI250X": 383e12,
+}  # fmt: skip
 
 # The dtype of the activations; parallel/parallelize.py has what else a precision means.
 PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32, "pure-bf16": torch.bfloat16, "fp8": torch.bfloat16}
@@ -95,35 +75,39 @@ def bf16_pays(device: torch.device) -> bool:
 def _bf16_pays(device: str, _threads: int) -> bool:
     if device.startswith("cuda") and not torch.cuda.is_bf16_supported(including_emulation=False):
         return False
-    trials = {dtype: _linear_trial(device, dtype) for dtype in (torch.float32, torch.bfloat16)}
-    for trial in trials.values():
-        trial()  # the first call pays for kernels and memory
-    best = dict.fromkeys(trials, float("inf"))
-    deadline = time.perf_counter() + _BF16_TRIAL_SECONDS
-    for round_number in itertools.count():  # both take turns, so both get the quiet moments of a busy machine
-        for dtype, trial in trials.items():
-            best[dtype] = min(best[dtype], trial())
-        if round_number >= 2 and time.perf_counter() > deadline:
-            break
-    return best[torch.float32] > _BF16_GAIN * best[torch.bfloat16]
+    trials = [_linear_trial(device, dtype) for dtype in (torch.float32, torch.bfloat16)]
+    fp32, bf16 = fastest(trials, torch.device(device), _BF16_TRIAL_SECONDS)
+    return fp32 > _BF16_GAIN * bf16
 
 
-def _linear_trial(device: str, dtype: torch.dtype) -> Callable[[], float]:
-    """Return a function that times the three products of one linear layer, forward and backward, in seconds."""
-    on_gpu = device.startswith("cuda")
-    tokens, inputs, outputs = (8192, 1024, 4096) if on_gpu else (512, 256, 768)
+def _linear_trial(device: str, dtype: torch.dtype) -> Callable[[], object]:
+    """Return a function that computes the three products of one linear layer, forward and backward."""
+    tokens, inputs, outputs = (8192, 1024, 4096) if device.startswith("cuda") else (512, 256, 768)
     x = torch.full((tokens, inputs), 0.5, device=device, dtype=dtype)
     weight = torch.full((outputs, inputs), 0.5, device=device, dtype=dtype)
     grad = torch.full((tokens, outputs), 0.5, device=device, dtype=dtype)
+    return lambda: (x @ weight.T, grad @ weight, grad.T @ x)
 
-    def trial() -> float:
-        synchronize(x.device)
-        start = time.perf_counter()
-        _ = x @ weight.T, grad @ weight, grad.T @ x
-        synchronize(x.device)
-        return time.perf_counter() - start
 
-    return trial
+def fastest(works: Sequence[Callable[[], object]], device: torch.device, seconds: float) -> list[float]:
+    """Return the seconds of the fastest call of each of ``works``, called in turns for ``seconds`` and at least three times.
+
+    As they take turns, all of them get the quiet moments of a busy machine.
+    """
+    for work in works:
+        work()  # the first call pays for kernels and memory
+    best = [float("inf")] * len(works)
+    deadline = time.perf_counter() + seconds
+    for attempt in itertools.count(1):
+        for index, work in enumerate(works):
+            synchronize(device)
+            start = time.perf_counter()
+            work()
+            synchronize(device)
+            best[index] = min(best[index], time.perf_counter() - start)
+        if attempt >= 3 and time.perf_counter() > deadline:
+            break
+    return best
 
 
 def synchronize(device: torch.device) -> None:
@@ -137,31 +121,19 @@ def matmul_flops(device: torch.device, dtype: torch.dtype, sizes: Sequence[int],
     best = 0.0
     for size in sizes:
         left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-        left @ right  # the first call pays for kernels and memory
-        synchronize(device)
-        deadline = time.perf_counter() + seconds
-        for attempt in itertools.count(1):
-            start = time.perf_counter()
-            left @ right
-            synchronize(device)
-            now = time.perf_counter()
-            best = max(best, 2 * size**3 / (now - start))
-            if attempt >= 3 and now > deadline:
-                break
+        best = max(best, 2 * size**3 / fastest([functools.partial(torch.matmul, left, right)], device, seconds)[0])
     return best
 
 
 def peak_flops(device: torch.device) -> float | None:
     """Return the dense bf16 FLOP/s of the GPU by its data sheet, or None for a CPU or a card that is not in the table."""
-    if device.type != "cuda" or not torch.cuda.is_available():
-        return None
-    return peak_flops_of(torch.cuda.get_device_name(device))
+    return peak_flops_of(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
 
 
 def peak_flops_of(gpu_name: str) -> float | None:
     """Return the dense bf16 FLOP/s for a GPU's name as the driver spells it, for example ``NVIDIA H100 80GB HBM3``."""
     words = f" {gpu_name.replace('-', ' ').replace('_', ' ')} "
-    return next((flops for name, flops in PEAK_FLOPS if f" {name} " in words), None)
+    return next((flops for name, flops in PEAK_FLOPS.items() if f" {name} " in words), None)
 
 
 def describe_machine() -> dict[str, Any]:
@@ -169,13 +141,20 @@ def describe_machine() -> dict[str, Any]:
 
     ``cores`` are those that this process may use; ``thread_variables`` are the environment's settings of OpenMP and MKL.
     """
+    processor, memory_bytes = platform.processor() or platform.machine(), None  # where the system does not tell more
+    with contextlib.suppress(OSError):
+        cpus = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+        if name := re.search(r"^model name\s*:\s*(.*)", cpus, re.MULTILINE):
+            processor = name[1].strip()
+    with contextlib.suppress(AttributeError, ValueError, OSError):
+        memory_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     gpu = {"gpu": torch.cuda.get_device_name(), "gpus": torch.cuda.device_count()} if torch.cuda.is_available() else {}
     given = sorted(f"{name}={value}" for name, value in os.environ.items() if name.startswith(("OMP_", "MKL_")))
     return {
-        "processor": _processor(),
+        "processor": processor,
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "memory_bytes": _memory_bytes(),
+        "memory_bytes": memory_bytes,
         **gpu,
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
@@ -183,23 +162,6 @@ def describe_machine() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "thread_variables": " ".join(given),
     }
-
-
-def _processor() -> str:
-    """Return the processor's name, or its kind where the system does not tell the name."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
-            name, _, value = line.partition(":")
-            if name.strip() == "model name":
-                return value.strip()
-    return platform.processor() or platform.machine()
-
-
-def _memory_bytes() -> int | None:
-    """Return the machine's memory, or None where the system does not tell."""
-    with contextlib.suppress(AttributeError, ValueError, OSError):
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return None
 
 
 def sent(tensor: Tensor, device: torch.device) -> Tensor:

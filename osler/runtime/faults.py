@@ -19,7 +19,6 @@ import re
 import signal
 import time
 from collections import Counter
-from typing import NamedTuple
 
 VARIABLE = "OSLER_FAULT"
 SIGNALS = {"sigterm": signal.SIGTERM, "sigint": signal.SIGINT}
@@ -33,15 +32,6 @@ visits: Counter[tuple[str, str]] = Counter()  # by the variable's value and the 
 
 class InjectedError(RuntimeError):
     """The bug that ``crash`` stands for."""
-
-
-class Fault(NamedTuple):
-    """A fault of one kind at one stage, from the first visit to the last; None: to all that follow."""
-
-    stage: str
-    kind: str
-    first: int
-    last: int | None
 
 
 def fault(stage: str) -> None:
@@ -71,24 +61,18 @@ def poisoned(stage: str) -> bool:
 
 
 def _due(spec: str, stage: str) -> list[str]:
-    """Count a visit of the stage, and return the kinds of fault that are due in it."""
-    here = [each for each in parse(spec) if each.stage == stage]
+    """Count a visit of the stage, and return the kinds of fault that are due in it; a malformed variable is a ValueError."""
     visits[spec, stage] += 1
-    visit = visits[spec, stage]
-    return [each.kind for each in here if each.first <= visit and (each.last is None or visit <= each.last)]
-
-
-def parse(spec: str) -> list[Fault]:
-    """Return the faults that the variable's value describes; raises ValueError when it is malformed."""
-    faults = []
+    kinds = []
     for part in spec.split(","):
         match = _FAULT.fullmatch(part)
         if match is None:
             raise ValueError(
                 f"{VARIABLE}={spec!r} is not stage:kind[:visits] with kind one of {', '.join(KINDS)} and visits as 3, 3-5 or 3-"
             )
-        stage, kind, first, rest = match.groups()
+        named, kind, first, rest = match.groups()
         start = int(first or 1)
-        last = start if rest is None else None if rest == "-" else int(rest[1:])
-        faults.append(Fault(stage, kind, start, last))
-    return faults
+        last = start if rest is None else float("inf") if rest == "-" else int(rest[1:])
+        if named == stage and start <= visits[spec, stage] <= last:
+            kinds.append(kind)
+    return kinds

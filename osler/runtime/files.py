@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import importlib
 import json
 import logging
 import os
@@ -23,6 +24,7 @@ from osler.runtime.errors import UserError
 from osler.runtime.faults import fault
 
 logger = logging.getLogger(__name__)
+fcntl: Any = None if os.name == "nt" else importlib.import_module("fcntl")
 
 _HASH_BLOCK_BYTES = 1 << 20
 
@@ -65,50 +67,49 @@ def locked(folder: Path) -> Iterator[None]:
     every case. Without such locks (Windows, some network disks) nothing is locked. The library ``filelock`` cannot do this: it
     locks a file that it leaves behind, and where the system has no locks, that file keeps a killed run from going on.
     """
-    try:
-        import fcntl
-    except ImportError:
+    if fcntl is None:
         yield
         return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):  # a disk without locks
-            while not _try_lock(descriptor, fcntl.LOCK_EX):
-                if is_locked(folder):
-                    raise UserError(
-                        f"Another process is at work on {folder}. Wait until it is done, stop it with Ctrl-C, or name another "
-                        "folder with --run."
-                    )
-                time.sleep(0.01)  # another process only asks whether the folder is locked
+    with _opened(folder) as descriptor:
+        while _try_lock(descriptor, fcntl.LOCK_EX) is False:
+            if is_locked(folder):
+                raise UserError(
+                    f"Another process is at work on {folder}. Wait until it is done, stop it with Ctrl-C, or name another "
+                    "folder with --run."
+                )
+            time.sleep(0.01)  # another process only asks whether the folder is locked
         yield
-    finally:
-        os.close(descriptor)
 
 
 def is_locked(folder: Path) -> bool | None:
     """Return whether a process has locked the folder; None where there are no locks to tell, as on some network disks."""
-    try:
-        import fcntl
-    except ImportError:
+    if fcntl is None:
         return None
-    with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            return not _try_lock(descriptor, fcntl.LOCK_SH)  # shared, and for this moment
-        finally:
-            os.close(descriptor)
+    with contextlib.suppress(OSError), _opened(folder) as descriptor:
+        is_free = _try_lock(descriptor, fcntl.LOCK_SH)  # shared, and for this moment
+        return None if is_free is None else not is_free
     return None
 
 
-def _try_lock(descriptor: int, kind: int) -> bool:
-    """Take a lock of the system unless another process has one in the way; raises OSError where there are none."""
-    import fcntl
-
+def _try_lock(descriptor: int, kind: int) -> bool | None:
+    """Take a lock of the system unless another process has one in the way; None where there are no locks."""
     try:
         fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
+    except OSError:
+        return None
     return True
+
+
+@contextlib.contextmanager
+def _opened(folder: str | os.PathLike[str]) -> Iterator[int]:
+    """Open a folder, which Windows cannot."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 @contextlib.contextmanager
@@ -128,16 +129,14 @@ def fsync_file(path: str | os.PathLike[str]) -> None:
 
 def fsync_dir(path: str | os.PathLike[str]) -> None:
     """Make the names inside a folder durable: a rename is safe only once its folder is on the disk."""
-    if os.name == "nt":  # Windows cannot open a folder and needs no such flush
+    if os.name == "nt":  # needs no such flush
         return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network disks cannot flush a folder
-            raise
-    finally:
-        os.close(descriptor)
+    with _opened(path) as descriptor:
+        try:
+            os.fsync(descriptor)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network disks cannot flush a folder
+                raise
 
 
 def write_json(path: str | os.PathLike[str], obj: Any) -> None:

@@ -89,10 +89,10 @@ _live: list[Progress] = []  # progress lines now on a terminal, so that say() do
 
 
 class Progress:
-    """Shows progress through ``total`` units of work, and the time left at the rate of the last minute.
+    """Shows progress through ``total`` units of work, and the time left at the rate of the last minute. A context manager.
 
     ``initial`` is what an earlier run has done. The first update starts the clock, because loading and compiling, which come
-    before it, are not slow work. The clock is monotonic. Usable as a context manager.
+    before it, are not slow work. The clock is monotonic.
     """
 
     def __init__(self, total: float, unit: str, *, label: str = "", initial: float = 0) -> None:
@@ -100,13 +100,11 @@ class Progress:
         self.unit = unit
         self.label = label
         self.live = is_terminal(sys.stderr)
-        self._every_seconds = LIVE_SECONDS if self.live else PLAIN_SECONDS
         self._done = initial
         self._fields: dict[str, object] = {}
-        self._marks: collections.deque[tuple[float, float]] = collections.deque()
+        self._marks: collections.deque[tuple[float, float]] = collections.deque()  # times, and what was done by then
         self._shown_at: float | None = None
-        self._pending = False
-        self._closed = False
+        self._is_news = False
         if self.live:
             _live.append(self)
 
@@ -124,18 +122,15 @@ class Progress:
         self._marks.append((now, done))
         while len(self._marks) > 2 and now - self._marks[0][0] > RATE_WINDOW_SECONDS:
             self._marks.popleft()
-        self._pending = True
-        if self._shown_at is None or now - self._shown_at >= self._every_seconds:
+        self._is_news = True
+        if self._shown_at is None or now - self._shown_at >= (LIVE_SECONDS if self.live else PLAIN_SECONDS):
             self._show(now)
 
     def close(self) -> None:
         """Show the last state and leave the cursor on a fresh line; further calls do nothing."""
-        if self._closed:
-            return
-        self._closed = True
-        if self._pending:
+        if self._is_news:
             self._show(time.monotonic())
-        if self.live:
+        if self in _live:
             _live.remove(self)
             if self._shown_at is not None:
                 _write("\n")
@@ -143,30 +138,22 @@ class Progress:
     def line(self) -> str:
         """Return the text of the line: label, percent, amounts, fields, time left."""
         share = min(1.0, self._done / self.total) if self.total > 0 else 1.0
-        parts = [self.label] if self.label else []
-        parts.append(f"{100 * share:5.1f}%")
-        parts.append(f"{quantity(self._done)}/{quantity(self.total)} {self.unit}")
+        parts = [self.label, f"{100 * share:5.1f}%", f"{quantity(self._done)}/{quantity(self.total)} {self.unit}"]
         parts += [f"{name} {quantity(value)}" for name, value in self._fields.items()]
-        seconds = self._seconds_left()
-        if seconds is not None:
-            parts.append(f"ETA {duration(seconds)}")
-        return "  ".join(parts)
-
-    def _seconds_left(self) -> float | None:
-        if not self._marks:
-            return None
-        (first_time, first_done), (last_time, last_done) = self._marks[0], self._marks[-1]
-        if last_time <= first_time or last_done <= first_done or self._done >= self.total:
-            return None
-        return (self.total - last_done) * (last_time - first_time) / (last_done - first_done)
+        if self._marks and self._done < self.total:
+            (began, before), (now, done) = self._marks[0], self._marks[-1]
+            if now > began and done > before:
+                parts.append(f"ETA {duration((self.total - done) * (now - began) / (done - before))}")
+        return "  ".join(parts if self.label else parts[1:])
 
     def _show(self, now: float) -> None:
-        self._shown_at = now
-        self._pending = False
-        if self.live:  # one column stays free: a full last column makes some terminals wrap
-            _write(ERASE_LINE + self.line()[: max(1, _columns() - 1)])
-        else:
-            _write(self.line() + "\n")
+        self._shown_at, self._is_news = now, False
+        if not self.live:
+            _write(f"{self.line()}\n")
+            return
+        with contextlib.suppress(OSError, ValueError):  # the terminal is gone
+            columns = os.get_terminal_size(sys.stderr.fileno()).columns or 80
+            _write(ERASE_LINE + self.line()[: max(1, columns - 1)])  # with a full last column some terminals wrap
 
 
 def say(text: str) -> None:
@@ -226,8 +213,7 @@ def quantity(value: object) -> str:
 
 def duration(seconds: float) -> str:
     """Return seconds as ``42s``, ``3m05s``, ``2h07m`` or ``1d03h``."""
-    whole = max(0, round(seconds))
-    minutes, rest = divmod(whole, 60)
+    minutes, rest = divmod(max(0, round(seconds)), 60)
     hours, minutes = divmod(minutes, 60)
     days, hours = divmod(hours, 24)
     if days:
@@ -235,13 +221,6 @@ def duration(seconds: float) -> str:
     if hours:
         return f"{hours}h{minutes:02d}m"
     return f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
-
-
-def _columns() -> int:
-    try:
-        return os.get_terminal_size(sys.stderr.fileno()).columns or 80
-    except (OSError, ValueError):
-        return 80
 
 
 def _write(text: str) -> None:

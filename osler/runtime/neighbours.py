@@ -55,52 +55,38 @@ def busy_elsewhere(before: CpuReading, after: CpuReading) -> float:
     return max(0.0, after.used - before.used - (after.own - before.own)) / seconds if seconds > 0 else 0.0
 
 
-class IdleTeam:
-    """A team of OpenMP threads that sleeps until ``dismiss``."""
+class IdleTeam(threading.Thread):
+    """A team of OpenMP threads that sleeps until ``dismissed`` is set."""
 
     def __init__(self) -> None:
-        self._dismissed = threading.Event()
-        self._thread = threading.Thread(target=self._hold, name="osler-idle-team", daemon=True)
-        self._thread.start()
+        super().__init__(name="osler-idle-team", daemon=True)
+        self.dismissed = threading.Event()
+        self.start()
 
-    def _hold(self) -> None:
+    def run(self) -> None:
+        """Start the team, which the thread keeps until it ends, and sleep."""
         import torch
 
-        torch.ones(PARALLEL_NUMEL).add_(1.0)  # the thread keeps its team until it ends
-        self._dismissed.wait()
-
-    def dismiss(self) -> None:
-        """End the team."""
-        self._dismissed.set()
-        self._thread.join()
+        torch.ones(PARALLEL_NUMEL).add_(1.0)
+        self.dismissed.wait()
 
 
 class NeighbourMonitor:
-    """While entered, measures other work every half second, and chooses how this process's threads wait."""
+    """Chooses how this process's threads wait, by what other processes do on the CPUs."""
 
     def __init__(self) -> None:
         self.idle_teams: list[IdleTeam] = []
         self._calm_polls = 0
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._poll, name="osler-neighbours", daemon=True)
 
-    def __enter__(self) -> None:
-        self._thread.start()
-
-    def __exit__(self, *error: object) -> None:
-        self._ended.set()
-        self._thread.join()
-
-    def _poll(self) -> None:
+    def poll(self, ended: threading.Event) -> None:
+        """Measure other work every half second until ``ended``."""
         before = read_cpus()
-        while before is not None and not self._ended.wait(POLL_SECONDS):
+        while before is not None and not ended.wait(POLL_SECONDS):
             after = read_cpus()
-            if after is None:
-                break
-            if "torch" in sys.modules:
+            if after is not None and "torch" in sys.modules:
                 self.adapt(busy_elsewhere(before, after))
             before = after
-        self._spin()
+        self.spin()
 
     def adapt(self, elsewhere: float) -> None:
         """Choose the way of waiting while other processes keep so many CPUs busy."""
@@ -115,11 +101,14 @@ class NeighbourMonitor:
         elif self.idle_teams:
             self._calm_polls += 1
             if self._calm_polls >= CALM_POLLS:
-                self._spin()
+                self.spin()
 
-    def _spin(self) -> None:
+    def spin(self) -> None:
+        """Let the threads wait by spinning: end the idle teams."""
         while self.idle_teams:
-            self.idle_teams.pop().dismiss()
+            team = self.idle_teams.pop()
+            team.dismissed.set()
+            team.join()
 
 
 @contextmanager
@@ -128,5 +117,11 @@ def sharing_cpus() -> Iterator[None]:
     if any(name in os.environ for name in OWN_SETTINGS) or read_cpus() is None:
         yield
         return
-    with NeighbourMonitor():
+    ended = threading.Event()
+    thread = threading.Thread(target=NeighbourMonitor().poll, args=(ended,), name="osler-neighbours", daemon=True)
+    thread.start()
+    try:
         yield
+    finally:
+        ended.set()
+        thread.join()

@@ -15,7 +15,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import FrameType, TracebackType
+from types import FrameType
+from typing import Any
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +44,7 @@ def asked() -> bool:
     return any(flag.requested for flag in _entered)
 
 
-def hear_requests() -> dict[int, object]:
+def hear_requests() -> dict[int, Any]:
     """Let SIGTERM, SIGUSR1 and SIGHUP interrupt the program as Ctrl-C does, and return the handlers before.
 
     An entered ``StopFlag`` handles all of them instead. Signals that have a handler or are ignored stay so, as under ``nohup``.
@@ -81,14 +82,14 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt if number == signal.SIGINT else Terminated
 
 
-def _install(handler: Callable[[int, FrameType | None], None], numbers: list[signal.Signals]) -> dict[int, object]:
+def _install(handler: Callable[[int, FrameType | None], None], numbers: list[signal.Signals]) -> dict[int, Any]:
     """Set the handler of these signals, and return the handlers before."""
     return {number: signal.signal(number, handler) for number in numbers}
 
 
-def _restore(handlers: dict[int, object]) -> None:
+def _restore(handlers: dict[int, Any]) -> None:
     for number, handler in handlers.items():
-        signal.signal(number, handler)  # type: ignore[arg-type]
+        signal.signal(number, handler)
 
 
 class StopFlag:
@@ -101,7 +102,7 @@ class StopFlag:
     def __init__(self) -> None:
         self.requested = False
         self._first_seconds: float | None = None  # time.monotonic() of the first signal to this process
-        self._previous: dict[int, object] = {}
+        self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopFlag:
         ignored = hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
@@ -109,9 +110,7 @@ class StopFlag:
         _entered.append(self)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         _entered.remove(self)
         if self.requested:
             ignore_requests()

@@ -12,11 +12,11 @@ so they end with the same message, and it is printed once on each machine. There
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from osler.runtime.errors import UserError
 
@@ -109,25 +109,21 @@ class World:
 
     def all_reduce_min(self, *values: int) -> list[int]:
         """Return the least that any rank gives, for each of the values; does not wait for a GPU."""
-        if self.size == 1:
-            return list(values)
-        import torch
-        import torch.distributed as dist
-
-        least = torch.tensor(values, dtype=torch.int64)
-        dist.all_reduce(least, op=dist.ReduceOp.MIN, group=self.hosts)
-        return [int(value) for value in least.tolist()]
+        return self._all_reduce(values, "int64", "MIN")
 
     def all_reduce_sum(self, *values: float) -> list[float]:
         """Return the sum over the ranks of each of the values, in fp64; does not wait for a GPU."""
+        return self._all_reduce(values, "float64", "SUM")
+
+    def _all_reduce(self, values: Sequence[Any], dtype: str, operation: str) -> list[Any]:
         if self.size == 1:
             return list(values)
         import torch
         import torch.distributed as dist
 
-        total = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(total, group=self.hosts)
-        return [float(value) for value in total.tolist()]
+        reduced = torch.tensor(values, dtype=getattr(torch, dtype))
+        dist.all_reduce(reduced, op=getattr(dist.ReduceOp, operation), group=self.hosts)
+        return reduced.tolist()
 
     def all_gather(self, value: T) -> list[T]:
         """Return what every rank gives, which must be picklable, in the order of the ranks; does not wait for a GPU."""
@@ -182,31 +178,25 @@ def joined(device: str) -> Iterator[World]:
         world.barrier()  # nobody hangs up while another still listens
         dist.destroy_process_group()  # not after an error: that could wait for a rank that is gone
     except UserError as error:
-        _leave_error(store, str(error))
+        with suppress(RuntimeError):
+            if store is not None:
+                store.set(ERROR_KEY, str(error))
         error.is_reporter = _is_reporter(store, str(error))
         raise
     except RuntimeError as error:
         if not (isinstance(error, dist.DistError) or "gloo" in str(error)):  # gloo's errors have no class
             raise
-        message = _left_error(store)
-        first_line = str(error).partition("\n")[0][:200]
+        left, first_line = _left_error(store), str(error).partition("\n")[0][:200]
         lost = UserError(
-            message
+            left
             or f"Rank {here.rank} of {here.size} lost the others: one of them ended or cannot be reached ({first_line}). "
             "Its last message says why; the same command goes on from the newest checkpoint."
         )
-        lost.is_reporter = _is_reporter(store, message or "lost")
+        lost.is_reporter = _is_reporter(store, left or "lost")
         raise lost from error
 
 
 # The store is where the processes met. Under torchrun it outlives all of them; otherwise it ends with rank 0.
-
-
-def _leave_error(store: Store | None, message: str) -> None:
-    """Leave the error that ends this process for the ranks that are about to lose it."""
-    with suppress(RuntimeError):
-        if store is not None:
-            store.set(ERROR_KEY, message)
 
 
 def _left_error(store: Store | None) -> str | None:

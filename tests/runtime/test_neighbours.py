@@ -50,7 +50,7 @@ def monitor():
     threads = torch.get_num_threads()
     monitor = NeighbourMonitor()
     yield monitor
-    monitor._spin()
+    monitor.spin()
     torch.set_num_threads(threads)
 
 
@@ -92,7 +92,7 @@ monitor = NeighbourMonitor()
 monitor.adapt(99.0)
 assert monitor.idle_teams
 beside = result()
-monitor._spin()
+monitor.spin()
 assert torch.equal(alone, beside) and torch.equal(alone, result())
 """
 
