@@ -105,13 +105,13 @@ class History:
         if (speed := line.get("perf/tokens_per_second", 0.0)) > 0.0:
             is_slow = speed < 0.5 * self.best_speed
             self.slow_seconds = self.slow_seconds + new_tokens / speed if is_slow else 0.0
-            self.best_speed = max(self.best_speed, self._smoothed("perf/tokens_per_second", 0.0))
+            self.best_speed = max(self.best_speed, self.median("perf/tokens_per_second", 5))
 
     def _add_loss(self, loss: float) -> None:
         before = self.last("train/loss", 2)[0]
         self.jump_sums.append(self.jump_sums[-1] + abs(loss - before))
         self.loss_sums.append(self.loss_sums[-1] + loss)
-        self.best_loss = min(self.best_loss, self._smoothed("train/loss", math.inf))
+        self.best_loss = min(self.best_loss, self.median("train/loss", 5))
 
     def _add_gradient(self) -> None:
         equal = self.line.get("frac_reward_zero_std")
@@ -122,10 +122,10 @@ class History:
         if self.tokens > self.settings.warmup_tokens and len(norms) == CALM:
             self.calmest = min(self.calmest, median(norms))
 
-    def _smoothed(self, name: str, unknown: float) -> float:
-        """Return the median of the last five values of a metric, ``unknown`` before there are five."""
-        values = self.last(name, 5)
-        return median(values) if len(values) == 5 else unknown
+    def median(self, name: str, count: int) -> float:
+        """Return the median of the last ``count`` values of a metric; NaN, which is beyond no limit, before there are as many."""
+        values = self.last(name, count)
+        return median(values) if len(values) == count else math.nan
 
     def has(self, metric: str) -> bool:
         """Whether the newest line has a metric, or one that begins with its name where that ends with a slash."""

@@ -41,15 +41,14 @@ def exploding(past: History) -> Findings:
     usual = median(before)
     if norms[-1] > max(50 * usual, clip):
         now = norms[-1]
-    elif now <= clip or (now <= 4 * usual and now <= 10 * past.calmest):
-        return
-    usual = min(usual, past.calmest)
-    yield (
-        f"the gradient's norm is {now:.3g}, {now / usual:.0f} times the {usual:.3g} that it was. The learning rate is probably "
-        f"too high: try {past.settings.slower} with a longer schedule.warmup_tokens. If it came at once, look at the data of "
-        "these steps.",
-        now / usual,
-    )
+    if now > clip and (now > 4 * usual or now > 10 * past.calmest):
+        usual = min(usual, past.calmest)
+        yield (
+            f"the gradient's norm is {now:.3g}, {now / usual:.0f} times the {usual:.3g} that it was. The learning rate is "
+            f"probably too high: try {past.settings.slower} with a longer schedule.warmup_tokens. If it came at once, look at "
+            "the data of these steps.",
+            now / usual,
+        )
 
 
 def vanishing(past: History) -> Findings:
@@ -92,8 +91,8 @@ def unlearned(is_all: bool, past: History) -> Findings:
     if count and is_all != past.has_loss:
         yield (
             f"{'all' if is_all else 'some'} steps since the line before ({count:.0f}) had no token to learn in any row, and "
-            "count nowhere. Fine-tuning learns what the loss masks say, which is the answers: set a larger seq_len, so that "
-            "an answer stays in the row of its question, or a larger batch_tokens.",
+            "count nowhere. Fine-tuning learns answers alone: set a larger seq_len, so that an answer stays in the row of its "
+            "question, or a larger batch_tokens.",
             count,
         )
 
@@ -103,9 +102,8 @@ def repeated(past: History) -> Findings:
     epochs = past.line["data/epoch"]
     if epochs > 16 and not past.settings.max_new_tokens:  # GRPO answers its questions anew each time
         yield (
-            f"the run has read its data {epochs:.0f} times. After about 16 times once more teaches next to nothing, "
-            "and the model learns them by heart: keep the checkpoint with the lowest eval/loss, and give more data or a smaller "
-            "total_tokens.",
+            f"the run has read its data {epochs:.0f} times. After about 16 times once more teaches next to nothing: keep the "
+            "checkpoint with the lowest eval/loss, and give more data or a smaller total_tokens.",
             epochs,
         )
 
@@ -167,11 +165,11 @@ def dead_units(past: History) -> Findings:
     shares = {name: share for name, share in past.line.items() if name.startswith("model/dead_units_frac/") and share > 0.5}
     if shares:
         worst = max(shares, key=lambda name: shares[name])
+        layer = f"layer {worst.rpartition('/')[2]}"
         layers = f", and more than 50% in {len(shares)} layers in all" if len(shares) > 1 else ""
         yield (
-            f"{shares[worst]:.0%} of the feed-forward units in layer {worst.rpartition('/')[2]} give nothing for any "
-            f"token{layers}. They do not come back by themselves; a step was probably too large: {past.settings.go_back} and a "
-            "longer schedule.warmup_tokens.",
+            f"{shares[worst]:.0%} of the feed-forward units in {layer} give nothing for any token{layers}. A step was probably "
+            f"too large, and they do not come back: {past.settings.go_back} and a longer schedule.warmup_tokens.",
             sum(shares.values()),
         )
 
@@ -214,8 +212,7 @@ def starved(past: History) -> Findings:
     if len(past.waits) >= CALM and share > 0.2 and sum(seconds for _, seconds in newest) > 1.0:
         yield (
             f"{share:.0%} of a step's time passes in waiting for data ({past.line['perf/data_ms']:.0f} ms). Try "
-            f"{past.settings.section}loader_workers={2 * max(1, workers)} (now {workers}), and put the run folder with "
-            "its shards on a faster disk.",
+            f"{past.settings.section}loader_workers={2 * max(1, workers)} (now {workers}), and a faster disk for the shards.",
             share,
         )
 
@@ -288,47 +285,45 @@ def unrewarded(past: History) -> Findings:
 
 def equal_rewards(past: History) -> Findings:
     """Most groups have equal rewards, and so no gradient. (Groups without any reward are another rule's.)"""
-    shares = past.last("frac_reward_zero_std", LINES)
-    if len(shares) == LINES and median(shares) > 0.8 and not past.without_reward:
+    if past.median("frac_reward_zero_std", LINES) > 0.8 and not past.without_reward:
         yield (
-            f"in most of the last {LINES} lines more than 80% of the groups had equal rewards and taught nothing. "
-            f"Replace them ({past.settings.section}algorithm.dynamic_sampling=true), or ask what the model gets right about half "
-            "the time.",
+            f"in most of the last {LINES} lines more than 80% of the groups had equal rewards and taught nothing. Replace them "
+            f"({past.settings.section}algorithm.dynamic_sampling=true), or ask what the model gets right about half the time.",
             1.0,
         )
 
 
 def silent(past: History) -> Findings:
     """The policy always says the same: its entropy was above 0.2 nats per token, and is below 0.02."""
-    entropies, most = past.last("entropy", LINES), max(past.first["entropy"])
-    if len(entropies) == LINES and most > 0.2 and median(entropies) < 0.02:
+    most, now = max(past.first["entropy"]), past.median("entropy", LINES)
+    if most > 0.2 and now < 0.02:
         yield (
-            f"the entropy has fallen from {most:.2f} to {median(entropies):.3f}: the policy has stopped exploring, and can learn "
-            f"nothing new. To recover, {past.settings.go_back}.",
+            f"the entropy has fallen from {most:.2f} to {now:.3f}: the policy has stopped exploring, and can learn nothing new. "
+            f"To recover, {past.settings.go_back}.",
             1.0,
         )
 
 
 def sampler_apart(past: History) -> Findings:
     """Sampler and trainer do not agree about the policy."""
-    gaps = past.last("sampling/sampling_logp_difference/mean", LINES)
-    if len(gaps) == LINES and median(gaps) > 0.02:
+    gap = past.median("sampling/sampling_logp_difference/mean", LINES)
+    if gap > 0.02:
         yield (
-            f"sampler and trainer differ by {median(gaps):.3f} in the log-probability of a token, and the ratios of the loss are "
-            f"off by that much. Both compute alike with {past.settings.section}precision=fp32.",
-            median(gaps),
+            f"sampler and trainer differ by {gap:.3f} in the log-probability of a token, and the ratios of the loss are off by "
+            f"that much. Both compute alike with {past.settings.section}precision=fp32.",
+            gap,
         )
 
 
 def one_letter(past: History) -> Findings:
     """One letter takes over, although the options are shuffled."""
     names = {letter: f"answer/letter_{letter}_frac" for letter in ascii_uppercase}
-    shares = {letter: past.last(name, LINES) for letter, name in names.items() if name in past.line}
-    for letter, values in shares.items():
-        if len(shares) > 2 and len(values) == LINES and median(values) > 0.7:
+    shares = {letter: past.median(name, LINES) for letter, name in names.items() if name in past.line}
+    for letter, share in shares.items():
+        if len(shares) > 2 and share > 0.7:
             yield (
-                f"{median(values):.0%} of the completions of the last {LINES} lines answered {letter}, and the options are "
-                f"shuffled: that is a habit, not knowledge. To recover, {past.settings.go_back}.",
+                f"{share:.0%} of the completions of the last {LINES} lines answered {letter}, and the options are shuffled: that "
+                f"is a habit, not knowledge. To recover, {past.settings.go_back}.",
                 1.0,
             )
 

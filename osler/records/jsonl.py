@@ -174,6 +174,7 @@ class MetricsFile:
     def _heal(self) -> None:
         if self._last_step is not None:
             heal(self.path, self._last_step)
+            self.path.open("a").close()  # it is there before its first line
             self._last_step = None
 
     def write(self, step: int, tokens: int, metrics: Mapping[str, float], *, time: float | None = None) -> None:
