@@ -57,7 +57,7 @@ def test_the_curves_are_what_the_lines_say(path: Path) -> None:
         "torn in the middle",
         '{"step": 1e300, "a": 5}',
         '{"tokens": 7, "a": 5}',
-        f'{{"step": 4.0, "tokens": 40, "a": {10**400}}}',
+        f'{{"step": 4, "tokens": 40, "a": {10**400}}}',
         '{"step": 4, "a": 9.5}',
         '{"step": 2, "tokens": 21, "time": 9.0, "a": 7}',
         '\n{"step": 5, "a',
