@@ -1,11 +1,9 @@
 """Activation checkpointing: the backward pass computes activations of a block again, which saves memory (arXiv 1604.06174).
 
-A training step keeps what each block's gradients need, and in a deep model that outweighs the weights. ``full`` keeps only the
-block's input and runs the block again in the backward pass, which is a third more arithmetic. ``selective`` (arXiv 2205.05198)
-also keeps what is expensive, the results of the projections and of a fused attention, and computes norms, RoPE, SwiGLU and casts
-again. It keeps nothing of attention made of plain matmuls (on a CPU), because the scores, tokens × tokens per head, would be the
-largest tensor. Without a compiler the gradients are the same to the bit. Parameter names and checkpoints do not change; there is
-no state.
+``full`` keeps only a block's input and runs the block again in the backward pass, which is a third more arithmetic.
+``selective`` (arXiv 2205.05198) also keeps what is expensive, the results of the projections and of a fused attention, and
+computes norms, RoPE, SwiGLU and casts again. It keeps nothing of attention made of plain matmuls (on a CPU), because the scores,
+tokens × tokens per head, would be the largest tensor. Without a compiler the gradients are the same to the bit.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """All that Osler knows of ``torch.compile``: whether it works here and pays, what is compiled, how many shapes stay compiled.
 
-Shapes are static: a training step has one shape in each stage of a curriculum, and code for a known shape is faster. Nothing here
-is state that a resume needs. Only ``ops/cross_entropy.py`` also depends on a compiler: it keeps one from fusing its chunks.
+Shapes are static: a training step has one shape in each stage of a curriculum, and code for a known shape is faster. Only
+``ops/cross_entropy.py`` also depends on a compiler: it keeps one from fusing its chunks.
 """
 
 from __future__ import annotations
@@ -25,16 +25,13 @@ COMPILED_SHAPES = 4  # alive at once
 
 
 def should_compile(mode: str, device: torch.device, *, steps: int) -> bool:
-    """Return whether a run of so many steps compiles: ``always``, ``never``, or ``auto`` where it works and pays.
-
-    Raises UserError for ``always`` where compiling does not work.
-    """
+    """Return whether a run of so many steps compiles; ``auto`` does where it works and pays."""
     if mode == "never" or (mode == "auto" and steps < COMPILE_MIN_STEPS):
         return False
     works, reason = compile_works(device)
+    if not works and mode == "always":
+        raise UserError(f"compile=always, but torch.compile does not work here: {reason}")
     if not works:
-        if mode == "always":
-            raise UserError(f"compile=always, but torch.compile does not work here: {reason}")
         logger.warning(f"torch.compile does not work here ({reason}); training without it, several times slower.")
     return works
 
@@ -60,8 +57,8 @@ def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 def with_few_shapes(compiled: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Return the same function of a tensor and more, which drops all compiled code before a fifth shape of the tensor compiles.
 
-    torch keeps the code of every shape, and a ``fullgraph`` function fails at more shapes than dynamo's ``recompile_limit`` (8).
-    It has no public way to drop one function's code, so what is still needed compiles again. A run of four shapes never does.
+    torch keeps the code of every shape, a ``fullgraph`` function fails at more shapes than dynamo's ``recompile_limit`` (8), and
+    there is no public way to drop one function's code. What is still needed compiles again.
     """
     alive: set[torch.Size] = set()
 
@@ -76,14 +73,10 @@ def with_few_shapes(compiled: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return call
 
 
+@functools.cache
 def compile_works(device: torch.device) -> tuple[bool, str]:
     """Return whether ``torch.compile`` works here, and if not, why. Compiles a tiny function once, which takes seconds."""
-    return _compile_works(device.type)
-
-
-@functools.cache
-def _compile_works(device_type: str) -> tuple[bool, str]:
-    if sys.platform == "win32" and device_type == "cpu":
+    if sys.platform == "win32" and device.type == "cpu":
         return False, "torch.compile on a Windows CPU is not supported here"
     from torch._inductor import cpp_builder
     from torch._inductor.exc import InvalidCxxCompiler
@@ -92,18 +85,18 @@ def _compile_works(device_type: str) -> tuple[bool, str]:
     def tiny(x: Tensor) -> Tensor:
         return torch.tanh(x * 2.0 + 1.0).sum()
 
+    x = torch.ones(64, device=device)
     try:
         # The cache outlives a compiler that was removed, so the compiler is asked for and the cache starts empty.
         cpp_builder.get_cpp_compiler()
         with fresh_cache():
-            result = torch.compile(tiny, fullgraph=True)(torch.ones(64, device=device_type))
+            result = torch.compile(tiny, fullgraph=True)(x)
     except InvalidCxxCompiler:
         return False, "no C++ compiler found: install g++ (or clang)"
     except (RuntimeError, OSError, ImportError) as error:  # every compiler error of torch is a RuntimeError
         return False, _first_reason(str(error)) or type(error).__name__
-    expected = tiny(torch.ones(64, device=device_type))
-    if not torch.allclose(result, expected, rtol=1e-4):
-        return False, f"a compiled function gave {result.item()} instead of {expected.item()}"
+    if not torch.allclose(result, tiny(x), rtol=1e-4):
+        return False, f"a compiled function gave {result.item()} instead of {tiny(x).item()}"
     return True, ""
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from osler.model.transformer import ModelLoss
@@ -68,9 +68,7 @@ def apply_fsdp(loss: ModelLoss, config: FsdpConfig, world: World) -> ParallelEng
     """
     mesh = init_device_mesh(torch.device(world.device).type, (world.size,))
     # The model casts its activations itself.
-    policy = MixedPrecisionPolicy(
-        param_dtype=loss.model.compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
-    )
+    policy = MixedPrecisionPolicy(param_dtype=loss.model.compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in loss.model.layers:
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=config.reshard_after_forward)
     # Embeddings and head: needed first and last, so they stay from the forward into the backward pass.
@@ -87,5 +85,4 @@ def apply_fsdp(loss: ModelLoss, config: FsdpConfig, world: World) -> ParallelEng
         finally:
             root.set_requires_gradient_sync(True)
 
-    assert isinstance(root, FSDPModule)
     return ParallelEngine(loss, world, accumulating)

@@ -24,7 +24,7 @@ from osler.checkpoint.optimizer_state import flatten_optimizer
 from osler.model.transformer import SummedLoss, Transformer
 from osler.ops.cross_entropy import IGNORED
 from osler.parallel.config import DeepSpeedConfig
-from osler.parallel.engine import ParallelEngine, ToHost
+from osler.parallel.engine import ParallelEngine, Tensors
 from osler.runtime.errors import UserError
 from osler.runtime.files import read_json
 from osler.runtime.world import World
@@ -44,22 +44,8 @@ DECIDED_BY = {
 }
 
 
-def apply_deepspeed(loss: SummedLoss, config: DeepSpeedConfig, world: World) -> ParallelEngine:
-    """Prepare for ``deepspeed.initialize``, which needs the optimizer; raises UserError where ``read_settings`` does."""
-    own = read_settings(config)
-    stage = own["zero_optimization"].get("stage")
-    if stage != config.stage:
-        logger.info(f"{config.config_file} sets ZeRO stage {stage}, which takes the place of parallel.stage={config.stage}.")
-    import deepspeed
-
-    return DeepSpeedEngine(deepspeed, loss, own, world)
-
-
 def read_settings(config: DeepSpeedConfig) -> dict[str, Any]:
-    """Return the user's settings of DeepSpeed.
-
-    Raises UserError when the package is missing, and for a file that is no JSON object or sets what the run decides.
-    """
+    """Return the user's settings of DeepSpeed; raises UserError without the package and for settings that the run decides."""
     if importlib.util.find_spec("deepspeed") is None:
         raise UserError(
             "parallel.type=deepspeed needs the package DeepSpeed: pip install -e '.[deepspeed]' in Osler's source tree. "
@@ -81,16 +67,23 @@ class DeepSpeedEngine(ParallelEngine):
 
     leaves_gradients = False
 
-    def __init__(self, deepspeed: Any, module: SummedLoss, settings: Mapping[str, Any], world: World) -> None:
+    def __init__(self, loss: SummedLoss, config: DeepSpeedConfig, world: World) -> None:
+        """Prepare for ``deepspeed.initialize``, which needs the optimizer; raises UserError where ``read_settings`` does."""
         super().__init__(lambda *rows: self.inner(*rows), world, self._accumulating)
-        self.deepspeed, self.module = deepspeed, module
+        own = read_settings(config)
+        stage = own["zero_optimization"].get("stage")
+        if stage != config.stage:
+            logger.info(f"{config.config_file} sets ZeRO stage {stage}, in place of parallel.stage={config.stage}.")
+        import deepspeed
+
+        self.deepspeed, self.module = deepspeed, loss
         self.settings: dict[str, Any] = {
             "train_micro_batch_size_per_gpu": 1,  # the loss is normalised already, so DeepSpeed's counting changes nothing
             "gradient_accumulation_steps": 1,
-            "bf16": {"enabled": module.model.compute_dtype == torch.bfloat16, "check_grad_overflow": True},
+            "bf16": {"enabled": loss.model.compute_dtype == torch.bfloat16, "check_grad_overflow": True},
             "zero_allow_untested_optimizer": True,
             "steps_per_print": 2**31,
-            **settings,
+            **own,
         }
 
     def bind(self, optimizer: torch.optim.Optimizer, clip_norm: float) -> None:
@@ -119,9 +112,7 @@ class DeepSpeedEngine(ParallelEngine):
         grad_norm = math.inf if skipped else float(self.inner.get_global_grad_norm())
         return torch.tensor(grad_norm, device=self.inner.device), torch.tensor(float(skipped), device=self.inner.device)
 
-    def parts(
-        self, model: Transformer, optimizer: torch.optim.Optimizer, to_host: ToHost | None = None
-    ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    def _tensors(self, model: Transformer, optimizer: torch.optim.Optimizer) -> tuple[Tensors, Tensors, dict[str, Any]]:
         tools = self.deepspeed.utils
         weights = self.whole_weights(model)
         names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -136,15 +127,10 @@ class DeepSpeedEngine(ParallelEngine):
                     for key, value in entries.items()
                 }
         shadow: Any = SimpleNamespace(param_groups=groups, state=state)
-        moments, described = flatten_optimizer(shadow, weights)
-        return self._gathered({"model": weights, "optimizer": moments}, to_host), described
+        return weights, *flatten_optimizer(shadow, weights)
 
     def restore(
-        self,
-        model: Transformer,
-        optimizer: torch.optim.Optimizer,
-        tensors: Mapping[str, Mapping[str, Tensor]],
-        state: Mapping[str, Any],
+        self, model: Transformer, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensors], state: Mapping[str, Any]
     ) -> None:
         tools, device = self.deepspeed.utils, self.inner.device
         for name, parameter in model.named_parameters():
@@ -185,15 +171,13 @@ class DeepSpeedEngine(ParallelEngine):
             )
 
     def _make_moments(self, optimizer: torch.optim.Optimizer) -> None:
-        """Make the moments, zeros, of the flat shards of stages 1 and 2 before the first step.
+        """Make the moments, zeros, of the flat shards of stages 1 and 2 before the first step, at the learning rate 0 of a trial.
 
         DeepSpeed connects weights and moments once, after the first step of the first parameter group, so the moments of the
         other groups must exist by then. Stage 3 has no such flat shards and connects each parameter by itself.
         """
         flats = [flat for group in optimizer.param_groups for flat in group["params"]]
         kept = [flat.grad for flat in flats]
-        for group in optimizer.param_groups:
-            group["lr"] = 0.0
         for flat in flats:
             flat.grad = torch.zeros_like(flat)
         optimizer.step()

@@ -1,5 +1,4 @@
-"""The interface of a parallel strategy: the loss, accumulation without communication, the update, and whole tensors for
-checkpoints.
+"""The interface of a parallel strategy: loss, accumulation without communication, update, and whole tensors for checkpoints.
 
 Each rank divides its summed loss by the *mean* number of learned tokens of a rank. Every strategy averages gradients over the
 ranks, which then gives the gradient of the mean loss per learned token of the global batch, however unevenly the ranks share
@@ -23,6 +22,7 @@ from osler.runtime.sharded import gathered, load_whole, whole
 from osler.runtime.world import World
 
 ToHost = Callable[[str, str, Tensor], Tensor]
+Tensors = Mapping[str, Tensor]
 LossFunction = Callable[..., Any]  # a ModelLoss, wrapped or not
 
 
@@ -32,15 +32,10 @@ class ParallelEngine:
     leaves_gradients = True
 
     def __init__(
-        self,
-        loss: LossFunction,
-        world: World | None = None,
-        accumulating: Callable[[], AbstractContextManager[None]] = nullcontext,
-    ) -> None:
+        self, loss: LossFunction, world: World | None = None, accumulating: Callable[[], AbstractContextManager[None]] =
+        nullcontext ) -> None:
         """``loss`` sums over this rank's rows. Within ``accumulating()`` a backward pass leaves its gradient on the rank."""
-        self.loss = loss
-        self.world = world or World()
-        self.accumulating = accumulating
+        self.loss, self.world, self.accumulating = loss, world or World(), accumulating
 
     def bind(self, optimizer: torch.optim.Optimizer, clip_norm: float) -> None:
         """Take the optimizer of the parameters; called once, before anything is restored or learned."""
@@ -56,7 +51,7 @@ class ParallelEngine:
     def update(self, optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Clip the gradients and make the optimizer's step, which its kernel skips when a gradient is not finite.
 
-        Returns the gradient norm before clipping, and 1 for a skipped step; both stay on the device.
+        Return the gradient norm before clipping, and 1 for a skipped step; both stay on the device.
         """
         grad_norm = whole(torch.nn.utils.clip_grad_norm_(parameters, self.clip_norm, foreach=True))
         skipped = (~torch.isfinite(grad_norm)).float()
@@ -72,21 +67,18 @@ class ParallelEngine:
 
         ``to_host(part, name, tensor)`` copies a tensor that was gathered for the checkpoint off the device, see ``gathered``.
         """
-        moments, state = flatten_optimizer(optimizer, model.named_parameters())
-        return self._gathered({"model": model.state_dict(), "optimizer": moments}, to_host), state
-
-    def _gathered(self, parts: Mapping[str, Mapping[str, Tensor]], to_host: ToHost | None) -> dict[str, dict[str, Tensor]]:
-        return {
+        weights, moments, state = self._tensors(model, optimizer)
+        parts = {
             part: gathered(tensors, keep=self.world.is_first, to_host=partial(to_host, part) if to_host else None)
-            for part, tensors in parts.items()
+            for part, tensors in {"model": weights, "optimizer": moments}.items()
         }
+        return parts, state
+
+    def _tensors(self, model: Transformer, optimizer: torch.optim.Optimizer) -> tuple[Tensors, Tensors, dict[str, Any]]:
+        return model.state_dict(), *flatten_optimizer(optimizer, model.named_parameters())
 
     def restore(
-        self,
-        model: Transformer,
-        optimizer: torch.optim.Optimizer,
-        tensors: Mapping[str, Mapping[str, Tensor]],
-        state: Mapping[str, Any],
+        self, model: Transformer, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensors], state: Mapping[str, Any]
     ) -> None:
         """Load what ``parts`` of any engine returned."""
         load_whole(model, tensors["model"])

@@ -1,8 +1,4 @@
-"""The one place that turns a single-device model into what the ranks train together.
-
-The order is fixed: dtype of the weights, FP8, recompute, compile, shard; the reason stands beside each step. The optimizer is
-built after this, on the parameters that result.
-"""
+"""The one place that turns a single-device model into what the ranks train together, in an order that is fixed."""
 
 from __future__ import annotations
 
@@ -16,7 +12,7 @@ from osler.parallel.activation_checkpoint import set_recompute
 from osler.parallel.compile import compile_loss, with_few_shapes
 from osler.parallel.config import DdpConfig, DeepSpeedConfig, FsdpConfig, NoParallelConfig, ParallelConfig
 from osler.parallel.data_parallel import apply_ddp, apply_fsdp
-from osler.parallel.deepspeed import apply_deepspeed, read_settings
+from osler.parallel.deepspeed import DeepSpeedEngine, read_settings
 from osler.parallel.engine import ParallelEngine
 from osler.parallel.fp8 import convert_to_fp8
 from osler.runtime.device import pick_device
@@ -26,10 +22,8 @@ from osler.runtime.world import World
 logger = logging.getLogger(__name__)
 
 STRATEGIES: dict[type, Callable[[Any, Any, World], ParallelEngine]] = {
-    DdpConfig: apply_ddp,
-    FsdpConfig: apply_fsdp,
-    DeepSpeedConfig: apply_deepspeed,
-}
+    DdpConfig: apply_ddp, FsdpConfig: apply_fsdp, DeepSpeedConfig: DeepSpeedEngine
+}  # fmt: skip
 
 
 def parallelize(
@@ -45,8 +39,9 @@ def parallelize(
 ) -> ParallelEngine:
     """Make ``model`` ready for its training step, in place, and return the engine that makes the step.
 
-    ``pass_tokens`` are the tokens of a forward pass of one process in each stage, which FP8 needs to be multiples of 16. Only a
-    ``SummedLoss`` can be compiled, and DeepSpeed takes no other. Raises UserError for what cannot train on these processes.
+    The optimizer is built after this, on the parameters that result. ``pass_tokens`` are the tokens of a forward pass of one
+    process in each stage, which FP8 needs to be multiples of 16. Only a ``SummedLoss`` can be compiled, and DeepSpeed takes no
+    other. Raises UserError for what cannot train on these processes.
     """
     check_strategy(config, world.size)
     # The dtype of the weights comes first, because buckets and shards are laid out by it.
