@@ -97,7 +97,7 @@ def _wire_induction(
     groups = config.num_heads // config.num_kv_heads  # query heads that share the key/value head share the work
     everything, before, token = slice(None), slice(1, 1 + size), slice(1 + size, hidden)
 
-    constant = torch.eye(hidden)[0]
+    constant = (torch.arange(hidden) == 0).float()
     # The embedding comes first: nothing else is in memory while this largest tensor is whole.
     _overwrite(embedding, (everything, slice(1 + size)), constant[: 1 + size])
 

@@ -1,4 +1,4 @@
-"""The model against an independent implementation, its cache against itself, and its start against the table in init.py."""
+"""The model and its decoding against an independent implementation, compiled against plain, its start against its table."""
 
 from __future__ import annotations
 
@@ -14,9 +14,12 @@ from osler.model import layers
 from osler.model.attention import Attention, DecodeAttention
 from osler.model.config import ModelConfig
 from osler.model.decoder import Decoder
-from osler.model.layers import Layout
-from osler.model.transformer import ATTENTIONS, Transformer
-from osler.ops.cross_entropy import linear_cross_entropy
+from osler.model.layers import Layout, Linear, joint_linear
+from osler.model.transformer import ATTENTIONS, SummedLoss, Transformer
+from osler.ops import attention, cross_entropy
+from osler.parallel.compile import compile_works
+
+pytestmark = pytest.mark.usefixtures("no_compiled_code")
 
 SHAPES: dict[str, dict[str, Any]] = {
     "untied": {"head_init": "normal"},
@@ -24,21 +27,16 @@ SHAPES: dict[str, dict[str, Any]] = {
     "weighted_norms": {"norm_weight": True, "qk_norm_weight": True, "head_init": "normal"},
     "head_dim_72": {"head_dim": 72, "num_heads": 4, "num_kv_heads": 1, "head_init": "normal"},
     "multi_head": {"num_heads": 4, "num_kv_heads": 4, "head_init": "normal"},
+    "factorized": {"embed_rank": 16, "head_init": "normal"},
+    "factorized_and_tied": {"embed_rank": 16, "tie_embeddings": True, "head_init": "normal"},
 }
 
 
 def build(**changes: Any) -> Transformer:
     base: dict[str, Any] = {
-        "num_layers": 3,
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_heads": 4,
-        "num_kv_heads": 2,
-        "head_dim": 16,
-        "vocab_size": 130,
-        "max_seq_len": 64,
-        "residual_init": "scaled",
-    }
+        "num_layers": 3, "hidden_size": 64, "intermediate_size": 96, "num_heads": 4, "num_kv_heads": 2, "head_dim": 16,
+        "vocab_size": 130, "max_seq_len": 64, "residual_init": "scaled",
+    }  # fmt: skip
     model = Transformer(ModelConfig(**{**base, **changes}))
     model.init_weights(1)
     with torch.no_grad():  # norm weights start at one, where a forgotten one would not be noticed
@@ -46,6 +44,10 @@ def build(**changes: Any) -> Transformer:
             if name.endswith("norm.weight"):
                 parameter.copy_(torch.rand(parameter.shape, generator=torch.Generator().manual_seed(len(name))) + 0.5)
     return model.eval()
+
+
+def random_ids(*shape: int, below: int = 130, seed: int = 0) -> torch.Tensor:
+    return torch.randint(0, below, shape, generator=torch.Generator().manual_seed(seed))
 
 
 def to_qwen3(model: Transformer) -> Any:
@@ -69,7 +71,10 @@ def to_qwen3(model: Transformer) -> Any:
             rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta},
         )
     )
-    state = {name if name.startswith("lm_head") else f"model.{name}": value for name, value in model.state_dict().items()}
+    weights = model.state_dict()
+    if c.embed_rank is not None:
+        weights["embed_tokens.weight"] = weights["embed_tokens.weight"] @ weights.pop("embed_proj.weight").T
+    state = {name if name.startswith("lm_head") else f"model.{name}": value for name, value in weights.items()}
     missing, unexpected = theirs.load_state_dict(state, strict=False)
     assert not unexpected
     # Only parameter-free norms (which stay at one) and the tied head may be missing.
@@ -79,25 +84,22 @@ def to_qwen3(model: Transformer) -> Any:
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_logits_equal_qwen3(shape: str) -> None:
-    model = build(**SHAPES[shape])
-    theirs = to_qwen3(model)
-    ids = torch.randint(0, 130, (2, 40), generator=torch.Generator().manual_seed(0))
+    model, ids = build(**SHAPES[shape]), random_ids(2, 40)
     with torch.no_grad():
-        expected = theirs(ids).logits[..., :130]
-        torch.testing.assert_close(model.logits(model(ids)), expected, atol=1e-4, rtol=0)
+        torch.testing.assert_close(model.logits(model(ids)), to_qwen3(model)(ids).logits[..., :130], atol=1e-4, rtol=0)
 
 
-def decoded(model: Transformer, ids: torch.Tensor, prompts: Sequence[int]) -> list[torch.Tensor]:
-    """Every row's logits from the end of its prompt on, as sampling gets them: a prefill of uneven prompts, then steps."""
+def assert_decodes(model: Transformer, ids: torch.Tensor, prompts: Sequence[int], expected: torch.Tensor, atol: float) -> None:
+    """Logits from the ends of uneven prompts on, as sampling gets them by a prefill and then steps, are the expected ones."""
     rows, length = ids.shape
     decoder = Decoder(model, Layout(torch.float32, rows))
     cache = decoder.new_cache(rows, length)
     filled, logits = decoder.prefill([row[:prompt].tolist() for row, prompt in zip(ids, prompts, strict=True)], max(prompts))
     cache.put(torch.arange(rows), filled, torch.arange(rows))
-    found = [logits]
-    for step in range(length - max(prompts)):
-        found.append(decoder.step(ids[torch.arange(rows), torch.tensor(prompts) + step], cache))
-    return list(torch.stack(found, 1))
+    for step in range(length - max(prompts) + 1):
+        last = torch.arange(rows), torch.tensor(prompts) + step - 1
+        logits = decoder.step(ids[last], cache) if step else logits
+        torch.testing.assert_close(logits, expected[last], atol=atol, rtol=0)
 
 
 @pytest.mark.parametrize("packs", [True, False])
@@ -105,36 +107,15 @@ def decoded(model: Transformer, ids: torch.Tensor, prompts: Sequence[int]) -> li
 def test_prefill_and_steps_equal_qwen3(shape: str, packs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not packs:  # as on a GPU
         monkeypatch.setattr(layers, "packs_weights", lambda device: False)
-    model = build(**SHAPES[shape])
-    ids = torch.randint(0, 130, (2, 20), generator=torch.Generator().manual_seed(2))
+    model, ids = build(**SHAPES[shape]), random_ids(2, 20, seed=2)
     with torch.no_grad():
-        expected = to_qwen3(model)(ids).logits[..., :130]
-        for row, (logits, prompt) in enumerate(zip(decoded(model, ids, (12, 5)), (12, 5), strict=True)):
-            torch.testing.assert_close(logits, expected[row, prompt - 1 :][: len(logits)], atol=1e-4, rtol=0)
-
-
-@pytest.mark.parametrize(
-    "shape",
-    [{"embed_rank": 16, "head_init": "normal"}, {"embed_rank": 16, "tie_embeddings": True, "head_init": "normal"}],
-)
-def test_factorized_embeddings_with_cache_and_by_hand(shape: dict[str, Any]) -> None:
-    model = build(**shape)
-    ids = torch.randint(0, 130, (2, 16), generator=torch.Generator().manual_seed(3))
-    with torch.no_grad():
-        hidden = model(ids)
-        full = model.logits(hidden)
-        for row, logits in enumerate(decoded(model, ids, (7, 7))):
-            torch.testing.assert_close(logits, full[row, 6:], atol=1e-5, rtol=0)
-        assert model.embed_proj is not None
-        if model.config.tie_embeddings:
-            embedding = model.embed_tokens.weight @ model.embed_proj.weight.T  # [V, hidden]
-            torch.testing.assert_close(full, (hidden @ embedding.T)[..., :130], atol=1e-4, rtol=1e-4)
+        assert_decodes(model, ids, (12, 5), to_qwen3(model)(ids).logits[..., :130], atol=1e-4)
 
 
 def test_rows_join_and_leave_in_flight() -> None:
     """Each row is at its own position, whatever shares the cache with it or stood in its place before."""
     model = build(**SHAPES["weighted_norms"])
-    ids = torch.randint(0, 130, (3, 30), generator=torch.Generator().manual_seed(6))
+    ids = random_ids(3, 30, seed=6)
     plain = model.logits(model(ids))
     decoder = Decoder(model, Layout(torch.float32, 2))
     cache = decoder.new_cache(2, 24)
@@ -181,7 +162,7 @@ class OwnTokenAttention(Attention):
     """A token attends to itself alone."""
 
     def forward(self, x_BTD: torch.Tensor, rope: Any, *, mask: torch.Tensor | None = None) -> torch.Tensor:
-        return super().forward(x_BTD, rope, mask=torch.eye(x_BTD.shape[1], dtype=torch.bool)[None, None])
+        return self.o_proj(self.project(x_BTD, rope)[2].repeat_interleave(self.num_heads // self.num_kv_heads, -2).flatten(-2))
 
     def for_decoding(self, layer: int, norm: Any, layout: Layout) -> DecodeAttention:
         return DecodeOwnToken(self, layer, norm, layout)
@@ -189,27 +170,24 @@ class OwnTokenAttention(Attention):
 
 class DecodeOwnToken(DecodeAttention):
     def prefill(self, x_BTD: torch.Tensor, rope: Any, mask: torch.Tensor | None, cache: Any) -> torch.Tensor:
-        return super().prefill(x_BTD, rope, torch.eye(x_BTD.shape[1], dtype=torch.bool)[None, None], cache)
+        return self.step(x_BTD, rope, cache)
 
     def step(self, x_BD: torch.Tensor, rope: Any, cached: Any) -> torch.Tensor:
-        _, _, v_BKH = self._project(x_BD, rope)
-        return self._o_proj(v_BKH.repeat_interleave(self.num_heads // self.num_kv_heads, 1).flatten(1))
+        return self._o_proj(self._project(x_BD, rope)[2].repeat_interleave(self.num_heads // self.num_kv_heads, -2).flatten(-2))
 
 
 def test_another_attention_needs_one_entry_in_a_dict(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(ATTENTIONS, OwnTokenConfig, OwnTokenAttention)
-    model = build(head_init="normal", attention=OwnTokenConfig())
-    ids = torch.randint(0, 130, (2, 20), generator=torch.Generator().manual_seed(7))
+    model, dense = build(head_init="normal", attention=OwnTokenConfig()), build(head_init="normal")
+    ids = random_ids(2, 20, seed=7)
     with torch.no_grad():
         full = model.logits(model(ids))
-        assert not torch.allclose(full, build(head_init="normal").logits(build(head_init="normal")(ids)), atol=1e-2)
-        for row, (logits, prompt) in enumerate(zip(decoded(model, ids, (12, 5)), (12, 5), strict=True)):
-            torch.testing.assert_close(logits, full[row, prompt - 1 :][: len(logits)], atol=1e-5, rtol=0)
+        assert not torch.allclose(full, dense.logits(dense(ids)), atol=1e-2)
+        assert_decodes(model, ids, (12, 5), full, atol=1e-5)
 
 
 def test_document_ids_keep_documents_apart() -> None:
-    model = build(head_init="normal")
-    ids = torch.randint(0, 130, (1, 30), generator=torch.Generator().manual_seed(4))
+    model, ids = build(head_init="normal"), random_ids(1, 30, seed=4)
     documents = torch.tensor([[0] * 12 + [1] * 18])
     with torch.no_grad():
         together = model(ids, document_BT=documents)
@@ -219,23 +197,17 @@ def test_document_ids_keep_documents_apart() -> None:
 
 
 def test_first_loss_is_exactly_that_of_a_uniform_guess() -> None:
-    model = build(num_layers=1, vocab_size=50_304)
-    ids = torch.randint(0, 50_304, (1, 64))
-    features, weight = model.head(model(ids))
-    loss = linear_cross_entropy(features, weight, ids.flatten(), vocab_size=50_304) / ids.numel()
-    assert round(loss.item(), 4) == 10.8258 == round(math.log(50_304), 4)
+    model, ids = build(num_layers=1, vocab_size=50_304), random_ids(1, 64, below=50_304)
+    assert round(SummedLoss(model)(ids, ids, None).item() / 64, 4) == 10.8258 == round(math.log(50_304), 4)
 
 
 def test_padding_words_take_no_probability() -> None:
-    model = build(head_init="normal")
+    model, ids = build(head_init="normal"), random_ids(1, 8)
     assert model.config.padded_vocab_size == 192
-    ids = torch.randint(0, 130, (1, 8))
     with torch.no_grad():
         model.lm_head.weight[130:] = 1e3  # type: ignore[union-attr, index]
-        features, weight = model.head(model(ids))
-        loss = linear_cross_entropy(features, weight, ids.flatten(), vocab_size=130)
         by_hand = -model.logits(model(ids)).log_softmax(-1).gather(-1, ids[..., None]).sum()
-    torch.testing.assert_close(loss, by_hand, atol=1e-3, rtol=1e-5)
+        torch.testing.assert_close(SummedLoss(model)(ids, ids, None), by_hand, atol=1e-3, rtol=1e-5)
 
 
 def test_eighty_layers_start_with_finite_gradients_and_learn() -> None:
@@ -243,11 +215,9 @@ def test_eighty_layers_start_with_finite_gradients_and_learn() -> None:
     model = Transformer(ModelConfig(**shape, norm_weight=True, residual_init="scaled", head_init="normal"))
     model.init_weights(0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    ids = torch.randint(0, 64, (4, 33), generator=torch.Generator().manual_seed(0))
-    losses = []
+    ids, losses = random_ids(4, 33, below=64), []
     for _ in range(8):
-        features, weight = model.head(model(ids[:, :-1]))
-        loss = linear_cross_entropy(features, weight, ids[:, 1:].flatten()) / 128
+        loss = SummedLoss(model)(ids[:, :-1], ids[:, 1:], None) / 128
         loss.backward()
         assert all(torch.isfinite(parameter.grad).all() for parameter in model.parameters() if parameter.grad is not None)
         optimizer.step()
@@ -280,16 +250,10 @@ def test_mirrored_attention_starts_as_look_at_alike_and_copy() -> None:
         torch.testing.assert_close(o[:, group], 0.25 * v)
 
 
-def test_config_counts_what_the_model_has() -> None:
-    for changes in (
-        {},
-        {"norm_weight": True},
-        {"norm_weight": True, "qk_norm_weight": True},
-        {"embed_rank": 8},
-        {"tie_embeddings": True, "head_init": "normal"},
-    ):
-        model = build(vocab_size=128, **changes)  # a multiple of 64: no padding rows
-        assert model.config.num_parameters == sum(parameter.numel() for parameter in model.parameters()), encode(model.config)
+@pytest.mark.parametrize("changes", [*SHAPES.values(), {"norm_weight": True}])
+def test_config_counts_what_the_model_has(changes: dict[str, Any]) -> None:
+    model = build(**changes, vocab_size=128)  # a multiple of 64: no padding rows
+    assert model.config.num_parameters == sum(parameter.numel() for parameter in model.parameters()), encode(model.config)
 
 
 def test_wired_induction_head_looks_one_back_and_then_at_the_same_token() -> None:
@@ -337,3 +301,44 @@ INDUCTION = {"attention_init": "induction"}
 def test_impossible_shapes_are_refused_by_name(changes: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         ModelConfig(**changes)
+
+
+class Doubled(Linear):
+    """Stands for a layer that computes in its own way, such as one converted to FP8."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize("kinds", [(Linear, Linear, Linear), (Linear, Doubled, Linear)])
+def test_joint_layers_equal_single_ones(kinds: tuple[type[Linear], ...]) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(3, 5, 8, requires_grad=True)
+    single = [kind(8, size) for kind, size in zip(kinds, (6, 2, 4), strict=True)]
+    weights = [torch.nn.init.normal_(layer.weight) for layer in single]
+    outs = joint_linear(x, *single), tuple(layer(x) for layer in single)
+    torch.testing.assert_close(*outs)
+    torch.testing.assert_close(*(torch.autograd.grad(sum(out.square().sum() for out in each), [x, *weights]) for each in outs))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("dtype", "near"), [(torch.float32, 1e-4), (torch.bfloat16, 3e-2)])
+def test_compiled_gradients_are_the_plain_ones(dtype: torch.dtype, near: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In several pieces of the queries, chunks of the tokens and tiles of the vocabulary, of which the last ends in padding."""
+    if not compile_works(torch.device("cpu"))[0]:
+        pytest.skip("no C++ compiler here")
+    monkeypatch.setattr(attention, "CAUSAL_PIECE", 16)
+    monkeypatch.setattr(cross_entropy, "TILE_WORDS", 64)
+    monkeypatch.setattr(cross_entropy, "TILED_CHUNK_TOKENS", 128)
+    model = build(num_layers=2, vocab_size=300, head_init="normal")
+    ids = random_ids(3, 65, below=300, seed=1)
+    plain, compiled = SummedLoss(model), torch.compile(SummedLoss(model), fullgraph=True, dynamic=False)
+    found = []
+    for compute, run in ((torch.float32, plain), (dtype, compiled)):
+        model.zero_grad()
+        with model.computing_in(compute):
+            loss = run(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), None)
+            loss.backward()
+        found.append([loss.detach(), *(parameter.grad.clone() for parameter in model.parameters())])
+    for expected, ours in zip(*found, strict=True):
+        assert expected.norm() > 0 and (ours - expected).norm() < near * expected.norm()
