@@ -1,17 +1,13 @@
-"""Stochastic rounding is right on average; AdamW with it does torch's mathematics, leaves no trace of a skip, resumes, learns."""
+"""Stochastic rounding is right on average, AdamW with it is torch's and learns, and micro-batches are summed in fp32."""
 
 from __future__ import annotations
 
 from contextlib import contextmanager
-from copy import deepcopy
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import nn
 
-from osler.checkpoint.optimizer_state import flatten_optimizer, restore_optimizer
 from osler.data.loader import Batch
 from osler.model.config import ModelConfig
 from osler.model.transformer import SummedLoss, Transformer, nan_gradient_unless_finite
@@ -36,23 +32,13 @@ def key(number: int) -> torch.Tensor:
     return torch.tensor(mix(number))
 
 
-def test_the_mean_of_many_roundings_is_the_number():
-    draws = 1 << 16
-    for number in (1.001, -1.003, 3.14159, 1e-20, -2.5e30, 1e-39):
-        x = torch.tensor(number)
-        rounded = round_stochastic(x.expand(draws).contiguous(), random_bits(key(1), 0, draws)[0]).double()
-        neighbours = rounded.unique()
-        assert len(neighbours) == 2 and neighbours[0] < x < neighbours[1]
-        gap = float(neighbours[1] - neighbours[0])
-        assert abs(float(rounded.mean() - x.double())) < 4 * 0.5 * gap / draws**0.5  # four standard errors at most
-
-
-def test_over_all_bits_the_mean_is_exact():
-    x = torch.randn(50, generator=torch.Generator().manual_seed(0))
+def test_over_all_bits_the_mean_is_exact_between_two_neighbours():
     bits = torch.arange(1 << 16)
-    for value in x:
-        mean = round_stochastic(value.expand(1 << 16).contiguous(), bits).double().mean()
-        assert mean == value.double()
+    for value in torch.cat([torch.randn(50, generator=torch.Generator().manual_seed(0)), torch.tensor([1e-20, -2.5e30, 1e-39])]):
+        rounded = round_stochastic(value.expand(1 << 16).contiguous(), bits)
+        inner, outer = rounded[0], rounded[-1]
+        assert rounded.double().mean() == value.double()
+        assert rounded.unique().numel() == 2 and torch.nextafter(inner, inner.sign() * torch.inf) == outer
 
 
 def test_what_bf16_can_hold_stays():
@@ -61,21 +47,6 @@ def test_what_bf16_can_hold_stays():
     for bits in (0, 1, 12345, (1 << 16) - 1):
         rounded = round_stochastic(words.float(), torch.full(words.shape, bits))
         assert torch.equal(rounded.view(torch.int16), words.view(torch.int16))
-
-
-def round_by_definition(x: torch.Tensor, bits: torch.Tensor) -> torch.Tensor:
-    """In float64: the share of the way to the outer neighbour is the probability of going there."""
-    nearest = x.to(torch.bfloat16)
-    inside = torch.where(nearest.abs() > x.abs(), torch.nextafter(nearest, torch.zeros_like(nearest)), nearest)
-    outside = torch.nextafter(inside, torch.copysign(torch.full_like(inside, torch.inf), nearest))
-    share = (x.double() - inside.double()) / (outside.double() - inside.double())
-    return torch.where(share + bits / 2.0**16 >= 1, outside, inside)
-
-
-@given(st.floats(width=32, min_value=-(2.0**127), max_value=2.0**127), st.integers(0, 65535))
-def test_equals_the_definition(number, bits):
-    x, drawn = torch.tensor([number]), torch.tensor([bits])
-    assert torch.equal(round_stochastic(x, drawn), round_by_definition(x, drawn))
 
 
 def test_bits_are_uniform_independent_and_a_function_of_key_and_position():
@@ -141,43 +112,14 @@ def test_everything_that_is_kept_is_bf16_and_a_chunk_is_no_border(monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-def test_a_skipped_step_leaves_no_trace():
-    model, twin = tiny(in_bf16=True), tiny(in_bf16=True)
-    optimizer, twin_optimizer = build_optimizer(model, AdamWConfig()), build_optimizer(twin, AdamWConfig())
-    for number in range(3):
-        for each, its_optimizer in ((model, optimizer), (twin, twin_optimizer)):
-            set_gradients(each, number)
-            its_optimizer.found_inf = torch.tensor(0.0)
-            its_optimizer.step()
-        for parameter in model.parameters():
-            parameter.grad.fill_(torch.nan)
-        optimizer.found_inf = torch.tensor(1.0)
-        optimizer.step()
-    for found, expected in zip(everything(model, optimizer), everything(twin, twin_optimizer), strict=True):
-        assert torch.equal(found, expected)
-
-
-def test_resume_is_exact_and_the_seed_counts():
-    model = tiny(in_bf16=True)
-    optimizer = build_optimizer(model, AdamWConfig(), seed=3)
-    for number in range(3):
-        set_gradients(model, number)
-        optimizer.step()
-    tensors, state = flatten_optimizer(optimizer, model.named_parameters())
-    tensors = {name: tensor.clone() for name, tensor in tensors.items()}
-    resumed, other = deepcopy(model), deepcopy(model)
-    results = {}
-    for name, each, seed in (("same", resumed, 3), ("other", other, 4)):
-        its_optimizer = build_optimizer(each, AdamWConfig(), seed=seed)
-        restore_optimizer(its_optimizer, each.named_parameters(), tensors, state)
-        set_gradients(each, 3)
-        its_optimizer.step()
-        results[name] = everything(each, its_optimizer)
-    set_gradients(model, 3)
-    optimizer.step()
-    whole = everything(model, optimizer)
-    assert all(torch.equal(a, b) for a, b in zip(results["same"], whole, strict=True))
-    assert not all(torch.equal(a, b) for a, b in zip(results["other"], whole, strict=True))
+def test_the_seed_counts():
+    ends = []
+    for seed in (3, 4):
+        model = tiny(in_bf16=True)
+        set_gradients(model, 3)
+        build_optimizer(model, AdamWConfig(), seed=seed).step()
+        ends.append(model.embed_tokens.weight)
+    assert not torch.equal(*ends)
 
 
 def test_the_second_moment_does_not_stand_still():
@@ -214,9 +156,19 @@ def test_it_trains_as_fp32_weights_do_where_rounding_to_nearest_stalls(one_threa
     assert losses["nearest"] > 1.1 * losses["fp32"]
 
 
-def step_gradients(micro_batch_tokens: int | None, *, compiled: bool = False) -> tuple[dict[str, torch.Tensor], TrainStep]:
-    """The gradients that a step of 32 rows leaves to the optimizer, and the step."""
-    model = tiny(in_bf16=True)
+def rows() -> torch.Tensor:
+    return torch.randint(0, 64, (32, 17), generator=torch.Generator().manual_seed(1))
+
+
+def row_gradients(number: int) -> dict[str, torch.Tensor]:
+    model, ids = tiny(in_bf16=True), rows()[number : number + 1]
+    SummedLoss(model)(ids[:, :-1], ids[:, 1:], None).backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+def step_gradients(micro_batch_tokens: int | None, *, compiled: bool = False) -> dict[str, torch.Tensor]:
+    """The gradients that a step of 32 rows leaves to the optimizer."""
+    model, ids = tiny(in_bf16=True), rows()
     loss = SummedLoss(model)
     options = {"fullgraph": True, "dynamic": False, "backend": "aot_eager_decomp_partition"}
     engine = ParallelEngine(torch.compile(loss, **options) if compiled else loss)
@@ -229,9 +181,9 @@ def step_gradients(micro_batch_tokens: int | None, *, compiled: bool = False) ->
 
     learner = Learner(model, build_optimizer(model, AdamWConfig()), engine, 1e9)
     step = TrainStep(learner, micro_batch_tokens=micro_batch_tokens, around_update=keep)
-    ids = torch.randint(0, 64, (32, 17), generator=torch.Generator().manual_seed(1))
     step(Batch(ids[:, :-1], ids[:, 1:], torch.zeros_like(ids[:, 1:])))
-    return found, step
+    assert all(parameter.dtype == torch.bfloat16 for parameter in model.parameters())
+    return found
 
 
 def distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
@@ -244,23 +196,14 @@ def test_many_small_batches_give_the_gradient_of_a_large_one(one_thread, compile
     """But for one rounding: half a unit in the last place of bf16 is 2 ** -9."""
     alone = [row_gradients(number) for number in range(32)]
     exact = {name: sum(gradient[name].double() for gradient in alone) / (32 * 16) for name in alone[0]}
-    summed, step = step_gradients(16, compiled=compiled)
+    summed = step_gradients(16, compiled=compiled)
     assert distance(summed, exact) < 2**-9
-    assert distance(summed, step_gradients(None)[0]) < 2**-8
-    assert all(parameter.dtype == torch.bfloat16 for parameter in step.parameters)
-
-
-def row_gradients(number: int) -> dict[str, torch.Tensor]:
-    model = tiny(in_bf16=True)
-    ids = torch.randint(0, 64, (32, 17), generator=torch.Generator().manual_seed(1))[number : number + 1]
-    SummedLoss(model)(ids[:, :-1], ids[:, 1:], None).backward()
-    return {name: parameter.grad for name, parameter in model.named_parameters()}
+    assert distance(summed, step_gradients(None)) < 2**-8
 
 
 def test_one_batch_is_left_to_autograd_bit_for_bit(one_thread):
-    model = tiny(in_bf16=True)
-    ids = torch.randint(0, 64, (32, 17), generator=torch.Generator().manual_seed(1))
+    model, ids = tiny(in_bf16=True), rows()
     loss = SummedLoss(model)(ids[:, :-1], ids[:, 1:], None) / (32 * 16)
     nan_gradient_unless_finite(loss).backward()
-    found, _ = step_gradients(None)
+    found = step_gradients(None)
     assert all(torch.equal(found[name], parameter.grad) for name, parameter in model.named_parameters())

@@ -1,15 +1,18 @@
-"""Schedules at their edges with round numbers, and which parameter goes into which group."""
+"""Schedules at round numbers, parameters in groups, and what every optimizer promises about skipped steps and resume."""
 
 from __future__ import annotations
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from osler.checkpoint.optimizer_state import flatten_optimizer, restore_optimizer
 from osler.config.recipe import load_recipe
 from osler.config.schema import ConfigError, decode
 from osler.model.config import ModelConfig
 from osler.model.transformer import Transformer
+from osler.optim.bf16 import keep_in_bf16
 from osler.optim.build import build_optimizer, group_of, set_hyperparameters
 from osler.optim.config import AdamWConfig, MuonConfig
 from osler.optim.schedule import (
@@ -131,3 +134,71 @@ def test_groups_first_match_wins() -> None:
 def test_impossible_numbers_are_refused(kind: type, changes: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="must"):
         kind(**changes)
+
+
+OPTIMIZERS = {
+    "adamw": AdamWConfig(),
+    "bf16": AdamWConfig(),
+    "muon": MuonConfig(momentum_warmup=MomentumWarmup(tokens=8), weight_decay_schedule=LrWeightDecay()),
+}
+
+
+def make(kind: str) -> tuple[Transformer, torch.optim.Optimizer]:
+    shape = ModelConfig(num_layers=2, hidden_size=32, intermediate_size=64, head_dim=8, vocab_size=64, norm_weight=True)
+    model = Transformer(shape)
+    model.init_weights(0)
+    if kind == "bf16":
+        keep_in_bf16(model)
+    return model, build_optimizer(model, OPTIMIZERS[kind], seed=3)
+
+
+def advance(kind: str, model: Transformer, optimizer: torch.optim.Optimizer, *steps: int, bad: float | None = None) -> None:
+    for step in steps:
+        set_hyperparameters(optimizer, OPTIMIZERS[kind], 1 / (1 + step), step, 10)
+        generator = torch.Generator().manual_seed(step)
+        for parameter in model.parameters():
+            parameter.grad = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
+            if bad is not None:
+                parameter.grad.view(-1)[0] = bad
+        optimizer.found_inf = torch.tensor(float(bad is not None))  # type: ignore[attr-defined]
+        optimizer.step()
+
+
+def bits(model: Transformer, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """Copies of all parameters and state by name, as bytes, for which -0.0 is not 0.0."""
+    state, _ = flatten_optimizer(optimizer, model.named_parameters())
+    named = {**model.state_dict(), **state}
+    return {name: value.detach().clone().reshape(-1).view(torch.uint8) for name, value in named.items()}
+
+
+@pytest.mark.parametrize(("bad", "earlier_steps"), [(float("nan"), 0), (float("inf"), 0), (float("nan"), 2)])
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_a_gradient_that_is_not_finite_changes_no_bit(kind: str, bad: float, earlier_steps: int) -> None:
+    model, optimizer = make(kind)
+    advance(kind, model, optimizer, *range(earlier_steps))
+    with torch.no_grad():
+        model.layers[0].self_attn.q_proj.weight[0, 0] = -0.0
+    before = bits(model, optimizer)
+    advance(kind, model, optimizer, 8, bad=bad)
+    after = bits(model, optimizer)
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    assert earlier_steps or not any(after[name].any() for name in after.keys() - before.keys())  # new state is zero
+    advance(kind, model, optimizer, 0)
+    assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
+    assert [name for name, value in bits(model, optimizer).items() if torch.equal(value, after[name])] == []
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_five_more_steps_after_disk_are_equal_to_the_last_bit(kind: str) -> None:
+    model, optimizer = make(kind)
+    advance(kind, model, optimizer, *range(5))
+    tensors, state = flatten_optimizer(optimizer, model.named_parameters())
+    matrix = "momentum_buffer" if kind == "muon" else "exp_avg"
+    assert f"layers.0.self_attn.q_proj.weight/{matrix}" in tensors and "norm.weight/exp_avg_sq" in tensors
+    resumed, again = make(kind)
+    resumed.load_state_dict(model.state_dict())
+    restore_optimizer(again, resumed.named_parameters(), {name: value.clone() for name, value in tensors.items()}, state)
+    advance(kind, model, optimizer, *range(5, 10))
+    advance(kind, resumed, again, *range(5, 10))
+    expected, found = bits(model, optimizer), bits(resumed, again)
+    assert expected.keys() == found.keys() and all(torch.equal(found[name], value) for name, value in expected.items())
