@@ -18,7 +18,7 @@ import numpy as np
 
 from osler.data.order import CACHED_EPOCHS, Order
 from osler.data.shards import Int64Array, MaskArray, ShardSet, TokenArray
-from osler.ops.cross_entropy import IGNORED
+from osler.ops.labels import IGNORED
 
 
 class PackedRow(NamedTuple):

@@ -16,7 +16,7 @@ from osler.eval.likelihood import BATCH_TOKENS, evaluating, label_logprobs, padd
 from osler.eval.score import ANSWERED, CUT, TOO_LONG, UNPARSED, Result, ScoredExam, summarise
 from osler.inference.engine import InferenceEngine
 from osler.model.transformer import Transformer
-from osler.ops.cross_entropy import IGNORED
+from osler.ops.labels import IGNORED
 from osler.ops.sampling_params import SamplingParams
 from osler.runtime.errors import UserError
 from osler.runtime.stop import asked

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from osler.model.transformer import Transformer
-from osler.ops.cross_entropy import IGNORED, linear_logprobs
+from osler.ops.cross_entropy import linear_logprobs
+from osler.ops.labels import IGNORED
 from osler.runtime.errors import UserError
 from osler.runtime.stop import AskedToStop, asked
 from osler.runtime.world import World

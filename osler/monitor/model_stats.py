@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from osler.model.transformer import Block, Transformer
-from osler.ops.cross_entropy import IGNORED, default_chunk_tokens
+from osler.ops.cross_entropy import default_chunk_tokens
+from osler.ops.labels import IGNORED
 from osler.runtime.sharded import whole
 
 PROBE_TOKENS = 2048  # of the batch that a probe takes, in whole rows where one fits

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from osler.checkpoint.optimizer_state import flatten_optimizer
 from osler.model.transformer import SummedLoss, Transformer
-from osler.ops.cross_entropy import IGNORED
+from osler.ops.labels import IGNORED
 from osler.parallel.config import DeepSpeedConfig
 from osler.parallel.engine import ParallelEngine, Tensors
 from osler.runtime.errors import UserError

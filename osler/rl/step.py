@@ -27,7 +27,8 @@ from torch import Tensor
 from osler.model.transformer import ModelLoss, Transformer, nan_gradient_unless_finite
 from osler.monitor.collect import Collector, norm_stats
 from osler.monitor.model_stats import ProbeRows
-from osler.ops.cross_entropy import IGNORED, linear_logprobs
+from osler.ops.cross_entropy import linear_logprobs
+from osler.ops.labels import IGNORED
 from osler.ops.sampling import unpack_mask
 from osler.rl.config import AlgorithmConfig
 from osler.rl.loss import LossInputs, add_sums, group_advantages, grpo_loss, loss_metrics, token_weights

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch._dynamo.backends.common import aot_autograd
 
 from osler.ops import cross_entropy
-from osler.ops.cross_entropy import IGNORED, cross_entropy_reference, linear_cross_entropy, linear_logprobs
+from osler.ops.cross_entropy import cross_entropy_reference, linear_cross_entropy, linear_logprobs
+from osler.ops.labels import IGNORED
 
 pytestmark = pytest.mark.usefixtures("no_compiled_code")
 

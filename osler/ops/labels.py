@@ -1,0 +1,3 @@
+"""The label of a token that is not learned. Torch-free."""
+
+IGNORED = -100
