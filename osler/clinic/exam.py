@@ -47,10 +47,10 @@ class ClinicItem:
     options: tuple[str, ...]
     answer_index: int
     split: str
-    condition: str
-    relation: str
     thinking: str
-    findings: tuple[str, ...]
+    condition: str = ""
+    relation: str = ""
+    findings: tuple[str, ...] = ()
 
     @property
     def answer(self) -> str:
@@ -93,9 +93,9 @@ def exam(seed: int, split: str, n: int) -> list[ClinicItem]:
                 options=tuple(options),
                 answer_index=answer_index,
                 split=split,
+                thinking=reasoning(condition, relation, findings),
                 condition=condition.name,
                 relation=relation,
-                thinking=reasoning(condition, relation, findings),
                 findings=findings,
             )
         )
@@ -162,8 +162,5 @@ def drills(seed: int, count: int) -> Iterator[ClinicItem]:
             options=options,
             answer_index=answer_index,
             split="drill",
-            condition="",
-            relation="",
             thinking=f"Here the option is {phrase}.",
-            findings=(),
         )

@@ -5,9 +5,8 @@
 Each stage is an ordinary run in a folder of its own, made by the functions of the single commands. The same command always
 continues: it skips the stages that are finished, and one that was interrupted goes on from its checkpoint.
 
-Why GRPO starts from an *earlier* checkpoint: in this world demonstrations alone almost solve the exam, which leaves nothing for
-reinforcement learning to show. So GRPO starts from the supervised checkpoint whose accuracy on a validation split is nearest to
-``start_accuracy``; the test splits play no part in the choice. The report says what that proves and what it does not.
+GRPO starts from an *earlier* checkpoint because demonstrations alone almost solve this exam. The checkpoint is chosen on a
+validation split; the test splits play no part. The report says what that proves and what it does not (``NOTES``).
 """
 
 from __future__ import annotations

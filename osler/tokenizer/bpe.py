@@ -21,6 +21,7 @@ import sys
 import tempfile
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -73,8 +74,7 @@ class Tokenizer:
         self._id_of_special = {name: vocab[name] for name in sorted(names)}
         self.special_ids = frozenset(self._id_of_special.values())
         self.vocab_size = max(vocab.values(), default=-1) + 1  # the smallest number above every id
-        longest_first = sorted(names, key=lambda name: (-len(name), name))
-        self._special_pattern = re.compile("|".join(map(re.escape, longest_first))) if names else None
+        self._special_ahead = re.compile(f"(?={'|'.join(map(re.escape, sorted(names)))})") if names else None
 
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
@@ -182,10 +182,12 @@ class Tokenizer:
             where = f"(a lone surrogate, {half[0]!r}) at position {half.start()}"
             raise UserError(f"A text holds half a character {where}.") from None
         batch: list[list[int]] = [encoding.ids for encoding in encodings]
-        if self._special_pattern is not None:
-            for index, text in enumerate(texts):
-                if self._special_pattern.search(text) and not self.special_ids.isdisjoint(batch[index]):
-                    batch[index] = self._encode_cut(text)
+        for index, text in enumerate(texts):
+            if self._special_ahead is not None and not self.special_ids.isdisjoint(batch[index]):
+                # The vocabulary has a special token as an ordinary one too: cut the text inside of each.
+                cuts = [found.start() + 1 for found in self._special_ahead.finditer(text)]
+                parts = [text[start:end] for start, end in pairwise([0, *cuts, len(text)])]
+                batch[index] = [one for part in parts for one in self._backend.encode(part, add_special_tokens=False).ids]
         return batch
 
     def decode(self, ids: Sequence[int], skip_special: bool = False) -> str:
@@ -203,15 +205,6 @@ class Tokenizer:
         """Return the text after the tokenizer's normalizer, which may fold case, accents or spaces."""
         normalizer = self._backend.normalizer
         return text if normalizer is None else str(normalizer.normalize_str(text))
-
-    def _encode_cut(self, text: str) -> list[int]:
-        """Return the ids of a text whose special tokens would be single BPE tokens too, cut inside each of them."""
-        assert self._special_pattern is not None
-        match = self._special_pattern.search(text)
-        if match is None or len(match.group()) == 1:
-            return list(self._backend.encode(text, add_special_tokens=False).ids)
-        cut = match.start() + 1
-        return list(self._backend.encode(text[:cut], add_special_tokens=False).ids) + self._encode_cut(text[cut:])
 
 
 def _cut_long_pieces(texts: Iterable[str]) -> Iterator[str]:
