@@ -79,10 +79,10 @@ def whole(commands, tmp_path_factory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="session")
-def assert_same_run() -> Callable[[Path, Path], None]:
+def assert_same_run() -> Callable[..., None]:
     """Two finished runs: the same tensors to the bit, the same state, metrics and best checkpoint."""
 
-    def check(folder: Path, other: Path) -> None:
+    def check(folder: Path, other: Path, *, same_best: bool = True) -> None:
         ends = [store.load(at(run, STEPS)) for run in (folder, other)]
         assert ends[0].tensors.keys() == ends[1].tensors.keys()
         for part, tensors in ends[0].tensors.items():
@@ -90,6 +90,18 @@ def assert_same_run() -> Callable[[Path, Path], None]:
             assert [name for name, value in tensors.items() if not torch.equal(value, ends[1].tensors[part][name])] == []
         assert untimed(ends[0].state) == untimed(ends[1].state)
         assert list(map(untimed, logged(folder))) == list(map(untimed, logged(other)))
-        assert store.best_checkpoint(folder / "checkpoints").step == store.best_checkpoint(other / "checkpoints").step
+        best = [store.best_checkpoint(run / "checkpoints") for run in (folder, other)]
+        assert not same_best or best[0].step == best[1].step
 
     return check
+
+
+@pytest.fixture
+def finish(launch, whole, assert_same_run) -> Callable[..., None]:
+    """``finish(kind, folder, ..., same_best=True)`` lets a run go on to its end, which is that of one without interruption."""
+
+    def run(kind: str, folder: Path, *overrides: str, same_best: bool = True, **options) -> None:
+        assert launch(kind, folder, *overrides, **options) == 0
+        assert_same_run(folder, whole[kind], same_best=same_best)
+
+    return run

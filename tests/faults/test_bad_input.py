@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
-import re
-import shutil
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from run_folders import STOPPED, at, flip, saved_steps
+from run_folders import at, flip
 from tokenizers import Tokenizer as Backend
 from tokenizers import models, pre_tokenizers
 
@@ -21,12 +20,10 @@ from osler.data.loader import Loader
 from osler.data.order import Order
 from osler.data.packing import StreamPacking, WholePacking
 from osler.data.prepare import open_prepared
-from osler.records.jsonl import LIFETIME, read_events
 from osler.runtime.errors import UserError
 from osler.tokenizer.bpe import Tokenizer
 
 COUGH = "A cough that lasts eight weeks is chronic. " * 20
-FEVER = "A fever that lasts three weeks has a name. " * 20
 
 
 @pytest.fixture
@@ -42,35 +39,18 @@ def own_text(tiny):
     ("override", "message"),
     [
         ("learning_rate=1", "learning_rate: unknown key; did you mean `optim.lr`?"),
-        ("epochs=3", "epochs: unknown key; did you mean `total_tokens`?"),
         ("seed=99999999999999999999", "seed: must be at least 0 and at most 4294967295"),
-        ("schedule.warmup_tokens=-1", "schedule.warmup_tokens: must be at least 0"),
-        ("model.rope_theta=0", "model.rope_theta: must be above 0"),
-        ("model.norm_eps=0", "model.norm_eps: must be above 0"),
-        ("total_token=5", "total_token: unknown key; did you mean `total_tokens`?"),
         ("path=notes", "`data.path` (with data.type=files or data.type=turns or data.type=prepared) or `tokenizer.path`?"),
-        ("pth=notes", "`data.path` (with data.type=files or data.type=turns or data.type=prepared) or `tokenizer.path`?"),
         ("data.path=notes", "data.path: unknown key of this type; it needs data.type=files or data.type=turns"),
         ("data.pth=notes", "did you mean `data.path` (with data.type=files or data.type=turns or data.type=prepared)?"),
         ("data.type=clinics", "data: unknown type `clinics`; did you mean `clinic`?"),
         ("total_tokens=many", 'total_tokens: should be an integer, given "many"'),
         ("optim.lr=nan", 'optim.lr: should be a finite number, given "nan"'),
-        ("recovery.spike.threshold=.nan", "recovery.spike.threshold: should be a finite number"),
-        ("optim.lr=-1", "optim.lr: must be above 0, given -1"),
-        ("optim.weight_decay=-0.1", "optim.weight_decay: must be at least 0, given -0.1"),
         ("optim={type: muon, eps: 0}", "optim.eps: must be above 0, given 0"),
         ("schedule.final_fraction=1.5", "final_fraction: must be at least 0 and at most 1, given 1.5"),
-        ("model=5", "model: should be a mapping of keys to values"),
         ("batch_tokens=300", "batch_tokens 300 is not a multiple of seq_len 64"),
         ("micro_batch_tokens=192", "micro_batch_tokens 192 must be a multiple of seq_len 64 that divides batch_tokens 256"),
-        ("seq_len=512", "batch_tokens 256 is not a multiple of seq_len 512"),
-        ("seq_len=0", "seq_len: must be at least 1, given 0"),
         ("exam={every_tokens: 512, items: 0}", "exam.items: must be at least 1, given 0"),
-        ("exam={every_tokens: -1}", "exam.every_tokens: must be at least 0, given -1"),
-        ("max_minutes=0", "max_minutes: must be above 0, given 0"),
-        ("clip_norm=-1", "clip_norm: must be above 0, given -1"),
-        ("checkpoint.keep_last=0", "checkpoint.keep_last: must be at least 1, given 0"),
-        ("data.passages=-1", "data.passages: must be at least 0, given -1"),
         ("model.num_kv_heads=3", "num_heads 2 is not a multiple of num_kv_heads 3"),
         ("device=tpu", "Unknown device 'tpu': use auto, cpu, cuda or cuda:N"),
         ("init_from=no/such/run", "no/such/run is no folder"),
@@ -127,38 +107,29 @@ def test_a_recipe_that_is_missing_or_broken(mistake, tmp_path):
 # -- data --------------------------------------------------------------------------------------------------------------
 
 
-def parquet(path, rows=300):
-    pq.write_table(pa.table({"text": [f"Sentence number {n} about fever." for n in range(rows)]}), path)
-    return path
+PARQUET = io.BytesIO()
+pq.write_table(pa.table({"text": [f"Sentence number {n} about fever." for n in range(300)]}), PARQUET)
 
 
-def test_files_that_cannot_be_read(mistake, own_text, tmp_path):
-    run = ("--run", tmp_path / "run")
-    assert f"There is no file or folder {tmp_path / 'gone'}" in mistake("pretrain", *own_text(tmp_path / "gone"), *run)
-
-    empty = tmp_path / "empty.txt"
-    empty.write_text("")
-    assert "nothing to learn from: of 1 documents 1 are empty" in mistake("pretrain", *own_text(empty), *run)
-
-    torn = parquet(tmp_path / "torn.parquet")
-    torn.write_bytes(torn.read_bytes()[:-200])
-    text = mistake("pretrain", *own_text(torn), *run)
-    assert "torn.parquet cannot be read, it may be torn" in text and "again" in text
-
-    latin = tmp_path / "latin.txt"
-    latin.write_bytes("Fièvre".encode("latin-1"))
-    text = mistake("pretrain", *own_text(latin), *run)
-    assert "latin.txt" in text and "is not UTF-8 text: byte 0xe8 at position 2" in text
-
-    lines = tmp_path / "lines.jsonl"
-    lines.write_text('{"text": "good"}\n{"text": "brok\n{"text": "good"}\n')
-    text = mistake("pretrain", *own_text(lines), *run)
-    assert "lines.jsonl:2 is not JSON" in text and "one JSON object" in text
-
-    other = tmp_path / "other.jsonl"
-    other.write_text('{"body": "a", "title": "b"}\n')
-    assert "has no field 'text'; it has: body, title" in mistake("pretrain", *own_text(other), *run)
-    assert not (tmp_path / "run" / "data").exists()
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("gone.txt", None, "There is no file or folder"),
+        ("empty.txt", b"", "nothing to learn from: of 1 documents 1 are empty"),
+        ("torn.parquet", PARQUET.getvalue()[:-200], "torn.parquet cannot be read, it may be torn"),
+        ("latin.txt", b"Fi\xe8vre", "latin.txt:1 is not UTF-8 text: byte 0xe8 at position 2"),
+        ("lines.jsonl", b'{"text": "good"}\n{"text": "brok\n{"text": "good"}\n', "lines.jsonl:2 is not JSON"),
+        ("other.jsonl", b'{"body": "a", "title": "b"}\n', "has no field 'text'; it has: body, title"),
+    ],
+)
+def test_a_file_that_cannot_be_learned_from_is_named_and_can_be_mended(name, content, message, mistake, own_text, tmp_path):
+    command = ["pretrain", *own_text(tmp_path / name), "--run", tmp_path / "run"]
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    assert message in mistake(*command) and not (tmp_path / "run" / "data").exists()
+    if name == "empty.txt":
+        (tmp_path / name).write_text(COUGH)
+        assert main([str(word) for word in command]) == 0
 
 
 def test_text_under_any_name_is_trained_on_and_the_rest_is_named(own_text, tmp_path, capsys):
@@ -201,20 +172,6 @@ def test_an_exam_file_that_is_missing_is_told_by_its_key_before_anything_is_load
     assert f"no file or folder {gone}; set task.path" in text
 
 
-def test_a_dry_run_refuses_the_folder_of_another_run_and_not_its_own(stopped, tiny, mistake):
-    text = mistake("pretrain", tiny.pretrain, "seed=1", "--run", stopped, "--dry-run")
-    assert "holds another run: seed is 1 here and 0 there" in text
-    assert main(["pretrain", tiny.pretrain, "--run", str(stopped), "--dry-run"]) == 0
-
-
-def test_a_mistake_can_be_mended_in_the_same_folder(mistake, own_text, tmp_path):
-    path = tmp_path / "notes.txt"
-    path.write_text("")
-    mistake("pretrain", *own_text(path), "--run", tmp_path / "run")
-    path.write_text(COUGH)
-    assert main(["pretrain", *own_text(path), "--run", str(tmp_path / "run")]) == 0
-
-
 def test_documents_of_any_length_and_number(own_text, tiny, tmp_path):
     """One document far longer than a row, and one word: both train, and more ranks than documents share the rows."""
     long, short = tmp_path / "long.txt", tmp_path / "short.txt"
@@ -233,18 +190,6 @@ def test_documents_of_any_length_and_number(own_text, tiny, tmp_path):
 
 
 # -- the run folder ----------------------------------------------------------------------------------------------------
-
-
-def test_a_checkpoint_that_rots_while_the_run_stands_still_does_not_count(launch, tmp_path, capsys):
-    """It is found when it would be counted on, said and recorded, and an older good one stays in its stead."""
-    run = tmp_path / "run"
-    assert launch("pretrain", run, "checkpoint.keep_last=3", fault="train-step:sigterm:9") == STOPPED
-    flip(at(run, 8) / "model.safetensors")
-    assert launch("pretrain", run, "checkpoint.keep_last=3") == 0
-    assert "step-000000008 is damaged (model.safetensors: its content changed" in capsys.readouterr().err
-    told = [event for event in read_events(run / "events.jsonl") if event.name == "damaged-checkpoint"]
-    assert [event.step for event in told] == [8]
-    assert saved_steps(run) == [6, 9, 12]
 
 
 def test_no_good_checkpoint_is_an_error_and_not_a_fresh_start(stopped, tiny, mistake):
@@ -266,91 +211,18 @@ def test_another_tokenizer_is_refused_whatever_is_allowed(allowed, stopped, tiny
     other = Tokenizer.train(["other words for another tokenizer"] * 9, 300)
     (stopped / "tokenizer.json").write_bytes(other.to_bytes())
     text = mistake("pretrain", tiny.pretrain, *allowed, "--run", stopped)
-    assert old in text and other.fingerprint in text and "tokenizer" in text and not events_of(stopped)
-
-
-def test_other_data_are_refused_with_or_without_the_old_shards(tiny, own_text, launch, mistake, tmp_path):
-    path, run = tmp_path / "notes.txt", tmp_path / "run"
-    path.write_text(COUGH)
-    assert launch("pretrain", run, *own_text(path)[1:], fault="train-step:sigterm:3") == STOPPED
-    path.write_text(FEVER)
-    text = mistake("pretrain", *own_text(path), "--run", run)
-    assert len(set(re.findall(r"\b[0-9a-f]{16}\b", text))) == 2 and "another content" in text
-    assert "allow it with allow_data_change=true, or choose another folder" in text
-    shutil.rmtree(run / "data")
-    text = mistake("pretrain", *own_text(path), "--run", run)
-    assert len(set(re.findall(r"\b[0-9a-f]{16}\b", text))) == 2 and "The data changed since checkpoint" in text
-
-
-def events_of(run):
-    return [(event.kind, event.step) for event in read_events(run / "events.jsonl") if event.kind not in LIFETIME]
-
-
-def test_other_data_are_taken_when_that_is_allowed(tiny, own_text, launch, mistake, tmp_path, capsys):
-    """Loudly, with an event, from the checkpoint on, and only for the start that it is given to; the old shards stay."""
-    path, other, run = tmp_path / "notes.txt", tmp_path / "other.txt", tmp_path / "run"
-    path.write_text(COUGH)
-    other.write_text(FEVER)
-    assert launch("pretrain", run, *own_text(path)[1:], fault="train-step:sigterm:3") == STOPPED
-    assert "data.path is" in mistake("pretrain", *own_text(other), "--run", run)
-    assert launch("pretrain", run, *own_text(other)[1:], "allow_data_change=true", fault="train-step:sigterm:2") == STOPPED
-    text = capsys.readouterr().err
-    assert "Warning: The data changed: from step 3 on the run learns from" in text and "allow_data_change" in text
-    assert events_of(run) == [("data-change", 3)]
-    assert len(list(run.glob("data-*"))) == 1 and load_yaml((run / "config.yaml").read_text(), "")["data"]["path"] == str(other)
-    assert launch("pretrain", run, *own_text(other)[1:], fault="train-step:sigterm:1") == STOPPED  # they are the run's data now
-    other.write_text("A rash that itches at night is scabies. " * 20)
-    capsys.readouterr()
-    text = mistake("pretrain", "--resume", "--run", run)
-    fingerprints = re.findall(r"\b[0-9a-f]{16}\b", text)
-    assert "another content" in text and "allow_data_change=true" in text
-    assert main(["pretrain", "--resume", "allow_data_change=true", "--run", str(run)]) == 0
-    old, new = fingerprints
-    assert f"(fingerprint {old}) are in {run / 'data'}-{old}; the new data have fingerprint {new}." in capsys.readouterr().err
-    assert events_of(run) == [("data-change", 3), ("data-change", 6)]
-
-
-def test_a_run_goes_back_to_before_an_allowed_change(tiny, own_text, launch, tmp_path, capsys):
-    """The permission was given for one start; a later one that must go back behind the change needs none."""
-    path, other, run = tmp_path / "notes.txt", tmp_path / "other.txt", tmp_path / "run"
-    path.write_text(COUGH)
-    other.write_text(FEVER)
-    assert launch("pretrain", run, *own_text(path)[1:], "recovery.max_skipped_steps=2", fault="train-step:sigterm:4") == STOPPED
-    changed = [*own_text(other)[1:], "recovery.max_skipped_steps=2"]
-    assert launch("pretrain", run, *changed, "allow_data_change=true", fault="train-loss:nan:1,train-step:sigterm:1") == STOPPED
-    capsys.readouterr()
-    assert launch("pretrain", run, *changed, fault="train-loss:nan:1") == 0
-    assert "Going back from step 10 to step-000000004" in " ".join(capsys.readouterr().err.split())
-
-
-def test_other_questions_are_refused(tiny, launch, mistake, tmp_path):
-    exam = tmp_path / "exam.jsonl"
-
-    def write(words):
-        fields = {"options": {"A": "x", "B": "y"}, "answer": "x", "answer_idx": "A"}
-        rows = [{"question": f"Which {word}?", **fields} for word in words]
-        exam.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-    write(["drug", "organ", "sign"])
-    run = tmp_path / "run"
-    override = f"tasks=[{{task: {{type: medqa, path: {exam}}}}}]"
-    assert launch("grpo", run, override, "eval_task=null", fault="save-tensors:sigterm") == STOPPED
-    write(["drug", "organ", "cause"])
-    text = mistake("grpo", "--resume", "--run", run)
-    assert len(set(re.findall(r"\b[0-9a-f]{16}\b", text))) == 2 and "The data changed since checkpoint" in text
-    assert "allow_data_change=true" in text
-    assert main(["grpo", "--resume", "allow_data_change=true", "--run", str(run)]) == 0
-    assert [kind for kind, _ in events_of(run)] == ["data-change"]
+    assert old in text and other.fingerprint in text and "tokenizer" in text
 
 
 def test_a_folder_holds_one_run(stopped, tiny, mistake):
-    text = mistake("pretrain", tiny.pretrain, "seed=1", "optim.lr=1e-4", "--run", stopped)
-    assert "holds another run: optim.lr is 0.0001 here and 0.0025 there, seed is 1 here and 0 there. " in text
-    assert f"`osler pretrain --run {stopped} --resume`" in text and f"`osler pretrain --branch {stopped} --run" in text
-    text = mistake("pretrain", tiny.pretrain, "total_tokens=4096", "--run", stopped)
-    assert "total_tokens is 4096 here and 3072 there" in text and f"init_from={stopped}" in text
+    for more in ([], ["--dry-run"]):
+        text = mistake("pretrain", tiny.pretrain, "seed=1", "optim.lr=1e-4", "--run", stopped, *more)
+        assert "holds another run: optim.lr is 0.0001 here and 0.0025 there, seed is 1 here and 0 there. " in text
+        assert f"`osler pretrain --run {stopped} --resume`" in text and f"`osler pretrain --branch {stopped} --run" in text
+        assert f"init_from={stopped}" in text
     text = mistake("sft", tiny.sft, f"init_from={stopped}", "--run", stopped)
     assert "holds another run" in text and "kind" in text
+    assert main(["pretrain", tiny.pretrain, "--run", str(stopped), "--dry-run"]) == 0
 
 
 def test_a_start_that_fails_leaves_no_folder(tiny, mistake, tmp_path):

@@ -6,9 +6,12 @@ import shutil
 
 import pytest
 import torch
-from run_folders import KINDS, STOPPED, at, logged, newest_step
+from run_folders import KINDS, STOPPED, at, logged, newest_step, saved_steps
 
 from osler.inference.load import load_model
+from osler.records.jsonl import read_events
+
+FOREGROUND = "checkpoint.in_background=false"
 
 
 def test_runs_train_at_all(whole, runs):
@@ -26,14 +29,25 @@ def test_runs_train_at_all(whole, runs):
     assert any(line.get("groups/effective", 0) > 0 for line in lines)
 
 
-@pytest.mark.parametrize("kind", ["pretrain", "sft"])
-@pytest.mark.parametrize("step", [1, 5, 6, 11])
-def test_stopped_after_any_step_and_resumed(kind, step, launch, whole, assert_same_run, tmp_path):
-    """Step 1 is before any line, 5 is logged, 6 is evaluated, 11 leaves half a log window."""
-    assert launch(kind, tmp_path, fault=f"train-step:sigterm:{step}") == STOPPED
-    assert newest_step(tmp_path) == step
-    assert launch(kind, tmp_path) == 0
-    assert_same_run(tmp_path, whole[kind])
+@pytest.mark.parametrize(
+    ("kind", "fault", "saved", "evaluations"),
+    [
+        # Step 1 is before any line, 5 is logged, 6 is evaluated, 11 leaves half a log window.
+        *((kind, f"train-step:sigterm:{step}", [step], step // 10) for kind in ("pretrain", "sft") for step in (1, 5, 6, 11)),
+        # During the save of step 6: its checkpoint is there, and the evaluation that comes after it is made up for.
+        *((kind, "save-tensors:sigterm:4", [6], 0) for kind in ("pretrain", "sft")),
+        ("grpo", "save-tensors:sigterm:6", [6], 1),  # a model, an optimizer and the reference of the KL term in each
+        # In an evaluation, GRPO's first and everyone's last among them: the stop does not wait for it.
+        *((kind, f"evaluate:sigterm:{which}", [6 * which], which - 1) for kind in ("pretrain", "sft") for which in (1, 2)),
+        *(("grpo", f"evaluate:sigterm:{which}", [6 * (which - 1)] if which > 1 else [], which - 1) for which in (1, 2, 3)),
+    ],
+)
+def test_stopped_and_resumed(kind, fault, saved, evaluations, launch, finish, tmp_path):
+    assert launch(kind, tmp_path, *([FOREGROUND] if fault.startswith("save") else []), fault=fault) == STOPPED
+    assert saved_steps(tmp_path)[-1:] == saved
+    assert sum("eval/seconds" in line for line in logged(tmp_path)) == evaluations
+    assert [event.name for event in read_events(tmp_path / "events.jsonl") if event.kind == "end"] == ["stopped"]
+    finish(kind, tmp_path)
 
 
 @pytest.mark.parametrize("precision", ["pure-bf16", "fp8"])
@@ -50,7 +64,7 @@ def test_every_precision_resumes_exactly_and_loads_as_usual(precision, launch, a
 
 @pytest.mark.parametrize("background", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
-def test_stopped_twice_while_saving(kind, background, launch, whole, assert_same_run, tmp_path):
+def test_stopped_twice_while_saving(kind, background, launch, finish, tmp_path):
     """In the background the signal may find the run a few steps further; then those are saved too."""
     option = f"checkpoint.in_background={str(background).lower()}"
     assert launch(kind, tmp_path, option, fault="save-tensors:sigterm") == STOPPED
@@ -58,24 +72,12 @@ def test_stopped_twice_while_saving(kind, background, launch, whole, assert_same
     assert 4 <= saved < 12 if background else saved == 4
     again = "save-tensors:sigterm:3" if kind == "grpo" else "train-step:sigterm:5"
     assert launch(kind, tmp_path, option, fault=again) in ((STOPPED, 0) if background else (STOPPED,))
-    assert launch(kind, tmp_path, resume=True) == 0
-    assert_same_run(tmp_path, whole[kind])
+    finish(kind, tmp_path, resume=True)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_evaluation_that_was_cut_off_is_made_up_for(kind, launch, whole, assert_same_run, tmp_path):
-    """A stop during the save of step 6 leaves its checkpoint and not the evaluation that comes after it."""
-    files_per_save = 3 if kind == "grpo" else 2  # model, optimizer and the reference of the KL term
-    assert launch(kind, tmp_path, "checkpoint.in_background=false", fault=f"save-tensors:sigterm:{2 * files_per_save}") == STOPPED
-    assert not any("eval/seconds" in line and line["step"] == 6 for line in logged(tmp_path))
-    assert launch(kind, tmp_path, resume=True) == 0
-    assert_same_run(tmp_path, whole[kind])
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_saving_in_the_foreground_gives_the_same_files(kind, launch, whole, assert_same_run, tmp_path):
-    assert launch(kind, tmp_path, "checkpoint.in_background=false") == 0
-    assert_same_run(tmp_path, whole[kind])
+def test_saving_in_the_foreground_gives_the_same_files(kind, finish, whole, tmp_path):
+    finish(kind, tmp_path, FOREGROUND)
     for file in sorted(at(whole[kind], 12).glob("*.safetensors")):
         assert file.read_bytes() == (at(tmp_path, 12) / file.name).read_bytes()
 
@@ -92,8 +94,7 @@ def test_a_finished_run_is_left_alone(kind, launch, whole, tmp_path):
 def test_a_moved_run_needs_neither_recipe_nor_start(kind, launch, runs, tmp_path):
     """Everything a resume needs lies in the run folder."""
     (tmp_path / "base").symlink_to(runs.sft)
-    start = f"init_from={tmp_path / 'base'}"
-    assert launch(kind, tmp_path / "first", start, fault="save-tensors:sigterm") == STOPPED
+    assert launch(kind, tmp_path / "first", f"init_from={tmp_path / 'base'}", fault="save-tensors:sigterm") == STOPPED
     (tmp_path / "base").unlink()
     (tmp_path / "first").rename(tmp_path / "second")
     assert launch(kind, tmp_path / "second", resume=True) == 0
