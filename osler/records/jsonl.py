@@ -25,7 +25,7 @@ from itertools import compress
 from pathlib import Path
 from typing import Any
 
-from osler.records.values import NAN, as_dict, as_list, as_number, as_text
+from osler.records.values import NAN, as_dict, as_list, as_number, as_text, plain
 from osler.runtime.errors import UserError
 from osler.runtime.files import write_atomic
 
@@ -75,8 +75,8 @@ def read(path: Path) -> tuple[list[dict[str, Any]], int]:
 
 
 def to_line(fields: Mapping[str, Any]) -> str:
-    """Return an object as a line; raises ValueError on a number that is not finite, which JSON does not have."""
-    return json.dumps(fields, ensure_ascii=False, allow_nan=False) + "\n"
+    """Return an object as a line, with null for a number that is not finite."""
+    return json.dumps(plain(fields), ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def append(path: Path, fields: Mapping[str, Any]) -> None:
@@ -186,11 +186,10 @@ class MetricsFile:
             raise ValueError(f"a metric cannot be called {min(taken)!r}: the line itself has a field of that name")
         now = clock.time() if time is None else time
         numbers = {name: value if isinstance(value, int) else float(value) for name, value in metrics.items()}
-        finite = {name: number if math.isfinite(number) else None for name, number in numbers.items()}
         try:
             self._heal()
             self._last_step = math.inf  # a line that is refused half way is torn
-            append(self.path, {"step": int(step), "tokens": int(tokens), "time": round(now, 3), **finite})
+            append(self.path, {"step": int(step), "tokens": int(tokens), "time": round(now, 3), **numbers})
             self._last_step = None
         except (OSError, UserError) as error:
             _warn(self.path, str(error))
@@ -218,7 +217,7 @@ class EventLog:
         self.path, self._tell = Path(path), tell
 
     def write(self, step: int, kind: str, name: str, message: str, *, tell: bool = True, **details: Any) -> None:
-        """Append one event; ``details`` must be JSON without NaN, and may give a ``severity`` other than warning."""
+        """Append one event; ``details`` may give a ``severity`` other than warning."""
         event = {"step": step, "time": round(clock.time(), 3), "kind": kind, "name": name, "message": message, **details}
         try:
             append(self.path, event)

@@ -66,8 +66,8 @@ def from_json(record: type[T], fields: Mapping[str, Any]) -> T:
 
 
 def to_json(record: Any, kind: type | None = None) -> dict[str, Any]:
-    """Return the fields of a record, or those that ``kind`` has, for a JSON object; null for a number that is not finite."""
-    return {field.name: _plain(getattr(record, field.name)) for field in dataclasses.fields(kind or record)}
+    """Return the fields of a record, or those that ``kind`` has, for a JSON object."""
+    return {field.name: plain(getattr(record, field.name)) for field in dataclasses.fields(kind or record)}
 
 
 def read_records(record: type[T], path: Path) -> list[T]:
@@ -86,9 +86,10 @@ def _readers(record: type) -> dict[str, Callable[[Any], Any]]:
     return {name: READERS[kind] for name, kind in get_type_hints(record).items()}
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """Return a value for JSON, which has neither NaN nor infinity: null stands for them."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+        return {key: plain(item) for key, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value

@@ -97,8 +97,8 @@ class Incidents:
             return
         if loudly:
             logger.warning(f"step {step}: {message}")
-        numbers = {"loss": finite(loss), "grad_norm": finite(grad_norm), **more}
-        self.run.events.write(step, "incident", name, message, tell=loudly, **self.details(step), **numbers)
+        details = {**self.details(step), "loss": loss, "grad_norm": grad_norm, **more}
+        self.run.events.write(step, "incident", name, message, tell=loudly, **details)
 
     def roll_back(self, step: int, restore: Callable[[store.Loaded], None], position: Callable[[], int]) -> None:
         """Go back to the last good checkpoint with ``restore`` and skip the data since then; the caller saves at once.
@@ -168,11 +168,6 @@ class Incidents:
             setattr(self, name, state[name])
         self.spikes.restore(state["spikes"])
         self.before = deque(state["before"], STEPS_BEFORE)
-
-
-def finite(value: float) -> float | None:
-    """Return the number for JSON, which has neither NaN nor infinity."""
-    return value if math.isfinite(value) else None
 
 
 def last_good(root: Path, good_step: int | None) -> tuple[Path | None, Damaged]:

@@ -24,6 +24,9 @@ class Library(Tracker):
             sys.exit("no API key")
         if fate == "holds the end":
             threading.Thread(target=time.sleep, args=(3600,)).start()
+    def take(self, text):
+        with self.path.open("a") as file:
+            file.write(text)
     def write(self, step, tokens, metrics):
         if self.fate == "crashes":
             os.abort()
@@ -31,18 +34,20 @@ class Library(Tracker):
             raise ConnectionError("no route to host")
         while self.fate == "hangs" or self.fate == "waits" and not self.path.exists():
             time.sleep(0.01)
-        with self.path.open("a") as file:
-            file.write(f"{step} {tokens} {metrics} ")
+        self.take(f"{step} {tokens} {metrics} ")
     def alert(self, alert):
         if self.fate == "undelivered":
             raise UndeliveredError("no such channel")
-        with self.path.open("a") as file:
-            file.write(f"{alert.name} ")
+        self.take(f"{alert.name} ")
     def close(self):
-        with self.path.open("a") as file:
-            file.write("closed")
+        self.take("closed")
 """
-Start = Callable[[str], TrackerProcess]
+
+
+@pytest.fixture
+def got(tmp_path):
+    """The file into which the library writes what it got."""
+    return tmp_path / "got"
 
 
 @pytest.fixture
@@ -69,12 +74,7 @@ def wait_until(true: Callable[[], object]) -> None:
         time.sleep(0.002)
 
 
-def gone_by_itself(tracker: TrackerProcess) -> None:
-    """Go on with a run until it has noticed that its tracker is gone."""
-    wait_until(lambda: tracker.write(9, 9, {}) or tracker.is_gone)
-
-
-def test_a_tracker_gets_everything_in_order_and_prints_into_a_file(start, tmp_path, capsys):
+def test_a_tracker_gets_everything_in_order_and_prints_into_a_file(start, got, capsys):
     tracker = start("works")
     for step in range(50):
         tracker.write(step, 10 * step, {"train/loss": 0.5})
@@ -82,8 +82,8 @@ def test_a_tracker_gets_everything_in_order_and_prints_into_a_file(start, tmp_pa
     tracker.close(PATIENCE_SECONDS)
     tracker.close()
     lines = [f"{step} {10 * step} {{'train/loss': 0.5}} " for step in range(50)]
-    assert (tmp_path / "got").read_text() == "".join(lines) + "dead-layers closed"
-    assert capsys.readouterr().err == "" and (tmp_path / "run" / "printed").read_text() == "a banner\n"
+    assert got.read_text() == "".join(lines) + "dead-layers closed"
+    assert capsys.readouterr().err == "" and tracker.printed.read_text() == "a banner\n"
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def test_a_tracker_that_fails_is_told_once_and_left_alone(start, fate, said, whe
     for step in range(1, 5):
         tracker.write(step, step, {})
     if when == "while the run goes on":
-        gone_by_itself(tracker)
+        wait_until(lambda: tracker.write(9, 9, {}) or tracker.is_gone)
     tracker.close(PATIENCE_SECONDS)
     told = capsys.readouterr().err
     assert told.startswith("Warning: Far failed (") and said in told and told.count("\n") == 1
@@ -110,13 +110,13 @@ def test_what_cannot_be_started_is_told(tmp_path, capsys):
     assert capsys.readouterr().err.count("Far could not be started") == 1
 
 
-def test_an_alert_that_does_not_arrive_is_told_once_and_the_next_is_tried(start, tmp_path, capsys):
+def test_an_alert_that_does_not_arrive_is_told_once_and_the_next_is_tried(start, got, capsys):
     tracker = start("undelivered")
     tracker.alert(ALERT)
     tracker.alert(ALERT)
     tracker.write(1, 1, {})
     tracker.close(PATIENCE_SECONDS)
-    assert (tmp_path / "got").read_text() == "1 1 {} closed"
+    assert got.read_text() == "1 1 {} closed"
     assert capsys.readouterr().err == "Warning: Far failed (no such channel). The run goes on; the next alert tries it again.\n"
 
 
@@ -130,32 +130,31 @@ def test_a_tracker_that_hangs_stops_neither_a_step_nor_the_end(start, capsys, mo
 
 
 @pytest.mark.parametrize("fate", ["hangs", "holds the end"])
-def test_the_end_of_a_run_waits_a_little_and_no_more(start, fate, tmp_path, capsys):
+def test_the_end_of_a_run_waits_a_little_and_no_more(start, fate, got, capsys):
     tracker = start(fate)
     tracker.write(1, 10, {})
     if fate == "holds the end":
         tracker.end()
-        wait_until(lambda: (tmp_path / "got").exists() and "closed" in (tmp_path / "got").read_text())
+        wait_until(lambda: got.exists() and "closed" in got.read_text())
     tracker.close(0.2)
     assert tracker.process.poll() is None and "Far has not finished within 0.2 s" in capsys.readouterr().err
 
 
-def test_a_slow_tracker_loses_lines_and_they_are_counted(start, tmp_path, capsys, monkeypatch):
+def test_a_slow_tracker_loses_lines_and_they_are_counted(start, got, capsys, monkeypatch):
     monkeypatch.setattr(trackers, "QUEUE_BYTES", 5000)
     tracker, wide = start("waits"), {"x" * 2000: 1.0}
     wait_until(lambda: tracker.write(1, 1, wide) or tracker.dropped)
     for _ in range(4):
         tracker.write(2, 2, wide)
-    (tmp_path / "got").touch()
+    got.touch()
     tracker.close(PATIENCE_SECONDS)
-    got = (tmp_path / "got").read_text()
-    assert got.startswith("1 1 {'xxx") and got.endswith("closed") and "2 2 " not in got
+    assert got.read_text().startswith("1 1 {'xxx") and got.read_text().endswith("closed") and "2 2 " not in got.read_text()
     assert "too slow for 5 lines" in capsys.readouterr().err
 
 
-def test_a_tracker_finishes_what_it_has_when_the_run_is_killed(start, tmp_path):
+def test_a_tracker_finishes_what_it_has_when_the_run_is_killed(start, got):
     tracker = start("works")
     tracker.write(1, 1, {})
     tracker._to_child.close()  # as the system does
     wait_until(lambda: tracker.process.poll() is not None)
-    assert (tmp_path / "got").read_text() == "1 1 {} closed"
+    assert got.read_text() == "1 1 {} closed"

@@ -61,10 +61,8 @@ def test_a_sample_without_an_id_is_known_by_its_question(path: Path) -> None:
 
 
 def test_appending_ends_a_torn_line_first(odd: Path) -> None:
-    jsonl.append(odd, {"step": 4, "name": "\udc80 é"})  # as of a file whose name is not UTF-8
-    assert jsonl.read(odd)[0][-1] == {"step": 4, "name": "\udc80 é"}
-    with pytest.raises(ValueError, match="not JSON compliant"):
-        jsonl.append(odd, {"step": 5, "loss": float("nan")})
+    jsonl.append(odd, {"step": 4, "name": "\udc80 é", "loss": math.nan})  # the name is as of a file whose name is not UTF-8
+    assert jsonl.read(odd)[0][-1] == {"step": 4, "name": "\udc80 é", "loss": None}
 
 
 def test_splitting_keeps_torn_lines_with_the_earlier_ones(odd: Path) -> None:
