@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import inspect
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -21,16 +22,16 @@ ROOT = Path(__file__).parents[1]
 HELP_MODULES = 250  # of Python's own and ours; torch alone brings more than a thousand
 
 
-def osler(*arguments: str, **options) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "osler.cli", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment, **options)
+def python(code: str, **options) -> subprocess.CompletedProcess:
+    """Run a program, in which ``cli`` is ``osler.cli.main``."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **options.pop("env", {})}
+    command = [sys.executable, "-c", f"import os, sys, osler.cli.main as cli\n{code}"]
+    return subprocess.run(command, **{"stdout": subprocess.PIPE, **options}, stderr=subprocess.PIPE, text=True, env=environment)
 
 
 def test_help_loads_next_to_nothing():
     """Which is why it answers at once."""
-    code = "import sys\nfrom osler.cli.main import main\nmain(['--help'])\nprint(len(sys.modules), file=sys.stderr)"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    result = python("cli.main(['--help'])\nprint(len(sys.modules), file=sys.stderr)")
     assert "usage: osler" in result.stdout and int(result.stderr) < HELP_MODULES
 
 
@@ -40,43 +41,26 @@ LIGHT += [["metrics", "rank"]]
 
 @pytest.mark.parametrize("arguments", LIGHT)
 def test_light_commands_never_load_torch(arguments):
-    code = (
-        "import sys\nfrom osler.cli.main import main\n"
-        f"try: main({arguments!r})\nexcept SystemExit: pass\n"
+    result = python(
+        f"try: cli.main({arguments!r})\nexcept SystemExit: pass\n"
         "heavy = {'torch', 'tokenizers', 'pyarrow', 'numpy'} & set(sys.modules)\n"
         f"if {arguments!r}[-1] == '--help': heavy |= {{'pydantic', 'yaml'}} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
     assert result.returncode == 0, result.stderr
 
 
 @pytest.mark.parametrize("command", commands.COMMANDS, ids=lambda command: command.name)
-def test_every_command_explains_itself(command, capsys):
+def test_a_command_explains_itself_and_its_example_calls_a_function_that_takes_its_options(command, capsys, monkeypatch):
     with pytest.raises(SystemExit) as stop:
         cli.main([*command.name.split(), "--help"])
     text = capsys.readouterr().out
-    assert stop.value.code == 0
-    assert command.line in " ".join(text.split())
+    assert stop.value.code == 0 and command.line in " ".join(text.split())
     assert f"example:\n  {command.example}" in text and command.example.startswith(f"osler {command.name}")
-
-
-@pytest.mark.parametrize("command", commands.COMMANDS, ids=lambda command: command.name)
-def test_every_example_parses(command):
-    import shlex
-
-    words = shlex.split(command.example)[1 + len(command.name.split()) :]
-    assert commands.parser(command).parse_intermixed_args(words) is not None
-
-
-@pytest.mark.parametrize("command", commands.COMMANDS, ids=lambda command: command.name)
-def test_every_function_takes_the_options_of_its_command(command, monkeypatch):
-    import shlex
-
     called = []
     signature = inspect.signature(commands.function_of(command))
     monkeypatch.setattr(commands, "function_of", lambda _: lambda **given: called.append(signature.bind(**given)) or 0)
-    assert commands.run(command, shlex.split(command.example)[1 + len(command.name.split()) :]) == 0 and called
+    assert cli.main(shlex.split(command.example)[1:]) == 0 and called
 
 
 def test_overview_lists_every_command(capsys):
@@ -87,11 +71,7 @@ def test_overview_lists_every_command(capsys):
     assert cli.main(["data", "--help"]) == 0
     text = capsys.readouterr().out
     assert "data prepare" in text and "doctor" not in text
-
-
-def test_version(capsys):
-    assert cli.main(["--version"]) == 0
-    assert capsys.readouterr().out.startswith("osler")
+    assert cli.main(["--version"]) == 0 and capsys.readouterr().out.startswith("osler")
 
 
 @pytest.mark.parametrize(
@@ -106,6 +86,7 @@ def test_version(capsys):
         (["show", "pure-tiny", "model.num_layers="], "has no value"),
         (["show", "pure-tiny", "pure-small"], "one recipe at a time"),
         (["show"], "which recipe?"),
+        (["quickstart", "pure-tiny", "a=1"], "takes no recipe"),
         (["report", "no/such/run"], "no/such/run"),
         (["tokenizer", "inspect", "no/such/file"], "no/such/file"),
         (["data", "inspect", "no/such/folder"], "no/such/folder"),
@@ -121,16 +102,6 @@ def test_mistakes_are_one_message_and_code_2(arguments, message, capsys):
     assert "Traceback" not in captured.err and captured.out == ""
 
 
-def test_a_recipe_where_none_belongs_is_refused():
-    with pytest.raises(UserError, match="takes no recipe"):
-        cli.dispatch(["quickstart", "pure-tiny", "steps=1"])
-
-
-def test_a_wrong_option_is_code_2():
-    result = osler("show", "pure-tiny", "--no-such-option")
-    assert result.returncode == 2 and "--no-such-option" in result.stderr and "Traceback" not in result.stderr
-
-
 def failing_command(monkeypatch, error: BaseException) -> None:
     def run():
         raise error
@@ -138,71 +109,66 @@ def failing_command(monkeypatch, error: BaseException) -> None:
     monkeypatch.setattr(cli, "COMMANDS", (cli.Command("fail", "", "osler fail", run),))
 
 
-def test_interruption_is_code_130(monkeypatch, capsys):
-    failing_command(monkeypatch, KeyboardInterrupt())
-    assert cli.main(["fail"]) == 130
-    assert "Traceback" not in capsys.readouterr().err
+REFUSED = PermissionError(errno.EACCES, os.strerror(errno.EACCES), "runs/x/report.html")
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (KeyboardInterrupt(), 130, "osler: interrupted\n"),
+        (UserError("mend this"), 2, "osler: mend this\n"),
+        (REFUSED, 2, "osler: runs/x/report.html: Permission denied. Name another place"),
+    ],
+)
+def test_what_ends_a_command_is_told_in_a_line(error, code, said, monkeypatch, capsys):
+    failing_command(monkeypatch, error)
+    assert cli.main(["fail"]) == code
+    err = capsys.readouterr().err
+    assert err.startswith(said) and err.count("\n") == 1
+
+
+def test_a_wrong_option_is_code_2(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["show", "pure-tiny", "--no-such-option"])
+    assert stop.value.code == 2 and "--no-such-option" in capsys.readouterr().err
 
 
 def test_an_error_of_ours_keeps_its_traceback(monkeypatch):
     failing_command(monkeypatch, ZeroDivisionError("a bug"))
     with pytest.raises(ZeroDivisionError, match="a bug"):
         cli.main(["fail"])
-    code = (
-        "import sys, osler.cli.main as cli\n"
-        "def run(): 1 / 0\n"
-        "cli.COMMANDS = (cli.Command('fail', '', '', run),)\n"
-        "sys.exit(cli.main(['fail']))"
-    )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
-    assert result.returncode == 1 and "ZeroDivisionError" in result.stderr and "Traceback" in result.stderr
 
 
 @pytest.mark.parametrize(("work", "code"), [("return 0", 0), ("1 / 0", 1), ("raise SystemExit(3)", 3)])
 @pytest.mark.parametrize("processes", [1, 2])
 def test_one_of_several_processes_ends_before_the_interpreter_shuts_down(work, code, processes):
     """Threads of gloo may want it at any time, which aborts a process whose interpreter is shutting down."""
-    program = (
-        "import os, sys, osler.cli.main as cli\n"
+    result = python(
         "class Trace:\n    def __del__(self, write=os.write): write(1, b'shut down')\n"
         f"sys.trace = Trace()\ndef run():\n    print('done ')\n    {work}\n"
-        "cli.COMMANDS = (cli.Command('work', '', '', run),)\nsys.argv = ['osler', 'work']\ncli.program()"
+        "cli.COMMANDS = (cli.Command('work', '', '', run),)\nsys.argv = ['osler', 'work']\ncli.program()",
+        env={"WORLD_SIZE": str(processes), "RANK": "0"},
     )
-    environment = {**os.environ, "WORLD_SIZE": str(processes), "RANK": "0"}
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, env=environment)
-    assert result.returncode == code and ("ZeroDivisionError" in result.stderr) == (code == 1), result.stderr
+    assert result.returncode == code and ("Traceback" in result.stderr) == (code == 1), result.stderr
     assert result.stdout == ("done \nshut down" if processes == 1 else "done \n")
-
-
-def test_user_errors_of_any_depth_are_code_2(monkeypatch, capsys):
-    failing_command(monkeypatch, UserError("mend this"))
-    assert cli.main(["fail"]) == 2
-    assert capsys.readouterr().err == "osler: mend this\n"
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGPIPE"), reason="needs POSIX pipes")
 def test_a_closed_pipe_is_quiet():
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", "from osler.cli.main import main; import sys; sys.exit(main(['recipes']))"]
     read, write = os.pipe()
     os.close(read)  # nobody will read, as after `| head -0`
     try:
-        result = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, check=False, env=environment)
+        result = python("sys.exit(cli.main(['recipes']))", stdout=write)
     finally:
         os.close(write)
     assert (result.returncode, result.stderr) == (141, "")
 
 
 def test_an_ascii_terminal_does_not_break_output():
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii"}
-    code = (
-        "import sys, osler.cli.main as cli\n"
-        "def run():\n    print('\\u2192 5 \\u00d7')\n    return 0\n"
-        "cli.COMMANDS = (cli.Command('sign', '', '', run),)\n"
-        "sys.exit(cli.main(['sign']))"
+    result = python(
+        "def run(): return '\\u2192 5 \\u00d7'\ncli.COMMANDS = (cli.Command('sign', '', '', run),)\nsys.exit(cli.main(['sign']))",
+        env={"PYTHONIOENCODING": "ascii"},
     )
-    command = [sys.executable, "-c", code]
-    result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert (result.returncode, result.stdout) == (0, "? 5 ?\n")
 
 
@@ -236,26 +202,19 @@ def test_from_text_to_shards_and_back(notes, tmp_path, capsys):
     assert "train begins: 'Case" in out and "every file is as it was written" in out
 
 
-def test_damaged_shards_are_found(notes, tmp_path, capsys):
-    tokenizer, shards = str(tmp_path / "tokenizer.json"), tmp_path / "shards"
+def test_damaged_shards_and_those_of_another_tokenizer_are_found(notes, tmp_path, capsys):
+    tokenizer, second, shards = str(tmp_path / "tokenizer.json"), str(tmp_path / "second.json"), tmp_path / "shards"
     cli.main(["tokenizer", "train", f"data.path={notes}", "tokenizer.vocab_size=300", "--out", tokenizer])
+    cli.main(["tokenizer", "train", str(notes), "tokenizer.vocab_size=310", "--out", second])
     cli.main(["data", "prepare", str(notes), "--tokenizer", tokenizer, "--out", str(shards)])
+    assert cli.main(["data", "inspect", str(shards), "--tokenizer", second]) == 2
+    assert "another tokenizer" in capsys.readouterr().err
     victim = next((shards / "train").glob("tokens-*.bin"))
     content = bytearray(victim.read_bytes())
     content[0] ^= 1
     victim.write_bytes(content)
-    capsys.readouterr()
     assert cli.main(["data", "inspect", str(shards)]) == 1
     assert victim.name in capsys.readouterr().out
-
-
-def test_shards_of_another_tokenizer_are_not_decoded(notes, tmp_path, capsys):
-    first, second, shards = (str(tmp_path / name) for name in ("a.json", "b.json", "shards"))
-    cli.main(["tokenizer", "train", str(notes), "tokenizer.vocab_size=300", "--out", first])
-    cli.main(["tokenizer", "train", str(notes), "tokenizer.vocab_size=310", "--out", second])
-    cli.main(["data", "prepare", str(notes), "--tokenizer", first, "--out", shards])
-    assert cli.main(["data", "inspect", shards, "--tokenizer", second]) == 2
-    assert "another tokenizer" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("standard_handlers")
@@ -266,15 +225,6 @@ def test_sigterm_and_sighup_end_a_command_as_ctrl_c_does(number, capsys, monkeyp
     assert cli.main(["eval"]) == 130
     assert "osler: interrupted" in capsys.readouterr().err
     assert signal.getsignal(number) is before
-
-
-def test_a_place_that_may_not_be_written_to_is_told_in_words(capsys, monkeypatch):
-    def refuse(argv):
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), "runs/x/report.html")
-
-    monkeypatch.setattr("osler.cli.main.dispatch", refuse)
-    assert cli.main(["report"]) == 2
-    assert "osler: runs/x/report.html: Permission denied. Name another place" in capsys.readouterr().err
 
 
 def test_the_command_that_the_quickstart_names_for_a_shorter_one_is_valid(capsys, tmp_path):

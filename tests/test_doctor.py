@@ -30,8 +30,7 @@ def test_a_containers_quota_limits_the_cores(monkeypatch, quota, usable):
 
 def test_a_containers_limit_counts_as_memory(monkeypatch):
     monkeypatch.setattr(doctor, "_cgroup", lambda name: str(2 * doctor.GIB))
-    check = doctor.check_memory()
-    assert check.status == "slow" and check.finding == "2.0 GiB"
+    assert doctor.check_memory()[1:3] == ("slow", "2.0 GiB")
 
 
 def test_other_work_on_the_cpus_is_told(monkeypatch):
@@ -43,13 +42,6 @@ def test_other_work_on_the_cpus_is_told(monkeypatch):
     assert doctor.check_neighbours().status == "ok"
 
 
-def test_probes_of_the_device(monkeypatch):
-    monkeypatch.setattr(doctor, "_MATMUL_TRIAL_SECONDS", 0.01)
-    assert doctor.check_device(CPU).finding.startswith("CPU")
-    assert "GFLOP/s" in doctor.check_bf16(CPU).finding
-    assert doctor.check_attention(CPU).status == "ok"
-
-
 def test_compile_failure_is_advice_not_an_error(monkeypatch):
     from osler.parallel import compile
 
@@ -58,7 +50,7 @@ def test_compile_failure_is_advice_not_an_error(monkeypatch):
     assert (check.status, check.finding) == ("missing", "no C++ compiler found") and check.advice
 
 
-def test_extras_are_those_of_the_installed_package(monkeypatch):
+def test_extras_are_those_of_the_installed_package_and_come_from_the_source_tree(monkeypatch, tmp_path):
     monkeypatch.setattr(
         doctor.importlib.metadata,
         "requires",
@@ -66,14 +58,9 @@ def test_extras_are_those_of_the_installed_package(monkeypatch):
     )
     found = {check.name: check for check in doctor.extras()}
     assert found["[test]"].status == "ok"
-    assert found["[serve]"].status == "missing" and found["[serve]"].advice.endswith("-e '.[serve]'")
-
-
-def test_an_extra_is_installed_from_the_source_tree(tmp_path):
-    """Osler is on no index: `pip install osler[test]` would find nothing, or something else."""
-    root = Path(doctor.__file__).parents[1]
-    advice = doctor.install_extra("test")
-    assert advice == f"cd {root} && {sys.executable} -m pip install -c constraints.txt -e '.[test]'"
+    assert found["[serve]"].status == "missing"
+    root = Path(doctor.__file__).parents[1]  # Osler is on no index, where `pip install osler[serve]` would look
+    assert found["[serve]"].advice == f"cd {root} && {sys.executable} -m pip install -c constraints.txt -e '.[serve]'"
     assert (root / "constraints.txt").is_file() and "test = [" in (root / "pyproject.toml").read_text()
     assert doctor.install_extra("test", tmp_path).startswith("In a clone of Osler: ")
 
@@ -94,4 +81,4 @@ def test_run_prints_every_check_and_returns_zero(monkeypatch, capsys, tmp_path, 
     out = capsys.readouterr().out
     wanted = {"python", "cores", "memory", "disk", "torch", "device", "bf16", "attention", "compile"}
     names = [check["name"] for check in json.loads(out)["checks"]] if as_json else out.split()
-    assert wanted <= set(names)
+    assert wanted <= set(names) and "GFLOP/s" in out and "MiB/s" in out

@@ -9,34 +9,21 @@ from osler.config.recipe import available_recipes, load_recipe, load_yaml
 from osler.config.schema import decode, encode
 from osler.model.config import ModelConfig
 
-PARAMETERS = {
-    "pure-tiny": 85_327_872,
-    "pure-small": 178_716_672,
-    "pure-medium": 373_555_200,
-    "pure-medium-large": 401_227_776,
-    "pure-large": 763_232_256,
-    "synth-tiny": 49_255_296,
-    "synth-small": 162_220_800,
-    "synth-medium": 406_635_520,
-    "synth-baguette": 308_494_848,
-    "superbpe-270m": 273_284_480,
-    "factorized-177m": 177_230_720,
-    "osler-400m": 405_651_456,
-}
 RECIPE_NAMES = sorted(available_recipes())
-SHAPES = {  # layers, hidden, intermediate, heads, kv heads, head_dim, vocabulary, tied, rank, norm weights, max_seq_len
-    "pure-tiny": (12, 512, 1408, 8, 2, 64, 50_304, False, None, False, 2048),
-    "pure-small": (16, 768, 2112, 12, 3, 64, 50_304, False, None, False, 2048),
-    "pure-medium": (24, 1024, 2816, 16, 4, 64, 50_304, False, None, False, 2048),
-    "pure-medium-large": (20, 1152, 3168, 16, 4, 72, 50_304, False, None, False, 2048),
-    "pure-large": (24, 1536, 4224, 16, 4, 96, 50_304, False, None, False, 2048),
-    "synth-tiny": (6, 384, 1024, 6, 6, 64, 50_304, False, None, True, 2048),
-    "synth-small": (12, 768, 2048, 12, 12, 64, 50_304, False, None, True, 2048),
-    "synth-medium": (24, 1024, 2752, 16, 16, 64, 50_304, False, None, True, 2048),
-    "synth-baguette": (80, 512, 1408, 8, 8, 64, 50_304, False, None, True, 2048),
-    "superbpe-270m": (28, 640, 1712, 10, 2, 64, 200_005, False, 128, True, 4096),
-    "factorized-177m": (28, 768, 2048, 12, 2, 64, 50_257, True, 128, True, 4096),
-    "osler-400m": (20, 1152, 3168, 18, 6, 64, 50_304, False, None, False, 2048),
+FAMILIES = {
+    # parameters; layers, hidden, intermediate, heads, kv heads, head_dim, vocabulary, tied, rank, norm weights, max_seq_len
+    "pure-tiny": (85_327_872, 12, 512, 1408, 8, 2, 64, 50_304, False, None, False, 2048),
+    "pure-small": (178_716_672, 16, 768, 2112, 12, 3, 64, 50_304, False, None, False, 2048),
+    "pure-medium": (373_555_200, 24, 1024, 2816, 16, 4, 64, 50_304, False, None, False, 2048),
+    "pure-medium-large": (401_227_776, 20, 1152, 3168, 16, 4, 72, 50_304, False, None, False, 2048),
+    "pure-large": (763_232_256, 24, 1536, 4224, 16, 4, 96, 50_304, False, None, False, 2048),
+    "synth-tiny": (49_255_296, 6, 384, 1024, 6, 6, 64, 50_304, False, None, True, 2048),
+    "synth-small": (162_220_800, 12, 768, 2048, 12, 12, 64, 50_304, False, None, True, 2048),
+    "synth-medium": (406_635_520, 24, 1024, 2752, 16, 16, 64, 50_304, False, None, True, 2048),
+    "synth-baguette": (308_494_848, 80, 512, 1408, 8, 8, 64, 50_304, False, None, True, 2048),
+    "superbpe-270m": (273_284_480, 28, 640, 1712, 10, 2, 64, 200_005, False, 128, True, 4096),
+    "factorized-177m": (177_230_720, 28, 768, 2048, 12, 2, 64, 50_257, True, 128, True, 4096),
+    "osler-400m": (405_651_456, 20, 1152, 3168, 18, 6, 64, 50_304, False, None, False, 2048),
 }
 MODELS = {  # of the training recipes
     "debug": "pure-tiny",
@@ -79,34 +66,23 @@ def model_of(name: str) -> ModelConfig:
     return decode(ModelConfig, load_recipe(name)["model"])
 
 
-@pytest.mark.parametrize(("name", "parameters"), PARAMETERS.items())
-def test_parameters_of_the_model_families(name, parameters):
-    assert model_of(name).num_parameters == parameters
-
-
-@pytest.mark.parametrize(("name", "parameters"), PARAMETERS.items())
-def test_parameters_counted_from_the_built_model(name, parameters):
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_model_family_has_the_published_shape_and_parameters(name):
     import torch
 
     from osler.model.transformer import Transformer
 
-    config = model_of(name)
-    with torch.device("meta"):  # shapes without memory
-        model = Transformer(config)
-    padding_rows = config.padded_vocab_size - config.vocab_size
-    width = config.hidden_size if config.embed_rank is None else config.embed_rank
-    padding = padding_rows * (width + (0 if config.tie_embeddings else config.hidden_size))
-    assert sum(parameter.numel() for parameter in model.parameters()) - padding == parameters
-
-
-@pytest.mark.parametrize(("name", "shape"), SHAPES.items())
-def test_published_shapes(name, shape):
     model = model_of(name)
     sizes = (model.num_layers, model.hidden_size, model.intermediate_size, model.num_heads, model.num_kv_heads, model.head_dim)
     rest = (model.vocab_size, model.tie_embeddings, model.embed_rank, model.norm_weight, model.max_seq_len)
-    assert sizes + rest == shape
+    assert (model.num_parameters, *sizes, *rest) == FAMILIES[name]
     assert model.rope_theta == 10_000.0 and not model.qk_norm_weight
     assert model.head_init == ("normal" if model.tie_embeddings else "zero"), "the first loss is ln(vocab_size)"
+    with torch.device("meta"):  # shapes without memory
+        built = Transformer(model)
+    width = (model.embed_rank or model.hidden_size) + (0 if model.tie_embeddings else model.hidden_size)
+    padding = (model.padded_vocab_size - model.vocab_size) * width
+    assert sum(parameter.numel() for parameter in built.parameters()) - padding == model.num_parameters
 
 
 @pytest.mark.parametrize(("name", "model"), MODELS.items())
@@ -146,19 +122,12 @@ def test_published_numbers_of_single_recipes():
 
 
 @pytest.mark.parametrize("name", RECIPE_NAMES)
-def test_recipe_has_one_line_and_decodes(name):
-    assert available_recipes()[name], f"{name} needs a description"
-    assert "\n" not in available_recipes()[name]
+def test_a_recipe_has_one_line_and_shows_what_it_decodes_to(name):
+    assert available_recipes()[name] and "\n" not in available_recipes()[name], f"{name} needs a description of one line"
     recipe = load_recipe(name)
     resolved = decode_recipe(recipe, source=name)
-    assert decode(type(resolved), encode(resolved)) == resolved
-    assert set(recipe) <= set(encode(resolved))
-
-
-@pytest.mark.parametrize("name", RECIPE_NAMES)
-def test_recipe_shows_what_it_resolves_to(name):
+    assert decode(type(resolved), encode(resolved)) == resolved and set(recipe) <= set(encode(resolved))
     text = show_recipe(name)
-    resolved = decode_recipe(load_recipe(name))
     assert load_yaml(text, name) == encode(resolved)
     assert all(f"# {label}: {value:,}" in text for label, value in derived(resolved).items())
 
@@ -175,7 +144,7 @@ def test_no_number_follows_from_a_model_that_is_replaced():
 def test_list_names_every_recipe_with_its_parameters():
     lines = list_recipes().splitlines()
     assert [line.split()[0] for line in lines] == RECIPE_NAMES
-    assert all(any(name in line and f"{count:,}" in line for line in lines) for name, count in PARAMETERS.items())
+    assert all(any(name in line and f"{count:,}" in line for line in lines) for name, (count, *_) in FAMILIES.items())
 
 
 def test_a_training_recipe_is_told_from_a_reinforcement_recipe(tmp_path):

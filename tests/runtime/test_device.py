@@ -11,26 +11,21 @@ import numpy as np
 import pytest
 import torch
 
-from osler.runtime.device import (
-    bf16_pays,
-    describe_machine,
-    peak_bytes,
-    peak_flops_of,
-    pick_device,
-    pick_dtype,
-    resident_bytes,
-)
+from osler.runtime.device import bf16_pays, describe_machine, peak_bytes, peak_flops_of, pick_device, pick_dtype, resident_bytes
 from osler.runtime.errors import UserError
 
 CPU = torch.device("cpu")
 
 
-def test_pick_device():
+def test_the_device_and_the_dtype_are_those_that_are_asked_for():
     assert pick_device("cpu") == CPU
     assert pick_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
     for name in ("gpu", "cuda:x", "cuda:", "cpu:1", ""):
         with pytest.raises(UserError, match="Unknown device"):
             pick_device(name)
+    assert pick_dtype("bf16", CPU) == torch.bfloat16
+    assert pick_dtype("fp32", CPU) == torch.float32
+    assert pick_dtype("auto", CPU) == (torch.bfloat16 if bf16_pays(CPU) else torch.float32)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has the GPU that the test must not find")
@@ -39,31 +34,15 @@ def test_a_missing_gpu_is_said():
         pick_device("cuda")
 
 
-def test_pick_dtype():
-    assert pick_dtype("bf16", CPU) == torch.bfloat16
-    assert pick_dtype("fp32", CPU) == torch.float32
-    assert pick_dtype("auto", CPU) == (torch.bfloat16 if bf16_pays(CPU) else torch.float32)
+GPUS = {
+    "H100 80GB HBM3": 989e12, "H100 PCIe": 756e12, "H200": 989e12, "A100-SXM4-80GB": 312e12, "A10G": 70e12, "A10": 125e12,
+    "L4": 121e12, "L40S": 362e12, "GeForce RTX 4090": 165.2e12, "Tesla T4": 65e12, "T400": None, "Some Card": None,
+}  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("name", "flops"),
-    [
-        ("NVIDIA H100 80GB HBM3", 989e12),
-        ("NVIDIA H100 PCIe", 756e12),
-        ("NVIDIA H200", 989e12),
-        ("NVIDIA A100-SXM4-80GB", 312e12),
-        ("NVIDIA A10G", 70e12),
-        ("NVIDIA A10", 125e12),
-        ("NVIDIA L4", 121e12),
-        ("NVIDIA L40S", 362e12),
-        ("NVIDIA GeForce RTX 4090", 165.2e12),
-        ("Tesla T4", 65e12),
-        ("NVIDIA T400", None),
-        ("Some Card", None),
-    ],
-)
+@pytest.mark.parametrize(("name", "flops"), GPUS.items())
 def test_peak_flops_by_name(name, flops):
-    assert peak_flops_of(name) == flops
+    assert peak_flops_of(f"NVIDIA {name}") == flops
 
 
 def test_a_machine_is_described_by_its_processor_and_threads(monkeypatch):

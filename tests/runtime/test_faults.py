@@ -42,12 +42,7 @@ def test_visits_may_be_a_range_and_faults_several(monkeypatch):
     found += [faults.poisoned("step") for _ in range(3)]
     assert found == [False, True, True, False, True, True]
     assert [faults.poisoned("loss") for _ in range(2)] == [True, False]
-    assert not faults.poisoned("other")
-
-
-def test_a_place_that_cannot_be_poisoned_ignores_it(monkeypatch):
-    monkeypatch.setenv(faults.VARIABLE, "step:nan:1-")
-    assert faults.fault("step") is None
+    assert not faults.poisoned("other") and faults.fault("loss") is None, "numbers that nobody asks for are not poisoned"
 
 
 @pytest.mark.parametrize(

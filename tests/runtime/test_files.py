@@ -18,15 +18,17 @@ from osler.runtime.files import (
 )
 
 
-def test_write_atomic_writes_bytes_and_text(tmp_path):
-    path = tmp_path / "file.txt"
-    write_atomic(path, b"\x00\xff")
-    assert path.read_bytes() == b"\x00\xff"
-    write_atomic(path, "naïve\n")
-    assert path.read_bytes() == "naïve\n".encode()
-    write_atomic(path, "caf\udce9")  # as Python holds a name that is not UTF-8
-    assert path.read_text() == r"caf\udce9"
-    assert os.listdir(tmp_path) == ["file.txt"]
+@pytest.mark.parametrize(
+    ("data", "written"),
+    [(b"\x00\xff", b"\x00\xff"), ("naïve\n", "naïve\n".encode()), ("caf\udce9", rb"caf\udce9")],  # the last is no UTF-8
+)
+def test_write_atomic_replaces_a_file_with_ordinary_permissions(tmp_path, data, written):
+    path, plain = tmp_path / "file.txt", tmp_path / "plain"
+    for each in (path, plain):
+        each.write_text("x")
+    write_atomic(path, data)
+    assert path.read_bytes() == written and sorted(os.listdir(tmp_path)) == ["file.txt", "plain"]
+    assert path.stat().st_mode == plain.stat().st_mode
 
 
 @pytest.mark.parametrize("kind", ["enospc", "ioerror"])
@@ -42,14 +44,6 @@ def test_a_failed_write_leaves_the_old_file_and_no_remnant(tmp_path, monkeypatch
     assert path.read_text() == "new"
 
 
-@pytest.mark.skipif(os.name == "nt", reason="file modes are a POSIX idea")
-def test_a_written_file_has_ordinary_permissions(tmp_path):
-    plain = tmp_path / "plain"
-    plain.write_text("x")
-    write_atomic(tmp_path / "atomic", "x")
-    assert (tmp_path / "atomic").stat().st_mode == plain.stat().st_mode
-
-
 @pytest.mark.parametrize("content", [b"", b'{"a": 1', b"\xff\xfe", b"\x00" * 40])
 def test_a_torn_json_file_is_named(tmp_path, content):
     path = tmp_path / "torn.json"
@@ -59,19 +53,14 @@ def test_a_torn_json_file_is_named(tmp_path, content):
 
 
 def test_a_missing_json_file_is_named(tmp_path):
-    with pytest.raises(UserError, match=r"absent\.json does not exist"):
-        read_json(tmp_path / "absent.json")
-    with pytest.raises(UserError, match=tmp_path.name):
-        read_json(tmp_path)
+    for path, said in ((tmp_path / "absent.json", r"absent\.json does not exist"), (tmp_path, tmp_path.name)):
+        with pytest.raises(UserError, match=said):
+            read_json(path)
 
 
-def test_sha256_file_equals_the_hash_of_the_bytes(tmp_path):
-    data = bytes(range(256)) * 5000
-    (tmp_path / "data").write_bytes(data)
+def test_hashes_name_their_content(tmp_path):
+    (tmp_path / "data").write_bytes(data := bytes(range(256)) * 5000)
     assert sha256_file(tmp_path / "data") == hashlib.sha256(data).hexdigest()
-
-
-def test_fingerprint_ignores_key_order_and_sees_every_value():
     assert fingerprint({"a": 1, "b": [1, 2]}) == fingerprint({"b": [1, 2], "a": 1})
     assert fingerprint({"a": 1}) != fingerprint({"a": 2})
     assert fingerprint({"a": 1}) != fingerprint({"a": "1"})

@@ -54,33 +54,22 @@ def test_plain_lines_come_every_few_seconds(capsys, clock):
     assert "\r" not in said
 
 
-def test_the_estimate_ignores_what_an_earlier_run_did(clock):
-    progress = Progress(1000, "steps", initial=890)
-    progress.update(900)
-    clock[0] += 10
-    progress.update(950)
-    assert "ETA 10s" in progress.line()
-
-
-def test_the_estimate_begins_with_the_first_update(clock):
-    """What came before it is loading and compiling: no rate follows from it."""
-    progress = Progress(1000, "steps")
-    clock[0] += 30
-    progress.update(1)
-    assert "ETA" not in progress.line()
-    clock[0] += 1
-    progress.update(11)
-    assert "ETA 1m39s" in progress.line()
-
-
-def test_the_estimate_follows_the_last_minute(clock):
-    progress = Progress(2000, "steps")
-    progress.update(1)
-    clock[0] += 500  # a slow start, such as compilation
-    for step in range(1, 102):
-        clock[0] += 1
-        progress.update(10 * step)
-    assert "ETA 1m39s" in progress.line()
+@pytest.mark.parametrize(
+    ("total", "initial", "updates", "estimate"),
+    [
+        (1000, 890, [(0, 900), (10, 950)], "ETA 10s"),  # what an earlier run did counts for nothing
+        (1000, 0, [(30, 1)], "1/1000 steps"),  # what comes before the first update is loading and compiling: no rate follows
+        (1000, 0, [(30, 1), (1, 11)], "ETA 1m39s"),
+        (2000, 0, [(0, 1), (501, 10), *((1, 10 * step) for step in range(2, 102))], "ETA 1m39s"),  # at the last minute's rate
+        (0, 0, [], "100.0%  0/0 steps"),
+    ],
+)
+def test_the_estimate(clock, total, initial, updates, estimate):
+    progress = Progress(total, "steps", initial=initial)
+    for seconds, done in updates:
+        clock[0] += seconds
+        progress.update(done)
+    assert progress.line().endswith(estimate)
 
 
 def test_fields_stay_until_given_again_and_finished_work_has_no_estimate(clock):
@@ -91,11 +80,7 @@ def test_fields_stay_until_given_again_and_finished_work_has_no_estimate(clock):
     assert progress.line() == "eval  100.0%  10/10 items  accuracy 0.25"
 
 
-def test_nothing_to_do_is_complete():
-    assert Progress(0, "items").line().startswith("100.0%")
-
-
-def test_a_terminal_sees_one_line_that_fits(clock):
+def test_a_terminal_sees_one_line_that_fits(clock, monkeypatch):
     with terminal(40) as end:
         progress = Progress(1_000_000, "tokens")
         for done in range(1, 11):
@@ -109,17 +94,13 @@ def test_a_terminal_sees_one_line_that_fits(clock):
         output = ""
         while not output.endswith("afterwards\r\n"):
             output += os.read(end, 65536).decode()
+        monkeypatch.setenv("TERM", "dumb")
+        assert not Progress(10, "steps").live
     drawn = output.split("\r\x1b[K")[1:]
     assert len(drawn) == 5  # updates 1, 5 and 9; the message; the last update
     assert all(len(line) == 39 for line in drawn[:3])
     assert drawn[3] == "a message\r\n"
     assert drawn[4].endswith("\r\nafterwards\r\n")
-
-
-def test_a_dumb_terminal_gets_plain_lines(monkeypatch):
-    monkeypatch.setenv("TERM", "dumb")
-    with terminal(80):
-        assert not Progress(10, "steps").live
 
 
 def test_close_shows_the_last_state_once(capsys, clock):
@@ -166,29 +147,12 @@ def test_a_user_may_ask_for_warnings_alone(capsys, monkeypatch, request):
     assert main(["--version"]) == 2 and "OSLER_LOG_LEVEL is 'loud'" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [
-        (0, "0"),
-        (9999, "9999"),
-        (12345, "12.35k"),
-        (123456.0, "123.5k"),
-        (4_000_000, "4.00M"),
-        (2.5e9, "2.50B"),
-        (0.000123456, "0.0001235"),
-        (2.0, "2"),
-        (float("nan"), "nan"),
-        (float("inf"), "inf"),
-        (True, "True"),
-        ("a", "a"),
-    ],
-)
-def test_quantity(value, text):
-    assert quantity(value) == text
+QUANTITIES = [(0, "0"), (9999, "9999"), (12345, "12.35k"), (123456.0, "123.5k"), (4_000_000, "4.00M"), (2.5e9, "2.50B")]
+QUANTITIES += [(0.000123456, "0.0001235"), (2.0, "2"), (float("nan"), "nan"), (float("inf"), "inf"), (True, "True"), ("a", "a")]
 
 
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(-1, "0s"), (59.6, "1m00s"), (42, "42s"), (7620, "2h07m"), (97200, "1d03h")]
-)
-def test_duration(seconds, text):
-    assert duration(seconds) == text
+def test_numbers_are_written_for_people():
+    for value, text in QUANTITIES:
+        assert quantity(value) == text
+    for seconds, text in [(-1, "0s"), (59.6, "1m00s"), (42, "42s"), (7620, "2h07m"), (97200, "1d03h")]:
+        assert duration(seconds) == text

@@ -69,15 +69,13 @@ def test_idle_teams_come_with_a_neighbour_and_go_when_it_has_been_gone_for_a_whi
         assert len(monitor.idle_teams) == teams, "a short rest of the neighbour is not its end"
     monitor.adapt(0.0)
     assert not monitor.idle_teams
-
-
-def test_one_thread_has_nobody_to_wait_for(monitor):
-    torch.set_num_threads(1)
+    torch.set_num_threads(1)  # which has nobody to wait for
     monitor.adapt(99.0)
     assert not monitor.idle_teams
 
 
-PROGRAM = """
+def test_the_way_of_waiting_changes_no_bit():
+    program = """
 import torch
 from osler.runtime.neighbours import NeighbourMonitor
 
@@ -95,12 +93,9 @@ beside = result()
 monitor.spin()
 assert torch.equal(alone, beside) and torch.equal(alone, result())
 """
-
-
-def test_the_way_of_waiting_changes_no_bit():
     environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
     environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
-    done = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
@@ -108,17 +103,15 @@ def watching() -> list[str]:
     return [thread.name for thread in threading.enumerate() if thread.name.startswith("osler-neighbours")]
 
 
-def test_the_watch_ends_with_the_command(monkeypatch):
+def test_the_watch_ends_with_the_command_and_the_users_own_setting_wins(monkeypatch):
     for name in OWN_SETTINGS:
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(KeyboardInterrupt), sharing_cpus():
         assert watching()
         raise KeyboardInterrupt
     assert not watching()
-
-
-@pytest.mark.parametrize("name", OWN_SETTINGS)
-def test_the_users_own_setting_wins(monkeypatch, name):
-    monkeypatch.setenv(name, "passive" if "POLICY" in name else "1000")
-    with sharing_cpus():
-        assert not watching()
+    for name in OWN_SETTINGS:
+        with monkeypatch.context() as patch:
+            patch.setenv(name, "1")
+            with sharing_cpus():
+                assert not watching()

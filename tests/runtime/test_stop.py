@@ -29,6 +29,7 @@ def clock(monkeypatch):
 
 @pytest.mark.parametrize("number", REQUESTS)
 def test_a_request_that_is_passed_on_is_one_and_a_later_one_leaves_at_once(number, clock, capsys):
+    assert signal.SIGUSR1 in REQUESTS, "the warning from Slurm"
     with StopFlag() as flag:
         assert not flag.requested
         signal.raise_signal(number)
@@ -38,10 +39,6 @@ def test_a_request_that_is_passed_on_is_one_and_a_later_one_leaves_at_once(numbe
         clock.pass_on()
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(number)
-
-
-def test_a_warning_from_slurm_is_a_request():
-    assert signal.SIGUSR1 in REQUESTS
 
 
 def test_the_first_signal_after_another_ranks_is_no_second_one():
@@ -68,17 +65,11 @@ def test_a_process_that_was_asked_to_stop_is_deaf_while_it_leaves(heard, clock):
     assert [signal.getsignal(number) for number in REQUESTS] == before
 
 
-def test_a_run_that_nobody_asked_to_stop_can_be_interrupted_after_it():
-    with interruptible():
-        with StopFlag():
-            pass
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
-
-
 @pytest.mark.parametrize("number", REQUESTS)
 def test_an_interruption_that_is_passed_on_is_one(number, clock):
     with interruptible():
+        with StopFlag():
+            pass  # a run that nobody asked to stop can be interrupted after it
         with pytest.raises(KeyboardInterrupt) as raised:
             signal.raise_signal(number)
         assert isinstance(raised.value, Terminated) == (number != signal.SIGINT)

@@ -31,19 +31,13 @@ def test_one_process_is_a_world_in_which_nothing_happens():
         assert world.all_reduce_mean(tensor) is tensor and tensor == 7
 
 
-def test_the_place_is_what_torchrun_says(torchrun):
+def test_the_place_is_what_torchrun_says(torchrun, monkeypatch):
     assert place() == Place(rank=5, local_rank=1, size=8, local_size=4)
-
-
-def test_an_environment_without_a_rank_is_refused(torchrun, monkeypatch):
+    with pytest.raises(UserError, match="8 processes were started, but quickstart runs as one"):
+        require_one_process("quickstart")
     monkeypatch.delenv("RANK")
     with pytest.raises(UserError, match=r"WORLD_SIZE is 8, but RANK is not set.*torchrun"):
         place()
-
-
-def test_a_command_of_one_process_refuses_several(torchrun):
-    with pytest.raises(UserError, match="8 processes were started, but quickstart runs as one"):
-        require_one_process("quickstart")
 
 
 def test_a_single_gpu_cannot_be_named_for_several_processes():
