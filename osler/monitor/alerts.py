@@ -1,8 +1,8 @@
 """Alerts: what is wrong with a run, before a person would have seen it in the curves.
 
-The rules (``rules.py``) read each line of ``metrics.jsonl`` as it is written. An alert is repeated after a pause, each longer
-than the one before, or when it has become twice as bad. Resume is exact without a checkpoint: alerts are a function of the lines,
-so a run that goes on replays the file (``replay``). Torch-free.
+The rules (``rules.py``) read each line of ``metrics.jsonl`` as it is written. An alert is repeated after a pause, each twice as
+long as the one before. Resume is exact without a checkpoint: alerts are a function of the lines, so a run that goes on replays
+the file (``replay``). Torch-free.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from osler.monitor.history import History, RunSettings
 from osler.monitor.rules import RULES, RULES_OF_THE_END, Rule
 from osler.records.jsonl import read_metrics
 
-PAUSE, MUCH_WORSE = 100, 2.0  # lines of silence about the same thing at first; how much worse breaks it
+PAUSE = 100  # lines of silence about the same thing at first
 
 
 @dataclass(frozen=True)
@@ -38,38 +38,36 @@ class Alerter:
 
     def __init__(self, settings: RunSettings) -> None:
         self.history = History(settings)
-        self.said: dict[str, tuple[int, int, float]] = {}  # name -> line from which it may be said again, pause, badness
+        self.said: dict[str, tuple[int, int]] = {}  # name -> line from which it may be said again, and the pause after that
         self.firing: dict[int, list[Alert]] = {}  # number of a rule -> what it found in the newest line with its metric
 
     def observe(self, step: int, tokens: float, metrics: Mapping[str, float]) -> list[Alert]:
         """Take in the next line and return its alerts."""
         self.history.add(step, tokens, metrics)
-        news = []
+        news: list[Alert] = []
         for number, rule in enumerate(RULES):
             if self.history.has(rule.metric):
-                found = [(self._alert(rule, message), badness) for message, badness in rule.find(self.history)]
-                self.firing[number] = [alert for alert, _ in found]
-                news += [alert for alert, badness in found if self._is_news(alert.name, badness)]
+                self.firing[number] = self._found(rule)
+                news += filter(self._is_news, self.firing[number])
         return news
 
-    def _alert(self, rule: Rule, message: str) -> Alert:
-        return Alert(self.history.step, rule.name, rule.severity, message)
+    def _found(self, rule: Rule) -> list[Alert]:
+        return [Alert(self.history.step, rule.name, rule.severity, message) for message in rule.find(self.history)]
+
+    def _is_news(self, alert: Alert) -> bool:
+        again, pause = self.said.get(alert.name, (0, PAUSE))
+        if self.history.lines < again:
+            return False
+        self.said[alert.name] = (self.history.lines + pause, 2 * pause)
+        return True
 
     def unresolved(self) -> list[Alert]:
         """Return what still holds at the end of the run, each name once, the gravest first."""
         firing = [alert for alerts in self.firing.values() for alert in alerts]
         if not any(alert.name == "learning-rate" for alert in firing):  # which says the same
-            firing += [self._alert(rule, message) for rule in RULES_OF_THE_END for message, _ in rule.find(self.history)]
+            firing += [alert for rule in RULES_OF_THE_END for alert in self._found(rule)]
         firing.sort(key=lambda alert: alert.severity != "critical")
         return list({alert.name: alert for alert in reversed(firing)}.values())[::-1]
-
-    def _is_news(self, name: str, badness: float) -> bool:
-        again, pause, before = self.said.get(name, (0, 0, 0.0))
-        if self.history.lines < again and badness < MUCH_WORSE * before:
-            return False
-        pause = 2 * pause if pause else PAUSE
-        self.said[name] = (self.history.lines + pause, pause, max(before, badness))
-        return True
 
 
 def replay(settings: RunSettings, path: Path) -> Alerter:

@@ -20,8 +20,6 @@ from osler.monitor.history import CALM, KEPT, History
 LEARNED = 0.05  # nats per token below which there is nothing left to learn
 LINES = 20  # that a policy is judged by
 
-Findings = Iterator[tuple[str, float]]  # messages, and how bad it is: an alert is told again when that has become much greater
-
 
 class Rule(NamedTuple):
     """A rule, and what its findings are called; rules of one name tell of the same trouble."""
@@ -29,10 +27,10 @@ class Rule(NamedTuple):
     metric: str  # the rule runs on lines with it; a name that ends with a slash stands for one metric per layer
     name: str
     severity: str  # warning or critical
-    find: Callable[[History], Findings]
+    find: Callable[[History], Iterator[str]]  # yields what is wrong, in words
 
 
-def exploding(past: History) -> Findings:
+def exploding(past: History) -> Iterator[str]:
     """The norm is 4 times the usual for three lines, 10 times that of the calmest time, or 50 times the usual in one line."""
     norms, clip = past.last("train/grad_norm", 53), past.settings.clip_norm
     now, before = min(norms[-3:]), [norm for norm in norms[:-3] if norm > 0.0]  # 0: nothing to learn from in GRPO
@@ -46,12 +44,11 @@ def exploding(past: History) -> Findings:
         yield (
             f"the gradient's norm is {now:.3g}, {now / usual:.0f} times the {usual:.3g} that it was. The learning rate is "
             f"probably too high: try {past.settings.slower} with a longer schedule.warmup_tokens. If it came at once, look at "
-            "the data of these steps.",
-            now / usual,
+            "the data of these steps."
         )
 
 
-def vanishing(past: History) -> Findings:
+def vanishing(past: History) -> Iterator[str]:
     """The norm is 1 % of the usual for three lines, with something to learn. (GRPO without different rewards has no loss.)"""
     norms = past.last("train/grad_norm", 53)
     if past.line.get("train/loss", 0.0) < LEARNED or len(norms) < 3:
@@ -62,12 +59,11 @@ def vanishing(past: History) -> Findings:
         was = f", where {usual:.2g} was usual" if usual > now else ""
         yield (
             f"the gradient's norm is {now:.2g}{was}, while the loss is {past.line['train/loss']:.3g}: nothing is being learned. "
-            f"Activations have probably saturated or died: {past.settings.go_back}; in a new model look at the initialisation.",
-            1.0 / max(now, 1e-30),
+            f"Activations have probably saturated or died: {past.settings.go_back}; in a new model look at the initialisation."
         )
 
 
-def guessing(past: History) -> Findings:
+def guessing(past: History) -> Iterator[str]:
     """The loss is worse than guessing by a fifth for three lines, as no start is, or no better after the warm-up."""
     settings, losses = past.settings, past.last("train/loss", 5)
     if not settings.vocab_size or len(losses) < 3:
@@ -80,35 +76,32 @@ def guessing(past: History) -> Findings:
         advice = f"high: try {settings.slower}" if is_high else f"low: try {settings.at_lr(10 * settings.lr)}"
         yield (
             f"the loss is {median(losses):.3f}, and guessing among {settings.vocab_size:,} tokens gives {chance:.3f}: the model "
-            f"{'does worse than that' if is_worse else 'has learned nothing'}. The learning rate is probably too {advice}.",
-            median(losses) / chance,
+            f"{'does worse than that' if is_worse else 'has learned nothing'}. The learning rate is probably too {advice}."
         )
 
 
-def unlearned(is_all: bool, past: History) -> Findings:
+def unlearned(is_all: bool, past: History) -> Iterator[str]:
     """The rows of some steps, or of all, had no token to learn, so that the steps were for nothing."""
     count = past.line["train/unlearned_steps"]
     if count and is_all != past.has_loss:
         yield (
             f"{'all' if is_all else 'some'} steps since the line before ({count:.0f}) had no token to learn in any row, and "
             "count nowhere. Fine-tuning learns answers alone: set a larger seq_len, so that an answer stays in the row of its "
-            "question, or a larger batch_tokens.",
-            count,
+            "question, or a larger batch_tokens."
         )
 
 
-def repeated(past: History) -> Findings:
+def repeated(past: History) -> Iterator[str]:
     """The data were read so often that one more time teaches next to nothing (Muennighoff et al. 2023, arXiv 2305.16264)."""
     epochs = past.line["data/epoch"]
     if epochs > 16 and not past.settings.max_new_tokens:  # GRPO answers its questions anew each time
         yield (
             f"the run has read its data {epochs:.0f} times. After about 16 times once more teaches next to nothing: keep the "
-            "checkpoint with the lowest eval/loss, and give more data or a smaller total_tokens.",
-            epochs,
+            "checkpoint with the lowest eval/loss, and give more data or a smaller total_tokens."
         )
 
 
-def rising(past: History) -> Findings:
+def rising(past: History) -> Iterator[str]:
     """The loss goes up again by more than the noise of its lines."""
     losses, best = past.last("train/loss", 15), past.best_loss
     if len(losses) < 5:
@@ -117,12 +110,11 @@ def rising(past: History) -> Findings:
     if now - best > max(0.25 * best, 0.1, 3 * noise) and min(losses[-3:]) > best:
         yield (
             f"the loss has risen to {now:.3f} from its best, {best:.3f}. The learning rate is probably too high: "
-            f"{past.settings.go_back}. If the data changes here, this may be its doing.",
-            now / best,
+            f"{past.settings.go_back}. If the data changes here, this may be its doing."
         )
 
 
-def swinging(past: History) -> Findings:
+def swinging(past: History) -> Iterator[str]:
     """The noise of its lines is all there is of the loss: a fifth of it, and 0.3 nats, up and down from line to line."""
     losses = past.last("train/loss", 15)
     jumps = [after - before for before, after in pairwise(losses)]
@@ -131,36 +123,33 @@ def swinging(past: History) -> Findings:
     if len(losses) == 15 and swing > max(0.2 * median(losses), 0.3):
         yield (
             f"the loss swings by {swing:.2f} from line to line around {median(losses):.3f}. The learning rate is probably too "
-            f"high, or the batch too small: try {past.settings.slower}, or a larger batch_tokens.",
-            swing,
+            f"high, or the batch too small: try {past.settings.slower}, or a larger batch_tokens."
         )
 
 
-def memorising(past: History) -> Findings:
+def memorising(past: History) -> Iterator[str]:
     """The held-out loss has turned: for two evaluations it is 2 % above its lowest."""
     losses = past.last("eval/loss", KEPT)
     lowest, step = past.lowest_held_out
     if len(losses) >= 4 and min(losses[-2:]) > 1.02 * lowest:
         yield (
             f"the held-out loss is {losses[-1]:.3f}, and it was lowest, {lowest:.3f}, at step {step:,}: the model learns its "
-            "data by heart. Keep the checkpoint of that step, and give more, or more varied, data.",
-            losses[-1] / lowest,
+            "data by heart. Keep the checkpoint of that step, and give more, or more varied, data."
         )
 
 
-def clipped(past: History) -> Findings:
+def clipped(past: History) -> Iterator[str]:
     """Clipping decides the length of every step."""
     shares = past.last("grad/clipped_frac", 30)
     if past.tokens > past.settings.warmup_tokens and len(shares) == 30 and min(shares) >= 0.99:
         norm = f" (norm {past.line['train/grad_norm']:.3g})" if "train/grad_norm" in past.line else ""
         yield (
             f"every gradient of the last 30 lines was clipped{norm}, so clip_norm={past.settings.clip_norm:g} "
-            f"decides how far a step goes. Try {past.settings.slower}; if the loss falls well as it is, a larger clip_norm.",
-            1.0,
+            f"decides how far a step goes. Try {past.settings.slower}; if the loss falls well as it is, a larger clip_norm."
         )
 
 
-def dead_units(past: History) -> Findings:
+def dead_units(past: History) -> Iterator[str]:
     """More than half of a layer's feed-forward units never fire."""
     shares = {name: share for name, share in past.line.items() if name.startswith("model/dead_units_frac/") and share > 0.5}
     if shares:
@@ -169,24 +158,22 @@ def dead_units(past: History) -> Findings:
         layers = f", and more than 50% in {len(shares)} layers in all" if len(shares) > 1 else ""
         yield (
             f"{shares[worst]:.0%} of the feed-forward units in {layer} give nothing for any token{layers}. A step was probably "
-            f"too large, and they do not come back: {past.settings.go_back} and a longer schedule.warmup_tokens.",
-            sum(shares.values()),
+            f"too large, and they do not come back: {past.settings.go_back} and a longer schedule.warmup_tokens."
         )
 
 
-def cut_off(past: History) -> Findings:
+def cut_off(past: History) -> Iterator[str]:
     """No gradient reaches a layer while others have one. (A head that begins at zero lets none through in the first step.)"""
     parts = [name.rpartition("/")[2] for name, norm in past.line.items() if name.startswith("grad/norm/") and norm == 0.0]
     still = [f"layer {part}" if part.isdigit() else part for part in parts]
     if still and past.line.get("train/grad_norm", 0.0) > 0.0 and past.step > 1:
         yield (
             f"no gradient reaches {', '.join(still[:4])}{' and others' if len(still) > 4 else ''}, while the rest learns (norm "
-            f"{past.line['train/grad_norm']:.3g}). The layer is dead or cut off: look at its weights, and at what detaches it.",
-            float(len(still)),
+            f"{past.line['train/grad_norm']:.3g}). The layer is dead or cut off: look at its weights, and at what detaches it."
         )
 
 
-def growing(metric: str, past: History) -> Findings:
+def growing(metric: str, past: History) -> Iterator[str]:
     """Memory grows evenly: the medians of a window's quarters rise by like amounts, unlike in a jump or a warm-up."""
     for lines in (30, 120, 480):
         values = past.last(metric, lines)
@@ -199,25 +186,23 @@ def growing(metric: str, past: History) -> Findings:
             yield (
                 f"{metric} grows evenly, by {(high - low) / 2**20:,.0f} MiB in {3 * quarter} lines, and is {high / 2**30:.2f} "
                 "GiB: something is kept that should be let go, and the run ends when memory does. Take out what was added last "
-                "(a hook, a list of tensors); the same command goes on with the memory of a fresh start.",
-                high,
+                "(a hook, a list of tensors); the same command goes on with the memory of a fresh start."
             )
             return
 
 
-def starved(past: History) -> Findings:
+def starved(past: History) -> Iterator[str]:
     """The device waits for data, in a fifth of its time. (A second in five lines nobody would notice.)"""
     newest, workers = list(past.waits)[-5:], past.settings.loader_workers
     share = median(share for share, _ in newest)
     if len(past.waits) >= CALM and share > 0.2 and sum(seconds for _, seconds in newest) > 1.0:
         yield (
             f"{share:.0%} of a step's time passes in waiting for data ({past.line['perf/data_ms']:.0f} ms). Try "
-            f"{past.settings.section}loader_workers={2 * max(1, workers)} (now {workers}), and a faster disk for the shards.",
-            share,
+            f"{past.settings.section}loader_workers={2 * max(1, workers)} (now {workers}), and a faster disk for the shards."
         )
 
 
-def slowed(past: History) -> Findings:
+def slowed(past: History) -> Iterator[str]:
     """The run is less than half as fast as it was, for a minute. (GRPO has no such speed: it depends on the answers' length.)"""
     if past.slow_seconds >= 60.0:
         others, now = past.line.get("perf/other_cpus", 0.0), past.line["perf/tokens_per_second"]
@@ -226,13 +211,10 @@ def slowed(past: History) -> Findings:
             if others > 0.25
             else "No other process keeps its CPUs busy: look for heat, a power limit, a full memory that swaps, or a slow disk."
         )
-        yield (
-            f"the run makes {now:,.0f} tokens/s, and it has made {past.best_speed:,.0f}. {cause}",
-            past.best_speed / now,
-        )
+        yield f"the run makes {now:,.0f} tokens/s, and it has made {past.best_speed:,.0f}. {cause}"
 
 
-def stalled(past: History) -> Findings:
+def stalled(past: History) -> Iterator[str]:
     """The last fifth of the run is no better than the fifth before it, and there are lines enough to see that.
 
     Windows grow with the run, because a healthy loss falls by like amounts in like ratios of time. A loss may rest when the
@@ -250,12 +232,11 @@ def stalled(past: History) -> Findings:
         yield (
             f"the loss has not fallen for {2 * size} lines: {before:.3f}, then {now:.3f}, at a learning rate of {lr:.2g}. Either "
             f"the rate is too high for what is left to learn: try {past.settings.slower}, or a schedule that falls to 0. Or the "
-            "model has learned what its size and its data allow.",
-            1.0,
+            "model has learned what its size and its data allow."
         )
 
 
-def cut(past: History) -> Findings:
+def cut(past: History) -> Iterator[str]:
     """Hardly a completion ends by itself. When most did at first, the steps since have broken the model."""
     share, least = past.line["completions/clipped_ratio"], min(past.first["completions/clipped_ratio"])
     if share > 0.9:
@@ -265,10 +246,10 @@ def cut(past: History) -> Findings:
             else ". Either algorithm.max_new_tokens is too small, or the model never learned to end (was it fine-tuned with the "
             "chat template?)."
         )
-        yield f"{share:.0%} of the completions were cut at {past.settings.max_new_tokens} tokens{cause}", 1.0
+        yield f"{share:.0%} of the completions were cut at {past.settings.max_new_tokens} tokens{cause}"
 
 
-def unrewarded(past: History) -> Findings:
+def unrewarded(past: History) -> Iterator[str]:
     """No reward for so many steps that it cannot be chance. When there was some at first, the model has lost it."""
     if past.without_reward >= past.settings.zero_reward_patience:
         most = max(past.first["reward"])
@@ -277,45 +258,39 @@ def unrewarded(past: History) -> Findings:
             if most > 0.0
             else "Look at samples.jsonl in the run folder, and start from a model that is right now and then."
         )
-        yield (
-            f"no completion earned a reward for {past.without_reward} steps; there is nothing to learn from. {cause}",
-            1.0,
-        )
+        yield f"no completion earned a reward for {past.without_reward} steps; there is nothing to learn from. {cause}"
 
 
-def equal_rewards(past: History) -> Findings:
+def equal_rewards(past: History) -> Iterator[str]:
     """Most groups have equal rewards, and so no gradient. (Groups without any reward are another rule's.)"""
     if past.median("frac_reward_zero_std", LINES) > 0.8 and not past.without_reward:
         yield (
             f"in most of the last {LINES} lines more than 80% of the groups had equal rewards and taught nothing. Replace them "
-            f"({past.settings.section}algorithm.dynamic_sampling=true), or ask what the model gets right about half the time.",
-            1.0,
+            f"({past.settings.section}algorithm.dynamic_sampling=true), or ask what the model gets right about half the time."
         )
 
 
-def silent(past: History) -> Findings:
+def silent(past: History) -> Iterator[str]:
     """The policy always says the same: its entropy was above 0.2 nats per token, and is below 0.02."""
     most, now = max(past.first["entropy"]), past.median("entropy", LINES)
     if most > 0.2 and now < 0.02:
         yield (
             f"the entropy has fallen from {most:.2f} to {now:.3f}: the policy has stopped exploring, and can learn nothing new. "
-            f"To recover, {past.settings.go_back}.",
-            1.0,
+            f"To recover, {past.settings.go_back}."
         )
 
 
-def sampler_apart(past: History) -> Findings:
+def sampler_apart(past: History) -> Iterator[str]:
     """Sampler and trainer do not agree about the policy."""
     gap = past.median("sampling/sampling_logp_difference/mean", LINES)
     if gap > 0.02:
         yield (
             f"sampler and trainer differ by {gap:.3f} in the log-probability of a token, and the ratios of the loss are off by "
-            f"that much. Both compute alike with {past.settings.section}precision=fp32.",
-            gap,
+            f"that much. Both compute alike with {past.settings.section}precision=fp32."
         )
 
 
-def one_letter(past: History) -> Findings:
+def one_letter(past: History) -> Iterator[str]:
     """One letter takes over, although the options are shuffled."""
     names = {letter: f"answer/letter_{letter}_frac" for letter in ascii_uppercase}
     shares = {letter: past.median(name, LINES) for letter, name in names.items() if name in past.line}
@@ -323,41 +298,37 @@ def one_letter(past: History) -> Findings:
         if len(shares) > 2 and share > 0.7:
             yield (
                 f"{share:.0%} of the completions of the last {LINES} lines answered {letter}, and the options are shuffled: that "
-                f"is a habit, not knowledge. To recover, {past.settings.go_back}.",
-                1.0,
+                f"is a habit, not knowledge. To recover, {past.settings.go_back}."
             )
 
 
-def never_a_gradient(past: History) -> Findings:
+def never_a_gradient(past: History) -> Iterator[str]:
     """All groups of a GRPO run had equal rewards. (Groups without any reward are another rule's.)"""
     equal = past.values["frac_reward_zero_std"]
     if equal and not past.had_gradient and past.without_reward < past.settings.zero_reward_patience:
         yield (
             "the samples of each question were rewarded equally in every step, so the model learned nothing. Ask what it gets "
-            "right about half the time.",
-            1.0,
+            "right about half the time."
         )
 
 
-def no_finite_loss(past: History) -> Findings:
+def no_finite_loss(past: History) -> Iterator[str]:
     """The last loss is not finite."""
     if past.loss is not None and math.isnan(past.loss):
         yield (
-            "no step of the last line had a finite loss, so none of them changed the model. Try "
-            f"{past.settings.slower}, and look at the data.",
-            1.0,
+            f"no step of the last line had a finite loss, so none of them changed the model. Try {past.settings.slower}, and look "
+            "at the data."
         )
 
 
-def no_better_than_guessing(past: History) -> Findings:
+def no_better_than_guessing(past: History) -> Iterator[str]:
     """The last loss of a run, however few its lines, is worse than guessing."""
     vocab_size, loss = past.settings.vocab_size, past.loss
     if vocab_size and loss is not None and loss > math.log(vocab_size):
         yield (
             f"the run ends with a loss of {loss:.3f}, and guessing among {vocab_size:,} tokens gives {math.log(vocab_size):.3f}: "
             "the model has learned nothing. Train longer (total_tokens), with a warm-up that ends early in the run; if the loss "
-            f"rose, try {past.settings.slower}.",
-            1.0,
+            f"rose, try {past.settings.slower}."
         )
 
 
