@@ -316,8 +316,8 @@ def no_finite_loss(past: History) -> Iterator[str]:
     """The last loss is not finite."""
     if past.loss is not None and math.isnan(past.loss):
         yield (
-            f"no step of the last line had a finite loss, so none of them changed the model. Try {past.settings.slower}, and look "
-            "at the data."
+            "no step of the last line had a finite loss, so none of them changed the model. Try "
+            f"{past.settings.slower}, and look at the data."
         )
 
 
