@@ -96,6 +96,19 @@ def run_cases() -> Callable[..., int]:
 
 
 @pytest.fixture(scope="session")
+def shared_data():
+    """A function from the name of a shared file or folder to its path; where it is not there, the test is skipped."""
+    root = Path(os.environ.get("OSLER_SHARED_DATA") or Path(__file__).resolve().parents[2] / "shared" / "data")
+
+    def find(name: str) -> Path:
+        if not (root / name).exists():
+            pytest.skip(f"{root / name} is not here; set OSLER_SHARED_DATA to the folder that has {name}")
+        return root / name
+
+    return find
+
+
+@pytest.fixture(scope="session")
 def tiny(tmp_path_factory) -> SimpleNamespace:
     """A folder with a tokenizer, questions with one-letter answers, and the recipes ``pretrain``, ``sft`` and ``grpo``.
 

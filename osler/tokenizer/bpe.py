@@ -74,7 +74,7 @@ class Tokenizer:
         self._id_of_special = {name: vocab[name] for name in sorted(names)}
         self.special_ids = frozenset(self._id_of_special.values())
         self.vocab_size = max(vocab.values(), default=-1) + 1  # the smallest number above every id
-        self._special_ahead = re.compile(f"(?={'|'.join(map(re.escape, sorted(names)))})") if names else None
+        self._any_special = re.compile("|".join(map(re.escape, sorted(names))) or "(?!)")
 
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
@@ -183,9 +183,9 @@ class Tokenizer:
             raise UserError(f"A text holds half a character {where}.") from None
         batch: list[list[int]] = [encoding.ids for encoding in encodings]
         for index, text in enumerate(texts):
-            if self._special_ahead is not None and not self.special_ids.isdisjoint(batch[index]):
+            if self._any_special.search(text) and not self.special_ids.isdisjoint(batch[index]):
                 # The vocabulary has a special token as an ordinary one too: cut the text inside of each.
-                cuts = [found.start() + 1 for found in self._special_ahead.finditer(text)]
+                cuts = [found.start() + 1 for found in re.finditer(f"(?={self._any_special.pattern})", text)]
                 parts = [text[start:end] for start, end in pairwise([0, *cuts, len(text)])]
                 batch[index] = [one for part in parts for one in self._backend.encode(part, add_special_tokens=False).ids]
         return batch

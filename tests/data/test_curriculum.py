@@ -25,10 +25,6 @@ def timeline() -> Timeline:
     return lay_out(STAGES, seq_len=32, batch_tokens=96)
 
 
-def test_stages_end_with_the_first_step_at_or_after_their_border(timeline):
-    assert timeline.spans == SPANS
-
-
 def test_one_stage_is_a_constant_run():
     timeline = lay_out((), seq_len=32, batch_tokens=96)
     assert timeline.spans == (Span(1, 32, 3, 0, 0, None),)
@@ -40,6 +36,7 @@ def test_one_stage_is_a_constant_run():
 
 def test_steps_and_tokens_agree_at_every_token(timeline):
     """Against a walk from step to step, which needs no arithmetic of borders."""
+    assert timeline.spans == SPANS, "a stage ends with the first step at or after its border"
     seen = [0]  # tokens before each step
     number = 0
     while seen[-1] < 1200:
@@ -54,12 +51,9 @@ def test_steps_and_tokens_agree_at_every_token(timeline):
         assert timeline.steps_for(tokens) == min(step for step, before in enumerate(seen) if before >= tokens)
 
 
-@pytest.mark.parametrize(
-    ("total", "shares"),
-    [(1, [1]), (192, [192]), (193, [192, 1]), (480, [192, 288]), (801, [192, 288, 320, 1]), (1000, [192, 288, 320, 200])],
-)
-def test_what_each_stage_gets_of_a_run(timeline, total, shares):
-    assert [tokens for _, tokens in timeline.shares(total)] == shares
+def test_what_each_stage_gets_of_a_run(timeline):
+    for shares in [1], [192], [192, 1], [192, 288], [192, 288, 320, 1], [192, 288, 320, 200]:
+        assert [tokens for _, tokens in timeline.shares(sum(shares))] == shares
 
 
 @pytest.mark.parametrize(
@@ -79,12 +73,9 @@ def test_stages_that_contradict_each_other(stages, message):
         lay_out(stages, seq_len=32, batch_tokens=96)
 
 
-def test_a_batch_of_a_stage_holds_whole_rows():
+def test_batches_hold_whole_rows_and_micro_batches_are_equal_parts_of_them():
     with pytest.raises(ValueError, match="batch_tokens=20 is not a multiple of seq_len=8"):
         Stage(seq_len=8, batch_tokens=20)
-
-
-def test_micro_batches_are_equal_parts_of_a_batch():
     assert [rows_per_micro_batch(12, 8, tokens) for tokens in (None, 96, 64, 40, 8, 7)] == [12, 12, 6, 4, 1, 1]
 
 

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -100,12 +100,8 @@ def test_configs_are_checked() -> None:
         decode(Sections, {"data": {"type": "files", "path": "x", "holdout_fraction": -0.1}})
 
 
-def test_a_real_textbook_survives_the_way_to_tokens(tmp_path: Path) -> None:
-    shared = Path(os.environ.get("OSLER_SHARED_DATA", Path(__file__).resolve().parents[3] / "shared" / "data"))
-    path = shared / "text" / "openstax-microbiology.parquet"
-    if not path.is_file():
-        pytest.skip(f"no textbook at {path} (set OSLER_SHARED_DATA)")
-    data = FilesData(path=str(path))
+def test_a_real_textbook_survives_the_way_to_tokens(tmp_path: Path, shared_data: Callable[[str], Path]) -> None:
+    data = FilesData(path=str(shared_data("text/openstax-microbiology.parquet")))
     tokenizer = train_tokenizer(data, 2048, max_bytes=1_000_000)
     prepared = prepare_source(data, tokenizer, tmp_path / "out")
     texts = [document.text for document in open_corpus(data).train]

@@ -109,13 +109,6 @@ def test_piped_questions_are_read_as_any_file_is(runs, monkeypatch, capsys):
     assert "stdin:3 is not UTF-8 text: byte 0xe8 at position 27. Convert the file to UTF-8." in captured.err
 
 
-def test_a_terminal_that_is_not_utf8_is_told_so(runs, monkeypatch, capsys):
-    stdin = piped("Fièvre?\n".encode("latin-1"))
-    monkeypatch.setattr(stdin, "isatty", lambda: True, raising=False)
-    assert talk(monkeypatch, runs / "sft", stdin) == 0
-    assert "(that line is not UTF-8 text: set the terminal to UTF-8)" in capsys.readouterr().out
-
-
 @pytest.mark.parametrize("leave", ["\n", "/quit\n", ""])
 def test_a_person_sees_an_example_and_leaves_as_told(leave, runs, monkeypatch, capsys):
     assert talk(monkeypatch, runs / "sft", Terminal(f"What is it?\n{leave}")) == 0
@@ -142,22 +135,22 @@ def test_ctrl_c_stops_one_answer_at_a_terminal_and_everything_in_a_pipe(runs, mo
     assert talk(monkeypatch, runs / "sft", piped("What is it?\nWhy?\n")) == 130
 
 
-def test_ctrl_c_at_the_prompt_does_not_leave(runs, monkeypatch, capsys):
-    class Impatient(Terminal):
-        pressed = False
+def test_ctrl_c_at_the_prompt_and_bytes_that_are_not_utf8_do_not_leave(runs, monkeypatch, capsys):
+    raised = [UnicodeDecodeError("utf-8", b"\xe8", 0, 1, ""), KeyboardInterrupt()]
 
+    class Impatient(Terminal):
         def readline(self, size: int | None = -1, /) -> str:
-            if not self.pressed:
-                self.pressed = True
-                raise KeyboardInterrupt
+            if raised:
+                raise raised.pop()
             return super().readline(-1 if size is None else size)
 
     assert talk(monkeypatch, runs / "sft", Impatient("What is it?\n\n")) == 0
     out = capsys.readouterr().out
     assert "leaves" in out and out.count("thinking  ") == 1
+    assert "(that line is not UTF-8 text: set the terminal to UTF-8)" in out
 
 
-def test_sigterm_and_a_terminal_that_closes_leave_at_the_prompt(runs, monkeypatch, capsys):
+def test_sigterm_leaves_at_the_prompt(runs, monkeypatch, capsys):
     class Ended(Terminal):
         def readline(self, size: int | None = -1, /) -> str:
             signal.raise_signal(signal.SIGTERM)
@@ -238,18 +231,15 @@ def test_a_prompt_that_fills_the_context_is_refused(textbook):
     assert continued(textbook, text, 10_000) == continued(textbook, text, room), "new tokens are cut to what is left"
 
 
-@pytest.mark.parametrize(
-    ("training", "reasons"),
-    [
+def test_a_model_is_asked_to_think_if_it_learned_to():
+    for training, reasons in [
         ({}, True),
         ({"data": {"type": "clinic"}}, True),
         ({"data": {"type": "turns", "thinking_field": None}}, False),
         ({"data": {"type": "turns", "thinking_field": "why"}}, True),
         ({"tasks": [{"reasoning": False}]}, False),
-    ],
-)
-def test_a_model_is_asked_to_think_if_it_learned_to(training, reasons):
-    assert LoadedModel(path=None, model=None, tokenizer=None, state={}, training=training).reasons is reasons
+    ]:
+        assert LoadedModel(path=None, model=None, tokenizer=None, state={}, training=training).reasons is reasons
 
 
 TEXTS = ["Fever of 38 °C, cough — naïve café 発熱 咳 и кашель.", "What is the likeliest cause? Pneumonia (A)."] * 20

@@ -15,31 +15,18 @@ from osler.runs.folder import stored_config
 from osler.runtime.errors import UserError
 from osler.runtime.files import RunFolder, is_locked, locked
 
-MODEL = (
-    *("num_layers=2", "hidden_size=64", "intermediate_size=64", "num_heads=2", "num_kv_heads=1", "head_dim=16"),
-    *("vocab_size=600", "max_seq_len=512"),
+SUPERVISED = (
+    *("model.num_layers=2", "model.hidden_size=64", "model.intermediate_size=64", "model.num_heads=2", "model.num_kv_heads=1"),
+    *("model.head_dim=16", "model.vocab_size=600", "model.max_seq_len=512", "tokenizer.vocab_size=600"),
+    *("data.passages=60", "data.examples=60", "data.cards=30", "data.drills=10", "data.validation_passages=10"),
+    *("data.validation_examples=10", "seq_len=256", "batch_tokens=1024", "total_tokens=4096", "compile=never", "precision=fp32"),
 )
-DATA = ("passages=60", "examples=60", "cards=30", "drills=10", "validation_passages=10", "validation_examples=10")
+GRPO = ("steps=1", "preflight=warn", "precision=fp32", "eval_task.limit=4", "algorithm.prompts_per_step=2",
+        "algorithm.samples_per_prompt=2", "algorithm.max_new_tokens=8")  # fmt: skip
 TINY = (
-    *(f"{stage}.model.{setting}" for stage in ("pretrain", "sft") for setting in MODEL),
-    "pretrain.tokenizer.vocab_size=600",
-    "sft.tokenizer.vocab_size=600",
-    *(f"{stage}.data.{setting}" for stage in ("pretrain", "sft") for setting in DATA),
-    *(f"{stage}.seq_len=256" for stage in ("pretrain", "sft")),
-    *(f"{stage}.batch_tokens=1024" for stage in ("pretrain", "sft")),
-    *(f"{stage}.total_tokens=4096" for stage in ("pretrain", "sft")),
-    *(f"{stage}.compile=never" for stage in ("pretrain", "sft")),
-    *(f"{stage}.precision=fp32" for stage in ("pretrain", "sft", "grpo")),
-    "sft.exam.every_tokens=2048",
-    "sft.exam.items=6",
-    "grpo.steps=1",
-    "grpo.preflight=warn",
-    "grpo.algorithm.prompts_per_step=2",
-    "grpo.algorithm.samples_per_prompt=2",
-    "grpo.algorithm.max_new_tokens=8",
-    "grpo.eval_task.limit=4",
-    "exam_items=8",
-    "exam_new_tokens=8",
+    *(f"{stage}.{setting}" for stage in ("pretrain", "sft") for setting in SUPERVISED),
+    *(f"grpo.{setting}" for setting in GRPO),
+    *("sft.exam.every_tokens=2048", "sft.exam.items=6", "exam_items=8", "exam_new_tokens=8"),
 )
 
 
@@ -48,12 +35,6 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("quickstart") / "run"
     assert run(TINY, run_dir=str(root)) == 0
     return root
-
-
-def test_every_stage_is_recorded_with_its_time(finished: Path) -> None:
-    stages = json.loads((finished / "stages.json").read_text())
-    assert [stage["name"] for stage in stages] == ["pretrain", "sft", "exam sft", "grpo", "exam grpo"]
-    assert all(stage["seconds"] >= 0 and stage["what"] for stage in stages)
 
 
 def test_exams_hold_both_splits_of_every_checkpoint(finished: Path) -> None:
@@ -69,7 +50,10 @@ def test_exams_hold_both_splits_of_every_checkpoint(finished: Path) -> None:
         assert row["after"] == exams["grpo"][row["split"]]["accuracy"]
 
 
-def test_report_and_samples_are_there(finished: Path) -> None:
+def test_stages_report_and_samples_are_there(finished: Path) -> None:
+    stages = json.loads((finished / "stages.json").read_text())
+    assert [stage["name"] for stage in stages] == ["pretrain", "sft", "exam sft", "grpo", "exam grpo"]
+    assert all(stage["seconds"] >= 0 and stage["what"] for stage in stages)
     page = (finished / "report.html").read_text()
     assert "new_questions" in page.replace(" ", "_").lower() and "not medical advice" in page
     lines = [json.loads(line) for line in (finished / "samples.jsonl").read_text().splitlines()]

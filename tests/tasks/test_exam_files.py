@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
 from collections import Counter
+from collections.abc import Callable
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from osler.tasks.answers import read_choice, read_number
 from osler.tasks.item import ExamItem, permute, render_answer, render_question, shared_questions
 from osler.tasks.registry import TASK_CONFIGS, ClinicTask, TaskConfig, load_clinic, load_task
 
+FindShared = Callable[[str], Path]
 OPTIONS = {"A": "one", "B": "two", "C": "x", "D": "y"}
 ROWS: dict[str, dict[str, Any]] = {
     "medqa": {"question": "Which?", "answer": "two", "answer_idx": "B", "options": OPTIONS},
@@ -45,14 +46,6 @@ def load(name: str, path: Path, **settings: Any) -> list[ExamItem]:
     return load_task(decode(TaskConfig, {"type": name, "path": str(path), **settings}))  # type: ignore[arg-type]
 
 
-def load_shared(name: str, file: str) -> list[ExamItem]:
-    root = os.environ.get("OSLER_SHARED_DATA") or Path(__file__).resolve().parents[3] / "shared" / "data"
-    path = Path(root) / "exams" / file
-    if not path.is_file():
-        pytest.skip(f"the real exam file {file} is not here; set OSLER_SHARED_DATA to the folder that has exams/{file}")
-    return load(name, path, split="dev")
-
-
 REAL = {
     "medqa": ("medqa-dev.jsonl", {"C": 352, "A": 330, "B": 316, "D": 274}),
     "medmcqa": ("medmcqa-validation-2000.jsonl", {"A": 646, "B": 533, "C": 437, "D": 384}),
@@ -61,8 +54,8 @@ REAL = {
 
 
 @pytest.mark.parametrize("name", REAL)
-def test_real_exams_load_whole_and_every_answer_is_read_back_in_any_order(name: str) -> None:
-    items = load_shared(name, REAL[name][0])
+def test_real_exams_load_whole_and_every_answer_is_read_back_in_any_order(name: str, shared_data: FindShared) -> None:
+    items = load(name, shared_data(f"exams/{REAL[name][0]}"), split="dev")
     assert len({item.id for item in items}) == len(items)
     assert Counter("ABCD"[item.answer_index] for item in items) == REAL[name][1]
     for item in items:
@@ -85,8 +78,8 @@ def test_real_exams_load_whole_and_every_answer_is_read_back_in_any_order(name: 
         assert first.id == "pubmedqa-10808977" and all(item.context and item.thinking for item in items)
 
 
-def test_real_gsm8k_loads_whole() -> None:
-    items = load_shared("gsm8k", "gsm8k-train.jsonl")
+def test_real_gsm8k_loads_whole(shared_data: FindShared) -> None:
+    items = load("gsm8k", shared_data("exams/gsm8k-train.jsonl"))
     assert len(items) == len({item.id for item in items}) == 7473
     assert items[0].answer == "72" and "109200000" in {item.answer for item in items}
     for item in items:

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -38,22 +38,14 @@ CORPUS = [
 ] * 20
 
 
-def shared_data() -> Path:
-    root = Path(__file__).resolve().parents[2]
-    folder = Path(os.environ.get("OSLER_SHARED_DATA", root.parent / "shared" / "data"))
-    if not folder.is_dir():
-        pytest.skip(f"no shared data at {folder} (set OSLER_SHARED_DATA)")
-    return folder
-
-
 @pytest.fixture(scope="module")
 def trained() -> Tokenizer:
     return Tokenizer.train(CORPUS, 400)
 
 
 @pytest.fixture(scope="module")
-def gpt2() -> Tokenizer:
-    return Tokenizer.load(shared_data() / "tokenizers" / "gpt2" / "tokenizer.json")
+def gpt2(shared_data: Callable[[str], Path]) -> Tokenizer:
+    return Tokenizer.load(shared_data("tokenizers/gpt2/tokenizer.json"))
 
 
 AWKWARD = [
@@ -79,10 +71,12 @@ def test_any_text_round_trips(trained: Tokenizer, text: str) -> None:
     check_round_trip(trained, text)
 
 
-def test_awkward_text_round_trips_in_every_tokenizer(trained: Tokenizer, gpt2: Tokenizer) -> None:
+def test_awkward_text_round_trips_in_every_tokenizer(
+    trained: Tokenizer, gpt2: Tokenizer, shared_data: Callable[[str], Path]
+) -> None:
     """GPT-2 comes as one file and as a pair, SuperBPE gzipped."""
-    pair = Tokenizer.load(shared_data() / "tokenizers" / "gpt2" / "vocab.bpe")
-    superbpe = Tokenizer.load(shared_data() / "tokenizers" / "superbpe-t80k").with_specials()
+    pair = Tokenizer.load(shared_data("tokenizers/gpt2/vocab.bpe"))
+    superbpe = Tokenizer.load(shared_data("tokenizers/superbpe-t80k")).with_specials()
     for text in [*AWKWARD, *CORPUS[:3]]:
         check_round_trip(trained, text)
         check_round_trip(superbpe, text)

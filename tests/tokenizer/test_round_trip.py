@@ -1,6 +1,7 @@
 """What a tokenizer loses of a text: refused where it falsifies bits per byte, a warning where it is meant."""
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from osler.data.prepare import prepare
 from osler.runtime.errors import UserError
 from osler.tokenizer.bpe import Tokenizer
 from osler.tokenizer.round_trip import RoundTrip, lost_characters, refuse_missing_bytes
-from tests.tokenizer.test_bpe import CORPUS, shared_data
+from tests.tokenizer.test_bpe import CORPUS
 
 
 def without_bytes() -> Tokenizer:
@@ -76,8 +77,8 @@ def test_unknown_words_are_refused_and_what_is_little_or_meant_is_only_told(capl
 
 
 @pytest.mark.parametrize("path", ["gpt2", "gpt2/encoder.json", "superbpe-t80k"])
-def test_published_tokenizers_pass(path: str, caplog: pytest.LogCaptureFixture) -> None:
-    tokenizer = refuse_missing_bytes(Tokenizer.load(shared_data() / "tokenizers" / path))
+def test_published_tokenizers_pass(path: str, shared_data: Callable[[str], Path], caplog: pytest.LogCaptureFixture) -> None:
+    tokenizer = refuse_missing_bytes(Tokenizer.load(shared_data(f"tokenizers/{path}")))
     round_trip = RoundTrip(tokenizer)
     round_trip.look([*CORPUS, "ΔG ≥ 5 µg/ml 👩‍👩‍👧 日本語\r\n\t <|answer|>"])
     round_trip.warn()
