@@ -6,8 +6,9 @@ are cut to what the model's ``max_seq_len`` leaves. A prompt that leaves no room
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import replace
+from itertools import chain
 from typing import Literal
 
 from osler.inference.engine import InferenceEngine
@@ -17,15 +18,15 @@ from osler.tokenizer.chat import encode_prompt
 
 Part = Literal["thinking", "answer"]
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # what the bytes of half a character decode to
+_END = -1  # stands behind the last token
 
 
 def continue_text(engine: InferenceEngine, tokenizer: Tokenizer, text: str, sampling: SamplingParams) -> Iterator[str]:
     """Yield what the model writes after ``text``, which follows an end-of-text token, as documents do in training."""
-    written = _Text(tokenizer)
-    for token in _tokens(engine, tokenizer, [tokenizer.eos_id, *tokenizer.encode(text)], sampling):
-        if token != tokenizer.eos_id:
-            yield from written.add(token)
-    yield from written.rest()
+    prompt = [tokenizer.eos_id, *tokenizer.encode(text)]
+    for piece in _pieces(engine, tokenizer, prompt, sampling, {tokenizer.eos_id}):
+        if isinstance(piece, str):
+            yield piece
 
 
 def stream_answer(
@@ -36,40 +37,31 @@ def stream_answer(
     The markers of the template tell thinking and answer apart and are not shown.
     """
     part: Part = "thinking" if reasoning else "answer"
-    written = _Text(tokenizer)
-    for token in _tokens(engine, tokenizer, encode_prompt(tokenizer, question, reasoning=reasoning), sampling):
-        is_marker = token in tokenizer.special_ids
-        yield from ((part, text) for text in (written.rest() if is_marker else written.add(token)))
-        if token == tokenizer.special_id(ANSWER):
+    prompt = encode_prompt(tokenizer, question, reasoning=reasoning)
+    for piece in _pieces(engine, tokenizer, prompt, sampling, tokenizer.special_ids):
+        if isinstance(piece, str):
+            yield part, piece
+        elif piece == tokenizer.special_id(ANSWER):
             part = "answer"
-    yield from ((part, text) for text in written.rest())
 
 
-def _tokens(engine: InferenceEngine, tokenizer: Tokenizer, prompt: Sequence[int], sampling: SamplingParams) -> Iterator[int]:
+def _pieces(
+    engine: InferenceEngine, tokenizer: Tokenizer, prompt: Sequence[int], sampling: SamplingParams, markers: Set[int]
+) -> Iterator[str | int]:
+    """Yield text as soon as it is certain, and markers as ids; what waits for bytes that will not come is shown at the end."""
     room = engine.model.config.max_seq_len - len(prompt)
-    new_tokens = max(min(sampling.max_new_tokens, room), 1)
-    return engine.stream(prompt, replace(sampling, max_new_tokens=new_tokens, stop_ids=(tokenizer.eos_id,)))
-
-
-class _Text:
-    """The text of tokens that arrive one by one."""
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self.tokenizer = tokenizer
-        self.ids: list[int] = []
-        self.shown = 0
-
-    def add(self, token: int) -> Iterator[str]:
-        """Yield the text that a token completes, if any."""
-        self.ids.append(token)
-        certain = self.tokenizer.decode(self.ids).removesuffix(_INCOMPLETE)
-        if len(certain) > self.shown:
-            yield certain[self.shown :]
-            self.shown = len(certain)
-
-    def rest(self) -> Iterator[str]:
-        """Yield what waits for bytes that will not come, if anything, and begin anew."""
-        rest = self.tokenizer.decode(self.ids)[self.shown :]
-        if rest:
-            yield rest
-        self.ids, self.shown = [], 0
+    sampling = replace(sampling, max_new_tokens=max(min(sampling.max_new_tokens, room), 1), stop_ids=(tokenizer.eos_id,))
+    ids: list[int] = []
+    shown = 0
+    for token in chain(engine.stream(prompt, sampling), [_END]):
+        is_marker = token == _END or token in markers
+        ids += [] if is_marker else [token]
+        certain = tokenizer.decode(ids)
+        if not is_marker:
+            certain = certain.removesuffix(_INCOMPLETE)
+        if len(certain) > shown:
+            yield certain[shown:]
+            shown = len(certain)
+        if is_marker:
+            yield token
+            ids, shown = [], 0

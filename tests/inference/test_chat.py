@@ -18,12 +18,9 @@ from osler.inference.chat import show_answer
 from osler.inference.engine import InferenceEngine
 from osler.inference.generate import continue_text, stream_answer
 from osler.inference.load import LoadedModel, open_model
-from osler.model.config import ModelConfig
-from osler.model.transformer import Transformer
 from osler.ops.sampling_params import SamplingParams
 from osler.runtime.errors import UserError
 from osler.runtime.files import RunFolder
-from osler.tokenizer.bpe import Tokenizer
 from osler.tokenizer.chat import encode_prompt, parse_completion
 from osler.train.config import TrainConfig
 from osler.train.run import train
@@ -242,22 +239,13 @@ def test_a_model_is_asked_to_think_if_it_learned_to():
         assert LoadedModel(path=None, model=None, tokenizer=None, state={}, training=training).reasons is reasons
 
 
-TEXTS = ["Fever of 38 °C, cough — naïve café 発熱 咳 и кашель.", "What is the likeliest cause? Pneumonia (A)."] * 20
-
-
 @pytest.mark.parametrize("reasoning", [True, False])
 @pytest.mark.parametrize("seed", range(6))
-def test_pieces_add_up_to_the_completion(seed, reasoning):
-    tokenizer = Tokenizer.train(TEXTS, vocab_size=300)
-    config = ModelConfig(num_layers=1, hidden_size=32, intermediate_size=32, num_heads=2, num_kv_heads=1, head_dim=16,
-                         vocab_size=tokenizer.vocab_size, max_seq_len=128)  # fmt: skip
-    model = Transformer(config)
-    generator = torch.Generator().manual_seed(0)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.3, generator=generator)
-    engine = InferenceEngine(model)
+def test_pieces_add_up_to_the_completion(runs, seed, reasoning):
+    ready = open_model(runs / "sft", device="cpu")
+    engine, tokenizer = InferenceEngine(ready.model), ready.tokenizer
     prompt = encode_prompt(tokenizer, "What is it?", reasoning=reasoning)
-    sampling = SamplingParams(max_new_tokens=100, temperature=1.5, stop_ids=(tokenizer.eos_id,), seed=seed)
+    sampling = SamplingParams(max_new_tokens=100, temperature=3, stop_ids=(tokenizer.eos_id,), seed=seed)
     ids = engine.generate([prompt], sampling).completions[0]
     pieces = list(stream_answer(engine, tokenizer, "What is it?", sampling, reasoning=reasoning))
     assert all(text for _, text in pieces)

@@ -140,10 +140,8 @@ def test_a_wrong_value_is_refused(name: str, change: dict[str, Any], message: st
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("torn.jsonl", b'{"question": "x"', "torn.jsonl:1 is not JSON"),
         ("empty.jsonl", b"\n\n", "empty.jsonl has no rows"),
         ("exam.csv", b"a,b\n", r"exam.csv is of a kind that cannot be read here.*\.parquet"),
-        ("half.jsonl", b'{"options": {"A": "\\ud83e"}}', "half.jsonl:1: the field 'options.A' holds half a character"),
         ("absent.jsonl", None, r"no file or folder .*absent.jsonl; set task\.path to"),
     ],
 )
