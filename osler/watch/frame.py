@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from osler.monitor.metrics import declared_name
 from osler.records.jsonl import LIFETIME
 from osler.records.values import as_text
 from osler.report import format as fmt
@@ -39,6 +38,7 @@ HEIGHTS = (8, 6, 5, 4, 3, 2, 1)  # of a curve in lines: the first at which all f
 PLAIN_HEIGHT = 4
 EVENTS, CHECKPOINTS = 5, 4
 SHOWN_OF_ROW = 6  # metrics that one row of METRICS declares, as of each source of the data
+EVENT_STYLES = {"incident": "bad", "rollback": "bad", "alert": "warn"}
 STATE_STYLES = {"running": "good", "finished": "good", "dead": "bad", "failed": "bad", "quiet": "warn", "stopped": "warn"}
 
 
@@ -83,15 +83,12 @@ def clean(text: str) -> str:
 
 def _header(watched: WatchedFolder, run: WatchedRun, now: float, width: int) -> list[Text]:
     """Return what runs, on what, how far it is and how long it has to go."""
-    machine = run.machine
-    facts = [str(watched.root.folder.root), run.kind or run.name]
-    if watched.root is not run and watched.root.kind:
-        facts.insert(1, watched.root.kind)
-    if run.parameters:
-        facts.append(f"{fmt.count(run.parameters)} parameters")
-    facts += [as_text(machine[key]) for key in ("device", "dtype") if machine.get(key)]
+    parameters = f"{fmt.count(run.parameters)} parameters" if run.parameters else ""
+    machine = (as_text(run.machine.get(key)) for key in ("device", "dtype"))
+    kinds = dict.fromkeys((watched.root.kind, run.kind or run.name))
+    facts = filter(None, (str(watched.root.folder.root), *kinds, parameters, *machine))
     state = run.state(now)
-    lines = [Text(" · ".join(filter(None, facts)), "title")]
+    lines = [Text(" · ".join(facts), "title")]
     lines += [Text(part, STATE_STYLES.get(state.kind, "dim")) for part in _wrapped(clean(state.words), max(20, width))]
     if not run.has_lines:
         return lines
@@ -113,35 +110,28 @@ def _header(watched: WatchedFolder, run: WatchedRun, now: float, width: int) -> 
 
 def _stages(watched: WatchedFolder, current: WatchedRun, width: int) -> list[Text]:
     """Return the stages of a quickstart in a row, with an arrow at the one that is shown."""
-    told = []
-    for name in watched.names():
-        if name == current.name:
-            told.append(f"▶ {name}")
-        elif name in watched.finished:
-            told.append(f"{name} {fmt.duration(watched.finished[name])}")
-        elif name in watched.stages:
-            stage = watched.stages[name]
-            told.append(f"{name} to step {stage.last_step:,}" if stage.has_lines else f"{name} begun")
-        else:
-            told.append(f"{name} to come")
-    return [Text(line, "dim") for line in textwrap.wrap("   ".join(told), max(20, width))]
+    told = {name: f"{name} to come" for name in watched.names()}
+    for name, stage in watched.stages.items():
+        told[name] = f"{name} to step {stage.last_step:,}" if stage.has_lines else f"{name} begun"
+    told |= {name: f"{name} {fmt.duration(seconds)}" for name, seconds in watched.finished.items() if name in told}
+    told |= {current.name: f"▶ {current.name}"} if current.name in told else {}
+    return [Text(line, "dim") for line in textwrap.wrap("   ".join(told.values()), max(20, width))]
 
 
 def _panels(run: WatchedRun, width: int, rows: int) -> list[Text]:
     """Return the curves, as many side by side as the width allows."""
+    found = by_row(sorted(name for name in run.curves if np.isfinite(run.curves[name].values).any()))
     shown = [
         (title if row == name else f"{inner(row, name)} {title}", name, zero)
         for row, title, zero in PANELS
-        for name in sorted(run.curves)
-        if declared_name(name) == row and np.isfinite(run.curves[name].values).any()
+        for name in found.get(row, [])
     ]
     side_by_side = max(1, min(len(shown), (width + GAP) // (PANEL_WIDTH + GAP)))
     size = (width - GAP * (side_by_side - 1)) // side_by_side
+    panels = [_panel(title, run.curves[name], name, zero, size, rows) for title, name, zero in shown]
     lines = []
-    for start in range(0, len(shown), side_by_side):
-        some = shown[start : start + side_by_side]
-        panels = [_panel(title, run.curves[name], name, zero, size, rows) for title, name, zero in some]
-        for i, parts in enumerate(zip(*panels, strict=True)):
+    for start in range(0, len(panels), side_by_side):
+        for i, parts in enumerate(zip(*panels[start : start + side_by_side], strict=True)):
             lines.append(Text((" " * GAP).join(parts), "chart" if i else "title"))
     return lines
 
@@ -200,9 +190,8 @@ def _values(run: WatchedRun, width: int) -> list[Text]:
 
 def _events(run: WatchedRun) -> list[Text]:
     """Return what happened, the newest first; when the run began and how it ended is in its state."""
-    styles = {"incident": "bad", "rollback": "bad", "alert": "warn"}
-    told = [event for event in run.events if event.kind not in LIFETIME]
-    return [Text(group.in_words, styles.get(group.weight, "")) for group in grouped(told)[:EVENTS]]
+    told = grouped([event for event in run.events if event.kind not in LIFETIME])
+    return [Text(group.in_words, EVENT_STYLES.get(group.weight, "")) for group in told[:EVENTS]]
 
 
 def _checkpoints(run: WatchedRun, now: float) -> list[Text]:

@@ -1,8 +1,4 @@
-"""`osler watch`: frames of a run, drawn on the terminal's alternate screen until Ctrl-C or q.
-
-This is plain ANSI, because a frame is lines that are already laid out. A library such as rich would save some forty lines here
-and bring four packages; the keyboard, SIGTERM, Ctrl-Z and the charts would stay ours.
-"""
+"""`osler watch`: frames of a run, drawn on the terminal's alternate screen until Ctrl-C or q, in plain ANSI."""
 
 from __future__ import annotations
 
@@ -36,10 +32,14 @@ def run(folder: str, *, every_seconds: float = 2.0, once: bool = False) -> int:
     if not every_seconds > 0:
         raise UserError(f"--every {every_seconds:g} must be above 0: the seconds between two frames.")
     path = Path(folder)
-    watched = WatchedFolder(path)
     if path.is_dir() and not is_run(path) and (runs := sub_runs(path)):
-        print("\n".join(listed(runs, time.time())))
+        for each in runs:
+            watched = WatchedFolder(each)
+            watched.refresh()
+            print(clean(f"{each}  {watched.current.state(time.time()).words}"))
+        print(f"This folder holds {len(runs)} runs; give one: osler watch {runs[0]}")
         return 0
+    watched = WatchedFolder(path)
     if once or not is_terminal(sys.stdout):
         if not is_run(path):  # on a terminal a run may still begin, and the screen says so
             raise UserError(why_no_run(path))
@@ -47,24 +47,13 @@ def run(folder: str, *, every_seconds: float = 2.0, once: bool = False) -> int:
         print("\n".join(line.text for line in frame(watched, time.time(), shutil.get_terminal_size().columns)))
         return 0
     with contextlib.suppress(KeyboardInterrupt), own_screen() as keys:
-        size: os.terminal_size | None = None
         while True:
             watched.refresh()
             size = shutil.get_terminal_size()
             draw(frame(watched, time.time(), *size))
             if not wait(every_seconds, size, keys):
-                break
+                return 0
     return 0
-
-
-def listed(runs: Sequence[Path], now: float) -> list[str]:
-    """Return a line for each run of a folder: where it is, and how it is."""
-    lines = []
-    for folder in runs:
-        watched = WatchedFolder(folder)
-        watched.refresh()
-        lines.append(clean(f"{folder}  {watched.current.state(now).words}"))
-    return [*lines, f"This folder holds {len(runs)} runs; give one: osler watch {runs[0]}"]
 
 
 def draw(lines: Sequence[Text]) -> None:

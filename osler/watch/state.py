@@ -71,14 +71,10 @@ class WatchedRun(StageLog):
         return as_text(self.config.get("kind"))
 
     @property
-    def newest_line(self) -> float:
-        """When the newest line was written, in unix seconds; 0 when none says so."""
-        return float(self.log.times[-1]) if len(self.log.times) else 0.0
-
-    @property
     def newest_sign(self) -> float:
         """When the run last wrote anything, in unix seconds; 0 if it never did."""
-        return max(self.newest_line, self.saved_at, *(changed / 1e9 for changed, _ in self._stamps.values()), 0.0)
+        changed = [nanoseconds / 1e9 for nanoseconds, _ in self._stamps.values()]
+        return max(0.0, self.saved_at, *changed, *self.log.times[-1:].tolist())
 
     @property
     def progress(self) -> tuple[float, float, str]:
@@ -89,29 +85,27 @@ class WatchedRun(StageLog):
         if self.kind == "grpo":
             return self.last_step, as_number(self.config.get("steps")), "steps"
         if self.config.get("max_minutes"):
-            left = self._newest("perf/eta_seconds") * self._newest("perf/tokens_per_second")
+            left = self.newest("perf/eta_seconds") * self.newest("perf/tokens_per_second")
             return self.tokens, self.tokens + left, "tokens"
         return self.tokens, as_number(self.config.get("total_tokens")), "tokens"
 
     def seconds_left(self, now: float) -> float:
         """Return the time to the end as the run last logged it, NaN when it has not."""
-        seconds = self._newest("perf/eta_seconds")
-        return max(0.0, seconds - (now - self.newest_line)) if math.isfinite(seconds) else math.nan
+        left = self.newest("perf/eta_seconds")
+        return max(0.0, left - (now - float(self.log.times[-1]))) if math.isfinite(left) and len(self.log.times) else math.nan
 
-    def _newest(self, metric: str) -> float:
+    def newest(self, metric: str) -> float:
+        """Return the newest value of a metric, NaN when there is none."""
         return float(self.curves[metric].values[-1]) if metric in self.curves else math.nan
-
-    @property
-    def kept(self) -> str:
-        """What would survive of the run, in words."""
-        return next((f"saved at step {entry.step:,}" for entry in self.checkpoints), "nothing saved")
 
     def state(self, now: float) -> State:
         """Return whether the run runs, and what its silence means."""
-        silent = max(0.0, now - self.newest_sign)
+        silent, kept = max(0.0, now - self.newest_sign), "nothing saved"
+        if self.checkpoints:
+            kept = f"saved at step {self.checkpoints[0].step:,}"
         event = next((event for event in reversed(self.events) if event.kind in LIFETIME), None)
         if event and event.kind == END:
-            return self._ended(event, now)
+            return self._ended(event, f"{fmt.duration(max(0.0, now - event.time))} ago", kept)
         if not self.has_lines:
             if not self.folder.config.is_file():
                 return State("waiting", "nothing here yet: waiting for a run to write its config.yaml here (q or Ctrl-C leaves)")
@@ -119,35 +113,28 @@ class WatchedRun(StageLog):
         gaps = np.diff(self.log.times[-RECENT_LINES:])
         gap = float(np.median(gaps[gaps > 0])) if (gaps > 0).any() else 0.0
         locked = is_locked(self.folder.root)
-        killed = self._was_killed(event, locked)
+        # A process that began here and has unlocked the folder wrote its end first, unless that was after the events were read.
+        killed = locked is False and event is not None and event.details.get("host") == gethostname()
+        killed = killed and stamp(self.folder.events) == self._stamps.get(self.folder.events)
         for_so_long = f"no sign of it for {fmt.duration(silent)}"
         if silent <= max(QUIET_SECONDS, QUIET_GAPS * gap) and not killed:
             return State("running", "running")
         if locked:
             return State("running", f"running, {for_so_long}")
         if silent <= max(DEAD_SECONDS, DEAD_GAPS * gap) and not killed:
-            return State("quiet", f"{for_so_long}; {self.kept}")
+            return State("quiet", f"{for_so_long}; {kept}")
         guess = "killed, or the machine went down"
-        return State("dead", f"dead: {for_so_long} ({guess}); last line at step {self.last_step:,}, {self.kept}")
+        return State("dead", f"dead: {for_so_long} ({guess}); last line at step {self.last_step:,}, {kept}")
 
-    def _was_killed(self, start: Event | None, locked: bool | None) -> bool:
-        """Whether a process that began on this machine has unlocked the folder without writing its end.
-
-        It writes the end first, so events that have changed since they were read do not count.
-        """
-        has_left = locked is False and start is not None and start.details.get("host") == gethostname()
-        return has_left and stamp(self.folder.events) == self._stamps.get(self.folder.events)
-
-    def _ended(self, end: Event, now: float) -> State:
+    def _ended(self, end: Event, ago: str, kept: str) -> State:
         """Return how the last process ended, in its own words."""
-        ago = f"{fmt.duration(max(0.0, now - end.time))} ago"
         if end.name == FINISHED:
             unresolved = unresolved_at_end(self.events)
             but = f", but {still_wrong(len(unresolved))}: {', '.join(unresolved)}" if unresolved else ""
             return State("finished", f"finished {ago}{but}")
         if end.name == STOPPED:
-            return State("stopped", f"stopped {ago} by Ctrl-C or a signal, {self.kept}")
-        return State(FAILED, f"failed {ago} at step {end.step}, {self.kept}: {end.message}")
+            return State("stopped", f"stopped {ago} by Ctrl-C or a signal, {kept}")
+        return State(FAILED, f"failed {ago} at step {end.step}, {kept}: {end.message}")
 
 
 class WatchedFolder:
