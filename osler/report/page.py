@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from importlib import resources
 from pathlib import Path
@@ -50,22 +50,16 @@ def build_report(run_folder: str | Path | RunRecord, out: str | Path | None = No
         {"name": run.path.resolve().name, "what": "Osler run report", "made_of": "the files of this run"},
         LINKS,
         run=run,
-        score=words.headline_score(run),
-        headline=words.headline(run),
         summary=_summary(run),
         ladder_of=_ladder(run),
-        attention=words.attention(run),
         tiles=list(_tiles(run)),
-        splits={split: words.scores_on(run, split) for split in dict.fromkeys(one.split for one in run.exams)},
         comparison_title="Before and after GRPO" if about_grpo else "Before and after",
         reach=max(0.05, math.ceil(20 * max(ends, default=0.1)) / 20),  # of the axis of differences, on either side of zero
         sample_stages=sample_stages,
         questions=questions,
         samples_lead=_changes(questions, sample_stages),
         times=_times(run),
-        teachers=words.teachers(run),
         stages=[_stage(run, stage, position) for position, stage in enumerate(run.runs)],
-        next_steps=list(words.next_steps(run)),
         facts={**run.groups, "versions": run.versions},
     )
 
@@ -202,16 +196,7 @@ def right_option(sample: SampledAnswer) -> int | None:
 
 
 PAGES = jinja2.Environment(
-    loader=jinja2.PackageLoader("osler.report"),
-    autoescape=True,
-    trim_blocks=True,
-    lstrip_blocks=True,
-    undefined=jinja2.StrictUndefined,
-)
-DRAWINGS: tuple[Callable[..., str], ...] = (svg.interval_bar, svg.ladder, svg.histogram)
-TEXTS: tuple[Callable[..., Any], ...] = (
-    *(fmt.percent, fmt.points, fmt.count, fmt.plural, fmt.duration, charts.legend_value, dump_yaml),
-    *(words.stage_title, words.stage_colour, words.in_sentence, words.interval, words.difference_in_words, right_option),
-)
-PAGES.globals |= {function.__name__: lambda *args, draw=function, **kw: Markup(draw(*args, **kw)) for function in DRAWINGS}
-PAGES.globals |= {function.__name__: function for function in TEXTS}
+    loader=jinja2.PackageLoader("osler.report"), autoescape=True, undefined=jinja2.StrictUndefined,
+    trim_blocks=True, lstrip_blocks=True,
+)  # fmt: skip
+PAGES.globals |= {"charts": charts, "fmt": fmt, "svg": svg, "words": words, "dump_yaml": dump_yaml, "right_option": right_option}

@@ -82,21 +82,15 @@ def smoothed(y: Numbers) -> Numbers:
     bell = np.exp(-0.5 * (2 * np.arange(-radius, radius + 1) / radius) ** 2)
     known = np.isfinite(values)
     inside = slice(radius, radius + len(values))
-    total = np.convolve(np.where(known, values, 0.0), bell)[inside]
-    weight = np.convolve(known.astype(np.float64), bell)[inside]
+    total, weight = (np.convolve(of, bell)[inside] for of in (np.where(known, values, 0.0), known.astype(np.float64)))
     return np.where(known, total / np.where(known, weight, 1.0), math.nan)
 
 
 def averaged(x: Numbers, y: Numbers) -> tuple[Numbers, Numbers]:
     """Return the means of at most `MAX_LEVELS` stretches of equal length; one without a finite value is a gap."""
-    size = math.ceil(len(x) / MAX_LEVELS)
-    if size <= 1:
-        return x, y
-    known = np.isfinite(y)
-    starts = np.arange(0, len(x), size)
-    counts, lengths = np.add.reduceat(known, starts, dtype=np.int64), np.diff(np.append(starts, len(x)))
-    sums = np.add.reduceat(np.where(known, y, 0.0), starts)
-    return np.add.reduceat(x, starts) / lengths, np.where(counts > 0, sums / np.maximum(counts, 1), math.nan)
+    starts, known = np.arange(0, len(x), math.ceil(len(x) / MAX_LEVELS)), np.isfinite(y)
+    counts, sums = np.add.reduceat(known.astype(np.float64), starts), np.add.reduceat(np.where(known, y, 0.0), starts)
+    return np.add.reduceat(x, starts) / np.diff(starts, append=len(x)), sums / np.where(counts > 0, counts, math.nan)
 
 
 def thinned(x: Numbers, y: Numbers) -> tuple[Numbers, Numbers]:
@@ -105,9 +99,7 @@ def thinned(x: Numbers, y: Numbers) -> tuple[Numbers, Numbers]:
     if n <= MAX_POINTS:
         return x, y
     size = math.ceil(2 * n / MAX_POINTS)
-    starts = np.arange(0, n, size)
-    places = np.append(np.arange(n), np.full(-n % size, n - 1)).reshape(-1, size)  # of stretches; the last one is filled up
-    blocks = y[places]
+    starts, blocks = np.arange(0, n, size), np.append(y, np.full(-n % size, math.nan)).reshape(-1, size)
     known = np.isfinite(blocks)
     least = starts + np.where(known, blocks, math.inf).argmin(axis=1)
     most = starts + np.where(known, blocks, -math.inf).argmax(axis=1)
@@ -150,13 +142,8 @@ def line_chart(
     if above:
         parts.append(_text(LEFT + 6, TOP + 10, f"↑ {above} above the axis"))
     parts.append(f'<line class="hair" y1="{TOP}" y2="{HEIGHT - BOTTOM}" x1="0" x2="0" visibility="hidden"/>')
-    data = {
-        "kind": kind,
-        "over": over,
-        "x": [x_low, x_high, LEFT, WIDTH - RIGHT],
-        "y": [sy.low, sy.high, sy.start, sy.end],
-        "lines": shown,
-    }
+    axes = {"x": [x_low, x_high, LEFT, WIDTH - RIGHT], "y": [sy.low, sy.high, sy.start, sy.end]}
+    data = {"kind": kind, "over": over, **axes, "lines": shown}
     # In single quotes the many double quotes of JSON need no escape; they would double the page.
     encoded = escape(json.dumps(data, separators=(",", ":")), quote=False).replace("'", "&#39;")
     attrs = f"data-chart='{encoded}' tabindex=\"0\""

@@ -27,11 +27,9 @@ STAGES = {  # title and palette number
     "untrained": ("Untrained", 5),
 }  # fmt: skip
 HEADLINE_CURVES = (  # without an exam the first that was measured leads; the words before and after its values
-    ("eval/bits_per_byte", "", " bits per byte of held-out text"),
-    ("eval/loss", "held-out loss", ""),
-    ("train/loss", "loss", ""),
-    ("reward", "reward", ""),
-)
+    ("eval/bits_per_byte", "", " bits per byte of held-out text"), ("eval/loss", "held-out loss", ""),
+    ("train/loss", "loss", ""), ("reward", "reward", ""),
+)  # fmt: skip
 GRAVE = ("incident", "rollback", "alert")  # what deserves attention, the gravest first; other kinds are only listed
 STEPS_NAMED = 6
 UNPARSED_SHARE = 0.05  # of the answers

@@ -24,15 +24,11 @@ BLOCKS = " ▁▂▃▄▅▆▇█"
 FULL, EMPTY = "━", "─"
 NO_BREAK = "\u00a0"  # a space at which a line is not broken
 PANELS = (  # row of METRICS, title, whether the curve stands on zero
-    ("train/loss", "loss", False),
-    ("eval/loss", "held-out loss", False),
-    ("reward", "reward", False),
-    ("eval/<split>_accuracy", "accuracy", False),
-    ("train/grad_norm", "gradient norm", False),
-    ("perf/tokens_per_second", "tokens/s", True),
-    ("perf/rollout_tokens_per_second", "sampled tokens/s", True),
+    ("train/loss", "loss", False), ("eval/loss", "held-out loss", False), ("reward", "reward", False),
+    ("eval/<split>_accuracy", "accuracy", False), ("train/grad_norm", "gradient norm", False),
+    ("perf/tokens_per_second", "tokens/s", True), ("perf/rollout_tokens_per_second", "sampled tokens/s", True),
     ("train/lr", "learning rate", True),
-)
+)  # fmt: skip
 PANEL_WIDTH, GAP = 36, 3
 HEIGHTS = (8, 6, 5, 4, 3, 2, 1)  # of a curve in lines: the first at which all fits
 PLAIN_HEIGHT = 4
