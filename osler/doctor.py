@@ -77,6 +77,11 @@ def render(checks: Sequence[Check]) -> str:
     return "\n".join([*lines, "", *(["Advice:", *advice] if advice else ["Nothing to improve."])])
 
 
+def graded(name: str, finding: str, advice: str = "") -> Check:
+    """Return a check of what works, and could be faster where there is advice."""
+    return Check(name, "slow" if advice else "ok", finding, advice)
+
+
 def check_python() -> Check:
     """Return the versions of the interpreter and of Osler."""
     system = f"{platform.system()} {platform.machine()}"
@@ -89,10 +94,8 @@ def check_cores() -> Check:
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota, period = [*_cgroup("cpu.max").split(), "max", "1"][:2]
     usable = allowed if quota == "max" else min(allowed, max(1, int(quota) // int(period)))
-    finding = f"{usable} usable of {os.cpu_count()}"
-    if usable < allowed:
-        return Check("cores", "slow", finding, f"The container's quota is {usable}: set OMP_NUM_THREADS={usable}")
-    return Check("cores", "ok", finding)
+    advice = f"The container's quota is {usable}: set OMP_NUM_THREADS={usable}" if usable < allowed else ""
+    return graded("cores", f"{usable} usable of {os.cpu_count()}", advice)
 
 
 def check_neighbours() -> Check:
@@ -103,10 +106,8 @@ def check_neighbours() -> Check:
     if before is None or after is None:
         return Check("other work", "ok", "unknown on this system")
     busy = busy_elsewhere(before, after)
-    finding = f"other processes keep {busy:.1f} CPUs busy"
-    if busy > _BUSY_CPUS:
-        return Check("other work", "slow", finding, "Training shares the CPUs with it and is slower; `top` shows what it is")
-    return Check("other work", "ok", finding)
+    advice = "Training shares the CPUs with it and is slower; `top` shows what it is" if busy > _BUSY_CPUS else ""
+    return graded("other work", f"other processes keep {busy:.1f} CPUs busy", advice)
 
 
 def check_memory() -> Check:
@@ -116,9 +117,8 @@ def check_memory() -> Check:
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limit = _cgroup("memory.max")
     total = min(total, int(limit)) if limit.isdigit() else total
-    if total < MIN_MEMORY_BYTES:
-        return Check("memory", "slow", f"{total / GIB:.1f} GiB", "Below 4 GiB only the smallest models fit")
-    return Check("memory", "ok", f"{total / GIB:.1f} GiB")
+    advice = "Below 4 GiB only the smallest models fit" if total < MIN_MEMORY_BYTES else ""
+    return graded("memory", f"{total / GIB:.1f} GiB", advice)
 
 
 def _cgroup(name: str) -> str:
@@ -141,10 +141,8 @@ def check_disk(folder: Path) -> Check:
             seconds = time.perf_counter() - start
     except OSError as error:
         return Check("disk", "missing", f"{folder} cannot be written: {error}", "Choose a folder you own: --run DIR")
-    finding = f"{free / GIB:.1f} GiB free, {len(data) / seconds / 2**20:.0f} MiB/s written and synced"
-    if free < MIN_DISK_BYTES:
-        return Check("disk", "slow", finding, "Checkpoints of a real run need more than 5 GiB")
-    return Check("disk", "ok", finding)
+    advice = "Checkpoints of a real run need more than 5 GiB" if free < MIN_DISK_BYTES else ""
+    return graded("disk", f"{free / GIB:.1f} GiB free, {len(data) / seconds / 2**20:.0f} MiB/s written and synced", advice)
 
 
 def check_device(device: torch.device) -> Check:

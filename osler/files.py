@@ -12,8 +12,7 @@ import json
 import logging
 import os
 import re
-import stat
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -34,6 +33,19 @@ TEXT_ENDINGS = (".txt", ".md")
 NAMED_ONLY_ENDING = ".json"
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 NAMES_SHOWN = 3  # of folders that cannot be opened
+BLOCK_BYTES = 1 << 20
+MOST_DIGITS = 640  # of an integer that Python surely converts: the least that sys.set_int_max_str_digits takes
+MOST_NULS = 0.1  # of the characters of a text; in UTF-16 it is about half
+BATCH_ROWS = 1024
+HEAD_BYTES = 4096  # of a file of JSON lines, to see whether it begins with an array
+HALF_CHARACTER = re.compile(r"\\u[dD][89a-fA-F]")  # a surrogate, the only way to write half a character; pairs match too
+
+# Columns that say something about a row and are not its content, by the words of their names.
+_BOOKKEEPING = re.compile(
+    r"(?:^|_)(?:id|ids|idx|index|uid|uuid|hash|url|uri|link|path|file|filename|source|dump|date|time|timestamp|created|updated"
+    r"|license|licence|lang|language|split|subset|version)(?:$|_)",
+    re.IGNORECASE,
+)
 
 
 def find_files(path: str | Path, endings: Sequence[str], *, key: str) -> list[Path]:
@@ -46,14 +58,13 @@ def find_files(path: str | Path, endings: Sequence[str], *, key: str) -> list[Pa
     if not str(path):  # Path("") would be the current folder
         raise UserError(f"{key} is empty: name a file or a folder, such as {key}=MY_TEXTS.")
     path = Path(path)
-    mode = _mode(path)
     packed = [kind + compression for kind in endings if kind != PARQUET_ENDING for compression in COMPRESSIONS]
     readable = f"{', '.join(endings)}, or compressed {', '.join(packed)}"
-    if stat.S_ISREG(mode):
+    if os.path.isfile(path):
         if ending(path) not in (*endings, NAMED_ONLY_ENDING):
             raise UserError(f"{shown(path)} is of a kind that cannot be read here; give a file that ends in {readable}.")
         return [path]
-    if not stat.S_ISDIR(mode):
+    if not os.path.isdir(path):
         raise UserError(f"There is no file or folder {shown(path)}; set {key} to one that exists.")
     files, left_out = _walk(path, endings)
     if not files:
@@ -88,68 +99,39 @@ def _walk(root: Path, endings: Sequence[str]) -> tuple[list[Path], str]:
     """Return the files in a folder, and in words what is left out; first real folders are searched, then linked ones."""
     files: list[Path] = []
     others: Counter[str] = Counter()
-    unopened: list[str] = []
+    unopened: list[OSError] = []
     seen: set[tuple[int, int]] = set()
-    folders, links = [root], deque[Path]()
-    while folders or links:
-        folder = folders.pop() if folders else links.popleft()
-        try:
-            status = folder.stat()
+    starts = [root]
+    for start in starts:  # grows by the links that are found
+        for folder, folders, names in os.walk(start, onerror=unopened.append):
+            status = os.stat(folder)
             if (status.st_dev, status.st_ino) in seen:
                 others["linked twice"] += 1
+                folders.clear()
                 continue
             seen.add((status.st_dev, status.st_ino))
-            entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
-        except OSError as error:
-            unopened.append(f"{shown(folder)} ({error.strerror})")
-            continue
-        for entry in entries:
-            path = Path(entry.path)
-            mode = stat.S_IFDIR if entry.is_dir(follow_symlinks=False) else _mode(path)
-            if entry.name.startswith("."):
-                others["hidden"] += 1
-            elif stat.S_ISDIR(mode):
-                (links if entry.is_symlink() else folders).append(path)
-            elif stat.S_ISREG(mode) and ending(path) in endings:
-                files.append(path)
-            else:
-                others[_kind(path, mode)] += 1
-    left_out = [f"{count:,} {what}" for what, count in others.most_common()]
+            others["hidden"] += sum(name.startswith(".") for name in (*folders, *names))
+            folders[:] = [name for name in folders if not name.startswith(".")]
+            starts += [Path(folder, name) for name in sorted(folders) if os.path.islink(os.path.join(folder, name))]
+            for path in (Path(folder, name) for name in sorted(names) if not name.startswith(".")):
+                if os.path.isfile(path) and ending(path) in endings:
+                    files.append(path)
+                else:
+                    others[_kind(path)] += 1
+    left_out = [f"{count:,} {what}" for what, count in others.most_common() if count]
     if unopened:
+        shortened = [f"{shown(error.filename)} ({error.strerror})" for error in unopened[:NAMES_SHOWN]]
         more = ", ..." if len(unopened) > NAMES_SHOWN else ""
-        left_out.append(f"{len(unopened):,} that cannot be opened: {', '.join(unopened[:NAMES_SHOWN])}{more}")
+        left_out.append(f"{len(unopened):,} that cannot be opened: {', '.join(shortened)}{more}")
     return sorted(files, key=lambda file: file.relative_to(root).as_posix()), ", ".join(left_out)
 
 
-def _mode(path: Path) -> int:
-    """Return the mode of what is at `path`; 0 where nothing is or can be (a NUL in the name, a link in a circle)."""
-    try:
-        return path.stat().st_mode
-    except (OSError, ValueError):
-        return 0
-
-
-def _kind(path: Path, mode: int) -> str:
+def _kind(path: Path) -> str:
     """Return what a person calls the kind of a file that is left out."""
-    if not stat.S_ISREG(mode):
+    if not os.path.isfile(path):
         return "linked nowhere" if path.is_symlink() else "neither file nor folder"
     is_packed = len(path.suffixes) > 1 and path.suffix.lower() in COMPRESSIONS
     return shown("".join(path.suffixes[-2:] if is_packed else path.suffixes[-1:]).lower()) or "without an ending"
-
-
-BLOCK_BYTES = 1 << 20
-MOST_DIGITS = 640  # of an integer that Python surely converts: the least that sys.set_int_max_str_digits takes
-MOST_NULS = 0.1  # of the characters of a text; in UTF-16 it is about half
-BATCH_ROWS = 1024
-HEAD_BYTES = 4096  # of a file of JSON lines, to see whether it begins with an array
-HALF_CHARACTER = re.compile(r"\\u[dD][89a-fA-F]")  # a surrogate, the only way to write half a character; pairs match too
-
-# Columns that say something about a row and are not its content, by the words of their names.
-_BOOKKEEPING = re.compile(
-    r"(?:^|_)(?:id|ids|idx|index|uid|uuid|hash|url|uri|link|path|file|filename|source|dump|date|time|timestamp|created|updated"
-    r"|license|licence|lang|language|split|subset|version)(?:$|_)",
-    re.IGNORECASE,
-)
 
 
 @dataclass(frozen=True)
@@ -199,9 +181,6 @@ def decode_lines(lines: Iterable[bytes], name: str) -> Iterator[tuple[str, str]]
             raise UserError(_not_utf8(where, error, offset)) from None
         offset += len(line)
         yield where, text.removeprefix("\ufeff")  # joined files have one on later lines
-
-
-# -- bytes and lines ---------------------------------------------------------------------------------------------------
 
 
 def _open(file: Path) -> IO[bytes]:
@@ -254,9 +233,6 @@ def _damaged(file: Path, error: Exception) -> str:
         return f"{shown(file)} cannot be read: {error.strerror}."
     reason = " ".join(str(error).split()).removesuffix(".")  # pyarrow's may have several lines
     return f"{shown(file)} cannot be read, it may be torn or not what its name says: {reason}. Copy or download it again."
-
-
-# -- JSON lines --------------------------------------------------------------------------------------------------------
 
 
 class _RepeatedKeyError(ValueError):
@@ -339,9 +315,6 @@ def _check_characters(row: dict[str, Any], where: str) -> None:
 def _unread(content: Sequence[str], columns: Sequence[str] | None) -> list[str]:
     """Return those of the columns with content that were not asked for."""
     return [name for name in content if columns is not None and name not in columns and not _BOOKKEEPING.search(name)]
-
-
-# -- parquet -----------------------------------------------------------------------------------------------------------
 
 
 def _parquet_rows(file: Path, columns: Sequence[str] | None) -> Iterator[Row]:

@@ -199,7 +199,7 @@ def test_configs_and_cli_do_not_load_torch():
         "import importlib, sys\n"
         f"for name in {light!r}:\n"
         "    importlib.import_module(name)\n"
-        "    heavy = {'torch', 'pydantic', 'tokenizers', 'pyarrow', 'numpy', 'transformers'} & set(sys.modules)\n"
+        "    heavy = {'torch', 'pydantic', 'yaml', 'tokenizers', 'pyarrow', 'numpy', 'transformers'} & set(sys.modules)\n"
         "    assert not heavy, f'{name} loads {heavy}'\n"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import subprocess
-import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -295,8 +293,3 @@ class TestRecipes:
 
     def test_an_empty_file_is_a_recipe(self, tmp_path):
         assert load_recipe(self.write(tmp_path, empty="# nothing\n") / "empty.yaml") == {}
-
-
-def test_importing_config_loads_neither_pydantic_nor_yaml_nor_torch():
-    code = "import sys, osler.config; sys.exit(bool({'pydantic', 'yaml', 'torch'} & set(sys.modules)))"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

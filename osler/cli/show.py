@@ -133,23 +133,17 @@ def explanations(cls: type) -> dict[str, str]:
     """Return the comment behind or directly above each field of a config class, empty where there is none."""
     found: dict[str, str] = {}
     for part in reversed(cls.__mro__[:-1]):
-        found |= _comments_in(part)
-    return found
-
-
-def _comments_in(cls: type) -> dict[str, str]:
-    source = textwrap.dedent(inspect.getsource(cls))
-    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
-    comments = {token.start[0]: token for token in tokens if token.type == tokenize.COMMENT}
-    alone = {row for row, token in comments.items() if token.line.lstrip().startswith("#")}
-    found: dict[str, str] = {}
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-            first = node.lineno
-            while first - 1 in alone:
-                first -= 1
-            rows = range(first, (node.end_lineno or node.lineno) + 1)
-            found[node.target.id] = " ".join(comments[row].string.lstrip("# ") for row in rows if row in comments)
+        source = textwrap.dedent(inspect.getsource(part))
+        tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+        comments = {token.start[0]: token for token in tokens if token.type == tokenize.COMMENT}
+        alone = {row for row, token in comments.items() if token.line.lstrip().startswith("#")}
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+                first = node.lineno
+                while first - 1 in alone:
+                    first -= 1
+                rows = range(first, (node.end_lineno or node.lineno) + 1)
+                found[node.target.id] = " ".join(comments[row].string.lstrip("# ") for row in rows if row in comments)
     return found
 
 

@@ -20,12 +20,21 @@ from osler.config.schema import ConfigError, nearest, shown
 from osler.runtime.errors import UserError
 
 RECIPES = Path(__file__).parents[1] / "recipes"
+_SCALARS = {
+    "null": "~|null|Null|NULL|",
+    "bool": "true|True|TRUE|false|False|FALSE",
+    "int": "[-+]?(?:0x[0-9a-fA-F]+|[0-9][0-9_]*)",
+    "float": r"[-+]?(?:\.[0-9]+|[0-9][0-9_]*(?:\.[0-9_]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
+}
 
 
 def available_recipes() -> dict[str, str]:
     """Return the name and the one-line description of every recipe that ships with Osler, sorted by name."""
-    files = {path.relative_to(RECIPES).with_suffix("").as_posix(): path for path in RECIPES.rglob("*.yaml")}
-    return {name: str(_read(files[name]).get("description", "")) for name in sorted(files)}
+    return {name: str(_read(path).get("description", "")) for name, path in _shipped().items()}
+
+
+def _shipped() -> dict[str, Path]:
+    return dict(sorted((path.relative_to(RECIPES).with_suffix("").as_posix(), path) for path in RECIPES.rglob("*.yaml")))
 
 
 def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -98,14 +107,12 @@ def _load_file(path: Path, users: tuple[Path, ...]) -> dict[str, Any]:
 def _find(name: str, *, folder: Path | None, user: str) -> Path:
     """Return the file that a recipe or a base names; ``folder`` is where the recipe that asks for it lies."""
     given = Path(name).expanduser()
-    if given.suffix in (".yaml", ".yml"):
-        candidates = [(folder or Path()) / given]
-    else:
-        candidates = [RECIPES / f"{name}.yaml", *([folder / f"{name}.yaml"] if folder else [])]
-    for candidate in candidates:
+    is_file_name = given.suffix in (".yaml", ".yml")
+    named = [(folder or Path()) / given] if is_file_name else [RECIPES / f"{name}.yaml", (folder or RECIPES) / f"{name}.yaml"]
+    for candidate in named:
         if candidate.is_file():
             return candidate.resolve()
-    if given.suffix in (".yaml", ".yml"):
+    if is_file_name:
         shipped = f"; the recipe that ships with Osler is `{given.with_suffix('')}`" if (RECIPES / given).is_file() else ""
         raise ConfigError(f"{user}there is no recipe file {given}{shipped}")
     if given.exists():
@@ -113,8 +120,7 @@ def _find(name: str, *, folder: Path | None, user: str) -> Path:
         raise ConfigError(f"{user}{name} is no recipe but a {kind}; to train on it: data.type=files data.path={name}")
     if name.startswith((".", "/", "~")):
         raise ConfigError(f"{user}there is no file or folder {name}; text to train on: data.type=files data.path=PATH")
-    names = sorted(path.relative_to(RECIPES).with_suffix("").as_posix() for path in RECIPES.rglob("*.yaml"))
-    raise ConfigError(f"{user}there is no recipe `{name}`{nearest(name, names)} (a file of yours ends in .yaml)")
+    raise ConfigError(f"{user}there is no recipe `{name}`{nearest(name, list(_shipped()))} (a file of yours ends in .yaml)")
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -134,7 +140,7 @@ def load_yaml(text: str, source: str) -> Any:
     import yaml
 
     try:
-        return yaml.load(text, Loader=_loader())
+        return yaml.load(text, Loader=_yaml_classes()[0])
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
@@ -147,15 +153,18 @@ def dump_yaml(value: Any) -> str:
     """Write plain dicts, lists and scalars as YAML, keys in the order given; ``load_yaml`` reads it back."""
     import yaml
 
-    return yaml.dump(value, Dumper=_dumper(), sort_keys=False, allow_unicode=True, width=100)
+    return yaml.dump(value, Dumper=_yaml_classes()[1], sort_keys=False, allow_unicode=True, width=100)
 
 
 @functools.cache
-def _loader() -> Any:
+def _yaml_classes() -> tuple[Any, Any]:
+    """Return a loader by the rules of this module, and a dumper that quotes what YAML 1.1 or 1.2 would not read as text."""
     import yaml
 
+    resolvers = [(f"tag:yaml.org,2002:{name}", re.compile(rf"(?:{pattern})$")) for name, pattern in _SCALARS.items()]
+
     class Loader(yaml.SafeLoader):
-        yaml_implicit_resolvers: dict[str, list[Any]] = {}  # noqa: RUF012 (PyYAML reads the class attribute)
+        yaml_implicit_resolvers = {None: resolvers}  # noqa: RUF012 (PyYAML reads the class attribute)
 
         def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
             seen: set[str] = set()
@@ -167,34 +176,12 @@ def _loader() -> Any:
                 seen.add(key)
             return super().construct_mapping(node, deep=deep)
 
-    def integer(loader: Any, node: Any) -> int:
-        digits = loader.construct_scalar(node).replace("_", "")
-        return int(digits, 16 if "x" in digits else 10)
-
-    def resolve(tag: str, pattern: str, first: str) -> None:
-        Loader.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", re.compile(rf"(?:{pattern})$"), list(first))
-
-    resolve("null", "~|null|Null|NULL|", "~nN\0")
-    Loader.yaml_implicit_resolvers[""] = Loader.yaml_implicit_resolvers.pop("\0")  # an empty value has no first letter
-    resolve("bool", "true|True|TRUE|false|False|FALSE", "tTfF")
-    resolve("int", "[-+]?(?:0x[0-9a-fA-F]+|[0-9][0-9_]*)", "-+0123456789")
-    resolve("float", r"[-+]?(?:\.[0-9]+|[0-9][0-9_]*(?:\.[0-9_]*)?)(?:[eE][-+]?[0-9]+)?", "-+.0123456789")
-    resolve("float", r"[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)", "-+.")
-    Loader.add_constructor("tag:yaml.org,2002:int", integer)
-    return Loader
-
-
-@functools.cache
-def _dumper() -> Any:
-    """Return a safe YAML dumper that writes no aliases and quotes what YAML 1.1 or 1.2 would not read as text."""
-    import yaml
-
-    ours, theirs = _loader().yaml_implicit_resolvers, yaml.SafeDumper.yaml_implicit_resolvers
+        def construct_integer(self, node: Any) -> int:
+            digits = self.construct_scalar(node).replace("_", "")
+            return int(digits, 16 if "x" in digits else 10)
 
     class Dumper(yaml.SafeDumper):
-        yaml_implicit_resolvers = {  # noqa: RUF012 (PyYAML reads the class attribute)
-            first: [*theirs.get(first, []), *ours.get(first, [])] for first in {*ours, *theirs}
-        }
+        yaml_implicit_resolvers = {**yaml.SafeDumper.yaml_implicit_resolvers, None: resolvers}  # noqa: RUF012
 
         def ignore_aliases(self, data: Any) -> bool:
             return True
@@ -204,5 +191,6 @@ def _dumper() -> Any:
             style = '"' if re.search("[\x85\u2028\u2029]", text) else None
             return self.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 
+    Loader.add_constructor("tag:yaml.org,2002:int", Loader.construct_integer)
     Dumper.add_representer(str, Dumper.represent_text)
-    return Dumper
+    return Loader, Dumper

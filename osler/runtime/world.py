@@ -1,12 +1,11 @@
 """The processes of a run: each knows its place from torchrun's environment, and they agree through a ``World``.
 
-Every process runs the same program on rows of its own. Whatever may differ between them goes through the methods of ``World``;
-one process is a world of size 1, in which they do nothing. Tensors travel by NCCL between GPUs and by gloo on CPUs. The hosts
-agree over gloo connections of their own, which never wait for a GPU and are patient enough for the preparation of data.
+Every process runs the same program on rows of its own. Whatever may differ between them goes through the methods of ``World``,
+which do nothing for one process. Tensors travel by NCCL between GPUs and by gloo on CPUs. The hosts agree over gloo connections
+of their own, which never wait for a GPU and are patient enough for the preparation of data.
 
-A process that dies closes its connections, so the others fail when they next communicate, instead of waiting for ever; ``joined``
-turns that into one clear error. A process that ends with a UserError leaves the message where the others find it when they fail,
-so they end with the same message, and it is printed once on each machine. There is no state to resume.
+A process that dies closes its connections, so the others fail when they next communicate; ``joined`` turns that into one clear
+error. A process that ends with a UserError leaves the message where the others find it, so it is printed once on each machine.
 """
 
 from __future__ import annotations
