@@ -15,7 +15,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ from osler.quickstart.config import QuickstartConfig
 from osler.records import jsonl
 from osler.records.jsonl import read_metrics
 from osler.records.results import Comparison, FinishedStage, SampledAnswer, add_exams
-from osler.records.values import read_records, to_json, write_records
+from osler.records.values import read_records
 from osler.report.page import build_report
 from osler.report.words import summary_text
 from osler.rl.run import train as train_grpo
@@ -115,7 +115,7 @@ class Quickstart:
                 logger.info("Stopped and saved. The same command goes on from there.")
                 return EXIT_STOPPED
             finished.append(FinishedStage(name, round(time.monotonic() - started, 1), what))
-            write_records(self.run.stages, finished)
+            write_json(self.run.stages, [asdict(stage) for stage in finished])
         write_json(self.run.root / "notes.json", list(NOTES))
         report = build_report(self.run.root)
         print(summary_text(self.run.root))
@@ -185,7 +185,7 @@ class Quickstart:
             gain = compare(score, after[split], cluster_by_group=True)
             pair = score.accuracy, after[split].accuracy
             rows.append(Comparison(split, *pair, gain.mean, gain.interval, gain.n, EARLIER, "grpo", branch=True))
-        write_records(self.run.comparison, rows)
+        write_json(self.run.comparison, [asdict(row) for row in rows])
         return True
 
     def examine(self, label: str, checkpoint: Path) -> dict[str, ScoredExam]:
@@ -203,6 +203,6 @@ class Quickstart:
             for result in score.results[: SAMPLES_SHOWN // len(self.config.exam_splits)]:
                 item, asked = result.item, (result.item.question, list(result.item.options))
                 sample = SampledAnswer(item.id, label, *asked, result.thinking, result.text, render_answer(item), result.right)
-                jsonl.append(self.run.samples, to_json(sample))
+                jsonl.append(self.run.samples, asdict(sample))
             add_exams(self.run.exams, label, {split: replace(score, method="generation")})
         return scores

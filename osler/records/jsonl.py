@@ -25,9 +25,9 @@ from itertools import compress
 from pathlib import Path
 from typing import Any
 
-from osler.records.values import NAN, as_dict, as_list, as_number, as_text, plain
+from osler.records.values import NAN, as_dict, as_list, as_number, as_text
 from osler.runtime.errors import UserError
-from osler.runtime.files import write_atomic
+from osler.runtime.files import plain, write_atomic
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from osler.records import jsonl
-from osler.records.values import NAN, as_dict, from_json, to_json
+from osler.records.values import NAN, as_dict, from_json
 from osler.runtime.errors import UserError
 from osler.runtime.files import read_json, write_json
 
@@ -114,9 +114,8 @@ def add_exams(path: Path, label: str, scores: Mapping[str, ExamScore], *, last: 
     table = read_json(path) if path.exists() else {}
     if not isinstance(table, dict):
         raise UserError(f"{path} is not a table of scores; move it away and evaluate again.")
-    rows = {split: to_json(score, ExamScore) for split, score in scores.items()}
-    for row in rows.values():
-        del row["label"], row["split"]
+    names = [name for name in ExamScore.__dataclass_fields__ if name not in ("label", "split")]
+    rows = {split: {name: getattr(score, name) for name in names} for split, score in scores.items()}
     table[label] = as_dict(table.get(label)) | rows
     if last in table:
         table[last] = table.pop(last)

@@ -5,15 +5,14 @@ Nothing here raises for what a file holds.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
-from osler.runtime.files import read_json, write_json
+from osler.runtime.files import read_json
 
 NAN = math.nan
 T = TypeVar("T")
@@ -65,31 +64,12 @@ def from_json(record: type[T], fields: Mapping[str, Any]) -> T:
     return record(**{name: readers[name](raw) for name, raw in fields.items() if name in readers})
 
 
-def to_json(record: Any, kind: type | None = None) -> dict[str, Any]:
-    """Return the fields of a record, or those that ``kind`` has, for a JSON object."""
-    return {field.name: plain(getattr(record, field.name)) for field in dataclasses.fields(kind or record)}
-
-
 def read_records(record: type[T], path: Path) -> list[T]:
     """Return the records of a JSON file that holds a list, none when there is no file; raises UserError when it is damaged."""
     rows = as_list(read_json(path)) if path.exists() else []
     return [from_json(record, row) for row in rows if isinstance(row, dict)]
 
 
-def write_records(path: Path, records: Sequence[Any]) -> None:
-    """Write records as a JSON file that holds a list."""
-    write_json(path, [to_json(record) for record in records])
-
-
 @cache
 def _readers(record: type) -> dict[str, Callable[[Any], Any]]:
     return {name: READERS[kind] for name, kind in get_type_hints(record).items()}
-
-
-def plain(value: Any) -> Any:
-    """Return a value for JSON, which has neither NaN nor infinity: null stands for them."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: plain(item) for key, item in value.items()}
-    return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value

@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import asdict
 
 from osler.records import jsonl
 from osler.records.results import SampledAnswer
-from osler.records.values import to_json
 from osler.rl.config import GrpoConfig
 from osler.rl.rollout import Group, Sample, is_readable
 from osler.runtime.errors import UserError
@@ -108,4 +108,4 @@ def sample_line(group: Group, sample: Sample) -> str:
         item.id, "grpo step 0", item.question, list(item.options), completion.thinking, completion.answer or "",
         render_answer(item), sample.correct,
     )  # fmt: skip
-    return jsonl.to_line(to_json(answer))
+    return jsonl.to_line(asdict(answer))

@@ -12,10 +12,11 @@ import hashlib
 import importlib
 import json
 import logging
+import math
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -145,8 +146,17 @@ def write_json(path: str | os.PathLike[str], obj: Any) -> None:
 
 
 def indented(obj: Any) -> str:
-    """Return JSON for people: indented, with every character as itself."""
-    return json.dumps(obj, indent=2, ensure_ascii=False) + "\n"
+    """Return JSON for people: indented, with every character as itself, and null for a number that is not finite."""
+    return json.dumps(plain(obj), indent=2, ensure_ascii=False) + "\n"
+
+
+def plain(obj: Any) -> Any:
+    """Return an object for JSON, which has neither NaN nor infinity: null stands for them."""
+    if isinstance(obj, float):
+        return obj if math.isfinite(obj) else None
+    if isinstance(obj, Mapping):
+        return {key: plain(value) for key, value in obj.items()}
+    return [plain(value) for value in obj] if isinstance(obj, (list, tuple)) else obj
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:

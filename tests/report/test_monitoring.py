@@ -6,13 +6,13 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterable
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from osler.monitor.metrics import METRICS
 from osler.records.jsonl import Event
-from osler.records.values import to_json
 from osler.report import format as fmt
 from osler.report import svg
 from osler.report.charts import OTHER, TOGETHER, Family, Figure, bundle, by_layer, charts_of, family_of, kind_of
@@ -29,7 +29,7 @@ def event(step: int, kind: str, name: str, message: str = "Said.") -> Event:
 
 
 def lines(*rows: dict[str, object] | Event) -> str:
-    return "".join(json.dumps(to_json(row) if isinstance(row, Event) else row) + "\n" for row in rows)
+    return "".join(json.dumps(asdict(row) if isinstance(row, Event) else row) + "\n" for row in rows)
 
 
 EVENTS = (
