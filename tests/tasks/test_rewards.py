@@ -48,12 +48,8 @@ def test_reward_table(item: ExamItem, completion: Completion, correct: float, fo
     assert rewards == {"correct": correct, "format": form, "gated_format": correct * form, "brief_correct": correct}
 
 
-def test_long_thinking_loses_the_brief_reward_only() -> None:
-    completion = written(thinking="x" * (MAX_THINKING_CHARS + 1))
-    assert REWARDS["brief_correct"](ITEM, completion) == 0 and REWARDS["correct"](ITEM, completion) == 1
-
-
-def test_an_endless_answer_is_wrong_and_quick() -> None:
-    endless = written("(A) " * 200_000 + "(B)")
-    assert all(reward(ITEM, endless) == 0 for reward in REWARDS.values())
+def test_what_is_too_long_earns_less_at_once() -> None:
+    thoughtful = written(thinking="x" * (MAX_THINKING_CHARS + 1))
+    assert REWARDS["brief_correct"](ITEM, thoughtful) == 0 and REWARDS["correct"](ITEM, thoughtful) == 1
+    assert all(reward(ITEM, written("(A) " * 200_000 + "(B)")) == 0 for reward in REWARDS.values())
     assert REWARDS["correct"](NUMBER, written("72 " * 200_000)) == 0

@@ -2,12 +2,10 @@
 
 import gzip
 import json
-import os
 import random
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -95,13 +93,6 @@ def test_training_puts_specials_first_keeps_every_byte_and_digit_and_merges_word
     assert "\ufffd" in trained.decode(trained.encode("\U0001f9ea")[:-1]), "half a character"
     assert [trained.decode([token_id]) for token_id in trained.encode("12345")] == list("12345")
     assert len(trained.encode(CORPUS[0])) < len(CORPUS[0]) / 2
-
-
-def test_training_is_deterministic_and_depends_on_the_text() -> None:
-    first, second = Tokenizer.train(iter(CORPUS), 320), Tokenizer.train(CORPUS, 320)
-    assert first.to_bytes() == second.to_bytes()
-    assert first.fingerprint == second.fingerprint
-    assert Tokenizer.train(["entirely other words, other merges " * 9], 320).fingerprint != first.fingerprint
 
 
 def test_special_tokens_written_in_a_text_are_text(trained: Tokenizer) -> None:
@@ -215,40 +206,29 @@ TEXTS = ["Fever and rusty sputum suggest pneumonia, d'où 38.5 °C.\n" * 40, "",
 
 def test_a_child_trains_the_same_tokenizer_to_the_byte(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = Tokenizer.train(TEXTS, 400).to_bytes()
-    assert train(iter(TEXTS), 400).to_bytes() == whole
+    assert train(iter(TEXTS), 400).to_bytes() == whole != Tokenizer.train(TEXTS[:1], 400).to_bytes()
     monkeypatch.setattr(bpe, "SHORT_BYTES", 1000)
     assert train(iter(TEXTS), 400).to_bytes() == whole
 
 
 def test_a_signal_is_heard_while_the_library_computes() -> None:
-    """On one word of minutes of work: the signal comes when all text has been handed over."""
+    """On words of minutes of work: the signal comes when all text has been handed over."""
     rng = random.Random(0)
     words = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=1000)) for _ in range(1 + SHORT_BYTES // 1000)]
-    heard = threading.Event()
-    was_heard: list[bool] = []
-
-    def press() -> None:
-        os.kill(os.getpid(), signal.SIGINT)
-        was_heard.append(heard.wait(30))
 
     def texts() -> Iterator[str]:
         for number in range(30):
             yield " ".join(word[number:] + word[:number] for word in words)
-        presser.start()
+        signal.setitimer(signal.ITIMER_REAL, 0.2)
 
-    def on_signal(number: int, frame: object) -> None:
-        heard.set()
-        raise KeyboardInterrupt
-
-    presser = threading.Timer(0.2, press)
-    before = signal.signal(signal.SIGINT, on_signal)
+    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    start = time.monotonic()
     try:
         with pytest.raises(KeyboardInterrupt):
             train(texts(), 8000)
     finally:
-        signal.signal(signal.SIGINT, before)
-        presser.join()
-    assert was_heard == [True]
+        signal.signal(signal.SIGALRM, before)
+    assert time.monotonic() - start < 30
 
 
 def test_a_child_that_is_lost_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
