@@ -69,8 +69,8 @@ class LoadedModel:
     @property
     def knows_clinic(self) -> bool:
         """Whether the run that wrote the checkpoint trained on the clinic's world."""
-        tasks = self.training.get("tasks") or []
-        return self._data.get("type") == "clinic" or any(entry["task"]["type"] == "clinic" for entry in tasks)
+        learned_from = [self._data, *(entry["task"] for entry in self.training.get("tasks") or [])]
+        return any(section.get("type") == "clinic" for section in learned_from)
 
     @property
     def seq_len(self) -> int:
@@ -88,9 +88,8 @@ class LoadedModel:
     @property
     def shards(self) -> Path | None:
         """The folder with the shards that it was trained on, where that is known."""
-        if self._data.get("type") == "prepared":
-            return Path(str(self._data["path"]))
-        return self.run.root / "data" if self.run is not None else None
+        in_run = None if self.run is None else self.run.root / "data"
+        return Path(self._data["path"]) if self._data.get("type") == "prepared" else in_run
 
     def describe(self) -> str:
         """Return one line: where it is, how large it is and how it was trained."""
