@@ -36,7 +36,7 @@ def training(recipe: str) -> Callable[[], int]:
     """One training step of a recipe; returns its tokens."""
     import torch
 
-    from osler.bench.measure import stand_in, training_step
+    from osler.bench import stand_in, training_step
     from osler.config.recipe import load_recipe
     from osler.config.schema import decode
     from osler.data.loader import Loader

@@ -60,7 +60,7 @@ def build_qwen3(model: Any, dtype: Any) -> Any:
     import torch
     import transformers
 
-    from osler.bench.measure import qwen3_config
+    from osler.bench import qwen3_config
 
     config = model.config
     qwen3 = transformers.Qwen3ForCausalLM(qwen3_config(transformers, config)).eval()

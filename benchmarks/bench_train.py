@@ -2,7 +2,7 @@
 
     python benchmarks/bench_train.py [--peer PATH_TO_NANOCHAT] [--peer hf] [--shape small] [--batch-tokens N] [--out FILE]
 
-How it measures stands in `osler/bench/run.py`. Every model's step is `TrainStep` (forward, backward, clipping,
+How it measures stands in `osler/bench.py`. Every model's step is `TrainStep` (forward, backward, clipping,
 fused AdamW), so the comparison is of the models and their losses.
 """
 
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from measuring import publish
 
-from osler.bench.run import compare
+from osler.bench import compare
 from osler.config.recipe import load_recipe, parse_overrides
 from osler.config.schema import decode
 from osler.train.config import TrainConfig

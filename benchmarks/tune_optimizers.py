@@ -21,7 +21,7 @@ from typing import Any
 
 from text_10min import train
 
-from osler.bench.run import compare
+from osler.bench import compare
 from osler.config.recipe import load_recipe
 from osler.config.schema import decode
 from osler.runtime.device import describe_machine

@@ -345,7 +345,7 @@ COMMANDS: tuple[Command, ...] = (
         "bench",
         "Time a recipe's training step on this machine, alone or beside nanochat and Hugging Face",
         "osler bench pure-tiny seq_len=512 batch_tokens=4096 --peer hf --peer ../nanochat",
-        "osler.bench.run:run",
+        "osler.bench:run",
         (
             RECIPE,
             option(

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from osler.bench.measure import build_hf, build_osler
+from osler.bench import build_hf, build_osler
 from osler.cli.main import main
 from osler.config.recipe import parse_overrides
 from osler.config.schema import decode
@@ -76,7 +76,7 @@ def test_a_stopwatch_knows_where_time_went(monkeypatch):
     assert stopwatch.read() == {"long": 4.0, "short": 1.0} and stopwatch.read() == {}
 
 
-FILE = Path(__file__).parents[2] / "benchmarks" / "measuring.py"
+FILE = Path(__file__).parents[1] / "benchmarks" / "measuring.py"
 
 
 def test_a_result_names_its_machine(tmp_path, capsys):
