@@ -169,15 +169,10 @@ def server(status: int = 200, **headers: str) -> Iterator[tuple[str, list[tuple[
         def log_message(self, *_):
             pass
 
-    http = HTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=http.serve_forever, args=(0.05,))
-    thread.start()
-    try:
+    with HTTPServer(("127.0.0.1", 0), Handler) as http:
+        threading.Thread(target=http.serve_forever, args=(0.05,), daemon=True).start()
         yield f"http://127.0.0.1:{http.server_port}/hooks/1", got
-    finally:
         http.shutdown()
-        thread.join()
-        http.server_close()
 
 
 def test_command_and_webhook_get_the_same_json_and_the_command_the_runs_environment(run, hook, monkeypatch):
@@ -203,14 +198,13 @@ def test_a_command_that_fails_says_why(code, timeout, reason, monkeypatch):
 
 
 def test_a_webhook_that_fails_says_why():
-    with server(500) as (url, _), pytest.raises(UndeliveredError, match="500"):
-        Webhook(url, "runs/x", 0).alert(ALERT)
+    for status in (500, 302):  # a redirect is not followed
+        with server(status, Location="/elsewhere") as (url, got):
+            with pytest.raises(UndeliveredError, match=str(status)):
+                Webhook(url, "runs/x", 0).alert(ALERT)
+            assert len(got) == 1
     with pytest.raises(UndeliveredError, match="refused"):
         Webhook(url, "runs/x", 0).alert(ALERT)
-    with server(302, Location=url) as (moved, got):
-        with pytest.raises(UndeliveredError, match="302"):
-            Webhook(moved, "runs/x", 0).alert(ALERT)
-        assert len(got) == 1
 
 
 @pytest.mark.parametrize(
@@ -221,19 +215,15 @@ def test_a_command_that_cannot_work_is_refused_before_training(command, match):
         check_trackers(MonitorConfig(alert_command=command))
 
 
-@pytest.mark.parametrize(
-    "url",
-    ["python tell_me.py", "http://example.org/x", "ftp://example.org", "https://", "https://example.org:port", "https://a b",
-     "http://localhost.example.org", "https://é.org"],
-)  # fmt: skip
-def test_a_webhook_that_is_no_secure_url_is_refused(url):
-    with pytest.raises(ValueError, match=r"must be an https:// URL.*alert_command"):
-        MonitorConfig(webhook=url)
-
-
-@pytest.mark.parametrize("url", ["https://example.org:8443/hooks/x?id=1", "HTTP://localhost:8080", "http://[::1]/x", "https://[1::2]"])
-def test_a_webhook_is_encrypted_or_on_this_machine(url):
-    assert MonitorConfig(webhook=url).webhook == url
+def test_a_webhook_is_encrypted_or_on_this_machine():
+    for url in ("https://example.org:8443/hooks/x?id=1", "HTTP://localhost:8080", "http://[::1]/x", "https://[1::2]"):
+        assert MonitorConfig(webhook=url).webhook == url
+    for url in (
+        "python tell_me.py", "http://example.org/x", "ftp://example.org", "https://", "https://example.org:port", "https://a b",
+        "http://localhost.example.org", "https://é.org",
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=r"must be an https:// URL.*alert_command"):
+            MonitorConfig(webhook=url)
 
 
 @pytest.mark.parametrize("field", ["tensorboard", "wandb", "clearml"])
