@@ -143,9 +143,8 @@ class Collector:
 
     def speed(self, tokens_per_second: float, *, tokens_left: int, seq_len: int) -> dict[str, float]:
         """Return what follows from a speed of training: the time left, and the share of the GPUs' peak."""
-        eta_seconds = max(0, tokens_left) / tokens_per_second
-        mfu = self.mfu(tokens_per_second, seq_len)
-        return {"perf/tokens_per_second": tokens_per_second, "perf/eta_seconds": eta_seconds, **mfu}
+        left = {"perf/eta_seconds": max(0, tokens_left) / tokens_per_second}
+        return {"perf/tokens_per_second": tokens_per_second, **left, **self.mfu(tokens_per_second, seq_len)}
 
     def mfu(self, tokens_per_second: float, seq_len: int) -> dict[str, float]:
         """Return the share of the GPUs' peak at a speed of training on rows of ``seq_len`` tokens, where the peak is known."""

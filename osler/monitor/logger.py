@@ -53,7 +53,10 @@ class RunLogger:
         if is_first:
             self.alerter = replay(replace(settings, section=_section(run)), run.metrics)
             self.alerter.history.forget_speed()  # another process may have other devices, or more of them
-            self.trackers += _start_trackers(config, run, step)
+            for field, (name, sink) in SINKS.items():
+                if wanted := getattr(config, field):
+                    given = (run.trackers / f"{field}.log", wanted, str(run.root), step + 1 if step else 0)
+                    self.trackers.append(TrackerProcess(name, f"osler.monitor.sinks:{sink}", *given))
 
     def _tell(self, step: int, name: str, severity: str, message: str) -> None:
         for tracker in self.trackers:
@@ -148,10 +151,3 @@ def _section(run: RunFolder) -> str:
     above = RunFolder(run.root.absolute().parent).config  # of whatever the folder above is, so it is not parsed
     is_stage = above.is_file() and "\nkind: quickstart\n" in "\n" + above.read_text(encoding="utf-8", errors="replace")
     return f"{run.root.name}." if is_stage else ""
-
-
-def _start_trackers(config: MonitorConfig, run: RunFolder, step: int) -> Iterator[TrackerProcess]:
-    for field, (name, sink) in SINKS.items():
-        if wanted := getattr(config, field):
-            arguments = (wanted, str(run.root), step + 1 if step else 0)
-            yield TrackerProcess(name, f"osler.monitor.sinks:{sink}", run.trackers / f"{field}.log", *arguments)

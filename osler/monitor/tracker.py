@@ -46,9 +46,6 @@ class Tracker:
         """Finish what was taken."""
 
 
-SERVE = "from osler.monitor.tracker import serve; serve()"
-
-
 class UndeliveredError(Exception):
     """An alert that did not arrive; the tracker is tried again with the next."""
 
@@ -63,12 +60,13 @@ class TrackerProcess:
         self.is_gone = False  # has ended, was given up, or was closed
         self._is_ending = self._has_warned = False
         self._unsent = bytearray()
-        self._blocked_since: float | None = None
+        self._sent_at = time.monotonic()  # when the pipe last took something
+        serving = f"import sys; sys.path[:] = {sys.path!r}\nfrom osler.monitor.tracker import serve; serve()"
         try:
             printed.parent.mkdir(parents=True, exist_ok=True)
             with printed.open("wb") as file:
                 self.process = subprocess.Popen(
-                    [sys.executable, "-c", f"import sys; sys.path[:] = {sys.path!r}\n{SERVE}"],
+                    [sys.executable, "-c", serving],
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     stderr=file,
@@ -132,17 +130,15 @@ class TrackerProcess:
         try:
             while self._unsent and (sent := self._to_child.write(self._unsent[:PIPE_BYTES])):
                 del self._unsent[:sent]
-                self._blocked_since = None
+                self._sent_at = time.monotonic()
         except OSError:  # the child has ended, and says why, or its exit code does
             self._unsent.clear()
-        if self._unsent and self._blocked_since is None:
-            self._blocked_since = time.monotonic()
 
     def _hear(self) -> bool:
         """Read what the child has to say, log what is news, and return whether the tracker is gone."""
         if self.is_gone:
             return True
-        code, since = self.process.poll(), self._blocked_since
+        code = self.process.poll()
         for is_final, reason in map(json.loads, (self._from_child.read() or b"").splitlines()):
             if is_final:
                 self._give_up(f"failed ({reason}; more in {self.printed})")
@@ -153,7 +149,7 @@ class TrackerProcess:
             self.is_gone = True
         elif code is not None:
             self._give_up(f"failed (exit code {code}; more in {self.printed})")
-        elif since is not None and time.monotonic() - since > HANG_SECONDS:
+        elif self._unsent and time.monotonic() - self._sent_at > HANG_SECONDS:
             self._give_up(f"has not answered for {HANG_SECONDS:g} s")
         return self.is_gone
 
