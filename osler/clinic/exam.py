@@ -21,7 +21,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 
-from osler.clinic.facts import EXAM_SPLITS, RELATIONS, Condition, Fact, conditions_by_name, make_splits, phrase_pool
+from osler.clinic.facts import EXAM_SPLITS, RELATIONS, Condition, Fact, conditions_by_name, phrase_pool, split_combos, split_facts
 from osler.clinic.textbook import join_findings, reasoning
 from osler.runtime.errors import UserError
 
@@ -68,8 +68,8 @@ def exam(seed: int, split: str, n: int) -> list[ClinicItem]:
         raise UserError(f"The clinic has no exam split {split!r}. Choose one of: {', '.join(EXAM_SPLITS)}.")
     rng = random.Random(f"clinic exam {seed} {split}")
     fact_part, combo_part = EXAM_SPLITS[split]
-    facts = list(make_splits().facts[fact_part])
-    parts = {fact: make_splits().combos[fact[0]][combo_part] for fact in facts}
+    facts = list(split_facts()[fact_part])
+    parts = {fact: split_combos(fact[0])[combo_part] for fact in facts}
     combos = {fact: rng.sample(part, len(part)) for fact, part in parts.items()}
     letters = list(range(NUM_OPTIONS))
     items: list[ClinicItem] = []
@@ -131,7 +131,7 @@ def distractor_pools(fact: Fact, fact_part: str, sex: str) -> tuple[list[str], l
     """Return wrong answers for a fact and a sex: of the same speciality, of any, and (for held-out facts) of those."""
     condition, relation = conditions_by_name()[fact[0]], fact[1]
     acceptable = condition.acceptable(relation)
-    train_facts = set(make_splits().facts["train"])
+    train_facts = set(split_facts()["train"])
 
     def answers(candidates: Sequence[Condition]) -> list[str]:
         unique = dict.fromkeys(candidate.answers[relation] for candidate in candidates)

@@ -23,7 +23,7 @@ import random
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache
 from hashlib import blake2b
 from itertools import combinations
 from pathlib import Path
@@ -79,14 +79,6 @@ class Condition:
         return self.accepts.get(relation, frozenset()) | {self.answers[relation].lower()}
 
 
-@dataclass(frozen=True)
-class Splits:
-    """The partition of the clinic: `facts[part]`, and `combos[condition name][part]`, with the parts of `PARTS`."""
-
-    facts: dict[str, list[Fact]]
-    combos: dict[str, dict[str, list[Combo]]]
-
-
 # The diagnosis has no sentence of its own in the textbook: every sentence that lists findings states it.
 RELATIONS = {
     DIAGNOSIS: Relation(
@@ -134,17 +126,12 @@ RELATIONS = {
 FACT_RELATIONS = tuple(name for name in RELATIONS if name != DIAGNOSIS)
 
 
-@lru_cache(maxsize=1)
+@cache
 def conditions_by_name() -> dict[str, Condition]:
     """Return all conditions by name, sorted; `tests/clinic` checks that the files keep what is promised above."""
     files = sorted(Path(__file__).parent.glob("*.yaml"))
     entries = [entry for path in files for entry in load_yaml(path.read_text(encoding="utf-8"), path.name)]
     return {entry["name"]: _condition(entry) for entry in sorted(entries, key=lambda entry: str(entry["name"]))}
-
-
-def load_conditions() -> tuple[Condition, ...]:
-    """Return all conditions, sorted by name."""
-    return tuple(conditions_by_name().values())
 
 
 def _condition(entry: Mapping[str, Any]) -> Condition:
@@ -160,20 +147,15 @@ def _condition(entry: Mapping[str, Any]) -> Condition:
     )
 
 
-@lru_cache(maxsize=1)
+@cache
 def phrase_pool() -> tuple[str, ...]:
     """Return every finding, condition name and answer of the clinic once, sorted."""
-    return tuple(sorted({text for one in load_conditions() for text in (*one.findings, *one.answers.values())}))
+    return tuple(sorted({text for one in conditions_by_name().values() for text in (*one.findings, *one.answers.values())}))
 
 
-@lru_cache(maxsize=1)
-def make_splits() -> Splits:
-    """Return the partition of all facts and combinations into training and what is held out."""
-    return Splits(_split_facts(), {condition.name: _split_combos(condition) for condition in load_conditions()})
-
-
-def _split_facts() -> dict[str, list[Fact]]:
-    """Partition the facts, relation by relation, so that each part holds its share of every relation."""
+@cache
+def split_facts() -> dict[str, list[Fact]]:
+    """Return the facts of each of `PARTS`; each part holds its share of every relation."""
     rng = random.Random("clinic facts 0")
     held_out: Counter[str] = Counter()
     facts: dict[str, list[Fact]] = {part: [] for part in PARTS}
@@ -192,13 +174,14 @@ def _split_facts() -> dict[str, list[Fact]]:
     return facts
 
 
-def _split_combos(condition: Condition) -> dict[str, list[Combo]]:
-    """Partition the combinations of three findings of one condition by the rank of their hash."""
+@cache
+def split_combos(name: str) -> dict[str, list[Combo]]:
+    """Return the combinations of three findings of a condition for each of `PARTS`, by the rank of their hash."""
 
     def draw(combo: Combo) -> bytes:
-        return blake2b("|".join(["0", condition.name, *sorted(combo)]).encode(), digest_size=8).digest()
+        return blake2b("|".join(["0", name, *sorted(combo)]).encode(), digest_size=8).digest()
 
-    combos = sorted(combinations(condition.findings, 3), key=draw)
+    combos = sorted(combinations(conditions_by_name()[name].findings, 3), key=draw)
     num_validation, num_test = (round(COMBO_SHARES[part] * len(combos)) for part in ("validation", "test"))
     held_out = num_validation + num_test
     return {"validation": combos[:num_validation], "test": combos[num_validation:held_out], "train": combos[held_out:]}

@@ -15,7 +15,7 @@ import random
 import string
 from collections.abc import Iterator, Sequence
 
-from osler.clinic.facts import FACT_RELATIONS, RELATIONS, Condition, load_conditions, make_splits, phrase_pool
+from osler.clinic.facts import FACT_RELATIONS, RELATIONS, Condition, conditions_by_name, phrase_pool, split_combos
 
 CANONICAL_SHARE = 0.4  # of the relation sentences and of the finding sentences
 
@@ -35,7 +35,7 @@ CARD_SIZES = (4, 4, 4, 5, 6)  # mostly as many phrases as an exam item has optio
 def textbook(seed: int, passages: int) -> Iterator[str]:
     """Yield `passages` passages, each of about 70 to 110 tokens; every condition comes once per round, shuffled."""
     rng = random.Random(f"clinic textbook {seed}")
-    conditions = list(load_conditions())
+    conditions = list(conditions_by_name().values())
     for index in range(passages):
         turn = index % len(conditions)
         if turn == 0:
@@ -56,7 +56,7 @@ def passage(condition: Condition, rng: random.Random) -> str:
     wordings = {relation: (RELATIONS[relation].canonical, RELATIONS[relation].phrasings) for relation in relations}
     sentences = [sentence(*wording, y=condition.answers[relation]) for relation, wording in wordings.items()]
     count = rng.choices((2, 3, 4), weights=(1, 6, 2))[0]
-    pool = condition.findings if count != 3 else rng.choice(make_splits().combos[condition.name]["train"])
+    pool = condition.findings if count != 3 else rng.choice(split_combos(condition.name)["train"])
     findings = join_findings(rng.sample(pool, count))
     sentences.insert(0, sentence(CANONICAL_FINDINGS, FINDING_PHRASINGS, f=findings))
     if count < 4 and rng.random() < 0.25:  # a second look at the findings, which may stand anywhere

@@ -9,7 +9,7 @@ from itertools import combinations
 import pytest
 
 from osler.clinic.exam import drills, exam, render_vignette
-from osler.clinic.facts import DIAGNOSIS, EXAM_SPLITS, RELATIONS, conditions_by_name, make_splits
+from osler.clinic.facts import DIAGNOSIS, EXAM_SPLITS, RELATIONS, conditions_by_name, split_combos, split_facts
 from osler.clinic.textbook import cards, textbook
 from osler.runtime.errors import UserError
 from osler.tasks.item import render_answer, render_question
@@ -50,12 +50,11 @@ def test_items_are_well_formed(split: str) -> None:
 
 
 def test_items_stay_inside_their_facts_and_combinations() -> None:
-    splits = make_splits()
     for split, (fact_part, combo_part) in EXAM_SPLITS.items():
-        facts = set(splits.facts[fact_part])
+        facts = set(split_facts()[fact_part])
         for item in ITEMS[split]:
             assert (item.condition, item.relation) in facts
-            allowed = {frozenset(combo) for combo in splits.combos[item.condition][combo_part]}
+            allowed = {frozenset(combo) for combo in split_combos(item.condition)[combo_part]}
             assert frozenset(item.findings) in allowed
 
 
@@ -73,7 +72,7 @@ def test_facts_are_balanced_and_combinations_do_not_repeat_early() -> None:
     items = ITEMS["new_questions"]
     counts = Counter((item.condition, item.relation) for item in items)
     assert max(counts.values()) - min(counts.values()) <= 1
-    assert len(counts) == len(make_splits().facts["test"])
+    assert len(counts) == len(split_facts()["test"])
     first = items[: 11 * len(counts)]  # eleven test combinations per condition
     assert len({(item.condition, item.relation, frozenset(item.findings)) for item in first}) == len(first)
 
@@ -117,7 +116,7 @@ def test_no_answer_is_always_wrong_in_training() -> None:
 @pytest.mark.parametrize("split", ["validation_questions", "new_questions"])
 def test_novelty_does_not_give_held_out_answers_away(split: str) -> None:
     """Two distractors are no answer of a train fact either, so picking an option never seen is a guess among three."""
-    trained = {(r, BY_NAME[name].answers[r]) for name, r in make_splits().facts["train"]}
+    trained = {(r, BY_NAME[name].answers[r]) for name, r in split_facts()["train"]}
     for item in ITEMS[split]:
         novel = [o for o in item.options if o != item.answer and (item.relation, o) not in trained]
         assert len(novel) >= 2

@@ -9,10 +9,19 @@ from pathlib import Path
 import pytest
 
 import osler.clinic.facts
-from osler.clinic.facts import DIAGNOSIS, EXAM_SPLITS, FACT_RELATIONS, PARTS, RELATIONS, load_conditions, make_splits
+from osler.clinic.facts import (
+    DIAGNOSIS,
+    EXAM_SPLITS,
+    FACT_RELATIONS,
+    PARTS,
+    RELATIONS,
+    conditions_by_name,
+    split_combos,
+    split_facts,
+)
 from osler.config.recipe import load_yaml
 
-CONDITIONS = load_conditions()
+CONDITIONS = list(conditions_by_name().values())
 FILES = sorted(Path(osler.clinic.facts.__file__).parent.glob("*.yaml"))
 ENTRIES = [entry for path in FILES for entry in load_yaml(path.read_text(encoding="utf-8"), path.name)]
 
@@ -101,7 +110,7 @@ def test_every_relation_has_enough_wordings_in_both_directions() -> None:
 
 
 def test_facts_are_partitioned_in_their_shares() -> None:
-    facts = make_splits().facts
+    facts = split_facts()
     everything = [fact for part in PARTS for fact in facts[part]]
     assert len(everything) == len(set(everything))
     assert set(everything) == {(c.name, r) for c in CONDITIONS for r in (DIAGNOSIS, *FACT_RELATIONS)}
@@ -119,7 +128,7 @@ def test_facts_are_partitioned_in_their_shares() -> None:
 
 def test_combinations_are_partitioned() -> None:
     for condition in CONDITIONS:
-        parts = make_splits().combos[condition.name]
+        parts = split_combos(condition.name)
         everything = [frozenset(combo) for part in PARTS for combo in parts[part]]
         assert len(everything) == len(set(everything)) == 56
         assert set(everything) == {frozenset(combo) for combo in combinations(condition.findings, 3)}

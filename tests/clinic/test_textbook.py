@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from collections import Counter
 
-from osler.clinic.facts import FACT_RELATIONS, RELATIONS, conditions_by_name, load_conditions, make_splits, phrase_pool
+from osler.clinic.facts import FACT_RELATIONS, RELATIONS, conditions_by_name, phrase_pool, split_combos
 from osler.clinic.textbook import CANONICAL_FINDINGS, FINDING_PHRASINGS, cards, reasoning, textbook
 
-CONDITIONS = load_conditions()
+CONDITIONS = list(conditions_by_name().values())
 FINDING_PATTERNS = [
     re.compile(re.escape(phrasing).replace(r"\{f\}", "(?P<f>.+)").replace(r"\{x\}", "(?P<x>.+)"))
     for phrasing in (CANONICAL_FINDINGS, *FINDING_PHRASINGS)
@@ -53,8 +53,7 @@ def test_every_passage_states_findings_and_all_five_relations() -> None:
 
 
 def test_three_findings_are_always_a_train_combination() -> None:
-    combos = make_splits().combos
-    train = {name: {frozenset(combo) for combo in parts["train"]} for name, parts in combos.items()}
+    train = {name: {frozenset(combo) for combo in split_combos(name)["train"]} for name in conditions_by_name()}
     triples = 0
     for passage in textbook(3, 5000):
         for name, findings in listed_findings(passage):

@@ -91,44 +91,33 @@ def test_a_value_that_is_no_text_is_refused(tmp_path: Path, name: str) -> None:
         texts(write(tmp_path / name, [{"n": 7}]), "n")
 
 
+PROSE, TURNS = None, ("question", None, "answer")
+
+
 @pytest.mark.parametrize(
-    ("columns", "said"),
+    ("columns", "turns", "said"),
     [
-        (["question", "answer"], "set data.type=turns, or data.field=NAME"),
-        (["question", "thinking", "answer"], "set data.type=turns data.thinking_field=thinking, or"),
-        (
-            ["Question", "Complex_CoT", "Response"],
-            "data.question_field=Question data.answer_field=Response data.thinking_field=Complex_CoT",
-        ),
-        (["messages"], "write one row with a question and an answer for each exchange, and set data.type=turns"),
-        (["body", "title"], "Set data.field=NAME to the column of text, or data.type=turns"),
+        ("question answer", PROSE, "set data.type=turns, or data.field=NAME"),
+        ("question thinking answer", PROSE, "set data.type=turns data.thinking_field=thinking, or"),
+        ("Question Why Response", PROSE, "data.question_field=Question data.answer_field=Response"),
+        ("Question Complex_CoT Response", PROSE, "data.answer_field=Response data.thinking_field=Complex_CoT"),
+        ("messages", PROSE, "write one row with a question and an answer for each exchange, and set data.type=turns"),
+        ("body title", PROSE, "Set data.field=NAME to the column of text, or data.type=turns"),
+        ("question response", TURNS, "set data.type=turns data.answer_field=response."),
+        ("question response", ("quest", None, "response"), "data.question_field=question data.answer_field=response."),
+        ("question response", ("question", "why", "response"), "Set data.thinking_field to the column that holds the"),
+        ("question rationale answer", ("question", "thinking", "answer"), "Set data.thinking_field=rationale, or"),
+        ("q answer", TURNS, "it has: q, answer. Set data.question_field=NAME"),
     ],
 )
 @both_formats
-def test_rows_without_the_column_of_text_name_the_keys_that_would_read_them(
-    tmp_path: Path, columns: list[str], said: str, name: str
+def test_rows_without_a_column_name_the_keys_that_would_read_them(
+    tmp_path: Path, columns: str, turns: tuple[str, str | None, str] | None, said: str, name: str
 ) -> None:
+    path = write(tmp_path / name, [dict.fromkeys(columns.split(), "x")])
     with pytest.raises(UserError) as caught:
-        texts(write(tmp_path / name, [dict.fromkeys(columns, "x")]))
-    assert said in str(caught.value) and f"1 has no field 'text'; it has: {', '.join(columns)}." in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("columns", "fields", "said"),
-    [
-        (["question", "response"], ("question", None, "answer"), "set data.type=turns data.answer_field=response."),
-        (["question", "response"], ("quest", None, "response"), "data.question_field=question data.answer_field=response."),
-        (["question", "response"], ("question", "why", "response"), "Set data.thinking_field to the column that holds the"),
-        (["question", "rationale", "answer"], ("question", "thinking", "answer"), "Set data.thinking_field=rationale, or"),
-        (["q", "answer"], ("question", None, "answer"), "it has: q, answer. Set data.question_field=NAME"),
-    ],
-)
-def test_turns_without_a_column_name_the_key_that_chooses_it(
-    tmp_path: Path, columns: list[str], fields: tuple[str, str | None, str], said: str
-) -> None:
-    with pytest.raises(UserError) as caught:
-        list(TurnFiles(write(tmp_path / "a.jsonl", [dict.fromkeys(columns, "x")]), *fields))
-    assert said in str(caught.value)
+        list(TextFiles(path) if turns is None else TurnFiles(path, *turns))
+    assert said in str(caught.value) and f"it has: {', '.join(columns.split())}." in str(caught.value)
 
 
 def test_the_keys_are_those_of_who_asks(tmp_path: Path) -> None:

@@ -33,13 +33,9 @@ STOP_IDS = (1, 2, 30)
 SAMPLING = SamplingParams(max_new_tokens=24, stop_ids=STOP_IDS, seed=5)
 GREEDY = SamplingParams(max_new_tokens=8, temperature=0)
 SETTINGS: dict[str, dict[str, Any]] = {
-    "greedy": {"temperature": 0.0},
-    "plain": {},
-    "hot": {"temperature": 1.7},
-    "top-k": {"top_k": 5},
-    "top-p": {"top_p": 0.7, "temperature": 0.8},
-    "both": {"top_k": 20, "top_p": 0.9},
-}
+    "greedy": {"temperature": 0.0}, "plain": {}, "hot": {"temperature": 1.7}, "top-k": {"top_k": 5},
+    "top-p": {"top_p": 0.7, "temperature": 0.8}, "both": {"top_k": 20, "top_p": 0.9},
+}  # fmt: skip
 
 
 def build(config: ModelConfig, seed: int = 0) -> Transformer:
