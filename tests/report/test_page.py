@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
@@ -20,56 +19,21 @@ from osler.report.charts import SPECS
 from osler.report.page import build_report, right_option
 from osler.report.read import read_run
 from osler.report.words import headline, model_of, stage_colour, stage_title, summary_text
-from osler.runtime.errors import UserError
+from tests.report.conftest import Page
 
 CONFIG_OF_ANOTHER = "model: {num_layers: 6, hidden_size: 256}\n"
-VOID = {"meta", "link", "br", "hr", "img", "input"}
 Bare = Callable[..., Path]
 
 
-class Checker(HTMLParser):
-    """Records every tag and complains where one closes what another opened."""
-
-    def __init__(self) -> None:
-        super().__init__(convert_charrefs=True)
-        self.open: list[str] = []
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.text: list[str] = []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        assert len(dict(attrs)) == len(attrs), f"an attribute of <{tag}> is given twice"
-        self.tags.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open and self.open[-1] == tag, f"</{tag}> closes {self.open[-3:]}"
-        self.open.pop()
-
-    def handle_data(self, data: str) -> None:
-        if not self.open or self.open[-1] not in ("script", "style"):
-            self.text.append(data)
-
-
-def checked(folder: Path) -> tuple[str, Checker]:
-    page = build_report(folder)
-    assert page == folder / "report.html"
-    text = page.read_text(encoding="utf-8")
-    checker = Checker()
-    checker.feed(text)
-    checker.close()
-    assert not checker.open
-    ids = [attrs["id"] for _, attrs in checker.tags if "id" in attrs]
-    assert len(ids) == len(set(ids))
-    for tag, attrs in checker.tags:
-        if tag == "a":
-            assert attrs["href"] in {f"#{i}" for i in ids}, "every link leads somewhere on the page"
-    visible = " ".join(checker.text).lower()
-    assert not re.search(r"\bnan\b|\binf\b|\bnone\b", visible), "a number that is missing shows as a dash"
-    return text, checker
+def checked(folder: Path) -> Page:
+    """A run's page, well formed, with links that lead somewhere and without numbers that are none."""
+    path = build_report(folder)
+    assert path == folder / "report.html"
+    page = Page(path)
+    ids = [attrs["id"] for _, attrs in page.tags if "id" in attrs]
+    assert len(ids) == len(set(ids)) and all(attrs["href"] in {f"#{i}" for i in ids} for attrs in page.names("a"))
+    assert not re.search(r"\bnan\b|\binf\b|\bnone\b", page.words.lower()), "a number that is missing shows as a dash"
+    return page
 
 
 def jsonl(*rows: dict[str, object]) -> str:
@@ -77,35 +41,37 @@ def jsonl(*rows: dict[str, object]) -> str:
 
 
 def shown_on(folder: Path) -> str:
-    return words(checked(folder)[1])
+    return checked(folder).words
 
 
-def words(checker: Checker) -> str:
-    return re.sub(r"\s+", " ", " ".join(checker.text))
+def change(path: Path, **fields: object) -> None:
+    """Change the first row of a JSON file."""
+    rows = json.loads(path.read_text(encoding="utf-8"))
+    rows[0].update(fields)
+    path.write_text(json.dumps(rows), encoding="utf-8")
 
 
-def test_the_page_is_self_contained(quickstart: Path) -> None:
-    text, checker = checked(quickstart)
-    for tag, attrs in checker.tags:
+def keep_exam(quickstart: Path, label: str, **fields: object) -> None:
+    """Leave one checkpoint's score on the test, with some fields changed."""
+    path = quickstart / "exams.json"
+    row = json.loads(path.read_text(encoding="utf-8"))[label]["test"]
+    path.write_text(json.dumps({label: {"test": row | fields}}), encoding="utf-8")
+
+
+def test_the_page_is_self_contained_and_can_be_read_out(quickstart: Path) -> None:
+    page = checked(quickstart)
+    for tag, attrs in page.tags:
         assert tag not in ("iframe", "object", "embed", "img", "base"), tag
         for name in ("src", "srcset", "href", "xlink:href", "action", "data", "poster"):
             value = attrs.get(name)
             assert value is None or value.startswith("#") or value == "data:,", f"<{tag} {name}={value}>"
         assert not [name for name in attrs if name.startswith("on")], "no inline handlers"
-    assert "http://" not in text and "https://" not in text
-    assert "@import" not in text and "url(" not in text and "@font-face" not in text
-    assert "default-src 'none'" in text
-    assert len(text) < 600_000
-
-
-def test_every_drawing_and_table_can_be_read_out(quickstart: Path) -> None:
-    text, checker = checked(quickstart)
-    drawings = [attrs for tag, attrs in checker.tags if tag == "svg"]
-    assert len(drawings) > 30
-    assert all(attrs.get("role") == "img" for attrs in drawings)
+    text = page.source
+    assert not re.search(r"https?://|@import|url\(|@font-face", text) and "default-src 'none'" in text and len(text) < 600_000
+    drawings = page.names("svg")
+    assert len(drawings) > 30 and all(attrs.get("role") == "img" for attrs in drawings)
     assert len(re.findall(r"<svg[^>]*><title>[^<]", text)) == len(drawings)
-    assert all(attrs.get("scope") for tag, attrs in checker.tags if tag == "th")
-    assert text.count("<h1") == 1 and '<html lang="en">' in text
+    assert all(attrs.get("scope") for attrs in page.names("th")) and text.count("<h1") == 1 and '<html lang="en">' in text
     figures = re.findall(r'<figure class="card">.*?</figure>', text, re.S)
     assert figures and all(re.search(r"<figcaption>\w[^<]+\.</figcaption>", figure) for figure in figures)
 
@@ -133,23 +99,17 @@ def test_numbers_on_the_page_are_those_in_the_files(quickstart: Path) -> None:
 
 
 def test_the_story_is_told_in_order_and_with_its_uncertainty(quickstart: Path) -> None:
-    text, checker = checked(quickstart)
-    shown = words(checker)
-    run = read_run(quickstart)
+    page, run = checked(quickstart), read_run(quickstart)
+    shown = page.words
     assert [stage.name for stage in run.runs] == ["pretrain", "sft", "grpo"]
-    assert list(dict.fromkeys(score.label for score in run.exams)) == ["pretrain", "sft", "grpo"], (
-        "not the file's order"
-    )
+    assert list(dict.fromkeys(score.label for score in run.exams)) == ["pretrain", "sft", "grpo"], "not the file's order"
     assert "From random weights to" in shown and "62.6%" in shown
     assert "between 59.4% and 65.8% (95% interval)" in shown and "clearly above guessing (25.0%)" in shown
     assert "A real gain" in shown and "No measurable change" in shown
     assert "+28.9 points in 41 s" in shown and "+7.5 points in 2 min 14 s" in shown and "cheaper teacher" in shown
     assert "✓ right" in shown and "✗ wrong" in shown and "3 turned right and 0 turned wrong" in shown
-    order = [
-        text.index(f'id="{anchor}"')
-        for anchor in ("exams", "grpo", "samples", "time", "curves", "watch", "next", "record")
-    ]
-    assert order == sorted(order)
+    sections = ["exams", "grpo", "samples", "time", "curves", "watch", "next", "record"]
+    assert [attrs["id"] for attrs in page.names("section") if "id" in attrs] == sections
 
 
 def test_every_chart_names_declared_metrics_and_undeclared_ones_are_shown_too(quickstart: Path) -> None:
@@ -159,22 +119,6 @@ def test_every_chart_names_declared_metrics_and_undeclared_ones_are_shown_too(qu
     shown = shown_on(quickstart)
     assert "made_up/by_a_plugin" in shown and "Not described in the table of metrics." in shown
     assert METRICS["groups/effective"].meaning[1:] in shown
-
-
-def test_a_curriculum_is_drawn_over_tokens(bare: Bare) -> None:
-    stages = {10: (1, 128, 4096), 20: (2, 512, 8192), 30: (3, 512, 16384)}
-    rows = [
-        {"step": step, "tokens": 5000 * step, "time": 1.0 * step, "train/loss": 2.0, "train/stage": stage,
-         "train/seq_len": length, "train/batch_tokens": batch}
-        for step, (stage, length, batch) in stages.items()
-    ]  # fmt: skip
-    folder = bare(metrics_jsonl=jsonl(*rows))
-    text, checker = checked(folder)
-    assert "Stage of the curriculum: stage from 1 at 50,000 tokens to 3 at 150k tokens." in text
-    assert "Length of rows: length from 128 at 50,000 tokens to 512 at 150k tokens." in text
-    assert "Tokens per step: batch from 4,096 at 50,000 tokens to 16,384 at 150k tokens." in text
-    assert "Loss: train from 2.000 at step 10 to 2.000 at step 30." in text
-    assert "Length of rows" in words(checker)
 
 
 def test_hostile_text_stays_text(quickstart: Path) -> None:
@@ -190,24 +134,13 @@ def test_hostile_text_stays_text(quickstart: Path) -> None:
     (quickstart / "stages.json").write_text(json.dumps([{"name": evil, "seconds": 1, "what": evil}]), encoding="utf-8")
     with (quickstart / "sft" / "metrics.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps({"step": 999, "tokens": 1, "time": 1, evil: 1.0, "stage": evil}) + "\n")
-    _, checker = checked(quickstart)
-    assert [tag for tag, _ in checker.tags].count("script") == 1
-    assert "img" not in {tag for tag, _ in checker.tags}
-    assert evil in "".join(checker.text)
-
-
-def test_a_folder_without_config_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"config\.yaml"):
-        build_report(tmp_path)
-    with pytest.raises(UserError, match=r"config\.yaml"):
-        summary_text(tmp_path / "nowhere")
+    page = checked(quickstart)
+    assert len(page.names("script")) == 1 and not page.names("img") and evil in "".join(page.text)
 
 
 def test_config_alone_makes_a_page(bare: Bare) -> None:
-    _, checker = checked(bare())
-    shown = words(checker)
-    assert "Nothing measured yet" in shown and "seed: 1" in shown
-    assert not [attrs for tag, attrs in checker.tags if tag == "svg"]
+    page = checked(bare())
+    assert "Nothing measured yet" in page.words and "seed: 1" in page.words and not page.names("svg")
 
 
 @pytest.mark.parametrize(
@@ -225,43 +158,34 @@ def test_each_missing_piece_is_only_missing(quickstart: Path, missing: str) -> N
     summary_text(quickstart)
 
 
-@pytest.mark.parametrize(
-    "name", ["exams_json", "stages_json", "comparison_json", "versions_json", "notes_json"]
-)
+@pytest.mark.parametrize("name", ["exams_json", "stages_json", "comparison_json", "versions_json", "notes_json"])
 @pytest.mark.parametrize(
     "content", ['{"torn": [1, 2', "null", "[1, null, {}]", '{"a": {"b": {}}}', '"text"', "[[]]", '{"a": null}']
 )
 def test_odd_files_do_not_break_the_page(bare: Bare, name: str, content: str) -> None:
     folder = bare(**{name: content})
-    _, checker = checked(folder)
-    assert ("could not be read" in words(checker)) == content.startswith('{"torn"')
+    assert ("could not be read" in shown_on(folder)) == content.startswith('{"torn"')
     summary_text(folder)
 
 
-def test_torn_and_broken_lines_of_metrics(bare: Bare) -> None:
-    good = '{"step": 1, "tokens": 10, "train/loss": 3.25}\n{"step": 2, "tokens": 20, "train/loss": 2.5}\n'
-    folder = bare(metrics_jsonl=good + '{"step": 3, "tok')
-    shown = shown_on(folder)
-    assert "2.500" in shown and "unreadable" not in shown, "a torn last line is what a kill leaves behind"
-    (folder / "metrics.jsonl").write_text('{"step": 0,\n' + good, encoding="utf-8")
-    assert "1 unreadable line skipped" in shown_on(folder)
+@pytest.mark.parametrize(
+    ("log", "said"),
+    [
+        ("", "Nothing measured yet"),
+        ('{"step": 7, "tokens": 10, "time": 5, "train/loss": 3.25}\n', "Loss of 3.250"),
+        ('{"step": 1, "train/loss": 3.25}\n{"step": 2, "train/loss": 2.5}\n{"step": 3, "tok', "Loss from 3.250 to 2.500"),
+        ('{"step": 0,\n{"step": 1, "train/loss": 3.25}\n', "1 unreadable line skipped"),
+    ],
+)
+def test_what_a_log_may_hold(bare: Bare, log: str, said: str) -> None:
+    shown = shown_on(bare(metrics_jsonl=log))
+    assert said in shown and ("unreadable" in shown) == ("unreadable" in said), "a torn last line is what a kill leaves behind"
 
 
-def test_empty_metrics_one_point_and_values_that_are_not_finite(bare: Bare) -> None:
-    folder = bare(metrics_jsonl="")
-    checked(folder)
-    (folder / "metrics.jsonl").write_text(
-        '{"step": 7, "tokens": 10, "time": 5, "train/loss": 3.25}\n', encoding="utf-8"
-    )
-    assert "3.250" in shown_on(folder)
-    lines = [
-        f'{{"step": {i}, "train/loss": {value}}}' for i, value in enumerate(["3.5", "NaN", "null", "Infinity", "2.25"])
-    ]
-    (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    text, checker = checked(folder)
-    shown = words(checker)
-    assert "Loss from 3.500 to 2.250" in shown
-    assert "[3.5,null,null,null,2.25]" in text, "gaps stay gaps"
+def test_values_that_are_not_finite_are_gaps(bare: Bare) -> None:
+    values = ["3.5", "NaN", "null", "Infinity", "2.25"]
+    page = checked(bare(metrics_jsonl="".join(f'{{"step": {i}, "train/loss": {value}}}\n' for i, value in enumerate(values))))
+    assert "Loss from 3.500 to 2.250" in page.words and "[3.5,null,null,null,2.25]" in page.source
 
 
 def test_one_measurement_is_no_change_and_bits_per_byte_lead(bare: Bare) -> None:
@@ -277,44 +201,28 @@ def test_one_measurement_is_no_change_and_bits_per_byte_lead(bare: Bare) -> None
     assert "".join(headline(read_run(folder))).startswith("From 2.500 to 1.502 bits per byte of held-out text")
 
 
-def test_a_step_logged_twice_counts_once(bare: Bare) -> None:
-    rows = [(1, 9.0), (2, 8.0), (3, 7.0), (2, 5.0), (3, 4.0)]
-    folder = bare(metrics_jsonl="".join(f'{{"step": {s}, "train/loss": {v}}}\n' for s, v in rows))
-    series = read_run(folder).runs[0].curves["train/loss"]
-    assert (series.steps.tolist(), series.values.tolist()) == ([1, 2, 3], [9.0, 5.0, 4.0])
-
-
 def test_a_score_at_chance_is_called_that(quickstart: Path) -> None:
-    path = quickstart / "exams.json"
-    table = json.loads(path.read_text(encoding="utf-8"))
-    path.write_text(json.dumps({"pretrain": table["pretrain"]}), encoding="utf-8")
+    keep_exam(quickstart, "pretrain")
     shown = shown_on(quickstart)
     assert "That cannot be told apart from guessing (25.0%) or always giving the same letter (27.3%)." in shown
-    assert "of the answers are B. That is a habit, not knowledge." in shown
-    assert "clearly above" not in shown
+    assert "of the answers are B. That is a habit, not knowledge." in shown and "clearly above" not in shown
 
 
 @pytest.mark.parametrize(("too_long", "explained"), [(700, True), (9, False), (0, False)])
 def test_a_score_below_chance_names_questions_that_did_not_fit(quickstart: Path, too_long: int, explained: bool) -> None:
-    path = quickstart / "exams.json"
-    row = json.loads(path.read_text(encoding="utf-8"))["pretrain"]["test"]
-    row |= {"correct": 90, "accuracy": 0.1, "interval": [0.08, 0.12], "presentations": 900, "too_long": too_long,
-            "max_seq_len": 256, "max_new_tokens": 128}  # fmt: skip
-    path.write_text(json.dumps({"sft": {"test": row}}), encoding="utf-8")
+    low = {"correct": 90, "accuracy": 0.1, "interval": [0.08, 0.12], "presentations": 900, "too_long": too_long}
+    keep_exam(quickstart, "sft", **low, max_seq_len=256, max_new_tokens=128)
     shown = shown_on(quickstart)
     unfit = f"{too_long} of 900 questions did not fit into the model's context (max_seq_len 256, of which max_new_tokens"
     assert (f"always giving the same letter (27.3%): {unfit}" in shown) == explained
     assert ("something is systematically wrong" in shown) != explained
     assert (f"Supervised fine-tuning on test: {unfit}" in shown) == (too_long > 0)
-    assert ("Give the exam's questions room" in shown_on(quickstart)) == explained
+    assert ("Give the exam's questions room" in shown) == explained
     assert ("of the other 891 it answered 90 right" in summary_text(quickstart)) == (too_long == 9)
 
 
 def test_right_answers_are_counted_among_the_questions_shown(quickstart: Path) -> None:
-    path = quickstart / "exams.json"
-    row = json.loads(path.read_text(encoding="utf-8"))["grpo"]["test"]
-    row |= {"n": 225, "presentations": 900, "unparsed": 40}
-    path.write_text(json.dumps({"grpo": {"test": row}}), encoding="utf-8")
+    keep_exam(quickstart, "grpo", n=225, presentations=900, unparsed=40)
     shown = shown_on(quickstart)
     assert "It answered 563 of 900 questions (225 different ones, shown in several orders) right." in shown
     assert "563 of 900 " in shown.split("Checkpoint")[1] and "563 of 225" not in shown
@@ -322,10 +230,7 @@ def test_right_answers_are_counted_among_the_questions_shown(quickstart: Path) -
 
 
 def test_grpo_that_gains_nothing_is_not_called_a_gain(quickstart: Path) -> None:
-    path = quickstart / "comparison.json"
-    rows = json.loads(path.read_text(encoding="utf-8"))
-    rows[0].update(difference=-0.01, interval=[-0.04, 0.02])
-    path.write_text(json.dumps(rows), encoding="utf-8")
+    change(quickstart / "comparison.json", difference=-0.01, interval=[-0.04, 0.02])
     shown = shown_on(quickstart)
     assert "GRPO brought −1.0 points (within noise)" in shown and "added nothing measurable" in shown
     assert "A real gain" not in shown
@@ -333,13 +238,9 @@ def test_grpo_that_gains_nothing_is_not_called_a_gain(quickstart: Path) -> None:
 
 def test_the_headline_is_not_the_end_of_a_branch(quickstart: Path) -> None:
     """GRPO from an earlier checkpoint shows what GRPO does; what the run reached is the supervised score."""
-    path = quickstart / "comparison.json"
-    rows = json.loads(path.read_text(encoding="utf-8"))
-    path.write_text(json.dumps([{**row, "before_label": "sft, earlier checkpoint", "branch": True} for row in rows]))
-    run = read_run(quickstart)
-    assert headline(run)[1] == "55.1%"
-    path.write_text(json.dumps(rows))
     assert headline(read_run(quickstart))[1] == "62.6%"
+    change(quickstart / "comparison.json", before_label="sft, earlier checkpoint", branch=True)
+    assert headline(read_run(quickstart))[1] == "55.1%"
 
 
 def test_time_leaves_pauses_out(bare: Bare) -> None:

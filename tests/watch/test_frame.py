@@ -22,6 +22,7 @@ from osler.report.curves import Series
 from osler.runtime.files import is_locked, locked
 from osler.watch.frame import NO_BREAK, blocks, clean, columns, frame
 from osler.watch.state import DEAD_SECONDS, WatchedFolder
+from tests.report.conftest import write_run
 
 NOW = 2_000_000.0
 CONFIG = "kind: pretrain\ntotal_tokens: 8000\nmodel: {num_layers: 2, hidden_size: 64, vocab_size: 512}\n"
@@ -33,17 +34,12 @@ def make_run(tmp_path: Path) -> MakeRun:
     """A run folder whose newest trace is `ago` seconds before `NOW`."""
 
     def make(name: str = "run", *, steps: int = 40, ago: float = 1.0, config: str = CONFIG, **metrics: float) -> Path:
-        folder = tmp_path / name
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").write_text(config, encoding="utf-8")
-        machine = {"device": "cpu", "dtype": "bfloat16"}
-        (folder / "versions.json").write_text(json.dumps({"machine": machine}), encoding="utf-8")
         rows = [
             {"step": s, "tokens": 100 * s, "time": NOW - ago - (steps - s) * 2.0, "train/loss": 4.0 - s / 20,
              "train/grad_norm": 1.0, "perf/tokens_per_second": 50.0, "train/lr": 0.01, **metrics}
             for s in range(1, steps + 1)
         ]  # fmt: skip
-        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        folder = write_run(tmp_path / name, rows, config, versions={"machine": {"device": "cpu", "dtype": "bfloat16"}})
         age(folder, ago)
         return folder
 
