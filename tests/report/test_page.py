@@ -21,7 +21,6 @@ from osler.report.read import read_run
 from osler.report.words import headline, model_of, stage_colour, stage_title, summary_text
 from tests.report.conftest import Page
 
-CONFIG_OF_ANOTHER = "model: {num_layers: 6, hidden_size: 256}\n"
 Bare = Callable[..., Path]
 
 
@@ -123,17 +122,20 @@ def test_every_chart_names_declared_metrics_and_undeclared_ones_are_shown_too(qu
 
 def test_hostile_text_stays_text(quickstart: Path) -> None:
     evil = "</p><script>alert(1)</script><img src=x onerror=alert(2)>' \" & {braces}"
-    sample = {"id": evil, "stage": evil, "question": evil, "options": [evil, "b"], "thinking": evil, "answer": evil,
-              "correct_answer": evil, "correct": False}  # fmt: skip
-    (quickstart / "samples.jsonl").write_text(json.dumps(sample) + "\n", encoding="utf-8")
-    (quickstart / "notes.json").write_text(json.dumps([evil]), encoding="utf-8")
-    (quickstart / "config.yaml").write_text(f"note: {json.dumps(evil)}\n", encoding="utf-8")
-    (quickstart / "versions.json").write_text(json.dumps({evil: evil, "machine": {evil: evil}}), encoding="utf-8")
+    texts = dict.fromkeys(("id", "stage", "question", "thinking", "answer", "correct_answer"), evil)
+    event = {"step": 1, "time": 1, "kind": evil, "name": evil, "message": evil}
     score = {"n": 10, "accuracy": 0.5, "interval": [0.2, 0.8], "letters": {evil: 50}, "method": evil}
-    (quickstart / "exams.json").write_text(json.dumps({evil: {evil: score}}), encoding="utf-8")
-    (quickstart / "stages.json").write_text(json.dumps([{"name": evil, "seconds": 1, "what": evil}]), encoding="utf-8")
-    with (quickstart / "sft" / "metrics.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps({"step": 999, "tokens": 1, "time": 1, evil: 1.0, "stage": evil}) + "\n")
+    for name, content in {
+        "samples.jsonl": {**texts, "options": [evil, "b"], "correct": False},
+        "notes.json": [evil],
+        "config.yaml": {"note": evil},
+        "versions.json": {evil: evil, "machine": {evil: evil}},
+        "exams.json": {evil: {evil: score}},
+        "stages.json": [{"name": evil, "seconds": 1, "what": evil}],
+        "sft/events.jsonl": event,
+        "sft/metrics.jsonl": {"step": 999, "tokens": 1, "time": 1, evil: 1.0, "stage": evil},
+    }.items():
+        (quickstart / name).write_text(json.dumps(content) + "\n", encoding="utf-8")
     page = checked(quickstart)
     assert len(page.names("script")) == 1 and not page.names("img") and evil in "".join(page.text)
 
@@ -148,14 +150,11 @@ def test_config_alone_makes_a_page(bare: Bare) -> None:
                 "grpo", "sft", "pretrain/metrics.jsonl", "pretrain/config.yaml"]
 )  # fmt: skip
 def test_each_missing_piece_is_only_missing(quickstart: Path, missing: str) -> None:
-    whole = shown_on(quickstart)
-    path = quickstart / missing
+    whole, path = shown_on(quickstart), quickstart / missing
     for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
         file.unlink()
     shown = shown_on(quickstart)
-    assert shown != whole
-    assert "could not be read" not in shown
-    summary_text(quickstart)
+    assert shown != whole and "could not be read" not in shown and summary_text(quickstart)
 
 
 @pytest.mark.parametrize("name", ["exams_json", "stages_json", "comparison_json", "versions_json", "notes_json"])
@@ -188,17 +187,18 @@ def test_values_that_are_not_finite_are_gaps(bare: Bare) -> None:
     assert "Loss from 3.500 to 2.250" in page.words and "[3.5,null,null,null,2.25]" in page.source
 
 
-def test_one_measurement_is_no_change_and_bits_per_byte_lead(bare: Bare) -> None:
-    rows: list[dict[str, object]] = [{"step": 1, "time": 0, "train/loss": 9.0}, {"step": 2, "time": 41, "eval/loss": 3.25}]
-    folder = bare(metrics_jsonl=jsonl(*rows))
-    assert "".join(headline(read_run(folder))) == "Held-out loss of 3.250, in 41 s"
-    rows[1]["eval/bits_per_byte"] = 1.502
-    (folder / "metrics.jsonl").write_text(jsonl(*rows), encoding="utf-8")
-    assert headline(read_run(folder)) == ("", "1.502", " bits per byte of held-out text, in 41 s")
-    assert summary_text(folder).splitlines()[0] == "1.502 bits per byte of held-out text, in 41 s"
-    earlier = {**rows[1], "step": 1, "eval/bits_per_byte": 2.5}
-    (folder / "metrics.jsonl").write_text(jsonl(earlier, rows[1]), encoding="utf-8")
-    assert "".join(headline(read_run(folder))).startswith("From 2.500 to 1.502 bits per byte of held-out text")
+@pytest.mark.parametrize(
+    ("earlier", "last", "said"),
+    [
+        ({"train/loss": 9.0}, {"eval/loss": 3.25}, ("Held-out loss of ", "3.250", ", in 41 s")),
+        ({"train/loss": 9.0}, {"eval/bits_per_byte": 1.502}, ("", "1.502", " bits per byte of held-out text, in 41 s")),
+        ({"eval/bits_per_byte": 2.5}, {"eval/bits_per_byte": 1.502},
+         ("From 2.500 to ", "1.502", " bits per byte of held-out text, in 41 s")),
+    ],
+)  # fmt: skip
+def test_one_measurement_is_no_change_and_bits_per_byte_lead(bare: Bare, earlier, last, said) -> None:
+    folder = bare(metrics_jsonl=jsonl({"step": 1, "time": 0, **earlier}, {"step": 2, "time": 41, **last}))
+    assert headline(read_run(folder)) == said and summary_text(folder).splitlines()[0] == "".join(said)
 
 
 def test_a_score_at_chance_is_called_that(quickstart: Path) -> None:
@@ -244,11 +244,8 @@ def test_the_headline_is_not_the_end_of_a_branch(quickstart: Path) -> None:
 
 
 def test_time_leaves_pauses_out(bare: Bare) -> None:
-    rows = [{"step": i, "time": 10.0 * i + (7200 if i > 20 else 0), "train/loss": 1.0} for i in range(41)]
-    folder = bare(metrics_jsonl="".join(json.dumps(r) + "\n" for r in rows))
-    stage = read_run(folder).runs[0]
-    assert stage.time_at_work() == (390, [7210.0])
-    summary = summary_text(folder)
+    rows = ({"step": i, "time": 10.0 * i + (7200 if i > 20 else 0), "train/loss": 1.0} for i in range(41))
+    summary = summary_text(bare(metrics_jsonl=jsonl(*rows)))
     assert "in 6 min 30 s" in summary and "Watch: Training: 1 pause in the log, the longest of 2 h 00 min" in summary
 
 
@@ -267,10 +264,8 @@ def test_the_page_can_be_written_elsewhere(quickstart: Path, tmp_path: Path, cap
     assert main(["report", str(quickstart), "--out", str(page)]) == 0
     assert f"Report: {page}" in capsys.readouterr().out and page.read_text(encoding="utf-8").startswith("<!doctype html>")
     assert not (quickstart / "report.html").exists()
-    for place in (tmp_path, tmp_path / "none" / "page.html"):
-        assert main(["report", str(quickstart), "--out", str(place)]) == 2
-        said = capsys.readouterr().err
-        assert f"The page cannot be written to {place}" in said and "--out" in said
+    assert main(["report", str(quickstart), "--out", str(tmp_path)]) == 2
+    assert f"The page cannot be written to {tmp_path}" in (said := capsys.readouterr().err) and "--out" in said
 
 
 def test_what_is_no_run_is_told_with_what_to_give(quickstart: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -292,18 +287,15 @@ def test_what_is_no_run_is_told_with_what_to_give(quickstart: Path, capsys: pyte
 
 
 def save_model(folder: Path, step: int, text: str = "") -> None:
-    saved = folder / "checkpoints" / f"step-{step:09d}"
-    saved.mkdir(parents=True)
-    described = json.dumps(encode(ModelConfig(num_layers=3, hidden_size=64)))
-    (saved / "model.json").write_text(text or described, encoding="utf-8")
+    saved = folder / "checkpoints" / f"step-{step:09d}" / "model.json"
+    saved.parent.mkdir(parents=True)
+    saved.write_text(text or json.dumps(encode(ModelConfig(num_layers=3, hidden_size=64))), encoding="utf-8")
 
 
 def test_a_model_that_came_from_another_run_is_read_from_the_checkpoint(bare: Bare) -> None:
     """The section `model` of a config with `init_from` is not what was trained; without a checkpoint nothing is claimed."""
-    folder = bare()
-    (folder / "config.yaml").write_text("init_from: runs/earlier\n" + CONFIG_OF_ANOTHER, encoding="utf-8")
-    assert model_of(read_run(folder))[0] == {}
-    assert "parameters" not in shown_on(folder).lower()
+    folder = bare(config_yaml="init_from: runs/earlier\nmodel: {num_layers: 6, hidden_size: 256}\n")
+    assert model_of(read_run(folder))[0] == {} and "parameters" not in shown_on(folder).lower()
     save_model(folder, 10)
     save_model(folder, 20, text='{"torn')
     shown = shown_on(folder)

@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import re
+from typing import Any
 
 import numpy as np
 import pytest
@@ -56,17 +57,31 @@ def test_a_long_curve_is_smoothed_from_means_and_keeps_long_gaps() -> None:
     assert [series.tolist() for series in averaged(x[:5], y[:5])] == [[0, 1, 2, 3, 4], [1, 3, 1, 3, 1]]
 
 
+def readout(drawing: str) -> Any:
+    (data,) = re.findall(r"data-chart='([^']+)'", drawing)
+    return json.loads(html.unescape(data))
+
+
 def test_a_chart_of_a_long_curve_shows_its_extremes() -> None:
     y = np.ones(300_000)
     y[123_456] = -5.0
     drawing = line_chart([Line("a", np.arange(300_000), y, 0)], title="T")
-    data = json.loads(html.unescape(re.search(r"data-chart='([^']+)'", drawing).group(1)))  # type: ignore[union-attr]
+    data = readout(drawing)
     (line,) = data["lines"]
     assert line["y"][line["x"].index(123_456)] == -5.0 and len(line["x"]) <= svg.MAX_POINTS + 2
 
 
 def path_data(drawing: str) -> list[str]:
     return re.findall(r' d="([^"]+)"', drawing)
+
+
+def test_a_band_and_marks_lie_where_the_axes_say() -> None:
+    line = svg.Line("a", [0, 10], [1.0, 3.0], 0)
+    band, marks = svg.Band([0, 10], [0.0, 0.0], [4.0, 4.0]), [(5, "alert", "<x>"), (11, "alert", "outside")]
+    drawing = svg.line_chart([line], title="T", band=band, marks=marks)
+    left, right, floor = svg.LEFT, svg.WIDTH - svg.RIGHT, svg.HEIGHT - svg.BOTTOM
+    assert f'<path class="c5 area" d="M{left} {svg.TOP} {right} {svg.TOP} {right} {floor} {left} {floor}Z"/>' in drawing
+    assert drawing.count('class="mark') == 1 and f'x1="{(left + right) / 2:.0f}"' in drawing and "&lt;x&gt;" in drawing
 
 
 def test_values_land_where_the_axis_says() -> None:
@@ -99,7 +114,7 @@ def test_nothing_but_zeros_stands_on_the_axis() -> None:
 
 def test_the_readout_holds_the_logged_values() -> None:
     drawing = line_chart([Line("<a>", [0, 1, 2], [0.12345, math.nan, 7.0], 3)], title="T & U")
-    data = json.loads(html.unescape(re.search(r"data-chart='([^']+)'", drawing).group(1)))  # type: ignore[union-attr]
+    data = readout(drawing)
     assert data["lines"] == [{"label": "<a>", "c": 3, "x": [0, 1, 2], "y": [0.12345, None, 7.0]}]
     assert "<title>T &amp; U: &lt;a&gt; from 0.123 at step 0 to 7.000 at step 2.</title>" in drawing
 
@@ -119,9 +134,8 @@ def test_a_spike_is_named_and_does_not_flatten_the_curve() -> None:
 
 
 def test_interval_bar_marks_and_clamps() -> None:
-    bar = svg.interval_bar(
-        -0.1, 0.5, 1.2, marks=[(0.25, "chance", "guessing 25%"), (math.nan, "constant", "none")], title="T"
-    )
+    marks = [(0.25, "chance", "guessing 25%"), (math.nan, "constant", "none")]
+    bar = svg.interval_bar(-0.1, 0.5, 1.2, marks=marks, title="T")
     assert bar.count('class="mark') == 1 and "guessing 25%" in bar
     assert 'x="4" y="8" width="212"' in bar and 'cx="110"' in bar
     assert "<circle" not in svg.interval_bar(math.nan, math.nan, math.nan, title="T")
