@@ -6,24 +6,26 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from itertools import takewhile
 from typing import Literal
 
-import torch
-
-from osler.eval.likelihood import BATCH_TOKENS, evaluating, label_logprobs, padded_batches
+from osler.eval.likelihood import sum_logprobs
 from osler.eval.score import ANSWERED, CUT, TOO_LONG, UNPARSED, Result, ScoredExam, summarise
 from osler.inference.engine import InferenceEngine
 from osler.model.transformer import Transformer
-from osler.ops.labels import IGNORED
 from osler.ops.sampling_params import SamplingParams
 from osler.runtime.errors import UserError
-from osler.runtime.stop import asked
+from osler.runtime.stop import AskedToStop, asked
+from osler.runtime.world import World
 from osler.tasks.answers import read_answer
 from osler.tasks.item import ExamItem, permute, render_answer, render_question, reorder
 from osler.tokenizer.bpe import Tokenizer
 from osler.tokenizer.chat import Completion, encode_prompt, parse_completion
+
+ITEMS_AT_ONCE = 32  # presentations scored by likelihood between two calls of ``progress``
 
 
 def greedy(max_new_tokens: int) -> SamplingParams:
@@ -39,8 +41,7 @@ def score_by_generation(
     *,
     reasoning: bool = True,
     permutations: int = 1,
-    cluster_by_group: bool = False,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int], None] = lambda done: None,
 ) -> ScoredExam:
     """Let the model write an answer to every item and score what it wrote.
 
@@ -55,10 +56,14 @@ def score_by_generation(
             f"max_new_tokens is {sampling.max_new_tokens}, which leaves no room for a question in the model's "
             f"{longest} tokens: ask for shorter answers."
         )
+
+    def encode(question: str) -> list[int]:
+        return encode_prompt(tokenizer, question, reasoning=reasoning)
+
     shown = list(presentations(items, permutations, sampling.seed))
-    prompts = [_fitted(item, lambda text: encode_prompt(tokenizer, text, reasoning=reasoning), room) for item in shown]
+    questions = [fitting_question(item, encode, room) for item in shown]
     results = [Result(item, TOO_LONG, right=False) for item in shown]
-    fitting = [(i, prompt) for i, prompt in enumerate(prompts) if prompt is not None]
+    fitting = [(i, encode(question)) for i, question in enumerate(questions) if question is not None]
     fitting.sort(key=lambda pair: -len(pair[1]))
     for start in range(0, len(fitting), engine.max_rows):
         if asked():  # a trainer that asks all ranks whether to stop makes nothing of this score
@@ -70,11 +75,32 @@ def score_by_generation(
         )
         for (i, _), ids in zip(batch, rollout.completions, strict=True):
             results[i] = mark(shown[i], parse_completion(tokenizer, ids, reasoning=reasoning))
-        if progress is not None:
-            progress(len(shown) - len(fitting) + start + len(batch))
-    return summarise(
-        results, cluster_by_group=cluster_by_group, max_seq_len=longest, max_new_tokens=sampling.max_new_tokens
-    )
+        progress(len(shown) - len(fitting) + start + len(batch))
+    return summarise(results, max_seq_len=longest, max_new_tokens=sampling.max_new_tokens)
+
+
+def shared_exam(
+    engine: InferenceEngine,
+    tokenizer: Tokenizer,
+    items: Sequence[ExamItem],
+    sampling: SamplingParams,
+    world: World,
+    *,
+    reasoning: bool = True,
+    permutations: int = 1,
+) -> tuple[float, float]:
+    """Return which share of the answers is right and which cannot be read; the ranks share the items.
+
+    Raises UserError when there are no items, and AskedToStop when training is to end.
+    """
+    share, counts = items[world.rank :: world.size], (0.0, 0.0, 0.0)
+    if share or not items:  # an empty exam is refused in words
+        score = score_by_generation(engine, tokenizer, share, sampling, reasoning=reasoning, permutations=permutations)
+        counts = (score.correct, score.unparsed + score.cut + score.too_long, score.presentations)
+    right, unread, shown, left = world.all_reduce_sum(*counts, asked())
+    if left:
+        raise AskedToStop
+    return right / shown, unread / shown
 
 
 def presentations(items: Iterable[ExamItem], permutations: int, seed: int) -> Iterator[ExamItem]:
@@ -108,7 +134,7 @@ def score_by_likelihood(
     normalise: Literal["bytes", "tokens", "none"] = "bytes",
     permutations: int = 1,
     seed: int = 0,
-    cluster_by_group: bool = False,
+    progress: Callable[[int], None] = lambda done: None,
 ) -> ScoredExam:
     """Choose the option whose text is most likely after the prompt; items must have options.
 
@@ -120,27 +146,27 @@ def score_by_likelihood(
     long as the choices are ASCII: it divides by the characters of the choice without the space before it. In the template its
     choices are ``text (A)``, ``text (B)`` and so on. Of equal scores the earlier option wins.
     """
+    longest = model.config.max_seq_len
     shown = list(presentations(items, permutations, seed))
-    results = [Result(item, TOO_LONG, right=False) for item in shown]
-    rows: list[tuple[list[int], int]] = []
-    owners: list[tuple[int, range]] = []
-    for i, item in enumerate(shown):
-        options = option_rows(tokenizer, item, template=template, max_seq_len=model.config.max_seq_len)
-        if options is not None:
-            owners.append((i, range(len(rows), len(rows) + len(options))))
-            rows.extend(options)
-    sums = sum_logprobs(model, rows)
-    for i, mine in owners:
-        item = shown[i]
-        sizes = {
-            "bytes": [len(text.encode()) for text in scored_texts(item, template=template)],
-            "tokens": [len(rows[row][0]) - rows[row][1] for row in mine],
-            "none": [1] * len(mine),
-        }[normalise]
-        scores = [sums[row] / size for row, size in zip(mine, sizes, strict=True)]
-        best = scores.index(max(scores))
-        results[i] = Result(item, ANSWERED, right=item.is_right(best), predicted=best, text=item.options[best])
-    return summarise(results, cluster_by_group=cluster_by_group, max_seq_len=model.config.max_seq_len)
+    results: list[Result] = []
+    for first in range(0, len(shown), ITEMS_AT_ONCE):
+        part = shown[first : first + ITEMS_AT_ONCE]
+        options = [option_rows(tokenizer, item, template=template, max_seq_len=longest) or [] for item in part]
+        sums = iter(sum_logprobs(model, [row for rows in options for row in rows]))
+        for item, rows in zip(part, options, strict=True):
+            if not rows:
+                results.append(Result(item, TOO_LONG, right=False))
+                continue
+            sizes = {
+                "bytes": [len(text.encode()) for text in scored_texts(item, template=template)],
+                "tokens": [len(ids) - start for ids, start in rows],
+                "none": [1] * len(rows),
+            }[normalise]
+            scores = [next(sums) / size for size in sizes]
+            best = scores.index(max(scores))
+            results.append(Result(item, ANSWERED, right=item.is_right(best), predicted=best, text=item.options[best]))
+        progress(len(results))
+    return summarise(results, max_seq_len=longest)
 
 
 def scored_texts(item: ExamItem, *, template: bool) -> list[str]:
@@ -164,66 +190,37 @@ def option_rows(
     texts = scored_texts(item, template=template)
     if template:
         answers = [tokenizer.encode(text) for text in texts]
-        room = max_seq_len - max(map(len, answers))
-        prompt = _fitted(item, lambda text: encode_prompt(tokenizer, text, reasoning=False), room)
-        return None if prompt is None else [(prompt + answer, len(prompt)) for answer in answers]
 
-    def plain(text: str) -> list[int]:
-        return tokenizer.encode(f"Question: {text}\nAnswer:")
+        def encode(question: str) -> list[int]:
+            return encode_prompt(tokenizer, question, reasoning=False)
 
+        question = fitting_question(item, encode, max_seq_len - max(map(len, answers)))
+        prompt = [] if question is None else encode(question)
+        return [(prompt + answer, len(prompt)) for answer in answers] if prompt else None
     longest = max(len(tokenizer.encode(f" {text}")) for text in texts) + 1
-    kept = _shortened(replace(item, options=(), answer_index=-1), plain, max_seq_len - longest)
-    if kept is None:
+    bare = replace(item, options=(), answer_index=-1)
+    question = fitting_question(bare, lambda text: tokenizer.encode(f"Question: {text}\nAnswer:"), max_seq_len - longest)
+    if question is None:
         return None
-    stem = f"Question: {render_question(kept)}\nAnswer:"
+    stem = f"Question: {question}\nAnswer:"
     together = [tokenizer.encode(f"{stem} {text}") for text in texts]
-    start = _shared_length([tokenizer.encode(stem), *together])
+    columns = zip(tokenizer.encode(stem), *together, strict=False)
+    start = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
     fits = max(map(len, together)) <= max_seq_len and start > 0
     return [(ids, start) for ids in together] if fits else None
 
 
-def sum_logprobs(
-    model: Transformer, rows: Sequence[tuple[list[int], int]], *, batch_tokens: int = BATCH_TOKENS
-) -> list[float]:
-    """Return for every row (ids, start) the sum of log p(ids[t] | ids[:t]) over t >= start, in nats; start >= 1."""
-    labelled = [(ids[:-1], [IGNORED] * (start - 1) + ids[start:]) for ids, start in rows]
-    sums = [0.0] * len(rows)
-    with evaluating(model):
-        for numbers, ids_BT, labels_BT in padded_batches(labelled, batch_tokens):
-            scored_BT, logprobs_N = label_logprobs(model, ids_BT, labels_BT)
-            totals = torch.zeros(len(numbers), dtype=torch.float64, device=logprobs_N.device)
-            totals.index_add_(0, scored_BT.nonzero()[:, 0], logprobs_N.double())
-            for number, total in zip(numbers, totals.tolist(), strict=True):
-                sums[number] = total
-    return sums
+def fitting_question(item: ExamItem, encode: Callable[[str], list[int]], room: int) -> str | None:
+    """Return the question with as many last words of its context as fit ``room`` tokens; None when not even the question does.
 
-
-def _fitted(item: ExamItem, encode: Callable[[str], list[int]], room: int) -> list[int] | None:
-    """Return the prompt of an item that is shortened to ``room`` tokens; None when it cannot be."""
-    kept = _shortened(item, encode, room)
-    return None if kept is None else encode(render_question(kept))
-
-
-def _shortened(item: ExamItem, encode: Callable[[str], list[int]], room: int) -> ExamItem | None:
-    """Return the item with as many last words of its context as fit ``room`` tokens; None when even the question does not.
-
-    The front goes first, because an abstract gives its results last.
+    The front of the context goes first, because an abstract gives its results last.
     """
-    if len(encode(render_question(item))) <= room:
-        return item
+    if len(encode(whole := render_question(item))) <= room:
+        return whole
     words = item.context.split()
-    low, high = -1, len(words)  # low fits (or is -1), high does not
-    while high - low > 1:
-        middle = (low + high) // 2
-        kept = replace(item, context=" ".join(words[len(words) - middle :]))
-        low, high = (middle, high) if len(encode(render_question(kept))) <= room else (low, middle)
-    return None if low < 0 else replace(item, context=" ".join(words[len(words) - low :]))
 
+    def shortened(kept: int) -> str:
+        return render_question(replace(item, context=" ".join(words[len(words) - kept :])))
 
-def _shared_length(sequences: Sequence[Sequence[int]]) -> int:
-    shared = 0
-    for column in zip(*sequences, strict=False):
-        if len(set(column)) > 1:
-            break
-        shared += 1
-    return shared
+    too_many = bisect_left(range(len(words)), True, key=lambda kept: len(encode(shortened(kept))) > room)
+    return shortened(too_many - 1) if too_many else None

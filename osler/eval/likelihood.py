@@ -18,15 +18,18 @@ from math import exp, log
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from osler.model.transformer import Transformer
 from osler.ops.cross_entropy import linear_logprobs
 from osler.ops.labels import IGNORED
+from osler.runtime.device import sent
 from osler.runtime.errors import UserError
 from osler.runtime.stop import AskedToStop, asked
 from osler.runtime.world import World
 
 BATCH_TOKENS = 16_384  # of a forward pass, padding included
+SORTED_WINDOWS = 4096  # windows sorted by length at a time: less padding, and the sum does not depend on the order
 LabelledRow = tuple[list[int], list[int]]  # ids, and behind each the id that follows it, or -100 where none is scored
 
 
@@ -40,42 +43,62 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
     model.train(training)
 
 
-def label_logprobs(
-    model: Transformer, ids_BT: Tensor, labels_BT: Tensor, document_BT: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Return which labels are scored, bool [B, T], and the log-probability of each of them in that order, [N] in nats.
+def pad_rows(rows: Sequence[LabelledRow]) -> tuple[Tensor, Tensor]:
+    """Return ids_BT and labels_BT, padded on the right with label -100; causal attention never looks at the padding."""
+    ids_BT = pad_sequence([torch.tensor(ids) for ids, _ in rows], batch_first=True)
+    labels_BT = pad_sequence([torch.tensor(labels) for _, labels in rows], batch_first=True, padding_value=IGNORED)
+    return ids_BT, labels_BT
 
-    Attention stays inside a document where ``document_BT`` is given.
+
+def label_logprobs(
+    model: Transformer,
+    ids_BT: Tensor,
+    labels_BT: Tensor,
+    document_BT: Tensor | None = None,
+    *,
+    temperature: float = 1.0,
+    mask_NV: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the row, the log-probability in nats and the entropy of each label but -100, row by row, each [N].
+
+    Attention stays inside a document where ``document_BT`` is given; ``mask_NV`` is a sampling mask. The inputs lie on the CPU,
+    where the labels' places are found, so that the host waits for no device.
     """
     device = model.embed_tokens.weight.device
-    ids_BT, labels_BT = ids_BT.to(device), labels_BT.to(device)
-    scored_BT = labels_BT != IGNORED
-    hidden_BTD = model(ids_BT, document_BT=None if document_BT is None else document_BT.to(device))
-    features, weight = model.head(hidden_BTD[scored_BT])
-    logprobs_N, _ = linear_logprobs(features, weight, labels_BT[scored_BT], vocab_size=model.config.vocab_size)
-    return scored_BT, logprobs_N
+    row_N, place_N = (labels_BT != IGNORED).nonzero(as_tuple=True)
+    hidden_BTD = model(sent(ids_BT, device), document_BT=None if document_BT is None else sent(document_BT, device))
+    features_NR, weight_VR = model.head(hidden_BTD[sent(row_N, device), sent(place_N, device)])
+    logp_N, entropy_N = linear_logprobs(
+        features_NR,
+        weight_VR,
+        sent(labels_BT[row_N, place_N], device),
+        vocab_size=model.config.vocab_size,
+        temperature=temperature,
+        mask_NV=mask_NV,
+    )
+    return row_N, logp_N, entropy_N
 
 
-def padded_batches(rows: Sequence[LabelledRow], batch_tokens: int) -> Iterator[tuple[list[int], Tensor, Tensor]]:
-    """Yield the numbers of some rows of similar length, their ids and their labels, padded on the right with label -100.
-
-    A batch has at most ``batch_tokens``, padding included, but at least one row. Causal attention never looks at the padding.
-    """
+def by_length(rows: Sequence[LabelledRow], batch_tokens: int) -> Iterator[list[int]]:
+    """Yield the numbers of rows of similar length: at most ``batch_tokens``, padding included, but at least one row."""
     order = sorted(range(len(rows)), key=lambda row: -len(rows[row][0]))
     while order:
-        width = len(rows[order[0]][0])
-        count = max(1, batch_tokens // width)
-        chosen, order = order[:count], order[count:]
-        ids_BT = torch.zeros(len(chosen), width, dtype=torch.int64)
-        labels_BT = torch.full((len(chosen), width), IGNORED, dtype=torch.int64)
-        for b, row in enumerate(chosen):
-            ids, labels = rows[row]
-            ids_BT[b, : len(ids)] = torch.tensor(ids)
-            labels_BT[b, : len(labels)] = torch.tensor(labels)
-        yield chosen, ids_BT, labels_BT
+        count = max(1, batch_tokens // len(rows[order[0]][0]))
+        yield order[:count]
+        order = order[count:]
 
 
-_SORTED_WINDOWS = 4096  # windows sorted by length at a time: less padding, and the sum does not depend on the order
+def sum_logprobs(
+    model: Transformer, rows: Sequence[tuple[list[int], int]], *, batch_tokens: int = BATCH_TOKENS
+) -> list[float]:
+    """Return for every row (ids, start) the sum of log p(ids[t] | ids[:t]) over t >= start, in nats; start >= 1."""
+    labelled = [(ids[:-1], [IGNORED] * (start - 1) + ids[start:]) for ids, start in rows]
+    sums = torch.zeros(len(rows), dtype=torch.float64)
+    with evaluating(model):
+        for numbers in by_length(labelled, batch_tokens):
+            row_N, logp_N, _ = label_logprobs(model, *pad_rows([labelled[number] for number in numbers]))
+            sums.index_add_(0, torch.tensor(numbers)[row_N], logp_N.cpu().double())
+    return sums.tolist()
 
 
 @dataclass(frozen=True)
@@ -105,18 +128,17 @@ def measure(
 ) -> TextScore:
     """Return what ``batches`` of (ids_BT, labels_BT) or (ids_BT, labels_BT, document_BT) cost the model.
 
-    ``labels_BT[b, t]`` is the token after ``ids_BT[b, t]``, or -100 where nothing is predicted; attention stays inside a
-    document. ``total_bytes`` is the size of the text that the labels spell. All ranks of ``world`` are given the same batches
-    and share them. Raises UserError when there is no text, and AskedToStop when training is to end.
+    ``total_bytes`` is the size of the text that the labels spell. All ranks of ``world`` are given the same batches and share
+    them. Raises UserError when there is no text, and AskedToStop when training is to end.
     """
     world = world or World()
     nats, tokens = 0.0, 0
     with evaluating(model):
         for batch in takewhile(lambda _: not asked(), islice(batches, world.rank, None, world.size)):
             if (batch[1] != IGNORED).any():
-                _, logprobs_N = label_logprobs(model, *batch)
-                nats -= logprobs_N.double().sum().item()
-                tokens += logprobs_N.numel()
+                _, logp_N, _ = label_logprobs(model, *batch)
+                nats -= logp_N.double().sum().item()
+                tokens += logp_N.numel()
     nats, scored_tokens, left = world.all_reduce_sum(nats, tokens, asked())
     if left:
         raise AskedToStop
@@ -139,14 +161,13 @@ def windows(documents: Iterable[Sequence[int]], *, seq_len: int, start_id: int, 
         while scored < len(ids):
             first = max(0, scored - 1 - overlap)
             last = min(len(ids) - 1, first + seq_len)
-            labels = [ids[t] if t >= scored else IGNORED for t in range(first + 1, last + 1)]
-            yield ids[first:last], labels
+            yield ids[first:last], [IGNORED] * (scored - first - 1) + ids[scored : last + 1]
             scored = last + 1
 
 
-def batches(rows: Iterable[LabelledRow], *, batch_tokens: int) -> Iterator[tuple[Tensor, Tensor]]:
+def batches(rows: Iterable[LabelledRow], *, batch_tokens: int = BATCH_TOKENS) -> Iterator[tuple[Tensor, Tensor]]:
     """Put windows of similar length together, at most ``batch_tokens`` with padding but at least one window."""
     remaining = iter(rows)
-    while pending := list(islice(remaining, _SORTED_WINDOWS)):
-        for _, ids_BT, labels_BT in padded_batches(pending, batch_tokens):
-            yield ids_BT, labels_BT
+    while pending := list(islice(remaining, SORTED_WINDOWS)):
+        for numbers in by_length(pending, batch_tokens):
+            yield pad_rows([pending[number] for number in numbers])

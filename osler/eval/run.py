@@ -7,8 +7,8 @@ where the report finds it. Nothing is resumed: an interrupted evaluation starts 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,8 @@ from osler.data.readers import TextFiles
 from osler.data.shards import ShardSet, read_data_manifest
 from osler.eval.config import CLINIC_EXAM, EvalConfig
 from osler.eval.exams import score_by_generation, score_by_likelihood
-from osler.eval.likelihood import BATCH_TOKENS, TextScore, batches, measure, windows
-from osler.eval.score import Result, ScoredExam, describe_too_long, length_explains, summarise
+from osler.eval.likelihood import batches, measure, windows
+from osler.eval.score import ScoredExam, describe_too_long, length_explains
 from osler.inference.engine import InferenceEngine
 from osler.inference.load import LoadedModel, open_model
 from osler.ops.sampling_params import SamplingParams
@@ -29,21 +29,12 @@ from osler.runtime.errors import UserError
 from osler.runtime.log import Progress
 from osler.tasks.item import ExamItem
 from osler.tasks.registry import TASK_CONFIGS, ClinicTask, check_task, load_task
+from osler.tokenizer.bpe import Tokenizer
 from osler.tokenizer.round_trip import RoundTrip, refuse_missing_bytes
 
 logger = logging.getLogger(__name__)
 
 LOOKED_AT = 256  # documents whose start is decoded again, to see what the tokenizer loses
-LIKELIHOOD_ITEMS = 32  # scored between two updates of the progress line
-
-
-@dataclass(frozen=True)
-class Sitting:
-    """The score of one exam, sat in one way."""
-
-    exam: str
-    method: str
-    score: ScoredExam
 
 
 def run(checkpoint: str, overrides: Sequence[str] = ()) -> int:
@@ -53,14 +44,15 @@ def run(checkpoint: str, overrides: Sequence[str] = ()) -> int:
     ready = open_model(checkpoint, device=config.device, which=config.which)
     logger.info(ready.describe())
     config, held_out = complete(config, ready)
-    sittings = [] if config.task is None else sit(config, ready)
-    if sittings:
-        print(table(sittings))
-        save_scores(ready, label(config, ready, checkpoint), sittings)
+    if config.task is not None:
+        scores = sit(config, ready)
+        print(table(scores))
+        save_scores(ready, label(config, ready, checkpoint), scores)
     if config.text is not None:
-        print(describe_text(config.text, measure_files(config, ready), config, ready))
+        print(describe_text(config.text, config, ready, *documents_at(config.text, config.text_field, ready.tokenizer)))
     elif held_out is not None:
-        print(describe_text("the run's held-out text", measure_shards(config, ready, held_out), config, ready))
+        counts = held_out.num_documents, held_out.num_bytes
+        print(describe_text("the run's held-out text", config, ready, held_out.documents(), *counts))
     return 0
 
 
@@ -87,7 +79,10 @@ def complete(config: EvalConfig, ready: LoadedModel) -> tuple[EvalConfig, ShardS
         return decode(EvalConfig, {**encode(config), "task": ready.training["eval_task"]}), None
     data = ready.shards
     if data is not None and data.is_dir() and "validation" in read_data_manifest(data)["splits"] and not ready.answers_questions:
-        return config, ShardSet.open(data, "validation")
+        shards = ShardSet.open(data, "validation")
+        if shards.tokenizer_fingerprint != ready.tokenizer.fingerprint:
+            raise UserError(f"{data} was prepared with another tokenizer than the model's; prepare it anew.")
+        return config, shards
     raise UserError(
         f"What shall {ready.path} be examined on? Give an exam (task.type=medqa task.path=FILE, or task.type=clinic) or a text "
         "that it was not trained on (text=FILE or FOLDER)."
@@ -97,21 +92,40 @@ def complete(config: EvalConfig, ready: LoadedModel) -> tuple[EvalConfig, ShardS
 # -- exams -------------------------------------------------------------------------------------------------------------
 
 
-def sit(config: EvalConfig, ready: LoadedModel) -> list[Sitting]:
+def sit(config: EvalConfig, ready: LoadedModel) -> list[ScoredExam]:
     """Let the model sit every part of the exam in every way that was asked for."""
     exams = {name: load_task(task) for name, task in parts(config.task).items()}
     for name, items in exams.items():
         if not items:
             raise UserError(f"The exam {name} has no items.")
     ways = methods(config, ready, [item for items in exams.values() for item in items])
-    sittings = []
+    scores = []
     for name, items in exams.items():
         for method in ways:
             with Progress(len(items) * config.permutations, "questions asked", label=name) as progress:
-                answer = by_generation if method == "generation" else by_likelihood
-                score = answer(config, ready, items, progress.update)
-            sittings.append(Sitting(name, method, score))
-    return sittings
+                if method == "generation":
+                    score = score_by_generation(
+                        InferenceEngine(ready.model, max_rows=config.rows),
+                        ready.tokenizer,
+                        items,
+                        SamplingParams(max_new_tokens=config.max_new_tokens, temperature=config.temperature, seed=config.seed),
+                        reasoning=ready.reasons if config.reasoning is None else config.reasoning,
+                        permutations=config.permutations,
+                        progress=progress.update,
+                    )
+                else:
+                    score = score_by_likelihood(
+                        ready.model,
+                        ready.tokenizer,
+                        items,
+                        template=ready.answers_questions,
+                        normalise=config.normalise,
+                        permutations=config.permutations,
+                        seed=config.seed,
+                        progress=progress.update,
+                    )
+            scores.append(replace(score, split=name, method=method))
+    return scores
 
 
 def parts(task: Any) -> dict[str, Any]:
@@ -143,57 +157,18 @@ def methods(config: EvalConfig, ready: LoadedModel, items: Sequence[ExamItem]) -
     return ["likelihood"]
 
 
-def by_generation(
-    config: EvalConfig, ready: LoadedModel, items: Sequence[ExamItem], progress: Callable[[int], None]
-) -> ScoredExam:
-    """Score what the model writes."""
-    return score_by_generation(
-        InferenceEngine(ready.model, max_rows=config.rows),
-        ready.tokenizer,
-        items,
-        SamplingParams(max_new_tokens=config.max_new_tokens, temperature=config.temperature, seed=config.seed),
-        reasoning=ready.reasons if config.reasoning is None else config.reasoning,
-        permutations=config.permutations,
-        cluster_by_group=isinstance(config.task, ClinicTask),  # items of one fact stand or fall together
-        progress=progress,
-    )
-
-
-def by_likelihood(
-    config: EvalConfig, ready: LoadedModel, items: Sequence[ExamItem], progress: Callable[[int], None]
-) -> ScoredExam:
-    """Score the options that the model finds most likely, a few items at a time so that progress can be shown."""
-    results: list[Result] = []
-    for start in range(0, len(items), LIKELIHOOD_ITEMS):
-        part = score_by_likelihood(
-            ready.model,
-            ready.tokenizer,
-            items[start : start + LIKELIHOOD_ITEMS],
-            template=ready.answers_questions,
-            normalise=config.normalise,
-            permutations=config.permutations,
-            seed=config.seed,
-        )
-        results += part.results
-        progress(len(results))
-    by_group = isinstance(config.task, ClinicTask)
-    return summarise(results, cluster_by_group=by_group, max_seq_len=ready.model.config.max_seq_len)
-
-
-def table(sittings: Sequence[Sitting]) -> str:
+def table(scores: Sequence[ScoredExam]) -> str:
     """Return the scores beside what they must be compared with, the letters answered, and remarks."""
-    wide = max(len("exam"), *(len(sitting.exam) for sitting in sittings))
+    wide = max(len("exam"), *(len(score.split) for score in scores))
     lines = [f"{'exam':<{wide}}  method      accuracy  95 % interval    questions  chance  one letter  unparsed   cut  too long"]
     letters = []
-    for sitting in sittings:
-        score = sitting.score
+    for score in scores:
         orders = score.presentations // score.n
-        low, high = score.interval
         cells = (
-            f"{sitting.exam:<{wide}}",
-            f"{sitting.method:<10}",
+            f"{score.split:<{wide}}",
+            f"{score.method:<10}",
             f"{score.accuracy:>8.1%}",
-            f"{low:>6.1%} – {high:.1%}".ljust(15),
+            f"{score.low:>6.1%} – {score.high:.1%}".ljust(15),
             f"{score.n:>9,}" if orders == 1 else f"{score.n:,} × {orders}".rjust(9),
             (f"{score.chance:.1%}" if score.chance else "–").rjust(6),
             (f"{score.constant_letter_baseline:.1%} ({score.constant_letter})" if score.constant_letter else "–").rjust(10),
@@ -204,21 +179,19 @@ def table(sittings: Sequence[Sitting]) -> str:
         lines.append("  ".join(cells))
         if any(score.letters.values()):
             counts = "  ".join(f"{letter} {count:,}" for letter, count in score.letters.items())
-            letters.append(f"  {sitting.exam}, {sitting.method}: {counts}")
-    notes = [note for sitting in sittings for note in remarks(sitting)]
+            letters.append(f"  {score.split}, {score.method}: {counts}")
+    notes = [note for score in scores for note in remarks(score)]
     return "\n".join([*lines, *(["", "letters answered", *letters] if letters else []), *([""] if notes else []), *notes])
 
 
-def remarks(sitting: Sitting) -> Iterator[str]:
+def remarks(score: ScoredExam) -> Iterator[str]:
     """Yield what the reader of a score should not overlook."""
-    score, name = sitting.score, f"{sitting.exam}, {sitting.method}"
-    low, high = score.interval
-    baseline = max(score.chance, score.constant_letter_baseline)
-    if score.constant_letter and high < baseline:
-        short = length_explains(high, baseline, score.too_long, score.presentations)
+    name, baseline = f"{score.split}, {score.method}", max(score.chance, score.constant_letter_baseline)
+    if score.constant_letter and score.high < baseline:
+        short = length_explains(score.high, baseline, score.too_long, score.presentations)
         why = ", because too many questions did not fit" if short else ""
         yield f"{name}: below guessing and always answering {score.constant_letter}{why}."
-    elif score.constant_letter and low <= baseline:
+    elif score.constant_letter and score.low <= baseline:
         yield f"{name}: not told apart from guessing or always answering {score.constant_letter}."
     if score.cut * 20 > score.presentations:
         yield f"{name}: {score.cut:,} of {score.presentations:,} answers were cut; max_new_tokens=N gives more room."
@@ -234,48 +207,42 @@ def label(config: EvalConfig, ready: LoadedModel, checkpoint: str) -> str:
     return kind if stands_for_run else f"{kind}, step {ready.state.get('step', 0):,}"
 
 
-def save_scores(ready: LoadedModel, name: str, sittings: Sequence[Sitting]) -> None:
+def save_scores(ready: LoadedModel, name: str, scores: Sequence[ScoredExam]) -> None:
     """Add scores to the run folder's ``exams.json``, beside those of other checkpoints and other exams."""
     if ready.run is None:
         return
-    scores = {
-        s.exam if s.method == "generation" else f"{s.exam}, {s.method}": replace(s.score, method=s.method) for s in sittings
-    }
-    add_exams(ready.run.exams, name, scores, last=ready.kind)  # the run itself comes last, not an earlier step
+    rows = {score.split if score.method == "generation" else f"{score.split}, {score.method}": score for score in scores}
+    add_exams(ready.run.exams, name, rows, last=ready.kind)  # the run itself comes last, not an earlier step
     logger.info(f"Saved to {ready.run.exams}; `osler report {ready.run.root}` shows it.")
 
 
 # -- text --------------------------------------------------------------------------------------------------------------
 
 
-def measure_files(config: EvalConfig, ready: LoadedModel) -> TextScore:
-    """Measure the files at ``text``; they are read twice, once to count their bytes."""
-    assert config.text is not None
-    source = TextFiles(config.text, config.text_field, path_key="text", field_key="text_field")
+def documents_at(path: str, field: str, tokenizer: Tokenizer) -> tuple[Iterator[list[int]], int, int]:
+    """Return the documents in files, their number and their bytes, for which they are read once more."""
+    source = TextFiles(path, field, path_key="text", field_key="text_field")
     sizes = [len(document.text.encode("utf-8")) for document in source if not document.is_empty]
     if not sizes:
-        raise UserError(f"{config.text} holds no text: there is nothing to measure.")
-    tokenizer = ready.tokenizer
+        raise UserError(f"{path} holds no text: there is nothing to measure.")
     round_trip = RoundTrip(tokenizer)
     round_trip.look(document.text for document in islice(source, LOOKED_AT))
     round_trip.warn()
     documents = ([*tokenizer.encode(document.text), tokenizer.eos_id] for document in source if not document.is_empty)
-    return measure_documents(config, ready, documents, len(sizes), sum(sizes))
+    return documents, len(sizes), sum(sizes)
 
 
-def measure_shards(config: EvalConfig, ready: LoadedModel, shards: ShardSet) -> TextScore:
-    """Measure a prepared split."""
-    if shards.tokenizer_fingerprint != ready.tokenizer.fingerprint:
-        raise UserError(f"{shards.folder} was prepared with another tokenizer than the model's; prepare it anew.")
-    return measure_documents(config, ready, shards.documents(), shards.num_documents, shards.num_bytes)
+def describe_text(
+    name: str, config: EvalConfig, ready: LoadedModel, documents: Iterator[list[int]], count: int, num_bytes: int
+) -> str:
+    """Measure documents, whose ids end with the end-of-text token, in windows; return their score in a line.
 
-
-def measure_documents(
-    config: EvalConfig, ready: LoadedModel, documents: Iterator[list[int]], count: int, num_bytes: int
-) -> TextScore:
-    """Measure documents, whose ids end with the end-of-text token, in windows."""
+    Only bits per byte can be compared between models of several tokenizers.
+    """
     refuse_missing_bytes(ready.tokenizer)
-    seq_len = window(config, ready)
+    longest, seq_len = ready.model.config.max_seq_len, config.seq_len or ready.seq_len
+    if seq_len > longest:
+        raise UserError(f"seq_len {seq_len} is longer than the {longest} tokens (max_seq_len) that the model allows.")
     if config.overlap >= seq_len:
         raise UserError(f"overlap {config.overlap} must be less than the window of {seq_len} tokens.")
     with Progress(count, "documents", label="text") as progress:
@@ -286,20 +253,8 @@ def measure_documents(
                 progress.update(done)
 
         rows = windows(counted(), seq_len=seq_len, start_id=ready.tokenizer.eos_id, overlap=config.overlap)
-        return measure(ready.model, batches(rows, batch_tokens=BATCH_TOKENS), num_bytes)
-
-
-def window(config: EvalConfig, ready: LoadedModel) -> int:
-    """Return how many tokens are read at once."""
-    longest = ready.model.config.max_seq_len
-    if config.seq_len is not None and config.seq_len > longest:
-        raise UserError(f"seq_len {config.seq_len} is longer than the {longest} tokens (max_seq_len) that the model allows.")
-    return config.seq_len or ready.seq_len
-
-
-def describe_text(name: str, cost: TextScore, config: EvalConfig, ready: LoadedModel) -> str:
-    """Describe the score of a text in a line; only its bits per byte can be compared between models of several tokenizers."""
+        cost = measure(ready.model, batches(rows), num_bytes)
     return (
         f"{name}: {cost.bits_per_byte:.4f} bits per byte ({cost.bytes:,} bytes; {cost.tokens:,} tokens at {cost.loss:.4f} nats, "
-        f"perplexity {cost.perplexity:.1f}; read {window(config, ready)} tokens at a time)"
+        f"perplexity {cost.perplexity:.1f}; read {seq_len} tokens at a time)"
     )

@@ -19,107 +19,9 @@ from math import sqrt
 from statistics import NormalDist
 from typing import Any
 
-from osler.records.results import ExamScore
+from osler.records.results import ExamScore, SampledAnswer
 from osler.runtime.errors import UserError
-from osler.tasks.item import LETTERS, ExamItem
-
-
-def wilson(correct: float, n: float, confidence: float = 0.95) -> tuple[float, float]:
-    """Return Wilson's score interval for ``correct`` among ``n``, which may be an effective, fractional size."""
-    if n <= 0 or not 0 <= correct <= n:
-        raise ValueError(f"{correct} correct of {n} is no proportion")
-    z = NormalDist().inv_cdf(0.5 + confidence / 2)
-    p = correct / n
-    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    # at the ends the formula is exactly 0 or 1; rounding must not take the interval past the score
-    return (0.0 if correct == 0 else max(0.0, centre - half), 1.0 if correct == n else min(1.0, centre + half))
-
-
-def mean_interval(
-    values: Sequence[float], clusters: Sequence[Hashable] | None = None, confidence: float = 0.95
-) -> tuple[float, float]:
-    """Return Wilson's interval for the mean of ``values`` in [0, 1], at the effective sample size that the clusters leave.
-
-    The effective size is at most the number of values, and the number of clusters where the variance is zero (all right
-    or all wrong).
-    """
-    p = _mean(values)
-    clusters = range(len(values)) if clusters is None else clusters
-    variance = _clustered_sum_of_squares(values, clusters, p) / len(values) ** 2
-    groups = len(set(clusters))
-    # one cluster has no variance of its own, whatever rounding leaves of zero
-    known = groups > 1 and variance > 1e-18
-    size = min(float(len(values)), p * (1 - p) / variance) if known else float(groups)
-    return wilson(min(p, 1.0) * size, size, confidence)
-
-
-@dataclass(frozen=True)
-class Difference:
-    """``after - before`` on the same items: the mean, its interval, and how many items were gained and lost."""
-
-    mean: float
-    interval: tuple[float, float]
-    n: int
-    clusters: int
-    gained: int
-    lost: int
-
-
-def paired_difference(
-    before: Sequence[float],
-    after: Sequence[float],
-    clusters: Sequence[Hashable] | None = None,
-    confidence: float = 0.95,
-) -> Difference:
-    """Return the change of a score in [0, 1] between two models on the same items, in the same order.
-
-    The interval adds half an item to each of the four cells right/wrong by right/wrong (Agresti and Min), so it stays
-    wide when the two models hardly ever disagree; ``mean`` is the plain difference.
-    """
-    if len(before) != len(after):
-        raise ValueError(f"{len(before)} scores before and {len(after)} after: they must be the same items")
-    changes = [late - early for early, late in zip(before, after, strict=True)]
-    clusters = range(len(changes)) if clusters is None else clusters
-    mean = _mean(changes)
-    size = len(changes) + 2
-    centre = sum(changes) / size
-    squares = _clustered_sum_of_squares(changes, clusters, centre)
-    squares += 0.5 * (1 - centre) ** 2 + 0.5 * (1 + centre) ** 2 + centre**2
-    half = NormalDist().inv_cdf(0.5 + confidence / 2) * sqrt(squares) / size
-    return Difference(
-        mean=mean,
-        interval=(max(-1.0, centre - half), min(1.0, centre + half)),
-        n=len(changes),
-        clusters=len(set(clusters)),
-        gained=sum(change > 0 for change in changes),
-        lost=sum(change < 0 for change in changes),
-    )
-
-
-def _mean(values: Sequence[float]) -> float:
-    if not values:
-        raise ValueError("no items: a mean of nothing has no interval")
-    return sum(values) / len(values)
-
-
-def _by_cluster(values: Sequence[float], clusters: Sequence[Hashable]) -> dict[Hashable, tuple[float, int]]:
-    """Return the sum and the count of every cluster."""
-    sums: dict[Hashable, tuple[float, int]] = {}
-    for value, cluster in zip(values, clusters, strict=True):
-        total, count = sums.get(cluster, (0.0, 0))
-        sums[cluster] = (total + value, count + 1)
-    return sums
-
-
-def _clustered_sum_of_squares(values: Sequence[float], clusters: Sequence[Hashable], centre: float) -> float:
-    """Return n**2 times the variance of the mean: the sum of the clusters' squared sums of deviations, corrected."""
-    sums = _by_cluster(values, clusters)
-    groups = len(sums)
-    # G / (G - 1), but single items keep the textbook variance p (1 - p) / n, so that Wilson's own interval comes back exactly
-    correction = groups / (groups - 1) if 1 < groups < len(values) else 1.0
-    return correction * sum((total - count * centre) ** 2 for total, count in sums.values())
-
+from osler.tasks.item import LETTERS, ExamItem, render_answer
 
 ANSWERED = "answered"
 UNPARSED = "unparsed"  # the completion ended by itself, but no single option (or number) can be read from it
@@ -138,6 +40,18 @@ class Result:
     text: str = ""  # the answer as it was written
     thinking: str = ""  # the reasoning before it
 
+    @property
+    def cluster(self) -> str:
+        """Results with the same one depend on each other: those of one item, and those of items that ask for one fact."""
+        return f"group {self.item.group}" if "/" in self.item.group else f"item {self.item.id}"
+
+    def sample(self, stage: str) -> SampledAnswer:
+        """Return the answer as a line of a run's samples."""
+        item = self.item
+        return SampledAnswer(
+            item.id, stage, item.question, list(item.options), self.thinking, self.text, render_answer(item), self.right
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class ScoredExam(ExamScore):
@@ -146,42 +60,45 @@ class ScoredExam(ExamScore):
     results: tuple[Result, ...]
 
 
-
-def summarise(
-    results: Sequence[Result], *, cluster_by_group: bool = False, max_seq_len: int = 0, max_new_tokens: int = 0
-) -> ScoredExam:
-    """Return the score of ``results``. Presentations of one item (with ``cluster_by_group``: of one group) are one cluster.
+def summarise(results: Sequence[Result], *, max_seq_len: int = 0, max_new_tokens: int = 0) -> ScoredExam:
+    """Return the score of ``results``.
 
     The two lengths are only recorded, to say what a question did not fit into. Raises UserError when there are no results.
     """
     if not results:
         raise UserError("There are no items to score: the exam is empty.")
-    right = [float(result.right) for result in results]
-    clusters = [_cluster(result.item, cluster_by_group) for result in results]
+    count = len(results)
     options = [[result.item.is_right(index) for index in range(len(result.item.options))] for result in results]
     answers = Counter(index for each in options for index, is_right in enumerate(each) if is_right)
     constant, hits = min(answers.items(), key=lambda pair: (-pair[1], pair[0])) if answers else (None, 0)
-    widest = max(len(result.item.options) for result in results)
-    given = Counter(_letter(result.predicted) for result in results if result.predicted is not None)
+    given = Counter(result.predicted for result in results)
     status = Counter(result.status for result in results)
+    members: dict[str, list[Result]] = {}
+    for result in results:
+        if result.item.group:
+            members.setdefault(result.item.group.split("/")[0], []).append(result)
     return ScoredExam(
+        **_accuracy(results),
         n=len({result.item.id for result in results}),
-        presentations=len(results),
-        correct=sum(result.right for result in results),
-        accuracy=sum(right) / len(results),
-        interval=mean_interval(right, clusters),
+        presentations=count,
         unparsed=status[UNPARSED],
         cut=status[CUT],
         too_long=status[TOO_LONG],
         max_seq_len=max_seq_len,
         max_new_tokens=max_new_tokens,
-        letters={letter: given[letter] for letter in LETTERS[:widest]},
-        constant_letter=_letter(constant),
-        constant_letter_baseline=hits / len(results),
-        chance=sum(sum(each) / len(each) for each in options if each) / len(results),
-        groups=_groups(results, clusters),
+        letters={letter: given[index] for index, letter in enumerate(LETTERS[: max(map(len, options))])},
+        constant_letter="" if constant is None else LETTERS[constant],
+        constant_letter_baseline=hits / count,
+        chance=sum(sum(each) / len(each) for each in options if each) / count,
+        groups={name: {"n": len(own), **_accuracy(own)} for name, own in sorted(members.items())},
         results=tuple(results),
     )
+
+
+def _accuracy(results: Sequence[Result]) -> dict[str, Any]:
+    right = [float(result.right) for result in results]
+    interval = mean_interval(right, [result.cluster for result in results])
+    return {"correct": int(sum(right)), "accuracy": sum(right) / len(right), "interval": interval}
 
 
 def length_explains(high: float, baseline: float, too_long: float, presentations: float) -> bool:
@@ -201,7 +118,7 @@ def describe_too_long(score: ExamScore) -> str:
     return f"{too_long:,.0f} of {count:,.0f} questions did not fit into the model's context{room} and count as wrong{others}"
 
 
-def compare(before: ScoredExam, after: ScoredExam, *, cluster_by_group: bool = False) -> Difference:
+def compare(before: ScoredExam, after: ScoredExam) -> Difference:
     """Return the gain from ``before`` to ``after``, paired item by item; an item's presentations are averaged first.
 
     Raises UserError when the two were not scored on the same items.
@@ -212,28 +129,8 @@ def compare(before: ScoredExam, after: ScoredExam, *, cluster_by_group: bool = F
             f"The two scores are of different items ({len(early.keys() - late.keys())} only in the first, "
             f"{len(late.keys() - early.keys())} only in the second): score both models on the same exam."
         )
-    items = {result.item.id: result.item for result in before.results}
-    ids = list(items)
-    clusters = [_cluster(items[name], cluster_by_group) for name in ids]
-    return paired_difference([early[name] for name in ids], [late[name] for name in ids], clusters)
-
-
-def _groups(results: Sequence[Result], clusters: Sequence[str]) -> dict[str, dict[str, Any]]:
-    members: dict[str, list[int]] = {}
-    for index, result in enumerate(results):
-        if result.item.group:
-            members.setdefault(result.item.group.split("/")[0], []).append(index)
-    table: dict[str, dict[str, Any]] = {}
-    for name, indices in sorted(members.items()):
-        right = [float(results[index].right) for index in indices]
-        low, high = mean_interval(right, [clusters[index] for index in indices])
-        table[name] = {
-            "n": len(right),
-            "correct": int(sum(right)),
-            "accuracy": sum(right) / len(right),
-            "interval": [low, high],
-        }
-    return table
+    clusters = {result.item.id: result.cluster for result in before.results}
+    return paired_difference(list(early.values()), [late[name] for name in early], [clusters[name] for name in early])
 
 
 def _by_item(score: ScoredExam) -> dict[str, float]:
@@ -243,9 +140,72 @@ def _by_item(score: ScoredExam) -> dict[str, float]:
     return {name: sum(right) / len(right) for name, right in shown.items()}
 
 
-def _cluster(item: ExamItem, by_group: bool) -> str:
-    return f"group {item.group}" if by_group and item.group else f"item {item.id}"
+# -- confidence intervals ----------------------------------------------------------------------------------------------
 
 
-def _letter(index: int | None) -> str:
-    return "" if index is None else LETTERS[index]
+def wilson(correct: float, n: float, confidence: float = 0.95) -> tuple[float, float]:
+    """Return Wilson's score interval for ``correct`` among ``n``, which may be an effective, fractional size."""
+    if n <= 0 or not 0 <= correct <= n:
+        raise ValueError(f"{correct} correct of {n} is no proportion")
+    z = NormalDist().inv_cdf(0.5 + confidence / 2)
+    p = correct / n
+    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    # at the ends the formula is exactly 0 or 1; rounding must not take the interval past the score
+    return (0.0 if correct == 0 else max(0.0, centre - half), 1.0 if correct == n else min(1.0, centre + half))
+
+
+def mean_interval(values: Sequence[float], clusters: Sequence[Hashable] | None = None) -> tuple[float, float]:
+    """Return Wilson's interval for the mean of ``values`` in [0, 1], at the effective sample size that the clusters leave.
+
+    The effective size is at most the number of values, and the number of clusters where the variance is zero (all right
+    or all wrong).
+    """
+    if not values:
+        raise ValueError("no items: a mean of nothing has no interval")
+    p = sum(values) / len(values)
+    clusters = range(len(values)) if clusters is None else clusters
+    variance = _clustered_sum_of_squares(values, clusters, p) / len(values) ** 2
+    groups = len(set(clusters))
+    # one cluster has no variance of its own, whatever rounding leaves of zero
+    known = groups > 1 and variance > 1e-18
+    size = min(float(len(values)), p * (1 - p) / variance) if known else float(groups)
+    return wilson(min(p, 1.0) * size, size)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """``after - before`` on the same ``n`` items: the mean, and its interval."""
+
+    mean: float
+    interval: tuple[float, float]
+    n: int
+
+
+def paired_difference(
+    before: Sequence[float], after: Sequence[float], clusters: Sequence[Hashable] | None = None
+) -> Difference:
+    """Return the change of a score in [0, 1] between two models on the same items, in the same order.
+
+    The interval adds half an item to each of the four cells right/wrong by right/wrong (Agresti and Min), so it stays
+    wide when the two models hardly ever disagree; ``mean`` is the plain difference.
+    """
+    changes = [late - early for early, late in zip(before, after, strict=True)]
+    clusters = range(len(changes)) if clusters is None else clusters
+    size = len(changes) + 2
+    centre = sum(changes) / size
+    squares = _clustered_sum_of_squares(changes, clusters, centre)
+    squares += 0.5 * (1 - centre) ** 2 + 0.5 * (1 + centre) ** 2 + centre**2
+    half = NormalDist().inv_cdf(0.975) * sqrt(squares) / size
+    return Difference(sum(changes) / len(changes), (max(-1.0, centre - half), min(1.0, centre + half)), len(changes))
+
+
+def _clustered_sum_of_squares(values: Sequence[float], clusters: Sequence[Hashable], centre: float) -> float:
+    """Return n**2 times the variance of the mean: the sum of the clusters' squared sums of deviations, corrected."""
+    totals: dict[Hashable, float] = dict.fromkeys(clusters, 0.0)
+    for value, cluster in zip(values, clusters, strict=True):
+        totals[cluster] += value
+    counts, groups = Counter(clusters), len(totals)
+    # G / (G - 1), but single items keep the textbook variance p (1 - p) / n, so that Wilson's own interval comes back exactly
+    correction = groups / (groups - 1) if 1 < groups < len(values) else 1.0
+    return correction * sum((total - counts[cluster] * centre) ** 2 for cluster, total in totals.items())

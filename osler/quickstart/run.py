@@ -35,7 +35,7 @@ from osler.monitor.logger import check_trackers
 from osler.quickstart.config import QuickstartConfig
 from osler.records import jsonl
 from osler.records.jsonl import read_metrics
-from osler.records.results import Comparison, FinishedStage, SampledAnswer, add_exams
+from osler.records.results import Comparison, FinishedStage, add_exams
 from osler.records.values import read_records
 from osler.report.page import build_report
 from osler.report.words import summary_text
@@ -46,7 +46,6 @@ from osler.runtime.errors import UserError
 from osler.runtime.files import RunFolder, write_json
 from osler.runtime.stop import EXIT_STOPPED
 from osler.runtime.world import require_one_process
-from osler.tasks.item import render_answer
 from osler.tasks.registry import load_clinic
 from osler.train.config import TrainConfig
 from osler.train.run import train as train_supervised
@@ -182,7 +181,7 @@ class Quickstart:
         after = self.examine("grpo", self.run.root / "grpo")
         rows = []
         for split, score in before.items():
-            gain = compare(score, after[split], cluster_by_group=True)
+            gain = compare(score, after[split])
             pair = score.accuracy, after[split].accuracy
             rows.append(Comparison(split, *pair, gain.mean, gain.interval, gain.n, EARLIER, "grpo", branch=True))
         write_json(self.run.comparison, [asdict(row) for row in rows])
@@ -195,14 +194,9 @@ class Quickstart:
         scores = {}
         for split in self.config.exam_splits:
             items = load_clinic(split=split, limit=self.config.exam_items, seed=EXAM_SEED)
-            score = scores[split] = score_by_generation(
-                engine, loaded.tokenizer, items, greedy(self.config.exam_new_tokens), cluster_by_group=True
-            )
-            low, high = score.interval
-            logger.info(f"{label}, {split}: {score.accuracy:.1%} [{low:.1%}, {high:.1%}] of {score.n}")
+            score = scores[split] = score_by_generation(engine, loaded.tokenizer, items, greedy(self.config.exam_new_tokens))
+            logger.info(f"{label}, {split}: {score.accuracy:.1%} [{score.low:.1%}, {score.high:.1%}] of {score.n}")
             for result in score.results[: SAMPLES_SHOWN // len(self.config.exam_splits)]:
-                item, asked = result.item, (result.item.question, list(result.item.options))
-                sample = SampledAnswer(item.id, label, *asked, result.thinking, result.text, render_answer(item), result.right)
-                jsonl.append(self.run.samples, asdict(sample))
+                jsonl.append(self.run.samples, asdict(result.sample(label)))
             add_exams(self.run.exams, label, {split: replace(score, method="generation")})
         return scores

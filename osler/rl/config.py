@@ -52,10 +52,6 @@ class QualityConfig:
     max_repeated_frac: Fraction = 0.5  # share of n-grams that may repeat an earlier one; a sample with more is degenerate
     min_tokens: PositiveInt = 32  # shorter samples are never degenerate
 
-    def __post_init__(self) -> None:
-        if self.min_tokens < self.ngram:
-            raise ValueError(f"min_tokens {self.min_tokens} must be at least ngram {self.ngram}")
-
 
 @config
 class AlgorithmConfig:

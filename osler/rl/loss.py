@@ -46,27 +46,16 @@ def group_advantages(
     valid_PG = torch.ones_like(rewards_PG, dtype=torch.bool) if valid_PG is None else valid_PG
     kept_PG = torch.where(valid_PG, rewards_PG, 0.0)
     count_P1 = valid_PG.sum(dim=1, keepdim=True).to(rewards_PG.dtype)
-    centred_PG = torch.where(valid_PG, rewards_PG - kept_PG.sum(dim=1, keepdim=True) / count_P1.clamp(min=1), 0.0)
+    advantages_PG = torch.where(valid_PG, rewards_PG - kept_PG.sum(dim=1, keepdim=True) / count_P1.clamp(min=1), 0.0)
     others_P1 = (count_P1 - 1).clamp(min=1)
-    if kind == "mean":
-        advantages_PG = centred_PG
-    elif kind == "leave_one_out":
-        advantages_PG = centred_PG * count_P1 / others_P1
+    if kind == "leave_one_out":
+        advantages_PG = advantages_PG * count_P1 / others_P1
     elif kind == "mean_std":
-        std_P1 = (centred_PG.square().sum(dim=1, keepdim=True) / others_P1).sqrt()
-        advantages_PG = centred_PG / (std_P1 + STD_FLOOR)
-    else:
-        raise ValueError(f"unknown advantage {kind!r}")
-    return torch.where(effective_groups(rewards_PG, valid_PG=valid_PG)[:, None], advantages_PG, 0.0)
-
-
-def effective_groups(rewards_PG: Tensor, *, valid_PG: Tensor | None = None) -> Tensor:
-    """Return which groups teach anything, bool ``[P]``: at least two valid samples whose rewards are not all equal."""
-    if valid_PG is None:
-        return rewards_PG.amax(dim=1) > rewards_PG.amin(dim=1)
-    highest_P = rewards_PG.masked_fill(~valid_PG, float("-inf")).amax(dim=1)
-    lowest_P = rewards_PG.masked_fill(~valid_PG, float("inf")).amin(dim=1)
-    return highest_P > lowest_P
+        std_P1 = (advantages_PG.square().sum(dim=1, keepdim=True) / others_P1).sqrt()
+        advantages_PG = advantages_PG / (std_P1 + STD_FLOOR)
+    highest_P1 = rewards_PG.masked_fill(~valid_PG, float("-inf")).amax(dim=1, keepdim=True)
+    lowest_P1 = rewards_PG.masked_fill(~valid_PG, float("inf")).amin(dim=1, keepdim=True)
+    return torch.where(highest_P1 > lowest_P1, advantages_PG, 0.0)
 
 
 @dataclass(frozen=True)
@@ -106,10 +95,8 @@ def token_weights(
         weight_BT = mask / length_B1.clamp(min=1) / rows
     elif aggregate == "token_mean":
         weight_BT = mask / mask.sum().clamp(min=1)
-    elif aggregate == "constant":
-        weight_BT = mask / (rows * max_new_tokens)
     else:
-        raise ValueError(f"unknown aggregate {aggregate!r}")
+        weight_BT = mask / (rows * max_new_tokens)
     return weight_BT if trained_B is None else weight_BT * trained_B[:, None]
 
 
@@ -132,7 +119,9 @@ def grpo_loss(inputs: LossInputs, algorithm: AlgorithmConfig) -> tuple[Tensor, d
         policy_ratio_BT = ratio_BT
     low, high = 1.0 - algorithm.clip.low, 1.0 + algorithm.clip.high
     surrogate_BT = -torch.minimum(policy_ratio_BT * advantages_B1, policy_ratio_BT.clamp(low, high) * advantages_B1)
-    on_policy_B = off_policy_keep(inputs.advantages_B, seq_kl_B, algorithm.opsm_delta)
+    on_policy_B = torch.ones_like(inputs.advantages_B, dtype=torch.bool)
+    if algorithm.opsm_delta is not None:
+        on_policy_B = ~((inputs.advantages_B < 0) & (seq_kl_B > algorithm.opsm_delta))
     per_token_BT = surrogate_BT * on_policy_B[:, None]
     undrifted_BT = -advantages_B1 * on_policy_B[:, None]  # the same where the ratio is 1
 
@@ -165,13 +154,6 @@ def grpo_loss(inputs: LossInputs, algorithm: AlgorithmConfig) -> tuple[Tensor, d
     return loss, sums
 
 
-def off_policy_keep(advantages_B: Tensor, seq_kl_B: Tensor, delta: float | None) -> Tensor:
-    """Return OPSM's M as bool ``[B]``: False only where the advantage is negative *and* ``seq_kl`` is above delta."""
-    if delta is None:
-        return torch.ones_like(advantages_B, dtype=torch.bool)
-    return ~((advantages_B < 0) & (seq_kl_B > delta))
-
-
 def kl_estimate(log_ref_ratio_BT: Tensor, ratio_BT: Tensor, kind: Literal["unbiased", "k3", "k2", "k1"]) -> Tensor:
     """Return the per-token estimate of KL(policy || reference) from ``logp_ref - logp`` and the ratio ``w``."""
     k3_BT = log_ref_ratio_BT.exp() - log_ref_ratio_BT - 1.0
@@ -179,11 +161,7 @@ def kl_estimate(log_ref_ratio_BT: Tensor, ratio_BT: Tensor, kind: Literal["unbia
         return ratio_BT * k3_BT
     if kind == "k3":
         return k3_BT
-    if kind == "k2":
-        return 0.5 * log_ref_ratio_BT.square()
-    if kind == "k1":
-        return -log_ref_ratio_BT
-    raise ValueError(f"unknown kl {kind!r}")
+    return 0.5 * log_ref_ratio_BT.square() if kind == "k2" else -log_ref_ratio_BT
 
 
 def add_sums(total: dict[str, Tensor], part: dict[str, Tensor]) -> dict[str, Tensor]:

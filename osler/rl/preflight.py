@@ -14,10 +14,10 @@ import logging
 from collections.abc import Sequence
 from dataclasses import asdict
 
+from osler.eval.exams import mark
 from osler.records import jsonl
-from osler.records.results import SampledAnswer
 from osler.rl.config import GrpoConfig
-from osler.rl.rollout import Group, Sample, is_readable
+from osler.rl.rollout import Group, Sample
 from osler.runtime.errors import UserError
 from osler.tasks.item import render_answer, render_question
 from osler.tokenizer.bpe import ANSWER
@@ -36,54 +36,48 @@ def preflight(groups: Sequence[Group], config: GrpoConfig) -> str:
     """
     shown = [(group, group.samples[0]) for group in groups[:SAMPLES_SHOWN]]
     shown += [(groups[0], sample) for sample in groups[0].samples[1 : 1 + SAMPLES_SHOWN - len(shown)]]
-    show(groups, shown)
+    for number, (group, sample) in enumerate(shown, start=1):
+        logger.info(f"Sample {number} before training: {render_question(group.prompt.item)}")
+        logger.info(f"  thinking: {sample.completion.thinking or '(none)'}")
+        logger.info(f"  answer:   {sample.completion.answer or '(none)'}")
+        logger.info(f"  right:    {render_answer(group.prompt.item)}   (reward {sample.reward:g})")
     samples = [sample for group in groups for sample in group.samples]
+    count, effective = len(samples), sum(group.effective for group in groups)
+    right = [sum(sample.reading.right for sample in group.samples) for group in groups]
+    readable, cut = sum(sample.reading.readable for sample in samples), sum(not sample.completion.finished for sample in samples)
+    logger.info(
+        f"Before training: pass@1 {sum(right) / count:.3f}, pass@{len(groups[0].samples)} "
+        f"{sum(map(bool, right)) / len(groups):.3f} over {len(groups)} questions; {readable / count:.0%} of the answers can be "
+        f"read, {cut / count:.0%} of the completions were cut; {effective} of {len(groups)} groups teach something."
+    )
     if all(sample.reward <= 0.0 for sample in samples):
-        if any(sample.completion.well_formed and is_readable(group, sample) for group in groups for sample in group.samples):
+        if any(sample.completion.well_formed and sample.reading.readable for sample in samples):
             logger.warning(
-                f"none of the {len(samples)} completions before training earned a reward, although some keep to the "
+                f"none of the {count} completions before training earned a reward, although some keep to the "
                 "template. GRPO learns nothing until one does: take easier questions, more algorithm.samples_per_prompt, or "
                 "train the model longer on examples first."
             )
         elif config.preflight == "refuse":
-            raise UserError(refusal(samples, config))
+            raise UserError(refusal(samples, cut, config))
         else:
-            logger.warning(refusal(samples, config))
-    elif not any(group.effective for group in groups):
+            logger.warning(refusal(samples, cut, config))
+    elif not effective:
         cause = (
             "all of them are right: take harder questions"
-            if all(sample.correct for sample in samples)
+            if sum(right) == count
             else "the samples of each question are alike: take more algorithm.samples_per_prompt, or other questions"
         )
         logger.warning(
             f"no question has samples with different rewards before training, so GRPO learns nothing from them; {cause}, or let "
             "algorithm.dynamic_sampling=true look for others."
         )
-    return "".join(sample_line(group, sample) for group, sample in shown)
+    results = (mark(group.prompt.item, sample.completion) for group, sample in shown)
+    return "".join(jsonl.to_line(asdict(result.sample("grpo step 0"))) for result in results)
 
 
-def show(groups: Sequence[Group], shown: Sequence[tuple[Group, Sample]]) -> None:
-    """Print some samples and what share of all is right, can be read and was cut."""
-    for number, (group, sample) in enumerate(shown, start=1):
-        logger.info(f"Sample {number} before training: {render_question(group.prompt.item)}")
-        logger.info(f"  thinking: {sample.completion.thinking or '(none)'}")
-        logger.info(f"  answer:   {sample.completion.answer or '(none)'}")
-        logger.info(f"  right:    {render_answer(group.prompt.item)}   (reward {sample.reward:g})")
-    right = [sum(sample.correct for sample in group.samples) for group in groups]
-    size, count = len(groups[0].samples), sum(len(group.samples) for group in groups)
-    readable = sum(is_readable(group, sample) for group in groups for sample in group.samples)
-    cut = sum(not sample.finished for group in groups for sample in group.samples)
-    logger.info(
-        f"Before training: pass@1 {sum(right) / count:.3f}, pass@{size} {sum(map(bool, right)) / len(groups):.3f} over "
-        f"{len(groups)} questions; {readable / count:.0%} of the answers can be read, {cut / count:.0%} of the completions were "
-        f"cut; {sum(group.effective for group in groups)} of {len(groups)} groups teach something."
-    )
-
-
-def refusal(samples: Sequence[Sample], config: GrpoConfig) -> str:
+def refusal(samples: Sequence[Sample], cut: int, config: GrpoConfig) -> str:
     """Why nothing can be learned from completions of which none earned a reward or kept to the template, and what to do."""
     count, limit = len(samples), config.algorithm.max_new_tokens
-    cut = sum(not sample.finished for sample in samples)
     answered = sum(sample.completion.answer is not None for sample in samples)
     if cut > MOST_CUT * count:
         cause = f"The model never ends: either it was not taught to, or algorithm.max_new_tokens={limit} is too small for it."
@@ -99,13 +93,3 @@ def refusal(samples: Sequence[Sample], config: GrpoConfig) -> str:
         "recipe's name) does so with the built-in clinic, or with data.type=turns on questions of your own; then start from "
         "there with init_from=NEW_FOLDER. To start all the same: preflight=warn."
     )
-
-
-def sample_line(group: Group, sample: Sample) -> str:
-    """Return a sample as a line of the samples file."""
-    item, completion = group.prompt.item, sample.completion
-    answer = SampledAnswer(
-        item.id, "grpo step 0", item.question, list(item.options), completion.thinking, completion.answer or "",
-        render_answer(item), sample.correct,
-    )  # fmt: skip
-    return jsonl.to_line(asdict(answer))

@@ -12,14 +12,14 @@ import hashlib
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from osler.runtime.errors import UserError
 from osler.tasks.item import ExamItem, permute
 from osler.tokenizer.chat import Completion
 
 
-@dataclass(frozen=True)
-class RewardTerm:
+class RewardTerm(NamedTuple):
     """One pure reward function of (item, completion) and how much it counts in the total."""
 
     name: str
@@ -38,8 +38,7 @@ class RlTask:
     reasoning: bool = True
 
 
-@dataclass(frozen=True)
-class Prompt:
+class Prompt(NamedTuple):
     """A question as it is asked this time: the item with its options in this time's order."""
 
     task: RlTask

@@ -15,9 +15,9 @@ they were drawn.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
 from torch import Tensor
 
@@ -25,8 +25,8 @@ from osler.inference.engine import InferenceEngine
 from osler.rl.config import AlgorithmConfig, QualityConfig
 from osler.rl.prompts import Prompt, RlTask, refill_prompts, rollout_seed, step_prompts
 from osler.runtime.world import World
-from osler.tasks.answers import read_answer
-from osler.tasks.item import render_question
+from osler.tasks.answers import Reading, read_answer
+from osler.tasks.item import LETTERS, render_question
 from osler.tokenizer.bpe import Tokenizer
 from osler.tokenizer.chat import Completion, encode_prompt, parse_completion
 
@@ -34,12 +34,121 @@ Verdict = Literal["ok", "empty", "degenerate", "no_answer"]
 BAD_VERDICTS: tuple[Verdict, ...] = ("empty", "degenerate", "no_answer")
 
 
-class Filtered(NamedTuple):
-    """What the filters made of a sample: its reward, whether it stays in its group, whether its tokens get gradient."""
+@dataclass(frozen=True)
+class Sample:
+    """One completion: ``ids`` include the end-of-text token where the model produced it, and ``logprobs`` go with them.
 
+    ``rewards`` are the raw values by name; ``reward`` is their weighted sum after the filters. ``stays`` says whether it is in
+    its group, ``trained`` whether its tokens get a gradient.
+
+    ``sampling_mask`` says which words each token was drawn from, in bits, uint8 ``[len(ids), ceil(V / 8)]``; None: from all.
+    Only the rank ``sampled_by_rank`` has it, so only that rank can learn from the sample; None: every rank can.
+    """
+
+    ids: list[int]
+    logprobs: list[float]
+    completion: Completion
+    reading: Reading
+    rewards: dict[str, float]
+    verdict: Verdict
     reward: float
     stays: bool
     trained: bool
+    sampling_mask: Tensor | None = None
+    sampled_by_rank: int | None = None
+
+
+@dataclass(frozen=True)
+class Group:
+    """One question and its samples."""
+
+    prompt: Prompt
+    prompt_ids: list[int]
+    samples: list[Sample]
+
+    @property
+    def effective(self) -> bool:
+        """Whether the staying samples earned different rewards, so that there is something to learn."""
+        return len({sample.reward for sample in self.samples if sample.stays}) > 1
+
+
+@dataclass
+class RolloutWorker:
+    """Asks the policy a step's questions and scores what it answers."""
+
+    engine: InferenceEngine
+    tokenizer: Tokenizer
+    tasks: Sequence[RlTask]
+    algorithm: AlgorithmConfig
+    seed: int
+    world: World = field(default_factory=World)
+
+    def step(self, step: int) -> tuple[list[Group], int]:
+        """Return the groups of a step and how many completion tokens were sampled for them, refilled ones included."""
+        algorithm, groups = self.algorithm, self.ask(step)
+        sampled_tokens = count_tokens(groups)
+        for refill in range(1, algorithm.max_refills + 1 if algorithm.dynamic_sampling else 1):
+            dead = [index for index, group in enumerate(groups) if not group.effective]
+            if not dead:
+                break
+            wanted = [groups[index].prompt.task.name for index in dead]
+            more = refill_prompts(self.tasks, self.seed, step, refill, wanted)
+            fresh = self.sample(more, rollout_seed(self.seed, step, refill))
+            sampled_tokens += count_tokens(fresh)
+            for index, group in zip(dead, fresh, strict=True):
+                if group.effective:  # what no refill could replace stays: it has no advantage, and the batch keeps its size
+                    groups[index] = group
+        return groups, sampled_tokens
+
+    def ask(self, step: int) -> list[Group]:
+        """Return the groups of a step's own questions, before any refill."""
+        asked = step_prompts(self.tasks, self.seed, step, self.algorithm.prompts_per_step)
+        return self.sample(asked, rollout_seed(self.seed, step))
+
+    def sample(self, asked: Sequence[Prompt], seed: int) -> list[Group]:
+        """Draw and score ``samples_per_prompt`` completions for every question, all ranks together."""
+        world, algorithm, tokenizer, size = self.world, self.algorithm, self.tokenizer, self.algorithm.samples_per_prompt
+        first, end = (len(asked) * rank // world.size for rank in (world.rank, world.rank + 1))
+        prompts = [encode_prompt(tokenizer, render_question(prompt.item), reasoning=prompt.task.reasoning) for prompt in asked]
+        drawn = self.engine.generate(
+            prompts[first:end],
+            replace(algorithm.sampling, stop_ids=(tokenizer.eos_id,), seed=seed),
+            samples_per_prompt=size,
+            first_row=first * size,
+        )
+        own = [
+            score(tokenizer, asked[first + row // size], ids, logprobs, algorithm)
+            for row, (ids, logprobs) in enumerate(zip(drawn.completions, drawn.logprobs, strict=True))
+        ]
+        if drawn.packed_masks is not None:
+            own = [replace(sample, sampled_by_rank=world.rank) for sample in own]
+        parts = world.all_gather(own)
+        if drawn.packed_masks is not None:
+            masked = zip(own, drawn.packed_masks, strict=True)
+            parts[world.rank] = [replace(sample, sampling_mask=mask) for sample, mask in masked]
+        samples = [sample for part in parts for sample in part]
+        return [
+            Group(prompt, prompt_ids, samples[number * size : (number + 1) * size])
+            for number, (prompt, prompt_ids) in enumerate(zip(asked, prompts, strict=True))
+        ]
+
+
+def score(
+    tokenizer: Tokenizer, prompt: Prompt, ids: list[int], logprobs: list[float], algorithm: AlgorithmConfig
+) -> Sample:
+    """Read one completion, reward it, and apply the sample filters."""
+    completion = parse_completion(tokenizer, ids, reasoning=prompt.task.reasoning)
+    rewards = {term.name: float(term.function(prompt.item, completion)) for term in prompt.task.rewards}
+    total = sum(term.weight * rewards[term.name] for term in prompt.task.rewards)
+    reading = read_answer(prompt.item, completion)
+    verdict = check_sample(
+        ids[:-1] if completion.finished else ids,
+        text_is_empty=not completion.thinking and not completion.answer,
+        has_answer=reading.readable,
+        quality=algorithm.quality,
+    )
+    filtered = apply_filters(total, verdict, completion.finished, algorithm)
+    return Sample(ids, logprobs, completion, reading, rewards, verdict, *filtered)
 
 
 def check_sample(completion_ids: Sequence[int], *, text_is_empty: bool, has_answer: bool, quality: QualityConfig) -> Verdict:
@@ -66,8 +175,10 @@ def repeated_ngram_frac(ids: Sequence[int], ngram: int) -> float:
     return 1.0 - len({tuple(ids[i : i + ngram]) for i in range(count)}) / count
 
 
-def apply_filters(reward: float, verdict: Verdict, finished: bool, algorithm: AlgorithmConfig) -> Filtered:
-    """Apply the quality action, then the overlong rule, to the raw reward of one sample.
+def apply_filters(
+    reward: float, verdict: Verdict, finished: bool, algorithm: AlgorithmConfig
+) -> tuple[float, bool, bool]:
+    """Apply the quality action, then the overlong rule; return the reward, and whether the sample stays and is trained on.
 
     A dropped sample leaves its group: it is in no statistic, no loss and no denominator. A cut sample under
     ``overlong: mask`` stays in the baseline and the denominators and gets no gradient.
@@ -78,184 +189,7 @@ def apply_filters(reward: float, verdict: Verdict, finished: bool, algorithm: Al
     if not finished and algorithm.overlong == "penalise":
         reward -= algorithm.overlong_penalty
     stays = not (bad and action == "drop")
-    return Filtered(reward, stays, trained=stays and (finished or algorithm.overlong != "mask"))
-
-
-def all_equal(rewards: Iterable[float]) -> bool:
-    """Say whether the rewards of a group's staying samples are all equal, so that nothing can be learned from it."""
-    return len(set(rewards)) < 2
-
-
-def letter_fractions(letters: Iterable[int | None], num_letters: int) -> dict[str, float]:
-    """Return the share of every answered letter among the answers that could be read: the "always C" alarm."""
-    read = [letter for letter in letters if letter is not None]
-    return {f"answer/letter_{chr(ord('A') + index)}_frac": read.count(index) / max(1, len(read)) for index in range(num_letters)}
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One completion: ``ids`` include the end-of-text token where the model produced it, and ``logprobs`` go with them.
-
-    ``sampling_mask`` says which words each token was drawn from, in bits, uint8 ``[len(ids), ceil(V / 8)]``; None: from all.
-    Only the rank ``sampled_by_rank`` has it, so only that rank can learn from the sample; None: every rank can.
-    ``rewards`` are the raw values by name; ``reward`` is their weighted sum after the filters.
-    """
-
-    ids: list[int]
-    logprobs: list[float]
-    finished: bool
-    sampling_mask: Tensor | None
-    completion: Completion
-    rewards: dict[str, float]
-    reward: float
-    verdict: Verdict
-    stays: bool
-    trained: bool
-    letter: int | None
-    correct: bool
-    sampled_by_rank: int | None = None
-
-
-@dataclass(frozen=True)
-class Group:
-    """One question and its samples."""
-
-    prompt: Prompt
-    prompt_ids: list[int]
-    samples: list[Sample]
-
-    @property
-    def effective(self) -> bool:
-        """Whether the staying samples earned different rewards, so that there is something to learn."""
-        return not all_equal(sample.reward for sample in self.samples if sample.stays)
-
-
-class RolloutWorker:
-    """Asks the policy a step's questions and scores what it answers."""
-
-    def __init__(
-        self,
-        engine: InferenceEngine,
-        tokenizer: Tokenizer,
-        tasks: Sequence[RlTask],
-        algorithm: AlgorithmConfig,
-        seed: int,
-        world: World = World(),  # noqa: B008 - frozen
-    ) -> None:
-        self.engine = engine
-        self.tokenizer = tokenizer
-        self.tasks = tasks
-        self.algorithm = algorithm
-        self.seed = seed
-        self.world = world
-
-    def step(self, step: int) -> tuple[list[Group], int]:
-        """Return the groups of a step and how many completion tokens were sampled for them, refilled ones included."""
-        algorithm, groups = self.algorithm, self.ask(step)
-        sampled_tokens = count_tokens(groups)
-        for refill in range(1, algorithm.max_refills + 1 if algorithm.dynamic_sampling else 1):
-            dead = [index for index, group in enumerate(groups) if not group.effective]
-            if not dead:
-                break
-            wanted = [groups[index].prompt.task.name for index in dead]
-            more = refill_prompts(self.tasks, self.seed, step, refill, wanted)
-            fresh = self.sample(more, rollout_seed(self.seed, step, refill))
-            sampled_tokens += count_tokens(fresh)
-            for index, group in zip(dead, fresh, strict=True):
-                if group.effective:  # what no refill could replace stays: it has no advantage, and the batch keeps its size
-                    groups[index] = group
-        return groups, sampled_tokens
-
-    def ask(self, step: int) -> list[Group]:
-        """Return the groups of a step's own questions, before any refill."""
-        asked = step_prompts(self.tasks, self.seed, step, self.algorithm.prompts_per_step)
-        return self.sample(asked, rollout_seed(self.seed, step))
-
-    def sample(self, asked: Sequence[Prompt], seed: int) -> list[Group]:
-        """Draw and score ``samples_per_prompt`` completions for every question, all ranks together."""
-        world = self.world
-        first, end = (len(asked) * rank // world.size for rank in (world.rank, world.rank + 1))
-        prompts = [
-            encode_prompt(self.tokenizer, render_question(prompt.item), reasoning=prompt.task.reasoning) for prompt in asked
-        ]
-        own = self._draw(asked[first:end], prompts[first:end], seed, first_row=first * self.algorithm.samples_per_prompt)
-        parts = world.all_gather([[replace(sample, sampling_mask=None) for sample in samples] for samples in own])
-        parts[world.rank] = own
-        samples_of = [samples for part in parts for samples in part]
-        return [Group(*group) for group in zip(asked, prompts, samples_of, strict=True)]
-
-    def _draw(
-        self, asked: Sequence[Prompt], prompts: Sequence[list[int]], seed: int, *, first_row: int
-    ) -> list[list[Sample]]:
-        """The samples of some of a rollout's questions; ``first_row`` is the number of the first among all."""
-        algorithm, tokenizer = self.algorithm, self.tokenizer
-        drawn = self.engine.generate(
-            prompts,
-            replace(algorithm.sampling, stop_ids=(tokenizer.eos_id,), seed=seed),
-            samples_per_prompt=algorithm.samples_per_prompt,
-            first_row=first_row,
-        )
-        sampled_by_rank = None if drawn.packed_masks is None else self.world.rank
-        samples = [
-            score(
-                tokenizer,
-                asked[row // algorithm.samples_per_prompt],
-                ids,
-                drawn.logprobs[row],
-                drawn.finished[row],
-                None if drawn.packed_masks is None else drawn.packed_masks[row],
-                algorithm,
-                sampled_by_rank,
-            )
-            for row, ids in enumerate(drawn.completions)
-        ]
-        size = algorithm.samples_per_prompt
-        return [samples[start : start + size] for start in range(0, len(samples), size)]
-
-
-def score(
-    tokenizer: Tokenizer,
-    prompt: Prompt,
-    ids: list[int],
-    logprobs: list[float],
-    finished: bool,
-    sampling_mask: Tensor | None,
-    algorithm: AlgorithmConfig,
-    sampled_by_rank: int | None = None,
-) -> Sample:
-    """Read one completion, reward it, and apply the sample filters."""
-    item = prompt.item
-    completion = parse_completion(tokenizer, ids, reasoning=prompt.task.reasoning)
-    rewards = {term.name: float(term.function(item, completion)) for term in prompt.task.rewards}
-    total = sum(term.weight * rewards[term.name] for term in prompt.task.rewards)
-    reading = read_answer(item, completion)
-    verdict = check_sample(
-        ids[:-1] if finished else ids,
-        text_is_empty=not completion.thinking and not completion.answer,
-        has_answer=reading.readable,
-        quality=algorithm.quality,
-    )
-    filtered = apply_filters(total, verdict, finished, algorithm)
-    return Sample(
-        ids=ids,
-        logprobs=logprobs,
-        finished=finished,
-        sampling_mask=sampling_mask,
-        completion=completion,
-        rewards=rewards,
-        reward=filtered.reward,
-        verdict=verdict,
-        stays=filtered.stays,
-        trained=filtered.trained,
-        letter=reading.choice,
-        correct=reading.right,  # for the log, whatever the rewards pay for
-        sampled_by_rank=sampled_by_rank,
-    )
-
-
-def is_readable(group: Group, sample: Sample) -> bool:
-    """Say whether a sample of the group holds an answer that can be read, right or wrong."""
-    return read_answer(group.prompt.item, sample.completion).readable
+    return reward, stays, stays and (finished or algorithm.overlong != "mask")
 
 
 def count_tokens(groups: Sequence[Group]) -> int:
@@ -276,23 +210,23 @@ def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
         "completions/mean_length": statistics.fmean(lengths),
         "completions/min_length": float(min(lengths)),
         "completions/max_length": float(max(lengths)),
-        "completions/clipped_ratio": sum(not sample.finished for sample in samples) / count,
-        "answer/format_ok": statistics.fmean(is_readable(group, sample) for group in groups for sample in group.samples),
-        "answer/correct_frac": statistics.fmean(sample.correct for sample in samples),
+        "completions/clipped_ratio": sum(not sample.completion.finished for sample in samples) / count,
+        "answer/format_ok": sum(sample.reading.readable for sample in samples) / count,
+        "answer/correct_frac": sum(sample.reading.right for sample in samples) / count,
     }
     for verdict in BAD_VERDICTS:
         metrics[f"filters/{verdict}_frac"] = sum(sample.verdict == verdict for sample in samples) / count
     for name in sorted({name for sample in samples for name in sample.rewards}):
         values = [sample.rewards[name] for sample in samples if name in sample.rewards]
-        metrics[f"rewards/{name}/mean"] = statistics.fmean(values)
-        metrics[f"rewards/{name}/std"] = _spread(values)
-    num_letters = max(len(group.prompt.item.options) for group in groups)
-    lettered = [sample.letter for group in groups if group.prompt.item.options for sample in group.samples]
-    metrics |= letter_fractions(lettered, num_letters)
+        metrics |= {f"rewards/{name}/mean": statistics.fmean(values), f"rewards/{name}/std": _spread(values)}
+    # How often each letter is answered: the alarm for "always C".
+    read = [sample.reading.choice for sample in samples if sample.reading.choice is not None]
+    for index in range(max(len(group.prompt.item.options) for group in groups)):
+        metrics[f"answer/letter_{LETTERS[index]}_frac"] = read.count(index) / max(1, len(read))
     for task in sorted({group.prompt.task.name for group in groups}):
         own = [sample for group in groups if group.prompt.task.name == task for sample in group.samples]
         metrics[f"tasks/{task}/reward"] = statistics.fmean(sample.reward for sample in own)
-        metrics[f"tasks/{task}/correct_frac"] = statistics.fmean(sample.correct for sample in own)
+        metrics[f"tasks/{task}/correct_frac"] = sum(sample.reading.right for sample in own) / len(own)
     return metrics
 
 

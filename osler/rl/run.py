@@ -8,18 +8,17 @@ nor ``init_from``.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Sequence
+from dataclasses import asdict
 
 from osler.checkpoint import store
 from osler.checkpoint.folders import TENSORS_SUFFIX
-from osler.eval.exams import greedy, score_by_generation
 from osler.inference.engine import InferenceEngine
 from osler.inference.load import LoadedModel, load_model
 from osler.model.config import ModelConfig
 from osler.optim.build import build_optimizer
 from osler.parallel.parallelize import check_strategy, parallelize
-from osler.rl.config import GrpoConfig, RlTaskConfig
+from osler.rl.config import GrpoConfig
 from osler.rl.preflight import preflight
 from osler.rl.prompts import RewardTerm, RlTask, task_shares
 from osler.rl.rollout import RolloutWorker
@@ -33,12 +32,10 @@ from osler.runs.start import find_start, restored, warn_of_endless_warmup
 from osler.runtime.device import pick_device
 from osler.runtime.errors import UserError
 from osler.runtime.files import RunFolder, fingerprint, write_or_warn
-from osler.runtime.stop import AskedToStop, asked
 from osler.runtime.world import World
 from osler.tasks.item import ExamItem, render_question, shared_questions
 from osler.tasks.registry import check_task, load_task
 from osler.tasks.rewards import REWARDS
-from osler.tokenizer.bpe import Tokenizer
 from osler.tokenizer.chat import encode_prompt
 
 logger = logging.getLogger(__name__)
@@ -75,18 +72,21 @@ def train(config: GrpoConfig, folder: RunFolder, world: World | None = None) -> 
     world.broadcast_from_first(lambda: claim(folder, config))
     if samples and world.is_first:
         write_or_warn(folder.samples, samples)  # a start over in the same folder replaces it
-    evaluate, best_metric = exam(config, sampler, tokenizer, eval_items, world)
     run.describe(machine, model.config, tokenizer)
     engine = parallelize(model, config.parallel, world, recompute=config.recompute, loss_of=PolicyLoss)
     optimizer = build_optimizer(model, config.optim, process_group=world.group)
     learner = Learner(model, optimizer, engine, config.clip_norm)
-    trainer = GrpoTrainer(config, run, learner, worker, evaluate, best_metric)
+    trainer = GrpoTrainer(config, run, learner, worker, eval_items)
     checkpoint = start.load()
     if checkpoint is not None:
         loop = restored(trainer, start, checkpoint)
     else:
         loop = Loop(trainer)
-        warn_of_idle_ranks(config, world)
+        if config.algorithm.prompts_per_step < world.size:  # one rank draws a whole group
+            logger.warning(
+                f"{world.size} processes share the {config.algorithm.prompts_per_step} questions of a step "
+                "(algorithm.prompts_per_step), so some of them draw nothing and wait."
+            )
         warn_of_endless_warmup(config.schedule.warmup_tokens, config.budget_tokens, "steps x completions x max_new_tokens =")
         logger.info(describe_start(config, loaded, tasks, place_of(machine, config.parallel, world)))
     del checkpoint  # weights and moments were copied out of it
@@ -123,7 +123,12 @@ def load_tasks(config: GrpoConfig, start: LoadedModel) -> list[RlTask]:
     tasks = []
     for entry in config.tasks:
         items = load_task(entry.task)
-        fitting = [item for item in items if longest_prompt(item, start.tokenizer, entry) <= room]
+        # Another order of the options puts other letters at the seams between them, and a seam is worth a token at most.
+        fitting = [
+            item
+            for item in items
+            if len(encode_prompt(start.tokenizer, render_question(item), reasoning=entry.reasoning)) + len(item.options) <= room
+        ]
         if not fitting:
             raise UserError(
                 f"Task {entry.label}: none of its {len(items)} questions fits into the model's max_seq_len "
@@ -136,12 +141,6 @@ def load_tasks(config: GrpoConfig, start: LoadedModel) -> list[RlTask]:
         tasks.append(RlTask(entry.label, tuple(fitting), terms, entry.weight, entry.reasoning))
     task_shares(tasks, config.algorithm.prompts_per_step)  # refuses weights that never come up before anything is trained
     return tasks
-
-
-def longest_prompt(item: ExamItem, tokenizer: Tokenizer, entry: RlTaskConfig) -> int:
-    """Return an upper bound on the tokens of the item's prompt, whatever the order of its options."""
-    # Another order puts other letters at the seams between options; a seam is worth a token at most.
-    return len(encode_prompt(tokenizer, render_question(item), reasoning=entry.reasoning)) + len(item.options)
 
 
 def check_held_out(tasks: Sequence[RlTask], eval_items: Sequence[ExamItem]) -> None:
@@ -157,47 +156,9 @@ def check_held_out(tasks: Sequence[RlTask], eval_items: Sequence[ExamItem]) -> N
             )
 
 
-def exam(
-    config: GrpoConfig, sampler: InferenceEngine, tokenizer: Tokenizer, items: Sequence[ExamItem], world: World
-) -> tuple[Callable[[], dict[str, float]], str]:
-    """Return a function that examines the sampler's model, and the name of its accuracy; the ranks share the questions."""
-    if config.eval_task is None:
-        return dict, ""
-    name = getattr(config.eval_task, "split", "") or config.eval_task.type
-
-    def sit() -> dict[str, float]:
-        counts = (0.0, 0.0, 0.0)
-        share = items[world.rank :: world.size]
-        if share or not items:  # an empty exam is refused in words
-            score = score_by_generation(
-                sampler,
-                tokenizer,
-                share,
-                replace(greedy(config.algorithm.max_new_tokens), seed=config.seed),
-                reasoning=config.tasks[0].reasoning,
-                permutations=config.eval_permutations,
-            )
-            counts = (score.correct, score.unparsed + score.cut + score.too_long, score.presentations)
-        right, unread, shown, left = world.all_reduce_sum(*counts, asked())
-        if left:
-            raise AskedToStop
-        return {f"eval/{name}_accuracy": right / shown, f"eval/{name}_unparsed_frac": unread / shown}
-
-    return sit, f"eval/{name}_accuracy"
-
-
 def fingerprint_of(tasks: Sequence[RlTask]) -> str:
     """Return 16 hex digits that change with the questions, their answers and their order."""
     return fingerprint([[task.name, [asdict(item) for item in task.items]] for task in tasks])
-
-
-def warn_of_idle_ranks(config: GrpoConfig, world: World) -> None:
-    """Warn when there are more ranks than questions in a step: one rank draws a whole group, so the others wait."""
-    if config.algorithm.prompts_per_step < world.size:
-        logger.warning(
-            f"{world.size} processes share the {config.algorithm.prompts_per_step} questions of a step "
-            "(algorithm.prompts_per_step), so some of them draw nothing and wait."
-        )
 
 
 def describe_start(config: GrpoConfig, start: LoadedModel, tasks: Sequence[RlTask], place: str) -> str:

@@ -23,11 +23,12 @@ from functools import reduce
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
+from osler.eval.likelihood import LabelledRow, label_logprobs, pad_rows
 from osler.model.transformer import ModelLoss, Transformer, nan_gradient_unless_finite
 from osler.monitor.collect import Collector, norm_stats
 from osler.monitor.model_stats import ProbeRows
-from osler.ops.cross_entropy import linear_logprobs
 from osler.ops.labels import IGNORED
 from osler.ops.sampling import unpack_mask
 from osler.rl.config import AlgorithmConfig
@@ -38,6 +39,7 @@ from osler.runtime.device import sent
 from osler.runtime.world import World
 
 FIRST_UPDATE_METRICS = "sampling/"  # sampler against trainer: only comparable before the weights move
+PROBED_ROWS = 16
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,12 @@ class TrainingRow:
     def tokens(self) -> int:
         """Prompt and completion tokens."""
         return len(self.prompt_ids) + len(self.completion_ids)
+
+    @property
+    def labelled(self) -> LabelledRow:
+        """The ids, and behind each the completion token that follows it."""
+        labels = [IGNORED] * (len(self.prompt_ids) - 1) + self.completion_ids + [IGNORED]
+        return self.prompt_ids + self.completion_ids, labels
 
     def has_gradient(self, beta: float) -> bool:
         """Whether anything is learned from it: of an equally rewarded group only the KL term is, where there is one."""
@@ -108,42 +116,23 @@ def micro_batches(rows: Sequence[TrainingRow], chosen: Sequence[int], budget_tok
 
 
 def completion_logprobs(
-    model: Transformer, rows: Sequence[TrainingRow], *, temperature: float, device: torch.device
+    model: Transformer, rows: Sequence[TrainingRow], *, temperature: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return (logp_BT, entropy_BT, mask_BT) of the completion tokens, zero in padding; ``logp_BT`` has a gradient."""
-    width_T, width_L = max(len(row.completion_ids) for row in rows), max(row.tokens for row in rows)
-    ids_BL = torch.zeros(len(rows), width_L, dtype=torch.int64)
-    mask_BT = torch.zeros(len(rows), width_T, dtype=torch.bool)
-    row_N: list[int] = []
-    place_N: list[int] = []
-    label_N: list[int] = []
-    for b, row in enumerate(rows):
-        ids_BL[b, : row.tokens] = torch.tensor(row.prompt_ids + row.completion_ids)
-        mask_BT[b, : len(row.completion_ids)] = True
-        row_N += [b] * len(row.completion_ids)
-        place_N += range(len(row.prompt_ids) - 1, row.tokens - 1)  # the hidden state before a token predicts it
-        label_N += row.completion_ids
-    mask_BT = sent(mask_BT, device)
-    hidden_BLD = model(sent(ids_BL, device))
-    hidden_ND = hidden_BLD[sent(torch.tensor(row_N), device), sent(torch.tensor(place_N), device)]
-    features_ND, weight_VD = model.head(hidden_ND)
-    vocab_size = model.config.vocab_size
+    device = model.embed_tokens.weight.device
     masks = [row.sampling_mask for row in rows if row.sampling_mask is not None]
-    logp_N, entropy_N = linear_logprobs(
-        features_ND,
-        weight_VD,
-        sent(torch.tensor(label_N), device),
-        vocab_size=vocab_size,
-        temperature=temperature,
-        mask_NV=unpack_mask(sent(torch.cat(masks), device), vocab_size) if masks else None,
+    mask_NV = unpack_mask(sent(torch.cat(masks), device), model.config.vocab_size) if masks else None
+    _, logp_N, entropy_N = label_logprobs(
+        model, *pad_rows([row.labelled for row in rows]), temperature=temperature, mask_NV=mask_NV
     )
-    empty_BT = torch.zeros(mask_BT.shape, dtype=logp_N.dtype, device=device)
-    # Rows are laid out one after another in N, which is the order in which masked_scatter fills the mask.
-    return (
-        empty_BT.masked_scatter(mask_BT, logp_N),
-        empty_BT.masked_scatter(mask_BT, entropy_N.to(logp_N.dtype)),
-        mask_BT,
-    )
+    mask_BT = sent(_completion_mask(rows), device)
+    empty_BT = logp_N.new_zeros(mask_BT.shape)
+    # Labels come row by row, which is the order in which masked_scatter fills the mask.
+    return empty_BT.masked_scatter(mask_BT, logp_N), empty_BT.masked_scatter(mask_BT, entropy_N.to(logp_N.dtype)), mask_BT
+
+
+def _completion_mask(rows: Sequence[TrainingRow]) -> Tensor:
+    return pad_sequence([torch.ones(len(row.completion_ids), dtype=torch.bool) for row in rows], batch_first=True)
 
 
 @dataclass
@@ -163,9 +152,7 @@ class PolicyLoss(ModelLoss):
     """Maps a micro-batch to its GRPO loss and the sums for its metrics, which have no gradient."""
 
     def forward(self, batch: MicroBatch, algorithm: AlgorithmConfig) -> tuple[Tensor, dict[str, Tensor]]:
-        logp_BT, entropy_BT, mask_BT = completion_logprobs(
-            self.model, batch.rows, temperature=algorithm.temperature, device=batch.old_BT.device
-        )
+        logp_BT, entropy_BT, mask_BT = completion_logprobs(self.model, batch.rows, temperature=algorithm.temperature)
         if batch.idle:  # what stands under a False mask is never looked at, and still every weight gets its zero gradient
             mask_BT = torch.zeros_like(mask_BT)
         inputs = LossInputs(logp_BT, batch.old_BT, batch.reference_BT, mask_BT, batch.advantages_B, batch.weight_BT)
@@ -188,17 +175,15 @@ def update_policy(
     around a :class:`PolicyLoss`, and its optimizer a fused one (``build_optimizer``) whose settings are used as they are. An
     update whose loss or gradient is not finite is skipped and counted under ``train/skipped_steps``.
     """
-    engine, optimizer, device = learner.engine, learner.optimizer, learner.device
-    world, parameters = engine.world, list(learner.model.parameters())
-    batches, padding_frac = _prepare(rows, algorithm, micro_batch_tokens, device, world)
+    engine, optimizer, world = learner.engine, learner.optimizer, learner.engine.world
+    parameters = list(learner.model.parameters())
+    batches, padding_frac = _prepare(rows, algorithm, micro_batch_tokens, learner.device, world)
     if algorithm.beta > 0.0:
         if reference is None:
             raise ValueError("beta > 0 needs a reference model")
         with torch.no_grad():
             for batch in batches:
-                batch.reference_BT, _, _ = completion_logprobs(
-                    reference, batch.rows, temperature=algorithm.temperature, device=device
-                )
+                batch.reference_BT, _, _ = completion_logprobs(reference, batch.rows, temperature=algorithm.temperature)
     mark = collector.mark if collector else (lambda part: None)
     history: list[dict[str, Tensor]] = []
     steps: list[dict[str, Tensor]] = []
@@ -232,15 +217,10 @@ def update_policy(
     return metrics | {"data/padding_frac": padding_frac}
 
 
-def probe_rows(rows: Sequence[TrainingRow], count: int = 16) -> ProbeRows:
-    """The longest rows, padded, with their completions as labels: for a probe of the model."""
-    chosen = sorted(rows, key=lambda row: -row.tokens)[:count]
-    ids_BL = torch.zeros(len(chosen), chosen[0].tokens, dtype=torch.int64)
-    labels_BL = torch.full_like(ids_BL, IGNORED)
-    for b, row in enumerate(chosen):
-        ids_BL[b, : row.tokens] = torch.tensor(row.prompt_ids + row.completion_ids)
-        labels_BL[b, len(row.prompt_ids) - 1 : row.tokens - 1] = torch.tensor(row.completion_ids)
-    return ProbeRows(ids_BL, labels_BL)
+def probe_rows(rows: Sequence[TrainingRow]) -> ProbeRows:
+    """Return the longest rows, padded, with their completions as labels: for a probe of the model."""
+    longest = sorted(rows, key=lambda row: -row.tokens)[:PROBED_ROWS]
+    return ProbeRows(*pad_rows([row.labelled for row in longest]))
 
 
 def _prepare(
@@ -255,10 +235,8 @@ def _prepare(
     """
     if not rows:
         raise ValueError("an update needs at least one row")
-    lengths = [len(row.completion_ids) for row in rows]
-    mask = torch.arange(max(lengths))[None] < torch.tensor(lengths)[:, None]
     weight = token_weights(
-        mask,
+        _completion_mask(rows),
         algorithm.aggregate,
         max_new_tokens=algorithm.max_new_tokens,
         trained_B=torch.tensor([row.trained for row in rows]),
@@ -281,17 +259,14 @@ def _prepare(
 def _micro_batch(
     rows: list[TrainingRow], weight_BT: Tensor, learns: bool, device: torch.device, *, idle: bool = False
 ) -> MicroBatch:
-    width = max(len(row.completion_ids) for row in rows)
-    old_BT = torch.zeros(len(rows), width)
-    for b, row in enumerate(rows):
-        old_BT[b, : len(row.logprobs)] = torch.tensor(row.logprobs)
+    old_BT = pad_sequence([torch.tensor(row.logprobs) for row in rows], batch_first=True)
     return MicroBatch(
         rows=rows,
         learns=learns,
         idle=idle,
         old_BT=sent(old_BT, device),
         advantages_B=sent(torch.tensor([row.advantage for row in rows], dtype=torch.float32), device),
-        weight_BT=sent(weight_BT[:, :width], device),
+        weight_BT=sent(weight_BT[:, : old_BT.shape[1]], device),
     )
 
 

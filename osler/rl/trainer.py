@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from osler.checkpoint import store
 from osler.data.consumed import source_metrics
+from osler.eval.exams import greedy, shared_exam
 from osler.model.transformer import Transformer
 from osler.monitor.history import RunSettings
 from osler.optim.build import set_hyperparameters
@@ -29,6 +30,7 @@ from osler.rl.rollout import Group, RolloutWorker, count_tokens, rollout_metrics
 from osler.rl.step import training_rows, update_policy
 from osler.runs.loop import Due, Trainer
 from osler.runs.process import Learner, Run
+from osler.tasks.item import ExamItem
 
 # Numbers that a step has when some group's rewards differ, so that means and rules over steps are over those that learned.
 OF_LEARNING = ("loss", "loss/drift", "grad/clipped_frac")
@@ -37,8 +39,7 @@ OF_LEARNING = ("loss", "loss/drift", "grad/clipped_frac")
 class GrpoTrainer(Trainer):
     """Asks the questions of ``worker`` and learns from the answers.
 
-    ``learner`` has an engine around a ``step.PolicyLoss`` of the model from which ``worker`` draws. ``evaluate`` returns metrics
-    of the model as it is, and ``best_metric`` among them decides which checkpoint is the best.
+    ``learner`` has an engine around a ``step.PolicyLoss`` of the model from which ``worker`` draws; ``exam`` is sat on the way.
     """
 
     config: GrpoConfig
@@ -50,14 +51,15 @@ class GrpoTrainer(Trainer):
         run: Run,
         learner: Learner,
         worker: RolloutWorker,
-        evaluate: Callable[[], Mapping[str, float]] = dict,
-        best_metric: str = "",
+        exam: Sequence[ExamItem] = (),
     ) -> None:
         super().__init__(config, run, learner, total=config.steps)
-        self.worker = worker
-        self._evaluate = evaluate
-        self.best_metric = best_metric
-        self.reference = frozen_copy(learner.engine.plain_model(learner.model)) if config.algorithm.beta > 0.0 else None
+        self.worker, self.exam = worker, exam
+        self.exam_name = getattr(config.eval_task, "split", "") or getattr(config.eval_task, "type", "")
+        self.best_metric = f"eval/{self.exam_name}_accuracy" if self.exam_name else ""
+        self.reference: Transformer | None = None  # of the KL term; nothing trains it
+        if config.algorithm.beta > 0.0:
+            self.reference = deepcopy(learner.engine.plain_model(learner.model)).eval().requires_grad_(False)
         self.task_tokens = Counter[str]()  # completion tokens of each task's groups
 
     def settings(self) -> RunSettings:
@@ -160,10 +162,7 @@ class GrpoTrainer(Trainer):
         return metrics
 
     def _observe(self, metrics: Mapping[str, float]) -> None:
-        """Hand the numbers of the step just made to whoever watches for incidents.
-
-        A step without a usable sample has none, and one whose groups are all rewarded equally says nothing of the others.
-        """
+        """Look for incidents. A step without a usable sample has no numbers; equal rewards alone say nothing of other steps."""
         norm = metrics.get("train/grad_norm")
         if norm is not None and (metrics["frac_reward_zero_std"] < 1.0 or not math.isfinite(norm)):
             skipped = metrics["train/skipped_steps"] >= self.config.algorithm.updates_per_batch
@@ -177,8 +176,18 @@ class GrpoTrainer(Trainer):
         return {"tokens": self.tokens, "lr": self.learner.optimizer.param_groups[0]["lr"], "questions": asked}
 
     def evaluate(self) -> dict[str, float]:
+        config, worker = self.config, self.worker
         with self._whole_model():
-            return dict(self._evaluate())
+            right, unread = shared_exam(
+                worker.engine,
+                worker.tokenizer,
+                self.exam,
+                replace(greedy(config.algorithm.max_new_tokens), seed=config.seed),
+                self.world,
+                reasoning=config.tasks[0].reasoning,
+                permutations=config.eval_permutations,
+            )
+        return {self.best_metric: right, f"eval/{self.exam_name}_unparsed_frac": unread}
 
     # -- checkpoints -----------------------------------------------------------------------------------------------------
 
@@ -196,7 +205,3 @@ class GrpoTrainer(Trainer):
         self.tokens = loaded.state["tokens"]
         self.task_tokens = Counter(loaded.state["task_tokens"])
 
-
-def frozen_copy(model: Transformer) -> Transformer:
-    """Return a copy of the model that nothing trains: the reference of the KL term."""
-    return deepcopy(model).eval().requires_grad_(False)

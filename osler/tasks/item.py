@@ -51,7 +51,7 @@ class ExamItem:
     split: str = ""
     thinking: str | None = None  # the reasoning to learn from; never names a letter, because options are permuted
     context: str = ""  # a passage that is shown before the question
-    group: str = ""  # "subject" or "relation/condition", coarse to fine; items of a group are alike
+    group: str = ""  # a "subject", or "relation/condition": one fact, so its items are right or wrong together
     answer: str = ""  # the text of the answer when there are no options
 
     def __post_init__(self) -> None:

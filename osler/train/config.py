@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from osler.config.schema import TAGGED, NonNegativeInt, PositiveFloat, PositiveInt, Seed, config
 from osler.data.config import ClinicData, CurriculumStage, FilesData, PreparedData, TurnsData
-from osler.data.curriculum import Timeline, lay_out, rows_per_micro_batch
+from osler.data.curriculum import Timeline, lay_out
 from osler.model.config import ModelConfig
 from osler.optim.schedule import LinearConfig, ScheduleConfig
 from osler.parallel.config import NoParallelConfig, ParallelConfig
@@ -86,8 +86,12 @@ class TrainConfig(RunConfig):
                 f"micro_batch_tokens {micro} must be a multiple of seq_len {self.seq_len} that divides "
                 f"batch_tokens {self.batch_tokens}"
             )
-        if self.curriculum:
-            self._check_curriculum()
+        if self.curriculum and self.packs_whole:
+            raise ValueError(
+                f"curriculum cuts one stream of tokens into rows of several lengths, but packing={self.packing} (kind="
+                f"{self.kind}) keeps documents whole, in rows of one length; set packing=stream, or leave the curriculum out"
+            )
+        _ = self.timeline  # raises ValueError for stages that contradict each other
         trains_tokenizer = self.tokenizer.path is None and self.init_from is None and not isinstance(self.data, PreparedData)
         if trains_tokenizer and self.tokenizer.vocab_size > self.model.vocab_size:
             raise ValueError(
@@ -99,23 +103,6 @@ class TrainConfig(RunConfig):
             raise ValueError(
                 f"precision=pure-bf16 rounds inside its own AdamW; with optim.type={self.optim.type} use precision=bf16"
             )
-
-    def _check_curriculum(self) -> None:
-        if self.packs_whole:
-            raise ValueError(
-                f"curriculum cuts one stream of tokens into rows of several lengths, but packing={self.packing} (kind="
-                f"{self.kind}) keeps documents whole, in rows of one length; set packing=stream, or leave the curriculum out"
-            )
-        for span in self.timeline.spans:
-            micro = rows_per_micro_batch(span.rows_per_batch, span.seq_len, self.micro_batch_tokens)
-            fitting = (self.micro_batch_tokens or 0) // span.seq_len
-            if 2 * micro <= fitting < span.rows_per_batch:
-                better = -(-span.rows_per_batch // fitting) * fitting * span.seq_len
-                raise ValueError(
-                    f"curriculum, stage {span.number}: its {span.rows_per_batch} rows per step split into equal forward passes "
-                    f"of {micro} rows only, where {fitting} rows of {span.seq_len} tokens fit into micro_batch_tokens "
-                    f"{self.micro_batch_tokens}; give the stage batch_tokens={better}"
-                )
 
     @property
     def packs_whole(self) -> bool:

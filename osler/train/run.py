@@ -14,14 +14,14 @@ from torch import Tensor
 
 from osler.checkpoint import store
 from osler.data.config import ClinicData
-from osler.data.curriculum import Span, rows_per_micro_batch
+from osler.data.curriculum import rows_per_micro_batch
 from osler.data.loader import Loader, StagedLoader, make_batch
 from osler.data.order import Order
-from osler.data.packing import StreamPacking, WholePacking
-from osler.data.prepare import Prepared, open_prepared
+from osler.data.packing import Packing, StreamPacking, WholePacking
+from osler.data.prepare import open_prepared
 from osler.data.shards import ShardSet
-from osler.eval.exams import greedy, score_by_generation
-from osler.eval.likelihood import batches, measure, windows
+from osler.eval.exams import greedy, shared_exam
+from osler.eval.likelihood import BATCH_TOKENS, batches, measure, windows
 from osler.inference.engine import InferenceEngine
 from osler.inference.load import TOKENIZER_FILE
 from osler.model.config import ModelConfig
@@ -35,13 +35,12 @@ from osler.runs.loop import Loop
 from osler.runs.process import Learner, Run, agree_on_machine, place_of
 from osler.runs.start import find_start, restored, warn_of_endless_warmup
 from osler.runtime.files import RunFolder
-from osler.runtime.stop import AskedToStop, asked
 from osler.runtime.world import World
 from osler.tasks.item import ExamItem
 from osler.tasks.registry import load_clinic
 from osler.tokenizer.bpe import Tokenizer
 from osler.tokenizer.round_trip import refuse_missing_bytes
-from osler.train.config import ExamProbe, TrainConfig
+from osler.train.config import TrainConfig
 from osler.train.setup import (
     check_branch,
     check_plan,
@@ -52,7 +51,6 @@ from osler.train.setup import (
     make_tokenizer,
     pass_tokens,
     tell_of_repeats,
-    warn_of_small_passes,
 )
 from osler.train.shards import check_data, prepare_run, shards_of
 from osler.train.trainer import SupervisedTrainer
@@ -61,7 +59,6 @@ logger = logging.getLogger(__name__)
 
 VALIDATION_SEED = 0  # the held-out rows are the same in every run over the same shards
 EXAM_NEW_TOKENS = 64
-EVAL_BATCH_TOKENS = 16_384
 
 
 def run(request: Request) -> int:
@@ -74,7 +71,9 @@ def train(config: TrainConfig, folder: RunFolder, world: World | None = None) ->
     world = world or World(device=config.device)
     run = Run(folder, world)
     start = find_start(config, run, check_branch)
-    exam = exam_items(config.exam)
+    probe = config.exam
+    # drawn before training, so that a split that does not exist fails now
+    exam = {split: load_clinic(split=split, limit=probe.items) for split in probe.splits} if probe.every_tokens else {}
     checkpoint = start.load()
     # A run by the clock takes as many steps as it can: from a minute on compiling pays.
     steps = config.total_steps if config.max_minutes is None else int(config.max_minutes * COMPILE_MIN_STEPS)
@@ -108,7 +107,7 @@ def train(config: TrainConfig, folder: RunFolder, world: World | None = None) ->
         run,
         Learner(model, optimizer, engine, config.clip_norm),
         loader,
-        held_out=validation(config, model, prepared, machine.eager_dtype, engine),
+        held_out=held_out_loss(config, model, prepared.validation, machine.eager_dtype, engine),
         exam=exam_probe(exam, model, tokenizer, machine.eager_dtype, engine),
     )
     if checkpoint is not None:
@@ -117,14 +116,7 @@ def train(config: TrainConfig, folder: RunFolder, world: World | None = None) ->
             trainer.total = config.total_tokens  # what the clock had made of the other run's is no plan for this one
     else:
         loop = Loop(trainer)
-        if config.max_minutes is None:
-            warn_of_endless_warmup(config.schedule.warmup_tokens, config.total_tokens)
-            if config.batch_tokens > config.total_tokens:
-                logger.warning(
-                    f"batch_tokens {config.batch_tokens:,} is larger than total_tokens {config.total_tokens:,}, so the run is a "
-                    "single step, which teaches next to nothing; set a smaller batch_tokens or a larger total_tokens."
-                )
-        warn_of_stages_out_of_reach(config)
+        warn_of_plan(config)
         tell_of_repeats(config, prepared.train, trainer.consumed)
         logger.info(
             f"{config.kind}: {model.config.num_parameters:,} parameters, {prepared.train.num_tokens:,} tokens of data, "
@@ -146,15 +138,20 @@ def length_of(config: TrainConfig) -> str:
     return tokens if config.max_minutes is None else f"{config.max_minutes:g} minutes (at most {tokens})"
 
 
-def warn_of_stages_out_of_reach(config: TrainConfig) -> None:
-    """Warn when a run ends before it reaches every stage of its curriculum, because it was shortened perhaps."""
-    timeline = config.timeline
-    reached = len(timeline.shares(config.total_tokens))
-    if reached < len(timeline.spans):
-        lost = timeline.spans[reached]
+def warn_of_plan(config: TrainConfig) -> None:
+    """Warn of a run that ends before it comes to what was asked for, because it was shortened perhaps."""
+    timeline, total = config.timeline, config.total_tokens
+    if config.max_minutes is None:
+        warn_of_endless_warmup(config.schedule.warmup_tokens, total)
+        if config.batch_tokens > total:
+            logger.warning(
+                f"batch_tokens {config.batch_tokens:,} is larger than total_tokens {total:,}, so the run is a single step, which "
+                "teaches next to nothing; set a smaller batch_tokens or a larger total_tokens."
+            )
+    for lost in timeline.spans[len(timeline.shares(total)) :][:1]:
         logger.warning(
-            f"stage {lost.number} of the curriculum would begin at {lost.first_token:,} tokens, but total_tokens is "
-            f"{config.total_tokens:,}: the run never sees rows of {lost.seq_len} tokens. Lower the stages' until_tokens."
+            f"stage {lost.number} of the curriculum would begin at {lost.first_token:,} tokens, but total_tokens is {total:,}: "
+            f"the run never sees rows of {lost.seq_len} tokens. Lower the stages' until_tokens."
         )
 
 
@@ -166,43 +163,31 @@ def make_loader(
     pin_memory: bool = False,
 ) -> StagedLoader:
     """Return the loader of this rank's batches, which has a packing for each stage."""
-    timeline, order = config.timeline, Order(shards, config.seed)
-    loaders = [
-        Loader(
-            packing_of(config, order, span),
-            span.rows_per_batch,
-            world.rank,
-            world.size,
-            workers=config.loader_workers,
-            stage=span.number if config.curriculum else 0,
-            pin_memory=pin_memory,
+    timeline, order, workers = config.timeline, Order(shards, config.seed), config.loader_workers
+    prompt_loss = config.kind == "pretrain"  # every token is learned; in fine-tuning what the loss masks say
+    loaders = []
+    for span in timeline.spans:
+        packing: Packing = (
+            WholePacking(order, span.seq_len, prompt_loss=prompt_loss, left_out=left_out(config, shards))
+            if config.packs_whole
+            else StreamPacking(order, span.seq_len, first_token=span.first_token, prompt_loss=prompt_loss)
         )
-        for span in timeline.spans
-    ]
+        stage = span.number if config.curriculum else 0
+        loaders.append(Loader(packing, span.rows_per_batch, world.rank, world.size, workers, stage, pin_memory))
     return StagedLoader(timeline, loaders)
 
 
-def packing_of(config: TrainConfig, order: Order, span: Span) -> StreamPacking | WholePacking:
-    """Return how documents become rows. In pretraining every token is learned, in fine-tuning what the loss masks say."""
-    prompt_loss = config.kind == "pretrain"
-    if config.packs_whole:
-        return WholePacking(order, span.seq_len, prompt_loss=prompt_loss, left_out=left_out(config, order.shards))
-    return StreamPacking(order, span.seq_len, first_token=span.first_token, prompt_loss=prompt_loss)
-
-
-def validation(
-    config: TrainConfig, model: Transformer, prepared: Prepared, dtype: torch.dtype, engine: ParallelEngine
+def held_out_loss(
+    config: TrainConfig, model: Transformer, shards: ShardSet | None, dtype: torch.dtype, engine: ParallelEngine
 ) -> Callable[[], dict[str, float]]:
     """Return a function that measures the held-out loss, and for text its bits per byte. The ranks share the batches."""
-    shards = prepared.validation
 
     def evaluate() -> dict[str, float]:
         if shards is None:
             return {}
-        rows = text_batches if config.kind == "pretrain" else answer_batches
         plain = engine.plain_model(model)
         with plain.computing_in(dtype):
-            held_out = measure(plain, rows(config, shards), shards.num_bytes, engine.world)
+            held_out = measure(plain, held_out_batches(config, shards), shards.num_bytes, engine.world)
         if config.kind == "sft":
             return {"eval/loss": held_out.loss}
         return {"eval/loss": held_out.loss, "eval/bits_per_byte": held_out.bits_per_byte}
@@ -210,44 +195,29 @@ def validation(
     return evaluate
 
 
-def text_batches(config: TrainConfig, shards: ShardSet) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield batches of held-out documents in windows of ``seq_len`` that do not overlap; each begins with end-of-text."""
-    rows = windows(shards.documents(), seq_len=config.seq_len, start_id=shards.eos_id)
-    return batches(rows, batch_tokens=EVAL_BATCH_TOKENS)
-
-
-def answer_batches(config: TrainConfig, shards: ShardSet) -> Iterator[tuple[Tensor, ...]]:
-    """Yield batches of whole held-out examples that do not see each other; the loss masks say what is scored."""
+def held_out_batches(config: TrainConfig, shards: ShardSet) -> Iterator[tuple[Tensor, ...]]:
+    """Yield windows of documents that do not overlap, or whole examples that do not see each other, whose loss masks count."""
+    if config.kind == "pretrain":
+        yield from batches(windows(shards.documents(), seq_len=config.seq_len, start_id=shards.eos_id))
+        return
     packing = WholePacking(Order(shards, VALIDATION_SEED), config.seq_len, left_out=left_out(config, shards))
-    size = max(1, EVAL_BATCH_TOKENS // config.seq_len)
+    size = max(1, BATCH_TOKENS // config.seq_len)
     for start in range(0, packing.rows_per_epoch, size):
         batch = make_batch(packing, range(start, min(packing.rows_per_epoch, start + size)))
         yield batch.ids, batch.labels, batch.document_ids
 
 
-def exam_items(probe: ExamProbe) -> dict[str, list[ExamItem]]:
-    """Return the questions of the small exam by split. Drawn before training, so that a split that does not exist fails now."""
-    if probe.every_tokens == 0:
-        return {}
-    return {split: load_clinic(split=split, limit=probe.items) for split in probe.splits}
-
-
 def exam_probe(
     exam: Mapping[str, Sequence[ExamItem]], model: Transformer, tokenizer: Tokenizer, dtype: torch.dtype, engine: ParallelEngine
 ) -> Callable[[], dict[str, float]]:
-    """Return a function that examines the model as it is on the clinic's questions; the ranks share them."""
+    """Return a function that examines the model as it is on the clinic's questions, by split; the ranks share them."""
 
     def sit() -> dict[str, float]:
-        sampler, world = InferenceEngine(engine.plain_model(model), dtype=dtype), engine.world
-        scores = {}
-        for split, items in exam.items():
-            share = items[world.rank :: world.size]
-            score = score_by_generation(sampler, tokenizer, share, greedy(EXAM_NEW_TOKENS)) if share else None
-            right, left = world.all_reduce_sum(round(score.accuracy * len(share)) if score else 0, asked())
-            if left:
-                raise AskedToStop
-            scores[f"eval/{split}_accuracy"] = right / len(items)
-        return scores
+        sampler, sampling = InferenceEngine(engine.plain_model(model), dtype=dtype), greedy(EXAM_NEW_TOKENS)
+        return {
+            f"eval/{split}_accuracy": shared_exam(sampler, tokenizer, items, sampling, engine.world)[0]
+            for split, items in exam.items()
+        }
 
     return sit
 
@@ -256,26 +226,20 @@ def planned_numbers(config: TrainConfig, model: ModelConfig | None) -> dict[str,
     """Return what follows from a config and the model that it trains, for ``--dry-run``."""
     model = model or config.model
     most = "" if config.max_minutes is None else "at most "
-    batches = f"{config.total_steps:,} of {config.batch_tokens:,} tokens" if not config.curriculum else f"{config.total_steps:,}"
+    stages = {}
+    for span, tokens in config.timeline.shares(config.total_tokens) if config.curriculum else ():
+        micro = rows_per_micro_batch(span.rows_per_batch, span.seq_len, config.micro_batch_tokens)
+        stages[f"stage {span.number}"] = (
+            f"from {span.first_token:,} tokens: {-(-tokens // span.batch_tokens):,} steps of {span.rows_per_batch:,} rows of "
+            f"{span.seq_len:,} tokens, {micro:,} rows at once"
+        )
     return {
-        "steps": f"{most}{batches}",
-        **(planned_stages(config) if config.curriculum else {}),
+        "steps": f"{most}{config.total_steps:,}" + ("" if stages else f" of {config.batch_tokens:,} tokens"),
+        **stages,
         "length": length_of(config),
         "parameters": f"{model.num_parameters:,}",
         "FLOPs": f"{most}{config.training_flops(model):.3g}",
     }
-
-
-def planned_stages(config: TrainConfig) -> dict[str, str]:
-    """Return a line for each stage that the run reaches: its tokens, its steps, and what a step is."""
-    lines = {}
-    for span, tokens in config.timeline.shares(config.total_tokens):
-        micro = rows_per_micro_batch(span.rows_per_batch, span.seq_len, config.micro_batch_tokens)
-        lines[f"stage {span.number}"] = (
-            f"from {span.first_token:,} tokens: {-(-tokens // span.batch_tokens):,} steps of {span.rows_per_batch:,} rows of "
-            f"{span.seq_len:,} tokens, {micro:,} rows at once"
-        )
-    return lines
 
 
 def next_steps(config: TrainConfig, folder: RunFolder) -> str:
@@ -302,18 +266,12 @@ def check_start(config: TrainConfig, folder: RunFolder, start: store.Loaded | No
     check_data(config, folder, start)
 
 
-def check_ranks(config: TrainConfig, processes: int) -> None:
-    """Raise UserError for what several processes cannot train together, and warn of what they would do slowly."""
-    check_processes(config, processes)
-    warn_of_small_passes(config, processes)
-
-
 JOB = Job(
     config_class=TrainConfig,
     default_name=default_name,
     check=check_start,
     check_branch=check_branch,
-    check_processes=check_ranks,
+    check_processes=check_processes,
     numbers=planned_numbers,
     train=train,
     next_steps=next_steps,

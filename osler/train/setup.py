@@ -121,47 +121,27 @@ def make_model(
 
 
 def check_processes(config: TrainConfig, processes: int) -> None:
-    """Raise UserError for what several processes cannot train together.
+    """Raise UserError for what several processes cannot train together, and warn of forward passes that are far from full.
 
     Some optimizers need whole parameters, so strategies that shard these do not work with them.
     """
     check_strategy(config.parallel, processes)
-    for span in config.timeline.spans:
-        check_shares(span.rows_per_batch, span.seq_len, processes, span.number if config.curriculum else 0)
     strategy, optimizer = config.parallel.type, "pure-bf16" if config.precision == "pure-bf16" else config.optim.type
     if processes > 1 and (strategy, optimizer) in (("fsdp", "pure-bf16"), ("deepspeed", "pure-bf16"), ("deepspeed", "muon")):
         name = "precision=pure-bf16" if optimizer == "pure-bf16" else f"optim.type={optimizer}"
         raise UserError(f"{name} does not work with parallel.type={strategy}, which cuts parameters up: use parallel.type=ddp.")
-
-
-def warn_of_small_passes(config: TrainConfig, processes: int) -> None:
-    """Warn when a process's share of a batch splits into smaller forward passes than the whole batch does on one process."""
     for span in config.timeline.spans:
-        share = span.rows_per_batch // processes
-        rows, wanted = (rows_per_micro_batch(n, span.seq_len, config.micro_batch_tokens) for n in (share, span.rows_per_batch))
-        if rows >= min(share, wanted):
-            continue
-        batch = -(-share // wanted) * wanted * processes * span.seq_len
-        larger = (
-            f", micro_batch_tokens={micro} makes larger ones"
-            for micro in range(config.seq_len, config.batch_tokens + 1, config.seq_len)
-            if rows_per_micro_batch(share, span.seq_len, micro) >= min(share, wanted) and accepts(config, micro)
-        )
-        stage, whose = (f"stage {span.number} of the curriculum: ", "The stage's own ") if config.curriculum else ("", "")
-        logger.warning(
-            f"{stage}each of {processes} processes has {share} rows of {span.seq_len} tokens, which split into equal "
-            f"forward passes of {rows} only, where one process makes passes of {wanted}. {whose}batch_tokens={batch} keeps "
-            f"those{next(larger, '')}."
-        )
-
-
-def accepts(config: TrainConfig, micro_batch_tokens: int) -> bool:
-    """Whether a config allows this ``micro_batch_tokens``."""
-    try:
-        replace(config, micro_batch_tokens=micro_batch_tokens)
-    except ValueError:
-        return False
-    return True
+        check_shares(span.rows_per_batch, span.seq_len, processes, span.number if config.curriculum else 0)
+        share, fitting = span.rows_per_batch // processes, (config.micro_batch_tokens or 0) // span.seq_len
+        rows = rows_per_micro_batch(share, span.seq_len, config.micro_batch_tokens)
+        if 2 * rows <= min(share, fitting):
+            stage, whose = (f"stage {span.number} of the curriculum: ", "The stage's own ") if config.curriculum else ("", "")
+            batch = -(-share // fitting) * fitting * processes * span.seq_len
+            logger.warning(
+                f"{stage}each of {processes} processes has {share} rows of {span.seq_len} tokens, which split into equal "
+                f"forward passes of {rows} only, where {fitting} fit into micro_batch_tokens. {whose}batch_tokens={batch} fills "
+                "them."
+            )
 
 
 def pass_tokens(config: TrainConfig, processes: int) -> list[int]:
@@ -173,20 +153,11 @@ def pass_tokens(config: TrainConfig, processes: int) -> list[int]:
 
 
 def make_tokenizer(config: TrainConfig, given: Tokenizer | None, kept: Path) -> Tokenizer:
-    """Return the run's tokenizer: from the file ``kept``, the model (``given``), its shards, ``tokenizer.path``, or a new one.
-
-    Raises UserError when the tokenizer in ``kept`` is not the one that the model was trained with.
-    """
-    if kept.exists():
-        found = Tokenizer.load(kept)
-        if given is not None and found.fingerprint != given.fingerprint:
-            raise UserError(
-                f"The tokenizer in {kept} is not the one that the model was trained with: its fingerprint is "
-                f"{found.fingerprint}, the model's is {given.fingerprint}. Restore it, or start a new run in another folder."
-            )
-        return found
+    """Return the run's tokenizer: the model's (``given``), ``kept``, its shards', ``tokenizer.path``, or a new one."""
     if given is not None:
         return given
+    if kept.exists():
+        return Tokenizer.load(kept)
     if isinstance(config.data, PreparedData):
         return tokenizer_of_shards(config.data.path, config.tokenizer.path)
     if config.tokenizer.path is not None:
@@ -241,16 +212,13 @@ def check_lengths(config: TrainConfig, prepared: Prepared, max_seq_len: int) -> 
     longest = max(int(shards.lengths[chosen].max()) for shards, chosen in zip(splits, torn, strict=True) if len(chosen))
     wanted = min(max_seq_len, -(-(longest - 1) // ROUND_LENGTH) * ROUND_LENGTH)
     still = sum(len(torn_examples(shards, wanted)) for shards in splits)
-    micro = None if config.micro_batch_tokens is None else max(1, config.micro_batch_tokens // wanted) * wanted
-    unit = micro or wanted  # a batch is whole forward passes of whole rows
-    passes = "" if micro in (None, config.micro_batch_tokens) else f" micro_batch_tokens={micro}"
-    fits = f"set seq_len={wanted} batch_tokens={-(-config.batch_tokens // unit) * unit}{passes}"
     limit = f", the most that the model reads (max_seq_len), for which {still:,} are too long still" if still else ""
     what = (
         f"{count:,} of {sum(shards.num_documents for shards in splits):,} examples are longer than a row of seq_len "
         f"{config.seq_len} (the longest has {longest:,} tokens), so that answers would be cut from their questions"
     )
-    more = fits + limit if wanted > config.seq_len else f"the model reads no more than {max_seq_len} tokens (max_seq_len)"
+    more = f"the model reads no more than {max_seq_len} tokens (max_seq_len)"
+    more = f"set seq_len={wanted}{limit}" if wanted > config.seq_len else more
     if any(len(chosen) == shards.num_documents for shards, chosen in zip(splits, torn, strict=True)):
         raise UserError(f"{what}, and too_long=drop leaves nothing to train on or to hold out: {more}.")
     if config.too_long == "refuse":

@@ -60,8 +60,9 @@ class TrainStep:
         mark: Callable[[str], None] = lambda part: None,
         around_update: Callable[[Callable[[], ProbeRows]], AbstractContextManager[None]] = lambda rows: nullcontext(),
     ) -> None:
-        """``mark`` is called at the end of each part of a step: forward, backward, optimizer. ``around_update`` is a context
-        around the update, while the gradients are there; it gets a function that returns the rows of the batch.
+        """``mark`` is called at the end of each part of a step: forward, backward, optimizer.
+
+        ``around_update`` is a context around the update, while the gradients are there; its function returns the batch's rows.
         """
         self.parameters = [parameter for parameter in learner.model.parameters() if parameter.requires_grad]
         self.optimizer, self.engine, self.device = learner.optimizer, learner.engine, learner.device
@@ -161,8 +162,8 @@ class SupervisedTrainer(Trainer):
         set_hyperparameters(self.learner.optimizer, self.config.optim, scale, middle, self.total)
         self.on_device.append(self.train_step(self.collector.fetch(self.iterator, self.step + 1)))
         self.step += 1
-        stage = self.timeline.at_step(self.step - 1)
-        if self.step in (self.first_step, stage.first_step + 1):  # it compiles: neither speed nor time left follow from it
+        # What compiles tells neither the speed nor the time left.
+        if self.step in (self.first_step, self.timeline.at_step(self.step - 1).first_step + 1):
             self.since = self.tokens, time.monotonic()
             self.collector.restart_clock()
         self._watch_clock()
@@ -244,11 +245,8 @@ class SupervisedTrainer(Trainer):
             self.train_loss = loss if math.isfinite(loss) else None
         stage = self.timeline.at_step(self.step - 1)
         if self.config.curriculum:
-            metrics |= {
-                "train/stage": stage.number,
-                "train/seq_len": stage.seq_len,
-                "train/batch_tokens": stage.batch_tokens,
-            }
+            numbers = {"stage": stage.number, "seq_len": stage.seq_len, "batch_tokens": stage.batch_tokens}
+            metrics |= {f"train/{name}": number for name, number in numbers.items()}
         if self.tokens > tokens:
             speed = (self.tokens - tokens) / (self.since[1] - began)
             if self.config.max_minutes:

@@ -14,8 +14,8 @@ from osler.cli import main as cli
 from osler.config.schema import ConfigError, decode
 from osler.eval.config import EXAM_SEED, EvalConfig
 from osler.eval.exams import greedy, score_by_generation, score_by_likelihood
-from osler.eval.run import Sitting, complete, config_of, parts, remarks, table
-from osler.eval.score import Result, summarise
+from osler.eval.run import complete, config_of, parts, remarks, table
+from osler.eval.score import Result, ScoredExam, summarise
 from osler.inference.engine import InferenceEngine
 from osler.inference.load import open_model
 from osler.report.read import read_run
@@ -72,7 +72,7 @@ def test_the_printed_score_is_the_score_and_goes_where_the_report_finds_it(runs,
     ready = open_model(runs / "sft", device="cpu")
     items = load_clinic(split="new_findings", limit=12, seed=EXAM_SEED)
     engine = InferenceEngine(ready.model)
-    expected = score_by_generation(engine, ready.tokenizer, items, greedy(8), permutations=2, cluster_by_group=True)
+    expected = score_by_generation(engine, ready.tokenizer, items, greedy(8), permutations=2)
     stored = read_json(runs / "sft" / "exams.json")
     assert list(stored) == ["sft"] and list(stored["sft"]) == ["new_findings", "new_questions"]
     row = stored["sft"]["new_findings"]
@@ -111,7 +111,7 @@ def test_a_model_of_plain_text_is_scored_by_likelihood_and_that_is_said(runs, ca
     row = read_json(runs / "textbook" / "exams.json")["pretrain"]["validation, likelihood"]
     ready = open_model(runs / "textbook", device="cpu")
     items = load_clinic(split="validation", limit=40, seed=EXAM_SEED)
-    whole = score_by_likelihood(ready.model, ready.tokenizer, items, template=False, normalise="tokens", cluster_by_group=True)
+    whole = score_by_likelihood(ready.model, ready.tokenizer, items, template=False, normalise="tokens")
     # The command scores a few items at a time, for its progress line: that changes nothing.
     assert row["letters"] == whole.letters and row["interval"] == list(whole.interval)
     assert "B " in captured.out.split("letters answered")[1]
@@ -250,10 +250,10 @@ def test_a_grpo_run_without_the_clinic_sits_the_exam_it_was_evaluated_on(made):
 def test_remarks_say_what_a_score_is_worth():
     item = ExamItem(id="x", question="Which?", options=("a", "b", "c", "d"), answer_index=0)
 
-    def score(right: int, wrong: int, status: str = "answered") -> Sitting:
+    def score(right: int, wrong: int, status: str = "answered") -> ScoredExam:
         items = [ExamItem(id=str(k), question="?", options=item.options, answer_index=k % 4) for k in range(right + wrong)]
         results = [Result(each, status, right=k < right, predicted=0) for k, each in enumerate(items)]
-        return Sitting("exam", "generation", summarise(results))
+        return replace(summarise(results), split="exam", method="generation")
 
     assert list(remarks(score(90, 10))) == []
     assert "not told apart" in next(remarks(score(26, 74)))

@@ -1,4 +1,4 @@
-"""The GRPO loss against arithmetic done another way: enumeration, REINFORCE, a truth table, a ten-line loop."""
+"""GRPO's advantages and loss against arithmetic done another way: by hand, enumeration, REINFORCE, a ten-line loop."""
 
 from __future__ import annotations
 
@@ -12,8 +12,45 @@ from hypothesis import strategies as st
 from osler.rl.config import AlgorithmConfig, ClipConfig
 from osler.rl.loss import LossInputs, add_sums, group_advantages, grpo_loss, kl_estimate, loss_metrics, token_weights
 
+REWARDS = torch.tensor([[1.0, 0.0, 0.0, 1.0], [0.0, 0.0, 3.0, 1.0]], dtype=torch.float64)
+KINDS = ["mean", "mean_std", "leave_one_out"]
 ACTIONS = 7
 POLICIES = ["on_policy", "off_policy"]
+
+
+def test_advantages_by_hand():
+    mean = torch.tensor([[0.5, -0.5, -0.5, 0.5], [-1.0, -1.0, 2.0, 0.0]], dtype=torch.float64)
+    others = (REWARDS.sum(1, keepdim=True) - REWARDS) / 3
+    expected = {"mean": mean, "mean_std": mean / (REWARDS.std(dim=1, keepdim=True) + 1e-4), "leave_one_out": REWARDS - others}
+    for kind, values in expected.items():
+        torch.testing.assert_close(group_advantages(REWARDS, kind), values)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_groups_that_teach_nothing_get_exact_zeros(kind):
+    """Equal rewards (three times 0.1 over three is not 0.1 in every rounding), a single valid sample, none."""
+    assert group_advantages(torch.full((2, 3), 0.1), kind).abs().max() == 0
+    for kept in (0, 1):
+        valid = torch.arange(3)[None] < kept
+        assert group_advantages(torch.tensor([[1.0, 0.0, 0.5]]), kind, valid_PG=valid).abs().max() == 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_dropped_samples_leave_the_group(kind):
+    rewards = torch.tensor([[1.0, 0.0, 9.0, 0.0]], dtype=torch.float64)
+    advantages = group_advantages(rewards, kind, valid_PG=torch.tensor([[True, True, False, True]]))
+    torch.testing.assert_close(advantages[:, [0, 1, 3]], group_advantages(rewards[:, [0, 1, 3]], kind))
+    assert advantages[0, 2] == 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(rewards=st.lists(st.floats(-5, 5), min_size=2, max_size=8), shift=st.floats(-3, 3))
+def test_advantages_sum_to_zero_and_ignore_a_shift(kind, rewards, shift):
+    group = torch.tensor([rewards], dtype=torch.float64)
+    advantages = group_advantages(group, kind)
+    assert advantages.sum().abs() < 1e-6
+    if group.amax() - group.amin() > 1e-3:
+        torch.testing.assert_close(group_advantages(group + shift, kind), advantages, atol=1e-6, rtol=0)
 
 
 def bandit(off_policy: bool):

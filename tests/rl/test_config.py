@@ -36,7 +36,6 @@ def test_parts_are_changed_one_field_at_a_time():
         ({"init_from": "x", "steps": 0}, "^the configuration: 1 error\n  steps"),
         ({"init_from": "x", "algorithm": {"top_k": 0}}, "top_k"),
         ({"init_from": "x", "algorithm": {"clip": {"low": 0.0}}}, "clip.low"),
-        ({"init_from": "x", "algorithm": {"quality": {"ngram": 40}}}, "ngram"),
         ({"init_from": "x", "tasks": []}, "tasks need at least one"),
         ({"init_from": "x", "tasks": [{}, {}]}, "its own name"),
         ({"init_from": "x", "tasks": [{"rewards": {"corect": 1.0}}]}, "corect"),

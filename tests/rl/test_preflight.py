@@ -31,7 +31,7 @@ def answered(tokenizer, *texts: str) -> list[Group]:
             ids += [tokenizer.special_id(ANSWER)] * (number > 0) + tokenizer.encode(part)
         ended = text.endswith(EOS)
         ids += [tokenizer.eos_id] * ended
-        samples.append(score(tokenizer, Prompt(TASK, ITEM), ids, [0.0] * len(ids), ended, None, CONFIG.algorithm))
+        samples.append(score(tokenizer, Prompt(TASK, ITEM), ids, [0.0] * len(ids), CONFIG.algorithm))
     return [Group(Prompt(TASK, ITEM), [0], samples)]
 
 

@@ -10,7 +10,16 @@ from osler.inference.engine import InferenceEngine
 from osler.monitor.metrics import declared_name
 from osler.rl.config import AlgorithmConfig, QualityConfig
 from osler.rl.prompts import Prompt, RewardTerm, RlTask
-from osler.rl.rollout import Group, RolloutWorker, count_tokens, rollout_metrics, score
+from osler.rl.rollout import (
+    Group,
+    RolloutWorker,
+    apply_filters,
+    check_sample,
+    count_tokens,
+    repeated_ngram_frac,
+    rollout_metrics,
+    score,
+)
 from osler.rl.step import training_rows
 from osler.tasks.item import ExamItem
 from osler.tasks.rewards import REWARDS
@@ -29,7 +38,7 @@ def sample_of(tokenizer, text, *, item=ITEM, ended=True, algorithm=None, rewards
         ids += [tokenizer.special_id(ANSWER), *tokenizer.encode(answer)]
     ids += [tokenizer.eos_id] if ended else []
     task = RlTask("exam", (item,), tuple(RewardTerm(name, REWARDS[name]) for name in rewards))
-    return score(tokenizer, Prompt(task, item), ids, [-1.0] * len(ids), ended, None, algorithm or AlgorithmConfig())
+    return score(tokenizer, Prompt(task, item), ids, [-1.0] * len(ids), algorithm or AlgorithmConfig())
 
 
 @pytest.mark.parametrize(
@@ -46,16 +55,16 @@ def sample_of(tokenizer, text, *, item=ITEM, ended=True, algorithm=None, rewards
 )
 def test_a_completion_is_read_and_rewarded(tokenizer, text, item, reward, verdict, letter):
     sample = sample_of(tokenizer, text, item=item)
-    assert (sample.reward, sample.verdict, sample.letter) == (reward, verdict, letter)
-    assert sample.correct == bool(reward)
+    assert (sample.reward, sample.verdict, sample.reading.choice) == (reward, verdict, letter)
+    assert sample.reading.right == bool(reward)
 
 
 def test_rewards_add_up_by_weight_and_are_kept_raw(tokenizer):
     task = RlTask("exam", (ITEM,), (RewardTerm("a", lambda i, c: 1.0, 0.5), RewardTerm("b", lambda i, c: 2.0, 0.25)))
     ids = [*tokenizer.encode("hm"), tokenizer.eos_id]
-    kept = score(tokenizer, Prompt(task, ITEM), ids, [], True, None, AlgorithmConfig(quality=OFF))
+    kept = score(tokenizer, Prompt(task, ITEM), ids, [], AlgorithmConfig(quality=OFF))
     assert kept.reward == 1.0
-    zeroed = score(tokenizer, Prompt(task, ITEM), ids, [], True, None, AlgorithmConfig())
+    zeroed = score(tokenizer, Prompt(task, ITEM), ids, [], AlgorithmConfig())
     assert zeroed.reward == 0.0
     assert zeroed.rewards == kept.rewards == {"a": 1.0, "b": 2.0}
 
@@ -97,11 +106,73 @@ def test_metrics_are_declared_and_count_by_hand(tokenizer):
     assert metrics["frac_reward_zero_std"] == 0.5
     assert metrics["groups/effective"] == 1
     assert metrics["answer/format_ok"] == pytest.approx(5 / 6)
-    assert metrics["answer/letter_C_frac"] == pytest.approx(4 / 5)
+    assert [metrics[f"answer/letter_{letter}_frac"] for letter in "ABCD"] == pytest.approx([1 / 5, 0, 4 / 5, 0])
     assert metrics["filters/no_answer_frac"] == pytest.approx(1 / 6)
     assert metrics["completions/clipped_ratio"] == 0
     assert metrics["tasks/exam/correct_frac"] == pytest.approx(4 / 6)
     assert metrics["completions/mean_length"] == pytest.approx(count_tokens(groups) / 6)
+
+
+QUALITY = QualityConfig(ngram=2, max_repeated_frac=0.5, min_tokens=6)
+
+
+@pytest.mark.parametrize(
+    ("ids", "text_is_empty", "has_answer", "verdict"),
+    [
+        ([], True, False, "empty"),
+        ([5, 6], True, True, "empty"),
+        ([1, 2] * 10, False, True, "degenerate"),
+        ([1, 2, 1, 2], False, True, "ok"),  # too short to call it running in circles
+        (list(range(20)), False, False, "no_answer"),
+        (list(range(20)), False, True, "ok"),
+    ],
+)
+def test_verdicts(ids, text_is_empty, has_answer, verdict):
+    assert check_sample(ids, text_is_empty=text_is_empty, has_answer=has_answer, quality=QUALITY) == verdict
+
+
+def test_an_answer_may_be_optional():
+    quality = QualityConfig(require_answer=False)
+    assert check_sample([1, 2, 3], text_is_empty=False, has_answer=False, quality=quality) == "ok"
+
+
+def test_repeated_ngram_frac_counts_by_hand():
+    assert repeated_ngram_frac([1, 2, 3, 4], 2) == 0.0
+    assert repeated_ngram_frac([1, 1, 1, 1, 1], 2) == pytest.approx(3 / 4)
+    assert repeated_ngram_frac([1, 2, 1, 2, 1], 2) == pytest.approx(2 / 4)
+    assert repeated_ngram_frac([1], 2) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("action", "verdict", "filtered"),
+    [
+        ("zero", "ok", (0.7, True, True)),
+        ("zero", "no_answer", (0.0, True, True)),
+        ("drop", "ok", (0.7, True, True)),
+        ("drop", "degenerate", (0.0, False, False)),
+        ("off", "empty", (0.7, True, True)),
+    ],
+)
+def test_quality_actions(action, verdict, filtered):
+    assert apply_filters(0.7, verdict, True, AlgorithmConfig(quality=QualityConfig(action=action))) == filtered
+
+
+@pytest.mark.parametrize(
+    ("overlong", "finished", "filtered"),
+    [
+        ("keep", False, (1.0, True, True)),
+        ("mask", False, (1.0, True, False)),
+        ("mask", True, (1.0, True, True)),
+        ("penalise", False, (0.5, True, True)),
+        ("penalise", True, (1.0, True, True)),
+    ],
+)
+def test_overlong_actions(overlong, finished, filtered):
+    assert apply_filters(1.0, "ok", finished, AlgorithmConfig(overlong=overlong, overlong_penalty=0.5)) == filtered
+
+
+def test_a_bad_sample_that_was_cut_is_penalised_from_zero():
+    assert apply_filters(1.0, "no_answer", False, AlgorithmConfig(overlong="penalise", overlong_penalty=0.5))[0] == -0.5
 
 
 def worker(policy, tokenizer, task, **options):
@@ -122,7 +193,7 @@ def test_a_step_is_a_function_of_seed_and_step(make_policy, tokenizer, short_tas
     assert ids_of(first.step(4)[0]) == ids_of(groups)
     assert ids_of(first.step(5)[0]) != ids_of(groups)
     assert all(len(sample.ids) == len(sample.logprobs) for group in groups for sample in group.samples)
-    assert all(sample.finished == (sample.ids[-1] == tokenizer.eos_id) for group in groups for sample in group.samples)
+    assert all(sample.completion.finished == (sample.ids[-1] == tokenizer.eos_id) for group in groups for sample in group.samples)
 
 
 def test_the_kept_set_holds_every_drawn_token(make_policy, tokenizer, short_task):

@@ -65,7 +65,9 @@ def make_trainer(make_policy, tokenizer, short_task):
         model, run = make_policy(), Run(RunFolder.create(folder), World(), **options)
         learner = Learner(model, build_optimizer(model, config.optim), ParallelEngine(PolicyLoss(model)), config.clip_norm)
         worker = RolloutWorker(InferenceEngine(model), tokenizer, [task], config.algorithm, config.seed)
-        return GrpoTrainer(config, run, learner, worker, evaluate, "eval/validation_accuracy")
+        trainer = GrpoTrainer(config, run, learner, worker)
+        trainer.evaluate = evaluate
+        return trainer
 
     return build
 

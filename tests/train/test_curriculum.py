@@ -134,11 +134,6 @@ def test_ranks_that_do_not_divide_a_stage(staged):
         ({"packing": "whole"}, r"curriculum cuts one stream.*packing=whole.*set packing=stream"),
         ({"kind": "sft"}, r"curriculum cuts one stream.*packing=auto \(kind=sft\)"),
         ({"curriculum": [{"seq_len": 128}]}, r"stage 1 of 1 \(seq_len 128\): its rows are longer than the run's seq_len 64"),
-        (
-            {"curriculum": [{"seq_len": 22, "until_tokens": 9}, {"seq_len": 64}], "micro_batch_tokens": 128},
-            r"stage 1: its 11 rows per step split into equal forward passes of 1 rows only, where 5 rows of 22 tokens fit into "
-            r"micro_batch_tokens 128; give the stage batch_tokens=330",
-        ),
     ],
 )
 def test_impossible_combinations_name_the_numbers(tiny, changes, message):
