@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from osler.checkpoint import store
+from osler.checkpoint.folders import best_checkpoint
 from osler.inference.engine import InferenceEngine
 from osler.monitor import collect
 from osler.monitor.config import SpikeConfig
@@ -171,7 +172,7 @@ def test_without_a_kl_term_there_is_no_reference(make_trainer, tmp_path):
 def test_the_best_checkpoint_is_marked(make_trainer, tmp_path):
     scores = iter([0.3, 0.6, 0.4, 0.5])
     Loop(make_trainer(tmp_path, evaluate=lambda: {"eval/validation_accuracy": next(scores)})).fit()
-    best = store.best_checkpoint(tmp_path / "checkpoints")
+    best = best_checkpoint(tmp_path / "checkpoints")
     assert (best.step, best.metric, best.value) == (2, "eval/validation_accuracy", 0.6)
 
 

@@ -58,13 +58,6 @@ def test_dropping_is_not_proposed_where_it_leaves_nothing(tiny, tmp_path, capsys
     assert "or leave these examples out" not in said and "too_long=drop leaves nothing to train on" in said
 
 
-def test_a_vocabulary_that_is_refused_is_not_proposed(tiny, tmp_path, capsys):
-    command = ["pretrain", tiny.pretrain, "tokenizer.path=null", "tokenizer.vocab_size=512", "--run", str(tmp_path / "run")]
-    assert main([*command, "model.vocab_size=200"]) == 2
-    said = capsys.readouterr().err
-    assert "set model.vocab_size=512" in said and "tokenizer.vocab_size=200" not in said
-
-
 def test_dropping_every_example_is_refused(tiny, long_turns, tmp_path, capsys):
     command = ["sft", tiny.sft, f"data.path={long_turns}", "seq_len=16", "batch_tokens=64", "too_long=drop"]
     assert main([*command, "--run", str(tmp_path / "run")]) == 2

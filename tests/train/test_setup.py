@@ -7,7 +7,9 @@ import sys
 from dataclasses import replace
 
 import pytest
+import torch
 
+from osler.cli.main import main
 from osler.config.recipe import available_recipes, load_recipe
 from osler.config.schema import decode
 from osler.data.config import CurriculumStage as Stage
@@ -53,6 +55,31 @@ def test_the_stage_of_a_curriculum_that_ranks_cannot_share_is_named():
         check_processes(replace(CONFIG, batch_tokens=2048, curriculum=STAGES), 8)
 
 
+REFUSED = {
+    "no start": ("sft", ["init_from=runs/gone"], "is no folder"),
+    "optimizer": ("pretrain", ["optim.type=muon", "precision=pure-bf16"], "with optim.type=muon use precision=bf16"),
+    "alert command": ("pretrain", ["monitor.alert_command=no-such-program-here"], "no program 'no-such-program-here'"),
+    "threads": ("pretrain", ["loader_workers=-1"], "loader_workers: must be at least 0, given -1"),
+    "vocabulary": (
+        "pretrain",
+        ["tokenizer.path=null", "tokenizer.vocab_size=512", "model.vocab_size=200"],
+        "set model.vocab_size=512\n",
+    ),
+}
+if not torch.cuda.is_available():
+    REFUSED["a GPU"] = ("sft", ["init_from=RUN", "device=cuda"], "Device 'cuda' was asked for")
+    REFUSED["a GPU to sample"] = ("grpo", ["init_from=RUN", "device=cuda"], "Device 'cuda' was asked for")
+
+
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]], ids=["start", "plan"])
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_start_that_cannot_go_well_is_refused_and_leaves_nothing(case, dry, tiny, runs, tmp_path, capsys):
+    kind, overrides, told = REFUSED[case]
+    overrides = [override.replace("RUN", str(runs.sft)) for override in overrides]
+    assert main([kind, getattr(tiny, kind), *overrides, *dry, "--run", str(tmp_path / "run")]) == 2
+    assert told in capsys.readouterr().err and not (tmp_path / "run" / "config.yaml").exists()
+
+
 def test_a_plan_misses_the_packages_that_a_run_would_miss(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchao.float8", None)
     float8_linear.cache_clear()
@@ -62,11 +89,6 @@ def test_a_plan_misses_the_packages_that_a_run_would_miss(monkeypatch):
     if importlib.util.find_spec("deepspeed") is None:
         with pytest.raises(UserError, match=r"needs the package DeepSpeed"):
             check_plan(replace(config, precision="fp32", parallel=DeepSpeedConfig()), is_new=True)
-
-
-def test_no_fewer_than_no_threads_prepare_batches():
-    with pytest.raises(ValueError, match="loader_workers must be at least 0, given -1"):
-        TrainConfig(loader_workers=-1)
 
 
 @pytest.mark.parametrize("name", PRETRAIN)

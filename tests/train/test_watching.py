@@ -50,11 +50,3 @@ def test_a_run_that_ends_worse_than_guessing_says_so_wherever_its_end_is_told(ti
     state = watched.current.state(end.time + 1)
     assert state.kind == "finished" and "but 1 alert still holds: worse-than-guessing" in state.words
     assert any("but 1 alert still holds: worse than guessing" in text for text in attention(read_run(run.root)))
-
-
-def test_an_alert_command_that_cannot_work_is_refused_before_anything_is_made(tiny, tmp_path, capsys):
-    for more in (["--dry-run"], []):
-        command = ["pretrain", tiny.pretrain, "monitor.alert_command=no-such-program-here", "--run", str(tmp_path / "run"), *more]
-        assert main(command) == 2
-        assert "no program 'no-such-program-here'" in capsys.readouterr().err
-    assert not (tmp_path / "run").exists()
