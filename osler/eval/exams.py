@@ -41,7 +41,7 @@ def score_by_generation(
     *,
     reasoning: bool = True,
     permutations: int = 1,
-    progress: Callable[[int], None] = lambda done: None,
+    progress: Callable[[int], None] | None = None,
 ) -> ScoredExam:
     """Let the model write an answer to every item and score what it wrote.
 
@@ -75,7 +75,8 @@ def score_by_generation(
         )
         for (i, _), ids in zip(batch, rollout.completions, strict=True):
             results[i] = mark(shown[i], parse_completion(tokenizer, ids, reasoning=reasoning))
-        progress(len(shown) - len(fitting) + start + len(batch))
+        if progress:
+            progress(len(shown) - len(fitting) + start + len(batch))
     return summarise(results, max_seq_len=longest, max_new_tokens=sampling.max_new_tokens)
 
 
@@ -134,7 +135,7 @@ def score_by_likelihood(
     normalise: Literal["bytes", "tokens", "none"] = "bytes",
     permutations: int = 1,
     seed: int = 0,
-    progress: Callable[[int], None] = lambda done: None,
+    progress: Callable[[int], None] | None = None,
 ) -> ScoredExam:
     """Choose the option whose text is most likely after the prompt; items must have options.
 
@@ -165,7 +166,8 @@ def score_by_likelihood(
             scores = [next(sums) / size for size in sizes]
             best = scores.index(max(scores))
             results.append(Result(item, ANSWERED, right=item.is_right(best), predicted=best, text=item.options[best]))
-        progress(len(results))
+        if progress:
+            progress(len(results))
     return summarise(results, max_seq_len=longest)
 
 
