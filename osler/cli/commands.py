@@ -22,16 +22,12 @@ RECIPE = option(
     "items",
     nargs="*",
     metavar="RECIPE | key.path=value",
-    help="a recipe of `osler recipes` or a YAML file, and fields to change; without a recipe the defaults apply; "
+    help="a recipe of `osler recipes` or a YAML file (without one the defaults apply), and fields to change; "
     "`osler show RECIPE --explain` says what each field means",
 )
 RUN_FOLDER = (
     option(
-        "--run",
-        "--run-dir",
-        dest="run_dir",
-        metavar="DIR",
-        help="the run folder (default: below runs/); torchrun takes --run for its own",
+        "--run", "--run-dir", dest="run_dir", metavar="DIR", help="run folder (default: in runs/); torchrun takes --run itself"
     ),
     option("--resume", action="store_true", help="go on from the newest good checkpoint of --run DIR"),
     option("--dry-run", action="store_true", help="check the configuration and say what would happen, then stop"),
@@ -39,9 +35,7 @@ RUN_FOLDER = (
 ORIGIN = (
     option("--from-step", type=int, metavar="N", help="go back to the checkpoint of step N; what came after it is set aside"),
     option(
-        "--branch",
-        metavar="CHECKPOINT",
-        help="start a new run, --run DIR, from a checkpoint of another: with its optimizer, place in the data and configuration",
+        "--branch", metavar="CHECKPOINT", help="start --run DIR from another run's checkpoint, with optimizer, data and fields"
     ),
 )
 CHECKPOINT = option("checkpoint", metavar="CHECKPOINT", help="a run folder, or a checkpoint in it")

@@ -185,7 +185,10 @@ def joined(device: str) -> Iterator[World]:
     except RuntimeError as error:
         if not (isinstance(error, dist.DistError) or "gloo" in str(error)):  # gloo's errors have no class
             raise
-        left, first_line = _left_error(store), str(error).partition("\n")[0][:200]
+        left, first_line = None, str(error).partition("\n")[0][:200]
+        with suppress(RuntimeError):
+            if store is not None and store.check([ERROR_KEY]):
+                left = str(store.get(ERROR_KEY), "utf-8")
         lost = UserError(
             left
             or f"Rank {here.rank} of {here.size} lost the others: one of them ended or cannot be reached ({first_line}). "
@@ -196,14 +199,6 @@ def joined(device: str) -> Iterator[World]:
 
 
 # The store is where the processes met. Under torchrun it outlives all of them; otherwise it ends with rank 0.
-
-
-def _left_error(store: Store | None) -> str | None:
-    """Return the error that another process left."""
-    with suppress(RuntimeError):
-        if store is not None and store.check([ERROR_KEY]):
-            return str(store.get(ERROR_KEY), "utf-8")
-    return None
 
 
 def _is_reporter(store: Store | None, message: str) -> bool:
