@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -89,15 +90,18 @@ def test_a_tokenizer_has_not_seen_what_is_held_out(tmp_path: Path) -> None:
     assert sorted(known)[:5] == [1] * 5 and min(sorted(known)[5:]) > 4, "five words learned whole, five never seen"
 
 
-def test_configs_are_checked() -> None:
-    assert decode(FilesData, {"type": "files", "path": "x"}).field == "text"
-    for data in ({"passages": -1}, {"passages": 0, "examples": 0}):
-        with pytest.raises(ConfigError, match="passages"):
-            decode(ClinicData, data)
-    with pytest.raises(ValueError, match="holdout_fraction must be"):
-        TurnsData(path="x", holdout_fraction=1.0)
-    with pytest.raises(ConfigError, match=r"data.holdout_fraction: must be at least 0 and below 1, given -0\.1"):
-        decode(Sections, {"data": {"type": "files", "path": "x", "holdout_fraction": -0.1}})
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        ({"type": "clinic", "passages": -1}, "passages"),
+        ({"type": "clinic", "passages": 0, "examples": 0}, "passages"),
+        ({"type": "files", "path": "x", "holdout_fraction": -0.1}, r"data.holdout_fraction: must be at least 0 and below 1"),
+        ({"type": "turns", "path": "x", "holdout_fraction": 1.0}, r"data.holdout_fraction: .* given 1\.0"),
+    ],
+)
+def test_configs_are_checked(data: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        decode(Sections, {"data": data})
 
 
 def test_a_real_textbook_survives_the_way_to_tokens(tmp_path: Path, shared_data: Callable[[str], Path]) -> None:

@@ -60,16 +60,11 @@ def test_stages_report_and_samples_are_there(finished: Path) -> None:
     assert {line["stage"] for line in lines} == {"sft", "sft, earlier checkpoint", "grpo"}
 
 
-def test_the_same_command_again_does_nothing_again(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    before = (finished / "grpo" / "metrics.jsonl").read_bytes(), (finished / "stages.json").read_bytes()
+def test_the_same_command_again_does_what_is_not_finished_and_no_more(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stages, metrics = finished / "stages.json", finished / "grpo" / "metrics.jsonl"
+    whole, before = json.loads(stages.read_text()), (stages.read_bytes(), metrics.read_bytes())
     assert run(TINY, run_dir=str(finished)) == 0
-    assert before == ((finished / "grpo" / "metrics.jsonl").read_bytes(), (finished / "stages.json").read_bytes())
-    assert "── pretrain" not in capsys.readouterr().err
-
-
-def test_an_interrupted_story_goes_on_at_its_stage(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    stages = finished / "stages.json"
-    whole = json.loads(stages.read_text())
+    assert before == (stages.read_bytes(), metrics.read_bytes()) and "──" not in capsys.readouterr().err
     stages.write_text(json.dumps(whole[:-1]))
     assert run(TINY, run_dir=str(finished)) == 0
     assert [stage["name"] for stage in json.loads(stages.read_text())] == [stage["name"] for stage in whole]

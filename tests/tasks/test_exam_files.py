@@ -152,11 +152,12 @@ def test_files_that_are_no_exam_are_refused(name: str, content: bytes | None, me
         load("medqa", tmp_path / name)
 
 
-def test_an_exam_may_be_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    lines(tmp_path / "a.jsonl", ROWS["gsm8k"])
-    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(json.dumps(ROWS["gsm8k"] | {"question": "7 x 6?"}).encode()))
+def test_an_exam_may_be_a_folder_and_have_five_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    five = ROWS["medqa"] | {"options": {**OPTIONS, "E": "five"}, "answer_idx": "E", "answer": "five"}
+    lines(tmp_path / "a.jsonl", five)
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(json.dumps(ROWS["medqa"]).encode()))
     (tmp_path / "notes.csv").write_text("x")
-    assert [item.question for item in load("gsm8k", tmp_path)] == ["6 x 7?", "7 x 6?"]
+    assert [item.answer_index for item in load("medqa", tmp_path)] == [4, 1]
     assert f"{tmp_path}: left out: 1 .csv." in capsys.readouterr().err
 
 
@@ -200,11 +201,6 @@ def test_medmcqa_numbers_options_from_0_or_1_and_leaves_out_rows_without_a_label
 )
 def test_explanations_never_name_a_letter(exp: str | None, thinking: str | None, tmp_path: Path) -> None:
     assert load("medmcqa", lines(tmp_path / "e.jsonl", ROWS["medmcqa"] | {"exp": exp}))[0].thinking == thinking
-
-
-def test_medqa_takes_five_options(tmp_path: Path) -> None:
-    row = ROWS["medqa"] | {"options": {**OPTIONS, "E": "five"}, "answer_idx": "E", "answer": "five"}
-    assert load("medqa", lines(tmp_path / "e.jsonl", row))[0].answer_index == 4
 
 
 def test_options_that_point_at_options_or_are_equal_are_counted_at_load(

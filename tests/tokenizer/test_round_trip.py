@@ -93,16 +93,15 @@ def test_other_kinds_pass(kind: str) -> None:
         backend = Backend(models.WordPiece(vocab, unk_token="[UNK]"))
         backend.pre_tokenizer, backend.decoder = pre_tokenizers.BertPreTokenizer(), decoders.WordPiece()
     else:
-        fallback = [f"<0x{byte:02X}>" for byte in range(256)]
-        vocab = {token: index for index, token in enumerate(["<unk>", *fallback, *letters])}
+        vocab = {token: index for index, token in enumerate(["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), *letters])}
         backend = Backend(models.BPE(vocab, [], unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+        bytes_back = [decoders.ByteFallback(), decoders.Fuse()]
         if kind == "metaspace":
             backend.pre_tokenizer = pre_tokenizers.Metaspace()
-            ends = [decoders.Metaspace()]
+            backend.decoder = decoders.Sequence([*bytes_back, decoders.Metaspace()])
         else:
             backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-            ends = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-        backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse(), *ends] if kind == "metaspace" else ends)
+            backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), *bytes_back, decoders.Strip(" ", 1, 0)])
     tokenizer, texts = Tokenizer(backend), [text.replace("\n", " ") for text in CORPUS]
     RoundTrip(tokenizer).look(texts)  # raises when text is lost
     for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
