@@ -8,20 +8,24 @@ from pathlib import Path
 import pytest
 import torch
 
-from osler.checkpoint.folders import mark_best, rotate
+from osler.checkpoint.folders import folder_name, mark_best, rotate
 from osler.checkpoint.store import save
 from osler.runtime import faults
 
 
+def tensors_of(step: int) -> dict[str, dict[str, torch.Tensor]]:
+    """The tensors of a step's checkpoint."""
+    generator = torch.Generator().manual_seed(step)
+    model = {"weight": torch.randn(300, 100, generator=generator), "bias": torch.randn(7, generator=generator)}
+    return {"model": model, "optimizer": {"weight/exp_avg": model["weight"] / 3, "weight/step": torch.tensor(float(step))}}
+
+
 def put(root: Path, step: int, *, keep_last: int = 3, best: bool = False, **options) -> Path:
     """Save a checkpoint and rotate, as a run does."""
-    generator = torch.Generator().manual_seed(step)
-    model = {"weight": torch.randn(40, 30, generator=generator), "bias": torch.randn(7, generator=generator)}
-    optimizer = {"weight/exp_avg": torch.randn(40, 30, generator=generator), "weight/step": torch.tensor(float(step))}
     path = save(
         root,
         step,
-        tensors={"model": model, "optimizer": optimizer},
+        tensors=tensors_of(step),
         state={"step": step, "tokens": 4096 * step},
         files={"tokenizer.json": b'{"vocab": {}}' * 20, "config.yaml": b"seed: 1\n"},
         **options,
@@ -30,6 +34,10 @@ def put(root: Path, step: int, *, keep_last: int = 3, best: bool = False, **opti
         mark_best(path, "eval/loss", 0.5)
     rotate(root, path, keep_last)
     return path
+
+
+def folder(root: Path, step: int) -> Path:
+    return root / folder_name(step)
 
 
 def steps(root: Path) -> list[int]:
@@ -55,5 +63,4 @@ def fault(monkeypatch):
         faults.visits.clear()
         monkeypatch.setenv(faults.VARIABLE, spec)
 
-    yield set_fault
-    faults.visits.clear()
+    return set_fault

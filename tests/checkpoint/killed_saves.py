@@ -13,48 +13,33 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from osler.checkpoint.folders import mark_best, rotate
+from osler.checkpoint.folders import mark_best, newest_good, rotate
 from osler.checkpoint.saver import Saver
-from osler.checkpoint.store import CheckpointSaveError, load, newest_good, save
+from osler.checkpoint.store import CheckpointSaveError, load, save
 from osler.runtime import faults
+from tests.checkpoint.conftest import folder, put, steps, tensors_of
 
-STAGES = (
-    "save-tensors:kill",
-    "save-tensors:kill:2",
-    "save-state:kill",
-    "save-files:kill",
-    "save-manifest:kill",
-    "write-atomic:kill",
-    "save-rename:kill",
-    "save-verify:kill",
-    "save-best:kill",
-    "rotate:kill",
-)
+KILLS = (
+    "save-tensors:kill", "save-tensors:kill:2", "save-state:kill", "save-files:kill", "save-manifest:kill", "write-atomic:kill",
+    "save-rename:kill", "save-verify:kill", "save-best:kill", "rotate:kill",
+)  # fmt: skip
+IN_BACKGROUND = ("save-tensors:kill:2", "save-manifest:kill", "save-rename:kill", "save-verify:kill")
 
-
-def content(step: int, version: int = 0) -> dict[str, dict[str, torch.Tensor]]:
-    model = {"weight": torch.full((300, 100), float(step)), "bias": torch.arange(7) + version}
-    return {"model": model, "optimizer": {"weight/exp_avg": torch.full((300, 100), step / 3)}}
-
-
-def put(root: Path, step: int, version: int = 0) -> None:
-    files = {"tokenizer.json": b"{}" * 500}
-    path = save(root, step, tensors=content(step, version), state={"step": step, "text": "x" * 1000}, files=files)
-    mark_best(path, "eval/loss", 1 / (step + 1))
-    rotate(root, path, keep_last=1)
+put_best = partial(put, keep_last=1, best=True)
 
 
 def put_in_background(root: Path, step: int) -> None:
     with Saver(root, keep_last=1, in_background=True) as saver:
-        saver.save(step, tensors=content(step, 1), state={"step": step}, files={})
+        saver.save(step, tensors=tensors_of(step), state={"step": step}, files={})
 
 
-def in_child(work: Callable[[], None]) -> int:
-    """Run ``work`` in a forked child; returns the signal that ended it, or minus its exit code."""
+def in_child(work: Callable[[], object]) -> int:
+    """Run ``work`` in a forked child; returns its exit code, or minus the signal that ended it."""
     child = os.fork()
     if child == 0:
         code = 1
@@ -62,54 +47,52 @@ def in_child(work: Callable[[], None]) -> int:
             work()
             code = 0
         os._exit(code)
-    status = os.waitpid(child, 0)[1]
-    return os.WTERMSIG(status) if os.WIFSIGNALED(status) else -os.WEXITSTATUS(status)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def check(root: Path, steps: set[int]) -> None:
+def with_fault(spec: str, work: Callable[[Path, int], object], root: Path, step: int) -> int:
+    """Save a step in a child in which a fault strikes; returns how the child ended."""
+
+    def faulty() -> None:
+        os.environ[faults.VARIABLE] = spec
+        work(root, step)
+
+    return in_child(faulty)
+
+
+def check(root: Path, allowed: set[int]) -> None:
     """A good checkpoint of one of these steps is there with the right content, and the next save leaves no remnant."""
     found, skipped = newest_good(root)
     assert found is not None, f"no good checkpoint, skipped {skipped}"
     assert not skipped, f"a torn folder had to be skipped: {skipped}"
     loaded = load(found)
-    assert loaded.step in steps, f"found step {loaded.step}"
-    assert torch.equal(loaded.tensors["model"]["weight"], content(loaded.step)["model"]["weight"])
-    assert loaded.state["step"] == loaded.step
-    put(root, 1000)
-    assert load(newest_good(root)[0]).step == 1000
+    assert loaded.step in allowed and loaded.state["step"] == loaded.step, f"found step {loaded.step}"
+    assert torch.equal(loaded.tensors["model"]["weight"], tensors_of(loaded.step)["model"]["weight"])
+    put_best(root, 1000)
+    assert newest_good(root) == (folder(root, 1000), [])
     names = sorted(os.listdir(root))
     assert names == ["best.json", "step-000001000"], f"remnants: {names}"
 
 
-def killed_at(root: Path, spec: str, next_step: int, *, in_background: bool = False) -> None:
-    put(root, 1)
-
-    def work() -> None:
-        os.environ[faults.VARIABLE] = spec
-        if in_background:
-            put_in_background(root, next_step)
-        else:
-            put(root, next_step, version=1)
-
-    ended_by = in_child(work)
-    if spec.startswith("rotate") and next_step == 1:
-        assert ended_by in (signal.SIGKILL, 0)
-    else:
-        assert ended_by == signal.SIGKILL, f"the fault did not strike ({ended_by})"
+def killed_at(root: Path, spec: str, next_step: int, work: Callable[[Path, int], object] = put_best) -> None:
+    put_best(root, 1)
+    ended = with_fault(spec, work, root, next_step)
+    may_end = spec.startswith("rotate") and next_step == 1  # there may be nothing to rotate
+    assert ended == -signal.SIGKILL or (may_end and ended == 0), f"the fault did not strike ({ended})"
     check(root, {1, next_step})
 
 
 def killed_at_random(root: Path) -> None:
     """Thirty kills from outside, at moments nobody chose; every time the run goes on from what it finds."""
     rng = random.Random(0)
-    put(root, 1)
+    put_best(root, 1)
     for _ in range(30):
         child = os.fork()
         if child == 0:
             step = load(newest_good(root)[0]).step
             while True:
                 step += 1
-                put(root, step)
+                put_best(root, step)
         time.sleep(rng.uniform(0.0, 0.06))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
@@ -120,17 +103,15 @@ def killed_at_random(root: Path) -> None:
 
 def file_limit(root: Path) -> None:
     """A write that the system itself refuses, in the middle of a tensor."""
-    put(root, 1)
+    put_best(root, 1)
 
     def work() -> None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
-        try:
-            put(root, 2)
-        except CheckpointSaveError:
-            assert sorted(os.listdir(root)) == ["best.json", "step-000000001"]
-            return
-        raise AssertionError
+        with contextlib.suppress(CheckpointSaveError):
+            put_best(root, 2)
+            raise AssertionError
+        assert sorted(os.listdir(root)) == ["best.json", "step-000000001"]
 
     assert in_child(work) == 0
     check(root, {1})
@@ -138,34 +119,26 @@ def file_limit(root: Path) -> None:
 
 def best_survives(root: Path) -> None:
     """The best checkpoint is replaced under its own name and killed between the two renames: there, and still best."""
-    put(root, 1)
-    put(root, 2)
-    mark_best(root / "step-000000002", "eval/loss", 0.1)
-
-    def work() -> None:
-        os.environ[faults.VARIABLE] = "save-rename:kill"
-        put(root, 2)
-
-    assert in_child(work) == signal.SIGKILL
-    rotate(root, save(root, 3, tensors=content(3), state={"step": 3}), keep_last=1)
-    assert (root / "step-000000002").is_dir() and (root / "step-000000003").is_dir()
+    put_best(root, 1)
+    put_best(root, 2)
+    mark_best(folder(root, 2), "eval/loss", 0.1)
+    assert with_fault("save-rename:kill", put_best, root, 2) == -signal.SIGKILL
+    rotate(root, save(root, 3, tensors=tensors_of(3), state={"step": 3}), keep_last=1)
+    assert steps(root) == [2, 3]
     check(root, {3})
 
 
-def main(folder: Path) -> None:
+def main(top: Path) -> None:
     cases: dict[str, Callable[[Path], None]] = {}
-    for spec in STAGES:
-        for next_step in (2, 1):
-            cases[f"{spec} saving step {next_step} after 1"] = lambda root, s=spec, n=next_step: killed_at(root, s, n)
-    for spec in ("save-tensors:kill:2", "save-manifest:kill", "save-rename:kill", "save-verify:kill"):
-        name = f"{spec} saving step 2 after 1 in the background"
-        cases[name] = lambda root, s=spec: killed_at(root, s, 2, in_background=True)
-    cases["thirty random kills"] = killed_at_random
-    cases["file size limit"] = file_limit
-    cases["best survives"] = best_survives
+    for spec in KILLS:
+        for step in (2, 1):
+            cases[f"{spec} saving step {step} after 1"] = partial(killed_at, spec=spec, next_step=step)
+    for spec in IN_BACKGROUND:
+        cases[f"{spec} in the background"] = partial(killed_at, spec=spec, next_step=2, work=put_in_background)
+    cases |= {"thirty random kills": killed_at_random, "file size limit": file_limit, "best survives": best_survives}
     for number, (name, case) in enumerate(cases.items()):
         try:
-            case(folder / str(number))
+            case(top / str(number))
         except (AssertionError, OSError, RuntimeError) as error:
             print(f"FAILED {name}: {type(error).__name__} {error}")
         else:

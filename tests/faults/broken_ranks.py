@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 from parallel_runs import STEPS, codes, metrics, report, said, start, train
-from run_folders import ENDLESS, LONG_STEP, at, flip, newest_step, wait_for
+from run_folders import ENDLESS, LONG_STEP, at, flip, has_begun, newest_step, wait_for
 
 import osler.rl.run  # noqa: F401 - loaded once for every fork
 from osler.checkpoint import store
@@ -102,7 +102,7 @@ def interrupted(command: Sequence[str], folder: Path, *, twice: bool) -> None:
     children = start(program, folder, 2)
     try:
         logs = [folder.with_suffix(f".rank{rank}.log") for rank in range(2)]
-        wait_for((folder / "events.jsonl" if twice else folder / "metrics.jsonl").exists)
+        wait_for(lambda: has_begun(folder, twice))
         for child in children:
             os.kill(child, signal.SIGINT)
         wait_for(lambda: "SIGINT: finishing this step and saving" in logs[0].read_text())

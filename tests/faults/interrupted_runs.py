@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 import torch._dynamo  # noqa: F401 - torch.optim loads it, for seconds; here it is loaded once for every fork
-from run_folders import ENDLESS, LONG_STEP, PATIENCE_SECONDS, logged, newest_step, report, untimed, wait_for
+from run_folders import ENDLESS, LONG_STEP, PATIENCE_SECONDS, has_begun, logged, newest_step, report, untimed, wait_for
 
 import osler.rl.run
 import osler.train.run  # noqa: F401
@@ -100,7 +100,7 @@ def interrupt(kind: str, command: list[str], folder: Path, *, twice: bool) -> No
     wanted = [*command, *endless, *(long_step if twice else [])]
     child = fork_run(wanted, folder, same_request_seconds=0.0 if twice else math.inf)
     try:
-        wait_for((folder / "events.jsonl" if twice else folder / "metrics.jsonl").exists)
+        wait_for(lambda: has_begun(folder, twice))
         os.kill(child, signal.SIGINT)
         wait_for(lambda: "SIGINT: finishing this step and saving; once more to leave at once" in log.read_text())
         deadline = time.monotonic() + PATIENCE_SECONDS

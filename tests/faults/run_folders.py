@@ -45,6 +45,12 @@ def logged(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
 
 
+def has_begun(run: Path, first_step: bool) -> bool:
+    """Whether a run is in its first step, or has a line of metrics."""
+    file = run / ("events.jsonl" if first_step else "metrics.jsonl")
+    return file.exists() and file.stat().st_size > 0
+
+
 def flip(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
