@@ -1,17 +1,15 @@
 """``osler bench``: how fast a recipe trains here, alone or beside nanochat and Hugging Face at the same shape, batch and dtype.
 
-Every measurement is a fresh process (``python -m osler.bench JSON`` prints one JSON object), without another model's memory,
-compiled code or thread pool in it. The contestants take turns, so that a machine that slows down slows all of them. Numbers are
-medians over rounds; ratios are taken round by round. FLOPs are counted by the PaLM convention, non-causal. MFU is relative to the
-GPU's data sheet (``runtime/device.py``); on a CPU the rate is relative to a matmul timed in the same rounds.
-
-The training step itself (``train/trainer.py``) is timed, over batches from the real loader. Their documents are random tokens,
-because the arithmetic does not depend on the tokens, and zeros would flatter caches and branch predictors.
+Every measurement is a fresh process (``python -m osler.bench JSON`` prints one JSON object), and the contestants take turns, so
+that a machine that slows down slows all of them. Numbers are medians over rounds; ratios are taken round by round. FLOPs are
+counted by the PaLM convention. MFU is relative to the GPU's data sheet (``runtime/device.py``); on a CPU the rate is relative to
+a matmul timed in the same rounds. The training step itself (``train/trainer.py``) is timed, over batches from the real loader of
+random tokens, because zeros would flatter caches and branch predictors.
 
 A contestant is a model and a function of (ids, labels, document ids or None) to the summed cross-entropy in nats. "The same
-shape" means the same layers, width, heads, key/value heads, vocabulary, rows and row length, and nearly the same matrix
-parameters: nanochat's feed-forward has two matrices of four times the width and SwiGLU three, so three times
-``intermediate_size`` should be about eight times ``hidden_size``.
+shape" means the same layers, width, heads, vocabulary, rows and row length, and nearly the same matrix parameters: nanochat's
+feed-forward has two matrices of four times the width and SwiGLU three, so three times ``intermediate_size`` should be about eight
+times ``hidden_size``.
 """
 
 from __future__ import annotations
@@ -67,15 +65,7 @@ MATMUL_SECONDS = 0.5  # per size
 Contestant = tuple[nn.Module, LossFunction]
 
 
-def run(
-    recipe: str | None,
-    overrides: Sequence[str] = (),
-    *,
-    peers: Sequence[str] = (),
-    rounds: int = 3,
-    steps: int = 12,
-    out: str | None = None,
-) -> int:
+def run(recipe: str | None, overrides: Sequence[str], *, peers: Sequence[str], rounds: int, steps: int, out: str | None) -> int:
     """Run the command ``bench``: print one JSON object, and write it to ``out`` too."""
     require_one_process("osler bench")
     if rounds < 1 or steps < 1:

@@ -207,11 +207,8 @@ def _os_errors_named(file: Path) -> Iterator[None]:
 
 
 def _lines(stream: IO[bytes], head: bytes = b"") -> Iterator[bytes]:
-    """Cut a stream, after the ``head`` read of it, at newlines and nowhere else, which pyarrow cannot where it is compressed.
-
-    The parts of a line longer than a block are joined once, at its end.
-    """
-    parts: list[bytes] = []
+    """Cut a stream, after the ``head`` read of it, at newlines and nowhere else, which pyarrow cannot where it is compressed."""
+    parts: list[bytes] = []  # of a line longer than a block, joined once
     while block := head or stream.read(BLOCK_BYTES):
         first, *others = block.split(b"\n")
         parts.append(first)

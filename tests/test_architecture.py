@@ -14,19 +14,20 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "osler"
 
-FLOORS: dict[str, int] = {
-    **dict.fromkeys(("runtime",), 0),
-    **dict.fromkeys(("config",), 1),
-    **dict.fromkeys(("ops", "files", "clinic", "tokenizer"), 2),
-    **dict.fromkeys(("model", "optim", "tasks", "checkpoint", "records"), 3),
-    **dict.fromkeys(("data", "parallel", "inference", "monitor"), 4),
-    **dict.fromkeys(("eval",), 5),
-    **dict.fromkeys(("runs",), 6),
-    **dict.fromkeys(("train", "rl"), 7),
-    **dict.fromkeys(("report",), 8),
-    **dict.fromkeys(("quickstart", "doctor", "bench", "watch"), 9),
-    **dict.fromkeys(("cli",), 10),
-}
+LAYERS = [  # each may import those above it
+    ["runtime"],
+    ["config"],
+    ["ops", "files", "clinic", "tokenizer"],
+    ["model", "optim", "tasks", "checkpoint", "records"],
+    ["data", "parallel", "inference", "monitor"],
+    ["eval"],
+    ["runs"],
+    ["train", "rl"],
+    ["report"],
+    ["quickstart", "doctor", "bench", "watch"],
+    ["cli"],
+]
+FLOORS = {name: floor for floor, names in enumerate(LAYERS) for name in names}
 
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 80

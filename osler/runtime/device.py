@@ -90,10 +90,7 @@ def _linear_trial(device: str, dtype: torch.dtype) -> Callable[[], object]:
 
 
 def fastest(works: Sequence[Callable[[], object]], device: torch.device, seconds: float) -> list[float]:
-    """Return the seconds of the fastest call of each of ``works``, called in turns for ``seconds`` and at least three times.
-
-    As they take turns, all of them get the quiet moments of a busy machine.
-    """
+    """Return the seconds of the fastest call of each of ``works``, which take turns for ``seconds`` and at least three times."""
     for work in works:
         work()  # the first call pays for kernels and memory
     best = [float("inf")] * len(works)

@@ -26,10 +26,7 @@ def whole(tensor: Tensor) -> Tensor:
 def gathered(
     tensors: Mapping[str, Tensor], *, keep: bool, to_host: Callable[[str, Tensor], Tensor] | None = None
 ) -> dict[str, Tensor]:
-    """Return whole tensors on the rank that keeps them; sharded ones are gathered one at a time and copied to the host at once.
-
-    ``to_host(name, tensor)`` makes that copy; by default it is waited for.
-    """
+    """Return whole tensors on the rank that keeps them; sharded ones are gathered and put on the host one at a time."""
     kept: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         full = whole(tensor)
