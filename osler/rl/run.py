@@ -1,8 +1,12 @@
 """From a recipe to a finished GRPO run folder: ``osler grpo``.
 
-A run folder that already holds this run goes on from its newest good checkpoint; one that holds another run is
-refused. The checkpoint brings model, reference, tokenizer and optimizer, so a moved run folder needs neither recipe
-nor ``init_from``.
+A run folder that already holds this run goes on from its newest good checkpoint; one that holds another run is refused. The
+checkpoint brings model, reference, tokenizer and optimizer, so a moved run folder needs neither recipe nor ``init_from``.
+
+A new run begins with a preflight: the policy answers the questions of the first step once ahead of it, at the run's own sampling
+settings. A model that never saw the template earns nothing, every advantage is zero, and the run would go through its time
+without an error and without learning; so it is refused before the run takes its folder. A draw belongs to (seed, row, position),
+so the first step draws the same completions again, and a run is the same with and without its preflight.
 """
 
 from __future__ import annotations
@@ -13,15 +17,15 @@ from dataclasses import asdict
 
 from osler.checkpoint import store
 from osler.checkpoint.folders import TENSORS_SUFFIX
+from osler.eval.exams import mark
 from osler.inference.engine import InferenceEngine
 from osler.inference.load import LoadedModel, load_model
 from osler.model.config import ModelConfig
 from osler.optim.build import build_optimizer
 from osler.parallel.parallelize import check_strategy, parallelize
+from osler.records import jsonl
 from osler.rl.config import GrpoConfig
-from osler.rl.preflight import preflight
-from osler.rl.prompts import RewardTerm, RlTask, task_shares
-from osler.rl.rollout import RolloutWorker
+from osler.rl.rollout import Group, RewardTerm, RlTask, RolloutWorker, Sample, task_shares
 from osler.rl.step import PolicyLoss
 from osler.rl.trainer import GrpoTrainer
 from osler.runs.command import Job, Request, carry_out
@@ -33,12 +37,16 @@ from osler.runtime.device import pick_device
 from osler.runtime.errors import UserError
 from osler.runtime.files import RunFolder, fingerprint, write_or_warn
 from osler.runtime.world import World
-from osler.tasks.item import ExamItem, render_question, shared_questions
+from osler.tasks.item import ExamItem, render_answer, render_question, shared_questions
 from osler.tasks.registry import check_task, load_task
 from osler.tasks.rewards import REWARDS
+from osler.tokenizer.bpe import ANSWER
 from osler.tokenizer.chat import encode_prompt
 
 logger = logging.getLogger(__name__)
+
+SAMPLES_SHOWN = 4  # of the preflight
+MOST_CUT = 0.9  # above this share of cut completions the model does not end by itself
 
 
 def run(request: Request) -> int:
@@ -52,9 +60,7 @@ def train(config: GrpoConfig, folder: RunFolder, world: World | None = None) -> 
     run = Run(folder, world)
     start = find_start(config, run, check_branch)
     check_exams(config)
-    machine = agree_on_machine(
-        world, start.checkpoint, precision=config.precision, compile_mode="never", steps=config.steps
-    )
+    machine = agree_on_machine(world, start.checkpoint, precision=config.precision, compile_mode="never", steps=config.steps)
     loaded = load_model(start.checkpoint or config.init_from, device=machine.device, compute_dtype=machine.dtype)
     model, tokenizer = loaded.model.train(), loaded.tokenizer
     tasks = load_tasks(config, loaded)
@@ -88,7 +94,12 @@ def train(config: GrpoConfig, folder: RunFolder, world: World | None = None) -> 
                 "(algorithm.prompts_per_step), so some of them draw nothing and wait."
             )
         warn_of_endless_warmup(config.schedule.warmup_tokens, config.budget_tokens, "steps x completions x max_new_tokens =")
-        logger.info(describe_start(config, loaded, tasks, place_of(machine, config.parallel, world)))
+        algorithm, questions = config.algorithm, ", ".join(f"{len(task.items):,} of {task.name}" for task in tasks)
+        logger.info(
+            f"grpo: {model.config.num_parameters:,} parameters from {loaded.path}; questions: {questions}; "
+            f"{config.steps:,} steps of {algorithm.prompts_per_step} x {algorithm.samples_per_prompt} completions; "
+            f"{model.compute_dtype} on {place_of(machine, config.parallel, world)}."
+        )
     del checkpoint  # weights and moments were copied out of it
     return loop.fit()
 
@@ -161,17 +172,6 @@ def fingerprint_of(tasks: Sequence[RlTask]) -> str:
     return fingerprint([[task.name, [asdict(item) for item in task.items]] for task in tasks])
 
 
-def describe_start(config: GrpoConfig, start: LoadedModel, tasks: Sequence[RlTask], place: str) -> str:
-    """Return one line about a run that begins."""
-    algorithm = config.algorithm
-    questions = ", ".join(f"{len(task.items):,} of {task.name}" for task in tasks)
-    return (
-        f"grpo: {start.model.config.num_parameters:,} parameters from {start.path}; questions: {questions}; "
-        f"{config.steps:,} steps of {algorithm.prompts_per_step} x {algorithm.samples_per_prompt} completions; "
-        f"{start.model.compute_dtype} on {place}."
-    )
-
-
 def planned_numbers(config: GrpoConfig, model: ModelConfig | None) -> dict[str, str]:
     """Return what follows from a config, for ``--dry-run``."""
     completions = config.steps * config.algorithm.completions_per_step
@@ -184,6 +184,78 @@ def planned_numbers(config: GrpoConfig, model: ModelConfig | None) -> dict[str, 
 def next_steps(config: GrpoConfig, folder: RunFolder) -> str:
     """Return what a person can do with a finished run."""
     return f"Done: {folder.root}\n  osler eval {folder.root}   sit the exam\n  osler report {folder.root}   the run as a page"
+
+
+
+
+
+
+
+def preflight(groups: Sequence[Group], config: GrpoConfig) -> str:
+    """Show the answers to the first step's questions and refuse a hopeless start. Return the lines of the samples file.
+
+    Raises UserError, on every rank, when no completion earned a reward and none keeps to the template with an answer that can be
+    read. (A model that draws at random hits a marker and a letter now and then, and hardly ever all of the template.)
+    """
+    shown = [(group, group.samples[0]) for group in groups[:SAMPLES_SHOWN]]
+    shown += [(groups[0], sample) for sample in groups[0].samples[1 : 1 + SAMPLES_SHOWN - len(shown)]]
+    for number, (group, sample) in enumerate(shown, start=1):
+        logger.info(f"Sample {number} before training: {render_question(group.prompt.item)}")
+        logger.info(f"  thinking: {sample.completion.thinking or '(none)'}")
+        logger.info(f"  answer:   {sample.completion.answer or '(none)'}")
+        logger.info(f"  right:    {render_answer(group.prompt.item)}   (reward {sample.reward:g})")
+    samples = [sample for group in groups for sample in group.samples]
+    count, effective = len(samples), sum(group.effective for group in groups)
+    right = [sum(sample.reading.right for sample in group.samples) for group in groups]
+    readable, cut = sum(sample.reading.readable for sample in samples), sum(not sample.completion.finished for sample in samples)
+    logger.info(
+        f"Before training: pass@1 {sum(right) / count:.3f}, pass@{len(groups[0].samples)} "
+        f"{sum(map(bool, right)) / len(groups):.3f} over {len(groups)} questions; {readable / count:.0%} of the answers can be "
+        f"read, {cut / count:.0%} of the completions were cut; {effective} of {len(groups)} groups teach something."
+    )
+    if all(sample.reward <= 0.0 for sample in samples):
+        if any(sample.completion.well_formed and sample.reading.readable for sample in samples):
+            logger.warning(
+                f"none of the {count} completions before training earned a reward, although some keep to the "
+                "template. GRPO learns nothing until one does: take easier questions, more algorithm.samples_per_prompt, or "
+                "train the model longer on examples first."
+            )
+        elif config.preflight == "refuse":
+            raise UserError(refusal(samples, cut, config))
+        else:
+            logger.warning(refusal(samples, cut, config))
+    elif not effective:
+        cause = (
+            "all of them are right: take harder questions"
+            if sum(right) == count
+            else "the samples of each question are alike: take more algorithm.samples_per_prompt, or other questions"
+        )
+        logger.warning(
+            f"no question has samples with different rewards before training, so GRPO learns nothing from them; {cause}, or let "
+            "algorithm.dynamic_sampling=true look for others."
+        )
+    results = (mark(group.prompt.item, sample.completion) for group, sample in shown)
+    return "".join(jsonl.to_line(asdict(result.sample("grpo step 0"))) for result in results)
+
+
+def refusal(samples: Sequence[Sample], cut: int, config: GrpoConfig) -> str:
+    """Why nothing can be learned from completions of which none earned a reward or kept to the template, and what to do."""
+    count, limit = len(samples), config.algorithm.max_new_tokens
+    answered = sum(sample.completion.answer is not None for sample in samples)
+    if cut > MOST_CUT * count:
+        cause = f"The model never ends: either it was not taught to, or algorithm.max_new_tokens={limit} is too small for it."
+    elif answered < (1 - MOST_CUT) * count:
+        cause = f"The model does not write the template, in which {ANSWER} stands between reasoning and answer: it never saw it."
+    else:
+        cause = "The model ends and writes the template, but its answers name no option, or no number where one is asked for."
+    start = config.init_from
+    return (
+        f"GRPO would learn nothing from {start}: of {count} completions before training none earned a reward or kept to the "
+        f"template with an answer that can be read; {cut} were cut at {limit} tokens, {answered} have an {ANSWER}. {cause} Teach "
+        f"it the format first: `osler sft usmle-2day/format init_from={start} --run NEW_FOLDER` (a smaller model: without the "
+        "recipe's name) does so with the built-in clinic, or with data.type=turns on questions of your own; then start from "
+        "there with init_from=NEW_FOLDER. To start all the same: preflight=warn."
+    )
 
 
 JOB = Job(

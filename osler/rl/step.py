@@ -1,17 +1,15 @@
-"""One policy update: rows of token ids in, a changed model and its metrics out. Nothing to resume beyond model and
-optimizer.
+"""One policy update: rows of token ids in, a changed model and its metrics out. It has no state beyond model and optimizer.
 
-Every rank knows all rows of the update and learns from its share of them, which is sorted by length into micro-batches of
-a token budget. The weights of all tokens are made once for the whole update, so how it is shared and cut changes nothing
-but the order of floating-point sums. Rows without an advantage get a forward pass, for the metrics, and no backward pass
-unless there is a KL term. Log-probabilities are taken at the sampler's temperature and over its sampling masks, at completion
-tokens only: the prompt never reaches the vocabulary.
+Every rank knows all rows of the update and learns from its share of them, which is sorted by length into micro-batches of a token
+budget. The weights of all tokens are made once for the whole update, so how it is shared and cut changes nothing but the order of
+floating-point sums. Rows without an advantage get a forward pass, for the metrics, and a backward pass only with a KL term.
+Log-probabilities are taken at the sampler's temperature and over its sampling masks, at completion tokens only.
 
-Ranks exchange gradients, and with FSDP weights, in every pass alike, so all of them make the same number of passes: one
-whose rows are used up makes idle ones, of which nothing is counted and whose gradient is zero.
+Ranks exchange gradients, and with FSDP weights, in every pass alike, so all of them make the same number of passes: one whose
+rows are used up makes idle ones, of which nothing is counted and whose gradient is zero.
 
-Shapes: B rows of a micro-batch, T completion tokens, L prompt and completion tokens, N completion tokens of all its
-rows, V vocabulary, D hidden.
+Shapes: B rows of a micro-batch, T completion tokens, L prompt and completion tokens, N completion tokens of all its rows,
+V vocabulary.
 """
 
 from __future__ import annotations
@@ -77,13 +75,7 @@ def training_rows(groups: Sequence[Group], algorithm: AlgorithmConfig) -> list[T
     advantages_PG = group_advantages(rewards_PG, algorithm.advantage, valid_PG=valid_PG).tolist()
     return [
         TrainingRow(
-            group.prompt_ids,
-            sample.ids,
-            sample.logprobs,
-            advantage,
-            sample.sampling_mask,
-            sample.trained,
-            sample.sampled_by_rank,
+            group.prompt_ids, sample.ids, sample.logprobs, advantage, sample.sampling_mask, sample.trained, sample.sampled_by_rank
         )
         for group, advantages in zip(groups, advantages_PG, strict=True)
         for sample, advantage in zip(group.samples, advantages, strict=True)
@@ -122,9 +114,8 @@ def completion_logprobs(
     device = model.embed_tokens.weight.device
     masks = [row.sampling_mask for row in rows if row.sampling_mask is not None]
     mask_NV = unpack_mask(sent(torch.cat(masks), device), model.config.vocab_size) if masks else None
-    _, logp_N, entropy_N = label_logprobs(
-        model, *pad_rows([row.labelled for row in rows]), temperature=temperature, mask_NV=mask_NV
-    )
+    ids_BL, labels_BL = pad_rows([row.labelled for row in rows])
+    _, logp_N, entropy_N = label_logprobs(model, ids_BL, labels_BL, temperature=temperature, mask_NV=mask_NV)
     mask_BT = sent(_completion_mask(rows), device)
     empty_BT = logp_N.new_zeros(mask_BT.shape)
     # Labels come row by row, which is the order in which masked_scatter fills the mask.
@@ -186,14 +177,11 @@ def update_policy(
                 batch.reference_BT, _, _ = completion_logprobs(reference, batch.rows, temperature=algorithm.temperature)
     mark = collector.mark if collector else (lambda part: None)
     history: list[dict[str, Tensor]] = []
-    steps: list[dict[str, Tensor]] = []
+    updates: list[Tensor] = []  # gradient norm, and 1 for a skipped update
     for _ in range(algorithm.updates_per_batch):
         sums: dict[str, Tensor] = {}
         for number, batch in enumerate(batches, start=1):
-            with (
-                engine.accumulating() if number < len(batches) else nullcontext(),
-                torch.set_grad_enabled(batch.learns),
-            ):
+            with engine.accumulating() if number < len(batches) else nullcontext(), torch.set_grad_enabled(batch.learns):
                 loss, part = engine.loss(batch, algorithm)
                 mark("forward")
                 if batch.learns:
@@ -203,18 +191,16 @@ def update_policy(
             sums = add_sums(sums, part)
         history.append(sums)
         with collector.update(lambda: probe_rows(rows)) if collector else nullcontext():
-            grad_norm, skipped = engine.update(optimizer, parameters)
+            updates.append(torch.stack(engine.update(optimizer, parameters)))
         mark("optimizer")
-        steps.append({"train/grad_norm": grad_norm, "train/skipped_steps": skipped})
     # Nothing was fetched from the device until here.
     own = {name: torch.stack([sums[name] for sums in history]).cpu().double() for name in history[0]}
     by_update = loss_metrics(reduce(add_sums, world.all_gather(own)))
-    by_update |= {name: torch.stack([step[name] for step in steps]).cpu() for name in steps[0]}
+    norms, skipped = torch.stack(updates).cpu().T
     metrics = {name: float(values.mean()) for name, values in by_update.items()}
     metrics |= {name: float(values[0]) for name, values in by_update.items() if name.startswith(FIRST_UPDATE_METRICS)}
-    metrics |= norm_stats(by_update["train/grad_norm"].tolist(), learner.clip_norm)
-    metrics["train/skipped_steps"] = float(by_update["train/skipped_steps"].sum())
-    return metrics | {"data/padding_frac": padding_frac}
+    metrics |= {"train/grad_norm": float(norms.mean()), "train/skipped_steps": float(skipped.sum())}
+    return metrics | norm_stats(norms.tolist(), learner.clip_norm) | {"data/padding_frac": padding_frac}
 
 
 def probe_rows(rows: Sequence[TrainingRow]) -> ProbeRows:
@@ -252,23 +238,14 @@ def _prepare(
         own = cut[world.rank]
         places += sum(len(indices) * rows[indices[0]].tokens for share in cut for indices in share)  # the longest comes first
         prepared += [_micro_batch([rows[index] for index in indices], weight[indices], learns, device) for indices in own]
-        prepared += [_idle_pass(learns, device)] * (max(map(len, cut)) - len(own))
+        idle = _micro_batch([TrainingRow([0], [0], [0.0], 0.0)], torch.zeros(1, 1), learns, device, idle=True)
+        prepared += [idle] * (max(map(len, cut)) - len(own))
     return prepared, 1.0 - sum(row.tokens for row in rows) / places
 
 
 def _micro_batch(
     rows: list[TrainingRow], weight_BT: Tensor, learns: bool, device: torch.device, *, idle: bool = False
 ) -> MicroBatch:
-    old_BT = pad_sequence([torch.tensor(row.logprobs) for row in rows], batch_first=True)
-    return MicroBatch(
-        rows=rows,
-        learns=learns,
-        idle=idle,
-        old_BT=sent(old_BT, device),
-        advantages_B=sent(torch.tensor([row.advantage for row in rows], dtype=torch.float32), device),
-        weight_BT=sent(weight_BT[:, : old_BT.shape[1]], device),
-    )
-
-
-def _idle_pass(learns: bool, device: torch.device) -> MicroBatch:
-    return _micro_batch([TrainingRow([0], [0], [0.0], 0.0)], torch.zeros(1, 1), learns, device, idle=True)
+    old_BT = sent(pad_sequence([torch.tensor(row.logprobs) for row in rows], batch_first=True), device)
+    advantages_B = sent(torch.tensor([row.advantage for row in rows], dtype=torch.float32), device)
+    return MicroBatch(rows, learns, idle, old_BT, advantages_B, sent(weight_BT[:, : old_BT.shape[1]], device))

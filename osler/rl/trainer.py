@@ -25,8 +25,7 @@ from osler.monitor.history import RunSettings
 from osler.optim.build import set_hyperparameters
 from osler.optim.schedule import lr_scale
 from osler.rl.config import GrpoConfig
-from osler.rl.prompts import prompts_asked, step_prompts
-from osler.rl.rollout import Group, RolloutWorker, count_tokens, rollout_metrics
+from osler.rl.rollout import Group, RolloutWorker, count_tokens, prompts_asked, rollout_metrics, step_prompts
 from osler.rl.step import training_rows, update_policy
 from osler.runs.loop import Due, Trainer
 from osler.runs.process import Learner, Run
@@ -46,12 +45,7 @@ class GrpoTrainer(Trainer):
     tokens = 0  # completion tokens sampled
 
     def __init__(
-        self,
-        config: GrpoConfig,
-        run: Run,
-        learner: Learner,
-        worker: RolloutWorker,
-        exam: Sequence[ExamItem] = (),
+        self, config: GrpoConfig, run: Run, learner: Learner, worker: RolloutWorker, exam: Sequence[ExamItem] = ()
     ) -> None:
         super().__init__(config, run, learner, total=config.steps)
         self.worker, self.exam = worker, exam
@@ -63,14 +57,8 @@ class GrpoTrainer(Trainer):
         self.task_tokens = Counter[str]()  # completion tokens of each task's groups
 
     def settings(self) -> RunSettings:
-        config = self.config
-        return replace(
-            super().settings(),
-            max_new_tokens=config.algorithm.max_new_tokens,
-            zero_reward_patience=config.zero_reward_patience,
-        )
-
-    # -- steps -----------------------------------------------------------------------------------------------------------
+        limit, patience = self.config.algorithm.max_new_tokens, self.config.zero_reward_patience
+        return replace(super().settings(), max_new_tokens=limit, zero_reward_patience=patience)
 
     def advance(self) -> dict[str, float]:
         """Ask the questions of the current step, learn from the answers, and count the step as done."""
@@ -188,8 +176,6 @@ class GrpoTrainer(Trainer):
                 permutations=config.eval_permutations,
             )
         return {self.best_metric: right, f"eval/{self.exam_name}_unparsed_frac": unread}
-
-    # -- checkpoints -----------------------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:
         return {"task_tokens": dict(self.task_tokens)}

@@ -77,9 +77,7 @@ def train(config: TrainConfig, folder: RunFolder, world: World | None = None) ->
     checkpoint = start.load()
     # A run by the clock takes as many steps as it can: from a minute on compiling pays.
     steps = config.total_steps if config.max_minutes is None else int(config.max_minutes * COMPILE_MIN_STEPS)
-    machine = agree_on_machine(
-        world, start.checkpoint, precision=config.precision, compile_mode=config.compile, steps=steps
-    )
+    machine = agree_on_machine(world, start.checkpoint, precision=config.precision, compile_mode=config.compile, steps=steps)
     model, tokenizer, fill = make_model(config, machine, checkpoint, processes=world.size)
     kept = folder.root / TOKENIZER_FILE
     tokenizer = world.broadcast_from_first(lambda: refuse_missing_bytes(make_tokenizer(config, tokenizer, kept)))

@@ -35,6 +35,8 @@ from osler.runs.process import Learner, Run
 from osler.runs.start import warn_of_endless_warmup
 from osler.train.config import TrainConfig
 
+PLANNED_SHARE = 0.97  # of the minutes asked for: the rest is for the last checkpoint and evaluation
+
 
 class StepResult(NamedTuple):
     """What a step leaves on the device: mean loss in nats per learned token, gradient norm before clipping, 1 if skipped.
@@ -93,9 +95,6 @@ class TrainStep:
             norm_and_skipped = self.engine.update(self.optimizer, self.parameters)
         self.mark("optimizer")
         return StepResult(torch.where(found_tokens > 0, total, math.nan), *norm_and_skipped)
-
-
-PLANNED_SHARE = 0.97  # of the minutes asked for: the rest is for the last checkpoint and evaluation
 
 
 class SupervisedTrainer(Trainer):
@@ -233,12 +232,8 @@ class SupervisedTrainer(Trainer):
         self.since = self.tokens, time.monotonic()
         metrics = step_stats(self.window, self.config.clip_norm, self.consumed.bytes_per_token)
         metrics |= {"train/lr": self.config.optim.lr * scale, **self.collector.line()}
-        metrics |= self.consumed.metrics(
-            self.step,
-            len(self.window),
-            by_source=self.collector.is_due(self.step),
-            skipped_tokens=self.incidents.data_offset,
-        )
+        by_source, skipped = self.collector.is_due(self.step), self.incidents.data_offset
+        metrics |= self.consumed.metrics(self.step, len(self.window), by_source=by_source, skipped_tokens=skipped)
         self.window = []
         loss = metrics.get("train/loss")  # None when no step had a token to learn
         if loss is not None:
@@ -267,8 +262,6 @@ class SupervisedTrainer(Trainer):
         if self.train_loss is not None and math.isfinite(loss):
             metrics["eval/train_gap"] = loss - self.train_loss
         return metrics
-
-    # -- checkpoints -----------------------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:
         self._fetch()

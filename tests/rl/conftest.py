@@ -7,7 +7,7 @@ import torch
 
 from osler.model.config import ModelConfig
 from osler.model.transformer import Transformer
-from osler.rl.prompts import RewardTerm, RlTask
+from osler.rl.rollout import RewardTerm, RlTask
 from osler.tasks.item import ExamItem
 from osler.tokenizer.bpe import Tokenizer
 

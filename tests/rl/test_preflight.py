@@ -9,9 +9,8 @@ import pytest
 from osler.cli.main import main
 from osler.inference.load import load_model
 from osler.rl.config import AlgorithmConfig, GrpoConfig
-from osler.rl.preflight import preflight
-from osler.rl.prompts import Prompt, RewardTerm, RlTask
-from osler.rl.rollout import Group, score
+from osler.rl.rollout import Group, Prompt, RewardTerm, RlTask, score
+from osler.rl.run import preflight
 from osler.runtime.errors import UserError
 from osler.tasks.item import ExamItem
 from osler.tasks.rewards import correct

@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from osler.rl.prompts import RlTask, prompts_asked, refill_prompts, rollout_seed, step_prompts, task_shares
+from osler.rl.rollout import RlTask, prompts_asked, refill_prompts, rollout_seed, step_prompts, task_shares
 from osler.runtime.errors import UserError
 from osler.tasks.item import ExamItem
 

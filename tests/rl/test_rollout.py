@@ -9,9 +9,11 @@ import pytest
 from osler.inference.engine import InferenceEngine
 from osler.monitor.metrics import declared_name
 from osler.rl.config import AlgorithmConfig, QualityConfig
-from osler.rl.prompts import Prompt, RewardTerm, RlTask
 from osler.rl.rollout import (
     Group,
+    Prompt,
+    RewardTerm,
+    RlTask,
     RolloutWorker,
     apply_filters,
     check_sample,

@@ -14,7 +14,7 @@ from osler.model.config import ModelConfig
 from osler.model.transformer import Transformer
 from osler.report.read import read_run
 from osler.report.words import model_of
-from osler.rl.prompts import RlTask
+from osler.rl.rollout import RlTask
 from osler.rl.run import check_held_out, fingerprint_of, run
 from osler.runs.command import Request
 from osler.runtime.errors import UserError

@@ -23,8 +23,7 @@ from osler.optim.schedule import LinearConfig
 from osler.parallel.engine import ParallelEngine
 from osler.records.jsonl import LIFETIME, read_events
 from osler.rl.config import AlgorithmConfig, GrpoConfig, QualityConfig, StepCheckpoints
-from osler.rl.prompts import RewardTerm
-from osler.rl.rollout import RolloutWorker
+from osler.rl.rollout import RewardTerm, RolloutWorker
 from osler.rl.step import PolicyLoss
 from osler.rl.trainer import GrpoTrainer
 from osler.runs.config import RecoveryConfig
