@@ -101,8 +101,7 @@ class TrackerProcess:
         if self.is_gone:
             return
         deadline = time.monotonic() + seconds
-        while not (is_gone := self._hear()) and time.monotonic() < deadline:
-            self._flush()
+        while not (is_gone := self._exchange()) and time.monotonic() < deadline:
             time.sleep(0.01)
         if not is_gone:
             logger.warning(
@@ -115,10 +114,9 @@ class TrackerProcess:
         self._from_child.close()
 
     def _send(self, call: str, given: Any) -> None:
-        if self._hear():
+        if self._exchange():
             return
         line = json.dumps([call, given], allow_nan=False).encode("utf-8") + b"\n"
-        self._flush()
         if len(self._unsent) + len(line) > QUEUE_BYTES and not self._is_ending:
             self.dropped += 1
             return
@@ -134,10 +132,11 @@ class TrackerProcess:
         except OSError:  # the child has ended, and says why, or its exit code does
             self._unsent.clear()
 
-    def _hear(self) -> bool:
-        """Read what the child has to say, log what is news, and return whether the tracker is gone."""
+    def _exchange(self) -> bool:
+        """Write what the pipe takes, read what the child has to say, log what is news, and return whether the tracker is gone."""
         if self.is_gone:
             return True
+        self._flush()  # first: the run may have been busy with something else for longer than a tracker may hang
         code = self.process.poll()
         for is_final, reason in map(json.loads, (self._from_child.read() or b"").splitlines()):
             if is_final:

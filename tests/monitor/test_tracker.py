@@ -158,3 +158,14 @@ def test_a_tracker_finishes_what_it_has_when_the_run_is_killed(start, got):
     tracker._to_child.close()  # as the system does
     wait_until(lambda: tracker.process.poll() is not None)
     assert got.read_text() == "1 1 {} closed"
+
+
+def test_a_run_that_was_busy_does_not_take_its_tracker_for_one_that_hangs(start, got, capsys):
+    tracker = start("waits")
+    wait_until(lambda: tracker.write(1, 1, {"x" * 2000: 1.0}) or tracker._unsent)
+    got.touch()
+    wait_until(got.read_text)
+    tracker._sent_at -= 2 * trackers.HANG_SECONDS
+    tracker.write(2, 2, {})
+    tracker.close(PATIENCE_SECONDS)
+    assert "2 2" in got.read_text() and capsys.readouterr().err == ""
