@@ -13,6 +13,7 @@ import torch
 from osler.checkpoint import store
 from osler.checkpoint.saver import CPU_SHARE, Saver
 from osler.runtime.errors import UserError
+from tests.checkpoint.conftest import folder, steps
 
 PATIENCE_SECONDS = 300
 
@@ -40,10 +41,6 @@ def save(saver: Saver, step: int, tensors=None, **options) -> None:
     saver.save(step, tensors=tensors or content(float(step)), state={"step": step}, files={"config.yaml": b"seed: 1"}, **options)
 
 
-def saved(root) -> list[int]:
-    return sorted(int(path.name.split("-")[1]) for path in root.glob("step-*"))
-
-
 @pytest.fixture
 def saver(tmp_path) -> Saver:
     return Saver(tmp_path, keep_last=9, in_background=True)
@@ -55,7 +52,7 @@ def test_background_and_foreground_write_the_same_bytes(tmp_path):
         for step in range(1, 5):
             save(saver, step, milestone=step == 1, last=step == 4)
     files = [path.relative_to(tmp_path / "front") for path in sorted((tmp_path / "front").rglob("*")) if path.is_file()]
-    assert saved(tmp_path / "back") == [1, 3, 4] and len(files) == 3 * 5
+    assert steps(tmp_path / "back") == [1, 3, 4] and len(files) == 3 * 5
     assert files == [path.relative_to(tmp_path / "back") for path in sorted((tmp_path / "back").rglob("*")) if path.is_file()]
     assert all((tmp_path / "front" / file).read_bytes() == (tmp_path / "back" / file).read_bytes() for file in files)
 
@@ -68,7 +65,7 @@ def test_what_changes_while_it_is_written_does_not_reach_the_disk(saver, slow_di
             for tensor in named.values():
                 tensor.detach().fill_(-1.0)
         slow_disk.set()
-    loaded = store.load(tmp_path / store.folder_name(1)).tensors
+    loaded = store.load(folder(tmp_path, 1)).tensors
     assert all(torch.equal(loaded[part][name], value) for part, named in content(1.0).items() for name, value in named.items())
 
 
@@ -77,7 +74,7 @@ def test_the_next_save_waits_for_the_one_before_and_takes_its_buffers(saver, slo
     buffers = {key: buffer.data_ptr() for key, buffer in saver._buffers.items()}
     threading.Timer(0.2, slow_disk.set).start()
     save(saver, 2)
-    assert slow_disk.is_set() and 1 in saved(tmp_path)
+    assert slow_disk.is_set() and 1 in steps(tmp_path)
     saver.wait()
     assert {key: buffer.data_ptr() for key, buffer in saver._buffers.items()} == buffers
     assert [store.load(path).tensors["model"]["weight"][0, 0].item() for path in sorted(tmp_path.glob("step-*"))] == [1.0, 2.0]
@@ -89,7 +86,7 @@ def test_tensors_that_were_held_before_are_not_copied_again(saver, tmp_path):
     own["model"]["weight"].detach().fill_(-1.0)
     save(saver, 3, held)
     saver.wait()
-    assert torch.equal(store.load(tmp_path / store.folder_name(3)).tensors["model"]["weight"], content(3.0)["model"]["weight"])
+    assert torch.equal(store.load(folder(tmp_path, 3)).tensors["model"]["weight"], content(3.0)["model"]["weight"])
 
 
 def test_the_writer_spares_the_cpu_until_somebody_waits(saver, monkeypatch, tmp_path):
@@ -104,9 +101,9 @@ def test_the_writer_spares_the_cpu_until_somebody_waits(saver, monkeypatch, tmp_
     monkeypatch.setattr("osler.checkpoint.saver.time.thread_time", lambda: next(ticks))
     monkeypatch.setattr(saver._hurry, "wait", patient)
     save(saver, 1, {"model": {"weight": torch.zeros(3_000_000)}})
-    assert waiting.wait(PATIENCE_SECONDS) and saver.is_saving and saved(tmp_path) == [] and len(waits) == 1
+    assert waiting.wait(PATIENCE_SECONDS) and saver.is_saving and steps(tmp_path) == [] and len(waits) == 1
     saver.wait()
-    assert saved(tmp_path) == [1]
+    assert steps(tmp_path) == [1]
     assert len(waits) >= 12 and waits == pytest.approx([1 / CPU_SHARE - 1] * len(waits))
 
 
@@ -117,7 +114,7 @@ def test_a_disk_that_fails_is_told_at_the_next_save_and_the_run_goes_on(saver, f
     text = capsys.readouterr().err
     assert "step-000000001 could not be saved: No space left" in text and "The run goes on" in text
     saver.wait(needed=True)
-    assert saved(tmp_path) == [2] and capsys.readouterr().err == ""
+    assert steps(tmp_path) == [2] and capsys.readouterr().err == ""
 
 
 def test_a_save_that_is_needed_and_fails_is_an_error(saver, fault, tmp_path):
@@ -128,7 +125,7 @@ def test_a_save_that_is_needed_and_fails_is_an_error(saver, fault, tmp_path):
     fault("save-state:enospc")
     with pytest.raises(UserError, match="step-000000002 could not be saved"):
         save(saver, 2, last=True)
-    assert saved(tmp_path) == []
+    assert steps(tmp_path) == []
     saver.wait(needed=True)  # each failure is told once
 
 
@@ -144,7 +141,7 @@ def test_what_ends_the_run_does_not_end_the_save(saver, slow_disk, error, tmp_pa
     with pytest.raises(error), saver:
         save(saver, 1)
         raise error
-    assert saved(tmp_path) == [1] and store.newest_good(tmp_path)[1] == []
+    assert steps(tmp_path) == [1] and store.newest_good(tmp_path)[1] == []
 
 
 def test_a_second_ctrl_c_ends_the_writer(saver, tmp_path):
@@ -153,7 +150,7 @@ def test_a_second_ctrl_c_ends_the_writer(saver, tmp_path):
         raise KeyboardInterrupt
     with pytest.raises(RuntimeError, match="given up"):
         saver.wait()
-    assert saved(tmp_path) == []
+    assert steps(tmp_path) == []
     save(Saver(tmp_path, keep_last=1, in_background=False), 2)
     assert os.listdir(tmp_path) == [store.folder_name(2)]
 
@@ -167,4 +164,4 @@ def test_a_second_ctrl_c_leaves_at_once_and_harms_nothing(saver, slow_disk, tmp_
         save(saver, 2)
         raise KeyboardInterrupt
     assert saver.is_saving
-    assert store.newest_good(tmp_path) == (tmp_path / store.folder_name(1), [])
+    assert store.newest_good(tmp_path) == (folder(tmp_path, 1), [])

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from osler.checkpoint import folders
 from osler.checkpoint.store import DTYPE_NAMES, CheckpointSaveError, describe_damaged, load, newest_good, resolve, save, verify
 from osler.runtime.errors import UserError
-from tests.checkpoint.conftest import flip, put, steps
+from tests.checkpoint.conftest import flip, folder, put, steps
 
 FILES = ["config.yaml", "manifest.json", "model.safetensors", "optimizer.safetensors", "state.json", "tokenizer.json"]
 
@@ -43,11 +43,6 @@ def test_every_dtype_and_shape_comes_back_bit_for_bit(tmp_path):
         assert torch.equal(back.reshape(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8)), name
 
 
-def test_other_tools_take_the_files_for_those_of_torch(tmp_path):
-    with safe_open(put(tmp_path, 1) / "model.safetensors", framework="pt") as file:
-        assert sorted(file.keys()) == ["bias", "weight"] and file.metadata() == {"format": "pt"}
-
-
 def test_tied_views_and_parameters_are_saved_by_value(tmp_path):
     base = torch.arange(24.0).reshape(4, 6)
     tensors = {
@@ -63,12 +58,13 @@ def test_tied_views_and_parameters_are_saved_by_value(tmp_path):
         assert torch.equal(loaded[name], tensor), name
 
 
-def test_state_and_files_come_back_exactly(tmp_path):
+def test_state_and_files_come_back_exactly_and_other_tools_read_the_tensors(tmp_path):
     state = {"loss": 0.1 + 0.2, "nested": {"list": [1, None, True, "ü"]}, "big": 2**80}
     files = {"tokenizer.json": bytes(range(256)), "empty": b""}
-    loaded = load(save(tmp_path, 123, tensors={}, state=state, files=files))
-    assert (loaded.step, loaded.state, loaded.files) == (123, state, files)
-    assert loaded.path == tmp_path / "step-000000123"
+    loaded = load(save(tmp_path, 123, tensors={"model": {"bias": torch.ones(2)}}, state=state, files=files))
+    assert (loaded.path, loaded.step, loaded.state, loaded.files) == (folder(tmp_path, 123), 123, state, files)
+    with safe_open(loaded.path / "model.safetensors", framework="pt") as file:
+        assert list(file.keys()) == ["bias"] and file.metadata() == {"format": "pt"}
 
 
 def test_names_restrict_reading_and_verifying(tmp_path):
@@ -116,7 +112,7 @@ def two_checkpoints(tmp_path_factory):
 @pytest.mark.parametrize("name", FILES)
 def test_damage_to_any_file_is_noticed_and_fallen_back_from(two_checkpoints, tmp_path, name, damage):
     shutil.copytree(two_checkpoints, tmp_path, dirs_exist_ok=True)
-    good, bad = tmp_path / "step-000000001", tmp_path / "step-000000002"
+    good, bad = folder(tmp_path, 1), folder(tmp_path, 2)
     assert newest_good(tmp_path) == (bad, []) and sorted(os.listdir(bad)) == FILES
     DAMAGES[damage](bad / name)
     problems = verify(bad)
@@ -142,7 +138,7 @@ def test_the_bytes_of_the_manifest_count(tmp_path):
 
 def test_a_manifest_of_another_step_or_format_is_noticed(tmp_path):
     path = put(tmp_path, 1)
-    other = shutil.copytree(path, tmp_path / "step-000000009")
+    other = shutil.copytree(path, folder(tmp_path, 9))
     assert "belongs to step 1" in verify(other)[0]
     for content in ([], {}, {"sha256": "x"}, {"format": 1, "files": {}}):
         (path / "manifest.json").write_text(json.dumps(content))
@@ -173,12 +169,6 @@ def test_a_malicious_pickle_is_reported_and_never_run(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"optimizer\.pt"):
         load(bad)
     assert newest_good(tmp_path / "root")[0] == good
-    for name in FILES:  # and in the place of a file that is listed
-        (good / name).write_bytes(pickle.dumps(_Bomb()))
-        assert verify(good)
-        with pytest.raises(UserError):
-            load(good)
-    assert newest_good(tmp_path / "root")[0] is None
     assert not (tmp_path / "exploded").exists()
 
 
@@ -197,16 +187,12 @@ def test_a_pickle_that_the_manifest_vouches_for_is_not_run_either(tmp_path, monk
     assert not (tmp_path / "exploded").exists()
 
 
-def test_hidden_litter_is_ignored(tmp_path):
+def test_hidden_litter_is_ignored_and_an_empty_or_missing_root_has_no_checkpoint(tmp_path):
+    assert newest_good(tmp_path) == newest_good(tmp_path / "absent") == (None, [])
+    assert verify(tmp_path / "absent") == ["absent: no such folder"]
     path = put(tmp_path, 1)
     (path / ".DS_Store").write_bytes(b"x")
     assert verify(path) == [] and load(path).step == 1
-
-
-def test_an_empty_or_missing_root_has_no_checkpoint(tmp_path):
-    assert newest_good(tmp_path) == (None, [])
-    assert newest_good(tmp_path / "absent") == (None, [])
-    assert verify(tmp_path / "absent") == ["absent: no such folder"]
 
 
 # A disk that is full or fails
@@ -265,6 +251,9 @@ def test_resolve_takes_a_checkpoint_a_root_or_a_run(tmp_path, capsys):
     assert resolve(first) == first
     assert resolve(root) == resolve(tmp_path / "run") == second
     assert resolve(tmp_path / "run", which="best") == first
+    moved = (tmp_path / "run").rename(tmp_path / "moved")
+    assert resolve(moved, which="best").parent == moved / "checkpoints"
+    moved.rename(tmp_path / "run")
     copied = shutil.copytree(first, tmp_path / "my model")
     assert resolve(copied) == copied and load(copied).step == 1
     assert capsys.readouterr().err == ""
@@ -287,9 +276,3 @@ def test_resolve_says_what_is_missing(tmp_path):
     put(tmp_path, 1)
     with pytest.raises(UserError, match="marked best"):
         resolve(tmp_path, which="best")
-
-
-def test_a_moved_run_is_found(tmp_path):
-    put(tmp_path / "old" / "checkpoints", 1, best=True)
-    (tmp_path / "old").rename(tmp_path / "new")
-    assert resolve(tmp_path / "new", which="best") == resolve(tmp_path / "new")
