@@ -26,6 +26,7 @@ from osler.report.curves import Floats
 from osler.report.page import write_page
 from osler.report.read import RunRecord, StageLog, count_parameters, find_model, read_run
 from osler.report.words import interval, stage_title
+from osler.runs.folder import flat
 from osler.runtime.errors import UserError
 
 LEFT_OUT = ("description",)  # fields that say nothing about a run
@@ -107,9 +108,12 @@ def numbers(members: Sequence[Member]) -> Table:
 
 def differences(members: Sequence[Member]) -> Table:
     """Return the fields in which the configurations differ, then those of versions and machines."""
-    flat = [_flat({**m.config, "versions": {**m.run.versions, **m.run.groups}}) for m in members]
-    keys = dict.fromkeys(key for one in flat for key in one if key not in LEFT_OUT)
-    rows = [(key, [one.get(key, fmt.MISSING) for one in flat]) for key in keys]
+    every = [flat({**m.config, "versions": {**m.run.versions, **m.run.groups}}) for m in members]
+    keys = dict.fromkeys(key for fields in every for key in fields if key not in LEFT_OUT)
+    rows = []
+    for key in keys:
+        values = [fields.get(key, fmt.MISSING) for fields in every]
+        rows.append((key, ["null" if value is None else as_text(value) for value in values]))
     return [(key, row) for key, row in rows if len(set(row)) > 1]
 
 
@@ -187,15 +191,6 @@ def _as_text(title: str, members: Sequence[Member]) -> str:
     first, *widths = [max(map(len, column)) for column in zip(*([what, *row] for what, row in rows), strict=True)]
     lines = ([f"{what:<{first}}", *(f"{cell:>{w}}" for cell, w in zip(row, widths, strict=True))] for what, row in rows)
     return "\n".join("  ".join(line).rstrip() for line in lines)
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Return the fields of a nested mapping as text, by dotted keys."""
-    out: dict[str, str] = {}
-    for key, value in tree.items():
-        text = "null" if value is None else as_text(value)
-        out |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": text}
-    return out
 
 
 def _end(known: Floats) -> float:

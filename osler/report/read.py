@@ -28,12 +28,13 @@ from osler.model.config import MODEL_FILE, ModelConfig
 from osler.records.jsonl import END, LIFETIME, START, Event, read_events
 from osler.records.results import Comparison, ExamScore, FinishedStage, read_exams, read_samples
 from osler.records.values import NAN, as_dict, as_list, as_text, read_records
+from osler.report import format as fmt
 from osler.report.curves import MetricsLog, Series, time_at_work
+from osler.runs.folder import named
 from osler.runtime.errors import UserError
 from osler.runtime.files import RunFolder, read_json
 
 T = TypeVar("T")
-MOST_NAMED = 8  # runs that a message spells out
 STAGE_ORDER = ("untrained", "pretrain", "midtrain", "sft", "grpo", "rl")
 
 
@@ -68,11 +69,6 @@ class StageLog:
         """Read the model out of the newest readable checkpoint; all hold the same."""
         for path in sorted(self.folder.checkpoints.glob(f"step-*/{MODEL_FILE}"), reverse=True):
             self.saved_model = self.saved_model or find_model(read_or_none(path))
-
-    @property
-    def model(self) -> dict[str, Any]:
-        """The model that was trained, {} when nothing tells."""
-        return self.saved_model or find_model(self.config)
 
     @property
     def curves(self) -> dict[str, Series]:
@@ -143,7 +139,7 @@ class RunRecord:
 
     def _count_unreadable(self, name: str, lines: int) -> None:
         if lines:
-            self.problems.append(f"{name}: {lines} unreadable line{'s' if lines > 1 else ''} skipped.")
+            self.problems.append(f"{name}: {fmt.plural(lines, 'unreadable line')} skipped.")
 
 
 def read_run(folder: str | Path | RunRecord) -> RunRecord:
@@ -164,9 +160,8 @@ def why_no_run(path: Path) -> str:
     if is_checkpoint(path):
         return f"{path} is a checkpoint and not a run folder. Give the folder of its run: {path.resolve().parent.parent}."
     if runs := sub_runs(path):
-        names = ", ".join(str(run) for run in runs[:MOST_NAMED]) + (" ..." if len(runs) > MOST_NAMED else "")
-        holds = "is not a run folder itself but holds"
-        return f"{path} {holds} {len(runs)} run{'s' if len(runs) > 1 else ''}. Give one of them: {names}."
+        names = named([str(run) for run in runs])
+        return f"{path} is not a run folder itself but holds {fmt.plural(len(runs), 'run')}. Give one of them: {names}."
     return f"{path} is not a run folder: it has no config.yaml. Give {what}."
 
 

@@ -19,7 +19,7 @@ from osler.records.jsonl import END, FAILED, FINISHED, LIFETIME, STOPPED, Event,
 from osler.records.results import FinishedStage
 from osler.records.values import as_dict, as_number, as_text, read_records
 from osler.report import format as fmt
-from osler.report.read import StageLog, count_parameters, read_or_none, stage_rank, stamp, sub_runs
+from osler.report.read import StageLog, count_parameters, find_model, read_or_none, stage_rank, stamp, sub_runs
 from osler.runtime.errors import UserError
 from osler.runtime.files import is_locked
 
@@ -54,7 +54,7 @@ class WatchedRun(StageLog):
         if self._has_changed(self.folder.root / "versions.json"):
             self.machine = as_dict(as_dict(read_or_none(self.folder.root / "versions.json")).get("machine"))
         if self.parameters is None:
-            self.parameters = count_parameters(self.model)
+            self.parameters = count_parameters(self.saved_model or find_model(self.config))
 
     def _read_checkpoints(self) -> None:
         super()._read_checkpoints()
