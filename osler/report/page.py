@@ -110,8 +110,8 @@ def _summary(run: RunRecord) -> str:
     model, parameters = words.model_of(run)
     score, tokens, what = words.headline_score(run), words.total_tokens(run), []
     if math.isfinite(parameters):
-        shape = f" ({model['num_layers']} layers of width {model['hidden_size']})" if model else ""
-        what.append(f"A model of {fmt.count(parameters)} parameters{shape}")
+        shape = f"{model['num_layers']} layers of width {model['hidden_size']}"
+        what.append(f"A model of {fmt.count(parameters)} parameters ({shape})")
     if math.isfinite(tokens):
         what.append(f"{'trained' if what else 'Trained'} on {fmt.count(tokens)} tokens")
     return (", ".join(what) + "." if what else "") + (f" {words.score_in_words(score)}" if score else "")

@@ -76,12 +76,9 @@ def scores_on(run: RunRecord, split: str) -> list[ExamScore]:
 
 def seconds_of(run: RunRecord, stage: str = "") -> float:
     """Return the time of the stages whose name contains a word, as they noted it or by their logs; NaN when neither tells."""
-    noted, logged = ([(one.name, one.seconds) for one in run.stages], [(one.name, one.seconds) for one in run.runs])
-    for timed in (noted, logged):
-        known = [seconds for name, seconds in timed if stage in name.lower() and seconds >= 0]
-        if known:
-            return sum(known)
-    return NAN
+    noted = [one.seconds for one in run.stages if stage in one.name.lower() and one.seconds >= 0]
+    logged = [log.seconds for log in run.runs if stage in log.name.lower() and log.seconds >= 0]
+    return sum(noted or logged or [NAN])
 
 
 def total_tokens(run: RunRecord) -> float:
@@ -185,11 +182,9 @@ def teachers(run: RunRecord) -> str:
         return ""
     score = headline_score(run)
     rows = scores_on(run, score.split) if score else []
-    sft_gain, grpo_gain, noise = _gain(rows, "sft"), _gain(rows, "grpo"), ""
-    for c in run.comparisons:
-        if "grpo" in c.after_label.lower() and score and c.split == score.split:
-            grpo_gain, noise = c.difference, " (within noise)" if c.low <= 0 <= c.high else ""
-            break
+    paired = [c for c in run.comparisons if "grpo" in c.after_label.lower() and score and c.split == score.split]
+    sft_gain, grpo_gain = _gain(rows, "sft"), paired[0].difference if paired else _gain(rows, "grpo")
+    noise = " (within noise)" if paired and paired[0].low <= 0 <= paired[0].high else ""
     advice = (
         "Where one has demonstrations, they are usually the cheaper teacher; GRPO is for when only the answer can be checked."
     )
@@ -330,11 +325,9 @@ def summary_text(run_folder: str | Path | RunRecord, page: Path | None = None) -
     run = read_run(run_folder)
     score, found, page = headline_score(run), attention(run), page or RunFolder(run.path).report
     lines = ["".join(headline(run)), *([score_in_words(score)] if score else [])]
-    name_width = max((len(stage_title(s.label)) for s in run.exams), default=0)
-    split_width = max((len(s.split) for s in run.exams), default=0)
-    for s in run.exams:
-        name = f"{stage_title(s.label):<{name_width}}  {s.split:<{split_width}}"
-        lines.append(f"  {name}  {fmt.percent(s.accuracy):>6}  ({interval(s)}, n = {fmt.count(s.n)})")
+    names = [f"{stage_title(s.label)} on {s.split}" for s in run.exams]
+    for name, s in zip(names, run.exams, strict=True):
+        lines.append(f"  {name:<{max(map(len, names))}}  {fmt.percent(s.accuracy):>6}  ({interval(s)}, n = {fmt.count(s.n)})")
     for c in run.comparisons:
         gain = f"{fmt.points(c.difference)} points ({fmt.points(c.low)} to {fmt.points(c.high)})"
         lines.append(f"{stage_title(c.after_label)} on {c.split}: {gain}. {difference_in_words(c)}")

@@ -49,7 +49,7 @@ def frame(watched: WatchedFolder, now: float, width: int, height: int | None = N
     """Return the lines, none longer than `width`, at most `height` of them; with None all, and the first as long as it is."""
     run = watched.current
     top = [*_header(watched, run, now, width), *_stages(watched, run, width)]
-    below = [*_events(run), *_checkpoints(run, now), *_values(run, width)]
+    below = [*_happened(run, now), *_values(run, width)]
     for rows in HEIGHTS if height is not None else (PLAIN_HEIGHT,):
         lines = [*top, *_panels(run, width, rows), *below]
         if height is None or len(lines) <= height:
@@ -184,19 +184,13 @@ def _values(run: WatchedRun, width: int) -> list[Text]:
     return lines
 
 
-def _events(run: WatchedRun) -> list[Text]:
-    """Return what happened, the newest first; when the run began and how it ended is in its state."""
-    told = grouped([event for event in run.events if event.kind not in LIFETIME])
-    return [Text(group.in_words, EVENT_STYLES.get(group.weight, "")) for group in told[:EVENTS]]
-
-
-def _checkpoints(run: WatchedRun, now: float) -> list[Text]:
-    """Return the newest checkpoints, and which is the best."""
-    if not run.checkpoints:
-        return []
+def _happened(run: WatchedRun, now: float) -> list[Text]:
+    """Return the newest events and checkpoints; when the run began and how it ended is in its state."""
+    groups = grouped([event for event in run.events if event.kind not in LIFETIME])
+    lines = [Text(group.in_words, EVENT_STYLES.get(group.weight, "")) for group in groups[:EVENTS]]
     told = [f"{c.step:,}{' (best)' if c.path.name == run.best else ''}" for c in run.checkpoints[:CHECKPOINTS]]
     ago = fmt.duration(max(0.0, now - run.saved_at))
-    return [Text(f"checkpoints: step {', '.join(told)}; the newest {ago} ago", "dim")]
+    return [*lines, Text(f"checkpoints: step {', '.join(told)}; the newest {ago} ago", "dim")] if told else lines
 
 
 def _show(name: str, value: float) -> str:

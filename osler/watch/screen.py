@@ -63,7 +63,7 @@ def draw(lines: Sequence[Text]) -> None:
     """
     colours = not os.environ.get("NO_COLOR")
     styled = [f"{CLEAR_LINE}{STYLES.get(style, '') if colours else ''}{text}{PLAIN}" for text, style in lines]
-    _write(HOME + "\r\n".join(styled) + CLEAR_BELOW)
+    print(HOME + "\r\n".join(styled) + CLEAR_BELOW, end="", flush=True)
 
 
 def wait(seconds: float, size: os.terminal_size, keys: int | None) -> bool:
@@ -90,20 +90,20 @@ def own_screen() -> Iterator[int | None]:
         raise SystemExit(EXIT_TERMINATED)
 
     def suspend(*_: Any) -> None:
-        _write(LEAVE)
+        print(LEAVE, end="", flush=True)
         signal.raise_signal(signal.SIGSTOP)
-        _write(ENTER)
+        print(ENTER, end="", flush=True)
 
     handlers: dict[int, Any] = {signal.SIGTERM: terminate}
     if hasattr(signal, "SIGTSTP"):
         handlers[signal.SIGTSTP] = suspend
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
-        _write(ENTER)
+        print(ENTER, end="", flush=True)
         yield keys
     finally:
         before[signal.SIGINT] = signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not come between
-        _write(LEAVE)
+        print(LEAVE, end="", flush=True)
         restore_keys()
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -122,8 +122,3 @@ def _quiet_keyboard() -> tuple[int | None, Any]:
     before = termios.tcgetattr(keys)
     tty.setcbreak(keys)
     return keys, lambda: termios.tcsetattr(keys, termios.TCSAFLUSH, before)
-
-
-def _write(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()
