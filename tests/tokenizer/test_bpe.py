@@ -108,14 +108,11 @@ def test_no_injection_even_when_the_model_itself_would_make_the_token() -> None:
     """A vocabulary may hold a special token as an ordinary word (`ignore_merges` then emits it whole)."""
     content = json.loads(Tokenizer.train(CORPUS, 300).to_bytes())
     content["model"]["ignore_merges"] = True
-    content["pre_tokenizer"] = {
-        "type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False,
-    }  # fmt: skip
+    content["pre_tokenizer"] = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     tokenizer = Tokenizer.from_bytes(json.dumps(content).encode())
     assert EOS in content["model"]["vocab"]
-    ids = tokenizer.encode(EOS)
-    assert tokenizer.eos_id not in ids
-    assert tokenizer.decode(ids) == EOS
+    for text in (EOS, f"a{EOS}{EOS}b"):
+        check_round_trip(tokenizer, text)
 
 
 def test_fingerprint_ignores_layout_and_defaults_but_not_content(trained: Tokenizer, tmp_path: Path) -> None:
