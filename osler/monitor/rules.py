@@ -332,7 +332,7 @@ def no_better_than_guessing(past: History) -> Iterator[str]:
         )
 
 
-RULES = (
+RULES: tuple[Rule, ...] = (
     Rule("train/grad_norm", "exploding-gradient", "critical", exploding),
     Rule("train/grad_norm", "vanishing-gradient", "critical", vanishing),
     Rule("train/loss", "learning-rate", "critical", guessing),
