@@ -133,12 +133,6 @@ def test_a_wrong_option_is_code_2(capsys):
     assert stop.value.code == 2 and "--no-such-option" in capsys.readouterr().err
 
 
-def test_an_error_of_ours_keeps_its_traceback(monkeypatch):
-    failing_command(monkeypatch, ZeroDivisionError("a bug"))
-    with pytest.raises(ZeroDivisionError, match="a bug"):
-        cli.main(["fail"])
-
-
 @pytest.mark.parametrize(("work", "code"), [("return 0", 0), ("1 / 0", 1), ("raise SystemExit(3)", 3)])
 @pytest.mark.parametrize("processes", [1, 2])
 def test_one_of_several_processes_ends_before_the_interpreter_shuts_down(work, code, processes):
@@ -172,41 +166,29 @@ def test_an_ascii_terminal_does_not_break_output():
     assert (result.returncode, result.stdout) == (0, "? 5 ?\n")
 
 
-@pytest.fixture
-def notes(tmp_path: Path) -> Path:
-    folder = tmp_path / "notes"
-    folder.mkdir()
+def test_from_text_to_shards_and_back(tmp_path, capsys):
+    notes, shards = tmp_path / "notes", tmp_path / "shards"
+    notes.mkdir()
     for number in range(12):
-        (folder / f"{number}.txt").write_text(f"Case {number}: fever and a stiff neck suggest meningitis.\n")
-    return folder
-
-
-def test_from_text_to_shards_and_back(notes, tmp_path, capsys):
-    tokenizer, shards = str(tmp_path / "new" / "tokenizer.json"), str(tmp_path / "shards")
+        (notes / f"{number}.txt").write_text(f"Case {number}: fever and a stiff neck suggest meningitis.\n")
+    tokenizer, second = str(tmp_path / "new" / "tokenizer.json"), str(tmp_path / "second.json")
     assert cli.main(["tokenizer", "train", str(notes), "tokenizer.vocab_size=300", "--out", tokenizer]) == 0
     assert "300 tokens" in capsys.readouterr().out
-
+    assert cli.main(["tokenizer", "train", f"data.path={notes}", "tokenizer.vocab_size=310", "--out", second]) == 0
     assert cli.main(["tokenizer", "inspect", tokenizer, "fever|neck"]) == 0
     out = capsys.readouterr().out
     assert "<|answer|> = 3" in out and "for 10 bytes" in out
 
-    prepare = ["data", "prepare", str(notes), "data.holdout_fraction=0.25", "--tokenizer", tokenizer, "--out", shards]
+    prepare = ["data", "prepare", str(notes), "data.holdout_fraction=0.25", "--tokenizer", tokenizer, "--out", str(shards)]
     assert cli.main(prepare) == 0
     rows = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines() if line}
     assert (rows["train"][1], rows["validation"][1]) == ("9", "3")
     assert cli.main(prepare) == 0
     assert "exists already" in capsys.readouterr().out
 
-    assert cli.main(["data", "inspect", shards, "--tokenizer", tokenizer]) == 0
+    assert cli.main(["data", "inspect", str(shards), "--tokenizer", tokenizer]) == 0
     out = capsys.readouterr().out
     assert "train begins: 'Case" in out and "every file is as it was written" in out
-
-
-def test_damaged_shards_and_those_of_another_tokenizer_are_found(notes, tmp_path, capsys):
-    tokenizer, second, shards = str(tmp_path / "tokenizer.json"), str(tmp_path / "second.json"), tmp_path / "shards"
-    cli.main(["tokenizer", "train", f"data.path={notes}", "tokenizer.vocab_size=300", "--out", tokenizer])
-    cli.main(["tokenizer", "train", str(notes), "tokenizer.vocab_size=310", "--out", second])
-    cli.main(["data", "prepare", str(notes), "--tokenizer", tokenizer, "--out", str(shards)])
     assert cli.main(["data", "inspect", str(shards), "--tokenizer", second]) == 2
     assert "another tokenizer" in capsys.readouterr().err
     victim = next((shards / "train").glob("tokens-*.bin"))

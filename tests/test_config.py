@@ -204,8 +204,11 @@ class TestYaml:
 
     @pytest.mark.parametrize(
         "text",
-        ["a: 1\na: 2", "{a: 1, a: 2}", "x:\n  - {b: 1, b: 1}", "1: 2", "[", "a: *b", "!!python/object:os.system {}", "a: b: c"],
-    )
+        [
+            "a: 1\na: 2", "{a: 1, a: 2}", "x:\n  - {b: 1, b: 1}", "1: 2", "? [a]\n: 1", "[", "a: *b", "a: b: c", "\x00",
+            "!!python/object:os.system {}",
+        ],
+    )  # fmt: skip
     def test_keys_given_twice_and_what_is_no_plain_yaml_are_refused(self, text):
         with pytest.raises(UserError, match="test.*given twice" if text.count("1") == 2 else "test"):
             load_yaml(text, "test")

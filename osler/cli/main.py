@@ -97,11 +97,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def written_out() -> Iterator[None]:
     """Flush standard output after a command or argparse's help, and from then on ignore signals that ask to stop."""
     try:
-        try:
-            yield
-        except SystemExit:
-            sys.stdout.flush()
-            raise
+        yield
+    except SystemExit:
+        sys.stdout.flush()
+        raise
+    else:
         sys.stdout.flush()
     finally:
         ignore_requests()
