@@ -7,9 +7,11 @@ import torch
 
 from osler.model.config import ModelConfig
 from osler.model.transformer import Transformer
-from osler.rl.rollout import RewardTerm, RlTask
+from osler.rl.config import AlgorithmConfig
+from osler.rl.rollout import Group, Prompt, RewardTerm, RlTask, score
 from osler.tasks.item import ExamItem
-from osler.tokenizer.bpe import Tokenizer
+from osler.tasks.rewards import correct
+from osler.tokenizer.bpe import ANSWER, Tokenizer
 
 
 @pytest.fixture(scope="session")
@@ -33,6 +35,27 @@ def make_policy(tokenizer):
                 if "lm_head" in name:
                     parameter.mul_(4.0)
         return model
+
+    return build
+
+
+ITEM = ExamItem(id="q", question="Which drug?", options=("ant", "bee", "cat", "dog"), answer_index=2)
+DEFAULTS, CORRECT = AlgorithmConfig(), (RewardTerm("correct", correct),)
+
+
+@pytest.fixture(scope="session")
+def group_of(tokenizer):
+    """A function that scores completions of one question: ``|`` is the answer's marker, a final ``$`` the end of the text."""
+
+    def build(*texts, item=ITEM, algorithm=DEFAULTS, rewards=CORRECT):
+        prompt, samples = Prompt(RlTask("exam", (item,), rewards), item), []
+        for text in texts:
+            ids = []
+            for number, part in enumerate(text.removesuffix("$").split("|")):
+                ids += [tokenizer.special_id(ANSWER)] * (number > 0) + tokenizer.encode(part)
+            ids += [tokenizer.eos_id] * text.endswith("$")
+            samples.append(score(tokenizer, prompt, ids, [-1.0] * len(ids), algorithm))
+        return Group(prompt, [1, 2], samples)
 
     return build
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -10,98 +11,75 @@ from osler.inference.engine import InferenceEngine
 from osler.monitor.metrics import declared_name
 from osler.rl.config import AlgorithmConfig, QualityConfig
 from osler.rl.rollout import (
-    Group,
-    Prompt,
     RewardTerm,
     RlTask,
     RolloutWorker,
     apply_filters,
     check_sample,
     count_tokens,
+    prompts_asked,
+    refill_prompts,
     repeated_ngram_frac,
     rollout_metrics,
-    score,
+    rollout_seed,
+    step_prompts,
+    task_shares,
 )
 from osler.rl.step import training_rows
+from osler.runtime.errors import UserError
 from osler.tasks.item import ExamItem
-from osler.tasks.rewards import REWARDS
-from osler.tokenizer.bpe import ANSWER
 
-ITEM = ExamItem(id="q", question="Which drug?", options=("ant", "bee", "cat", "dog"), answer_index=2)
 NUMBER = ExamItem(id="n", question="How many?", options=(), answer_index=-1, answer="72")
 OFF = QualityConfig(action="off")
 
 
-def sample_of(tokenizer, text, *, item=ITEM, ended=True, algorithm=None, rewards=("correct",)):
-    """Score a completion written by hand: thinking and answer split by ``|``."""
-    thinking, bar, answer = text.partition("|")
-    ids = tokenizer.encode(thinking)
-    if bar:
-        ids += [tokenizer.special_id(ANSWER), *tokenizer.encode(answer)]
-    ids += [tokenizer.eos_id] if ended else []
-    task = RlTask("exam", (item,), tuple(RewardTerm(name, REWARDS[name]) for name in rewards))
-    return score(tokenizer, Prompt(task, item), ids, [-1.0] * len(ids), algorithm or AlgorithmConfig())
-
-
 @pytest.mark.parametrize(
-    ("text", "item", "reward", "verdict", "letter"),
+    ("text", "reward", "verdict", "letter"),
     [
-        ("because|cat (C)", ITEM, 1.0, "ok", 2),
-        ("because|ant (A)", ITEM, 0.0, "ok", 0),
-        ("because|no idea", ITEM, 0.0, "no_answer", None),
-        ("because", ITEM, 0.0, "no_answer", None),
-        ("", ITEM, 0.0, "empty", None),
-        ("six times twelve|72", NUMBER, 1.0, "ok", None),
-        ("six times twelve|many", NUMBER, 0.0, "no_answer", None),
+        ("because|cat (C)$", 1.0, "ok", 2),
+        ("because|ant (A)$", 0.0, "ok", 0),
+        ("because|no idea$", 0.0, "no_answer", None),
+        ("because$", 0.0, "no_answer", None),
+        ("$", 0.0, "empty", None),
+        ("pain " * 40 + "|cat (C)$", 0.0, "degenerate", 2),
     ],
 )
-def test_a_completion_is_read_and_rewarded(tokenizer, text, item, reward, verdict, letter):
-    sample = sample_of(tokenizer, text, item=item)
-    assert (sample.reward, sample.verdict, sample.reading.choice) == (reward, verdict, letter)
-    assert sample.reading.right == bool(reward)
+def test_a_completion_is_read_and_rewarded(group_of, text, reward, verdict, letter):
+    (sample,) = group_of(text).samples
+    assert (sample.reward, sample.verdict, sample.reading.choice, sample.stays) == (reward, verdict, letter, True)
+    assert sample.rewards == {"correct": float(letter == 2)} and sample.reading.right == (letter == 2)
 
 
-def test_rewards_add_up_by_weight_and_are_kept_raw(tokenizer):
-    task = RlTask("exam", (ITEM,), (RewardTerm("a", lambda i, c: 1.0, 0.5), RewardTerm("b", lambda i, c: 2.0, 0.25)))
-    ids = [*tokenizer.encode("hm"), tokenizer.eos_id]
-    kept = score(tokenizer, Prompt(task, ITEM), ids, [], AlgorithmConfig(quality=OFF))
-    assert kept.reward == 1.0
-    zeroed = score(tokenizer, Prompt(task, ITEM), ids, [], AlgorithmConfig())
-    assert zeroed.reward == 0.0
+def test_a_number_is_read(group_of):
+    right, wrong = group_of("six times twelve|72$", "six times twelve|many$", item=NUMBER).samples
+    assert (right.reward, right.verdict, wrong.reward, wrong.verdict) == (1.0, "ok", 0.0, "no_answer")
+
+
+def test_rewards_add_up_by_weight_and_are_kept_raw(group_of):
+    rewards = (RewardTerm("a", lambda i, c: 1.0, 0.5), RewardTerm("b", lambda i, c: 2.0, 0.25))
+    (kept,) = group_of("hm$", rewards=rewards, algorithm=AlgorithmConfig(quality=OFF)).samples
+    (zeroed,) = group_of("hm$", rewards=rewards).samples
+    assert (kept.reward, zeroed.reward) == (1.0, 0.0)
     assert zeroed.rewards == kept.rewards == {"a": 1.0, "b": 2.0}
 
 
-def test_degenerate_samples_lose_their_reward(tokenizer):
-    sample = sample_of(tokenizer, "pain " * 40 + "|cat (C)")
-    assert sample.rewards == {"correct": 1.0}
-    assert (sample.verdict, sample.reward, sample.stays) == ("degenerate", 0.0, True)
+@pytest.mark.parametrize(
+    ("algorithm", "texts", "rows"),
+    [
+        ({"quality": QualityConfig(action="drop")}, ["a|cat (C)$", "a|ant (A)$", "a|what$"], [(0.5, True), (-0.5, True)]),
+        ({}, ["a|cat (C)$", "a|ant (A)$", "a|what$"], [(2 / 3, True), (-1 / 3, True), (-1 / 3, True)]),
+        ({"quality": OFF, "overlong": "mask"}, ["a|cat (C)$", "a|ant (A)"], [(0.5, True), (-0.5, False)]),
+    ],
+    ids=["dropped samples are in no baseline", "bad ones stay in it", "cut ones stay in it without gradient"],
+)
+def test_what_becomes_of_bad_samples_in_the_update(group_of, algorithm, texts, rows):
+    algorithm = AlgorithmConfig(**algorithm)
+    found = training_rows([group_of(*texts, algorithm=algorithm)], algorithm)
+    assert [(row.advantage, row.trained) for row in found] == [(pytest.approx(advantage), trained) for advantage, trained in rows]
 
 
-def group_of(tokenizer, texts, **options):
-    task = RlTask("exam", (ITEM,), (RewardTerm("correct", REWARDS["correct"]),))
-    return Group(Prompt(task, ITEM), [1, 2], [sample_of(tokenizer, text, **options) for text in texts])
-
-
-def test_dropped_samples_are_in_no_baseline_and_no_row(tokenizer):
-    algorithm = AlgorithmConfig(quality=QualityConfig(action="drop"), samples_per_prompt=3)
-    group = group_of(tokenizer, ["a|cat (C)", "a|ant (A)", "a|what"], algorithm=algorithm)
-    rows = training_rows([group], algorithm)
-    assert [row.advantage for row in rows] == [0.5, -0.5]
-    zeroing = AlgorithmConfig(samples_per_prompt=3)
-    rows = training_rows([group_of(tokenizer, ["a|cat (C)", "a|ant (A)", "a|what"])], zeroing)
-    assert [row.advantage for row in rows] == pytest.approx([2 / 3, -1 / 3, -1 / 3])
-
-
-def test_cut_samples_keep_their_place_in_the_baseline_without_gradient(tokenizer):
-    algorithm = AlgorithmConfig(overlong="mask", quality=OFF)
-    samples = [sample_of(tokenizer, "a|cat (C)", algorithm=algorithm)]
-    samples.append(sample_of(tokenizer, "a|ant (A)", ended=False, algorithm=algorithm))
-    rows = training_rows([Group(Prompt(RlTask("exam", (ITEM,), ()), ITEM), [1], samples)], algorithm)
-    assert [(row.advantage, row.trained) for row in rows] == [(0.5, True), (-0.5, False)]
-
-
-def test_metrics_are_declared_and_count_by_hand(tokenizer):
-    groups = [group_of(tokenizer, ["a|cat (C)", "a|ant (A)", "a|what"]), group_of(tokenizer, ["b|cat (C)"] * 3)]
+def test_metrics_are_declared_and_count_by_hand(group_of):
+    groups = [group_of("a|cat (C)$", "a|ant (A)$", "a|what$"), group_of(*["b|cat (C)$"] * 3)]
     metrics = rollout_metrics(groups)
     assert [name for name in metrics if declared_name(name) is None] == []
     assert metrics["reward"] == pytest.approx(4 / 6)
@@ -121,12 +99,10 @@ QUALITY = QualityConfig(ngram=2, max_repeated_frac=0.5, min_tokens=6)
 @pytest.mark.parametrize(
     ("ids", "text_is_empty", "has_answer", "verdict"),
     [
-        ([], True, False, "empty"),
         ([5, 6], True, True, "empty"),
         ([1, 2] * 10, False, True, "degenerate"),
         ([1, 2, 1, 2], False, True, "ok"),  # too short to call it running in circles
         (list(range(20)), False, False, "no_answer"),
-        (list(range(20)), False, True, "ok"),
     ],
 )
 def test_verdicts(ids, text_is_empty, has_answer, verdict):
@@ -146,35 +122,23 @@ def test_repeated_ngram_frac_counts_by_hand():
 
 
 @pytest.mark.parametrize(
-    ("action", "verdict", "filtered"),
+    ("options", "verdict", "finished", "filtered"),
     [
-        ("zero", "ok", (0.7, True, True)),
-        ("zero", "no_answer", (0.0, True, True)),
-        ("drop", "ok", (0.7, True, True)),
-        ("drop", "degenerate", (0.0, False, False)),
-        ("off", "empty", (0.7, True, True)),
+        ({}, "ok", True, (0.7, True, True)),
+        ({}, "no_answer", True, (0.0, True, True)),
+        ({"quality": QualityConfig(action="drop")}, "ok", True, (0.7, True, True)),
+        ({"quality": QualityConfig(action="drop")}, "degenerate", True, (0.0, False, False)),
+        ({"quality": OFF}, "empty", True, (0.7, True, True)),
+        ({"overlong": "keep"}, "ok", False, (0.7, True, True)),
+        ({"overlong": "mask"}, "ok", False, (0.7, True, False)),
+        ({"overlong": "mask"}, "ok", True, (0.7, True, True)),
+        ({"overlong": "penalise"}, "ok", False, (0.7 - 0.5, True, True)),
+        ({"overlong": "penalise"}, "ok", True, (0.7, True, True)),
+        ({"overlong": "penalise"}, "no_answer", False, (-0.5, True, True)),  # penalised from zero
     ],
 )
-def test_quality_actions(action, verdict, filtered):
-    assert apply_filters(0.7, verdict, True, AlgorithmConfig(quality=QualityConfig(action=action))) == filtered
-
-
-@pytest.mark.parametrize(
-    ("overlong", "finished", "filtered"),
-    [
-        ("keep", False, (1.0, True, True)),
-        ("mask", False, (1.0, True, False)),
-        ("mask", True, (1.0, True, True)),
-        ("penalise", False, (0.5, True, True)),
-        ("penalise", True, (1.0, True, True)),
-    ],
-)
-def test_overlong_actions(overlong, finished, filtered):
-    assert apply_filters(1.0, "ok", finished, AlgorithmConfig(overlong=overlong, overlong_penalty=0.5)) == filtered
-
-
-def test_a_bad_sample_that_was_cut_is_penalised_from_zero():
-    assert apply_filters(1.0, "no_answer", False, AlgorithmConfig(overlong="penalise", overlong_penalty=0.5))[0] == -0.5
+def test_what_the_filters_do(options, verdict, finished, filtered):
+    assert apply_filters(0.7, verdict, finished, AlgorithmConfig(**options)) == filtered
 
 
 def worker(policy, tokenizer, task, **options):
@@ -231,3 +195,81 @@ def test_refills_are_bounded_when_nothing_can_be_learned(make_policy, tokenizer,
     assert len(groups) == 3
     assert not any(group.effective for group in groups)
     assert count_tokens(groups) < tokens
+
+
+# -- questions ---------------------------------------------------------------------------------------------------------
+
+
+def items(count, prefix="q"):
+    return tuple(
+        ExamItem(id=f"{prefix}{n}", question=f"Question {n}?", options=("w", "x", "y", "z"), answer_index=n % 4)
+        for n in range(count)
+    )
+
+
+def task(count=10, name="exam", weight=1.0):
+    return RlTask(name, items(count, name), (), weight)
+
+
+def test_an_epoch_asks_every_item_once_and_the_next_in_another_order():
+    asked = [prompt.item.id for step in range(4) for prompt in step_prompts([task(10)], 7, step, 5)]
+    assert sorted(asked[:10]) == sorted(asked[10:]) == sorted(item.id for item in items(10, "exam"))
+    assert asked[:10] != asked[10:]
+
+
+def test_what_was_walked_through_is_what_the_steps_asked():
+    tasks = [task(10, "exam", 2.0), task(3, "drill")]
+    asked = Counter(prompt.task.name for step in range(7) for prompt in step_prompts(tasks, 1, step, 5))
+    assert prompts_asked(tasks, 7, 5) == asked
+
+
+def test_a_step_depends_on_seed_and_step_alone():
+    tasks = [task(10)]
+    later_first = step_prompts(tasks, 7, 3, 4)
+    for step in range(3):
+        step_prompts(tasks, 7, step, 4)
+    assert step_prompts(tasks, 7, 3, 4) == later_first
+    assert step_prompts(tasks, 8, 3, 4) != later_first
+
+
+def test_options_are_permuted_on_every_visit_and_the_answer_moves_along():
+    tasks = [task(1)]
+    original = tasks[0].items[0]
+    seen = Counter()
+    for step in range(400):
+        (prompt,) = step_prompts(tasks, 0, step, 1)
+        assert sorted(prompt.item.options) == sorted(original.options)
+        assert prompt.item.options[prompt.item.answer_index] == original.options[original.answer_index]
+        seen[prompt.item.answer_index] += 1
+    assert set(seen) == {0, 1, 2, 3}
+    assert all(60 < count < 140 for count in seen.values())
+
+
+def test_shares_follow_the_weights_and_add_up():
+    tasks = [task(name="a", weight=2.0), task(name="b", weight=1.0), task(name="c", weight=1.0)]
+    assert task_shares(tasks, 8) == [4, 2, 2]
+    assert sum(task_shares(tasks, 7)) == 7
+    assert Counter(prompt.task.name for prompt in step_prompts(tasks, 0, 5, 8)) == {"a": 4, "b": 2, "c": 2}
+
+
+def test_a_task_that_would_never_be_asked_is_refused():
+    with pytest.raises(UserError, match=r"rare.*prompts_per_step"):
+        task_shares([task(name="often", weight=100.0), task(name="rare", weight=1.0)], 4)
+    with pytest.raises(UserError, match="no items"):
+        task_shares([task(0)], 4)
+
+
+def test_refills_ask_the_named_tasks_and_leave_the_main_walk_alone():
+    tasks = [task(name="a"), task(name="b")]
+    main = step_prompts(tasks, 0, 1, 4)
+    first = refill_prompts(tasks, 0, 0, 1, ["b", "a", "b"])
+    assert [prompt.task.name for prompt in first] == ["b", "a", "b"]
+    assert refill_prompts(tasks, 0, 0, 1, ["b", "a", "b"]) == first
+    assert refill_prompts(tasks, 0, 0, 2, ["b", "a", "b"]) != first
+    assert step_prompts(tasks, 0, 1, 4) == main
+
+
+def test_rollout_seeds_differ():
+    seeds = {rollout_seed(seed, step, refill) for seed in range(3) for step in range(10) for refill in range(3)}
+    assert len(seeds) == 90
+    assert all(0 <= seed < 2**63 for seed in seeds)

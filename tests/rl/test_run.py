@@ -1,4 +1,4 @@
-"""The command: from a fine-tuned checkpoint to a finished run folder, resumed, moved, and refused where it must be."""
+"""The command: from a fine-tuned checkpoint to a finished run folder, its preflight, and what is refused."""
 
 from __future__ import annotations
 
@@ -9,86 +9,76 @@ from dataclasses import replace
 import pytest
 
 from osler.checkpoint import store
-from osler.inference.load import describing_files, load_model
-from osler.model.config import ModelConfig
-from osler.model.transformer import Transformer
+from osler.cli.main import main
+from osler.inference.load import load_model
 from osler.report.read import read_run
 from osler.report.words import model_of
+from osler.rl.config import AlgorithmConfig, GrpoConfig
 from osler.rl.rollout import RlTask
-from osler.rl.run import check_held_out, fingerprint_of, run
-from osler.runs.command import Request
+from osler.rl.run import check_held_out, fingerprint_of, preflight
 from osler.runtime.errors import UserError
-from osler.tasks.item import ExamItem, render_answer, render_question
-from osler.tasks.registry import ClinicTask, load_task
-from osler.tokenizer.bpe import Tokenizer
+from osler.tasks.item import ExamItem
+from osler.tokenizer.bpe import ANSWER
+
+CONFIG = GrpoConfig(init_from="runs/start", algorithm=AlgorithmConfig(max_new_tokens=8))
+SHORT = ("steps=3", "checkpoint.every_steps=1", "eval_every_steps=3", "eval_task.limit=4", "algorithm.prompts_per_step=2")
 
 
-@pytest.fixture(scope="module")
-def start(tmp_path_factory):
-    """A checkpoint of an untrained model whose tokenizer knows the clinic's words."""
-    items = load_task(ClinicTask(split="train", limit=50))
-    tokenizer = Tokenizer.train([f"{render_question(item)} {render_answer(item)}" for item in items], vocab_size=400)
-    config = ModelConfig(
-        num_layers=1, hidden_size=16, intermediate_size=32, num_heads=2, num_kv_heads=1, head_dim=8,
-        vocab_size=tokenizer.vocab_size, max_seq_len=512, head_init="normal",
-    )  # fmt: skip
-    model = Transformer(config)
-    model.init_weights(0)
-    root = tmp_path_factory.mktemp("sft") / "checkpoints"
-    store.save(root, 1, tensors={"model": model.state_dict()}, state={"kind": "sft"}, files=describing_files(config, tokenizer))
-    return root.parent
+@pytest.fixture
+def grpo(tiny, runs):
+    """A function that starts a run of three steps from the fine-tuned one, and returns the exit code."""
+
+    def start(folder, *more, origin=runs.sft):
+        return main(["grpo", tiny.grpo, f"init_from={origin}", *SHORT, *more, "--run", str(folder)])
+
+    return start
 
 
-def arguments(start, *more):
-    return [
-        f"init_from={start}",
-        "device=cpu",
-        "preflight=warn",  # the model is untrained
-        "steps=3",
-        "checkpoint.every_steps=1",
-        "eval_every_steps=3",
-        "eval_task.limit=4",
-        "algorithm.prompts_per_step=2",
-        "algorithm.samples_per_prompt=2",
-        "algorithm.max_new_tokens=8",
-        *more,
-    ]
+def logged(folder):
+    """The metrics lines without what the clock decides."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    timed = ("time", "perf/", "eval/seconds")
+    return [{key: value for key, value in line.items() if not key.startswith(timed)} for line in lines]
 
 
-def grpo(overrides=(), **options):
-    return run(Request(kind="grpo", overrides=overrides, **options))
+def weights(folder):
+    return load_model(folder).model.state_dict()
 
 
-def test_a_whole_run(start, tmp_path, capsys):
-    assert grpo(arguments(start, "parallel.type=fsdp"), run_dir=str(tmp_path / "run")) == 0
-    assert capsys.readouterr().err.count("parallel.type=fsdp changes nothing here") == 1, "one process shares with nobody"
-    loaded = load_model(tmp_path / "run")
+def test_a_whole_run(grpo, tmp_path, capsys):
+    assert grpo(tmp_path, "parallel.type=fsdp") == 0
+    said = capsys.readouterr().err
+    assert said.count("parallel.type=fsdp changes nothing here") == 1, "one process shares with nobody"
+    assert "is not below" not in said
+    loaded = load_model(tmp_path)
     assert loaded.state["step"] == 3
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [0, 1, 2, 3, 3]
-    assert "eval/validation_accuracy" in lines[0]
-    assert model_of(read_run(tmp_path / "run"))[1] == loaded.model.config.num_parameters
-    assert grpo(arguments(start), run_dir=str(tmp_path / "run")) == 0  # finished: nothing is done twice
-    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 5
+    assert [line["step"] for line in logged(tmp_path)] == [0, 1, 2, 3, 3] and "eval/validation_accuracy" in logged(tmp_path)[0]
+    assert model_of(read_run(tmp_path))[1] == loaded.model.config.num_parameters
+    assert grpo(tmp_path) == 0 and len(logged(tmp_path)) == 5  # finished: nothing is done twice
 
 
-def test_a_moved_run_resumes_without_its_starting_point(start, tmp_path):
-    origin = tmp_path / "sft"
-    shutil.copytree(start, origin)
-    assert grpo(arguments(origin), run_dir=str(tmp_path / "run")) == 0
-    whole = load_model(tmp_path / "run").model.state_dict()
+def test_a_moved_run_resumes_without_its_starting_point(grpo, runs, tmp_path):
+    origin = shutil.copytree(runs.sft, tmp_path / "sft")
+    assert grpo(tmp_path / "run", origin=origin) == 0
+    whole = weights(tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoints" / store.folder_name(3))
     shutil.rmtree(origin)
     shutil.move(tmp_path / "run", tmp_path / "moved")
-    assert grpo(resume=True, run_dir=str(tmp_path / "moved")) == 0
-    resumed = load_model(tmp_path / "moved").model.state_dict()
-    assert all(value.equal(whole[name]) for name, value in resumed.items())
+    assert main(["grpo", "--resume", "--run", str(tmp_path / "moved")]) == 0
+    assert all(value.equal(whole[name]) for name, value in weights(tmp_path / "moved").items())
 
 
-def test_training_on_the_evaluations_questions_is_refused(start, tmp_path):
-    overrides = arguments(start, "tasks=[{task: {type: clinic, split: validation, limit: 30}}]")
-    with pytest.raises(UserError, match="also in eval_task"):
-        grpo(overrides, run_dir=str(tmp_path / "run"))
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (["tasks=[{task: {type: clinic, split: validation, limit: 30}}]"], "also in eval_task"),
+        (["algorithm.max_new_tokens=249"], "max_seq_len 256"),
+        (["algorithm.max_new_tokens=1"], "The model never ends"),
+    ],
+)
+def test_a_refused_start_leaves_nothing(grpo, tmp_path, capsys, overrides, told):
+    assert grpo(tmp_path / "run", *overrides) == 2
+    assert told in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 
 def test_a_question_of_the_evaluation_is_found_with_a_fifth_option_and_in_other_case():
@@ -100,44 +90,89 @@ def test_a_question_of_the_evaluation_is_found_with_a_fifth_option_and_in_other_
     check_held_out(tasks, [replace(item, question="Which drug treats a cold?")])
 
 
-def test_questions_that_do_not_fit_are_refused_by_number(start, tmp_path):
-    with pytest.raises(UserError, match="max_seq_len 512"):
-        grpo(arguments(start, "algorithm.max_new_tokens=505"), run_dir=str(tmp_path / "run"))
-
-
-def test_another_run_in_the_folder_is_refused_and_a_dry_run_of_this_one_says_where_it_goes_on(start, tmp_path, capsys):
-    grpo(arguments(start, "steps=1"), run_dir=str(tmp_path / "run"))
-    with pytest.raises(UserError, match="seed"):
-        grpo(arguments(start, "steps=1", "seed=7"), run_dir=str(tmp_path / "run"))
-    capsys.readouterr()
-    assert grpo(run_dir=str(tmp_path / "run"), resume=True, dry_run=True) == 0
-    text = capsys.readouterr().out
-    assert f"# goes on from      step 1: {store.resolve(tmp_path / 'run')}\n" in text and "starts from" not in text
-
-
-def test_dry_run_touches_nothing(start, tmp_path, capsys):
-    assert grpo(arguments(start), run_dir=str(tmp_path / "run"), dry_run=True) == 0
-    text = capsys.readouterr().out
-    assert "12 of at most 8 tokens" in text and f"# starts from       {store.resolve(start)}, its model" in text
-    parameters = load_model(start).model.config.num_parameters
-    assert f"# model             {parameters:,} parameters (num_layers 1, hidden_size 16, max_seq_len 512)" in text
-    assert not (tmp_path / "run").exists()
-
-
-def test_a_run_that_ends_inside_its_warm_up_is_warned(start, tmp_path, capsys):
-    for warmup, warned in ((3 * 2 * 2 * 8, True), (3 * 2 * 2 * 8 - 1, False)):
-        assert grpo(arguments(start, f"schedule.warmup_tokens={warmup}"), run_dir=str(tmp_path / str(warmup))) == 0
-        assert ("schedule.warmup_tokens 96 is not below" in capsys.readouterr().err) == warned
-
-
-def test_resume_needs_a_run(tmp_path):
-    with pytest.raises(UserError, match="--run"):
-        grpo(resume=True)
-    with pytest.raises(UserError, match="no run to resume"):
-        grpo(resume=True, run_dir=str(tmp_path))
-
-
 def test_the_data_fingerprint_changes_with_an_answer():
     item = ExamItem(id="a", question="Which?", options=("x", "y"), answer_index=0)
     named = {fingerprint_of([RlTask("exam", (one,), ())]) for one in (item, item, replace(item, answer_index=1))}
     assert len(named) == 2
+
+
+def test_another_run_in_the_folder_is_refused_and_a_dry_run_of_this_one_says_where_it_goes_on(grpo, runs, tmp_path, capsys):
+    assert grpo(tmp_path / "run", "--dry-run") == 0
+    text = capsys.readouterr().out
+    assert "24 of at most 8 tokens" in text and f"# starts from       {store.resolve(runs.sft)}, its model" in text
+    assert "# model             51,200 parameters (num_layers 2, hidden_size 32, max_seq_len 256)" in text
+    assert not (tmp_path / "run").exists()
+    assert grpo(tmp_path / "run", "steps=1") == 0 and grpo(tmp_path / "run", "steps=1", "seed=7") == 2
+    assert "seed is 7 here and 0 there" in capsys.readouterr().err
+    assert main(["grpo", "--resume", "--run", str(tmp_path / "run"), "--dry-run"]) == 0
+    text = capsys.readouterr().out
+    assert f"# goes on from      step 1: {store.resolve(tmp_path / 'run')}\n" in text and "starts from" not in text
+
+
+def test_a_run_that_ends_inside_its_warm_up_is_warned(grpo, tmp_path, capsys):
+    budget = 3 * 2 * 4 * 8  # steps, questions, samples, tokens
+    assert grpo(tmp_path, f"schedule.warmup_tokens={budget}") == 0
+    assert f"schedule.warmup_tokens {budget} is not below" in capsys.readouterr().err
+
+
+# -- before the first step ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("texts", "cause"),
+    [
+        (["ant ant", "aspirin"], "The model never ends: either it was not taught to, or algorithm.max_new_tokens=8 is too small"),
+        (["ant|bee", "pain"], "The model never ends"),
+        (["ant$", "aspirin$", "pain"], f"does not write the template, in which {ANSWER} stands between"),
+        (["ant|aspirin$", "ant|pain$"], "its answers name no option"),
+    ],
+)
+def test_a_start_that_teaches_nothing_is_refused_with_its_cause(group_of, texts, cause):
+    with pytest.raises(UserError) as refused:
+        preflight([group_of(*texts)], CONFIG)
+    assert cause in str(refused.value) and "\n" not in str(refused.value)
+    assert "osler sft usmle-2day/format init_from=runs/start" in str(refused.value) and "preflight=warn" in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("texts", "told"),
+    [
+        (["ant|bee (B)$", "aspirin"], "Warning: none of the 2 completions before training earned a reward"),
+        (["ant|cat (C)$"] * 3, "learns nothing from them; all of them are right"),
+        (["ant|cat (C)$", "aspirin"], "pass@1 0.500, pass@2 1.000 over 1 questions; 50% of the answers can be read, 50% of the"),
+    ],
+    ids=["never right", "always right", "once right"],
+)
+def test_what_a_preflight_says_of_a_model_that_keeps_to_the_template(group_of, capsys, texts, told):
+    preflight([group_of(*texts)], CONFIG)
+    said = capsys.readouterr().err
+    assert told in said and ("Warning" in said) == ("pass@2 1.000" not in told)
+
+
+def test_the_permission_to_start_all_the_same_is_given_for_one_start(grpo, tmp_path, capsys):
+    hopeless = ("algorithm.max_new_tokens=1", "steps=1")
+    assert grpo(tmp_path, *hopeless, "preflight=warn") == 0
+    assert "Warning: GRPO would learn nothing" in capsys.readouterr().err
+    assert grpo(tmp_path, *hopeless) == 0
+
+
+def test_a_preflight_changes_nothing_in_the_run_and_is_not_made_again(grpo, tmp_path, capsys):
+    asked, plain = tmp_path / "refuse", tmp_path / "off"
+    for folder, shown in ((asked, 4), (plain, 0)):
+        assert grpo(folder, f"preflight={folder.name}") == 0
+        assert capsys.readouterr().err.count("before training: ") == shown
+    assert logged(asked) == logged(plain)
+    expected = weights(plain)
+    assert all(value.equal(expected[name]) for name, value in weights(asked).items())
+    samples = [json.loads(line) for line in (asked / "samples.jsonl").read_text().splitlines()]
+    assert len(samples) == 4 and not (plain / "samples.jsonl").exists()
+    fields = {"id", "stage", "question", "options", "thinking", "answer", "correct_answer", "correct"}
+    assert samples[0].keys() == fields and samples[0]["stage"] == "grpo step 0"
+    assert main(["grpo", "--resume", "--run", str(asked)]) == 0
+    assert "before training" not in capsys.readouterr().err
+
+
+def test_a_disk_that_refuses_the_samples_costs_a_warning(grpo, tmp_path, capsys):
+    (tmp_path / "run" / "samples.jsonl" / "in-the-way").mkdir(parents=True)
+    assert grpo(tmp_path / "run", "steps=1") == 0
+    assert "samples.jsonl could not be written" in capsys.readouterr().err
