@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -96,24 +98,31 @@ def assert_same_run(folder, other, step):
     assert logged(folder) == logged(other)
 
 
-def test_a_resumed_run_is_the_same_run(make_trainer, tmp_path):
-    assert Loop(make_trainer(tmp_path / "whole")).fit()
-    killed = make_trainer(tmp_path / "parts")
-    assert Loop(killed).fit()
-    for step in (4, 5):  # as if killed in step 4: only what was saved up to step 3 is left, and a metrics file that is ahead
-        for file in sorted((tmp_path / "parts" / "checkpoints" / store.folder_name(step)).iterdir()):
-            file.unlink()
-        (tmp_path / "parts" / "checkpoints" / store.folder_name(step)).rmdir()
-    resumed = Loop(make_trainer(tmp_path / "parts"))
-    path, _ = store.newest_good(tmp_path / "parts" / "checkpoints")
-    resumed.restore(store.load(path))
-    assert resumed.trainer.step == 3
-    assert resumed.fit()
-    assert_same_run(tmp_path / "parts", tmp_path / "whole", 5)
+@pytest.fixture(scope="module")
+def never_stopped(tmp_path_factory):
+    return tmp_path_factory.mktemp("whole")
 
 
-def test_sigterm_finishes_the_step_and_saves(make_trainer, short_task, tmp_path):
-    assert Loop(make_trainer(tmp_path / "whole")).fit()
+@pytest.fixture
+def whole(make_trainer, never_stopped):
+    """The folder of a run that nothing interrupted."""
+    if not any(never_stopped.iterdir()):
+        assert Loop(make_trainer(never_stopped)).fit()
+    return never_stopped
+
+
+def test_a_resumed_run_is_the_same_run(make_trainer, whole, tmp_path):
+    """As if killed in step 4: only what was saved up to step 3 is left, and a metrics file that is ahead."""
+    parts = Path(shutil.copytree(whole, tmp_path / "parts"))
+    for step in (4, 5):
+        shutil.rmtree(parts / "checkpoints" / store.folder_name(step))
+    resumed = Loop(make_trainer(parts))
+    resumed.restore(store.load(store.newest_good(parts / "checkpoints")[0]))
+    assert resumed.trainer.step == 3 and resumed.fit()
+    assert_same_run(parts, whole, 5)
+
+
+def test_sigterm_finishes_the_step_and_saves(make_trainer, short_task, whole, tmp_path):
     term = short_task.rewards[0]
     calls = []
 
@@ -123,17 +132,13 @@ def test_sigterm_finishes_the_step_and_saves(make_trainer, short_task, tmp_path)
             os.kill(os.getpid(), signal.SIGTERM)
         return term.function(item, completion)
 
-    task = replace(short_task, rewards=(RewardTerm(term.name, interrupted),))
-    stopped = Loop(make_trainer(tmp_path / "parts", task=task))
-    assert not stopped.fit()
-    assert stopped.trainer.step == 2
-    resumed = Loop(make_trainer(tmp_path / "parts"))
-    resumed.restore(store.load(store.resolve(tmp_path / "parts")))
-    assert resumed.trainer.step == 2
-    assert resumed.fit()
-    tensors, _ = content(tmp_path / "parts", 5)
-    whole, _ = content(tmp_path / "whole", 5)
-    assert all(torch.equal(value, whole["model"][name]) for name, value in tensors["model"].items())
+    stopped = Loop(make_trainer(tmp_path, task=replace(short_task, rewards=(RewardTerm(term.name, interrupted),))))
+    assert not stopped.fit() and stopped.trainer.step == 2
+    resumed = Loop(make_trainer(tmp_path))
+    resumed.restore(store.load(store.resolve(tmp_path)))
+    assert resumed.trainer.step == 2 and resumed.fit()
+    expected = content(whole, 5)[0]["model"]
+    assert all(torch.equal(value, expected[name]) for name, value in content(tmp_path, 5)[0]["model"].items())
 
 
 def test_every_metric_is_declared_and_the_policy_moves(make_trainer, tmp_path):
@@ -168,17 +173,15 @@ def test_without_a_kl_term_there_is_no_reference(make_trainer, tmp_path):
     assert content(tmp_path, 1)[0].keys() == {"model", "optimizer"}
 
 
-def test_the_best_checkpoint_is_marked(make_trainer, tmp_path):
+def test_the_best_and_the_milestones_are_kept(make_trainer, tmp_path):
     scores = iter([0.3, 0.6, 0.4, 0.5])
-    Loop(make_trainer(tmp_path, evaluate=lambda: {"eval/validation_accuracy": next(scores)})).fit()
+    config = replace(CONFIG, eval_every_steps=1, checkpoint=StepCheckpoints(every_steps=5, keep_every_steps=2, keep_last=1))
+    trainer = make_trainer(tmp_path, config=config, evaluate=lambda: {"eval/validation_accuracy": next(scores, 0.0)})
+    assert Loop(trainer).fit()
     best = best_checkpoint(tmp_path / "checkpoints")
-    assert (best.step, best.metric, best.value) == (2, "eval/validation_accuracy", 0.6)
-
-
-def test_milestones_are_kept(make_trainer, tmp_path):
-    milestones = StepCheckpoints(every_steps=3, keep_every_steps=2, keep_last=1)
-    Loop(make_trainer(tmp_path, config=replace(CONFIG, checkpoint=milestones))).fit()
-    assert sorted(path.name for path in (tmp_path / "checkpoints").glob("step-*")) == [store.folder_name(n) for n in (2, 4, 5)]
+    assert (best.step, best.metric, best.value) == (1, "eval/validation_accuracy", 0.6)
+    kept = sorted(path.name for path in (tmp_path / "checkpoints").glob("step-*"))
+    assert kept == [store.folder_name(step) for step in (1, 2, 4, 5)]
 
 
 def test_alarms_for_completions_that_never_end_and_rewards_that_never_come(make_trainer, short_task, tmp_path, capsys):

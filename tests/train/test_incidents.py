@@ -81,6 +81,14 @@ def test_every_incident_is_in_the_diary(make_trainer, broken, tmp_path, capsys):
     assert "Going back from step 7 to step-000000004 and on with the data after step 7 (rollback 1 of at most 2)." in said
 
 
+def test_one_bad_step_costs_itself(make_trainer, broken, tmp_path):
+    broken("train-loss:nan:6")
+    trainer = make_trainer(tmp_path, recovery={"max_skipped_steps": 2}, **STEADY)
+    assert Loop(trainer).fit() and trainer.incidents.rollbacks == 0
+    assert sum(logged(tmp_path, "train/skipped_steps").values()) == 1
+    assert logged(tmp_path)[6] is None and logged(tmp_path)[7] is not None
+
+
 def test_of_skipped_steps_in_a_row_the_first_alone_is_told_outside(make_trainer, broken, tmp_path):
     broken("train-loss:nan:2-4")
     out, script = tmp_path / "told", tmp_path / "copy.py"
@@ -89,15 +97,6 @@ def test_of_skipped_steps_in_a_row_the_first_alone_is_told_outside(make_trainer,
     assert Loop(make_trainer(tmp_path, monitor=monitor, recovery={"max_skipped_steps": 9}, **STEADY)).fit()
     noted = [event.step for event in read_events(tmp_path / "events.jsonl") if event.name == "skipped-step"]
     assert noted == [2, 3, 4] and out.read_text().count('"skipped-step"') == 1
-
-
-def test_one_bad_step_costs_itself(make_trainer, broken, tmp_path):
-    broken("train-loss:nan:6")
-    trainer = make_trainer(tmp_path, recovery={"max_skipped_steps": 2}, **STEADY)
-    assert Loop(trainer).fit()
-    assert trainer.incidents.rollbacks == 0
-    assert sum(logged(tmp_path, "train/skipped_steps").values()) == 1 and logged(tmp_path)[6] is None
-    assert logged(tmp_path)[7] is not None
 
 
 def test_no_checkpoint_of_a_bad_moment_is_gone_back_to(make_trainer, broken, tmp_path):
@@ -146,16 +145,8 @@ def test_without_end_it_is_an_error_that_says_everything(make_trainer, broken, t
 @pytest.mark.parametrize(
     ("fields", "reason", "advice"),
     [
-        (
-            {"checkpoint": {"every_tokens": 10**9}, "eval_every_tokens": 10**9},
-            "There is no good checkpoint from before that to go back to",
-            "FOLDER optim.lr=",
-        ),
-        (
-            {"recovery": {"max_skipped_steps": 2, "max_rollbacks": 0}},
-            "With recovery.max_rollbacks=0 a run does not go back",
-            "FOLDER init_from=",
-        ),
+        ({"checkpoint": {"every_tokens": 10**9}, "eval_every_tokens": 10**9}, "There is no good checkpoint from", "optim.lr="),
+        ({"recovery": {"max_skipped_steps": 2, "max_rollbacks": 0}}, "With recovery.max_rollbacks=0 a run", "init_from="),
     ],
 )
 def test_no_way_back(make_trainer, broken, tmp_path, fields, reason, advice):
@@ -163,7 +154,7 @@ def test_no_way_back(make_trainer, broken, tmp_path, fields, reason, advice):
     with pytest.raises(UserError, match=reason) as caught:
         Loop(make_trainer(tmp_path, **{**STEADY, "recovery": {"max_skipped_steps": 2}, **fields})).fit()
     told = str(caught.value)
-    assert f"`--run NEW_{advice}" in told and ("from the middle of the trouble" in told) == ("init_from" not in told)
+    assert f"`--run NEW_FOLDER {advice}" in told and ("from the middle of the trouble" in told) == ("init_from" not in told)
 
 
 @pytest.mark.parametrize("action", ["report", "rollback"])

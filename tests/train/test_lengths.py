@@ -49,19 +49,15 @@ def test_a_row_length_that_is_proposed_works(tiny, long_turns, tmp_path, capsys)
     assert main([*command, proposed, f"batch_tokens={4 * length}", "total_tokens=1024"]) == 0
 
 
-def test_dropping_is_not_proposed_where_it_leaves_nothing(tiny, tmp_path, capsys):
+def test_dropping_is_refused_and_not_proposed_where_it_leaves_nothing(tiny, long_turns, tmp_path, capsys):
     path = tmp_path / "turns.jsonl"
-    row = {"question": "What is it? " * 200, "why": "Clear.", "answer": "(A)"}
-    path.write_text("".join(json.dumps({**row, "question": f"{n} {row['question']}"}) + "\n" for n in range(40)))
-    assert main(["sft", tiny.sft, f"data.path={path}", "--run", str(tmp_path / "run")]) == 2
-    said = capsys.readouterr().err
-    assert "or leave these examples out" not in said and "too_long=drop leaves nothing to train on" in said
-
-
-def test_dropping_every_example_is_refused(tiny, long_turns, tmp_path, capsys):
-    command = ["sft", tiny.sft, f"data.path={long_turns}", "seq_len=16", "batch_tokens=64", "too_long=drop"]
-    assert main([*command, "--run", str(tmp_path / "run")]) == 2
-    assert "leaves nothing to train on or to hold out" in capsys.readouterr().err
+    rows = [{"question": f"{n} " + "What is it? " * 200, "why": "Clear.", "answer": "(A)"} for n in range(40)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    short = [f"data.path={long_turns}", "seq_len=16", "batch_tokens=64", "too_long=drop"]
+    for number, overrides in enumerate(([f"data.path={path}"], short)):
+        assert main(["sft", tiny.sft, *overrides, "--run", str(tmp_path / str(number))]) == 2
+        said = capsys.readouterr().err
+        assert "or leave these examples out" not in said and "leaves nothing to train on or to hold out" in said
 
 
 def test_text_that_is_read_again_and_again_is_told_at_the_start_and_at_the_end(tiny, tmp_path, capsys):
