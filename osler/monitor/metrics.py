@@ -144,12 +144,11 @@ def describe(name: str) -> Metric | None:
 
 def table(word: str = "") -> str:
     """Return a line for each metric whose name or meaning has a word: name, unit, cost, meaning."""
-    found = [(name, *metric) for name, metric in METRICS.items() if word.lower() in f"{name} {metric.meaning}".lower()]
+    found = {name: metric for name, metric in METRICS.items() if word.lower() in f"{name} {metric.meaning}".lower()}
     if not found:
         raise UserError(f"No metric has `{word}` in its name or meaning; `osler metrics` lists all {len(METRICS)}.")
-    columns = [(name, unit, cost) for name, unit, _, cost in found]
-    widths = [max(map(len, column)) for column in zip(*columns, strict=True)]
+    name_width, unit_width = max(map(len, found)), max(len(metric.unit) for metric in found.values())
     return "\n".join(
-        "  ".join([*(f"{text:<{width}}" for text, width in zip(row, widths, strict=True)), meaning])
-        for row, (_, _, meaning, _) in zip(columns, found, strict=True)
+        f"{name:<{name_width}}  {metric.unit:<{unit_width}}  {metric.cost:<{len(GRADIENTS)}}  {metric.meaning}"
+        for name, metric in found.items()
     )
