@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from osler.config.schema import ConfigError, nearest, shown
+from osler.config.schema import nearest, shown
 from osler.runtime.errors import UserError
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -41,7 +41,7 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> dict
     """Return a recipe merged with its bases and with ``key.path=value`` overrides, not decoded.
 
     A shipped recipe is named as ``osler recipes`` lists it; a name that ends in .yaml or .yml is a file. The keys
-    ``base`` and ``description`` belong to the file and are left out. Raises ConfigError for an unknown recipe, invalid
+    ``base`` and ``description`` belong to the file and are left out. Raises UserError for an unknown recipe, invalid
     YAML, a key given twice, a circle of bases and an override that cannot be read.
     """
     merged = _load_file(_find(str(name_or_path), folder=None, user=""), ())
@@ -64,26 +64,26 @@ def parse_overrides(overrides: Sequence[str], recipe: Mapping[str, Any] | None =
     """Turn ``a.b=value`` texts, whose values are YAML, into one nested mapping; the last of two equal paths wins.
 
     They become one mapping before they meet the recipe, so that ``optim.lr=1 optim.type=muon`` means the same in either
-    order. Raises ConfigError where a text is malformed or a path leads through something that is no mapping.
+    order. Raises UserError where a text is malformed or a path leads through something that is no mapping.
     """
     tree: dict[str, Any] = {}
     for override in overrides:
         path, equals, text = override.partition("=")
         keys = path.strip().split(".")
         if not equals or not all(keys):
-            raise ConfigError(f"override `{override}`: write key.path=value, for example optim.lr=3e-4")
+            raise UserError(f"override `{override}`: write key.path=value, for example optim.lr=3e-4")
         if not text.strip():
-            raise ConfigError(f"override `{override}` has no value: write {path}=null, or {path}='\"\"' for empty text")
+            raise UserError(f"override `{override}` has no value: write {path}=null, or {path}='\"\"' for empty text")
         node, below = tree, recipe
         for depth, key in enumerate(keys[:-1]):
             prefix = ".".join(keys[: depth + 1])
             below = below.get(key) if isinstance(below, Mapping) else None
             if isinstance(below, list) or not isinstance(node.setdefault(key, {}), dict):
-                raise ConfigError(f"override `{override}`: {prefix} is not a mapping; give {prefix}=... as a whole")
+                raise UserError(f"override `{override}`: {prefix} is not a mapping; give {prefix}=... as a whole")
             node = node[key]
         value = load_yaml(text, f"override `{override}`")
         if isinstance(node.get(keys[-1]), dict) and not isinstance(value, dict):
-            raise ConfigError(f"override `{override}` contradicts an earlier override of a key below {path}")
+            raise UserError(f"override `{override}` contradicts an earlier override of a key below {path}")
         node.update(merge(node, {keys[-1]: value}))
     return tree
 
@@ -91,12 +91,12 @@ def parse_overrides(overrides: Sequence[str], recipe: Mapping[str, Any] | None =
 def _load_file(path: Path, users: tuple[Path, ...]) -> dict[str, Any]:
     if path in users:
         circle = " → ".join(item.stem for item in [*users[users.index(path) :], path])
-        raise ConfigError(f"{path}: recipes may not be their own base ({circle})")
+        raise UserError(f"{path}: recipes may not be their own base ({circle})")
     content = _read(path)
     bases = content.pop("base", [])
     bases = [bases] if isinstance(bases, str) else bases
     if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
-        raise ConfigError(f"{path}: `base` should be the name of a recipe or a list of names, given {shown(bases)}")
+        raise UserError(f"{path}: `base` should be the name of a recipe or a list of names, given {shown(bases)}")
     content.pop("description", None)
     merged: dict[str, Any] = {}
     for base in bases:
@@ -114,24 +114,24 @@ def _find(name: str, *, folder: Path | None, user: str) -> Path:
             return candidate.resolve()
     if is_file_name:
         shipped = f"; the recipe that ships with Osler is `{given.with_suffix('')}`" if (RECIPES / given).is_file() else ""
-        raise ConfigError(f"{user}there is no recipe file {given}{shipped}")
+        raise UserError(f"{user}there is no recipe file {given}{shipped}")
     if given.exists():
         kind = "folder" if given.is_dir() else "file"
-        raise ConfigError(f"{user}{name} is no recipe but a {kind}; to train on it: data.type=files data.path={name}")
+        raise UserError(f"{user}{name} is no recipe but a {kind}; to train on it: data.type=files data.path={name}")
     if name.startswith((".", "/", "~")):
-        raise ConfigError(f"{user}there is no file or folder {name}; text to train on: data.type=files data.path=PATH")
-    raise ConfigError(f"{user}there is no recipe `{name}`{nearest(name, list(_shipped()))} (a file of yours ends in .yaml)")
+        raise UserError(f"{user}there is no file or folder {name}; text to train on: data.type=files data.path=PATH")
+    raise UserError(f"{user}there is no recipe `{name}`{nearest(name, list(_shipped()))} (a file of yours ends in .yaml)")
 
 
 def _read(path: Path) -> dict[str, Any]:
     try:
         content = load_yaml(path.read_text(encoding="utf-8"), str(path))
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read ({error})") from None
+        raise UserError(f"{path}: cannot be read ({error})") from None
     if content is None:
         return {}
     if not isinstance(content, dict):
-        raise ConfigError(f"{path}: a recipe is a mapping of keys to values, given {shown(content)}")
+        raise UserError(f"{path}: a recipe is a mapping of keys to values, given {shown(content)}")
     return content
 
 

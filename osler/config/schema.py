@@ -34,10 +34,6 @@ Fraction = Annotated[float, Ge(0), Le(1)]
 Seed = Annotated[int, Ge(0), Le(2**32 - 1)]  # every generator takes it, and a little more when a constant is added
 
 
-class ConfigError(UserError):
-    """A recipe, an override or a mapping that does not describe a valid configuration."""
-
-
 @dataclass_transform(kw_only_default=True, frozen_default=True)
 def config(cls: type[T]) -> type[T]:
     """Make ``cls`` a frozen, keyword-only dataclass that ``decode`` reads strictly and that checks the ranges of its numbers.
@@ -140,26 +136,26 @@ def decode(cls: type[T], mapping: Mapping[str, Any], *, source: str = "") -> T:
 
     Types are strict, except that lists become tuples, text becomes a path, and integers are taken where floats are
     asked for. A nested mapping of the same ``type`` as the default value changes only the fields it names. ``source``
-    is named in the message. Raises ConfigError with every error of the mapping, one line each.
+    is named in the message. Raises UserError with every error of the mapping, one line each.
     """
     from pydantic import ValidationError
 
     source = source or "the configuration"
     if not isinstance(mapping, Mapping):
-        raise ConfigError(f"{source}: should be a mapping of keys to values, given {shown(mapping)}")
+        raise UserError(f"{source}: should be a mapping of keys to values, given {shown(mapping)}")
     try:
         text = json.dumps(_complete(cls, encode(mapping)))
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"{source}: a value is no text, number, list or mapping ({error})") from None
+        raise UserError(f"{source}: a value is no text, number, list or mapping ({error})") from None
     try:
         # Strict JSON is exactly the wanted rule: "3" is no integer and 1 no boolean, but a list may become a tuple.
         return cast(T, _adapter(cast(Any, cls)).validate_json(text))
     except UserError as error:  # of a __post_init__: pydantic files only ValueErrors under their path
-        raise ConfigError(f"{source}: {error}") from None
+        raise UserError(f"{source}: {error}") from None
     except ValidationError as error:
         lines = _error_lines(cls, error.errors(include_url=False))
     count = "1 error" if len(lines) == 1 else f"{len(lines)} errors"
-    raise ConfigError("\n  ".join([f"{source}: {count}", *lines]))
+    raise UserError("\n  ".join([f"{source}: {count}", *lines]))
 
 
 @functools.cache

@@ -11,15 +11,8 @@ import time
 import pytest
 import torch
 
-from osler.runtime.neighbours import (
-    CALM_POLLS,
-    OWN_SETTINGS,
-    CpuReading,
-    NeighbourMonitor,
-    busy_elsewhere,
-    read_cpus,
-    sharing_cpus,
-)
+from osler.runtime import neighbours
+from osler.runtime.neighbours import CALM_POLLS, OWN_SETTINGS, CpuReading, NeighbourMonitor, busy_elsewhere, sharing_cpus
 
 CPUS = len(os.sched_getaffinity(0))
 
@@ -34,11 +27,11 @@ def test_what_others_use_is_all_use_less_ones_own():
 def test_a_busy_process_is_seen():
     neighbour = subprocess.Popen([sys.executable, "-c", "while True: pass"])
     try:
-        before, until = read_cpus(), time.monotonic() + 300
+        before, until = neighbours.read_cpus(), time.monotonic() + 300
         seen = 0.0
         while seen < 0.2 and time.monotonic() < until:  # a busy machine gives it less than a whole CPU
             time.sleep(0.2)
-            seen = busy_elsewhere(before, read_cpus())
+            seen = busy_elsewhere(before, neighbours.read_cpus())
         assert seen >= 0.2
     finally:
         neighbour.kill()
