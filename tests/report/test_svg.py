@@ -1,4 +1,4 @@
-"""The drawings: round ticks, gaps that stay gaps, values where they belong."""
+"""The drawings: round ticks, gaps that stay gaps, values where they belong; and numbers are written in one way each."""
 
 from __future__ import annotations
 
@@ -7,12 +7,16 @@ import itertools
 import json
 import math
 import re
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 
+from osler.report import format as fmt
 from osler.report import svg
+from osler.report.charts import kind_of
 from osler.report.svg import Line, averaged, line_chart, nice_ticks, smoothed, thinned
 
 
@@ -36,14 +40,11 @@ def test_smoothing_keeps_constants_lags_not_and_keeps_gaps() -> None:
 
 
 def test_thinning_keeps_ends_extremes_and_gaps() -> None:
-    x = [float(i) for i in range(10_000)]
-    y = [0.0] * 10_000
-    y[1234], y[4321], y[9000] = 50.0, -50.0, math.nan
-    y[5000:5100] = [math.nan] * 100
-    tx, ty = (thin.tolist() for thin in thinned(np.array(x), np.array(y)))
-    assert len(tx) <= svg.MAX_POINTS + 2 and tx == sorted(tx)
-    assert {0.0, 9999.0, 1234.0, 4321.0} <= set(tx)
-    assert any(math.isnan(v) for v in ty)
+    y = np.zeros(10_000)
+    y[1234], y[4321], y[9000], y[5000:5100] = 50.0, -50.0, math.nan, math.nan
+    tx, ty = thinned(np.arange(10_000), y)
+    assert len(tx) <= svg.MAX_POINTS + 2 and tx.tolist() == sorted(tx)
+    assert {0, 9999, 1234, 4321} <= set(tx.tolist()) and np.isnan(ty).any()
 
 
 def test_a_long_curve_is_smoothed_from_means_and_keeps_long_gaps() -> None:
@@ -57,35 +58,37 @@ def test_a_long_curve_is_smoothed_from_means_and_keeps_long_gaps() -> None:
     assert [series.tolist() for series in averaged(x[:5], y[:5])] == [[0, 1, 2, 3, 4], [1, 3, 1, 3, 1]]
 
 
+def chart(y: Sequence[float] | npt.NDArray[np.float64], x: Sequence[int] | None = None, **how: Any) -> str:
+    """One line over its places, or over x."""
+    return line_chart([Line(how.pop("label", "a"), range(len(y)) if x is None else x, y, 3)], title="T", **how)
+
+
 def readout(drawing: str) -> Any:
     (data,) = re.findall(r"data-chart='([^']+)'", drawing)
-    return json.loads(html.unescape(data))
-
-
-def test_a_chart_of_a_long_curve_shows_its_extremes() -> None:
-    y = np.ones(300_000)
-    y[123_456] = -5.0
-    drawing = line_chart([Line("a", np.arange(300_000), y, 0)], title="T")
-    data = readout(drawing)
-    (line,) = data["lines"]
-    assert line["y"][line["x"].index(123_456)] == -5.0 and len(line["x"]) <= svg.MAX_POINTS + 2
+    return json.loads(html.unescape(data))["lines"]
 
 
 def path_data(drawing: str) -> list[str]:
     return re.findall(r' d="([^"]+)"', drawing)
 
 
+def test_a_chart_of_a_long_curve_shows_its_extremes() -> None:
+    y = np.ones(300_000)
+    y[123_456] = -5.0
+    (line,) = readout(chart(y))
+    assert line["y"][line["x"].index(123_456)] == -5.0 and len(line["x"]) <= svg.MAX_POINTS + 2
+
+
 def test_a_band_and_marks_lie_where_the_axes_say() -> None:
-    line = svg.Line("a", [0, 10], [1.0, 3.0], 0)
-    band, marks = svg.Band([0, 10], [0.0, 0.0], [4.0, 4.0]), [(5, "alert", "<x>"), (11, "alert", "outside")]
-    drawing = svg.line_chart([line], title="T", band=band, marks=marks)
+    band = svg.Band(np.array([0, 10]), np.array([0.0, 0.0]), np.array([4.0, 4.0]))
+    drawing = chart([1.0, 3.0], [0, 10], band=band, marks=[(5, "alert", "<x>"), (11, "alert", "outside")])
     left, right, floor = svg.LEFT, svg.WIDTH - svg.RIGHT, svg.HEIGHT - svg.BOTTOM
     assert f'<path class="c5 area" d="M{left} {svg.TOP} {right} {svg.TOP} {right} {floor} {left} {floor}Z"/>' in drawing
     assert drawing.count('class="mark') == 1 and f'x1="{(left + right) / 2:.0f}"' in drawing and "&lt;x&gt;" in drawing
 
 
 def test_values_land_where_the_axis_says() -> None:
-    drawing = line_chart([Line("a", [0, 50, 100], [0.0, 1.0, 0.5], 0)], title="T", kind="percent", zero=True)
+    drawing = chart([0.0, 1.0, 0.5], [0, 50, 100], kind="percent", zero=True)
     floor, left, right = svg.HEIGHT - svg.BOTTOM, svg.LEFT, svg.WIDTH - svg.RIGHT
     middle = (floor + svg.TOP) / 2
     assert path_data(drawing) == [f"M{left} {floor} {(left + right) // 2} {svg.TOP} {right} {middle:g}"]
@@ -93,18 +96,11 @@ def test_values_land_where_the_axis_says() -> None:
 
 
 def test_a_gap_breaks_the_line_and_a_lone_point_is_a_dot() -> None:
-    y = [1.0, 2.0, math.nan, 3.0, math.nan, 4.0, 5.0]
-    drawing = line_chart([Line("a", list(range(7)), y, 0)], title="T")
-    assert path_data(drawing)[0].count("M") == 2
-    assert drawing.count("<circle") == 5
-    assert "nan" not in drawing.lower()
-
-
-def test_one_point_and_no_point() -> None:
-    one = line_chart([Line("a", [5], [2.0], 0)], title="T")
+    drawing = chart([1.0, 2.0, math.nan, 3.0, math.nan, 4.0, 5.0])
+    assert path_data(drawing)[0].count("M") == 2 and drawing.count("<circle") == 5 and "nan" not in drawing.lower()
+    one = chart([2.0], [5])
     assert one.count("<circle") == 1 and "nan" not in one and not path_data(one)
-    assert line_chart([Line("a", [1, 2], [math.nan, math.nan], 0)], title="T") == ""
-    assert line_chart([], title="T") == ""
+    assert chart([math.nan, math.nan]) == line_chart([], title="T") == ""
 
 
 def test_nothing_but_zeros_stands_on_the_axis() -> None:
@@ -113,24 +109,20 @@ def test_nothing_but_zeros_stands_on_the_axis() -> None:
 
 
 def test_the_readout_holds_the_logged_values() -> None:
-    drawing = line_chart([Line("<a>", [0, 1, 2], [0.12345, math.nan, 7.0], 3)], title="T & U")
-    data = readout(drawing)
-    assert data["lines"] == [{"label": "<a>", "c": 3, "x": [0, 1, 2], "y": [0.12345, None, 7.0]}]
-    assert "<title>T &amp; U: &lt;a&gt; from 0.123 at step 0 to 7.000 at step 2.</title>" in drawing
+    drawing = chart([0.12345, math.nan, 7.0], label="<a> & b")
+    assert readout(drawing) == [{"label": "<a> & b", "c": 3, "x": [0, 1, 2], "y": [0.12345, None, 7.0]}]
+    assert "<title>T: &lt;a&gt; &amp; b from 0.123 at step 0 to 7.000 at step 2.</title>" in drawing
 
 
 def test_a_chart_over_tokens_says_so() -> None:
-    drawing = line_chart([Line("length", [0, 4096, 200_000], [8, 8, 64], 0)], title="T", kind="count", over="tokens")
+    drawing = chart([8, 8, 64], [0, 4096, 200_000], kind="count", over="tokens", label="length")
     assert "<title>T: length from 8 at 0 tokens to 64 at 200k tokens.</title>" in drawing
     assert ">tokens</text>" in drawing and ">step</text>" not in drawing and ">200k</text>" in drawing
 
 
 def test_a_spike_is_named_and_does_not_flatten_the_curve() -> None:
-    y = [1.0 + 0.01 * (i % 7) for i in range(200)]
-    y[100] = 500.0
-    drawing = line_chart([Line("a", list(range(200)), y, 0)], title="T")
-    assert "1 above the axis" in drawing
-    assert ">500</text>" not in drawing
+    drawing = chart([500.0 if i == 100 else 1.0 + 0.01 * (i % 7) for i in range(200)])
+    assert "1 above the axis" in drawing and ">500</text>" not in drawing
 
 
 def test_interval_bar_marks_and_clamps() -> None:
@@ -144,3 +136,33 @@ def test_interval_bar_marks_and_clamps() -> None:
 def test_a_histogram_says_its_shares() -> None:
     assert svg.histogram({}) == "" and svg.histogram({"A": 0.0}) == ""
     assert "A: 30 (75.0%)" in svg.histogram({"A": 30.0, "B": 10.0})
+
+
+WRITTEN: dict[Callable[..., str], dict[float | tuple[object, ...], str]] = {
+    fmt.duration: {
+        0.84: "0.8 s", 9.97: "10 s", 41: "41 s", 59.6: "1 min 00 s", 252: "4 min 12 s", 3599.6: "1 h 00 min", 7500: "2 h 05 min",
+        3 * 86400 + 4 * 3600: "3 d 4 h", math.nan: "–", -1: "–",
+    },
+    fmt.number: {
+        0: "0", 2.1337: "2.134", 21.337: "21.34", 213.37: "213.4", 2133.7: "2,134", 0.02134: "0.0213", 3e-4: "3.00e−4",
+        -3e-4: "−3.00e−4", -1.5: "−1.500", 1_234_567: "1.23M", math.inf: "–", 9.1e29: "9.1e+29", -2e15: "−2.0e+15",
+        9.1e14: "910T",
+    },
+    fmt.count: {1: "1", 1273: "1,273", 99_900: "99,900", 123_456: "123k", 999_999: "1.00M", 4.56e9: "4.56B"},
+    fmt.size: {512: "512 B", 512_000: "512 kB", 2.5e9: "2.50 GB", math.nan: "–"},
+    fmt.percent: {0.6133: "61.3%", math.nan: "–"},
+    fmt.points: {0.041: "+4.1", -0.041: "−4.1", 0.0001: "0.0", -0.0001: "0.0"},
+    fmt.plural: {(1, "question"): "1 question", (1273, "question"): "1,273 questions"},
+    fmt.tick: {
+        (0, 0.5): "0", (1.5, 0.5): "1.5", (1, 0.5): "1.0", (40_000, 20_000, "count"): "40k", (2_500_000, 500_000): "2.5M",
+        (0.25, 0.25, "percent"): "25%", (0.025, 0.005, "percent"): "2.5%", (2e-4, 1e-4): "2e−4", (800, 200): "800",
+        (2e9, 1e9, "bytes"): "2G",
+    },
+    fmt.value: {(1.8374, kind_of("train/perplexity")): "1.837", (12345.0, kind_of("data/tokens/textbook")): "12,345"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("write", WRITTEN, ids=lambda write: write.__name__)
+def test_a_number_is_written_in_one_way(write: Callable[..., str]) -> None:
+    for given, text in WRITTEN[write].items():
+        assert write(*given if isinstance(given, tuple) else (given,)) == text, given
