@@ -24,6 +24,7 @@ from torch import Tensor
 from osler.checkpoint import store
 from osler.checkpoint.folders import best_checkpoint, folder_name, is_better, mark_best
 from osler.checkpoint.saver import Saver
+from osler.monitor.collect import Collector
 from osler.monitor.history import RunSettings
 from osler.monitor.logger import RunLogger
 from osler.records.jsonl import read_metrics
@@ -57,7 +58,15 @@ class Trainer(ABC):
         """``lines_every`` is the number of steps between two lines of metrics."""
         self.config, self.run, self.learner, self.total = config, run, learner, total
         self.world = learner.engine.world
-        self.collector = learner.collector(config.monitor, lines_every=lines_every)
+        self.collector = Collector(
+            config.monitor,
+            learner.model,
+            learner.device,
+            lines_every=lines_every,
+            world=self.world,
+            whole_weights=lambda: learner.engine.whole_weights(learner.model),
+            has_gradients=learner.engine.leaves_gradients,
+        )
         self.incidents = Incidents(config, run, self.details)
         self.step = 0  # finished steps
 
@@ -254,7 +263,7 @@ class Loop:
         changes = self.run.events if self.trainer.config.allow_data_change else None
         check_fingerprints(loaded, self.run.fingerprints, changes=changes)
         self._take_over(loaded)
-        self.run.earlier_seconds = loaded.state.get("seconds", 0.0)
+        self.run.started -= loaded.state.get("seconds", 0.0)
 
     def _take_over(self, loaded: store.Loaded) -> None:
         """Become what was saved; what is learned from was checked when this process began."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -15,8 +16,6 @@ import torch
 from osler.inference.load import describing_files
 from osler.model.config import ModelConfig
 from osler.model.transformer import Transformer
-from osler.monitor.collect import Collector
-from osler.monitor.config import MonitorConfig
 from osler.parallel.compile import should_compile
 from osler.parallel.config import ParallelConfig
 from osler.parallel.engine import ParallelEngine
@@ -79,10 +78,8 @@ def write_versions(folder: RunFolder, machine: Machine) -> bytes:
     """Write ``versions.json``, the packages and the machine, and return its bytes."""
     versions: dict[str, Any] = {}
     for package in PACKAGES:
-        try:
+        with suppress(PackageNotFoundError):
             versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
     versions["machine"] = {
         **describe_machine(),
         "device": str(machine.device) if machine.device.type == "cpu" else torch.cuda.get_device_name(machine.device),
@@ -106,10 +103,9 @@ class Run:
     world: World
     files: Mapping[str, bytes] = field(default_factory=dict)
     fingerprints: Mapping[str, str] = field(default_factory=dict)
-    started: float = field(default_factory=lambda: time.monotonic())  # when this process began to work on the run
-    earlier_seconds: float = 0.0  # spent by the processes before this one
 
     def __post_init__(self) -> None:
+        self.started = time.monotonic()  # less what the processes before this one have spent on the run
         self.events = EventLog(self.folder.events if self.world.is_first else os.devnull)
 
     def describe(self, machine: Machine, model: ModelConfig, tokenizer: Tokenizer) -> None:
@@ -122,7 +118,7 @@ class Run:
     @property
     def seconds(self) -> float:
         """Seconds that this process and the ones before it have spent on the run."""
-        return self.earlier_seconds + time.monotonic() - self.started
+        return time.monotonic() - self.started
 
 
 @dataclass
@@ -141,15 +137,3 @@ class Learner:
     def device(self) -> torch.device:
         """Where the parameters lie."""
         return next(self.model.parameters()).device
-
-    def collector(self, config: MonitorConfig, *, lines_every: int = 1) -> Collector:
-        """Return a collector for the steps of this learner, which write a line of metrics every ``lines_every`` steps."""
-        return Collector(
-            config,
-            self.model,
-            self.device,
-            lines_every=lines_every,
-            world=self.engine.world,
-            whole_weights=lambda: self.engine.whole_weights(self.model),
-            has_gradients=self.engine.leaves_gradients,
-        )

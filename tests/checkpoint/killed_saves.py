@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from forks import report
 
 from osler.checkpoint.folders import mark_best, newest_good, rotate
 from osler.checkpoint.saver import Saver
@@ -137,12 +138,7 @@ def main(top: Path) -> None:
         cases[f"{spec} in the background"] = partial(killed_at, spec=spec, next_step=2, work=put_in_background)
     cases |= {"thirty random kills": killed_at_random, "file size limit": file_limit, "best survives": best_survives}
     for number, (name, case) in enumerate(cases.items()):
-        try:
-            case(top / str(number))
-        except (AssertionError, OSError, RuntimeError) as error:
-            print(f"FAILED {name}: {type(error).__name__} {error}")
-        else:
-            print(f"ok {name}")
+        report(name, case, top / str(number))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,8 @@ from contextlib import redirect_stdout
 from pathlib import Path
 
 import torch
-from parallel_runs import continued, lost, metrics, refused, report, said, train
+from forks import report, said, train
+from parallel_runs import continued, lost, metrics, refused
 
 import osler.rl.run  # noqa: F401 - loaded once for every fork
 from osler.checkpoint import store

@@ -15,10 +15,7 @@ import math
 import os
 import shutil
 import signal
-import socket
 import sys
-import time
-import traceback
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -31,6 +28,7 @@ import torch._inductor.compile_fx
 import torch._inductor.config
 import torch.distributed.fsdp
 import torchao.float8  # noqa: F401 - loaded once for every fork, like much of what stands here
+from forks import codes, report, said, start, train
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -47,7 +45,6 @@ from osler.optim.config import AdamWConfig
 from osler.parallel.config import DdpConfig, FsdpConfig
 from osler.parallel.parallelize import parallelize
 from osler.runs.process import Learner, Machine
-from osler.runtime import faults
 from osler.runtime.sharded import whole
 from osler.runtime.world import World, joined
 from osler.tokenizer.config import TokenizerConfig
@@ -61,68 +58,9 @@ TOLERANCE = 1e-6
 FP8_TOLERANCES = {"ddp": 1e-4, "fsdp": 2**-8}
 # Muon's step depends on the direction of a gradient alone, however small, and so on how a sum was rounded.
 MUON_TOLERANCES = {"ddp": 1e-5, "fsdp": 1e-5}
-PATIENCE_SECONDS = 300  # less than a lost rank would cost that is given up only after COLLECTIVE_TIMEOUT
 Same = Callable[[Path, Path], None]  # raises AssertionError when two runs differ
 ZERO_AND_BACK = [(2, "fsdp"), (2, "deepspeed"), (2, "deepspeed"), (1, "none")]
 STEPS = 12
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def start(program: Callable[[], int], folder: Path, size: int, fault_rank: int = -1, fault: str = "") -> list[int]:
-    """Fork the ranks of a program with torchrun's environment and return their process ids."""
-    port, children = free_port(), []
-    for rank in range(size):
-        child = os.fork()
-        if child:
-            children.append(child)
-            continue
-        with open(folder.with_suffix(f".rank{rank}.log"), "a") as log:
-            os.dup2(log.fileno(), 1)
-            os.dup2(log.fileno(), 2)
-        if size > 1:
-            names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_PORT": port}
-            os.environ |= {"MASTER_ADDR": "127.0.0.1", **{name: str(value) for name, value in names.items()}}
-        if rank == fault_rank:
-            os.environ[faults.VARIABLE] = fault
-        code = 1
-        try:
-            code = program()
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stderr.flush()
-            os._exit(code)
-    return children
-
-
-def codes(children: Sequence[int]) -> list[int]:
-    """Exit codes in the order of the ranks, a signal as its negative number; kills what runs for too long."""
-    deadline, found = time.monotonic() + PATIENCE_SECONDS, {}
-    while len(found) < len(children):
-        for child in children:
-            done, status = (0, 0) if child in found else os.waitpid(child, os.WNOHANG)
-            if done:
-                found[child] = os.waitstatus_to_exitcode(status)
-        if time.monotonic() > deadline:
-            for child in set(children) - found.keys():
-                os.kill(child, signal.SIGKILL)
-                os.waitpid(child, 0)
-            raise AssertionError(f"still running after {PATIENCE_SECONDS} s; ended: {found}")
-        time.sleep(0.005)
-    return [found[child] for child in children]
-
-
-def train(command: Sequence[str], folder: Path, size: int, **fault: object) -> list[int]:
-    return codes(start(functools.partial(main, [*command, "--run", str(folder)]), folder, size, **fault))  # type: ignore[arg-type]
-
-
-def said(folder: Path, rank: int) -> str:
-    return folder.with_suffix(f".rank{rank}.log").read_text()
 
 
 def metrics(folder: Path) -> list[dict[str, float]]:
@@ -384,16 +322,6 @@ def start_in_parts(checkpoint: Path) -> int:
 
 def runs_on_two(program: Callable[[], int], folder: Path) -> None:
     assert codes(start(program, folder, 2)) == [0, 0], said(folder, 0) + said(folder, 1)
-
-
-def report(name: str, case: Callable[..., None], *given: Any, **options: Any) -> None:
-    before = time.monotonic()
-    try:
-        case(*given, **options)
-    except (AssertionError, OSError) as error:
-        print(f"FAILED {name}: {error}", flush=True)
-    else:
-        print(f"ok {name} {time.monotonic() - before:.1f}", flush=True)
 
 
 def compare(

@@ -6,7 +6,6 @@ Prints ``ok <case>`` or ``FAILED <case>: why``. What starts ranks and compares r
 from __future__ import annotations
 
 import contextlib
-import functools
 import importlib.util
 import io
 import math
@@ -17,7 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from parallel_runs import STEPS, codes, metrics, report, said, start, train
+from forks import codes, report, said, start, train
+from parallel_runs import STEPS, metrics
 from run_folders import ENDLESS, LONG_STEP, at, flip, has_begun, newest_step, wait_for
 
 import osler.rl.run  # noqa: F401 - loaded once for every fork
@@ -132,19 +132,19 @@ def run_all(recipe: str, grpo: list[str], root: Path) -> None:
         main([*command, "--dry-run"])
     whole = root / "whole"
     assert train(command, whole, 4) == [0] * 4, said(whole, 0)[-2000:]
-    report("one of four killed", functools.partial(one_of_four_killed, command, whole, root / "killed"))
-    report("damaged", functools.partial(damaged, command, whole, root / "damaged"))
+    report("one of four killed", one_of_four_killed, command, whole, root / "killed")
+    report("damaged", damaged, command, whole, root / "damaged")
     for strategy in ("ddp", "fsdp"):
         sharing = [*command, f"parallel.type={strategy}"]
-        report(f"poisoned {strategy}", functools.partial(poisoned_rank, sharing, root / f"poisoned-{strategy}"))
-    report("poisoned grpo", functools.partial(poisoned_rank, grpo, root / "poisoned-grpo", offset=2))
-    report("poisoned for ever", functools.partial(poisoned_for_ever, command, root / "for-ever"))
+        report(f"poisoned {strategy}", poisoned_rank, sharing, root / f"poisoned-{strategy}")
+    report("poisoned grpo", poisoned_rank, grpo, root / "poisoned-grpo", offset=2)
+    report("poisoned for ever", poisoned_for_ever, command, root / "for-ever")
     for twice in (False, True):
-        report(f"ctrl-c {twice}", functools.partial(interrupted, command, root / f"interrupted-{twice}", twice=twice))
+        report(f"ctrl-c {twice}", interrupted, command, root / f"interrupted-{twice}", twice=twice)
     if importlib.util.find_spec("deepspeed"):
         for stage in (1, 3):
             zero = [*command, "parallel.type=deepspeed", f"parallel.stage={stage}"]
-            report(f"ZeRO {stage}", functools.partial(zero_skips, zero, root / f"zero-{stage}"))
+            report(f"ZeRO {stage}", zero_skips, zero, root / f"zero-{stage}")
 
 
 if __name__ == "__main__":

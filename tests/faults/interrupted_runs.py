@@ -18,13 +18,14 @@ import time
 from pathlib import Path
 
 import torch._dynamo  # noqa: F401 - torch.optim loads it, for seconds; here it is loaded once for every fork
-from run_folders import ENDLESS, LONG_STEP, PATIENCE_SECONDS, has_begun, logged, newest_step, report, untimed, wait_for
+from forks import codes, report, said, start, train
+from run_folders import ENDLESS, LONG_STEP, PATIENCE_SECONDS, has_begun, logged, newest_step, untimed, wait_for
 
 import osler.rl.run
 import osler.train.run  # noqa: F401
 from osler.checkpoint import store
 from osler.cli.main import main, program
-from osler.runtime import faults, stop
+from osler.runtime import stop
 from osler.tasks.registry import load_clinic
 
 # In the middle of a step, in every phase of a save, between a save and the mark that it is the best, in an evaluation.
@@ -39,30 +40,19 @@ LONG_STEP_GRPO = ["algorithm.prompts_per_step=60", "algorithm.samples_per_prompt
 COMPARED = ("model.safetensors", "optimizer.safetensors", "reference.safetensors")
 
 
-def fork_run(command: list[str], folder: Path, fault: str = "", same_request_seconds: float | None = None) -> int:
-    """Start the run in a forked child and return its process id.
+def fork_command(command: list[str], folder: Path, same_request_seconds: float) -> int:
+    """Start the run in a forked child, which ends as the command does, and return its process id.
 
-    With ``same_request_seconds``, which no clock then decides, it ends as the command does, which takes a second.
+    No clock decides what counts as one request, but ``same_request_seconds``.
     """
     child = os.fork()
     if child:
         return child
     with open(folder.with_suffix(".log"), "a") as log:
         os.dup2(log.fileno(), 2)
-    if fault:
-        os.environ[faults.VARIABLE] = fault
-    words = [*command, "--run", str(folder)]
-    if same_request_seconds is None:
-        os._exit(main(words))
     stop.SAME_REQUEST_SECONDS = same_request_seconds
-    sys.argv = ["osler", *words]
+    sys.argv = ["osler", *command, "--run", str(folder)]
     program()
-
-
-def ended_by(child: int) -> int:
-    """The signal that ended a child, or minus its exit code."""
-    status = os.waitpid(child, 0)[1]
-    return os.WTERMSIG(status) if os.WIFSIGNALED(status) else -os.WEXITSTATUS(status)
 
 
 def outcome(folder: Path) -> dict[str, object]:
@@ -78,16 +68,15 @@ def outcome(folder: Path) -> dict[str, object]:
 def check(command: list[str], whole: Path, folder: Path, fault: str) -> None:
     """Kill once at a named place, or again and again at moments nobody chose, then let it finish and compare."""
     if fault:
-        assert ended_by(fork_run(command, folder, fault)) == signal.SIGKILL, "the fault did not strike"
+        assert train(command, folder, 1, fault_rank=0, fault=fault) == [-signal.SIGKILL], "the fault did not strike"
     else:
         rng = random.Random(0)
         for _ in range(RANDOM_KILLS):
-            child = fork_run(command, folder)
+            children = start(functools.partial(main, [*command, "--run", str(folder)]), folder, 1)
             time.sleep(rng.uniform(0.1, 0.6))
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
-    code = ended_by(fork_run(command, folder))
-    assert code == 0, f"the last start ended with {code}"
+            os.kill(children[0], signal.SIGKILL)
+            codes(children)
+    assert train(command, folder, 1) == [0], said(folder, 0)[-2000:]
     expected, found = outcome(whole), outcome(folder)
     different = [name for name in expected if expected[name] != found.get(name)]
     assert not different and expected.keys() == found.keys(), f"differs in {different}"
@@ -98,7 +87,7 @@ def interrupt(kind: str, command: list[str], folder: Path, *, twice: bool) -> No
     log = folder.with_suffix(".log")
     endless, long_step = (ENDLESS_GRPO, LONG_STEP_GRPO) if kind == "grpo" else (ENDLESS, LONG_STEP)
     wanted = [*command, *endless, *(long_step if twice else [])]
-    child = fork_run(wanted, folder, same_request_seconds=0.0 if twice else math.inf)
+    child = fork_command(wanted, folder, 0.0 if twice else math.inf)
     try:
         wait_for(lambda: has_begun(folder, twice))
         os.kill(child, signal.SIGINT)
@@ -127,14 +116,14 @@ def run_all(recipes: dict[str, list[str]], root: Path) -> None:
         with contextlib.redirect_stdout(io.StringIO()):
             main([*command, "--dry-run"])
         whole = root / f"{kind}-whole"
-        assert ended_by(fork_run(command, whole)) == 0, f"{kind} does not run"
+        assert train(command, whole, 1) == [0], f"{kind} does not run"
         for number, fault in enumerate((*KILLS[kind], *([""] if kind != "sft" else []))):
             folder = root / f"{kind}-{number}"
-            report(f"{kind} {fault or 'random kills'}", functools.partial(check, command, whole, folder, fault))
+            report(f"{kind} {fault or 'random kills'}", check, command, whole, folder, fault)
     for kind, command in recipes.items():
         for twice in (False, True):
-            case = functools.partial(interrupt, kind, command, root / f"interrupted-{kind}-{twice}", twice=twice)
-            report(f"{kind} ctrl-c {'twice' if twice else 'once'}", case)
+            folder = root / f"interrupted-{kind}-{twice}"
+            report(f"{kind} ctrl-c {'twice' if twice else 'once'}", interrupt, kind, command, folder, twice=twice)
 
 
 if __name__ == "__main__":

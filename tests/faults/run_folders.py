@@ -72,13 +72,3 @@ def wait_for(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < deadline, "the run did not get that far"
         time.sleep(0.01)
-
-
-def report(name: str, case: Callable[[], None]) -> None:
-    """Run a case of a program and print the line that its test reads."""
-    try:
-        case()
-    except (AssertionError, OSError) as error:
-        print(f"FAILED {name}: {error}", flush=True)
-    else:
-        print(f"ok {name}", flush=True)

@@ -1,0 +1,87 @@
+"""Forks the processes of a run as torchrun would start them, and reports on the cases of a program that forks."""
+
+from __future__ import annotations
+
+import functools
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from osler.cli.main import main
+from osler.runtime import faults
+
+PATIENCE_SECONDS = 300  # less than a lost rank would cost that is given up only after COLLECTIVE_TIMEOUT
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def start(program: Callable[[], int], folder: Path, size: int, fault_rank: int = -1, fault: str = "") -> list[int]:
+    """Fork the ranks of a program with torchrun's environment and return their process ids."""
+    port, children = free_port(), []
+    for rank in range(size):
+        child = os.fork()
+        if child:
+            children.append(child)
+            continue
+        with open(folder.with_suffix(f".rank{rank}.log"), "a") as log:
+            os.dup2(log.fileno(), 1)
+            os.dup2(log.fileno(), 2)
+        if size > 1:
+            names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_PORT": port}
+            os.environ |= {"MASTER_ADDR": "127.0.0.1", **{name: str(value) for name, value in names.items()}}
+        if rank == fault_rank:
+            os.environ[faults.VARIABLE] = fault
+        code = 1
+        try:
+            code = program()
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stderr.flush()
+            os._exit(code)
+    return children
+
+
+def codes(children: Sequence[int]) -> list[int]:
+    """Exit codes in the order of the ranks, a signal as its negative number; kills what runs for too long."""
+    deadline, found = time.monotonic() + PATIENCE_SECONDS, {}
+    while len(found) < len(children):
+        for child in children:
+            done, status = (0, 0) if child in found else os.waitpid(child, os.WNOHANG)
+            if done:
+                found[child] = os.waitstatus_to_exitcode(status)
+        if time.monotonic() > deadline:
+            for child in set(children) - found.keys():
+                os.kill(child, signal.SIGKILL)
+                os.waitpid(child, 0)
+            raise AssertionError(f"still running after {PATIENCE_SECONDS} s; ended: {found}")
+        time.sleep(0.005)
+    return [found[child] for child in children]
+
+
+def train(command: Sequence[str], folder: Path, size: int, **fault: object) -> list[int]:
+    return codes(start(functools.partial(main, [*command, "--run", str(folder)]), folder, size, **fault))  # type: ignore[arg-type]
+
+
+def said(folder: Path, rank: int) -> str:
+    return folder.with_suffix(f".rank{rank}.log").read_text()
+
+
+def report(name: str, case: Callable[..., None], *given: Any, **options: Any) -> None:
+    before = time.monotonic()
+    try:
+        case(*given, **options)
+    except (AssertionError, OSError) as error:
+        print(f"FAILED {name}: {error}", flush=True)
+    else:
+        print(f"ok {name} {time.monotonic() - before:.1f}", flush=True)
