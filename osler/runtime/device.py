@@ -182,12 +182,14 @@ def keep_freed_memory() -> None:
 
 
 class Stopwatch:
-    """Adds up seconds by name: ``mark(name)`` ends a part that began at the previous mark, or at ``start``."""
+    """Adds up the seconds of each part of a step without waiting for the device: on CUDA every mark is an event in the stream.
+
+    ``mark(name)`` ends a part that began at the previous mark, or at ``start``.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._on_gpu = device.type == "cuda"
-        self._seconds: defaultdict[str, float] = defaultdict(float)
-        self._pending: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+        self._parts: list[tuple[str, Any, Any]] = []  # name, begin and end: seconds on a CPU, events on CUDA
         self.start()
 
     def start(self) -> None:
@@ -197,24 +199,20 @@ class Stopwatch:
     def mark(self, name: str) -> None:
         """End the part ``name`` and begin the next."""
         now = self._now()
-        if self._on_gpu:
-            self._pending.append((name, self._last, now))
-        else:
-            self._seconds[name] += now - self._last
+        self._parts.append((name, self._last, now))
         self._last = now
 
     def read(self) -> dict[str, float]:
         """Return the seconds of each part since the last call. Only this waits for the device."""
-        if self._pending:
-            self._pending[-1][2].synchronize()
-            for name, begin, end in self._pending:
-                self._seconds[name] += begin.elapsed_time(end) / 1000
-            self._pending.clear()
-        seconds = dict(self._seconds)
-        self._seconds.clear()
-        return seconds
+        if self._on_gpu and self._parts:
+            self._parts[-1][2].synchronize()
+        seconds: defaultdict[str, float] = defaultdict(float)
+        for name, begin, end in self._parts:
+            seconds[name] += begin.elapsed_time(end) / 1000 if self._on_gpu else end - begin
+        self._parts.clear()
+        return dict(seconds)
 
-    def _now(self):  # type: ignore[no-untyped-def]  # float on a CPU, Event on CUDA: never mixed
+    def _now(self) -> Any:
         if not self._on_gpu:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
