@@ -72,12 +72,15 @@ def test_the_estimate(clock, total, initial, updates, estimate):
     assert progress.line().endswith(estimate)
 
 
-def test_fields_stay_until_given_again_and_finished_work_has_no_estimate(clock):
-    progress = Progress(10, "items", label="eval")
-    clock[0] += 1
-    progress.update(5, accuracy=0.25)
-    progress.update(10)
-    assert progress.line() == "eval  100.0%  10/10 items  accuracy 0.25"
+def test_fields_stay_until_given_again_and_close_shows_the_last_state_once(capsys, clock):
+    with Progress(10, "items", label="eval") as progress:
+        progress.update(1)
+        clock[0] += 1
+        progress.update(5, accuracy=0.25)
+        progress.update(10)
+        assert progress.line() == "eval  100.0%  10/10 items  accuracy 0.25", "finished work has no estimate"
+    progress.close()
+    assert [line.split()[2] for line in capsys.readouterr().err.splitlines()] == ["1/10", "10/10"]
 
 
 def test_a_terminal_sees_one_line_that_fits(clock, monkeypatch):
