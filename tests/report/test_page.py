@@ -18,7 +18,17 @@ from osler.report import format as fmt
 from osler.report.charts import SPECS
 from osler.report.page import build_report, right_option
 from osler.report.read import read_run
-from osler.report.words import headline, model_of, stage_colour, stage_title, summary_text
+from osler.report.words import (
+    EventGroup,
+    attention,
+    grouped,
+    headline,
+    marks_of,
+    model_of,
+    stage_colour,
+    stage_title,
+    summary_text,
+)
 from tests.report.conftest import Page
 
 Bare = Callable[..., Path]
@@ -318,3 +328,92 @@ def test_a_checkpoint_is_named_and_coloured_by_its_stage() -> None:
 @pytest.mark.parametrize(("answer", "place"), [("C", 0), ("y (B)", 1), ("(D).", 3), ("b", 2), ("d", 3), ("none", None)])
 def test_the_right_option_is_found_by_its_text_before_its_letter(answer, place):
     assert right_option(SampledAnswer(options=("C", "A", "B", "x"), correct_answer=answer)) == place
+
+
+# What monitoring adds.
+
+
+def event(step: int, kind: str, name: str, message: str = "Said.") -> dict[str, object]:
+    return {"step": step, "time": 1e6 + step, "kind": kind, "name": name, "message": message}
+
+
+EVENTS = (
+    event(10, "alert", "exploding_gradient", "The norm is 4."),
+    event(20, "alert", "exploding_gradient", "The norm is 9."),
+    event(20, "alert", "exploding_gradient", "The norm is 9 again."),  # the step was made twice
+    event(25, "incident", "non_finite", "Step 25 was skipped."),
+    event(15, "rollback", "rollback", "Back to step 15."),
+    event(30, "data_change", "fingerprint", "Other data, as was allowed."),
+)
+
+
+@pytest.fixture
+def monitored(bare: Bare) -> Path:
+    """Forty layers, one of which leaves the others; some events."""
+    rows = []
+    for step in range(1, 41):
+        row: dict[str, object] = {"step": step, "tokens": 1000 * step, "time": 1e6 + step, "train/loss": 3.0 - step / 40}
+        row |= {f"model/activation_rms/{n}": 1.0 + 0.01 * n + (n == 17) * step / 10 for n in range(40)}
+        row |= {f"grad/norm/{n}": 0.1 for n in range(40)} | {"grad/norm/embed": 0.5, "made_up/thing": 1.0}
+        row["perf/memory_allocated_bytes"] = 2_500_000_000
+        rows.append(row)
+    return bare(metrics_jsonl=jsonl(*rows), events_jsonl=jsonl(*EVENTS) + '{"torn')
+
+
+def told_of(bare: Bare, *events: dict[str, object]) -> tuple[list[EventGroup], list[str]]:
+    run = read_run(bare(events_jsonl=jsonl(*events)))
+    return grouped(run.own.events), [text.removeprefix("Training: ") for text in attention(run)]
+
+
+def test_alike_events_are_one_group_the_newest_first(bare: Bare) -> None:
+    groups, words = told_of(bare, *EVENTS)
+    titles = ["Data change: fingerprint", "Rollback", "Incident: non finite", "Alert: exploding gradient"]
+    assert [group.title for group in groups] == titles and groups[-1].message == "The norm is 9 again."
+    assert [text.split(":")[0] for text in words] == ["Incident", "Rollback, step 15", "Alert"], "the gravest first"
+    assert words[2] == "Alert: exploding gradient, 2 times, at steps 10 and 20: The norm is 9 again."
+    marks = {(10, "alert"), (20, "alert"), (25, "incident"), (15, "rollback"), (30, "other")}
+    assert {(step, css) for step, css, _ in marks_of(groups)} == marks
+
+
+def test_a_failure_weighs_like_an_incident_and_the_edges_of_a_run_are_not_marked(bare: Bare) -> None:
+    ends = [event(0, "start", "begun"), event(5, "end", "failed"), event(4, "start", "resumed"), event(9, "end", "finished")]
+    groups, words = told_of(bare, *ends)
+    assert [text.split(":")[:2] for text in words] == [["End", " failed, step 5"]]
+    assert {(step, css) for step, css, _ in marks_of(groups)} == {(5, "incident"), (4, "other")}
+
+
+def test_many_steps_are_not_all_named(bare: Bare) -> None:
+    _, (text,) = told_of(bare, *(event(step, "alert", "stalled") for step in range(100, 120)))
+    assert "20 times, at steps 100, 101, …, 118 and 119" in text
+
+
+def test_the_page_tells_what_happened_and_marks_it_in_the_loss(monitored: Path) -> None:
+    text = checked(monitored).source
+    section = text[text.index('<section id="happened"') :].split("</section>")[0]
+    assert section.count("<tr>") == 1 + 4 and "Other data, as was allowed." in section
+    assert section.index("Data change: fingerprint") < section.index("Rollback") < section.index("Alert: exploding gradient")
+    (loss,) = re.findall(r'<svg class="chart"(?:(?!</svg>).)*<title>Loss:.*?</svg>', text, re.S)
+    assert len(re.findall(r'class="mark (alert|incident|rollback|other)"', loss)) == 5
+    assert "<title>Incident: non finite at step 25</title>" in loss
+    assert text.count('class="mark alert"') == 2, "in the chart of the loss only"
+    assert "3 things" in text and "Watch: Training: Incident: non finite, step 25" in summary_text(monitored)
+
+
+def test_events_without_metrics_are_shown(bare: Bare) -> None:
+    assert "At once." in shown_on(bare(events_jsonl=jsonl(event(1, "incident", "non_finite", "At once."))))
+
+
+def test_the_url_of_a_webhook_is_a_secret(bare: Bare) -> None:
+    text = checked(bare(config_yaml="monitor:\n  level: full\n  webhook: https://example.org/hooks/sesame\n")).source
+    assert "webhook: (not shown)" in text and "level: full" in text and "sesame" not in text
+
+
+def test_layers_share_one_chart_that_names_the_odd_one(monitored: Path) -> None:
+    text = checked(monitored).source
+    assert text.count("<figure") == 6, "loss, two of layers, embed, memory, and the one of the plugin"
+    (drawing,) = re.findall(r"<title>(model/activation_rms by layer:[^<]*)</title>", text)
+    for layer in ("layer 0 from", "layer 20 from", "layer 39 from", "layer 17, farthest from the others from 1.270"):
+        assert layer in drawing
+    assert text.count('class="c5 area"') == 2 and "The grey area spans all 40 layers." in text
+    assert "Model health: 1 more curve" in text and "Gradients: 2 more curves" in text and "2.50 GB" in text
+    assert len(text) < 250_000, "forty layers must not make the page forty times as heavy"

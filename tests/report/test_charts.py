@@ -1,4 +1,4 @@
-"""The drawings: round ticks, gaps that stay gaps, values where they belong; and numbers are written in one way each."""
+"""The charts: round ticks, gaps that stay gaps, values where they belong, which curves share one, how numbers are written."""
 
 from __future__ import annotations
 
@@ -7,16 +7,20 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 
+from osler.monitor.metrics import METRICS
 from osler.report import format as fmt
 from osler.report import svg
-from osler.report.charts import kind_of
+from osler.report.charts import OTHER, TOGETHER, Figure, bundle, by_layer, charts_of, family_of, kind_of
+from osler.report.curves import Series
+from osler.report.read import StageLog
 from osler.report.svg import Line, averaged, line_chart, nice_ticks, smoothed, thinned
 
 
@@ -136,6 +140,48 @@ def test_interval_bar_marks_and_clamps() -> None:
 def test_a_histogram_says_its_shares() -> None:
     assert svg.histogram({}) == "" and svg.histogram({"A": 0.0}) == ""
     assert "A: 30 (75.0%)" in svg.histogram({"A": 30.0, "B": 10.0})
+
+
+def test_the_farthest_layer_is_the_one_that_is_not_finite() -> None:
+    layers = {n: Series([1, 2], [1.0, 1.0 + n * n / 10]) for n in range(6)}
+    lines_, band = bundle(layers)
+    assert [line.label for line in lines_] == ["layer 0", "layer 3", "layer 5, farthest from the others"]
+    assert (list(band.x), list(band.low), list(band.high)) == ([1, 2], [1.0, 1.0], [1.0, 3.5])
+    layers[1] = Series([1, 2], [1.0, math.nan])
+    assert "layer 1, farthest from the others" in [line.label for line in bundle(layers)[0]]
+    lines_, band = bundle({0: Series([1], [math.nan])})
+    assert [line.label for line in lines_] == ["layer 0"] and not len(band.x)
+
+
+def rest_of_charts(names: Iterable[str]) -> tuple[str, list[Figure]]:
+    stage = StageLog(Path("none"))
+    stage.log.curves = {name: Series([1], [1.0]) for name in names}
+    ((family, charts),) = charts_of(stage, 0)[1]
+    return family.title, charts
+
+
+def test_metrics_of_one_row_share_a_chart() -> None:
+    family, charts = rest_of_charts(f"rewards/r{i}/mean" for i in range(10))
+    assert family == "Reinforcement learning" and {line.colour for line in charts[0].lines} == set(range(8))
+    assert [[line.label for line in chart.lines] for chart in charts] == [[f"r{i}" for i in range(8)], ["r8", "r9"]]
+
+
+def test_metrics_that_are_read_beside_one_another_share_a_chart() -> None:
+    family, charts = rest_of_charts(f"perf/{part}_ms" for part in ("data", "forward", "loading"))
+    assert family == "Performance" and [line.label for line in charts[0].lines] == ["data", "forward"]
+    assert [chart.spec.title for chart in charts] == ["Where a step's time goes", "perf/loading_ms"]
+    for spec in TOGETHER:
+        assert len({family_of(row).title for row, _ in spec.lines}) == 1 and spec.good.endswith(".")
+
+
+def test_every_metric_of_the_table_has_a_family() -> None:
+    assert [name for name in METRICS if family_of(name) is OTHER] == []
+    assert family_of("train/grad_norm").title == "Gradients" and family_of("train/loss").title == "Quality"
+
+
+def test_layers_are_told_by_their_number() -> None:
+    whole = ["b", "grad/norm/embed", "model/effective_rank/0.o_proj"]
+    assert by_layer(["a/10", *whole, "a/layer_9"]) == (whole, {"a": {9: "a/layer_9", 10: "a/10"}})
 
 
 WRITTEN: dict[Callable[..., str], dict[float | tuple[object, ...], str]] = {
