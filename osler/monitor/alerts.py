@@ -27,11 +27,6 @@ class Alert:
     severity: str  # warning or critical
     message: str
 
-    @property
-    def in_words(self) -> str:
-        """The alert as a line, with its severity."""
-        return f"{self.severity.capitalize()}: step {self.step}: {self.message}"
-
 
 class Alerter:
     """Reads a run's lines one by one and returns the alerts that each raises."""
@@ -39,16 +34,16 @@ class Alerter:
     def __init__(self, settings: RunSettings) -> None:
         self.history = History(settings)
         self.said: dict[str, tuple[int, int]] = {}  # name -> line from which it may be said again, and the pause after that
-        self.firing: dict[int, list[Alert]] = {}  # number of a rule -> what it found in the newest line with its metric
+        self.firing: dict[Rule, list[Alert]] = {}  # what each found in the newest line with its metric
 
     def observe(self, step: int, tokens: float, metrics: Mapping[str, float]) -> list[Alert]:
         """Take in the next line and return its alerts."""
         self.history.add(step, tokens, metrics)
         news: list[Alert] = []
-        for number, rule in enumerate(RULES):
+        for rule in RULES:
             if self.history.has(rule.metric):
-                self.firing[number] = self._found(rule)
-                news += filter(self._is_news, self.firing[number])
+                self.firing[rule] = self._found(rule)
+                news += filter(self._is_news, self.firing[rule])
         return news
 
     def _found(self, rule: Rule) -> list[Alert]:

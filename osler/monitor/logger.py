@@ -112,7 +112,8 @@ class RunLogger:
                 self._record(alert)
         message = f"The run is complete, but {still_wrong(len(alerts))}" if alerts else "The run is complete"
         if alerts:
-            logger.warning("\n  ".join([f"{message}:", *(alert.in_words for alert in alerts)]))
+            lines = (f"\n  {alert.severity.capitalize()}: step {alert.step}: {alert.message}" for alert in alerts)
+            logger.warning(f"{message}:{''.join(lines)}")
         self.events.write(step, END, FINISHED, f"{message}.", tell=False, unresolved=[asdict(alert) for alert in alerts])
 
     def __enter__(self) -> RunLogger:

@@ -88,21 +88,6 @@ def append(path: Path, fields: Mapping[str, Any]) -> None:
         file.write(text.encode("utf-8", "backslashreplace"))  # a name that is not UTF-8 is written escaped, as JSON would
 
 
-def heal(path: Path, last_step: float = math.inf) -> None:
-    """Take out of a file the lines that are torn, name no step, or are of a later one; leave a good file untouched.
-
-    The file is read line by line: it may be larger than what the machine has left beside a model. Raises UserError when it cannot
-    be read, OSError when it cannot be written.
-    """
-    is_whole, is_kept = True, bytearray()
-    for line in read_lines(path):
-        is_whole = line.endswith(b"\n")
-        step = step_of(parse(line))
-        is_kept.append(step is not None and step <= last_step)
-    if not is_whole or not all(is_kept):
-        write_atomic(path, (line if line.endswith(b"\n") else line + b"\n" for line in compress(read_lines(path), is_kept)))
-
-
 def split(path: Path, last_step: int) -> tuple[list[bytes], list[bytes]]:
     """Return the lines of a file up to a step, and those of later ones; a line that is torn is among the first."""
     kept: list[bytes] = []
@@ -172,10 +157,22 @@ class MetricsFile:
             _warn(self.path, str(error))
 
     def _heal(self) -> None:
-        if self._last_step is not None:
-            heal(self.path, self._last_step)
-            self.path.open("a").close()  # it is there before its first line
-            self._last_step = None
+        """Take out lines that are torn, name no step, or are of a later one; leave a good file untouched.
+
+        The file is read line by line: it may be larger than what the machine has left beside a model.
+        """
+        if self._last_step is None:
+            return
+        is_whole, is_kept = True, bytearray()
+        for line in read_lines(self.path):
+            is_whole = line.endswith(b"\n")
+            step = step_of(parse(line))
+            is_kept.append(step is not None and step <= self._last_step)
+        if not is_whole or not all(is_kept):
+            kept = compress(read_lines(self.path), is_kept)
+            write_atomic(self.path, (line if line.endswith(b"\n") else line + b"\n" for line in kept))
+        self.path.open("a").close()  # it is there before its first line
+        self._last_step = None
 
     def write(self, step: int, tokens: int, metrics: Mapping[str, float], *, time: float | None = None) -> None:
         """Append one line; ``time`` is now unless it is given.
