@@ -12,7 +12,6 @@ import numpy as np
 import torch
 
 from osler.checkpoint import store
-from osler.config.recipe import load_yaml
 from osler.config.schema import decode
 from osler.data.config import FilesData, PreparedData, TurnsData
 from osler.data.consumed import ConsumedData
@@ -29,6 +28,7 @@ from osler.parallel.deepspeed import read_settings
 from osler.parallel.fp8 import float8_linear
 from osler.parallel.parallelize import check_strategy
 from osler.runs.process import Machine
+from osler.runs.start import config_in
 from osler.runtime.device import pick_device
 from osler.runtime.errors import UserError
 from osler.runtime.sharded import load_whole
@@ -62,7 +62,7 @@ def check_plan(config: TrainConfig, *, is_new: bool) -> None:
 
 def check_branch(config: TrainConfig, start: store.Loaded) -> None:
     """Raise UserError when a run with this config cannot take over steps and rows from a checkpoint of another run."""
-    there = decode(TrainConfig, load_yaml(start.files["config.yaml"].decode("utf-8"), str(start.path)), source=str(start.path))
+    there = decode(TrainConfig, config_in(start), source=str(start.path))
     tokens, seen = config.timeline.tokens_before(start.step), start.state["tokens"]
     if tokens != seen:
         raise UserError(

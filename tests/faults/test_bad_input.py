@@ -9,19 +9,13 @@ import os
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
 from run_folders import at, flip
 from tokenizers import Tokenizer as Backend
 from tokenizers import models, pre_tokenizers
 
 from osler.cli.main import main
 from osler.config.recipe import dump_yaml, load_yaml
-from osler.data.loader import Loader
-from osler.data.order import Order
-from osler.data.packing import StreamPacking, WholePacking
-from osler.data.prepare import open_prepared
 from osler.inference.load import load_model
-from osler.runtime.errors import UserError
 from osler.tokenizer.bpe import Tokenizer
 
 COUGH = "A cough that lasts eight weeks is chronic. " * 20
@@ -56,6 +50,7 @@ def own_text(tiny):
         ("device=tpu", "Unknown device 'tpu': use auto, cpu, cuda or cuda:N"),
         ("init_from=no/such/run", "no/such/run is no folder"),
         ("tokenizer.path=no/such.json", "no/such.json"),
+        ("model.vocab_size=400", "512 tokens, the model only 400: set model.vocab_size=512"),
         ("exam={every_tokens: 512, splits: [tset]}", "tset"),
     ],
 )
@@ -70,11 +65,6 @@ def test_all_mistakes_are_told_at_once(mistake, tiny, tmp_path):
     assert "seq_len: should be an integer" in text and "model.num_layers: should be an integer" in text
     assert "optim.beta: unknown key; did you mean `optim.beta" in text
     assert not (tmp_path / "run").exists()
-
-
-def test_a_tokenizer_too_large_for_the_model(mistake, tiny, tmp_path):
-    text = mistake("pretrain", tiny.pretrain, "model.vocab_size=400", "--run", tmp_path / "run")
-    assert "512 tokens, the model only 400" in text and "model.vocab_size=512" in text
 
 
 def test_a_tokenizer_much_smaller_than_the_model_is_mentioned(launch, tmp_path, capsys):
@@ -173,21 +163,11 @@ def test_an_exam_file_that_is_missing_is_told_by_its_key_before_anything_is_load
     assert f"no file or folder {gone}; set task.path" in text
 
 
-def test_documents_of_any_length_and_number(own_text, tiny, tmp_path):
-    """One document far longer than a row, and one word: both train, and more ranks than documents share the rows."""
-    long, short = tmp_path / "long.txt", tmp_path / "short.txt"
-    long.write_text("Sepsis is a race against the clock. " * 400)
-    short.write_text("Fever.")
-    assert main(["pretrain", *own_text(long), "--run", str(tmp_path / "long")]) == 0
-    assert main(["pretrain", *own_text(short), "packing=whole", "--run", str(tmp_path / "short")]) == 0
-    shards = open_prepared(tmp_path / "short" / "data", Tokenizer.load(tiny.tokenizer)).train
-    assert shards.num_documents == 1
-    for packing in (StreamPacking(Order(shards, 0), 16), WholePacking(Order(shards, 0), 16)):
-        whole = Loader(packing, 4).batch(0)
-        parts = [Loader(packing, 4, rank=rank, world_size=4).batch(0) for rank in range(4)]
-        assert torch.equal(torch.cat([part.ids for part in parts]), whole.ids)
-    with pytest.raises(UserError, match="cannot be shared equally by 3 ranks"):
-        Loader(packing, 4, world_size=3)
+def test_documents_of_any_length(own_text, osler, tmp_path):
+    """One document far longer than a row, and one word: both train."""
+    for name, text, more in (("long", "Sepsis is a race against the clock. " * 400, []), ("short", "Fever.", ["packing=whole"])):
+        (tmp_path / f"{name}.txt").write_text(text)
+        assert osler("pretrain", *own_text(tmp_path / f"{name}.txt"), *more, "--run", tmp_path / name) == 0
 
 
 # -- the run folder ----------------------------------------------------------------------------------------------------
