@@ -9,8 +9,7 @@ Shape legend: B batch, T tokens, D hidden, R features of the head, V vocabulary 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -71,22 +70,16 @@ class Transformer(nn.Module):
         """Draw every weight by the table in ``init.py``; a seed gives the same weights on every device."""
         init_weights(self, self.config, seed)
 
-    def eager_copy(self, weights: Mapping[str, Tensor]) -> Transformer:
-        """Return a plain model, neither compiled, sharded nor wrapped, that shares ``weights``: this one's state dict."""
+    def eager_copy(self, weights: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> Transformer:
+        """Return a plain model, neither compiled, sharded nor wrapped, that shares ``weights``: this one's state dict.
+
+        It computes in ``dtype``, by default in that of this one.
+        """
         with torch.device("meta"):
-            copy = Transformer(self.config, compute_dtype=self.compute_dtype)
+            copy = Transformer(self.config, compute_dtype=dtype or self.compute_dtype)
         copy.load_state_dict(weights, assign=True)
         copy.rope_cos, copy.rope_sin = self.rope_cos, self.rope_sin
         return copy.train(self.training)
-
-    @contextmanager
-    def computing_in(self, dtype: torch.dtype) -> Iterator[None]:
-        """Use another compute dtype for a while, such as fp32 for an eager evaluation on a CPU."""
-        before, self.compute_dtype = self.compute_dtype, dtype
-        try:
-            yield
-        finally:
-            self.compute_dtype = before
 
     def forward(self, ids_BT: Tensor, *, document_BT: Tensor | None = None) -> Tensor:
         """Return the hidden states after the final norm, [B, T, D] in ``compute_dtype``.

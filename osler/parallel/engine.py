@@ -84,13 +84,12 @@ class ParallelEngine:
         load_whole(model, tensors["model"])
         restore_optimizer(optimizer, model.named_parameters(), tensors["optimizer"], state)
 
-    def plain_model(self, model: Transformer) -> Transformer:
+    def plain_model(self, model: Transformer, dtype: torch.dtype | None = None) -> Transformer:
         """Return the model that evaluation and sampling use, neither sharded nor compiled; every rank must call this.
 
-        With one process it is the model itself. With DDP it shares the weights; otherwise it has gathered them, so drop it after
-        use.
+        It computes in ``dtype``. It shares the weights, unless they are sharded: then it has gathered them, so drop it after use.
         """
-        return model if self.world.size == 1 else model.eager_copy(self.whole_weights(model))
+        return model.eager_copy(self.whole_weights(model), dtype)
 
     def whole_weights(self, model: Transformer) -> dict[str, Tensor]:
         """Return the state dict with whole tensors, on every rank."""

@@ -183,9 +183,7 @@ def held_out_loss(
     def evaluate() -> dict[str, float]:
         if shards is None:
             return {}
-        plain = engine.plain_model(model)
-        with plain.computing_in(dtype):
-            held_out = measure(plain, held_out_batches(config, shards), shards.num_bytes, engine.world)
+        held_out = measure(engine.plain_model(model, dtype), held_out_batches(config, shards), shards.num_bytes, engine.world)
         if config.kind == "sft":
             return {"eval/loss": held_out.loss}
         return {"eval/loss": held_out.loss, "eval/bits_per_byte": held_out.bits_per_byte}

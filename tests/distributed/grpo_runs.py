@@ -1,9 +1,8 @@
-"""A program for test_grpo.py: GRPO on one, two and four processes on gloo, and what it ends in; see ``parallel_runs.py``."""
+"""A program for test_parallel.py: GRPO on one, two and four processes on gloo, and what it ends in; see ``parallel_runs.py``."""
 
 from __future__ import annotations
 
 import io
-import math
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
@@ -11,47 +10,38 @@ from pathlib import Path
 
 import torch
 from forks import report, said, train
-from parallel_runs import continued, lost, metrics, refused
+from parallel_runs import assert_logged_the_same, assert_tensors_near, continued, lost, metrics, refused
+from parallel_runs import same_run as same_start
 
 import osler.rl.run  # noqa: F401 - loaded once for every fork
 from osler.checkpoint import store
 from osler.cli.main import main
 
 TOLERANCE = 1e-5
-CLOCKED = ("time", "perf/", "eval/seconds")
-SHARED = ("data/padding_frac",)  # depends on how rows are shared and cut
+MAY_DIFFER = ("time", "perf/", "eval/seconds", "data/padding_frac")  # the clock, and how rows are shared and cut
 DRAWN = ("reward", "completions/", "answer/", "filters/", "tasks/", "groups/", "frac_", "eval/", "tokens")  # no rounding in these
 
 
 def assert_same(folder: Path, whole: Path) -> None:
     """The same completions and rewards in every step, losses equal to the tolerance, nearly the same tensors at the end."""
-    found, expected = metrics(folder), metrics(whole)
-    assert [line["step"] for line in found] == [line["step"] for line in expected], "other steps were logged"
-    for line, other in zip(found, expected, strict=True):
-        assert line.keys() == other.keys()
-        for name in other:
-            if not name.startswith(CLOCKED + SHARED):
-                tolerance = 0.0 if name.startswith(DRAWN) else TOLERANCE
-                close = math.isclose(line[name], other[name], rel_tol=tolerance, abs_tol=tolerance)
-                assert close, f"step {line['step']}: {name} is {line[name]} and with one process {other[name]}"
-    ends = [store.load(store.newest_good(path / "checkpoints")[0]) for path in (folder, whole)]
-    for part, tensors in ends[1].tensors.items():
-        assert tensors.keys() == ends[0].tensors[part].keys(), f"{part} holds other tensors"
-        for name, tensor in tensors.items():
-            torch.testing.assert_close(ends[0].tensors[part][name], tensor, rtol=1e-5, atol=5e-6, msg=f"{part}: {name}")
-    remembered = [[end.state["incidents"].pop(name) for name in ("spikes", "before")] for end in ends]  # losses, norms
+
+    def tolerance_of(name: str) -> float | None:
+        return None if name.startswith(MAY_DIFFER) else 0.0 if name.startswith(DRAWN) else TOLERANCE
+
+    assert_logged_the_same(folder, whole, tolerance_of)
+    assert [line.keys() for line in metrics(folder)] == [line.keys() for line in metrics(whole)]
+    found, expected = (store.load(store.newest_good(path / "checkpoints")[0]) for path in (folder, whole))
+    assert_tensors_near(found, expected, rtol=1e-5, atol=5e-6)
+    remembered = [[each.state["incidents"].pop(name) for name in ("spikes", "before")] for each in (found, expected)]
     torch.testing.assert_close(*remembered, rtol=TOLERANCE, atol=TOLERANCE)
-    assert ends[0].state == ends[1].state
+    assert found.state == expected.state
 
 
 def same_run(command: Sequence[str], whole: Path, folder: Path, size: int, strategy: str) -> None:
-    assert train([*command, f"parallel.type={strategy}"], folder, size) == [0] * size, said(folder, 0)[-2000:]
-    assert_same(folder, whole)
+    same_start(command, whole, folder, size, strategy, assert_same)
     told = said(folder, 0)
-    assert "Done" in told and "Sample 1 before training" in told
-    assert ("some of them draw nothing" in told) == (size > 3)
+    assert "Sample 1 before training" in told and ("some of them draw nothing" in told) == (size > 3)
     assert (folder / "samples.jsonl").read_bytes() == (whole / "samples.jsonl").read_bytes()
-    assert [said(folder, rank) for rank in range(1, size)] == [""] * (size - 1), "another rank than 0 spoke"
 
 
 def taught_nothing(command: Sequence[str], folder: Path) -> None:

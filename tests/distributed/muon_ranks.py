@@ -1,20 +1,19 @@
-"""A program for test_muon.py: one of two ranks that step Muon together and check it against Muon alone.
-
-Arguments: rank, number of ranks, a file to meet at. Prints ``ok`` when all checks hold.
-"""
+"""A program for test_parallel.py: two ranks that step Muon together and check it against Muon alone."""
 
 from __future__ import annotations
 
-import os
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
+from parallel_runs import report, runs_on_two
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from osler.optim.muon import Muon
+from osler.runtime.sharded import whole
+from osler.runtime.world import joined
 
 # Three, four and one of a kind, so that two ranks share unevenly; five rows and one row do not shard evenly either.
 MATRICES = [*[(8, 12)] * 3, *[(12, 8)] * 4, (5, 7), (1, 6)]
@@ -49,40 +48,33 @@ def train(parameters: list[torch.Tensor], optimizer: Muon, convert: Any) -> list
             parameter.grad = convert(gradient)
         optimizer.step()
     state = [value for parameter in parameters for value in optimizer.state[parameter].values()]
-    return [value.full_tensor() if isinstance(value, DTensor) else value.detach() for value in [*parameters, *state]]
+    return [whole(value).detach() for value in [*parameters, *state]]
 
 
-def main() -> None:
-    rank, world_size, meeting = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world_size)
-    mesh = init_device_mesh("cpu", (world_size,))
+def plain(value: torch.Tensor) -> torch.Tensor:
+    return value.clone()
 
-    def sharded(value: torch.Tensor) -> DTensor:
-        return distribute_tensor(value, mesh, [Shard(0)])
 
-    def plain(value: torch.Tensor) -> torch.Tensor:
-        return value.clone()
+def muon_on_ranks() -> int:
+    with joined("cpu") as world:
+        mesh = init_device_mesh("cpu", (world.size,))
 
-    together = {"process_group": dist.group.WORLD}
-    for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 0.02)):
-        alone = train(*build(plain, dtype=dtype), plain)
-        for convert, options in ((plain, together), (sharded, {}), (sharded, together)):
-            found = train(*build(convert, dtype=dtype, **options), convert)
-            for index, (one, other) in enumerate(zip(found, alone, strict=True)):
-                assert torch.isfinite(one).all()
-                # Sharded, the update is rounded to bf16 before it is normalised.
-                torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance, msg=lambda text, i=index: f"{i}: {text}")
-            mine = torch.cat([value.flatten() for value in found])
-            everyone = [torch.empty_like(mine) for _ in range(world_size)]
-            dist.all_gather(everyone, mine)
-            assert all(torch.equal(each, everyone[0]) for each in everyone), "the ranks drifted apart"
-    dist.barrier()
-    dist.destroy_process_group()
-    print("ok", flush=True)
-    # Threads of gloo may still hold tensors and then abort a Python that is taking itself down.
-    os._exit(0)
+        def sharded(value: torch.Tensor) -> DTensor:
+            return distribute_tensor(value, mesh, [Shard(0)])
+
+        together = {"process_group": world.group}
+        for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 0.02)):
+            alone = train(*build(plain, dtype=dtype), plain)
+            for convert, options in ((plain, together), (sharded, {}), (sharded, together)):
+                found = train(*build(convert, dtype=dtype, **options), convert)
+                for index, (one, other) in enumerate(zip(found, alone, strict=True)):
+                    assert torch.isfinite(one).all()
+                    # Sharded, the update is rounded to bf16 before it is normalised.
+                    torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance, msg=f"{index}: {one} and {other}")
+                everyone = world.all_gather([value.tolist() for value in found])
+                assert all(each == everyone[0] for each in everyone), "the ranks drifted apart"
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    report("muon", runs_on_two, muon_on_ranks, Path(sys.argv[1]) / "muon")

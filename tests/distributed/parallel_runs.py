@@ -67,31 +67,45 @@ def metrics(folder: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def assert_same(folder: Path, whole: Path, tolerance: float = TOLERANCE) -> None:
-    """The same steps logged, losses and gradient norms equal to the tolerance, and nearly the same weights at the end."""
-    near = {"rtol": 100 * tolerance, "atol": 10 * tolerance}
+def assert_logged_the_same(folder: Path, whole: Path, tolerance_of: Callable[[str], float | None]) -> None:
+    """The same steps were logged, and the same numbers to the tolerance that their names have; None: they may differ."""
     found, expected = metrics(folder), metrics(whole)
     assert [line["step"] for line in found] == [line["step"] for line in expected], "other steps were logged"
     for line, other in zip(found, expected, strict=True):
-        names = [name for name in other if name.startswith(("train/", "eval/")) and name != "eval/seconds"]
-        for name in names:
-            close = math.isclose(line[name], other[name], rel_tol=tolerance, abs_tol=tolerance)
-            assert close, f"step {line['step']}: {name} is {line[name]} and with one process {other[name]}"
-    ends = [store.load(path / "checkpoints" / store.folder_name(STEPS)) for path in (folder, whole)]
-    for part, tensors in ends[0].tensors.items():
-        assert tensors.keys() == ends[1].tensors[part].keys(), f"{part} holds other tensors"
+        for name, value in other.items():
+            if (tolerance := tolerance_of(name)) is not None:
+                close = math.isclose(line[name], value, rel_tol=tolerance, abs_tol=tolerance)
+                assert close, f"step {line['step']}: {name} is {line[name]} and with one process {value}"
+
+
+def assert_tensors_near(found: store.Loaded, expected: store.Loaded, *, rtol: float, atol: float) -> None:
+    for part, tensors in expected.tensors.items():
+        assert tensors.keys() == found.tensors[part].keys(), f"{part} holds other tensors"
         for name, tensor in tensors.items():
-            torch.testing.assert_close(tensor, ends[1].tensors[part][name], **near, msg=f"{part}: {name}")
-    assert ends[0].state["tokens"] == ends[1].state["tokens"]
+            torch.testing.assert_close(found.tensors[part][name], tensor, rtol=rtol, atol=atol, msg=f"{part}: {name}")
 
 
-def same_run(command: Sequence[str], whole: Path, folder: Path, size: int, strategy: str, tolerance: float = TOLERANCE) -> None:
+def end(folder: Path) -> store.Loaded:
+    return store.load(folder / "checkpoints" / store.folder_name(STEPS))
+
+
+def assert_same(folder: Path, whole: Path, tolerance: float = TOLERANCE) -> None:
+    """The same steps logged, losses and gradient norms equal to the tolerance, and nearly the same weights at the end."""
+
+    def tolerance_of(name: str) -> float | None:
+        return tolerance if name.startswith(("train/", "eval/")) and name != "eval/seconds" else None
+
+    assert_logged_the_same(folder, whole, tolerance_of)
+    assert_tensors_near(end(folder), end(whole), rtol=100 * tolerance, atol=10 * tolerance)
+    assert end(folder).state["tokens"] == end(whole).state["tokens"]
+
+
+def same_run(command: Sequence[str], whole: Path, folder: Path, size: int, strategy: str, same: Same = assert_same) -> None:
     assert train([*command, f"parallel.type={strategy}"], folder, size) == [0] * size, said(folder, 0)[-2000:]
-    assert_same(folder, whole, tolerance)
+    same(folder, whole)
     assert "Done" in said(folder, 0)
-    if strategy == "deepspeed":  # has a log of its own
-        return
-    assert [said(folder, rank) for rank in range(1, size)] == [""] * (size - 1), "another rank than 0 spoke"
+    if strategy != "deepspeed":  # which has a log of its own
+        assert [said(folder, rank) for rank in range(1, size)] == [""] * (size - 1), "another rank than 0 spoke"
 
 
 def continued(
@@ -135,8 +149,8 @@ def watched(command: Sequence[str], root: Path) -> None:
     for strategy in ("ddp", "fsdp"):
         folder, plain = root / f"watched-{strategy}", root / f"pretrain-2-{strategy}"
         assert train([*full, f"parallel.type={strategy}"], folder, 2) == [0, 0], said(folder, 0)[-2000:]
-        ends = [store.load(path / "checkpoints" / store.folder_name(STEPS)).tensors["model"] for path in (folder, plain)]
-        assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items()), f"{strategy}: watching changed weights"
+        unwatched = end(plain).tensors["model"]
+        assert all(torch.equal(value, unwatched[name]) for name, value in end(folder).tensors["model"].items()), strategy
         found = {line["step"]: line for line in metrics(folder) if "grad/mean" in line}
         assert found.keys() == looked.keys() and found, f"looked in steps {list(found)}"
         for step, line in looked.items():
@@ -331,9 +345,8 @@ def compare(
     whole = root / f"{name}-1"
     assert train(command, whole, 1) == [0], said(whole, 0)[-2000:]
     for size, strategy in starts:
-        tolerance = tolerances.get(strategy, TOLERANCE)
-        folder = root / f"{name}-{size}-{strategy}"
-        report(f"{name} {strategy} {size}", same_run, command, whole, folder, size, strategy, tolerance)
+        same = functools.partial(assert_same, tolerance=tolerances.get(strategy, TOLERANCE))
+        report(f"{name} {strategy} {size}", same_run, command, whole, root / f"{name}-{size}-{strategy}", size, strategy, same)
 
 
 def run_all(recipes: dict[str, list[str]], root: Path) -> None:
@@ -360,8 +373,7 @@ def run_all(recipes: dict[str, list[str]], root: Path) -> None:
     if importlib.util.find_spec("deepspeed"):
         for stage in (1, 2, 3):
             zero = [*pretrain, f"parallel.stage={stage}"]
-            folder = root / f"zero-{stage}"
-            report(f"ZeRO {stage}", same_run, zero, root / "pretrain-1", folder, 2, "deepspeed")
+            report(f"ZeRO {stage}", same_run, zero, root / "pretrain-1", root / f"zero-{stage}", 2, "deepspeed")
         report("to ZeRO and back", continued, pretrain, root / "pretrain-1", root / "zero", ZERO_AND_BACK)
     programs = {"accumulation": accumulate, "sent once": send_once}
     programs["start in parts"] = functools.partial(start_in_parts, root / "pretrain-1")

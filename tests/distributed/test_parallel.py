@@ -1,4 +1,4 @@
-"""One run on one, two and four processes, by DDP and FSDP2: the same losses, whoever wrote the checkpoint."""
+"""One run on one, two and four processes, by DDP and FSDP2: the same losses or completions, whoever wrote the checkpoint."""
 
 from __future__ import annotations
 
@@ -18,6 +18,14 @@ def test_every_number_of_ranks_and_strategy_is_the_same_run(run_cases, tiny, tmp
     compiling = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"), "TORCHINDUCTOR_COMPILE_THREADS": "1"}
     cases = run_cases("distributed/parallel_runs.py", tiny.pretrain, tiny.sft, tmp_path, DS_ACCELERATOR="cpu", **compiling)
     assert cases == 29 + (4 if importlib.util.find_spec("deepspeed") else 0)
+
+
+def test_grpo_draws_and_learns_the_same_on_every_number_of_ranks(run_cases, tiny, runs, tmp_path):
+    assert run_cases("distributed/grpo_runs.py", tiny.grpo, runs.sft, tmp_path) == 11
+
+
+def test_muon_shared_and_sharded_is_muon_on_one_rank(run_cases, tmp_path):
+    assert run_cases("distributed/muon_ranks.py", tmp_path) == 1
 
 
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is not None, reason="DeepSpeed is installed")

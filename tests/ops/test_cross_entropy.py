@@ -23,36 +23,30 @@ def make(tokens: int, size: int, rows: int, words: int, seed: int = 0) -> tuple[
     return x, w, y
 
 
+def with_gradients(loss: torch.Tensor, *leaves: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return loss.detach(), *torch.autograd.grad(loss, leaves)
+
+
 @settings(max_examples=30, deadline=None)
 @given(st.integers(1, 70), st.integers(1, 40), st.integers(2, 50), st.integers(0, 20), st.integers(0, 1000))
 def test_loss_and_gradients_equal_the_reference(tokens: int, chunk: int, words: int, padding: int, seed: int) -> None:
     x, w, y = make(tokens, 8, words + padding, words, seed)
     y[:: 3 + seed % 4] = -100
-    ours = linear_cross_entropy(x, w, y, vocab_size=words, chunk_tokens=chunk)
-    reference = cross_entropy_reference(x, w, y, vocab_size=words)
-    torch.testing.assert_close(ours, reference)
-    (3 * ours).backward()
-    grads = x.grad, w.grad
-    x.grad = w.grad = None
-    (3 * reference).backward()
-    torch.testing.assert_close(grads, (x.grad, w.grad))
+    ours = with_gradients(3 * linear_cross_entropy(x, w, y, vocab_size=words, chunk_tokens=chunk), x, w)
+    torch.testing.assert_close(ours, with_gradients(3 * cross_entropy_reference(x, w, y, vocab_size=words), x, w))
 
 
 def test_all_labels_ignored_is_zero_with_zero_gradient() -> None:
     x, w, y = make(10, 4, 8, 8)
-    loss = linear_cross_entropy(x, w, torch.full_like(y, -100))
-    loss.backward()
-    assert loss.item() == 0 and not x.grad.any() and not w.grad.any()  # type: ignore[union-attr]
+    assert not any(found.any() for found in with_gradients(linear_cross_entropy(x, w, torch.full_like(y, -100)), x, w))
 
 
 def test_bf16_features_give_fp32_loss_and_master_weight_gradient() -> None:
     x, w, y = make(64, 16, 32, 32)
-    low = x.detach().bfloat16().requires_grad_()
-    master = w.detach().float().requires_grad_()
-    loss = linear_cross_entropy(low, master, y)
-    loss.backward()
-    assert loss.dtype == torch.float32 and master.grad.dtype == torch.float32 and low.grad.dtype == torch.bfloat16  # type: ignore[union-attr]
-    torch.testing.assert_close(loss.double(), cross_entropy_reference(x, w, y), rtol=0.02, atol=0)
+    low, master = x.detach().bfloat16().requires_grad_(), w.detach().float().requires_grad_()
+    loss, grad_low, grad_master = with_gradients(linear_cross_entropy(low, master, y), low, master)
+    assert loss.dtype == torch.float32 and grad_master.dtype == torch.float32 and grad_low.dtype == torch.bfloat16
+    torch.testing.assert_close(loss.double(), cross_entropy_reference(x, w, y).detach(), rtol=0.02, atol=0)
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -99,16 +93,13 @@ def test_no_tensor_of_tokens_times_vocabulary_is_made() -> None:
 
 def test_blocks_of_rows_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """A chunk is worked on by blocks of rows, the last of them smaller; padding and labels without loss included."""
+    x, w, y = make(100, 8, 64, 60)
+    y[::7] = IGNORED
     results = []
     for logits_in_a_block in (1 << 21, 3 * 64):
         monkeypatch.setitem(cross_entropy.BLOCK_LOGITS, "cpu", logits_in_a_block)
-        x, w, y = make(100, 8, 64, 60)
-        y[::7] = IGNORED
-        loss = linear_cross_entropy(x, w, y, vocab_size=60, chunk_tokens=40)
-        loss.backward()
-        results.append((loss.detach(), x.grad, w.grad))
-    for whole, in_blocks in zip(*results, strict=True):
-        torch.testing.assert_close(in_blocks, whole, rtol=1e-12, atol=1e-12)
+        results.append(with_gradients(linear_cross_entropy(x, w, y, vocab_size=60, chunk_tokens=40), x, w))
+    torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize(("chunk", "waits"), [(40, 2 + 3 * 4), (None, 4)])
@@ -148,12 +139,10 @@ def test_compiled_logits_stand_in_memory_at_once_only_where_they_are_small(
     compiled = torch.compile(
         lambda: linear_cross_entropy(low, master, y, vocab_size=60), fullgraph=True, backend=aot_autograd(fw_compiler=watch)
     )
-    compiled().backward()
-    assert widest == rows
-    assert low.grad.dtype == torch.bfloat16 and master.grad.dtype == torch.float32  # type: ignore[union-attr]
-    cross_entropy_reference(x, w, y, vocab_size=60).backward()
-    torch.testing.assert_close(master.grad.double(), w.grad, rtol=0.03, atol=0.05)  # type: ignore[union-attr]
-    torch.testing.assert_close(low.grad.double(), x.grad, rtol=0.03, atol=0.05)  # type: ignore[union-attr]
+    _, *ours = with_gradients(compiled(), low, master)
+    assert widest == rows and [grad.dtype for grad in ours] == [torch.bfloat16, torch.float32]
+    _, *plain = with_gradients(cross_entropy_reference(x, w, y, vocab_size=60), x, w)
+    torch.testing.assert_close([grad.double() for grad in ours], plain, rtol=0.03, atol=0.05)
 
 
 @pytest.mark.parametrize(("chunk", "tile_words"), [(40, 100), (40, 24), (None, 100), (None, 20)])
@@ -168,9 +157,7 @@ def test_both_compile_as_one_graph(chunk: int | None, tile_words: int, monkeypat
         return loss + linear_logprobs(x, w, y.clamp_min(0), vocab_size=60, chunk_tokens=chunk)[0].square().sum()
 
     compiled = torch.compile(both, fullgraph=True, backend="aot_eager")  # the graph is the question, not the C++ compiler
-    ours, plain = compiled(x, w, y), both(x, w, y)
-    torch.testing.assert_close(ours, plain)
-    torch.testing.assert_close(torch.autograd.grad(ours, (x, w)), torch.autograd.grad(plain, (x, w)))
+    torch.testing.assert_close(with_gradients(compiled(x, w, y), x, w), with_gradients(both(x, w, y), x, w))
 
 
 @pytest.mark.parametrize(("words", "parts"), [(64, [64]), (12_800, [12_800]), (50_304, [12_800] * 3 + [11_904]), (200_005, 4)])

@@ -13,16 +13,10 @@ from osler.ops.sampling import pack_mask, row_uniform, sample, sampling_mask, un
 from osler.ops.sampling_params import COLDEST, SamplingParams
 
 
-def chi_square_limit(cells: int) -> float:
-    """A value that chi-square with ``cells - 1`` degrees of freedom passes about once in 30,000 (normal approximation)."""
-    return cells - 1 + 4 * math.sqrt(2 * (cells - 1))
-
-
-def chi_square(counts: torch.Tensor, expected: torch.Tensor) -> float:
-    return float(((counts - expected) ** 2 / expected).sum())
-
-
-# ---- row_uniform
+def assert_distributed(counts: torch.Tensor, expected: torch.Tensor | float) -> None:
+    """Chi-square stays below a value that it passes about once in 30,000 (normal approximation)."""
+    degrees = len(counts) - 1
+    assert float(((counts - expected) ** 2 / expected).sum()) < degrees + 4 * math.sqrt(2 * degrees)
 
 
 def test_uniforms_are_uniform_in_coarse_and_fine_bits() -> None:
@@ -30,8 +24,7 @@ def test_uniforms_are_uniform_in_coarse_and_fine_bits() -> None:
     assert u.dtype == torch.float64 and float(u.min()) >= 0 and float(u.max()) < 1
     assert u.unique().numel() == u.numel()
     for values in (u, (u * 1000) % 1, (u * 2**30) % 1):
-        counts = torch.histc(values, 100, 0, 1)
-        assert chi_square(counts, torch.full((100,), u.numel() / 100)) < chi_square_limit(100)
+        assert_distributed(torch.histc(values, 100, 0, 1), u.numel() / 100)
 
 
 @pytest.mark.parametrize("step", [(0, 1), (1, 0), (1, 1), (64, 0)])
@@ -39,8 +32,7 @@ def test_neighbouring_rows_and_positions_are_independent(step: tuple[int, int]) 
     u = row_uniform(3, torch.arange(400)[:, None], torch.arange(250))
     a, b = u[: 400 - step[0], : 250 - step[1]], u[step[0] :, step[1] :]
     joint = (a * 10).long() * 10 + (b * 10).long()
-    counts = torch.bincount(joint.flatten(), minlength=100).double()
-    assert chi_square(counts, torch.full((100,), a.numel() / 100)) < chi_square_limit(100)
+    assert_distributed(torch.bincount(joint.flatten(), minlength=100).double(), a.numel() / 100)
 
 
 def test_seeds_give_unrelated_streams() -> None:
@@ -58,9 +50,6 @@ def test_a_uniform_depends_on_its_triple_only() -> None:
     assert row_uniform(1, torch.tensor([2]), torch.tensor([3])).item() == 0.8993092287765546
 
 
-# ---- sample
-
-
 @pytest.mark.parametrize(("vocab", "temperature"), [(7, 1.0), (64, 0.7), (130, 2.0)])
 def test_draws_follow_the_softmax(vocab: int, temperature: float) -> None:
     logits = torch.randn(vocab, generator=torch.Generator().manual_seed(vocab)) * 1.5
@@ -69,7 +58,7 @@ def test_draws_follow_the_softmax(vocab: int, temperature: float) -> None:
     token, logp, mask = sample(logits.expand(draws, -1), u, SamplingParams(temperature=temperature))
     expected = (logits.double() / temperature).softmax(-1)
     assert mask is None
-    assert chi_square(torch.bincount(token, minlength=vocab).double(), expected * draws) < chi_square_limit(vocab)
+    assert_distributed(torch.bincount(token, minlength=vocab).double(), expected * draws)
     torch.testing.assert_close(logp, expected.log()[token].float(), atol=1e-5, rtol=0)
 
 
@@ -101,9 +90,6 @@ def test_temperature_zero_takes_the_likeliest_and_reports_it_at_temperature_one(
     token, logp, mask = sample(logits, torch.rand(8), SamplingParams(temperature=0, top_k=3, top_p=0.5))
     assert torch.equal(token, logits.argmax(-1)) and mask is None
     torch.testing.assert_close(logp, logits.log_softmax(-1).amax(-1))
-
-
-# ---- sampling masks
 
 
 @settings(max_examples=60, deadline=None)
@@ -139,13 +125,10 @@ def test_mask_is_the_smallest_of_the_likeliest(
             assert float(mass[:count].sum()) >= top_p - 1e-6
 
 
-def test_top_p_counts_what_top_k_left() -> None:
+def test_top_p_counts_what_top_k_left_and_equal_logits_leave_exactly_k() -> None:
     logits = torch.tensor([[0.4, 0.3, 0.2, 0.1]]).log()
     assert sampling_mask(logits, top_k=2, top_p=0.5).tolist() == [[True, False, False, False]]
     assert sampling_mask(logits, top_p=0.5).tolist() == [[True, True, False, False]]
-
-
-def test_equal_logits_still_leave_exactly_k() -> None:
     assert sampling_mask(torch.zeros(3, 10), top_k=4).sum(-1).tolist() == [4, 4, 4]
 
 
