@@ -77,6 +77,10 @@ def said(folder: Path, rank: int) -> str:
     return folder.with_suffix(f".rank{rank}.log").read_text()
 
 
+def runs_on_two(program: Callable[[], int], folder: Path) -> None:
+    assert codes(start(program, folder, 2)) == [0, 0], said(folder, 0) + said(folder, 1)
+
+
 def report(name: str, case: Callable[..., None], *given: Any, **options: Any) -> None:
     before = time.monotonic()
     try:

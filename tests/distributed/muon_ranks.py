@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from parallel_runs import report, runs_on_two
+from forks import report, runs_on_two
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 

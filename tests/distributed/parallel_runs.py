@@ -28,7 +28,7 @@ import torch._inductor.compile_fx
 import torch._inductor.config
 import torch.distributed.fsdp
 import torchao.float8  # noqa: F401 - loaded once for every fork, like much of what stands here
-from forks import codes, report, said, start, train
+from forks import codes, report, runs_on_two, said, start, train
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -332,10 +332,6 @@ def start_in_parts(checkpoint: Path) -> int:
                 allowed = sum(sizes) / world.size + 3 * max(sizes) + 2**14
                 assert held.most < allowed < sum(sizes), f"{start}: {held.most:,} of {sum(sizes):,} bytes, allowed {allowed:,}"
     return 0
-
-
-def runs_on_two(program: Callable[[], int], folder: Path) -> None:
-    assert codes(start(program, folder, 2)) == [0, 0], said(folder, 0) + said(folder, 1)
 
 
 def compare(
