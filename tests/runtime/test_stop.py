@@ -13,22 +13,15 @@ pytestmark = pytest.mark.usefixtures("standard_handlers")
 
 
 @pytest.fixture
-def clock(monkeypatch):
-    """A clock that stands still until ``pass_on`` moves it past the time in which signals are one request."""
-
-    class Clock:
-        seconds = 100.0
-
-        def pass_on(self) -> None:
-            self.seconds += 1.1 * SAME_REQUEST_SECONDS
-
-    clock = Clock()
-    monkeypatch.setattr(stop.time, "monotonic", lambda: clock.seconds)
-    return clock
+def pass_on(monkeypatch):
+    """A clock stands still until this moves it past the time in which signals are one request."""
+    now = [100.0]
+    monkeypatch.setattr(stop.time, "monotonic", lambda: now[0])
+    return lambda: now.append(now.pop() + 1.1 * SAME_REQUEST_SECONDS)
 
 
 @pytest.mark.parametrize("number", REQUESTS)
-def test_a_request_that_is_passed_on_is_one_and_a_later_one_leaves_at_once(number, clock, capsys):
+def test_a_request_that_is_passed_on_is_one_and_a_later_one_leaves_at_once(number, pass_on, capsys):
     assert signal.SIGUSR1 in REQUESTS, "the warning from Slurm"
     with StopFlag() as flag:
         assert not flag.requested
@@ -36,7 +29,7 @@ def test_a_request_that_is_passed_on_is_one_and_a_later_one_leaves_at_once(numbe
         signal.raise_signal(signal.SIGTERM)
         assert flag.requested
         assert capsys.readouterr().err.count("finishing this step and saving; once more to leave at once") == 1
-        clock.pass_on()
+        pass_on()
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(number)
 
@@ -51,7 +44,7 @@ def test_the_first_signal_after_another_ranks_is_no_second_one():
 
 
 @pytest.mark.parametrize("heard", [True, False])
-def test_a_process_that_was_asked_to_stop_is_deaf_while_it_leaves(heard, clock):
+def test_a_process_that_was_asked_to_stop_is_deaf_while_it_leaves(heard, pass_on):
     """Also when another rank has heard the request, and the launcher passes it on late."""
     before = [signal.getsignal(number) for number in REQUESTS]
     with interruptible():
@@ -60,13 +53,13 @@ def test_a_process_that_was_asked_to_stop_is_deaf_while_it_leaves(heard, clock):
                 signal.raise_signal(signal.SIGINT)
             flag.requested = True
         for number in REQUESTS:
-            clock.pass_on()
+            pass_on()
             signal.raise_signal(number)
     assert [signal.getsignal(number) for number in REQUESTS] == before
 
 
 @pytest.mark.parametrize("number", REQUESTS)
-def test_an_interruption_that_is_passed_on_is_one(number, clock):
+def test_an_interruption_that_is_passed_on_is_one(number, pass_on):
     with interruptible():
         with StopFlag():
             pass  # a run that nobody asked to stop can be interrupted after it
@@ -74,7 +67,7 @@ def test_an_interruption_that_is_passed_on_is_one(number, clock):
             signal.raise_signal(number)
         assert isinstance(raised.value, Terminated) == (number != signal.SIGINT)
         signal.raise_signal(number)
-        clock.pass_on()
+        pass_on()
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(number)
 
