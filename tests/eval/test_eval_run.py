@@ -162,12 +162,11 @@ def test_an_exam_from_a_file(runs, tmp_path, capsys):
 def test_questions_without_options_cannot_be_scored_by_likelihood(runs, tmp_path, capsys):
     sums = tmp_path / "sums.jsonl"
     sums.write_text(json.dumps({"question": "What is 6 x 7?", "answer": "six sevens\n#### 42"}) + "\n")
-    task = ("task.type=gsm8k", f"task.path={sums}")
-    assert evaluate(str(runs / "sft"), *task, "method=likelihood") == 2
+    command = (str(runs / "sft"), "task.type=gsm8k", f"task.path={sums}")
+    assert evaluate(*command, "method=likelihood") == 2
     assert "no options" in capsys.readouterr().err
-    assert evaluate(str(runs / "sft"), *task, "max_new_tokens=4") == 0
-    captured = capsys.readouterr()
-    assert re.search(r"^gsm8k +generation .*– +– ", captured.out, re.M)
+    assert evaluate(*command, "max_new_tokens=4") == 0
+    assert re.search(r"^gsm8k +generation .*– +– ", capsys.readouterr().out, re.M)
 
 
 def test_text_is_measured_in_bits_per_byte_whatever_the_window_of_a_table(runs, tmp_path, capsys):
@@ -210,6 +209,7 @@ def test_a_run_on_text_of_ones_own_is_measured_on_its_held_out_part(runs, capsys
         (["permutations=0"], "permutations: must be at least 1"),
         (["task.limt=3"], "did you mean `task.limit`"),
         (["seq_len=4000", "text=x.txt"], "max_seq_len"),
+        (["temperature=1e-40"], "temperature is 1e-40: give 0"),
     ],
 )
 def test_mistakes_are_one_message(runs, arguments, message, capsys, monkeypatch, tmp_path):
@@ -262,8 +262,3 @@ def test_remarks_say_what_a_score_is_worth():
     assert "did not fit" in list(remarks(score(0, 100, "too_long")))[1]
     wide = table([score(90, 10), score(1, 1)]).splitlines()
     assert len({line.index("generation") for line in wide[1:3]}) == 1 and len(wide[0]) == len(wide[1])
-
-
-def test_a_temperature_that_nothing_can_be_divided_by_is_refused():
-    with pytest.raises(ValueError, match="temperature is 1e-40: give 0"):
-        EvalConfig(temperature=1e-40)

@@ -155,7 +155,7 @@ def test_equal_options_are_right_together(tokenizer: Tokenizer) -> None:
 
 
 def test_a_model_that_knows_one_letter_is_at_chance_over_permutations(tokenizer: Tokenizer) -> None:
-    ignorant = build(tokenizer, head_init="zero")  # all words equally likely: the first option always wins
+    ignorant = build(tokenizer, head_init="zero")
     items = [replace(item, options=("aa", "bb", "cc", "dd"), answer_index=0) for item in ITEMS]
     assert score_by_likelihood(ignorant, tokenizer, items, normalise="tokens").accuracy == 1.0
     score = score_by_likelihood(ignorant, tokenizer, items, normalise="tokens", permutations=4)
@@ -176,18 +176,18 @@ def test_likelihood_finds_what_was_learnt(scholar: Transformer, tokenizer: Token
     assert score_by_likelihood(scholar, tokenizer, [huge]).too_long == 1
 
 
+def one_by_one(model: Transformer, ids: list[int], start: int) -> float:
+    """The log-likelihood of ids[start:], one prefix at a time, nothing batched."""
+    with torch.no_grad():
+        logits = [model.logits(model(torch.tensor([ids[:t]])))[0, -1].double() for t in range(start, len(ids))]
+    return sum(row.log_softmax(-1)[ids[t]].item() for t, row in enumerate(logits, start=start))
+
+
 @pytest.mark.parametrize("template", [True, False])
 def test_likelihood_equals_brute_force(tokenizer: Tokenizer, template: bool) -> None:
     model = build(tokenizer)
     all_rows = [row for item in ITEMS for row in option_rows(tokenizer, item, template=template, max_seq_len=128) or []]
-    expected = []
-    with torch.no_grad():
-        for ids, start in all_rows:
-            total = 0.0
-            for t in range(start, len(ids)):  # one prefix at a time, nothing batched
-                logits = model.logits(model(torch.tensor([ids[:t]])))[0, -1].double()
-                total += logits.log_softmax(-1)[ids[t]].item()
-            expected.append(total)
+    expected = [one_by_one(model, ids, start) for ids, start in all_rows]
     for batch_tokens in (1, 300, 100_000):
         assert sum_logprobs(model, all_rows, batch_tokens=batch_tokens) == pytest.approx(expected, abs=1e-3)
 
@@ -209,14 +209,7 @@ def test_likelihood_chooses_as_lm_evaluation_harness_does(tokenizer: Tokenizer, 
             context = tokenizer.encode(f"Question: {item.question}\nAnswer:")
             choices = list(item.options)
             rows = [(context, tokenizer.encode(f" {choice}")) for choice in choices]
-        lls = []
-        for ids, continuation in rows:
-            total = 0.0
-            for k, token in enumerate(continuation):
-                with torch.no_grad():
-                    logits = model.logits(model(torch.tensor([ids + continuation[:k]])))[0, -1].double()
-                total += logits.log_softmax(-1)[token].item()
-            lls.append(total)
+        lls = [one_by_one(model, ids + continuation, len(ids)) for ids, continuation in rows]
         completion_len = np.array([float(len(choice)) for choice in choices])
         acc.append(int(np.argmax(lls)))
         acc_norm.append(int(np.argmax(np.array(lls) / completion_len)))
@@ -262,21 +255,21 @@ def test_a_merge_across_the_border_is_scored_from_before_it() -> None:
         assert joined.decode(ids) == f"Question: What helps?\nAnswer: {option}"
 
 
-def test_an_answer_that_is_a_text_is_marked() -> None:
-    item = replace(NUMBER, answer="lobar pneumonia")
-    texts = {"Lobar  pneumonia.": ("answered", True), "asthma": ("answered", False), "": ("unparsed", False)}
-    for text, expected in texts.items():
-        result = mark(item, Completion(thinking="x", answer=text, finished=True, well_formed=True))
-        assert (result.status, result.right) == expected
-
-
-def test_an_answer_that_was_cut_within_a_word_is_not_read() -> None:
-    sum_of_ten = replace(NUMBER, answer="10")
-    drug = ITEMS[0]
-    for item, text, status in [(sum_of_ten, "10", "cut"), (drug, "amoxicillin", "cut"), (drug, "amoxicillin (B)", "answered")]:
-        completion = Completion(thinking="x", answer=text, finished=False, well_formed=False)
-        assert mark(item, completion).status == status
-        assert correct(item, completion) == (status == "answered")
+@pytest.mark.parametrize(
+    ("item", "text", "finished", "status", "right"),
+    [
+        (replace(NUMBER, answer="lobar pneumonia"), "Lobar  pneumonia.", True, "answered", True),
+        (replace(NUMBER, answer="lobar pneumonia"), "asthma", True, "answered", False),
+        (replace(NUMBER, answer="lobar pneumonia"), "", True, "unparsed", False),
+        (replace(NUMBER, answer="10"), "10", False, "cut", False),  # perhaps within a word or a number
+        (ITEMS[0], "amoxicillin", False, "cut", False),
+        (ITEMS[0], "amoxicillin (B)", False, "answered", True),
+    ],
+)
+def test_how_an_answer_is_marked(item: ExamItem, text: str, finished: bool, status: str, right: bool) -> None:
+    completion = Completion(thinking="x", answer=text, finished=finished, well_formed=finished)
+    result = mark(item, completion)
+    assert (result.status, result.right, correct(item, completion)) == (status, right, float(right))
 
 
 def test_examiner_and_reward_agree_on_everything_the_model_writes(scholar: Transformer, tokenizer: Tokenizer) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -153,72 +153,61 @@ def test_wilson_ends_contain_the_score_and_refuse_nonsense() -> None:
             wilson(correct, n)
 
 
-def test_independent_values_give_plain_wilson() -> None:
-    values = [1.0] * 37 + [0.0] * 63
-    assert mean_interval(values) == pytest.approx(wilson(37, 100))
-    assert mean_interval(values, list(range(100))) == pytest.approx(wilson(37, 100))
-
-
 def test_copies_of_an_item_are_worth_one_item() -> None:
     values = [1.0] * 37 + [0.0] * 63
+    assert mean_interval(values) == mean_interval(values, list(range(100))) == pytest.approx(wilson(37, 100))
     copied = [value for value in values for _ in range(4)]
     items = [index for index in range(100) for _ in range(4)]
-    low, high = mean_interval(copied, items)
-    assert (low, high) == pytest.approx(wilson(37, 100), abs=0.001)
+    assert mean_interval(copied, items) == pytest.approx(wilson(37, 100), abs=0.001)
     assert mean_interval([1.0] * 40, [i // 4 for i in range(40)]) == wilson(10, 10)
     with pytest.raises(ValueError):
         mean_interval([])
 
 
+def coverage(truth: float, rounds: int, draw: Callable[[], Sequence[tuple[float, float]]]) -> list[float]:
+    """How often each of the intervals that ``draw`` returns holds the truth."""
+    drawn = [draw() for _ in range(rounds)]
+    return [sum(low <= truth <= high for low, high in column) / rounds for column in zip(*drawn, strict=True)]
+
+
 def test_clustered_interval_covers_the_truth_as_often_as_it_says() -> None:
     rng = random.Random(5)
-    covered = plain = 0
-    for _ in range(400):
+
+    def draw() -> Sequence[tuple[float, float]]:
         values, clusters = [], []
         for cluster in range(60):
             ability = rng.betavariate(1.2, 0.8)  # mean 0.6, strongly shared inside a cluster
             for _ in range(5):
                 values.append(float(rng.random() < ability))
                 clusters.append(cluster)
-        low, high = mean_interval(values, clusters)
-        covered += low <= 0.6 <= high
-        low, high = mean_interval(values)
-        plain += low <= 0.6 <= high
-    assert 0.92 <= covered / 400 <= 0.985
-    assert plain / 400 < 0.88  # ignoring the clusters would be wrong
+        return mean_interval(values, clusters), mean_interval(values)
+
+    aware, plain = coverage(0.6, 400, draw)
+    assert 0.92 <= aware <= 0.985 and plain < 0.88  # ignoring the clusters would be wrong
 
 
 def test_paired_interval_covers_the_truth_as_often_as_it_says() -> None:
     rng = random.Random(6)
-    covered = 0
-    for _ in range(600):
-        before, after = [], []
-        for _ in range(120):
-            draw = rng.random()  # both right 0.5, gained 0.2, lost 0.1, both wrong 0.2: true gain 0.1
-            before.append(float(draw < 0.5 or 0.7 <= draw < 0.8))
-            after.append(float(draw < 0.7))
-        low, high = paired_difference(before, after).interval
-        covered += low <= 0.1 <= high
-    assert 0.93 <= covered / 600 <= 0.975
+
+    def draw() -> Sequence[tuple[float, float]]:
+        draws = [rng.random() for _ in range(120)]  # both right 0.5, gained 0.2, lost 0.1, both wrong 0.2: true gain 0.1
+        before = [float(draw < 0.5 or 0.7 <= draw < 0.8) for draw in draws]
+        return (paired_difference(before, [float(draw < 0.7) for draw in draws]).interval,)
+
+    assert 0.93 <= coverage(0.1, 600, draw)[0] <= 0.975
 
 
 def test_paired_clustered_interval_covers_the_truth() -> None:
     rng = random.Random(7)
-    covered = plain = 0
-    for _ in range(400):
-        before, after, clusters = [], [], []
-        for cluster in range(50):
-            learned = rng.random() < 0.3  # a fact is learned as a whole: 30 % of the facts go from 0 to 1
-            for _ in range(6):
-                before.append(0.0)
-                after.append(float(learned))
-                clusters.append(cluster)
-        result = paired_difference(before, after, clusters)
-        covered += result.interval[0] <= 0.3 <= result.interval[1]
-        unaware = paired_difference(before, after).interval
-        plain += unaware[0] <= 0.3 <= unaware[1]
-    assert 0.90 <= covered / 400 <= 0.985
-    assert plain / 400 < 0.75
+    before, clusters = [0.0] * 300, [number // 6 for number in range(300)]
+
+    def draw() -> Sequence[tuple[float, float]]:
+        learned = [rng.random() < 0.3 for _ in range(50)]  # a fact is learned as a whole: 30 % of the facts go from 0 to 1
+        after = [float(learned[cluster]) for cluster in clusters]
+        return paired_difference(before, after, clusters).interval, paired_difference(before, after).interval
+
+    aware, plain = coverage(0.3, 400, draw)
+    assert 0.90 <= aware <= 0.985 and plain < 0.75
 
 
 def test_paired_difference_counts_what_changed() -> None:
