@@ -70,8 +70,7 @@ def score_by_generation(
             break
         batch = fitting[start : start + engine.max_rows]
         rollout = engine.generate(
-            [prompt for _, prompt in batch],
-            replace(sampling, stop_ids=(tokenizer.eos_id,), seed=sampling.seed + start),
+            [prompt for _, prompt in batch], replace(sampling, stop_ids=(tokenizer.eos_id,), seed=sampling.seed + start)
         )
         for (i, _), ids in zip(batch, rollout.completions, strict=True):
             results[i] = mark(shown[i], parse_completion(tokenizer, ids, reasoning=reasoning))
@@ -178,9 +177,7 @@ def scored_texts(item: ExamItem, *, template: bool) -> list[str]:
     return [render_answer(replace(item, answer_index=index)) for index in range(len(item.options))]
 
 
-def option_rows(
-    tokenizer: Tokenizer, item: ExamItem, *, template: bool, max_seq_len: int
-) -> list[tuple[list[int], int]] | None:
+def option_rows(tokenizer: Tokenizer, item: ExamItem, *, template: bool, max_seq_len: int) -> list[tuple[list[int], int]] | None:
     """Return for every option the ids of prompt and option together and where scoring starts; None when they do not fit.
 
     Plain text is tokenised as a whole, because a merge may straddle the border. Scoring starts where the ids of the options, or

@@ -88,9 +88,7 @@ def by_length(rows: Sequence[LabelledRow], batch_tokens: int) -> Iterator[list[i
         order = order[count:]
 
 
-def sum_logprobs(
-    model: Transformer, rows: Sequence[tuple[list[int], int]], *, batch_tokens: int = BATCH_TOKENS
-) -> list[float]:
+def sum_logprobs(model: Transformer, rows: Sequence[tuple[list[int], int]], *, batch_tokens: int = BATCH_TOKENS) -> list[float]:
     """Return for every row (ids, start) the sum of log p(ids[t] | ids[:t]) over t >= start, in nats; start >= 1."""
     labelled = [(ids[:-1], [IGNORED] * (start - 1) + ids[start:]) for ids, start in rows]
     sums = torch.zeros(len(rows), dtype=torch.float64)
@@ -123,9 +121,7 @@ class TextScore:
         return self.nats / log(2) / self.bytes
 
 
-def measure(
-    model: Transformer, batches: Iterable[tuple[Tensor, ...]], total_bytes: int, world: World | None = None
-) -> TextScore:
+def measure(model: Transformer, batches: Iterable[tuple[Tensor, ...]], total_bytes: int, world: World | None = None) -> TextScore:
     """Return what ``batches`` of (ids_BT, labels_BT) or (ids_BT, labels_BT, document_BT) cost the model.
 
     ``total_bytes`` is the size of the text that the labels spell. All ranks of ``world`` are given the same batches and share

@@ -182,9 +182,7 @@ class Difference:
     n: int
 
 
-def paired_difference(
-    before: Sequence[float], after: Sequence[float], clusters: Sequence[Hashable] | None = None
-) -> Difference:
+def paired_difference(before: Sequence[float], after: Sequence[float], clusters: Sequence[Hashable] | None = None) -> Difference:
     """Return the change of a score in [0, 1] between two models on the same items, in the same order.
 
     The interval adds half an item to each of the four cells right/wrong by right/wrong (Agresti and Min), so it stays

@@ -31,10 +31,7 @@ STD_FLOOR = 1e-4
 
 
 def group_advantages(
-    rewards_PG: Tensor,
-    kind: Literal["mean", "mean_std", "leave_one_out"] = "mean",
-    *,
-    valid_PG: Tensor | None = None,
+    rewards_PG: Tensor, kind: Literal["mean", "mean_std", "leave_one_out"] = "mean", *, valid_PG: Tensor | None = None
 ) -> Tensor:
     """Return the advantage of every sample over its group's baseline, shape ``[P, G]``, in the dtype of the rewards.
 

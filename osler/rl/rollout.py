@@ -225,9 +225,7 @@ class RolloutWorker:
         ]
 
 
-def score(
-    tokenizer: Tokenizer, prompt: Prompt, ids: list[int], logprobs: list[float], algorithm: AlgorithmConfig
-) -> Sample:
+def score(tokenizer: Tokenizer, prompt: Prompt, ids: list[int], logprobs: list[float], algorithm: AlgorithmConfig) -> Sample:
     """Read one completion, reward it, and apply the sample filters."""
     completion = parse_completion(tokenizer, ids, reasoning=prompt.task.reasoning)
     rewards = {term.name: float(term.function(prompt.item, completion)) for term in prompt.task.rewards}
@@ -267,9 +265,7 @@ def repeated_ngram_frac(ids: Sequence[int], ngram: int) -> float:
     return 1.0 - len({tuple(ids[i : i + ngram]) for i in range(count)}) / count
 
 
-def apply_filters(
-    reward: float, verdict: Verdict, finished: bool, algorithm: AlgorithmConfig
-) -> tuple[float, bool, bool]:
+def apply_filters(reward: float, verdict: Verdict, finished: bool, algorithm: AlgorithmConfig) -> tuple[float, bool, bool]:
     """Apply the quality action, then the overlong rule; return the reward, and whether the sample stays and is trained on.
 
     A dropped sample leaves its group: it is in no statistic, no loss and no denominator. A cut sample under

@@ -186,11 +186,6 @@ def next_steps(config: GrpoConfig, folder: RunFolder) -> str:
     return f"Done: {folder.root}\n  osler eval {folder.root}   sit the exam\n  osler report {folder.root}   the run as a page"
 
 
-
-
-
-
-
 def preflight(groups: Sequence[Group], config: GrpoConfig) -> str:
     """Show the answers to the first step's questions and refuse a hopeless start. Return the lines of the samples file.
 

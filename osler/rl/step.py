@@ -107,9 +107,7 @@ def micro_batches(rows: Sequence[TrainingRow], chosen: Sequence[int], budget_tok
     return batches
 
 
-def completion_logprobs(
-    model: Transformer, rows: Sequence[TrainingRow], *, temperature: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def completion_logprobs(model: Transformer, rows: Sequence[TrainingRow], *, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
     """Return (logp_BT, entropy_BT, mask_BT) of the completion tokens, zero in padding; ``logp_BT`` has a gradient."""
     device = model.embed_tokens.weight.device
     masks = [row.sampling_mask for row in rows if row.sampling_mask is not None]

@@ -190,4 +190,3 @@ class GrpoTrainer(Trainer):
             self.reference.load_state_dict(loaded.tensors["reference"])
         self.tokens = loaded.state["tokens"]
         self.task_tokens = Counter(loaded.state["task_tokens"])
-

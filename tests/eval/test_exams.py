@@ -10,15 +10,7 @@ import torch
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from osler.eval.exams import (
-    greedy,
-    mark,
-    option_rows,
-    presentations,
-    score_by_generation,
-    score_by_likelihood,
-    sum_logprobs,
-)
+from osler.eval.exams import greedy, mark, option_rows, presentations, score_by_generation, score_by_likelihood, sum_logprobs
 from osler.eval.score import compare
 from osler.inference.engine import InferenceEngine
 from osler.model.config import ModelConfig

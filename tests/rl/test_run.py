@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
 
 from osler.checkpoint import store
 from osler.cli.main import main
+from osler.config.schema import decode, encode
 from osler.inference.load import load_model
 from osler.report.read import read_run
 from osler.report.words import model_of
@@ -176,3 +179,36 @@ def test_a_disk_that_refuses_the_samples_costs_a_warning(grpo, tmp_path, capsys)
     (tmp_path / "run" / "samples.jsonl" / "in-the-way").mkdir(parents=True)
     assert grpo(tmp_path / "run", "steps=1") == 0
     assert "samples.jsonl could not be written" in capsys.readouterr().err
+
+
+def test_defaults_round_trip():
+    config = decode(GrpoConfig, {"init_from": "runs/sft"})
+    assert decode(GrpoConfig, encode(config)) == config
+    assert config.algorithm == AlgorithmConfig()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"init_from": None}, "init_from"),
+        ({"algorithm": {"kll": "k3"}}, "did you mean `algorithm.kl`"),
+        ({"algorithm": {"kl": "k4"}}, "algorithm.kl"),
+        ({"algorithm": {"samples_per_prompt": 1}}, "samples_per_prompt: must be at least 2"),
+        ({"algorithm": {"temperature": 1e-30}}, "temperature: must be at least 0.01"),
+        ({"algorithm": {"top_k": 1}}, "top_k: must be at least 2"),
+        ({"algorithm": {"top_p": 1e-6}}, "top_p: must be at least 0.1"),
+        ({"algorithm": {"clip": {"low": 0.0}}}, "clip.low"),
+        ({"steps": 0}, "^the configuration: 1 error\n  steps"),
+        ({"tasks": []}, "tasks need at least one"),
+        ({"tasks": [{}, {}]}, "its own name"),
+        ({"tasks": [{"rewards": {"corect": 1.0}}]}, "corect"),
+    ],
+)
+def test_mistakes_are_refused_by_name(changes, message):
+    with pytest.raises(UserError, match=message):
+        decode(GrpoConfig, {"init_from": "x", **changes})
+
+
+def test_configuration_does_not_load_torch():
+    program = "import osler.rl.config, sys; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

@@ -21,10 +21,7 @@ def row(prompt, completion, *, advantage=1.0, trained=True):
     return TrainingRow(list(range(4, 4 + prompt)), list(range(5, 5 + completion)), [-5.0] * completion, advantage, None, trained)
 
 
-@given(
-    sizes=st.lists(st.tuples(st.integers(1, 30), st.integers(1, 30)), min_size=1, max_size=20),
-    budget=st.integers(1, 200),
-)
+@given(sizes=st.lists(st.tuples(st.integers(1, 30), st.integers(1, 30)), min_size=1, max_size=20), budget=st.integers(1, 200))
 def test_micro_batches_hold_every_chosen_row_once_within_the_budget(sizes, budget):
     rows = [row(*size) for size in sizes]
     chosen = list(range(0, len(rows), 2))
@@ -34,9 +31,7 @@ def test_micro_batches_hold_every_chosen_row_once_within_the_budget(sizes, budge
         assert len(batch) == 1 or len(batch) * max(rows[index].tokens for index in batch) <= budget
 
 
-@given(
-    sizes=st.lists(st.tuples(st.integers(1, 30), st.sampled_from([None, None, 0, 1])), max_size=20), ranks=st.integers(2, 4)
-)
+@given(sizes=st.lists(st.tuples(st.integers(1, 30), st.sampled_from([None, None, 0, 1])), max_size=20), ranks=st.integers(2, 4))
 def test_rows_are_dealt_to_those_who_drew_them_and_otherwise_evenly(sizes, ranks):
     rows = [replace(row(size, 1), sampled_by_rank=sampled_by_rank) for size, sampled_by_rank in sizes]
     chosen = list(range(0, len(rows), 2))

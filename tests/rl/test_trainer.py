@@ -194,10 +194,7 @@ def test_alarms_for_completions_that_never_end_and_rewards_that_never_come(make_
     events = read_events(tmp_path / "events.jsonl")
     assert [(event.name, event.step) for event in (events[0], events[-1])] == [("begun", 0), ("finished", CONFIG.steps)]
     events = [event for event in events if event.kind not in LIFETIME]
-    assert [(event.name, event.step) for event in events] == [
-        ("cut-completions", 1),
-        ("no-reward", 3),
-    ]
+    assert [(event.name, event.step) for event in events] == [("cut-completions", 1), ("no-reward", 3)]
 
 
 def test_a_batch_without_a_usable_sample_is_survived(make_trainer, tmp_path):

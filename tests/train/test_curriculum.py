@@ -23,11 +23,7 @@ from osler.train.config import TrainConfig
 from osler.train.run import make_loader
 
 # Batches of 256 tokens: steps 0 to 2 of 16 rows of 16, steps 3 to 5 of 6 rows of 32, from step 6 on 4 rows of 64.
-STAGES = (
-    Stage(seq_len=16, until_tokens=700),
-    Stage(seq_len=32, until_tokens=1_300, batch_tokens=192),
-    Stage(seq_len=64),
-)
+STAGES = (Stage(seq_len=16, until_tokens=700), Stage(seq_len=32, until_tokens=1_300, batch_tokens=192), Stage(seq_len=64))
 ROWS = [16] * 3 + [6] * 3 + [4] * 6
 LENGTHS = [16] * 3 + [32] * 3 + [64] * 6
 TOKENS = [256, 512, 768, 960, 1_152, 1_344, *(1_344 + 256 * step for step in range(1, 7))]  # after each step

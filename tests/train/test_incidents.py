@@ -33,6 +33,19 @@ def broken(monkeypatch):
     return set_fault
 
 
+@pytest.fixture
+def trained(make_trainer, broken, tmp_path):
+    """A function that trains with a fault to the end and returns the trainer."""
+
+    def run(fault, **fields):
+        broken(fault)
+        trainer = make_trainer(tmp_path, **{**STEADY, **fields})
+        assert Loop(trainer).fit()
+        return trainer
+
+    return run
+
+
 def logged(folder, name="train/loss"):
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return {line["step"]: line[name] for line in lines if name in line}
@@ -61,10 +74,8 @@ def test_the_run_is_the_one_whose_data_never_had_those_batches(make_trainer, bro
     assert logged(tmp_path / "run") == logged(tmp_path / "clean")
 
 
-def test_every_incident_is_in_the_diary(make_trainer, broken, tmp_path, capsys):
-    broken("train-loss:nan:6-7")
-    trainer = make_trainer(tmp_path, recovery={"max_skipped_steps": 2}, **STEADY)
-    assert Loop(trainer).fit()
+def test_every_incident_is_in_the_diary(trained, tmp_path, capsys):
+    trained("train-loss:nan:6-7", recovery={"max_skipped_steps": 2})
     events = [event for event in read_events(tmp_path / "events.jsonl") if event.kind not in LIFETIME]
     assert [(event.kind, event.name, event.step) for event in events] == [
         ("incident", "skipped-step", 6),
@@ -81,29 +92,24 @@ def test_every_incident_is_in_the_diary(make_trainer, broken, tmp_path, capsys):
     assert "Going back from step 7 to step-000000004 and on with the data after step 7 (rollback 1 of at most 2)." in said
 
 
-def test_one_bad_step_costs_itself(make_trainer, broken, tmp_path):
-    broken("train-loss:nan:6")
-    trainer = make_trainer(tmp_path, recovery={"max_skipped_steps": 2}, **STEADY)
-    assert Loop(trainer).fit() and trainer.incidents.rollbacks == 0
+def test_one_bad_step_costs_itself(trained, tmp_path):
+    assert trained("train-loss:nan:6", recovery={"max_skipped_steps": 2}).incidents.rollbacks == 0
     assert sum(logged(tmp_path, "train/skipped_steps").values()) == 1
     assert logged(tmp_path)[6] is None and logged(tmp_path)[7] is not None
 
 
-def test_of_skipped_steps_in_a_row_the_first_alone_is_told_outside(make_trainer, broken, tmp_path):
-    broken("train-loss:nan:2-4")
+def test_of_skipped_steps_in_a_row_the_first_alone_is_told_outside(trained, tmp_path):
     out, script = tmp_path / "told", tmp_path / "copy.py"
     script.write_text("import sys; open(sys.argv[1], 'a').write(sys.stdin.read())")
     monitor = MonitorConfig(alert_command=f"'{sys.executable}' '{script}' '{out}'")
-    assert Loop(make_trainer(tmp_path, monitor=monitor, recovery={"max_skipped_steps": 9}, **STEADY)).fit()
+    trained("train-loss:nan:2-4", monitor=monitor, recovery={"max_skipped_steps": 9})
     noted = [event.step for event in read_events(tmp_path / "events.jsonl") if event.name == "skipped-step"]
     assert noted == [2, 3, 4] and out.read_text().count('"skipped-step"') == 1
 
 
-def test_no_checkpoint_of_a_bad_moment_is_gone_back_to(make_trainer, broken, tmp_path):
+def test_no_checkpoint_of_a_bad_moment_is_gone_back_to(trained, tmp_path):
     """Step 8 is saved between two skipped steps: what it holds may be what makes them bad. Step 6 is saved for its evaluation."""
-    broken("train-loss:nan:8-9")
-    trainer = make_trainer(tmp_path, recovery={"max_skipped_steps": 2}, **STEADY)
-    assert Loop(trainer).fit()
+    trainer = trained("train-loss:nan:8-9", recovery={"max_skipped_steps": 2})
     assert trainer.incidents.data_offset == (9 - 6) * 256
     assert store.load(tmp_path / "checkpoints" / store.folder_name(8)).state["incidents"]["good_step"] == 8  # made again since
 
@@ -180,11 +186,9 @@ def test_a_loss_that_spikes(make_trainer, tmp_path, capsys, action):
     assert (max(logged(tmp_path).values()) > 40) == (action == "report")
 
 
-def test_checkpoints_of_a_bad_time_do_not_push_out_the_good_one(make_trainer, broken, tmp_path):
-    broken("train-loss:nan:6-8")
-    every_step = {**STEADY, "checkpoint": {"keep_last": 1, "every_tokens": 256}}
-    trainer = make_trainer(tmp_path, recovery={"max_skipped_steps": 3}, **every_step)
-    assert Loop(trainer).fit()
+def test_checkpoints_of_a_bad_time_do_not_push_out_the_good_one(trained, tmp_path):
+    every_step = {"keep_last": 1, "every_tokens": 256}
+    trainer = trained("train-loss:nan:6-8", recovery={"max_skipped_steps": 3}, checkpoint=every_step)
     assert (trainer.incidents.rollbacks, trainer.incidents.data_offset) == (1, 3 * 256)
     assert [path.name for path in (tmp_path / "checkpoints").glob("step-*")] == [store.folder_name(12)]
 

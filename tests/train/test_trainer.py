@@ -7,6 +7,7 @@ import json
 import math
 import os
 import signal
+import sys
 import threading
 import time
 from itertools import pairwise
@@ -21,12 +22,15 @@ from osler.config.recipe import load_yaml
 from osler.inference.load import load_model
 from osler.monitor.config import MonitorConfig
 from osler.monitor.metrics import declared_name
-from osler.records.jsonl import read_events
+from osler.records.jsonl import LIFETIME, read_events
 from osler.report.page import build_report
 from osler.report.read import read_run
-from osler.report.words import model_of
+from osler.report.words import attention, model_of
 from osler.runs.loop import Loop
+from osler.runtime.files import RunFolder
+from osler.runtime.stop import EXIT_STOPPED
 from osler.tokenizer.bpe import Tokenizer
+from osler.watch.state import WatchedFolder
 
 
 def lines(folder):
@@ -175,7 +179,7 @@ def test_rows_longer_than_the_started_model_allows(tiny, runs, tmp_path, capsys)
 def test_a_run_that_was_shortened_too_far_is_pointed_out(tiny, tmp_path, capsys, overrides, told):
     assert main(["pretrain", tiny.pretrain, *overrides, "--run", str(tmp_path)]) == 0
     said = capsys.readouterr().err
-    assert told in said and ("Warning" in said) == bool(told)
+    assert told in said and ("Warning" in said) == bool(told) and "Note:" not in said
 
 
 @pytest.fixture
@@ -328,3 +332,42 @@ def test_how_a_run_is_computed_may_change_between_starts(tiny, launch_stopped, t
     assert [line["step"] for line in lines(tmp_path) if "train/loss" in line] == [5, 10, 12]
     assert main(["pretrain", tiny.pretrain, "seed=1", "--run", str(tmp_path)]) == 2
     assert "seed is 1 here and 0 there" in capsys.readouterr().err
+
+
+SICK = ("optim.lr=10", "total_tokens=20480", "checkpoint.every_tokens=10240", "eval_every_tokens=20480")  # 80 steps, a line for 5
+
+
+def test_a_learning_rate_far_too_high_reaches_the_alert_command(launch_stopped, tiny, tmp_path, capsys):
+    out, run = tmp_path / "alerts.jsonl", RunFolder(tmp_path / "run")
+    assert launch_stopped(run.root, *SICK, fault="train-step:sigterm:10") == EXIT_STOPPED
+    said_before = {event.name for event in read_events(run.events) if event.kind not in LIFETIME}
+    (tmp_path / "copy.py").write_text("import sys; open(sys.argv[1], 'a').write(sys.stdin.read())")
+    hook = f"'{sys.executable}' '{tmp_path / 'copy.py'}' '{out}'"
+    assert main(["pretrain", tiny.pretrain, *SICK, f'monitor.alert_command="{hook}"', "--run", str(run.root)]) == 0
+    events = [event for event in read_events(run.events) if event.kind not in LIFETIME]
+    told = [json.loads(line) for line in out.read_text().splitlines()]
+    assert "learning-rate" in {event.name for event in events}
+    assert [alert["name"] for alert in told] == [event.name for event in events if event.step > 10]
+    assert all(alert["run"] == str(run.root) and "optim.lr=3.3 (now 10)" in alert["message"] for alert in told)
+    said = capsys.readouterr().err
+    for event in events:  # the console says the severity that the command is given
+        severity = event.details.get("severity", "warning")
+        assert f"\n{severity.capitalize()}: step {event.step}: {event.message}" in said
+        assert next(alert["severity"] for alert in told if alert["name"] == event.name) == severity or event.step <= 10
+    assert said_before <= {event.name for event in events}
+
+
+def test_a_run_that_ends_worse_than_guessing_says_so_wherever_its_end_is_told(tiny, tmp_path, capsys):
+    run = RunFolder(tmp_path / "run")
+    command = ["pretrain", tiny.pretrain, "optim.lr=10", "total_tokens=1280", "eval_every_tokens=1280", "--run", str(run.root)]
+    assert main(command) == 0
+    said = capsys.readouterr().err
+    assert "The run is complete, but 1 alert still holds:\n  Critical: step 5: the run ends with a loss of " in said
+    assert said.index("still holds") < said.index("Done: ")
+    end = read_events(run.events)[-1]
+    assert [alert["name"] for alert in end.details["unresolved"]] == ["worse-than-guessing"]
+    watched = WatchedFolder(run.root)
+    watched.refresh()
+    state = watched.current.state(end.time + 1)
+    assert state.kind == "finished" and "but 1 alert still holds: worse-than-guessing" in state.words
+    assert any("but 1 alert still holds: worse than guessing" in text for text in attention(read_run(run.root)))
