@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import select
 import shutil
 import signal
 import subprocess
@@ -17,33 +18,32 @@ import pytest
 from osler.cli.main import main
 from osler.watch.frame import Text
 from osler.watch.screen import CLEAR_LINE, ENTER, HOME, LEAVE, draw
+from tests.report.conftest import write_run
 
 pty = pytest.importorskip("pty", reason="terminals of this kind are Unix's")
+termios = pytest.importorskip("termios")
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    (tmp_path / "config.yaml").write_text("kind: pretrain\ntotal_tokens: 1000\n", encoding="utf-8")
     row = {"step": 1, "tokens": 100, "time": time.time(), "train/loss": 3.25}
-    (tmp_path / "metrics.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
-    return tmp_path
+    return write_run(tmp_path, [row], "kind: pretrain\ntotal_tokens: 1000\n")
 
 
-def test_without_a_terminal_one_plain_picture_is_printed(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["watch", str(run)]) == 0
+@pytest.mark.parametrize("how", [(), ("--once",)])
+def test_without_a_terminal_one_plain_picture_is_printed(run: Path, capsys: pytest.CaptureFixture[str], how: tuple[str]) -> None:
+    assert main(["watch", str(run), *how]) == 0
     plain = capsys.readouterr().out
     assert "loss 3.250" in plain and "100 of 1,000 tokens" in plain and "\x1b" not in plain
-    assert main(["watch", str(run), "--once"]) == 0
-    assert "loss 3.250" in capsys.readouterr().out
 
 
 def test_what_cannot_be_watched_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["watch", str(tmp_path / "nowhere")]) == 2
-    assert "is no folder" in capsys.readouterr().err
-    assert main(["watch", str(tmp_path), "--once"]) == 2
-    assert f"{tmp_path} is not a run folder: it has no config.yaml" in capsys.readouterr().err
-    assert main(["watch", str(tmp_path), "--every", "0"]) == 2
-    assert "above 0" in capsys.readouterr().err
+    for given, said in (
+        ([str(tmp_path / "nowhere")], "is no folder"),
+        ([str(tmp_path), "--once"], f"{tmp_path} is not a run folder: it has no config.yaml"),
+        ([str(tmp_path), "--every", "0"], "above 0"),
+    ):
+        assert main(["watch", *given]) == 2 and said in capsys.readouterr().err
 
 
 def test_a_folder_of_runs_is_listed(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -68,8 +68,6 @@ class Terminal:
     """`osler watch` on a terminal of its own."""
 
     def __init__(self, folder: Path, every: float) -> None:
-        import termios
-
         self.end, other = pty.openpty()
         termios.tcsetwinsize(other, (30, 100)) if hasattr(termios, "tcsetwinsize") else None
         self.settings = termios.tcgetattr(other)
@@ -83,8 +81,6 @@ class Terminal:
 
     def until(self, text: str, seconds: float = 300.0) -> str:
         """Read on until a text shows up; returns what came up to it."""
-        import select
-
         begun, deadline = len(self.seen), time.monotonic() + seconds
         while text not in self.seen[begun:]:
             assert time.monotonic() < deadline, f"{text!r} did not come: {self.seen!r}"
@@ -94,8 +90,6 @@ class Terminal:
 
     def leave(self, how: signal.Signals | bytes = b"q") -> int:
         """Leave by a key or a signal, see that the terminal is as it was, and return the exit code."""
-        import termios
-
         os.write(self.end, how) if isinstance(how, bytes) else self.process.send_signal(how)
         self.until(LEAVE)
         code = self.process.wait(300)
@@ -126,16 +120,6 @@ def test_a_pause_gives_the_terminal_back_for_its_time(run: Path) -> None:
     assert terminal.leave() == 0
 
 
-def test_a_run_that_is_about_to_begin_is_waited_for(run: Path) -> None:
-    folder = run / "later"
-    terminal = Terminal(folder, every=0.1)
-    terminal.until("nothing here yet")
-    folder.mkdir()
-    (run / "metrics.jsonl").rename(folder / "metrics.jsonl")
-    terminal.until("loss 3.250")
-    assert terminal.leave() == 0
-
-
 def test_full_lines_keep_their_last_character(capsys: pytest.CaptureFixture[str]) -> None:
     """On a terminal that does not wrap, the cursor stays on the last column, and clearing starts where it stands."""
     width, screen = 12, {}
@@ -155,11 +139,14 @@ def test_full_lines_keep_their_last_character(capsys: pytest.CaptureFixture[str]
     assert "".join(screen[1, n] for n in range(5)) == "short"
 
 
-def test_the_picture_follows_the_run_and_the_size_of_the_terminal(run: Path) -> None:
-    termios = pytest.importorskip("termios")
-    terminal = Terminal(run, every=0.1)
+def test_the_picture_follows_the_run_from_before_it_begins_and_the_size_of_the_terminal(run: Path) -> None:
+    folder = run / "later"
+    terminal = Terminal(folder, every=0.1)
+    terminal.until("nothing here yet")
+    folder.mkdir()
+    (run / "metrics.jsonl").rename(folder / "metrics.jsonl")
     terminal.until("loss 3.250")
-    with (run / "metrics.jsonl").open("a", encoding="utf-8") as file:
+    with (folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps({"step": 2, "tokens": 200, "time": time.time(), "train/loss": 1.5}) + "\n")
     terminal.until("loss 1.500")
     if hasattr(termios, "tcsetwinsize"):  # Python 3.11
