@@ -145,10 +145,9 @@ class Figure(NamedTuple):
 
 def figure(spec: Spec, lines: list[Line], band: Band | None = None, marks: Sequence[tuple[float, str, str]] = ()) -> Figure:
     """Draw a chart; marks go into those of `MARKED`."""
-    marks = marks if spec.title in MARKED else ()
-    return Figure(
-        spec, lines, line_chart(lines, title=spec.title, kind=spec.kind, zero=spec.zero, over=spec.over, marks=marks, band=band)
-    )
+    own = marks if spec.title in MARKED else ()
+    drawing = line_chart(lines, title=spec.title, kind=spec.kind, zero=spec.zero, over=spec.over, marks=own, band=band)
+    return Figure(spec, lines, drawing)
 
 
 def charts_of(

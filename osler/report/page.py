@@ -91,18 +91,11 @@ def _stage(run: RunRecord, log: StageLog, position: int) -> dict[str, Any]:
     colour, groups = stage_colour(log.name, position), words.grouped(log.events)
     main, families = charts.charts_of(log, colour, words.marks_of(groups))
     seconds = words.seconds_of(run, log.name.lower()) if log.name else log.seconds
+    facts = (fmt.plural(log.last_step, "step"), f"{fmt.count(log.tokens)} tokens", fmt.duration(seconds))
     return {
-        "title": stage_title(log.name),
-        "colour": colour,
-        "main": main,
-        "families": families,
-        "groups": groups,
-        "facts": [
-            fmt.plural(log.last_step, "step"),
-            *([f"{fmt.count(log.tokens)} tokens"] if math.isfinite(log.tokens) else []),
-            *([fmt.duration(seconds)] if math.isfinite(seconds) else []),
-        ],
-    }
+        "title": stage_title(log.name), "colour": colour, "main": main, "families": families, "groups": groups,
+        "facts": [fact for fact in facts if not fact.startswith(fmt.MISSING)],
+    }  # fmt: skip
 
 
 def _summary(run: RunRecord) -> str:
@@ -131,16 +124,17 @@ def _ladder(run: RunRecord) -> tuple[list[Any], list[Any], str]:
 
 def _tiles(run: RunRecord) -> Iterator[tuple[str, str, str]]:
     """Yield the key numbers: label, value, and what it is of."""
-    score, (_, parameters), seconds = words.headline_score(run), words.model_of(run), words.seconds_of(run)
+    score, (_, parameters) = words.headline_score(run), words.model_of(run)
     together = "all stages" if len(run.stages) > 1 or len(run.runs) > 1 else ""
     if score:
         yield "Score", fmt.percent(score.accuracy), words.interval(score)
-    if math.isfinite(parameters):
-        yield "Parameters", fmt.count(parameters), ""
-    if math.isfinite(tokens := words.total_tokens(run)):
-        yield "Tokens seen", fmt.count(tokens), together
-    if math.isfinite(seconds):
-        yield "Time", fmt.duration(seconds), together
+    for tile in (
+        ("Parameters", fmt.count(parameters), ""),
+        ("Tokens seen", fmt.count(words.total_tokens(run)), together),
+        ("Time", fmt.duration(words.seconds_of(run)), together),
+    ):
+        if tile[1] != fmt.MISSING:
+            yield tile
     for metric, label in (("eval/loss", "Held-out loss"), ("perf/tokens_per_second", "Tokens/s"), ("reward", "Reward")):
         for stage in run.runs:
             known = stage.finite(metric).values

@@ -17,6 +17,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -68,7 +69,8 @@ class StageLog:
     def _read_checkpoints(self) -> None:
         """Read the model out of the newest readable checkpoint; all hold the same."""
         for path in sorted(self.folder.checkpoints.glob(f"step-*/{MODEL_FILE}"), reverse=True):
-            self.saved_model = self.saved_model or find_model(read_or_none(path))
+            with suppress(UserError):
+                self.saved_model = self.saved_model or find_model(read_json(path))
 
     @property
     def curves(self) -> dict[str, Series]:
@@ -213,14 +215,6 @@ def stamp(path: Path) -> tuple[int, int]:
     except OSError:
         return 0, 0
     return stat.st_mtime_ns, stat.st_size
-
-
-def read_or_none(path: Path) -> Any:
-    """Return what a JSON file holds, None when it cannot be read."""
-    try:
-        return read_json(path)
-    except UserError:
-        return None
 
 
 def _read_config(path: Path, problems: list[str]) -> tuple[str, dict[str, Any]]:

@@ -249,12 +249,8 @@ def _group(kind: str, name: str, alike: Sequence[Event]) -> EventGroup:
 
 def marks_of(groups: Sequence[EventGroup]) -> list[tuple[float, str, str]]:
     """Return each step of each group as a mark (step, css class, words) for a chart, which shows start and end by itself."""
-    return [
-        (step, group.weight, f"{group.title} at step {step:,}")
-        for group in groups
-        for step in group.steps
-        if group.weight != "edge"
-    ]
+    inside = [group for group in groups if group.weight != "edge"]
+    return [(step, group.weight, f"{group.title} at step {step:,}") for group in inside for step in group.steps]
 
 
 def attention(run: RunRecord) -> list[str]:

@@ -188,7 +188,8 @@ def _happened(run: WatchedRun, now: float) -> list[Text]:
     """Return the newest events and checkpoints; when the run began and how it ended is in its state."""
     groups = grouped([event for event in run.events if event.kind not in LIFETIME])
     lines = [Text(group.in_words, EVENT_STYLES.get(group.weight, "")) for group in groups[:EVENTS]]
-    told = [f"{c.step:,}{' (best)' if c.path.name == run.best else ''}" for c in run.checkpoints[:CHECKPOINTS]]
+    best = run.best.step if run.best else None
+    told = [f"{c.step:,}{' (best)' if c.step == best else ''}" for c in run.checkpoints[:CHECKPOINTS]]
     ago = fmt.duration(max(0.0, now - run.saved_at))
     return [*lines, Text(f"checkpoints: step {', '.join(told)}; the newest {ago} ago", "dim")] if told else lines
 

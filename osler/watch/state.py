@@ -14,14 +14,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from osler.checkpoint.folders import BEST, MANIFEST, Entry, by_age
+from osler.checkpoint.folders import MANIFEST, Best, Entry, best_checkpoint, by_age
 from osler.records.jsonl import END, FAILED, FINISHED, LIFETIME, STOPPED, Event, still_wrong, unresolved_at_end
 from osler.records.results import FinishedStage
 from osler.records.values import as_dict, as_number, as_text, read_records
 from osler.report import format as fmt
-from osler.report.read import StageLog, count_parameters, find_model, read_or_none, stage_rank, stamp, sub_runs
+from osler.report.read import StageLog, count_parameters, find_model, stage_rank, stamp, sub_runs
 from osler.runtime.errors import UserError
-from osler.runtime.files import is_locked
+from osler.runtime.files import is_locked, read_json
 
 QUICKSTART_STAGES = ("pretrain", "sft", "grpo")
 RECENT_LINES = 50  # say how long the gap between two lines usually is
@@ -45,14 +45,14 @@ class WatchedRun(StageLog):
         self.parameters: int | None = None
         self.checkpoints: list[Entry] = []  # the newest first
         self.saved_at = 0.0  # when the newest was written, in unix seconds
-        self.best = ""  # its folder's name
+        self.best: Best | None = None
 
     def refresh(self) -> None:
         """Read what changed since the last call."""
         with suppress(UserError, OSError):  # gone, or half written
             super().refresh()
-        if self._has_changed(self.folder.root / "versions.json"):
-            self.machine = as_dict(as_dict(read_or_none(self.folder.root / "versions.json")).get("machine"))
+            if self._has_changed(self.folder.root / "versions.json"):
+                self.machine = as_dict(as_dict(read_json(self.folder.root / "versions.json")).get("machine"))
         if self.parameters is None:
             self.parameters = count_parameters(self.saved_model or find_model(self.config))
 
@@ -60,7 +60,7 @@ class WatchedRun(StageLog):
         super()._read_checkpoints()
         self.checkpoints = [entry for entry in by_age(self.folder.checkpoints) if (entry.path / MANIFEST).is_file()]
         self.saved_at = stamp(self.checkpoints[0].path / MANIFEST)[0] / 1e9 if self.checkpoints else 0.0
-        self.best = as_text(as_dict(read_or_none(self.folder.checkpoints / BEST)).get("folder"))
+        self.best = best_checkpoint(self.folder.checkpoints)
 
     @property
     def has_lines(self) -> bool:
