@@ -59,7 +59,7 @@ def train(config: GrpoConfig, folder: RunFolder, world: World | None = None) -> 
     world = world or World(device=config.device)
     run = Run(folder, world)
     start = find_start(config, run, check_branch)
-    check_exams(config)
+    check_start(config)
     machine = agree_on_machine(world, start.checkpoint, precision=config.precision, compile_mode="never", steps=config.steps)
     loaded = load_model(start.checkpoint or config.init_from, device=machine.device, compute_dtype=machine.dtype)
     model, tokenizer = loaded.model.train(), loaded.tokenizer
@@ -115,14 +115,9 @@ def check_branch(config: GrpoConfig, start: store.Loaded) -> None:
         )
 
 
-def check_start(config: GrpoConfig, folder: RunFolder, start: store.Loaded | None) -> None:
-    """Raise UserError when the device or an exam is not there."""
+def check_start(config: GrpoConfig, folder: RunFolder | None = None, start: store.Loaded | None = None) -> None:
+    """Raise UserError when the device is not there, or the file of an exam, with its key."""
     pick_device(config.device)
-    check_exams(config)
-
-
-def check_exams(config: GrpoConfig) -> None:
-    """Raise UserError, naming the key, when the file of an exam to train on or to evaluate on is not there."""
     for number, entry in enumerate(config.tasks):
         check_task(entry.task, f"tasks[{number}].task")
     check_task(config.eval_task, "eval_task")

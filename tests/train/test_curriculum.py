@@ -8,6 +8,7 @@ from itertools import islice, pairwise
 
 import pytest
 import torch
+from run_folders import logged, untimed
 
 from osler.checkpoint import store
 from osler.cli.main import main
@@ -39,12 +40,8 @@ def whole(tiny, tmp_path_factory):
     return folder
 
 
-def lines(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
 def test_every_step_is_logged_with_its_stage(whole):
-    found = [line for line in lines(whole) if "train/loss" in line]
+    found = [line for line in logged(whole) if "train/loss" in line]
     assert [line["tokens"] for line in found] == TOKENS
     assert [line["train/seq_len"] for line in found] == LENGTHS
     assert [line["train/stage"] for line in found] == [1] * 3 + [2] * 3 + [3] * 6
@@ -53,8 +50,8 @@ def test_every_step_is_logged_with_its_stage(whole):
 
 def test_intervals_and_schedule_are_in_tokens(whole):
     """Held out every 6 x 256 = 1,536 tokens; the learning rate of a step is that of the middle of its tokens."""
-    assert [line["tokens"] for line in lines(whole) if "eval/loss" in line] == [1_600, TOKENS[-1]]
-    rates = [line["train/lr"] for line in lines(whole) if "train/lr" in line]
+    assert [line["tokens"] for line in logged(whole) if "eval/loss" in line] == [1_600, TOKENS[-1]]
+    rates = [line["train/lr"] for line in logged(whole) if "train/lr" in line]
     warm = [(before + after) / 2 / 512 for before, after in pairwise([0, *TOKENS]) if after <= 512]
     assert rates[: len(warm)] == pytest.approx([2.5e-3 * share for share in warm])
     after_warmup = [(before + after) / 2 for before, after in pairwise(TOKENS[1:])]
@@ -77,16 +74,14 @@ def test_stopped_inside_and_at_the_edge_of_a_stage_and_resumed(step, tiny, whole
     ended, expected = store.load(store.resolve(tmp_path)), store.load(store.resolve(whole))
     for name, tensors in expected.tensors.items():
         assert all(torch.equal(ended.tensors[name][key], value) for key, value in tensors.items())
-    timed = ("time", "eval/seconds", "perf/")  # clocks and memory
-    told = [[{k: v for k, v in line.items() if not k.startswith(timed)} for line in lines(run)] for run in (tmp_path, whole)]
-    assert told[0] == told[1]
+    assert [*map(untimed, logged(tmp_path))] == [*map(untimed, logged(whole))]
 
 
 def test_one_stage_of_the_same_length_is_the_constant_run(tiny, runs, tmp_path):
     assert main(["pretrain", tiny.pretrain, "curriculum=[{seq_len: 64}]", "--run", str(tmp_path)]) == 0
     ended, expected = store.load(store.resolve(tmp_path)), store.load(store.resolve(runs.pretrain))
     assert all(torch.equal(ended.tensors["model"][key], value) for key, value in expected.tensors["model"].items())
-    assert not any("train/stage" in line for line in lines(runs.pretrain))
+    assert not any("train/stage" in line for line in logged(runs.pretrain))
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 import sys
@@ -10,6 +9,7 @@ from itertools import islice
 
 import pytest
 import torch
+from run_folders import logged
 
 from osler.checkpoint import store
 from osler.monitor.config import MonitorConfig, SpikeConfig
@@ -46,9 +46,8 @@ def trained(make_trainer, broken, tmp_path):
     return run
 
 
-def logged(folder, name="train/loss"):
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return {line["step"]: line[name] for line in lines if name in line}
+def values(folder, name="train/loss"):
+    return {line["step"]: line[name] for line in logged(folder) if name in line}
 
 
 def test_the_run_is_the_one_whose_data_never_had_those_batches(make_trainer, broken, tmp_path):
@@ -71,7 +70,7 @@ def test_the_run_is_the_one_whose_data_never_had_those_batches(make_trainer, bro
     assert found["optimizer"].keys() == expected["optimizer"].keys()
     for part, tensors in found.items():
         assert all(torch.equal(value, expected[part][name]) for name, value in tensors.items()), part
-    assert logged(tmp_path / "run") == logged(tmp_path / "clean")
+    assert values(tmp_path / "run") == values(tmp_path / "clean")
 
 
 def test_every_incident_is_in_the_diary(trained, tmp_path, capsys):
@@ -85,7 +84,7 @@ def test_every_incident_is_in_the_diary(trained, tmp_path, capsys):
     skipped, _, back = events
     details = skipped.details
     assert details["rows"] == [20, 23] and details["tokens"] == 6 * 256 and details["loss"] is details["grad_norm"] is None
-    assert details["lr"] == pytest.approx(logged(tmp_path, "train/lr")[6], rel=1e-6)
+    assert details["lr"] == pytest.approx(values(tmp_path, "train/lr")[6], rel=1e-6)
     assert (back.details["from_step"], back.details["number"], back.details["data_offset"]) == (7, 1, 3 * 256)
     said = " ".join(capsys.readouterr().err.split())
     assert said.count("The gradient was not finite: the update was skipped") == 1
@@ -94,8 +93,8 @@ def test_every_incident_is_in_the_diary(trained, tmp_path, capsys):
 
 def test_one_bad_step_costs_itself(trained, tmp_path):
     assert trained("train-loss:nan:6", recovery={"max_skipped_steps": 2}).incidents.rollbacks == 0
-    assert sum(logged(tmp_path, "train/skipped_steps").values()) == 1
-    assert logged(tmp_path)[6] is None and logged(tmp_path)[7] is not None
+    assert sum(values(tmp_path, "train/skipped_steps").values()) == 1
+    assert values(tmp_path)[6] is None and values(tmp_path)[7] is not None
 
 
 def test_of_skipped_steps_in_a_row_the_first_alone_is_told_outside(trained, tmp_path):
@@ -183,7 +182,7 @@ def test_a_loss_that_spikes(make_trainer, tmp_path, capsys, action):
     assert [event.kind for event in events[1:]] == (["rollback"] if action == "rollback" else [])
     assert "Warning: step 9: The loss spiked" in capsys.readouterr().err
     assert trainer.incidents.data_offset == (256 if action == "rollback" else 0)
-    assert (max(logged(tmp_path).values()) > 40) == (action == "report")
+    assert (max(values(tmp_path).values()) > 40) == (action == "report")
 
 
 def test_checkpoints_of_a_bad_time_do_not_push_out_the_good_one(trained, tmp_path):
@@ -235,4 +234,4 @@ def test_bad_data_and_crashes_end_where_bad_data_alone_ends(make_trainer, broken
     for part, tensors in expected.tensors.items():
         assert all(torch.equal(value, found.tensors[part][name]) for name, value in tensors.items()), part
     assert found.state["incidents"] == expected.state["incidents"]
-    assert logged(tmp_path / "run") == logged(tmp_path / "calm")
+    assert values(tmp_path / "run") == values(tmp_path / "calm")

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from run_folders import logged
 
 from osler.cli.main import main
 from osler.clinic.textbook import textbook
@@ -102,7 +103,7 @@ def test_a_pretraining_recipe_runs_scaled_down(name, stand_in, tmp_path, monkeyp
     stages = len(config.curriculum)
     overrides = [*given(name, stand_in), *scaled_down(config), f"tokenizer.path={stand_in.tokenizer}"]
     assert main(["pretrain", name, *overrides, "--run", str(tmp_path)]) == 0
-    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    lines = logged(tmp_path)
     steps = [line for line in lines if "train/loss" in line]
     assert len(steps) == (2 * stages or STEPS)
     assert all(math.isfinite(line["train/loss"]) and math.isfinite(line["train/grad_norm"]) for line in steps)

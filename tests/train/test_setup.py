@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from run_folders import logged
 
 from osler.cli.main import main
 from osler.config.recipe import available_recipes, load_recipe
@@ -111,10 +112,6 @@ def long_turns(tiny, tmp_path):
     return path
 
 
-def metrics(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
 def test_answers_that_would_be_cut_from_their_questions_are_refused_with_what_to_set(tiny, runs, long_turns, tmp_path, capsys):
     run = tmp_path / "run"
     command = ["sft", tiny.sft, f"init_from={runs.pretrain}", f"data.path={long_turns}", "--run", str(run)]
@@ -126,9 +123,9 @@ def test_answers_that_would_be_cut_from_their_questions_are_refused_with_what_to
     assert main([*command, "too_long=drop"]) == 0  # in the same folder
     said = capsys.readouterr().err
     assert "Warning: 40 of 160 examples are longer than a row" in said and "left out (too_long=drop)" in said
-    told = [line for line in metrics(run) if "train/loss" in line]
+    told = [line for line in logged(run) if "train/loss" in line]
     assert told and all(line["train/loss"] > 1.0 and line["train/unlearned_steps"] == 0 for line in told)
-    assert any("eval/loss" in line for line in metrics(run))
+    assert any("eval/loss" in line for line in logged(run))
 
 
 def test_a_row_length_that_is_proposed_works(tiny, long_turns, tmp_path, capsys):

@@ -14,6 +14,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from run_folders import logged, saved_steps
 
 from osler.checkpoint import store
 from osler.checkpoint.folders import best_checkpoint
@@ -33,14 +34,6 @@ from osler.tokenizer.bpe import Tokenizer
 from osler.watch.state import WatchedFolder
 
 
-def lines(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def saved_steps(folder):
-    return sorted(int(path.name.split("-")[1]) for path in (folder / "checkpoints").glob("step-*"))
-
-
 def test_the_checkpoint_comes_before_the_evaluation(make_trainer, tmp_path):
     """An evaluation that fails costs nothing: its step is saved, and the next process makes up for it."""
 
@@ -54,7 +47,7 @@ def test_the_checkpoint_comes_before_the_evaluation(make_trainer, tmp_path):
     loop = Loop(again)
     loop.restore(store.load(store.resolve(tmp_path)))
     assert again.step == 6 and loop.fit()
-    assert [line["step"] for line in lines(tmp_path) if "eval/loss" in line] == [6, 12]
+    assert [line["step"] for line in logged(tmp_path) if "eval/loss" in line] == [6, 12]
 
 
 def test_steps_without_a_token_to_learn_count_nowhere(make_trainer, tmp_path):
@@ -74,7 +67,7 @@ def test_steps_without_a_token_to_learn_count_nowhere(make_trainer, tmp_path):
 
     trainer.batches = mostly_prompts
     assert Loop(trainer).fit()
-    told = {line["step"]: line for line in lines(tmp_path)}
+    told = {line["step"]: line for line in logged(tmp_path)}
     for step, line in told.items():
         is_learned = step % 3 == 0
         assert line["train/unlearned_steps"] == (not is_learned)
@@ -108,7 +101,7 @@ def test_which_checkpoints_are_kept(make_trainer, tmp_path, losses, fields, save
     assert saved_steps(tmp_path) == saved
     found = best_checkpoint(tmp_path / "checkpoints")
     assert (found and (found.step, found.value)) == best
-    assert any("eval/seconds" in line for line in lines(tmp_path)) == bool(losses)
+    assert any("eval/seconds" in line for line in logged(tmp_path)) == bool(losses)
 
 
 def test_the_threads_of_the_loader_end_with_the_run(make_trainer, tmp_path):
@@ -129,7 +122,7 @@ def test_the_best_is_remembered_across_processes(make_trainer, tmp_path):
 def test_metrics_are_declared_and_every_step_is_in_one_line(make_trainer, tmp_path):
     scores = {"evaluate": lambda: {"eval/loss": 1.0}, "exam_score": lambda: {"eval/validation_accuracy": 0.5}}
     assert Loop(make_trainer(tmp_path, **scores)).fit()
-    found = lines(tmp_path)
+    found = logged(tmp_path)
     names = {name for line in found for name in line} - {"step", "tokens", "time"}
     assert [name for name in sorted(names) if declared_name(name) is None] == []
     trained = [line for line in found if "train/loss" in line]
@@ -140,9 +133,9 @@ def test_metrics_are_declared_and_every_step_is_in_one_line(make_trainer, tmp_pa
 def test_the_loss_goes_down_on_the_clinic(tiny, tmp_path):
     longer = ["total_tokens=30_720", "eval_every_tokens=10_240", "optim.lr=5e-3", "document_mask=true"]
     assert main(["pretrain", tiny.pretrain, *longer, "--run", str(tmp_path)]) == 0
-    held_out = [line["eval/loss"] for line in lines(tmp_path) if "eval/loss" in line]
+    held_out = [line["eval/loss"] for line in logged(tmp_path) if "eval/loss" in line]
     assert len(held_out) == 3 and all(later < earlier for earlier, later in pairwise(held_out))
-    trained = [line["train/loss"] for line in lines(tmp_path) if "train/loss" in line]
+    trained = [line["train/loss"] for line in logged(tmp_path) if "train/loss" in line]
     assert trained[-1] < trained[0] - 1.0
 
 
@@ -199,7 +192,7 @@ def test_minutes_are_kept_and_shared_between_processes(tiny, launch_stopped, tmp
     end = store.load(store.resolve(tmp_path)).state
     assert 0.9 * 6.0 * 0.97 < end["seconds"] < 6.0
     assert end["step"] > 60 and end["tokens"] >= end["total_tokens"] != 100_000_000
-    assert min(line["train/lr"] for line in lines(tmp_path) if "train/lr" in line) < 0.2 * 2.5e-3  # planned to the end
+    assert min(line["train/lr"] for line in logged(tmp_path) if "train/lr" in line) < 0.2 * 2.5e-3  # planned to the end
 
 
 def test_minutes_that_end_inside_the_warm_up_are_pointed_out(tiny, tmp_path, counted_clock, capsys):
@@ -266,7 +259,7 @@ def test_the_first_step_is_not_part_of_the_speed(make_trainer, tmp_path, monkeyp
 
     engine.loss = slow_at_first
     assert Loop(trainer).fit()
-    speeds = [line["perf/tokens_per_second"] for line in lines(tmp_path) if "perf/tokens_per_second" in line]
+    speeds = [line["perf/tokens_per_second"] for line in logged(tmp_path) if "perf/tokens_per_second" in line]
     assert len(speeds) == trainer.step // 2 and min(speeds) > trainer.config.batch_tokens / 100
 
 
@@ -319,7 +312,7 @@ def test_muon_interrupted_is_muon_uninterrupted(tiny, launch_stopped, tmp_path):
         assert tensors.keys() == ends[1].tensors[part].keys()
         assert [name for name, value in tensors.items() if not torch.equal(value, ends[1].tensors[part][name])] == []
     assert ends[0].state["optimizer"] == ends[1].state["optimizer"]
-    losses = [[line["train/loss"] for line in lines(folder) if "train/loss" in line] for folder in (whole, broken)]
+    losses = [[line["train/loss"] for line in logged(folder) if "train/loss" in line] for folder in (whole, broken)]
     assert losses[0] == losses[1] and losses[0][-1] < losses[0][0]
 
 
@@ -329,7 +322,7 @@ def test_how_a_run_is_computed_may_change_between_starts(tiny, launch_stopped, t
     assert launch_stopped(tmp_path, "loader_workers=0", "parallel.type=ddp", fault="train-step:sigterm:3") == 130
     assert main(["pretrain", "micro_batch_tokens=64", "parallel.type=fsdp", "--run", str(tmp_path), "--resume"]) == 0
     assert capsys.readouterr().err.count("parallel.type=fsdp changes nothing here") == 1, "one process shares with nobody"
-    assert [line["step"] for line in lines(tmp_path) if "train/loss" in line] == [5, 10, 12]
+    assert [line["step"] for line in logged(tmp_path) if "train/loss" in line] == [5, 10, 12]
     assert main(["pretrain", tiny.pretrain, "seed=1", "--run", str(tmp_path)]) == 2
     assert "seed is 1 here and 0 there" in capsys.readouterr().err
 
