@@ -17,11 +17,6 @@ from torch import Tensor
 from osler.model.config import ModelConfig
 
 
-def cache_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype of a cache for decoding: fp32 on a CPU, whose small batched matmuls are twice as slow in bf16."""
-    return torch.float32 if device.type == "cpu" else dtype
-
-
 class CacheStep(NamedTuple):
     """What a decode step needs of the cache, prepared once for all layers; each inner list has one entry per layer."""
 

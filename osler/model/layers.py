@@ -58,8 +58,7 @@ class Linear(nn.Module):
 def joint_linear(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
     """Return the outputs of several layers on the same input, from one matmul where all of them are plain :class:`Linear`.
 
-    Compiled, the weights are joined while they are cast, which costs nothing, and one wide matmul is faster than several
-    narrow ones.
+    One wide matmul is faster than several narrow ones. Compiled, the weights are joined while they are cast, which costs nothing.
     """
     plain = [layer for layer in layers if type(layer) is Linear]
     if len(plain) < len(layers):

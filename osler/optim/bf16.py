@@ -55,9 +55,8 @@ def round_stochastic(x: Tensor, bits: Tensor) -> Tensor:
 class Fp32GradientSums:
     """Adds up in fp32 the gradients that several backward passes give bf16 parameters.
 
-    A gradient that arrives within ``accumulating`` goes into its sum, and ``parameter.grad`` is freed. The next pass outside of
-    it leaves the sum with its own gradient added, rounded once. Hooks do this as soon as a gradient is there, before an engine
-    sends it to other ranks.
+    Hooks do this as soon as a gradient is there, before an engine sends it to other ranks: within ``accumulating`` it goes into
+    its sum and is freed; the next pass outside of it leaves the sum with its own gradient added, rounded once.
     """
 
     def __init__(self, parameters: Iterable[Tensor]) -> None:
@@ -104,9 +103,7 @@ class Bf16AdamW(torch.optim.Optimizer):
 
     found_inf: Tensor | None = None
 
-    def __init__(
-        self, groups: Iterable[dict[str, Any]], *, betas: tuple[float, float], eps: float, seed: int = 0
-    ) -> None:
+    def __init__(self, groups: Iterable[dict[str, Any]], *, betas: tuple[float, float], eps: float, seed: int = 0) -> None:
         # A checkpoint must know that steps are counted on the device.
         defaults = {"lr": 1e-3, "betas": betas, "eps": eps, "weight_decay": 0.0, "capturable": True}
         super().__init__(groups, defaults)

@@ -41,17 +41,17 @@ def compile_loss(loss: SummedLoss, *, by_block: bool) -> None:
 
     Blocks by themselves let other ranks receive a block's gradient while the block before it still computes, and share one graph.
     """
+
+    def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return torch.compile(function, fullgraph=True, dynamic=False)
+
     if not by_block:
-        loss.forward = _compiled(loss.forward)  # type: ignore[method-assign]
+        loss.forward = compiled(loss.forward)  # type: ignore[method-assign]
         return
     torch._dynamo.config.optimize_ddp = False  # the blocks are cut already, so torch need not cut graphs for DDP
     for block in loss.model.layers:
-        block.forward = _compiled(block.forward)
-    loss.of_hidden = _compiled(loss.of_hidden)  # type: ignore[method-assign]
-
-
-def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    return torch.compile(function, fullgraph=True, dynamic=False)
+        block.forward = compiled(block.forward)
+    loss.of_hidden = compiled(loss.of_hidden)  # type: ignore[method-assign]
 
 
 def with_few_shapes(compiled: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -13,7 +13,7 @@ from osler.inference.engine import InferenceEngine, Rollout
 from osler.inference.recompute import generate_by_recompute
 from osler.model.config import ModelConfig
 from osler.model.decoder import Decoder
-from osler.model.kv_cache import cache_dtype
+from osler.model.layers import Layout
 from osler.model.transformer import Transformer
 from osler.ops.sampling_params import SamplingParams
 from osler.runtime.errors import UserError
@@ -149,7 +149,7 @@ def test_bf16_logprobs_are_near_those_of_a_bf16_forward() -> None:
         expected = logits.log_softmax(-1).gather(1, torch.tensor(completion)[:, None])[:, 0]
         errors.append((torch.tensor(logprobs) - expected.detach()).abs())
     assert float(torch.cat(errors).mean()) < 0.03
-    assert cache_dtype(torch.device("cpu"), torch.bfloat16) == torch.float32
+    assert Decoder(model, Layout(torch.bfloat16, 1)).new_cache(1, 1).k.dtype == torch.float32
 
 
 # ---- ends

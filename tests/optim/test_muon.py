@@ -128,12 +128,9 @@ def test_stacks_are_bounded_and_cut_where_ranks_share_evenly(monkeypatch):
     assert [len(stack) for stack in equal_shapes(matrices, 2)] == [4, 4, 3, 2, 2, 1]
 
 
-# -- in the model ------------------------------------------------------------------------------------------------------
-
-
-def make_model():
+def make_model(**options):
     shape = ModelConfig(num_layers=2, hidden_size=32, intermediate_size=64, head_dim=8, vocab_size=64, norm_weight=True)
-    model = Transformer(shape)
+    model = Transformer(shape, **options)
     model.init_weights(0)
     return model
 
@@ -144,6 +141,7 @@ def test_matrices_have_muon_and_the_rest_is_adamw_to_the_bit():
     optimizer = build_optimizer(model, config)
     reference = build_optimizer(twin, AdamWConfig(lr=1e-3))
     assert isinstance(optimizer, Muon) and optimizer.dtype == torch.float32
+    assert build_optimizer(make_model(compute_dtype=torch.bfloat16), config).dtype == torch.bfloat16
     names = {parameter: name for name, parameter in model.named_parameters()}
     groups = {group["name"]: group for group in optimizer.param_groups}
     assert {name: (group["base_lr"], group["weight_decay"]) for name, group in groups.items()} == {
@@ -159,11 +157,6 @@ def test_matrices_have_muon_and_the_rest_is_adamw_to_the_bit():
             built.step()
     moved = {names[parameter]: parameter for group in ("embeddings", "vectors") for parameter in groups[group]["params"]}
     assert len(moved) > 4 and all(torch.equal(parameter, twin.get_parameter(name)) for name, parameter in moved.items())
-
-
-def test_newton_schulz_runs_in_the_models_compute_dtype():
-    model = Transformer(ModelConfig(), compute_dtype=torch.bfloat16)
-    assert build_optimizer(model, MuonConfig()).dtype == torch.bfloat16
 
 
 def test_vectors_are_refused_among_the_matrices():

@@ -89,7 +89,7 @@ def fp8_gradients(recompute: str, *, num_layers: int = 2, compiled: bool = False
 
 
 @pytest.mark.parametrize("mode", ["off", "selective", "full"])
-def test_compiles_and_recomputes(mode):
+def test_compiles_with_recomputation(mode):
     found = fp8_gradients(mode, num_layers=1, compiled=True)
     for name, grad in fp8_gradients("off", num_layers=1).items():
         assert (found[name] - grad).norm() <= 0.05 * grad.norm()
