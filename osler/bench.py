@@ -301,10 +301,11 @@ def stand_in(config: TrainConfig, folder: Path) -> StreamPacking:
     """Write shards of random tokens, enough for a few batches, and return the packing that training uses over them."""
     rng = np.random.default_rng(0)
     shape: ModelConfig = config.model
-    writer = ShardWriter(folder / "shards", vocab_size=shape.vocab_size, with_mask=False)
+    writer = ShardWriter(folder / "shards", vocab_size=shape.vocab_size)
     for _ in range(4 * config.batch_tokens // DOCUMENT_TOKENS + 4):
         writer.add(rng.integers(0, shape.vocab_size, DOCUMENT_TOKENS).tolist(), None, DOCUMENT_TOKENS)
-    shards = ShardSet(folder / "shards", writer.close(), tokenizer_fingerprint="", eos_id=0)
+    writer.close()
+    shards = ShardSet(folder / "shards", vocab_size=shape.vocab_size, tokenizer_fingerprint="", eos_id=0)
     return StreamPacking(Order(shards, config.seed), config.seq_len, prompt_loss=True)
 
 

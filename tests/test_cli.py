@@ -191,7 +191,7 @@ def test_from_text_to_shards_and_back(tmp_path, capsys):
     assert "train begins: 'Case" in out and "every file is as it was written" in out
     assert cli.main(["data", "inspect", str(shards), "--tokenizer", second]) == 2
     assert "another tokenizer" in capsys.readouterr().err
-    victim = next((shards / "train").glob("tokens-*.bin"))
+    victim = next(shards.glob("*/train/shard-*.bin"))
     content = bytearray(victim.read_bytes())
     content[0] ^= 1
     victim.write_bytes(content)

@@ -2,15 +2,32 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Annotated, Literal
 
-from osler.config.schema import Ge, Lt, NonNegativeInt, PositiveInt, Seed, config
+from osler.config.schema import TAGGED, Ge, Lt, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Seed, config
+from osler.data.mixture import Mixture
 
 HoldoutFraction = Annotated[float, Ge(0), Lt(1)]
 
 
 @config
-class ClinicData:
+class Source:
+    """What every source of data has."""
+
+    name: str = ""  # for metrics and messages; empty: of the clinic or of the path
+    weight: PositiveFloat = 1.0  # share of the tokens of a run, relative to the other sources of a mixture
+
+    @property
+    def title(self) -> str:
+        """Return the name of the source, of characters that a folder and a metric may have."""
+        path = getattr(self, "path", "clinic")
+        return re.sub(r"[^\w.\-]+", "-", self.name or Path(path).name.partition(".")[0]) or "data"
+
+
+@config
+class ClinicData(Source):
     """The built-in synthetic world: textbook prose, exam questions with reasoning, and drills of the form of the exam."""
 
     type: Literal["clinic"] = "clinic"
@@ -28,7 +45,7 @@ class ClinicData:
 
 
 @config
-class FilesData:
+class FilesData(Source):
     """Text of one's own."""
 
     type: Literal["files"] = "files"
@@ -39,7 +56,7 @@ class FilesData:
 
 
 @config
-class TurnsData:
+class TurnsData(Source):
     """Questions and answers of one's own, with or without the reasoning between them."""
 
     type: Literal["turns"] = "turns"
@@ -52,11 +69,36 @@ class TurnsData:
 
 
 @config
+class MixtureData:
+    """Several sources, each with its share of the tokens of a run."""
+
+    type: Literal["mixture"] = "mixture"
+    sources: tuple[Annotated[ClinicData | FilesData | TurnsData, TAGGED], ...]  # one alone can stand for the mixture
+
+    def __post_init__(self) -> None:
+        titles = [source.title for source in self.sources]
+        if not titles:
+            raise ValueError("sources is empty: a mixture needs at least one")
+        for title in titles:
+            if titles.count(title) > 1:
+                raise ValueError(f"two sources are named {title}; give one of them another `name`")
+        Mixture([source.weight for source in self.sources])
+
+
+TextData = ClinicData | FilesData | TurnsData | MixtureData  # what documents are read from
+
+
+@config
 class PreparedData:
     """Shards that `osler data prepare` wrote, with their tokenizer and their validation data."""
 
     type: Literal["prepared"] = "prepared"
     path: str  # the folder of shards; the run reads them there and makes no copy
+
+
+def sources_of(data: TextData) -> dict[str, ClinicData | FilesData | TurnsData]:
+    """Return the sources in a config by their titles."""
+    return {source.title: source for source in (data.sources if isinstance(data, MixtureData) else (data,))}
 
 
 @config
@@ -66,6 +108,7 @@ class CurriculumStage:
     seq_len: PositiveInt  # tokens in a row
     until_tokens: PositiveInt | None = None  # counted from the start of the run; the step that crosses it is the stage's last
     batch_tokens: PositiveInt | None = None  # None: the run's; a batch is as many whole rows as fit
+    weights: dict[str, NonNegativeFloat] | None = None  # of all sources by name, from this stage on; null: those of the data
 
     def __post_init__(self) -> None:
         if self.batch_tokens is not None and self.batch_tokens % self.seq_len:

@@ -1,16 +1,17 @@
-"""What a run has consumed of its data: epochs, padding and tokens of each source, as pure functions of the step.
+"""What a run has consumed of its data, as pure functions of the step.
 
 The order of the data is computed, so nothing is counted while training: every rank gets the same numbers, and a resumed run
-goes on with them. A source is what documents were written from: a file, or a kind of text of the clinic. The target share of a
-source is its share of the data, because nothing mixes sources. Data that a rollback passed over count as consumed.
+goes on with them. Data that a rollback passed over count as consumed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import cast
 
 from osler.data.curriculum import Timeline
 from osler.data.loader import StagedLoader
+from osler.data.packing import MixedPacking
 
 
 class ConsumedData:
@@ -18,32 +19,38 @@ class ConsumedData:
 
     def __init__(self, loader: StagedLoader) -> None:
         self.timeline: Timeline = loader.timeline
-        self.packings = [stage.packing for stage in loader.loaders]
+        self.packings = [cast(MixedPacking, stage.packing) for stage in loader.loaders]
 
-    @property
-    def bytes_per_token(self) -> float | None:
-        """Return the bytes of text per token; None when only a part of the tokens is learned."""
-        shards = self.packings[0].order.shards
-        return shards.num_bytes / shards.num_tokens if self.packings[0].prompt_loss else None
+    def bytes_per_token(self, step: int) -> float | None:
+        """Return the bytes of text per token at a step; None when only a part of the tokens is learned."""
+        return self._packing_at(step).bytes_per_token
 
     def epochs(self, step: int, skipped_tokens: int = 0) -> float:
-        """Return how many epochs the first ``step`` steps have consumed."""
-        packing = self.packings[self.timeline.at_step(step - 1).number - 1]
-        return packing.epochs(self.timeline.rows_at(step - 1, skipped_tokens).stop)
+        """Return how many epochs the first ``step`` steps have consumed of the source that they repeat most."""
+        return max(self.epochs_by_source(step, skipped_tokens).values())
 
-    def metrics(self, step: int, steps: int, *, by_source: bool, skipped_tokens: int = 0) -> dict[str, float]:
-        """Return the metrics after ``step`` steps; padding is that of the last ``steps``, ``by_source`` visits every document."""
-        span = self.timeline.at_step(step - 1)
-        packing = self.packings[span.number - 1]
-        stop = self.timeline.rows_at(step - 1, skipped_tokens).stop
-        first = max(0, stop - steps * span.rows_per_batch)
+    def epochs_by_source(self, step: int, skipped_tokens: int = 0) -> dict[str, float]:
+        """Return how many epochs of each source the first ``step`` steps have consumed."""
+        packing = self._packing_at(step)
+        tokens, of_epoch = packing.tokens(self._rows(step, skipped_tokens)), packing.epoch_tokens
+        return {name: tokens[name] / of_epoch[name] for name in tokens}
+
+    def metrics(self, step: int, steps: int, *, skipped_tokens: int = 0) -> dict[str, float]:
+        """Return the metrics after ``step`` steps; padding is that of the last ``steps``."""
+        packing, stop = self._packing_at(step), self._rows(step, skipped_tokens)
+        first = max(0, stop - steps * self.timeline.at_step(step - 1).rows_per_batch)
         metrics = {"data/epoch": self.epochs(step, skipped_tokens), "data/padding_frac": packing.padding(first, stop)}
-        if by_source:
-            names = packing.order.shards.sources
-            consumed = dict(zip(names, packing.tokens_by_source(stop).tolist(), strict=True))
-            of_epoch = dict(zip(names, packing.tokens_of_epoch.tolist(), strict=True))
-            metrics |= source_metrics(tokens=consumed, consumed=consumed, of_epoch=of_epoch, target=of_epoch)
+        if len(packing.packings) > 1:
+            tokens = packing.tokens(stop)
+            target = dict(zip(tokens, packing.mixture.fractions, strict=True))
+            metrics |= source_metrics(tokens=tokens, consumed=tokens, of_epoch=packing.epoch_tokens, target=target)
         return metrics
+
+    def _packing_at(self, step: int) -> MixedPacking:
+        return self.packings[self.timeline.at_step(step - 1).number - 1]
+
+    def _rows(self, step: int, skipped_tokens: int) -> int:
+        return self.timeline.rows_at(step - 1, skipped_tokens).stop
 
 
 def source_metrics(

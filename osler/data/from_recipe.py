@@ -5,15 +5,15 @@ Both read the sections ``data`` and ``tokenizer`` of a training recipe, so they 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 from osler.config.recipe import load_recipe, merge, parse_overrides
 from osler.config.schema import TAGGED, config, decode
-from osler.data.config import ClinicData, FilesData, TurnsData
+from osler.data.config import ClinicData, FilesData, MixtureData, TurnsData
 from osler.data.shards import ShardSet, read_data_manifest
-from osler.data.sources import prepare_source, train_tokenizer
+from osler.data.sources import prepare_sources, train_tokenizer
 from osler.runtime.errors import UserError
 from osler.runtime.files import write_atomic
 from osler.tokenizer.bpe import Tokenizer
@@ -28,7 +28,7 @@ SECTIONS = ("data", "tokenizer")
 class Sections:
     """The two sections of a training recipe that are about text."""
 
-    data: Annotated[ClinicData | FilesData | TurnsData, TAGGED] = ClinicData()
+    data: Annotated[ClinicData | FilesData | TurnsData | MixtureData, TAGGED] = ClinicData()
     tokenizer: TokenizerConfig = TokenizerConfig()
 
 
@@ -89,7 +89,7 @@ def data_prepare(recipe: str | None, overrides: Sequence[str], tokenizer_path: s
     """Tokenise the text of a recipe into the folder ``out`` and print what is in it."""
     sections = read_sections(recipe, overrides)
     tokenizer = Tokenizer.load(tokenizer_path).with_specials()
-    prepared = prepare_source(sections.data, tokenizer, out)
+    prepared = prepare_sources(sections.data, tokenizer, out)
     print(f"{out}: {'exists already' if prepared.reused else 'written'}")
     print_splits(out)
     return 0
@@ -100,27 +100,35 @@ def data_inspect(folder: str, tokenizer_path: str | None) -> int:
     print_splits(folder)
     tokenizer = None if tokenizer_path is None else Tokenizer.load(tokenizer_path).with_specials()
     damaged = 0
-    for split in read_data_manifest(folder)["splits"]:
-        shards = ShardSet.open(folder, split)
+    for title, shards in _splits(folder):
         if tokenizer is not None:
             if tokenizer.fingerprint != shards.tokenizer_fingerprint:
                 raise UserError(f"{folder} was made with another tokenizer than {tokenizer_path}.")
             ids, _ = shards.document(0, 0, SHOWN_TOKENS)
-            print(f"{split} begins: {tokenizer.decode([int(i) for i in ids])!r}")
+            print(f"{title} begins: {tokenizer.decode([int(i) for i in ids])!r}")
         problems = shards.verify()
         damaged += len(problems)
-        print("\n".join(problems) if problems else f"{split}: every file is as it was written")
+        print("\n".join(problems) if problems else f"{title}: every file is as it was written")
     return 1 if damaged else 0
+
+
+def _splits(folder: str) -> Iterator[tuple[str, ShardSet]]:
+    """Yield the splits of every source, with their names: `train` where there is one source, else `SOURCE/train`."""
+    sources = read_data_manifest(folder)["sources"]
+    for source, entry in sources.items():
+        for split in entry["splits"]:
+            yield split if len(sources) == 1 else f"{source}/{split}", ShardSet.open(folder, source, split)
 
 
 def print_splits(folder: str) -> None:
     """Print one line for each split: documents, tokens, tokens that are learned, bytes of text."""
     manifest = read_data_manifest(folder)
     print(f"tokenizer {manifest['tokenizer_fingerprint']}, vocabulary {manifest['vocab_size']:,}")
-    print(f"{'split':<12}{'documents':>12}{'tokens':>16}{'learned':>16}{'bytes':>16}{'bytes/token':>13}")
-    for split in manifest["splits"]:
-        shards = ShardSet.open(folder, split)
+    splits = dict(_splits(folder))
+    width = max(12, 2 + max(map(len, splits)))
+    print(f"{'split':<{width}}{'documents':>12}{'tokens':>16}{'learned':>16}{'bytes':>16}{'bytes/token':>13}")
+    for title, shards in splits.items():
         print(
-            f"{split:<12}{shards.num_documents:>12,}{shards.num_tokens:>16,}{shards.num_loss_tokens:>16,}"
+            f"{title:<{width}}{shards.num_documents:>12,}{shards.num_tokens:>16,}{shards.num_loss_tokens:>16,}"
             f"{shards.num_bytes:>16,}{shards.num_bytes / max(1, shards.num_tokens):>13.2f}"
         )

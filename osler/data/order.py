@@ -1,42 +1,83 @@
-"""The order of documents, computed from (seed, shard fingerprint, epoch).
+"""The order of a source's tokens, computed from (seed, the shards' fingerprints, epoch) and nothing else.
 
-Each epoch has its own permutation: the sorted raw words of a Philox counter generator (Salmon et al. 2011) keyed by a hash.
-numpy guarantees this raw stream in every version, which it does not for `Generator.permutation`. Any epoch can be computed at
-once, on any rank, after any number of restarts, so a resume needs nothing but a position.
+An epoch is a sequence of windows of shards, and the documents of a window are permuted. The first epoch takes the shards as they
+were written, in windows that grow from one shard to `WINDOW_SHARDS`, so that a run may begin while later shards are still being
+written and sees the same order as a run over finished data. Later epochs permute all shards first.
+
+Any window can be computed at once, on any rank, after any number of restarts, so a resume needs nothing but a position.
 """
 
 from __future__ import annotations
 
 import functools
-import hashlib
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 
+from osler.data.documents import permutation
 from osler.data.shards import Int64Array, ShardSet
 
-CACHED_EPOCHS = 4
+WINDOW_SHARDS = 64
+CACHED_WINDOWS = 4
+
+
+class Epoch(NamedTuple):
+    """An epoch's shards in order; window k is `shards[borders[k] : borders[k + 1]]` and ends at token `ends[k]` of the epoch."""
+
+    shards: Int64Array
+    borders: Int64Array
+    ends: Int64Array
+
+
+class Window(NamedTuple):
+    """A window's documents in order, their lengths, and the token of the epoch at which each ends."""
+
+    documents: Int64Array
+    lengths: Int64Array
+    ends: Int64Array
 
 
 class Order:
-    """The permutations of a split's documents under one seed."""
+    """The order of a split under one seed."""
 
     def __init__(self, shards: ShardSet, seed: int) -> None:
         self.shards = shards
         self.seed = seed
-        self.laid_out = functools.lru_cache(CACHED_EPOCHS)(self._lay_out)
+        self.epoch = functools.lru_cache(2)(self._epoch)
+        self.window = functools.lru_cache(CACHED_WINDOWS)(self._window)
 
-    def permutation(self, epoch: int) -> Int64Array:
-        """Return all document indices in the order of an epoch (0, 1, ...)."""
-        return self.shuffled(self.shards.num_documents, epoch, "documents")
+    def pieces(self, epoch: int, token: int) -> Iterator[tuple[int, int]]:
+        """Yield the documents from a token of an epoch to its end, each with its token to go on at (0 but for the first)."""
+        ends = self.epoch(epoch).ends
+        for number in range(int(np.searchsorted(ends, token, side="right")), len(ends)):
+            window = self.window(epoch, number)
+            for place in range(int(np.searchsorted(window.ends, token, side="right")), len(window.documents)):
+                end = int(window.ends[place])
+                yield int(window.documents[place]), token - (end - int(window.lengths[place]))
+                token = end
 
-    def shuffled(self, count: int, epoch: int, purpose: str) -> Int64Array:
-        """Return a permutation of `range(count)`; those of different purposes are independent."""
-        name = f"{self.seed}:{self.shards.fingerprint}:{epoch}:{purpose}"
-        key = int.from_bytes(hashlib.sha256(name.encode()).digest()[:16], "big")
-        words = np.random.Philox(key=key).random_raw(count)
-        return np.argsort(words, kind="stable").astype(np.int64, copy=False)
+    def _epoch(self, epoch: int) -> Epoch:
+        shards, count = self.shards, self.shards.num_shards
+        if epoch == 0:
+            numbers, sizes = np.arange(count, dtype=np.int64), [1]
+            while sum(sizes) < count:
+                sizes.append(min(sum(sizes), WINDOW_SHARDS))
+        else:
+            numbers = permutation(count, self.seed, shards.fingerprint, epoch, "shards")
+            sizes = [WINDOW_SHARDS] * -(-count // WINDOW_SHARDS)
+        borders = np.minimum(np.cumsum([0, *sizes]), count)
+        tokens = np.cumsum(np.diff(shards.ends_of_tokens, prepend=0)[numbers])
+        return Epoch(numbers, borders, tokens[borders[1:] - 1])
 
-    def _lay_out(self, epoch: int) -> tuple[Int64Array, Int64Array]:
-        """Return the documents of an epoch in order, and the number of tokens up to the end of each."""
-        permutation = self.permutation(epoch)
-        return permutation, np.cumsum(self.shards.lengths[permutation])
+    def _window(self, epoch: int, number: int) -> Window:
+        numbers, borders, ends = self.epoch(epoch)
+        members = numbers[borders[number] : borders[number + 1]].tolist()
+        lengths = [self.shards.lengths(shard) for shard in members]
+        firsts = map(self.shards.first_document, members)
+        documents = [first + np.arange(len(part)) for first, part in zip(firsts, lengths, strict=True)]
+        known = self.shards.fingerprint_up_to(members[-1] + 1) if epoch == 0 else self.shards.fingerprint
+        order = permutation(sum(map(len, lengths)), self.seed, known, epoch, number, "documents")
+        lengths_in_order = np.concatenate(lengths)[order]
+        first = int(ends[number - 1]) if number else 0
+        return Window(np.concatenate(documents)[order], lengths_in_order, first + np.cumsum(lengths_in_order))

@@ -3,22 +3,32 @@
 `StreamPacking` (pretraining) joins the documents of an epoch, epoch after epoch, and cuts rows of seq_len + 1 tokens with stride
 seq_len, so every token is predicted once and nothing is padding. Its position in the data is an offset in tokens, so a curriculum
 goes on with longer rows where the shorter ones ended.
-`WholePacking` (fine-tuning) keeps documents whole. Best-fit decreasing combines them in rows of seq_len + 1 tokens, and the rest
-of a row is padding. A longer document is cut into consecutive pieces that share one token, so all of it is learned.
+`WholePacking` (fine-tuning) keeps documents whole. Best-fit decreasing combines those of a window in rows of seq_len + 1 tokens;
+what does not fill a row is carried into the next window, and the rest of a row is padding. A longer document is cut into
+consecutive pieces that share one token, so all of it is learned.
+`MixedPacking` deals the rows of a run out to sources.
 
-Row i is found without visiting the rows before it. There is no state, so resume is exact at any row.
+There is no state, so resume is exact at any row.
 """
 
 from __future__ import annotations
 
 import functools
+import threading
+from bisect import bisect_right
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
 
-from osler.data.order import CACHED_EPOCHS, Order
+from osler.data.documents import permutation
+from osler.data.mixture import Mixture
+from osler.data.order import CACHED_WINDOWS, Order
 from osler.data.shards import Int64Array, MaskArray, ShardSet, TokenArray
 from osler.ops.labels import IGNORED
+
+CARRIED_ROWS = 4096  # that are not full at the end of a window, at most, whose documents go on to the next
+FULL = 0.99  # of a row: from this share on it is not carried
 
 
 class PackedRow(NamedTuple):
@@ -43,130 +53,216 @@ class StreamPacking:
         self.seq_len = seq_len
         self.first_token = first_token
         self.prompt_loss = prompt_loss
-        self.tokens_of_epoch = by_source(order, order.shards.source_of_document, order.shards.lengths)
 
     def row(self, index: int) -> PackedRow:
         """Return tokens index * seq_len ... (index + 1) * seq_len of the stream, counted from `first_token`."""
         shards = self.order.shards
-        epoch, offset = divmod(self.first_token + index * self.seq_len, shards.num_tokens)
+        epoch, token = divmod(self.first_token + index * self.seq_len, shards.num_tokens)
         builder = _RowBuilder(self.seq_len + 1, shards.eos_id)
         while builder.room:
-            permutation, ends = self.order.laid_out(epoch)
-            rank = int(np.searchsorted(ends, offset, side="right"))
-            while builder.room and rank < len(permutation):
-                document = int(permutation[rank])
-                start = offset - (int(ends[rank - 1]) if rank else 0)
+            for document, start in self.order.pieces(epoch, token):
                 builder.add(*shards.document(document, start, start + builder.room))
-                offset = int(ends[rank])
-                rank += 1
-            epoch, offset = epoch + 1, 0
+                if not builder.room:
+                    break
+            epoch, token = epoch + 1, 0
         return builder.finish(across_documents=True, prompt_loss=self.prompt_loss)
 
-    def epochs(self, rows: int) -> float:
-        """Return the epochs of the stream up to the end of `rows` rows; those before row 0 count too."""
-        return (self.first_token + rows * self.seq_len) / self.order.shards.num_tokens
+    def tokens(self, rows: int) -> int:
+        """Return how many tokens of the stream the first rows consume; those before row 0 count too."""
+        return self.first_token + rows * self.seq_len
+
+    @property
+    def epoch_tokens(self) -> int:
+        """Return the tokens of an epoch."""
+        return self.order.shards.num_tokens
 
     def padding(self, first: int, stop: int) -> float:
         """Return 0: nothing is padding."""
         return 0.0
 
-    def tokens_by_source(self, rows: int) -> Int64Array:
-        """Return the tokens of each source in the stream up to the end of `rows` rows; those before row 0 count too."""
-        shards = self.order.shards
-        epoch, offset = divmod(self.first_token + rows * self.seq_len, shards.num_tokens)
-        permutation, ends = self.order.laid_out(epoch)
-        lengths = shards.lengths[permutation]
-        consumed = np.clip(offset - (ends - lengths), 0, lengths)
-        return epoch * self.tokens_of_epoch + by_source(self.order, shards.source_of_document[permutation], consumed)
+
+class _Pieces(NamedTuple):
+    """Pieces of documents: the document of each, its first token in the document, and its tokens."""
+
+    documents: Int64Array
+    starts: Int64Array
+    lengths: Int64Array
+
+    def take(self, which: Int64Array | slice) -> _Pieces:
+        """Return some of the pieces, in the order of an index array or a slice."""
+        return _Pieces(*(column[which] for column in self))
+
+
+class _Plan(NamedTuple):
+    """The rows of a window one after another, where each ends in pieces, its tokens, and the pieces that the next window gets."""
+
+    pieces: _Pieces
+    row_ends: Int64Array
+    row_tokens: Int64Array
+    carried: _Pieces
 
 
 class WholePacking:
-    """Whole documents and padding; documents in `left_out` are in no row.
+    """Whole documents and padding; with `drop_torn` a document whose answer would be cut from its question is in no row.
 
-    The first token of a document is never a label, because nothing before it could predict it; padding is none either. Which
-    lengths share a row is planned once, because it depends on the lengths alone. An epoch assigns its permutation of the
-    documents to those places.
+    The first token of a document is never a label, because nothing before it could predict it; padding is none either. A window
+    is planned, from lengths alone, when one of its rows is first asked for, and so are those before it.
     """
 
-    def __init__(self, order: Order, seq_len: int, *, prompt_loss: bool = False, left_out: Int64Array | tuple[()] = ()) -> None:
+    def __init__(self, order: Order, seq_len: int, *, prompt_loss: bool = False, drop_torn: bool = False) -> None:
         self.order = order
         self.seq_len = seq_len
         self.prompt_loss = prompt_loss
-        lengths = order.shards.lengths
-        counts = np.maximum(1, -(-(lengths - 1) // seq_len))
-        counts[np.asarray(left_out, np.int64)] = 0
-        first = np.cumsum(counts) - counts
-        self._document = np.repeat(np.arange(len(lengths), dtype=np.int64), counts)
-        self._start = (np.arange(len(self._document), dtype=np.int64) - np.repeat(first, counts)) * seq_len
-        self._length = np.minimum(seq_len + 1, lengths[self._document] - self._start)
-        row_of_place = best_fit(np.sort(self._length)[::-1], seq_len + 1)
-        self.rows_per_epoch: int = int(row_of_place.max()) + 1
-        self._row_of_place = row_of_place
-        self._tokens_of_row = np.bincount(row_of_place, np.sort(self._length)[::-1]).astype(np.int64)
-        self.tokens_of_epoch = by_source(order, order.shards.source_of_document[self._document], self._length)
-        self._places = np.argsort(row_of_place, kind="stable")  # the places of row 0, of row 1, ...
-        self._row_ends = np.cumsum(np.bincount(row_of_place, minlength=self.rows_per_epoch))
-        self._plan = functools.lru_cache(CACHED_EPOCHS)(self._plan_epoch)
+        self.drop_torn = drop_torn
+        self._lock = threading.RLock()  # the threads of a loader share the plans
+        self._first_rows, self._first_tokens = [0], [0]  # of every window that has been planned, and of the one after
+        self._plan = functools.lru_cache(CACHED_WINDOWS)(self._plan_window)
 
     def row(self, index: int) -> PackedRow:
-        """Return the row at `index % rows_per_epoch` of its epoch."""
-        epoch, position = divmod(index, self.rows_per_epoch)
-        pieces_by_place, rank, rows = self._plan(epoch)
-        planned = int(rows[position])
-        begin, end = (int(self._row_ends[planned - 1]) if planned else 0), int(self._row_ends[planned])
-        pieces = pieces_by_place[self._places[begin:end]]
+        """Return a row of the endless sequence of epochs."""
+        window, place = self._find(index)
+        pieces, row_ends, _, _ = self._plan(window)
         builder = _RowBuilder(self.seq_len + 1, self.order.shards.eos_id)
-        for piece in sorted(pieces.tolist(), key=lambda piece: int(rank[self._document[piece]])):
-            start = int(self._start[piece])
-            stop = start + int(self._length[piece])
-            builder.add(*self.order.shards.document(int(self._document[piece]), start, stop))
+        in_row = slice(int(row_ends[place - 1]) if place else 0, int(row_ends[place]))
+        for document, start, length in zip(*pieces.take(in_row), strict=True):
+            builder.add(*self.order.shards.document(int(document), int(start), int(start + length)))
         return builder.finish(across_documents=False, prompt_loss=self.prompt_loss)
 
-    def epochs(self, rows: int) -> float:
-        """Return how many epochs the first `rows` rows are."""
-        return rows / self.rows_per_epoch
+    @property
+    def rows_of_first_epoch(self) -> int:
+        """Return how many rows the first epoch has; later ones may differ by a few."""
+        return self._first_row_of(len(self.order.epoch(0).ends))
+
+    @property
+    def epoch_tokens(self) -> int:
+        """Return the tokens in the rows of an epoch."""
+        return self.tokens(self.rows_of_first_epoch)
 
     def padding(self, first: int, stop: int) -> float:
         """Return the share of the places in rows `first:stop` that is padding."""
-        epochs, positions = np.divmod(np.arange(first, stop), self.rows_per_epoch)
-        used = sum(int(self._tokens_of_row[self._plan(e)[2][positions[epochs == e]]].sum()) for e in np.unique(epochs).tolist())
-        return 1 - used / ((stop - first) * (self.seq_len + 1))
+        return 1 - (self.tokens(stop) - self.tokens(first)) / ((stop - first) * (self.seq_len + 1))
 
-    def tokens_by_source(self, rows: int) -> Int64Array:
-        """Return the tokens of each source in the first `rows` rows; visits every document of an epoch."""
-        epoch, position = divmod(rows, self.rows_per_epoch)
-        pieces_by_place, _, order_of_rows = self._plan(epoch)
-        is_consumed = np.zeros(self.rows_per_epoch, bool)
-        is_consumed[order_of_rows[:position]] = True
-        pieces = pieces_by_place[is_consumed[self._row_of_place]]
-        sources = self.order.shards.source_of_document[self._document[pieces]]
-        return epoch * self.tokens_of_epoch + by_source(self.order, sources, self._length[pieces])
+    def tokens(self, rows: int) -> int:
+        """Return how many tokens, without padding, the first rows hold."""
+        window, place = self._find(rows)
+        return self._first_tokens[window] + int(self._plan(window).row_tokens[:place].sum())
 
-    def _plan_epoch(self, epoch: int) -> tuple[Int64Array, Int64Array, Int64Array]:
-        """Return the piece at each place (longest first), each document's rank in the epoch, and the order of the rows."""
-        permutation = self.order.permutation(epoch)
-        rank = np.empty_like(permutation)
-        rank[permutation] = np.arange(len(permutation))
-        pieces_by_place = np.lexsort((self._start, rank[self._document], -self._length))
-        return pieces_by_place, rank, self.order.shuffled(self.rows_per_epoch, epoch, "rows")
+    def _find(self, row: int) -> tuple[int, int]:
+        """Return the window that a row is in and its place there; windows count on from epoch to epoch."""
+        with self._lock:
+            while self._first_rows[-1] <= row:
+                self._first_row_of(len(self._first_rows))
+            window = bisect_right(self._first_rows, row) - 1
+            return window, row - self._first_rows[window]
+
+    def _first_row_of(self, window: int) -> int:
+        """Return the number of a window's first row; plans all windows before it."""
+        with self._lock:
+            for number in range(len(self._first_rows) - 1, window):
+                plan = self._plan(number)
+                self._first_rows.append(self._first_rows[-1] + len(plan.row_ends))
+                self._first_tokens.append(self._first_tokens[-1] + int(plan.row_tokens.sum()))
+            return self._first_rows[window]
+
+    def _place(self, window: int) -> tuple[int, int, bool]:
+        """Return the epoch of a window, its number in it, and whether it is the epoch's last."""
+        first, others = len(self.order.epoch(0).ends), len(self.order.epoch(1).ends)
+        epoch, number = (0, window) if window < first else (1 + (window - first) // others, (window - first) % others)
+        return epoch, number, number + 1 == (first if epoch == 0 else others)
+
+    def _plan_window(self, window: int) -> _Plan:
+        epoch, number, is_last = self._place(window)
+        pieces = self._cut(*self.order.window(epoch, number)[:2])
+        if number:
+            pieces = _Pieces(*(np.concatenate(pair) for pair in zip(self._plan(window - 1).carried, pieces, strict=True)))
+        capacity = self.seq_len + 1
+        longest_first = np.argsort(-pieces.lengths, kind="stable")
+        row_of = np.empty(len(longest_first), np.int64)
+        row_of[longest_first] = best_fit(pieces.lengths[longest_first], capacity)
+        row_tokens = np.bincount(row_of, pieces.lengths).astype(np.int64)
+        emptiest = np.argsort(row_tokens, kind="stable")[:CARRIED_ROWS]
+        is_carried = np.zeros(len(row_tokens), bool)
+        is_carried[emptiest] = not is_last and row_tokens[emptiest] < FULL * capacity
+        kept = np.flatnonzero(~is_carried)
+        kept = kept[permutation(len(kept), self.order.seed, self.order.shards.fingerprint_up_to(1), epoch, number, "rows")]
+        place_of_row = np.full(len(row_tokens), len(kept), np.int64)
+        place_of_row[kept] = np.arange(len(kept))
+        by_row = np.argsort(place_of_row[row_of], kind="stable")  # in a row, documents are in the order of the window
+        counts = np.bincount(place_of_row[row_of], minlength=len(kept))[: len(kept)]
+        row_ends = np.cumsum(counts)
+        used = int(row_ends[-1]) if len(kept) else 0
+        return _Plan(pieces.take(by_row[:used]), row_ends, row_tokens[kept], pieces.take(np.sort(by_row[used:])))
+
+    def _cut(self, documents: Int64Array, lengths: Int64Array) -> _Pieces:
+        """Return the pieces of a window's documents."""
+        if self.drop_torn:
+            pairs = zip(documents.tolist(), lengths.tolist(), strict=True)
+            kept = np.array([not is_torn(self.order.shards, *pair, self.seq_len) for pair in pairs], bool)
+            documents, lengths = documents[kept], lengths[kept]
+        counts = np.maximum(1, -(-(lengths - 1) // self.seq_len))
+        first = np.cumsum(counts) - counts
+        starts = (np.arange(counts.sum()) - np.repeat(first, counts)) * self.seq_len
+        return _Pieces(np.repeat(documents, counts), starts, np.minimum(self.seq_len + 1, np.repeat(lengths, counts) - starts))
 
 
-Packing = StreamPacking | WholePacking
+class MixedPacking:
+    """The rows of a stage of a run: each comes from one source, which has a packing of its own."""
+
+    def __init__(self, packings: Mapping[str, StreamPacking | WholePacking], mixture: Mixture) -> None:
+        self.packings = packings
+        self.mixture = mixture
+        self.seq_len = next(iter(packings.values())).seq_len
+        self._packings = list(packings.values())
+
+    def row(self, index: int) -> PackedRow:
+        """Return a row of the stage."""
+        source, row = self.mixture.locate(index)
+        return self._packings[source].row(row)
+
+    def padding(self, first: int, stop: int) -> float:
+        """Return the share of the places in rows `first:stop` that is padding."""
+        spans = zip(self._packings, self.mixture.rows(first), self.mixture.rows(stop), strict=True)
+        return sum(packing.padding(a, b) * (b - a) for packing, a, b in spans if b > a) / (stop - first)
+
+    def tokens(self, rows: int) -> dict[str, int]:
+        """Return how many tokens of each source a run has consumed after the first rows of this stage."""
+        counts = zip(self.packings.items(), self.mixture.rows(rows), strict=True)
+        return {name: packing.tokens(count) for (name, packing), count in counts}
+
+    @property
+    def bytes_per_token(self) -> float | None:
+        """Return the bytes of text in a token of the mixture; None when only a part of the tokens is learned."""
+        if not all(packing.prompt_loss for packing in self._packings):
+            return None
+        shards = [packing.order.shards for packing in self._packings]
+        rates = [part.num_bytes / part.num_tokens for part in shards]
+        return sum(fraction * rate for fraction, rate in zip(self.mixture.fractions, rates, strict=True))
+
+    @property
+    def epoch_tokens(self) -> dict[str, int]:
+        """Return the tokens of an epoch of each source."""
+        return {name: packing.epoch_tokens for name, packing in self.packings.items()}
 
 
-def torn_examples(shards: ShardSet, seq_len: int) -> Int64Array:
-    """Return the examples that are longer than a row; cutting them would separate their answers from their questions.
+Packing = StreamPacking | WholePacking | MixedPacking
+
+
+def is_torn(shards: ShardSet, document: int, length: int, seq_len: int) -> bool:
+    """Whether a document is an example longer than a row; cutting it would separate its answer from its question.
 
     An example is a document of which a part is learned. A document that is learned as a whole may be cut anywhere.
     """
-    masks = ((index, shards.document(index)[1]) for index in np.flatnonzero(shards.lengths > seq_len + 1).tolist())
-    return np.array([index for index, mask in masks if mask is not None and not mask.all()], np.int64)
+    if length <= seq_len + 1:
+        return False
+    mask = shards.document(document)[1]
+    return mask is not None and not mask.all()
 
 
-def by_source(order: Order, sources: Int64Array, tokens: Int64Array) -> Int64Array:
-    """Return the sum of the tokens of each source."""
-    count = len(order.shards.sources)
-    return np.bincount(sources, tokens, minlength=count).astype(np.int64)  # sums in fp64, which is exact up to 2**53
+def torn_lengths(shards: ShardSet, seq_len: int) -> list[int]:
+    """Return the lengths of the examples that are longer than a row."""
+    numbers = range(shards.num_shards)
+    documents = enumerate(length for number in numbers for length in shards.lengths(number).tolist())
+    return [length for document, length in documents if is_torn(shards, document, length, seq_len)]
 
 
 def best_fit(lengths: Int64Array, capacity: int) -> Int64Array:

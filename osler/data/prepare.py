@@ -1,4 +1,4 @@
-"""From a corpus to a folder of shards: tokenised once, split into train and validation, complete or absent.
+"""From sources to a folder of shards: tokenised once, split into train and validation, complete or absent.
 
 Preparation makes two passes over the documents. The first only hashes: it identifies the content, so that a folder made from the
 same content with the same tokenizer is reused, and it decides which documents are held out. Documents that are equal but for case
@@ -16,13 +16,21 @@ import shutil
 import time
 import uuid
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from osler.data.documents import Corpus, Document
-from osler.data.shards import DATA_MANIFEST, FORMAT_VERSION, SHARD_TOKENS, TOKENIZER, ShardSet, ShardWriter, read_data_manifest
+from osler.data.documents import Corpus, Document, Mixed
+from osler.data.prepared import Prepared, open_folder
+from osler.data.shards import (
+    DATA_MANIFEST,
+    FORMAT_VERSION,
+    SHARD_TOKENS,
+    TOKENIZER,
+    ShardWriter,
+    read_data_manifest,
+)
 from osler.runtime.errors import UserError
 from osler.runtime.faults import fault
 from osler.runtime.files import fingerprint, fsync_dir, write_atomic, write_json
@@ -40,22 +48,12 @@ STALE_SECONDS = 24 * 3600  # the age at which what a killed preparation left is 
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """An open folder of shards; `validation` is None when nothing is held out, `reused` when it existed already."""
-
-    train: ShardSet
-    validation: ShardSet | None
-    reused: bool
-
-
-@dataclass(frozen=True)
 class _Survey:
     """What the first pass found: a digest of the content, and the split key of each document that is not empty."""
 
     digest: str
     keys: Sequence[int]
     empty: int
-    has_turns: bool
 
 
 @dataclass(frozen=True)
@@ -85,98 +83,100 @@ class _Split:
             raise UserError("The documents changed while they were being prepared; prepare them again.")
 
 
-def prepare(corpus: Corpus, tokenizer: Tokenizer, out: str | Path, *, set_aside: bool = False, consent: str = "") -> Prepared:
-    """Tokenise a corpus into the folder `out`, or reuse the folder when it was made from the same content and tokenizer.
+class _Source(NamedTuple):
+    """A source to prepare, and what the first pass found in it and in its validation documents."""
 
-    Copies of validation documents are dropped from train. Of the distinct documents, at least one is held out if there are two
-    and `holdout_fraction` is not 0. Empty documents are skipped and counted. Raises UserError when nothing is left to learn
-    from, or when `out` holds other data, unless `set_aside` renames these; the message names `consent`, the setting that
-    allows it.
+    corpus: Corpus
+    survey: _Survey
+    held_survey: _Survey | None
+
+    @property
+    def content(self) -> dict[str, Any]:
+        """What its shards depend on besides the tokenizer."""
+        held = self.held_survey
+        return {
+            "documents": self.survey.digest,
+            "validation": None if held is None else held.digest,
+            "holdout_fraction": self.corpus.holdout_fraction if held is None else 0.0,
+            "seed": self.corpus.seed,
+        }
+
+    def splits(self, held: frozenset[int]) -> list[_Split]:
+        train = _Split("train", self.corpus.train, self.survey, held)
+        if self.corpus.validation is None or self.held_survey is None:
+            return [train, _Split("validation", self.corpus.train, self.survey, held)]
+        return [train, _Split("validation", self.corpus.validation, self.held_survey, held)]
+
+
+def prepare(
+    corpora: Mapping[str, Corpus],
+    tokenizer: Tokenizer,
+    out: str | Path,
+    *,
+    weights: Sequence[float] | None = None,
+    set_aside: bool = False,
+    consent: str = "",
+) -> Prepared:
+    """Tokenise the corpora of sources into the folder `out`, or reuse it when it was made from the same with this tokenizer.
+
+    Copies of validation documents are dropped from the training data of all sources. Of the distinct documents of a source, at
+    least one is held out if there are two and `holdout_fraction` is not 0. Empty documents are skipped and counted. `weights`
+    are kept beside the shards for runs that name none. Raises UserError when nothing is left to learn from, or when
+    `out` holds other data, unless `set_aside` renames these; the message names `consent`, the setting that allows it.
     """
     out = Path(out)
-    survey = _survey(corpus.train)
-    held_survey = None if corpus.validation is None else _survey(corpus.validation)
-    held = _held_keys(survey, corpus) if held_survey is None else frozenset(held_survey.keys)
-    if all(key in held for key in survey.keys):
-        raise UserError(
-            f"There is nothing to learn from: of {len(survey.keys) + survey.empty:,} documents {survey.empty:,} are "
-            f"empty and {len(survey.keys):,} are copies of validation documents."
-        )
-    content = {
-        "documents": survey.digest,
-        "validation": None if held_survey is None else held_survey.digest,
-        "holdout_fraction": corpus.holdout_fraction if held_survey is None else 0.0,
-        "seed": corpus.seed,
+    sources = {
+        name: _Source(corpus, _survey(corpus.train), None if corpus.validation is None else _survey(corpus.validation))
+        for name, corpus in corpora.items()
     }
+    held = frozenset[int]().union(*(_check_source(name if len(sources) > 1 else "", source) for name, source in sources.items()))
+    content = [source.content for source in sources.values()]
     manifest: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "tokenizer_fingerprint": tokenizer.fingerprint,
-        "content_fingerprint": fingerprint(content),
-        "content": content,
+        "content_fingerprint": fingerprint(content[0] if len(content) == 1 else content),
         "eos_id": tokenizer.eos_id,
         "vocab_size": tokenizer.vocab_size,
+        "sources": {
+            name: {"weight": weight, "content": source.content}
+            for (name, source), weight in zip(sources.items(), weights or [1.0] * len(sources), strict=True)
+        },
     }
     if set_aside:
-        _set_aside(out, fingerprint(content))
-    if held_survey is None and corpus.holdout_fraction > 0 and not held:
-        logger.warning(
-            f"Nothing is held out, so there is no held-out loss: the {len(survey.keys):,} documents that are not empty are equal "
-            "but for case and spacing."
-            if len(survey.keys) > 1
-            else "Nothing is held out, so there is no held-out loss: there is only one document."
-        )
+        _set_aside(out, manifest["content_fingerprint"])
     if _can_reuse(out, manifest, consent):
-        return _open(out, reused=True)
-    train = _Split("train", corpus.train, survey, held)
-    if corpus.validation is None or held_survey is None:
-        validation = _Split("validation", corpus.train, survey, held)
-    else:
-        validation = _Split("validation", corpus.validation, held_survey, held)
-    _write_folder(out, manifest, [train, validation], tokenizer)
-    return _open(out, reused=False)
+        return open_folder(out)
+    _write_folder(out, manifest, {name: source.splits(held) for name, source in sources.items()}, tokenizer)
+    return open_folder(out, reused=False)
 
 
-def open_prepared(folder: str | Path, tokenizer: Tokenizer, whose: str = "of the run") -> Prepared:
-    """Open a folder that `prepare` made; raises UserError when it is missing, torn, or of another tokenizer.
-
-    The message says ``whose`` the given tokenizer is.
-    """
-    _refuse_other_tokenizer(folder, tokenizer, whose)
-    return _open(Path(folder), reused=True)
-
-
-def tokenizer_of_shards(folder: str | Path, given: str | None = None) -> Tokenizer:
-    """Return the tokenizer of a folder of shards, from that folder or from the file ``given``.
-
-    Raises UserError when the folder is missing or has no tokenizer, or when the file holds another one.
-    """
-    read_data_manifest(folder)
-    file = Path(folder) / TOKENIZER if given is None else Path(given)
-    if given is None and not file.is_file():
-        raise UserError(f"{folder} has no {TOKENIZER}: set tokenizer.path to the file that it was prepared with.")
-    tokenizer = Tokenizer.load(file).with_specials()
-    _refuse_other_tokenizer(folder, tokenizer, f"in {file}")
-    return tokenizer
-
-
-def _refuse_other_tokenizer(folder: str | Path, tokenizer: Tokenizer, whose: str) -> None:
-    wanted = read_data_manifest(folder)["tokenizer_fingerprint"]
-    if tokenizer.fingerprint != wanted:
+def _check_source(name: str, source: _Source) -> frozenset[int]:
+    """Return what is held out of a source; raises UserError, which names the source, when nothing is left to learn from."""
+    survey, of_source = source.survey, f" in the source {name}" if name else ""
+    held = _held_keys(survey, source.corpus) if source.held_survey is None else frozenset(source.held_survey.keys)
+    if all(key in held for key in survey.keys):
         raise UserError(
-            f"The shards in {folder} were made with the tokenizer {wanted}, but the one {whose} is {tokenizer.fingerprint}, for "
-            "which their tokens mean something else. Leave tokenizer.path out to use the one in the folder, or prepare the text "
-            "again with `osler data prepare --tokenizer FILE`."
+            f"There is nothing to learn from{of_source}: of {len(survey.keys) + survey.empty:,} documents {survey.empty:,} are "
+            f"empty and {len(survey.keys):,} are copies of validation documents."
         )
+    if source.held_survey is None and source.corpus.holdout_fraction > 0 and not held:
+        reason = (
+            f"the {len(survey.keys):,} documents that are not empty are equal but for case and spacing"
+            if len(survey.keys) > 1
+            else "there is only one document"
+        )
+        logger.warning(f"Nothing is held out{of_source}, so there is no held-out loss: {reason}.")
+    return held
 
 
-def held_out(corpus: Corpus) -> frozenset[int]:
-    """Return the split keys of the documents that `prepare` holds out of a corpus without validation documents."""
-    return _held_keys(_survey(corpus.train), corpus)
+def held_out(corpora: Iterable[Corpus]) -> frozenset[int]:
+    """Return the split keys of the documents that `prepare` holds out of corpora without validation documents."""
+    return frozenset[int]().union(*(_held_keys(_survey(corpus.train), corpus) for corpus in corpora if corpus.validation is None))
 
 
 def _survey(documents: Iterable[Document]) -> _Survey:
     digest, keys = hashlib.sha256(), array("Q")
-    empty, has_turns = 0, False
+    empty = 0
     for document in documents:
         try:
             digest.update(document.exact_digest())
@@ -186,9 +186,8 @@ def _survey(documents: Iterable[Document]) -> _Survey:
         if document.is_empty:
             empty += 1
             continue
-        has_turns = has_turns or document.turn is not None
         keys.append(document.split_key())
-    return _Survey(digest.hexdigest(), keys, empty, has_turns)
+    return _Survey(digest.hexdigest(), keys, empty)
 
 
 def _held_keys(survey: _Survey, corpus: Corpus) -> frozenset[int]:
@@ -236,32 +235,24 @@ def _check_same(what: str, out: Path, found: str, wanted: str, consent: str = ""
         )
 
 
-def _open(out: Path, *, reused: bool) -> Prepared:
-    manifest = read_data_manifest(out)
-    train = ShardSet.open(out, "train")
-    validation = ShardSet.open(out, "validation") if "validation" in manifest["splits"] else None
-    held = f", {validation.num_documents:,} held out" if validation is not None else ""
-    verb = "Reusing the data prepared in" if reused else "Prepared"
-    empty = f"; skipped {manifest['empty_documents']:,} empty" if manifest["empty_documents"] else ""
-    copies = f"; dropped {manifest['dropped_copies']:,} copies of validation" if manifest["dropped_copies"] else ""
-    logger.info(f"{verb} {out}: {train.num_documents:,} documents, {train.num_tokens:,} tokens{held}{empty}{copies}")
-    return Prepared(train, validation, reused)
-
-
-def _write_folder(out: Path, manifest: dict[str, Any], splits: Sequence[_Split], tokenizer: Tokenizer) -> None:
+def _write_folder(
+    out: Path, manifest: dict[str, Any], sources: Mapping[str, Sequence[_Split]], tokenizer: Tokenizer
+) -> None:
     """Write everything beside `out` and rename it at the end; leaves nothing behind when it fails."""
     partial = out.parent / f".{out.name}.partial-{uuid.uuid4().hex[:12]}"
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         _remove_stale(out)
         partial.mkdir()
-        with_mask = any(split.survey.has_turns for split in splits)
-        entries = {split.name: _write_split(partial / split.name, split, tokenizer, with_mask) for split in splits}
-        surveys = {id(split.survey): split.survey for split in splits}.values()
-        manifest["splits"] = {name: entry for name, entry in entries.items() if entry["documents"]}
-        manifest["empty_documents"] = sum(survey.empty for survey in surveys)
-        is_given = manifest["content"]["validation"] is not None
-        manifest["dropped_copies"] = len(splits[0].survey.keys) - len(splits[0]) if is_given else 0
+        for name, splits in sources.items():
+            seed = manifest["sources"][name]["content"]["seed"]
+            entries = {split.name: _write_split(partial / name / split.name, split, tokenizer, seed) for split in splits}
+            surveys = {id(split.survey): split.survey for split in splits}.values()
+            manifest["sources"][name] |= {
+                "splits": {split: entry for split, entry in entries.items() if entry["documents"]},
+                "empty_documents": sum(survey.empty for survey in surveys),
+                "dropped_copies": len(splits[0].survey.keys) - len(splits[0]) if len(surveys) > 1 else 0,
+            }
         write_atomic(partial / TOKENIZER, tokenizer.to_bytes())
         fault("prepare-manifest")
         write_json(partial / DATA_MANIFEST, manifest)
@@ -288,24 +279,19 @@ def _rename(partial: Path, out: Path) -> bool:
     return True
 
 
-def _write_split(folder: Path, split: _Split, tokenizer: Tokenizer, with_mask: bool) -> dict[str, Any]:
+def _write_split(folder: Path, split: _Split, tokenizer: Tokenizer, seed: int) -> dict[str, Any]:
     round_trip = RoundTrip(tokenizer)
-    writer = ShardWriter(folder, vocab_size=tokenizer.vocab_size, with_mask=with_mask, shard_tokens=SHARD_TOKENS)
-    try:
-        with Progress(len(split), "documents", label=f"Tokenising {split.name}") as progress:
-            for batch in _batches(split):
-                round_trip.look([part for document in batch[::LOOK_EVERY] for part in document.parts])
-                for document, (ids, mask) in zip(batch, encode(tokenizer, batch), strict=True):
-                    num_bytes = sum(len(part.encode("utf-8")) for part in document.parts)
-                    writer.add(ids, mask, num_bytes, document.source)
-                progress.update(writer.num_documents, tokens=writer.num_tokens)
-                fault("prepare-batch")
-        entry = writer.close()
-        round_trip.warn()
-    finally:
-        writer.abort()
-    fsync_dir(folder)
-    return entry
+    writer = ShardWriter(folder, vocab_size=tokenizer.vocab_size, shard_tokens=SHARD_TOKENS)
+    with Progress(len(split), "documents", label=f"Tokenising {split.name}") as progress:
+        for batch in _batches(Mixed(split, seed)):
+            round_trip.look([part for document in batch[::LOOK_EVERY] for part in document.parts])
+            for document, (ids, mask) in zip(batch, encode(tokenizer, batch), strict=True):
+                writer.add(ids, mask, sum(len(part.encode("utf-8")) for part in document.parts))
+            progress.update(writer.num_documents, tokens=writer.num_tokens)
+            fault("prepare-batch")
+    writer.close()
+    round_trip.warn()
+    return {"documents": writer.num_documents, "tokens": writer.num_tokens, "fingerprint": writer.fingerprint}
 
 
 def encode(tokenizer: Tokenizer, documents: Sequence[Document]) -> list[tuple[list[int], list[int] | None]]:

@@ -38,14 +38,13 @@ class TextFiles:
 
     def __iter__(self) -> Iterator[Document]:
         for file in find_files(self.path, (*ROW_ENDINGS, *TEXT_ENDINGS), key=self.path_key):
-            name = shown(file.name)
             if ending(file) in TEXT_ENDINGS:
-                yield Document(text=read_text(file), where=shown(file), source=name)
+                yield Document(text=read_text(file), where=shown(file))
                 continue
             for row in read_rows(file, [self.field]):
                 text = _text(row, self.field, self.field_key) or ""
                 _log_unread(self.path, row)
-                yield Document(text=text, where=row.where, source=name)
+                yield Document(text=text, where=row.where)
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,7 @@ class TurnFiles:
                 if self.thinking_field is not None:
                     thinking = _text(row, self.thinking_field, "data.thinking_field")
                 _log_unread(self.path, row, wants_thinking=self.thinking_field is None)
-                yield Document(turn=Turn(question, thinking, answer), where=row.where, source=shown(file.name))
+                yield Document(turn=Turn(question, thinking, answer), where=row.where)
 
 
 def _log_unread(path: str | Path, row: Row, *, wants_thinking: bool = False) -> None:

@@ -9,9 +9,10 @@ from typing import Any
 
 from osler.clinic.exam import drills
 from osler.clinic.textbook import cards, textbook
-from osler.data.config import ClinicData, FilesData, TurnsData
+from osler.data.config import ClinicData, FilesData, TextData, TurnsData, sources_of
 from osler.data.documents import Corpus, Document
-from osler.data.prepare import Prepared, held_out, prepare
+from osler.data.prepare import held_out, prepare
+from osler.data.prepared import Prepared
 from osler.data.readers import TextFiles, TurnFiles
 from osler.runtime.errors import UserError
 from osler.tasks.item import ExamItem, render_answer, render_question
@@ -26,8 +27,8 @@ VALIDATION_SEED_SHIFT = 1_000_003  # so that no nearby seed for training gives t
 def open_clinic(data: ClinicData) -> Corpus:
     """Render the clinic's textbook, exam questions with reasoning, and drills."""
     train = _clinic_documents(data.seed, data.passages, "train", data.examples)
-    train += [Document(text=text, where="clinic cards", source="cards") for text in cards(data.seed, data.cards)]
-    train += [_worked_example(exam_item(item), "drills") for item in drills(data.seed, data.drills)]
+    train += [Document(text=text, where="clinic cards") for text in cards(data.seed, data.cards)]
+    train += [_worked_example(exam_item(item)) for item in drills(data.seed, data.drills)]
     seed = data.seed + VALIDATION_SEED_SHIFT
     validation = _clinic_documents(seed, data.validation_passages, "validation", data.validation_examples)
     return Corpus(train, validation or None, 0.0, data.seed)
@@ -36,14 +37,14 @@ def open_clinic(data: ClinicData) -> Corpus:
 def _clinic_documents(seed: int, passages: int, split: str, examples: int) -> list[Document]:
     items = load_clinic(split=split, limit=examples, seed=seed)
     return [
-        *(Document(text=text, where="clinic textbook", source="textbook") for text in textbook(seed, passages)),
-        *(_worked_example(item, "examples") for item in items),
+        *(Document(text=text, where="clinic textbook") for text in textbook(seed, passages)),
+        *map(_worked_example, items),
     ]
 
 
-def _worked_example(item: ExamItem, source: str) -> Document:
+def _worked_example(item: ExamItem) -> Document:
     turn = Turn(render_question(item), item.thinking, render_answer(item))
-    return Document(turn=turn, where=item.id, source=source)
+    return Document(turn=turn, where=item.id)
 
 
 def open_files(data: FilesData) -> Corpus:
@@ -60,46 +61,60 @@ def open_turns(data: TurnsData) -> Corpus:
 CORPORA: dict[type, Callable[[Any], Corpus]] = {ClinicData: open_clinic, FilesData: open_files, TurnsData: open_turns}
 
 
-def open_corpus(data: ClinicData | FilesData | TurnsData) -> Corpus:
-    """Open the corpus that a config describes; files are read when it is iterated."""
-    return CORPORA[type(data)](data)
+def open_corpora(data: TextData) -> dict[str, Corpus]:
+    """Open the corpora of the sources in a config, by name; files are read when a corpus is iterated."""
+    return {name: CORPORA[type(source)](source) for name, source in sources_of(data).items()}
 
 
-def check_source(data: ClinicData | FilesData | TurnsData) -> None:
-    """Raise UserError when the files of a config do not exist, hold nothing, or their first document cannot be read."""
-    if isinstance(data, ClinicData):
-        return
-    empty = 0
-    for document in open_corpus(data).train:
+def check_sources(data: TextData) -> None:
+    """Raise UserError when the files of a source do not exist, hold nothing, or their first document cannot be read."""
+    for source, corpus in zip(sources_of(data).values(), open_corpora(data).values(), strict=True):
+        if isinstance(source, ClinicData):
+            continue
+        empty = _count_of_empty(corpus.train)
+        if empty is not None:
+            found = f"of {empty:,} documents {empty:,} are empty" if empty else "there are no documents"
+            raise UserError(f"There is nothing to learn from: {found} in data.path={source.path}.")
+
+
+def _count_of_empty(documents: Iterable[Document]) -> int | None:
+    """Return how many documents there are when all are empty, else None; reads up to the first that is not."""
+    count = 0
+    for document in documents:
         if not document.is_empty:
-            return
-        empty += 1
-    found = f"of {empty:,} documents {empty:,} are empty" if empty else "there are no documents"
-    raise UserError(f"There is nothing to learn from: {found} in data.path={data.path}.")
+            return None
+        count += 1
+    return count
 
 
-def prepare_source(
-    data: ClinicData | FilesData | TurnsData, tokenizer: Tokenizer, out: str | Path, *, set_aside: bool = False, consent: str = ""
+def prepare_sources(
+    data: TextData, tokenizer: Tokenizer, out: str | Path, *, set_aside: bool = False, consent: str = ""
 ) -> Prepared:
     """Prepare the data of a config into the folder `out`; see `osler.data.prepare.prepare`."""
-    check_source(data)
-    return prepare(open_corpus(data), tokenizer, out, set_aside=set_aside, consent=consent)
+    check_sources(data)
+    weights = [source.weight for source in sources_of(data).values()]
+    return prepare(open_corpora(data), tokenizer, out, weights=weights, set_aside=set_aside, consent=consent)
 
 
-def train_tokenizer(data: ClinicData | FilesData | TurnsData, vocab_size: int, *, max_bytes: int) -> Tokenizer:
+def train_tokenizer(data: TextData, vocab_size: int, *, max_bytes: int) -> Tokenizer:
     """Train a tokenizer on the training documents of a config, or on an even sample of about `max_bytes` of them.
 
-    Documents that `prepare` will hold out are left out. The sample is the same every time.
+    Sources share the sample by their weights. Documents that `prepare` will hold out are left out. The sample is the same
+    every time.
     """
-    check_source(data)
-    corpus = open_corpus(data)
-    held = held_out(corpus) if corpus.validation is None else frozenset()
+    check_sources(data)
+    corpora, weights = open_corpora(data), [source.weight for source in sources_of(data).values()]
+    held = held_out(corpora.values())
 
-    def documents() -> Iterator[Document]:
+    def texts() -> Iterator[str]:
+        for corpus, weight in zip(corpora.values(), weights, strict=True):
+            total = sum(len(part.encode("utf-8", "replace")) for document in kept(corpus) for part in document.parts)
+            yield from _sample(kept(corpus), max_bytes * weight / sum(weights) / max(1, total))
+
+    def kept(corpus: Corpus) -> Iterator[Document]:
         return (document for document in corpus.train if document.split_key() not in held)
 
-    total = sum(len(part.encode("utf-8", "replace")) for document in documents() for part in document.parts)
-    return train(_sample(documents(), max_bytes / total), vocab_size)
+    return train(texts(), vocab_size)
 
 
 def _sample(documents: Iterable[Document], share: float) -> Iterator[str]:

@@ -6,6 +6,7 @@ where the report finds it. Nothing is resumed: an interrupted evaluation starts 
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -16,7 +17,7 @@ from typing import Any
 from osler.config.recipe import parse_overrides
 from osler.config.schema import decode, encode
 from osler.data.readers import TextFiles
-from osler.data.shards import ShardSet, read_data_manifest
+from osler.data.shards import ShardSet, open_split
 from osler.eval.config import CLINIC_EXAM, EvalConfig
 from osler.eval.exams import score_by_generation, score_by_likelihood
 from osler.eval.likelihood import batches, measure, windows
@@ -50,9 +51,10 @@ def run(checkpoint: str, overrides: Sequence[str] = ()) -> int:
         save_scores(ready, label(config, ready, checkpoint), scores)
     if config.text is not None:
         print(describe_text(config.text, config, ready, *documents_at(config.text, config.text_field, ready.tokenizer)))
-    elif held_out is not None:
-        counts = held_out.num_documents, held_out.num_bytes
-        print(describe_text("the run's held-out text", config, ready, held_out.documents(), *counts))
+    elif held_out:
+        documents = itertools.chain.from_iterable(shards.documents() for shards in held_out)
+        counts = sum(shards.num_documents for shards in held_out), sum(shards.num_bytes for shards in held_out)
+        print(describe_text("the run's held-out text", config, ready, documents, *counts))
     return 0
 
 
@@ -69,20 +71,19 @@ def config_of(overrides: Sequence[str]) -> EvalConfig:
     return decode(EvalConfig, given)
 
 
-def complete(config: EvalConfig, ready: LoadedModel) -> tuple[EvalConfig, ShardSet | None]:
+def complete(config: EvalConfig, ready: LoadedModel) -> tuple[EvalConfig, Sequence[ShardSet]]:
     """Fill in what to measure where nothing was asked for: the clinic's exam, that of the training, or the held-out text."""
     if config.task is not None or config.text is not None:
-        return config, None
+        return config, ()
     if ready.knows_clinic:
-        return replace(config, task=CLINIC_EXAM), None
+        return replace(config, task=CLINIC_EXAM), ()
     if ready.training.get("eval_task"):
-        return decode(EvalConfig, {**encode(config), "task": ready.training["eval_task"]}), None
+        return decode(EvalConfig, {**encode(config), "task": ready.training["eval_task"]}), ()
     data = ready.shards
-    if data is not None and data.is_dir() and "validation" in read_data_manifest(data)["splits"] and not ready.answers_questions:
-        shards = ShardSet.open(data, "validation")
-        if shards.tokenizer_fingerprint != ready.tokenizer.fingerprint:
+    if data is not None and data.is_dir() and not ready.answers_questions and (held_out := open_split(data, "validation")):
+        if held_out[0].tokenizer_fingerprint != ready.tokenizer.fingerprint:
             raise UserError(f"{data} was prepared with another tokenizer than the model's; prepare it anew.")
-        return config, shards
+        return config, held_out
     raise UserError(
         f"What shall {ready.path} be examined on? Give an exam (task.type=medqa task.path=FILE, or task.type=clinic) or a text "
         "that it was not trained on (text=FILE or FOLDER)."

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 from osler.config.schema import TAGGED, NonNegativeInt, PositiveFloat, PositiveInt, Seed, config
-from osler.data.config import ClinicData, CurriculumStage, FilesData, PreparedData, TurnsData
+from osler.data.config import ClinicData, CurriculumStage, FilesData, MixtureData, PreparedData, TurnsData
 from osler.data.curriculum import Timeline, lay_out
 from osler.model.config import ModelConfig
 from osler.optim.schedule import LinearConfig, ScheduleConfig
@@ -16,7 +16,7 @@ from osler.parallel.config import NoParallelConfig, ParallelConfig
 from osler.runs.config import CheckpointConfig, RunConfig
 from osler.tokenizer.config import SMALLEST_VOCABULARY, TokenizerConfig
 
-DataConfig = Annotated[ClinicData | FilesData | TurnsData | PreparedData, TAGGED]
+DataConfig = Annotated[ClinicData | FilesData | TurnsData | MixtureData | PreparedData, TAGGED]
 
 
 @config
@@ -108,6 +108,11 @@ class TrainConfig(RunConfig):
     def packs_whole(self) -> bool:
         """Whether documents are kept whole and padded, rather than cut anywhere."""
         return self.packing == "whole" or (self.packing == "auto" and self.kind == "sft")
+
+    @property
+    def drops_torn(self) -> bool:
+        """Whether examples that are longer than a row are left out of the data."""
+        return self.kind == "sft" and self.too_long == "drop"
 
     @property
     def timeline(self) -> Timeline:

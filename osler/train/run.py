@@ -6,22 +6,18 @@ A run folder that already holds this run goes on from its newest good checkpoint
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from osler.checkpoint import store
-from osler.data.config import ClinicData
+from osler.data.config import ClinicData, PreparedData, sources_of
 from osler.data.curriculum import rows_per_micro_batch
-from osler.data.loader import Loader, StagedLoader, make_batch
-from osler.data.order import Order
-from osler.data.packing import Packing, StreamPacking, WholePacking
-from osler.data.prepare import open_prepared
+from osler.data.prepared import open_prepared
 from osler.data.shards import ShardSet
 from osler.eval.exams import greedy, shared_exam
-from osler.eval.likelihood import BATCH_TOKENS, batches, measure, windows
+from osler.eval.likelihood import measure
 from osler.inference.engine import InferenceEngine
 from osler.inference.load import TOKENIZER_FILE
 from osler.model.config import ModelConfig
@@ -40,13 +36,13 @@ from osler.tasks.item import ExamItem
 from osler.tasks.registry import load_clinic
 from osler.tokenizer.bpe import Tokenizer
 from osler.tokenizer.round_trip import refuse_missing_bytes
+from osler.train.batches import held_out_batches, make_loader
 from osler.train.config import TrainConfig
 from osler.train.setup import (
     check_branch,
     check_plan,
     check_processes,
     fit_vocabulary,
-    left_out,
     make_model,
     make_tokenizer,
     pass_tokens,
@@ -57,7 +53,6 @@ from osler.train.trainer import SupervisedTrainer
 
 logger = logging.getLogger(__name__)
 
-VALIDATION_SEED = 0  # the held-out rows are the same in every run over the same shards
 EXAM_NEW_TOKENS = 64
 
 
@@ -97,9 +92,9 @@ def train(config: TrainConfig, folder: RunFolder, world: World | None = None) ->
     world.barrier()  # what rank 0 wrote, the others read
     prepared = prepared or open_prepared(shards_of(config, folder), tokenizer)
     optimizer = build_optimizer(model, config.optim, seed=config.seed, process_group=world.group)
-    loader = make_loader(config, prepared.train, world, pin_memory=machine.device.type == "cuda")
+    loader = make_loader(config, prepared, world, pin_memory=machine.device.type == "cuda")
     run.describe(machine, model.config, tokenizer)
-    run.fingerprints = {"tokenizer": tokenizer.fingerprint, "data": prepared.train.fingerprint}
+    run.fingerprints = {"tokenizer": tokenizer.fingerprint, "data": prepared.fingerprint}
     trainer = SupervisedTrainer(
         config,
         run,
@@ -115,9 +110,9 @@ def train(config: TrainConfig, folder: RunFolder, world: World | None = None) ->
     else:
         loop = Loop(trainer)
         warn_of_plan(config)
-        tell_of_repeats(config, prepared.train, trainer.consumed)
+        tell_of_repeats(config, prepared, trainer.consumed)
         logger.info(
-            f"{config.kind}: {model.config.num_parameters:,} parameters, {prepared.train.num_tokens:,} tokens of data, "
+            f"{config.kind}: {model.config.num_parameters:,} parameters, {prepared.num_tokens:,} tokens of data, "
             f"{length_of(config)} to train on; {machine.dtype} on {place_of(machine, config.parallel, world)}."
         )
     del checkpoint  # weights and moments were copied out of it; a second set need not lie in memory while training
@@ -126,7 +121,10 @@ def train(config: TrainConfig, folder: RunFolder, world: World | None = None) ->
 
 def default_name(config: TrainConfig) -> str:
     """Return the name of a run without a recipe, which comes from its data."""
-    name = "clinic" if isinstance(config.data, ClinicData) else Path(config.data.path).stem or "own"
+    if isinstance(config.data, PreparedData):
+        name = Path(config.data.path).stem or "own"
+    else:
+        name = "-".join(sources_of(config.data))
     return f"{name}-{config.kind}"
 
 
@@ -153,54 +151,21 @@ def warn_of_plan(config: TrainConfig) -> None:
         )
 
 
-def make_loader(
-    config: TrainConfig,
-    shards: ShardSet,
-    world: World = World(),  # noqa: B008 - frozen
-    *,
-    pin_memory: bool = False,
-) -> StagedLoader:
-    """Return the loader of this rank's batches, which has a packing for each stage."""
-    timeline, order, workers = config.timeline, Order(shards, config.seed), config.loader_workers
-    prompt_loss = config.kind == "pretrain"  # every token is learned; in fine-tuning what the loss masks say
-    loaders = []
-    for span in timeline.spans:
-        packing: Packing = (
-            WholePacking(order, span.seq_len, prompt_loss=prompt_loss, left_out=left_out(config, shards))
-            if config.packs_whole
-            else StreamPacking(order, span.seq_len, first_token=span.first_token, prompt_loss=prompt_loss)
-        )
-        stage = span.number if config.curriculum else 0
-        loaders.append(Loader(packing, span.rows_per_batch, world.rank, world.size, workers, stage, pin_memory))
-    return StagedLoader(timeline, loaders)
-
-
 def held_out_loss(
-    config: TrainConfig, model: Transformer, shards: ShardSet | None, dtype: torch.dtype, engine: ParallelEngine
+    config: TrainConfig, model: Transformer, held_out: Sequence[ShardSet], dtype: torch.dtype, engine: ParallelEngine
 ) -> Callable[[], dict[str, float]]:
     """Return a function that measures the held-out loss, and for text its bits per byte. The ranks share the batches."""
 
     def evaluate() -> dict[str, float]:
-        if shards is None:
+        if not held_out:
             return {}
-        held_out = measure(engine.plain_model(model, dtype), held_out_batches(config, shards), shards.num_bytes, engine.world)
+        num_bytes = sum(shards.num_bytes for shards in held_out)
+        score = measure(engine.plain_model(model, dtype), held_out_batches(config, held_out), num_bytes, engine.world)
         if config.kind == "sft":
-            return {"eval/loss": held_out.loss}
-        return {"eval/loss": held_out.loss, "eval/bits_per_byte": held_out.bits_per_byte}
+            return {"eval/loss": score.loss}
+        return {"eval/loss": score.loss, "eval/bits_per_byte": score.bits_per_byte}
 
     return evaluate
-
-
-def held_out_batches(config: TrainConfig, shards: ShardSet) -> Iterator[tuple[Tensor, ...]]:
-    """Yield windows of documents that do not overlap, or whole examples that do not see each other, whose loss masks count."""
-    if config.kind == "pretrain":
-        yield from batches(windows(shards.documents(), seq_len=config.seq_len, start_id=shards.eos_id))
-        return
-    packing = WholePacking(Order(shards, VALIDATION_SEED), config.seq_len, left_out=left_out(config, shards))
-    size = max(1, BATCH_TOKENS // config.seq_len)
-    for start in range(0, packing.rows_per_epoch, size):
-        batch = make_batch(packing, range(start, min(packing.rows_per_epoch, start + size)))
-        yield batch.ids, batch.labels, batch.document_ids
 
 
 def exam_probe(

@@ -8,19 +8,17 @@ from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from osler.checkpoint import store
 from osler.config.schema import decode
-from osler.data.config import FilesData, PreparedData, TurnsData
+from osler.data.config import PreparedData, sources_of
 from osler.data.consumed import ConsumedData
 from osler.data.curriculum import rows_per_micro_batch
 from osler.data.loader import check_shares
-from osler.data.packing import torn_examples
-from osler.data.prepare import Prepared, tokenizer_of_shards
-from osler.data.shards import Int64Array, ShardSet
-from osler.data.sources import open_corpus, train_tokenizer
+from osler.data.packing import torn_lengths
+from osler.data.prepared import Prepared, tokenizer_of_shards
+from osler.data.sources import open_corpora, train_tokenizer
 from osler.inference.load import described_model, tokenizer_of
 from osler.model.transformer import Transformer
 from osler.parallel.config import DeepSpeedConfig, FsdpConfig
@@ -55,9 +53,9 @@ def check_plan(config: TrainConfig, *, is_new: bool) -> None:
         read_settings(config.parallel)
     if is_new and config.init_from is None and config.tokenizer.path is not None:
         tokenizer = refuse_missing_bytes(Tokenizer.load(config.tokenizer.path))
-        if isinstance(config.data, FilesData | TurnsData):
-            documents = islice(open_corpus(config.data).train, LOOKED_AT)
-            RoundTrip(tokenizer).look(part for document in documents for part in document.parts)
+        if not isinstance(config.data, PreparedData):
+            for corpus in open_corpora(config.data).values():
+                RoundTrip(tokenizer).look(part for document in islice(corpus.train, LOOKED_AT) for part in document.parts)
 
 
 def check_branch(config: TrainConfig, start: store.Loaded) -> None:
@@ -75,6 +73,11 @@ def check_branch(config: TrainConfig, start: store.Loaded) -> None:
             f"With another packing, or documents kept whole in rows of another seq_len, step {start.step:,} is another place in "
             f"the data: leave packing and seq_len as they are in {start.path}, or start a new run with init_from={start.path}."
         )
+    if _weights_until(config, seen) != _weights_until(there, seen):
+        raise UserError(
+            f"With other weights of the sources, step {start.step:,} is another place in the data: leave them as they are in "
+            f"{start.path}. From there on a curriculum can change them, with a first stage that has until_tokens={seen}."
+        )
     if config.max_minutes is not None and start.state["seconds"] >= 60 * config.max_minutes:
         raise UserError(
             f"{start.path} has trained for {start.state['seconds'] / 60:.1f} minutes, from which the clock of a branch goes on. "
@@ -85,6 +88,13 @@ def check_branch(config: TrainConfig, start: store.Loaded) -> None:
             f"{start.path} has seen {seen:,} tokens, and total_tokens is {config.total_tokens:,}: there is nothing left to "
             "train. Set total_tokens higher."
         )
+
+
+def _weights_until(config: TrainConfig, tokens: int) -> list[object]:
+    """Return the weights of the data, and those of each stage that begins before so many tokens."""
+    of_data = {} if isinstance(config.data, PreparedData) else {name: s.weight for name, s in sources_of(config.data).items()}
+    stages = config.curriculum[: len(config.timeline.shares(tokens))]
+    return [list(of_data.values()), *(stage.weights for stage in stages if stage.weights is not None)]
 
 
 def make_model(
@@ -191,12 +201,6 @@ def fit_vocabulary(model: Transformer, tokenizer: Tokenizer, *, is_new: bool) ->
         )
 
 
-def left_out(config: TrainConfig, shards: ShardSet) -> Int64Array:
-    """Return the examples that ``too_long=drop`` leaves out of the training data or of the held-out data."""
-    drops = config.kind == "sft" and config.too_long == "drop"
-    return torn_examples(shards, config.seq_len) if drops else np.zeros(0, np.int64)
-
-
 def check_lengths(config: TrainConfig, prepared: Prepared, max_seq_len: int) -> None:
     """Raise UserError for examples whose answers would be cut from their questions, or warn how many ``too_long=drop`` drops.
 
@@ -204,14 +208,14 @@ def check_lengths(config: TrainConfig, prepared: Prepared, max_seq_len: int) -> 
     """
     if config.kind != "sft" or not config.packs_whole:
         return
-    splits = [shards for shards in (prepared.train, prepared.validation) if shards is not None]
-    torn = [torn_examples(shards, config.seq_len) for shards in splits]
+    splits = [*prepared.train, *prepared.validation]
+    torn = [torn_lengths(shards, config.seq_len) for shards in splits]
     count = sum(map(len, torn))
     if not count:
         return
-    longest = max(int(shards.lengths[chosen].max()) for shards, chosen in zip(splits, torn, strict=True) if len(chosen))
+    longest = max(length for lengths in torn for length in lengths)
     wanted = min(max_seq_len, -(-(longest - 1) // ROUND_LENGTH) * ROUND_LENGTH)
-    still = sum(len(torn_examples(shards, wanted)) for shards in splits)
+    still = sum(len(torn_lengths(shards, wanted)) for shards in splits)
     limit = f", the most that the model reads (max_seq_len), for which {still:,} are too long still" if still else ""
     what = (
         f"{count:,} of {sum(shards.num_documents for shards in splits):,} examples are longer than a row of seq_len "
@@ -219,25 +223,27 @@ def check_lengths(config: TrainConfig, prepared: Prepared, max_seq_len: int) -> 
     )
     more = f"the model reads no more than {max_seq_len} tokens (max_seq_len)"
     more = f"set seq_len={wanted}{limit}" if wanted > config.seq_len else more
-    if any(len(chosen) == shards.num_documents for shards, chosen in zip(splits, torn, strict=True)):
+    if any(len(lengths) == shards.num_documents for shards, lengths in zip(splits, torn, strict=True)):
         raise UserError(f"{what}, and too_long=drop leaves nothing to train on or to hold out: {more}.")
     if config.too_long == "refuse":
         raise UserError(f"{what}: {more}, or leave these examples out with too_long=drop.")
     logger.warning(f"{what}; they are left out (too_long=drop).")
 
 
-def tell_of_repeats(config: TrainConfig, shards: ShardSet, consumed: ConsumedData) -> None:
+def tell_of_repeats(config: TrainConfig, prepared: Prepared, consumed: ConsumedData) -> None:
     """Warn when the data are less than one row; note when the run repeats them so often that repeats teach little."""
-    tokens, most = shards.num_tokens, WORTHWHILE_EPOCHS[config.kind]
+    tokens, most = prepared.num_tokens, WORTHWHILE_EPOCHS[config.kind]
     if tokens < config.seq_len:
         logger.warning(
             f"the data are {tokens:,} tokens, less than one row of seq_len {config.seq_len}. Give more data, or set a "
             "smaller seq_len."
         )
-    epochs = consumed.epochs(config.total_steps)
+    by_source = consumed.epochs_by_source(config.total_steps)
+    name, epochs = max(by_source.items(), key=lambda item: item[1])
     if config.max_minutes is None and epochs > most:
+        what = f"its {tokens:,} tokens" if len(by_source) == 1 else f"the source {name}"
         logger.info(
-            f"Note: the run reads its {tokens:,} tokens {epochs:.1f} times. Up to about {most} times, data are worth nearly what "
+            f"Note: the run reads {what} {epochs:.1f} times. Up to about {most} times, data are worth nearly what "
             "new data are; after that ever less, and the model learns them by heart. Give more data, or set "
             f"total_tokens={int(config.total_tokens * most / epochs)}; watch that eval/loss goes on to fall."
         )

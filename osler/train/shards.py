@@ -13,10 +13,10 @@ import uuid
 from pathlib import Path
 
 from osler.checkpoint import store
-from osler.data.config import PreparedData
-from osler.data.prepare import Prepared, open_prepared, tokenizer_of_shards
-from osler.data.shards import DATA_MANIFEST, read_data_manifest
-from osler.data.sources import check_source, prepare_source
+from osler.data.config import ClinicData, PreparedData, sources_of
+from osler.data.prepared import Prepared, open_prepared, tokenizer_of_shards
+from osler.data.shards import DATA_MANIFEST, data_fingerprint, read_data_manifest
+from osler.data.sources import check_sources, prepare_sources
 from osler.inference.load import TOKENIZER_FILE, tokenizer_of
 from osler.model.config import ModelConfig
 from osler.runs.folder import check_fingerprints, claim, read_config, refuse_another
@@ -53,7 +53,7 @@ def prepare_run(
             raise
         raise UserError(f"{', '.join(moved.values())}. {error}") from error
     if start is not None and not config.allow_data_change:  # with it the change is recorded when the run goes on
-        current = {"tokenizer": tokenizer.fingerprint, "data": prepared.train.fingerprint}
+        current = {"tokenizer": tokenizer.fingerprint, "data": prepared.fingerprint}
         check_fingerprints(start, current)
     if prepared.reused:
         _check_bytes(prepared, run)
@@ -75,16 +75,16 @@ def _open(config: TrainConfig, run: RunFolder, tokenizer: Tokenizer, start: stor
         _take_over(at_hand, folder)
     if at_hand is not None and is_source_gone(config, run):
         logger.info(
-            f"There is nothing at data.path={_source(config)} from here; going on with what was prepared from it, in {folder}."
+            f"There is nothing at data.path={', '.join(_missing(config))} from here; going on with what was prepared from it, in "
+            f"{folder}."
         )
         return open_prepared(folder, tokenizer)
-    return prepare_source(data, tokenizer, folder, set_aside=config.allow_data_change, consent="allow_data_change=true")
+    return prepare_sources(data, tokenizer, folder, set_aside=config.allow_data_change, consent="allow_data_change=true")
 
 
 def _check_bytes(prepared: Prepared, run: RunFolder) -> None:
     """Raise UserError when a shard rotted since it was written; many gigabytes are left to `osler data inspect`."""
-    splits = [split for split in (prepared.train, prepared.validation) if split is not None]
-    folder = prepared.train.folder.parent
+    splits, folder = [*prepared.train, *prepared.validation], prepared.folder
     if sum(split.file_bytes for split in splits) > CHECKED_BYTES:
         logger.info(f"The shards in {folder} are too large to be checked at every start; `osler data inspect {folder}` does it.")
         return
@@ -106,15 +106,16 @@ def check_data(config: TrainConfig, run: RunFolder, start: store.Loaded | None) 
             open_prepared(config.data.path, tokenizer_of(start), f"of {start.path}")
         return
     if not (is_source_gone(config, run) and shards_at_hand(config, run, start) is not None):
-        check_source(config.data)
+        check_sources(config.data)
 
 
 def is_source_gone(config: TrainConfig, run: RunFolder) -> bool:
-    """Whether the files that the shards were made of are missing. A path that differs from the run's must exist."""
-    path = _source(config)
-    if path is None or Path(path).exists():
-        return False
-    return not run.config.exists() or read_config(run)["data"].get("path") == path
+    """Whether files that the shards were made of are missing. A path that differs from the run's must exist."""
+    missing = _missing(config)
+    if not missing or not run.config.exists():
+        return bool(missing)
+    data = read_config(run)["data"]
+    return {source.get("path") for source in data.get("sources", [data])}.issuperset(missing)
 
 
 def shards_at_hand(config: TrainConfig, run: RunFolder, start: store.Loaded | None) -> Path | None:
@@ -126,7 +127,7 @@ def shards_at_hand(config: TrainConfig, run: RunFolder, start: store.Loaded | No
     for folder in (own, *(parent / DATA for parent in above)):
         if (folder / DATA_MANIFEST).is_file():
             manifest = read_data_manifest(folder)
-            found = {"tokenizer": manifest["tokenizer_fingerprint"], "data": manifest["splits"]["train"]["fingerprint"]}
+            found = {"tokenizer": manifest["tokenizer_fingerprint"], "data": data_fingerprint(manifest)}
             if found == {name: start.state["fingerprints"].get(name) for name in found}:
                 return folder
     return None
@@ -138,8 +139,12 @@ def runs_above(checkpoint: Path) -> list[Path]:
     return [parents[1], *(parents[3:4] if len(parents) > 3 and parents[2].name == ASIDE else [])]
 
 
-def _source(config: TrainConfig) -> str | None:
-    return getattr(config.data, "path", None)
+def _missing(config: TrainConfig) -> list[str]:
+    """Return the paths of sources at which there is nothing."""
+    if isinstance(config.data, PreparedData):
+        return []
+    paths = [source.path for source in sources_of(config.data).values() if not isinstance(source, ClinicData)]
+    return [path for path in paths if not Path(path).exists()]
 
 
 def _take_over(shards: Path, folder: Path) -> None:

@@ -230,10 +230,9 @@ class SupervisedTrainer(Trainer):
         self._fetch()
         tokens, began = self.since
         self.since = self.tokens, time.monotonic()
-        metrics = step_stats(self.window, self.config.clip_norm, self.consumed.bytes_per_token)
+        metrics = step_stats(self.window, self.config.clip_norm, self.consumed.bytes_per_token(self.step))
         metrics |= {"train/lr": self.config.optim.lr * scale, **self.collector.line()}
-        by_source, skipped = self.collector.is_due(self.step), self.incidents.data_offset
-        metrics |= self.consumed.metrics(self.step, len(self.window), by_source=by_source, skipped_tokens=skipped)
+        metrics |= self.consumed.metrics(self.step, len(self.window), skipped_tokens=self.incidents.data_offset)
         self.window = []
         loss = metrics.get("train/loss")  # None when no step had a token to learn
         if loss is not None:

@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from osler.data.shards import DATA_MANIFEST, FORMAT_VERSION, ShardSet, ShardWriter
-from osler.runtime.files import write_json
+from osler.data.shards import ShardSet, ShardWriter
 from osler.tokenizer.bpe import Tokenizer
 
 EOS_ID = 0
@@ -26,14 +25,13 @@ def make_shards(tmp_path: Path) -> MakeShards:
         folder = tmp_path / f"shards-{len(list(tmp_path.iterdir()))}"
         folder.mkdir()
         vocab_size = sum(lengths) + 1
-        writer = ShardWriter(folder / "train", vocab_size=vocab_size, with_mask=masks is not None, shard_tokens=shard_tokens)
+        writer = ShardWriter(folder / "train", vocab_size=vocab_size, shard_tokens=shard_tokens)
         token = 1
         for index, length in enumerate(lengths):
             ids = [*range(token, token + length - 1), EOS_ID]
             token += length - 1
             writer.add(ids, masks[index] if masks is not None else None, num_bytes=length)
-        manifest = {"format_version": FORMAT_VERSION, "tokenizer_fingerprint": "t" * 16, "eos_id": EOS_ID}
-        write_json(folder / DATA_MANIFEST, {**manifest, "vocab_size": vocab_size, "splits": {"train": writer.close()}})
-        return ShardSet.open(folder)
+        writer.close()
+        return ShardSet(folder / "train", vocab_size=vocab_size, tokenizer_fingerprint="t" * 16, eos_id=EOS_ID)
 
     return make

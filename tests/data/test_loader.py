@@ -86,7 +86,7 @@ def test_fewer_documents_than_ranks(make_shards) -> None:  # type: ignore[no-unt
 
 def test_evaluation_reads_each_row_of_an_epoch_once(make_shards) -> None:  # type: ignore[no-untyped-def]
     packing = WholePacking(Order(make_shards(LENGTHS), 0), 16)
-    rows = range(packing.rows_per_epoch)
+    rows = range(packing.rows_of_first_epoch)
     batches = [make_batch(packing, rows[start : start + 4]) for start in range(0, len(rows), 4)]
     assert sum(batch.num_loss_tokens for batch in batches) == sum(LENGTHS) - len(LENGTHS)
 

@@ -1,5 +1,6 @@
 """Rows: every token of an epoch served exactly once, labels are the next token, and any row stands by itself."""
 
+import itertools
 import time
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from osler.data.order import Order
+from osler.data.order import WINDOW_SHARDS, Order
 from osler.data.packing import StreamPacking, WholePacking, best_fit
 from osler.data.shards import ShardSet
 from osler.ops.labels import IGNORED
@@ -20,29 +21,41 @@ def stream_of(order: Order, epochs: int) -> list[int]:
     return [
         int(token)
         for epoch in range(epochs)
-        for document in order.permutation(epoch)
+        for document, _ in order.pieces(epoch, 0)
         for token in order.shards.document(int(document))[0]
     ]
 
 
-def test_permutations_are_permutations_and_depend_on_everything(make_shards) -> None:  # type: ignore[no-untyped-def]
-    shards = make_shards(LENGTHS * 3)
-    same = make_shards(LENGTHS * 3, shard_tokens=10_000)
-    other = make_shards([*LENGTHS * 3, 4])
-    orders = [Order(shards, 0).permutation(0), Order(shards, 0).permutation(1), Order(shards, 1).permutation(0)]
-    orders.append(Order(other, 0).permutation(0)[:30])
-    assert all(sorted(order.tolist()) == list(range(30)) for order in orders[:3])
-    assert len({tuple(order.tolist()) for order in orders}) == 4
-    assert np.array_equal(Order(ShardSet.open(shards.folder.parent), 0).permutation(0), orders[0])
-    assert same.num_tokens == shards.num_tokens
+def documents_of(order: Order, epoch: int) -> list[int]:
+    return [document for document, _ in order.pieces(epoch, 0)]
 
 
-def test_the_permutation_is_this_one_in_every_version(make_shards) -> None:  # type: ignore[no-untyped-def]
+def test_an_epoch_has_each_document_once_in_an_order_of_its_own(make_shards) -> None:  # type: ignore[no-untyped-def]
+    shards, other = make_shards(LENGTHS * 30), make_shards([*LENGTHS * 30, 4])
+    orders = [documents_of(Order(of, seed), epoch) for of, seed, epoch in [(shards, 0, 0), (shards, 0, 1), (shards, 1, 0)]]
+    assert shards.num_shards > WINDOW_SHARDS
+    assert all(sorted(order) == list(range(300)) for order in orders)
+    assert len({tuple(order) for order in [*orders, documents_of(Order(other, 0), 1)[:300]]}) == 4
+    again = ShardSet(shards.folder, vocab_size=shards.num_tokens, tokenizer_fingerprint="", eos_id=0)
+    assert documents_of(Order(again, 0), 0) == orders[0]
+
+
+def test_the_first_epoch_does_not_depend_on_what_comes_later(make_shards) -> None:  # type: ignore[no-untyped-def]
+    """A stream reads shards while others are still being written."""
+    whole, begun = Order(make_shards(LENGTHS * 40), 3), Order(make_shards(LENGTHS * 25), 3)
+    borders, last = begun.epoch(0).borders.tolist(), len(begun.epoch(0).ends) - 1
+    assert borders[:7] == [0, 1, 2, 4, 8, 16, 32]
+    for number in range(last):  # the last window is not full yet
+        assert all(np.array_equal(*pair) for pair in zip(whole.window(0, number), begun.window(0, number), strict=True))
+    assert not np.array_equal(whole.window(0, last).documents, begun.window(0, last).documents)
+
+
+def test_the_order_is_this_one_in_every_version(make_shards) -> None:  # type: ignore[no-untyped-def]
     """A stored run resumes in this order: if these numbers change, every old run breaks silently."""
-    shards = make_shards([3] * 8)
-    shards.fingerprint = "0123456789abcdef"
-    assert Order(shards, 7).permutation(0).tolist() == [0, 7, 5, 6, 1, 3, 4, 2]
-    assert Order(shards, 7).permutation(5).tolist() == [6, 5, 1, 3, 2, 7, 0, 4]
+    order = Order(make_shards([3] * 12, shard_tokens=9), 7)
+    assert (order.shards.num_shards, order.shards.fingerprint) == (4, "8725d8d2aef8b90f")
+    assert documents_of(order, 0) == [0, 1, 2, 4, 3, 5, 8, 7, 11, 6, 9, 10]
+    assert documents_of(order, 5) == [6, 3, 4, 5, 8, 10, 1, 7, 2, 9, 0, 11]
 
 
 @pytest.mark.parametrize("seq_len", [1, 4, 7, 64, 250, 1000])
@@ -71,22 +84,30 @@ def test_stream_masks_and_prompt_loss(make_shards) -> None:  # type: ignore[no-u
     masks = [[0] * 3 + [1] * 5, [1] * 8, [0] * 8]
     order = Order(make_shards([8, 8, 8], masks=masks), 0)
     row, full = StreamPacking(order, 24).row(0), StreamPacking(order, 24, prompt_loss=True).row(0)
-    wanted = [bit for document in order.permutation(0) for bit in masks[document]][1:]
+    wanted = [bit for document in documents_of(order, 0) for bit in masks[document]][1:]
     assert (row.labels[:23] != IGNORED).tolist() == [bool(bit) for bit in wanted]
     assert (full.labels != IGNORED).all()
     assert np.array_equal(np.where(row.labels == IGNORED, full.labels, row.labels), full.labels)
 
 
+def rows_of_epoch(packing: WholePacking, epoch: int) -> range:
+    """The rows of an epoch: no row holds tokens of two."""
+    borders = [epoch * packing.epoch_tokens, (epoch + 1) * packing.epoch_tokens]
+    rows = itertools.count()
+    return range(*(next(number for number in rows if packing.tokens(number) == border) for border in borders))
+
+
 def check_whole_epoch(packing: WholePacking, epoch: int) -> None:
     """All tokens of the epoch are there, each but the first of a document is a label exactly once."""
-    rows = [packing.row(epoch * packing.rows_per_epoch + position) for position in range(packing.rows_per_epoch)]
+    rows = [packing.row(number) for number in rows_of_epoch(packing, epoch)]
     labels = [int(label) for row in rows for label in row.labels if label != IGNORED]
-    lengths, shards = packing.order.shards.lengths, packing.order.shards
-    wanted = [int(token) for document in range(len(lengths)) for token in shards.document(document)[0][1:]]
+    shards = packing.order.shards
+    wanted = [int(token) for document in range(shards.num_documents) for token in shards.document(document)[0][1:]]
     assert sorted(labels) == sorted(wanted)
     for row in rows:
         assert row.ids.shape == row.labels.shape == row.document_ids.shape == (packing.seq_len,)
         learned = row.labels != IGNORED
+        assert learned.any(), "a row without one learned token"
         assert (np.diff(row.document_ids) >= 0).all()
         inside = learned[:-1]
         assert (row.ids[1:][inside] == row.labels[:-1][inside]).all()
@@ -98,9 +119,10 @@ def test_whole_rows_conserve_tokens(make_shards, seq_len: int) -> None:  # type:
     packing = WholePacking(Order(make_shards(LENGTHS), 0), seq_len)
     for epoch in (0, 3):
         check_whole_epoch(packing, epoch)
-    places = packing.rows_per_epoch * (seq_len + 1)
+    places = packing.rows_of_first_epoch * (seq_len + 1)
     pieces = [-(-(length - 1) // seq_len) for length in LENGTHS]
-    assert packing.padding(0, packing.rows_per_epoch) == pytest.approx(1 - (sum(LENGTHS) + sum(pieces) - len(pieces)) / places)
+    padding = 1 - (sum(LENGTHS) + sum(pieces) - len(pieces)) / places
+    assert packing.padding(0, packing.rows_of_first_epoch) == pytest.approx(padding)
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -115,7 +137,7 @@ def test_both_packings_conserve_tokens_for_any_lengths(make_shards, lengths, seq
 
 def test_whole_documents_that_fit_are_never_cut(make_shards) -> None:  # type: ignore[no-untyped-def]
     packing = WholePacking(Order(make_shards([9, 9, 17, 5, 5, 6, 2]), 0), 16)
-    assert packing.rows_per_epoch == 4  # 17 | 9 6 2 | 9 5 | 5: best fit decreasing
+    assert packing.rows_of_first_epoch == 4  # 17 | 9 6 2 | 9 5 | 5: best fit decreasing
     starts = 0
     for index in range(4):
         row = packing.row(index)
@@ -145,10 +167,10 @@ def test_whole_masks_and_prompt_loss(make_shards) -> None:  # type: ignore[no-un
 def test_whole_epochs_differ_and_a_long_document_starves_nobody(make_shards) -> None:  # type: ignore[no-untyped-def]
     packing = WholePacking(Order(make_shards([1000, *[6] * 20]), 0), 16)
     check_whole_epoch(packing, 0)
-    first = [packing.row(index).ids.tolist() for index in range(packing.rows_per_epoch)]
-    second = [packing.row(packing.rows_per_epoch + index).ids.tolist() for index in range(packing.rows_per_epoch)]
+    first = [packing.row(index).ids.tolist() for index in range(packing.rows_of_first_epoch)]
+    second = [packing.row(packing.rows_of_first_epoch + index).ids.tolist() for index in range(packing.rows_of_first_epoch)]
     assert first != second
-    learned = [bool((packing.row(index).labels != IGNORED).any()) for index in range(packing.rows_per_epoch)]
+    learned = [bool((packing.row(index).labels != IGNORED).any()) for index in range(packing.rows_of_first_epoch)]
     assert all(learned)
 
 

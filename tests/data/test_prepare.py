@@ -5,12 +5,15 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 
 from osler.data.documents import Corpus, Document
-from osler.data.prepare import STALE_SECONDS, open_prepared, prepare
+from osler.data.prepare import STALE_SECONDS
+from osler.data.prepare import prepare as prepare_sources
+from osler.data.prepared import open_prepared
 from osler.data.shards import ShardSet, read_data_manifest
 from osler.runtime import faults
 from osler.runtime.errors import UserError
@@ -19,6 +22,18 @@ from osler.tokenizer.chat import Turn, encode_examples
 
 TEXTS = [f"Patient {number} has fever and cough.\nDay {number * 7}: é 🧪" for number in range(40)]
 DOCUMENTS = [Document(text=text) for text in TEXTS]
+
+
+class OneSource(NamedTuple):
+    train: ShardSet
+    validation: ShardSet | None
+    reused: bool
+
+
+def prepare(corpus: Corpus, tokenizer: Tokenizer, out: Path) -> OneSource:
+    prepared = prepare_sources({"notes": corpus}, tokenizer, out)
+    [source] = prepared.sources
+    return OneSource(source.train, source.validation, prepared.reused)
 
 
 def decoded(shards: ShardSet | None, tokenizer: Tokenizer) -> list[str]:
@@ -38,8 +53,8 @@ def test_every_document_is_there_once_and_counts_are_true(tmp_path: Path, tokeni
     train, held = decoded(prepared.train, tokenizer), decoded(prepared.validation, tokenizer)
     assert sorted(train + held) == sorted(TEXTS) and len(held) == 4
     for shards, found in ((prepared.train, train), (prepared.validation, held)):
-        assert shards.num_documents == len(found) == len(shards.lengths)
-        assert shards.num_tokens == shards.num_loss_tokens == int(shards.lengths.sum())
+        assert shards.num_documents == len(found)
+        assert shards.num_tokens == shards.num_loss_tokens == sum(len(ids) for ids in shards.documents())
         assert shards.num_bytes == sum(len(text.encode()) for text in found)
         assert shards.verify() == []
         assert shards.tokenizer_fingerprint == tokenizer.fingerprint
@@ -50,9 +65,8 @@ def test_small_shards_hold_the_same_documents(tmp_path: Path, tokenizer: Tokeniz
     one = prepare(Corpus(DOCUMENTS), tokenizer, tmp_path / "one").train
     monkeypatch.setattr("osler.data.prepare.SHARD_TOKENS", 100)
     many = prepare(Corpus(DOCUMENTS), tokenizer, tmp_path / "many").train
-    assert len(list((tmp_path / "many" / "train").glob("tokens-*.bin"))) > 5
-    assert np.array_equal(one.lengths, many.lengths)
-    assert decoded(one, tokenizer) == decoded(many, tokenizer) == TEXTS
+    assert many.num_shards > 5
+    assert decoded(one, tokenizer) == decoded(many, tokenizer) != sorted(decoded(one, tokenizer)) == sorted(TEXTS)
     ids, mask = many.document(39, 2, 5)
     assert ids.tolist() == one.document(39)[0][2:5].tolist() and mask is None
 
@@ -63,7 +77,7 @@ def test_the_fingerprints_are_these_in_every_version(tmp_path: Path) -> None:
     documents = [*DOCUMENTS[:9], Document(turn=Turn("Why?", "So.", "Yes (A)")), Document(text="")]
     prepared = prepare(Corpus(documents, holdout_fraction=0.2, seed=3), tokenizer, tmp_path / "out")
     found = (read_data_manifest(tmp_path / "out")["content_fingerprint"], prepared.train.fingerprint)
-    assert found == ("2ef0924d58f30df4", "ad90fae14bc01f83")
+    assert found == ("2ef0924d58f30df4", "9ca4f8bba3761e29")
 
 
 def test_large_vocabularies_take_four_bytes(make_shards) -> None:  # type: ignore[no-untyped-def]
@@ -87,7 +101,7 @@ def test_turns_carry_their_loss_mask(tmp_path: Path, tokenizer: Tokenizer) -> No
 def test_empty_documents_are_skipped_and_counted(tmp_path: Path, tokenizer: Tokenizer) -> None:
     documents = [Document(text=""), *DOCUMENTS[:3], Document(text=" \n"), Document(turn=Turn("q", "t", ""))]
     prepared = prepare(Corpus(documents, holdout_fraction=0.01), tokenizer, tmp_path / "out")
-    assert read_data_manifest(tmp_path / "out")["empty_documents"] == 3
+    assert read_data_manifest(tmp_path / "out")["sources"]["notes"]["empty_documents"] == 3
     assert prepared.validation is not None
     assert prepared.train.num_documents + prepared.validation.num_documents == 3
     with pytest.raises(UserError, match="nothing to learn from: of 1 documents 1 are empty"):
@@ -111,9 +125,9 @@ def test_copies_of_held_out_documents_never_reach_train(tmp_path: Path, tokenize
 def test_given_validation_documents_win_over_train(tmp_path: Path, tokenizer: Tokenizer) -> None:
     validation = [*DOCUMENTS[:5], Document(text="new")]
     prepared = prepare(Corpus(DOCUMENTS, validation), tokenizer, tmp_path / "out")
-    assert decoded(prepared.train, tokenizer) == TEXTS[5:]
-    assert decoded(prepared.validation, tokenizer) == [*TEXTS[:5], "new"]
-    assert read_data_manifest(tmp_path / "out")["dropped_copies"] == 5
+    assert sorted(decoded(prepared.train, tokenizer)) == sorted(TEXTS[5:])
+    assert sorted(decoded(prepared.validation, tokenizer)) == sorted([*TEXTS[:5], "new"])
+    assert read_data_manifest(tmp_path / "out")["sources"]["notes"]["dropped_copies"] == 5
     with pytest.raises(UserError, match="40 are copies of validation"):
         prepare(Corpus(DOCUMENTS, DOCUMENTS), tokenizer, tmp_path / "none")
 
@@ -155,7 +169,7 @@ def test_same_data_are_reused_and_other_data_refused(
         prepare(corpus, other_tokenizer, out)
     with pytest.raises(UserError, match=f"made with the tokenizer {tokenizer.fingerprint}"):
         open_prepared(out, other_tokenizer)
-    assert open_prepared(out, tokenizer).train.fingerprint == first.train.fingerprint
+    assert open_prepared(out, tokenizer).fingerprint == first.train.fingerprint
 
 
 def test_fingerprint_follows_the_tokens(tmp_path: Path, tokenizer: Tokenizer) -> None:
@@ -178,22 +192,30 @@ def test_a_folder_with_other_things_is_left_alone(tmp_path: Path, tokenizer: Tok
 def test_damage_is_found(tmp_path: Path, tokenizer: Tokenizer) -> None:
     out = tmp_path / "out"
     prepare(Corpus(DOCUMENTS), tokenizer, out)
-    tokens, manifest = out / "train" / "tokens-00000.bin", out / "manifest.json"
-    whole = tokens.read_bytes()
-    tokens.write_bytes(bytes([whole[0] ^ 1]) + whole[1:])
-    assert [problem.split(" has")[0] for problem in ShardSet.open(out).verify()] == [str(tokens)]
+    shard, manifest = out / "notes" / "train" / "shard-0000000.bin", out / "manifest.json"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    assert [problem.split(" has")[0] for problem in ShardSet.open(out, "notes", "train").verify()] == [str(shard)]
 
-    def refused(message: str, folder: Path = out, split: str = "train") -> None:
+    def refused(message: str, folder: Path = out) -> None:
         with pytest.raises(UserError, match=message):
-            ShardSet.open(folder, split)
+            open_prepared(folder, tokenizer)
 
-    tokens.write_bytes(whole[:-2])
-    refused(r"tokens-00000\.bin has \d+ bytes instead of \d+")
-    tokens.unlink()
-    refused(r"tokens-00000\.bin is missing")
-    tokens.write_bytes(whole)
-    refused(r"no split 'validation' \(they have: train\)", split="validation")
-    manifest.write_text(manifest.read_text().replace('"format_version": 1', '"format_version": 99'))
+    shard.write_bytes(whole[:-2])
+    refused(r"shard-0000000\.bin has \d+ bytes instead of \d+")
+    shard.unlink()
+    refused(r"shard-0000000\.bin is missing")
+    shard.write_bytes(whole)
+    index = out / "notes" / "train" / "index.bin"
+    records = index.read_bytes()
+    index.write_bytes(records + records[:-3])  # a killed writer's last record is torn, and does not count
+    assert ShardSet.open(out, "notes", "train").num_shards == 1
+    index.write_bytes(records[:-3])
+    refused(r"index\.bin is not the one that the manifest describes")
+    index.unlink()
+    refused(r"index\.bin is missing")
+    index.write_bytes(records)
+    manifest.write_text(manifest.read_text().replace('"format_version": 2', '"format_version": 99'))
     refused("format 99")
     manifest.write_text("{")
     refused("not valid JSON")
@@ -240,7 +262,7 @@ def test_a_kill_leaves_nothing_that_counts(tmp_path: Path, tokenizer: Tokenizer,
     program = (
         "import sys; from osler.data.documents import Corpus, Document; from osler.data.prepare import prepare;"
         "from osler.tokenizer.bpe import Tokenizer;"
-        "prepare(Corpus([Document(text='fever')] * 3), Tokenizer.load(sys.argv[1]), sys.argv[2])"
+        "prepare({'notes': Corpus([Document(text='fever')] * 3)}, Tokenizer.load(sys.argv[1]), sys.argv[2])"
     )
     command = [sys.executable, "-c", program, str(tmp_path / "tokenizer.json"), str(out)]
     root = str(Path(__file__).resolve().parents[2])

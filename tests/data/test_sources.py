@@ -9,13 +9,26 @@ from typing import Any
 import pytest
 
 from osler.config.schema import decode
-from osler.data.config import ClinicData, FilesData, TurnsData
+from osler.data.config import ClinicData, FilesData, MixtureData, TextData, TurnsData
+from osler.data.documents import Corpus
 from osler.data.from_recipe import Sections
-from osler.data.sources import SAMPLE_CHARS, _sample, open_corpus, prepare_source, train_tokenizer
+from osler.data.prepared import PreparedSource
+from osler.data.sources import SAMPLE_CHARS, _sample, open_corpora, prepare_sources, train_tokenizer
 from osler.runtime.errors import UserError
+from osler.tokenizer.bpe import Tokenizer
 
 CLINIC = ClinicData(passages=150, examples=120, cards=7, drills=3, validation_passages=10, validation_examples=20)
 MANY = 1_000_000_000  # bytes: all of the text
+
+
+def open_corpus(data: TextData) -> Corpus:
+    [corpus] = open_corpora(data).values()
+    return corpus
+
+
+def prepare_source(data: TextData, tokenizer: Tokenizer, out: Path) -> PreparedSource:
+    [source] = prepare_sources(data, tokenizer, out).sources
+    return source
 
 
 def test_clinic_documents_are_prose_then_exam_turns_then_drills() -> None:
@@ -37,7 +50,7 @@ def test_clinic_is_prepared_and_reused(tmp_path: Path) -> None:
     assert prepared.validation is not None
     assert (prepared.train.num_documents, prepared.validation.num_documents) == (280, 30)
     assert 0 < prepared.train.num_loss_tokens < prepared.train.num_tokens
-    assert prepare_source(CLINIC, tokenizer, tmp_path / "out").reused
+    assert prepare_sources(CLINIC, tokenizer, tmp_path / "out").reused
     none = ClinicData(passages=5, examples=5, cards=0, drills=0, validation_passages=0, validation_examples=0)
     assert prepare_source(none, tokenizer, tmp_path / "none").validation is None
 
@@ -102,6 +115,34 @@ def test_a_tokenizer_has_not_seen_what_is_held_out(tmp_path: Path) -> None:
 def test_configs_are_checked(data: dict[str, Any], said: str) -> None:
     with pytest.raises(match=said):
         decode(Sections, {"data": data})
+
+
+def test_a_mixture_is_known_by_its_sources() -> None:
+    files = [{"type": "files", "path": "books/a.txt", "weight": 3}, {"type": "turns", "path": "b c.jsonl", "name": "asked"}]
+    data = decode(Sections, {"data": {"sources": files}}).data
+    assert isinstance(data, MixtureData) and [source.title for source in data.sources] == ["a", "asked"]
+    for wrong, message in (
+        ([], "sources is empty"),
+        ([files[0], {**files[0], "path": "other/a.parquet"}], "two sources are named a"),
+        ([files[0], {**files[1], "weight": 1e-4}], "a weight is less than 1/1000"),
+        ([{**files[0], "weight": 0}], "weight: must be above 0"),
+    ):
+        with pytest.raises(UserError, match=message):
+            decode(Sections, {"data": {"sources": wrong}})
+
+
+def test_no_source_has_what_another_holds_out(tmp_path: Path) -> None:
+    texts = [f"Text {number} of many, with words." for number in range(60)]
+    for name, part in (("a", texts[:40]), ("b", texts[20:])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in part))
+    sources = [FilesData(path=str(tmp_path / f"{name}.jsonl"), holdout_fraction=0.2) for name in "ab"]
+    data = MixtureData(sources=tuple(sources))
+    tokenizer = train_tokenizer(data, 300, max_bytes=MANY)
+    prepared = prepare_sources(data, tokenizer, tmp_path / "out")
+    splits = (prepared.train, prepared.validation)
+    train, held = ({tokenizer.decode(ids[:-1]) for part in split for ids in part.documents()} for split in splits)
+    assert train | held == set(texts) and not train & held and len(held) > 10
+    assert [source.name for source in prepared.sources] == ["a", "b"]
 
 
 def test_a_real_textbook_survives_the_way_to_tokens(tmp_path: Path, shared_data: Callable[[str], Path]) -> None:

@@ -96,10 +96,12 @@ def test_a_prepared_split_is_measured_from_its_files(tmp_path: Path) -> None:
     tokenizer = Tokenizer.train(["fever and cough", "rash and fever"], 270)
     texts = ["fever and cough and rash", "cough", "§ 38.5 °C fever"]
     documents = [[*tokenizer.encode(text), tokenizer.eos_id] for text in texts]
-    writer = ShardWriter(tmp_path / "validation", vocab_size=tokenizer.vocab_size, with_mask=False)
+    writer = ShardWriter(tmp_path / "validation", vocab_size=tokenizer.vocab_size)
     for ids, text in zip(documents, texts, strict=True):
         writer.add(ids, None, len(text.encode()))
-    shards = ShardSet(tmp_path / "validation", writer.close(), tokenizer_fingerprint="", eos_id=tokenizer.eos_id)
+    writer.close()
+    names = {"vocab_size": tokenizer.vocab_size, "tokenizer_fingerprint": "", "eos_id": tokenizer.eos_id}
+    shards = ShardSet(tmp_path / "validation", **names)
     model = build(vocab_size=tokenizer.vocab_size)
     rows = windows(documents, seq_len=8, start_id=tokenizer.eos_id)
     expected = measure(model, batches(rows, batch_tokens=64), sum(len(text.encode()) for text in texts))

@@ -109,9 +109,9 @@ def test_without_its_shards_a_run_needs_its_data(stopped, tmp_path, mistake):
 
 @pytest.mark.parametrize("split", ["train", "validation"])
 def test_a_rotten_shard_is_named_and_prepared_again(split, stopped, finish_notes, mistake):
-    flip(stopped / "data" / split / "tokens-00000.bin")
+    flip(stopped / "data" / "notes" / split / "shard-0000000.bin")
     told = mistake("pretrain", "--resume", "--run", stopped)
-    assert f"{split}/tokens-00000.bin has changed" in told and f"delete {stopped / 'data'}" in told
+    assert f"{split}/shard-0000000.bin has changed" in told and f"delete {stopped / 'data'}" in told
     shutil.rmtree(stopped / "data")
     finish_notes(stopped)
 

@@ -38,7 +38,7 @@ def test_a_byte_level_tokenizer_without_some_byte_is_refused(tmp_path: Path) -> 
     assert refuse_missing_bytes(Tokenizer.train(CORPUS, 400))
     for tokenizer in (without_bytes(), words("the")):
         with pytest.raises(UserError, match="loses text"):
-            prepare(Corpus([Document(text=text) for text in CORPUS]), tokenizer, tmp_path / "out")
+            prepare({"notes": Corpus([Document(text=text) for text in CORPUS])}, tokenizer, tmp_path / "out")
         assert not list(tmp_path.iterdir())
 
 

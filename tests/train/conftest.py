@@ -11,7 +11,7 @@ import torch
 from osler.cli.main import main
 from osler.config.recipe import load_recipe, merge
 from osler.config.schema import decode, encode
-from osler.data.prepare import open_prepared
+from osler.data.prepared import open_prepared
 from osler.inference.load import load_model
 from osler.model.transformer import SummedLoss, Transformer
 from osler.optim.build import build_optimizer
@@ -21,8 +21,8 @@ from osler.runtime import faults
 from osler.runtime.files import RunFolder
 from osler.runtime.world import World
 from osler.tokenizer.bpe import Tokenizer
+from osler.train.batches import make_loader
 from osler.train.config import TrainConfig
-from osler.train.run import make_loader
 from osler.train.trainer import SupervisedTrainer, TrainStep
 
 
@@ -32,9 +32,15 @@ def config(tiny) -> TrainConfig:
 
 
 @pytest.fixture(scope="session")
-def shards(runs, tiny):
+def prepared(runs, tiny):
+    """The data of the pretraining run."""
+    return open_prepared(runs.pretrain / "data", Tokenizer.load(tiny.tokenizer))
+
+
+@pytest.fixture(scope="session")
+def shards(prepared):
     """The train split of the pretraining run."""
-    return open_prepared(runs.pretrain / "data", Tokenizer.load(tiny.tokenizer)).train
+    return prepared.train[0]
 
 
 @pytest.fixture
@@ -52,15 +58,15 @@ def make_step(runs) -> Callable[..., tuple[Transformer, torch.optim.Optimizer, T
 
 
 @pytest.fixture
-def make_trainer(config, shards, runs) -> Callable[..., SupervisedTrainer]:
+def make_trainer(config, prepared, runs) -> Callable[..., SupervisedTrainer]:
     """``make_trainer(folder, evaluate=..., **fields)``: fields are merged into the config of the tiny pretraining run."""
 
     def build(folder, evaluate=dict, exam_score=dict, **fields: Any) -> SupervisedTrainer:
         changed = decode(TrainConfig, merge(encode(config), encode(fields)))
         model = load_model(runs.pretrain).model.train()
         learner = Learner(model, build_optimizer(model, changed.optim), ParallelEngine(SummedLoss(model)), changed.clip_norm)
-        run = Run(RunFolder.create(folder), World(), fingerprints={"data": shards.fingerprint})
-        loader = make_loader(changed, shards)
+        run = Run(RunFolder.create(folder), World(), fingerprints={"data": prepared.fingerprint})
+        loader = make_loader(changed, prepared)
         return SupervisedTrainer(changed, run, learner, loader, held_out=evaluate, exam=exam_score)
 
     return build

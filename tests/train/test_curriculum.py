@@ -20,8 +20,8 @@ from osler.data.order import Order
 from osler.data.packing import StreamPacking
 from osler.report.page import build_report
 from osler.runtime.errors import UserError
+from osler.train.batches import make_loader
 from osler.train.config import TrainConfig
-from osler.train.run import make_loader
 
 # Batches of 256 tokens: steps 0 to 2 of 16 rows of 16, steps 3 to 5 of 6 rows of 32, from step 6 on 4 rows of 64.
 STAGES = (Stage(seq_len=16, until_tokens=700), Stage(seq_len=32, until_tokens=1_300, batch_tokens=192), Stage(seq_len=64))
@@ -85,8 +85,8 @@ def test_one_stage_of_the_same_length_is_the_constant_run(tiny, runs, tmp_path):
 
 
 @pytest.fixture
-def staged(config, shards) -> StagedLoader:
-    return make_loader(replace(config, curriculum=STAGES, loader_workers=2), shards)
+def staged(config, prepared) -> StagedLoader:
+    return make_loader(replace(config, curriculum=STAGES, loader_workers=2), prepared)
 
 
 def joined(parts: list[Batch]) -> Batch:

@@ -1,0 +1,100 @@
+"""Open a folder of shards that `prepare` wrote: its sources, what is held out of them, and their tokenizer."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from osler.data.shards import SPLITS, TOKENIZER, ShardSet, data_fingerprint, read_data_manifest
+from osler.runtime.errors import UserError
+from osler.tokenizer.bpe import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PreparedSource:
+    """The shards of a source; `validation` is None when nothing is held out of it."""
+
+    name: str
+    weight: float  # relative to the other sources
+    train: ShardSet
+    validation: ShardSet | None
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """An open folder of shards; `fingerprint` is that of all training data, `reused` says that it existed already."""
+
+    folder: Path
+    sources: Sequence[PreparedSource]
+    fingerprint: str
+    reused: bool
+
+    @property
+    def num_tokens(self) -> int:
+        """Return the tokens of the training data of all sources."""
+        return sum(shards.num_tokens for shards in self.train)
+
+    @property
+    def train(self) -> list[ShardSet]:
+        """Return the training data of each source."""
+        return [source.train for source in self.sources]
+
+    @property
+    def validation(self) -> list[ShardSet]:
+        """Return what is held out of the sources that hold something out."""
+        return [source.validation for source in self.sources if source.validation is not None]
+
+
+def open_folder(out: Path, *, reused: bool = True) -> Prepared:
+    """Open a folder of shards and log what is in it; raises UserError when something is missing or torn."""
+    manifest = read_data_manifest(out)
+    sources = []
+    for name, entry in manifest["sources"].items():
+        train, validation = (ShardSet.open(out, name, split) if split in entry["splits"] else None for split in SPLITS)
+        if train is None:
+            raise UserError(f"{out} has no training data of the source {name}; prepare the data again.")
+        sources.append(PreparedSource(name, entry["weight"], train, validation))
+        held = f", {validation.num_documents:,} held out" if validation is not None else ""
+        verb = "Reusing the data prepared in" if reused else "Prepared"
+        empty = f"; skipped {entry['empty_documents']:,} empty" if entry["empty_documents"] else ""
+        copies = f"; dropped {entry['dropped_copies']:,} copies of validation" if entry["dropped_copies"] else ""
+        place = out if len(manifest["sources"]) == 1 else out / name
+        logger.info(f"{verb} {place}: {train.num_documents:,} documents, {train.num_tokens:,} tokens{held}{empty}{copies}")
+    return Prepared(out, sources, data_fingerprint(manifest), reused)
+
+
+def open_prepared(folder: str | Path, tokenizer: Tokenizer, whose: str = "of the run") -> Prepared:
+    """Open a folder that `prepare` made; raises UserError when it is missing, torn, or of another tokenizer.
+
+    The message says ``whose`` the given tokenizer is.
+    """
+    _refuse_other_tokenizer(folder, tokenizer, whose)
+    return open_folder(Path(folder))
+
+
+def tokenizer_of_shards(folder: str | Path, given: str | None = None) -> Tokenizer:
+    """Return the tokenizer of a folder of shards, from that folder or from the file ``given``.
+
+    Raises UserError when the folder is missing or has no tokenizer, or when the file holds another one.
+    """
+    read_data_manifest(folder)
+    file = Path(folder) / TOKENIZER if given is None else Path(given)
+    if given is None and not file.is_file():
+        raise UserError(f"{folder} has no {TOKENIZER}: set tokenizer.path to the file that it was prepared with.")
+    tokenizer = Tokenizer.load(file).with_specials()
+    _refuse_other_tokenizer(folder, tokenizer, f"in {file}")
+    return tokenizer
+
+
+def _refuse_other_tokenizer(folder: str | Path, tokenizer: Tokenizer, whose: str) -> None:
+    wanted = read_data_manifest(folder)["tokenizer_fingerprint"]
+    if tokenizer.fingerprint != wanted:
+        raise UserError(
+            f"The shards in {folder} were made with the tokenizer {wanted}, but the one {whose} is {tokenizer.fingerprint}, for "
+            "which their tokens mean something else. Leave tokenizer.path out to use the one in the folder, or prepare the text "
+            "again with `osler data prepare --tokenizer FILE`."
+        )

@@ -1,0 +1,83 @@
+"""How a run's data become batches: a packing of each source in each stage, mixed by weight; and what is held out of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from torch import Tensor
+
+from osler.data.config import PreparedData, sources_of
+from osler.data.curriculum import Span
+from osler.data.loader import Loader, StagedLoader, make_batch
+from osler.data.mixture import Mixture
+from osler.data.order import Order
+from osler.data.packing import MixedPacking, StreamPacking, WholePacking
+from osler.data.prepared import Prepared
+from osler.data.shards import ShardSet
+from osler.eval.likelihood import BATCH_TOKENS, batches, windows
+from osler.runtime.errors import UserError
+from osler.runtime.world import World
+from osler.train.config import TrainConfig
+
+VALIDATION_SEED = 0  # held-out rows are the same whatever the seed of the run
+
+
+def make_loader(
+    config: TrainConfig,
+    prepared: Prepared,
+    world: World = World(),  # noqa: B008 - frozen
+    *,
+    pin_memory: bool = False,
+) -> StagedLoader:
+    """Return the loader of this rank's batches. A stage goes on in each source where the one before it ended there."""
+    orders = {source.name: Order(source.train, config.seed) for source in prepared.sources}
+    first_tokens = dict.fromkeys(orders, 0)
+    loaders = []
+    for span in config.timeline.spans:
+        mixture = Mixture(weights_of(config, prepared, span))
+        packings = {name: packing_of(config, order, span.seq_len, first_tokens[name]) for name, order in orders.items()}
+        packing, stage = MixedPacking(packings, mixture), span.number if config.curriculum else 0
+        loaders.append(Loader(packing, span.rows_per_batch, world.rank, world.size, config.loader_workers, stage, pin_memory))
+        for name, rows in zip(orders, mixture.rows(span.num_rows), strict=True):
+            first_tokens[name] += rows * span.seq_len
+    return StagedLoader(config.timeline, loaders)
+
+
+def weights_of(config: TrainConfig, prepared: Prepared, span: Span) -> list[float]:
+    """Return the weight of each source in a stage: the stage's, or those of the data.
+
+    Raises UserError when a stage names other sources than there are.
+    """
+    weights = config.curriculum[span.number - 1].weights if config.curriculum else None
+    if weights is None:
+        given = {} if isinstance(config.data, PreparedData) else {name: s.weight for name, s in sources_of(config.data).items()}
+        return [given.get(source.name, source.weight) for source in prepared.sources]
+    names = [source.name for source in prepared.sources]
+    if set(weights) != set(names):
+        raise UserError(
+            f"curriculum, stage {span.number}: its weights are of {', '.join(weights)}, the sources are {', '.join(names)}; give "
+            "every source one, 0 where it rests."
+        )
+    return [weights[name] for name in names]
+
+
+def packing_of(config: TrainConfig, order: Order, seq_len: int, first_token: int) -> StreamPacking | WholePacking:
+    """Return how documents become rows. In pretraining every token is learned, in fine-tuning what the loss masks say."""
+    prompt_loss = config.kind == "pretrain"
+    if config.packs_whole:
+        return WholePacking(order, seq_len, prompt_loss=prompt_loss, drop_torn=config.drops_torn)
+    return StreamPacking(order, seq_len, first_token=first_token, prompt_loss=prompt_loss)
+
+
+def held_out_batches(config: TrainConfig, held_out: Sequence[ShardSet]) -> Iterator[tuple[Tensor, ...]]:
+    """Yield windows of documents that do not overlap, or whole examples that do not see each other, whose loss masks count."""
+    size = max(1, BATCH_TOKENS // config.seq_len)
+    for shards in held_out:
+        if config.kind == "pretrain":
+            yield from batches(windows(shards.documents(), seq_len=config.seq_len, start_id=shards.eos_id))
+            continue
+        packing = WholePacking(Order(shards, VALIDATION_SEED), config.seq_len, drop_torn=config.drops_torn)
+        count = packing.rows_of_first_epoch
+        for start in range(0, count, size):
+            batch = make_batch(packing, range(start, min(count, start + size)))
+            yield batch.ids, batch.labels, batch.document_ids
