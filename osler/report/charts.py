@@ -205,10 +205,11 @@ def kind_of(name: str) -> str:
 
 def line_of(run: StageLog, name: str, label: str, colour: int, over: str = "step") -> Line:
     """Return a stage's curve of one metric, over steps or over tokens."""
-    series, tokens = run.curves[name], run.log.tokens
-    x = tokens.values[np.searchsorted(tokens.steps, series.steps)] if over == "tokens" else series.steps
-    known = np.isfinite(x)
-    return Line(label, x[known], series.values[known], colour, smooth=not name.startswith(EXACT))
+    series, tokens, smooth = run.curves[name], run.log.tokens, not name.startswith(EXACT)
+    if over == "tokens":
+        x = tokens.values[np.searchsorted(tokens.steps, series.steps)]
+        return Line(label, x[np.isfinite(x)], series.values[np.isfinite(x)], colour, smooth)
+    return Line(label, series.steps, series.values, colour, smooth)
 
 
 def bundle(layers: dict[int, Series]) -> tuple[list[Line], Band]:

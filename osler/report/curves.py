@@ -126,8 +126,9 @@ class MetricsLog:
                     for name, value in line.values.items():
                         if name not in found:
                             found[name] = array("I"), array("d")
-                        found[name][0].append(len(steps))
-                        found[name][1].append(value)
+                        numbers, values = found[name]
+                        numbers.append(len(steps))
+                        values.append(value)
                     steps.append(line.step)
                     tokens.append(line.tokens)
                     times.append(line.time)
@@ -137,7 +138,8 @@ class MetricsLog:
             self._mark = chunk[max(0, end - MARK_BYTES) : end]
         at, known = np.asarray(steps, np.int64), np.asarray(times)
         own, before = at, np.arange(len(at))
-        for name, (numbers, values) in found.items():
+        for name in list(found):
+            numbers, values = found.pop(name)
             if not np.array_equal(before, numbers):  # curves of the same lines share their steps
                 before = np.asarray(numbers)
                 own = at[before]

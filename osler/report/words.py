@@ -55,9 +55,6 @@ def stage_colour(name: str, position: int = 0) -> int:
     return known[-1] if known else (3, 6, 4, 7)[position % 4]
 
 
-# A run in numbers.
-
-
 def headline_score(run: RunRecord) -> ExamScore | None:
     """Return the score that the page leads with: the last checkpoint's, on the split called test or else on the first.
 
