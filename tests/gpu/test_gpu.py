@@ -5,30 +5,30 @@ from __future__ import annotations
 import pytest
 import torch
 
+from osler.data.loader import Batch
 from osler.model.config import ModelConfig
-from osler.model.transformer import Transformer
-from osler.ops.cross_entropy import linear_cross_entropy
+from osler.model.transformer import SummedLoss, Transformer
 from osler.optim.build import build_optimizer
 from osler.optim.config import AdamWConfig, MuonConfig
+from osler.parallel.config import NoParallelConfig
+from osler.parallel.parallelize import parallelize
+from osler.runs.process import Learner
+from osler.runtime.world import World
+from osler.train.trainer import TrainStep
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
-
-
-def loss_of(model: Transformer, ids: torch.Tensor) -> torch.Tensor:
-    features, weight = model.head(model(ids[:, :-1]))
-    return linear_cross_entropy(features, weight, ids[:, 1:].flatten(), vocab_size=model.config.vocab_size)
 
 
 def test_loss_and_gradients_equal_the_cpu() -> None:
     model = Transformer(ModelConfig(head_init="normal", residual_init="scaled"))
     model.init_weights(0)
     ids = torch.randint(0, 2048, (4, 65), generator=torch.Generator().manual_seed(0))
-    on_cpu = loss_of(model, ids)
+    on_cpu = SummedLoss(model)(ids[:, :-1], ids[:, 1:], None)
     on_cpu.backward()
     expected = {name: parameter.grad for name, parameter in model.named_parameters()}
     model.zero_grad(set_to_none=True)
     model.cuda()
-    on_gpu = loss_of(model, ids.cuda())
+    on_gpu = SummedLoss(model)(ids[:, :-1].cuda(), ids[:, 1:].cuda(), None)
     on_gpu.backward()
     torch.testing.assert_close(on_gpu.cpu(), on_cpu, rtol=1e-4, atol=1e-2)
     for name, parameter in model.named_parameters():
@@ -42,16 +42,7 @@ def test_loss_and_gradients_equal_the_cpu() -> None:
     [("bf16", AdamWConfig()), ("bf16", MuonConfig()), ("pure-bf16", AdamWConfig()), ("fp8", AdamWConfig())],
     ids=["bf16", "bf16-muon", "pure-bf16", "fp8"],
 )
-def test_a_compiled_step_makes_no_host_synchronisation(
-    precision: str, optim: AdamWConfig | MuonConfig, recompute: str
-) -> None:
-    from osler.data.loader import Batch
-    from osler.parallel.config import NoParallelConfig
-    from osler.parallel.parallelize import parallelize
-    from osler.runs.process import Learner
-    from osler.runtime.world import World
-    from osler.train.trainer import TrainStep
-
+def test_a_compiled_step_makes_no_host_synchronisation(precision: str, optim: AdamWConfig | MuonConfig, recompute: str) -> None:
     if precision == "fp8" and torch.cuda.get_device_capability() < (8, 9):
         pytest.skip("needs a GPU with FP8")
 
