@@ -210,10 +210,7 @@ def option_rows(tokenizer: Tokenizer, item: ExamItem, *, template: bool, max_seq
 
 
 def fitting_question(item: ExamItem, encode: Callable[[str], list[int]], room: int) -> str | None:
-    """Return the question with as many last words of its context as fit ``room`` tokens; None when not even the question does.
-
-    The front of the context goes first, because an abstract gives its results last.
-    """
+    """Return the question with what fits ``room`` tokens of its context's end (where an abstract has its results), else None."""
     if len(encode(whole := render_question(item))) <= room:
         return whole
     words = item.context.split()

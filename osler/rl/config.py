@@ -1,8 +1,7 @@
 """What GRPO can be told: the algorithm, the sampler it draws from, and the filters of its samples. Torch-free.
 
-The defaults are the published choices of DeepSeek-V3.2 (arXiv 2512.02556, section 3.1): advantages without the
-division by the standard deviation, the unbiased KL estimate, and the off-policy sequence mask off until
-``opsm_delta`` is given.
+The defaults are the published choices of DeepSeek-V3.2 (arXiv 2512.02556, section 3.1): advantages without the division by the
+standard deviation, the unbiased KL estimate, and the off-policy sequence mask off until ``opsm_delta`` is given.
 """
 
 from __future__ import annotations

@@ -82,10 +82,7 @@ def refill_prompts(tasks: Sequence[RlTask], seed: int, step: int, refill: int, w
 
 
 def task_shares(tasks: Sequence[RlTask], count: int) -> list[int]:
-    """Split ``count`` prompts over the tasks in proportion to their weights (largest remainder).
-
-    Raises UserError when a task would never be asked or has no items.
-    """
+    """Split ``count`` prompts over the tasks by their weights (largest remainder); UserError when a task would get none."""
     total = sum(task.weight for task in tasks)
     exact = [count * task.weight / total for task in tasks]
     shares = [int(value) for value in exact]
@@ -244,8 +241,7 @@ def score(tokenizer: Tokenizer, prompt: Prompt, ids: list[int], logprobs: list[f
 def check_sample(completion_ids: Sequence[int], *, text_is_empty: bool, has_answer: bool, quality: QualityConfig) -> Verdict:
     """Return the first reason why a completion is a bad sample, or "ok".
 
-    ``completion_ids`` without the end-of-text token; ``has_answer`` says that an answer could be parsed, right or
-    wrong.
+    ``completion_ids`` without the end-of-text token; ``has_answer`` says that an answer could be parsed, right or wrong.
     """
     if not completion_ids or text_is_empty:
         return "empty"
