@@ -177,7 +177,7 @@ def make_tokenizer(config: TrainConfig, given: Tokenizer | None, kept: Path) -> 
 
 
 def fit_vocabulary(model: Transformer, tokenizer: Tokenizer, *, is_new: bool) -> None:
-    """Let special tokens beyond the vocabulary use its padding, refuse a larger tokenizer, note when most of a new one is unused."""
+    """Let special tokens beyond the vocabulary use its padding; refuse a larger tokenizer, note one that leaves most unused."""
     config = model.config
     beyond = range(config.vocab_size, tokenizer.vocab_size)
     if beyond:
