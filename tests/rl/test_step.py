@@ -43,14 +43,21 @@ def test_rows_are_dealt_to_those_who_drew_them_and_otherwise_evenly(sizes, ranks
         assert max(tokens) - min(tokens) <= max((rows[index].tokens for index in chosen), default=0)
 
 
+def learner_of(model, weight_decay=0.0):
+    optimizer = build_optimizer(model, AdamWConfig(lr=1e-3, weight_decay=weight_decay))
+    return Learner(model, optimizer, ParallelEngine(PolicyLoss(model)), clip_norm=1.0)
+
+
+def weights(model):
+    return torch.nn.utils.parameters_to_vector(model.parameters()).detach().clone()
+
+
 def moved(make_policy, rows, algorithm, **options):
     """How far an update moves the policy, and its metrics."""
     model = make_policy()
-    before = torch.nn.utils.parameters_to_vector(model.parameters()).detach().clone()
-    optimizer = build_optimizer(model, AdamWConfig(lr=1e-3, weight_decay=0.0))
-    learner = Learner(model, optimizer, ParallelEngine(PolicyLoss(model)), clip_norm=1.0)
-    metrics = update_policy(learner, rows, algorithm, **options)
-    return (torch.nn.utils.parameters_to_vector(model.parameters()) - before).abs().max().item(), metrics
+    before = weights(model)
+    metrics = update_policy(learner_of(model), rows, algorithm, **options)
+    return (weights(model) - before).abs().max().item(), metrics
 
 
 def test_rows_that_are_not_trained_do_not_move_the_policy(make_policy):
@@ -70,12 +77,10 @@ def test_a_backward_pass_without_rows_of_no_advantage_is_the_same_update(make_po
     rows = [row(3 + i, 4 + i % 2, advantage=advantage) for i, advantage in enumerate(advantages)]
 
     def updated():
-        model = make_policy()
-        optimizer = build_optimizer(model, AdamWConfig(lr=1e-3, weight_decay=0.1))
-        learner = Learner(model, optimizer, ParallelEngine(PolicyLoss(model)), clip_norm=1.0)
+        learner = learner_of(make_policy(), weight_decay=0.1)
         update_policy(learner, [row(3, 4), row(2, 2, advantage=-1.0)], AlgorithmConfig(beta=0.0))
         metrics = update_policy(learner, rows, AlgorithmConfig(beta=0.0))
-        return torch.nn.utils.parameters_to_vector(model.parameters()), metrics
+        return weights(learner.model), metrics
 
     fast, fast_metrics = updated()
     monkeypatch.setattr(TrainingRow, "has_gradient", lambda row, beta: True)
