@@ -27,6 +27,7 @@ ANSWERED = "answered"
 UNPARSED = "unparsed"  # the completion ended by itself, but no single option (or number) can be read from it
 CUT = "cut"  # the length limit came before a readable answer
 TOO_LONG = "too_long"  # the question did not fit into the model's context
+Z_95 = NormalDist().inv_cdf(0.975)  # of a normal distribution, 95 % lies within so many deviations
 
 
 @dataclass(frozen=True)
@@ -143,12 +144,11 @@ def _by_item(score: ScoredExam) -> dict[str, float]:
 # -- confidence intervals ----------------------------------------------------------------------------------------------
 
 
-def wilson(correct: float, n: float, confidence: float = 0.95) -> tuple[float, float]:
-    """Return Wilson's score interval for ``correct`` among ``n``, which may be an effective, fractional size."""
+def wilson(correct: float, n: float) -> tuple[float, float]:
+    """Return Wilson's 95 % score interval for ``correct`` among ``n``, which may be an effective, fractional size."""
     if n <= 0 or not 0 <= correct <= n:
         raise ValueError(f"{correct} correct of {n} is no proportion")
-    z = NormalDist().inv_cdf(0.5 + confidence / 2)
-    p = correct / n
+    z, p = Z_95, correct / n
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     # at the ends the formula is exactly 0 or 1; rounding must not take the interval past the score
@@ -194,7 +194,7 @@ def paired_difference(before: Sequence[float], after: Sequence[float], clusters:
     centre = sum(changes) / size
     squares = _clustered_sum_of_squares(changes, clusters, centre)
     squares += 0.5 * (1 - centre) ** 2 + 0.5 * (1 + centre) ** 2 + centre**2
-    half = NormalDist().inv_cdf(0.975) * sqrt(squares) / size
+    half = Z_95 * sqrt(squares) / size
     return Difference(sum(changes) / len(changes), (max(-1.0, centre - half), min(1.0, centre + half)), len(changes))
 
 

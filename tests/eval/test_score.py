@@ -146,8 +146,6 @@ def test_wilson_gives_the_published_values(correct: int, n: int, low: float, hig
 
 def test_wilson_ends_contain_the_score_and_refuse_nonsense() -> None:
     assert wilson(0, 7)[0] == 0.0 and wilson(7, 7)[1] == 1.0
-    narrow, wide = wilson(50, 100, confidence=0.5), wilson(50, 100, confidence=0.99)
-    assert wide[0] < narrow[0] < 0.5 < narrow[1] < wide[1]
     for correct, n in [(1, 0), (3, 2), (-1, 2)]:
         with pytest.raises(ValueError):
             wilson(correct, n)
