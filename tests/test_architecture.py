@@ -213,3 +213,16 @@ def test_tests_mirror_the_package():
         folder = path.relative_to(ROOT / "tests").parts[0]
         assert path.name != "__init__.py", f"{path}: tests are no package"
         assert path.parent == ROOT / "tests" or folder in FLOORS or folder in beside, f"{path} mirrors no package"
+
+
+def test_what_benchmarks_and_scripts_import_is_there():
+    """No other test and no type checker reads them."""
+    for path in [*(ROOT / "benchmarks").glob("*.py"), *(ROOT / "scripts").glob("*.py")]:
+        for node in ast.walk(tree(path)):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("osler."):
+                place = ROOT / node.module.replace(".", "/")
+                there = {found.stem for found in place.glob("*.py")}
+                for made in ast.walk(tree(place.with_suffix(".py"))) if not there else ():
+                    there.add(getattr(made, "name", None) or getattr(made, "id", None))
+                missing = {alias.name for alias in node.names} - there
+                assert not missing, f"{path}: {node.module} has no {missing}"
