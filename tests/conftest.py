@@ -118,9 +118,10 @@ def tiny(tmp_path_factory) -> SimpleNamespace:
     from osler.data.sources import train_tokenizer
     from osler.tasks.item import LETTERS, render_question
     from osler.tasks.registry import load_clinic
+    from osler.tokenizer.config import BPEConfig
 
     root = tmp_path_factory.mktemp("tiny")
-    tokenizer = train_tokenizer(ClinicData(passages=100, examples=100, cards=0, drills=0), 512, max_bytes=1_000_000_000)
+    tokenizer = train_tokenizer(ClinicData(passages=100, examples=100, cards=0, drills=0), BPEConfig(vocab_size=512))
     (root / "tokenizer.json").write_bytes(tokenizer.to_bytes())
     turns = [
         {"question": render_question(item), "why": "Clear.", "answer": f"({LETTERS[item.answer_index]})"}

@@ -40,7 +40,7 @@ DOORS: dict[str, set[str]] = {
     "typing_extensions": {"config/schema.py"},
     "pydantic": {"config/schema.py"},
     "yaml": {"config/recipe.py"},
-    "tokenizers": {"tokenizer/bpe.py"},
+    "tokenizers": {"tokenizer/bpe.py", "tokenizer/superbpe.py"},
     "safetensors": {"checkpoint/store.py"},
     "pyarrow": {"files.py"},
     "jinja2": {"report/page.py"},

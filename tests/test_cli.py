@@ -175,6 +175,12 @@ def test_from_text_to_shards_and_back(tmp_path, capsys):
     assert cli.main(["tokenizer", "train", str(notes), "tokenizer.vocab_size=300", "--out", tokenizer]) == 0
     assert "300 tokens" in capsys.readouterr().out
     assert cli.main(["tokenizer", "train", f"data.path={notes}", "tokenizer.vocab_size=310", "--out", second]) == 0
+    recipe, superwords = tmp_path / "notes.yaml", str(tmp_path / "superwords.json")
+    recipe.write_text("tokenizer: {vocab_size: 304}\n")
+    assert cli.main(["tokenizer", "train", str(recipe), f"data.path={notes}", "--type", "superbpe", "--out", superwords]) == 0
+    assert "304 tokens" in capsys.readouterr().out
+    assert cli.main(["tokenizer", "compare", tokenizer, superwords, "--text", str(notes)]) == 0
+    assert f"\n{superwords}  " in capsys.readouterr().out
     assert cli.main(["tokenizer", "inspect", tokenizer, "fever|neck"]) == 0
     out = capsys.readouterr().out
     assert "<|answer|> = 3" in out and "for 10 bytes" in out

@@ -61,6 +61,9 @@ WATCH_HELP = """\
 
 q or Ctrl-C leaves; the run goes on. A run that is finished or was stopped can be watched as well."""
 
+TOKENIZER_HELP = """\
+  osler tokenizer train notes/ --type superbpe tokenizer.vocab_size=32768 --out tokenizer.json     (tokens of up to four words)"""
+
 SHORTER = """\
 a shorter one, that learns less:
   osler quickstart pretrain.total_tokens=400000 sft.total_tokens=200000 grpo.steps=5 exam_items=50 --run runs/short
@@ -183,7 +186,12 @@ COMMANDS: tuple[Command, ...] = (
         "Train a tokenizer on a recipe's data, or on a file or folder of text",
         "osler tokenizer train notes/ tokenizer.vocab_size=8192 --out tokenizer.json",
         "osler.data.from_recipe:tokenizer_train",
-        (RECIPE, option("--out", required=True, metavar="FILE", help="the tokenizer.json to write")),
+        (
+            RECIPE,
+            option("--type", choices=("bpe", "superbpe"), help="tokenizer.type; nothing else of the recipe's tokenizer changes"),
+            option("--out", required=True, metavar="FILE", help="the tokenizer.json to write"),
+        ),
+        TOKENIZER_HELP,
     ),
     Command(
         "tokenizer inspect",
@@ -194,6 +202,18 @@ COMMANDS: tuple[Command, ...] = (
             option("path", metavar="FILE", help="a tokenizer.json, GPT-2's vocab.bpe, or a folder with one"),
             option("text", nargs="?", metavar="TEXT", help="text to cut into tokens"),
         ),
+    ),
+    Command(
+        "tokenizer compare",
+        "Compare tokenizers over texts: how many bytes of a text a token stands for",
+        "osler tokenizer compare bpe.json superbpe.json --text notes/ book.txt",
+        "osler.data.bytes_per_token:compare",
+        (
+            option("paths", nargs="+", metavar="TOKENIZER", help="a tokenizer.json, GPT-2's vocab.bpe, or a folder with one"),
+            option("--text", dest="texts", nargs="+", required=True, metavar="PATH", help="a file or folder of text"),
+            option("--field", default="text", metavar="NAME", help="the column of text in tables (default: text)"),
+        ),
+        "Use text that no tokenizer was trained on. Models with different tokenizers are compared by bits per byte.",
     ),
     Command(
         "data prepare",

@@ -17,7 +17,7 @@ from osler.data.sources import prepare_sources, train_tokenizer
 from osler.runtime.errors import UserError
 from osler.runtime.files import write_atomic
 from osler.tokenizer.bpe import Tokenizer
-from osler.tokenizer.config import TokenizerConfig
+from osler.tokenizer.config import BPEConfig, TokenizerConfig
 from osler.tokenizer.round_trip import describe_lost, lost_characters
 
 SHOWN_TOKENS = 48  # of the first document of a split
@@ -29,11 +29,14 @@ class Sections:
     """The two sections of a training recipe that are about text."""
 
     data: Annotated[ClinicData | FilesData | TurnsData | MixtureData, TAGGED] = ClinicData()
-    tokenizer: TokenizerConfig = TokenizerConfig()
+    tokenizer: TokenizerConfig = BPEConfig()
 
 
-def read_sections(recipe: str | None, overrides: Sequence[str]) -> Sections:
-    """Read ``data`` and ``tokenizer`` from a recipe; ``recipe`` may also be a file or folder of text."""
+def read_sections(recipe: str | None, overrides: Sequence[str], tokenizer_type: str | None = None) -> Sections:
+    """Read ``data`` and ``tokenizer`` from a recipe; ``recipe`` may also be a file or folder of text.
+
+    A ``tokenizer_type`` takes the place of the recipe's alone: the size of the vocabulary stays.
+    """
     given = parse_overrides(overrides)
     strange = sorted(set(given) - set(SECTIONS))
     if strange:
@@ -44,19 +47,21 @@ def read_sections(recipe: str | None, overrides: Sequence[str]) -> Sections:
         is_text = path.exists() and path.suffix not in (".yaml", ".yml")
         whole = {"data": {"type": "files", "path": recipe}} if is_text else load_recipe(recipe)
     sections = {name: whole[name] for name in SECTIONS if name in whole}
+    if tokenizer_type is not None:
+        sections["tokenizer"] = {**sections.get("tokenizer", {}), "type": tokenizer_type}
     data = given.get("data")
     if "data" not in sections and isinstance(data, dict) and "path" in data:
         data.setdefault("type", "files")  # of the types that need no other field, only text has a path
     return decode(Sections, merge(sections, given), source=recipe or "")
 
 
-def tokenizer_train(recipe: str | None, overrides: Sequence[str], out: str) -> int:
+def tokenizer_train(recipe: str | None, overrides: Sequence[str], type: str | None, out: str) -> int:
     """Train a tokenizer on the text of a recipe and write it to the file ``out``."""
-    sections = read_sections(recipe, overrides)
+    sections = read_sections(recipe, overrides, type)
     wanted = sections.tokenizer
     if wanted.path is not None:
         raise UserError(f"tokenizer.path={wanted.path} names a tokenizer that exists; leave it out to train one.")
-    tokenizer = train_tokenizer(sections.data, wanted.vocab_size, max_bytes=wanted.max_bytes)
+    tokenizer = train_tokenizer(sections.data, wanted)
     path = Path(out)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, tokenizer.to_bytes())

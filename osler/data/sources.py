@@ -17,8 +17,10 @@ from osler.data.readers import TextFiles, TurnFiles
 from osler.runtime.errors import UserError
 from osler.tasks.item import ExamItem, render_answer, render_question
 from osler.tasks.registry import exam_item, load_clinic
-from osler.tokenizer.bpe import Tokenizer, train
+from osler.tokenizer.bpe import Tokenizer
 from osler.tokenizer.chat import Turn
+from osler.tokenizer.config import BPEConfig, SuperBPEConfig
+from osler.tokenizer.train import train
 
 SAMPLE_CHARS = 1 << 16  # the sample for a tokenizer takes or leaves pieces of this length
 VALIDATION_SEED_SHIFT = 1_000_003  # so that no nearby seed for training gives the passages of validation
@@ -96,8 +98,8 @@ def prepare_sources(
     return prepare(open_corpora(data), tokenizer, out, weights=weights, set_aside=set_aside, consent=consent)
 
 
-def train_tokenizer(data: TextData, vocab_size: int, *, max_bytes: int) -> Tokenizer:
-    """Train a tokenizer on the training documents of a config, or on an even sample of about `max_bytes` of them.
+def train_tokenizer(data: TextData, wanted: BPEConfig | SuperBPEConfig) -> Tokenizer:
+    """Train a tokenizer on the training documents of a config, or on an even sample of about `wanted.max_bytes` of them.
 
     Sources share the sample by their weights. Documents that `prepare` will hold out are left out. The sample is the same
     every time.
@@ -109,12 +111,12 @@ def train_tokenizer(data: TextData, vocab_size: int, *, max_bytes: int) -> Token
     def texts() -> Iterator[str]:
         for corpus, weight in zip(corpora.values(), weights, strict=True):
             total = sum(len(part.encode("utf-8", "replace")) for document in kept(corpus) for part in document.parts)
-            yield from _sample(kept(corpus), max_bytes * weight / sum(weights) / max(1, total))
+            yield from _sample(kept(corpus), wanted.max_bytes * weight / sum(weights) / max(1, total))
 
     def kept(corpus: Corpus) -> Iterator[Document]:
         return (document for document in corpus.train if document.split_key() not in held)
 
-    return train(texts(), vocab_size)
+    return train(texts(), wanted)
 
 
 def _sample(documents: Iterable[Document], share: float) -> Iterator[str]:

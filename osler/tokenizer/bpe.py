@@ -14,11 +14,7 @@ import functools
 import gzip
 import json
 import logging
-import os
 import re
-import subprocess
-import sys
-import tempfile
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
@@ -45,7 +41,7 @@ PIECES = (
     r"| ?[\p{L}\p{M}]+"  # a word with the space before it
     r"| ?\p{N}"  # one digit
     r"| ?[^\s\p{L}\p{M}\p{N}]+"  # punctuation
-    r"|\s*[\r\n]+"  # line breaks
+    r"|\s{0,1000}[\r\n]+"  # line breaks and the spaces before them; the library looks back only so often
     r"|\s+(?!\S)|\s+"  # other spaces; the last one before a word belongs to the word
 )
 # Training takes time with the square of a piece's length. No language has such words; genomes and binary data do.
@@ -53,7 +49,6 @@ LONGEST_TRAINED_CHARS = 1000
 _LONG = f"{{{LONGEST_TRAINED_CHARS + 1},}}"
 _LONG_RUN = re.compile(rf"(?<!\S)\S{_LONG}|(?<!\s)\s{_LONG}")  # only these can hold a longer piece
 _LOOK_CHARS = 1 << 16  # of such a run are split at once, because every piece takes memory
-SHORT_BYTES = 1_000_000  # of text that trains faster than a child process starts
 _HALF_CHARACTER = re.compile("[\ud800-\udfff]")  # half of a surrogate pair, which UTF-8 cannot write
 
 
@@ -207,6 +202,12 @@ class Tokenizer:
         return text if normalizer is None else str(normalizer.normalize_str(text))
 
 
+def split_bytes(pieces: str) -> pre_tokenizers.PreTokenizer:
+    """Return the pre-tokeniser that splits text by a regular expression and writes each byte as one character."""
+    split = pre_tokenizers.Split(Regex(pieces), behavior="isolated")
+    return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+
+
 def _cut_long_pieces(texts: Iterable[str]) -> Iterator[str]:
     """Yield `texts`, in parts where a piece is too long to be trained on, which is logged once."""
     splitter = pre_tokenizers.Split(Regex(PIECES), behavior="isolated")
@@ -238,35 +239,3 @@ def _gpt2_pair_as_json(folder: Path) -> bytes:
     model = {"type": "BPE", "vocab": read_json(folder / "encoder.json"), "merges": merges}
     content = {"version": "1.0", "pre_tokenizer": byte_level, "decoder": byte_level, "model": model}
     return json.dumps(content, ensure_ascii=False).encode("utf-8")
-
-
-def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Train a tokenizer like `Tokenizer.train`, and raise KeyboardInterrupt as soon as a signal asks for it.
-
-    The library trains in one call of seconds or minutes, during which Python handles no signal. Unless the text is short, this
-    happens in a child process, which a signal to the parent kills. The tokenizer is the same to the byte.
-    """
-    with tempfile.TemporaryFile() as lines:
-        for text in texts:
-            lines.write(json.dumps(text).encode() + b"\n")
-        size = lines.tell()
-        lines.seek(0)
-        if size < SHORT_BYTES:
-            return Tokenizer.train(map(json.loads, lines), vocab_size)
-        child = subprocess.run(
-            [sys.executable, "-m", "osler.tokenizer.bpe", str(vocab_size)],
-            stdin=lines,
-            stdout=subprocess.PIPE,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-            start_new_session=True,  # only this process handles Ctrl-C
-        )
-    if child.returncode != 0:
-        raise UserError(
-            f"The process that trains the tokenizer ended with exit code {child.returncode} (-9: killed, most often for want of "
-            "memory). Set tokenizer.max_bytes to train it on less text."
-        )
-    return Tokenizer.from_bytes(child.stdout)
-
-
-if __name__ == "__main__":
-    sys.stdout.buffer.write(Tokenizer.train(map(json.loads, sys.stdin.buffer), int(sys.argv[1])).to_bytes())

@@ -14,7 +14,7 @@ from osler.model.config import ModelConfig
 from osler.optim.schedule import LinearConfig, ScheduleConfig
 from osler.parallel.config import NoParallelConfig, ParallelConfig
 from osler.runs.config import CheckpointConfig, RunConfig
-from osler.tokenizer.config import SMALLEST_VOCABULARY, TokenizerConfig
+from osler.tokenizer.config import SMALLEST_VOCABULARY, BPEConfig, TokenizerConfig
 
 DataConfig = Annotated[ClinicData | FilesData | TurnsData | MixtureData | PreparedData, TAGGED]
 
@@ -49,7 +49,7 @@ class TrainConfig(RunConfig):
     seed: Seed = 0  # of the weights and of the order of the data
     init_from: str | None = None  # run folder or checkpoint to start from; its model and tokenizer replace those given here
     model: ModelConfig = ModelConfig()
-    tokenizer: TokenizerConfig = TokenizerConfig()
+    tokenizer: TokenizerConfig = BPEConfig()
     data: DataConfig = ClinicData()
     # stream cuts documents anywhere, whole keeps them whole and pads; auto: whole for sft
     packing: Literal["auto", "stream", "whole"] = "auto"

@@ -173,7 +173,7 @@ def make_tokenizer(config: TrainConfig, given: Tokenizer | None, kept: Path) -> 
     if config.tokenizer.path is not None:
         return Tokenizer.load(config.tokenizer.path).with_specials()
     logger.info(f"Training a tokenizer of {config.tokenizer.vocab_size:,} tokens on the run's own text.")
-    return train_tokenizer(config.data, config.tokenizer.vocab_size, max_bytes=config.tokenizer.max_bytes)
+    return train_tokenizer(config.data, config.tokenizer)
 
 
 def fit_vocabulary(model: Transformer, tokenizer: Tokenizer, *, is_new: bool) -> None:

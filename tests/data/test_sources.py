@@ -16,6 +16,7 @@ from osler.data.prepared import PreparedSource
 from osler.data.sources import SAMPLE_CHARS, _sample, open_corpora, prepare_sources, train_tokenizer
 from osler.runtime.errors import UserError
 from osler.tokenizer.bpe import Tokenizer
+from osler.tokenizer.config import BPEConfig
 
 CLINIC = ClinicData(passages=150, examples=120, cards=7, drills=3, validation_passages=10, validation_examples=20)
 MANY = 1_000_000_000  # bytes: all of the text
@@ -45,7 +46,7 @@ def test_clinic_documents_are_prose_then_exam_turns_then_drills() -> None:
 
 
 def test_clinic_is_prepared_and_reused(tmp_path: Path) -> None:
-    tokenizer = train_tokenizer(CLINIC, 512, max_bytes=MANY)
+    tokenizer = train_tokenizer(CLINIC, BPEConfig(vocab_size=512, max_bytes=MANY))
     prepared = prepare_source(CLINIC, tokenizer, tmp_path / "out")
     assert prepared.validation is not None
     assert (prepared.train.num_documents, prepared.validation.num_documents) == (280, 30)
@@ -61,7 +62,7 @@ def test_files_and_turns_hold_out_documents(tmp_path: Path) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     configs = [FilesData(path=str(path)), TurnsData(path=str(path), thinking_field="why", holdout_fraction=0.1)]
     for name, (data, held) in enumerate(zip(configs, (2, 4), strict=True)):
-        tokenizer = train_tokenizer(data, 300, max_bytes=MANY)
+        tokenizer = train_tokenizer(data, BPEConfig(vocab_size=300, max_bytes=MANY))
         prepared = prepare_source(data, tokenizer, tmp_path / str(name))
         assert prepared.validation is not None
         assert (prepared.train.num_documents, prepared.validation.num_documents) == (40 - held, held)
@@ -72,12 +73,12 @@ def test_tokenizer_sample_is_deterministic_and_smaller(tmp_path: Path) -> None:
         "".join(json.dumps({"text": hashlib.md5(str(n).encode()).hexdigest() * 2}) + "\n" for n in range(200)), encoding="utf-8"
     )
     data = FilesData(path=str(tmp_path))
-    first, second = (train_tokenizer(data, 2000, max_bytes=8_000) for _ in range(2))
+    first, second = (train_tokenizer(data, BPEConfig(vocab_size=2000, max_bytes=8_000)) for _ in range(2))
     assert first.fingerprint == second.fingerprint
-    assert first.vocab_size < train_tokenizer(data, 2000, max_bytes=MANY).vocab_size
+    assert first.vocab_size < train_tokenizer(data, BPEConfig(vocab_size=2000, max_bytes=MANY)).vocab_size
     (tmp_path / "texts.jsonl").write_text('{"text": ""}\n')
     with pytest.raises(UserError, match=f"nothing to learn from: of 1 documents 1 are empty in data.path={tmp_path}"):
-        train_tokenizer(data, 2000, max_bytes=MANY)
+        train_tokenizer(data, BPEConfig(vocab_size=2000, max_bytes=MANY))
 
 
 @pytest.mark.parametrize("words", [3_000, 300_000])
@@ -96,7 +97,7 @@ def test_a_tokenizer_has_not_seen_what_is_held_out(tmp_path: Path) -> None:
     words = [" " + hashlib.md5(str(n).encode()).hexdigest().translate(letters) for n in range(10)]
     (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": word * 50}) + "\n" for word in words))
     data = FilesData(path=str(tmp_path), holdout_fraction=0.5)
-    tokenizer = train_tokenizer(data, 1000, max_bytes=MANY)
+    tokenizer = train_tokenizer(data, BPEConfig(vocab_size=1000, max_bytes=MANY))
     prepared = prepare_source(data, tokenizer, tmp_path / "out")
     assert prepared.validation is not None
     known = [len(tokenizer.encode(word)) for word in words]
@@ -137,7 +138,7 @@ def test_no_source_has_what_another_holds_out(tmp_path: Path) -> None:
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in part))
     sources = [FilesData(path=str(tmp_path / f"{name}.jsonl"), holdout_fraction=0.2) for name in "ab"]
     data = MixtureData(sources=tuple(sources))
-    tokenizer = train_tokenizer(data, 300, max_bytes=MANY)
+    tokenizer = train_tokenizer(data, BPEConfig(vocab_size=300, max_bytes=MANY))
     prepared = prepare_sources(data, tokenizer, tmp_path / "out")
     splits = (prepared.train, prepared.validation)
     train, held = ({tokenizer.decode(ids[:-1]) for part in split for ids in part.documents()} for split in splits)
@@ -147,7 +148,7 @@ def test_no_source_has_what_another_holds_out(tmp_path: Path) -> None:
 
 def test_a_real_textbook_survives_the_way_to_tokens(tmp_path: Path, shared_data: Callable[[str], Path]) -> None:
     data = FilesData(path=str(shared_data("text/openstax-microbiology.parquet")))
-    tokenizer = train_tokenizer(data, 2048, max_bytes=1_000_000)
+    tokenizer = train_tokenizer(data, BPEConfig(vocab_size=2048, max_bytes=1_000_000))
     prepared = prepare_source(data, tokenizer, tmp_path / "out")
     texts = [document.text for document in open_corpus(data).train]
     train = [prepared.train.document(index)[0][:-1].tolist() for index in range(prepared.train.num_documents)]

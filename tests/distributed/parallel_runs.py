@@ -47,7 +47,7 @@ from osler.parallel.parallelize import parallelize
 from osler.runs.process import Learner, Machine
 from osler.runtime.sharded import whole
 from osler.runtime.world import World, joined
-from osler.tokenizer.config import TokenizerConfig
+from osler.tokenizer.config import BPEConfig
 from osler.train.config import TrainConfig
 from osler.train.setup import make_model
 from osler.train.trainer import TrainStep
@@ -312,7 +312,7 @@ def start_in_parts(checkpoint: Path) -> int:
         head_init="normal", residual_init="scaled", max_seq_len=32,
     )  # fmt: skip
     machine = Machine(torch.device("cpu"), torch.float32, False)
-    given = {"seq_len": 32, "batch_tokens": 64, "parallel": FsdpConfig(), "tokenizer": TokenizerConfig(vocab_size=512)}
+    given = {"seq_len": 32, "batch_tokens": 64, "parallel": FsdpConfig(), "tokenizer": BPEConfig(vocab_size=512)}
     with joined("cpu") as world:
         for start in (
             {"model": replace(shape, attention_init="mirrored")}, {"model": replace(shape, attention_init="induction")},

@@ -205,6 +205,17 @@ def test_questions_may_move_and_may_not_change(launch, osler, mistake, tmp_path,
     assert "holds another run: tasks[0].weight is 2.0 here and 1.0 there" in text
 
 
+def test_a_run_that_trains_its_own_superwords_goes_on_with_them(launch, tmp_path, assert_same_run):
+    own = ["tokenizer.type=superbpe", "tokenizer.vocab_size=500"]
+    assert launch("pretrain", tmp_path / "whole", *own) == 0
+    run = tmp_path / "run"
+    assert launch("pretrain", run, *own, fault="train-step:sigterm:5") == STOPPED
+    assert launch("pretrain", run, resume=True) == 0
+    assert_same_run(run, tmp_path / "whole")
+    vocab = json.loads((run / "tokenizer.json").read_text())["model"]["vocab"]
+    assert len(vocab) == 500 and any("Ġ" in token[1:] for token in vocab)
+
+
 # -- shards that `osler data prepare` wrote ----------------------------------------------------------------------------
 
 

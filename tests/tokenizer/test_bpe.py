@@ -2,12 +2,8 @@
 
 import gzip
 import json
-import random
-import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,18 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from osler.runtime.errors import UserError
-from osler.tokenizer import bpe
 from osler.tokenizer.bpe import (
     ANSWER,
     EOS,
     LONGEST_TRAINED_CHARS,
     QUESTION,
-    SHORT_BYTES,
     SPECIALS,
     THINKING,
     Tokenizer,
     _cut_long_pieces,
-    train,
 )
 
 CORPUS = [
@@ -169,7 +162,7 @@ def test_a_small_vocabulary_and_half_a_character_are_refused(trained: Tokenizer)
         trained.encode_batch(["fine", "a\ud800"])
 
 
-@pytest.mark.parametrize("piece", ["a", "ACGT", "é", " ", "\n", "!", "aé"])
+@pytest.mark.parametrize("piece", ["a", "ACGT", "é", " ", "\n", "!", "7", "aé"])
 def test_time_of_training_is_in_proportion_to_the_length_of_a_word(piece: str) -> None:
     """Eight times the length: with the square of it the time was 64 times as long."""
 
@@ -179,6 +172,13 @@ def test_time_of_training_is_in_proportion_to_the_length_of_a_word(piece: str) -
         return time.process_time() - start
 
     assert seconds(160_000) < 24 * seconds(20_000) + 0.5
+
+
+@pytest.mark.slow
+def test_a_run_of_spaces_has_no_length_at_which_encoding_fails(trained: Tokenizer) -> None:
+    """The library gives up where one match looks back ten million times."""
+    text = " " * 10_000_010
+    assert trained.decode(trained.encode(text)) == text
 
 
 def test_only_what_is_too_long_to_train_on_is_cut_and_that_is_said_once(capsys: pytest.CaptureFixture[str]) -> None:
@@ -194,43 +194,3 @@ def test_only_what_is_too_long_to_train_on_is_cut_and_that_is_said_once(capsys: 
     assert parts[3:] == ["a" * limit, "a", "\n" * limit, "\n", "-" * limit + "a" * limit, "a"]
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and "words of more than 1,000 characters, such as 'éé" in said
-
-
-# ---- training in a child process: the same tokenizer, and a signal is heard while it computes
-
-TEXTS = ["Fever and rusty sputum suggest pneumonia, d'où 38.5 °C.\n" * 40, "", "A cough that lasts. " * 9, "n\0l"]
-
-
-def test_a_child_trains_the_same_tokenizer_to_the_byte(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = Tokenizer.train(TEXTS, 400).to_bytes()
-    assert train(iter(TEXTS), 400).to_bytes() == whole != Tokenizer.train(TEXTS[:1], 400).to_bytes()
-    monkeypatch.setattr(bpe, "SHORT_BYTES", 1000)
-    assert train(iter(TEXTS), 400).to_bytes() == whole
-
-
-def test_a_signal_is_heard_while_the_library_computes() -> None:
-    """On words of minutes of work: the signal comes when all text has been handed over."""
-    rng = random.Random(0)
-    words = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=1000)) for _ in range(1 + SHORT_BYTES // 1000)]
-
-    def texts() -> Iterator[str]:
-        for number in range(30):
-            yield " ".join(word[number:] + word[:number] for word in words)
-        signal.setitimer(signal.ITIMER_REAL, 0.2)
-
-    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
-    start = time.monotonic()
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            train(texts(), 8000)
-    finally:
-        signal.signal(signal.SIGALRM, before)
-    assert time.monotonic() - start < 30
-
-
-def test_a_child_that_is_lost_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bpe, "SHORT_BYTES", 10)
-    monkeypatch.setattr(sys, "executable", "/bin/false")
-    with pytest.raises(UserError, match=r"ended with exit code 1 .*Set tokenizer\.max_bytes"):
-        train(["some text of more than ten characters"] * 9, 400)
-    assert subprocess._active == []  # type: ignore[attr-defined]  # nothing is left to be waited for

@@ -1,0 +1,110 @@
+"""SuperBPE (Liu et al. 2025, arXiv 2503.13423): byte-level BPE whose later tokens may span up to four words.
+
+The first tokens are those of ordinary BPE. Then the same text is learned from again in pieces of many words: its tokens are
+written as one character each, so that the library's own trainer learns merges of tokens, and those are read back as merges of
+bytes. What comes out is an ordinary tokenizer.json, which only splits text in longer pieces.
+
+Refused are tokens of more than four words, and tokens in which a space follows a colon or that end in one: a prompt such as
+"Answer:" would be cut into other tokens than the same words with an answer behind. What is built on them goes with them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+from tokenizers import Tokenizer as Backend
+from tokenizers import models, pre_tokenizers, trainers
+
+from osler.tokenizer.bpe import SPECIALS, Tokenizer, split_bytes
+
+MAX_WORDS = 4
+# As in BPE, a digit, the letter of an option and line breaks stand alone. All else goes on for up to 64 words, so that the time
+# of learning and encoding is in proportion to the text. Of a word longer than 16 characters each part of 16 counts as one.
+_ALONE = r" ?\p{N}| ?\([A-Z]\)"
+_WORD = rf"(?!{_ALONE})(?:[ (][^ (\p{{N}}\r\n]{{0,16}}|[^ (\p{{N}}\r\n]{{1,16}})"
+PIECES = rf"{_ALONE}|[\r\n]+|(?:{_WORD}){{1,64}}"
+
+_SPACE = "Ġ"  # as byte-level BPE writes it
+_FIRST = 0x10000  # the token of id i is the character of code _FIRST + i, which is never a surrogate
+_SEEN_TWICE = 2  # a superword that stands in the text once is not worth a token
+_PART_CHARS = 1 << 16  # texts are encoded in parts of this length, because every encoding takes memory
+_BATCH = 32  # parts
+
+
+def train(texts: Iterable[str], vocab_size: int, transition: int) -> Tokenizer:
+    """Learn `transition` tokens of BPE (see `Tokenizer.train`), and then superwords up to `vocab_size`.
+
+    The same texts in the same order give the same tokenizer; little text may yield fewer tokens. Raises UserError for a
+    `transition` that is too small.
+    """
+    texts = list(texts)
+    content = json.loads(Tokenizer.train(texts, transition).to_bytes())
+    bpe = Backend.from_str(json.dumps(content))
+    bpe.pre_tokenizer = split_bytes(PIECES)
+    bpe.encode_special_tokens = True  # a special token inside text is plain text
+    lines = list(_written_in_tokens(bpe, texts))
+    vocab: dict[str, int] = content["model"]["vocab"]
+    tokens = sorted(vocab, key=vocab.__getitem__)
+    tries = (vocab_size - len(tokens)) * 9 // 8  # of which some are refused
+    while True:
+        learned = _learn(lines, len(tokens), tries)
+        vocab, merges = _with_superwords(tokens, content["model"]["merges"], learned, vocab_size)
+        if len(vocab) == vocab_size or len(learned) < tries:
+            break
+        tries *= 2
+    content["model"] |= {"vocab": vocab, "merges": merges}
+    content["pre_tokenizer"] = json.loads(bpe.to_str())["pre_tokenizer"]
+    return Tokenizer.from_bytes(json.dumps(content).encode())
+
+
+def _written_in_tokens(bpe: Backend, texts: Sequence[str]) -> Iterator[str]:
+    """Yield the texts with a character for each token and a space between pieces."""
+    parts = [text[start : start + _PART_CHARS] for text in texts for start in range(0, len(text), _PART_CHARS)]
+    for start in range(0, len(parts), _BATCH):
+        for encoding in bpe.encode_batch(parts[start : start + _BATCH], add_special_tokens=False):
+            characters = np.array(encoding.ids, dtype="<u4") + np.array(_FIRST, dtype="<u4")
+            borders = np.flatnonzero(np.diff(np.array(encoding.word_ids))) + 1
+            yield np.insert(characters, borders, ord(" ")).tobytes().decode("utf-32-le")
+
+
+def _learn(lines: Sequence[str], num_tokens: int, num_merges: int) -> list[tuple[str, str]]:
+    """Return the merges that BPE learns of texts that are written in tokens, as pairs of texts written in tokens."""
+    backend = Backend(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.CharDelimiterSplit(" ")
+    trainer = trainers.BpeTrainer(
+        vocab_size=num_tokens + num_merges,
+        min_frequency=_SEEN_TWICE,
+        initial_alphabet=[chr(_FIRST + token_id) for token_id in range(num_tokens)],
+        show_progress=False,
+    )
+    backend.train_from_iterator(lines, trainer)
+    return [(left, right) for left, right in json.loads(backend.to_str())["model"]["merges"]]
+
+
+def _with_superwords(
+    tokens: Sequence[str], merges: Sequence[Sequence[str]], learned: Sequence[tuple[str, str]], vocab_size: int
+) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Return the vocabulary and the merges of BPE with what was learned of its tokens, up to `vocab_size`.
+
+    Two ways to cut a text may have led to the same merge of bytes, or to the same token: the first decides its rank or id.
+    """
+    written = {chr(_FIRST + token_id): token for token_id, token in enumerate(tokens)}
+    vocab = {token: token_id for token_id, token in enumerate(tokens)}
+    ranked = dict.fromkeys((left, right) for left, right in merges)
+    for pair in learned:
+        left, right = ("".join(map(written.__getitem__, side)) for side in pair)
+        if len(vocab) == vocab_size:
+            break
+        if left in vocab and right in vocab and not _is_refused(left + right):
+            vocab.setdefault(left + right, len(vocab))
+            ranked.setdefault((left, right))
+    return vocab, list(ranked)
+
+
+def _is_refused(token: str) -> bool:
+    """Whether a token, in the characters of byte-level BPE, may not be; text must never become a special token."""
+    words = sum(map(bool, token.split(_SPACE)))
+    ends_in_space = words > 0 and token.endswith(_SPACE)
+    return words > MAX_WORDS or ends_in_space or f":{_SPACE}" in token or token in SPECIALS
