@@ -27,13 +27,18 @@ class ConsumedData:
 
     def epochs(self, step: int, skipped_tokens: int = 0) -> float:
         """Return how many epochs the first ``step`` steps have consumed of the source that they repeat most."""
-        return max(self.epochs_by_source(step, skipped_tokens).values())
-
-    def epochs_by_source(self, step: int, skipped_tokens: int = 0) -> dict[str, float]:
-        """Return how many epochs of each source the first ``step`` steps have consumed."""
         packing = self._packing_at(step)
         tokens, of_epoch = packing.tokens(self._rows(step, skipped_tokens)), packing.epoch_tokens
-        return {name: tokens[name] / of_epoch[name] for name in tokens}
+        return max(tokens[name] / of_epoch[name] for name in tokens)
+
+    def planned_epochs(self, total_tokens: int) -> dict[str, float]:
+        """Return how many epochs of each source a run of so many tokens reads, if padding were data."""
+        found = dict.fromkeys(self.packings[0].packings, 0.0)
+        for span, tokens in self.timeline.shares(total_tokens):
+            packing = self.packings[span.number - 1]
+            for (name, part), fraction in zip(packing.packings.items(), packing.mixture.fractions, strict=True):
+                found[name] += fraction * tokens / part.order.shards.num_tokens
+        return found
 
     def metrics(self, step: int, steps: int, *, skipped_tokens: int = 0) -> dict[str, float]:
         """Return the metrics after ``step`` steps; padding is that of the last ``steps``."""

@@ -120,8 +120,9 @@ class WholePacking:
 
     def row(self, index: int) -> PackedRow:
         """Return a row of the endless sequence of epochs."""
-        window, place = self._find(index)
+        window, first_row, _ = self._find(index)
         pieces, row_ends, _, _ = self._plan(window)
+        place = index - first_row
         builder = _RowBuilder(self.seq_len + 1, self.order.shards.eos_id)
         in_row = slice(int(row_ends[place - 1]) if place else 0, int(row_ends[place]))
         for document, start, length in zip(*pieces.take(in_row), strict=True):
@@ -131,11 +132,13 @@ class WholePacking:
     @property
     def rows_of_first_epoch(self) -> int:
         """Return how many rows the first epoch has; later ones may differ by a few."""
-        return self._first_row_of(len(self.order.epoch(0).ends))
+        return self._before(len(self.order.epoch(0).ends))[0]
 
     @property
     def epoch_tokens(self) -> int:
-        """Return the tokens in the rows of an epoch."""
+        """Return the tokens in the rows of an epoch; with several windows those of the documents, which are nearly as many."""
+        if len(self.order.epoch(1).ends) > 1:
+            return self.order.shards.num_tokens
         return self.tokens(self.rows_of_first_epoch)
 
     def padding(self, first: int, stop: int) -> float:
@@ -144,25 +147,31 @@ class WholePacking:
 
     def tokens(self, rows: int) -> int:
         """Return how many tokens, without padding, the first rows hold."""
-        window, place = self._find(rows)
-        return self._first_tokens[window] + int(self._plan(window).row_tokens[:place].sum())
+        window, first_row, tokens = self._find(rows)
+        return tokens + int(self._plan(window).row_tokens[: rows - first_row].sum())
 
-    def _find(self, row: int) -> tuple[int, int]:
-        """Return the window that a row is in and its place there; windows count on from epoch to epoch."""
+    def _find(self, row: int) -> tuple[int, int, int]:
+        """Return the window that a row is in, its first row, and the tokens before it; windows count on over the epochs."""
         with self._lock:
+            second = len(self.order.epoch(0).ends)  # the number of the second epoch's first window
+            if len(self.order.epoch(1).ends) == 1:  # later epochs have one window each, and as many rows as one another
+                (start, tokens), (end, tokens_at_end) = self._before(second), self._before(second + 1)
+                if row >= start:
+                    epochs = (row - start) // (end - start)
+                    return second + epochs, start + epochs * (end - start), tokens + epochs * (tokens_at_end - tokens)
             while self._first_rows[-1] <= row:
-                self._first_row_of(len(self._first_rows))
+                self._before(len(self._first_rows))
             window = bisect_right(self._first_rows, row) - 1
-            return window, row - self._first_rows[window]
+            return window, self._first_rows[window], self._first_tokens[window]
 
-    def _first_row_of(self, window: int) -> int:
-        """Return the number of a window's first row; plans all windows before it."""
+    def _before(self, window: int) -> tuple[int, int]:
+        """Return how many rows and tokens there are before a window; plans all windows before it."""
         with self._lock:
             for number in range(len(self._first_rows) - 1, window):
                 plan = self._plan(number)
                 self._first_rows.append(self._first_rows[-1] + len(plan.row_ends))
                 self._first_tokens.append(self._first_tokens[-1] + int(plan.row_tokens.sum()))
-            return self._first_rows[window]
+            return self._first_rows[window], self._first_tokens[window]
 
     def _place(self, window: int) -> tuple[int, int, bool]:
         """Return the epoch of a window, its number in it, and whether it is the epoch's last."""

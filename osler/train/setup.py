@@ -235,7 +235,7 @@ def tell_of_repeats(config: TrainConfig, prepared: Prepared, consumed: ConsumedD
             f"the data are {tokens:,} tokens, less than one row of seq_len {config.seq_len}. Give more data, or set a "
             "smaller seq_len."
         )
-    by_source = consumed.epochs_by_source(config.total_steps)
+    by_source = consumed.planned_epochs(config.total_tokens)
     name, epochs = max(by_source.items(), key=lambda item: item[1])
     if config.max_minutes is None and epochs > most:
         what = f"its {tokens:,} tokens" if len(by_source) == 1 else f"the source {name}"

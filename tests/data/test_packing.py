@@ -198,3 +198,12 @@ def test_one_tiny_document_fills_any_row(make_shards) -> None:  # type: ignore[n
     order = Order(make_shards([2]), 0)
     assert StreamPacking(order, 9).row(5).ids.tolist() == [0, 1, 0, 1, 0, 1, 0, 1, 0]
     assert WholePacking(order, 9).row(5).ids.tolist() == [1, 0, 0, 0, 0, 0, 0, 0, 0]
+
+
+def test_a_far_row_is_found_without_the_epochs_before_it(make_shards) -> None:  # type: ignore[no-untyped-def]
+    packing, near = (WholePacking(Order(make_shards(LENGTHS), 0), 16) for _ in range(2))
+    borders = [next(row for row in itertools.count() if near.tokens(row) == epoch * near.epoch_tokens) for epoch in (1, 2)]
+    rows = borders[1] - borders[0]
+    far = borders[0] + 10**9 * rows
+    assert packing.tokens(far) == (10**9 + 1) * packing.epoch_tokens
+    assert packing.padding(far, far + rows) == near.padding(*borders) and packing.row(far).ids.shape == (16,)
