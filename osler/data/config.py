@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -17,13 +18,14 @@ class Source:
     """What every source of data has."""
 
     name: str = ""  # for metrics and messages; empty: of the clinic or of the path
-    weight: PositiveFloat = 1.0  # share of the tokens of a run, relative to the other sources of a mixture
+    # share of the tokens of a run, relative to the other sources of a mixture; of its rows where documents are kept whole
+    weight: PositiveFloat = 1.0
 
     @property
     def title(self) -> str:
         """Return the name of the source, of characters that a folder and a metric may have."""
         path = getattr(self, "path", "clinic")
-        return re.sub(r"[^\w.\-]+", "-", self.name or Path(path).name.partition(".")[0]) or "data"
+        return re.sub(r"[^\w\-]+", "-", self.name or Path(path).name.partition(".")[0]).strip("-") or "data"
 
 
 @config
@@ -96,6 +98,16 @@ class PreparedData:
     path: str  # the folder of shards; the run reads them there and makes no copy
 
 
+def wrong_weights(stage: int, weights: Iterable[str], sources: Iterable[str]) -> str:
+    """Return what is wrong when a stage gives weights to other sources than there are, else nothing."""
+    if set(weights) == set(sources):
+        return ""
+    return (
+        f"curriculum, stage {stage}: its weights are of {', '.join(weights)}, the sources are {', '.join(sources)}; give every "
+        "source one, 0 where it rests"
+    )
+
+
 def sources_of(data: TextData) -> dict[str, ClinicData | FilesData | TurnsData]:
     """Return the sources in a config by their titles."""
     return {source.title: source for source in (data.sources if isinstance(data, MixtureData) else (data,))}
@@ -111,5 +123,7 @@ class CurriculumStage:
     weights: dict[str, NonNegativeFloat] | None = None  # of all sources by name, from this stage on; null: those of the data
 
     def __post_init__(self) -> None:
+        if self.weights is not None:
+            Mixture(list(self.weights.values()))
         if self.batch_tokens is not None and self.batch_tokens % self.seq_len:
             raise ValueError(f"batch_tokens={self.batch_tokens} is not a multiple of seq_len={self.seq_len}")

@@ -7,18 +7,20 @@ loader for each stage. This is the only module of the package that imports torch
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
+from typing import cast
 
 import numpy as np
 import torch
 
-from osler.data.curriculum import Timeline
-from osler.data.packing import Packing
+from osler.data.curriculum import Span, Timeline
+from osler.data.packing import MixedPacking, Packing
 from osler.runtime.errors import UserError
 from osler.runtime.faults import fault
 
@@ -62,26 +64,26 @@ class Loader:
     def __post_init__(self) -> None:
         check_shares(self.rows_per_batch, self.packing.seq_len, self.world_size, self.stage)
 
-    def batch(self, step: int, skipped_rows: int = 0) -> Batch:
-        """Return this rank's rows of the global batch of a step (0, 1, ...), with the first rows of the packing skipped."""
+    def batch(self, step: int) -> Batch:
+        """Return this rank's rows of the global batch of a step (0, 1, ...)."""
         fault("load-batch")
         rows = self.rows_per_batch // self.world_size
-        first = skipped_rows + step * self.rows_per_batch + self.rank * rows
+        first = step * self.rows_per_batch + self.rank * rows
         batch = make_batch(self.packing, range(first, first + rows))
         return batch.pinned() if self.pin_memory else batch
 
-    def batches(self, start_step: int = 0, skipped_rows: int = 0) -> Generator[Batch, None, None]:
+    def batches(self, start_step: int = 0) -> Generator[Batch, None, None]:
         """Yield the batches from a step on, without end; they do not depend on the number of workers."""
         if self.workers == 0:
             while True:
-                yield self.batch(start_step, skipped_rows)
+                yield self.batch(start_step)
                 start_step += 1
         executor = ThreadPoolExecutor(self.workers, thread_name_prefix="loader")
         try:
             ahead: deque[Future[Batch]] = deque()
             while True:
                 while len(ahead) < self.workers * BATCHES_AHEAD:
-                    ahead.append(executor.submit(self.batch, start_step, skipped_rows))
+                    ahead.append(executor.submit(self.batch, start_step))
                     start_step += 1
                 yield ahead.popleft().result()
         finally:
@@ -106,16 +108,23 @@ class StagedLoader:
     loaders: Sequence[Loader]
 
     def batches(self, start_step: int = 0, skipped_tokens: int = 0) -> Iterator[Batch]:
-        """Yield the batches from a step of the run on, without end, with the first tokens of the data skipped.
-
-        The tokens are skipped in every stage, so no stage repeats data of the one before. Where the rows of a stage do not
-        divide them, less than a row is left out or repeated.
-        """
+        """Yield the batches from a step of the run on, without end, with the first tokens of the data skipped."""
         for span, loader in zip(self.timeline.spans, self.loaders, strict=True):
             first = max(start_step, span.first_step)
             count = None if span.end_step is None else max(0, span.end_step - first)
-            with closing(loader.batches(first - span.first_step, span.rows_in(skipped_tokens))) as batches:
+            shifted = replace(loader, packing=self.packing(span, skipped_tokens))
+            with closing(shifted.batches(first - span.first_step)) as batches:
                 yield from islice(batches, count)
+
+    def packing(self, span: Span, skipped_tokens: int = 0) -> MixedPacking:
+        """Return the packing of a stage, in which each source begins later by its share of the skipped tokens.
+
+        The share is the largest of all stages, so that no stage repeats data of the one before, and less than a row more
+        is left out where the rows of the stage do not divide it.
+        """
+        packings = [cast(MixedPacking, loader.packing) for loader in self.loaders]
+        shares = map(max, zip(*(packing.mixture.fractions for packing in packings), strict=True))
+        return packings[span.number - 1].skipping([span.rows_in(math.ceil(share * skipped_tokens)) for share in shares])
 
 
 def make_batch(packing: Packing, indices: Sequence[int]) -> Batch:

@@ -3,7 +3,7 @@
 Weights are rounded to thousandths, and the assignment of rows repeats after at most a thousand of them: so any thousand rows that
 follow one another hold every source within 0.1 % of its weight, and any row is found at once. Within the period, rows are
 dealt out by Tijdeman's algorithm for the chairman assignment problem (Discrete Mathematics 32, 1980), which keeps every count
-within one row of its share. Rows of a stage have equal numbers of tokens, so shares of rows are shares of tokens.
+within one row of its share. Rows of a stage are equally long, so shares of rows are shares of tokens, but for padding.
 """
 
 from __future__ import annotations
@@ -42,15 +42,16 @@ class Mixture:
 
 def _whole_shares(weights: Sequence[float]) -> list[int]:
     """Return weights as whole numbers without a common divisor; the largest remainders are rounded up."""
-    if not any(weights):
-        raise ValueError("all weights are 0")
+    if not 0 < sum(weights) < math.inf:
+        raise ValueError(f"the weights are {', '.join(f'{weight:g}' for weight in weights)}; give at least one above 0")
     exact = [PERIOD * weight / sum(weights) for weight in weights]
     shares = [math.floor(share + 1e-9) for share in exact]
     by_remainder = sorted(range(len(exact)), key=lambda source: shares[source] - exact[source])
     for source in by_remainder[: PERIOD - sum(shares)]:
         shares[source] += 1
-    if any(weight and not share for weight, share in zip(weights, shares, strict=True)):
-        raise ValueError(f"a weight is less than 1/{PERIOD} of the sum of all, so its source would never be read")
+    for weight, share in zip(weights, shares, strict=True):
+        if weight and not share:
+            raise ValueError(f"the weight {weight:g} is less than 1/{PERIOD} of the sum, so its source would never be read")
     return [share // math.gcd(*shares) for share in shares]
 
 

@@ -60,15 +60,14 @@ class Order:
     def _epoch(self, epoch: int) -> Epoch:
         shards, count = self.shards, self.shards.num_shards
         if epoch == 0:
-            numbers, sizes = np.arange(count, dtype=np.int64), [1]
-            while sum(sizes) < count:
-                sizes.append(min(sum(sizes), WINDOW_SHARDS))
+            numbers, borders = np.arange(count, dtype=np.int64), [0, 1]
+            while borders[-1] < count:
+                borders.append(min(count, borders[-1] + min(borders[-1], WINDOW_SHARDS)))
         else:
             numbers = permutation(count, self.seed, shards.fingerprint, epoch, "shards")
-            sizes = [WINDOW_SHARDS] * -(-count // WINDOW_SHARDS)
-        borders = np.minimum(np.cumsum([0, *sizes]), count)
+            borders = [*range(0, count, WINDOW_SHARDS), count]
         tokens = np.cumsum(np.diff(shards.ends_of_tokens, prepend=0)[numbers])
-        return Epoch(numbers, borders, tokens[borders[1:] - 1])
+        return Epoch(numbers, np.array(borders), tokens[np.array(borders[1:]) - 1])
 
     def _window(self, epoch: int, number: int) -> Window:
         numbers, borders, ends = self.epoch(epoch)

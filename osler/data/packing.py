@@ -16,7 +16,7 @@ from __future__ import annotations
 import functools
 import threading
 from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -27,7 +27,7 @@ from osler.data.order import CACHED_WINDOWS, Order
 from osler.data.shards import Int64Array, MaskArray, ShardSet, TokenArray
 from osler.ops.labels import IGNORED
 
-CARRIED_ROWS = 4096  # that are not full at the end of a window, at most, whose documents go on to the next
+CARRIED_ROWS = 4096  # at most, and half of a window's: rows that are not full, whose documents go on to the next window
 FULL = 0.99  # of a row: from this share on it is not carried
 
 
@@ -93,6 +93,9 @@ class _Pieces(NamedTuple):
         return _Pieces(*(column[which] for column in self))
 
 
+_NOTHING = _Pieces(*(np.zeros(0, np.int64) for _ in range(3)))
+
+
 class _Plan(NamedTuple):
     """The rows of a window one after another, where each ends in pieces, its tokens, and the pieces that the next window gets."""
 
@@ -116,12 +119,14 @@ class WholePacking:
         self.drop_torn = drop_torn
         self._lock = threading.RLock()  # the threads of a loader share the plans
         self._first_rows, self._first_tokens = [0], [0]  # of every window that has been planned, and of the one after
+        self._carried = [_NOTHING]  # what each of these windows gets from the one before
         self._plan = functools.lru_cache(CACHED_WINDOWS)(self._plan_window)
 
     def row(self, index: int) -> PackedRow:
         """Return a row of the endless sequence of epochs."""
-        window, first_row, _ = self._find(index)
-        pieces, row_ends, _, _ = self._plan(window)
+        with self._lock:
+            window, first_row, _ = self._find(index)
+            pieces, row_ends, _, _ = self._plan(window)
         place = index - first_row
         builder = _RowBuilder(self.seq_len + 1, self.order.shards.eos_id)
         in_row = slice(int(row_ends[place - 1]) if place else 0, int(row_ends[place]))
@@ -171,6 +176,7 @@ class WholePacking:
                 plan = self._plan(number)
                 self._first_rows.append(self._first_rows[-1] + len(plan.row_ends))
                 self._first_tokens.append(self._first_tokens[-1] + int(plan.row_tokens.sum()))
+                self._carried.append(plan.carried)
             return self._first_rows[window], self._first_tokens[window]
 
     def _place(self, window: int) -> tuple[int, int, bool]:
@@ -183,13 +189,13 @@ class WholePacking:
         epoch, number, is_last = self._place(window)
         pieces = self._cut(*self.order.window(epoch, number)[:2])
         if number:
-            pieces = _Pieces(*(np.concatenate(pair) for pair in zip(self._plan(window - 1).carried, pieces, strict=True)))
+            pieces = _Pieces(*(np.concatenate(pair) for pair in zip(self._carried[window], pieces, strict=True)))
         capacity = self.seq_len + 1
         longest_first = np.argsort(-pieces.lengths, kind="stable")
         row_of = np.empty(len(longest_first), np.int64)
         row_of[longest_first] = best_fit(pieces.lengths[longest_first], capacity)
         row_tokens = np.bincount(row_of, pieces.lengths).astype(np.int64)
-        emptiest = np.argsort(row_tokens, kind="stable")[:CARRIED_ROWS]
+        emptiest = np.argsort(row_tokens, kind="stable")[: min(CARRIED_ROWS, len(row_tokens) // 2)]
         is_carried = np.zeros(len(row_tokens), bool)
         is_carried[emptiest] = not is_last and row_tokens[emptiest] < FULL * capacity
         kept = np.flatnonzero(~is_carried)
@@ -217,26 +223,36 @@ class WholePacking:
 class MixedPacking:
     """The rows of a stage of a run: each comes from one source, which has a packing of its own."""
 
-    def __init__(self, packings: Mapping[str, StreamPacking | WholePacking], mixture: Mixture) -> None:
+    def __init__(
+        self, packings: Mapping[str, StreamPacking | WholePacking], mixture: Mixture, skipped: Sequence[int] | None = None
+    ) -> None:
         self.packings = packings
         self.mixture = mixture
         self.seq_len = next(iter(packings.values())).seq_len
         self._packings = list(packings.values())
+        self._skipped = skipped or [0] * len(packings)  # rows of each source that are passed over
+
+    def skipping(self, rows: Sequence[int]) -> MixedPacking:
+        """Return the same mixture over sources of which the first rows are passed over."""
+        return MixedPacking(self.packings, self.mixture, rows)
 
     def row(self, index: int) -> PackedRow:
         """Return a row of the stage."""
         source, row = self.mixture.locate(index)
-        return self._packings[source].row(row)
+        return self._packings[source].row(row + self._skipped[source])
 
     def padding(self, first: int, stop: int) -> float:
         """Return the share of the places in rows `first:stop` that is padding."""
-        spans = zip(self._packings, self.mixture.rows(first), self.mixture.rows(stop), strict=True)
+        spans = zip(self._packings, self._rows(first), self._rows(stop), strict=True)
         return sum(packing.padding(a, b) * (b - a) for packing, a, b in spans if b > a) / (stop - first)
 
     def tokens(self, rows: int) -> dict[str, int]:
         """Return how many tokens of each source a run has consumed after the first rows of this stage."""
-        counts = zip(self.packings.items(), self.mixture.rows(rows), strict=True)
+        counts = zip(self.packings.items(), self._rows(rows), strict=True)
         return {name: packing.tokens(count) for (name, packing), count in counts}
+
+    def _rows(self, count: int) -> list[int]:
+        return [rows + skipped for rows, skipped in zip(self.mixture.rows(count), self._skipped, strict=True)]
 
     @property
     def bytes_per_token(self) -> float | None:

@@ -9,6 +9,7 @@ An interrupted preparation therefore starts again from nothing.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import logging
 import os
@@ -19,7 +20,7 @@ from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from osler.data.documents import Corpus, Document, Mixed
 from osler.data.prepared import Prepared, open_folder
@@ -83,7 +84,8 @@ class _Split:
             raise UserError("The documents changed while they were being prepared; prepare them again.")
 
 
-class _Source(NamedTuple):
+@dataclass(frozen=True)
+class _Source:
     """A source to prepare, and what the first pass found in it and in its validation documents."""
 
     corpus: Corpus
@@ -101,11 +103,17 @@ class _Source(NamedTuple):
             "seed": self.corpus.seed,
         }
 
+    @functools.cached_property
+    def held(self) -> frozenset[int]:
+        """The split keys of its validation documents."""
+        return _held_keys(self.survey, self.corpus) if self.held_survey is None else frozenset(self.held_survey.keys)
+
     def splits(self, held: frozenset[int]) -> list[_Split]:
+        """Return what is learned, without all that is `held` out of any source, and what is held out of this one."""
         train = _Split("train", self.corpus.train, self.survey, held)
         if self.corpus.validation is None or self.held_survey is None:
-            return [train, _Split("validation", self.corpus.train, self.survey, held)]
-        return [train, _Split("validation", self.corpus.validation, self.held_survey, held)]
+            return [train, _Split("validation", self.corpus.train, self.survey, self.held)]
+        return [train, _Split("validation", self.corpus.validation, self.held_survey, self.held)]
 
 
 def prepare(
@@ -129,7 +137,9 @@ def prepare(
         name: _Source(corpus, _survey(corpus.train), None if corpus.validation is None else _survey(corpus.validation))
         for name, corpus in corpora.items()
     }
-    held = frozenset[int]().union(*(_check_source(name if len(sources) > 1 else "", source) for name, source in sources.items()))
+    held = frozenset[int]().union(*(source.held for source in sources.values()))
+    for name, source in sources.items():
+        _check_source(name if len(sources) > 1 else "", source, held)
     content = [source.content for source in sources.values()]
     manifest: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
@@ -145,28 +155,36 @@ def prepare(
     if set_aside:
         _set_aside(out, manifest["content_fingerprint"])
     if _can_reuse(out, manifest, consent):
+        _keep_weights(out, [entry["weight"] for entry in manifest["sources"].values()])
         return open_folder(out)
     _write_folder(out, manifest, {name: source.splits(held) for name, source in sources.items()}, tokenizer)
     return open_folder(out, reused=False)
 
 
-def _check_source(name: str, source: _Source) -> frozenset[int]:
-    """Return what is held out of a source; raises UserError, which names the source, when nothing is left to learn from."""
+def _keep_weights(out: Path, weights: Sequence[float]) -> None:
+    """Write other weights into the manifest of shards that are used again."""
+    manifest = read_data_manifest(out)
+    if [entry["weight"] for entry in manifest["sources"].values()] != weights:
+        for entry, weight in zip(manifest["sources"].values(), weights, strict=True):
+            entry["weight"] = weight
+        write_json(out / DATA_MANIFEST, manifest)
+
+
+def _check_source(name: str, source: _Source, held: frozenset[int]) -> None:
+    """Raise UserError, which names the source, when what is held out of all sources leaves nothing of it to learn from."""
     survey, of_source = source.survey, f" in the source {name}" if name else ""
-    held = _held_keys(survey, source.corpus) if source.held_survey is None else frozenset(source.held_survey.keys)
     if all(key in held for key in survey.keys):
         raise UserError(
             f"There is nothing to learn from{of_source}: of {len(survey.keys) + survey.empty:,} documents {survey.empty:,} are "
             f"empty and {len(survey.keys):,} are copies of validation documents."
         )
-    if source.held_survey is None and source.corpus.holdout_fraction > 0 and not held:
+    if source.held_survey is None and source.corpus.holdout_fraction > 0 and not source.held:
         reason = (
             f"the {len(survey.keys):,} documents that are not empty are equal but for case and spacing"
             if len(survey.keys) > 1
             else "there is only one document"
         )
         logger.warning(f"Nothing is held out{of_source}, so there is no held-out loss: {reason}.")
-    return held
 
 
 def held_out(corpora: Iterable[Corpus]) -> frozenset[int]:
@@ -251,7 +269,7 @@ def _write_folder(
             manifest["sources"][name] |= {
                 "splits": {split: entry for split, entry in entries.items() if entry["documents"]},
                 "empty_documents": sum(survey.empty for survey in surveys),
-                "dropped_copies": len(splits[0].survey.keys) - len(splits[0]) if len(surveys) > 1 else 0,
+                "dropped_copies": len(splits[0].survey.keys) - len(splits[0]) - (len(splits[1]) if len(surveys) == 1 else 0),
             }
         write_atomic(partial / TOKENIZER, tokenizer.to_bytes())
         fault("prepare-manifest")

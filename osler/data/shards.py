@@ -4,10 +4,10 @@ A split of a source is a folder with `index.bin` and one file per shard. A shard
 each document ends in it (uint32), the tokens (uint16 while ids fit, else uint32) and, if some document has a loss mask, the mask
 (uint8, 1 = learn this token). No document crosses a shard. The index has one record of fixed size per shard, whose counts
 run from the first shard on, so that any token is found without reading the shards before it. A record is written after its
-shard is on the disk: what a killed writer leaves is a whole number of shards and perhaps a torn tail, which is cut off.
+shard is on the disk: what a killed writer leaves is a whole number of shards and perhaps a torn record, which does not count.
 
 The fingerprint of a shard list is a hash over the hashes of its files. Equal fingerprints mean equal tokens in equal order,
-which exact resume depends on; every record has the one of the list up to it.
+which exact resume depends on; every record has the one of the list up to it, which covers its counts too.
 """
 
 from __future__ import annotations
@@ -101,15 +101,16 @@ class ShardWriter:
         lengths = np.diff(self._ends, prepend=0).tolist()
         masks = [b"\x01" * length if mask is None else mask for length, mask in zip(lengths, self._masks, strict=True)]
         data = b"".join([np.asarray(self._ends, "<u4").tobytes(), *self._tokens, *(masks if is_masked else [])])
-        digest = hashlib.sha256(data)
-        self.fingerprint = hashlib.sha256(bytes.fromhex(self.fingerprint) + digest.digest()).hexdigest()[: len(_NOTHING)]
         record = self._record
         record["documents"], record["tokens"] = self.num_documents, self.num_tokens
         record["loss_tokens"] += self._loss_tokens
         record["num_bytes"] += self._num_bytes
         record["is_masked"] = is_masked
-        record["digest"], record["fingerprint"] = np.void(digest.digest()), np.void(bytes.fromhex(self.fingerprint))
+        record["digest"] = np.void(hashlib.sha256(data).digest())
+        self.fingerprint = _chained(self.fingerprint, record)
+        record["fingerprint"] = np.void(bytes.fromhex(self.fingerprint))
         _write(self._folder / shard_name(self._number), data, "wb")
+        fsync_dir(self._folder)  # the index never names a shard that a power cut takes away
         _write(self._folder / INDEX, record.tobytes(), "ab")
         self._number += 1
         self._empty()
@@ -177,13 +178,16 @@ class ShardSet:
     @property
     def file_bytes(self) -> int:
         """Return the size of all shards."""
-        return sum(self._size(number) for number in range(self.num_shards))
+        masked = np.diff(self.ends_of_tokens, prepend=0)[self._records["is_masked"] > 0].sum()
+        return int(4 * self.num_documents + self._dtype.itemsize * self.num_tokens + masked)
 
     def verify(self) -> list[str]:
         """Hash every file and return one sentence for each that is missing or changed."""
-        problems = []
+        problems, fingerprint = [], _NOTHING
         for number in range(self.num_shards):
-            path = self.folder / shard_name(number)
+            path, fingerprint = self.folder / shard_name(number), _chained(fingerprint, self._records[number])
+            if fingerprint != self.fingerprint_up_to(number + 1):
+                return [f"{self.folder / INDEX} has changed since it was written, from the record of {path.name} on."]
             if not path.is_file():
                 problems.append(f"{path} is missing.")
             elif sha256_file(path) != self._records["digest"][number].tobytes().hex():
@@ -217,6 +221,11 @@ class ShardSet:
         end = middle + tokens * self._dtype.itemsize
         mask = data[end:] if is_masked else None
         return Shard(data[:middle].view("<u4"), data[middle:end].view(self._dtype), mask)
+
+
+def _chained(before: str, record: np.void | npt.NDArray[Any]) -> str:
+    """Return the fingerprint of a shard list from that of the list before its last record, and that record."""
+    return hashlib.sha256(bytes.fromhex(before) + record.tobytes()[: -len(before) // 2]).hexdigest()[: len(before)]
 
 
 def shard_name(number: int) -> str:

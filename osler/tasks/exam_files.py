@@ -140,7 +140,7 @@ def medmcqa_item(row: ExamRow) -> ExamItem:
         answer_index=row.values["cop"] - row.task.first_option,
         split=row.task.split,
         thinking=_explanation(row.values.get("exp")),
-        group=subject if isinstance(subject, str) else "",
+        group=subject.replace("/", ", ") if isinstance(subject, str) else "",  # groups with a slash are single facts
     )
 
 

@@ -234,7 +234,8 @@ def _gpt2_pair_as_json(folder: Path) -> bytes:
     for path in (folder / "vocab.bpe", folder / "encoder.json"):
         if not path.is_file():
             raise UserError(f"A GPT-2 vocabulary is the two files vocab.bpe and encoder.json; {path} is missing.")
-    merges = (folder / "vocab.bpe").read_text(encoding="utf-8", errors="replace").splitlines()
+    text = (folder / "vocab.bpe").read_text(encoding="utf-8", errors="replace")
+    merges = [line for line in text.splitlines() if line]
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     model = {"type": "BPE", "vocab": read_json(folder / "encoder.json"), "merges": merges}
     content = {"version": "1.0", "pre_tokenizer": byte_level, "decoder": byte_level, "model": model}

@@ -25,8 +25,15 @@ def train(texts: Iterable[str], wanted: BPEConfig | SuperBPEConfig) -> Tokenizer
     """
     sizes = [wanted.vocab_size, *([wanted.bpe_size] if isinstance(wanted, SuperBPEConfig) else [])]
     with tempfile.TemporaryFile() as lines:
-        for text in texts:
-            lines.write(json.dumps(text).encode() + b"\n")
+        try:
+            for text in texts:
+                lines.write(json.dumps(text).encode() + b"\n")
+            lines.flush()
+        except OSError as error:
+            raise UserError(
+                f"The text for the tokenizer could not be written to {tempfile.gettempdir()}: {error.strerror}. Free space "
+                "there, set TMPDIR to another folder, or lower tokenizer.max_bytes."
+            ) from error
         size = lines.tell()
         lines.seek(0)
         if size < SHORT_BYTES:

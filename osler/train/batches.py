@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
-from osler.data.config import PreparedData, sources_of
+from osler.data.config import PreparedData, sources_of, wrong_weights
 from osler.data.curriculum import Span
 from osler.data.loader import Loader, StagedLoader, make_batch
 from osler.data.mixture import Mixture
@@ -48,17 +48,13 @@ def weights_of(config: TrainConfig, prepared: Prepared, span: Span) -> list[floa
 
     Raises UserError when a stage names other sources than there are.
     """
-    weights = config.curriculum[span.number - 1].weights if config.curriculum else None
-    if weights is None:
-        given = {} if isinstance(config.data, PreparedData) else {name: s.weight for name, s in sources_of(config.data).items()}
-        return [given.get(source.name, source.weight) for source in prepared.sources]
-    names = [source.name for source in prepared.sources]
-    if set(weights) != set(names):
-        raise UserError(
-            f"curriculum, stage {span.number}: its weights are of {', '.join(weights)}, the sources are {', '.join(names)}; give "
-            "every source one, 0 where it rests."
-        )
-    return [weights[name] for name in names]
+    of_data = {source.name: source.weight for source in prepared.sources}
+    if not isinstance(config.data, PreparedData):  # the shards may have been prepared under other names, with other weights
+        of_data = {name: source.weight for name, source in sources_of(config.data).items()}
+    weights = (config.curriculum[span.number - 1].weights if config.curriculum else None) or of_data
+    if problem := wrong_weights(span.number, weights, of_data):
+        raise UserError(f"{problem}.")
+    return [weights[name] for name in of_data]
 
 
 def packing_of(config: TrainConfig, order: Order, seq_len: int, first_token: int) -> StreamPacking | WholePacking:

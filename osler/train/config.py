@@ -8,7 +8,16 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 from osler.config.schema import TAGGED, NonNegativeInt, PositiveFloat, PositiveInt, Seed, config
-from osler.data.config import ClinicData, CurriculumStage, FilesData, MixtureData, PreparedData, TurnsData
+from osler.data.config import (
+    ClinicData,
+    CurriculumStage,
+    FilesData,
+    MixtureData,
+    PreparedData,
+    TurnsData,
+    sources_of,
+    wrong_weights,
+)
 from osler.data.curriculum import Timeline, lay_out
 from osler.model.config import ModelConfig
 from osler.optim.schedule import LinearConfig, ScheduleConfig
@@ -92,6 +101,11 @@ class TrainConfig(RunConfig):
                 f"{self.kind}) keeps documents whole, in rows of one length; set packing=stream, or leave the curriculum out"
             )
         _ = self.timeline  # raises ValueError for stages that contradict each other
+        for number, stage in enumerate(self.curriculum, start=1):  # shards tell their sources later
+            if stage.weights is None or isinstance(self.data, PreparedData):
+                continue
+            if problem := wrong_weights(number, stage.weights, sources_of(self.data)):
+                raise ValueError(problem)
         trains_tokenizer = self.tokenizer.path is None and self.init_from is None and not isinstance(self.data, PreparedData)
         if trains_tokenizer and self.tokenizer.vocab_size > self.model.vocab_size:
             raise ValueError(

@@ -73,7 +73,7 @@ def check_branch(config: TrainConfig, start: store.Loaded) -> None:
             f"With another packing, or documents kept whole in rows of another seq_len, step {start.step:,} is another place in "
             f"the data: leave packing and seq_len as they are in {start.path}, or start a new run with init_from={start.path}."
         )
-    if _weights_until(config, seen) != _weights_until(there, seen):
+    if _shares_until(config, seen) != _shares_until(there, seen):
         raise UserError(
             f"With other weights of the sources, step {start.step:,} is another place in the data: leave them as they are in "
             f"{start.path}. From there on a curriculum can change them, with a first stage that has until_tokens={seen}."
@@ -90,11 +90,12 @@ def check_branch(config: TrainConfig, start: store.Loaded) -> None:
         )
 
 
-def _weights_until(config: TrainConfig, tokens: int) -> list[object]:
-    """Return the weights of the data, and those of each stage that begins before so many tokens."""
+def _shares_until(config: TrainConfig, tokens: int) -> list[dict[str, float]]:
+    """Return the share of each source in every stage that begins before so many tokens; empty for those that shards tell."""
     of_data = {} if isinstance(config.data, PreparedData) else {name: s.weight for name, s in sources_of(config.data).items()}
-    stages = config.curriculum[: len(config.timeline.shares(tokens))]
-    return [list(of_data.values()), *(stage.weights for stage in stages if stage.weights is not None)]
+    reached = len(config.timeline.shares(tokens))
+    weights = [stage.weights or of_data for stage in config.curriculum[:reached]] or [of_data]
+    return [{name: weight / sum(stage.values()) for name, weight in stage.items()} for stage in weights]
 
 
 def make_model(
@@ -218,8 +219,12 @@ def check_lengths(config: TrainConfig, prepared: Prepared, max_seq_len: int) -> 
         f"{count:,} of {sum(shards.num_documents for shards in splits):,} examples are longer than a row of seq_len "
         f"{config.seq_len} (the longest has {longest:,} tokens), so that answers would be cut from their questions"
     )
+    micro = None if config.micro_batch_tokens is None else max(1, config.micro_batch_tokens // wanted) * wanted
+    unit = micro or wanted  # a batch is whole forward passes of whole rows
+    keys = {"seq_len": wanted, "batch_tokens": -(-config.batch_tokens // unit) * unit, "micro_batch_tokens": micro}
+    fits = " ".join(f"{key}={value}" for key, value in keys.items() if value not in (None, getattr(config, key)))
     more = f"the model reads no more than {max_seq_len} tokens (max_seq_len)"
-    more = f"set seq_len={wanted}{limit}" if wanted > config.seq_len else more
+    more = f"set {fits}{limit}" if wanted > config.seq_len else more
     if any(len(lengths) == shards.num_documents for shards, lengths in zip(splits, torn, strict=True)):
         raise UserError(f"{what}, and too_long=drop leaves nothing to train on or to hold out: {more}.")
     if config.too_long == "refuse":

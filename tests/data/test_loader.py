@@ -3,15 +3,19 @@
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
 import pytest
 import torch
 
-from osler.data.loader import Batch, Loader, make_batch
+from osler.data.config import CurriculumStage
+from osler.data.curriculum import lay_out
+from osler.data.loader import Batch, Loader, StagedLoader, make_batch
+from osler.data.mixture import Mixture
 from osler.data.order import Order
-from osler.data.packing import Packing, StreamPacking, WholePacking
+from osler.data.packing import MixedPacking, Packing, StreamPacking, WholePacking
 from osler.runtime.errors import UserError
 
 LENGTHS = [5, 2, 40, 9, 9, 130, 3, 17, 2, 33]
@@ -107,11 +111,17 @@ def test_only_the_loader_knows_torch() -> None:
     assert subprocess.run([sys.executable, "-c", program], cwd=root).returncode == 0
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_rows_that_are_passed_over_are_not_seen(packing: Packing, workers: int) -> None:
-    rows = Loader(packing, 1)
-    for rank in range(2):
-        found = list(islice(Loader(packing, 4, rank, 2, workers).batches(3, skipped_rows=5), 2))
-        for step, batch in enumerate(found, start=3):
-            first = 5 + 4 * step + 2 * rank
-            assert same(batch, joined([rows.batch(first), rows.batch(first + 1)]))
+def test_what_a_rollback_passes_over_is_seen_in_no_later_stage(make_shards) -> None:  # type: ignore[no-untyped-def]
+    """Each source goes on behind what was skipped of it, also where the next stage has other weights."""
+    stages = [CurriculumStage(seq_len=16, until_tokens=3200), CurriculumStage(seq_len=16)]
+    timeline, orders = lay_out(stages, seq_len=16, batch_tokens=320), {name: Order(make_shards(LENGTHS), 0) for name in "ab"}
+    mixtures, first = [Mixture([9, 1]), Mixture([1, 9])], [{"a": 0, "b": 0}, {"a": 2880, "b": 320}]
+    loaders = [
+        Loader(MixedPacking({name: StreamPacking(orders[name], 16, first_token=at[name]) for name in "ab"}, mixture), 20)
+        for mixture, at in zip(mixtures, first, strict=True)
+    ]
+    loader = StagedLoader(timeline, loaders)
+    ends, starts = loader.packing(timeline.spans[0], 640).tokens(200), loader.packing(timeline.spans[1], 640).tokens(0)
+    assert ends == starts == {"a": 2880 + 576, "b": 320 + 576}, "nothing is repeated, nothing else is left out"
+    plain = list(islice(loader.batches(0, 640), 2))
+    assert same(plain[0], replace(loaders[0], packing=loaders[0].packing.skipping([36, 36])).batch(0))  # type: ignore[union-attr]

@@ -77,7 +77,7 @@ def test_the_fingerprints_are_these_in_every_version(tmp_path: Path) -> None:
     documents = [*DOCUMENTS[:9], Document(turn=Turn("Why?", "So.", "Yes (A)")), Document(text="")]
     prepared = prepare(Corpus(documents, holdout_fraction=0.2, seed=3), tokenizer, tmp_path / "out")
     found = (read_data_manifest(tmp_path / "out")["content_fingerprint"], prepared.train.fingerprint)
-    assert found == ("2ef0924d58f30df4", "9ca4f8bba3761e29")
+    assert found == ("2ef0924d58f30df4", "df43f476c03d9f8e")
 
 
 def test_large_vocabularies_take_four_bytes(make_shards) -> None:  # type: ignore[no-untyped-def]
@@ -130,6 +130,14 @@ def test_given_validation_documents_win_over_train(tmp_path: Path, tokenizer: To
     assert read_data_manifest(tmp_path / "out")["sources"]["notes"]["dropped_copies"] == 5
     with pytest.raises(UserError, match="40 are copies of validation"):
         prepare(Corpus(DOCUMENTS, DOCUMENTS), tokenizer, tmp_path / "none")
+
+
+def test_a_source_of_which_another_holds_everything_out_is_named(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    two = Corpus(DOCUMENTS[:2], holdout_fraction=0.5)
+    [held] = decoded(prepare(two, tokenizer, tmp_path / "alone").validation, tokenizer)
+    with pytest.raises(UserError, match="nothing to learn from in the source b: of 1 documents 0 are empty and 1 are copies"):
+        prepare_sources({"a": two, "b": Corpus([Document(text=held)])}, tokenizer, tmp_path / "out")
+    assert folders(tmp_path) == ["alone"]
 
 
 def test_holdout_depends_on_seed_and_content_not_on_order(tmp_path: Path, tokenizer: Tokenizer) -> None:
@@ -210,6 +218,8 @@ def test_damage_is_found(tmp_path: Path, tokenizer: Tokenizer) -> None:
     records = index.read_bytes()
     index.write_bytes(records + records[:-3])  # a killed writer's last record is torn, and does not count
     assert ShardSet.open(out, "notes", "train").num_shards == 1
+    index.write_bytes(bytes([*records[:16], records[16] ^ 1, *records[17:]]))  # a count, which no shard's hash covers
+    assert "index.bin has changed" in ShardSet.open(out, "notes", "train").verify()[0]
     index.write_bytes(records[:-3])
     refused(r"index\.bin is not the one that the manifest describes")
     index.unlink()

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +126,7 @@ def test_a_mixture_is_known_by_its_sources() -> None:
     for wrong, message in (
         ([], "sources is empty"),
         ([files[0], {**files[0], "path": "other/a.parquet"}], "two sources are named a"),
-        ([files[0], {**files[1], "weight": 1e-4}], "a weight is less than 1/1000"),
+        ([files[0], {**files[1], "weight": 1e-4}], "the weight 0.0001 is less than 1/1000"),
         ([{**files[0], "weight": 0}], "weight: must be above 0"),
     ):
         with pytest.raises(UserError, match=message):
@@ -144,6 +145,23 @@ def test_no_source_has_what_another_holds_out(tmp_path: Path) -> None:
     train, held = ({tokenizer.decode(ids[:-1]) for part in split for ids in part.documents()} for split in splits)
     assert train | held == set(texts) and not train & held and len(held) > 10
     assert [source.name for source in prepared.sources] == ["a", "b"]
+
+
+def test_weights_and_names_may_change_and_the_shards_stay(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.txt").write_text(f"The text {name}. " * 20)
+    files = [FilesData(path=str(tmp_path / f"{name}.txt"), holdout_fraction=0) for name in "ab"]
+    tokenizer = train_tokenizer(files[0], BPEConfig(vocab_size=300, max_bytes=MANY))
+    first = prepare_sources(MixtureData(sources=tuple(files)), tokenizer, tmp_path / "out")
+    other = tuple(replace(file, name=name, weight=weight) for file, name, weight in zip(files, "ba", (1, 9), strict=True))
+    again = prepare_sources(MixtureData(sources=other), tokenizer, tmp_path / "out")
+    assert again.reused and [source.weight for source in again.sources] == [1, 9]
+    assert again.fingerprint == first.fingerprint and again.train[0].num_bytes == first.train[0].num_bytes
+
+
+@pytest.mark.parametrize("name", ["..", ".", "tokenizer.json", "a/b"])
+def test_a_name_stays_in_its_folder(name: str) -> None:
+    assert FilesData(path="x", name=name).title in ("data", "tokenizer-json", "a-b")
 
 
 def test_a_real_textbook_survives_the_way_to_tokens(tmp_path: Path, shared_data: Callable[[str], Path]) -> None:
