@@ -127,7 +127,7 @@ def _walk(root: Path, endings: Sequence[str]) -> tuple[list[Path], str]:
 
 
 def _kind(path: Path) -> str:
-    """Return what a person calls the kind of a file that is left out."""
+    """Return the name of the kind of a file that is left out."""
     if not os.path.isfile(path):
         return "linked nowhere" if path.is_symlink() else "neither file nor folder"
     is_packed = len(path.suffixes) > 1 and path.suffix.lower() in COMPRESSIONS

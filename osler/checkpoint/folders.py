@@ -136,7 +136,7 @@ def known_problems(folder: Path) -> list[str] | None:
 
 
 def _signature(folder: Path) -> object:
-    """Return what changes when a file is touched; None when the folder cannot be read."""
+    """Return a signature that changes when a file is touched; None when the folder cannot be read."""
     with suppress(OSError):
         stats = {entry.path: entry.stat() for entry in os.scandir(folder.absolute())}
         files = sorted((path, stat.st_size, stat.st_mtime_ns, stat.st_ino) for path, stat in stats.items())
@@ -195,7 +195,7 @@ class Best(NamedTuple):
 
 
 def root_of(path: str | Path) -> Path:
-    """Return the checkpoints folder that is meant by it or by its run folder; raises UserError when the path is no folder."""
+    """Return the checkpoints folder, given its path or that of its run folder; raises UserError when it is not a folder."""
     path = Path(path)
     if not path.is_dir():
         raise UserError(f"{path} is no folder: give a run folder or one of its checkpoints.")
@@ -204,7 +204,7 @@ def root_of(path: str | Path) -> Path:
 
 
 def refuse_checkpoint(path: str | Path) -> None:
-    """Raise UserError when a run folder, to be written into, is or lies in a checkpoint or a folder of checkpoints."""
+    """Raise UserError when a run folder is, or is inside of, a checkpoint or a folder of checkpoints."""
     given, real = Path(path), Path(path).resolve()
     for folder in (given, *given.parents, real, *real.parents):
         match = FOLDER_NAME.fullmatch(folder.name) if folder.parent.name == "checkpoints" else None

@@ -65,7 +65,7 @@ _BLOCK_BYTES = 16 << 20
 
 
 class CheckpointSaveError(RuntimeError):
-    """A checkpoint could not be saved; earlier ones are untouched, so a run may warn and go on."""
+    """A checkpoint could not be saved; earlier ones are untouched, so a run may warn and continue."""
 
 
 @dataclass(frozen=True)

@@ -86,7 +86,7 @@ class Command(NamedTuple):
 
 
 def run(command: Command, argv: Sequence[str]) -> int:
-    """Call what a command calls with the options in ``argv``, and return the exit code."""
+    """Call a command's function with the options in ``argv``, and return the exit code."""
     given = vars(parser(command).parse_intermixed_args(argv))
     if "items" in given:
         given["recipe"], given["overrides"] = split_items(given.pop("items"))
@@ -110,7 +110,7 @@ def run(command: Command, argv: Sequence[str]) -> int:
 
 
 def function_of(command: Command) -> Callable[..., int | str]:
-    """Import what a command calls."""
+    """Import the function that a command calls."""
     if not isinstance(command.call, str):
         return command.call
     module, _, name = command.call.partition(":")

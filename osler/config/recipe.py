@@ -64,7 +64,7 @@ def parse_overrides(overrides: Sequence[str], recipe: Mapping[str, Any] | None =
     """Turn ``a.b=value`` texts, whose values are YAML, into one nested mapping; the last of two equal paths wins.
 
     They become one mapping before they meet the recipe, so that ``optim.lr=1 optim.type=muon`` means the same in either
-    order. Raises UserError where a text is malformed or a path leads through something that is no mapping.
+    order. Raises UserError where a text is malformed or a path leads through something that is not a mapping.
     """
     tree: dict[str, Any] = {}
     for override in overrides:
@@ -105,7 +105,7 @@ def _load_file(path: Path, users: tuple[Path, ...]) -> dict[str, Any]:
 
 
 def _find(name: str, *, folder: Path | None, user: str) -> Path:
-    """Return the file that a recipe or a base names; ``folder`` is where the recipe that asks for it lies."""
+    """Return the file that a recipe or a base names; ``folder`` is the folder of the recipe that asks for it."""
     given = Path(name).expanduser()
     is_file_name = given.suffix in (".yaml", ".yml")
     named = [(folder or Path()) / given] if is_file_name else [RECIPES / f"{name}.yaml", (folder or RECIPES) / f"{name}.yaml"]

@@ -1,6 +1,6 @@
 """Config classes: frozen dataclasses that say which types, choices and ranges their fields have.
 
-A config class stands beside the code it configures, and importing one needs neither torch nor pydantic. ``decode`` fills one from
+A config class is in the package that it configures, and importing one needs neither torch nor pydantic. ``decode`` fills one from
 a mapping, which ``recipe.py`` reads from files and the command line, or lists everything that is wrong with the mapping: pydantic
 finds the errors, and each becomes one line with the path as the user wrote it, the value, and the nearest key that exists.
 """
@@ -166,7 +166,7 @@ def _adapter(cls: Any) -> Any:
 
 
 def _complete(annotation: Any, given: Any, default: Any = None) -> Any:
-    """Return what is given of a field, at every depth completed with the field's default where that is of the same type."""
+    """Return the given value of a field, completed at every depth with the field's default where that has the same type."""
     members = members_of(annotation)
     if isinstance(given, list) and len(members) == 1 and get_origin(members[0]) in (list, tuple):
         return [_complete(get_args(members[0])[0], item) for item in given]

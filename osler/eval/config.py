@@ -1,4 +1,4 @@
-"""What `osler eval` is asked for: an exam, how it is sat, or a text to predict. Torch-free."""
+"""The configuration of `osler eval`: an exam and how it is taken, or a text to predict. Torch-free."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ ITEMS_AT_ONCE = 32  # presentations scored by likelihood between two calls of ``
 
 
 def greedy(max_new_tokens: int) -> SamplingParams:
-    """Return how an exam is mostly sat: always the likeliest token, thinking and answer in ``max_new_tokens`` together."""
+    """Return the usual sampling of an exam: always the likeliest token, ``max_new_tokens`` for thinking and answer together."""
     return SamplingParams(max_new_tokens=max_new_tokens, temperature=0.0)
 
 
@@ -73,7 +73,7 @@ def score_by_generation(
             [prompt for _, prompt in batch], replace(sampling, stop_ids=(tokenizer.eos_id,), seed=sampling.seed + start)
         )
         for (i, _), ids in zip(batch, rollout.completions, strict=True):
-            results[i] = mark(shown[i], parse_completion(tokenizer, ids, reasoning=reasoning))
+            results[i] = grade(shown[i], parse_completion(tokenizer, ids, reasoning=reasoning))
         if progress:
             progress(len(shown) - len(fitting) + start + len(batch))
     return summarise(results, max_seq_len=longest, max_new_tokens=sampling.max_new_tokens)
@@ -89,7 +89,7 @@ def shared_exam(
     reasoning: bool = True,
     permutations: int = 1,
 ) -> tuple[float, float]:
-    """Return which share of the answers is right and which cannot be read; the ranks share the items.
+    """Return the shares of the answers that are right and that cannot be read; the ranks share the items.
 
     Raises UserError when there are no items, and AskedToStop when training is to end.
     """
@@ -118,7 +118,7 @@ def presentations(items: Iterable[ExamItem], permutations: int, seed: int) -> It
             yield reorder(base, [(visit + k) % n for k in range(n)])
 
 
-def mark(item: ExamItem, completion: Completion) -> Result:
+def grade(item: ExamItem, completion: Completion) -> Result:
     """Read the completion's answer and compare it with the item's."""
     reading = read_answer(item, completion)
     status = ANSWERED if reading.readable else UNPARSED if completion.finished else CUT

@@ -101,7 +101,7 @@ def sum_logprobs(model: Transformer, rows: Sequence[tuple[list[int], int]], *, b
 
 @dataclass(frozen=True)
 class TextScore:
-    """What a text costs a model."""
+    """How well a model predicts a text: the summed nats, over so many tokens and bytes."""
 
     nats: float
     tokens: int
@@ -122,7 +122,7 @@ class TextScore:
 
 
 def measure(model: Transformer, batches: Iterable[tuple[Tensor, ...]], total_bytes: int, world: World | None = None) -> TextScore:
-    """Return what ``batches`` of (ids_BT, labels_BT) or (ids_BT, labels_BT, document_BT) cost the model.
+    """Return the score of ``batches`` of (ids_BT, labels_BT) or (ids_BT, labels_BT, document_BT).
 
     ``total_bytes`` is the size of the text that the labels spell. All ranks of ``world`` are given the same batches and share
     them. Raises UserError when there is no text, and AskedToStop when training is to end.

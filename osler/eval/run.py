@@ -1,4 +1,4 @@
-"""``osler eval``: let a checkpoint sit an exam, or measure how well it predicts a text.
+"""``osler eval``: let a checkpoint take an exam, or measure how well it predicts a text.
 
 A score is printed with its interval, chance and the best constant letter, and goes into the run folder's ``exams.json``,
 where the report finds it. Nothing is resumed: an interrupted evaluation starts again and leaves no file.
@@ -94,7 +94,7 @@ def complete(config: EvalConfig, ready: LoadedModel) -> tuple[EvalConfig, Sequen
 
 
 def sit(config: EvalConfig, ready: LoadedModel) -> list[ScoredExam]:
-    """Let the model sit every part of the exam in every way that was asked for."""
+    """Let the model take every part of the exam with every requested method."""
     exams = {name: load_task(task) for name, task in parts(config.task).items()}
     for name, items in exams.items():
         if not items:
@@ -130,7 +130,7 @@ def sit(config: EvalConfig, ready: LoadedModel) -> list[ScoredExam]:
 
 
 def parts(task: Any) -> dict[str, Any]:
-    """Return the exams of a task config by the name they are shown under; each split of the clinic is an exam of its own."""
+    """Return the exams of a task config by the name they are shown under; each split of the clinic is a separate exam."""
     if isinstance(task, ClinicTask):
         splits = [split.strip() for split in task.split.split(",")]
         return {split: replace(task, split=split) for split in splits}
@@ -138,7 +138,7 @@ def parts(task: Any) -> dict[str, Any]:
 
 
 def methods(config: EvalConfig, ready: LoadedModel, items: Sequence[ExamItem]) -> list[str]:
-    """Return how the exam is sat: as asked for, or as the model's training and the kind of questions suggest."""
+    """Return how the exam is taken: as requested, or as the model's training and the kind of questions suggest."""
     has_options = all(item.options for item in items)
     if config.method in ("likelihood", "both") and not has_options:
         raise UserError("These questions have no options to compare the likelihoods of; use method=generation.")
@@ -159,7 +159,7 @@ def methods(config: EvalConfig, ready: LoadedModel, items: Sequence[ExamItem]) -
 
 
 def table(scores: Sequence[ScoredExam]) -> str:
-    """Return the scores beside what they must be compared with, the letters answered, and remarks."""
+    """Return the scores next to their baselines, the letters answered, and remarks."""
     wide = max(len("exam"), *(len(score.split) for score in scores))
     lines = [f"{'exam':<{wide}}  method      accuracy  95 % interval    questions  chance  one letter  unparsed   cut  too long"]
     letters = []
@@ -186,7 +186,7 @@ def table(scores: Sequence[ScoredExam]) -> str:
 
 
 def remarks(score: ScoredExam) -> Iterator[str]:
-    """Yield what the reader of a score should not overlook."""
+    """Yield remarks that the reader of a score should not overlook."""
     name, baseline = f"{score.split}, {score.method}", max(score.chance, score.constant_letter_baseline)
     if score.constant_letter and score.high < baseline:
         short = length_explains(score.high, baseline, score.too_long, score.presentations)
@@ -209,7 +209,7 @@ def label(config: EvalConfig, ready: LoadedModel, checkpoint: str) -> str:
 
 
 def save_scores(ready: LoadedModel, name: str, scores: Sequence[ScoredExam]) -> None:
-    """Add scores to the run folder's ``exams.json``, beside those of other checkpoints and other exams."""
+    """Add scores to the run folder's ``exams.json``, next to those of other checkpoints and other exams."""
     if ready.run is None:
         return
     rows = {score.split if score.method == "generation" else f"{score.split}, {score.method}": score for score in scores}

@@ -1,7 +1,7 @@
-"""The score of an exam, with its confidence interval and what it must be compared with.
+"""The score of an exam, with its confidence interval and its baselines.
 
-Beside a score stand chance and the best constant letter on the same items, because always saying one letter is the cheapest
-way for a model to gain. Answers that cannot be read, were cut or had no room are counted and are wrong; nothing is left out.
+The baselines are chance and the best constant letter on the same items, because always saying one letter is the cheapest way
+for a model to gain. Answers that cannot be read, were cut or had no room are counted and are wrong; nothing is left out.
 
 Items that ask for the same fact, or the same item under several option orders, are not independent. The intervals therefore
 take ``clusters``: the variance is computed from the clusters' sums (a sandwich estimator with the usual correction for few
@@ -32,7 +32,7 @@ Z_95 = NormalDist().inv_cdf(0.975)  # of a normal distribution, 95 % lies within
 
 @dataclass(frozen=True)
 class Result:
-    """What came of one presentation of an item; ``item`` has its options in the order that was shown."""
+    """The result of one presentation of an item; ``item`` has its options in the order that was shown."""
 
     item: ExamItem
     status: str
@@ -43,7 +43,7 @@ class Result:
 
     @property
     def cluster(self) -> str:
-        """Results with the same one depend on each other: those of one item, and those of items that ask for one fact."""
+        """The group of results that depend on each other: those of one item, and those of items that ask for one fact."""
         return f"group {self.item.group}" if "/" in self.item.group else f"item {self.item.id}"
 
     def sample(self, stage: str) -> SampledAnswer:
@@ -111,7 +111,7 @@ def length_explains(high: float, baseline: float, too_long: float, presentations
 
 
 def describe_too_long(score: ExamScore) -> str:
-    """Say how many questions did not fit into what, and how the others went; an unknown length is left out."""
+    """Return a sentence on the questions that did not fit, and the score of the others; an unknown length is left out."""
     too_long, count = score.too_long, score.presentations
     answer = f", of which max_new_tokens keeps {score.max_new_tokens:,.0f} for the answer" if score.max_new_tokens > 0 else ""
     room = f" (max_seq_len {score.max_seq_len:,.0f}{answer})" if score.max_seq_len > 0 else ""
@@ -147,7 +147,7 @@ def _by_item(score: ScoredExam) -> dict[str, float]:
 def wilson(correct: float, n: float) -> tuple[float, float]:
     """Return Wilson's 95 % score interval for ``correct`` among ``n``, which may be an effective, fractional size."""
     if n <= 0 or not 0 <= correct <= n:
-        raise ValueError(f"{correct} correct of {n} is no proportion")
+        raise ValueError(f"{correct} correct of {n} is not a proportion")
     z, p = Z_95, correct / n
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * sqrt(p * (1 - p) / n + z * z / (4 * n * n))
@@ -167,7 +167,7 @@ def mean_interval(values: Sequence[float], clusters: Sequence[Hashable] | None =
     clusters = range(len(values)) if clusters is None else clusters
     variance = _clustered_sum_of_squares(values, clusters, p) / len(values) ** 2
     groups = len(set(clusters))
-    # one cluster has no variance of its own, whatever rounding leaves of zero
+    # the variance of a single cluster is zero, whatever rounding makes of it
     known = groups > 1 and variance > 1e-18
     size = min(float(len(values)), p * (1 - p) / variance) if known else float(groups)
     return wilson(min(p, 1.0) * size, size)

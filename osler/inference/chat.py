@@ -1,7 +1,7 @@
 """``osler chat`` and ``osler generate``: a model in the terminal, its text printed as it is drawn.
 
-Every question stands alone, because models are trained on single questions. Where the input is no terminal every line of it is a
-question, so that a file of questions can be piped in.
+Every question is answered without the ones before it, because models are trained on single questions. If the input is not a
+terminal, every line is a question, so that a file of questions can be piped in.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def chat(checkpoint: str, sampling: SamplingParams, *, reasoning: bool | None = 
 
     A model that never learned to answer continues them. Question k of a session is drawn with the seed plus k, so asking again
     may give another answer and a session can be repeated. With ``reasoning`` None the model thinks first if it learned to.
-    Ctrl-C stops the answer under way; where nobody can type on, it ends the session.
+    Ctrl-C stops the current answer; if the questions are piped in, it ends the session.
     """
     ready = open_model(checkpoint)
     reasoning = ready.reasons if reasoning is None else reasoning
@@ -69,7 +69,7 @@ def chat(checkpoint: str, sampling: SamplingParams, *, reasoning: bool | None = 
 
 
 def welcome(ready: LoadedModel, interactive: bool, seed: int) -> str:
-    """Return what to know before the first question: which model, what it can do, how to leave, and a question to try."""
+    """Return an introduction to a chat: which model, what it can do, how to leave, and a question to try."""
     lines = [ready.describe()]
     if not ready.answers_questions:
         lines.append("It was trained on text alone: it goes on with what you write. To teach it to answer: `osler sft`.")

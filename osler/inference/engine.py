@@ -94,7 +94,7 @@ class _Wave:
         self.token_B = self._draw(self.decoder.step(self.token_B, self.cache))
 
     def _draw(self, logits_BV: Tensor) -> Tensor:
-        """Draw one token per row and note it; rows that are done write behind their end."""
+        """Draw one token per row and store it; finished rows write behind their end."""
         place_B1 = self.length_B[:, None]
         token_B, logp_B, mask_BV = sample(logits_BV, self.uniform_BN.gather(1, place_B1).squeeze(1), self.sampling)
         self.tokens_BN.scatter_(1, place_B1, token_B[:, None])
@@ -108,7 +108,7 @@ class _Wave:
         return token_B
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Go on with these rows alone."""
+        """Keep only these rows."""
         self.numbers = [self.numbers[row] for row in rows]
         row_R = torch.tensor(rows, device=self.decoder.device)
         self.cache = self.cache.select(row_R)
@@ -117,7 +117,7 @@ class _Wave:
                 setattr(self, name, tensor[row_R])
 
     def store(self, rollout: Rollout, rows: Sequence[int]) -> None:
-        """Store what these rows have drawn."""
+        """Store the tokens that these rows have drawn."""
         lengths, done = self.length_B.tolist(), self.done_B.tolist()
         tokens, logprobs = self.tokens_BN.tolist(), self.logprobs_BN.tolist()
         masks = None if self.packed_masks_BNE is None else self.packed_masks_BNE.cpu()

@@ -1,4 +1,4 @@
-"""Text out of the engine, piece by piece: how a text goes on, or the answer to a question.
+"""Streams text from the engine: the continuation of a text, or the answer to a question.
 
 Text appears as soon as it is certain: the bytes of a character that is still incomplete wait for the next token. The new tokens
 are cut to what the model's ``max_seq_len`` leaves. A prompt that leaves no room raises UserError.

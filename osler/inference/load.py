@@ -1,4 +1,4 @@
-"""From a checkpoint on disk to a model with its tokenizer and what its training taught it.
+"""Loads a model with its tokenizer from a checkpoint, and finds out what it was trained to do.
 
 Evaluation and chat treat a model by how it was trained: one that never saw the question-and-answer template can only continue
 text. What a checkpoint was trained on is read from the ``config.yaml`` in it; a checkpoint without one, such as an imported
@@ -98,7 +98,7 @@ class LoadedModel:
 
 
 def describing_files(model: ModelConfig, tokenizer: Tokenizer) -> dict[str, bytes]:
-    """Return the files that make a checkpoint describe itself; every trainer puts them beside the weights."""
+    """Return the files that make a checkpoint describe itself; every trainer saves them next to the weights."""
     return {MODEL_FILE: json.dumps(encode(model), indent=2).encode(), TOKENIZER_FILE: tokenizer.to_bytes()}
 
 

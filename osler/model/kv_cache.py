@@ -18,7 +18,7 @@ from osler.model.config import ModelConfig
 
 
 class CacheStep(NamedTuple):
-    """What a decode step needs of the cache, prepared once for all layers; each inner list has one entry per layer."""
+    """The parts of the cache that a decode step needs, prepared for all layers; each inner list has one entry per layer."""
 
     stored: Sequence[Sequence[Tensor]]  # keys and values to write, [C * S, H]
     k_CHS: Sequence[Tensor]  # to read, as far as filled
@@ -47,7 +47,7 @@ class KVCache:
         self.filled = 0  # slots of the fullest row, which a step reads
 
     def put(self, row_R: Tensor, prompts: KVCache, from_R: Tensor) -> None:
-        """Let rows begin with prompts that are in the last slots of another cache; this overwrites what the rows had."""
+        """Start rows with prompts that are in the last slots of another cache; this overwrites the rows' old contents."""
         width, length_R = prompts.slots, prompts.length_B[from_R]
         for own, theirs in zip(self.stored, prompts.stored, strict=True):
             own[:, row_R, :, :width] = theirs[:, from_R].to(own.dtype)
@@ -59,7 +59,7 @@ class KVCache:
         self._measure()
 
     def select(self, row_R: Tensor) -> KVCache:
-        """Copy some rows into a cache of their own."""
+        """Return a new cache with copies of some rows."""
         chosen = type(self)(self.config, len(row_R), self.slots, self.k.dtype, self.k.device)
         for copy, original in zip(chosen.stored, self.stored, strict=True):
             copy[..., : self.filled, :] = original[:, row_R, :, : self.filled]
@@ -70,7 +70,7 @@ class KVCache:
         return chosen
 
     def _measure(self) -> None:
-        """Find the fullest row. This waits for the device, which whoever changes rows has just done anyway."""
+        """Find the fullest row. This waits for the device, as callers that change rows have just done anyway."""
         self.filled = int((self.slot_BK - self._first_BK).amax())
 
     def open_step(self) -> CacheStep:

@@ -68,7 +68,7 @@ def joint_linear(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
 
 
 class Layout(NamedTuple):
-    """How weights are laid out for decoding: in ``dtype``, for about ``rows`` rows at a time."""
+    """The layout of weights for decoding: in ``dtype``, for about ``rows`` rows at a time."""
 
     dtype: torch.dtype
     rows: int

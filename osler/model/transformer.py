@@ -61,7 +61,7 @@ class Transformer(nn.Module):
         self.make_tables(torch.get_default_device())
 
     def make_tables(self, device: torch.device) -> None:
-        """Compute the tables of RoPE on a device; they are no weights, so a model that began on ``meta`` needs this too."""
+        """Compute the tables of RoPE on a device; they are not weights, so a model that began on ``meta`` needs this too."""
         cos, sin = rope_tables(self.config.max_seq_len, self.config.head_dim, self.config.rope_theta)
         self.register_buffer("rope_cos", cos.to(device), persistent=False)
         self.register_buffer("rope_sin", sin.to(device), persistent=False)

@@ -1,8 +1,8 @@
-"""Alerts: what is wrong with a run, before a person would have seen it in the curves.
+"""Alerts: they report what is wrong with a run before a person would see it in the curves.
 
 The rules (``rules.py``) read each line of ``metrics.jsonl`` as it is written. An alert is repeated after a pause, each twice as
-long as the one before. Resume is exact without a checkpoint: alerts are a function of the lines, so a run that goes on replays
-the file (``replay``). Torch-free.
+long as the one before. Resume is exact without a checkpoint: alerts are a function of the lines, so a resumed run replays the
+file (``replay``). Torch-free.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Alerter:
         return True
 
     def unresolved(self) -> list[Alert]:
-        """Return what still holds at the end of the run, each name once, the gravest first."""
+        """Return the alerts that still hold at the end of the run, each name once, the gravest first."""
         firing = [alert for alerts in self.firing.values() for alert in alerts]
         if not any(alert.name == "learning-rate" for alert in firing):  # which says the same
             firing += [alert for rule in RULES_OF_THE_END for alert in self._found(rule)]

@@ -1,13 +1,13 @@
-"""What a run measures of itself between two lines of metrics, and what that may cost.
+"""Collects the measurements of a run between two lines of metrics, at a level that limits their cost.
 
 Level ``off`` logs what training knows anyway. ``basic`` adds memory and the time of each part of a step: marks in the stream, and
 a few system calls per line. ``full`` also probes the model (``model_stats.py``) in the first step that ends a line and in every
 ``full_every_steps``-th, rounded up to one that ends a line. So no checkpoint falls between a probe and its line, and resume is
 exact. The weights are the same at every level; ``benchmarks/bench_monitor.py`` measures what the levels cost.
 
-Nothing waits for the device before a line is written. Of several ranks each probes rows of its own, and the mean over the ranks
-is logged, also of maxima. Times and memory are rank 0's. DeepSpeed leaves no gradients, so under it those and the update are left
-out.
+Nothing waits for the device before a line is written. Each rank probes its own rows, and the mean over the ranks is logged, even
+for maxima. Times and memory are those of rank 0. DeepSpeed leaves no gradients, so statistics of gradients and of the update are
+missing under it.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ class Collector:
         self.mark("monitor")
 
     def line(self) -> dict[str, float]:
-        """Return what was measured since the last line; waits for the device and is collective."""
+        """Return the measurements since the last line; waits for the device and is collective."""
         metrics: dict[str, float] = {}
         if self.probed:
             values = self.world.all_reduce_mean(torch.stack([value.float() for value in self.probed.values()])).tolist()
@@ -142,7 +142,7 @@ class Collector:
         return {name: number for name, number in found.items() if number is not None}
 
     def speed(self, tokens_per_second: float, *, tokens_left: int, seq_len: int) -> dict[str, float]:
-        """Return what follows from a speed of training: the time left, and the share of the GPUs' peak."""
+        """Return the metrics that follow from a speed of training, among them the share of the GPUs' peak."""
         left = {"perf/eta_seconds": max(0, tokens_left) / tokens_per_second}
         return {"perf/tokens_per_second": tokens_per_second, **left, **self.mfu(tokens_per_second, seq_len)}
 
@@ -159,7 +159,7 @@ def has_learned(loss: float, grad_norm: float) -> bool:
 
 
 def step_stats(window: Sequence[Sequence[float]], clip_norm: float, bytes_per_token: float | None) -> dict[str, float]:
-    """Return what follows from loss, gradient norm and skip flag of the steps since the last line.
+    """Return the metrics that follow from loss, gradient norm and skip flag of the steps since the last line.
 
     ``bytes_per_token`` is that of the text, None where not all of the text is learned.
     """
@@ -183,7 +183,7 @@ def step_stats(window: Sequence[Sequence[float]], clip_norm: float, bytes_per_to
 
 
 def norm_stats(norms: Sequence[float], clip_norm: float) -> dict[str, float]:
-    """Return what follows from the gradient norms, before clipping, of the updates since the last line."""
+    """Return the metrics that follow from the gradient norms, before clipping, of the updates since the last line."""
     finite = [norm for norm in norms if math.isfinite(norm)]
     return {
         "grad/norm_max": max(finite, default=math.nan),

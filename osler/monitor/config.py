@@ -1,4 +1,4 @@
-"""What a run measures of itself, where the numbers go, and who is told of an alert. Torch-free."""
+"""Settings of a run's measurements, of the trackers that receive them, and of alerts. Torch-free."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ WEBHOOK = re.compile(r"(?ai)(https://(\[[\da-f:.]+\]|[\w.@-]+)|http://(localhost
 
 @config
 class MonitorConfig:
-    """What a run measures of itself, and who is told."""
+    """How much a run measures, which trackers receive the numbers, and who receives alerts."""
 
     # off: what training knows anyway; basic: what is nearly free; full: gradients, weights and activations by layer too
     level: Literal["off", "basic", "full"] = "basic"

@@ -18,7 +18,7 @@ CALM = 10  # values before there is a usual one
 
 @dataclass(frozen=True, kw_only=True)
 class RunSettings:
-    """What the rules must know of a run's configuration, to judge and to advise."""
+    """The settings of a run that the alert rules need for their findings and their advice."""
 
     section: str = ""  # begins the keys of these settings where they are a section of a recipe, as ``pretrain.``
     lr: float
@@ -26,7 +26,7 @@ class RunSettings:
     warmup_tokens: int = 0
     vocab_size: int = 0  # 0: the loss is not a cross-entropy over the vocabulary
     loader_workers: int = 0
-    max_new_tokens: int = 0  # 0: the run is no GRPO
+    max_new_tokens: int = 0  # 0: the run is not GRPO
     zero_reward_patience: int = 5  # lines without a reward
 
     @property
@@ -36,7 +36,7 @@ class RunSettings:
 
     @property
     def go_back(self) -> str:
-        """What undoes damage by a learning rate that is too high."""
+        """The advice against damage by a learning rate that is too high."""
         return f"go back to a checkpoint from before and try {self.slower}"
 
     def at_lr(self, lr: float) -> str:
@@ -71,12 +71,12 @@ class History:
         self.forget_speed()
 
     def forget_speed(self) -> None:
-        """Forget what speed is usual: another process may have other devices, or more of them."""
+        """Forget the usual speed: another process may have other devices, or more of them."""
         self.values["perf/tokens_per_second"].clear()
         self.best_speed, self.slow_seconds = 0.0, 0.0  # smoothed; of the slow lines since the last one that was not
 
     def add(self, step: int, tokens: float, metrics: Mapping[str, float]) -> None:
-        """Take in a line; a value that is not finite is no value."""
+        """Add a line of metrics; values that are not finite are left out."""
         line = {name: float(value) for name, value in metrics.items() if math.isfinite(value)}
         if "train/stage" in line and self.last("train/stage", 1) not in ([], [line["train/stage"]]):
             self._begin_stage()

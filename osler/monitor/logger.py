@@ -1,9 +1,9 @@
-"""Everything that a run's numbers reach: ``metrics.jsonl`` first, then the alert rules, then the trackers.
+"""Sends a run's numbers to ``metrics.jsonl`` first, then to the alert rules, then to the trackers.
 
 The file is written at once and depends on nothing else. An alert goes to the log, into ``events.jsonl``, and to the trackers, the
-alert command and the webhook, each of which is a process of its own (``tracker.py``). The start and the end of each process of
-the run are events too, so that a run that failed does not look like one that was killed: that one writes no end. Resume is exact:
-the file is cut to the checkpoint's step, the rules replay it, and a tracker goes on with the run that it has.
+alert command and the webhook, each of which is a separate process (``tracker.py``). The start and the end of each process of the
+run are events too. A killed process writes no end, so a failed run does not look like a killed one. Resume is exact: the file is
+cut to the checkpoint's step, the rules replay it, and a tracker continues the run that it already has.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ EXTRAS = ("tensorboard", "wandb", "clearml")  # fields, packages and extras of t
 
 
 class RunLogger:
-    """Writes a run's metrics and alerts wherever they are wanted; ``events`` takes what else happens to the run.
+    """Writes a run's metrics and alerts to all their destinations; ``events`` records everything else that happens.
 
-    A run goes on from ``step``, 0 when it begins. The logger of any rank but the first writes nothing.
+    ``step`` is where the run continues, 0 when it begins. Only the logger of rank 0 writes.
     """
 
     def __init__(self, config: MonitorConfig, run: RunFolder, settings: RunSettings, *, step: int, is_first: bool = True) -> None:

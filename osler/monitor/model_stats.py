@@ -1,9 +1,9 @@
-"""Statistics of the gradients, the weights, one update, and of what a few rows do inside the model.
+"""Statistics of the gradients, the weights, one update, and the activations of a few rows.
 
 Every function here maps tensors to a handful of numbers that stay on the device, so that it costs arithmetic and never a wait.
 The activations come from a probe: one more forward pass, eager and without gradients, through a copy of the model that shares its
 weights (``Transformer.eager_copy``) and carries hooks, so the model that trains is not touched. Sharded tensors are put together
-one at a time, so functions over them are collective. What lies behind the last learned token of a row does not count.
+one at a time, so functions over them are collective. Positions after the last learned token of a row do not count.
 
 Attention entropy: Zhai et al. 2023, arXiv 2303.06296. Effective rank: the participation ratio of the squared singular values.
 
@@ -55,7 +55,7 @@ class ProbeRows(NamedTuple):
 
     @property
     def counts_BT(self) -> Tensor:
-        """Where a learned token is still to come, or is: False in the padding at the end of a row."""
+        """True up to the last learned token of a row, False in the padding behind it."""
         return (self.labels_BT != IGNORED).flip(1).cumsum(1).flip(1) > 0
 
 
@@ -142,7 +142,7 @@ def update_stats(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> d
 
 @torch.no_grad()
 def activation_stats(model: Transformer, weights: Mapping[str, Tensor], rows: ProbeRows) -> dict[str, Tensor]:
-    """Return what the model with these whole weights does with a few rows, layer by layer and in its predictions.
+    """Return statistics of the model with these whole weights on a few rows, of each layer and of the predictions.
 
     On a CPU it computes in fp32, because eager bf16 is slow there.
     """
@@ -207,7 +207,7 @@ def dead_share(units_BTF: Tensor, places_BT: Tensor) -> Tensor:
 
 
 def prediction_stats(model: Transformer, hidden_BTD: Tensor, rows: ProbeRows) -> dict[str, Tensor]:
-    """Return how right, how undecided and how sure the model is at the learned tokens; logits come a chunk at a time."""
+    """Return accuracy, entropy and confidence of the model at the learned tokens; logits come a chunk at a time."""
     chunk = default_chunk_tokens(model.config.padded_vocab_size)
     flat = (hidden_BTD.flatten(0, 1), rows.labels_BT.flatten(), rows.counts_BT.flatten())
     sums, peaks = [], []

@@ -22,7 +22,7 @@ LINES = 20  # that a policy is judged by
 
 
 class Rule(NamedTuple):
-    """A rule, and what its findings are called; rules of one name tell of the same trouble."""
+    """A rule and the name of its findings; rules with the same name report the same trouble."""
 
     metric: str  # the rule runs on lines with it; a name that ends with a slash stands for one metric per layer
     name: str

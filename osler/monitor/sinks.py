@@ -1,8 +1,8 @@
-"""The places that metrics and alerts may go to beside the run folder, each in a process of its own (``tracker.py``).
+"""The destinations of metrics and alerts besides the run folder, each in a separate process (``tracker.py``).
 
-TensorBoard, Weights & Biases and ClearML are doors to optional libraries; without a network set ``WANDB_MODE=offline`` (and
-``wandb sync`` later) or ``CLEARML_OFFLINE_MODE=1``. A run that is resumed goes on there as the same run: its id is in the run
-folder, and TensorBoard's charts are cut to the checkpoint. A command and a webhook get each alert as one JSON object:
+TensorBoard, Weights & Biases and ClearML need optional libraries; without a network set ``WANDB_MODE=offline`` (and ``wandb
+sync`` later) or ``CLEARML_OFFLINE_MODE=1``. A resumed run continues there as the same run: its id is in the run folder, and
+TensorBoard's charts are cut to the checkpoint. A command and a webhook get each alert as one JSON object:
 
     {"run": "runs/mine", "step": 120, "name": "exploding-gradient", "severity": "critical", "message": "..."}
 """
@@ -170,7 +170,7 @@ def _config(run: str) -> dict[str, Any]:
 
 
 def to_json(run: str, alert: Alert) -> bytes:
-    """Return what the command and the webhook get."""
+    """Return the JSON object that the command and the webhook receive."""
     return json.dumps({"run": run, **asdict(alert)}, ensure_ascii=False).encode("utf-8")
 
 

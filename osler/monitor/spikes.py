@@ -1,4 +1,4 @@
-"""Spikes of the loss: how far a value lies above the ones before it, in robust standard deviations.
+"""Spikes of the loss: how far a value is above the ones before it, in robust standard deviations.
 
 The median and the median absolute deviation of the last losses say what is usual, because a few wild values move neither
 (Iglewicz and Hoaglin 1993, How to Detect and Handle Outliers). Spikes do not enter the window, so that they cannot make the next
@@ -16,7 +16,7 @@ from typing import NamedTuple
 from osler.monitor.config import SpikeConfig
 
 NORMAL_SPREAD = 1.4826  # standard deviations in a median absolute deviation of normal values
-LEAST_SPREAD = 0.01  # nats: a loss that stands still varies by rounding alone
+LEAST_SPREAD = 0.01  # nats: a constant loss varies by rounding alone
 
 
 class Spike(NamedTuple):
@@ -62,7 +62,7 @@ class SpikeWindow:
 
 
 def robust_z(value: float, usual: Sequence[float] | deque[float]) -> tuple[float, float]:
-    """Return how many standard deviations, estimated by medians, a value lies above the median of others; and that median."""
+    """Return how many standard deviations, estimated by medians, a value is above the median of others; and that median."""
     median = statistics.median(usual)
     spread = NORMAL_SPREAD * statistics.median(abs(other - median) for other in usual)
     return (value - median) / max(spread, LEAST_SPREAD), median

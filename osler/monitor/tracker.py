@@ -1,10 +1,10 @@
-"""A tracker in a process of its own, so that nothing it does costs the run a step.
+"""A tracker in a separate process, so that nothing it does costs the run a step.
 
 A library that talks to a network installs signal handlers, patches how processes start, holds the end of the program until its
 uploads are done, hangs, and crashes. Here it does that in a child process, which reads one JSON line for each call from a pipe
-and prints into a file in the run folder. The run never waits for the pipe: what does not fit stays in a bounded queue, and what
-does not fit there is dropped and counted; it is in ``metrics.jsonl``. At the end of the run the child has a few seconds to
-finish, and then goes on alone for at most ``LINGER_SECONDS``.
+and prints into a file in the run folder. The run never waits for the pipe: calls that do not fit wait in a bounded queue. When
+the queue is full, further calls are dropped and counted; their numbers are still in ``metrics.jsonl``. At the end of the run the
+child has a few seconds to finish, and then continues alone for at most ``LINGER_SECONDS``.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ LINGER_SECONDS = 300.0  # that a tracker may live on after the run's process
 
 
 class Tracker:
-    """A place for metrics and alerts, as it is in the child. Every method may raise, and may take its time."""
+    """A destination for metrics and alerts, in the child process. Every method may raise, and may be slow."""
 
     def write(self, step: int, tokens: int, metrics: Mapping[str, float]) -> None:
         """Take the finite metrics of a step."""
@@ -43,7 +43,7 @@ class Tracker:
         """Take an alert; raises UndeliveredError when the next one may get through."""
 
     def close(self) -> None:
-        """Finish what was taken."""
+        """Finish the calls that were received."""
 
 
 class UndeliveredError(Exception):
@@ -133,7 +133,7 @@ class TrackerProcess:
             self._unsent.clear()
 
     def _exchange(self) -> bool:
-        """Write what the pipe takes, read what the child has to say, log what is news, and return whether the tracker is gone."""
+        """Write what the pipe takes, read the child's reports, log the new ones, and return whether the tracker is gone."""
         if self.is_gone:
             return True
         self._flush()  # first: the run may have been busy with something else for longer than a tracker may hang

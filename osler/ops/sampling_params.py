@@ -7,7 +7,7 @@ from typing import Annotated
 
 from osler.config.schema import Gt, Le, PositiveInt, config
 
-COLDEST = 1e-30  # a logit divided by less may leave the range of fp32, and what is drawn is no number
+COLDEST = 1e-30  # a logit divided by less may leave the range of fp32, and what is drawn is not a number
 
 
 @config

@@ -1,4 +1,4 @@
-"""What an optimizer is made of. Torch-free."""
+"""The settings of the optimizers. Torch-free."""
 
 from __future__ import annotations
 

@@ -4,8 +4,8 @@ Muon (Keller Jordan, 2024, kellerjordan.github.io/posts/muon) moves a matrix alo
 made equal, so that a few directions cannot take the whole step. A quintic Newton-Schulz iteration approximates that with matmuls
 only: singular values end between about 0.7 and 1.2, which learns as well as exactly 1. An update is scaled by ``sqrt(max(1, rows
 / columns))``, which makes its effect on the size of the outputs the same for every shape, so one learning rate serves all
-matrices and transfers over widths (arXiv 2310.17813). Embeddings, head and vectors are no maps between hidden states and stay
-with AdamW.
+matrices and transfers over widths (arXiv 2310.17813). Embeddings, head and vectors do not map hidden states to each other
+and stay with AdamW.
 
 Matrices of equal shape are orthogonalised in one batched call. Given a process group, each rank does its share and all gather the
 results, so every rank applies the same bits. Sharded parameters (DTensor, from FSDP2) are gathered for the orthogonalisation

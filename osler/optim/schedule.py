@@ -1,4 +1,4 @@
-"""Schedules of learning rate, weight decay and momentum: what a recipe says of them, and pure functions of the tokens seen.
+"""Schedules of learning rate, weight decay and momentum: their settings, and pure functions of the tokens seen.
 
 Torch-free; nothing to resume.
 """

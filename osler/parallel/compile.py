@@ -1,4 +1,4 @@
-"""All that Osler knows of ``torch.compile``: whether it works here and pays, what is compiled, how many shapes stay compiled.
+"""All use of ``torch.compile``: whether it works here and is worth its time, what is compiled, how many shapes are kept.
 
 Shapes are static: a training step has one shape in each stage of a curriculum, and code for a known shape is faster. Only
 ``ops/cross_entropy.py`` also depends on a compiler: it keeps one from fusing its chunks.
@@ -39,7 +39,7 @@ def should_compile(mode: str, device: torch.device, *, steps: int) -> bool:
 def compile_loss(loss: SummedLoss, *, by_block: bool) -> None:
     """Compile ``loss`` in place: as one graph, or each block and what follows the last block as graphs of their own.
 
-    Blocks by themselves let other ranks receive a block's gradient while the block before it still computes, and share one graph.
+    Separate blocks share one graph, and ranks can exchange a block's gradient while the block before it still computes.
     """
 
     def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:

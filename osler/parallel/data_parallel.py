@@ -62,7 +62,7 @@ def lay_out_buckets(wrapped: DistributedDataParallel, loss: ModelLoss) -> None:
 
 
 def apply_fsdp(loss: ModelLoss, config: FsdpConfig, world: World) -> ParallelEngine:
-    """Shard every block, and what lies outside of the blocks as one more unit; the model's parameters become ``DTensor``.
+    """Shard every block, and everything outside the blocks as one more unit; the model's parameters become ``DTensor``.
 
     The shards of a model on ``meta`` get memory but no values.
     """

@@ -38,7 +38,7 @@ class ParallelEngine:
         self.loss, self.world, self.accumulating = loss, world or World(), accumulating
 
     def bind(self, optimizer: torch.optim.Optimizer, clip_norm: float) -> None:
-        """Take the optimizer of the parameters; called once, before anything is restored or learned."""
+        """Bind the optimizer of the parameters; called once, before a checkpoint is restored or a step is made."""
         self.clip_norm = clip_norm
         if isinstance(optimizer, Bf16AdamW):
             sums = Fp32GradientSums(parameter for group in optimizer.param_groups for parameter in group["params"])
@@ -63,7 +63,7 @@ class ParallelEngine:
     def parts(
         self, model: Transformer, optimizer: torch.optim.Optimizer, to_host: ToHost | None = None
     ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-        """Return what a checkpoint holds: whole tensors of model and optimizer, on rank 0 only, and the JSON beside them.
+        """Return the parts of a checkpoint: whole tensors of model and optimizer, on rank 0 only, and the optimizer's JSON.
 
         ``to_host(part, name, tensor)`` copies a tensor that was gathered for the checkpoint off the device, see ``gathered``.
         """

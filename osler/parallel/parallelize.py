@@ -50,7 +50,7 @@ def parallelize(
     # FP8 exchanges layers, so it precedes whatever would hold on to the layers that go.
     if precision == "fp8":
         convert_to_fp8(model, pick_device(world.device), tokens=pass_tokens)
-    # Recomputation lies inside of what is compiled, so that the compiler plans both forward passes of a block.
+    # Recomputation is inside the compiled function, so that the compiler plans both forward passes of a block.
     set_recompute(model, recompute)
     loss = loss_of(model)
     # Compiling precedes sharding, so that the hooks that gather weights and send gradients stay outside the graphs.

@@ -2,8 +2,8 @@
 
     textbook ─► tokenizer ─► pretrain ─► sft (reasoning) ─► exam ─► GRPO from an earlier checkpoint ─► exam ─► report
 
-Each stage is an ordinary run in a folder of its own, made by the functions of the single commands. The same command always
-continues: it skips the stages that are finished, and one that was interrupted goes on from its checkpoint.
+Each stage is an ordinary run in its own folder, made by the functions of the single commands. The same command always
+continues: it skips the finished stages and resumes an interrupted stage from its checkpoint.
 
 GRPO starts from an *earlier* checkpoint because demonstrations alone almost solve this exam. The checkpoint is chosen on a
 validation split; the test splits play no part. The report says what that proves and what it does not (``NOTES``).
@@ -188,7 +188,7 @@ class Quickstart:
         return True
 
     def examine(self, label: str, checkpoint: Path) -> dict[str, ScoredExam]:
-        """Let a checkpoint sit the exam on every test split; add the scores and some answers to the folder."""
+        """Let a checkpoint take the exam on every test split; add the scores and some answers to the folder."""
         loaded = load_model(checkpoint)
         engine = InferenceEngine(loaded.model, dtype=torch.float32)
         scores = {}

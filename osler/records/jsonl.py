@@ -6,10 +6,10 @@
 Times are in unix seconds, and null stands for a number that was not finite. ``kind`` is alert, incident, rollback, start, end and
 so on; what follows the message are details.
 
-A line is on the disk whole or not at all. A kill can tear the last line only, so a reader passes over what is not an object, and
-a writer that goes on ends or removes the torn line first. A disk that refuses a line costs that line and not the run. Resume is
-exact: metrics are cut to the step of the checkpoint, so that each step stands there once. Events are never cut: a step that was
-made twice, after a kill or a rollback, may stand there twice.
+A kill can tear the last line only. A reader skips lines that are not JSON objects, and a writer ends or removes a torn line
+before it appends. If the disk refuses a line, that line is lost and the run continues. Resume is exact: metrics are cut to the
+step of the checkpoint, so each step occurs once. Events are never cut: a step made twice, after a kill or a rollback, may occur
+twice.
 """
 
 from __future__ import annotations
@@ -140,10 +140,10 @@ def read_metrics(path: Path, having: str = "") -> Iterator[MetricsLine]:
 
 
 class MetricsFile:
-    """Appends to ``metrics.jsonl``; after a kill it goes on where the checkpoint left off."""
+    """Appends to ``metrics.jsonl``; after a kill it continues at the step of the checkpoint."""
 
     def __init__(self, path: str | Path, *, last_step: float = math.inf) -> None:
-        """Take out what is torn and what comes after ``last_step``, that of the checkpoint; -1 takes out every line."""
+        """Remove torn lines and lines after ``last_step``, the step of the checkpoint; -1 removes every line."""
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.rewind(last_step)
@@ -157,9 +157,9 @@ class MetricsFile:
             _warn(self.path, str(error))
 
     def _heal(self) -> None:
-        """Take out lines that are torn, name no step, or are of a later one; leave a good file untouched.
+        """Remove lines that are torn, have no step, or have a later one; leave a good file untouched.
 
-        The file is read line by line: it may be larger than what the machine has left beside a model.
+        The file is read line by line, because it may be larger than the memory that a model leaves free.
         """
         if self._last_step is None:
             return
@@ -208,7 +208,7 @@ class Event:
 
 
 class EventLog:
-    """Appends events; ``tell`` is called with step, name, severity and message of those worth a word outside the run."""
+    """Appends events; ``tell`` is called with step, name, severity and message of events that people should be told about."""
 
     def __init__(self, path: str | Path, tell: Callable[[int, str, str, str], None] | None = None) -> None:
         self.path, self._tell = Path(path), tell

@@ -1,4 +1,4 @@
-"""What a run came to, in the files that the report reads. In one of an older version any field may be missing: NaN or empty.
+"""The results of a run, in the files that the report reads. Fields that a file of an older version lacks are NaN or empty.
 
 ``exams.json`` is {label of a checkpoint: {split: score}}, ``comparison.json`` a list of pairs of checkpoints, ``samples.jsonl``
 what checkpoints answered to a few questions, ``stages.json`` the finished stages of a quickstart, in their order. Accuracies,
@@ -68,7 +68,7 @@ class Comparison(HasInterval):
     n: float = NAN
     before_label: str = ""
     after_label: str = ""
-    branch: bool = False  # whether ``after`` does not go on from the run's best checkpoint
+    branch: bool = False  # whether ``after`` was trained from a checkpoint other than the run's best
 
 
 @dataclass(frozen=True)

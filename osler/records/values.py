@@ -1,4 +1,4 @@
-"""Values out of files that may be half right or of another version: what cannot be used becomes NaN, empty, or a default.
+"""Values from files that may be partly wrong or of another version: an unusable value becomes NaN, empty, or a default.
 
 Nothing here raises for what a file holds.
 """

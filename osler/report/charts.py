@@ -40,7 +40,7 @@ class Spec:
 
     @property
     def kind(self) -> str:
-        """How its values are written."""
+        """The kind of number that its values are, which decides how they are written."""
         return kind_of(self.lines[0][0])
 
     @property
@@ -89,7 +89,7 @@ SPECS: tuple[Spec, ...] = (
          "Good: calm after the start. Growing, or full of spikes, asks for a lower learning rate."),
 )  # fmt: skip
 
-# Metrics of one family that are read beside one another.
+# Metrics of one family that are read next to each other.
 TOGETHER: tuple[Spec, ...] = (
     Spec("How right and how sure", (("train/token_accuracy", "likeliest token right"),
           ("train/label_probability", "given to the right one"), ("train/top_probability", "given to the likeliest")),
@@ -136,7 +136,7 @@ MARKED = ("Loss", "Reward")  # the charts that show when things happened
 
 
 class Figure(NamedTuple):
-    """A chart that is drawn, with what stands beside it; without a finite point the drawing is empty."""
+    """A chart as it is drawn, with the text next to it; without a finite point the drawing is empty."""
 
     spec: Spec
     lines: list[Line]
@@ -262,7 +262,7 @@ def in_families(names: Iterable[str]) -> list[tuple[Family, list[str]]]:
 
 
 def by_row(names: Iterable[str]) -> dict[str, list[str]]:
-    """Group metrics by the row of the table that declares them; one that none declares is a row of its own."""
+    """Group metrics by the row of the table that declares them; a metric that no row declares is a separate group."""
     rows: dict[str, list[str]] = {}
     for name in names:
         rows.setdefault(declared_name(name) or name, []).append(name)
@@ -282,6 +282,6 @@ def by_layer(names: Iterable[str]) -> tuple[list[str], dict[str, dict[int, str]]
 
 
 def inner(row: str, name: str) -> str:
-    """Return what stands in a name for the angle brackets of its row: `test` in `eval/test_accuracy`."""
+    """Return the part of a name that replaces the angle brackets of its row: `test` in `eval/test_accuracy`."""
     before, after = row[: row.index("<")], row[row.index(">") + 1 :]
     return name[len(before) : len(name) - len(after)]

@@ -1,8 +1,8 @@
 """Runs laid over one another: one self-contained page, and the same numbers as a table for the terminal.
 
-Curves run over tokens seen, the one clock that runs of different batches share. Runs of one stage are compared with each other,
-whatever their kind; runs with several stages, as a quickstart has, stage by stage. What fewer than two of them have is left out,
-and so are metrics of single layers.
+Curves run over tokens seen, which runs with different batch sizes have in common. Runs of one stage are compared with each other,
+whatever their kind; runs with several stages, such as a quickstart, are compared stage by stage. Metrics that fewer than two runs
+have are left out, and so are metrics of single layers.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The curves of a ``metrics.jsonl`` as arrays, read as the file grows: a number takes 8 bytes here, and a log may hold millions.
 
 Each poll reads what was appended and nothing else. A torn last line waits for its rest. A file that is gone, was cut short, or
-was written anew by a resume is read from the start; its last bytes that were read tell.
+was rewritten by a resume is read again from the start: the last bytes that were read are no longer in their place.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class MetricsLog:
     """A log's curves so far; ``poll`` brings them up to date.
 
     A long log that is ``sampled`` is parsed in part: its end, all evaluations, and a random sample of the rest, because lines at
-    an even distance could all miss those that come at a rhythm of their own.
+    an even distance could all miss lines that come at regular intervals.
     """
 
     def __init__(self, path: Path, *, sampled: bool = False) -> None:
@@ -153,7 +153,7 @@ def time_at_work(times: Floats, idle: Sequence[tuple[float, float]] = ()) -> tup
     """Return the seconds from the first line to the last without pauses, NaN when there are not two, and the pauses' seconds.
 
     A pause is a gap far longer than the usual ones. ``idle``: when a process had ended and when the next began, where that is
-    known; such a time is no work however short it was.
+    known; such a time does not count as work, however short it was.
     """
     gaps = np.maximum(np.diff(times), 0.0)
     if not len(gaps):

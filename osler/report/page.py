@@ -87,7 +87,7 @@ def write_page(path: Path, template: str, about: Mapping[str, str], links: Mappi
 
 
 def _stage(run: RunRecord, log: StageLog, position: int) -> dict[str, Any]:
-    """Return what the page shows of one stage's log."""
+    """Return the values of one stage's log that the page shows."""
     colour, groups = stage_colour(log.name, position), words.grouped(log.events)
     main, families = charts.charts_of(log, colour, words.marks_of(groups))
     seconds = words.seconds_of(run, log.name.lower()) if log.name else log.seconds
@@ -99,7 +99,7 @@ def _stage(run: RunRecord, log: StageLog, position: int) -> dict[str, Any]:
 
 
 def _summary(run: RunRecord) -> str:
-    """Say what was trained, on how much, and the score in plain words."""
+    """Return a summary in plain words: the model, the amount of data, and the score."""
     model, parameters = words.model_of(run)
     score, tokens, what = words.headline_score(run), words.total_tokens(run), []
     if math.isfinite(parameters):

@@ -1,4 +1,4 @@
-"""What a run folder holds. Every file but `config.yaml` may be missing, torn or half right.
+"""The contents of a run folder. Every file but `config.yaml` may be missing, torn or partly wrong.
 
     config.yaml        the resolved configuration (the one file that a run folder must have)
     metrics.jsonl, events.jsonl, exams.json, comparison.json, samples.jsonl, stages.json       see osler/records
@@ -40,7 +40,7 @@ STAGE_ORDER = ("untrained", "pretrain", "midtrain", "sft", "grpo", "rl")
 
 
 class StageLog:
-    """What one stage has written so far: its curves, its configuration, its model, its events."""
+    """The files that one stage has written so far: its curves, its configuration, its model, its events."""
 
     def __init__(self, folder: Path, name: str = "", *, sampled: bool = False) -> None:
         self.folder, self.name = RunFolder(folder), name
@@ -106,7 +106,7 @@ class StageLog:
 
 
 class RunRecord:
-    """All there is to tell about one run folder."""
+    """Everything that a report needs from one run folder."""
 
     def __init__(self, path: Path) -> None:
         self.path, run = path, RunFolder(path)
@@ -155,7 +155,7 @@ def read_run(folder: str | Path | RunRecord) -> RunRecord:
 
 
 def why_no_run(path: Path) -> str:
-    """Say what a path is that is no run folder, and what to give instead."""
+    """Return why a path is not a run folder, and what to give instead."""
     what = "the folder that a training run wrote (the one with config.yaml and metrics.jsonl in it)"
     if not path.is_dir():
         return f"{path} is {'a file and ' if path.exists() else ''}no folder. Give {what}: the one named by --run."

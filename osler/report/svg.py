@@ -213,7 +213,7 @@ def histogram(counts: dict[str, float]) -> str:
 
 
 def value_range(finite: Sequence[float] | Numbers, zero: bool) -> tuple[float, float, int]:
-    """Return the bounds of the value axis and how many points lie above it: a rare spike must not flatten the curve."""
+    """Return the bounds of the value axis and how many points are above it: a rare spike must not flatten the curve."""
     low, high, over = float(np.min(finite)), float(np.max(finite)), 0
     if len(finite) >= 50:
         rank = int(0.985 * (len(finite) - 1))
@@ -290,7 +290,7 @@ def _curve(x: Numbers, y: Numbers, sx: Scale, sy: Scale, css: str) -> str:
 
 
 def _spoken(title: str, lines: Sequence[Line], kind: str, over: str) -> str:
-    """Say what a chart shows to those who do not see it: where each line starts and ends."""
+    """Describe a chart to readers who cannot see it: where each line starts and ends."""
     spoken = []
     for line in lines:
         known = np.flatnonzero(np.isfinite(line.y))

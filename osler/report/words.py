@@ -1,8 +1,8 @@
-"""What the record says, in sentences: headline, verdict on a score, what happened, what deserves attention, what to do next.
+"""The sentences of a report: headline, verdict on a score, what happened, what deserves attention, what to do next.
 
-The page and the summary for the terminal share them. A claim is made only where an interval carries it. What is wrong with a
-stage was judged as it trained, by the rules of ``osler/monitor``, and stands in its events; what its exams show, pauses and
-files that could not be read are added here.
+The page and the summary for the terminal share them. A claim is made only if an interval supports it. The rules of
+``osler/monitor`` judged each stage while it trained, and their findings are in its events; this module adds what the exams
+show, pauses, and files that could not be read.
 """
 
 from __future__ import annotations
@@ -162,7 +162,7 @@ def _lack_of_room_explains(score: ExamScore) -> bool:
 
 
 def difference_in_words(c: Comparison) -> str:
-    """Say what a paired difference allows one to say."""
+    """Return the verdict that a paired difference allows."""
     if not (math.isfinite(c.low) and math.isfinite(c.high)):
         return "No interval was computed, so this difference proves nothing."
     if c.low > 0:

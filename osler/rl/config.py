@@ -1,4 +1,4 @@
-"""What GRPO can be told: the algorithm, the sampler it draws from, and the filters of its samples. Torch-free.
+"""The configuration of GRPO: the algorithm, the sampler it draws from, and the filters of its samples. Torch-free.
 
 The defaults are the published choices of DeepSeek-V3.2 (arXiv 2512.02556, section 3.1): advantages without the division by the
 standard deviation, the unbiased KL estimate, and the off-policy sequence mask off until ``opsm_delta`` is given.
@@ -94,7 +94,7 @@ class AlgorithmConfig:
 
     @property
     def sampling(self) -> SamplingParams:
-        """How completions are drawn, but for the seed and the token that ends them."""
+        """The sampling parameters of completions, without the seed and the token that ends them."""
         return SamplingParams(
             max_new_tokens=self.max_new_tokens, temperature=self.temperature, top_k=self.top_k, top_p=self.top_p
         )

@@ -57,7 +57,7 @@ def group_advantages(
 
 @dataclass(frozen=True)
 class LossInputs:
-    """What the loss reads: everything completion-aligned, values under a False mask are never looked at.
+    """The inputs of the loss, all aligned to completions; values under a False mask are ignored.
 
     ``logp_BT`` carries the gradient; ``logp_old_BT`` is what the sampler returned when it drew the token; ``logp_ref_BT`` may be
     None when beta is 0. ``mask_BT`` is True on completion tokens, the end-of-text token included.

@@ -2,14 +2,14 @@
 
 Which questions, and what is drawn, is a pure function of (seed, step), so there is nothing to resume. Every task goes through its
 own items epoch by epoch, in a new order each epoch; the weights fix its share of a step. The options of an item are permuted each
-time it is asked: with a fixed order the cheapest gain is to learn letters by heart. Refills of dynamic sampling go through
-orders of their own, so they never shift the main order; they replace whole groups.
+time it is asked: with a fixed order the cheapest gain is to learn letters by heart. Refills of dynamic sampling use separate
+orders, so they never shift the main order; they replace whole groups.
 
 The sample-quality filter is separate from the reward: it looks at the form of a completion (is it empty, does it run in circles,
 does it hold an answer that can be read) and never at whether the answer is right.
 
-Every rank asks its share of the questions and tells the others what it drew, so all of them know all groups and come to the same
-metrics, advantages and refills, whatever their number. Sampling masks alone, which are large, stay where they were drawn.
+Every rank asks its share of the questions and sends its samples to the others, so all ranks know all groups and compute the same
+metrics, advantages and refills, whatever their number. Only the sampling masks, which are large, stay on the rank that drew them.
 """
 
 from __future__ import annotations
@@ -282,7 +282,7 @@ def count_tokens(groups: Sequence[Group]) -> int:
 
 
 def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
-    """Return what a batch of groups says about the policy, under the names of the metrics table."""
+    """Return the metrics of a batch of groups, under the names of the metrics table."""
     samples = [sample for group in groups for sample in group.samples]
     count, lengths = len(samples), [len(sample.ids) for sample in samples]
     effective = sum(group.effective for group in groups)

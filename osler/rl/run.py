@@ -1,7 +1,7 @@
 """From a recipe to a finished GRPO run folder: ``osler grpo``.
 
-A run folder that already holds this run goes on from its newest good checkpoint; one that holds another run is refused. The
-checkpoint brings model, reference, tokenizer and optimizer, so a moved run folder needs neither recipe nor ``init_from``.
+A run folder that already holds this run continues from its newest good checkpoint; a folder with another run is refused. The
+checkpoint holds model, reference, tokenizer and optimizer, so a moved run folder needs neither recipe nor ``init_from``.
 
 A new run begins with a preflight: the policy answers the questions of the first step once ahead of it, at the run's own sampling
 settings. A model that never saw the template earns nothing, every advantage is zero, and the run would go through its time
@@ -17,7 +17,7 @@ from dataclasses import asdict
 
 from osler.checkpoint import store
 from osler.checkpoint.folders import TENSORS_SUFFIX
-from osler.eval.exams import mark
+from osler.eval.exams import grade
 from osler.inference.engine import InferenceEngine
 from osler.inference.load import LoadedModel, load_model
 from osler.model.config import ModelConfig
@@ -32,7 +32,7 @@ from osler.runs.command import Job, Request, carry_out
 from osler.runs.folder import check_fingerprints, claim
 from osler.runs.loop import Loop
 from osler.runs.process import Learner, Run, agree_on_machine, place_of
-from osler.runs.start import find_start, restored, warn_of_endless_warmup
+from osler.runs.start import find_start, resume_loop, warn_of_endless_warmup
 from osler.runtime.device import pick_device
 from osler.runtime.errors import UserError
 from osler.runtime.files import RunFolder, fingerprint, write_or_warn
@@ -85,7 +85,7 @@ def train(config: GrpoConfig, folder: RunFolder, world: World | None = None) -> 
     trainer = GrpoTrainer(config, run, learner, worker, eval_items)
     checkpoint = start.load()
     if checkpoint is not None:
-        loop = restored(trainer, start, checkpoint)
+        loop = resume_loop(trainer, start, checkpoint)
     else:
         loop = Loop(trainer)
         if config.algorithm.prompts_per_step < world.size:  # one rank draws a whole group
@@ -105,7 +105,7 @@ def train(config: GrpoConfig, folder: RunFolder, world: World | None = None) -> 
 
 
 def check_branch(config: GrpoConfig, start: store.Loaded) -> None:
-    """Raise UserError when a run with this config cannot go on from a checkpoint of another."""
+    """Raise UserError when a run with this config cannot continue from a checkpoint of another run."""
     if start.step >= config.steps:
         raise UserError(f"{start.path} is at step {start.step:,}, and steps is {config.steps:,}: set steps higher.")
     if config.algorithm.beta > 0.0 and not (start.path / f"reference{TENSORS_SUFFIX}").is_file():
@@ -168,7 +168,7 @@ def fingerprint_of(tasks: Sequence[RlTask]) -> str:
 
 
 def planned_numbers(config: GrpoConfig, model: ModelConfig | None) -> dict[str, str]:
-    """Return what follows from a config, for ``--dry-run``."""
+    """Return the numbers that follow from a config, for ``--dry-run``."""
     completions = config.steps * config.algorithm.completions_per_step
     return {
         "completions": f"{completions:,} of at most {config.algorithm.max_new_tokens} tokens",
@@ -177,7 +177,7 @@ def planned_numbers(config: GrpoConfig, model: ModelConfig | None) -> dict[str, 
 
 
 def next_steps(config: GrpoConfig, folder: RunFolder) -> str:
-    """Return what a person can do with a finished run."""
+    """Return suggestions for the next steps after a finished run."""
     return f"Done: {folder.root}\n  osler eval {folder.root}   sit the exam\n  osler report {folder.root}   the run as a page"
 
 
@@ -224,7 +224,7 @@ def preflight(groups: Sequence[Group], config: GrpoConfig) -> str:
             f"no question has samples with different rewards before training, so GRPO learns nothing from them; {cause}, or let "
             "algorithm.dynamic_sampling=true look for others."
         )
-    results = (mark(group.prompt.item, sample.completion) for group, sample in shown)
+    results = (grade(group.prompt.item, sample.completion) for group, sample in shown)
     return "".join(jsonl.to_line(asdict(result.sample("grpo step 0"))) for result in results)
 
 

@@ -5,8 +5,8 @@ budget. The weights of all tokens are made once for the whole update, so how it 
 floating-point sums. Rows without an advantage get a forward pass, for the metrics, and a backward pass only with a KL term.
 Log-probabilities are taken at the sampler's temperature and over its sampling masks, at completion tokens only.
 
-Ranks exchange gradients, and with FSDP weights, in every pass alike, so all of them make the same number of passes: one whose
-rows are used up makes idle ones, of which nothing is counted and whose gradient is zero.
+Ranks exchange gradients, and with FSDP also weights, in every pass, so all ranks must make the same number of passes. A rank
+without rows left makes idle passes, which are not counted and whose gradient is zero.
 
 Shapes: B rows of a micro-batch, T completion tokens, L prompt and completion tokens, N completion tokens of all its rows,
 V vocabulary.
@@ -142,7 +142,7 @@ class PolicyLoss(ModelLoss):
 
     def forward(self, batch: MicroBatch, algorithm: AlgorithmConfig) -> tuple[Tensor, dict[str, Tensor]]:
         logp_BT, entropy_BT, mask_BT = completion_logprobs(self.model, batch.rows, temperature=algorithm.temperature)
-        if batch.idle:  # what stands under a False mask is never looked at, and still every weight gets its zero gradient
+        if batch.idle:  # values under a False mask are ignored, and still every weight gets its zero gradient
             mask_BT = torch.zeros_like(mask_BT)
         inputs = LossInputs(logp_BT, batch.old_BT, batch.reference_BT, mask_BT, batch.advantages_B, batch.weight_BT)
         loss, sums = grpo_loss(inputs, algorithm)
@@ -226,7 +226,7 @@ def _prepare(
         trained_B=torch.tensor([row.trained for row in rows]),
     )
     learning = [index for index, row in enumerate(rows) if row.has_gradient(algorithm.beta)]
-    # With nothing to learn the update still happens, on zero gradients: the optimizer's momentum does not stand still.
+    # With nothing to learn the update still happens, on zero gradients, because the optimizer's momentum still moves the weights.
     learning = learning or list(range(len(rows)))
     watching = sorted(set(range(len(rows))) - set(learning))
     prepared: list[MicroBatch] = []

@@ -1,7 +1,7 @@
 """The GRPO trainer: ask, answer, reward, learn; ``runs/loop.py`` runs it.
 
-Resume is exact: what is asked and drawn is a function of (seed, step and how many were passed over), and a checkpoint holds the
-model, the optimizer, the reference and the counters. Every rank knows the samples of all (``rollout.py``).
+Resume is exact: questions and samples are a function of (seed, step, number of skipped steps), and a checkpoint holds the model,
+the optimizer, the reference and the counters. Every rank knows the samples of all ranks (``rollout.py``).
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ class GrpoTrainer(Trainer):
 
     @contextmanager
     def _whole_model(self) -> Iterator[None]:
-        """Lend the sampler the model as it is, neither sharded nor wrapped; no copy of it stays beside what training needs."""
+        """Give the sampler the current model, neither sharded nor wrapped, for the context; no copy is kept after it."""
         sampler = self.worker.engine
         sampler.model = self.learner.engine.plain_model(self.learner.model)
         try:
@@ -130,14 +130,14 @@ class GrpoTrainer(Trainer):
             sampler.model = self.learner.model
 
     def _speed(self, lengths: Sequence[int], seconds: float) -> dict[str, float]:
-        """The speed of the updates on rows of these lengths, and the share of the GPUs' peak that it is."""
+        """Return the speed of the updates on rows of these lengths, and its share of the GPUs' peak."""
         speed = sum(lengths) * self.config.algorithm.updates_per_batch / seconds
         # A token costs attention over its row, so the mean is over tokens.
         seq_len = round(sum(length**2 for length in lengths) / sum(lengths))
         return {"perf/train_tokens_per_second": speed, **self.collector.mfu(speed, seq_len)}
 
     def _consumed(self, groups: Sequence[Group]) -> dict[str, float]:
-        """How often the questions have been gone through after the step just made, whose groups these are."""
+        """Return metrics of the epochs over the questions after the latest step; ``groups`` are the groups of that step."""
         tasks = self.worker.tasks
         for group in groups:
             self.task_tokens[group.prompt.task.name] += count_tokens([group])
@@ -150,7 +150,7 @@ class GrpoTrainer(Trainer):
         return metrics
 
     def _observe(self, metrics: Mapping[str, float]) -> None:
-        """Look for incidents. A step without a usable sample has no numbers; equal rewards alone say nothing of other steps."""
+        """Look for incidents. A step without a usable sample has no numbers; one with equal rewards only is not comparable."""
         norm = metrics.get("train/grad_norm")
         if norm is not None and (metrics["frac_reward_zero_std"] < 1.0 or not math.isfinite(norm)):
             skipped = metrics["train/skipped_steps"] >= self.config.algorithm.updates_per_batch
@@ -158,7 +158,7 @@ class GrpoTrainer(Trainer):
             self.incidents.observe(self.step, loss, norm, skipped=skipped, drift=drift)
 
     def details(self, step: int) -> dict[str, Any]:
-        """What an incident at the end of a step, the one just made, is recorded with."""
+        """Return the details of an incident at ``step``, which is the latest step."""
         position, count = step - 1 + self.incidents.data_offset, self.config.algorithm.prompts_per_step
         asked = [prompt.item.id for prompt in step_prompts(self.worker.tasks, self.config.seed, position, count)]
         return {"tokens": self.tokens, "lr": self.learner.optimizer.param_groups[0]["lr"], "questions": asked}

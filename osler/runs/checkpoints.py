@@ -111,7 +111,7 @@ def prune_checkpoints(path: str, *, keep_last: int, keep_best: bool, keep_milest
 def _found(path: str) -> tuple[Path, list[Entry]]:
     """Return the checkpoints folder of a run and the checkpoints in it, newest first; raises UserError when there is none."""
     if FOLDER_NAME.fullmatch(Path(path).name):
-        raise UserError(f"{path} is one checkpoint: give the run folder that it lies in.")
+        raise UserError(f"{path} is one checkpoint: give the run folder that it is in.")
     root = root_of(path)
     entries = by_age(root)
     if not entries:

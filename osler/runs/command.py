@@ -1,6 +1,6 @@
-"""What ``osler pretrain``, ``sft`` and ``grpo`` have in common: from what a person asks to a finished run folder.
+"""The path that ``osler pretrain``, ``sft`` and ``grpo`` share, from the command line to a finished run folder.
 
-A run folder that already holds this run goes on from its newest good checkpoint; one that holds another run is refused.
+A run folder that already holds this run continues from its newest good checkpoint; a folder with another run is refused.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What a person asks of a command that trains."""
+    """The arguments of a command that trains."""
 
     kind: str  # the command
     recipe: str | None = None
@@ -55,8 +55,8 @@ class Job:
 
     config_class: type[RunConfig]
     default_name: Callable[[Any], str]  # of the run of a config that no recipe names
-    check: Callable[[Any, RunFolder, store.Loaded | None], None]  # what a start needs, given the checkpoint it goes on from
-    check_branch: Callable[[Any, store.Loaded], None]  # that a run with this config can go on from a checkpoint of another
+    check: Callable[[Any, RunFolder, store.Loaded | None], None]  # what a start needs, given the checkpoint it continues from
+    check_branch: Callable[[Any, store.Loaded], None]  # that a run with this config can continue from a checkpoint of another
     check_processes: Callable[[Any, int], None]
     numbers: Callable[[Any, ModelConfig | None], Mapping[str, str]]  # what follows from a config, for --dry-run
     train: Callable[[Any, RunFolder, World], bool]
@@ -123,8 +123,8 @@ def run_name(recipe: str, kind: str) -> str:
 def describe_plan(job: Job, config: Any, folder: RunFolder, back_to: int | None) -> str:
     """Return what ``--dry-run`` prints: the resolved config, and as comments what follows from it. Nothing is changed.
 
-    The model of the checkpoint that the run goes on or starts from stands in place of the config's own, which is not used then,
-    and neither is its section ``tokenizer``. Raises UserError for what would keep the run from starting.
+    If the run takes its model from a checkpoint, that model is printed in place of the config's own, and the section
+    ``tokenizer`` is left out, because neither is used. Raises UserError for anything that would keep the run from starting.
     """
     refuse_another(folder, config)
     newest, aside = planned_start(folder, back_to)

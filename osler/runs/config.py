@@ -1,4 +1,4 @@
-"""What every training run can be told, whatever it learns from. Torch-free."""
+"""The configuration that all kinds of training share. Torch-free."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class CheckpointConfig:
 
 @config
 class RecoveryConfig:
-    """When a run in trouble goes back to its last good checkpoint and on with other data, and when it gives up."""
+    """When a run in trouble goes back to its last good checkpoint and continues with later data, and when it gives up."""
 
     # steps in a row with a non-finite gradient that send the run back, when the next line of metrics is due
     max_skipped_steps: PositiveInt = 20

@@ -1,4 +1,4 @@
-"""What a run folder tells the next process: its config, and its newest good checkpoint."""
+"""Claims a run folder and reads what the next process needs: its config, and its newest good checkpoint."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 MOST_NAMED = 5  # differences between two configs that an error spells out
-# How a run is computed and watched, not what comes out of it, but for rounding: these may change from one start to the next.
+# Settings that change a run's results by rounding at most: these may differ from one start to the next.
 GIVEN_ANEW = (
     "parallel", "loader_workers", "micro_batch_tokens", "recompute", "checkpoint.in_background", "monitor",
     "allow_data_change", "preflight",  # permissions for one start
 )  # fmt: skip
-# Where files lie may change too: what is in them must be the same, which the shards' and the checkpoints' fingerprints tell.
+# Paths of files may change too. Their contents may not, which the fingerprints of shards and checkpoints ensure.
 PLACES = re.compile(r"(.*\.)?data\.path|tasks\[\d+\]\.task\.path")
 DATA_SECTIONS = ("data", "tasks")  # what a run learns from: of training, of GRPO
 
@@ -98,7 +98,7 @@ def _free_sections(config: Any) -> tuple[str, ...]:
 def differences(
     config: Any, stored: Mapping[str, Any], source: str, leave_out: Sequence[str] = GIVEN_ANEW
 ) -> dict[str, str]:
-    """Return what differs between a config and a ``stored`` one from ``source``: dotted key to words, the kind first."""
+    """Return the differences between a config and a ``stored`` one from ``source``: dotted key to a phrase, the kind first."""
     wanted, there = encode(config), dict(stored)
     if there.get("kind") == wanted["kind"]:  # a field that came with a later Osler had its default when the run began
         there = encode(decode(type(config), there, source=source))
@@ -113,7 +113,7 @@ def differences(
 
 
 def _is_within(key: str, sections: Sequence[str]) -> bool:
-    """Return whether a dotted key is one of the sections or lies in one."""
+    """Return whether a dotted key is one of the sections or inside one."""
     return any(key == section or key.startswith((f"{section}.", f"{section}[")) for section in sections)
 
 
@@ -173,7 +173,7 @@ def read_config(folder: RunFolder) -> dict[str, Any]:
 
 
 def newest_checkpoint(folder: RunFolder, *, record: bool = False) -> Path | None:
-    """Return the checkpoint to go on from, and warn when newer ones are damaged; None when the run has saved none.
+    """Return the checkpoint to continue from, and warn when newer ones are damaged; None when the run has saved none.
 
     ``record``: also write the damage to ``events.jsonl``. Raises UserError when every checkpoint is damaged, because starting
     over silently would throw the run away.

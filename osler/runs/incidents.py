@@ -1,13 +1,13 @@
-"""What goes wrong in a run and what is done about it: skipped steps, loss spikes, rollbacks.
+"""Incidents of a run and the response to them: skipped steps, loss spikes, rollbacks.
 
 A gradient that is not finite costs its step and nothing else. When that happens many times in a row, or the loss spikes and
 ``recovery.spike.action`` says so, the run goes back to the last checkpoint from before the trouble and skips the data since
-then: the data's position is what the steps say plus ``data_offset``. A run that has gone back too often, or that has no such
+then: the data's position is that of the step plus ``data_offset``. A run that has gone back too often, or that has no such
 checkpoint yet, ends with a diagnosis. Everything is a function of numbers that all ranks have in common, so all decide alike.
 
-Resume is exact: a checkpoint keeps all of this, and one is written at once after going back. What was decided is acted upon where
-the trainer asks (``cause``), which no interruption moves. (A signal leaves a checkpoint more, and so perhaps a later one to go
-back to.) Every incident is a line in ``events.jsonl``.
+Resume is exact: a checkpoint keeps all of this, and one is written at once after a rollback. The loop reads ``cause`` and rolls
+back only when a line of metrics is due, so an interruption does not move a rollback. (A signal saves an extra checkpoint, so the
+run may return to a later one.) Every incident is a line in ``events.jsonl``.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ from osler.runtime.files import read_json
 logger = logging.getLogger(__name__)
 
 STEPS_BEFORE = 5  # good steps before an incident whose numbers a diagnosis shows
-# Numbers of ``Incidents`` that a checkpoint keeps, beside the spikes and the steps before.
+# Numbers of ``Incidents`` that a checkpoint keeps, besides the spikes and the steps before.
 KEPT = ("good_step", "skipped_in_a_row", "first_skipped", "not_finite_in_a_row", "cause", "rollbacks", "data_offset")
 
 
 class Incidents:
     """Watches the numbers of every step, reports and records what is wrong with them, and rolls the run back.
 
-    ``details`` returns as JSON what a step (1, 2 ...) learned from and how: ``tokens``, ``lr``, and the names or numbers of its
-    rows. Every rank has one; only rank 0 writes and logs.
+    ``details`` returns the details of a step (1, 2 ...) as JSON: ``tokens``, ``lr``, and the names or numbers of its rows. Every
+    rank has an instance; only rank 0 writes and logs.
     """
 
     def __init__(self, config: RunConfig, run: Run, details: Callable[[int], Mapping[str, Any]]) -> None:
@@ -50,7 +50,7 @@ class Incidents:
         self.spikes = SpikeWindow(self.limits.spike)
         self.before: deque[list[Any]] = deque(maxlen=STEPS_BEFORE)  # step, loss and gradient norm of the last good steps
         self.skipped_in_a_row = 0
-        self.first_skipped = 0  # the step with which they began; steps without anything to learn lie between them unseen
+        self.first_skipped = 0  # the first of these steps; steps without a token to learn may come between them
         self.not_finite_in_a_row = 0  # steps of which at least one update was skipped
         self.cause: str | None = None  # why the run has to go back
         self.rollbacks = 0
@@ -135,7 +135,7 @@ class Incidents:
             write_damage(self.run.events, damaged)
 
     def _diagnosis(self, step: int, good: Path | None) -> str:
-        """Return what a person needs to find the cause: what happened, then a list. ``good`` is the last good checkpoint."""
+        """Return a diagnosis for a person: what happened, then a list of facts. ``good`` is the last good checkpoint."""
         most, lr = self.limits.max_rollbacks, self.full_lr
         if self.rollbacks:
             tried = f"The run has gone back {self.rollbacks} times already, of at most recovery.max_rollbacks={most}."
@@ -157,13 +157,13 @@ class Incidents:
         return "\n  ".join([f"{self.cause} {tried}{saved}", *facts])
 
     def checkpointed(self, step: int) -> dict[str, Any]:
-        """Return what the checkpoint of this step keeps. Unless something is wrong now, it becomes the one to go back to."""
+        """Return the state for the checkpoint of ``step``. Unless the run is in trouble, a rollback will return to that one."""
         if not (self.skipped_in_a_row or self.spikes.spikes or self.cause):
             self.good_step = step
         return {name: getattr(self, name) for name in KEPT} | {"spikes": self.spikes.state(), "before": list(self.before)}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Continue from what ``checkpointed`` returned."""
+        """Restore what ``checkpointed`` returned."""
         for name in KEPT:
             setattr(self, name, state[name])
         self.spikes.restore(state["spikes"])
@@ -171,9 +171,9 @@ class Incidents:
 
 
 def last_good(root: Path, good_step: int | None) -> tuple[Path | None, Damaged]:
-    """Return the checkpoint of ``good_step``, or if the disk has lost it the last good one before it, and those that are damaged.
+    """Return the checkpoint of ``good_step``, or the last good one before it if that is lost, and the damaged ones.
 
-    The first is None without one.
+    The first is None if there is no good checkpoint.
     """
     damaged: Damaged = []
     for entry in sorted(by_age(root), key=lambda entry: entry.step, reverse=True):

@@ -1,8 +1,8 @@
 """The life of a training run between its first step and its last, the same for every trainer.
 
-Each turn the trainer makes a step, the ranks agree whether to stop, and a line of metrics is written when one is due. A run in
-trouble then goes back (``incidents.py``). When a checkpoint or an evaluation is due, the checkpoint comes first, so an evaluation
-that fails costs nothing.
+In each iteration the trainer makes a step, the ranks vote whether to stop, and a line of metrics is written if one is due. A run
+in trouble then rolls back (``incidents.py``). If both a checkpoint and an evaluation are due, the checkpoint comes first, so an
+evaluation that fails costs nothing.
 
 Every rank runs this loop; rank 0 alone writes. A checkpoint is the same whatever the number of ranks, and a resumed run makes the
 same steps with the same numbers as one that was never interrupted.
@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 
 
 class Due(NamedTuple):
-    """What is due after a step: a checkpoint, one that is kept for good, an evaluation."""
+    """Whether a checkpoint, a checkpoint that is kept for good, or an evaluation is due after a step."""
 
     save: bool
     milestone: bool
@@ -48,7 +48,7 @@ class Due(NamedTuple):
 
 
 class Trainer(ABC):
-    """What the loop runs to its last step: a kind of training."""
+    """Base class of the trainers that ``Loop`` drives."""
 
     config: RunConfig
     unit = "steps"  # of ``position`` and ``total``
@@ -76,7 +76,7 @@ class Trainer(ABC):
         """Tokens trained on."""
 
     def position_at(self, step: int) -> int:
-        """Return the place in the data after a step, without what was passed over, in the unit of ``incidents.data_offset``."""
+        """Return the data position after ``step``, not counting data skipped by rollbacks, in the unit of ``data_offset``."""
         return step
 
     @property
@@ -85,64 +85,64 @@ class Trainer(ABC):
 
     @property
     def done(self) -> bool:
-        """Whether the last step is made."""
+        """Whether training is finished."""
         return self.position >= self.total
 
     def crossed(self, every: int) -> bool:
-        """Whether the step just made crossed a multiple of a number of positions (0: never), or was the last."""
+        """Whether the latest step passed a multiple of ``every`` positions or was the last one; 0 means never."""
         if every == 0 or self.step == 0:
             return False
         return self.done or self.position // every > self.position_at(self.step - 1) // every
 
     def settings(self) -> RunSettings:
-        """Return what the alerts must know of the run."""
+        """Return the settings that the alert rules need."""
         config = self.config
         return RunSettings(lr=config.optim.lr, clip_norm=config.clip_norm, warmup_tokens=config.schedule.warmup_tokens)
 
-    def begin(self) -> None:  # noqa: B027 - not every trainer has something to take up
-        """Take up the data at the current step; called before the first step and after the run has gone back."""
+    def begin(self) -> None:  # noqa: B027 - not every trainer has a data loader
+        """Open the data loader at the current step; called before the first step and after each rollback."""
 
     def close(self) -> None:  # noqa: B027
-        """Give up what ``begin`` took up."""
+        """Release what ``begin`` opened."""
 
-    def pause(self, seconds: float) -> None:  # noqa: B027
-        """Leave these seconds out of the speed of training."""
+    def exclude_time(self, seconds: float) -> None:  # noqa: B027
+        """Do not count these seconds in tokens per second."""
 
     @abstractmethod
     def advance(self) -> dict[str, float] | None:
-        """Make one step. Return the metrics of a line when one is due."""
+        """Make one step. Return the metrics if a line of metrics is due, else None."""
 
     @abstractmethod
     def shown(self, metrics: Mapping[str, float]) -> dict[str, str]:
-        """Return what the progress bar shows of a line."""
+        """Return the values of a metrics line that the progress bar shows."""
 
     @abstractmethod
     def due(self) -> Due:
-        """Return what is due after the step just made, and before the first step whether to evaluate."""
+        """Return what is due after the latest step; before the first step only ``evaluation`` counts."""
 
     @abstractmethod
     def details(self, step: int) -> dict[str, Any]:
-        """Return as JSON what an incident at the end of a step is recorded with; see ``Incidents``."""
+        """Return the details, as JSON, that are recorded with an incident at ``step``; see ``Incidents``."""
 
     @abstractmethod
     def evaluate(self) -> dict[str, float]:
-        """Measure the model as it is. Raises AskedToStop when the run was asked to stop meanwhile."""
+        """Return metrics of the current model. Raises AskedToStop when the run is asked to stop meanwhile."""
 
     @abstractmethod
     def state(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps of the trainer itself, as JSON."""
+        """Return the trainer's own state for a checkpoint, as JSON."""
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """Return what a checkpoint keeps besides model and optimizer."""
+        """Return the trainer's own tensors for a checkpoint, besides model and optimizer."""
         return {}
 
     def restore(self, loaded: store.Loaded) -> None:
-        """Take back what ``state`` and ``tensors`` gave."""
+        """Restore what ``state`` and ``tensors`` returned."""
         self.step = loaded.state["step"]
 
 
 class Loop:
-    """Runs a trainer to its last step; saves, evaluates, goes back and stops on the way."""
+    """Runs a trainer to its last step; saves, evaluates, rolls back and stops when needed."""
 
     def __init__(self, trainer: Trainer) -> None:
         self.trainer, self.run, self.incidents = trainer, trainer.run, trainer.incidents
@@ -156,14 +156,14 @@ class Loop:
             on_damage=self.incidents.found_damaged,
         )
         self.best: float | None = None  # value of the best metric so far
-        self.left_evaluation = False  # because the run was asked to stop
-        self.has_shown_nothing = True
+        self.evaluation_interrupted = False  # because the run was asked to stop
+        self.nothing_shown_yet = True
         self.stop: StopFlag  # these three live inside ``fit``
         self.run_logger: RunLogger
         self.progress: Progress
 
     def fit(self) -> bool:
-        """Train to the end. Return False when the run was asked to stop before; everything is saved then."""
+        """Train to the end. Return False if the run was stopped early, after saving everything."""
         trainer, config, folder = self.trainer, self.trainer.config, self.run.folder
         with (
             StopFlag() as self.stop,  # first, so that whoever sees the metrics file may send a signal
@@ -180,18 +180,18 @@ class Loop:
             if trainer.due().evaluation and not self.world.broadcast_from_first(self._was_evaluated):
                 self._evaluate()
             trainer.begin()
-            while not (trainer.done or self.left_evaluation):
-                if not self._turn():
+            while not (trainer.done or self.evaluation_interrupted):
+                if not self._iterate():
                     return False
-        return not self.left_evaluation
+        return not self.evaluation_interrupted
 
     @property
     def is_complete(self) -> bool:
         """Whether nothing is left to train or to evaluate."""
-        return self.trainer.done and not self.left_evaluation
+        return self.trainer.done and not self.evaluation_interrupted
 
-    def _turn(self) -> bool:
-        """Make one step and what is due after it. Return False when the run stops here."""
+    def _iterate(self) -> bool:
+        """Make one step, then save and evaluate if due. Return False if the run stops here."""
         trainer = self.trainer
         line = trainer.advance()
         fault("train-step")
@@ -202,7 +202,7 @@ class Loop:
             if self.incidents.cause:
                 self._roll_back()
                 return True
-        elif self.has_shown_nothing:  # the first step may have compiled for minutes
+        elif self.nothing_shown_yet:  # the first step may have compiled for minutes
             self._show({})
         due = trainer.due()
         if due.save or due.milestone or due.evaluation or stopping:
@@ -216,32 +216,32 @@ class Loop:
         return True
 
     def _agree_to_stop(self) -> bool:
-        """Whether the ranks stop, because one was asked to. A signal after this vote counts in the next."""
+        """Whether the ranks stop, because one of them was asked to. A later signal is counted in the next vote."""
         (all_go_on,) = self.world.all_reduce_min(not self.stop.requested)
         self.stop.requested = self.stop.requested or not all_go_on
         return not all_go_on
 
     def _show(self, shown: Mapping[str, str]) -> None:
-        self.has_shown_nothing = False
+        self.nothing_shown_yet = False
         self.progress.total = self.trainer.total
         self.progress.update(self.trainer.position, **shown)
 
     # -- save, restore, roll back ----------------------------------------------------------------------------------------
 
     def save(self) -> None:
-        """Have a checkpoint written, in the background unless it is the last of this process; see ``Saver.save``.
+        """Save a checkpoint, in the background unless it is the last one of this process; see ``Saver.save``.
 
-        Sharded tensors come together on rank 0, one at a time.
+        Sharded tensors are gathered on rank 0, one at a time.
         """
         trainer, learner = self.trainer, self.trainer.learner
-        self.world.broadcast_from_first(self.saver.wait)  # ranks have more patience here than in a collective on the device
+        self.world.broadcast_from_first(self.saver.wait)  # wait here: this timeout is longer than that of a device collective
         to_host = self.saver.to_host if self.saver.in_background else None
         tensors, optimizer_state = learner.engine.parts(learner.model, learner.optimizer, to_host)
         state = {
             "kind": trainer.config.kind,
             "step": trainer.step,
             "tokens": trainer.tokens,
-            **trainer.state(),  # first, because it brings the numbers of the last steps to the incidents
+            **trainer.state(),  # must be evaluated first: it passes the latest losses to ``incidents``
             "incidents": self.incidents.checkpointed(trainer.step),
             "fingerprints": dict(self.run.fingerprints),
             "optimizer": optimizer_state,
@@ -259,14 +259,14 @@ class Loop:
         self.world.broadcast_from_first(save)
 
     def restore(self, loaded: store.Loaded) -> None:
-        """Continue from a checkpoint of this run, or of the one that it branches from."""
+        """Continue from a checkpoint of this run, or of the run that it branches from."""
         changes = self.run.events if self.trainer.config.allow_data_change else None
         check_fingerprints(loaded, self.run.fingerprints, changes=changes)
         self._take_over(loaded)
         self.run.started -= loaded.state.get("seconds", 0.0)
 
     def _take_over(self, loaded: store.Loaded) -> None:
-        """Become what was saved; what is learned from was checked when this process began."""
+        """Load the saved state. The data were already checked at start-up."""
         learner = self.trainer.learner
         learner.engine.restore(learner.model, learner.optimizer, loaded.tensors, loaded.state["optimizer"])
         self.trainer.restore(loaded)
@@ -276,7 +276,7 @@ class Loop:
         self.best = best.value if best is not None and best.step <= loaded.step else None
 
     def _roll_back(self) -> None:
-        """Go back to the last good checkpoint and on with other data; saved at once, so that a kill changes nothing."""
+        """Return to the last good checkpoint and continue with later data. Save at once, so that a kill cannot undo that."""
         self.world.broadcast_from_first(self.saver.wait)  # the checkpoint to go back to may be the one that is being written
         self.incidents.roll_back(self.trainer.step, self._take_over, lambda: self.trainer.position)
         self.save()
@@ -296,17 +296,17 @@ class Loop:
         try:
             metrics = trainer.evaluate()
         except AskedToStop:
-            self.left_evaluation = True
-        # Only what is on the disk can be the best, and count as evaluated.
-        self.world.broadcast_from_first(lambda: self.saver.wait(needed=self.left_evaluation))
+            self.evaluation_interrupted = True
+        # A checkpoint must be on the disk before it can be the best one or count as evaluated.
+        self.world.broadcast_from_first(lambda: self.saver.wait(needed=self.evaluation_interrupted))
         if metrics:
             self._mark_if_best(metrics)
-            # Last, because the line is what tells a resumed run that this evaluation is complete.
+            # Last, because a resumed run takes this line as the sign that the evaluation is complete.
             self.run_logger.write(trainer.step, trainer.tokens, {**metrics, "eval/seconds": time.monotonic() - before})
             shown = {name.replace("eval/loss", "held-out loss").removeprefix("eval/"): value for name, value in metrics.items()}
             logger.info(f"step {trainer.step}: " + ", ".join(f"{name} {value:.4f}" for name, value in shown.items()))
             self._show({})
-        trainer.pause(time.monotonic() - before)
+        trainer.exclude_time(time.monotonic() - before)
 
     def _was_evaluated(self) -> bool:
         """Whether the metrics hold an evaluation of the current step."""

@@ -1,4 +1,4 @@
-"""One process of a run: where and how it computes (``Machine``), its run (``Run``), and what it trains (``Learner``)."""
+"""What one process holds: device and dtype (``Machine``), run folder and ranks (``Run``), model and optimizer (``Learner``)."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ VERSIONS = "versions.json"  # packages and machine, in the run folder and in eve
 
 @dataclass(frozen=True)
 class Machine:
-    """Where and how a run computes."""
+    """The device and the dtype that a process computes with, and whether it compiles the model."""
 
     device: torch.device
     dtype: torch.dtype
@@ -39,14 +39,14 @@ class Machine:
 
     @property
     def eager_dtype(self) -> torch.dtype:
-        """For evaluation and sampling, which are not compiled: eager bf16 operators are slow on a CPU."""
+        """The dtype for evaluation and sampling: fp32 on a CPU, because they run uncompiled and eager bf16 is slow there."""
         return torch.float32 if self.device.type == "cpu" else self.dtype
 
 
 def choose_machine(device: str, precision: str, compile_mode: str, *, steps: int) -> Machine:
-    """Return device, dtype and whether to compile; ``auto`` tries it on this machine.
+    """Return device, dtype and whether to compile; ``auto`` is decided by a trial on this machine.
 
-    On a CPU bf16 goes with compilation: eager bf16 operators are an order of magnitude slower than fp32 there.
+    On a CPU, ``auto`` chooses bf16 only if the model is compiled: eager bf16 operators are an order of magnitude slower there.
     """
     chosen = pick_device(device)
     compile = should_compile(compile_mode, chosen, steps=steps)
@@ -58,9 +58,9 @@ def choose_machine(device: str, precision: str, compile_mode: str, *, steps: int
 def agree_on_machine(
     world: World, checkpoint: Path | None, *, precision: str, compile_mode: str, steps: int
 ) -> Machine:
-    """Return the machine of this rank. What ``auto`` comes to is a trial on rank 0, which might end differently on another.
+    """Return the machine of this rank. Rank 0 resolves ``auto`` by a trial and broadcasts the result.
 
-    A run that goes on from ``checkpoint`` keeps the precision that it resolved when it began.
+    A trial on another rank might end differently. A run resumed from ``checkpoint`` keeps the precision chosen at its start.
     """
     if precision == "auto" and checkpoint is not None and (checkpoint / VERSIONS).exists():
         precision = {"float32": "fp32", "bfloat16": "bf16"}[read_json(checkpoint / VERSIONS)["machine"]["dtype"]]
@@ -69,7 +69,7 @@ def agree_on_machine(
 
 
 def place_of(machine: Machine, parallel: ParallelConfig, world: World) -> str:
-    """Return in words what a run computes on."""
+    """Return a description of the devices, for example ``cuda:0, compiled`` or ``8 x cuda (fsdp)``."""
     place = str(machine.device) if world.size == 1 else f"{world.size} x {machine.device.type} ({parallel.type})"
     return f"{place}, compiled" if machine.compile else place
 
@@ -93,10 +93,10 @@ def write_versions(folder: RunFolder, machine: Machine) -> bytes:
 
 @dataclass
 class Run:
-    """A run as one process knows it.
+    """The folder, ranks, events and elapsed time of a run, in one process.
 
-    ``files`` (model config, tokenizer and the like) and ``fingerprints`` go into every checkpoint. A checkpoint with other
-    fingerprints is refused.
+    ``files`` (model config, tokenizer and the like) and ``fingerprints`` go into every checkpoint. A checkpoint whose
+    fingerprints differ is refused.
     """
 
     folder: RunFolder
@@ -105,11 +105,11 @@ class Run:
     fingerprints: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.started = time.monotonic()  # less what the processes before this one have spent on the run
+        self.started = time.monotonic()  # moved back on resume by the time that earlier processes spent
         self.events = EventLog(self.folder.events if self.world.is_first else os.devnull)
 
     def describe(self, machine: Machine, model: ModelConfig, tokenizer: Tokenizer) -> None:
-        """Write ``versions.json``, and take up the files with which the run's checkpoints describe themselves."""
+        """Write ``versions.json``, and collect the files that go into every checkpoint."""
         versions = self.world.broadcast_from_first(lambda: write_versions(self.folder, machine))
         self.files = {
             **describing_files(model, tokenizer), "config.yaml": self.folder.config.read_bytes(), VERSIONS: versions
@@ -135,5 +135,5 @@ class Learner:
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters lie."""
+        """The device of the parameters."""
         return next(self.model.parameters()).device

@@ -1,10 +1,10 @@
 """Where a process starts: at the newest good checkpoint of its run, an earlier one, one of another run, or at step 0.
 
-Going back (``--from-step``) sets aside what the run has made since, so that the checkpoint is the newest again. The run then is,
-bit for bit, one that was stopped there.
+Going back (``--from-step``) sets aside everything that the run wrote after that checkpoint, which becomes the newest again. The
+run then is, bit for bit, one that was stopped there.
 
-A branch (``--branch``) is a new run that goes on from a checkpoint of another, with its optimizer and its place in the data. Its
-config names that checkpoint as ``branch_from``, and it needs it until it has one of its own. What follows is an ordinary resume.
+A branch (``--branch``) is a new run that continues from a checkpoint of another, with its optimizer and data position. The new
+config names that checkpoint, ``branch_from``, which is needed until the new run has saved one. The rest is an ordinary resume.
 """
 
 from __future__ import annotations
@@ -49,12 +49,12 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 CONFIG = "config.yaml"  # in a checkpoint
-ASIDE = "set-aside"  # in the run folder: what runs that went back had made
+ASIDE = "set-aside"  # in the run folder: checkpoints and lines from after the step that the run went back to
 REWIND = "rewind"  # the event
 
 
 class Start(NamedTuple):
-    """The checkpoint that a process goes on from (None: the run begins), and whether it belongs to another run."""
+    """The checkpoint that a process continues from (None: the run begins), and whether it belongs to another run."""
 
     checkpoint: Path | None
     is_branch: bool
@@ -65,7 +65,7 @@ class Start(NamedTuple):
 
 
 def find_start(config: Any, run: Run, check_branch: Callable[[Any, store.Loaded], None]) -> Start:
-    """Check that the folder may hold this run, and return where it goes on from, which is the same on every rank.
+    """Check that the folder may hold this run, and return where the run continues, which is the same on every rank.
 
     Raises UserError when the folder holds another run, when the ranks found different checkpoints, as on machines that do not
     share the disk of the run folder, and when ``check_branch`` refuses a branch that begins.
@@ -88,8 +88,8 @@ def find_start(config: Any, run: Run, check_branch: Callable[[Any, store.Loaded]
     return start
 
 
-def restored(trainer: Trainer, start: Start, loaded: store.Loaded) -> Loop:
-    """Return the loop of a trainer, restored from a checkpoint; a branch that begins is told and recorded."""
+def resume_loop(trainer: Trainer, start: Start, loaded: store.Loaded) -> Loop:
+    """Return the loop of a trainer, restored from a checkpoint; the beginning of a branch is logged and recorded."""
     loop, events = Loop(trainer), trainer.run.events
     loop.restore(loaded)
     if start.is_branch:
@@ -130,7 +130,7 @@ def find_step(root: Path, step: int) -> Entry:
 
 
 def planned_start(folder: RunFolder, step: int | None) -> tuple[Path | None, dict[str, str]]:
-    """Return the checkpoint of this run that a start would go on from, and in words what it would set aside."""
+    """Return the checkpoint of this run that a start would continue from, and a description of what it would set aside."""
     if step is None:
         return newest_checkpoint(folder), {}
     target = find_step(folder.checkpoints, step)
@@ -145,7 +145,7 @@ def later_than(folder: RunFolder, target: Entry) -> list[Entry]:
 
 
 def go_back(folder: RunFolder, step: int) -> None:
-    """Make a run what it was at the checkpoint of ``step``, and move later checkpoints, metrics and events to another folder.
+    """Take a run back to the checkpoint of ``step``, and move later checkpoints, metrics and events to another folder.
 
     The newest checkpoint moves first, so a kill half way leaves a run that was stopped at one of them.
     """
@@ -209,10 +209,10 @@ def _mark_earlier_best(folder: RunFolder, metric: str, lines: Sequence[bytes], l
 
 
 def branch_config(cls: type[T], kind: str, branch: str, step: int | None, overrides: Sequence[str], folder: RunFolder) -> T:
-    """Return the config of a new run that goes on from a checkpoint of another: the config of that one, with overrides.
+    """Return the config of a new run that continues from a checkpoint of another: the config of that run, with overrides.
 
-    ``branch`` is a checkpoint, or a run folder with ``step`` or its newest. The same command goes on with the new run, even when
-    the checkpoint that it began with is gone.
+    ``branch`` is a checkpoint, or a run folder, which means the checkpoint of ``step`` or its newest. The same command later
+    resumes the new run, even when the checkpoint that it branched from is gone.
     """
     refuse_checkpoint(folder.root)
     path = padded(Path(branch))
@@ -228,7 +228,7 @@ def branch_config(cls: type[T], kind: str, branch: str, step: int | None, overri
 
 
 def _checkpoint_of(path: Path, step: int | None) -> Path:
-    """Return the good checkpoint that a checkpoint, or a run folder with a step or None for its newest, names."""
+    """Return the good checkpoint at ``path``, or in the run folder ``path`` that of ``step`` (None: the newest)."""
     match = FOLDER_NAME.fullmatch(path.name)
     if match and step not in (None, int(match[1])):
         raise UserError(f"{path} is step {int(match[1])}, and --from-step says {step}: leave one of them out.")

@@ -1,4 +1,4 @@
-"""What this machine can do: the device, the number format that pays on it, its peak speed, its memory; and timing on it.
+"""The abilities of this machine: its device, the fastest number format, the peak speed, the memory; and timing on it.
 
 Nothing is assumed from a name when it can be tried: bf16 is timed against fp32.
 Answers are cached for the life of the process. A run stores what it resolved, because two trials on a busy machine may disagree,
@@ -27,7 +27,7 @@ from torch import Tensor
 from osler.runtime.errors import UserError
 
 # Dense bf16 FLOP/s from the data sheets (fp16 where a card has no bf16). The first entry found in the device's name wins, so
-# longer names stand before the names they contain.
+# longer names come before the names they contain.
 PEAK_FLOPS = {
     "GB200": 2500e12, "B200": 2250e12, "H200 NVL": 835e12, "H200": 989e12, "GH200": 989e12,
     "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "A100": 312e12, "A800": 312e12,
@@ -108,7 +108,7 @@ def fastest(works: Sequence[Callable[[], object]], device: torch.device, seconds
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done what it was given; a CPU has."""
+    """Wait until the device has finished its work; a CPU always has."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

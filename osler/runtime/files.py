@@ -66,7 +66,7 @@ def locked(folder: Path) -> Iterator[None]:
 
     The lock is the system's, on the folder itself: it leaves no file, any process can ask for it, and it ends with the process in
     every case. Without such locks (Windows, some network disks) nothing is locked. The library ``filelock`` cannot do this: it
-    locks a file that it leaves behind, and where the system has no locks, that file keeps a killed run from going on.
+    locks a file that it leaves behind, and where the system has no locks, that file keeps a killed run from being resumed.
     """
     if fcntl is None:
         yield
@@ -93,7 +93,7 @@ def is_locked(folder: Path) -> bool | None:
 
 
 def _try_lock(descriptor: int, kind: int) -> bool | None:
-    """Take a lock of the system unless another process has one in the way; None where there are no locks."""
+    """Take a lock of the system, and return False if another process holds it; None where there are no locks."""
     try:
         fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -52,7 +52,7 @@ class _Output(io.TextIOWrapper):
 
 
 def open_streams() -> None:
-    """Open what is closed, and let the errors of standard output name it."""
+    """Open standard streams that are closed, and let the errors of standard output name it."""
     stdout = sys.stdout
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):  # in the order of the numbers that they take
         if getattr(sys, name) is None:

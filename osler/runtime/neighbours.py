@@ -111,7 +111,7 @@ class NeighbourMonitor:
 
 @contextmanager
 def sharing_cpus() -> Iterator[None]:
-    """Let OpenMP's threads wait in the way that suits what else runs on these CPUs, for as long as the context lasts."""
+    """Inside the context, let OpenMP's threads sleep or spin while they wait, as suits the other work on these CPUs."""
     if any(name in os.environ for name in OWN_SETTINGS) or read_cpus() is None:
         yield
         return

@@ -59,7 +59,7 @@ def hear_requests() -> dict[int, Any]:
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Call ``hear_requests``, and undo it at the end, for a program that goes on."""
+    """Call ``hear_requests``, and undo it at the end of the context, for a program that continues after it."""
     before = hear_requests()
     try:
         yield

@@ -1,6 +1,6 @@
 """The processes of a run: each knows its place from torchrun's environment, and they agree through a ``World``.
 
-Every process runs the same program on rows of its own. Whatever may differ between them goes through the methods of ``World``,
+Every process runs the same program on its own rows. Values that may differ between processes go through the methods of ``World``,
 which do nothing for one process. Tensors travel by NCCL between GPUs and by gloo on CPUs. The hosts agree over gloo connections
 of their own, which never wait for a GPU and are patient enough for the preparation of data.
 

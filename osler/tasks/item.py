@@ -1,8 +1,8 @@
 """An exam item, its text in a prompt, and whether it is the same question as another; ``answers.py`` reads the answer.
 
-Options are written as ``text (A)``: a model first says what it means and then only has to find the letter beside it. ``permute``
-gives the options a new order on every visit, because with a fixed order reinforcement learning finds "always say C" first. Items
-whose options point at each other ("All of the above", "A and C") keep their order, which is part of their meaning.
+Options are written as ``text (A)``: a model first says what it means and then only has to copy the letter next to it. ``permute``
+gives the options a new order on every visit, because with a fixed order a policy first learns to always answer the same letter.
+Items whose options refer to each other ("All of the above", "A and C") keep their order, which is part of their meaning.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
     <|question|> Q <|thinking|> T <|answer|> A <|endoftext|>
     <|question|> Q <|answer|> A <|endoftext|>                   (without reasoning)
 
-The prompt ends with the token after which the model goes on; the loss mask is 1 from there to the end. The three texts are
+The prompt ends with the token after which the model continues; the loss mask is 1 from there to the end. The three texts are
 encoded separately, so a prompt has the same ids in training and in generation, and text cannot forge a marker (see
 `osler.tokenizer.bpe`).
 """
@@ -27,10 +27,10 @@ class Turn:
 
 @dataclass(frozen=True)
 class Completion:
-    """What a model produced after the prompt.
+    """The text that a model produced after the prompt, in parts.
 
-    `answer` is None when it did not come to one, `finished` is whether it ended with ``<|endoftext|>``, and `well_formed`
-    whether it follows the template exactly: each marker once, nothing after the end.
+    `answer` is None if the model did not reach it, `finished` is whether the text ended with ``<|endoftext|>``, and
+    `well_formed` whether it follows the template exactly: each marker once, nothing after the end.
     """
 
     thinking: str
@@ -40,7 +40,7 @@ class Completion:
 
 
 def encode_prompt(tokenizer: Tokenizer, question: str, *, reasoning: bool = True) -> list[int]:
-    """Return the ids up to where the model goes on: ``<|thinking|>`` is last, or ``<|answer|>`` without reasoning."""
+    """Return the ids up to where the model continues: ``<|thinking|>`` is last, or ``<|answer|>`` without reasoning."""
     last = THINKING if reasoning else ANSWER
     return [tokenizer.special_id(QUESTION), *tokenizer.encode(question), tokenizer.special_id(last)]
 

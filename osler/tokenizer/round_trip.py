@@ -1,8 +1,8 @@
 """Check that text survives a tokenizer: ``decode(encode(text)) == text``.
 
 A tokenizer that drops characters makes its text easier to predict, so a model that trains on it reports a bits per byte that is
-far too good. A byte-level tokenizer must lose nothing, and `refuse_missing_bytes` needs no text to find out. Of any other it
-depends on the text: `RoundTrip` looks at samples of it. What a normalizer changes by design (case, accents, spaces) is not lost.
+far too good. A byte-level tokenizer must lose nothing, and `refuse_missing_bytes` checks that without a text. For any other
+tokenizer it depends on the text, so `RoundTrip` checks samples. Changes by a normalizer (case, accents, spaces) are not losses.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _SPACES = re.compile(r"[\s\u2581]+")  # U+2581 is SentencePiece's space
 
 
 class RoundTrip:
-    """Counts what a tokenizer loses and changes of the texts that it is shown."""
+    """Counts the characters that a tokenizer loses or changes in the texts that it is shown."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -90,7 +90,7 @@ def _read_back(tokenizer: Tokenizer, texts: list[str]) -> Iterable[tuple[str, st
 
 
 def _missing(text: str, back: str) -> int:
-    """Return how many characters of one text the other lacks, wherever they stand."""
+    """Return how many characters of one text the other lacks, whatever their positions."""
     return 0 if text == back else (Counter(text) - Counter(back)).total()
 
 

@@ -1,11 +1,11 @@
 """SuperBPE (Liu et al. 2025, arXiv 2503.13423): byte-level BPE whose later tokens may span up to four words.
 
-The first tokens are those of ordinary BPE. Then the same text is learned from again in pieces of many words: its tokens are
-written as one character each, so that the library's own trainer learns merges of tokens, and those are read back as merges of
-bytes. What comes out is an ordinary tokenizer.json, which only splits text in longer pieces.
+The first tokens are those of ordinary BPE. A second pass learns from the same text in pieces of many words: each token is
+written as one character, so that the library's own trainer learns merges of tokens, which are then read as merges of bytes.
+The result is an ordinary tokenizer.json, which only splits text in longer pieces.
 
-Refused are tokens of more than four words, and tokens in which a space follows a colon or that end in one: a prompt such as
-"Answer:" would be cut into other tokens than the same words with an answer behind. What is built on them goes with them.
+A token is refused if it has more than four words, ends in a space, or has a space after a colon: otherwise a prompt such as
+"Answer:" would get other tokens than the same words followed by an answer. Merges that use a refused token are dropped too.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from tokenizers import models, pre_tokenizers, trainers
 from osler.tokenizer.bpe import SPECIALS, Tokenizer, split_bytes
 
 MAX_WORDS = 4
-# As in BPE, a digit, the letter of an option and line breaks stand alone. All else goes on for up to 64 words, so that the time
-# of learning and encoding is in proportion to the text. Of a word longer than 16 characters each part of 16 counts as one.
+# As in BPE, a digit, the letter of an option and line breaks are separate pieces. Other pieces have up to 64 words, so that the
+# time of learning and encoding is in proportion to the text. Of a word longer than 16 characters each part of 16 counts as one.
 _ALONE = r" ?\p{N}| ?\([A-Z]\)"
 _WORD = rf"(?!{_ALONE})(?:[ (][^ (\p{{N}}\r\n]{{0,16}}|[^ (\p{{N}}\r\n]{{1,16}})"
 PIECES = rf"{_ALONE}|[\r\n]+|(?:{_WORD}){{1,64}}"
 
 _SPACE = "Ġ"  # as byte-level BPE writes it
 _FIRST = 0x10000  # the token of id i is the character of code _FIRST + i, which is never a surrogate
-_SEEN_TWICE = 2  # a superword that stands in the text once is not worth a token
+_SEEN_TWICE = 2  # a superword that occurs only once is not worth a token
 _PART_CHARS = 1 << 16  # texts are encoded in parts of this length, because every encoding takes memory
 _BATCH = 32  # parts
 
@@ -86,7 +86,7 @@ def _learn(lines: Sequence[str], num_tokens: int, num_merges: int) -> list[tuple
 def _with_superwords(
     tokens: Sequence[str], merges: Sequence[Sequence[str]], learned: Sequence[tuple[str, str]], vocab_size: int
 ) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Return the vocabulary and the merges of BPE with what was learned of its tokens, up to `vocab_size`.
+    """Return the vocabulary and the merges of BPE, extended by the merges learned of its tokens, up to `vocab_size`.
 
     Two ways to cut a text may have led to the same merge of bytes, or to the same token: the first decides its rank or id.
     """
@@ -104,7 +104,7 @@ def _with_superwords(
 
 
 def _is_refused(token: str) -> bool:
-    """Whether a token, in the characters of byte-level BPE, may not be; text must never become a special token."""
+    """Whether a token, in the characters of byte-level BPE, is refused; text must never become a special token."""
     words = sum(map(bool, token.split(_SPACE)))
     ends_in_space = words > 0 and token.endswith(_SPACE)
     return words > MAX_WORDS or ends_in_space or f":{_SPACE}" in token or token in SPECIALS

@@ -1,4 +1,4 @@
-"""Training a tokenizer of either type, in a child process where it takes long, so that a signal is heard at once."""
+"""Training a tokenizer of either type, in a child process if it takes long, so that a signal stops it at once."""
 
 from __future__ import annotations
 

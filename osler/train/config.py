@@ -1,4 +1,4 @@
-"""What a pretraining or fine-tuning run is made of. Torch-free.
+"""The configuration of pretraining and fine-tuning. Torch-free.
 
 Time is tokens seen: every interval and schedule is in tokens. Defaults run on a laptop's CPU with the built-in clinic.
 """

@@ -1,6 +1,6 @@
 """From a recipe to a finished run folder: ``osler pretrain`` and ``osler sft``.
 
-A run folder that already holds this run goes on from its newest good checkpoint; one that holds another run is refused.
+A run folder that already holds this run continues from its newest good checkpoint; a folder with another run is refused.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from osler.parallel.parallelize import parallelize
 from osler.runs.command import Job, Request, carry_out
 from osler.runs.loop import Loop
 from osler.runs.process import Learner, Run, agree_on_machine, place_of
-from osler.runs.start import find_start, restored, warn_of_endless_warmup
+from osler.runs.start import find_start, resume_loop, warn_of_endless_warmup
 from osler.runtime.files import RunFolder
 from osler.runtime.world import World
 from osler.tasks.item import ExamItem
@@ -104,9 +104,9 @@ def train(config: TrainConfig, folder: RunFolder, world: World | None = None) ->
         exam=exam_probe(exam, model, tokenizer, machine.eager_dtype, engine),
     )
     if checkpoint is not None:
-        loop = restored(trainer, start, checkpoint)
+        loop = resume_loop(trainer, start, checkpoint)
         if start.is_branch:
-            trainer.total = config.total_tokens  # what the clock had made of the other run's is no plan for this one
+            trainer.total = config.total_tokens  # max_minutes may have lowered the total in the checkpoint of the other run
     else:
         loop = Loop(trainer)
         warn_of_plan(config)
@@ -115,7 +115,7 @@ def train(config: TrainConfig, folder: RunFolder, world: World | None = None) ->
             f"{config.kind}: {model.config.num_parameters:,} parameters, {prepared.num_tokens:,} tokens of data, "
             f"{length_of(config)} to train on; {machine.dtype} on {place_of(machine, config.parallel, world)}."
         )
-    del checkpoint  # weights and moments were copied out of it; a second set need not lie in memory while training
+    del checkpoint  # its weights and moments were copied; do not keep a second set in memory while training
     return loop.fit()
 
 
@@ -135,7 +135,7 @@ def length_of(config: TrainConfig) -> str:
 
 
 def warn_of_plan(config: TrainConfig) -> None:
-    """Warn of a run that ends before it comes to what was asked for, because it was shortened perhaps."""
+    """Warn if a run ends before something that its config asks for, perhaps because it was shortened."""
     timeline, total = config.timeline, config.total_tokens
     if config.max_minutes is None:
         warn_of_endless_warmup(config.schedule.warmup_tokens, total)
@@ -171,7 +171,7 @@ def held_out_loss(
 def exam_probe(
     exam: Mapping[str, Sequence[ExamItem]], model: Transformer, tokenizer: Tokenizer, dtype: torch.dtype, engine: ParallelEngine
 ) -> Callable[[], dict[str, float]]:
-    """Return a function that examines the model as it is on the clinic's questions, by split; the ranks share them."""
+    """Return a function that examines the current model on the clinic's questions, by split; the ranks share them."""
 
     def sit() -> dict[str, float]:
         sampler, sampling = InferenceEngine(engine.plain_model(model), dtype=dtype), greedy(EXAM_NEW_TOKENS)
@@ -184,7 +184,7 @@ def exam_probe(
 
 
 def planned_numbers(config: TrainConfig, model: ModelConfig | None) -> dict[str, str]:
-    """Return what follows from a config and the model that it trains, for ``--dry-run``."""
+    """Return the numbers that follow from a config and the model that it trains, for ``--dry-run``."""
     model = model or config.model
     most = "" if config.max_minutes is None else "at most "
     stages = {}
@@ -204,7 +204,7 @@ def planned_numbers(config: TrainConfig, model: ModelConfig | None) -> dict[str,
 
 
 def next_steps(config: TrainConfig, folder: RunFolder) -> str:
-    """Return what a person can do with a finished run."""
+    """Return suggestions for the next steps after a finished run."""
     lines = [f"Done: {folder.root}", f"  osler report {folder.root}      the run as a page"]
     if config.kind == "pretrain":
         lines += [
@@ -222,7 +222,7 @@ def next_steps(config: TrainConfig, folder: RunFolder) -> str:
 
 
 def check_start(config: TrainConfig, folder: RunFolder, start: store.Loaded | None) -> None:
-    """Raise UserError when a start lacks something; ``start`` is the checkpoint that it goes on from."""
+    """Raise UserError when a start lacks something; ``start`` is the checkpoint that it continues from."""
     check_plan(config, is_new=start is None)
     check_data(config, folder, start)
 

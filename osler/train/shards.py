@@ -1,7 +1,7 @@
 """The shards that a run learns from: prepared in its folder, copied from the run that it branches from, or given to it.
 
-They belong to the run from its first step on. So a run goes on when the files that the shards were made of are gone, or when a
-relative path to them means nothing in the current folder.
+They belong to the run from its first step on. So a run can be resumed when the source files of the shards are gone, or when a
+relative path to them is not valid in the current folder.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def prepare_run(
 ) -> Prepared:
     """Write into the run folder what every rank then reads: the shards, ``config.yaml``, the tokenizer.
 
-    ``start`` is the checkpoint that the run goes on from.
+    ``start`` is the checkpoint that the run continues from.
     """
     try:
         prepared = _open(config, run, tokenizer, start)
@@ -110,7 +110,7 @@ def check_data(config: TrainConfig, run: RunFolder, start: store.Loaded | None) 
 
 
 def is_source_gone(config: TrainConfig, run: RunFolder) -> bool:
-    """Whether files that the shards were made of are missing. A path that differs from the run's must exist."""
+    """Whether source files of the shards are missing. A path that differs from the run's must exist."""
     missing = _missing(config)
     if not missing or not run.config.exists():
         return bool(missing)
@@ -134,7 +134,7 @@ def shards_at_hand(config: TrainConfig, run: RunFolder, start: store.Loaded | No
 
 
 def runs_above(checkpoint: Path) -> list[Path]:
-    """Return the run folder that a checkpoint lies in, or two when one of them was set aside in the other."""
+    """Return the run folder of a checkpoint, and for a checkpoint that was set aside also the run folder around that."""
     parents = list(checkpoint.absolute().parents)
     return [parents[1], *(parents[3:4] if len(parents) > 3 and parents[2].name == ASIDE else [])]
 

@@ -1,10 +1,10 @@
 """The supervised trainer, for pretraining and fine-tuning, and its optimizer step; ``runs/loop.py`` runs it.
 
 A step whose loss or gradient is not finite is skipped inside the optimizer (``found_inf``), so parameters and moments stay
-untouched and the host need not look. Nothing in a step waits for the device.
+untouched and the host need not check. Nothing in a step waits for the device.
 
 Resume is exact: a checkpoint holds model, optimizer, step and the half-filled log window. The order of data is a function of the
-step and of what was passed over (``runs/incidents.py``), and nothing else is random. (A run limited by ``max_minutes`` also
+step and of the skipped data (``runs/incidents.py``), and nothing else is random. (A run limited by ``max_minutes`` also
 saves its clock, but how many steps fit into the rest depends on the machine.)
 """
 
@@ -39,7 +39,7 @@ PLANNED_SHARE = 0.97  # of the minutes asked for: the rest is for the last check
 
 
 class StepResult(NamedTuple):
-    """What a step leaves on the device: mean loss in nats per learned token, gradient norm before clipping, 1 if skipped.
+    """The results of a step, on the device: mean loss in nats per learned token, gradient norm before clipping, 1 if skipped.
 
     The loss is a rank's part: its mean over the ranks is that of the global batch. It is NaN on all ranks when none has a token
     to learn; the gradient is zero then.
@@ -73,7 +73,7 @@ class TrainStep:
         self.mark, self.around_update = mark, around_update
 
     def __call__(self, batch: Batch) -> StepResult:
-        """Update the parameters from ``batch``, which lies on the CPU, with the optimizer's settings as they are."""
+        """Update the parameters from ``batch``, which is on the CPU, with the current settings of the optimizer."""
         # Counted on the CPU copy, over the whole batch: micro-batches then weigh by their learned tokens.
         world = self.engine.world
         found_tokens = world.all_reduce_mean(torch.full((), float(batch.num_loss_tokens), device=self.device))
@@ -100,7 +100,7 @@ class TrainStep:
 class SupervisedTrainer(Trainer):
     """Trains on the batches of ``loader`` until ``total_tokens`` or until the clock ends the run.
 
-    ``held_out`` and ``exam`` return metrics of the model as it is: the held-out loss, and the scores of a small exam.
+    ``held_out`` and ``exam`` return metrics of the current model: the held-out loss, and the scores of a small exam.
     """
 
     config: TrainConfig
@@ -177,12 +177,12 @@ class SupervisedTrainer(Trainer):
         )
 
     def _schedule(self, step: int) -> tuple[int, float]:
-        """The tokens seen in the middle of a step (0, 1 ...), and what they scale the learning rate by."""
+        """Return the tokens seen in the middle of a step (0, 1 ...), and the factor of the learning rate there."""
         middle = self.timeline.tokens_before(step) + self.timeline.at_step(step).batch_tokens // 2
         return middle, lr_scale(self.config.schedule, middle, self.total)
 
     def details(self, step: int) -> dict[str, Any]:
-        """What an incident at the end of a step is recorded with."""
+        """Return the details of an incident at ``step``."""
         rows = self.timeline.rows_at(step - 1, self.incidents.data_offset)
         learning_rate = self.config.optim.lr * self._schedule(step - 1)[1]
         return {"tokens": self.timeline.tokens_before(step), "lr": learning_rate, "rows": [rows.start, rows.stop - 1]}
@@ -208,7 +208,7 @@ class SupervisedTrainer(Trainer):
             self.has_replanned = True
             warn_of_endless_warmup(self.config.schedule.warmup_tokens, self.total, "what max_minutes has time for:")
 
-    def pause(self, seconds: float) -> None:
+    def exclude_time(self, seconds: float) -> None:
         tokens, began = self.since
         self.since = tokens, began + seconds
 
@@ -226,7 +226,7 @@ class SupervisedTrainer(Trainer):
         self.window += rows
 
     def _line(self, scale: float) -> dict[str, float]:
-        """What the steps since the last line gave."""
+        """Return the metrics of the steps since the last line."""
         self._fetch()
         tokens, began = self.since
         self.since = self.tokens, time.monotonic()

@@ -1,4 +1,4 @@
-"""One frame of `osler watch` as lines of text: a function of what is known of the run, the time, and the terminal's size.
+"""One frame of `osler watch` as lines of text: a function of the run's state, the time, and the terminal's size.
 
 Curves are columns of eighth blocks, which every terminal font has; a column is the mean over its stretch of steps.
 """
@@ -23,7 +23,7 @@ from osler.watch.state import WatchedFolder, WatchedRun
 BLOCKS = " ▁▂▃▄▅▆▇█"
 FULL, EMPTY = "━", "─"
 NO_BREAK = "\u00a0"  # a space at which a line is not broken
-PANELS = (  # row of METRICS, title, whether the curve stands on zero
+PANELS = (  # row of METRICS, title, whether the axis starts at zero
     ("train/loss", "loss", False), ("eval/loss", "held-out loss", False), ("reward", "reward", False),
     ("eval/<split>_accuracy", "accuracy", False), ("train/grad_norm", "gradient norm", False),
     ("perf/tokens_per_second", "tokens/s", True), ("perf/rollout_tokens_per_second", "sampled tokens/s", True),
@@ -78,7 +78,7 @@ def clean(text: str) -> str:
 
 
 def _header(watched: WatchedFolder, run: WatchedRun, now: float, width: int) -> list[Text]:
-    """Return what runs, on what, how far it is and how long it has to go."""
+    """Return lines on the run's name, its machine, its progress and the time left."""
     parameters = f"{fmt.count(run.parameters)} parameters" if run.parameters else ""
     machine = (as_text(run.machine.get(key)) for key in ("device", "dtype"))
     kinds = dict.fromkeys((watched.root.kind, run.kind or run.name))

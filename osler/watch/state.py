@@ -1,7 +1,7 @@
-"""What a run folder says about its run at this moment: what it is, how far it is, whether a process still works on it.
+"""The state of a run, read from its folder: what it is, how far it is, whether a process still works on it.
 
-``events.jsonl`` says when a process began and how it ended; one that was killed wrote no end. On the machine where it began, the
-lock on the folder tells whether it lives; elsewhere the silence since.
+``events.jsonl`` says when a process began and how it ended; a killed process wrote no end. On the machine where the process
+began, a folder without a lock shows that it is dead; on another machine only a long silence does.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ DEAD_SECONDS, DEAD_GAPS = 120.0, 20.0  # and one longer than these means that no
 
 
 class State(NamedTuple):
-    """How a run is: running, quiet, finished, stopped, failed, dead or waiting; and in words."""
+    """Whether a run is running, quiet, finished, stopped, failed, dead or waiting, and a sentence about it."""
 
     kind: str
     words: str
@@ -78,7 +78,7 @@ class WatchedRun(StageLog):
 
     @property
     def progress(self) -> tuple[float, float, str]:
-        """How much is done of how much, NaN when that is not known, and in what unit: tokens, or steps for GRPO.
+        """The amount done, the total (NaN when it is not known), and their unit: tokens, or steps for GRPO.
 
         A run with ``max_minutes`` fits its tokens to the time again and again, and says how many are left by the time they take.
         """

@@ -10,7 +10,7 @@ import torch
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from osler.eval.exams import greedy, mark, option_rows, presentations, score_by_generation, score_by_likelihood, sum_logprobs
+from osler.eval.exams import grade, greedy, option_rows, presentations, score_by_generation, score_by_likelihood, sum_logprobs
 from osler.eval.score import compare
 from osler.inference.engine import InferenceEngine
 from osler.model.config import ModelConfig
@@ -260,7 +260,7 @@ def test_a_merge_across_the_border_is_scored_from_before_it() -> None:
 )
 def test_how_an_answer_is_marked(item: ExamItem, text: str, finished: bool, status: str, right: bool) -> None:
     completion = Completion(thinking="x", answer=text, finished=finished, well_formed=finished)
-    result = mark(item, completion)
+    result = grade(item, completion)
     assert (result.status, result.right, correct(item, completion)) == (status, right, float(right))
 
 

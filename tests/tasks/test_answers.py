@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from osler.eval.exams import mark
+from osler.eval.exams import grade
 from osler.tasks.answers import read_answer, read_choice, read_number
 from osler.tasks.item import ExamItem, render_answer
 from osler.tasks.rewards import correct
@@ -114,7 +114,7 @@ def test_the_text_of_an_option_that_is_there_twice_is_read_and_right() -> None:
     twins = replace(ITEM, options=("36 hours", "72 hours", "36 hours", "7 days"), answer_index=0)
     for text, right in [("36 hours (A)", True), ("36 hours (C)", True), ("36 hours", True), ("C", True), ("72 hours (B)", False)]:
         completion = Completion(thinking="x", answer=text, finished=True, well_formed=True)
-        assert mark(twins, completion).right == right and correct(twins, completion) == right
+        assert grade(twins, completion).right == right and correct(twins, completion) == right
     assert read_choice("36 hours (B)", twins.options) is None
 
 
@@ -127,7 +127,7 @@ DIGITS = ["7", "72", "1,080", ".", "-", "−", "$", "%", "/", "=", "####", "e5",
 def test_the_exam_and_the_reward_read_alike(choice: str, number: str) -> None:
     for item, text in ((ITEM, choice), (SUM, number)):
         completion = Completion(thinking="x", answer=text, finished=True, well_formed=True)
-        result, reading = mark(item, completion), read_answer(item, completion)
+        result, reading = grade(item, completion), read_answer(item, completion)
         assert (result.right, result.predicted) == (correct(item, completion) == 1, reading.choice)
         assert reading.readable == (result.status == "answered") and (reading.readable or not reading.right)
 
