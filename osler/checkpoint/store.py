@@ -107,8 +107,11 @@ def save(
         _write_folder(temporary, tensors, contents, Manifest(step, sequence, {}, milestone), pause)
         if final.exists():
             aside = final.with_name(final.name + REPLACED_SUFFIX)
-            remove(aside)  # of an earlier replacement that was killed half way
-            final.rename(aside)
+            if aside.exists() and verify(final, pause=pause):  # a replacement was killed half way: the good one stays aside
+                remove(final)
+            else:
+                remove(aside)
+                final.rename(aside)
         fault("save-rename")
         temporary.rename(final)
         fsync_dir(root)
@@ -188,7 +191,8 @@ def _tidy(root: Path) -> None:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)  # what cannot be deleted, as while another reads it, does no harm
     for path in root.glob(f".{BEST}.*.tmp"):
-        path.unlink(missing_ok=True)
+        with suppress(OSError):  # a leftover that cannot be deleted is no reason not to save
+            path.unlink()
     for aside in root.glob(f"*{REPLACED_SUFFIX}"):
         final = aside.with_name(aside.name.removesuffix(REPLACED_SUFFIX))
         if FOLDER_NAME.fullmatch(aside.name) and not final.exists():

@@ -37,14 +37,12 @@ class ConsumedData:
         span, stop = self.timeline.at_step(step - 1), self.timeline.rows_at(step - 1).stop
         packing = self.loader.packing(span, skipped_tokens)
         tokens, of_epoch = packing.tokens(stop), packing.epoch_tokens
-        metrics = {
+        target = dict(zip(tokens, packing.mixture.fractions, strict=True))
+        return {
             "data/epoch": max(tokens[name] / of_epoch[name] for name in tokens),
             "data/padding_frac": packing.padding(max(0, stop - steps * span.rows_per_batch), stop),
+            **source_metrics(tokens=tokens, consumed=tokens, of_epoch=of_epoch, target=target),
         }
-        if len(tokens) > 1:
-            target = dict(zip(tokens, packing.mixture.fractions, strict=True))
-            metrics |= source_metrics(tokens=tokens, consumed=tokens, of_epoch=of_epoch, target=target)
-        return metrics
 
 
 def source_metrics(

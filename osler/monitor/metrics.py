@@ -17,7 +17,6 @@ GRADIENTS = "full: gradients"  # a pass over the gradients, in the steps that pr
 WEIGHTS = "full: weights"  # a pass over the weights, and for updates a copy of them
 FORWARD = "full: forward"  # a forward pass of at most 2,048 tokens of the batch
 CLOCK = "full: clock"  # a mark before and after
-PLAN = "full: plan"  # a pass on the host over the documents of an epoch
 EVALUATION = "evaluation"  # an evaluation that the recipe asks for
 
 
@@ -68,10 +67,10 @@ METRICS: dict[str, Metric] = {
     # the data
     "data/epoch": Metric("epochs", "how often the training data have been gone through"),
     "data/padding_frac": Metric("fraction", "places in the rows since the line before that hold no token"),
-    "data/tokens/<source>": Metric("tokens", "tokens of one source gone through so far; GRPO: answers to a task", PLAN),
-    "data/epoch/<source>": Metric("epochs", "how often one source has been gone through", PLAN),
-    "data/target_frac/<source>": Metric("fraction", "share of the tokens (GRPO: questions) that a source is to have", PLAN),
-    "data/consumed_frac/<source>": Metric("fraction", "share of the tokens (GRPO: questions) that a source has had", PLAN),
+    "data/tokens/<source>": Metric("tokens", "tokens of one source gone through so far; GRPO: answers to a task"),
+    "data/epoch/<source>": Metric("epochs", "how often one source has been gone through"),
+    "data/target_frac/<source>": Metric("fraction", "share of the tokens (GRPO: questions) that a source is to have"),
+    "data/consumed_frac/<source>": Metric("fraction", "share of the tokens (GRPO: questions) that a source has had"),
     # evaluation: never trained on
     "eval/loss": Metric("nats/token", "mean cross-entropy on held-out text", EVALUATION),
     "eval/train_gap": Metric("nats/token", "held-out loss minus the training loss of the line before", EVALUATION),

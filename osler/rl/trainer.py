@@ -143,11 +143,9 @@ class GrpoTrainer(Trainer):
             self.task_tokens[group.prompt.task.name] += count_tokens([group])
         asked = prompts_asked(tasks, self.step + self.incidents.data_offset, self.config.algorithm.prompts_per_step)
         of_epoch = {task.name: len(task.items) for task in tasks}
-        metrics = {"data/epoch": sum(asked.values()) / sum(of_epoch.values())}
-        if self.collector.is_due(self.step):
-            weights = {task.name: task.weight for task in tasks}
-            metrics |= source_metrics(tokens=self.task_tokens, consumed=asked, of_epoch=of_epoch, target=weights)
-        return metrics
+        weights = {task.name: task.weight for task in tasks}
+        by_task = source_metrics(tokens=self.task_tokens, consumed=asked, of_epoch=of_epoch, target=weights)
+        return {"data/epoch": sum(asked.values()) / sum(of_epoch.values()), **by_task}
 
     def _observe(self, metrics: Mapping[str, float]) -> None:
         """Look for incidents. A step without a usable sample has no numbers; one with equal rewards only is not comparable."""

@@ -121,4 +121,8 @@ def _found(path: str) -> tuple[Path, list[Entry]]:
 
 def _size(folder: Path) -> int:
     """Return the bytes of a checkpoint; fewer when a run deletes it at this moment."""
-    return sum(file.stat().st_size for file in folder.glob("*") if file.is_file())
+    total = 0
+    with suppress(FileNotFoundError):
+        for file in folder.iterdir():
+            total += file.stat().st_size
+    return total

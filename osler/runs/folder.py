@@ -141,7 +141,8 @@ def stored_config(cls: type[T], run_dir: str | None, overrides: Sequence[str]) -
     refuse_checkpoint(run_dir)
     # ``tasks`` is given whole, and ``refuse_another`` checks what changed in it.
     keys = {override: override.partition("=")[0] for override in overrides}
-    refused = [given for given, key in keys.items() if not (_is_within(key, (*GIVEN_ANEW, "tasks")) or PLACES.fullmatch(key))]
+    may_change = {key for key in keys.values() if key == "tasks" or _is_within(key, GIVEN_ANEW) or PLACES.fullmatch(key)}
+    refused = [given for given, key in keys.items() if key not in may_change]
     if refused:
         raise UserError(
             f"--resume continues a run as it was configured; leave out {' '.join(refused)}. A new run that goes on from this one "

@@ -60,8 +60,11 @@ def prepare_run(
     if config.allow_data_change or not run.config.exists():  # a run that has begun goes on
         check_lengths(config, prepared, model.max_seq_len)
     claim(run, config)
-    if not (run.root / TOKENIZER_FILE).exists():
-        write_atomic(run.root / TOKENIZER_FILE, tokenizer.to_bytes())
+    kept = run.root / TOKENIZER_FILE
+    if not kept.exists() or kept.read_bytes() != tokenizer.to_bytes():
+        if kept.exists():
+            logger.warning(f"{kept} was not the tokenizer that the model is trained with; it is put back.")
+        write_atomic(kept, tokenizer.to_bytes())
     return prepared
 
 

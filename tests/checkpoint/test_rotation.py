@@ -57,6 +57,23 @@ def test_saving_a_step_again_replaces_it(tmp_path):
     assert load(folder(tmp_path, 1)).state == {"again": True} and steps(tmp_path) == [1]
 
 
+def test_the_good_one_of_two_stays_until_the_new_one_is_whole(tmp_path, monkeypatch):
+    """A replacement that was killed half way left a torn checkpoint and the good one aside; the next one fails too."""
+    torn = put(tmp_path, 5)
+    flip(torn / "state.json")
+    aside = put(tmp_path / "other", 5).rename(f"{torn}.replaced")
+    assert newest_good(tmp_path)[0] == aside
+
+    def fail(place):
+        if place == "save-rename":
+            raise OSError("the disk is gone")
+
+    monkeypatch.setattr("osler.checkpoint.store.fault", fail)
+    with pytest.raises(CheckpointSaveError):
+        put(tmp_path, 5)
+    assert verify(newest_good(tmp_path)[0]) == []
+
+
 def test_foreign_files_and_links_are_left_alone(tmp_path):
     root, elsewhere = tmp_path / "root", put(tmp_path / "elsewhere", 1)
     put(root, 2)

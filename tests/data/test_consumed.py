@@ -41,7 +41,9 @@ def test_a_stream_consumes_what_its_rows_hold(make_shards):
     seen = 0
     for step, batch in zip(range(1, 60), loader.batches(), strict=False):
         seen += batch.ids.numel()
-        assert consumed.metrics(step, 1) == {"data/epoch": pytest.approx(seen / shards.num_tokens), "data/padding_frac": 0}
+        found = consumed.metrics(step, 1)
+        assert found["data/epoch"] == found["data/epoch/notes"] == pytest.approx(seen / shards.num_tokens)
+        assert (found["data/tokens/notes"], found["data/padding_frac"]) == (seen, 0)
     assert seen / shards.num_tokens > 2
 
 
