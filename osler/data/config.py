@@ -75,7 +75,7 @@ class MixtureData:
     """Several sources, each with its share of the tokens of a run."""
 
     type: Literal["mixture"] = "mixture"
-    sources: tuple[Annotated[ClinicData | FilesData | TurnsData, TAGGED], ...]  # one alone can stand for the mixture
+    sources: tuple[Annotated[ClinicData | FilesData | TurnsData, TAGGED], ...]  # at least one
 
     def __post_init__(self) -> None:
         titles = [source.title for source in self.sources]

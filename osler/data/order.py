@@ -2,7 +2,7 @@
 
 An epoch is a sequence of windows of shards, and the documents of a window are permuted. The first epoch takes the shards as they
 were written, in windows that grow from one shard to `WINDOW_SHARDS`, so that a run may begin while later shards are still being
-written and sees the same order as a run over finished data. Later epochs permute all shards first.
+written and sees the same order as a run over finished data. Later epochs permute all shards and then group them into windows.
 
 Any window can be computed at once, on any rank, after any number of restarts, so a resume needs nothing but a position.
 """
@@ -39,16 +39,19 @@ class Window(NamedTuple):
 
 
 class Order:
-    """The order of a split under one seed."""
+    """The order in which the documents of a split are read, for one seed."""
 
     def __init__(self, shards: ShardSet, seed: int) -> None:
         self.shards = shards
         self.seed = seed
-        self.epoch = functools.lru_cache(2)(self._epoch)
+        self.epoch = functools.lru_cache(3)(self._epoch)  # the first two tell a packing where others begin
         self.window = functools.lru_cache(CACHED_WINDOWS)(self._window)
 
     def pieces(self, epoch: int, token: int) -> Iterator[tuple[int, int]]:
-        """Yield the documents from a token of an epoch to its end, each with its token to go on at (0 but for the first)."""
+        """Yield the documents from a token of an epoch to the end of that epoch, each with the token of it to start at.
+
+        That is 0 for all but the first.
+        """
         ends = self.epoch(epoch).ends
         for number in range(int(np.searchsorted(ends, token, side="right")), len(ends)):
             window = self.window(epoch, number)
@@ -75,6 +78,7 @@ class Order:
         lengths = [self.shards.lengths(shard) for shard in members]
         firsts = map(self.shards.first_document, members)
         documents = [first + np.arange(len(part)) for first, part in zip(firsts, lengths, strict=True)]
+        # The first epoch uses the shards up to here alone, so that later ones cannot change its order.
         known = self.shards.fingerprint_up_to(members[-1] + 1) if epoch == 0 else self.shards.fingerprint
         order = permutation(sum(map(len, lengths)), self.seed, known, epoch, number, "documents")
         lengths_in_order = np.concatenate(lengths)[order]

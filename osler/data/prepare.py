@@ -24,14 +24,7 @@ from typing import Any
 
 from osler.data.documents import Corpus, Document, Mixed
 from osler.data.prepared import Prepared, open_folder
-from osler.data.shards import (
-    DATA_MANIFEST,
-    FORMAT_VERSION,
-    SHARD_TOKENS,
-    TOKENIZER,
-    ShardWriter,
-    read_data_manifest,
-)
+from osler.data.shards import DATA_MANIFEST, FORMAT_VERSION, SHARD_TOKENS, TOKENIZER, ShardWriter, read_data_manifest
 from osler.runtime.errors import UserError
 from osler.runtime.faults import fault
 from osler.runtime.files import fingerprint, fsync_dir, write_atomic, write_json
@@ -253,9 +246,7 @@ def _check_same(what: str, out: Path, found: str, wanted: str, consent: str = ""
         )
 
 
-def _write_folder(
-    out: Path, manifest: dict[str, Any], sources: Mapping[str, Sequence[_Split]], tokenizer: Tokenizer
-) -> None:
+def _write_folder(out: Path, manifest: dict[str, Any], sources: Mapping[str, Sequence[_Split]], tokenizer: Tokenizer) -> None:
     """Write everything beside `out` and rename it at the end; leaves nothing behind when it fails."""
     partial = out.parent / f".{out.name}.partial-{uuid.uuid4().hex[:12]}"
     try:

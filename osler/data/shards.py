@@ -15,7 +15,6 @@ from __future__ import annotations
 import bisect
 import functools
 import hashlib
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from osler.runtime.errors import UserError
-from osler.runtime.files import fingerprint, fsync_dir, read_json, sha256_file
+from osler.runtime.files import fingerprint, fsync_dir, open_durable, read_json, sha256_file
 
 FORMAT_VERSION = 2
 DATA_MANIFEST = "manifest.json"
@@ -109,9 +108,11 @@ class ShardWriter:
         record["digest"] = np.void(hashlib.sha256(data).digest())
         self.fingerprint = _chained(self.fingerprint, record)
         record["fingerprint"] = np.void(bytes.fromhex(self.fingerprint))
-        _write(self._folder / shard_name(self._number), data, "wb")
+        with open_durable(self._folder / shard_name(self._number)) as file:
+            file.write(data)
         fsync_dir(self._folder)  # the index never names a shard that a power cut takes away
-        _write(self._folder / INDEX, record.tobytes(), "ab")
+        with open_durable(self._folder / INDEX, "ab") as file:
+            file.write(record.tobytes())
         self._number += 1
         self._empty()
 
@@ -263,11 +264,3 @@ def _read_index(path: Path) -> npt.NDArray[Any]:
         raise UserError(f"{path} is missing; prepare the data again.")
     data = path.read_bytes()
     return np.frombuffer(data, RECORD, len(data) // RECORD.itemsize)
-
-
-def _write(path: Path, data: bytes, mode: str) -> None:
-    """Write or append bytes and flush them to the disk."""
-    with open(path, mode) as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())

@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 from osler.runtime.errors import UserError
 from osler.runtime.faults import fault
@@ -114,9 +114,9 @@ def _opened(folder: str | os.PathLike[str]) -> Iterator[int]:
 
 
 @contextlib.contextmanager
-def open_durable(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
-    """Open ``path`` for writing and flush it down to the disk before closing it."""
-    with open(path, "wb") as file:
+def open_durable(path: str | os.PathLike[str], mode: Literal["wb", "ab"] = "wb") -> Iterator[BinaryIO]:
+    """Open ``path`` for writing or appending and flush it down to the disk before closing it."""
+    with open(path, mode) as file:
         yield file
         file.flush()
         os.fsync(file.fileno())
