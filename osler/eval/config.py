@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from osler.config.schema import NonNegativeInt, PositiveInt, Seed, config
+from osler.config.schema import PositiveInt, Seed, config
 from osler.ops.sampling_params import check_temperature
 from osler.tasks.registry import ClinicTask, TaskConfig
 
@@ -31,7 +31,6 @@ class EvalConfig:
     text: str | None = None  # a file or folder of text, measured in bits per byte; not one that the model was trained on
     text_field: str = "text"  # the column of tables
     seq_len: PositiveInt | None = None  # tokens read at once; null: as many as in training
-    overlap: NonNegativeInt = 0  # tokens that a window of text repeats from the one before, as context
 
     which: Literal["newest", "best"] = "newest"  # checkpoint of a run folder
     device: str = "auto"  # auto, cpu, cuda or cuda:N

@@ -76,7 +76,7 @@ def score_by_generation(
             results[i] = grade(shown[i], parse_completion(tokenizer, ids, reasoning=reasoning))
         if progress:
             progress(len(shown) - len(fitting) + start + len(batch))
-    return summarise(results, max_seq_len=longest, max_new_tokens=sampling.max_new_tokens)
+    return summarise(results, max_seq_len=longest)
 
 
 def shared_exam(

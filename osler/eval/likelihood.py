@@ -4,8 +4,7 @@ Bits per byte is the one score of a language model that does not depend on its t
 summed over every token of the text, each predicted exactly once, and the bytes are those of the text in UTF-8. The end-of-text
 token after a document is predicted like any other, because a code must say where a document ends; it has no bytes.
 
-``windows`` cuts documents that are longer than a row. Without overlap every window starts without context, which costs some
-bits; with ``overlap`` it reads that many tokens of the window before once more, and does not score them again.
+``windows`` cuts documents that are longer than a row. Every window starts without context, which costs some bits.
 """
 
 from __future__ import annotations
@@ -143,22 +142,16 @@ def measure(model: Transformer, batches: Iterable[tuple[Tensor, ...]], total_byt
     return TextScore(nats=nats, tokens=int(scored_tokens), bytes=total_bytes)
 
 
-def windows(documents: Iterable[Sequence[int]], *, seq_len: int, start_id: int, overlap: int = 0) -> Iterator[LabelledRow]:
+def windows(documents: Iterable[Sequence[int]], *, seq_len: int, start_id: int) -> Iterator[LabelledRow]:
     """Cut documents into rows of at most ``seq_len`` tokens in which every token is a label exactly once.
 
-    ``start_id`` (the end-of-text token) stands before a document's first token. A window repeats ``overlap`` tokens of the one
-    before, at least 0 and below ``seq_len``; their labels are -100.
+    ``start_id`` (the end-of-text token) stands before a document's first token.
     """
-    if not 0 <= overlap < seq_len:
-        raise ValueError(f"overlap {overlap} must be at least 0 and less than seq_len {seq_len}")
     for document in documents:
         ids = [start_id, *map(int, document)]
-        scored = 1  # the first token that is not yet a label
-        while scored < len(ids):
-            first = max(0, scored - 1 - overlap)
-            last = min(len(ids) - 1, first + seq_len)
-            yield ids[first:last], [IGNORED] * (scored - first - 1) + ids[scored : last + 1]
-            scored = last + 1
+        for first in range(0, len(ids) - 1, seq_len):
+            last = min(first + seq_len, len(ids) - 1)
+            yield ids[first:last], ids[first + 1 : last + 1]
 
 
 def batches(rows: Iterable[LabelledRow], *, batch_tokens: int = BATCH_TOKENS) -> Iterator[tuple[Tensor, Tensor]]:

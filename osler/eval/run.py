@@ -21,7 +21,7 @@ from osler.data.shards import ShardSet, open_split
 from osler.eval.config import CLINIC_EXAM, EvalConfig
 from osler.eval.exams import score_by_generation, score_by_likelihood
 from osler.eval.likelihood import batches, measure, windows
-from osler.eval.score import ScoredExam, describe_too_long, length_explains
+from osler.eval.score import ScoredExam, describe_too_long
 from osler.inference.engine import InferenceEngine
 from osler.inference.load import LoadedModel, open_model
 from osler.ops.sampling_params import SamplingParams
@@ -29,7 +29,7 @@ from osler.records.results import add_exams
 from osler.runtime.errors import UserError
 from osler.runtime.log import Progress
 from osler.tasks.item import ExamItem
-from osler.tasks.registry import TASK_CONFIGS, ClinicTask, check_task, load_task
+from osler.tasks.registry import ClinicTask, check_task, load_task
 from osler.tokenizer.bpe import Tokenizer
 from osler.tokenizer.round_trip import RoundTrip, refuse_missing_bytes
 
@@ -59,15 +59,11 @@ def run(checkpoint: str, overrides: Sequence[str] = ()) -> int:
 
 
 def config_of(overrides: Sequence[str]) -> EvalConfig:
-    """Return the config that the overrides describe; a task without a type is the clinic's exam with some fields changed."""
+    """Return the config that the overrides describe; a task without type and path is the clinic's exam with changed fields."""
     given = parse_overrides(overrides)
     task = given.get("task")
-    if isinstance(task, dict):
-        if "path" in task and "type" not in task:
-            others = ", ".join(f"task.type={name}" for name in TASK_CONFIGS if name != CLINIC_EXAM.type)
-            raise UserError(f"What exam is in {task['path']}? Add one of {others}.")
-        if task.get("type", CLINIC_EXAM.type) == CLINIC_EXAM.type:
-            given["task"] = {**encode(CLINIC_EXAM), **task}
+    if isinstance(task, dict) and "path" not in task and task.get("type", CLINIC_EXAM.type) == CLINIC_EXAM.type:
+        given["task"] = {**encode(CLINIC_EXAM), **task}
     return decode(EvalConfig, given)
 
 
@@ -160,28 +156,29 @@ def methods(config: EvalConfig, ready: LoadedModel, items: Sequence[ExamItem]) -
 
 def table(scores: Sequence[ScoredExam]) -> str:
     """Return the scores next to their baselines, the letters answered, and remarks."""
-    wide = max(len("exam"), *(len(score.split) for score in scores))
-    lines = [f"{'exam':<{wide}}  method      accuracy  95 % interval    questions  chance  one letter  unparsed   cut  too long"]
-    letters = []
+    titles = ("exam", "method", "accuracy", "95 % interval", "questions", "chance", "one letter", "unparsed", "cut", "too long")
+    rows: list[tuple[str, ...]] = [titles]
+    letters: list[str] = []
+    notes: list[str] = []
     for score in scores:
         orders = score.presentations // score.n
-        cells = (
-            f"{score.split:<{wide}}",
-            f"{score.method:<10}",
-            f"{score.accuracy:>8.1%}",
-            f"{score.low:>6.1%} – {score.high:.1%}".ljust(15),
-            f"{score.n:>9,}" if orders == 1 else f"{score.n:,} × {orders}".rjust(9),
-            (f"{score.chance:.1%}" if score.chance else "–").rjust(6),
-            (f"{score.constant_letter_baseline:.1%} ({score.constant_letter})" if score.constant_letter else "–").rjust(10),
-            f"{score.unparsed:>8,}",
-            f"{score.cut:>4,}",
-            f"{score.too_long:>8,}",
-        )
-        lines.append("  ".join(cells))
+        rows.append((
+            score.split,
+            score.method,
+            f"{score.accuracy:.1%}",
+            f"{score.low:.1%} – {score.high:.1%}",
+            f"{score.n:,}" if orders == 1 else f"{score.n:,} × {orders}",
+            f"{score.chance:.1%}" if score.chance else "–",
+            f"{score.constant_letter_baseline:.1%} ({score.constant_letter})" if score.constant_letter else "–",
+            *(f"{count:,}" for count in (score.unparsed, score.cut, score.too_long)),
+        ))  # fmt: skip
         if any(score.letters.values()):
             counts = "  ".join(f"{letter} {count:,}" for letter, count in score.letters.items())
             letters.append(f"  {score.split}, {score.method}: {counts}")
-    notes = [note for score in scores for note in remarks(score)]
+        notes += remarks(score)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    sides = ["<", "<", *[">"] * 8]
+    lines = ["  ".join(f"{cell:{side}{width}}" for cell, side, width in zip(row, sides, widths, strict=True)) for row in rows]
     return "\n".join([*lines, *(["", "letters answered", *letters] if letters else []), *([""] if notes else []), *notes])
 
 
@@ -189,16 +186,14 @@ def remarks(score: ScoredExam) -> Iterator[str]:
     """Yield remarks that the reader of a score should not overlook."""
     name, baseline = f"{score.split}, {score.method}", max(score.chance, score.constant_letter_baseline)
     if score.constant_letter and score.high < baseline:
-        short = length_explains(score.high, baseline, score.too_long, score.presentations)
-        why = ", because too many questions did not fit" if short else ""
-        yield f"{name}: below guessing and always answering {score.constant_letter}{why}."
+        yield f"{name}: below guessing and always answering {score.constant_letter}."
     elif score.constant_letter and score.low <= baseline:
         yield f"{name}: not told apart from guessing or always answering {score.constant_letter}."
     if score.cut * 20 > score.presentations:
         yield f"{name}: {score.cut:,} of {score.presentations:,} answers were cut; max_new_tokens=N gives more room."
-    if score.too_long:
-        hint = " A smaller max_new_tokens=N leaves the question more room." if score.max_new_tokens else ""
-        yield f"{name}: {describe_too_long(score)}.{hint}"
+    if unfit := describe_too_long(score):
+        hint = " A smaller max_new_tokens=N leaves the question more room." if score.method == "generation" else ""
+        yield f"{name}: {unfit}{hint}"
 
 
 def label(config: EvalConfig, ready: LoadedModel, checkpoint: str) -> str:
@@ -244,8 +239,6 @@ def describe_text(
     longest, seq_len = ready.model.config.max_seq_len, config.seq_len or ready.seq_len
     if seq_len > longest:
         raise UserError(f"seq_len {seq_len} is longer than the {longest} tokens (max_seq_len) that the model allows.")
-    if config.overlap >= seq_len:
-        raise UserError(f"overlap {config.overlap} must be less than the window of {seq_len} tokens.")
     with Progress(count, "documents", label="text") as progress:
 
         def counted() -> Iterator[list[int]]:
@@ -253,7 +246,7 @@ def describe_text(
                 yield ids
                 progress.update(done)
 
-        rows = windows(counted(), seq_len=seq_len, start_id=ready.tokenizer.eos_id, overlap=config.overlap)
+        rows = windows(counted(), seq_len=seq_len, start_id=ready.tokenizer.eos_id)
         cost = measure(ready.model, batches(rows), num_bytes)
     return (
         f"{name}: {cost.bits_per_byte:.4f} bits per byte ({cost.bytes:,} bytes; {cost.tokens:,} tokens at {cost.loss:.4f} nats, "

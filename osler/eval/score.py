@@ -61,10 +61,10 @@ class ScoredExam(ExamScore):
     results: tuple[Result, ...]
 
 
-def summarise(results: Sequence[Result], *, max_seq_len: int = 0, max_new_tokens: int = 0) -> ScoredExam:
-    """Return the score of ``results``.
+def summarise(results: Sequence[Result], *, max_seq_len: int = 0) -> ScoredExam:
+    """Return the score of ``results``; ``max_seq_len`` says what a question may not have fitted into.
 
-    The two lengths are only recorded, to say what a question did not fit into. Raises UserError when there are no results.
+    Raises UserError when there are no results.
     """
     if not results:
         raise UserError("There are no items to score: the exam is empty.")
@@ -86,7 +86,6 @@ def summarise(results: Sequence[Result], *, max_seq_len: int = 0, max_new_tokens
         cut=status[CUT],
         too_long=status[TOO_LONG],
         max_seq_len=max_seq_len,
-        max_new_tokens=max_new_tokens,
         letters={letter: given[index] for index, letter in enumerate(LETTERS[: max(map(len, options))])},
         constant_letter="" if constant is None else LETTERS[constant],
         constant_letter_baseline=hits / count,
@@ -102,21 +101,13 @@ def _accuracy(results: Sequence[Result]) -> dict[str, Any]:
     return {"correct": int(sum(right)), "accuracy": sum(right) / len(right), "interval": interval}
 
 
-def length_explains(high: float, baseline: float, too_long: float, presentations: float) -> bool:
-    """Return whether questions that did not fit may alone explain a score below ``baseline``.
-
-    They may when ``high``, the upper end of its interval, would reach the baseline if those had been guessed at that rate.
-    """
-    return too_long > 0 and high < baseline <= high + baseline * too_long / presentations
-
-
 def describe_too_long(score: ExamScore) -> str:
-    """Return a sentence on the questions that did not fit, and the score of the others; an unknown length is left out."""
-    too_long, count = score.too_long, score.presentations
-    answer = f", of which max_new_tokens keeps {score.max_new_tokens:,.0f} for the answer" if score.max_new_tokens > 0 else ""
-    room = f" (max_seq_len {score.max_seq_len:,.0f}{answer})" if score.max_seq_len > 0 else ""
-    others = f"; of the other {count - too_long:,.0f} it answered {score.correct:,.0f} right" if too_long < count else ""
-    return f"{too_long:,.0f} of {count:,.0f} questions did not fit into the model's context{room} and count as wrong{others}"
+    """Return a sentence on the questions that did not fit into the model's context; "" when all did or nothing is known."""
+    if not 0 < score.too_long <= score.presentations:
+        return ""
+    room = f" of {score.max_seq_len:,.0f} tokens" if score.max_seq_len > 0 else ""
+    counts = f"{score.too_long:,.0f} of {score.presentations:,.0f} questions"
+    return f"{counts} did not fit into the model's context{room} and count as wrong."
 
 
 def compare(before: ScoredExam, after: ScoredExam) -> Difference:

@@ -48,7 +48,6 @@ class ExamScore(HasInterval):
     cut: float = NAN
     too_long: float = NAN
     max_seq_len: float = NAN  # tokens that a question had to share with its answer; 0: not known
-    max_new_tokens: float = NAN  # of them kept for the answer, where the model wrote it; else 0
     letters: dict[str, float] = field(default_factory=dict)  # how often each letter was answered
     constant_letter: str = ""  # the letter that would score best if it were always said, and its accuracy
     constant_letter_baseline: float = NAN

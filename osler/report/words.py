@@ -14,7 +14,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from osler.eval.score import describe_too_long, length_explains
+from osler.eval.score import describe_too_long
 from osler.records.jsonl import END, FAILED, FINISHED, START, Event, still_wrong, unresolved_at_end
 from osler.records.results import Comparison, ExamScore
 from osler.report import format as fmt
@@ -140,25 +140,14 @@ def verdict(score: ExamScore) -> str:
     """Say whether the interval clears guessing and the best constant letter, and how many questions did not fit."""
     ways = (("guessing", score.chance), ("always giving the same letter", score.constant_letter_baseline))
     known = [f"{what} ({fmt.percent(rate)})" for what, rate in ways if math.isfinite(rate)]
-    if _lack_of_room_explains(score):
-        return f"That is below {' or '.join(known)}: {unfit(score)}"
-    said = ""
+    said, unfit = "", describe_too_long(score)
     if score.low > baseline(score):
         said = f"That is clearly above {' and above '.join(known)}."
     elif score.high < baseline(score):
-        said = f"That is below {' or '.join(known)}: something is systematically wrong."
+        said = f"That is below {' or '.join(known)}{'' if unfit else ': something is systematically wrong'}."
     elif known and math.isfinite(score.low):
         said = f"That cannot be told apart from {' or '.join(known)}."
-    return f"{said} {unfit(score)}".strip()
-
-
-def unfit(score: ExamScore) -> str:
-    """Say how many questions did not fit into the model's context; empty when all did or that is not known."""
-    return f"{describe_too_long(score)}." if 0 < score.too_long <= score.presentations else ""
-
-
-def _lack_of_room_explains(score: ExamScore) -> bool:
-    return bool(unfit(score)) and length_explains(score.high, baseline(score), score.too_long, score.presentations)
+    return f"{said} {unfit}".strip()
 
 
 def difference_in_words(c: Comparison) -> str:
@@ -281,8 +270,8 @@ def _about_exams(run: RunRecord) -> Iterator[str]:
         if score.presentations > 0 and score.unparsed / score.presentations > UNPARSED_SHARE:
             share = fmt.percent(score.unparsed / score.presentations)
             yield f"{where}: {share} of the answers had no readable letter and count as wrong."
-        if unfit(score):
-            yield f"{where}: {unfit(score)}"
+        if unfit := describe_too_long(score):
+            yield f"{where}: {unfit}"
         total = sum(v for v in score.letters.values() if math.isfinite(v))
         if total >= HABIT_ANSWERS and len(score.letters) > 2:
             letter, n = max(score.letters.items(), key=lambda item: item[1])
@@ -295,7 +284,7 @@ def next_steps(run: RunRecord) -> Iterator[str]:
     score, names = headline_score(run), _stage_names(run)
     if score is None:
         yield "Score the checkpoint on an exam: a loss says how well it reads, not what it knows."
-    elif _lack_of_room_explains(score):
+    elif score.high < baseline(score) and describe_too_long(score):
         yield "Give the exam's questions room: a smaller max_new_tokens, or a model with a larger model.max_seq_len."
     elif score.low <= baseline(score):
         yield "Train longer or larger before anything else: a model at chance has nothing for GRPO to reinforce."

@@ -63,11 +63,6 @@ class ExamItem:
         """Return whether an option points at others, so that another order would change its meaning."""
         return any(map(points_at_options, self.options))
 
-    @property
-    def repeats_an_option(self) -> bool:
-        """Return whether two options have the same text."""
-        return len(set(map(wording, self.options))) < len(self.options)
-
     def is_right(self, index: int) -> bool:
         """Return whether the option at ``index`` is right or has the right text; some exams print an option twice."""
         return wording(self.options[index]) == wording(self.options[self.answer_index])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Annotated, Any, Literal
 
 from osler.clinic.exam import ClinicItem, drills, exam
@@ -10,8 +9,6 @@ from osler.config.schema import TAGGED, PositiveInt, Seed, config
 from osler.files import ROW_ENDINGS, find_files
 from osler.tasks.exam_files import ExamFile, Gsm8kTask, MedmcqaTask, MedqaTask, PubmedqaTask, load_exam_file
 from osler.tasks.item import ExamItem
-
-logger = logging.getLogger(__name__)
 
 
 @config
@@ -25,8 +22,6 @@ class ClinicTask:
 
 
 TaskConfig = Annotated[ClinicTask | MedqaTask | MedmcqaTask | PubmedqaTask | Gsm8kTask, TAGGED]
-
-TASK_CONFIGS: dict[str, type] = {cls.type: cls for cls in (ClinicTask, MedqaTask, MedmcqaTask, PubmedqaTask, Gsm8kTask)}
 
 
 def load_clinic(*, split: str = "validation", limit: int = 400, seed: int = 0) -> list[ExamItem]:
@@ -50,17 +45,7 @@ def check_task(task: Any, key: str) -> None:
 
 
 def load_task(task: Any) -> list[ExamItem]:
-    """Return the items that a task config describes (one of ``TaskConfig``), and report how many have unusual options."""
+    """Return the items that a task config describes (one of ``TaskConfig``)."""
     if isinstance(task, ClinicTask):
         return load_clinic(split=task.split, limit=task.limit, seed=task.seed)
-    items = load_exam_file(task)
-    if pointing := sum(item.keeps_order for item in items):
-        logger.info(
-            f'{task.path}: {pointing:,} of {len(items):,} questions have options that point at others, such as "All of the '
-            'above"; their options are always shown in the order of the file.'
-        )
-    if repeating := sum(item.repeats_an_option for item in items):
-        logger.info(
-            f"{task.path}: {repeating:,} of {len(items):,} questions have an option twice; where it is right, either counts."
-        )
-    return items
+    return load_exam_file(task)

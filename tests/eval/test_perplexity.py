@@ -32,35 +32,22 @@ def build(**changes: object) -> Transformer:
 
 
 @settings(derandomize=True)
-@given(st.lists(st.integers(0, 40), max_size=5), st.integers(1, 12), st.data())
-def test_every_token_of_every_document_is_a_label_once(sizes: list[int], seq_len: int, data: st.DataObject) -> None:
-    overlap = data.draw(st.integers(0, seq_len - 1))
+@given(st.lists(st.integers(0, 40), max_size=5), st.integers(1, 12))
+def test_every_token_of_every_document_is_a_label_once(sizes: list[int], seq_len: int) -> None:
     documents = [[100 * d + t for t in range(size)] for d, size in enumerate(sizes)]
     labelled: list[int] = []
-    for inputs, labels in windows(documents, seq_len=seq_len, start_id=-1, overlap=overlap):
+    for inputs, labels in windows(documents, seq_len=seq_len, start_id=-1):
         assert len(inputs) == len(labels) <= seq_len
-        for read, label, after in zip(inputs, labels, [*inputs[1:], None], strict=True):
-            assert after is None or label in (after, -100)
-            if label >= 0:
-                assert read == (label - 1 if label % 100 else -1)
-        labelled += [label for label in labels if label != -100]
+        assert inputs == [label - 1 if label % 100 else -1 for label in labels]
+        labelled += labels
     assert labelled == [token for document in documents for token in document]
 
 
-def test_overlap_gives_every_label_at_least_that_much_context() -> None:
-    rows = list(windows([list(range(30))], seq_len=8, start_id=99, overlap=5))
-    for _, labels in rows[1:]:
-        assert labels[:5] == [-100] * 5 and labels[5] != -100
-    with pytest.raises(ValueError, match="overlap"):
-        list(windows([[1]], seq_len=4, start_id=0, overlap=4))
-
-
-@pytest.mark.parametrize("overlap", [0, 7])
-def test_bits_per_byte_is_the_formula(overlap: int) -> None:
+def test_bits_per_byte_is_the_formula() -> None:
     model = build()
     generator = torch.Generator().manual_seed(2)
     documents = [torch.randint(0, VOCAB, (n,), generator=generator).tolist() for n in (1, 40, 0, 16, 17, 3)]
-    rows = list(windows(documents, seq_len=16, start_id=0, overlap=overlap))
+    rows = list(windows(documents, seq_len=16, start_id=0))
     nats = 0.0
     for inputs, labels in rows:
         logits = model.logits(model(torch.tensor([inputs])))[0]

@@ -218,17 +218,16 @@ def test_a_score_at_chance_is_called_that(quickstart: Path) -> None:
     assert "of the answers are B. That is a habit, not knowledge." in shown and "clearly above" not in shown
 
 
-@pytest.mark.parametrize(("too_long", "explained"), [(700, True), (9, False), (0, False)])
-def test_a_score_below_chance_names_questions_that_did_not_fit(quickstart: Path, too_long: int, explained: bool) -> None:
+@pytest.mark.parametrize("too_long", [700, 0])
+def test_a_score_below_chance_names_questions_that_did_not_fit(quickstart: Path, too_long: int) -> None:
     low = {"correct": 90, "accuracy": 0.1, "interval": [0.08, 0.12], "presentations": 900, "too_long": too_long}
-    keep_exam(quickstart, "sft", **low, max_seq_len=256, max_new_tokens=128)
+    keep_exam(quickstart, "sft", **low, max_seq_len=256)
     shown = shown_on(quickstart)
-    unfit = f"{too_long} of 900 questions did not fit into the model's context (max_seq_len 256, of which max_new_tokens"
-    assert (f"always giving the same letter (27.3%): {unfit}" in shown) == explained
-    assert ("something is systematically wrong" in shown) != explained
+    unfit = f"{too_long} of 900 questions did not fit into the model's context of 256 tokens"
+    assert (f"always giving the same letter (27.3%). {unfit}" in shown) == (too_long > 0)
+    assert ("something is systematically wrong" in shown) == (too_long == 0)
     assert (f"Supervised fine-tuning on test: {unfit}" in shown) == (too_long > 0)
-    assert ("Give the exam's questions room" in shown) == explained
-    assert ("of the other 891 it answered 90 right" in summary_text(quickstart)) == (too_long == 9)
+    assert ("Give the exam's questions room" in shown) == (too_long > 0)
 
 
 def test_right_answers_are_counted_among_the_questions_shown(quickstart: Path) -> None:

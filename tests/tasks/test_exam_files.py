@@ -19,7 +19,7 @@ from osler.config.schema import decode
 from osler.runtime.errors import UserError
 from osler.tasks.answers import read_choice, read_number
 from osler.tasks.item import ExamItem, permute, render_answer, render_question, shared_questions
-from osler.tasks.registry import TASK_CONFIGS, ClinicTask, TaskConfig, load_clinic, load_task
+from osler.tasks.registry import ClinicTask, TaskConfig, load_clinic, load_task
 
 FindShared = Callable[[str], Path]
 OPTIONS = {"A": "one", "B": "two", "C": "x", "D": "y"}
@@ -198,24 +198,6 @@ def test_medmcqa_numbers_options_from_0_or_1_and_leaves_out_rows_without_a_label
 )
 def test_explanations_never_name_a_letter(exp: str | None, thinking: str | None, tmp_path: Path) -> None:
     assert load("medmcqa", lines(tmp_path / "e.jsonl", ROWS["medmcqa"] | {"exp": exp}))[0].thinking == thinking
-
-
-def test_options_that_point_at_options_or_are_equal_are_counted_at_load(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    changes = [{}, {"opd": "All of the above"}, {"opc": "a"}, {"opd": "Both A and B", "opb": "A "}]
-    rows = [ROWS["medmcqa"] | change | {"id": f"m{n}"} for n, change in enumerate(changes)]
-    load("medmcqa", lines(tmp_path / "e.jsonl", *rows))
-    said = capsys.readouterr().err
-    assert "2 of 4 questions have options that point at others" in said and "1 of 4 questions have an option twice" in said
-    load("medqa", lines(tmp_path / "m.jsonl", ROWS["medqa"]))
-    assert "options" not in capsys.readouterr().err
-
-
-def test_a_task_is_chosen_by_its_config() -> None:
-    for name, cls in TASK_CONFIGS.items():
-        given = {"type": name} if name == "clinic" else {"type": name, "path": "x"}
-        assert type(decode(TaskConfig, given)) is cls  # type: ignore[arg-type]
 
 
 def test_clinic_items_keep_question_options_answer_and_reasoning() -> None:

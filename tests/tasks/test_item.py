@@ -75,7 +75,6 @@ def test_options_that_point_at_options_are_not_permuted() -> None:
 def test_an_option_that_is_there_twice_is_right_twice() -> None:
     item = with_options("4.6", "4.61", " 4.6", "5")
     assert [item.is_right(index) for index in range(4)] == [True, False, True, False]
-    assert item.repeats_an_option and not ITEM.repeats_an_option
     genotypes = with_options("AA", "Aa", "aa", answer_index=1)
     assert [genotypes.is_right(index) for index in range(3)] == [False, True, False]
     twins = with_options("same", "same", "other", answer_index=1)
