@@ -34,22 +34,17 @@ SPIN = "while True: pass"
 
 def training(recipe: str) -> Callable[[], int]:
     """One training step of a recipe; returns its tokens."""
-    import torch
-
-    from osler.bench import stand_in, training_step
+    from osler.bench import build_learner, machine_of, stand_in, training_step
     from osler.config.recipe import load_recipe
     from osler.config.schema import decode
     from osler.data.loader import Loader
-    from osler.parallel.compile import compile_works
-    from osler.runtime.device import keep_freed_memory, pick_dtype
+    from osler.runtime.device import keep_freed_memory
     from osler.train.config import TrainConfig
 
     keep_freed_memory()
-    device = torch.device("cpu")
     tree = load_recipe("quickstart", [])["pretrain"] if recipe == "quickstart" else load_recipe(recipe, ["data.path=."])
-    config = decode(TrainConfig, tree)
-    dtype = str(pick_dtype(config.precision, device)).removeprefix("torch.")
-    step, _ = training_step({"contestant": "osler", "dtype": dtype, "compile": compile_works(device)[0]}, config, device)
+    config = decode(TrainConfig, {**tree, "device": "cpu"})
+    step = training_step(config, build_learner(config, machine_of(config)))
     folder = Path(tempfile.mkdtemp())
     batches = Loader(stand_in(config, folder), config.batch_tokens // config.seq_len, workers=config.loader_workers).batches()
 

@@ -59,8 +59,7 @@ def build_qwen3(model: Any, dtype: Any) -> Any:
     """Hugging Face's Qwen3 with the same weights; its norms keep their ones, because the model's have no weight."""
     import torch
     import transformers
-
-    from osler.bench import qwen3_config
+    from beside_peers import qwen3_config
 
     config = model.config
     qwen3 = transformers.Qwen3ForCausalLM(qwen3_config(transformers, config)).eval()

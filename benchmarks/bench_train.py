@@ -1,9 +1,8 @@
-"""Training throughput at fixed shapes beside nanochat's GPT and Hugging Face's Qwen3: `osler bench` on the shapes README quotes.
+"""Training throughput beside nanochat's GPT and Hugging Face's Qwen3, at the fixed shapes that README quotes.
 
     python benchmarks/bench_train.py [--peer PATH_TO_NANOCHAT] [--peer hf] [--shape small] [--batch-tokens N] [--out FILE]
 
-How it measures stands in `osler/bench.py`. Every model's step is `TrainStep` (forward, backward, clipping,
-fused AdamW), so the comparison is of the models and their losses.
+How it measures stands in `beside_peers.py`.
 """
 
 from __future__ import annotations
@@ -11,9 +10,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from beside_peers import compare
 from measuring import publish
 
-from osler.bench import compare
 from osler.config.recipe import load_recipe, parse_overrides
 from osler.config.schema import decode
 from osler.train.config import TrainConfig

@@ -3,7 +3,7 @@
     python benchmarks/tune_optimizers.py FILE [FILE ...] [--runs 3] [--minutes 9] [--settings FILE] [--out FILE]
 
 Equal time without a clock: the tokens per second of every optimizer and batch that is tried are measured first, side by side in
-alternating fresh processes (``osler bench``), and each run then trains on the tokens that its optimizer makes in ``--minutes``.
+alternating fresh processes (``beside_peers.py``), and each run then trains on the tokens that its optimizer makes in that time.
 So a slower step costs tokens, as it does by the clock, and a machine that is busy during a run changes its length and not its
 result. AdamW and Muon take turns. The JSON is written after every run; started again with the same arguments, the script skips
 the runs it holds. ``SETTINGS`` lists what is tried, the likeliest first; ``--settings`` names a JSON file to take its place.
@@ -19,9 +19,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from beside_peers import compare
 from text_10min import train
 
-from osler.bench import compare
 from osler.config.recipe import load_recipe
 from osler.config.schema import decode
 from osler.runtime.device import describe_machine

@@ -46,8 +46,6 @@ DOORS: dict[str, set[str]] = {
     "jinja2": {"report/page.py"},
     "markupsafe": {"report/page.py"},
     "deepspeed": {"parallel/deepspeed.py"},
-    "transformers": {"bench.py"},
-    "nanochat": {"bench.py"},
     "torchao": {"parallel/fp8.py"},
     "wandb": {"monitor/sinks.py"},
     "clearml": {"monitor/sinks.py"},

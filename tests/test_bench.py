@@ -1,15 +1,15 @@
-"""`osler bench`: what it prints holds together, its peers have the same shape, and its JSON names the machine."""
+"""`osler bench`: what it prints holds together, its peers are the same model, and a result names the machine."""
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
 from pathlib import Path
 
 import pytest
 import torch
 
-from osler.bench import build_hf, build_osler
+from osler.bench import build_learner, machine_of
 from osler.cli.main import main
 from osler.config.recipe import parse_overrides
 from osler.config.schema import decode
@@ -19,48 +19,51 @@ from osler.train.config import TrainConfig
 SHAPE = {"num_layers": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "num_kv_heads": 1, "head_dim": 16}
 TINY = [f"model.{name}={value}" for name, value in SHAPE.items()]
 TINY += ["model.vocab_size=300", "model.max_seq_len=32", "tokenizer.vocab_size=300"]
-TINY += ["seq_len=32", "batch_tokens=128", "micro_batch_tokens=64"]
+TINY += ["seq_len=32", "batch_tokens=128", "micro_batch_tokens=64", "compile=never", "precision=fp32", "device=cpu"]
 
 
-def test_bench_times_a_recipe_and_a_peer(capsys, tmp_path):
-    options = ["parallel.type=ddp", "--peer", "hf", "--rounds", "1", "--steps", "2", "--out", str(tmp_path / "bench.json")]
-    assert main(["bench", *TINY, "compile=never", "precision=fp32", "device=cpu", *options]) == 0
+@pytest.fixture
+def benchmark_module(monkeypatch):
+    """A function that imports a module of ``benchmarks/``."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    return importlib.import_module
+
+
+def test_bench_times_a_recipe(capsys, tmp_path):
+    assert main(["bench", *TINY, "parallel.type=ddp", "--steps", "2", "--out", str(tmp_path / "bench.json")]) == 0
     printed = capsys.readouterr()
     assert "times one process, on which parallel.type=ddp changes nothing" in printed.err
     result = json.loads(printed.out)
     assert result == json.loads((tmp_path / "bench.json").read_text())
-    ours, theirs = result["osler"], result["hf"]
-    assert set(ours["step_milliseconds"]) == {"data", "forward", "backward", "optimizer"}
-    assert sum(ours["step_share"].values()) == pytest.approx(1, abs=1e-3)
-    assert min(ours["step_milliseconds"].values()) > 0 and ours["peak_memory_bytes"] > 0
-    assert result["osler_over_hf"]["median"] == pytest.approx(ours["tokens_per_second"] / theirs["tokens_per_second"])
+    assert set(result["part_seconds"]) == {"data", "forward", "backward", "optimizer"} and result["machine"]["processor"]
+    assert min(result["part_seconds"].values()) > 0 and result["peak_memory_bytes"] > 0
     flops = decode(TrainConfig, parse_overrides(TINY)).model.flops_per_token(32)
-    rate = ours["tokens_per_second"] * flops / result["matmul_flops_per_second"][0]
-    assert ours["of_matmul_rate"] == pytest.approx(rate) and ours["mfu"] is None and "PaLM" in result["flops_convention"]
+    rate = result["tokens_per_second"] * flops / result["matmul_flops_per_second"]
+    assert result["of_matmul_rate"] == pytest.approx(rate) and result["mfu"] is None and "PaLM" in result["flops_convention"]
+    assert main(["bench", "quickstart"]) == 2
+    assert "recipe of kind quickstart" in capsys.readouterr().err
 
 
-def test_the_peer_is_the_same_model_with_the_same_loss():
+def test_peers_take_turns_and_are_compared_round_by_round(benchmark_module):
+    config = decode(TrainConfig, parse_overrides(TINY))
+    result = benchmark_module("beside_peers").compare(config, "tiny", peers=["hf"], rounds=1, steps=2)
+    ours, theirs = result["osler"], result["hf"]
+    assert sum(ours["step_share"].values()) == pytest.approx(1, abs=1e-3)
+    assert result["osler_over_hf"]["median"] == pytest.approx(ours["tokens_per_second"] / theirs["tokens_per_second"])
+
+
+def test_the_peer_is_the_same_model_with_the_same_loss(benchmark_module):
     """With the same weights Hugging Face's model gives the same summed loss, so what is timed is the same work."""
     config = decode(TrainConfig, parse_overrides([*TINY, "model.norm_weight=false", "model.head_init=normal"]))
-    ours, our_loss = build_osler(config, torch.float32)
-    theirs, their_loss = build_hf(config, torch.float32)
-    weights = {name if name.startswith("lm_head") else f"model.{name}": value for name, value in ours.state_dict().items()}
-    vocab = config.model.vocab_size
-    padded = config.model.padded_vocab_size
+    ours = build_learner(config, machine_of(config))
+    theirs, their_loss = benchmark_module("beside_peers").build_hf(config, torch.float32)
+    state, vocab, padded = ours.model.state_dict(), config.model.vocab_size, config.model.padded_vocab_size
+    weights = {name if name.startswith("lm_head") else f"model.{name}": value for name, value in state.items()}
     weights = {name: value[:vocab] if value.shape[0] == padded else value for name, value in weights.items()}
     missing, unexpected = theirs.load_state_dict(weights, strict=False)
     assert not unexpected and all("norm" in name for name in missing)
     ids, labels = (torch.randint(vocab, (4, 32), generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
-    torch.testing.assert_close(our_loss(ids, labels, None), their_loss(ids, labels, None), rtol=1e-4, atol=1e-3)
-
-
-def test_mistakes_are_told(capsys):
-    assert main(["bench", *TINY, "--peer", "nowhere", "--rounds", "1", "compile=never"]) == 2
-    assert "--peer nowhere is neither hf nor a checkout of nanochat" in capsys.readouterr().err
-    assert main(["bench", *TINY, "model.embed_rank=8", "--peer", "hf", "--rounds", "1", "compile=never"]) == 2
-    assert "No peer has a factorized embedding (model.embed_rank=8)" in capsys.readouterr().err
-    assert main(["bench", "quickstart"]) == 2
-    assert "recipe of kind quickstart" in capsys.readouterr().err
+    torch.testing.assert_close(ours.engine.loss(ids, labels, None), their_loss(ids, labels, None), rtol=1e-4, atol=1e-3)
 
 
 def test_a_stopwatch_knows_where_time_went(monkeypatch):
@@ -76,14 +79,8 @@ def test_a_stopwatch_knows_where_time_went(monkeypatch):
     assert stopwatch.read() == {"long": 4.0, "short": 1.0} and stopwatch.read() == {}
 
 
-FILE = Path(__file__).parents[1] / "benchmarks" / "measuring.py"
-
-
-def test_a_result_names_its_machine(tmp_path, capsys):
-    spec = importlib.util.spec_from_file_location("measuring", FILE)
-    measuring = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(measuring)
-    measuring.publish({"benchmark": "x", "threads": 7}, tmp_path / "x.json")
+def test_a_result_names_its_machine(tmp_path, capsys, benchmark_module):
+    benchmark_module("measuring").publish({"benchmark": "x", "threads": 7}, tmp_path / "x.json")
     machine = json.loads((tmp_path / "x.json").read_text())["machine"]
     assert machine["processor"] and machine["threads"] == 7, "the threads are those of the processes that were measured"
     assert {"cores", "memory_bytes", "torch", "python", "system", "thread_variables"} <= machine.keys()

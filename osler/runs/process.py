@@ -42,6 +42,15 @@ class Machine:
         """The dtype for evaluation and sampling: fp32 on a CPU, because they run uncompiled and eager bf16 is slow there."""
         return torch.float32 if self.device.type == "cpu" else self.dtype
 
+    def describe(self) -> dict[str, Any]:
+        """Return what times and roundings depend on."""
+        return {
+            **describe_machine(),
+            "device": str(self.device) if self.device.type == "cpu" else torch.cuda.get_device_name(self.device),
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "compiled": self.compile,
+        }
+
 
 def choose_machine(device: str, precision: str, compile_mode: str, *, steps: int) -> Machine:
     """Return device, dtype and whether to compile; ``auto`` is decided by a trial on this machine.
@@ -80,13 +89,7 @@ def write_versions(folder: RunFolder, machine: Machine) -> bytes:
     for package in PACKAGES:
         with suppress(PackageNotFoundError):
             versions[package] = version(package)
-    versions["machine"] = {
-        **describe_machine(),
-        "device": str(machine.device) if machine.device.type == "cpu" else torch.cuda.get_device_name(machine.device),
-        "dtype": str(machine.dtype).removeprefix("torch."),
-        "compiled": machine.compile,
-    }
-    text = indented(versions)
+    text = indented(versions | {"machine": machine.describe()})
     write_or_warn(folder.root / VERSIONS, text)
     return text.encode("utf-8")
 
