@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import cycle
 from typing import NamedTuple
@@ -17,7 +16,6 @@ from typing import NamedTuple
 import numpy as np
 
 from osler.monitor.metrics import declared_name, describe
-from osler.report import format as fmt
 from osler.report.curves import Series
 from osler.report.read import StageLog
 from osler.report.svg import Band, Line, line_chart
@@ -35,8 +33,6 @@ class Spec:
     lines: tuple[tuple[str, str], ...]
     good: str
     zero: bool = True  # whether the axis starts there
-    legend: str = "last"  # which value the legend shows: last, median or peak
-    over: str = "step"  # what the curve runs over: step, or tokens
 
     @property
     def kind(self) -> str:
@@ -75,41 +71,21 @@ SPECS: tuple[Spec, ...] = (
          "Good: near 100%, and early. What cannot be read cannot be right."),
     Spec("Speed", (("perf/tokens_per_second", "training"), ("perf/rollout_tokens_per_second", "sampling"),
           ("perf/train_tokens_per_second", "updating")),
-         "Good: level. Dips are evaluations, checkpoints, or a machine that is busy with something else.", legend="median"),
+         "Good: level. Dips are evaluations, checkpoints, or a machine that is busy with something else."),
     Spec("Learning rate", (("train/lr", "learning rate"),),
-         "The plan rather than a result: a short warm-up, then down. Read the other curves by it.", legend="peak"),
-    Spec("Stage of the curriculum", (("train/stage", "stage"),),
-         "The plan rather than a result. A bend of the loss where a stage begins is the new length, not the model.",
-         over="tokens"),
-    Spec("Length of rows", (("train/seq_len", "length"),),
-         "The plan: short rows first. What lies further back than a row is long cannot be learned in its stage.", over="tokens"),
-    Spec("Tokens per step", (("train/batch_tokens", "batch"),),
-         "The plan: level, unless stages were given batches of their own. A larger batch has a calmer gradient.", over="tokens"),
+         "The plan rather than a result: a short warm-up, then down. Read the other curves by it."),
     Spec("Gradient norm", (("train/grad_norm", "norm"),),
          "Good: calm after the start. Growing, or full of spikes, asks for a lower learning rate."),
 )  # fmt: skip
 
-# Metrics of one family that are read next to each other.
-TOGETHER: tuple[Spec, ...] = (
-    Spec("How right and how sure", (("train/token_accuracy", "likeliest token right"),
-          ("train/label_probability", "given to the right one"), ("train/top_probability", "given to the likeliest")),
-         "Good: all climb, and the model is about as often right as it is sure. Much surer than right is overconfident."),
-    Spec("Where a step's time goes", (("perf/data_ms", "data"), ("perf/forward_ms", "forward"), ("perf/backward_ms", "backward"),
-          ("perf/optimizer_ms", "optimizer"), ("perf/monitor_ms", "watching")),
-         "Good: level, and nearly all of it forward and backward. While a step waits for data, the device is idle.",
-         legend="median"),
-    Spec("Memory", (("perf/memory_allocated_bytes", "allocated"), ("perf/memory_reserved_bytes", "reserved"),
-          ("perf/memory_resident_bytes", "of the process"), ("perf/memory_peak_bytes", "at most")),
-         "Good: level after the first steps. What climbs steadily ends the run one day.", legend="peak"),
-)  # fmt: skip
 
-@dataclass(frozen=True)
-class Family:
-    """Metrics whose names begin alike, and one sentence on what good looks like."""
+class Family(NamedTuple):
+    """Metrics whose names begin alike, one sentence on what good looks like, and the charts of those that are read together."""
 
     title: str
     prefixes: tuple[str, ...]
     good: str
+    charts: tuple[Spec, ...] = ()
 
 
 FAMILIES: tuple[Family, ...] = (  # the first whose prefix fits
@@ -118,9 +94,18 @@ FAMILIES: tuple[Family, ...] = (  # the first whose prefix fits
     Family("Plan", ("train/lr", "train/stage", "train/seq_len", "train/batch_tokens"),
            "What was set rather than what came out; the other curves are read by it."),
     Family("Quality", ("train/", "eval/"),
-           "Good: losses fall, accuracies climb, and what is measured on held-out text follows what is measured in training."),
+           "Good: losses fall, accuracies climb, and what is measured on held-out text follows what is measured in training.",
+           (Spec("How right and how sure", (("train/token_accuracy", "likeliest token right"),
+                  ("train/label_probability", "given to the right one"), ("train/top_probability", "given to the likeliest")),
+                 "Good: all climb, and the model is about as often right as it is sure. Much surer is overconfident."),)),
     Family("Performance", ("perf/",),
-           "Good: level from the first minutes on. Memory that grows, or time that goes into data, is worth a look."),
+           "Good: level from the first minutes on. Memory that grows, or time that goes into data, is worth a look.",
+           (Spec("Where a step's time goes", (("perf/data_ms", "data"), ("perf/forward_ms", "forward"),
+                  ("perf/backward_ms", "backward"), ("perf/optimizer_ms", "optimizer"), ("perf/monitor_ms", "watching")),
+                 "Good: level, and nearly all of it forward and backward. While a step waits for data, the device is idle."),
+            Spec("Memory", (("perf/memory_allocated_bytes", "allocated"), ("perf/memory_reserved_bytes", "reserved"),
+                  ("perf/memory_resident_bytes", "of the process"), ("perf/memory_peak_bytes", "at most")),
+                 "Good: level after the first steps. What climbs steadily ends the run one day."))),
     Family("Model health", ("model/",),
            "Good: all layers move together and settle. One layer that leaves the others, or a share near 100%, is ill."),
     Family("Data", ("data/",),
@@ -143,10 +128,12 @@ class Figure(NamedTuple):
     drawing: str
 
 
-def figure(spec: Spec, lines: list[Line], band: Band | None = None, marks: Sequence[tuple[float, str, str]] = ()) -> Figure:
+def figure(
+    spec: Spec, lines: list[Line], *, over: str = "step", band: Band | None = None, marks: Sequence[tuple[float, str, str]] = ()
+) -> Figure:
     """Draw a chart; marks go into those of `MARKED`."""
     own = marks if spec.title in MARKED else ()
-    drawing = line_chart(lines, title=spec.title, kind=spec.kind, zero=spec.zero, over=spec.over, marks=own, band=band)
+    drawing = line_chart(lines, title=spec.title, kind=spec.kind, zero=spec.zero, over=over, marks=own, band=band)
     return Figure(spec, lines, drawing)
 
 
@@ -160,33 +147,34 @@ def charts_of(
     palette = [colour, *(c for c in (2, 1, 0, 3, 4, 6, 7, 5) if c != colour)]
     rows, used = by_row(sorted(run.curves)), set[str]()
 
-    def filled(specs: Iterable[Spec]) -> list[Figure]:
-        drawn = []
-        for spec in specs:
-            named = [(n, label or inner(row, n)) for row, label in spec.lines for n in rows.get(row, [])]
-            used.update(name for name, _ in named)
-            lines = [line_of(run, name, label, c, spec.over) for (name, label), c in zip(named, cycle(palette), strict=False)]
-            drawn.append(figure(spec, lines, marks=marks))
-        return [chart for chart in drawn if chart.drawing]
+    def drawn(spec: Spec, names: Iterable[tuple[str, str]]) -> Figure:
+        lines = [line_of(run, name, label, c) for (name, label), c in zip(names, cycle(palette), strict=False)]
+        return figure(spec, lines, marks=marks)
 
-    main = filled(SPECS)
-    rest = []
-    for family, names in in_families(n for n in run.curves if n not in used):
-        charts = filled(spec for spec in TOGETHER if family_of(spec.lines[0][0]) is family)
+    def filled(specs: Iterable[Spec]) -> Iterator[Figure]:
+        for spec in specs:
+            names = [(name, label or inner(row, name)) for row, label in spec.lines for name in rows.get(row, [])]
+            used.update(name for name, _ in names)
+            yield drawn(spec, names)
+
+    def left_over(family: Family, names: Iterable[str]) -> Iterator[Figure]:
+        yield from filled(family.charts)
         whole, layers = by_layer(name for name in names if name not in used)
         for base, of in sorted(layers.items()):
             spec = spec_of(next(iter(of.values())))
             good = f"{spec.good} The grey area spans all {len(of)} layers."
-            curves = {layer: run.curves[name] for layer, name in of.items()}
-            charts.append(figure(replace(spec, title=f"{base} by layer", good=good), *bundle(curves)))
-        for row, some in by_row(sorted(whole)).items():
-            for start in range(0, len(some), COLOURS):
-                part = some[start : start + COLOURS]
-                labels = [inner(row, name) if len(part) > 1 else name.split("/")[-1] for name in part]
-                lines = [line_of(run, *line) for line in zip(part, labels, palette, strict=False)]
-                charts.append(figure(replace(spec_of(part[0]), title=row if len(part) > 1 else part[0]), lines))
-        rest.append((family, [chart for chart in charts if chart.drawing]))
-    return main, rest
+            lines, band = bundle({layer: run.curves[name] for layer, name in of.items()})
+            yield figure(replace(spec, title=f"{base} by layer", good=good), lines, band=band)
+        for row, alike in by_row(sorted(whole)).items():
+            for start in range(0, len(alike), COLOURS):
+                some = alike[start : start + COLOURS]
+                labels = [inner(row, name) if len(some) > 1 else name.split("/")[-1] for name in some]
+                spec = replace(spec_of(some[0]), title=row if len(some) > 1 else some[0])
+                yield drawn(spec, zip(some, labels, strict=True))
+
+    main = [chart for chart in filled(SPECS) if chart.drawing]
+    families = in_families(name for name in run.curves if name not in used)
+    return main, [(family, [chart for chart in left_over(family, names) if chart.drawing]) for family, names in families]
 
 
 def spec_of(name: str) -> Spec:
@@ -215,37 +203,25 @@ def line_of(run: StageLog, name: str, label: str, colour: int, over: str = "step
 def bundle(layers: dict[int, Series]) -> tuple[list[Line], Band]:
     """Return the curves of the first, the middle, the last and the oddest layer, and the area that all layers span.
 
-    A layer whose newest value is not finite is the farthest of all.
+    The oddest is farthest from the others at the end; a layer whose newest value is not finite is the farthest of all.
     """
-    ends: dict[int, float] = {}
-    for layer, series in layers.items():  # the mean of a curve's last quarter
-        last = series.values[-max(1, len(series) // 4) :]
-        ends[layer] = float(last[np.isfinite(last)].mean()) if math.isfinite(last[-1]) else math.nan
-    middle = statistics.median([v for v in ends.values() if math.isfinite(v)] or [0.0])
-    odd = max(layers, key=lambda layer: abs(ends[layer] - middle) if math.isfinite(ends[layer]) else math.inf)
     numbers = sorted(layers)
+    steps = np.unique(np.concatenate([series.steps for series in layers.values()]))
+    values = np.full((len(numbers), len(steps)), math.nan)
+    for row, layer in zip(values, numbers, strict=True):
+        row[np.searchsorted(steps, layers[layer].steps)] = layers[layer].values
+    known = np.isfinite(values)
+    ends = values[known[:, -1], -1]
+    distance = np.where(known[:, -1], abs(values[:, -1] - (np.median(ends) if len(ends) else 0.0)), math.inf)
+    odd = numbers[distance.argmax()]
     lines: list[Line] = []
     for layer in dict.fromkeys((numbers[0], numbers[len(numbers) // 2], numbers[-1], odd)):
         farthest = ", farthest from the others" if layer == odd and len(numbers) > 2 else ""
         series = layers[layer]
         lines.append(Line(f"layer {layer}{farthest}", series.steps, series.values, (0, 1, 3, 2)[len(lines)], smooth=False))
-    known = [series.finite() for series in layers.values()]
-    steps = np.unique(np.concatenate([series.steps for series in known]))
-    low, high = np.full(len(steps), math.inf), np.full(len(steps), -math.inf)
-    for series in known:
-        at = np.searchsorted(steps, series.steps)
-        low[at], high[at] = np.minimum(low[at], series.values), np.maximum(high[at], series.values)
-    return lines, Band(steps, low, high)
-
-
-def legend_value(spec: Spec, line: Line) -> str:
-    """Return the number beside a line's name; a word says which one it is when it is not the last."""
-    known = line.y[np.isfinite(line.y)]
-    if not len(known):
-        return fmt.MISSING
-    if spec.legend == "last":
-        return fmt.value(known[-1], spec.kind)
-    return f"{fmt.value(np.median(known) if spec.legend == 'median' else known.max(), spec.kind)} ({spec.legend})"
+    shown, ways = known.any(axis=0), ((math.inf, np.min), (-math.inf, np.max))
+    low, high = (extreme(np.where(known, values, other), axis=0)[shown] for other, extreme in ways)
+    return lines, Band(steps[shown], low, high)
 
 
 def family_of(name: str) -> Family:

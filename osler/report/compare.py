@@ -160,7 +160,7 @@ def _curves(members: Sequence[Member]) -> tuple[list[Figure], list[tuple[charts.
         drawn = []
         for spec, name in pairs:
             lines = [charts.line_of(m.stage, name, m.name, m.colour, "tokens") for m in members if name in m.stage.curves]
-            drawn.append(charts.figure(replace(spec, over="tokens"), [line for line in lines if len(line.x)]))
+            drawn.append(charts.figure(spec, [line for line in lines if len(line.x)], over="tokens"))
         return [chart for chart in drawn if chart.drawing]
 
     counts = Counter(name for member in members for name in member.stage.curves)

@@ -75,19 +75,14 @@ def duration(seconds: float) -> str:
     return f"{hours // 24} d {hours % 24} h"
 
 
-def tick(value: float, step: float, kind: str = "number") -> str:
-    """Write an axis label with as many decimals as the distance between ticks needs; `k`, `M`, `B` on large axes."""
+def tick(value: float, kind: str = "number") -> str:
+    """Write an axis label, which is a round number: `0.25`, `20`, `40k`, `2.5M`, `25%`."""
     if kind == "percent":
-        return f"{_minus(100 * value, _decimals(100 * step))}%"
-    if abs(value) < step * 1e-6:
-        return "0"
-    for unit, letter in UNITS[1:]:
+        return f"{_round(100 * value)}%"
+    for unit, letter in UNITS:
         if abs(value) >= max(unit, 10_000):
-            return _minus(value / unit, _decimals(step / unit)) + (letter.replace("B", "G") if kind == "bytes" else letter)
-    if 0 < step < 5e-4:
-        exponent = math.floor(math.log10(abs(value)) + 1e-9)
-        return f"{value / 10**exponent:.2g}e{MINUS}{abs(exponent)}".replace("-", MINUS)
-    return _minus(value, _decimals(step))
+            return _round(value / unit) + (letter.replace("B", "G") if kind == "bytes" else letter)
+    return _round(value)
 
 
 def value(value_: float, kind: str) -> str:
@@ -101,8 +96,8 @@ def plural(n: float, word: str) -> str:
     return f"{count(n)} {word}{'' if n == 1 else 's'}"
 
 
-def _decimals(step: float) -> int:
-    return next((digits for digits in range(7) if abs(round(step, digits) - step) < step * 1e-6), 7) if step > 0 else 0
+def _round(value_: float) -> str:
+    return f"{value_:.6g}".replace("-", MINUS)
 
 
 def _in_units(value_: float) -> tuple[str, str]:

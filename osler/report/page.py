@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from datetime import datetime
 from importlib import resources
 from pathlib import Path
@@ -21,7 +21,7 @@ from markupsafe import Markup
 
 from osler.config.recipe import dump_yaml
 from osler.records.results import SampledAnswer
-from osler.report import charts, svg, words
+from osler.report import charts, words
 from osler.report import format as fmt
 from osler.report.read import RunRecord, StageLog, read_run, stage_rank
 from osler.report.words import stage_colour, stage_title
@@ -31,7 +31,7 @@ from osler.runtime.files import RunFolder, write_atomic
 MOST_STAGES, MOST_QUESTIONS = 3, 24  # of the samples
 LINKS = {
     "exams": "Exams", "grpo": "Before/after", "samples": "Samples", "time": "Time", "happened": "What happened",
-    "curves": "Curves", "watch": "To watch", "next": "Next", "record": "Record",
+    "curves": "Curves", "watch": "To watch", "record": "Record",
 }  # fmt: skip
 
 
@@ -51,13 +51,11 @@ def build_report(run_folder: str | Path | RunRecord, out: str | Path | None = No
         LINKS,
         run=run,
         summary=_summary(run),
-        ladder_of=_ladder(run),
         tiles=list(_tiles(run)),
         comparison_title="Before and after GRPO" if about_grpo else "Before and after",
         reach=max(0.05, math.ceil(20 * max(ends, default=0.1)) / 20),  # of the axis of differences, on either side of zero
         sample_stages=sample_stages,
         questions=questions,
-        samples_lead=_changes(questions, sample_stages),
         times=_times(run),
         stages=[_stage(run, stage, position) for position, stage in enumerate(run.runs)],
         facts={**run.groups, "versions": run.versions},
@@ -110,18 +108,6 @@ def _summary(run: RunRecord) -> str:
     return (", ".join(what) + "." if what else "") + (f" {words.score_in_words(score)}" if score else "")
 
 
-def _ladder(run: RunRecord) -> tuple[list[Any], list[Any], str]:
-    """Return all checkpoints on the split that the page leads with, as `svg.ladder` takes them."""
-    score = words.headline_score(run)
-    if score is None:
-        return [], [], ""
-    scores = words.scores_on(run, score.split)
-    rows = [(stage_title(s.label), s.low, s.accuracy, s.high, stage_colour(s.label, i)) for i, s in enumerate(scores)]
-    marks = [(score.chance, "chance", "guessing"), (score.constant_letter_baseline, "constant", "one letter")]
-    said = (f"{label} {fmt.percent(value)} ({fmt.percent(low)} to {fmt.percent(high)})" for label, low, value, high, _ in rows)
-    return rows, marks, f"Accuracy on {score.split}: {'; '.join(said)}"
-
-
 def _tiles(run: RunRecord) -> Iterator[tuple[str, str, str]]:
     """Yield the key numbers: label, value, and what it is of."""
     score, (_, parameters) = words.headline_score(run), words.model_of(run)
@@ -164,33 +150,13 @@ def _questions(run: RunRecord) -> tuple[list[str], list[dict[str, SampledAnswer]
     return stages, list(by_id.values())[:MOST_QUESTIONS]
 
 
-def _changes(questions: Sequence[dict[str, SampledAnswer]], stages: Sequence[str]) -> str:
-    """Say how many of the questions on the page changed sides between the last two checkpoints."""
-    if len(stages) < 2:
-        return "Not picked: as the run drew them."
-    before, after = stages[-2:]
-    pairs = [(q[before].correct, q[after].correct) for q in questions if before in q and after in q]
-    first, second = (words.in_sentence(stage_title(name)) for name in (before, after))
-    return (
-        f"The same questions after {first} and after {second}, not picked: of {len(pairs)}, {pairs.count((False, True))} turned "
-        f"right and {pairs.count((True, False))} turned wrong. Too few to measure by; read them for how it answers."
-    )
-
-
-def right_option(sample: SampledAnswer) -> int | None:
-    """Return the place of the correct answer among the options: by its letter, its text, or both as in `text (B)`."""
-    key = sample.correct_answer.strip().casefold()
-    letters = [chr(ord("a") + place) for place in range(len(sample.options))]
-    ways = (
-        [key.rstrip(".").endswith(f"({letter})") for letter in letters],
-        [key == option.strip().casefold() for option in sample.options],
-        [key == letter for letter in letters],
-    )
-    return next((way.index(True) for way in ways if True in way), None)
+def place(value: float, start: float = 0.0, end: float = 1.0) -> float:
+    """Return where a value lies between two ends, in percent; a value outside lands on the end."""
+    return round(100 * min(max((value - start) / (end - start), 0.0), 1.0), 2)
 
 
 PAGES = jinja2.Environment(
     loader=jinja2.PackageLoader("osler.report"), autoescape=True, undefined=jinja2.StrictUndefined,
     trim_blocks=True, lstrip_blocks=True,
 )  # fmt: skip
-PAGES.globals |= {"charts": charts, "fmt": fmt, "svg": svg, "words": words, "dump_yaml": dump_yaml, "right_option": right_option}
+PAGES.globals |= {"fmt": fmt, "words": words, "dump_yaml": dump_yaml, "isfinite": math.isfinite, "place": place}

@@ -5,7 +5,7 @@ const root = document.documentElement;
 const button = document.getElementById("theme");
 const readout = document.getElementById("readout");
 
-// Light and dark: the reader's system decides until the button is pressed; #dark or #light in the address overrides.
+// Light and dark: the reader's system decides until the button is pressed.
 function isDark() {
   const chosen = root.dataset.theme;
   return chosen ? chosen === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
@@ -26,8 +26,7 @@ function remembered() {
 }
 
 button.hidden = false;
-const inAddress = location.hash.slice(1);
-setTheme(inAddress === "dark" || inAddress === "light" ? inAddress : remembered());
+setTheme(remembered());
 button.addEventListener("click", () => {
   setTheme(isDark() ? "light" : "dark");
   try {
@@ -37,41 +36,25 @@ button.addEventListener("click", () => {
   }
 });
 
-// Numbers as in format.py.
+// Numbers as in format.py, nearly: the browser rounds by significant figures.
 function show(value, kind) {
   if (value === null) return "–";
   const size = Math.abs(value);
   let text;
   if (kind === "percent") text = (100 * value).toFixed(1) + "%";
-  else if (kind === "bytes") text = bytes(value);
-  else if (kind === "count" || size >= 99950) text = count(value);
+  else if (kind === "bytes") text = compact(value).replace(/(?=[kMBT]?$)/, " ").replace("B", "G") + "B";
+  else if (kind === "count" || size >= 1e5) text = count(value);
   else if (size > 0 && size < 1e-3) text = value.toExponential(2);
-  else text = fixed(value, size === 0 ? 0 : size < 0.1 ? 4 : size < 10 ? 3 : size < 100 ? 2 : size < 1000 ? 1 : 0);
+  else text = value.toLocaleString("en-US", { maximumSignificantDigits: 4 });
   return text.replace(/-/g, "\u2212");
 }
 
-function fixed(value, digits) {
-  return value.toLocaleString("en-US", { minimumFractionDigits: digits, maximumFractionDigits: digits });
+function compact(value) {
+  return value.toLocaleString("en-US", { notation: "compact", maximumSignificantDigits: 3 }).replace("K", "k");
 }
 
 function count(value) {
-  const size = Math.abs(value);
-  if (size >= 1e15) return value.toExponential(1);
-  for (const [unit, letter] of [[1e12, "T"], [1e9, "B"], [1e6, "M"], [1e3, "k"]]) {
-    if (size >= unit * 0.9995 && size >= 99950) {
-      const scaled = size / unit;
-      return fixed(value / unit, scaled < 9.995 ? 2 : scaled < 99.95 ? 1 : 0) + letter;
-    }
-  }
-  return fixed(value, 0);
-}
-
-function bytes(value) {
-  for (const [unit, letter] of [[1e12, "T"], [1e9, "G"], [1e6, "M"], [1e3, "k"]]) {
-    const scaled = Math.abs(value) / unit;
-    if (scaled >= 0.9995) return fixed(value / unit, scaled < 9.995 ? 2 : scaled < 99.95 ? 1 : 0) + " " + letter + "B";
-  }
-  return fixed(value, 0) + " B";
+  return Math.abs(value) >= 1e5 ? compact(value) : Math.round(value).toLocaleString("en-US");
 }
 
 function nearest(xs, x) {

@@ -23,7 +23,6 @@ Numbers = npt.NDArray[Any]  # a list is taken as well where a chart is given one
 WIDTH, HEIGHT = 520, 240
 LEFT, RIGHT, TOP, BOTTOM = 54, 12, 12, 26
 MAX_POINTS = 480  # more than one point per pixel draws nothing new and makes the page heavy
-MAX_LEVELS = 4 * MAX_POINTS  # means that a long curve is smoothed from
 SMOOTH_FROM = 30  # fewer points are drawn as they are
 
 
@@ -39,6 +38,11 @@ class Line:
 
     def __post_init__(self) -> None:
         self.x, self.y = np.asarray(self.x), np.asarray(self.y, np.float64)
+
+    def last(self, kind: str) -> str:
+        """Return the last finite value, written as its chart's kind asks."""
+        known = self.y[np.isfinite(self.y)]
+        return fmt.value(known[-1], kind) if len(known) else fmt.MISSING
 
 
 class Band(NamedTuple):
@@ -63,8 +67,8 @@ class Scale:
         return self.start + (inside - self.low) / (self.high - self.low) * (self.end - self.start)
 
 
-def nice_ticks(low: float, high: float, target: int = 5) -> tuple[list[float], float]:
-    """Return round numbers (1, 2, 2.5 or 5 times a power of ten) that cover [low, high], and their distance."""
+def nice_ticks(low: float, high: float, target: int = 5) -> list[float]:
+    """Return round numbers (1, 2, 2.5 or 5 times a power of ten) that cover [low, high]."""
     if not high > low:
         high = low + (abs(low) or 1.0)
     rough = (high - low) / max(target - 1, 1)
@@ -72,7 +76,7 @@ def nice_ticks(low: float, high: float, target: int = 5) -> tuple[list[float], f
     step = power * next(m for m in (1, 2, 2.5, 5, 10) if m * power >= rough * 0.999)
     first = math.floor(low / step + 1e-9)
     last = math.ceil(high / step - 1e-9)
-    return [round(i * step, 12) for i in range(first, last + 1)], step
+    return [round(i * step, 12) for i in range(first, last + 1)]
 
 
 def smoothed(y: Numbers) -> Numbers:
@@ -87,8 +91,8 @@ def smoothed(y: Numbers) -> Numbers:
 
 
 def averaged(x: Numbers, y: Numbers) -> tuple[Numbers, Numbers]:
-    """Return the means of at most `MAX_LEVELS` stretches of equal length; one without a finite value is a gap."""
-    starts, known = np.arange(0, len(x), math.ceil(len(x) / MAX_LEVELS)), np.isfinite(y)
+    """Return the means of at most `MAX_POINTS` stretches of equal length; one without a finite value is a gap."""
+    starts, known = np.arange(0, len(x), math.ceil(len(x) / MAX_POINTS)), np.isfinite(y)
     counts, sums = np.add.reduceat(known.astype(np.float64), starts), np.add.reduceat(np.where(known, y, 0.0), starts)
     return np.add.reduceat(x, starts) / np.diff(starts, append=len(x)), sums / np.where(counts > 0, counts, math.nan)
 
@@ -124,10 +128,10 @@ def line_chart(
     first, last = (float(end(end(line.x) for line in lines if len(line.x))) for end in (min, max))
     x_low, x_high = (first, last) if last > first else (first - 1, last + 1)
     low, high, above = value_range(np.concatenate(finite), zero)
-    y_ticks, y_step = nice_ticks(low, high, 5)
+    y_ticks = nice_ticks(low, high, 5)
     sx = Scale(x_low, x_high, LEFT, WIDTH - RIGHT)
     sy = Scale(y_ticks[0], y_ticks[-1], HEIGHT - BOTTOM, TOP)
-    parts = [_axes(sx, sy, first, last, (y_ticks, y_step), kind, over), _area(band, sx, sy) if band else "", _marks(marks, sx)]
+    parts = [_axes(sx, sy, first, last, y_ticks, kind, over), _area(band, sx, sy) if band else "", _marks(marks, sx)]
     shown = []
     for line in lines:
         smooth = line.smooth and np.isfinite(line.y).sum() >= SMOOTH_FROM
@@ -136,7 +140,7 @@ def line_chart(
         parts.append(_curve(x, y, sx, sy, f"{colour} raw" if smooth else f"{colour} line"))
         if smooth:
             at, level = averaged(line.x, np.minimum(line.y, sy.high))  # a spike above the axis must not bend the level
-            parts.append(_curve(*thinned(at, smoothed(level)), sx, sy, f"{colour} line"))
+            parts.append(_curve(at, smoothed(level), sx, sy, f"{colour} line"))
         values = [float(f"{v:.5g}") if math.isfinite(v) else None for v in y]
         shown.append({"label": line.label, "c": line.colour, "x": x.tolist(), "y": values})
     if above:
@@ -148,68 +152,6 @@ def line_chart(
     encoded = escape(json.dumps(data, separators=(",", ":")), quote=False).replace("'", "&#39;")
     attrs = f"data-chart='{encoded}' tabindex=\"0\""
     return _svg("".join(parts), WIDTH, HEIGHT, _spoken(title, lines, kind, over), "chart", attrs)
-
-
-def interval_bar(
-    low: float, value: float, high: float, *, marks: Sequence[tuple[float, str, str]] = (),
-    range_: tuple[float, float] = (0.0, 1.0), title: str, colour: int = 0,
-) -> str:  # fmt: skip
-    """Draw an interval as a bar and its centre as a dot, on an axis over `range_`; marks are (value, css class, meaning)."""
-    width, height = 220, 26
-    scale = Scale(*range_, 4, width - 4)
-    parts = [_line("rail", 4, width - 4, 13, 13)]
-    for at, css, meaning in marks:
-        if math.isfinite(at):
-            parts.append(_line(f"mark {css}", scale(at), scale(at), 3, 23, meaning))
-    parts.append(_interval(scale, (low, value, high), 13, 5, colour))
-    return _svg("".join(parts), width, height, title, "interval")
-
-
-def ladder(rows: Sequence[tuple[str, float, float, float, int]], marks: Sequence[tuple[float, str, str]], title: str) -> str:
-    """Draw the scores of several checkpoints under one another on an axis from 0 to 100%.
-
-    rows: (label, low, value, high, colour); marks: (value, css class, words), drawn through all rows.
-    """
-    width, edge, row_height, top = 600, 8, 56, 30
-    bottom = top + row_height * len(rows)
-    scale = Scale(0, 1, edge, width - edge)
-    parts = []
-    for i in range(5):
-        x = scale(i / 4)
-        at, anchor = {0: (0.0, "start"), 4: (float(width), "end")}.get(i, (x, "middle"))
-        parts += [_line("grid", x, x, top, bottom), _text(at, bottom + 20, f"{25 * i}%", anchor)]
-    known = sorted((m for m in marks if math.isfinite(m[0])), key=lambda m: m[0])
-    for i, (at, css, words) in enumerate(known):
-        # Chance and the constant letter lie close together: one label goes to the left of its mark, one to the right.
-        anchor, dx = ("end", -6) if i == 0 and len(known) > 1 else ("start", 6)
-        parts += [_line(f"mark {css}", scale(at), scale(at), top - 20, bottom), _text(scale(at) + dx, top - 11, words, anchor)]
-    for i, (label, low, value, high, colour) in enumerate(rows):
-        y = top + row_height * (i + 1) - 17
-        parts.append(_text(edge, y - 14, label, css="label halo"))
-        parts.append(_text(width - edge, y - 14, fmt.percent(value), "end", "label strong halo"))
-        parts += [_line("rail", edge, width - edge, y, y), _interval(scale, (low, value, high), y, 7, colour)]
-    return _svg("".join(parts), width, bottom + 26, title, "ladder")
-
-
-def histogram(counts: dict[str, float]) -> str:
-    """Draw a small bar for each key, the key beneath it, and a dotted line at the height of equal shares."""
-    shares = {key: n if math.isfinite(n) else 0.0 for key, n in counts.items()}
-    total = sum(shares.values())
-    if not total > 0:
-        return ""
-    slot, top, floor = 20, 3, 30
-    scale = Scale(0, max(*shares.values(), total / 2), 0, floor - top)
-    parts = []
-    width = slot * len(counts)
-    for i, (key, n) in enumerate(counts.items()):
-        height = scale(shares[key])
-        box = f'x="{slot * i + 3}" y="{_c(floor - height)}" width="{slot - 6}" height="{_c(height)}" rx="1.5"'
-        parts.append(f"<rect {box}><title>{escape(key)}: {fmt.count(n)} ({fmt.percent(shares[key] / total)})</title></rect>")
-        parts.append(_text(slot * i + slot / 2, floor + 12, key, "middle"))
-    even = floor - scale(total / len(counts))
-    parts.append(_line("even", 0, width, even, even))
-    title = "Letters: " + ", ".join(f"{key} {fmt.count(n)}" for key, n in counts.items())
-    return _svg("".join(parts), width, 46, title, "letters", f'style="width:{width}px"')
 
 
 def value_range(finite: Sequence[float] | Numbers, zero: bool) -> tuple[float, float, int]:
@@ -230,20 +172,19 @@ def value_range(finite: Sequence[float] | Numbers, zero: bool) -> tuple[float, f
     return low, high, over
 
 
-def _axes(sx: Scale, sy: Scale, first: float, last: float, y_axis: tuple[list[float], float], kind: str, over: str) -> str:
+def _axes(sx: Scale, sy: Scale, first: float, last: float, y_ticks: list[float], kind: str, over: str) -> str:
     """Draw lines of the grid with their values, and whole numbers of steps or tokens beneath."""
     floor, right = HEIGHT - BOTTOM, WIDTH - RIGHT
     out = []
-    for value in y_axis[0]:
-        label = fmt.tick(value, y_axis[1], kind)
+    for value in y_ticks:
+        label = fmt.tick(value, kind)
         out += [_line("grid", LEFT, right, sy(value), sy(value)), _text(LEFT - 8, sy(value) + 4, label, "end")]
     out.append(_line("axis", LEFT, right, floor, floor))
-    ticks, step = nice_ticks(first, last, 6)
-    for value in ticks:
+    for value in nice_ticks(first, last, 6):
         if first <= value <= last and abs(value - round(value)) < 1e-9:
             x = sx(value)
             anchor = "end" if x > right - 10 else "start" if x < LEFT + 4 else "middle"
-            out += [_line("axis", x, x, floor, floor + 4), _text(x, floor + 18, fmt.tick(value, step), anchor)]
+            out += [_line("axis", x, x, floor, floor + 4), _text(x, floor + 18, fmt.tick(value), anchor)]
     return "".join([*out, _text(LEFT - 8, floor + 18, over, "end")])
 
 
@@ -259,19 +200,6 @@ def _marks(marks: Sequence[tuple[float, str, str]], sx: Scale) -> str:
     """Draw upright lines, at most one of a class on a pixel: a thousand alerts are one thick line and not a thousand."""
     drawn = {(round(sx(at)), css): meaning for at, css, meaning in marks if sx.low <= at <= sx.high}
     return "".join(_line(f"mark {css}", x, x, TOP, HEIGHT - BOTTOM, meaning) for (x, css), meaning in drawn.items())
-
-
-def _interval(scale: Scale, ends: tuple[float, float, float], y: float, half_height: float, colour: int) -> str:
-    """Draw an interval, given as low, value and high, as a bar and a dot; what is not finite is left out."""
-    low, value, high = ends
-    out = ""
-    if math.isfinite(low) and math.isfinite(high):
-        a, width = scale(low), max(scale(high) - scale(low), 2.0)
-        box = f'x="{_c(a)}" y="{_c(y - half_height)}" width="{_c(width)}" height="{_c(2 * half_height)}" rx="3"'
-        out = f'<rect class="c{colour} band" {box}/>'
-    if math.isfinite(value):
-        out += f'<circle class="c{colour} dot" cx="{_c(scale(value))}" cy="{_c(y)}" r="{_c(0.85 * half_height)}"/>'
-    return out
 
 
 def _curve(x: Numbers, y: Numbers, sx: Scale, sy: Scale, css: str) -> str:

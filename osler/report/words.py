@@ -1,4 +1,4 @@
-"""The sentences of a report: headline, verdict on a score, what happened, what deserves attention, what to do next.
+"""The sentences of a report: headline, verdict on a score, what happened, what deserves attention.
 
 The page and the summary for the terminal share them. A claim is made only if an interval supports it. The rules of
 ``osler/monitor`` judged each stage while it trained, and their findings are in its events; this module adds what the exams
@@ -33,7 +33,7 @@ HEADLINE_CURVES = (  # without an exam the first that was measured leads; the wo
 GRAVE = ("incident", "rollback", "alert")  # what deserves attention, the gravest first; other kinds are only listed
 STEPS_NAMED = 6
 UNPARSED_SHARE = 0.05  # of the answers
-HABIT_SHARE, HABIT_ANSWERS = 0.6, 40  # of the answers that are one letter, and answers in all
+HABIT_SHARE, HABIT_ANSWERS = 0.6, 40  # of the answers that are one letter, and questions in all
 
 
 def stage_title(name: str) -> str:
@@ -41,11 +41,6 @@ def stage_title(name: str) -> str:
     stage, comma, more = name.partition(",")
     usual, _ = STAGES.get(stage.lower(), ("", 0))
     return (usual or (stage[:1].upper() + stage[1:]).replace("_", " ")) + comma + more
-
-
-def in_sentence(title: str) -> str:
-    """Write a title inside a sentence: `Pretraining` -> `pretraining`, but `GRPO` stays."""
-    return title[:1].lower() + title[1:] if title[1:2].islower() else title
 
 
 def stage_colour(name: str, position: int = 0) -> int:
@@ -97,7 +92,7 @@ def headline(run: RunRecord) -> tuple[str, str, str]:
     score, seconds = headline_score(run), seconds_of(run)
     took = f", in {fmt.duration(seconds)}" if math.isfinite(seconds) else ""
     if score is not None:
-        start = "From random weights to " if "pretrain" in _stage_names(run) else "Right on "
+        start = "From random weights to " if any("pretrain" in stage.name for stage in run.runs) else "Right on "
         return start, fmt.percent(score.accuracy), f" on {score.split}{took}"
     for stage in reversed(run.runs):
         for name, before, after in HEADLINE_CURVES:
@@ -107,10 +102,6 @@ def headline(run: RunRecord) -> tuple[str, str, str]:
                 start = f"{before} {since}".lstrip()
                 return f"{start[:1].upper()}{start[1:]}", fmt.number(known[-1]), after + took
     return "Nothing measured yet", "", ""
-
-
-def _stage_names(run: RunRecord) -> str:
-    return " ".join([*(stage.name for stage in run.stages), *(log.name for log in run.runs)]).lower()
 
 
 # Scores and differences.
@@ -150,6 +141,13 @@ def verdict(score: ExamScore) -> str:
     return f"{said} {unfit}".strip()
 
 
+def letter_shares(score: ExamScore) -> dict[str, float]:
+    """Return the share of the answers that each letter has; empty without an answer."""
+    counts = {letter: n if n > 0 else 0.0 for letter, n in score.letters.items()}
+    total = sum(counts.values())
+    return {letter: n / total for letter, n in counts.items()} if total else {}
+
+
 def difference_in_words(c: Comparison) -> str:
     """Return the verdict that a paired difference allows."""
     if not (math.isfinite(c.low) and math.isfinite(c.high)):
@@ -159,35 +157,6 @@ def difference_in_words(c: Comparison) -> str:
     if c.high < 0:
         return "A real loss: the interval lies wholly below zero."
     return "No measurable change: the interval includes zero."
-
-
-def teachers(run: RunRecord) -> str:
-    """Compare supervised demonstrations with GRPO in points and seconds, from this run's own numbers; or empty text."""
-    sft, grpo = seconds_of(run, "sft"), seconds_of(run, "grpo")
-    if not (math.isfinite(sft) and math.isfinite(grpo)):
-        return ""
-    score = headline_score(run)
-    rows = scores_on(run, score.split) if score else []
-    paired = [c for c in run.comparisons if "grpo" in c.after_label.lower() and score and c.split == score.split]
-    sft_gain, grpo_gain = _gain(rows, "sft"), paired[0].difference if paired else _gain(rows, "grpo")
-    noise = " (within noise)" if paired and paired[0].low <= 0 <= paired[0].high else ""
-    advice = (
-        "Where one has demonstrations, they are usually the cheaper teacher; GRPO is for when only the answer can be checked."
-    )
-    if not (math.isfinite(sft_gain) and math.isfinite(grpo_gain)):
-        return f"Supervised fine-tuning took {fmt.duration(sft)}, GRPO {fmt.duration(grpo)}. {advice}"
-    if sft_gain > 0 >= grpo_gain:
-        advice = "Where one has demonstrations, they are the cheaper teacher: GRPO added nothing measurable here."
-    return (
-        f"Supervised demonstrations brought {fmt.points(sft_gain)} points in {fmt.duration(sft)}; "
-        f"GRPO brought {fmt.points(grpo_gain)} points{noise} in {fmt.duration(grpo)}. {advice}"
-    )
-
-
-def _gain(rows: list[ExamScore], word: str) -> float:
-    """Return the accuracy of the checkpoint whose label holds a word, minus that of the checkpoint before it."""
-    at = next((i for i, row in enumerate(rows) if word in row.label.lower()), 0)
-    return rows[at].accuracy - rows[at - 1].accuracy if at > 0 else NAN
 
 
 # What happened.
@@ -272,31 +241,10 @@ def _about_exams(run: RunRecord) -> Iterator[str]:
             yield f"{where}: {share} of the answers had no readable letter and count as wrong."
         if unfit := describe_too_long(score):
             yield f"{where}: {unfit}"
-        total = sum(v for v in score.letters.values() if math.isfinite(v))
-        if total >= HABIT_ANSWERS and len(score.letters) > 2:
-            letter, n = max(score.letters.items(), key=lambda item: item[1])
-            if n / total > HABIT_SHARE:
-                yield f"{where}: {fmt.percent(n / total)} of the answers are {letter}. That is a habit, not knowledge."
-
-
-def next_steps(run: RunRecord) -> Iterator[str]:
-    """Yield what to do next, the most pressing first."""
-    score, names = headline_score(run), _stage_names(run)
-    if score is None:
-        yield "Score the checkpoint on an exam: a loss says how well it reads, not what it knows."
-    elif score.high < baseline(score) and describe_too_long(score):
-        yield "Give the exam's questions room: a smaller max_new_tokens, or a model with a larger model.max_seq_len."
-    elif score.low <= baseline(score):
-        yield "Train longer or larger before anything else: a model at chance has nothing for GRPO to reinforce."
-    if "grpo" not in names and "sft" not in names:
-        yield "Teach it to answer: supervised fine-tuning on worked examples, then GRPO where answers can be checked."
-    if score and score.high - score.low > 0.1:
-        points = f"{50 * (score.high - score.low):.0f}"
-        yield f"Ask more questions: with {fmt.count(score.n)} of them a difference under {points} points cannot be seen."
-    if score and len(scores_on(run, score.split)) > 1 and score.low > baseline(score):
-        yield "Run it again with another seed: one run shows that it can work, not how often."
-    yield "Talk to the model: a dozen questions of your own tell more about its habits than any single number."
-    yield "Then take the next larger recipe: the same code, more tokens, a larger model."
+        shares = letter_shares(score)
+        letter = max(shares, key=shares.__getitem__, default="")
+        if len(shares) > 2 and score.presentations >= HABIT_ANSWERS and shares[letter] > HABIT_SHARE:
+            yield f"{where}: {fmt.percent(shares[letter])} of the answers are {letter}. That is a habit, not knowledge."
 
 
 def summary_text(run_folder: str | Path | RunRecord, page: Path | None = None) -> str:
@@ -313,7 +261,6 @@ def summary_text(run_folder: str | Path | RunRecord, page: Path | None = None) -
     for c in run.comparisons:
         gain = f"{fmt.points(c.difference)} points ({fmt.points(c.low)} to {fmt.points(c.high)})"
         lines.append(f"{stage_title(c.after_label)} on {c.split}: {gain}. {difference_in_words(c)}")
-    lines += filter(None, [teachers(run)])
     if run.stages:
         stages = ", ".join(f"{stage_title(s.name)} {fmt.duration(s.seconds)}" for s in run.stages)
         lines.append(f"Time: {fmt.duration(seconds_of(run))} ({stages})")

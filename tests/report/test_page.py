@@ -13,10 +13,9 @@ from osler.cli.main import main
 from osler.config.schema import encode
 from osler.model.config import ModelConfig
 from osler.monitor.metrics import METRICS
-from osler.records.results import SampledAnswer
 from osler.report import format as fmt
 from osler.report.charts import SPECS
-from osler.report.page import build_report, right_option
+from osler.report.page import build_report, place
 from osler.report.read import read_run
 from osler.report.words import (
     EventGroup,
@@ -78,7 +77,8 @@ def test_the_page_is_self_contained_and_can_be_read_out(quickstart: Path) -> Non
     text = page.source
     assert not re.search(r"https?://|@import|url\(|@font-face", text) and "default-src 'none'" in text and len(text) < 600_000
     drawings = page.names("svg")
-    assert len(drawings) > 30 and all(attrs.get("role") == "img" for attrs in drawings)
+    assert len(drawings) > 20 and all(attrs.get("role") == "img" for attrs in drawings)
+    assert len(re.findall(r'<div class="interval c\d" role="img" aria-label="\w', text)) == 3 + 6 + 2
     assert len(re.findall(r"<svg[^>]*><title>[^<]", text)) == len(drawings)
     assert all(attrs.get("scope") for attrs in page.names("th")) and text.count("<h1") == 1 and '<html lang="en">' in text
     figures = re.findall(r'<figure class="card">.*?</figure>', text, re.S)
@@ -115,9 +115,8 @@ def test_the_story_is_told_in_order_and_with_its_uncertainty(quickstart: Path) -
     assert "From random weights to" in shown and "62.6%" in shown
     assert "between 59.4% and 65.8% (95% interval)" in shown and "clearly above guessing (25.0%)" in shown
     assert "A real gain" in shown and "No measurable change" in shown
-    assert "+28.9 points in 41 s" in shown and "+7.5 points in 2 min 14 s" in shown and "cheaper teacher" in shown
-    assert "✓ right" in shown and "✗ wrong" in shown and "3 turned right and 0 turned wrong" in shown
-    sections = ["exams", "grpo", "samples", "time", "curves", "watch", "next", "record"]
+    assert shown.count("✓ right") == 9 and shown.count("✗ wrong") == 3 and "Correct answer: velomycin" in shown
+    sections = ["exams", "grpo", "samples", "time", "curves", "watch", "record"]
     assert [attrs["id"] for attrs in page.names("section") if "id" in attrs] == sections
 
 
@@ -227,7 +226,6 @@ def test_a_score_below_chance_names_questions_that_did_not_fit(quickstart: Path,
     assert (f"always giving the same letter (27.3%). {unfit}" in shown) == (too_long > 0)
     assert ("something is systematically wrong" in shown) == (too_long == 0)
     assert (f"Supervised fine-tuning on test: {unfit}" in shown) == (too_long > 0)
-    assert ("Give the exam's questions room" in shown) == (too_long > 0)
 
 
 def test_right_answers_are_counted_among_the_questions_shown(quickstart: Path) -> None:
@@ -241,8 +239,7 @@ def test_right_answers_are_counted_among_the_questions_shown(quickstart: Path) -
 def test_grpo_that_gains_nothing_is_not_called_a_gain(quickstart: Path) -> None:
     change(quickstart / "comparison.json", difference=-0.01, interval=[-0.04, 0.02])
     shown = shown_on(quickstart)
-    assert "GRPO brought −1.0 points (within noise)" in shown and "added nothing measurable" in shown
-    assert "A real gain" not in shown
+    assert "−1.0 points" in shown and "A real gain" not in shown
 
 
 def test_the_headline_is_not_the_end_of_a_branch(quickstart: Path) -> None:
@@ -324,9 +321,13 @@ def test_a_checkpoint_is_named_and_coloured_by_its_stage() -> None:
     assert stage_colour("sft, earlier checkpoint") == stage_colour("sft") != stage_colour("rl") == stage_colour("grpo-2")
 
 
-@pytest.mark.parametrize(("answer", "place"), [("C", 0), ("y (B)", 1), ("(D).", 3), ("b", 2), ("d", 3), ("none", None)])
-def test_the_right_option_is_found_by_its_text_before_its_letter(answer, place):
-    assert right_option(SampledAnswer(options=("C", "A", "B", "x"), correct_answer=answer)) == place
+def test_intervals_are_drawn_where_the_axis_says(quickstart: Path) -> None:
+    keep_exam(quickstart, "sft", interval=[-0.1, 1.2], accuracy=0.5, constant_letter_baseline=None, letters={"A": 30, "B": 10})
+    drawn = checked(quickstart).source.split('<table class="exams">')[1]
+    (bar,) = re.findall(r'<div class="interval c1".*?</div>', drawn, re.S)
+    assert "left: 0.0%; right: 0.0%" in bar and "left: 50.0%" in bar and bar.count('class="mark') == 1 and "guessing 25.0%" in bar
+    assert 'title="A: 75.0%"' in drawn and 'title="B: 25.0%"' in drawn
+    assert [place(value, -0.2, 0.2) for value in (-1.0, 0.0, 0.1, 1.0)] == [0, 50, 75, 100]
 
 
 # What monitoring adds.

@@ -60,8 +60,8 @@ def test_intervals_and_schedule_are_in_tokens(whole):
 
 def test_the_report_draws_the_stages(whole):
     page = build_report(whole).read_text(encoding="utf-8")
-    assert "Stage of the curriculum: stage from 1 at 256 tokens to 3 at 2,880 tokens." in page
-    assert "Length of rows: length from 16 at 256 tokens to 64 at 2,880 tokens." in page
+    assert "train/stage: stage from 1 at step 1 to 3 at step 12." in page
+    assert "train/seq_len: seq_len from 16 at step 1 to 64 at step 12." in page
 
 
 @pytest.mark.parametrize("step", [1, 3, 4, 6, 11], ids=lambda step: f"after_{step}_steps")
