@@ -1,38 +1,38 @@
 """``osler chat`` and ``osler generate``: a model in the terminal, its text printed as it is drawn.
 
 Every question is answered without the ones before it, because models are trained on single questions. If the input is not a
-terminal, every line is a question, so that a file of questions can be piped in.
+terminal, every line is a question, so that a file of questions can be piped in. Text appears as soon as it is certain: the bytes
+of a character that is still incomplete wait for the next token. New tokens are cut to what the model's ``max_seq_len`` leaves.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence, Set
 from dataclasses import replace
+from itertools import chain
 
 from osler.files import decode_lines
 from osler.inference.engine import InferenceEngine
-from osler.inference.generate import Part, continue_text, stream_answer
 from osler.inference.load import LoadedModel, open_model
 from osler.ops.sampling_params import SamplingParams
 from osler.runtime.errors import UserError
-from osler.runtime.log import is_terminal, say
+from osler.runtime.log import say
 from osler.runtime.stop import Terminated
 from osler.tasks.item import render_answer, render_question
 from osler.tasks.registry import load_clinic
+from osler.tokenizer.bpe import ANSWER, Tokenizer
+from osler.tokenizer.chat import encode_prompt
 
 PROMPT = "> "
-LEAVE = ("/quit", "/exit")
-DIM, PLAIN = "\x1b[2m", "\x1b[0m"
+_INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # what the bytes of half a character decode to
+_END = -1  # stands behind the last token
 
 
 def generate(checkpoint: str, prompt: str, sampling: SamplingParams) -> int:
     """Print how the model continues ``prompt`` (empty: how it begins a text): the command ``generate``."""
     ready = open_model(checkpoint)
-    if colours():
-        print(f"{DIM}{prompt}{PLAIN}", end="", flush=True)
     show_text(continue_text(InferenceEngine(ready.model), ready.tokenizer, prompt, sampling))
     return 0
 
@@ -61,7 +61,7 @@ def chat(checkpoint: str, sampling: SamplingParams, *, reasoning: bool | None = 
         except UserError as error:
             say(f"{error}")  # a question too long: the next may fit
         except KeyboardInterrupt as request:
-            print(PLAIN if colours() else "", flush=True)
+            print(flush=True)
             if not interactive or isinstance(request, Terminated):
                 raise
             say("(interrupted)")
@@ -75,7 +75,7 @@ def welcome(ready: LoadedModel, interactive: bool, seed: int) -> str:
         lines.append("It was trained on text alone: it goes on with what you write. To teach it to answer: `osler sft`.")
     if interactive:
         what = "question" if ready.answers_questions else "beginning"
-        lines.append(f"One {what} a line, each on its own. An empty line, /quit or Ctrl-D leaves; Ctrl-C stops an answer.")
+        lines.append(f"One {what} a line, each on its own. An empty line or Ctrl-D leaves; Ctrl-C stops an answer.")
     if interactive and ready.answers_questions and ready.knows_clinic:
         item = load_clinic(split="new_findings", limit=1, seed=seed)[0]
         lines += [
@@ -89,7 +89,7 @@ def welcome(ready: LoadedModel, interactive: bool, seed: int) -> str:
 
 
 def terminal_lines() -> Iterator[str]:
-    """Yield what a person types, line by line, until an empty line, /quit or Ctrl-D."""
+    """Yield what a person types, line by line, until an empty line or Ctrl-D."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 - gives input() a history and arrow keys; Windows has none
     while True:
@@ -106,7 +106,7 @@ def terminal_lines() -> Iterator[str]:
         except UnicodeDecodeError:
             print("(that line is not UTF-8 text: set the terminal to UTF-8)")
             continue
-        if not line or line in LEAVE:
+        if not line:
             return
         yield line
 
@@ -114,26 +114,21 @@ def terminal_lines() -> Iterator[str]:
 def piped_lines() -> Iterator[str]:
     """Yield the lines of stdin that are not blank. Raises UserError at a line that is not UTF-8, as for any file."""
     try:
-        for _, line in decode_lines(sys.stdin.buffer, "stdin"):
-            if line.strip() in LEAVE:
-                return
-            if line.strip():
-                yield line.strip()
+        yield from filter(None, (line.strip() for _, line in decode_lines(sys.stdin.buffer, "stdin")))
     except OSError as error:
         raise UserError(f"Standard input cannot be read: {error.strerror}. Pipe the questions in, or type them.") from error
 
 
-def show_answer(pieces: Iterable[tuple[Part, str]]) -> None:
-    """Print thinking (dimmed where there are colours) and answer as they come, each behind its name."""
-    dim, plain = (DIM, PLAIN) if colours() else ("", "")
+def show_answer(pieces: Iterable[tuple[str, str]]) -> None:
+    """Print thinking and answer as they come, each behind its name."""
     shown = ""
     for part, text in pieces:
         if part != shown:
-            print(f"{plain}\n" if shown else "", f"{dim}thinking  " if part == "thinking" else "answer    ", sep="", end="")
+            print("\n" if shown else "", f"{part:<10}", sep="", end="")
             shown = part
         print(text, end="", flush=True)
     if shown:
-        print(plain)
+        print()
     if shown != "answer":
         print("(no answer; --max-new-tokens N may leave room for one)")
 
@@ -145,6 +140,50 @@ def show_text(texts: Iterable[str]) -> None:
     print()
 
 
-def colours() -> bool:
-    """Return whether stdout is a terminal with styles that the user has not switched off (https://no-color.org)."""
-    return is_terminal(sys.stdout) and not os.environ.get("NO_COLOR")
+def continue_text(engine: InferenceEngine, tokenizer: Tokenizer, text: str, sampling: SamplingParams) -> Iterator[str]:
+    """Yield what the model writes after ``text``, which follows an end-of-text token, as documents do in training."""
+    prompt = [tokenizer.eos_id, *tokenizer.encode(text)]
+    for piece in _pieces(engine, tokenizer, prompt, sampling, {tokenizer.eos_id}):
+        if isinstance(piece, str):
+            yield piece
+
+
+def stream_answer(
+    engine: InferenceEngine, tokenizer: Tokenizer, question: str, sampling: SamplingParams, *, reasoning: bool = True
+) -> Iterator[tuple[str, str]]:
+    """Yield the reply to ``question`` as it is drawn, in pieces of "thinking" (with ``reasoning``) and then of the "answer".
+
+    The markers of the template tell the two apart and are not shown.
+    """
+    part = "thinking" if reasoning else "answer"
+    prompt = encode_prompt(tokenizer, question, reasoning=reasoning)
+    for piece in _pieces(engine, tokenizer, prompt, sampling, tokenizer.special_ids):
+        if isinstance(piece, str):
+            yield part, piece
+        elif piece == tokenizer.special_id(ANSWER):
+            part = "answer"
+
+
+def _pieces(
+    engine: InferenceEngine, tokenizer: Tokenizer, prompt: Sequence[int], sampling: SamplingParams, markers: Set[int]
+) -> Iterator[str | int]:
+    """Yield text as soon as it is certain, and markers as ids; what waits for bytes that will not come is shown at the end.
+
+    Raises UserError for a prompt that leaves no room.
+    """
+    room = engine.model.config.max_seq_len - len(prompt)
+    sampling = replace(sampling, max_new_tokens=max(min(sampling.max_new_tokens, room), 1), stop_ids=(tokenizer.eos_id,))
+    ids: list[int] = []
+    shown = 0
+    for token in chain(engine.stream(prompt, sampling), [_END]):
+        is_marker = token == _END or token in markers
+        ids += [] if is_marker else [token]
+        certain = tokenizer.decode(ids)
+        if not is_marker:
+            certain = certain.removesuffix(_INCOMPLETE)
+        if len(certain) > shown:
+            yield certain[shown:]
+            shown = len(certain)
+        if is_marker:
+            yield token
+            ids, shown = [], 0

@@ -104,7 +104,5 @@ def _first_reason(text: str) -> str:
     """Return one line out of torch's page-long compiler errors."""
     if "Python.h" in text:
         return "the C++ compiler finds no Python.h: install the Python headers (python3-dev)"
-    if "triton" in text.lower() and ("not find" in text or "No module" in text or "Cannot find" in text):
-        return "no working Triton found: install the triton package that belongs to this PyTorch"
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return next((line for line in lines if "error" in line.lower()), "".join(lines[:1]))[:200]

@@ -31,17 +31,9 @@ from osler.runtime.world import World
 
 logger = logging.getLogger(__name__)
 
-# Keys of DeepSpeed's own JSON that a run decides, and the fields that decide them.
-DECIDED_BY = {
-    "gradient_clipping": "clip_norm",
-    "gradient_accumulation_steps": "micro_batch_tokens",
-    "train_batch_size": "batch_tokens",
-    "train_micro_batch_size_per_gpu": "micro_batch_tokens",
-    "optimizer": "optim",
-    "scheduler": "schedule",
-    "bf16": "precision",
-    "fp16": "precision",
-}
+# Keys of DeepSpeed's own JSON that a recipe decides.
+DECIDED = {"train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"}
+DECIDED |= {"optimizer", "scheduler", "bf16", "fp16"}
 
 
 def read_settings(config: DeepSpeedConfig) -> dict[str, Any]:
@@ -57,8 +49,9 @@ def read_settings(config: DeepSpeedConfig) -> dict[str, Any]:
     given = read_json(config.config_file)
     if not isinstance(given, dict):
         raise UserError(f"parallel.config_file {config.config_file} holds no JSON object with DeepSpeed's settings.")
-    for key in DECIDED_BY.keys() & given.keys():
-        raise UserError(f"parallel.config_file {config.config_file} sets {key}: leave it out, {DECIDED_BY[key]} decides it.")
+    if twice := DECIDED & given.keys():
+        keys = ", ".join(sorted(twice))
+        raise UserError(f"parallel.config_file {config.config_file} sets {keys}: leave that out, the recipe decides it.")
     return settings | given
 
 

@@ -35,11 +35,12 @@ def convert_to_fp8(model: Transformer, device: torch.device, *, tokens: Sequence
     Parameters stay the same objects under the same names. A CPU emulates FP8.
     """
     check_shapes(model.config, tokens)
-    if device.type == "cuda":
+    on_gpu = device.type == "cuda"
+    if on_gpu:
         check_gpu(torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device))
     else:
         logger.warning("a CPU has no FP8; its rounding is emulated, which is slower than bf16 and good for trials only.")
-    layer, config = float8_linear(device.type != "cuda")
+    layer, config = float8_linear(emulate=not on_gpu)
     for name, module in list(model.layers.named_modules()):
         if isinstance(module, Linear):
             with torch.device("meta"):

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
-import itertools
 import os
 import platform
 import re
@@ -66,23 +65,19 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return PRECISIONS[name]
 
 
+@functools.cache
 def bf16_pays(device: torch.device) -> bool:
     """Return whether a training step's matrix products are clearly faster in bf16 than in fp32. Takes a second, once."""
-    return _bf16_pays(str(device), torch.get_num_threads())
-
-
-@functools.cache
-def _bf16_pays(device: str, _threads: int) -> bool:
-    if device.startswith("cuda") and not torch.cuda.is_bf16_supported(including_emulation=False):
+    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         return False
     trials = [_linear_trial(device, dtype) for dtype in (torch.float32, torch.bfloat16)]
-    fp32, bf16 = fastest(trials, torch.device(device), _BF16_TRIAL_SECONDS)
+    fp32, bf16 = fastest(trials, device, _BF16_TRIAL_SECONDS)
     return fp32 > _BF16_GAIN * bf16
 
 
-def _linear_trial(device: str, dtype: torch.dtype) -> Callable[[], object]:
+def _linear_trial(device: torch.device, dtype: torch.dtype) -> Callable[[], object]:
     """Return a function that computes the three products of one linear layer, forward and backward."""
-    tokens, inputs, outputs = (8192, 1024, 4096) if device.startswith("cuda") else (512, 256, 768)
+    tokens, inputs, outputs = (8192, 1024, 4096) if device.type == "cuda" else (512, 256, 768)
     x = torch.full((tokens, inputs), 0.5, device=device, dtype=dtype)
     weight = torch.full((outputs, inputs), 0.5, device=device, dtype=dtype)
     grad = torch.full((tokens, outputs), 0.5, device=device, dtype=dtype)
@@ -93,18 +88,16 @@ def fastest(works: Sequence[Callable[[], object]], device: torch.device, seconds
     """Return the seconds of the fastest call of each of ``works``, which take turns for ``seconds`` and at least three times."""
     for work in works:
         work()  # the first call pays for kernels and memory
-    best = [float("inf")] * len(works)
+    taken: list[list[float]] = [[] for _ in works]
     deadline = time.perf_counter() + seconds
-    for attempt in itertools.count(1):
-        for index, work in enumerate(works):
+    while len(taken[-1]) < 3 or time.perf_counter() < deadline:
+        for work, times in zip(works, taken, strict=True):
             synchronize(device)
             start = time.perf_counter()
             work()
             synchronize(device)
-            best[index] = min(best[index], time.perf_counter() - start)
-        if attempt >= 3 and time.perf_counter() > deadline:
-            break
-    return best
+            times.append(time.perf_counter() - start)
+    return list(map(min, taken))
 
 
 def synchronize(device: torch.device) -> None:

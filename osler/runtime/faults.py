@@ -2,9 +2,9 @@
 
 ``OSLER_FAULT=stage:kind[:visits]`` makes calls of ``fault(stage)`` in this process fail: the first by default, the third with
 ``3``, the third to fifth with ``3-5``, the third and all after it with ``3-``. Commas separate several faults. Kinds: ``kill``
-(SIGKILL to itself: no cleanup runs), ``sigterm`` and ``sigint`` (as a scheduler and a person send them), ``enospc`` (the error of
-a full disk), ``ioerror`` (the error of a failing one), ``crash`` (a bug in the program), ``slow`` (a fifth of a second passes),
-``nan`` (where the code asks ``poisoned(stage)``, numbers become NaN). Without the variable a call costs one dictionary look-up.
+(SIGKILL to itself: no cleanup runs), ``sigterm`` (as a scheduler sends it), ``enospc`` (the error of a full disk), ``ioerror``
+(the error of a failing one), ``crash`` (a bug in the program), ``slow`` (a fifth of a second passes), ``nan`` (where the code
+asks ``poisoned(stage)``, numbers become NaN). Without the variable a call costs one dictionary look-up.
 
 Stages: ``write-atomic`` (runtime/files.py); ``save-tensors``, ``save-state``, ``save-files``, ``save-manifest``, ``save-rename``,
 ``save-verify``, ``save-best``, ``rotate`` (checkpoint/); ``load-batch`` (data/loader.py); ``train-step``, ``train-loss``,
@@ -21,9 +21,8 @@ import time
 from collections import Counter
 
 VARIABLE = "OSLER_FAULT"
-SIGNALS = {"sigterm": signal.SIGTERM, "sigint": signal.SIGINT}
 ERRORS = {"enospc": errno.ENOSPC, "ioerror": errno.EIO}
-KINDS = ("kill", *SIGNALS, *ERRORS, "crash", "slow", "nan")
+KINDS = ("kill", "sigterm", *ERRORS, "crash", "slow", "nan")
 SLOW_SECONDS = 0.2
 _FAULT = re.compile(rf"([^:,]+):({'|'.join(KINDS)})(?::([1-9]\d*)(-(?:[1-9]\d*)?)?)?")
 
@@ -44,8 +43,8 @@ def fault(stage: str) -> None:
             if hasattr(signal, "SIGKILL"):
                 os.kill(os.getpid(), signal.SIGKILL)
             os._exit(137)
-        if kind in SIGNALS:
-            os.kill(os.getpid(), SIGNALS[kind])
+        if kind == "sigterm":
+            os.kill(os.getpid(), signal.SIGTERM)
         if kind in ERRORS:
             raise OSError(ERRORS[kind], f"{os.strerror(ERRORS[kind])} (injected by {VARIABLE})")
         if kind == "slow":

@@ -115,9 +115,7 @@ class Tokenizer:
             needed = f"the 256 bytes and {len(specials)} special tokens need at least {smallest}"
             raise UserError(f"vocab_size={vocab_size} is too small: {needed}.")
         backend = Backend(models.BPE())
-        split = pre_tokenizers.Split(Regex(PIECES), behavior="isolated")
-        as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-        backend.pre_tokenizer = pre_tokenizers.Sequence([split, as_bytes])
+        backend.pre_tokenizer = split_bytes(PIECES)
         backend.decoder = decoders.ByteLevel()
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size,

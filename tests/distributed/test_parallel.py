@@ -40,7 +40,7 @@ def test_what_deepspeed_is_told_beside_the_run_is_checked(monkeypatch, tmp_path)
     config = DeepSpeedConfig(config_file=str(file))
     file.write_text('{"zero_optimization": {"stage": 3}}')
     assert read_settings(config) == {"zero_optimization": {"stage": 3}}
-    for content, word in (('{"gradient_clipping": 2}', "clip_norm"), ("[]", "no JSON object"), ('{"optimizer": {}}', "optim ")):
+    for content, word in (('{"optimizer": {}, "bf16": {}}', "sets bf16, optimizer"), ("[]", "no JSON object")):
         file.write_text(content)
         with pytest.raises(UserError, match=word):
             check_strategy(config, 2)
