@@ -59,7 +59,7 @@ def work_of(mode: str, folder: Path, lines: int) -> Callable[[], object]:
     def resume() -> None:
         from osler.records.jsonl import MetricsFile
 
-        MetricsFile(folder / "copy.jsonl", last_step=STEPS_PER_LINE * lines * 9 // 10).close()
+        MetricsFile(folder / "copy.jsonl", last_step=STEPS_PER_LINE * lines * 9 // 10)
 
     def replay() -> None:
         from osler.monitor.alerts import replay

@@ -59,7 +59,7 @@ both), permutations=4 (orders of the options), reasoning=false, max_new_tokens=,
 WATCH_HELP = """\
   osler watch runs/mine --once | less     (also where no terminal is: a log, a cron job)
 
-q or Ctrl-C leaves; the run goes on. A run that is finished or was stopped can be watched as well."""
+Ctrl-C leaves; the run goes on. A run that is finished or was stopped can be watched as well."""
 
 TOKENIZER_HELP = """\
   osler tokenizer train notes/ --type superbpe tokenizer.vocab_size=32768 --out tokenizer.json     (tokens of up to four words)"""

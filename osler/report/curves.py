@@ -7,29 +7,19 @@ was rewritten by a resume is read again from the start: the last bytes that were
 from __future__ import annotations
 
 import math
-import os
-import random
-import re
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 
 from osler.records.jsonl import MetricsLine
-from osler.records.values import as_number
 from osler.runtime.errors import UserError
 
-CHUNK_BYTES = 1 << 18  # read at a time; the last chunk of a sampled log is parsed in full
-SAMPLED_LINES = 3000
-MAX_POINTS = 8192  # of a curve of a sampled log; then every other one goes
 MARK_BYTES = 64  # of the end of what was read: the same bytes at the same place are the same file
 PAUSE_SECONDS, PAUSE_GAPS = 60.0, 30  # a gap longer than this and than so many usual ones: stopped, or the machine slept
-EVALUATION = b'"eval/'
-TIME = re.compile(rb'"time": ?([0-9.]+)')
 
 Floats = npt.NDArray[np.float64]
 
@@ -52,32 +42,22 @@ class Series:
         known = np.isfinite(self.values)
         return self if known.all() else Series(self.steps[known], self.values[known])
 
-    def extended(self, steps: npt.NDArray[np.int64], values: Floats, most: float = math.inf) -> Series:
-        """Return the curve with points appended; of a step that was logged twice the later point counts.
-
-        With more than ``most`` points every other one goes, but neither the first nor the last.
-        """
+    def extended(self, steps: npt.NDArray[np.int64], values: Floats) -> Series:
+        """Return the curve with points appended; of a step that was logged twice the later point counts."""
         if len(self):
             steps, values = np.concatenate([self.steps, steps]), np.concatenate([self.values, values])
         if not (steps[1:] > steps[:-1]).all():
             order = np.argsort(steps, kind="stable")
             kept = order[np.append(np.diff(steps[order]) > 0, True)]
             steps, values = steps[kept], values[kept]
-        while len(steps) > most:
-            kept = np.append(np.arange(0, len(steps) - 1, 2), len(steps) - 1)
-            steps, values = steps[kept], values[kept]
         return Series(steps, values)
 
 
 class MetricsLog:
-    """A log's curves so far; ``poll`` brings them up to date.
+    """A log's curves so far; ``poll`` brings them up to date."""
 
-    A long log that is ``sampled`` is parsed in part: its end, all evaluations, and a random sample of the rest, because lines at
-    an even distance could all miss lines that come at regular intervals.
-    """
-
-    def __init__(self, path: Path, *, sampled: bool = False) -> None:
-        self.path, self.sampled = path, sampled
+    def __init__(self, path: Path) -> None:
+        self.path = path
         self._start_over()
 
     def _start_over(self) -> None:
@@ -86,56 +66,42 @@ class MetricsLog:
         self.times: Floats = np.array([])  # in unix seconds, of every line that has one, in the order of the file
         self.unreadable = 0  # lines
         self._position, self._mark = 0, b""
-        self._random = random.Random(0)
 
     def poll(self) -> None:
         """Read what is new; raises UserError when the file is there and cannot be read."""
         try:
             with self.path.open("rb") as file:
-                size = os.fstat(file.fileno()).st_size
                 file.seek(self._position - len(self._mark))
-                if size < self._position or file.read(len(self._mark)) != self._mark:
+                if file.read(len(self._mark)) != self._mark:
                     self._start_over()
-                self._read(file, size)
+                    file.seek(0)
+                self._read(file)
         except FileNotFoundError:
             self._start_over()
         except OSError as error:
             raise UserError(f"{self.path} cannot be read: {error.strerror}.") from error
 
-    def _read(self, file: BinaryIO, size: int) -> None:
-        """Take in all whole lines from the position on."""
+    def _read(self, lines: Iterable[bytes]) -> None:
+        """Take in all whole lines."""
         steps, tokens, times = array("q"), array("d"), array("d")
         found: dict[str, tuple[array[int], array[float]]] = {}  # for each metric the numbers of its lines, and its values
-        began, share = self._position, 1.0
-        while self._position < size:
-            file.seek(self._position)
-            chunk = file.read(CHUNK_BYTES)
-            chunk += b"" if b"\n" in chunk else file.readline()
-            end = chunk.rfind(b"\n") + 1
-            if not end:  # torn
+        for raw in lines:
+            if not raw.endswith(b"\n"):  # torn
                 break
-            lines = chunk[: end - 1].split(b"\n")
-            if self.sampled and self._position == began:
-                share = min(1.0, SAMPLED_LINES * end / len(lines) / (size - began))
-            is_end = self._position + len(chunk) >= size
-            for raw in lines:
-                if not (share == 1.0 or is_end or EVALUATION in raw or self._random.random() < share):
-                    time = TIME.search(raw)
-                    times.append(as_number(time[1].decode()) if time else math.nan)
-                elif line := MetricsLine.parse(raw):
-                    for name, value in line.values.items():
-                        if name not in found:
-                            found[name] = array("I"), array("d")
-                        numbers, values = found[name]
-                        numbers.append(len(steps))
-                        values.append(value)
-                    steps.append(line.step)
-                    tokens.append(line.tokens)
-                    times.append(line.time)
-                elif raw.strip():
-                    self.unreadable += 1
-            self._position += end
-            self._mark = chunk[max(0, end - MARK_BYTES) : end]
+            if line := MetricsLine.parse(raw):
+                for name, value in line.values.items():
+                    if name not in found:
+                        found[name] = array("I"), array("d")
+                    numbers, values = found[name]
+                    numbers.append(len(steps))
+                    values.append(value)
+                steps.append(line.step)
+                tokens.append(line.tokens)
+                times.append(line.time)
+            elif raw.strip():
+                self.unreadable += 1
+            self._position += len(raw)
+            self._mark = raw[-MARK_BYTES:]
         at, known = np.asarray(steps, np.int64), np.asarray(times)
         own, before = at, np.arange(len(at))
         for name in list(found):
@@ -143,25 +109,18 @@ class MetricsLog:
             if not np.array_equal(before, numbers):  # curves of the same lines share their steps
                 before = np.asarray(numbers)
                 own = at[before]
-            most = MAX_POINTS if self.sampled else math.inf
-            self.curves[name] = self.curves.get(name, Series()).extended(own, np.asarray(values), most)
+            self.curves[name] = self.curves.get(name, Series()).extended(own, np.asarray(values))
         self.tokens = self.tokens.extended(at, np.asarray(tokens))
         self.times = np.concatenate([self.times, known[np.isfinite(known)]])
 
 
-def time_at_work(times: Floats, idle: Sequence[tuple[float, float]] = ()) -> tuple[float, list[float]]:
+def time_at_work(times: Floats) -> tuple[float, list[float]]:
     """Return the seconds from the first line to the last without pauses, NaN when there are not two, and the pauses' seconds.
 
-    A pause is a gap far longer than the usual ones. ``idle``: when a process had ended and when the next began, where that is
-    known; such a time does not count as work, however short it was.
+    A pause is a gap far longer than the usual ones.
     """
     gaps = np.maximum(np.diff(times), 0.0)
     if not len(gaps):
         return math.nan, []
     longest = max(PAUSE_SECONDS, PAUSE_GAPS * float(np.median(gaps))) if len(gaps) >= 5 else math.inf
-    work = gaps.copy()
-    for since, until in idle:
-        place = int(np.searchsorted(times, until)) - 1
-        if 0 <= place < len(gaps):
-            work[place] -= until - max(float(times[place]), since)
-    return float(work[(work > 0) & (work <= longest)].sum()), gaps[gaps > longest].tolist()
+    return float(gaps[gaps <= longest].sum()), gaps[gaps > longest].tolist()

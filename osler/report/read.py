@@ -14,7 +14,6 @@ A file that cannot be read becomes a line in `RunRecord.problems`, which the pag
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -26,7 +25,7 @@ from osler.checkpoint.folders import is_checkpoint
 from osler.config.recipe import load_yaml
 from osler.config.schema import decode
 from osler.model.config import MODEL_FILE, ModelConfig
-from osler.records.jsonl import END, LIFETIME, START, Event, read_events
+from osler.records.jsonl import Event, read_events
 from osler.records.results import Comparison, ExamScore, FinishedStage, read_exams, read_samples
 from osler.records.values import NAN, as_dict, as_list, as_text, read_records
 from osler.report import format as fmt
@@ -42,9 +41,9 @@ STAGE_ORDER = ("untrained", "pretrain", "midtrain", "sft", "grpo", "rl")
 class StageLog:
     """The files that one stage has written so far: its curves, its configuration, its model, its events."""
 
-    def __init__(self, folder: Path, name: str = "", *, sampled: bool = False) -> None:
+    def __init__(self, folder: Path, name: str = "") -> None:
         self.folder, self.name = RunFolder(folder), name
-        self.log = MetricsLog(self.folder.metrics, sampled=sampled)
+        self.log = MetricsLog(self.folder.metrics)
         self.config: dict[str, Any] = {}
         self.config_text = ""
         self.saved_model: dict[str, Any] = {}  # as its checkpoints describe it, {} without one
@@ -54,7 +53,7 @@ class StageLog:
 
     def refresh(self) -> None:
         """Read what has changed since the last call; raises UserError when a log is there and cannot be read."""
-        if self._has_changed(self.folder.events):  # first, so that the start of a process is known before its lines
+        if self._has_changed(self.folder.events):
             self.events = read_events(self.folder.events)
         self.log.poll()
         if self._has_changed(self.folder.config):
@@ -92,17 +91,7 @@ class StageLog:
     @property
     def seconds(self) -> float:
         """Time between the first and the last line, pauses left out."""
-        return self.time_at_work()[0]
-
-    def time_at_work(self) -> tuple[float, list[float]]:
-        """Return the seconds without pauses, and those of each pause: the run was stopped, or it slept."""
-        idle, ended = [], -math.inf
-        for event in self.events:
-            if event.kind == START and math.isfinite(event.time):
-                idle.append((ended, event.time))
-            if event.kind in LIFETIME:
-                ended = event.time if event.kind == END else -math.inf
-        return time_at_work(self.log.times, idle)
+        return time_at_work(self.log.times)[0]
 
 
 class RunRecord:

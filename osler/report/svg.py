@@ -90,9 +90,9 @@ def smoothed(y: Numbers) -> Numbers:
     return np.where(known, total / np.where(known, weight, 1.0), math.nan)
 
 
-def averaged(x: Numbers, y: Numbers) -> tuple[Numbers, Numbers]:
-    """Return the means of at most `MAX_POINTS` stretches of equal length; one without a finite value is a gap."""
-    starts, known = np.arange(0, len(x), math.ceil(len(x) / MAX_POINTS)), np.isfinite(y)
+def averaged(x: Numbers, y: Numbers, most: int = MAX_POINTS) -> tuple[Numbers, Numbers]:
+    """Return the means of at most so many stretches of equal length; one without a finite value is a gap."""
+    starts, known = np.arange(0, len(x), math.ceil(len(x) / most)), np.isfinite(y)
     counts, sums = np.add.reduceat(known.astype(np.float64), starts), np.add.reduceat(np.where(known, y, 0.0), starts)
     return np.add.reduceat(x, starts) / np.diff(starts, append=len(x)), sums / np.where(counts > 0, counts, math.nan)
 

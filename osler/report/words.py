@@ -18,6 +18,7 @@ from osler.eval.score import describe_too_long
 from osler.records.jsonl import END, FAILED, FINISHED, START, Event, still_wrong, unresolved_at_end
 from osler.records.results import Comparison, ExamScore
 from osler.report import format as fmt
+from osler.report.curves import time_at_work
 from osler.report.read import NAN, RunRecord, count_parameters, find_model, read_run
 from osler.runtime.files import RunFolder
 
@@ -218,7 +219,7 @@ def attention(run: RunRecord) -> list[str]:
             told.append(f"The run is complete, but {still_wrong(len(unresolved))}: {names}.")
         grave = [group for group in grouped(stage.events) if group.weight in GRAVE]
         told += [group.in_words for group in sorted(grave, key=lambda group: GRAVE.index(group.weight))]
-        if pauses := stage.time_at_work()[1]:
+        if pauses := time_at_work(stage.log.times)[1]:
             told.append(
                 f"{fmt.plural(len(pauses), 'pause')} in the log, the longest of {fmt.duration(max(pauses))}: the run was stopped "
                 "and resumed, or the machine slept. Times on this page leave pauses out."

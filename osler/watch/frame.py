@@ -1,6 +1,6 @@
 """One frame of `osler watch` as lines of text: a function of the run's state, the time, and the terminal's size.
 
-Curves are columns of eighth blocks, which every terminal font has; a column is the mean over its stretch of steps.
+Curves are columns of eighth blocks, which every terminal font has.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from osler.records.values import as_text
 from osler.report import format as fmt
 from osler.report.charts import Family, by_layer, by_row, in_families, inner, kind_of
 from osler.report.curves import Floats, Series
-from osler.report.svg import value_range
+from osler.report.svg import averaged, value_range
 from osler.report.words import grouped
 from osler.watch.state import WatchedFolder, WatchedRun
 
@@ -35,7 +35,7 @@ PLAIN_HEIGHT = 4
 EVENTS, CHECKPOINTS = 5, 4
 SHOWN_OF_ROW = 6  # metrics that one row of METRICS declares, as of each source of the data
 EVENT_STYLES = {"incident": "bad", "rollback": "bad", "alert": "warn"}
-STATE_STYLES = {"running": "good", "finished": "good", "dead": "bad", "failed": "bad", "quiet": "warn", "stopped": "warn"}
+STATE_STYLES = {"running": "good", "finished": "good", "dead": "bad", "failed": "bad", "stopped": "warn"}
 
 
 class Text(NamedTuple):
@@ -142,16 +142,8 @@ def _panel(title: str, curve: Series, name: str, zero: bool, width: int, rows: i
 
 
 def columns(curve: Series, width: int) -> Floats:
-    """Return the means of a curve over `width` equal stretches of steps, with straight lines over stretches without a value.
-
-    A mean is NaN where nothing in its stretch was finite.
-    """
-    steps, values, known = curve.steps - curve.steps[0], curve.values, np.isfinite(curve.values)
-    places = np.minimum(width - 1, steps * width // max(1, steps[-1]))
-    counts, sums = np.bincount(places[known], minlength=width), np.bincount(places[known], values[known], width)
-    means = np.where(counts > 0, sums / np.maximum(counts, 1), math.nan)
-    logged = np.unique(places)
-    return np.interp(np.arange(width), logged, means[logged])
+    """Return `width` values of a curve at even distances, the means of what lies around them; NaN in its gaps."""
+    return np.interp(np.linspace(curve.steps[0], curve.steps[-1], width), *averaged(curve.steps, curve.values, width))
 
 
 def blocks(values: Floats, rows: int, *, zero: bool = False) -> list[str]:

@@ -30,7 +30,7 @@ DEAD_SECONDS, DEAD_GAPS = 120.0, 20.0  # and one longer than these means that no
 
 
 class State(NamedTuple):
-    """Whether a run is running, quiet, finished, stopped, failed, dead or waiting, and a sentence about it."""
+    """Whether a run is running, finished, stopped, failed, dead or waiting, and a sentence about it."""
 
     kind: str
     words: str
@@ -40,7 +40,7 @@ class WatchedRun(StageLog):
     """One run folder, followed."""
 
     def __init__(self, folder: Path, name: str = "") -> None:
-        super().__init__(folder, name, sampled=True)
+        super().__init__(folder, name)
         self.machine: dict[str, Any] = {}
         self.parameters: int | None = None
         self.checkpoints: list[Entry] = []  # the newest first
@@ -108,7 +108,7 @@ class WatchedRun(StageLog):
             return self._ended(event, f"{fmt.duration(max(0.0, now - event.time))} ago", kept)
         if not self.has_lines:
             if not self.folder.config.is_file():
-                return State("waiting", "nothing here yet: waiting for a run to write its config.yaml here (q or Ctrl-C leaves)")
+                return State("waiting", "nothing here yet: waiting for a run to write its config.yaml here (Ctrl-C leaves)")
             return State("waiting", f"no metrics yet; begun {fmt.duration(silent)} ago")
         gaps = np.diff(self.log.times[-RECENT_LINES:])
         gap = float(np.median(gaps[gaps > 0])) if (gaps > 0).any() else 0.0
@@ -117,14 +117,10 @@ class WatchedRun(StageLog):
         killed = locked is False and event is not None and event.details.get("host") == gethostname()
         killed = killed and stamp(self.folder.events) == self._stamps.get(self.folder.events)
         for_so_long = f"no sign of it for {fmt.duration(silent)}"
-        if silent <= max(QUIET_SECONDS, QUIET_GAPS * gap) and not killed:
-            return State("running", "running")
-        if locked:
-            return State("running", f"running, {for_so_long}")
-        if silent <= max(DEAD_SECONDS, DEAD_GAPS * gap) and not killed:
-            return State("quiet", f"{for_so_long}; {kept}")
-        guess = "killed, or the machine went down"
-        return State("dead", f"dead: {for_so_long} ({guess}); last line at step {self.last_step:,}, {kept}")
+        if killed or (not locked and silent > max(DEAD_SECONDS, DEAD_GAPS * gap)):
+            guess = "killed, or the machine went down"
+            return State("dead", f"dead: {for_so_long} ({guess}); last line at step {self.last_step:,}, {kept}")
+        return State("running", f"running, {for_so_long}" if silent > max(QUIET_SECONDS, QUIET_GAPS * gap) else "running")
 
     def _ended(self, end: Event, ago: str, kept: str) -> State:
         """Return how the last process ended, in its own words."""

@@ -7,7 +7,6 @@ import math
 import time
 import tracemalloc
 from collections.abc import Callable
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,7 @@ import pytest
 from osler.records import jsonl
 from osler.records.jsonl import MetricsFile
 from osler.report.compare import build_comparison
-from osler.report.curves import MAX_POINTS, SAMPLED_LINES, MetricsLog, time_at_work
+from osler.report.curves import MetricsLog, time_at_work
 from osler.report.page import build_report
 from osler.report.words import summary_text
 from tests.report.conftest import write_run
@@ -40,15 +39,6 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "metrics.jsonl"
 
 
-@pytest.fixture
-def parsed(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
-    """The lines that are parsed."""
-    lines: list[bytes] = []
-    parse = jsonl.parse
-    monkeypatch.setattr(jsonl, "parse", lambda text: lines.append(text) or parse(text))
-    return lines
-
-
 def test_the_curves_are_what_the_lines_say(path: Path) -> None:
     lines = [
         '{"step": 1, "tokens": 10, "time": 1.0, "a": 1, "b": true, "text": "x"}',
@@ -70,9 +60,11 @@ def test_the_curves_are_what_the_lines_say(path: Path) -> None:
     assert log.times.tolist() == [1.0, 2.0, 9.0] and log.unreadable == 3, "torn in the middle, or without a step"
 
 
-@pytest.mark.parametrize("sampled", [False, True])
-def test_what_is_appended_is_read_once(path: Path, parsed: list[bytes], sampled: bool) -> None:
-    log = MetricsLog(path, sampled=sampled)
+def test_what_is_appended_is_read_once(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parsed: list[bytes] = []
+    parse = jsonl.parse
+    monkeypatch.setattr(jsonl, "parse", lambda text: parsed.append(text) or parse(text))
+    log = MetricsLog(path)
     log.poll()
     assert not log.curves, "not there yet"
     sink = MetricsFile(path)
@@ -120,33 +112,7 @@ def test_a_resume_drops_the_lines_after_its_checkpoint(path: Path) -> None:
 def test_pauses_are_no_work() -> None:
     times = [1e6 + 10 * n + (7200 if n > 20 else 0) for n in range(41)]
     assert time_at_work(times) == (390.0, [7210.0])
-    assert time_at_work(times, [(1e6 + 203, 1e6 + 7407)]) == (396.0, [7210.0]), "to the end, and from the start on"
-    assert time_at_work(times[:21], [(-math.inf, 1e6 + 195)]) == (195.0, []), "a killed process ended at its last line"
     assert math.isnan(time_at_work(times[:1])[0])
-
-
-def test_a_long_log_is_sampled_and_then_followed_line_by_line(path: Path, parsed: list[bytes]) -> None:
-    """200,000 lines: each evaluation, the end, and enough of the rest, in a fraction of the time that parsing all would take."""
-    count = 200_000
-    wide = {f"grad/norm/{n}": 0.1 for n in range(8)}
-    with path.open("w") as file:
-        for step in range(1, count + 1):
-            file.write(line(step, **{"train/loss": 5.0, **(wide if step % 10 == 0 else {})}))
-            if step % 10_000 == 0:
-                file.write(line(step, **{"eval/loss": 4.0, "eval/seconds": 1.0}))
-    log = MetricsLog(path, sampled=True)
-    assert told(log, "eval/loss") == [(step, "4.0") for step in range(10_000, count + 1, 10_000)]
-    assert len(parsed) < 0.05 * count and time_at_work(log.times) == (count - 1, [])
-    steps = [step for step, _ in told(log, "train/loss")]
-    assert steps[-1] == count and steps[0] < 2000 and SAMPLED_LINES * 0.8 < len(steps) <= MAX_POINTS
-    assert max(b - a for a, b in pairwise(steps)) < 2000, "from everywhere"
-    assert len(log.curves["grad/norm/3"]) > SAMPLED_LINES / 20, "lines of a rhythm of their own are met as well"
-    parsed.clear()
-    for start in range(count + 1, count + 3 * MAX_POINTS, 1000):
-        with path.open("a") as file:
-            file.write("".join(line(step, **{"train/loss": 4.5}) for step in range(start, start + 1000)))
-        assert told(log, "train/loss")[-1] == (start + 999, "4.5") and len(parsed) == start + 999 - count
-    assert len(log.curves["train/loss"]) <= MAX_POINTS and log.curves["train/loss"].steps[0] == steps[0]
 
 
 def write_long_run(folder: Path, lines: int) -> Path:

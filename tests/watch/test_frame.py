@@ -90,8 +90,7 @@ KILLED = "dead: no sign of it for 3 min 00 s (killed, or the machine went down);
     [
         (1.0, None, 40, "running"),
         (1.0, None, 80, "running"),  # the last evaluation is to come
-        (30.0, None, 40, "no sign of it for 30 s; nothing saved"),
-        (30.0, 40, 40, "no sign of it for 30 s; saved at step 40"),
+        (30.0, None, 40, "running, no sign of it for 30 s"),
         (LONG, None, 40, f"{KILLED}, nothing saved"),
         (LONG, 20, 40, f"{KILLED}, saved at step 20"),
     ],
@@ -103,7 +102,7 @@ def test_what_silence_means(make_run, ago, saved, steps, expected) -> None:
     note(folder, 0, NOW - 1000, "start", "begun")
     age(folder, ago)
     text = picture(folder, width=150)
-    assert text.splitlines()[1] == expected and ("to go" in text) == (expected == "running")
+    assert text.splitlines()[1] == expected and ("to go" in text) == expected.startswith("running")
 
 
 @pytest.mark.parametrize(
@@ -125,19 +124,6 @@ def test_how_a_run_ended_is_what_it_wrote(make_run: MakeRun, steps: int, name: s
     note(folder, 20, NOW - 2, "start", "resumed")
     age(folder, 2.0)
     assert picture(folder).splitlines()[1] == ("running" if steps else "no metrics yet; begun 2.0 s ago")
-
-
-def test_times_between_processes_are_no_work_and_the_run_itself_says_how_long_it_has_to_go(make_run: MakeRun) -> None:
-    folder = make_run(**{"perf/eta_seconds": 500.0})
-    with (folder / "metrics.jsonl").open("a") as file:
-        for n in range(1, 6):
-            file.write(json.dumps({"step": 40 + n, "time": NOW + 29 + 2 * n, "perf/eta_seconds": 500.0}) + "\n")
-    for step, when, kind in ((0, NOW - 80, "start"), (40, NOW, "end"), (40, NOW + 29, "start")):
-        note(folder, step, when, kind, "any")
-    watched = WatchedFolder(folder)
-    watched.refresh()
-    assert watched.current.seconds == 78 + 1 + 2 + 8, "to the end, from the start on, and between lines"
-    assert watched.current.seconds_left(NOW + 49) == 490
 
 
 def test_a_long_message_is_printed_whole_where_lines_are_no_terminals(make_run: MakeRun) -> None:
