@@ -9,9 +9,7 @@ import importlib.metadata
 import json
 import os
 import platform
-import re
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -66,7 +64,7 @@ def examine(folder: Path) -> list[Check]:
             except RuntimeError as error:
                 checks.append(Check(name, "missing", f"does not run: {str(error).splitlines()[0]}", advice))
         checks.append(check_compile(device))
-    return [*checks, *extras()]
+    return checks
 
 
 def render(checks: Sequence[Check]) -> str:
@@ -201,35 +199,9 @@ def check_compile(device: torch.device) -> Check:
     return Check("compile", "ok", f"compiled and ran in {time.perf_counter() - start:.1f} s")
 
 
-def extras() -> list[Check]:
-    """Check for each optional extra of the installed package whether its requirements are installed."""
-    wanted: dict[str, list[str]] = {}
-    for requirement in (importlib.metadata.requires("osler") or []) if _version("osler") else []:
-        if parts := re.match(r"([\w.-]+).*extra\s*==\s*['\"]([^'\"]+)", requirement):
-            wanted.setdefault(parts[2], []).append(parts[1])
-    checks = []
-    for extra, names in wanted.items():
-        if absent := [name for name in names if not _version(name)]:
-            checks.append(Check(f"[{extra}]", "missing", f"{', '.join(absent)} not installed", install_extra(extra)))
-        else:
-            checks.append(Check(f"[{extra}]", "ok", "installed"))
-    return checks
-
-
-def install_extra(name: str, root: Path = Path(__file__).parents[1]) -> str:
-    """Return the command that installs an extra from Osler's source tree, because Osler is on no package index."""
-    command = f"{sys.executable} -m pip install -c constraints.txt -e '.[{name}]'"
-    return f"cd {root} && {command}" if (root / "pyproject.toml").is_file() else f"In a clone of Osler: {command}"
-
-
 def osler_version() -> str:
     """Return Osler's version, or where it comes from."""
-    return _version("osler") or "from a source tree that is not installed"
-
-
-def _version(package: str) -> str | None:
-    """Return the installed version of a package."""
     try:
-        return importlib.metadata.version(package)
+        return importlib.metadata.version("osler")
     except importlib.metadata.PackageNotFoundError:
-        return None
+        return "from a source tree that is not installed"

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -48,21 +46,6 @@ def test_compile_failure_is_advice_not_an_error(monkeypatch):
     monkeypatch.setattr(compile, "compile_works", lambda device: (False, "no C++ compiler found"))
     check = doctor.check_compile(CPU)
     assert (check.status, check.finding) == ("missing", "no C++ compiler found") and check.advice
-
-
-def test_extras_are_those_of_the_installed_package_and_come_from_the_source_tree(monkeypatch, tmp_path):
-    monkeypatch.setattr(
-        doctor.importlib.metadata,
-        "requires",
-        lambda name: ["torch>=2", "pytest>=8; extra == 'test'", 'no-such-package-x>1; extra == "serve"'],
-    )
-    found = {check.name: check for check in doctor.extras()}
-    assert found["[test]"].status == "ok"
-    assert found["[serve]"].status == "missing"
-    root = Path(doctor.__file__).parents[1]  # Osler is on no index, where `pip install osler[serve]` would look
-    assert found["[serve]"].advice == f"cd {root} && {sys.executable} -m pip install -c constraints.txt -e '.[serve]'"
-    assert (root / "constraints.txt").is_file() and "test = [" in (root / "pyproject.toml").read_text()
-    assert doctor.install_extra("test", tmp_path).startswith("In a clone of Osler: ")
 
 
 def test_advice_stands_below_the_table():

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from osler.cli.show import decode_recipe, derived, list_recipes, show_recipe
-from osler.config.recipe import available_recipes, load_recipe, load_yaml
+from osler.cli.show import decode_recipe, list_recipes, show_recipe
+from osler.config.recipe import as_comments, available_recipes, load_recipe, load_yaml
 from osler.config.schema import decode, encode
 from osler.model.config import ModelConfig
 
@@ -129,16 +129,16 @@ def test_a_recipe_has_one_line_and_shows_what_it_decodes_to(name):
     assert decode(type(resolved), encode(resolved)) == resolved and set(recipe) <= set(encode(resolved))
     text = show_recipe(name)
     assert load_yaml(text, name) == encode(resolved)
-    assert all(f"# {label}: {value:,}" in text for label, value in derived(resolved).items())
+    assert all(line in text for line in as_comments(getattr(resolved, "numbers", dict)()))
 
 
 def test_overrides_change_what_is_shown():
-    assert "# parameters: 463,601,664" in show_recipe("osler-400m", ["model.num_layers=24"])
+    assert "# parameters        463,601,664" in show_recipe("osler-400m", ["model.num_layers=24"])
 
 
 def test_no_number_follows_from_a_model_that_is_replaced():
     shown = show_recipe("text-10min", ["init_from=runs/other"])
-    assert "# optimizer steps" in shown and "# parameters" not in shown and "FLOPs" not in shown
+    assert "# steps" in shown and "# parameters" not in shown and "FLOPs" not in shown
 
 
 def test_list_names_every_recipe_with_its_parameters():
@@ -152,5 +152,5 @@ def test_a_training_recipe_is_told_from_a_reinforcement_recipe(tmp_path):
     (tmp_path / "grpo.yaml").write_text("kind: grpo\ninit_from: runs/a\nalgorithm: {samples_per_prompt: 16}\n")
     train = decode_recipe(load_recipe(tmp_path / "train.yaml"))
     grpo = decode_recipe(load_recipe(tmp_path / "grpo.yaml"))
-    assert (type(train).__name__, derived(train)["optimizer steps"]) == ("TrainConfig", 123)
-    assert (type(grpo).__name__, derived(grpo)["completions per step"]) == ("GrpoConfig", 128)
+    assert (type(train).__name__, train.numbers()["steps"]) == ("TrainConfig", "123 of 8,192 tokens")
+    assert (type(grpo).__name__, grpo.numbers()["completions"]) == ("GrpoConfig", "12,800 of at most 128 tokens")

@@ -26,20 +26,17 @@ RECIPE = option(
     "`osler show RECIPE --explain` says what each field means",
 )
 RUN_FOLDER = (
-    option(
-        "--run", "--run-dir", dest="run_dir", metavar="DIR", help="run folder (default: in runs/); torchrun takes --run itself"
-    ),
+    option("--run", "--run-dir", dest="run_dir", metavar="DIR", help="run folder (default: in runs/); torchrun needs --run-dir"),
     option("--resume", action="store_true", help="go on from the newest good checkpoint of --run DIR"),
     option("--dry-run", action="store_true", help="check the configuration and say what would happen, then stop"),
 )
 ORIGIN = (
     option("--from-step", type=int, metavar="N", help="go back to the checkpoint of step N; what came after it is set aside"),
-    option(
-        "--branch", metavar="CHECKPOINT", help="start --run DIR from another run's checkpoint, with optimizer, data and fields"
-    ),
+    option("--branch", metavar="CHECKPOINT", help="start --run DIR at another run's checkpoint, with its optimizer and fields"),
 )
 CHECKPOINT = option("checkpoint", metavar="CHECKPOINT", help="a run folder, or a checkpoint in it")
 RUN = option("path", metavar="DIR", help="a run folder")
+TOKENIZER = "a tokenizer.json, GPT-2's vocab.bpe, or a folder with one"
 SAMPLING = (
     option("--max-new-tokens", type=int, default=200, metavar="N", help="stop after so many tokens (default: 200)"),
     option("--temperature", type=float, default=0.7, metavar="T", help="0 always takes the likeliest (default: 0.7)"),
@@ -199,7 +196,7 @@ COMMANDS: tuple[Command, ...] = (
         "osler tokenizer inspect tokenizer.json 'fever and a stiff neck'",
         "osler.data.from_recipe:tokenizer_inspect",
         (
-            option("path", metavar="FILE", help="a tokenizer.json, GPT-2's vocab.bpe, or a folder with one"),
+            option("path", metavar="FILE", help=TOKENIZER),
             option("text", nargs="?", metavar="TEXT", help="text to cut into tokens"),
         ),
     ),
@@ -209,7 +206,7 @@ COMMANDS: tuple[Command, ...] = (
         "osler tokenizer compare bpe.json superbpe.json --text notes/ book.txt",
         "osler.data.bytes_per_token:compare",
         (
-            option("paths", nargs="+", metavar="TOKENIZER", help="a tokenizer.json, GPT-2's vocab.bpe, or a folder with one"),
+            option("paths", nargs="+", metavar="TOKENIZER", help=TOKENIZER),
             option("--text", dest="texts", nargs="+", required=True, metavar="PATH", help="a file or folder of text"),
             option("--field", default="text", metavar="NAME", help="the column of text in tables (default: text)"),
         ),
@@ -222,9 +219,7 @@ COMMANDS: tuple[Command, ...] = (
         "osler.data.from_recipe:data_prepare",
         (
             RECIPE,
-            option(
-                "--tokenizer", dest="tokenizer_path", required=True, metavar="FILE", help="the tokenizer to cut the text with"
-            ),
+            option("--tokenizer", dest="tokenizer_path", required=True, metavar="FILE", help="the tokenizer to cut text with"),
             option("--out", required=True, metavar="DIR", help="the folder to write, or to reuse if it is the same"),
         ),
         "`osler pretrain data.type=prepared data.path=shards/` trains on them, with the tokenizer that they were cut with.",
@@ -282,13 +277,7 @@ COMMANDS: tuple[Command, ...] = (
         "osler.inference.chat:chat",
         (
             CHECKPOINT,
-            option(
-                "--no-reasoning",
-                dest="reasoning",
-                action="store_const",
-                const=False,
-                help="ask for the answer without the thinking before it",
-            ),
+            option("--no-reasoning", dest="reasoning", action="store_const", const=False, help="ask for the answer alone"),
             *SAMPLING,
         ),
     ),
@@ -333,14 +322,7 @@ COMMANDS: tuple[Command, ...] = (
         "osler.watch.screen:run",
         (
             option("folder", metavar="DIR", help="a run folder; of a quickstart the stage that is at work is shown"),
-            option(
-                "--every",
-                dest="every_seconds",
-                type=float,
-                default=2.0,
-                metavar="SECONDS",
-                help="between two pictures (default: 2)",
-            ),
+            option("--every", dest="every_seconds", type=float, default=2.0, metavar="S", help="seconds a picture (default: 2)"),
             option("--once", action="store_true", help="print one picture as plain text, and end"),
         ),
         WATCH_HELP,

@@ -15,7 +15,7 @@ import tokenize
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args, get_origin
 
-from osler.config.recipe import available_recipes, dump_yaml, load_recipe, merge, parse_overrides
+from osler.config.recipe import as_comments, available_recipes, dump_yaml, load_recipe, merge, parse_overrides
 from osler.config.schema import config, decode, encode, hints, members_of, range_of, tagged_members
 from osler.eval.config import EvalConfig
 from osler.model.config import ModelConfig
@@ -30,6 +30,15 @@ class ModelFamily:
     """A recipe that is only a model, for others to build on."""
 
     model: ModelConfig
+
+    def numbers(self) -> dict[str, str]:
+        """Return what follows from the shape of the model at its longest rows."""
+        model, seq_len = self.model, self.model.max_seq_len
+        return {
+            "parameters": f"{model.num_parameters:,}",
+            "FLOPs per token": f"{model.flops_per_token(seq_len):.3g} in training, in rows of {seq_len:,}",
+            "KV cache": f"{model.kv_cache_bytes(1, seq_len):,} bytes for such a row in bf16",
+        }
 
 
 # The config of each `kind` of recipe; a recipe without a kind is a model family.
@@ -73,7 +82,7 @@ def show_recipe(recipe: str | None, overrides: Sequence[str] = (), *, explain: b
     else:
         resolved = decode_recipe(load_recipe(recipe, overrides), source=recipe)
     text = "\n".join([*explained(resolved), ""]) if explain else dump_yaml(encode(resolved))
-    return "\n".join([text, *(f"# {name}: {value:,}" for name, value in derived(resolved).items())])
+    return "\n".join([text, *as_comments(getattr(resolved, "numbers", dict)())])
 
 
 def decode_recipe(recipe: dict[str, Any], *, source: str = "") -> Any:
@@ -82,29 +91,6 @@ def decode_recipe(recipe: dict[str, Any], *, source: str = "") -> Any:
     if kind is not None and kind not in KINDS:
         raise UserError(f"{source}: kind {kind!r} is not one of {', '.join(KINDS)}.")
     return decode(KINDS[kind] if kind else ModelFamily, recipe, source=source)
-
-
-def derived(resolved: Any) -> dict[str, int]:
-    """Return the numbers that follow from a decoded recipe, each with its name and unit.
-
-    Nothing follows from the section ``model`` when there is ``init_from``, which replaces it; ``--dry-run`` reads the checkpoint.
-    """
-    numbers: dict[str, int] = {}
-    model = getattr(resolved, "model", None) if getattr(resolved, "init_from", None) is None else None
-    if isinstance(model, ModelConfig):
-        seq_len = getattr(resolved, "seq_len", model.max_seq_len)
-        numbers["parameters"] = model.num_parameters
-        numbers[f"training FLOPs per token at seq_len {seq_len}"] = model.flops_per_token(seq_len)
-        row = f"bytes of KV cache for one row of {model.max_seq_len} tokens in bf16"
-        numbers[row] = model.kv_cache_bytes(1, model.max_seq_len)
-    if isinstance(resolved, TrainConfig):
-        numbers["optimizer steps"] = resolved.total_steps
-        if isinstance(model, ModelConfig):
-            numbers["training FLOPs"] = resolved.training_flops(model)
-    if isinstance(resolved, GrpoConfig):
-        numbers["completions per step"] = resolved.algorithm.completions_per_step
-        numbers["completion tokens at most"] = resolved.steps * resolved.budget_tokens_per_step
-    return numbers
 
 
 COLUMNS = 120  # longer lines put their comment above

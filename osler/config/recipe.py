@@ -156,6 +156,11 @@ def dump_yaml(value: Any) -> str:
     return yaml.dump(value, Dumper=_yaml_classes()[1], sort_keys=False, allow_unicode=True, width=100)
 
 
+def as_comments(numbers: Mapping[str, str]) -> list[str]:
+    """Return the lines that say below a config what follows from it."""
+    return [f"# {name:<18}{value}" for name, value in numbers.items()]
+
+
 @functools.cache
 def _yaml_classes() -> tuple[Any, Any]:
     """Return a loader by the rules of this module, and a dumper that quotes what YAML 1.1 or 1.2 would not read as text."""

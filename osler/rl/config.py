@@ -22,6 +22,7 @@ from osler.config.schema import (
     Seed,
     config,
 )
+from osler.model.config import ModelConfig
 from osler.ops.sampling_params import SamplingParams
 from osler.optim.config import AdamWConfig, OptimConfig
 from osler.optim.schedule import ConstantConfig, ScheduleConfig
@@ -182,3 +183,10 @@ class GrpoConfig(RunConfig):
     def budget_tokens(self) -> int:
         """The same of the whole run."""
         return self.steps * self.budget_tokens_per_step
+
+    def numbers(self, model: ModelConfig | None = None) -> dict[str, str]:
+        algorithm = self.algorithm
+        return {
+            "completions": f"{self.steps * algorithm.completions_per_step:,} of at most {algorithm.max_new_tokens} tokens",
+            "optimizer steps": f"{self.steps * algorithm.updates_per_batch:,}",
+        }

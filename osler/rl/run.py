@@ -20,7 +20,6 @@ from osler.checkpoint.folders import TENSORS_SUFFIX
 from osler.eval.exams import grade
 from osler.inference.engine import InferenceEngine
 from osler.inference.load import LoadedModel, load_model
-from osler.model.config import ModelConfig
 from osler.optim.build import build_optimizer
 from osler.parallel.parallelize import check_strategy, parallelize
 from osler.records import jsonl
@@ -88,11 +87,6 @@ def train(config: GrpoConfig, folder: RunFolder, world: World | None = None) -> 
         loop = resume_loop(trainer, start, checkpoint)
     else:
         loop = Loop(trainer)
-        if config.algorithm.prompts_per_step < world.size:  # one rank draws a whole group
-            logger.warning(
-                f"{world.size} processes share the {config.algorithm.prompts_per_step} questions of a step "
-                "(algorithm.prompts_per_step), so some of them draw nothing and wait."
-            )
         warn_of_endless_warmup(config.schedule.warmup_tokens, config.budget_tokens, "steps x completions x max_new_tokens =")
         algorithm, questions = config.algorithm, ", ".join(f"{len(task.items):,} of {task.name}" for task in tasks)
         logger.info(
@@ -165,15 +159,6 @@ def check_held_out(tasks: Sequence[RlTask], eval_items: Sequence[ExamItem]) -> N
 def fingerprint_of(tasks: Sequence[RlTask]) -> str:
     """Return 16 hex digits that change with the questions, their answers and their order."""
     return fingerprint([[task.name, [asdict(item) for item in task.items]] for task in tasks])
-
-
-def planned_numbers(config: GrpoConfig, model: ModelConfig | None) -> dict[str, str]:
-    """Return the numbers that follow from a config, for ``--dry-run``."""
-    completions = config.steps * config.algorithm.completions_per_step
-    return {
-        "completions": f"{completions:,} of at most {config.algorithm.max_new_tokens} tokens",
-        "optimizer steps": f"{config.steps * config.algorithm.updates_per_batch:,}",
-    }
 
 
 def next_steps(config: GrpoConfig, folder: RunFolder) -> str:
@@ -254,7 +239,6 @@ JOB = Job(
     check=check_start,
     check_branch=check_branch,
     check_processes=lambda config, processes: check_strategy(config.parallel, processes),
-    numbers=planned_numbers,
     train=train,
     next_steps=next_steps,
 )

@@ -6,7 +6,7 @@ A run folder that already holds this run continues from its newest good checkpoi
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,10 +14,9 @@ from typing import Any, cast, get_args
 
 from osler.checkpoint import store
 from osler.checkpoint.folders import refuse_checkpoint
-from osler.config.recipe import dump_yaml, load_recipe, parse_overrides
+from osler.config.recipe import as_comments, dump_yaml, load_recipe, parse_overrides
 from osler.config.schema import decode, encode, hints
 from osler.inference.load import described_model
-from osler.model.config import ModelConfig
 from osler.monitor.logger import check_trackers
 from osler.runs.config import RunConfig
 from osler.runs.folder import refuse_another, stored_config, taken
@@ -58,7 +57,6 @@ class Job:
     check: Callable[[Any, RunFolder, store.Loaded | None], None]  # what a start needs, given the checkpoint it continues from
     check_branch: Callable[[Any, store.Loaded], None]  # that a run with this config can continue from a checkpoint of another
     check_processes: Callable[[Any, int], None]
-    numbers: Callable[[Any, ModelConfig | None], Mapping[str, str]]  # what follows from a config, for --dry-run
     train: Callable[[Any, RunFolder, World], bool]
     next_steps: Callable[[Any, RunFolder], str]  # what to do with a finished run
 
@@ -152,5 +150,5 @@ def describe_plan(job: Job, config: Any, folder: RunFolder, back_to: int | None)
         )
         plan |= {"model": encode(model)} if "model" in plan else {}
         plan.pop("tokenizer", None)
-    derived |= {**aside, **job.numbers(config, model)}
-    return "\n".join([dump_yaml(plan).rstrip(), *(f"# {name:<18}{value}" for name, value in derived.items())])
+    derived |= {**aside, **config.numbers(model)}
+    return "\n".join([dump_yaml(plan).rstrip(), *as_comments(derived)])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from osler.config.schema import NonNegativeInt, PositiveFloat, PositiveInt, Seed, config
+from osler.model.config import ModelConfig
 from osler.monitor.config import MonitorConfig, SpikeConfig
 from osler.optim.config import AdamWConfig, OptimConfig
 from osler.optim.schedule import ConstantConfig, ScheduleConfig
@@ -50,3 +51,7 @@ class RunConfig:
     recovery: RecoveryConfig = RecoveryConfig()
     allow_data_change: bool = False  # whether a started run may go on with other data, never with another tokenizer
     monitor: MonitorConfig = MonitorConfig()
+
+    def numbers(self, model: ModelConfig | None = None) -> dict[str, str]:
+        """Return what follows from the config, for a person; ``model`` is that of the checkpoint that the run starts from."""
+        raise NotImplementedError

@@ -10,7 +10,6 @@ config names that checkpoint, ``branch_from``, which is needed until the new run
 from __future__ import annotations
 
 import logging
-import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from itertools import count
@@ -26,9 +25,7 @@ from osler.checkpoint.folders import (
     best_checkpoint,
     by_age,
     folder_name,
-    is_better,
     looks_whole,
-    mark_best,
     padded,
     refuse_checkpoint,
     root_of,
@@ -37,7 +34,7 @@ from osler.checkpoint.folders import (
 from osler.config.recipe import load_yaml, merge, parse_overrides
 from osler.config.schema import decode
 from osler.monitor.logger import check_trackers
-from osler.records.jsonl import EventLog, MetricsLine, read_events, split
+from osler.records.jsonl import EventLog, read_events, split
 from osler.runs.folder import differences, flat, named, newest_checkpoint, read_config, refuse_another
 from osler.runs.loop import Loop, Trainer
 from osler.runs.process import Run
@@ -173,7 +170,7 @@ def _set_aside(
     """Move checkpoints, and of each file the second part of its lines, to a new folder in the run's, and return that."""
     best = best_checkpoint(folder.checkpoints)
     if best is not None and best.path in {entry.path for entry in later}:
-        _mark_earlier_best(folder, best.metric, lines[folder.metrics][0], later)
+        (folder.checkpoints / BEST).unlink()  # the next evaluation marks another
     names = (f"after-step-{step}{'' if number == 1 else f'-{number}'}" for number in count(1))
     aside = next(path for name in names if not (path := folder.root / ASIDE / name).exists())
     checkpoints = RunFolder(aside).checkpoints
@@ -189,20 +186,6 @@ def _set_aside(
         if gone:
             write_atomic(path, kept)
     return aside
-
-
-def _mark_earlier_best(folder: RunFolder, metric: str, lines: Sequence[bytes], later: Sequence[Entry]) -> None:
-    """Mark the best of the checkpoints that stay by the metrics that stay; without metrics none is the best."""
-    leaving = {entry.path for entry in later}
-    best: tuple[Path, float] | None = None
-    for line in filter(None, map(MetricsLine.parse, lines)):
-        score, saved = line.values.get(metric, math.nan), folder.checkpoints / folder_name(max(0, line.step))
-        is_left = math.isfinite(score) and saved.is_dir() and saved not in leaving
-        if is_left and (best is None or is_better(metric, score, best[1])):
-            best = saved, score
-    (folder.checkpoints / BEST).unlink()
-    if best:
-        mark_best(best[0], metric, best[1])
 
 
 # -- a branch ------------------------------------------------------------------------------------------------------------------

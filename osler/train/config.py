@@ -18,7 +18,7 @@ from osler.data.config import (
     sources_of,
     wrong_weights,
 )
-from osler.data.curriculum import Timeline, lay_out
+from osler.data.curriculum import Timeline, lay_out, rows_per_micro_batch
 from osler.model.config import ModelConfig
 from osler.optim.schedule import LinearConfig, ScheduleConfig
 from osler.parallel.config import NoParallelConfig, ParallelConfig
@@ -138,6 +138,28 @@ class TrainConfig(RunConfig):
         """Optimizer steps that cover ``total_tokens``, the last one rounded up."""
         return self.timeline.steps_for(self.total_tokens)
 
+    @property
+    def length(self) -> str:
+        """The length of the run in words."""
+        tokens = f"{self.total_tokens:,} tokens"
+        return tokens if self.max_minutes is None else f"{self.max_minutes:g} minutes (at most {tokens})"
+
     def training_flops(self, model: ModelConfig) -> int:
         """FLOPs of the whole run on this model, each stage at its own length."""
         return sum(tokens * model.flops_per_token(span.seq_len) for span, tokens in self.timeline.shares(self.total_tokens))
+
+    def numbers(self, model: ModelConfig | None = None) -> dict[str, str]:
+        most = "" if self.max_minutes is None else "at most "
+        stages = {}
+        for span, tokens in self.timeline.shares(self.total_tokens) if self.curriculum else ():
+            micro = rows_per_micro_batch(span.rows_per_batch, span.seq_len, self.micro_batch_tokens)
+            stages[f"stage {span.number}"] = (
+                f"from {span.first_token:,} tokens: {-(-tokens // span.batch_tokens):,} steps of {span.rows_per_batch:,} rows of "
+                f"{span.seq_len:,} tokens, {micro:,} rows at once"
+            )
+        steps = f"{most}{self.total_steps:,}" + ("" if stages else f" of {self.batch_tokens:,} tokens")
+        numbers = {"steps": steps, **stages, "length": self.length}
+        model = self.model if model is None and self.init_from is None else model
+        if model is not None:
+            numbers |= {"parameters": f"{model.num_parameters:,}", "FLOPs": f"{most}{self.training_flops(model):.3g}"}
+        return numbers

@@ -13,14 +13,12 @@ import torch
 
 from osler.checkpoint import store
 from osler.data.config import ClinicData, PreparedData, sources_of
-from osler.data.curriculum import rows_per_micro_batch
 from osler.data.prepared import open_prepared
 from osler.data.shards import ShardSet
 from osler.eval.exams import greedy, shared_exam
 from osler.eval.likelihood import measure
 from osler.inference.engine import InferenceEngine
 from osler.inference.load import TOKENIZER_FILE
-from osler.model.config import ModelConfig
 from osler.model.transformer import Transformer
 from osler.optim.build import build_optimizer
 from osler.parallel.compile import COMPILE_MIN_STEPS
@@ -76,7 +74,7 @@ def train(config: TrainConfig, folder: RunFolder, world: World | None = None) ->
     model, tokenizer, fill = make_model(config, machine, checkpoint, processes=world.size)
     kept = folder.root / TOKENIZER_FILE
     tokenizer = world.broadcast_from_first(lambda: refuse_missing_bytes(make_tokenizer(config, tokenizer, kept)))
-    fit_vocabulary(model, tokenizer, is_new=checkpoint is None and config.init_from is None)
+    fit_vocabulary(model, tokenizer)
     engine = parallelize(
         model,
         config.parallel,
@@ -113,7 +111,7 @@ def train(config: TrainConfig, folder: RunFolder, world: World | None = None) ->
         tell_of_repeats(config, prepared, trainer.consumed)
         logger.info(
             f"{config.kind}: {model.config.num_parameters:,} parameters, {prepared.num_tokens:,} tokens of data, "
-            f"{length_of(config)} to train on; {machine.dtype} on {place_of(machine, config.parallel, world)}."
+            f"{config.length} to train on; {machine.dtype} on {place_of(machine, config.parallel, world)}."
         )
     del checkpoint  # its weights and moments were copied; do not keep a second set in memory while training
     return loop.fit()
@@ -128,22 +126,11 @@ def default_name(config: TrainConfig) -> str:
     return f"{name}-{config.kind}"
 
 
-def length_of(config: TrainConfig) -> str:
-    """Return in words how long a run is."""
-    tokens = f"{config.total_tokens:,} tokens"
-    return tokens if config.max_minutes is None else f"{config.max_minutes:g} minutes (at most {tokens})"
-
-
 def warn_of_plan(config: TrainConfig) -> None:
     """Warn if a run ends before something that its config asks for, perhaps because it was shortened."""
     timeline, total = config.timeline, config.total_tokens
     if config.max_minutes is None:
         warn_of_endless_warmup(config.schedule.warmup_tokens, total)
-        if config.batch_tokens > total:
-            logger.warning(
-                f"batch_tokens {config.batch_tokens:,} is larger than total_tokens {total:,}, so the run is a single step, which "
-                "teaches next to nothing; set a smaller batch_tokens or a larger total_tokens."
-            )
     for lost in timeline.spans[len(timeline.shares(total)) :][:1]:
         logger.warning(
             f"stage {lost.number} of the curriculum would begin at {lost.first_token:,} tokens, but total_tokens is {total:,}: "
@@ -183,26 +170,6 @@ def exam_probe(
     return sit
 
 
-def planned_numbers(config: TrainConfig, model: ModelConfig | None) -> dict[str, str]:
-    """Return the numbers that follow from a config and the model that it trains, for ``--dry-run``."""
-    model = model or config.model
-    most = "" if config.max_minutes is None else "at most "
-    stages = {}
-    for span, tokens in config.timeline.shares(config.total_tokens) if config.curriculum else ():
-        micro = rows_per_micro_batch(span.rows_per_batch, span.seq_len, config.micro_batch_tokens)
-        stages[f"stage {span.number}"] = (
-            f"from {span.first_token:,} tokens: {-(-tokens // span.batch_tokens):,} steps of {span.rows_per_batch:,} rows of "
-            f"{span.seq_len:,} tokens, {micro:,} rows at once"
-        )
-    return {
-        "steps": f"{most}{config.total_steps:,}" + ("" if stages else f" of {config.batch_tokens:,} tokens"),
-        **stages,
-        "length": length_of(config),
-        "parameters": f"{model.num_parameters:,}",
-        "FLOPs": f"{most}{config.training_flops(model):.3g}",
-    }
-
-
 def next_steps(config: TrainConfig, folder: RunFolder) -> str:
     """Return suggestions for the next steps after a finished run."""
     lines = [f"Done: {folder.root}", f"  osler report {folder.root}      the run as a page"]
@@ -233,7 +200,6 @@ JOB = Job(
     check=check_start,
     check_branch=check_branch,
     check_processes=check_processes,
-    numbers=planned_numbers,
     train=train,
     next_steps=next_steps,
 )

@@ -41,7 +41,6 @@ ROUND_LENGTH = 64  # a row length that is proposed is a multiple of it
 # good as new text, and hardly a gain after 16. Fine-tuning is often many passes over few examples.
 WORTHWHILE_EPOCHS = {"pretrain": 4, "sft": 16}
 LOOKED_AT = 64  # documents whose start is decoded again before a run begins, to see what its tokenizer loses
-MUCH_USED = 0.9  # of the model's vocabulary: below this share of it the rest is worth a word
 
 
 def check_plan(config: TrainConfig, *, is_new: bool) -> None:
@@ -132,27 +131,15 @@ def make_model(
 
 
 def check_processes(config: TrainConfig, processes: int) -> None:
-    """Raise UserError for what several processes cannot train together, and warn of forward passes that are far from full.
-
-    Some optimizers need whole parameters, so strategies that shard these do not work with them.
-    """
+    """Raise UserError for what several processes cannot train together."""
     check_strategy(config.parallel, processes)
     strategy, optimizer = config.parallel.type, "pure-bf16" if config.precision == "pure-bf16" else config.optim.type
+    # These optimizers need whole parameters.
     if processes > 1 and (strategy, optimizer) in (("fsdp", "pure-bf16"), ("deepspeed", "pure-bf16"), ("deepspeed", "muon")):
         name = "precision=pure-bf16" if optimizer == "pure-bf16" else f"optim.type={optimizer}"
         raise UserError(f"{name} does not work with parallel.type={strategy}, which cuts parameters up: use parallel.type=ddp.")
     for span in config.timeline.spans:
         check_shares(span.rows_per_batch, span.seq_len, processes, span.number if config.curriculum else 0)
-        share, fitting = span.rows_per_batch // processes, (config.micro_batch_tokens or 0) // span.seq_len
-        rows = rows_per_micro_batch(share, span.seq_len, config.micro_batch_tokens)
-        if 2 * rows <= min(share, fitting):
-            stage, whose = (f"stage {span.number} of the curriculum: ", "The stage's own ") if config.curriculum else ("", "")
-            batch = -(-share // fitting) * fitting * processes * span.seq_len
-            logger.warning(
-                f"{stage}each of {processes} processes has {share} rows of {span.seq_len} tokens, which split into equal "
-                f"forward passes of {rows} only, where {fitting} fit into micro_batch_tokens. {whose}batch_tokens={batch} fills "
-                "them."
-            )
 
 
 def pass_tokens(config: TrainConfig, processes: int) -> list[int]:
@@ -177,8 +164,8 @@ def make_tokenizer(config: TrainConfig, given: Tokenizer | None, kept: Path) -> 
     return train_tokenizer(config.data, config.tokenizer)
 
 
-def fit_vocabulary(model: Transformer, tokenizer: Tokenizer, *, is_new: bool) -> None:
-    """Let special tokens beyond the vocabulary use its padding; refuse a larger tokenizer, note one that leaves most unused."""
+def fit_vocabulary(model: Transformer, tokenizer: Tokenizer) -> None:
+    """Let special tokens beyond the model's vocabulary take rows of its padding; raises UserError for a larger tokenizer."""
     config = model.config
     beyond = range(config.vocab_size, tokenizer.vocab_size)
     if beyond:
@@ -192,11 +179,6 @@ def fit_vocabulary(model: Transformer, tokenizer: Tokenizer, *, is_new: bool) ->
             f"{config.padded_vocab_size:,}, so it keeps its size."
         )
         model.config = replace(config, vocab_size=tokenizer.vocab_size)
-    if is_new and tokenizer.vocab_size < MUCH_USED * config.vocab_size:
-        logger.info(
-            f"The tokenizer has {tokenizer.vocab_size:,} tokens, the model room for {config.vocab_size:,}: "
-            f"model.vocab_size={tokenizer.vocab_size} would be smaller and lose nothing."
-        )
 
 
 def check_lengths(config: TrainConfig, prepared: Prepared, max_seq_len: int) -> None:

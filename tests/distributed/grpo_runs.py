@@ -39,8 +39,7 @@ def assert_same(folder: Path, whole: Path) -> None:
 
 def same_run(command: Sequence[str], whole: Path, folder: Path, size: int, strategy: str) -> None:
     same_start(command, whole, folder, size, strategy, assert_same)
-    told = said(folder, 0)
-    assert "Sample 1 before training" in told and ("some of them draw nothing" in told) == (size > 3)
+    assert "Sample 1 before training" in said(folder, 0)
     assert (folder / "samples.jsonl").read_bytes() == (whole / "samples.jsonl").read_bytes()
 
 

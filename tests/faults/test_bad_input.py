@@ -68,11 +68,6 @@ def test_all_mistakes_are_told_at_once(mistake, tiny, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_tokenizer_much_smaller_than_the_model_is_mentioned(launch, tmp_path, capsys):
-    assert launch("pretrain", tmp_path / "run", "model.vocab_size=700", "total_tokens=256") == 0
-    assert "512 tokens, the model room for 700" in capsys.readouterr().err
-
-
 def test_a_tokenizer_that_loses_the_text_is_refused_before_the_run(mistake, tiny, tmp_path):
     backend = Backend(models.WordLevel({"[UNK]": 0, "fever": 1}, unk_token="[UNK]"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()

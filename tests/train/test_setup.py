@@ -22,40 +22,13 @@ from osler.runtime.errors import UserError
 from osler.train.config import TrainConfig
 from osler.train.setup import check_plan, check_processes
 
-CONFIG = TrainConfig(seq_len=128, batch_tokens=12 * 128, micro_batch_tokens=2 * 128, parallel=DdpConfig())
-STAGES = (Stage(seq_len=64, until_tokens=6144), Stage(seq_len=128, batch_tokens=1536))
 PRETRAIN = [name for name in available_recipes() if load_recipe(name).get("kind") == "pretrain"]
 
 
-@pytest.mark.parametrize("processes", [1, 2, 3, 6, 12])
-def test_shares_that_keep_the_forward_passes_are_silent(processes, capsys):
-    check_processes(CONFIG, processes)
-    assert capsys.readouterr().err == ""
-
-
-@pytest.mark.parametrize(
-    ("changes", "processes", "told", "mended"),
-    [
-        ({}, 4, "each of 4 processes has 3 rows of 128 tokens, which split into equal forward passes of 1 only, where 2", 2048),
-        ({"curriculum": STAGES}, 4, "stage 2 of the curriculum: each of 4 processes has 3 rows of 128 tokens", 2048),
-        (
-            {"curriculum": (replace(STAGES[0], batch_tokens=22 * 64), STAGES[1])},
-            1,
-            "stage 1 of the curriculum: each of 1 processes has 22 rows of 64 tokens",
-            1536,
-        ),
-    ],
-)
-def test_passes_that_are_far_from_full_are_told_with_a_batch_that_fills_them(changes, processes, told, mended, capsys):
-    config = replace(CONFIG, **changes)
-    check_processes(config, processes)
-    said = capsys.readouterr().err
-    assert said.count("Warning") == 1 and told in said and f"batch_tokens={mended} fills them" in said
-
-
 def test_the_stage_of_a_curriculum_that_ranks_cannot_share_is_named():
+    stages = (Stage(seq_len=64, until_tokens=6144), Stage(seq_len=128, batch_tokens=1536))
     with pytest.raises(UserError, match=r"Stage 2 of the curriculum: a batch of 12 rows .* 8 ranks"):
-        check_processes(replace(CONFIG, batch_tokens=2048, curriculum=STAGES), 8)
+        check_processes(TrainConfig(batch_tokens=2048, parallel=DdpConfig(), curriculum=stages), 8)
 
 
 REFUSED = {
