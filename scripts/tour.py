@@ -1,6 +1,7 @@
 """``make tour``: the ten places that a stranger to the code looks for first, as file and line.
 
-A place is the name of a definition, which is looked up in the source, so it may move to another file or line.
+A place is the name of a definition, which is looked up in the source, so it may move to another file or line. What takes several
+functions has several places, in the order in which they are called.
 """
 
 from __future__ import annotations
@@ -11,17 +12,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 PACKAGE = Path(__file__).parents[1] / "osler"
-TOUR = {
-    "learning-rate schedule": "lr_scale",
-    "RoPE": "apply_rope",
-    "KV cache": "KVCache",
-    "GRPO loss": "grpo_loss",
-    "packing": "StreamPacking",
-    "resume": "Loop.restore",
-    "top-p": "sampling_mask",
-    "exam scoring": "score_by_generation",
-    "confidence interval": "mean_interval",
-    "alerts": "RULES",
+TOUR: dict[str, tuple[str, ...]] = {
+    "learning-rate schedule": ("lr_scale",),
+    "RoPE": ("apply_rope",),
+    "KV cache": ("KVCache",),
+    "GRPO loss": ("grpo_loss",),
+    "packing": ("StreamPacking",),
+    "resume": ("find_start", "Loop.restore"),
+    "top-p": ("sampling_mask",),
+    "exam scoring": ("score_by_generation", "read_answer", "summarise"),
+    "confidence interval": ("mean_interval",),
+    "alerts": ("RULES",),
 }
 
 
@@ -45,21 +46,21 @@ def definitions(body: list[ast.stmt], prefix: str = "") -> Iterator[tuple[str, i
 
 
 def find() -> dict[str, list[Place]]:
-    """Return the places of every topic of the tour: exactly one each, unless a name has gone or been taken twice."""
-    found: dict[str, list[Place]] = {topic: [] for topic in TOUR}
+    """Return the places of every name of the tour: exactly one each, unless a name has gone or been taken twice."""
+    found: dict[str, list[Place]] = {name: [] for names in TOUR.values() for name in names}
     for path in sorted(PACKAGE.rglob("*.py")):
         tree = ast.parse(path.read_text(encoding="utf-8"))
         module = ast.get_docstring(tree) or ""
         for name, line, docstring in definitions(tree.body):
-            for topic, wanted in TOUR.items():
-                if name == wanted:
-                    first = (docstring or module).split("\n\n")[0].replace("\n", " ")
-                    place = Place(path.relative_to(PACKAGE.parent).as_posix(), line, first.split(". ")[0].removesuffix("."))
-                    found[topic].append(place)
+            if name in found:
+                first = (docstring or module).split("\n\n")[0].replace("\n", " ")
+                place = Place(path.relative_to(PACKAGE.parent).as_posix(), line, first.split(". ")[0].removesuffix("."))
+                found[name].append(place)
     return found
 
 
 if __name__ == "__main__":
-    for topic, places in find().items():
-        for place in places:
+    found = find()
+    for topic, names in TOUR.items():
+        for place in (place for name in names for place in found[name]):
             print(f"{topic:<23} {f'{place.path}:{place.line}':<32} {place.meaning}")

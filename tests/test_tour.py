@@ -13,8 +13,8 @@ spec.loader.exec_module(tour)
 FOUND = tour.find()
 
 
-@pytest.mark.parametrize("topic", tour.TOUR)
-def test_every_place_is_found_once(topic):
-    [place] = FOUND[topic]
+@pytest.mark.parametrize("name", FOUND)
+def test_every_place_is_found_once(name):
+    [place] = FOUND[name]
     source = (tour.PACKAGE.parent / place.path).read_text().splitlines()
-    assert tour.TOUR[topic].rpartition(".")[2] in source[place.line - 1] and place.meaning
+    assert name.rpartition(".")[2] in source[place.line - 1] and place.meaning

@@ -31,7 +31,7 @@ from osler.runs.command import Job, Request, carry_out
 from osler.runs.folder import check_fingerprints, claim
 from osler.runs.loop import Loop
 from osler.runs.process import Learner, Run, agree_on_machine, place_of
-from osler.runs.start import find_start, resume_loop, warn_of_endless_warmup
+from osler.runs.resume import find_start, resume, warn_of_endless_warmup
 from osler.runtime.device import pick_device
 from osler.runtime.errors import UserError
 from osler.runtime.files import RunFolder, fingerprint, write_or_warn
@@ -84,7 +84,7 @@ def train(config: GrpoConfig, folder: RunFolder, world: World | None = None) -> 
     trainer = GrpoTrainer(config, run, learner, worker, eval_items)
     checkpoint = start.load()
     if checkpoint is not None:
-        loop = resume_loop(trainer, start, checkpoint)
+        loop = resume(trainer, start, checkpoint)
     else:
         loop = Loop(trainer)
         warn_of_endless_warmup(config.schedule.warmup_tokens, config.budget_tokens, "steps x completions x max_new_tokens =")

@@ -20,7 +20,7 @@ from osler.inference.load import described_model
 from osler.monitor.logger import check_trackers
 from osler.runs.config import RunConfig
 from osler.runs.folder import refuse_another, stored_config, taken
-from osler.runs.start import branch_config, branch_point, describe_branch, go_back, planned_start
+from osler.runs.resume import branch_config, branch_point, describe_branch, go_back, planned_start
 from osler.runtime.errors import UserError
 from osler.runtime.files import RunFolder
 from osler.runtime.stop import EXIT_STOPPED

@@ -259,14 +259,14 @@ class Loop:
         self.world.broadcast_from_first(save)
 
     def restore(self, loaded: store.Loaded) -> None:
-        """Continue from a checkpoint of this run, or of the run that it branches from."""
+        """Resume from a checkpoint of this run, or of the run that it branches from."""
         changes = self.run.events if self.trainer.config.allow_data_change else None
         check_fingerprints(loaded, self.run.fingerprints, changes=changes)
-        self._take_over(loaded)
+        self._load(loaded)
         self.run.started -= loaded.state.get("seconds", 0.0)
 
-    def _take_over(self, loaded: store.Loaded) -> None:
-        """Load the saved state. The data were already checked at start-up."""
+    def _load(self, loaded: store.Loaded) -> None:
+        """Load weights, optimizer, the trainer's position and the incidents from a checkpoint of the same data."""
         learner = self.trainer.learner
         learner.engine.restore(learner.model, learner.optimizer, loaded.tensors, loaded.state["optimizer"])
         self.trainer.restore(loaded)
@@ -278,7 +278,7 @@ class Loop:
     def _roll_back(self) -> None:
         """Return to the last good checkpoint and continue with later data. Save at once, so that a kill cannot undo that."""
         self.world.broadcast_from_first(self.saver.wait)  # the checkpoint to go back to may be the one that is being written
-        self.incidents.roll_back(self.trainer.step, self._take_over, lambda: self.trainer.position)
+        self.incidents.roll_back(self.trainer.step, self._load, lambda: self.trainer.position)
         self.save()
         self.world.broadcast_from_first(self.saver.wait)
         fault("rollback")

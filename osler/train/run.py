@@ -27,7 +27,7 @@ from osler.parallel.parallelize import parallelize
 from osler.runs.command import Job, Request, carry_out
 from osler.runs.loop import Loop
 from osler.runs.process import Learner, Run, agree_on_machine, place_of
-from osler.runs.start import find_start, resume_loop, warn_of_endless_warmup
+from osler.runs.resume import find_start, resume, warn_of_endless_warmup
 from osler.runtime.files import RunFolder
 from osler.runtime.world import World
 from osler.tasks.item import ExamItem
@@ -102,7 +102,7 @@ def train(config: TrainConfig, folder: RunFolder, world: World | None = None) ->
         exam=exam_probe(exam, model, tokenizer, machine.eager_dtype, engine),
     )
     if checkpoint is not None:
-        loop = resume_loop(trainer, start, checkpoint)
+        loop = resume(trainer, start, checkpoint)
         if start.is_branch:
             trainer.total = config.total_tokens  # max_minutes may have lowered the total in the checkpoint of the other run
     else:

@@ -26,7 +26,7 @@ from osler.parallel.deepspeed import read_settings
 from osler.parallel.fp8 import float8_linear
 from osler.parallel.parallelize import check_strategy
 from osler.runs.process import Machine
-from osler.runs.start import config_in
+from osler.runs.resume import config_in
 from osler.runtime.device import pick_device
 from osler.runtime.errors import UserError
 from osler.runtime.sharded import load_whole

@@ -20,7 +20,7 @@ from osler.data.sources import check_sources, prepare_sources
 from osler.inference.load import TOKENIZER_FILE, tokenizer_of
 from osler.model.config import ModelConfig
 from osler.runs.folder import check_fingerprints, claim, read_config, refuse_another
-from osler.runs.start import ASIDE, same_data
+from osler.runs.resume import ASIDE, same_data
 from osler.runtime.errors import UserError
 from osler.runtime.files import RunFolder, fsync_dir, write_atomic
 from osler.tokenizer.bpe import Tokenizer

@@ -32,7 +32,7 @@ from osler.optim.build import set_hyperparameters
 from osler.optim.schedule import lr_scale
 from osler.runs.loop import Due, Trainer
 from osler.runs.process import Learner, Run
-from osler.runs.start import warn_of_endless_warmup
+from osler.runs.resume import warn_of_endless_warmup
 from osler.train.config import TrainConfig
 
 PLANNED_SHARE = 0.97  # of the minutes asked for: the rest is for the last checkpoint and evaluation

@@ -15,7 +15,7 @@ from osler.checkpoint import store
 from osler.checkpoint.folders import mark_best
 from osler.config.recipe import load_yaml
 from osler.records.jsonl import read_events
-from osler.runs.start import go_back
+from osler.runs.resume import go_back
 from osler.runtime.errors import UserError
 from osler.runtime.files import RunFolder
 

@@ -1,4 +1,7 @@
-"""Where a process starts: at the newest good checkpoint of its run, an earlier one, one of another run, or at step 0.
+"""Resume: ``find_start`` finds the checkpoint from which a process goes on, ``resume`` restores a trainer and its loop from it.
+
+That is the newest good checkpoint of the run, an earlier one (going back), one of another run (a branch), or none: step 0. The
+place in the data needs no restoring, because it is computed from the step (``data/order.py``).
 
 Going back (``--from-step``) sets aside everything that the run wrote after that checkpoint, which becomes the newest again. The
 run then is, bit for bit, one that was stopped there.
@@ -85,8 +88,8 @@ def find_start(config: Any, run: Run, check_branch: Callable[[Any, store.Loaded]
     return start
 
 
-def resume_loop(trainer: Trainer, start: Start, loaded: store.Loaded) -> Loop:
-    """Return the loop of a trainer, restored from a checkpoint; the beginning of a branch is logged and recorded."""
+def resume(trainer: Trainer, start: Start, loaded: store.Loaded) -> Loop:
+    """Return the loop of a trainer, both restored from a checkpoint; the beginning of a branch is logged and recorded."""
     loop, events = Loop(trainer), trainer.run.events
     loop.restore(loaded)
     if start.is_branch:
