@@ -22,7 +22,8 @@ from measuring import publish
 from osler.data.mixture import PERIOD, Mixture
 from osler.data.order import Order
 from osler.data.packing import StreamPacking, WholePacking
-from osler.data.shards import INDEX, RECORD, SIZES_CHECKED, ShardSet, ShardWriter, shard_name
+from osler.data.shard_set import SIZES_CHECKED, ShardSet
+from osler.data.shards import INDEX, RECORD, ShardWriter, shard_name
 
 VOCAB, SEQ_LEN, ROWS = 50_304, 2048, 5_000
 MIXTURES = {"usmle-2day": [85, 15], "synth": [40, 30, 15, 10, 5], "four-stage": [14.4, 30, 10, 3]}

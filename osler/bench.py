@@ -24,7 +24,8 @@ from osler.config.schema import decode, encode
 from osler.data.loader import Batch, Loader
 from osler.data.order import Order
 from osler.data.packing import StreamPacking
-from osler.data.shards import ShardSet, ShardWriter
+from osler.data.shard_set import ShardSet
+from osler.data.shards import ShardWriter
 from osler.model.transformer import Transformer
 from osler.optim.build import build_optimizer
 from osler.parallel.config import NoParallelConfig

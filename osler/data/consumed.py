@@ -21,15 +21,16 @@ class ConsumedData:
 
     def bytes_per_token(self, step: int) -> float | None:
         """Return the bytes of text per token at a step; None when only a part of the tokens is learned."""
-        return self.loader.packing(self.timeline.at_step(step - 1)).bytes_per_token
+        stop = self.timeline.rows_at(step - 1).stop
+        return self.loader.packing(self.timeline.at_step(step - 1)).bytes_per_token(stop)
 
-    def planned_epochs(self, total_tokens: int) -> dict[str, float]:
-        """Return how many epochs of each source a run of so many tokens reads, if padding were data."""
+    def planned_tokens(self, total_tokens: int) -> dict[str, float]:
+        """Return how many tokens of each source a run of so many tokens reads, if padding were data."""
         found: dict[str, float] = {}
         for span, tokens in self.timeline.shares(total_tokens):
             packing = self.loader.packing(span)
-            for (name, part), fraction in zip(packing.packings.items(), packing.mixture.fractions, strict=True):
-                found[name] = found.get(name, 0.0) + fraction * tokens / part.order.shards.num_tokens
+            for name, fraction in zip(packing.packings, packing.mixture.fractions, strict=True):
+                found[name] = found.get(name, 0.0) + fraction * tokens
         return found
 
     def metrics(self, step: int, steps: int, *, skipped_tokens: int = 0) -> dict[str, float]:
@@ -38,26 +39,32 @@ class ConsumedData:
         packing = self.loader.packing(span, skipped_tokens)
         tokens, of_epoch = packing.tokens(stop), packing.epoch_tokens
         target = dict(zip(tokens, packing.mixture.fractions, strict=True))
+        epochs = [tokens[name] / size for name, size in of_epoch.items() if size]
         return {
-            "data/epoch": max(tokens[name] / of_epoch[name] for name in tokens),
+            **({"data/epoch": max(epochs)} if epochs else {}),
             "data/padding_frac": packing.padding(max(0, stop - steps * span.rows_per_batch), stop),
             **source_metrics(tokens=tokens, consumed=tokens, of_epoch=of_epoch, target=target),
         }
 
 
 def source_metrics(
-    *, tokens: Mapping[str, float], consumed: Mapping[str, float], of_epoch: Mapping[str, float], target: Mapping[str, float]
+    *,
+    tokens: Mapping[str, float],
+    consumed: Mapping[str, float],
+    of_epoch: Mapping[str, float | None],
+    target: Mapping[str, float],
 ) -> dict[str, float]:
     """Return the metrics of each source.
 
     ``consumed`` and ``of_epoch`` are in one unit (tokens, or questions); ``target`` holds weights relative to one another. A
-    source without anything in an epoch, because all its documents are too long, is left out.
+    source without anything in an epoch, because all its documents are too long, is left out. Of one that is still being
+    prepared (None) nobody knows the epoch.
     """
     metrics: dict[str, float] = {}
-    for name in consumed:
-        if of_epoch[name]:
+    for name, size in of_epoch.items():
+        if size != 0:
+            metrics |= {} if size is None else {f"data/epoch/{name}": consumed[name] / size}
             metrics[f"data/tokens/{name}"] = tokens[name]
-            metrics[f"data/epoch/{name}"] = consumed[name] / of_epoch[name]
             metrics[f"data/target_frac/{name}"] = target[name] / sum(target.values())
             metrics[f"data/consumed_frac/{name}"] = consumed[name] / sum(consumed.values())
     return metrics

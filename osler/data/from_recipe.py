@@ -12,7 +12,8 @@ from typing import Annotated, Any
 from osler.config.recipe import load_recipe, merge, parse_overrides
 from osler.config.schema import TAGGED, config, decode
 from osler.data.config import ClinicData, FilesData, MixtureData, TurnsData
-from osler.data.shards import ShardSet, read_data_manifest
+from osler.data.shard_set import ShardSet
+from osler.data.shards import read_data_manifest
 from osler.data.sources import prepare_sources, train_tokenizer
 from osler.runtime.errors import UserError
 from osler.runtime.files import write_atomic

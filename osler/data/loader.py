@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
 from dataclasses import dataclass, replace
-from itertools import islice
 from typing import cast
 
 import numpy as np
@@ -21,6 +19,7 @@ import torch
 
 from osler.data.curriculum import Span, Timeline
 from osler.data.packing import MixedPacking, Packing
+from osler.data.shard_set import NotPreparedYet, ShardSet
 from osler.runtime.errors import UserError
 from osler.runtime.faults import fault
 
@@ -72,22 +71,44 @@ class Loader:
         batch = make_batch(self.packing, range(first, first + rows))
         return batch.pinned() if self.pin_memory else batch
 
-    def batches(self, start_step: int = 0) -> Generator[Batch, None, None]:
-        """Yield the batches from a step on, without end; they do not depend on the number of workers."""
-        if self.workers == 0:
-            while True:
-                yield self.batch(start_step)
-                start_step += 1
-        executor = ThreadPoolExecutor(self.workers, thread_name_prefix="loader")
-        try:
-            ahead: deque[Future[Batch]] = deque()
-            while True:
-                while len(ahead) < self.workers * BATCHES_AHEAD:
-                    ahead.append(executor.submit(self.batch, start_step))
-                    start_step += 1
-                yield ahead.popleft().result()
-        finally:
-            executor.shutdown(wait=True, cancel_futures=True)
+    def batches(self, start_step: int = 0) -> WorkAhead:
+        """Return the batches from a step on, without end; they do not depend on the number of workers."""
+        return WorkAhead(self.batch, self.workers, start_step)
+
+
+class WorkAhead:
+    """An endless iterator over the batches of the steps from one on, which threads prepare ahead.
+
+    ``next`` raises NotPreparedYet while the data of a stream are not there; it may then be called again.
+    """
+
+    def __init__(self, batch: Callable[[int], Batch], workers: int, start_step: int) -> None:
+        self._batch, self._step, self._workers = batch, start_step, workers
+        self._ahead: deque[Future[Batch]] = deque()  # of the steps from `_step` on
+        self._executor = ThreadPoolExecutor(workers, thread_name_prefix="loader") if workers else None
+
+    def __iter__(self) -> WorkAhead:
+        return self
+
+    def __next__(self) -> Batch:
+        if self._executor is None:
+            batch = self._batch(self._step)
+        else:
+            while len(self._ahead) < self._workers * BATCHES_AHEAD:
+                self._ahead.append(self._executor.submit(self._batch, self._step + len(self._ahead)))
+            try:
+                batch = self._ahead[0].result()
+            except NotPreparedYet:
+                self._ahead.clear()  # what comes later is not prepared either
+                raise
+            self._ahead.popleft()
+        self._step += 1
+        return batch
+
+    def close(self) -> None:
+        """End the threads."""
+        if self._executor is not None:
+            self._executor.shutdown(wait=True, cancel_futures=True)
 
 
 def check_shares(rows_per_batch: int, seq_len: int, world_size: int, stage: int = 0) -> None:
@@ -107,14 +128,22 @@ class StagedLoader:
     timeline: Timeline
     loaders: Sequence[Loader]
 
-    def batches(self, start_step: int = 0, skipped_tokens: int = 0) -> Iterator[Batch]:
-        """Yield the batches from a step of the run on, without end, with the first tokens of the data skipped."""
-        for span, loader in zip(self.timeline.spans, self.loaders, strict=True):
-            first = max(start_step, span.first_step)
-            count = None if span.end_step is None else max(0, span.end_step - first)
-            shifted = replace(loader, packing=self.packing(span, skipped_tokens))
-            with closing(shifted.batches(first - span.first_step)) as batches:
-                yield from islice(batches, count)
+    def batches(self, start_step: int = 0, skipped_tokens: int = 0) -> WorkAhead:
+        """Return the batches from a step of the run on, without end, with the first tokens of the data skipped."""
+        spans = zip(self.timeline.spans, self.loaders, strict=True)
+        loaders = [replace(loader, packing=self.packing(span, skipped_tokens)) for span, loader in spans]
+
+        def batch(step: int) -> Batch:
+            span = self.timeline.at_step(step)
+            return loaders[span.number - 1].batch(step - span.first_step)
+
+        return WorkAhead(batch, self.loaders[0].workers, start_step)
+
+    @property
+    def shards(self) -> list[ShardSet]:
+        """Return the training data of each source."""
+        packing = cast(MixedPacking, self.loaders[0].packing)
+        return [part.order.shards for part in packing.packings.values()]
 
     def packing(self, span: Span, skipped_tokens: int = 0) -> MixedPacking:
         """Return the packing of a stage, in which each source begins later by its share of the skipped tokens.

@@ -2,7 +2,8 @@
 
 An epoch is a sequence of windows of shards, and the documents of a window are permuted. The first epoch takes the shards as they
 were written, in windows that grow from one shard to `WINDOW_SHARDS`, so that a run may begin while later shards are still being
-written and sees the same order as a run over finished data. Later epochs permute all shards and then group them into windows.
+written and sees the same order as a run over finished data: a window that is not written yet raises NotPreparedYet. Later epochs
+permute all shards and then group them into windows.
 
 Any window can be computed at once, on any rank, after any number of restarts, so a resume needs nothing but a position.
 """
@@ -16,7 +17,8 @@ from typing import NamedTuple
 import numpy as np
 
 from osler.data.documents import permutation
-from osler.data.shards import Int64Array, ShardSet
+from osler.data.shard_set import ShardSet
+from osler.data.shards import Int64Array
 
 WINDOW_SHARDS = 64
 CACHED_WINDOWS = 4
@@ -44,33 +46,66 @@ class Order:
     def __init__(self, shards: ShardSet, seed: int) -> None:
         self.shards = shards
         self.seed = seed
-        self.epoch = functools.lru_cache(3)(self._epoch)  # the first two tell a packing where others begin
+        self._epochs = functools.lru_cache(3)(self._epoch)  # the first two tell a packing where others begin
         self.window = functools.lru_cache(CACHED_WINDOWS)(self._window)
+
+    def epoch(self, epoch: int) -> Epoch:
+        """Return an epoch; of the first one, while its shards are being written, the windows that are whole.
+
+        Raises NotPreparedYet for a later epoch while shards are being written.
+        """
+        if epoch and not self.shards.is_complete:
+            self.shards.refresh()
+            if not self.shards.is_complete:
+                raise self.shards.not_yet()
+        is_complete = self.shards.is_complete  # asked before the number, which may grow until then
+        return self._epochs(epoch, self.shards.num_shards, is_complete)
+
+    def has_window(self, epoch: int, number: int) -> bool:
+        """Return whether an epoch has a window of this number; raises NotPreparedYet while nobody knows."""
+        if number >= len(self.epoch(epoch).ends):
+            self.shards.refresh()
+            if number >= len(self.epoch(epoch).ends) and not self.shards.is_complete:
+                raise self.shards.not_yet()
+        return number < len(self.epoch(epoch).ends)
+
+    def locate(self, token: int) -> tuple[int, int]:
+        """Return the epoch of a token of the endless sequence of epochs, and its place in it."""
+        ends = self.epoch(0).ends
+        if len(ends) and token < ends[-1]:
+            return 0, token
+        if self.has_window(0, len(ends)):  # it has grown
+            return self.locate(token)
+        return divmod(token, self.shards.num_tokens)
 
     def pieces(self, epoch: int, token: int) -> Iterator[tuple[int, int]]:
         """Yield the documents from a token of an epoch to the end of that epoch, each with the token of it to start at.
 
         That is 0 for all but the first.
         """
-        ends = self.epoch(epoch).ends
-        for number in range(int(np.searchsorted(ends, token, side="right")), len(ends)):
+        number = int(np.searchsorted(self.epoch(epoch).ends, token, side="right"))
+        while self.has_window(epoch, number):
             window = self.window(epoch, number)
             for place in range(int(np.searchsorted(window.ends, token, side="right")), len(window.documents)):
                 end = int(window.ends[place])
                 yield int(window.documents[place]), token - (end - int(window.lengths[place]))
                 token = end
+            number += 1
 
-    def _epoch(self, epoch: int) -> Epoch:
-        shards, count = self.shards, self.shards.num_shards
+    def _epoch(self, epoch: int, count: int, is_complete: bool) -> Epoch:
+        shards = self.shards
         if epoch == 0:
-            numbers, borders = np.arange(count, dtype=np.int64), [0, 1]
-            while borders[-1] < count:
-                borders.append(min(count, borders[-1] + min(borders[-1], WINDOW_SHARDS)))
+            borders = [0, *([1] if count else [])]
+            while (end := borders[-1] + min(borders[-1], WINDOW_SHARDS)) <= count and borders[-1] < count:
+                borders.append(end)
+            if is_complete and borders[-1] < count:
+                borders.append(count)
+            numbers = np.arange(borders[-1], dtype=np.int64)
         else:
             numbers = permutation(count, self.seed, shards.fingerprint, epoch, "shards")
             borders = [*range(0, count, WINDOW_SHARDS), count]
-        tokens = np.cumsum(np.diff(shards.ends_of_tokens, prepend=0)[numbers])
-        return Epoch(numbers, np.array(borders), tokens[np.array(borders[1:]) - 1])
+        tokens = np.cumsum(np.diff(shards.ends_of_tokens[:count], prepend=0)[numbers])
+        return Epoch(numbers, np.array(borders), tokens[np.array(borders[1:], np.int64) - 1])
 
     def _window(self, epoch: int, number: int) -> Window:
         numbers, borders, ends = self.epoch(epoch)

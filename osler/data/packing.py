@@ -24,7 +24,8 @@ import numpy as np
 from osler.data.documents import permutation
 from osler.data.mixture import Mixture
 from osler.data.order import CACHED_WINDOWS, Order
-from osler.data.shards import Int64Array, MaskArray, ShardSet, TokenArray
+from osler.data.shard_set import ShardSet
+from osler.data.shards import Int64Array, MaskArray, TokenArray
 from osler.ops.labels import IGNORED
 
 CARRIED_ROWS = 4096  # at most, and half of a window's: rows that are not full, whose documents go on to the next window
@@ -57,7 +58,7 @@ class StreamPacking:
     def row(self, index: int) -> PackedRow:
         """Return tokens index * seq_len ... (index + 1) * seq_len of the stream, counted from `first_token`."""
         shards = self.order.shards
-        epoch, token = divmod(self.first_token + index * self.seq_len, shards.num_tokens)
+        epoch, token = self.order.locate(self.first_token + index * self.seq_len)
         builder = _RowBuilder(self.seq_len + 1, shards.eos_id)
         while builder.room:
             for document, start in self.order.pieces(epoch, token):
@@ -72,9 +73,9 @@ class StreamPacking:
         return self.first_token + rows * self.seq_len
 
     @property
-    def epoch_tokens(self) -> int:
-        """Return the tokens of an epoch."""
-        return self.order.shards.num_tokens
+    def epoch_tokens(self) -> int | None:
+        """Return the tokens of an epoch; None while they are being prepared."""
+        return self.order.shards.num_tokens if self.order.shards.is_complete else None
 
     def padding(self, first: int, stop: int) -> float:
         """Return 0: nothing is padding."""
@@ -140,8 +141,13 @@ class WholePacking:
         return self._before(len(self.order.epoch(0).ends))[0]
 
     @property
-    def epoch_tokens(self) -> int:
-        """Return the tokens in the rows of an epoch; with several windows those of the documents, which are nearly as many."""
+    def epoch_tokens(self) -> int | None:
+        """Return the tokens in the rows of an epoch; with several windows those of the documents, which are nearly as many.
+
+        None while they are being prepared.
+        """
+        if not self.order.shards.is_complete:
+            return None
         if len(self.order.epoch(1).ends) > 1:
             return self.order.shards.num_tokens
         return self.tokens(self.rows_of_first_epoch)
@@ -152,20 +158,23 @@ class WholePacking:
 
     def tokens(self, rows: int) -> int:
         """Return how many tokens, without padding, the first rows hold."""
-        window, first_row, tokens = self._find(rows)
+        if rows == 0:
+            return 0
+        window, first_row, tokens = self._find(rows - 1)  # the row after them may not be prepared yet
         return tokens + int(self._plan(window).row_tokens[: rows - first_row].sum())
 
     def _find(self, row: int) -> tuple[int, int, int]:
         """Return the window that a row is in, its first row, and the tokens before it; windows count on over the epochs."""
         with self._lock:
-            second = len(self.order.epoch(0).ends)  # the number of the second epoch's first window
-            if len(self.order.epoch(1).ends) == 1:  # later epochs have one window each, and as many rows as one another
-                (start, tokens), (end, tokens_at_end) = self._before(second), self._before(second + 1)
-                if row >= start:
-                    epochs = (row - start) // (end - start)
-                    return second + epochs, start + epochs * (end - start), tokens + epochs * (tokens_at_end - tokens)
             while self._first_rows[-1] <= row:
-                self._before(len(self._first_rows))
+                planned = len(self._first_rows) - 1
+                if self.order.shards.is_complete and len(self.order.epoch(1).ends) == 1:
+                    second = len(self.order.epoch(0).ends)  # the number of the second epoch's first window
+                    if planned > second:  # later epochs have one window each, and as many rows as one another
+                        (start, tokens), (end, tokens_at_end) = self._before(second), self._before(second + 1)
+                        epochs = (row - start) // (end - start)
+                        return second + epochs, start + epochs * (end - start), tokens + epochs * (tokens_at_end - tokens)
+                self._before(planned + 1)
             window = bisect_right(self._first_rows, row) - 1
             return window, self._first_rows[window], self._first_tokens[window]
 
@@ -181,9 +190,11 @@ class WholePacking:
 
     def _place(self, window: int) -> tuple[int, int, bool]:
         """Return the epoch of a window, its number in it, and whether it is the epoch's last."""
-        first, others = len(self.order.epoch(0).ends), len(self.order.epoch(1).ends)
-        epoch, number = (0, window) if window < first else (1 + (window - first) // others, (window - first) % others)
-        return epoch, number, number + 1 == (first if epoch == 0 else others)
+        epoch, number = 0, window
+        if not self.order.has_window(0, window):
+            first, others = len(self.order.epoch(0).ends), len(self.order.epoch(1).ends)
+            epoch, number = 1 + (window - first) // others, (window - first) % others
+        return epoch, number, not self.order.has_window(epoch, number + 1)
 
     def _plan_window(self, window: int) -> _Plan:
         epoch, number, is_last = self._place(window)
@@ -254,18 +265,20 @@ class MixedPacking:
     def _rows(self, count: int) -> list[int]:
         return [rows + skipped for rows, skipped in zip(self.mixture.rows(count), self._skipped, strict=True)]
 
-    @property
-    def bytes_per_token(self) -> float | None:
-        """Return the bytes of text in a token of the mixture; None when only a part of the tokens is learned."""
+    def bytes_per_token(self, rows: int) -> float | None:
+        """Return the bytes of text in a token of the mixture, over the data up to the first rows of the stage.
+
+        None when only a part of the tokens is learned.
+        """
         if not all(packing.prompt_loss for packing in self._packings):
             return None
-        shards = [packing.order.shards for packing in self._packings]
-        rates = [part.num_bytes / part.num_tokens for part in shards]
+        consumed = zip(self._packings, self.tokens(rows).values(), strict=True)
+        rates = [packing.order.shards.bytes_per_token(tokens) for packing, tokens in consumed]
         return sum(fraction * rate for fraction, rate in zip(self.mixture.fractions, rates, strict=True))
 
     @property
-    def epoch_tokens(self) -> dict[str, int]:
-        """Return the tokens of an epoch of each source."""
+    def epoch_tokens(self) -> dict[str, int | None]:
+        """Return the tokens of an epoch of each source; None while it is being prepared."""
         return {name: packing.epoch_tokens for name, packing in self.packings.items()}
 
 

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from osler.data.shards import SPLITS, TOKENIZER, ShardSet, data_fingerprint, read_data_manifest
+from osler.data.shard_set import ShardSet
+from osler.data.shards import SPLITS, TOKENIZER, data_fingerprint, read_data_manifest
 from osler.runtime.errors import UserError
 from osler.tokenizer.bpe import Tokenizer
 
@@ -37,6 +38,11 @@ class Prepared:
     def num_tokens(self) -> int:
         """Return the tokens of the training data of all sources."""
         return sum(shards.num_tokens for shards in self.train)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether nothing more is being prepared, as far as this process knows."""
+        return all(shards.is_complete for shards in (*self.train, *self.validation))
 
     @property
     def train(self) -> list[ShardSet]:

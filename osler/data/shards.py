@@ -12,10 +12,8 @@ which exact resume depends on; every record has the one of the list up to it, wh
 
 from __future__ import annotations
 
-import bisect
-import functools
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from osler.runtime.errors import UserError
-from osler.runtime.files import fingerprint, fsync_dir, open_durable, read_json, sha256_file
+from osler.runtime.files import fingerprint, fsync_dir, open_durable, read_json
 
 FORMAT_VERSION = 2
 DATA_MANIFEST = "manifest.json"
@@ -31,17 +29,15 @@ TOKENIZER = "tokenizer.json"  # of the shards
 INDEX = "index.bin"
 SPLITS = ("train", "validation")
 SHARD_TOKENS = 1 << 20
-OPEN_SHARDS = 128  # memory maps that are kept open
-SIZES_CHECKED = 4096  # shards, whose files' sizes are checked when a split is opened: a second of work on a slow disk
 
 Int64Array = npt.NDArray[np.int64]
 TokenArray = npt.NDArray[np.uint16] | npt.NDArray[np.uint32]
 MaskArray = npt.NDArray[np.uint8]
 
 # Counts include all shards before; `digest` is the sha256 of the shard's file, `fingerprint` that of the list up to here.
-_NOTHING = "0" * 16  # the fingerprint of no shard
-_COUNTS = ("documents", "tokens", "loss_tokens", "num_bytes")
-RECORD = np.dtype([*((name, "<u8") for name in _COUNTS), ("is_masked", "<u8"), ("digest", "V32"), ("fingerprint", "V8")])
+NO_SHARDS = "0" * 16  # the fingerprint of no shard
+COUNTS = ("documents", "tokens", "loss_tokens", "num_bytes")
+RECORD = np.dtype([*((name, "<u8") for name in COUNTS), ("is_masked", "<u8"), ("digest", "V32"), ("fingerprint", "V8")])
 
 
 class Shard(NamedTuple):
@@ -63,7 +59,7 @@ class ShardWriter:
     def __init__(self, folder: Path, *, vocab_size: int, shard_tokens: int = SHARD_TOKENS) -> None:
         folder.mkdir(parents=True)
         self.num_documents = self.num_tokens = 0
-        self.fingerprint = _NOTHING
+        self.fingerprint = NO_SHARDS
         self._folder = folder
         self._dtype = token_dtype(vocab_size)
         self._shard_tokens = shard_tokens
@@ -106,7 +102,7 @@ class ShardWriter:
         record["num_bytes"] += self._num_bytes
         record["is_masked"] = is_masked
         record["digest"] = np.void(hashlib.sha256(data).digest())
-        self.fingerprint = _chained(self.fingerprint, record)
+        self.fingerprint = chained(self.fingerprint, record)
         record["fingerprint"] = np.void(bytes.fromhex(self.fingerprint))
         with open_durable(self._folder / shard_name(self._number)) as file:
             file.write(data)
@@ -117,114 +113,7 @@ class ShardWriter:
         self._empty()
 
 
-class ShardSet:
-    """A split of a source, open for reading; safe to share between threads."""
-
-    def __init__(self, folder: Path, *, vocab_size: int, tokenizer_fingerprint: str, eos_id: int) -> None:
-        self.folder = folder
-        self.tokenizer_fingerprint = tokenizer_fingerprint
-        self.eos_id = eos_id
-        self._dtype = token_dtype(vocab_size)
-        index = _read_index(folder / INDEX)
-        self._records = index
-        self.ends_of_documents: Int64Array = index["documents"].astype(np.int64)  # up to the end of each shard
-        self.ends_of_tokens: Int64Array = index["tokens"].astype(np.int64)
-        last = index[-1] if len(index) else np.zeros((), RECORD)
-        self.num_shards = len(index)
-        self.num_documents, self.num_tokens, self.num_loss_tokens, self.num_bytes = (int(last[name]) for name in _COUNTS)
-        self.fingerprint: str = self.fingerprint_up_to(len(index))
-        self.shard = functools.lru_cache(OPEN_SHARDS)(self._map)
-        for number in range(min(len(index), SIZES_CHECKED)):
-            self._check_size(number)
-
-    @classmethod
-    def open(cls, path: str | Path, source: str, split: str) -> ShardSet:
-        """Open a split of a source in a prepared folder; `verify` checks its bytes.
-
-        Raises UserError when the folder or a file is missing, or a file has the wrong size.
-        """
-        manifest = read_data_manifest(path)
-        names = ("vocab_size", "tokenizer_fingerprint", "eos_id")
-        shards = cls(Path(path) / source / split, **{name: manifest[name] for name in names})
-        if shards.fingerprint != manifest["sources"][source]["splits"][split]["fingerprint"]:
-            raise UserError(f"{shards.folder / INDEX} is not the one that the manifest describes; prepare the data again.")
-        return shards
-
-    def fingerprint_up_to(self, num_shards: int) -> str:
-        """Return the fingerprint of the first shards."""
-        return str(self._records["fingerprint"][num_shards - 1].tobytes().hex()) if num_shards else _NOTHING
-
-    def document(self, index: int, start: int = 0, stop: int | None = None) -> tuple[TokenArray, MaskArray | None]:
-        """Return ids and loss mask (None = all ones) of a document, or of its tokens `start:stop`, without copying."""
-        number = bisect.bisect_right(self.ends_of_documents, index)
-        shard, local = self.shard(number), index - self.first_document(number)
-        begin, end = int(shard.ends[local - 1]) if local else 0, int(shard.ends[local])
-        place = slice(begin + start, end if stop is None else min(begin + stop, end))
-        return shard.tokens[place], None if shard.mask is None else shard.mask[place]
-
-    def first_document(self, number: int) -> int:
-        """Return the number of the first document of a shard."""
-        return int(self.ends_of_documents[number - 1]) if number else 0
-
-    def lengths(self, number: int) -> Int64Array:
-        """Return the tokens of each document of a shard."""
-        lengths: Int64Array = np.diff(self.shard(number).ends, prepend=np.uint32(0)).astype(np.int64)
-        return lengths
-
-    def documents(self) -> Iterator[list[int]]:
-        """Yield the ids of every document in order, each ended by the end-of-text token."""
-        for index in range(self.num_documents):
-            yield self.document(index)[0].tolist()
-
-    @property
-    def file_bytes(self) -> int:
-        """Return the size of all shards."""
-        masked = np.diff(self.ends_of_tokens, prepend=0)[self._records["is_masked"] > 0].sum()
-        return int(4 * self.num_documents + self._dtype.itemsize * self.num_tokens + masked)
-
-    def verify(self) -> list[str]:
-        """Hash every file and return one sentence for each that is missing or changed."""
-        problems, fingerprint = [], _NOTHING
-        for number in range(self.num_shards):
-            path, fingerprint = self.folder / shard_name(number), _chained(fingerprint, self._records[number])
-            if fingerprint != self.fingerprint_up_to(number + 1):
-                return [f"{self.folder / INDEX} has changed since it was written, from the record of {path.name} on."]
-            if not path.is_file():
-                problems.append(f"{path} is missing.")
-            elif sha256_file(path) != self._records["digest"][number].tobytes().hex():
-                problems.append(f"{path} has changed since it was prepared (its sha256 is not the index's).")
-        return problems
-
-    def _counts(self, number: int) -> tuple[int, int, bool]:
-        """Return the documents and tokens of one shard, and whether it has a mask."""
-        before = self._records[number - 1] if number else np.zeros((), RECORD)
-        here = self._records[number]
-        return (int(here["documents"] - before["documents"]), int(here["tokens"] - before["tokens"]), bool(here["is_masked"]))
-
-    def _size(self, number: int) -> int:
-        documents, tokens, is_masked = self._counts(number)
-        return 4 * documents + tokens * (self._dtype.itemsize + is_masked)
-
-    def _check_size(self, number: int) -> Path:
-        path, expected = self.folder / shard_name(number), self._size(number)
-        try:
-            size = path.stat().st_size
-        except FileNotFoundError:
-            raise UserError(f"{path} is missing; prepare the data again.") from None
-        if size != expected:
-            raise UserError(f"{path} has {size} bytes instead of {expected}: it is torn or changed; prepare the data again.")
-        return path
-
-    def _map(self, number: int) -> Shard:
-        path, (documents, tokens, is_masked) = self._check_size(number), self._counts(number)
-        data = np.asarray(np.memmap(path, np.uint8, "r"))  # a plain array slices twice as fast
-        middle = 4 * documents
-        end = middle + tokens * self._dtype.itemsize
-        mask = data[end:] if is_masked else None
-        return Shard(data[:middle].view("<u4"), data[middle:end].view(self._dtype), mask)
-
-
-def _chained(before: str, record: np.void | npt.NDArray[Any]) -> str:
+def chained(before: str, record: np.void | npt.NDArray[Any]) -> str:
     """Return the fingerprint of a shard list from that of the list before its last record, and that record."""
     return hashlib.sha256(bytes.fromhex(before) + record.tobytes()[: -len(before) // 2]).hexdigest()[: len(before)]
 
@@ -232,12 +121,6 @@ def _chained(before: str, record: np.void | npt.NDArray[Any]) -> str:
 def shard_name(number: int) -> str:
     """Return the name of a shard's file."""
     return f"shard-{number:07d}.bin"
-
-
-def open_split(path: str | Path, split: str) -> list[ShardSet]:
-    """Open a split of every source of a prepared folder that has it."""
-    sources = read_data_manifest(path)["sources"]
-    return [ShardSet.open(path, source, split) for source, entry in sources.items() if split in entry["splits"]]
 
 
 def read_data_manifest(path: str | Path) -> dict[str, Any]:
@@ -256,11 +139,3 @@ def data_fingerprint(manifest: Mapping[str, Any]) -> str:
     """Return what identifies the training data of all sources of a prepared folder, in their order."""
     found = [entry["splits"]["train"]["fingerprint"] for entry in manifest["sources"].values()]
     return str(found[0]) if len(found) == 1 else fingerprint(found)
-
-
-def _read_index(path: Path) -> npt.NDArray[Any]:
-    """Return the records of an index; a torn last one, which a killed writer leaves, does not count."""
-    if not path.is_file():
-        raise UserError(f"{path} is missing; prepare the data again.")
-    data = path.read_bytes()
-    return np.frombuffer(data, RECORD, len(data) // RECORD.itemsize)

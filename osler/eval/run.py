@@ -17,7 +17,7 @@ from typing import Any
 from osler.config.recipe import parse_overrides
 from osler.config.schema import decode, encode
 from osler.data.readers import TextFiles
-from osler.data.shards import ShardSet, open_split
+from osler.data.shard_set import ShardSet, open_split
 from osler.eval.config import CLINIC_EXAM, EvalConfig
 from osler.eval.exams import score_by_generation, score_by_likelihood
 from osler.eval.likelihood import batches, measure, windows

@@ -110,7 +110,10 @@ class Trainer(ABC):
 
     @abstractmethod
     def advance(self) -> dict[str, float] | None:
-        """Make one step. Return the metrics if a line of metrics is due, else None."""
+        """Make one step. Return the metrics if a line of metrics is due, else None.
+
+        Raises AskedToStop, on every rank and before the step, when the run is asked to stop while it waits for data.
+        """
 
     @abstractmethod
     def shown(self, metrics: Mapping[str, float]) -> dict[str, str]:
@@ -193,7 +196,12 @@ class Loop:
     def _iterate(self) -> bool:
         """Make one step, then save and evaluate if due. Return False if the run stops here."""
         trainer = self.trainer
-        line = trainer.advance()
+        try:
+            line = trainer.advance()
+        except AskedToStop:  # while it waited for data
+            self.save()
+            self.world.broadcast_from_first(lambda: self.saver.wait(needed=True))
+            return False
         fault("train-step")
         stopping = self._agree_to_stop()
         if line is not None:

@@ -13,12 +13,13 @@ from osler.data.mixture import Mixture
 from osler.data.order import Order
 from osler.data.packing import MixedPacking, StreamPacking, WholePacking
 from osler.data.prepared import Prepared
-from osler.data.shards import ShardSet
+from osler.data.shard_set import ShardSet
 from osler.eval.likelihood import BATCH_TOKENS, batches, windows
 from osler.runtime.errors import UserError
 from osler.runtime.world import World
 from osler.train.config import TrainConfig
 
+EVALUATED_SHARDS = 8  # of each held-out set, while a run goes on
 VALIDATION_SEED = 0  # held-out rows are the same whatever the seed of the run
 
 
@@ -63,6 +64,14 @@ def packing_of(config: TrainConfig, order: Order, seq_len: int, first_token: int
     if config.packs_whole:
         return WholePacking(order, seq_len, prompt_loss=prompt_loss, drop_torn=config.drops_torn)
     return StreamPacking(order, seq_len, first_token=first_token, prompt_loss=prompt_loss)
+
+
+def heads(held_out: Sequence[ShardSet]) -> list[ShardSet]:
+    """Return what evaluations during a run read of each held-out set: the first shards, about a million tokens.
+
+    So they take the same time and the same documents all along, also while a stream is being prepared.
+    """
+    return [head for shards in held_out if (head := shards.head(EVALUATED_SHARDS)).num_documents]
 
 
 def held_out_batches(config: TrainConfig, held_out: Sequence[ShardSet]) -> Iterator[tuple[Tensor, ...]]:

@@ -14,7 +14,8 @@ import torch
 from osler.checkpoint import store
 from osler.data.config import ClinicData, PreparedData, sources_of
 from osler.data.prepared import open_prepared
-from osler.data.shards import ShardSet
+from osler.data.shard_set import ShardSet
+from osler.data.stream import wait_together
 from osler.eval.exams import greedy, shared_exam
 from osler.eval.likelihood import measure
 from osler.inference.engine import InferenceEngine
@@ -34,7 +35,7 @@ from osler.tasks.item import ExamItem
 from osler.tasks.registry import load_clinic
 from osler.tokenizer.bpe import Tokenizer
 from osler.tokenizer.round_trip import refuse_missing_bytes
-from osler.train.batches import held_out_batches, make_loader
+from osler.train.batches import heads, held_out_batches, make_loader
 from osler.train.config import TrainConfig
 from osler.train.setup import (
     check_branch,
@@ -144,10 +145,11 @@ def held_out_loss(
     """Return a function that measures the held-out loss, and for text its bits per byte. The ranks share the batches."""
 
     def evaluate() -> dict[str, float]:
-        if not held_out:
+        read = wait_together(lambda: heads(held_out), engine.world, "The evaluation")
+        if not read:
             return {}
-        num_bytes = sum(shards.num_bytes for shards in held_out)
-        score = measure(engine.plain_model(model, dtype), held_out_batches(config, held_out), num_bytes, engine.world)
+        num_bytes = sum(shards.num_bytes for shards in read)
+        score = measure(engine.plain_model(model, dtype), held_out_batches(config, read), num_bytes, engine.world)
         if config.kind == "sft":
             return {"eval/loss": score.loss}
         return {"eval/loss": score.loss, "eval/bits_per_byte": score.bits_per_byte}

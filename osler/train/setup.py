@@ -216,13 +216,16 @@ def check_lengths(config: TrainConfig, prepared: Prepared, max_seq_len: int) -> 
 
 def tell_of_repeats(config: TrainConfig, prepared: Prepared, consumed: ConsumedData) -> None:
     """Warn when the data are less than one row; note when the run repeats them so often that repeats teach little."""
+    if not prepared.is_complete:  # it becomes known while the run goes on
+        return
     tokens, most = prepared.num_tokens, WORTHWHILE_EPOCHS[config.kind]
     if tokens < config.seq_len:
         logger.warning(
             f"the data are {tokens:,} tokens, less than one row of seq_len {config.seq_len}. Give more data, or set a "
             "smaller seq_len."
         )
-    by_source = consumed.planned_epochs(config.total_tokens)
+    planned = consumed.planned_tokens(config.total_tokens)
+    by_source = {source.name: planned[source.name] / source.train.num_tokens for source in prepared.sources}
     name, epochs = max(by_source.items(), key=lambda item: item[1])
     if config.max_minutes is None and epochs > most:
         what = f"its {tokens:,} tokens" if len(by_source) == 1 else f"the source {name}"

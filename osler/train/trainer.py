@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -23,7 +23,8 @@ from torch import Tensor
 from osler.checkpoint import store
 from osler.data.consumed import ConsumedData
 from osler.data.curriculum import rows_per_micro_batch
-from osler.data.loader import Batch, StagedLoader
+from osler.data.loader import Batch, StagedLoader, WorkAhead
+from osler.data.stream import wait_for_batches
 from osler.model.transformer import nan_gradient_unless_finite
 from osler.monitor.collect import has_learned, step_stats
 from osler.monitor.history import RunSettings
@@ -119,6 +120,9 @@ class SupervisedTrainer(Trainer):
     ) -> None:
         super().__init__(config, run, learner, total=config.total_tokens, lines_every=config.log_every_steps)
         self.batches, self.consumed, self.timeline = loader.batches, ConsumedData(loader), config.timeline
+        self.shards = loader.shards
+        # While one rank does not know all shards, the ranks must agree before each step that all of them have its data.
+        self.is_prepared = bool(self.world.all_reduce_min(all(part.is_complete for part in self.shards))[0])
         self.held_out, self.exam = held_out, exam
         self.train_step = TrainStep(
             learner,
@@ -131,7 +135,7 @@ class SupervisedTrainer(Trainer):
         self.window: list[list[float]] = []  # loss, gradient norm and skip flag of each step since the last line
         self.on_device: list[StepResult] = []  # the same, not fetched yet
         self.first_step = 0  # that this process makes
-        self.iterator: Iterator[Batch] = iter(())  # of batches, from ``begin`` to ``close``
+        self.iterator: WorkAhead | Generator[Batch, None, None] | None = None  # from ``begin`` to ``close``
         self.has_replanned = False
         self.since = (0, 0.0)  # tokens and time from which the next line measures the speed
 
@@ -149,16 +153,20 @@ class SupervisedTrainer(Trainer):
     # -- steps -----------------------------------------------------------------------------------------------------------
 
     def begin(self) -> None:
-        self.iterator = self.batches(self.step, self.incidents.data_offset)
+        self.close()
+        batches = self.batches(self.step, self.incidents.data_offset)
+        self.iterator = batches if self.is_prepared else wait_for_batches(batches, self.shards, self.world)
         self.first_step = self.first_step or self.step + 1
         self.since = self.tokens, time.monotonic()
 
     def close(self) -> None:
-        self.iterator = iter(())  # the loader's threads end here, and not when the trainer is garbage
+        if self.iterator is not None:
+            self.iterator.close()
 
     def advance(self) -> dict[str, float] | None:
         middle, scale = self._schedule(self.step)
         set_hyperparameters(self.learner.optimizer, self.config.optim, scale, middle, self.total)
+        assert self.iterator is not None
         self.on_device.append(self.train_step(self.collector.fetch(self.iterator, self.step + 1)))
         self.step += 1
         # What compiles tells neither the speed nor the time left.

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from osler.data.shards import ShardSet, ShardWriter
+from osler.data.shard_set import ShardSet
+from osler.data.shards import ShardWriter
 from osler.tokenizer.bpe import Tokenizer
 
 EOS_ID = 0

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from osler.data.order import WINDOW_SHARDS, Order
 from osler.data.packing import StreamPacking, WholePacking, best_fit
-from osler.data.shards import ShardSet
+from osler.data.shard_set import ShardSet
 from osler.ops.labels import IGNORED
 
 LENGTHS = [5, 2, 40, 9, 9, 130, 3, 17, 2, 33]  # 250 tokens; one document is several rows long

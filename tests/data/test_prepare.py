@@ -14,7 +14,8 @@ from osler.data.documents import Corpus, Document
 from osler.data.prepare import STALE_SECONDS
 from osler.data.prepare import prepare as prepare_sources
 from osler.data.prepared import open_prepared
-from osler.data.shards import ShardSet, read_data_manifest
+from osler.data.shard_set import ShardSet
+from osler.data.shards import read_data_manifest
 from osler.runtime import faults
 from osler.runtime.errors import UserError
 from osler.tokenizer.bpe import Tokenizer

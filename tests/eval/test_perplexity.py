@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from osler.data.shards import ShardSet, ShardWriter
+from osler.data.shard_set import ShardSet
+from osler.data.shards import ShardWriter
 from osler.eval.likelihood import batches, measure, windows
 from osler.model.config import ModelConfig
 from osler.model.transformer import Transformer

@@ -1,0 +1,293 @@
+"""Open a split of a source for reading, finished or while it is being written."""
+
+from __future__ import annotations
+
+import bisect
+import copy
+import functools
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from osler.data.shards import (
+    INDEX,
+    NO_SHARDS,
+    RECORD,
+    Int64Array,
+    MaskArray,
+    Shard,
+    TokenArray,
+    chained,
+    read_data_manifest,
+    shard_name,
+    token_dtype,
+)
+from osler.runtime.errors import UserError
+from osler.runtime.files import sha256_file, write_atomic
+
+OPEN_SHARDS = 128  # memory maps that are kept open
+SIZES_CHECKED = 4096  # shards, whose files' sizes are checked when a split is opened: a second of work on a slow disk
+EVICTED = "evicted"  # beside an index: how many of the first shards were deleted to keep within a disk budget
+
+
+class NotPreparedYet(Exception):
+    """What is asked for lies in shards that are still being written; ask again later. The message says what there is."""
+
+
+class Growth(Protocol):
+    """What a reader knows of the preparation that writes the shards it reads."""
+
+    def is_finished(self) -> bool:
+        """Return whether nothing more will be written; raises UserError when the preparation ended before that."""
+
+
+class _Index(NamedTuple):
+    """The records of the shards so far, and how many documents and tokens there are up to the end of each."""
+
+    records: npt.NDArray[Any]
+    ends_of_documents: Int64Array
+    ends_of_tokens: Int64Array
+
+    @classmethod
+    def of(cls, records: npt.NDArray[Any]) -> _Index:
+        return cls(records, records["documents"].astype(np.int64), records["tokens"].astype(np.int64))
+
+
+class ShardSet:
+    """A split of a source, open for reading; safe to share between threads.
+
+    With a `growth` the split is still being written: `refresh` takes in new shards until `is_complete`.
+    """
+
+    def __init__(
+        self, folder: Path, *, vocab_size: int, tokenizer_fingerprint: str, eos_id: int, growth: Growth | None = None
+    ) -> None:
+        self.folder = folder
+        self.tokenizer_fingerprint = tokenizer_fingerprint
+        self.eos_id = eos_id
+        self._dtype = token_dtype(vocab_size)
+        self._growth = growth
+        self._lock = threading.Lock()
+        self._index = _Index.of(_read_index(folder / INDEX, np.zeros(0, RECORD), must_exist=growth is None))
+        self.shard = functools.lru_cache(OPEN_SHARDS)(self._map)
+        evicted = num_evicted(folder)
+        for number in range(evicted, min(self.num_shards, evicted + SIZES_CHECKED)):
+            self._check_size(number)
+
+    @classmethod
+    def open(cls, path: str | Path, source: str, split: str) -> ShardSet:
+        """Open a split of a source in a prepared folder; `verify` checks its bytes.
+
+        Raises UserError when the folder or a file is missing, or a file has the wrong size.
+        """
+        manifest = read_data_manifest(path)
+        names = ("vocab_size", "tokenizer_fingerprint", "eos_id")
+        shards = cls(Path(path) / source / split, **{name: manifest[name] for name in names})
+        if shards.fingerprint != manifest["sources"][source]["splits"][split]["fingerprint"]:
+            raise UserError(f"{shards.folder / INDEX} is not the one that the manifest describes; prepare the data again.")
+        return shards
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether this reader knows all shards that there will be."""
+        return self._growth is None
+
+    def refresh(self) -> None:
+        """Take in the shards that were written since; raises UserError when the preparation ended before its end."""
+        with self._lock:
+            if self._growth is None:
+                return
+            is_finished = self._growth.is_finished()  # asked first: what was written before that is in the index now
+            records = _read_index(self.folder / INDEX, self._index.records, must_exist=False)
+            if len(records) > self.num_shards:
+                self._index = _Index.of(records)
+            if is_finished:
+                self._growth = None
+
+    def head(self, num_shards: int) -> ShardSet:
+        """Return the first shards as a split of its own, complete; raises NotPreparedYet when they are not there yet."""
+        if self.num_shards < num_shards and not self.is_complete:
+            self.refresh()
+            if self.num_shards < num_shards and not self.is_complete:
+                raise self.not_yet()
+        head = copy.copy(self)
+        head._index, head._growth = _Index.of(self._index.records[:num_shards]), None
+        return head
+
+    def not_yet(self) -> NotPreparedYet:
+        """Return the error that says how far the split is prepared."""
+        return NotPreparedYet(f"{self.folder} has {self.num_tokens:,} tokens so far")
+
+    @property
+    def num_shards(self) -> int:
+        """The shards so far."""
+        return len(self._index.records)
+
+    @property
+    def ends_of_documents(self) -> Int64Array:
+        """The documents up to the end of each shard."""
+        return self._index.ends_of_documents
+
+    @property
+    def ends_of_tokens(self) -> Int64Array:
+        """The tokens up to the end of each shard."""
+        return self._index.ends_of_tokens
+
+    @property
+    def num_documents(self) -> int:
+        """The documents so far."""
+        return self._count("documents")
+
+    @property
+    def num_tokens(self) -> int:
+        """The tokens so far."""
+        return self._count("tokens")
+
+    @property
+    def num_loss_tokens(self) -> int:
+        """The tokens so far that a loss mask lets learn."""
+        return self._count("loss_tokens")
+
+    @property
+    def num_bytes(self) -> int:
+        """The UTF-8 bytes of text so far."""
+        return self._count("num_bytes")
+
+    def _count(self, name: str) -> int:
+        records = self._index.records
+        return int(records[name][-1]) if len(records) else 0
+
+    def bytes_per_token(self, token: int) -> float:
+        """Return the bytes of text in a token on average, up to the end of the shard that this token of the first epoch is in."""
+        index = self._index
+        number = min(int(np.searchsorted(index.ends_of_tokens, token)), len(index.records) - 1)
+        return float(index.records["num_bytes"][number] / index.ends_of_tokens[number])
+
+    @property
+    def fingerprint(self) -> str:
+        """The fingerprint of the shards so far."""
+        return self.fingerprint_up_to(self.num_shards)
+
+    def fingerprint_up_to(self, num_shards: int) -> str:
+        """Return the fingerprint of the first shards."""
+        return str(self._index.records["fingerprint"][num_shards - 1].tobytes().hex()) if num_shards else NO_SHARDS
+
+    def document(self, index: int, start: int = 0, stop: int | None = None) -> tuple[TokenArray, MaskArray | None]:
+        """Return ids and loss mask (None = all ones) of a document, or of its tokens `start:stop`, without copying."""
+        number = bisect.bisect_right(self.ends_of_documents, index)
+        shard, local = self.shard(number), index - self.first_document(number)
+        begin, end = int(shard.ends[local - 1]) if local else 0, int(shard.ends[local])
+        place = slice(begin + start, end if stop is None else min(begin + stop, end))
+        return shard.tokens[place], None if shard.mask is None else shard.mask[place]
+
+    def first_document(self, number: int) -> int:
+        """Return the number of the first document of a shard."""
+        return int(self.ends_of_documents[number - 1]) if number else 0
+
+    def lengths(self, number: int) -> Int64Array:
+        """Return the tokens of each document of a shard."""
+        lengths: Int64Array = np.diff(self.shard(number).ends, prepend=np.uint32(0)).astype(np.int64)
+        return lengths
+
+    def documents(self) -> Iterator[list[int]]:
+        """Yield the ids of every document in order, each ended by the end-of-text token."""
+        for index in range(self.num_documents):
+            yield self.document(index)[0].tolist()
+
+    @property
+    def file_bytes(self) -> int:
+        """Return the size of all shards."""
+        masked = np.diff(self.ends_of_tokens, prepend=0)[self._index.records["is_masked"] > 0].sum()
+        return int(4 * self.num_documents + self._dtype.itemsize * self.num_tokens + masked)
+
+    def verify(self) -> list[str]:
+        """Hash every file and return one sentence for each that is missing or changed."""
+        problems, fingerprint = [], NO_SHARDS
+        evicted = num_evicted(self.folder)
+        for number in range(self.num_shards):
+            path, fingerprint = self.folder / shard_name(number), chained(fingerprint, self._index.records[number])
+            if fingerprint != self.fingerprint_up_to(number + 1):
+                return [f"{self.folder / INDEX} has changed since it was written, from the record of {path.name} on."]
+            if number < evicted:
+                continue
+            if not path.is_file():
+                problems.append(f"{path} is missing.")
+            elif sha256_file(path) != self._index.records["digest"][number].tobytes().hex():
+                problems.append(f"{path} has changed since it was prepared (its sha256 is not the index's).")
+        return problems
+
+    def _counts(self, number: int) -> tuple[int, int, bool]:
+        """Return the documents and tokens of one shard, and whether it has a mask."""
+        before = self._index.records[number - 1] if number else np.zeros((), RECORD)
+        here = self._index.records[number]
+        return (int(here["documents"] - before["documents"]), int(here["tokens"] - before["tokens"]), bool(here["is_masked"]))
+
+    def _size(self, number: int) -> int:
+        documents, tokens, is_masked = self._counts(number)
+        return 4 * documents + tokens * (self._dtype.itemsize + is_masked)
+
+    def _check_size(self, number: int) -> Path:
+        path, expected = self.folder / shard_name(number), self._size(number)
+        try:
+            size = path.stat().st_size
+        except FileNotFoundError:
+            if number < num_evicted(self.folder):
+                raise UserError(
+                    f"{path} was deleted to keep within data.disk_budget_gb, and is needed again. Delete "
+                    f"{self.folder.parents[1]}: then the same command prepares everything again, to the same bytes."
+                ) from None
+            raise UserError(f"{path} is missing; prepare the data again.") from None
+        if size != expected:
+            raise UserError(f"{path} has {size} bytes instead of {expected}: it is torn or changed; prepare the data again.")
+        return path
+
+    def _map(self, number: int) -> Shard:
+        path, (documents, tokens, is_masked) = self._check_size(number), self._counts(number)
+        data = np.asarray(np.memmap(path, np.uint8, "r"))  # a plain array slices twice as fast
+        middle = 4 * documents
+        end = middle + tokens * self._dtype.itemsize
+        mask = data[end:] if is_masked else None
+        return Shard(data[:middle].view("<u4"), data[middle:end].view(self._dtype), mask)
+
+
+def open_split(path: str | Path, split: str) -> list[ShardSet]:
+    """Open a split of every source of a prepared folder that has it."""
+    sources = read_data_manifest(path)["sources"]
+    return [ShardSet.open(path, source, split) for source, entry in sources.items() if split in entry["splits"]]
+
+
+def _read_index(path: Path, known: npt.NDArray[Any], *, must_exist: bool) -> npt.NDArray[Any]:
+    """Return the records of an index, of which some are `known`.
+
+    A torn last one, which a killed writer leaves, does not count.
+    """
+    if not path.is_file():
+        if must_exist:
+            raise UserError(f"{path} is missing; prepare the data again.")
+        return known
+    with open(path, "rb") as file:
+        file.seek(known.nbytes)
+        data = file.read()
+    new = np.frombuffer(data, RECORD, len(data) // RECORD.itemsize)
+    return np.concatenate([known, new]) if len(known) else new
+
+
+def num_evicted(folder: Path) -> int:
+    """Return how many of the first shards of a split were deleted to keep within a disk budget."""
+    try:
+        return int((folder / EVICTED).read_text())
+    except FileNotFoundError:
+        return 0
+
+
+def evict(folder: Path, num_shards: int) -> None:
+    """Delete the first shards of a split. The record of it comes first, so a kill half way is no damage."""
+    if num_shards > num_evicted(folder):
+        write_atomic(folder / EVICTED, str(num_shards).encode())
+    for path in folder.glob(shard_name(0).replace("0", "?")):
+        if path.name < shard_name(num_shards):
+            path.unlink(missing_ok=True)
