@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import cycle
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -121,11 +121,11 @@ MARKED = ("Loss", "Reward")  # the charts that show when things happened
 
 
 class Figure(NamedTuple):
-    """A chart as it is drawn, with the text next to it; without a finite point the drawing is empty."""
+    """A chart with the text next to it; without a finite point the drawing is empty."""
 
     spec: Spec
     lines: list[Line]
-    drawing: str
+    drawing: dict[str, Any]
 
 
 def figure(

@@ -1,6 +1,6 @@
 """The report: one self-contained HTML page about a run, written into its folder as `report.html`; and the door to Jinja2.
 
-Whatever a run wrote is escaped; the drawings of ``svg.py`` escape their own text. A page fetches nothing: style, script and
+Whatever a run wrote is escaped. A page fetches nothing: style, script and
 charts are in it, the fonts are the reader's, and a content policy forbids the browser to load anything. All of it can be read
 without the script, which adds read-outs on the curves and the switch between light and dark.
 """
@@ -21,7 +21,7 @@ from markupsafe import Markup
 
 from osler.config.recipe import dump_yaml
 from osler.records.results import SampledAnswer
-from osler.report import charts, words
+from osler.report import charts, svg, words
 from osler.report import format as fmt
 from osler.report.read import RunRecord, StageLog, read_run, stage_rank
 from osler.report.words import stage_colour, stage_title
@@ -159,4 +159,5 @@ PAGES = jinja2.Environment(
     loader=jinja2.PackageLoader("osler.report"), autoescape=True, undefined=jinja2.StrictUndefined,
     trim_blocks=True, lstrip_blocks=True,
 )  # fmt: skip
-PAGES.globals |= {"fmt": fmt, "words": words, "dump_yaml": dump_yaml, "isfinite": math.isfinite, "place": place}
+PAGES.globals |= {"fmt": fmt, "svg": svg, "words": words, "dump_yaml": dump_yaml, "isfinite": math.isfinite, "place": place}
+PAGES.policies["json.dumps_kwargs"] = {"separators": (",", ":")}

@@ -1,16 +1,15 @@
-"""Charts drawn as SVG text: no library, no network, themed by the page's CSS.
+"""Charts of lines as the numbers that the template draws (`chart` in `parts.html`): no library, themed by the page's CSS.
 
-Every function returns one `<svg>` element. Colours are classes (`c0`, `c1`, ...) that the style sheet gives a colour in
-light and in dark; text sizes too, so that a narrow screen can enlarge them. Coordinates are those of the viewBox.
+Colours are classes (`c0`, `c1`, ...) that the style sheet gives a colour in light and in dark. Coordinates are those of the
+viewBox.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -55,16 +54,16 @@ class Band(NamedTuple):
 
 @dataclass
 class Scale:
-    """A linear map from values to coordinates; a value outside lands on the edge."""
+    """A linear map from values to coordinates, of one decimal; a value outside lands on the edge."""
 
     low: float
     high: float
     start: float
     end: float
 
-    def __call__(self, value: float) -> float:
-        inside = min(max(value, self.low), self.high)
-        return self.start + (inside - self.low) / (self.high - self.low) * (self.end - self.start)
+    def __call__(self, value: Any) -> Any:
+        inside = np.clip(value, self.low, self.high)
+        return np.round(self.start + (inside - self.low) / (self.high - self.low) * (self.end - self.start), 1)
 
 
 def nice_ticks(low: float, high: float, target: int = 5) -> list[float]:
@@ -114,44 +113,45 @@ def thinned(x: Numbers, y: Numbers) -> tuple[Numbers, Numbers]:
 def line_chart(
     lines: Sequence[Line], *, title: str, kind: str = "number", zero: bool = False, over: str = "step",
     marks: Sequence[tuple[float, str, str]] = (), band: Band | None = None,
-) -> str:  # fmt: skip
-    """Draw curves over steps with axes and ticks; empty text when no line has a finite point.
+) -> dict[str, Any]:  # fmt: skip
+    """Return the parts of a chart: curves over steps with axes and ticks; none when no line has a finite point.
 
     kind: how values are written, see `format.value`. zero: the value axis starts at zero. over: what x counts, `step` or
     `tokens`. marks: (x, css class, meaning) of upright lines. band: an area behind the curves.
     """
     finite = [line.y[np.isfinite(line.y)] for line in lines]
     if not sum(map(len, finite)):
-        return ""
+        return {}
     if band:
         finite += [band.low, band.high]
     first, last = (float(end(end(line.x) for line in lines if len(line.x))) for end in (min, max))
     x_low, x_high = (first, last) if last > first else (first - 1, last + 1)
     low, high, above = value_range(np.concatenate(finite), zero)
-    y_ticks = nice_ticks(low, high, 5)
-    sx = Scale(x_low, x_high, LEFT, WIDTH - RIGHT)
-    sy = Scale(y_ticks[0], y_ticks[-1], HEIGHT - BOTTOM, TOP)
-    parts = [_axes(sx, sy, first, last, y_ticks, kind, over), _area(band, sx, sy) if band else "", _marks(marks, sx)]
-    shown = []
+    rows = nice_ticks(low, high, 5)
+    columns = [x for x in nice_ticks(first, last, 6) if first <= x <= last and abs(x - round(x)) < 1e-9]  # whole numbers
+    sx, sy = Scale(x_low, x_high, LEFT, WIDTH - RIGHT), Scale(rows[0], rows[-1], HEIGHT - BOTTOM, TOP)
+    curves, shown = [], []
     for line in lines:
         smooth = line.smooth and np.isfinite(line.y).sum() >= SMOOTH_FROM
-        colour = f"c{line.colour}"
         x, y = thinned(line.x, line.y)
-        parts.append(_curve(x, y, sx, sy, f"{colour} raw" if smooth else f"{colour} line"))
+        curves.append((line.colour, "raw" if smooth else "line", *_path(x, y, sx, sy)))
         if smooth:
             at, level = averaged(line.x, np.minimum(line.y, sy.high))  # a spike above the axis must not bend the level
-            parts.append(_curve(at, smoothed(level), sx, sy, f"{colour} line"))
+            curves.append((line.colour, "line", *_path(at, smoothed(level), sx, sy)))
         values = [float(f"{v:.5g}") if math.isfinite(v) else None for v in y]
         shown.append({"label": line.label, "c": line.colour, "x": x.tolist(), "y": values})
-    if above:
-        parts.append(_text(LEFT + 6, TOP + 10, f"↑ {above} above the axis"))
-    parts.append(f'<line class="hair" y1="{TOP}" y2="{HEIGHT - BOTTOM}" x1="0" x2="0" visibility="hidden"/>')
-    axes = {"x": [x_low, x_high, LEFT, WIDTH - RIGHT], "y": [sy.low, sy.high, sy.start, sy.end]}
-    data = {"kind": kind, "over": over, **axes, "lines": shown}
-    # In single quotes the many double quotes of JSON need no escape; they would double the page.
-    encoded = escape(json.dumps(data, separators=(",", ":")), quote=False).replace("'", "&#39;")
-    attrs = f"data-chart='{encoded}' tabindex=\"0\""
-    return _svg("".join(parts), WIDTH, HEIGHT, _spoken(title, lines, kind, over), "chart", attrs)
+    axes = {"x": [x_low, x_high, sx.start, sx.end], "y": [sy.low, sy.high, sy.start, sy.end]}
+    return {
+        "spoken": f"{title}: {'; '.join(_spoken(line, kind, over) for line in lines if np.isfinite(line.y).any())}.",
+        "rows": [(sy(y), fmt.tick(y, kind)) for y in rows],
+        "columns": [(sx(x), fmt.tick(x)) for x in columns],
+        "area": _points(*thinned(band.x, band.high), sx, sy) + _points(*thinned(band.x, band.low), sx, sy)[::-1] if band else [],
+        # At most one of a class on a pixel: a thousand alerts are one thick line and not a thousand.
+        "marks": {(round(sx(at)), css): meaning for at, css, meaning in marks if x_low <= at <= x_high},
+        "curves": curves,
+        "above": above,
+        "data": {"kind": kind, "over": over, **axes, "lines": shown},  # for the script
+    }
 
 
 def value_range(finite: Sequence[float] | Numbers, zero: bool) -> tuple[float, float, int]:
@@ -172,79 +172,24 @@ def value_range(finite: Sequence[float] | Numbers, zero: bool) -> tuple[float, f
     return low, high, over
 
 
-def _axes(sx: Scale, sy: Scale, first: float, last: float, y_ticks: list[float], kind: str, over: str) -> str:
-    """Draw lines of the grid with their values, and whole numbers of steps or tokens beneath."""
-    floor, right = HEIGHT - BOTTOM, WIDTH - RIGHT
-    out = []
-    for value in y_ticks:
-        label = fmt.tick(value, kind)
-        out += [_line("grid", LEFT, right, sy(value), sy(value)), _text(LEFT - 8, sy(value) + 4, label, "end")]
-    out.append(_line("axis", LEFT, right, floor, floor))
-    for value in nice_ticks(first, last, 6):
-        if first <= value <= last and abs(value - round(value)) < 1e-9:
-            x = sx(value)
-            anchor = "end" if x > right - 10 else "start" if x < LEFT + 4 else "middle"
-            out += [_line("axis", x, x, floor, floor + 4), _text(x, floor + 18, fmt.tick(value), anchor)]
-    return "".join([*out, _text(LEFT - 8, floor + 18, over, "end")])
+def _points(x: Numbers, y: Numbers, sx: Scale, sy: Scale) -> list[str]:
+    """Return the coordinates of points."""
+    return [f"{a:g} {b:g}" for a, b in zip(sx(x), sy(y), strict=True)]
 
 
-def _area(band: Band, sx: Scale, sy: Scale) -> str:
-    """Draw a band as one shape, along its upper edge and back along its lower one."""
-    there = list(zip(*thinned(band.x, band.high), strict=True))
-    back = list(zip(*thinned(band.x, band.low), strict=True))[::-1]
-    points = " ".join(f"{_c(sx(x))} {_c(sy(y))}" for x, y in there + back)
-    return f'<path class="c5 area" d="M{points}Z"/>'
+def _path(x: Numbers, y: Numbers, sx: Scale, sy: Scale) -> tuple[str, list[list[str]]]:
+    """Return a path that NaN breaks; and the points that get a dot: those that stand alone, and all of a short line."""
+    known, points = np.isfinite(y), _points(x, y, sx, sy)
+    runs = [list(run) for is_known, run in groupby(range(len(y)), known.__getitem__) if is_known]
+    path = " ".join("M" + " ".join(points[i] for i in run) for run in runs if len(run) > 1)
+    return path, [points[i].split() for run in runs for i in run if known.sum() <= 24 or len(run) == 1]
 
 
-def _marks(marks: Sequence[tuple[float, str, str]], sx: Scale) -> str:
-    """Draw upright lines, at most one of a class on a pixel: a thousand alerts are one thick line and not a thousand."""
-    drawn = {(round(sx(at)), css): meaning for at, css, meaning in marks if sx.low <= at <= sx.high}
-    return "".join(_line(f"mark {css}", x, x, TOP, HEIGHT - BOTTOM, meaning) for (x, css), meaning in drawn.items())
-
-
-def _curve(x: Numbers, y: Numbers, sx: Scale, sy: Scale, css: str) -> str:
-    """Draw a path that NaN breaks; points that stand alone, and all points of a short line, get a dot."""
-    runs: list[list[tuple[str, str]]] = [[]]
-    for a, b in zip(x, y, strict=True):
-        if math.isfinite(b):
-            runs[-1].append((_c(sx(a)), _c(sy(b))))
-        elif runs[-1]:
-            runs.append([])
-    path = " ".join("M" + " ".join(f"{a} {b}" for a, b in run) for run in runs if len(run) > 1)
-    few = sum(map(len, runs)) <= 24
-    dots = [point for run in runs if few or len(run) == 1 for point in run]
-    out = f'<path class="{css}" d="{path}"/>' if path else ""
-    return out + "".join(f'<circle class="{css.split()[0]} dot" cx="{a}" cy="{b}" r="2.8"/>' for a, b in dots)
-
-
-def _spoken(title: str, lines: Sequence[Line], kind: str, over: str) -> str:
-    """Describe a chart to readers who cannot see it: where each line starts and ends."""
-    spoken = []
-    for line in lines:
-        known = np.flatnonzero(np.isfinite(line.y))
-        if len(known):
-            first, last = (
-                f"{fmt.value(line.y[end], kind)} at "
-                + (f"step {fmt.count(line.x[end])}" if over == "step" else f"{fmt.count(line.x[end])} {over}")
-                for end in (known[0], known[-1])
-            )
-            spoken.append(f"{line.label} from {first} to {last}")
-    return f"{title}: {'; '.join(spoken)}."
-
-
-def _svg(body: str, width: float, height: float, title: str, css: str, attrs: str = "") -> str:
-    box = f'viewBox="0 0 {width:g} {height:g}"'
-    return f'<svg class="{css}" {box} role="img" {attrs}><title>{escape(title)}</title>{body}</svg>'
-
-
-def _line(css: str, x1: float, x2: float, y1: float, y2: float, meaning: str = "") -> str:
-    title = f"<title>{escape(meaning)}</title>" if meaning else ""
-    return f'<line class="{css}" x1="{_c(x1)}" x2="{_c(x2)}" y1="{_c(y1)}" y2="{_c(y2)}">{title}</line>'
-
-
-def _text(x: float, y: float, text: str, anchor: str = "start", css: str = "tick") -> str:
-    return f'<text class="{css}" text-anchor="{anchor}" x="{_c(x)}" y="{_c(y)}">{escape(text)}</text>'
-
-
-def _c(value: float) -> str:
-    return f"{value:.1f}".rstrip("0").rstrip(".")
+def _spoken(line: Line, kind: str, over: str) -> str:
+    """Say to readers who cannot see a line where it starts and ends."""
+    known = np.flatnonzero(np.isfinite(line.y))
+    ends = []
+    for end in (known[0], known[-1]):
+        place = fmt.count(line.x[end])
+        ends.append(f"{fmt.value(line.y[end], kind)} at {f'step {place}' if over == 'step' else f'{place} {over}'}")
+    return f"{line.label} from {ends[0]} to {ends[1]}"

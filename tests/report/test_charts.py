@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import html
 import itertools
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,30 +17,30 @@ import pytest
 from osler.monitor.metrics import METRICS
 from osler.report import format as fmt
 from osler.report import svg
-from osler.report.charts import FAMILIES, OTHER, Figure, bundle, by_layer, charts_of, family_of, kind_of
+from osler.report.charts import FAMILIES, OTHER, bundle, by_layer, charts_of, family_of, kind_of
 from osler.report.curves import Series
+from osler.report.page import PAGES
 from osler.report.read import StageLog
 from osler.report.svg import Line, averaged, line_chart, nice_ticks, smoothed, thinned
 
+PARTS = PAGES.get_template("parts.html").module
+FLOOR, LEFT, RIGHT = svg.HEIGHT - svg.BOTTOM, svg.LEFT, svg.WIDTH - svg.RIGHT
 
-@pytest.mark.parametrize(
-    ("low", "high"), [(0, 1), (2.05, 8.3), (-0.3, 0.7), (0, 41_000), (1e-5, 3e-4), (3, 3), (0, 0), (-5, -1)]
-)
+
+@pytest.mark.parametrize(("low", "high"), [(0, 1), (2.05, 8.3), (-0.3, 0.7), (0, 41_000), (1e-5, 3e-4), (3, 3), (0, 0), (-5, -1)])
 def test_ticks_are_round_even_and_cover_the_range(low: float, high: float) -> None:
     ticks = nice_ticks(low, high)
     step = ticks[1] - ticks[0]
-    assert ticks[0] <= low and ticks[-1] >= high
-    assert 2 <= len(ticks) <= 9
+    assert ticks[0] <= low and ticks[-1] >= high and 2 <= len(ticks) <= 9
     assert all(b - a == pytest.approx(step) for a, b in itertools.pairwise(ticks))
     assert min(abs(step / 10 ** math.floor(math.log10(step)) - m) for m in (1, 2, 2.5, 5, 10)) < 1e-9
 
 
 def test_smoothing_keeps_constants_lags_not_and_keeps_gaps() -> None:
     assert smoothed([3.0] * 100) == pytest.approx([3.0] * 100)
-    ramp = smoothed([float(i) for i in range(200)])
-    assert ramp[100] == pytest.approx(100)
+    assert smoothed(range(200))[100] == pytest.approx(100)
     broken = smoothed([1.0] * 50 + [math.nan] + [1.0] * 50)
-    assert math.isnan(broken[50]) and sum(math.isnan(v) for v in broken) == 1
+    assert math.isnan(broken[50]) and np.isnan(broken).sum() == 1
 
 
 def test_thinning_keeps_ends_extremes_and_gaps() -> None:
@@ -56,21 +55,20 @@ def test_a_long_curve_is_smoothed_from_means_and_keeps_long_gaps() -> None:
     x, y = np.arange(100_000.0), np.tile([1.0, 3.0], 50_000)
     y[7], y[60_000:70_000] = math.nan, math.nan
     at, level = averaged(x, y)
-    assert len(at) == len(level) <= svg.MAX_POINTS and at[0] > 0 and at[-1] < 99_999
     known = np.isfinite(level)
+    assert len(at) == len(level) <= svg.MAX_POINTS and at[0] > 0 and at[-1] < 99_999 and np.nanmax(abs(level - 2.0)) < 0.1
     assert not known[(at > 60_300) & (at < 69_700)].any() and known[(at < 59_700) | (at > 70_300)].all()
-    assert np.nanmax(abs(level - 2.0)) < 0.1
     assert [series.tolist() for series in averaged(x[:5], y[:5])] == [[0, 1, 2, 3, 4], [1, 3, 1, 3, 1]]
 
 
 def chart(y: Sequence[float] | npt.NDArray[np.float64], x: Sequence[int] | None = None, **how: Any) -> str:
     """One line over its places, or over x."""
-    return line_chart([Line(how.pop("label", "a"), range(len(y)) if x is None else x, y, 3)], title="T", **how)
+    return PARTS.chart(line_chart([Line(how.pop("label", "a"), range(len(y)) if x is None else x, y, 3)], title="T", **how))
 
 
 def readout(drawing: str) -> Any:
     (data,) = re.findall(r"data-chart='([^']+)'", drawing)
-    return json.loads(html.unescape(data))["lines"]
+    return json.loads(data)["lines"]
 
 
 def path_data(drawing: str) -> list[str]:
@@ -87,17 +85,16 @@ def test_a_chart_of_a_long_curve_shows_its_extremes() -> None:
 def test_a_band_and_marks_lie_where_the_axes_say() -> None:
     band = svg.Band(np.array([0, 10]), np.array([0.0, 0.0]), np.array([4.0, 4.0]))
     drawing = chart([1.0, 3.0], [0, 10], band=band, marks=[(5, "alert", "<x>"), (11, "alert", "outside")])
-    left, right, floor = svg.LEFT, svg.WIDTH - svg.RIGHT, svg.HEIGHT - svg.BOTTOM
-    assert f'<path class="c5 area" d="M{left} {svg.TOP} {right} {svg.TOP} {right} {floor} {left} {floor}Z"/>' in drawing
-    assert drawing.count('class="mark') == 1 and f'x1="{(left + right) / 2:.0f}"' in drawing and "&lt;x&gt;" in drawing
+    assert path_data(drawing)[0] == f"M{LEFT} {svg.TOP} {RIGHT} {svg.TOP} {RIGHT} {FLOOR} {LEFT} {FLOOR}Z"
+    assert drawing.count('class="mark') == 1 and f'x1="{(LEFT + RIGHT) / 2:.0f}"' in drawing and "&lt;x&gt;" in drawing
 
 
 def test_values_land_where_the_axis_says() -> None:
     drawing = chart([0.0, 1.0, 0.5], [0, 50, 100], kind="percent", zero=True)
-    floor, left, right = svg.HEIGHT - svg.BOTTOM, svg.LEFT, svg.WIDTH - svg.RIGHT
-    middle = (floor + svg.TOP) / 2
-    assert path_data(drawing) == [f"M{left} {floor} {(left + right) // 2} {svg.TOP} {right} {middle:g}"]
+    assert path_data(drawing) == [f"M{LEFT} {FLOOR} {(LEFT + RIGHT) // 2} {svg.TOP} {RIGHT} {(FLOOR + svg.TOP) / 2:g}"]
     assert ">100%</text>" in drawing and ">60</text>" in drawing
+    low, high, above = svg.value_range([0.0, 0.0], False)
+    assert low == 0.0 < high and not above, "nothing but zeros stands on the axis"
 
 
 def test_a_gap_breaks_the_line_and_a_lone_point_is_a_dot() -> None:
@@ -105,21 +102,13 @@ def test_a_gap_breaks_the_line_and_a_lone_point_is_a_dot() -> None:
     assert path_data(drawing)[0].count("M") == 2 and drawing.count("<circle") == 5 and "nan" not in drawing.lower()
     one = chart([2.0], [5])
     assert one.count("<circle") == 1 and "nan" not in one and not path_data(one)
-    assert chart([math.nan, math.nan]) == line_chart([], title="T") == ""
+    assert line_chart([Line("a", [0, 1], [math.nan, math.nan], 0)], title="T") == line_chart([], title="T") == {}
 
 
-def test_nothing_but_zeros_stands_on_the_axis() -> None:
-    low, high, above = svg.value_range([0.0, 0.0], False)
-    assert low == 0.0 < high and not above
-
-
-def test_the_readout_holds_the_logged_values() -> None:
-    drawing = chart([0.12345, math.nan, 7.0], label="<a> & b")
-    assert readout(drawing) == [{"label": "<a> & b", "c": 3, "x": [0, 1, 2], "y": [0.12345, None, 7.0]}]
-    assert "<title>T: &lt;a&gt; &amp; b from 0.123 at step 0 to 7.000 at step 2.</title>" in drawing
-
-
-def test_a_chart_over_tokens_says_so() -> None:
+def test_the_readout_and_the_words_hold_the_logged_values() -> None:
+    drawing = chart([0.12345, math.nan, 7.0], label="<a> & b's")
+    assert readout(drawing) == [{"label": "<a> & b's", "c": 3, "x": [0, 1, 2], "y": [0.12345, None, 7.0]}]
+    assert "<title>T: &lt;a&gt; &amp; b&#39;s from 0.123 at step 0 to 7.000 at step 2.</title>" in drawing
     drawing = chart([8, 8, 64], [0, 4096, 200_000], kind="count", over="tokens", label="length")
     assert "<title>T: length from 8 at 0 tokens to 64 at 200k tokens.</title>" in drawing
     assert ">tokens</text>" in drawing and ">step</text>" not in drawing and ">200k</text>" in drawing
@@ -141,30 +130,29 @@ def test_the_farthest_layer_is_the_one_that_is_not_finite() -> None:
     assert [line.label for line in lines_] == ["layer 0"] and not len(band.x)
 
 
-def rest_of_charts(names: Iterable[str]) -> tuple[str, list[Figure]]:
+@pytest.mark.parametrize(
+    ("names", "family", "expected"),
+    [
+        ([f"rewards/r{i}/mean" for i in range(10)], "Reinforcement learning",
+         [[f"r{i}" for i in range(8)], ["r8", "r9"]]),
+        (["perf/data_ms", "perf/forward_ms", "perf/loading_ms"], "Performance",
+         [["data", "forward"], ["loading_ms"]]),
+    ],
+    ids=["of one row", "read beside one another"],
+)  # fmt: skip
+def test_metrics_that_belong_together_share_a_chart(names: list[str], family: str, expected: list[list[str]]) -> None:
     stage = StageLog(Path("none"))
     stage.log.curves = {name: Series([1], [1.0]) for name in names}
-    ((family, charts),) = charts_of(stage, 0)[1]
-    return family.title, charts
-
-
-def test_metrics_of_one_row_share_a_chart() -> None:
-    family, charts = rest_of_charts(f"rewards/r{i}/mean" for i in range(10))
-    assert family == "Reinforcement learning" and {line.colour for line in charts[0].lines} == set(range(8))
-    assert [[line.label for line in chart.lines] for chart in charts] == [[f"r{i}" for i in range(8)], ["r8", "r9"]]
-
-
-def test_metrics_that_are_read_beside_one_another_share_a_chart() -> None:
-    family, charts = rest_of_charts(f"perf/{part}_ms" for part in ("data", "forward", "loading"))
-    assert family == "Performance" and [line.label for line in charts[0].lines] == ["data", "forward"]
-    assert [chart.spec.title for chart in charts] == ["Where a step's time goes", "perf/loading_ms"]
-    for each in FAMILIES:
-        assert {family_of(row) for spec in each.charts for row, _ in spec.lines} <= {each}
+    ((found, charts),) = charts_of(stage, 0)[1]
+    assert found.title == family and [[line.label for line in chart.lines] for chart in charts] == expected
+    assert len({line.colour for line in charts[0].lines}) == len(charts[0].lines)
 
 
 def test_every_metric_of_the_table_has_a_family() -> None:
     assert [name for name in METRICS if family_of(name) is OTHER] == []
     assert family_of("train/grad_norm").title == "Gradients" and family_of("train/loss").title == "Quality"
+    for each in FAMILIES:
+        assert {family_of(row) for spec in each.charts for row, _ in spec.lines} <= {each}
 
 
 def test_layers_are_told_by_their_number() -> None:
