@@ -188,7 +188,7 @@ def test_from_text_to_shards_and_back(tmp_path, capsys):
     prepare = ["data", "prepare", str(notes), "data.holdout_fraction=0.25", "--tokenizer", tokenizer, "--out", str(shards)]
     assert cli.main(prepare) == 0
     rows = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines() if line}
-    assert (rows["train"][1], rows["validation"][1]) == ("9", "3")
+    assert (rows["train"][1], rows["validation"][1]) == ("10", "2")
     assert cli.main(prepare) == 0
     assert "exists already" in capsys.readouterr().out
 

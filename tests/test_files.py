@@ -17,8 +17,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from osler import files
-from osler.files import ROW_ENDINGS, TEXT_ENDINGS, decode_lines, ending, find_files, read_rows, read_text, shown
+from osler.files import rows as files
+from osler.files.find import ROW_ENDINGS, TEXT_ENDINGS, ending, find_files, shown
+from osler.files.rows import decode_lines, read_rows, read_texts
 from osler.runtime.errors import UserError
 
 ALL = (*ROW_ENDINGS, *TEXT_ENDINGS)
@@ -136,7 +137,7 @@ NOT_UTF8 = as_parquet(pa.table({"text": pa.array([b"fine", b"also", b"caf\xe9"],
 def refusal(path: Path, content: bytes, columns: list[str] | None = None) -> str:
     path.write_bytes(content)
     with pytest.raises(UserError) as caught:
-        read_text(path) if ending(path) in TEXT_ENDINGS else values(path, columns)
+        list(read_texts(path)) if ending(path) in TEXT_ENDINGS else values(path, columns)
     assert str(caught.value).isprintable()
     return str(caught.value)
 
@@ -192,7 +193,7 @@ def test_every_kind_that_is_named_is_read(tmp_path: Path) -> None:
         path = tmp_path / f"{number}{kind}"
         path.write_bytes(PARQUET if kind == ".parquet" else pack.get(path.suffix, bytes)(b'{"title": "a"}'))
     for file in find_files(tmp_path, named, key="x"):
-        content = read_text(file) if ending(file) in TEXT_ENDINGS else next(iter(read_rows(file))).values["title"]
+        content = next(read_texts(file)) if ending(file) in TEXT_ENDINGS else next(iter(read_rows(file))).values["title"]
         assert content in ("a", '{"title": "a"}')
 
 
@@ -206,7 +207,7 @@ def test_what_is_not_asked_for_or_only_looks_wrong_does_not_matter(tmp_path: Pat
     path.write_bytes(b"\n".join(lines))
     assert [row["a"] for row in values(path, ["a"])] == ["🧪", "n\0l", ""]
     (tmp_path / "b.txt").write_bytes(b"fever and\0 cough")
-    assert read_text(tmp_path / "b.txt") == "fever and\0 cough"
+    assert list(read_texts(tmp_path / "b.txt")) == ["fever and\0 cough"]
 
 
 def test_the_way_out_of_an_array_works(tmp_path: Path) -> None:

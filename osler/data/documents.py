@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
 
+from osler.files.parts import PART_BYTES, File, Part, Parts
+from osler.runtime.errors import UserError
 from osler.tokenizer.chat import Turn
-
-STRETCH_CHARACTERS = 1 << 25
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,12 @@ class Document:
         return not self.turn.question.strip() or not self.turn.answer.strip()
 
     def exact_digest(self) -> bytes:
-        """Return 8 bytes that identify the content to the character."""
-        return _digest(self.parts)
+        """Return 8 bytes that identify the content to the character; raises UserError for half a character."""
+        try:
+            return _digest(self.parts)
+        except UnicodeEncodeError as error:
+            where = self.where or "A document"
+            raise UserError(f"{where} holds half a character (a lone surrogate) at position {error.start}.") from None
 
     def split_key(self) -> int:
         """Return 64 bits that identify the content but for case and spacing; equal documents go to one side of a split."""
@@ -52,34 +57,81 @@ class Document:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Documents to train on, and to validate on; both can be iterated repeatedly and always give the same.
+    """Documents in parts: `read` gives those of a part, always the same, in any process (it can be pickled).
 
-    Without `validation` documents, a share `holdout_fraction` of the training documents, chosen by `seed`, takes their place.
+    `options` are what decides the documents besides the files: the column that is read, and so on. The files of `parts` are
+    what tells whether data have changed. Documents whose hash is below `holdout_fraction` are held out, unless there are
+    `validation` documents; `seed` decides the order in which parts and documents are taken.
     """
 
-    train: Iterable[Document]
-    validation: Iterable[Document] | None = None
+    parts: Parts | Sequence[Part]
+    read: Callable[[Part], Iterable[Document]]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    validation: Corpus | None = None
     holdout_fraction: float = 0.0
     seed: int = 0
 
+    @property
+    def files(self) -> Sequence[File]:
+        """Return the files of the parts."""
+        return self.parts.files if isinstance(self.parts, Parts) else list(dict.fromkeys(part.file for part in self.parts))
+
+    def order(self) -> npt.NDArray[np.int64]:
+        """Return the numbers of the parts in the order in which they are taken."""
+        return permutation(len(self.parts), self.seed, "parts")
+
+    def documents(self) -> Iterator[Document]:
+        """Yield all documents as they stand in the files."""
+        for part in self.parts:
+            yield from self.read(part)
+
 
 @dataclass(frozen=True)
-class Mixed:
-    """Documents in an order that mixes those within `STRETCH_CHARACTERS`: neighbours in a file or folder are often alike."""
+class _Memory:
+    """What stands for a file where documents are in memory."""
 
-    documents: Iterable[Document]
-    seed: int
+    name: str
+    size: int
+    stamp: str
 
-    def __iter__(self) -> Iterator[Document]:
-        stretch: list[Document] = []
-        characters = number = 0
-        for document in self.documents:
-            stretch.append(document)
-            characters += sum(map(len, document.parts))
-            if characters >= STRETCH_CHARACTERS:
-                yield from (stretch[place] for place in permutation(len(stretch), self.seed, number, "stretch"))
-                stretch, characters, number = [], 0, number + 1
-        yield from (stretch[place] for place in permutation(len(stretch), self.seed, number, "stretch"))
+    def open(self) -> IO[bytes]:
+        raise NotImplementedError
+
+    def check(self) -> None:
+        """Do nothing: memory does not change."""
+
+
+@dataclass(frozen=True)
+class _Held(Part):
+    """A part that brings its documents along."""
+
+    documents: tuple[Document, ...] = ()
+
+
+def _documents(part: Part) -> Iterable[Document]:
+    assert isinstance(part, _Held)
+    return part.documents
+
+
+def in_memory(
+    documents: Iterable[Document], validation: Corpus | None = None, holdout_fraction: float = 0.0, seed: int = 0
+) -> Corpus:
+    """Return a corpus of documents that are in memory, well mixed, because neighbours are often alike."""
+    given = list(documents)
+    digest = hashlib.sha256()
+    for document in given:
+        digest.update(document.exact_digest())
+    sizes = [sum(map(len, document.parts)) for document in given]
+    file = _Memory("documents", sum(sizes), digest.hexdigest()[:16])
+    parts, held, size, start = [], list[Document](), 0, 0
+    for place in permutation(len(given), seed, "documents").tolist():
+        held.append(given[place])
+        size += sizes[place]
+        if size >= PART_BYTES:
+            parts.append(_Held(file, start, start + size, tuple(held)))
+            held, size, start = [], 0, start + size
+    parts.append(_Held(file, start, start + size, tuple(held)))
+    return Corpus(parts, _documents, {}, validation, holdout_fraction, seed)
 
 
 def permutation(count: int, seed: int, *purpose: object) -> npt.NDArray[np.int64]:

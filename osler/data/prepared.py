@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from osler.data.shard_set import ShardSet
-from osler.data.shards import SPLITS, TOKENIZER, data_fingerprint, read_data_manifest
+from osler.data.shards import SPLITS, TOKENIZER, VALIDATION_PREFIX, data_fingerprint, read_data_manifest
 from osler.runtime.errors import UserError
 from osler.tokenizer.bpe import Tokenizer
 
@@ -31,6 +31,7 @@ class Prepared:
 
     folder: Path
     sources: Sequence[PreparedSource]
+    named_validation: Mapping[str, ShardSet]  # explicit validation sets
     fingerprint: str
     reused: bool
 
@@ -51,13 +52,21 @@ class Prepared:
 
     @property
     def validation(self) -> list[ShardSet]:
-        """Return what is held out of the sources that hold something out."""
-        return [source.validation for source in self.sources if source.validation is not None]
+        """Return the validation sets without their names."""
+        return list(self.validation_sets.values())
+
+    @property
+    def validation_sets(self) -> Mapping[str, ShardSet]:
+        """Return the explicit validation sets, or where there are none what is held out of sources, by name."""
+        held_out = {source.name: source.validation for source in self.sources if source.validation is not None}
+        return self.named_validation or held_out
 
 
 def open_folder(out: Path, *, reused: bool = True) -> Prepared:
     """Open a folder of shards and log what is in it; raises UserError when something is missing or torn."""
     manifest = read_data_manifest(out)
+    if not manifest["complete"]:
+        raise UserError(f"The data in {out} are not complete: the command that began to prepare them goes on with it.")
     sources = []
     for name, entry in manifest["sources"].items():
         train, validation = (ShardSet.open(out, name, split) if split in entry["splits"] else None for split in SPLITS)
@@ -70,7 +79,8 @@ def open_folder(out: Path, *, reused: bool = True) -> Prepared:
         copies = f"; dropped {entry['dropped_copies']:,} copies of validation" if entry["dropped_copies"] else ""
         place = out if len(manifest["sources"]) == 1 else out / name
         logger.info(f"{verb} {place}: {train.num_documents:,} documents, {train.num_tokens:,} tokens{held}{empty}{copies}")
-    return Prepared(out, sources, data_fingerprint(manifest), reused)
+    named = {name: ShardSet.open(out, f"{VALIDATION_PREFIX}{name}", SPLITS[1]) for name in manifest["validation"]}
+    return Prepared(out, sources, named, data_fingerprint(manifest), reused)
 
 
 def open_prepared(folder: str | Path, tokenizer: Tokenizer, whose: str = "of the run") -> Prepared:

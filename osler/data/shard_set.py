@@ -17,6 +17,7 @@ from osler.data.shards import (
     INDEX,
     NO_SHARDS,
     RECORD,
+    VALIDATION_PREFIX,
     Int64Array,
     MaskArray,
     Shard,
@@ -87,7 +88,8 @@ class ShardSet:
         manifest = read_data_manifest(path)
         names = ("vocab_size", "tokenizer_fingerprint", "eos_id")
         shards = cls(Path(path) / source / split, **{name: manifest[name] for name in names})
-        if shards.fingerprint != manifest["sources"][source]["splits"][split]["fingerprint"]:
+        entry = manifest["sources"].get(source) or manifest["validation"][source.removeprefix(VALIDATION_PREFIX)]
+        if shards.fingerprint != entry["splits"][split]["fingerprint"]:
             raise UserError(f"{shards.folder / INDEX} is not the one that the manifest describes; prepare the data again.")
         return shards
 

@@ -13,7 +13,8 @@ which exact resume depends on; every record has the one of the list up to it, wh
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,14 +22,17 @@ import numpy as np
 import numpy.typing as npt
 
 from osler.runtime.errors import UserError
-from osler.runtime.files import fingerprint, fsync_dir, open_durable, read_json
+from osler.runtime.faults import fault
+from osler.runtime.files import fingerprint, fsync_dir, no_pause, open_durable, read_json
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 DATA_MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"  # of the shards
 INDEX = "index.bin"
 SPLITS = ("train", "validation")
+VALIDATION_PREFIX = "validation."  # of the folder of a named validation set; no source has a point in its name
 SHARD_TOKENS = 1 << 20
+FIRST_SHARD_TOKENS = 1 << 17  # each of the next shards may be twice as large, so that a run on data to come begins soon
 
 Int64Array = npt.NDArray[np.int64]
 TokenArray = npt.NDArray[np.uint16] | npt.NDArray[np.uint32]
@@ -54,35 +58,43 @@ def token_dtype(vocab_size: int) -> np.dtype[Any]:
 
 
 class ShardWriter:
-    """Writes a split into a folder that does not exist yet; `close` writes the last shard."""
+    """Writes a split into a folder, after the shards that are there already; `close` writes the last one.
+
+    What is added must follow the documents of these shards, which are `num_documents` at the start.
+    """
 
     def __init__(self, folder: Path, *, vocab_size: int, shard_tokens: int = SHARD_TOKENS) -> None:
-        folder.mkdir(parents=True)
-        self.num_documents = self.num_tokens = 0
-        self.fingerprint = NO_SHARDS
+        folder.mkdir(parents=True, exist_ok=True)
+        self.before_shard: Callable[[], None] = no_pause  # called before the file of a shard is written
         self._folder = folder
         self._dtype = token_dtype(vocab_size)
         self._shard_tokens = shard_tokens
-        self._record = np.zeros((), RECORD)
-        self._number = 0
+        self._number, self._record = _last_record(folder / INDEX)
+        self.num_documents, self.num_tokens = int(self._record["documents"]), int(self._record["tokens"])
+        self.fingerprint = self._record["fingerprint"].tobytes().hex() if self._number else NO_SHARDS
         self._empty()
 
-    def add(self, ids: Sequence[int], mask: Sequence[int] | None, num_bytes: int) -> None:
+    def add(self, ids: Sequence[int] | TokenArray, mask: Sequence[int] | MaskArray | None, num_bytes: int) -> None:
         """Append one document: its ids, loss mask (None: all are learned) and number of UTF-8 bytes of text."""
-        if self._ends and self._ends[-1] + len(ids) > self._shard_tokens:
-            self._write_shard()
+        limit = min(self._shard_tokens, FIRST_SHARD_TOKENS << min(self._number, 32))
+        if self._ends and self._ends[-1] + len(ids) > limit:
+            self.cut()
         self._tokens.append(np.asarray(ids, self._dtype).tobytes())
         self._masks.append(None if mask is None else bytes(mask))
         self._ends.append(len(ids) + (self._ends[-1] if self._ends else 0))
-        self._loss_tokens += len(ids) if mask is None else sum(mask)
+        self._loss_tokens += len(ids) if mask is None else int(sum(mask))
         self._num_bytes += num_bytes
         self.num_documents += 1
         self.num_tokens += len(ids)
 
-    def close(self) -> None:
-        """Write the last shard; everything is on the disk when it returns."""
+    def cut(self) -> None:
+        """Write what was added since the last shard as a shard, if anything was."""
         if self._ends:
             self._write_shard()
+
+    def close(self) -> None:
+        """Write the last shard; everything is on the disk when it returns."""
+        self.cut()
         fsync_dir(self._folder)
 
     def _empty(self) -> None:
@@ -104,9 +116,12 @@ class ShardWriter:
         record["digest"] = np.void(hashlib.sha256(data).digest())
         self.fingerprint = chained(self.fingerprint, record)
         record["fingerprint"] = np.void(bytes.fromhex(self.fingerprint))
+        self.before_shard()
+        fault("write-shard")
         with open_durable(self._folder / shard_name(self._number)) as file:
             file.write(data)
         fsync_dir(self._folder)  # the index never names a shard that a power cut takes away
+        fault("write-index")
         with open_durable(self._folder / INDEX, "ab") as file:
             file.write(record.tobytes())
         self._number += 1
@@ -139,3 +154,15 @@ def data_fingerprint(manifest: Mapping[str, Any]) -> str:
     """Return what identifies the training data of all sources of a prepared folder, in their order."""
     found = [entry["splits"]["train"]["fingerprint"] for entry in manifest["sources"].values()]
     return str(found[0]) if len(found) == 1 else fingerprint(found)
+
+
+def _last_record(path: Path) -> tuple[int, npt.NDArray[Any]]:
+    """Return how many records an index has, and the last; a torn one, which a killed writer leaves, is removed."""
+    count, torn = divmod(path.stat().st_size if path.exists() else 0, RECORD.itemsize)
+    if torn:
+        os.truncate(path, count * RECORD.itemsize)
+    if not count:
+        return 0, np.zeros((), RECORD)
+    with open(path, "rb") as file:
+        file.seek((count - 1) * RECORD.itemsize)
+        return count, np.frombuffer(file.read(), RECORD)[0].copy()

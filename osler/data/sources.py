@@ -7,13 +7,17 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from osler.clinic.exam import drills
 from osler.clinic.textbook import cards, textbook
-from osler.data.config import ClinicData, FilesData, TextData, TurnsData, sources_of
-from osler.data.documents import Corpus, Document
-from osler.data.prepare import held_out, prepare
+from osler.data.config import ClinicData, FilesData, MixtureData, TextData, TurnsData, sources_of
+from osler.data.documents import Corpus, Document, in_memory
+from osler.data.holdout import HeldOut, find_limits
+from osler.data.prepare import prepare
 from osler.data.prepared import Prepared
 from osler.data.readers import TextFiles, TurnFiles
+from osler.files.parts import Parts
 from osler.runtime.errors import UserError
 from osler.tasks.item import ExamItem, render_answer, render_question
 from osler.tasks.registry import exam_item, load_clinic
@@ -23,17 +27,18 @@ from osler.tokenizer.config import BPEConfig, SuperBPEConfig
 from osler.tokenizer.train import train
 
 SAMPLE_CHARS = 1 << 16  # the sample for a tokenizer takes or leaves pieces of this length
+SAMPLE_PARTS, SAMPLE_PART_CHARS = 64, 1 << 24  # parts of a source that it is drawn from, and how much of each at most
 VALIDATION_SEED_SHIFT = 1_000_003  # so that no nearby seed for training gives the passages of validation
 
 
-def open_clinic(data: ClinicData) -> Corpus:
+def open_clinic(data: ClinicData, key: str) -> Corpus:
     """Render the clinic's textbook, exam questions with reasoning, and drills."""
     train = _clinic_documents(data.seed, data.passages, "train", data.examples)
     train += [Document(text=text, where="clinic cards") for text in cards(data.seed, data.cards)]
     train += [_worked_example(exam_item(item)) for item in drills(data.seed, data.drills)]
     seed = data.seed + VALIDATION_SEED_SHIFT
     validation = _clinic_documents(seed, data.validation_passages, "validation", data.validation_examples)
-    return Corpus(train, validation or None, 0.0, data.seed)
+    return in_memory(train, in_memory(validation, seed=data.seed) if validation else None, 0.0, data.seed)
 
 
 def _clinic_documents(seed: int, passages: int, split: str, examples: int) -> list[Document]:
@@ -49,34 +54,43 @@ def _worked_example(item: ExamItem) -> Document:
     return Document(turn=turn, where=item.id)
 
 
-def open_files(data: FilesData) -> Corpus:
+def open_files(data: FilesData, key: str) -> Corpus:
     """Read text of one's own."""
-    return Corpus(TextFiles(data.path, data.field), None, data.holdout_fraction, data.seed)
+    reader = TextFiles(data.path, data.field, f"{key}.path", f"{key}.field")
+    return Corpus(Parts(reader.files()), reader.read, {"field": data.field}, None, data.holdout_fraction, data.seed)
 
 
-def open_turns(data: TurnsData) -> Corpus:
+def open_turns(data: TurnsData, key: str) -> Corpus:
     """Read questions and answers of one's own."""
-    files = TurnFiles(data.path, data.question_field, data.thinking_field, data.answer_field)
-    return Corpus(files, None, data.holdout_fraction, data.seed)
+    fields = (data.question_field, data.thinking_field, data.answer_field)
+    reader = TurnFiles(data.path, *fields, key)
+    return Corpus(Parts(reader.files()), reader.read, {"fields": list(fields)}, None, data.holdout_fraction, data.seed)
 
 
-CORPORA: dict[type, Callable[[Any], Corpus]] = {ClinicData: open_clinic, FilesData: open_files, TurnsData: open_turns}
+# From the class of a source to what opens it; the text is where the config has the source, for messages.
+CORPORA: dict[type, Callable[[Any, str], Corpus]] = {ClinicData: open_clinic, FilesData: open_files, TurnsData: open_turns}
 
 
 def open_corpora(data: TextData) -> dict[str, Corpus]:
-    """Open the corpora of the sources in a config, by name; files are read when a corpus is iterated."""
-    return {name: CORPORA[type(source)](source) for name, source in sources_of(data).items()}
+    """Open the corpora of the sources in a config, by name; files are read when a corpus is."""
+    return {name: CORPORA[type(source)](source, key) for name, source, key in _keyed(data)}
+
+
+def _keyed(data: TextData) -> Iterator[tuple[str, ClinicData | FilesData | TurnsData, str]]:
+    """Yield the name of each source, the source, and where it is in the config."""
+    for number, (name, source) in enumerate(sources_of(data).items()):
+        yield name, source, f"data.sources[{number}]" if isinstance(data, MixtureData) else "data"
 
 
 def check_sources(data: TextData) -> None:
     """Raise UserError when the files of a source do not exist, hold nothing, or their first document cannot be read."""
-    for source, corpus in zip(sources_of(data).values(), open_corpora(data).values(), strict=True):
+    for _, source, key in _keyed(data):
         if isinstance(source, ClinicData):
             continue
-        empty = _count_of_empty(corpus.train)
+        empty = _count_of_empty(CORPORA[type(source)](source, key).documents())
         if empty is not None:
             found = f"of {empty:,} documents {empty:,} are empty" if empty else "there are no documents"
-            raise UserError(f"There is nothing to learn from: {found} in data.path={source.path}.")
+            raise UserError(f"There is nothing to learn from: {found} in {key}.path={source.path}.")
 
 
 def _count_of_empty(documents: Iterable[Document]) -> int | None:
@@ -90,31 +104,38 @@ def _count_of_empty(documents: Iterable[Document]) -> int | None:
 
 
 def prepare_sources(
-    data: TextData, tokenizer: Tokenizer, out: str | Path, *, set_aside: bool = False, consent: str = ""
+    data: TextData, tokenizer: Tokenizer, out: str | Path, *, consent: str | None = "", processes: int | None = None
 ) -> Prepared:
     """Prepare the data of a config into the folder `out`; see `osler.data.prepare.prepare`."""
     check_sources(data)
     weights = [source.weight for source in sources_of(data).values()]
-    return prepare(open_corpora(data), tokenizer, out, weights=weights, set_aside=set_aside, consent=consent)
+    return prepare(open_corpora(data), tokenizer, out, weights=weights, consent=consent, processes=processes)
 
 
 def train_tokenizer(data: TextData, wanted: BPEConfig | SuperBPEConfig) -> Tokenizer:
     """Train a tokenizer on the training documents of a config, or on an even sample of about `wanted.max_bytes` of them.
 
-    Sources share the sample by their weights. Documents that `prepare` will hold out are left out. The sample is the same
-    every time.
+    Sources share the sample by their weights. Of a large source only some parts are read. Documents that `prepare` will hold
+    out are left out. The sample is the same every time.
     """
     check_sources(data)
     corpora, weights = open_corpora(data), [source.weight for source in sources_of(data).values()]
-    held = held_out(corpora.values())
+    held = HeldOut(find_limits(corpora), np.zeros(0, np.uint64))
 
     def texts() -> Iterator[str]:
         for corpus, weight in zip(corpora.values(), weights, strict=True):
-            total = sum(len(part.encode("utf-8", "replace")) for document in kept(corpus) for part in document.parts)
-            yield from _sample(kept(corpus), wanted.max_bytes * weight / sum(weights) / max(1, total))
+            total = sum(len(part.encode("utf-8", "replace")) for document in some(corpus) for part in document.parts)
+            yield from _sample(some(corpus), wanted.max_bytes * weight / sum(weights) / max(1, total))
 
-    def kept(corpus: Corpus) -> Iterator[Document]:
-        return (document for document in corpus.train if document.split_key() not in held)
+    def some(corpus: Corpus) -> Iterator[Document]:
+        for number in corpus.order()[:SAMPLE_PARTS].tolist():
+            characters = 0
+            for document in corpus.read(corpus.parts[number]):
+                if not held.has(document):
+                    yield document
+                characters += sum(map(len, document.parts))
+                if characters >= SAMPLE_PART_CHARS:
+                    break
 
     return train(texts(), wanted)
 

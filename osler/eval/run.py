@@ -223,7 +223,7 @@ def documents_at(path: str, field: str, tokenizer: Tokenizer) -> tuple[Iterator[
         raise UserError(f"{path} holds no text: there is nothing to measure.")
     round_trip = RoundTrip(tokenizer)
     round_trip.look(document.text for document in islice(source, LOOKED_AT))
-    round_trip.warn()
+    round_trip.losses.warn()
     documents = ([*tokenizer.encode(document.text), tokenizer.eos_id] for document in source if not document.is_empty)
     return documents, len(sizes), sum(sizes)
 

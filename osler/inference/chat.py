@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence, Set
 from dataclasses import replace
 from itertools import chain
 
-from osler.files import decode_lines
+from osler.files.rows import decode_lines
 from osler.inference.engine import InferenceEngine
 from osler.inference.load import LoadedModel, open_model
 from osler.ops.sampling_params import SamplingParams

@@ -61,8 +61,10 @@ def write_or_warn(path: str | os.PathLike[str], data: bytes | str) -> None:
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, option: str = "--run") -> Iterator[None]:
     """Lock a folder that is written to; raises UserError when another process of this machine has locked it.
+
+    The message names the ``option`` that chooses another folder.
 
     The lock is the system's, on the folder itself: it leaves no file, any process can ask for it, and it ends with the process in
     every case. Without such locks (Windows, some network disks) nothing is locked. The library ``filelock`` cannot do this: it
@@ -76,7 +78,7 @@ def locked(folder: Path) -> Iterator[None]:
             if is_locked(folder):
                 raise UserError(
                     f"Another process is at work on {folder}. Wait until it is done, stop it with Ctrl-C, or name another "
-                    "folder with --run."
+                    f"folder with {option}."
                 )
             time.sleep(0.01)  # another process only asks whether the folder is locked
         yield

@@ -13,7 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from osler.config.schema import PositiveInt, config
-from osler.files import ROW_ENDINGS, Row, find_files, read_rows, shown
+from osler.files.find import ROW_ENDINGS, find_files, shown
+from osler.files.rows import Row, read_rows
 from osler.runtime.errors import UserError
 from osler.tasks.answers import read_number
 from osler.tasks.item import LETTERS, ExamItem, plain

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from osler.clinic.exam import ClinicItem, drills, exam
 from osler.config.schema import TAGGED, PositiveInt, Seed, config
-from osler.files import ROW_ENDINGS, find_files
+from osler.files.find import ROW_ENDINGS, find_files
 from osler.tasks.exam_files import ExamFile, Gsm8kTask, MedmcqaTask, MedqaTask, PubmedqaTask, load_exam_file
 from osler.tasks.item import ExamItem
 

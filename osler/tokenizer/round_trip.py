@@ -11,6 +11,7 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 
 from osler.runtime.errors import UserError
 from osler.tokenizer.bpe import Tokenizer
@@ -26,37 +27,51 @@ _PROBES = [chr(code) for code in _CODES]
 _SPACES = re.compile(r"[\s\u2581]+")  # U+2581 is SentencePiece's space
 
 
+@dataclass
+class Losses:
+    """How many characters were looked at, lost and changed, and the first of what is lost (True) and of what is changed."""
+
+    chars: int = 0
+    lost: int = 0
+    changed: int = 0
+    examples: dict[bool, str] = field(default_factory=dict)
+
+    def add(self, other: Losses) -> None:
+        """Count what was seen elsewhere."""
+        self.chars, self.lost, self.changed = self.chars + other.chars, self.lost + other.lost, self.changed + other.changed
+        self.examples = {**other.examples, **self.examples}
+
+    def warn(self) -> None:
+        """Log a warning when the tokenizer changes the text."""
+        if self.changed:
+            example = self.examples.get(True) or self.examples.get(False, "")
+            logger.warning(
+                f"The tokenizer changes {self.changed / self.chars:.2%} of the text's characters: {example}. Bits per byte "
+                "count the bytes of the text as it was."
+            )
+
+
 class RoundTrip:
     """Counts the characters that a tokenizer loses or changes in the texts that it is shown."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._chars = self._lost = self._changed = 0
-        self._examples: dict[bool, str] = {}  # the first of what is lost, and of what is changed
+        self.losses = Losses()
 
     def look(self, texts: Iterable[str]) -> None:
         """Look at the start of each text. Raises UserError when too much is lost of what was seen so far."""
-        starts = [text[:SAMPLE_CHARS] for text in texts]
+        starts, seen = [text[:SAMPLE_CHARS] for text in texts], self.losses
         for text, back, lost in _read_back(self._tokenizer, starts):
-            self._chars += len(text)
-            self._lost += lost
-            self._changed += max(lost, _missing(text, back), _missing(back.strip(), text))
+            seen.chars += len(text)
+            seen.lost += lost
+            seen.changed += max(lost, _missing(text, back), _missing(back.strip(), text))
             if lost or back.strip() != text.strip():
-                self._examples.setdefault(lost > 0, _example(text, back))
-        if self._lost > (0 if self._tokenizer.is_byte_level else MAX_LOST * self._chars):
+                seen.examples.setdefault(lost > 0, _example(text, back))
+        if seen.lost > (0 if self._tokenizer.is_byte_level else MAX_LOST * seen.chars):
             raise UserError(
-                f"The tokenizer loses text: {self._examples[True]}; {self._lost / self._chars:.2%} of the characters looked at "
+                f"The tokenizer loses text: {seen.examples[True]}; {seen.lost / seen.chars:.2%} of the characters looked at "
                 "vanish. A model could not read them, and its bits per byte would be too good. Give another tokenizer.path, or "
                 "leave it out to train one on this text."
-            )
-
-    def warn(self) -> None:
-        """Log a warning when the tokenizer changes the text."""
-        if self._changed:
-            example = self._examples.get(True) or self._examples.get(False, "")
-            logger.warning(
-                f"The tokenizer changes {self._changed / self._chars:.2%} of the text's characters: {example}. Bits per byte "
-                "count the bytes of the text as it was."
             )
 
 

@@ -54,7 +54,7 @@ def check_plan(config: TrainConfig, *, is_new: bool) -> None:
         tokenizer = refuse_missing_bytes(Tokenizer.load(config.tokenizer.path))
         if not isinstance(config.data, PreparedData):
             for corpus in open_corpora(config.data).values():
-                RoundTrip(tokenizer).look(part for document in islice(corpus.train, LOOKED_AT) for part in document.parts)
+                RoundTrip(tokenizer).look(part for document in islice(corpus.documents(), LOOKED_AT) for part in document.parts)
 
 
 def check_branch(config: TrainConfig, start: store.Loaded) -> None:

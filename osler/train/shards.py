@@ -82,7 +82,7 @@ def _open(config: TrainConfig, run: RunFolder, tokenizer: Tokenizer, start: stor
             f"{folder}."
         )
         return open_prepared(folder, tokenizer)
-    return prepare_sources(data, tokenizer, folder, set_aside=config.allow_data_change, consent="allow_data_change=true")
+    return prepare_sources(data, tokenizer, folder, consent=None if config.allow_data_change else "allow_data_change=true")
 
 
 def _check_bytes(prepared: Prepared, run: RunFolder) -> None:

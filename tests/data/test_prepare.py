@@ -1,23 +1,25 @@
 """Preparation: nothing is lost or leaked, a folder is whole or absent, and reuse is exact."""
 
+import gzip
+import json
 import os
-import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pytest
 
-from osler.data.documents import Corpus, Document
-from osler.data.prepare import STALE_SECONDS
+from osler.data.documents import Corpus, Document, in_memory
 from osler.data.prepare import prepare as prepare_sources
 from osler.data.prepared import open_prepared
+from osler.data.readers import TextFiles
 from osler.data.shard_set import ShardSet
 from osler.data.shards import read_data_manifest
+from osler.files.parts import Parts
 from osler.runtime import faults
 from osler.runtime.errors import UserError
+from osler.runtime.files import locked
+from osler.runtime.stop import interruptible
 from osler.tokenizer.bpe import Tokenizer
 from osler.tokenizer.chat import Turn, encode_examples
 
@@ -49,7 +51,7 @@ def folders(path: Path) -> list[str]:
 
 
 def test_every_document_is_there_once_and_counts_are_true(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    prepared = prepare(Corpus(DOCUMENTS, holdout_fraction=0.1), tokenizer, tmp_path / "out")
+    prepared = prepare(in_memory(DOCUMENTS, holdout_fraction=0.1), tokenizer, tmp_path / "out")
     assert prepared.validation is not None and not prepared.reused
     train, held = decoded(prepared.train, tokenizer), decoded(prepared.validation, tokenizer)
     assert sorted(train + held) == sorted(TEXTS) and len(held) == 4
@@ -63,9 +65,9 @@ def test_every_document_is_there_once_and_counts_are_true(tmp_path: Path, tokeni
 
 
 def test_small_shards_hold_the_same_documents(tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    one = prepare(Corpus(DOCUMENTS), tokenizer, tmp_path / "one").train
-    monkeypatch.setattr("osler.data.prepare.SHARD_TOKENS", 100)
-    many = prepare(Corpus(DOCUMENTS), tokenizer, tmp_path / "many").train
+    one = prepare(in_memory(DOCUMENTS), tokenizer, tmp_path / "one").train
+    monkeypatch.setattr("osler.data.writing.SHARD_TOKENS", 100)
+    many = prepare(in_memory(DOCUMENTS), tokenizer, tmp_path / "many").train
     assert many.num_shards > 5
     assert decoded(one, tokenizer) == decoded(many, tokenizer) != sorted(decoded(one, tokenizer)) == sorted(TEXTS)
     ids, mask = many.document(39, 2, 5)
@@ -76,9 +78,9 @@ def test_the_fingerprints_are_these_in_every_version(tmp_path: Path) -> None:
     """A run goes on from what an older version prepared: if these change, it would refuse its own data."""
     tokenizer = Tokenizer.train(["fever and cough. "] * 20, 270)
     documents = [*DOCUMENTS[:9], Document(turn=Turn("Why?", "So.", "Yes (A)")), Document(text="")]
-    prepared = prepare(Corpus(documents, holdout_fraction=0.2, seed=3), tokenizer, tmp_path / "out")
+    prepared = prepare(in_memory(documents, holdout_fraction=0.2, seed=3), tokenizer, tmp_path / "out")
     found = (read_data_manifest(tmp_path / "out")["content_fingerprint"], prepared.train.fingerprint)
-    assert found == ("2ef0924d58f30df4", "df43f476c03d9f8e")
+    assert found == ("2d50648d6d0d8e73", "f2d2f7bbed288a8c")
 
 
 def test_large_vocabularies_take_four_bytes(make_shards) -> None:  # type: ignore[no-untyped-def]
@@ -89,11 +91,10 @@ def test_large_vocabularies_take_four_bytes(make_shards) -> None:  # type: ignor
 
 def test_turns_carry_their_loss_mask(tmp_path: Path, tokenizer: Tokenizer) -> None:
     turn = Turn("Why fever?", "Cough.", "Pneumonia")
-    shards = prepare(Corpus([Document(turn=turn), Document(text="prose")]), tokenizer, tmp_path / "out").train
+    shards = prepare(in_memory([Document(turn=turn), Document(text="prose")]), tokenizer, tmp_path / "out").train
     [(ids, mask)] = encode_examples(tokenizer, [turn])
-    stored_ids, stored_mask = shards.document(0)
+    (prose_ids, prose_mask), (stored_ids, stored_mask) = sorted(map(shards.document, range(2)), key=lambda found: len(found[0]))
     assert (stored_ids.tolist(), stored_mask is not None and stored_mask.tolist()) == (ids, mask)
-    prose_ids, prose_mask = shards.document(1)
     assert prose_mask is not None and prose_mask.tolist() == [1] * len(prose_ids)
     assert shards.num_loss_tokens == sum(mask) + len(prose_ids)
     assert shards.num_bytes == len("Why fever?Cough.Pneumoniaprose")
@@ -101,57 +102,65 @@ def test_turns_carry_their_loss_mask(tmp_path: Path, tokenizer: Tokenizer) -> No
 
 def test_empty_documents_are_skipped_and_counted(tmp_path: Path, tokenizer: Tokenizer) -> None:
     documents = [Document(text=""), *DOCUMENTS[:3], Document(text=" \n"), Document(turn=Turn("q", "t", ""))]
-    prepared = prepare(Corpus(documents, holdout_fraction=0.01), tokenizer, tmp_path / "out")
+    prepared = prepare(in_memory(documents, holdout_fraction=0.01), tokenizer, tmp_path / "out")
     assert read_data_manifest(tmp_path / "out")["sources"]["notes"]["empty_documents"] == 3
     assert prepared.validation is not None
     assert prepared.train.num_documents + prepared.validation.num_documents == 3
     with pytest.raises(UserError, match="nothing to learn from: of 1 documents 1 are empty"):
-        prepare(Corpus([Document(text="")]), tokenizer, tmp_path / "none")
+        prepare(in_memory([Document(text="")]), tokenizer, tmp_path / "none")
     with pytest.raises(UserError, match="nothing to learn from"):
-        prepare(Corpus([]), tokenizer, tmp_path / "none")
+        prepare(in_memory([]), tokenizer, tmp_path / "none")
     assert folders(tmp_path) == ["out"]
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_copies_of_held_out_documents_never_reach_train(tmp_path: Path, tokenizer: Tokenizer, seed: int) -> None:
+def test_copies_of_held_out_documents_never_reach_train(tmp_path: Path, tokenizer: Tokenizer) -> None:
     documents = [Document(text=text) for text in TEXTS for text in (text, text.upper(), text.replace(" ", "  "), text)]
-    prepared = prepare(Corpus(documents, holdout_fraction=0.25, seed=seed), tokenizer, tmp_path / "out")
+    prepared = prepare(in_memory(documents, holdout_fraction=0.25), tokenizer, tmp_path / "out")
     train, held = (
         {text.lower().split()[1] for text in decoded(shards, tokenizer)} for shards in (prepared.train, prepared.validation)
     )
-    assert len(held) == 10 and len(train) == 30 and not train & held
-    assert len(decoded(prepared.validation, tokenizer)) == 40
+    assert len(held) + len(train) == 40 and not train & held
+    assert len(decoded(prepared.validation, tokenizer)) == 4 * len(held) > 20
 
 
 def test_given_validation_documents_win_over_train(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    validation = [*DOCUMENTS[:5], Document(text="new")]
-    prepared = prepare(Corpus(DOCUMENTS, validation), tokenizer, tmp_path / "out")
-    assert sorted(decoded(prepared.train, tokenizer)) == sorted(TEXTS[5:])
-    assert sorted(decoded(prepared.validation, tokenizer)) == sorted([*TEXTS[:5], "new"])
-    assert read_data_manifest(tmp_path / "out")["sources"]["notes"]["dropped_copies"] == 5
+    """Those of a source, and those of a set of its own, which other sources hold copies of."""
+    own, elsewhere = in_memory([*DOCUMENTS[:5], Document(text="new")]), in_memory([*DOCUMENTS[3:8], Document(text="newer")])
+    corpora = {"a": in_memory(DOCUMENTS, own), "b": in_memory(DOCUMENTS[::-1])}
+    prepared = prepare_sources(corpora, tokenizer, tmp_path / "out", validation={"general": elsewhere})
+    for source in prepared.sources:
+        assert sorted(decoded(source.train, tokenizer)) == sorted(TEXTS[8:])
+        assert read_data_manifest(tmp_path / "out")["sources"][source.name]["dropped_copies"] == 8
+    assert sorted(decoded(prepared.sources[0].validation, tokenizer)) == sorted([*TEXTS[:5], "new"])
+    assert {*prepared.validation_sets} == {"general"} and prepared.sources[1].validation is None
+    assert sorted(decoded(prepared.validation_sets["general"], tokenizer)) == sorted([*TEXTS[3:8], "newer"])
+    assert prepare_sources(corpora, tokenizer, tmp_path / "out", validation={"general": elsewhere}).reused
     with pytest.raises(UserError, match="40 are copies of validation"):
-        prepare(Corpus(DOCUMENTS, DOCUMENTS), tokenizer, tmp_path / "none")
+        prepare(in_memory(DOCUMENTS, in_memory(DOCUMENTS)), tokenizer, tmp_path / "none")
+    assert folders(tmp_path) == ["out"]
 
 
 def test_a_source_of_which_another_holds_everything_out_is_named(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    two = Corpus(DOCUMENTS[:2], holdout_fraction=0.5)
+    two = in_memory(DOCUMENTS[:2], holdout_fraction=0.5)
     [held] = decoded(prepare(two, tokenizer, tmp_path / "alone").validation, tokenizer)
     with pytest.raises(UserError, match="nothing to learn from in the source b: of 1 documents 0 are empty and 1 are copies"):
-        prepare_sources({"a": two, "b": Corpus([Document(text=held)])}, tokenizer, tmp_path / "out")
+        prepare_sources({"a": two, "b": in_memory([Document(text=held)])}, tokenizer, tmp_path / "out")
     assert folders(tmp_path) == ["alone"]
 
 
-def test_holdout_depends_on_seed_and_content_not_on_order(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    def held(name: str, documents: list[Document], seed: int) -> set[str]:
-        prepared = prepare(Corpus(documents, holdout_fraction=0.2, seed=seed), tokenizer, tmp_path / name)
-        return set(decoded(prepared.validation, tokenizer))
+def test_what_is_held_out_depends_on_the_document_alone(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    def held(name: str, corpus: Corpus) -> set[str]:
+        return set(decoded(prepare(corpus, tokenizer, tmp_path / name).validation, tokenizer))
 
-    assert held("a", DOCUMENTS, 0) == held("b", DOCUMENTS[::-1], 0) != held("c", DOCUMENTS, 1)
+    chosen = held("a", in_memory(DOCUMENTS, holdout_fraction=0.2))
+    assert chosen == held("b", in_memory(DOCUMENTS[::-1], holdout_fraction=0.2, seed=1))
+    assert chosen & set(TEXTS[:20]) == held("c", in_memory(DOCUMENTS[:20], holdout_fraction=0.2))
+    assert chosen < held("d", in_memory(DOCUMENTS, holdout_fraction=0.4))
 
 
 @pytest.mark.parametrize(("count", "fraction", "expected"), [(1, 0.5, 0), (2, 0.01, 1), (2, 0.99, 1), (3, 0.0, 0)])
 def test_holdout_of_few_documents(tmp_path: Path, tokenizer: Tokenizer, count: int, fraction: float, expected: int) -> None:
-    prepared = prepare(Corpus(DOCUMENTS[:count], holdout_fraction=fraction), tokenizer, tmp_path / "out")
+    prepared = prepare(in_memory(DOCUMENTS[:count], holdout_fraction=fraction), tokenizer, tmp_path / "out")
     assert prepared.train.num_documents == count - expected
     assert (prepared.validation.num_documents if prepared.validation else 0) == expected
 
@@ -159,7 +168,7 @@ def test_holdout_of_few_documents(tmp_path: Path, tokenizer: Tokenizer, count: i
 def test_same_data_are_reused_and_other_data_refused(
     tmp_path: Path, tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out, corpus = tmp_path / "out", Corpus(DOCUMENTS, holdout_fraction=0.1)
+    out, corpus = tmp_path / "out", in_memory(DOCUMENTS, holdout_fraction=0.1)
     first = prepare(corpus, tokenizer, out)
     stamp = (out / "manifest.json").stat().st_mtime_ns
     capsys.readouterr()
@@ -168,9 +177,9 @@ def test_same_data_are_reused_and_other_data_refused(
     assert (out / "manifest.json").stat().st_mtime_ns == stamp
     assert "Reusing the data prepared in" in capsys.readouterr().err
 
-    others = [Corpus(DOCUMENTS, holdout_fraction=0.2), Corpus(DOCUMENTS, holdout_fraction=0.1, seed=1)]
-    for other in [*others, Corpus(DOCUMENTS[:-1], holdout_fraction=0.1)]:
-        with pytest.raises(UserError, match=r"another content: its fingerprint is [0-9a-f]{16}, now it is [0-9a-f]{16}"):
+    others = [in_memory(DOCUMENTS, holdout_fraction=0.2), in_memory(DOCUMENTS, holdout_fraction=0.1, seed=1)]
+    for other in [*others, in_memory(DOCUMENTS[:-1], holdout_fraction=0.1)]:
+        with pytest.raises(UserError, match=r"prepared with another content: .*(0\.2|seed is 0|bytes, it had)"):
             prepare(other, tokenizer, out)
     other_tokenizer = Tokenizer.train(TEXTS, 300)
     wanted = f"another tokenizer: its fingerprint is {tokenizer.fingerprint}, now it is {other_tokenizer.fingerprint}"
@@ -183,7 +192,7 @@ def test_same_data_are_reused_and_other_data_refused(
 
 def test_fingerprint_follows_the_tokens(tmp_path: Path, tokenizer: Tokenizer) -> None:
     prints = [
-        prepare(Corpus(documents), tokenizer, tmp_path / str(number)).train.fingerprint
+        prepare(in_memory(documents), tokenizer, tmp_path / str(number)).train.fingerprint
         for number, documents in enumerate([DOCUMENTS, DOCUMENTS, DOCUMENTS[::-1], DOCUMENTS[1:]])
     ]
     assert prints[0] == prints[1] and len(set(prints)) == 3
@@ -192,15 +201,15 @@ def test_fingerprint_follows_the_tokens(tmp_path: Path, tokenizer: Tokenizer) ->
 def test_a_folder_with_other_things_is_left_alone(tmp_path: Path, tokenizer: Tokenizer) -> None:
     (tmp_path / "precious.txt").write_text("mine")
     with pytest.raises(UserError, match="exists but is not a folder of prepared data"):
-        prepare(Corpus(DOCUMENTS), tokenizer, tmp_path)
+        prepare(in_memory(DOCUMENTS), tokenizer, tmp_path)
     assert (tmp_path / "precious.txt").read_text() == "mine"
     (tmp_path / "empty").mkdir()
-    assert prepare(Corpus(DOCUMENTS), tokenizer, tmp_path / "empty").train.num_documents == 40
+    assert prepare(in_memory(DOCUMENTS), tokenizer, tmp_path / "empty").train.num_documents == 40
 
 
 def test_damage_is_found(tmp_path: Path, tokenizer: Tokenizer) -> None:
     out = tmp_path / "out"
-    prepare(Corpus(DOCUMENTS), tokenizer, out)
+    prepare(in_memory(DOCUMENTS), tokenizer, out)
     shard, manifest = out / "notes" / "train" / "shard-0000000.bin", out / "manifest.json"
     whole = shard.read_bytes()
     shard.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
@@ -226,79 +235,141 @@ def test_damage_is_found(tmp_path: Path, tokenizer: Tokenizer) -> None:
     index.unlink()
     refused(r"index\.bin is missing")
     index.write_bytes(records)
-    manifest.write_text(manifest.read_text().replace('"format_version": 2', '"format_version": 99'))
+    manifest.write_text(manifest.read_text().replace('"format_version": 3', '"format_version": 99'))
     refused("format 99")
     manifest.write_text("{")
     refused("not valid JSON")
     refused(r"it has no manifest\.json", tmp_path)
 
 
-@pytest.mark.parametrize("stage", ["prepare-batch", "prepare-manifest", "write-atomic", "prepare-rename"])
-def test_a_full_disk_leaves_nothing_behind(
+@pytest.mark.parametrize("stage", ["prepare-piece", "write-shard", "write-index", "prepare-journal", "prepare-complete"])
+def test_after_a_full_disk_the_same_command_goes_on(
     tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, stage: str
 ) -> None:
-    faults.visits.clear()
+    corpus = in_memory(DOCUMENTS, holdout_fraction=0.1)
     monkeypatch.setenv(faults.VARIABLE, f"{stage}:enospc")
-    with pytest.raises(UserError, match=r"could not be written to .*out: No space left"):
-        prepare(Corpus(DOCUMENTS), tokenizer, tmp_path / "out")
-    assert folders(tmp_path) == []
-    assert prepare(Corpus(DOCUMENTS), tokenizer, tmp_path / "out").train.num_documents == 40
+    with pytest.raises(UserError, match=r"could not be written to .*out: No space left.*The same command goes on"):
+        prepare(corpus, tokenizer, tmp_path / "out")
+    with pytest.raises(UserError, match="are not complete: the command that began to prepare them goes on"):
+        open_prepared(tmp_path / "out", tokenizer)
+    prepared = prepare(corpus, tokenizer, tmp_path / "out")
+    assert sorted(decoded(prepared.train, tokenizer) + decoded(prepared.validation, tokenizer)) == sorted(TEXTS)
+    assert folders(tmp_path) == ["out"]
 
 
-class Changing:
-    """Documents whose second iteration is another: the first is lost, or the user interrupts."""
-
-    def __init__(self, is_interrupted: bool) -> None:
-        self.visits, self.is_interrupted = 0, is_interrupted
-
-    def __iter__(self) -> Iterator[Document]:
-        self.visits += 1
-        yield from DOCUMENTS[self.visits :]
-        if self.is_interrupted and self.visits == 2:
-            raise KeyboardInterrupt
+def test_an_interrupt_says_how_to_go_on(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(faults.VARIABLE, "prepare-journal:sigint")
+    with pytest.raises(KeyboardInterrupt), interruptible():
+        prepare(in_memory(DOCUMENTS), tokenizer, tmp_path / "out")
+    assert f"stays in {tmp_path / 'out'}; the same command goes on" in capsys.readouterr().err
+    prepare(in_memory(DOCUMENTS[:9]), tokenizer, tmp_path / "out")
+    assert "held unfinished data of something else" in capsys.readouterr().err
 
 
-def test_an_interrupt_or_documents_that_change_between_the_passes_leave_nothing(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    with pytest.raises(KeyboardInterrupt):
-        prepare(Corpus(Changing(is_interrupted=True)), tokenizer, tmp_path / "out")
-    with pytest.raises(UserError, match="changed while they were being prepared"):
-        prepare(Corpus(Changing(is_interrupted=False)), tokenizer, tmp_path / "out")
-    assert folders(tmp_path) == []
+def test_two_at_once_are_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    (tmp_path / "out").mkdir()
+    with locked(tmp_path / "out"), pytest.raises(UserError, match=r"Another process is at work on .*--out"):
+        prepare(in_memory(DOCUMENTS), tokenizer, tmp_path / "out")
 
 
-@pytest.mark.parametrize("stage", ["prepare-batch", "prepare-rename"])
-def test_a_kill_leaves_nothing_that_counts(tmp_path: Path, tokenizer: Tokenizer, stage: str) -> None:
-    (tmp_path / "tokenizer.json").write_bytes(tokenizer.to_bytes())
-    out, corpus = tmp_path / "data" / "out", Corpus([Document(text="fever")] * 3)
-    program = (
-        "import sys; from osler.data.documents import Corpus, Document; from osler.data.prepare import prepare;"
-        "from osler.tokenizer.bpe import Tokenizer;"
-        "prepare({'notes': Corpus([Document(text='fever')] * 3)}, Tokenizer.load(sys.argv[1]), sys.argv[2])"
-    )
-    command = [sys.executable, "-c", program, str(tmp_path / "tokenizer.json"), str(out)]
-    root = str(Path(__file__).resolve().parents[2])
-    environment = {**os.environ, faults.VARIABLE: f"{stage}:kill", "PYTHONPATH": root}
-    assert subprocess.run(command, env=environment, capture_output=True).returncode != 0
-    (left,) = folders(tmp_path / "data")
-    assert left.startswith(".out.partial-")
-    assert prepare(corpus, tokenizer, out).train.num_documents == 3
-    assert folders(tmp_path / "data") == [left, "out"], "a folder that another process may be writing is left alone"
+@pytest.fixture
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (
+        ("osler.files.parts.PART_BYTES", 500),
+        ("osler.data.writing.SHARD_TOKENS", 300),
+        ("osler.data.writing.FIRST_SHARD_TOKENS", 100),
+        ("osler.data.writing.CUT_BYTES", 2000),
+    ):
+        monkeypatch.setattr(name, value)
 
-    for path in [tmp_path / "data" / left, *(tmp_path / "data" / left).rglob("*")]:
-        os.utime(path, (0, path.stat().st_mtime - STALE_SECONDS - 60))
-    (tmp_path / "data" / "out").rename(tmp_path / "moved")
-    prepare(corpus, tokenizer, out)
-    assert folders(tmp_path / "data") == ["out"]
+
+def files_in(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def rows_corpus(path: Path, holdout_fraction: float = 0.1) -> Corpus:
+    reader = TextFiles(path)
+    return Corpus(Parts(reader.files()), reader.read, {"field": "text"}, None, holdout_fraction)
+
+
+@pytest.fixture
+def notes(tmp_path: Path) -> Path:
+    """Tables of several parts and texts: what a person may have."""
+    folder = tmp_path / "notes"
+    folder.mkdir()
+    for number in range(3):
+        rows = "".join(json.dumps({"text": f"{text} {number}"}) + "\n" for text in TEXTS)
+        (folder / f"{number}.jsonl").write_text(rows)
+    (folder / "book.md").write_text("A book about fever. " * 40)
+    (folder / "more.jsonl.gz").write_bytes(gzip.compress(rows.replace("Day", "Week").encode()))
+    return folder
+
+
+def test_the_number_of_processes_changes_nothing(tmp_path: Path, notes: Path, tokenizer: Tokenizer, small_parts: None) -> None:
+    corpora = {"a": rows_corpus(notes), "b": rows_corpus(notes / "1.jsonl", 0.0)}
+    for count in (0, 1, 3):
+        prepare_sources(corpora, tokenizer, tmp_path / str(count), weights=[2, 1], processes=count)
+    assert files_in(tmp_path / "0") == files_in(tmp_path / "1") == files_in(tmp_path / "3")
+    assert open_prepared(tmp_path / "0", tokenizer).train[0].num_shards > 5
+
+
+def test_what_a_process_finds_wrong_is_told_as_if_there_were_none(
+    tmp_path: Path, notes: Path, tokenizer: Tokenizer, small_parts: None, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (notes / "4.jsonl").write_text('{"text": "fine", "body": "content"}\n' + '{"text": "fine"}\n' * 40 + '{"text": 7}\n')
+    with pytest.raises(UserError, match=r"4\.jsonl, line \d+ after byte 500: the field 'text' must be text"):
+        prepare_sources({"a": rows_corpus(notes)}, tokenizer, tmp_path / "out", processes=2)
+    assert capfd.readouterr().err.count("columns not read: body") <= 1
+    (notes / "4.jsonl").unlink()
+    prepare_sources({"a": rows_corpus(notes)}, tokenizer, tmp_path / "out", processes=2)
+
+
+def test_touched_files_are_compared_and_changed_ones_refused(
+    tmp_path: Path, notes: Path, tokenizer: Tokenizer, small_parts: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, path = tmp_path / "out", notes / "1.jsonl"
+
+    def again() -> bool:
+        return prepare(rows_corpus(notes), tokenizer, out).reused
+
+    assert not again() and again()
+    assert "comparing" not in capsys.readouterr().err
+    os.utime(path, ns=(1, 1))
+    assert again() and "comparing their content" in capsys.readouterr().err
+    assert again() and "comparing" not in capsys.readouterr().err, "the new time is kept"
+    path.write_text(path.read_text().replace("Patient 7 has", "Patient 7 had"))
+    with pytest.raises(UserError, match=r"another content: .*1\.jsonl has changed"):
+        again()
+    path.write_text("{}")
+    with pytest.raises(UserError, match=r"another content: .*1\.jsonl has 2 bytes, it had"):
+        again()
+    prepare_sources({"a": rows_corpus(notes / "0.jsonl")}, tokenizer, out, consent=None)
+    [aside] = tmp_path.glob("out-*")
+    assert len(open_prepared(aside, tokenizer).sources) == 1
+
+
+def test_a_source_that_changes_while_it_is_prepared_is_named(tmp_path: Path, notes: Path, tokenizer: Tokenizer) -> None:
+    corpus = rows_corpus(notes)
+    with open(notes / "1.jsonl", "a") as file:
+        file.write("\n")
+    with pytest.raises(UserError, match=r"1\.jsonl has changed while it was being read"):
+        prepare(corpus, tokenizer, tmp_path / "out")
+
+
+def test_after_a_kill_anywhere_the_bytes_are_the_same_and_no_shard_is_written_twice(run_cases, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    assert run_cases("data/killed_preparations.py", tmp_path) > 25
 
 
 def test_half_a_character_names_its_document(tmp_path: Path, tokenizer: Tokenizer) -> None:
     with pytest.raises(UserError, match=r"notes:3 holds half a character \(a lone surrogate\) at position 1"):
-        prepare(Corpus([Document(text="a\ud800", where="notes:3")]), tokenizer, tmp_path / "out")
+        prepare(in_memory([Document(text="a\ud800", where="notes:3")]), tokenizer, tmp_path / "out")
 
 
 def test_it_is_said_when_nothing_is_held_out(tmp_path: Path, tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]) -> None:
-    twins = Corpus([Document(text="Fever."), Document(text="fever. ")], holdout_fraction=0.5)
+    twins = in_memory([Document(text="Fever."), Document(text="fever. ")], holdout_fraction=0.5)
     prepared = prepare(twins, tokenizer, tmp_path / "a")
     assert prepared.validation is None and "Nothing is held out" in capsys.readouterr().err
-    prepare(Corpus(DOCUMENTS, holdout_fraction=0.1), tokenizer, tmp_path / "b")
+    prepare(in_memory(DOCUMENTS, holdout_fraction=0.1), tokenizer, tmp_path / "b")
     assert "Nothing is held out" not in capsys.readouterr().err

@@ -138,7 +138,7 @@ def test_a_branch_takes_the_shards_of_its_run_along(stopped, tmp_path, osler):
 def test_other_data_are_refused_with_or_without_the_old_shards(stopped, tmp_path, mistake):
     write_texts(tmp_path / "notes" / "all.jsonl", ["A fever that lasts three weeks has a name. " * 20])
     text = mistake("pretrain", "--resume", "--run", stopped)
-    assert len(fingerprints(text)) == 2 and "another content" in text
+    assert "another content: " in text and "all.jsonl has 885 bytes, it had" in text
     assert "allow it with allow_data_change=true, or choose another folder" in text
     shutil.rmtree(stopped / "data")
     text = mistake("pretrain", "--resume", "--run", stopped)
@@ -157,10 +157,10 @@ def test_other_data_are_taken_when_that_is_allowed(stopped, tmp_path, launch, os
     assert launch("pretrain", stopped, *other, fault="train-step:sigterm:1") == STOPPED  # they are the run's data now
     write_texts(tmp_path / "other" / "all.jsonl", ["A rash that itches at night is scabies. " * 20])
     text = mistake("pretrain", "--resume", "--run", stopped)
-    old, new = fingerprints(text)
-    assert "another content" in text and allow in text
+    assert "another content: " in text and "all.jsonl has" in text and allow in text
+    old = json.loads((stopped / "data" / "manifest.json").read_text())["content_fingerprint"]
     assert osler("pretrain", "--resume", allow, "--run", stopped) == 0
-    assert f"(fingerprint {old}) are in {stopped / 'data'}-{old}; the new data have fingerprint {new}." in capsys.readouterr().err
+    assert f"The data prepared before (fingerprint {old}) are in {stopped / 'data'}-{old}." in capsys.readouterr().err
     assert events_of(stopped) == [("data-change", 5), ("data-change", 8)]
     assert launch("pretrain", tmp_path / "fresh", *other, allow) == 0
     assert load_yaml((tmp_path / "fresh" / "config.yaml").read_text(), "")["allow_data_change"] is False

@@ -8,7 +8,7 @@ import pytest
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
-from osler.data.documents import Corpus, Document
+from osler.data.documents import Document, in_memory
 from osler.data.from_recipe import tokenizer_inspect
 from osler.data.prepare import prepare
 from osler.runtime.errors import UserError
@@ -38,7 +38,7 @@ def test_a_byte_level_tokenizer_without_some_byte_is_refused(tmp_path: Path) -> 
     assert refuse_missing_bytes(Tokenizer.train(CORPUS, 400))
     for tokenizer in (without_bytes(), words("the")):
         with pytest.raises(UserError, match="loses text"):
-            prepare({"notes": Corpus([Document(text=text) for text in CORPUS])}, tokenizer, tmp_path / "out")
+            prepare({"notes": in_memory([Document(text=text) for text in CORPUS])}, tokenizer, tmp_path / "out")
         assert not list(tmp_path.iterdir())
 
 
@@ -72,7 +72,7 @@ def test_unknown_words_are_refused_and_what_is_little_or_meant_is_only_told(capl
         round_trip = RoundTrip(tokenizer)
         round_trip.look([text])
         with caplog.at_level(logging.WARNING):
-            round_trip.warn()
+            round_trip.losses.warn()
         assert all(part in caplog.text for part in said)
 
 
@@ -81,7 +81,7 @@ def test_published_tokenizers_pass(path: str, shared_data: Callable[[str], Path]
     tokenizer = refuse_missing_bytes(Tokenizer.load(shared_data(f"tokenizers/{path}")))
     round_trip = RoundTrip(tokenizer)
     round_trip.look([*CORPUS, "ΔG ≥ 5 µg/ml 👩‍👩‍👧 日本語\r\n\t <|answer|>"])
-    round_trip.warn()
+    round_trip.losses.warn()
     assert lost_characters(tokenizer) == [] and not caplog.text
 
 

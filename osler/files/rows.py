@@ -1,4 +1,4 @@
-"""Find and read what people have: texts, and rows of parquet or JSON lines, plain or compressed.
+"""Read what people have: texts, and rows of parquet or JSON lines, plain or compressed.
 
 Training data, exams and questions piped into a chat are all read here, so that a file means the same everywhere. Whatever is
 wrong raises a UserError that names the file and the line, row or byte. Reading takes time in proportion to the size of the
@@ -9,34 +9,26 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
-import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from osler.files.find import PARQUET_ENDING, compression, ending, log_once, shown
+from osler.files.parts import File, LocalFile, Part
 from osler.runtime.errors import UserError
 
 if TYPE_CHECKING:
     import pyarrow
 
-logger = logging.getLogger(__name__)
-
-PARQUET_ENDING = ".parquet"
-ROW_ENDINGS = (PARQUET_ENDING, ".jsonl", ".ndjson")
-TEXT_ENDINGS = (".txt", ".md")
-# A file that is named itself is read as JSON lines. In a folder it is more often a description of the files than one of them.
-NAMED_ONLY_ENDING = ".json"
-COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
-NAMES_SHOWN = 3  # of folders that cannot be opened
 BLOCK_BYTES = 1 << 20
 MOST_DIGITS = 640  # of an integer that Python surely converts: the least that sys.set_int_max_str_digits takes
 MOST_NULS = 0.1  # of the characters of a text; in UTF-16 it is about half
-BATCH_ROWS = 1024
+BATCH_ROWS, BATCH_BYTES = 1024, 1 << 23  # of a parquet file are in memory at once, whichever is less
+BUFFER_BYTES = 1 << 20  # of each column of a parquet file are read at once
+TEXT_BYTES = 1 << 22  # of a text file make one document; a longer file is several
 HEAD_BYTES = 4096  # of a file of JSON lines, to see whether it begins with an array
 HALF_CHARACTER = re.compile(r"\\u[dD][89a-fA-F]")  # a surrogate, the only way to write half a character; pairs match too
 
@@ -46,92 +38,6 @@ _BOOKKEEPING = re.compile(
     r"|license|licence|lang|language|split|subset|version)(?:$|_)",
     re.IGNORECASE,
 )
-
-
-def find_files(path: str | Path, endings: Sequence[str], *, key: str) -> list[Path]:
-    """Return the files at `path` with one of these `endings`, sorted, and log what is left out ("3 .json, 1 .csv").
-
-    Capitals do not matter, and the ending of a compression may follow. A folder is searched with all its subfolders. Links to
-    folders are followed, but each folder is read once, so circles end.
-    Raises UserError, which names the config key of the path, when there is none.
-    """
-    if not str(path):  # Path("") would be the current folder
-        raise UserError(f"{key} is empty: name a file or a folder, such as {key}=MY_TEXTS.")
-    path = Path(path)
-    packed = [kind + compression for kind in endings if kind != PARQUET_ENDING for compression in COMPRESSIONS]
-    readable = f"{', '.join(endings)}, or compressed {', '.join(packed)}"
-    if os.path.isfile(path):
-        if ending(path) not in (*endings, NAMED_ONLY_ENDING):
-            raise UserError(f"{shown(path)} is of a kind that cannot be read here; give a file that ends in {readable}.")
-        return [path]
-    if not os.path.isdir(path):
-        raise UserError(f"There is no file or folder {shown(path)}; set {key} to one that exists.")
-    files, left_out = _walk(path, endings)
-    if not files:
-        reason = f"left out: {left_out}" if left_out else "it is empty"
-        raise UserError(f"The folder {shown(path)} holds no file that can be read ({reason}). Readable files end in {readable}.")
-    if left_out:
-        log_once(f"{shown(path)}: left out: {left_out}.")
-    return files
-
-
-@cache
-def log_once(text: str) -> None:
-    """Log what this process has not logged before: files are read several times, and one line about them is enough."""
-    logger.info(text)
-
-
-def ending(file: Path) -> str:
-    """Return the ending that tells the kind of a file, without that of a compression; parquet files compress inside."""
-    suffixes = [suffix.lower() for suffix in file.suffixes]
-    if len(suffixes) > 1 and suffixes[-1] in COMPRESSIONS and suffixes[-2] != PARQUET_ENDING:
-        return suffixes[-2]
-    return suffixes[-1] if suffixes else ""
-
-
-def shown(name: str | Path) -> str:
-    """Return a name that can be printed anywhere: bytes that are not UTF-8 and control characters are escaped."""
-    name = str(name)
-    return name if name.isprintable() else repr(name)[1:-1]
-
-
-def _walk(root: Path, endings: Sequence[str]) -> tuple[list[Path], str]:
-    """Return the files in a folder, and in words what is left out; first real folders are searched, then linked ones."""
-    files: list[Path] = []
-    others: Counter[str] = Counter()
-    unopened: list[OSError] = []
-    seen: set[tuple[int, int]] = set()
-    starts = [root]
-    for start in starts:  # grows by the links that are found
-        for folder, folders, names in os.walk(start, onerror=unopened.append):
-            status = os.stat(folder)
-            if (status.st_dev, status.st_ino) in seen:
-                others["linked twice"] += 1
-                folders.clear()
-                continue
-            seen.add((status.st_dev, status.st_ino))
-            others["hidden"] += sum(name.startswith(".") for name in (*folders, *names))
-            folders[:] = [name for name in folders if not name.startswith(".")]
-            starts += [Path(folder, name) for name in sorted(folders) if os.path.islink(os.path.join(folder, name))]
-            for path in (Path(folder, name) for name in sorted(names) if not name.startswith(".")):
-                if os.path.isfile(path) and ending(path) in endings:
-                    files.append(path)
-                else:
-                    others[_kind(path)] += 1
-    left_out = [f"{count:,} {what}" for what, count in others.most_common() if count]
-    if unopened:
-        shortened = [f"{shown(error.filename)} ({error.strerror})" for error in unopened[:NAMES_SHOWN]]
-        more = ", ..." if len(unopened) > NAMES_SHOWN else ""
-        left_out.append(f"{len(unopened):,} that cannot be opened: {', '.join(shortened)}{more}")
-    return sorted(files, key=lambda file: file.relative_to(root).as_posix()), ", ".join(left_out)
-
-
-def _kind(path: Path) -> str:
-    """Return the name of the kind of a file that is left out."""
-    if not os.path.isfile(path):
-        return "linked nowhere" if path.is_symlink() else "neither file nor folder"
-    is_packed = len(path.suffixes) > 1 and path.suffix.lower() in COMPRESSIONS
-    return shown("".join(path.suffixes[-2:] if is_packed else path.suffixes[-1:]).lower()) or "without an ending"
 
 
 @dataclass(frozen=True)
@@ -148,33 +54,69 @@ class Row:
     unread: Sequence[str] = ()
 
 
-def read_text(file: Path) -> str:
-    """Return the content of a text file, without a byte order mark."""
-    with _os_errors_named(file), _open(file) as stream:
-        data = stream.read()
+def read_texts(source: Path | Part) -> Iterator[str]:
+    """Yield the content of a text file without a byte order mark, cut at ends of lines where it is longer than `TEXT_BYTES`."""
+    file = _part(source).file
+    lines, is_first, rest = 1, True, b""
+    with _os_errors_named(file.name), _open(file) as stream:
+        while True:
+            data = rest + _read(stream, TEXT_BYTES - len(rest))
+            is_last = len(data) < TEXT_BYTES or not (more := _read(stream, 1))
+            cut = len(data) if is_last else data.rfind(b"\n") + 1 or _last_character(data)
+            text, rest = data[:cut], data[cut:] + (b"" if is_last else more)
+            yield _decode_text(text, file.name, lines, is_first)
+            if is_last:
+                break
+            if is_first:
+                log_once(f"{file.name} is long: it is learned as documents of {TEXT_BYTES >> 20} MiB, cut at ends of lines.")
+            lines, is_first = lines + text.count(b"\n"), False
+    file.check()
+
+
+def _read(stream: IO[bytes], size: int) -> bytes:
+    """Read so many bytes, fewer at the end alone."""
+    blocks = []
+    while size > 0 and (block := stream.read(size)):
+        blocks.append(block)
+        size -= len(block)
+    return b"".join(blocks)
+
+
+def _last_character(data: bytes) -> int:
+    """Return where the last character of UTF-8 begins, which may be cut."""
+    return max((place for place in range(len(data) - 4, len(data)) if data[place] & 0xC0 != 0x80), default=len(data))
+
+
+def _decode_text(data: bytes, name: str, line: int, is_first: bool) -> str:
     try:
-        text = data.decode("utf-8-sig")
+        text = data.decode("utf-8-sig" if is_first else "utf-8")
     except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise UserError(_not_utf8(f"{shown(file)}:{line}", error, 0)) from None
+        raise UserError(_not_utf8(f"{name}:{line + data.count(bytes([10]), 0, error.start)}", error, 0)) from None
     if text.count("\0") > MOST_NULS * len(text):
-        raise UserError(f"{shown(file)} holds NUL bytes, so it is probably UTF-16 or no text. Convert the file to UTF-8.")
+        raise UserError(f"{name} holds NUL bytes, so it is probably UTF-16 or no text. Convert the file to UTF-8.")
     return text
 
 
-def read_rows(file: Path, columns: Sequence[str] | None = None) -> Iterator[Row]:
-    """Yield the rows of a parquet file or a file of JSON lines; `columns` None reads all of them.
+def read_rows(source: Path | Part, columns: Sequence[str] | None = None) -> Iterator[Row]:
+    """Yield the rows of a part of a parquet file or a file of JSON lines, or of a whole file; `columns` None reads all of them.
 
-    A column that does not exist is missing from `Row.values`; the caller decides whether that is an error.
+    A column that does not exist is missing from `Row.values`; the caller decides whether that is an error. Raises UserError when
+    the file changes while it is read.
     """
-    return _parquet_rows(file, columns) if ending(file) == PARQUET_ENDING else _json_rows(file, columns)
+    part = _part(source)
+    yield from _parquet_rows(part, columns) if ending(part.file.name) == PARQUET_ENDING else _json_rows(part, columns)
+    part.file.check()
 
 
-def decode_lines(lines: Iterable[bytes], name: str) -> Iterator[tuple[str, str]]:
-    """Yield where each line is and its text. Raises UserError when a line is not UTF-8."""
-    offset = 0
+def _part(source: Path | Part) -> Part:
+    return source if isinstance(source, Part) else Part(LocalFile.at(source))
+
+
+def decode_lines(lines: Iterable[bytes], name: str, start: int = 0) -> Iterator[tuple[str, str]]:
+    """Yield where each line is and its text; the lines follow byte ``start``. Raises UserError when a line is not UTF-8."""
+    offset = start
     for number, line in enumerate(lines, 1):
-        where = f"{name}:{number}"
+        where = f"{name}:{number}" if not start else f"{name}, line {number} after byte {start:,}"
         try:
             text = line.decode("utf-8")
         except UnicodeDecodeError as error:
@@ -183,27 +125,26 @@ def decode_lines(lines: Iterable[bytes], name: str) -> Iterator[tuple[str, str]]
         yield where, text.removeprefix("\ufeff")  # joined files have one on later lines
 
 
-def _open(file: Path) -> IO[bytes]:
+def _open(file: File) -> IO[bytes]:
     """Open a file for reading its decompressed bytes; reading raises OSError where a compressed file is torn."""
-    handle = open(file, "rb")  # noqa: SIM115 - Python takes names that are not UTF-8, pyarrow does not; the stream closes it
-    compression = COMPRESSIONS.get(file.suffix.lower())
-    if compression is None:
+    handle, packing = file.open(), compression(file.name)
+    if packing is None:
         return handle
-    if file.stat().st_size == 0:  # pyarrow reads nothing from it without an error
-        raise UserError(f"{shown(file)} cannot be read, it may be torn: it is empty, which no compressed file is. Copy it again.")
+    if file.size == 0:  # pyarrow reads nothing from it without an error
+        raise UserError(f"{file.name} cannot be read, it may be torn: it is empty, which no compressed file is. Copy it again.")
     import pyarrow
 
-    stream: IO[bytes] = pyarrow.input_stream(handle, compression=compression)
+    stream: IO[bytes] = pyarrow.input_stream(handle, compression=packing)
     return stream
 
 
 @contextlib.contextmanager
-def _os_errors_named(file: Path) -> Iterator[None]:
+def _os_errors_named(name: str) -> Iterator[None]:
     """Turn an OSError of the system or of pyarrow into a UserError that names the file."""
     try:
         yield
     except OSError as error:
-        raise UserError(_damaged(file, error)) from None
+        raise UserError(_damaged(name, error)) from None
 
 
 def _lines(stream: IO[bytes], head: bytes = b"") -> Iterator[bytes]:
@@ -220,16 +161,32 @@ def _lines(stream: IO[bytes], head: bytes = b"") -> Iterator[bytes]:
         yield b"".join(parts)
 
 
+def _lines_between(stream: IO[bytes], start: int, stop: int | None, head: bytes = b"") -> Iterator[bytes]:
+    """Yield the lines that begin at byte ``start`` or later and before ``stop``; those before it are not put together."""
+    if start:
+        stream.seek(start - 1)
+        while (end := head.find(b"\n")) < 0:
+            start += len(head)
+            if (stop is not None and start - 1 >= stop) or not (head := stream.read(BLOCK_BYTES)):
+                return
+        head, start = head[end + 1 :], start + end
+    for line in _lines(stream, head):
+        if stop is not None and start >= stop:
+            return
+        yield line
+        start += len(line)
+
+
 def _not_utf8(where: str, error: UnicodeDecodeError, offset: int) -> str:
     byte, position = error.object[error.start], offset + error.start
     return f"{where} is not UTF-8 text: byte 0x{byte:02x} at position {position}. Convert the file to UTF-8."
 
 
-def _damaged(file: Path, error: Exception) -> str:
+def _damaged(name: str, error: Exception) -> str:
     if isinstance(error, OSError) and error.errno is not None:
-        return f"{shown(file)} cannot be read: {error.strerror}."
+        return f"{name} cannot be read: {error.strerror}."
     reason = " ".join(str(error).split()).removesuffix(".")  # pyarrow's may have several lines
-    return f"{shown(file)} cannot be read, it may be torn or not what its name says: {reason}. Copy or download it again."
+    return f"{name} cannot be read, it may be torn or not what its name says: {reason}. Copy or download it again."
 
 
 class _RepeatedKeyError(ValueError):
@@ -251,14 +208,14 @@ def _json_integer(digits: str) -> int | float:
 _decode = json.JSONDecoder(object_pairs_hook=_json_object, parse_int=_json_integer).decode
 
 
-def _json_rows(file: Path, columns: Sequence[str] | None) -> Iterator[Row]:
-    name = shown(file)
-    with _os_errors_named(file), _open(file) as stream:
-        head = stream.read(HEAD_BYTES)
+def _json_rows(part: Part, columns: Sequence[str] | None) -> Iterator[Row]:
+    name = part.file.name
+    with _os_errors_named(name), _open(part.file) as stream:
+        head = b"" if part.start else stream.read(HEAD_BYTES)
         if head.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):  # its first line may be larger than the memory
             raise UserError(f"{name} begins with '['. {_one_object_per_line('[')}")
-        is_first = columns is not None
-        for where, text in decode_lines(_lines(stream, head), name):
+        is_first = columns is not None and not part.start
+        for where, text in decode_lines(_lines_between(stream, part.start, part.stop, head), name, part.start):
             if not text.strip():
                 continue
             row = _parse(text, where)
@@ -314,37 +271,53 @@ def _unread(content: Sequence[str], columns: Sequence[str] | None) -> list[str]:
     return [name for name in content if columns is not None and name not in columns and not _BOOKKEEPING.search(name)]
 
 
-def _parquet_rows(file: Path, columns: Sequence[str] | None) -> Iterator[Row]:
+def _parquet_rows(part: Part, columns: Sequence[str] | None) -> Iterator[Row]:
     import pyarrow
     import pyarrow.parquet
     from pyarrow import types
 
     is_number = (types.is_integer, types.is_floating, types.is_decimal, types.is_boolean, types.is_temporal)
-    number = 0
+    name = part.file.name
     try:
-        with open(file, "rb") as handle, pyarrow.parquet.ParquetFile(handle) as table:
+        with part.file.open() as handle, pyarrow.parquet.ParquetFile(handle, buffer_size=BUFFER_BYTES) as table:
             schema = table.schema_arrow
             wanted = schema.names if columns is None else [name for name in dict.fromkeys(columns) if name in schema.names]
-            for name in wanted:
-                if schema.names.count(name) > 1:
-                    raise UserError(f"{shown(file)} has two columns '{shown(name)}'; which one is meant? Rename the other.")
+            for column in wanted:
+                if schema.names.count(column) > 1:
+                    raise UserError(f"{name} has two columns '{shown(column)}'; which one is meant? Rename the other.")
             unread = _unread([field.name for field in schema if not any(check(field.type) for check in is_number)], columns)
-            for batch in table.iter_batches(batch_size=BATCH_ROWS, columns=wanted):
-                values = [_column_values(batch.column(name), name, file, number) for name in wanted]
+            groups, number, batch_rows = _row_groups(table.metadata, part)
+            for batch in table.iter_batches(batch_size=batch_rows, row_groups=groups, columns=wanted) if groups else ():
+                values = [_column_values(batch.column(column), column, name, number) for column in wanted]
                 for row in zip(*values, strict=True) if wanted else [()] * batch.num_rows:
                     number += 1
-                    where = f"{shown(file)}: row {number}"
+                    where = f"{name}: row {number}"
                     yield Row(where, dict(zip(wanted, row, strict=True)), schema.names, unread if number == 1 else ())
     except (OSError, pyarrow.ArrowException) as error:
-        raise UserError(_damaged(file, error)) from None
+        raise UserError(_damaged(name, error)) from None
 
 
-def _column_values(column: pyarrow.Array, name: str, file: Path, rows_before: int) -> list[Any]:
+def _row_groups(metadata: Any, part: Part) -> tuple[list[int], int, int]:
+    """Return the row groups of a part of a parquet file, the rows before them, and how many rows to read at once."""
+    groups, rows_before, position, rows, size = [], 0, 0, 0, 0
+    for number in range(metadata.num_row_groups):
+        group = metadata.row_group(number)
+        begin = min(position, part.file.size - 1)  # whatever a damaged file says, each group is in one part
+        if part.start <= begin and (part.stop is None or begin < part.stop):
+            groups.append(number)
+            rows, size = rows + group.num_rows, size + group.total_byte_size
+        elif not groups:
+            rows_before += group.num_rows
+        position += sum(group.column(column).total_compressed_size for column in range(group.num_columns))
+    return groups, rows_before, max(1, min(BATCH_ROWS, BATCH_BYTES * rows // max(1, size)))
+
+
+def _column_values(column: pyarrow.Array, name: str, file: str, rows_before: int) -> list[Any]:
     with contextlib.suppress(ValueError):  # text that is not UTF-8, or a value that Python cannot hold
         return list(column.to_pylist())
     values = []
     for row, value in enumerate(column, rows_before + 1):
-        where = f"{shown(file)}: row {row}, field '{shown(name)}'"
+        where = f"{file}: row {row}, field '{shown(name)}'"
         try:
             values.append(value.as_py())
         except UnicodeDecodeError as error:

@@ -1,0 +1,136 @@
+"""One part of a corpus as tokens: all that worker processes do. What comes out depends on nothing but the part.
+
+Documents are permuted within stretches of a part, so that a part of any size, such as a large compressed file, takes the memory
+of a stretch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from osler.data.documents import Corpus, Document, permutation
+from osler.data.shards import Int64Array, MaskArray, TokenArray, token_dtype
+from osler.files.parts import Part
+from osler.runtime.faults import fault
+from osler.tokenizer.bpe import Tokenizer
+from osler.tokenizer.chat import encode_examples
+from osler.tokenizer.round_trip import Losses, RoundTrip
+
+STRETCH_CHARACTERS = 1 << 23
+BATCH_DOCUMENTS = 512
+BATCH_CHARACTERS = 1 << 20
+LOOK_EVERY = 64  # documents: their start is decoded again, to see what the tokenizer loses
+EMPTY = "empty"  # the reason why a document without text is dropped
+
+
+class Task(NamedTuple):
+    """A part to tokenise: the number of its corpus among those at work, its place among the parts of the corpus."""
+
+    corpus: int
+    number: int
+    part: Part
+
+
+class Piece(NamedTuple):
+    """Some documents of a part, one after another: split keys, where each ends in the tokens, and bytes of text.
+
+    `masks` is the loss mask of all tokens, and `is_masked` says which documents have one; both are None where none has.
+    """
+
+    keys: npt.NDArray[np.uint64]
+    ends: Int64Array
+    num_bytes: Int64Array
+    tokens: TokenArray
+    masks: MaskArray | None
+    is_masked: npt.NDArray[np.bool_] | None
+
+
+class PartEnd(NamedTuple):
+    """What is known of a part when all of it was read: a digest of its documents, their number, and how many were dropped why."""
+
+    digest: str
+    documents: int
+    drops: dict[str, int]
+    losses: Losses
+
+
+@dataclass(frozen=True)
+class Tokeniser:
+    """Reads and encodes parts of some corpora; without a tokenizer it only computes their digests."""
+
+    corpora: Sequence[Corpus]
+    tokenizer: Tokenizer | None
+
+    def results(self, task: Task) -> Iterator[Piece | PartEnd]:
+        """Yield what is in a part, piece by piece, and its end."""
+        fault("prepare-part")
+        corpus, tokenizer = self.corpora[task.corpus], self.tokenizer
+        digest, drops, count = hashlib.blake2b(digest_size=16), Counter[str](), 0
+
+        def kept() -> Iterator[Document]:
+            nonlocal count
+            for document in corpus.read(task.part):
+                digest.update(document.exact_digest())
+                count += 1
+                if document.is_empty:
+                    drops[EMPTY] += 1
+                elif tokenizer is not None:
+                    yield document
+
+        round_trip = RoundTrip(tokenizer) if tokenizer is not None else None
+        for number, stretch in enumerate(_batches(kept(), STRETCH_CHARACTERS)):
+            order = permutation(len(stretch), corpus.seed, task.number, number, "stretch").tolist()
+            for batch in _batches((stretch[place] for place in order), BATCH_CHARACTERS, BATCH_DOCUMENTS):
+                assert tokenizer is not None and round_trip is not None
+                round_trip.look(part for document in batch[::LOOK_EVERY] for part in document.parts)
+                yield _piece(tokenizer, batch)
+        yield PartEnd(digest.hexdigest(), count, dict(drops), round_trip.losses if round_trip is not None else Losses())
+
+
+def encode(tokenizer: Tokenizer, documents: Sequence[Document]) -> list[tuple[list[int], list[int] | None]]:
+    """Return per document its ids with ``<|endoftext|>``, and its loss mask: None for a text, which is all learned."""
+    texts = iter(tokenizer.encode_batch([document.text for document in documents if document.turn is None]))
+    turns = iter(encode_examples(tokenizer, [document.turn for document in documents if document.turn is not None]))
+    eos_id = tokenizer.eos_id
+    return [([*next(texts), eos_id], None) if document.turn is None else next(turns) for document in documents]
+
+
+def _piece(tokenizer: Tokenizer, documents: Sequence[Document]) -> Piece:
+    encoded = encode(tokenizer, documents)
+    dtype = token_dtype(tokenizer.vocab_size)
+    tokens = np.concatenate([np.frombuffer(array("I", ids), np.uint32) for ids, _ in encoded]).astype(dtype)
+    masks = is_masked = None
+    if any(mask is not None for _, mask in encoded):
+        is_masked = np.array([mask is not None for _, mask in encoded])
+        masks = np.frombuffer(b"".join(b"\x01" * len(ids) if mask is None else bytes(mask) for ids, mask in encoded), np.uint8)
+    return Piece(
+        np.array([document.split_key() for document in documents], np.uint64),
+        np.cumsum([len(ids) for ids, _ in encoded], dtype=np.int64),
+        np.array([sum(len(part.encode("utf-8")) for part in document.parts) for document in documents], np.int64),
+        tokens,
+        masks,
+        is_masked,
+    )
+
+
+def _batches(documents: Iterable[Document], characters: int, count: int | None = None) -> Iterator[list[Document]]:
+    """Yield documents in lists of at least so many characters, or so many documents; the last one has fewer."""
+    batch: list[Document] = []
+    size = 0
+    for document in chain(documents):
+        batch.append(document)
+        size += sum(map(len, document.parts))
+        if size >= characters or len(batch) == count:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch

@@ -1,0 +1,122 @@
+"""Files wherever they lie, and parts of them that can be read alone, in any order and in any process.
+
+Where a file is cut follows from its size, so nothing is opened to know the parts of a corpus. A part of a parquet file holds the
+row groups that begin in its range of bytes, as far as the sizes of those before tell. A part of plain JSON lines holds the lines
+that begin there. Other files, text and what is compressed as a whole, are one part each.
+"""
+
+from __future__ import annotations
+
+import bisect
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import IO, Protocol, overload
+
+from osler.files.find import PARQUET_ENDING, TEXT_ENDINGS, compression, ending, shown
+from osler.runtime.errors import UserError
+
+PART_BYTES = 1 << 22
+
+
+class File(Protocol):
+    """A file that can be read: a name for messages, whose ending tells the kind, and a stamp that changes with the content."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def size(self) -> int: ...
+
+    @property
+    def stamp(self) -> str: ...
+
+    def open(self) -> IO[bytes]:
+        """Open the file for reading at any position; raises UserError when it is no longer what `stamp` says."""
+
+    def check(self) -> None:
+        """Raise UserError when the file is no longer what `stamp` says."""
+
+
+@dataclass(frozen=True)
+class LocalFile:
+    """A file on a disk of this machine."""
+
+    path: Path
+    size: int
+    stamp: str
+
+    @classmethod
+    def at(cls, path: str | Path) -> LocalFile:
+        """Return the file at a path as it is now; raises UserError when there is none."""
+        try:
+            status = os.stat(path)
+        except OSError as error:
+            raise UserError(f"{shown(path)} cannot be read: {error.strerror}.") from None
+        return cls(Path(path), status.st_size, str(status.st_mtime_ns))
+
+    @property
+    def name(self) -> str:
+        """Return the path as it can be printed."""
+        return shown(self.path)
+
+    def open(self) -> IO[bytes]:
+        """Open the file; Python takes names that are not UTF-8, which pyarrow does not."""
+        self.check()
+        return open(self.path, "rb")
+
+    def check(self) -> None:
+        """Raise UserError when size or time of change are others than when the file was found."""
+        if LocalFile.at(self.path) != self:
+            raise UserError(f"{self.name} has changed while it was being read. Run the same command again when it is complete.")
+
+
+@dataclass(frozen=True)
+class Part:
+    """What begins in the bytes `start` to `stop` of a file; `stop` None is its end."""
+
+    file: File
+    start: int = 0
+    stop: int | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        """Return how large the part is."""
+        return min(self.file.size, self.file.size if self.stop is None else self.stop) - self.start
+
+
+class Parts(Sequence[Part]):
+    """The parts of files in their order; each is made when it is asked for, so that millions of them take no memory."""
+
+    def __init__(self, files: Sequence[File]) -> None:
+        self.files = files
+        self._ends = list(accumulate(map(_count, files)))
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    @overload
+    def __getitem__(self, index: int) -> Part: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Part]: ...
+
+    def __getitem__(self, index: int | slice) -> Part | Sequence[Part]:
+        if isinstance(index, slice):
+            return [self[number] for number in range(*index.indices(len(self)))]
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        number = bisect.bisect_right(self._ends, index)
+        place = index - (self._ends[number - 1] if number else 0)
+        file = self.files[number]
+        if _count(file) == 1:
+            return Part(file)
+        stop = (place + 1) * PART_BYTES
+        return Part(file, place * PART_BYTES, None if stop >= file.size else stop)
+
+
+def _count(file: File) -> int:
+    is_whole = ending(file.name) in TEXT_ENDINGS or (ending(file.name) != PARQUET_ENDING and compression(file.name) is not None)
+    return 1 if is_whole else max(1, -(-file.size // PART_BYTES))
