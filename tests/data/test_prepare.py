@@ -260,7 +260,7 @@ def test_after_a_full_disk_the_same_command_goes_on(
 def test_an_interrupt_says_how_to_go_on(
     tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv(faults.VARIABLE, "prepare-journal:sigint")
+    monkeypatch.setenv(faults.VARIABLE, "prepare-journal:sigterm")
     with pytest.raises(KeyboardInterrupt), interruptible():
         prepare(in_memory(DOCUMENTS), tokenizer, tmp_path / "out")
     assert f"stays in {tmp_path / 'out'}; the same command goes on" in capsys.readouterr().err

@@ -138,7 +138,7 @@ def test_a_branch_takes_the_shards_of_its_run_along(stopped, tmp_path, osler):
 def test_other_data_are_refused_with_or_without_the_old_shards(stopped, tmp_path, mistake):
     write_texts(tmp_path / "notes" / "all.jsonl", ["A fever that lasts three weeks has a name. " * 20])
     text = mistake("pretrain", "--resume", "--run", stopped)
-    assert "another content: " in text and "all.jsonl has 885 bytes, it had" in text
+    assert "another content: " in text and re.search(r"all.jsonl has [0-9,]+ bytes, it had [0-9,]+", text)
     assert "allow it with allow_data_change=true, or choose another folder" in text
     shutil.rmtree(stopped / "data")
     text = mistake("pretrain", "--resume", "--run", stopped)
