@@ -57,7 +57,6 @@ METRICS: dict[str, Metric] = {
     "update/part_ratio/<part>": Metric("ratio", "the update of one layer, or of embed, norm or head, over its weights", WEIGHTS),
     # the model's health
     "model/weight_norm/<part>": Metric("norm", "length of the weights of one layer, or of embed, norm or head", WEIGHTS),
-    "model/kind_norm/<kind>": Metric("norm", "length of the weights of one kind of matrix, over all layers", WEIGHTS),
     "model/effective_rank/<matrix>": Metric("directions", "directions that share a matrix's energy, (Σs²)² / Σs⁴", WEIGHTS),
     "model/activation_rms/<layer>": Metric("rms", "size of the residual stream after a layer", FORWARD),
     "model/activation_outlier/<layer>": Metric("ratio", "largest activation after a layer over their rms", FORWARD),

@@ -14,7 +14,7 @@ them, H head size, Q chosen queries, S keys, C tokens of a chunk, V vocabulary; 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -68,12 +68,12 @@ def part_of(name: str) -> str:
     return rest[0] if first == "layers" else {"embed_tokens": "embed", "embed_proj": "embed", "lm_head": "head"}.get(first, first)
 
 
-def norms(squares: Mapping[str, Tensor], group_of: Callable[[str], str] = part_of) -> dict[str, Tensor]:
-    """Return the norm of each group of tensors, by default of each part of the model, from the sums of their squares."""
-    groups: defaultdict[str, list[Tensor]] = defaultdict(list)
+def norms(squares: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the norm of each part of the model, from the sums of squares of its tensors."""
+    parts: defaultdict[str, list[Tensor]] = defaultdict(list)
     for name, square in squares.items():
-        groups[group_of(name)].append(square)
-    return {group: torch.stack(each).sum().sqrt() for group, each in groups.items()}
+        parts[part_of(name)].append(square)
+    return {part: torch.stack(each).sum().sqrt() for part, each in parts.items()}
 
 
 @torch.no_grad()
@@ -100,15 +100,13 @@ def gradient_stats(gradients: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]
 
 @torch.no_grad()
 def weight_stats(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return norms by part of the model and by kind of matrix, and the effective rank of a few matrices."""
-    squares = {name: weight.float().square().sum() for name, weight in weights.items()}
-    parts, kinds = norms(squares), norms(squares, lambda name: name.split(".")[-2])
+    """Return norms by part of the model, and the effective rank of a few matrices."""
+    parts = norms({name: weight.float().square().sum() for name, weight in weights.items()})
     layers = [int(part) for part in parts if part.isdigit()]
     chosen = sorted({layers[0], layers[len(layers) // 2], layers[-1]})
     ranked = [(f"{layer}.{name.split('.')[1]}", weights[f"layers.{layer}.{name}"]) for layer in chosen for name in RANKED]
     return {
         **{f"model/weight_norm/{part}": norm for part, norm in parts.items()},
-        **{f"model/kind_norm/{kind}": norm for kind, norm in kinds.items()},
         **{f"model/effective_rank/{name}": effective_rank(matrix) for name, matrix in ranked},
     }
 

@@ -28,7 +28,6 @@ logger = logging.getLogger(__name__)
 
 QUEUE_BYTES = 4 * 2**20  # of lines that wait for the pipe
 PIPE_BYTES = 2**16  # written at once
-HANG_SECONDS = 120.0  # a tracker that has not read from a full pipe for so long hangs
 CLOSE_SECONDS = 8.0  # that the end of a run waits for its trackers, all together
 LINGER_SECONDS = 300.0  # that a tracker may live on after the run's process
 
@@ -60,7 +59,6 @@ class TrackerProcess:
         self.is_gone = False  # has ended, was given up, or was closed
         self._is_ending = self._has_warned = False
         self._unsent = bytearray()
-        self._sent_at = time.monotonic()  # when the pipe last took something
         serving = f"import sys; sys.path[:] = {sys.path!r}\nfrom osler.monitor.tracker import serve; serve()"
         try:
             printed.parent.mkdir(parents=True, exist_ok=True)
@@ -128,7 +126,6 @@ class TrackerProcess:
         try:
             while self._unsent and (sent := self._to_child.write(self._unsent[:PIPE_BYTES])):
                 del self._unsent[:sent]
-                self._sent_at = time.monotonic()
         except OSError:  # the child has ended, and says why, or its exit code does
             self._unsent.clear()
 
@@ -136,7 +133,7 @@ class TrackerProcess:
         """Write what the pipe takes, read the child's reports, log the new ones, and return whether the tracker is gone."""
         if self.is_gone:
             return True
-        self._flush()  # first: the run may have been busy with something else for longer than a tracker may hang
+        self._flush()
         code = self.process.poll()
         for is_final, reason in map(json.loads, (self._from_child.read() or b"").splitlines()):
             if is_final:
@@ -148,8 +145,6 @@ class TrackerProcess:
             self.is_gone = True
         elif code is not None:
             self._give_up(f"failed (exit code {code}; more in {self.printed})")
-        elif self._unsent and time.monotonic() - self._sent_at > HANG_SECONDS:
-            self._give_up(f"has not answered for {HANG_SECONDS:g} s")
         return self.is_gone
 
     def _give_up(self, what: str) -> None:

@@ -11,6 +11,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -87,12 +88,12 @@ def numbers(members: Sequence[Member]) -> Table:
         ("tokens/s, median", "perf/tokens_per_second", np.median, fmt.count),
         ("sampled tokens/s, median", "perf/rollout_tokens_per_second", np.median, fmt.count),
         ("training loss, mean of the last tenth", "train/loss", _last_tenth, fmt.number),
-        ("held-out loss at the end", "eval/loss", _end, fmt.number),
+        ("held-out loss at the end", "eval/loss", itemgetter(-1), fmt.number),
         ("held-out loss, lowest", "eval/loss", np.min, fmt.number),
-        ("bits per byte at the end", "eval/bits_per_byte", _end, fmt.number),
+        ("bits per byte at the end", "eval/bits_per_byte", itemgetter(-1), fmt.number),
         ("reward, mean of the last tenth", "reward", _last_tenth, fmt.number),
         *(
-            (f"accuracy on {charts.inner(EXAM, name)} while training, last", name, _end, fmt.percent)
+            (f"accuracy on {charts.inner(EXAM, name)} while training, last", name, itemgetter(-1), fmt.percent)
             for name in sorted({n for s in stages for n in s.curves if declared_name(n) == EXAM})
         ),
     ]
@@ -136,12 +137,8 @@ def _open(folders: Sequence[str]) -> dict[str, RunRecord]:
 
 def _groups(runs: Mapping[str, RunRecord]) -> dict[str, list[Member]]:
     """Group by title what is compared: all runs when each has one stage, else the stages of one name or kind."""
-    members = [
-        Member(name, colour, stage, run)
-        for colour, (name, run) in enumerate(runs.items())
-        for stage in run.runs
-        if stage.curves
-    ]
+    every = [(name, colour, stage, run) for colour, (name, run) in enumerate(runs.items()) for stage in run.runs]
+    members = [Member(*each) for each in every if each[2].curves]
     groups: dict[str, list[Member]] = {}
     for member in members:
         key = "" if len(members) == len(runs) else member.stage.name or as_text(member.config.get("kind"))
@@ -183,18 +180,11 @@ def _curves(members: Sequence[Member]) -> tuple[list[Figure], list[tuple[charts.
 
 def _as_text(title: str, members: Sequence[Member]) -> str:
     """Return numbers and differences as one table of text."""
-    apart = [
-        (key, [f"{cell[: CELL_WIDTH - 1]}…" if len(cell) > CELL_WIDTH else cell for cell in row])
-        for key, row in differences(members)
-    ]
-    rows = [(title, [m.name for m in members]), *numbers(members), *([("", [""] * len(members))] if apart else []), *apart]
+    apart = [(key, [cell[:CELL_WIDTH] for cell in row]) for key, row in differences(members)]
+    rows = [(title, [m.name for m in members]), *numbers(members), ("", [""] * len(members)), *apart]
     first, *widths = [max(map(len, column)) for column in zip(*([what, *row] for what, row in rows), strict=True)]
     lines = ([f"{what:<{first}}", *(f"{cell:>{w}}" for cell, w in zip(row, widths, strict=True))] for what, row in rows)
-    return "\n".join("  ".join(line).rstrip() for line in lines)
-
-
-def _end(known: Floats) -> float:
-    return float(known[-1])
+    return "\n".join("  ".join(line).rstrip() for line in lines).rstrip()
 
 
 def _last_tenth(known: Floats) -> float:

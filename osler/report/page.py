@@ -51,7 +51,7 @@ def build_report(run_folder: str | Path | RunRecord, out: str | Path | None = No
         LINKS,
         run=run,
         summary=_summary(run),
-        tiles=list(_tiles(run)),
+        tiles=[tile for tile in _tiles(run) if tile[1] != fmt.MISSING],
         comparison_title="Before and after GRPO" if about_grpo else "Before and after",
         reach=max(0.05, math.ceil(20 * max(ends, default=0.1)) / 20),  # of the axis of differences, on either side of zero
         sample_stages=sample_stages,
@@ -110,25 +110,18 @@ def _summary(run: RunRecord) -> str:
 
 def _tiles(run: RunRecord) -> Iterator[tuple[str, str, str]]:
     """Yield the key numbers: label, value, and what it is of."""
-    score, (_, parameters) = words.headline_score(run), words.model_of(run)
     together = "all stages" if len(run.stages) > 1 or len(run.runs) > 1 else ""
-    if score:
+    if score := words.headline_score(run):
         yield "Score", fmt.percent(score.accuracy), words.interval(score)
-    for tile in (
-        ("Parameters", fmt.count(parameters), ""),
-        ("Tokens seen", fmt.count(words.total_tokens(run)), together),
-        ("Time", fmt.duration(words.seconds_of(run)), together),
-    ):
-        if tile[1] != fmt.MISSING:
-            yield tile
+    yield "Parameters", fmt.count(words.model_of(run)[1]), ""
+    yield "Tokens seen", fmt.count(words.total_tokens(run)), together
+    yield "Time", fmt.duration(words.seconds_of(run)), together
     for metric, label in (("eval/loss", "Held-out loss"), ("perf/tokens_per_second", "Tokens/s"), ("reward", "Reward")):
-        for stage in run.runs:
+        if stage := next((stage for stage in run.runs if len(stage.finite(metric))), None):
             known = stage.finite(metric).values
-            if len(known):
-                is_speed = metric.startswith("perf/")
-                shown = fmt.count(np.sort(known)[len(known) // 2]) if is_speed else fmt.number(known[-1])
-                yield label, shown, f"{stage_title(stage.name)}, {'median' if is_speed else 'at the end'}"
-                break
+            is_speed = metric.startswith("perf/")
+            shown = fmt.count(np.median(known)) if is_speed else fmt.number(known[-1])
+            yield label, shown, f"{stage_title(stage.name)}, {'median' if is_speed else 'at the end'}"
 
 
 def _times(run: RunRecord) -> list[tuple[str, float, int, str]]:

@@ -22,7 +22,6 @@ from osler.watch.state import WatchedFolder, WatchedRun
 
 BLOCKS = " ▁▂▃▄▅▆▇█"
 FULL, EMPTY = "━", "─"
-NO_BREAK = "\u00a0"  # a space at which a line is not broken
 PANELS = (  # row of METRICS, title, whether the axis starts at zero
     ("train/loss", "loss", False), ("eval/loss", "held-out loss", False), ("reward", "reward", False),
     ("eval/<split>_accuracy", "accuracy", False), ("train/grad_norm", "gradient norm", False),
@@ -46,23 +45,16 @@ class Text(NamedTuple):
 
 
 def frame(watched: WatchedFolder, now: float, width: int, height: int | None = None) -> list[Text]:
-    """Return the lines, none longer than `width`, at most `height` of them; with None all, and the first as long as it is."""
-    run = watched.current
-    top = [*_header(watched, run, now, width), *_stages(watched, run, width)]
-    below = [*_happened(run, now), *_values(run, width)]
+    """Return the lines, none longer than `width`, at most `height` of them; with None all."""
+    run, lines = watched.current, list[Text]()
+    top = [*_header(watched, run, now, width), *_stages(watched, run)]
+    below = [*_happened(run, now), *_values(run)]
     for rows in HEIGHTS if height is not None else (PLAIN_HEIGHT,):
-        lines = [*top, *_panels(run, width, rows), *below]
+        whole = [*top, *_panels(run, width, rows), *below]
+        lines = [Text(part, style) for text, style in whole for part in _wrapped(clean(text).rstrip(), width)]
         if height is None or len(lines) <= height:
             break
-    whole = [Text(clean(text).rstrip(), style) for text, style in lines[:height]]
-    if height is None:
-        return [whole[0], *(Text(part, style) for text, style in whole[1:] for part in _wrapped(text, width))]
-    return [Text(_cut(text, width), style) for text, style in whole]
-
-
-def _cut(text: str, width: int) -> str:
-    """Return text cut to a width, with an ellipsis for what is missing."""
-    return text if len(text) <= width else text[: width - 1] + "…"
+    return lines[:height]
 
 
 def _wrapped(text: str, width: int) -> list[str]:
@@ -84,8 +76,7 @@ def _header(watched: WatchedFolder, run: WatchedRun, now: float, width: int) -> 
     kinds = dict.fromkeys((watched.root.kind, run.kind or run.name))
     facts = filter(None, (str(watched.root.folder.root), *kinds, parameters, *machine))
     state = run.state(now)
-    lines = [Text(" · ".join(facts), "title")]
-    lines += [Text(part, STATE_STYLES.get(state.kind, "dim")) for part in _wrapped(clean(state.words), max(20, width))]
+    lines = [Text(" · ".join(facts), "title"), Text(state.words, STATE_STYLES.get(state.kind, "dim"))]
     if not run.has_lines:
         return lines
     done, total, unit = run.progress
@@ -104,24 +95,21 @@ def _header(watched: WatchedFolder, run: WatchedRun, now: float, width: int) -> 
     return lines
 
 
-def _stages(watched: WatchedFolder, current: WatchedRun, width: int) -> list[Text]:
+def _stages(watched: WatchedFolder, current: WatchedRun) -> list[Text]:
     """Return the stages of a quickstart in a row, with an arrow at the one that is shown."""
     told = {name: f"{name} to come" for name in watched.names()}
     for name, stage in watched.stages.items():
         told[name] = f"{name} to step {stage.last_step:,}" if stage.has_lines else f"{name} begun"
     told |= {name: f"{name} {fmt.duration(seconds)}" for name, seconds in watched.finished.items() if name in told}
     told |= {current.name: f"▶ {current.name}"} if current.name in told else {}
-    return [Text(line, "dim") for line in textwrap.wrap("   ".join(told.values()), max(20, width))]
+    return [Text("   ".join(told.values()), "dim")] if told else []
 
 
 def _panels(run: WatchedRun, width: int, rows: int) -> list[Text]:
     """Return the curves, as many side by side as the width allows."""
     found = by_row(sorted(name for name in run.curves if np.isfinite(run.curves[name].values).any()))
-    shown = [
-        (title if row == name else f"{inner(row, name)} {title}", name, zero)
-        for row, title, zero in PANELS
-        for name in found.get(row, [])
-    ]
+    every = [(row, title, name, zero) for row, title, zero in PANELS for name in found.get(row, [])]
+    shown = [(title if row == name else f"{inner(row, name)} {title}", name, zero) for row, title, name, zero in every]
     side_by_side = max(1, min(len(shown), (width + GAP) // (PANEL_WIDTH + GAP)))
     size = (width - GAP * (side_by_side - 1)) // side_by_side
     panels = [_panel(title, run.curves[name], name, zero, size, rows) for title, name, zero in shown]
@@ -138,7 +126,7 @@ def _panel(title: str, curve: Series, name: str, zero: bool, width: int, rows: i
     head = f"{title} {_show(name, curve.values[-1])}"
     span = f"{_show(name, known.min())} to {_show(name, known.max())}"
     head = f"{head}  {span:>{max(0, width - len(head) - 2)}}" if len(head) + len(span) + 2 <= width else head
-    return [f"{_cut(head, width):<{width}}", *blocks(columns(curve, width), rows, zero=zero)]
+    return [f"{head[:width]:<{width}}", *blocks(columns(curve, width), rows, zero=zero)]
 
 
 def columns(curve: Series, width: int) -> Floats:
@@ -157,7 +145,7 @@ def blocks(values: Floats, rows: int, *, zero: bool = False) -> list[str]:
     return ["".join(BLOCKS[int(n)] for n in np.clip(heights - 8 * row, 0, 8)) for row in reversed(range(rows))]
 
 
-def _values(run: WatchedRun, width: int) -> list[Text]:
+def _values(run: WatchedRun) -> list[Text]:
     """Return the newest value of every metric, by family; of one that all layers have its range and the layer of its top."""
     newest = {name: float(curve.values[-1]) for name, curve in run.curves.items()}
     lines = []
@@ -171,8 +159,7 @@ def _values(run: WatchedRun, width: int) -> list[Text]:
             low, high = (pick(of, key=lambda layer: newest[of[layer]]) for pick in (min, max))
             least, most = _show(of[low], newest[of[low]]), _show(of[high], newest[of[high]])
             told.append(f"{_short(base, family)} {least}" + (f" to {most} (most in layer {high})" if most != least else ""))
-        text = f"{family.title}: {' · '.join(item.replace(' ', NO_BREAK) for item in told)}"
-        lines += [Text(line) for line in textwrap.wrap(text, max(20, width), subsequent_indent="  ", break_on_hyphens=False)]
+        lines.append(Text(f"{family.title}: {' · '.join(told)}"))
     return lines
 
 
