@@ -24,7 +24,7 @@ from osler.optim.build import build_optimizer
 from osler.parallel.parallelize import check_strategy, parallelize
 from osler.records import jsonl
 from osler.rl.config import GrpoConfig
-from osler.rl.rollout import Group, RewardTerm, RlTask, RolloutWorker, Sample, task_shares
+from osler.rl.rollout import Group, RewardTerm, RlTask, RolloutWorker, Sample, rollout_metrics, task_shares
 from osler.rl.step import PolicyLoss
 from osler.rl.trainer import GrpoTrainer
 from osler.runs.command import Job, Request, carry_out
@@ -180,13 +180,13 @@ def preflight(groups: Sequence[Group], config: GrpoConfig) -> str:
         logger.info(f"  answer:   {sample.completion.answer or '(none)'}")
         logger.info(f"  right:    {render_answer(group.prompt.item)}   (reward {sample.reward:g})")
     samples = [sample for group in groups for sample in group.samples]
-    count, effective = len(samples), sum(group.effective for group in groups)
-    right = [sum(sample.reading.right for sample in group.samples) for group in groups]
-    readable, cut = sum(sample.reading.readable for sample in samples), sum(not sample.completion.finished for sample in samples)
+    count, found = len(samples), rollout_metrics(groups)
+    solved = sum(any(sample.reading.right for sample in group.samples) for group in groups)
     logger.info(
-        f"Before training: pass@1 {sum(right) / count:.3f}, pass@{len(groups[0].samples)} "
-        f"{sum(map(bool, right)) / len(groups):.3f} over {len(groups)} questions; {readable / count:.0%} of the answers can be "
-        f"read, {cut / count:.0%} of the completions were cut; {effective} of {len(groups)} groups teach something."
+        f"Before training: pass@1 {found['answer/correct_frac']:.3f}, pass@{len(groups[0].samples)} {solved / len(groups):.3f} "
+        f"over {len(groups)} questions; {found['answer/format_ok']:.0%} of the answers can be read, "
+        f"{found['completions/clipped_ratio']:.0%} of the completions were cut; {found['groups/effective']:.0f} of {len(groups)} "
+        "groups teach something."
     )
     if all(sample.reward <= 0.0 for sample in samples):
         if any(sample.completion.well_formed and sample.reading.readable for sample in samples):
@@ -196,13 +196,13 @@ def preflight(groups: Sequence[Group], config: GrpoConfig) -> str:
                 "train the model longer on examples first."
             )
         elif config.preflight == "refuse":
-            raise UserError(refusal(samples, cut, config))
+            raise UserError(refusal(samples, config))
         else:
-            logger.warning(refusal(samples, cut, config))
-    elif not effective:
+            logger.warning(refusal(samples, config))
+    elif not found["groups/effective"]:
         cause = (
             "all of them are right: take harder questions"
-            if sum(right) == count
+            if found["answer/correct_frac"] == 1.0
             else "the samples of each question are alike: take more algorithm.samples_per_prompt, or other questions"
         )
         logger.warning(
@@ -213,9 +213,10 @@ def preflight(groups: Sequence[Group], config: GrpoConfig) -> str:
     return "".join(jsonl.to_line(asdict(result.sample("grpo step 0"))) for result in results)
 
 
-def refusal(samples: Sequence[Sample], cut: int, config: GrpoConfig) -> str:
+def refusal(samples: Sequence[Sample], config: GrpoConfig) -> str:
     """Why nothing can be learned from completions of which none earned a reward or kept to the template, and what to do."""
     count, limit = len(samples), config.algorithm.max_new_tokens
+    cut = sum(not sample.completion.finished for sample in samples)
     answered = sum(sample.completion.answer is not None for sample in samples)
     if cut > MOST_CUT * count:
         cause = f"The model never ends: either it was not taught to, or algorithm.max_new_tokens={limit} is too small for it."

@@ -8,19 +8,8 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from osler.checkpoint.folders import (
-    FOLDER_NAME,
-    MANIFEST,
-    STATE,
-    Entry,
-    best_checkpoint,
-    by_age,
-    is_checkpoint,
-    looks_whole,
-    remove,
-    root_of,
-    verify,
-)
+from osler.checkpoint import folders
+from osler.checkpoint.folders import Entry
 from osler.records.jsonl import EventLog
 from osler.runs.folder import write_damage
 from osler.runtime.errors import UserError
@@ -30,7 +19,7 @@ from osler.runtime.files import RunFolder
 def list_checkpoints(path: str) -> int:
     """Print the checkpoints of a run, newest first, with what is known without reading their tensors."""
     root, entries = _found(path)
-    best = best_checkpoint(root)
+    best = folders.best_checkpoint(root)
     unread = "bytes are not checked here: `osler checkpoint verify` does"
     print(f"{'step':>12}{'tokens':>18}{'size':>12}   {'saved':<18}remarks ({unread})")
     for number, entry in enumerate(entries):
@@ -38,12 +27,12 @@ def list_checkpoints(path: str) -> int:
         if best is not None and best.path == entry.path:
             remarks.append(f"best ({best.metric} {best.value:.4g})" if best.value is not None else "best")
         remarks += ["milestone"] if entry.milestone else []
-        remarks += [] if looks_whole(entry.path) else ["DAMAGED"]
+        remarks += [] if folders.looks_whole(entry.path) else ["DAMAGED"]
         tokens = "?"
         with suppress(OSError, ValueError, KeyError, TypeError):
-            tokens = f"{json.loads((entry.path / STATE).read_bytes())['tokens']:,}"
+            tokens = f"{json.loads((entry.path / folders.STATE).read_bytes())['tokens']:,}"
         with suppress(FileNotFoundError):  # a run has deleted it in the meantime
-            manifest = entry.path / MANIFEST
+            manifest = entry.path / folders.MANIFEST
             written = time.localtime((manifest if manifest.exists() else entry.path).stat().st_mtime)
             saved = time.strftime("%Y-%m-%d %H:%M", written)
             print(f"{entry.step:>12,}{tokens:>18}{_size(entry.path) / 1e6:>9,.1f} MB   {saved:<18}{', '.join(remarks)}")
@@ -54,8 +43,9 @@ def verify_checkpoints(path: str) -> int:
     """Hash every file of a checkpoint, or of all checkpoints of a run; return 1 when one is damaged, and record that."""
     folder = Path(path)
     damaged = 0
-    for checkpoint in [folder] if folder.is_dir() and is_checkpoint(folder) else [entry.path for entry in _found(path)[1]]:
-        problems = verify(checkpoint)
+    is_one = folder.is_dir() and folders.is_checkpoint(folder)
+    for checkpoint in [folder] if is_one else [entry.path for entry in _found(path)[1]]:
+        problems = folders.verify(checkpoint)
         if problems and not checkpoint.is_dir():
             print(f"{checkpoint.name}: deleted in the meantime, by the run or by hand")
             continue
@@ -79,13 +69,13 @@ def prune_checkpoints(path: str, *, keep_last: int, keep_best: bool, keep_milest
     if keep_last < 1:
         raise UserError(f"--keep-last {keep_last}: at least one checkpoint stays.")
     root, entries = _found(path)
-    best = best_checkpoint(root)
+    best = folders.best_checkpoint(root)
     going: list[tuple[Path, str]] = []
     good = 0
     for entry in entries:
         is_best = best is not None and best.path == entry.path
         is_old = good >= keep_last
-        if not is_old and not verify(entry.path):
+        if not is_old and not folders.verify(entry.path):
             good += 1
         elif not (entry.path.is_symlink() or (keep_milestones and entry.milestone) or (keep_best and is_best)):
             reason = f"older than the last {keep_last}" if is_old else "damaged"
@@ -100,7 +90,7 @@ def prune_checkpoints(path: str, *, keep_last: int, keep_best: bool, keep_milest
         freed += size
         if not dry_run:
             try:
-                remove(checkpoint)
+                folders.remove(checkpoint)
             except OSError as error:
                 raise UserError(f"{checkpoint} cannot be deleted: {error.strerror}.") from error
         print(f"{checkpoint.name}{size / 1e6:>9,.1f} MB   {'would be deleted' if dry_run else 'deleted'}: {reason}")
@@ -110,10 +100,10 @@ def prune_checkpoints(path: str, *, keep_last: int, keep_best: bool, keep_milest
 
 def _found(path: str) -> tuple[Path, list[Entry]]:
     """Return the checkpoints folder of a run and the checkpoints in it, newest first; raises UserError when there is none."""
-    if FOLDER_NAME.fullmatch(Path(path).name):
+    if folders.FOLDER_NAME.fullmatch(Path(path).name):
         raise UserError(f"{path} is one checkpoint: give the run folder that it is in.")
-    root = root_of(path)
-    entries = by_age(root)
+    root = folders.root_of(path)
+    entries = folders.by_age(root)
     if not entries:
         raise UserError(f"There is no checkpoint in {root}.")
     return root, entries

@@ -19,21 +19,8 @@ from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from osler.checkpoint import store
-from osler.checkpoint.folders import (
-    BEST,
-    FOLDER_NAME,
-    STATE,
-    Entry,
-    best_checkpoint,
-    by_age,
-    folder_name,
-    looks_whole,
-    padded,
-    refuse_checkpoint,
-    root_of,
-    verify,
-)
+from osler.checkpoint import folders, store
+from osler.checkpoint.folders import Entry
 from osler.config.recipe import load_yaml, merge, parse_overrides
 from osler.config.schema import decode
 from osler.monitor.logger import check_trackers
@@ -43,7 +30,7 @@ from osler.runs.loop import Loop, Trainer
 from osler.runs.process import Run
 from osler.runtime.device import keep_freed_memory
 from osler.runtime.errors import UserError
-from osler.runtime.files import RunFolder, fsync_dir, read_json, write_atomic
+from osler.runtime.files import RunFolder, fsync_dir, write_atomic
 
 logger = logging.getLogger(__name__)
 
@@ -117,10 +104,10 @@ def find_step(root: Path, step: int) -> Entry:
     problems: list[str] = []
     others: set[int] = set()
     what = f"There is no checkpoint of step {step} in {root}"
-    for entry in by_age(root):
+    for entry in folders.by_age(root):
         if entry.step != step:
-            others |= {entry.step} if looks_whole(entry.path) else set()
-        elif here := verify(entry.path):
+            others |= {entry.step} if folders.looks_whole(entry.path) else set()
+        elif here := folders.verify(entry.path):
             problems += here
             what = f"The checkpoint of step {step} in {root} is damaged ({'; '.join(problems)})"
         else:
@@ -140,7 +127,7 @@ def planned_start(folder: RunFolder, step: int | None) -> tuple[Path | None, dic
 
 def later_than(folder: RunFolder, target: Entry) -> list[Entry]:
     """Return the checkpoints that the run saved after ``target`` or that have later steps, newest first."""
-    entries = [entry for entry in by_age(folder.checkpoints) if entry.path != target.path]
+    entries = [entry for entry in folders.by_age(folder.checkpoints) if entry.path != target.path]
     return [entry for entry in entries if entry.step > target.step or entry.sequence > target.sequence]
 
 
@@ -171,9 +158,9 @@ def _set_aside(
     folder: RunFolder, step: int, later: Sequence[Entry], lines: Mapping[Path, tuple[list[bytes], list[bytes]]]
 ) -> Path:
     """Move checkpoints, and of each file the second part of its lines, to a new folder in the run's, and return that."""
-    best = best_checkpoint(folder.checkpoints)
+    best = folders.best_checkpoint(folder.checkpoints)
     if best is not None and best.path in {entry.path for entry in later}:
-        (folder.checkpoints / BEST).unlink()  # the next evaluation marks another
+        (folder.checkpoints / folders.BEST).unlink()  # the next evaluation marks another
     names = (f"after-step-{step}{'' if number == 1 else f'-{number}'}" for number in count(1))
     aside = next(path for name in names if not (path := folder.root / ASIDE / name).exists())
     checkpoints = RunFolder(aside).checkpoints
@@ -200,32 +187,26 @@ def branch_config(cls: type[T], kind: str, branch: str, step: int | None, overri
     ``branch`` is a checkpoint, or a run folder, which means the checkpoint of ``step`` or its newest. The same command later
     resumes the new run, even when the checkpoint that it branched from is gone.
     """
-    refuse_checkpoint(folder.root)
-    path = padded(Path(branch))
+    folders.refuse_checkpoint(folder.root)
+    path = folders.padded(Path(branch))
     stored = read_config(folder) if folder.config.exists() else {}
     begun = stored.get("branch_from")  # where the new run has begun, if it has
     there = Path(begun or "")
-    is_begun = path == there or (path in there.parents and (step is None or there.name == folder_name(step)))
+    is_begun = path == there or (path in there.parents and (step is None or there.name == folders.folder_name(step)))
     if begun is None or not is_begun:
-        checkpoint = _checkpoint_of(path, step)
+        checkpoint = store.load(_checkpoint_of(path, step), names=[])
         _check_kind(checkpoint, kind)
-        stored = config_in(store.load(checkpoint, names=[])) | {"branch_from": str(checkpoint)}
+        stored = config_in(checkpoint) | {"branch_from": str(checkpoint.path)}
     return decode(cls, merge(stored, parse_overrides(overrides, stored)), source=branch)
 
 
 def _checkpoint_of(path: Path, step: int | None) -> Path:
     """Return the good checkpoint at ``path``, or in the run folder ``path`` that of ``step`` (None: the newest)."""
-    match = FOLDER_NAME.fullmatch(path.name)
-    if match and step not in (None, int(match[1])):
-        raise UserError(f"{path} is step {int(match[1])}, and --from-step says {step}: leave one of them out.")
-    if match and path.parent.is_dir():
-        return find_step(path.parent, int(match[1])).path
-    if step is not None and not match:
-        return find_step(root_of(path), step).path
-    path = store.resolve(path)
-    if problems := verify(path):
-        raise UserError(f"Checkpoint {path} is damaged, branch from another: {'; '.join(problems)}.")
-    return path
+    if match := folders.FOLDER_NAME.fullmatch(path.name):
+        if step not in (None, int(match[1])):
+            raise UserError(f"{path} is step {int(match[1])}, and --from-step says {step}: leave one of them out.")
+        path, step = path.parent, int(match[1])
+    return store.resolve(path) if step is None else find_step(folders.root_of(path), step).path
 
 
 def config_in(loaded: store.Loaded) -> dict[str, Any]:
@@ -237,10 +218,10 @@ def config_in(loaded: store.Loaded) -> dict[str, Any]:
     return stored
 
 
-def _check_kind(checkpoint: Path, kind: str) -> None:
-    there = read_json(checkpoint / STATE).get("kind")
+def _check_kind(checkpoint: store.Loaded, kind: str) -> None:
+    there = checkpoint.state["kind"]
     if there != kind:
-        raise UserError(f"{checkpoint} is of a run of `osler {there}`: branch it with `osler {there} --branch`.")
+        raise UserError(f"{checkpoint.path} is of a run of `osler {there}`: branch it with `osler {there} --branch`.")
 
 
 def branch_point(config: Any) -> Path | None:
@@ -250,16 +231,16 @@ def branch_point(config: Any) -> Path | None:
     """
     if config.branch_from is None:
         return None
-    path = store.resolve(config.branch_from)
-    _check_kind(path, config.kind)
-    there = flat(config_in(store.load(path, names=[])))
+    checkpoint = store.load(store.resolve(config.branch_from), names=[])
+    _check_kind(checkpoint, config.kind)
+    there = flat(config_in(checkpoint))
     for field, here in (("optim.type", config.optim.type), ("precision", config.precision)):
         if here != there.get(field, here) and (field == "optim.type" or "pure-bf16" in (here, there[field])):
             raise UserError(
-                f"{field} is {here} here and {there[field]} in {path}, whose optimizer holds another state: leave it as it is "
-                f"there, or start a new run with the weights alone, init_from={path}."
+                f"{field} is {here} here and {there[field]} in {checkpoint.path}, whose optimizer holds another state: leave it "
+                f"as it is there, or start a new run with the weights alone, init_from={checkpoint.path}."
             )
-    return path
+    return checkpoint.path
 
 
 def same_data(config: Any, loaded: store.Loaded) -> bool:

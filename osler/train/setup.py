@@ -195,18 +195,13 @@ def check_lengths(config: TrainConfig, prepared: Prepared, max_seq_len: int) -> 
         return
     longest = max(length for lengths in torn for length in lengths)
     wanted = min(max_seq_len, -(-(longest - 1) // ROUND_LENGTH) * ROUND_LENGTH)
-    still = sum(len(torn_lengths(shards, wanted)) for shards in splits)
-    limit = f", the most that the model reads (max_seq_len), for which {still:,} are too long still" if still else ""
     what = (
         f"{count:,} of {sum(shards.num_documents for shards in splits):,} examples are longer than a row of seq_len "
         f"{config.seq_len} (the longest has {longest:,} tokens), so that answers would be cut from their questions"
     )
-    micro = None if config.micro_batch_tokens is None else max(1, config.micro_batch_tokens // wanted) * wanted
-    unit = micro or wanted  # a batch is whole forward passes of whole rows
-    keys = {"seq_len": wanted, "batch_tokens": -(-config.batch_tokens // unit) * unit, "micro_batch_tokens": micro}
-    fits = " ".join(f"{key}={value}" for key, value in keys.items() if value not in (None, getattr(config, key)))
     more = f"the model reads no more than {max_seq_len} tokens (max_seq_len)"
-    more = f"set {fits}{limit}" if wanted > config.seq_len else more
+    if wanted > config.seq_len:
+        more = f"set seq_len={wanted} batch_tokens={-(-config.batch_tokens // wanted) * wanted}"
     if any(len(lengths) == shards.num_documents for shards, lengths in zip(splits, torn, strict=True)):
         raise UserError(f"{what}, and too_long=drop leaves nothing to train on or to hold out: {more}.")
     if config.too_long == "refuse":
