@@ -304,16 +304,10 @@ COMMANDS: tuple[Command, ...] = (
     ),
     Command(
         "checkpoint prune",
-        "Delete checkpoints, never the last good one",
-        "osler checkpoint prune runs/notes --keep-last 1 --keep-best --dry-run",
+        "Delete all checkpoints but the last good ones, the best and the milestones",
+        "osler checkpoint prune runs/notes --keep-last 1",
         "osler.runs.checkpoints:prune_checkpoints",
-        (
-            RUN,
-            option("--keep-last", type=int, required=True, metavar="N", help="keep the last N that are good"),
-            option("--keep-best", action="store_true", help="also keep the best"),
-            option("--keep-milestones", action="store_true", help="also keep those of checkpoint.keep_every_tokens or _steps"),
-            option("--dry-run", action="store_true", help="only say what would be deleted"),
-        ),
+        (RUN, option("--keep-last", type=int, required=True, metavar="N", help="keep the last N that are good")),
     ),
     Command(
         "watch",

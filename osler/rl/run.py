@@ -1,7 +1,6 @@
-"""From a recipe to a finished GRPO run folder: ``osler grpo``.
+"""From a recipe to a finished GRPO run folder: ``osler grpo``; ``runs/command.py`` does what other training does too.
 
-A run folder that already holds this run continues from its newest good checkpoint; a folder with another run is refused. The
-checkpoint holds model, reference, tokenizer and optimizer, so a moved run folder needs neither recipe nor ``init_from``.
+A checkpoint holds model, reference, tokenizer and optimizer, so a moved run folder needs neither recipe nor ``init_from``.
 
 A new run begins with a preflight: the policy answers the questions of the first step once ahead of it, at the run's own sampling
 settings. A model that never saw the template earns nothing, every advantage is zero, and the run would go through its time

@@ -61,40 +61,23 @@ def verify_checkpoints(path: str) -> int:
     return 1 if damaged else 0
 
 
-def prune_checkpoints(path: str, *, keep_last: int, keep_best: bool, keep_milestones: bool, dry_run: bool) -> int:
-    """Delete all but the last ``keep_last`` checkpoints that verify, and print what that frees.
+def prune_checkpoints(path: str, *, keep_last: int) -> int:
+    """Rotate by hand: delete all but the best, the milestones and the last ``keep_last`` good ones; print what that frees.
 
-    Raises UserError when none verifies: then nothing may go, because a person may still mend one of them.
+    Raises UserError when none is good: then nothing may go, because a person may still mend one of them.
     """
     if keep_last < 1:
         raise UserError(f"--keep-last {keep_last}: at least one checkpoint stays.")
     root, entries = _found(path)
-    best = folders.best_checkpoint(root)
-    going: list[tuple[Path, str]] = []
-    good = 0
-    for entry in entries:
-        is_best = best is not None and best.path == entry.path
-        is_old = good >= keep_last
-        if not is_old and not folders.verify(entry.path):
-            good += 1
-        elif not (entry.path.is_symlink() or (keep_milestones and entry.milestone) or (keep_best and is_best)):
-            reason = f"older than the last {keep_last}" if is_old else "damaged"
-            reason += "; the best, which --keep-best keeps" if is_best else ""
-            reason += "; a milestone, which --keep-milestones keeps" if entry.milestone else ""
-            going.append((entry.path, reason))
-    if not good:
+    newest, _ = folders.newest_good(root)
+    if newest is None:
         raise UserError(f"No checkpoint in {root} is good, so none is deleted; `osler checkpoint verify` names what is damaged.")
-    freed = 0
-    for checkpoint, reason in reversed(going):
-        size = _size(checkpoint)
-        freed += size
-        if not dry_run:
-            try:
-                folders.remove(checkpoint)
-            except OSError as error:
-                raise UserError(f"{checkpoint} cannot be deleted: {error.strerror}.") from error
-        print(f"{checkpoint.name}{size / 1e6:>9,.1f} MB   {'would be deleted' if dry_run else 'deleted'}: {reason}")
-    print(f"{freed / 1e6:,.1f} MB {'would be' if dry_run else 'are'} free.")
+    sizes = {entry.path: _size(entry.path) for entry in reversed(entries)}
+    folders.rotate(root, newest, keep_last)
+    gone = [checkpoint for checkpoint in sizes if not checkpoint.exists()]
+    for checkpoint in gone:
+        print(f"{checkpoint.name}{sizes[checkpoint] / 1e6:>9,.1f} MB   deleted")
+    print(f"{sum(sizes[checkpoint] for checkpoint in gone) / 1e6:,.1f} MB are free.")
     return 0
 
 

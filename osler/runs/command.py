@@ -19,8 +19,8 @@ from osler.config.schema import decode, encode, hints
 from osler.inference.load import described_model
 from osler.monitor.logger import check_trackers
 from osler.runs.config import RunConfig
-from osler.runs.folder import refuse_another, stored_config, taken
-from osler.runs.resume import branch_config, branch_point, describe_branch, go_back, planned_start
+from osler.runs.folder import newest_checkpoint, refuse_another, stored_config, taken
+from osler.runs.resume import branch_config, branch_point, describe_branch, find_step, go_back
 from osler.runtime.errors import UserError
 from osler.runtime.files import RunFolder
 from osler.runtime.stop import EXIT_STOPPED
@@ -125,7 +125,7 @@ def describe_plan(job: Job, config: Any, folder: RunFolder, back_to: int | None)
     ``tokenizer`` is left out, because neither is used. Raises UserError for anything that would keep the run from starting.
     """
     refuse_another(folder, config)
-    newest, aside = planned_start(folder, back_to)
+    newest = newest_checkpoint(folder) if back_to is None else find_step(folder.checkpoints, back_to).path
     checkpoint = newest or branch_point(config)
     loaded = None if checkpoint is None else store.load(checkpoint, names=[])
     start = loaded
@@ -150,5 +150,4 @@ def describe_plan(job: Job, config: Any, folder: RunFolder, back_to: int | None)
         )
         plan |= {"model": encode(model)} if "model" in plan else {}
         plan.pop("tokenizer", None)
-    derived |= {**aside, **config.numbers(model)}
-    return "\n".join([dump_yaml(plan).rstrip(), *as_comments(derived)])
+    return "\n".join([dump_yaml(plan).rstrip(), *as_comments(derived | config.numbers(model))])

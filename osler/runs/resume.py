@@ -116,15 +116,6 @@ def find_step(root: Path, step: int) -> Entry:
     raise UserError(f"{what}; {there}.")
 
 
-def planned_start(folder: RunFolder, step: int | None) -> tuple[Path | None, dict[str, str]]:
-    """Return the checkpoint of this run that a start would continue from, and a description of what it would set aside."""
-    if step is None:
-        return newest_checkpoint(folder), {}
-    target = find_step(folder.checkpoints, step)
-    later = ", ".join(str(entry.step) for entry in reversed(later_than(folder, target)))
-    return target.path, {"sets aside": f"the checkpoints of steps {later}"} if later else {}
-
-
 def later_than(folder: RunFolder, target: Entry) -> list[Entry]:
     """Return the checkpoints that the run saved after ``target`` or that have later steps, newest first."""
     entries = [entry for entry in folders.by_age(folder.checkpoints) if entry.path != target.path]

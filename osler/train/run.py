@@ -1,7 +1,4 @@
-"""From a recipe to a finished run folder: ``osler pretrain`` and ``osler sft``.
-
-A run folder that already holds this run continues from its newest good checkpoint; a folder with another run is refused.
-"""
+"""From a recipe to a finished run folder: ``osler pretrain`` and ``osler sft``; ``runs/command.py`` does what GRPO does too."""
 
 from __future__ import annotations
 
