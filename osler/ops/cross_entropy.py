@@ -10,7 +10,6 @@ Shape legend: N tokens, R features per token, V rows of the head (padding includ
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -25,6 +24,9 @@ BLOCK_LOGITS = {"cpu": 1 << 21}  # logits that are widened to fp32 at a time: fe
 TILES = {"cpu": 4}  # parts of the vocabulary that compiled code takes one after another, each as wide as TILE_WORDS at least
 TILE_WORDS = 12_800
 TILED_CHUNK_TOKENS, TILED_CHUNK_BYTES = 4096, 400 << 20  # beside the logits, only one tile's gradient is in memory
+
+Chunks = list[tuple[Tensor, Tensor, Tensor]]  # features [C, R], labels [C] and the scale of each label's loss [C]
+Tiles = list[tuple[int, Tensor]]  # the first word of each tile, and its rows of the head
 
 
 def cross_entropy_reference(features_NR: Tensor, weight_VR: Tensor, labels_N: Tensor, *, vocab_size: int | None = None) -> Tensor:
@@ -41,8 +43,10 @@ def linear_cross_entropy(
     Labels equal to -100 count nothing; weight rows from ``vocab_size`` on are padding and take no probability.
     """
     scale_N = _wide((labels_N != IGNORED).to(features_NR.dtype))  # in the dtype of every sum
-    words = weight_VR.shape[0]
-    numbers = (vocab_size or words, chunk_tokens or _loss_chunk_tokens(features_NR, words))
+    words, logit_bytes = weight_VR.shape[0], features_NR.element_size()
+    if chunk_tokens is None and torch.compiler.is_compiling() and features_NR.device.type in TILES:
+        chunk_tokens = default_chunk_tokens(words, logit_bytes, TILED_CHUNK_TOKENS, TILED_CHUNK_BYTES)
+    numbers = (vocab_size or words, chunk_tokens or default_chunk_tokens(words, logit_bytes))
     loss: Tensor = _LinearCrossEntropy.apply(features_NR, weight_VR, labels_N.clamp_min(0), scale_N, numbers)
     return loss
 
@@ -71,12 +75,6 @@ def linear_logprobs(
 def default_chunk_tokens(vocab_size: int, logit_bytes: int = 4, most_tokens: int = 2048, most_bytes: int = CHUNK_BYTES) -> int:
     """Return how many tokens' logits fit in ``most_bytes``, in multiples of 64."""
     return max(64, min(most_tokens, most_bytes // (logit_bytes * vocab_size) // 64 * 64))
-
-
-def _loss_chunk_tokens(features_NR: Tensor, words: int) -> int:
-    if torch.compiler.is_compiling() and features_NR.device.type in TILES:
-        return default_chunk_tokens(words, features_NR.element_size(), TILED_CHUNK_TOKENS, TILED_CHUNK_BYTES)
-    return default_chunk_tokens(words, features_NR.element_size())
 
 
 def _tile_words(head_VR: Tensor) -> int:
@@ -109,16 +107,14 @@ def _without_padding(logits_CV: Tensor, vocab_size: int) -> Tensor:
     return logits_CV.masked_fill(torch.arange(logits_CV.shape[1], device=logits_CV.device) >= vocab_size, float("-inf"))
 
 
-def _eager_gradients(
-    features_NR: Tensor, head_VR: Tensor, labels_N: Tensor, scale_N: Tensor, vocab_size: int, chunk_tokens: int
-) -> tuple[Tensor, Tensor, Tensor]:
+def _eager_gradients(chunks: Chunks, head_VR: Tensor, vocab_size: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return the loss, and its gradients with respect to features and head, the latter in the dtype it was summed in.
 
     This goes chunk by chunk and overwrites the logits of each with their gradient.
     """
-    grad_head = torch.zeros_like(head_VR, dtype=scale_N.dtype)
+    grad_head = torch.zeros_like(head_VR, dtype=chunks[0][2].dtype)
     losses, grad_chunks = [], []
-    for x, label, scale in zip(*(each.split(chunk_tokens) for each in (features_NR, labels_N, scale_N)), strict=True):
+    for x, label, scale in chunks:
         logits = x @ head_VR.T
         losses.append(_into_gradient(logits, label, scale, vocab_size))
         grad_chunks.append(logits @ head_VR)
@@ -152,18 +148,15 @@ def _add_weight_gradient(grad_weight_VR: Tensor, grad_logits_CV: Tensor, x_CR: T
         sum_PR += part_CP.T @ x_CR
 
 
-def _compiled_gradients(
-    features_NR: Tensor, head_VR: Tensor, labels_N: Tensor, scale_N: Tensor, vocab_size: int, chunk_tokens: int
-) -> tuple[Tensor, Tensor, Tensor]:
+def _compiled_gradients(chunks: Chunks, head_VR: Tensor, vocab_size: int) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the same in a form for a compiler, which fuses what is done to a logit.
 
     A CPU goes by tiles of the vocabulary, so that the matmuls behind a tile's gradient find more of it in the cache. Parts of
     several chunks are summed in fp32.
     """
-    chunks = list(zip(*(each.split(chunk_tokens) for each in (features_NR, labels_N, scale_N)), strict=True))
     tile_words = _tile_words(head_VR)
     tiles = list(zip(range(0, head_VR.shape[0], tile_words), head_VR.split(tile_words), strict=True))
-    loss = scale_N.new_zeros(())
+    loss = chunks[0][2].new_zeros(())
     grad_chunks: list[Tensor] = []
     grad_tiles: list[Tensor] = []
     for x, label, scale in chunks:
@@ -189,10 +182,8 @@ def _compiled_gradients(
     return loss, torch.cat(grad_chunks), torch.cat(grad_tiles)
 
 
-def _tile_logits(
-    x_CR: Tensor, tiles: Sequence[tuple[int, Tensor]], label_C: Tensor, vocab_size: int
-) -> tuple[list[Tensor], Tensor, Tensor]:
-    """Return the logits of every tile (first word, rows of the head), their log-sum-exp over all, and those of the labels."""
+def _tile_logits(x_CR: Tensor, tiles: Tiles, label_C: Tensor, vocab_size: int) -> tuple[list[Tensor], Tensor, Tensor]:
+    """Return the logits of every tile, their log-sum-exp over all, and those of the labels."""
     tile_logits: list[Tensor] = []
     log_sums: list[Tensor] = []
     label_logit_C = torch.zeros_like(label_C, dtype=torch.promote_types(x_CR.dtype, torch.float32))
@@ -211,8 +202,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, features: Tensor, weight: Tensor, labels: Tensor, scale: Tensor, numbers: tuple[int, int]
     ) -> Tensor:
+        (vocab_size, chunk_tokens), head = numbers, weight.to(features.dtype)
+        chunks = list(zip(*(each.split(chunk_tokens) for each in (features, labels, scale)), strict=True))
         gradients = _compiled_gradients if torch.compiler.is_compiling() else _eager_gradients
-        loss, grad_features, grad_head = gradients(features, weight.to(features.dtype), labels, scale, *numbers)
+        loss, grad_features, grad_head = gradients(chunks, head, vocab_size)
         ctx.save_for_backward(grad_features, grad_head)
         ctx.weight_dtype = weight.dtype
         return loss
