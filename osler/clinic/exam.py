@@ -21,21 +21,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 
-from osler.clinic.facts import EXAM_SPLITS, RELATIONS, Condition, Fact, conditions_by_name, phrase_pool, split_combos, split_facts
+from osler.clinic.facts import EXAM_SPLITS, WORDINGS, Condition, Fact, conditions_by_name, phrase_pool, split_combos, split_facts
 from osler.clinic.textbook import join_findings, reasoning
 from osler.runtime.errors import UserError
 
 NUM_OPTIONS = 4
 
-FRAMES = (
-    "{a} {age}-year-old {who} has {f}.",
-    "{a} {age}-year-old {who} shows {f}.",
-    "A {who} aged {age} has {f}.",
-    "A {who} aged {age} presents with {f}.",
-    "This {who} of {age} has {f}.",
-    "This {who} aged {age} shows {f}.",
-)
-DRILL_QUESTIONS = ("Which option says {x}?", "Find {x}.", "Choose {x}.", "Where is {x}?", "Point to {x}.")
 
 
 @dataclass(frozen=True)
@@ -82,14 +73,14 @@ def exam(seed: int, split: str, n: int) -> list[ClinicItem]:
         condition, relation = conditions_by_name()[fact[0]], fact[1]
         findings = tuple(rng.sample(combos[fact][index // len(facts) % len(combos[fact])], 3))
         sex = condition.sex if condition.sex != "any" else rng.choice(("male", "female"))
-        vignette = render_vignette(rng.choice(FRAMES), rng.randint(*condition.age), sex, findings)
+        vignette = render_vignette(rng.choice(WORDINGS["frames"]), rng.randint(*condition.age), sex, findings)
         options = draw_distractors(fact, fact_part, sex, rng)
         answer_index = letters[index % NUM_OPTIONS]
         options.insert(answer_index, condition.answers[relation])
         items.append(
             ClinicItem(
                 id=f"clinic-{split}-0-{seed}-{index:06d}",  # options are permuted by it, so it stays as it was
-                question=f"{vignette} {rng.choice(RELATIONS[relation].questions)}",
+                question=f"{vignette} {rng.choice(WORDINGS['relations'][relation]['questions'])}",
                 options=tuple(options),
                 answer_index=answer_index,
                 split=split,
@@ -158,7 +149,7 @@ def drills(seed: int, count: int) -> Iterator[ClinicItem]:
         phrase = options[answer_index]
         yield ClinicItem(
             id=f"drill-{seed}-{number}",
-            question=rng.choice(DRILL_QUESTIONS).format(x=phrase),
+            question=rng.choice(WORDINGS["drills"]).format(x=phrase),
             options=options,
             answer_index=answer_index,
             split="drill",

@@ -3,7 +3,7 @@
 The clinic is Osler's built-in synthetic world of medicine. It is a test bench for training a small language model, not
 medical advice: facts are true but cut down to a few words, and real patients do not come with exactly three findings.
 
-The data are the YAML files beside this module, written by hand for this project, one per group of specialities:
+The data are YAML files, written by hand for this project: `wordings.yaml`, and one per group of specialities in `conditions/`:
 
 - `findings`: eight short ones per condition. Two conditions share at most two, so any three name one condition.
 - `cause`, `test`, `treatment`, `complication`, `risk`: one answer each (for `cause` an organism or a mechanism).
@@ -31,6 +31,7 @@ from typing import Any
 
 from osler.config.recipe import load_yaml
 
+FOLDER = Path(__file__).parent
 DIAGNOSIS = "diagnosis"
 PARTS = ("train", "validation", "test")
 FACT_SHARES = {"validation": 0.12, "test": 0.18}
@@ -50,19 +51,6 @@ Combo = tuple[str, str, str]  # three findings, in the order of the condition's 
 
 
 @dataclass(frozen=True)
-class Relation:
-    """One kind of fact; templates hold `{x}` for the condition and `{y}` for the answer.
-
-    `canonical` is the wording of every reasoning sample and the most common one in the textbook, so that a fact read
-    only in prose can be recalled in the reasoning. `phrasings` are the other wordings of the textbook.
-    """
-
-    canonical: str
-    phrasings: tuple[str, ...]
-    questions: tuple[str, ...]
-
-
-@dataclass(frozen=True)
 class Condition:
     """One condition: `age` is the typical range in years, `answers` has one answer per relation, diagnosis included."""
 
@@ -79,57 +67,15 @@ class Condition:
         return self.accepts.get(relation, frozenset()) | {self.answers[relation].lower()}
 
 
-# The diagnosis has no sentence of its own in the textbook: every sentence that lists findings states it.
-RELATIONS = {
-    DIAGNOSIS: Relation(
-        "The diagnosis is {x}.",
-        (),
-        ("What is the diagnosis?", "What is the most likely diagnosis?", "Which condition is most likely?",
-         "Which condition fits best?"),
-    ),
-    "cause": Relation(
-        "The cause of {x} is {y}.",
-        ("The underlying cause of {x} is {y}.", "In {x}, the cause is {y}.", "We know that {x} is caused by {y}.",
-         "Recall that {y} can cause {x}.", "Given {y}, think of {x}.", "Patients develop {x} because of {y}."),
-        ("What is the cause?", "What is the most likely cause?", "What is the underlying cause?",
-         "Which cause is most likely?"),
-    ),
-    "test": Relation(
-        "The best test for {x} is {y}.",
-        ("The test that confirms {x} is {y}.", "In {x}, the best test is {y}.", "Doctors confirm {x} with {y}.",
-         "Recall that {y} can confirm {x}.", "To confirm {x}, order {y}.", "Order {y} when you suspect {x}."),
-        ("What is the best test?", "Which test is best?", "Which test confirms this?", "Which test should doctors order?"),
-    ),
-    "treatment": Relation(
-        "First-line treatment of {x} is {y}.",
-        ("The best first treatment of {x} is {y}.", "In {x}, first-line treatment is {y}.", "Doctors treat {x} with {y}.",
-         "Recall that {y} can treat {x}.", "To treat {x}, begin with {y}.", "Use {y} when you treat {x}."),
-        ("What is the first-line treatment?", "What is the best first treatment?", "Which treatment comes first?",
-         "Which treatment is best?"),
-    ),
-    "complication": Relation(
-        "A classic complication of {x} is {y}.",
-        ("A feared complication of {x} is {y}.", "In {x}, a classic complication is {y}.", "Untreated {x} can lead to {y}.",
-         "Recall that {y} can complicate {x}.", "Watch for {y} in {x}.", "Patients with {x} may develop {y}."),
-        ("What is a classic complication?", "Which complication is classic?", "Which complication is feared?",
-         "What complication may develop?"),
-    ),
-    "risk": Relation(
-        "A classic risk factor for {x} is {y}.",
-        ("A known risk factor for {x} is {y}.", "In {x}, a classic risk factor is {y}.", "The risk of {x} rises with {y}.",
-         "Recall that {y} can predispose to {x}.", "Ask about {y} when you suspect {x}.", "Doctors link {x} to {y}."),
-        ("What is a classic risk factor?", "Which risk factor is classic?", "Which risk factor is known?",
-         "What predisposes to this?"),
-    ),
-}
-
+WORDINGS: dict[str, Any] = load_yaml((FOLDER / "wordings.yaml").read_text(encoding="utf-8"), "wordings.yaml")
+RELATIONS: dict[str, dict[str, Any]] = WORDINGS["relations"]  # the kinds of facts, diagnosis included
 FACT_RELATIONS = tuple(name for name in RELATIONS if name != DIAGNOSIS)
 
 
 @cache
 def conditions_by_name() -> dict[str, Condition]:
     """Return all conditions by name, sorted; `tests/clinic` checks that the files keep what is promised above."""
-    files = sorted(Path(__file__).parent.glob("*.yaml"))
+    files = sorted((FOLDER / "conditions").glob("*.yaml"))
     entries = [entry for path in files for entry in load_yaml(path.read_text(encoding="utf-8"), path.name)]
     return {entry["name"]: _condition(entry) for entry in sorted(entries, key=lambda entry: str(entry["name"]))}
 

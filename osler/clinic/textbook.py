@@ -13,22 +13,13 @@ from __future__ import annotations
 
 import random
 import string
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
-from osler.clinic.facts import FACT_RELATIONS, RELATIONS, Condition, conditions_by_name, phrase_pool, split_combos
+from osler.clinic.facts import FACT_RELATIONS, RELATIONS, WORDINGS, Condition, conditions_by_name, phrase_pool, split_combos
 
 CANONICAL_SHARE = 0.4  # of the relation sentences and of the finding sentences
 
-CANONICAL_FINDINGS = "Here {f} suggest {x}."
-FINDING_PHRASINGS = (
-    "Together {f} point to {x}.",
-    "Think of {x} when you see {f}.",
-    "Patients with {x} often have {f}.",
-    "Typical findings of {x} are {f}.",
-    "In {x}, expect {f}.",
-    "Recall that {f} suggest {x}.",
-)
-TITLES = ("", "About {x}:", "Notes on {x}:", "Review of {x}:", "Today we study {x}.", "Next comes {x}.")
 CARD_SIZES = (4, 4, 4, 5, 6)  # mostly as many phrases as an exam item has options
 
 
@@ -46,30 +37,29 @@ def textbook(seed: int, passages: int) -> Iterator[str]:
 def passage(condition: Condition, rng: random.Random) -> str:
     """Return one passage: perhaps a title, one or two sentences of findings, and the five relations in random order."""
 
-    def sentence(canonical: str, phrasings: Sequence[str], **parts: str) -> str:
-        phrasing = canonical if rng.random() < CANONICAL_SHARE else rng.choice(phrasings)
+    def sentence(wording: Mapping[str, Any], **parts: str) -> str:
+        phrasing = wording["canonical"] if rng.random() < CANONICAL_SHARE else rng.choice(wording["phrasings"])
         return phrasing.format(x=condition.name, **parts)
 
-    title = rng.choice(TITLES).format(x=condition.name)
+    title = rng.choice(WORDINGS["titles"]).format(x=condition.name)
     relations = list(FACT_RELATIONS)
     rng.shuffle(relations)
-    wordings = {relation: (RELATIONS[relation].canonical, RELATIONS[relation].phrasings) for relation in relations}
-    sentences = [sentence(*wording, y=condition.answers[relation]) for relation, wording in wordings.items()]
+    sentences = [sentence(RELATIONS[relation], y=condition.answers[relation]) for relation in relations]
     count = rng.choices((2, 3, 4), weights=(1, 6, 2))[0]
     pool = condition.findings if count != 3 else rng.choice(split_combos(condition.name)["train"])
     findings = join_findings(rng.sample(pool, count))
-    sentences.insert(0, sentence(CANONICAL_FINDINGS, FINDING_PHRASINGS, f=findings))
+    sentences.insert(0, sentence(WORDINGS["findings"], f=findings))
     if count < 4 and rng.random() < 0.25:  # a second look at the findings, which may stand anywhere
         findings = join_findings(rng.sample(condition.findings, 2))
-        second = sentence(CANONICAL_FINDINGS, FINDING_PHRASINGS, f=findings)
+        second = sentence(WORDINGS["findings"], f=findings)
         sentences.insert(rng.randrange(1, len(sentences) + 1), second)
     return " ".join([title, *sentences] if title else sentences)
 
 
 def reasoning(condition: Condition, relation: str, findings: Sequence[str]) -> str:
     """Return the short reasoning of a sample in canonical wording: findings, therefore condition, therefore fact."""
-    first = CANONICAL_FINDINGS.format(f=join_findings(findings), x=condition.name)
-    second = RELATIONS[relation].canonical.format(x=condition.name, y=condition.answers[relation])
+    first = WORDINGS["findings"]["canonical"].format(f=join_findings(findings), x=condition.name)
+    second = RELATIONS[relation]["canonical"].format(x=condition.name, y=condition.answers[relation])
     return f"{first} {second}"
 
 

@@ -47,29 +47,23 @@ class ModelConfig:
     qk_norm_init: float = 1.0  # what weighted QK-norms start at; above 1 attention starts sharper
 
     def __post_init__(self) -> None:
-        if self.num_heads % self.num_kv_heads:
-            raise ValueError(
-                f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}; every key/value "
-                "head must serve the same number of query heads"
-            )
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim {self.head_dim} is odd; RoPE rotates pairs, so it must be even")
-        if self.embed_rank is not None and self.embed_rank > self.hidden_size:
-            raise ValueError(f"embed_rank {self.embed_rank} must be at most hidden_size {self.hidden_size}")
-        if self.tie_embeddings and self.head_init == "zero":
-            raise ValueError("tie_embeddings=true needs head_init=normal: a tied head is the embedding and cannot start at zero")
-        if self.qk_norm_weight and not self.norm_weight:
-            raise ValueError("qk_norm_weight=true needs norm_weight=true")
-        if self.qk_norm_init != 1.0 and not self.qk_norm_weight:
-            raise ValueError(f"qk_norm_init {self.qk_norm_init} needs qk_norm_weight=true: it is what these weights start at")
-        if self.attention_init == "induction":
-            if self.num_layers < 2 or self.hidden_size < 3 * self.head_dim + 1:
-                raise ValueError(
-                    f"attention_init=induction needs 2 layers and a hidden_size of 3 x head_dim + 1 = {3 * self.head_dim + 1}, "
-                    f"not {self.num_layers} and {self.hidden_size}"
-                )
-            if self.tie_embeddings or self.embed_rank is not None:
-                raise ValueError("attention_init=induction needs untied, unfactorized embeddings: it reserves places in them")
+        induction, places = self.attention_init == "induction", 3 * self.head_dim + 1
+        for is_wrong, message in (
+            (self.num_heads % self.num_kv_heads, f"num_heads {self.num_heads} is not a multiple of num_kv_heads "
+             f"{self.num_kv_heads}; every key/value head must serve the same number of query heads"),
+            (self.head_dim % 2, f"head_dim {self.head_dim} is odd; RoPE rotates pairs, so it must be even"),
+            ((self.embed_rank or 0) > self.hidden_size, f"embed_rank {self.embed_rank} exceeds hidden_size {self.hidden_size}"),
+            (self.tie_embeddings and self.head_init == "zero", "tie_embeddings=true needs head_init=normal: a tied head is the "
+             "embedding and cannot start at zero"),
+            (self.qk_norm_weight and not self.norm_weight, "qk_norm_weight=true needs norm_weight=true"),
+            (self.qk_norm_init != 1.0 and not self.qk_norm_weight, f"qk_norm_init {self.qk_norm_init} needs qk_norm_weight=true"),
+            (induction and (self.num_layers < 2 or self.hidden_size < places), "attention_init=induction needs 2 layers and a "
+             f"hidden_size of 3 x head_dim + 1 = {places}, not {self.num_layers} and {self.hidden_size}"),
+            (induction and (self.tie_embeddings or self.embed_rank), "attention_init=induction needs untied, unfactorized "
+             "embeddings: it reserves places in them"),
+        ):  # fmt: skip
+            if is_wrong:
+                raise ValueError(message)
 
     @property
     def padded_vocab_size(self) -> int:

@@ -43,7 +43,7 @@ def test_items_are_well_formed(split: str) -> None:
         assert item.split == split
         assert len(item.options) == len({option.lower() for option in item.options}) == 4
         assert item.answer == condition.answers[item.relation]
-        assert any(item.question.endswith(question) for question in RELATIONS[item.relation].questions)
+        assert any(item.question.endswith(question) for question in RELATIONS[item.relation]["questions"])
         assert all(finding in item.question for finding in item.findings)
         assert condition.name not in item.question
         assert item.thinking.startswith("Here ") and item.answer in item.thinking and condition.name in item.thinking

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from itertools import combinations
-from pathlib import Path
 
 import pytest
 
-import osler.clinic.facts
 from osler.clinic.facts import (
     DIAGNOSIS,
     EXAM_SPLITS,
     FACT_RELATIONS,
+    FOLDER,
     PARTS,
     RELATIONS,
     conditions_by_name,
@@ -22,7 +21,7 @@ from osler.clinic.facts import (
 from osler.config.recipe import load_yaml
 
 CONDITIONS = list(conditions_by_name().values())
-FILES = sorted(Path(osler.clinic.facts.__file__).parent.glob("*.yaml"))
+FILES = sorted((FOLDER / "conditions").glob("*.yaml"))
 ENTRIES = [entry for path in FILES for entry in load_yaml(path.read_text(encoding="utf-8"), path.name)]
 
 
@@ -98,12 +97,12 @@ def test_some_facts_every_physician_knows() -> None:
 def test_every_relation_has_enough_wordings_in_both_directions() -> None:
     for name in FACT_RELATIONS:
         relation = RELATIONS[name]
-        wordings = (relation.canonical, *relation.phrasings)
+        wordings = (relation["canonical"], *relation["phrasings"])
         assert len(set(wordings)) >= 6
         assert all("{x}" in wording and "{y}" in wording for wording in wordings)
         forward = [wording.index("{x}") < wording.index("{y}") for wording in wordings]
         assert any(forward) and not all(forward)
-        assert len(set(relation.questions)) >= 4
+        assert len(set(relation["questions"])) >= 4
 
 
 # ---- what is held out

@@ -5,13 +5,13 @@ from __future__ import annotations
 import re
 from collections import Counter
 
-from osler.clinic.facts import FACT_RELATIONS, RELATIONS, conditions_by_name, phrase_pool, split_combos
-from osler.clinic.textbook import CANONICAL_FINDINGS, FINDING_PHRASINGS, cards, reasoning, textbook
+from osler.clinic.facts import FACT_RELATIONS, RELATIONS, WORDINGS, conditions_by_name, phrase_pool, split_combos
+from osler.clinic.textbook import cards, reasoning, textbook
 
 CONDITIONS = list(conditions_by_name().values())
 FINDING_PATTERNS = [
     re.compile(re.escape(phrasing).replace(r"\{f\}", "(?P<f>.+)").replace(r"\{x\}", "(?P<x>.+)"))
-    for phrasing in (CANONICAL_FINDINGS, *FINDING_PHRASINGS)
+    for phrasing in (WORDINGS["findings"]["canonical"], *WORDINGS["findings"]["phrasings"])
 ]
 
 
@@ -34,7 +34,7 @@ def test_every_passage_states_findings_and_all_five_relations() -> None:
         [name] = {name for name, _ in listed_findings(passage)}
         names[name] += 1
         for relation in FACT_RELATIONS:
-            wordings = (RELATIONS[relation].canonical, *RELATIONS[relation].phrasings)
+            wordings = (RELATIONS[relation]["canonical"], *RELATIONS[relation]["phrasings"])
             answer = conditions_by_name()[name].answers[relation]
             assert any(wording.format(x=name, y=answer) in passage for wording in wordings), passage
     assert names == dict.fromkeys(conditions_by_name(), 3)
@@ -56,10 +56,10 @@ def test_canonical_wording_is_the_most_common_of_each_relation() -> None:
     for relation in FACT_RELATIONS:
         table = RELATIONS[relation]
         counts = {}
-        for wording in (table.canonical, *table.phrasings):
+        for wording in (table["canonical"], *table["phrasings"]):
             pattern = r"(?:^|[.:] )" + re.sub(r"\\\{[xy]\\\}", "[^.]+", re.escape(wording))  # at the start of a sentence
             counts[wording] = sum(bool(re.search(pattern, text)) for text in passages)
-        assert max(counts, key=counts.__getitem__) == table.canonical
+        assert max(counts, key=counts.__getitem__) == table["canonical"]
         assert min(counts.values()) > 50
 
 
