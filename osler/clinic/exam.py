@@ -1,17 +1,14 @@
 """The clinic's exam, by seed and split: multiple-choice vignettes with four options and a short reasoning; and drills.
 
-The clinic is a synthetic world, a test bench and not medical advice. An item shows a patient (age, sex, three findings)
-and asks for one relation of the condition behind them; the reasoning names the condition first, then the fact. See
-`osler.clinic.facts` for what the five splits hold out.
+An item shows a patient (age, sex, three findings) and asks for one relation of the condition behind them; the reasoning names the
+condition first, then the fact. Distractors are answers of other conditions to the same question; one or two come from the same
+speciality, none is arguable for this condition, none repeats, and none belongs to a condition of the other sex. Two rules keep
+the held-out facts (see `facts.py`) fair:
 
-Distractors are answers of other conditions to the same question; one or two come from the same speciality, none is
-arguable for this condition, none repeats, and none belongs to a condition of the other sex. Two rules keep the
-held-out facts fair:
-
-- In items about train facts a distractor is always the right answer of some train fact. Otherwise training would teach
-  that the held-out answers are wrong whenever they are offered.
-- In items about held-out facts two of the three distractors are answers of held-out facts too, so that "the option
-  never seen in training" does not give the answer away.
+- In items about train facts a distractor is always the right answer of some train fact. Otherwise training would teach that the
+  held-out answers are wrong whenever they are offered.
+- In items about held-out facts two of the three distractors are answers of held-out facts too, so that "the option never seen in
+  training" does not give the answer away.
 """
 
 from __future__ import annotations

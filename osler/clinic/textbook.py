@@ -1,12 +1,9 @@
 """The clinic's texts, by seed: passages of prose about one condition each, and cards that teach to find a letter.
 
-The clinic is a synthetic world, a test bench and not medical advice. A passage lists some findings of a condition and
-states all five of its relations, held-out facts included: the textbook is where a model meets the facts it will never
-be asked about in training. Wording varies (both directions: "the cause of X is Y", "Y can cause X"), but the canonical
-wording, the one of the reasoning samples, is the most common. Sentences begin with a small set of words and never with
-the name of a finding or a condition, so that a small vocabulary needs one spelling of each.
-
-Exactly three findings in one sentence are always a train combination, so that *new findings* stay new.
+A passage lists some findings of a condition and states all five of its relations, held-out facts included: a model meets here the
+facts that it will never be asked about in training. Wording varies, but the one of the reasoning samples is the most common.
+Sentences never begin with a finding or a condition, so that a small vocabulary needs one spelling of each. Exactly three findings
+in one sentence are always a train combination, so that *new findings* stay new.
 """
 
 from __future__ import annotations

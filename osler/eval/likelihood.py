@@ -1,10 +1,8 @@
 """Log-probabilities of labelled tokens, and how many bits a model needs for a byte of held-out text.
 
-Bits per byte is the one score of a language model that does not depend on its tokenizer: ``nats / ln 2 / bytes``. The nats are
-summed over every token of the text, each predicted exactly once, and the bytes are those of the text in UTF-8. The end-of-text
-token after a document is predicted like any other, because a code must say where a document ends; it has no bytes.
-
-``windows`` cuts documents that are longer than a row. Every window starts without context, which costs some bits.
+Bits per byte is the one score of a language model that does not depend on its tokenizer: ``nats / ln 2 / bytes``, over every
+token of the text once and its bytes in UTF-8. The end-of-text token after a document counts too, because a code must say where a
+document ends; it has no bytes. ``windows`` cuts documents that are longer than a row; each window starts without context.
 """
 
 from __future__ import annotations

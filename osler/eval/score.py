@@ -1,13 +1,12 @@
 """The score of an exam, with its confidence interval and its baselines.
 
-The baselines are chance and the best constant letter on the same items, because always saying one letter is the cheapest way
-for a model to gain. Answers that cannot be read, were cut or had no room are counted and are wrong; nothing is left out.
+The baselines are chance and the best constant letter on the same items, the cheapest way for a model to gain. Answers that cannot
+be read, were cut or had no room are counted and are wrong.
 
-Items that ask for the same fact, or the same item under several option orders, are not independent. The intervals therefore
-take ``clusters``: the variance is computed from the clusters' sums (a sandwich estimator with the usual correction for few
-clusters). It says how many independent items the sample is worth, and that effective size goes into the closed formula.
-
-Sources: Wilson 1927; Agresti and Min 2005 (adjusted interval for matched pairs); Cameron and Miller 2015 (clusters).
+Items that ask for the same fact, or the same item under several option orders, are not independent. So the variance is computed
+from the sums of ``clusters`` (a sandwich estimator corrected for few clusters), which says how many independent items the sample
+is worth, and that effective size goes into the closed formula. Sources: Wilson 1927; Agresti and Min 2005 (adjusted interval for
+matched pairs); Cameron and Miller 2015 (clusters).
 """
 
 from __future__ import annotations

@@ -1,17 +1,15 @@
 """Sampling: token ids in, token ids and the log-probabilities they were drawn with out. It knows no tokenizer.
 
-It is fast for these reasons, none of which changes what is drawn:
+What makes it fast changes nothing that is drawn:
 
 - all rows of a wave decode together against one key/value cache;
 - a distinct prompt is run through the model once, and its keys and values are copied to all of its rows;
-- rows that have drawn a stop token are flagged on the device; the host looks at the flags every ``poll_steps`` steps only, and
-  moves the rows that still run to a smaller batch (powers of two) once at least half are done;
+- rows that have drawn a stop token are flagged on the device; the host looks every ``poll_steps`` steps only, and moves the rows
+  that still run to a smaller batch (powers of two) once at least half are done;
 - randomness belongs to (seed, row, position) and not to the batch.
 
-``recompute.py`` is the plain loop that draws the same, and the tests compare the two. There is no state between calls: the same
-call gives the same rollout, and every call copies the weights that the model has then.
-
-Shape legend: P distinct prompts, B rows, R some of the rows, N new tokens, V vocabulary, E bytes of a packed mask.
+The tests compare it with the plain loop in ``recompute.py``. Every call copies the weights that the model has then. Shapes: P
+distinct prompts, B rows, R some of the rows, N new tokens, V vocabulary, E bytes of a packed mask.
 """
 
 from __future__ import annotations

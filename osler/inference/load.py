@@ -1,8 +1,7 @@
 """Loads a model with its tokenizer from a checkpoint, and finds out what it was trained to do.
 
-Evaluation and chat treat a model by how it was trained: one that never saw the question-and-answer template can only continue
-text. What a checkpoint was trained on is read from the ``config.yaml`` in it; a checkpoint without one, such as an imported
-model, counts as trained on text alone.
+A model that never saw the question-and-answer template can only continue text, so evaluation and chat ask the ``config.yaml`` in
+the checkpoint. Without one, as in an imported model, it counts as trained on text alone.
 """
 
 from __future__ import annotations

@@ -1,9 +1,7 @@
 """The plain sampling loop, which runs the whole prefix through the model again for every token: slow, and obviously right.
 
-It draws what ``engine.py`` draws, which is tested against it, and ``benchmarks/bench_sample.py`` compares their speed. All rows
-advance together; prompts of different lengths are padded on the right, where causal attention never looks.
-
-Shape legend: B rows, T tokens, V vocabulary.
+It draws what ``engine.py`` draws. Prompts are padded on the right, where causal attention never looks. Shapes: B rows, T tokens,
+V vocabulary.
 """
 
 from __future__ import annotations

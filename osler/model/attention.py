@@ -1,13 +1,13 @@
 """Grouped-query self-attention with QK-norm before RoPE.
 
-The rest of the model uses four things of an attention. ``forward`` trains, and ``project`` shows its queries and keys.
-``cache_class`` keeps what decoding needs of past tokens, and ``for_decoding`` gives the same weights with ``prefill``, which
-reads whole prompts, and ``step``, which takes one more token of every row. Another kind of attention is one more file with these
-and an entry in ``ATTENTIONS`` (``transformer.py``).
+The rest of the model uses four things of an attention: ``forward`` to train, ``project`` to show queries and keys,
+``cache_class`` for what decoding needs of past tokens, and ``for_decoding``, the same weights with ``prefill`` (whole prompts)
+and ``step`` (one more token of every row). Another kind is one more file with these and an entry in ``ATTENTIONS``
+(``transformer.py``).
 
-Half of a decode step goes into calling many small operators (two CPU cores, 64 rows, a model of 4 layers x 128). So q, k and v
-are one matmul, and q and k are normalised and rotated together. Query heads that share a key/value head are one small matmul
-against the cache: 0.09 ms a layer against 0.24 ms for torch's fused kernel. Scale and mask belong to the same operator.
+Half of a decode step goes into calling small operators (two CPU cores, 64 rows, 4 layers x 128). So q, k and v are one matmul, q
+and k are normalised and rotated together, and query heads that share a key/value head are one small matmul against the cache:
+0.09 ms a layer against 0.24 ms for torch's fused kernel.
 
 Shape legend: B batch, T tokens, D hidden, E any, H head size, N query heads, K key/value heads, M = N + K, C = B * K, G = N / K,
 S cached tokens.

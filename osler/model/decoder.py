@@ -1,9 +1,7 @@
 """The model as sampling runs it: whole prompts once, then one token of every row at a time against a cache.
 
-It is the mathematics of ``transformer.py`` on copies of the weights that are laid out for few tokens at a time. Each part brings
-its own form for decoding (``attention.py``, ``layers.py``).
-
-Shape legend: P prompts, B rows, T prompt tokens, D hidden, V vocabulary.
+It is ``transformer.py`` on copies of the weights that are laid out for few tokens at a time; ``attention.py`` and ``layers.py``
+have the parts. Shapes: P prompts, B rows, T prompt tokens, D hidden, V vocabulary.
 """
 
 from __future__ import annotations

@@ -7,14 +7,11 @@
 | q, k, v, gate, up             | uniform, std 1 / sqrt(hidden_size)                                                          |
 | o_proj, down_proj             | zero (each block starts as the identity), or normal scaled by 1 / sqrt(2 * num_layers)      |
 | lm_head                       | zero (first loss is exactly ln(vocab_size)), or normal, std 1 / sqrt(hidden_size)           |
-| norm weights                  | one                                                                                         |
+| norm weights                  | one; those of QK-norm ``qk_norm_init``                                                      |
 
-QK-norm weights start at ``qk_norm_init`` instead.
-
-``attention_init="mirrored"`` then overwrites q_proj with k_proj of its group and o_proj with half of v_projᵀ, so heads start by
-looking at tokens like theirs and copying what they are (mimetic initialisation, arXiv 2305.09828). ``"induction"`` does that and
-wires one induction head by hand (arXiv 2209.11895) into the first key/value head of the first two layers, because a small model
-that must copy from its context spends most of its training before one forms by chance. All of them are ordinary weights.
+``attention_init="mirrored"`` then overwrites q_proj with k_proj of its group and o_proj with half of v_projᵀ: heads start by
+looking at tokens like theirs and copying them (arXiv 2305.09828). ``"induction"`` also wires an induction head by hand (arXiv
+2209.11895), because a small model that must copy from its context spends most of its training before one forms by chance.
 
 Draws come from a CPU generator in parameter order, so a seed means the same model everywhere. Where weights are cut over ranks,
 every rank draws all of them, one parameter at a time, and keeps its parts.

@@ -1,9 +1,8 @@
 """Keys and values of past tokens, one allocation for many rows that are each at their own position.
 
-A row is one sequence that grows. Its tokens are in neighbouring slots, and ``bias_BKS``, which attention adds to its scores,
-hides all other slots. So rows can begin and end at any step. Attention reads the cache only as far as its fullest row.
-
-Shape legend: L layers, B rows, K key/value heads, C = B * K, S slots, H head size, R some of the rows.
+A row's tokens are in neighbouring slots, and ``bias_BKS``, which attention adds to its scores, hides all others, so rows begin
+and end at any step. Attention reads as far as the fullest row. Shapes: L layers, B rows, K key/value heads, C = B * K, S slots, H
+head size, R some of the rows.
 """
 
 from __future__ import annotations

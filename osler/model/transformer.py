@@ -1,9 +1,7 @@
 """The model, one plain single-device transformer for training, evaluation and export, and the loss that it is trained with.
 
-The model ends at the hidden states. Whoever needs the head applies it, because training and RL never compute all logits at once
-(``ops/cross_entropy.py``). Sampling runs the model through ``decoder.py``.
-
-Shape legend: B batch, T tokens, D hidden, R features of the head, V vocabulary (padded), N = B * T.
+It ends at the hidden states: training and RL never compute all logits at once (``ops/cross_entropy.py``), and sampling runs the
+model through ``decoder.py``. Shapes: B batch, T tokens, D hidden, R features of the head, V vocabulary (padded), N = B * T.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """Linear head and cross-entropy in one, by chunks of tokens, so that only a part of the tokens x vocabulary logits is in memory.
 
-The gradient of a summed cross-entropy with respect to the logits is known as soon as the logits are, so the forward pass turns
-each chunk of logits into its part of the gradients and forgets it. The gradient of log-probabilities (RL) is not known yet, so
-their backward pass computes each chunk again. The matmuls run in the dtype of the features, the log-sum-exp and every sum of
-weight gradients in fp32. Both pass ``torch.compile(fullgraph=True)``.
+The gradient of a summed cross-entropy is known as soon as the logits are, so the forward pass turns each chunk of logits into its
+part of the gradients. That of log-probabilities (RL) is not known yet, so their backward pass computes each chunk again. Matmuls
+run in the dtype of the features, the log-sum-exp and sums of weight gradients in fp32. Both compile with ``fullgraph=True``.
 
 Shape legend: N tokens, R features per token, V rows of the head (padding included), C tokens of one chunk.
 """

@@ -1,12 +1,9 @@
 """Drawing the next token: one uniform number per row in, one token and its log-probability out.
 
-The method is inversion: a row's token is the one under which its uniform number falls in the cumulative distribution. Two
-levels of sums (blocks of 64 tokens, then one block) make that a single pass over the vocabulary, in float64 so that rare tokens
-keep their probability. The uniform numbers come from a counter-based hash of (seed, row, position) and not from a generator with
-state (Salmon et al., 2011, "Parallel random numbers: as easy as 1, 2, 3"). So what a row draws depends neither on the rows that
-share its batch nor on what was drawn before, and resume and compaction change nothing.
-
-Shapes: B rows, V vocabulary.
+A row's token is the one under which its uniform number falls in the cumulative distribution. Two levels of sums (blocks of 64
+tokens, then one block) make that a single pass over the vocabulary, in float64 so that rare tokens keep their probability. The
+numbers are a counter-based hash of (seed, row, position) (Salmon et al., 2011, "Parallel random numbers: as easy as 1, 2, 3"), so
+what a row draws depends neither on the rows that share its batch nor on earlier draws. Shapes: B rows, V vocabulary.
 """
 
 from __future__ import annotations

@@ -1,12 +1,10 @@
 """AdamW for weights in bf16: it computes the update in fp32 and rounds everything it keeps stochastically to bf16.
 
-Weight, gradient and both moments take eight bytes per parameter instead of the sixteen with fp32 weights. The neighbours of 1.0
-in bf16 are 0.4 and 0.8 % away, and rounding to the nearest loses every update smaller than half of that. Stochastic rounding goes
-up or down at random, so that the mean of many roundings is the number (arXiv 1502.02551). Moments are rounded in the same way,
-because with a beta of 0.999 the second one would stand still otherwise. The random bits are a hash of (seed, number of the
-parameter, step, position), as in ``ops/sampling.py``, so resume is bit-exact, and skipped steps and micro-batches change nothing.
-Gradients of several micro-batches are summed in fp32, with four more bytes per parameter meanwhile, and rounded once. (After
-"Revisiting BFloat16 Training", arXiv 2010.06192, and "Stochastic Rounding for LLM Training", arXiv 2502.20566.)
+Weight, gradient and moments take eight bytes per parameter instead of sixteen. Rounding to the nearest would lose updates smaller
+than half a step of bf16, 0.4 to 0.8 % of a number; rounding up or down at random makes the mean of many roundings the number
+(arXiv 1502.02551, 2010.06192, 2502.20566). The random bits are a hash of (seed, number of the parameter, step, position), so
+resume is exact, and skipped steps and micro-batches change nothing. Gradients of several micro-batches are summed in fp32 and
+rounded once.
 """
 
 from __future__ import annotations

@@ -1,16 +1,14 @@
 """Muon for the matrices and AdamW for everything else, in one optimizer.
 
 Muon (Keller Jordan, 2024, kellerjordan.github.io/posts/muon) moves a matrix along its Nesterov momentum with all singular values
-made equal, so that a few directions cannot take the whole step. A quintic Newton-Schulz iteration approximates that with matmuls
-only: singular values end between about 0.7 and 1.2, which learns as well as exactly 1. An update is scaled by ``sqrt(max(1, rows
-/ columns))``, which makes its effect on the size of the outputs the same for every shape, so one learning rate serves all
-matrices and transfers over widths (arXiv 2310.17813). Embeddings, head and vectors do not map hidden states to each other
-and stay with AdamW.
+made equal, so that a few directions cannot take the whole step. A quintic Newton-Schulz iteration approximates that with matmuls:
+singular values end between about 0.7 and 1.2, which learns as well as exactly 1. An update is scaled by ``sqrt(max(1, rows /
+columns))``, which makes its effect on the outputs the same for every shape, so one learning rate serves all matrices and widths
+(arXiv 2310.17813). Embeddings, head and vectors do not map hidden states to each other and stay with AdamW.
 
-Matrices of equal shape are orthogonalised in one batched call. Given a process group, each rank does its share and all gather the
-results, so every rank applies the same bits. Sharded parameters (DTensor, from FSDP2) are gathered for the orthogonalisation
-only. A step with ``found_inf`` = 1 changes nothing, and the host does not wait for it. All state is tensors by parameter, so a
-resume through ``osler.checkpoint.optimizer_state`` is exact.
+Matrices of equal shape are orthogonalised in one batched call; the ranks of a process group share that and gather the same bits.
+Sharded parameters (DTensor, from FSDP2) are gathered for it. A step with ``found_inf`` = 1 changes nothing, without waiting for
+it.
 
 Shapes: S matrices of a stack, M rows, N columns (of the shard, where parameters are sharded).
 """

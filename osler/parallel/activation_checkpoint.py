@@ -1,9 +1,8 @@
 """Activation checkpointing: the backward pass computes activations of a block again, which saves memory (arXiv 1604.06174).
 
-``full`` keeps only a block's input and runs the block again in the backward pass, which is a third more arithmetic.
-``selective`` (arXiv 2205.05198) also keeps what is expensive, the results of the projections and of a fused attention, and
-computes norms, RoPE, SwiGLU and casts again. It keeps nothing of attention made of plain matmuls (on a CPU), because the scores,
-tokens × tokens per head, would be the largest tensor. Without a compiler the gradients are the same to the bit.
+``full`` keeps only a block's input, which costs a third more arithmetic. ``selective`` (arXiv 2205.05198) also keeps the results
+of projections and of a fused attention, but nothing of attention made of plain matmuls (on a CPU), whose scores would be the
+largest tensor. Without a compiler the gradients are the same to the bit.
 """
 
 from __future__ import annotations

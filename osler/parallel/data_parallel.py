@@ -1,10 +1,9 @@
 """Torch's own data parallelism: DDP, where every rank has the whole model, and FSDP2, where each keeps a shard of it.
 
-Both average gradients during the backward pass. FSDP2 shards a model on the ``meta`` device before it has weights, so no rank
-ever needs to hold all of them; only evaluation gathers the model. While micro-batches accumulate, a rank keeps whole gradients,
-as nothing is sent before the last one; a batch of one forward pass keeps shards only. Weights are gathered in the compute dtype
-and gradients are reduced in fp32, so weights and sums over the ranks are as wide as with one process. Only FP8 differs: it gets
-weights that were rounded to bf16 before. https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html
+Both average gradients during the backward pass. FSDP2 shards a model on the ``meta`` device, so no rank ever holds all weights
+before evaluation gathers them. While micro-batches accumulate, a rank keeps whole gradients. Weights are gathered in the compute
+dtype and gradients reduced in fp32, as wide as with one process; only FP8 gets weights that were rounded to bf16 before.
+https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html
 """
 
 from __future__ import annotations

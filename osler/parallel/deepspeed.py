@@ -1,9 +1,8 @@
 """DeepSpeed's ZeRO (arXiv 1910.02054), an optional library, behind the interface of ``ParallelEngine``.
 
-DeepSpeed takes over the optimizer's parameters, averages and clips gradients, and makes the step. Checkpoints are Osler's:
-DeepSpeed can gather single weights and moments, so the tensors are those of any other strategy, and a run may change to ZeRO and
-back. ZeRO 2 and 3 reduce gradients in every micro-batch. DeepSpeed itself skips a step whose gradient is not finite, and waits
-for the device to know. Some versions make such a step; a trial before the first batch finds them, and they are refused.
+DeepSpeed averages and clips gradients and makes the step; ZeRO 2 and 3 reduce gradients in every micro-batch. Checkpoints are
+Osler's, so a run may change to ZeRO and back. DeepSpeed itself skips a step whose gradient is not finite, and waits for the
+device to know. Versions that make such a step are found by a trial before the first batch, and refused.
 https://deepspeed.readthedocs.io
 """
 

@@ -1,10 +1,8 @@
 """FP8 for the projections of the blocks, through torchao (the extra ``fp8``).
 
-The three matrix products of a projection (output, gradient of the input, gradient of the weight) run on 8-bit numbers:
-activations and weights as e4m3, gradients as e5m2 (arXiv 2209.05433), each tensor scaled by its own largest value. Everything
-else is as with ``precision=bf16``. Without gradients the ordinary product runs, so the ordinary model is evaluated, sampled and
-saved. No state is kept, so resume is exact. It pays for wide models: nanochat reports it slower than bf16 at width 768, faster at
-1,664.
+The three matrix products of a projection run on 8-bit numbers: activations and weights as e4m3, gradients as e5m2 (arXiv
+2209.05433), each tensor scaled by its own largest value. Without gradients the ordinary product runs, so the ordinary model is
+evaluated, sampled and saved. It pays for wide models: nanochat reports it slower than bf16 at width 768, faster at 1,664.
 """
 
 from __future__ import annotations

@@ -1,13 +1,12 @@
 """The one place that writes to the terminal: log messages, progress lines, and the error that ends the program.
 
-The modules of Osler use ``logging``, each with a logger of its own name; ``log_to_terminal`` sends what they say to stderr. A
-progress line is redrawn on a terminal and printed now and then elsewhere. Output that cannot be written (a closed terminal, a
-full log disk) is dropped, so that no run ends because nobody was watching. Of several processes that train together only rank 0
-writes.
+Osler's modules use ``logging``; ``log_to_terminal`` sends what they say to stderr. A progress line is redrawn on a terminal and
+printed now and then elsewhere. Output that cannot be written is dropped, so that no run ends because nobody was watching. Of
+several processes that train together only rank 0 writes.
 
-A standard stream that is closed when the process starts is replaced by the null device: Python has None there, and the next file
-that is opened would take its number and receive what libraries print. One that fails must not make the interpreter complain at
-its end, where nobody can catch that.
+A standard stream that is closed at the start is replaced by the null device, or the next file that is opened would take its
+number and receive what libraries print. One that fails must not make the interpreter complain at its end, where nobody can catch
+that.
 """
 
 from __future__ import annotations

@@ -1,12 +1,10 @@
 """Other work on the same CPUs: measure it, and let OpenMP's threads sleep instead of spin while it is there.
 
-The threads of a team wait for each other thousands of times a second, and they wait by spinning. That is fastest on an idle
-machine and slowest beside other work: a spinning thread uses up its share of a CPU, and the system takes the CPU away just when
-the thread could go on. ``benchmarks/bench_neighbour.py`` has the figures.
-
-GNU's OpenMP (libgomp, which torch brings on Linux) spins only for a moment while it has more threads than there are CPUs. So idle
-threads hold teams of their own while other processes are busy. The team that computes keeps its size, so no bit of a result
-changes. On other systems nothing happens. The user's own settings (``OWN_SETTINGS``) win.
+The threads of a team wait for each other thousands of times a second. Spinning is the fastest way on an idle machine and the
+slowest beside other work: a spinning thread uses up its share of a CPU just when it could go on
+(``benchmarks/bench_neighbour.py``). GNU's OpenMP (libgomp, which torch brings on Linux) spins only for a moment while it has more
+threads than there are CPUs, so idle threads hold teams of their own while other processes are busy. The team that computes keeps
+its size, so no bit of a result changes. On other systems nothing happens. The user's own settings (``OWN_SETTINGS``) win.
 """
 
 from __future__ import annotations

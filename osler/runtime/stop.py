@@ -1,10 +1,9 @@
 """Ctrl-C, SIGTERM, SIGUSR1 and SIGHUP ask a run to stop: it finishes its step, saves, and ends; a second signal ends it at once.
 
-SIGUSR1 is what Slurm sends before the time is up: ``--signal=USR1@90``.
-
-One request often arrives twice: a terminal and a service manager signal a whole group of processes, and a launcher in that group
-(``torchrun``, ``timeout``) passes the signal on. A signal shortly after the first is therefore the same request. While the
-process ends, it ignores all signals, because an exception in its last moments would only make noise.
+Slurm sends SIGUSR1 before the time is up: ``--signal=USR1@90``. One request often arrives twice, because terminals and service
+managers signal a whole group of processes and a launcher in it (``torchrun``, ``timeout``) passes the signal on. So a signal
+shortly after the first is the same request. A process that ends ignores all signals, because an exception then would only make
+noise.
 """
 
 from __future__ import annotations

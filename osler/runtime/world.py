@@ -1,11 +1,10 @@
 """The processes of a run: each knows its place from torchrun's environment, and they agree through a ``World``.
 
-Every process runs the same program on its own rows. Values that may differ between processes go through the methods of ``World``,
-which do nothing for one process. Tensors travel by NCCL between GPUs and by gloo on CPUs. The hosts agree over gloo connections
-of their own, which never wait for a GPU and are patient enough for the preparation of data.
+Every process runs the same program on its own rows. Tensors travel by NCCL between GPUs and by gloo on CPUs. The hosts agree over
+gloo connections of their own, which never wait for a GPU and are patient enough for the preparation of data.
 
 A process that dies closes its connections, so the others fail when they next communicate; ``joined`` turns that into one clear
-error. A process that ends with a UserError leaves the message where the others find it, so it is printed once on each machine.
+error. One that ends with a UserError leaves it where the others find it, so it is printed once on each machine.
 """
 
 from __future__ import annotations

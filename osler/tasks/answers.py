@@ -1,15 +1,14 @@
 """Read an answer: which option, number or text a model gave, if that is certain.
 
 The exam and the rewards share ``read_answer``, so a score and a reward never disagree. It reads the form that models are taught
-(``amoxicillin (B)``) and other forms that have one meaning: ``B``, ``B) amoxicillin``, ``The answer is B``, the exact text of one
-option. What could mean something else is not read and counts as wrong, because guessing would reward tricks and inflate scores:
-text and letter that contradict each other, a negation, alternative or doubt ("not (A)", "A or (B)"), a second letter or number, a
-letter beyond the options, an answer that the length limit cut inside a word.
+(``amoxicillin (B)``) and forms with one meaning: ``B``, ``B) amoxicillin``, ``The answer is B``, the exact text of one option.
+What could mean something else counts as wrong, because guessing would reward tricks: text and letter that contradict each other,
+a negation, alternative or doubt ("not (A)", "A or (B)"), a second letter or number, an answer that the length limit cut inside a
+word.
 
 A number is one word of digits, such as ``-5``, ``$1,080`` or ``72 apples``; units are ignored, because the answers of GSM8K have
 none. It is not read with something glued to it (``5k``, ``1e3``, ``1/2``), other separators or words that change its value.
-Markdown, LaTeX's ``\\boxed{}``, full-width characters and the digits of any one script are understood. ``####`` and
-``\\boxed{}`` mark what counts.
+Markdown, LaTeX's ``\\boxed{}``, full-width characters and the digits of any one script are understood.
 """
 
 from __future__ import annotations

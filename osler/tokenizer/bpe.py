@@ -1,11 +1,10 @@
 """Byte-level BPE: text to token ids and back, exactly, by the `tokenizers` library.
 
 All 256 bytes are in the alphabet, so there is no unknown token and ``decode(encode(s)) == s`` for any text. The pre-tokeniser is
-GPT-2's (Radford et al. 2019) with three changes: digits stand alone (numbers are then compared and added digit by digit),
-combining marks stay with their letter, and a run of line breaks is one piece. Four special tokens mark a conversation. A trained
-vocabulary puts them first (ids 0..3); a loaded one gets the missing ones appended, so no existing id changes.
-
-Only the program can produce a special token: text that contains ``<|answer|>`` is encoded as those characters.
+GPT-2's (Radford et al. 2019), but digits stand alone (so numbers are compared and added digit by digit), combining marks stay
+with their letter, and a run of line breaks is one piece. Four special tokens mark a conversation; a trained vocabulary has them
+first (ids 0..3), a loaded one gets those that are missing appended. Only the program can produce one: text that contains
+``<|answer|>`` is encoded as those characters.
 """
 
 from __future__ import annotations

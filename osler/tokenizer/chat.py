@@ -3,9 +3,8 @@
     <|question|> Q <|thinking|> T <|answer|> A <|endoftext|>
     <|question|> Q <|answer|> A <|endoftext|>                   (without reasoning)
 
-The prompt ends with the token after which the model continues; the loss mask is 1 from there to the end. The three texts are
-encoded separately, so a prompt has the same ids in training and in generation, and text cannot forge a marker (see
-`osler.tokenizer.bpe`).
+The loss mask is 1 after the prompt, which ends with the token that the model continues. The three texts are encoded separately,
+so a prompt has the same ids in training and in generation, and text cannot forge a marker (`bpe.py`).
 """
 
 from __future__ import annotations

@@ -1,11 +1,9 @@
 """SuperBPE (Liu et al. 2025, arXiv 2503.13423): byte-level BPE whose later tokens may span up to four words.
 
-The first tokens are those of ordinary BPE. A second pass learns from the same text in pieces of many words: each token is
-written as one character, so that the library's own trainer learns merges of tokens, which are then read as merges of bytes.
-The result is an ordinary tokenizer.json, which only splits text in longer pieces.
-
-A token is refused if it has more than four words, ends in a space, or has a space after a colon: otherwise a prompt such as
-"Answer:" would get other tokens than the same words followed by an answer. Merges that use a refused token are dropped too.
+The first tokens are those of ordinary BPE. A second pass learns from the same text in pieces of many words: each token is written
+as one character, so that the library's own trainer learns merges of tokens, which are then read as merges of bytes. A token is
+refused, with the merges that use it, if it has more than four words, ends in a space, or has a space after a colon: otherwise a
+prompt such as "Answer:" would get other tokens than the same words followed by an answer.
 """
 
 from __future__ import annotations
