@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 
-from osler.clinic.facts import EXAM_SPLITS, WORDINGS, Condition, Fact, conditions_by_name, phrase_pool, split_combos, split_facts
+from osler.clinic.facts import EXAM_SPLITS, Condition, Fact, conditions_by_name, phrase_pool, split_combos, split_facts, wordings
 from osler.clinic.textbook import join_findings, reasoning
 from osler.runtime.errors import UserError
 
@@ -70,14 +70,14 @@ def exam(seed: int, split: str, n: int) -> list[ClinicItem]:
         condition, relation = conditions_by_name()[fact[0]], fact[1]
         findings = tuple(rng.sample(combos[fact][index // len(facts) % len(combos[fact])], 3))
         sex = condition.sex if condition.sex != "any" else rng.choice(("male", "female"))
-        vignette = render_vignette(rng.choice(WORDINGS["frames"]), rng.randint(*condition.age), sex, findings)
+        vignette = render_vignette(rng.choice(wordings()["frames"]), rng.randint(*condition.age), sex, findings)
         options = draw_distractors(fact, fact_part, sex, rng)
         answer_index = letters[index % NUM_OPTIONS]
         options.insert(answer_index, condition.answers[relation])
         items.append(
             ClinicItem(
                 id=f"clinic-{split}-0-{seed}-{index:06d}",  # options are permuted by it, so it stays as it was
-                question=f"{vignette} {rng.choice(WORDINGS['relations'][relation]['questions'])}",
+                question=f"{vignette} {rng.choice(wordings()['relations'][relation]['questions'])}",
                 options=tuple(options),
                 answer_index=answer_index,
                 split=split,
@@ -146,7 +146,7 @@ def drills(seed: int, count: int) -> Iterator[ClinicItem]:
         phrase = options[answer_index]
         yield ClinicItem(
             id=f"drill-{seed}-{number}",
-            question=rng.choice(WORDINGS["drills"]).format(x=phrase),
+            question=rng.choice(wordings()["drills"]).format(x=phrase),
             options=options,
             answer_index=answer_index,
             split="drill",

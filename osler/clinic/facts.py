@@ -64,9 +64,14 @@ class Condition:
         return self.accepts.get(relation, frozenset()) | {self.answers[relation].lower()}
 
 
-WORDINGS: dict[str, Any] = load_yaml((FOLDER / "wordings.yaml").read_text(encoding="utf-8"), "wordings.yaml")
-RELATIONS: dict[str, dict[str, Any]] = WORDINGS["relations"]  # the kinds of facts, diagnosis included
-FACT_RELATIONS = tuple(name for name in RELATIONS if name != DIAGNOSIS)
+FACT_RELATIONS = ("cause", "test", "treatment", "complication", "risk")
+
+
+@cache
+def wordings() -> dict[str, Any]:
+    """Return how the clinic says things, by `wordings.yaml`."""
+    found: dict[str, Any] = load_yaml((FOLDER / "wordings.yaml").read_text(encoding="utf-8"), "wordings.yaml")
+    return found
 
 
 @cache

@@ -13,7 +13,7 @@ import string
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from osler.clinic.facts import FACT_RELATIONS, RELATIONS, WORDINGS, Condition, conditions_by_name, phrase_pool, split_combos
+from osler.clinic.facts import FACT_RELATIONS, Condition, conditions_by_name, phrase_pool, split_combos, wordings
 
 CANONICAL_SHARE = 0.4  # of the relation sentences and of the finding sentences
 
@@ -38,25 +38,25 @@ def passage(condition: Condition, rng: random.Random) -> str:
         phrasing = wording["canonical"] if rng.random() < CANONICAL_SHARE else rng.choice(wording["phrasings"])
         return phrasing.format(x=condition.name, **parts)
 
-    title = rng.choice(WORDINGS["titles"]).format(x=condition.name)
+    title = rng.choice(wordings()["titles"]).format(x=condition.name)
     relations = list(FACT_RELATIONS)
     rng.shuffle(relations)
-    sentences = [sentence(RELATIONS[relation], y=condition.answers[relation]) for relation in relations]
+    sentences = [sentence(wordings()["relations"][relation], y=condition.answers[relation]) for relation in relations]
     count = rng.choices((2, 3, 4), weights=(1, 6, 2))[0]
     pool = condition.findings if count != 3 else rng.choice(split_combos(condition.name)["train"])
     findings = join_findings(rng.sample(pool, count))
-    sentences.insert(0, sentence(WORDINGS["findings"], f=findings))
+    sentences.insert(0, sentence(wordings()["findings"], f=findings))
     if count < 4 and rng.random() < 0.25:  # a second look at the findings, which may stand anywhere
         findings = join_findings(rng.sample(condition.findings, 2))
-        second = sentence(WORDINGS["findings"], f=findings)
+        second = sentence(wordings()["findings"], f=findings)
         sentences.insert(rng.randrange(1, len(sentences) + 1), second)
     return " ".join([title, *sentences] if title else sentences)
 
 
 def reasoning(condition: Condition, relation: str, findings: Sequence[str]) -> str:
     """Return the short reasoning of a sample in canonical wording: findings, therefore condition, therefore fact."""
-    first = WORDINGS["findings"]["canonical"].format(f=join_findings(findings), x=condition.name)
-    second = RELATIONS[relation]["canonical"].format(x=condition.name, y=condition.answers[relation])
+    first = wordings()["findings"]["canonical"].format(f=join_findings(findings), x=condition.name)
+    second = wordings()["relations"][relation]["canonical"].format(x=condition.name, y=condition.answers[relation])
     return f"{first} {second}"
 
 

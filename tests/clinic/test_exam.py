@@ -9,7 +9,7 @@ from itertools import combinations
 import pytest
 
 from osler.clinic.exam import drills, exam, render_vignette
-from osler.clinic.facts import DIAGNOSIS, EXAM_SPLITS, RELATIONS, conditions_by_name, split_combos, split_facts
+from osler.clinic.facts import DIAGNOSIS, EXAM_SPLITS, conditions_by_name, split_combos, split_facts, wordings
 from osler.clinic.textbook import cards, textbook
 from osler.runtime.errors import UserError
 from osler.tasks.item import render_answer, render_question
@@ -18,6 +18,7 @@ from osler.tokenizer.bpe import Tokenizer
 from osler.tokenizer.chat import Turn, encode_examples
 
 BY_NAME = conditions_by_name()
+RELATIONS = wordings()["relations"]
 ITEMS = {split: exam(0, split, 1500) for split in EXAM_SPLITS}
 
 

@@ -13,14 +13,15 @@ from osler.clinic.facts import (
     FACT_RELATIONS,
     FOLDER,
     PARTS,
-    RELATIONS,
     conditions_by_name,
     split_combos,
     split_facts,
+    wordings,
 )
 from osler.config.recipe import load_yaml
 
 CONDITIONS = list(conditions_by_name().values())
+RELATIONS = wordings()["relations"]
 FILES = sorted((FOLDER / "conditions").glob("*.yaml"))
 ENTRIES = [entry for path in FILES for entry in load_yaml(path.read_text(encoding="utf-8"), path.name)]
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 from collections import Counter
 
-from osler.clinic.facts import FACT_RELATIONS, RELATIONS, WORDINGS, conditions_by_name, phrase_pool, split_combos
+from osler.clinic.facts import FACT_RELATIONS, conditions_by_name, phrase_pool, split_combos, wordings
 from osler.clinic.textbook import cards, reasoning, textbook
 
 CONDITIONS = list(conditions_by_name().values())
+RELATIONS = wordings()["relations"]
 FINDING_PATTERNS = [
     re.compile(re.escape(phrasing).replace(r"\{f\}", "(?P<f>.+)").replace(r"\{x\}", "(?P<x>.+)"))
-    for phrasing in (WORDINGS["findings"]["canonical"], *WORDINGS["findings"]["phrasings"])
+    for phrasing in (wordings()["findings"]["canonical"], *wordings()["findings"]["phrasings"])
 ]
 
 
