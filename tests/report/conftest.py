@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import random
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
+from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -64,20 +65,18 @@ class Page(HTMLParser):
         return " ".join(" ".join(self.text).split())
 
 
-def write_jsonl(path: Path, rows: Iterable[Mapping[str, object]]) -> None:
+def write(path: Path, content: object) -> None:
+    """Write text as it is, and anything else as JSON: a line for each row where the file's name says so."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
+    if path.suffix == ".jsonl" and not isinstance(content, str):
+        content = "".join(json.dumps(row) + "\n" for row in content)  # type: ignore[attr-defined]
+    path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
 
 
-def write_run(
-    folder: Path, rows: Iterable[Mapping[str, object]] = (), config: str = "kind: pretrain\n", **files: object
-) -> Path:
-    """A run folder: config, the lines of its log, and JSON files by stem."""
-    write_jsonl(folder / "metrics.jsonl", rows)
-    (folder / "config.yaml").write_text(config, encoding="utf-8")
-    for stem, content in files.items():
-        (folder / f"{stem}.json").write_text(json.dumps(content), encoding="utf-8")
+def write_run(folder: Path, rows: object = (), config: str = "kind: pretrain\n", **files: object) -> Path:
+    """A run folder: the lines of its log, its config, and files by name (`exams_json`)."""
+    for name, content in {"metrics_jsonl": rows, "config_yaml": config, **files}.items():
+        write(folder / ".".join(name.rsplit("_", 1)), content)
     return folder
 
 
@@ -107,26 +106,37 @@ def write_training(folder: Path, steps: int, start: float, floor: float, start_t
     write_run(folder, rows, CONFIG)
 
 
-def write_grpo(folder: Path, steps: int = 120, start_time: float = 1_000_500.0) -> None:
+def write_grpo(folder: Path, steps: int = 120) -> None:
     rows: list[dict[str, object]] = []
     for step in range(1, steps + 1):
         t = step / steps
-        row: dict[str, object] = {"step": step, "tokens": step * 6144, "time": start_time + step * 1.1}
+        row: dict[str, object] = {"step": step, "tokens": step * 6144, "time": 1_000_500.0 + step * 1.1}
         row |= {name: (0.2 + t / 2) / (1 + number) for number, name in enumerate(GRPO_METRICS)}
-        if step % 20 == 0:
-            row |= {"eval/test_accuracy": 0.55 + 0.08 * t, "eval/unseen_accuracy": 0.48 + 0.05 * t}
+        row |= {"eval/test_accuracy": 0.55 + 0.08 * t, "eval/unseen_accuracy": 0.48 + 0.05 * t} if step % 20 == 0 else {}
         rows.append(row)
     write_run(folder, rows, CONFIG + "beta: 0.02\n")
 
 
-def write_quickstart(folder: Path) -> Path:
+def compared(split: str, n: int, before: float, after: float, low: float, high: float) -> dict[str, object]:
+    both = {"split": split, "n": n, "before": before, "after": after, "difference": after - before}
+    return {**both, "interval": [low, high], "before_label": "sft", "after_label": "grpo"}
+
+
+def sample(number: int, stage: str, right: bool) -> dict[str, object]:
+    said = number % 4 if right else (number + 1) % 4
+    asked = {"id": f"test-{number}", "stage": stage, "question": f"Which drug helps in case {number}?", "options": DRUGS}
+    answer = {"thinking": f"The first choice is {DRUGS[said]}.", "answer": f"{DRUGS[said]} ({'ABCD'[said]})"}
+    return {**asked, **answer, "correct_answer": DRUGS[number % 4], "correct": right}
+
+
+@pytest.fixture
+def quickstart(tmp_path: Path) -> Path:
     """A finished quickstart: three stages, exams after each, a comparison, samples, versions, notes."""
+    folder = tmp_path / "quickstart-2-cores"
     write_training(folder / "pretrain", 800, 8.3, 2.05, 1_000_000.0, 0.2)
     write_training(folder / "sft", 160, 2.4, 0.8, 1_000_300.0, 0.25)
     write_grpo(folder / "grpo")
-    (folder / "config.yaml").write_text(CONFIG, encoding="utf-8")
-    even = {"A": 228, "B": 215, "C": 231, "D": 226}
-    habit = {"A": 41, "B": 612, "C": 122, "D": 33}
+    even, habit = {"A": 228, "B": 215, "C": 231, "D": 226}, {"A": 41, "B": 612, "C": 122, "D": 33}
     details = {  # seconds, and what was done
         "data": (9.2, "wrote 12,000 pages of textbook and packed them"),
         "tokenizer": (3.1, "4,096 tokens from the same text"),
@@ -134,58 +144,28 @@ def write_quickstart(folder: Path) -> Path:
         "sft": (41.0, "2,000 worked answers"),
         "grpo": (134.0, "120 steps of 16 questions, 8 answers each"),
     }
-    tables = {
-        "stages.json": [{"name": name, "seconds": seconds, "what": what} for name, (seconds, what) in details.items()],
-        "exams.json": {  # not in the order of training
+    write_run(
+        folder, (), CONFIG,
+        stages_json=[{"name": name, "seconds": seconds, "what": what} for name, (seconds, what) in details.items()],
+        exams_json={  # not in the order of training
             "grpo": {"test": exam(0.626, 900, even), "unseen": exam(0.531, 600, even, 1)},
             "pretrain": {"test": exam(0.262, 900, habit, 92), "unseen": exam(0.248, 600, habit, 60)},
             "sft": {"test": exam(0.551, 900, even, 3), "unseen": exam(0.506, 600, even, 3)},
         },
-        "comparison.json": [
-            {"split": split, "before": before, "after": after, "difference": after - before, "interval": interval, "n": n,
-             "before_label": "sft", "after_label": "grpo"}
-            for split, n, before, after, interval in (
-                ("test", 900, 0.551, 0.626, [0.043, 0.107]), ("unseen", 600, 0.506, 0.531, [-0.011, 0.061])
-            )
+        comparison_json=[
+            compared("test", 900, 0.551, 0.626, 0.043, 0.107), compared("unseen", 600, 0.506, 0.531, -0.011, 0.061)
         ],
-        "versions.json": {
+        versions_json={
             "osler": "0.1.0", "torch": "2.13.0", "machine": {"device": "cpu", "memory_bytes": 8_000_000_000},
             "fingerprints": {"data": "3fd1c04b9e21aa07", "tokenizer": "a80b5512cc93e4d1"},
         },
-        "notes.json": ["The world of this exam is made up: the score says nothing about real medicine."],
-    }  # fmt: skip
-    for name, table in tables.items():
-        (folder / name).write_text(json.dumps(table), encoding="utf-8")
-    samples: list[dict[str, object]] = []
-    for i in range(6):
-        for stage, right in (("sft", i >= 3), ("grpo", True)):
-            said = i % 4 if right else (i + 1) % 4
-            samples.append(
-                {"id": f"test-{i}", "stage": stage, "question": f"Which drug helps in case {i}?", "options": DRUGS,
-                 "thinking": f"The first choice is {DRUGS[said]}.", "answer": f"{DRUGS[said]} ({'ABCD'[said]})",
-                 "correct_answer": DRUGS[i % 4], "correct": right}
-            )  # fmt: skip
-    write_jsonl(folder / "samples.jsonl", samples)
+        notes_json=["The world of this exam is made up: the score says nothing about real medicine."],
+        samples_jsonl=[sample(n, stage, stage == "grpo" or n >= 3) for n in range(6) for stage in ("sft", "grpo")],
+    )  # fmt: skip
     return folder
 
 
 @pytest.fixture
-def quickstart(tmp_path: Path) -> Path:
-    return write_quickstart(tmp_path / "quickstart-2-cores")
-
-
-@pytest.fixture
 def bare(tmp_path: Path) -> Callable[..., Path]:
-    """Make a run folder of nothing but config.yaml and the files given by name (text, or an object for JSON)."""
-
-    def make(**files: object) -> Path:
-        folder = tmp_path / "bare"
-        folder.mkdir()
-        (folder / "config.yaml").write_text("seed: 1\n", encoding="utf-8")
-        for name, content in files.items():
-            stem, ending = name.rsplit("_", 1)
-            text = content if isinstance(content, str) else json.dumps(content)
-            (folder / f"{stem}.{ending}").write_text(text, encoding="utf-8")
-        return folder
-
-    return make
+    """Make a run folder of the lines of a log and what else is given."""
+    return partial(write_run, tmp_path / "bare")

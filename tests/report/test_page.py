@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
@@ -17,23 +15,11 @@ from osler.report import format as fmt
 from osler.report.charts import SPECS
 from osler.report.page import build_report, place
 from osler.report.read import read_run
-from osler.report.words import (
-    EventGroup,
-    attention,
-    grouped,
-    headline,
-    marks_of,
-    model_of,
-    stage_colour,
-    stage_title,
-    summary_text,
-)
-from tests.report.conftest import Page
-
-Bare = Callable[..., Path]
+from osler.report.words import attention, grouped, headline, marks_of, model_of, stage_colour, stage_title, summary_text
+from tests.report.conftest import Page, write
 
 
-def checked(folder: Path) -> Page:
+def checked(folder) -> Page:
     """A run's page, well formed, with links that lead somewhere and without numbers that are none."""
     path = build_report(folder)
     assert path == folder / "report.html"
@@ -44,29 +30,26 @@ def checked(folder: Path) -> Page:
     return page
 
 
-def jsonl(*rows: dict[str, object]) -> str:
-    return "".join(json.dumps(row) + "\n" for row in rows)
-
-
-def shown_on(folder: Path) -> str:
+def shown_on(folder) -> str:
     return checked(folder).words
 
 
-def change(path: Path, **fields: object) -> None:
-    """Change the first row of a JSON file."""
-    rows = json.loads(path.read_text(encoding="utf-8"))
-    rows[0].update(fields)
-    path.write_text(json.dumps(rows), encoding="utf-8")
+def load(path):
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
-def keep_exam(quickstart: Path, label: str, **fields: object) -> None:
+def change_comparison(quickstart, **fields) -> None:
+    first, *rest = load(quickstart / "comparison.json")
+    write(quickstart / "comparison.json", [first | fields, *rest])
+
+
+def keep_exam(quickstart, label, **fields) -> None:
     """Leave one checkpoint's score on the test, with some fields changed."""
-    path = quickstart / "exams.json"
-    row = json.loads(path.read_text(encoding="utf-8"))[label]["test"]
-    path.write_text(json.dumps({label: {"test": row | fields}}), encoding="utf-8")
+    row = load(quickstart / "exams.json")[label]["test"]
+    write(quickstart / "exams.json", {label: {"test": row | fields}})
 
 
-def test_the_page_is_self_contained_and_can_be_read_out(quickstart: Path) -> None:
+def test_the_page_is_self_contained_and_can_be_read_out(quickstart):
     page = checked(quickstart)
     for tag, attrs in page.tags:
         assert tag not in ("iframe", "object", "embed", "img", "base"), tag
@@ -85,16 +68,16 @@ def test_the_page_is_self_contained_and_can_be_read_out(quickstart: Path) -> Non
     assert figures and all(re.search(r"<figcaption>\w[^<]+\.</figcaption>", figure) for figure in figures)
 
 
-def test_numbers_on_the_page_are_those_in_the_files(quickstart: Path) -> None:
+def test_numbers_on_the_page_are_those_in_the_files(quickstart):
     shown = shown_on(quickstart)
-    for splits in json.loads((quickstart / "exams.json").read_text(encoding="utf-8")).values():
+    for splits in load(quickstart / "exams.json").values():
         for score in splits.values():
             low, high = score["interval"]
             assert f"{100 * score['accuracy']:.1f}%" in shown
             assert f"{100 * low:.1f}% to {100 * high:.1f}%" in shown
             assert f"{score['correct']} of {score['n']}" in shown
     assert "+7.5 points" in shown and "+4.3 to +10.7" in shown and "−1.1 to +6.1" in shown
-    for stage in json.loads((quickstart / "stages.json").read_text(encoding="utf-8")):
+    for stage in load(quickstart / "stages.json"):
         assert stage["what"] in shown
     assert "2 min 43 s" in shown and "5 min 50 s" in shown
     text = (quickstart / "report.html").read_text(encoding="utf-8")
@@ -107,7 +90,7 @@ def test_numbers_on_the_page_are_those_in_the_files(quickstart: Path) -> None:
     assert "The world of this exam is made up" in shown
 
 
-def test_the_story_is_told_in_order_and_with_its_uncertainty(quickstart: Path) -> None:
+def test_the_story_is_told_in_order_and_with_its_uncertainty(quickstart):
     page, run = checked(quickstart), read_run(quickstart)
     shown = page.words
     assert [stage.name for stage in run.runs] == ["pretrain", "sft", "grpo"]
@@ -120,45 +103,37 @@ def test_the_story_is_told_in_order_and_with_its_uncertainty(quickstart: Path) -
     assert [attrs["id"] for attrs in page.names("section") if "id" in attrs] == sections
 
 
-def test_every_chart_names_declared_metrics_and_undeclared_ones_are_shown_too(quickstart: Path) -> None:
-    for spec in SPECS:
-        assert spec.good.endswith(".")
-        assert all(row in METRICS for row, _ in spec.lines)
+def test_every_chart_names_declared_metrics_and_undeclared_ones_are_shown_too(quickstart):
+    assert all(row in METRICS for spec in SPECS for row, _ in spec.lines)
     shown = shown_on(quickstart)
     assert "made_up/by_a_plugin" in shown and "Not described in the table of metrics." in shown
     assert METRICS["groups/effective"].meaning[1:] in shown
 
 
-def test_hostile_text_stays_text(quickstart: Path) -> None:
+def test_hostile_text_stays_text(quickstart):
     evil = "</p><script>alert(1)</script><img src=x onerror=alert(2)>' \" & {braces}"
     texts = dict.fromkeys(("id", "stage", "question", "thinking", "answer", "correct_answer"), evil)
-    event = {"step": 1, "time": 1, "kind": evil, "name": evil, "message": evil}
     score = {"n": 10, "accuracy": 0.5, "interval": [0.2, 0.8], "letters": {evil: 50}, "method": evil}
     for name, content in {
-        "samples.jsonl": {**texts, "options": [evil, "b"], "correct": False},
+        "samples.jsonl": [{**texts, "options": [evil, "b"], "correct": False}],
         "notes.json": [evil],
         "config.yaml": {"note": evil},
         "versions.json": {evil: evil, "machine": {evil: evil}},
         "exams.json": {evil: {evil: score}},
         "stages.json": [{"name": evil, "seconds": 1, "what": evil}],
-        "sft/events.jsonl": event,
-        "sft/metrics.jsonl": {"step": 999, "tokens": 1, "time": 1, evil: 1.0, "stage": evil},
+        "sft/events.jsonl": [{"step": 1, "time": 1, "kind": evil, "name": evil, "message": evil}],
+        "sft/metrics.jsonl": [{"step": 999, "tokens": 1, "time": 1, evil: 1.0, "stage": evil}],
     }.items():
-        (quickstart / name).write_text(json.dumps(content) + "\n", encoding="utf-8")
+        write(quickstart / name, content)
     page = checked(quickstart)
     assert len(page.names("script")) == 1 and not page.names("img") and evil in "".join(page.text)
-
-
-def test_config_alone_makes_a_page(bare: Bare) -> None:
-    page = checked(bare())
-    assert "Nothing measured yet" in page.words and "seed: 1" in page.words and not page.names("svg")
 
 
 @pytest.mark.parametrize(
     "missing", ["exams.json", "stages.json", "comparison.json", "samples.jsonl", "versions.json", "notes.json",
                 "grpo", "sft", "pretrain/metrics.jsonl", "pretrain/config.yaml"]
 )  # fmt: skip
-def test_each_missing_piece_is_only_missing(quickstart: Path, missing: str) -> None:
+def test_each_missing_piece_is_only_missing(quickstart, missing):
     whole, path = shown_on(quickstart), quickstart / missing
     for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
         file.unlink()
@@ -170,7 +145,7 @@ def test_each_missing_piece_is_only_missing(quickstart: Path, missing: str) -> N
 @pytest.mark.parametrize(
     "content", ['{"torn": [1, 2', "null", "[1, null, {}]", '{"a": {"b": {}}}', '"text"', "[[]]", '{"a": null}']
 )
-def test_odd_files_do_not_break_the_page(bare: Bare, name: str, content: str) -> None:
+def test_odd_files_do_not_break_the_page(bare, name, content):
     folder = bare(**{name: content})
     assert ("could not be read" in shown_on(folder)) == content.startswith('{"torn"')
     summary_text(folder)
@@ -183,89 +158,77 @@ def test_odd_files_do_not_break_the_page(bare: Bare, name: str, content: str) ->
         ('{"step": 7, "tokens": 10, "time": 5, "train/loss": 3.25}\n', "Loss of 3.250"),
         ('{"step": 1, "train/loss": 3.25}\n{"step": 2, "train/loss": 2.5}\n{"step": 3, "tok', "Loss from 3.250 to 2.500"),
         ('{"step": 0,\n{"step": 1, "train/loss": 3.25}\n', "1 unreadable line skipped"),
+        ("".join(f'{{"step": {n}, "train/loss": {v}}}\n' for n, v in enumerate(["3.5", "NaN", "null", "Infinity", "2.25"])),
+         "Loss from 3.500 to 2.250"),
+        ([{"step": 1, "time": 0, "train/loss": 9}, {"step": 2, "time": 9, "eval/loss": 3.25}], "loss of 3.250 , in 9.0 s"),
+        ([{"step": 1, "train/loss": 9.0}, {"step": 2, "eval/bits_per_byte": 1.502}], "1.502 bits per byte of held-out text"),
+        ([{"step": 1, "eval/bits_per_byte": 2.5}, {"step": 2, "eval/bits_per_byte": 1.502}],
+         "From 2.500 to 1.502 bits per byte of held-out text"),
     ],
-)
-def test_what_a_log_may_hold(bare: Bare, log: str, said: str) -> None:
-    shown = shown_on(bare(metrics_jsonl=log))
-    assert said in shown and ("unreadable" in shown) == ("unreadable" in said), "a torn last line is what a kill leaves behind"
+)  # fmt: skip
+def test_what_a_log_may_hold(bare, log, said):
+    page = checked(bare(log))
+    assert said in page.words and ("unreadable" in page.words) == ("unreadable" in said), "a kill leaves a torn last line behind"
+    assert ("[3.5,null,null,null,2.25]" in page.source) == ("3.500" in said), "values that are not finite are gaps"
 
 
-def test_values_that_are_not_finite_are_gaps(bare: Bare) -> None:
-    values = ["3.5", "NaN", "null", "Infinity", "2.25"]
-    page = checked(bare(metrics_jsonl="".join(f'{{"step": {i}, "train/loss": {value}}}\n' for i, value in enumerate(values))))
-    assert "Loss from 3.500 to 2.250" in page.words and "[3.5,null,null,null,2.25]" in page.source
+BELOW = {"correct": 90, "accuracy": 0.1, "interval": [0.08, 0.12], "presentations": 900, "max_seq_len": 256}
 
 
 @pytest.mark.parametrize(
-    ("earlier", "last", "said"),
+    ("label", "fields", "said", "unsaid"),
     [
-        ({"train/loss": 9.0}, {"eval/loss": 3.25}, ("Held-out loss of ", "3.250", ", in 41 s")),
-        ({"train/loss": 9.0}, {"eval/bits_per_byte": 1.502}, ("", "1.502", " bits per byte of held-out text, in 41 s")),
-        ({"eval/bits_per_byte": 2.5}, {"eval/bits_per_byte": 1.502},
-         ("From 2.500 to ", "1.502", " bits per byte of held-out text, in 41 s")),
+        ("pretrain", {}, ("That cannot be told apart from guessing (25.0%) or always giving the same letter (27.3%).",
+                          "of the answers are B. That is a habit, not knowledge."), "clearly above"),
+        ("sft", {**BELOW, "too_long": 0}, ("something is systematically wrong",), "did not fit"),
+        ("sft", {**BELOW, "too_long": 700},
+         ("always giving the same letter (27.3%). 700 of 900 questions did not fit into the model's context of 256 tokens",
+          "Supervised fine-tuning on test: 700 of 900 questions"), "something is systematically wrong"),
+        ("grpo", {"n": 225, "presentations": 900, "unparsed": 40},
+         ("It answered 563 of 900 questions (225 different ones, shown in several orders) right."),
+         "had no readable letter"),
     ],
 )  # fmt: skip
-def test_one_measurement_is_no_change_and_bits_per_byte_lead(bare: Bare, earlier, last, said) -> None:
-    folder = bare(metrics_jsonl=jsonl({"step": 1, "time": 0, **earlier}, {"step": 2, "time": 41, **last}))
-    assert headline(read_run(folder)) == said and summary_text(folder).splitlines()[0] == "".join(said)
-
-
-def test_a_score_at_chance_is_called_that(quickstart: Path) -> None:
-    keep_exam(quickstart, "pretrain")
+def test_what_is_said_of_a_score(quickstart, label, fields, said, unsaid):
+    keep_exam(quickstart, label, **fields)
     shown = shown_on(quickstart)
-    assert "That cannot be told apart from guessing (25.0%) or always giving the same letter (27.3%)." in shown
-    assert "of the answers are B. That is a habit, not knowledge." in shown and "clearly above" not in shown
+    assert all(words in shown for words in said) and unsaid not in shown
 
 
-@pytest.mark.parametrize("too_long", [700, 0])
-def test_a_score_below_chance_names_questions_that_did_not_fit(quickstart: Path, too_long: int) -> None:
-    low = {"correct": 90, "accuracy": 0.1, "interval": [0.08, 0.12], "presentations": 900, "too_long": too_long}
-    keep_exam(quickstart, "sft", **low, max_seq_len=256)
-    shown = shown_on(quickstart)
-    unfit = f"{too_long} of 900 questions did not fit into the model's context of 256 tokens"
-    assert (f"always giving the same letter (27.3%). {unfit}" in shown) == (too_long > 0)
-    assert ("something is systematically wrong" in shown) == (too_long == 0)
-    assert (f"Supervised fine-tuning on test: {unfit}" in shown) == (too_long > 0)
-
-
-def test_right_answers_are_counted_among_the_questions_shown(quickstart: Path) -> None:
-    keep_exam(quickstart, "grpo", n=225, presentations=900, unparsed=40)
-    shown = shown_on(quickstart)
-    assert "It answered 563 of 900 questions (225 different ones, shown in several orders) right." in shown
-    assert "563 of 900 " in shown.split("Checkpoint")[1] and "563 of 225" not in shown
-    assert "had no readable letter" not in shown, "40 of 900"
-
-
-def test_grpo_that_gains_nothing_is_not_called_a_gain(quickstart: Path) -> None:
-    change(quickstart / "comparison.json", difference=-0.01, interval=[-0.04, 0.02])
-    shown = shown_on(quickstart)
-    assert "−1.0 points" in shown and "A real gain" not in shown
-
-
-def test_the_headline_is_not_the_end_of_a_branch(quickstart: Path) -> None:
+def test_what_is_said_of_grpo(quickstart):
     """GRPO from an earlier checkpoint shows what GRPO does; what the run reached is the supervised score."""
     assert headline(read_run(quickstart))[1] == "62.6%"
-    change(quickstart / "comparison.json", before_label="sft, earlier checkpoint", branch=True)
+    change_comparison(quickstart, difference=-0.01, interval=[-0.04, 0.02])
+    shown = shown_on(quickstart)
+    assert "−1.0 points" in shown and "A real gain" not in shown
+    change_comparison(quickstart, before_label="sft, earlier checkpoint", branch=True)
     assert headline(read_run(quickstart))[1] == "55.1%"
 
 
-def test_time_leaves_pauses_out(bare: Bare) -> None:
-    rows = ({"step": i, "time": 10.0 * i + (7200 if i > 20 else 0), "train/loss": 1.0} for i in range(41))
-    summary = summary_text(bare(metrics_jsonl=jsonl(*rows)))
+def test_intervals_are_drawn_where_the_axis_says(quickstart):
+    keep_exam(quickstart, "sft", interval=[-0.1, 1.2], accuracy=0.5, constant_letter_baseline=None, letters={"A": 30, "B": 10})
+    drawn = checked(quickstart).source.split('<table class="exams">')[1]
+    (bar,) = re.findall(r'<div class="interval c1".*?</div>', drawn, re.S)
+    assert "left: 0.0%; right: 0.0%" in bar and "left: 50.0%" in bar and bar.count('class="mark') == 1 and "guessing 25.0%" in bar
+    assert 'title="A: 75.0%"' in drawn and 'title="B: 25.0%"' in drawn
+    assert [place(value, -0.2, 0.2) for value in (-1.0, 0.0, 0.1, 1.0)] == [0, 50, 75, 100]
+
+
+def test_time_leaves_pauses_out(bare):
+    rows = [{"step": i, "time": 10.0 * i + (7200 if i > 20 else 0), "train/loss": 1.0} for i in range(41)]
+    summary = summary_text(bare(rows))
     assert "in 6 min 30 s" in summary and "Watch: Training: 1 pause in the log, the longest of 2 h 00 min" in summary
 
 
-def test_the_summary_says_what_the_page_says(quickstart: Path) -> None:
-    page = shown_on(quickstart)
-    summary = summary_text(quickstart)
-    assert summary.splitlines()[0] == "From random weights to 62.6% on test, in 5 min 50 s"
-    for sentence in summary.splitlines()[1].split(". "):
-        assert sentence.strip(" .") in page
+def test_the_summary_says_what_the_page_says(quickstart):
+    page, summary = shown_on(quickstart), summary_text(quickstart)
+    first, second, *others = summary.splitlines()
+    assert first == "From random weights to 62.6% on test, in 5 min 50 s" and len(others) < 18
+    assert all(sentence.strip(" .") in page for sentence in second.split(". "))
     assert "(59.4% to 65.8%, n = 900)" in summary and str(quickstart / "report.html") in summary
-    assert "\x1b" not in summary and len(summary.splitlines()) < 20
 
 
-def test_the_page_can_be_written_elsewhere(quickstart: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_page_can_be_written_elsewhere(quickstart, tmp_path, capsys):
     page = tmp_path / "sent.html"
     assert main(["report", str(quickstart), "--out", str(page)]) == 0
     assert f"Report: {page}" in capsys.readouterr().out and page.read_text(encoding="utf-8").startswith("<!doctype html>")
@@ -274,11 +237,10 @@ def test_the_page_can_be_written_elsewhere(quickstart: Path, tmp_path: Path, cap
     assert f"The page cannot be written to {tmp_path}" in (said := capsys.readouterr().err) and "--out" in said
 
 
-def test_what_is_no_run_is_told_with_what_to_give(quickstart: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_no_run_is_told_with_what_to_give(quickstart, capsys):
     step = quickstart / "sft" / "checkpoints" / "step-000000010"
-    step.mkdir(parents=True)
     for name in ("config.yaml", "manifest.json"):
-        (step / name).write_text("{}", encoding="utf-8")
+        write(step / name, {})
     (quickstart / "grpo" / "metrics.jsonl").unlink()
     (quickstart / "grpo" / "metrics.jsonl").mkdir()
     for path, said in (
@@ -292,42 +254,29 @@ def test_what_is_no_run_is_told_with_what_to_give(quickstart: Path, capsys: pyte
         assert said in " ".join(capsys.readouterr().err.split())
 
 
-def save_model(folder: Path, step: int, text: str = "") -> None:
-    saved = folder / "checkpoints" / f"step-{step:09d}" / "model.json"
-    saved.parent.mkdir(parents=True)
-    saved.write_text(text or json.dumps(encode(ModelConfig(num_layers=3, hidden_size=64))), encoding="utf-8")
+MODEL = ModelConfig(num_layers=3, hidden_size=64)
 
 
-def test_a_model_that_came_from_another_run_is_read_from_the_checkpoint(bare: Bare) -> None:
+def test_a_model_that_came_from_another_run_is_read_from_the_checkpoint(bare):
     """The section `model` of a config with `init_from` is not what was trained; without a checkpoint nothing is claimed."""
-    folder = bare(config_yaml="init_from: runs/earlier\nmodel: {num_layers: 6, hidden_size: 256}\n")
+    folder = bare(config="init_from: runs/earlier\nmodel: {num_layers: 6, hidden_size: 256}\n")
     assert model_of(read_run(folder))[0] == {} and "parameters" not in shown_on(folder).lower()
-    save_model(folder, 10)
-    save_model(folder, 20, text='{"torn')
+    write(folder / "checkpoints" / "step-000000010" / "model.json", encode(MODEL))
+    write(folder / "checkpoints" / "step-000000020" / "model.json", '{"torn')
     shown = shown_on(folder)
-    parameters = ModelConfig(num_layers=3, hidden_size=64).num_parameters
-    assert f"A model of {fmt.count(parameters)} parameters (3 layers of width 64)" in shown
+    assert f"A model of {fmt.count(MODEL.num_parameters)} parameters (3 layers of width 64)" in shown
     assert "Started from runs/earlier: its model and tokenizer take the place" in shown and "hidden_size: 64" in shown
 
 
-def test_the_model_of_a_stage_is_read_from_its_checkpoint(quickstart: Path) -> None:
-    save_model(quickstart / "grpo", 10)
+def test_the_model_of_a_stage_is_read_from_its_checkpoint(quickstart):
+    write(quickstart / "grpo" / "checkpoints" / "step-000000010" / "model.json", encode(MODEL))
     assert model_of(read_run(quickstart))[0]["hidden_size"] == 64
 
 
-def test_a_checkpoint_is_named_and_coloured_by_its_stage() -> None:
+def test_a_checkpoint_is_named_and_coloured_by_its_stage():
     assert stage_title("sft, earlier checkpoint") == "Supervised fine-tuning, earlier checkpoint"
     assert stage_title("my_stage") == "My stage"
     assert stage_colour("sft, earlier checkpoint") == stage_colour("sft") != stage_colour("rl") == stage_colour("grpo-2")
-
-
-def test_intervals_are_drawn_where_the_axis_says(quickstart: Path) -> None:
-    keep_exam(quickstart, "sft", interval=[-0.1, 1.2], accuracy=0.5, constant_letter_baseline=None, letters={"A": 30, "B": 10})
-    drawn = checked(quickstart).source.split('<table class="exams">')[1]
-    (bar,) = re.findall(r'<div class="interval c1".*?</div>', drawn, re.S)
-    assert "left: 0.0%; right: 0.0%" in bar and "left: 50.0%" in bar and bar.count('class="mark') == 1 and "guessing 25.0%" in bar
-    assert 'title="A: 75.0%"' in drawn and 'title="B: 25.0%"' in drawn
-    assert [place(value, -0.2, 0.2) for value in (-1.0, 0.0, 0.1, 1.0)] == [0, 50, 75, 100]
 
 
 # What monitoring adds.
@@ -345,49 +294,44 @@ EVENTS = (
     event(15, "rollback", "rollback", "Back to step 15."),
     event(30, "data_change", "fingerprint", "Other data, as was allowed."),
 )
+ENDS = (event(0, "start", "begun"), event(5, "end", "failed"), event(4, "start", "resumed"), event(9, "end", "finished"))
+OFTEN = tuple(event(step, "alert", "stalled") for step in range(100, 120))
+
+
+@pytest.mark.parametrize(
+    ("events", "titles", "marks", "told"),
+    [
+        (EVENTS, ["Data change: fingerprint", "Rollback", "Incident: non finite", "Alert: exploding gradient"],
+         {(10, "alert"), (20, "alert"), (25, "incident"), (15, "rollback"), (30, "other")},
+         ["Incident: non finite, step 25: Step 25 was skipped.", "Rollback, step 15: Back to step 15.",
+          "Alert: exploding gradient, 2 times, at steps 10 and 20: The norm is 9 again."]),
+        (ENDS, ["End: finished", "Start: resumed", "End: failed", "Start: begun"], {(5, "incident"), (4, "other")},
+         ["End: failed, step 5: Said."]),
+        (OFTEN, ["Alert: stalled"], {(step, "alert") for step in range(100, 120)},
+         ["Alert: stalled, 20 times, at steps 100, 101, …, 118 and 119: Said."]),
+    ],
+    ids=["alike events", "a failure is an incident and the edges of a run are not marked", "many steps"],
+)  # fmt: skip
+def test_events_are_grouped_the_newest_first_and_told_the_gravest_first(bare, events, titles, marks, told):
+    run = read_run(bare(events_jsonl=events))
+    groups = grouped(run.own.events)
+    assert [group.title for group in groups] == titles and {(step, css) for step, css, _ in marks_of(groups)} == marks
+    assert attention(run) == [f"Training: {text}" for text in told]
 
 
 @pytest.fixture
-def monitored(bare: Bare) -> Path:
+def monitored(bare):
     """Forty layers, one of which leaves the others; some events."""
     rows = []
     for step in range(1, 41):
         row: dict[str, object] = {"step": step, "tokens": 1000 * step, "time": 1e6 + step, "train/loss": 3.0 - step / 40}
         row |= {f"model/activation_rms/{n}": 1.0 + 0.01 * n + (n == 17) * step / 10 for n in range(40)}
         row |= {f"grad/norm/{n}": 0.1 for n in range(40)} | {"grad/norm/embed": 0.5, "made_up/thing": 1.0}
-        row["perf/memory_allocated_bytes"] = 2_500_000_000
-        rows.append(row)
-    return bare(metrics_jsonl=jsonl(*rows), events_jsonl=jsonl(*EVENTS) + '{"torn')
+        rows.append(row | {"perf/memory_allocated_bytes": 2_500_000_000})
+    return bare(rows, events_jsonl="".join(json.dumps(row) + "\n" for row in EVENTS) + '{"torn')
 
 
-def told_of(bare: Bare, *events: dict[str, object]) -> tuple[list[EventGroup], list[str]]:
-    run = read_run(bare(events_jsonl=jsonl(*events)))
-    return grouped(run.own.events), [text.removeprefix("Training: ") for text in attention(run)]
-
-
-def test_alike_events_are_one_group_the_newest_first(bare: Bare) -> None:
-    groups, words = told_of(bare, *EVENTS)
-    titles = ["Data change: fingerprint", "Rollback", "Incident: non finite", "Alert: exploding gradient"]
-    assert [group.title for group in groups] == titles and groups[-1].message == "The norm is 9 again."
-    assert [text.split(":")[0] for text in words] == ["Incident", "Rollback, step 15", "Alert"], "the gravest first"
-    assert words[2] == "Alert: exploding gradient, 2 times, at steps 10 and 20: The norm is 9 again."
-    marks = {(10, "alert"), (20, "alert"), (25, "incident"), (15, "rollback"), (30, "other")}
-    assert {(step, css) for step, css, _ in marks_of(groups)} == marks
-
-
-def test_a_failure_weighs_like_an_incident_and_the_edges_of_a_run_are_not_marked(bare: Bare) -> None:
-    ends = [event(0, "start", "begun"), event(5, "end", "failed"), event(4, "start", "resumed"), event(9, "end", "finished")]
-    groups, words = told_of(bare, *ends)
-    assert [text.split(":")[:2] for text in words] == [["End", " failed, step 5"]]
-    assert {(step, css) for step, css, _ in marks_of(groups)} == {(5, "incident"), (4, "other")}
-
-
-def test_many_steps_are_not_all_named(bare: Bare) -> None:
-    _, (text,) = told_of(bare, *(event(step, "alert", "stalled") for step in range(100, 120)))
-    assert "20 times, at steps 100, 101, …, 118 and 119" in text
-
-
-def test_the_page_tells_what_happened_and_marks_it_in_the_loss(monitored: Path) -> None:
+def test_the_page_tells_what_happened_and_marks_it_in_the_loss(monitored):
     text = checked(monitored).source
     section = text[text.index('<section id="happened"') :].split("</section>")[0]
     assert section.count("<tr>") == 1 + 4 and "Other data, as was allowed." in section
@@ -399,16 +343,14 @@ def test_the_page_tells_what_happened_and_marks_it_in_the_loss(monitored: Path) 
     assert "3 things" in text and "Watch: Training: Incident: non finite, step 25" in summary_text(monitored)
 
 
-def test_events_without_metrics_are_shown(bare: Bare) -> None:
-    assert "At once." in shown_on(bare(events_jsonl=jsonl(event(1, "incident", "non_finite", "At once."))))
+def test_events_without_metrics_are_shown_and_the_url_of_a_webhook_is_not(bare):
+    config = "seed: 1\nmonitor:\n  level: full\n  webhook: https://example.org/hooks/sesame\n"
+    page = checked(bare(config=config, events_jsonl=[event(1, "incident", "non_finite", "At once.")]))
+    assert "Nothing measured yet" in page.words and "At once." in page.words and not page.names("svg")
+    assert "webhook: (not shown)" in page.source and "level: full" in page.source and "sesame" not in page.source
 
 
-def test_the_url_of_a_webhook_is_a_secret(bare: Bare) -> None:
-    text = checked(bare(config_yaml="monitor:\n  level: full\n  webhook: https://example.org/hooks/sesame\n")).source
-    assert "webhook: (not shown)" in text and "level: full" in text and "sesame" not in text
-
-
-def test_layers_share_one_chart_that_names_the_odd_one(monitored: Path) -> None:
+def test_layers_share_one_chart_that_names_the_odd_one(monitored):
     text = checked(monitored).source
     assert text.count("<figure") == 6, "loss, two of layers, embed, memory, and the one of the plugin"
     (drawing,) = re.findall(r"<title>(model/activation_rms by layer:[^<]*)</title>", text)

@@ -34,7 +34,7 @@ def make_run(tmp_path):
         usual = {"train/grad_norm": 1.0, "perf/tokens_per_second": 50.0, "train/lr": 0.01, **metrics}
         own = ({"step": s, "tokens": 100 * s, "time": NOW - ago - (steps - s) * 2.0} for s in range(1, steps + 1))
         rows = [{**row, "train/loss": 4.0 - row["step"] / 20, **usual} for row in own]
-        folder = write_run(tmp_path / name, rows, config, versions={"machine": {"device": "cpu", "dtype": "bfloat16"}})
+        folder = write_run(tmp_path / name, rows, config, versions_json={"machine": {"device": "cpu", "dtype": "bfloat16"}})
         age(folder, ago)
         return folder
 
@@ -195,7 +195,7 @@ def test_events_and_checkpoints_are_shown(make_run):
 def test_a_quickstart_shows_the_stage_at_work_and_names_the_others(make_run, tmp_path):
     make_run("story/pretrain", ago=500.0, steps=80)
     make_run("story/sft", ago=1.0, config=CONFIG.replace("pretrain", "sft"))
-    write_run(tmp_path / "story", (), "kind: quickstart\n", stages=[{"name": "pretrain", "seconds": 163.0, "what": "x"}])
+    write_run(tmp_path / "story", (), "kind: quickstart\n", stages_json=[{"name": "pretrain", "seconds": 163.0, "what": "x"}])
     lines = picture(tmp_path / "story").splitlines()
     assert "story · quickstart · sft" in lines[0] and lines[1] == "running"
     assert "pretrain 2 min 43 s   ▶ sft   grpo to come" in lines
