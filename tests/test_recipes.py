@@ -106,6 +106,7 @@ def test_published_stages(name, stages):
 def test_published_numbers_of_single_recipes():
     usmle = decode_recipe(load_recipe("usmle-2day/pretrain"))
     assert (usmle.batch_tokens, usmle.micro_batch_tokens, usmle.seq_len) == (16 * 2048 * 16, 16 * 2048, 2048)
+    assert usmle.total_steps == 3_815
     assert (usmle.optim.type, usmle.optim.lr, usmle.clip_norm, usmle.precision) == ("adamw", 3e-4, 1.0, "bf16")
     schedule = usmle.schedule
     assert (schedule.type, schedule.warmup_tokens, schedule.final_fraction) == ("cosine", 100_000_000, 0.1)
@@ -147,10 +148,3 @@ def test_list_names_every_recipe_with_its_parameters():
     assert all(any(name in line and f"{count:,}" in line for line in lines) for name, (count, *_) in FAMILIES.items())
 
 
-def test_a_training_recipe_is_told_from_a_reinforcement_recipe(tmp_path):
-    (tmp_path / "train.yaml").write_text("kind: pretrain\nbase: pure-tiny\nseq_len: 256\ntotal_tokens: 1_000_000\n")
-    (tmp_path / "grpo.yaml").write_text("kind: grpo\ninit_from: runs/a\nalgorithm: {samples_per_prompt: 16}\n")
-    train = decode_recipe(load_recipe(tmp_path / "train.yaml"))
-    grpo = decode_recipe(load_recipe(tmp_path / "grpo.yaml"))
-    assert (type(train).__name__, train.numbers()["steps"]) == ("TrainConfig", "123 of 8,192 tokens")
-    assert (type(grpo).__name__, grpo.numbers()["completions"]) == ("GrpoConfig", "12,800 of at most 128 tokens")

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from forks import codes, report, said, start, train
 from parallel_runs import STEPS, metrics
-from run_folders import ENDLESS, LONG_STEP, at, flip, has_begun, newest_step, wait_for
+from run_folders import ENDLESS, LONG_STEP, assert_same_tensors, at, flip, has_begun, newest_step, wait_for
 
 import osler.rl.run  # noqa: F401 - loaded once for every fork
 from osler.checkpoint import store
@@ -33,10 +33,8 @@ def end(folder: Path) -> store.Loaded:
 
 
 def assert_equal_bits(folder: Path, other: Path) -> None:
-    found, expected = end(folder), end(other)
-    for part, tensors in expected.tensors.items():
-        assert [name for name, value in tensors.items() if not torch.equal(value, found.tensors[part][name])] == [], part
-    assert found.state["incidents"] == expected.state["incidents"]
+    assert_same_tensors(folder, other)
+    assert end(folder).state["incidents"] == end(other).state["incidents"]
     names = ("step", "train/loss", "train/grad_norm", "eval/loss")
     logged = [[[line.get(name) for name in names] for line in metrics(path)] for path in (folder, other)]
     assert logged[0] == logged[1]

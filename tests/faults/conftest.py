@@ -6,8 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
-from run_folders import KINDS, STEPS, STOPPED, at, logged, untimed
+from run_folders import KINDS, STEPS, STOPPED, assert_same_tensors, at, logged, untimed
 
 from osler.checkpoint import store
 from osler.cli.main import main
@@ -83,12 +82,8 @@ def assert_same_run() -> Callable[..., None]:
     """Two finished runs: the same tensors to the bit, the same state, metrics and best checkpoint."""
 
     def check(folder: Path, other: Path, *, same_best: bool = True) -> None:
-        ends = [store.load(at(run, STEPS)) for run in (folder, other)]
-        assert ends[0].tensors.keys() == ends[1].tensors.keys()
-        for part, tensors in ends[0].tensors.items():
-            assert tensors.keys() == ends[1].tensors[part].keys()
-            assert [name for name, value in tensors.items() if not torch.equal(value, ends[1].tensors[part][name])] == []
-        assert untimed(ends[0].state) == untimed(ends[1].state)
+        assert_same_tensors(folder, other)
+        assert untimed(store.load(at(folder, STEPS)).state) == untimed(store.load(at(other, STEPS)).state)
         assert list(map(untimed, logged(folder))) == list(map(untimed, logged(other)))
         best = [store.best_checkpoint(run / "checkpoints") for run in (folder, other)]
         assert not same_best or best[0].step == best[1].step

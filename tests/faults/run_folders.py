@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from osler.checkpoint import store
 
 KINDS = ("pretrain", "sft", "grpo")
@@ -32,6 +34,15 @@ def newest_step(run: Path) -> int:
     saved, skipped = store.newest_good(run / "checkpoints")
     assert saved is not None and not skipped, f"damaged: {skipped}"
     return store.load(saved).step
+
+
+def assert_same_tensors(run: Path, other: Path) -> None:
+    """The newest checkpoints of two runs are of one step and hold the same tensors, bit for bit."""
+    found, expected = (store.load(store.resolve(folder)) for folder in (run, other))
+    assert found.step == expected.step and found.tensors.keys() == expected.tensors.keys()
+    for part, tensors in expected.tensors.items():
+        assert tensors.keys() == found.tensors[part].keys()
+        assert [name for name, value in tensors.items() if not torch.equal(value, found.tensors[part][name])] == [], part
 
 
 def untimed(values: dict[str, Any]) -> dict[str, Any]:

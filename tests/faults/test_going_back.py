@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from run_folders import KINDS, STOPPED, at, logged, saved_steps, untimed
+from run_folders import KINDS, STOPPED, assert_same_tensors, at, logged, saved_steps, untimed
 
 from osler.checkpoint import store
 from osler.checkpoint.folders import mark_best
@@ -29,12 +29,6 @@ def finished(whole, tmp_path) -> Callable[[str], Path]:
 @pytest.fixture
 def run(finished) -> Path:
     return finished("pretrain")
-
-
-def assert_same_end(run: Path, other: Path) -> None:
-    ends = [store.load(at(folder, 12)).tensors for folder in (run, other)]
-    for part, tensors in ends[0].items():
-        assert all(torch.equal(value, ends[1][part][name]) for name, value in tensors.items()), part
 
 
 def times(folder: Path) -> dict[Path, int]:
@@ -169,7 +163,7 @@ def test_a_branch_without_changes_ends_where_its_run_ended(kind, whole, osler, t
     assert osler(*command) == 0
     text = capsys.readouterr().err
     assert f"A branch of {at(origin, step)}, from step {step}. Nothing differs from its run." in text
-    assert_same_end(new, origin)
+    assert_same_tensors(new, origin)
     lines = [[untimed(line) for line in logged(run) if line["step"] > step] for run in (origin, new)]
     assert lines[0] == lines[1] and times(origin) == before
     assert read_events(new / "events.jsonl")[0].kind == "branch"
@@ -199,7 +193,7 @@ def test_a_branch_that_was_stopped_goes_on_without_its_origin(named, run, whole,
     assert osler(*command, fault="train-step:sigterm:3") == STOPPED
     shutil.rmtree(run)
     assert osler(*command) == 0
-    assert_same_end(tmp_path / "new", whole["pretrain"])
+    assert_same_tensors(tmp_path / "new", whole["pretrain"])
 
 
 def test_a_branch_of_a_run_by_the_clock_has_a_length_of_its_own(launch, osler, tmp_path, mistake):

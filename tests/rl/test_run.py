@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-import shutil
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
-from run_folders import logged, untimed
+from run_folders import assert_same_tensors, logged, untimed
 
 from osler.checkpoint import store
 from osler.cli.main import main
-from osler.config.schema import decode, encode
+from osler.config.schema import decode
 from osler.inference.load import load_model
 from osler.report.read import read_run
 from osler.report.words import model_of
@@ -38,10 +35,6 @@ def grpo(tiny, runs):
     return start
 
 
-def weights(folder):
-    return load_model(folder).model.state_dict()
-
-
 def test_a_whole_run(grpo, tmp_path, capsys):
     assert grpo(tmp_path, "parallel.type=fsdp") == 0
     said = capsys.readouterr().err
@@ -52,17 +45,6 @@ def test_a_whole_run(grpo, tmp_path, capsys):
     assert [line["step"] for line in logged(tmp_path)] == [0, 1, 2, 3, 3] and "eval/validation_accuracy" in logged(tmp_path)[0]
     assert model_of(read_run(tmp_path))[1] == loaded.model.config.num_parameters
     assert grpo(tmp_path) == 0 and len(logged(tmp_path)) == 5  # finished: nothing is done twice
-
-
-def test_a_moved_run_resumes_without_its_starting_point(grpo, runs, tmp_path):
-    origin = shutil.copytree(runs.sft, tmp_path / "sft")
-    assert grpo(tmp_path / "run", origin=origin) == 0
-    whole = weights(tmp_path / "run")
-    shutil.rmtree(tmp_path / "run" / "checkpoints" / store.folder_name(3))
-    shutil.rmtree(origin)
-    shutil.move(tmp_path / "run", tmp_path / "moved")
-    assert main(["grpo", "--resume", "--run", str(tmp_path / "moved")]) == 0
-    assert all(value.equal(whole[name]) for name, value in weights(tmp_path / "moved").items())
 
 
 @pytest.mark.parametrize(
@@ -159,8 +141,7 @@ def test_a_preflight_changes_nothing_in_the_run_and_is_not_made_again(grpo, tmp_
         assert grpo(folder, f"preflight={folder.name}") == 0
         assert capsys.readouterr().err.count("before training: ") == shown
     assert [*map(untimed, logged(asked))] == [*map(untimed, logged(plain))]
-    expected = weights(plain)
-    assert all(value.equal(expected[name]) for name, value in weights(asked).items())
+    assert_same_tensors(asked, plain)
     samples = [json.loads(line) for line in (asked / "samples.jsonl").read_text().splitlines()]
     assert len(samples) == 4 and not (plain / "samples.jsonl").exists()
     fields = {"id", "stage", "question", "options", "thinking", "answer", "correct_answer", "correct"}
@@ -175,24 +156,15 @@ def test_a_disk_that_refuses_the_samples_costs_a_warning(grpo, tmp_path, capsys)
     assert "samples.jsonl could not be written" in capsys.readouterr().err
 
 
-def test_defaults_round_trip():
-    config = decode(GrpoConfig, {"init_from": "runs/sft"})
-    assert decode(GrpoConfig, encode(config)) == config
-    assert config.algorithm == AlgorithmConfig()
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"init_from": None}, "init_from"),
-        ({"algorithm": {"kll": "k3"}}, "did you mean `algorithm.kl`"),
-        ({"algorithm": {"kl": "k4"}}, "algorithm.kl"),
         ({"algorithm": {"samples_per_prompt": 1}}, "samples_per_prompt: must be at least 2"),
         ({"algorithm": {"temperature": 1e-30}}, "temperature: must be at least 0.01"),
         ({"algorithm": {"top_k": 1}}, "top_k: must be at least 2"),
         ({"algorithm": {"top_p": 1e-6}}, "top_p: must be at least 0.1"),
         ({"algorithm": {"clip": {"low": 0.0}}}, "clip.low"),
-        ({"steps": 0}, "^the configuration: 1 error\n  steps"),
         ({"tasks": []}, "tasks need at least one"),
         ({"tasks": [{}, {}]}, "its own name"),
         ({"tasks": [{"rewards": {"corect": 1.0}}]}, "corect"),
@@ -203,6 +175,3 @@ def test_mistakes_are_refused_by_name(changes, message):
         decode(GrpoConfig, {"init_from": "x", **changes})
 
 
-def test_configuration_does_not_load_torch():
-    program = "import osler.rl.config, sys; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

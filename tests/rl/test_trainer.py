@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from run_folders import logged, untimed
+from run_folders import assert_same_tensors, logged, untimed
 
 from osler.checkpoint import store
 from osler.checkpoint.folders import best_checkpoint
@@ -82,13 +82,9 @@ def content(folder, step):
 
 
 def assert_same_run(folder, other, step):
-    (tensors, state), (other_tensors, other_state) = content(folder, step), content(other, step)
-    assert state == other_state
-    assert tensors.keys() == other_tensors.keys() == {"model", "optimizer", "reference"}
-    for part, values in tensors.items():
-        assert values.keys() == other_tensors[part].keys()
-        for name, value in values.items():
-            assert torch.equal(value, other_tensors[part][name]), f"{part} {name}"
+    assert_same_tensors(folder, other)
+    (tensors, state), (_, other_state) = content(folder, step), content(other, step)
+    assert state == other_state and tensors.keys() == {"model", "optimizer", "reference"}
     assert [*map(untimed, logged(folder))] == [*map(untimed, logged(other))]
 
 
@@ -131,8 +127,7 @@ def test_sigterm_finishes_the_step_and_saves(make_trainer, short_task, whole, tm
     resumed = Loop(make_trainer(tmp_path))
     resumed.restore(store.load(store.resolve(tmp_path)))
     assert resumed.trainer.step == 2 and resumed.fit()
-    expected = content(whole, 5)[0]["model"]
-    assert all(torch.equal(value, expected[name]) for name, value in content(tmp_path, 5)[0]["model"].items())
+    assert_same_tensors(tmp_path, whole)
 
 
 def test_every_metric_is_declared_and_the_policy_moves(make_trainer, tmp_path):

@@ -8,7 +8,7 @@ from itertools import islice, pairwise
 
 import pytest
 import torch
-from run_folders import logged, untimed
+from run_folders import assert_same_tensors, logged, untimed
 
 from osler.checkpoint import store
 from osler.cli.main import main
@@ -71,16 +71,13 @@ def test_stopped_inside_and_at_the_edge_of_a_stage_and_resumed(step, tiny, whole
     assert launch_stopped(tmp_path, *overrides, fault=f"train-step:sigterm:{step}") == 130
     assert store.load(store.resolve(tmp_path)).state["tokens"] == TOKENS[step - 1]
     assert main(["pretrain", "--run", str(tmp_path), "--resume"]) == 0
-    ended, expected = store.load(store.resolve(tmp_path)), store.load(store.resolve(whole))
-    for name, tensors in expected.tensors.items():
-        assert all(torch.equal(ended.tensors[name][key], value) for key, value in tensors.items())
+    assert_same_tensors(tmp_path, whole)
     assert [*map(untimed, logged(tmp_path))] == [*map(untimed, logged(whole))]
 
 
 def test_one_stage_of_the_same_length_is_the_constant_run(tiny, runs, tmp_path):
     assert main(["pretrain", tiny.pretrain, "curriculum=[{seq_len: 64}]", "--run", str(tmp_path)]) == 0
-    ended, expected = store.load(store.resolve(tmp_path)), store.load(store.resolve(runs.pretrain))
-    assert all(torch.equal(ended.tensors["model"][key], value) for key, value in expected.tensors["model"].items())
+    assert_same_tensors(tmp_path, runs.pretrain)
     assert not any("train/stage" in line for line in logged(runs.pretrain))
 
 

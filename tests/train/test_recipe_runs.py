@@ -194,23 +194,6 @@ def test_a_recipe_that_goes_on_starts_where_the_one_before_it_ends(name):
 
 def test_the_start_that_a_recipe_leaves_open(capsys):
     assert main(["grpo", "grpo-medqa", "--dry-run"]) == 2
-    assert (
-        "No checkpoint is named: give a run folder or one of its checkpoints, such as init_from=RUN." in capsys.readouterr().err
-    )
+    assert "No checkpoint is named: give a run folder or one of its checkpoints" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("name", "steps", "batch_tokens"),
-    [
-        ("usmle-2day/pretrain", 3_815, [524_288]),
-        ("synth-8xh100", 40_000, [1_048_576]),
-        ("synth-baguette-8xh100", 40_000, [1_048_576]),
-        ("superbpe-curriculum", None, [32_768, 32_768, 32_768, 49_152, 32_768, 65_536]),
-        ("ultra-curriculum", None, [65_536] * 7 + [196_608] * 2 + [131_072]),
-        ("four-stage/1-wikipedia-24gb", None, [32_768, 49_152, 49_152, 65_536]),
-    ],
-)
-def test_published_numbers_of_steps_and_of_tokens_per_step(name, steps, batch_tokens):
-    config = decode(TrainConfig, load_recipe(name))
-    assert steps in (None, config.total_steps)
-    assert [span.batch_tokens for span in config.timeline.spans] == batch_tokens
