@@ -21,45 +21,34 @@ def usual(count: int, seed: int = 0, level: float = 3.0) -> list[float]:
 
 def test_the_score_is_that_of_the_formula() -> None:
     """Median 3; distances 2, 1, 0, 1, 97 have the median 1."""
-    score, median = robust_z(13.0, [1.0, 2.0, 3.0, 4.0, 100.0])
-    assert median == 3.0
-    assert score == pytest.approx(10.0 / 1.4826)
+    assert robust_z(13.0, [1.0, 2.0, 3.0, 4.0, 100.0]) == (pytest.approx(10.0 / 1.4826), 3.0)
 
 
-def test_noise_and_a_falling_loss_are_no_spikes() -> None:
-    for seed in range(5):
-        window = SpikeWindow(CONFIG)
-        losses = [8.0 * 0.99**step + noise for step, noise in enumerate(usual(500, seed, level=0.0))]
-        assert [step for step, loss in enumerate(losses) if window.observe(loss)] == []
+@pytest.mark.parametrize("seed", range(5))
+def test_noise_and_a_falling_loss_are_no_spikes(seed: int) -> None:
+    window = SpikeWindow(CONFIG)
+    losses = [8.0 * 0.99**step + noise for step, noise in enumerate(usual(500, seed, level=0.0))]
+    assert not any(window.observe(loss) for loss in losses)
 
 
 def test_a_jump_is_a_spike_and_does_not_become_usual() -> None:
     window = SpikeWindow(CONFIG)
     assert not any(window.observe(loss) for loss in usual(20))
-    spikes = [window.observe(9.0) for _ in range(3)]
-    assert [spike.in_a_row for spike in spikes if spike] == [1, 2, 3]
-    assert len({spike[:2] for spike in spikes if spike}) == 1, "a spike changed what is usual"
-    assert spikes[0] is not None and spikes[0].deviations > 8.0 and spikes[0].median == pytest.approx(3.0, abs=0.1)
-    assert window.observe(3.0) is None
-    again = window.observe(9.0)
-    assert again is not None and again.in_a_row == 1
+    first, *_, last = spikes = [window.observe(9.0) for _ in range(3)]
+    assert [spike.in_a_row for spike in spikes] == [1, 2, 3] and first[:2] == last[:2], "a spike changed what is usual"
+    assert first.deviations > 8.0 and first.median == pytest.approx(3.0, abs=0.1)
+    assert window.observe(3.0) is None and window.observe(9.0).in_a_row == 1
 
 
-def test_values_that_are_not_finite_are_not_seen() -> None:
-    window, other = SpikeWindow(CONFIG), SpikeWindow(CONFIG)
-    for loss in usual(30):
-        window.observe(loss)
-        other.observe(loss)
-        assert window.observe(math.nan) is window.observe(math.inf) is window.observe(-math.inf) is None
-    assert window.state() == other.state()
-
-
-def test_nothing_is_judged_before_half_a_window_and_nothing_by_rounding() -> None:
+def test_what_is_not_judged() -> None:
+    """Values that are not finite, what comes before half a window, and what rounding does."""
     window = SpikeWindow(CONFIG)
     assert [window.observe(loss) for loss in [*usual(9), 50.0]] == [None] * 10
+    before = window.state()
+    assert window.observe(math.nan) is window.observe(math.inf) is window.observe(-math.inf) is None
+    assert window.state() == before
     window = SpikeWindow(CONFIG)
-    assert not any(window.observe(loss) for loss in [0.0] * 20 + [1e-6])
-    assert window.observe(0.1) is not None
+    assert not any(window.observe(loss) for loss in [0.0] * 20 + [1e-6]) and window.observe(0.1) is not None
 
 
 def test_a_loss_that_stays_up_is_a_new_level() -> None:
