@@ -61,10 +61,6 @@ class Collector:
         self.probed: dict[str, Tensor] = {}
         self.cpus = read_cpus()  # when the last line was written
 
-    def is_due(self, step: int) -> bool:
-        """Whether the model is probed in this step; steps count from 1."""
-        return self.level == "full" and (step == self.first_probe or step % self.probe_every == 0)
-
     def fetch(self, batches: Iterator[T], step: int) -> T:
         """Begin to follow a step by taking its batch."""
         self.begin(step)
@@ -73,8 +69,8 @@ class Collector:
         return batch
 
     def begin(self, step: int) -> None:
-        """Begin to follow a step; the time between it and the step before is in no part."""
-        self.is_probing = self.is_due(step)
+        """Begin to follow a step, counted from 1; the time between it and the step before is in no part."""
+        self.is_probing = self.level == "full" and (step == self.first_probe or step % self.probe_every == 0)
         self.steps += 1
         if self.level != "off":
             self.stopwatch.start()

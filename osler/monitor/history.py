@@ -91,7 +91,10 @@ class History:
         if self.has_loss:
             self.loss = line.get("train/loss", math.nan)
         if "train/loss" in line:
-            self._add_loss(line["train/loss"])
+            loss, before = line["train/loss"], self.last("train/loss", 2)[0]
+            self.jump_sums.append(self.jump_sums[-1] + abs(loss - before))
+            self.loss_sums.append(self.loss_sums[-1] + loss)
+            self.best_loss = min(self.best_loss, self.median("train/loss", 5))
         if "eval/loss" in line:
             self.lowest_held_out = min(self.lowest_held_out, (line["eval/loss"], step))
         self._add_gradient()
@@ -106,12 +109,6 @@ class History:
             is_slow = speed < 0.5 * self.best_speed
             self.slow_seconds = self.slow_seconds + new_tokens / speed if is_slow else 0.0
             self.best_speed = max(self.best_speed, self.median("perf/tokens_per_second", 5))
-
-    def _add_loss(self, loss: float) -> None:
-        before = self.last("train/loss", 2)[0]
-        self.jump_sums.append(self.jump_sums[-1] + abs(loss - before))
-        self.loss_sums.append(self.loss_sums[-1] + loss)
-        self.best_loss = min(self.best_loss, self.median("train/loss", 5))
 
     def _add_gradient(self) -> None:
         equal = self.line.get("frac_reward_zero_std")

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
-from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
@@ -60,16 +59,11 @@ READERS: dict[Any, Callable[[Any], Any]] = {
 
 def from_json(record: type[T], fields: Mapping[str, Any]) -> T:
     """Return a record of a JSON object. Unknown keys are ignored; fields that the object lacks get their defaults."""
-    readers = _readers(record)  # type: ignore[arg-type]
-    return record(**{name: readers[name](raw) for name, raw in fields.items() if name in readers})
+    kinds = get_type_hints(record)
+    return record(**{name: READERS[kinds[name]](raw) for name, raw in fields.items() if name in kinds})
 
 
 def read_records(record: type[T], path: Path) -> list[T]:
     """Return the records of a JSON file that holds a list, none when there is no file; raises UserError when it is damaged."""
     rows = as_list(read_json(path)) if path.exists() else []
     return [from_json(record, row) for row in rows if isinstance(row, dict)]
-
-
-@cache
-def _readers(record: type) -> dict[str, Callable[[Any], Any]]:
-    return {name: READERS[kind] for name, kind in get_type_hints(record).items()}

@@ -62,11 +62,6 @@ def headline_score(run: RunRecord) -> ExamScore | None:
     return next((score for score in last if "test" in score.split.lower()), last[0] if last else None)
 
 
-def scores_on(run: RunRecord, split: str) -> list[ExamScore]:
-    """Return the scores of all checkpoints on one split, in order of training."""
-    return [score for score in run.exams if score.split == split]
-
-
 def seconds_of(run: RunRecord, stage: str = "") -> float:
     """Return the time of the stages whose name contains a word, as they noted it or by their logs; NaN when neither tells."""
     noted = [one.seconds for one in run.stages if stage in one.name.lower() and one.seconds >= 0]

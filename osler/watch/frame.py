@@ -83,7 +83,7 @@ def _header(watched: WatchedFolder, run: WatchedRun, now: float, width: int) -> 
     of_total = {unit: f" of {fmt.count(total)}"} if math.isfinite(total) else {}
     told = [f"step {run.last_step:,}{of_total.get('steps', '')}", f"{fmt.count(run.tokens)}{of_total.get('tokens', '')} tokens"]
     told.append(f"{fmt.duration(np.nan_to_num(run.seconds))} so far")
-    left = run.seconds_left(now)
+    left = max(run.newest("perf/eta_seconds") - (now - run.newest_sign), 0.0)
     if state.kind == "running" and math.isfinite(left):
         told.append(f"{fmt.duration(left)} to go")
     lines.append(Text(" · ".join(told)))

@@ -89,11 +89,6 @@ class WatchedRun(StageLog):
             return self.tokens, self.tokens + left, "tokens"
         return self.tokens, as_number(self.config.get("total_tokens")), "tokens"
 
-    def seconds_left(self, now: float) -> float:
-        """Return the time to the end as the run last logged it, NaN when it has not."""
-        left = self.newest("perf/eta_seconds")
-        return max(0.0, left - (now - float(self.log.times[-1]))) if math.isfinite(left) and len(self.log.times) else math.nan
-
     def newest(self, metric: str) -> float:
         """Return the newest value of a metric, NaN when there is none."""
         return float(self.curves[metric].values[-1]) if metric in self.curves else math.nan
