@@ -10,7 +10,7 @@ import pytest
 
 from osler.checkpoint import folders
 from osler.checkpoint.folders import best_checkpoint, newest_good, rotate, verify
-from osler.checkpoint.store import CheckpointSaveError, load, save
+from osler.checkpoint.store import CheckpointSaveError
 from osler.runtime.errors import UserError
 from tests.checkpoint.conftest import flip, folder, put, rot_silently, steps
 
@@ -49,12 +49,6 @@ def test_going_back_makes_the_later_ones_old(tmp_path):
     assert newest_good(tmp_path) == (path, [])
     put(tmp_path, 21, keep_last=2)
     assert steps(tmp_path) == [20, 21]
-
-
-def test_saving_a_step_again_replaces_it(tmp_path):
-    put(tmp_path, 1)
-    rotate(tmp_path, save(tmp_path, 1, tensors={}, state={"again": True}), 1)
-    assert load(folder(tmp_path, 1)).state == {"again": True} and steps(tmp_path) == [1]
 
 
 def test_the_good_one_of_two_stays_until_the_new_one_is_whole(tmp_path, monkeypatch):

@@ -52,14 +52,19 @@ def start(program: Callable[[], int], folder: Path, size: int, fault_rank: int =
     return children
 
 
-def codes(children: Sequence[int]) -> list[int]:
-    """Exit codes in the order of the ranks, a signal as its negative number; kills what runs for too long."""
+def codes(children: Sequence[int], *, again: signal.Signals | None = None) -> list[int]:
+    """Exit codes in the order of the ranks, a signal as its negative number; kills what runs for too long.
+
+    ``again`` is sent to each child until it has ended.
+    """
     deadline, found = time.monotonic() + PATIENCE_SECONDS, {}
     while len(found) < len(children):
         for child in children:
             done, status = (0, 0) if child in found else os.waitpid(child, os.WNOHANG)
             if done:
                 found[child] = os.waitstatus_to_exitcode(status)
+            elif again is not None and child not in found:
+                os.kill(child, again)
         if time.monotonic() > deadline:
             for child in set(children) - found.keys():
                 os.kill(child, signal.SIGKILL)

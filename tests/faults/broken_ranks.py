@@ -9,16 +9,16 @@ import contextlib
 import importlib.util
 import io
 import math
-import os
 import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from forks import codes, report, said, start, train
+from forks import report, said, start, train
+from interrupted_runs import interrupt
 from parallel_runs import STEPS, metrics
-from run_folders import ENDLESS, LONG_STEP, assert_same_tensors, at, flip, has_begun, newest_step, wait_for
+from run_folders import ENDLESS, LONG_STEP, assert_same_tensors, at, flip, newest_step
 
 import osler.rl.run  # noqa: F401 - loaded once for every fork
 from osler.checkpoint import store
@@ -97,21 +97,7 @@ def interrupted(command: Sequence[str], folder: Path, *, twice: bool) -> None:
         stop.SAME_REQUEST_SECONDS = 0.0 if twice else math.inf  # no clock decides what counts as one request
         return main(endless)
 
-    children = start(program, folder, 2)
-    try:
-        logs = [folder.with_suffix(f".rank{rank}.log") for rank in range(2)]
-        wait_for(lambda: has_begun(folder, twice))
-        for child in children:
-            os.kill(child, signal.SIGINT)
-        wait_for(lambda: "SIGINT: finishing this step and saving" in logs[0].read_text())
-        for child in children if twice else ():
-            os.kill(child, signal.SIGINT)
-    except AssertionError:
-        for child in children:
-            os.kill(child, signal.SIGKILL)
-        raise
-    finally:
-        ended = codes(children)
+    ended = interrupt(start(program, folder, 2), folder.with_suffix(".rank0.log"), folder, in_first_step=twice)
     told = said(folder, 0)
     assert "Traceback" not in told, told
     if twice:

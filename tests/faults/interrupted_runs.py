@@ -15,11 +15,12 @@ import random
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch._dynamo  # noqa: F401 - torch.optim loads it, for seconds; here it is loaded once for every fork
 from forks import codes, report, said, start, train
-from run_folders import ENDLESS, LONG_STEP, PATIENCE_SECONDS, has_begun, logged, newest_step, untimed, wait_for
+from run_folders import ENDLESS, LONG_STEP, has_begun, logged, newest_step, untimed, wait_for
 
 import osler.rl.run
 import osler.train.run  # noqa: F401
@@ -82,27 +83,28 @@ def check(command: list[str], whole: Path, folder: Path, fault: str) -> None:
     assert not different and expected.keys() == found.keys(), f"differs in {different}"
 
 
-def interrupt(kind: str, command: list[str], folder: Path, *, twice: bool) -> None:
-    """Ctrl-C on a run without end: once, and passed on to its last moment, saves and leaves; twice leaves at once; 130 always."""
-    log = folder.with_suffix(".log")
-    endless, long_step = (ENDLESS_GRPO, LONG_STEP_GRPO) if kind == "grpo" else (ENDLESS, LONG_STEP)
-    wanted = [*command, *endless, *(long_step if twice else [])]
-    child = fork_command(wanted, folder, 0.0 if twice else math.inf)
+def interrupt(children: Sequence[int], log: Path, folder: Path, *, in_first_step: bool) -> list[int]:
+    """Send Ctrl-C to all processes of a run, and from when it is heard again and again until they end; return their codes."""
     try:
-        wait_for(lambda: has_begun(folder, twice))
-        os.kill(child, signal.SIGINT)
+        wait_for(lambda: has_begun(folder, in_first_step))
+        for child in children:
+            os.kill(child, signal.SIGINT)
         wait_for(lambda: "SIGINT: finishing this step and saving; once more to leave at once" in log.read_text())
-        deadline = time.monotonic() + PATIENCE_SECONDS
-        while not (ended := os.waitpid(child, os.WNOHANG))[0]:
-            assert time.monotonic() < deadline, "the run did not end"
-            os.kill(child, signal.SIGINT)  # the second request, or the same one, as a launcher passes it on
-            time.sleep(0.02)
     except AssertionError:
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
+        for child in children:
+            os.kill(child, signal.SIGKILL)
+        codes(children)
         raise
-    said = log.read_text()
-    assert os.waitstatus_to_exitcode(ended[1]) == 130, f"ended with {ended[1]}: {said[-2000:]}"
+    return codes(children, again=signal.SIGINT)  # the second request, or the same one, as a launcher passes it on
+
+
+def interrupted(kind: str, command: list[str], folder: Path, *, twice: bool) -> None:
+    """Ctrl-C on a run without end: once, and passed on to its last moment, saves and leaves; twice leaves at once; 130 always."""
+    endless, long_step = (ENDLESS_GRPO, LONG_STEP_GRPO) if kind == "grpo" else (ENDLESS, LONG_STEP)
+    child = fork_command([*command, *endless, *(long_step if twice else [])], folder, 0.0 if twice else math.inf)
+    log = folder.with_suffix(".log")
+    ended, said = interrupt([child], log, folder, in_first_step=twice), log.read_text()
+    assert ended == [130], f"ended with {ended}: {said[-2000:]}"
     assert "Traceback" not in said and "ignored" not in said, said[-2000:]
     if twice:
         assert "osler: interrupted" in said and not (folder / "checkpoints").exists()
@@ -123,7 +125,7 @@ def run_all(recipes: dict[str, list[str]], root: Path) -> None:
     for kind, command in recipes.items():
         for twice in (False, True):
             folder = root / f"interrupted-{kind}-{twice}"
-            report(f"{kind} ctrl-c {'twice' if twice else 'once'}", interrupt, kind, command, folder, twice=twice)
+            report(f"{kind} ctrl-c {'twice' if twice else 'once'}", interrupted, kind, command, folder, twice=twice)
 
 
 if __name__ == "__main__":

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
-import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -110,24 +108,6 @@ def test_a_resumed_run_is_the_same_run(make_trainer, whole, tmp_path):
     resumed.restore(store.load(store.newest_good(parts / "checkpoints")[0]))
     assert resumed.trainer.step == 3 and resumed.fit()
     assert_same_run(parts, whole, 5)
-
-
-def test_sigterm_finishes_the_step_and_saves(make_trainer, short_task, whole, tmp_path):
-    term = short_task.rewards[0]
-    calls = []
-
-    def interrupted(item, completion):
-        calls.append(item)
-        if len(calls) == 12:  # in the second step: each one has at least eight completions
-            os.kill(os.getpid(), signal.SIGTERM)
-        return term.function(item, completion)
-
-    stopped = Loop(make_trainer(tmp_path, task=replace(short_task, rewards=(RewardTerm(term.name, interrupted),))))
-    assert not stopped.fit() and stopped.trainer.step == 2
-    resumed = Loop(make_trainer(tmp_path))
-    resumed.restore(store.load(store.resolve(tmp_path)))
-    assert resumed.trainer.step == 2 and resumed.fit()
-    assert_same_tensors(tmp_path, whole)
 
 
 def test_every_metric_is_declared_and_the_policy_moves(make_trainer, tmp_path):

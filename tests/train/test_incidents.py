@@ -87,12 +87,6 @@ def test_every_incident_is_in_the_diary(trained, tmp_path, capsys):
     assert "Going back from step 7 to step-000000004 and on with the data after step 7 (rollback 1 of at most 2)." in said
 
 
-def test_one_bad_step_costs_itself(trained, tmp_path):
-    assert trained("train-loss:nan:6", recovery={"max_skipped_steps": 2}).incidents.rollbacks == 0
-    assert sum(values(tmp_path, "train/skipped_steps").values()) == 1
-    assert values(tmp_path)[6] is None and values(tmp_path)[7] is not None
-
-
 def test_of_skipped_steps_in_a_row_the_first_alone_is_told_outside(trained, tmp_path):
     out, script = tmp_path / "told", tmp_path / "copy.py"
     script.write_text("import sys; open(sys.argv[1], 'a').write(sys.stdin.read())")

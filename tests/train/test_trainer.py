@@ -7,7 +7,6 @@ import json
 import math
 import os
 import signal
-import sys
 import threading
 import time
 from itertools import pairwise
@@ -23,13 +22,12 @@ from osler.config.recipe import load_yaml
 from osler.inference.load import load_model
 from osler.monitor.config import MonitorConfig
 from osler.monitor.metrics import declared_name
-from osler.records.jsonl import LIFETIME, read_events
+from osler.records.jsonl import read_events
 from osler.report.page import build_report
 from osler.report.read import read_run
 from osler.report.words import attention, model_of
 from osler.runs.loop import Loop
 from osler.runtime.files import RunFolder
-from osler.runtime.stop import EXIT_STOPPED
 from osler.tokenizer.bpe import Tokenizer
 from osler.watch.state import WatchedFolder
 
@@ -139,20 +137,29 @@ def test_the_loss_goes_down_on_the_clinic(tiny, tmp_path):
     assert trained[-1] < trained[0] - 1.0
 
 
-def test_init_from_brings_its_model_and_tokenizer(tiny, runs, tmp_path):
-    """Shape and tokenizer of the recipe give way to those of the checkpoint, and training starts at its weights."""
-    other = tmp_path / "other.json"
+def test_init_from_brings_its_model_and_tokenizer(tiny, runs, tmp_path, capsys):
+    """Shape and tokenizer of the recipe give way to those of the checkpoint, in the plan, in training and in the report."""
+    other, run = tmp_path / "other.json", tmp_path / "run"
     other.write_bytes(Tokenizer.train(["quite another text"] * 9, 300).to_bytes())
     changes = ["model.num_layers=5", f"tokenizer.path={other}", "optim.lr=1e-12", "total_tokens=512"]
-    start = [f"init_from={runs.pretrain}"]
-    assert main(["sft", tiny.sft, *start, *changes, "--run", str(tmp_path / "run")]) == 0
-    before, after = load_model(runs.pretrain), load_model(tmp_path / "run")
+    command = ["sft", tiny.sft, f"init_from={runs.pretrain}", *changes, "--run", str(run)]
+    assert main([*command, "--dry-run"]) == 0
+    text, warning = capsys.readouterr()
+    assert "model.* changes nothing here" in warning and "# parameters        51,200" in text
+    assert f"# starts from       {store.resolve(runs.pretrain)}, its model" in text
+    assert load_yaml(text, "plan")["model"]["num_layers"] == 2 and "tokenizer:" not in text and not run.exists()
+
+    assert main(command) == 0
+    before, after = load_model(runs.pretrain), load_model(run)
     assert after.model.config == before.model.config
-    assert after.tokenizer.fingerprint == before.tokenizer.fingerprint
-    assert Tokenizer.load(tmp_path / "run" / "tokenizer.json").fingerprint == before.tokenizer.fingerprint
+    assert after.tokenizer.fingerprint == before.tokenizer.fingerprint == Tokenizer.load(run / "tokenizer.json").fingerprint
     old = before.model.state_dict()
     for name, value in after.model.state_dict().items():
         torch.testing.assert_close(value, old[name], rtol=0, atol=1e-9)
+    model, counted = model_of(read_run(run))
+    assert (model["num_layers"], model["hidden_size"], counted) == (2, 32, 51_200)
+    page = build_report(run).read_text(encoding="utf-8")
+    assert "51,200 parameters (2 layers of width 32)" in page and "num_layers: 2" in page
 
 
 def test_rows_longer_than_the_started_model_allows(tiny, runs, tmp_path, capsys):
@@ -253,27 +260,6 @@ def test_the_first_step_is_not_part_of_the_speed(make_trainer, tmp_path, monkeyp
     assert len(speeds) == trainer.step // 2 and min(speeds) > trainer.config.batch_tokens / 100
 
 
-def test_a_run_that_starts_from_another_shows_the_model_it_trains(tiny, runs, tmp_path, capsys):
-    """The section ``model`` of its config is not used: neither the plan nor the report may show it."""
-    more = ["init_from=" + str(runs.pretrain), "model.hidden_size=128", "model.num_layers=5", "total_tokens=1024"]
-    command = ["sft", tiny.sft, *more, "--run", str(tmp_path / "run")]
-    parameters = load_model(runs.pretrain).model.config.num_parameters
-    assert main([*command, "--dry-run"]) == 0
-    text, warning = capsys.readouterr()
-    assert "model.* changes nothing here" in warning
-    assert "# parameters        51,200" in text and parameters == 51_200
-    assert f"# starts from       {store.resolve(runs.pretrain)}, its model" in text
-    assert load_yaml(text, "plan")["model"]["hidden_size"] == 32 and "tokenizer:" not in text
-    assert not (tmp_path / "run").exists()
-
-    assert main(command) == 0
-    assert load_yaml((tmp_path / "run" / "config.yaml").read_text(), "config")["model"]["hidden_size"] == 128
-    model, counted = model_of(read_run(tmp_path / "run"))
-    assert (model["num_layers"], model["hidden_size"], counted) == (2, 32, parameters)
-    page = build_report(tmp_path / "run").read_text(encoding="utf-8")
-    assert "51,200 parameters (2 layers of width 32)" in page and "hidden_size: 32" in page
-
-
 def test_a_signal_after_the_vote_of_a_step_stops_the_next(make_trainer, tmp_path):
     """Ranks vote once per step; one that acted on a later signal alone would leave the others waiting."""
     trainer = make_trainer(tmp_path, log_every_steps=2)
@@ -312,29 +298,6 @@ def test_how_a_run_is_computed_may_change_between_starts(tiny, launch_stopped, t
     assert [line["step"] for line in logged(tmp_path) if "train/loss" in line] == [5, 10, 12]
     assert main(["pretrain", tiny.pretrain, "seed=1", "--run", str(tmp_path)]) == 2
     assert "seed is 1 here and 0 there" in capsys.readouterr().err
-
-
-SICK = ("optim.lr=10", "total_tokens=20480", "checkpoint.every_tokens=10240", "eval_every_tokens=20480")  # 80 steps, a line for 5
-
-
-def test_a_learning_rate_far_too_high_reaches_the_alert_command(launch_stopped, tiny, tmp_path, capsys):
-    out, run = tmp_path / "alerts.jsonl", RunFolder(tmp_path / "run")
-    assert launch_stopped(run.root, *SICK, fault="train-step:sigterm:10") == EXIT_STOPPED
-    said_before = {event.name for event in read_events(run.events) if event.kind not in LIFETIME}
-    (tmp_path / "copy.py").write_text("import sys; open(sys.argv[1], 'a').write(sys.stdin.read())")
-    hook = f"'{sys.executable}' '{tmp_path / 'copy.py'}' '{out}'"
-    assert main(["pretrain", tiny.pretrain, *SICK, f'monitor.alert_command="{hook}"', "--run", str(run.root)]) == 0
-    events = [event for event in read_events(run.events) if event.kind not in LIFETIME]
-    told = [json.loads(line) for line in out.read_text().splitlines()]
-    assert "learning-rate" in {event.name for event in events}
-    assert [alert["name"] for alert in told] == [event.name for event in events if event.step > 10]
-    assert all(alert["run"] == str(run.root) and "optim.lr=3.3 (now 10)" in alert["message"] for alert in told)
-    said = capsys.readouterr().err
-    for event in events:  # the console says the severity that the command is given
-        severity = event.details.get("severity", "warning")
-        assert f"\n{severity.capitalize()}: step {event.step}: {event.message}" in said
-        assert next(alert["severity"] for alert in told if alert["name"] == event.name) == severity or event.step <= 10
-    assert said_before <= {event.name for event in events}
 
 
 def test_a_run_that_ends_worse_than_guessing_says_so_wherever_its_end_is_told(tiny, tmp_path, capsys):
