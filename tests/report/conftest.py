@@ -12,6 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from osler.monitor.metrics import METRICS
+from osler.report.charts import family_of
+
 CONFIG = """# resolved configuration
 seed: 1
 model: {num_layers: 6, hidden_size: 256, intermediate_size: 768, num_heads: 8, num_kv_heads: 4, head_dim: 32, vocab_size: 4096}
@@ -19,12 +22,8 @@ optim: {type: muon, lr: 2e-2}
 """
 
 DRUGS = ["velomycin", "tarsodine", "quenapril", "oxafen"]
-GRPO_METRICS = (
-    "loss", "reward", "reward_std", "frac_reward_zero_std", "kl", "entropy", "completions/mean_length",
-    "completions/clipped_ratio", "clip_ratio/low_mean", "answer/format_ok", "answer/letter_A_frac", "answer/letter_B_frac",
-    "groups/effective", "opsm/masked_frac", "perf/rollout_tokens_per_second", "perf/train_tokens_per_second",
-    "perf/rollout_frac", "train/lr", "train/grad_norm", "rewards/correct/mean", "made_up/by_a_plugin",
-)  # fmt: skip
+GRPO_METRICS = [name for name in METRICS if "<" not in name and family_of(name).title == "Reinforcement learning"]
+GRPO_METRICS += ["answer/letter_A_frac", "rewards/correct/mean", "train/lr", "made_up/by_a_plugin"]
 
 
 class Page(HTMLParser):

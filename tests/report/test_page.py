@@ -79,7 +79,6 @@ def test_numbers_on_the_page_are_those_in_the_files(quickstart):
     assert "+7.5 points" in shown and "+4.3 to +10.7" in shown and "−1.1 to +6.1" in shown
     for stage in load(quickstart / "stages.json"):
         assert stage["what"] in shown
-    assert "2 min 43 s" in shown and "5 min 50 s" in shown
     text = (quickstart / "report.html").read_text(encoding="utf-8")
     assert 'style="width: 46.5%" title="Pretraining: 2 min 43 s (46.5%)"' in text
     assert "Time per stage: Data preparation 9.2 s;" in text
@@ -95,7 +94,6 @@ def test_the_story_is_told_in_order_and_with_its_uncertainty(quickstart):
     shown = page.words
     assert [stage.name for stage in run.runs] == ["pretrain", "sft", "grpo"]
     assert list(dict.fromkeys(score.label for score in run.exams)) == ["pretrain", "sft", "grpo"], "not the file's order"
-    assert "From random weights to" in shown and "62.6%" in shown
     assert "between 59.4% and 65.8% (95% interval)" in shown and "clearly above guessing (25.0%)" in shown
     assert "A real gain" in shown and "No measurable change" in shown
     assert shown.count("✓ right") == 9 and shown.count("✗ wrong") == 3 and "Correct answer: velomycin" in shown
