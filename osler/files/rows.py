@@ -113,10 +113,13 @@ def _part(source: Path | Part) -> Part:
 
 
 def decode_lines(lines: Iterable[bytes], name: str, start: int = 0) -> Iterator[tuple[str, str]]:
-    """Yield where each line is and its text; the lines follow byte ``start``. Raises UserError when a line is not UTF-8."""
+    """Yield where each line is and its text; the first begins at byte ``start``. Raises UserError when a line is not UTF-8.
+
+    Lines are told by number in a file that is read from its beginning, else by the byte at which they begin.
+    """
     offset = start
     for number, line in enumerate(lines, 1):
-        where = f"{name}:{number}" if not start else f"{name}, line {number} after byte {start:,}"
+        where = f"{name}, line at byte {offset}" if start else f"{name}:{number}"
         try:
             text = line.decode("utf-8")
         except UnicodeDecodeError as error:
@@ -161,20 +164,27 @@ def _lines(stream: IO[bytes], head: bytes = b"") -> Iterator[bytes]:
         yield b"".join(parts)
 
 
-def _lines_between(stream: IO[bytes], start: int, stop: int | None, head: bytes = b"") -> Iterator[bytes]:
-    """Yield the lines that begin at byte ``start`` or later and before ``stop``; those before it are not put together."""
+def _lines_between(stream: IO[bytes], start: int, stop: int | None, head: bytes = b"") -> tuple[int, Iterator[bytes]]:
+    """Return the lines that begin at byte ``start`` or later and before ``stop``, and where the first of them begins.
+
+    A line that began before is passed over and not put together.
+    """
     if start:
         stream.seek(start - 1)
         while (end := head.find(b"\n")) < 0:
             start += len(head)
             if (stop is not None and start - 1 >= stop) or not (head := stream.read(BLOCK_BYTES)):
-                return
+                return start, iter(())
         head, start = head[end + 1 :], start + end
-    for line in _lines(stream, head):
-        if stop is not None and start >= stop:
-            return
-        yield line
-        start += len(line)
+
+    def lines(position: int) -> Iterator[bytes]:
+        for line in _lines(stream, head):
+            if stop is not None and position >= stop:
+                return
+            yield line
+            position += len(line)
+
+    return start, lines(start)
 
 
 def _not_utf8(where: str, error: UnicodeDecodeError, offset: int) -> str:
@@ -215,7 +225,8 @@ def _json_rows(part: Part, columns: Sequence[str] | None) -> Iterator[Row]:
         if head.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):  # its first line may be larger than the memory
             raise UserError(f"{name} begins with '['. {_one_object_per_line('[')}")
         is_first = columns is not None and not part.start
-        for where, text in decode_lines(_lines_between(stream, part.start, part.stop, head), name, part.start):
+        start, lines = _lines_between(stream, part.start, part.stop, head)
+        for where, text in decode_lines(lines, name, start):
             if not text.strip():
                 continue
             row = _parse(text, where)

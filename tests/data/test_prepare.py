@@ -319,7 +319,7 @@ def test_what_a_process_finds_wrong_is_told_as_if_there_were_none(
     tmp_path: Path, notes: Path, tokenizer: Tokenizer, small_parts: None, capfd: pytest.CaptureFixture[str]
 ) -> None:
     (notes / "4.jsonl").write_text('{"text": "fine", "body": "content"}\n' + '{"text": "fine"}\n' * 40 + '{"text": 7}\n')
-    with pytest.raises(UserError, match=r"4\.jsonl, line \d+ after byte 500: the field 'text' must be text"):
+    with pytest.raises(UserError, match=r"4\.jsonl, line at byte \d+: the field 'text' must be text"):
         prepare_sources({"a": rows_corpus(notes)}, tokenizer, tmp_path / "out", processes=2)
     assert capfd.readouterr().err.count("columns not read: body") <= 1
     (notes / "4.jsonl").unlink()
