@@ -174,19 +174,15 @@ class MetricsFile:
         self.path.open("a").close()  # it is there before its first line
         self._last_step = None
 
-    def write(self, step: int, tokens: int, metrics: Mapping[str, float], *, time: float | None = None) -> None:
-        """Append one line; ``time`` is now unless it is given.
-
-        Raises ValueError when a metric has the name of one of the line's own fields.
-        """
+    def write(self, step: int, tokens: int, metrics: Mapping[str, float]) -> None:
+        """Append one line; raises ValueError when a metric has the name of one of the line's own fields."""
         if taken := OWN_FIELDS & metrics.keys():
             raise ValueError(f"a metric cannot be called {min(taken)!r}: the line itself has a field of that name")
-        now = clock.time() if time is None else time
         numbers = {name: value if isinstance(value, int) else float(value) for name, value in metrics.items()}
         try:
             self._heal()
             self._last_step = math.inf  # a line that is refused half way is torn
-            append(self.path, {"step": int(step), "tokens": int(tokens), "time": round(now, 3), **numbers})
+            append(self.path, {"step": int(step), "tokens": int(tokens), "time": round(clock.time(), 3), **numbers})
             self._last_step = None
         except (OSError, UserError) as error:
             _warn(self.path, str(error))

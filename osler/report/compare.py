@@ -69,8 +69,7 @@ def build_comparison(folders: Sequence[str], out: str | Path) -> tuple[str, Path
         title = title or "Comparison"
         shown[f"group-{position}"] = {"title": title, "members": members, "tables": tables, "main": main, "families": families}
     about = {"name": " · ".join(runs), "what": "Osler comparison", "made_of": "the files of these runs"}
-    links = {anchor: group["title"] for anchor, group in shown.items()}
-    path = write_page(Path(out), "compare.html", about, links, names=list(runs), groups=shown)
+    path = write_page(Path(out), "compare.html", about, names=list(runs), groups=shown)
     return "\n\n".join(_as_text(title, members) for title, members in groups.items()), path
 
 

@@ -29,10 +29,6 @@ from osler.runtime.errors import UserError
 from osler.runtime.files import RunFolder, write_atomic
 
 MOST_STAGES, MOST_QUESTIONS = 3, 24  # of the samples
-LINKS = {
-    "exams": "Exams", "grpo": "Before/after", "samples": "Samples", "time": "Time", "happened": "What happened",
-    "curves": "Curves", "watch": "To watch", "record": "Record",
-}  # fmt: skip
 
 
 def build_report(run_folder: str | Path | RunRecord, out: str | Path | None = None) -> Path:
@@ -48,7 +44,6 @@ def build_report(run_folder: str | Path | RunRecord, out: str | Path | None = No
         RunFolder(run.path).report if out is None else Path(out),
         "report.html",
         {"name": run.path.resolve().name, "what": "Osler run report", "made_of": "the files of this run"},
-        LINKS,
         run=run,
         summary=_summary(run),
         tiles=[tile for tile in _tiles(run) if tile[1] != fmt.MISSING],
@@ -62,20 +57,18 @@ def build_report(run_folder: str | Path | RunRecord, out: str | Path | None = No
     )
 
 
-def write_page(path: Path, template: str, about: Mapping[str, str], links: Mapping[str, str], **values: Any) -> Path:
-    """Fill the sections of a template with values, put the page around them, write it, and return its path.
+def write_page(path: Path, template: str, about: Mapping[str, str], **values: Any) -> Path:
+    """Fill the sections of a template with values, put the page with links to them around, write it, and return its path.
 
-    ``about``: name, what it is and what it was made of. ``links``: titles of sections, to those that turn out to be there. Raises
-    UserError when the path takes no file.
+    ``about``: name, what it is and what it was made of. Raises UserError when the path takes no file.
     """
     body = Markup(PAGES.get_template(template).render(values))
-    there = re.findall('<section id="([^"]+)"', body)
+    links = [(anchor, Markup(title)) for anchor, title in re.findall('<section id="([^"]+)"><header><h2>([^<]+)', body)]
     style, script = (
         Markup(resources.files("osler.report").joinpath(file).read_text(encoding="utf-8")) for file in ("style.css", "script.js")
     )
     made = datetime.now().astimezone().strftime("%Y-%m-%d %H:%M")
-    shown = {anchor: title for anchor, title in links.items() if anchor in there}
-    text = PAGES.get_template("page.html").render(about, body=body, made=made, links=shown, style=style, script=script)
+    text = PAGES.get_template("page.html").render(about, body=body, made=made, links=links, style=style, script=script)
     try:
         write_atomic(path, text)
     except OSError as error:
