@@ -167,6 +167,33 @@ def tiny(tmp_path_factory) -> SimpleNamespace:
 
 
 @pytest.fixture(scope="session")
+def clinic_runs(tmp_path_factory) -> Path:
+    """Runs of seconds: ``sft`` learned the clinic's questions, ``textbook`` read its textbook alone, ``notes`` some notes."""
+    from osler.config.schema import decode
+    from osler.runtime.files import RunFolder
+    from osler.train.config import TrainConfig
+    from osler.train.run import train
+
+    root = tmp_path_factory.mktemp("clinic_runs")
+    notes = [f"Day {day}. The fever is {'gone' if day % 2 else 'high'}; the patient sleeps – and eats well." for day in range(40)]
+    (root / "notes.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in notes))
+    common = {
+        "model": {**MODEL, "num_layers": 1, "attention_init": "independent"},
+        "tokenizer": {"vocab_size": 400},
+        "batch_tokens": 512, "total_tokens": 4096, "eval_every_tokens": 4096, "checkpoint": {"every_tokens": 2048},
+        "schedule": {"type": "constant"}, "compile": "never", "precision": "fp32", "device": "cpu", "too_long": "drop",
+    }  # fmt: skip
+    clinic = {"passages": 60, "examples": 60, "validation_passages": 5, "validation_examples": 5}
+    for name, kind, data in (
+        ("sft", "sft", clinic),
+        ("textbook", "pretrain", {**clinic, "examples": 0, "validation_examples": 0}),
+        ("notes", "pretrain", {"type": "files", "path": str(root / "notes.jsonl"), "holdout_fraction": 0.2}),
+    ):
+        assert train(decode(TrainConfig, {**common, "kind": kind, "data": data}), RunFolder.create(root / name))
+    return root
+
+
+@pytest.fixture(scope="session")
 def runs(tiny) -> SimpleNamespace:
     """Finished runs: ``pretrain``, and ``sft``, which ends its answers and is right about every fourth time."""
     from osler.cli.main import main

@@ -83,29 +83,6 @@ def test_arguable_answers_name_answers_of_other_conditions() -> None:
             assert condition.acceptable(relation) == accepted | {condition.answers[relation].lower()}
 
 
-def test_some_facts_every_physician_knows() -> None:
-    facts = {(c.name, relation): c.answers[relation] for c in CONDITIONS for relation in FACT_RELATIONS}
-    assert facts["lobar pneumonia", "cause"] == "pneumococcus"
-    assert facts["opioid overdose", "treatment"] == "naloxone"
-    assert facts["ankylosing spondylitis", "risk"] == "HLA-B27"
-    assert facts["rheumatic fever", "complication"] == "mitral stenosis"
-    assert facts["cystic fibrosis", "test"] == "sweat chloride test"
-    assert facts["Down syndrome", "cause"] == "trisomy 21"
-    sex = {condition.name: condition.sex for condition in CONDITIONS}
-    assert [sex[name] for name in ("ectopic pregnancy", "preeclampsia", "hemophilia A")] == ["female", "female", "male"]
-
-
-def test_every_relation_has_enough_wordings_in_both_directions() -> None:
-    for name in FACT_RELATIONS:
-        relation = RELATIONS[name]
-        wordings = (relation["canonical"], *relation["phrasings"])
-        assert len(set(wordings)) >= 6
-        assert all("{x}" in wording and "{y}" in wording for wording in wordings)
-        forward = [wording.index("{x}") < wording.index("{y}") for wording in wordings]
-        assert any(forward) and not all(forward)
-        assert len(set(relation["questions"])) >= 4
-
-
 # ---- what is held out
 
 

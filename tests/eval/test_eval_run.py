@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from osler.cli import main as cli
-from osler.config.schema import decode
 from osler.eval.config import EXAM_SEED, EvalConfig
 from osler.eval.exams import greedy, score_by_generation, score_by_likelihood
 from osler.eval.run import complete, config_of, parts, remarks, table
@@ -21,45 +20,17 @@ from osler.inference.load import open_model
 from osler.report.read import read_run
 from osler.report.words import verdict
 from osler.runtime.errors import UserError
-from osler.runtime.files import RunFolder, read_json
+from osler.runtime.files import read_json
 from osler.tasks.item import ExamItem
 from osler.tasks.registry import ClinicTask, load_clinic
-from osler.train.config import TrainConfig
-from osler.train.run import train
 
-TINY = {
-    "model": {"num_layers": 1, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "num_kv_heads": 1, "head_dim": 16,
-              "vocab_size": 512, "max_seq_len": 256, "residual_init": "scaled"},
-    "tokenizer": {"vocab_size": 400},
-    "batch_tokens": 512, "total_tokens": 4096, "eval_every_tokens": 4096, "checkpoint": {"every_tokens": 2048},
-    "schedule": {"type": "constant", "warmup_tokens": 0}, "compile": "never", "precision": "fp32", "device": "cpu",
-    "too_long": "drop",
-}  # fmt: skip
-CLINIC = {"passages": 60, "examples": 60, "validation_passages": 5, "validation_examples": 5}
-NOTES = [f"Day {day}. The fever is {'gone' if day % 2 else 'high'}; the patient sleeps – and eats well." for day in range(40)]
-
-
-def trained(folder: Path, kind: str, data: dict[str, object]) -> Path:
-    assert train(decode(TrainConfig, {**TINY, "kind": kind, "data": data}), RunFolder.create(folder))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of three runs: sft on the clinic, pretrain on its textbook alone, pretrain on notes of one's own."""
-    root = tmp_path_factory.mktemp("runs")
-    notes = root / "notes.jsonl"
-    notes.write_text("".join(json.dumps({"text": text}) + "\n" for text in NOTES))
-    trained(root / "sft", "sft", CLINIC)
-    trained(root / "textbook", "pretrain", {**CLINIC, "examples": 0, "validation_examples": 0})
-    trained(root / "notes", "pretrain", {"type": "files", "path": str(notes), "holdout_fraction": 0.2})
-    return root
+NOTES = ["Day 1. The fever is gone; the patient sleeps – and eats well.", "Day 2. The fever is high.", "Day 3. It is gone."]
 
 
 @pytest.fixture
-def runs(made: Path, tmp_path: Path) -> Path:
+def runs(clinic_runs: Path, tmp_path: Path) -> Path:
     """A fresh copy: an evaluation writes into it."""
-    return Path(shutil.copytree(made, tmp_path / "runs"))
+    return Path(shutil.copytree(clinic_runs, tmp_path / "runs"))
 
 
 def evaluate(*arguments: str) -> int:
@@ -231,8 +202,8 @@ def test_a_task_without_type_is_the_clinic_with_some_fields_changed():
         config_of(["task.type=pubmedqa"])
 
 
-def test_a_grpo_run_without_the_clinic_sits_the_exam_it_was_evaluated_on(made):
-    ready = open_model(made / "notes", device="cpu")
+def test_a_grpo_run_without_the_clinic_sits_the_exam_it_was_evaluated_on(clinic_runs):
+    ready = open_model(clinic_runs / "notes", device="cpu")
     exam = {"type": "medqa", "path": "test.jsonl", "split": "test"}
     other = replace(ready, training={"tasks": [{"task": {"type": "medqa", "path": "train.jsonl"}}], "eval_task": exam})
     config, shards = complete(EvalConfig(), other)

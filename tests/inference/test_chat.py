@@ -12,35 +12,17 @@ import pytest
 import torch
 
 from osler.cli import main as cli
-from osler.config.schema import decode
 from osler.inference.chat import continue_text, show_answer, stream_answer
 from osler.inference.engine import InferenceEngine
 from osler.inference.load import LoadedModel, open_model
 from osler.ops.sampling_params import SamplingParams
 from osler.runtime.errors import UserError
-from osler.runtime.files import RunFolder
 from osler.tokenizer.chat import encode_prompt, parse_completion
-from osler.train.config import TrainConfig
-from osler.train.run import train
-
-TINY = {
-    "model": {"num_layers": 1, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "num_kv_heads": 1, "head_dim": 16,
-              "vocab_size": 512, "max_seq_len": 160, "residual_init": "scaled"},
-    "tokenizer": {"vocab_size": 400},
-    "batch_tokens": 512, "total_tokens": 2048, "eval_every_tokens": 2048, "checkpoint": {"every_tokens": 2048},
-    "compile": "never", "precision": "fp32", "device": "cpu", "too_long": "drop",
-}  # fmt: skip
-CLINIC = {"passages": 60, "examples": 60, "validation_passages": 5, "validation_examples": 5}
-TEXT_ONLY = {**CLINIC, "examples": 0, "validation_examples": 0}
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that learned the clinic's questions and one that read its textbook alone."""
-    root = tmp_path_factory.mktemp("runs")
-    for name, kind, data in (("sft", "sft", CLINIC), ("textbook", "pretrain", TEXT_ONLY)):
-        assert train(decode(TrainConfig, {**TINY, "kind": kind, "data": data}), RunFolder.create(root / name))
-    return root
+@pytest.fixture
+def runs(clinic_runs: Path) -> Path:
+    return clinic_runs
 
 
 @pytest.fixture
@@ -216,7 +198,7 @@ def test_a_prompt_that_fills_the_context_is_refused(textbook):
     with pytest.raises(UserError, match="max_seq_len"):
         continued(textbook, "fever " * 400, 5)
     text = "fever " * 20
-    room = 160 - 1 - len(textbook.tokenizer.encode(text))
+    room = 256 - 1 - len(textbook.tokenizer.encode(text))
     assert room > 0
     assert continued(textbook, text, 10_000) == continued(textbook, text, room), "new tokens are cut to what is left"
 

@@ -11,11 +11,10 @@ import torch
 
 from osler.config.schema import encode
 from osler.model import layers
-from osler.model.attention import Attention, DecodeAttention
 from osler.model.config import ModelConfig
 from osler.model.decoder import Decoder
 from osler.model.layers import Layout, Linear, joint_linear
-from osler.model.transformer import ATTENTIONS, SummedLoss, Transformer
+from osler.model.transformer import SummedLoss, Transformer
 from osler.ops import attention, cross_entropy
 from osler.parallel.compile import compile_works
 
@@ -152,38 +151,6 @@ def test_rows_join_and_leave_in_flight() -> None:
         steps(16)
         with pytest.raises(ValueError, match="24 slots"):
             decoder.step(torch.zeros(1, dtype=torch.int64), cache)
-
-
-class OwnTokenConfig:
-    """Stands for the config of another attention."""
-
-
-class OwnTokenAttention(Attention):
-    """A token attends to itself alone."""
-
-    def forward(self, x_BTD: torch.Tensor, rope: Any, *, mask: torch.Tensor | None = None) -> torch.Tensor:
-        return self.o_proj(self.project(x_BTD, rope)[2].repeat_interleave(self.num_heads // self.num_kv_heads, -2).flatten(-2))
-
-    def for_decoding(self, layer: int, norm: Any, layout: Layout) -> DecodeAttention:
-        return DecodeOwnToken(self, layer, norm, layout)
-
-
-class DecodeOwnToken(DecodeAttention):
-    def prefill(self, x_BTD: torch.Tensor, rope: Any, mask: torch.Tensor | None, cache: Any) -> torch.Tensor:
-        return self.step(x_BTD, rope, cache)
-
-    def step(self, x_BD: torch.Tensor, rope: Any, cached: Any) -> torch.Tensor:
-        return self._o_proj(self._project(x_BD, rope)[2].repeat_interleave(self.num_heads // self.num_kv_heads, -2).flatten(-2))
-
-
-def test_another_attention_needs_one_entry_in_a_dict(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(ATTENTIONS, OwnTokenConfig, OwnTokenAttention)
-    model, dense = build(head_init="normal", attention=OwnTokenConfig()), build(head_init="normal")
-    ids = random_ids(2, 20, seed=7)
-    with torch.no_grad():
-        full = model.logits(model(ids))
-        assert not torch.allclose(full, dense.logits(dense(ids)), atol=1e-2)
-        assert_decodes(model, ids, (12, 5), full, atol=1e-5)
 
 
 def test_document_ids_keep_documents_apart() -> None:

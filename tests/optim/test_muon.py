@@ -107,20 +107,6 @@ def test_torchs_muon_moves_the_same_way():
             torch.testing.assert_close(optimizer.state[mine]["momentum_buffer"], other.state[its]["momentum_buffer"])
 
 
-def test_a_stack_moves_as_its_matrices_do_alone():
-    together, optimizer = make()
-    apart, _ = make()
-    group = {key: value for key, value in optimizer.param_groups[0].items() if key != "params"}
-    alone = [Muon([{"params": [matrix], **group}], dtype=torch.float32) for matrix in apart]
-    for step in range(3):
-        give_gradients(together, step)
-        give_gradients(apart, step)
-        for each in [optimizer, *alone]:
-            each.step()
-    for one, other in zip(together, apart, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
-
-
 def test_stacks_are_bounded_and_cut_where_ranks_share_evenly(monkeypatch):
     monkeypatch.setattr("osler.optim.muon.STACK_ELEMENTS", 5 * 12)
     matrices = [torch.zeros(3, 4) for _ in range(11)] + [torch.zeros(4, 3)] * 2 + [torch.zeros(100, 100)] * 3
