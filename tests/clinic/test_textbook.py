@@ -52,18 +52,6 @@ def test_three_findings_are_always_a_train_combination() -> None:
     assert triples > 2500
 
 
-def test_canonical_wording_is_the_most_common_of_each_relation() -> None:
-    passages = list(textbook(1, 2000))
-    for relation in FACT_RELATIONS:
-        table = RELATIONS[relation]
-        counts = {}
-        for wording in (table["canonical"], *table["phrasings"]):
-            pattern = r"(?:^|[.:] )" + re.sub(r"\\\{[xy]\\\}", "[^.]+", re.escape(wording))  # at the start of a sentence
-            counts[wording] = sum(bool(re.search(pattern, text)) for text in passages)
-        assert max(counts, key=counts.__getitem__) == table["canonical"]
-        assert min(counts.values()) > 50
-
-
 def test_what_is_asked_again_has_the_letter_it_had() -> None:
     letters, lettered = set(), re.compile(r"(.+?) (\([A-F]\)) ?")
     for text in cards(0, 300):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from math import log
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,13 +10,10 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from osler.data.shard_set import ShardSet
-from osler.data.shards import ShardWriter
 from osler.eval.likelihood import batches, measure, windows
 from osler.model.config import ModelConfig
 from osler.model.transformer import Transformer
 from osler.runtime.errors import UserError
-from osler.tokenizer.bpe import Tokenizer
 
 VOCAB = 50
 
@@ -78,23 +74,6 @@ def test_packed_documents_cost_what_they_cost_apart() -> None:
     documents = torch.tensor([[0, 0, 0, 1, 1]])
     packed = measure(model, [(ids, labels, documents)], 10)
     assert packed.nats == pytest.approx(apart.nats, rel=1e-5)  # attention knows relative positions only
-
-
-def test_a_prepared_split_is_measured_from_its_files(tmp_path: Path) -> None:
-    tokenizer = Tokenizer.train(["fever and cough", "rash and fever"], 270)
-    texts = ["fever and cough and rash", "cough", "§ 38.5 °C fever"]
-    documents = [[*tokenizer.encode(text), tokenizer.eos_id] for text in texts]
-    writer = ShardWriter(tmp_path / "validation", vocab_size=tokenizer.vocab_size)
-    for ids, text in zip(documents, texts, strict=True):
-        writer.add(ids, None, len(text.encode()))
-    writer.close()
-    names = {"vocab_size": tokenizer.vocab_size, "tokenizer_fingerprint": "", "eos_id": tokenizer.eos_id}
-    shards = ShardSet(tmp_path / "validation", **names)
-    model = build(vocab_size=tokenizer.vocab_size)
-    rows = windows(documents, seq_len=8, start_id=tokenizer.eos_id)
-    expected = measure(model, batches(rows, batch_tokens=64), sum(len(text.encode()) for text in texts))
-    rows = windows(shards.documents(), seq_len=8, start_id=tokenizer.eos_id)
-    assert measure(model, batches(rows, batch_tokens=64), shards.num_bytes) == expected
 
 
 def test_nothing_to_measure_is_said() -> None:

@@ -50,24 +50,14 @@ def test_a_uniform_depends_on_its_triple_only() -> None:
     assert row_uniform(1, torch.tensor([2]), torch.tensor([3])).item() == 0.8993092287765546
 
 
-@pytest.mark.parametrize(("vocab", "temperature"), [(7, 1.0), (64, 0.7), (130, 2.0)])
-def test_draws_follow_the_softmax(vocab: int, temperature: float) -> None:
-    logits = torch.randn(vocab, generator=torch.Generator().manual_seed(vocab)) * 1.5
-    draws = 60_000
-    u = row_uniform(0, torch.arange(draws), torch.zeros(1, dtype=torch.int64))
-    token, logp, mask = sample(logits.expand(draws, -1), u, SamplingParams(temperature=temperature))
+@pytest.mark.parametrize(("vocab", "temperature"), [(7, 1.0), (64, 0.7), (200, 2.0)])
+def test_a_token_is_the_inverse_of_the_cumulative_distribution(vocab: int, temperature: float) -> None:
+    logits = torch.randn(500, vocab, generator=torch.Generator().manual_seed(0)) * 3
+    u = row_uniform(5, torch.arange(500), torch.zeros(1, dtype=torch.int64))
+    token, logp, mask = sample(logits, u, SamplingParams(temperature=temperature))
     expected = (logits.double() / temperature).softmax(-1)
-    assert mask is None
-    assert_distributed(torch.bincount(token, minlength=vocab).double(), expected * draws)
-    torch.testing.assert_close(logp, expected.log()[token].float(), atol=1e-5, rtol=0)
-
-
-def test_a_token_is_the_inverse_of_the_cumulative_distribution() -> None:
-    logits = torch.randn(50, 200, generator=torch.Generator().manual_seed(0)) * 3
-    u = row_uniform(5, torch.arange(50), torch.zeros(1, dtype=torch.int64))
-    token = sample(logits, u, SamplingParams())[0]
-    end = logits.double().softmax(-1).cumsum(-1)
-    assert torch.equal(token, (end <= u[:, None]).sum(-1))
+    assert mask is None and torch.equal(token, (expected.cumsum(-1) <= u[:, None]).sum(-1))
+    torch.testing.assert_close(logp, expected.log().gather(1, token[:, None])[:, 0].float(), atol=1e-5, rtol=0)
 
 
 def test_impossible_tokens_are_never_drawn_at_either_end_of_the_unit_interval() -> None:

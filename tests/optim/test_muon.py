@@ -50,20 +50,6 @@ def test_newton_schulz_is_the_reference_for_every_matrix_of_a_stack(shape):
     torch.testing.assert_close(orthogonalize(stack, 5, torch.bfloat16).double(), expected, rtol=0.05, atol=0.02)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(48, 48), (32, 96), (96, 32)])
-def test_singular_values_come_out_near_one_and_singular_vectors_stay(shape, dtype):
-    generator = torch.Generator().manual_seed(1)
-    u, _, v = torch.linalg.svd(torch.randn(4, *shape, generator=generator), full_matrices=False)
-    spread = torch.logspace(0, -1.3, u.shape[-1])  # of the largest, the smallest is a twentieth
-    result = orthogonalize(u * spread @ v, 5, dtype).float()
-    values = torch.linalg.svdvals(result)
-    assert values.min() > 0.65 and values.max() < 1.25
-    inside = u.mT @ result @ v.mT
-    off = inside - torch.diag_embed(inside.diagonal(dim1=1, dim2=2))
-    assert off.abs().max() < (1e-4 if dtype == torch.float32 else 0.05)
-
-
 def test_zero_stays_zero_and_no_step_is_only_a_normalisation():
     assert orthogonalize(torch.zeros(2, 4, 3), 5, torch.float32).abs().max() == 0
     assert torch.linalg.matrix_norm(orthogonalize(torch.ones(1, 4, 3), 0, torch.float32)) == pytest.approx(1.0)

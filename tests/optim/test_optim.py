@@ -8,7 +8,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from osler.checkpoint.optimizer_state import flatten_optimizer, restore_optimizer
-from osler.config.recipe import load_recipe
 from osler.config.schema import decode
 from osler.model.config import ModelConfig
 from osler.model.transformer import Transformer
@@ -104,13 +103,6 @@ def test_a_recipe_without_a_type_means_adamw_and_a_type_replaces_it() -> None:
     grpo = {"init_from": "run"}
     assert decode(GrpoConfig, {**grpo, "optim": {"lr": 0.5}}).optim == AdamWConfig(lr=0.5, weight_decay=0.0)
     assert decode(GrpoConfig, {**grpo, "optim": {"type": "muon", "lr": 0.5}}).optim == MuonConfig(lr=0.5)
-    recipe = load_recipe("debug", ["optim.type=muon", "optim.momentum_warmup.tokens=100"])
-    warmup = MomentumWarmup(start=0.85, tokens=100)
-    assert decode(TrainConfig, recipe).optim == MuonConfig(momentum_warmup=warmup)
-    with pytest.raises(match="unknown type `moun`; did you mean `muon`"):
-        decode(TrainConfig, {"optim": {"type": "moun"}})
-    with pytest.raises(match=r"optim\.embedding_lr: unknown key"):
-        decode(TrainConfig, {"optim": {"type": "muon", "embedding_lr": 0.5}})
 
 
 def test_groups_first_match_wins() -> None:
@@ -121,19 +113,6 @@ def test_groups_first_match_wins() -> None:
         group_of("embed_tokens.weight") == group_of("lm_head.weight") == group_of("embed_proj.weight") == "embeddings"
     )
     assert group_of("layers.3.mlp.down_proj.weight") == "matrices"
-
-
-@pytest.mark.parametrize(
-    ("kind", "changes"),
-    [
-        (AdamWConfig, {"lr": 0.0}), (AdamWConfig, {"embedding_lr": -1.0}), (AdamWConfig, {"beta2": 1.0}),
-        (MuonConfig, {"adamw_lr": 0.0}), (MuonConfig, {"momentum": 1.0}), (MuonConfig, {"newton_schulz_steps": 0}),
-        (MuonConfig, {"weight_decay": -0.1}), (MomentumWarmup, {"start": 1.0}),
-    ],
-)  # fmt: skip
-def test_impossible_numbers_are_refused(kind: type, changes: dict[str, float]) -> None:
-    with pytest.raises(ValueError, match="must"):
-        kind(**changes)
 
 
 OPTIMIZERS = {

@@ -75,12 +75,6 @@ def test_completions_without_reasoning() -> None:
         assert parse_completion(TOKENIZER, ids(text), reasoning=False) == Completion("", answer, finished, well_formed)
 
 
-def test_half_a_character_does_not_break_parsing() -> None:
-    cut = TOKENIZER.encode("🧪")[:-1]
-    completion = parse_completion(TOKENIZER, [*cut, A, *cut, END])
-    assert completion.finished and "\ufffd" in completion.thinking and completion.answer == completion.thinking
-
-
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.integers(0, TOKENIZER.vocab_size - 1), max_size=30), st.booleans())
 def test_any_ids_can_be_parsed(row: list[int], reasoning: bool) -> None:
