@@ -46,9 +46,9 @@ def score_by_generation(
 ) -> ScoredExam:
     """Let the model write an answer to every item and score what it wrote.
 
-    With ``permutations`` k every item is shown in k option orders (k = number of options: the right one stands in each place
-    once). Prompt and completion must fit the model's ``max_seq_len``; a context passage is shortened from its front to fit, a
-    question is not. The seed of ``sampling`` also draws the orders. ``progress`` is called with the number of answers so far.
+    Every item is shown in ``permutations`` option orders, which the seed of ``sampling`` draws. Prompt and completion must fit the
+    model's ``max_seq_len``; a context passage is shortened from its front to fit, a question is not. ``progress`` is called with
+    the number of answers so far.
     """
     longest = engine.model.config.max_seq_len
     room = longest - sampling.max_new_tokens
@@ -142,10 +142,8 @@ def score_by_likelihood(
     With ``template`` the prompt is the chat template up to the answer (no thinking) with the options listed, and an option is
     scored as ``text (B)``; without it the prompt is plain "Question: ... Answer:" and an option is its bare text.
 
-    The log-likelihood of all that is scored is divided by its UTF-8 bytes (the default, the same for every tokenizer), by its
-    tokens, or by nothing (lm-evaluation-harness's ``acc``, where short options win). By bytes is the harness's ``acc_norm`` as
-    long as the choices are ASCII: it divides by the characters of the choice without the space before it. In the template its
-    choices are ``text (A)``, ``text (B)`` and so on. Of equal scores the earlier option wins.
+    The log-likelihood is divided by the UTF-8 bytes of what is scored (lm-evaluation-harness's ``acc_norm`` where that is ASCII), by
+    its tokens, or by nothing (the harness's ``acc``, where short options win). Of equal scores the earlier option wins.
     """
     longest = model.config.max_seq_len
     shown = list(presentations(items, permutations, seed))

@@ -8,7 +8,6 @@ document ends; it has no bytes. ``windows`` cuts documents that are longer than 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice, takewhile
 from math import exp, log
@@ -28,16 +27,6 @@ from osler.runtime.world import World
 BATCH_TOKENS = 16_384  # of a forward pass, padding included
 SORTED_WINDOWS = 4096  # windows sorted by length at a time: less padding, and the sum does not depend on the order
 LabelledRow = tuple[list[int], list[int]]  # ids, and behind each the id that follows it, or -100 where none is scored
-
-
-@contextmanager
-def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Run the model in evaluation mode and without gradients, then put its mode back."""
-    training = model.training
-    model.eval()
-    with torch.no_grad():
-        yield
-    model.train(training)
 
 
 def pad_rows(rows: Sequence[LabelledRow]) -> tuple[Tensor, Tensor]:
@@ -85,14 +74,14 @@ def by_length(rows: Sequence[LabelledRow], batch_tokens: int) -> Iterator[list[i
         order = order[count:]
 
 
+@torch.no_grad()
 def sum_logprobs(model: Transformer, rows: Sequence[tuple[list[int], int]], *, batch_tokens: int = BATCH_TOKENS) -> list[float]:
     """Return for every row (ids, start) the sum of log p(ids[t] | ids[:t]) over t >= start, in nats; start >= 1."""
     labelled = [(ids[:-1], [IGNORED] * (start - 1) + ids[start:]) for ids, start in rows]
     sums = torch.zeros(len(rows), dtype=torch.float64)
-    with evaluating(model):
-        for numbers in by_length(labelled, batch_tokens):
-            row_N, logp_N, _ = label_logprobs(model, *pad_rows([labelled[number] for number in numbers]))
-            sums.index_add_(0, torch.tensor(numbers)[row_N], logp_N.cpu().double())
+    for numbers in by_length(labelled, batch_tokens):
+        row_N, logp_N, _ = label_logprobs(model, *pad_rows([labelled[number] for number in numbers]))
+        sums.index_add_(0, torch.tensor(numbers)[row_N], logp_N.cpu().double())
     return sums.tolist()
 
 
@@ -118,6 +107,7 @@ class TextScore:
         return self.nats / log(2) / self.bytes
 
 
+@torch.no_grad()
 def measure(model: Transformer, batches: Iterable[tuple[Tensor, ...]], total_bytes: int, world: World | None = None) -> TextScore:
     """Return the score of ``batches`` of (ids_BT, labels_BT) or (ids_BT, labels_BT, document_BT).
 
@@ -126,12 +116,11 @@ def measure(model: Transformer, batches: Iterable[tuple[Tensor, ...]], total_byt
     """
     world = world or World()
     nats, tokens = 0.0, 0
-    with evaluating(model):
-        for batch in takewhile(lambda _: not asked(), islice(batches, world.rank, None, world.size)):
-            if (batch[1] != IGNORED).any():
-                _, logp_N, _ = label_logprobs(model, *batch)
-                nats -= logp_N.double().sum().item()
-                tokens += logp_N.numel()
+    for batch in takewhile(lambda _: not asked(), islice(batches, world.rank, None, world.size)):
+        if (batch[1] != IGNORED).any():
+            _, logp_N, _ = label_logprobs(model, *batch)
+            nats -= logp_N.double().sum().item()
+            tokens += logp_N.numel()
     nats, scored_tokens, left = world.all_reduce_sum(nats, tokens, asked())
     if left:
         raise AskedToStop

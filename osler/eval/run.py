@@ -1,7 +1,6 @@
 """``osler eval``: let a checkpoint take an exam, or measure how well it predicts a text.
 
-A score is printed with its interval, chance and the best constant letter, and goes into the run folder's ``exams.json``,
-where the report finds it. Nothing is resumed: an interrupted evaluation starts again and leaves no file.
+A score goes into the run folder's ``exams.json``, where the report finds it. An interrupted evaluation leaves nothing behind.
 """
 
 from __future__ import annotations

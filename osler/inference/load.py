@@ -26,7 +26,6 @@ from osler.tokenizer.bpe import Tokenizer
 
 TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "config.yaml"
-TAUGHT = ("sft", "grpo")  # kinds of training that are all questions and answers
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,7 @@ class LoadedModel:
     def answers_questions(self) -> bool:
         """Whether the model was trained on the template of question, thinking and answer."""
         data_type, examples = self._data.get("type"), self._data.get("examples", 0)
-        return self.kind in TAUGHT or data_type == "turns" or (data_type == "clinic" and examples > 0)
+        return self.kind in ("sft", "grpo") or data_type == "turns" or (data_type == "clinic" and examples > 0)
 
     @property
     def reasons(self) -> bool:
@@ -108,10 +107,7 @@ def load_model(
     compute_dtype: torch.dtype = torch.float32,
     which: str = "newest",
 ) -> LoadedModel:
-    """Load the model of a checkpoint, a checkpoints folder or a run folder (its newest good or best checkpoint).
-
-    Raises UserError when there is none, when it is damaged, or when it does not say what model it holds.
-    """
+    """Load the model of a checkpoint, or of the newest good or best one of a run; raises UserError where that is impossible."""
     loaded = store.load(store.resolve(path, which), names=["model"])
     model = Transformer(described_model(loaded), compute_dtype=compute_dtype)
     model.load_state_dict(loaded.tensors["model"])
@@ -120,10 +116,7 @@ def load_model(
 
 
 def open_model(checkpoint: str | Path, *, device: str = "auto", which: str = "newest") -> LoadedModel:
-    """Load a model for a person to use, who names the device; see ``load_model``.
-
-    It computes in fp32 on a CPU, where eager bf16 is far slower, and in bf16 on a GPU where that is faster.
-    """
+    """Load a model for a person to use: in fp32 on a CPU, where eager bf16 is far slower, in bf16 on a GPU where that pays."""
     chosen = pick_device(device)
     dtype = torch.float32 if chosen.type == "cpu" else pick_dtype("auto", chosen)
     return load_model(checkpoint, device=chosen, compute_dtype=dtype, which=which)

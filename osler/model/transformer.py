@@ -77,7 +77,7 @@ class Transformer(nn.Module):
             copy = Transformer(self.config, compute_dtype=dtype or self.compute_dtype)
         copy.load_state_dict(weights, assign=True)
         copy.rope_cos, copy.rope_sin = self.rope_cos, self.rope_sin
-        return copy.train(self.training)
+        return copy
 
     def forward(self, ids_BT: Tensor, *, document_BT: Tensor | None = None) -> Tensor:
         """Return the hidden states after the final norm, [B, T, D] in ``compute_dtype``.

@@ -1,7 +1,6 @@
 """All use of ``torch.compile``: whether it works here and is worth its time, what is compiled, how many shapes are kept.
 
-Shapes are static: a training step has one shape in each stage of a curriculum, and code for a known shape is faster. Only
-``ops/cross_entropy.py`` also depends on a compiler: it keeps one from fusing its chunks.
+Shapes are static, because a training step has one in each stage of a curriculum, and code for a known shape is faster.
 """
 
 from __future__ import annotations
@@ -57,8 +56,7 @@ def compile_loss(loss: SummedLoss, *, by_block: bool) -> None:
 def with_few_shapes(compiled: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Return the same function of a tensor and more, which drops all compiled code before a fifth shape of the tensor compiles.
 
-    torch keeps the code of every shape, a ``fullgraph`` function fails at more shapes than dynamo's ``recompile_limit`` (8), and
-    there is no public way to drop one function's code. What is still needed compiles again.
+    torch keeps the code of every shape, and a ``fullgraph`` function fails at more of them than its ``recompile_limit`` (8).
     """
     alive: set[torch.Size] = set()
 

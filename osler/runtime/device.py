@@ -1,8 +1,7 @@
 """The abilities of this machine: its device, the fastest number format, the peak speed, the memory; and timing on it.
 
-Nothing is assumed from a name when it can be tried: bf16 is timed against fp32.
-Answers are cached for the life of the process. A run stores what it resolved, because two trials on a busy machine may disagree,
-and a resumed run must not change its arithmetic. Nothing happens on import.
+What can be tried is tried: bf16 is timed against fp32, once in a process. A run stores what it resolved, because two trials on a
+busy machine may disagree, and a resumed run must not change its arithmetic.
 """
 
 from __future__ import annotations
@@ -214,10 +213,7 @@ class Stopwatch:
 
 
 def resident_bytes() -> int | None:
-    """Return the process's resident memory without mapped files; None where the system does not tell, as outside of Linux.
-
-    Mapped files, libraries and data, grow as they are read, and the system takes them out when memory is short.
-    """
+    """Return the process's resident memory without mapped files, which the system takes out when memory is short."""
     try:
         _, resident, mapped, *_ = map(int, Path("/proc/self/statm").read_text().split())
         return (resident - mapped) * os.sysconf("SC_PAGE_SIZE")

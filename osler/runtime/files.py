@@ -66,9 +66,8 @@ def locked(folder: Path, option: str = "--run") -> Iterator[None]:
 
     The message names the ``option`` that chooses another folder.
 
-    The lock is the system's, on the folder itself: it leaves no file, any process can ask for it, and it ends with the process in
-    every case. Without such locks (Windows, some network disks) nothing is locked. The library ``filelock`` cannot do this: it
-    locks a file that it leaves behind, and where the system has no locks, that file keeps a killed run from being resumed.
+    The lock is the system's, on the folder itself, so it leaves no file (as ``filelock`` would, which then keeps a killed run from
+    being resumed) and ends with the process. Without such locks (Windows, some network disks) nothing is locked.
     """
     if fcntl is None:
         yield
