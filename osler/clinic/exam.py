@@ -11,8 +11,6 @@ the held-out facts (see `facts.py`) fair:
   training" does not give the answer away.
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -47,10 +45,9 @@ class ClinicItem:
 
 
 def exam(seed: int, split: str, n: int) -> list[ClinicItem]:
-    """Return `n` items of one of `EXAM_SPLITS`, balanced over facts and letters, the same for the same arguments.
+    """Return `n` items of one of `EXAM_SPLITS`, the same for the same arguments; raises UserError for an unknown split.
 
     Every fact comes once per round, and each round is shuffled; a fact meets every combination of its part before one returns.
-    Raises UserError when the split is unknown.
     """
     if split not in EXAM_SPLITS:
         raise UserError(f"The clinic has no exam split {split!r}. Choose one of: {', '.join(EXAM_SPLITS)}.")
@@ -136,8 +133,8 @@ def distractor_pools(fact: Fact, fact_part: str, sex: str) -> tuple[list[str], l
 def drills(seed: int, count: int) -> Iterator[ClinicItem]:
     """Yield items of the split "drill", whose question names the option to choose: they teach to answer with what was reasoned.
 
-    Their options are drawn from the whole clinic, so they do not say which condition has which fact. A held-out answer is never
-    the right option of a training item: without drills a small model gives only the answers that it was trained to give.
+    Their options are drawn from the whole clinic and say nothing of facts. A held-out answer is never the right option of a
+    training item: without drills a small model gives only the answers that it was trained to give.
     """
     rng = random.Random(f"clinic drills {seed}")
     for number in range(count):

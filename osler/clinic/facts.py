@@ -14,8 +14,6 @@ form in training; they occur in the textbook alone. Diagnosis is always a train 
 partitions, so they are disjoint by construction.
 """
 
-from __future__ import annotations
-
 import random
 from collections import Counter
 from collections.abc import Mapping

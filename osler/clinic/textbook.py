@@ -6,8 +6,6 @@ Sentences never begin with a finding or a condition, so that a small vocabulary 
 in one sentence are always a train combination, so that *new findings* stay new.
 """
 
-from __future__ import annotations
-
 import random
 import string
 from collections.abc import Iterator, Mapping, Sequence
@@ -68,9 +66,9 @@ def join_findings(findings: Sequence[str]) -> str:
 def cards(seed: int, count: int) -> Iterator[str]:
     """Yield cards, such as "Cards: fainting (A) tick bite (B). Again: tick bite (B) tick bite (B) fainting (A)."
 
-    A card has four to six phrases, drawn from the whole clinic, and asks for two more than it has, drawn with replacement, so
-    that no letter can be ruled out. It states no fact. In exam items one token in eighty asks for a letter, on a card one in six:
-    without cards a small model learns late to find the letter beside a text.
+    A card has four to six phrases of the whole clinic and asks for two more than it has, drawn with replacement, so that no
+    letter can be ruled out. In exam items one token in eighty asks for a letter, on a card one in six: without cards a small
+    model learns late to find the letter beside a text.
     """
     rng = random.Random(f"clinic cards {seed}")
     for _ in range(count):

@@ -1,7 +1,5 @@
 """The configuration of `osler eval`: an exam and how it is taken, or a text to predict. Torch-free."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 from osler.config.schema import PositiveInt, Seed, config

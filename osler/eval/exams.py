@@ -5,8 +5,6 @@ it (``tasks/answers.py``), and ``summarise`` (``score.py``) counts them. ``score
 also suits base models.
 """
 
-from __future__ import annotations
-
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -46,9 +44,9 @@ def score_by_generation(
 ) -> ScoredExam:
     """Let the model write an answer to every item and score what it wrote.
 
-    Every item is shown in ``permutations`` option orders, which the seed of ``sampling`` draws. Prompt and completion must fit the
-    model's ``max_seq_len``; a context passage is shortened from its front to fit, a question is not. ``progress`` is called with
-    the number of answers so far.
+    Every item is shown in ``permutations`` option orders, which the seed of ``sampling`` draws. Prompt and completion must fit
+    the model's ``max_seq_len``; a context passage is shortened from its front to fit, a question is not. ``progress`` is called
+    with the number of answers so far.
     """
     longest = engine.model.config.max_seq_len
     room = longest - sampling.max_new_tokens
@@ -142,8 +140,8 @@ def score_by_likelihood(
     With ``template`` the prompt is the chat template up to the answer (no thinking) with the options listed, and an option is
     scored as ``text (B)``; without it the prompt is plain "Question: ... Answer:" and an option is its bare text.
 
-    The log-likelihood is divided by the UTF-8 bytes of what is scored (lm-evaluation-harness's ``acc_norm`` where that is ASCII), by
-    its tokens, or by nothing (the harness's ``acc``, where short options win). Of equal scores the earlier option wins.
+    The log-likelihood is divided by the UTF-8 bytes of what is scored (lm-evaluation-harness's ``acc_norm`` where that is ASCII),
+    by its tokens, or by nothing (the harness's ``acc``, where short options win). Of equal scores the earlier option wins.
     """
     longest = model.config.max_seq_len
     shown = list(presentations(items, permutations, seed))
@@ -180,8 +178,8 @@ def option_rows(tokenizer: Tokenizer, item: ExamItem, *, template: bool, max_seq
     """Return for every option the ids of prompt and option together and where scoring starts; None when they do not fit.
 
     Plain text is tokenised as a whole, because a merge may straddle the border. Scoring starts where the ids of the options, or
-    those of the prompt alone, first differ, so that characters on both sides of the border count alike in every option. In the
-    template a special token is the border.
+    those of the prompt alone, first differ, so that it starts alike in every option. In the template a special token is the
+    border.
     """
     if not item.options:
         raise ValueError(f"item {item.id} has no options to compare")

@@ -5,8 +5,6 @@ token of the text once and its bytes in UTF-8. The end-of-text token after a doc
 document ends; it has no bytes. ``windows`` cuts documents that are longer than a row; each window starts without context.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice, takewhile
@@ -48,7 +46,7 @@ def label_logprobs(
     """Return the row, the log-probability in nats and the entropy of each label but -100, row by row, each [N].
 
     Attention stays inside a document where ``document_BT`` is given; ``mask_NV`` is a sampling mask. The inputs lie on the CPU,
-    where the labels' places are found, so that the host waits for no device.
+    where the labels' places are found without waiting for a device.
     """
     device = model.embed_tokens.weight.device
     row_N, place_N = (labels_BT != IGNORED).nonzero(as_tuple=True)
@@ -109,10 +107,10 @@ class TextScore:
 
 @torch.no_grad()
 def measure(model: Transformer, batches: Iterable[tuple[Tensor, ...]], total_bytes: int, world: World | None = None) -> TextScore:
-    """Return the score of ``batches`` of (ids_BT, labels_BT) or (ids_BT, labels_BT, document_BT).
+    """Return the score of ``batches`` of (ids_BT, labels_BT) or (ids_BT, labels_BT, document_BT), whose text has ``total_bytes``.
 
-    ``total_bytes`` is the size of the text that the labels spell. All ranks of ``world`` are given the same batches and share
-    them. Raises UserError when there is no text, and AskedToStop when training is to end.
+    The ranks of ``world`` are given the same batches and share them. Raises UserError without text, AskedToStop when training
+    ends.
     """
     world = world or World()
     nats, tokens = 0.0, 0

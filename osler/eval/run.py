@@ -3,8 +3,6 @@
 A score goes into the run folder's ``exams.json``, where the report finds it. An interrupted evaluation leaves nothing behind.
 """
 
-from __future__ import annotations
-
 import itertools
 import logging
 from collections.abc import Iterator, Sequence

@@ -148,8 +148,7 @@ def wilson(correct: float, n: float) -> tuple[float, float]:
 def mean_interval(values: Sequence[float], clusters: Sequence[Hashable] | None = None) -> tuple[float, float]:
     """Return Wilson's interval for the mean of ``values`` in [0, 1], at the effective sample size that the clusters leave.
 
-    The effective size is at most the number of values, and the number of clusters where the variance is zero (all right
-    or all wrong).
+    That is at most the number of values, and the number of clusters where the variance is zero (all right or all wrong).
     """
     if not values:
         raise ValueError("no items: a mean of nothing has no interval")
@@ -175,8 +174,8 @@ class Difference:
 def paired_difference(before: Sequence[float], after: Sequence[float], clusters: Sequence[Hashable] | None = None) -> Difference:
     """Return the change of a score in [0, 1] between two models on the same items, in the same order.
 
-    The interval adds half an item to each of the four cells right/wrong by right/wrong (Agresti and Min), so it stays
-    wide when the two models hardly ever disagree; ``mean`` is the plain difference.
+    The interval adds half an item to each of the four cells right/wrong by right/wrong (Agresti and Min), so it stays wide when
+    the two models hardly ever disagree; ``mean`` is the plain difference.
     """
     changes = [late - early for early, late in zip(before, after, strict=True)]
     clusters = range(len(changes)) if clusters is None else clusters

@@ -5,8 +5,6 @@ terminal, every line is a question, so that a file of questions can be piped in.
 of a character that is still incomplete wait for the next token. New tokens are cut to what the model's ``max_seq_len`` leaves.
 """
 
-from __future__ import annotations
-
 import contextlib
 import sys
 from collections.abc import Iterable, Iterator, Sequence, Set
@@ -40,9 +38,9 @@ def generate(checkpoint: str, prompt: str, sampling: SamplingParams) -> int:
 def chat(checkpoint: str, sampling: SamplingParams, *, reasoning: bool | None = None) -> int:
     """Answer the questions of stdin until it ends: the command ``chat``.
 
-    A model that never learned to answer continues them. Question k of a session is drawn with the seed plus k, so asking again
-    may give another answer and a session can be repeated. With ``reasoning`` None the model thinks first if it learned to.
-    Ctrl-C stops the current answer; if the questions are piped in, it ends the session.
+    Question k of a session is drawn with the seed plus k, so asking again may give another answer and a session can be repeated.
+    With ``reasoning`` None the model thinks first if it learned to. Ctrl-C stops an answer; if questions are piped in, the
+    session.
     """
     ready = open_model(checkpoint)
     reasoning = ready.reasons if reasoning is None else reasoning

@@ -12,8 +12,6 @@ The tests compare it with the plain loop in ``recompute.py``. Every call copies 
 distinct prompts, B rows, R some of the rows, N new tokens, V vocabulary, E bytes of a packed mask.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -35,10 +33,9 @@ _PREFILL_TOKENS = 16_384  # prompts run through the model this many tokens at a 
 class Rollout:
     """Completions without their prompts, one per row; row r belongs to prompt r // samples_per_prompt.
 
-    A completion includes the stop token when one was drawn; ``finished`` is False where the length limit cut it. ``logprobs``
-    are those that the tokens were drawn with: at the sampling temperature, over the sampling mask (greedy: temperature 1, whole
-    vocabulary). ``packed_masks`` has the sampling masks of each row, packed by ``pack_mask``, uint8 [tokens, V / 8] on the CPU;
-    it is None when every token could be drawn.
+    A completion includes its stop token; ``finished`` is False where the length limit cut it. ``logprobs`` are those that the
+    tokens were drawn with: at the sampling temperature, over the sampling mask (greedy: temperature 1, whole vocabulary).
+    ``packed_masks`` are these masks by ``pack_mask``, uint8 [tokens, V / 8] on the CPU; None when every token could be drawn.
     """
 
     completions: list[list[int]]
@@ -153,8 +150,7 @@ class InferenceEngine:
         """Draw ``samples_per_prompt`` completions of every prompt; row r belongs to prompt r // samples_per_prompt.
 
         A row's random numbers belong to its number, which counts from ``first_row`` where a call does a part of a larger one.
-        Raises UserError for an empty prompt, ids outside the vocabulary, and prompts that with ``max_new_tokens`` exceed the
-        model's ``max_seq_len``.
+        Raises UserError where ``check_prompts`` does.
         """
         check_prompts(self.model.config, prompts, sampling)
         asked = [tuple(prompt) for prompt in prompts for _ in range(samples_per_prompt)]

@@ -4,8 +4,6 @@ A model that never saw the question-and-answer template can only continue text, 
 the checkpoint. Without one, as in an imported model, it counts as trained on text alone.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field

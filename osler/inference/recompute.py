@@ -4,8 +4,6 @@ It draws what ``engine.py`` draws. Prompts are padded on the right, where causal
 V vocabulary.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -4,8 +4,6 @@ One family covers every recipe: decoder-only, pre-norm RMSNorm, RoPE, QK-norm be
 no biases. The standard class with the same mathematics is Hugging Face's Qwen3; parameters carry its names.
 """
 
-from __future__ import annotations
-
 from typing import Annotated, Literal
 
 from osler.config.schema import Ge, PositiveFloat, PositiveInt, config

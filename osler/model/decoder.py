@@ -4,8 +4,6 @@ It is ``transformer.py`` on copies of the weights that are laid out for few toke
 have the parts. Shapes: P prompts, B rows, T prompt tokens, D hidden, V vocabulary.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import cast
 

@@ -17,8 +17,6 @@ Draws come from a CPU generator in parameter order, so a seed means the same mod
 every rank draws all of them, one parameter at a time, and keeps its parts.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any
 
@@ -84,11 +82,11 @@ def _wire_induction(
 ) -> None:
     """Make the first key/value head of two layers find where this token stood before, and copy what came after it.
 
-    The hidden vector gets three parts: a constant, ``head_dim`` places for "the token before me", and the token itself. In the
-    first layer the head looks one position back by the constant alone: its keys are one fixed vector in the fastest RoPE pairs,
-    its queries the same vector turned by one position. It writes a projection of the token found there into the reserved places.
-    In the second layer the queries are that projection of the token itself, in the slow RoPE pairs that distance hardly turns;
-    the keys are the reserved places, and what is found is added to the token part.
+    The hidden vector gets three parts: a constant, ``head_dim`` places for "the token before me", and the token itself. The first
+    layer's head looks one position back by the constant alone: its keys are a fixed vector in the fastest RoPE pairs, its queries
+    the same vector turned by one position. It writes a projection of the token there into the reserved places. In the second
+    layer the queries are that projection of the token itself, in the slow RoPE pairs; the keys are the reserved places, and what
+    is found is added to the token part.
     """
     size, hidden = config.head_dim, config.hidden_size
     groups = config.num_heads // config.num_kv_heads  # query heads that share the key/value head share the work

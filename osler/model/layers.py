@@ -1,7 +1,5 @@
 """The layers that blocks are made of, none with a bias, and what decoding makes of each: RMSNorm, linear layers, SwiGLU."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch
@@ -77,8 +75,8 @@ class Layout(NamedTuple):
 class DecodeLinear:
     """Copies of linear layers on the same input as one matmul in the layout of decoding, together with the norm before them.
 
-    The norm's weight is multiplied into the columns of the matrix, which saves an operator. oneDNN packs the matrix where it can,
-    which on x86 CPUs is 1.3 to 2.4 times as fast as the plain fp32 matmul at the sizes of decoding.
+    The norm's weight is multiplied into the columns of the matrix. oneDNN packs the matrix where it can, which on x86 CPUs is 1.3
+    to 2.4 times as fast as the plain fp32 matmul at the sizes of decoding.
     """
 
     def __init__(self, layout: Layout, *weights: Tensor, norm: RMSNorm | None = None) -> None:

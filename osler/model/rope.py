@@ -1,7 +1,5 @@
 """Rotary position embedding (arXiv 2104.09864), half-split layout as in the standard classes, tables in fp32."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

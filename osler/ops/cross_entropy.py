@@ -7,8 +7,6 @@ run in the dtype of the features, the log-sum-exp and sums of weight gradients i
 Shape legend: N tokens, R features per token, V rows of the head (padding included), C tokens of one chunk.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -62,7 +60,7 @@ def linear_logprobs(
 ) -> tuple[Tensor, Tensor]:
     """Return the log-probability of each label and the entropy of its distribution, both [N] fp32 in nats, at ``temperature``.
 
-    ``mask_NV`` (bool, [N, vocab_size]) is a sampling mask to renormalise over; it must include the labels. The entropy has no
+    ``mask_NV`` (bool, [N, vocab_size]) is a sampling mask to renormalise over, with the labels in it. The entropy has no
     gradient.
     """
     words = weight_VR.shape[0]
@@ -83,10 +81,7 @@ def _tile_words(head_VR: Tensor) -> int:
 
 @torch.library.custom_op("osler::in_turn", mutates_args=(), schema="(Tensor x, Tensor[] after) -> Tensor")
 def in_turn(x: Tensor, after: list[Tensor]) -> Tensor:
-    """Return ``x`` once ``after`` has been computed.
-
-    Otherwise a compiler, which sees no order between chunks, fuses across them until the logits of all chunks are in memory.
-    """
+    """Return ``x`` once ``after`` has been computed; a compiler would fuse all chunks, and hold the logits of all in memory."""
     return x.clone()
 
 
@@ -150,8 +145,7 @@ def _add_weight_gradient(grad_weight_VR: Tensor, grad_logits_CV: Tensor, x_CR: T
 def _compiled_gradients(chunks: Chunks, head_VR: Tensor, vocab_size: int) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the same in a form for a compiler, which fuses what is done to a logit.
 
-    A CPU goes by tiles of the vocabulary, so that the matmuls behind a tile's gradient find more of it in the cache. Parts of
-    several chunks are summed in fp32.
+    A CPU goes by tiles of the vocabulary, so that the matmuls behind a tile's gradient find more of it in the cache.
     """
     tile_words = _tile_words(head_VR)
     tiles = list(zip(range(0, head_VR.shape[0], tile_words), head_VR.split(tile_words), strict=True))

@@ -6,8 +6,6 @@ numbers are a counter-based hash of (seed, row, position) (Salmon et al., 2011, 
 what a row draws depends neither on the rows that share its batch nor on earlier draws. Shapes: B rows, V vocabulary.
 """
 
-from __future__ import annotations
-
 from typing import TypeVar
 
 import torch
@@ -50,9 +48,8 @@ def row_uniform(seed: int, row_B: Tensor, position_B: Tensor) -> Tensor:
 def sample(logits_BV: Tensor, u_B: Tensor, sampling: SamplingParams) -> tuple[Tensor, Tensor, Tensor | None]:
     """Draw one token per row; return (token_B int64, logp_B fp32, mask_BV bool, or None where all tokens could be drawn).
 
-    ``logits_BV`` is fp32, -inf where a token must never be drawn; ``u_B`` is in [0, 1). ``logp_B`` is the log-probability that
-    the token was drawn with: at the temperature, over the mask. Temperature 0 takes the likeliest token and ignores top-k and
-    top-p; its ``logp_B`` is at temperature 1.
+    ``logits_BV`` is fp32, -inf where a token must never be drawn; ``u_B`` is in [0, 1). ``logp_B`` is at the temperature, over
+    the mask. Temperature 0 takes the likeliest token, ignores top-k and top-p, and reports it at temperature 1.
     """
     if sampling.temperature == 0:
         token_B = logits_BV.argmax(-1)
@@ -96,11 +93,10 @@ def _first_above(end_BN: Tensor, target_B1: Tensor) -> Tensor:
 
 
 def sampling_mask(scaled_BV: Tensor, *, top_k: int | None = None, top_p: float = 1.0) -> Tensor | None:
-    """Return the tokens that may be drawn (bool), or None for all of them.
+    """Return the tokens that may be drawn (bool), or None for all of them; ``scaled_BV`` are logits divided by the temperature.
 
     They are the ``top_k`` likeliest tokens, and of these, renormalised, the fewest likeliest whose probabilities reach ``top_p``:
     at least one, and exactly ``top_k`` when only that is given (an arbitrary choice among equal logits at the border).
-    ``scaled_BV`` are logits divided by the temperature.
     """
     vocab = scaled_BV.size(-1)
     top_k = vocab if top_k is None else min(top_k, vocab)

@@ -1,7 +1,5 @@
 """How tokens are drawn, as one object from the command line to the kernel. Torch-free, because configurations use it too."""
 
-from __future__ import annotations
-
 import math
 from typing import Annotated
 

@@ -7,8 +7,6 @@ resume is exact, and skipped steps and micro-batches change nothing. Gradients o
 rounded once.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -33,8 +31,7 @@ def keep_in_bf16(model: nn.Module) -> None:
 def random_bits(key: Tensor, first: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return three independent draws of 16 bits (int64 [count]) for the positions from ``first`` on, on the device of ``key``.
 
-    ``key`` is an int64 scalar out of ``mix``: keys that differ in few bits would draw the same at neighbouring positions. The
-    same key and position give the same bits on every device.
+    ``key`` is an int64 scalar out of ``mix``: keys that differ in few bits would draw the same at neighbouring positions.
     """
     word = mix(torch.arange(first, first + count, device=key.device) ^ key)
     other = mix((word + 0x1B873593) & _LOW_32)
@@ -53,8 +50,8 @@ def round_stochastic(x: Tensor, bits: Tensor) -> Tensor:
 class Fp32GradientSums:
     """Adds up in fp32 the gradients that several backward passes give bf16 parameters.
 
-    Hooks do this as soon as a gradient is there, before an engine sends it to other ranks: within ``accumulating`` it goes into
-    its sum and is freed; the next pass outside of it leaves the sum with its own gradient added, rounded once.
+    Hooks do this before an engine sends a gradient to other ranks: within ``accumulating`` it goes into its sum and is freed; the
+    next pass outside of it leaves the sum with its own gradient added, rounded once.
     """
 
     def __init__(self, parameters: Iterable[Tensor]) -> None:

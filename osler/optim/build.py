@@ -1,7 +1,5 @@
 """Builds the optimizer that a config describes, and sets what changes from step to step."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -65,10 +63,9 @@ OPTIMIZERS: dict[type, Callable[..., torch.optim.Optimizer]] = {AdamWConfig: bui
 def build_optimizer(
     model: nn.Module, config: AdamWConfig | MuonConfig, *, seed: int = 0, process_group: dist.ProcessGroup | None = None
 ) -> torch.optim.Optimizer:
-    """Build the optimizer of ``config`` over all of ``model``'s parameters.
+    """Build the optimizer of ``config`` over all of ``model``'s parameters; ``seed`` is that of stochastic rounding.
 
-    ``seed`` is that of stochastic rounding. The ranks of ``process_group`` hold the same model, will have the same gradients, and
-    may share an update's work.
+    The ranks of ``process_group`` hold the same model and gradients, and may share an update's work.
     """
     return OPTIMIZERS[type(config)](model, config, seed, process_group)
 

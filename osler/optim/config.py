@@ -1,7 +1,5 @@
 """The settings of the optimizers. Torch-free."""
 
-from __future__ import annotations
-
 from typing import Annotated, Literal
 
 from osler.config.schema import TAGGED, NonNegativeFloat, PositiveFloat, PositiveInt, config

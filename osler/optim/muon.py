@@ -13,8 +13,6 @@ it.
 Shapes: S matrices of a stack, M rows, N columns (of the shard, where parameters are sharded).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
@@ -50,8 +48,8 @@ def orthogonalize(matrices_SMN: Tensor, steps: int, dtype: torch.dtype) -> Tenso
 class Muon(torch.optim.Optimizer):
     """Muon on the group named ``matrices``, torch's fused AdamW on all others, whose options are AdamW's.
 
-    The group ``matrices`` has lr, weight_decay, momentum and newton_schulz_steps. ``dtype`` is what Newton-Schulz runs in. The
-    ranks of ``process_group`` hold the same parameters and gradients and share the work; without one every rank does all of it.
+    ``dtype`` is what Newton-Schulz runs in. The ranks of ``process_group`` hold the same parameters and gradients and share the
+    work; without one every rank does all of it.
     """
 
     found_inf: Tensor | None = None

@@ -3,8 +3,6 @@
 Torch-free; nothing to resume.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Annotated, Literal
 

@@ -5,8 +5,6 @@ of projections and of a fused attention, but nothing of attention made of plain 
 largest tensor. Without a compiler the gradients are the same to the bit.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from typing import Any

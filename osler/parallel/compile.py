@@ -3,8 +3,6 @@
 Shapes are static, because a training step has one in each stage of a curriculum, and code for a known shape is faster.
 """
 
-from __future__ import annotations
-
 import functools
 import logging
 import sys

@@ -1,7 +1,5 @@
 """How several processes train one model together: a recipe sets one ``type`` and nothing else. Torch-free."""
 
-from __future__ import annotations
-
 from typing import Annotated, Literal
 
 from osler.config.schema import TAGGED, config

@@ -6,8 +6,6 @@ dtype and gradients reduced in fp32, as wide as with one process; only FP8 gets 
 https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html
 """
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -47,8 +45,8 @@ def average_in_fp32(bucket: dist.GradBucket) -> torch.futures.Future[torch.Tenso
 def lay_out_buckets(wrapped: DistributedDataParallel, loss: ModelLoss) -> None:
     """Run an empty backward pass, after which DDP lays out its gradient buckets for good.
 
-    The place of a gradient in its bucket decides in which order three or more ranks are summed. If the first step laid the
-    buckets out, the first step after a resume would round differently from the same step of an uninterrupted run.
+    The place of a gradient in its bucket decides in which order three or more ranks are summed. Laid out by the first step,
+    buckets would round the first step after a resume differently.
     """
     learned = [parameter for parameter in loss.parameters() if parameter.requires_grad]
     loss.forward = lambda: sum(0.0 * parameter.sum() for parameter in learned)

@@ -6,8 +6,6 @@ device to know. Versions that make such a step are found by a trial before the f
 https://deepspeed.readthedocs.io
 """
 
-from __future__ import annotations
-
 import importlib.util
 import logging
 import math
@@ -165,8 +163,8 @@ class DeepSpeedEngine(ParallelEngine):
     def _make_moments(self, optimizer: torch.optim.Optimizer) -> None:
         """Make the moments, zeros, of the flat shards of stages 1 and 2 before the first step, at the learning rate 0 of a trial.
 
-        DeepSpeed connects weights and moments once, after the first step of the first parameter group, so the moments of the
-        other groups must exist by then. Stage 3 has no such flat shards and connects each parameter by itself.
+        DeepSpeed connects weights and moments once, after the first step of the first parameter group, so those of the other
+        groups must exist by then. Stage 3 has no such flat shards.
         """
         flats = [flat for group in optimizer.param_groups for flat in group["params"]]
         kept = [flat.grad for flat in flats]

@@ -5,8 +5,6 @@ ranks, which then gives the gradient of the mean loss per learned token of the g
 those tokens. There is no state beyond the model and the optimizer.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial

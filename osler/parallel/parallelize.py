@@ -1,7 +1,5 @@
 """The one place that turns a single-device model into what the ranks train together, in an order that is fixed."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -40,8 +38,7 @@ def parallelize(
     """Make ``model`` ready for its training step, in place, and return the engine that makes the step.
 
     The optimizer is built after this, on the parameters that result. ``pass_tokens`` are the tokens of a forward pass of one
-    process in each stage, which FP8 needs to be multiples of 16. Only a ``SummedLoss`` can be compiled, and DeepSpeed takes no
-    other. Raises UserError for what cannot train on these processes.
+    process in each stage. Only a ``SummedLoss`` can be compiled or trained by DeepSpeed. Raises UserError for what cannot train.
     """
     check_strategy(config, world.size)
     # The dtype of the weights comes first, because buckets and shards are laid out by it.

@@ -4,8 +4,6 @@ What can be tried is tried: bf16 is timed against fp32, once in a process. A run
 busy machine may disagree, and a resumed run must not change its arithmetic.
 """
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import functools
@@ -161,8 +159,8 @@ def sent(tensor: Tensor, device: torch.device) -> Tensor:
 def keep_freed_memory() -> None:
     """Ask glibc to keep freed memory for reuse; other C libraries are not asked.
 
-    By default glibc maps memory for each large tensor and unmaps it on free, so the kernel zeroes new pages in every step; on
-    virtual machines that can cost more than the arithmetic.
+    By default it maps memory anew for each large tensor, so the kernel zeroes pages in every step; on virtual machines that can
+    cost more than the arithmetic.
     """
     if platform.libc_ver()[0] != "glibc":
         return

@@ -11,8 +11,6 @@ Stages: ``write-atomic`` (runtime/files.py); ``save-tensors``, ``save-state``, `
 ``evaluate``, ``rollback`` (train/ and rl/).
 """
 
-from __future__ import annotations
-
 import errno
 import os
 import re

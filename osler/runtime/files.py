@@ -33,8 +33,7 @@ _HASH_BLOCK_BYTES = 1 << 20
 def write_atomic(path: str | os.PathLike[str], data: bytes | str | Iterable[bytes]) -> None:
     """Replace ``path`` by ``data`` (text as UTF-8, or pieces in turn) in one step, durable when this returns.
 
-    Raises OSError and leaves the old file as it was when the disk is full or fails. Of two writers at once the last one wins.
-    A kill may leave a hidden ``.<name>.*.tmp`` beside the file.
+    Raises OSError and leaves the old file as it was when the disk is full or fails. A kill may leave a hidden ``.<name>.*.tmp``.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
@@ -66,8 +65,8 @@ def locked(folder: Path, option: str = "--run") -> Iterator[None]:
 
     The message names the ``option`` that chooses another folder.
 
-    The lock is the system's, on the folder itself, so it leaves no file (as ``filelock`` would, which then keeps a killed run from
-    being resumed) and ends with the process. Without such locks (Windows, some network disks) nothing is locked.
+    The lock is the system's, on the folder itself. So it leaves no file (that of ``filelock`` can keep a killed run from being
+    resumed) and ends with the process. Without such locks (Windows, some network disks) nothing is locked.
     """
     if fcntl is None:
         yield

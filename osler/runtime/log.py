@@ -90,8 +90,8 @@ _live: list[Progress] = []  # progress lines now on a terminal, so that say() do
 class Progress:
     """Shows progress through ``total`` units of work, and the time left at the rate of the last minute. A context manager.
 
-    ``initial`` is what an earlier run has done. The first update starts the clock, because loading and compiling, which come
-    before it, are not slow work. The clock is monotonic.
+    ``initial`` is what an earlier run has done. The first update starts the clock, because loading and compiling are not slow
+    work.
     """
 
     def __init__(self, total: float, unit: str, *, label: str = "", initial: float = 0) -> None:

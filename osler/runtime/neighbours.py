@@ -7,8 +7,6 @@ threads than there are CPUs, so idle threads hold teams of their own while other
 its size, so no bit of a result changes. On other systems nothing happens. The user's own settings (``OWN_SETTINGS``) win.
 """
 
-from __future__ import annotations
-
 import os
 import sys
 import threading

@@ -4,8 +4,6 @@ Whole tensors make a checkpoint independent of the ranks and the strategy that w
 Nothing is computed, so values stay exact. All ranks must call these functions together.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 
 import torch

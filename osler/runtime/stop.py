@@ -95,7 +95,7 @@ class StopFlag:
     """While entered, the first signal sets ``requested``, and one more than half a second later raises KeyboardInterrupt.
 
     Trainers also set ``requested`` when another rank was asked; this process's first signal then is still its first. A process
-    that leaves the context after a request is about to end, so it ignores all signals from then on.
+    that leaves the context after a request ignores all signals from then on, because it ends.
     """
 
     def __init__(self) -> None:

@@ -3,8 +3,6 @@
 Fields are checked as they are read. A file in another schema is refused by file, line and field, and never gives a smaller exam.
 """
 
-from __future__ import annotations
-
 import hashlib
 import logging
 import re

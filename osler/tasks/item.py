@@ -5,8 +5,6 @@ gives the options a new order on every visit, because with a fixed order a polic
 Items whose options refer to each other ("All of the above", "A and C") keep their order, which is part of their meaning.
 """
 
-from __future__ import annotations
-
 import hashlib
 import re
 import unicodedata

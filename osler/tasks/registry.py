@@ -1,7 +1,5 @@
 """The exams that Osler knows: the clinic's (a synthetic test bench, not medical advice) and those in files."""
 
-from __future__ import annotations
-
 from typing import Annotated, Any, Literal
 
 from osler.clinic.exam import ClinicItem, drills, exam

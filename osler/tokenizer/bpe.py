@@ -109,7 +109,6 @@ class Tokenizer:
         """Learn byte-level BPE merges from `texts`; the same texts in the same order give the same tokenizer.
 
         `vocab_size` counts the special tokens (which come first) and the 256 bytes; little text may yield fewer tokens.
-        Pieces of more than `LONGEST_TRAINED_CHARS` are cut. Signals wait until the end; see `train`.
         """
         if vocab_size < (smallest := 256 + len(specials)):
             needed = f"the 256 bytes and {len(specials)} special tokens need at least {smallest}"
@@ -143,7 +142,7 @@ class Tokenizer:
     def fingerprint(self) -> str:
         """Return 16 hex digits over what decides the ids: vocabulary, merges, added tokens, normaliser, pre-tokeniser.
 
-        Options that are off are left out, so that a library version that writes a new one does not change it.
+        Options that are off are left out, because a newer library may write more of them.
         """
         content: dict[str, Any] = json.loads(self._backend.to_str())
         model = {key: value for key, value in content["model"].items() if value not in (None, False, "")}

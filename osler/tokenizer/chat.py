@@ -7,8 +7,6 @@ The loss mask is 1 after the prompt, which ends with the token that the model co
 so a prompt has the same ids in training and in generation, and text cannot forge a marker (`bpe.py`).
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -28,8 +26,8 @@ class Turn:
 class Completion:
     """The text that a model produced after the prompt, in parts.
 
-    `answer` is None if the model did not reach it, `finished` is whether the text ended with ``<|endoftext|>``, and
-    `well_formed` whether it follows the template exactly: each marker once, nothing after the end.
+    `answer` is None if the model did not reach it, `finished` is whether it wrote ``<|endoftext|>``, and `well_formed` whether it
+    follows the template exactly.
     """
 
     thinking: str
@@ -58,10 +56,10 @@ def encode_examples(tokenizer: Tokenizer, turns: Sequence[Turn]) -> list[tuple[l
 
 
 def parse_completion(tokenizer: Tokenizer, ids: Sequence[int], *, reasoning: bool = True) -> Completion:
-    """Read the ids that followed a prompt, well-formed or not.
+    """Read the ids that followed a prompt, well-formed or not; without `reasoning` they begin with the answer.
 
-    The thinking ends at the first ``<|answer|>``, the answer at the next special token, and nothing counts after the first
-    ``<|endoftext|>``. Without `reasoning` in the prompt the ids begin with the answer.
+    The thinking ends at the first ``<|answer|>``, the answer at the next special token, and nothing counts after
+    ``<|endoftext|>``.
     """
     ids = list(ids)
     eos_id, answer_id = tokenizer.eos_id, tokenizer.special_id(ANSWER)

@@ -1,7 +1,5 @@
 """Which tokenizer a run uses. Torch-free."""
 
-from __future__ import annotations
-
 from typing import Annotated, Literal
 
 from osler.config.schema import TAGGED, Ge, Le, PositiveInt, config

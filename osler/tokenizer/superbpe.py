@@ -6,8 +6,6 @@ refused, with the merges that use it, if it has more than four words, ends in a 
 prompt such as "Answer:" would get other tokens than the same words followed by an answer.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -34,8 +32,7 @@ _BATCH = 32  # parts
 def train(texts: Iterable[str], vocab_size: int, transition: int) -> Tokenizer:
     """Learn `transition` tokens of BPE (see `Tokenizer.train`), and then superwords up to `vocab_size`.
 
-    The same texts in the same order give the same tokenizer; little text may yield fewer tokens. Raises UserError for a
-    `transition` that is too small.
+    The same texts give the same tokenizer; little text may yield fewer tokens. Raises UserError for too small a `transition`.
     """
     texts = list(texts)
     content = json.loads(Tokenizer.train(texts, transition).to_bytes())

@@ -1,7 +1,5 @@
 """Training a tokenizer of either type, in a child process if it takes long, so that a signal stops it at once."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess
@@ -20,8 +18,8 @@ SHORT_BYTES = 1_000_000  # of text that trains faster than a child process start
 def train(texts: Iterable[str], wanted: BPEConfig | SuperBPEConfig) -> Tokenizer:
     """Train a tokenizer as a config describes it, and raise KeyboardInterrupt as soon as a signal asks for it.
 
-    The library trains in one call of seconds or minutes, during which Python handles no signal. Unless the text is short, this
-    happens in a child process, which a signal to the parent kills. The tokenizer is the same to the byte.
+    The library trains in one call of seconds or minutes, during which Python handles no signal. So, unless the text is short, a
+    child process does it, which a signal to the parent kills. The tokenizer is the same to the byte.
     """
     sizes = [wanted.vocab_size, *([wanted.bpe_size] if isinstance(wanted, SuperBPEConfig) else [])]
     with tempfile.TemporaryFile() as lines:
