@@ -1,7 +1,5 @@
 """Recipes of runs that train in about a second, and runs to start from, for the tests of training and of faults."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal

@@ -1,7 +1,5 @@
 """The clinic's exam: balanced, deterministic, disjoint between splits, with fair distractors, and short."""
 
-from __future__ import annotations
-
 import hashlib
 from collections import Counter
 from itertools import combinations

@@ -1,7 +1,5 @@
 """The clinic's facts and splits: findings that discriminate, answers that are never arguable, complete and disjoint parts."""
 
-from __future__ import annotations
-
 from collections import Counter
 from itertools import combinations
 

@@ -1,7 +1,5 @@
 """The clinic's textbook: complete, varied, deterministic, and silent about held-out combinations."""
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 

@@ -1,7 +1,5 @@
 """`osler eval` from the command line to the printed table and the run folder's exams.json, on models trained for seconds."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

@@ -1,7 +1,5 @@
 """Exams scored end to end: a real tokenizer, a real small model that has learnt its answers, the real engine."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Bits per byte: every token once, and the same number as the formula written out."""
 
-from __future__ import annotations
-
 from math import log
 
 import pytest

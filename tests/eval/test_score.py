@@ -1,7 +1,5 @@
 """What a score reports, how two scores compare, and intervals against published values and simulation."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path

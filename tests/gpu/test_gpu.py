@@ -1,7 +1,5 @@
 """On a CUDA device: the same model and loss as on the CPU, and a training step without waiting for the device."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -1,7 +1,5 @@
 """Chat and generate as a person meets them: what is asked, streamed, printed, interrupted and left."""
 
-from __future__ import annotations
-
 import io
 import signal
 import sys

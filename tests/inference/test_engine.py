@@ -1,7 +1,5 @@
 """The engine against the plain loop that recomputes every prefix, and against itself in every other batch."""
 
-from __future__ import annotations
-
 import gc
 from dataclasses import replace
 from typing import Any

@@ -1,7 +1,5 @@
 """The model and its decoding against an independent implementation, compiled against plain, its start against its table."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """The fast form of attention against the plain formula: values and gradients, grouped heads, masks."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -1,7 +1,5 @@
 """The chunked loss and log-probabilities against the plain formula: values, gradients, padding, memory, compilation."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from hypothesis import given, settings

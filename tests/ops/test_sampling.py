@@ -1,7 +1,5 @@
 """Drawing tokens: the random numbers, the distribution, and what top-k and top-p leave to draw from."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

@@ -1,7 +1,5 @@
 """Stochastic rounding is right on average, AdamW with it is torch's and learns, and micro-batches are summed in fp32."""
 
-from __future__ import annotations
-
 from contextlib import contextmanager
 
 import pytest

@@ -1,7 +1,5 @@
 """Muon against a slow reference in float64 and against torch's, stack by stack; and the AdamW inside of it."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

@@ -1,7 +1,5 @@
 """Schedules at round numbers, parameters in groups, and what every optimizer promises about skipped steps and resume."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from hypothesis import given

@@ -1,7 +1,5 @@
 """Recomputation changes memory and nothing else: the same gradients, names and evaluation, eager and compiled."""
 
-from __future__ import annotations
-
 from copy import deepcopy
 
 import pytest

@@ -1,7 +1,5 @@
 """Whether compiling works is tried; of many shapes few stay compiled, none compiles twice in a row, and all compute the same."""
 
-from __future__ import annotations
-
 import functools
 import os
 import subprocess

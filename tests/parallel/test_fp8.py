@@ -1,7 +1,5 @@
 """FP8 projections by emulation: the arithmetic against its definition, what stays ordinary, what is refused; and it trains."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest

@@ -1,7 +1,5 @@
 """The probes give answers that hold on any machine; mapped files are no memory that the process holds."""
 
-from __future__ import annotations
-
 import mmap
 import os
 import sys

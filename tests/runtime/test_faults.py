@@ -1,7 +1,5 @@
 """The fault hook strikes where and when it is told to, once, and not otherwise."""
 
-from __future__ import annotations
-
 import errno
 import signal
 

@@ -1,7 +1,5 @@
 """Files are whole or absent; hashes and fingerprints name their content; a run folder has one layout."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 

@@ -1,7 +1,5 @@
 """Progress: one redrawn line on a terminal, rare plain lines elsewhere, honest estimates, and no way to end a run."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import os

@@ -1,7 +1,5 @@
 """Other work on the CPUs is seen; OpenMP then has more threads than CPUs, and results stay the same to the bit."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """What counts as one request to stop, and what as a second; what a process that leaves still hears."""
 
-from __future__ import annotations
-
 import signal
 
 import pytest

@@ -1,7 +1,5 @@
 """A command whose standard streams are closed, full or unreadable says so in a line, or nothing; never with a traceback."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

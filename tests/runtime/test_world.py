@@ -1,7 +1,5 @@
 """Who a process is by its environment; how ranks agree is tested with real ranks in tests/distributed."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 import torch.distributed as dist

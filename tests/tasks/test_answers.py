@@ -1,7 +1,5 @@
 """How an answer is read: every form has a row, and what is not sure is not read. The exam and the rewards read alike."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from decimal import Decimal
 

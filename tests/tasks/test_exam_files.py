@@ -1,7 +1,5 @@
 """Exams: good files load whole, broken ones are refused by file, line and field, the clinic's items stay what they are."""
 
-from __future__ import annotations
-
 import gzip
 import json
 from collections import Counter

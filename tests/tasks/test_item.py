@@ -1,7 +1,5 @@
 """How an item is shown, and when two items are the same question."""
 
-from __future__ import annotations
-
 import unicodedata
 from collections import Counter
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Rewards: what earns, what does not, and that form never pays by itself."""
 
-from __future__ import annotations
-
 import pytest
 
 from osler.tasks.item import ExamItem
