@@ -14,7 +14,16 @@ HoldoutFraction = Annotated[float, Ge(0), Lt(1)]
 
 
 @config
-class Source:
+class Preparation:
+    """How data are prepared for a run; of a mixture, for all of its sources together."""
+
+    streaming: bool = False  # train on what is prepared while the rest is being prepared
+    # with streaming: size of the shards that are kept at a time; null: all. Sources that do not fit are then read once at most
+    disk_budget_gb: PositiveFloat | None = None
+
+
+@config
+class Source(Preparation):
     """What every source of data has."""
 
     name: str = ""  # for metrics and messages; empty: of the clinic or of the path
@@ -71,7 +80,7 @@ class TurnsData(Source):
 
 
 @config
-class MixtureData:
+class MixtureData(Preparation):
     """Several sources, each with its share of the tokens of a run."""
 
     type: Literal["mixture"] = "mixture"
@@ -84,6 +93,8 @@ class MixtureData:
         for title in titles:
             if titles.count(title) > 1:
                 raise ValueError(f"two sources are named {title}; give one of them another `name`")
+        if any(source.streaming or source.disk_budget_gb is not None for source in self.sources):
+            raise ValueError("streaming and disk_budget_gb are of the mixture and not of one of its sources: set data.streaming")
         Mixture([source.weight for source in self.sources])
 
 

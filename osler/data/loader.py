@@ -140,10 +140,10 @@ class StagedLoader:
         return WorkAhead(batch, self.loaders[0].workers, start_step)
 
     @property
-    def shards(self) -> list[ShardSet]:
+    def sources(self) -> dict[str, ShardSet]:
         """Return the training data of each source."""
         packing = cast(MixedPacking, self.loaders[0].packing)
-        return [part.order.shards for part in packing.packings.values()]
+        return {name: part.order.shards for name, part in packing.packings.items()}
 
     def packing(self, span: Span, skipped_tokens: int = 0) -> MixedPacking:
         """Return the packing of a stage, in which each source begins later by its share of the skipped tokens.

@@ -78,6 +78,11 @@ class Order:
             return self.locate(token)
         return divmod(token, self.shards.num_tokens)
 
+    def first_shard(self, token: int) -> int:
+        """Return the first shard that is needed from a token of the first epoch on, apart from later epochs."""
+        epoch = self.epoch(0)
+        return int(epoch.borders[np.searchsorted(epoch.ends, token, side="right")])
+
     def pieces(self, epoch: int, token: int) -> Iterator[tuple[int, int]]:
         """Yield the documents from a token of an epoch to the end of that epoch, each with the token of it to start at.
 

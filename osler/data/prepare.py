@@ -289,7 +289,8 @@ def _write(
     write_json(out / DATA_MANIFEST, manifest)
     write_atomic(out / TOKENIZER, tokenizer.to_bytes())
     size = sum(part.num_bytes for stream in (*sets, *sources) for part in stream.corpus.parts)
-    work = _Work(tokenizer, process_count(size) if processes is None else processes, before_shard)
+    write_manifest = partial(write_json, out / DATA_MANIFEST, manifest)
+    work = _Work(tokenizer, process_count(size) if processes is None else processes, before_shard, write_manifest)
     with Progress(size, "bytes", label="Preparing") as work.progress:
         work.run(sets, lambda stream, keys: {SPLITS[1]: np.ones(len(keys), bool)})
         keys = np.sort(np.concatenate([np.zeros(0, np.uint64), *(read_keys(stream.folder) for stream in sets)]))
@@ -318,8 +319,11 @@ def _choose(stream: _Stream, keys: Keys, held: HeldOut) -> Choice:
 class _Work:
     """Tokenises corpora and writes them."""
 
-    def __init__(self, tokenizer: Tokenizer, processes: int, before_shard: Callable[[], None]) -> None:
-        self.tokenizer, self.processes, self.before_shard = tokenizer, processes, before_shard
+    def __init__(
+        self, tokenizer: Tokenizer, processes: int, before_shard: Callable[[], None], write_manifest: Callable[[], None]
+    ) -> None:
+        self.tokenizer, self.processes = tokenizer, processes
+        self.before_shard, self.write_manifest = before_shard, write_manifest
         self.progress: Progress
         self.losses = Losses()
         self.digests: dict[int, str] = {}  # of the content of finished streams
@@ -362,6 +366,7 @@ class _Work:
         self.digests[id(stream)] = writer.digest()
         for name, count in found.items():
             entry[name] = entry.get(name, 0) + count
+        self.write_manifest()  # a run that reads along may go round again, or evaluate
 
 
 def _in_turns(streams: Sequence[_Stream], begun: Sequence[int]) -> Iterator[Task]:

@@ -6,9 +6,10 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from osler.data.shard_set import ShardSet
-from osler.data.shards import SPLITS, TOKENIZER, VALIDATION_PREFIX, data_fingerprint, read_data_manifest
+from osler.data.shard_set import ShardSet, fingerprint_of
+from osler.data.shards import SPLITS, TOKENIZER, VALIDATION_PREFIX, read_data_manifest
 from osler.runtime.errors import UserError
 from osler.tokenizer.bpe import Tokenizer
 
@@ -46,6 +47,11 @@ class Prepared:
         return all(shards.is_complete for shards in (*self.train, *self.validation))
 
     @property
+    def size(self) -> str:
+        """Return how much training data there is, in words."""
+        return f"{self.num_tokens:,} tokens of data" + ("" if self.is_complete else " so far")
+
+    @property
     def train(self) -> list[ShardSet]:
         """Return the training data of each source."""
         return [source.train for source in self.sources]
@@ -62,9 +68,14 @@ class Prepared:
         return self.named_validation or held_out
 
 
-def open_folder(out: Path, *, reused: bool = True) -> Prepared:
-    """Open a folder of shards and log what is in it; raises UserError when something is missing or torn."""
+def open_folder(out: Path, *, reused: bool = True, growing: bool = False) -> Prepared:
+    """Open a folder of shards and log what is in it, or with `growing` one that is being prepared.
+
+    Raises UserError when something is missing or torn.
+    """
     manifest = read_data_manifest(out)
+    if growing and not manifest["complete"]:
+        return _open_growing(out, manifest)
     if not manifest["complete"]:
         raise UserError(f"The data in {out} are not complete: the command that began to prepare them goes on with it.")
     sources = []
@@ -80,16 +91,32 @@ def open_folder(out: Path, *, reused: bool = True) -> Prepared:
         place = out if len(manifest["sources"]) == 1 else out / name
         logger.info(f"{verb} {place}: {train.num_documents:,} documents, {train.num_tokens:,} tokens{held}{empty}{copies}")
     named = {name: ShardSet.open(out, f"{VALIDATION_PREFIX}{name}", SPLITS[1]) for name in manifest["validation"]}
-    return Prepared(out, sources, named, data_fingerprint(manifest), reused)
+    return Prepared(out, sources, named, fingerprint_of([source.train for source in sources]), reused)
 
 
-def open_prepared(folder: str | Path, tokenizer: Tokenizer, whose: str = "of the run") -> Prepared:
+def _open_growing(out: Path, manifest: Mapping[str, Any]) -> Prepared:
+    """Open a folder that is being prepared."""
+    sources = []
+    for name, entry in manifest["sources"].items():
+        holds_out = entry["content"]["validation"] is not None or entry["content"]["holdout_fraction"] > 0
+        train, validation = (ShardSet.open(out, name, split, growing=True) for split in SPLITS)
+        sources.append(PreparedSource(name, entry["weight"], train, validation if holds_out else None))
+    named = {
+        name: ShardSet.open(out, f"{VALIDATION_PREFIX}{name}", SPLITS[1], growing=True) for name in manifest["validation"]
+    }
+    found = fingerprint_of([source.train for source in sources])
+    return Prepared(out, sources, named, found, reused=any(source.train.num_shards for source in sources))
+
+
+def open_prepared(
+    folder: str | Path, tokenizer: Tokenizer, whose: str = "of the run", *, growing: bool = False
+) -> Prepared:
     """Open a folder that `prepare` made; raises UserError when it is missing, torn, or of another tokenizer.
 
-    The message says ``whose`` the given tokenizer is.
+    The message says ``whose`` the given tokenizer is. With ``growing`` the folder may be one that is being prepared.
     """
     _refuse_other_tokenizer(folder, tokenizer, whose)
-    return open_folder(Path(folder))
+    return open_folder(Path(folder), growing=growing)
 
 
 def tokenizer_of_shards(folder: str | Path, given: str | None = None) -> Tokenizer:

@@ -6,7 +6,8 @@ import bisect
 import copy
 import functools
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -14,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from osler.data.shards import (
+    DATA_MANIFEST,
     INDEX,
     NO_SHARDS,
     RECORD,
@@ -28,7 +30,7 @@ from osler.data.shards import (
     token_dtype,
 )
 from osler.runtime.errors import UserError
-from osler.runtime.files import sha256_file, write_atomic
+from osler.runtime.files import fingerprint, read_json, sha256_file, write_atomic
 
 OPEN_SHARDS = 128  # memory maps that are kept open
 SIZES_CHECKED = 4096  # shards, whose files' sizes are checked when a split is opened: a second of work on a slow disk
@@ -44,6 +46,46 @@ class Growth(Protocol):
 
     def is_finished(self) -> bool:
         """Return whether nothing more will be written; raises UserError when the preparation ended before that."""
+
+
+def identity_of(path: Path) -> tuple[int, int] | None:
+    """Return what changes whenever a file is written anew; None when there is none."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_ino, found.st_mtime_ns
+
+
+@functools.lru_cache(4)
+def _manifest(path: Path, identity: tuple[int, int]) -> dict[str, Any]:
+    return dict(read_json(path))
+
+
+def is_finished(folder: Path, source: str = "", split: str = "") -> bool:
+    """Return whether everything in a folder is prepared, or this split of a source."""
+    path = folder / DATA_MANIFEST
+    identity = identity_of(path)
+    if identity is None:
+        return False
+    manifest = _manifest(path, identity)
+    if manifest["complete"] or not source:
+        return bool(manifest["complete"])
+    named = manifest["validation"].get(source.removeprefix(VALIDATION_PREFIX), {})
+    return split in manifest["sources"].get(source, named).get("splits", {})
+
+
+@dataclass(frozen=True)
+class SplitGrowth:
+    """What readers know of a split that is being prepared; the folder of a validation set counts as that of a source."""
+
+    folder: Path
+    source: str
+    split: str
+
+    def is_finished(self) -> bool:
+        """Return whether nothing more will be written; whether somebody is writing is for `Preparer.check` to say."""
+        return is_finished(self.folder, self.source, self.split)
 
 
 class _Index(NamedTuple):
@@ -80,18 +122,26 @@ class ShardSet:
             self._check_size(number)
 
     @classmethod
-    def open(cls, path: str | Path, source: str, split: str) -> ShardSet:
-        """Open a split of a source in a prepared folder; `verify` checks its bytes.
+    def open(cls, path: str | Path, source: str, split: str, *, growing: bool = False) -> ShardSet:
+        """Open a split of a source in a prepared folder, or with `growing` one that is being prepared.
 
-        Raises UserError when the folder or a file is missing, or a file has the wrong size.
+        `verify` checks its bytes. Raises UserError when the folder or a file is missing, or a file has the wrong size.
         """
         manifest = read_data_manifest(path)
         names = ("vocab_size", "tokenizer_fingerprint", "eos_id")
-        shards = cls(Path(path) / source / split, **{name: manifest[name] for name in names})
+        growth = SplitGrowth(Path(path), source, split) if growing and not is_finished(Path(path), source, split) else None
+        shards = cls(Path(path) / source / split, **{name: manifest[name] for name in names}, growth=growth)
+        if growth is not None:
+            return shards
         entry = manifest["sources"].get(source) or manifest["validation"][source.removeprefix(VALIDATION_PREFIX)]
         if shards.fingerprint != entry["splits"][split]["fingerprint"]:
             raise UserError(f"{shards.folder / INDEX} is not the one that the manifest describes; prepare the data again.")
         return shards
+
+    @property
+    def token_bytes(self) -> int:
+        """The bytes of a token on the disk."""
+        return self._dtype.itemsize
 
     @property
     def is_complete(self) -> bool:
@@ -208,11 +258,11 @@ class ShardSet:
 
     def verify(self) -> list[str]:
         """Hash every file and return one sentence for each that is missing or changed."""
-        problems, fingerprint = [], NO_SHARDS
+        problems, chain = [], NO_SHARDS
         evicted = num_evicted(self.folder)
         for number in range(self.num_shards):
-            path, fingerprint = self.folder / shard_name(number), chained(fingerprint, self._index.records[number])
-            if fingerprint != self.fingerprint_up_to(number + 1):
+            path, chain = self.folder / shard_name(number), chained(chain, self._index.records[number])
+            if chain != self.fingerprint_up_to(number + 1):
                 return [f"{self.folder / INDEX} has changed since it was written, from the record of {path.name} on."]
             if number < evicted:
                 continue
@@ -293,3 +343,27 @@ def evict(folder: Path, num_shards: int) -> None:
     for path in folder.glob(shard_name(0).replace("0", "?")):
         if path.name < shard_name(num_shards):
             path.unlink(missing_ok=True)
+
+
+def fingerprint_of(shards: Sequence[ShardSet]) -> str:
+    """Return what identifies the training data of the sources of a run, in their order.
+
+    While sources are being prepared, it tells which of their shards there are.
+    """
+    if not all(part.is_complete for part in shards):
+        return ",".join(f"{part.fingerprint}@{part.num_shards}" for part in shards)
+    found = [part.fingerprint for part in shards]
+    return found[0] if len(found) == 1 else fingerprint(found)
+
+
+def go_on_from(shards: Sequence[ShardSet], recorded: str) -> bool:
+    """Return whether data are those that `fingerprint_of` identified once, or have gone on from them.
+
+    Raises NotPreparedYet while shards that tell are missing, because the data are being prepared again.
+    """
+    if "@" not in recorded:
+        return recorded == fingerprint_of(shards)
+    known = [entry.split("@") for entry in recorded.split(",")]
+    if len(known) != len(shards):
+        return False
+    return all(part.head(int(count)).fingerprint == found for part, (found, count) in zip(shards, known, strict=True))

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +23,7 @@ import numpy.typing as npt
 
 from osler.runtime.errors import UserError
 from osler.runtime.faults import fault
-from osler.runtime.files import fingerprint, fsync_dir, no_pause, open_durable, read_json
+from osler.runtime.files import fsync_dir, no_pause, open_durable, read_json
 
 FORMAT_VERSION = 3
 DATA_MANIFEST = "manifest.json"
@@ -148,12 +148,6 @@ def read_data_manifest(path: str | Path) -> dict[str, Any]:
     if version != FORMAT_VERSION:
         raise UserError(f"{file} has format {version}, this version of Osler reads {FORMAT_VERSION}; prepare the data again.")
     return dict(manifest)
-
-
-def data_fingerprint(manifest: Mapping[str, Any]) -> str:
-    """Return what identifies the training data of all sources of a prepared folder, in their order."""
-    found = [entry["splits"]["train"]["fingerprint"] for entry in manifest["sources"].values()]
-    return str(found[0]) if len(found) == 1 else fingerprint(found)
 
 
 def _last_record(path: Path) -> tuple[int, npt.NDArray[Any]]:

@@ -104,12 +104,12 @@ def _count_of_empty(documents: Iterable[Document]) -> int | None:
 
 
 def prepare_sources(
-    data: TextData, tokenizer: Tokenizer, out: str | Path, *, consent: str | None = "", processes: int | None = None
+    data: TextData, tokenizer: Tokenizer, out: str | Path, *, consent: str | None = "", **options: Any
 ) -> Prepared:
-    """Prepare the data of a config into the folder `out`; see `osler.data.prepare.prepare`."""
+    """Prepare the data of a config into the folder `out`; see `osler.data.prepare.prepare`, also for the options."""
     check_sources(data)
     weights = [source.weight for source in sources_of(data).values()]
-    return prepare(open_corpora(data), tokenizer, out, weights=weights, consent=consent, processes=processes)
+    return prepare(open_corpora(data), tokenizer, out, weights=weights, consent=consent, **options)
 
 
 def train_tokenizer(data: TextData, wanted: BPEConfig | SuperBPEConfig) -> Tokenizer:

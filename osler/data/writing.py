@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from osler.data.shards import FIRST_SHARD_TOKENS, SHARD_TOKENS, ShardWriter
+from osler.data.shards import FIRST_SHARD_TOKENS, SHARD_TOKENS, SPLITS, ShardWriter
 from osler.data.tokenise import EMPTY, PartEnd, Piece
 from osler.files.parts import Part
 from osler.runtime.faults import fault
@@ -131,6 +131,14 @@ def journal_of(folder: Path, splits: Sequence[str]) -> Path:
 def digests(journal: Path) -> Iterator[str]:
     """Yield the digests of the parts in a journal."""
     return (line["digest"] for line, _ in _lines(journal))
+
+
+def bytes_read(folder: Path) -> int:
+    """Return how many bytes of its files were read for the training data in the folder of a source."""
+    last = 0
+    for line, _ in _lines(journal_of(folder, SPLITS[:1])):
+        last = int(line["counts"]["bytes"])
+    return last
 
 
 def read_keys(folder: Path) -> npt.NDArray[np.uint64]:

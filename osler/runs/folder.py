@@ -28,6 +28,7 @@ MOST_NAMED = 5  # differences between two configs that an error spells out
 GIVEN_ANEW = (
     "parallel", "loader_workers", "micro_batch_tokens", "recompute", "checkpoint.in_background", "monitor",
     "allow_data_change", "preflight",  # permissions for one start
+    "data.streaming", "data.disk_budget_gb",  # the batches are the same
 )  # fmt: skip
 # Paths of files may change too. Their contents may not, which the fingerprints of shards and checkpoints ensure.
 PLACES = re.compile(r"(.*\.)?data\.path|tasks\[\d+\]\.task\.path")

@@ -94,6 +94,10 @@ class Trainer(ABC):
             return False
         return self.done or self.position // every > self.position_at(self.step - 1) // every
 
+    def fingerprints(self) -> dict[str, str]:
+        """Return what identifies tokenizer and data in a checkpoint."""
+        return dict(self.run.fingerprints)
+
     def settings(self) -> RunSettings:
         """Return the settings that the alert rules need."""
         config = self.config
@@ -251,7 +255,7 @@ class Loop:
             "tokens": trainer.tokens,
             **trainer.state(),  # must be evaluated first: it passes the latest losses to ``incidents``
             "incidents": self.incidents.checkpointed(trainer.step),
-            "fingerprints": dict(self.run.fingerprints),
+            "fingerprints": trainer.fingerprints(),
             "optimizer": optimizer_state,
         }
         save = partial(

@@ -14,6 +14,7 @@ from osler.data.config import (
     FilesData,
     MixtureData,
     PreparedData,
+    TextData,
     TurnsData,
     sources_of,
     wrong_weights,
@@ -113,10 +114,22 @@ class TrainConfig(RunConfig):
                 f"set model.vocab_size={self.tokenizer.vocab_size}"
                 + (f", or tokenizer.vocab_size={self.model.vocab_size}" if self.model.vocab_size >= SMALLEST_VOCABULARY else "")
             )
+        if not isinstance(self.data, PreparedData):
+            self._check_streaming(self.data)
         if self.precision == "pure-bf16" and self.optim.type != "adamw":
             raise ValueError(
                 f"precision=pure-bf16 rounds inside its own AdamW; with optim.type={self.optim.type} use precision=bf16"
             )
+
+    def _check_streaming(self, data: TextData) -> None:
+        if data.streaming and self.kind == "sft" and self.packs_whole and self.too_long == "refuse":
+            raise ValueError(
+                "data.streaming begins before all examples are known, so it cannot refuse those that are too long: set "
+                "too_long=drop, or data.streaming=false"
+            )
+        if data.disk_budget_gb is not None and (not data.streaming or self.packs_whole):
+            needed = "packing=stream" if data.streaming else "data.streaming=true"
+            raise ValueError(f"data.disk_budget_gb deletes shards that training has done with, which takes {needed}")
 
     @property
     def packs_whole(self) -> bool:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing, nullcontext
 from pathlib import Path
 
 import torch
 
 from osler.checkpoint import store
 from osler.data.config import ClinicData, PreparedData, sources_of
+from osler.data.loader import StagedLoader
 from osler.data.prepared import open_prepared
+from osler.data.preparer import Preparer
 from osler.data.shard_set import ShardSet
-from osler.data.stream import wait_together
+from osler.data.stream import DiskBudget, untended, wait_together
 from osler.eval.exams import greedy, shared_exam
 from osler.eval.likelihood import measure
 from osler.inference.engine import InferenceEngine
@@ -44,7 +47,7 @@ from osler.train.setup import (
     pass_tokens,
     tell_of_repeats,
 )
-from osler.train.shards import check_data, prepare_run, shards_of
+from osler.train.shards import check_data, fingerprints_of, prepare_run, shards_of, streams
 from osler.train.trainer import SupervisedTrainer
 
 logger = logging.getLogger(__name__)
@@ -84,20 +87,22 @@ def train(config: TrainConfig, folder: RunFolder, world: World | None = None) ->
     )
     fill()
     del fill  # and what it loaded
-    prepared = prepare_run(config, folder, tokenizer, checkpoint, model.config) if world.is_first else None
+    prepared, preparer = prepare_run(config, folder, tokenizer, checkpoint, model.config) if world.is_first else (None, None)
     world.barrier()  # what rank 0 wrote, the others read
-    prepared = prepared or open_prepared(shards_of(config, folder), tokenizer)
+    prepared = prepared or open_prepared(shards_of(config, folder), tokenizer, growing=streams(config))
     optimizer = build_optimizer(model, config.optim, seed=config.seed, process_group=world.group)
     loader = make_loader(config, prepared, world, pin_memory=machine.device.type == "cuda")
     run.describe(machine, model.config, tokenizer)
-    run.fingerprints = {"tokenizer": tokenizer.fingerprint, "data": prepared.fingerprint}
+    run.fingerprints = fingerprints_of(prepared, tokenizer, checkpoint)
+    tend = tending(config, folder, preparer, loader)
     trainer = SupervisedTrainer(
         config,
         run,
         Learner(model, optimizer, engine, config.clip_norm),
         loader,
-        held_out=held_out_loss(config, model, prepared.validation, machine.eager_dtype, engine),
+        held_out=held_out_loss(config, model, prepared.validation, machine.eager_dtype, engine, tend),
         exam=exam_probe(exam, model, tokenizer, machine.eager_dtype, engine),
+        tend=tend,
     )
     if checkpoint is not None:
         loop = resume(trainer, start, checkpoint)
@@ -108,11 +113,31 @@ def train(config: TrainConfig, folder: RunFolder, world: World | None = None) ->
         warn_of_plan(config)
         tell_of_repeats(config, prepared, trainer.consumed)
         logger.info(
-            f"{config.kind}: {model.config.num_parameters:,} parameters, {prepared.num_tokens:,} tokens of data, "
+            f"{config.kind}: {model.config.num_parameters:,} parameters, {prepared.size}, "
             f"{config.length} to train on; {machine.dtype} on {place_of(machine, config.parallel, world)}."
         )
     del checkpoint  # its weights and moments were copied; do not keep a second set in memory while training
-    return loop.fit()
+    with closing(preparer) if preparer is not None else nullcontext():
+        return loop.fit()
+
+
+def tending(
+    config: TrainConfig, folder: RunFolder, preparer: Preparer | None, loader: StagedLoader
+) -> Callable[[float], None]:
+    """Return what looks after the preparation of a stream, if this process does: see ``wait_together``."""
+    if preparer is None or isinstance(config.data, PreparedData):
+        return untended
+    if config.data.disk_budget_gb is None:
+        return lambda waited: preparer.check()
+    keep_last, total = config.checkpoint.keep_last, config.total_tokens
+    gigabytes = config.data.disk_budget_gb
+    budget = DiskBudget(preparer.folder, gigabytes, loader, folder.checkpoints, keep_last=keep_last, total_tokens=total)
+
+    def tend(waited: float) -> None:
+        preparer.check()
+        budget.make_room(waited)
+
+    return tend
 
 
 def default_name(config: TrainConfig) -> str:
@@ -137,12 +162,17 @@ def warn_of_plan(config: TrainConfig) -> None:
 
 
 def held_out_loss(
-    config: TrainConfig, model: Transformer, held_out: Sequence[ShardSet], dtype: torch.dtype, engine: ParallelEngine
+    config: TrainConfig,
+    model: Transformer,
+    held_out: Sequence[ShardSet],
+    dtype: torch.dtype,
+    engine: ParallelEngine,
+    tend: Callable[[float], None] = untended,
 ) -> Callable[[], dict[str, float]]:
     """Return a function that measures the held-out loss, and for text its bits per byte. The ranks share the batches."""
 
     def evaluate() -> dict[str, float]:
-        read = wait_together(lambda: heads(held_out), engine.world, "The evaluation")
+        read = wait_together(lambda: heads(held_out), engine.world, "The evaluation", tend)
         if not read:
             return {}
         num_bytes = sum(shards.num_bytes for shards in read)

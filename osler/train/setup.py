@@ -12,12 +12,15 @@ import torch
 
 from osler.checkpoint import store
 from osler.config.schema import decode
-from osler.data.config import PreparedData, sources_of
+from osler.data.config import PreparedData, TextData, sources_of
 from osler.data.consumed import ConsumedData
 from osler.data.curriculum import rows_per_micro_batch
 from osler.data.loader import check_shares
+from osler.data.order import WINDOW_SHARDS
 from osler.data.packing import torn_lengths
 from osler.data.prepared import Prepared, tokenizer_of_shards
+from osler.data.preparer import GIGABYTE
+from osler.data.shards import SHARD_TOKENS, token_dtype
 from osler.data.sources import open_corpora, train_tokenizer
 from osler.inference.load import described_model, tokenizer_of
 from osler.model.transformer import Transformer
@@ -46,6 +49,8 @@ LOOKED_AT = 64  # documents whose start is decoded again before a run begins, to
 def check_plan(config: TrainConfig, *, is_new: bool) -> None:
     """Raise UserError when something that a run needs besides data is missing: device, packages, tokenizer, trackers."""
     device = pick_device(config.device)
+    if not isinstance(config.data, PreparedData):
+        check_disk_budget(config, config.data)
     if config.precision == "fp8":
         float8_linear(device.type != "cuda")
     if isinstance(config.parallel, DeepSpeedConfig):
@@ -55,6 +60,21 @@ def check_plan(config: TrainConfig, *, is_new: bool) -> None:
         if not isinstance(config.data, PreparedData):
             for corpus in open_corpora(config.data).values():
                 RoundTrip(tokenizer).look(part for document in islice(corpus.documents(), LOOKED_AT) for part in document.parts)
+
+
+def check_disk_budget(config: TrainConfig, data: TextData) -> None:
+    """Raise UserError when a budget of disk cannot hold what a run needs at once."""
+    if data.disk_budget_gb is None:
+        return
+    sources, checkpoint = len(sources_of(data)), config.checkpoint
+    kept = (checkpoint.keep_last + 1) * checkpoint.every_tokens  # between the oldest checkpoint and the step
+    tokens = min(2 * config.total_tokens, kept + sources * 2 * WINDOW_SHARDS * SHARD_TOKENS) + sources * SHARD_TOKENS
+    least = tokens * token_dtype(config.model.vocab_size).itemsize / GIGABYTE
+    if data.disk_budget_gb < least:
+        raise UserError(
+            f"data.disk_budget_gb={data.disk_budget_gb:g} is too small: what lies between the oldest of "
+            f"checkpoint.keep_last={checkpoint.keep_last} checkpoints and two windows of shards ahead takes up to {least:.3g} GB."
+        )
 
 
 def check_branch(config: TrainConfig, start: store.Loaded) -> None:
@@ -186,7 +206,7 @@ def check_lengths(config: TrainConfig, prepared: Prepared, max_seq_len: int) -> 
 
     ``max_seq_len`` is the model's. Raises UserError also when a split would be left empty.
     """
-    if config.kind != "sft" or not config.packs_whole:
+    if config.kind != "sft" or not config.packs_whole or not prepared.is_complete:
         return
     splits = [*prepared.train, *prepared.validation]
     torn = [torn_lengths(shards, config.seq_len) for shards in splits]

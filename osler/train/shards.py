@@ -10,22 +10,27 @@ import logging
 import os
 import shutil
 import uuid
+from functools import partial
 from pathlib import Path
 
 from osler.checkpoint import store
 from osler.data.config import ClinicData, PreparedData, sources_of
 from osler.data.prepared import Prepared, open_prepared, tokenizer_of_shards
-from osler.data.shards import DATA_MANIFEST, data_fingerprint, read_data_manifest
+from osler.data.preparer import Preparer
+from osler.data.shard_set import NotPreparedYet, ShardSet, go_on_from, is_finished, num_evicted
+from osler.data.shards import DATA_MANIFEST, SPLITS, read_data_manifest
 from osler.data.sources import check_sources, prepare_sources
+from osler.data.stream import wait_together
 from osler.inference.load import TOKENIZER_FILE, tokenizer_of
 from osler.model.config import ModelConfig
 from osler.runs.folder import check_fingerprints, claim, read_config, refuse_another
 from osler.runs.resume import ASIDE, same_data
 from osler.runtime.errors import UserError
 from osler.runtime.files import RunFolder, fsync_dir, write_atomic
+from osler.runtime.world import World
 from osler.tokenizer.bpe import Tokenizer
 from osler.train.config import TrainConfig
-from osler.train.setup import check_lengths
+from osler.train.setup import check_disk_budget, check_lengths
 
 logger = logging.getLogger(__name__)
 
@@ -38,22 +43,30 @@ def shards_of(config: TrainConfig, run: RunFolder) -> Path:
     return Path(config.data.path) if isinstance(config.data, PreparedData) else run.root / DATA
 
 
+def streams(config: TrainConfig) -> bool:
+    """Return whether the run may train on data that are still being prepared."""
+    return not isinstance(config.data, PreparedData) and config.data.streaming
+
+
 def prepare_run(
     config: TrainConfig, run: RunFolder, tokenizer: Tokenizer, start: store.Loaded | None, model: ModelConfig
-) -> Prepared:
+) -> tuple[Prepared, Preparer | None]:
     """Write into the run folder what every rank then reads: the shards, ``config.yaml``, the tokenizer.
 
-    ``start`` is the checkpoint that the run continues from.
+    ``start`` is the checkpoint that the run continues from. With data.streaming a process goes on writing shards, which the
+    caller closes; None when there is none.
     """
     try:
-        prepared = _open(config, run, tokenizer, start)
+        prepared, preparer = _open(config, run, tokenizer, start)
     except UserError as error:
         moved = refuse_another(run, config)
         if not moved:
             raise
         raise UserError(f"{', '.join(moved.values())}. {error}") from error
     if start is not None and not config.allow_data_change:  # with it the change is recorded when the run goes on
-        current = {"tokenizer": tokenizer.fingerprint, "data": prepared.fingerprint}
+        found = partial(fingerprints_of, prepared, tokenizer, start)
+        tend = preparer.check if preparer is not None else None
+        current = wait_together(found, World(), "The run", lambda seconds: tend() if tend else None)
         check_fingerprints(start, current)
     if prepared.reused:
         _check_bytes(prepared, run)
@@ -65,14 +78,24 @@ def prepare_run(
         if kept.exists():
             logger.warning(f"{kept} was not the tokenizer that the model is trained with; it is put back.")
         write_atomic(kept, tokenizer.to_bytes())
-    return prepared
+    return prepared, preparer
 
 
-def _open(config: TrainConfig, run: RunFolder, tokenizer: Tokenizer, start: store.Loaded | None) -> Prepared:
+def fingerprints_of(prepared: Prepared, tokenizer: Tokenizer, start: store.Loaded | None) -> dict[str, str]:
+    """Return what identifies tokenizer and data of a run; the data as in its checkpoint, where they have gone on from there."""
+    data = prepared.fingerprint
+    if start is not None and go_on_from(prepared.train, recorded := str(start.state["fingerprints"].get("data"))):
+        data = recorded
+    return {"tokenizer": tokenizer.fingerprint, "data": data}
+
+
+def _open(
+    config: TrainConfig, run: RunFolder, tokenizer: Tokenizer, start: store.Loaded | None
+) -> tuple[Prepared, Preparer | None]:
     folder, data = shards_of(config, run), config.data
     if isinstance(data, PreparedData):
         whose = "of the run" if start is not None or config.init_from is None else f"of {config.init_from}"
-        return open_prepared(data.path, tokenizer, whose)
+        return open_prepared(data.path, tokenizer, whose), None
     at_hand = shards_at_hand(config, run, start)
     if at_hand is not None and at_hand != folder:
         _take_over(at_hand, folder)
@@ -81,8 +104,16 @@ def _open(config: TrainConfig, run: RunFolder, tokenizer: Tokenizer, start: stor
             f"There is nothing at data.path={', '.join(_missing(config))} from here; going on with what was prepared from it, in "
             f"{folder}."
         )
-        return open_prepared(folder, tokenizer)
-    return prepare_sources(data, tokenizer, folder, consent=None if config.allow_data_change else "allow_data_change=true")
+        return open_prepared(folder, tokenizer), None
+    consent = None if config.allow_data_change else "allow_data_change=true"
+    # A checkpoint that knows all of the data can only be compared with all of them.
+    knows_all = start is not None and "@" not in str(start.state["fingerprints"].get("data"))
+    if not data.streaming or knows_all or is_finished(folder):
+        return prepare_sources(data, tokenizer, folder, consent=consent), None
+    check_disk_budget(config, data)
+    preparer = Preparer(data, tokenizer, folder, consent=consent)
+    logger.info(f"The data are being prepared while the run trains; what that process says is in {preparer.log}.")
+    return open_prepared(folder, tokenizer, growing=True), preparer
 
 
 def _check_bytes(prepared: Prepared, run: RunFolder) -> None:
@@ -128,12 +159,23 @@ def shards_at_hand(config: TrainConfig, run: RunFolder, start: store.Loaded | No
         return own if run.config.exists() and (own / DATA_MANIFEST).is_file() else None
     above = runs_above(start.path) if not own.exists() and same_data(config, start) else []
     for folder in (own, *(parent / DATA for parent in above)):
-        if (folder / DATA_MANIFEST).is_file():
-            manifest = read_data_manifest(folder)
-            found = {"tokenizer": manifest["tokenizer_fingerprint"], "data": data_fingerprint(manifest)}
-            if found == {name: start.state["fingerprints"].get(name) for name in found}:
-                return folder
+        if (folder / DATA_MANIFEST).is_file() and _is_data_of(folder, start, whole=folder != own):
+            return folder
     return None
+
+
+def _is_data_of(folder: Path, start: store.Loaded, *, whole: bool) -> bool:
+    """Return whether a folder holds the shards of a checkpoint's run; with ``whole`` all of them, of which none was deleted."""
+    manifest, of_start = read_data_manifest(folder), start.state["fingerprints"]
+    shards = [ShardSet.open(folder, source, SPLITS[0], growing=True) for source in manifest["sources"]]
+    if manifest["tokenizer_fingerprint"] != of_start.get("tokenizer"):
+        return False
+    if whole and not (is_finished(folder) and not any(num_evicted(part.folder) for part in shards)):
+        return False
+    try:
+        return go_on_from(shards, str(of_start.get("data")))
+    except NotPreparedYet:
+        return False
 
 
 def runs_above(checkpoint: Path) -> list[Path]:

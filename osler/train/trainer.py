@@ -24,7 +24,8 @@ from osler.checkpoint import store
 from osler.data.consumed import ConsumedData
 from osler.data.curriculum import rows_per_micro_batch
 from osler.data.loader import Batch, StagedLoader, WorkAhead
-from osler.data.stream import wait_for_batches
+from osler.data.shard_set import fingerprint_of
+from osler.data.stream import untended, wait_for_batches
 from osler.model.transformer import nan_gradient_unless_finite
 from osler.monitor.collect import has_learned, step_stats
 from osler.monitor.history import RunSettings
@@ -101,7 +102,8 @@ class TrainStep:
 class SupervisedTrainer(Trainer):
     """Trains on the batches of ``loader`` until ``total_tokens`` or until the clock ends the run.
 
-    ``held_out`` and ``exam`` return metrics of the current model: the held-out loss, and the scores of a small exam.
+    ``held_out`` and ``exam`` return metrics of the current model: the held-out loss, and the scores of a small exam. ``tend``
+    looks after the preparation of data that are streamed; see ``wait_together``.
     """
 
     config: TrainConfig
@@ -117,10 +119,11 @@ class SupervisedTrainer(Trainer):
         *,
         held_out: Callable[[], dict[str, float]] = dict,
         exam: Callable[[], dict[str, float]] = dict,
+        tend: Callable[[float], None] = untended,
     ) -> None:
         super().__init__(config, run, learner, total=config.total_tokens, lines_every=config.log_every_steps)
         self.batches, self.consumed, self.timeline = loader.batches, ConsumedData(loader), config.timeline
-        self.shards = loader.shards
+        self.shards, self.tend = list(loader.sources.values()), tend
         # While one rank does not know all shards, the ranks must agree before each step that all of them have its data.
         self.is_prepared = bool(self.world.all_reduce_min(all(part.is_complete for part in self.shards))[0])
         self.held_out, self.exam = held_out, exam
@@ -139,6 +142,10 @@ class SupervisedTrainer(Trainer):
         self.has_replanned = False
         self.since = (0, 0.0)  # tokens and time from which the next line measures the speed
 
+    def fingerprints(self) -> dict[str, str]:
+        data = {} if self.is_prepared else {"data": fingerprint_of(self.shards)}
+        return {**self.run.fingerprints, **data}
+
     def position_at(self, step: int) -> int:
         return self.timeline.tokens_before(step)
 
@@ -155,7 +162,7 @@ class SupervisedTrainer(Trainer):
     def begin(self) -> None:
         self.close()
         batches = self.batches(self.step, self.incidents.data_offset)
-        self.iterator = batches if self.is_prepared else wait_for_batches(batches, self.shards, self.world)
+        self.iterator = batches if self.is_prepared else wait_for_batches(batches, self.shards, self.world, self.tend)
         self.first_step = self.first_step or self.step + 1
         self.since = self.tokens, time.monotonic()
 

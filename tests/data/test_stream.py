@@ -129,7 +129,7 @@ def test_a_wait_is_told_and_ends(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(stream, "PATIENCE_SECONDS", 0.0)
     written = Written(tmp_path / "train")
     loader = loader_of({"notes": written.open()})
-    batches = wait_for_batches(loader.batches(), loader.shards, World())
+    batches = wait_for_batches(loader.batches(), list(loader.sources.values()), World())
     thread = threading.Thread(target=written.write)
     monkeypatch.setattr(stream.time, "sleep", lambda seconds: thread.start() if thread.ident is None else thread.join())
     assert next(batches).ids.shape == (4, SEQ_LEN)
@@ -143,9 +143,9 @@ def test_a_preparation_that_died_is_an_error_and_a_stop_ends_a_wait(tmp_path):
     loader = loader_of({"notes": written.open()}, workers=2)
     with StopFlag() as flag, pytest.raises(AskedToStop):
         flag.requested = True
-        next(wait_for_batches(loader.batches(), loader.shards, World()))
+        next(wait_for_batches(loader.batches(), list(loader.sources.values()), World()))
     written.error = "The preparation failed: the disk is full."
     with pytest.raises(UserError, match="the disk is full"):
-        next(wait_for_batches(loader.batches(), loader.shards, World()))
+        next(wait_for_batches(loader.batches(), list(loader.sources.values()), World()))
     with pytest.raises(UserError, match="the disk is full"):
-        wait_together(lambda: loader.shards[0].head(1), World(), "The evaluation")
+        wait_together(lambda: loader.sources["notes"].head(1), World(), "The evaluation")

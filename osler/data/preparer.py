@@ -1,0 +1,131 @@
+"""The process that prepares the data of a run while the run trains on what is there already.
+
+It is the preparation of `osler data prepare`, so it writes the same bytes, goes on where a kill left it, and reads nothing again
+when all is there. It does not hear Ctrl-C, and ends when its standard input does: with the process that started it, however that
+ends. What it says goes to a log beside the folder, from which the last line is told when it fails.
+
+With a disk budget it pauses while the shards in the folder leave no room for another one; the run deletes those that it has done
+with (`stream.py`), and the file `paused` in the folder says that it should.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import pickle
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+from osler.data.config import TextData
+from osler.data.shard_set import identity_of, is_finished
+from osler.data.shards import DATA_MANIFEST, SHARD_TOKENS, token_dtype
+from osler.data.sources import prepare_sources
+from osler.runtime.errors import UserError
+from osler.runtime.files import no_pause
+from osler.runtime.log import complain, log_to_terminal
+from osler.tokenizer.bpe import Tokenizer
+
+PAUSED = "paused"
+POLL_SECONDS = 0.05
+END_SECONDS = 10.0  # that the process has to end by itself
+GIGABYTE = 10**9
+
+
+class Preparer:
+    """The process that prepares data into a folder; raises UserError when it cannot begin."""
+
+    def __init__(self, data: TextData, tokenizer: Tokenizer, folder: Path, *, consent: str | None) -> None:
+        self.folder = folder
+        self.log = folder.with_name(f"{folder.name}.log")
+        before = identity_of(folder / DATA_MANIFEST)
+        with open(self.log, "wb") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "osler.data.preparer"],
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=log,
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+                start_new_session=True,
+            )
+        try:
+            assert self.process.stdin is not None
+            self.process.stdin.write(pickle.dumps((data, tokenizer.to_bytes(), folder, consent)))
+            self.process.stdin.flush()
+            # It writes a new manifest as soon as it knows that the folder holds a part of these data, or nothing.
+            while identity_of(folder / DATA_MANIFEST) in (None, before) and self.process.poll() is None:
+                time.sleep(POLL_SECONDS)
+            self.check()
+        except BaseException as error:
+            self.close()
+            if isinstance(error, BrokenPipeError):
+                self.check()
+            raise
+
+    def check(self) -> None:
+        """Raise UserError when the process ended before everything was prepared."""
+        code = self.process.poll()
+        if code is None or (code == 0 and is_finished(self.folder)):
+            return
+        lines = self.log.read_text(encoding="utf-8", errors="replace").split("\n")
+        said = next((line.removeprefix("osler: ") for line in reversed(lines) if line.strip()), "")
+        if code == 2:
+            raise UserError(said)
+        how = "was killed" if code < 0 else f"ended with exit code {code}"
+        last = f' Its last line in {self.log} is "{said}".' if said else ""
+        raise UserError(f"The process that prepares {self.folder} {how}.{last} The same command goes on from what is written.")
+
+    def close(self) -> None:
+        """End the process; the next one goes on where it was."""
+        assert self.process.stdin is not None
+        try:
+            self.process.stdin.close()
+            self.process.wait(END_SECONDS)
+        except (subprocess.TimeoutExpired, BrokenPipeError):
+            self.process.kill()
+            self.process.wait()
+
+
+def shard_bytes(folder: Path) -> int:
+    """Return the size of all shards of a folder on the disk."""
+    return sum(path.stat().st_size for path in folder.glob("*/*/shard-*.bin"))
+
+
+def wait_for_room(folder: Path, budget_bytes: float, token_bytes: int) -> None:
+    """Wait until the shards of a folder leave room in the budget for one more, and let `PAUSED` say so meanwhile."""
+    while shard_bytes(folder) + SHARD_TOKENS * token_bytes > budget_bytes:
+        (folder / PAUSED).touch()
+        time.sleep(POLL_SECONDS)
+    (folder / PAUSED).unlink(missing_ok=True)
+
+
+def _end_with_parent() -> NoReturn:
+    while os.read(0, 1):  # not through sys.stdin, whose lock this thread would hold while the program ends
+        pass
+    os._exit(1)
+
+
+def serve() -> int:
+    """Prepare what standard input says, until it ends; return the exit code, 2 for what a person can mend."""
+    data, tokenizer_bytes, folder, consent = pickle.load(sys.stdin.buffer)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    log_to_terminal()
+    tokenizer = Tokenizer.from_bytes(tokenizer_bytes)
+    before_shard: Callable[[], None] = no_pause
+    if data.disk_budget_gb is not None:
+        token_bytes = token_dtype(tokenizer.vocab_size).itemsize
+        before_shard = functools.partial(wait_for_room, folder, data.disk_budget_gb * GIGABYTE, token_bytes)
+    try:
+        prepare_sources(data, tokenizer, folder, consent=consent, before_shard=before_shard)
+    except UserError as error:
+        complain(f"osler: {error}")
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(serve())

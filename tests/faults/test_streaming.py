@@ -1,0 +1,51 @@
+"""Runs that train while their data are being prepared: the same run as on prepared data, whatever is killed."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+from osler.config.recipe import load_yaml
+
+WORDS = ["fever", "cough", "pain", "rash", "aspirin", "heart", "lung", "liver", "doses", "daily", "relieves", "causes", "treats"]
+
+
+def texts(count: int, seed: int) -> str:
+    rng = random.Random(seed)
+    lines = ({"text": " ".join(rng.choices(WORDS, k=rng.randint(20, 120)))} for _ in range(count))
+    return "".join(json.dumps(line) + "\n" for line in lines)
+
+
+@pytest.fixture
+def recipe(tiny, tmp_path):
+    """Twelve steps over about 550,000 tokens, and over a small source that they read several times."""
+    (tmp_path / "large.jsonl").write_text(texts(2500, 0))
+    (tmp_path / "small.jsonl").write_text(texts(60, 1))
+    weights = {"large": 6, "small": 1}
+    sources = [{"type": "files", "path": str(tmp_path / f"{name}.jsonl"), "weight": weights[name]} for name in weights]
+    given = load_yaml(Path(tiny.pretrain).read_text(), "")
+    given |= {"data": {"type": "mixture", "sources": sources}, "batch_tokens": 16384}
+    tokens = 12 * 16384
+    given |= {"total_tokens": tokens, "checkpoint": {"every_tokens": tokens // 3}, "eval_every_tokens": tokens // 2}
+    path = tmp_path / "recipe.yaml"
+    path.write_text(json.dumps(given))
+    return path
+
+
+def test_streamed_runs(run_cases, recipe, tmp_path):
+    assert run_cases("faults/streamed_runs.py", recipe, tmp_path) == 7
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["data.disk_budget_gb=1"], "takes data.streaming=true"),
+        (["data.streaming=true", "data.disk_budget_gb=1", "packing=whole"], "takes packing=stream"),
+        (["data.streaming=true", "data.disk_budget_gb=0.0001"], "takes up to"),
+    ],
+)
+def test_a_stream_that_cannot_work_is_refused_at_the_start(mistake, recipe, tmp_path, given, said):
+    assert said in mistake("pretrain", recipe, *given, "--run", tmp_path / "run")
