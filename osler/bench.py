@@ -33,7 +33,6 @@ from osler.parallel.parallelize import parallelize
 from osler.runs.process import Learner, Machine, choose_machine
 from osler.runtime.device import Stopwatch, keep_freed_memory, matmul_flops, peak_bytes, peak_flops, synchronize
 from osler.runtime.errors import UserError
-from osler.runtime.files import write_json
 from osler.runtime.world import World, require_one_process
 from osler.train.config import TrainConfig
 from osler.train.setup import pass_tokens
@@ -49,8 +48,8 @@ MATMUL_SIZES = (1024, 2048, 4096)
 MATMUL_SECONDS = 0.5  # per size
 
 
-def run(recipe: str | None, overrides: Sequence[str], *, steps: int, out: str | None) -> int:
-    """Run the command ``bench``: print one JSON object, and write it to ``out`` too."""
+def run(recipe: str | None, overrides: Sequence[str], *, steps: int) -> str:
+    """Run the command ``bench``; return one JSON object."""
     require_one_process("osler bench")
     if steps < 1:
         raise UserError(f"--steps {steps} must be at least 1.")
@@ -76,10 +75,7 @@ def run(recipe: str | None, overrides: Sequence[str], *, steps: int, out: str | 
         "of_matmul_rate": measured["flops_per_second"] / matmul,
         **measured,
     }
-    print(json.dumps(result, indent=2))
-    if out is not None:
-        write_json(Path(out), result)
-    return 0
+    return json.dumps(result, indent=2)
 
 
 def machine_of(config: TrainConfig) -> Machine:

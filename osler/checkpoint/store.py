@@ -29,26 +29,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from osler.checkpoint.folders import (
-    BEST,
-    FOLDER_NAME,
-    HIDDEN,
-    REPLACED_SUFFIX,
-    STATE,
-    TENSORS_SUFFIX,
-    FileRecord,
-    Manifest,
-    best_checkpoint,
-    by_age,
-    describe_damaged,
-    folder_name,
-    is_checkpoint,
-    newest_good,
-    padded,
-    remove,
-    root_of,
-    verify,
-)
+from osler.checkpoint import folders
+from osler.checkpoint.folders import STATE, TENSORS_SUFFIX, FileRecord, Manifest
 from osler.runtime.errors import UserError
 from osler.runtime.faults import fault
 from osler.runtime.files import RunFolder, fsync_dir, no_pause, open_durable, read_json
@@ -97,28 +79,28 @@ def save(
     half-written folder is removed and the older checkpoints stay.
     """
     contents = {STATE: json.dumps(state, indent=1).encode("utf-8"), **(files or {})}
-    final = root / folder_name(step)
-    temporary = root / f"{HIDDEN}{final.name}"
+    final = root / folders.folder_name(step)
+    temporary = root / f"{folders.HIDDEN}{final.name}"
     try:
         root.mkdir(parents=True, exist_ok=True)
         _tidy(root)
-        sequence = 1 + max((entry.sequence for entry in by_age(root) if entry.sequence < sys.maxsize), default=0)
+        sequence = 1 + max((entry.sequence for entry in folders.by_age(root) if entry.sequence < sys.maxsize), default=0)
         temporary.mkdir()
         _write_folder(temporary, tensors, contents, Manifest(step, sequence, {}, milestone), pause)
         if final.exists():
-            aside = final.with_name(final.name + REPLACED_SUFFIX)
-            if aside.exists() and verify(final, pause=pause):  # a replacement was killed half way: the good one stays aside
-                remove(final)
+            aside = final.with_name(final.name + folders.REPLACED_SUFFIX)
+            if aside.exists() and folders.verify(final, pause=pause):  # a replacement was killed: the good one stays aside
+                folders.remove(final)
             else:
-                remove(aside)
+                folders.remove(aside)
                 final.rename(aside)
         fault("save-rename")
         temporary.rename(final)
         fsync_dir(root)
         fault("save-verify")
-        problems = verify(final, pause=pause)
+        problems = folders.verify(final, pause=pause)
         if problems:
-            remove(final)
+            folders.remove(final)
             raise OSError(errno.EIO, f"it does not read back ({'; '.join(problems)})")
     except OSError as error:
         with suppress(OSError):
@@ -187,15 +169,15 @@ def _blocks(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
 
 def _tidy(root: Path) -> None:
     """Delete what killed saves and deletions left, and give a set-aside checkpoint its name back if that is free."""
-    for path in root.glob(f"{HIDDEN}*"):
+    for path in root.glob(f"{folders.HIDDEN}*"):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)  # what cannot be deleted, as while another reads it, does no harm
-    for path in root.glob(f".{BEST}.*.tmp"):
+    for path in root.glob(f".{folders.BEST}.*.tmp"):
         with suppress(OSError):  # a leftover that cannot be deleted is no reason not to save
             path.unlink()
-    for aside in root.glob(f"*{REPLACED_SUFFIX}"):
-        final = aside.with_name(aside.name.removesuffix(REPLACED_SUFFIX))
-        if FOLDER_NAME.fullmatch(aside.name) and not final.exists():
+    for aside in root.glob(f"*{folders.REPLACED_SUFFIX}"):
+        final = aside.with_name(aside.name.removesuffix(folders.REPLACED_SUFFIX))
+        if folders.FOLDER_NAME.fullmatch(aside.name) and not final.exists():
             aside.rename(final)
 
 
@@ -205,7 +187,7 @@ def load(path: str | Path, names: Collection[str] | None = None) -> Loaded:
     Raises UserError that names the damaged file, or the name that is not in the checkpoint.
     """
     folder = Path(path)
-    problems = verify(folder, names)
+    problems = folders.verify(folder, names)
     if problems:
         raise UserError(f"Checkpoint {folder} is damaged, use an earlier one: {'; '.join(problems)}.")
     manifest = Manifest.read(folder)
@@ -239,22 +221,22 @@ def resolve(path: str | Path, which: str = "newest") -> Path:
     """
     if not str(path):  # Path("") would be the current folder
         raise UserError("No checkpoint is named: give a run folder or one of its checkpoints, such as init_from=RUN.")
-    path = padded(Path(path))
-    root = root_of(path)
-    if is_checkpoint(path):
+    path = folders.padded(Path(path))
+    root = folders.root_of(path)
+    if folders.is_checkpoint(path):
         return path
     inside = [] if RunFolder(path).checkpoints.is_dir() else sorted(path.iterdir())
     if runs := [sub for sub in inside if RunFolder(sub).checkpoints.is_dir()]:
         raise UserError(f"{path} holds {len(runs)} runs; give the one that you mean: {', '.join(map(str, runs))}.")
     if which == "best":
-        marked = best_checkpoint(root)
+        marked = folders.best_checkpoint(root)
         if marked is None:
             raise UserError(f"No checkpoint in {root} is marked best; take the newest instead.")
         return marked.path
-    found, damaged = newest_good(root)
+    found, damaged = folders.newest_good(root)
     if found is None:
-        reason = f": {describe_damaged(damaged)}" if damaged else ""
+        reason = f": {folders.describe_damaged(damaged)}" if damaged else ""
         raise UserError(f"There is no {'good ' if damaged else ''}checkpoint in {root}{reason}.")
     if damaged:
-        logger.warning(f"falling back to {found}: {describe_damaged(damaged)}")
+        logger.warning(f"falling back to {found}: {folders.describe_damaged(damaged)}")
     return found

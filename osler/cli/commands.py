@@ -336,11 +336,7 @@ COMMANDS: tuple[Command, ...] = (
         "Time a recipe's training step on this machine",
         "osler bench pure-tiny seq_len=512 batch_tokens=4096",
         "osler.bench:run",
-        (
-            RECIPE,
-            option("--steps", type=int, default=12, metavar="N", help="timed steps (default: 12)"),
-            option("--out", metavar="FILE", help="also write the JSON here"),
-        ),
+        (RECIPE, option("--steps", type=int, default=12, metavar="N", help="timed steps (default: 12)")),
     ),
     Command(
         "doctor",

@@ -21,8 +21,7 @@ from typing import Any
 
 import torch
 
-from osler.checkpoint import store
-from osler.checkpoint.folders import folder_name, refuse_checkpoint
+from osler.checkpoint.folders import folder_name, refuse_checkpoint, verify
 from osler.config.recipe import dump_yaml, load_recipe
 from osler.config.schema import decode, encode
 from osler.data.config import ClinicData
@@ -163,7 +162,7 @@ class Quickstart:
         for line in read_metrics(sft.metrics, having=splits[0]):
             score = sum(line.values.get(name, math.nan) for name in splits) / len(splits)
             folder = sft.checkpoints / folder_name(line.step)
-            if math.isfinite(score) and folder.is_dir() and not store.verify(folder):
+            if math.isfinite(score) and folder.is_dir() and not verify(folder):
                 tried[folder] = score
         if not tried:
             raise UserError(f"No checkpoint in {sft.checkpoints} was examined; lower sft.exam.every_tokens.")

@@ -150,8 +150,8 @@ def check_held_out(tasks: Sequence[RlTask], eval_items: Sequence[ExamItem]) -> N
             trained, examined = shared[0]
             raise UserError(
                 f"{len(shared):,} of {len(task.items):,} questions of task {task.name} are also in eval_task (the first is "
-                f"{trained.id}, there {examined.id}): a score on questions that were trained on means nothing. Use another split "
-                "for one of them, or take the questions out of the file to train on."
+                f"{trained.id}, there {examined.id}), whose score would mean nothing: use another split for one of them, or take "
+                "these questions out of the file."
             )
 
 
@@ -190,9 +190,8 @@ def preflight(groups: Sequence[Group], config: GrpoConfig) -> str:
     if all(sample.reward <= 0.0 for sample in samples):
         if any(sample.completion.well_formed and sample.reading.readable for sample in samples):
             logger.warning(
-                f"none of the {count} completions before training earned a reward, although some keep to the "
-                "template. GRPO learns nothing until one does: take easier questions, more algorithm.samples_per_prompt, or "
-                "train the model longer on examples first."
+                f"none of the {count} completions before training earned a reward, although some keep to the template: take "
+                "easier questions, more algorithm.samples_per_prompt, or train the model longer on examples first."
             )
         elif config.preflight == "refuse":
             raise UserError(refusal(samples, config))

@@ -185,8 +185,8 @@ def newest_checkpoint(folder: RunFolder, *, record: bool = False) -> Path | None
         write_damage(EventLog(folder.events), damaged)
     if found is None and damaged:
         raise UserError(
-            f"No checkpoint in {folder.checkpoints} is good: {describe_damaged(damaged)}. Restore one from a copy, or "
-            "delete that folder to start this run over."
+            f"No checkpoint in {folder.checkpoints} is good: {describe_damaged(damaged)}. Restore one from a copy, or delete "
+            "that folder to start this run over."
         )
     if damaged:
         logger.warning(f"{describe_damaged(damaged)}; going on from {found}.")
@@ -215,6 +215,5 @@ def check_fingerprints(loaded: Loaded, current: Mapping[str, str], *, changes: E
         remedy = ", allow it with allow_data_change=true," if name == "data" else ""
         raise UserError(
             f"The {name} changed since checkpoint {loaded.path} was written: its fingerprint is {value} and was {before}. "
-            f"Continuing would silently train on something else; restore it{remedy} or start a new run with --run NEW_FOLDER "
-            f"init_from={loaded.path}."
+            f"Restore it{remedy} or start a new run with --run NEW_FOLDER init_from={loaded.path}."
         )

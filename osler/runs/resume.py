@@ -101,25 +101,16 @@ def warn_of_endless_warmup(warmup_tokens: int, total_tokens: int, total: str = "
 
 def find_step(root: Path, step: int) -> Entry:
     """Return the good checkpoint of a step. Raises UserError, which lists the steps there are, when it is missing or damaged."""
-    problems: list[str] = []
-    others: set[int] = set()
+    entries = folders.by_age(root)
     what = f"There is no checkpoint of step {step} in {root}"
-    for entry in folders.by_age(root):
-        if entry.step != step:
-            others |= {entry.step} if folders.looks_whole(entry.path) else set()
-        elif here := folders.verify(entry.path):
-            problems += here
+    for entry in entries:
+        if entry.step == step:
+            if not (problems := folders.verify(entry.path)):
+                return entry
             what = f"The checkpoint of step {step} in {root} is damaged ({'; '.join(problems)})"
-        else:
-            return entry
-    there = f"there are steps {', '.join(map(str, sorted(others)))}" if others else "there is no other"
+    others = sorted({entry.step for entry in entries if entry.step != step and folders.looks_whole(entry.path)})
+    there = f"there are steps {', '.join(map(str, others))}" if others else "there is no other"
     raise UserError(f"{what}; {there}.")
-
-
-def later_than(folder: RunFolder, target: Entry) -> list[Entry]:
-    """Return the checkpoints that the run saved after ``target`` or that have later steps, newest first."""
-    entries = [entry for entry in folders.by_age(folder.checkpoints) if entry.path != target.path]
-    return [entry for entry in entries if entry.step > target.step or entry.sequence > target.sequence]
 
 
 def go_back(folder: RunFolder, step: int) -> None:
@@ -130,17 +121,15 @@ def go_back(folder: RunFolder, step: int) -> None:
     rewinds = [event.step for event in read_events(folder.events) if event.kind == REWIND]
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) and rewinds[-1:] == [step]:
         return  # torchrun starts the same command again after a failure: once is enough
-    later = later_than(folder, find_step(folder.checkpoints, step))
+    target = find_step(folder.checkpoints, step)
+    others = [entry for entry in folders.by_age(folder.checkpoints) if entry.path != target.path]
+    later = [entry for entry in others if entry.step > target.step or entry.sequence > target.sequence]
     lines = {path: split(path, step) for path in (folder.metrics, folder.events)}
     message = f"Back at step {step:,}, and nothing came after it."
     if later or any(gone for _, gone in lines.values()):
         aside = _set_aside(folder, step, later, lines)
         steps = ", ".join(str(entry.step) for entry in reversed(later)) or "none"
-        metrics, events = (len(gone) for _, gone in lines.values())
-        message = (
-            f"Back at step {step:,}. What came after it is in {ASIDE}/{aside.name}: the checkpoints of steps {steps}, "
-            f"{metrics:,} lines of metrics and {events:,} events."
-        )
+        message = f"Back at step {step:,}. What came after it is in {ASIDE}/{aside.name}, the checkpoints of steps {steps} too."
     EventLog(folder.events).write(step, REWIND, REWIND, message)
     logger.info(f"{folder.root}: {message}")
 

@@ -35,18 +35,9 @@ from osler.tasks.item import ExamItem
 from osler.tasks.registry import load_clinic
 from osler.tokenizer.bpe import Tokenizer
 from osler.tokenizer.round_trip import refuse_missing_bytes
+from osler.train import setup
 from osler.train.batches import heads, held_out_batches, make_loader
 from osler.train.config import TrainConfig
-from osler.train.setup import (
-    check_branch,
-    check_plan,
-    check_processes,
-    fit_vocabulary,
-    make_model,
-    make_tokenizer,
-    pass_tokens,
-    tell_of_repeats,
-)
 from osler.train.shards import check_data, fingerprints_of, prepare_run, shards_of, streams
 from osler.train.trainer import SupervisedTrainer
 
@@ -64,7 +55,7 @@ def train(config: TrainConfig, folder: RunFolder, world: World | None = None) ->
     """Set up and train (or continue) one supervised run in its folder. Return False when it was asked to stop before the end."""
     world = world or World(device=config.device)
     run = Run(folder, world)
-    start = find_start(config, run, check_branch)
+    start = find_start(config, run, setup.check_branch)
     probe = config.exam
     # drawn before training, so that a split that does not exist fails now
     exam = {split: load_clinic(split=split, limit=probe.items) for split in probe.splits} if probe.every_tokens else {}
@@ -72,16 +63,16 @@ def train(config: TrainConfig, folder: RunFolder, world: World | None = None) ->
     # A run by the clock takes as many steps as it can: from a minute on compiling pays.
     steps = config.total_steps if config.max_minutes is None else int(config.max_minutes * COMPILE_MIN_STEPS)
     machine = agree_on_machine(world, start.checkpoint, precision=config.precision, compile_mode=config.compile, steps=steps)
-    model, tokenizer, fill = make_model(config, machine, checkpoint, processes=world.size)
+    model, tokenizer, fill = setup.make_model(config, machine, checkpoint, processes=world.size)
     kept = folder.root / TOKENIZER_FILE
-    tokenizer = world.broadcast_from_first(lambda: refuse_missing_bytes(make_tokenizer(config, tokenizer, kept)))
-    fit_vocabulary(model, tokenizer)
+    tokenizer = world.broadcast_from_first(lambda: refuse_missing_bytes(setup.make_tokenizer(config, tokenizer, kept)))
+    setup.fit_vocabulary(model, tokenizer)
     engine = parallelize(
         model,
         config.parallel,
         world,
         precision=config.precision,
-        pass_tokens=pass_tokens(config, world.size),
+        pass_tokens=setup.pass_tokens(config, world.size),
         recompute=config.recompute,
         compile=machine.compile,
     )
@@ -111,7 +102,7 @@ def train(config: TrainConfig, folder: RunFolder, world: World | None = None) ->
     else:
         loop = Loop(trainer)
         warn_of_plan(config)
-        tell_of_repeats(config, prepared, trainer.consumed)
+        setup.tell_of_repeats(config, prepared, trainer.consumed)
         logger.info(
             f"{config.kind}: {model.config.num_parameters:,} parameters, {prepared.size}, "
             f"{config.length} to train on; {machine.dtype} on {place_of(machine, config.parallel, world)}."
@@ -219,7 +210,7 @@ def next_steps(config: TrainConfig, folder: RunFolder) -> str:
 
 def check_start(config: TrainConfig, folder: RunFolder, start: store.Loaded | None) -> None:
     """Raise UserError when a start lacks something; ``start`` is the checkpoint that it continues from."""
-    check_plan(config, is_new=start is None)
+    setup.check_plan(config, is_new=start is None)
     check_data(config, folder, start)
 
 
@@ -227,8 +218,8 @@ JOB = Job(
     config_class=TrainConfig,
     default_name=default_name,
     check=check_start,
-    check_branch=check_branch,
-    check_processes=check_processes,
+    check_branch=setup.check_branch,
+    check_processes=setup.check_processes,
     train=train,
     next_steps=next_steps,
 )

@@ -81,11 +81,11 @@ def check_branch(config: TrainConfig, start: store.Loaded) -> None:
     """Raise UserError when a run with this config cannot take over steps and rows from a checkpoint of another run."""
     there = decode(TrainConfig, config_in(start), source=str(start.path))
     tokens, seen = config.timeline.tokens_before(start.step), start.state["tokens"]
+    until = f"leave them as they were there; a curriculum may change them after a first stage with until_tokens={seen}"
     if tokens != seen:
         raise UserError(
             f"Step {start.step:,} of {start.path} is {seen:,} tokens into its run, and with the batches given here it would be "
-            f"{tokens:,}: leave batch_tokens, seq_len and curriculum as they were up to there. From there on a curriculum can "
-            f"change them, with a first stage that has until_tokens={seen}."
+            f"{tokens:,}: {until}."
         )
     if config.packs_whole != there.packs_whole or (config.packs_whole and config.seq_len != there.seq_len):
         raise UserError(
@@ -94,19 +94,15 @@ def check_branch(config: TrainConfig, start: store.Loaded) -> None:
         )
     if _shares_until(config, seen) != _shares_until(there, seen):
         raise UserError(
-            f"With other weights of the sources, step {start.step:,} is another place in the data: leave them as they are in "
-            f"{start.path}. From there on a curriculum can change them, with a first stage that has until_tokens={seen}."
+            f"With other weights of the sources, step {start.step:,} of {start.path} is another place in the data: {until}."
         )
     if config.max_minutes is not None and start.state["seconds"] >= 60 * config.max_minutes:
         raise UserError(
-            f"{start.path} has trained for {start.state['seconds'] / 60:.1f} minutes, from which the clock of a branch goes on. "
-            f"max_minutes is {config.max_minutes:g}: set max_minutes higher, or max_minutes=null for a run by total_tokens alone."
+            f"{start.path} has trained for {start.state['seconds'] / 60:.1f} minutes, from which a branch counts on, and "
+            f"max_minutes is {config.max_minutes:g}: set max_minutes higher, or null for a run by total_tokens alone."
         )
     if tokens >= config.total_tokens:
-        raise UserError(
-            f"{start.path} has seen {seen:,} tokens, and total_tokens is {config.total_tokens:,}: there is nothing left to "
-            "train. Set total_tokens higher."
-        )
+        raise UserError(f"{start.path} has seen {seen:,} tokens, so nothing is left to train: set total_tokens higher.")
 
 
 def _shares_until(config: TrainConfig, tokens: int) -> list[dict[str, float]]:

@@ -10,7 +10,7 @@ import threading
 import pytest
 import torch
 
-from osler.checkpoint import store
+from osler.checkpoint import folders, store
 from osler.checkpoint.saver import CPU_SHARE, Saver
 from osler.runtime.errors import UserError
 from tests.checkpoint.conftest import folder, steps
@@ -141,7 +141,7 @@ def test_what_ends_the_run_does_not_end_the_save(saver, slow_disk, error, tmp_pa
     with pytest.raises(error), saver:
         save(saver, 1)
         raise error
-    assert steps(tmp_path) == [1] and store.newest_good(tmp_path)[1] == []
+    assert steps(tmp_path) == [1] and folders.newest_good(tmp_path)[1] == []
 
 
 def test_a_second_ctrl_c_ends_the_writer(saver, tmp_path):
@@ -152,7 +152,7 @@ def test_a_second_ctrl_c_ends_the_writer(saver, tmp_path):
         saver.wait()
     assert steps(tmp_path) == []
     save(Saver(tmp_path, keep_last=1, in_background=False), 2)
-    assert os.listdir(tmp_path) == [store.folder_name(2)]
+    assert os.listdir(tmp_path) == [folders.folder_name(2)]
 
 
 def test_a_second_ctrl_c_leaves_at_once_and_harms_nothing(saver, slow_disk, tmp_path):
@@ -164,4 +164,4 @@ def test_a_second_ctrl_c_leaves_at_once_and_harms_nothing(saver, slow_disk, tmp_
         save(saver, 2)
         raise KeyboardInterrupt
     assert saver.is_saving
-    assert store.newest_good(tmp_path) == (folder(tmp_path, 1), [])
+    assert folders.newest_good(tmp_path) == (folder(tmp_path, 1), [])

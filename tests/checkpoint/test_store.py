@@ -15,7 +15,8 @@ import torch
 from safetensors import safe_open
 
 from osler.checkpoint import folders
-from osler.checkpoint.store import DTYPE_NAMES, CheckpointSaveError, describe_damaged, load, newest_good, resolve, save, verify
+from osler.checkpoint.folders import describe_damaged, newest_good, verify
+from osler.checkpoint.store import DTYPE_NAMES, CheckpointSaveError, load, resolve, save
 from osler.runtime.errors import UserError
 from tests.checkpoint.conftest import flip, folder, put, steps
 

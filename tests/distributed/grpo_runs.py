@@ -14,7 +14,7 @@ from parallel_runs import assert_logged_the_same, assert_tensors_near, continued
 from parallel_runs import same_run as same_start
 
 import osler.rl.run  # noqa: F401 - loaded once for every fork
-from osler.checkpoint import store
+from osler.checkpoint import folders, store
 from osler.cli.main import main
 
 TOLERANCE = 1e-5
@@ -30,7 +30,7 @@ def assert_same(folder: Path, whole: Path) -> None:
 
     assert_logged_the_same(folder, whole, tolerance_of)
     assert [line.keys() for line in metrics(folder)] == [line.keys() for line in metrics(whole)]
-    found, expected = (store.load(store.newest_good(path / "checkpoints")[0]) for path in (folder, whole))
+    found, expected = (store.load(folders.newest_good(path / "checkpoints")[0]) for path in (folder, whole))
     assert_tensors_near(found, expected, rtol=1e-5, atol=5e-6)
     remembered = [[each.state["incidents"].pop(name) for name in ("spikes", "before")] for each in (found, expected)]
     torch.testing.assert_close(*remembered, rtol=TOLERANCE, atol=TOLERANCE)

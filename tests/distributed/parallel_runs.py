@@ -34,7 +34,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import osler.train.run  # noqa: F401
-from osler.checkpoint import store
+from osler.checkpoint import folders, store
 from osler.cli.main import main
 from osler.data.loader import Batch
 from osler.model.config import ModelConfig
@@ -86,7 +86,7 @@ def assert_tensors_near(found: store.Loaded, expected: store.Loaded, *, rtol: fl
 
 
 def end(folder: Path) -> store.Loaded:
-    return store.load(folder / "checkpoints" / store.folder_name(STEPS))
+    return store.load(folder / "checkpoints" / folders.folder_name(STEPS))
 
 
 def assert_same(folder: Path, whole: Path, tolerance: float = TOLERANCE) -> None:
@@ -118,7 +118,7 @@ def continued(
         ended = train([*command, f"parallel.type={strategy}"], folder, size, **fault)
         assert ended == [0 if last else 130] * size, f"{strategy} on {size} ended with {ended}: {said(folder, 0)[-2000:]}"
         if not last:
-            saved = store.newest_good(folder / "checkpoints")[0]
+            saved = folders.newest_good(folder / "checkpoints")[0]
             assert saved is not None and store.load(saved).step == each * number, f"{saved} was saved"
     same(folder, whole)
 
@@ -128,7 +128,7 @@ def from_earlier(whole: Path, root: Path) -> None:
     first = min((whole / "checkpoints").glob("step-*"))
     back, step = Path(shutil.copytree(whole, root / "back")), str(int(first.name[5:]))
     assert train(["pretrain", "--from-step", step, "parallel.type=ddp"], back, 2) == [0, 0], said(back, 0)[-2000:]
-    assert (back / "set-aside" / f"after-step-{step}" / "checkpoints" / store.folder_name(STEPS)).is_dir()
+    assert (back / "set-aside" / f"after-step-{step}" / "checkpoints" / folders.folder_name(STEPS)).is_dir()
     assert_same(back, whole)
     branch = root / "branch"
     assert train(["pretrain", "--branch", str(first), "parallel.type=fsdp"], branch, 2) == [0, 0], said(branch, 0)[-2000:]
@@ -165,7 +165,7 @@ def lost(command: Sequence[str], whole: Path, folder: Path, kill: int = 6, step:
     ended = train([*command, "parallel.type=ddp"], folder, 2, fault_rank=1, fault=f"train-step:kill:{kill}")
     assert ended == [2, -signal.SIGKILL], f"ended with {ended}"
     assert "Rank 0 of 2 lost the others" in said(folder, 0) and "Traceback" not in said(folder, 0)
-    saved, skipped = store.newest_good(folder / "checkpoints")
+    saved, skipped = folders.newest_good(folder / "checkpoints")
     assert saved is not None and not skipped and store.load(saved).step == step
     assert train(command, folder, 1) == [0]
     same(folder, whole)

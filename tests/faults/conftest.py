@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from run_folders import KINDS, STEPS, STOPPED, assert_same_tensors, at, logged, untimed
 
-from osler.checkpoint import store
+from osler.checkpoint import folders, store
 from osler.cli.main import main
 from osler.runtime import faults
 
@@ -85,7 +85,7 @@ def assert_same_run() -> Callable[..., None]:
         assert_same_tensors(folder, other)
         assert untimed(store.load(at(folder, STEPS)).state) == untimed(store.load(at(other, STEPS)).state)
         assert list(map(untimed, logged(folder))) == list(map(untimed, logged(other)))
-        best = [store.best_checkpoint(run / "checkpoints") for run in (folder, other)]
+        best = [folders.best_checkpoint(run / "checkpoints") for run in (folder, other)]
         assert not same_best or best[0].step == best[1].step
 
     return check

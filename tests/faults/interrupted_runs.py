@@ -24,7 +24,7 @@ from run_folders import ENDLESS, LONG_STEP, has_begun, logged, newest_step, unti
 
 import osler.rl.run
 import osler.train.run  # noqa: F401
-from osler.checkpoint import store
+from osler.checkpoint import folders
 from osler.cli.main import main, program
 from osler.runtime import stop
 from osler.tasks.registry import load_clinic
@@ -58,7 +58,7 @@ def fork_command(command: list[str], folder: Path, same_request_seconds: float) 
 
 def outcome(folder: Path) -> dict[str, object]:
     """What must be equal: the bytes of the last weights and moments, and the metrics without times."""
-    last, skipped = store.newest_good(folder / "checkpoints")
+    last, skipped = folders.newest_good(folder / "checkpoints")
     assert last is not None and not skipped, f"damaged: {skipped}"
     found: dict[str, object] = {name: (last / name).read_bytes() for name in COMPARED if (last / name).exists()}
     found["metrics"] = list(map(untimed, logged(folder)))

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from osler.checkpoint import store
+from osler.checkpoint import folders, store
 
 KINDS = ("pretrain", "sft", "grpo")
 STEPS = 12  # of every run of the recipes in tests/conftest.py
@@ -22,7 +22,7 @@ LONG_STEP = ["batch_tokens=1_048_576", "micro_batch_tokens=512"]
 
 
 def at(run: Path, step: int) -> Path:
-    return run / "checkpoints" / store.folder_name(step)
+    return run / "checkpoints" / folders.folder_name(step)
 
 
 def saved_steps(run: Path) -> list[int]:
@@ -31,7 +31,7 @@ def saved_steps(run: Path) -> list[int]:
 
 def newest_step(run: Path) -> int:
     """The step of the newest checkpoint, which must be whole like all others."""
-    saved, skipped = store.newest_good(run / "checkpoints")
+    saved, skipped = folders.newest_good(run / "checkpoints")
     assert saved is not None and not skipped, f"damaged: {skipped}"
     return store.load(saved).step
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from run_folders import KINDS, STOPPED, assert_same_tensors, at, logged, saved_steps, untimed
 
-from osler.checkpoint import store
+from osler.checkpoint import folders, store
 from osler.checkpoint.folders import mark_best
 from osler.config.recipe import load_yaml
 from osler.records.jsonl import read_events
@@ -55,7 +55,7 @@ def test_a_checkpoint_is_refused_as_a_run_folder_and_stays_whole(run, tiny, mist
     copied = shutil.copytree(checkpoint, run.parent / "a copy")
     assert "no run folder but a checkpoint" in mistake("pretrain", tiny.pretrain, "--run", copied)
     assert "a checkpoint and not a run folder" in mistake("report", copied)
-    assert store.verify(checkpoint) == [] and store.verify(copied) == []
+    assert folders.verify(checkpoint) == [] and folders.verify(copied) == []
 
 
 # -- going back in a run -----------------------------------------------------------------------------------------------
@@ -76,7 +76,7 @@ def test_a_run_that_went_back_is_one_that_was_stopped_there(kind, finished, whol
     aside = run / "set-aside" / f"after-step-{step}"
     assert f"Back at step {step}." in text and f"set-aside/after-step-{step}" in text and f"from step {step}" in text
     assert_same_run(run, whole[kind])
-    assert saved_steps(run)[-1] == 12 and 12 in saved_steps(aside) and store.verify(at(aside, 12)) == []
+    assert saved_steps(run)[-1] == 12 and 12 in saved_steps(aside) and folders.verify(at(aside, 12)) == []
     assert logged(aside) == later
     told = [(event.kind, event.step) for event in read_events(run / "events.jsonl")]
     assert told[-3:] == [("rewind", step), ("start", step), ("end", 12)] and ("end", 12) not in told[:-1]
@@ -101,7 +101,7 @@ def test_a_restart_by_torchrun_goes_back_if_nothing_has_and_once_at_most(run, os
     for _ in range(2):
         assert osler("pretrain", "--run", run, "--from-step", 6) == 0
         assert os.listdir(run / "set-aside") == ["after-step-6"] and saved_steps(run)[-1] == 12
-        assert store.best_checkpoint(run / "checkpoints").value > 0.5, "the best of before is set aside"
+        assert folders.best_checkpoint(run / "checkpoints").value > 0.5, "the best of before is set aside"
 
 
 def test_a_step_that_is_not_there_is_refused_with_those_that_are(run, tiny, mistake):
@@ -145,7 +145,7 @@ def test_a_kill_while_going_back_loses_nothing(run, finish, monkeypatch):
         patched.setattr(Path, "rename", one_only)
         with pytest.raises(KeyboardInterrupt):
             go_back(RunFolder(run), 6)
-    assert moved == [store.folder_name(12)]
+    assert moved == [folders.folder_name(12)]
     finish("pretrain", run, resume=True)
 
 
@@ -213,7 +213,7 @@ def test_a_branch_of_a_run_by_the_clock_has_a_length_of_its_own(launch, osler, t
         ("pretrain", ["--from-step", 3], "is step 6, and --from-step says 3: leave one of them out"),
         ("pretrain", ["batch_tokens=512"], "is 1,536 tokens into its run, and with the batches given here it would be 3,072"),
         ("pretrain", ["precision=pure-bf16"], "precision is pure-bf16 here and fp32 in"),
-        ("pretrain", ["total_tokens=1536"], "nothing left to train"),
+        ("pretrain", ["total_tokens=1536"], "nothing is left to train"),
         ("pretrain", ["optim.type=muon"], "optim.type is muon here and adamw in"),
         ("pretrain", ["data.seed=9"], "The data changed since"),
         ("sft", ["seq_len=64"], "another place in the data"),

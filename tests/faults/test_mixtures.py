@@ -50,4 +50,4 @@ def test_a_branch_may_not_change_the_weights_of_what_it_has_seen(sources, launch
     changed = sources[0].replace('"weight": 3', '"weight": 1')
     checkpoint = sorted((tmp_path / "run" / "checkpoints").glob("step-*"))[0]
     told = mistake("pretrain", changed, "--branch", checkpoint, "--run", tmp_path / "other")
-    assert "With other weights of the sources" in told and "a first stage that has until_tokens=" in told
+    assert "With other weights of the sources" in told and "a first stage with until_tokens=" in told

@@ -12,7 +12,7 @@ import pytest
 import torch
 from run_folders import assert_same_tensors, logged, untimed
 
-from osler.checkpoint import store
+from osler.checkpoint import folders, store
 from osler.checkpoint.folders import best_checkpoint
 from osler.inference.engine import InferenceEngine
 from osler.monitor import collect
@@ -75,7 +75,7 @@ def make_trainer(make_policy, tokenizer, short_task):
 
 def content(folder, step):
     """Tensors and state of a checkpoint."""
-    loaded = store.load(folder / "checkpoints" / store.folder_name(step))
+    loaded = store.load(folder / "checkpoints" / folders.folder_name(step))
     return loaded.tensors, loaded.state
 
 
@@ -103,9 +103,9 @@ def test_a_resumed_run_is_the_same_run(make_trainer, whole, tmp_path):
     """As if killed in step 4: only what was saved up to step 3 is left, and a metrics file that is ahead."""
     parts = Path(shutil.copytree(whole, tmp_path / "parts"))
     for step in (4, 5):
-        shutil.rmtree(parts / "checkpoints" / store.folder_name(step))
+        shutil.rmtree(parts / "checkpoints" / folders.folder_name(step))
     resumed = Loop(make_trainer(parts))
-    resumed.restore(store.load(store.newest_good(parts / "checkpoints")[0]))
+    resumed.restore(store.load(folders.newest_good(parts / "checkpoints")[0]))
     assert resumed.trainer.step == 3 and resumed.fit()
     assert_same_run(parts, whole, 5)
 
@@ -150,7 +150,7 @@ def test_the_best_and_the_milestones_are_kept(make_trainer, tmp_path):
     best = best_checkpoint(tmp_path / "checkpoints")
     assert (best.step, best.metric, best.value) == (1, "eval/validation_accuracy", 0.6)
     kept = sorted(path.name for path in (tmp_path / "checkpoints").glob("step-*"))
-    assert kept == [store.folder_name(step) for step in (1, 2, 4, 5)]
+    assert kept == [folders.folder_name(step) for step in (1, 2, 4, 5)]
 
 
 def test_alarms_for_completions_that_never_end_and_rewards_that_never_come(make_trainer, short_task, tmp_path, capsys):

@@ -8,9 +8,9 @@ import sys
 from itertools import islice
 
 import pytest
-from run_folders import assert_same_tensors, logged
+from run_folders import assert_same_tensors, at, logged
 
-from osler.checkpoint import store
+from osler.checkpoint import folders, store
 from osler.monitor.config import MonitorConfig, SpikeConfig
 from osler.records.jsonl import LIFETIME, read_events
 from osler.runs.incidents import last_good
@@ -100,7 +100,7 @@ def test_no_checkpoint_of_a_bad_moment_is_gone_back_to(trained, tmp_path):
     """Step 8 is saved between two skipped steps: what it holds may be what makes them bad. Step 6 is saved for its evaluation."""
     trainer = trained("train-loss:nan:8-9", recovery={"max_skipped_steps": 2})
     assert trainer.incidents.data_offset == (9 - 6) * 256
-    assert store.load(tmp_path / "checkpoints" / store.folder_name(8)).state["incidents"]["good_step"] == 8  # made again since
+    assert store.load(at(tmp_path, 8)).state["incidents"]["good_step"] == 8  # made again since
 
 
 def test_a_damaged_checkpoint_is_passed_by(make_trainer, tmp_path):
@@ -108,13 +108,13 @@ def test_a_damaged_checkpoint_is_passed_by(make_trainer, tmp_path):
     assert Loop(trainer).fit()
     root = tmp_path / "checkpoints"
     assert last_good(root, None)[0] is None
-    assert last_good(root, 12)[0] == root / store.folder_name(12)
-    assert last_good(root, 11)[0] == root / store.folder_name(8)
-    with open(root / store.folder_name(8) / "model.safetensors", "r+b") as file:
+    assert last_good(root, 12)[0] == root / folders.folder_name(12)
+    assert last_good(root, 11)[0] == root / folders.folder_name(8)
+    with open(root / folders.folder_name(8) / "model.safetensors", "r+b") as file:
         file.truncate(100)
-    assert last_good(root, 8)[0] == root / store.folder_name(6)
-    shutil.rmtree(root / store.folder_name(6))
-    shutil.rmtree(root / store.folder_name(4))
+    assert last_good(root, 8)[0] == root / folders.folder_name(6)
+    shutil.rmtree(root / folders.folder_name(6))
+    shutil.rmtree(root / folders.folder_name(4))
     assert last_good(root, 8)[0] is None
 
 
@@ -130,7 +130,7 @@ def test_without_end_it_is_an_error_that_says_everything(make_trainer, broken, t
     # Steps 5 to 8, 5 to 7 and 5 to 7 of data: the last batch is the fourteenth.
     assert "step 7: the learning rate was 0.00" in told and "learned from rows 52 ... 55" in told
     assert f"are in {tmp_path / 'events.jsonl'}" in told
-    good = tmp_path / "checkpoints" / store.folder_name(4)
+    good = at(tmp_path, 4)
     assert f"`--run NEW_FOLDER init_from={good} optim.lr=" in told and "middle of the trouble" not in told
     events = read_events(tmp_path / "events.jsonl")
     assert [event.kind for event in events].count("rollback") == 2
@@ -179,13 +179,13 @@ def test_checkpoints_of_a_bad_time_do_not_push_out_the_good_one(trained, tmp_pat
     every_step = {"keep_last": 1, "every_tokens": 256}
     trainer = trained("train-loss:nan:6-8", recovery={"max_skipped_steps": 3}, checkpoint=every_step)
     assert (trainer.incidents.rollbacks, trainer.incidents.data_offset) == (1, 3 * 256)
-    assert [path.name for path in (tmp_path / "checkpoints").glob("step-*")] == [store.folder_name(12)]
+    assert [path.name for path in (tmp_path / "checkpoints").glob("step-*")] == [folders.folder_name(12)]
 
 
 def test_a_good_checkpoint_that_a_kill_left_under_its_other_name_is_found(make_trainer, tmp_path):
     assert Loop(make_trainer(tmp_path, **STEADY)).fit()
     root = tmp_path / "checkpoints"
-    aside = (root / store.folder_name(12)).rename(root / f"{store.folder_name(12)}.replaced")
+    aside = (root / folders.folder_name(12)).rename(root / f"{folders.folder_name(12)}.replaced")
     assert last_good(root, 12)[0] == aside
 
 
@@ -210,7 +210,7 @@ def test_bad_data_and_crashes_end_where_bad_data_alone_ends(make_trainer, broken
     assert Loop(calm).fit() and calm.incidents.rollbacks == 2
     for death in DEATHS:
         loop = Loop(start(tmp_path / "run"))
-        found, _ = store.newest_good(tmp_path / "run" / "checkpoints")
+        found, _ = folders.newest_good(tmp_path / "run" / "checkpoints")
         if found is not None:
             loop.restore(store.load(found))
         broken(death)
@@ -218,7 +218,7 @@ def test_bad_data_and_crashes_end_where_bad_data_alone_ends(make_trainer, broken
             loop.fit()
     broken("none:crash")
     loop = Loop(start(tmp_path / "run"))
-    loop.restore(store.load(store.newest_good(tmp_path / "run" / "checkpoints")[0]))
+    loop.restore(store.load(folders.newest_good(tmp_path / "run" / "checkpoints")[0]))
     assert loop.fit()
     assert_same_tensors(tmp_path / "run", tmp_path / "calm")
     found, expected = (store.load(store.resolve(tmp_path / name)).state for name in ("run", "calm"))
