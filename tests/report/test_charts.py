@@ -75,13 +75,6 @@ def path_data(drawing: str) -> list[str]:
     return re.findall(r' d="([^"]+)"', drawing)
 
 
-def test_a_chart_of_a_long_curve_shows_its_extremes() -> None:
-    y = np.ones(300_000)
-    y[123_456] = -5.0
-    (line,) = readout(chart(y))
-    assert line["y"][line["x"].index(123_456)] == -5.0 and len(line["x"]) <= svg.MAX_POINTS + 2
-
-
 def test_a_band_and_marks_lie_where_the_axes_say() -> None:
     band = svg.Band(np.array([0, 10]), np.array([0.0, 0.0]), np.array([4.0, 4.0]))
     drawing = chart([1.0, 3.0], [0, 10], band=band, marks=[(5, "alert", "<x>"), (11, "alert", "outside")])

@@ -255,7 +255,7 @@ def test_what_is_no_run_is_told_with_what_to_give(quickstart, capsys):
 MODEL = ModelConfig(num_layers=3, hidden_size=64)
 
 
-def test_a_model_that_came_from_another_run_is_read_from_the_checkpoint(bare):
+def test_a_model_that_came_from_another_run_is_read_from_the_checkpoint(bare, quickstart):
     """The section `model` of a config with `init_from` is not what was trained; without a checkpoint nothing is claimed."""
     folder = bare(config="init_from: runs/earlier\nmodel: {num_layers: 6, hidden_size: 256}\n")
     assert model_of(read_run(folder))[0] == {} and "parameters" not in shown_on(folder).lower()
@@ -264,11 +264,8 @@ def test_a_model_that_came_from_another_run_is_read_from_the_checkpoint(bare):
     shown = shown_on(folder)
     assert f"A model of {fmt.count(MODEL.num_parameters)} parameters (3 layers of width 64)" in shown
     assert "Started from runs/earlier: its model and tokenizer take the place" in shown and "hidden_size: 64" in shown
-
-
-def test_the_model_of_a_stage_is_read_from_its_checkpoint(quickstart):
     write(quickstart / "grpo" / "checkpoints" / "step-000000010" / "model.json", encode(MODEL))
-    assert model_of(read_run(quickstart))[0]["hidden_size"] == 64
+    assert model_of(read_run(quickstart))[0]["hidden_size"] == 64, "of a stage"
 
 
 def test_a_checkpoint_is_named_and_coloured_by_its_stage():
