@@ -5,8 +5,6 @@ long as the one before. Resume is exact without a checkpoint: alerts are a funct
 file (``replay``). Torch-free.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path

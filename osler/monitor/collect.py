@@ -10,8 +10,6 @@ for maxima. Times and memory are those of rank 0. DeepSpeed leaves no gradients,
 missing under it.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -1,7 +1,5 @@
 """Settings of a run's measurements, of the trackers that receive them, and of alerts. Torch-free."""
 
-from __future__ import annotations
-
 import re
 from typing import Annotated, Literal
 

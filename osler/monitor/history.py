@@ -1,7 +1,5 @@
 """A run's numbers so far, as the alert rules need them: the last values of each metric, and sums over all losses. Torch-free."""
 
-from __future__ import annotations
-
 import math
 from array import array
 from collections import defaultdict, deque

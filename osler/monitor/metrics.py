@@ -4,8 +4,6 @@ A name in angle brackets stands for letters, digits, `_`, `-` and `.`: `eval/<sp
 names for reinforcement learning are TRL's. The report takes its units and captions from here. Fractions are from 0 to 1.
 """
 
-from __future__ import annotations
-
 import re
 from typing import NamedTuple
 

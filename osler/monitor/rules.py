@@ -5,8 +5,6 @@ cause and what to change. The thresholds leave room for what healthy runs do: li
 restart. Those for GRPO come last. Torch-free.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator
 from functools import partial

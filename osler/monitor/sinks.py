@@ -7,8 +7,6 @@ TensorBoard's charts are cut to the checkpoint. A command and a webhook get each
     {"run": "runs/mine", "step": 120, "name": "exploding-gradient", "severity": "critical", "message": "..."}
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import secrets

@@ -5,8 +5,6 @@ The median and the median absolute deviation of the last losses say what is usua
 one look usual. A loss that stays up is a new level: after half a window of spikes in a row, the window starts over with them.
 """
 
-from __future__ import annotations
-
 import math
 import statistics
 from collections import deque

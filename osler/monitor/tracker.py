@@ -7,8 +7,6 @@ the queue is full, further calls are dropped and counted; their numbers are stil
 child has a few seconds to finish, and then continues alone for at most ``LINGER_SECONDS``.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import os

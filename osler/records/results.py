@@ -5,8 +5,6 @@ what checkpoints answered to a few questions, ``stages.json`` the finished stage
 intervals and differences are fractions.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path

@@ -3,8 +3,6 @@
 Nothing here raises for what a file holds.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Callable, Mapping

@@ -4,8 +4,6 @@ A chart names rows of the `METRICS` table; a metric that no chart names is drawn
 meaning from the table as the caption, so that nothing a run logs is hidden.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Iterable, Iterator, Sequence

@@ -5,8 +5,6 @@ whatever their kind; runs with several stages, such as a quickstart, are compare
 have are left out, and so are metrics of single layers.
 """
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence

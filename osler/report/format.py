@@ -3,8 +3,6 @@
 The browser's read-outs follow the same rules (`script.js`, function `show`).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 

@@ -5,8 +5,6 @@ charts are in it, the fonts are the reader's, and a content policy forbids the b
 without the script, which adds read-outs on the curves and the switch between light and dark.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Iterator, Mapping

@@ -11,8 +11,6 @@ A file that cannot be read becomes a line in `RunRecord.problems`, which the pag
 .jsonl, which is skipped without a word.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import re
 from collections.abc import Callable, Iterable

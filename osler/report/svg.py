@@ -4,8 +4,6 @@ Colours are classes (`c0`, `c1`, ...) that the style sheet gives a colour in lig
 viewBox.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

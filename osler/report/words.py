@@ -5,8 +5,6 @@ The page and the summary for the terminal share them. A claim is made only if an
 show, pauses, and files that could not be read.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Iterator, Sequence

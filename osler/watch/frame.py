@@ -3,8 +3,6 @@
 Curves are columns of eighth blocks, which every terminal font has.
 """
 
-from __future__ import annotations
-
 import math
 import textwrap
 from typing import NamedTuple

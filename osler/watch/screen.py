@@ -1,7 +1,5 @@
 """`osler watch`: frames of a run, drawn on the terminal's alternate screen until Ctrl-C, in plain ANSI."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import shutil

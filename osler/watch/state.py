@@ -4,8 +4,6 @@
 began, a folder without a lock shows that it is dead; on another machine only a long silence does.
 """
 
-from __future__ import annotations
-
 import math
 from contextlib import suppress
 from pathlib import Path

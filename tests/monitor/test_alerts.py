@@ -1,7 +1,5 @@
 """Sick curves are told in time, healthy ones never; what was said is not said again; a replay gives the same."""
 
-from __future__ import annotations
-
 import json
 import math
 import random

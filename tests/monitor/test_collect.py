@@ -1,7 +1,5 @@
 """What a run logs at each level, that it logs all that the table declares, and that watching changes nothing."""
 
-from __future__ import annotations
-
 import json
 import math
 

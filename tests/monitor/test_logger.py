@@ -1,7 +1,5 @@
 """Lines, alerts and the ends of a run reach the file, the events, the log and the trackers; a resumed run goes on with them."""
 
-from __future__ import annotations
-
 import json
 import sys
 import threading

@@ -1,7 +1,5 @@
 """The table of metrics: names resolve, and the code logs nothing that the table does not declare."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """A look at everything, each number against the plain formula."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

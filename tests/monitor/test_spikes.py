@@ -1,7 +1,5 @@
 """A spike is told from noise, and nothing that is no usual loss changes what is usual."""
 
-from __future__ import annotations
-
 import json
 import math
 import random

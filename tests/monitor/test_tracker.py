@@ -1,7 +1,5 @@
 """A tracker that fails, hangs, crashes or is slow costs the run nothing but a word."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 

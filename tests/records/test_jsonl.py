@@ -1,7 +1,5 @@
 """The files of a run survive kills: whole lines stay, torn ones go, a resume logs each step once, and no reader stops."""
 
-from __future__ import annotations
-
 import json
 import math
 import subprocess

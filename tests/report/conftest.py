@@ -1,7 +1,5 @@
 """Run folders to report on: a whole quickstart with made-up but plausible numbers, and an empty one."""
 
-from __future__ import annotations
-
 import json
 import math
 import random

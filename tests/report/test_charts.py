@@ -1,7 +1,5 @@
 """The charts: round ticks, gaps that stay gaps, values where they belong, which curves share one, how numbers are written."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import math

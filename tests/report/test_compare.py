@@ -1,7 +1,5 @@
 """Runs side by side: what they share is overlaid, what differs is named, and what does not compare is refused."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The curves of a log are what its lines say, whatever happens to the file; a long log costs no more for each line."""
 
-from __future__ import annotations
-
 import json
 import math
 import time

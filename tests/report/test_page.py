@@ -1,7 +1,5 @@
 """The page: self-contained, well formed, honest about what is missing, and equal to the files it was made from."""
 
-from __future__ import annotations
-
 import json
 import re
 

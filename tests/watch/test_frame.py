@@ -1,7 +1,5 @@
 """The picture: what a run is, how far, whether it lives; within the terminal, and without anything that would upset it."""
 
-from __future__ import annotations
-
 import errno
 import json
 import math

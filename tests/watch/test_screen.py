@@ -1,7 +1,5 @@
 """The terminal: one plain picture where nobody watches, a screen of its own where somebody does, and nothing left behind."""
 
-from __future__ import annotations
-
 import json
 import os
 import re
