@@ -92,7 +92,7 @@ def test_overview_lists_every_command(capsys):
         (["data", "inspect", "no/such/folder"], "no/such/folder"),
         (["tokenizer", "train", "data=3", "--out", "y"], "data: should be a mapping"),
         (["tokenizer", "train", "data.passages=-1", "--out", "y"], "passages"),
-        (["data", "prepare", "model.num_layers=1", "--tokenizer", "x", "--out", "y"], "is not about text"),
+        (["data", "prepare", "model.num_layers=1", "--out", "y"], "is not about text"),
     ],
 )
 def test_mistakes_are_one_message_and_code_2(arguments, message, capsys):
@@ -185,7 +185,7 @@ def test_from_text_to_shards_and_back(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "<|answer|> = 3" in out and "for 10 bytes" in out
 
-    prepare = ["data", "prepare", str(notes), "data.holdout_fraction=0.25", "--tokenizer", tokenizer, "--out", str(shards)]
+    prepare = ["data", "prepare", str(notes), "data.holdout_fraction=0.25", f"tokenizer.path={tokenizer}", "--out", str(shards)]
     assert cli.main(prepare) == 0
     rows = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines() if line}
     assert (rows["train"][1], rows["validation"][1]) == ("10", "2")

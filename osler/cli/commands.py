@@ -215,14 +215,15 @@ COMMANDS: tuple[Command, ...] = (
     Command(
         "data prepare",
         "Tokenise a recipe's data, or a file or folder of text, into shards",
-        "osler data prepare notes/ data.holdout_fraction=0.1 --tokenizer tokenizer.json --out shards/",
+        "osler data prepare notes/ data.holdout_fraction=0.1 tokenizer.path=tokenizer.json --out shards/notes",
         "osler.data.from_recipe:data_prepare",
         (
             RECIPE,
-            option("--tokenizer", dest="tokenizer_path", required=True, metavar="FILE", help="the tokenizer to cut text with"),
-            option("--out", required=True, metavar="DIR", help="the folder to write, or to reuse if it is the same"),
+            option("--out", metavar="DIR", help="the folder to write, to go on with, or to reuse (default: shards/RECIPE)"),
+            option("--workers", dest="processes", type=int, metavar="N", help="processes (default: one for each core; 0: none)"),
         ),
-        "`osler pretrain data.type=prepared data.path=shards/` trains on them, with the tokenizer that they were cut with.",
+        "Ctrl-C or a kill loses nothing: the same command goes on. `osler pretrain data.type=prepared data.path=shards/notes`\n"
+        "trains on the shards, with the tokenizer that they were cut with; tokenizer.path=FILE chooses one, else it is trained.",
     ),
     Command(
         "data inspect",

@@ -5,6 +5,7 @@ Both read the sections ``data`` and ``tokenizer`` of a training recipe, so they 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,13 +15,16 @@ from osler.config.schema import TAGGED, config, decode
 from osler.data.config import ClinicData, FilesData, MixtureData, TurnsData
 from osler.data.shard_set import ShardSet
 from osler.data.shards import read_data_manifest
-from osler.data.sources import prepare_sources, train_tokenizer
+from osler.data.sources import check_sources, prepare_sources, train_tokenizer
 from osler.runtime.errors import UserError
 from osler.runtime.files import write_atomic
 from osler.tokenizer.bpe import Tokenizer
 from osler.tokenizer.config import BPEConfig, TokenizerConfig
-from osler.tokenizer.round_trip import describe_lost, lost_characters
+from osler.tokenizer.round_trip import describe_lost, lost_characters, refuse_missing_bytes
 
+logger = logging.getLogger(__name__)
+
+SHARDS = Path("shards")  # where `osler data prepare` writes, unless it is told
 SHOWN_TOKENS = 48  # of the first document of a split
 SECTIONS = ("data", "tokenizer")
 
@@ -91,11 +95,18 @@ def tokenizer_inspect(path: str, text: str | None) -> int:
     return 0
 
 
-def data_prepare(recipe: str | None, overrides: Sequence[str], tokenizer_path: str, out: str) -> int:
+def data_prepare(recipe: str | None, overrides: Sequence[str], out: str | None, processes: int | None) -> int:
     """Tokenise the text of a recipe into the folder ``out`` and print what is in it."""
     sections = read_sections(recipe, overrides)
-    tokenizer = Tokenizer.load(tokenizer_path).with_specials()
-    prepared = prepare_sources(sections.data, tokenizer, out)
+    out = out or str(SHARDS / (Path(recipe).stem if recipe and Path(recipe).exists() else recipe or sections.data.type))
+    check_sources(sections.data)
+    wanted = sections.tokenizer
+    if wanted.path is not None:
+        tokenizer = refuse_missing_bytes(Tokenizer.load(wanted.path)).with_specials()
+    else:
+        logger.info(f"Training a tokenizer of {wanted.vocab_size:,} tokens on the text; tokenizer.path=FILE would take one.")
+        tokenizer = train_tokenizer(sections.data, wanted)
+    prepared = prepare_sources(sections.data, tokenizer, out, processes=processes)
     print(f"{out}: {'exists already' if prepared.reused else 'written'}")
     print_splits(out)
     return 0

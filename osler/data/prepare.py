@@ -161,7 +161,7 @@ def _is_ready(
     what, difference = _difference(found, wanted)
     if not difference:
         sets, sources = _streams(out, found, corpora, validation)
-        what, difference = "content", _first_change(wanted, [*sets, *sources])
+        what, difference = "content", _first_change([*sets, *sources])
     if not difference:
         for kind in ("sources", "validation"):
             for entry, new in zip(found[kind].values(), wanted[kind].values(), strict=True):
@@ -175,12 +175,29 @@ def _is_ready(
     elif consent is None and what == "content":
         _set_aside(out, found["content_fingerprint"])
     else:
-        allow = f" allow it with {consent}," if consent else ""
-        raise UserError(
-            f"{out} was prepared with another {what}: {difference}. Put the {what} back to go on with what was prepared,{allow} "
-            "or choose another folder."
-        )
+        raise _other_data(out, what, difference, consent)
     return False
+
+
+def check_unchanged(out: Path, corpora: Sequence[Corpus | None], consent: str) -> None:
+    """Raise UserError when sources differ from those that a folder was made of; None is a source whose files are gone."""
+    entries = list(read_data_manifest(out)["sources"].items())
+    known = [(name, entry, corpus) for (name, entry), corpus in zip(entries, corpora, strict=False) if corpus is not None]
+    difference = "" if len(entries) == len(corpora) else f"it has {len(entries)} sources, now there are {len(corpora)}"
+    for _, entry, corpus in known:
+        difference = difference or _other_content(entry["content"], _content(corpus))
+    if not difference:
+        difference = _first_change([_Stream(corpus, out / name, SPLITS[:1], entry) for name, entry, corpus in known])
+    if difference:
+        raise _other_data(out, "content", difference, consent)
+
+
+def _other_data(out: Path, what: str, difference: str, consent: str | None) -> UserError:
+    allow = f" allow it with {consent}," if consent else ""
+    return UserError(
+        f"{out} was prepared with another {what}: {difference}. Put the {what} back to go on with what was prepared,{allow} "
+        "or choose another folder."
+    )
 
 
 def _difference(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> tuple[str, str]:
@@ -216,7 +233,7 @@ def _other_content(old: Mapping[str, Any] | None, new: Mapping[str, Any] | None)
     return _other_content(old["validation"], new["validation"])
 
 
-def _first_change(wanted: Mapping[str, Any], streams: Sequence[_Stream]) -> str:
+def _first_change(streams: Sequence[_Stream]) -> str:
     """Return which file with another time of change has another content than a folder was made of; "" if none has.
 
     Reads the parts of such files that the journals name.

@@ -139,5 +139,5 @@ def _refuse_other_tokenizer(folder: str | Path, tokenizer: Tokenizer, whose: str
         raise UserError(
             f"The shards in {folder} were made with the tokenizer {wanted}, but the one {whose} is {tokenizer.fingerprint}, for "
             "which their tokens mean something else. Leave tokenizer.path out to use the one in the folder, or prepare the text "
-            "again with `osler data prepare --tokenizer FILE`."
+            "again with `osler data prepare tokenizer.path=FILE`."
         )

@@ -14,7 +14,7 @@ from osler.clinic.textbook import cards, textbook
 from osler.data.config import ClinicData, FilesData, MixtureData, TextData, TurnsData, sources_of
 from osler.data.documents import Corpus, Document, in_memory
 from osler.data.holdout import HeldOut, find_limits
-from osler.data.prepare import prepare
+from osler.data.prepare import check_unchanged, prepare
 from osler.data.prepared import Prepared
 from osler.data.readers import TextFiles, TurnFiles
 from osler.files.parts import Parts
@@ -74,6 +74,17 @@ CORPORA: dict[type, Callable[[Any, str], Corpus]] = {ClinicData: open_clinic, Fi
 def open_corpora(data: TextData) -> dict[str, Corpus]:
     """Open the corpora of the sources in a config, by name; files are read when a corpus is."""
     return {name: CORPORA[type(source)](source, key) for name, source, key in _keyed(data)}
+
+
+def check_present(data: TextData, out: Path, consent: str) -> None:
+    """Raise UserError when sources whose files are there differ from those that the folder `out` was made of."""
+    corpora = [CORPORA[type(source)](source, key) if is_there(source) else None for _, source, key in _keyed(data)]
+    check_unchanged(out, corpora, consent)
+
+
+def is_there(source: ClinicData | FilesData | TurnsData) -> bool:
+    """Return whether there is something at the path of a source."""
+    return isinstance(source, ClinicData) or Path(source.path).exists()
 
 
 def _keyed(data: TextData) -> Iterator[tuple[str, ClinicData | FilesData | TurnsData, str]]:

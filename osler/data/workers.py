@@ -122,8 +122,8 @@ class _Worker(threading.Thread):
 def _death(code: int) -> Exception:
     if code == -9:
         return UserError(
-            "A process that prepares the data was killed, most often for want of memory. The same command goes on; with "
-            "--workers 1 it needs less."
+            "A process that prepares the data was killed, most often for want of memory. The same command goes on; "
+            "`osler data prepare --workers 1` needs less."
         )
     return RuntimeError(f"A process that prepares the data ended with exit code {code}; what it said is above.")
 

@@ -19,7 +19,7 @@ from osler.data.prepared import Prepared, open_prepared, tokenizer_of_shards
 from osler.data.preparer import Preparer
 from osler.data.shard_set import NotPreparedYet, ShardSet, go_on_from, is_finished, num_evicted
 from osler.data.shards import DATA_MANIFEST, SPLITS, read_data_manifest
-from osler.data.sources import check_sources, prepare_sources
+from osler.data.sources import check_present, check_sources, is_there, prepare_sources
 from osler.data.stream import wait_together
 from osler.inference.load import TOKENIZER_FILE, tokenizer_of
 from osler.model.config import ModelConfig
@@ -104,6 +104,8 @@ def _open(
             f"There is nothing at data.path={', '.join(_missing(config))} from here; going on with what was prepared from it, in "
             f"{folder}."
         )
+        if not config.allow_data_change:
+            check_present(data, folder, "allow_data_change=true")
         return open_prepared(folder, tokenizer), None
     consent = None if config.allow_data_change else "allow_data_change=true"
     # A checkpoint that knows all of the data can only be compared with all of them.
@@ -188,8 +190,8 @@ def _missing(config: TrainConfig) -> list[str]:
     """Return the paths of sources at which there is nothing."""
     if isinstance(config.data, PreparedData):
         return []
-    paths = [source.path for source in sources_of(config.data).values() if not isinstance(source, ClinicData)]
-    return [path for path in paths if not Path(path).exists()]
+    sources = sources_of(config.data).values()
+    return [source.path for source in sources if not isinstance(source, ClinicData) and not is_there(source)]
 
 
 def _take_over(shards: Path, folder: Path) -> None:

@@ -70,7 +70,7 @@ def test_a_tokenizer_that_loses_the_text_is_refused_before_the_run(mistake, tiny
 def test_a_recipe_that_is_missing_or_broken(mistake, tmp_path):
     assert "no-such.yaml" in mistake("pretrain", "no-such.yaml")
     assert "did you mean `pure-tiny`?" in mistake("pretrain", "pure-tiyn")
-    assert "there is no file or folder ../nosuch" in mistake("data", "prepare", "../nosuch", "--tokenizer", "t", "--out", "o")
+    assert "there is no file or folder ../nosuch" in mistake("data", "prepare", "../nosuch", "tokenizer.path=t", "--out", "o")
     assert f"data.type=files data.path={tmp_path}" in mistake("pretrain", tmp_path)
     broken = tmp_path / "broken.yaml"
     broken.write_text("seq_len: 64\nmodel: {num_layers: 2\n")

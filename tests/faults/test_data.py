@@ -223,7 +223,7 @@ def test_a_run_that_trains_its_own_superwords_goes_on_with_them(launch, tmp_path
 def shards(tiny, osler, tmp_path):
     notes, out = tmp_path / "notes.jsonl", tmp_path / "shards"
     write_texts(notes, TEXTS)
-    assert osler("data", "prepare", notes, "data.holdout_fraction=0.1", "--tokenizer", tiny.tokenizer, "--out", out) == 0
+    assert osler("data", "prepare", notes, "data.holdout_fraction=0.1", f"tokenizer.path={tiny.tokenizer}", "--out", out) == 0
     return out
 
 
@@ -265,7 +265,7 @@ def test_training_on_prepared_shards_is_training_on_their_text(
 def test_shards_of_another_tokenizer_are_refused(shards, bare, tiny, runs, osler, mistake, tmp_path):
     other = tmp_path / "other.json"
     assert osler("tokenizer", "train", tmp_path / "notes.jsonl", "tokenizer.vocab_size=300", "--out", other) == 0
-    cut = [tmp_path / "notes.jsonl", "--tokenizer", other, "--out", tmp_path / "others"]
+    cut = [tmp_path / "notes.jsonl", f"tokenizer.path={other}", "--out", tmp_path / "others"]
     assert osler("data", "prepare", *cut) == 0
     ours, theirs = (["data.type=prepared", f"data.path={path}"] for path in (shards, tmp_path / "others"))
     for words, whose in (
@@ -283,7 +283,7 @@ def test_shards_of_another_tokenizer_are_refused(shards, bare, tiny, runs, osler
 
 def test_shards_that_changed_are_refused_and_turns_keep_their_masks(shards, tiny, runs, osler, mistake, tmp_path):
     turns = ["data.type=turns", f"data.path={tiny.turns}", "data.thinking_field=why"]
-    assert osler("data", "prepare", *turns, "--tokenizer", tiny.tokenizer, "--out", tmp_path / "turns") == 0
+    assert osler("data", "prepare", *turns, f"tokenizer.path={tiny.tokenizer}", "--out", tmp_path / "turns") == 0
     command = ["sft", tiny.sft, f"init_from={runs.pretrain}", "--run"]
     on_shards = ["data={type: prepared, path: " + str(tmp_path / "turns") + "}"]
     assert osler(*command, tmp_path / "text", *turns) == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 from run_folders import STOPPED
@@ -19,6 +20,46 @@ def sources(tmp_path, tiny) -> list[str]:
     turns.write_text(tiny.turns.read_text())
     both = [{"type": "files", "path": str(text), "weight": 3}, {"type": "turns", "path": str(turns)}]
     return [f"data={json.dumps({'type': 'mixture', 'sources': both})}"]
+
+
+def test_of_a_source_that_is_gone_the_shards_are_used_and_the_others_are_checked(sources, launch, mistake, tmp_path, capsys):
+    assert launch("pretrain", tmp_path / "run", *sources, fault="train-step:sigterm:3") == STOPPED
+    (tmp_path / "asked.jsonl").unlink()
+    book = tmp_path / "book.jsonl"
+    before = book.read_text()
+    book.write_text(before.replace(before[40:44], "####", 1))
+    told = mistake("pretrain", "--resume", "--run", tmp_path / "run")
+    assert "prepared with another content" in told and "book.jsonl has changed" in told
+    book.write_text(before)
+    assert launch("pretrain", tmp_path / "run", resume=True) == 0
+    assert "There is nothing at data.path=" in capsys.readouterr().err
+
+
+def test_a_run_on_prepared_shards_of_several_sources_is_one_on_the_sources(
+    sources, tiny, osler, launch, tmp_path, assert_same_run, capsys
+):
+    """Their weights are kept beside the shards; a curriculum may give others."""
+    out, recipe = tmp_path / "shards", json.loads(Path(tiny.pretrain).read_text())
+    recipe["data"] = json.loads(sources[0].removeprefix("data="))
+    (tmp_path / "both.yaml").write_text(json.dumps(recipe))
+    assert osler("data", "prepare", tmp_path / "both.yaml", "--out", out, "--workers", 1) == 0
+    assert "asked/validation" in capsys.readouterr().out
+    stages = f"curriculum={json.dumps(STAGES)}"
+    assert launch("pretrain", tmp_path / "whole", *sources, stages) == 0
+    del recipe["data"], recipe["tokenizer"]
+    (tmp_path / "bare.yaml").write_text(json.dumps(recipe))
+    command = ["pretrain", tmp_path / "bare.yaml", "data.type=prepared", f"data.path={out}", stages, "--run", tmp_path / "run"]
+    assert osler(*command, fault="train-step:sigterm:7") == STOPPED
+    assert osler(*command) == 0
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+def test_a_mistake_in_a_mixture_names_its_source(sources, mistake, commands, tmp_path):
+    other = sources[0].replace('"weight": 3', '"field": "body"')
+    told = mistake(*commands["pretrain"], other, "--run", tmp_path / "run")
+    assert "book.jsonl:1 has no field 'body'" in told and "Set data.sources[0].field=NAME" in told
+    (tmp_path / "asked.jsonl").unlink()
+    assert "set data.sources[1].path to one" in mistake(*commands["pretrain"], *sources, "--run", tmp_path / "run")
 
 
 STAGES = [{"seq_len": 32, "until_tokens": 1536}, {"seq_len": 64, "weights": {"book": 1, "asked": 3}}]
