@@ -16,21 +16,20 @@ import heapq
 import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from osler.data.content import OPTIONS, Stream, difference_of, first_change, manifest_of, other_data, streams_of
 from osler.data.documents import Corpus
 from osler.data.holdout import HeldOut, Keys, find_limits
 from osler.data.prepared import Prepared, open_folder
-from osler.data.shards import DATA_MANIFEST, FORMAT_VERSION, INDEX, SPLITS, TOKENIZER, VALIDATION_PREFIX, read_data_manifest
+from osler.data.shards import DATA_MANIFEST, INDEX, SPLITS, TOKENIZER, read_data_manifest
 from osler.data.tokenise import PartEnd, Task
 from osler.data.workers import process_count, tokenise
-from osler.data.writing import Choice, CorpusWriter, digests, journal_of, read_keys
-from osler.files.parts import PART_BYTES
+from osler.data.writing import Choice, CorpusWriter, read_keys
 from osler.runtime.errors import UserError
 from osler.runtime.faults import fault
 from osler.runtime.files import fingerprint, locked, no_pause, write_atomic, write_json
@@ -39,19 +38,6 @@ from osler.tokenizer.bpe import Tokenizer
 from osler.tokenizer.round_trip import Losses
 
 logger = logging.getLogger(__name__)
-
-OPTIONS = ("holdout_fraction", "seed", "options", "part_bytes")  # what the shards of a corpus depend on besides its files
-
-
-@dataclass(frozen=True)
-class _Stream:
-    """A corpus and where it is written; `entry` is its place in the manifest."""
-
-    corpus: Corpus
-    folder: Path
-    splits: Sequence[str]
-    entry: dict[str, Any]
-    weight: float = 1.0
 
 
 def prepare(
@@ -77,14 +63,14 @@ def prepare(
     """
     out = Path(out)
     weights = weights or [1.0] * len(corpora)
-    wanted = _manifest(corpora, validation or {}, weights, tokenizer)
+    wanted = manifest_of(corpora, validation or {}, weights, tokenizer)
     try:
         out.mkdir(parents=True, exist_ok=True)
         with locked(out, "--out"):
             if _is_ready(out, wanted, corpora, validation or {}, consent):
                 _keep_weights(out, weights)
                 return open_folder(out)
-            sets, sources = _streams(out, wanted, corpora, validation or {})
+            sets, sources = streams_of(out, wanted, corpora, validation or {})
             try:
                 _write(out, wanted, sets, sources, tokenizer, processes, before_shard)
             except UserError:
@@ -101,51 +87,6 @@ def prepare(
         raise UserError(f"The data could not be written to {out}: {reason}") from error
 
 
-def _manifest(
-    corpora: Mapping[str, Corpus], validation: Mapping[str, Corpus], weights: Sequence[float], tokenizer: Tokenizer
-) -> dict[str, Any]:
-    """Return the manifest of what is to be prepared."""
-    return {
-        "format_version": FORMAT_VERSION,
-        "complete": False,
-        "tokenizer_fingerprint": tokenizer.fingerprint,
-        "eos_id": tokenizer.eos_id,
-        "vocab_size": tokenizer.vocab_size,
-        "sources": {
-            name: {"weight": weight, "content": _content(corpus), "splits": {}}
-            for (name, corpus), weight in zip(corpora.items(), weights, strict=True)
-        },
-        "validation": {name: {"content": _content(corpus), "splits": {}} for name, corpus in validation.items()},
-    }
-
-
-def _content(corpus: Corpus) -> dict[str, Any]:
-    """Return what the shards of a corpus depend on besides the tokenizer."""
-    return {
-        "files": [[file.name, file.size, file.stamp] for file in corpus.files],
-        "options": dict(corpus.options),
-        "validation": None if corpus.validation is None else _content(corpus.validation),
-        "holdout_fraction": corpus.holdout_fraction if corpus.validation is None else 0.0,
-        "seed": corpus.seed,
-        "part_bytes": PART_BYTES,
-    }
-
-
-def _streams(
-    out: Path, manifest: dict[str, Any], corpora: Mapping[str, Corpus], validation: Mapping[str, Corpus]
-) -> tuple[list[_Stream], list[_Stream]]:
-    """Return the explicit validation corpora, and the sources, each with its folder."""
-    entries = manifest["validation"]
-    sets = [_Stream(corpus, out / f"{VALIDATION_PREFIX}{name}", SPLITS[1:], entries[name]) for name, corpus in validation.items()]
-    sources = []
-    for (name, entry), corpus in zip(manifest["sources"].items(), corpora.values(), strict=True):
-        if corpus.validation is not None:
-            sets.append(_Stream(corpus.validation, out / name, SPLITS[1:], entry))
-        splits = SPLITS if corpus.validation is None and corpus.holdout_fraction > 0 else SPLITS[:1]
-        sources.append(_Stream(corpus, out / name, splits, entry, entry["weight"]))
-    return sets, sources
-
-
 # -- is it there already? ----------------------------------------------------------------------------------------------
 
 
@@ -158,10 +99,10 @@ def _is_ready(
             raise UserError(f"{out} exists but is not a folder of prepared data; give another folder or remove it.")
         return False
     found = read_data_manifest(out)
-    what, difference = _difference(found, wanted)
+    what, difference = difference_of(found, wanted)
     if not difference:
-        sets, sources = _streams(out, found, corpora, validation)
-        what, difference = "content", _first_change([*sets, *sources])
+        sets, sources = streams_of(out, found, corpora, validation)
+        what, difference = "content", first_change([*sets, *sources])
     if not difference:
         for kind in ("sources", "validation"):
             for entry, new in zip(found[kind].values(), wanted[kind].values(), strict=True):
@@ -175,89 +116,8 @@ def _is_ready(
     elif consent is None and what == "content":
         _set_aside(out, found["content_fingerprint"])
     else:
-        raise _other_data(out, what, difference, consent)
+        raise other_data(out, what, difference, consent)
     return False
-
-
-def check_unchanged(out: Path, corpora: Sequence[Corpus | None], consent: str) -> None:
-    """Raise UserError when sources differ from those that a folder was made of; None is a source whose files are gone."""
-    entries = list(read_data_manifest(out)["sources"].items())
-    known = [(name, entry, corpus) for (name, entry), corpus in zip(entries, corpora, strict=False) if corpus is not None]
-    difference = "" if len(entries) == len(corpora) else f"it has {len(entries)} sources, now there are {len(corpora)}"
-    for _, entry, corpus in known:
-        difference = difference or _other_content(entry["content"], _content(corpus))
-    if not difference:
-        difference = _first_change([_Stream(corpus, out / name, SPLITS[:1], entry) for name, entry, corpus in known])
-    if difference:
-        raise _other_data(out, "content", difference, consent)
-
-
-def _other_data(out: Path, what: str, difference: str, consent: str | None) -> UserError:
-    allow = f" allow it with {consent}," if consent else ""
-    return UserError(
-        f"{out} was prepared with another {what}: {difference}. Put the {what} back to go on with what was prepared,{allow} "
-        "or choose another folder."
-    )
-
-
-def _difference(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> tuple[str, str]:
-    """Return what of two manifests differs and how, "" when at most times and names of files do."""
-    one, other = found["tokenizer_fingerprint"], wanted["tokenizer_fingerprint"]
-    if one != other:
-        return "tokenizer", f"its fingerprint is {one}, now it is {other}"
-    for kind, title in (("sources", "source"), ("validation", "validation set")):
-        if len(found[kind]) != len(wanted[kind]):
-            return "content", f"it has {len(found[kind])} {title}s, now there are {len(wanted[kind])}"
-        for old, new in zip(found[kind].values(), wanted[kind].values(), strict=True):
-            if difference := _other_content(old["content"], new["content"]):
-                return "content", difference
-    if not found["complete"]:
-        weights = [[entry["weight"] for entry in manifest["sources"].values()] for manifest in (found, wanted)]
-        names = [[list(manifest[kind]) for kind in ("sources", "validation")] for manifest in (found, wanted)]
-        if weights[0] != weights[1] or names[0] != names[1]:
-            return "content", "its sources have other names or weights"
-    return "", ""
-
-
-def _other_content(old: Mapping[str, Any] | None, new: Mapping[str, Any] | None) -> str:
-    if old is None or new is None:
-        return "" if old is new else "one has validation documents, the other has none"
-    for name in OPTIONS:
-        if old[name] != new[name]:
-            return f"{name} is {old[name]}, now it is {new[name]}"
-    if len(old["files"]) != len(new["files"]):
-        return f"it has {len(old['files']):,} files, now there are {len(new['files']):,}"
-    for (_, size, _), (name, new_size, _) in zip(old["files"], new["files"], strict=True):
-        if size != new_size:
-            return f"{name} has {new_size:,} bytes, it had {size:,}"
-    return _other_content(old["validation"], new["validation"])
-
-
-def _first_change(streams: Sequence[_Stream]) -> str:
-    """Return which file with another time of change has another content than a folder was made of; "" if none has.
-
-    Reads the parts of such files that the journals name.
-    """
-    corpora = [stream.corpus for stream in streams]
-    tasks, known = [], []
-    for number, stream in enumerate(streams):
-        content = stream.entry["content"]
-        old = content["files"] if stream.splits != SPLITS[1:] or content["validation"] is None else content["validation"]["files"]
-        touched = {file for file, (_, _, stamp) in zip(stream.corpus.files, old, strict=True) if file.stamp != stamp}
-        lines = digests(journal_of(stream.folder, stream.splits)) if touched else ()
-        for place, digest in zip(stream.corpus.order().tolist(), lines, strict=False):
-            part = stream.corpus.parts[place]
-            if part.file in touched:
-                tasks.append(Task(number, place, part))
-                known.append(digest)
-    if tasks:
-        logger.info("Files have another time of change than when they were prepared; comparing their content.")
-    processes = process_count(sum(task.part.num_bytes for task in tasks))
-    ends = ((task, result) for task, result in tokenise(corpora, None, tasks, processes) if isinstance(result, PartEnd))
-    for digest, (task, end) in zip(known, ends, strict=True):
-        if end.digest != digest:
-            return f"{task.part.file.name} has changed"
-    return ""
 
 
 def _keep_weights(out: Path, weights: Sequence[float]) -> None:
@@ -293,8 +153,8 @@ def _set_aside(out: Path, found: str) -> None:
 def _write(
     out: Path,
     manifest: dict[str, Any],
-    sets: Sequence[_Stream],
-    sources: Sequence[_Stream],
+    sets: Sequence[Stream],
+    sources: Sequence[Stream],
     tokenizer: Tokenizer,
     processes: int | None,
     before_shard: Callable[[], None],
@@ -327,7 +187,7 @@ def _write(
     write_json(out / DATA_MANIFEST, manifest)
 
 
-def _choose(stream: _Stream, keys: Keys, held: HeldOut) -> Choice:
+def _choose(stream: Stream, keys: Keys, held: HeldOut) -> Choice:
     """Return which documents of a source are learned, and which it holds out."""
     learned = {SPLITS[0]: ~held.by_any(keys)}
     return learned if stream.splits == SPLITS[:1] else {**learned, SPLITS[1]: held.by(str(stream.folder), keys)}
@@ -346,7 +206,7 @@ class _Work:
         self.digests: dict[int, str] = {}  # of the content of finished streams
         self.bytes_done = self.tokens = 0
 
-    def run(self, streams: Sequence[_Stream], choose: Callable[[_Stream, Keys], Choice]) -> None:
+    def run(self, streams: Sequence[Stream], choose: Callable[[Stream, Keys], Choice]) -> None:
         """Write all parts of these streams that are not written yet, and complete their entries."""
         writers = [
             CorpusWriter(stream.folder, stream.splits, partial(choose, stream), vocab_size=self.tokenizer.vocab_size)
@@ -375,7 +235,7 @@ class _Work:
                     self._close(stream, writer)
             self.progress.update(self.bytes_done, tokens=self.tokens)
 
-    def _close(self, stream: _Stream, writer: CorpusWriter) -> None:
+    def _close(self, stream: Stream, writer: CorpusWriter) -> None:
         """Write the last shards of a corpus as soon as it has no more parts, and describe it in the manifest."""
         found = writer.close()
         entry = stream.entry
@@ -386,7 +246,7 @@ class _Work:
         self.write_manifest()  # a run that reads along may go round again, or evaluate
 
 
-def _in_turns(streams: Sequence[_Stream], begun: Sequence[int]) -> Iterator[Task]:
+def _in_turns(streams: Sequence[Stream], begun: Sequence[int]) -> Iterator[Task]:
     """Yield the parts of streams that are not finished; each has its share of the bytes, by weight, at any time."""
     orders = [stream.corpus.order() for stream in streams]
     turns = [(0.0, number, place) for number, place in enumerate(begun)]
@@ -400,7 +260,7 @@ def _in_turns(streams: Sequence[_Stream], begun: Sequence[int]) -> Iterator[Task
             heapq.heappush(turns, (done + part.num_bytes / stream.weight, number, place + 1))
 
 
-def _check_source(stream: _Stream, is_one_of_many: bool) -> None:
+def _check_source(stream: Stream, is_one_of_many: bool) -> None:
     """Raise UserError when nothing of a source is left to learn from; warn when it holds nothing out."""
     entry, of_source = stream.entry, f" in the source {stream.folder.name}" if is_one_of_many else ""
     learned, held = (entry["splits"].get(split, {}).get("documents", 0) if split in stream.splits else 0 for split in SPLITS)

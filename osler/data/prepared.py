@@ -101,16 +101,12 @@ def _open_growing(out: Path, manifest: Mapping[str, Any]) -> Prepared:
         holds_out = entry["content"]["validation"] is not None or entry["content"]["holdout_fraction"] > 0
         train, validation = (ShardSet.open(out, name, split, growing=True) for split in SPLITS)
         sources.append(PreparedSource(name, entry["weight"], train, validation if holds_out else None))
-    named = {
-        name: ShardSet.open(out, f"{VALIDATION_PREFIX}{name}", SPLITS[1], growing=True) for name in manifest["validation"]
-    }
+    named = {name: ShardSet.open(out, f"{VALIDATION_PREFIX}{name}", SPLITS[1], growing=True) for name in manifest["validation"]}
     found = fingerprint_of([source.train for source in sources])
     return Prepared(out, sources, named, found, reused=any(source.train.num_shards for source in sources))
 
 
-def open_prepared(
-    folder: str | Path, tokenizer: Tokenizer, whose: str = "of the run", *, growing: bool = False
-) -> Prepared:
+def open_prepared(folder: str | Path, tokenizer: Tokenizer, whose: str = "of the run", *, growing: bool = False) -> Prepared:
     """Open a folder that `prepare` made; raises UserError when it is missing, torn, or of another tokenizer.
 
     The message says ``whose`` the given tokenizer is. With ``growing`` the folder may be one that is being prepared.

@@ -12,9 +12,10 @@ import numpy as np
 from osler.clinic.exam import drills
 from osler.clinic.textbook import cards, textbook
 from osler.data.config import ClinicData, FilesData, MixtureData, TextData, TurnsData, sources_of
+from osler.data.content import check_unchanged
 from osler.data.documents import Corpus, Document, in_memory
 from osler.data.holdout import HeldOut, find_limits
-from osler.data.prepare import check_unchanged, prepare
+from osler.data.prepare import prepare
 from osler.data.prepared import Prepared
 from osler.data.readers import TextFiles, TurnFiles
 from osler.files.parts import Parts

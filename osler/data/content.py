@@ -1,0 +1,159 @@
+"""What a folder of shards is made of: its manifest, and whether the sources are still the same."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from osler.data.documents import Corpus
+from osler.data.shards import FORMAT_VERSION, SPLITS, VALIDATION_PREFIX, read_data_manifest
+from osler.data.tokenise import PartEnd, Task
+from osler.data.workers import process_count, tokenise
+from osler.data.writing import digests, journal_of
+from osler.files.parts import PART_BYTES
+from osler.runtime.errors import UserError
+from osler.tokenizer.bpe import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+OPTIONS = ("holdout_fraction", "seed", "options", "part_bytes")  # what the shards of a corpus depend on besides its files
+
+
+@dataclass(frozen=True)
+class Stream:
+    """A corpus and where it is written; `entry` is its place in the manifest."""
+
+    corpus: Corpus
+    folder: Path
+    splits: Sequence[str]
+    entry: dict[str, Any]
+    weight: float = 1.0
+
+
+def manifest_of(
+    corpora: Mapping[str, Corpus], validation: Mapping[str, Corpus], weights: Sequence[float], tokenizer: Tokenizer
+) -> dict[str, Any]:
+    """Return the manifest of what is to be prepared."""
+    return {
+        "format_version": FORMAT_VERSION,
+        "complete": False,
+        "tokenizer_fingerprint": tokenizer.fingerprint,
+        "eos_id": tokenizer.eos_id,
+        "vocab_size": tokenizer.vocab_size,
+        "sources": {
+            name: {"weight": weight, "content": _content(corpus), "splits": {}}
+            for (name, corpus), weight in zip(corpora.items(), weights, strict=True)
+        },
+        "validation": {name: {"content": _content(corpus), "splits": {}} for name, corpus in validation.items()},
+    }
+
+
+def _content(corpus: Corpus) -> dict[str, Any]:
+    """Return what the shards of a corpus depend on besides the tokenizer."""
+    return {
+        "files": [[file.name, file.size, file.stamp] for file in corpus.files],
+        "options": dict(corpus.options),
+        "validation": None if corpus.validation is None else _content(corpus.validation),
+        "holdout_fraction": corpus.holdout_fraction if corpus.validation is None else 0.0,
+        "seed": corpus.seed,
+        "part_bytes": PART_BYTES,
+    }
+
+
+def streams_of(
+    out: Path, manifest: dict[str, Any], corpora: Mapping[str, Corpus], validation: Mapping[str, Corpus]
+) -> tuple[list[Stream], list[Stream]]:
+    """Return the explicit validation corpora, and the sources, each with its folder."""
+    entries = manifest["validation"]
+    sets = [Stream(corpus, out / f"{VALIDATION_PREFIX}{name}", SPLITS[1:], entries[name]) for name, corpus in validation.items()]
+    sources = []
+    for (name, entry), corpus in zip(manifest["sources"].items(), corpora.values(), strict=True):
+        if corpus.validation is not None:
+            sets.append(Stream(corpus.validation, out / name, SPLITS[1:], entry))
+        splits = SPLITS if corpus.validation is None and corpus.holdout_fraction > 0 else SPLITS[:1]
+        sources.append(Stream(corpus, out / name, splits, entry, entry["weight"]))
+    return sets, sources
+
+
+def check_unchanged(out: Path, corpora: Sequence[Corpus | None], consent: str) -> None:
+    """Raise UserError when sources differ from those that a folder was made of; None is a source whose files are gone."""
+    entries = list(read_data_manifest(out)["sources"].items())
+    known = [(name, entry, corpus) for (name, entry), corpus in zip(entries, corpora, strict=False) if corpus is not None]
+    difference = "" if len(entries) == len(corpora) else f"it has {len(entries)} sources, now there are {len(corpora)}"
+    for _, entry, corpus in known:
+        difference = difference or _other_content(entry["content"], _content(corpus))
+    if not difference:
+        difference = first_change([Stream(corpus, out / name, SPLITS[:1], entry) for name, entry, corpus in known])
+    if difference:
+        raise other_data(out, "content", difference, consent)
+
+
+def other_data(out: Path, what: str, difference: str, consent: str | None) -> UserError:
+    allow = f" allow it with {consent}," if consent else ""
+    return UserError(
+        f"{out} was prepared with another {what}: {difference}. Put the {what} back to go on with what was prepared,{allow} "
+        "or choose another folder."
+    )
+
+
+def difference_of(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> tuple[str, str]:
+    """Return what of two manifests differs and how, "" when at most times and names of files do."""
+    one, other = found["tokenizer_fingerprint"], wanted["tokenizer_fingerprint"]
+    if one != other:
+        return "tokenizer", f"its fingerprint is {one}, now it is {other}"
+    for kind, title in (("sources", "source"), ("validation", "validation set")):
+        if len(found[kind]) != len(wanted[kind]):
+            return "content", f"it has {len(found[kind])} {title}s, now there are {len(wanted[kind])}"
+        for old, new in zip(found[kind].values(), wanted[kind].values(), strict=True):
+            if difference := _other_content(old["content"], new["content"]):
+                return "content", difference
+    if not found["complete"]:
+        weights = [[entry["weight"] for entry in manifest["sources"].values()] for manifest in (found, wanted)]
+        names = [[list(manifest[kind]) for kind in ("sources", "validation")] for manifest in (found, wanted)]
+        if weights[0] != weights[1] or names[0] != names[1]:
+            return "content", "its sources have other names or weights"
+    return "", ""
+
+
+def _other_content(old: Mapping[str, Any] | None, new: Mapping[str, Any] | None) -> str:
+    if old is None or new is None:
+        return "" if old is new else "one has validation documents, the other has none"
+    for name in OPTIONS:
+        if old[name] != new[name]:
+            return f"{name} is {old[name]}, now it is {new[name]}"
+    if len(old["files"]) != len(new["files"]):
+        return f"it has {len(old['files']):,} files, now there are {len(new['files']):,}"
+    for (_, size, _), (name, new_size, _) in zip(old["files"], new["files"], strict=True):
+        if size != new_size:
+            return f"{name} has {new_size:,} bytes, it had {size:,}"
+    return _other_content(old["validation"], new["validation"])
+
+
+def first_change(streams: Sequence[Stream]) -> str:
+    """Return which file with another time of change has another content than a folder was made of; "" if none has.
+
+    Reads the parts of such files that the journals name.
+    """
+    corpora = [stream.corpus for stream in streams]
+    tasks, known = [], []
+    for number, stream in enumerate(streams):
+        content = stream.entry["content"]
+        old = content["files"] if stream.splits != SPLITS[1:] or content["validation"] is None else content["validation"]["files"]
+        touched = {file for file, (_, _, stamp) in zip(stream.corpus.files, old, strict=True) if file.stamp != stamp}
+        lines = digests(journal_of(stream.folder, stream.splits)) if touched else ()
+        for place, digest in zip(stream.corpus.order().tolist(), lines, strict=False):
+            part = stream.corpus.parts[place]
+            if part.file in touched:
+                tasks.append(Task(number, place, part))
+                known.append(digest)
+    if tasks:
+        logger.info("Files have another time of change than when they were prepared; comparing their content.")
+    processes = process_count(sum(task.part.num_bytes for task in tasks))
+    ends = ((task, result) for task, result in tokenise(corpora, None, tasks, processes) if isinstance(result, PartEnd))
+    for digest, (task, end) in zip(known, ends, strict=True):
+        if end.digest != digest:
+            return f"{task.part.file.name} has changed"
+    return ""
