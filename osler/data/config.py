@@ -7,10 +7,31 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Literal
 
-from osler.config.schema import TAGGED, Ge, Lt, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Seed, config
+from osler.config.schema import TAGGED, Fraction, Ge, Le, Lt, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Seed, config
 from osler.data.mixture import Mixture
+from osler.tasks.exam_files import Gsm8kTask, MedmcqaTask, MedqaTask, PubmedqaTask
 
 HoldoutFraction = Annotated[float, Ge(0), Lt(1)]
+
+
+@config
+class CleanConfig:
+    """What is left out of a source before it is learned; the data card counts it by reason and shows examples."""
+
+    # Of texts; questions with answers may be short. null or 1: no limit.
+    min_words: NonNegativeInt = 5
+    max_words: PositiveInt | None = None
+    max_symbols: Fraction = 0.5  # share of the characters that are neither letters, digits nor white space
+    max_repetition: Fraction = 0.5  # share of the sequences of 5 words that the document had before
+
+    languages: tuple[str, ...] = ()  # that are kept, such as en; none: all are
+    duplicates: Literal["keep", "exact", "near"] = "exact"  # exact: equal but for case and spacing
+    similarity: Annotated[float, Ge(0.5), Le(1)] = 0.8  # of near copies: share of the sequences of 5 words that two have in common
+    duplicates_memory_mb: PositiveInt = 256  # of a source; copies are found among as many of its latest documents as fit
+
+    # Documents that contain questions of these exams are found; drop or keep them. Either way the questions are written down.
+    exams: tuple[Annotated[MedqaTask | MedmcqaTask | PubmedqaTask | Gsm8kTask, TAGGED], ...] = ()
+    exam_questions: Literal["drop", "keep"] = "drop"
 
 
 @config
@@ -20,6 +41,8 @@ class Preparation:
     streaming: bool = False  # train on what is prepared while the rest is being prepared
     # with streaming: size of the shards that are kept at a time; null: all. Sources that do not fit are then read once at most
     disk_budget_gb: PositiveFloat | None = None
+    clean: CleanConfig | None = None  # what is left out; null: nothing, or of a source in a mixture what the mixture says
+    no_benchmark_contamination: bool = False  # refuse to start unless questions of exams are looked for and dropped
 
 
 @config
@@ -29,6 +52,7 @@ class Source(Preparation):
     name: str = ""  # for metrics and messages; empty: of the clinic or of the path
     # share of the tokens of a run, relative to the other sources of a mixture; of its rows where documents are kept whole
     weight: PositiveFloat = 1.0
+    licence: str = ""  # of the texts, for the data card
 
     @property
     def title(self) -> str:
@@ -107,6 +131,7 @@ class PreparedData:
 
     type: Literal["prepared"] = "prepared"
     path: str  # the folder of shards; the run reads them there and makes no copy
+    no_benchmark_contamination: bool = False  # refuse to start unless questions of exams were looked for and dropped
 
 
 def wrong_weights(stage: int, weights: Iterable[str], sources: Iterable[str]) -> str:

@@ -1,0 +1,98 @@
+"""What a document must be like to be learned from. Worker processes look at each; what is left out is counted by reason.
+
+The limits of length, symbols and repetition (after Gopher's, Rae et al. 2021) are of texts. Languages, copies and exam questions
+are looked for in questions with answers as well.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from osler.config.schema import encode
+from osler.data.config import CleanConfig
+from osler.data.contamination import ExamIndex
+from osler.data.duplicates import SHINGLE_WORDS, Rows, signature
+from osler.data.ngrams import prefix_sums, sequences, words_of
+from osler.files.find import ROW_ENDINGS, find_files
+from osler.runtime.errors import UserError
+from osler.runtime.files import fingerprint, sha256_file
+from osler.tasks.exam_files import load_exam_file
+
+LANGUAGE_CHARACTERS = 1000  # from the start of a document, by which its language is told
+EXAM = "exam question"  # the reason why a document that contains one is dropped
+
+
+class Look(NamedTuple):
+    """What was found of a document: why it is left out ("" keeps it), and the ids of the exam items in it."""
+
+    reason: str
+    exam_items: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Cleaner:
+    """Looks at documents as a config says; each process reads exams and models when it first needs them."""
+
+    config: CleanConfig
+
+    @functools.cached_property
+    def exams(self) -> ExamIndex:
+        """Return the items that are looked for."""
+        return ExamIndex(item for task in self.config.exams for item in load_exam_file(task))
+
+    @functools.cached_property
+    def options(self) -> dict[str, Any]:
+        """Return what decides the outcome: the config, and the content of the files of exams."""
+        options = encode(self.config)
+        for task, entry in zip(self.config.exams, options["exams"], strict=True):
+            files = find_files(task.path, ROW_ENDINGS, key="clean.exams.path")
+            entry["path"] = fingerprint([sha256_file(file) for file in files])
+        return options
+
+    def look(self, parts: Sequence[str]) -> Look:
+        """Judge a document by its text, or by its question, reasoning and answer."""
+        config, text = self.config, "\n".join(parts)
+        words = words_of(text)
+        sums = prefix_sums(words)
+        items = self.exams.find(words, sums) if config.exams else []
+        reason = self._quality(text, words, sequences(sums, SHINGLE_WORDS)) if len(parts) == 1 else ""
+        if not reason and config.languages and (language := _language(text[:LANGUAGE_CHARACTERS])) not in config.languages:
+            reason = f"language {language}"
+        if not reason and items and config.exam_questions == "drop":
+            reason = EXAM
+        return Look(reason, items)
+
+    def signatures(self, documents: Sequence[Sequence[str]]) -> Rows | None:
+        """Return by what near copies of documents are found, a row for each; None when they are not looked for."""
+        if self.config.duplicates != "near":
+            return None
+        sums = (prefix_sums(words_of("\n".join(parts))) for parts in documents)
+        return np.stack([signature(sequences(own, min(SHINGLE_WORDS, max(1, len(own) - 1)))) for own in sums])
+
+    def _quality(self, text: str, words: Sequence[str], shingles: np.ndarray[Any, np.dtype[np.uint64]]) -> str:
+        config = self.config
+        if len(words) < config.min_words:
+            return "too short"
+        if config.max_words is not None and len(words) > config.max_words:
+            return "too long"
+        if config.max_symbols < 1:
+            visible = len("".join(text.split()))
+            if visible - sum(map(len, words)) > config.max_symbols * visible:
+                return "too many symbols"
+        if config.max_repetition < 1 and len(shingles) - len(np.unique(shingles)) > config.max_repetition * len(shingles):
+            return "repetitive"
+        return ""
+
+
+def _language(text: str) -> str:
+    """Return the ISO 639-1 code of the language of a text."""
+    try:
+        import py3langid
+    except ImportError:
+        raise UserError("Languages are told by py3langid: pip install 'osler[clean]', or leave clean.languages out.") from None
+    return str(py3langid.classify(text)[0])

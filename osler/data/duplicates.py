@@ -1,0 +1,129 @@
+"""Which documents are copies, or nearly, of earlier ones of the same source, in memory that does not grow with their number.
+
+A document is known by a row of bytes: its split key, which documents share that are equal but for case and spacing, and, where
+near copies are looked for, a MinHash signature of its sequences of 5 words (Broder 1997; one byte of each of 128 minima, Li and
+König 2010). Locality-sensitive hashing finds candidates: earlier documents that share one of 16 bands of 8 bytes. They are copies
+where enough of all bytes agree, which estimates the share of their sequences that two documents have in common.
+
+The rows of the latest documents are in a ring, as many as the memory takes, with a chain of documents per hash of a band. All rows
+are in a file too, so a killed preparation goes on from the same state without reading a document again.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from osler.data.ngrams import Hashes
+from osler.runtime.errors import UserError
+from osler.runtime.files import open_durable
+
+EXACT, NEAR = "copy", "near copy"  # the reasons why a document is dropped
+KEY_BYTES, BAND_BYTES = 8, 8
+SIGNATURE_BYTES = 128
+SHINGLE_WORDS = 5
+MOST_CANDIDATES = 16  # documents of a band that are compared, the latest ones: what many have in common is no sign of a copy
+MINHASH_SEED = 1
+_ROWS_AT_ONCE = 1 << 16
+_MIXER = np.uint64(0xD6E8FEB86659FD93)
+
+Rows = npt.NDArray[np.uint8]
+
+
+def signature(shingles: Hashes) -> Rows:
+    """Return the MinHash signature of the sequences of words of a document."""
+    try:
+        from rensa import RMinHash
+    except ImportError:
+        raise UserError("Near copies are found with rensa: pip install 'osler[clean]', or set clean.duplicates=exact.") from None
+    matrix = RMinHash.digest_matrix_from_flat_token_hashes(
+        shingles, np.array([0, len(shingles)], np.uint64), num_perm=SIGNATURE_BYTES, seed=MINHASH_SEED
+    )
+    return np.array(matrix.to_rows()[0], np.uint32).astype(np.uint8)
+
+
+class Seen:
+    """The documents of a corpus so far; `width` is that of a row, `similarity` the share of bytes that makes a near copy."""
+
+    def __init__(self, path: Path, *, near: bool, similarity: float, memory_bytes: int) -> None:
+        self.width = KEY_BYTES + SIGNATURE_BYTES * near
+        bands = 1 + SIGNATURE_BYTES // BAND_BYTES * near
+        self._path = path
+        self._enough = similarity * SIGNATURE_BYTES
+        self._capacity = max(1, memory_bytes // (self.width + 8 * bands))
+        # A document is numbered from 1 on; 0: none. Untouched pages of the arrays take no memory.
+        self._rows = np.zeros((self._capacity, self.width), np.uint8)
+        self._latest = np.zeros((bands, self._capacity), np.uint32)  # document of each hash of a band
+        self._before = np.zeros((self._capacity, bands), np.uint32)  # the one before it with the same hash
+        self._bands = np.arange(bands)
+        self._new: list[bytes] = []
+        self.count = 0
+
+    @property
+    def num_written(self) -> int:
+        """Return how many documents the file holds."""
+        return self._path.stat().st_size // self.width if self._path.exists() else 0
+
+    def restore(self, count: int) -> None:
+        """Go back to the state after so many documents, and drop later ones from the file."""
+        if not self._path.exists():
+            return
+        os.truncate(self._path, count * self.width)
+        self.count = first = max(0, count - self._capacity)
+        with open(self._path, "rb") as file:
+            file.seek(first * self.width)
+            while data := file.read(_ROWS_AT_ONCE * self.width):
+                rows = np.frombuffer(data, np.uint8).reshape(-1, self.width)
+                for row, slots in zip(rows, self._slots(rows), strict=True):
+                    self._insert(row, slots)
+
+    def add(self, keys: Hashes, signatures: Rows | None) -> Iterator[str]:
+        """Yield why each document is a copy of an earlier one, "" for those that are not; these are known from now on."""
+        rows = keys.astype("<u8").view(np.uint8).reshape(-1, KEY_BYTES)
+        rows = rows if signatures is None else np.concatenate([rows, signatures], axis=1)
+        for row, slots in zip(rows, self._slots(rows), strict=True):
+            reason = self._reason(row, slots)
+            if not reason:
+                self._insert(row, slots)
+                self._new.append(row.tobytes())
+            yield reason
+
+    def write(self) -> None:
+        """Write what is new since the last time to the file."""
+        if self._new:
+            with open_durable(self._path, "ab") as file:
+                file.write(b"".join(self._new))
+            self._new.clear()
+
+    def _slots(self, rows: Rows) -> npt.NDArray[np.int64]:
+        """Return the hash of each band of each row."""
+        words = np.ascontiguousarray(rows).view("<u8") * _MIXER
+        slots: npt.NDArray[np.int64] = ((words >> np.uint64(20)) % np.uint64(self._capacity)).astype(np.int64)
+        return slots
+
+    def _insert(self, row: Rows, slots: npt.NDArray[np.int64]) -> None:
+        place = self.count % self._capacity
+        self.count += 1
+        self._rows[place] = row
+        self._before[place] = self._latest[self._bands, slots]
+        self._latest[self._bands, slots] = self.count
+
+    def _reason(self, row: Rows, slots: npt.NDArray[np.int64]) -> str:
+        bands, documents = self._bands, self._latest[self._bands, slots]
+        for _ in range(MOST_CANDIDATES):
+            in_ring = documents.astype(np.int64) > max(0, self.count - self._capacity)
+            bands, documents = bands[in_ring], documents[in_ring]
+            if not len(documents):
+                return ""
+            places = (documents.astype(np.int64) - 1) % self._capacity
+            agree = self._rows[places] == row
+            if agree[:, :KEY_BYTES].all(axis=1).any():
+                return EXACT
+            if self.width > KEY_BYTES and (agree[:, KEY_BYTES:].sum(axis=1) >= self._enough).any():
+                return NEAR
+            documents = self._before[places, bands]
+        return ""
