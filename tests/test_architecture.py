@@ -41,6 +41,8 @@ DOORS: dict[str, set[str]] = {
     "pydantic": {"config/schema.py"},
     "yaml": {"config/recipe.py"},
     "tokenizers": {"tokenizer/bpe.py", "tokenizer/superbpe.py"},
+    "py3langid": {"data/clean.py"},
+    "rensa": {"data/duplicates.py"},
     "safetensors": {"checkpoint/store.py"},
     "pyarrow": {"files/rows.py"},
     "jinja2": {"report/page.py"},

@@ -7,7 +7,19 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Literal
 
-from osler.config.schema import TAGGED, Fraction, Ge, Le, Lt, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Seed, config
+from osler.config.schema import (
+    TAGGED,
+    Fraction,
+    Ge,
+    Le,
+    Lt,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Seed,
+    config,
+)
 from osler.data.mixture import Mixture
 from osler.tasks.exam_files import Gsm8kTask, MedmcqaTask, MedqaTask, PubmedqaTask
 
@@ -26,7 +38,9 @@ class CleanConfig:
 
     languages: tuple[str, ...] = ()  # that are kept, such as en; none: all are
     duplicates: Literal["keep", "exact", "near"] = "exact"  # exact: equal but for case and spacing
-    similarity: Annotated[float, Ge(0.5), Le(1)] = 0.8  # of near copies: share of the sequences of 5 words that two have in common
+    similarity: Annotated[float, Ge(0.5), Le(1)] = (
+        0.8  # of near copies: share of the sequences of 5 words that two have in common
+    )
     duplicates_memory_mb: PositiveInt = 256  # of a source; copies are found among as many of its latest documents as fit
 
     # Documents that contain questions of these exams are found; drop or keep them. Either way the questions are written down.

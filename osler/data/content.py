@@ -44,7 +44,7 @@ def manifest_of(
         "eos_id": tokenizer.eos_id,
         "vocab_size": tokenizer.vocab_size,
         "sources": {
-            name: {"weight": weight, "content": _content(corpus), "splits": {}}
+            name: {"weight": weight, "content": _content(corpus), "splits": {}, "about": dict(corpus.about)}
             for (name, corpus), weight in zip(corpora.items(), weights, strict=True)
         },
         "validation": {name: {"content": _content(corpus), "splits": {}} for name, corpus in validation.items()},
@@ -55,7 +55,7 @@ def _content(corpus: Corpus) -> dict[str, Any]:
     """Return what the shards of a corpus depend on besides the tokenizer."""
     return {
         "files": [[file.name, file.size, file.stamp] for file in corpus.files],
-        "options": dict(corpus.options),
+        "options": {**corpus.options, **({} if corpus.clean is None else {"clean": corpus.clean.options})},
         "validation": None if corpus.validation is None else _content(corpus.validation),
         "holdout_fraction": corpus.holdout_fraction if corpus.validation is None else 0.0,
         "seed": corpus.seed,
@@ -121,9 +121,10 @@ def difference_of(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> tuple[
 def _other_content(old: Mapping[str, Any] | None, new: Mapping[str, Any] | None) -> str:
     if old is None or new is None:
         return "" if old is new else "one has validation documents, the other has none"
-    for name in OPTIONS:
-        if old[name] != new[name]:
-            return f"{name} is {old[name]}, now it is {new[name]}"
+    before, now = ({**content["options"], **content} for content in (old, new))
+    for name in dict.fromkeys([*before["options"], *now["options"], *OPTIONS]):
+        if before.get(name) != now.get(name):
+            return f"{name} is {before.get(name)}, now it is {now.get(name)}"
     if len(old["files"]) != len(new["files"]):
         return f"it has {len(old['files']):,} files, now there are {len(new['files']):,}"
     for (_, size, _), (name, new_size, _) in zip(old["files"], new["files"], strict=True):

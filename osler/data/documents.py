@@ -10,6 +10,7 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
+from osler.data.clean import Cleaner
 from osler.files.parts import PART_BYTES, File, Part, Parts
 from osler.runtime.errors import UserError
 from osler.tokenizer.chat import Turn
@@ -61,7 +62,8 @@ class Corpus:
 
     `options` are what decides the documents besides the files: the column that is read, and so on. The files of `parts` are
     what tells whether data have changed. Documents whose hash is below `holdout_fraction` are held out, unless there are
-    `validation` documents; `seed` decides the order in which parts and documents are taken.
+    `validation` documents; `seed` decides the order in which parts and documents are taken. `clean` leaves documents out.
+    `about` is what the data card says of the source, such as its licence.
     """
 
     parts: Parts | Sequence[Part]
@@ -70,6 +72,8 @@ class Corpus:
     validation: Corpus | None = None
     holdout_fraction: float = 0.0
     seed: int = 0
+    clean: Cleaner | None = None
+    about: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def files(self) -> Sequence[File]:
@@ -79,6 +83,12 @@ class Corpus:
     def order(self) -> npt.NDArray[np.int64]:
         """Return the numbers of the parts in the order in which they are taken."""
         return permutation(len(self.parts), self.seed, "parts")
+
+    def kept(self, number: int) -> Iterator[Document]:
+        """Yield the documents of a part that are not left out, copies included."""
+        for document in self.read(self.parts[number]):
+            if not document.is_empty and not (self.clean and self.clean.look(document.parts).reason):
+                yield document
 
     def documents(self) -> Iterator[Document]:
         """Yield all documents as they stand in the files."""

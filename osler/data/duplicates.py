@@ -5,8 +5,8 @@ near copies are looked for, a MinHash signature of its sequences of 5 words (Bro
 König 2010). Locality-sensitive hashing finds candidates: earlier documents that share one of 16 bands of 8 bytes. They are copies
 where enough of all bytes agree, which estimates the share of their sequences that two documents have in common.
 
-The rows of the latest documents are in a ring, as many as the memory takes, with a chain of documents per hash of a band. All rows
-are in a file too, so a killed preparation goes on from the same state without reading a document again.
+The rows of the latest documents are in a ring, as many as the memory takes, with a chain of documents per hash of a band. All
+rows are in a file too, so a killed preparation goes on from the same state without reading a document again.
 """
 
 from __future__ import annotations

@@ -66,12 +66,11 @@ def _limit(corpus: Corpus) -> Limit:
     below = int(corpus.holdout_fraction * 2**64)
     smallest, largest = 1 << 64, -1
     for number in corpus.order().tolist():
-        for document in corpus.read(corpus.parts[number]):
-            if not document.is_empty:
-                key = document.split_key()
-                smallest, largest = min(smallest, key), max(largest, key)
-                if smallest < below <= largest:
-                    return Limit(below)
+        for document in corpus.kept(number):
+            key = document.split_key()
+            smallest, largest = min(smallest, key), max(largest, key)
+            if smallest < below <= largest:
+                return Limit(below)
     if smallest >= largest:
         return Limit()
     return Limit(below, smallest) if below <= smallest else Limit(largest)

@@ -1,8 +1,8 @@
 """Words of a text and sequences of them (n-grams) as 64-bit numbers, for whatever looks for copies.
 
 Case and punctuation do not matter. A sequence costs a few operations on arrays, whatever its length: with the prefix sums S of
-h[i] * B^i, where h are the hashes of the words, it is (S[i + length] - S[i]) * B^-i modulo 2^64. The numbers are the same in every
-process and on every machine.
+h[i] * B^i, where h are the hashes of the words, it is (S[i + length] - S[i]) * B^-i modulo 2^64. The numbers are the same in
+every process and on every machine.
 """
 
 from __future__ import annotations

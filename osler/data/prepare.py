@@ -22,14 +22,16 @@ from typing import Any
 
 import numpy as np
 
+from osler.data.card import CARD, data_card
 from osler.data.content import OPTIONS, Stream, difference_of, first_change, manifest_of, other_data, streams_of
 from osler.data.documents import Corpus
+from osler.data.exams import EXAMS, look_through
 from osler.data.holdout import HeldOut, Keys, find_limits
 from osler.data.prepared import Prepared, open_folder
 from osler.data.shards import DATA_MANIFEST, INDEX, SPLITS, TOKENIZER, read_data_manifest
 from osler.data.tokenise import PartEnd, Task
 from osler.data.workers import process_count, tokenise
-from osler.data.writing import Choice, CorpusWriter, read_keys
+from osler.data.writing import Choice, CorpusWriter, journal_of, read_keys
 from osler.runtime.errors import UserError
 from osler.runtime.faults import fault
 from osler.runtime.files import fingerprint, locked, no_pause, write_atomic, write_json
@@ -183,6 +185,9 @@ def _write(
     options = [[stream.entry["content"][name] for name in OPTIONS] for stream in sources]
     manifest["content_fingerprint"] = fingerprint([options, [work.digests[id(stream)] for stream in (*sets, *sources)]])
     manifest["complete"] = True
+    journals = {journal_of(stream.folder, stream.splits): stream.corpus.clean for stream in sources}
+    write_atomic(out / EXAMS, look_through(journals).to_bytes())
+    write_atomic(out / CARD, data_card(manifest, list(journals)).encode())
     fault("prepare-complete")
     write_json(out / DATA_MANIFEST, manifest)
 
@@ -209,7 +214,13 @@ class _Work:
     def run(self, streams: Sequence[Stream], choose: Callable[[Stream, Keys], Choice]) -> None:
         """Write all parts of these streams that are not written yet, and complete their entries."""
         writers = [
-            CorpusWriter(stream.folder, stream.splits, partial(choose, stream), vocab_size=self.tokenizer.vocab_size)
+            CorpusWriter(
+                stream.folder,
+                stream.splits,
+                partial(choose, stream),
+                vocab_size=self.tokenizer.vocab_size,
+                clean=None if stream.corpus.clean is None else stream.corpus.clean.config,
+            )
             for stream in streams
         ]
         for writer in writers:
@@ -239,7 +250,8 @@ class _Work:
         """Write the last shards of a corpus as soon as it has no more parts, and describe it in the manifest."""
         found = writer.close()
         entry = stream.entry
-        entry["splits"] = {**entry["splits"], **found.pop("splits")}
+        for name in ("splits", "dropped"):
+            entry[name] = {**entry.get(name, {}), **found.pop(name)}
         self.digests[id(stream)] = writer.digest()
         for name, count in found.items():
             entry[name] = entry.get(name, 0) + count
@@ -265,10 +277,13 @@ def _check_source(stream: Stream, is_one_of_many: bool) -> None:
     entry, of_source = stream.entry, f" in the source {stream.folder.name}" if is_one_of_many else ""
     learned, held = (entry["splits"].get(split, {}).get("documents", 0) if split in stream.splits else 0 for split in SPLITS)
     if not learned:
-        copies = entry["dropped_copies"]
+        copies, dropped = entry["dropped_copies"] + held, entry["dropped"]
+        reasons = [f"{entry['empty_documents']:,} are empty", f"{copies:,} are copies of validation documents"]
+        if dropped:
+            reasons.append(f"cleaning leaves out {sum(dropped.values()):,} ({', '.join(dropped)})")
         raise UserError(
-            f"There is nothing to learn from{of_source}: of {entry['empty_documents'] + copies + held:,} documents "
-            f"{entry['empty_documents']:,} are empty and {copies + held:,} are copies of validation documents."
+            f"There is nothing to learn from{of_source}: of {entry['empty_documents'] + copies + sum(dropped.values()):,} "
+            f"documents {', '.join(reasons[:-1])} and {reasons[-1]}."
         )
     if stream.splits == SPLITS and not held:
         same = f"the {learned:,} documents that are not empty are equal but for case and spacing"

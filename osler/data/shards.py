@@ -87,6 +87,11 @@ class ShardWriter:
         self.num_documents += 1
         self.num_tokens += len(ids)
 
+    @property
+    def num_bytes(self) -> int:
+        """Return the bytes of text in the shards that are written."""
+        return int(self._record["num_bytes"])
+
     def cut(self) -> None:
         """Write what was added since the last shard as a shard, if anything was."""
         if self._ends:

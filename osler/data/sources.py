@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import numpy as np
 
 from osler.clinic.exam import drills
 from osler.clinic.textbook import cards, textbook
+from osler.config.schema import encode
+from osler.data.clean import Cleaner
 from osler.data.config import ClinicData, FilesData, MixtureData, TextData, TurnsData, sources_of
 from osler.data.content import check_unchanged
 from osler.data.documents import Corpus, Document, in_memory
@@ -21,7 +24,7 @@ from osler.data.readers import TextFiles, TurnFiles
 from osler.files.parts import Parts
 from osler.runtime.errors import UserError
 from osler.tasks.item import ExamItem, render_answer, render_question
-from osler.tasks.registry import exam_item, load_clinic
+from osler.tasks.registry import check_task, exam_item, load_clinic
 from osler.tokenizer.bpe import Tokenizer
 from osler.tokenizer.chat import Turn
 from osler.tokenizer.config import BPEConfig, SuperBPEConfig
@@ -74,7 +77,17 @@ CORPORA: dict[type, Callable[[Any, str], Corpus]] = {ClinicData: open_clinic, Fi
 
 def open_corpora(data: TextData) -> dict[str, Corpus]:
     """Open the corpora of the sources in a config, by name; files are read when a corpus is."""
-    return {name: CORPORA[type(source)](source, key) for name, source, key in _keyed(data)}
+    shared = data.clean if isinstance(data, MixtureData) else None
+    corpora = {}
+    for name, source, key in _keyed(data):
+        corpus, clean = CORPORA[type(source)](source, key), source.clean or shared
+        about = {
+            "config": encode(replace(source, clean=clean)),
+            **({"licence": source.licence} if source.licence else {}),
+            **corpus.about,
+        }
+        corpora[name] = replace(corpus, clean=None if clean is None else Cleaner(clean), about=about)
+    return corpora
 
 
 def check_present(data: TextData, out: Path, consent: str) -> None:
@@ -95,8 +108,21 @@ def _keyed(data: TextData) -> Iterator[tuple[str, ClinicData | FilesData | Turns
 
 
 def check_sources(data: TextData) -> None:
-    """Raise UserError when the files of a source do not exist, hold nothing, or their first document cannot be read."""
+    """Raise UserError when the files of a source do not exist, hold nothing, or their first document cannot be read.
+
+    Also when a file of an exam does not exist, or the config claims that no benchmark is in data in which none is looked for.
+    """
+    shared = data.clean if isinstance(data, MixtureData) else None
     for _, source, key in _keyed(data):
+        clean = source.clean or shared
+        for number, exam in enumerate(clean.exams if clean else ()):
+            check_task(exam, f"{key if source.clean else 'data'}.clean.exams[{number}]")
+        claims = source.no_benchmark_contamination or (isinstance(data, MixtureData) and data.no_benchmark_contamination)
+        if claims and (clean is None or not clean.exams or clean.exam_questions != "drop"):
+            raise UserError(
+                f"The recipe claims no_benchmark_contamination, but {key} ({source.title}) is not checked for exams: list their "
+                f"files in {key}.clean.exams with exam_questions=drop, or leave the claim out."
+            )
         if isinstance(source, ClinicData):
             continue
         empty = _count_of_empty(CORPORA[type(source)](source, key).documents())
@@ -142,7 +168,7 @@ def train_tokenizer(data: TextData, wanted: BPEConfig | SuperBPEConfig) -> Token
     def some(corpus: Corpus) -> Iterator[Document]:
         for number in corpus.order()[:SAMPLE_PARTS].tolist():
             characters = 0
-            for document in corpus.read(corpus.parts[number]):
+            for document in corpus.kept(number):
                 if not held.has(document):
                     yield document
                 characters += sum(map(len, document.parts))

@@ -17,7 +17,9 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from osler.data.clean import Cleaner
 from osler.data.documents import Corpus, Document, permutation
+from osler.data.duplicates import Rows
 from osler.data.shards import Int64Array, MaskArray, TokenArray, token_dtype
 from osler.files.parts import Part
 from osler.runtime.faults import fault
@@ -29,6 +31,7 @@ STRETCH_CHARACTERS = 1 << 23
 BATCH_DOCUMENTS = 512
 BATCH_CHARACTERS = 1 << 20
 LOOK_EVERY = 64  # documents: their start is decoded again, to see what the tokenizer loses
+EXAMPLES, EXAMPLE_CHARACTERS = 3, 160  # of dropped documents by reason, for the data card
 EMPTY = "empty"  # the reason why a document without text is dropped
 
 
@@ -52,14 +55,21 @@ class Piece(NamedTuple):
     tokens: TokenArray
     masks: MaskArray | None
     is_masked: npt.NDArray[np.bool_] | None
+    signatures: Rows | None  # by which near copies are found
+    beginnings: Sequence[str]  # of the documents, for the data card; empty where copies are kept
 
 
 class PartEnd(NamedTuple):
-    """What is known of a part when all of it was read: a digest of its documents, their number, and how many were dropped why."""
+    """What is known of a part when all of it was read: a digest of its documents, and their number.
+
+    `drops` says how many were dropped why, `examples` how some of them begin, `exam_items` which items of exams were found.
+    """
 
     digest: str
     documents: int
     drops: dict[str, int]
+    examples: dict[str, list[str]]
+    exam_items: list[str]
     losses: Losses
 
 
@@ -75,6 +85,7 @@ class Tokeniser:
         fault("prepare-part")
         corpus, tokenizer = self.corpora[task.corpus], self.tokenizer
         digest, drops, count = hashlib.blake2b(digest_size=16), Counter[str](), 0
+        examples, exam_items = dict[str, list[str]](), set[str]()
 
         def kept() -> Iterator[Document]:
             nonlocal count
@@ -83,8 +94,19 @@ class Tokeniser:
                 count += 1
                 if document.is_empty:
                     drops[EMPTY] += 1
-                elif tokenizer is not None:
+                elif tokenizer is None:
+                    continue
+                elif corpus.clean is None:
                     yield document
+                else:
+                    look = corpus.clean.look(document.parts)
+                    exam_items.update(look.exam_items)
+                    if not look.reason:
+                        yield document
+                        continue
+                    drops[look.reason] += 1
+                    if drops[look.reason] <= EXAMPLES:
+                        examples.setdefault(look.reason, []).append(beginning(document))
 
         round_trip = RoundTrip(tokenizer) if tokenizer is not None else None
         for number, stretch in enumerate(_batches(kept(), STRETCH_CHARACTERS)):
@@ -92,8 +114,9 @@ class Tokeniser:
             for batch in _batches((stretch[place] for place in order), BATCH_CHARACTERS, BATCH_DOCUMENTS):
                 assert tokenizer is not None and round_trip is not None
                 round_trip.look(part for document in batch[::LOOK_EVERY] for part in document.parts)
-                yield _piece(tokenizer, batch)
-        yield PartEnd(digest.hexdigest(), count, dict(drops), round_trip.losses if round_trip is not None else Losses())
+                yield _piece(tokenizer, batch, corpus.clean)
+        found = examples, sorted(exam_items)
+        yield PartEnd(digest.hexdigest(), count, dict(drops), *found, round_trip.losses if round_trip is not None else Losses())
 
 
 def encode(tokenizer: Tokenizer, documents: Sequence[Document]) -> list[tuple[list[int], list[int] | None]]:
@@ -104,7 +127,12 @@ def encode(tokenizer: Tokenizer, documents: Sequence[Document]) -> list[tuple[li
     return [([*next(texts), eos_id], None) if document.turn is None else next(turns) for document in documents]
 
 
-def _piece(tokenizer: Tokenizer, documents: Sequence[Document]) -> Piece:
+def beginning(document: Document) -> str:
+    """Return the first characters of a document, in one line."""
+    return " ".join("\n".join(document.parts)[: 2 * EXAMPLE_CHARACTERS].split())[:EXAMPLE_CHARACTERS]
+
+
+def _piece(tokenizer: Tokenizer, documents: Sequence[Document], clean: Cleaner | None) -> Piece:
     encoded = encode(tokenizer, documents)
     dtype = token_dtype(tokenizer.vocab_size)
     tokens = np.concatenate([np.frombuffer(array("I", ids), np.uint32) for ids, _ in encoded]).astype(dtype)
@@ -119,6 +147,8 @@ def _piece(tokenizer: Tokenizer, documents: Sequence[Document]) -> Piece:
         tokens,
         masks,
         is_masked,
+        None if clean is None else clean.signatures([document.parts for document in documents]),
+        () if clean is None or clean.config.duplicates == "keep" else [beginning(document) for document in documents],
     )
 
 

@@ -18,15 +18,20 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from osler.data.config import CleanConfig
+from osler.data.duplicates import Seen
 from osler.data.shards import FIRST_SHARD_TOKENS, SHARD_TOKENS, SPLITS, ShardWriter
-from osler.data.tokenise import EMPTY, PartEnd, Piece
+from osler.data.tokenise import EMPTY, EXAMPLES, PartEnd, Piece
 from osler.files.parts import Part
 from osler.runtime.faults import fault
 from osler.runtime.files import fingerprint, open_durable
 
 CUT_BYTES = 1 << 27
 KEYS = "keys.bin"  # the split keys of the documents of a validation corpus
+SEEN = "seen.bin"  # what copies of a corpus are found by
 COPIES = "copies"  # the reason why a copy of a document that is held out is dropped
+_KEPT = "kept"  # counts the documents that are no copies of earlier ones
+_NO_REASONS = {"bytes", "documents", "train", "validation", _KEPT, EMPTY, COPIES}  # counts beside those of reasons
 
 Choice = Mapping[str, npt.NDArray[np.bool_]]  # which documents of a piece belong to each split
 
@@ -35,7 +40,13 @@ class CorpusWriter:
     """Writes one corpus into the splits of a folder; `choose` tells from their split keys to which split documents belong."""
 
     def __init__(
-        self, folder: Path, splits: Sequence[str], choose: Callable[[npt.NDArray[np.uint64]], Choice], *, vocab_size: int
+        self,
+        folder: Path,
+        splits: Sequence[str],
+        choose: Callable[[npt.NDArray[np.uint64]], Choice],
+        *,
+        vocab_size: int,
+        clean: CleanConfig | None = None,
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.splits = {
@@ -48,6 +59,12 @@ class CorpusWriter:
         self._journal = journal_of(folder, splits)
         self._keys = folder / KEYS if splits == ("validation",) else None
         self._new_keys: list[npt.NDArray[np.uint64]] = []
+        self._seen = None
+        if clean is not None and clean.duplicates != "keep":
+            memory_bytes, near = clean.duplicates_memory_mb << 20, clean.duplicates == "near"
+            self._seen = Seen(folder / SEEN, near=near, similarity=clean.similarity, memory_bytes=memory_bytes)
+        self._num_examples = Counter[str]()
+        self._examples: dict[str, list[str]] = {}  # of copies in the next part
         self.parts, self.counts = self._go_on()
         self._skip = {split: shards.num_documents - self.counts[split] for split, shards in self.splits.items()}
 
@@ -56,23 +73,28 @@ class CorpusWriter:
         finished = {split: shards.num_documents for split, shards in self.splits.items()}
         if self._keys is not None and self._keys.exists():
             finished["validation"] = min(finished["validation"], self._keys.stat().st_size // 8)
+        if self._seen is not None:
+            finished[_KEPT] = self._seen.num_written
         parts, end, counts = 0, 0, Counter[str]()
-        for number, (line, place) in enumerate(_lines(self._journal), 1):
+        for number, (line, place) in enumerate(journal_lines(self._journal), 1):
             if any(line["counts"].get(split, 0) > documents for split, documents in finished.items()):
                 break
             parts, end, counts = number, place, Counter(line["counts"])
+            self._num_examples.update({reason: len(texts) for reason, texts in line.get("examples", {}).items()})
         if self._journal.exists():
             os.truncate(self._journal, end)
         if self._keys is not None and self._keys.exists():
             os.truncate(self._keys, 8 * counts["validation"])
+        if self._seen is not None:
+            self._seen.restore(counts[_KEPT])
         return parts, counts
 
     def add(self, piece: Piece) -> None:
         """Take documents of the next part."""
         fault("prepare-piece")
-        taken = 0
+        taken, is_new = 0, self._without_copies(piece)
         for split, chosen in self._choose(piece.keys).items():
-            places = np.flatnonzero(chosen).tolist()
+            places = np.flatnonzero(chosen & is_new).tolist()
             skipped = min(self._skip[split], len(places))
             self._skip[split] -= skipped
             self.counts[split] += len(places)
@@ -82,9 +104,22 @@ class CorpusWriter:
                 has_mask = piece.is_masked is not None and piece.is_masked[place]
                 mask = piece.masks[tokens] if piece.masks is not None and has_mask else None
                 self.splits[split].add(piece.tokens[tokens], mask, int(piece.num_bytes[place]))
-        self.counts[COPIES] += len(piece.keys) - taken
+        self.counts[COPIES] += int(is_new.sum()) - taken
         if self._keys is not None:
             self._new_keys.append(piece.keys)
+
+    def _without_copies(self, piece: Piece) -> npt.NDArray[np.bool_]:
+        """Return which documents are no copies of earlier ones; count the others."""
+        is_new = np.ones(len(piece.keys), bool)
+        if self._seen is not None:
+            for place, reason in enumerate(self._seen.add(piece.keys, piece.signatures)):
+                if reason:
+                    is_new[place] = False
+                    self.counts[reason] += 1
+                    if self.counts[reason] <= EXAMPLES:
+                        self._examples.setdefault(reason, []).append(piece.beginnings[place])
+            self.counts[_KEPT] += int(is_new.sum())
+        return is_new
 
     def end_part(self, part: Part, end: PartEnd) -> None:
         """Write down that a part is finished."""
@@ -96,22 +131,42 @@ class CorpusWriter:
             with open_durable(self._keys, "ab") as file:
                 file.write(np.concatenate(self._new_keys).tobytes())
             self._new_keys.clear()
+        if self._seen is not None:
+            self._seen.write()
+        line: dict[str, Any] = {"digest": end.digest, "counts": self.counts}
+        if examples := {**self._some(end.examples), **self._examples}:
+            line["examples"] = examples
+        if end.exam_items:
+            line["exam_items"] = end.exam_items
+        self._examples = {}
         fault("prepare-journal")
         with open(self._journal, "ab") as file:
-            file.write(json.dumps({"digest": end.digest, "counts": self.counts}).encode() + b"\n")
+            file.write(json.dumps(line).encode() + b"\n")
         self.parts += 1
+
+    def _some(self, examples: Mapping[str, list[str]]) -> dict[str, list[str]]:
+        """Return as many examples of dropped documents as the data card still takes."""
+        some = {reason: texts[: EXAMPLES - self._num_examples[reason]] for reason, texts in examples.items()}
+        self._num_examples.update({reason: len(texts) for reason, texts in some.items()})
+        return {reason: texts for reason, texts in some.items() if texts}
 
     def close(self) -> dict[str, Any]:
         """Write the last shards, and return what the manifest says of the corpus."""
         self._each(ShardWriter.close)
         return {
             "splits": {
-                split: {"documents": shards.num_documents, "tokens": shards.num_tokens, "fingerprint": shards.fingerprint}
+                split: {
+                    "documents": shards.num_documents,
+                    "tokens": shards.num_tokens,
+                    "bytes": shards.num_bytes,
+                    "fingerprint": shards.fingerprint,
+                }
                 for split, shards in self.splits.items()
                 if shards.num_documents
             },
             "empty_documents": self.counts[EMPTY],
             "dropped_copies": self.counts[COPIES],
+            "dropped": {reason: count for reason, count in sorted(self.counts.items()) if reason not in _NO_REASONS},
         }
 
     def _each(self, act: Callable[[ShardWriter], None]) -> None:
@@ -120,7 +175,7 @@ class CorpusWriter:
 
     def digest(self) -> str:
         """Return what identifies the content of all parts."""
-        return fingerprint([line["digest"] for line, _ in _lines(self._journal)])
+        return fingerprint([line["digest"] for line, _ in journal_lines(self._journal)])
 
 
 def journal_of(folder: Path, splits: Sequence[str]) -> Path:
@@ -130,13 +185,13 @@ def journal_of(folder: Path, splits: Sequence[str]) -> Path:
 
 def digests(journal: Path) -> Iterator[str]:
     """Yield the digests of the parts in a journal."""
-    return (line["digest"] for line, _ in _lines(journal))
+    return (line["digest"] for line, _ in journal_lines(journal))
 
 
 def bytes_read(folder: Path) -> int:
     """Return how many bytes of its files were read for the training data in the folder of a source."""
     last = 0
-    for line, _ in _lines(journal_of(folder, SPLITS[:1])):
+    for line, _ in journal_lines(journal_of(folder, SPLITS[:1])):
         last = int(line["counts"]["bytes"])
     return last
 
@@ -147,7 +202,7 @@ def read_keys(folder: Path) -> npt.NDArray[np.uint64]:
     return np.fromfile(path, np.uint64) if path.exists() else np.zeros(0, np.uint64)
 
 
-def _lines(journal: Path) -> Iterator[tuple[dict[str, Any], int]]:
+def journal_lines(journal: Path) -> Iterator[tuple[dict[str, Any], int]]:
     """Yield the lines of a journal with where each ends; a torn one, which a kill leaves, ends them."""
     place = 0
     if journal.exists():

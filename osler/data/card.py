@@ -1,0 +1,168 @@
+"""The data card: what is in a folder of shards, where it comes from, what was left out and how to make it again, in Markdown.
+
+It states what was counted or configured and nothing else (after Gebru et al. 2021, Datasheets for Datasets). The text of exam
+questions is not shown, so that the card does not spread it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from osler.config.recipe import dump_yaml
+from osler.data.clean import EXAM, LANGUAGE_CHARACTERS
+from osler.data.contamination import COVERAGE, LEAST_WORDS, OPTIONS_WITHIN, SEQUENCE_WORDS
+from osler.data.writing import journal_lines
+
+CARD = "DATA_CARD.md"
+FILES_SHOWN = 20  # of a source
+ITEMS_SHOWN = 10  # of the exam items that were found
+
+
+def data_card(manifest: Mapping[str, Any], journals: Sequence[Path]) -> str:
+    """Return the card of a finished folder; `journals` are those of its sources, in their order."""
+    sources: dict[str, dict[str, Any]] = manifest["sources"]
+    lines = {name: [line for line, _ in journal_lines(path)] for name, path in zip(sources, journals, strict=True)}
+    splits = [split for source in sources.values() for split in source["splits"].values()]
+    totals = [f"{sum(split[what] for split in splits):,} {what}" for what in ("documents", "tokens", "bytes")]
+    parts = [
+        "# Data card",
+        f"{', '.join(totals[:2])} and {totals[2]} of text, from {len(sources)} source{'s' * (len(sources) > 1)}. Content "
+        f"fingerprint `{manifest['content_fingerprint']}`.",
+        "## Sources",
+        *_sources(sources),
+        "## Counts",
+        _counts(sources),
+        *_held_out(sources, manifest["validation"]),
+        "## Tokenizer",
+        f"`tokenizer.json` beside this card: {manifest['vocab_size']:,} tokens, fingerprint "
+        f"`{manifest['tokenizer_fingerprint']}`. Every document ends with its end-of-text token.",
+        "## What was left out",
+        *_left_out(sources, lines),
+        "## Exams",
+        *_exams(sources, lines),
+        "## What is not known",
+        "Nothing looked for personal data, errors or offensive content, and nobody has read all documents. Copies were looked "
+        "for within each source, not between sources, except for copies of held-out documents.",
+        "## How to make it again",
+        *_recipe(sources),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _table(titles: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """Return a table; numbers have thousands separators and stand at the right."""
+    written = [[f"{cell:,}" if isinstance(cell, int) else _plain(str(cell)) for cell in row] for row in rows]
+    cells = list(zip(*written, strict=True)) or [()] * len(titles)
+    is_number = [bool(column) and all(cell.replace(",", "").replace(".", "").isdigit() for cell in column) for column in cells]
+    rule = ["---:" if right else "---" for right in is_number]
+    return "\n".join(f"| {' | '.join(row)} |" for row in ([*titles], rule, *written))
+
+
+def _plain(text: str) -> str:
+    """Return a text that Markdown shows as it is, in a cell of a table too."""
+    return "".join(f"\\{letter}" if letter in "\\`*_[]<>|#" else letter for letter in " ".join(text.split()))
+
+
+def _sources(sources: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    rows, lists = [], []
+    total = sum(source["weight"] for source in sources.values())
+    for name, source in sources.items():
+        about, files = source["about"], source["content"]["files"]
+        home = about.get("home") or about.get("config", {}).get("path") or "made by Osler itself"
+        revision = about.get("revision", "see the files below")
+        licence = about.get("licence") or ("of Osler" if home == "made by Osler itself" else "not stated")
+        rows.append(
+            [name, f"{source['weight'] / total:.1%}", licence, home, revision, len(files), sum(file[1] for file in files)]
+        )
+        if home != "made by Osler itself":
+            shown = [f"- `{file}`, {size:,} bytes, stamp {stamp}" for file, size, stamp in files[:FILES_SHOWN]]
+            more = [f"- and {len(files) - FILES_SHOWN:,} more, which `manifest.json` lists"] if len(files) > FILES_SHOWN else []
+            lists.append(f"Files of {_plain(name)}:\n\n" + "\n".join(shown + more))
+    titles = ["source", "weight in a run", "licence", "from", "revision", "files", "bytes of files"]
+    return [_table(titles, rows), *lists]
+
+
+def _counts(sources: Mapping[str, Mapping[str, Any]]) -> str:
+    rows = [
+        [name, split, found["documents"], found["tokens"], found["bytes"], f"{found['bytes'] / max(1, found['tokens']):.2f}"]
+        for name, source in sources.items()
+        for split, found in source["splits"].items()
+    ]
+    return _table(["source", "split", "documents", "tokens", "bytes of text", "bytes per token"], rows)
+
+
+def _held_out(sources: Mapping[str, Mapping[str, Any]], named: Mapping[str, Any]) -> Iterable[str]:
+    yield "## Held out"
+    rules = []
+    for name, source in sources.items():
+        content = source["content"]
+        if content["validation"] is not None:
+            rule = "has validation documents of its own"
+        elif content["holdout_fraction"] > 0:
+            rule = (
+                f"documents whose hash (of the text without case and spacing) is in the lowest {content['holdout_fraction']:.2%}"
+            )
+        else:
+            rule = "nothing"
+        rules.append(f"- {_plain(name)}: {rule}; {source['dropped_copies']:,} copies of held-out documents were dropped.")
+    yield "\n".join([*rules, *(f"- {_plain(name)} is a validation set of its own." for name in named)])
+    yield "A document that any source holds out is in the training data of none."
+
+
+def _left_out(sources: Mapping[str, Mapping[str, Any]], lines: Mapping[str, Sequence[Mapping[str, Any]]]) -> Iterable[str]:
+    rows, examples = [], []
+    for name, source in sources.items():
+        read = lines[name][-1]["counts"].get("documents", 0) if lines[name] else 0
+        reasons = {
+            "empty": source["empty_documents"],
+            "copy of a held-out document": source["dropped_copies"],
+            **source["dropped"],
+        }
+        rows += [[name, reason, count, f"{count / max(1, read):.3%}"] for reason, count in reasons.items() if count]
+        for line in lines[name]:
+            for reason, texts in line.get("examples", {}).items():
+                if reason != EXAM:
+                    examples += [f"- {_plain(name)}, {reason}: {_plain(text)} …" for text in texts]
+    yield _table(["source", "reason", "documents", "of those read"], rows) if rows else "Nothing."
+    if examples:
+        yield "How some of them begin:"
+        yield "\n".join(sorted(examples))
+    if any(source["content"]["options"].get("clean", {}).get("languages") for source in sources.values()):
+        yield f"The language of a document is told from its first {LANGUAGE_CHARACTERS:,} characters."
+
+
+def _exams(sources: Mapping[str, Mapping[str, Any]], lines: Mapping[str, Sequence[Mapping[str, Any]]]) -> Iterable[str]:
+    rows, found = [], Counter[str]()
+    for name, source in sources.items():
+        clean = source["content"]["options"].get("clean") or {}
+        exams = [f"{exam['type']} {exam['split']}".strip() for exam in clean.get("exams", [])]
+        items = {item for line in lines[name] for item in line.get("exam_items", ())}
+        found.update(items)
+        dropped = "dropped" if clean.get("exam_questions") == "drop" else "kept"
+        rows.append([name, ", ".join(exams) or "not checked", len(items) if exams else "–", dropped if exams else "–"])
+    yield _table(["source", "checked for", "items found", "documents with them were"], rows)
+    if all(row[1] == "not checked" for row in rows):
+        return
+    yield (
+        f"An item counts as found where a document has at least {COVERAGE:.0%} of the sequences of {SEQUENCE_WORDS} words of its "
+        "question or passage; case, punctuation and the exam's own phrases do not count. A question of fewer words must stand "
+        f"there whole, with half of its options (or its answer) within {OPTIONS_WITHIN} words; one of fewer than {LEAST_WORDS} "
+        "words is not looked for. Rewordings and translations are not found."
+    )
+    if found:
+        some = ", ".join(f"`{item}`" for item in sorted(found)[:ITEMS_SHOWN])
+        more = f" and {len(found) - ITEMS_SHOWN:,} more" if len(found) > ITEMS_SHOWN else ""
+        yield f"Found: {some}{more}. `exams.json` has all of them, and all that were looked for."
+
+
+def _recipe(sources: Mapping[str, Mapping[str, Any]]) -> Iterable[str]:
+    configs = [{**source["about"]["config"], "name": name} for name, source in sources.items() if "config" in source["about"]]
+    if len(configs) < len(sources):
+        return
+    data = configs[0] if len(configs) == 1 else {"type": "mixture", "sources": configs}
+    yield "With these lines in `RECIPE.yaml`, the files above, and the tokenizer beside this card:"
+    yield f"```yaml\n{dump_yaml({'data': data}).rstrip()}\n```"
+    yield "```sh\nosler data prepare RECIPE.yaml --tokenizer tokenizer.json --out FOLDER\n```"

@@ -1,0 +1,59 @@
+"""Which exam items were looked for in data, and which were found; this is kept beside the shards and in checkpoints.
+
+From it an evaluation knows on which items a model cannot have seen the answer.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import reduce
+from pathlib import Path
+
+from osler.data.clean import Cleaner
+from osler.data.writing import journal_lines
+from osler.runtime.errors import UserError
+
+EXAMS = "exams.json"  # beside the shards, and in checkpoints
+
+
+@dataclass(frozen=True)
+class ExamsInData:
+    """The ids of the items that were looked for in all of the data, and of those found anywhere, in what was dropped too."""
+
+    checked: frozenset[str] = frozenset()
+    found: frozenset[str] = frozenset()
+
+    def with_data(self, other: ExamsInData) -> ExamsInData:
+        """Return what is known of these data and others together."""
+        return ExamsInData(self.checked & other.checked, self.found | other.found)
+
+    def to_bytes(self) -> bytes:
+        """Return the content of the file."""
+        return json.dumps({"checked": sorted(self.checked), "found": sorted(self.found)}, indent=0).encode()
+
+    @classmethod
+    def from_bytes(cls, data: bytes, name: str = EXAMS) -> ExamsInData:
+        """Read the content of the file; raises UserError when it is damaged."""
+        try:
+            lists = json.loads(data)
+            return cls(frozenset(lists["checked"]), frozenset(lists["found"]))
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{name} is damaged; prepare the data again.") from None
+
+
+def read_exams_in_data(folder: Path) -> ExamsInData:
+    """Return what is known of a folder of shards; nothing while it is being prepared."""
+    file = folder / EXAMS
+    return ExamsInData.from_bytes(file.read_bytes(), str(file)) if file.is_file() else ExamsInData()
+
+
+def look_through(journals: Mapping[Path, Cleaner | None]) -> ExamsInData:
+    """Return what was found of exams in finished sources, given by their journals."""
+    sources = []
+    for journal, clean in journals.items():
+        checked = frozenset(clean.exams.ids).difference(clean.exams.too_short) if clean and clean.config.exams else frozenset()
+        found = frozenset(item for line, _ in journal_lines(journal) for item in line.get("exam_items", ()))
+        sources.append(ExamsInData(checked, found))
+    return reduce(ExamsInData.with_data, sources)

@@ -1,0 +1,314 @@
+"""What is left out of data: by quality, language, as copies of earlier documents, and as questions of exams."""
+
+import json
+import random
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from osler.data.clean import EXAM, Cleaner
+from osler.data.config import CleanConfig, FilesData, MixtureData
+from osler.data.contamination import ExamIndex
+from osler.data.duplicates import EXACT, NEAR, Seen, signature
+from osler.data.exams import ExamsInData, read_exams_in_data
+from osler.data.ngrams import prefix_sums, sequences, words_of
+from osler.data.prepare import prepare
+from osler.data.shards import read_data_manifest
+from osler.data.sources import check_sources, open_corpora, prepare_sources
+from osler.runtime.errors import UserError
+from osler.tasks.exam_files import MedqaTask, load_exam_file
+from osler.tasks.item import ExamItem, render_question
+from osler.tokenizer.bpe import Tokenizer
+
+EXAMS = Path("/work/shared/data/exams")
+STOCK = "Which of the following is the most likely diagnosis of the condition in this patient at this time"
+
+
+def prose(seed: int, count: int) -> list[str]:
+    """Words that no other seed gives."""
+    draw = random.Random(seed)
+    return ["".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=6)) for _ in range(count)]
+
+
+def item(number: int, words: int = 40, stem: str = "") -> ExamItem:
+    question = f"{' '.join(prose(number, words))}. {stem}?"
+    return ExamItem(f"medqa-{number}", question, tuple(f"{w} sign" for w in prose(-number - 1, 4)), 0)
+
+
+def found(index: ExamIndex, text: str) -> list[str]:
+    words = words_of(text)
+    return index.find(words, prefix_sums(words))
+
+
+# -- quality -----------------------------------------------------------------------------------------------------------
+
+SENTENCE = "The patient has had a fever for three days and coughs at night"
+
+
+@pytest.mark.parametrize(
+    ("config", "text", "reason"),
+    [
+        (CleanConfig(), SENTENCE, ""),
+        (CleanConfig(min_words=14), SENTENCE, "too short"),
+        (CleanConfig(max_words=12), SENTENCE, "too long"),
+        (CleanConfig(), "a b c d e " + "-" * 20, "too many symbols"),
+        (CleanConfig(max_symbols=1.0), "a b c d e " + "-" * 20, ""),
+        (CleanConfig(), f"{SENTENCE}. " * 9, "repetitive"),
+        (CleanConfig(max_repetition=1.0), f"{SENTENCE}. " * 9, ""),
+        (CleanConfig(languages=("en",)), SENTENCE, ""),
+        (CleanConfig(languages=("en",)), "Der Patient hat seit drei Tagen Fieber und hustet in der Nacht.", "language de"),
+        (CleanConfig(languages=("de", "en")), "Der Patient hat seit drei Tagen Fieber und hustet in der Nacht.", ""),
+    ],
+)
+def test_quality_and_language(config: CleanConfig, text: str, reason: str) -> None:
+    assert Cleaner(config).look((text,)).reason == reason
+
+
+def test_questions_with_answers_may_be_short() -> None:
+    assert Cleaner(CleanConfig()).look(("2 + 2?", "4")).reason == ""
+
+
+# -- exams -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "is_found"),
+    [
+        (lambda text: text, True),
+        (str.upper, True),
+        (lambda text: text.replace(" ", " - ").replace(".", "!?"), True),
+        (lambda text: text.replace(" ", "\n\u00a0"), True),
+        (lambda text: f"{' '.join(prose(7, 20_000))} {text} {' '.join(prose(8, 20_000))}", True),
+        (lambda text: " ".join(text.split()[: 12 + round(0.7 * 28)]), True),
+        (lambda text: " ".join(text.split()[: 12 + round(0.5 * 28)]), False),
+        (lambda text: " ".join(reversed(text.split())), False),
+    ],
+    ids=["verbatim", "upper case", "other punctuation", "other spaces", "in a long document", "70 %", "50 %", "other order"],
+)
+def test_planted_leaks_are_found(change, is_found: bool) -> None:  # type: ignore[no-untyped-def]
+    leaked, other = item(1), item(2)
+    index = ExamIndex([other, leaked])
+    assert found(index, change(" ".join(prose(1, 40)))) == ["medqa-1"] * is_found
+
+
+def test_phrases_of_an_exam_are_no_leak() -> None:
+    items = [item(number, 6, STOCK) for number in range(8)]
+    index = ExamIndex(items)
+    assert found(index, f"{STOCK}? Nobody knows. {STOCK}!") == []
+    assert found(index, items[3].question) == ["medqa-3"]
+
+
+def test_a_passage_counts_like_a_question() -> None:
+    with_passage = ExamItem("pubmedqa-1", "Does it help?", ("yes", "no", "maybe"), 0, context=" ".join(prose(1, 60)))
+    assert found(ExamIndex([with_passage]), " ".join(prose(1, 60)[:50])) == ["pubmedqa-1"]
+
+
+@pytest.mark.parametrize(
+    ("text", "is_found"),
+    [
+        ("Vitamin B12 is absorbed in (A) Ileum (B) Colon (C) Stomach", True),
+        ("vitamin b12 is absorbed in: stomach; ileum. ", True),
+        ("Vitamin B12 is absorbed in the ileum.", False),
+        ("Vitamin B12 is absorbed in ileum.", False),
+        (f"Vitamin B12 is absorbed in {'x ' * 100} ileum, colon, stomach", False),
+        ("Iron is absorbed in ileum, colon, stomach", False),
+    ],
+)
+def test_short_questions_need_their_options(text: str, is_found: bool) -> None:
+    index = ExamIndex([ExamItem("a", "Vitamin B12 is absorbed in", ("Ileum", "Colon", "Stomach", "All of the above"), 0)])
+    assert bool(found(index, text)) == is_found
+
+
+def test_questions_that_say_too_little_are_not_looked_for() -> None:
+    index = ExamIndex([ExamItem("a", "Which is true?", ("x", "y"), 0), item(1)])
+    assert index.too_short == ["a"]
+    assert found(index, "Which is true? x y") == []
+    assert found(ExamIndex([]), SENTENCE) == []
+
+
+def test_the_same_question_in_two_exams_is_found_as_both() -> None:
+    assert found(ExamIndex([item(1), replace(item(1), id="other")]), item(1).question) == ["medqa-1", "other"]
+
+
+@pytest.mark.skipif(not EXAMS.is_dir(), reason="the exams of ../shared are not here")
+def test_halves_of_a_real_exam_do_not_contain_each_other() -> None:
+    items = load_exam_file(MedqaTask(path=str(EXAMS / "medqa-dev.jsonl")))
+    index = ExamIndex(items[::2])
+    assert sum(bool(found(index, render_question(other))) for other in items[1::2]) <= 3
+    assert all(found(index, render_question(own)) for own in items[::2])
+
+
+# -- copies ------------------------------------------------------------------------------------------------------------
+
+
+def seen(path: Path, *, near: bool = True, memory_bytes: int = 1 << 20) -> Seen:
+    return Seen(path / "seen.bin", near=near, similarity=0.8, memory_bytes=memory_bytes)
+
+
+def signatures(*texts: list[str]) -> np.ndarray:  # type: ignore[type-arg]
+    return np.stack([signature(sequences(prefix_sums(text), 5)) for text in texts])
+
+
+def test_near_copies_are_found_and_others_are_not(tmp_path: Path) -> None:
+    text, other = prose(1, 400), prose(2, 400)
+    edited, half = [*text[:200], "new", *text[201:]], [*text[:200], *other[200:]]
+    given = [text, other, edited, half, text]
+    reasons = list(seen(tmp_path).add(np.array([1, 2, 3, 4, 1], np.uint64), signatures(*given)))
+    assert reasons == ["", "", NEAR, "", EXACT]
+
+
+def test_memory_is_bounded_and_the_latest_documents_are_known(tmp_path: Path) -> None:
+    small = seen(tmp_path, near=False, memory_bytes=16 * 100)
+    keys = np.arange(1, 1001, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    assert not any(small.add(keys, None))
+    assert all(small.add(keys[-100:], None))
+    assert not any(small.add(keys[:100], None))
+    assert small._rows.nbytes + small._latest.nbytes + small._before.nbytes <= 16 * 100
+
+
+def test_what_was_seen_is_restored(tmp_path: Path) -> None:
+    keys = np.arange(300, dtype=np.uint64)
+    texts = signatures(*(prose(number, 50) for number in range(300)))
+    first = seen(tmp_path, memory_bytes=272 * 100)
+    list(first.add(keys[:200], texts[:200]))
+    first.write()
+    list(first.add(keys[200:], texts[200:]))
+    first.write()
+    again = seen(tmp_path, memory_bytes=272 * 100)
+    again.restore(200)
+    assert again.num_written == again.count == 200
+    fresh = seen(tmp_path / "none", memory_bytes=272 * 100)
+    list(fresh.add(keys[:200], texts[:200]))
+    probe = np.random.default_rng(0).permutation(300)
+    assert list(again.add(keys[probe], texts[probe])) == list(fresh.add(keys[probe], texts[probe]))
+
+
+# -- prepared data -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def exam(tmp_path: Path) -> MedqaTask:
+    file = tmp_path / "exam.jsonl"
+    rows = [
+        {"question": " ".join(prose(number, 40)), "options": {"A": "x", "B": "y"}, "answer": "x", "answer_idx": "A"}
+        for number in range(5)
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return MedqaTask(path=str(file), split="test")
+
+
+@pytest.fixture
+def data(tmp_path: Path, exam: MedqaTask) -> FilesData:
+    texts = [" ".join(prose(1000 + number, 60)) for number in range(200)]
+    texts[50], texts[51], texts[52] = texts[40], " ".join([*texts[40].split()[:-1], "end"]), "No."
+    texts[60] = f"{texts[60]} {' '.join(prose(3, 40)).upper()}"
+    file = tmp_path / "notes.jsonl"
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    clean = CleanConfig(duplicates="near", exams=(exam,))
+    return FilesData(path=str(file), clean=clean, licence="CC BY 4.0", no_benchmark_contamination=True)
+
+
+def test_drops_are_counted_and_shown_in_the_card(data: FilesData, exam: MedqaTask, tmp_path: Path, tokenizer: Tokenizer) -> None:
+    out = tmp_path / "out"
+    prepare_sources(data, tokenizer, out)
+    source = read_data_manifest(out)["sources"]["notes"]
+    assert source["dropped"] == {EXACT: 1, EXAM: 1, NEAR: 1, "too short": 1}
+    assert sum(split["documents"] for split in source["splits"].values()) == 196
+    found_item = load_exam_file(exam)[3].id
+    exams = read_exams_in_data(out)
+    assert exams.found == {found_item}
+    assert exams.checked == {item.id for item in load_exam_file(exam)}
+    card = (out / "DATA_CARD.md").read_text()
+    for part in (
+        "CC BY 4.0",
+        "notes, too short: No. …",
+        "medqa test",
+        f"`{found_item}`",
+        "| near copy | 1 | 0.500% |",
+        "similarity: 0.8",
+    ):
+        assert part in card
+    assert prose(3, 1)[0].upper() not in card  # the text of exam questions is not spread
+    assert prepare_sources(data, tokenizer, out).reused
+
+
+def test_documents_with_exam_questions_can_be_kept(data: FilesData, tmp_path: Path, tokenizer: Tokenizer) -> None:
+    assert data.clean is not None
+    kept = replace(data, clean=replace(data.clean, exam_questions="keep"), no_benchmark_contamination=False)
+    prepare_sources(kept, tokenizer, tmp_path / "out")
+    assert EXAM not in read_data_manifest(tmp_path / "out")["sources"]["notes"]["dropped"]
+    assert len(read_exams_in_data(tmp_path / "out").found) == 1
+
+
+def test_items_are_checked_where_all_sources_are(data: FilesData) -> None:
+    one, other = ExamsInData(frozenset("abc"), frozenset("a")), ExamsInData(frozenset("bcd"), frozenset("d"))
+    assert one.with_data(other) == ExamsInData(frozenset("bc"), frozenset("ad"))
+    assert ExamsInData.from_bytes(one.to_bytes()) == one
+    with pytest.raises(UserError, match="damaged"):
+        ExamsInData.from_bytes(b"{}")
+
+
+def test_other_cleaning_is_other_data(data: FilesData, exam: MedqaTask, tmp_path: Path, tokenizer: Tokenizer) -> None:
+    prepare_sources(data, tokenizer, tmp_path / "out")
+    Path(exam.path).write_text(Path(exam.path).read_text().replace('"x"', '"z"'))
+    with pytest.raises(UserError, match="clean is"):
+        prepare_sources(data, tokenizer, tmp_path / "out")
+
+
+def test_a_claim_that_nothing_supports_is_refused(data: FilesData, exam: MedqaTask) -> None:
+    unchecked = replace(data, name="other", clean=None, no_benchmark_contamination=False)
+    mixture = MixtureData(sources=(data, unchecked), no_benchmark_contamination=True)
+    with pytest.raises(UserError, match=r"data\.sources\[1\] \(other\) is not checked"):
+        check_sources(mixture)
+    check_sources(replace(mixture, clean=CleanConfig(exams=(exam,))))
+    with pytest.raises(UserError, match="is not checked"):
+        check_sources(replace(mixture, clean=CleanConfig(exams=(exam,), exam_questions="keep")))
+    with pytest.raises(UserError, match="There is no file or folder"):
+        check_sources(replace(data, clean=CleanConfig(exams=(replace(exam, path="nowhere.jsonl"),))))
+
+
+def test_cleaning_that_leaves_nothing_says_so(data: FilesData, tmp_path: Path, tokenizer: Tokenizer) -> None:
+    with pytest.raises(UserError, match=r"cleaning leaves out 200 .*too short"):
+        short = replace(data, clean=CleanConfig(min_words=500), no_benchmark_contamination=False)
+        prepare_sources(short, tokenizer, tmp_path / "out")
+
+
+def interrupt_after(shards: int) -> Callable[[], None]:
+    """Return what raises KeyboardInterrupt before so many shards and one more are written."""
+    left = iter(range(shards))
+
+    def before_shard() -> None:
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+
+    return before_shard
+
+
+def test_processes_and_stops_change_nothing(
+    data: FilesData, tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped after any part, a preparation goes on to the same bytes, those of copies among them."""
+    for name, value in (("FIRST_SHARD_TOKENS", 1024), ("SHARD_TOKENS", 2048), ("CUT_BYTES", 8192)):
+        monkeypatch.setattr(f"osler.data.writing.{name}", value)
+    monkeypatch.setattr("osler.files.parts.PART_BYTES", 4096)
+
+    def files(folder: Path) -> dict[str, bytes]:
+        return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+    corpora = open_corpora(data)
+    prepare(corpora, tokenizer, tmp_path / "whole", processes=0)
+    prepare(corpora, tokenizer, tmp_path / "two", processes=2)
+    assert files(tmp_path / "two") == files(tmp_path / "whole")
+
+    stops, is_done = 0, False
+    while not is_done:
+        try:
+            prepare(corpora, tokenizer, tmp_path / "stopped", processes=0, before_shard=interrupt_after(4))
+            is_done = True
+        except KeyboardInterrupt:
+            stops += 1
+    assert stops > 5
+    assert files(tmp_path / "stopped") == files(tmp_path / "whole")
