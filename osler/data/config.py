@@ -30,11 +30,10 @@ HoldoutFraction = Annotated[float, Ge(0), Lt(1)]
 class CleanConfig:
     """What is left out of a source before it is learned; the data card counts it by reason and shows examples."""
 
-    # Of texts; questions with answers may be short. null or 1: no limit.
-    min_words: NonNegativeInt = 5
-    max_words: PositiveInt | None = None
-    max_symbols: Fraction = 0.5  # share of the characters that are neither letters, digits nor white space
-    max_repetition: Fraction = 0.5  # share of the sequences of 5 words that the document had before
+    min_words: NonNegativeInt = 5  # of a text; this and the next three do not matter for questions with answers
+    max_words: PositiveInt | None = None  # of a text; null: no limit
+    max_symbols: Fraction = 0.5  # of a text: share of characters that are neither letters, digits nor white space; 1: no limit
+    max_repetition: Fraction = 0.5  # of a text: share of the sequences of 5 words that it had before; 1: no limit
 
     languages: tuple[str, ...] = ()  # that are kept, such as en; none: all are
     duplicates: Literal["keep", "exact", "near"] = "exact"  # exact: equal but for case and spacing
@@ -43,9 +42,9 @@ class CleanConfig:
     )
     duplicates_memory_mb: PositiveInt = 256  # of a source; copies are found among as many of its latest documents as fit
 
-    # Documents that contain questions of these exams are found; drop or keep them. Either way the questions are written down.
+    # whose questions are looked for; those that are found are written down, and the documents that contain them dropped or kept
     exams: tuple[Annotated[MedqaTask | MedmcqaTask | PubmedqaTask | Gsm8kTask, TAGGED], ...] = ()
-    exam_questions: Literal["drop", "keep"] = "drop"
+    exam_questions: Literal["drop", "keep"] = "drop"  # the documents that contain a question of an exam
 
 
 @config
