@@ -32,6 +32,18 @@ def no_fault_from_outside(monkeypatch):
     faults.visits.clear()
 
 
+@pytest.fixture
+def fault(monkeypatch) -> Callable[[str], None]:
+    """``fault(spec)`` sets the fault of this process, whose places are visited anew."""
+    from osler.runtime import faults
+
+    def set_fault(spec: str) -> None:
+        faults.visits.clear()
+        monkeypatch.setenv(faults.VARIABLE, spec)
+
+    return set_fault
+
+
 @pytest.fixture(autouse=True, scope="session")
 def logs_on_the_terminal():
     """Messages of library functions that a test calls itself reach stderr as under the command line."""
@@ -202,3 +214,37 @@ def runs(tiny) -> SimpleNamespace:
     longer = ["total_tokens=61440", "optim.lr=1e-2", "eval_every_tokens=1000000", "checkpoint.every_tokens=1000000"]
     assert main(["sft", tiny.sft, *longer, "--run", str(folder / "sft")]) == 0
     return SimpleNamespace(pretrain=folder / "pretrain", sft=folder / "sft")
+
+
+@pytest.fixture
+def osler(monkeypatch) -> Callable[..., int]:
+    """``osler(*words, fault=...)`` runs a command in this process and returns its exit code."""
+    from osler.cli.main import main
+    from osler.runtime import faults
+
+    def run(*words: object, fault: str = "") -> int:
+        faults.visits.clear()
+        with monkeypatch.context() as environment:
+            if fault:
+                environment.setenv(faults.VARIABLE, fault)
+            return main([str(word) for word in words])
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def commands(tiny, runs) -> dict[str, list[str]]:
+    """The command that starts a run of each kind, but for its folder."""
+    starts = {"pretrain": [], "sft": [f"init_from={runs.pretrain}"], "grpo": [f"init_from={runs.sft}"]}
+    return {kind: [kind, getattr(tiny, kind), *start] for kind, start in starts.items()}
+
+
+@pytest.fixture
+def launch(osler, commands) -> Callable[..., int]:
+    """``launch(kind, folder, *overrides, fault=..., resume=...)`` starts a run, or resumes it by its folder alone."""
+
+    def start(kind: str, folder: Path, *overrides: str, fault: str = "", resume: bool = False) -> int:
+        words = [kind, "--resume"] if resume else [*commands[kind], *overrides]
+        return osler(*words, "--run", folder, fault=fault)
+
+    return start

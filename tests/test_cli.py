@@ -79,7 +79,6 @@ def test_overview_lists_every_command(capsys):
     [
         (["shwo"], "did you mean `show`?"),
         (["data"], "`data` is half a command; there are `data prepare`"),
-        (["tokenizer"], "`tokenizer train`"),
         (["data", "prepar"], "did you mean `data prepare`?"),
         (["show", "pure-tiyn"], "did you mean `pure-tiny`?"),
         (["show", "pure-tiny", "model.num_layer=3"], "model.num_layer: unknown key; did you mean `model.num_layers`?"),
@@ -91,7 +90,6 @@ def test_overview_lists_every_command(capsys):
         (["tokenizer", "inspect", "no/such/file"], "no/such/file"),
         (["data", "inspect", "no/such/folder"], "no/such/folder"),
         (["tokenizer", "train", "data=3", "--out", "y"], "data: should be a mapping"),
-        (["tokenizer", "train", "data.passages=-1", "--out", "y"], "passages"),
         (["data", "prepare", "model.num_layers=1", "--out", "y"], "is not about text"),
     ],
 )

@@ -5,12 +5,10 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import pytest
 import torch
 
 from osler.checkpoint.folders import folder_name, mark_best, rotate
 from osler.checkpoint.store import save
-from osler.runtime import faults
 
 
 def tensors_of(step: int) -> dict[str, dict[str, torch.Tensor]]:
@@ -55,12 +53,3 @@ def rot_silently(path: Path) -> None:
     times = path.stat().st_atime_ns, path.stat().st_mtime_ns
     flip(path)
     os.utime(path, ns=times)
-
-
-@pytest.fixture
-def fault(monkeypatch):
-    def set_fault(spec: str) -> None:
-        faults.visits.clear()
-        monkeypatch.setenv(faults.VARIABLE, spec)
-
-    return set_fault

@@ -6,43 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from run_folders import KINDS, STEPS, STOPPED, assert_same_tensors, at, logged, untimed
+from run_folders import STEPS, STOPPED, assert_same_tensors, at, logged, untimed
 
 from osler.checkpoint import folders, store
 from osler.cli.main import main
-from osler.runtime import faults
-
-
-@pytest.fixture
-def osler(monkeypatch) -> Callable[..., int]:
-    """``osler(*words, fault=...)`` runs a command in this process and returns its exit code."""
-
-    def run(*words: object, fault: str = "") -> int:
-        faults.visits.clear()
-        with monkeypatch.context() as environment:
-            if fault:
-                environment.setenv(faults.VARIABLE, fault)
-            return main([str(word) for word in words])
-
-    return run
-
-
-@pytest.fixture(scope="session")
-def commands(tiny, runs) -> dict[str, list[str]]:
-    """The command that starts a run of each kind, but for its folder."""
-    starts = {"pretrain": [], "sft": [f"init_from={runs.pretrain}"], "grpo": [f"init_from={runs.sft}"]}
-    return {kind: [kind, getattr(tiny, kind), *starts[kind]] for kind in KINDS}
-
-
-@pytest.fixture
-def launch(osler, commands) -> Callable[..., int]:
-    """``launch(kind, folder, *overrides, fault=..., resume=...)`` starts a run, or resumes it by its folder alone."""
-
-    def start(kind: str, folder: Path, *overrides: str, fault: str = "", resume: bool = False) -> int:
-        words = [kind, "--resume"] if resume else [*commands[kind], *overrides]
-        return osler(*words, "--run", folder, fault=fault)
-
-    return start
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 
 import pytest
 from run_folders import assert_same_tensors, logged, untimed
@@ -15,10 +14,8 @@ from osler.inference.load import load_model
 from osler.report.read import read_run
 from osler.report.words import model_of
 from osler.rl.config import AlgorithmConfig, GrpoConfig
-from osler.rl.rollout import RlTask
-from osler.rl.run import check_held_out, fingerprint_of, preflight
+from osler.rl.run import preflight
 from osler.runtime.errors import UserError
-from osler.tasks.item import ExamItem
 from osler.tokenizer.bpe import ANSWER
 
 CONFIG = GrpoConfig(init_from="runs/start", algorithm=AlgorithmConfig(max_new_tokens=8))
@@ -58,21 +55,6 @@ def test_a_whole_run(grpo, tmp_path, capsys):
 def test_a_refused_start_leaves_nothing(grpo, tmp_path, capsys, overrides, told):
     assert grpo(tmp_path / "run", *overrides) == 2
     assert told in capsys.readouterr().err and not (tmp_path / "run").exists()
-
-
-def test_a_question_of_the_evaluation_is_found_with_a_fifth_option_and_in_other_case():
-    item = ExamItem(id="eval-1", question="Which drug treats whooping cough best?", options=("a", "b", "c", "d"), answer_index=0)
-    again = replace(item, id="train-1", question="WHICH drug treats  whooping cough best ?", options=("b", "c", "a", "e", "d"))
-    tasks = [RlTask("medqa", (replace(item, id="train-0", question="Which drug treats the croup?"), again), ())]
-    with pytest.raises(UserError, match=r"1 of 2 questions of task medqa.*train-1, there eval-1"):
-        check_held_out(tasks, [item])
-    check_held_out(tasks, [replace(item, question="Which drug treats a cold?")])
-
-
-def test_the_data_fingerprint_changes_with_an_answer():
-    item = ExamItem(id="a", question="Which?", options=("x", "y"), answer_index=0)
-    named = {fingerprint_of([RlTask("exam", (one,), ())]) for one in (item, item, replace(item, answer_index=1))}
-    assert len(named) == 2
 
 
 def test_another_run_in_the_folder_is_refused_and_a_dry_run_of_this_one_says_where_it_goes_on(grpo, runs, tmp_path, capsys):

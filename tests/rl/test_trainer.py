@@ -30,7 +30,6 @@ from osler.rl.trainer import GrpoTrainer
 from osler.runs.config import RecoveryConfig
 from osler.runs.loop import Loop
 from osler.runs.process import Learner, Run
-from osler.runtime import faults
 from osler.runtime.errors import UserError
 from osler.runtime.files import RunFolder
 from osler.runtime.world import World
@@ -185,9 +184,8 @@ def test_a_resume_with_another_tokenizer_or_other_questions_is_refused(make_trai
         other.restore(store.load(store.resolve(tmp_path)))
 
 
-def test_one_skipped_update_of_two_is_noted_and_no_skipped_step(make_trainer, tmp_path, monkeypatch):
-    monkeypatch.setenv(faults.VARIABLE, "train-loss:nan:1")
-    faults.visits.clear()
+def test_one_skipped_update_of_two_is_noted_and_no_skipped_step(make_trainer, tmp_path, fault):
+    fault("train-loss:nan:1")
     trainer = make_trainer(tmp_path, config=replace(CONFIG, recovery=RecoveryConfig(max_skipped_steps=1)))
     assert Loop(trainer).fit() and trainer.incidents.rollbacks == 0
     assert [line["train/skipped_steps"] for line in logged(tmp_path) if "reward" in line] == [1, 0, 0, 0, 0]
@@ -257,10 +255,9 @@ def test_a_step_without_anything_to_learn_counts_nowhere(make_trainer, short_tas
     assert len(trainer.incidents.spikes.usual) == 3
 
 
-def test_steps_without_anything_to_learn_do_not_end_a_row_of_skipped_ones(make_trainer, short_task, tmp_path, monkeypatch):
+def test_steps_without_anything_to_learn_do_not_end_a_row_of_skipped_ones(make_trainer, short_task, tmp_path, fault):
     """Gradients that are not finite in steps 1 and 3, nothing to learn in step 2: two in a row, told by their numbers."""
-    monkeypatch.setenv(faults.VARIABLE, "train-loss:nan:1,train-loss:nan:3")
-    faults.visits.clear()
+    fault("train-loss:nan:1,train-loss:nan:3")
     recovery = RecoveryConfig(max_skipped_steps=2)
     config = replace(CONFIG, algorithm=replace(ONCE, beta=0.0), micro_batch_tokens=10_000, recovery=recovery)
     trainer = make_trainer(tmp_path, config=config, task=rewarded_by_step(short_task, lambda step: step % 2 == 0))

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 
-from osler.cli.main import main
 from osler.config.recipe import load_recipe, merge
 from osler.config.schema import decode, encode
 from osler.data.prepared import open_prepared
@@ -17,7 +16,6 @@ from osler.model.transformer import SummedLoss, Transformer
 from osler.optim.build import build_optimizer
 from osler.parallel.engine import ParallelEngine
 from osler.runs.process import Learner, Run
-from osler.runtime import faults
 from osler.runtime.files import RunFolder
 from osler.runtime.world import World
 from osler.tokenizer.bpe import Tokenizer
@@ -70,16 +68,3 @@ def make_trainer(config, prepared, runs) -> Callable[..., SupervisedTrainer]:
         return SupervisedTrainer(changed, run, learner, loader, held_out=evaluate, exam=exam_score)
 
     return build
-
-
-@pytest.fixture
-def launch_stopped(tiny, monkeypatch) -> Callable[..., int]:
-    """A function that pretrains with a fault that stops the run, and returns the exit code."""
-
-    def start(folder, *overrides: str, fault: str) -> int:
-        faults.visits.clear()
-        with monkeypatch.context() as environment:
-            environment.setenv(faults.VARIABLE, fault)
-            return main(["pretrain", tiny.pretrain, *overrides, "--run", str(folder)])
-
-    return start

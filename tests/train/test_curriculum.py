@@ -65,10 +65,10 @@ def test_the_report_draws_the_stages(whole):
 
 
 @pytest.mark.parametrize("step", [1, 3, 4, 6, 11], ids=lambda step: f"after_{step}_steps")
-def test_stopped_inside_and_at_the_edge_of_a_stage_and_resumed(step, tiny, whole, launch_stopped, tmp_path):
+def test_stopped_inside_and_at_the_edge_of_a_stage_and_resumed(step, tiny, whole, launch, tmp_path):
     """Steps 3 and 6 are the last of their stages."""
     overrides = [IN_STAGES, LENGTH, "log_every_steps=1"]
-    assert launch_stopped(tmp_path, *overrides, fault=f"train-step:sigterm:{step}") == 130
+    assert launch("pretrain", tmp_path, *overrides, fault=f"train-step:sigterm:{step}") == 130
     assert store.load(store.resolve(tmp_path)).state["tokens"] == TOKENS[step - 1]
     assert main(["pretrain", "--run", str(tmp_path), "--resume"]) == 0
     assert_same_tensors(tmp_path, whole)

@@ -22,22 +22,11 @@ STEADY = {"log_every_steps": 1, "checkpoint": {"keep_last": 9, "every_tokens": 4
 
 
 @pytest.fixture
-def broken(monkeypatch):
-    """A function that sets the fault of this process."""
-
-    def set_fault(spec: str) -> None:
-        faults.visits.clear()
-        monkeypatch.setenv(faults.VARIABLE, spec)
-
-    return set_fault
-
-
-@pytest.fixture
-def trained(make_trainer, broken, tmp_path):
+def trained(make_trainer, fault, tmp_path):
     """A function that trains with a fault to the end and returns the trainer."""
 
-    def run(fault, **fields):
-        broken(fault)
+    def run(spec, **fields):
+        fault(spec)
         trainer = make_trainer(tmp_path, **{**STEADY, **fields})
         assert Loop(trainer).fit()
         return trainer
@@ -49,7 +38,7 @@ def values(folder, name="train/loss"):
     return {line["step"]: line[name] for line in logged(folder) if name in line}
 
 
-def test_the_run_is_the_one_whose_data_never_had_those_batches(make_trainer, broken, tmp_path):
+def test_the_run_is_the_one_whose_data_never_had_those_batches(make_trainer, fault, tmp_path):
     """NaN in steps 6 and 7: back to step 4, and on with the eighth batch."""
     clean = make_trainer(tmp_path / "clean", **STEADY)
     batches = clean.batches
@@ -61,7 +50,7 @@ def test_the_run_is_the_one_whose_data_never_had_those_batches(make_trainer, bro
 
     clean.batches = without_three
     assert Loop(clean).fit()
-    broken("train-loss:nan:6-7")
+    fault("train-loss:nan:6-7")
     trainer = make_trainer(tmp_path / "run", recovery={"max_skipped_steps": 2}, **STEADY)
     assert Loop(trainer).fit()
     assert (trainer.incidents.rollbacks, trainer.incidents.data_offset) == (1, 3 * 256)
@@ -108,18 +97,20 @@ def test_a_damaged_checkpoint_is_passed_by(make_trainer, tmp_path):
     assert Loop(trainer).fit()
     root = tmp_path / "checkpoints"
     assert last_good(root, None)[0] is None
-    assert last_good(root, 12)[0] == root / folders.folder_name(12)
-    assert last_good(root, 11)[0] == root / folders.folder_name(8)
-    with open(root / folders.folder_name(8) / "model.safetensors", "r+b") as file:
+    assert last_good(root, 12)[0] == at(tmp_path, 12)
+    aside = at(tmp_path, 12).rename(f"{at(tmp_path, 12)}.replaced")  # by a save that was killed
+    assert last_good(root, 12)[0] == aside
+    assert last_good(root, 11)[0] == at(tmp_path, 8)
+    with open(at(tmp_path, 8) / "model.safetensors", "r+b") as file:
         file.truncate(100)
-    assert last_good(root, 8)[0] == root / folders.folder_name(6)
-    shutil.rmtree(root / folders.folder_name(6))
-    shutil.rmtree(root / folders.folder_name(4))
+    assert last_good(root, 8)[0] == at(tmp_path, 6)
+    shutil.rmtree(at(tmp_path, 6))
+    shutil.rmtree(at(tmp_path, 4))
     assert last_good(root, 8)[0] is None
 
 
-def test_without_end_it_is_an_error_that_says_everything(make_trainer, broken, tmp_path):
-    broken("train-loss:nan:6-")
+def test_without_end_it_is_an_error_that_says_everything(make_trainer, fault, tmp_path):
+    fault("train-loss:nan:6-")
     trainer = make_trainer(tmp_path, recovery={"max_skipped_steps": 3}, **STEADY)
     with pytest.raises(UserError) as caught:
         Loop(trainer).fit()
@@ -144,8 +135,8 @@ def test_without_end_it_is_an_error_that_says_everything(make_trainer, broken, t
         ({"recovery": {"max_skipped_steps": 2, "max_rollbacks": 0}}, "With recovery.max_rollbacks=0 a run", "init_from="),
     ],
 )
-def test_no_way_back(make_trainer, broken, tmp_path, fields, reason, advice):
-    broken("train-loss:nan:6-")
+def test_no_way_back(make_trainer, fault, tmp_path, fields, reason, advice):
+    fault("train-loss:nan:6-")
     with pytest.raises(UserError, match=reason) as caught:
         Loop(make_trainer(tmp_path, **{**STEADY, "recovery": {"max_skipped_steps": 2}, **fields})).fit()
     told = str(caught.value)
@@ -182,19 +173,12 @@ def test_checkpoints_of_a_bad_time_do_not_push_out_the_good_one(trained, tmp_pat
     assert [path.name for path in (tmp_path / "checkpoints").glob("step-*")] == [folders.folder_name(12)]
 
 
-def test_a_good_checkpoint_that_a_kill_left_under_its_other_name_is_found(make_trainer, tmp_path):
-    assert Loop(make_trainer(tmp_path, **STEADY)).fit()
-    root = tmp_path / "checkpoints"
-    aside = (root / folders.folder_name(12)).rename(root / f"{folders.folder_name(12)}.replaced")
-    assert last_good(root, 12)[0] == aside
-
-
 DEATHS = ("train-step:crash:3", "load-batch:crash", "save-tensors:crash:2", "save-rename:crash", "rollback:crash")
 DEATHS += ("evaluate:crash", "save-best:crash", "rotate:crash")
 
 
 @pytest.mark.parametrize("log_every_steps", [1, 3])
-def test_bad_data_and_crashes_end_where_bad_data_alone_ends(make_trainer, broken, tmp_path, log_every_steps):
+def test_bad_data_and_crashes_end_where_bad_data_alone_ends(make_trainer, fault, tmp_path, log_every_steps):
     """The fourth and fifth batch, and the eleventh and twelfth, are NaN whoever meets them; every process dies somewhere."""
     settings = {"log_every_steps": log_every_steps, "recovery": {"max_skipped_steps": 2}}
     settings["checkpoint"] = {"keep_last": 1, "every_tokens": 256}
@@ -213,10 +197,10 @@ def test_bad_data_and_crashes_end_where_bad_data_alone_ends(make_trainer, broken
         found, _ = folders.newest_good(tmp_path / "run" / "checkpoints")
         if found is not None:
             loop.restore(store.load(found))
-        broken(death)
+        fault(death)
         with pytest.raises(faults.InjectedError):
             loop.fit()
-    broken("none:crash")
+    fault("none:crash")
     loop = Loop(start(tmp_path / "run"))
     loop.restore(store.load(folders.newest_good(tmp_path / "run" / "checkpoints")[0]))
     assert loop.fit()

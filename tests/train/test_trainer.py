@@ -188,10 +188,10 @@ def counted_clock(monkeypatch):
     monkeypatch.setattr("time.monotonic", lambda: next(looks) / 50)
 
 
-def test_minutes_are_kept_and_shared_between_processes(tiny, launch_stopped, tmp_path, counted_clock):
+def test_minutes_are_kept_and_shared_between_processes(tiny, launch, tmp_path, counted_clock):
     never = ["eval_every_tokens=100_000_000", "checkpoint.every_tokens=100_000_000"]
     minutes = ["max_minutes=0.1", "total_tokens=100_000_000", *never]
-    assert launch_stopped(tmp_path, *minutes, fault="train-step:sigterm:60") == 130
+    assert launch("pretrain", tmp_path, *minutes, fault="train-step:sigterm:60") == 130
     stopped = store.load(store.resolve(tmp_path)).state
     assert 60 / 50 < stopped["seconds"] < 3
     assert main(["pretrain", tiny.pretrain, *minutes, "--run", str(tmp_path)]) == 0
@@ -207,9 +207,9 @@ def test_minutes_that_end_inside_the_warm_up_are_pointed_out(tiny, tmp_path, cou
     assert capsys.readouterr().err.count("schedule.warmup_tokens 10,000,000 is not below") == 1
 
 
-def test_a_run_keeps_the_precision_it_resolved(tiny, launch_stopped, tmp_path):
+def test_a_run_keeps_the_precision_it_resolved(tiny, launch, tmp_path):
     """``auto`` is decided by a timing; a run that goes on elsewhere must not change its arithmetic."""
-    assert launch_stopped(tmp_path, "precision=bf16", fault="train-step:sigterm:7") == 130
+    assert launch("pretrain", tmp_path, "precision=bf16", fault="train-step:sigterm:7") == 130
     config = tmp_path / "config.yaml"
     config.write_text(config.read_text().replace("precision: bf16", "precision: auto"))
     assert main(["pretrain", "--run", str(tmp_path), "--resume"]) == 0
@@ -274,12 +274,12 @@ def test_a_signal_after_the_vote_of_a_step_stops_the_next(make_trainer, tmp_path
     assert trainer.step == 3 and saved_steps(tmp_path) == [3]
 
 
-def test_muon_interrupted_is_muon_uninterrupted(tiny, launch_stopped, tmp_path):
+def test_muon_interrupted_is_muon_uninterrupted(tiny, launch, tmp_path):
     """Momentum and weight decay change from step to step, and the interruption falls into the momentum's warm-up."""
     muon = ["optim.type=muon", "optim.momentum_warmup.tokens=2304", "optim.weight_decay_schedule.type=linear"]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     assert main(["pretrain", tiny.pretrain, *muon, "--run", str(whole)]) == 0
-    assert launch_stopped(broken, *muon, fault="train-step:sigterm:7") == 130
+    assert launch("pretrain", broken, *muon, fault="train-step:sigterm:7") == 130
     assert main(["pretrain", tiny.pretrain, *muon, "--run", str(broken)]) == 0
     assert_same_tensors(whole, broken)
     ends = [store.load(store.resolve(folder)) for folder in (whole, broken)]
@@ -289,10 +289,10 @@ def test_muon_interrupted_is_muon_uninterrupted(tiny, launch_stopped, tmp_path):
     assert losses[0] == losses[1] and losses[0][-1] < losses[0][0]
 
 
-def test_how_a_run_is_computed_may_change_between_starts(tiny, launch_stopped, tmp_path, capsys):
+def test_how_a_run_is_computed_may_change_between_starts(tiny, launch, tmp_path, capsys):
     """More workers, smaller micro-batches and another strategy make no other run, with --resume too."""
-    assert launch_stopped(tmp_path, fault="train-step:sigterm:3") == 130
-    assert launch_stopped(tmp_path, "loader_workers=0", "parallel.type=ddp", fault="train-step:sigterm:3") == 130
+    assert launch("pretrain", tmp_path, fault="train-step:sigterm:3") == 130
+    assert launch("pretrain", tmp_path, "loader_workers=0", "parallel.type=ddp", fault="train-step:sigterm:3") == 130
     assert main(["pretrain", "micro_batch_tokens=64", "parallel.type=fsdp", "--run", str(tmp_path), "--resume"]) == 0
     assert capsys.readouterr().err.count("parallel.type=fsdp changes nothing here") == 1, "one process shares with nobody"
     assert [line["step"] for line in logged(tmp_path) if "train/loss" in line] == [5, 10, 12]
