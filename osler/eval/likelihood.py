@@ -8,7 +8,7 @@ document ends; it has no bytes. ``windows`` cuts documents that are longer than 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice, takewhile
-from math import exp, log
+from math import log
 
 import torch
 from torch import Tensor
@@ -95,10 +95,6 @@ class TextScore:
     def loss(self) -> float:
         """Nats per token; comparable only between models of one tokenizer."""
         return self.nats / self.tokens
-
-    @property
-    def perplexity(self) -> float:
-        return exp(self.loss)
 
     @property
     def bits_per_byte(self) -> float:

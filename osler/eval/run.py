@@ -8,6 +8,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
+from math import exp
 from pathlib import Path
 from typing import Any
 
@@ -247,5 +248,5 @@ def describe_text(
         cost = measure(ready.model, batches(rows), num_bytes)
     return (
         f"{name}: {cost.bits_per_byte:.4f} bits per byte ({cost.bytes:,} bytes; {cost.tokens:,} tokens at {cost.loss:.4f} nats, "
-        f"perplexity {cost.perplexity:.1f}; read {seq_len} tokens at a time)"
+        f"perplexity {exp(cost.loss):.1f}; read {seq_len} tokens at a time)"
     )

@@ -9,8 +9,6 @@ is worth, and that effective size goes into the closed formula. Sources: Wilson 
 matched pairs); Cameron and Miller 2015 (clusters).
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
@@ -58,6 +56,15 @@ class ScoredExam(ExamScore):
     """A score and the answers that it was computed from."""
 
     results: tuple[Result, ...]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """``after - before`` on the same ``n`` items: the mean, and its interval."""
+
+    mean: float
+    interval: tuple[float, float]
+    n: int
 
 
 def summarise(results: Sequence[Result], *, max_seq_len: int = 0) -> ScoredExam:
@@ -160,15 +167,6 @@ def mean_interval(values: Sequence[float], clusters: Sequence[Hashable] | None =
     known = groups > 1 and variance > 1e-18
     size = min(float(len(values)), p * (1 - p) / variance) if known else float(groups)
     return wilson(min(p, 1.0) * size, size)
-
-
-@dataclass(frozen=True)
-class Difference:
-    """``after - before`` on the same ``n`` items: the mean, and its interval."""
-
-    mean: float
-    interval: tuple[float, float]
-    n: int
 
 
 def paired_difference(before: Sequence[float], after: Sequence[float], clusters: Sequence[Hashable] | None = None) -> Difference:

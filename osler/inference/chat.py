@@ -149,10 +149,7 @@ def continue_text(engine: InferenceEngine, tokenizer: Tokenizer, text: str, samp
 def stream_answer(
     engine: InferenceEngine, tokenizer: Tokenizer, question: str, sampling: SamplingParams, *, reasoning: bool = True
 ) -> Iterator[tuple[str, str]]:
-    """Yield the reply to ``question`` as it is drawn, in pieces of "thinking" (with ``reasoning``) and then of the "answer".
-
-    The markers of the template tell the two apart and are not shown.
-    """
+    """Yield the reply to ``question`` as it is drawn: pieces of "thinking" (with ``reasoning``), then of the "answer"."""
     part = "thinking" if reasoning else "answer"
     prompt = encode_prompt(tokenizer, question, reasoning=reasoning)
     for piece in _pieces(engine, tokenizer, prompt, sampling, tokenizer.special_ids):
@@ -165,10 +162,7 @@ def stream_answer(
 def _pieces(
     engine: InferenceEngine, tokenizer: Tokenizer, prompt: Sequence[int], sampling: SamplingParams, markers: Set[int]
 ) -> Iterator[str | int]:
-    """Yield text as soon as it is certain, and markers as ids; what waits for bytes that will not come is shown at the end.
-
-    Raises UserError for a prompt that leaves no room.
-    """
+    """Yield text as soon as it is certain, and markers as ids; what waits for bytes that will not come is shown at the end."""
     room = engine.model.config.max_seq_len - len(prompt)
     sampling = replace(sampling, max_new_tokens=max(min(sampling.max_new_tokens, room), 1), stop_ids=(tokenizer.eos_id,))
     ids: list[int] = []

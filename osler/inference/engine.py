@@ -140,12 +140,7 @@ class InferenceEngine:
 
     @torch.inference_mode()
     def generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        sampling: SamplingParams,
-        *,
-        samples_per_prompt: int = 1,
-        first_row: int = 0,
+        self, prompts: Sequence[Sequence[int]], sampling: SamplingParams, *, samples_per_prompt: int = 1, first_row: int = 0
     ) -> Rollout:
         """Draw ``samples_per_prompt`` completions of every prompt; row r belongs to prompt r // samples_per_prompt.
 
@@ -196,17 +191,16 @@ class InferenceEngine:
 def check_prompts(config: ModelConfig, prompts: Sequence[Sequence[int]], sampling: SamplingParams) -> None:
     """Raise UserError for what the model cannot continue, naming the prompt and the numbers."""
     for index, prompt in enumerate(prompts):
-        if len(prompt) == 0:
+        room = config.max_seq_len - len(prompt)
+        if not prompt:
             raise UserError(f"Prompt {index} is empty: give at least one token, for example the end-of-text token.")
-        if len(prompt) + sampling.max_new_tokens > config.max_seq_len:
+        if sampling.max_new_tokens > room:
             raise UserError(
-                f"Prompt {index} has {len(prompt)} tokens and {sampling.max_new_tokens} new ones were asked for, but the "
-                f"model was built for max_seq_len {config.max_seq_len}: shorten the prompt or ask for at most "
-                f"{max(config.max_seq_len - len(prompt), 0)} new tokens."
+                f"Prompt {index} has {len(prompt)} tokens and {sampling.max_new_tokens} new ones were asked for, but the model was "
+                f"built for max_seq_len {config.max_seq_len}: shorten the prompt or ask for at most {max(room, 0)} new tokens."
             )
-        low, high = min(prompt), max(prompt)
-        if low < 0 or high >= config.vocab_size:
+        if unknown := [token for token in (min(prompt), max(prompt)) if not 0 <= token < config.vocab_size]:
             raise UserError(
-                f"Prompt {index} contains token id {low if low < 0 else high}, but the model's vocabulary has ids 0 to "
-                f"{config.vocab_size - 1}: is this prompt from another tokenizer?"
+                f"Prompt {index} contains token id {unknown[0]}, but the model's vocabulary has ids 0 to {config.vocab_size - 1}: "
+                "is this prompt from another tokenizer?"
             )

@@ -99,11 +99,7 @@ def describing_files(model: ModelConfig, tokenizer: Tokenizer) -> dict[str, byte
 
 
 def load_model(
-    path: str | Path,
-    *,
-    device: torch.device | str = "cpu",
-    compute_dtype: torch.dtype = torch.float32,
-    which: str = "newest",
+    path: str | Path, *, device: torch.device | str = "cpu", compute_dtype: torch.dtype = torch.float32, which: str = "newest"
 ) -> LoadedModel:
     """Load the model of a checkpoint, or of the newest good or best one of a run; raises UserError where that is impossible."""
     loaded = store.load(store.resolve(path, which), names=["model"])

@@ -69,10 +69,7 @@ class Transformer(nn.Module):
         init_weights(self, self.config, seed)
 
     def eager_copy(self, weights: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> Transformer:
-        """Return a plain model, neither compiled, sharded nor wrapped, that shares ``weights``: this one's state dict.
-
-        It computes in ``dtype``, by default in that of this one.
-        """
+        """Return a plain model, in ``dtype`` if given, that shares ``weights``, this one's state dict."""
         with torch.device("meta"):
             copy = Transformer(self.config, compute_dtype=dtype or self.compute_dtype)
         copy.load_state_dict(weights, assign=True)

@@ -192,9 +192,7 @@ def _tile_logits(x_CR: Tensor, tiles: Tiles, label_C: Tensor, vocab_size: int) -
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, features: Tensor, weight: Tensor, labels: Tensor, scale: Tensor, numbers: tuple[int, int]
-    ) -> Tensor:
+    def forward(ctx: Any, features: Tensor, weight: Tensor, labels: Tensor, scale: Tensor, numbers: tuple[int, int]) -> Tensor:
         (vocab_size, chunk_tokens), head = numbers, weight.to(features.dtype)
         chunks = list(zip(*(each.split(chunk_tokens) for each in (features, labels, scale)), strict=True))
         gradients = _compiled_gradients if torch.compiler.is_compiling() else _eager_gradients

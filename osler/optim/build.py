@@ -73,10 +73,7 @@ def build_optimizer(
 def set_hyperparameters(
     optimizer: torch.optim.Optimizer, config: AdamWConfig | MuonConfig, lr_scale: float, tokens: int, total_tokens: int
 ) -> None:
-    """Set all that changes from step to step: learning rates, the weight decay of matrices, and Muon's momentum.
-
-    ``lr_scale`` multiplies each group's full learning rate; decay and momentum are what they are after ``tokens``.
-    """
+    """Set all that changes from step to step: learning rates, the weight decay of matrices, and Muon's momentum."""
     for group in optimizer.param_groups:
         group["lr"] = group["base_lr"] * lr_scale
         if group["name"] == "matrices":

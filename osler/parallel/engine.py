@@ -22,6 +22,7 @@ from osler.runtime.world import World
 ToHost = Callable[[str, str, Tensor], Tensor]
 Tensors = Mapping[str, Tensor]
 LossFunction = Callable[..., Any]  # a ModelLoss, wrapped or not
+Accumulating = Callable[[], AbstractContextManager[None]]
 
 
 class ParallelEngine:
@@ -29,9 +30,7 @@ class ParallelEngine:
 
     leaves_gradients = True
 
-    def __init__(
-        self, loss: LossFunction, world: World | None = None, accumulating: Callable[[], AbstractContextManager[None]] =
-        nullcontext ) -> None:
+    def __init__(self, loss: LossFunction, world: World | None = None, accumulating: Accumulating = nullcontext) -> None:
         """``loss`` sums over this rank's rows. Within ``accumulating()`` a backward pass leaves its gradient on the rank."""
         self.loss, self.world, self.accumulating = loss, world or World(), accumulating
 

@@ -26,10 +26,7 @@ FIRST_CAPABILITY = (8, 9)  # of CUDA devices with FP8: Ada; 9.0 is Hopper
 
 
 def convert_to_fp8(model: Transformer, device: torch.device, *, tokens: Sequence[int]) -> None:
-    """Let the projections of ``model`` train in FP8, in place; ``tokens`` are those of a forward pass in each stage.
-
-    Parameters stay the same objects under the same names. A CPU emulates FP8.
-    """
+    """Let the projections of ``model`` train in FP8, in place; ``tokens`` are those of a forward pass in each stage."""
     check_shapes(model.config, tokens)
     on_gpu = device.type == "cuda"
     if on_gpu:
@@ -47,13 +44,9 @@ def convert_to_fp8(model: Transformer, device: torch.device, *, tokens: Sequence
 
 def check_shapes(config: ModelConfig, tokens: Sequence[int]) -> None:
     """Raise UserError for projections and batches that FP8 hardware cannot multiply."""
-    sizes = [
-        ("hidden_size", config.hidden_size),
-        ("intermediate_size", config.intermediate_size),
-        ("num_heads x head_dim", config.query_size),
-        ("num_kv_heads x head_dim", config.kv_size),
-        *(("tokens of a forward pass (rows of one process x seq_len)", each) for each in tokens),
-    ]
+    sizes = [("hidden_size", config.hidden_size), ("intermediate_size", config.intermediate_size)]
+    sizes += [("num_heads x head_dim", config.query_size), ("num_kv_heads x head_dim", config.kv_size)]
+    sizes += [("tokens of a forward pass (rows of one process x seq_len)", each) for each in tokens]
     uneven = [f"{name} {size:,}" for name, size in sizes if size % TILE]
     if uneven:
         raise UserError(

@@ -124,10 +124,7 @@ def peak_flops_of(gpu_name: str) -> float | None:
 
 
 def describe_machine() -> dict[str, Any]:
-    """Return what times and roundings depend on, to keep beside a measurement: hardware, versions, threads.
-
-    ``cores`` are those that this process may use; ``thread_variables`` are the environment's settings of OpenMP and MKL.
-    """
+    """Return what times and roundings depend on, to keep beside a measurement: hardware, versions, threads."""
     processor, memory_bytes = platform.processor() or platform.machine(), None  # where the system does not tell more
     with contextlib.suppress(OSError):
         cpus = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
@@ -172,10 +169,7 @@ def keep_freed_memory() -> None:
 
 
 class Stopwatch:
-    """Adds up the seconds of each part of a step without waiting for the device: on CUDA every mark is an event in the stream.
-
-    ``mark(name)`` ends a part that began at the previous mark, or at ``start``.
-    """
+    """Adds up the seconds of each part of a step without waiting for the device: on CUDA every mark is an event."""
 
     def __init__(self, device: torch.device) -> None:
         self._on_gpu = device.type == "cuda"

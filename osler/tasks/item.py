@@ -89,10 +89,7 @@ def reorder(item: ExamItem, order: Sequence[int]) -> ExamItem:
 
 
 def permute(item: ExamItem, seed: int, visit: int) -> ExamItem:
-    """Return the item with its options in an order drawn from (seed, item id, visit); all orders are equally likely.
-
-    An item whose options point at each other is returned as it is.
-    """
+    """Return the item with its options, unless they point at each other, in an order drawn from (seed, item id, visit)."""
     if item.keeps_order:
         return item
 

@@ -73,10 +73,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
-        """Read a tokenizer.json[.gz], either of GPT-2's vocab.bpe and encoder.json, or a folder with one of these.
-
-        The ids are those of the file; `with_specials` adds Osler's special tokens. Raises UserError.
-        """
+        """Read a tokenizer.json[.gz], GPT-2's vocab.bpe with encoder.json, or a folder with one of these; raises UserError."""
         path = Path(path)
         if path.is_dir():
             names = ("tokenizer.json", "tokenizer.json.gz", "vocab.bpe")
