@@ -196,11 +196,11 @@ def check_prompts(config: ModelConfig, prompts: Sequence[Sequence[int]], samplin
             raise UserError(f"Prompt {index} is empty: give at least one token, for example the end-of-text token.")
         if sampling.max_new_tokens > room:
             raise UserError(
-                f"Prompt {index} has {len(prompt)} tokens and {sampling.max_new_tokens} new ones were asked for, but the model was "
-                f"built for max_seq_len {config.max_seq_len}: shorten the prompt or ask for at most {max(room, 0)} new tokens."
+                f"Prompt {index} has {len(prompt)} tokens and {sampling.max_new_tokens} new ones were asked for, but the model "
+                f"was built for max_seq_len {config.max_seq_len}: shorten the prompt or ask for at most {max(room, 0)} tokens."
             )
         if unknown := [token for token in (min(prompt), max(prompt)) if not 0 <= token < config.vocab_size]:
             raise UserError(
-                f"Prompt {index} contains token id {unknown[0]}, but the model's vocabulary has ids 0 to {config.vocab_size - 1}: "
+                f"Prompt {index} has token id {unknown[0]}, and the model's vocabulary has ids 0 to {config.vocab_size - 1}; "
                 "is this prompt from another tokenizer?"
             )

@@ -38,7 +38,7 @@ from osler.checkpoint import folders, store
 from osler.cli.main import main
 from osler.data.loader import Batch
 from osler.model.config import ModelConfig
-from osler.model.transformer import SummedLoss, Transformer
+from osler.model.transformer import SummedLoss
 from osler.optim.bf16 import keep_in_bf16
 from osler.optim.build import build_optimizer
 from osler.optim.config import AdamWConfig
@@ -51,6 +51,7 @@ from osler.tokenizer.config import BPEConfig
 from osler.train.config import TrainConfig
 from osler.train.setup import make_model
 from osler.train.trainer import TrainStep
+from tests.models import tiny_model
 
 TOLERANCE = 1e-6
 # In FP8 another order of a sum is enough for a weight to be rounded to its other neighbour, now and then. Under FSDP weights
@@ -207,11 +208,9 @@ def spread(world: World, value: float) -> int:
 
 def accumulate() -> int:
     """Within ``accumulating`` gradients stay on their rank; the backward pass after it averages all of them, in fp32."""
-    shape = ModelConfig(num_layers=1, hidden_size=32, vocab_size=64, head_init="normal")
     with joined("cpu") as world:
         for config, compute_dtype in ((DdpConfig(), torch.float32), (FsdpConfig(), torch.bfloat16)):
-            model = Transformer(shape, compute_dtype=compute_dtype)
-            model.init_weights(0)
+            model = tiny_model(compute_dtype=compute_dtype)
             engine = parallelize(model, config, world)
             ids = torch.arange(8)[None] + 10 * world.rank
             with engine.accumulating():
@@ -225,15 +224,14 @@ def accumulate() -> int:
             gradient = whole(model.layers[0].mlp.down_proj.weight.grad)
             assert float(gradient.abs().sum()) > 0 and spread(world, float(gradient.abs().sum())) == 0, "not averaged"
             assert (gradient != gradient.bfloat16()).any(), "averaged in bf16"
-        add_up_in_bf16(world, shape)
+        add_up_in_bf16(world)
     return 0
 
 
-def add_up_in_bf16(world: World, shape: ModelConfig) -> None:
+def add_up_in_bf16(world: World) -> None:
     """Gradients of bf16 weights are added up over passes and ranks in fp32: they are rounded in each pass, and at the end."""
     passes = [torch.arange(8)[None] + number + 8 * world.rank for number in range(8)]
-    model = Transformer(shape, compute_dtype=torch.bfloat16)
-    model.init_weights(0)
+    model = tiny_model(compute_dtype=torch.bfloat16)
     keep_in_bf16(model)
     weight = model.layers[0].mlp.down_proj.weight
     exact = torch.zeros(weight.shape)
@@ -271,8 +269,7 @@ def send_once() -> int:
     batch = Batch(ids, ids + 1, torch.zeros_like(ids))
     with joined("cpu") as world:
         for config in (DdpConfig(), FsdpConfig()):
-            model = Transformer(ModelConfig(num_layers=1, hidden_size=32, vocab_size=64, head_init="normal"))
-            model.init_weights(0)
+            model = tiny_model(num_layers=1)
             engine = parallelize(model, config, world)
             optimizer = build_optimizer(model, AdamWConfig())
             for rows in (4, 2, 1):

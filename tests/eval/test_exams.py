@@ -10,7 +10,6 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from osler.eval.exams import grade, greedy, option_rows, presentations, score_by_generation, score_by_likelihood, sum_logprobs
 from osler.inference.engine import InferenceEngine
-from osler.model.config import ModelConfig
 from osler.model.transformer import Transformer
 from osler.ops.cross_entropy import linear_cross_entropy
 from osler.runtime.errors import UserError
@@ -18,6 +17,7 @@ from osler.tasks.item import ExamItem, render_answer, render_question
 from osler.tasks.rewards import correct
 from osler.tokenizer.bpe import Tokenizer
 from osler.tokenizer.chat import Completion, Turn, encode_examples, encode_prompt
+from tests.models import tiny_model
 
 DRUGS = ("penicillin", "amoxicillin", "vancomycin", "doxycycline")
 SIGNS = ("fever and cough", "rash and fever", "joint pain", "salty skin", "slow pulse", "night sweats")
@@ -44,14 +44,9 @@ def tokenizer() -> Tokenizer:
     return Tokenizer.train([f"{turn(item)}" for item in ITEMS], 360)
 
 
-def build(tokenizer: Tokenizer, **changes: object) -> Transformer:
-    shape: dict[str, object] = {
-        "num_layers": 2, "hidden_size": 64, "intermediate_size": 128, "num_heads": 2, "num_kv_heads": 1, "head_dim": 32,
-        "vocab_size": tokenizer.vocab_size, "max_seq_len": 128, "residual_init": "scaled", "head_init": "normal",
-    }  # fmt: skip
-    model = Transformer(ModelConfig(**{**shape, **changes}))  # type: ignore[arg-type]
-    model.init_weights(0)
-    return model
+def build(tokenizer: Tokenizer, **changes: str) -> Transformer:
+    shape = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 32, "max_seq_len": 128}
+    return tiny_model(**shape, vocab_size=tokenizer.vocab_size, **changes)
 
 
 @pytest.fixture(scope="module")

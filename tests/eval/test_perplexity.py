@@ -9,21 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from osler.eval.likelihood import batches, measure, windows
-from osler.model.config import ModelConfig
 from osler.model.transformer import Transformer
 from osler.runtime.errors import UserError
+from tests.models import tiny_model
 
 VOCAB = 50
 
 
-def build(**changes: object) -> Transformer:
-    settings: dict[str, object] = {
-        "num_layers": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "num_kv_heads": 1, "head_dim": 16,
-        "vocab_size": VOCAB, "max_seq_len": 64, "residual_init": "scaled", "head_init": "normal",
-    }  # fmt: skip
-    model = Transformer(ModelConfig(**{**settings, **changes}))  # type: ignore[arg-type]
-    model.init_weights(1)
-    return model
+def build(**changes: str) -> Transformer:
+    return tiny_model(seed=1, vocab_size=VOCAB, **changes)
 
 
 @settings(derandomize=True)

@@ -7,7 +7,6 @@ import torch
 from torch import nn
 
 from osler.data.loader import Batch
-from osler.model.config import ModelConfig
 from osler.model.transformer import SummedLoss, Transformer, nan_gradient_unless_finite
 from osler.ops.sampling import mix
 from osler.optim import bf16
@@ -17,14 +16,9 @@ from osler.optim.config import AdamWConfig
 from osler.parallel.engine import ParallelEngine
 from osler.runs.process import Learner
 from osler.train.trainer import TrainStep
+from tests.models import tiny_model
 
 pytestmark = pytest.mark.usefixtures("no_compiled_code")
-
-MODEL = ModelConfig(
-    num_layers=2, hidden_size=32, intermediate_size=64, num_heads=2, num_kv_heads=1, head_dim=16, vocab_size=64,
-    max_seq_len=32, head_init="normal", residual_init="scaled",
-)  # fmt: skip
-
 
 def key(number: int) -> torch.Tensor:
     return torch.tensor(mix(number))
@@ -62,8 +56,7 @@ def test_bits_are_uniform_independent_and_a_function_of_key_and_position():
 
 
 def tiny(*, in_bf16: bool) -> Transformer:
-    model = Transformer(MODEL)
-    model.init_weights(0)
+    model = tiny_model(max_seq_len=32)
     if in_bf16:
         keep_in_bf16(model)
     return model

@@ -5,11 +5,10 @@ import math
 import pytest
 import torch
 
-from osler.model.config import ModelConfig
-from osler.model.transformer import Transformer
 from osler.optim.build import build_optimizer
 from osler.optim.config import AdamWConfig, MuonConfig
 from osler.optim.muon import Muon, equal_shapes, orthogonalize
+from tests.models import tiny_model
 
 pytestmark = pytest.mark.usefixtures("no_compiled_code")
 
@@ -98,20 +97,13 @@ def test_stacks_are_bounded_and_cut_where_ranks_share_evenly(monkeypatch):
     assert [len(stack) for stack in equal_shapes(matrices, 2)] == [4, 4, 3, 2, 2, 1]
 
 
-def make_model(**options):
-    shape = ModelConfig(num_layers=2, hidden_size=32, intermediate_size=64, head_dim=8, vocab_size=64, norm_weight=True)
-    model = Transformer(shape, **options)
-    model.init_weights(0)
-    return model
-
-
 def test_matrices_have_muon_and_the_rest_is_adamw_to_the_bit():
     config = MuonConfig(lr=0.05, adamw_lr=1e-3, weight_decay=0.2)
-    model, twin = make_model(), make_model()
+    model, twin = (tiny_model(norm_weight=True) for _ in range(2))
     optimizer = build_optimizer(model, config)
     reference = build_optimizer(twin, AdamWConfig(lr=1e-3))
     assert isinstance(optimizer, Muon) and optimizer.dtype == torch.float32
-    assert build_optimizer(make_model(compute_dtype=torch.bfloat16), config).dtype == torch.bfloat16
+    assert build_optimizer(tiny_model(compute_dtype=torch.bfloat16), config).dtype == torch.bfloat16
     names = {parameter: name for name, parameter in model.named_parameters()}
     groups = {group["name"]: group for group in optimizer.param_groups}
     assert {name: (group["base_lr"], group["weight_decay"]) for name, group in groups.items()} == {

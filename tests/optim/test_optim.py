@@ -29,6 +29,7 @@ from osler.optim.schedule import (
 )
 from osler.rl.config import GrpoConfig
 from osler.train.config import TrainConfig
+from tests.models import tiny_model
 
 
 @pytest.mark.parametrize(
@@ -121,9 +122,7 @@ OPTIMIZERS = {
 
 
 def make(kind: str) -> tuple[Transformer, torch.optim.Optimizer]:
-    shape = ModelConfig(num_layers=2, hidden_size=32, intermediate_size=64, head_dim=8, vocab_size=64, norm_weight=True)
-    model = Transformer(shape)
-    model.init_weights(0)
+    model = tiny_model(norm_weight=True)
     if kind == "bf16":
         keep_in_bf16(model)
     return model, build_optimizer(model, OPTIMIZERS[kind], seed=3)

@@ -5,19 +5,17 @@ from copy import deepcopy
 import pytest
 import torch
 
-from osler.model.config import ModelConfig
 from osler.model.transformer import SummedLoss, Transformer
 from osler.parallel.activation_checkpoint import set_recompute
+from tests.models import tiny_model
 
 pytestmark = pytest.mark.usefixtures("no_compiled_code")
 
-MODEL = ModelConfig(num_layers=3, max_seq_len=64, vocab_size=256, head_init="normal", residual_init="scaled", norm_weight=True)
 MODES = ("off", "selective", "full")
 
 
 def build(mode: str) -> Transformer:
-    model = Transformer(MODEL)
-    model.init_weights(0)
+    model = tiny_model(num_layers=3, vocab_size=256, norm_weight=True)
     set_recompute(model, mode)
     return model
 

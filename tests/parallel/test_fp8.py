@@ -1,11 +1,9 @@
 """FP8 projections by emulation: the arithmetic against its definition, what stays ordinary, what is refused; and it trains."""
 
-from dataclasses import replace
 
 import pytest
 import torch
 
-from osler.model.config import ModelConfig
 from osler.model.layers import Linear
 from osler.model.transformer import SummedLoss, Transformer
 from osler.optim.build import build_optimizer
@@ -15,19 +13,16 @@ from osler.parallel.fp8 import check_gpu, check_shapes, convert_to_fp8
 from osler.parallel.parallelize import parallelize
 from osler.runtime.errors import UserError
 from osler.runtime.world import World
+from tests.models import tiny_model
 
 pytestmark = pytest.mark.usefixtures("no_compiled_code", "one_thread")
 
 CPU = torch.device("cpu")
-MODEL = ModelConfig(
-    num_layers=2, hidden_size=64, intermediate_size=128, num_heads=2, num_kv_heads=1, head_dim=32, vocab_size=256,
-    max_seq_len=64, head_init="normal", residual_init="scaled",
-)  # fmt: skip
+SHAPE = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 32, "vocab_size": 256}
 
 
-def build(*, fp8: bool, config: ModelConfig = MODEL) -> Transformer:
-    model = Transformer(config, compute_dtype=torch.bfloat16)
-    model.init_weights(0)
+def build(*, fp8: bool, **changes: int) -> Transformer:
+    model = tiny_model(compute_dtype=torch.bfloat16, **{**SHAPE, **changes})
     if fp8:
         convert_to_fp8(model, CPU, tokens=[64])
     return model
@@ -77,7 +72,7 @@ def test_projections_only_and_everything_else_is_ordinary():
 
 
 def fp8_gradients(recompute: str, *, num_layers: int = 2, compiled: bool = False) -> dict[str, torch.Tensor]:
-    model = build(fp8=False, config=replace(MODEL, num_layers=num_layers))
+    model = build(fp8=False, num_layers=num_layers)
     world, passes = World(device="cpu"), [2 * 64]
     loss = parallelize(model, NoParallelConfig(), world, precision="fp8", pass_tokens=passes, recompute=recompute).loss
     if compiled:
@@ -119,9 +114,9 @@ def test_thirty_steps_stay_within_two_percent_of_bf16():
 
 def test_what_cannot_work_is_refused_with_numbers(capsys):
     with pytest.raises(UserError, match=r"intermediate_size 100, num_kv_heads x head_dim 24\..*precision=bf16"):
-        check_shapes(replace(MODEL, intermediate_size=100, head_dim=24, num_heads=2), [64])
+        check_shapes(build(fp8=False, intermediate_size=100, head_dim=24).config, [64])
     with pytest.raises(UserError, match=r"tokens of a forward pass .* 1,000"):
-        check_shapes(MODEL, [1024, 1000])
+        check_shapes(build(fp8=False).config, [1024, 1000])
     with pytest.raises(UserError, match=r"NVIDIA A100 has 8\.0"):
         check_gpu("NVIDIA A100", (8, 0))
     for capability in ((8, 9), (9, 0), (10, 0)):
