@@ -50,13 +50,6 @@ def test_bits_per_byte_is_the_formula() -> None:
     assert model.training
 
 
-def test_a_model_without_knowledge_needs_log2_of_its_vocabulary() -> None:
-    model = build(head_init="zero")
-    documents = [[3, 4, 5, 6]]  # the 50 real words share the probability; the padded rows of the head get none
-    result = measure(model, batches(windows(documents, seq_len=8, start_id=0), batch_tokens=64), total_bytes=4)
-    assert result.bits_per_byte == pytest.approx(log(VOCAB) / log(2), rel=1e-6)
-
-
 def test_packed_documents_cost_what_they_cost_apart() -> None:
     model = build()
     first, second = [0, 5, 6, 7], [0, 9, 8]
