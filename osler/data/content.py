@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -138,23 +139,27 @@ def first_change(streams: Sequence[Stream]) -> str:
 
     Reads the parts of such files that the journals name.
     """
-    corpora = [stream.corpus for stream in streams]
-    tasks, known = [], []
-    for number, stream in enumerate(streams):
+    touched = []
+    for stream in streams:
         content = stream.entry["content"]
         old = content["files"] if stream.splits != SPLITS[1:] or content["validation"] is None else content["validation"]["files"]
-        touched = {file for file, (_, _, stamp) in zip(stream.corpus.files, old, strict=True) if file.stamp != stamp}
-        lines = digests(journal_of(stream.folder, stream.splits)) if touched else ()
-        for place, digest in zip(stream.corpus.order().tolist(), lines, strict=False):
-            part = stream.corpus.parts[place]
-            if part.file in touched:
-                tasks.append(Task(number, place, part))
-                known.append(digest)
-    if tasks:
-        logger.info("Files have another time of change than when they were prepared; comparing their content.")
-    processes = process_count(sum(task.part.num_bytes for task in tasks))
-    ends = ((task, result) for task, result in tokenise(corpora, None, tasks, processes) if isinstance(result, PartEnd))
-    for digest, (task, end) in zip(known, ends, strict=True):
-        if end.digest != digest:
+        touched.append({file for file, (_, _, stamp) in zip(stream.corpus.files, old, strict=True) if file.stamp != stamp})
+    if not any(touched):
+        return ""
+    logger.info("Files have another time of change than when they were prepared; comparing their content.")
+    known = deque[str]()
+
+    def tasks() -> Iterator[Task]:
+        for number, stream in enumerate(streams):
+            lines = digests(journal_of(stream.folder, stream.splits)) if touched[number] else ()
+            for place, digest in zip(stream.corpus.order().tolist(), lines, strict=False):
+                part = stream.corpus.parts[place]
+                if part.file in touched[number]:
+                    known.append(digest)
+                    yield Task(number, place, part)
+
+    processes = process_count(sum(file.size for files in touched for file in files))
+    for task, end in tokenise([stream.corpus for stream in streams], None, tasks(), processes):
+        if isinstance(end, PartEnd) and end.digest != known.popleft():
             return f"{task.part.file.name} has changed"
     return ""

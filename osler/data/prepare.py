@@ -15,6 +15,7 @@ from __future__ import annotations
 import heapq
 import logging
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -167,7 +168,7 @@ def _write(
     fault("prepare-manifest")
     write_json(out / DATA_MANIFEST, manifest)
     write_atomic(out / TOKENIZER, tokenizer.to_bytes())
-    size = sum(part.num_bytes for stream in (*sets, *sources) for part in stream.corpus.parts)
+    size = sum(file.size for stream in (*sets, *sources) for file in stream.corpus.files)
     write_manifest = partial(write_json, out / DATA_MANIFEST, manifest)
     work = _Work(tokenizer, process_count(size) if processes is None else processes, before_shard, write_manifest)
     with Progress(size, "bytes", label="Preparing") as work.progress:
@@ -210,6 +211,7 @@ class _Work:
         self.losses = Losses()
         self.digests: dict[int, str] = {}  # of the content of finished streams
         self.bytes_done = self.tokens = 0
+        self.began = time.monotonic()
 
     def run(self, streams: Sequence[Stream], choose: Callable[[Stream, Keys], Choice]) -> None:
         """Write all parts of these streams that are not written yet, and complete their entries."""
@@ -232,7 +234,7 @@ class _Work:
         for stream, writer in zip(streams, writers, strict=True):
             if writer.parts == len(stream.corpus.parts):
                 self._close(stream, writer)
-        tasks = _in_turns(streams, [writer.parts for writer in writers])
+        tasks = _in_turns(streams, [(writer.counts["bytes"], writer.parts) for writer in writers])
         for task, result in tokenise([stream.corpus for stream in streams], self.tokenizer, tasks, self.processes):
             writer, stream = writers[task.corpus], streams[task.corpus]
             if not isinstance(result, PartEnd):
@@ -244,7 +246,8 @@ class _Work:
                 self.bytes_done += task.part.num_bytes
                 if writer.parts == len(stream.corpus.parts):
                     self._close(stream, writer)
-            self.progress.update(self.bytes_done, tokens=self.tokens)
+            rate = self.tokens / max(1e-9, time.monotonic() - self.began)
+            self.progress.update(self.bytes_done, tokens=self.tokens, **{"tokens/s": round(rate)})
 
     def _close(self, stream: Stream, writer: CorpusWriter) -> None:
         """Write the last shards of a corpus as soon as it has no more parts, and describe it in the manifest."""
@@ -258,10 +261,10 @@ class _Work:
         self.write_manifest()  # a run that reads along may go round again, or evaluate
 
 
-def _in_turns(streams: Sequence[Stream], begun: Sequence[int]) -> Iterator[Task]:
+def _in_turns(streams: Sequence[Stream], begun: Sequence[tuple[int, int]]) -> Iterator[Task]:
     """Yield the parts of streams that are not finished; each has its share of the bytes, by weight, at any time."""
     orders = [stream.corpus.order() for stream in streams]
-    turns = [(0.0, number, place) for number, place in enumerate(begun)]
+    turns = [(done / streams[number].weight, number, place) for number, (done, place) in enumerate(begun)]
     heapq.heapify(turns)
     while turns:
         done, number, place = heapq.heappop(turns)
