@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from osler.data.readers import TextFiles
+from osler.runtime import format as fmt
 from osler.runtime.errors import UserError
 from osler.tokenizer.bpe import Tokenizer
 
@@ -24,10 +25,9 @@ def compare(paths: Sequence[str], texts: Sequence[str], field: str) -> str:
     for number, (path, tokenizer) in enumerate(zip(paths, tokenizers, strict=True)):
         rates = [f"{size / tokens[number]:.3f}" if tokens[number] else "–" for size, tokens, _ in counts]
         rows.append([path, f"{tokenizer.vocab_size:,}", *rates])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
     lossy = [path for number, path in enumerate(paths) if any(number in changed for _, _, changed in counts)]
-    return "\n".join(lines + [f"{path} does not give every text back, so its numbers are too good." for path in lossy])
+    notes = (f"{path} does not give every text back, so its numbers are too good." for path in lossy)
+    return "\n".join([fmt.table(rows), *notes])
 
 
 def count(tokenizers: Sequence[Tokenizer], documents: TextFiles) -> tuple[int, list[int], set[int]]:

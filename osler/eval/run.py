@@ -24,6 +24,7 @@ from osler.inference.engine import InferenceEngine
 from osler.inference.load import LoadedModel, open_model
 from osler.ops.sampling_params import SamplingParams
 from osler.records.results import add_exams
+from osler.runtime import format as fmt
 from osler.runtime.errors import UserError
 from osler.runtime.log import Progress
 from osler.tasks.item import ExamItem
@@ -174,10 +175,8 @@ def table(scores: Sequence[ScoredExam]) -> str:
             counts = "  ".join(f"{letter} {count:,}" for letter, count in score.letters.items())
             letters.append(f"  {score.split}, {score.method}: {counts}")
         notes += remarks(score)
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    sides = ["<", "<", *[">"] * 8]
-    lines = ["  ".join(f"{cell:{side}{width}}" for cell, side, width in zip(row, sides, widths, strict=True)) for row in rows]
-    return "\n".join([*lines, *(["", "letters answered", *letters] if letters else []), *([""] if notes else []), *notes])
+    below = [*(["", "letters answered", *letters] if letters else []), *([""] if notes else []), *notes]
+    return "\n".join([fmt.table(rows, left=2), *below])
 
 
 def remarks(score: ScoredExam) -> Iterator[str]:

@@ -7,6 +7,7 @@ names for reinforcement learning are TRL's. The report takes its units and capti
 import re
 from typing import NamedTuple
 
+from osler.runtime import format as fmt
 from osler.runtime.errors import UserError
 
 FREE = "free"  # training knows it anyway
@@ -143,8 +144,4 @@ def table(word: str = "") -> str:
     found = {name: metric for name, metric in METRICS.items() if word.lower() in f"{name} {metric.meaning}".lower()}
     if not found:
         raise UserError(f"No metric has `{word}` in its name or meaning; `osler metrics` lists all {len(METRICS)}.")
-    name_width, unit_width = max(map(len, found)), max(len(metric.unit) for metric in found.values())
-    return "\n".join(
-        f"{name:<{name_width}}  {metric.unit:<{unit_width}}  {metric.cost:<{len(GRADIENTS)}}  {metric.meaning}"
-        for name, metric in found.items()
-    )
+    return fmt.table([(name, metric.unit, metric.cost, metric.meaning) for name, metric in found.items()], left=4)

@@ -19,13 +19,13 @@ from osler.monitor.metrics import declared_name
 from osler.records.results import ExamScore
 from osler.records.values import as_text
 from osler.report import charts
-from osler.report import format as fmt
 from osler.report.charts import COLOURS, SPECS, Figure, Spec
 from osler.report.curves import Floats
 from osler.report.page import write_page
 from osler.report.read import RunRecord, StageLog, count_parameters, find_model, read_run
 from osler.report.words import interval, stage_title
 from osler.runs.folder import flat
+from osler.runtime import format as fmt
 from osler.runtime.errors import UserError
 
 LEFT_OUT = ("description",)  # fields that say nothing about a run
@@ -179,9 +179,7 @@ def _as_text(title: str, members: Sequence[Member]) -> str:
     """Return numbers and differences as one table of text."""
     apart = [(key, [cell[:CELL_WIDTH] for cell in row]) for key, row in differences(members)]
     rows = [(title, [m.name for m in members]), *numbers(members), ("", [""] * len(members)), *apart]
-    first, *widths = [max(map(len, column)) for column in zip(*([what, *row] for what, row in rows), strict=True)]
-    lines = ([f"{what:<{first}}", *(f"{cell:>{w}}" for cell, w in zip(row, widths, strict=True))] for what, row in rows)
-    return "\n".join("  ".join(line).rstrip() for line in lines).rstrip()
+    return fmt.table([[what, *row] for what, row in rows]).rstrip()
 
 
 def _last_tenth(known: Floats) -> float:

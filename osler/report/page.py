@@ -20,9 +20,9 @@ from markupsafe import Markup
 from osler.config.recipe import dump_yaml
 from osler.records.results import SampledAnswer
 from osler.report import charts, svg, words
-from osler.report import format as fmt
 from osler.report.read import RunRecord, StageLog, read_run, stage_rank
 from osler.report.words import stage_colour, stage_title
+from osler.runtime import format as fmt
 from osler.runtime.errors import UserError
 from osler.runtime.files import RunFolder, write_atomic
 

@@ -26,9 +26,9 @@ from osler.model.config import MODEL_FILE, ModelConfig
 from osler.records.jsonl import Event, read_events
 from osler.records.results import Comparison, ExamScore, FinishedStage, read_exams, read_samples
 from osler.records.values import NAN, as_dict, as_list, as_text, read_records
-from osler.report import format as fmt
 from osler.report.curves import MetricsLog, Series, time_at_work
 from osler.runs.folder import named
+from osler.runtime import format as fmt
 from osler.runtime.errors import UserError
 from osler.runtime.files import RunFolder, read_json
 

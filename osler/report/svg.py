@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from osler.report import format as fmt
+from osler.runtime import format as fmt
 
 Numbers = npt.NDArray[Any]  # a list is taken as well where a chart is given one
 

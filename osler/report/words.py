@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 from osler.eval.score import describe_too_long
 from osler.records.jsonl import END, FAILED, FINISHED, START, Event, still_wrong, unresolved_at_end
 from osler.records.results import Comparison, ExamScore
-from osler.report import format as fmt
 from osler.report.curves import time_at_work
 from osler.report.read import NAN, RunRecord, count_parameters, find_model, read_run
+from osler.runtime import format as fmt
 from osler.runtime.files import RunFolder
 
 STAGES = {  # title and palette number
@@ -249,9 +249,9 @@ def summary_text(run_folder: str | Path | RunRecord, page: Path | None = None) -
     run = read_run(run_folder)
     score, found, page = headline_score(run), attention(run), page or RunFolder(run.path).report
     lines = ["".join(headline(run)), *([score_in_words(score)] if score else [])]
-    names = [f"{stage_title(s.label)} on {s.split}" for s in run.exams]
-    for name, s in zip(names, run.exams, strict=True):
-        lines.append(f"  {name:<{max(map(len, names))}}  {fmt.percent(s.accuracy):>6}  ({interval(s)}, n = {fmt.count(s.n)})")
+    where = [f"  {stage_title(s.label)} on {s.split}" for s in run.exams]
+    scores = [(fmt.percent(s.accuracy), f"({interval(s)}, n = {fmt.count(s.n)})") for s in run.exams]
+    lines += fmt.table([(name, *score) for name, score in zip(where, scores, strict=True)]).splitlines()
     for c in run.comparisons:
         gain = f"{fmt.points(c.difference)} points ({fmt.points(c.low)} to {fmt.points(c.high)})"
         lines.append(f"{stage_title(c.after_label)} on {c.split}: {gain}. {difference_in_words(c)}")

@@ -15,11 +15,13 @@ import collections
 import contextlib
 import io
 import logging
+import math
 import os
 import sys
 import time
 from typing import TextIO
 
+from osler.runtime import format as fmt
 from osler.runtime.errors import UserError
 from osler.runtime.world import is_silent
 
@@ -137,12 +139,12 @@ class Progress:
     def line(self) -> str:
         """Return the text of the line: label, percent, amounts, fields, time left."""
         share = min(1.0, self._done / self.total) if self.total > 0 else 1.0
-        parts = [self.label, f"{100 * share:5.1f}%", f"{quantity(self._done)}/{quantity(self.total)} {self.unit}"]
-        parts += [f"{name} {quantity(value)}" for name, value in self._fields.items()]
+        parts = [self.label, f"{100 * share:5.1f}%", f"{fmt.count(self._done)}/{fmt.count(self.total)} {self.unit}"]
+        parts += [f"{name} {_written(value)}" for name, value in self._fields.items()]
         if self._marks and self._done < self.total:
             (began, before), (now, done) = self._marks[0], self._marks[-1]
             if now > began and done > before:
-                parts.append(f"ETA {duration((self.total - done) * (now - began) / (done - before))}")
+                parts.append(f"ETA {fmt.duration((self.total - done) * (now - began) / (done - before))}")
         return "  ".join(parts if self.label else parts[1:])
 
     def _show(self, now: float) -> None:
@@ -194,29 +196,11 @@ def is_terminal(stream: TextIO) -> bool:
         return False
 
 
-def quantity(value: object) -> str:
-    """Return a number as a person reads it, ``12.3k``, ``4.00M`` or ``0.0123``, and anything else as text."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+def _written(value: object) -> str:
+    """Return a finite number as all of Osler writes it, and anything else as text."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         return str(value)
-    if isinstance(value, int) and abs(value) < 10_000:
-        return str(value)
-    for limit, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e4, "k")):
-        if limit <= abs(value) < 1e15:
-            scale = 1e3 if suffix == "k" else limit
-            return f"{value / scale:.{1 if abs(value) >= 100 * scale else 2}f}{suffix}"
-    return f"{value:.4g}"
-
-
-def duration(seconds: float) -> str:
-    """Return seconds as ``42s``, ``3m05s``, ``2h07m`` or ``1d03h``."""
-    minutes, rest = divmod(max(0, round(seconds)), 60)
-    hours, minutes = divmod(minutes, 60)
-    days, hours = divmod(hours, 24)
-    if days:
-        return f"{days}d{hours:02d}h"
-    if hours:
-        return f"{hours}h{minutes:02d}m"
-    return f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
+    return fmt.count(value) if isinstance(value, int) else fmt.number(value)
 
 
 def _write(text: str) -> None:

@@ -11,11 +11,11 @@ import numpy as np
 
 from osler.records.jsonl import LIFETIME
 from osler.records.values import as_text
-from osler.report import format as fmt
 from osler.report.charts import Family, by_layer, by_row, in_families, inner, kind_of
 from osler.report.curves import Floats, Series
 from osler.report.svg import averaged, value_range
 from osler.report.words import grouped
+from osler.runtime import format as fmt
 from osler.watch.state import WatchedFolder, WatchedRun
 
 BLOCKS = " ▁▂▃▄▅▆▇█"

@@ -16,8 +16,8 @@ from osler.checkpoint.folders import MANIFEST, Best, Entry, best_checkpoint, by_
 from osler.records.jsonl import END, FAILED, FINISHED, LIFETIME, STOPPED, Event, still_wrong, unresolved_at_end
 from osler.records.results import FinishedStage
 from osler.records.values import as_dict, as_number, as_text, read_records
-from osler.report import format as fmt
 from osler.report.read import StageLog, count_parameters, find_model, stage_rank, stamp, sub_runs
+from osler.runtime import format as fmt
 from osler.runtime.errors import UserError
 from osler.runtime.files import is_locked, read_json
 

@@ -13,13 +13,13 @@ import numpy.typing as npt
 import pytest
 
 from osler.monitor.metrics import METRICS
-from osler.report import format as fmt
 from osler.report import svg
 from osler.report.charts import FAMILIES, OTHER, bundle, by_layer, charts_of, family_of, kind_of
 from osler.report.curves import Series
 from osler.report.page import PAGES
 from osler.report.read import StageLog
 from osler.report.svg import Line, averaged, line_chart, nice_ticks, smoothed, thinned
+from osler.runtime import format as fmt
 
 PARTS = PAGES.get_template("parts.html").module
 FLOOR, LEFT, RIGHT = svg.HEIGHT - svg.BOTTOM, svg.LEFT, svg.WIDTH - svg.RIGHT

@@ -9,11 +9,11 @@ from osler.cli.main import main
 from osler.config.schema import encode
 from osler.model.config import ModelConfig
 from osler.monitor.metrics import METRICS
-from osler.report import format as fmt
 from osler.report.charts import SPECS
 from osler.report.page import build_report, place
 from osler.report.read import read_run
 from osler.report.words import attention, grouped, headline, marks_of, model_of, stage_colour, stage_title, summary_text
+from osler.runtime import format as fmt
 from tests.report.conftest import Page, write
 
 

@@ -13,8 +13,8 @@ import pytest
 from osler.checkpoint import store
 from osler.checkpoint.folders import mark_best
 from osler.model.config import ModelConfig
-from osler.report import format as fmt
 from osler.report.curves import Series
+from osler.runtime import format as fmt
 from osler.runtime.files import locked
 from osler.watch.frame import blocks, columns, frame
 from osler.watch.state import DEAD_SECONDS, WatchedFolder

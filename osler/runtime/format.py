@@ -1,10 +1,10 @@
-"""One way to write each kind of number, so that the page and the terminal agree to the digit.
+"""One way to write each kind of number, so that page and terminal agree to the digit; and tables of text.
 
-The browser's read-outs follow the same rules (`script.js`, function `show`).
+The browser's read-outs follow the same rules (`report/script.js`, function `show`).
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 MISSING = "–"
 MINUS = "\u2212"
@@ -90,6 +90,14 @@ def value(value_: float, kind: str) -> str:
 def plural(n: float, word: str) -> str:
     """Write a count of things: `1 question`, `1,273 questions`."""
     return f"{count(n)} {word}{'' if n == 1 else 's'}"
+
+
+def table(rows: Sequence[Sequence[str]], left: int = 1) -> str:
+    """Write rows of texts as lines of aligned columns, the first ``left`` of them to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    sides = ["<"] * left + [">"] * (len(widths) - left)
+    lines = ("  ".join(f"{cell:{side}{width}}" for cell, side, width in zip(row, sides, widths, strict=True)) for row in rows)
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def _round(value_: float) -> str:
