@@ -26,6 +26,7 @@ from osler.data.shard_set import SIZES_CHECKED, ShardSet
 from osler.data.shards import INDEX, RECORD, ShardWriter, shard_name
 
 VOCAB, SEQ_LEN, ROWS = 50_304, 2048, 5_000
+FULL = 4  # the first shard of full size
 MIXTURES = {"usmle-2day": [85, 15], "synth": [40, 30, 15, 10, 5], "four-stage": [14.4, 30, 10, 3]}
 
 
@@ -65,15 +66,15 @@ def packing(folder: Path, documents: int) -> dict[str, Any]:
 
 
 def trillion(folder: Path, template: Path, shards: int) -> dict[str, Any]:
-    """Measure the start on an index of so many shards, each a link to one written shard."""
+    """Measure the start on an index of so many shards, each a link to one written shard of full size."""
     folder.mkdir()
-    record = np.fromfile(template / INDEX, RECORD, 1)
-    index = np.repeat(record, shards)
+    previous, record = np.fromfile(template / INDEX, RECORD, FULL + 1)[-2:]
+    index = np.repeat(record[None], shards)
     for name in ("documents", "tokens", "loss_tokens", "num_bytes"):
-        index[name] = np.arange(1, shards + 1, dtype=np.uint64) * record[name][0]
+        index[name] = np.arange(1, shards + 1, dtype=np.uint64) * (record[name] - previous[name])
     index.tofile(folder / INDEX)
     for number in {*range(min(shards, SIZES_CHECKED)), *range(shards - 256, shards)}:
-        os.symlink(template / shard_name(0), folder / shard_name(number))
+        os.symlink(template / shard_name(FULL), folder / shard_name(number))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     began = time.perf_counter()
     opened = open_shards(folder)

@@ -99,8 +99,8 @@ class FilesData(Source):
     type: Literal["files"] = "files"
     path: str  # a .parquet, .jsonl, .ndjson, .txt or .md file (all but parquet also .gz and .zst), or a folder of them
     field: str = "text"  # the column of text in tables
-    holdout_fraction: HoldoutFraction = 0.05  # share of the documents kept for validation, one at least; 0: none
-    seed: Seed = 0  # of the choice of what is held out
+    holdout_fraction: HoldoutFraction = 0.05  # about this share of the documents is for validation, one at least; 0: none
+    seed: Seed = 0  # of the order in which the documents are written
 
 
 @config
@@ -112,8 +112,8 @@ class TurnsData(Source):
     question_field: str = "question"  # the column with the question
     thinking_field: str | None = None  # the column with the reasoning between question and answer; null: there is none
     answer_field: str = "answer"  # the column with the answer
-    holdout_fraction: HoldoutFraction = 0.05  # share of the examples kept for validation, one at least; 0: none
-    seed: Seed = 0  # of the choice of what is held out
+    holdout_fraction: HoldoutFraction = 0.05  # about this share of the examples is for validation, one at least; 0: none
+    seed: Seed = 0  # of the order in which the examples are written
 
 
 @config

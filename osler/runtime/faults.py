@@ -8,7 +8,8 @@ asks ``poisoned(stage)``, numbers become NaN). Without the variable a call costs
 
 Stages: ``write-atomic`` (runtime/files.py); ``save-tensors``, ``save-state``, ``save-files``, ``save-manifest``, ``save-rename``,
 ``save-verify``, ``save-best``, ``rotate`` (checkpoint/); ``load-batch`` (data/loader.py); ``train-step``, ``train-loss``,
-``evaluate``, ``rollback`` (train/ and rl/).
+``evaluate``, ``rollback`` (train/ and rl/); ``prepare-part``, ``prepare-piece``, ``prepare-journal``, ``prepare-manifest``,
+``prepare-complete``, ``write-shard``, ``write-index`` (data/).
 """
 
 import errno

@@ -33,7 +33,7 @@ STAGES = (
 )
 
 
-def run(root: Path, out: Path, spec: str | None) -> int:
+def run(root: Path, out: Path, spec: str | None, processes: int = 0) -> int:
     """Prepare in a fork; return how it ended."""
     if not (child := os.fork()):
         if spec:
@@ -44,7 +44,7 @@ def run(root: Path, out: Path, spec: str | None) -> int:
             reader = TextFiles(root / f"{name}.jsonl")
             corpora[name] = Corpus(Parts(reader.files()), reader.read, {}, None, fraction)
         checked = {"set": in_memory([Document(text=f"Text {number} of many of a.") for number in range(0, 300, 9)])}
-        prepare(corpora, tokenizer, out, weights=[3, 1], validation=checked)
+        prepare(corpora, tokenizer, out, weights=[3, 1], validation=checked, processes=processes)
         os._exit(0)
     return os.waitpid(child, 0)[1]
 
@@ -77,6 +77,12 @@ def main(root: Path) -> None:
     assert run(root, root / "whole", None) == 0
     whole = content(root / "whole")
     assert sum(name.endswith(".bin") for name in whole) > 20
+    out = root / "in-processes"
+    for visit in (3, 2, 5, 0):
+        status = run(root, out, f"prepare-journal:kill:{visit}" if visit else None, processes=2)
+        assert os.WIFSIGNALED(status) == bool(visit)
+        print("ok in processes", visit, flush=True)
+    assert content(out) == whole
     for stage in STAGES:
         visit, step = 1, 1
         while True:

@@ -326,6 +326,16 @@ def test_what_a_process_finds_wrong_is_told_as_if_there_were_none(
     prepare_sources({"a": rows_corpus(notes)}, tokenizer, tmp_path / "out", processes=2)
 
 
+def test_a_process_that_is_killed_is_told(
+    tmp_path: Path, notes: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(faults.VARIABLE, "prepare-part:kill:2")
+    with pytest.raises(UserError, match="A process that prepares the data was killed, most often for want of memory"):
+        prepare_sources({"a": rows_corpus(notes)}, tokenizer, tmp_path / "out", processes=1)
+    monkeypatch.delenv(faults.VARIABLE)
+    assert prepare(rows_corpus(notes), tokenizer, tmp_path / "out").train.num_documents > 100
+
+
 def test_touched_files_are_compared_and_changed_ones_refused(
     tmp_path: Path, notes: Path, tokenizer: Tokenizer, small_parts: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
