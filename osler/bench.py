@@ -9,7 +9,6 @@ times other libraries' models in the same way.
 from __future__ import annotations
 
 import json
-import logging
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -38,8 +37,6 @@ from osler.train.config import TrainConfig
 from osler.train.setup import pass_tokens
 from osler.train.trainer import TrainStep
 
-logger = logging.getLogger(__name__)
-
 CONVENTION = "PaLM: 6 x (matrices + head) + 12 x layers x heads x head_dim x seq_len FLOPs per token, non-causal"
 STEPS_ALWAYS_COMPILED = 1_000_000
 WARMUP_STEPS = 3
@@ -58,8 +55,6 @@ def run(recipe: str | None, overrides: Sequence[str], *, steps: int) -> str:
     if kind not in ("pretrain", "sft"):
         raise UserError(f"`{recipe}` is a recipe of kind {kind}: give one of `osler pretrain` or `osler sft`, or a model family.")
     config = decode(TrainConfig, {**given, "kind": kind}, source=recipe or "")
-    if config.parallel.type != "none":
-        logger.info(f"osler bench times one process, on which parallel.type={config.parallel.type} changes nothing.")
     machine = machine_of(config)
     keep_freed_memory()
     measured = measure(config, build_learner(config, machine), steps)

@@ -213,9 +213,8 @@ def refuse_checkpoint(path: str | Path) -> None:
             back = f" {run}; `--run {run} --from-step {int(match[1])}` takes it back to this step" if match else ""
             where = "a checkpoint" if folder in (given, real) else "in a checkpoint"
             raise UserError(
-                f"{path} is no run folder but {where}, and what is written into one damages it. Give the run folder{back}. To "
-                f"start a new run at this step, with the optimizer and the place in the data, give `--branch {folder} --run "
-                f"NEW_FOLDER`; init_from={folder} takes the weights alone."
+                f"{path} is no run folder but {where}, and what is written into one damages it. Give the run folder{back}. For "
+                f"a new run from here give `--branch {folder} --run NEW_FOLDER`; init_from={folder} takes the weights alone."
             )
         if folder.name == "checkpoints" and by_age(folder):
             raise UserError(f"{path} is no run folder: {folder} holds the checkpoints of a run. Give that run, {folder.parent}.")

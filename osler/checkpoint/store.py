@@ -184,7 +184,7 @@ def _tidy(root: Path) -> None:
 def load(path: str | Path, names: Collection[str] | None = None) -> Loaded:
     """Verify a checkpoint folder and read it; ``names`` restricts both to those tensor dictionaries.
 
-    Raises UserError that names the damaged file, or the name that is not in the checkpoint.
+    Raises UserError that names the damaged file.
     """
     folder = Path(path)
     problems = folders.verify(folder, names)
@@ -192,9 +192,6 @@ def load(path: str | Path, names: Collection[str] | None = None) -> Loaded:
         raise UserError(f"Checkpoint {folder} is damaged, use an earlier one: {'; '.join(problems)}.")
     manifest = Manifest.read(folder)
     present = [name.removesuffix(TENSORS_SUFFIX) for name in manifest.files if name.endswith(TENSORS_SUFFIX)]
-    missing = sorted(set(names or ()) - set(present))
-    if missing:
-        raise UserError(f"Checkpoint {folder} holds no {', '.join(missing)}; it holds {', '.join(present)}.")
     others = [name for name in manifest.files if name != STATE and not name.endswith(TENSORS_SUFFIX)]
     return Loaded(
         path=folder,

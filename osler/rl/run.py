@@ -226,9 +226,8 @@ def refusal(samples: Sequence[Sample], config: GrpoConfig) -> str:
     return (
         f"GRPO would learn nothing from {start}: of {count} completions before training none earned a reward or kept to the "
         f"template with an answer that can be read; {cut} were cut at {limit} tokens, {answered} have an {ANSWER}. {cause} Teach "
-        f"it the format first: `osler sft usmle-2day/format init_from={start} --run NEW_FOLDER` (a smaller model: without the "
-        "recipe's name) does so with the built-in clinic, or with data.type=turns on questions of your own; then start from "
-        "there with init_from=NEW_FOLDER. To start all the same: preflight=warn."
+        f"it the format first, with `osler sft usmle-2day/format init_from={start} --run NEW_FOLDER` (a smaller model: without "
+        "the recipe's name), and start from there with init_from=NEW_FOLDER. To start all the same: preflight=warn."
     )
 
 

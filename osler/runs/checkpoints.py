@@ -32,9 +32,7 @@ def list_checkpoints(path: str) -> int:
         with suppress(OSError, ValueError, KeyError, TypeError):
             tokens = f"{json.loads((entry.path / folders.STATE).read_bytes())['tokens']:,}"
         with suppress(FileNotFoundError):  # a run has deleted it in the meantime
-            manifest = entry.path / folders.MANIFEST
-            written = time.localtime((manifest if manifest.exists() else entry.path).stat().st_mtime)
-            saved = time.strftime("%Y-%m-%d %H:%M", written)
+            saved = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.path.stat().st_mtime))
             print(f"{entry.step:>12,}{tokens:>18}{_size(entry.path) / 1e6:>9,.1f} MB   {saved:<18}{', '.join(remarks)}")
     return 0
 

@@ -133,10 +133,8 @@ def tending(
 
 def default_name(config: TrainConfig) -> str:
     """Return the name of a run without a recipe, which comes from its data."""
-    if isinstance(config.data, PreparedData):
-        name = Path(config.data.path).stem or "own"
-    else:
-        name = "-".join(sources_of(config.data))
+    data = config.data
+    name = (Path(data.path).stem or "own") if isinstance(data, PreparedData) else "-".join(sources_of(data))
     return f"{name}-{config.kind}"
 
 

@@ -241,7 +241,6 @@ def tell_of_repeats(config: TrainConfig, prepared: Prepared, consumed: ConsumedD
     if config.max_minutes is None and epochs > most:
         what = f"its {tokens:,} tokens" if len(by_source) == 1 else f"the source {name}"
         logger.info(
-            f"Note: the run reads {what} {epochs:.1f} times. Up to about {most} times, data are worth nearly what "
-            "new data are; after that ever less, and the model learns them by heart. Give more data, or set "
-            f"total_tokens={int(config.total_tokens * most / epochs)}; watch that eval/loss goes on to fall."
+            f"Note: the run reads {what} {epochs:.1f} times. Up to about {most} times, data are worth nearly what new data are; "
+            f"after that ever less. Give more data, or set total_tokens={int(config.total_tokens * most / epochs)}."
         )
