@@ -37,7 +37,7 @@ VAGUE_NAMES = {"utils", "util", "common", "helpers", "helper", "misc", "shared",
 # Libraries beside torch and numpy: the only files that may import them, so that each can be replaced in one place.
 DOORS: dict[str, set[str]] = {
     "annotated_types": {"config/schema.py"},
-    "typing_extensions": {"config/schema.py"},
+    "typing_extensions": {"config/schema.py", "files/hub.py"},
     "pydantic": {"config/schema.py"},
     "yaml": {"config/recipe.py"},
     "tokenizers": {"tokenizer/bpe.py", "tokenizer/superbpe.py"},
@@ -45,6 +45,7 @@ DOORS: dict[str, set[str]] = {
     "rensa": {"data/duplicates.py"},
     "safetensors": {"checkpoint/store.py"},
     "pyarrow": {"files/rows.py"},
+    "huggingface_hub": {"files/hub.py"},
     "jinja2": {"report/page.py"},
     "markupsafe": {"report/page.py"},
     "deepspeed": {"parallel/deepspeed.py"},

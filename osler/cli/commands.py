@@ -226,6 +226,23 @@ COMMANDS: tuple[Command, ...] = (
         "trains on the shards, with the tokenizer that they were cut with; tokenizer.path=FILE chooses one, else it is trained.",
     ),
     Command(
+        "data sources",
+        "List the sources that Osler knows by name: size, licence, fields",
+        "osler data sources",
+        "osler.data.from_recipe:data_sources",
+    ),
+    Command(
+        "data peek",
+        "Show the first rows of a source or of a recipe's data, as documents and as tokens",
+        "osler data peek medqa data.path=train.jsonl --tokenizer tokenizer.json",
+        "osler.data.from_recipe:data_peek",
+        (
+            RECIPE,
+            option("--tokenizer", dest="tokenizer_path", metavar="FILE", help="show the documents as its tokens too"),
+            option("--documents", type=int, default=3, metavar="N", help="of each source (default: 3)"),
+        ),
+    ),
+    Command(
         "data inspect",
         "Show what a folder of shards holds, and check every byte",
         "osler data inspect shards/ --tokenizer tokenizer.json",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -23,6 +24,7 @@ from osler.config.schema import (
 from osler.data.mixture import Mixture
 from osler.tasks.exam_files import Gsm8kTask, MedmcqaTask, MedqaTask, PubmedqaTask
 
+HUB = "the hub"  # where a source lies that has no local files
 HoldoutFraction = Annotated[float, Ge(0), Lt(1)]
 
 
@@ -70,8 +72,12 @@ class Source(Preparation):
     @property
     def title(self) -> str:
         """Return the name of the source, of characters that a folder and a metric may have."""
-        path = getattr(self, "path", "clinic")
-        return re.sub(r"[^\w\-]+", "-", self.name or Path(path).name.partition(".")[0]).strip("-") or "data"
+        return re.sub(r"[^\w\-]+", "-", self.name or Path(self.place).name.partition(".")[0]).strip("-") or "data"
+
+    @property
+    def place(self) -> str:
+        """Return the folder or file that the source is read from; the clinic's are in no file."""
+        return str(getattr(self, "path", "clinic"))
 
 
 @config
@@ -117,11 +123,45 @@ class TurnsData(Source):
 
 
 @config
+class HubData(Source):
+    """A source that Osler knows by name: `osler data sources` lists them. It is read from the hub, or from local files."""
+
+    type: Literal["hub"] = "hub"
+    name: str  # of a row of `osler data sources`
+    subset: str = ""  # of its subsets; empty: the first
+    split: str = ""  # of its splits; empty: the first
+    revision: str = "main"  # a commit, branch or tag of the hub's repository; the commit is kept with the shards
+    path: str = ""  # a file or folder of the same schema, instead of the hub
+    root: str = ""  # a folder that has such a folder for each source by name; empty: the mixture's
+    reasoning: bool = True  # learn the reasoning between question and answer where rows have one
+    holdout_fraction: HoldoutFraction = 0.001  # share of the documents kept for validation; 0: none
+    seed: Seed = 0  # of the order in which files are taken
+
+    def __post_init__(self) -> None:
+        if not self.name:
+            raise ValueError("a source of the hub needs a name; `osler data sources` lists them")
+
+    @property
+    def title(self) -> str:
+        """Return the name of the source with its subset and split where they are given."""
+        return "-".join(filter(None, (self.name, self.subset, self.split)))
+
+    @property
+    def place(self) -> str:
+        """Return the folder or file that the source is read from, or `HUB`."""
+        return self.path or (str(Path(self.root, self.name)) if self.root else HUB)
+
+
+AnySource = ClinicData | FilesData | TurnsData | HubData
+
+
+@config
 class MixtureData(Preparation):
     """Several sources, each with its share of the tokens of a run."""
 
     type: Literal["mixture"] = "mixture"
-    sources: tuple[Annotated[ClinicData | FilesData | TurnsData, TAGGED], ...]  # at least one
+    sources: tuple[Annotated[AnySource, TAGGED], ...]  # at least one
+    root: str = ""  # a folder that has a folder of local files for each source of the hub, by name; empty: the hub
 
     def __post_init__(self) -> None:
         titles = [source.title for source in self.sources]
@@ -135,7 +175,7 @@ class MixtureData(Preparation):
         Mixture([source.weight for source in self.sources])
 
 
-TextData = ClinicData | FilesData | TurnsData | MixtureData  # what documents are read from
+TextData = AnySource | MixtureData  # what documents are read from
 
 
 @config
@@ -157,9 +197,15 @@ def wrong_weights(stage: int, weights: Iterable[str], sources: Iterable[str]) ->
     )
 
 
-def sources_of(data: TextData) -> dict[str, ClinicData | FilesData | TurnsData]:
+def sources_of(data: TextData) -> dict[str, AnySource]:
     """Return the sources in a config by their titles."""
-    return {source.title: source for source in (data.sources if isinstance(data, MixtureData) else (data,))}
+    if not isinstance(data, MixtureData):
+        return {data.title: data}
+    return {source.title: _rooted(source, data.root) for source in data.sources}
+
+
+def _rooted(source: AnySource, root: str) -> AnySource:
+    return replace(source, root=root) if isinstance(source, HubData) and not source.root else source
 
 
 @config

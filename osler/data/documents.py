@@ -20,12 +20,13 @@ from osler.tokenizer.chat import Turn
 class Document:
     """A text, or (with `turn`) a question and its answer whose prompt is not learned.
 
-    `where` ("notes.jsonl:12") is for messages.
+    `where` ("notes.jsonl:12") is for messages. Documents with the same `group` are learned or held out together.
     """
 
     text: str = ""
     turn: Turn | None = None
     where: str = ""
+    group: str = ""
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -52,8 +53,9 @@ class Document:
             raise UserError(f"{where} holds half a character (a lone surrogate) at position {error.start}.") from None
 
     def split_key(self) -> int:
-        """Return 64 bits that identify the content but for case and spacing; equal documents go to one side of a split."""
-        return int.from_bytes(_digest(tuple(" ".join(part.split()).casefold() for part in self.parts)), "big")
+        """Return 64 bits by which it is held out or not: of its group, or of its content but for case and spacing."""
+        parts = (self.group,) if self.group else self.parts
+        return int.from_bytes(_digest(tuple(" ".join(part.split()).casefold() for part in parts)), "big")
 
 
 @dataclass(frozen=True)

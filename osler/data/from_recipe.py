@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
 
 from osler.config.recipe import load_recipe, merge, parse_overrides
 from osler.config.schema import TAGGED, config, decode
-from osler.data.config import ClinicData, FilesData, MixtureData, TurnsData
+from osler.data.config import ClinicData, TextData
+from osler.data.named import SOURCES
 from osler.data.shard_set import ShardSet
 from osler.data.shards import read_data_manifest
-from osler.data.sources import check_sources, prepare_sources, train_tokenizer
+from osler.data.sources import check_sources, open_corpora, prepare_sources, train_tokenizer
+from osler.data.tokenise import encode
 from osler.runtime.errors import UserError
 from osler.runtime.files import write_atomic
 from osler.tokenizer.bpe import Tokenizer
@@ -26,6 +29,8 @@ logger = logging.getLogger(__name__)
 
 SHARDS = Path("shards")  # where `osler data prepare` writes, unless it is told
 SHOWN_TOKENS = 48  # of the first document of a split
+SHOWN_CHARS = 600  # of each part of a document
+LABELS = {1: ("",), 2: ("question: ", "answer: "), 3: ("question: ", "thinking: ", "answer: ")}  # by the number of parts
 SECTIONS = ("data", "tokenizer")
 
 
@@ -33,12 +38,12 @@ SECTIONS = ("data", "tokenizer")
 class Sections:
     """The two sections of a training recipe that are about text."""
 
-    data: Annotated[ClinicData | FilesData | TurnsData | MixtureData, TAGGED] = ClinicData()
+    data: Annotated[TextData, TAGGED] = ClinicData()
     tokenizer: TokenizerConfig = BPEConfig()
 
 
 def read_sections(recipe: str | None, overrides: Sequence[str], tokenizer_type: str | None = None) -> Sections:
-    """Read ``data`` and ``tokenizer`` from a recipe; ``recipe`` may also be a file or folder of text.
+    """Read ``data`` and ``tokenizer`` from a recipe; ``recipe`` may also be a named source, or a file or folder of text.
 
     A ``tokenizer_type`` takes the place of the recipe's alone: the size of the vocabulary stays.
     """
@@ -47,7 +52,9 @@ def read_sections(recipe: str | None, overrides: Sequence[str], tokenizer_type: 
     if strange:
         raise UserError(f"`{strange[0]}` is not about text: this command reads data.KEY=... and tokenizer.KEY=...")
     whole: Mapping[str, Any] = {}
-    if recipe is not None:
+    if recipe in SOURCES:
+        whole = {"data": {"type": "hub", "name": recipe}}
+    elif recipe is not None:
         path = Path(recipe)
         is_text = path.exists() and path.suffix not in (".yaml", ".yml")
         whole = {"data": {"type": "files", "path": recipe}} if is_text else load_recipe(recipe)
@@ -109,6 +116,32 @@ def data_prepare(recipe: str | None, overrides: Sequence[str], out: str | None, 
     prepared = prepare_sources(sections.data, tokenizer, out, processes=processes)
     print(f"{out}: {'exists already' if prepared.reused else 'written'}")
     print_splits(out)
+    return 0
+
+
+def data_sources() -> int:
+    """Print what is known of every named source."""
+    for name, source in SOURCES.items():
+        size = f"{source.tokens / 1000:g} B" if source.tokens >= 1000 else f"{source.tokens} M"
+        print(f"{name:<20}{source.repo or 'local files only'}, about {size} tokens; {source.licence}")
+        facts = {"subsets": source.subsets, "splits": source.splits, "fields": source.fields or ("one text a file",)}
+        lists = [f"{what}: {', '.join(values)}" for what, values in facts.items() if any(values)]
+        print(" " * 20 + "; ".join(lists))
+    return 0
+
+
+def data_peek(recipe: str | None, overrides: Sequence[str], tokenizer_path: str | None, documents: int) -> int:
+    """Print the first documents of each source of a recipe, as text and, with a tokenizer, as tokens."""
+    tokenizer = None if tokenizer_path is None else Tokenizer.load(tokenizer_path).with_specials()
+    for name, corpus in open_corpora(read_sections(recipe, overrides).data).items():
+        for document in islice(corpus.documents(), documents):
+            print(f"--- {name}, {document.where}")
+            for label, part in zip(LABELS[len(document.parts)], document.parts, strict=True):
+                print(f"{label}{part[:SHOWN_CHARS]}{' ...' if len(part) > SHOWN_CHARS else ''}")
+            if tokenizer is not None:
+                [(ids, mask)] = encode(tokenizer, [document])
+                learned = len(ids) if mask is None else sum(mask)
+                print(f"{len(ids):,} tokens, {learned:,} learned: {'|'.join(tokenizer.decode([i]) for i in ids[:SHOWN_TOKENS])}")
     return 0
 
 

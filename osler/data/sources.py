@@ -14,10 +14,11 @@ from osler.clinic.exam import drills
 from osler.clinic.textbook import cards, textbook
 from osler.config.schema import encode
 from osler.data.clean import Cleaner
-from osler.data.config import ClinicData, FilesData, MixtureData, TextData, TurnsData, sources_of
+from osler.data.config import HUB, AnySource, ClinicData, FilesData, HubData, MixtureData, TextData, TurnsData, sources_of
 from osler.data.content import check_unchanged
 from osler.data.documents import Corpus, Document, in_memory
 from osler.data.holdout import HeldOut, find_limits
+from osler.data.named import open_hub
 from osler.data.prepare import prepare
 from osler.data.prepared import Prepared
 from osler.data.readers import TextFiles, TurnFiles
@@ -72,7 +73,12 @@ def open_turns(data: TurnsData, key: str) -> Corpus:
 
 
 # From the class of a source to what opens it; the text is where the config has the source, for messages.
-CORPORA: dict[type, Callable[[Any, str], Corpus]] = {ClinicData: open_clinic, FilesData: open_files, TurnsData: open_turns}
+CORPORA: dict[type, Callable[[Any, str], Corpus]] = {
+    ClinicData: open_clinic,
+    FilesData: open_files,
+    TurnsData: open_turns,
+    HubData: open_hub,
+}
 
 
 def open_corpora(data: TextData) -> dict[str, Corpus]:
@@ -96,12 +102,12 @@ def check_present(data: TextData, out: Path, consent: str) -> None:
     check_unchanged(out, corpora, consent)
 
 
-def is_there(source: ClinicData | FilesData | TurnsData) -> bool:
-    """Return whether there is something at the path of a source."""
-    return isinstance(source, ClinicData) or Path(source.path).exists()
+def is_there(source: AnySource) -> bool:
+    """Return whether there is something at the path of a source; what lies on the hub is elsewhere."""
+    return isinstance(source, ClinicData) or (source.place != HUB and Path(source.place).exists())
 
 
-def _keyed(data: TextData) -> Iterator[tuple[str, ClinicData | FilesData | TurnsData, str]]:
+def _keyed(data: TextData) -> Iterator[tuple[str, AnySource, str]]:
     """Yield the name of each source, the source, and where it is in the config."""
     for number, (name, source) in enumerate(sources_of(data).items()):
         yield name, source, f"data.sources[{number}]" if isinstance(data, MixtureData) else "data"
@@ -128,7 +134,7 @@ def check_sources(data: TextData) -> None:
         empty = _count_of_empty(CORPORA[type(source)](source, key).documents())
         if empty is not None:
             found = f"of {empty:,} documents {empty:,} are empty" if empty else "there are no documents"
-            raise UserError(f"There is nothing to learn from: {found} in {key}.path={source.path}.")
+            raise UserError(f"There is nothing to learn from: {found} in {key}.path={source.place}.")
 
 
 def _count_of_empty(documents: Iterable[Document]) -> int | None:

@@ -11,11 +11,8 @@ from osler.config.schema import TAGGED, NonNegativeInt, PositiveFloat, PositiveI
 from osler.data.config import (
     ClinicData,
     CurriculumStage,
-    FilesData,
-    MixtureData,
     PreparedData,
     TextData,
-    TurnsData,
     sources_of,
     wrong_weights,
 )
@@ -26,7 +23,7 @@ from osler.parallel.config import NoParallelConfig, ParallelConfig
 from osler.runs.config import CheckpointConfig, RunConfig
 from osler.tokenizer.config import SMALLEST_VOCABULARY, BPEConfig, TokenizerConfig
 
-DataConfig = Annotated[ClinicData | FilesData | TurnsData | MixtureData | PreparedData, TAGGED]
+DataConfig = Annotated[TextData | PreparedData, TAGGED]
 
 
 @config

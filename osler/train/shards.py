@@ -14,7 +14,8 @@ from functools import partial
 from pathlib import Path
 
 from osler.checkpoint import store
-from osler.data.config import ClinicData, PreparedData, sources_of
+from osler.config.schema import decode
+from osler.data.config import HUB, PreparedData, sources_of
 from osler.data.prepared import Prepared, open_prepared, tokenizer_of_shards
 from osler.data.preparer import Preparer
 from osler.data.shard_set import NotPreparedYet, ShardSet, go_on_from, is_finished, num_evicted
@@ -99,11 +100,9 @@ def _open(
     at_hand = shards_at_hand(config, run, start)
     if at_hand is not None and at_hand != folder:
         _take_over(at_hand, folder)
-    if at_hand is not None and is_source_gone(config, run):
-        logger.info(
-            f"There is nothing at data.path={', '.join(_missing(config))} from here; going on with what was prepared from it, in "
-            f"{folder}."
-        )
+    if at_hand is not None and is_finished(folder) and is_source_gone(config, run):
+        if gone := sorted(set(_missing(config)) - {HUB}):
+            logger.info(f"There is nothing at {', '.join(gone)} from here; going on with what was prepared from it, in {folder}.")
         if not config.allow_data_change:
             check_present(data, folder, "allow_data_change=true")
         return open_prepared(folder, tokenizer), None
@@ -150,8 +149,8 @@ def is_source_gone(config: TrainConfig, run: RunFolder) -> bool:
     missing = _missing(config)
     if not missing or not run.config.exists():
         return bool(missing)
-    data = read_config(run)["data"]
-    return {source.get("path") for source in data.get("sources", [data])}.issuperset(missing)
+    data = decode(TrainConfig, read_config(run), source=str(run.config)).data
+    return not isinstance(data, PreparedData) and {source.place for source in sources_of(data).values()}.issuperset(missing)
 
 
 def shards_at_hand(config: TrainConfig, run: RunFolder, start: store.Loaded | None) -> Path | None:
@@ -191,7 +190,7 @@ def _missing(config: TrainConfig) -> list[str]:
     if isinstance(config.data, PreparedData):
         return []
     sources = sources_of(config.data).values()
-    return [source.path for source in sources if not isinstance(source, ClinicData) and not is_there(source)]
+    return [source.place for source in sources if not is_there(source)]
 
 
 def _take_over(shards: Path, folder: Path) -> None:

@@ -1,0 +1,159 @@
+"""Files of a dataset on the Hugging Face hub, read by ranges of bytes where they lie; the door of ``huggingface_hub``.
+
+Every range is its own request, which the library repeats after a cut connection, 429 (as long as Retry-After says) and 5xx, so
+a file goes on where it was. A commit is resolved once and read throughout. The token comes from HF_TOKEN or `hf auth login`, the
+server from HF_ENDPOINT.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import IO, Any
+
+from typing_extensions import Buffer
+
+from osler.files.find import ROW_ENDINGS, TEXT_ENDINGS, find_files
+from osler.files.parts import File, LocalFile
+from osler.runtime.errors import UserError
+
+RANGE_BYTES = 1 << 20  # of one request at least
+TRIES = 8  # of a request; the waits between them grow to eight seconds
+
+
+@dataclass(frozen=True)
+class HubFile:
+    """A file of a commit of a dataset; `stamp` identifies its content."""
+
+    repo: str
+    commit: str
+    path: str
+    size: int
+    stamp: str
+
+    @property
+    def name(self) -> str:
+        """Return repository and path."""
+        return f"{self.repo}/{self.path}"
+
+    def open(self) -> IO[bytes]:
+        """Open the file for reading at any position."""
+        return io.BufferedReader(_Ranges(self), RANGE_BYTES)
+
+    def check(self) -> None:
+        """Do nothing: a commit never changes."""
+
+
+class _Ranges(io.RawIOBase):
+    """A file of the hub as a stream of ranges."""
+
+    def __init__(self, file: HubFile) -> None:
+        self._file, self._place = file, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._place = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._place, io.SEEK_END: self._file.size}[whence]
+        return self._place
+
+    def readinto(self, buffer: Buffer) -> int:
+        view = memoryview(buffer).cast("B")
+        stop = min(self._file.size, self._place + len(view))
+        if self._place >= stop:
+            return 0
+        data = _fetch(self._file, self._place, stop)
+        view[: len(data)] = data
+        self._place += len(data)
+        return len(data)
+
+
+def _fetch(file: HubFile, start: int, stop: int) -> bytes:
+    """Return a range of a file."""
+    from huggingface_hub import hf_hub_url
+    from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_backoff
+
+    url = hf_hub_url(file.repo, file.path, repo_type="dataset", revision=file.commit)
+    headers = {**build_hf_headers(), "Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
+    with _explained(file.repo):
+        response = http_backoff("GET", url, headers=headers, follow_redirects=True, timeout=60, max_retries=TRIES)
+        hf_raise_for_status(response)
+    data = bytes(response.content)
+    if response.status_code != 206:  # a server that knows no ranges sends the whole file
+        data = data[start:stop]
+    if len(data) != stop - start:
+        raise UserError(
+            f"{file.name}: the server sent {len(data):,} bytes instead of {stop - start:,}. Run the same command again."
+        )
+    return data
+
+
+def hub_files(repo: str, patterns: Sequence[str], revision: str) -> tuple[str, list[HubFile]]:
+    """Return the commit of a revision of a dataset, and its files that match a pattern, by name.
+
+    Raises UserError when the dataset or a file is not there, not allowed, or not reachable.
+    """
+    api = _api(repo)
+    with _explained(repo):
+        commit = str(api.dataset_info(repo, revision=revision).sha)
+        tree = api.list_repo_tree(repo, recursive=True, revision=commit, repo_type="dataset")
+        found = [entry for entry in tree if hasattr(entry, "size")]  # the others are folders
+    files = [
+        HubFile(repo, commit, entry.path, entry.size, entry.lfs.sha256 if entry.lfs else entry.blob_id)
+        for entry in found
+        if any(fnmatchcase(entry.path, pattern) for pattern in patterns)
+    ]
+    if not files:
+        raise UserError(f"{repo} at {revision} has no file {' or '.join(patterns)}, but {len(found):,} others.")
+    return commit, sorted(files, key=lambda file: file.path)
+
+
+def snapshot(repo: str, patterns: Sequence[str], revision: str) -> tuple[str, list[File]]:
+    """Download the files of a dataset that has very many small ones, or find them on the disk, and return them."""
+    api = _api(repo)
+    with _explained(repo):
+        commit = str(api.dataset_info(repo, revision=revision).sha)
+        folder = api.snapshot_download(repo, repo_type="dataset", revision=commit, allow_patterns=list(patterns))
+    return commit, [LocalFile.at(file) for file in find_files(folder, (*ROW_ENDINGS, *TEXT_ENDINGS), key=repo)]
+
+
+def _api(repo: str) -> Any:
+    try:
+        from huggingface_hub import HfApi
+    except ImportError:
+        raise UserError(f"Reading {repo} from the hub needs huggingface_hub: pip install 'osler[hub]'.") from None
+    return HfApi()
+
+
+@contextlib.contextmanager
+def _explained(repo: str) -> Iterator[None]:
+    """Turn the library's errors into a UserError that names the dataset and says what to do."""
+    from huggingface_hub import errors
+
+    local = "or name local files of the same schema with path=DIR or data.root=DIR"
+    try:
+        yield
+    except errors.OfflineModeIsEnabled:
+        fetch = f"hf download {repo} --repo-type dataset --local-dir DIR"
+        raise UserError(
+            f"{repo} is read from the hub, but HF_HUB_OFFLINE is set. Fetch it elsewhere (`{fetch}`) {local}."
+        ) from None
+    except errors.GatedRepoError:
+        raise UserError(f"{repo} asks for consent: accept its terms on its page and set HF_TOKEN, {local}.") from None
+    except errors.RevisionNotFoundError:
+        raise UserError(f"{repo} has no such revision; set another `revision`.") from None
+    except errors.RepositoryNotFoundError:
+        raise UserError(f"{repo} is not on the hub, or is private: set HF_TOKEN to a token that may read it, {local}.") from None
+    except errors.HfHubHTTPError as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{repo} cannot be read from the hub: {reason}. Run the same command again, {local}.") from None
+    except (errors.HTTPError, OSError) as error:
+        raise UserError(
+            f"{repo} cannot be reached: {error}. Run the same command again when the network is back, {local}."
+        ) from None
