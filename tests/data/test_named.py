@@ -1,0 +1,227 @@
+"""Sources by name: their rows as documents, local files of the same schema, and the hub, which may fail in every way."""
+
+import json
+from pathlib import Path
+
+import huggingface_hub.utils._http as hub_http
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from huggingface_hub import constants
+
+from osler.cli.main import main
+from osler.config.schema import decode
+from osler.data.config import HubData, MixtureData
+from osler.data.named import SOURCES, open_hub
+from osler.data.sources import check_sources, open_corpora, prepare_sources
+from osler.runtime.errors import UserError
+from tests.data.hub_server import COMMIT, cut, serving, status, times
+
+ITEM = {"question": "Which metal do red cells need?", "options": {"A": "Iron", "B": "Gold"}, "answer": "Iron", "answer_idx": "A"}
+ASKED = {"role": "user", "content": "2 + 2?"}
+# One row of each schema, and what it becomes: a text, or question, thinking and answer.
+ROWS = {
+    "fineweb_edu": ({"text": "A page.", "score": 3.1}, "A page."),
+    "synth": (
+        {"query": "Why?", "synthetic_reasoning": "So.", "synthetic_answer": "Thus.", "query_seed_url": "u", "language": "en"},
+        ("Why?", "So.", "Thus."),
+    ),
+    "pubmed": ({"title": "Gout.", "content": "Urate.", "PMID": 1}, "Gout.\n\nUrate."),
+    "pubmed_open": ({"text": "Open.", "metadata": {"license": "CC0"}}, "Open."),
+    "guidelines": ({"title": "Asthma", "clean_text": "Inhale.", "source": "who"}, "Asthma\n\nInhale."),
+    "openmedtext": ({"text": "Whole."}, "Whole."),
+    "wikipedia": ({"title": "Iron", "text": "A metal."}, "Iron\n\nA metal."),
+    "wikipedia_2k": ({"text": "Good."}, "Good."),
+    "wikitext": ({"text": "Alone."}, "Alone.\n"),
+    "c4": ({"text": "Web."}, "Web."),
+    "mixture_of_thoughts": (
+        {"messages": [ASKED, {"role": "assistant", "content": "<think>\nAdd.\n</think>\nIt is 4."}]},
+        ("2 + 2?", "Add.", "It is 4."),
+    ),
+    "gsm8k": ({"question": "6 x 7?", "answer": "6 x 7 = <<6*7=42>>42\n#### 42"}, ("6 x 7?", "6 x 7 = 42", "42")),
+    "medqa": (ITEM, ("Which metal do red cells need? Iron (A) Gold (B)", "Iron (A)")),
+    "medmcqa": (
+        {
+            "id": "1",
+            "question": "Metal?",
+            "opa": "Iron",
+            "opb": "Gold",
+            "opc": "Tin",
+            "opd": "Lead",
+            "cop": 0,
+            "exp": "Heme has it in its core.",
+        },
+        ("Metal? Iron (A) Gold (B) Tin (C) Lead (D)", "Heme has it in its core.", "Iron (A)"),
+    ),
+    "pubmedqa": (
+        {
+            "pubid": 1,
+            "question": "Iron?",
+            "context": {"contexts": ["We gave it."]},
+            "long_answer": "It helps.",
+            "final_decision": "yes",
+        },
+        ("We gave it.\nIron? yes (A) no (B) maybe (C)", "It helps.", "yes (A)"),
+    ),
+    "humaneval": (
+        {"prompt": "def f():\n", "canonical_solution": "    return 1\n", "test": "", "entry_point": "f"},
+        "def f():\n    return 1\n",
+    ),
+    "hellaswag": (
+        {"activity_label": "Baking", "ctx_a": "She mixes.", "ctx_b": "then", "endings": ["flies.", "bakes."], "label": "1"},
+        "Baking: She mixes. then bakes.",
+    ),
+    "trivia_qa": ({"question": "Metal?", "answer": {"value": "Iron", "aliases": []}}, ("Metal?", "Iron")),
+    "medquad": (
+        {"question": "What is gout?", "answer": "Urate.", "focus": "Gout", "qtype": "information"},
+        ("What is gout?", "Urate."),
+    ),
+}
+
+
+def write_rows(file: Path, rows: list[dict]) -> Path:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def local(tmp_path: Path, name: str, rows: list[dict], **fields: object) -> list[tuple[str, ...]]:
+    data = HubData(name=name, path=str(write_rows(tmp_path / f"{name}.jsonl", rows)), **fields)
+    return [document.parts for document in open_hub(data, "data").documents()]
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_a_row_of_each_schema_becomes_a_document(tmp_path, name):
+    row, expected = ROWS[name]
+    assert local(tmp_path, name, [row]) == [(expected,) if isinstance(expected, str) else expected]
+
+
+@pytest.mark.parametrize("name", [name for name in SOURCES if SOURCES[name].fields])
+def test_a_row_without_its_fields_is_refused_by_file_row_and_field(tmp_path, name):
+    with pytest.raises(UserError, match=rf"{name}.jsonl:1.*field '.*other"):
+        local(tmp_path, name, [{"other": "text"}])
+
+
+def test_reasoning_can_be_left_out_and_rows_without_a_known_answer_are_no_examples(tmp_path):
+    assert local(tmp_path, "synth", [ROWS["synth"][0]], reasoning=False) == [("Why?", "Thus.")]
+    row = ROWS["medmcqa"][0]
+    assert len(local(tmp_path, "medmcqa", [row, {**row, "cop": -1}])) == 1
+    unlabelled = {key: value for key, value in ROWS["pubmedqa"][0].items() if key != "final_decision"}
+    assert local(tmp_path, "pubmedqa", [unlabelled], subset="pqa_unlabeled") == [("Iron?", "It helps.")]
+
+
+def test_lines_of_wikitext_are_joined_into_articles(tmp_path):
+    lines = [" ", " = Iron = ", " ", " A metal . ", " = = Uses = = ", " Many . ", " = Gold = ", " Another . "]
+    articles = [" \n = Iron = \n \n A metal . \n = = Uses = = \n Many . \n", " = Gold = \n Another . \n"]
+    assert local(tmp_path, "wikitext", [{"text": line} for line in lines]) == [(text,) for text in articles]
+    text = tmp_path / "wiki.valid.txt"
+    text.write_text("\n".join(lines) + "\n")
+    corpus = open_hub(HubData(name="wikitext", path=str(text)), "data")
+    assert [document.text for document in corpus.documents()] == articles
+
+
+def test_synth_is_split_by_the_page_that_questions_were_made_from(tmp_path):
+    row = ROWS["synth"][0]
+    rows = [{**row, "query": f"Why {number}?", "query_seed_url": f"page {number % 3}"} for number in range(9)]
+    data = HubData(name="synth", path=str(write_rows(tmp_path / "synth.jsonl", rows)))
+    assert len({document.split_key() for document in open_hub(data, "data").documents()}) == 3
+
+
+def test_a_split_is_found_in_local_files_and_one_that_is_not_there_is_told(tmp_path):
+    for split in ("train", "test"):
+        write_rows(tmp_path / "medqa" / f"phrases_no_exclude_{split}.jsonl", [{**ITEM, "question": f"{split} question?"}])
+    found = open_corpora(
+        decode(MixtureData, {"root": str(tmp_path), "sources": [{"type": "hub", "name": "medqa", "split": "test"}]})
+    )
+    assert [document.parts[0] for document in found["medqa-test"].documents()] == ["test question? Iron (A) Gold (B)"]
+    with pytest.raises(UserError, match=r"data.split=dev: medqa has train, test"):
+        open_hub(HubData(name="medqa", split="dev", root=str(tmp_path)), "data")
+    with pytest.raises(UserError, match=r"data.root.*gsm8k|gsm8k.*data.root"):
+        open_hub(HubData(name="gsm8k", root=str(tmp_path)), "data")
+    with pytest.raises(UserError, match=r"sources\[0\].name=medqs is no source"):
+        check_sources(decode(MixtureData, {"sources": [{"type": "hub", "name": "medqs"}]}))
+
+
+# -- the hub -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A hub with one dataset of two parquet files of several row groups, without waits between tries."""
+    folder = tmp_path / "hub"
+    for number in range(2):
+        texts = [f"Document {number}-{row} " + "word " * 200 for row in range(300)]
+        file = folder / "sample/10BT" / f"{number:03}.parquet"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(pa.table({"text": texts, "id": texts}), file, row_group_size=50, compression="none", use_dictionary=False)
+    (folder / "README.md").write_text("A card.")
+    monkeypatch.setattr(hub_http.time, "sleep", lambda seconds: waits.append(seconds))
+    waits: list[float] = []
+    with serving({"HuggingFaceFW/fineweb-edu": folder}) as server:
+        server.waits = waits
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}")
+        yield server
+
+
+def read_hub() -> list[str]:
+    corpus = open_hub(HubData(name="fineweb_edu"), "data")
+    assert corpus.options["commit"] == COMMIT
+    return [document.text for part in corpus.parts for document in corpus.read(part)]
+
+
+def test_files_of_the_hub_are_read_by_ranges(hub):
+    texts = read_hub()
+    assert [text.split()[1] for text in texts] == [f"{number}-{row}" for number in range(2) for row in range(300)]
+    assert hub.requests["bytes"] >= 4  # a footer and at least one range of each file
+
+
+@pytest.mark.parametrize(
+    "answer", [cut, status(500), status(503), status(429, Retry_After="7")], ids=["cut", "500", "503", "429"]
+)
+def test_a_range_that_fails_is_asked_for_again(hub, answer):
+    hub.trouble = times(3, answer)
+    assert len(read_hub()) == 600
+    assert len(hub.waits) == 3
+    if answer.__closure__ and any(cell.cell_contents == 429 for cell in answer.__closure__):
+        assert min(hub.waits) >= 7
+
+
+def test_a_hub_that_stays_away_is_an_error_that_names_the_source(hub):
+    hub.trouble = times(1000, status(500))
+    with pytest.raises(UserError, match="fineweb-edu cannot be read from the hub.*data.root=DIR"):
+        read_hub()
+
+
+@pytest.mark.parametrize(
+    ("code", "said"), [(403, "asks for consent.*HF_TOKEN"), (404, "not on the hub, or is private.*HF_TOKEN")]
+)
+def test_a_dataset_that_may_not_be_read_says_what_to_do(hub, code, said):
+    hub.status_of_facts = code
+    with pytest.raises(UserError, match=said):
+        read_hub()
+
+
+def test_the_token_of_the_environment_is_sent_and_offline_says_how_to_fetch(hub, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    read_hub()
+    assert "Bearer hf_secret" in hub.tokens
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match="HF_HUB_OFFLINE is set.*hf download HuggingFaceFW/fineweb-edu"):
+        read_hub()
+
+
+def test_shards_from_the_hub_are_those_of_the_same_local_files(hub, tmp_path, tokenizer):
+    of_hub = prepare_sources(HubData(name="fineweb_edu"), tokenizer, tmp_path / "of-hub")
+    data = HubData(name="fineweb_edu", path=str(hub.repos["HuggingFaceFW/fineweb-edu"]))
+    of_files = prepare_sources(data, tokenizer, tmp_path / "of-files")
+    assert of_hub.fingerprint == of_files.fingerprint and of_hub.num_tokens > 0
+
+
+def test_sources_are_listed_and_a_row_is_shown(tmp_path, capsys):
+    assert main(["data", "sources"]) == 0
+    listed = capsys.readouterr().out
+    assert all(name in listed for name in SOURCES)
+    file = write_rows(tmp_path / "train.jsonl", [ITEM])
+    assert main(["data", "peek", "medqa", f"data.path={file}"]) == 0
+    assert "question: Which metal do red cells need? Iron (A) Gold (B)\nanswer: Iron (A)" in capsys.readouterr().out
