@@ -1,4 +1,4 @@
-"""A server with the layout of the hub: the facts of a dataset, its tree, and files by ranges behind a redirect. Any of it can fail."""
+"""A server with the hub's layout: the facts of a dataset, its tree, files by ranges behind a redirect. Any of it can fail."""
 
 from __future__ import annotations
 

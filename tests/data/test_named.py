@@ -189,7 +189,7 @@ def test_a_range_that_fails_is_asked_for_again(hub, answer):
 
 def test_a_hub_that_stays_away_is_an_error_that_names_the_source(hub):
     hub.trouble = times(1000, status(500))
-    with pytest.raises(UserError, match="fineweb-edu cannot be read from the hub.*data.root=DIR"):
+    with pytest.raises(UserError, match=r"fineweb-edu cannot be read from the hub.*data.root=DIR"):
         read_hub()
 
 
@@ -207,7 +207,7 @@ def test_the_token_of_the_environment_is_sent_and_offline_says_how_to_fetch(hub,
     read_hub()
     assert "Bearer hf_secret" in hub.tokens
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match="HF_HUB_OFFLINE is set.*hf download HuggingFaceFW/fineweb-edu"):
+    with pytest.raises(UserError, match=r"HF_HUB_OFFLINE is set.*hf download HuggingFaceFW/fineweb-edu"):
         read_hub()
 
 

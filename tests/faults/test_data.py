@@ -66,7 +66,7 @@ def test_a_run_goes_on_from_another_folder(stopped, tmp_path, monkeypatch, finis
     finish_notes(stopped)
     text = capsys.readouterr().err
     assert (
-        f"There is nothing at data.path=notes/ from here; going on with what was prepared from it, in {stopped / 'data'}" in text
+        f"There is nothing at notes/ from here; going on with what was prepared from it, in {stopped / 'data'}" in text
     )
     assert stored_path(stopped) == "notes/"
 
