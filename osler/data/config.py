@@ -144,7 +144,7 @@ class HubData(Source):
     @property
     def title(self) -> str:
         """Return the name of the source with its subset and split where they are given."""
-        return "-".join(filter(None, (self.name, self.subset, self.split)))
+        return "-".join(filter(None, (self.name, *self.subset.split("/"), self.split))).replace(".", "-")
 
     @property
     def place(self) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import partial
 from itertools import pairwise
@@ -277,9 +277,9 @@ SOURCES: dict[str, NamedSource] = {
         ("{subset}/{split}-*.parquet",),
         ("pubid", "question", "context", "long_answer", "final_decision"),
         partial(exam, task=PubmedqaTask),
-        "MIT",
-        1,
-        subsets=("pqa_labeled", "pqa_artificial", "pqa_unlabeled"),
+        "MIT; half of pqa_labeled is the official test",
+        150,
+        subsets=("pqa_artificial", "pqa_labeled", "pqa_unlabeled"),
     ),
     "humaneval": NamedSource(
         "openai/openai_humaneval",
@@ -342,13 +342,15 @@ def open_hub(data: HubData, key: str) -> Corpus:
     elif not source.repo:
         raise UserError(f"{key}: {data.name} is on no hub; name its files with {key}.path=DIR or data.root=DIR.")
     elif source.has_small_files:
-        commit, files = snapshot(source.repo, patterns, data.revision)
+        commit, files = snapshot(source.repo, tuple(patterns), data.revision)
     else:
-        commit, found = hub_files(source.repo, patterns, data.revision)
+        commit, found = hub_files(source.repo, tuple(patterns), data.revision)
         files = list(found)
     parts: Parts | Sequence[Part] = [Part(file) for file in files] if source.reads_whole_files else Parts(files)
     options = {"name": data.name, "subset": subset, "split": split, "reasoning": data.reasoning, "commit": commit}
-    return Corpus(parts, NamedReader(data).read, options, None, data.holdout_fraction, data.seed)
+    about = {"licence": source.licence, "revision": commit or "local files", "home": source.repo or str(data.place)}
+    corpus = Corpus(parts, NamedReader(data).read, options, None, data.holdout_fraction, data.seed)
+    return replace(corpus, about=about)
 
 
 def _source(data: HubData, key: str) -> NamedSource:

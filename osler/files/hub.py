@@ -8,8 +8,9 @@ server from HF_ENDPOINT.
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import IO, Any
@@ -21,7 +22,7 @@ from osler.files.parts import File, LocalFile
 from osler.runtime.errors import UserError
 
 RANGE_BYTES = 1 << 20  # of one request at least
-TRIES = 8  # of a request; the waits between them grow to eight seconds
+TRIES, LONGEST_WAIT_SECONDS = 12, 60  # of a request, before each of which it waits longer: seven minutes in all
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,9 @@ def _fetch(file: HubFile, start: int, stop: int) -> bytes:
     url = hf_hub_url(file.repo, file.path, repo_type="dataset", revision=file.commit)
     headers = {**build_hf_headers(), "Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
     with _explained(file.repo):
-        response = http_backoff("GET", url, headers=headers, follow_redirects=True, timeout=60, max_retries=TRIES)
+        response = http_backoff(
+            "GET", url, headers=headers, follow_redirects=True, timeout=60, max_retries=TRIES, max_wait_time=LONGEST_WAIT_SECONDS
+        )
         hf_raise_for_status(response)
     data = bytes(response.content)
     if response.status_code != 206:  # a server that knows no ranges sends the whole file
@@ -94,7 +97,8 @@ def _fetch(file: HubFile, start: int, stop: int) -> bytes:
     return data
 
 
-def hub_files(repo: str, patterns: Sequence[str], revision: str) -> tuple[str, list[HubFile]]:
+@functools.cache  # data are looked at several times before they are read
+def hub_files(repo: str, patterns: tuple[str, ...], revision: str) -> tuple[str, list[HubFile]]:
     """Return the commit of a revision of a dataset, and its files that match a pattern, by name.
 
     Raises UserError when the dataset or a file is not there, not allowed, or not reachable.
@@ -114,7 +118,8 @@ def hub_files(repo: str, patterns: Sequence[str], revision: str) -> tuple[str, l
     return commit, sorted(files, key=lambda file: file.path)
 
 
-def snapshot(repo: str, patterns: Sequence[str], revision: str) -> tuple[str, list[File]]:
+@functools.cache
+def snapshot(repo: str, patterns: tuple[str, ...], revision: str) -> tuple[str, list[File]]:
     """Download the files of a dataset that has very many small ones, or find them on the disk, and return them."""
     api = _api(repo)
     with _explained(repo):

@@ -14,6 +14,7 @@ from osler.config.schema import decode
 from osler.data.config import HubData, MixtureData
 from osler.data.named import SOURCES, open_hub
 from osler.data.sources import check_sources, open_corpora, prepare_sources
+from osler.files.hub import hub_files
 from osler.runtime.errors import UserError
 from tests.data.hub_server import COMMIT, cut, serving, status, times
 
@@ -155,6 +156,7 @@ def hub(tmp_path, monkeypatch):
         file.parent.mkdir(parents=True, exist_ok=True)
         pq.write_table(pa.table({"text": texts, "id": texts}), file, row_group_size=50, compression="none", use_dictionary=False)
     (folder / "README.md").write_text("A card.")
+    hub_files.cache_clear()
     monkeypatch.setattr(hub_http.time, "sleep", lambda seconds: waits.append(seconds))
     waits: list[float] = []
     with serving({"HuggingFaceFW/fineweb-edu": folder}) as server:
@@ -207,6 +209,7 @@ def test_the_token_of_the_environment_is_sent_and_offline_says_how_to_fetch(hub,
     read_hub()
     assert "Bearer hf_secret" in hub.tokens
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    hub_files.cache_clear()
     with pytest.raises(UserError, match=r"HF_HUB_OFFLINE is set.*hf download HuggingFaceFW/fineweb-edu"):
         read_hub()
 
