@@ -65,7 +65,7 @@ def sampling() -> Callable[[], int]:
 
     engine = InferenceEngine(build_model(MODELS["tiny"], torch.float32))
     prompts = torch.randint(MODELS["tiny"]["vocab"], (ROWS, PROMPT_TOKENS), generator=torch.Generator().manual_seed(2)).tolist()
-    return lambda: engine.generate(prompts, SamplingParams(max_new_tokens=32)).num_tokens
+    return lambda: sum(map(len, engine.generate(prompts, SamplingParams(max_new_tokens=32)).completions))
 
 
 def rate(call: Callable[[], int], seconds: float) -> float:

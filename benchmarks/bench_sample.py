@@ -114,14 +114,16 @@ def measure(contestant: str, shape: dict[str, int], dtype_name: str, workload: s
 
         def call(new_tokens: int) -> int:
             sampling = SamplingParams(max_new_tokens=new_tokens)
-            return generate_by_recompute(model, prompts, sampling, samples_per_prompt=samples).num_tokens
+            rollout = generate_by_recompute(model, prompts, sampling, samples_per_prompt=samples)
+            return sum(map(len, rollout.completions))
 
     else:
         engine = InferenceEngine(model)
 
         def call(new_tokens: int) -> int:
             sampling = SamplingParams(max_new_tokens=new_tokens)
-            return engine.generate(prompts, sampling, samples_per_prompt=samples).num_tokens
+            rollout = engine.generate(prompts, sampling, samples_per_prompt=samples)
+            return sum(map(len, rollout.completions))
 
     call(4)
     seconds = []

@@ -38,11 +38,6 @@ class ClinicItem:
     relation: str = ""
     findings: tuple[str, ...] = ()
 
-    @property
-    def answer(self) -> str:
-        """The text of the right option."""
-        return self.options[self.answer_index]
-
 
 def exam(seed: int, split: str, n: int) -> list[ClinicItem]:
     """Return `n` items of one of `EXAM_SPLITS`, the same for the same arguments; raises UserError for an unknown split.

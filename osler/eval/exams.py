@@ -1,8 +1,8 @@
 """Score exams, by what a model writes or by which option it finds most likely.
 
-``score_by_generation`` shows the questions and lets the model think and answer. ``grade`` reads each answer as the rewards read
-it (``tasks/answers.py``), and ``summarise`` (``score.py``) counts them. ``score_by_likelihood`` needs no form of answer, so it
-also suits base models.
+``score_by_generation`` lets the model think and answer, ``grade`` reads each answer as the rewards read it
+(``tasks/answers.py``), and ``summarise`` (``score.py``) counts them. ``score_by_likelihood`` needs no form of answer, so it also
+suits base models.
 """
 
 from bisect import bisect_left

@@ -43,10 +43,6 @@ class Rollout:
     finished: list[bool]
     packed_masks: list[Tensor] | None = None
 
-    @property
-    def num_tokens(self) -> int:
-        return sum(len(completion) for completion in self.completions)
-
 
 class _Wave:
     """Rows that decode together: what they carry from step to step, on the device.

@@ -1,8 +1,7 @@
 """The interface of a parallel strategy: loss, accumulation without communication, update, and whole tensors for checkpoints.
 
 Each rank divides its summed loss by the *mean* number of learned tokens of a rank. Every strategy averages gradients over the
-ranks, which then gives the gradient of the mean loss per learned token of the global batch, however unevenly the ranks share
-those tokens. There is no state beyond the model and the optimizer.
+ranks, so the result is the gradient of the mean loss per learned token of the global batch, however the ranks share those tokens.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -2,9 +2,9 @@
 
 ``OSLER_FAULT=stage:kind[:visits]`` makes calls of ``fault(stage)`` in this process fail: the first by default, the third with
 ``3``, the third to fifth with ``3-5``, the third and all after it with ``3-``. Commas separate several faults. Kinds: ``kill``
-(SIGKILL to itself: no cleanup runs), ``sigterm`` (as a scheduler sends it), ``enospc`` (the error of a full disk), ``ioerror``
-(the error of a failing one), ``crash`` (a bug in the program), ``slow`` (a fifth of a second passes), ``nan`` (where the code
-asks ``poisoned(stage)``, numbers become NaN). Without the variable a call costs one dictionary look-up.
+(SIGKILL to itself: no cleanup runs), ``sigterm``, ``enospc`` and ``ioerror`` (the errors of a full and of a failing disk),
+``crash`` (a bug in the program), ``slow`` (a fifth of a second passes), ``nan`` (where the code asks ``poisoned(stage)``, numbers
+become NaN). Without the variable a call costs one dictionary look-up.
 
 Stages: ``write-atomic`` (runtime/files.py); ``save-tensors``, ``save-state``, ``save-files``, ``save-manifest``, ``save-rename``,
 ``save-verify``, ``save-best``, ``rotate`` (checkpoint/); ``load-batch`` (data/loader.py); ``train-step``, ``train-loss``,

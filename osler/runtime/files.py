@@ -1,7 +1,7 @@
 """Files that are either whole or absent: atomic writes, hashes, and the layout and the lock of a run folder.
 
-A file is written beside its place under another name, flushed to the disk, and renamed over the old one, so a crash at any moment
-leaves the old file or the new one. Nothing here knows about tensors.
+A file is written beside its place, flushed to the disk, and renamed over the old one, so a crash leaves the old file or the new
+one.
 """
 
 from __future__ import annotations

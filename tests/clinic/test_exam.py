@@ -37,14 +37,13 @@ def test_items_are_well_formed(split: str) -> None:
     items = ITEMS[split]
     assert len(items) == len({item.id for item in items}) == 1500
     for item in items:
-        condition = BY_NAME[item.condition]
-        assert item.split == split
+        condition, answer = BY_NAME[item.condition], item.options[item.answer_index]
+        assert item.split == split and answer == condition.answers[item.relation]
         assert len(item.options) == len({option.lower() for option in item.options}) == 4
-        assert item.answer == condition.answers[item.relation]
         assert any(item.question.endswith(question) for question in RELATIONS[item.relation]["questions"])
         assert all(finding in item.question for finding in item.findings)
         assert condition.name not in item.question
-        assert item.thinking.startswith("Here ") and item.answer in item.thinking and condition.name in item.thinking
+        assert item.thinking.startswith("Here ") and answer in item.thinking and condition.name in item.thinking
 
 
 def test_items_stay_inside_their_facts_and_combinations() -> None:
@@ -75,7 +74,7 @@ def test_distractors_are_wrong_but_of_the_same_kind(split: str) -> None:
     near = 0
     for item in ITEMS[split]:
         condition = BY_NAME[item.condition]
-        distractors = [option for option in item.options if option != item.answer]
+        distractors = [option for option in item.options if option != item.options[item.answer_index]]
         assert len(distractors) == 3 and set(distractors) <= {c.answers[item.relation] for c in BY_NAME.values()}
         assert not {distractor.lower() for distractor in distractors} & condition.acceptable(item.relation)
         areas = {c.answers[item.relation] for c in BY_NAME.values() if c.area == condition.area}
@@ -92,7 +91,7 @@ def test_distractors_respect_the_sex_of_the_patient() -> None:
 
 
 def test_no_answer_is_always_wrong_in_training() -> None:
-    right = {(item.relation, item.answer) for item in ITEMS["train"]}
+    right = {(item.relation, item.options[item.answer_index]) for item in ITEMS["train"]}
     offered = {(item.relation, option) for item in ITEMS["train"] for option in item.options}
     assert offered == right
 
@@ -102,7 +101,7 @@ def test_novelty_does_not_give_held_out_answers_away(split: str) -> None:
     """Two distractors are no answer of a train fact either, so picking an option never seen is a guess among three."""
     trained = {(r, BY_NAME[name].answers[r]) for name, r in split_facts()["train"]}
     for item in ITEMS[split]:
-        novel = [o for o in item.options if o != item.answer and (item.relation, o) not in trained]
+        novel = [o for o in item.options if o != item.options[item.answer_index] and (item.relation, o) not in trained]
         assert len(novel) >= 2
 
 
@@ -133,7 +132,8 @@ def test_whole_samples_fit_a_row() -> None:
 def test_a_drill_names_its_right_option_and_no_fact() -> None:
     items = list(drills(0, 400))
     for item in items:
-        assert len(set(item.options)) == 4 and item.answer in item.question and item.answer in item.thinking
+        answer = item.options[item.answer_index]
+        assert len(set(item.options)) == 4 and answer in item.question and answer in item.thinking
         assert item.condition == item.relation == "" and item.findings == ()
     counts = [sum(item.answer_index == index for item in items) for index in range(4)]
     assert min(counts) > 70 and len({item.id for item in items}) == 400

@@ -156,7 +156,6 @@ def test_bf16_logprobs_are_near_those_of_a_bf16_forward() -> None:
 def test_completions_end_with_their_first_stop_token_or_at_the_limit() -> None:
     rollout = draw(build(PLAIN), samples=8)
     assert 0 < sum(rollout.finished) < len(rollout.finished)
-    assert rollout.num_tokens == sum(map(len, rollout.completions))
     for completion, logprobs, finished in zip(rollout.completions, rollout.logprobs, rollout.finished, strict=True):
         assert len(completion) == len(logprobs)
         assert not set(completion[:-1]) & set(STOP_IDS)
