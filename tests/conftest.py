@@ -93,7 +93,8 @@ def run_cases() -> Callable[..., int]:
         pytest.skip("needs fork")
 
     def run(program: str, *arguments: object, **environment: str) -> int:
-        paths = [str(ROOT), str(ROOT / "tests" / "distributed"), *filter(None, [os.environ.get("PYTHONPATH")])]
+        shared = [str(ROOT / "tests" / folder) for folder in ("distributed", "faults")]
+        paths = [str(ROOT), *shared, *filter(None, [os.environ.get("PYTHONPATH")])]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", **environment}
         command = [sys.executable, str(ROOT / "tests" / program), *map(str, arguments)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1800, check=False)

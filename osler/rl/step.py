@@ -168,8 +168,7 @@ def update_policy(
     parameters = list(learner.model.parameters())
     batches, padding_frac = _prepare(rows, algorithm, micro_batch_tokens, learner.device, world)
     if algorithm.beta > 0.0:
-        if reference is None:
-            raise ValueError("beta > 0 needs a reference model")
+        assert reference is not None
         with torch.no_grad():
             for batch in batches:
                 batch.reference_BT, _, _ = completion_logprobs(reference, batch.rows, temperature=algorithm.temperature)
@@ -217,8 +216,6 @@ def _prepare(
     What only watches comes first: the ranks then exchange gradients in the last pass, and FSDP, which gathers weights for
     a forward pass, lets go of them in a backward pass.
     """
-    if not rows:
-        raise ValueError("an update needs at least one row")
     weight = token_weights(
         _completion_mask(rows),
         algorithm.aggregate,

@@ -96,9 +96,7 @@ def _free_sections(config: Any) -> tuple[str, ...]:
     return DATA_SECTIONS if getattr(config, "allow_data_change", False) else ()
 
 
-def differences(
-    config: Any, stored: Mapping[str, Any], source: str, leave_out: Sequence[str] = GIVEN_ANEW
-) -> dict[str, str]:
+def differences(config: Any, stored: Mapping[str, Any], source: str, leave_out: Sequence[str] = GIVEN_ANEW) -> dict[str, str]:
     """Return the differences between a config and a ``stored`` one from ``source``: dotted key to a phrase, the kind first."""
     wanted, there = encode(config), dict(stored)
     if there.get("kind") == wanted["kind"]:  # a field that came with a later Osler had its default when the run began

@@ -64,9 +64,7 @@ def choose_machine(device: str, precision: str, compile_mode: str, *, steps: int
     return Machine(chosen, pick_dtype(precision, chosen), compile)
 
 
-def agree_on_machine(
-    world: World, checkpoint: Path | None, *, precision: str, compile_mode: str, steps: int
-) -> Machine:
+def agree_on_machine(world: World, checkpoint: Path | None, *, precision: str, compile_mode: str, steps: int) -> Machine:
     """Return the machine of this rank. Rank 0 resolves ``auto`` by a trial and broadcasts the result.
 
     A trial on another rank might end differently. A run resumed from ``checkpoint`` keeps the precision chosen at its start.

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import torch
 from forks import report, said, train
-from parallel_runs import assert_logged_the_same, assert_tensors_near, continued, lost, metrics, refused
+from parallel_runs import assert_logged_the_same, assert_tensors_near, continued, lost, refused
 from parallel_runs import same_run as same_start
+from run_folders import logged
 
 import osler.rl.run  # noqa: F401 - loaded once for every fork
 from osler.checkpoint import folders, store
@@ -29,7 +30,7 @@ def assert_same(folder: Path, whole: Path) -> None:
         return None if name.startswith(MAY_DIFFER) else 0.0 if name.startswith(DRAWN) else TOLERANCE
 
     assert_logged_the_same(folder, whole, tolerance_of)
-    assert [line.keys() for line in metrics(folder)] == [line.keys() for line in metrics(whole)]
+    assert [line.keys() for line in logged(folder)] == [line.keys() for line in logged(whole)]
     found, expected = (store.load(folders.newest_good(path / "checkpoints")[0]) for path in (folder, whole))
     assert_tensors_near(found, expected, rtol=1e-5, atol=5e-6)
     remembered = [[each.state["incidents"].pop(name) for name in ("spikes", "before")] for each in (found, expected)]
@@ -41,14 +42,6 @@ def same_run(command: Sequence[str], whole: Path, folder: Path, size: int, strat
     same_start(command, whole, folder, size, strategy, assert_same)
     assert "Sample 1 before training" in said(folder, 0)
     assert (folder / "samples.jsonl").read_bytes() == (whole / "samples.jsonl").read_bytes()
-
-
-def taught_nothing(command: Sequence[str], folder: Path) -> None:
-    """A model from which nothing can be learned is refused by every rank and reported by one, and nothing is left behind."""
-    assert train([*command, "parallel.type=ddp"], folder, 2) == [2, 2]
-    told = said(folder, 0) + said(folder, 1)
-    assert told.count("osler: ") == told.count("preflight=warn") == told.count("Before training") == 1, told
-    assert not folder.exists()
 
 
 def run_all(grpo: list[str], root: Path) -> None:
@@ -66,12 +59,13 @@ def run_all(grpo: list[str], root: Path) -> None:
         for size, strategy in sizes:
             folder = root / f"{name}-{size}-{strategy}"
             report(f"{name} {strategy} {size}", same_run, command, whole, folder, size, strategy)
-    assert {line.get("groups/effective") for line in metrics(root / "uneven")} & {1.0, 2.0}, "no group was left out"
+    assert {line.get("groups/effective") for line in logged(root / "uneven")} & {1.0, 2.0}, "no group was left out"
     for name, starts in {"shrinks": [(4, "ddp"), (2, "fsdp"), (1, "none")], "grows": [(1, "none"), (2, "ddp")]}.items():
         report(name, continued, grpo, root / "plain", root / name, starts, 2, assert_same)
     report("lost", lost, grpo, root / "plain", root / "lost", 3, 2, assert_same)
     report("none", refused, grpo, root / "none", ["2 processes", "parallel.type=ddp"])
-    report("taught nothing", taught_nothing, [*grpo, "algorithm.max_new_tokens=1"], root / "taught")
+    hopeless = [*grpo, "algorithm.max_new_tokens=1", "parallel.type=ddp"]
+    report("taught nothing", refused, hopeless, root / "taught", ["Before training", "preflight=warn"])
     zero = [*grpo, "parallel.type=deepspeed"]
     report("deepspeed", refused, zero, root / "zero", ["parallel", "deepspeed", "ddp"], times=2)
 

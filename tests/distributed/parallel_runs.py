@@ -29,6 +29,7 @@ import torch._inductor.config
 import torch.distributed.fsdp
 import torchao.float8  # noqa: F401 - loaded once for every fork, like much of what stands here
 from forks import codes, report, runs_on_two, said, start, train
+from run_folders import STEPS, at, logged
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -61,16 +62,11 @@ FP8_TOLERANCES = {"ddp": 1e-4, "fsdp": 2**-8}
 MUON_TOLERANCES = {"ddp": 1e-5, "fsdp": 1e-5}
 Same = Callable[[Path, Path], None]  # raises AssertionError when two runs differ
 ZERO_AND_BACK = [(2, "fsdp"), (2, "deepspeed"), (2, "deepspeed"), (1, "none")]
-STEPS = 12
-
-
-def metrics(folder: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def assert_logged_the_same(folder: Path, whole: Path, tolerance_of: Callable[[str], float | None]) -> None:
     """The same steps were logged, and the same numbers to the tolerance that their names have; None: they may differ."""
-    found, expected = metrics(folder), metrics(whole)
+    found, expected = logged(folder), logged(whole)
     assert [line["step"] for line in found] == [line["step"] for line in expected], "other steps were logged"
     for line, other in zip(found, expected, strict=True):
         for name, value in other.items():
@@ -87,7 +83,7 @@ def assert_tensors_near(found: store.Loaded, expected: store.Loaded, *, rtol: fl
 
 
 def end(folder: Path) -> store.Loaded:
-    return store.load(folder / "checkpoints" / folders.folder_name(STEPS))
+    return store.load(at(folder, STEPS))
 
 
 def assert_same(folder: Path, whole: Path, tolerance: float = TOLERANCE) -> None:
@@ -133,8 +129,8 @@ def from_earlier(whole: Path, root: Path) -> None:
     assert_same(back, whole)
     branch = root / "branch"
     assert train(["pretrain", "--branch", str(first), "parallel.type=fsdp"], branch, 2) == [0, 0], said(branch, 0)[-2000:]
-    made_again = [line["step"] for line in metrics(branch) if "eval/seconds" in line]  # the evaluation after the checkpoint too
-    earlier = [line for line in metrics(whole) if line["step"] <= int(step)]
+    made_again = [line["step"] for line in logged(branch) if "eval/seconds" in line]  # the evaluation after the checkpoint too
+    earlier = [line for line in logged(whole) if line["step"] <= int(step)]
     kept = [json.dumps(line) for line in earlier if not ("eval/seconds" in line and line["step"] in made_again)]
     (branch / "metrics.jsonl").write_text("\n".join([*kept, (branch / "metrics.jsonl").read_text()]))
     assert_same(branch, whole)
@@ -146,13 +142,13 @@ def watched(command: Sequence[str], root: Path) -> None:
     full = [*command, "monitor.level=full", "monitor.full_every_steps=5"]
     alone, of_all = root / "watched-1", ("grad/", "update/", "model/weight_norm", "model/effective_rank", "data/")
     assert train(full, alone, 1) == [0], said(alone, 0)[-2000:]
-    looked = {line["step"]: line for line in metrics(alone) if "grad/mean" in line}
+    looked = {line["step"]: line for line in logged(alone) if "grad/mean" in line}
     for strategy in ("ddp", "fsdp"):
         folder, plain = root / f"watched-{strategy}", root / f"pretrain-2-{strategy}"
         assert train([*full, f"parallel.type={strategy}"], folder, 2) == [0, 0], said(folder, 0)[-2000:]
         unwatched = end(plain).tensors["model"]
         assert all(torch.equal(value, unwatched[name]) for name, value in end(folder).tensors["model"].items()), strategy
-        found = {line["step"]: line for line in metrics(folder) if "grad/mean" in line}
+        found = {line["step"]: line for line in logged(folder) if "grad/mean" in line}
         assert found.keys() == looked.keys() and found, f"looked in steps {list(found)}"
         for step, line in looked.items():
             assert found[step].keys() == line.keys(), f"{strategy}: {found[step].keys() ^ line.keys()}"

@@ -17,8 +17,7 @@ from pathlib import Path
 import torch
 from forks import report, said, start, train
 from interrupted_runs import interrupt
-from parallel_runs import STEPS, metrics
-from run_folders import ENDLESS, LONG_STEP, assert_same_tensors, at, flip, newest_step
+from run_folders import ENDLESS, LONG_STEP, STEPS, assert_same_tensors, at, flip, logged, newest_step
 
 import osler.rl.run  # noqa: F401 - loaded once for every fork
 from osler.checkpoint import store
@@ -36,8 +35,8 @@ def assert_equal_bits(folder: Path, other: Path) -> None:
     assert_same_tensors(folder, other)
     assert end(folder).state["incidents"] == end(other).state["incidents"]
     names = ("step", "train/loss", "train/grad_norm", "eval/loss")
-    logged = [[[line.get(name) for name in names] for line in metrics(path)] for path in (folder, other)]
-    assert logged[0] == logged[1]
+    lines = [[[line.get(name) for name in names] for line in logged(path)] for path in (folder, other)]
+    assert lines[0] == lines[1]
 
 
 def one_of_four_killed(command: Sequence[str], whole: Path, folder: Path) -> None:
@@ -85,7 +84,7 @@ def poisoned_for_ever(command: Sequence[str], folder: Path) -> None:
 def zero_skips(command: Sequence[str], folder: Path) -> None:
     """DeepSpeed leaves out a step whose gradient is not finite, in fp32 too."""
     assert train(command, folder, 2, fault_rank=1, fault="train-loss:nan:5") == [0, 0], said(folder, 0)[-2000:]
-    assert sum(line.get("train/skipped_steps", 0) for line in metrics(folder)) == 1
+    assert sum(line.get("train/skipped_steps", 0) for line in logged(folder)) == 1
     assert all(torch.isfinite(value).all() for value in end(folder).tensors["model"].values())
 
 
@@ -106,7 +105,7 @@ def interrupted(command: Sequence[str], folder: Path, *, twice: bool) -> None:
         assert not (folder / "checkpoints").exists()
         return
     assert ended == [130, 130] and "Stopped and saved" in told, f"ended with {ended}: {told}"
-    assert newest_step(folder) >= metrics(folder)[-1]["step"]
+    assert newest_step(folder) >= logged(folder)[-1]["step"]
 
 
 def run_all(recipe: str, grpo: list[str], root: Path) -> None:

@@ -91,6 +91,7 @@ pq.write_table(pa.table({"text": [f"Sentence number {n} about fever." for n in r
     [
         ("gone.txt", None, "There is no file or folder"),
         ("empty.txt", b"", "nothing to learn from: of 1 documents 1 are empty"),
+        ("blank.jsonl", b'{"text": " "}\n', "blank.jsonl"),
         ("torn.parquet", PARQUET.getvalue()[:-200], "torn.parquet cannot be read, it may be torn"),
         ("latin.txt", b"Fi\xe8vre", "latin.txt:1 is not UTF-8 text: byte 0xe8 at position 2"),
         ("lines.jsonl", b'{"text": "good"}\n{"text": "brok\n{"text": "good"}\n', "lines.jsonl:2 is not JSON"),

@@ -57,14 +57,14 @@ def test_a_refused_start_leaves_nothing(grpo, tmp_path, capsys, overrides, told)
     assert told in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 
-def test_another_run_in_the_folder_is_refused_and_a_dry_run_of_this_one_says_where_it_goes_on(grpo, runs, tmp_path, capsys):
+def test_a_dry_run_says_where_a_run_starts_and_where_it_goes_on(grpo, runs, tmp_path, capsys):
     assert grpo(tmp_path / "run", "--dry-run") == 0
     text = capsys.readouterr().out
     assert "24 of at most 8 tokens" in text and f"# starts from       {store.resolve(runs.sft)}, its model" in text
     assert "# model             51,200 parameters (num_layers 2, hidden_size 32, max_seq_len 256)" in text
     assert not (tmp_path / "run").exists()
-    assert grpo(tmp_path / "run", "steps=1") == 0 and grpo(tmp_path / "run", "steps=1", "seed=7") == 2
-    assert "seed is 7 here and 0 there" in capsys.readouterr().err
+    assert grpo(tmp_path / "run", "steps=1") == 0
+    capsys.readouterr()
     assert main(["grpo", "--resume", "--run", str(tmp_path / "run"), "--dry-run"]) == 0
     text = capsys.readouterr().out
     assert f"# goes on from      step 1: {store.resolve(tmp_path / 'run')}\n" in text and "starts from" not in text

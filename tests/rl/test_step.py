@@ -105,10 +105,3 @@ def test_the_reference_is_only_read(make_policy):
     moved(make_policy, [row(3, 4), row(2, 2, advantage=-1.0)], AlgorithmConfig(beta=0.1), reference=reference)
     assert all(torch.equal(value, before[name]) for name, value in reference.state_dict().items())
     assert all(parameter.grad is None for parameter in reference.parameters())
-
-
-def test_what_is_missing_is_named(make_policy):
-    with pytest.raises(ValueError, match="reference"):
-        moved(make_policy, [row(3, 4)], AlgorithmConfig(beta=0.1))
-    with pytest.raises(ValueError, match="at least one row"):
-        moved(make_policy, [], AlgorithmConfig(beta=0.0))

@@ -129,15 +129,3 @@ def test_text_that_is_read_again_and_again_is_told_at_the_start_and_at_the_end(t
     assert "Note: the run reads its " in said and " times. Up to about 4 times" in said
     assert "Warning: step 12: the run has read its data " in said
     assert "repeated-data" in {alert["name"] for alert in read_events(run / "events.jsonl")[-1].details["unresolved"]}
-
-
-@pytest.mark.parametrize(("name", "content"), [("empty.jsonl", ""), ("blank.jsonl", '{"text": " "}\n'), ("empty.txt", "")])
-@pytest.mark.parametrize("own_tokenizer", [True, False])
-def test_files_that_hold_nothing_are_named(tiny, tmp_path, capsys, name, content, own_tokenizer):
-    path = tmp_path / name
-    path.write_text(content)
-    tokenizer = ["tokenizer.path=null", "tokenizer.vocab_size=300"] if own_tokenizer else []
-    command = ["pretrain", tiny.pretrain, "data.type=files", f"data.path={path}", *tokenizer, "--run", str(tmp_path / "run")]
-    for more in (["--dry-run"], []):
-        assert main([*command, *more]) == 2
-        assert str(path) in capsys.readouterr().err
