@@ -16,7 +16,7 @@ from interrupted_runs import fork_command
 from run_folders import ENDLESS, STOPPED, has_begun, logged, untimed, wait_for
 
 import osler.train.run  # noqa: F401
-from osler.checkpoint import store
+from osler.checkpoint import folders
 from osler.runtime import faults
 from osler.runtime.files import is_locked
 
@@ -27,7 +27,7 @@ SLOW = "write-shard:slow:1-"  # so that training overtakes
 
 def outcome(folder: Path) -> dict[str, object]:
     """What must be equal: the last weights and moments, the metrics without times, and every shard."""
-    last, skipped = store.newest_good(folder / "checkpoints")
+    last, skipped = folders.newest_good(folder / "checkpoints")
     assert last is not None and not skipped, f"damaged: {skipped}"
     found: dict[str, object] = {name: (last / name).read_bytes() for name in ("model.safetensors", "optimizer.safetensors")}
     lines = map(untimed, logged(folder))
