@@ -15,8 +15,8 @@ from osler.config.recipe import load_recipe, merge, parse_overrides
 from osler.config.schema import TAGGED, config, decode
 from osler.data.config import ClinicData, TextData
 from osler.data.named import SOURCES
-from osler.data.shard_set import ShardSet
-from osler.data.shards import read_data_manifest
+from osler.data.shard_set import ShardSet, open_split
+from osler.data.shards import SPLITS, read_data_manifest
 from osler.data.sources import check_sources, open_corpora, prepare_sources, train_tokenizer
 from osler.data.tokenise import encode
 from osler.runtime.errors import UserError
@@ -164,18 +164,20 @@ def data_inspect(folder: str, tokenizer_path: str | None) -> int:
 
 def _splits(folder: str) -> Iterator[tuple[str, ShardSet]]:
     """Yield the splits of every source, with their names: `train` where there is one source, else `SOURCE/train`."""
-    sources = read_data_manifest(folder)["sources"]
-    for source, entry in sources.items():
-        for split in entry["splits"]:
-            yield split if len(sources) == 1 else f"{source}/{split}", ShardSet.open(folder, source, split)
+    sources = list(read_data_manifest(folder)["sources"])
+    opened = [shards for split in SPLITS for shards in open_split(folder, split)]
+    for shards in sorted(opened, key=lambda shards: sources.index(shards.folder.parent.name)):
+        split = shards.folder.name
+        yield split if len(sources) == 1 else f"{shards.folder.parent.name}/{split}", shards
 
 
 def print_splits(folder: str) -> None:
     """Print one line for each split: documents, tokens, tokens that are learned, bytes of text."""
     manifest = read_data_manifest(folder)
-    print(f"tokenizer {manifest['tokenizer_fingerprint']}, vocabulary {manifest['vocab_size']:,}")
+    unfinished = "" if manifest["complete"] else "; unfinished"
+    print(f"tokenizer {manifest['tokenizer_fingerprint']}, vocabulary {manifest['vocab_size']:,}{unfinished}")
     splits = dict(_splits(folder))
-    width = max(12, 2 + max(map(len, splits)))
+    width = max([12, *(2 + len(title) for title in splits)])
     print(f"{'split':<{width}}{'documents':>12}{'tokens':>16}{'learned':>16}{'bytes':>16}{'bytes/token':>13}")
     for title, shards in splits.items():
         print(

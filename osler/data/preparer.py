@@ -10,6 +10,7 @@ with (`stream.py`), and the file `paused` in the folder says that it should.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import pickle
@@ -92,7 +93,11 @@ class Preparer:
 
 def shard_bytes(folder: Path) -> int:
     """Return the size of all shards of a folder on the disk."""
-    return sum(path.stat().st_size for path in folder.glob("*/*/shard-*.bin"))
+    size = 0
+    for path in folder.glob("*/*/shard-*.bin"):
+        with contextlib.suppress(FileNotFoundError):  # it was deleted in this moment
+            size += path.stat().st_size
+    return size
 
 
 def wait_for_room(folder: Path, budget_bytes: float, token_bytes: int) -> None:

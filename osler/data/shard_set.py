@@ -307,9 +307,11 @@ class ShardSet:
 
 
 def open_split(path: str | Path, split: str) -> list[ShardSet]:
-    """Open a split of every source of a prepared folder that has it."""
-    sources = read_data_manifest(path)["sources"]
-    return [ShardSet.open(path, source, split) for source, entry in sources.items() if split in entry["splits"]]
+    """Open a split of every source of a prepared folder that has it; of an unfinished folder what there is of it so far."""
+    manifest = read_data_manifest(path)
+    names = [name for name, entry in manifest["sources"].items() if not manifest["complete"] or split in entry["splits"]]
+    opened = [ShardSet.open(path, name, split, growing=True) for name in names]
+    return [shards.head(shards.num_shards) for shards in opened if shards.num_shards]
 
 
 def _read_index(path: Path, known: npt.NDArray[Any], *, must_exist: bool) -> npt.NDArray[Any]:

@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 POLL_SECONDS = 0.05
 STUCK_SECONDS = 300.0  # of a wait for a preparation that has no room
+TOLERANCE = 1.1  # of how large a source will be
 PATIENCE_SECONDS = 1.0  # before the reason for a wait is told; it is told again after four times as long, and so on
 
 
@@ -99,7 +100,7 @@ class DiskBudget:
         if not (self.folder / PAUSED).exists():
             return
         sizes = {name: self._tokens_in_all(name, shards) for name, shards in self.loader.sources.items()}
-        once = [name for name, size in sizes.items() if self.planned[name] <= size]
+        once = [name for name, size in sizes.items() if self.planned[name] <= TOLERANCE * size]
         done = self._done_with() if once else {}
         for name in once:
             shards = self.loader.sources[name]

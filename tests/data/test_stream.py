@@ -2,29 +2,36 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import threading
+import time
+from functools import partial
 from itertools import islice
 
 import numpy as np
 import pytest
 import torch
 
-from osler.data import stream
+from osler.checkpoint.folders import folder_name
+from osler.data import order, preparer, stream
 from osler.data.curriculum import lay_out
 from osler.data.loader import Loader, StagedLoader
 from osler.data.mixture import Mixture
 from osler.data.order import Order
 from osler.data.packing import MixedPacking, StreamPacking, WholePacking
-from osler.data.shard_set import NotPreparedYet, ShardSet
-from osler.data.shards import ShardWriter
-from osler.data.stream import wait_for_batches, wait_together
+from osler.data.shard_set import NotPreparedYet, ShardSet, evict, num_evicted
+from osler.data.shards import FORMAT_VERSION, ShardWriter
+from osler.data.stream import DiskBudget, wait_for_batches, wait_together
 from osler.runtime.errors import UserError
 from osler.runtime.stop import AskedToStop, StopFlag
 from osler.runtime.world import World
 
 LENGTHS = np.random.default_rng(0).integers(2, 40, 400).tolist()  # about 170 shards, in windows of 1, 1, 2 ... 64
 SEQ_LEN, VOCAB = 16, 1000
+
+
+CHECKPOINT_STEPS = 10
 
 
 class Written:
@@ -39,6 +46,14 @@ class Written:
         if self.error:
             raise UserError(self.error)
         return self.finished
+
+    def describe(self) -> None:
+        """Write what else is in a folder of data: a manifest, and the journal, for sources of a byte per token."""
+        content = {"files": [["notes.txt", sum(self.lengths), ""]]}
+        manifest = {"format_version": FORMAT_VERSION, "sources": {self.folder.parent.name: {"content": content}}}
+        (self.folder.parents[1] / "manifest.json").write_text(json.dumps(manifest))
+        line = {"counts": {"bytes": self.writer.num_tokens}}
+        (self.folder.parent / "train.jsonl").write_text(json.dumps(line) + "\n")
 
     def write(self, documents=None) -> None:
         """Write the next documents; all that are left, and the end, when no number is given."""
@@ -149,3 +164,65 @@ def test_a_preparation_that_died_is_an_error_and_a_stop_ends_a_wait(tmp_path):
         next(wait_for_batches(loader.batches(), list(loader.sources.values()), World()))
     with pytest.raises(UserError, match="the disk is full"):
         wait_together(lambda: loader.sources["notes"].head(1), World(), "The evaluation")
+
+
+@pytest.fixture
+def budget(tmp_path, monkeypatch):
+    """A source of about 8,000 tokens that is written while there is room for 5,000; the budget, and the loader of the run."""
+    monkeypatch.setattr(order, "WINDOW_SHARDS", 8)
+    monkeypatch.setattr(preparer, "SHARD_TOKENS", 60)
+    written = Written(tmp_path / "data" / "notes" / "train")
+    loader = loader_of({"notes": written.open()})
+    limit = 5000 * 2
+    room = partial(preparer.wait_for_room, tmp_path / "data", limit, 2)
+    written.writer.before_shard = lambda: (written.describe(), room())
+
+    def make(total_tokens: int) -> DiskBudget:
+        settings = {"keep_last": 1, "total_tokens": total_tokens}
+        return DiskBudget(tmp_path / "data", limit / preparer.GIGABYTE, loader, tmp_path / "checkpoints", **settings)
+
+    thread = threading.Thread(target=written.write, daemon=True)
+    thread.start()
+    yield written, loader, make, limit
+    evict(written.folder, 10**6)
+    thread.join()
+
+
+def save(folder, step: int) -> None:
+    for old in folder.glob("*"):
+        old.rmdir()
+    (folder / folder_name(step)).mkdir(parents=True)
+
+
+def test_a_disk_budget_is_kept_and_changes_no_batch(budget, tmp_path):
+    written, loader, make, limit = budget
+    tended, steps = make(sum(LENGTHS)), sum(LENGTHS) // (4 * SEQ_LEN)
+    batches = wait_for_batches(loader.batches(), list(loader.sources.values()), World(), tended.make_room)
+    found = []
+    for step in range(1, steps + 1):
+        found.append(next(batches))
+        assert preparer.shard_bytes(tmp_path / "data") <= limit
+        if step % CHECKPOINT_STEPS == 0:
+            save(tmp_path / "checkpoints", step)
+    batches.close()
+    whole = Written(tmp_path / "whole")
+    whole.write()
+    expected = loader_of({"notes": whole.open(growing=False)}).batches()
+    assert all(same(*pair) for pair in zip(found, expected, strict=False))
+    shards = written.open(growing=False)
+    gone = num_evicted(written.folder)
+    assert 0 < gone < shards.num_shards and shards.verify() == [] and shards.fingerprint == whole.open().fingerprint
+    with pytest.raises(UserError, match=r"was deleted to keep within .*, and is needed again"):
+        StreamPacking(Order(shards, 1), SEQ_LEN).row(0)
+
+
+def test_a_disk_budget_that_cannot_work_is_an_error(budget, tmp_path):
+    written, _, make, _ = budget
+    while not (tmp_path / "data" / preparer.PAUSED).exists():
+        time.sleep(0.01)
+    make(sum(LENGTHS)).make_room(0.0)  # no checkpoint: all is needed, but what is there may be enough to save one
+    with pytest.raises(UserError, match=r"from the oldest checkpoint on, more is needed at once.*save checkpoints more often"):
+        make(sum(LENGTHS)).make_room(stream.STUCK_SECONDS + 1)
+    with pytest.raises(UserError, match=r"the run reads notes 2\.\d times\. All shards take about 1\.\de-05 GB"):
+        make(5 * sum(LENGTHS) // 2).make_room(0.0)
+    assert num_evicted(written.folder) == 0

@@ -42,6 +42,7 @@ def test_streamed_runs(run_cases, recipe, tmp_path):
 @pytest.mark.parametrize(
     ("given", "said"),
     [
+        (["data.sources=[{type: files, path: a.txt, streaming: true}]"], "are of the mixture and not of one of its sources"),
         (["data.disk_budget_gb=1"], "takes data.streaming=true"),
         (["data.streaming=true", "data.disk_budget_gb=1", "packing=whole"], "takes packing=stream"),
         (["data.streaming=true", "data.disk_budget_gb=0.0001"], "takes up to"),
