@@ -39,6 +39,8 @@ class File(Protocol):
     def check(self) -> None:
         """Raise UserError when the file is no longer what `stamp` says."""
 
+    def __hash__(self) -> int: ...
+
 
 @dataclass(frozen=True)
 class LocalFile:

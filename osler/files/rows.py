@@ -8,6 +8,7 @@ file, however long its lines are, and memory for one line or one batch of rows.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import re
 from collections import Counter
@@ -290,7 +291,8 @@ def _parquet_rows(part: Part, columns: Sequence[str] | None) -> Iterator[Row]:
     is_number = (types.is_integer, types.is_floating, types.is_decimal, types.is_boolean, types.is_temporal)
     name = part.file.name
     try:
-        with part.file.open() as handle, pyarrow.parquet.ParquetFile(handle, buffer_size=BUFFER_BYTES) as table:
+        known = {"buffer_size": BUFFER_BYTES, "metadata": _metadata(part.file)}
+        with part.file.open() as handle, pyarrow.parquet.ParquetFile(handle, **known) as table:
             schema = table.schema_arrow
             wanted = schema.names if columns is None else [name for name in dict.fromkeys(columns) if name in schema.names]
             for column in wanted:
@@ -306,6 +308,15 @@ def _parquet_rows(part: Part, columns: Sequence[str] | None) -> Iterator[Row]:
                     yield Row(where, dict(zip(wanted, row, strict=True)), schema.names, unread if number == 1 else ())
     except (OSError, pyarrow.ArrowException) as error:
         raise UserError(_damaged(name, error)) from None
+
+
+@functools.lru_cache(4)
+def _metadata(file: File) -> Any:
+    """Return what the footer of a parquet file says; of a large file it is megabytes, which all its parts need."""
+    import pyarrow.parquet
+
+    with file.open() as handle:
+        return pyarrow.parquet.read_metadata(handle)
 
 
 def _row_groups(metadata: Any, part: Part) -> tuple[list[int], int, int]:

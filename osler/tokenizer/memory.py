@@ -64,6 +64,7 @@ class Memory:
         return [array("I", b"".join(ids)).tolist() for ids in batch]
 
 
+@functools.cache
 def _translated(pieces: str) -> str:
     """Return an expression of the library as one of Python's `re`."""
     letters, numbers, marks = (_ranges(code for code in range(1 << 16) if _category(code)[0] == kind) for kind in "LNM")

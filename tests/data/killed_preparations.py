@@ -20,6 +20,7 @@ from osler.data.shards import INDEX, RECORD, shard_name
 from osler.files import parts
 from osler.files.parts import Parts
 from osler.runtime import faults
+from osler.tokenizer import bpe, memory
 from osler.tokenizer.bpe import Tokenizer
 
 STAGES = (
@@ -71,6 +72,7 @@ def main(root: Path) -> None:
         (root / "tokenizer.json").write_bytes(tokenizer.to_bytes())
         os._exit(0)
     os.waitpid(child, 0)
+    memory.Memory(bpe.PIECES, list).encode_batch([])  # the tables of characters are made once, for all forks
     for name, count in (("a", 300), ("b", 120)):
         rows = (json.dumps({"text": f"Text {number} of many of {name}."}) + "\n" for number in range(count))
         (root / f"{name}.jsonl").write_text("".join(rows))
@@ -84,7 +86,7 @@ def main(root: Path) -> None:
         print("ok in processes", visit, flush=True)
     assert content(out) == whole
     for stage in STAGES:
-        visit, step = 1, 1
+        visit = 1
         while True:
             out = root / f"{stage}-{visit}"
             if (status := run(root, out, f"{stage}:kill:{visit}")) == 0:
@@ -98,7 +100,7 @@ def main(root: Path) -> None:
             assert before.items() <= finished(out).items(), f"{stage} {visit}: a shard was written again"
             assert content(out) == whole, f"{stage} {visit}: other bytes"
             print("ok", stage, visit, flush=True)
-            visit, step = visit + step, step + 1
+            visit = 2 * visit + 1
 
 
 main(Path(sys.argv[1]))
