@@ -92,10 +92,6 @@ def classes(annotation: Any) -> Iterator[type]:
 ALL = {cls for top in (ModelFamily, *KINDS.values(), *(cls for cls, _ in WITHOUT_RECIPE.values())) for cls in classes(top)}
 
 
-def test_all_config_classes_are_found():
-    assert {"TurnsData", "CosineConfig", "QualityConfig", "MedmcqaTask", "ExamProbe"} <= {cls.__name__ for cls in ALL}
-
-
 @pytest.mark.parametrize("cls", sorted(ALL, key=lambda cls: cls.__name__), ids=lambda cls: cls.__name__)
 def test_every_field_says_what_it_means(cls):
     assert cls.__doc__ and not cls.__doc__.startswith(f"{cls.__name__}("), f"{cls.__name__} needs a docstring"

@@ -62,15 +62,6 @@ def test_five_more_steps_are_equal_to_the_last_bit(tmp_path, options, resumed_op
         assert found.keys() == wanted.keys() and all(torch.equal(found[name], value) for name, value in wanted.items())
 
 
-def test_an_optimizer_that_never_stepped_comes_back():
-    model, optimizer = build()
-    tensors, state = flatten_optimizer(optimizer, model.named_parameters())
-    assert tensors == {}
-    train(model, optimizer, 0, 2)
-    restore_optimizer(optimizer, model.named_parameters(), tensors, state)
-    assert len(optimizer.state) == 0
-
-
 def test_state_keeps_its_own_dtype_and_settings_are_those_of_the_optimizer_that_takes_it():
     weight = torch.nn.Parameter(torch.zeros(3, 2, dtype=torch.bfloat16))
     optimizer = torch.optim.SGD([weight], lr=0.5, momentum=0.9)

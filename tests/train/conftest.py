@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from osler.bench import training_step
 from osler.config.recipe import load_recipe, merge
 from osler.config.schema import decode, encode
 from osler.data.prepared import open_prepared
@@ -42,29 +43,35 @@ def shards(prepared):
 
 
 @pytest.fixture
-def make_step(runs) -> Callable[..., tuple[Transformer, torch.optim.Optimizer, TrainStep]]:
-    """A function that builds model (the pretrained one), optimizer and step from a config."""
+def make_learner(runs) -> Callable[[TrainConfig], Learner]:
+    """A function that builds a learner with the pretrained model."""
 
-    def build(config: TrainConfig) -> tuple[Transformer, torch.optim.Optimizer, TrainStep]:
+    def build(config: TrainConfig) -> Learner:
         model = load_model(runs.pretrain).model.train()
-        optimizer = build_optimizer(model, config.optim)
-        learner = Learner(model, optimizer, ParallelEngine(SummedLoss(model)), config.clip_norm)
-        step = TrainStep(learner, micro_batch_tokens=config.micro_batch_tokens, document_mask=config.document_mask)
-        return model, optimizer, step
+        return Learner(model, build_optimizer(model, config.optim), ParallelEngine(SummedLoss(model)), config.clip_norm)
 
     return build
 
 
 @pytest.fixture
-def make_trainer(config, prepared, runs) -> Callable[..., SupervisedTrainer]:
+def make_step(make_learner) -> Callable[..., tuple[Transformer, torch.optim.Optimizer, TrainStep]]:
+    """A function that builds model, optimizer and step from a config."""
+
+    def build(config: TrainConfig) -> tuple[Transformer, torch.optim.Optimizer, TrainStep]:
+        learner = make_learner(config)
+        return learner.model, learner.optimizer, training_step(config, learner)
+
+    return build
+
+
+@pytest.fixture
+def make_trainer(config, prepared, make_learner) -> Callable[..., SupervisedTrainer]:
     """``make_trainer(folder, evaluate=..., **fields)``: fields are merged into the config of the tiny pretraining run."""
 
     def build(folder, evaluate=dict, exam_score=dict, **fields: Any) -> SupervisedTrainer:
         changed = decode(TrainConfig, merge(encode(config), encode(fields)))
-        model = load_model(runs.pretrain).model.train()
-        learner = Learner(model, build_optimizer(model, changed.optim), ParallelEngine(SummedLoss(model)), changed.clip_norm)
         run = Run(RunFolder.create(folder), World(), fingerprints={"data": prepared.fingerprint})
         loader = make_loader(changed, prepared)
-        return SupervisedTrainer(changed, run, learner, loader, held_out=evaluate, exam=exam_score)
+        return SupervisedTrainer(changed, run, make_learner(changed), loader, held_out=evaluate, exam=exam_score)
 
     return build
