@@ -7,6 +7,7 @@ import pytest
 from osler.cli.show import decode_recipe, list_recipes, show_recipe
 from osler.config.recipe import as_comments, available_recipes, load_recipe, load_yaml
 from osler.config.schema import decode, encode
+from osler.data.config import sources_of
 from osler.model.config import ModelConfig
 
 RECIPE_NAMES = sorted(available_recipes())
@@ -49,6 +50,7 @@ TOKENS = {
     "four-stage/2-reasoning": 20 * 1_500_000_000,
     "four-stage/3-math": 100 * 100_000_000,
     "four-stage/4-code": 20 * 150_000_000,
+    "four-stage/all": 57_400_000_000,
 }
 STAGES = {  # tokens in a row, rows of a step, and the step at which they begin; None: not published
     "superbpe-curriculum": [
@@ -60,6 +62,16 @@ STAGES = {  # tokens in a row, rows of a step, and the step at which they begin;
     ],
     "four-stage/1-wikipedia-24gb": [(512, 8 * 8, 0), (1024, 6 * 8, 5_000), (1536, 4 * 8, 10_000), (2048, 4 * 8, 15_000)],
 }  # fmt: skip
+
+FOUR_STAGES = ["four-stage/1-wikipedia", "four-stage/2-reasoning", "four-stage/3-math", "four-stage/4-code"]
+SYNTH = {"synth": 40, "pubmed": 30, "guidelines": 15, "openmedtext": 10, "fineweb_edu": 5}
+MIXTURES = {
+    "usmle-2day/pretrain": {"fineweb_edu": 85, "medqa": 15},
+    "a100-1day": {"fineweb_edu-sample-100BT": 85, "medqa": 15},
+    "a100-3day": {"fineweb_edu-sample-100BT": 85, "medqa": 15},
+    "synth-8xh100": SYNTH,
+    "synth-baguette-8xh100": SYNTH,
+}
 
 
 def model_of(name: str) -> ModelConfig:
@@ -117,9 +129,28 @@ def test_published_numbers_of_single_recipes():
     small = decode_recipe(load_recipe("four-stage/1-wikipedia-24gb"))
     assert (small.micro_batch_tokens, small.batch_tokens, small.precision) == (4 * 2048, 4 * 8 * 2048, "auto")
     for name in ("superbpe-curriculum", "ultra-curriculum", "text-10min"):
-        assert load_recipe(name)["data"]["holdout_fraction"] == 0.05
+        sources = sources_of(decode_recipe(load_recipe(name)).data).values()
+        assert {source.holdout_fraction for source in sources} == {0.05}
     for name in ("superbpe-curriculum", "ultra-curriculum"):
-        assert load_recipe(name)["precision"] == "fp8"
+        recipe = decode_recipe(load_recipe(name))
+        assert (recipe.precision, recipe.tokenizer.type, recipe.tokenizer.bpe_size) == ("fp8", "superbpe", 80_000)
+
+
+@pytest.mark.parametrize(("name", "weights"), MIXTURES.items())
+def test_published_mixtures(name, weights):
+    assert {title: source.weight for title, source in sources_of(decode_recipe(load_recipe(name)).data).items()} == weights
+
+
+def test_four_stages_in_one_run_are_the_four_recipes_one_after_another():
+    whole, end = decode_recipe(load_recipe("four-stage/all")), 0
+    assert [span.seq_len for span in whole.timeline.spans] == [2048] * 4
+    for name, stage in zip(FOUR_STAGES, whole.curriculum, strict=True):
+        recipe = decode_recipe(load_recipe(name))
+        end += recipe.total_tokens
+        assert (stage.until_tokens or whole.total_tokens) == end
+        weights = {title: source.weight for title, source in sources_of(recipe.data).items()}
+        assert {title: weight for title, weight in stage.weights.items() if weight} == weights
+        assert stage.weights.keys() == sources_of(whole.data).keys()
 
 
 @pytest.mark.parametrize("name", RECIPE_NAMES)
@@ -146,5 +177,3 @@ def test_list_names_every_recipe_with_its_parameters():
     lines = list_recipes().splitlines()
     assert [line.split()[0] for line in lines] == RECIPE_NAMES
     assert all(any(name in line and f"{count:,}" in line for line in lines) for name, (count, *_) in FAMILIES.items())
-
-

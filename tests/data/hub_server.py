@@ -103,12 +103,16 @@ class _Handler(BaseHTTPRequestHandler):
                     code = "GatedRepo" if self.server.status_of_facts == 403 else "RepoNotFound"
                     return status(self.server.status_of_facts, X_Error_Code=code)(self)
                 rest = path.removeprefix(f"/api/datasets/{repo}")
-                return self._json(
-                    self._tree(folder) if rest.startswith("/tree/") else {"id": repo, "sha": COMMIT, "siblings": []}
-                )
+                tree = self._tree(folder)
+                siblings = [{"rfilename": entry["path"]} for entry in tree]
+                return self._json(tree if rest.startswith("/tree/") else {"id": repo, "sha": COMMIT, "siblings": siblings})
             if path.startswith(f"/datasets/{repo}/resolve/{COMMIT}/"):
                 self.server.requests["resolve"] += 1
-                return status(302, Location=f"{self.server.url}/cdn/{repo}/{path.split(COMMIT + '/', 1)[1]}")(self)
+                name = path.split(COMMIT + "/", 1)[1]
+                file = folder / name
+                facts = {"X_Repo_Commit": COMMIT, "X_Linked_Etag": f'"{_oid(file)}"', "X_Linked_Size": str(file.stat().st_size)}
+                # another host than that of the redirect, as with the hub: the token may not follow
+                return status(302, Location=f"http://localhost:{self.server.server_address[1]}/cdn/{repo}/{name}", **facts)(self)
             if path.startswith(f"/cdn/{repo}/"):
                 self.server.requests["bytes"] += 1
                 if not self.server.trouble(self):
@@ -132,11 +136,14 @@ class _Handler(BaseHTTPRequestHandler):
         ]
 
     def _bytes(self, file: Path) -> None:
-        start, _, end = self.headers["Range"].removeprefix("bytes=").partition("-")
-        data = file.read_bytes()
-        chunk = data[int(start) : int(end) + 1]
-        self.send_response(206)
-        self.send_header("Content-Range", f"bytes {start}-{int(start) + len(chunk) - 1}/{len(data)}")
+        data = chunk = file.read_bytes()
+        if wanted := self.headers.get("Range"):
+            start, _, end = wanted.removeprefix("bytes=").partition("-")
+            chunk = data[int(start) : int(end or len(data)) + 1]
+            self.send_response(206)
+            self.send_header("Content-Range", f"bytes {start}-{int(start) + len(chunk) - 1}/{len(data)}")
+        else:
+            self.send_response(200)
         self.send_header("Content-Length", str(len(chunk)))
         self.end_headers()
         self.wfile.write(chunk)

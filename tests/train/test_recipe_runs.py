@@ -8,33 +8,78 @@ import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
+from huggingface_hub import constants
 from run_folders import logged
 
 from osler.cli.main import main
 from osler.clinic.textbook import textbook
 from osler.config.recipe import available_recipes, load_recipe
 from osler.config.schema import decode
+from osler.data.config import sources_of
 from osler.data.curriculum import rows_per_micro_batch
+from osler.data.named import SOURCES
 from osler.inference.load import load_model
 from osler.rl.config import GrpoConfig
 from osler.runs.command import run_name
 from osler.tasks.registry import load_task
 from osler.tokenizer.bpe import EOS, Tokenizer
 from osler.train.config import TrainConfig
+from tests.data.hub_server import cut, serving, times
+from tests.data.test_named import ROWS
 
 KINDS = {name: load_recipe(name).get("kind") for name in available_recipes()}
 PRETRAIN = [name for name, kind in KINDS.items() if kind == "pretrain"]
 GRPO = [name for name, kind in KINDS.items() if kind == "grpo"]
-IN_STAGES = {"superbpe-curriculum": 6, "ultra-curriculum": 10, "four-stage/1-wikipedia-24gb": 4}
+IN_STAGES = {"superbpe-curriculum": 6, "ultra-curriculum": 10, "four-stage/1-wikipedia-24gb": 4, "four-stage/all": 4}
+NAMED = [name for name in PRETRAIN if load_recipe(name)["data"]["type"] in ("hub", "mixture")]
 STEPS = 10
 SMALL_CLINIC = [f"data.{name}={count}" for name, count in {"passages": 60, "examples": 60, "cards": 0, "drills": 0}.items()]
 MODEL = {"num_layers": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "num_kv_heads": 1, "head_dim": 8}
 
 
+def write_like_the_hub(root: Path, name: str, split: str, subset: str) -> None:
+    """Write some rows of a source into a file that is named as on the hub, in a folder that is named after the source."""
+    pattern = SOURCES[name].files[0].format(split=split, subset=subset)
+    file = root / name / pattern.replace("*", "00000")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    row = ROWS[name][0]
+    field = next(field for field in ("text", "query", "content", "clean_text", "question", "messages") if field in row)
+    texts = textbook(len(name) + len(subset), 40)
+    if file.suffix == ".txt":
+        for number, text in enumerate(texts):
+            file.with_stem(str(number)).write_text(text)
+        return
+    if name == "wikitext":
+        texts = [f" = Page {number} = \n{text}\n" for number, text in enumerate(texts)]
+    values = [[{"role": "user", "content": text}, row[field][1]] for text in texts] if field == "messages" else texts
+    rows = [
+        {**row, field: value} | ({"query_seed_url": f"page {place}"} if name == "synth" else {})
+        for place, value in enumerate(values)
+    ]
+    if file.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(rows), file, row_group_size=10)
+    else:
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
 @pytest.fixture(scope="module")
-def stand_in(tiny, runs, tmp_path_factory) -> SimpleNamespace:
+def hub_files(tmp_path_factory) -> Path:
+    """A folder that has a folder for each source by name, with files like the hub's."""
+    root = tmp_path_factory.mktemp("hub")
+    for name in NAMED:
+        config = decode(TrainConfig, load_recipe(name))
+        for source in sources_of(config.data).values():
+            known = SOURCES[source.name]
+            write_like_the_hub(root, source.name, source.split or known.splits[0], source.subset or known.subsets[0])
+    return root
+
+
+@pytest.fixture(scope="module")
+def stand_in(tiny, runs, hub_files, tmp_path_factory) -> SimpleNamespace:
     """A folder to start commands in, with text, rows of question, thinking and answer, and exam files where recipes look."""
     root = tmp_path_factory.mktemp("stand-in")
     (root / "text").mkdir()
@@ -49,14 +94,15 @@ def stand_in(tiny, runs, tmp_path_factory) -> SimpleNamespace:
         for name, rows in (("medqa", medqa), ("gsm8k", gsm8k)):
             (root / "exams" / f"{name}-{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return SimpleNamespace(
-        root=root, text=root / "text", turns=root / "turns.jsonl", tokenizer=tiny.tokenizer, start=runs.pretrain
+        root=root, text=root / "text", turns=root / "turns.jsonl", hub=hub_files, tokenizer=tiny.tokenizer, start=runs.pretrain
     )
 
 
 def given(name: str, stand_in: SimpleNamespace) -> list[str]:
     """What a person adds to a recipe: the data, and the run that it starts from."""
     recipe = load_recipe(name)
-    data = {"files": [f"data.path={stand_in.text}"], "turns": [f"data.path={stand_in.turns}"], "clinic": SMALL_CLINIC}
+    named = [f"data.root={stand_in.hub}", "data.streaming=false"]
+    data = {"files": [f"data.path={stand_in.text}"], "clinic": SMALL_CLINIC, "hub": named, "mixture": named}
     start = [f"init_from={stand_in.start}"] if "init_from" in recipe else []
     return [*data[recipe["data"]["type"]], *start]
 
@@ -79,7 +125,8 @@ def scaled_down(config: TrainConfig) -> list[str]:
             rows = (stage.batch_tokens or config.batch_tokens) // stage.seq_len // 8
             length = stage.seq_len // 8
             until += 2 * rows * length
-            stages.append({"seq_len": length, "until_tokens": until, "batch_tokens": rows * length})
+            weights = {} if stage.weights is None else {"weights": stage.weights}
+            stages.append({"seq_len": length, "until_tokens": until, "batch_tokens": rows * length, **weights})
         del stages[-1]["until_tokens"]
         sizes = [f"curriculum={json.dumps(stages)}"]
     else:
@@ -112,6 +159,26 @@ def test_a_pretraining_recipe_runs_scaled_down(name, stand_in, tmp_path, monkeyp
     if stages:
         assert [line["train/stage"] for line in steps] == [number for number in range(1, stages + 1) for _ in range(2)]
         assert [line["train/seq_len"] for line in steps[::2]] == [stage.seq_len // 8 for stage in config.curriculum]
+
+
+def test_a_stream_from_the_hub_trains_as_prepared_local_files_do(stand_in, tmp_path, monkeypatch):
+    """With every source of synth-8xh100 on a server that has the hub's layout, and cuts a connection."""
+    monkeypatch.chdir(tmp_path)
+    overrides = [*scaled_down(decode(TrainConfig, load_recipe("synth-8xh100"))), f"tokenizer.path={stand_in.tokenizer}"]
+    with serving({SOURCES[folder.name].repo: folder for folder in stand_in.hub.iterdir()}) as server:
+        server.trouble = times(1, cut)
+        for name, value in {"HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "cache"), "HF_TOKEN": "hf_secret"}.items():
+            monkeypatch.setenv(name, value)  # for the process that prepares
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}")
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache/hub"))
+        assert main(["pretrain", "synth-8xh100", *overrides, "data.streaming=true", "--run", "streamed"]) == 0
+    local = [f"data.root={stand_in.hub}", "data.streaming=false"]
+    assert main(["pretrain", "synth-8xh100", *overrides, *local, "--run", "prepared"]) == 0
+    streamed, prepared = (
+        [line["train/loss"] for line in logged(Path(run)) if "train/loss" in line] for run in ("streamed", "prepared")
+    )
+    assert streamed == prepared and len(prepared) == STEPS
 
 
 def test_special_tokens_that_a_tokenizer_lacks_take_padding_rows_of_the_model(tiny, tmp_path, capsys):
@@ -174,7 +241,7 @@ def test_the_warm_up_of_the_published_grpo_run():
 
 def test_a_run_is_named_after_its_recipe_and_the_folder_of_that_or_else_after_its_data(tiny, stand_in, monkeypatch, capsys):
     monkeypatch.chdir(stand_in.root)
-    start, text = f"init_from={stand_in.start}", f"data.path={stand_in.text}"
+    start, text = f"init_from={stand_in.start}", f"data.root={stand_in.hub}"
     for command, folder in (
         (["pretrain", "usmle-2day/pretrain", text], "runs/usmle-2day-pretrain"),
         (["pretrain", "four-stage/1-wikipedia", text], "runs/four-stage-1-wikipedia-pretrain"),
@@ -195,5 +262,3 @@ def test_a_recipe_that_goes_on_starts_where_the_one_before_it_ends(name):
 def test_the_start_that_a_recipe_leaves_open(capsys):
     assert main(["grpo", "grpo-medqa", "--dry-run"]) == 2
     assert "No checkpoint is named: give a run folder or one of its checkpoints" in capsys.readouterr().err
-
-
