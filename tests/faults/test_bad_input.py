@@ -35,9 +35,9 @@ def own_text(tiny):
     ("override", "message"),
     [
         ("learning_rate=1", "learning_rate: unknown key; did you mean `optim.lr`?"),
-        ("path=notes", "`data.path` (with data.type=files or data.type=turns or data.type=prepared) or `tokenizer.path`?"),
+        ("path=notes", "`data.path` (with data.type=files or data.type=turns or data.type=hub or data.type=prepared) or `tokenizer.path`?"),
         ("data.path=notes", "data.path: unknown key of this type; it needs data.type=files or data.type=turns"),
-        ("data.pth=notes", "did you mean `data.path` (with data.type=files or data.type=turns or data.type=prepared)?"),
+        ("data.pth=notes", "did you mean `data.path` (with data.type=files or data.type=turns or data.type=hub or data.type=prepared)?"),
         ("optim.lr=nan", 'optim.lr: should be a finite number, given "nan"'),
         ("optim={type: muon, eps: 0}", "optim.eps: must be above 0, given 0"),
         ("schedule.final_fraction=1.5", "final_fraction: must be at least 0 and at most 1, given 1.5"),
