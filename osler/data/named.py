@@ -11,13 +11,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import partial
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
 from osler.data.config import HubData
 from osler.data.documents import Corpus, Document
-from osler.files.find import NAMED_ONLY_ENDING, ROW_ENDINGS, TEXT_ENDINGS, ending, find_files
+from osler.files.find import NAMED_ONLY_ENDING, ROW_ENDINGS, TEXT_ENDINGS, ending, find_files, shown
 from osler.files.hub import hub_files, snapshot
 from osler.files.parts import File, LocalFile, Part, Parts
 from osler.files.rows import Row, read_rows, read_texts
@@ -338,7 +338,7 @@ def open_hub(data: HubData, key: str) -> Corpus:
     patterns = [pattern.format(subset=subset, split=split) for pattern in source.files]
     commit, files = "", list[File]()
     if data.path or data.root:
-        files = _local_files(data, patterns, split, key)
+        files = _local_files(data, source, patterns, split, key)
     elif not source.repo:
         raise UserError(f"{key}: {data.name} is on no hub; name its files with {key}.path=DIR or data.root=DIR.")
     elif source.has_small_files:
@@ -363,19 +363,26 @@ def _source(data: HubData, key: str) -> NamedSource:
     return source
 
 
-def _local_files(data: HubData, patterns: Sequence[str], split: str, key: str) -> list[File]:
-    """Return the local files of a split: those named as on the hub, else those whose name has the split's, else all."""
+def _local_files(data: HubData, source: NamedSource, patterns: Sequence[str], split: str, key: str) -> list[File]:
+    """Return the local files of a split: those named as on the hub, else those whose name has the split's, else all.
+
+    Files that are named as those of another subset or split are left out.
+    """
     where = Path(data.path) if data.path else Path(data.root, data.name)
     field = f"{key}.path" if data.path else "data.root"
     found = find_files(where, (*ROW_ENDINGS, *TEXT_ENDINGS, NAMED_ONLY_ENDING), key=field)
     names = {file: file.relative_to(where).as_posix() if where.is_dir() else file.name for file in found}
     as_on_hub = [file for file, name in names.items() if any(fnmatchcase(name, pattern) for pattern in patterns)]
+    pairs = product(source.files, source.subsets, source.splits)
+    of_others = [pattern.format(subset=subset, split=other) for pattern, subset, other in pairs]
+    names = {file: name for file, name in names.items() if not any(fnmatchcase(name, pattern) for pattern in of_others)}
     of_split = [file for file, name in names.items() if re.search(rf"(?<![a-z]){split}(?![a-z])", name)]
     others = {name for source in SOURCES.values() for name in source.splits} - {split}
     free = [file for file, name in names.items() if not any(re.search(rf"(?<![a-z]){other}(?![a-z])", name) for other in others)]
     chosen = as_on_hub or of_split or free
     if not chosen:
         raise UserError(
-            f"{where} has no file of {data.name} whose name says {split}; it has {', '.join(sorted(names.values())[:5])}."
+            f"{where} has no file of {data.title} ({' or '.join(patterns)}, or another whose name says {split}); it has "
+            f"{', '.join(shown(file.name) for file in found[:5])}."
         )
     return [LocalFile.at(file) for file in chosen]

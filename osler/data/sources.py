@@ -22,6 +22,7 @@ from osler.data.named import open_hub
 from osler.data.prepare import prepare
 from osler.data.prepared import Prepared
 from osler.data.readers import TextFiles, TurnFiles
+from osler.data.shards import DATA_MANIFEST, read_data_manifest
 from osler.files.parts import Parts
 from osler.runtime.errors import UserError
 from osler.tasks.item import ExamItem, render_answer, render_question
@@ -151,9 +152,24 @@ def prepare_sources(
     data: TextData, tokenizer: Tokenizer, out: str | Path, *, consent: str | None = "", **options: Any
 ) -> Prepared:
     """Prepare the data of a config into the folder `out`; see `osler.data.prepare.prepare`, also for the options."""
+    data = at_known_commits(data, out)
     check_sources(data)
     weights = [source.weight for source in sources_of(data).values()]
     return prepare(open_corpora(data), tokenizer, out, weights=weights, consent=consent, **options)
+
+
+def at_known_commits(data: TextData, out: str | Path) -> TextData:
+    """Return a config that goes on with the commits of the hub that the folder `out` was begun with, though `main` moves."""
+    if not Path(out, DATA_MANIFEST).exists():
+        return data
+    begun = read_data_manifest(out)["sources"]
+
+    def pinned(source: AnySource) -> AnySource:
+        commit = begun.get(source.title, {}).get("content", {}).get("options", {}).get("commit")
+        is_open = isinstance(source, HubData) and source.revision == HubData.revision
+        return replace(source, revision=commit) if is_open and commit else source
+
+    return replace(data, sources=tuple(map(pinned, data.sources))) if isinstance(data, MixtureData) else pinned(data)
 
 
 def train_tokenizer(data: TextData, wanted: BPEConfig | SuperBPEConfig) -> Tokenizer:
