@@ -26,6 +26,7 @@ class HubServer(ThreadingHTTPServer):
         self.repos = repos
         self.trouble: Answer = lambda handler: False
         self.status_of_facts = 200
+        self.commit = COMMIT  # of the branch
         self.requests: Counter[str] = Counter()
         self.tokens: set[str] = set()
 
@@ -104,13 +105,14 @@ class _Handler(BaseHTTPRequestHandler):
                     return status(self.server.status_of_facts, X_Error_Code=code)(self)
                 rest = path.removeprefix(f"/api/datasets/{repo}")
                 tree = self._tree(folder)
+                sha = rest.removeprefix("/revision/") if rest.endswith(COMMIT) else self.server.commit
                 siblings = [{"rfilename": entry["path"]} for entry in tree]
-                return self._json(tree if rest.startswith("/tree/") else {"id": repo, "sha": COMMIT, "siblings": siblings})
-            if path.startswith(f"/datasets/{repo}/resolve/{COMMIT}/"):
+                return self._json(tree if rest.startswith("/tree/") else {"id": repo, "sha": sha, "siblings": siblings})
+            if path.startswith(f"/datasets/{repo}/resolve/"):
                 self.server.requests["resolve"] += 1
-                name = path.split(COMMIT + "/", 1)[1]
+                commit, name = path.removeprefix(f"/datasets/{repo}/resolve/").split("/", 1)
                 file = folder / name
-                facts = {"X_Repo_Commit": COMMIT, "X_Linked_Etag": f'"{_oid(file)}"', "X_Linked_Size": str(file.stat().st_size)}
+                facts = {"X_Repo_Commit": commit, "X_Linked_Etag": f'"{_oid(file)}"', "X_Linked_Size": str(file.stat().st_size)}
                 # another host than that of the redirect, as with the hub: the token may not follow
                 return status(302, Location=f"http://localhost:{self.server.server_address[1]}/cdn/{repo}/{name}", **facts)(self)
             if path.startswith(f"/cdn/{repo}/"):

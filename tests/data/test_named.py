@@ -135,6 +135,9 @@ def test_a_split_is_found_in_local_files_and_one_that_is_not_there_is_told(tmp_p
         decode(MixtureData, {"root": str(tmp_path), "sources": [{"type": "hub", "name": "medqa", "split": "test"}]})
     )
     assert [document.parts[0] for document in found["medqa-test"].documents()] == ["test question? Iron (A) Gold (B)"]
+    write_rows(tmp_path / "mixture_of_thoughts/all/train-0.parquet", [])
+    with pytest.raises(UserError, match=r"no file of mixture_of_thoughts-math \(math/train-\*.parquet.*it has .*train-0.parquet"):
+        open_hub(HubData(name="mixture_of_thoughts", subset="math", root=str(tmp_path)), "data")
     with pytest.raises(UserError, match=r"data.split=dev: medqa has train, test"):
         open_hub(HubData(name="medqa", split="dev", root=str(tmp_path)), "data")
     with pytest.raises(UserError, match=r"data.root.*gsm8k|gsm8k.*data.root"):
@@ -219,6 +222,15 @@ def test_shards_from_the_hub_are_those_of_the_same_local_files(hub, tmp_path, to
     data = HubData(name="fineweb_edu", path=str(hub.repos["HuggingFaceFW/fineweb-edu"]))
     of_files = prepare_sources(data, tokenizer, tmp_path / "of-files")
     assert of_hub.fingerprint == of_files.fingerprint and of_hub.num_tokens > 0
+
+
+def test_a_preparation_goes_on_with_the_commit_that_it_began_with(hub, tokenizer, tmp_path):
+    begun = prepare_sources(HubData(name="fineweb_edu"), tokenizer, tmp_path / "out")
+    hub.commit = "d" * 40
+    hub_files.cache_clear()
+    assert prepare_sources(HubData(name="fineweb_edu"), tokenizer, tmp_path / "out").fingerprint == begun.fingerprint
+    with pytest.raises(UserError, match=f"commit is {COMMIT}, now it is {hub.commit}"):
+        prepare_sources(HubData(name="fineweb_edu", revision=hub.commit), tokenizer, tmp_path / "out")
 
 
 def test_sources_are_listed_and_a_row_is_shown(tmp_path, capsys):

@@ -22,6 +22,7 @@ from osler.config.schema import decode
 from osler.data.config import sources_of
 from osler.data.curriculum import rows_per_micro_batch
 from osler.data.named import SOURCES
+from osler.files.hub import hub_files
 from osler.inference.load import load_model
 from osler.rl.config import GrpoConfig
 from osler.runs.command import run_name
@@ -67,7 +68,7 @@ def write_like_the_hub(root: Path, name: str, split: str, subset: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def hub_files(tmp_path_factory) -> Path:
+def named_files(tmp_path_factory) -> Path:
     """A folder that has a folder for each source by name, with files like the hub's."""
     root = tmp_path_factory.mktemp("hub")
     for name in NAMED:
@@ -79,7 +80,7 @@ def hub_files(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def stand_in(tiny, runs, hub_files, tmp_path_factory) -> SimpleNamespace:
+def stand_in(tiny, runs, named_files, tmp_path_factory) -> SimpleNamespace:
     """A folder to start commands in, with text, rows of question, thinking and answer, and exam files where recipes look."""
     root = tmp_path_factory.mktemp("stand-in")
     (root / "text").mkdir()
@@ -94,7 +95,7 @@ def stand_in(tiny, runs, hub_files, tmp_path_factory) -> SimpleNamespace:
         for name, rows in (("medqa", medqa), ("gsm8k", gsm8k)):
             (root / "exams" / f"{name}-{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return SimpleNamespace(
-        root=root, text=root / "text", turns=root / "turns.jsonl", hub=hub_files, tokenizer=tiny.tokenizer, start=runs.pretrain
+        root=root, text=root / "text", turns=root / "turns.jsonl", hub=named_files, tokenizer=tiny.tokenizer, start=runs.pretrain
     )
 
 
@@ -166,6 +167,7 @@ def test_a_stream_from_the_hub_trains_as_prepared_local_files_do(stand_in, tmp_p
     monkeypatch.chdir(tmp_path)
     overrides = [*scaled_down(decode(TrainConfig, load_recipe("synth-8xh100"))), f"tokenizer.path={stand_in.tokenizer}"]
     with serving({SOURCES[folder.name].repo: folder for folder in stand_in.hub.iterdir()}) as server:
+        hub_files.cache_clear()
         server.trouble = times(1, cut)
         for name, value in {"HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "cache"), "HF_TOKEN": "hf_secret"}.items():
             monkeypatch.setenv(name, value)  # for the process that prepares
