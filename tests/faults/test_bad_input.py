@@ -19,6 +19,7 @@ from osler.data.prepared import open_prepared
 from osler.inference.load import load_model
 from osler.tokenizer.bpe import Tokenizer
 
+WITH_PATH = "(with data.type=files or data.type=turns or data.type=hub or data.type=prepared)"
 COUGH = "A cough that lasts eight weeks is chronic. " * 20
 
 
@@ -35,9 +36,9 @@ def own_text(tiny):
     ("override", "message"),
     [
         ("learning_rate=1", "learning_rate: unknown key; did you mean `optim.lr`?"),
-        ("path=notes", "`data.path` (with data.type=files or data.type=turns or data.type=hub or data.type=prepared) or `tokenizer.path`?"),
+        ("path=notes", f"`data.path` {WITH_PATH} or `tokenizer.path`?"),
         ("data.path=notes", "data.path: unknown key of this type; it needs data.type=files or data.type=turns"),
-        ("data.pth=notes", "did you mean `data.path` (with data.type=files or data.type=turns or data.type=hub or data.type=prepared)?"),
+        ("data.pth=notes", f"did you mean `data.path` {WITH_PATH}?"),
         ("optim.lr=nan", 'optim.lr: should be a finite number, given "nan"'),
         ("optim={type: muon, eps: 0}", "optim.eps: must be above 0, given 0"),
         ("schedule.final_fraction=1.5", "final_fraction: must be at least 0 and at most 1, given 1.5"),
