@@ -14,6 +14,7 @@ There is no state, so resume is exact at any row.
 from __future__ import annotations
 
 import functools
+import logging
 import threading
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
@@ -27,6 +28,9 @@ from osler.data.order import CACHED_WINDOWS, Order
 from osler.data.shard_set import ShardSet
 from osler.data.shards import Int64Array, MaskArray, TokenArray
 from osler.ops.labels import IGNORED
+from osler.runtime.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 CARRIED_ROWS = 4096  # at most, and half of a window's: rows that are not full, whose documents go on to the next window
 FULL = 0.99  # of a row: from this share on it is not carried
@@ -168,6 +172,8 @@ class WholePacking:
         with self._lock:
             while self._first_rows[-1] <= row:
                 planned = len(self._first_rows) - 1
+                if planned and not self._first_rows[-1] and not self.order.has_window(0, planned):
+                    raise UserError(f"No document in {self.order.shards.folder} fits into a row of seq_len {self.seq_len}.")
                 if self.order.shards.is_complete and len(self.order.epoch(1).ends) == 1:
                     second = len(self.order.epoch(0).ends)  # the number of the second epoch's first window
                     if planned > second:  # later epochs have one window each, and as many rows as one another
@@ -224,6 +230,9 @@ class WholePacking:
         if self.drop_torn:
             pairs = zip(documents.tolist(), lengths.tolist(), strict=True)
             kept = np.array([not is_torn(self.order.shards, *pair, self.seq_len) for pair in pairs], bool)
+            if self.order.shards.is_streamed and not kept.all():  # of others they are counted at the start
+                what = f"{np.count_nonzero(~kept):,} of the next {len(kept):,} documents of {self.order.shards.folder}"
+                logger.warning(f"{what} are examples longer than a row of seq_len {self.seq_len}; they are left out.")
             documents, lengths = documents[kept], lengths[kept]
         counts = np.maximum(1, -(-(lengths - 1) // self.seq_len))
         first = np.cumsum(counts) - counts

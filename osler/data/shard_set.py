@@ -114,6 +114,7 @@ class ShardSet:
         self.eos_id = eos_id
         self._dtype = token_dtype(vocab_size)
         self._growth = growth
+        self.is_streamed = growth is not None  # when it was opened
         self._lock = threading.Lock()
         self._index = _Index.of(_read_index(folder / INDEX, np.zeros(0, RECORD), must_exist=growth is None))
         self.shard = functools.lru_cache(OPEN_SHARDS)(self._map)

@@ -143,8 +143,10 @@ class SupervisedTrainer(Trainer):
         self.since = (0, 0.0)  # tokens and time from which the next line measures the speed
 
     def fingerprints(self) -> dict[str, str]:
-        data = {} if self.is_prepared else {"data": fingerprint_of(self.shards)}
-        return {**self.run.fingerprints, **data}
+        found = dict(self.run.fingerprints)
+        if not self.is_prepared or "@" in found.get("data", ""):  # it was a part of the data when this process began
+            found["data"] = fingerprint_of(self.shards)
+        return found
 
     def position_at(self, step: int) -> int:
         return self.timeline.tokens_before(step)

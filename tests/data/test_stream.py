@@ -125,6 +125,19 @@ def test_the_first_window_yields_rows_at_once(tmp_path, packing):
     assert packing(Order(written.open(growing=False), 0), SEQ_LEN).row(0).ids.tolist() == first
 
 
+def test_examples_that_do_not_fit_are_told_window_by_window(tmp_path, caplog):
+    written = Written(tmp_path / "train", [30, 5, 30, 30])
+    shards = written.open()
+    for length in written.lengths:
+        written.writer.add([1] * length, [0] + [1] * (length - 1), 3)
+    written.write()
+    rows = WholePacking(Order(shards, 0), SEQ_LEN, drop_torn=True)
+    assert rows.row(0).ids[:4].tolist() == [1] * 4
+    assert f"1 of the next 2 documents of {shards.folder} are examples longer than a row of seq_len 16" in caplog.text
+    with pytest.raises(UserError, match=r"No document in .* fits into a row of seq_len 2"):
+        WholePacking(Order(shards, 0), 2, drop_torn=True).row(0)
+
+
 def test_what_an_evaluation_reads_is_the_head(tmp_path):
     written = Written(tmp_path / "validation")
     growing = written.open()

@@ -87,6 +87,9 @@ def run_all(command: list[str], root: Path) -> None:
         words = [*command, "parallel.type=ddp"] if ranks > 1 else command
         assert train(words, whole, ranks) == [0] * ranks, said(whole, 0)[-2000:]
         report(f"{ranks} ranks", streamed, words, whole, root / f"streamed-{ranks}", ranks)
+    words, whole = [*command, "packing=whole"], root / "whole-documents"
+    assert train(words, whole, 1) == [0], said(whole, 0)[-2000:]
+    report("whole documents", streamed, words, whole, root / "streamed-documents", 1)
     for name, fault, *expected in (
         ("trainer", "train-step:kill:7", -signal.SIGKILL),
         ("preparation", "write-index:kill:3", FAILED),

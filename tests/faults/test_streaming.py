@@ -36,7 +36,7 @@ def recipe(tiny, tmp_path):
 
 
 def test_streamed_runs(run_cases, recipe, tmp_path):
-    assert run_cases("faults/streamed_runs.py", recipe, tmp_path) == 7
+    assert run_cases("faults/streamed_runs.py", recipe, tmp_path) == 8
 
 
 @pytest.mark.parametrize(
