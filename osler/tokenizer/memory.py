@@ -2,8 +2,8 @@
 
 A tokenizer first splits text into pieces, mostly words, by a regular expression, and a piece has the same tokens everywhere. For
 two such expressions, GPT-2's and the one of tokenizers that are trained here, Python's `re` finds the same pieces several times
-as fast. Python and the library may know different versions of Unicode, so a text with a character that is younger than Unicode
-3.2, or was in another category then, is left to the library.
+as fast. Python and the library may know different versions of Unicode, so the words around a character that is younger than
+Unicode 3.2, or was in another category then, are left to the library.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import functools
 import re
 import unicodedata
 from array import array
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 GPT2_PIECES = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -21,6 +21,7 @@ LONGEST_PIECE = 24  # characters; longer ones hardly come again
 
 _SPACES = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"  # White_Space of Unicode
 _WAS_SPACE = 0x180E  # in the versions 4.0 to 6.2 alone
+_CUT = re.compile(r"(?<=[!-~]) (?=[!-~])")  # before such a space both expressions cut, whatever stands around it
 _BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False}
 
 
@@ -45,10 +46,10 @@ class Memory:
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the ids of texts, which are those of `encode`."""
-        is_certain, batch = _certain(), []
+        batch = []
         unknown: dict[str, list[tuple[list[bytes], int]]] = {}  # where each is missing
         for text in texts:
-            pieces = self._find(text) if is_certain(text) else [text]
+            pieces = self._split(text)
             ids: list[Any] = list(map(self._known.get, pieces))
             batch.append(ids)
             place = -1
@@ -63,6 +64,21 @@ class Memory:
                 self._known[piece] = data
         return [array("I", b"".join(ids)).tolist() for ids in batch]
 
+    def _split(self, text: str) -> list[str]:
+        """Return the pieces of a text; words with uncertain characters stay as they are, between two spaces that surely cut."""
+        pieces: list[str] = []
+        start = 0
+        for uncertain in _uncertain()(text):
+            if uncertain.start() >= start:
+                left = uncertain.start()
+                while (left := text.rfind(" ", start, left)) >= 0 and not _CUT.match(text, left):
+                    pass
+                right = _CUT.search(text, uncertain.end())
+                pieces += self._find(text[start : max(start, left)])
+                pieces.append(text[max(start, left) : right.start() if right else None])
+                start = right.start() if right else len(text)
+        return pieces + self._find(text[start:] if start else text)
+
 
 @functools.cache
 def _translated(pieces: str) -> str:
@@ -76,12 +92,12 @@ def _translated(pieces: str) -> str:
 
 
 @functools.cache
-def _certain() -> Callable[[str], object]:
-    """Return what says of a text whether its characters have been in the same categories since Unicode 3.2."""
+def _uncertain() -> Callable[[str], Iterator[re.Match[str]]]:
+    """Return what finds the characters in a text that have not been in the same category since Unicode 3.2."""
     old = unicodedata.ucd_3_2_0.category
     codes = (code for code in range(1 << 16) if _category(code) == old(chr(code)) not in ("Cn", "Cs") and code != _WAS_SPACE)
     certain = _ranges(codes)
-    return re.compile(f"[{certain}]*").fullmatch
+    return re.compile(f"[^{certain}]").finditer
 
 
 def _category(code: int) -> str:

@@ -36,9 +36,9 @@ def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
 
 def test_every_character_is_split_as_the_library_does(tokenizer: Tokenizer) -> None:
     """Beside letters, digits, spaces, line ends and itself; those that Unicode moved about are left to the library."""
-    is_certain = memory._certain()
-    characters = [chr(code) for code in (*range(0x3100), *range(0x3100, 0x10000, 23)) if is_certain(chr(code))]
-    assert len(characters) > 5000 and not is_certain("\ue5ff🧪") and not is_certain("\u180e")
+    characters = [chr(code) for code in (*range(0x3100), *range(0x3100, 0x10000, 23)) if not 0xD800 <= code < 0xE000]
+    certain = [character for character in characters if not list(memory._uncertain()(character))]
+    assert len(certain) > 5000 and "\u180e" not in certain and len(characters) - len(certain) > 1000
     texts = [f"a{c}b 1{c}2 {c}{c} x {c}\n{c}\n {c}. '{c}s{c}" for c in characters]
     assert tokenizer.encode_batch(texts) == tokenizer.encode_anew(texts)
     blocks = ["".join(characters[start : start + 500]) for start in range(0, len(characters), 500)]
@@ -46,7 +46,7 @@ def test_every_character_is_split_as_the_library_does(tokenizer: Tokenizer) -> N
 
 
 @settings(max_examples=300, deadline=None, derandomize=True)
-@given(texts=st.lists(st.text(st.sampled_from("aAzS 'sdl\n\r\t.,()12é\u00a0\u2028µ中🧪<|>") | st.characters(), max_size=40)))
+@given(texts=st.lists(st.text(st.sampled_from("aAzS  'sdl\n\r\t.,()12é\u00a0\u2028µ中🧪<|>") | st.characters(), max_size=40)))
 def test_any_text_is_split_as_the_library_does(tokenizer: Tokenizer, texts: list[str]) -> None:
     assert tokenizer.encode_batch(texts) == tokenizer.encode_anew(texts)
 
