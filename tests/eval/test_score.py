@@ -109,14 +109,6 @@ def test_a_gain_is_paired_on_the_same_items() -> None:
         summarise([])
 
 
-def test_presentations_of_an_item_are_one_cluster() -> None:
-    items = exam("ABCD")
-    once = answered(items, "ABAA")
-    four = summarise([result for result in once.results for _ in range(4)])
-    assert (four.n, four.presentations, four.accuracy) == (4, 16, once.accuracy)
-    assert four.interval[1] - four.interval[0] > 0.9 * (once.interval[1] - once.interval[0])
-
-
 @pytest.mark.parametrize(
     ("correct", "n", "low", "high"),
     [

@@ -15,6 +15,7 @@ from osler.model.layers import Layout, Linear, joint_linear
 from osler.model.transformer import SummedLoss, Transformer
 from osler.ops import attention, cross_entropy
 from osler.parallel.compile import compile_works
+from tests.models import tiny_model
 
 pytestmark = pytest.mark.usefixtures("no_compiled_code")
 
@@ -30,12 +31,8 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def build(**changes: Any) -> Transformer:
-    base: dict[str, Any] = {
-        "num_layers": 3, "hidden_size": 64, "intermediate_size": 96, "num_heads": 4, "num_kv_heads": 2, "head_dim": 16,
-        "vocab_size": 130, "max_seq_len": 64, "residual_init": "scaled",
-    }  # fmt: skip
-    model = Transformer(ModelConfig(**{**base, **changes}))
-    model.init_weights(1)
+    shape = {"num_layers": 3, "hidden_size": 64, "intermediate_size": 96, "num_heads": 4, "num_kv_heads": 2, "vocab_size": 130}
+    model = tiny_model(seed=1, **{**shape, "head_init": "zero", **changes})
     with torch.no_grad():  # norm weights start at one, where a forgotten one would not be noticed
         for name, parameter in model.named_parameters():
             if name.endswith("norm.weight"):

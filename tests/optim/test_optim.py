@@ -2,8 +2,6 @@
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from osler.checkpoint.optimizer_state import flatten_optimizer, restore_optimizer
 from osler.config.schema import decode
@@ -46,15 +44,6 @@ from tests.models import tiny_model
 def test_schedules_at_round_numbers(schedule: ScheduleConfig, points: dict[int, float]) -> None:
     for tokens, expected in points.items():
         assert lr_scale(schedule, tokens, 1000) == pytest.approx(expected), tokens
-
-
-@given(
-    st.integers(0, 3000),
-    st.integers(0, 1500),
-    st.sampled_from([ConstantConfig, CosineConfig, LinearConfig, WarmupStableDecayConfig]),
-)
-def test_scale_is_never_outside_zero_and_one(tokens: int, warmup: int, kind: type) -> None:
-    assert 0.0 <= lr_scale(kind(warmup_tokens=warmup), tokens, 1000) <= 1.0
 
 
 @pytest.mark.parametrize(
@@ -105,12 +94,10 @@ def test_a_recipe_without_a_type_means_adamw_and_a_type_replaces_it() -> None:
 
 
 def test_groups_first_match_wins() -> None:
-    assert group_of("layers.3.input_layernorm.weight") == "vectors"
-    assert group_of("layers.3.self_attn.q_norm.weight") == "vectors"
-    assert group_of("norm.weight") == "vectors"
-    assert (
-        group_of("embed_tokens.weight") == group_of("lm_head.weight") == group_of("embed_proj.weight") == "embeddings"
-    )
+    for name in ("layers.3.input_layernorm", "layers.3.self_attn.q_norm", "norm"):
+        assert group_of(f"{name}.weight") == "vectors"
+    for name in ("embed_tokens", "lm_head", "embed_proj"):
+        assert group_of(f"{name}.weight") == "embeddings"
     assert group_of("layers.3.mlp.down_proj.weight") == "matrices"
 
 
