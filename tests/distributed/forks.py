@@ -1,7 +1,5 @@
 """Forks the processes of a run as torchrun would start them, and reports on the cases of a program that forks."""
 
-from __future__ import annotations
-
 import functools
 import os
 import signal

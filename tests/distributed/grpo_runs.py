@@ -1,7 +1,5 @@
 """A program for test_parallel.py: GRPO on one, two and four processes on gloo, and what it ends in; see ``parallel_runs.py``."""
 
-from __future__ import annotations
-
 import io
 import sys
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """A program for test_parallel.py: two ranks that step Muon together and check it against Muon alone."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 from typing import Any

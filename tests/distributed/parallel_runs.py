@@ -4,8 +4,6 @@ One process imports everything once and forks every rank, as torchrun would star
 ``ok <case>`` or ``FAILED <case>: why``.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import importlib.util

@@ -1,7 +1,5 @@
 """One run on one, two and four processes, by DDP and FSDP2: the same losses or completions, whoever wrote the checkpoint."""
 
-from __future__ import annotations
-
 import importlib.util
 
 import pytest

@@ -213,10 +213,8 @@ def test_a_grpo_run_without_the_clinic_sits_the_exam_it_was_evaluated_on(clinic_
 
 
 def test_remarks_say_what_a_score_is_worth():
-    item = ExamItem(id="x", question="Which?", options=("a", "b", "c", "d"), answer_index=0)
-
     def score(right: int, wrong: int, status: str = "answered") -> ScoredExam:
-        items = [ExamItem(id=str(k), question="?", options=item.options, answer_index=k % 4) for k in range(right + wrong)]
+        items = [ExamItem(str(k), "?", ("a", "b", "c", "d"), answer_index=k % 4) for k in range(right + wrong)]
         results = [Result(each, status, right=k < right, predicted=0) for k, each in enumerate(items)]
         return replace(summarise(results), split="exam", method="generation")
 

@@ -8,7 +8,8 @@ import torch
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from osler.eval.exams import grade, greedy, option_rows, presentations, score_by_generation, score_by_likelihood, sum_logprobs
+from osler.eval.exams import grade, greedy, option_rows, presentations, score_by_generation, score_by_likelihood
+from osler.eval.likelihood import pad_rows, sum_logprobs
 from osler.inference.engine import InferenceEngine
 from osler.model.transformer import Transformer
 from osler.ops.cross_entropy import linear_cross_entropy
@@ -56,13 +57,8 @@ def scholar(tokenizer: Tokenizer) -> Transformer:
     model = build(tokenizer)
     turns = [turn(item) for item in [*ITEMS, NUMBER]]
     examples = encode_examples(tokenizer, [replace(t, thinking=thinking) for t in turns for thinking in (t.thinking, None)])
-    width = max(len(ids) for ids, _ in examples)
-    ids_BT = torch.zeros(len(examples), width, dtype=torch.int64)
-    labels_BT = torch.full((len(examples), width), -100)
-    for row, (ids, mask) in enumerate(examples):
-        ids_BT[row, : len(ids)] = torch.tensor(ids)
-        for t in range(1, len(ids)):
-            labels_BT[row, t - 1] = ids[t] if mask[t] else -100
+    rows = [(ids[:-1], [one if learned else -100 for one, learned in zip(ids, mask, strict=True)][1:]) for ids, mask in examples]
+    ids_BT, labels_BT = pad_rows(rows)
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     count = int((labels_BT != -100).sum())
     for _ in range(50):

@@ -1,7 +1,5 @@
 """GRPO's advantages and loss against arithmetic done another way: by hand, enumeration, REINFORCE, a ten-line loop."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

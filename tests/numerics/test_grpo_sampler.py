@@ -1,7 +1,5 @@
 """The sampler's log-probabilities beside those the update computes by a full forward, and what must not change them."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

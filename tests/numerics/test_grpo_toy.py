@@ -4,8 +4,6 @@ The task: repeat three symbols, then end. The policy starts uniform. A small wei
 reference keeps it exploring until it has found the rule (0.04: above 0.98 for each of six seeds; 0.02: 0.93 for one).
 """
 
-from __future__ import annotations
-
 import random
 from copy import deepcopy
 

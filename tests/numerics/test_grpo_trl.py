@@ -1,7 +1,5 @@
 """The GRPO loss beside TRL's on the same log-probabilities, for every option both have."""
 
-from __future__ import annotations
-
 import types
 from collections import defaultdict
 
