@@ -1,7 +1,4 @@
-"""Schedules of learning rate, weight decay and momentum: their settings, and pure functions of the tokens seen.
-
-Torch-free; nothing to resume.
-"""
+"""Schedules of learning rate, weight decay and momentum: their settings, and pure functions of the tokens seen. Torch-free."""
 
 import math
 from typing import Annotated, Literal

@@ -5,7 +5,6 @@ Shapes are static, because a training step has one in each stage of a curriculum
 
 import functools
 import logging
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -72,8 +71,6 @@ def with_few_shapes(compiled: Callable[..., Tensor]) -> Callable[..., Tensor]:
 @functools.cache
 def compile_works(device: torch.device) -> tuple[bool, str]:
     """Return whether ``torch.compile`` works here, and if not, why. Compiles a tiny function once, which takes seconds."""
-    if sys.platform == "win32" and device.type == "cpu":
-        return False, "torch.compile on a Windows CPU is not supported here"
     from torch._inductor import cpp_builder
     from torch._inductor.exc import InvalidCxxCompiler
     from torch._inductor.utils import fresh_cache

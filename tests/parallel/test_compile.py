@@ -8,12 +8,12 @@ from pathlib import Path
 
 import torch
 
-from osler.model.config import ModelConfig
-from osler.model.transformer import SummedLoss, Transformer
+from osler.model.transformer import SummedLoss
 from osler.parallel.compile import COMPILED_SHAPES
 from osler.parallel.config import NoParallelConfig
 from osler.parallel.parallelize import parallelize
 from osler.runtime.world import World
+from tests.models import tiny_model
 
 ROOT = Path(__file__).parents[2]
 LENGTHS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
@@ -24,8 +24,7 @@ def test_ten_lengths_with_at_most_four_compiled_versions_alive(no_compiled_code,
     from torch._dynamo.eval_frame import _debug_get_cache_entry_list
     from torch._dynamo.testing import CompileCounter
 
-    model = Transformer(ModelConfig(num_layers=1, hidden_size=32, intermediate_size=64, vocab_size=64))
-    model.init_weights(0)
+    model = tiny_model(num_layers=1)
     eager, counter, alive = SummedLoss(model), CompileCounter(), []
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter))
     loss = parallelize(model, NoParallelConfig(), World(), compile=True).loss

@@ -132,19 +132,16 @@ def test_a_wrong_value_is_refused(name: str, change: dict[str, Any], message: st
         load(name, lines(tmp_path / "exam.jsonl", ROWS[name] | change))
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("empty.jsonl", b"\n\n", "empty.jsonl has no rows"),
-        ("exam.csv", b"a,b\n", r"exam.csv is of a kind that cannot be read here.*\.parquet"),
-        ("absent.jsonl", None, r"no file or folder .*absent.jsonl; set task\.path to"),
-    ],
-)
-def test_files_that_are_no_exam_are_refused(name: str, content: bytes | None, message: str, tmp_path: Path) -> None:
-    if content is not None:
-        (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError, match=message):
-        load("medqa", tmp_path / name)
+def test_files_that_are_no_exam_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "empty.jsonl").write_text("\n\n")
+    (tmp_path / "exam.csv").write_text("a,b\n")
+    for name, said in {
+        "empty.jsonl": r"empty\.jsonl has no rows",
+        "exam.csv": r"exam\.csv is of a kind that cannot be read here.*\.parquet",
+        "absent.jsonl": r"no file or folder .*absent\.jsonl; set task\.path to",
+    }.items():
+        with pytest.raises(UserError, match=said):
+            load("medqa", tmp_path / name)
 
 
 def test_an_exam_may_be_a_folder_and_have_five_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
