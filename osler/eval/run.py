@@ -85,9 +85,6 @@ def complete(config: EvalConfig, ready: LoadedModel) -> tuple[EvalConfig, Sequen
     )
 
 
-# -- exams -------------------------------------------------------------------------------------------------------------
-
-
 def sit(config: EvalConfig, ready: LoadedModel) -> list[ScoredExam]:
     """Let the model take every part of the exam with every requested method."""
     exams = {name: load_task(task) for name, task in parts(config.task).items()}
@@ -207,9 +204,6 @@ def save_scores(ready: LoadedModel, name: str, scores: Sequence[ScoredExam]) -> 
     rows = {score.split if score.method == "generation" else f"{score.split}, {score.method}": score for score in scores}
     add_exams(ready.run.exams, name, rows, last=ready.kind)  # the run itself comes last, not an earlier step
     logger.info(f"Saved to {ready.run.exams}; `osler report {ready.run.root}` shows it.")
-
-
-# -- text --------------------------------------------------------------------------------------------------------------
 
 
 def documents_at(path: str, field: str, tokenizer: Tokenizer) -> tuple[Iterator[list[int]], int, int]:

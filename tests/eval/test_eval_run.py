@@ -51,10 +51,8 @@ def test_the_printed_score_is_the_score_and_goes_where_the_report_finds_it(runs,
     assert f"{expected.accuracy:.1%}" in shown and "12 × 2" in shown and "25.0%" in shown
     assert "24/24 questions asked" in captured.err
     read = read_run(runs / "sft").exams
-    assert [(score.label, score.split, score.method) for score in read] == [
-        ("sft", "new_findings", "generation"),
-        ("sft", "new_questions", "generation"),
-    ]
+    shown = [(score.label, score.split, score.method) for score in read]
+    assert shown == [("sft", "new_findings", "generation"), ("sft", "new_questions", "generation")]
     assert read[0].constant_letter_baseline == pytest.approx(0.25) and read[0].chance == pytest.approx(0.25)
 
 
@@ -85,10 +83,8 @@ def test_a_model_of_plain_text_is_scored_by_likelihood_and_that_is_said(runs, ca
 def test_both_methods_stand_side_by_side(runs, capsys):
     assert evaluate(str(runs / "sft"), "method=both", "task.split=validation", "task.limit=4", "max_new_tokens=4") == 0
     rows = read_json(runs / "sft" / "exams.json")["sft"]
-    assert {split: row["method"] for split, row in rows.items()} == {
-        "validation": "generation",
-        "validation, likelihood": "likelihood",
-    }
+    methods = {split: row["method"] for split, row in rows.items()}
+    assert methods == {"validation": "generation", "validation, likelihood": "likelihood"}
     assert re.search(r"^validation +generation.*\n^validation +likelihood", capsys.readouterr().out, re.M)
 
 

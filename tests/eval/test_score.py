@@ -26,15 +26,10 @@ from osler.tasks.item import ExamItem
 
 
 def exam(answers: str, groups: Sequence[str] = "") -> list[ExamItem]:
+    options, groups = ("w", "x", "y", "z"), groups or [""] * len(answers)
     return [
-        ExamItem(
-            id=f"i{k}",
-            question="?",
-            options=("w", "x", "y", "z"),
-            answer_index="ABCD".index(letter),
-            group=groups[k] if groups else "",
-        )
-        for k, letter in enumerate(answers)
+        ExamItem(f"i{k}", "?", options, "ABCD".index(letter), group=group)
+        for k, (letter, group) in enumerate(zip(answers, groups, strict=True))
     ]
 
 

@@ -106,11 +106,8 @@ def test_matrices_have_muon_and_the_rest_is_adamw_to_the_bit():
     assert build_optimizer(tiny_model(compute_dtype=torch.bfloat16), config).dtype == torch.bfloat16
     names = {parameter: name for name, parameter in model.named_parameters()}
     groups = {group["name"]: group for group in optimizer.param_groups}
-    assert {name: (group["base_lr"], group["weight_decay"]) for name, group in groups.items()} == {
-        "matrices": (0.05, 0.2),
-        "embeddings": (1e-3, 0.0),
-        "vectors": (1e-3, 0.0),
-    }
+    rates = {name: (group["base_lr"], group["weight_decay"]) for name, group in groups.items()}
+    assert rates == {"matrices": (0.05, 0.2), "embeddings": (1e-3, 0.0), "vectors": (1e-3, 0.0)}
     assert sum(len(group["params"]) for group in groups.values()) == len(names)
     assert all(parameter.dim() == 2 and "layers." in names[parameter] for parameter in groups["matrices"]["params"])
     for step in range(3):
