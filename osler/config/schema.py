@@ -120,14 +120,22 @@ def _check_ranges(value: object) -> None:
             raise ValueError(f"{field} must be {range_of(annotation)}, given {number}")
 
 
-def encode(value: Any) -> Any:
-    """Turn a config into plain dicts, lists and scalars that JSON and YAML can hold; ``decode`` is its inverse."""
+def encode(value: Any, *, defaults: bool = True) -> Any:
+    """Turn a config into plain dicts, lists and scalars that JSON and YAML can hold; ``decode`` is its inverse.
+
+    Without ``defaults``, fields that have their default are left out, but for the type.
+    """
     if is_config_class(type(value)):
-        return {field.name: encode(getattr(value, field.name)) for field in dataclasses.fields(value) if field.init}
+        given = {field: getattr(value, field.name) for field in dataclasses.fields(value) if field.init}
+        return {
+            field.name: encode(item, defaults=defaults)
+            for field, item in given.items()
+            if defaults or field.name == "type" or item != field.default
+        }
     if isinstance(value, Mapping):
-        return {key: encode(item) for key, item in value.items()}
+        return {key: encode(item, defaults=defaults) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [encode(item) for item in value]
+        return [encode(item, defaults=defaults) for item in value]
     return str(value) if isinstance(value, Path) else value
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from osler.config.recipe import dump_yaml
-from osler.data.clean import EXAM, LANGUAGE_CHARACTERS
+from osler.data.clean import EXAM, LANGUAGE_CHARACTERS, LANGUAGE_WORDS
 from osler.data.contamination import COVERAGE, LEAST_WORDS, OPTIONS_WITHIN, SEQUENCE_WORDS
 from osler.data.writing import journal_lines
 
@@ -67,22 +67,22 @@ def _plain(text: str) -> str:
 
 
 def _sources(sources: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    rows, lists = [], []
+    rows, files = [], []
     total = sum(source["weight"] for source in sources.values())
     for name, source in sources.items():
-        about, files = source["about"], source["content"]["files"]
-        home = about.get("home") or about.get("config", {}).get("path") or "made by Osler itself"
-        revision = about.get("revision", "see the files below")
-        licence = about.get("licence") or ("of Osler" if home == "made by Osler itself" else "not stated")
-        rows.append(
-            [name, f"{source['weight'] / total:.1%}", licence, home, revision, len(files), sum(file[1] for file in files)]
-        )
-        if home != "made by Osler itself":
-            shown = [f"- `{file}`, {size:,} bytes, stamp {stamp}" for file, size, stamp in files[:FILES_SHOWN]]
-            more = [f"- and {len(files) - FILES_SHOWN:,} more, which `manifest.json` lists"] if len(files) > FILES_SHOWN else []
-            lists.append(f"Files of {_plain(name)}:\n\n" + "\n".join(shown + more))
+        about, own = source["about"], source["content"]["files"]
+        is_made = about.get("config", {}).get("type") == "clinic"
+        home = about.get("home") or ("made by Osler" if is_made else "files, listed below")
+        licence = about.get("licence") or ("that of Osler" if is_made else "not stated")
+        size = 0 if is_made else sum(size for _, size, _ in own)
+        share = f"{source['weight'] / total:.1%}"
+        rows.append([name, share, licence, home, about.get("revision", "–"), 0 if is_made else len(own), size])
+        if not is_made:
+            files += [[name, Path(file).name, size] for file, size, _ in own[:FILES_SHOWN]]
+            if more := own[FILES_SHOWN:]:
+                files.append([name, f"and {len(more):,} more, see manifest.json", sum(size for _, size, _ in more)])
     titles = ["source", "weight in a run", "licence", "from", "revision", "files", "bytes of files"]
-    return [_table(titles, rows), *lists]
+    return [_table(titles, rows), _table(["source", "file", "bytes"], files) if files else ""]
 
 
 def _counts(sources: Mapping[str, Mapping[str, Any]]) -> str:
@@ -96,20 +96,19 @@ def _counts(sources: Mapping[str, Mapping[str, Any]]) -> str:
 
 def _held_out(sources: Mapping[str, Mapping[str, Any]], named: Mapping[str, Any]) -> Iterable[str]:
     yield "## Held out"
-    rules = []
+    rows: list[list[object]] = []
     for name, source in sources.items():
         content = source["content"]
-        if content["validation"] is not None:
-            rule = "has validation documents of its own"
-        elif content["holdout_fraction"] > 0:
-            rule = (
-                f"documents whose hash (of the text without case and spacing) is in the lowest {content['holdout_fraction']:.2%}"
-            )
-        else:
-            rule = "nothing"
-        rules.append(f"- {_plain(name)}: {rule}; {source['dropped_copies']:,} copies of held-out documents were dropped.")
-    yield "\n".join([*rules, *(f"- {_plain(name)} is a validation set of its own." for name in named)])
-    yield "A document that any source holds out is in the training data of none."
+        share = f"{content['holdout_fraction']:.2%} of the documents, by hash" if content["holdout_fraction"] else "nothing"
+        rule = share if content["validation"] is None else "documents of its own"
+        rows.append([name, rule, source["splits"].get("validation", {}).get("documents", 0), source["dropped_copies"]])
+    for name, entry in named.items():
+        rows.append([name, "a validation set by itself", entry["splits"].get("validation", {}).get("documents", 0), 0])
+    yield _table(["source", "held out", "documents", "copies of held-out documents dropped"], rows)
+    yield (
+        "The hash is of the text without case and spacing, so a document and its copies are on the same side. What one source "
+        "holds out is in the training data of none."
+    )
 
 
 def _left_out(sources: Mapping[str, Mapping[str, Any]], lines: Mapping[str, Sequence[Mapping[str, Any]]]) -> Iterable[str]:
@@ -131,7 +130,10 @@ def _left_out(sources: Mapping[str, Mapping[str, Any]], lines: Mapping[str, Sequ
         yield "How some of them begin:"
         yield "\n".join(sorted(examples))
     if any(source["content"]["options"].get("clean", {}).get("languages") for source in sources.values()):
-        yield f"The language of a document is told from its first {LANGUAGE_CHARACTERS:,} characters."
+        yield (
+            f"The language of a document is told from its first {LANGUAGE_CHARACTERS:,} characters; where it has fewer than "
+            f"{LANGUAGE_WORDS} words, it is kept."
+        )
 
 
 def _exams(sources: Mapping[str, Mapping[str, Any]], lines: Mapping[str, Sequence[Mapping[str, Any]]]) -> Iterable[str]:
@@ -159,10 +161,15 @@ def _exams(sources: Mapping[str, Mapping[str, Any]], lines: Mapping[str, Sequenc
 
 
 def _recipe(sources: Mapping[str, Mapping[str, Any]]) -> Iterable[str]:
-    configs = [{**source["about"]["config"], "name": name} for name, source in sources.items() if "config" in source["about"]]
-    if len(configs) < len(sources):
+    configs = [dict(source["about"].get("config", ())) for source in sources.values()]
+    if not all(configs):
         return
-    data = configs[0] if len(configs) == 1 else {"type": "mixture", "sources": configs}
+    data = configs[0]
+    if len(configs) > 1:
+        shared = configs[0].get("clean")
+        is_shared = shared is not None and all(config.get("clean") == shared for config in configs)
+        configs = [{key: value for key, value in config.items() if not (is_shared and key == "clean")} for config in configs]
+        data = {"type": "mixture", **({"clean": shared} if is_shared else {}), "sources": configs}
     yield "With these lines in `RECIPE.yaml`, the files above, and the tokenizer beside this card:"
     yield f"```yaml\n{dump_yaml({'data': data}).rstrip()}\n```"
     yield "```sh\nosler data prepare RECIPE.yaml --tokenizer tokenizer.json --out FOLDER\n```"

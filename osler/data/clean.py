@@ -24,14 +24,19 @@ from osler.runtime.files import fingerprint, sha256_file
 from osler.tasks.exam_files import load_exam_file
 
 LANGUAGE_CHARACTERS = 1000  # from the start of a document, by which its language is told
+LANGUAGE_WORDS = 20  # the language of fewer is a guess
 EXAM = "exam question"  # the reason why a document that contains one is dropped
 
 
 class Look(NamedTuple):
-    """What was found of a document: why it is left out ("" keeps it), and the ids of the exam items in it."""
+    """What was found of a document: why it is left out ("" keeps it), and the ids of the exam items in it.
+
+    `signature` is what near copies of it are found by, None where they are not looked for.
+    """
 
     reason: str
     exam_items: Sequence[str]
+    signature: Rows | None
 
 
 @dataclass(frozen=True)
@@ -60,19 +65,14 @@ class Cleaner:
         words = words_of(text)
         sums = prefix_sums(words)
         items = self.exams.find(words, sums) if config.exams else []
-        reason = self._quality(text, words, sequences(sums, SHINGLE_WORDS)) if len(parts) == 1 else ""
-        if not reason and config.languages and (language := _language(text[:LANGUAGE_CHARACTERS])) not in config.languages:
-            reason = f"language {language}"
+        shingles = sequences(sums, min(SHINGLE_WORDS, max(1, len(words))))
+        reason = self._quality(text, words, shingles) if len(parts) == 1 else ""
+        if not reason and config.languages and len(words) >= LANGUAGE_WORDS:
+            language = _language(text[:LANGUAGE_CHARACTERS])
+            reason = f"language {language}" if language not in config.languages else ""
         if not reason and items and config.exam_questions == "drop":
             reason = EXAM
-        return Look(reason, items)
-
-    def signatures(self, documents: Sequence[Sequence[str]]) -> Rows | None:
-        """Return by what near copies of documents are found, a row for each; None when they are not looked for."""
-        if self.config.duplicates != "near":
-            return None
-        sums = (prefix_sums(words_of("\n".join(parts))) for parts in documents)
-        return np.stack([signature(sequences(own, min(SHINGLE_WORDS, max(1, len(own) - 1)))) for own in sums])
+        return Look(reason, items, signature(shingles) if config.duplicates == "near" and not reason else None)
 
     def _quality(self, text: str, words: Sequence[str], shingles: np.ndarray[Any, np.dtype[np.uint64]]) -> str:
         config = self.config
@@ -81,7 +81,7 @@ class Cleaner:
         if config.max_words is not None and len(words) > config.max_words:
             return "too long"
         if config.max_symbols < 1:
-            visible = len("".join(text.split()))
+            visible = len(text) - sum(map(text.count, " \n\t\r\u00a0"))
             if visible - sum(map(len, words)) > config.max_symbols * visible:
                 return "too many symbols"
         if config.max_repetition < 1 and len(shingles) - len(np.unique(shingles)) > config.max_repetition * len(shingles):

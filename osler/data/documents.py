@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from osler.data.clean import Cleaner
+from osler.data.duplicates import Rows
 from osler.files.parts import PART_BYTES, File, Part, Parts
 from osler.runtime.errors import UserError
 from osler.tokenizer.chat import Turn
@@ -20,13 +21,15 @@ from osler.tokenizer.chat import Turn
 class Document:
     """A text, or (with `turn`) a question and its answer whose prompt is not learned.
 
-    `where` ("notes.jsonl:12") is for messages. Documents with the same `group` are learned or held out together.
+    `where` ("notes.jsonl:12") is for messages. Documents with the same `group` are learned or held out together. `signature` is
+    what near copies of it are found by.
     """
 
     text: str = ""
     turn: Turn | None = None
     where: str = ""
     group: str = ""
+    signature: Rows | None = field(default=None, compare=False, repr=False)
 
     @property
     def parts(self) -> tuple[str, ...]:

@@ -14,7 +14,18 @@ from osler.clinic.exam import drills
 from osler.clinic.textbook import cards, textbook
 from osler.config.schema import encode
 from osler.data.clean import Cleaner
-from osler.data.config import HUB, AnySource, ClinicData, FilesData, HubData, MixtureData, TextData, TurnsData, sources_of
+from osler.data.config import (
+    HUB,
+    AnySource,
+    CleanConfig,
+    ClinicData,
+    FilesData,
+    HubData,
+    MixtureData,
+    TextData,
+    TurnsData,
+    sources_of,
+)
 from osler.data.content import check_unchanged
 from osler.data.documents import Corpus, Document, in_memory
 from osler.data.holdout import HeldOut, find_limits
@@ -85,15 +96,12 @@ CORPORA: dict[type, Callable[[Any, str], Corpus]] = {
 def open_corpora(data: TextData) -> dict[str, Corpus]:
     """Open the corpora of the sources in a config, by name; files are read when a corpus is."""
     shared = data.clean if isinstance(data, MixtureData) else None
-    corpora = {}
+    corpora, cleaners = {}, dict[CleanConfig, Cleaner]()
     for name, source, key in _keyed(data):
         corpus, clean = CORPORA[type(source)](source, key), source.clean or shared
-        about = {
-            "config": encode(replace(source, clean=clean)),
-            **({"licence": source.licence} if source.licence else {}),
-            **corpus.about,
-        }
-        corpora[name] = replace(corpus, clean=None if clean is None else Cleaner(clean), about=about)
+        about = {"config": encode(replace(source, clean=clean), defaults=False), "licence": source.licence, **corpus.about}
+        cleaner = None if clean is None else cleaners.setdefault(clean, Cleaner(clean))  # which reads its exams once
+        corpora[name] = replace(corpus, clean=cleaner, about=about)
     return corpora
 
 

@@ -10,7 +10,7 @@ import hashlib
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import NamedTuple
 
@@ -102,7 +102,7 @@ class Tokeniser:
                     look = corpus.clean.look(document.parts)
                     exam_items.update(look.exam_items)
                     if not look.reason:
-                        yield document
+                        yield document if look.signature is None else replace(document, signature=look.signature)
                         continue
                     drops[look.reason] += 1
                     if drops[look.reason] <= EXAMPLES:
@@ -132,6 +132,11 @@ def beginning(document: Document) -> str:
     return " ".join("\n".join(document.parts)[: 2 * EXAMPLE_CHARACTERS].split())[:EXAMPLE_CHARACTERS]
 
 
+def _signatures(documents: Sequence[Document]) -> Rows | None:
+    found = [document.signature for document in documents if document.signature is not None]
+    return np.stack(found) if found else None
+
+
 def _piece(tokenizer: Tokenizer, documents: Sequence[Document], clean: Cleaner | None) -> Piece:
     encoded = encode(tokenizer, documents)
     dtype = token_dtype(tokenizer.vocab_size)
@@ -147,7 +152,7 @@ def _piece(tokenizer: Tokenizer, documents: Sequence[Document], clean: Cleaner |
         tokens,
         masks,
         is_masked,
-        None if clean is None else clean.signatures([document.parts for document in documents]),
+        _signatures(documents),
         () if clean is None or clean.config.duplicates == "keep" else [beginning(document) for document in documents],
     )
 
