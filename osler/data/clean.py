@@ -23,7 +23,7 @@ from osler.runtime.errors import UserError
 from osler.runtime.files import fingerprint, sha256_file
 from osler.tasks.exam_files import load_exam_file
 
-LANGUAGE_CHARACTERS = 1000  # from the start of a document, by which its language is told
+LANGUAGE_CHARACTERS = 400  # from the start of a document, by which its language is told
 LANGUAGE_WORDS = 20  # the language of fewer is a guess
 EXAM = "exam question"  # the reason why a document that contains one is dropped
 

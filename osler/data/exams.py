@@ -12,6 +12,7 @@ from functools import reduce
 from pathlib import Path
 
 from osler.data.clean import Cleaner
+from osler.data.shards import read_data_manifest
 from osler.data.writing import journal_lines
 from osler.runtime.errors import UserError
 
@@ -28,6 +29,20 @@ class ExamsInData:
     def with_data(self, other: ExamsInData) -> ExamsInData:
         """Return what is known of these data and others together."""
         return ExamsInData(self.checked & other.checked, self.found | other.found)
+
+    @property
+    def clean(self) -> frozenset[str]:
+        """Return the ids of the items that are not in the data."""
+        return self.checked - self.found
+
+    def as_files(self) -> dict[str, bytes]:
+        """Return the file that a checkpoint has of it, none where nothing was looked for."""
+        return {EXAMS: self.to_bytes()} if self.checked else {}
+
+    @classmethod
+    def from_files(cls, files: Mapping[str, bytes]) -> ExamsInData:
+        """Return what the files of a checkpoint say."""
+        return cls.from_bytes(files[EXAMS]) if EXAMS in files else cls()
 
     def to_bytes(self) -> bytes:
         """Return the content of the file."""
@@ -47,6 +62,17 @@ def read_exams_in_data(folder: Path) -> ExamsInData:
     """Return what is known of a folder of shards; nothing while it is being prepared."""
     file = folder / EXAMS
     return ExamsInData.from_bytes(file.read_bytes(), str(file)) if file.is_file() else ExamsInData()
+
+
+def refuse_unchecked(folder: Path) -> None:
+    """Raise UserError when some source of a folder of shards was not cleaned of exam questions."""
+    for name, source in read_data_manifest(folder)["sources"].items():
+        clean = source["content"]["options"].get("clean") or {}
+        if not clean.get("exams") or clean["exam_questions"] != "drop":
+            raise UserError(
+                f"The recipe claims no_benchmark_contamination, but the source {name} in {folder} was prepared without dropping "
+                "exam questions: prepare it with clean.exams, or leave the claim out."
+            )
 
 
 def look_through(journals: Mapping[Path, Cleaner | None]) -> ExamsInData:

@@ -14,12 +14,13 @@ from typing import Any
 
 from osler.config.recipe import parse_overrides
 from osler.config.schema import decode, encode
+from osler.data.exams import ExamsInData
 from osler.data.readers import TextFiles
 from osler.data.shard_set import ShardSet, open_split
 from osler.eval.config import CLINIC_EXAM, EvalConfig
 from osler.eval.exams import score_by_generation, score_by_likelihood
 from osler.eval.likelihood import batches, measure, windows
-from osler.eval.score import ScoredExam, describe_too_long
+from osler.eval.score import ScoredExam, describe_too_long, summarise
 from osler.inference.engine import InferenceEngine
 from osler.inference.load import LoadedModel, open_model
 from osler.ops.sampling_params import SamplingParams
@@ -34,6 +35,7 @@ from osler.tokenizer.round_trip import RoundTrip, refuse_missing_bytes
 
 logger = logging.getLogger(__name__)
 
+CLEAN = ", clean"  # after the name of an exam: its questions that are not in the model's data
 LOOKED_AT = 256  # documents whose start is decoded again, to see what the tokenizer loses
 
 
@@ -118,7 +120,27 @@ def sit(config: EvalConfig, ready: LoadedModel) -> list[ScoredExam]:
                         progress=progress.update,
                     )
             scores.append(replace(score, split=name, method=method))
+            clean = clean_subset(scores[-1], ExamsInData.from_files(ready.files))
+            scores += [] if clean is None else [clean]
     return scores
+
+
+def clean_subset(score: ScoredExam, known: ExamsInData) -> ScoredExam | None:
+    """Return the score on the questions that are known not to be in the model's data; None when these are all or none."""
+    ids = {result.item.id for result in score.results}
+    checked, found, title = len(ids & known.checked), len(ids & known.found), f"{score.split}{CLEAN}"
+    clean = [result for result in score.results if result.item.id in known.clean]
+    if not checked:
+        return None
+    logger.info(
+        f"{score.split}: the model's data were checked for {checked:,} of its {len(ids):,} questions. {found:,} were found in "
+        "them, or in what was dropped from them."
+        + (f' "{title}" is the score on those that were not.' if found and clean else "")
+    )
+    if not found or not clean:
+        return None
+    subset = summarise(clean, max_seq_len=int(score.max_seq_len))
+    return replace(subset, split=title, method=score.method)
 
 
 def parts(task: Any) -> dict[str, Any]:

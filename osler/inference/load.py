@@ -38,6 +38,7 @@ class LoadedModel:
     tokenizer: Tokenizer
     state: dict[str, Any]
     training: Mapping[str, Any] = field(default_factory=dict)
+    files: Mapping[str, bytes] = field(default_factory=dict)  # in the checkpoint, beside tensors and state
 
     @property
     def _data(self) -> Mapping[str, Any]:
@@ -106,7 +107,7 @@ def load_model(
     model = Transformer(described_model(loaded), compute_dtype=compute_dtype)
     model.load_state_dict(loaded.tensors["model"])
     training = load_yaml(loaded.files.get(CONFIG_FILE, b"").decode(), str(loaded.path / CONFIG_FILE)) or {}
-    return LoadedModel(loaded.path, model.to(device).eval(), tokenizer_of(loaded), loaded.state, training)
+    return LoadedModel(loaded.path, model.to(device).eval(), tokenizer_of(loaded), loaded.state, training, loaded.files)
 
 
 def open_model(checkpoint: str | Path, *, device: str = "auto", which: str = "newest") -> LoadedModel:

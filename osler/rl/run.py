@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 from osler.checkpoint import store
 from osler.checkpoint.folders import TENSORS_SUFFIX
+from osler.data.exams import ExamsInData
 from osler.eval.exams import grade
 from osler.inference.engine import InferenceEngine
 from osler.inference.load import LoadedModel, load_model
@@ -76,7 +77,9 @@ def train(config: GrpoConfig, folder: RunFolder, world: World | None = None) -> 
     world.broadcast_from_first(lambda: claim(folder, config))
     if samples and world.is_first:
         write_or_warn(folder.samples, samples)  # a start over in the same folder replaces it
-    run.describe(machine, model.config, tokenizer)
+    trained_on = frozenset(item.id for task in tasks for item in task.items)
+    exams = ExamsInData.from_files(loaded.files)
+    run.describe(machine, model.config, tokenizer, replace(exams, found=exams.found | trained_on).as_files())
     engine = parallelize(model, config.parallel, world, recompute=config.recompute, loss_of=PolicyLoss)
     optimizer = build_optimizer(model, config.optim, process_group=world.group)
     learner = Learner(model, optimizer, engine, config.clip_norm)

@@ -109,11 +109,14 @@ class Run:
         self.started = time.monotonic()  # moved back on resume by the time that earlier processes spent
         self.events = EventLog(self.folder.events if self.world.is_first else os.devnull)
 
-    def describe(self, machine: Machine, model: ModelConfig, tokenizer: Tokenizer) -> None:
-        """Write ``versions.json``, and collect the files that go into every checkpoint."""
+    def describe(
+        self, machine: Machine, model: ModelConfig, tokenizer: Tokenizer, files: Mapping[str, bytes] | None = None
+    ) -> None:
+        """Write ``versions.json``, and collect the files that go into every checkpoint, ``files`` among them."""
         versions = self.world.broadcast_from_first(lambda: write_versions(self.folder, machine))
         self.files = {
-            **describing_files(model, tokenizer), "config.yaml": self.folder.config.read_bytes(), VERSIONS: versions
+            **describing_files(model, tokenizer), "config.yaml": self.folder.config.read_bytes(), VERSIONS: versions,
+            **(files or {}),
         }  # fmt: skip
 
     @property

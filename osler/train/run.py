@@ -38,7 +38,7 @@ from osler.tokenizer.round_trip import refuse_missing_bytes
 from osler.train import setup
 from osler.train.batches import heads, held_out_batches, make_loader
 from osler.train.config import TrainConfig
-from osler.train.shards import check_data, fingerprints_of, prepare_run, shards_of, streams
+from osler.train.shards import check_data, exams_in_data, fingerprints_of, prepare_run, shards_of, streams
 from osler.train.trainer import SupervisedTrainer
 
 logger = logging.getLogger(__name__)
@@ -83,7 +83,7 @@ def train(config: TrainConfig, folder: RunFolder, world: World | None = None) ->
     prepared = prepared or open_prepared(shards_of(config, folder), tokenizer, growing=streams(config))
     optimizer = build_optimizer(model, config.optim, seed=config.seed, process_group=world.group)
     loader = make_loader(config, prepared, world, pin_memory=machine.device.type == "cuda")
-    run.describe(machine, model.config, tokenizer)
+    run.describe(machine, model.config, tokenizer, exams_in_data(config, prepared.folder, checkpoint).as_files())
     run.fingerprints = fingerprints_of(prepared, tokenizer, checkpoint)
     tend = tending(config, folder, preparer, loader)
     trainer = SupervisedTrainer(

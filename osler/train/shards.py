@@ -16,6 +16,7 @@ from pathlib import Path
 from osler.checkpoint import store
 from osler.config.schema import decode
 from osler.data.config import HUB, PreparedData, sources_of
+from osler.data.exams import ExamsInData, read_exams_in_data, refuse_unchecked
 from osler.data.prepared import Prepared, open_prepared, tokenizer_of_shards
 from osler.data.preparer import Preparer
 from osler.data.shard_set import NotPreparedYet, ShardSet, go_on_from, is_finished, num_evicted
@@ -117,6 +118,18 @@ def _open(
     return open_prepared(folder, tokenizer, growing=True), preparer
 
 
+def exams_in_data(config: TrainConfig, shards: Path, start: store.Loaded | None) -> ExamsInData:
+    """Return which exam items are in what a run learns from and in what the model it begins with has learned from.
+
+    `start` is the checkpoint that the run continues from, which knows of both. Data that are still being prepared say nothing.
+    """
+    known = read_exams_in_data(shards)
+    if config.init_from is None and (start is None or not config.allow_data_change):
+        return known
+    before = start or store.load(store.resolve(str(config.init_from)), names=[])
+    return known.with_data(ExamsInData.from_files(before.files))
+
+
 def _check_bytes(prepared: Prepared, run: RunFolder) -> None:
     """Raise UserError when a shard rotted since it was written; many gigabytes are left to `osler data inspect`."""
     splits, folder = [*prepared.train, *prepared.validation], prepared.folder
@@ -133,6 +146,8 @@ def _check_bytes(prepared: Prepared, run: RunFolder) -> None:
 def check_data(config: TrainConfig, run: RunFolder, start: store.Loaded | None) -> None:
     """Raise UserError when the run has no data to learn from."""
     if isinstance(config.data, PreparedData):
+        if config.data.no_benchmark_contamination:
+            refuse_unchecked(Path(config.data.path))
         if start is None and config.init_from is not None:
             start = store.load(store.resolve(config.init_from), names=[])
         if start is None:

@@ -13,7 +13,7 @@ from osler.data.clean import EXAM, Cleaner
 from osler.data.config import CleanConfig, FilesData, MixtureData
 from osler.data.contamination import ExamIndex
 from osler.data.duplicates import EXACT, NEAR, Seen, signature
-from osler.data.exams import ExamsInData, read_exams_in_data
+from osler.data.exams import ExamsInData, read_exams_in_data, refuse_unchecked
 from osler.data.ngrams import prefix_sums, sequences, words_of
 from osler.data.prepare import prepare
 from osler.data.shards import read_data_manifest
@@ -46,6 +46,7 @@ def found(index: ExamIndex, text: str) -> list[str]:
 # -- quality -----------------------------------------------------------------------------------------------------------
 
 SENTENCE = "The patient has had a fever for three days and coughs at night"
+GERMAN = "Der Patient hat seit drei Tagen Fieber und hustet in der Nacht, die Lunge war bei jeder Untersuchung ohne Befund."
 
 
 @pytest.mark.parametrize(
@@ -58,9 +59,10 @@ SENTENCE = "The patient has had a fever for three days and coughs at night"
         (CleanConfig(max_symbols=1.0), "a b c d e " + "-" * 20, ""),
         (CleanConfig(), f"{SENTENCE}. " * 9, "repetitive"),
         (CleanConfig(max_repetition=1.0), f"{SENTENCE}. " * 9, ""),
-        (CleanConfig(languages=("en",)), SENTENCE, ""),
-        (CleanConfig(languages=("en",)), "Der Patient hat seit drei Tagen Fieber und hustet in der Nacht.", "language de"),
-        (CleanConfig(languages=("de", "en")), "Der Patient hat seit drei Tagen Fieber und hustet in der Nacht.", ""),
+        (CleanConfig(languages=("en",)), f"{SENTENCE}, though there was nothing wrong with the lungs.", ""),
+        (CleanConfig(languages=("en",)), GERMAN, "language de"),
+        (CleanConfig(languages=("de", "en")), GERMAN, ""),
+        (CleanConfig(languages=("en",)), " ".join(GERMAN.split()[:19]), ""),  # too few words to tell
     ],
 )
 def test_quality_and_language(config: CleanConfig, text: str, reason: str) -> None:
@@ -228,7 +230,7 @@ def test_drops_are_counted_and_shown_in_the_card(data: FilesData, exam: MedqaTas
         "medqa test",
         f"`{found_item}`",
         "| near copy | 1 | 0.500% |",
-        "similarity: 0.8",
+        "duplicates: near",
     ):
         assert part in card
     assert prose(3, 1)[0].upper() not in card  # the text of exam questions is not spread
@@ -312,3 +314,11 @@ def test_processes_and_stops_change_nothing(
             stops += 1
     assert stops > 5
     assert files(tmp_path / "stopped") == files(tmp_path / "whole")
+
+
+def test_shards_are_refused_where_exams_were_not_looked_for(data: FilesData, tmp_path: Path, tokenizer: Tokenizer) -> None:
+    prepare_sources(data, tokenizer, tmp_path / "checked")
+    refuse_unchecked(tmp_path / "checked")
+    prepare_sources(replace(data, clean=None, no_benchmark_contamination=False), tokenizer, tmp_path / "unchecked")
+    with pytest.raises(UserError, match=r"the source notes in .* was prepared without dropping"):
+        refuse_unchecked(tmp_path / "unchecked")

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from osler.cli import main as cli
+from osler.config.recipe import load_yaml
+from osler.config.schema import decode
 from osler.eval.config import EXAM_SEED, EvalConfig
 from osler.eval.exams import greedy, score_by_generation, score_by_likelihood
 from osler.eval.run import complete, config_of, parts, remarks, table
@@ -18,9 +20,11 @@ from osler.inference.load import open_model
 from osler.report.read import read_run
 from osler.report.words import verdict
 from osler.runtime.errors import UserError
-from osler.runtime.files import read_json
+from osler.runtime.files import RunFolder, read_json
 from osler.tasks.item import ExamItem
 from osler.tasks.registry import ClinicTask, load_clinic
+from osler.train.config import TrainConfig
+from osler.train.run import train
 
 NOTES = ["Day 1. The fever is gone; the patient sleeps – and eats well.", "Day 2. The fever is high.", "Day 3. It is gone."]
 
@@ -118,6 +122,32 @@ def test_an_exam_from_a_file(runs, tmp_path, capsys):
     assert read_json(runs / "notes" / "exams.json")["pretrain"]["medqa, likelihood"]["constant_letter_baseline"] == 1.0
     assert evaluate(str(runs / "notes"), f"task.path={exam}") == 2
     assert "needs `type`, one of: clinic, gsm8k, medmcqa, medqa" in capsys.readouterr().err
+
+
+def test_the_clean_subset_stands_beside_the_full_set(runs, tmp_path, capsys):
+    """A run on data that were checked for an exam, and a fine-tuning that begins with it on data that were not."""
+    exam, words = tmp_path / "medqa.jsonl", [f"w{number}" for number in range(400)]
+    row = {"options": {"A": "one", "B": "two"}, "answer": "two", "answer_idx": "B"}
+    questions = [" ".join(words[40 * number : 40 * number + 40]) for number in range(5)]
+    exam.write_text("".join(json.dumps({**row, "question": f"{question}?"}) + "\n" for question in questions))
+    notes = tmp_path / "notes.jsonl"
+    texts = [f"Note {number}: {NOTES[number % 3]}" for number in range(40)]
+    notes.write_text("".join(json.dumps({"text": text}) + "\n" for text in [*texts, questions[3].upper()]))
+    config = load_yaml((runs / "notes" / "config.yaml").read_text(), "")
+    clean = {"exams": [{"type": "medqa", "path": str(exam)}]}
+    data = {"type": "files", "path": str(notes), "clean": clean, "no_benchmark_contamination": True}
+    train(decode(TrainConfig, {**config, "data": data}), RunFolder.create(runs / "checked"))
+    unchecked = {**config, "init_from": str(runs / "checked")}
+    train(decode(TrainConfig, unchecked), RunFolder.create(runs / "unchecked"))
+    task = ("task.type=medqa", f"task.path={exam}")
+    assert evaluate(str(runs / "checked"), *task) == 0
+    captured = capsys.readouterr()
+    assert "checked for 5 of its 5 questions. 1 were found" in captured.err
+    assert re.search(r"^medqa, clean +likelihood .* 4 ", captured.out, re.M)
+    stored = read_json(runs / "checked" / "exams.json")["pretrain"]
+    assert stored["medqa, likelihood"]["n"] == 5 and stored["medqa, clean, likelihood"]["n"] == 4
+    assert evaluate(str(runs / "unchecked"), *task) == 0
+    assert "clean" not in capsys.readouterr().out
 
 
 def test_questions_without_options_cannot_be_scored_by_likelihood(runs, tmp_path, capsys):
