@@ -72,17 +72,38 @@ def _sources(sources: Mapping[str, Mapping[str, Any]]) -> list[str]:
     for name, source in sources.items():
         about, own = source["about"], source["content"]["files"]
         is_made = about.get("config", {}).get("type") == "clinic"
-        home = about.get("home") or ("made by Osler" if is_made else "files, listed below")
+        home = Path(about["home"]).name if _is_on_disk(about.get("home", "")) else about.get("home", "")
+        home = home or ("made by Osler" if is_made else "files, listed below")
         licence = about.get("licence") or ("that of Osler" if is_made else "not stated")
         size = 0 if is_made else sum(size for _, size, _ in own)
         share = f"{source['weight'] / total:.1%}"
         rows.append([name, share, licence, home, about.get("revision", "–"), 0 if is_made else len(own), size])
         if not is_made:
-            files += [[name, Path(file).name, size] for file, size, _ in own[:FILES_SHOWN]]
+            files += [[name, _name(file, about), size] for file, size, _ in own[:FILES_SHOWN]]
             if more := own[FILES_SHOWN:]:
                 files.append([name, f"and {len(more):,} more, see manifest.json", sum(size for _, size, _ in more)])
     titles = ["source", "weight in a run", "licence", "from", "revision", "files", "bytes of files"]
     return [_table(titles, rows), _table(["source", "file", "bytes"], files) if files else ""]
+
+
+def _is_on_disk(name: str) -> bool:
+    return Path(name).is_absolute()
+
+
+def _name(file: str, about: Mapping[str, Any]) -> str:
+    """Return the name of a file in its source; where the source lies on some disk is nobody else's business."""
+    place = about.get("config", {}).get("path")
+    if place and Path(file).is_relative_to(place) and Path(file) != Path(place):
+        return Path(file).relative_to(place).as_posix()
+    return Path(file).name if _is_on_disk(file) or place else file
+
+
+def _without_places(value: Any) -> Any:
+    """Return a config with names of files and folders in place of their paths."""
+    if isinstance(value, Mapping):
+        is_place = {key: key in ("path", "root") and isinstance(item, str) for key, item in value.items()}
+        return {key: Path(item).name if is_place[key] else _without_places(item) for key, item in value.items()}
+    return [_without_places(item) for item in value] if isinstance(value, list) else value
 
 
 def _counts(sources: Mapping[str, Mapping[str, Any]]) -> str:
@@ -166,10 +187,11 @@ def _recipe(sources: Mapping[str, Mapping[str, Any]]) -> Iterable[str]:
         return
     data = configs[0]
     if len(configs) > 1:
-        shared = configs[0].get("clean")
-        is_shared = shared is not None and all(config.get("clean") == shared for config in configs)
-        configs = [{key: value for key, value in config.items() if not (is_shared and key == "clean")} for config in configs]
-        data = {"type": "mixture", **({"clean": shared} if is_shared else {}), "sources": configs}
-    yield "With these lines in `RECIPE.yaml`, the files above, and the tokenizer beside this card:"
-    yield f"```yaml\n{dump_yaml({'data': data}).rstrip()}\n```"
-    yield "```sh\nosler data prepare RECIPE.yaml --tokenizer tokenizer.json --out FOLDER\n```"
+        cleans = [config.get("clean") for config in configs]
+        shared = None if None in cleans else max(cleans, key=cleans.count)
+        configs = [{key: value for key, value in config.items() if key != "clean" or value != shared} for config in configs]
+        data = {"type": "mixture", **({} if shared is None else {"clean": shared}), "sources": configs}
+    recipe = {"data": _without_places(data), "tokenizer": {"path": "tokenizer.json"}}
+    yield "With these lines in `RECIPE.yaml`, in a folder with the files above and the tokenizer that is beside this card:"
+    yield f"```yaml\n{dump_yaml(recipe).rstrip()}\n```"
+    yield "```sh\nosler data prepare RECIPE.yaml --out FOLDER\n```"

@@ -57,8 +57,11 @@ class Document:
 
     def split_key(self) -> int:
         """Return 64 bits by which it is held out or not: of its group, or of its content but for case and spacing."""
-        parts = (self.group,) if self.group else self.parts
-        return int.from_bytes(_digest(tuple(" ".join(part.split()).casefold() for part in parts)), "big")
+        return _plain_digest((self.group,)) if self.group else self.content_key()
+
+    def content_key(self) -> int:
+        """Return 64 bits that identify the content but for case and spacing."""
+        return _plain_digest(self.parts)
 
 
 @dataclass(frozen=True)
@@ -159,6 +162,10 @@ def permutation(count: int, seed: int, *purpose: object) -> npt.NDArray[np.int64
     key = int.from_bytes(hashlib.sha256(name.encode()).digest()[:16], "big")
     words = np.random.Philox(key=key).random_raw(count)
     return np.argsort(words, kind="stable").astype(np.int64, copy=False)
+
+
+def _plain_digest(parts: tuple[str, ...]) -> int:
+    return int.from_bytes(_digest(tuple(" ".join(part.split()).casefold() for part in parts)), "big")
 
 
 def _digest(parts: tuple[str, ...]) -> bytes:

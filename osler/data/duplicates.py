@@ -1,7 +1,7 @@
 """Which documents are copies, or nearly, of earlier ones of the same source, in memory that does not grow with their number.
 
-A document is known by a row of bytes: its split key, which documents share that are equal but for case and spacing, and, where
-near copies are looked for, a MinHash signature of its sequences of 5 words (Broder 1997; one byte of each of 128 minima, Li and
+A document is known by a row of bytes: a key that documents share which are equal but for case and spacing, and, where near
+copies are looked for, a MinHash signature of its sequences of 5 words (Broder 1997; one byte of each of 128 minima, Li and
 König 2010). Locality-sensitive hashing finds candidates: earlier documents that share one of 16 bands of 8 bytes. They are copies
 where enough of all bytes agree, which estimates the share of their sequences that two documents have in common.
 
@@ -12,7 +12,7 @@ rows are in a file too, so a killed preparation goes on from the same state with
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +44,13 @@ def signature(shingles: Hashes) -> Rows:
         shingles, np.array([0, len(shingles)], np.uint64), num_perm=SIGNATURE_BYTES, seed=MINHASH_SEED
     )
     return np.array(matrix.to_rows()[0], np.uint32).astype(np.uint8)
+
+
+def rows_of(keys: Sequence[int], signatures: Sequence[Rows | None]) -> Rows:
+    """Return the rows of documents from their keys and, where near copies are looked for, their signatures."""
+    rows = np.array(keys, "<u8").view(np.uint8).reshape(-1, KEY_BYTES)
+    given = [signature for signature in signatures if signature is not None]
+    return np.concatenate([rows, np.stack(given)], axis=1) if given else rows
 
 
 class Seen:
@@ -81,10 +88,8 @@ class Seen:
                 for row, slots in zip(rows, self._slots(rows), strict=True):
                     self._insert(row, slots)
 
-    def add(self, keys: Hashes, signatures: Rows | None) -> Iterator[str]:
+    def add(self, rows: Rows) -> Iterator[str]:
         """Yield why each document is a copy of an earlier one, "" for those that are not; these are known from now on."""
-        rows = keys.astype("<u8").view(np.uint8).reshape(-1, KEY_BYTES)
-        rows = rows if signatures is None else np.concatenate([rows, signatures], axis=1)
         for row, slots in zip(rows, self._slots(rows), strict=True):
             reason = self._reason(row, slots)
             if not reason:

@@ -32,7 +32,7 @@ from osler.data.prepared import Prepared, open_folder
 from osler.data.shards import DATA_MANIFEST, INDEX, SPLITS, TOKENIZER, read_data_manifest
 from osler.data.tokenise import PartEnd, Task
 from osler.data.workers import process_count, tokenise
-from osler.data.writing import Choice, CorpusWriter, journal_of, read_keys
+from osler.data.writing import SEEN, Choice, CorpusWriter, journal_of, read_keys
 from osler.runtime.errors import UserError
 from osler.runtime.faults import fault
 from osler.runtime.files import fingerprint, locked, no_pause, write_atomic, write_json
@@ -191,6 +191,8 @@ def _write(
     write_atomic(out / CARD, data_card(manifest, list(journals)).encode())
     fault("prepare-complete")
     write_json(out / DATA_MANIFEST, manifest)
+    for stream in sources:
+        (stream.folder / SEEN).unlink(missing_ok=True)
 
 
 def _choose(stream: Stream, keys: Keys, held: HeldOut) -> Choice:

@@ -99,7 +99,9 @@ def open_corpora(data: TextData) -> dict[str, Corpus]:
     corpora, cleaners = {}, dict[CleanConfig, Cleaner]()
     for name, source, key in _keyed(data):
         corpus, clean = CORPORA[type(source)](source, key), source.clean or shared
-        about = {"config": encode(replace(source, clean=clean), defaults=False), "licence": source.licence, **corpus.about}
+        about = {"config": encode(replace(source, clean=clean), defaults=False), **corpus.about}
+        if source.licence:
+            about["licence"] = source.licence
         cleaner = None if clean is None else cleaners.setdefault(clean, Cleaner(clean))  # which reads its exams once
         corpora[name] = replace(corpus, clean=cleaner, about=about)
     return corpora

@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from osler.data.clean import Cleaner
 from osler.data.documents import Corpus, Document, permutation
-from osler.data.duplicates import Rows
+from osler.data.duplicates import Rows, rows_of
 from osler.data.shards import Int64Array, MaskArray, TokenArray, token_dtype
 from osler.files.parts import Part
 from osler.runtime.faults import fault
@@ -55,7 +55,7 @@ class Piece(NamedTuple):
     tokens: TokenArray
     masks: MaskArray | None
     is_masked: npt.NDArray[np.bool_] | None
-    signatures: Rows | None  # by which near copies are found
+    rows: Rows | None  # by which copies are found
     beginnings: Sequence[str]  # of the documents, for the data card; empty where copies are kept
 
 
@@ -132,11 +132,6 @@ def beginning(document: Document) -> str:
     return " ".join("\n".join(document.parts)[: 2 * EXAMPLE_CHARACTERS].split())[:EXAMPLE_CHARACTERS]
 
 
-def _signatures(documents: Sequence[Document]) -> Rows | None:
-    found = [document.signature for document in documents if document.signature is not None]
-    return np.stack(found) if found else None
-
-
 def _piece(tokenizer: Tokenizer, documents: Sequence[Document], clean: Cleaner | None) -> Piece:
     encoded = encode(tokenizer, documents)
     dtype = token_dtype(tokenizer.vocab_size)
@@ -152,7 +147,9 @@ def _piece(tokenizer: Tokenizer, documents: Sequence[Document], clean: Cleaner |
         tokens,
         masks,
         is_masked,
-        _signatures(documents),
+        rows_of([document.content_key() for document in documents], [document.signature for document in documents])
+        if clean is not None and clean.config.duplicates != "keep"
+        else None,
         () if clean is None or clean.config.duplicates == "keep" else [beginning(document) for document in documents],
     )
 

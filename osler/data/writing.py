@@ -111,8 +111,8 @@ class CorpusWriter:
     def _without_copies(self, piece: Piece) -> npt.NDArray[np.bool_]:
         """Return which documents are no copies of earlier ones; count the others."""
         is_new = np.ones(len(piece.keys), bool)
-        if self._seen is not None:
-            for place, reason in enumerate(self._seen.add(piece.keys, piece.signatures)):
+        if self._seen is not None and piece.rows is not None:
+            for place, reason in enumerate(self._seen.add(piece.rows)):
                 if reason:
                     is_new[place] = False
                     self.counts[reason] += 1

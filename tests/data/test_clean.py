@@ -2,7 +2,7 @@
 
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +12,8 @@ import pytest
 from osler.data.clean import EXAM, Cleaner
 from osler.data.config import CleanConfig, FilesData, MixtureData
 from osler.data.contamination import ExamIndex
-from osler.data.duplicates import EXACT, NEAR, Seen, signature
+from osler.data.documents import Document, in_memory
+from osler.data.duplicates import EXACT, NEAR, Rows, Seen, rows_of, signature
 from osler.data.exams import ExamsInData, read_exams_in_data, refuse_unchecked
 from osler.data.ngrams import prefix_sums, sequences, words_of
 from osler.data.prepare import prepare
@@ -150,42 +151,41 @@ def seen(path: Path, *, near: bool = True, memory_bytes: int = 1 << 20) -> Seen:
     return Seen(path / "seen.bin", near=near, similarity=0.8, memory_bytes=memory_bytes)
 
 
-def signatures(*texts: list[str]) -> np.ndarray:  # type: ignore[type-arg]
-    return np.stack([signature(sequences(prefix_sums(text), 5)) for text in texts])
+def near_rows(keys: Iterable[int], *texts: list[str]) -> Rows:
+    return rows_of(list(keys), [signature(sequences(prefix_sums(text), 5)) for text in texts])
 
 
 def test_near_copies_are_found_and_others_are_not(tmp_path: Path) -> None:
     text, other = prose(1, 400), prose(2, 400)
     edited, half = [*text[:200], "new", *text[201:]], [*text[:200], *other[200:]]
     given = [text, other, edited, half, text]
-    reasons = list(seen(tmp_path).add(np.array([1, 2, 3, 4, 1], np.uint64), signatures(*given)))
+    reasons = list(seen(tmp_path).add(near_rows([1, 2, 3, 4, 1], *given)))
     assert reasons == ["", "", NEAR, "", EXACT]
 
 
 def test_memory_is_bounded_and_the_latest_documents_are_known(tmp_path: Path) -> None:
     small = seen(tmp_path, near=False, memory_bytes=16 * 100)
-    keys = np.arange(1, 1001, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-    assert not any(small.add(keys, None))
-    assert all(small.add(keys[-100:], None))
-    assert not any(small.add(keys[:100], None))
+    rows = rows_of(range(1, 1001), [None] * 1000)
+    assert not any(small.add(rows))
+    assert all(small.add(rows[-100:]))
+    assert not any(small.add(rows[:100]))
     assert small._rows.nbytes + small._latest.nbytes + small._before.nbytes <= 16 * 100
 
 
 def test_what_was_seen_is_restored(tmp_path: Path) -> None:
-    keys = np.arange(300, dtype=np.uint64)
-    texts = signatures(*(prose(number, 50) for number in range(300)))
+    rows = near_rows(range(300), *(prose(number, 50) for number in range(300)))
     first = seen(tmp_path, memory_bytes=272 * 100)
-    list(first.add(keys[:200], texts[:200]))
+    list(first.add(rows[:200]))
     first.write()
-    list(first.add(keys[200:], texts[200:]))
+    list(first.add(rows[200:]))
     first.write()
     again = seen(tmp_path, memory_bytes=272 * 100)
     again.restore(200)
     assert again.num_written == again.count == 200
     fresh = seen(tmp_path / "none", memory_bytes=272 * 100)
-    list(fresh.add(keys[:200], texts[:200]))
+    list(fresh.add(rows[:200]))
     probe = np.random.default_rng(0).permutation(300)
-    assert list(again.add(keys[probe], texts[probe])) == list(fresh.add(keys[probe], texts[probe]))
+    assert list(again.add(rows[probe])) == list(fresh.add(rows[probe]))
 
 
 # -- prepared data -----------------------------------------------------------------------------------------------------
@@ -234,6 +234,7 @@ def test_drops_are_counted_and_shown_in_the_card(data: FilesData, exam: MedqaTas
     ):
         assert part in card
     assert prose(3, 1)[0].upper() not in card  # the text of exam questions is not spread
+    assert str(tmp_path) not in card and not list(out.rglob("seen.bin"))
     assert prepare_sources(data, tokenizer, out).reused
 
 
@@ -322,3 +323,11 @@ def test_shards_are_refused_where_exams_were_not_looked_for(data: FilesData, tmp
     prepare_sources(replace(data, clean=None, no_benchmark_contamination=False), tokenizer, tmp_path / "unchecked")
     with pytest.raises(UserError, match=r"the source notes in .* was prepared without dropping"):
         refuse_unchecked(tmp_path / "unchecked")
+
+
+def test_documents_that_are_held_out_together_are_no_copies(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    documents = [Document(text=" ".join(prose(number, 20)), group=f"page {number // 5}") for number in range(20)]
+    corpus = replace(in_memory([*documents, documents[7]], holdout_fraction=0.3), clean=Cleaner(CleanConfig()))
+    source = prepare({"notes": corpus}, tokenizer, tmp_path / "out").sources[0]
+    assert source.validation is not None
+    assert source.train.num_documents + source.validation.num_documents == 20
