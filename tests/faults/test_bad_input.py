@@ -69,13 +69,9 @@ def test_a_tokenizer_that_loses_the_text_is_refused_before_the_run(mistake, tiny
 
 
 def test_a_recipe_that_is_missing_or_broken(mistake, tmp_path):
-    assert "no-such.yaml" in mistake("pretrain", "no-such.yaml")
-    assert "did you mean `pure-tiny`?" in mistake("pretrain", "pure-tiyn")
     assert "there is no file or folder ../nosuch" in mistake("data", "prepare", "../nosuch", "tokenizer.path=t", "--out", "o")
     assert f"data.type=files data.path={tmp_path}" in mistake("pretrain", tmp_path)
     broken = tmp_path / "broken.yaml"
-    broken.write_text("seq_len: 64\nmodel: {num_layers: 2\n")
-    assert "broken.yaml: not valid YAML at line" in mistake("pretrain", broken)
     broken.write_text("model: " + "[" * 10_000)
     assert "broken.yaml: not valid YAML: maximum recursion depth exceeded" in mistake("pretrain", broken)
 
@@ -188,12 +184,6 @@ def test_a_folder_holds_one_run(stopped, tiny, mistake):
     text = mistake("sft", tiny.sft, f"init_from={stopped}", "--run", stopped)
     assert "holds another run" in text and "kind" in text
     assert main(["pretrain", tiny.pretrain, "--run", str(stopped), "--dry-run"]) == 0
-
-
-def test_a_start_that_fails_leaves_no_folder(tiny, mistake, tmp_path):
-    assert "nowhere" in mistake("sft", tiny.sft, "init_from=nowhere", "--run", tmp_path / "run")
-    assert "nowhere" in mistake("grpo", tiny.grpo, "init_from=nowhere", "--run", tmp_path / "run")
-    assert not (tmp_path / "run").exists()
 
 
 def test_a_folder_of_an_earlier_version_is_the_same_run(stopped, launch):

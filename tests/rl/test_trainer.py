@@ -78,35 +78,20 @@ def content(folder, step):
     return loaded.tensors, loaded.state
 
 
-def assert_same_run(folder, other, step):
-    assert_same_tensors(folder, other)
-    (tensors, state), (_, other_state) = content(folder, step), content(other, step)
-    assert state == other_state and tensors.keys() == {"model", "optimizer", "reference"}
-    assert [*map(untimed, logged(folder))] == [*map(untimed, logged(other))]
-
-
-@pytest.fixture(scope="module")
-def never_stopped(tmp_path_factory):
-    return tmp_path_factory.mktemp("whole")
-
-
-@pytest.fixture
-def whole(make_trainer, never_stopped):
-    """The folder of a run that nothing interrupted."""
-    if not any(never_stopped.iterdir()):
-        assert Loop(make_trainer(never_stopped)).fit()
-    return never_stopped
-
-
-def test_a_resumed_run_is_the_same_run(make_trainer, whole, tmp_path):
+def test_a_resumed_run_is_the_same_run(make_trainer, tmp_path):
     """As if killed in step 4: only what was saved up to step 3 is left, and a metrics file that is ahead."""
+    whole = tmp_path / "whole"
+    assert Loop(make_trainer(whole)).fit()
     parts = Path(shutil.copytree(whole, tmp_path / "parts"))
     for step in (4, 5):
         shutil.rmtree(parts / "checkpoints" / folders.folder_name(step))
     resumed = Loop(make_trainer(parts))
     resumed.restore(store.load(folders.newest_good(parts / "checkpoints")[0]))
     assert resumed.trainer.step == 3 and resumed.fit()
-    assert_same_run(parts, whole, 5)
+    assert_same_tensors(parts, whole)
+    (tensors, state), (_, whole_state) = content(parts, 5), content(whole, 5)
+    assert state == whole_state and tensors.keys() == {"model", "optimizer", "reference"}
+    assert [*map(untimed, logged(parts))] == [*map(untimed, logged(whole))]
 
 
 def test_every_metric_is_declared_and_the_policy_moves(make_trainer, tmp_path):

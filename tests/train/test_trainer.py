@@ -32,22 +32,6 @@ from osler.tokenizer.bpe import Tokenizer
 from osler.watch.state import WatchedFolder
 
 
-def test_the_checkpoint_comes_before_the_evaluation(make_trainer, tmp_path):
-    """An evaluation that fails costs nothing: its step is saved, and the next process makes up for it."""
-
-    def fail():
-        raise MemoryError
-
-    with pytest.raises(MemoryError):
-        Loop(make_trainer(tmp_path, evaluate=fail)).fit()
-    assert saved_steps(tmp_path) == [4, 6]
-    again = make_trainer(tmp_path, evaluate=lambda: {"eval/loss": 3.0})
-    loop = Loop(again)
-    loop.restore(store.load(store.resolve(tmp_path)))
-    assert again.step == 6 and loop.fit()
-    assert [line["step"] for line in logged(tmp_path) if "eval/loss" in line] == [6, 12]
-
-
 def test_steps_without_a_token_to_learn_count_nowhere(make_trainer, tmp_path):
     """Two steps of three have rows without a learned token: mean, gradient norm, spike window and looks are of the others."""
     fields = {"log_every_steps": 1, "monitor": MonitorConfig(level="full", full_every_steps=1), "total_tokens": 36 * 256}
