@@ -82,7 +82,7 @@ class ShardWriter:
         self._tokens.append(np.asarray(ids, self._dtype).tobytes())
         self._masks.append(None if mask is None else bytes(mask))
         self._ends.append(len(ids) + (self._ends[-1] if self._ends else 0))
-        self._loss_tokens += len(ids) if mask is None else int(sum(mask))
+        self._loss_tokens += len(ids) if mask is None else int(np.count_nonzero(mask))
         self._num_bytes += num_bytes
         self.num_documents += 1
         self.num_tokens += len(ids)

@@ -90,14 +90,14 @@ def test_large_vocabularies_take_four_bytes(make_shards) -> None:  # type: ignor
 
 
 def test_turns_carry_their_loss_mask(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    turn = Turn("Why fever?", "Cough.", "Pneumonia")
+    turn = Turn("Why fever?", "Cough. " * 300, "Pneumonia")
     shards = prepare(in_memory([Document(turn=turn), Document(text="prose")]), tokenizer, tmp_path / "out").train
     [(ids, mask)] = encode_examples(tokenizer, [turn])
     (prose_ids, prose_mask), (stored_ids, stored_mask) = sorted(map(shards.document, range(2)), key=lambda found: len(found[0]))
     assert (stored_ids.tolist(), stored_mask is not None and stored_mask.tolist()) == (ids, mask)
     assert prose_mask is not None and prose_mask.tolist() == [1] * len(prose_ids)
     assert shards.num_loss_tokens == sum(mask) + len(prose_ids)
-    assert shards.num_bytes == len("Why fever?Cough.Pneumoniaprose")
+    assert shards.num_bytes == len("Why fever?" + "Cough. " * 300 + "Pneumoniaprose") and sum(mask) > 255
 
 
 def test_empty_documents_are_skipped_and_counted(tmp_path: Path, tokenizer: Tokenizer) -> None:
