@@ -87,7 +87,6 @@ def test_overview_lists_every_command(capsys):
         (["show"], "which recipe?"),
         (["quickstart", "pure-tiny", "a=1"], "takes no recipe"),
         (["report", "no/such/run"], "no/such/run"),
-        (["tokenizer", "inspect", "no/such/file"], "no/such/file"),
         (["data", "inspect", "no/such/folder"], "no/such/folder"),
         (["tokenizer", "train", "data=3", "--out", "y"], "data: should be a mapping"),
         (["data", "prepare", "model.num_layers=1", "--out", "y"], "is not about text"),

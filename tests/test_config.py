@@ -287,6 +287,3 @@ class TestRecipes:
         (tmp_path / "bad.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
         with pytest.raises(UserError, match=r"bad\.yaml"):
             load_recipe(tmp_path / "bad.yaml")
-
-    def test_an_empty_file_is_a_recipe(self, tmp_path):
-        assert load_recipe(self.write(tmp_path, empty="# nothing\n") / "empty.yaml") == {}

@@ -118,13 +118,6 @@ def test_impossible_combinations_name_the_numbers(tiny, changes, message):
         decode(TrainConfig, recipe)
 
 
-def test_the_plan_names_every_stage(tiny, tmp_path, capsys):
-    assert main(["pretrain", tiny.pretrain, IN_STAGES, LENGTH, "--run", str(tmp_path), "--dry-run"]) == 0
-    plan = capsys.readouterr().out
-    assert "# stage 2           from 768 tokens: 3 steps of 6 rows of 32 tokens, 6 rows at once" in plan
-    assert "# steps             12" in plan
-
-
 def test_stages_out_of_reach_are_pointed_out(tiny, tmp_path, capsys):
     short = ["total_tokens=1024", "schedule.warmup_tokens=0"]
     assert main(["pretrain", tiny.pretrain, IN_STAGES, *short, "--run", str(tmp_path)]) == 0

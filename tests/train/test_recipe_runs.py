@@ -115,6 +115,8 @@ def test_a_pretraining_recipe_passes_the_dry_run(name, stand_in, monkeypatch, ca
     plan = capsys.readouterr().out
     assert f"# steps             {'at most ' if 'max_minutes' in load_recipe(name) else ''}" in plan
     assert plan.count("rows at once") == IN_STAGES.get(name, 0)
+    if name == "superbpe-curriculum":
+        assert "from 98,304,000 tokens: 3,000 steps of 128 rows of 256 tokens, " in plan
 
 
 def scaled_down(config: TrainConfig) -> list[str]:
