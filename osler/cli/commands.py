@@ -34,6 +34,7 @@ ORIGIN = (
     option("--from-step", type=int, metavar="N", help="go back to the checkpoint of step N; what came after it is set aside"),
     option("--branch", metavar="CHECKPOINT", help="start --run DIR at another run's checkpoint, with its optimizer and fields"),
 )
+EVAL_ONLY = option("--eval-only", action="store_true", help="measure --run DIR's newest checkpoint, or --from-step N, then stop")
 CHECKPOINT = option("checkpoint", metavar="CHECKPOINT", help="a run folder, or a checkpoint in it")
 RUN = option("path", metavar="DIR", help="a run folder")
 TOKENIZER = "a tokenizer.json, GPT-2's vocab.bpe, or a folder with one"
@@ -257,14 +258,14 @@ COMMANDS: tuple[Command, ...] = (
         "Train a model from scratch on text",
         "osler pretrain text-10min data.path=notes/ --run runs/notes",
         "osler.train.run:run",
-        (RECIPE, *RUN_FOLDER, *ORIGIN),
+        (RECIPE, *RUN_FOLDER, *ORIGIN, EVAL_ONLY),
     ),
     Command(
         "sft",
         "Teach a pretrained model to reason and answer",
         "osler sft init_from=runs/clinic-pretrain data.type=turns data.path=cases.jsonl",
         "osler.train.run:run",
-        (RECIPE, *RUN_FOLDER, *ORIGIN),
+        (RECIPE, *RUN_FOLDER, *ORIGIN, EVAL_ONLY),
     ),
     Command(
         "grpo",

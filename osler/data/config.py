@@ -153,6 +153,7 @@ class HubData(Source):
 
 
 AnySource = ClinicData | FilesData | TurnsData | HubData
+Sources = tuple[Annotated[AnySource, TAGGED], ...]
 
 
 @config
@@ -160,16 +161,13 @@ class MixtureData(Preparation):
     """Several sources, each with its share of the tokens of a run."""
 
     type: Literal["mixture"] = "mixture"
-    sources: tuple[Annotated[AnySource, TAGGED], ...]  # at least one
+    sources: Sources  # at least one
     root: str = ""  # a folder that has a folder of local files for each source of the hub, by name; empty: the hub
 
     def __post_init__(self) -> None:
-        titles = [source.title for source in self.sources]
-        if not titles:
+        if not self.sources:
             raise ValueError("sources is empty: a mixture needs at least one")
-        for title in titles:
-            if titles.count(title) > 1:
-                raise ValueError(f"two sources are named {title}; give one of them another `name`")
+        refuse_same_titles("sources", self.sources)
         if any(source.streaming or source.disk_budget_gb is not None for source in self.sources):
             raise ValueError("streaming and disk_budget_gb are of the mixture and not of one of its sources: set data.streaming")
         Mixture([source.weight for source in self.sources])
@@ -197,11 +195,32 @@ def wrong_weights(stage: int, weights: Iterable[str], sources: Iterable[str]) ->
     )
 
 
+def refuse_same_titles(what: str, sources: Iterable[Source]) -> None:
+    """Raise ValueError when two sources have the same title."""
+    titles = [source.title for source in sources]
+    for title in titles:
+        if titles.count(title) > 1:
+            raise ValueError(f"two {what} are named {title}; give one of them another `name`")
+
+
+def check_validation(sets: Iterable[Source]) -> None:
+    """Raise ValueError for validation sets with the same title, or with fields that only data to learn from have."""
+    refuse_same_titles("validation sets", sets)
+    for source in sets:
+        if (source.weight, source.streaming, source.disk_budget_gb) != (1.0, False, None):
+            raise ValueError(f"the validation set {source.title} has no weight, streaming or disk_budget_gb: leave them out")
+
+
 def sources_of(data: TextData) -> dict[str, AnySource]:
     """Return the sources in a config by their titles."""
     if not isinstance(data, MixtureData):
         return {data.title: data}
     return {source.title: _rooted(source, data.root) for source in data.sources}
+
+
+def sets_of(validation: Sources, data: TextData) -> dict[str, AnySource]:
+    """Return validation sets by their titles; sources of the hub are where those of the data are."""
+    return {source.title: _rooted(source, getattr(data, "root", "")) for source in validation}
 
 
 def _rooted(source: AnySource, root: str) -> AnySource:

@@ -79,15 +79,20 @@ def streams_of(
     return sets, sources
 
 
-def check_unchanged(out: Path, corpora: Sequence[Corpus | None], consent: str) -> None:
-    """Raise UserError when sources differ from those that a folder was made of; None is a source whose files are gone."""
-    entries = list(read_data_manifest(out)["sources"].items())
-    known = [(name, entry, corpus) for (name, entry), corpus in zip(entries, corpora, strict=False) if corpus is not None]
-    difference = "" if len(entries) == len(corpora) else f"it has {len(entries)} sources, now there are {len(corpora)}"
-    for _, entry, corpus in known:
-        difference = difference or _other_content(entry["content"], _content(corpus))
-    if not difference:
-        difference = first_change([Stream(corpus, out / name, SPLITS[:1], entry) for name, entry, corpus in known])
+def check_unchanged(out: Path, corpora: Sequence[Corpus | None], sets: Sequence[Corpus | None], consent: str) -> None:
+    """Raise UserError when sources or validation sets differ from those of a folder; None is one whose files are gone."""
+    manifest, difference, known = read_data_manifest(out), "", []
+    for kind, given, prefix, splits in (
+        ("sources", corpora, "", SPLITS[:1]), ("validation", sets, VALIDATION_PREFIX, SPLITS[1:])
+    ):  # fmt: skip
+        entries = manifest[kind]
+        if len(entries) != len(given):
+            difference = difference or f"it has {len(entries)} of {kind}, now there are {len(given)}"
+        streams = zip(given, entries.items(), strict=False)
+        known += [Stream(corpus, out / f"{prefix}{name}", splits, entry) for corpus, (name, entry) in streams if corpus]
+    for stream in known:
+        difference = difference or _other_content(stream.entry["content"], _content(stream.corpus))
+    difference = difference or first_change(known)
     if difference:
         raise other_data(out, "content", difference, consent)
 

@@ -1,6 +1,6 @@
 """The commands `osler tokenizer` and `osler data`: train or inspect a tokenizer, prepare or inspect shards.
 
-Both read the sections ``data`` and ``tokenizer`` of a training recipe, so they see the data that a run trains on.
+Both read the sections ``data``, ``validation`` and ``tokenizer`` of a training recipe, so they see the data that a run trains on.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from typing import Annotated, Any
 
 from osler.config.recipe import load_recipe, merge, parse_overrides
 from osler.config.schema import TAGGED, config, decode
-from osler.data.config import ClinicData, TextData
+from osler.data.config import ClinicData, Sources, TextData, check_validation
 from osler.data.named import SOURCES
 from osler.data.shard_set import ShardSet, open_split
-from osler.data.shards import SPLITS, read_data_manifest
+from osler.data.shards import SPLITS, VALIDATION_PREFIX, read_data_manifest
 from osler.data.sources import check_sources, open_corpora, prepare_sources, train_tokenizer
 from osler.data.tokenise import encode
 from osler.runtime.errors import UserError
@@ -31,19 +31,23 @@ SHARDS = Path("shards")  # where `osler data prepare` writes, unless it is told
 SHOWN_TOKENS = 48  # of the first document of a split
 SHOWN_CHARS = 600  # of each part of a document
 LABELS = {1: ("",), 2: ("question: ", "answer: "), 3: ("question: ", "thinking: ", "answer: ")}  # by the number of parts
-SECTIONS = ("data", "tokenizer")
+SECTIONS = ("data", "validation", "tokenizer")
 
 
 @config
 class Sections:
-    """The two sections of a training recipe that are about text."""
+    """The sections of a training recipe that are about text."""
 
     data: Annotated[TextData, TAGGED] = ClinicData()
+    validation: Sources = ()
     tokenizer: TokenizerConfig = BPEConfig()
+
+    def __post_init__(self) -> None:
+        check_validation(self.validation)
 
 
 def read_sections(recipe: str | None, overrides: Sequence[str], tokenizer_type: str | None = None) -> Sections:
-    """Read ``data`` and ``tokenizer`` from a recipe; ``recipe`` may also be a named source, or a file or folder of text.
+    """Read the sections about text from a recipe; ``recipe`` may also be a named source, or a file or folder of text.
 
     A ``tokenizer_type`` takes the place of the recipe's alone: the size of the vocabulary stays.
     """
@@ -106,14 +110,14 @@ def data_prepare(recipe: str | None, overrides: Sequence[str], out: str | None, 
     """Tokenise the text of a recipe into the folder ``out`` and print what is in it."""
     sections = read_sections(recipe, overrides)
     out = out or str(SHARDS / (Path(recipe).stem if recipe and Path(recipe).exists() else recipe or sections.data.type))
-    check_sources(sections.data)
+    check_sources(sections.data, sections.validation)
     wanted = sections.tokenizer
     if wanted.path is not None:
         tokenizer = refuse_missing_bytes(Tokenizer.load(wanted.path)).with_specials()
     else:
         logger.info(f"Training a tokenizer of {wanted.vocab_size:,} tokens on the text; tokenizer.path=FILE would take one.")
         tokenizer = train_tokenizer(sections.data, wanted)
-    prepared = prepare_sources(sections.data, tokenizer, out, processes=processes)
+    prepared = prepare_sources(sections.data, tokenizer, out, validation=sections.validation, processes=processes)
     print(f"{out}: {'exists already' if prepared.reused else 'written'}")
     print_splits(out)
     return 0
@@ -163,12 +167,12 @@ def data_inspect(folder: str, tokenizer_path: str | None) -> int:
 
 
 def _splits(folder: str) -> Iterator[tuple[str, ShardSet]]:
-    """Yield the splits of every source, with their names: `train` where there is one source, else `SOURCE/train`."""
+    """Yield the splits of every source and the validation sets, with their names: `train` alone where there is one source."""
     sources = list(read_data_manifest(folder)["sources"])
-    opened = [shards for split in SPLITS for shards in open_split(folder, split)]
-    for shards in sorted(opened, key=lambda shards: sources.index(shards.folder.parent.name)):
-        split = shards.folder.name
-        yield split if len(sources) == 1 else f"{shards.folder.parent.name}/{split}", shards
+    opened = [(name, split, shards) for split in SPLITS for name, shards in open_split(folder, split).items()]
+    for name, split, shards in sorted(opened, key=lambda one: sources.index(one[0]) if one[0] in sources else len(sources)):
+        is_set, is_only = name.startswith(VALIDATION_PREFIX), len(sources) == 1
+        yield name if is_set else split if is_only else f"{name}/{split}", shards
 
 
 def print_splits(folder: str) -> None:

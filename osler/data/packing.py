@@ -360,11 +360,19 @@ class _RowBuilder:
         self._documents += 1
 
     def finish(self, *, across_documents: bool, prompt_loss: bool) -> PackedRow:
-        """Return the row; with `across_documents` the first token of a document is learned from the end of the one before."""
+        """Return the row; with `across_documents` the first token of a document is learned from the end of the one before.
+
+        A row in the middle of a long question has no token to learn. It is learned as text: a batch of such rows alone would have
+        no loss.
+        """
         learn = self._learn
         if prompt_loss:
             learn[: self._used] = True
         document_ids = self._document_ids
         document_ids[self._used :] = self._documents
-        learned = learn[1:] if across_documents else learn[1:] & (document_ids[1:] == document_ids[:-1])
+        may_learn = np.ones(len(learn) - 1, bool) if across_documents else document_ids[1:] == document_ids[:-1]
+        may_learn[max(0, self._used - 1) :] = False
+        learned = learn[1:] & may_learn
+        if not learned.any():
+            learned = may_learn
         return PackedRow(self._ids[:-1], np.where(learned, self._ids[1:], IGNORED), document_ids[:-1])

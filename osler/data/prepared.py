@@ -91,6 +91,8 @@ def open_folder(out: Path, *, reused: bool = True, growing: bool = False) -> Pre
         place = out if len(manifest["sources"]) == 1 else out / name
         logger.info(f"{verb} {place}: {train.num_documents:,} documents, {train.num_tokens:,} tokens{held}{empty}{copies}")
     named = {name: ShardSet.open(out, f"{VALIDATION_PREFIX}{name}", SPLITS[1]) for name in manifest["validation"]}
+    for name, shards in named.items():
+        logger.info(f"Validation set {name}: {shards.num_documents:,} documents, {shards.num_tokens:,} tokens")
     return Prepared(out, sources, named, fingerprint_of([source.train for source in sources]), reused)
 
 

@@ -18,11 +18,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from osler.data.config import TextData
+from osler.data.config import AnySource, TextData
 from osler.data.shard_set import identity_of, is_finished
 from osler.data.shards import DATA_MANIFEST, SHARD_TOKENS, token_dtype
 from osler.data.sources import prepare_sources
@@ -40,7 +40,15 @@ GIGABYTE = 10**9
 class Preparer:
     """The process that prepares data into a folder; raises UserError when it cannot begin."""
 
-    def __init__(self, data: TextData, tokenizer: Tokenizer, folder: Path, *, consent: str | None) -> None:
+    def __init__(
+        self,
+        data: TextData,
+        tokenizer: Tokenizer,
+        folder: Path,
+        *,
+        consent: str | None,
+        validation: Sequence[AnySource] = (),
+    ) -> None:
         self.folder = folder
         self.log = folder.with_name(f"{folder.name}.log")
         before = identity_of(folder / DATA_MANIFEST)
@@ -55,7 +63,7 @@ class Preparer:
             )
         try:
             assert self.process.stdin is not None
-            self.process.stdin.write(pickle.dumps((data, tokenizer.to_bytes(), folder, consent)))
+            self.process.stdin.write(pickle.dumps((data, validation, tokenizer.to_bytes(), folder, consent)))
             self.process.stdin.flush()
             # It writes a new manifest as soon as it knows that the folder holds a part of these data, or nothing.
             while identity_of(folder / DATA_MANIFEST) in (None, before) and self.process.poll() is None:
@@ -116,7 +124,7 @@ def _end_with_parent() -> NoReturn:
 
 def serve() -> int:
     """Prepare what standard input says, until it ends; return the exit code, 2 for what a person can mend."""
-    data, tokenizer_bytes, folder, consent = pickle.load(sys.stdin.buffer)
+    data, validation, tokenizer_bytes, folder, consent = pickle.load(sys.stdin.buffer)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     log_to_terminal()
     tokenizer = Tokenizer.from_bytes(tokenizer_bytes)
@@ -125,7 +133,7 @@ def serve() -> int:
         token_bytes = token_dtype(tokenizer.vocab_size).itemsize
         before_shard = functools.partial(wait_for_room, folder, data.disk_budget_gb * GIGABYTE, token_bytes)
     try:
-        prepare_sources(data, tokenizer, folder, consent=consent, before_shard=before_shard)
+        prepare_sources(data, tokenizer, folder, validation=validation, consent=consent, before_shard=before_shard)
     except UserError as error:
         complain(f"osler: {error}")
         return 2

@@ -19,6 +19,7 @@ from osler.data.shards import (
     INDEX,
     NO_SHARDS,
     RECORD,
+    SPLITS,
     VALIDATION_PREFIX,
     Int64Array,
     MaskArray,
@@ -307,12 +308,24 @@ class ShardSet:
         return Shard(data[:middle].view("<u4"), data[middle:end].view(self._dtype), mask)
 
 
-def open_split(path: str | Path, split: str) -> list[ShardSet]:
-    """Open a split of every source of a prepared folder that has it; of an unfinished folder what there is of it so far."""
+def open_split(path: str | Path, split: str) -> dict[str, ShardSet]:
+    """Open a split of every source of a prepared folder that has it; of an unfinished folder what there is of it so far.
+
+    The validation sets of the folder are opened with the split `validation`, under the names of their folders.
+    """
     manifest = read_data_manifest(path)
-    names = [name for name, entry in manifest["sources"].items() if not manifest["complete"] or split in entry["splits"]]
-    opened = [ShardSet.open(path, name, split, growing=True) for name in names]
-    return [shards.head(shards.num_shards) for shards in opened if shards.num_shards]
+    entries = dict(manifest["sources"])
+    if split == SPLITS[1]:
+        entries |= {f"{VALIDATION_PREFIX}{name}": entry for name, entry in manifest["validation"].items()}
+    names = [name for name, entry in entries.items() if not manifest["complete"] or split in entry["splits"]]
+    opened = {name: ShardSet.open(path, name, split, growing=True) for name in names}
+    return {name: shards.head(shards.num_shards) for name, shards in opened.items() if shards.num_shards}
+
+
+def open_validation_sets(path: str | Path) -> dict[str, ShardSet]:
+    """Open the validation sets of a prepared folder, or where it has none what is held out of sources, by name."""
+    found, prefix = open_split(path, SPLITS[1]), VALIDATION_PREFIX
+    return {name.removeprefix(prefix): shards for name, shards in found.items() if name.startswith(prefix)} or found
 
 
 def _read_index(path: Path, known: npt.NDArray[Any], *, must_exist: bool) -> npt.NDArray[Any]:

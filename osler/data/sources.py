@@ -22,8 +22,10 @@ from osler.data.config import (
     FilesData,
     HubData,
     MixtureData,
+    Sources,
     TextData,
     TurnsData,
+    sets_of,
     sources_of,
 )
 from osler.data.content import check_unchanged
@@ -93,24 +95,47 @@ CORPORA: dict[type, Callable[[Any, str], Corpus]] = {
 }
 
 
-def open_corpora(data: TextData) -> dict[str, Corpus]:
-    """Open the corpora of the sources in a config, by name; files are read when a corpus is."""
+def open_corpora(data: TextData, validation: Sources = ()) -> dict[str, Corpus]:
+    """Open the corpora of the sources in a config, by name; files are read when a corpus is.
+
+    With `validation` sets nothing is held out of them: those are what is evaluated.
+    """
+    cleaners: dict[CleanConfig, Cleaner] = {}
+    return {name: _open(data, source, key, cleaners, holds_out=not validation) for name, source, key in _keyed(data)}
+
+
+def _open(
+    data: TextData, source: AnySource, key: str, cleaners: dict[CleanConfig, Cleaner], *, holds_out: bool
+) -> Corpus:
     shared = data.clean if isinstance(data, MixtureData) else None
-    corpora, cleaners = {}, dict[CleanConfig, Cleaner]()
-    for name, source, key in _keyed(data):
-        corpus, clean = CORPORA[type(source)](source, key), source.clean or shared
-        about = {"config": encode(replace(source, clean=clean), defaults=False), **corpus.about}
-        if source.licence:
-            about["licence"] = source.licence
-        cleaner = None if clean is None else cleaners.setdefault(clean, Cleaner(clean))  # which reads its exams once
-        corpora[name] = replace(corpus, clean=cleaner, about=about)
-    return corpora
+    corpus, clean = CORPORA[type(source)](source, key), source.clean or shared
+    about = {"config": encode(replace(source, clean=clean), defaults=False), **corpus.about}
+    if source.licence:
+        about["licence"] = source.licence
+    cleaner = None if clean is None else cleaners.setdefault(clean, Cleaner(clean))  # which reads its exams once
+    corpus = corpus if holds_out else replace(corpus, validation=None, holdout_fraction=0.0)
+    return replace(corpus, clean=cleaner, about=about)
 
 
-def check_present(data: TextData, out: Path, consent: str) -> None:
+def open_validation(data: TextData, validation: Sources) -> dict[str, Corpus]:
+    """Open validation sets by name: all documents of a source, or where it has documents for validation those alone."""
+    return {name: _open_set(source, key) for name, source, key in _keyed_sets(data, validation)}
+
+
+def _open_set(source: AnySource, key: str) -> Corpus:
+    corpus = CORPORA[type(source)](source, key)
+    return corpus.validation or replace(corpus, holdout_fraction=0.0)
+
+
+def check_present(data: TextData, validation: Sources, out: Path, consent: str) -> None:
     """Raise UserError when sources whose files are there differ from those that the folder `out` was made of."""
-    corpora = [CORPORA[type(source)](source, key) if is_there(source) else None for _, source, key in _keyed(data)]
-    check_unchanged(out, corpora, consent)
+    cleaners: dict[CleanConfig, Cleaner] = {}
+    learned = [
+        _open(data, source, key, cleaners, holds_out=not validation) if is_there(source) else None
+        for _, source, key in _keyed(data)
+    ]
+    sets = [_open_set(source, key) if is_there(source) else None for _, source, key in _keyed_sets(data, validation)]
+    check_unchanged(out, learned, sets, consent)
 
 
 def is_there(source: AnySource) -> bool:
@@ -124,7 +149,13 @@ def _keyed(data: TextData) -> Iterator[tuple[str, AnySource, str]]:
         yield name, source, f"data.sources[{number}]" if isinstance(data, MixtureData) else "data"
 
 
-def check_sources(data: TextData) -> None:
+def _keyed_sets(data: TextData, validation: Sources) -> Iterator[tuple[str, AnySource, str]]:
+    """Yield the same of validation sets."""
+    for number, (name, source) in enumerate(sets_of(validation, data).items()):
+        yield name, source, f"validation[{number}]"
+
+
+def check_sources(data: TextData, validation: Sources = ()) -> None:
     """Raise UserError when the files of a source do not exist, hold nothing, or their first document cannot be read.
 
     Also when a file of an exam does not exist, or the config claims that no benchmark is in data in which none is looked for.
@@ -140,12 +171,14 @@ def check_sources(data: TextData) -> None:
                 f"The recipe claims no_benchmark_contamination, but {key} ({source.title}) is not checked for exams: list their "
                 f"files in {key}.clean.exams with exam_questions=drop, or leave the claim out."
             )
+    for _, source, key in [*_keyed(data), *_keyed_sets(data, validation)]:
         if isinstance(source, ClinicData):
             continue
         empty = _count_of_empty(CORPORA[type(source)](source, key).documents())
         if empty is not None:
             found = f"of {empty:,} documents {empty:,} are empty" if empty else "there are no documents"
-            raise UserError(f"There is nothing to learn from: {found} in {key}.path={source.place}.")
+            what = "evaluate" if key.startswith("validation") else "learn from"
+            raise UserError(f"There is nothing to {what}: {found} in {key}.path={source.place}.")
 
 
 def _count_of_empty(documents: Iterable[Document]) -> int | None:
@@ -159,13 +192,20 @@ def _count_of_empty(documents: Iterable[Document]) -> int | None:
 
 
 def prepare_sources(
-    data: TextData, tokenizer: Tokenizer, out: str | Path, *, consent: str | None = "", **options: Any
+    data: TextData,
+    tokenizer: Tokenizer,
+    out: str | Path,
+    *,
+    validation: Sources = (),
+    consent: str | None = "",
+    **options: Any,
 ) -> Prepared:
     """Prepare the data of a config into the folder `out`; see `osler.data.prepare.prepare`, also for the options."""
     data = at_known_commits(data, out)
-    check_sources(data)
-    weights = [source.weight for source in sources_of(data).values()]
-    return prepare(open_corpora(data), tokenizer, out, weights=weights, consent=consent, **options)
+    check_sources(data, validation)
+    weights, sets = [source.weight for source in sources_of(data).values()], open_validation(data, validation)
+    corpora = open_corpora(data, validation)
+    return prepare(corpora, tokenizer, out, weights=weights, validation=sets, consent=consent, **options)
 
 
 def at_known_commits(data: TextData, out: str | Path) -> TextData:

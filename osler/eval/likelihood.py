@@ -5,8 +5,8 @@ token of the text once and its bytes in UTF-8. The end-of-text token after a doc
 document ends; it has no bytes. ``windows`` cuts documents that are longer than a row; each window starts without context.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields
 from itertools import islice, takewhile
 from math import log
 
@@ -42,8 +42,8 @@ def label_logprobs(
     *,
     temperature: float = 1.0,
     mask_NV: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the row, the log-probability in nats and the entropy of each label but -100, row by row, each [N].
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return for each label but -100, row by row, its row, log-probability and entropy in nats, and whether it is likeliest.
 
     Attention stays inside a document where ``document_BT`` is given; ``mask_NV`` is a sampling mask. The inputs lie on the CPU,
     where the labels' places are found without waiting for a device.
@@ -52,7 +52,7 @@ def label_logprobs(
     row_N, place_N = (labels_BT != IGNORED).nonzero(as_tuple=True)
     hidden_BTD = model(sent(ids_BT, device), document_BT=None if document_BT is None else sent(document_BT, device))
     features_NR, weight_VR = model.head(hidden_BTD[sent(row_N, device), sent(place_N, device)])
-    logp_N, entropy_N = linear_logprobs(
+    logp_N, entropy_N, is_top_N = linear_logprobs(
         features_NR,
         weight_VR,
         sent(labels_BT[row_N, place_N], device),
@@ -60,7 +60,7 @@ def label_logprobs(
         temperature=temperature,
         mask_NV=mask_NV,
     )
-    return row_N, logp_N, entropy_N
+    return row_N, logp_N, entropy_N, is_top_N
 
 
 def by_length(rows: Sequence[LabelledRow], batch_tokens: int) -> Iterator[list[int]]:
@@ -78,18 +78,24 @@ def sum_logprobs(model: Transformer, rows: Sequence[tuple[list[int], int]], *, b
     labelled = [(ids[:-1], [IGNORED] * (start - 1) + ids[start:]) for ids, start in rows]
     sums = torch.zeros(len(rows), dtype=torch.float64)
     for numbers in by_length(labelled, batch_tokens):
-        row_N, logp_N, _ = label_logprobs(model, *pad_rows([labelled[number] for number in numbers]))
+        row_N, logp_N, *_ = label_logprobs(model, *pad_rows([labelled[number] for number in numbers]))
         sums.index_add_(0, torch.tensor(numbers)[row_N], logp_N.cpu().double())
     return sums.tolist()
 
 
 @dataclass(frozen=True)
 class TextScore:
-    """How well a model predicts a text: the summed nats, over so many tokens and bytes."""
+    """How well a model predicts a text: the summed nats, over so many tokens and bytes; `right` tokens it found likeliest."""
 
     nats: float
     tokens: int
+    right: int
     bytes: int
+
+    @classmethod
+    def of_all(cls, scores: Collection["TextScore"]) -> "TextScore":
+        """Return the score of several texts together, to which each token counts the same."""
+        return cls(*(sum(getattr(score, field.name) for score in scores) for field in fields(cls)))
 
     @property
     def loss(self) -> float:
@@ -100,6 +106,10 @@ class TextScore:
     def bits_per_byte(self) -> float:
         return self.nats / log(2) / self.bytes
 
+    @property
+    def token_accuracy(self) -> float:
+        return self.right / self.tokens
+
 
 @torch.no_grad()
 def measure(model: Transformer, batches: Iterable[tuple[Tensor, ...]], total_bytes: int, world: World | None = None) -> TextScore:
@@ -109,18 +119,19 @@ def measure(model: Transformer, batches: Iterable[tuple[Tensor, ...]], total_byt
     ends.
     """
     world = world or World()
-    nats, tokens = 0.0, 0
+    nats, tokens, right = 0.0, 0, 0
     for batch in takewhile(lambda _: not asked(), islice(batches, world.rank, None, world.size)):
         if (batch[1] != IGNORED).any():
-            _, logp_N, _ = label_logprobs(model, *batch)
+            _, logp_N, _, is_top_N = label_logprobs(model, *batch)
             nats -= logp_N.double().sum().item()
+            right += int(is_top_N.sum())
             tokens += logp_N.numel()
-    nats, scored_tokens, left = world.all_reduce_sum(nats, tokens, asked())
+    nats, scored_tokens, scored_right, left = world.all_reduce_sum(nats, tokens, right, asked())
     if left:
         raise AskedToStop
     if scored_tokens == 0 or total_bytes <= 0:
         raise UserError("The held-out set has no text: there is nothing to measure. Hold out a larger part of the data.")
-    return TextScore(nats=nats, tokens=int(scored_tokens), bytes=total_bytes)
+    return TextScore(nats=nats, tokens=int(scored_tokens), right=int(scored_right), bytes=total_bytes)
 
 
 def windows(documents: Iterable[Sequence[int]], *, seq_len: int, start_id: int) -> Iterator[LabelledRow]:

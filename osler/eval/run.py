@@ -3,9 +3,8 @@
 A score goes into the run folder's ``exams.json``, where the report finds it. An interrupted evaluation leaves nothing behind.
 """
 
-import itertools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from math import exp
@@ -16,7 +15,7 @@ from osler.config.recipe import parse_overrides
 from osler.config.schema import decode, encode
 from osler.data.exams import ExamsInData
 from osler.data.readers import TextFiles
-from osler.data.shard_set import ShardSet, open_split
+from osler.data.shard_set import ShardSet, open_validation_sets
 from osler.eval.config import CLINIC_EXAM, EvalConfig
 from osler.eval.exams import score_by_generation, score_by_likelihood
 from osler.eval.likelihood import batches, measure, windows
@@ -52,10 +51,9 @@ def run(checkpoint: str, overrides: Sequence[str] = ()) -> int:
         save_scores(ready, label(config, ready, checkpoint), scores)
     if config.text is not None:
         print(describe_text(config.text, config, ready, *documents_at(config.text, config.text_field, ready.tokenizer)))
-    elif held_out:
-        documents = itertools.chain.from_iterable(shards.documents() for shards in held_out)
-        counts = sum(shards.num_documents for shards in held_out), sum(shards.num_bytes for shards in held_out)
-        print(describe_text("the run's held-out text", config, ready, documents, *counts))
+    for name, shards in held_out.items():
+        title = "the run's held-out text" if len(held_out) == 1 else name
+        print(describe_text(title, config, ready, shards.documents(), shards.num_documents, shards.num_bytes))
     return 0
 
 
@@ -68,17 +66,17 @@ def config_of(overrides: Sequence[str]) -> EvalConfig:
     return decode(EvalConfig, given)
 
 
-def complete(config: EvalConfig, ready: LoadedModel) -> tuple[EvalConfig, Sequence[ShardSet]]:
+def complete(config: EvalConfig, ready: LoadedModel) -> tuple[EvalConfig, Mapping[str, ShardSet]]:
     """Fill in what to measure where nothing was asked for: the clinic's exam, that of the training, or the held-out text."""
     if config.task is not None or config.text is not None:
-        return config, ()
+        return config, {}
     if ready.knows_clinic:
-        return replace(config, task=CLINIC_EXAM), ()
+        return replace(config, task=CLINIC_EXAM), {}
     if ready.training.get("eval_task"):
-        return decode(EvalConfig, {**encode(config), "task": ready.training["eval_task"]}), ()
+        return decode(EvalConfig, {**encode(config), "task": ready.training["eval_task"]}), {}
     data = ready.shards
-    if data is not None and data.is_dir() and not ready.answers_questions and (held_out := open_split(data, "validation")):
-        if held_out[0].tokenizer_fingerprint != ready.tokenizer.fingerprint:
+    if data is not None and data.is_dir() and not ready.answers_questions and (held_out := open_validation_sets(data)):
+        if next(iter(held_out.values())).tokenizer_fingerprint != ready.tokenizer.fingerprint:
             raise UserError(f"{data} was prepared with another tokenizer than the model's; prepare it anew.")
         return config, held_out
     raise UserError(

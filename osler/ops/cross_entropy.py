@@ -57,16 +57,16 @@ def linear_logprobs(
     temperature: float = 1.0,
     mask_NV: Tensor | None = None,
     chunk_tokens: int | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Return the log-probability of each label and the entropy of its distribution, both [N] fp32 in nats, at ``temperature``.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return of each label the log-probability, the entropy of its distribution, and whether it is the likeliest, each [N].
 
-    ``mask_NV`` (bool, [N, vocab_size]) is a sampling mask to renormalise over, with the labels in it. The entropy has no
-    gradient.
+    The first two are fp32 in nats, at ``temperature``. ``mask_NV`` (bool, [N, vocab_size]) is a sampling mask to renormalise
+    over, with the labels in it. Only the log-probability has a gradient.
     """
     words = weight_VR.shape[0]
     numbers = (vocab_size or words, temperature, chunk_tokens or default_chunk_tokens(words))
-    logp, entropy = _LinearLogprobs.apply(features_NR, weight_VR, labels_N, mask_NV, numbers)
-    return logp, entropy
+    logp, entropy, is_top = _LinearLogprobs.apply(features_NR, weight_VR, labels_N, mask_NV, numbers)
+    return logp, entropy, is_top
 
 
 def default_chunk_tokens(vocab_size: int, logit_bytes: int = 4, most_tokens: int = 2048, most_bytes: int = CHUNK_BYTES) -> int:
@@ -220,11 +220,11 @@ class _LinearLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, features: Tensor, weight: Tensor, labels: Tensor, mask: Tensor | None, numbers: tuple[int, float, int]
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         ctx.save_for_backward(features, weight, labels, mask)
         ctx.numbers = (vocab_size, temperature, chunk_tokens) = numbers
         head = weight.to(features.dtype)
-        logp, entropy = [], []
+        logp, entropy, is_top = [], [], []
         for start in range(0, features.shape[0], chunk_tokens):
             part = slice(start, start + chunk_tokens)
             logits = _scaled_logits(features[part], head, None if mask is None else mask[part], vocab_size, temperature)
@@ -232,12 +232,13 @@ class _LinearLogprobs(torch.autograd.Function):
             logp.append(log_softmax.gather(1, labels[part, None]).squeeze(1))
             # A word outside the mask has log-probability -inf and adds nothing: 0 * -inf must not become NaN.
             entropy.append(-(log_softmax.exp() * log_softmax.clamp_min(-1e9)).sum(-1))
-        entropy_N = torch.cat(entropy)
-        ctx.mark_non_differentiable(entropy_N)
-        return torch.cat(logp), entropy_N
+            is_top.append(log_softmax.argmax(-1) == labels[part])
+        entropy_N, is_top_N = torch.cat(entropy), torch.cat(is_top)
+        ctx.mark_non_differentiable(entropy_N, is_top_N)
+        return torch.cat(logp), entropy_N, is_top_N
 
     @staticmethod
-    def backward(ctx: Any, grad_logp: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_logp: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         features, weight, labels, mask = ctx.saved_tensors
         vocab_size, temperature, chunk_tokens = ctx.numbers
         head = weight.to(features.dtype)

@@ -18,6 +18,7 @@ import numpy as np
 from markupsafe import Markup
 
 from osler.config.recipe import dump_yaml
+from osler.monitor.metrics import declared_name
 from osler.records.results import SampledAnswer
 from osler.report import charts, svg, words
 from osler.report.read import RunRecord, StageLog, read_run, stage_rank
@@ -27,6 +28,7 @@ from osler.runtime.errors import UserError
 from osler.runtime.files import RunFolder, write_atomic
 
 MOST_STAGES, MOST_QUESTIONS = 3, 24  # of the samples
+MOST_EVALUATIONS = 8  # in the table of validation sets
 
 
 def build_report(run_folder: str | Path | RunRecord, out: str | Path | None = None) -> Path:
@@ -83,8 +85,22 @@ def _stage(run: RunRecord, log: StageLog, position: int) -> dict[str, Any]:
     facts = (fmt.plural(log.last_step, "step"), f"{fmt.count(log.tokens)} tokens", fmt.duration(seconds))
     return {
         "title": stage_title(log.name), "colour": colour, "main": main, "families": families, "groups": groups,
+        "sets": _sets(log),
         "facts": [fact for fact in facts if not fact.startswith(fmt.MISSING)],
     }  # fmt: skip
+
+
+def _sets(log: StageLog) -> tuple[list[str], list[tuple[int, list[str]]]]:
+    """Return the titles of a table of validation sets over time, and its rows: a step and the value of each set; some of many."""
+    for what in ("bits_per_byte", "loss"):  # where only answers are learned, there is a loss alone
+        curves = {name.split("/")[1]: log.curves[name] for name in log.curves if declared_name(name) == f"eval/<set>/{what}"}
+        if curves:
+            break
+    steps = np.unique([step for series in curves.values() for step in series.steps]).astype(int)
+    some = steps[np.unique(np.linspace(0, len(steps) - 1, MOST_EVALUATIONS).round().astype(int))] if len(steps) else steps
+    values = [dict(zip(series.steps.tolist(), series.values.tolist(), strict=True)) for series in curves.values()]
+    titles = [f"Step ({what.replace('_', ' ')})", *curves]
+    return titles, [(int(step), [fmt.number(of.get(step, math.nan)) for of in values]) for step in some]
 
 
 def _summary(run: RunRecord) -> str:

@@ -113,7 +113,7 @@ def completion_logprobs(model: Transformer, rows: Sequence[TrainingRow], *, temp
     masks = [row.sampling_mask for row in rows if row.sampling_mask is not None]
     mask_NV = unpack_mask(sent(torch.cat(masks), device), model.config.vocab_size) if masks else None
     ids_BL, labels_BL = pad_rows([row.labelled for row in rows])
-    _, logp_N, entropy_N = label_logprobs(model, ids_BL, labels_BL, temperature=temperature, mask_NV=mask_NV)
+    _, logp_N, entropy_N, _ = label_logprobs(model, ids_BL, labels_BL, temperature=temperature, mask_NV=mask_NV)
     mask_BT = sent(_completion_mask(rows), device)
     empty_BT = logp_N.new_zeros(mask_BT.shape)
     # Labels come row by row, which is the order in which masked_scatter fills the mask.

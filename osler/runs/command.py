@@ -40,12 +40,13 @@ class Request:
     resume: bool = False
     dry_run: bool = False
     from_step: int | None = None
+    eval_only: bool = False
     branch: str | None = None  # run folder or checkpoint of another run
 
     @property
     def back_to(self) -> int | None:
         """The step that the run goes back to."""
-        return self.from_step if self.branch is None else None
+        return self.from_step if self.branch is None and not self.eval_only else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +60,8 @@ class Job:
     check_processes: Callable[[Any, int], None]
     train: Callable[[Any, RunFolder, World], bool]
     next_steps: Callable[[Any, RunFolder], str]  # what to do with a finished run
+    # measures a checkpoint (None: the newest) and returns what to print
+    evaluate: Callable[[Any, RunFolder, int | None, World], str] | None = None
 
 
 def carry_out(job: Job, request: Request) -> int:
@@ -72,6 +75,13 @@ def carry_out(job: Job, request: Request) -> int:
         logger.warning("model.* changes nothing here, because the model comes from the checkpoint that the run starts from.")
     if request.dry_run:
         print(describe_plan(job, config, folder, request.back_to))
+        return 0
+    if request.eval_only:
+        assert job.evaluate is not None
+        with joined(config.device) as world:
+            told = job.evaluate(config, folder, request.from_step, world)
+            if world.is_first:
+                print(told)
         return 0
     with joined(config.device) as world:  # connected first: then what all ranks find wrong is told once
         job.check_processes(config, world.size)
@@ -92,6 +102,8 @@ def carry_out(job: Job, request: Request) -> int:
 def config_of(cls: type[RunConfig], request: Request) -> Any:
     """Return the config that a start is given by a recipe or field by field, or takes from a run that is there."""
     recipe, run_dir, overrides = request.recipe, request.run_dir, request.overrides
+    if request.eval_only and (recipe is not None or request.branch is not None or run_dir is None):
+        raise UserError("--eval-only measures a checkpoint of --run FOLDER as that run is configured; give no recipe or branch.")
     if request.branch is not None:
         if recipe is not None or request.resume:
             raise UserError(
@@ -103,7 +115,7 @@ def config_of(cls: type[RunConfig], request: Request) -> Any:
         return branch_config(cls, request.kind, request.branch, request.from_step, overrides, RunFolder(Path(run_dir)))
     if request.from_step is not None and run_dir is None:
         raise UserError("--from-step needs --run FOLDER: the run to go back in.")
-    if request.resume or (request.from_step is not None and recipe is None):
+    if request.resume or request.eval_only or (request.from_step is not None and recipe is None):
         return stored_config(cls, run_dir, overrides)
     given = load_recipe(recipe, overrides) if recipe else parse_overrides(overrides)
     kind = given.get("kind", request.kind)

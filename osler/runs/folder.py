@@ -31,8 +31,9 @@ GIVEN_ANEW = (
     "data.streaming", "data.disk_budget_gb",  # the batches are the same
 )  # fmt: skip
 # Paths of files may change too. Their contents may not, which the fingerprints of shards and checkpoints ensure.
-PLACES = re.compile(r"(.*\.)?data\.path|tasks\[\d+\]\.task\.path")
-DATA_SECTIONS = ("data", "tasks")  # what a run learns from: of training, of GRPO
+PLACES = re.compile(r"(.*\.)?data(\.sources\[\d+\])?\.path|validation\[\d+\]\.path|tasks\[\d+\]\.task\.path")
+WHOLE = ("data.sources", "validation", "tasks")  # lists that are given whole
+DATA_SECTIONS = ("data", "validation", "tasks")  # what a run learns from and is evaluated on: of training, of GRPO
 
 
 @contextmanager
@@ -138,9 +139,9 @@ def stored_config(cls: type[T], run_dir: str | None, overrides: Sequence[str]) -
     if run_dir is None:
         raise UserError("--resume needs --run FOLDER: the run to go on with.")
     refuse_checkpoint(run_dir)
-    # ``tasks`` is given whole, and ``refuse_another`` checks what changed in it.
+    # Lists are given whole, and ``refuse_another`` checks what changed in them.
     keys = {override: override.partition("=")[0] for override in overrides}
-    may_change = {key for key in keys.values() if key == "tasks" or _is_within(key, GIVEN_ANEW) or PLACES.fullmatch(key)}
+    may_change = {key for key in keys.values() if key in WHOLE or _is_within(key, GIVEN_ANEW) or PLACES.fullmatch(key)}
     refused = [given for given, key in keys.items() if key not in may_change]
     if refused:
         raise UserError(

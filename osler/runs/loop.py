@@ -315,8 +315,7 @@ class Loop:
             self._mark_if_best(metrics)
             # Last, because a resumed run takes this line as the sign that the evaluation is complete.
             self.run_logger.write(trainer.step, trainer.tokens, {**metrics, "eval/seconds": time.monotonic() - before})
-            shown = {name.replace("eval/loss", "held-out loss").removeprefix("eval/"): value for name, value in metrics.items()}
-            logger.info(f"step {trainer.step}: " + ", ".join(f"{name} {value:.4f}" for name, value in shown.items()))
+            logger.info(f"step {trainer.step}: {in_a_line(metrics)}")
             self._show({})
         trainer.exclude_time(time.monotonic() - before)
 
@@ -333,3 +332,15 @@ class Loop:
         if self.best is None or is_better(name, value, self.best):
             self.best = value
             mark_best(saved, name, value)
+
+
+def in_a_line(metrics: Mapping[str, float]) -> str:
+    """Return an evaluation in words. Of each validation set only its bits per byte are told, or where there are none its loss."""
+    told = "bits_per_byte" if "eval/bits_per_byte" in metrics else "loss"
+    sets = [f"{name.split('/')[1]} {value:.4f}" for name, value in metrics.items() if name.endswith(f"/{told}")][1:]
+    words = []
+    for name, value in metrics.items():
+        if name.count("/") == 1:
+            shown = "held-out loss" if name == "eval/loss" else name.removeprefix("eval/")
+            words.append(f"{shown} {value:.4f}" + (f" ({', '.join(sets)})" if sets and name == f"eval/{told}" else ""))
+    return ", ".join(words)

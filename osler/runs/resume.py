@@ -226,7 +226,7 @@ def branch_point(config: Any) -> Path | None:
 def same_data(config: Any, loaded: store.Loaded) -> bool:
     """Whether a config has the same data as the run of a checkpoint."""
     changed = differences(config, config_in(loaded), str(loaded.path / CONFIG))
-    return not any(key.startswith("data.") for key in changed)
+    return not any(key.startswith(("data.", "validation")) for key in changed)
 
 
 def describe_branch(config: Any, loaded: store.Loaded) -> str:

@@ -1,26 +1,17 @@
-"""How a run's data become batches: a packing of each source in each stage, mixed by weight; and what is held out of them."""
+"""How a run's data become batches: a packing of each source in each stage, mixed by weight."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-
-from torch import Tensor
-
 from osler.data.config import PreparedData, sources_of, wrong_weights
 from osler.data.curriculum import Span
-from osler.data.loader import Loader, StagedLoader, make_batch
+from osler.data.loader import Loader, StagedLoader
 from osler.data.mixture import Mixture
 from osler.data.order import Order
 from osler.data.packing import MixedPacking, StreamPacking, WholePacking
 from osler.data.prepared import Prepared
-from osler.data.shard_set import ShardSet
-from osler.eval.likelihood import BATCH_TOKENS, batches, windows
 from osler.runtime.errors import UserError
 from osler.runtime.world import World
 from osler.train.config import TrainConfig
-
-EVALUATED_SHARDS = 8  # of each held-out set, while a run goes on
-VALIDATION_SEED = 0  # held-out rows are the same whatever the seed of the run
 
 
 def make_loader(
@@ -64,25 +55,3 @@ def packing_of(config: TrainConfig, order: Order, seq_len: int, first_token: int
     if config.packs_whole:
         return WholePacking(order, seq_len, prompt_loss=prompt_loss, drop_torn=config.drops_torn)
     return StreamPacking(order, seq_len, first_token=first_token, prompt_loss=prompt_loss)
-
-
-def heads(held_out: Sequence[ShardSet]) -> list[ShardSet]:
-    """Return what evaluations during a run read of each held-out set: the first shards, about a million tokens.
-
-    So they take the same time and the same documents all along, also while a stream is being prepared.
-    """
-    return [head for shards in held_out if (head := shards.head(EVALUATED_SHARDS)).num_documents]
-
-
-def held_out_batches(config: TrainConfig, held_out: Sequence[ShardSet]) -> Iterator[tuple[Tensor, ...]]:
-    """Yield windows of documents that do not overlap, or whole examples that do not see each other, whose loss masks count."""
-    size = max(1, BATCH_TOKENS // config.seq_len)
-    for shards in held_out:
-        if config.kind == "pretrain":
-            yield from batches(windows(shards.documents(), seq_len=config.seq_len, start_id=shards.eos_id))
-            continue
-        packing = WholePacking(Order(shards, VALIDATION_SEED), config.seq_len, drop_torn=config.drops_torn)
-        count = packing.rows_of_first_epoch
-        for start in range(0, count, size):
-            batch = make_batch(packing, range(start, min(count, start + size)))
-            yield batch.ids, batch.labels, batch.document_ids

@@ -12,7 +12,9 @@ from osler.data.config import (
     ClinicData,
     CurriculumStage,
     PreparedData,
+    Sources,
     TextData,
+    check_validation,
     sources_of,
     wrong_weights,
 )
@@ -58,6 +60,8 @@ class TrainConfig(RunConfig):
     model: ModelConfig = ModelConfig()
     tokenizer: TokenizerConfig = BPEConfig()
     data: DataConfig = ClinicData()
+    # sets that the run is evaluated on, each by itself and all together; none: what is held out of each source of data
+    validation: Sources = ()
     # stream cuts documents anywhere, whole keeps them whole and pads; auto: whole for sft
     packing: Literal["auto", "stream", "whole"] = "auto"
     # examples whose answer does not fit into a row with its question (sft, packing whole): refuse to begin, or drop them
@@ -83,6 +87,9 @@ class TrainConfig(RunConfig):
     checkpoint: TokenCheckpoints = TokenCheckpoints()
 
     def __post_init__(self) -> None:
+        check_validation(self.validation)
+        if self.validation and isinstance(self.data, PreparedData):
+            raise ValueError(f"{self.data.path} has its validation sets; give others to `osler data prepare` as validation=[...]")
         if self.batch_tokens % self.seq_len:
             raise ValueError(f"batch_tokens {self.batch_tokens} is not a multiple of seq_len {self.seq_len}")
         if self.init_from is None and self.seq_len > self.model.max_seq_len:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing, nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,10 +15,8 @@ from osler.data.config import ClinicData, PreparedData, sources_of
 from osler.data.loader import StagedLoader
 from osler.data.prepared import open_prepared
 from osler.data.preparer import Preparer
-from osler.data.shard_set import ShardSet
-from osler.data.stream import DiskBudget, untended, wait_together
+from osler.data.stream import DiskBudget, untended
 from osler.eval.exams import greedy, shared_exam
-from osler.eval.likelihood import measure
 from osler.inference.engine import InferenceEngine
 from osler.inference.load import TOKENIZER_FILE
 from osler.model.transformer import Transformer
@@ -36,8 +35,9 @@ from osler.tasks.registry import load_clinic
 from osler.tokenizer.bpe import Tokenizer
 from osler.tokenizer.round_trip import refuse_missing_bytes
 from osler.train import setup
-from osler.train.batches import heads, held_out_batches, make_loader
+from osler.train.batches import make_loader
 from osler.train.config import TrainConfig
+from osler.train.evaluation import as_metrics, evaluate_checkpoint, held_out_scores
 from osler.train.shards import check_data, exams_in_data, fingerprints_of, prepare_run, shards_of, streams
 from osler.train.trainer import SupervisedTrainer
 
@@ -86,12 +86,17 @@ def train(config: TrainConfig, folder: RunFolder, world: World | None = None) ->
     run.describe(machine, model.config, tokenizer, exams_in_data(config, prepared.folder, checkpoint).as_files())
     run.fingerprints = fingerprints_of(prepared, tokenizer, checkpoint)
     tend = tending(config, folder, preparer, loader)
+
+    def held_out() -> dict[str, float]:
+        plain_model = partial(engine.plain_model, model, machine.eager_dtype)
+        return as_metrics(config, prepared, held_out_scores(config, prepared, plain_model, world, tend))
+
     trainer = SupervisedTrainer(
         config,
         run,
         Learner(model, optimizer, engine, config.clip_norm),
         loader,
-        held_out=held_out_loss(config, model, prepared.validation, machine.eager_dtype, engine, tend),
+        held_out=held_out,
         exam=exam_probe(exam, model, tokenizer, machine.eager_dtype, engine),
         tend=tend,
     )
@@ -150,29 +155,6 @@ def warn_of_plan(config: TrainConfig) -> None:
         )
 
 
-def held_out_loss(
-    config: TrainConfig,
-    model: Transformer,
-    held_out: Sequence[ShardSet],
-    dtype: torch.dtype,
-    engine: ParallelEngine,
-    tend: Callable[[float], None] = untended,
-) -> Callable[[], dict[str, float]]:
-    """Return a function that measures the held-out loss, and for text its bits per byte. The ranks share the batches."""
-
-    def evaluate() -> dict[str, float]:
-        read = wait_together(lambda: heads(held_out), engine.world, "The evaluation", tend)
-        if not read:
-            return {}
-        num_bytes = sum(shards.num_bytes for shards in read)
-        score = measure(engine.plain_model(model, dtype), held_out_batches(config, read), num_bytes, engine.world)
-        if config.kind == "sft":
-            return {"eval/loss": score.loss}
-        return {"eval/loss": score.loss, "eval/bits_per_byte": score.bits_per_byte}
-
-    return evaluate
-
-
 def exam_probe(
     exam: Mapping[str, Sequence[ExamItem]], model: Transformer, tokenizer: Tokenizer, dtype: torch.dtype, engine: ParallelEngine
 ) -> Callable[[], dict[str, float]]:
@@ -220,4 +202,5 @@ JOB = Job(
     check_processes=setup.check_processes,
     train=train,
     next_steps=next_steps,
+    evaluate=evaluate_checkpoint,
 )

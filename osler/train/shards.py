@@ -15,7 +15,7 @@ from pathlib import Path
 
 from osler.checkpoint import store
 from osler.config.schema import decode
-from osler.data.config import HUB, PreparedData, sources_of
+from osler.data.config import HUB, AnySource, PreparedData, sets_of, sources_of
 from osler.data.exams import ExamsInData, read_exams_in_data, refuse_unchecked
 from osler.data.prepared import Prepared, open_prepared, tokenizer_of_shards
 from osler.data.preparer import Preparer
@@ -105,15 +105,15 @@ def _open(
         if gone := sorted(set(_missing(config)) - {HUB}):
             logger.info(f"There is nothing at {', '.join(gone)} from here; going on with what was prepared from it, in {folder}.")
         if not config.allow_data_change:
-            check_present(data, folder, "allow_data_change=true")
+            check_present(data, config.validation, folder, "allow_data_change=true")
         return open_prepared(folder, tokenizer), None
     consent = None if config.allow_data_change else "allow_data_change=true"
     # A checkpoint that knows all of the data can only be compared with all of them.
     knows_all = start is not None and "@" not in str(start.state["fingerprints"].get("data"))
     if not data.streaming or knows_all or is_finished(folder):
-        return prepare_sources(data, tokenizer, folder, consent=consent), None
+        return prepare_sources(data, tokenizer, folder, validation=config.validation, consent=consent), None
     check_disk_budget(config, data)
-    preparer = Preparer(data, tokenizer, folder, consent=consent)
+    preparer = Preparer(data, tokenizer, folder, consent=consent, validation=config.validation)
     logger.info(f"The data are being prepared while the run trains; what that process says is in {preparer.log}.")
     return open_prepared(folder, tokenizer, growing=True), preparer
 
@@ -156,7 +156,7 @@ def check_data(config: TrainConfig, run: RunFolder, start: store.Loaded | None) 
             open_prepared(config.data.path, tokenizer_of(start), f"of {start.path}")
         return
     if not (is_source_gone(config, run) and shards_at_hand(config, run, start) is not None):
-        check_sources(config.data)
+        check_sources(config.data, config.validation)
 
 
 def is_source_gone(config: TrainConfig, run: RunFolder) -> bool:
@@ -164,8 +164,8 @@ def is_source_gone(config: TrainConfig, run: RunFolder) -> bool:
     missing = _missing(config)
     if not missing or not run.config.exists():
         return bool(missing)
-    data = decode(TrainConfig, read_config(run), source=str(run.config)).data
-    return not isinstance(data, PreparedData) and {source.place for source in sources_of(data).values()}.issuperset(missing)
+    stored = decode(TrainConfig, read_config(run), source=str(run.config))
+    return not isinstance(stored.data, PreparedData) and {source.place for source in _sources(stored)}.issuperset(missing)
 
 
 def shards_at_hand(config: TrainConfig, run: RunFolder, start: store.Loaded | None) -> Path | None:
@@ -202,10 +202,14 @@ def runs_above(checkpoint: Path) -> list[Path]:
 
 def _missing(config: TrainConfig) -> list[str]:
     """Return the paths of sources at which there is nothing."""
+    return [source.place for source in _sources(config) if not is_there(source)]
+
+
+def _sources(config: TrainConfig) -> list[AnySource]:
+    """Return what a run learns from and is evaluated on, unless that is prepared already."""
     if isinstance(config.data, PreparedData):
         return []
-    sources = sources_of(config.data).values()
-    return [source.place for source in sources if not is_there(source)]
+    return [*sources_of(config.data).values(), *sets_of(config.validation, config.data).values()]
 
 
 def _take_over(shards: Path, folder: Path) -> None:

@@ -21,10 +21,11 @@ from osler.runtime.errors import UserError
 LENGTHS = [5, 2, 40, 9, 9, 130, 3, 17, 2, 33]
 
 
-@pytest.fixture(params=[StreamPacking, WholePacking])
+@pytest.fixture(params=["stream", "whole", "mixture"])
 def packing(request, make_shards) -> Packing:  # type: ignore[no-untyped-def]
-    built: Packing = request.param(Order(make_shards(LENGTHS), 1), 16)
-    return built
+    kinds = {"stream": StreamPacking, "whole": WholePacking, "mixture": WholePacking}
+    parts = {name: kinds[request.param](Order(make_shards(lengths), 1), 16) for name, lengths in (("a", LENGTHS), ("b", [3, 25]))}
+    return MixedPacking(parts, Mixture([3, 1])) if request.param == "mixture" else parts["a"]  # type: ignore[return-value]
 
 
 def same(left: Batch, right: Batch) -> bool:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from osler.data.mixture import PERIOD, Mixture
 from osler.data.order import Order
-from osler.data.packing import MixedPacking, StreamPacking
+from osler.data.packing import MixedPacking, StreamPacking, WholePacking
 
 WEIGHTS = st.lists(st.floats(0.01, 1), min_size=1, max_size=9)
 
@@ -51,11 +51,17 @@ def test_weights_that_cannot_be_honoured_are_refused(weights: list[float]) -> No
     assert Mixture([3, 0]).rows(7) == [7, 0], "a source may rest"
 
 
-def test_each_source_is_its_own_stream(make_shards) -> None:  # type: ignore[no-untyped-def]
-    parts = {name: StreamPacking(Order(make_shards(lengths), 0), 8) for name, lengths in [("a", [9, 5, 30]), ("b", [40, 3])]}
+@pytest.mark.parametrize("kind", [StreamPacking, WholePacking])
+def test_each_source_is_packed_by_itself(kind, make_shards) -> None:  # type: ignore[no-untyped-def]
+    """Also where documents are kept whole: then weights are shares of the rows, and padding is that of each source's rows."""
+    parts = {name: kind(Order(make_shards(lengths), 0), 8) for name, lengths in [("a", [9, 5, 30]), ("b", [40, 3])]}
     packing = MixedPacking(parts, Mixture([2, 1]))
     rows = {name: itertools.count() for name in parts}
     for index in range(30):
         name = "ab"[packing.mixture.locate(index)[0]]
         assert np.array_equal(packing.row(index).ids, parts[name].row(next(rows[name])).ids)
-    assert packing.tokens(30) == {"a": 160, "b": 80} and packing.epoch_tokens == {"a": 44, "b": 43}
+    assert packing.tokens(30) == {name: part.tokens(count) for (name, part), count in zip(parts.items(), (20, 10), strict=True)}
+    used = sum(packing.tokens(30).values()) / (30 * 9)
+    assert packing.padding(0, 30) == (0 if kind is StreamPacking else pytest.approx(1 - used))
+    skipping = packing.skipping([3, 2])
+    assert np.array_equal(skipping.row(0).ids, parts["a"].row(3).ids)

@@ -12,6 +12,7 @@ from osler.data.order import WINDOW_SHARDS, Order
 from osler.data.packing import StreamPacking, WholePacking, best_fit
 from osler.data.shard_set import ShardSet
 from osler.ops.labels import IGNORED
+from osler.runtime.errors import UserError
 
 LENGTHS = [5, 2, 40, 9, 9, 130, 3, 17, 2, 33]  # 250 tokens; one document is several rows long
 
@@ -154,6 +155,44 @@ def test_whole_padding_is_its_own_document_and_never_learned(make_shards) -> Non
     assert row.document_ids.tolist() in ([0] * 4 + [1] * 3 + [2] * 5, [0] * 3 + [1] * 4 + [2] * 5)
     assert (row.labels[6:] == IGNORED).all() and (row.labels != IGNORED).sum() == 5
     assert (row.ids[7:] == 0).all()
+
+
+@st.composite
+def starving(draw) -> tuple[list[int], list[list[int]]]:  # type: ignore[no-untyped-def]
+    """Lengths and masks of examples: questions of any length, answers of at least the end of the document."""
+    parts = draw(st.lists(st.tuples(st.integers(1, 90), st.integers(1, 12)), min_size=1, max_size=20))
+    return [question + answer for question, answer in parts], [[0] * question + [1] * answer for question, answer in parts]
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(starving(), st.integers(1, 40), st.booleans(), st.booleans())
+def test_no_row_is_without_a_token_to_learn_or_learns_a_question_beside_answers(  # type: ignore[no-untyped-def]
+    make_shards, examples, seq_len, drop_torn, prompt_loss
+) -> None:
+    """Whatever the questions: cut into rows of their own, or dropped where that is asked for."""
+    (lengths, masks), fitting = examples, [length for length in examples[0] if length <= seq_len + 1]
+    order = Order(make_shards(lengths, masks=masks), 0)
+    learnable = {token for document in range(len(lengths)) for token in learned_of(order.shards, document)}
+    whole = WholePacking(order, seq_len, drop_torn=drop_torn, prompt_loss=prompt_loss)
+    if drop_torn and not fitting:
+        with pytest.raises(UserError, match="fits into a row of"):
+            whole.row(0)
+        return
+    for packing, rows in ((whole, whole.rows_of_first_epoch + 2), (StreamPacking(order, seq_len, prompt_loss=prompt_loss), 60)):
+        for number in range(rows):
+            row = packing.row(number)
+            labels = {int(label) for label in row.labels if label != IGNORED}
+            assert labels and row.ids.shape == (seq_len,)
+            if labels & learnable and not prompt_loss:
+                assert labels <= learnable
+    if drop_torn:
+        assert whole.tokens(whole.rows_of_first_epoch) == sum(fitting), "exactly the examples that fit"
+
+
+def learned_of(shards: ShardSet, document: int) -> list[int]:
+    """The ids of a document that its mask lets learn."""
+    ids, mask = shards.document(document)
+    return [int(token) for token, bit in zip(ids, mask, strict=True) if bit]  # type: ignore[arg-type]
 
 
 def test_whole_masks_and_prompt_loss(make_shards) -> None:  # type: ignore[no-untyped-def]

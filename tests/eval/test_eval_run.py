@@ -231,7 +231,7 @@ def test_a_grpo_run_without_the_clinic_sits_the_exam_it_was_evaluated_on(clinic_
     exam = {"type": "medqa", "path": "test.jsonl", "split": "test"}
     other = replace(ready, training={"tasks": [{"task": {"type": "medqa", "path": "train.jsonl"}}], "eval_task": exam})
     config, shards = complete(EvalConfig(), other)
-    assert list(parts(config.task)) == ["medqa test"] and shards == ()
+    assert list(parts(config.task)) == ["medqa test"] and not shards
     with pytest.raises(UserError, match=r"task\.type=medqa"):
         complete(EvalConfig(), replace(ready, training={"data": {"type": "turns"}}))
     given = EvalConfig(task=ClinicTask())

@@ -52,7 +52,8 @@ def test_logprobs_entropy_and_gradient_equal_log_softmax(masked: bool) -> None:
     x, w, y = make(40, 8, 24, 20)
     mask = torch.rand(40, 20, generator=torch.Generator().manual_seed(1)) < 0.5
     mask[torch.arange(40), y] = True
-    logp, entropy = linear_logprobs(x, w, y, vocab_size=20, temperature=0.7, mask_NV=mask if masked else None, chunk_tokens=11)
+    mask_NV = mask if masked else None
+    logp, entropy, is_top = linear_logprobs(x, w, y, vocab_size=20, temperature=0.7, mask_NV=mask_NV, chunk_tokens=11)
     logits = (x @ w[:20].T) / 0.7
     if masked:
         logits = logits.masked_fill(~mask, float("-inf"))
@@ -60,6 +61,7 @@ def test_logprobs_entropy_and_gradient_equal_log_softmax(masked: bool) -> None:
     expected = full.gather(1, y[:, None]).squeeze(1)
     torch.testing.assert_close(logp, expected)
     torch.testing.assert_close(entropy, torch.distributions.Categorical(logits=logits).entropy())
+    assert torch.equal(is_top, full.argmax(-1) == y)
     weights = torch.linspace(-1, 1, 40, dtype=torch.float64)
     ours = torch.autograd.grad((logp * weights).sum(), (x, w))
     torch.testing.assert_close(ours, torch.autograd.grad((expected * weights).sum(), (x, w)))

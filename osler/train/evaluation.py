@@ -1,0 +1,134 @@
+"""What supervised runs measure on text that they do not learn: each validation set, and all of them together.
+
+The sets are those of the config's `validation`, or without one what is held out of each source. The first million tokens of each
+are read, so all sets count alike, an evaluation takes the same time all along, and its result depends on the checkpoint alone.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Callable, Iterator, Mapping
+
+from torch import Tensor
+
+from osler.data.loader import make_batch
+from osler.data.order import Order
+from osler.data.packing import WholePacking
+from osler.data.prepared import Prepared, open_prepared
+from osler.data.shard_set import ShardSet
+from osler.data.stream import untended, wait_together
+from osler.eval.likelihood import BATCH_TOKENS, TextScore, batches, measure, windows
+from osler.inference.load import load_model
+from osler.model.transformer import Transformer
+from osler.runs.folder import newest_checkpoint
+from osler.runs.process import agree_on_machine
+from osler.runs.resume import find_step
+from osler.runtime.errors import UserError
+from osler.runtime.files import RunFolder, read_json, write_json
+from osler.runtime.world import World
+from osler.train.config import TrainConfig
+from osler.train.shards import shards_of, streams
+
+logger = logging.getLogger(__name__)
+
+EVALUATED_SHARDS = 8  # of each set: about a million tokens
+VALIDATION_SEED = 0  # the rows of a set are the same whatever the seed of the run
+
+
+def held_out_scores(
+    config: TrainConfig,
+    prepared: Prepared,
+    plain_model: Callable[[], Transformer],
+    world: World,
+    tend: Callable[[float], None] = untended,
+) -> dict[str, TextScore]:
+    """Measure a model on each validation set that has a document. The ranks share the batches of a set."""
+    sets = wait_together(lambda: heads(prepared.validation_sets), world, "The evaluation", tend)
+    model = plain_model() if sets else None
+    return {
+        name: measure(model, held_out_batches(config, shards), shards.num_bytes, world)
+        for name, shards in sets.items()
+        if model is not None
+    }
+
+
+def heads(sets: Mapping[str, ShardSet]) -> dict[str, ShardSet]:
+    """Return what is read of each set: its first shards, also while later ones are being prepared."""
+    found = {name: shards.head(EVALUATED_SHARDS) for name, shards in sets.items()}
+    return {name: shards for name, shards in found.items() if shards.num_documents}
+
+
+def held_out_batches(config: TrainConfig, shards: ShardSet) -> Iterator[tuple[Tensor, ...]]:
+    """Yield windows of documents that do not overlap, or whole examples that do not see each other, whose loss masks count."""
+    if config.kind == "pretrain":
+        yield from batches(windows(shards.documents(), seq_len=config.seq_len, start_id=shards.eos_id))
+        return
+    packing = WholePacking(Order(shards, VALIDATION_SEED), config.seq_len, drop_torn=config.drops_torn)
+    count, size = packing.rows_of_first_epoch, max(1, BATCH_TOKENS // config.seq_len)
+    for start in range(0, count, size):
+        batch = make_batch(packing, range(start, min(count, start + size)))
+        yield batch.ids, batch.labels, batch.document_ids
+
+
+def values_of(config: TrainConfig, score: TextScore) -> dict[str, float]:
+    """Return what is told of a score. Where only answers are learned, their bytes are not known."""
+    values = {"loss": score.loss, "bits_per_byte": score.bits_per_byte, "token_accuracy": score.token_accuracy}
+    return {name: value for name, value in values.items() if config.kind == "pretrain" or name != "bits_per_byte"}
+
+
+def as_metrics(config: TrainConfig, prepared: Prepared, scores: Mapping[str, TextScore]) -> dict[str, float]:
+    """Return the metrics of an evaluation: `eval/loss` and so on of all sets together, and `eval/SET/loss` of each.
+
+    A single set without a name is not told twice.
+    """
+    if not scores:
+        return {}
+    places = {"eval": TextScore.of_all(scores.values())}
+    if len(scores) > 1 or prepared.named_validation:
+        places |= {f"eval/{name}": score for name, score in scores.items()}
+    return {f"{place}/{name}": value for place, score in places.items() for name, value in values_of(config, score).items()}
+
+
+def evaluate_checkpoint(config: TrainConfig, folder: RunFolder, step: int | None, world: World) -> str:
+    """Measure a checkpoint of a run, the newest good one where no step is given, and write the scores into its folder.
+
+    Returns a table. Each rank loads the whole model; nothing else in the folder changes, so the run may be at work meanwhile.
+    """
+    path = world.broadcast_from_first(
+        lambda: newest_checkpoint(folder) if step is None else find_step(folder.checkpoints, step).path
+    )
+    if path is None:
+        raise UserError(f"{folder.root} has no checkpoint to evaluate.")
+    machine = agree_on_machine(world, path, precision=config.precision, compile_mode="never", steps=1)
+    ready = load_model(path, device=machine.device, compute_dtype=machine.eager_dtype)
+    prepared = open_prepared(shards_of(config, folder), ready.tokenizer, growing=streams(config))
+
+    attempts = itertools.count()
+
+    def refuse_to_wait(seconds: float) -> None:
+        if next(attempts):
+            raise UserError(f"The validation data in {prepared.folder} are not prepared yet; `osler {config.kind}` does that.")
+
+    scores = held_out_scores(config, prepared, lambda: ready.model, world, refuse_to_wait)
+    if not scores:
+        raise UserError(f"{folder.root} holds nothing out: there is nothing to evaluate.")
+    overall = TextScore.of_all(scores.values())
+    rows = {name: {**values_of(config, score), "tokens": score.tokens} for name, score in scores.items()}
+    together = {**values_of(config, overall), "tokens": overall.tokens}
+    if world.is_first:
+        known = read_json(folder.evaluations) if folder.evaluations.exists() else {}
+        write_json(folder.evaluations, {**known, path.name: {"together": together, "sets": rows}})
+        logger.info(f"Saved to {folder.evaluations}.")
+    return table(path.name, {**rows, **({"all together": together} if len(rows) > 1 else {})})
+
+
+def table(title: str, rows: Mapping[str, Mapping[str, float]]) -> str:
+    """Return the values of each set in a row."""
+    names = list(next(iter(rows.values())))
+    width = max(map(len, (title, *rows)))
+    lines = [f"{title:<{width}}" + "".join(f"{name.replace('_', ' '):>16}" for name in names)]
+    for name, row in rows.items():
+        cells = (f"{row[key]:,}" if key == "tokens" else f"{row[key]:.4f}" for key in names)
+        lines.append(f"{name:<{width}}" + "".join(f"{cell:>16}" for cell in cells))
+    return "\n".join(lines)
