@@ -92,14 +92,14 @@ def _stage(run: RunRecord, log: StageLog, position: int) -> dict[str, Any]:
 
 def _sets(log: StageLog) -> tuple[list[str], list[tuple[int, list[str]]]]:
     """Return the titles of a table of validation sets over time, and its rows: a step and the value of each set; some of many."""
-    for what in ("bits_per_byte", "loss"):  # where only answers are learned, there is a loss alone
-        curves = {name.split("/")[1]: log.curves[name] for name in log.curves if declared_name(name) == f"eval/<set>/{what}"}
+    for row in ("eval/<set>/bits_per_byte", "eval/<set>/loss"):  # where only answers are learned, there is a loss alone
+        curves = {name.split("/")[1]: log.curves[name] for name in log.curves if declared_name(name) == row}
         if curves:
             break
     steps = np.unique([step for series in curves.values() for step in series.steps]).astype(int)
     some = steps[np.unique(np.linspace(0, len(steps) - 1, MOST_EVALUATIONS).round().astype(int))] if len(steps) else steps
     values = [dict(zip(series.steps.tolist(), series.values.tolist(), strict=True)) for series in curves.values()]
-    titles = [f"Step ({what.replace('_', ' ')})", *curves]
+    titles = [f"Step ({row.split('/')[2].replace('_', ' ')})", *curves]
     return titles, [(int(step), [fmt.number(of.get(step, math.nan)) for of in values]) for step in some]
 
 

@@ -235,7 +235,7 @@ def test_a_grpo_run_without_the_clinic_sits_the_exam_it_was_evaluated_on(clinic_
     with pytest.raises(UserError, match=r"task\.type=medqa"):
         complete(EvalConfig(), replace(ready, training={"data": {"type": "turns"}}))
     given = EvalConfig(task=ClinicTask())
-    assert complete(given, other) == (given, ())
+    assert complete(given, other) == (given, {})
 
 
 def test_remarks_say_what_a_score_is_worth():

@@ -21,6 +21,7 @@ OF_GRPO = {"perf/step_seconds", "perf/rollout_tokens_per_second", "perf/train_to
 OF_TEXT = {  # what only supervised training logs
     "train/loss", "train/perplexity", "train/bits_per_byte", "train/stage", "train/seq_len", "train/batch_tokens",
     "train/unlearned_steps", "perf/tokens_per_second", "perf/data_ms", "eval/loss", "eval/train_gap", "eval/bits_per_byte",
+    "eval/token_accuracy", "eval/<set>/loss", "eval/<set>/bits_per_byte", "eval/<set>/token_accuracy",
 }  # fmt: skip
 AREAS = ("train/", "grad/", "update/", "model/", "data/", "eval/", "perf/")
 UNREADABLE = "eval/<split>_unparsed_frac"  # the small exam of training counts right answers alone
@@ -47,6 +48,7 @@ def watched(tiny, tmp_path_factory):
     """The same pretraining run at every level."""
     folder = tmp_path_factory.mktemp("watched")
     more = ["curriculum=[{seq_len: 32, until_tokens: 1024}, {seq_len: 64}]", "exam={every_tokens: 1536, items: 2}"]
+    more += ["validation=[{type: clinic, passages: 1, examples: 0, cards: 0, drills: 0, validation_passages: 4}]"]
     for level in ("off", "basic", "full"):
         changes = [f"monitor.level={level}", "monitor.full_every_steps=5", "micro_batch_tokens=128"]
         assert main(["pretrain", tiny.pretrain, *more, *changes, "--run", str(folder / level)]) == 0

@@ -96,7 +96,7 @@ def test_the_newest_checkpoint_is_measured_where_no_step_is_given(run, capsys):
 
 def test_prepared_shards_bring_their_validation_sets(tiny, words, run, tmp_path, capsys):
     shards = tmp_path / "shards"
-    assert main(["data", "prepare", *words, "--tokenizer", str(tiny.tokenizer), "--out", str(shards)]) == 0
+    assert main(["data", "prepare", *words, f"tokenizer.path={tiny.tokenizer}", "--out", str(shards)]) == 0
     assert main(["data", "inspect", str(shards)]) == 0
     assert "validation.medicine: every file is as it was written" in capsys.readouterr().out
     recipe = json.loads(Path(tiny.pretrain).read_text())
