@@ -7,8 +7,10 @@ import random
 from pathlib import Path
 
 import pytest
+from run_folders import logged
 
 from osler.config.recipe import load_yaml
+from osler.runtime.files import is_locked
 
 WORDS = ["fever", "cough", "pain", "rash", "aspirin", "heart", "lung", "liver", "doses", "daily", "relieves", "causes", "treats"]
 
@@ -35,6 +37,18 @@ def recipe(tiny, tmp_path):
     return path
 
 
+def test_a_streamed_run_is_the_prepared_one(osler, recipe, tmp_path):
+    small = ["data.sources=[{type: files, path: " + str(tmp_path / "small.jsonl") + "}]", "batch_tokens=256", "total_tokens=3072"]
+    for name, streaming in (("streamed", "true"), ("prepared", "false")):
+        assert osler("pretrain", recipe, *small, f"data.streaming={streaming}", "--run", tmp_path / name) == 0
+    streamed, prepared = (
+        [line.get("train/loss", line.get("eval/loss")) for line in logged(tmp_path / name)] for name in ("streamed", "prepared")
+    )
+    assert streamed == prepared and len(streamed) > 3
+    assert not is_locked(tmp_path / "streamed" / "data"), "the preparation outlived the run"
+
+
+@pytest.mark.slow
 def test_streamed_runs(run_cases, recipe, tmp_path):
     assert run_cases("faults/streamed_runs.py", recipe, tmp_path) == 8
 
