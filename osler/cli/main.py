@@ -59,10 +59,10 @@ def end(code: int | str | None) -> NoReturn:
     for request in REQUESTS:
         signal.signal(request, signal.SIG_IGN)  # still in force when Python's own handlers are gone
     flush_or_silence()
-    if isinstance(code, int) and is_distributed():
-        # Threads of gloo free tensors at any time and need the interpreter for that. A thread that asks for it during shutdown is
-        # ended on the spot, which aborts the process. They are joined only when nothing holds their group any more, and after an
-        # error that could mean waiting for a rank that is gone.
+    if isinstance(code, int) and (code or is_distributed()):
+        # A thread that computes in torch and returns to the interpreter in its shutdown is ended on the spot, which aborts the
+        # process. Threads of gloo do that at any time, and are joined only when nothing holds their group any more. After an
+        # interruption or an error others may still compute, and to join them could mean waiting for a rank that is gone.
         os._exit(code)
     sys.exit(code)
 
