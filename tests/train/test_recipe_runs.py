@@ -73,7 +73,7 @@ def named_files(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("hub")
     for name in NAMED:
         config = decode(TrainConfig, load_recipe(name))
-        for source in sources_of(config.data).values():
+        for source in (*sources_of(config.data).values(), *config.validation):
             known = SOURCES[source.name]
             write_like_the_hub(root, source.name, source.split or known.splits[0], source.subset or known.subsets[0])
     return root
