@@ -47,7 +47,7 @@ def data_card(manifest: Mapping[str, Any], journals: Sequence[Path]) -> str:
         "Nothing looked for personal data, errors or offensive content, and nobody has read all documents. Copies were looked "
         "for within each source, not between sources, except for copies of held-out documents.",
         "## How to make it again",
-        *_recipe(sources),
+        *_recipe(sources, manifest["validation"]),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -181,7 +181,7 @@ def _exams(sources: Mapping[str, Mapping[str, Any]], lines: Mapping[str, Sequenc
         yield f"Found: {some}{more}. `exams.json` has all of them, and all that were looked for."
 
 
-def _recipe(sources: Mapping[str, Mapping[str, Any]]) -> Iterable[str]:
+def _recipe(sources: Mapping[str, Mapping[str, Any]], sets: Iterable[str]) -> Iterable[str]:
     configs = [dict(source["about"].get("config", ())) for source in sources.values()]
     if not all(configs):
         return
@@ -194,4 +194,6 @@ def _recipe(sources: Mapping[str, Mapping[str, Any]]) -> Iterable[str]:
     recipe = {"data": _without_places(data), "tokenizer": {"path": "tokenizer.json"}}
     yield "With these lines in `RECIPE.yaml`, in a folder with the files above and the tokenizer that is beside this card:"
     yield f"```yaml\n{dump_yaml(recipe).rstrip()}\n```"
+    if names := ", ".join(sets):
+        yield f"Add the validation sets ({names}) as `validation`; without them documents of the sources are held out."
     yield "```sh\nosler data prepare RECIPE.yaml --out FOLDER\n```"

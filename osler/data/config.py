@@ -203,12 +203,17 @@ def refuse_same_titles(what: str, sources: Iterable[Source]) -> None:
             raise ValueError(f"two {what} are named {title}; give one of them another `name`")
 
 
+ONLY_TO_LEARN_FROM = ("weight", "streaming", "disk_budget_gb", "clean", "no_benchmark_contamination")  # fields
+
+
 def check_validation(sets: Iterable[Source]) -> None:
     """Raise ValueError for validation sets with the same title, or with fields that only data to learn from have."""
     refuse_same_titles("validation sets", sets)
+    plain = Source()
     for source in sets:
-        if (source.weight, source.streaming, source.disk_budget_gb) != (1.0, False, None):
-            raise ValueError(f"the validation set {source.title} has no weight, streaming or disk_budget_gb: leave them out")
+        given = [name for name in ONLY_TO_LEARN_FROM if getattr(source, name) != getattr(plain, name)]
+        if given:
+            raise ValueError(f"the validation set {source.title} has no {' or '.join(given)}: leave it out")
 
 
 def sources_of(data: TextData) -> dict[str, AnySource]:

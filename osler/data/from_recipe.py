@@ -77,7 +77,7 @@ def tokenizer_train(recipe: str | None, overrides: Sequence[str], type: str | No
     wanted = sections.tokenizer
     if wanted.path is not None:
         raise UserError(f"tokenizer.path={wanted.path} names a tokenizer that exists; leave it out to train one.")
-    tokenizer = train_tokenizer(sections.data, wanted)
+    tokenizer = train_tokenizer(sections.data, wanted, sections.validation)
     path = Path(out)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, tokenizer.to_bytes())
@@ -116,7 +116,7 @@ def data_prepare(recipe: str | None, overrides: Sequence[str], out: str | None, 
         tokenizer = refuse_missing_bytes(Tokenizer.load(wanted.path)).with_specials()
     else:
         logger.info(f"Training a tokenizer of {wanted.vocab_size:,} tokens on the text; tokenizer.path=FILE would take one.")
-        tokenizer = train_tokenizer(sections.data, wanted)
+        tokenizer = train_tokenizer(sections.data, wanted, sections.validation)
     prepared = prepare_sources(sections.data, tokenizer, out, validation=sections.validation, processes=processes)
     print(f"{out}: {'exists already' if prepared.reused else 'written'}")
     print_splits(out)
@@ -136,6 +136,8 @@ def data_sources() -> int:
 
 def data_peek(recipe: str | None, overrides: Sequence[str], tokenizer_path: str | None, documents: int) -> int:
     """Print the first documents of each source of a recipe, as text and, with a tokenizer, as tokens."""
+    if documents < 1:
+        raise UserError(f"--documents {documents} shows nothing; give 1 or more.")
     tokenizer = None if tokenizer_path is None else Tokenizer.load(tokenizer_path).with_specials()
     for name, corpus in open_corpora(read_sections(recipe, overrides).data).items():
         for document in islice(corpus.documents(), documents):

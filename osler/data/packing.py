@@ -281,9 +281,9 @@ class MixedPacking:
         """
         if not all(packing.prompt_loss for packing in self._packings):
             return None
-        consumed = zip(self._packings, self.tokens(rows).values(), strict=True)
-        rates = [packing.order.shards.bytes_per_token(tokens) for packing, tokens in consumed]
-        return sum(fraction * rate for fraction, rate in zip(self.mixture.fractions, rates, strict=True))
+        consumed = zip(self.mixture.fractions, self._packings, self.tokens(rows).values(), strict=True)
+        # A source that rests may have no shard yet.
+        return sum(share * packing.order.shards.bytes_per_token(tokens) for share, packing, tokens in consumed if share)
 
     @property
     def epoch_tokens(self) -> dict[str, int | None]:

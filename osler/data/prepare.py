@@ -17,6 +17,7 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -237,19 +238,20 @@ class _Work:
             if writer.parts == len(stream.corpus.parts):
                 self._close(stream, writer)
         tasks = _in_turns(streams, [(writer.counts["bytes"], writer.parts) for writer in writers])
-        for task, result in tokenise([stream.corpus for stream in streams], self.tokenizer, tasks, self.processes):
-            writer, stream = writers[task.corpus], streams[task.corpus]
-            if not isinstance(result, PartEnd):
-                writer.add(result)
-                self.tokens += len(result.tokens)
-            else:
-                writer.end_part(task.part, result)
-                self.losses.add(result.losses)
-                self.bytes_done += task.part.num_bytes
-                if writer.parts == len(stream.corpus.parts):
-                    self._close(stream, writer)
-            rate = self.tokens / max(1e-9, time.monotonic() - self.began)
-            self.progress.update(self.bytes_done, tokens=self.tokens, **{"tokens/s": round(rate)})
+        with closing(tokenise([stream.corpus for stream in streams], self.tokenizer, tasks, self.processes)) as results:
+            for task, result in results:
+                writer, stream = writers[task.corpus], streams[task.corpus]
+                if not isinstance(result, PartEnd):
+                    writer.add(result)
+                    self.tokens += len(result.tokens)
+                else:
+                    writer.end_part(task.part, result)
+                    self.losses.add(result.losses)
+                    self.bytes_done += task.part.num_bytes
+                    if writer.parts == len(stream.corpus.parts):
+                        self._close(stream, writer)
+                rate = self.tokens / max(1e-9, time.monotonic() - self.began)
+                self.progress.update(self.bytes_done, tokens=self.tokens, **{"tokens/s": round(rate)})
 
     def _close(self, stream: Stream, writer: CorpusWriter) -> None:
         """Write the last shards of a corpus as soon as it has no more parts, and describe it in the manifest."""

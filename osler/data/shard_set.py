@@ -367,7 +367,8 @@ def fingerprint_of(shards: Sequence[ShardSet]) -> str:
     While sources are being prepared, it tells which of their shards there are.
     """
     if not all(part.is_complete for part in shards):
-        return ",".join(f"{part.fingerprint}@{part.num_shards}" for part in shards)
+        counts = [part.num_shards for part in shards]  # once: readers in other threads take in new shards at any time
+        return ",".join(f"{part.fingerprint_up_to(count)}@{count}" for part, count in zip(shards, counts, strict=True))
     found = [part.fingerprint for part in shards]
     return found[0] if len(found) == 1 else fingerprint(found)
 

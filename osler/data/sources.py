@@ -222,15 +222,17 @@ def at_known_commits(data: TextData, out: str | Path) -> TextData:
     return replace(data, sources=tuple(map(pinned, data.sources))) if isinstance(data, MixtureData) else pinned(data)
 
 
-def train_tokenizer(data: TextData, wanted: BPEConfig | SuperBPEConfig) -> Tokenizer:
+def train_tokenizer(data: TextData, wanted: BPEConfig | SuperBPEConfig, validation: Sources = ()) -> Tokenizer:
     """Train a tokenizer on the training documents of a config, or on an even sample of about `wanted.max_bytes` of them.
 
     Sources share the sample by their weights. Of a large source only some parts are read. Documents that `prepare` will hold
-    out are left out. The sample is the same every time.
+    out, and copies of those in `validation`, are left out. The sample is the same every time.
     """
-    check_sources(data)
-    corpora, weights = open_corpora(data), [source.weight for source in sources_of(data).values()]
-    held = HeldOut(find_limits(corpora), np.zeros(0, np.uint64))
+    check_sources(data, validation)
+    corpora, weights = open_corpora(data, validation), [source.weight for source in sources_of(data).values()]
+    sets = open_validation(data, validation).values()
+    keys = np.array([document.split_key() for corpus in sets for document in corpus.documents()], np.uint64)
+    held = HeldOut(find_limits(corpora), np.sort(keys))
 
     def texts() -> Iterator[str]:
         for corpus, weight in zip(corpora.values(), weights, strict=True):

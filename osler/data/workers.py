@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from typing import Any
 
 from osler.data.documents import Corpus
@@ -37,7 +37,7 @@ def process_count(num_bytes: int) -> int:
 
 def tokenise(
     corpora: Sequence[Corpus], tokenizer: Tokenizer | None, tasks: Iterable[Task], processes: int
-) -> Iterator[tuple[Task, Piece | PartEnd]]:
+) -> Generator[tuple[Task, Piece | PartEnd], None, None]:
     """Yield what `Tokeniser` makes of the tasks, in their order; 0 processes: in this one."""
     if not processes:
         tokeniser = Tokeniser(corpora, tokenizer)

@@ -177,7 +177,7 @@ def make_tokenizer(config: TrainConfig, given: Tokenizer | None, kept: Path) -> 
     if config.tokenizer.path is not None:
         return Tokenizer.load(config.tokenizer.path).with_specials()
     logger.info(f"Training a tokenizer of {config.tokenizer.vocab_size:,} tokens on the run's own text.")
-    return train_tokenizer(config.data, config.tokenizer)
+    return train_tokenizer(config.data, config.tokenizer, config.validation)
 
 
 def fit_vocabulary(model: Transformer, tokenizer: Tokenizer) -> None:

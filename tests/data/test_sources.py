@@ -104,6 +104,11 @@ def test_a_tokenizer_has_not_seen_what_is_held_out(tmp_path: Path) -> None:
     known = [len(tokenizer.encode(word)) for word in words]
     learned = prepared.train.num_documents
     assert sorted(known)[:learned] == [1] * learned and min(sorted(known)[learned:]) > 4, "learned whole, or never seen"
+    (tmp_path / "set.jsonl").write_text(json.dumps({"text": words[0].upper() * 50}))
+    sets = (FilesData(path=str(tmp_path / "set.jsonl")),)
+    data = FilesData(path=str(tmp_path / "texts.jsonl"), holdout_fraction=0.5)
+    tokenizer = train_tokenizer(data, BPEConfig(vocab_size=1000, max_bytes=MANY), sets)
+    assert [len(tokenizer.encode(word)) > 4 for word in words] == [True] + [False] * 9, "nothing else is held out then"
 
 
 @pytest.mark.parametrize(

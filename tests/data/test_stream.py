@@ -79,6 +79,14 @@ def same(left, right) -> bool:
     return all(torch.equal(getattr(left, name), getattr(right, name)) for name in ("ids", "labels", "document_ids"))
 
 
+def test_a_source_that_rests_needs_no_shard(tmp_path):
+    """The bytes of a token are asked for at every line of metrics, also in a stage in which a source has weight 0."""
+    parts = {name: Written(tmp_path / name) for name in "ab"}
+    parts["a"].write(40)
+    packings = {name: StreamPacking(Order(part.open(), 0), SEQ_LEN, prompt_loss=True) for name, part in parts.items()}
+    assert MixedPacking(packings, Mixture([1, 0])).bytes_per_token(1) == packings["a"].order.shards.bytes_per_token(SEQ_LEN)
+
+
 @pytest.mark.parametrize("workers", [0, 3])
 @pytest.mark.parametrize("packing", [StreamPacking, WholePacking])
 def test_batches_and_metrics_are_those_of_finished_shards(tmp_path, packing, workers):

@@ -133,6 +133,7 @@ def test_sets_may_move_and_may_not_change(run, words, tmp_path, capsys):
     [
         ([{"type": "clinic"}, {"type": "clinic", "seed": 1}], "two validation sets are named clinic"),
         ([{"type": "clinic", "weight": 2}], "the validation set clinic has no weight"),
+        ([{"type": "clinic", "clean": {}}], "the validation set clinic has no clean"),
         ([{"type": "files", "path": "gone.txt"}], "no file or folder gone.txt; set validation[0].path"),
     ],
 )
