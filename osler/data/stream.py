@@ -100,8 +100,7 @@ class DiskBudget:
         if not (self.folder / PAUSED).exists():
             return
         sizes = {name: self._tokens_in_all(name, shards) for name, shards in self.loader.sources.items()}
-        once = [name for name, size in sizes.items() if self.planned[name] <= size]
-        again = [name for name, size in sizes.items() if self.planned[name] > TOLERANCE * size]
+        once = [name for name, size in sizes.items() if self.planned[name] <= TOLERANCE * size]
         done = self._done_with() if once else {}
         for name in once:
             shards = self.loader.sources[name]
@@ -109,10 +108,10 @@ class DiskBudget:
             if first > num_evicted(shards.folder):
                 evict(shards.folder, first)
                 return
-        if len(again) == len(sizes) or waited > STUCK_SECONDS:
+        if not once or waited > STUCK_SECONDS:
             needed = sum(size * self.loader.sources[name].token_bytes for name, size in sizes.items())
-            reads = [f"{name} {self.planned[name] / sizes[name]:.1f} times" for name in again]
-            why = f"the run reads {', '.join(reads)}" if reads else "from the oldest checkpoint on, more is needed at once"
+            again = [f"{name} {self.planned[name] / size:.1f} times" for name, size in sizes.items() if name not in once]
+            why = f"the run reads {', '.join(again)}" if again else "from the oldest checkpoint on, more is needed at once"
             raise UserError(
                 f"data.disk_budget_gb={self.gigabytes:g} is too small: {why}. All shards take about {needed / GIGABYTE:.2g} GB: "
                 "set it higher, set total_tokens lower, or save checkpoints more often."
