@@ -17,7 +17,7 @@ from osler.data.config import ClinicData, Sources, TextData, check_validation
 from osler.data.named import SOURCES
 from osler.data.shard_set import ShardSet, open_split
 from osler.data.shards import SPLITS, VALIDATION_PREFIX, read_data_manifest
-from osler.data.sources import check_sources, open_corpora, prepare_sources, train_tokenizer
+from osler.data.sources import open_corpora, prepare_sources, train_tokenizer
 from osler.data.tokenise import encode
 from osler.runtime.errors import UserError
 from osler.runtime.files import write_atomic
@@ -110,7 +110,6 @@ def data_prepare(recipe: str | None, overrides: Sequence[str], out: str | None, 
     """Tokenise the text of a recipe into the folder ``out`` and print what is in it."""
     sections = read_sections(recipe, overrides)
     out = out or str(SHARDS / (Path(recipe).stem if recipe and Path(recipe).exists() else recipe or sections.data.type))
-    check_sources(sections.data, sections.validation)
     wanted = sections.tokenizer
     if wanted.path is not None:
         tokenizer = refuse_missing_bytes(Tokenizer.load(wanted.path)).with_specials()

@@ -2,7 +2,7 @@
 
 The global batch of step s is rows s * n ... (s + 1) * n of the packing, and rank r of w takes the r-th of w equal parts. So the
 ranks need not communicate, their number may change between runs, and the state of a loader is the step. A curriculum has one
-loader for each stage. This is the only module of the package that imports torch.
+loader for each stage. This is the only module of `osler/data` that imports torch.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 A line of the journal is written when a part is finished. It counts, from the first part on, what was read, dropped, and given to
 each split. After a kill, the preparation goes on behind the last part all of whose documents are in finished shards. What it then
 reads again is skipped as far as it is in shards already, so no shard is written twice, and no document is lost or doubled. That
-is at most `CUT_BYTES` of files, because every split is cut there.
+is at most `CUT_BYTES` of files and one part, because every split is cut there; a text or compressed file is one part.
 """
 
 from __future__ import annotations

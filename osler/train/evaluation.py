@@ -1,7 +1,8 @@
 """What supervised runs measure on text that they do not learn: each validation set, and all of them together.
 
-The sets are those of the config's `validation`, or without one what is held out of each source. The first million tokens of each
-are read, so all sets count alike, an evaluation takes the same time all along, and its result depends on the checkpoint alone.
+The sets are those of the config's `validation`, or without one what is held out of each source. The first eight
+shards of each are read, a million tokens at most, so an evaluation takes the same time all along, and its result depends on the
+checkpoint alone.
 """
 
 from __future__ import annotations

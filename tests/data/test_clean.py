@@ -24,7 +24,6 @@ from osler.tasks.exam_files import MedqaTask, load_exam_file
 from osler.tasks.item import ExamItem, render_question
 from osler.tokenizer.bpe import Tokenizer
 
-EXAMS = Path("/work/shared/data/exams")
 STOCK = "Which of the following is the most likely diagnosis of the condition in this patient at this time"
 
 
@@ -136,9 +135,8 @@ def test_the_same_question_in_two_exams_is_found_as_both() -> None:
     assert found(ExamIndex([item(1), replace(item(1), id="other")]), item(1).question) == ["medqa-1", "other"]
 
 
-@pytest.mark.skipif(not EXAMS.is_dir(), reason="the exams of ../shared are not here")
-def test_halves_of_a_real_exam_do_not_contain_each_other() -> None:
-    items = load_exam_file(MedqaTask(path=str(EXAMS / "medqa-dev.jsonl")))
+def test_halves_of_a_real_exam_do_not_contain_each_other(shared_data: Callable[[str], Path]) -> None:
+    items = load_exam_file(MedqaTask(path=str(shared_data("exams/medqa-dev.jsonl"))))
     index = ExamIndex(items[::2])
     assert sum(bool(found(index, render_question(other))) for other in items[1::2]) <= 3
     assert all(found(index, render_question(own)) for own in items[::2])
