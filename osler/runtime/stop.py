@@ -12,7 +12,7 @@ import logging
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -66,6 +66,22 @@ def interruptible() -> Iterator[None]:
         _restore(before)
 
 
+@contextmanager
+def ended_by_requests() -> Iterator[None]:
+    """Let a request end the process on the spot, because a call that waits inside a library hears no handler of Python.
+
+    Signals that have a handler of somebody else or are ignored stay so.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = _install(signal.SIG_DFL, [number for number in REQUESTS if signal.getsignal(number) is _interrupt])
+    try:
+        yield
+    finally:
+        _restore(before)
+
+
 def ignore_requests() -> None:
     """Ignore all requests from here on, because the process ends."""
     global _ending
@@ -81,7 +97,7 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt if number == signal.SIGINT else Terminated
 
 
-def _install(handler: Callable[[int, FrameType | None], None], numbers: list[signal.Signals]) -> dict[int, Any]:
+def _install(handler: Any, numbers: list[signal.Signals]) -> dict[int, Any]:
     """Set the handler of these signals, and return the handlers before."""
     return {number: signal.signal(number, handler) for number in numbers}
 

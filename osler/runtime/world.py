@@ -17,6 +17,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from osler.runtime.errors import UserError
+from osler.runtime.stop import ended_by_requests
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -162,16 +163,17 @@ def joined(device: str) -> Iterator[World]:
         torch.cuda.set_device(own)
     store: Store | None = None
     try:
-        store = next(dist.rendezvous("env://", timeout=COLLECTIVE_TIMEOUT))[0]
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
-            timeout=COLLECTIVE_TIMEOUT,
-            store=dist.PrefixStore("ranks", store),
-            rank=here.rank,
-            world_size=here.size,
-            device_id=torch.device(own) if on_gpu else None,
-        )
-        world = World(here.rank, here.size, own, dist.new_group(backend="gloo", timeout=HOST_TIMEOUT))
+        with ended_by_requests():  # torch waits for ranks that are not there, or are gone, without a look at signals
+            store = next(dist.rendezvous("env://", timeout=COLLECTIVE_TIMEOUT))[0]
+            dist.init_process_group(
+                "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+                timeout=COLLECTIVE_TIMEOUT,
+                store=dist.PrefixStore("ranks", store),
+                rank=here.rank,
+                world_size=here.size,
+                device_id=torch.device(own) if on_gpu else None,
+            )
+            world = World(here.rank, here.size, own, dist.new_group(backend="gloo", timeout=HOST_TIMEOUT))
         yield world
         world.barrier()  # nobody hangs up while another still listens
         dist.destroy_process_group()  # not after an error: that could wait for a rank that is gone

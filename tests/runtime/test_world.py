@@ -1,5 +1,11 @@
 """Who a process is by its environment; how ranks agree is tested with real ranks in tests/distributed."""
 
+import os
+import signal
+import socket
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -68,3 +74,18 @@ def test_the_first_to_find_a_mistake_tells_it_where_torchrun_keeps_a_store(torch
         assert main(["no-such-command"]) == 2
         told.append(capsys.readouterr().err)
     assert "no command `no-such-command`" in told[0] and told[1] == ""
+
+
+@pytest.mark.parametrize("request_to_stop", [signal.SIGTERM, signal.SIGINT])
+def test_a_rank_that_waits_for_a_lost_one_can_be_ended(request_to_stop):
+    with socket.create_server(("127.0.0.1", 0)) as lost:  # it is there, and never answers
+        lost.settimeout(120)
+        rank = {**TORCHRUN, "RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(lost.getsockname()[1])}
+        command = [sys.executable, "-m", "osler.cli", "pretrain", "device=cpu"]
+        with subprocess.Popen(command, env={**os.environ, **rank}, stderr=subprocess.DEVNULL) as waiting:
+            try:
+                with lost.accept()[0]:
+                    waiting.send_signal(request_to_stop)
+                    assert waiting.wait(120) == -request_to_stop
+            finally:
+                waiting.kill()
