@@ -237,7 +237,7 @@ class _Work:
         for stream, writer in zip(streams, writers, strict=True):
             if writer.parts == len(stream.corpus.parts):
                 self._close(stream, writer)
-        tasks = _in_turns(streams, [(writer.counts["bytes"], writer.parts) for writer in writers])
+        tasks = _in_turns(streams, writers)
         with closing(tokenise([stream.corpus for stream in streams], self.tokenizer, tasks, self.processes)) as results:
             for task, result in results:
                 writer, stream = writers[task.corpus], streams[task.corpus]
@@ -265,17 +265,17 @@ class _Work:
         self.write_manifest()  # a run that reads along may go round again, or evaluate
 
 
-def _in_turns(streams: Sequence[Stream], begun: Sequence[tuple[int, int]]) -> Iterator[Task]:
+def _in_turns(streams: Sequence[Stream], writers: Sequence[CorpusWriter]) -> Iterator[Task]:
     """Yield the parts of streams that are not finished; each has its share of the bytes, by weight, at any time."""
     orders = [stream.corpus.order() for stream in streams]
-    turns = [(done / streams[number].weight, number, place) for number, (done, place) in enumerate(begun)]
+    turns = [(writer.counts["bytes"] / streams[number].weight, number, writer.parts) for number, writer in enumerate(writers)]
     heapq.heapify(turns)
     while turns:
         done, number, place = heapq.heappop(turns)
         stream = streams[number]
         if place < len(orders[number]):
             part = stream.corpus.parts[int(orders[number][place])]
-            yield Task(number, int(orders[number][place]), part)
+            yield Task(number, int(orders[number][place]), part, only_keys=writers[number].is_full)
             heapq.heappush(turns, (done + part.num_bytes / stream.weight, number, place + 1))
 
 

@@ -32,6 +32,7 @@ INDEX = "index.bin"
 SPLITS = ("train", "validation")
 VALIDATION_PREFIX = "validation."  # of the folder of a named validation set; no source has a point in its name
 SHARD_TOKENS = 1 << 20
+VALIDATION_TOKENS = 1 << 20  # of a validation set are kept, and one more document at most: no evaluation reads more
 FIRST_SHARD_TOKENS = 1 << 17  # each of the next shards may be twice as large, so that a run on data to come begins soon
 
 Int64Array = npt.NDArray[np.int64]

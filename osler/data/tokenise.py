@@ -36,11 +36,15 @@ EMPTY = "empty"  # the reason why a document without text is dropped
 
 
 class Task(NamedTuple):
-    """A part to tokenise: the number of its corpus among those at work, its place among the parts of the corpus."""
+    """A part to tokenise: the number of its corpus among those at work, its place among the parts of the corpus.
+
+    With `only_keys` no tokens are made of it, because the corpus has enough of them.
+    """
 
     corpus: int
     number: int
     part: Part
+    only_keys: bool = False
 
 
 class Piece(NamedTuple):
@@ -113,8 +117,9 @@ class Tokeniser:
             order = permutation(len(stretch), corpus.seed, task.number, number, "stretch").tolist()
             for batch in _batches((stretch[place] for place in order), BATCH_CHARACTERS, BATCH_DOCUMENTS):
                 assert tokenizer is not None and round_trip is not None
-                round_trip.look(part for document in batch[::LOOK_EVERY] for part in document.parts)
-                yield _piece(tokenizer, batch, corpus.clean)
+                if not task.only_keys:
+                    round_trip.look(part for document in batch[::LOOK_EVERY] for part in document.parts)
+                yield _piece(tokenizer, batch, corpus.clean, only_keys=task.only_keys)
         found = examples, sorted(exam_items)
         yield PartEnd(digest.hexdigest(), count, dict(drops), *found, round_trip.losses if round_trip is not None else Losses())
 
@@ -132,8 +137,8 @@ def beginning(document: Document) -> str:
     return " ".join("\n".join(document.parts)[: 2 * EXAMPLE_CHARACTERS].split())[:EXAMPLE_CHARACTERS]
 
 
-def _piece(tokenizer: Tokenizer, documents: Sequence[Document], clean: Cleaner | None) -> Piece:
-    encoded = encode(tokenizer, documents)
+def _piece(tokenizer: Tokenizer, documents: Sequence[Document], clean: Cleaner | None, *, only_keys: bool) -> Piece:
+    encoded = [([], None) for _ in documents] if only_keys else encode(tokenizer, documents)
     dtype = token_dtype(tokenizer.vocab_size)
     tokens = np.concatenate([np.frombuffer(array("I", ids), np.uint32) for ids, _ in encoded]).astype(dtype)
     masks = is_masked = None

@@ -4,6 +4,9 @@ A line of the journal is written when a part is finished. It counts, from the fi
 each split. After a kill, the preparation goes on behind the last part all of whose documents are in finished shards. What it then
 reads again is skipped as far as it is in shards already, so no shard is written twice, and no document is lost or doubled. That
 is at most `CUT_BYTES` of files and one part, because every split is cut there; a text or compressed file is one part.
+
+Of a validation split only the first `VALIDATION_TOKENS` are kept, because no evaluation reads more. The split keys of all its
+documents are kept all the same: none of them is learned, so that the whole set can be measured by other means, too.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ import numpy.typing as npt
 
 from osler.data.config import CleanConfig
 from osler.data.duplicates import Seen
-from osler.data.shards import FIRST_SHARD_TOKENS, SHARD_TOKENS, SPLITS, ShardWriter
+from osler.data.shards import FIRST_SHARD_TOKENS, SHARD_TOKENS, SPLITS, VALIDATION_TOKENS, ShardWriter
 from osler.data.tokenise import EMPTY, EXAMPLES, PartEnd, Piece
 from osler.files.parts import Part
 from osler.runtime.faults import fault
@@ -31,7 +34,8 @@ KEYS = "keys.bin"  # the split keys of the documents of a validation corpus
 SEEN = "seen.bin"  # what copies of a corpus are found by
 COPIES = "copies"  # the reason why a copy of a document that is held out is dropped
 _KEPT = "kept"  # counts the documents that are no copies of earlier ones
-_NO_REASONS = {"bytes", "documents", "train", "validation", _KEPT, EMPTY, COPIES}  # counts beside those of reasons
+_KEYS = "keys"  # counts the documents of a validation corpus
+_NO_REASONS = {"bytes", "documents", "train", "validation", _KEPT, _KEYS, EMPTY, COPIES}  # counts beside those of reasons
 
 Choice = Mapping[str, npt.NDArray[np.bool_]]  # which documents of a piece belong to each split
 
@@ -72,7 +76,7 @@ class CorpusWriter:
         """Return the parts behind which to go on, and the counts of their journal; drop what the journal has of later parts."""
         finished = {split: shards.num_documents for split, shards in self.splits.items()}
         if self._keys is not None and self._keys.exists():
-            finished["validation"] = min(finished["validation"], self._keys.stat().st_size // 8)
+            finished[_KEYS] = self._keys.stat().st_size // 8
         if self._seen is not None:
             finished[_KEPT] = self._seen.num_written
         parts, end, counts = 0, 0, Counter[str]()
@@ -84,29 +88,38 @@ class CorpusWriter:
         if self._journal.exists():
             os.truncate(self._journal, end)
         if self._keys is not None and self._keys.exists():
-            os.truncate(self._keys, 8 * counts["validation"])
+            os.truncate(self._keys, 8 * counts[_KEYS])
         if self._seen is not None:
             self._seen.restore(counts[_KEPT])
         return parts, counts
 
+    @property
+    def is_full(self) -> bool:
+        """Whether no more documents are written, because this is a validation corpus that has enough of them."""
+        return self._keys is not None and self.splits[SPLITS[1]].num_tokens >= VALIDATION_TOKENS
+
     def add(self, piece: Piece) -> None:
         """Take documents of the next part."""
         fault("prepare-piece")
-        taken, is_new = 0, self._without_copies(piece)
+        num_chosen, is_new = 0, self._without_copies(piece)
         for split, chosen in self._choose(piece.keys).items():
-            places = np.flatnonzero(chosen & is_new).tolist()
+            places, shards = np.flatnonzero(chosen & is_new).tolist(), self.splits[split]
             skipped = min(self._skip[split], len(places))
             self._skip[split] -= skipped
-            self.counts[split] += len(places)
-            taken += len(places)
+            self.counts[split] += skipped
+            num_chosen += len(places)
             for place in places[skipped:]:
+                if split == SPLITS[1] and shards.num_tokens >= VALIDATION_TOKENS:
+                    break
                 tokens = slice(int(piece.ends[place - 1]) if place else 0, int(piece.ends[place]))
                 has_mask = piece.is_masked is not None and piece.is_masked[place]
                 mask = piece.masks[tokens] if piece.masks is not None and has_mask else None
-                self.splits[split].add(piece.tokens[tokens], mask, int(piece.num_bytes[place]))
-        self.counts[COPIES] += int(is_new.sum()) - taken
+                shards.add(piece.tokens[tokens], mask, int(piece.num_bytes[place]))
+                self.counts[split] += 1
+        self.counts[COPIES] += int(is_new.sum()) - num_chosen
         if self._keys is not None:
             self._new_keys.append(piece.keys)
+            self.counts[_KEYS] += len(piece.keys)
 
     def _without_copies(self, piece: Piece) -> npt.NDArray[np.bool_]:
         """Return which documents are no copies of earlier ones; count the others."""

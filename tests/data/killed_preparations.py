@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from osler.data import shards, writing
-from osler.data.documents import Corpus, Document, in_memory
+from osler.data.documents import Corpus
 from osler.data.prepare import prepare
 from osler.data.readers import TextFiles
 from osler.data.shards import INDEX, RECORD, shard_name
@@ -41,10 +41,10 @@ def run(root: Path, out: Path, spec: str | None, processes: int = 0) -> int:
             os.environ[faults.VARIABLE] = spec
         tokenizer = Tokenizer.load(root / "tokenizer.json")
         corpora = {}
-        for name, fraction in (("a", 0.2), ("b", 0.0)):
+        for name, fraction in (("a", 0.2), ("b", 0.0), ("set", 0.0)):
             reader = TextFiles(root / f"{name}.jsonl")
             corpora[name] = Corpus(Parts(reader.files()), reader.read, {}, None, fraction)
-        checked = {"set": in_memory([Document(text=f"Text {number} of many of a.") for number in range(0, 300, 9)])}
+        checked = {"set": corpora.pop("set")}
         prepare(corpora, tokenizer, out, weights=[3, 1], validation=checked, processes=processes)
         os._exit(0)
     return os.waitpid(child, 0)[1]
@@ -66,19 +66,20 @@ def finished(out: Path) -> dict[Path, tuple[int, int]]:
 
 def main(root: Path) -> None:
     parts.PART_BYTES, writing.SHARD_TOKENS, writing.FIRST_SHARD_TOKENS, writing.CUT_BYTES = 1500, 400, 100, 6000
-    shards.FIRST_SHARD_TOKENS = 100
+    shards.FIRST_SHARD_TOKENS, writing.VALIDATION_TOKENS = 100, 600
     if not (child := os.fork()):
         tokenizer = Tokenizer.train(["Text 1 of many, with words and numbers. "] * 9, 300)
         (root / "tokenizer.json").write_bytes(tokenizer.to_bytes())
         os._exit(0)
     os.waitpid(child, 0)
     memory.Memory(bpe.PIECES, list).encode_batch([])  # the tables of characters are made once, for all forks
-    for name, count in (("a", 300), ("b", 120)):
-        rows = (json.dumps({"text": f"Text {number} of many of {name}."}) + "\n" for number in range(count))
+    for name, of, numbers in (("a", "a", range(300)), ("b", "b", range(120)), ("set", "a", range(0, 300, 3))):
+        rows = (json.dumps({"text": f"Text {number} of many of {of}."}) + "\n" for number in numbers)
         (root / f"{name}.jsonl").write_text("".join(rows))
     assert run(root, root / "whole", None) == 0
     whole = content(root / "whole")
     assert sum(name.endswith(".bin") for name in whole) > 20
+    assert len(whole["validation.set/keys.bin"]) == 8 * 100, "of all documents, though not all of them are tokenised"
     out = root / "in-processes"
     for visit in (3, 2, 5, 0):
         status = run(root, out, f"prepare-journal:kill:{visit}" if visit else None, processes=2)

@@ -315,6 +315,19 @@ def test_the_number_of_processes_changes_nothing(tmp_path: Path, notes: Path, to
     assert open_prepared(tmp_path / "0", tokenizer).train[0].num_shards > 5
 
 
+def test_of_a_validation_set_as_much_is_kept_as_is_read_and_nothing_of_it_is_learned(
+    tmp_path: Path, notes: Path, tokenizer: Tokenizer, small_parts: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("osler.data.writing.VALIDATION_TOKENS", 700)
+    sets, learned = {"notes": rows_corpus(notes)}, in_memory([*DOCUMENTS, *(Document(text=f"{text} 2") for text in TEXTS)])
+    for count in (0, 1, 3):
+        prepared = prepare_sources({"a": learned}, tokenizer, tmp_path / str(count), validation=sets, processes=count)
+    assert files_in(tmp_path / "0") == files_in(tmp_path / "1") == files_in(tmp_path / "3")
+    found = prepared.validation_sets["notes"]
+    assert 700 <= found.num_tokens < 700 + found.document(found.num_documents - 1)[0].size
+    assert sorted(decoded(prepared.sources[0].train, tokenizer)) == sorted(TEXTS)
+
+
 def test_what_a_process_finds_wrong_is_told_as_if_there_were_none(
     tmp_path: Path, notes: Path, tokenizer: Tokenizer, small_parts: None, capfd: pytest.CaptureFixture[str]
 ) -> None:
