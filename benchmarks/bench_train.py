@@ -13,7 +13,7 @@ from pathlib import Path
 from beside_peers import compare
 from measuring import publish
 
-from osler.config.recipe import load_recipe, parse_overrides
+from osler.config.recipe import load_recipe, override
 from osler.config.schema import decode
 from osler.train.config import TrainConfig
 
@@ -47,7 +47,7 @@ def main() -> None:
     recipe, shape = SHAPES[args.shape]
     overrides = [*shape.split(), f"precision={args.precision}"]
     overrides += [f"batch_tokens={args.batch_tokens}"] if args.batch_tokens else []
-    config = decode(TrainConfig, load_recipe(recipe, overrides) if recipe else parse_overrides(overrides))
+    config = decode(TrainConfig, load_recipe(recipe, overrides) if recipe else override({}, overrides))
     publish(compare(config, args.shape, peers=args.peer, rounds=args.rounds, steps=args.steps), args.out)
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from osler.config.recipe import load_recipe, parse_overrides
+from osler.config.recipe import load_recipe, override
 from osler.config.schema import decode, encode
 from osler.data.loader import Batch, Loader
 from osler.data.order import Order
@@ -50,7 +50,7 @@ def run(recipe: str | None, overrides: Sequence[str], *, steps: int) -> str:
     require_one_process("osler bench")
     if steps < 1:
         raise UserError(f"--steps {steps} must be at least 1.")
-    given = load_recipe(recipe, overrides) if recipe else parse_overrides(overrides)
+    given = load_recipe(recipe, overrides) if recipe else override({}, overrides)
     kind = given.get("kind", "pretrain")
     if kind not in ("pretrain", "sft"):
         raise UserError(f"`{recipe}` is a recipe of kind {kind}: give one of `osler pretrain` or `osler sft`, or a model family.")

@@ -11,7 +11,7 @@ import torch
 
 from osler.bench import build_learner, machine_of
 from osler.cli.main import main
-from osler.config.recipe import parse_overrides
+from osler.config.recipe import override
 from osler.config.schema import decode
 from osler.runtime.device import Stopwatch
 from osler.train.config import TrainConfig
@@ -34,7 +34,7 @@ def test_bench_times_a_recipe(capsys):
     result = json.loads(capsys.readouterr().out)
     assert set(result["part_seconds"]) == {"data", "forward", "backward", "optimizer"} and result["machine"]["processor"]
     assert min(result["part_seconds"].values()) > 0 and result["peak_memory_bytes"] > 0
-    flops = decode(TrainConfig, parse_overrides(TINY)).model.flops_per_token(32)
+    flops = decode(TrainConfig, override({}, TINY)).model.flops_per_token(32)
     rate = result["tokens_per_second"] * flops / result["matmul_flops_per_second"]
     assert result["of_matmul_rate"] == pytest.approx(rate) and result["mfu"] is None and "PaLM" in result["flops_convention"]
     assert main(["bench", "quickstart"]) == 2
@@ -42,7 +42,7 @@ def test_bench_times_a_recipe(capsys):
 
 
 def test_peers_take_turns_and_are_compared_round_by_round(benchmark_module):
-    config = decode(TrainConfig, parse_overrides(TINY))
+    config = decode(TrainConfig, override({}, TINY))
     result = benchmark_module("beside_peers").compare(config, "tiny", peers=["hf"], rounds=1, steps=2)
     ours, theirs = result["osler"], result["hf"]
     assert sum(ours["step_share"].values()) == pytest.approx(1, abs=1e-3)
@@ -51,7 +51,7 @@ def test_peers_take_turns_and_are_compared_round_by_round(benchmark_module):
 
 def test_the_peer_is_the_same_model_with_the_same_loss(benchmark_module):
     """With the same weights Hugging Face's model gives the same summed loss, so what is timed is the same work."""
-    config = decode(TrainConfig, parse_overrides([*TINY, "model.norm_weight=false", "model.head_init=normal"]))
+    config = decode(TrainConfig, override({}, [*TINY, "model.norm_weight=false", "model.head_init=normal"]))
     ours = build_learner(config, machine_of(config))
     theirs, their_loss = benchmark_module("beside_peers").build_hf(config, torch.float32)
     state, vocab, padded = ours.model.state_dict(), config.model.vocab_size, config.model.padded_vocab_size

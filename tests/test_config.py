@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -11,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from osler.config.recipe import dump_yaml, load_recipe, load_yaml, merge, parse_overrides
+from osler.config.recipe import dump_yaml, load_recipe, load_yaml, merge, override
 from osler.config.schema import TAGGED, Ge, Lt, PositiveInt, config, decode, encode, range_of
 from osler.runtime.errors import UserError
 
@@ -230,22 +231,47 @@ def test_mappings_merge_lists_and_types_replace():
 class TestOverrides:
     def test_values_are_yaml(self):
         overrides = ["optim.lr=3e-4", "name=a b", "stages=[{seq_len: 8}]", "x=null", "y=''", "z=a=b", "u.v=1", "u.v=2"]
-        assert parse_overrides(overrides) == {
+        assert override({}, overrides) == {
             "optim": {"lr": 3e-4}, "name": "a b", "stages": [{"seq_len": 8}], "x": None, "y": "", "z": "a=b", "u": {"v": 2},
         }  # fmt: skip
 
     def test_order_of_type_and_field_does_not_matter(self):
         recipe = {"optim": {"type": "adamw", "betas": [0, 0]}}
         for overrides in (["optim.lr=1", "optim.type=muon"], ["optim.type=muon", "optim.lr=1"]):
-            assert merge(recipe, parse_overrides(overrides, recipe)) == {"optim": {"type": "muon", "lr": 1}}
+            assert override(recipe, overrides) == {"optim": {"type": "muon", "lr": 1}}
 
     @pytest.mark.parametrize(
-        "overrides",
-        [["a.b="], ["a"], ["=1"], ["a..b=1"], [".a=1"], ["a=[1"], ["a=1", "a.b=2"], ["a.b=2", "a=1"], ["l.0=1"]],
+        ("overrides", "said"),
+        [
+            (["a.b="], "has no value"),
+            *(([text], "write key.path=value") for text in ("a", "=1", "a..b=1", ".a=1", "[0]=1", "l[x]=1", "l[0]a=1")),
+            (["a=[1"], "not valid YAML"),
+            (["a=1", "a.b=2"], "a is not a mapping"),
+            (["a.b=2", "a=1"], "contradicts an earlier override of a key below a"),
+            (["l.0=1"], r"l is a list: name an element, as in l\[0\]"),
+            (["l[2].x=1"], r"l has no element \[2\]; it has 2, counted from \[0\]"),
+            (["a[0]=1"], r"a is not given here; give a=\[...\] as a whole"),
+            (["m[0]=1"], "m is no list"),
+            (["l[0].x[0]=1"], r"l\[0\].x is no list"),
+            (["l[0].x=1", "l=[]"], "contradicts an earlier override of a key below l"),
+        ],
     )
-    def test_malformed_ones_are_refused_and_named(self, overrides):
-        with pytest.raises(UserError, match="override `"):
-            parse_overrides(overrides, {"l": [1]})
+    def test_malformed_ones_are_refused_and_named(self, overrides, said):
+        with pytest.raises(UserError, match=f"override `{re.escape(overrides[-1])}`.*{said}"):
+            override({"l": [{"x": 1}, {}], "m": {}}, overrides)
+
+    def test_elements_of_lists(self):
+        """Their keys come in any order, another type replaces the element, and the recipe stays as it is."""
+        recipe = {"data": {"sources": [{"type": "hub", "name": "a"}, {"type": "hub", "name": "b", "exams": [{"n": 1}, 2]}]}}
+        before = copy.deepcopy(recipe)
+        overrides = ["data.sources[1].exams[0].n=3", "data.sources[0].path=x", "data.sources[0].type=files", "data.root=y"]
+        assert override(recipe, overrides)["data"] == {
+            "sources": [{"type": "files", "path": "x"}, {"type": "hub", "name": "b", "exams": [{"n": 3}, 2]}], "root": "y",
+        }  # fmt: skip
+        assert override(recipe, ["data.sources=[{w: 1}, {w: 2}]", "data.sources[1].w=3"])["data"] == {
+            "sources": [{"w": 1}, {"w": 3}]
+        }
+        assert recipe == before
 
 
 class TestRecipes:

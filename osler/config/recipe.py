@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ from osler.config.schema import nearest, shown
 from osler.runtime.errors import UserError
 
 RECIPES = Path(__file__).parents[1] / "recipes"
+_KEY = re.compile(r"\[[0-9]+\]|[^.\[\]]+")
+_PATH = re.compile(r"[^.\[\]]+(?:\[[0-9]+\]|\.[^.\[\]]+)*")
 _SCALARS = {
     "null": "~|null|Null|NULL|",
     "bool": "true|True|TRUE|false|False|FALSE",
@@ -37,55 +39,83 @@ def _shipped() -> dict[str, Path]:
     return dict(sorted((path.relative_to(RECIPES).with_suffix("").as_posix(), path) for path in RECIPES.rglob("*.yaml")))
 
 
-def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = (), *, others: Iterable[str] = ()) -> dict[str, Any]:
     """Return a recipe merged with its bases and with ``key.path=value`` overrides, not decoded.
 
     A shipped recipe is named as ``osler recipes`` lists it; a name that ends in .yaml or .yml is a file. The keys
-    ``base`` and ``description`` belong to the file and are left out. Raises UserError for an unknown recipe, invalid
-    YAML, a key given twice, a circle of bases and an override that cannot be read.
+    ``base`` and ``description`` belong to the file and are left out. Raises UserError for an unknown recipe, where it also
+    proposes ``others``, invalid YAML, a key given twice, a circle of bases and an override that cannot be read.
     """
-    merged = _load_file(_find(str(name_or_path), folder=None, user=""), ())
-    return merge(merged, parse_overrides(overrides, merged))
+    return override(_load_file(_find(str(name_or_path), others=others), ()), overrides)
+
+
+class _Elements(dict[int, Any]):
+    """What is to be laid over elements of a list, by their numbers."""
 
 
 def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     """Return ``below`` with ``above`` laid over it; neither is changed."""
-    merged = dict(below)
-    for key, value in above.items():
-        old = merged.get(key)
-        if isinstance(old, Mapping) and isinstance(value, Mapping):
-            same = value.get("type", old.get("type")) == old.get("type")
-            value = merge(old, value) if same else value
-        merged[key] = value
-    return merged
+    return {**below, **{key: _laid_over(below.get(key), value) for key, value in above.items()}}
 
 
-def parse_overrides(overrides: Sequence[str], recipe: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Turn ``a.b=value`` texts, whose values are YAML, into one nested mapping; the last of two equal paths wins.
+def _laid_over(old: Any, new: Any) -> Any:
+    if isinstance(new, _Elements):
+        return [_laid_over(item, new[number]) if number in new else item for number, item in enumerate(old)]
+    if isinstance(old, Mapping) and isinstance(new, Mapping) and new.get("type", old.get("type")) == old.get("type"):
+        return merge(old, new)
+    return new
+
+
+def override(recipe: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Return a recipe changed by ``a.b=value`` texts, whose values are YAML; ``a[0]`` is the first element of a list.
 
     They become one mapping before they meet the recipe, so that ``optim.lr=1 optim.type=muon`` means the same in either
-    order. Raises UserError where a text is malformed or a path leads through something that is not a mapping.
+    order; the last of two equal paths wins. Raises UserError where a text is malformed, or a path leads through something
+    that is not a mapping, or to an element that is not there.
     """
-    tree: dict[str, Any] = {}
-    for override in overrides:
-        path, equals, text = override.partition("=")
-        keys = path.strip().split(".")
-        if not equals or not all(keys):
-            raise UserError(f"override `{override}`: write key.path=value, for example optim.lr=3e-4")
-        if not text.strip():
-            raise UserError(f"override `{override}` has no value: write {path}=null, or {path}='\"\"' for empty text")
-        node, below = tree, recipe
-        for depth, key in enumerate(keys[:-1]):
-            prefix = ".".join(keys[: depth + 1])
-            below = below.get(key) if isinstance(below, Mapping) else None
-            if isinstance(below, list) or not isinstance(node.setdefault(key, {}), dict):
-                raise UserError(f"override `{override}`: {prefix} is not a mapping; give {prefix}=... as a whole")
-            node = node[key]
-        value = load_yaml(text, f"override `{override}`")
-        if isinstance(node.get(keys[-1]), dict) and not isinstance(value, dict):
-            raise UserError(f"override `{override}` contradicts an earlier override of a key below {path}")
-        node.update(merge(node, {keys[-1]: value}))
-    return tree
+    tree: Any = {}
+    for text in overrides:
+        path, equals, value = text.partition("=")
+        path = path.strip()
+        if not equals or not _PATH.fullmatch(path):
+            raise UserError(f"override `{text}`: write key.path=value, for example optim.lr=3e-4 or data.sources[0].weight=2")
+        if not value.strip():
+            raise UserError(f"override `{text}` has no value: write {path}=null, or {path}='\"\"' for empty text")
+        keys = [int(key[1:-1]) if key.startswith("[") else key for key in _KEY.findall(path)]
+        try:
+            tree = _with(tree, recipe, keys, load_yaml(value, f"override `{text}`"))
+        except ValueError as error:
+            raise UserError(f"override `{text}`: {error}") from None
+    return merge(recipe, tree)
+
+
+def _with(node: Any, below: Any, keys: Sequence[str | int], value: Any, place: str = "") -> Any:
+    """Return ``node``, what is overridden so far at a place of a recipe (None: nothing), with one more value, ``keys`` further.
+
+    ``below`` is what the recipe has there. Raises ValueError where the path does not exist.
+    """
+    if not keys:
+        if isinstance(node, dict) and not isinstance(value, dict):
+            raise ValueError(f"it contradicts an earlier override of a key below {place}")
+        return _laid_over(node, value)
+    key, *further = keys
+    present = below if node is None or isinstance(node, _Elements) else node
+    if isinstance(key, int):
+        if not isinstance(present, list):
+            raise ValueError(f"{place} is {'not given' if present is None else 'no list'} here; give {place}=[...] as a whole")
+        if key >= len(present):
+            raise ValueError(f"{place} has no element [{key}]; it has {len(present)}, counted from [0]")
+        node, inside, name = _Elements() if node is None else node, present[key], f"{place}[{key}]"
+        old = node[key] if isinstance(node, list) else node.get(key)
+    else:
+        if isinstance(present, list):
+            raise ValueError(f"{place} is a list: name an element, as in {place}[0], or give {place}=[...] as a whole")
+        if not (node is None or isinstance(node, dict)):
+            raise ValueError(f"{place} is not a mapping; give {place}=... as a whole")
+        node, inside = {} if node is None else node, below.get(key) if isinstance(below, Mapping) else None
+        old, name = node.get(key), f"{place}.{key}" if place else key
+    node[key] = _with(old, inside, further, value, name)
+    return node
 
 
 def _load_file(path: Path, users: tuple[Path, ...]) -> dict[str, Any]:
@@ -104,7 +134,7 @@ def _load_file(path: Path, users: tuple[Path, ...]) -> dict[str, Any]:
     return merge(merged, content)
 
 
-def _find(name: str, *, folder: Path | None, user: str) -> Path:
+def _find(name: str, *, folder: Path | None = None, user: str = "", others: Iterable[str] = ()) -> Path:
     """Return the file that a recipe or a base names; ``folder`` is the folder of the recipe that asks for it."""
     given = Path(name).expanduser()
     is_file_name = given.suffix in (".yaml", ".yml")
@@ -120,7 +150,8 @@ def _find(name: str, *, folder: Path | None, user: str) -> Path:
         raise UserError(f"{user}{name} is no recipe but a {kind}; to train on it: data.type=files data.path={name}")
     if name.startswith((".", "/", "~")):
         raise UserError(f"{user}there is no file or folder {name}; text to train on: data.type=files data.path=PATH")
-    raise UserError(f"{user}there is no recipe `{name}`{nearest(name, list(_shipped()))} (a file of yours ends in .yaml)")
+    known, what = [*_shipped(), *others], "recipe or source" if others else "recipe"
+    raise UserError(f"{user}there is no {what} `{name}`{nearest(name, known)} (a file of yours ends in .yaml)")
 
 
 def _read(path: Path) -> dict[str, Any]:

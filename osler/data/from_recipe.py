@@ -11,7 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
 
-from osler.config.recipe import load_recipe, merge, parse_overrides
+from osler.config.recipe import load_recipe, override
 from osler.config.schema import TAGGED, config, decode
 from osler.data.config import ClinicData, Sources, TextData, check_validation
 from osler.data.named import SOURCES
@@ -51,24 +51,26 @@ def read_sections(recipe: str | None, overrides: Sequence[str], tokenizer_type: 
 
     A ``tokenizer_type`` takes the place of the recipe's alone: the size of the vocabulary stays.
     """
-    given = parse_overrides(overrides)
-    strange = sorted(set(given) - set(SECTIONS))
-    if strange:
-        raise UserError(f"`{strange[0]}` is not about text: this command reads data.KEY=... and tokenizer.KEY=...")
     whole: Mapping[str, Any] = {}
     if recipe in SOURCES:
         whole = {"data": {"type": "hub", "name": recipe}}
     elif recipe is not None:
         path = Path(recipe)
-        is_text = path.exists() and path.suffix not in (".yaml", ".yml")
-        whole = {"data": {"type": "files", "path": recipe}} if is_text else load_recipe(recipe)
+        if path.exists() and path.suffix not in (".yaml", ".yml"):
+            whole = {"data": {"type": "files", "path": recipe}}
+        else:
+            whole = load_recipe(recipe, others=SOURCES)
     sections = {name: whole[name] for name in SECTIONS if name in whole}
     if tokenizer_type is not None:
         sections["tokenizer"] = {**sections.get("tokenizer", {}), "type": tokenizer_type}
+    given = override(sections, overrides)
+    strange = sorted(set(given) - set(SECTIONS))
+    if strange:
+        raise UserError(f"`{strange[0]}` is not about text: this command reads data.KEY=... and tokenizer.KEY=...")
     data = given.get("data")
     if "data" not in sections and isinstance(data, dict) and "path" in data:
         data.setdefault("type", "files")  # of the types that need no other field, only text has a path
-    return decode(Sections, merge(sections, given), source=recipe or "")
+    return decode(Sections, given, source=recipe or "")
 
 
 def tokenizer_train(recipe: str | None, overrides: Sequence[str], type: str | None, out: str) -> int:

@@ -11,7 +11,7 @@ from math import exp
 from pathlib import Path
 from typing import Any
 
-from osler.config.recipe import parse_overrides
+from osler.config.recipe import override
 from osler.config.schema import decode, encode
 from osler.data.exams import ExamsInData
 from osler.data.readers import TextFiles
@@ -59,7 +59,7 @@ def run(checkpoint: str, overrides: Sequence[str] = ()) -> int:
 
 def config_of(overrides: Sequence[str]) -> EvalConfig:
     """Return the config that the overrides describe; a task without type and path is the clinic's exam with changed fields."""
-    given = parse_overrides(overrides)
+    given = override({}, overrides)
     task = given.get("task")
     if isinstance(task, dict) and "path" not in task and task.get("type", CLINIC_EXAM.type) == CLINIC_EXAM.type:
         given["task"] = {**encode(CLINIC_EXAM), **task}

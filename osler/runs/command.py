@@ -14,7 +14,7 @@ from typing import Any, cast, get_args
 
 from osler.checkpoint import store
 from osler.checkpoint.folders import refuse_checkpoint
-from osler.config.recipe import as_comments, dump_yaml, load_recipe, parse_overrides
+from osler.config.recipe import as_comments, dump_yaml, load_recipe, override
 from osler.config.schema import decode, encode, hints
 from osler.inference.load import described_model
 from osler.monitor.logger import check_trackers
@@ -117,7 +117,7 @@ def config_of(cls: type[RunConfig], request: Request) -> Any:
         raise UserError("--from-step needs --run FOLDER: the run to go back in.")
     if request.resume or request.eval_only or (request.from_step is not None and recipe is None):
         return stored_config(cls, run_dir, overrides)
-    given = load_recipe(recipe, overrides) if recipe else parse_overrides(overrides)
+    given = load_recipe(recipe, overrides) if recipe else override({}, overrides)
     kind = given.get("kind", request.kind)
     if kind not in get_args(hints(cast(Any, cls))["kind"]):
         raise UserError(f"{recipe or 'This configuration'} is for `osler {kind}`, not for `osler {request.kind}`.")

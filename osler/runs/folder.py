@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from osler.checkpoint.folders import FOLDER_NAME, Damaged, describe_damaged, newest_good, refuse_checkpoint
-from osler.config.recipe import dump_yaml, load_yaml, merge, parse_overrides
+from osler.config.recipe import dump_yaml, load_yaml, override
 from osler.config.schema import decode, encode
 from osler.records.jsonl import EventLog
 from osler.runtime.errors import UserError
@@ -31,7 +31,7 @@ GIVEN_ANEW = (
     "data.streaming", "data.disk_budget_gb",  # the batches are the same
 )  # fmt: skip
 # Paths of files may change too. Their contents may not, which the fingerprints of shards and checkpoints ensure.
-PLACES = re.compile(r"(.*\.)?data(\.sources\[\d+\])?\.path|validation\[\d+\]\.path|tasks\[\d+\]\.task\.path")
+PLACES = re.compile(r"((.*\.)?data(\.sources\[\d+\])?|validation\[\d+\])\.(path|root)|tasks\[\d+\]\.task\.path")
 WHOLE = ("data.sources", "validation", "tasks")  # lists that are given whole
 DATA_SECTIONS = ("data", "validation", "tasks")  # what a run learns from and is evaluated on: of training, of GRPO
 
@@ -140,7 +140,7 @@ def stored_config(cls: type[T], run_dir: str | None, overrides: Sequence[str]) -
         raise UserError("--resume needs --run FOLDER: the run to go on with.")
     refuse_checkpoint(run_dir)
     # Lists are given whole, and ``refuse_another`` checks what changed in them.
-    keys = {override: override.partition("=")[0] for override in overrides}
+    keys = {given: given.partition("=")[0] for given in overrides}
     may_change = {key for key in keys.values() if key in WHOLE or _is_within(key, GIVEN_ANEW) or PLACES.fullmatch(key)}
     refused = [given for given, key in keys.items() if key not in may_change]
     if refused:
@@ -152,7 +152,7 @@ def stored_config(cls: type[T], run_dir: str | None, overrides: Sequence[str]) -
     if not folder.config.exists():
         raise UserError(f"{run_dir} holds no run to resume: {folder.config} is missing.")
     stored = read_config(folder)
-    return decode(cls, merge(stored, parse_overrides(overrides, stored)), source=str(folder.config))
+    return decode(cls, override(stored, overrides), source=str(folder.config))
 
 
 def read_config(folder: RunFolder) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from osler.checkpoint import folders, store
 from osler.checkpoint.folders import Entry
-from osler.config.recipe import load_yaml, merge, parse_overrides
+from osler.config.recipe import load_yaml, override
 from osler.config.schema import decode
 from osler.monitor.logger import check_trackers
 from osler.records.jsonl import EventLog, read_events, split
@@ -177,7 +177,7 @@ def branch_config(cls: type[T], kind: str, branch: str, step: int | None, overri
         checkpoint = store.load(_checkpoint_of(path, step), names=[])
         _check_kind(checkpoint, kind)
         stored = config_in(checkpoint) | {"branch_from": str(checkpoint.path)}
-    return decode(cls, merge(stored, parse_overrides(overrides, stored)), source=branch)
+    return decode(cls, override(stored, overrides), source=branch)
 
 
 def _checkpoint_of(path: Path, step: int | None) -> Path:

@@ -240,3 +240,6 @@ def test_sources_are_listed_and_a_row_is_shown(tmp_path, capsys):
     file = write_rows(tmp_path / "train.jsonl", [ITEM])
     assert main(["data", "peek", "medqa", f"data.path={file}"]) == 0
     assert "question: Which metal do red cells need? Iron (A) Gold (B)\nanswer: Iron (A)" in capsys.readouterr().out
+    for misspelt, meant in (("pumbed", "pubmed"), ("text-10mni", "text-10min")):
+        assert main(["data", "peek", misspelt]) == 2
+        assert f"there is no recipe or source `{misspelt}`; did you mean `{meant}`?" in capsys.readouterr().err
