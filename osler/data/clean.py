@@ -7,6 +7,7 @@ are looked for in questions with answers as well.
 from __future__ import annotations
 
 import functools
+import locale
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -87,6 +88,26 @@ class Cleaner:
         if config.max_repetition < 1 and len(shingles) - len(np.unique(shingles)) > config.max_repetition * len(shingles):
             return "repetitive"
         return ""
+
+
+def check_clean(config: CleanConfig, key: str) -> None:
+    """Raise UserError when a package that cleaning needs is missing, or a language is none that can be told.
+
+    ``key`` is where the config has it.
+    """
+    if config.duplicates == "near":
+        signature(np.zeros(1, np.uint64))
+    if not config.languages:
+        return
+    _language("")
+    import py3langid
+
+    known = sorted(code for code, _ in py3langid.rank(""))
+    for name in config.languages:
+        if name not in known:
+            code = locale.locale_alias.get(name.lower(), "")[:2]  # such as en_EN.ISO8859-1 for english
+            told = f"; did you mean `{code}`?" if code in known else f"; known: {', '.join(known)}"
+            raise UserError(f"{key}.languages: `{name}` is not the ISO 639-1 code of a language that can be told{told}")
 
 
 def _language(text: str) -> str:

@@ -69,15 +69,26 @@ class Source(Preparation):
     weight: PositiveFloat = 1.0
     licence: str = ""  # of the texts, for the data card
 
+    def __post_init__(self) -> None:
+        if self.name and self.name != _for_folders(self.name):
+            raise ValueError(
+                f"the name {self.name!r} has other characters than letters, digits, _ and -, which names of folders and metrics "
+                f"have; {_for_folders(self.name)} would do"
+            )
+
     @property
     def title(self) -> str:
-        """Return the name of the source, of characters that a folder and a metric may have."""
-        return re.sub(r"[^\w\-]+", "-", self.name or Path(self.place).name.partition(".")[0]).strip("-") or "data"
+        """Return the name of the source in folders and metrics."""
+        return self.name or _for_folders(Path(self.place).name.partition(".")[0])
 
     @property
     def place(self) -> str:
         """Return the folder or file that the source is read from; the clinic's are in no file."""
         return str(getattr(self, "path", "clinic"))
+
+
+def _for_folders(name: str) -> str:
+    return re.sub(r"[^\w\-]+", "-", name).strip("-") or "data"
 
 
 @config
@@ -94,6 +105,7 @@ class ClinicData(Source):
     validation_examples: NonNegativeInt = 200  # exam questions, held out
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.passages + self.examples == 0:
             raise ValueError("the clinic gives nothing to learn from: set passages or examples above 0")
 
@@ -167,10 +179,10 @@ class MixtureData(Preparation):
     def __post_init__(self) -> None:
         if not self.sources:
             raise ValueError("sources is empty: a mixture needs at least one")
-        refuse_same_titles("sources", self.sources)
+        _refuse_same_titles("sources", self.sources)
         if any(source.streaming or source.disk_budget_gb is not None for source in self.sources):
             raise ValueError("streaming and disk_budget_gb are of the mixture and not of one of its sources: set data.streaming")
-        Mixture([source.weight for source in self.sources])
+        Mixture([source.weight for source in self.sources], [source.title for source in self.sources])
 
 
 TextData = AnySource | MixtureData  # what documents are read from
@@ -195,41 +207,59 @@ def wrong_weights(stage: int, weights: Iterable[str], sources: Iterable[str]) ->
     )
 
 
-def refuse_same_titles(what: str, sources: Iterable[Source]) -> None:
+def _refuse_same_titles(what: str, sources: Iterable[Source]) -> None:
     """Raise ValueError when two sources have the same title."""
-    titles = [source.title for source in sources]
-    for title in titles:
-        if titles.count(title) > 1:
-            raise ValueError(f"two {what} are named {title}; give one of them another `name`")
+    seen: set[str] = set()
+    for source in sources:
+        if source.title in seen:
+            remedy = "subset or split, or list it once" if isinstance(source, HubData) else "`name`"
+            raise ValueError(f"two {what} are named {source.title}; give one of them another {remedy}")
+        seen.add(source.title)
 
 
-ONLY_TO_LEARN_FROM = ("weight", "streaming", "disk_budget_gb", "clean", "no_benchmark_contamination")  # fields
+ONLY_TO_LEARN_FROM = ("weight", "streaming", "disk_budget_gb", "clean", "no_benchmark_contamination", "holdout_fraction")
 
 
-def check_validation(sets: Iterable[Source]) -> None:
-    """Raise ValueError for validation sets with the same title, or with fields that only data to learn from have."""
-    refuse_same_titles("validation sets", sets)
-    plain = Source()
-    for source in sets:
-        given = [name for name in ONLY_TO_LEARN_FROM if getattr(source, name) != getattr(plain, name)]
+def check_validation(sets: Sources, data: TextData) -> None:
+    """Raise ValueError for validation sets that are named alike, are learned from, or have fields that only data have."""
+    _refuse_same_titles("validation sets", sets)
+    learned = {_texts(source): title for title, source in sources_of(data).items()}
+    for title, source in sets_of(sets, data).items():
+        given = [name for name in ONLY_TO_LEARN_FROM if getattr(source, name, None) != getattr(type(source), name, None)]
         if given:
-            raise ValueError(f"the validation set {source.title} has no {' or '.join(given)}: leave it out")
+            raise ValueError(f"the validation set {title} has no {' or '.join(given)}: leave it out")
+        if not isinstance(source, ClinicData) and _texts(source) in learned:  # the clinic has texts of its own for validation
+            raise ValueError(
+                f"the validation set {title} is the source {learned[_texts(source)]}, of which nothing would be left to learn: "
+                "give it another path or split, or leave it out; a part of each source is held out then"
+            )
+
+
+def _texts(source: AnySource) -> tuple[str, str]:
+    """Return what sources that read the same texts have in common."""
+    return source.place, source.title if isinstance(source, HubData) else ""
 
 
 def sources_of(data: TextData) -> dict[str, AnySource]:
-    """Return the sources in a config by their titles."""
+    """Return the sources in a config by their titles, each with what it takes over from its mixture."""
     if not isinstance(data, MixtureData):
         return {data.title: data}
-    return {source.title: _rooted(source, data.root) for source in data.sources}
+    claims = data.no_benchmark_contamination
+    return {
+        title: replace(
+            source, clean=source.clean or data.clean, no_benchmark_contamination=source.no_benchmark_contamination or claims
+        )
+        for title, source in sets_of(data.sources, data).items()
+    }
 
 
-def sets_of(validation: Sources, data: TextData) -> dict[str, AnySource]:
-    """Return validation sets by their titles; sources of the hub are where those of the data are."""
-    return {source.title: _rooted(source, getattr(data, "root", "")) for source in validation}
-
-
-def _rooted(source: AnySource, root: str) -> AnySource:
-    return replace(source, root=root) if isinstance(source, HubData) and not source.root else source
+def sets_of(sources: Sources, data: TextData) -> dict[str, AnySource]:
+    """Return validation sets (or sources) by their titles; those of the hub are where those of the data are."""
+    root = getattr(data, "root", "")
+    return {
+        source.title: replace(source, root=root) if isinstance(source, HubData) and not source.root else source
+        for source in sources
+    }
 
 
 @config
@@ -243,6 +273,6 @@ class CurriculumStage:
 
     def __post_init__(self) -> None:
         if self.weights is not None:
-            Mixture(list(self.weights.values()))
+            Mixture(list(self.weights.values()), list(self.weights))
         if self.batch_tokens is not None and self.batch_tokens % self.seq_len:
             raise ValueError(f"batch_tokens={self.batch_tokens} is not a multiple of seq_len={self.seq_len}")

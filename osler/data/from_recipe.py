@@ -43,7 +43,7 @@ class Sections:
     tokenizer: TokenizerConfig = BPEConfig()
 
     def __post_init__(self) -> None:
-        check_validation(self.validation)
+        check_validation(self.validation, self.data)
 
 
 def read_sections(recipe: str | None, overrides: Sequence[str], tokenizer_type: str | None = None) -> Sections:

@@ -17,11 +17,12 @@ PERIOD = 1000
 class Mixture:
     """The source of each row, for weights relative to one another.
 
-    Raises ValueError when all weights are 0, or one is so small that its source would not get a row of `PERIOD`.
+    Raises ValueError when all weights are 0, or one is so small that its source would not get a row of `PERIOD`; the message
+    has its name.
     """
 
-    def __init__(self, weights: Sequence[float]) -> None:
-        shares = _whole_shares(weights)
+    def __init__(self, weights: Sequence[float], names: Sequence[str] = ()) -> None:
+        shares = _whole_shares(weights, names)
         self.fractions = [share / sum(shares) for share in shares]
         self._sources = _assign(shares)
         self._before = [[0] * len(shares)]  # rows of each source before each row of a period, and at its end
@@ -40,7 +41,7 @@ class Mixture:
         return [period * whole + part for whole, part in zip(self._before[-1], self._before[place], strict=True)]
 
 
-def _whole_shares(weights: Sequence[float]) -> list[int]:
+def _whole_shares(weights: Sequence[float], names: Sequence[str]) -> list[int]:
     """Return weights as whole numbers without a common divisor; the largest remainders are rounded up."""
     if not 0 < sum(weights) < math.inf:
         raise ValueError(f"the weights are {', '.join(f'{weight:g}' for weight in weights)}; give at least one above 0")
@@ -49,9 +50,10 @@ def _whole_shares(weights: Sequence[float]) -> list[int]:
     by_remainder = sorted(range(len(exact)), key=lambda source: shares[source] - exact[source])
     for source in by_remainder[: PERIOD - sum(shares)]:
         shares[source] += 1
-    for weight, share in zip(weights, shares, strict=True):
+    for number, (weight, share) in enumerate(zip(weights, shares, strict=True)):
         if weight and not share:
-            raise ValueError(f"the weight {weight:g} is less than 1/{PERIOD} of the sum, so its source would never be read")
+            whose = f"of {names[number]}, {weight:g}," if names else f"{weight:g}"
+            raise ValueError(f"the weight {whose} is less than 1/{PERIOD} of the sum, so its source would never be read")
     return [share // math.gcd(*shares) for share in shares]
 
 

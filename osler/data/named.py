@@ -13,24 +13,26 @@ from fnmatch import fnmatchcase
 from functools import partial
 from itertools import pairwise, product
 from pathlib import Path
-from typing import Any
 
+from osler.config.schema import nearest
 from osler.data.config import HubData
 from osler.data.documents import Corpus, Document
+from osler.data.readers import read_text_file, text_of, value_of
 from osler.files.find import NAMED_ONLY_ENDING, ROW_ENDINGS, TEXT_ENDINGS, ending, find_files, shown
 from osler.files.hub import hub_files, snapshot
 from osler.files.parts import File, LocalFile, Part, Parts
-from osler.files.rows import Row, read_rows, read_texts
+from osler.files.rows import Row, read_rows
 from osler.runtime.errors import UserError
 from osler.tasks.exam_files import SCHEMAS, ExamFile, ExamRow, Gsm8kTask, MedmcqaTask, MedqaTask, PubmedqaTask
 from osler.tasks.item import render_answer, render_question
 from osler.tokenizer.chat import Turn
 
-Documents = Iterable[Document]
-ToDocuments = Callable[[Iterable[Row], HubData], Documents]
+ToDocuments = Callable[[Iterable[Row], HubData], Iterable[Document]]
 
 _THOUGHT = re.compile(r"\A\s*<think>(.*?)</think>\s*", re.DOTALL)
 _TITLE = re.compile(r"\A = (?!=)[^\n]* = \s*\Z")  # of an article of WikiText; its sections have more equals signs
+# Words in the names of files, and the splits that they mean.
+_SPLITS = {"train": "train", **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"), "test": "test"}
 
 
 @dataclass(frozen=True)
@@ -52,38 +54,23 @@ class NamedSource:
     reads_whole_files: bool = False
 
 
-def _value(row: Row, field: str) -> Any:
-    """Return a field of a row (dots go into objects); raises UserError when there is none."""
-    value: Any = row.values
-    for name in field.split("."):
-        if not isinstance(value, dict) or name not in value:
-            raise UserError(f"{row.where} has no field '{field}'; it has: {', '.join(row.columns) or 'none'}.")
-        value = value[name]
-    return value
+def _text(row: Row, field: str) -> str:
+    return text_of(row, field) or ""
 
 
-def _words(row: Row, field: str) -> str:
-    """Return a field of text, "" for null."""
-    value = _value(row, field)
-    if value is not None and not isinstance(value, str):
-        raise UserError(f"{row.where}: the field '{field}' must be text, but it is {type(value).__name__}.")
-    return value or ""
-
-
-def texts(rows: Iterable[Row], data: HubData, *, field: str = "text", title: str = "") -> Documents:
+def texts(rows: Iterable[Row], data: HubData, *, field: str = "text", title: str = "") -> Iterator[Document]:
     """Yield a text for each row, under its title if there is one."""
     for row in rows:
-        heading = _words(row, title).strip() if title else ""
-        text = _words(row, field)
+        heading, text = _text(row, title).strip() if title else "", _text(row, field)
         yield Document(text=f"{heading}\n\n{text}" if heading and text.strip() else text, where=row.where)
 
 
-def articles(rows: Iterable[Row], data: HubData) -> Documents:
+def articles(rows: Iterable[Row], data: HubData) -> Iterator[Document]:
     """Yield the articles whose lines are the rows of WikiText."""
     lines: list[str] = []
     where = ""
     for row in rows:
-        line = _words(row, "text")
+        line = _text(row, "text")
         if _TITLE.match(line) and any(map(str.strip, lines)):
             yield Document(text="".join(lines), where=where)
             lines = []
@@ -93,24 +80,23 @@ def articles(rows: Iterable[Row], data: HubData) -> Documents:
         yield Document(text="".join(lines), where=where)
 
 
-def synth(rows: Iterable[Row], data: HubData) -> Documents:
+def synth(rows: Iterable[Row], data: HubData) -> Iterator[Document]:
     """Yield SYNTH's questions with reasoning and answer; those made from one page share a side of the split."""
     for row in rows:
-        thinking = _words(row, "synthetic_reasoning") or None
-        turn = Turn(_words(row, "query"), thinking if data.reasoning else None, _words(row, "synthetic_answer"))
-        yield Document(turn=turn, where=row.where, group=_words(row, "query_seed_url"))
+        thinking = _text(row, "synthetic_reasoning") or None
+        turn = Turn(_text(row, "query"), thinking if data.reasoning else None, _text(row, "synthetic_answer"))
+        yield Document(turn=turn, where=row.where, group=_text(row, "query_seed_url"))
 
 
-def questions(rows: Iterable[Row], data: HubData, *, answer: str = "answer") -> Documents:
+def questions(rows: Iterable[Row], data: HubData, *, answer: str = "answer") -> Iterator[Document]:
     """Yield questions with answers."""
-    for row in rows:
-        yield Document(turn=Turn(_words(row, "question"), None, _words(row, answer)), where=row.where)
+    return (Document(turn=Turn(_text(row, "question"), None, _text(row, answer)), where=row.where) for row in rows)
 
 
-def conversations(rows: Iterable[Row], data: HubData) -> Documents:
+def conversations(rows: Iterable[Row], data: HubData) -> Iterator[Document]:
     """Yield each message of a user with the answer to it; what stands between <think> and </think> is the reasoning."""
     for row in rows:
-        messages = _value(row, "messages")
+        messages = value_of(row, "messages")
         if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
             raise UserError(f"{row.where}: the field 'messages' must be a list of objects with role and content.")
         said = [(message.get("role"), message.get("content") or "") for message in messages]
@@ -123,266 +109,180 @@ def conversations(rows: Iterable[Row], data: HubData) -> Documents:
             yield Document(turn=Turn(asked, thinking, told[thought.end() :] if thought else told), where=row.where)
 
 
-def exam(rows: Iterable[Row], data: HubData, *, task: type[ExamFile]) -> Documents:
+def exam(rows: Iterable[Row], data: HubData, *, task: type[ExamFile]) -> Iterator[Document]:
     """Yield the items of an exam as it is shown to a model; items without a known answer are none."""
     config, read_item = task(type=data.name, path=data.path or data.name), SCHEMAS[task][1]
+    if data.subset == "pqa_unlabeled":
+        yield from questions(rows, data, answer="long_answer")
+        return
     for row in rows:
-        if data.name == "medmcqa" and row.values.get("cop", "") in (None, -1):
+        right = row.values.get("cop", "")
+        if data.name == "medmcqa" and right in (None, -1):
             continue
-        if data.subset == "pqa_unlabeled":
-            yield Document(turn=Turn(_words(row, "question"), None, _words(row, "long_answer")), where=row.where)
-            continue
+        if right == 4:
+            raise UserError(
+                f"{row.where}: 'cop' is 4, so this file counts its options from 1, as the authors' original does, and the hub's "
+                "files count from 0. Write every 'cop' one less."
+            )
         item = read_item(ExamRow(row, config))
         turn = Turn(render_question(item), item.thinking if data.reasoning else None, render_answer(item))
         yield Document(turn=turn, where=row.where)
 
 
-def programs(rows: Iterable[Row], data: HubData) -> Documents:
+def programs(rows: Iterable[Row], data: HubData) -> Iterator[Document]:
     """Yield HumanEval's functions with their bodies."""
-    for row in rows:
-        yield Document(text=_words(row, "prompt") + _words(row, "canonical_solution"), where=row.where)
+    return (Document(text=_text(row, "prompt") + _text(row, "canonical_solution"), where=row.where) for row in rows)
 
 
-def endings(rows: Iterable[Row], data: HubData) -> Documents:
+def endings(rows: Iterable[Row], data: HubData) -> Iterator[Document]:
     """Yield HellaSwag's stories with their right endings."""
     for row in rows:
-        choices, label = _value(row, "endings"), _value(row, "label")
+        choices, label = value_of(row, "endings"), value_of(row, "label")
         if not isinstance(choices, list) or not str(label).isdecimal() or int(label) >= len(choices):
             raise UserError(f"{row.where}: 'label' must be the number of one of the 'endings', not {label!r}.")
-        story = " ".join(filter(None, (_words(row, "ctx_a"), _words(row, "ctx_b"), choices[int(label)])))
-        yield Document(text=f"{_words(row, 'activity_label')}: {story}", where=row.where)
+        story = " ".join(filter(None, (_text(row, "ctx_a"), _text(row, "ctx_b"), choices[int(label)])))
+        yield Document(text=f"{_text(row, 'activity_label')}: {story}", where=row.where)
 
 
-# Sizes are in millions of tokens of the first subset.
+# Repository, files, fields, how rows become documents, licence, millions of tokens of the first subset.
 SOURCES: dict[str, NamedSource] = {
     "fineweb_edu": NamedSource(
-        "HuggingFaceFW/fineweb-edu",
-        ("{subset}/*.parquet",),
-        ("text",),
-        texts,
-        "ODC-By 1.0",
-        10_000,
+        "HuggingFaceFW/fineweb-edu", ("{subset}/*.parquet",), ("text",), texts, "ODC-By 1.0", 10_000,
         subsets=("sample/10BT", "sample/100BT", "sample/350BT", "data"),
     ),
     "synth": NamedSource(
-        "PleIAs/SYNTH",
-        ("*.parquet",),
-        ("query", "synthetic_reasoning", "synthetic_answer", "query_seed_url"),
-        synth,
-        "see the dataset's card",
-        75_000,
+        "PleIAs/SYNTH", ("*.parquet",), ("query", "synthetic_reasoning", "synthetic_answer", "query_seed_url"), synth,
+        "see the dataset's card", 75_000,
     ),
     "pubmed": NamedSource(
-        "MedRAG/pubmed",
-        ("chunk/*.jsonl",),
-        ("title", "content"),
-        partial(texts, field="content", title="title"),
-        "terms of the US National Library of Medicine",
-        4_000,
+        "MedRAG/pubmed", ("chunk/*.jsonl",), ("title", "content"), partial(texts, field="content", title="title"),
+        "terms of the US National Library of Medicine", 4_000,
     ),
     "pubmed_open": NamedSource(
-        "common-pile/pubmed_filtered",
-        ("*.json.gz", "*.jsonl.gz"),
-        ("text",),
-        texts,
-        "open, by document",
-        40_000,
+        "common-pile/pubmed_filtered", ("*.json.gz", "*.jsonl.gz"), ("text",), texts, "open, by document", 40_000
     ),
     "guidelines": NamedSource(
-        "epfl-llm/guidelines",
-        ("*.jsonl",),
-        ("title", "clean_text"),
-        partial(texts, field="clean_text", title="title"),
-        "mixed, by document; nine rows of ten are of WikiDoc",
-        500,
+        "epfl-llm/guidelines", ("*.jsonl",), ("title", "clean_text"), partial(texts, field="clean_text", title="title"),
+        "mixed, by document; nine rows of ten are of WikiDoc", 500,
     ),
     "openmedtext": NamedSource("ywchoi/OpenMedText", ("*.txt",), (), texts, "mixed", 2_500, has_small_files=True),
     "wikipedia": NamedSource(
-        "wikimedia/wikipedia",
-        ("{subset}/*.parquet",),
-        ("title", "text"),
-        partial(texts, title="title"),
-        "CC BY-SA 4.0",
-        4_500,
+        "wikimedia/wikipedia", ("{subset}/*.parquet",), ("title", "text"), partial(texts, title="title"), "CC BY-SA 4.0", 4_500,
         subsets=("20231101.en",),
     ),
     "wikipedia_2k": NamedSource(
-        "Yxanul/wikipedia-2k-high-quality",
-        ("*.parquet",),
-        ("text",),
-        texts,
-        "CC BY-SA 4.0; private",
-        960,
+        "Yxanul/wikipedia-2k-high-quality", ("*.parquet",), ("text",), texts, "CC BY-SA 4.0; private", 960
     ),
     "wikitext": NamedSource(
-        "Salesforce/wikitext",
-        ("{subset}/{split}-*.parquet",),
-        ("text",),
-        articles,
-        "CC BY-SA 3.0",
-        120,
-        splits=("train", "validation", "test"),
-        subsets=("wikitext-103-raw-v1", "wikitext-2-raw-v1"),
-        reads_whole_files=True,
+        "Salesforce/wikitext", ("{subset}/{split}-*.parquet",), ("text",), articles, "CC BY-SA 3.0", 120,
+        splits=("train", "validation", "test"), subsets=("wikitext-103-raw-v1", "wikitext-2-raw-v1"), reads_whole_files=True,
     ),
     "c4": NamedSource(
-        "allenai/c4",
-        ("{subset}/c4-{split}.*.json.gz",),
-        ("text",),
-        texts,
-        "ODC-By 1.0",
-        160_000,
-        splits=("train", "validation"),
-        subsets=("en",),
+        "allenai/c4", ("{subset}/c4-{split}.*.json.gz",), ("text",), texts, "ODC-By 1.0", 160_000,
+        splits=("train", "validation"), subsets=("en",),
     ),
     "mixture_of_thoughts": NamedSource(
-        "open-r1/Mixture-of-Thoughts",
-        ("{subset}/{split}-*.parquet",),
-        ("messages",),
-        conversations,
-        "Apache 2.0",
-        3_500,
+        "open-r1/Mixture-of-Thoughts", ("{subset}/{split}-*.parquet",), ("messages",), conversations, "Apache 2.0", 3_500,
         subsets=("all", "math", "code", "science"),
     ),
     "gsm8k": NamedSource(
-        "openai/gsm8k",
-        ("{subset}/{split}-*.parquet",),
-        ("question", "answer"),
-        partial(exam, task=Gsm8kTask),
-        "MIT",
-        2,
-        splits=("train", "test"),
-        subsets=("main",),
+        "openai/gsm8k", ("{subset}/{split}-*.parquet",), ("question", "answer"), partial(exam, task=Gsm8kTask), "MIT", 2,
+        splits=("train", "test"), subsets=("main",),
     ),
     "medqa": NamedSource(
-        "GBaker/MedQA-USMLE-4-options",
-        ("*_{split}.jsonl",),
-        ("question", "options", "answer", "answer_idx"),
-        partial(exam, task=MedqaTask),
-        "MIT; questions CC BY 4.0",
-        2,
-        splits=("train", "test"),
+        "GBaker/MedQA-USMLE-4-options", ("*_{split}.jsonl",), ("question", "options", "answer", "answer_idx"),
+        partial(exam, task=MedqaTask), "MIT; questions CC BY 4.0", 2, splits=("train", "test"),
     ),
     "medmcqa": NamedSource(
-        "openlifescienceai/medmcqa",
-        ("data/{split}-*.parquet",),
-        ("id", "question", "opa", "opb", "opc", "opd", "cop", "exp", "subject_name"),
-        partial(exam, task=MedmcqaTask),
-        "Apache 2.0",
-        25,
-        splits=("train", "validation"),
+        "openlifescienceai/medmcqa", ("data/{split}-*.parquet",),
+        ("id", "question", "opa", "opb", "opc", "opd", "cop", "exp", "subject_name"), partial(exam, task=MedmcqaTask),
+        "Apache 2.0", 25, splits=("train", "validation"),
     ),
     "pubmedqa": NamedSource(
-        "qiaojin/PubMedQA",
-        ("{subset}/{split}-*.parquet",),
-        ("pubid", "question", "context", "long_answer", "final_decision"),
-        partial(exam, task=PubmedqaTask),
-        "MIT; half of pqa_labeled is the official test",
-        150,
-        subsets=("pqa_artificial", "pqa_labeled", "pqa_unlabeled"),
+        "qiaojin/PubMedQA", ("{subset}/{split}-*.parquet",),
+        ("pubid", "question", "context", "long_answer", "final_decision"), partial(exam, task=PubmedqaTask),
+        "MIT; half of pqa_labeled is the official test", 150, subsets=("pqa_artificial", "pqa_labeled", "pqa_unlabeled"),
     ),
     "humaneval": NamedSource(
-        "openai/openai_humaneval",
-        ("openai_humaneval/{split}-*.parquet",),
-        ("prompt", "canonical_solution"),
-        programs,
-        "MIT",
-        1,
+        "openai/openai_humaneval", ("openai_humaneval/{split}-*.parquet",), ("prompt", "canonical_solution"), programs, "MIT", 1,
         splits=("test",),
     ),
     "hellaswag": NamedSource(
-        "Rowan/hellaswag",
-        ("data/{split}-*.parquet",),
-        ("activity_label", "ctx_a", "ctx_b", "endings", "label"),
-        endings,
-        "MIT",
-        5,
-        splits=("train", "validation"),
+        "Rowan/hellaswag", ("data/{split}-*.parquet",), ("activity_label", "ctx_a", "ctx_b", "endings", "label"), endings,
+        "MIT", 5, splits=("train", "validation"),
     ),
     "trivia_qa": NamedSource(
-        "mandarjoshi/trivia_qa",
-        ("{subset}/{split}-*.parquet",),
-        ("question", "answer"),
-        partial(questions, answer="answer.value"),
-        "not stated",
-        3,
-        splits=("train", "validation"),
-        subsets=("rc.nocontext",),
+        "mandarjoshi/trivia_qa", ("{subset}/{split}-*.parquet",), ("question", "answer"),
+        partial(questions, answer="answer.value"), "not stated", 3, splits=("train", "validation"), subsets=("rc.nocontext",),
     ),
     "medquad": NamedSource("", (), ("question", "answer"), questions, "CC BY 4.0", 6),
-}
+}  # fmt: skip
 
 
-@dataclass(frozen=True)
-class NamedReader:
-    """Reads the parts of a source's files."""
-
-    data: HubData
-
-    def read(self, part: Part) -> Iterator[Document]:
-        """Yield the documents of a part."""
-        source, name = SOURCES[self.data.name], part.file.name
-        if ending(name) not in TEXT_ENDINGS:
-            yield from source.documents(read_rows(part, source.fields), self.data)
-        elif source.reads_whole_files:  # its rows are lines
-            lines = (line for text in read_texts(part) for line in text.splitlines(keepends=True))
-            yield from source.documents((Row(name, {"text": line}, ("text",)) for line in lines), self.data)
-        else:
-            yield from (Document(text=text, where=name) for text in read_texts(part))
+def read_named(data: HubData, part: Part) -> Iterator[Document]:
+    """Yield the documents of a part of a source's files."""
+    source, name = SOURCES[data.name], part.file.name
+    if ending(name) not in TEXT_ENDINGS:
+        yield from source.documents(read_rows(part, source.fields), data)
+    elif source.reads_whole_files:  # its rows are lines
+        lines = (line for document in read_text_file(part) for line in document.text.splitlines(keepends=True))
+        yield from source.documents((Row(name, {"text": line}, ("text",)) for line in lines), data)
+    else:
+        yield from read_text_file(part)
 
 
 def open_hub(data: HubData, key: str) -> Corpus:
     """Open a source by name: local files if the config names some, else those of the hub."""
-    source = _source(data, key)
+    source = SOURCES.get(data.name)
+    if source is None:
+        raise UserError(f"{key}.name={data.name} is no source that Osler knows{nearest(data.name, list(SOURCES))}")
+    for field, chosen, known in (("subset", data.subset, source.subsets), ("split", data.split, source.splits)):
+        if chosen and chosen not in known:
+            raise UserError(f"{key}.{field}={chosen}: {data.name} has {', '.join(filter(None, known)) or 'none'}.")
     subset, split = data.subset or source.subsets[0], data.split or source.splits[0]
-    patterns = [pattern.format(subset=subset, split=split) for pattern in source.files]
+    patterns = tuple(pattern.format(subset=subset, split=split) for pattern in source.files)
     commit, files = "", list[File]()
     if data.path or data.root:
         files = _local_files(data, source, patterns, split, key)
     elif not source.repo:
         raise UserError(f"{key}: {data.name} is on no hub; name its files with {key}.path=DIR or data.root=DIR.")
-    elif source.has_small_files:
-        commit, files = snapshot(source.repo, tuple(patterns), data.revision)
     else:
-        commit, found = hub_files(source.repo, tuple(patterns), data.revision)
-        files = list(found)
-    parts: Parts | Sequence[Part] = [Part(file) for file in files] if source.reads_whole_files else Parts(files)
+        commit, files = (snapshot if source.has_small_files else hub_files)(source.repo, patterns, data.revision)
+    parts: Parts | list[Part] = [Part(file) for file in files] if source.reads_whole_files else Parts(files)
     options = {"name": data.name, "subset": subset, "split": split, "reasoning": data.reasoning, "commit": commit}
-    about = {"licence": source.licence, "revision": commit or "local files", "home": source.repo or str(data.place)}
-    corpus = Corpus(parts, NamedReader(data).read, options, None, data.holdout_fraction, data.seed)
+    about = {"licence": source.licence, "revision": commit or "local files", "home": source.repo or data.place}
+    corpus = Corpus(parts, partial(read_named, data), options, None, data.holdout_fraction, data.seed)
     return replace(corpus, about=about)
-
-
-def _source(data: HubData, key: str) -> NamedSource:
-    source = SOURCES.get(data.name)
-    if source is None:
-        raise UserError(f"{key}.name={data.name} is no source that Osler knows. These are: {', '.join(SOURCES)}.")
-    for field, chosen, known in (("subset", data.subset, source.subsets), ("split", data.split, source.splits)):
-        if chosen and chosen not in known:
-            raise UserError(f"{key}.{field}={chosen}: {data.name} has {', '.join(filter(None, known)) or 'none'}.")
-    return source
 
 
 def _local_files(data: HubData, source: NamedSource, patterns: Sequence[str], split: str, key: str) -> list[File]:
     """Return the local files of a split: those named as on the hub, else those whose name has the split's, else all.
 
-    Files that are named as those of another subset or split are left out.
+    Files that are named as those of another subset or split are left out. A file that the config itself names may have the
+    name of a split that the source has not.
     """
-    where = Path(data.path) if data.path else Path(data.root, data.name)
+    where = Path(data.place)
     field = f"{key}.path" if data.path else "data.root"
     found = find_files(where, (*ROW_ENDINGS, *TEXT_ENDINGS, NAMED_ONLY_ENDING), key=field)
     names = {file: file.relative_to(where).as_posix() if where.is_dir() else file.name for file in found}
-    as_on_hub = [file for file, name in names.items() if any(fnmatchcase(name, pattern) for pattern in patterns)]
-    pairs = product(source.files, source.subsets, source.splits)
-    of_others = [pattern.format(subset=subset, split=other) for pattern, subset, other in pairs]
-    names = {file: name for file, name in names.items() if not any(fnmatchcase(name, pattern) for pattern in of_others)}
-    of_split = [file for file, name in names.items() if re.search(rf"(?<![a-z]){split}(?![a-z])", name)]
-    others = {name for source in SOURCES.values() for name in source.splits} - {split}
-    free = [file for file, name in names.items() if not any(re.search(rf"(?<![a-z]){other}(?![a-z])", name) for other in others)]
-    chosen = as_on_hub or of_split or free
+    combinations = product(source.files, source.subsets, source.splits)
+    of_any = [pattern.format(subset=subset, split=other) for pattern, subset, other in combinations]
+    splits = {
+        file: {_SPLITS[word] for word in re.findall("[a-z]+", name.lower()) if word in _SPLITS}
+        for file, name in names.items()
+        if not any(fnmatchcase(name, pattern) for pattern in of_any)
+    }
+    known = set(_SPLITS.values() if where.is_dir() else source.splits)
+    chosen = (
+        [file for file, name in names.items() if any(fnmatchcase(name, pattern) for pattern in patterns)]
+        or [file for file, named in splits.items() if split in named]
+        or [file for file, named in splits.items() if not known & named]
+    )
     if not chosen:
+        other = sorted({name for named in splits.values() for name in named}.intersection(source.splits))
+        remedy = f"Set {key}.split={other[0]} to read that" if other else f"Name a file of it itself with {key}.path=FILE"
         raise UserError(
-            f"{where} has no file of {data.title} ({' or '.join(patterns)}, or another whose name says {split}); it has "
-            f"{', '.join(shown(file.name) for file in found[:5])}."
+            f"{where} has no file of {data.title} ({' or '.join([*patterns, f'another whose name says {split}'])}); it has "
+            f"{', '.join(shown(file.name) for file in found[:5])}. {remedy}."
         )
     return [LocalFile.at(file) for file in chosen]

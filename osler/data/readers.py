@@ -7,13 +7,14 @@ are named once.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from osler.data.documents import Document
 from osler.files.find import ROW_ENDINGS, TEXT_ENDINGS, ending, find_files, log_once, shown
-from osler.files.parts import LocalFile, Part
+from osler.files.parts import File, LocalFile, Part
 from osler.files.rows import Row, read_rows, read_texts
 from osler.runtime.errors import UserError
 from osler.tokenizer.chat import Turn
@@ -39,19 +40,17 @@ class TextFiles:
     path_key: str = "data.path"
     field_key: str = "data.field"
 
-    def files(self) -> list[LocalFile]:
+    def files(self) -> list[File]:
         """Return the files in the order of their names."""
         return list(map(LocalFile.at, find_files(self.path, (*ROW_ENDINGS, *TEXT_ENDINGS), key=self.path_key)))
 
     def read(self, part: Part) -> Iterator[Document]:
         """Yield the documents of a part."""
-        name = part.file.name
-        if ending(name) in TEXT_ENDINGS:
-            for number, text in enumerate(read_texts(part), 1):
-                yield Document(text=text, where=name if number == 1 else f"{name}, part {number}")
+        if ending(part.file.name) in TEXT_ENDINGS:
+            yield from read_text_file(part)
             return
         for row in read_rows(part, [self.field]):
-            text = _text(row, self.field, self.field_key) or ""
+            text = text_of(row, self.field, self.field_key) or ""
             _log_unread(self.path, row)
             yield Document(text=text, where=row.where)
 
@@ -72,24 +71,50 @@ class TurnFiles:
     answer_field: str = "answer"
     key: str = "data"
 
-    def files(self) -> list[LocalFile]:
+    def files(self) -> list[File]:
         """Return the files in the order of their names."""
         return list(map(LocalFile.at, find_files(self.path, ROW_ENDINGS, key=f"{self.key}.path")))
 
     def read(self, part: Part) -> Iterator[Document]:
         """Yield the documents of a part."""
         fields = [self.question_field, self.answer_field, *([] if self.thinking_field is None else [self.thinking_field])]
+        keys = [f"{self.key}.{name}_field" for name in ("question", "answer", "thinking")]
         for row in read_rows(part, fields):
-            question = _text(row, self.question_field, f"{self.key}.question_field") or ""
-            answer = _text(row, self.answer_field, f"{self.key}.answer_field") or ""
-            thinking = None
-            if self.thinking_field is not None:
-                thinking = _text(row, self.thinking_field, f"{self.key}.thinking_field")
+            question, answer, *thinking = (text_of(row, field, key) for field, key in zip(fields, keys, strict=False))
             _log_unread(self.path, row, wants_thinking=self.key if self.thinking_field is None else "")
-            yield Document(turn=Turn(question, thinking, answer), where=row.where)
+            yield Document(turn=Turn(question or "", thinking[0] if thinking else None, answer or ""), where=row.where)
 
     def __iter__(self) -> Iterator[Document]:
         return (document for file in self.files() for document in self.read(Part(file)))
+
+
+def read_text_file(part: Part) -> Iterator[Document]:
+    """Yield the content of a text file, as several documents where it is long."""
+    for number, text in enumerate(read_texts(part), 1):
+        yield Document(text=text, where=part.file.name if number == 1 else f"{part.file.name}, part {number}")
+
+
+def value_of(row: Row, field: str, key: str = "") -> Any:
+    """Return a field of a row (dots go into objects); `key` is the config key that chooses it, none for a fixed schema.
+
+    Raises UserError when there is none.
+    """
+    value: Any = row.values
+    for name in [field] if key else field.split("."):
+        if not isinstance(value, Mapping) or name not in value:
+            columns = [shown(name) for name in row.columns]
+            remedy = f" {_remedy(key, columns)}" if key else ""
+            raise UserError(f"{row.where} has no field '{field}'; it has: {', '.join(columns) or 'none'}.{remedy}")
+        value = value[name]
+    return value
+
+
+def text_of(row: Row, field: str, key: str = "") -> str | None:
+    """Return a field of text, None for null; see `value_of`."""
+    value = value_of(row, field, key)
+    if value is None or isinstance(value, str):
+        return value
+    raise UserError(f"{row.where}: the field '{field}' must be text, but it is {type(value).__name__}.")
 
 
 def _log_unread(path: str | Path, row: Row, *, wants_thinking: str = "") -> None:
@@ -99,17 +124,6 @@ def _log_unread(path: str | Path, row: Row, *, wants_thinking: str = "") -> None
     reasoning = [name for name in row.unread if wants_thinking and name.lower() in TURN_COLUMNS["thinking_field"]]
     hint = f" {wants_thinking}.thinking_field={shown(reasoning[0])} would read the reasoning." if reasoning else ""
     log_once(f"{shown(path)}: columns not read: {', '.join(map(shown, row.unread))}.{hint}")
-
-
-def _text(row: Row, field: str, key: str) -> str | None:
-    """Return the text of a column, None for null; `key` is the config key that chooses the column."""
-    if field not in row.values:
-        columns = [shown(name) for name in row.columns]
-        raise UserError(f"{row.where} has no field '{field}'; it has: {', '.join(columns) or 'none'}. {_remedy(key, columns)}")
-    value = row.values[field]
-    if value is None or isinstance(value, str):
-        return value
-    raise UserError(f"{row.where}: the field '{field}' must be text, but it is {type(value).__name__}.")
 
 
 def _remedy(key: str, columns: Sequence[str]) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 from osler.clinic.exam import drills
 from osler.clinic.textbook import cards, textbook
 from osler.config.schema import encode
-from osler.data.clean import Cleaner
+from osler.data.clean import Cleaner, check_clean
 from osler.data.config import (
     HUB,
     AnySource,
@@ -47,6 +47,7 @@ from osler.tokenizer.train import train
 
 SAMPLE_CHARS = 1 << 16  # the sample for a tokenizer takes or leaves pieces of this length
 SAMPLE_PARTS, SAMPLE_PART_CHARS = 64, 1 << 24  # parts of a source that it is drawn from, and how much of each at most
+FIRST_DOCUMENTS = 32  # of a source, which are read before anything starts
 VALIDATION_SEED_SHIFT = 1_000_003  # so that no nearby seed for training gives the passages of validation
 
 
@@ -101,25 +102,23 @@ def open_corpora(data: TextData, validation: Sources = ()) -> dict[str, Corpus]:
     With `validation` sets nothing is held out of them: those are what is evaluated.
     """
     cleaners: dict[CleanConfig, Cleaner] = {}
-    return {name: _open(data, source, key, cleaners, holds_out=not validation) for name, source, key in _keyed(data)}
+    return {source.title: _open(source, key, cleaners, validation) for key, source in _keyed(data)}
 
 
-def _open(
-    data: TextData, source: AnySource, key: str, cleaners: dict[CleanConfig, Cleaner], *, holds_out: bool
-) -> Corpus:
-    shared = data.clean if isinstance(data, MixtureData) else None
-    corpus, clean = CORPORA[type(source)](source, key), source.clean or shared
-    about = {"config": encode(replace(source, clean=clean), defaults=False), **corpus.about}
+def _open(source: AnySource, key: str, cleaners: dict[CleanConfig, Cleaner], validation: Sources) -> Corpus:
+    corpus, clean = CORPORA[type(source)](source, key), source.clean
+    about = {"config": encode(source, defaults=False), **corpus.about}
     if source.licence:
         about["licence"] = source.licence
+    if validation:
+        corpus = replace(corpus, validation=None, holdout_fraction=0.0)
     cleaner = None if clean is None else cleaners.setdefault(clean, Cleaner(clean))  # which reads its exams once
-    corpus = corpus if holds_out else replace(corpus, validation=None, holdout_fraction=0.0)
     return replace(corpus, clean=cleaner, about=about)
 
 
 def open_validation(data: TextData, validation: Sources) -> dict[str, Corpus]:
     """Open validation sets by name: all documents of a source, or where it has documents for validation those alone."""
-    return {name: _open_set(source, key) for name, source, key in _keyed_sets(data, validation)}
+    return {source.title: _open_set(source, key) for key, source in _keyed_sets(data, validation)}
 
 
 def _open_set(source: AnySource, key: str) -> Corpus:
@@ -130,11 +129,8 @@ def _open_set(source: AnySource, key: str) -> Corpus:
 def check_present(data: TextData, validation: Sources, out: Path, consent: str) -> None:
     """Raise UserError when sources whose files are there differ from those that the folder `out` was made of."""
     cleaners: dict[CleanConfig, Cleaner] = {}
-    learned = [
-        _open(data, source, key, cleaners, holds_out=not validation) if is_there(source) else None
-        for _, source, key in _keyed(data)
-    ]
-    sets = [_open_set(source, key) if is_there(source) else None for _, source, key in _keyed_sets(data, validation)]
+    learned = [_open(source, key, cleaners, validation) if is_there(source) else None for key, source in _keyed(data)]
+    sets = [_open_set(source, key) if is_there(source) else None for key, source in _keyed_sets(data, validation)]
     check_unchanged(out, learned, sets, consent)
 
 
@@ -143,52 +139,46 @@ def is_there(source: AnySource) -> bool:
     return isinstance(source, ClinicData) or (source.place != HUB and Path(source.place).exists())
 
 
-def _keyed(data: TextData) -> Iterator[tuple[str, AnySource, str]]:
-    """Yield the name of each source, the source, and where it is in the config."""
-    for number, (name, source) in enumerate(sources_of(data).items()):
-        yield name, source, f"data.sources[{number}]" if isinstance(data, MixtureData) else "data"
+def _keyed(data: TextData) -> Iterator[tuple[str, AnySource]]:
+    """Yield where each source is in the config, and the source."""
+    for number, source in enumerate(sources_of(data).values()):
+        yield f"data.sources[{number}]" if isinstance(data, MixtureData) else "data", source
 
 
-def _keyed_sets(data: TextData, validation: Sources) -> Iterator[tuple[str, AnySource, str]]:
-    """Yield the same of validation sets."""
-    for number, (name, source) in enumerate(sets_of(validation, data).items()):
-        yield name, source, f"validation[{number}]"
+def _keyed_sets(data: TextData, validation: Sources) -> Iterator[tuple[str, AnySource]]:
+    for number, source in enumerate(sets_of(validation, data).values()):
+        yield f"validation[{number}]", source
 
 
 def check_sources(data: TextData, validation: Sources = ()) -> None:
-    """Raise UserError when the files of a source do not exist, hold nothing, or their first document cannot be read.
+    """Raise UserError when the files of a source do not exist, hold nothing, or their first documents cannot be read.
 
-    Also when a file of an exam does not exist, or the config claims that no benchmark is in data in which none is looked for.
+    Also when cleaning cannot be done as the config says, or when it claims that no benchmark is in data in which none is
+    looked for.
     """
-    shared = data.clean if isinstance(data, MixtureData) else None
-    for _, source, key in _keyed(data):
-        clean = source.clean or shared
-        for number, exam in enumerate(clean.exams if clean else ()):
-            check_task(exam, f"{key if source.clean else 'data'}.clean.exams[{number}]")
-        claims = source.no_benchmark_contamination or (isinstance(data, MixtureData) and data.no_benchmark_contamination)
-        if claims and (clean is None or not clean.exams or clean.exam_questions != "drop"):
+    for key, source in _keyed(data):
+        clean, where = source.clean, f"{'data' if source.clean == data.clean else key}.clean"
+        if clean is not None:
+            check_clean(clean, where)
+            for number, exam in enumerate(clean.exams):
+                check_task(exam, f"{where}.exams[{number}]")
+        if source.no_benchmark_contamination and (clean is None or not clean.exams or clean.exam_questions != "drop"):
             raise UserError(
                 f"The recipe claims no_benchmark_contamination, but {key} ({source.title}) is not checked for exams: list their "
                 f"files in {key}.clean.exams with exam_questions=drop, or leave the claim out."
             )
-    for _, source, key in [*_keyed(data), *_keyed_sets(data, validation)]:
+    for key, source in [*_keyed(data), *_keyed_sets(data, validation)]:
         if isinstance(source, ClinicData):
             continue
-        empty = _count_of_empty(CORPORA[type(source)](source, key).documents())
-        if empty is not None:
-            found = f"of {empty:,} documents {empty:,} are empty" if empty else "there are no documents"
+        count, is_empty = 0, True
+        for count, document in enumerate(CORPORA[type(source)](source, key).documents(), 1):
+            is_empty = is_empty and document.is_empty
+            if count >= FIRST_DOCUMENTS and not is_empty:
+                break
+        if is_empty:
+            found = f"of {count:,} documents {count:,} are empty" if count else "there are no documents"
             what = "evaluate" if key.startswith("validation") else "learn from"
             raise UserError(f"There is nothing to {what}: {found} in {key}.path={source.place}.")
-
-
-def _count_of_empty(documents: Iterable[Document]) -> int | None:
-    """Return how many documents there are when all are empty, else None; reads up to the first that is not."""
-    count = 0
-    for document in documents:
-        if not document.is_empty:
-            return None
-        count += 1
-    return count
 
 
 def prepare_sources(
@@ -201,25 +191,28 @@ def prepare_sources(
     **options: Any,
 ) -> Prepared:
     """Prepare the data of a config into the folder `out`; see `osler.data.prepare.prepare`, also for the options."""
-    data = at_known_commits(data, out)
+    data, validation = at_known_commits(data, validation, out)
     check_sources(data, validation)
     weights, sets = [source.weight for source in sources_of(data).values()], open_validation(data, validation)
     corpora = open_corpora(data, validation)
     return prepare(corpora, tokenizer, out, weights=weights, validation=sets, consent=consent, **options)
 
 
-def at_known_commits(data: TextData, out: str | Path) -> TextData:
+def at_known_commits(data: TextData, validation: Sources, out: str | Path) -> tuple[TextData, Sources]:
     """Return a config that goes on with the commits of the hub that the folder `out` was begun with, though `main` moves."""
     if not Path(out, DATA_MANIFEST).exists():
-        return data
-    begun = read_data_manifest(out)["sources"]
+        return data, validation
+    manifest = read_data_manifest(out)
 
-    def pinned(source: AnySource) -> AnySource:
-        commit = begun.get(source.title, {}).get("content", {}).get("options", {}).get("commit")
+    def pinned(source: AnySource, kind: str = "sources") -> AnySource:
+        commit = manifest[kind].get(source.title, {}).get("content", {}).get("options", {}).get("commit")
         is_open = isinstance(source, HubData) and source.revision == HubData.revision
         return replace(source, revision=commit) if is_open and commit else source
 
-    return replace(data, sources=tuple(map(pinned, data.sources))) if isinstance(data, MixtureData) else pinned(data)
+    sets = tuple(pinned(source, "validation") for source in validation)
+    if isinstance(data, MixtureData):
+        return replace(data, sources=tuple(map(pinned, data.sources))), sets
+    return pinned(data), sets
 
 
 def train_tokenizer(data: TextData, wanted: BPEConfig | SuperBPEConfig, validation: Sources = ()) -> Tokenizer:

@@ -8,6 +8,7 @@ server from HF_ENDPOINT.
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import io
 from collections.abc import Iterator
@@ -17,11 +18,12 @@ from typing import IO, Any
 
 from typing_extensions import Buffer
 
-from osler.files.find import ROW_ENDINGS, TEXT_ENDINGS, find_files
+from osler.files.find import ROW_ENDINGS, TEXT_ENDINGS, find_files, shown
 from osler.files.parts import File, LocalFile
 from osler.runtime.errors import UserError
 
 RANGE_BYTES = 1 << 20  # of one request at least
+_OF_A_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 TRIES, LONGEST_WAIT_SECONDS = 12, 60  # of a request, before each of which it waits longer: seven minutes in all
 
 
@@ -82,7 +84,7 @@ def _fetch(file: HubFile, start: int, stop: int) -> bytes:
 
     url = hf_hub_url(file.repo, file.path, repo_type="dataset", revision=file.commit)
     headers = {**build_hf_headers(), "Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
-    with _explained(file.repo):
+    with _explained(file.repo, file.name):
         response = http_backoff(
             "GET", url, headers=headers, follow_redirects=True, timeout=60, max_retries=TRIES, max_wait_time=LONGEST_WAIT_SECONDS
         )
@@ -98,7 +100,7 @@ def _fetch(file: HubFile, start: int, stop: int) -> bytes:
 
 
 @functools.cache  # data are looked at several times before they are read
-def hub_files(repo: str, patterns: tuple[str, ...], revision: str) -> tuple[str, list[HubFile]]:
+def hub_files(repo: str, patterns: tuple[str, ...], revision: str) -> tuple[str, list[File]]:
     """Return the commit of a revision of a dataset, and its files that match a pattern, by name.
 
     Raises UserError when the dataset or a file is not there, not allowed, or not reachable.
@@ -108,14 +110,14 @@ def hub_files(repo: str, patterns: tuple[str, ...], revision: str) -> tuple[str,
         commit = str(api.dataset_info(repo, revision=revision).sha)
         tree = api.list_repo_tree(repo, recursive=True, revision=commit, repo_type="dataset")
         found = [entry for entry in tree if hasattr(entry, "size")]  # the others are folders
-    files = [
+    files: list[File] = [
         HubFile(repo, commit, entry.path, entry.size, entry.lfs.sha256 if entry.lfs else entry.blob_id)
-        for entry in found
+        for entry in sorted(found, key=lambda entry: str(entry.path))
         if any(fnmatchcase(entry.path, pattern) for pattern in patterns)
     ]
     if not files:
         raise UserError(f"{repo} at {revision} has no file {' or '.join(patterns)}, but {len(found):,} others.")
-    return commit, sorted(files, key=lambda file: file.path)
+    return commit, files
 
 
 @functools.cache
@@ -137,28 +139,33 @@ def _api(repo: str) -> Any:
 
 
 @contextlib.contextmanager
-def _explained(repo: str) -> Iterator[None]:
-    """Turn the library's errors into a UserError that names the dataset and says what to do."""
-    from huggingface_hub import errors
+def _explained(repo: str, name: str = "") -> Iterator[None]:
+    """Turn the library's errors into a UserError that says what to do; it has the name of the file that is read, if any."""
+    from huggingface_hub import constants, errors
 
+    name = name or repo
     local = "or name local files of the same schema with path=DIR or data.root=DIR"
     try:
         yield
     except errors.OfflineModeIsEnabled:
         fetch = f"hf download {repo} --repo-type dataset --local-dir DIR"
-        raise UserError(
-            f"{repo} is read from the hub, but HF_HUB_OFFLINE is set. Fetch it elsewhere (`{fetch}`) {local}."
-        ) from None
+        told = f"{name} is read from the hub, but HF_HUB_OFFLINE is set. Fetch it elsewhere (`{fetch}`) {local}."
     except errors.GatedRepoError:
-        raise UserError(f"{repo} asks for consent: accept its terms on its page and set HF_TOKEN, {local}.") from None
+        told = f"{repo} asks for consent: accept its terms on its page and set HF_TOKEN, {local}."
     except errors.RevisionNotFoundError:
-        raise UserError(f"{repo} has no such revision; set another `revision`.") from None
+        told = f"{repo} has no such revision; set another `revision`."
     except errors.RepositoryNotFoundError:
-        raise UserError(f"{repo} is not on the hub, or is private: set HF_TOKEN to a token that may read it, {local}.") from None
+        told = f"{repo} is not on the hub, or is private: set HF_TOKEN to a token that may read it, {local}."
     except errors.HfHubHTTPError as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{repo} cannot be read from the hub: {reason}. Run the same command again, {local}.") from None
+        told = f"{name} cannot be read from the hub: {' '.join(str(error).split())}. Run the same command again, {local}."
     except (errors.HTTPError, OSError) as error:
-        raise UserError(
-            f"{repo} cannot be reached: {error}. Run the same command again when the network is back, {local}."
-        ) from None
+        told = f"{name} cannot be reached: {error}. Run the same command again when the network is back, {local}."
+        if isinstance(error, OSError) and (error.filename or error.errno in _OF_A_DISK):
+            place = shown(error.filename or constants.HF_HUB_CACHE)
+            told = (
+                f"{name} cannot be kept on this machine, at {place}: {error.strerror}. Free some of the disk, or set HF_HOME to "
+                f"a folder on another, and run the same command again, {local}."
+            )
+    else:
+        return
+    raise UserError(told) from None

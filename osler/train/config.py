@@ -87,9 +87,6 @@ class TrainConfig(RunConfig):
     checkpoint: TokenCheckpoints = TokenCheckpoints()
 
     def __post_init__(self) -> None:
-        check_validation(self.validation)
-        if self.validation and isinstance(self.data, PreparedData):
-            raise ValueError(f"{self.data.path} has its validation sets; give others to `osler data prepare` as validation=[...]")
         if self.batch_tokens % self.seq_len:
             raise ValueError(f"batch_tokens {self.batch_tokens} is not a multiple of seq_len {self.seq_len}")
         if self.init_from is None and self.seq_len > self.model.max_seq_len:
@@ -119,7 +116,10 @@ class TrainConfig(RunConfig):
                 + (f", or tokenizer.vocab_size={self.model.vocab_size}" if self.model.vocab_size >= SMALLEST_VOCABULARY else "")
             )
         if not isinstance(self.data, PreparedData):
+            check_validation(self.validation, self.data)
             self._check_streaming(self.data)
+        elif self.validation:
+            raise ValueError(f"{self.data.path} has its validation sets; give others to `osler data prepare` as validation=[...]")
         if self.precision == "pure-bf16" and self.optim.type != "adamw":
             raise ValueError(
                 f"precision=pure-bf16 rounds inside its own AdamW; with optim.type={self.optim.type} use precision=bf16"

@@ -86,8 +86,8 @@ def write_rows(file: Path, rows: list[dict]) -> Path:
     return file
 
 
-def local(tmp_path: Path, name: str, rows: list[dict], **fields: object) -> list[tuple[str, ...]]:
-    data = HubData(name=name, path=str(write_rows(tmp_path / f"{name}.jsonl", rows)), **fields)
+def local(tmp_path: Path, file: str, rows: list[dict], **fields: object) -> list[tuple[str, ...]]:
+    data = HubData(**{"name": file, **fields}, path=str(write_rows(tmp_path / f"{file}.jsonl", rows)))
     return [document.parts for document in open_hub(data, "data").documents()]
 
 
@@ -117,7 +117,7 @@ def test_lines_of_wikitext_are_joined_into_articles(tmp_path):
     assert local(tmp_path, "wikitext", [{"text": line} for line in lines]) == [(text,) for text in articles]
     text = tmp_path / "wiki.valid.txt"
     text.write_text("\n".join(lines) + "\n")
-    corpus = open_hub(HubData(name="wikitext", path=str(text)), "data")
+    corpus = open_hub(HubData(name="wikitext", path=str(text), split="validation"), "data")
     assert [document.text for document in corpus.documents()] == articles
 
 
@@ -142,8 +142,37 @@ def test_a_split_is_found_in_local_files_and_one_that_is_not_there_is_told(tmp_p
         open_hub(HubData(name="medqa", split="dev", root=str(tmp_path)), "data")
     with pytest.raises(UserError, match=r"data.root.*gsm8k|gsm8k.*data.root"):
         open_hub(HubData(name="gsm8k", root=str(tmp_path)), "data")
-    with pytest.raises(UserError, match=r"sources\[0\].name=medqs is no source"):
+    with pytest.raises(UserError, match=r"sources\[0\].name=medqs is no source that Osler knows; did you mean `medqa`"):
         check_sources(decode(MixtureData, {"sources": [{"type": "hub", "name": "medqs"}]}))
+
+
+def chosen(path: Path, **fields: str) -> list[str]:
+    return [Path(file.name).name for file in open_hub(HubData(path=str(path), **fields), "data").files]
+
+
+def test_files_of_another_split_are_never_taken_for_those_that_were_asked_for(tmp_path):
+    for name in ("valid.txt", "wiki-test.txt", "notes.txt"):
+        (tmp_path / name).write_text("A line.\n")
+    assert chosen(tmp_path, name="wikitext") == ["notes.txt"], "what says no split may be of any"
+    assert chosen(tmp_path, name="wikitext", split="validation") == ["valid.txt"]
+    assert chosen(tmp_path, name="wikitext", split="test") == ["wiki-test.txt"]
+    (tmp_path / "notes.txt").unlink()
+    with pytest.raises(UserError, match=r"it has valid.txt, wiki-test.txt. Set data.split=test to read that"):
+        chosen(tmp_path, name="wikitext")
+    with pytest.raises(UserError, match=r"medmcqa-validation-2000.jsonl. Set data.split=validation to read that"):
+        local(tmp_path, "medmcqa-validation-2000", [ROWS["medmcqa"][0]], name="medmcqa")
+    dev = write_rows(tmp_path / "exams/medqa-dev.jsonl", [ITEM])
+    assert chosen(dev, name="medqa") == ["medqa-dev.jsonl"], "a split that the source has not"
+    with pytest.raises(UserError, match=r"Name a file of it itself with data.path=FILE"):
+        chosen(dev.parent, name="medqa")
+
+
+def test_options_that_are_counted_from_one_are_found_before_anything_starts(tmp_path):
+    """As in the authors' MedMCQA: read as the hub's, every answer would be the option before the right one."""
+    rows = [{**ROWS["medmcqa"][0], "cop": 1 + number % 4} for number in range(8)]
+    file = write_rows(tmp_path / "medmcqa.jsonl", rows)
+    with pytest.raises(UserError, match=r"medmcqa.jsonl:4: 'cop' is 4, so this file counts its options from 1"):
+        check_sources(HubData(name="medmcqa", path=str(file)))
 
 
 # -- the hub -----------------------------------------------------------------------------------------------------------
@@ -194,7 +223,7 @@ def test_a_range_that_fails_is_asked_for_again(hub, answer):
 
 def test_a_hub_that_stays_away_is_an_error_that_names_the_source(hub):
     hub.trouble = times(1000, status(500))
-    with pytest.raises(UserError, match=r"fineweb-edu cannot be read from the hub.*data.root=DIR"):
+    with pytest.raises(UserError, match=r"fineweb-edu/sample/10BT/00\d.parquet cannot be read.*data.root=DIR"):
         read_hub()
 
 
@@ -205,6 +234,16 @@ def test_a_dataset_that_may_not_be_read_says_what_to_do(hub, code, said):
     hub.status_of_facts = code
     with pytest.raises(UserError, match=said):
         read_hub()
+
+
+def test_a_disk_that_takes_nothing_is_no_network_that_is_away(hub, tmp_path, monkeypatch):
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts/a.txt").write_text("A text.")
+    (tmp_path / "full").write_text("a file, in which no folder can be made")
+    hub.repos["ywchoi/OpenMedText"] = tmp_path / "texts"
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "full/hub"))
+    with pytest.raises(UserError, match=r"OpenMedText cannot be kept on this machine, at .*full.*set HF_HOME to a folder"):
+        open_hub(HubData(name="openmedtext"), "data")
 
 
 def test_the_token_of_the_environment_is_sent_and_offline_says_how_to_fetch(hub, monkeypatch):

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,14 +11,15 @@ from typing import Any
 import pytest
 
 from osler.config.schema import decode
-from osler.data.config import ClinicData, FilesData, MixtureData, TextData, TurnsData
+from osler.data.config import CleanConfig, ClinicData, FilesData, HubData, MixtureData, TextData, TurnsData, sources_of
 from osler.data.documents import Corpus
 from osler.data.from_recipe import Sections
 from osler.data.prepared import PreparedSource
-from osler.data.sources import SAMPLE_CHARS, _sample, open_corpora, prepare_sources, train_tokenizer
+from osler.data.sources import SAMPLE_CHARS, _sample, check_sources, open_corpora, prepare_sources, train_tokenizer
 from osler.runtime.errors import UserError
 from osler.tokenizer.bpe import Tokenizer
 from osler.tokenizer.config import BPEConfig
+from osler.train.config import TrainConfig
 
 CLINIC = ClinicData(passages=150, examples=120, cards=7, drills=3, validation_passages=10, validation_examples=20)
 MANY = 1_000_000_000  # bytes: all of the text
@@ -132,7 +134,7 @@ def test_a_mixture_is_known_by_its_sources() -> None:
     for wrong, message in (
         ([], "sources is empty"),
         ([files[0], {**files[0], "path": "other/a.parquet"}], "two sources are named a"),
-        ([files[0], {**files[1], "weight": 1e-4}], "the weight 0.0001 is less than 1/1000"),
+        ([files[0], {**files[1], "weight": 1e-4}], "the weight of asked, 0.0001, is less than 1/1000"),
         ([{**files[0], "weight": 0}], "weight: must be above 0"),
     ):
         with pytest.raises(UserError, match=message):
@@ -165,9 +167,66 @@ def test_weights_and_names_may_change_and_the_shards_stay(tmp_path: Path) -> Non
     assert again.fingerprint == first.fingerprint and again.train[0].num_bytes == first.train[0].num_bytes
 
 
-@pytest.mark.parametrize("name", ["..", ".", "tokenizer.json", "a/b"])
-def test_a_name_stays_in_its_folder(name: str) -> None:
-    assert FilesData(path="x", name=name).title in ("data", "tokenizer-json", "a-b")
+@pytest.mark.parametrize(("name", "title"), [("..", "data"), ("tokenizer.json", "tokenizer-json"), ("a/b", "a-b")])
+def test_a_name_stays_in_its_folder(name: str, title: str) -> None:
+    with pytest.raises(UserError, match=rf"data: the name '{name}' has other characters than .*; {title} would do"):
+        decode(Sections, {"data": {"type": "files", "path": "x", "name": name}})
+    assert FilesData(path="x/my notes.v1.txt").title == "my-notes"
+
+
+@pytest.mark.parametrize(
+    ("sets", "said"),
+    [
+        ([{"path": "b", "holdout_fraction": 0.1}], "the validation set b has no holdout_fraction: leave it out"),
+        ([{"path": "b", "weight": 2, "clean": {}}], "the validation set b has no weight or clean: leave it out"),
+        ([{"path": "b"}, {"path": "c", "name": "b"}], "two validation sets are named b; give one of them another `name`"),
+        ([{"path": "a/x.txt", "name": "x"}], "the validation set x is the source a, of which nothing would be left to learn"),
+        ([{"type": "hub", "name": "medqa"}], "the validation set medqa is the source medqa"),
+        ([{"type": "hub", "name": "c4"}] * 2, "two validation sets are named c4; give one of them another subset or split"),
+    ],
+)
+def test_validation_sets_are_checked(sets: list[dict[str, Any]], said: str) -> None:
+    sources = [{"type": "files", "path": "a/x.txt", "name": "a"}, {"type": "hub", "name": "medqa"}]
+    given = {"data": {"sources": sources, "root": "r"}, "tokenizer": {"vocab_size": 300}}
+    for cls in (Sections, TrainConfig):
+        with pytest.raises(UserError, match=said):
+            decode(cls, {**given, "validation": [{"type": "files", **one} for one in sets]})
+        decode(cls, {**given, "validation": [{"type": "hub", "name": "medqa", "split": "test"}, {"type": "clinic"}]})
+
+
+def test_sources_take_over_what_their_mixture_says() -> None:
+    """But for what they say themselves."""
+    own, shared = CleanConfig(min_words=9), CleanConfig()
+    sources = (HubData(name="c4", root="own"), HubData(name="synth", clean=own), FilesData(path="a"))
+    data = MixtureData(sources=sources, root="r", clean=shared, no_benchmark_contamination=True)
+    found = sources_of(data)
+    assert [(source.clean, source.no_benchmark_contamination) for source in found.values()] == [
+        (shared, True), (own, True), (shared, True)
+    ]  # fmt: skip
+    assert [source.place for source in found.values()] == ["own/c4", "r/synth", "a"]
+
+
+@pytest.mark.parametrize(
+    ("clean", "said"),
+    [
+        ({"languages": ["en", "English"]}, r"data.clean.languages: `English` is not the ISO 639-1 code .*; did you mean `en`\?"),
+        ({"languages": ["xx"]}, r"`xx` is not the .*; known: .*, en, .*"),
+        ({"exams": [{"type": "medqa", "path": "nowhere.jsonl"}]}, r"no file or folder .*set data.clean.exams\[0\].path"),
+    ],
+)
+def test_cleaning_that_cannot_be_done_is_told_before_anything_is_read(tmp_path: Path, clean: dict[str, Any], said: str) -> None:
+    sources = [{"type": "files", "path": str(tmp_path / "a.txt")}]
+    with pytest.raises(UserError, match=said):
+        check_sources(decode(Sections, {"data": {"sources": sources, "clean": clean}}).data)
+
+
+@pytest.mark.parametrize(("package", "clean"), [("rensa", {"duplicates": "near"}), ("py3langid", {"languages": ["en"]})])
+def test_a_missing_package_is_told_before_anything_is_read(
+    package: str, clean: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(UserError, match=rf"{package}: pip install 'osler\[clean\]'"):
+        check_sources(decode(Sections, {"data": {"type": "files", "path": "nowhere", "clean": clean}}).data)
 
 
 def test_a_real_textbook_survives_the_way_to_tokens(tmp_path: Path, shared_data: Callable[[str], Path]) -> None:
