@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +29,16 @@ def main() -> None:
     from osler.data.clean import Cleaner
     from osler.data.config import CleanConfig
     from osler.data.contamination import ExamIndex
+    from osler.data.documents import in_memory
     from osler.data.duplicates import Seen, rows_of
-    from osler.data.ngrams import prefix_sums, words_of
+    from osler.data.ngrams import Words
     from osler.data.readers import TextFiles
     from osler.tasks.exam_files import load_exam_file
     from osler.tasks.item import render_question
 
     exams = [dict(zip(("type", "path"), exam.split("=", 1), strict=True)) for exam in given.exam]
     documents = [document for path in given.text for document in TextFiles(path) if not document.is_empty]
+    corpus = in_memory(documents)
     size = sum(len(document.text.encode()) for document in documents)
     result: dict[str, Any] = {"documents": len(documents), "bytes": size}
     configs: dict[str, dict[str, Any]] = {
@@ -45,9 +48,9 @@ def main() -> None:
     }
     for name, config in configs.items():
         cleaner = Cleaner(decode(CleanConfig, config))
-        cleaner.look(documents[0].parts)  # reads exams and models
+        cleaner.looks([document.parts for document in documents[:2]])  # reads exams and models
         began = time.process_time()
-        looks = [cleaner.look(document.parts) for document in documents]
+        looks = [look for _, look in replace(corpus, clean=cleaner).looks(documents)]
         seconds = time.process_time() - began
         result[name] = {
             "megabytes_per_second": size / seconds / 1e6,
@@ -68,8 +71,8 @@ def main() -> None:
     for task in decode(CleanConfig, {"exams": exams}).exams:
         items = load_exam_file(task)
         index = ExamIndex(items[::2])
-        texts = [words_of(render_question(item)) for item in items[1::2]]
-        result["halves"][task.type] = [sum(bool(index.find(words, prefix_sums(words))) for words in texts), len(texts)]
+        others = [render_question(item) for item in items[1::2]]
+        result["halves"][task.type] = [len(index.find(Words(others))), len(others)]
     publish(result, given.out)
 
 

@@ -41,7 +41,7 @@ DOORS: dict[str, set[str]] = {
     "pydantic": {"config/schema.py"},
     "yaml": {"config/recipe.py"},
     "tokenizers": {"tokenizer/bpe.py", "tokenizer/superbpe.py"},
-    "py3langid": {"data/clean.py"},
+    "py3langid": {"data/languages.py"},
     "rensa": {"data/duplicates.py"},
     "safetensors": {"checkpoint/store.py"},
     "pyarrow": {"files/rows.py"},

@@ -7,7 +7,6 @@ are looked for in questions with answers as well.
 from __future__ import annotations
 
 import functools
-import locale
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -17,10 +16,10 @@ import numpy as np
 from osler.config.schema import encode
 from osler.data.config import CleanConfig
 from osler.data.contamination import ExamIndex
-from osler.data.duplicates import SHINGLE_WORDS, Rows, signature
-from osler.data.ngrams import prefix_sums, sequences, words_of
+from osler.data.duplicates import SHINGLE_WORDS, Rows, signatures
+from osler.data.languages import check_languages, languages_of
+from osler.data.ngrams import Hashes, Words
 from osler.files.find import ROW_ENDINGS, find_files
-from osler.runtime.errors import UserError
 from osler.runtime.files import fingerprint, sha256_file
 from osler.tasks.exam_files import load_exam_file
 
@@ -38,6 +37,9 @@ class Look(NamedTuple):
     reason: str
     exam_items: Sequence[str]
     signature: Rows | None
+
+
+KEEP = Look("", (), None)
 
 
 @dataclass(frozen=True)
@@ -60,33 +62,45 @@ class Cleaner:
             entry["path"] = fingerprint([sha256_file(file) for file in files])
         return options
 
-    def look(self, parts: Sequence[str]) -> Look:
-        """Judge a document by its text, or by its question, reasoning and answer."""
-        config, text = self.config, "\n".join(parts)
-        words = words_of(text)
-        sums = prefix_sums(words)
-        items = self.exams.find(words, sums) if config.exams else []
-        shingles = sequences(sums, min(SHINGLE_WORDS, max(1, len(words))))
-        reason = self._quality(text, words, shingles) if len(parts) == 1 else ""
-        if not reason and config.languages and len(words) >= LANGUAGE_WORDS:
-            language = _language(text[:LANGUAGE_CHARACTERS])
-            reason = f"language {language}" if language not in config.languages else ""
-        if not reason and items and config.exam_questions == "drop":
-            reason = EXAM
-        return Look(reason, items, signature(shingles) if config.duplicates == "near" and not reason else None)
+    def looks(self, documents: Sequence[Sequence[str]]) -> list[Look]:
+        """Judge documents by their texts, or by their questions, reasoning and answers."""
+        config, texts = self.config, ["\n".join(parts) for parts in documents]
+        words = Words(texts)
+        items = self.exams.find(words) if config.exams else {}
+        counts, letters = words.counts.tolist(), words.letters.tolist()
+        shingles = [words.sequences_of(number, SHINGLE_WORDS) for number in range(len(texts))]
+        reasons = [
+            self._quality(*judged) if len(parts) == 1 else ""
+            for parts, *judged in zip(documents, texts, counts, letters, shingles, strict=True)
+        ]
+        if config.languages:
+            told = [number for number, reason in enumerate(reasons) if not reason and counts[number] >= LANGUAGE_WORDS]
+            languages = languages_of([texts[number][:LANGUAGE_CHARACTERS] for number in told])
+            for number, language in zip(told, languages, strict=True):
+                reasons[number] = "" if language in config.languages else f"language {language}"
+        if config.exam_questions == "drop":
+            reasons = [reason or (EXAM if number in items else "") for number, reason in enumerate(reasons)]
+        kept = [own for own, reason in zip(shingles, reasons, strict=True) if not reason]
+        rows = iter(signatures(kept) if config.duplicates == "near" else ())
+        return [
+            Look(reason, items.get(number, ()), None if reason else next(rows, None)) for number, reason in enumerate(reasons)
+        ]
 
-    def _quality(self, text: str, words: Sequence[str], shingles: np.ndarray[Any, np.dtype[np.uint64]]) -> str:
+    def _quality(self, text: str, count: int, letters: int, shingles: Hashes) -> str:
+        """Return why a text of so many words, with so many letters in them, is left out, "" when it is not."""
         config = self.config
-        if len(words) < config.min_words:
+        if count < config.min_words:
             return "too short"
-        if config.max_words is not None and len(words) > config.max_words:
+        if config.max_words is not None and count > config.max_words:
             return "too long"
         if config.max_symbols < 1:
             visible = len(text) - sum(map(text.count, " \n\t\r\u00a0"))
-            if visible - sum(map(len, words)) > config.max_symbols * visible:
+            if visible - letters > config.max_symbols * visible:
                 return "too many symbols"
-        if config.max_repetition < 1 and len(shingles) - len(np.unique(shingles)) > config.max_repetition * len(shingles):
-            return "repetitive"
+        if config.max_repetition < 1:
+            ordered = np.sort(shingles)
+            if np.count_nonzero(ordered[1:] == ordered[:-1]) > config.max_repetition * len(shingles):
+                return "repetitive"
         return ""
 
 
@@ -96,24 +110,6 @@ def check_clean(config: CleanConfig, key: str) -> None:
     ``key`` is where the config has it.
     """
     if config.duplicates == "near":
-        signature(np.zeros(1, np.uint64))
-    if not config.languages:
-        return
-    _language("")
-    import py3langid
-
-    known = sorted(code for code, _ in py3langid.rank(""))
-    for name in config.languages:
-        if name not in known:
-            code = locale.locale_alias.get(name.lower(), "")[:2]  # such as en_EN.ISO8859-1 for english
-            told = f"; did you mean `{code}`?" if code in known else f"; known: {', '.join(known)}"
-            raise UserError(f"{key}.languages: `{name}` is not the ISO 639-1 code of a language that can be told{told}")
-
-
-def _language(text: str) -> str:
-    """Return the ISO 639-1 code of the language of a text."""
-    try:
-        import py3langid
-    except ImportError:
-        raise UserError("Languages are told by py3langid: pip install 'osler[clean]', or leave clean.languages out.") from None
-    return str(py3langid.classify(text)[0])
+        signatures([np.zeros(1, np.uint64)])
+    if config.languages:
+        check_languages(config.languages, f"{key}.languages")

@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
 
-from osler.data.ngrams import Hashes, Places, prefix_sums, sequences, sequences_at, words_of
+from osler.data.ngrams import Hashes, Places, Words
 from osler.tasks.item import ExamItem, points_at_options
 
 SEQUENCE_WORDS = 13
@@ -40,55 +41,57 @@ class ExamIndex:
     """The items of some exams, by their ids, to be found in documents."""
 
     def __init__(self, items: Iterable[ExamItem]) -> None:
-        self.ids: list[str] = []
+        given = list(items)
+        self.ids = [item.id for item in given]
         self.too_short: list[str] = []  # those that are not looked for
-        long: dict[tuple[str, ...], list[int]] = {}  # questions and passages, with the numbers of the items that have them
-        short: dict[int, list[tuple[list[str], _Short]]] = {}  # by the number of words
-        for number, item in enumerate(items):
-            self.ids.append(item.id)
-            question, context = words_of(item.question), words_of(item.context)
-            for words in (question, context):
-                if len(words) >= SEQUENCE_WORDS:
-                    long.setdefault(tuple(words), []).append(number)
-            if len(question) < LEAST_WORDS:
-                self.too_short.append(item.id)
-            elif len(question) < SEQUENCE_WORDS:
-                own = [option for option in item.options if not points_at_options(option)]
-                options = [f" {' '.join(words_of(option))} " for option in own or item.options or (item.answer,)]
-                short.setdefault(len(question), []).append((question, _Short(number, options, math.ceil(len(options) / 2))))
+        long: dict[bytes, list[int]] = {}  # questions and passages, by their sequences, with the items that have them
+        short: dict[int, list[tuple[Hashes, _Short]]] = {}  # by the number of words
+        words = Words([text for item in given for text in (item.question, item.context)])
+        sequences = words.sequences(SEQUENCE_WORDS)
+        for text, (first, last) in enumerate(pairwise(words.firsts.tolist())):
+            number, is_context = divmod(text, 2)
+            if last - first >= SEQUENCE_WORDS:
+                own = np.unique(sequences[first : last + 1 - SEQUENCE_WORDS])
+                long.setdefault(own.tobytes(), []).append(number)
+            elif not is_context and last - first < LEAST_WORDS:
+                self.too_short.append(self.ids[number])
+            elif not is_context:
+                item = given[number]
+                telling = [option for option in item.options if not points_at_options(option)]
+                options = Words(telling or item.options or (item.answer,))
+                texts = [f" {' '.join(options.between(*ends))} " for ends in pairwise(options.firsts.tolist())]
+                whole = words.sequences_at(np.array([first]), last - first)
+                short.setdefault(last - first, []).append((whole, _Short(number, texts, math.ceil(len(texts) / 2))))
         self._items_of = list(long.values())
-        self._long = _Table([np.unique(sequences(prefix_sums(words), SEQUENCE_WORDS)) for words in long], MOST_ITEMS)
+        self._long = _Table([np.frombuffer(own, np.uint64) for own in long], MOST_ITEMS)
         counted = np.bincount(self._long.owners, minlength=len(long))
         self._needed = np.maximum(1, np.ceil(COVERAGE * counted).astype(np.int64))
         self._short = {
-            length: (_Table([_whole(words) for words, _ in asked]), [item for _, item in asked])
-            for length, asked in short.items()
+            length: (_Table([whole for whole, _ in asked]), [item for _, item in asked]) for length, asked in short.items()
         }
-        self._beginnings = _Table([_whole(words[:LEAST_WORDS]) for asked in short.values() for words, _ in asked])
+        beginnings = words.firsts[2 * np.array([item.item for _, asked in self._short.values() for item in asked], np.int64)]
+        self._beginnings = _Table([words.sequences_at(beginnings, LEAST_WORDS)])
 
-    def find(self, words: Sequence[str], sums: Hashes) -> list[str]:
-        """Return the ids of the items that are found in a document, given by its words and their prefix sums."""
-        found = set[int]()
-        long = sequences(sums, SEQUENCE_WORDS)
-        if len(passing := self._long.passing(long)):
-            _, texts = self._long.look_up(np.unique(long[passing]))
-            texts, counts = np.unique(texts, return_counts=True)
-            for text in texts[counts >= self._needed[texts]].tolist():
-                found.update(self._items_of[text])
-        beginnings = self._beginnings.passing(sequences(sums, LEAST_WORDS))
+    def find(self, words: Words) -> dict[int, list[str]]:
+        """Return the ids of the items that are found in each text, by its number; texts without any are left out."""
+        found: dict[int, set[int]] = {}
+        sequences = words.sequences(SEQUENCE_WORDS)
+        places, texts = words.texts_of(self._long.passing(sequences), SEQUENCE_WORDS)
+        hits, owners = self._long.look_up(sequences[places])
+        if len(hits):
+            distinct = np.unique(np.stack([texts[hits], owners, sequences[places[hits]].view(np.int64)]), axis=1)
+            pairs, counts = np.unique(distinct[:2], axis=1, return_counts=True)
+            for text, owner in pairs[:, counts >= self._needed[pairs[1]]].T.tolist():
+                found.setdefault(text, set()).update(self._items_of[owner])
+        beginnings = self._beginnings.passing(words.sequences(LEAST_WORDS))
         for length, (table, asked) in self._short.items() if len(beginnings) else ():
-            places = beginnings[beginnings <= len(words) - length]
-            hits, owners = table.look_up(sequences_at(sums, places, length))
-            for end, owner in zip((places[hits] + length).tolist(), owners.tolist(), strict=True):
-                after = f" {' '.join(words[end : end + OPTIONS_WITHIN])} "
-                if sum(option in after for option in asked[owner].options) >= asked[owner].needed:
-                    found.add(asked[owner].item)
-        return [self.ids[number] for number in sorted(found)]
-
-
-def _whole(words: Sequence[str]) -> Hashes:
-    """Return the number of the sequence of all the words."""
-    return sequences(prefix_sums(words), len(words))
+            places, texts = words.texts_of(beginnings, length)
+            hits, owners = table.look_up(words.sequences_at(places, length))
+            for text, end, owner in zip(texts[hits].tolist(), (places[hits] + length).tolist(), owners.tolist(), strict=True):
+                after = words.between(end, min(end + OPTIONS_WITHIN, int(words.firsts[text + 1])))
+                if sum(option in f" {' '.join(after)} " for option in asked[owner].options) >= asked[owner].needed:
+                    found.setdefault(text, set()).add(asked[owner].item)
+        return {text: [self.ids[number] for number in sorted(numbers)] for text, numbers in found.items()}
 
 
 class _Table:

@@ -5,16 +5,19 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import repeat
 from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from osler.data.clean import Cleaner
+from osler.data.clean import KEEP, Cleaner, Look
 from osler.data.duplicates import Rows
 from osler.files.parts import PART_BYTES, File, Part, Parts
 from osler.runtime.errors import UserError
 from osler.tokenizer.chat import Turn
+
+LOOK_CHARACTERS = 1 << 17  # of the documents that are judged at a time
 
 
 @dataclass(frozen=True)
@@ -92,11 +95,16 @@ class Corpus:
         """Return the numbers of the parts in the order in which they are taken."""
         return permutation(len(self.parts), self.seed, "parts")
 
+    def looks(self, documents: Iterable[Document]) -> Iterator[tuple[Document, Look]]:
+        """Yield documents with what cleaning says of them."""
+        for batch in batches(documents, LOOK_CHARACTERS):
+            looks = repeat(KEEP) if self.clean is None else self.clean.looks([document.parts for document in batch])
+            yield from zip(batch, looks, strict=False)
+
     def kept(self, number: int) -> Iterator[Document]:
         """Yield the documents of a part that are not left out, copies included."""
-        for document in self.read(self.parts[number]):
-            if not document.is_empty and not (self.clean and self.clean.look(document.parts).reason):
-                yield document
+        read = self.read(self.parts[number])
+        return (document for document, look in self.looks(one for one in read if not one.is_empty) if not look.reason)
 
     def documents(self) -> Iterator[Document]:
         """Yield all documents as they stand in the files."""
@@ -150,6 +158,20 @@ def in_memory(
             held, size, start = [], 0, start + size
     parts.append(_Held(file, start, start + size, tuple(held)))
     return Corpus(parts, _documents, {}, validation, holdout_fraction, seed)
+
+
+def batches(documents: Iterable[Document], characters: int, count: int | None = None) -> Iterator[list[Document]]:
+    """Yield documents in lists of at least so many characters, or so many documents; the last one has fewer."""
+    batch: list[Document] = []
+    size = 0
+    for document in documents:
+        batch.append(document)
+        size += sum(map(len, document.parts))
+        if size >= characters or len(batch) == count:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
 
 
 def permutation(count: int, seed: int, *purpose: object) -> npt.NDArray[np.int64]:

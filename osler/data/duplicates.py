@@ -34,16 +34,17 @@ _MIXER = np.uint64(0xD6E8FEB86659FD93)
 Rows = npt.NDArray[np.uint8]
 
 
-def signature(shingles: Hashes) -> Rows:
-    """Return the MinHash signature of the sequences of words of a document."""
+def signatures(shingles: Sequence[Hashes]) -> Rows:
+    """Return the MinHash signatures of documents from their sequences of words, one a row."""
     try:
         from rensa import RMinHash
     except ImportError:
         raise UserError("Near copies are found with rensa: pip install 'osler[clean]', or set clean.duplicates=exact.") from None
+    ends = np.cumsum([0, *map(len, shingles)], dtype=np.uint64)
     matrix = RMinHash.digest_matrix_from_flat_token_hashes(
-        shingles, np.array([0, len(shingles)], np.uint64), num_perm=SIGNATURE_BYTES, seed=MINHASH_SEED
+        np.concatenate([np.zeros(0, np.uint64), *shingles]), ends, num_perm=SIGNATURE_BYTES, seed=MINHASH_SEED
     )
-    return np.array(matrix.to_rows()[0], np.uint32).astype(np.uint8)
+    return np.array(matrix.to_rows(), np.uint32).astype(np.uint8).reshape(-1, SIGNATURE_BYTES)
 
 
 def rows_of(keys: Sequence[int], signatures: Sequence[Rows | None]) -> Rows:

@@ -9,16 +9,15 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from osler.data.clean import Cleaner
-from osler.data.documents import Corpus, Document, permutation
+from osler.data.documents import Corpus, Document, batches, permutation
 from osler.data.duplicates import Rows, rows_of
 from osler.data.shards import Int64Array, MaskArray, TokenArray, token_dtype
 from osler.files.parts import Part
@@ -91,31 +90,30 @@ class Tokeniser:
         digest, drops, count = hashlib.blake2b(digest_size=16), Counter[str](), 0
         examples, exam_items = dict[str, list[str]](), set[str]()
 
-        def kept() -> Iterator[Document]:
+        def read() -> Iterator[Document]:
             nonlocal count
             for document in corpus.read(task.part):
                 digest.update(document.exact_digest())
                 count += 1
                 if document.is_empty:
                     drops[EMPTY] += 1
-                elif tokenizer is None:
-                    continue
-                elif corpus.clean is None:
+                elif tokenizer is not None:
                     yield document
-                else:
-                    look = corpus.clean.look(document.parts)
-                    exam_items.update(look.exam_items)
-                    if not look.reason:
-                        yield document if look.signature is None else replace(document, signature=look.signature)
-                        continue
-                    drops[look.reason] += 1
-                    if drops[look.reason] <= EXAMPLES:
-                        examples.setdefault(look.reason, []).append(beginning(document))
+
+        def kept() -> Iterator[Document]:
+            for document, look in corpus.looks(read()):
+                exam_items.update(look.exam_items)
+                if not look.reason:
+                    yield document if look.signature is None else replace(document, signature=look.signature)
+                    continue
+                drops[look.reason] += 1
+                if drops[look.reason] <= EXAMPLES:
+                    examples.setdefault(look.reason, []).append(beginning(document))
 
         round_trip = RoundTrip(tokenizer) if tokenizer is not None else None
-        for number, stretch in enumerate(_batches(kept(), STRETCH_CHARACTERS)):
+        for number, stretch in enumerate(batches(kept(), STRETCH_CHARACTERS)):
             order = permutation(len(stretch), corpus.seed, task.number, number, "stretch").tolist()
-            for batch in _batches((stretch[place] for place in order), BATCH_CHARACTERS, BATCH_DOCUMENTS):
+            for batch in batches((stretch[place] for place in order), BATCH_CHARACTERS, BATCH_DOCUMENTS):
                 assert tokenizer is not None and round_trip is not None
                 if not task.only_keys:
                     round_trip.look(part for document in batch[::LOOK_EVERY] for part in document.parts)
@@ -157,17 +155,3 @@ def _piece(tokenizer: Tokenizer, documents: Sequence[Document], clean: Cleaner |
         else None,
         () if clean is None or clean.config.duplicates == "keep" else [beginning(document) for document in documents],
     )
-
-
-def _batches(documents: Iterable[Document], characters: int, count: int | None = None) -> Iterator[list[Document]]:
-    """Yield documents in lists of at least so many characters, or so many documents; the last one has fewer."""
-    batch: list[Document] = []
-    size = 0
-    for document in chain(documents):
-        batch.append(document)
-        size += sum(map(len, document.parts))
-        if size >= characters or len(batch) == count:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch

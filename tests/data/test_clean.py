@@ -1,21 +1,26 @@
 """What is left out of data: by quality, language, as copies of earlier documents, and as questions of exams."""
 
 import json
+import math
 import random
+import re
+import unicodedata
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from osler.data.clean import EXAM, Cleaner
+from osler.data.clean import EXAM, KEEP, Cleaner
 from osler.data.config import CleanConfig, FilesData, MixtureData
 from osler.data.contamination import ExamIndex
 from osler.data.documents import Document, in_memory
-from osler.data.duplicates import EXACT, NEAR, Rows, Seen, rows_of, signature
+from osler.data.duplicates import EXACT, NEAR, Rows, Seen, rows_of, signatures
 from osler.data.exams import ExamsInData, read_exams_in_data, refuse_unchecked
-from osler.data.ngrams import prefix_sums, sequences, words_of
+from osler.data.languages import languages_of
+from osler.data.ngrams import PIECE, Words
 from osler.data.prepare import prepare
 from osler.data.shards import read_data_manifest
 from osler.data.sources import check_sources, open_corpora, prepare_sources
@@ -39,8 +44,61 @@ def item(number: int, words: int = 40, stem: str = "") -> ExamItem:
 
 
 def found(index: ExamIndex, text: str) -> list[str]:
-    words = words_of(text)
-    return index.find(words, prefix_sums(words))
+    return index.find(Words([text])).get(0, [])
+
+
+# -- words -------------------------------------------------------------------------------------------------------------
+
+
+def plain_words(text: str) -> list[str]:
+    return re.findall(r"[^\W_]+", unicodedata.normalize("NFKC", text).casefold())
+
+
+STRANGE = [
+    "",
+    "a",
+    "Straße, STRASSE_und x2\0y",
+    "\ud800 half",
+    "\u0661\u0662 \u2167 \ufb01ne e\u0301 中文。",
+    " - ",
+    "\U0001d400b",
+]
+
+
+def test_words_are_those_that_a_plain_way_finds() -> None:
+    texts = [*STRANGE, " ".join(prose(1, 30_000)), "x" * (PIECE - 3) + " y z", "; ".join(STRANGE)]
+    words = Words(texts)
+    assert [words.between(first, last) for first, last in pairwise(words.firsts.tolist())] == list(map(plain_words, texts))
+    assert words.letters.tolist() == [sum(map(len, plain_words(text))) for text in texts]
+    assert len(words) > 30_000 and words.firsts[0] == 0
+
+
+def test_sequences_are_equal_where_their_words_are() -> None:
+    draw = random.Random(0)
+    texts = [" ".join(draw.choices(("ab", "ba", "a", "b", "c"), k=draw.randrange(9))) for _ in range(300)]
+    words = Words(texts)
+    for length in (1, 3, 5):
+        numbers: dict[int, set[str]] = {}
+        for number, text in enumerate(map(plain_words, texts)):
+            size = min(length, len(text))
+            own = [" ".join(text[place : place + size]) for place in range(len(text) + 1 - size)] if text else []
+            assert len(words.sequences_of(number, length)) == len(own)
+            for value, sequence in zip(words.sequences_of(number, length).tolist(), own, strict=True):
+                numbers.setdefault(value, set()).add(sequence)
+        assert all(len(same) == 1 for same in numbers.values())
+        assert len(numbers) == len({sequence for same in numbers.values() for sequence in same})
+
+
+def test_documents_are_judged_by_themselves() -> None:
+    """A batch gives what each document gives alone, and its end is no part of the next."""
+    leaked = item(1)
+    index, halves = ExamIndex([leaked]), leaked.question.split()
+    texts = [" ".join(halves[:15]), " ".join(halves[15:]), leaked.question, "", " ".join(prose(2, 90))]
+    assert index.find(Words(texts)) == {number: ids for number, text in enumerate(texts) if (ids := found(index, text))}
+    cleaner = Cleaner(CleanConfig(duplicates="near", languages=("en",)))
+    for one, look in zip(texts, cleaner.looks([(text,) for text in texts]), strict=True):
+        [alone] = cleaner.looks([(one,)])
+        assert (alone.reason, str(alone.signature)) == (look.reason, str(look.signature))
 
 
 # -- quality -----------------------------------------------------------------------------------------------------------
@@ -66,11 +124,19 @@ GERMAN = "Der Patient hat seit drei Tagen Fieber und hustet in der Nacht, die Lu
     ],
 )
 def test_quality_and_language(config: CleanConfig, text: str, reason: str) -> None:
-    assert Cleaner(config).look((text,)).reason == reason
+    assert [look.reason for look in Cleaner(config).looks([(text,)])] == [reason]
+
+
+def test_languages_are_those_that_the_library_tells() -> None:
+    py3langid = pytest.importorskip("py3langid")
+    others = ["", "12345 67", "中文字", "Le patient a de la fièvre et tousse la nuit.", "Пациент кашляет", "\ud800"]
+    texts = [SENTENCE, GERMAN, GERMAN.upper(), *others, *(" ".join(prose(seed, 40)) for seed in range(50))]
+    assert languages_of(texts) == [py3langid.classify(text)[0] for text in texts]
+    assert languages_of([]) == []
 
 
 def test_questions_with_answers_may_be_short() -> None:
-    assert Cleaner(CleanConfig()).look(("2 + 2?", "4")).reason == ""
+    assert Cleaner(CleanConfig()).looks([("2 + 2?", "4")]) == [KEEP]
 
 
 # -- exams -------------------------------------------------------------------------------------------------------------
@@ -94,6 +160,33 @@ def test_planted_leaks_are_found(change, is_found: bool) -> None:  # type: ignor
     leaked, other = item(1), item(2)
     index = ExamIndex([other, leaked])
     assert found(index, change(" ".join(prose(1, 40)))) == ["medqa-1"] * is_found
+
+
+def test_items_are_found_where_a_plain_rule_finds_them() -> None:
+    draw = random.Random(3)
+    items = [item(number, draw.randrange(13, 60), STOCK * (number % 3 == 0)) for number in range(30)]
+    owners: dict[tuple[str, ...], set[int]] = {}
+    for number, one in enumerate(items):
+        for sequence in sequences_13(one.question):
+            owners.setdefault(sequence, set()).add(number)
+    texts = []
+    for _ in range(100):
+        words = draw.choice(items).question.split()
+        texts.append(" ".join([*prose(draw.randrange(99), 20), *words[draw.randrange(9) : draw.randrange(10, 70)], STOCK]))
+    expected = {}
+    for place, text in enumerate(texts):
+        own = sequences_13(text)
+        for one in items:
+            telling = {sequence for sequence in sequences_13(one.question) if len(owners[sequence]) <= 3}
+            if telling and len(telling & own) >= math.ceil(0.6 * len(telling)):
+                expected.setdefault(place, []).append(one.id)
+    assert ExamIndex(items).find(Words(texts)) == expected
+    assert 10 < len(expected) < 90
+
+
+def sequences_13(text: str) -> set[tuple[str, ...]]:
+    words = plain_words(text)
+    return {tuple(words[place : place + 13]) for place in range(len(words) - 12)}
 
 
 def test_phrases_of_an_exam_are_no_leak() -> None:
@@ -150,7 +243,8 @@ def seen(path: Path, *, near: bool = True, memory_bytes: int = 1 << 20) -> Seen:
 
 
 def near_rows(keys: Iterable[int], *texts: list[str]) -> Rows:
-    return rows_of(list(keys), [signature(sequences(prefix_sums(text), 5)) for text in texts])
+    words = Words([" ".join(text) for text in texts])
+    return rows_of(list(keys), [*signatures([words.sequences_of(number, 5) for number in range(len(texts))])])
 
 
 def test_near_copies_are_found_and_others_are_not(tmp_path: Path) -> None:
