@@ -1,7 +1,5 @@
 """Decoding is strict and says everything at once; recipes compose in the promised order."""
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 import re

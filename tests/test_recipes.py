@@ -1,7 +1,5 @@
 """Every shipped recipe decodes, and the model families have exactly the published number of parameters."""
 
-from __future__ import annotations
-
 import pytest
 
 from osler.cli.show import decode_recipe, list_recipes, show_recipe

@@ -8,8 +8,6 @@ that is given twice is an error. PyYAML follows YAML 1.1: it reads ``1e-3`` as t
 90, and keeps the last of two equal keys.
 """
 
-from __future__ import annotations
-
 import functools
 import re
 from collections.abc import Iterable, Mapping, Sequence

@@ -5,8 +5,6 @@ a mapping, which ``recipe.py`` reads from files and the command line, or lists e
 finds the errors, and each becomes one line with the path as the user wrote it, the value, and the nearest key that exists.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import difflib
 import functools

@@ -1,7 +1,5 @@
 """What a run learns from, and the lengths of its rows. Torch-free."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable
 from dataclasses import replace

@@ -4,8 +4,6 @@ The order of the data is computed, so nothing is counted while training: every r
 goes on with them. Data that a rollback passed over count as consumed.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 from osler.data.curriculum import Timeline

@@ -6,8 +6,6 @@ follow one another in the stream of tokens, so that a change of length neither r
 plans use the same `Timeline`.
 """
 
-from __future__ import annotations
-
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass

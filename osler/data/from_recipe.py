@@ -3,8 +3,6 @@
 Both read the sections ``data``, ``validation`` and ``tokenizer`` of a training recipe, so they see the data that a run trains on.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice

@@ -4,8 +4,6 @@ Any of them can also be read from local files of the same schema. What is said o
 sizes are approximate. A row that lacks a field is refused by file, row and field, so that no source is empty in silence.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace

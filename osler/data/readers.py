@@ -5,16 +5,15 @@ any part of a file can be read alone. A text file is one document, a table has o
 are named once.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from osler.data.config import TurnsData
 from osler.data.documents import Document
-from osler.files.find import ROW_ENDINGS, TEXT_ENDINGS, ending, find_files, log_once, shown
-from osler.files.parts import File, LocalFile, Part
+from osler.files.find import ROW_ENDINGS, TEXT_ENDINGS, ending, log_once, shown
+from osler.files.parts import File, Part, find_local
 from osler.files.rows import Row, read_rows, read_texts
 from osler.runtime.errors import UserError
 from osler.tokenizer.chat import Turn
@@ -42,7 +41,7 @@ class TextFiles:
 
     def files(self) -> list[File]:
         """Return the files in the order of their names."""
-        return list(map(LocalFile.at, find_files(self.path, (*ROW_ENDINGS, *TEXT_ENDINGS), key=self.path_key)))
+        return find_local(self.path, (*ROW_ENDINGS, *TEXT_ENDINGS), self.path_key)
 
     def read(self, part: Part) -> Iterator[Document]:
         """Yield the documents of a part."""
@@ -58,34 +57,15 @@ class TextFiles:
         return (document for file in self.files() for document in self.read(Part(file)))
 
 
-@dataclass(frozen=True)
-class TurnFiles:
-    """The questions and answers in a table or a folder of tables; `thinking_field` None means no reasoning.
-
-    `key` is where the config has the source, for messages.
-    """
-
-    path: str | Path
-    question_field: str = "question"
-    thinking_field: str | None = None
-    answer_field: str = "answer"
-    key: str = "data"
-
-    def files(self) -> list[File]:
-        """Return the files in the order of their names."""
-        return list(map(LocalFile.at, find_files(self.path, ROW_ENDINGS, key=f"{self.key}.path")))
-
-    def read(self, part: Part) -> Iterator[Document]:
-        """Yield the documents of a part."""
-        fields = [self.question_field, self.answer_field, *([] if self.thinking_field is None else [self.thinking_field])]
-        keys = [f"{self.key}.{name}_field" for name in ("question", "answer", "thinking")]
-        for row in read_rows(part, fields):
-            question, answer, *thinking = (text_of(row, field, key) for field, key in zip(fields, keys, strict=False))
-            _log_unread(self.path, row, wants_thinking=self.key if self.thinking_field is None else "")
-            yield Document(turn=Turn(question or "", thinking[0] if thinking else None, answer or ""), where=row.where)
-
-    def __iter__(self) -> Iterator[Document]:
-        return (document for file in self.files() for document in self.read(Part(file)))
+def read_turns(data: TurnsData, key: str, part: Part) -> Iterator[Document]:
+    """Yield the questions and answers in a part of a table; `key` is where the config has the source, for messages."""
+    fields = {f"{key}.question_field": data.question_field, f"{key}.answer_field": data.answer_field}
+    if data.thinking_field is not None:
+        fields[f"{key}.thinking_field"] = data.thinking_field
+    for row in read_rows(part, list(fields.values())):
+        question, answer, *thinking = (text_of(row, field, name) for name, field in fields.items())
+        _log_unread(data.path, row, wants_thinking="" if thinking else key)
+        yield Document(turn=Turn(question or "", thinking[0] if thinking else None, answer or ""), where=row.where)
 
 
 def read_text_file(part: Part) -> Iterator[Document]:
@@ -129,35 +109,25 @@ def _log_unread(path: str | Path, row: Row, *, wants_thinking: str = "") -> None
 def _remedy(key: str, columns: Sequence[str]) -> str:
     """Return which settings would read these columns, where the one that `key` chooses is missing."""
     source, _, field = key.rpartition(".")
-    settings = _turn_settings(columns, source, field) if source else None
+    lower = {column.lower(): column for column in columns}
+    likely = {field: next((lower[name] for name in names if name in lower), "") for field, names in TURN_COLUMNS.items()}
     if field == "thinking_field":
-        likely = [column for column in columns if column.lower() in TURN_COLUMNS["thinking_field"]]
-        name = f"={likely[0]}" if likely else " to the column that holds the reasoning"
+        name = f"={likely[field]}" if likely[field] else " to the column that holds the reasoning"
         return f"Set {key}{name}, or {key}=null where there is no reasoning."
-    if settings is not None:
+    if source and likely["question_field"] and likely["answer_field"]:
+        settings = [f"{source}.type=turns"]
+        for name, column in likely.items():
+            is_default = column == name.removesuffix("_field") and name != "thinking_field"  # whose default is null
+            if column and (not is_default or field == name):
+                settings.append(f"{source}.{name}={column}")
+        if not likely["thinking_field"] and len(lower) > 2:
+            settings.append(f"(and {source}.thinking_field=NAME if one of the others is the reasoning)")
         other = f", or {key}=NAME to learn one column as text" if field == "field" else ""
-        return f"These look like questions and answers: set {settings}{other}."
+        return f"These look like questions and answers: set {' '.join(settings)}{other}."
     if source and CHAT_COLUMNS.intersection(columns):
         return (
             "Lists of chat messages are not read: write one row with a question and an answer for each exchange, and set "
             f"{source}.type=turns."
         )
-    if field == "field":
-        return f"Set {key}=NAME to the column of text, or {source}.type=turns for rows of questions and answers."
-    return f"Set {key}=NAME to the column that holds it."
-
-
-def _turn_settings(columns: Sequence[str], source: str, missing: str) -> str | None:
-    """Return the settings that read these columns as questions and answers, `missing` among them; None if they look otherwise."""
-    lower = {column.lower(): column for column in columns}
-    named = {key: next((lower[name] for name in names if name in lower), None) for key, names in TURN_COLUMNS.items()}
-    if named["question_field"] is None or named["answer_field"] is None:
-        return None
-    settings = [f"{source}.type=turns"]
-    for key, column in named.items():
-        is_default = column == key.removesuffix("_field") and key != "thinking_field"  # whose default is null
-        if column is not None and (not is_default or missing == key):
-            settings.append(f"{source}.{key}={column}")
-    if named["thinking_field"] is None and len(lower) > 2:
-        settings.append(f"(and {source}.thinking_field=NAME if one of the others is the reasoning)")
-    return " ".join(settings)
+    rows = f" of text, or {source}.type=turns for rows of questions and answers" if field == "field" else " that holds it"
+    return f"Set {key}=NAME to the column{rows}."

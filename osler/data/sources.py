@@ -1,10 +1,9 @@
 """From a data config to a corpus: one table from config class to the function that opens it."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +33,10 @@ from osler.data.holdout import HeldOut, find_limits
 from osler.data.named import open_hub
 from osler.data.prepare import prepare
 from osler.data.prepared import Prepared
-from osler.data.readers import TextFiles, TurnFiles
+from osler.data.readers import TextFiles, read_turns
 from osler.data.shards import DATA_MANIFEST, read_data_manifest
-from osler.files.parts import Parts
+from osler.files.find import ROW_ENDINGS
+from osler.files.parts import Parts, find_local
 from osler.runtime.errors import UserError
 from osler.tasks.item import ExamItem, render_answer, render_question
 from osler.tasks.registry import check_task, exam_item, load_clinic
@@ -82,9 +82,9 @@ def open_files(data: FilesData, key: str) -> Corpus:
 
 def open_turns(data: TurnsData, key: str) -> Corpus:
     """Read questions and answers of one's own."""
-    fields = (data.question_field, data.thinking_field, data.answer_field)
-    reader = TurnFiles(data.path, *fields, key)
-    return Corpus(Parts(reader.files()), reader.read, {"fields": list(fields)}, None, data.holdout_fraction, data.seed)
+    files = find_local(data.path, ROW_ENDINGS, f"{key}.path")
+    options = {"fields": [data.question_field, data.thinking_field, data.answer_field]}
+    return Corpus(Parts(files), partial(read_turns, data, key), options, None, data.holdout_fraction, data.seed)
 
 
 # From the class of a source to what opens it; the text is where the config has the source, for messages.
@@ -118,7 +118,7 @@ def _open(source: AnySource, key: str, cleaners: dict[CleanConfig, Cleaner], val
 
 def open_validation(data: TextData, validation: Sources) -> dict[str, Corpus]:
     """Open validation sets by name: all documents of a source, or where it has documents for validation those alone."""
-    return {source.title: _open_set(source, key) for key, source in _keyed_sets(data, validation)}
+    return {source.title: _open_set(source, key) for key, source in _keyed(data, validation)}
 
 
 def _open_set(source: AnySource, key: str) -> Corpus:
@@ -126,28 +126,25 @@ def _open_set(source: AnySource, key: str) -> Corpus:
     return corpus.validation or replace(corpus, holdout_fraction=0.0)
 
 
+def _keyed(data: TextData, validation: Sources | None = None) -> Iterator[tuple[str, AnySource]]:
+    """Yield where each source is in the config, and the source; of validation sets, where they are given."""
+    sources = sources_of(data) if validation is None else sets_of(validation, data)
+    section = "validation" if validation is not None else "data.sources"
+    for number, source in enumerate(sources.values()):
+        yield "data" if source is data else f"{section}[{number}]", source
+
+
 def check_present(data: TextData, validation: Sources, out: Path, consent: str) -> None:
     """Raise UserError when sources whose files are there differ from those that the folder `out` was made of."""
     cleaners: dict[CleanConfig, Cleaner] = {}
     learned = [_open(source, key, cleaners, validation) if is_there(source) else None for key, source in _keyed(data)]
-    sets = [_open_set(source, key) if is_there(source) else None for key, source in _keyed_sets(data, validation)]
+    sets = [_open_set(source, key) if is_there(source) else None for key, source in _keyed(data, validation)]
     check_unchanged(out, learned, sets, consent)
 
 
 def is_there(source: AnySource) -> bool:
     """Return whether there is something at the path of a source; what lies on the hub is elsewhere."""
     return isinstance(source, ClinicData) or (source.place != HUB and Path(source.place).exists())
-
-
-def _keyed(data: TextData) -> Iterator[tuple[str, AnySource]]:
-    """Yield where each source is in the config, and the source."""
-    for number, source in enumerate(sources_of(data).values()):
-        yield f"data.sources[{number}]" if isinstance(data, MixtureData) else "data", source
-
-
-def _keyed_sets(data: TextData, validation: Sources) -> Iterator[tuple[str, AnySource]]:
-    for number, source in enumerate(sets_of(validation, data).values()):
-        yield f"validation[{number}]", source
 
 
 def check_sources(data: TextData, validation: Sources = ()) -> None:
@@ -167,7 +164,7 @@ def check_sources(data: TextData, validation: Sources = ()) -> None:
                 f"The recipe claims no_benchmark_contamination, but {key} ({source.title}) is not checked for exams: list their "
                 f"files in {key}.clean.exams with exam_questions=drop, or leave the claim out."
             )
-    for key, source in [*_keyed(data), *_keyed_sets(data, validation)]:
+    for key, source in [*_keyed(data), *_keyed(data, validation)]:
         if isinstance(source, ClinicData):
             continue
         count, is_empty = 0, True

@@ -1,7 +1,5 @@
 """Find the files that people have, by their endings, and names that can be printed."""
 
-from __future__ import annotations
-
 import logging
 import os
 from collections import Counter

@@ -5,8 +5,6 @@ a file goes on where it was. A commit is resolved once and read throughout. The 
 server from HF_ENDPOINT.
 """
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import functools
@@ -18,8 +16,8 @@ from typing import IO, Any
 
 from typing_extensions import Buffer
 
-from osler.files.find import ROW_ENDINGS, TEXT_ENDINGS, find_files, shown
-from osler.files.parts import File, LocalFile
+from osler.files.find import ROW_ENDINGS, TEXT_ENDINGS, shown
+from osler.files.parts import File, find_local
 from osler.runtime.errors import UserError
 
 RANGE_BYTES = 1 << 20  # of one request at least
@@ -127,7 +125,7 @@ def snapshot(repo: str, patterns: tuple[str, ...], revision: str) -> tuple[str, 
     with _explained(repo):
         commit = str(api.dataset_info(repo, revision=revision).sha)
         folder = api.snapshot_download(repo, repo_type="dataset", revision=commit, allow_patterns=list(patterns))
-    return commit, [LocalFile.at(file) for file in find_files(folder, (*ROW_ENDINGS, *TEXT_ENDINGS), key=repo)]
+    return commit, find_local(folder, (*ROW_ENDINGS, *TEXT_ENDINGS), repo)
 
 
 def _api(repo: str) -> Any:

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import bisect
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import IO, Protocol, overload
+from typing import IO, Protocol
 
-from osler.files.find import PARQUET_ENDING, TEXT_ENDINGS, compression, ending, shown
+from osler.files.find import PARQUET_ENDING, TEXT_ENDINGS, compression, ending, find_files, shown
 from osler.runtime.errors import UserError
 
 PART_BYTES = 1 << 22
@@ -75,6 +75,11 @@ class LocalFile:
             raise UserError(f"{self.name} has changed while it was being read. Run the same command again when it is complete.")
 
 
+def find_local(path: str | Path, endings: Sequence[str], key: str) -> list[File]:
+    """Return the files at a path of this machine, by name; see `find_files`."""
+    return list(map(LocalFile.at, find_files(path, endings, key=key)))
+
+
 @dataclass(frozen=True)
 class Part:
     """What begins in the bytes `start` to `stop` of a file; `stop` None is its end."""
@@ -89,7 +94,7 @@ class Part:
         return min(self.file.size, self.file.size if self.stop is None else self.stop) - self.start
 
 
-class Parts(Sequence[Part]):
+class Parts:
     """The parts of files in their order; each is made when it is asked for, so that millions of them take no memory."""
 
     def __init__(self, files: Sequence[File]) -> None:
@@ -99,15 +104,10 @@ class Parts(Sequence[Part]):
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 
-    @overload
-    def __getitem__(self, index: int) -> Part: ...
+    def __iter__(self) -> Iterator[Part]:
+        return map(self.__getitem__, range(len(self)))
 
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Part]: ...
-
-    def __getitem__(self, index: int | slice) -> Part | Sequence[Part]:
-        if isinstance(index, slice):
-            return [self[number] for number in range(*index.indices(len(self)))]
+    def __getitem__(self, index: int) -> Part:
         if not 0 <= index < len(self):
             raise IndexError(index)
         number = bisect.bisect_right(self._ends, index)

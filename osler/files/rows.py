@@ -200,14 +200,11 @@ def _damaged(name: str, error: Exception) -> str:
     return f"{name} cannot be read, it may be torn or not what its name says: {reason}. Copy or download it again."
 
 
-class _RepeatedKeyError(ValueError):
-    """A JSON object has a key twice."""
-
-
 def _json_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     made = dict(pairs)
     if len(made) != len(pairs):
-        raise _RepeatedKeyError(Counter(name for name, _ in pairs).most_common(1)[0][0])
+        name = Counter(name for name, _ in pairs).most_common(1)[0][0]
+        raise UserError(f"the field {name!r} occurs twice; which one is meant? Remove the other.")
     return made
 
 
@@ -241,8 +238,8 @@ def _json_rows(part: Part, columns: Sequence[str] | None) -> Iterator[Row]:
 def _parse(text: str, where: str) -> dict[str, Any]:
     try:
         row = _decode(text)
-    except _RepeatedKeyError as error:
-        raise UserError(f"{where}: the field {str(error)!r} occurs twice; which one is meant? Remove the other.") from None
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where} is not JSON ({error}). {_one_object_per_line(text)}") from None
     if not isinstance(row, dict):

@@ -1,7 +1,5 @@
 """A server with the hub's layout: the facts of a dataset, its tree, files by ranges behind a redirect. Any of it can fail."""
 
-from __future__ import annotations
-
 import json
 import threading
 from collections import Counter

@@ -1,7 +1,5 @@
 """What a run was given, against counting the rows themselves."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 

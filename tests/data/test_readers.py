@@ -9,8 +9,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from osler.data.config import TurnsData
 from osler.data.documents import Document
-from osler.data.readers import TextFiles, TurnFiles
+from osler.data.readers import TextFiles
+from osler.data.sources import open_turns
 from osler.runtime.errors import UserError
 from osler.tokenizer.chat import Turn
 
@@ -28,6 +30,13 @@ def write(path: Path, rows: list[dict[str, object]]) -> Path:
     else:
         path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+def turns(path: Path, *fields: str | None) -> list[Document]:
+    """Read the columns of questions, reasoning and answers."""
+    names = ("question_field", "thinking_field", "answer_field")
+    data = TurnsData(path=str(path), **dict(zip(names, fields, strict=bool(fields))))
+    return list(open_turns(data, "data").documents())
 
 
 both_formats = pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
@@ -64,13 +73,13 @@ def test_a_folder_of_any_mix_is_read_in_order_of_names(tmp_path: Path) -> None:
 def test_turns(tmp_path: Path, name: str) -> None:
     """Null reasoning is none, empty reasoning is empty."""
     path = write(tmp_path / name, [{"q": "Why?", "t": why, "a": "So."} for why in ("Because.", None, "")])
-    turns = [Turn("Why?", why, "So.") for why in ("Because.", None, "")]
-    assert [document.turn for document in TurnFiles(path, "q", "t", "a")] == turns
-    assert next(iter(TurnFiles(path, "q", None, "a"))).turn == Turn("Why?", None, "So.")
+    expected = [Turn("Why?", why, "So.") for why in ("Because.", None, "")]
+    assert [document.turn for document in turns(path, "q", "t", "a")] == expected
+    assert turns(path, "q", None, "a")[0].turn == Turn("Why?", None, "So.")
     (tmp_path / "prose.txt").write_text("not turns")
-    assert len(list(TurnFiles(tmp_path, "q", None, "a"))) == 3
+    assert len(turns(tmp_path, "q", None, "a")) == 3
     with pytest.raises(UserError, match="cannot be read here") as caught:
-        list(TurnFiles(tmp_path / "prose.txt"))
+        turns(tmp_path / "prose.txt")
     assert ".jsonl.zst" in str(caught.value) and ", .txt" not in str(caught.value)
 
 
@@ -95,7 +104,7 @@ PROSE, TURNS = None, ("question", None, "answer")
 
 
 @pytest.mark.parametrize(
-    ("columns", "turns", "said"),
+    ("columns", "fields", "said"),
     [
         ("question answer", PROSE, "set data.type=turns, or data.field=NAME"),
         ("question thinking answer", PROSE, "set data.type=turns data.thinking_field=thinking, or"),
@@ -112,11 +121,11 @@ PROSE, TURNS = None, ("question", None, "answer")
 )
 @both_formats
 def test_rows_without_a_column_name_the_keys_that_would_read_them(
-    tmp_path: Path, columns: str, turns: tuple[str, str | None, str] | None, said: str, name: str
+    tmp_path: Path, columns: str, fields: tuple[str, str | None, str] | None, said: str, name: str
 ) -> None:
     path = write(tmp_path / name, [dict.fromkeys(columns.split(), "x")])
     with pytest.raises(UserError) as caught:
-        list(TextFiles(path) if turns is None else TurnFiles(path, *turns))
+        texts(path) if fields is None else turns(path, *fields)
     assert said in str(caught.value) and f"it has: {', '.join(columns.split())}." in str(caught.value)
 
 
@@ -136,10 +145,10 @@ def test_columns_that_look_like_content_and_are_not_read_are_named_once(
         "question": "Which?", "options": {"A": "x", "B": "y"}, "rationale": "Because.", "answer": "x", "answer_idx": "A",
     }  # fmt: skip
     path = write(tmp_path / name, [row, {**row, "question": "What?"}])
-    assert len(list(TurnFiles(tmp_path))) == len(list(TurnFiles(tmp_path))) == 2
+    assert len(turns(tmp_path)) == len(turns(tmp_path)) == 2
     said = f"{tmp_path}: columns not read: options, rationale. data.thinking_field=rationale would read the reasoning.\n"
     assert capsys.readouterr().err == said
-    list(TurnFiles(tmp_path, thinking_field="rationale"))
+    turns(tmp_path, "question", "rationale", "answer")
     assert capsys.readouterr().err == f"{tmp_path}: columns not read: options.\n"
     list(TextFiles(path, "rationale"))
     assert capsys.readouterr().err == f"{path}: columns not read: question, options, answer.\n"

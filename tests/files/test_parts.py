@@ -121,7 +121,7 @@ def test_parts_of_petabytes_take_no_memory() -> None:
     assert len(found) == 1000 * per_file and found[5 * per_file].file is files[5] and found[5 * per_file].start == 0
     last = found[len(found) - 1]
     assert last.file is files[-1] and last.stop is None and last.start + last.num_bytes == files[-1].size
-    assert [part.start for part in found[per_file - 1 : per_file + 1]] == [(per_file - 1) * parts.PART_BYTES, 0]
+    assert [found[per_file - 1].start, found[per_file].start] == [(per_file - 1) * parts.PART_BYTES, 0]
     with pytest.raises(IndexError):
         found[len(found)]
 
