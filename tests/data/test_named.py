@@ -1,6 +1,8 @@
 """Sources by name: their rows as documents, local files of the same schema, and the hub, which may fail in every way."""
 
+import itertools
 import json
+import shutil
 from pathlib import Path
 
 import huggingface_hub.utils._http as hub_http
@@ -150,6 +152,19 @@ def chosen(path: Path, **fields: str) -> list[str]:
     return [Path(file.name).name for file in open_hub(HubData(path=str(path), **fields), "data").files]
 
 
+@pytest.mark.parametrize("name", [name for name in SOURCES if SOURCES[name].repo])
+def test_files_that_lie_as_on_the_hub_are_found_by_subset_and_split(tmp_path, name):
+    source, files = SOURCES[name], {}
+    for subset, split, pattern in itertools.product(source.subsets, source.splits, source.files):
+        file = tmp_path / pattern.format(subset=subset, split=split).replace("*", "00")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+        files.setdefault((subset, split), []).append(file)
+    for (subset, split), expected in files.items():
+        corpus = open_hub(HubData(name=name, path=str(tmp_path), subset=subset, split=split), "data")
+        assert [file.path for file in corpus.files] == expected
+
+
 def test_files_of_another_split_are_never_taken_for_those_that_were_asked_for(tmp_path):
     for name in ("valid.txt", "wiki-test.txt", "notes.txt"):
         (tmp_path / name).write_text("A line.\n")
@@ -264,12 +279,17 @@ def test_shards_from_the_hub_are_those_of_the_same_local_files(hub, tmp_path, to
 
 
 def test_a_preparation_goes_on_with_the_commit_that_it_began_with(hub, tokenizer, tmp_path):
-    begun = prepare_sources(HubData(name="fineweb_edu"), tokenizer, tmp_path / "out")
+    folder = hub.repos["HuggingFaceFW/fineweb-edu"]
+    (folder / "data").mkdir()
+    shutil.copy(folder / "sample/10BT/000.parquet", folder / "data")
+    given = {"tokenizer": tokenizer, "out": tmp_path / "out", "validation": (HubData(name="fineweb_edu", subset="data"),)}
+    begun = prepare_sources(HubData(name="fineweb_edu"), **given)
     hub.commit = "d" * 40
     hub_files.cache_clear()
-    assert prepare_sources(HubData(name="fineweb_edu"), tokenizer, tmp_path / "out").fingerprint == begun.fingerprint
+    again = prepare_sources(HubData(name="fineweb_edu"), **given)
+    assert again.reused and again.fingerprint == begun.fingerprint
     with pytest.raises(UserError, match=f"commit is {COMMIT}, now it is {hub.commit}"):
-        prepare_sources(HubData(name="fineweb_edu", revision=hub.commit), tokenizer, tmp_path / "out")
+        prepare_sources(HubData(name="fineweb_edu", revision=hub.commit), **given)
 
 
 def test_sources_are_listed_and_a_row_is_shown(tmp_path, capsys):

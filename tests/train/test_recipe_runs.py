@@ -164,7 +164,7 @@ def test_a_pretraining_recipe_runs_scaled_down(name, stand_in, tmp_path, monkeyp
         assert [line["train/seq_len"] for line in steps[::2]] == [stage.seq_len // 8 for stage in config.curriculum]
 
 
-def test_a_stream_from_the_hub_trains_as_prepared_local_files_do(stand_in, tmp_path, monkeypatch):
+def test_a_stream_from_the_hub_trains_as_prepared_local_files_do(stand_in, tmp_path, monkeypatch, capsys):
     """With every source of synth-8xh100 on a server that has the hub's layout, and cuts a connection."""
     monkeypatch.chdir(tmp_path)
     overrides = [*scaled_down(decode(TrainConfig, load_recipe("synth-8xh100"))), f"tokenizer.path={stand_in.tokenizer}"]
@@ -183,6 +183,10 @@ def test_a_stream_from_the_hub_trains_as_prepared_local_files_do(stand_in, tmp_p
         [line["train/loss"] for line in logged(Path(run)) if "train/loss" in line] for run in ("streamed", "prepared")
     )
     assert streamed == prepared and len(prepared) == STEPS
+    shutil.copytree(stand_in.hub, tmp_path / "moved")
+    capsys.readouterr()
+    assert main(["pretrain", "--resume", "--run", "prepared", "data.root=moved"]) == 0
+    assert "have moved: data.root is moved here" in capsys.readouterr().err
 
 
 def test_special_tokens_that_a_tokenizer_lacks_take_padding_rows_of_the_model(tiny, tmp_path, capsys):
