@@ -55,7 +55,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     from osler.bench import stand_in
     from osler.config.recipe import load_recipe
     from osler.config.schema import decode
-    from osler.data.loader import Batch, Loader, StagedLoader
+    from osler.data.loader import Batch, Loader
     from osler.model.config import ModelConfig
     from osler.monitor.config import MonitorConfig
     from osler.records.jsonl import read_metrics
@@ -86,19 +86,18 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     )
     given: list[float] = []  # when the trainer got the batch of each step
     with tempfile.TemporaryDirectory() as folder:
-        loader = Loader(stand_in(config, Path(folder)), args.rows, workers=1, pin_memory=device.type == "cuda")
-        staged = StagedLoader(config.timeline, [loader])
+        plain = stand_in(config, Path(folder), pin_memory=device.type == "cuda")
 
-        def batches(first: int, skipped_tokens: int) -> Iterator[Batch]:
-            for number, batch in enumerate(staged.batches(first, skipped_tokens)):
-                phase = (*phases, "rest")[number // LINES_EVERY]
-                trainer.collector.level = "off" if phase == "rest" else phase
-                given.append(time.perf_counter())
-                yield batch
+        class Watched(Loader):
+            def batches(self, start_step: int = 0, skipped_tokens: int = 0) -> Iterator[Batch]:
+                for number, batch in enumerate(super().batches(start_step, skipped_tokens)):
+                    phase = (*phases, "rest")[number // LINES_EVERY]
+                    trainer.collector.level = "off" if phase == "rest" else phase
+                    given.append(time.perf_counter())
+                    yield batch
 
         run = RunFolder.create(Path(folder) / "run")
-        trainer = SupervisedTrainer(config, Run(run, World(device=args.device)), built(config, args), staged)
-        trainer.batches = batches
+        trainer = SupervisedTrainer(config, Run(run, World(device=args.device)), built(config, args), Watched(**vars(plain)))
         assert Loop(trainer).fit()
         times = [line.values["perf/monitor_ms"] for line in read_metrics(run.metrics, having="perf/monitor_ms")]
     looks = [LINES_EVERY * ms / 1000 for ms in times if ms]

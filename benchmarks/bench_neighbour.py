@@ -37,7 +37,6 @@ def training(recipe: str) -> Callable[[], int]:
     from osler.bench import build_learner, machine_of, stand_in, training_step
     from osler.config.recipe import load_recipe
     from osler.config.schema import decode
-    from osler.data.loader import Loader
     from osler.runtime.device import keep_freed_memory
     from osler.train.config import TrainConfig
 
@@ -46,7 +45,7 @@ def training(recipe: str) -> Callable[[], int]:
     config = decode(TrainConfig, {**tree, "device": "cpu"})
     step = training_step(config, build_learner(config, machine_of(config)))
     folder = Path(tempfile.mkdtemp())
-    batches = Loader(stand_in(config, folder), config.batch_tokens // config.seq_len, workers=config.loader_workers).batches()
+    batches = stand_in(config, folder).batches()
 
     def call() -> int:
         step(next(batches))

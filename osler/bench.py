@@ -20,9 +20,11 @@ import torch
 
 from osler.config.recipe import load_recipe, override
 from osler.config.schema import decode, encode
+from osler.data.curriculum import lay_out
 from osler.data.loader import Batch, Loader
+from osler.data.mixture import Mixture
 from osler.data.order import Order
-from osler.data.packing import StreamPacking
+from osler.data.packing import MixedPacking, StreamPacking
 from osler.data.shard_set import ShardSet
 from osler.data.shards import ShardWriter
 from osler.model.transformer import Transformer
@@ -110,9 +112,7 @@ def measure(config: TrainConfig, learner: Learner, steps: int) -> dict[str, Any]
     device = learner.device
     stopwatch = Stopwatch(device)
     with tempfile.TemporaryDirectory() as folder:
-        rows = config.batch_tokens // config.seq_len  # of a curriculum the longest rows are timed
-        packing = stand_in(config, Path(folder))
-        loader = Loader(packing, rows, workers=config.loader_workers, pin_memory=device.type == "cuda")
+        loader = stand_in(config, Path(folder), pin_memory=device.type == "cuda")
         step = training_step(config, learner, stopwatch.mark)
         times = time_steps(step, loader.batches(), stopwatch, device, steps)
     tokens_per_second = config.batch_tokens / times["step_seconds"]
@@ -127,8 +127,11 @@ def measure(config: TrainConfig, learner: Learner, steps: int) -> dict[str, Any]
     }
 
 
-def stand_in(config: TrainConfig, folder: Path) -> StreamPacking:
-    """Write shards of random tokens, enough for a few batches, and return the packing that training uses over them."""
+def stand_in(config: TrainConfig, folder: Path, *, pin_memory: bool = False) -> Loader:
+    """Write shards of random tokens, enough for a few batches, and return the loader that training uses over them.
+
+    Of a curriculum it gives the longest rows.
+    """
     rng = np.random.default_rng(0)
     vocab_size = config.model.vocab_size
     writer = ShardWriter(folder / "shards", vocab_size=vocab_size)
@@ -136,7 +139,9 @@ def stand_in(config: TrainConfig, folder: Path) -> StreamPacking:
         writer.add(rng.integers(0, vocab_size, DOCUMENT_TOKENS).tolist(), None, DOCUMENT_TOKENS)
     writer.close()
     shards = ShardSet(folder / "shards", vocab_size=vocab_size, tokenizer_fingerprint="", eos_id=0)
-    return StreamPacking(Order(shards, config.seed), config.seq_len, prompt_loss=True)
+    packing = MixedPacking({"random": StreamPacking(Order(shards, config.seed), config.seq_len, prompt_loss=True)}, Mixture([1]))
+    timeline = lay_out([], seq_len=config.seq_len, batch_tokens=config.batch_tokens)
+    return Loader(timeline, [packing], workers=config.loader_workers, pin_memory=pin_memory)
 
 
 def time_steps(

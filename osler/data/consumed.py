@@ -7,26 +7,26 @@ goes on with them. Data that a rollback passed over count as consumed.
 from collections.abc import Mapping
 
 from osler.data.curriculum import Timeline
-from osler.data.loader import StagedLoader
+from osler.data.loader import Loader
 
 
 class ConsumedData:
     """The data of a run's first steps, those of all ranks together; steps count from 1."""
 
-    def __init__(self, loader: StagedLoader) -> None:
+    def __init__(self, loader: Loader) -> None:
         self.timeline: Timeline = loader.timeline
         self.loader = loader
 
     def bytes_per_token(self, step: int) -> float | None:
         """Return the bytes of text per token at a step; None when only a part of the tokens is learned."""
         stop = self.timeline.rows_at(step - 1).stop
-        return self.loader.packing(self.timeline.at_step(step - 1)).bytes_per_token(stop)
+        return self.loader.packing(step - 1).bytes_per_token(stop)
 
     def planned_tokens(self, total_tokens: int) -> dict[str, float]:
         """Return how many tokens of each source a run of so many tokens reads, if padding were data."""
         found: dict[str, float] = {}
         for span, tokens in self.timeline.shares(total_tokens):
-            packing = self.loader.packing(span)
+            packing = self.loader.packings[span.number - 1]
             for name, fraction in zip(packing.packings, packing.mixture.fractions, strict=True):
                 found[name] = found.get(name, 0.0) + fraction * tokens
         return found
@@ -34,7 +34,7 @@ class ConsumedData:
     def metrics(self, step: int, steps: int, *, skipped_tokens: int = 0) -> dict[str, float]:
         """Return the metrics after ``step`` steps: padding of the last ``steps``, the epoch of the source that is read most."""
         span, stop = self.timeline.at_step(step - 1), self.timeline.rows_at(step - 1).stop
-        packing = self.loader.packing(span, skipped_tokens)
+        packing = self.loader.packing(step - 1, skipped_tokens)
         tokens, of_epoch = packing.tokens(stop), packing.epoch_tokens
         target = dict(zip(tokens, packing.mixture.fractions, strict=True))
         epochs = [tokens[name] / size for name, size in of_epoch.items() if size]

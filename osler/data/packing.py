@@ -261,6 +261,12 @@ class MixedPacking:
         source, row = self.mixture.locate(index)
         return self._packings[source].row(row + self._skipped[source])
 
+    def check_prepared(self, rows: int) -> None:
+        """Raise NotPreparedYet while the first rows of the stage are not prepared."""
+        for packing, dealt, skipped in zip(self._packings, self.mixture.rows(rows), self._skipped, strict=True):
+            if dealt:
+                packing.row(dealt + skipped - 1)
+
     def padding(self, first: int, stop: int) -> float:
         """Return the share of the places in rows `first:stop` that is padding."""
         spans = zip(self._packings, self._rows(first), self._rows(stop), strict=True)

@@ -53,7 +53,7 @@ def prepare(
     validation: Mapping[str, Corpus] | None = None,
     consent: str | None = "",
     processes: int | None = None,
-    before_shard: Callable[[], None] = no_pause,
+    before_shard: Callable[[int], None] = no_pause,
 ) -> Prepared:
     """Tokenise the corpora of sources into the folder `out`, go on with it, or reuse it when it was made from the same.
 
@@ -161,7 +161,7 @@ def _write(
     sources: Sequence[Stream],
     tokenizer: Tokenizer,
     processes: int | None,
-    before_shard: Callable[[], None],
+    before_shard: Callable[[int], None],
 ) -> None:
     """Write what is missing of a folder; what is there already is a part of the same data."""
     for torn in out.glob(".*.tmp"):  # what a killed writer leaves of the two files below
@@ -206,7 +206,7 @@ class _Work:
     """Tokenises corpora and writes them."""
 
     def __init__(
-        self, tokenizer: Tokenizer, processes: int, before_shard: Callable[[], None], write_manifest: Callable[[], None]
+        self, tokenizer: Tokenizer, processes: int, before_shard: Callable[[int], None], write_manifest: Callable[[], None]
     ) -> None:
         self.tokenizer, self.processes = tokenizer, processes
         self.before_shard, self.write_manifest = before_shard, write_manifest

@@ -4,8 +4,8 @@ It is the preparation of `osler data prepare`, so it writes the same bytes, goes
 when all is there. It does not hear Ctrl-C, and ends when its standard input does: with the process that started it, however that
 ends. What it says goes to a log beside the folder, from which the last line is told when it fails.
 
-With a disk budget it pauses while the shards in the folder leave no room for another one; the run deletes those that it has done
-with (`stream.py`), and the file `paused` in the folder says that it should.
+With a disk budget it pauses while the folder has no room for another shard. The file `paused` in the folder asks the run to
+delete shards that it has done with (`stream.py`) and then this file.
 """
 
 from __future__ import annotations
@@ -18,23 +18,25 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from osler.data.config import AnySource, TextData
 from osler.data.shard_set import identity_of, is_finished
-from osler.data.shards import DATA_MANIFEST, SHARD_TOKENS, token_dtype
+from osler.data.shards import DATA_MANIFEST
 from osler.data.sources import prepare_sources
 from osler.runtime.errors import UserError
-from osler.runtime.files import no_pause
-from osler.runtime.log import complain, log_to_terminal
+from osler.runtime.log import complain, flush_or_silence, log_to_terminal
 from osler.tokenizer.bpe import Tokenizer
 
 PAUSED = "paused"
 POLL_SECONDS = 0.05
 END_SECONDS = 10.0  # that the process has to end by itself
 GIGABYTE = 10**9
+BLOCK_BYTES = 4096  # of a disk
+SHARDS_SHARE = 15 / 16  # of a budget: the rest is for indices, journals and what describes the data
 
 
 class Preparer:
@@ -68,15 +70,15 @@ class Preparer:
             # It writes a new manifest as soon as it knows that the folder holds a part of these data, or nothing.
             while identity_of(folder / DATA_MANIFEST) in (None, before) and self.process.poll() is None:
                 time.sleep(POLL_SECONDS)
-            self.check()
+            self.tend(0.0)
         except BaseException as error:
             self.close()
             if isinstance(error, BrokenPipeError):
-                self.check()
+                self.tend(0.0)
             raise
 
-    def check(self) -> None:
-        """Raise UserError when the process ended before everything was prepared."""
+    def tend(self, waited: float) -> None:
+        """Raise UserError when the process ended before everything was prepared; see `wait_together`."""
         code = self.process.poll()
         if code is None or (code == 0 and is_finished(self.folder)):
             return
@@ -99,20 +101,23 @@ class Preparer:
             self.process.wait()
 
 
-def shard_bytes(folder: Path) -> int:
-    """Return the size of all shards of a folder on the disk."""
+def disk_bytes(folder: Path) -> int:
+    """Return what a folder takes on the disk, as `du` counts it: whole blocks, and those of the folders in it."""
     size = 0
-    for path in folder.glob("*/*/shard-*.bin"):
-        with contextlib.suppress(FileNotFoundError):  # it was deleted in this moment
-            size += path.stat().st_size
+    for place, _, names in os.walk(folder):
+        for path in (place, *(os.path.join(place, name) for name in names)):
+            with contextlib.suppress(FileNotFoundError):  # it was deleted in this moment
+                status = os.lstat(path)
+                size += 512 * status.st_blocks if hasattr(status, "st_blocks") else status.st_size
     return size
 
 
-def wait_for_room(folder: Path, budget_bytes: float, token_bytes: int) -> None:
-    """Wait until the shards of a folder leave room in the budget for one more, and let `PAUSED` say so meanwhile."""
-    while shard_bytes(folder) + SHARD_TOKENS * token_bytes > budget_bytes:
+def wait_for_room(folder: Path, budget_bytes: float, num_bytes: int) -> None:
+    """Wait until a folder has room in the budget for a shard of so many bytes; `PAUSED` asks the run for it meanwhile."""
+    while disk_bytes(folder) + num_bytes + BLOCK_BYTES > SHARDS_SHARE * budget_bytes:
         (folder / PAUSED).touch()
-        time.sleep(POLL_SECONDS)
+        while (folder / PAUSED).exists():
+            time.sleep(POLL_SECONDS)
     (folder / PAUSED).unlink(missing_ok=True)
 
 
@@ -127,18 +132,21 @@ def serve() -> int:
     data, validation, tokenizer_bytes, folder, consent = pickle.load(sys.stdin.buffer)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     log_to_terminal()
-    tokenizer = Tokenizer.from_bytes(tokenizer_bytes)
-    before_shard: Callable[[], None] = no_pause
+    options: dict[str, Any] = {"validation": validation, "consent": consent}
     if data.disk_budget_gb is not None:
-        token_bytes = token_dtype(tokenizer.vocab_size).itemsize
-        before_shard = functools.partial(wait_for_room, folder, data.disk_budget_gb * GIGABYTE, token_bytes)
+        options["before_shard"] = functools.partial(wait_for_room, folder, data.disk_budget_gb * GIGABYTE)
     try:
-        prepare_sources(data, tokenizer, folder, validation=validation, consent=consent, before_shard=before_shard)
+        prepare_sources(data, Tokenizer.from_bytes(tokenizer_bytes), folder, **options)
     except UserError as error:
         complain(f"osler: {error}")
         return 2
+    except Exception:
+        traceback.print_exc()
+        return 1
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(serve())
+    code = serve()
+    flush_or_silence()
+    os._exit(code)  # threads of libraries can abort a process whose interpreter shuts down

@@ -6,10 +6,9 @@ import bisect
 import copy
 import functools
 import threading
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -42,13 +41,6 @@ class NotPreparedYet(Exception):
     """What is asked for lies in shards that are still being written; ask again later. The message says what there is."""
 
 
-class Growth(Protocol):
-    """What a reader knows of the preparation that writes the shards it reads."""
-
-    def is_finished(self) -> bool:
-        """Return whether nothing more will be written; raises UserError when the preparation ended before that."""
-
-
 def identity_of(path: Path) -> tuple[int, int] | None:
     """Return what changes whenever a file is written anew; None when there is none."""
     try:
@@ -63,30 +55,25 @@ def _manifest(path: Path, identity: tuple[int, int]) -> dict[str, Any]:
     return dict(read_json(path))
 
 
-def is_finished(folder: Path, source: str = "", split: str = "") -> bool:
-    """Return whether everything in a folder is prepared, or this split of a source."""
-    path = folder / DATA_MANIFEST
+def is_finished(folder: Path) -> bool:
+    """Return whether everything in a folder of data is prepared."""
+    identity = identity_of(folder / DATA_MANIFEST)
+    return identity is not None and bool(_manifest(folder / DATA_MANIFEST, identity)["complete"])
+
+
+def _is_split_finished(folder: Path) -> bool:
+    """Return whether nothing more will be written to a split; whether somebody is writing is for `Preparer.tend` to say."""
+    path, source, split = folder.parents[1] / DATA_MANIFEST, folder.parent.name, folder.name
     identity = identity_of(path)
     if identity is None:
         return False
     manifest = _manifest(path, identity)
-    if manifest["complete"] or not source:
-        return bool(manifest["complete"])
-    named = manifest["validation"].get(source.removeprefix(VALIDATION_PREFIX), {})
-    return split in manifest["sources"].get(source, named).get("splits", {})
+    return manifest["complete"] or split in _entry(manifest, source)["splits"]
 
 
-@dataclass(frozen=True)
-class SplitGrowth:
-    """What readers know of a split that is being prepared; the folder of a validation set counts as that of a source."""
-
-    folder: Path
-    source: str
-    split: str
-
-    def is_finished(self) -> bool:
-        """Return whether nothing more will be written; whether somebody is writing is for `Preparer.check` to say."""
-        return is_finished(self.folder, self.source, self.split)
+def _entry(manifest: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """Return what a manifest says of a source, or of a validation set by the name of its folder."""
+    return dict(manifest["sources"].get(source) or manifest["validation"][source.removeprefix(VALIDATION_PREFIX)])
 
 
 class _Index(NamedTuple):
@@ -104,20 +91,20 @@ class _Index(NamedTuple):
 class ShardSet:
     """A split of a source, open for reading; safe to share between threads.
 
-    With a `growth` the split is still being written: `refresh` takes in new shards until `is_complete`.
+    While the split is `growing`, `refresh` takes in new shards until it `is_complete`.
     """
 
     def __init__(
-        self, folder: Path, *, vocab_size: int, tokenizer_fingerprint: str, eos_id: int, growth: Growth | None = None
+        self, folder: Path, *, vocab_size: int, tokenizer_fingerprint: str, eos_id: int, growing: bool = False
     ) -> None:
         self.folder = folder
         self.tokenizer_fingerprint = tokenizer_fingerprint
         self.eos_id = eos_id
         self._dtype = token_dtype(vocab_size)
-        self._growth = growth
-        self.is_streamed = growth is not None  # when it was opened
+        self.is_complete = not growing  # this reader knows all shards that there will be
+        self.is_streamed = growing  # when it was opened
         self._lock = threading.Lock()
-        self._index = _Index.of(_read_index(folder / INDEX, np.zeros(0, RECORD), must_exist=growth is None))
+        self._index = _Index.of(_read_index(folder / INDEX, np.zeros(0, RECORD), must_exist=not growing))
         self.shard = functools.lru_cache(OPEN_SHARDS)(self._map)
         evicted = num_evicted(folder)
         for number in range(evicted, min(self.num_shards, evicted + SIZES_CHECKED)):
@@ -129,14 +116,10 @@ class ShardSet:
 
         `verify` checks its bytes. Raises UserError when the folder or a file is missing, or a file has the wrong size.
         """
-        manifest = read_data_manifest(path)
-        names = ("vocab_size", "tokenizer_fingerprint", "eos_id")
-        growth = SplitGrowth(Path(path), source, split) if growing and not is_finished(Path(path), source, split) else None
-        shards = cls(Path(path) / source / split, **{name: manifest[name] for name in names}, growth=growth)
-        if growth is not None:
-            return shards
-        entry = manifest["sources"].get(source) or manifest["validation"][source.removeprefix(VALIDATION_PREFIX)]
-        if shards.fingerprint != entry["splits"][split]["fingerprint"]:
+        folder, manifest = Path(path) / source / split, read_data_manifest(path)
+        described = {name: manifest[name] for name in ("vocab_size", "tokenizer_fingerprint", "eos_id")}
+        shards = cls(folder, **described, growing=growing and not _is_split_finished(folder))
+        if shards.is_complete and shards.fingerprint != _entry(manifest, source)["splits"][split]["fingerprint"]:
             raise UserError(f"{shards.folder / INDEX} is not the one that the manifest describes; prepare the data again.")
         return shards
 
@@ -145,31 +128,25 @@ class ShardSet:
         """The bytes of a token on the disk."""
         return self._dtype.itemsize
 
-    @property
-    def is_complete(self) -> bool:
-        """Whether this reader knows all shards that there will be."""
-        return self._growth is None
-
     def refresh(self) -> None:
-        """Take in the shards that were written since; raises UserError when the preparation ended before its end."""
+        """Take in the shards that were written since."""
+        if self.is_complete:
+            return
         with self._lock:
-            if self._growth is None:
-                return
-            is_finished = self._growth.is_finished()  # asked first: what was written before that is in the index now
+            is_finished = _is_split_finished(self.folder)  # asked first: what was written before that is in the index now
             records = _read_index(self.folder / INDEX, self._index.records, must_exist=False)
             if len(records) > self.num_shards:
                 self._index = _Index.of(records)
-            if is_finished:
-                self._growth = None
+            self.is_complete = is_finished
 
     def head(self, num_shards: int) -> ShardSet:
         """Return the first shards as a split of its own, complete; raises NotPreparedYet when they are not there yet."""
-        if self.num_shards < num_shards and not self.is_complete:
+        if self.num_shards < num_shards:
             self.refresh()
             if self.num_shards < num_shards and not self.is_complete:
                 raise self.not_yet()
         head = copy.copy(self)
-        head._index, head._growth = _Index.of(self._index.records[:num_shards]), None
+        head._index, head.is_complete = _Index.of(self._index.records[:num_shards]), True
         return head
 
     def not_yet(self) -> NotPreparedYet:
@@ -373,12 +350,17 @@ def fingerprint_of(shards: Sequence[ShardSet]) -> str:
     return found[0] if len(found) == 1 else fingerprint(found)
 
 
+def is_of_part(recorded: str) -> bool:
+    """Return whether `fingerprint_of` identified data of which only a part was prepared."""
+    return "@" in recorded
+
+
 def go_on_from(shards: Sequence[ShardSet], recorded: str) -> bool:
     """Return whether data are those that `fingerprint_of` identified once, or have gone on from them.
 
     Raises NotPreparedYet while shards that tell are missing, because the data are being prepared again.
     """
-    if "@" not in recorded:
+    if not is_of_part(recorded):
         return recorded == fingerprint_of(shards)
     known = [entry.split("@") for entry in recorded.split(",")]
     if len(known) != len(shards):

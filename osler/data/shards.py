@@ -66,7 +66,7 @@ class ShardWriter:
 
     def __init__(self, folder: Path, *, vocab_size: int, shard_tokens: int = SHARD_TOKENS) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self.before_shard: Callable[[], None] = no_pause  # called before the file of a shard is written
+        self.before_shard: Callable[[int], None] = no_pause  # called before a shard of so many bytes is written
         self._folder = folder
         self._dtype = token_dtype(vocab_size)
         self._shard_tokens = shard_tokens
@@ -122,7 +122,7 @@ class ShardWriter:
         record["digest"] = np.void(hashlib.sha256(data).digest())
         self.fingerprint = chained(self.fingerprint, record)
         record["fingerprint"] = np.void(bytes.fromhex(self.fingerprint))
-        self.before_shard()
+        self.before_shard(len(data))
         fault("write-shard")
         with open_durable(self._folder / shard_name(self._number)) as file:
             file.write(data)

@@ -1,24 +1,26 @@
 """Training on data that are still being prepared.
 
 Where the order comes to shards that are not written yet, ShardSet, Order and packings raise NotPreparedYet. The ranks then wait
-together, because a step needs all of them. Only rank 0 looks after the process that prepares (`preparer.py`).
+together, because a step needs all of them. They agree on many steps at once, so that steps whose data are there cost nothing
+more. Only rank 0 looks after the process that prepares (`preparer.py`).
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator
 from contextlib import closing, suppress
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 from osler.checkpoint.folders import STATE, by_age
-from osler.data.consumed import ConsumedData
-from osler.data.loader import Batch, StagedLoader, WorkAhead
+from osler.data.loader import Batch, Loader
 from osler.data.order import Order
 from osler.data.preparer import GIGABYTE, PAUSED
-from osler.data.shard_set import NotPreparedYet, ShardSet, evict, num_evicted
+from osler.data.shard_set import NotPreparedYet, ShardSet, evict, identity_of, num_evicted
 from osler.data.shards import read_data_manifest
 from osler.data.writing import bytes_read
 from osler.runtime.errors import UserError
@@ -30,9 +32,11 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 POLL_SECONDS = 0.05
-STUCK_SECONDS = 300.0  # of a wait for a preparation that has no room
-TOLERANCE = 1.1  # of how large a source will be
 PATIENCE_SECONDS = 1.0  # before the reason for a wait is told; it is told again after four times as long, and so on
+STUCK_SECONDS = 300.0  # of a wait for a preparation that has no room
+STEPS_AGREED = 64  # at most, while data are being prepared
+ALL_STEPS = 1 << 62
+SURE_SHARE = 0.8  # of what files that are not read yet would give if they were like those that were
 
 
 def untended(seconds: float) -> None:
@@ -69,68 +73,125 @@ def wait_together(attempt: Callable[[], T], world: World, who: str, tend: Callab
 
 
 def wait_for_batches(
-    batches: WorkAhead, shards: Sequence[ShardSet], world: World, tend: Callable[[float], None] = untended
+    loader: Loader,
+    steps: range,
+    world: World,
+    tend: Callable[[float], None] = untended,
+    *,
+    skipped_tokens: int = 0,
 ) -> Generator[Batch, None, None]:
-    """Yield the batches; the ranks wait together for those that are not prepared yet."""
-    with closing(batches):
-        is_prepared = False
-        while not is_prepared:
-            yield wait_together(lambda: next(batches), world, "Training", tend)
-            (all_complete,) = world.all_reduce_min(all(part.is_complete for part in shards))
-            is_prepared = bool(all_complete)
-        yield from batches
+    """Yield the batches of a run from the first of its `steps` on; the ranks wait together for those that are not prepared yet.
+
+    Raises UserError as soon as it is known that the run needs shards that were deleted to keep within a disk budget.
+    """
+    step, agreed = steps.start, 0
+    with closing(loader.batches(step, skipped_tokens)) as batches:
+        while agreed != ALL_STEPS:
+            ready = partial(steps_ready, loader, step, skipped_tokens)
+            (agreed,) = world.all_reduce_min(wait_together(ready, world, "Training", tend))
+            if agreed == ALL_STEPS:
+                refuse_deleted(loader, steps.stop, skipped_tokens)
+            for _ in range(agreed):
+                yield next(batches)
+                step += 1
+                tend(0.0)
+
+
+def steps_ready(loader: Loader, step: int, skipped_tokens: int) -> int:
+    """Return for how many steps from one on the data are known to be there; raises NotPreparedYet when it is none."""
+    for shards in loader.sources.values():
+        shards.refresh()
+    if all(shards.is_complete for shards in loader.sources.values()):
+        return ALL_STEPS
+    loader.check_prepared(step, skipped_tokens)
+    steps = 1
+    with suppress(NotPreparedYet):
+        while steps < STEPS_AGREED:
+            loader.check_prepared(step + 2 * steps - 1, skipped_tokens)
+            steps *= 2
+    return steps
+
+
+def refuse_deleted(loader: Loader, stop: int, skipped_tokens: int) -> None:
+    """Raise UserError when the steps before `stop` read a source more than once, of which shards were deleted."""
+    deleted = {name: shards for name, shards in loader.sources.items() if num_evicted(shards.folder)}
+    needed = loader.tokens_before(stop, skipped_tokens) if deleted else {}
+    for name, shards in deleted.items():
+        if needed[name] >= shards.num_tokens:
+            raise UserError(
+                f"The run reads {needed[name]:,} tokens of {name}, which has {shards.num_tokens:,}, and the first of them were "
+                "deleted to keep within data.disk_budget_gb, because more were expected. Set total_tokens lower, or delete "
+                f"{shards.folder.parents[1]} and leave the budget out: then the same command prepares all of them again."
+            )
 
 
 class DiskBudget:
-    """Deletes the shards that a run has done with, when the preparation has no room for more.
+    """Deletes the shards that a run has done with, when the preparation has no room for more and asks for it (`PAUSED`).
 
-    Those are the shards before the window that the oldest checkpoint to resume from stands in, of sources that the run does not
-    read again. While a source is being prepared, how large it will be is reckoned from the share of its files that was read.
+    Those are the shards before the window that the oldest checkpoint to resume from stands in, of sources that the run surely
+    reads once at most, even after all rollbacks that it may make: each may pass over `spare_tokens` divided by their number.
+    Parts of files are read in an order that is drawn, so those that are not read yet are taken to give about as many tokens.
     """
 
     def __init__(
-        self, folder: Path, gigabytes: float, loader: StagedLoader, checkpoints: Path, *, keep_last: int, total_tokens: int
+        self,
+        folder: Path,
+        gigabytes: float,
+        loader: Loader,
+        checkpoints: Path,
+        *,
+        keep_last: int,
+        total_tokens: int,
+        spare_tokens: int,
     ) -> None:
         self.folder, self.gigabytes, self.loader, self.checkpoints = folder, gigabytes, loader, checkpoints
-        self.keep_last = keep_last
-        self.planned = ConsumedData(loader).planned_tokens(total_tokens)
+        self.keep_last, self.steps, self.spare_tokens = keep_last, loader.timeline.steps_for(total_tokens), spare_tokens
+        self.looked_at: object = None  # what the last decision was made on
 
     def make_room(self, waited: float) -> None:
         """Delete shards when the preparation is paused; raises UserError when no shard can go and the run has waited long."""
-        if not (self.folder / PAUSED).exists():
+        basis = identity_of(self.folder / PAUSED), identity_of(self.checkpoints)
+        if basis[0] is None or (basis == self.looked_at and waited <= STUCK_SECONDS):
             return
-        sizes = {name: self._tokens_in_all(name, shards) for name, shards in self.loader.sources.items()}
-        once = [name for name, size in sizes.items() if self.planned[name] <= TOLERANCE * size]
-        done = self._done_with() if once else {}
+        self.looked_at = basis
+        done, needed = self._done_and_needed()
+        sure = {name: self._sure_tokens(name, shards) for name, shards in self.loader.sources.items()}
+        once = [name for name in sure if needed[name] < sure[name]]
         for name in once:
             shards = self.loader.sources[name]
             first = Order(shards, 0).first_shard(done[name])
             if first > num_evicted(shards.folder):
                 evict(shards.folder, first)
+                (self.folder / PAUSED).unlink(missing_ok=True)
                 return
         if not once or waited > STUCK_SECONDS:
-            needed = sum(size * self.loader.sources[name].token_bytes for name, size in sizes.items())
-            again = [f"{name} {self.planned[name] / size:.1f} times" for name, size in sizes.items() if name not in once]
-            why = f"the run reads {', '.join(again)}" if again else "from the oldest checkpoint on, more is needed at once"
-            raise UserError(
-                f"data.disk_budget_gb={self.gigabytes:g} is too small: {why}. All shards take about {needed / GIGABYTE:.2g} GB: "
-                "set it higher, set total_tokens lower, or save checkpoints more often."
-            )
+            raise UserError(f"data.disk_budget_gb={self.gigabytes:g} is too small: {self._reason(once, needed, sure)}")
 
-    def _tokens_in_all(self, name: str, shards: ShardSet) -> float:
-        """Return how many tokens a source has, or about how many it will have."""
+    def _reason(self, once: list[str], needed: dict[str, int], sure: dict[str, float]) -> str:
+        if once:
+            why, remedy = "more is needed at once from the oldest checkpoint on", "save checkpoints more often"
+        else:
+            reads = (f"{tokens:,} tokens of {name}, of which {sure[name]:,.0f} are certain" for name, tokens in needed.items())
+            why = f"what is read again is not deleted, and the run may read, with what rollbacks pass over, {', '.join(reads)}"
+            remedy = "set total_tokens lower"
+        size = sum(tokens * self.loader.sources[name].token_bytes for name, tokens in sure.items()) / GIGABYTE
+        return f"{why}. All shards take about {size:.2g} GB or more: set it higher, or {remedy}."
+
+    def _sure_tokens(self, name: str, shards: ShardSet) -> float:
+        """Return how many tokens a source has, or will surely have."""
         shards.refresh()
         if shards.is_complete:
             return shards.num_tokens
         content = read_data_manifest(self.folder)["sources"][name]["content"]
-        return shards.num_tokens * sum(size for _, size, _ in content["files"]) / max(1, bytes_read(shards.folder.parent))
+        size, read = sum(size for _, size, _ in content["files"]), bytes_read(shards.folder.parent)
+        return shards.num_tokens * (1 + SURE_SHARE * max(0, size - read) / (read or math.inf))
 
-    def _done_with(self) -> dict[str, int]:
-        """Return the tokens of each source before the oldest checkpoint that a start or a rollback goes back to."""
-        timeline, found = self.loader.timeline, []
+    def _done_and_needed(self) -> tuple[dict[str, int], dict[str, int]]:
+        """Return the tokens of each source before the oldest checkpoint to go on from, and before the end of the run."""
+        offsets, done = [0], []
         for entry in [entry for entry in by_age(self.checkpoints) if not entry.milestone][: self.keep_last]:
-            offset, stop = 0, timeline.rows_at(max(0, entry.step - 1)).stop if entry.step else 0
             with suppress(UserError):  # it is damaged, or rotated away in this moment
-                offset = read_json(entry.path / STATE)["incidents"]["data_offset"]
-            found.append(self.loader.packing(timeline.at_step(max(0, entry.step - 1)), offset).tokens(stop))
-        return {name: min((tokens[name] for tokens in found), default=0) for name in self.planned}
+                offsets.append(read_json(entry.path / STATE)["incidents"]["data_offset"])
+                done.append(self.loader.tokens_before(entry.step, offsets[-1]))
+        needed = self.loader.tokens_before(self.steps, max(offsets) + self.spare_tokens)
+        return {name: min((tokens[name] for tokens in done), default=0) for name in needed}, needed

@@ -79,7 +79,8 @@ def train(config: GrpoConfig, folder: RunFolder, world: World | None = None) -> 
         write_or_warn(folder.samples, samples)  # a start over in the same folder replaces it
     trained_on = frozenset(item.id for task in tasks for item in task.items)
     exams = ExamsInData.from_files(loaded.files)
-    run.describe(machine, model.config, tokenizer, replace(exams, found=exams.found | trained_on).as_files())
+    run.describe(machine, model.config, tokenizer)
+    run.more_files = replace(exams, found=exams.found | trained_on).as_files
     engine = parallelize(model, config.parallel, world, recompute=config.recompute, loss_of=PolicyLoss)
     optimizer = build_optimizer(model, config.optim, process_group=world.group)
     learner = Learner(model, optimizer, engine, config.clip_norm)

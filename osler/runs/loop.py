@@ -263,7 +263,7 @@ class Loop:
             trainer.step,
             tensors={**tensors, **trainer.tensors()},
             state=state,
-            files=self.run.files,
+            files={**self.run.files, **self.run.more_files()},
             milestone=trainer.due().milestone,
             good_step=self.incidents.good_step,
             last=trainer.done or self.stop.requested,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -96,27 +96,25 @@ def write_versions(folder: RunFolder, machine: Machine) -> bytes:
 class Run:
     """The folder, ranks, events and elapsed time of a run, in one process.
 
-    ``files`` (model config, tokenizer and the like) and ``fingerprints`` go into every checkpoint. A checkpoint whose
-    fingerprints differ is refused.
+    ``files`` (model config, tokenizer and the like), ``more_files`` and ``fingerprints`` go into every checkpoint. A checkpoint
+    whose fingerprints differ is refused.
     """
 
     folder: RunFolder
     world: World
     files: Mapping[str, bytes] = field(default_factory=dict)
+    more_files: Callable[[], Mapping[str, bytes]] = dict  # those that may be known later
     fingerprints: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.started = time.monotonic()  # moved back on resume by the time that earlier processes spent
         self.events = EventLog(self.folder.events if self.world.is_first else os.devnull)
 
-    def describe(
-        self, machine: Machine, model: ModelConfig, tokenizer: Tokenizer, files: Mapping[str, bytes] | None = None
-    ) -> None:
-        """Write ``versions.json``, and collect the files that go into every checkpoint, ``files`` among them."""
+    def describe(self, machine: Machine, model: ModelConfig, tokenizer: Tokenizer) -> None:
+        """Write ``versions.json``, and collect the files that go into every checkpoint."""
         versions = self.world.broadcast_from_first(lambda: write_versions(self.folder, machine))
         self.files = {
             **describing_files(model, tokenizer), "config.yaml": self.folder.config.read_bytes(), VERSIONS: versions,
-            **(files or {}),
         }  # fmt: skip
 
     @property

@@ -171,8 +171,8 @@ def read_json(path: str | os.PathLike[str]) -> Any:
         raise UserError(f"{path} is not valid JSON, it may be torn or damaged: {error}.") from error
 
 
-def no_pause() -> None:
-    """Do nothing, where another process might be given room."""
+def no_pause(num_bytes: int = 0) -> None:
+    """Do nothing, where another process might be given time, or so many bytes room."""
 
 
 def sha256_file(path: str | os.PathLike[str], pause: Callable[[], None] = no_pause) -> str:

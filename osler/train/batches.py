@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from osler.data.config import PreparedData, sources_of, wrong_weights
 from osler.data.curriculum import Span
-from osler.data.loader import Loader, StagedLoader
+from osler.data.loader import Loader
 from osler.data.mixture import Mixture
 from osler.data.order import Order
 from osler.data.packing import MixedPacking, StreamPacking, WholePacking
@@ -20,19 +20,18 @@ def make_loader(
     world: World = World(),  # noqa: B008 - frozen
     *,
     pin_memory: bool = False,
-) -> StagedLoader:
+) -> Loader:
     """Return the loader of this rank's batches. A stage goes on in each source where the one before it ended there."""
     orders = {source.name: Order(source.train, config.seed) for source in prepared.sources}
     first_tokens = dict.fromkeys(orders, 0)
-    loaders = []
+    stages = []
     for span in config.timeline.spans:
         mixture = Mixture(weights_of(config, prepared, span))
         packings = {name: packing_of(config, order, span.seq_len, first_tokens[name]) for name, order in orders.items()}
-        packing, stage = MixedPacking(packings, mixture), span.number if config.curriculum else 0
-        loaders.append(Loader(packing, span.rows_per_batch, world.rank, world.size, config.loader_workers, stage, pin_memory))
+        stages.append(MixedPacking(packings, mixture))
         for name, rows in zip(orders, mixture.rows(span.num_rows), strict=True):
             first_tokens[name] += rows * span.seq_len
-    return StagedLoader(config.timeline, loaders)
+    return Loader(config.timeline, stages, world.rank, world.size, config.loader_workers, pin_memory)
 
 
 def weights_of(config: TrainConfig, prepared: Prepared, span: Span) -> list[float]:

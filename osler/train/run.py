@@ -12,7 +12,7 @@ import torch
 
 from osler.checkpoint import store
 from osler.data.config import ClinicData, PreparedData, sources_of
-from osler.data.loader import StagedLoader
+from osler.data.loader import Loader
 from osler.data.prepared import open_prepared
 from osler.data.preparer import Preparer
 from osler.data.stream import DiskBudget, untended
@@ -83,7 +83,8 @@ def train(config: TrainConfig, folder: RunFolder, world: World | None = None) ->
     prepared = prepared or open_prepared(shards_of(config, folder), tokenizer, growing=streams(config))
     optimizer = build_optimizer(model, config.optim, seed=config.seed, process_group=world.group)
     loader = make_loader(config, prepared, world, pin_memory=machine.device.type == "cuda")
-    run.describe(machine, model.config, tokenizer, exams_in_data(config, prepared.folder, checkpoint).as_files())
+    run.describe(machine, model.config, tokenizer)
+    run.more_files = exams_in_data(config, prepared.folder, checkpoint)
     run.fingerprints = fingerprints_of(prepared, tokenizer, checkpoint)
     tend = tending(config, folder, preparer, loader)
 
@@ -118,19 +119,20 @@ def train(config: TrainConfig, folder: RunFolder, world: World | None = None) ->
 
 
 def tending(
-    config: TrainConfig, folder: RunFolder, preparer: Preparer | None, loader: StagedLoader
+    config: TrainConfig, folder: RunFolder, preparer: Preparer | None, loader: Loader
 ) -> Callable[[float], None]:
     """Return what looks after the preparation of a stream, if this process does: see ``wait_together``."""
     if preparer is None or isinstance(config.data, PreparedData):
         return untended
     if config.data.disk_budget_gb is None:
-        return lambda waited: preparer.check()
-    keep_last, total = config.checkpoint.keep_last, config.total_tokens
-    gigabytes = config.data.disk_budget_gb
-    budget = DiskBudget(preparer.folder, gigabytes, loader, folder.checkpoints, keep_last=keep_last, total_tokens=total)
+        return preparer.tend
+    checkpoint, gigabytes = config.checkpoint, config.data.disk_budget_gb
+    spare_tokens = config.recovery.max_rollbacks * checkpoint.every_tokens
+    plan = {"keep_last": checkpoint.keep_last, "total_tokens": config.total_tokens, "spare_tokens": spare_tokens}
+    budget = DiskBudget(preparer.folder, gigabytes, loader, folder.checkpoints, **plan)
 
     def tend(waited: float) -> None:
-        preparer.check()
+        preparer.tend(waited)
         budget.make_room(waited)
 
     return tend

@@ -12,14 +12,14 @@ import torch
 
 from osler.checkpoint import store
 from osler.config.schema import decode
-from osler.data.config import PreparedData, TextData, sources_of
+from osler.data.config import ClinicData, FilesData, PreparedData, TextData, sources_of
 from osler.data.consumed import ConsumedData
 from osler.data.curriculum import rows_per_micro_batch
 from osler.data.loader import check_shares
 from osler.data.order import WINDOW_SHARDS
 from osler.data.packing import torn_lengths
 from osler.data.prepared import Prepared, tokenizer_of_shards
-from osler.data.preparer import GIGABYTE
+from osler.data.preparer import GIGABYTE, SHARDS_SHARE
 from osler.data.shards import SHARD_TOKENS, token_dtype
 from osler.data.sources import open_corpora, train_tokenizer
 from osler.inference.load import described_model, tokenizer_of
@@ -66,14 +66,25 @@ def check_disk_budget(config: TrainConfig, data: TextData) -> None:
     """Raise UserError when a budget of disk cannot hold what a run needs at once."""
     if data.disk_budget_gb is None:
         return
-    sources, checkpoint = len(sources_of(data)), config.checkpoint
+    sources, checkpoint = list(sources_of(data).values()), config.checkpoint
     kept = (checkpoint.keep_last + 1) * checkpoint.every_tokens  # between the oldest checkpoint and the step
-    tokens = min(2 * config.total_tokens, kept + sources * 2 * WINDOW_SHARDS * SHARD_TOKENS) + sources * SHARD_TOKENS
-    least = tokens * token_dtype(config.model.vocab_size).itemsize / GIGABYTE
+    tokens: float = min(2 * config.total_tokens, kept + len(sources) * 2 * WINDOW_SHARDS * SHARD_TOKENS)
+    tokens += len(sources) * SHARD_TOKENS
+    weights = sum(source.weight for source in sources)
+    ahead = [  # tokens that are prepared until about a million of a source are held out, for which an evaluation waits
+        SHARD_TOKENS / source.holdout_fraction * weights / source.weight
+        for source in sources
+        if not (config.validation or isinstance(source, ClinicData)) and source.holdout_fraction
+    ]
+    tokens += max(ahead, default=0.0)
+    may_have_masks = not all(isinstance(source, FilesData) for source in sources)
+    least = tokens * (token_dtype(config.model.vocab_size).itemsize + may_have_masks) / SHARDS_SHARE / GIGABYTE
     if data.disk_budget_gb < least:
+        held_out = ", and until enough is held out for an evaluation (with sets in `validation` that is nothing)" if ahead else ""
         raise UserError(
             f"data.disk_budget_gb={data.disk_budget_gb:g} is too small: what lies between the oldest of "
-            f"checkpoint.keep_last={checkpoint.keep_last} checkpoints and two windows of shards ahead takes up to {least:.3g} GB."
+            f"checkpoint.keep_last={checkpoint.keep_last} checkpoints and two windows of shards ahead{held_out} takes up to "
+            f"{least:.3g} GB."
         )
 
 
@@ -154,8 +165,7 @@ def check_processes(config: TrainConfig, processes: int) -> None:
     if processes > 1 and (strategy, optimizer) in (("fsdp", "pure-bf16"), ("deepspeed", "pure-bf16"), ("deepspeed", "muon")):
         name = "precision=pure-bf16" if optimizer == "pure-bf16" else f"optim.type={optimizer}"
         raise UserError(f"{name} does not work with parallel.type={strategy}, which cuts parameters up: use parallel.type=ddp.")
-    for span in config.timeline.spans:
-        check_shares(span.rows_per_batch, span.seq_len, processes, span.number if config.curriculum else 0)
+    check_shares(config.timeline, processes)
 
 
 def pass_tokens(config: TrainConfig, processes: int) -> list[int]:

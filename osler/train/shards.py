@@ -6,23 +6,23 @@ relative path to them is not valid in the current folder.
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import shutil
-import uuid
-from functools import partial
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from osler.checkpoint import store
 from osler.config.schema import decode
 from osler.data.config import HUB, AnySource, PreparedData, sets_of, sources_of
-from osler.data.exams import ExamsInData, read_exams_in_data, refuse_unchecked
+from osler.data.exams import EXAMS, ExamsInData, read_exams_in_data, refuse_unchecked
 from osler.data.prepared import Prepared, open_prepared, tokenizer_of_shards
 from osler.data.preparer import Preparer
-from osler.data.shard_set import NotPreparedYet, ShardSet, go_on_from, is_finished, num_evicted
+from osler.data.shard_set import NotPreparedYet, ShardSet, go_on_from, identity_of, is_finished, is_of_part, num_evicted
 from osler.data.shards import DATA_MANIFEST, SPLITS, read_data_manifest
 from osler.data.sources import check_present, check_sources, is_there, prepare_sources
-from osler.data.stream import wait_together
+from osler.data.stream import untended, wait_together
 from osler.inference.load import TOKENIZER_FILE, tokenizer_of
 from osler.model.config import ModelConfig
 from osler.runs.folder import check_fingerprints, claim, read_config, refuse_another
@@ -66,9 +66,8 @@ def prepare_run(
             raise
         raise UserError(f"{', '.join(moved.values())}. {error}") from error
     if start is not None and not config.allow_data_change:  # with it the change is recorded when the run goes on
-        found = partial(fingerprints_of, prepared, tokenizer, start)
-        tend = preparer.check if preparer is not None else None
-        current = wait_together(found, World(), "The run", lambda seconds: tend() if tend else None)
+        tend = untended if preparer is None else preparer.tend
+        current = wait_together(lambda: fingerprints_of(prepared, tokenizer, start), World(), "The run", tend)
         check_fingerprints(start, current)
     if prepared.reused:
         _check_bytes(prepared, run)
@@ -99,6 +98,7 @@ def _open(
         whose = "of the run" if start is not None or config.init_from is None else f"of {config.init_from}"
         return open_prepared(data.path, tokenizer, whose), None
     at_hand = shards_at_hand(config, run, start)
+    shutil.rmtree(partial_of(folder), ignore_errors=True)  # what a killed process leaves
     if at_hand is not None and at_hand != folder:
         _take_over(at_hand, folder)
     if at_hand is not None and is_finished(folder) and is_source_gone(config, run):
@@ -109,7 +109,7 @@ def _open(
         return open_prepared(folder, tokenizer), None
     consent = None if config.allow_data_change else "allow_data_change=true"
     # A checkpoint that knows all of the data can only be compared with all of them.
-    knows_all = start is not None and "@" not in str(start.state["fingerprints"].get("data"))
+    knows_all = start is not None and not is_of_part(str(start.state["fingerprints"].get("data")))
     if not data.streaming or knows_all or is_finished(folder):
         return prepare_sources(data, tokenizer, folder, validation=config.validation, consent=consent), None
     check_disk_budget(config, data)
@@ -118,16 +118,22 @@ def _open(
     return open_prepared(folder, tokenizer, growing=True), preparer
 
 
-def exams_in_data(config: TrainConfig, shards: Path, start: store.Loaded | None) -> ExamsInData:
-    """Return which exam items are in what a run learns from and in what the model it begins with has learned from.
+def exams_in_data(config: TrainConfig, shards: Path, start: store.Loaded | None) -> Callable[[], Mapping[str, bytes]]:
+    """Return what gives the file that a checkpoint has of the exam items in what the model has learned from.
 
-    `start` is the checkpoint that the run continues from, which knows of both. Data that are still being prepared say nothing.
+    That is what the run learns from, and what the model learned from that it begins with. `start` is the checkpoint that the run
+    continues from, which knows of both. Nothing is known of data while they are being prepared.
     """
-    known = read_exams_in_data(shards)
-    if config.init_from is None and (start is None or not config.allow_data_change):
-        return known
-    before = start or store.load(store.resolve(str(config.init_from)), names=[])
-    return known.with_data(ExamsInData.from_files(before.files))
+    before = None
+    if config.init_from is not None or (start is not None and config.allow_data_change):
+        before = ExamsInData.from_files((start or store.load(store.resolve(str(config.init_from)), names=[])).files)
+
+    @functools.lru_cache(1)
+    def read(identity: object) -> Mapping[str, bytes]:
+        known = read_exams_in_data(shards)
+        return (known if before is None else known.with_data(before)).as_files()
+
+    return lambda: read(identity_of(shards / EXAMS))
 
 
 def _check_bytes(prepared: Prepared, run: RunFolder) -> None:
@@ -212,15 +218,16 @@ def _sources(config: TrainConfig) -> list[AnySource]:
     return [*sources_of(config.data).values(), *sets_of(config.validation, config.data).values()]
 
 
+def partial_of(folder: Path) -> Path:
+    """Return the place of a copy of shards that is not whole yet; the run folder is locked, so nobody else writes there."""
+    return folder.with_name(f".{folder.name}.partial")
+
+
 def _take_over(shards: Path, folder: Path) -> None:
     """Link another run's shards into this one, or copy them where the disk has no links; nothing ever changes them."""
-    partial = folder.with_name(f".{folder.name}.partial-{uuid.uuid4().hex[:12]}")
-    try:
-        shutil.copytree(shards, partial, copy_function=_link_or_copy)
-        partial.rename(folder)
-        fsync_dir(folder.parent)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(shards, partial_of(folder), copy_function=_link_or_copy)
+    partial_of(folder).rename(folder)
+    fsync_dir(folder.parent)
 
 
 def _link_or_copy(source: str, target: str) -> None:

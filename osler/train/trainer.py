@@ -23,8 +23,8 @@ from torch import Tensor
 from osler.checkpoint import store
 from osler.data.consumed import ConsumedData
 from osler.data.curriculum import rows_per_micro_batch
-from osler.data.loader import Batch, StagedLoader, WorkAhead
-from osler.data.shard_set import fingerprint_of
+from osler.data.loader import Batch, Loader
+from osler.data.shard_set import fingerprint_of, is_of_part
 from osler.data.stream import untended, wait_for_batches
 from osler.model.transformer import nan_gradient_unless_finite
 from osler.monitor.collect import has_learned, step_stats
@@ -115,17 +115,14 @@ class SupervisedTrainer(Trainer):
         config: TrainConfig,
         run: Run,
         learner: Learner,
-        loader: StagedLoader,
+        loader: Loader,
         *,
         held_out: Callable[[], dict[str, float]] = dict,
         exam: Callable[[], dict[str, float]] = dict,
         tend: Callable[[float], None] = untended,
     ) -> None:
         super().__init__(config, run, learner, total=config.total_tokens, lines_every=config.log_every_steps)
-        self.batches, self.consumed, self.timeline = loader.batches, ConsumedData(loader), config.timeline
-        self.shards, self.tend = list(loader.sources.values()), tend
-        # While one rank does not know all shards, the ranks must agree before each step that all of them have its data.
-        self.is_prepared = bool(self.world.all_reduce_min(all(part.is_complete for part in self.shards))[0])
+        self.loader, self.consumed, self.timeline, self.tend = loader, ConsumedData(loader), config.timeline, tend
         self.held_out, self.exam = held_out, exam
         self.train_step = TrainStep(
             learner,
@@ -138,14 +135,14 @@ class SupervisedTrainer(Trainer):
         self.window: list[list[float]] = []  # loss, gradient norm and skip flag of each step since the last line
         self.on_device: list[StepResult] = []  # the same, not fetched yet
         self.first_step = 0  # that this process makes
-        self.iterator: WorkAhead | Generator[Batch, None, None] | None = None  # from ``begin`` to ``close``
+        self.iterator: Generator[Batch, None, None] | None = None  # from ``begin`` to ``close``
         self.has_replanned = False
         self.since = (0, 0.0)  # tokens and time from which the next line measures the speed
 
     def fingerprints(self) -> dict[str, str]:
         found = dict(self.run.fingerprints)
-        if not self.is_prepared or "@" in found.get("data", ""):  # it was a part of the data when this process began
-            found["data"] = fingerprint_of(self.shards)
+        if is_of_part(found.get("data", "")):  # when this process began
+            found["data"] = fingerprint_of(list(self.loader.sources.values()))
         return found
 
     def position_at(self, step: int) -> int:
@@ -163,8 +160,8 @@ class SupervisedTrainer(Trainer):
 
     def begin(self) -> None:
         self.close()
-        batches = self.batches(self.step, self.incidents.data_offset)
-        self.iterator = batches if self.is_prepared else wait_for_batches(batches, self.shards, self.world, self.tend)
+        steps, skipped = range(self.step, self.timeline.steps_for(self.total)), self.incidents.data_offset
+        self.iterator = wait_for_batches(self.loader, steps, self.world, self.tend, skipped_tokens=skipped)
         self.first_step = self.first_step or self.step + 1
         self.since = self.tokens, time.monotonic()
 

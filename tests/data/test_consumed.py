@@ -6,10 +6,11 @@ import pytest
 from osler.data.config import CurriculumStage as Stage
 from osler.data.consumed import ConsumedData, source_metrics
 from osler.data.curriculum import lay_out
-from osler.data.loader import Loader, StagedLoader
+from osler.data.loader import Loader
 from osler.data.mixture import Mixture
 from osler.data.order import Order
 from osler.data.packing import MixedPacking, StreamPacking, WholePacking
+from tests.data.loaders import loader_of
 
 SEQ_LEN = 16
 LENGTHS = [5, 2, 9, 9, 3, 17, 2, 12, 8, 14] * 4
@@ -29,11 +30,9 @@ def test_a_stream_consumes_what_its_rows_hold(make_shards):
     shards = make_shards(LENGTHS)
     stages = [Stage(seq_len=4, until_tokens=60), Stage(seq_len=SEQ_LEN)]
     timeline = lay_out(stages, seq_len=SEQ_LEN, batch_tokens=2 * SEQ_LEN)
-    loaders = [
-        Loader(alone(StreamPacking(Order(shards, 1), s.seq_len, first_token=s.first_token, prompt_loss=True)), s.rows_per_batch)
-        for s in timeline.spans
-    ]
-    loader = StagedLoader(timeline, loaders)
+    order = Order(shards, 1)
+    packings = [StreamPacking(order, s.seq_len, first_token=s.first_token, prompt_loss=True) for s in timeline.spans]
+    loader = Loader(timeline, [alone(packing) for packing in packings])
     consumed = ConsumedData(loader)
     assert consumed.bytes_per_token(1) == 1.0
     seen = 0
@@ -47,8 +46,7 @@ def test_a_stream_consumes_what_its_rows_hold(make_shards):
 
 def test_whole_documents_are_consumed_with_their_padding(make_shards):
     packing = WholePacking(Order(make_shards(LENGTHS), 1), SEQ_LEN, prompt_loss=True)
-    timeline = lay_out([], seq_len=SEQ_LEN, batch_tokens=3 * SEQ_LEN)
-    consumed = ConsumedData(StagedLoader(timeline, [Loader(alone(packing), 3)]))
+    consumed = ConsumedData(loader_of(packing, 3))
     used: list[int] = []
     for step in range(1, 40):
         for number in range(3 * (step - 1), 3 * step):

@@ -3,7 +3,6 @@
 import subprocess
 import sys
 import threading
-from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -12,11 +11,12 @@ import torch
 
 from osler.data.config import CurriculumStage
 from osler.data.curriculum import lay_out
-from osler.data.loader import Batch, Loader, StagedLoader, make_batch
+from osler.data.loader import Loader, make_batch
 from osler.data.mixture import Mixture
 from osler.data.order import Order
 from osler.data.packing import MixedPacking, Packing, StreamPacking, WholePacking
 from osler.runtime.errors import UserError
+from tests.data.loaders import joined, loader_of, same
 
 LENGTHS = [5, 2, 40, 9, 9, 130, 3, 17, 2, 33]
 
@@ -28,16 +28,8 @@ def packing(request, make_shards) -> Packing:  # type: ignore[no-untyped-def]
     return MixedPacking(parts, Mixture([3, 1])) if request.param == "mixture" else parts["a"]  # type: ignore[return-value]
 
 
-def same(left: Batch, right: Batch) -> bool:
-    return all(torch.equal(getattr(left, name), getattr(right, name)) for name in ("ids", "labels", "document_ids"))
-
-
-def joined(parts: list[Batch]) -> Batch:
-    return Batch(*(torch.cat([getattr(part, name) for part in parts]) for name in ("ids", "labels", "document_ids")))
-
-
 def test_shapes_and_counts(packing: Packing) -> None:
-    loader = Loader(packing, 6)
+    loader = loader_of(packing, 6)
     batch = loader.batch(0)
     assert batch.ids.shape == batch.labels.shape == batch.document_ids.shape == (6, 16)
     assert batch.ids.dtype == batch.labels.dtype == batch.document_ids.dtype == torch.int64
@@ -47,45 +39,41 @@ def test_shapes_and_counts(packing: Packing) -> None:
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 6, 12])
 def test_ranks_together_are_the_single_rank_batch(packing: Packing, world_size: int) -> None:
     for step in (0, 3, 50):
-        parts = [Loader(packing, 12, rank, world_size).batch(step) for rank in range(world_size)]
-        assert same(joined(parts), Loader(packing, 12).batch(step))
+        parts = [loader_of(packing, 12, rank=rank, world_size=world_size).batch(step) for rank in range(world_size)]
+        assert same(joined(parts), loader_of(packing, 12).batch(step))
 
 
 def test_two_resumes_ranks_1_2_4_1_and_workers_0_to_3(packing: Packing) -> None:
     """One run of 12 steps against the same run stopped three times and continued in another shape each time."""
-    whole = list(islice(Loader(packing, 4).batches(), 12))
+    whole = list(islice(loader_of(packing, 4).batches(), 12))
     shapes = [(1, 0), (2, 3), (4, 1), (1, 2)]
     for part, (world_size, workers) in enumerate(shapes):
-        ranks = [list(islice(Loader(packing, 4, rank, world_size, workers).batches(3 * part), 3)) for rank in range(world_size)]
+        given = {"world_size": world_size, "workers": workers}
+        ranks = [list(islice(loader_of(packing, 4, rank=rank, **given).batches(3 * part), 3)) for rank in range(world_size)]
         for step in range(3):
             assert same(joined([batches[step] for batches in ranks]), whole[3 * part + step])
 
 
 @pytest.mark.parametrize("workers", [1, 3])
 def test_worker_threads_change_nothing_and_end_with_the_iterator(packing: Packing, workers: int) -> None:
-    inline = list(islice(Loader(packing, 4).batches(5), 20))
-    iterator = Loader(packing, 4, workers=workers).batches(5)
+    inline = list(islice(loader_of(packing, 4).batches(5), 20))
+    iterator = loader_of(packing, 4, workers=workers).batches(5)
     assert all(same(left, right) for left, right in zip(inline, islice(iterator, 20), strict=True))
-    iterator.close()  # type: ignore[attr-defined]
+    iterator.close()
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("loader")]
 
 
-def test_an_error_in_a_worker_reaches_the_caller() -> None:
-    class Broken:
-        seq_len = 8
-
-        def row(self, index: int) -> None:
-            raise OSError("the disk is gone")
-
-    with pytest.raises(OSError, match="the disk is gone"):
-        next(Loader(Broken(), 2, workers=2).batches())  # type: ignore[arg-type]
+def test_an_error_in_a_worker_reaches_the_caller(packing: Packing, fault) -> None:  # type: ignore[no-untyped-def]
+    fault("load-batch:ioerror")
+    with pytest.raises(OSError, match="injected"):
+        next(loader_of(packing, 2, workers=2).batches())
 
 
 def test_fewer_documents_than_ranks(make_shards) -> None:  # type: ignore[no-untyped-def]
     order = Order(make_shards([7, 12]), 0)
     for built in (StreamPacking(order, 8), WholePacking(order, 8)):
-        parts = [Loader(built, 8, rank, 8).batch(2) for rank in range(8)]
-        assert same(joined(parts), Loader(built, 8).batch(2))
+        parts = [loader_of(built, 8, rank=rank, world_size=8).batch(2) for rank in range(8)]
+        assert same(joined(parts), loader_of(built, 8).batch(2))
         assert all(part.num_loss_tokens > 0 for part in parts)
 
 
@@ -98,9 +86,9 @@ def test_evaluation_reads_each_row_of_an_epoch_once(make_shards) -> None:  # typ
 
 def test_rows_that_cannot_be_shared_are_refused(packing: Packing) -> None:
     with pytest.raises(UserError, match=r"A batch of 6 rows \(of 16 tokens\) cannot be shared equally by 4 ranks"):
-        Loader(packing, 6, 0, 4)
+        loader_of(packing, 6, world_size=4)
     with pytest.raises(UserError, match="A batch of 0 rows"):
-        Loader(packing, 0)
+        loader_of(packing, 0)
 
 
 def test_only_the_loader_knows_torch() -> None:
@@ -117,12 +105,12 @@ def test_what_a_rollback_passes_over_is_seen_in_no_later_stage(make_shards) -> N
     stages = [CurriculumStage(seq_len=16, until_tokens=3200), CurriculumStage(seq_len=16)]
     timeline, orders = lay_out(stages, seq_len=16, batch_tokens=320), {name: Order(make_shards(LENGTHS), 0) for name in "ab"}
     mixtures, first = [Mixture([9, 1]), Mixture([1, 9])], [{"a": 0, "b": 0}, {"a": 2880, "b": 320}]
-    loaders = [
-        Loader(MixedPacking({name: StreamPacking(orders[name], 16, first_token=at[name]) for name in "ab"}, mixture), 20)
+    packings = [
+        MixedPacking({name: StreamPacking(orders[name], 16, first_token=at[name]) for name in "ab"}, mixture)
         for mixture, at in zip(mixtures, first, strict=True)
     ]
-    loader = StagedLoader(timeline, loaders)
-    ends, starts = loader.packing(timeline.spans[0], 640).tokens(200), loader.packing(timeline.spans[1], 640).tokens(0)
+    loader = Loader(timeline, packings)
+    ends, starts = loader.packing(0, 640).tokens(200), loader.packing(10, 640).tokens(0)
     assert ends == starts == {"a": 2880 + 576, "b": 320 + 576}, "nothing is repeated, nothing else is left out"
     plain = list(islice(loader.batches(0, 640), 2))
-    assert same(plain[0], replace(loaders[0], packing=loaders[0].packing.skipping([36, 36])).batch(0))  # type: ignore[union-attr]
+    assert same(plain[0], make_batch(packings[0].skipping([36, 36]), range(20)))

@@ -4,28 +4,27 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import threading
 import time
-from functools import partial
 from itertools import islice
 
 import numpy as np
 import pytest
-import torch
 
 from osler.checkpoint.folders import folder_name
 from osler.data import order, preparer, stream
-from osler.data.curriculum import lay_out
-from osler.data.loader import Loader, StagedLoader
 from osler.data.mixture import Mixture
 from osler.data.order import Order
 from osler.data.packing import MixedPacking, StreamPacking, WholePacking
 from osler.data.shard_set import NotPreparedYet, ShardSet, evict, num_evicted
-from osler.data.shards import FORMAT_VERSION, ShardWriter
-from osler.data.stream import DiskBudget, wait_for_batches, wait_together
+from osler.data.shards import FORMAT_VERSION, ShardWriter, read_data_manifest
+from osler.data.stream import DiskBudget, wait_for_batches
 from osler.runtime.errors import UserError
+from osler.runtime.files import write_json
 from osler.runtime.stop import AskedToStop, StopFlag
 from osler.runtime.world import World
+from tests.data.loaders import loader_of, same
 
 LENGTHS = np.random.default_rng(0).integers(2, 40, 400).tolist()  # about 170 shards, in windows of 1, 1, 2 ... 64
 SEQ_LEN, VOCAB = 16, 1000
@@ -35,23 +34,22 @@ CHECKPOINT_STEPS = 10
 
 
 class Written:
-    """A preparation that a test drives: the growth of a split, and its end."""
+    """A preparation that a test drives: the growth of a split, its end, and the manifest and the journal beside it."""
 
-    def __init__(self, folder, lengths=LENGTHS, error="") -> None:
-        self.folder, self.lengths, self.error = folder, lengths, error
-        self.finished = False
-        self.writer = ShardWriter(folder, vocab_size=VOCAB, shard_tokens=50)
+    def __init__(self, root, lengths=LENGTHS) -> None:
+        self.folder, self.lengths = root / "notes" / "train", lengths
+        self.writer = ShardWriter(self.folder, vocab_size=VOCAB, shard_tokens=50)
+        self.describe()
 
-    def is_finished(self) -> bool:
-        if self.error:
-            raise UserError(self.error)
-        return self.finished
+    @property
+    def finished(self) -> bool:
+        return self.writer.num_documents == len(self.lengths)
 
-    def describe(self) -> None:
-        """Write what else is in a folder of data: a manifest, and the journal, for sources of a byte per token."""
-        content = {"files": [["notes.txt", sum(self.lengths), ""]]}
-        manifest = {"format_version": FORMAT_VERSION, "sources": {self.folder.parent.name: {"content": content}}}
-        (self.folder.parents[1] / "manifest.json").write_text(json.dumps(manifest))
+    def describe(self, splits=()) -> None:
+        """Write what else is in a folder of data, for a source of a byte per token."""
+        entry = {"content": {"files": [["notes.txt", sum(self.lengths), ""]]}, "splits": dict.fromkeys(splits)}
+        manifest = {"format_version": FORMAT_VERSION, "complete": False, "sources": {"notes": entry}, "validation": {}}
+        write_json(self.folder.parents[1] / "manifest.json", manifest)
         line = {"counts": {"bytes": self.writer.num_tokens}}
         (self.folder.parent / "train.jsonl").write_text(json.dumps(line) + "\n")
 
@@ -62,21 +60,15 @@ class Written:
             self.writer.add([(number * 7 + place) % (VOCAB - 1) + 1 for place in range(self.lengths[number] - 1)] + [0], None, 3)
         if documents is None:
             self.writer.close()
-            self.finished = True
+            self.describe(splits=["train"])
 
     def open(self, *, growing: bool = True) -> ShardSet:
-        growth = self if growing else None
-        return ShardSet(self.folder, vocab_size=VOCAB, tokenizer_fingerprint="", eos_id=0, growth=growth)
+        return ShardSet(self.folder, vocab_size=VOCAB, tokenizer_fingerprint="", eos_id=0, growing=growing)
 
 
-def loader_of(sources, packing=StreamPacking, **settings) -> StagedLoader:
+def mixed(sources, packing=StreamPacking) -> MixedPacking:
     packings = {name: packing(Order(shards, 1), SEQ_LEN, prompt_loss=True) for name, shards in sources.items()}
-    loader = Loader(MixedPacking(packings, Mixture([3, 1][: len(sources)])), 4, **settings)
-    return StagedLoader(lay_out([], seq_len=SEQ_LEN, batch_tokens=4 * SEQ_LEN), [loader])
-
-
-def same(left, right) -> bool:
-    return all(torch.equal(getattr(left, name), getattr(right, name)) for name in ("ids", "labels", "document_ids"))
+    return MixedPacking(packings, Mixture([3, 1][: len(sources)]))
 
 
 def test_a_source_that_rests_needs_no_shard(tmp_path):
@@ -93,7 +85,7 @@ def test_batches_and_metrics_are_those_of_finished_shards(tmp_path, packing, wor
     """Two sources, of which the smaller is read three times; two ranks, which ask whenever a few documents more are there."""
     written = {"large": Written(tmp_path / "large"), "small": Written(tmp_path / "small", LENGTHS[:40])}
     growing = {name: part.open() for name, part in written.items()}
-    loaders = [loader_of(growing, packing, rank=rank, world_size=2, workers=workers) for rank in range(2)]
+    loaders = [loader_of(mixed(growing, packing), 4, rank=rank, world_size=2, workers=workers) for rank in range(2)]
     ranks, found, waits = [loader.batches() for loader in loaders], ([], []), 0
     while len(found[0]) < 150:
         for rank, batches in enumerate(ranks):
@@ -112,16 +104,16 @@ def test_batches_and_metrics_are_those_of_finished_shards(tmp_path, packing, wor
     assert waits > 10
     finished = {name: part.open(growing=False) for name, part in written.items()}
     for rank in range(2):
-        whole = loader_of(finished, packing, rank=rank, world_size=2)
+        whole = loader_of(mixed(finished, packing), 4, rank=rank, world_size=2)
         assert all(same(*pair) for pair in zip(found[rank], islice(whole.batches(), 150), strict=True))
-    assert whole.loaders[0].packing.tokens(600)["small"] > 3 * finished["small"].num_tokens * 0.9
+    assert whole.packings[0].tokens(600)["small"] > 3 * finished["small"].num_tokens * 0.9
     assert all(shards.is_complete for shards in growing.values())
 
 
 @pytest.mark.parametrize("packing", [StreamPacking, WholePacking])
 def test_the_first_window_yields_rows_at_once(tmp_path, packing):
     """One shard is enough for a stream, and for whole documents the knowledge that another one follows."""
-    written = Written(tmp_path / "train")
+    written = Written(tmp_path)
     rows = packing(Order(written.open(), 0), SEQ_LEN)
     with pytest.raises(NotPreparedYet, match="0 tokens so far"):
         rows.row(0)
@@ -134,7 +126,7 @@ def test_the_first_window_yields_rows_at_once(tmp_path, packing):
 
 
 def test_examples_that_do_not_fit_are_told_window_by_window(tmp_path, caplog):
-    written = Written(tmp_path / "train", [30, 5, 30, 30])
+    written = Written(tmp_path, [30, 5, 30, 30])
     shards = written.open()
     for length in written.lengths:
         written.writer.add([1] * length, [0] + [1] * (length - 1), 3)
@@ -147,7 +139,7 @@ def test_examples_that_do_not_fit_are_told_window_by_window(tmp_path, caplog):
 
 
 def test_what_an_evaluation_reads_is_the_head(tmp_path):
-    written = Written(tmp_path / "validation")
+    written = Written(tmp_path)
     growing = written.open()
     with pytest.raises(NotPreparedYet):
         growing.head(2)
@@ -163,9 +155,8 @@ def test_what_an_evaluation_reads_is_the_head(tmp_path):
 def test_a_wait_is_told_and_ends(tmp_path, monkeypatch, caplog):
     caplog.set_level(logging.INFO)
     monkeypatch.setattr(stream, "PATIENCE_SECONDS", 0.0)
-    written = Written(tmp_path / "train")
-    loader = loader_of({"notes": written.open()})
-    batches = wait_for_batches(loader.batches(), list(loader.sources.values()), World())
+    written = Written(tmp_path)
+    batches = wait_for_batches(loader_of(mixed({"notes": written.open()}), 4), range(9), World())
     thread = threading.Thread(target=written.write)
     monkeypatch.setattr(stream.time, "sleep", lambda seconds: thread.start() if thread.ident is None else thread.join())
     assert next(batches).ids.shape == (4, SEQ_LEN)
@@ -175,75 +166,135 @@ def test_a_wait_is_told_and_ends(tmp_path, monkeypatch, caplog):
 
 
 def test_a_preparation_that_died_is_an_error_and_a_stop_ends_a_wait(tmp_path):
-    written = Written(tmp_path / "train")
-    loader = loader_of({"notes": written.open()}, workers=2)
+    def tend(waited: float) -> None:
+        raise UserError("The process that prepares was killed.")
+
+    loader = loader_of(mixed({"notes": Written(tmp_path).open()}), 4, workers=2)
     with StopFlag() as flag, pytest.raises(AskedToStop):
         flag.requested = True
-        next(wait_for_batches(loader.batches(), list(loader.sources.values()), World()))
-    written.error = "The preparation failed: the disk is full."
-    with pytest.raises(UserError, match="the disk is full"):
-        next(wait_for_batches(loader.batches(), list(loader.sources.values()), World()))
-    with pytest.raises(UserError, match="the disk is full"):
-        wait_together(lambda: loader.sources["notes"].head(1), World(), "The evaluation")
+        next(wait_for_batches(loader, range(9), World()))
+    with pytest.raises(UserError, match="was killed"):
+        next(wait_for_batches(loader, range(9), World(), tend))
+
+
+class Ranks(World):
+    """A rank whose peers know the data of three steps more at each vote about steps, until all are prepared."""
+
+    votes = 0
+
+    def all_reduce_min(self, *values):
+        Ranks.votes += 1
+        return [min(value, 3) if 3 < value < stream.ALL_STEPS else value for value in values]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_ranks_agree_on_many_steps_at_once(tmp_path, workers):
+    written, Ranks.votes = Written(tmp_path), 0
+    written.write(300)
+    batches = wait_for_batches(loader_of(mixed({"notes": written.open()}), 4, workers=workers), range(9), Ranks())
+    found = list(islice(batches, 30))
+    assert Ranks.votes == 2 * 10  # whether all have data, and for how many steps
+    written.write()
+    found += islice(batches, 100)  # beyond an epoch
+    assert Ranks.votes < 2 * 20, "what is prepared takes no votes"
+    expected = loader_of(mixed({"notes": written.open(growing=False)}), 4).batches()
+    assert all(same(*pair) for pair in zip(found, expected, strict=False))
+    batches.close()
+
+
+TOKENS = sum(LENGTHS)
 
 
 @pytest.fixture
 def budget(tmp_path, monkeypatch):
-    """A source of about 8,000 tokens that is written while there is room for 5,000; the budget, and the loader of the run."""
+    """A source of about 170 shards that is written while there is room for 60; its loader, and what makes its budget."""
     monkeypatch.setattr(order, "WINDOW_SHARDS", 8)
-    monkeypatch.setattr(preparer, "SHARD_TOKENS", 60)
-    written = Written(tmp_path / "data" / "notes" / "train")
-    loader = loader_of({"notes": written.open()})
-    limit = 5000 * 2
-    room = partial(preparer.wait_for_room, tmp_path / "data", limit, 2)
-    written.writer.before_shard = lambda: (written.describe(), room())
+    written = Written(tmp_path / "data")
+    loader, limit = loader_of(mixed({"notes": written.open()}), 4), 70 * preparer.BLOCK_BYTES
+
+    def before_shard(num_bytes: int) -> None:
+        written.describe()
+        preparer.wait_for_room(tmp_path / "data", limit, num_bytes)
 
     def make(total_tokens: int) -> DiskBudget:
-        settings = {"keep_last": 1, "total_tokens": total_tokens}
-        return DiskBudget(tmp_path / "data", limit / preparer.GIGABYTE, loader, tmp_path / "checkpoints", **settings)
+        plan = {"keep_last": 1, "total_tokens": total_tokens, "spare_tokens": 320}
+        return DiskBudget(tmp_path / "data", limit / preparer.GIGABYTE, loader, tmp_path / "checkpoints", **plan)
 
+    written.writer.before_shard = before_shard
     thread = threading.Thread(target=written.write, daemon=True)
     thread.start()
     yield written, loader, make, limit
+    written.writer.before_shard = lambda num_bytes: None
     evict(written.folder, 10**6)
+    (tmp_path / "data" / preparer.PAUSED).unlink(missing_ok=True)
     thread.join()
 
 
 def save(folder, step: int) -> None:
     for old in folder.glob("*"):
-        old.rmdir()
+        shutil.rmtree(old)
     (folder / folder_name(step)).mkdir(parents=True)
+    (folder / folder_name(step) / "state.json").write_text('{"incidents": {"data_offset": 0}}')
 
 
 def test_a_disk_budget_is_kept_and_changes_no_batch(budget, tmp_path):
     written, loader, make, limit = budget
-    tended, steps = make(sum(LENGTHS)), sum(LENGTHS) // (4 * SEQ_LEN)
-    batches = wait_for_batches(loader.batches(), list(loader.sources.values()), World(), tended.make_room)
-    found = []
+    tended, steps = make(7 * TOKENS // 10), 7 * TOKENS // 10 // (4 * SEQ_LEN)
+    found, batches = [], wait_for_batches(loader, range(steps), World(), tended.make_room)
     for step in range(1, steps + 1):
         found.append(next(batches))
-        assert preparer.shard_bytes(tmp_path / "data") <= limit
+        assert preparer.disk_bytes(tmp_path / "data") <= limit
         if step % CHECKPOINT_STEPS == 0:
             save(tmp_path / "checkpoints", step)
     batches.close()
     whole = Written(tmp_path / "whole")
     whole.write()
-    expected = loader_of({"notes": whole.open(growing=False)}).batches()
+    expected = loader_of(mixed({"notes": whole.open(growing=False)}), 4).batches()
     assert all(same(*pair) for pair in zip(found, expected, strict=False))
     shards = written.open(growing=False)
-    gone = num_evicted(written.folder)
-    assert 0 < gone < shards.num_shards and shards.verify() == [] and shards.fingerprint == whole.open().fingerprint
+    assert 0 < num_evicted(written.folder) < shards.num_shards and shards.verify() == []
     with pytest.raises(UserError, match=r"was deleted to keep within .*, and is needed again"):
-        StreamPacking(Order(shards, 1), SEQ_LEN).row(0)
+        shards.document(0)
 
 
-def test_a_disk_budget_that_cannot_work_is_an_error(budget, tmp_path):
+def test_a_disk_budget_that_cannot_work_is_an_error(budget, tmp_path, monkeypatch):
+    """Nothing is deleted that the run may still need; without news nothing is read again."""
     written, _, make, _ = budget
-    while not (tmp_path / "data" / preparer.PAUSED).exists():
+    paused, reads = tmp_path / "data" / preparer.PAUSED, []
+    while not paused.exists():
         time.sleep(0.01)
-    make(sum(LENGTHS)).make_room(0.0)  # no checkpoint: all is needed, but what is there may be enough to save one
-    with pytest.raises(UserError, match=r"from the oldest checkpoint on, more is needed at once.*save checkpoints more often"):
-        make(sum(LENGTHS)).make_room(stream.STUCK_SECONDS + 1)
-    with pytest.raises(UserError, match=r"the run reads notes 2\.\d times\. All shards take about 1\.\de-05 GB"):
-        make(5 * sum(LENGTHS) // 2).make_room(0.0)
-    assert num_evicted(written.folder) == 0
+    monkeypatch.setattr(stream, "read_data_manifest", lambda folder: reads.append(folder) or read_data_manifest(folder))
+    tended = make(7 * TOKENS // 10)
+    for _ in range(3):  # no checkpoint: all is needed, but what is there may be enough to save one
+        tended.make_room(0.0)
+    assert len(reads) == 1
+    with pytest.raises(UserError, match=r"more is needed at once from the oldest checkpoint on.*save checkpoints more often"):
+        tended.make_room(stream.STUCK_SECONDS + 1)
+    save(tmp_path / "checkpoints", 20)
+    for total in (95 * TOKENS // 100, TOKENS, 3 * TOKENS):  # it is not certain that the source has as many, or certain that not
+        with pytest.raises(UserError, match=r"with what rollbacks pass over, [\d,]+ tokens of notes.* set total_tokens lower"):
+            make(total).make_room(0.0)
+    assert num_evicted(written.folder) == 0 and paused.exists()
+    tended.make_room(0.0)
+    assert num_evicted(written.folder) > 0
+
+
+def test_a_source_that_is_smaller_than_expected_is_told_as_soon_as_it_is_known(tmp_path):
+    written = Written(tmp_path)
+    written.write()
+    evict(written.folder, 2)
+    steps = TOKENS // (4 * SEQ_LEN)
+    loader = loader_of(mixed({"notes": written.open()}), 4)
+    assert loader.batch(20).ids.shape == (4, SEQ_LEN)
+    with pytest.raises(UserError, match=r"reads [\d,]+ tokens of notes, which has [\d,]+, and the first of them were deleted"):
+        next(wait_for_batches(loader, range(20, steps + 1), World()))
+    assert next(wait_for_batches(loader, range(20, steps), World())).ids.shape == (4, SEQ_LEN)
+
+
+@pytest.mark.parametrize("mask", [None, [0, 1, 1]])
+def test_room_is_asked_for_all_of_a_shard(tmp_path, mask):
+    writer, asked = ShardWriter(tmp_path, vocab_size=VOCAB), []
+    writer.before_shard = asked.append
+    writer.add([1, 2, 0], mask, 3)
+    writer.close()
+    assert asked == [(tmp_path / "shard-0000000.bin").stat().st_size] == [4 + 3 * (2 if mask is None else 3)]

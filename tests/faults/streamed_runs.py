@@ -1,6 +1,6 @@
 """A program for test_streaming.py: forks runs that train while their data are being prepared, kills them, and compares.
 
-Prints ``ok <case>`` or ``FAILED <case>: why``.
+``streamed_runs.py RECIPE FOLDER all|budget`` prints ``ok <case>`` or ``FAILED <case>: why``.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 from pathlib import Path
 
 import torch._dynamo  # noqa: F401 - torch.optim loads it, for seconds; here it is loaded once for every fork
@@ -17,11 +18,14 @@ from run_folders import ENDLESS, STOPPED, has_begun, logged, untimed, wait_for
 
 import osler.train.run  # noqa: F401
 from osler.checkpoint import folders
+from osler.data.preparer import disk_bytes
+from osler.data.shard_set import num_evicted
 from osler.runtime import faults
 from osler.runtime.files import is_locked
 
 FAILED = 2
 STREAMING = "data.streaming=true"
+BUDGET_BYTES = 400_000
 SLOW = "write-shard:slow:1-"  # so that training overtakes
 
 
@@ -45,8 +49,17 @@ def assert_same(folder: Path, whole: Path) -> None:
 
 
 def assert_alone(folder: Path) -> None:
-    """The preparation ends with the process that it belongs to."""
+    """The preparation ends with the process that it belongs to, and all of its processes do."""
     wait_for(lambda: not is_locked(folder / "data"))
+    wait_for(lambda: not any(MARK.encode() in environment(process) for process in Path("/proc").glob("[0-9]*")))
+
+
+def environment(process: Path) -> bytes:
+    """What a process was started with; nothing where the system does not tell, or the process has ended."""
+    try:
+        return (process / "environ").read_bytes()
+    except OSError:
+        return b""
 
 
 def streamed(command: list[str], whole: Path, folder: Path, ranks: int) -> None:
@@ -66,6 +79,31 @@ def killed(command: list[str], whole: Path, folder: Path, fault: str, *expected:
     assert_alone(folder)
     assert train([*command, STREAMING], folder, 1) == [0], said(folder, 0)[-2000:]
     assert_same(folder, whole)
+
+
+def within_budget(command: list[str], whole: Path, folder: Path, fault: str) -> None:
+    """A run whose data fit into its budget only in parts, perhaps killed half way: never more of the disk, the same run."""
+    most, ended = [0], threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(0.002):
+            most.append(max(most.pop(), disk_bytes(folder / "data")))
+
+    watching = threading.Thread(target=watch)
+    watching.start()
+    try:
+        words = [*command, STREAMING, f"data.disk_budget_gb={BUDGET_BYTES / 1e9}"]
+        if fault:
+            assert train(words, folder, 1, fault_rank=0, fault=fault) == [-signal.SIGKILL], said(folder, 0)[-2000:]
+            assert_alone(folder)
+        assert train(words, folder, 1) == [0], said(folder, 0)[-2000:]
+    finally:
+        ended.set()
+        watching.join()
+    assert_alone(folder)
+    assert_same(folder, whole)
+    assert num_evicted(folder / "data" / "large" / "train") > 0
+    assert BUDGET_BYTES / 2 < most[0] <= BUDGET_BYTES < disk_bytes(whole / "data"), most
 
 
 def interrupted(command: list[str], folder: Path) -> None:
@@ -100,6 +138,14 @@ def run_all(command: list[str], root: Path) -> None:
     report("ctrl-c", interrupted, command, root / "interrupted")
 
 
+def run_within_budget(command: list[str], root: Path) -> None:
+    whole = root / "whole"
+    assert train(command, whole, 1) == [0], said(whole, 0)[-2000:]
+    report("budget", within_budget, command, whole, root / "budget", "")
+    report("budget, killed", within_budget, command, whole, root / "killed", "train-step:kill:20")
+
+
 if __name__ == "__main__":
-    recipe, folder = sys.argv[1:]
-    run_all(["pretrain", recipe], Path(folder))
+    recipe, folder, which = sys.argv[1:]
+    os.environ["OSLER_TEST"] = MARK = f"{folder}-{os.getpid()}"
+    {"all": run_all, "budget": run_within_budget}[which](["pretrain", recipe], Path(folder))

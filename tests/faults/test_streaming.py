@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 from pathlib import Path
 
@@ -50,7 +51,29 @@ def test_a_streamed_run_is_the_prepared_one(osler, recipe, tmp_path):
 
 @pytest.mark.slow
 def test_streamed_runs(run_cases, recipe, tmp_path):
-    assert run_cases("faults/streamed_runs.py", recipe, tmp_path) == 8
+    assert run_cases("faults/streamed_runs.py", recipe, tmp_path, "all") == 8
+
+
+@pytest.fixture
+def longer(recipe, tmp_path):
+    """48 steps over a part of about 500,000 tokens in 16 files; a checkpoint after each is enough to go on from."""
+    (tmp_path / "large").mkdir()
+    for number in range(16):
+        (tmp_path / "large" / f"{number}.jsonl").write_text(texts(140, number))
+    given = json.loads(recipe.read_text())
+    given["data"]["sources"] = [{"type": "files", "path": str(tmp_path / "large")}]
+    given["validation"] = [{"type": "files", "path": str(tmp_path / "small.jsonl")}]
+    given |= {"batch_tokens": 4096, "recovery": {"max_rollbacks": 0}, "eval_every_tokens": 24 * 4096}
+    given["checkpoint"] = {"every_tokens": 2 * 4096, "keep_last": 1}
+    recipe.write_text(json.dumps(given | {"total_tokens": 48 * 4096}))
+    return recipe
+
+
+def test_a_disk_budget_is_kept(run_cases, longer, tmp_path, monkeypatch):
+    """With shards so small that the data are a hundred of them, from the shared constants of all processes."""
+    small = str(Path(__file__).parent / "small_shards")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [small, os.environ.get("PYTHONPATH")])))
+    assert run_cases("faults/streamed_runs.py", longer, tmp_path, "budget") == 2
 
 
 @pytest.mark.parametrize(
@@ -59,7 +82,8 @@ def test_streamed_runs(run_cases, recipe, tmp_path):
         (["data.sources=[{type: files, path: a.txt, streaming: true}]"], "are of the mixture and not of one of its sources"),
         (["data.disk_budget_gb=1"], "takes data.streaming=true"),
         (["data.streaming=true", "data.disk_budget_gb=1", "packing=whole"], "takes packing=stream"),
-        (["data.streaming=true", "data.disk_budget_gb=0.0001"], "takes up to"),
+        (["data.streaming=true", "data.disk_budget_gb=0.0001"], "takes up to 0.318 GB"),
+        (["data.streaming=true", "data.disk_budget_gb=0.0001", "validation=[{type: clinic}]"], "takes up to 0.00531 GB"),
     ],
 )
 def test_a_stream_that_cannot_work_is_refused_at_the_start(mistake, recipe, tmp_path, given, said):

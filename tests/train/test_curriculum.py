@@ -15,7 +15,7 @@ from osler.cli.main import main
 from osler.config.recipe import load_recipe
 from osler.config.schema import decode, encode
 from osler.data.config import CurriculumStage as Stage
-from osler.data.loader import Batch, StagedLoader
+from osler.data.loader import Batch, Loader
 from osler.data.order import Order
 from osler.data.packing import StreamPacking
 from osler.report.page import build_report
@@ -82,7 +82,7 @@ def test_one_stage_of_the_same_length_is_the_constant_run(tiny, runs, tmp_path):
 
 
 @pytest.fixture
-def staged(config, prepared) -> StagedLoader:
+def staged(config, prepared) -> Loader:
     return make_loader(replace(config, curriculum=STAGES, loader_workers=2), prepared)
 
 
@@ -94,10 +94,7 @@ def test_batches_begin_at_any_step_with_any_ranks_and_workers(config, shards, st
     expected = list(islice(staged.batches(), 12))
     assert [tuple(batch.ids.shape) for batch in expected] == list(zip(ROWS, LENGTHS, strict=True))
     for start in range(12):
-        ranks = [
-            StagedLoader(staged.timeline, [replace(loader, rank=rank, world_size=2, workers=rank) for loader in staged.loaders])
-            for rank in range(2)
-        ]
+        ranks = [replace(staged, rank=rank, world_size=2, workers=rank) for rank in range(2)]
         parts = [list(islice(loader.batches(start), 12 - start)) for loader in ranks]
         for step, batch in enumerate(expected[start:]):
             found = joined([part[step] for part in parts])

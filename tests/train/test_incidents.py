@@ -41,14 +41,14 @@ def values(folder, name="train/loss"):
 def test_the_run_is_the_one_whose_data_never_had_those_batches(make_trainer, fault, tmp_path):
     """NaN in steps 6 and 7: back to step 4, and on with the eighth batch."""
     clean = make_trainer(tmp_path / "clean", **STEADY)
-    batches = clean.batches
+    batches = clean.loader.batches
 
     def without_three(step, skipped):
         for number, batch in enumerate(batches(step, skipped)):
             if number not in (4, 5, 6):
                 yield batch
 
-    clean.batches = without_three
+    clean.loader.batches = without_three
     assert Loop(clean).fit()
     fault("train-loss:nan:6-7")
     trainer = make_trainer(tmp_path / "run", recovery={"max_skipped_steps": 2}, **STEADY)
@@ -185,7 +185,7 @@ def test_bad_data_and_crashes_end_where_bad_data_alone_ends(make_trainer, fault,
 
     def start(folder):
         trainer = make_trainer(folder, evaluate=lambda: {"eval/loss": 5.0 + trainer.step * 37 % 97 / 97}, **settings)
-        loss, batches = trainer.train_step.engine.loss, list(islice(trainer.batches(0, 0), 12))
+        loss, batches = trainer.train_step.engine.loss, list(islice(trainer.loader.batches(0, 0), 12))
         bad = [batches[number].ids for number in (3, 4, 10, 11)]
         trainer.train_step.engine.loss = lambda ids, *rest: loss(ids, *rest) * (math.nan if any(map(ids.equal, bad)) else 1.0)
         return trainer

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
+from osler.data.mixture import Mixture
 from osler.data.order import Order
-from osler.data.packing import WholePacking
+from osler.data.packing import MixedPacking, WholePacking
 from osler.monitor.collect import Collector
 from osler.monitor.config import MonitorConfig
 from osler.train.batches import make_loader
@@ -25,9 +26,10 @@ def clones(model, optimizer):
 @pytest.mark.parametrize("kind", ["pretrain", "sft"])
 def test_gradient_accumulation_is_one_batch(kind, config, prepared, make_step):
     """Micro-batches weigh by their learned tokens, so rows that are mostly prompt or padding count for less."""
-    loader = make_loader(config, prepared).loaders[0]
+    loader = make_loader(config, prepared)
     if kind == "sft":
-        loader = replace(loader, packing=WholePacking(Order(prepared.train[0], 0), config.seq_len))
+        whole = WholePacking(Order(prepared.train[0], 0), config.seq_len)
+        loader = replace(loader, packings=[MixedPacking({"notes": whole}, Mixture([1]))])
     batches = [loader.batch(index) for index in range(5)]
     learned = torch.stack([(batch.labels >= 0).sum(1) for batch in batches])
     assert kind == "pretrain" or (learned.amin(1) < learned.amax(1)).any()
@@ -43,7 +45,7 @@ def test_gradient_accumulation_is_one_batch(kind, config, prepared, make_step):
 
 
 def test_a_step_that_is_not_finite_leaves_no_trace(config, prepared, make_step):
-    loader = make_loader(config, prepared).loaders[0]
+    loader = make_loader(config, prepared)
     model, optimizer, step = make_step(config)
     twin, twin_optimizer, twin_step = make_step(config)
     for each in (step, twin_step):
@@ -67,7 +69,7 @@ def test_a_step_that_is_not_finite_leaves_no_trace(config, prepared, make_step):
 
 def test_document_mask_keeps_documents_apart(config, prepared, make_step):
     """With the mask, what stands in the first document of a row does not change the loss on the others."""
-    batch = make_loader(replace(config, batch_tokens=16 * config.seq_len), prepared).loaders[0].batch(0)
+    batch = make_loader(replace(config, batch_tokens=16 * config.seq_len), prepared).batch(0)
     row = next(index for index in range(16) if 8 < (batch.document_ids[index] == 0).sum() < 50)
     first = batch.document_ids[row] == 0
     labels = batch.labels[row].masked_fill(first, -100)
@@ -84,7 +86,7 @@ def test_document_mask_keeps_documents_apart(config, prepared, make_step):
 
 def test_a_compiled_step_is_not_compiled_again(config, prepared, make_step):
     """The look goes through a twin, so that what torch.compile has guarded is as it was."""
-    batches = [make_loader(config, prepared).loaders[0].batch(index) for index in range(4)]
+    batches = [make_loader(config, prepared).batch(index) for index in range(4)]
     ends = []
     for level in ("off", "full"):
         model, _, step = make_step(config)

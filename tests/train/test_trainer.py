@@ -36,7 +36,7 @@ def test_steps_without_a_token_to_learn_count_nowhere(make_trainer, tmp_path):
     """Two steps of three have rows without a learned token: mean, gradient norm, spike window and looks are of the others."""
     fields = {"log_every_steps": 1, "monitor": MonitorConfig(level="full", full_every_steps=1), "total_tokens": 36 * 256}
     trainer, learned = make_trainer(tmp_path, **fields), []
-    batches = trainer.batches
+    batches = trainer.loader.batches
 
     def mostly_prompts(step, skipped_tokens):
         for number, batch in enumerate(batches(step, skipped_tokens), start=step + 1):
@@ -47,7 +47,7 @@ def test_steps_without_a_token_to_learn_count_nowhere(make_trainer, tmp_path):
                 learned.append(number)
             yield batch
 
-    trainer.batches = mostly_prompts
+    trainer.loader.batches = mostly_prompts
     assert Loop(trainer).fit()
     told = {line["step"]: line for line in logged(tmp_path)}
     for step, line in told.items():
