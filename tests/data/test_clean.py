@@ -375,7 +375,7 @@ def interrupt_after(shards: int) -> Callable[[], None]:
     """Return what raises KeyboardInterrupt before so many shards and one more are written."""
     left = iter(range(shards))
 
-    def before_shard() -> None:
+    def before_shard(num_bytes: int) -> None:
         if next(left, None) is None:
             raise KeyboardInterrupt
 
