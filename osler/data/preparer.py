@@ -140,13 +140,16 @@ def serve() -> int:
     except UserError as error:
         complain(f"osler: {error}")
         return 2
-    except Exception:
-        traceback.print_exc()
-        return 1
     return 0
 
 
 if __name__ == "__main__":
-    code = serve()
-    flush_or_silence()
-    os._exit(code)  # threads of libraries can abort a process whose interpreter shuts down
+    code = 1
+    try:
+        code = serve()
+    except BaseException:
+        traceback.print_exc()
+        raise
+    finally:
+        flush_or_silence()
+        os._exit(code)  # threads of libraries can abort a process whose interpreter shuts down
