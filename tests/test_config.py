@@ -245,18 +245,17 @@ class TestOverrides:
             *(([text], "write key.path=value") for text in ("a", "=1", "a..b=1", ".a=1", "[0]=1", "l[x]=1", "l[0]a=1")),
             (["a=[1"], "not valid YAML"),
             (["a=1", "a.b=2"], "a is not a mapping"),
-            (["a.b=2", "a=1"], "contradicts an earlier override of a key below a"),
             (["l.0=1"], r"l is a list: name an element, as in l\[0\]"),
             (["l[2].x=1"], r"l has no element \[2\]; it has 2, counted from \[0\]"),
             (["a[0]=1"], r"a is not given here; give a=\[...\] as a whole"),
             (["m[0]=1"], "m is no list"),
             (["l[0].x[0]=1"], r"l\[0\].x is no list"),
-            (["l[0].x=1", "l=[]"], "contradicts an earlier override of a key below l"),
+            (["l=[]", "l[0].x=1"], r"l has no element \[0\]"),
         ],
     )
     def test_malformed_ones_are_refused_and_named(self, overrides, said):
         with pytest.raises(UserError, match=f"override `{re.escape(overrides[-1])}`.*{said}"):
-            override({"l": [{"x": 1}, {}], "m": {}}, overrides)
+            override({"l": [{"x": 1}, {}], "m": {"n": 1}}, overrides)
 
     def test_elements_of_lists(self):
         """Their keys come in any order, another type replaces the element, and the recipe stays as it is."""
@@ -266,7 +265,7 @@ class TestOverrides:
         assert override(recipe, overrides)["data"] == {
             "sources": [{"type": "files", "path": "x"}, {"type": "hub", "name": "b", "exams": [{"n": 3}, 2]}], "root": "y",
         }  # fmt: skip
-        assert override(recipe, ["data.sources=[{w: 1}, {w: 2}]", "data.sources[1].w=3"])["data"] == {
+        assert override(recipe, ["data.sources[1].w=3", "data.sources=[{w: 1}, {w: 2}]"])["data"] == {
             "sources": [{"w": 1}, {"w": 3}]
         }
         assert recipe == before

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from osler.config.schema import nearest, shown
+from osler.config.schema import encode, nearest, shown
 from osler.runtime.errors import UserError
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -47,31 +47,26 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = (), *, othe
     return override(_load_file(_find(str(name_or_path), others=others), ()), overrides)
 
 
-class _Elements(dict[int, Any]):
-    """What is to be laid over elements of a list, by their numbers."""
-
-
 def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     """Return ``below`` with ``above`` laid over it; neither is changed."""
-    return {**below, **{key: _laid_over(below.get(key), value) for key, value in above.items()}}
-
-
-def _laid_over(old: Any, new: Any) -> Any:
-    if isinstance(new, _Elements):
-        return [_laid_over(item, new[number]) if number in new else item for number, item in enumerate(old)]
-    if isinstance(old, Mapping) and isinstance(new, Mapping) and new.get("type", old.get("type")) == old.get("type"):
-        return merge(old, new)
-    return new
+    merged = dict(below)
+    for key, value in above.items():
+        old = merged.get(key)
+        if isinstance(old, Mapping) and isinstance(value, Mapping):
+            same = value.get("type", old.get("type")) == old.get("type")
+            value = merge(old, value) if same else value
+        merged[key] = value
+    return merged
 
 
 def override(recipe: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     """Return a recipe changed by ``a.b=value`` texts, whose values are YAML; ``a[0]`` is the first element of a list.
 
-    They become one mapping before they meet the recipe, so that ``optim.lr=1 optim.type=muon`` means the same in either
-    order; the last of two equal paths wins. Raises UserError where a text is malformed, or a path leads through something
-    that is not a mapping, or to an element that is not there.
+    Sections come before what is in them and a ``type`` before other fields, so that ``optim.lr=1 optim.type=muon`` means the
+    same in either order; the last of two equal paths wins. Raises UserError where a text is malformed, or a path leads
+    through something that is not a mapping, or to an element that is not there.
     """
-    tree: Any = {}
+    given = []
     for text in overrides:
         path, equals, value = text.partition("=")
         path = path.strip()
@@ -79,41 +74,38 @@ def override(recipe: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, A
             raise UserError(f"override `{text}`: write key.path=value, for example optim.lr=3e-4 or data.sources[0].weight=2")
         if not value.strip():
             raise UserError(f"override `{text}` has no value: write {path}=null, or {path}='\"\"' for empty text")
-        keys = [int(key[1:-1]) if key.startswith("[") else key for key in _KEY.findall(path)]
+        given.append((_KEY.findall(path), load_yaml(value, f"override `{text}`"), text))
+    changed: dict[str, Any] = encode(recipe)
+    for keys, value, text in sorted(given, key=lambda one: (len(one[0]), one[0][-1] != "type")):
         try:
-            tree = _with(tree, recipe, keys, load_yaml(value, f"override `{text}`"))
+            _set(changed, keys, value)
         except ValueError as error:
             raise UserError(f"override `{text}`: {error}") from None
-    return merge(recipe, tree)
+    return changed
 
 
-def _with(node: Any, below: Any, keys: Sequence[str | int], value: Any, place: str = "") -> Any:
-    """Return ``node``, what is overridden so far at a place of a recipe (None: nothing), with one more value, ``keys`` further.
-
-    ``below`` is what the recipe has there. Raises ValueError where the path does not exist.
-    """
-    if not keys:
-        if isinstance(node, dict) and not isinstance(value, dict):
-            raise ValueError(f"it contradicts an earlier override of a key below {place}")
-        return _laid_over(node, value)
-    key, *further = keys
-    present = below if node is None or isinstance(node, _Elements) else node
-    if isinstance(key, int):
-        if not isinstance(present, list):
-            raise ValueError(f"{place} is {'not given' if present is None else 'no list'} here; give {place}=[...] as a whole")
-        if key >= len(present):
-            raise ValueError(f"{place} has no element [{key}]; it has {len(present)}, counted from [0]")
-        node, inside, name = _Elements() if node is None else node, present[key], f"{place}[{key}]"
-        old = node[key] if isinstance(node, list) else node.get(key)
-    else:
-        if isinstance(present, list):
+def _set(node: Any, keys: Sequence[str], value: Any) -> None:
+    """Lay a value over what a config has at a path; raises ValueError where there is no such path."""
+    place = ""
+    for number, name in enumerate(keys, 1):
+        key: Any = int(name[1:-1]) if name.startswith("[") else name
+        if isinstance(key, int) and not isinstance(node, list):
+            raise ValueError(f"{place} is {'no list' if node else 'not given'} here; give {place}=[...] as a whole")
+        if isinstance(key, int) and key >= len(node):
+            raise ValueError(f"{place} has no element [{key}]; it has {len(node)}, counted from [0]")
+        if isinstance(key, str) and isinstance(node, list):
             raise ValueError(f"{place} is a list: name an element, as in {place}[0], or give {place}=[...] as a whole")
-        if not (node is None or isinstance(node, dict)):
+        if isinstance(key, str) and not isinstance(node, dict):
             raise ValueError(f"{place} is not a mapping; give {place}=... as a whole")
-        node, inside = {} if node is None else node, below.get(key) if isinstance(below, Mapping) else None
-        old, name = node.get(key), f"{place}.{key}" if place else key
-    node[key] = _with(old, inside, further, value, name)
-    return node
+        old = node[key] if isinstance(key, int) else node.get(key)
+        if number == len(keys):
+            if key == "type" and old != value:
+                node.clear()
+            node[key] = merge({name: old}, {name: value})[name]
+        elif old is None:
+            node[key] = {}
+        place += name if isinstance(key, int) else f"{'.' * bool(place)}{name}"
+        node = node[key]
 
 
 def _load_file(path: Path, users: tuple[Path, ...]) -> dict[str, Any]:
