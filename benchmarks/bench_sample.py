@@ -115,7 +115,7 @@ def measure(contestant: str, shape: dict[str, int], dtype_name: str, workload: s
         def call(new_tokens: int) -> int:
             sampling = SamplingParams(max_new_tokens=new_tokens)
             rollout = generate_by_recompute(model, prompts, sampling, samples_per_prompt=samples)
-            return sum(map(len, rollout.completions))
+            return sum(len(row.ids) for row in rollout)
 
     else:
         engine = InferenceEngine(model)
@@ -123,7 +123,7 @@ def measure(contestant: str, shape: dict[str, int], dtype_name: str, workload: s
         def call(new_tokens: int) -> int:
             sampling = SamplingParams(max_new_tokens=new_tokens)
             rollout = engine.generate(prompts, sampling, samples_per_prompt=samples)
-            return sum(map(len, rollout.completions))
+            return sum(len(row.ids) for row in rollout)
 
     call(4)
     seconds = []

@@ -14,6 +14,7 @@ from typing import Literal
 from osler.eval.likelihood import sum_logprobs
 from osler.eval.score import ANSWERED, CUT, TOO_LONG, UNPARSED, Result, ScoredExam, summarise
 from osler.inference.engine import InferenceEngine
+from osler.inference.rows import Request
 from osler.model.transformer import Transformer
 from osler.ops.sampling_params import SamplingParams
 from osler.runtime.errors import UserError
@@ -64,17 +65,15 @@ def score_by_generation(
     results = [Result(item, TOO_LONG, right=False) for item in shown]
     fitting = [(i, encode(question)) for i, question in enumerate(questions) if question is not None]
     fitting.sort(key=lambda pair: -len(pair[1]))
-    for start in range(0, len(fitting), engine.max_rows):
+    ends = replace(sampling, stop_ids=(tokenizer.eos_id,))
+    completed = engine.complete([Request(tuple(prompt), ends, number=i) for i, prompt in fitting])
+    for done, (index, continuation) in enumerate(completed, start=len(shown) - len(fitting) + 1):
+        i = fitting[index][0]
+        results[i] = grade(shown[i], parse_completion(tokenizer, continuation.ids, reasoning=reasoning))
+        if progress:
+            progress(done)
         if asked():  # a trainer that asks all ranks whether to stop makes nothing of this score
             break
-        batch = fitting[start : start + engine.max_rows]
-        rollout = engine.generate(
-            [prompt for _, prompt in batch], replace(sampling, stop_ids=(tokenizer.eos_id,), seed=sampling.seed + start)
-        )
-        for (i, _), ids in zip(batch, rollout.completions, strict=True):
-            results[i] = grade(shown[i], parse_completion(tokenizer, ids, reasoning=reasoning))
-        if progress:
-            progress(len(shown) - len(fitting) + start + len(batch))
     return summarise(results, max_seq_len=longest)
 
 

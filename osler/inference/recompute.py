@@ -8,9 +8,9 @@ from collections.abc import Sequence
 
 import torch
 
-from osler.inference.engine import Rollout, check_prompts
+from osler.inference.rows import Continuation, Request, check_request
 from osler.model.transformer import Transformer
-from osler.ops.sampling import pack_mask, row_uniform, sample
+from osler.ops.sampling import RowSampling, pack_mask, row_uniform, sample
 from osler.ops.sampling_params import SamplingParams
 
 
@@ -22,14 +22,17 @@ def generate_by_recompute(
     *,
     samples_per_prompt: int = 1,
     first_row: int = 0,
-) -> Rollout:
+) -> list[Continuation]:
     """Sample ``samples_per_prompt`` completions of every prompt, recomputing every prefix."""
-    check_prompts(model.config, prompts, sampling)
-    device = next(model.parameters()).device
+    for index, prompt in enumerate(prompts):
+        check_request(model.config, Request(tuple(prompt), sampling), f"Prompt {index}")
+    device, vocab_size = next(model.parameters()).device, model.config.vocab_size
     rows = [list(prompt) for prompt in prompts for _ in range(samples_per_prompt)]
+    parameters = RowSampling.of([sampling], vocab_size, device)
     starts = [len(row) for row in rows]
     logprobs: list[list[float]] = [[] for _ in rows]
     masks: list[list[torch.Tensor]] = [[] for _ in rows]
+    alternatives: list[list[dict[int, float]]] = [[] for _ in rows]
     finished = [False] * len(rows)
     row_B = torch.arange(len(rows), device=device)
     for _ in range(sampling.max_new_tokens):
@@ -39,15 +42,20 @@ def generate_by_recompute(
         ids_BT = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device)
         length_B = torch.tensor([len(row) for row in rows], device=device)
         logits_BV = model.logits(model(ids_BT)[row_B, length_B - 1])
-        u_B = row_uniform(sampling.seed, first_row + row_B, length_B)
-        token_B, logp_B, mask_BV = sample(logits_BV, u_B, sampling)
-        for index, (token, logp) in enumerate(zip(token_B.tolist(), logp_B.tolist(), strict=True)):
+        seen_BV = torch.tensor([[token in row for token in range(vocab_size)] for row in map(set, rows)], device=device)
+        drawn = sample(logits_BV, row_uniform(sampling.seed, first_row + row_B, length_B), parameters, seen_BV)
+        top_BA, index_BA = drawn.scaled_BV.log_softmax(-1).topk(min(sampling.top_logprobs, vocab_size))
+        for index, (token, logp) in enumerate(zip(drawn.token_B.tolist(), drawn.logp_B.tolist(), strict=True)):
             if finished[index]:
                 continue
             rows[index].append(token)
             logprobs[index].append(logp)
             finished[index] = token in sampling.stop_ids
-            if mask_BV is not None:
-                masks[index].append(pack_mask(mask_BV[index]).cpu())
-    completions = [row[start:] for row, start in zip(rows, starts, strict=True)]
-    return Rollout(completions, logprobs, finished, [torch.stack(each) for each in masks] if masks and masks[0] else None)
+            if drawn.mask_BV is not None:
+                masks[index].append(pack_mask(drawn.mask_BV[index]).cpu())
+            if sampling.top_logprobs:
+                alternatives[index].append(dict(zip(index_BA[index].tolist(), top_BA[index].tolist(), strict=True)))
+    return [
+        Continuation(row[start:], logprobs[i], finished[i], torch.stack(masks[i]) if masks[i] else None, alternatives[i])
+        for i, (row, start) in enumerate(zip(rows, starts, strict=True))
+    ]

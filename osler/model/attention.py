@@ -71,12 +71,16 @@ class DecodeAttention:
             self._qk_weight_MH = torch.cat([q_H.expand(self.num_heads, -1), k_H.expand(self.num_kv_heads, -1)]).to(layout.dtype)
 
     def prefill(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache) -> Tensor:
-        """Attend from all tokens of some prompts at once, as ``Attention.forward`` does, and fill the cache with them."""
-        q_BTNH, k_BTKH, v_BTKH = self._project(x_BTD, rope)
-        k_BKTH, v_BKTH = k_BTKH.transpose(1, 2), v_BTKH.transpose(1, 2)
-        cache.k[self.layer].copy_(k_BKTH)
-        cache.v[self.layer].copy_(v_BKTH)
-        out_BNTH = attention(q_BTNH.transpose(1, 2), k_BKTH, v_BKTH, mask=mask)
+        """Attend from the last T tokens of some prompts, as ``Attention.forward`` does from all, and fill the cache with them.
+
+        ``cache`` has exactly as many slots as the prompts have tokens; where these are more than T, ``mask`` (bool, [1, 1, T, S])
+        is needed.
+        """
+        q_BTNH, new_BTKH, new_v_BTKH = self._project(x_BTD, rope)
+        k_BKSH, v_BKSH = cache.k[self.layer], cache.v[self.layer]
+        for stored_BKSH, new in ((k_BKSH, new_BTKH), (v_BKSH, new_v_BTKH)):
+            stored_BKSH[:, :, -x_BTD.shape[1] :] = new.transpose(1, 2)
+        out_BNTH = attention(q_BTNH.transpose(1, 2), k_BKSH, v_BKSH, mask=mask)
         return self._o_proj(out_BNTH.transpose(1, 2).flatten(2))
 
     def step(self, x_BD: Tensor, rope: tuple[Tensor, Tensor], cached: CacheStep) -> Tensor:

@@ -44,36 +44,38 @@ class Decoder:
         dtype = torch.float32 if self.device.type == "cpu" else self.dtype
         return self._cache_class(self.config, rows, slots, dtype, self.device)
 
-    def prefill(self, prompts: Sequence[Sequence[int]], width: int) -> tuple[KVCache, Tensor]:
+    def prefill(self, prompts: Sequence[Sequence[int]], past: KVCache | None = None) -> tuple[KVCache, Tensor]:
         """Return a cache that prompts fill, for ``KVCache.put``, and the logits after their last tokens, [P, V] fp32.
 
-        Prompts are padded on the left to ``width``. They carry their true positions, so nothing else notices the padding.
+        ``past`` is a cache of one row with the first tokens of all prompts, at least one less than each has. Shorter prompts are
+        padded on the right, where causal attention never looks.
         """
-        pads = [width - len(prompt) for prompt in prompts]
-        ids_PT = torch.tensor([[0] * pad + list(prompt) for pad, prompt in zip(pads, prompts, strict=True)], device=self.device)
-        pad_P1 = torch.tensor(pads, device=self.device)[:, None]
-        slot_T = torch.arange(width, device=self.device)
-        mask_P1TT = None
-        if any(pads):
-            # A padded query sees itself, or its softmax would be over nothing and its NaN would reach the values.
-            own_TT = torch.eye(width, dtype=torch.bool, device=self.device)
-            mask_P1TT = ((slot_T[:, None] >= slot_T) & (slot_T >= pad_P1)[:, None] | own_TT)[:, None]
+        start, width = 0 if past is None else past.filled, max(len(prompt) for prompt in prompts)
+        ids_PT = torch.tensor([[*prompt[start:], *[0] * (width - len(prompt))] for prompt in prompts], device=self.device)
+        length_P = torch.tensor([len(prompt) for prompt in prompts], device=self.device)
         cache = self._cache_class(self.config, len(prompts), width, self.dtype, self.device)
-        cache.length_B += width - pad_P1.squeeze(1)
-        position_PT = (slot_T - pad_P1).clamp_min(0)
-        rope, x_PTD = self._rope_at(position_PT), self._embedded(ids_PT)
+        mask_11TS = None
+        if past is not None:
+            cache.put(torch.arange(len(prompts), device=self.device), past, torch.zeros_like(length_P))
+            mask_11TS = torch.ones(1, 1, width - start, width, dtype=torch.bool, device=self.device).tril(start)
+        rope, x_PTD = self._rope_at(torch.arange(start, width, device=self.device)), self._embedded(ids_PT)
         for attention, feed_forward in self._layers:
-            x_PTD = x_PTD + attention.prefill(x_PTD, rope, mask_P1TT, cache)
+            x_PTD = x_PTD + attention.prefill(x_PTD, rope, mask_11TS, cache)
             x_PTD = x_PTD + feed_forward(x_PTD)
-        return cache, self._logits(x_PTD[:, -1])
+        cache.length_B.copy_(length_P)
+        cache.filled = width
+        return cache, self._logits(x_PTD[torch.arange(len(prompts), device=self.device), length_P - start - 1])
 
-    def step(self, token_B: Tensor, cache: KVCache) -> Tensor:
-        """Return the logits after one more token of every row, [B, V] fp32; raises ValueError where the cache is full."""
+    def step(self, token_B: Tensor, cache: KVCache, running_B: Tensor) -> Tensor:
+        """Return the logits after one more token of every row, [B, V] fp32; rows that do not run keep their length.
+
+        A row that runs must have a free slot.
+        """
         rope, cached, x_BD = self._rope_at(cache.length_B), cache.open_step(), self._embedded(token_B)
         for attention, feed_forward in self._layers:
             x_BD = x_BD + attention.step(x_BD, rope, cached)
             x_BD = x_BD + feed_forward(x_BD)
-        cache.close_step()
+        cache.close_step(running_B)
         return self._logits(x_BD)
 
     def _rope_at(self, positions: Tensor) -> tuple[Tensor, Tensor]:

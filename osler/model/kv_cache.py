@@ -1,7 +1,7 @@
 """Keys and values of past tokens, one allocation for many rows that are each at their own position.
 
-A row's tokens are in neighbouring slots, and ``bias_BKS``, which attention adds to its scores, hides all others, so rows begin
-and end at any step. Attention reads as far as the fullest row. Shapes: L layers, B rows, K key/value heads, C = B * K, S slots, H
+``bias_BKS``, which attention adds to its scores, hides the slots that a row has not filled, so rows begin and end at any step.
+Attention reads as far as the fullest row. Shapes: L layers, B rows, K key/value heads, C = B * K, S slots, H
 head size, R some of the rows.
 """
 
@@ -33,7 +33,7 @@ class CacheStep(NamedTuple):
 
 
 class KVCache:
-    """Room for ``rows`` rows of at most ``slots`` tokens each."""
+    """Room for ``rows`` rows. The token at position p of a row is in its slot p; the last slot is for rows that have ended."""
 
     def __init__(self, config: ModelConfig, rows: int, slots: int, dtype: torch.dtype, device: torch.device | str) -> None:
         self.config, self.slots = config, slots
@@ -42,52 +42,42 @@ class KVCache:
         self.bias_BKS = torch.full(shape[1:4], -torch.inf, dtype=dtype, device=device)
         self.length_B = torch.zeros(rows, dtype=torch.int64, device=device)  # tokens of a row: the position of its next
         self._first_BK = torch.arange(0, rows * shape[2] * slots, slots, device=device).view(rows, shape[2])
-        self.slot_BK = self._first_BK.clone()  # where the next token of every row goes, in [C * S]
-        self.filled = 0  # slots of the fullest row, which a step reads
+        self.filled = 0  # no row that runs has more tokens, and a step reads so many slots
 
-    def put(self, row_R: Tensor, prompts: KVCache, from_R: Tensor) -> None:
-        """Start rows with prompts that are in the last slots of another cache; this overwrites the rows' old contents."""
-        width, length_R = prompts.slots, prompts.length_B[from_R]
-        for own, theirs in zip(self.stored, prompts.stored, strict=True):
-            own[:, row_R, :, :width] = theirs[:, from_R].to(own.dtype)
-        slot_S = torch.arange(self.slots, device=length_R.device)
-        hidden_RS = (slot_S < width - length_R[:, None]) | (slot_S >= width)
+    def put(self, row_R: Tensor, other: KVCache, from_R: Tensor) -> None:
+        """Overwrite rows with rows of another cache, which may have another number of slots."""
+        width = min(other.slots, self.slots)
+        for own, theirs in zip(self.stored, other.stored, strict=True):
+            own[:, row_R, :, :width] = theirs[:, from_R, :, :width].to(own.dtype)
+        length_R = other.length_B[from_R]
+        hidden_RS = torch.arange(self.slots, device=length_R.device) >= length_R[:, None]
         self.bias_BKS[row_R] = torch.zeros_like(hidden_RS, dtype=self.k.dtype).masked_fill_(hidden_RS, -torch.inf)[:, None]
         self.length_B[row_R] = length_R
-        self.slot_BK[row_R] = self._first_BK[row_R] + width
-        self._measure()
+        self.filled = max(self.filled, other.filled)
 
-    def select(self, row_R: Tensor) -> KVCache:
-        """Return a new cache with copies of some rows."""
-        chosen = type(self)(self.config, len(row_R), self.slots, self.k.dtype, self.k.device)
-        for copy, original in zip(chosen.stored, self.stored, strict=True):
-            copy[..., : self.filled, :] = original[:, row_R, :, : self.filled]
-        chosen.bias_BKS.copy_(self.bias_BKS[row_R])
-        chosen.length_B.copy_(self.length_B[row_R])
-        chosen.slot_BK += (self.slot_BK - self._first_BK)[row_R]
-        chosen._measure()
-        return chosen
-
-    def _measure(self) -> None:
-        """Find the fullest row. This waits for the device, as callers that change rows have just done anyway."""
-        self.filled = int((self.slot_BK - self._first_BK).amax())
+    def beginning(self, row: int, length: int) -> KVCache:
+        """Return a cache of one row with the first tokens of a row."""
+        part = type(self)(self.config, 1, length, self.k.dtype, self.k.device)
+        for copy, original in zip(part.stored, self.stored, strict=True):
+            copy[:, 0] = original[:, row, :, :length]
+        part.length_B.fill_(length)
+        part.filled = length
+        return part
 
     def open_step(self) -> CacheStep:
         """Make the new token of every row visible to it, and prepare the cache for all layers of a decode step."""
-        if self.filled >= self.slots:
-            raise ValueError(f"all {self.slots} slots of the fullest row are taken")
-        self.filled += 1
-        self.bias_BKS.view(-1).index_fill_(0, self.slot_BK.view(-1), 0.0)
+        self.filled = min(self.filled + 1, self.slots)
+        slot_BK = self._first_BK + self.length_B[:, None]  # in [C * S]
+        self.bias_BKS.view(-1).index_fill_(0, slot_BK.view(-1), 0.0)
         read_k, read_v = (stored[..., : self.filled, :].flatten(1, 2) for stored in self.stored)
         return CacheStep(
             stored=[stored.flatten(1, 3).unbind(0) for stored in self.stored],
             k_CHS=read_k.transpose(2, 3).unbind(0),
             v_CSH=read_v.unbind(0),
-            slot_BK=self.slot_BK,
+            slot_BK=slot_BK,
             bias_C1S=self.bias_BKS[..., : self.filled].flatten(0, 1)[:, None],
         )
 
-    def close_step(self) -> None:
-        """Move every row on by one token."""
-        self.length_B += 1
-        self.slot_BK += 1
+    def close_step(self, running_B: Tensor) -> None:
+        """Move the rows that run on by one token; the others write over their last one in the next step."""
+        self.length_B += running_B

@@ -6,7 +6,11 @@ numbers are a counter-based hash of (seed, row, position) (Salmon et al., 2011, 
 what a row draws depends neither on the rows that share its batch nor on earlier draws. Shapes: B rows, V vocabulary.
 """
 
-from typing import TypeVar
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -45,22 +49,89 @@ def row_uniform(seed: int, row_B: Tensor, position_B: Tensor) -> Tensor:
     return ((word >> 5) * (1 << 26) + (other >> 6)).double() * 2.0**-53
 
 
-def sample(logits_BV: Tensor, u_B: Tensor, sampling: SamplingParams) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Draw one token per row; return (token_B int64, logp_B fp32, mask_BV bool, or None where all tokens could be drawn).
+class RowSampling(NamedTuple):
+    """The sampling parameters of rows, as tensors [B, 1], or [1, 1] where all rows share them.
 
-    ``logits_BV`` is fp32, -inf where a token must never be drawn; ``u_B`` is in [0, 1). ``logp_B`` is at the temperature, over
-    the mask. Temperature 0 takes the likeliest token, ignores top-k and top-p, and reports it at temperature 1.
+    What no row needs is known on the host, so that it is not computed.
     """
-    if sampling.temperature == 0:
-        token_B = logits_BV.argmax(-1)
-        chosen_B = logits_BV.gather(-1, token_B[:, None]).squeeze(-1)
-        return token_B, chosen_B - logits_BV.logsumexp(-1), None
-    scaled_BV = logits_BV if sampling.temperature == 1 else logits_BV / sampling.temperature
-    mask_BV = sampling_mask(scaled_BV, top_k=sampling.top_k, top_p=sampling.top_p)
+
+    temperature_B1: Tensor  # 1 for a greedy row
+    greedy_B1: Tensor
+    top_k_B1: Tensor
+    top_p_B1: Tensor
+    min_p_B1: Tensor
+    penalty_B1: Tensor
+    all_greedy: bool
+    some_greedy: bool
+    is_warm: bool  # whether a row has another temperature than 1
+    truncates: bool
+    most_top_k: int  # V where a row is bounded by its probabilities alone
+    penalises: bool
+
+    @classmethod
+    def of(cls, rows: Sequence[SamplingParams], vocab_size: int, device: torch.device) -> RowSampling:
+        """Collect the parameters of rows."""
+        rows = rows[:1] if len(set(rows)) == 1 else rows
+
+        def column(values: Sequence[float], dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.tensor(values, dtype=dtype, device=device)[:, None]
+
+        greedy = [row.temperature == 0 for row in rows]
+        rows = [replace(row, top_k=None, top_p=1.0, min_p=0.0) if row.temperature == 0 else row for row in rows]
+        top_k = [min(row.top_k or vocab_size, vocab_size) for row in rows]
+        return cls(
+            column([row.temperature or 1.0 for row in rows]),
+            column(greedy, torch.bool),
+            column(top_k, torch.int64),
+            column([row.top_p for row in rows], torch.float64),
+            column([row.min_p for row in rows], torch.float64),
+            column([row.repetition_penalty for row in rows]),
+            all_greedy=all(greedy),
+            some_greedy=any(greedy),
+            is_warm=any(row.temperature not in (0, 1) for row in rows),
+            truncates=any(row.truncates(vocab_size) for row in rows),
+            most_top_k=max(top_k),
+            penalises=any(row.repetition_penalty != 1 for row in rows),
+        )
+
+
+class Drawn(NamedTuple):
+    """One token for every row; ``scaled_BV`` are the logits it was drawn from, -inf outside of the mask."""
+
+    token_B: Tensor  # int64
+    logp_B: Tensor  # fp32
+    mask_BV: Tensor | None  # bool; None where all tokens could be drawn
+    scaled_BV: Tensor
+
+
+def sample(logits_BV: Tensor, u_B: Tensor, sampling: RowSampling, seen_BV: Tensor | None = None) -> Drawn:
+    """Draw one token per row.
+
+    ``logits_BV`` is fp32, -inf where a token must never be drawn; ``u_B`` is in [0, 1); ``seen_BV`` (bool) says which tokens the
+    repetition penalty is for. ``logp_B`` is at the temperature, over the mask. Temperature 0 takes the likeliest token, ignores
+    what truncates, and reports it at temperature 1.
+    """
+    if sampling.penalises and seen_BV is not None:
+        # Keskar et al., 2019 (CTRL), with the correction for logits below zero that everybody uses.
+        penalised_BV = torch.where(logits_BV > 0, logits_BV / sampling.penalty_B1, logits_BV * sampling.penalty_B1)
+        logits_BV = torch.where(seen_BV, penalised_BV, logits_BV)
+    if sampling.all_greedy:
+        return _likeliest(logits_BV)
+    scaled_BV = logits_BV / sampling.temperature_B1 if sampling.is_warm else logits_BV
+    mask_BV = sampling_mask(scaled_BV, sampling)
     if mask_BV is not None:
         scaled_BV = scaled_BV.masked_fill(~mask_BV, -torch.inf)
     token_B, logp_B = _invert(scaled_BV, u_B)
-    return token_B, logp_B, mask_BV
+    if sampling.some_greedy:
+        greedy_B, best = sampling.greedy_B1.squeeze(1), _likeliest(logits_BV)
+        token_B, logp_B = torch.where(greedy_B, best.token_B, token_B), torch.where(greedy_B, best.logp_B, logp_B)
+    return Drawn(token_B, logp_B, mask_BV, scaled_BV)
+
+
+def _likeliest(logits_BV: Tensor) -> Drawn:
+    token_B = logits_BV.argmax(-1)
+    chosen_B = logits_BV.gather(-1, token_B[:, None]).squeeze(-1)
+    return Drawn(token_B, chosen_B - logits_BV.logsumexp(-1), None, logits_BV)
 
 
 def _invert(scaled_BV: Tensor, u_B: Tensor) -> tuple[Tensor, Tensor]:
@@ -92,22 +163,23 @@ def _first_above(end_BN: Tensor, target_B1: Tensor) -> Tensor:
     return torch.minimum(found_B1, last_B1)
 
 
-def sampling_mask(scaled_BV: Tensor, *, top_k: int | None = None, top_p: float = 1.0) -> Tensor | None:
+def sampling_mask(scaled_BV: Tensor, sampling: RowSampling) -> Tensor | None:
     """Return the tokens that may be drawn (bool), or None for all of them; ``scaled_BV`` are logits divided by the temperature.
 
-    They are the ``top_k`` likeliest tokens, and of these, renormalised, the fewest likeliest whose probabilities reach ``top_p``:
-    at least one, and exactly ``top_k`` when only that is given (an arbitrary choice among equal logits at the border).
+    They are the ``top_k`` likeliest tokens, and of these, renormalised, the fewest likeliest whose probabilities reach ``top_p``,
+    without those below ``min_p`` of the likeliest one's: at least one, and exactly ``top_k`` when only that is given (an
+    arbitrary choice among equal logits at the border).
     """
-    vocab = scaled_BV.size(-1)
-    top_k = vocab if top_k is None else min(top_k, vocab)
-    if top_k == vocab and top_p >= 1:
+    if not sampling.truncates:
         return None
-    values_BK, index_BK = scaled_BV.topk(top_k, dim=-1)
-    mask_BK = values_BK > -torch.inf
-    if top_p < 1:
-        probability_BK = values_BK.double().softmax(-1)
-        mask_BK = mask_BK & (probability_BK.cumsum(-1) - probability_BK < top_p)
-        mask_BK[:, 0] = True
+    values_BK, index_BK = scaled_BV.topk(sampling.most_top_k, dim=-1)
+    rank_K = torch.arange(sampling.most_top_k, device=scaled_BV.device)
+    mask_BK = (values_BK > -torch.inf) & (rank_K < sampling.top_k_B1)
+    probability_BK = values_BK.double().masked_fill(~mask_BK, -torch.inf).softmax(-1)
+    # A row without top_p keeps its tail, whose probabilities are lost in the rounding of the sum.
+    reaches_BK = (probability_BK.cumsum(-1) - probability_BK < sampling.top_p_B1) | (sampling.top_p_B1 >= 1)
+    mask_BK &= reaches_BK & (probability_BK >= sampling.min_p_B1 * probability_BK[:, :1])
+    mask_BK[:, 0] = True
     return torch.zeros_like(scaled_BV, dtype=torch.bool).scatter_(-1, index_BK, mask_BK)
 
 

@@ -3,7 +3,7 @@
 import math
 from typing import Annotated
 
-from osler.config.schema import Gt, Le, PositiveInt, config
+from osler.config.schema import Fraction, Gt, Le, NonNegativeInt, PositiveFloat, PositiveInt, config
 
 COLDEST = 1e-30  # a logit divided by less may leave the range of fp32, and what is drawn is not a number
 
@@ -16,6 +16,9 @@ class SamplingParams:
     temperature: float = 1.0  # 0 takes the likeliest token
     top_k: PositiveInt | None = None  # draw from so many likeliest tokens; None: from all
     top_p: Annotated[float, Gt(0), Le(1)] = 1.0  # draw from the fewest likeliest tokens that have this share of the probability
+    min_p: Fraction = 0.0  # draw no token whose probability is below this share of the likeliest one's
+    repetition_penalty: PositiveFloat = 1.0  # above 1, tokens that were in the prompt or were drawn become less likely
+    top_logprobs: NonNegativeInt = 0  # of every drawn token, report so many of the likeliest tokens in its place
     stop_ids: tuple[int, ...] = ()  # tokens that end a row
     seed: int = 0  # the same seed gives a row the same random numbers, whatever shares its batch
 
@@ -24,7 +27,8 @@ class SamplingParams:
 
     def truncates(self, vocab_size: int) -> bool:
         """Return whether tokens are drawn from a part of the vocabulary."""
-        return self.temperature > 0 and (self.top_p < 1 or (self.top_k is not None and self.top_k < vocab_size))
+        bounded = self.top_p < 1 or self.min_p > 0 or (self.top_k is not None and self.top_k < vocab_size)
+        return self.temperature > 0 and bounded
 
 
 def check_temperature(temperature: float) -> None:

@@ -206,15 +206,15 @@ class RolloutWorker:
             first_row=first * size,
         )
         own = [
-            score(tokenizer, asked[first + row // size], ids, logprobs, algorithm)
-            for row, (ids, logprobs) in enumerate(zip(drawn.completions, drawn.logprobs, strict=True))
+            score(tokenizer, asked[first + row // size], completion.ids, completion.logprobs, algorithm)
+            for row, completion in enumerate(drawn)
         ]
-        if drawn.packed_masks is not None:
+        if masked := any(completion.packed_masks is not None for completion in drawn):
             own = [replace(sample, sampled_by_rank=world.rank) for sample in own]
         parts = world.all_gather(own)
-        if drawn.packed_masks is not None:
-            masked = zip(own, drawn.packed_masks, strict=True)
-            parts[world.rank] = [replace(sample, sampling_mask=mask) for sample, mask in masked]
+        if masked:
+            pairs = zip(own, drawn, strict=True)
+            parts[world.rank] = [replace(sample, sampling_mask=completion.packed_masks) for sample, completion in pairs]
         samples = [sample for part in parts for sample in part]
         return [
             Group(prompt, prompt_ids, samples[number * size : (number + 1) * size])

@@ -163,7 +163,7 @@ def test_generate_prints_the_continuation(runs, textbook, capsys):
     tokenizer = textbook.tokenizer
     sampling = SamplingParams(max_new_tokens=12, temperature=0, stop_ids=(tokenizer.eos_id,))
     rollout = InferenceEngine(textbook.model).generate([[tokenizer.eos_id, *tokenizer.encode("A patient")]], sampling)
-    assert out == tokenizer.decode([token for token in rollout.completions[0] if token != tokenizer.eos_id]) + "\n"
+    assert out == tokenizer.decode([token for token in rollout[0].ids if token != tokenizer.eos_id]) + "\n"
     assert cli.main([*arguments, ""]) == 0
     assert len(capsys.readouterr().out) > 1, "an empty prompt is the beginning of a text"
 
@@ -219,7 +219,7 @@ def test_pieces_add_up_to_the_completion(runs, seed, reasoning):
     engine, tokenizer = InferenceEngine(ready.model), ready.tokenizer
     prompt = encode_prompt(tokenizer, "What is it?", reasoning=reasoning)
     sampling = SamplingParams(max_new_tokens=100, temperature=3, stop_ids=(tokenizer.eos_id,), seed=seed)
-    ids = engine.generate([prompt], sampling).completions[0]
+    ids = engine.generate([prompt], sampling)[0].ids
     pieces = list(stream_answer(engine, tokenizer, "What is it?", sampling, reasoning=reasoning))
     assert all(text for _, text in pieces)
     completion = parse_completion(tokenizer, ids, reasoning=reasoning)

@@ -1,16 +1,21 @@
 """The engine against the plain loop that recomputes every prefix, and against itself in every other batch."""
 
 import gc
+import random
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
-from osler.inference.engine import InferenceEngine, Rollout
+from osler.inference.batch import Batch
+from osler.inference.engine import InferenceEngine
 from osler.inference.recompute import generate_by_recompute
+from osler.inference.rows import Capabilities, Continuation, Request
 from osler.model.config import ModelConfig
 from osler.model.decoder import Decoder
+from osler.model.kv_cache import KVCache
 from osler.model.layers import Layout
 from osler.model.transformer import Transformer
 from osler.ops.sampling_params import SamplingParams
@@ -32,7 +37,9 @@ SAMPLING = SamplingParams(max_new_tokens=24, stop_ids=STOP_IDS, seed=5)
 GREEDY = SamplingParams(max_new_tokens=8, temperature=0)
 SETTINGS: dict[str, dict[str, Any]] = {
     "greedy": {"temperature": 0.0}, "plain": {}, "hot": {"temperature": 1.7}, "top-k": {"top_k": 5},
-    "top-p": {"top_p": 0.7, "temperature": 0.8}, "both": {"top_k": 20, "top_p": 0.9},
+    "top-p": {"top_p": 0.7, "temperature": 0.8}, "both": {"top_k": 20, "top_p": 0.9}, "min-p": {"min_p": 0.2},
+    "penalised": {"repetition_penalty": 1.5}, "greedy-penalised": {"repetition_penalty": 1.3, "temperature": 0.0},
+    "alternatives": {"top_logprobs": 3, "top_k": 9},
 }  # fmt: skip
 
 
@@ -45,19 +52,20 @@ def build(config: ModelConfig, seed: int = 0) -> Transformer:
     return model
 
 
-def assert_same(a: Rollout, b: Rollout) -> None:
-    assert a.completions == b.completions
-    assert a.finished == b.finished
-    for x, y in zip(a.logprobs, b.logprobs, strict=True):
-        torch.testing.assert_close(torch.tensor(x), torch.tensor(y), atol=1e-5, rtol=0)
-    assert (a.packed_masks is None) == (b.packed_masks is None)
-    for x, y in zip(a.packed_masks or (), b.packed_masks or (), strict=True):
-        assert torch.equal(x, y)
+def assert_same(a: list[Continuation], b: list[Continuation]) -> None:
+    assert [row.ids for row in a] == [row.ids for row in b]
+    for mine, other in zip(a, b, strict=True):
+        assert mine.finished == other.finished
+        torch.testing.assert_close(torch.tensor(mine.logprobs), torch.tensor(other.logprobs), atol=1e-5, rtol=0)
+        assert (mine.packed_masks is None) == (other.packed_masks is None)
+        if mine.packed_masks is not None and other.packed_masks is not None:
+            assert torch.equal(mine.packed_masks, other.packed_masks)
+        assert mine.top_logprobs == [pytest.approx(top, abs=1e-5) for top in other.top_logprobs]
 
 
 def draw(
     model: Transformer, prompts: list[list[int]] = PROMPTS, *, samples: int = 3, first_row: int = 0, **changes: Any
-) -> Rollout:
+) -> list[Continuation]:
     given = {name: changes.pop(name) for name in ("max_rows", "poll_steps", "dtype") if name in changes}
     sampling = replace(SAMPLING, **changes)
     return InferenceEngine(model, **given).generate(prompts, sampling, samples_per_prompt=samples, first_row=first_row)
@@ -65,9 +73,13 @@ def draw(
 
 def recompute(
     model: Transformer, prompts: list[list[int]] = PROMPTS, *, samples: int = 3, first_row: int = 0, **changes: Any
-) -> Rollout:
+) -> list[Continuation]:
     sampling = replace(SAMPLING, **changes)
     return generate_by_recompute(model, prompts, sampling, samples_per_prompt=samples, first_row=first_row)
+
+
+def ids_of(rows: list[Continuation]) -> list[list[int]]:
+    return [row.ids for row in rows]
 
 
 # ---- against the plain loop
@@ -86,7 +98,7 @@ def test_a_part_of_a_call_draws_what_the_whole_draws() -> None:
     model = build(PLAIN)
     whole = draw(model)
     part = draw(model, prompts=PROMPTS[1:], first_row=3)
-    assert part.completions == whole.completions[3:] != draw(model, prompts=PROMPTS[1:]).completions
+    assert ids_of(part) == ids_of(whole)[3:] != ids_of(draw(model, prompts=PROMPTS[1:]))
     assert_same(part, recompute(model, PROMPTS[1:], first_row=3))
 
 
@@ -98,7 +110,7 @@ def test_a_part_of_a_call_draws_what_the_whole_draws() -> None:
 def test_polling_compaction_and_waves_change_nothing(changes: dict[str, int], name: str) -> None:
     model = build(PLAIN)
     expected = draw(model, samples=6, **SETTINGS[name])
-    lengths = {len(completion) for completion in expected.completions}
+    lengths = {len(row.ids) for row in expected}
     assert len(lengths) > 5, "rows must end at different steps, or compaction is not exercised"
     assert_same(draw(model, samples=6, **changes, **SETTINGS[name]), expected)
 
@@ -108,9 +120,8 @@ def test_samples_of_one_prompt_equal_that_many_prompts() -> None:
     shared = draw(model, PROMPTS[:2], samples=4)
     separate = draw(model, [PROMPTS[0]] * 4 + [PROMPTS[1]] * 4, samples=1)
     assert_same(shared, separate)
-    assert len({tuple(completion) for completion in shared.completions[:4]}) > 1
-    assert draw(model, PROMPTS[:2], samples=4).completions == shared.completions
-    assert draw(model, PROMPTS[:2], samples=4, seed=6).completions != shared.completions
+    assert len({tuple(row.ids) for row in shared[:4]}) > 1
+    assert ids_of(draw(model, PROMPTS[:2], samples=4)) == ids_of(shared) != ids_of(draw(model, PROMPTS[:2], samples=4, seed=6))
 
 
 def test_the_engine_follows_the_weights_of_the_model_and_keeps_no_copy() -> None:
@@ -119,7 +130,7 @@ def test_the_engine_follows_the_weights_of_the_model_and_keeps_no_copy() -> None
     before = engine.generate(PROMPTS, GREEDY)
     model.load_state_dict(build(PLAIN, seed=1).state_dict())
     after = engine.generate(PROMPTS, GREEDY)
-    assert before.completions != after.completions
+    assert ids_of(before) != ids_of(after)
     assert_same(after, InferenceEngine(model).generate(PROMPTS, GREEDY))
     assert not [thing for thing in gc.get_objects() if type(thing) is Decoder]
 
@@ -128,7 +139,7 @@ def test_a_stream_is_the_first_row_of_generate() -> None:
     model = build(PLAIN)
     for prompt in PROMPTS:
         streamed = list(InferenceEngine(model).stream(prompt, SAMPLING))
-        assert streamed == InferenceEngine(model).generate([prompt], SAMPLING).completions[0]
+        assert streamed == InferenceEngine(model).generate([prompt], SAMPLING)[0].ids
     with torch.enable_grad():
         for _ in InferenceEngine(model).stream(PROMPTS[0], SAMPLING):
             assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
@@ -141,13 +152,102 @@ def test_bf16_logprobs_are_near_those_of_a_bf16_forward() -> None:
     low = Transformer(PLAIN, compute_dtype=torch.bfloat16)
     low.load_state_dict(model.state_dict())
     errors = []
-    for row, (completion, logprobs) in enumerate(zip(rollout.completions, rollout.logprobs, strict=True)):
-        prompt = PROMPTS[row // 3]
-        logits = low.logits(low(torch.tensor([prompt + completion])))[0, len(prompt) - 1 : -1]
-        expected = logits.log_softmax(-1).gather(1, torch.tensor(completion)[:, None])[:, 0]
-        errors.append((torch.tensor(logprobs) - expected.detach()).abs())
+    for number, row in enumerate(rollout):
+        prompt = PROMPTS[number // 3]
+        logits = low.logits(low(torch.tensor([prompt + row.ids])))[0, len(prompt) - 1 : -1]
+        expected = logits.log_softmax(-1).gather(1, torch.tensor(row.ids)[:, None])[:, 0]
+        errors.append((torch.tensor(row.logprobs) - expected.detach()).abs())
     assert float(torch.cat(errors).mean()) < 0.03
     assert Decoder(model, Layout(torch.bfloat16, 1)).new_cache(1, 1).k.dtype == torch.float32
+
+
+# ---- rows that join and leave
+
+
+def alone(model: Transformer, request: Request) -> Continuation:
+    return generate_by_recompute(model, [request.prompt], request.sampling, first_row=request.number)[0]
+
+
+def all_of(batch: Batch, steps: int = 3) -> dict[int, Continuation]:
+    found = {}
+    while batch:
+        batch.step(steps)
+        found |= dict(batch.collect())
+    return found
+
+
+def test_no_row_notices_the_others_whatever_they_ask_for_and_whenever_they_come() -> None:
+    """Requests with different prompts, lengths and parameters join at random steps and wait for few rows."""
+    model, rng = build(PLAIN), random.Random(0)
+    requests = []
+    for number in range(24):
+        sampling = replace(
+            SAMPLING, **SETTINGS[rng.choice(list(SETTINGS))], seed=rng.randrange(3), max_new_tokens=rng.randint(1, 20)
+        )
+        stop_ids = tuple(rng.sample(range(50), rng.randrange(5)))
+        prompt = tuple(rng.randrange(50) for _ in range(rng.randint(1, 40)))
+        requests.append(Request(prompt, replace(sampling, stop_ids=stop_ids), number))
+    for max_rows in (1, 5, 64):
+        batch = InferenceEngine(model, max_rows=max_rows).open(60, 20, Capabilities.needed(requests, PLAIN.vocab_size))
+        found: dict[int, Continuation] = {}
+        for request in requests:
+            batch.add(request)
+            if rng.random() < 0.5:
+                batch.step(rng.randrange(4))
+                found |= dict(batch.collect())
+        found |= all_of(batch)
+        assert_same([found[number] for number in range(24)], [alone(model, request) for request in requests])
+
+
+def test_a_prompt_goes_on_from_what_a_row_has_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A conversation in turns, and several prompts with the same worked examples: only what is new runs through the model."""
+    model, taught = build(PLAIN), tuple(range(3, 33))
+    run: list[int] = []
+    prefill = Decoder.prefill
+
+    def counted(decoder: Decoder, prompts: list[tuple[int, ...]], past: KVCache | None = None) -> tuple[KVCache, torch.Tensor]:
+        run.append(sum(map(len, prompts)) - len(prompts) * (past.filled if past else 0))
+        return prefill(decoder, prompts, past)
+
+    monkeypatch.setattr(Decoder, "prefill", counted)
+    sampling = replace(SAMPLING, max_new_tokens=8, stop_ids=())
+    batch = InferenceEngine(model).open(64, 8, Capabilities())
+    batch.add(Request(taught, sampling))
+    first = all_of(batch)[0]
+    follow_up = Request((*taught, *first.ids, 40, 41), sampling, 1)
+    batch.add(follow_up)
+    assert_same([all_of(batch)[1]], [alone(model, follow_up)])
+    others = [Request((*taught, *end), sampling, 2 + number) for number, end in enumerate(([9, 8, 7], [6], [5, 4, 3, 2]))]
+    for request in others:
+        batch.add(request)
+    found = all_of(batch)
+    assert_same([found[number] for number in (2, 3, 4)], [alone(model, request) for request in others])
+    assert run == [30, 3, 3 + 1 + 4], "the last token drawn is in no cache"
+
+
+def test_a_completion_ends_where_its_request_says_however_late_it_is_asked() -> None:
+    model = build(PLAIN)
+    plain = draw(model, PROMPTS[:1], samples=1, stop_ids=())[0]
+
+    def after_the_pair(ids: Sequence[int]) -> int | None:
+        return next((end for end in range(2, len(ids) + 1) if list(ids[end - 2 : end]) == plain.ids[6:8]), None)
+
+    end = after_the_pair(plain.ids)
+    for poll_steps in (1, 5, 16):
+        request = Request(tuple(PROMPTS[0]), replace(SAMPLING, stop_ids=()), ended=after_the_pair)
+        ((_, found),) = InferenceEngine(model, poll_steps=poll_steps).complete([request])
+        assert (found.ids, found.logprobs, found.finished) == (plain.ids[:end], pytest.approx(plain.logprobs[:end]), True)
+
+
+def test_a_batch_refuses_what_it_was_not_made_for() -> None:
+    batch = InferenceEngine(build(PLAIN)).open(40, 8, Capabilities(stop_ids=1))
+    short = SamplingParams(max_new_tokens=8)
+    for prompt, changes in (([1] * 33, {}), ([1], {"max_new_tokens": 9}), ([1], {"stop_ids": (1, 2)}), ([1], {"top_p": 0.5})):
+        with pytest.raises(ValueError, match="the batch has 40 slots"):
+            batch.add(Request(tuple(prompt), replace(short, **changes)))
+    with pytest.raises(UserError, match="The prompt has token id 50"):
+        batch.add(Request((50,), short))
+    assert not batch
 
 
 # ---- ends
@@ -155,24 +255,23 @@ def test_bf16_logprobs_are_near_those_of_a_bf16_forward() -> None:
 
 def test_completions_end_with_their_first_stop_token_or_at_the_limit() -> None:
     rollout = draw(build(PLAIN), samples=8)
-    assert 0 < sum(rollout.finished) < len(rollout.finished)
-    for completion, logprobs, finished in zip(rollout.completions, rollout.logprobs, rollout.finished, strict=True):
-        assert len(completion) == len(logprobs)
-        assert not set(completion[:-1]) & set(STOP_IDS)
-        assert finished == (completion[-1] in STOP_IDS)
-        assert finished or len(completion) == 24
+    assert 0 < sum(row.finished for row in rollout) < len(rollout)
+    for row in rollout:
+        assert len(row.ids) == len(row.logprobs)
+        assert not set(row.ids[:-1]) & set(STOP_IDS)
+        assert row.finished == (row.ids[-1] in STOP_IDS)
+        assert row.finished or len(row.ids) == 24
 
 
 def test_a_stop_on_the_first_and_on_the_last_possible_token_and_the_whole_length() -> None:
     model = build(PLAIN)
-    first = InferenceEngine(model).generate([[1]], GREEDY).completions[0]
+    first = InferenceEngine(model).generate([[1]], GREEDY)[0].ids
     for position in (0, GREEDY.max_new_tokens - 1):
         stop = first[position]
         rollout = InferenceEngine(model, poll_steps=1).generate([[1]], replace(GREEDY, stop_ids=(stop,)))
-        assert rollout.completions[0] == first[: first.index(stop) + 1]
-        assert rollout.finished == [True]
-    assert InferenceEngine(model).generate([[1]], SamplingParams(max_new_tokens=1)).finished == [False]
-    assert InferenceEngine(model).generate([], GREEDY).completions == []
+        assert rollout[0].ids == first[: first.index(stop) + 1] and rollout[0].finished
+    assert not InferenceEngine(model).generate([[1]], SamplingParams(max_new_tokens=1))[0].finished
+    assert InferenceEngine(model).generate([], GREEDY) == []
     whole: dict[str, Any] = {"samples": 1, "max_new_tokens": 14, "stop_ids": ()}  # all 64 places of the model
     assert_same(draw(model, [[1] * 50], **whole), recompute(model, [[1] * 50], **whole))
 
@@ -182,7 +281,7 @@ def test_padding_of_the_vocabulary_is_never_drawn() -> None:
     with torch.no_grad():
         model.lm_head.weight[PLAIN.vocab_size :] *= 100  # would win by far
     rollout = draw(model, stop_ids=(), samples=8, temperature=5.0)
-    assert max(max(completion) for completion in rollout.completions) < PLAIN.vocab_size
+    assert max(max(row.ids) for row in rollout) < PLAIN.vocab_size
     assert_same(draw(build(PLAIN), stop_ids=(), samples=8, temperature=5.0), rollout)
 
 

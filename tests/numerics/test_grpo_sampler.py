@@ -39,8 +39,7 @@ def sample_rows(model, *, sampler=(1.0, None, 1.0), advantage=None):
     sampling = SamplingParams(max_new_tokens=20, temperature=temperature, top_k=top_k, top_p=top_p, stop_ids=tuple(STOPS), seed=5)
     drawn = InferenceEngine(model).generate(prompts, sampling, samples_per_prompt=4)
     values = [0.5, -0.5, 1.0, -1.0] * 3 if advantage is None else [advantage] * 12
-    masks = drawn.packed_masks or [None] * 12
-    return [TrainingRow(prompts[r // 4], ids, drawn.logprobs[r], values[r], masks[r]) for r, ids in enumerate(drawn.completions)]
+    return [TrainingRow(prompts[r // 4], row.ids, row.logprobs, values[r], row.packed_masks) for r, row in enumerate(drawn)]
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)

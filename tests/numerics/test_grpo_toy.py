@@ -51,7 +51,7 @@ def train(*, steps, reward=right_frac):
 
     def true_score():
         questions = [[a, b, c] for a in range(SYMBOLS) for b in range(SYMBOLS) for c in range(SYMBOLS)]
-        completions = draw(questions, 4, seed=10**6).completions
+        completions = [row.ids for row in draw(questions, 4, seed=10**6)]
         return sum(right_frac(c, [*questions[r // 4], END]) for r, c in enumerate(completions)) / len(completions)
 
     before = true_score()
@@ -59,12 +59,12 @@ def train(*, steps, reward=right_frac):
         chance = random.Random(step)
         questions = [[chance.randrange(SYMBOLS) for _ in range(LENGTH)] for _ in range(algorithm.prompts_per_step)]
         drawn = draw(questions, algorithm.samples_per_prompt, seed=step)
-        owner = [row // algorithm.samples_per_prompt for row in range(len(drawn.completions))]
-        rewards = [reward(c, [*questions[q], END]) for c, q in zip(drawn.completions, owner, strict=True)]
+        owner = [row // algorithm.samples_per_prompt for row in range(len(drawn))]
+        rewards = [reward(row.ids, [*questions[q], END]) for row, q in zip(drawn, owner, strict=True)]
         advantages = group_advantages(torch.tensor(rewards).view(len(questions), -1)).flatten().tolist()
         rows = [
-            TrainingRow([*questions[q], GO], drawn.completions[row], drawn.logprobs[row], advantages[row])
-            for row, q in enumerate(owner)
+            TrainingRow([*questions[q], GO], row.ids, row.logprobs, advantage)
+            for row, q, advantage in zip(drawn, owner, advantages, strict=True)
         ]
         update_policy(learner, rows, algorithm, reference=reference)
     return before, true_score()

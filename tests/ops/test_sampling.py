@@ -1,13 +1,14 @@
 """Drawing tokens: the random numbers, the distribution, and what top-k and top-p leave to draw from."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from osler.ops.sampling import pack_mask, row_uniform, sample, sampling_mask, unpack_mask
+from osler.ops.sampling import RowSampling, pack_mask, row_uniform, sample, sampling_mask, unpack_mask
 from osler.ops.sampling_params import COLDEST, SamplingParams
 
 
@@ -15,6 +16,10 @@ def assert_distributed(counts: torch.Tensor, expected: torch.Tensor | float) -> 
     """Chi-square stays below a value that it passes about once in 30,000 (normal approximation)."""
     degrees = len(counts) - 1
     assert float(((counts - expected) ** 2 / expected).sum()) < degrees + 4 * math.sqrt(2 * degrees)
+
+
+def shared(logits: torch.Tensor, **parameters: Any) -> RowSampling:
+    return RowSampling.of([SamplingParams(**parameters)], logits.shape[-1], logits.device)
 
 
 def test_uniforms_are_uniform_in_coarse_and_fine_bits() -> None:
@@ -52,7 +57,7 @@ def test_a_uniform_depends_on_its_triple_only() -> None:
 def test_a_token_is_the_inverse_of_the_cumulative_distribution(vocab: int, temperature: float) -> None:
     logits = torch.randn(500, vocab, generator=torch.Generator().manual_seed(0)) * 3
     u = row_uniform(5, torch.arange(500), torch.zeros(1, dtype=torch.int64))
-    token, logp, mask = sample(logits, u, SamplingParams(temperature=temperature))
+    token, logp, mask, _ = sample(logits, u, shared(logits, temperature=temperature))
     expected = (logits.double() / temperature).softmax(-1)
     assert mask is None and torch.equal(token, (expected.cumsum(-1) <= u[:, None]).sum(-1))
     torch.testing.assert_close(logp, expected.log().gather(1, token[:, None])[:, 0].float(), atol=1e-5, rtol=0)
@@ -62,20 +67,20 @@ def test_impossible_tokens_are_never_drawn_at_either_end_of_the_unit_interval() 
     logits = torch.full((4, 200), -torch.inf)
     logits[:, [3, 100, 150]] = torch.tensor([0.0, 1.0, -20.0])
     u = torch.tensor([0.0, 1 - 2**-53, 0.5, 1 - 2**-24], dtype=torch.float64)
-    token, logp, _ = sample(logits, u, SamplingParams())
+    token, logp, _, _ = sample(logits, u, shared(logits))
     assert token[0] == 3 and token[1] == 150
     assert bool(torch.isin(token, torch.tensor([3, 100, 150])).all()) and bool(logp.isfinite().all())
 
 
 def test_the_coldest_temperature_takes_the_likeliest() -> None:
     logits = 50 * torch.randn(8, 130)
-    token, logp, _ = sample(logits, torch.rand(8), SamplingParams(temperature=COLDEST, top_p=0.9))
+    token, logp, _, _ = sample(logits, torch.rand(8), shared(logits, temperature=COLDEST, top_p=0.9))
     assert torch.equal(token, logits.argmax(-1)) and torch.equal(logp, torch.zeros(8))
 
 
 def test_temperature_zero_takes_the_likeliest_and_reports_it_at_temperature_one() -> None:
     logits = torch.randn(8, 40, generator=torch.Generator().manual_seed(1))
-    token, logp, mask = sample(logits, torch.rand(8), SamplingParams(temperature=0, top_k=3, top_p=0.5))
+    token, logp, mask, _ = sample(logits, torch.rand(8), shared(logits, temperature=0, top_k=3, top_p=0.5))
     assert torch.equal(token, logits.argmax(-1)) and mask is None
     torch.testing.assert_close(logp, logits.log_softmax(-1).amax(-1))
 
@@ -93,7 +98,7 @@ def test_mask_is_the_smallest_of_the_likeliest(
 ) -> None:
     logits = torch.randn(5, vocab, generator=torch.Generator().manual_seed(seed)) * 3
     u = row_uniform(seed, torch.arange(5), torch.zeros(1, dtype=torch.int64))
-    token, logp, mask = sample(logits, u, SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p))
+    token, logp, mask, _ = sample(logits, u, shared(logits, temperature=temperature, top_k=top_k, top_p=top_p))
     if mask is None:
         assert (top_k is None or top_k >= vocab) and top_p == 1
         return
@@ -115,9 +120,9 @@ def test_mask_is_the_smallest_of_the_likeliest(
 
 def test_top_p_counts_what_top_k_left_and_equal_logits_leave_exactly_k() -> None:
     logits = torch.tensor([[0.4, 0.3, 0.2, 0.1]]).log()
-    assert sampling_mask(logits, top_k=2, top_p=0.5).tolist() == [[True, False, False, False]]
-    assert sampling_mask(logits, top_p=0.5).tolist() == [[True, True, False, False]]
-    assert sampling_mask(torch.zeros(3, 10), top_k=4).sum(-1).tolist() == [4, 4, 4]
+    assert sampling_mask(logits, shared(logits, top_k=2, top_p=0.5)).tolist() == [[True, False, False, False]]
+    assert sampling_mask(logits, shared(logits, top_p=0.5)).tolist() == [[True, True, False, False]]
+    assert sampling_mask(torch.zeros(3, 10), shared(torch.zeros(3, 10), top_k=4)).sum(-1).tolist() == [4, 4, 4]
 
 
 @settings(max_examples=30, deadline=None)

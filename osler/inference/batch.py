@@ -1,0 +1,194 @@
+"""Rows that decode together: requests join and leave while others run, and no row notices which others share its batch.
+
+Every row has its own position in the key/value cache, its own sampling parameters and its own random numbers, which belong to
+(seed, row number, position). What a finished row leaves in the cache stays until its place is needed: a prompt that begins with
+the same tokens, as the next turn of a conversation or an exam with worked examples does, goes on from there. The host looks at
+the rows in ``collect`` and ``so_far`` only; no step waits for the device. Shapes: P prompts, R some rows.
+"""
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from osler.inference.rows import Capabilities, Continuation, Request, Rows, check_request
+from osler.model.decoder import Decoder
+from osler.model.kv_cache import KVCache
+from osler.ops.sampling import RowSampling
+from osler.ops.sampling_params import SamplingParams
+
+_PREFILL_TOKENS = 16_384  # prompts run through the model so many tokens at a time
+_WORTH_SHARING = 16  # tokens at least, and half of the prompt
+
+Prompt = tuple[int, ...]
+
+
+@dataclass
+class _Place:
+    """What the host knows of a row."""
+
+    number: int = -1
+    request: Request | None = None  # None: the row is free
+    drawn: int = 0  # tokens at most
+    tokens: Prompt = ()  # those whose keys and values are in the cache
+
+
+class Batch:
+    """At most ``max_rows`` rows of at most ``slots`` tokens, ``new_tokens`` of them drawn; other requests wait their turn.
+
+    It has as many rows as it needs: it grows when requests wait, and shrinks to a power of two when half of its rows are free.
+    """
+
+    def __init__(self, decoder: Decoder, slots: int, new_tokens: int, max_rows: int, can: Capabilities) -> None:
+        self.decoder, self.slots, self.new_tokens, self.max_rows, self.can = decoder, slots, new_tokens, max_rows, can
+        self._waiting: deque[tuple[int, Request]] = deque()
+        self._num_added = 0
+        self._places: list[_Place] = []
+        self._cache: KVCache
+        self._rows: Rows
+        self._resize([], 0)
+
+    def __bool__(self) -> bool:
+        """Whether there is a request that was not collected."""
+        return bool(self._waiting) or any(place.request is not None for place in self._places)
+
+    def add(self, request: Request) -> int:
+        """Let a request wait for a row; return the number under which ``collect`` returns what was drawn for it.
+
+        Raises UserError where ``check_request`` does, and ValueError when the batch was not made for such requests.
+        """
+        check_request(self.decoder.config, request)
+        new_tokens, needed = request.sampling.max_new_tokens, Capabilities.needed([request], self.decoder.config.vocab_size)
+        if new_tokens > self.new_tokens or len(request.prompt) + new_tokens > self.slots or not self.can.cover(needed):
+            raise ValueError(
+                f"{len(request.prompt)} + {new_tokens} tokens with {needed}: the batch has {self.slots} slots, draws "
+                f"{self.new_tokens} and has {self.can}"
+            )
+        self._waiting.append((self._num_added, request))
+        self._num_added += 1
+        return self._num_added - 1
+
+    @torch.inference_mode()
+    def step(self, count: int = 1) -> None:
+        """Let waiting requests join, each with its first token, and then draw ``count`` more tokens for every row that runs."""
+        self._join()
+        left = max((place.request.sampling.max_new_tokens - place.drawn for place in self._places if place.request), default=0)
+        for _ in range(min(count, left)):
+            self._rows.draw(self.decoder.step(self._rows.token_B, self._cache, self._rows.running_B), self._sampling)
+        for place in self._places:
+            place.drawn += min(count, left)
+
+    def so_far(self, number: int, start: int = 0) -> list[int]:
+        """Return the tokens from ``start`` on that were drawn for a request that has joined; this waits for the device."""
+        row = next(row for row, place in enumerate(self._places) if place.request is not None and place.number == number)
+        tokens: list[int] = self._rows.tokens_BN[row, start : int(self._rows.drawn_B[row])].tolist()
+        return tokens
+
+    @torch.inference_mode()
+    def collect(self) -> list[tuple[int, Continuation]]:
+        """Return the numbers and completions of the requests that have ended, and free their rows; this waits for the device."""
+        running, drawn = self._rows.running_B.tolist(), self._rows.drawn_B.tolist()
+        kept: dict[int, int | None] = {}
+        for row, place in enumerate(self._places):
+            place.drawn = drawn[row]
+            if (request := place.request) is not None:
+                keep = request.ended(self._rows.tokens_BN[row, : drawn[row]].tolist()) if request.ended else None
+                if keep is not None or not running[row]:
+                    kept[row] = keep
+        if not kept:
+            return []
+        row_R, places = torch.tensor(list(kept), device=self.decoder.device), [self._places[row] for row in kept]
+        requests = [place.request for place in places if place.request is not None]
+        found = self._rows.continuations(row_R, requests, list(kept.values()))
+        self._rows.running_B[row_R] = False
+        for place, continuation in zip(places, found, strict=True):
+            place.tokens, place.request = (*place.tokens, *continuation.ids[:-1]), None  # the last token is in no cache
+        self._shrink()
+        return [(place.number, continuation) for place, continuation in zip(places, found, strict=True)]
+
+    def _shrink(self) -> None:
+        """Let attention read as far as the rows that run need, and give up rows when half of them are free and nothing waits."""
+        busy = [row for row, place in enumerate(self._places) if place.request is not None]
+        self._cache.filled = max((len(self._places[row].tokens) + self._places[row].drawn - 1 for row in busy), default=0)
+        size = 1 << max(len(busy) - 1, 0).bit_length()
+        if busy and size < len(self._places) and not self._waiting:
+            free = [row for row, place in enumerate(self._places) if place.request is None]
+            self._resize([*busy, *free[: size - len(busy)]], size)
+
+    def _resize(self, keep: Sequence[int], size: int) -> None:
+        """Move some rows into new tensors for ``size`` rows, of which they are the first."""
+        decoder, device = self.decoder, self.decoder.device
+        cache = decoder.new_cache(size, self.slots)
+        rows = Rows(size, self.new_tokens, self.can, decoder.config.vocab_size, device)
+        if keep:
+            from_R, to_R = torch.tensor(keep, device=device), torch.arange(len(keep), device=device)
+            cache.put(to_R, self._cache, from_R)
+            rows.put(to_R, self._rows, from_R)
+        self._places = [*(self._places[row] for row in keep), *(_Place() for _ in range(size - len(keep)))]
+        self._cache, self._rows = cache, rows
+        self._collect_sampling()
+
+    def _collect_sampling(self) -> None:
+        """Note the sampling parameters of all rows; a free row takes those of another, so that it asks for nothing of its own."""
+        given = [place.request.sampling if place.request else None for place in self._places]
+        some = next((sampling for sampling in given if sampling), SamplingParams())
+        self._sampling = self._sampling_of([sampling or some for sampling in given] or [some])
+
+    def _sampling_of(self, rows: Sequence[SamplingParams]) -> RowSampling:
+        return RowSampling.of(rows, self.decoder.config.vocab_size, self.decoder.device)
+
+    def _join(self) -> None:
+        """Give rows to waiting requests: run their prompts through the model and draw their first tokens."""
+        busy, size = sum(place.request is not None for place in self._places), len(self._places)
+        wanted = min(busy + len(self._waiting), self.max_rows)
+        if wanted > size:
+            self._resize(range(size), max(wanted, min(2 * size, self.max_rows)))
+        free = [row for row, place in enumerate(self._places) if place.request is None][: len(self._waiting)]
+        if not free:
+            return
+        joining = [self._waiting.popleft() for _ in free]
+        requests = [request for _, request in joining]
+        device, vocab_size = self.decoder.device, self.decoder.config.vocab_size
+        distinct = {prompt: index for index, prompt in enumerate(dict.fromkeys(request.prompt for request in requests))}
+        prompt_R, row_R = (torch.tensor(v, device=device) for v in ([distinct[request.prompt] for request in requests], free))
+        logits_PV, filled = torch.empty(len(distinct), vocab_size, device=device), []
+        for prompts, past in self._prefills(list(distinct)):
+            index_P = torch.tensor([distinct[prompt] for prompt in prompts], device=device)
+            cache, logits_PV[index_P] = self.decoder.prefill(prompts, past)
+            filled.append((index_P, cache))
+        for index_P, cache in filled:  # only now, because prompts may go on from rows that are overwritten
+            own_R, from_R = (prompt_R[:, None] == index_P).nonzero(as_tuple=True)
+            self._cache.put(row_R[own_R], cache, from_R)
+        rows = Rows(len(free), self.new_tokens, self.can, vocab_size, device)
+        rows.begin(requests)
+        rows.draw(logits_PV[prompt_R], self._sampling_of([request.sampling for request in requests]))
+        self._rows.put(row_R, rows, torch.arange(len(free), device=device))
+        for row, (number, request) in zip(free, joining, strict=True):
+            self._places[row] = _Place(number, request, 1, request.prompt)
+        self._collect_sampling()
+
+    def _prefills(self, prompts: Sequence[Prompt]) -> Iterator[tuple[list[Prompt], KVCache | None]]:
+        """Split prompts into those that run through the model together, each part with the beginning that a row has of it."""
+        rows_by_beginning: dict[Prompt, list[int]] = {}
+        for row, place in enumerate(self._places):
+            rows_by_beginning.setdefault(place.tokens[:_WORTH_SHARING], []).append(row)
+        parts: dict[int | None, list[Prompt]] = {}
+        shared: dict[int | None, int] = {}
+        for prompt in prompts:
+            rows = rows_by_beginning.get(prompt[:_WORTH_SHARING], [])
+            count, best = max(((_num_equal(prompt[:-1], self._places[row].tokens), row) for row in rows), default=(0, -1))
+            of = best if count >= max(_WORTH_SHARING, len(prompt) // 2) else None
+            parts.setdefault(of, []).append(prompt)
+            shared[of] = min(shared.get(of, count), count)
+        for of, own in parts.items():
+            past = None if of is None else self._cache.beginning(of, shared[of])
+            chunk = max(_PREFILL_TOKENS // (max(map(len, own)) - (past.filled if past else 0)), 1)
+            for start in range(0, len(own), chunk):
+                yield own[start : start + chunk], past
+
+
+def _num_equal(first: Prompt, second: Prompt) -> int:
+    """Return with how many equal tokens both begin."""
+    shorter = min(len(first), len(second))
+    return next((index for index in range(shorter) if first[index] != second[index]), shorter)

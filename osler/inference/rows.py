@@ -1,0 +1,182 @@
+"""The state of rows that are sampled together, on the device: what was drawn, what they may still draw, and when they end.
+
+The first dimension of every tensor is the row. Shapes: B rows, R some of them, N new tokens, K stop tokens, A alternatives, V
+vocabulary, E bytes of a packed mask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from osler.model.config import ModelConfig
+from osler.ops.sampling import RowSampling, pack_mask, row_uniform, sample
+from osler.ops.sampling_params import SamplingParams
+from osler.runtime.errors import UserError
+
+
+class Request(NamedTuple):
+    """A prompt to continue; its random numbers belong to ``number``.
+
+    ``ended`` knows ends that are no stop token. It is called now and then with all that was drawn, and returns how many tokens to
+    keep where the completion ends with them, else None.
+    """
+
+    prompt: tuple[int, ...]
+    sampling: SamplingParams
+    number: int = 0
+    ended: Callable[[Sequence[int]], int | None] | None = None
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """What was drawn after a prompt, the stop token included; ``finished`` is False where the length limit cut it.
+
+    ``logprobs`` are those that the tokens were drawn with: at the sampling temperature, over the sampling mask (greedy: at
+    temperature 1, over the vocabulary). ``packed_masks`` are these masks by ``pack_mask``, uint8 [tokens, E] on the CPU; None
+    when every token could be drawn. ``top_logprobs`` are the likeliest tokens in the place of each, with their log-probabilities.
+    """
+
+    ids: list[int]
+    logprobs: list[float]
+    finished: bool
+    packed_masks: Tensor | None = None
+    top_logprobs: list[dict[int, float]] = field(default_factory=list)
+
+
+class Capabilities(NamedTuple):
+    """What the requests of a batch may ask for; ``stop_ids`` and ``top_logprobs`` are the most that one of them has."""
+
+    stop_ids: int = 0
+    truncates: bool = False
+    penalises: bool = False
+    top_logprobs: int = 0
+
+    def cover(self, other: Capabilities) -> bool:
+        """Return whether requests that need ``other`` find all of it."""
+        return all(own >= asked for own, asked in zip(self, other, strict=True))
+
+    @classmethod
+    def needed(cls, requests: Sequence[Request], vocab_size: int) -> Capabilities:
+        """Return what these requests ask for."""
+        each = {request.sampling for request in requests}
+        return cls(
+            max((len(sampling.stop_ids) for sampling in each), default=0),
+            any(sampling.truncates(vocab_size) for sampling in each),
+            any(sampling.repetition_penalty != 1 for sampling in each),
+            max((min(sampling.top_logprobs, vocab_size) for sampling in each), default=0),
+        )
+
+
+def check_request(config: ModelConfig, request: Request, name: str = "The prompt") -> None:
+    """Raise UserError for what the model cannot continue, naming the prompt and the numbers."""
+    prompt, new_tokens = request.prompt, request.sampling.max_new_tokens
+    room = config.max_seq_len - len(prompt)
+    if not prompt:
+        raise UserError(f"{name} is empty: give at least one token, for example the end-of-text token.")
+    if new_tokens > room:
+        raise UserError(
+            f"{name} has {len(prompt)} tokens and {new_tokens} new ones were asked for, but the model was built for "
+            f"max_seq_len {config.max_seq_len}: shorten the prompt or ask for at most {max(room, 0)} tokens."
+        )
+    if unknown := [token for token in (min(prompt), max(prompt)) if not 0 <= token < config.vocab_size]:
+        raise UserError(
+            f"{name} has token id {unknown[0]}, and the model's vocabulary has ids 0 to {config.vocab_size - 1}; "
+            "is this prompt from another tokenizer?"
+        )
+
+
+class Rows:
+    """Rows that draw at most ``new_tokens`` tokens each; none runs before ``begin``."""
+
+    def __init__(self, rows: int, new_tokens: int, can: Capabilities, vocab_size: int, device: torch.device) -> None:
+        def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
+            return torch.zeros(rows, *shape, dtype=dtype, device=device)
+
+        self.vocab_size = vocab_size
+        places = new_tokens + 1  # finished rows write behind their end
+        self.token_B = zeros()  # drawn last, not yet in the cache
+        self.running_B = zeros(dtype=torch.bool)
+        self.drawn_B, self.limit_B, self.stop_BK = zeros(), zeros(), zeros(can.stop_ids)
+        self.uniform_BN = zeros(places, dtype=torch.float64)  # the random number of every token to come
+        self.tokens_BN, self.logprobs_BN = zeros(places), zeros(places, dtype=torch.float32)
+        self.masks_BNE = zeros(places, -(-vocab_size // 8), dtype=torch.uint8) if can.truncates else None
+        self.seen_BV = zeros(vocab_size, dtype=torch.bool) if can.penalises else None
+        self.top_ids_BNA = zeros(places, can.top_logprobs)
+        self.top_logprobs_BNA = zeros(places, can.top_logprobs, dtype=torch.float32)
+
+    def begin(self, requests: Sequence[Request]) -> None:
+        """Prepare every row for the first token of its request."""
+        device = self.token_B.device
+        self.running_B.fill_(True)
+        self.limit_B.copy_(torch.tensor([request.sampling.max_new_tokens for request in requests]))
+        stops = [request.sampling.stop_ids for request in requests]
+        self.stop_BK.copy_(torch.tensor([[*ids, *[-1] * (self.stop_BK.shape[1] - len(ids))] for ids in stops]))
+        number_B1 = torch.tensor([[request.number] for request in requests], device=device)
+        length_B1 = torch.tensor([[len(request.prompt)] for request in requests], device=device)
+        position_BN = length_B1 + torch.arange(self.tokens_BN.shape[1], device=device)
+        seeds = [request.sampling.seed for request in requests]
+        for seed in set(seeds):
+            own_R = torch.tensor([row for row, other in enumerate(seeds) if other == seed], device=device)
+            self.uniform_BN[own_R] = row_uniform(seed, number_B1[own_R], position_BN[own_R])
+        if self.seen_BV is not None:
+            for row, request in enumerate(requests):
+                self.seen_BV[row, torch.tensor(request.prompt, device=device)] = True
+
+    def put(self, row_R: Tensor, other: Rows, from_R: Tensor) -> None:
+        """Overwrite rows with rows of another."""
+        for name, own in vars(self).items():
+            if isinstance(own, Tensor):
+                own[row_R] = getattr(other, name)[from_R]
+
+    def draw(self, logits_BV: Tensor, sampling: RowSampling) -> None:
+        """Draw one token for every row and store it; no host sync."""
+        place_B1 = self.drawn_B[:, None]
+        drawn = sample(logits_BV, self.uniform_BN.gather(1, place_B1).squeeze(1), sampling, self.seen_BV)
+        self.token_B = drawn.token_B
+        token_B1 = drawn.token_B[:, None]
+        self.tokens_BN.scatter_(1, place_B1, token_B1)
+        self.logprobs_BN.scatter_(1, place_B1, drawn.logp_B[:, None])
+        if self.masks_BNE is not None and drawn.mask_BV is not None:
+            _store(self.masks_BNE, place_B1, pack_mask(drawn.mask_BV))
+        if self.seen_BV is not None:
+            self.seen_BV.scatter_(1, token_B1, True)
+        if count := self.top_ids_BNA.shape[-1]:
+            top_BA, index_BA = drawn.scaled_BV.topk(count, dim=-1)
+            _store(self.top_ids_BNA, place_B1, index_BA)
+            _store(self.top_logprobs_BNA, place_B1, top_BA - drawn.scaled_BV.logsumexp(-1, keepdim=True))
+        self.drawn_B += self.running_B
+        self.running_B = self.running_B & (self.drawn_B < self.limit_B) & (token_B1 != self.stop_BK).all(-1)
+
+    def continuations(self, row_R: Tensor, requests: Sequence[Request], kept: Sequence[int | None]) -> list[Continuation]:
+        """Return what the requests of some rows have drawn, or as much of it as is ``kept``; this waits for the device."""
+        drawn = self.drawn_B[row_R].tolist()
+        tokens, logprobs, top_ids, top_logprobs = (
+            tensor[row_R, : max(drawn)].tolist()
+            for tensor in (self.tokens_BN, self.logprobs_BN, self.top_ids_BNA, self.top_logprobs_BNA)
+        )
+        masks = None if self.masks_BNE is None else self.masks_BNE[row_R, : max(drawn)].cpu()
+        found = []
+        for row, (request, keep) in enumerate(zip(requests, kept, strict=True)):
+            count, sampling = drawn[row] if keep is None else keep, request.sampling
+            alternatives = (
+                list(zip(top_ids[row][:count], top_logprobs[row][:count], strict=True)) if sampling.top_logprobs else []
+            )
+            found.append(
+                Continuation(
+                    tokens[row][:count],
+                    logprobs[row][:count],
+                    keep is not None or tokens[row][count - 1] in sampling.stop_ids,
+                    masks[row, :count].clone() if masks is not None and sampling.truncates(self.vocab_size) else None,
+                    [dict(zip(ids[: sampling.top_logprobs], logps, strict=False)) for ids, logps in alternatives],
+                )
+            )
+        return found
+
+
+def _store(values_BNX: Tensor, place_B1: Tensor, new_BX: Tensor) -> None:
+    values_BNX.scatter_(1, place_B1[..., None].expand(-1, 1, new_BX.shape[-1]), new_BX[:, None])
