@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from typing import Any, NamedTuple
 
 from osler.runtime.errors import UserError
@@ -41,7 +42,11 @@ TOKENIZER = "a tokenizer.json, GPT-2's vocab.bpe, or a folder with one"
 SAMPLING = (
     option("--max-new-tokens", type=int, default=200, metavar="N", help="stop after so many tokens (default: 200)"),
     option("--temperature", type=float, default=0.7, metavar="T", help="0 always takes the likeliest (default: 0.7)"),
+    option("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens (default: from all)"),
     option("--top-p", type=float, default=0.95, metavar="P", help="leave out the unlikely rest (default: 0.95)"),
+    option("--min-p", type=float, default=0.0, metavar="P", help="leave out all below this share of the likeliest (default: 0)"),
+    option("--repetition-penalty", type=float, default=1.0, metavar="R", help="above 1, repeat less (default: 1)"),
+    option("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be given several times"),
     option("--seed", type=int, default=0, metavar="S", help="the same seed gives the same text (default: 0)"),
 )
 
@@ -94,7 +99,7 @@ def run(command: Command, argv: Sequence[str]) -> int:
         from osler.config.schema import decode
         from osler.ops.sampling_params import SamplingParams
 
-        sampling = {name: given.pop(name) for name in ("max_new_tokens", "temperature", "top_p", "seed")}
+        sampling = {field.name: given.pop(field.name) for field in fields(SamplingParams) if field.name in given}
         given["sampling"] = decode(SamplingParams, sampling, source="the command line")
     if "branch" in given:
         from osler.runs.command import Request

@@ -24,7 +24,7 @@ class EvalConfig:
     temperature: float = 0.0  # 0: always the likeliest token
     normalise: Literal["bytes", "tokens", "none"] = "bytes"  # what an option's log-likelihood is divided by
     seed: Seed = 0  # of option orders and sampling
-    rows: PositiveInt = 256  # answers written at once: fewer need less memory, and draw others when temperature is above 0
+    rows: PositiveInt = 256  # answers written at once; fewer need less memory
 
     text: str | None = None  # a file or folder of text, measured in bits per byte; not one that the model was trained on
     text_field: str = "text"  # the column of tables

@@ -1,19 +1,18 @@
 """``osler chat`` and ``osler generate``: a model in the terminal, its text printed as it is drawn.
 
 Every question is answered without the ones before it, because models are trained on single questions. If the input is not a
-terminal, every line is a question, so that a file of questions can be piped in. Text appears as soon as it is certain: the bytes
-of a character that is still incomplete wait for the next token. New tokens are cut to what the model's ``max_seq_len`` leaves.
+terminal, every line is a question, so that a file of questions can be piped in.
 """
 
 import contextlib
 import sys
-from collections.abc import Iterable, Iterator, Sequence, Set
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from itertools import chain
 
 from osler.files.rows import decode_lines
 from osler.inference.engine import InferenceEngine
 from osler.inference.load import LoadedModel, open_model
+from osler.inference.text import pieces
 from osler.ops.sampling_params import SamplingParams
 from osler.runtime.errors import UserError
 from osler.runtime.log import say
@@ -24,18 +23,16 @@ from osler.tokenizer.bpe import ANSWER, Tokenizer
 from osler.tokenizer.chat import encode_prompt
 
 PROMPT = "> "
-_INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # what the bytes of half a character decode to
-_END = -1  # stands behind the last token
 
 
-def generate(checkpoint: str, prompt: str, sampling: SamplingParams) -> int:
+def generate(checkpoint: str, prompt: str, sampling: SamplingParams, stop: Sequence[str] = ()) -> int:
     """Print how the model continues ``prompt`` (empty: how it begins a text): the command ``generate``."""
     ready = open_model(checkpoint)
-    show_text(continue_text(InferenceEngine(ready.model), ready.tokenizer, prompt, sampling))
+    show_text(continue_text(InferenceEngine(ready.model), ready.tokenizer, prompt, sampling, stop))
     return 0
 
 
-def chat(checkpoint: str, sampling: SamplingParams, *, reasoning: bool | None = None) -> int:
+def chat(checkpoint: str, sampling: SamplingParams, stop: Sequence[str] = (), *, reasoning: bool | None = None) -> int:
     """Answer the questions of stdin until it ends: the command ``chat``.
 
     Question k of a session is drawn with the seed plus k, so asking again may give another answer and a session can be repeated.
@@ -53,9 +50,9 @@ def chat(checkpoint: str, sampling: SamplingParams, *, reasoning: bool | None = 
         of_line = replace(sampling, seed=sampling.seed + number)
         try:
             if ready.answers_questions:
-                show_answer(stream_answer(engine, ready.tokenizer, line, of_line, reasoning=reasoning))
+                show_answer(stream_answer(engine, ready.tokenizer, line, of_line, stop, reasoning=reasoning))
             else:
-                show_text(continue_text(engine, ready.tokenizer, line, of_line))
+                show_text(continue_text(engine, ready.tokenizer, line, of_line, stop))
         except UserError as error:
             say(f"{error}")  # a question too long: the next may fit
         except KeyboardInterrupt as request:
@@ -117,10 +114,10 @@ def piped_lines() -> Iterator[str]:
         raise UserError(f"Standard input cannot be read: {error.strerror}. Pipe the questions in, or type them.") from error
 
 
-def show_answer(pieces: Iterable[tuple[str, str]]) -> None:
+def show_answer(reply: Iterable[tuple[str, str]]) -> None:
     """Print thinking and answer as they come, each behind its name."""
     shown = ""
-    for part, text in pieces:
+    for part, text in reply:
         if part != shown:
             print("\n" if shown else "", f"{part:<10}", sep="", end="")
             shown = part
@@ -138,44 +135,30 @@ def show_text(texts: Iterable[str]) -> None:
     print()
 
 
-def continue_text(engine: InferenceEngine, tokenizer: Tokenizer, text: str, sampling: SamplingParams) -> Iterator[str]:
+def continue_text(
+    engine: InferenceEngine, tokenizer: Tokenizer, text: str, sampling: SamplingParams, stop: Sequence[str] = ()
+) -> Iterator[str]:
     """Yield what the model writes after ``text``, which follows an end-of-text token, as documents do in training."""
     prompt = [tokenizer.eos_id, *tokenizer.encode(text)]
-    for piece in _pieces(engine, tokenizer, prompt, sampling, {tokenizer.eos_id}):
+    for piece in pieces(engine, tokenizer, prompt, sampling, {tokenizer.eos_id}, stop):
         if isinstance(piece, str):
             yield piece
 
 
 def stream_answer(
-    engine: InferenceEngine, tokenizer: Tokenizer, question: str, sampling: SamplingParams, *, reasoning: bool = True
+    engine: InferenceEngine,
+    tokenizer: Tokenizer,
+    question: str,
+    sampling: SamplingParams,
+    stop: Sequence[str] = (),
+    *,
+    reasoning: bool = True,
 ) -> Iterator[tuple[str, str]]:
     """Yield the reply to ``question`` as it is drawn: pieces of "thinking" (with ``reasoning``), then of the "answer"."""
     part = "thinking" if reasoning else "answer"
     prompt = encode_prompt(tokenizer, question, reasoning=reasoning)
-    for piece in _pieces(engine, tokenizer, prompt, sampling, tokenizer.special_ids):
+    for piece in pieces(engine, tokenizer, prompt, sampling, tokenizer.special_ids, stop):
         if isinstance(piece, str):
             yield part, piece
         elif piece == tokenizer.special_id(ANSWER):
             part = "answer"
-
-
-def _pieces(
-    engine: InferenceEngine, tokenizer: Tokenizer, prompt: Sequence[int], sampling: SamplingParams, markers: Set[int]
-) -> Iterator[str | int]:
-    """Yield text as soon as it is certain, and markers as ids; what waits for bytes that will not come is shown at the end."""
-    room = engine.model.config.max_seq_len - len(prompt)
-    sampling = replace(sampling, max_new_tokens=max(min(sampling.max_new_tokens, room), 1), stop_ids=(tokenizer.eos_id,))
-    ids: list[int] = []
-    shown = 0
-    for token in chain(engine.stream(prompt, sampling), [_END]):
-        is_marker = token == _END or token in markers
-        ids += [] if is_marker else [token]
-        certain = tokenizer.decode(ids)
-        if not is_marker:
-            certain = certain.removesuffix(_INCOMPLETE)
-        if len(certain) > shown:
-            yield certain[shown:]
-            shown = len(certain)
-        if is_marker:
-            yield token
-            ids, shown = [], 0

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from osler.inference.batch import Batch
-from osler.inference.rows import Capabilities, Continuation, Request, check_request
+from osler.inference.rows import Capabilities, Continuation, Ended, Request, check_request
 from osler.model.decoder import Decoder
 from osler.model.layers import Layout
 from osler.model.transformer import Transformer
@@ -74,9 +74,9 @@ class InferenceEngine:
         found = self.complete([Request(prompt, sampling, first_row + row) for row, prompt in enumerate(rows)])
         return [continuation for _, continuation in sorted(found, key=lambda pair: pair[0])]
 
-    def stream(self, prompt: Sequence[int], sampling: SamplingParams) -> Iterator[int]:
+    def stream(self, prompt: Sequence[int], sampling: SamplingParams, ended: Ended | None = None) -> Iterator[int]:
         """Yield one completion's tokens as they are drawn, the stop token included: those that ``generate`` would give."""
-        request = Request(tuple(prompt), sampling)
+        request = Request(tuple(prompt), sampling, ended=ended)
         can = Capabilities.needed([request], self.model.config.vocab_size)
         batch = self.open(len(prompt) + sampling.max_new_tokens, sampling.max_new_tokens, can, 1)
         number, shown = batch.add(request), 0

@@ -18,18 +18,18 @@ from osler.ops.sampling import RowSampling, pack_mask, row_uniform, sample
 from osler.ops.sampling_params import SamplingParams
 from osler.runtime.errors import UserError
 
+# Knows ends that are no stop token: called now and then with all that was drawn, it returns how many of these tokens to keep
+# where the completion has ended, else None.
+Ended = Callable[[Sequence[int]], int | None]
+
 
 class Request(NamedTuple):
-    """A prompt to continue; its random numbers belong to ``number``.
-
-    ``ended`` knows ends that are no stop token. It is called now and then with all that was drawn, and returns how many tokens to
-    keep where the completion ends with them, else None.
-    """
+    """A prompt to continue; its random numbers belong to ``number``."""
 
     prompt: tuple[int, ...]
     sampling: SamplingParams
     number: int = 0
-    ended: Callable[[Sequence[int]], int | None] | None = None
+    ended: Ended | None = None
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,8 @@ from osler.cli import main as cli
 from osler.inference.chat import continue_text, show_answer, stream_answer
 from osler.inference.engine import InferenceEngine
 from osler.inference.load import LoadedModel, open_model
+from osler.inference.rows import Request
+from osler.inference.text import ended_by
 from osler.ops.sampling_params import SamplingParams
 from osler.runtime.errors import UserError
 from osler.tokenizer.chat import encode_prompt, parse_completion
@@ -142,7 +144,11 @@ def test_a_question_too_long_is_refused_and_the_next_answered_at_once_without_re
     assert captured.out.splitlines()[2].startswith("answer    ") and "thinking" not in captured.out
 
 
-@pytest.mark.parametrize(("option", "value"), [("--temperature", "-1"), ("--top-p", "0"), ("--max-new-tokens", "0")])
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("--temperature", "-1"), ("--top-p", "0"), ("--min-p", "2"), ("--top-k", "0"),
+     ("--repetition-penalty", "0"), ("--max-new-tokens", "0")],
+)  # fmt: skip
 def test_settings_without_meaning_are_refused_before_the_model_is_read(option, value, monkeypatch, capsys):
     assert talk(monkeypatch, Path("no/such/run"), piped("Why?\n"), option, value) == 2
     assert option[2:].replace("-", "_") in capsys.readouterr().err
@@ -210,6 +216,22 @@ def test_a_model_is_asked_to_think_if_it_learned_to():
         ({"tasks": [{"reasoning": False}]}, False),
     ]:
         assert LoadedModel(path=None, model=None, tokenizer=None, state={}, training=training).reasons is reasons
+
+
+@pytest.mark.parametrize(
+    ("stops", "expected"), [(["x🩺"], ["è", "→"]), (["→y", "🩺", "x"], ["è", "→"]), (["xyz"], ["è", "→", "x🩺"])]
+)
+def test_text_ends_before_a_stop_string_that_is_several_tokens(textbook, stops, expected):
+    ids = textbook.tokenizer.encode("è→x🩺")
+    ready = biased(textbook, [textbook.tokenizer.eos_id, *ids])
+    sampling = SamplingParams(max_new_tokens=len(ids), temperature=0)
+    shown = list(continue_text(InferenceEngine(ready.model), ready.tokenizer, "", sampling, stops))
+    assert shown == expected
+    ended = ended_by(textbook.tokenizer, stops)
+    request = Request((textbook.tokenizer.eos_id,), sampling, ended=ended)
+    ((_, found),) = InferenceEngine(ready.model).complete([request])
+    assert "".join(expected) in textbook.tokenizer.decode(found.ids)
+    assert found.finished == (stops != ["xyz"])
 
 
 @pytest.mark.parametrize("reasoning", [True, False])

@@ -1,0 +1,67 @@
+"""From tokens to text while they are drawn: text appears as soon as it is certain, and ends before a stop string.
+
+What may still change waits: the bytes of half a character, and the beginning of what could become a stop string.
+"""
+
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence, Set
+from dataclasses import replace
+from itertools import chain
+
+from osler.inference.engine import InferenceEngine
+from osler.inference.rows import Ended
+from osler.ops.sampling_params import SamplingParams
+from osler.tokenizer.bpe import Tokenizer
+
+_INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # what the bytes of half a character decode to
+_END = -1  # stands behind the last token
+
+
+def ended_by(tokenizer: Tokenizer, stops: Sequence[str]) -> Ended | None:
+    """Return the ``ended`` of a request whose text ends with the first of these strings, across the borders of tokens."""
+
+    def has_stop(ids: Sequence[int]) -> bool:
+        text = tokenizer.decode(list(ids))
+        return any(stop in text for stop in stops)
+
+    def ended(ids: Sequence[int]) -> int | None:
+        return bisect_left(range(len(ids)), True, key=lambda count: has_stop(ids[:count])) if has_stop(ids) else None
+
+    return ended if stops else None
+
+
+def pieces(
+    engine: InferenceEngine,
+    tokenizer: Tokenizer,
+    prompt: Sequence[int],
+    sampling: SamplingParams,
+    markers: Set[int],
+    stops: Sequence[str] = (),
+) -> Iterator[str | int]:
+    """Yield text as soon as it is certain, and markers as ids; what waits for bytes that will not come is shown at the end.
+
+    New tokens are cut to what the model's ``max_seq_len`` leaves. The text ends before the first of the ``stops``.
+    """
+    room = engine.model.config.max_seq_len - len(prompt)
+    sampling = replace(sampling, max_new_tokens=max(min(sampling.max_new_tokens, room), 1), stop_ids=(tokenizer.eos_id,))
+    ids: list[int] = []
+    shown = 0
+    for token in chain(engine.stream(prompt, sampling, ended_by(tokenizer, stops)), [_END]):
+        is_marker = token == _END or token in markers
+        ids += [] if is_marker else [token]
+        text = tokenizer.decode(ids)
+        if not is_marker:
+            text = text.removesuffix(_INCOMPLETE)
+        found = [text.index(stop) for stop in stops if stop in text]
+        certain = min(found) if found else len(text) - (0 if is_marker else _waiting(text, stops))
+        if certain > shown:
+            yield text[shown:certain]
+            shown = certain
+        if is_marker:
+            yield token
+            ids, shown = [], 0
+
+
+def _waiting(text: str, stops: Sequence[str]) -> int:
+    """Return how many characters at the end of a text could be the beginning of a stop string."""
+    return max((size for stop in stops for size in range(1, len(stop)) if text.endswith(stop[:size])), default=0)
