@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args, get_origin
 
 from osler.config.recipe import as_comments, available_recipes, dump_yaml, load_recipe, override
-from osler.config.schema import config, decode, encode, hints, members_of, range_of, tagged_members
+from osler.config.schema import config, decode, encode, hints, members_of, range_of, tagged_members, useless_in
 from osler.eval.config import EvalConfig
 from osler.model.config import ModelConfig
 from osler.quickstart.config import QuickstartConfig
@@ -96,12 +96,14 @@ def decode_recipe(recipe: dict[str, Any], *, source: str = "") -> Any:
 COLUMNS = 120  # longer lines put their comment above
 
 
-def explained(value: Any, indent: str = "") -> list[str]:
+def explained(value: Any, indent: str = "", without: Sequence[str] = ()) -> list[str]:
     """Return the lines of a config as YAML, with comments behind the fields, or above them where they are too long."""
     cls: Any = type(value)
     meanings = explanations(cls)
     lines: list[str] = []
     for name, annotation in hints(cls).items():
+        if name in without:
+            continue
         field = getattr(value, name)
         sections = field if isinstance(field, tuple) else (field,)
         if not sections or not all(map(dataclasses.is_dataclass, sections)):
@@ -111,7 +113,7 @@ def explained(value: Any, indent: str = "") -> list[str]:
         lines += _commented(f"{indent}{name}:", [meanings[name] or _purpose(type(sections[0])), _choices(annotation)], indent)
         for section in sections:
             lines += [f"{indent}  -"] if sections is field else []
-            lines += explained(section, f"{indent}    " if sections is field else f"{indent}  ")
+            lines += explained(section, f"{indent}    " if sections is field else f"{indent}  ", useless_in(annotation))
     return lines
 
 

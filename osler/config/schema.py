@@ -14,7 +14,7 @@ import re
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, NamedTuple, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from annotated_types import Ge, Gt, Le, Lt  # noqa: F401 - configs import them from here
 from typing_extensions import dataclass_transform
@@ -48,6 +48,12 @@ def config(cls: type[T]) -> type[T]:
 
     cls.__post_init__ = __post_init__  # type: ignore[attr-defined]
     return dataclasses.dataclass(frozen=True, kw_only=True)(cls)
+
+
+class Without(NamedTuple):
+    """Mark a list of sections that have no use for some of their fields, which are not shown."""
+
+    fields: tuple[str, ...]
 
 
 class _Tagged:
@@ -93,6 +99,12 @@ def tagged_members(annotation: Any) -> dict[str, Any]:
     return {get_args(hints(member)["type"])[0]: member for member in members}
 
 
+def useless_in(annotation: Any) -> tuple[str, ...]:
+    """Return the fields for which the sections in a list have no use."""
+    metadata = get_args(annotation)[1:] if get_origin(annotation) is Annotated else ()
+    return next((item.fields for item in metadata if isinstance(item, Without)), ())
+
+
 def _bounds(annotation: Any) -> list[tuple[str, float]]:
     """Return the bounds in an annotation, such as ("ge", 1)."""
     if get_origin(annotation) is Annotated:
@@ -125,11 +137,15 @@ def encode(value: Any, *, defaults: bool = True) -> Any:
     """
     if is_config_class(type(value)):
         given = {field: getattr(value, field.name) for field in dataclasses.fields(value) if field.init}
-        return {
+        out = {
             field.name: encode(item, defaults=defaults)
             for field, item in given.items()
             if defaults or field.name == "type" or item != field.default
         }
+        for name, annotation in hints(cast(Any, type(value))).items():
+            if name in out and (useless := useless_in(annotation)):
+                out[name] = [{key: item for key, item in section.items() if key not in useless} for section in out[name]]
+        return out
     if isinstance(value, Mapping):
         return {key: encode(item, defaults=defaults) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -17,11 +17,14 @@ from osler.config.schema import (
     PositiveFloat,
     PositiveInt,
     Seed,
+    Without,
     config,
 )
 from osler.data.mixture import Mixture
 from osler.tasks.exam_files import Gsm8kTask, MedmcqaTask, MedqaTask, PubmedqaTask
 
+FIRST_SHARD_TOKENS = 1 << 17  # each of the next shards may be twice as large, so that a run on data to come begins soon
+VALIDATION_TOKENS = 1 << 20  # of a validation set are kept, and one more document at most: no evaluation reads more
 HUB = "the hub"  # where a source lies that has no local files
 HoldoutFraction = Annotated[float, Ge(0), Lt(1)]
 
@@ -216,6 +219,9 @@ def _refuse_same_titles(what: str, sources: Iterable[Source]) -> None:
 
 
 ONLY_TO_LEARN_FROM = ("weight", "streaming", "disk_budget_gb", "clean", "no_benchmark_contamination", "holdout_fraction")
+
+
+ValidationSets = Annotated[Sources, Without((*ONLY_TO_LEARN_FROM, "licence"))]
 
 
 def check_validation(sets: Sources, data: TextData) -> None:

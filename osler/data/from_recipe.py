@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 from osler.config.recipe import load_recipe, override
 from osler.config.schema import TAGGED, config, decode
-from osler.data.config import ClinicData, Sources, TextData, check_validation
+from osler.data.config import ClinicData, TextData, ValidationSets, check_validation
 from osler.data.named import SOURCES
 from osler.data.shard_set import ShardSet, open_split
 from osler.data.shards import SPLITS, VALIDATION_PREFIX, read_data_manifest
@@ -37,7 +37,7 @@ class Sections:
     """The sections of a training recipe that are about text."""
 
     data: Annotated[TextData, TAGGED] = ClinicData()
-    validation: Sources = ()
+    validation: ValidationSets = ()
     tokenizer: TokenizerConfig = BPEConfig()
 
     def __post_init__(self) -> None:

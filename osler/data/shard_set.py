@@ -149,6 +149,14 @@ class ShardSet:
         head._index, head.is_complete = _Index.of(self._index.records[:num_shards]), True
         return head
 
+    def head_within(self, num_tokens: int) -> ShardSet:
+        """Return the first shards that have at most so many tokens, but at least one; see `head`."""
+        count = int(np.searchsorted(self.ends_of_tokens, num_tokens, "right"))
+        if count == self.num_shards and not self.is_complete:
+            self.head(count + 1)  # raises NotPreparedYet while it is open whether the next one fits
+            return self.head_within(num_tokens)
+        return self.head(max(1, count))
+
     def not_yet(self) -> NotPreparedYet:
         """Return the error that says how far the split is prepared."""
         return NotPreparedYet(f"{self.folder} has {self.num_tokens:,} tokens so far")

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from osler.data.config import FIRST_SHARD_TOKENS
 from osler.runtime.errors import UserError
 from osler.runtime.faults import fault
 from osler.runtime.files import fsync_dir, no_pause, open_durable, read_json
@@ -32,8 +33,6 @@ INDEX = "index.bin"
 SPLITS = ("train", "validation")
 VALIDATION_PREFIX = "validation."  # of the folder of a named validation set; no source has a point in its name
 SHARD_TOKENS = 1 << 20
-VALIDATION_TOKENS = 1 << 20  # of a validation set are kept, and one more document at most: no evaluation reads more
-FIRST_SHARD_TOKENS = 1 << 17  # each of the next shards may be twice as large, so that a run on data to come begins soon
 
 Int64Array = npt.NDArray[np.int64]
 TokenArray = npt.NDArray[np.uint16] | npt.NDArray[np.uint32]

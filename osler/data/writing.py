@@ -21,9 +21,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from osler.data.config import CleanConfig
+from osler.data.config import FIRST_SHARD_TOKENS, VALIDATION_TOKENS, CleanConfig
 from osler.data.duplicates import Seen
-from osler.data.shards import FIRST_SHARD_TOKENS, SHARD_TOKENS, SPLITS, VALIDATION_TOKENS, ShardWriter
+from osler.data.shards import SHARD_TOKENS, SPLITS, ShardWriter
 from osler.data.tokenise import EMPTY, EXAMPLES, PartEnd, Piece
 from osler.files.parts import Part
 from osler.runtime.faults import fault

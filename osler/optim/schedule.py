@@ -13,7 +13,7 @@ class ConstantConfig:
     """Warm-up, then a constant learning rate."""
 
     type: Literal["constant"] = "constant"
-    warmup_tokens: NonNegativeInt = 0  # tokens over which the learning rate rises from 0
+    warmup_tokens: NonNegativeInt | None = None  # tokens over which the learning rate rises from 0; null: a 25th of all
 
 
 @config
@@ -21,7 +21,7 @@ class CosineConfig:
     """Warm-up, then half a cosine down to ``final_fraction`` of the learning rate."""
 
     type: Literal["cosine"] = "cosine"
-    warmup_tokens: NonNegativeInt = 0  # tokens over which the learning rate rises from 0
+    warmup_tokens: NonNegativeInt | None = None  # tokens over which the learning rate rises from 0; null: a 25th of all
     final_fraction: Fraction = 0.1  # of the peak learning rate, reached at the end
 
 
@@ -30,7 +30,7 @@ class LinearConfig:
     """Warm-up, then a straight line down to ``final_fraction`` of the learning rate."""
 
     type: Literal["linear"] = "linear"
-    warmup_tokens: NonNegativeInt = 0  # tokens over which the learning rate rises from 0
+    warmup_tokens: NonNegativeInt | None = None  # tokens over which the learning rate rises from 0; null: a 25th of all
     final_fraction: Fraction = 0.0  # of the peak learning rate, reached at the end
 
 
@@ -39,7 +39,7 @@ class WarmupStableDecayConfig:
     """Warm-up, a plateau, then a straight line down over the last ``decay_fraction`` of the tokens (arXiv 2404.06395)."""
 
     type: Literal["warmup_stable_decay"] = "warmup_stable_decay"
-    warmup_tokens: NonNegativeInt = 0  # tokens over which the learning rate rises from 0
+    warmup_tokens: NonNegativeInt | None = None  # tokens over which the learning rate rises from 0; null: a 25th of all
     decay_fraction: Annotated[float, Gt(0), Le(1)] = 0.3  # share of all tokens over which the rate falls
     final_fraction: Fraction = 0.0  # of the peak learning rate, reached at the end
 
@@ -79,17 +79,23 @@ class MomentumWarmup:
     tokens: NonNegativeInt = 0  # tokens over which it rises
 
 
+def warmup_of(schedule: ScheduleConfig, total_tokens: int) -> int:
+    """Return the tokens over which the learning rate rises in a run of so many."""
+    return total_tokens // 25 if schedule.warmup_tokens is None else schedule.warmup_tokens
+
+
 def lr_scale(schedule: ScheduleConfig, tokens: int, total_tokens: int) -> float:
     """Return the factor in [0, 1] on every learning rate after ``tokens``; trainers ask for the middle of a step."""
-    if tokens < schedule.warmup_tokens:
-        return tokens / schedule.warmup_tokens
+    warmup_tokens = warmup_of(schedule, total_tokens)
+    if tokens < warmup_tokens:
+        return tokens / warmup_tokens
     if isinstance(schedule, ConstantConfig):
         return 1.0
     if isinstance(schedule, WarmupStableDecayConfig):
         decay_start = total_tokens * (1 - schedule.decay_fraction)
-        done = _progress(tokens, max(decay_start, schedule.warmup_tokens), total_tokens)
+        done = _progress(tokens, max(decay_start, warmup_tokens), total_tokens)
     else:
-        done = _progress(tokens, schedule.warmup_tokens, total_tokens)
+        done = _progress(tokens, warmup_tokens, total_tokens)
     shape = 0.5 * (1 + math.cos(math.pi * done)) if isinstance(schedule, CosineConfig) else 1 - done
     return schedule.final_fraction + (1 - schedule.final_fraction) * shape
 

@@ -90,7 +90,7 @@ def train(config: GrpoConfig, folder: RunFolder, world: World | None = None) -> 
         loop = resume(trainer, start, checkpoint)
     else:
         loop = Loop(trainer)
-        warn_of_endless_warmup(config.schedule.warmup_tokens, config.budget_tokens, "steps x completions x max_new_tokens =")
+        warn_of_endless_warmup(config.schedule, config.budget_tokens, "steps x completions x max_new_tokens =")
         algorithm, questions = config.algorithm, ", ".join(f"{len(task.items):,} of {task.name}" for task in tasks)
         logger.info(
             f"grpo: {model.config.num_parameters:,} parameters from {loaded.path}; questions: {questions}; "

@@ -23,7 +23,7 @@ from osler.eval.exams import greedy, shared_exam
 from osler.model.transformer import Transformer
 from osler.monitor.history import RunSettings
 from osler.optim.build import set_hyperparameters
-from osler.optim.schedule import lr_scale
+from osler.optim.schedule import lr_scale, warmup_of
 from osler.rl.config import GrpoConfig
 from osler.rl.rollout import Group, RolloutWorker, count_tokens, prompts_asked, rollout_metrics, step_prompts
 from osler.rl.step import training_rows, update_policy
@@ -57,8 +57,13 @@ class GrpoTrainer(Trainer):
         self.task_tokens = Counter[str]()  # completion tokens of each task's groups
 
     def settings(self) -> RunSettings:
-        limit, patience = self.config.algorithm.max_new_tokens, self.config.zero_reward_patience
-        return replace(super().settings(), max_new_tokens=limit, zero_reward_patience=patience)
+        config = self.config
+        return replace(
+            super().settings(),
+            warmup_tokens=warmup_of(config.schedule, config.budget_tokens),
+            max_new_tokens=config.algorithm.max_new_tokens,
+            zero_reward_patience=config.zero_reward_patience,
+        )
 
     def advance(self) -> dict[str, float]:
         """Ask the questions of the current step, learn from the answers, and count the step as done."""

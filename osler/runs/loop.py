@@ -100,8 +100,7 @@ class Trainer(ABC):
 
     def settings(self) -> RunSettings:
         """Return the settings that the alert rules need."""
-        config = self.config
-        return RunSettings(lr=config.optim.lr, clip_norm=config.clip_norm, warmup_tokens=config.schedule.warmup_tokens)
+        return RunSettings(lr=self.config.optim.lr, clip_norm=self.config.clip_norm)
 
     def begin(self) -> None:  # noqa: B027 - not every trainer has a data loader
         """Open the data loader at the current step; called before the first step and after each rollback."""

@@ -24,6 +24,7 @@ from osler.checkpoint.folders import Entry
 from osler.config.recipe import load_yaml, override
 from osler.config.schema import decode
 from osler.monitor.logger import check_trackers
+from osler.optim.schedule import ScheduleConfig, warmup_of
 from osler.records.jsonl import EventLog, read_events, split
 from osler.runs.folder import differences, flat, named, newest_checkpoint, read_config, refuse_another
 from osler.runs.loop import Loop, Trainer
@@ -83,12 +84,22 @@ def resume(trainer: Trainer, start: Start, loaded: store.Loaded) -> Loop:
         message = describe_branch(trainer.config, loaded)
         logger.info(message)
         events.write(loaded.step, "branch", "branch", message)
-    logger.info(f"Continuing {trainer.run.folder.root} from step {trainer.step:,} ({trainer.tokens:,} tokens).")
+    root, place = trainer.run.folder.root, f"step {trainer.step:,} ({trainer.tokens:,} tokens)"
+    if not trainer.done:
+        logger.info(f"Continuing {root} from {place}.")
+    else:
+        by_clock = getattr(trainer.config, "max_minutes", None) is not None
+        length = "max_minutes" if by_clock else "total_tokens" if trainer.unit == "tokens" else trainer.unit
+        logger.info(
+            f"{root} is finished, at {place}; there is nothing left to train. To train longer from here, begin a branch: `osler "
+            f"{trainer.config.kind} --branch {root} --run NEW_FOLDER {length}=MORE`."
+        )
     return loop
 
 
-def warn_of_endless_warmup(warmup_tokens: int, total_tokens: int, total: str = "total_tokens") -> None:
+def warn_of_endless_warmup(schedule: ScheduleConfig, total_tokens: int, total: str = "total_tokens") -> None:
     """Warn when a run, shortened on the command line perhaps, ends inside its warm-up and learns next to nothing."""
+    warmup_tokens = warmup_of(schedule, total_tokens)
     if warmup_tokens >= total_tokens:
         logger.warning(
             f"schedule.warmup_tokens {warmup_tokens:,} is not below {total} {total_tokens:,}, so the learning rate "

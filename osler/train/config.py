@@ -9,23 +9,27 @@ from typing import Annotated, Literal
 
 from osler.config.schema import TAGGED, NonNegativeInt, PositiveFloat, PositiveInt, Seed, config
 from osler.data.config import (
+    FIRST_SHARD_TOKENS,
+    VALIDATION_TOKENS,
     ClinicData,
     CurriculumStage,
     PreparedData,
-    Sources,
     TextData,
+    ValidationSets,
     check_validation,
     sources_of,
     wrong_weights,
 )
 from osler.data.curriculum import Timeline, lay_out, rows_per_micro_batch
 from osler.model.config import ModelConfig
-from osler.optim.schedule import LinearConfig, ScheduleConfig
+from osler.optim.schedule import LinearConfig, ScheduleConfig, warmup_of
 from osler.parallel.config import NoParallelConfig, ParallelConfig
 from osler.runs.config import CheckpointConfig, RunConfig
 from osler.tokenizer.config import SMALLEST_VOCABULARY, BPEConfig, TokenizerConfig
 
 DataConfig = Annotated[TextData | PreparedData, TAGGED]
+# Of the tokens of a run, so many are read by its evaluations at most. Each takes a third of the time of one that is learned.
+EVALUATED_SHARE = 0.2
 
 
 @config
@@ -60,8 +64,9 @@ class TrainConfig(RunConfig):
     model: ModelConfig = ModelConfig()
     tokenizer: TokenizerConfig = BPEConfig()
     data: DataConfig = ClinicData()
-    # sets that the run is evaluated on, each by itself and all together; none: what is held out of each source of data
-    validation: Sources = ()
+    # sets that the run is evaluated on, each by itself and all together; none: what is held out of each source of data. An
+    # evaluation reads a million tokens of each at most, and of all of them a fifth of what is learned until the next one
+    validation: ValidationSets = ()
     # stream cuts documents anywhere, whole keeps them whole and pads; auto: whole for sft
     packing: Literal["auto", "stream", "whole"] = "auto"
     # examples whose answer does not fit into a row with its question (sft, packing whole): refuse to begin, or drop them
@@ -73,7 +78,7 @@ class TrainConfig(RunConfig):
     curriculum: tuple[CurriculumStage, ...] = ()  # stages of shorter rows and other batches; none: the same throughout
     total_tokens: PositiveInt = 8_192_000  # tokens to train on, repeats included
     max_minutes: PositiveFloat | None = None  # end by the clock if that comes before total_tokens; the schedule is fitted to it
-    schedule: ScheduleConfig = LinearConfig(warmup_tokens=327_680)
+    schedule: ScheduleConfig = LinearConfig()
     # bf16 computes in bf16 from fp32 weights, fp8 also multiplies in FP8; pure-bf16 keeps weights and moments in bf16 too;
     # auto: bf16 where it is faster than fp32 here
     precision: Literal["auto", "bf16", "fp32", "pure-bf16", "fp8"] = "auto"
@@ -82,7 +87,9 @@ class TrainConfig(RunConfig):
     parallel: ParallelConfig = NoParallelConfig()  # how several processes share the work
     loader_workers: NonNegativeInt = 1  # threads that prepare batches ahead; 0: none; changes no batch
     log_every_steps: PositiveInt = 10  # optimizer steps between two lines of metrics
-    eval_every_tokens: PositiveInt = 2_048_000  # tokens between two measurements of the held-out loss
+    # tokens between two evaluations; null: 4 to 50 of them in a run, or fewer where they would read more than a fifth as many
+    # tokens as the run learns
+    eval_every_tokens: PositiveInt | None = None
     exam: ExamProbe = ExamProbe()
     checkpoint: TokenCheckpoints = TokenCheckpoints()
 
@@ -156,6 +163,21 @@ class TrainConfig(RunConfig):
         return self.timeline.steps_for(self.total_tokens)
 
     @property
+    def evaluation_tokens(self) -> int:
+        """Tokens between two evaluations."""
+        if self.eval_every_tokens is not None:
+            return self.eval_every_tokens
+        num_sets = len(self.validation) or (1 if isinstance(self.data, PreparedData) else len(sources_of(self.data)))
+        of_each = int(self.total_tokens * EVALUATED_SHARE) // num_sets
+        count = min(max(4, of_each // VALIDATION_TOKENS), 50, max(1, of_each // FIRST_SHARD_TOKENS))
+        return -(-self.total_tokens // count)
+
+    def evaluated_tokens(self, num_sets: int) -> int:
+        """Return how many tokens an evaluation reads of each of so many sets; of whole shards, and of one at least."""
+        share = int(min(self.evaluation_tokens, self.total_tokens) * EVALUATED_SHARE)
+        return min(max(share // num_sets, FIRST_SHARD_TOKENS), VALIDATION_TOKENS)
+
+    @property
     def length(self) -> str:
         """The length of the run in words."""
         tokens = f"{self.total_tokens:,} tokens"
@@ -176,6 +198,8 @@ class TrainConfig(RunConfig):
             )
         steps = f"{most}{self.total_steps:,}" + ("" if stages else f" of {self.batch_tokens:,} tokens")
         numbers = {"steps": steps, **stages, "length": self.length}
+        numbers["warm-up"] = f"{warmup_of(self.schedule, self.total_tokens):,} tokens"
+        numbers["evaluations"] = f"every {self.evaluation_tokens:,} tokens"
         model = self.model if model is None and self.init_from is None else model
         if model is not None:
             numbers |= {"parameters": f"{model.num_parameters:,}", "FLOPs": f"{most}{self.training_flops(model):.3g}"}

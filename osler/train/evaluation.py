@@ -1,8 +1,7 @@
 """What supervised runs measure on text that they do not learn: each validation set, and all of them together.
 
-The sets are those of the config's `validation`, or without one what is held out of each source. The first eight
-shards of each are read, a million tokens at most, so an evaluation takes the same time all along, and its result depends on the
-checkpoint alone.
+The sets are those of the config's `validation`, or without one what is held out of each source. The first shards of each are
+read, as many tokens as `TrainConfig.evaluated_tokens` says, so the result of an evaluation depends on the checkpoint alone.
 """
 
 from __future__ import annotations
@@ -33,7 +32,6 @@ from osler.train.shards import shards_of, streams
 
 logger = logging.getLogger(__name__)
 
-EVALUATED_SHARDS = 8  # of each set: about a million tokens
 VALIDATION_SEED = 0  # the rows of a set are the same whatever the seed of the run
 
 
@@ -45,7 +43,7 @@ def held_out_scores(
     tend: Callable[[float], None] = untended,
 ) -> dict[str, TextScore]:
     """Measure a model on each validation set that has a document. The ranks share the batches of a set."""
-    sets = wait_together(lambda: heads(prepared.validation_sets), world, "The evaluation", tend)
+    sets = wait_together(lambda: heads(config, prepared.validation_sets), world, "The evaluation", tend)
     model = plain_model() if sets else None
     return {
         name: measure(model, held_out_batches(config, shards), shards.num_bytes, world)
@@ -54,9 +52,9 @@ def held_out_scores(
     }
 
 
-def heads(sets: Mapping[str, ShardSet]) -> dict[str, ShardSet]:
+def heads(config: TrainConfig, sets: Mapping[str, ShardSet]) -> dict[str, ShardSet]:
     """Return what is read of each set: its first shards, also while later ones are being prepared."""
-    found = {name: shards.head(EVALUATED_SHARDS) for name, shards in sets.items()}
+    found = {name: shards.head_within(config.evaluated_tokens(len(sets))) for name, shards in sets.items()}
     return {name: shards for name, shards in found.items() if shards.num_documents}
 
 

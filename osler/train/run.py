@@ -149,7 +149,7 @@ def warn_of_plan(config: TrainConfig) -> None:
     """Warn if a run ends before something that its config asks for, perhaps because it was shortened."""
     timeline, total = config.timeline, config.total_tokens
     if config.max_minutes is None:
-        warn_of_endless_warmup(config.schedule.warmup_tokens, total)
+        warn_of_endless_warmup(config.schedule, total)
     for lost in timeline.spans[len(timeline.shares(total)) :][:1]:
         logger.warning(
             f"stage {lost.number} of the curriculum would begin at {lost.first_token:,} tokens, but total_tokens is {total:,}: "

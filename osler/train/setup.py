@@ -23,6 +23,7 @@ from osler.data.preparer import GIGABYTE, SHARDS_SHARE
 from osler.data.shards import SHARD_TOKENS, token_dtype
 from osler.data.sources import open_corpora, train_tokenizer
 from osler.inference.load import described_model, tokenizer_of
+from osler.model.config import ModelConfig
 from osler.model.transformer import Transformer
 from osler.parallel.config import DeepSpeedConfig, FsdpConfig
 from osler.parallel.deepspeed import read_settings
@@ -55,8 +56,8 @@ def check_plan(config: TrainConfig, *, is_new: bool) -> None:
         float8_linear(device.type != "cuda")
     if isinstance(config.parallel, DeepSpeedConfig):
         read_settings(config.parallel)
-    if is_new and config.init_from is None and config.tokenizer.path is not None:
-        tokenizer = refuse_missing_bytes(Tokenizer.load(config.tokenizer.path))
+    if is_new and config.init_from is None and (tokenizer := tokenizer_at_hand(config)) is not None:
+        fitted(config.model, refuse_missing_bytes(tokenizer))
         if not isinstance(config.data, PreparedData):
             for corpus in open_corpora(config.data).values():
                 RoundTrip(tokenizer).look(part for document in islice(corpus.documents(), LOOKED_AT) for part in document.parts)
@@ -182,29 +183,39 @@ def make_tokenizer(config: TrainConfig, given: Tokenizer | None, kept: Path) -> 
         return given
     if kept.exists():
         return Tokenizer.load(kept)
-    if isinstance(config.data, PreparedData):
-        return tokenizer_of_shards(config.data.path, config.tokenizer.path)
-    if config.tokenizer.path is not None:
-        return Tokenizer.load(config.tokenizer.path).with_specials()
+    if (at_hand := tokenizer_at_hand(config)) is not None:
+        return at_hand
+    assert not isinstance(config.data, PreparedData)
     logger.info(f"Training a tokenizer of {config.tokenizer.vocab_size:,} tokens on the run's own text.")
     return train_tokenizer(config.data, config.tokenizer, config.validation)
 
 
+def tokenizer_at_hand(config: TrainConfig) -> Tokenizer | None:
+    """Return the tokenizer of the shards, or of ``tokenizer.path``; None when a new one is to be trained."""
+    if isinstance(config.data, PreparedData):
+        return tokenizer_of_shards(config.data.path, config.tokenizer.path)
+    return None if config.tokenizer.path is None else Tokenizer.load(config.tokenizer.path).with_specials()
+
+
 def fit_vocabulary(model: Transformer, tokenizer: Tokenizer) -> None:
     """Let special tokens beyond the model's vocabulary take rows of its padding; raises UserError for a larger tokenizer."""
-    config = model.config
-    beyond = range(config.vocab_size, tokenizer.vocab_size)
-    if beyond:
-        if tokenizer.vocab_size > config.padded_vocab_size or not tokenizer.special_ids.issuperset(beyond):
-            raise UserError(
-                f"The tokenizer has {tokenizer.vocab_size:,} tokens, the model only {config.vocab_size:,}: set "
-                f"model.vocab_size={tokenizer.vocab_size}."
-            )
+    known, model.config = model.config.vocab_size, fitted(model.config, tokenizer)
+    if beyond := model.config.vocab_size - known:
         logger.info(
-            f"{len(beyond)} special tokens come after the {config.vocab_size:,} of the model: they take rows of its padding to "
-            f"{config.padded_vocab_size:,}, so it keeps its size."
+            f"{beyond} special tokens come after the {known:,} of the model: they take rows of its padding to "
+            f"{model.config.padded_vocab_size:,}, so it keeps its size."
         )
-        model.config = replace(config, vocab_size=tokenizer.vocab_size)
+
+
+def fitted(model: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
+    """Return the config of a model with rows for all tokens of a tokenizer; raises UserError when its padding does not do."""
+    beyond = range(model.vocab_size, tokenizer.vocab_size)
+    if tokenizer.vocab_size > model.padded_vocab_size or not tokenizer.special_ids.issuperset(beyond):
+        raise UserError(
+            f"The tokenizer has {tokenizer.vocab_size:,} tokens, the model only {model.vocab_size:,}: set "
+            f"model.vocab_size={tokenizer.vocab_size}."
+        )
+    return replace(model, vocab_size=tokenizer.vocab_size) if beyond else model
 
 
 def check_lengths(config: TrainConfig, prepared: Prepared, max_seq_len: int) -> None:

@@ -31,7 +31,7 @@ from osler.monitor.collect import has_learned, step_stats
 from osler.monitor.history import RunSettings
 from osler.monitor.model_stats import ProbeRows
 from osler.optim.build import set_hyperparameters
-from osler.optim.schedule import lr_scale
+from osler.optim.schedule import lr_scale, warmup_of
 from osler.runs.loop import Due, Trainer
 from osler.runs.process import Learner, Run
 from osler.runs.resume import warn_of_endless_warmup
@@ -153,8 +153,12 @@ class SupervisedTrainer(Trainer):
         return self.position
 
     def settings(self) -> RunSettings:
-        vocab_size = self.learner.model.config.vocab_size
-        return replace(super().settings(), vocab_size=vocab_size, loader_workers=self.config.loader_workers)
+        return replace(
+            super().settings(),
+            warmup_tokens=warmup_of(self.config.schedule, self.total),
+            vocab_size=self.learner.model.config.vocab_size,
+            loader_workers=self.config.loader_workers,
+        )
 
     # -- steps -----------------------------------------------------------------------------------------------------------
 
@@ -187,7 +191,7 @@ class SupervisedTrainer(Trainer):
         return Due(
             save=self.crossed(config.checkpoint.every_tokens),
             milestone=self.crossed(config.checkpoint.keep_every_tokens),
-            evaluation=self.crossed(config.eval_every_tokens) or self.crossed(config.exam.every_tokens),
+            evaluation=self.crossed(config.evaluation_tokens) or self.crossed(config.exam.every_tokens),
         )
 
     def _schedule(self, step: int) -> tuple[int, float]:
@@ -220,7 +224,7 @@ class SupervisedTrainer(Trainer):
         (self.total,) = self.world.all_reduce_min(fitting)
         if not self.has_replanned:
             self.has_replanned = True
-            warn_of_endless_warmup(self.config.schedule.warmup_tokens, self.total, "what max_minutes has time for:")
+            warn_of_endless_warmup(self.config.schedule, self.total, "what max_minutes has time for:")
 
     def exclude_time(self, seconds: float) -> None:
         tokens, began = self.since
@@ -268,7 +272,7 @@ class SupervisedTrainer(Trainer):
         return shown if speed is None else {**shown, "tokens/s": f"{speed:,.0f}"}
 
     def evaluate(self) -> dict[str, float]:
-        metrics = self.held_out() if self.crossed(self.config.eval_every_tokens) else {}
+        metrics = self.held_out() if self.crossed(self.config.evaluation_tokens) else {}
         if self.crossed(self.config.exam.every_tokens):
             metrics |= self.exam()
         loss = metrics.get("eval/loss", math.inf)

@@ -152,6 +152,20 @@ def test_what_an_evaluation_reads_is_the_head(tmp_path):
     assert growing.head(10**6).num_documents == len(LENGTHS)
 
 
+def test_a_head_has_as_many_tokens_as_fit_and_one_shard_at_least(tmp_path):
+    written = Written(tmp_path / "validation")
+    growing = written.open()
+    written.write(100)
+    ends = written.open(growing=False).ends_of_tokens.tolist()
+    assert growing.head_within(ends[1]).num_tokens == ends[1]
+    assert growing.head_within(ends[2] - 1).num_tokens == ends[1]
+    assert growing.head_within(1).num_tokens == ends[0]
+    with pytest.raises(NotPreparedYet):  # a later shard may fit as well
+        growing.head_within(ends[-1])
+    written.write()
+    assert growing.head_within(10**9).num_documents == len(LENGTHS)
+
+
 def test_a_wait_is_told_and_ends(tmp_path, monkeypatch, caplog):
     caplog.set_level(logging.INFO)
     monkeypatch.setattr(stream, "PATIENCE_SECONDS", 0.0)

@@ -22,6 +22,10 @@ def test_grpo_draws_and_learns_the_same_on_every_number_of_ranks(run_cases, tiny
     assert run_cases("distributed/grpo_runs.py", tiny.grpo, runs.sft, tmp_path) == 11
 
 
+def test_validation_sets_are_measured_alike_on_two_ranks(run_cases, tiny, tmp_path):
+    assert run_cases("distributed/validation_runs.py", tiny.pretrain, tmp_path) == 2
+
+
 def test_muon_shared_and_sharded_is_muon_on_one_rank(run_cases, tmp_path):
     assert run_cases("distributed/muon_ranks.py", tmp_path) == 1
 

@@ -83,11 +83,14 @@ def test_saving_in_the_foreground_gives_the_same_files(kind, finish, whole, tmp_
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_finished_run_is_left_alone(kind, launch, whole, tmp_path):
+def test_a_finished_run_is_left_alone_and_told(kind, launch, whole, tmp_path, capfd):
     run = shutil.copytree(whole[kind], tmp_path / "run")  # even such a start is an event, which other tests would find
     before = (run / "metrics.jsonl").read_bytes()
     assert launch(kind, run, resume=True) == 0
     assert (run / "metrics.jsonl").read_bytes() == before
+    told, length = capfd.readouterr().err, "steps" if kind == "grpo" else "total_tokens"
+    assert f"{run} is finished, at step 12 (" in told and "Continuing" not in told
+    assert f"`osler {kind} --branch {run} --run NEW_FOLDER {length}=MORE`" in told
 
 
 @pytest.mark.parametrize("kind", ["sft", "grpo"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,10 @@ from run_folders import logged
 from osler.checkpoint.folders import best_checkpoint
 from osler.cli.main import main
 from osler.clinic.textbook import textbook
+from osler.data.config import ONLY_TO_LEARN_FROM, ClinicData
 from osler.monitor.metrics import declared_name
 from osler.report.page import build_report
+from osler.train.config import TrainConfig
 
 NAMES = ("medicine", "general")
 
@@ -126,6 +129,46 @@ def test_sets_may_move_and_may_not_change(run, words, tmp_path, capsys):
     assert "was prepared with another content" in capsys.readouterr().err
     assert main(["pretrain", "--resume", f"validation={json.dumps(moved[:1])}", "--run", str(run)]) == 2
     assert "holds another run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("total_tokens", "num_sets", "interval", "tokens_of_each"),
+    [
+        (8_192_000, 1, 2_048_000, 409_600),  # the defaults: four evaluations
+        (8_192_000, 4, 2_730_667, 136_533),
+        (1_000_000, 2, 1_000_000, 131_072),  # one at the end, of a shard of each
+        (10**9, 1, 20 * 10**6, 1 << 20),  # fifty
+        (10**9, 20, 111_111_112, 1 << 20),
+    ],
+)
+def test_how_often_and_how_much_is_evaluated_follows_the_length_of_the_run(total_tokens, num_sets, interval, tokens_of_each):
+    sets = tuple(ClinicData(name=f"set-{number}") for number in range(num_sets))
+    config = TrainConfig(total_tokens=total_tokens, validation=sets)
+    assert (config.evaluation_tokens, config.evaluated_tokens(num_sets)) == (interval, tokens_of_each)
+    assert f"every {interval:,} tokens" in config.numbers()["evaluations"]
+    assert replace(config, eval_every_tokens=100).evaluation_tokens == 100
+
+
+def test_an_evaluation_reads_the_first_shards(tiny, words, tmp_path, monkeypatch):
+    for place in ("train.config", "data.writing"):
+        monkeypatch.setattr(f"osler.{place}.FIRST_SHARD_TOKENS", 250)
+    run = tmp_path / "run"
+    assert main(["pretrain", str(tiny.pretrain), *words, "--run", str(run)]) == 0
+    assert main(["pretrain", "--run", str(run), "--eval-only"]) == 0
+    [found] = json.loads((run / "evaluations.json").read_text()).values()
+    sets = json.loads((run / "data" / "manifest.json").read_text())["validation"]
+    for name in NAMES:
+        assert 0 < found["sets"][name]["tokens"] <= 250 < sets[name]["splits"]["validation"]["tokens"]
+
+
+def test_sets_show_no_fields_that_only_data_to_learn_from_have(words, capsys):
+    assert main(["show", "pretrain", "--explain", words[-1]]) == 0
+    explained = capsys.readouterr().out.split("\nvalidation:")[1].split("\npacking:")[0]
+    assert main(["pretrain", "--dry-run", *words]) == 0
+    planned = capsys.readouterr().out.split("\nvalidation:")[1].split("\npacking:")[0]
+    for shown in (explained, planned):
+        assert shown.count("path:") == 2 and shown.count("field:") == 2
+        assert not any(f"{name}:" in shown for name in (*ONLY_TO_LEARN_FROM, "licence"))
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,12 @@ REFUSED = {
     "no start": ("sft", ["init_from=runs/gone"], "is no folder"),
     "optimizer": ("pretrain", ["optim.type=muon", "precision=pure-bf16"], "with optim.type=muon use precision=bf16"),
     "alert command": ("pretrain", ["monitor.alert_command=no-such-program-here"], "no program 'no-such-program-here'"),
+    "the vocabulary of a file": ("pretrain", ["model.vocab_size=400"], "The tokenizer has 512 tokens, the model only 400"),
+    "the vocabulary of shards": (
+        "pretrain",
+        ["tokenizer.path=null", "data={type: prepared, path: RUN/data}", "model.vocab_size=400"],
+        "The tokenizer has 512 tokens, the model only 400",
+    ),
     "vocabulary": (
         "pretrain",
         ["tokenizer.path=null", "tokenizer.vocab_size=512", "model.vocab_size=200"],
