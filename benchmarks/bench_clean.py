@@ -31,6 +31,7 @@ def main() -> None:
     from osler.data.contamination import ExamIndex
     from osler.data.documents import in_memory
     from osler.data.duplicates import Seen, rows_of
+    from osler.data.named import open_exam
     from osler.data.ngrams import Words
     from osler.data.readers import TextFiles
     from osler.tasks.exam_files import load_exam_file
@@ -47,7 +48,8 @@ def main() -> None:
         "all": {"duplicates": "near", "languages": ["en"], "exams": exams},
     }
     for name, config in configs.items():
-        cleaner = Cleaner(decode(CleanConfig, config))
+        clean = decode(CleanConfig, config)
+        cleaner = Cleaner(clean, tuple(open_exam(exam, "", "--exam") for exam in clean.exams))
         cleaner.looks([document.parts for document in documents[:2]])  # reads exams and models
         began = time.process_time()
         looks = [look for _, look in replace(corpus, clean=cleaner).looks(documents)]

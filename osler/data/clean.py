@@ -19,10 +19,13 @@ from osler.data.contamination import ExamIndex
 from osler.data.duplicates import SHINGLE_WORDS, Rows, signatures
 from osler.data.languages import check_languages, languages_of
 from osler.data.ngrams import Hashes, Words
-from osler.files.find import ROW_ENDINGS, find_files
+from osler.files.parts import File, LocalFile, Part
+from osler.files.rows import read_rows
 from osler.runtime.files import fingerprint, sha256_file
-from osler.tasks.exam_files import load_exam_file
+from osler.tasks.exam_files import ExamFile, read_exam
+from osler.tasks.item import ExamItem
 
+RULES = 2  # of cleaning; another number, for rules that judge otherwise, makes other data
 LANGUAGE_CHARACTERS = 400  # from the start of a document, by which its language is told
 LANGUAGE_WORDS = 20  # the language of fewer is a guess
 EXAM = "exam question"  # the reason why a document that contains one is dropped
@@ -43,30 +46,51 @@ KEEP = Look("", (), None)
 
 
 @dataclass(frozen=True)
+class Exam:
+    """An exam that is looked for, and the files that have it."""
+
+    task: ExamFile
+    files: tuple[File, ...]
+
+    @property
+    def items(self) -> list[ExamItem]:
+        """Read the items."""
+        return read_exam(self.task, (row for file in self.files for row in read_rows(Part(file))))
+
+
+@dataclass(frozen=True)
 class Cleaner:
-    """Looks at documents as a config says; each process reads exams and models when it first needs them."""
+    """Looks at documents as a config says; each process reads the exams and models when it first needs them."""
 
     config: CleanConfig
+    exams: tuple[Exam, ...] = ()  # those of the config
 
     @functools.cached_property
-    def exams(self) -> ExamIndex:
+    def index(self) -> ExamIndex:
         """Return the items that are looked for."""
-        return ExamIndex(item for task in self.config.exams for item in load_exam_file(task))
+        return ExamIndex(item for exam in self.exams for item in exam.items)
 
     @functools.cached_property
     def options(self) -> dict[str, Any]:
-        """Return what decides the outcome: the config, and the content of the files of exams."""
-        options = encode(self.config)
-        for task, entry in zip(self.config.exams, options["exams"], strict=True):
-            files = find_files(task.path, ROW_ENDINGS, key="clean.exams.path")
-            entry["path"] = fingerprint([sha256_file(file) for file in files])
-        return options
+        """Return what decides the outcome: the rules, the config, and the content of the files of exams."""
+        exams = [
+            {
+                "type": exam.task.type,
+                "split": exam.task.split,
+                "limit": exam.task.limit,
+                "content": fingerprint(
+                    [sha256_file(file.path) if isinstance(file, LocalFile) else file.stamp for file in exam.files]
+                ),
+            }
+            for exam in self.exams
+        ]
+        return {"rules": RULES, **encode(self.config), "exams": exams}
 
     def looks(self, documents: Sequence[Sequence[str]]) -> list[Look]:
         """Judge documents by their texts, or by their questions, reasoning and answers."""
         config, texts = self.config, ["\n".join(parts) for parts in documents]
         words = Words(texts)
-        items = self.exams.find(words) if config.exams else {}
+        items = self.index.find(words) if self.exams else {}
         counts, letters = words.counts.tolist(), words.letters.tolist()
         shingles = [words.sequences_of(number, SHINGLE_WORDS) for number in range(len(texts))]
         reasons = [

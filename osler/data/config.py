@@ -21,12 +21,35 @@ from osler.config.schema import (
     config,
 )
 from osler.data.mixture import Mixture
-from osler.tasks.exam_files import Gsm8kTask, MedmcqaTask, MedqaTask, PubmedqaTask
+from osler.tasks.exam_files import (
+    Gsm8kTask,
+    HellaswagTask,
+    HumanevalTask,
+    MedmcqaTask,
+    MedqaTask,
+    PubmedqaTask,
+    QuestionsTask,
+    TriviaqaTask,
+)
 
 FIRST_SHARD_TOKENS = 1 << 17  # each of the next shards may be twice as large, so that a run on data to come begins soon
 VALIDATION_TOKENS = 1 << 20  # of a validation set are kept, and one more document at most: no evaluation reads more
 HUB = "the hub"  # where a source lies that has no local files
 HoldoutFraction = Annotated[float, Ge(0), Lt(1)]
+
+
+@config
+class HubExam:
+    """An exam that Osler knows by name, in the split that models are examined with; from the hub, or from local files."""
+
+    type: Literal["hub"] = "hub"
+    name: str  # medqa, medmcqa, pubmedqa, gsm8k, humaneval, hellaswag or trivia_qa
+    revision: str = "main"  # a commit, branch or tag of the hub's repository
+    path: str = ""  # a file or folder of the same schema, instead of the hub
+    root: str = ""  # a folder that has such a folder for each exam by name; empty: the data's
+
+
+ExamInFile = MedqaTask | MedmcqaTask | PubmedqaTask | Gsm8kTask | HumanevalTask | HellaswagTask | TriviaqaTask | QuestionsTask
 
 
 @config
@@ -46,7 +69,7 @@ class CleanConfig:
     duplicates_memory_mb: PositiveInt = 256  # of a source; copies are found among as many of its latest documents as fit
 
     # whose questions are looked for; those that are found are written down, and the documents that contain them dropped or kept
-    exams: tuple[Annotated[MedqaTask | MedmcqaTask | PubmedqaTask | Gsm8kTask, TAGGED], ...] = ()
+    exams: tuple[Annotated[ExamInFile | HubExam, TAGGED], ...] = ()
     exam_questions: Literal["drop", "keep"] = "drop"  # the documents that contain a question of an exam
 
 

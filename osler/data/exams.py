@@ -79,7 +79,7 @@ def look_through(journals: Mapping[Path, Cleaner | None]) -> ExamsInData:
     """Return what was found of exams in finished sources, given by their journals."""
     sources = []
     for journal, clean in journals.items():
-        checked = frozenset(clean.exams.ids).difference(clean.exams.too_short) if clean and clean.config.exams else frozenset()
+        checked = frozenset(clean.index.ids).difference(clean.index.too_short) if clean and clean.exams else frozenset()
         found = frozenset(item for line, _ in journal_lines(journal) for item in line.get("exam_items", ()))
         sources.append(ExamsInData(checked, found))
     return reduce(ExamsInData.with_data, sources)

@@ -13,12 +13,13 @@ from itertools import pairwise, product
 from pathlib import Path
 
 from osler.config.schema import nearest
-from osler.data.config import HubData
+from osler.data.clean import Exam
+from osler.data.config import ExamInFile, HubData, HubExam
 from osler.data.documents import Corpus, Document
 from osler.data.readers import read_text_file, text_of, value_of
 from osler.files.find import NAMED_ONLY_ENDING, ROW_ENDINGS, TEXT_ENDINGS, ending, find_files, shown
 from osler.files.hub import hub_files, snapshot
-from osler.files.parts import File, LocalFile, Part, Parts
+from osler.files.parts import File, LocalFile, Part, Parts, find_local
 from osler.files.rows import Row, read_rows
 from osler.runtime.errors import UserError
 from osler.tasks.exam_files import SCHEMAS, ExamFile, ExamRow, Gsm8kTask, MedmcqaTask, MedqaTask, PubmedqaTask
@@ -238,19 +239,47 @@ def open_hub(data: HubData, key: str) -> Corpus:
         if chosen and chosen not in known:
             raise UserError(f"{key}.{field}={chosen}: {data.name} has {', '.join(filter(None, known)) or 'none'}.")
     subset, split = data.subset or source.subsets[0], data.split or source.splits[0]
-    patterns = tuple(pattern.format(subset=subset, split=split) for pattern in source.files)
-    commit, files = "", list[File]()
-    if data.path or data.root:
-        files = _local_files(data, source, patterns, split, key)
-    elif not source.repo:
-        raise UserError(f"{key}: {data.name} is on no hub; name its files with {key}.path=DIR or data.root=DIR.")
-    else:
-        commit, files = (snapshot if source.has_small_files else hub_files)(source.repo, patterns, data.revision)
+    commit, files = _files(data, source, subset, split, key)
     parts: Parts | list[Part] = [Part(file) for file in files] if source.reads_whole_files else Parts(files)
     options = {"name": data.name, "subset": subset, "split": split, "reasoning": data.reasoning, "commit": commit}
     about = {"licence": source.licence, "revision": commit or "local files", "home": source.repo or data.place}
     corpus = Corpus(parts, partial(read_named, data), options, None, data.holdout_fraction, data.seed)
     return replace(corpus, about=about)
+
+
+# The subset and split of each exam that models are examined with.
+EXAMS = {
+    "medqa": ("", "test"),
+    "medmcqa": ("", "validation"),
+    "pubmedqa": ("pqa_labeled", "train"),
+    "gsm8k": ("main", "test"),
+    "humaneval": ("", "test"),
+    "hellaswag": ("", "validation"),
+    "trivia_qa": ("rc.nocontext", "validation"),
+}
+
+
+def open_exam(exam: ExamInFile | HubExam, root: str, key: str) -> Exam:
+    """Find the files of an exam that data are checked for; `root` is where the data's are."""
+    if not isinstance(exam, HubExam):
+        return Exam(exam, tuple(find_local(exam.path, ROW_ENDINGS, key=f"{key}.path")))
+    if exam.name not in EXAMS:
+        raise UserError(f"{key}.name={exam.name} is no exam that Osler knows{nearest(exam.name, list(EXAMS))}")
+    subset, split = EXAMS[exam.name]
+    data = HubData(name=exam.name, revision=exam.revision, path=exam.path, root=exam.root or root)
+    _, files = _files(data, SOURCES[exam.name], subset, split, key)
+    kinds = {task.type: task for task in SCHEMAS}
+    return Exam(kinds[exam.name](type=exam.name, path=f"the exam {exam.name}", split=split), tuple(files))
+
+
+def _files(data: HubData, source: NamedSource, subset: str, split: str, key: str) -> tuple[str, list[File]]:
+    """Return the commit and the files of a subset and split; local files have no commit."""
+    patterns = tuple(pattern.format(subset=subset, split=split) for pattern in source.files)
+    if data.path or data.root:
+        return "", _local_files(data, source, patterns, split, key)
+    if not source.repo:
+        raise UserError(f"{key}: {data.name} is on no hub; name its files with {key}.path=DIR or data.root=DIR.")
+    return (snapshot if source.has_small_files else hub_files)(source.repo, patterns, data.revision)
 
 
 def _local_files(data: HubData, source: NamedSource, patterns: Sequence[str], split: str, key: str) -> list[File]:

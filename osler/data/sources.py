@@ -30,7 +30,7 @@ from osler.data.config import (
 from osler.data.content import check_unchanged
 from osler.data.documents import Corpus, Document, in_memory
 from osler.data.holdout import HeldOut, find_limits
-from osler.data.named import open_hub
+from osler.data.named import open_exam, open_hub
 from osler.data.prepare import prepare
 from osler.data.prepared import Prepared
 from osler.data.readers import TextFiles, read_turns
@@ -39,7 +39,7 @@ from osler.files.find import ROW_ENDINGS
 from osler.files.parts import Parts, find_local
 from osler.runtime.errors import UserError
 from osler.tasks.item import ExamItem, render_answer, render_question
-from osler.tasks.registry import check_task, exam_item, load_clinic
+from osler.tasks.registry import exam_item, load_clinic
 from osler.tokenizer.bpe import Tokenizer
 from osler.tokenizer.chat import Turn
 from osler.tokenizer.config import BPEConfig, SuperBPEConfig
@@ -102,18 +102,33 @@ def open_corpora(data: TextData, validation: Sources = ()) -> dict[str, Corpus]:
     With `validation` sets nothing is held out of them: those are what is evaluated.
     """
     cleaners: dict[CleanConfig, Cleaner] = {}
-    return {source.title: _open(source, key, cleaners, validation) for key, source in _keyed(data)}
+    return {source.title: _open(data, source, key, cleaners, validation) for key, source in _keyed(data)}
 
 
-def _open(source: AnySource, key: str, cleaners: dict[CleanConfig, Cleaner], validation: Sources) -> Corpus:
-    corpus, clean = CORPORA[type(source)](source, key), source.clean
+def _open(data: TextData, source: AnySource, key: str, cleaners: dict[CleanConfig, Cleaner], validation: Sources) -> Corpus:
+    corpus = CORPORA[type(source)](source, key)
     about = {"config": encode(source, defaults=False), **corpus.about}
     if source.licence:
         about["licence"] = source.licence
     if validation:
         corpus = replace(corpus, validation=None, holdout_fraction=0.0)
-    cleaner = None if clean is None else cleaners.setdefault(clean, Cleaner(clean))  # which reads its exams once
-    return replace(corpus, clean=cleaner, about=about)
+    return replace(corpus, clean=_open_cleaner(data, source, key, cleaners), about=about)
+
+
+def _open_cleaner(data: TextData, source: AnySource, key: str, cleaners: dict[CleanConfig, Cleaner]) -> Cleaner | None:
+    """Return what cleans a source; sources that are cleaned alike share one, which reads its exams once."""
+    clean = source.clean
+    if clean is None:
+        return None
+    if clean not in cleaners:
+        root, where = getattr(data, "root", ""), _key_of_clean(data, source, key)
+        exams = (open_exam(exam, root, f"{where}.exams[{number}]") for number, exam in enumerate(clean.exams))
+        cleaners[clean] = Cleaner(clean, tuple(exams))
+    return cleaners[clean]
+
+
+def _key_of_clean(data: TextData, source: AnySource, key: str) -> str:
+    return f"{'data' if source.clean == data.clean else key}.clean"
 
 
 def open_validation(data: TextData, validation: Sources) -> dict[str, Corpus]:
@@ -137,7 +152,7 @@ def _keyed(data: TextData, validation: Sources | None = None) -> Iterator[tuple[
 def check_present(data: TextData, validation: Sources, out: Path, consent: str) -> None:
     """Raise UserError when sources whose files are there differ from those that the folder `out` was made of."""
     cleaners: dict[CleanConfig, Cleaner] = {}
-    learned = [_open(source, key, cleaners, validation) if is_there(source) else None for key, source in _keyed(data)]
+    learned = [_open(data, source, key, cleaners, validation) if is_there(source) else None for key, source in _keyed(data)]
     sets = [_open_set(source, key) if is_there(source) else None for key, source in _keyed(data, validation)]
     check_unchanged(out, learned, sets, consent)
 
@@ -153,12 +168,12 @@ def check_sources(data: TextData, validation: Sources = ()) -> None:
     Also when cleaning cannot be done as the config says, or when it claims that no benchmark is in data in which none is
     looked for.
     """
+    cleaners: dict[CleanConfig, Cleaner] = {}
     for key, source in _keyed(data):
-        clean, where = source.clean, f"{'data' if source.clean == data.clean else key}.clean"
+        clean = source.clean
         if clean is not None:
-            check_clean(clean, where)
-            for number, exam in enumerate(clean.exams):
-                check_task(exam, f"{where}.exams[{number}]")
+            check_clean(clean, _key_of_clean(data, source, key))
+            _open_cleaner(data, source, key, cleaners)
         if source.no_benchmark_contamination and (clean is None or not clean.exams or clean.exam_questions != "drop"):
             raise UserError(
                 f"The recipe claims no_benchmark_contamination, but {key} ({source.title}) is not checked for exams: list their "

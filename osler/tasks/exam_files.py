@@ -1,4 +1,5 @@
-"""Exams in files: MedQA, MedMCQA, PubMedQA and GSM8K, each in the schema of its dataset on the Hugging Face hub.
+"""Exams in files, each in the schema of its dataset on the Hugging Face hub: MedQA, MedMCQA, PubMedQA, GSM8K, and others that
+data are checked for but no model is examined with yet.
 
 Fields are checked as they are read. A file in another schema is refused by file, line and field, and never gives a smaller exam.
 """
@@ -7,7 +8,7 @@ import hashlib
 import logging
 import re
 import reprlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 from osler.config.schema import PositiveInt, config
@@ -66,6 +67,36 @@ class Gsm8kTask(ExamFile):
     type: Literal["gsm8k"] = "gsm8k"
 
 
+@config
+class HumanevalTask(ExamFile):
+    """Python functions to complete, in the schema of openai/openai_humaneval."""
+
+    type: Literal["humaneval"] = "humaneval"
+
+
+@config
+class HellaswagTask(ExamFile):
+    """Stories to end, in the schema of Rowan/hellaswag."""
+
+    type: Literal["hellaswag"] = "hellaswag"
+
+
+@config
+class TriviaqaTask(ExamFile):
+    """Trivia, in the schema of mandarjoshi/trivia_qa."""
+
+    type: Literal["trivia_qa"] = "trivia_qa"
+
+
+@config
+class QuestionsTask(ExamFile):
+    """Questions with answers of one's own."""
+
+    type: Literal["questions"] = "questions"
+    question_field: str = "question"  # the column with the question
+    answer_field: str = "answer"  # the column with the answer
+
+
 class ExamRow:
     """A row of an exam in a file, whose fields are checked when they are asked for."""
 
@@ -100,7 +131,12 @@ class ExamRow:
 def load_exam_file(task: ExamFile) -> list[ExamItem]:
     """Return the first ``limit`` items in the order of the file, after the whole file was checked."""
     files = find_files(task.path, ROW_ENDINGS, key="task.path")
-    rows = [ExamRow(row, task) for file in files for row in read_rows(file)]
+    return read_exam(task, (row for file in files for row in read_rows(file)))
+
+
+def read_exam(task: ExamFile, given: Iterable[Row]) -> list[ExamItem]:
+    """Return the items in the rows of an exam; ``task.path`` is for messages."""
+    rows = [ExamRow(row, task) for row in given]
     if not rows:
         raise UserError(f"{shown(task.path)} has no rows.")
     if isinstance(task, MedmcqaTask):
@@ -176,11 +212,44 @@ def gsm8k_item(row: ExamRow) -> ExamItem:
     return ExamItem(_content_id("gsm8k", question), question, (), -1, row.task.split, thinking, answer=f"{number:f}")
 
 
-SCHEMAS: dict[type, tuple[str, Callable[[ExamRow], ExamItem]]] = {
+def humaneval_item(row: ExamRow) -> ExamItem:
+    """Read a row of HumanEval (Chen et al. 2021, arXiv 2107.03374)."""
+    prompt, solution = row.text("prompt"), row.text("canonical_solution")
+    return ExamItem(f"humaneval-{row.text('task_id')}", prompt, (), -1, row.task.split, answer=solution)
+
+
+def hellaswag_item(row: ExamRow) -> ExamItem:
+    """Read a row of HellaSwag (Zellers et al. 2019, arXiv 1905.07830)."""
+    story, label = row.text("ctx"), str(row.values.get("label"))
+    endings = tuple(map(str, row.field("endings", list)))
+    if not label.isdecimal() or int(label) >= len(endings):
+        raise row.error(f"'label' must be the number of one of the {len(endings)} 'endings', not {label!r}.")
+    return ExamItem(_content_id("hellaswag", story, *endings), story, endings, int(label), row.task.split)
+
+
+def triviaqa_item(row: ExamRow) -> ExamItem:
+    """Read a row of TriviaQA (Joshi et al. 2017, arXiv 1705.03551)."""
+    return ExamItem(
+        f"trivia_qa-{row.text('question_id')}", row.text("question"), (), -1, row.task.split, answer=row.text("answer.value")
+    )
+
+
+def questions_item(row: ExamRow) -> ExamItem:
+    """Read a question with its answer."""
+    assert isinstance(row.task, QuestionsTask)
+    question, answer = row.text(row.task.question_field), row.text(row.task.answer_field)
+    return ExamItem(_content_id("questions", question, answer), question, (), -1, row.task.split, answer=answer)
+
+
+SCHEMAS: dict[type[ExamFile], tuple[str, Callable[[ExamRow], ExamItem]]] = {
     MedqaTask: ("GBaker/MedQA-USMLE-4-options: question, options {A..D}, answer, answer_idx", medqa_item),
     MedmcqaTask: ("openlifescienceai/medmcqa: id, question, opa, opb, opc, opd, cop, exp", medmcqa_item),
     PubmedqaTask: ("qiaojin/PubMedQA: pubid, question, context.contexts, long_answer, final_decision", pubmedqa_item),
     Gsm8kTask: ("openai/gsm8k (main): question, answer ('... #### number')", gsm8k_item),
+    HumanevalTask: ("openai/openai_humaneval: task_id, prompt, canonical_solution", humaneval_item),
+    HellaswagTask: ("Rowan/hellaswag: ctx, endings, label", hellaswag_item),
+    TriviaqaTask: ("mandarjoshi/trivia_qa: question, question_id, answer.value", triviaqa_item),
+    QuestionsTask: ("questions of one's own: question_field, answer_field", questions_item),
 }
 
 

@@ -13,19 +13,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from osler.config.schema import decode
 from osler.data.clean import EXAM, KEEP, Cleaner
-from osler.data.config import CleanConfig, FilesData, MixtureData
+from osler.data.config import CleanConfig, FilesData, HubExam, MixtureData
 from osler.data.contamination import ExamIndex
 from osler.data.documents import Document, in_memory
 from osler.data.duplicates import EXACT, NEAR, Rows, Seen, rows_of, signatures
 from osler.data.exams import ExamsInData, read_exams_in_data, refuse_unchecked
 from osler.data.languages import languages_of
+from osler.data.named import EXAMS
 from osler.data.ngrams import PIECE, Words
 from osler.data.prepare import prepare
 from osler.data.shards import read_data_manifest
 from osler.data.sources import check_sources, open_corpora, prepare_sources
 from osler.runtime.errors import UserError
-from osler.tasks.exam_files import MedqaTask, load_exam_file
+from osler.tasks.exam_files import MedqaTask, QuestionsTask, load_exam_file
 from osler.tasks.item import ExamItem, render_question
 from osler.tokenizer.bpe import Tokenizer
 
@@ -328,6 +330,66 @@ def test_drops_are_counted_and_shown_in_the_card(data: FilesData, exam: MedqaTas
     assert prose(3, 1)[0].upper() not in card  # the text of exam questions is not spread
     assert str(tmp_path) not in card and not list(out.rglob("seen.bin"))
     assert prepare_sources(data, tokenizer, out).reused
+
+
+QUESTION = " ".join(prose(3, 40))
+ROWS = {
+    "medqa": {"question": QUESTION, "options": {"A": "x", "B": "y"}, "answer": "x", "answer_idx": "A"},
+    "medmcqa": {"id": "a", "question": QUESTION, **dict.fromkeys(("opa", "opb", "opc", "opd"), "x"), "cop": 0, "exp": ""},
+    "pubmedqa": {
+        "pubid": 7, "question": "Does it help?", "context": {"contexts": [QUESTION]}, "long_answer": "It does.",
+        "final_decision": "yes",
+    },
+    "gsm8k": {"question": QUESTION, "answer": "It is so. #### 7"},
+    "humaneval": {"task_id": "HumanEval/1", "prompt": QUESTION, "canonical_solution": "return 1"},
+    "hellaswag": {"ctx": QUESTION, "endings": ["a", "b"], "label": "1"},
+    "trivia_qa": {"question": QUESTION, "question_id": "sub_1", "answer": {"value": "Onion", "aliases": []}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("by_name", [False, True])
+def test_every_exam_can_be_named(data: FilesData, tmp_path: Path, name: str, by_name: bool) -> None:
+    """By its file, or by its name alone, which takes the split that models are examined with from the folder of the data."""
+    file = tmp_path / "root" / name / f"{EXAMS[name][1]}.jsonl"
+    file.parent.mkdir(parents=True)
+    file.write_text(json.dumps(ROWS[name]) + "\n")
+    entry = {"type": "hub", "name": name} if by_name else {"type": name, "path": str(file)}
+    clean = decode(CleanConfig, {"exams": [entry]})
+    mixture = MixtureData(sources=(replace(data, clean=None),), root=str(tmp_path / "root"), clean=clean)
+    check_sources(mixture)
+    cleaner = open_corpora(mixture)["notes"].clean
+    assert cleaner is not None
+    [look] = cleaner.looks([(f"Before. {QUESTION} after.",)])
+    assert look.reason == EXAM and look.exam_items[0].startswith(name)
+
+
+def test_exams_of_ones_own_and_strange_names(data: FilesData, tmp_path: Path) -> None:
+    file = tmp_path / "own.jsonl"
+    file.write_text(json.dumps({"q": QUESTION, "a": "It is."}) + "\n")
+    own = QuestionsTask(path=str(file), question_field="q", answer_field="a")
+    cleaner = open_corpora(replace(data, clean=CleanConfig(exams=(own,))))["notes"].clean
+    assert cleaner is not None and cleaner.looks([(QUESTION,)])[0].reason == EXAM
+    with pytest.raises(UserError, match=r"data.clean.exams\[1\].name=medqas is no exam .*medqa"):
+        check_sources(replace(data, clean=CleanConfig(exams=(own, HubExam(name="medqas")))))
+
+
+@pytest.mark.parametrize(("kind", "file"), [("humaneval", "humaneval.jsonl.gz"), ("trivia_qa", "triviaqa-3000.jsonl")])
+def test_real_exams_are_found_in_themselves(shared_data: Callable[[str], Path], kind: str, file: str) -> None:
+    [task] = decode(CleanConfig, {"exams": [{"type": kind, "path": str(shared_data(f"exams/{file}"))}]}).exams
+    items = load_exam_file(task)
+    found = ExamIndex(items).find(Words([f"{item.question} {item.answer}" for item in items]))
+    assert all(item.id in found[number] for number, item in enumerate(items))
+    assert sum(len(ids) > 1 for ids in found.values()) < 0.02 * len(items)
+
+
+def test_other_rules_of_cleaning_are_other_data(
+    data: FilesData, tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare_sources(data, tokenizer, tmp_path / "out")
+    monkeypatch.setattr("osler.data.clean.RULES", 99)
+    with pytest.raises(UserError, match="'rules': 99"):
+        prepare_sources(data, tokenizer, tmp_path / "out")
 
 
 def test_documents_with_exam_questions_can_be_kept(data: FilesData, tmp_path: Path, tokenizer: Tokenizer) -> None:
