@@ -1,6 +1,6 @@
 """Training on data that are still being prepared: how soon the first step ends, and how far data are ahead of training.
 
-    python benchmarks/bench_stream.py [--megabytes 256] [--set key.path=value ...] [--out FILE]
+    python benchmarks/bench_stream.py [--megabytes 100] [--set key.path=value ...] [--out FILE]
 
 The text is pseudo-random words in JSONL files, so its size is free to choose; the tokenizer is trained on it beforehand. The same
 run is started twice with the words of a user, once with data.streaming=true, and ended by its number of steps. Seconds count from
@@ -25,6 +25,7 @@ from typing import Any
 from measuring import ROOT, publish
 
 from osler.data.config import FilesData
+from osler.data.curriculum import lay_out
 from osler.data.loader import Loader
 from osler.data.mixture import Mixture
 from osler.data.order import Order
@@ -71,21 +72,21 @@ def start(run: Path, overrides: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def loader_rate(data: Path, seq_len: int, rows: int) -> int:
+def loader_rate(data: Path, seq_len: int, batch_tokens: int) -> int:
     """Return the tokens of batches that one thread makes in a second from what is in a folder of shards."""
-    (shards,) = open_split(data, "train")
+    (shards,) = open_split(data, "train").values()
     packing = MixedPacking({"texts": StreamPacking(Order(shards, 0), seq_len, prompt_loss=True)}, Mixture([1]))
-    loader = Loader(packing, rows)
+    loader = Loader(lay_out([], seq_len=seq_len, batch_tokens=batch_tokens), [packing])
     loader.batch(0)
     began = time.perf_counter()
     for step in range(LOADED_BATCHES):
         loader.batch(step)
-    return round(LOADED_BATCHES * rows * seq_len / (time.perf_counter() - began))
+    return round(LOADED_BATCHES * batch_tokens / (time.perf_counter() - began))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--megabytes", type=int, default=256)
+    parser.add_argument("--megabytes", type=int, default=100)
     parser.add_argument("--set", nargs="*", default=[], metavar="key=value", help="overrides of the run")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
@@ -105,7 +106,7 @@ def main() -> None:
             for name, streaming in (("streamed", "true"), ("prepared", "false"))
         }
         same = runs["streamed"].pop("losses") == runs["prepared"].pop("losses")
-        rate = loader_rate(Path(root) / "streamed" / "data", seq_len, batch_tokens // seq_len)
+        rate = loader_rate(Path(root) / "streamed" / "data", seq_len, batch_tokens)
     result = {
         "benchmark": "stream",
         "megabytes": arguments.megabytes,

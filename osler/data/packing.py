@@ -63,14 +63,16 @@ class StreamPacking:
         """Return tokens index * seq_len ... (index + 1) * seq_len of the stream, counted from `first_token`."""
         shards = self.order.shards
         epoch, token = self.order.locate(self.first_token + index * self.seq_len)
-        builder = _RowBuilder(self.seq_len + 1, shards.eos_id)
-        while builder.room:
+        parts, size = [], self.seq_len + 1
+        room = size
+        while room:
             for document, start in self.order.pieces(epoch, token):
-                builder.add(*shards.document(document, start, start + builder.room))
-                if not builder.room:
+                parts.append(shards.document(document, start, start + room))
+                room -= len(parts[-1][0])
+                if not room:
                     break
             epoch, token = epoch + 1, 0
-        return builder.finish(across_documents=True, prompt_loss=self.prompt_loss)
+        return _packed(parts, size, shards.eos_id, across_documents=True, prompt_loss=self.prompt_loss)
 
     def tokens(self, rows: int) -> int:
         """Return how many tokens of the stream the first rows consume; those before row 0 count too."""
@@ -132,12 +134,11 @@ class WholePacking:
         with self._lock:
             window, first_row, _ = self._find(index)
             pieces, row_ends, _, _ = self._plan(window)
-        place = index - first_row
-        builder = _RowBuilder(self.seq_len + 1, self.order.shards.eos_id)
+        place, shards = index - first_row, self.order.shards
         in_row = slice(int(row_ends[place - 1]) if place else 0, int(row_ends[place]))
-        for document, start, length in zip(*pieces.take(in_row), strict=True):
-            builder.add(*self.order.shards.document(int(document), int(start), int(start + length)))
-        return builder.finish(across_documents=False, prompt_loss=self.prompt_loss)
+        chosen = zip(*(column.tolist() for column in pieces.take(in_row)), strict=True)
+        parts = [shards.document(document, start, start + length) for document, start, length in chosen]
+        return _packed(parts, self.seq_len + 1, shards.eos_id, across_documents=False, prompt_loss=self.prompt_loss)
 
     @property
     def rows_of_first_epoch(self) -> int:
@@ -344,41 +345,26 @@ def best_fit(lengths: Int64Array, capacity: int) -> Int64Array:
     return rows
 
 
-class _RowBuilder:
-    """Fills a row of `size` = seq_len + 1 tokens from the left."""
+def _packed(
+    parts: Sequence[tuple[TokenArray, MaskArray | None]], size: int, eos_id: int, *, across_documents: bool, prompt_loss: bool
+) -> PackedRow:
+    """Return the row of tokens of one document after another, each with its loss mask (None: all are learned).
 
-    def __init__(self, size: int, eos_id: int) -> None:
-        self.room = size
-        self._ids = np.full(size, eos_id, dtype=np.int64)
-        self._learn = np.zeros(size, dtype=bool)
-        self._document_ids = np.zeros(size, dtype=np.int64)
-        self._used = 0
-        self._documents = 0
-
-    def add(self, ids: TokenArray, mask: MaskArray | None) -> None:
-        """Append tokens of one document, with their loss mask (None: all are learned)."""
-        place = slice(self._used, self._used + len(ids))
-        self._ids[place] = ids
-        self._learn[place] = True if mask is None else mask
-        self._document_ids[place] = self._documents
-        self._used += len(ids)
-        self.room -= len(ids)
-        self._documents += 1
-
-    def finish(self, *, across_documents: bool, prompt_loss: bool) -> PackedRow:
-        """Return the row; with `across_documents` the first token of a document is learned from the end of the one before.
-
-        A row in the middle of a long question has no token to learn. It is learned as text: a batch of such rows alone would have
-        no loss.
-        """
-        learn = self._learn
-        if prompt_loss:
-            learn[: self._used] = True
-        document_ids = self._document_ids
-        document_ids[self._used :] = self._documents
-        may_learn = np.ones(len(learn) - 1, bool) if across_documents else document_ids[1:] == document_ids[:-1]
-        may_learn[max(0, self._used - 1) :] = False
-        learned = learn[1:] & may_learn
-        if not learned.any():
-            learned = may_learn
-        return PackedRow(self._ids[:-1], np.where(learned, self._ids[1:], IGNORED), document_ids[:-1])
+    With `across_documents` the first token of a document is learned from the end of the one before. A row in the middle of a
+    long question has no token to learn. It is learned as text: a batch of such rows alone would have no loss.
+    """
+    lengths = [len(tokens) for tokens, _ in parts]
+    used = sum(lengths)
+    ids = np.full(size, eos_id, np.int64)
+    ids[:used] = np.concatenate([tokens for tokens, _ in parts])
+    document_ids = np.full(size, len(parts), np.int64)
+    document_ids[:used] = np.repeat(np.arange(len(parts)), lengths)
+    may_learn = np.ones(size - 1, bool) if across_documents else document_ids[1:] == document_ids[:-1]
+    may_learn[max(0, used - 1) :] = False
+    learned = may_learn.copy()
+    if not prompt_loss and any(mask is not None for _, mask in parts):
+        masks = [np.ones(len(tokens), bool) if mask is None else mask.astype(bool) for tokens, mask in parts]
+        learned[: used - 1] &= np.concatenate(masks)[1:]
+    if not learned.any():
+        learned = may_learn
+    return PackedRow(ids[:-1], np.where(learned, ids[1:], IGNORED), document_ids[:-1])

@@ -121,8 +121,9 @@ def interrupted(command: list[str], folder: Path) -> None:
 
 def run_all(command: list[str], root: Path) -> None:
     wholes = [root / f"whole-{ranks}" for ranks in (1, 2)]
+    ddp = ["parallel.type=ddp", f"validation=[{{type: files, path: {root / 'held.jsonl'}}}]"]
     for ranks, whole in enumerate(wholes, 1):
-        words = [*command, "parallel.type=ddp"] if ranks > 1 else command
+        words = [*command, *ddp] if ranks > 1 else command
         assert train(words, whole, ranks) == [0] * ranks, said(whole, 0)[-2000:]
         report(f"{ranks} ranks", streamed, words, whole, root / f"streamed-{ranks}", ranks)
     words, whole = [*command, "packing=whole"], root / "whole-documents"

@@ -27,6 +27,7 @@ def recipe(tiny, tmp_path):
     """Twelve steps over about 550,000 tokens, and over a small source that they read several times."""
     (tmp_path / "large.jsonl").write_text(texts(2500, 0))
     (tmp_path / "small.jsonl").write_text(texts(60, 1))
+    (tmp_path / "held.jsonl").write_text(texts(40, 2))
     weights = {"large": 6, "small": 1}
     sources = [{"type": "files", "path": str(tmp_path / f"{name}.jsonl"), "weight": weights[name]} for name in weights]
     given = load_yaml(Path(tiny.pretrain).read_text(), "")
@@ -62,7 +63,7 @@ def longer(recipe, tmp_path):
         (tmp_path / "large" / f"{number}.jsonl").write_text(texts(140, number))
     given = json.loads(recipe.read_text())
     given["data"]["sources"] = [{"type": "files", "path": str(tmp_path / "large")}]
-    given["validation"] = [{"type": "files", "path": str(tmp_path / "small.jsonl")}]
+    given["validation"] = [{"type": "files", "path": str(tmp_path / "held.jsonl")}]
     given |= {"batch_tokens": 4096, "recovery": {"max_rollbacks": 0}, "eval_every_tokens": 24 * 4096}
     given["checkpoint"] = {"every_tokens": 2 * 4096, "keep_last": 1}
     recipe.write_text(json.dumps(given | {"total_tokens": 48 * 4096}))

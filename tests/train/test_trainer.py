@@ -13,12 +13,13 @@ from itertools import pairwise
 
 import pytest
 import torch
-from run_folders import assert_same_tensors, logged, saved_steps
+from run_folders import assert_same_tensors, at, logged, saved_steps
 
 from osler.checkpoint import store
 from osler.checkpoint.folders import best_checkpoint
 from osler.cli.main import main
 from osler.config.recipe import load_yaml
+from osler.data.exams import EXAMS, ExamsInData
 from osler.inference.load import load_model
 from osler.monitor.config import MonitorConfig
 from osler.monitor.metrics import declared_name
@@ -29,6 +30,7 @@ from osler.report.words import attention, model_of
 from osler.runs.loop import Loop
 from osler.runtime.files import RunFolder
 from osler.tokenizer.bpe import Tokenizer
+from osler.train.shards import exams_in_data
 from osler.watch.state import WatchedFolder
 
 
@@ -298,3 +300,19 @@ def test_a_run_that_ends_worse_than_guessing_says_so_wherever_its_end_is_told(ti
     state = watched.current.state(end.time + 1)
     assert state.kind == "finished" and "but 1 alert still holds: worse-than-guessing" in state.words
     assert any("but 1 alert still holds: worse than guessing" in text for text in attention(read_run(run.root)))
+
+
+def test_checkpoints_of_a_stream_know_of_exams_from_the_end_of_its_preparation_on(config, make_trainer, tmp_path):
+    """The data are being prepared until the evaluation of step 6, before which there is a checkpoint."""
+    known, shards = ExamsInData(frozenset("ab"), frozenset("b")), tmp_path / "shards"
+    shards.mkdir()
+
+    def evaluate() -> dict[str, float]:
+        (shards / EXAMS).write_bytes(known.to_bytes())
+        return {"eval/loss": 5.0}
+
+    trainer = make_trainer(tmp_path / "run", evaluate=evaluate, checkpoint={"keep_last": 4, "every_tokens": 4 * 256})
+    trainer.run.more_files = exams_in_data(config, shards, None)
+    assert Loop(trainer).fit()
+    found = [ExamsInData.from_files(store.load(at(tmp_path / "run", step), names=[]).files) for step in (4, 6, 8, 12)]
+    assert found == [ExamsInData(), ExamsInData(), known, known]
