@@ -361,10 +361,11 @@ def _packed(
     document_ids[:used] = np.repeat(np.arange(len(parts)), lengths)
     may_learn = np.ones(size - 1, bool) if across_documents else document_ids[1:] == document_ids[:-1]
     may_learn[max(0, used - 1) :] = False
-    learned = may_learn.copy()
+    learned = may_learn
     if not prompt_loss and any(mask is not None for _, mask in parts):
         masks = [np.ones(len(tokens), bool) if mask is None else mask.astype(bool) for tokens, mask in parts]
-        learned[: used - 1] &= np.concatenate(masks)[1:]
-    if not learned.any():
-        learned = may_learn
+        learned = np.zeros(size - 1, bool)
+        learned[: used - 1] = may_learn[: used - 1] & np.concatenate(masks)[1:]
+        if not learned.any():
+            learned = may_learn
     return PackedRow(ids[:-1], np.where(learned, ids[1:], IGNORED), document_ids[:-1])

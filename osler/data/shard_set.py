@@ -51,24 +51,25 @@ def identity_of(path: Path) -> tuple[int, int] | None:
 
 
 @functools.lru_cache(4)
-def _manifest(path: Path, identity: tuple[int, int]) -> dict[str, Any]:
+def _read_manifest(path: Path, identity: tuple[int, int]) -> dict[str, Any]:
     return dict(read_json(path))
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    """Return the manifest of a folder of data, which is read when it has changed; before there is one, that of no data."""
+    identity = identity_of(folder / DATA_MANIFEST)
+    return {"complete": False} if identity is None else _read_manifest(folder / DATA_MANIFEST, identity)
 
 
 def is_finished(folder: Path) -> bool:
     """Return whether everything in a folder of data is prepared."""
-    identity = identity_of(folder / DATA_MANIFEST)
-    return identity is not None and bool(_manifest(folder / DATA_MANIFEST, identity)["complete"])
+    return bool(_manifest(folder)["complete"])
 
 
 def _is_split_finished(folder: Path) -> bool:
     """Return whether nothing more will be written to a split; whether somebody is writing is for `Preparer.tend` to say."""
-    path, source, split = folder.parents[1] / DATA_MANIFEST, folder.parent.name, folder.name
-    identity = identity_of(path)
-    if identity is None:
-        return False
-    manifest = _manifest(path, identity)
-    return manifest["complete"] or split in _entry(manifest, source)["splits"]
+    manifest = _manifest(folder.parents[1])
+    return manifest["complete"] or ("sources" in manifest and folder.name in _entry(manifest, folder.parent.name)["splits"])
 
 
 def _entry(manifest: Mapping[str, Any], source: str) -> dict[str, Any]:
@@ -122,11 +123,6 @@ class ShardSet:
         if shards.is_complete and shards.fingerprint != _entry(manifest, source)["splits"][split]["fingerprint"]:
             raise UserError(f"{shards.folder / INDEX} is not the one that the manifest describes; prepare the data again.")
         return shards
-
-    @property
-    def token_bytes(self) -> int:
-        """The bytes of a token on the disk."""
-        return self._dtype.itemsize
 
     def refresh(self) -> None:
         """Take in the shards that were written since."""
@@ -265,12 +261,9 @@ class ShardSet:
         here = self._index.records[number]
         return (int(here["documents"] - before["documents"]), int(here["tokens"] - before["tokens"]), bool(here["is_masked"]))
 
-    def _size(self, number: int) -> int:
-        documents, tokens, is_masked = self._counts(number)
-        return 4 * documents + tokens * (self._dtype.itemsize + is_masked)
-
     def _check_size(self, number: int) -> Path:
-        path, expected = self.folder / shard_name(number), self._size(number)
+        documents, tokens, is_masked = self._counts(number)
+        path, expected = self.folder / shard_name(number), 4 * documents + tokens * (self._dtype.itemsize + is_masked)
         try:
             size = path.stat().st_size
         except FileNotFoundError:

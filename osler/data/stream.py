@@ -129,8 +129,8 @@ class DiskBudget:
     """Deletes the shards that a run has done with, when the preparation has no room for more and asks for it (`PAUSED`).
 
     Those are the shards before the window that the oldest checkpoint to resume from stands in, of sources that the run surely
-    reads once at most, even after all rollbacks that it may make: each may pass over `spare_tokens` divided by their number.
-    Parts of files are read in an order that is drawn, so those that are not read yet are taken to give about as many tokens.
+    reads once at most, even when rollbacks pass over `spare_tokens` more. How large a source will be is only estimated before it
+    is prepared, and most of the estimate counts as sure: parts of files are read in an order that is drawn.
     """
 
     def __init__(
@@ -162,6 +162,7 @@ class DiskBudget:
             first = Order(shards, 0).first_shard(done[name])
             if first > num_evicted(shards.folder):
                 evict(shards.folder, first)
+                shards.shard.cache_clear()  # a file that is still mapped takes its room
                 (self.folder / PAUSED).unlink(missing_ok=True)
                 return
         if not once or waited > STUCK_SECONDS:
@@ -174,8 +175,8 @@ class DiskBudget:
             reads = (f"{tokens:,} tokens of {name}, of which {sure[name]:,.0f} are certain" for name, tokens in needed.items())
             why = f"what is read again is not deleted, and the run may read, with what rollbacks pass over, {', '.join(reads)}"
             remedy = "set total_tokens lower"
-        size = sum(tokens * self.loader.sources[name].token_bytes for name, tokens in sure.items()) / GIGABYTE
-        return f"{why}. All shards take about {size:.2g} GB or more: set it higher, or {remedy}."
+        size = sum(shards.file_bytes * sure[name] / max(1, shards.num_tokens) for name, shards in self.loader.sources.items())
+        return f"{why}. All shards take about {size / GIGABYTE:.2g} GB or more: set it higher, or {remedy}."
 
     def _sure_tokens(self, name: str, shards: ShardSet) -> float:
         """Return how many tokens a source has, or will surely have."""

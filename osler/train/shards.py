@@ -225,9 +225,13 @@ def partial_of(folder: Path) -> Path:
 
 def _take_over(shards: Path, folder: Path) -> None:
     """Link another run's shards into this one, or copy them where the disk has no links; nothing ever changes them."""
-    shutil.copytree(shards, partial_of(folder), copy_function=_link_or_copy)
-    partial_of(folder).rename(folder)
-    fsync_dir(folder.parent)
+    partial = partial_of(folder)
+    try:
+        shutil.copytree(shards, partial, copy_function=_link_or_copy)
+        partial.rename(folder)
+        fsync_dir(folder.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _link_or_copy(source: str, target: str) -> None:
