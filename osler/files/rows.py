@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import io
 import json
 import re
 from collections import Counter
@@ -61,8 +62,8 @@ def read_texts(source: Path | Part) -> Iterator[str]:
     lines, is_first, rest = 1, True, b""
     with _os_errors_named(file.name), _open(file) as stream:
         while True:
-            data = rest + _read(stream, TEXT_BYTES - len(rest))
-            is_last = len(data) < TEXT_BYTES or not (more := _read(stream, 1))
+            data = rest + stream.read(TEXT_BYTES - len(rest))
+            is_last = len(data) < TEXT_BYTES or not (more := stream.read(1))
             cut = len(data) if is_last else data.rfind(b"\n") + 1 or _last_character(data)
             text, rest = data[:cut], data[cut:] + (b"" if is_last else more)
             yield _decode_text(text, file.name, lines, is_first)
@@ -72,15 +73,6 @@ def read_texts(source: Path | Part) -> Iterator[str]:
                 log_once(f"{file.name} is long: it is learned as documents of {TEXT_BYTES >> 20} MiB, cut at ends of lines.")
             lines, is_first = lines + text.count(b"\n"), False
     file.check()
-
-
-def _read(stream: IO[bytes], size: int) -> bytes:
-    """Read so many bytes, fewer at the end alone."""
-    blocks = []
-    while size > 0 and (block := stream.read(size)):
-        blocks.append(block)
-        size -= len(block)
-    return b"".join(blocks)
 
 
 def _last_character(data: bytes) -> int:
@@ -138,8 +130,7 @@ def _open(file: File) -> IO[bytes]:
         raise UserError(f"{file.name} cannot be read, it may be torn: it is empty, which no compressed file is. Copy it again.")
     import pyarrow
 
-    stream: IO[bytes] = pyarrow.input_stream(handle, compression=packing)
-    return stream
+    return io.BufferedReader(pyarrow.input_stream(handle, compression=packing), BLOCK_BYTES)  # pyarrow's reads may be short
 
 
 @contextlib.contextmanager
