@@ -21,7 +21,7 @@ from osler.config.recipe import available_recipes, load_recipe
 from osler.config.schema import decode
 from osler.data.config import sources_of
 from osler.data.curriculum import rows_per_micro_batch
-from osler.data.named import SOURCES
+from osler.data.named import EXAMS, SOURCES
 from osler.files.hub import hub_files
 from osler.inference.load import load_model
 from osler.rl.config import GrpoConfig
@@ -42,40 +42,48 @@ SMALL_CLINIC = [f"data.{name}={count}" for name, count in {"passages": 60, "exam
 MODEL = {"num_layers": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "num_kv_heads": 1, "head_dim": 8}
 
 
-def write_like_the_hub(root: Path, name: str, split: str, subset: str) -> None:
-    """Write some rows of a source into a file that is named as on the hub, in a folder that is named after the source."""
-    pattern = SOURCES[name].files[0].format(split=split, subset=subset)
+def write_like_the_hub(root: Path, name: str, split: str, subset: str, rows: list[dict]) -> None:
+    """Write rows of a source into a file that is named as on the hub, in a folder that is named after the source."""
+    known = SOURCES[name]
+    pattern = known.files[0].format(split=split or known.splits[0], subset=subset or known.subsets[0])
     file = root / name / pattern.replace("*", "00000")
     file.parent.mkdir(parents=True, exist_ok=True)
-    row = ROWS[name][0]
-    field = next(field for field in ("text", "query", "content", "clean_text", "question", "messages") if field in row)
-    texts = textbook(len(name) + len(subset), 40)
     if file.suffix == ".txt":
-        for number, text in enumerate(texts):
-            file.with_stem(str(number)).write_text(text)
-        return
-    if name == "wikitext":
-        texts = [f" = Page {number} = \n{text}\n" for number, text in enumerate(texts)]
-    values = [[{"role": "user", "content": text}, row[field][1]] for text in texts] if field == "messages" else texts
-    rows = [
-        {**row, field: value} | ({"query_seed_url": f"page {place}"} if name == "synth" else {})
-        for place, value in enumerate(values)
-    ]
-    if file.suffix == ".parquet":
+        for number, row in enumerate(rows):
+            file.with_stem(str(number)).write_text(row["text"])
+    elif file.suffix == ".parquet":
         pq.write_table(pa.Table.from_pylist(rows), file, row_group_size=10)
     else:
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
+def rows_with_texts(name: str, subset: str) -> list[dict]:
+    """Rows of a source that have the clinic's textbook as their text, other parts of it in each source."""
+    row = ROWS[name][0]
+    field = next(field for field in ("text", "query", "content", "clean_text", "question", "messages") if field in row)
+    values: list = textbook(len(name) + len(subset), 40)
+    if name == "wikitext":
+        values = [f" = Page {number} = \n{text}\n" for number, text in enumerate(values)]
+    if field == "messages":
+        values = [[{"role": "user", "content": text}, row[field][1]] for text in values]
+    return [
+        {**row, field: value} | ({"query_seed_url": f"page {place}"} if name == "synth" else {})
+        for place, value in enumerate(values)
+    ]
+
+
 @pytest.fixture(scope="module")
 def named_files(tmp_path_factory) -> Path:
-    """A folder that has a folder for each source by name, with files like the hub's."""
+    """A folder that has a folder for each source and exam by name, with files like the hub's."""
     root = tmp_path_factory.mktemp("hub")
     for name in NAMED:
         config = decode(TrainConfig, load_recipe(name))
         for source in (*sources_of(config.data).values(), *config.validation):
-            known = SOURCES[source.name]
-            write_like_the_hub(root, source.name, source.split or known.splits[0], source.subset or known.subsets[0])
+            subset = source.subset or SOURCES[source.name].subsets[0]
+            write_like_the_hub(root, source.name, source.split, subset, rows_with_texts(source.name, subset))
+        for exam in config.data.clean.exams if config.data.clean else ():
+            subset, split = EXAMS[exam.name]
+            write_like_the_hub(root, exam.name, split, subset, [ROWS[exam.name][0]])
     return root
 
 
