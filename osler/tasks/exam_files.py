@@ -220,7 +220,8 @@ def humaneval_item(row: ExamRow) -> ExamItem:
 
 def hellaswag_item(row: ExamRow) -> ExamItem:
     """Read a row of HellaSwag (Zellers et al. 2019, arXiv 1905.07830)."""
-    story, label = row.text("ctx"), str(row.values.get("label"))
+    story = " ".join(filter(None, (row.field(name, str).strip() for name in ("ctx_a", "ctx_b"))))
+    label = str(row.values.get("label"))
     endings = tuple(map(str, row.field("endings", list)))
     if not label.isdecimal() or int(label) >= len(endings):
         raise row.error(f"'label' must be the number of one of the {len(endings)} 'endings', not {label!r}.")
@@ -247,7 +248,7 @@ SCHEMAS: dict[type[ExamFile], tuple[str, Callable[[ExamRow], ExamItem]]] = {
     PubmedqaTask: ("qiaojin/PubMedQA: pubid, question, context.contexts, long_answer, final_decision", pubmedqa_item),
     Gsm8kTask: ("openai/gsm8k (main): question, answer ('... #### number')", gsm8k_item),
     HumanevalTask: ("openai/openai_humaneval: task_id, prompt, canonical_solution", humaneval_item),
-    HellaswagTask: ("Rowan/hellaswag: ctx, endings, label", hellaswag_item),
+    HellaswagTask: ("Rowan/hellaswag: ctx_a, ctx_b, endings, label", hellaswag_item),
     TriviaqaTask: ("mandarjoshi/trivia_qa: question, question_id, answer.value", triviaqa_item),
     QuestionsTask: ("questions of one's own: question_field, answer_field", questions_item),
 }

@@ -342,7 +342,7 @@ ROWS = {
     },
     "gsm8k": {"question": QUESTION, "answer": "It is so. #### 7"},
     "humaneval": {"task_id": "HumanEval/1", "prompt": QUESTION, "canonical_solution": "return 1"},
-    "hellaswag": {"ctx": QUESTION, "endings": ["a", "b"], "label": "1"},
+    "hellaswag": {"ctx_a": QUESTION, "ctx_b": "", "endings": ["a", "b"], "label": "1"},
     "trivia_qa": {"question": QUESTION, "question_id": "sub_1", "answer": {"value": "Onion", "aliases": []}},
 }  # fmt: skip
 

@@ -67,14 +67,14 @@ ROWS = {
         ("We gave it.\nIron? yes (A) no (B) maybe (C)", "It helps.", "yes (A)"),
     ),
     "humaneval": (
-        {"prompt": "def f():\n", "canonical_solution": "    return 1\n", "test": "", "entry_point": "f"},
+        {"task_id": "T/0", "prompt": "def f():\n", "canonical_solution": "    return 1\n", "test": "", "entry_point": "f"},
         "def f():\n    return 1\n",
     ),
     "hellaswag": (
         {"activity_label": "Baking", "ctx_a": "She mixes.", "ctx_b": "then", "endings": ["flies.", "bakes."], "label": "1"},
         "Baking: She mixes. then bakes.",
     ),
-    "trivia_qa": ({"question": "Metal?", "answer": {"value": "Iron", "aliases": []}}, ("Metal?", "Iron")),
+    "trivia_qa": ({"question_id": "q", "question": "Metal?", "answer": {"value": "Iron", "aliases": []}}, ("Metal?", "Iron")),
     "medquad": (
         {"question": "What is gout?", "answer": "Urate.", "focus": "Gout", "qtype": "information"},
         ("What is gout?", "Urate."),
