@@ -1,12 +1,13 @@
 """`osler data prepare` beside `datasets.map` with the same fast tokenizer, and its memory over the size of the input.
 
-    python benchmarks/bench_prepare.py [--megabytes 100] [--memory 100 400] [--repeats 3] [--text FILE ...] [--out FILE]
+    python benchmarks/bench_prepare.py [--megabytes 100] [--memory 50 500 2000] [--repeats 3] [--text FILE ...] [--out FILE]
 
 Both read the same JSON lines with two processes and the same tokenizer.json. Each run is a fresh process, and the two take turns.
 Ours is timed from the files to finished shards, hold-out and hashes included; of the other only `map` is timed, as well as the
 reading of the file into its own format (`load_seconds`). Text is drawn from a seed, with word frequencies as those of a language,
-or cut from the documents of `--text` until there is enough, each piece with a number, so that none is a copy.
-Memory is the proportional share of all processes together, sampled.
+or cut from the documents of `--text`; it repeats until there is enough, each piece with a number, so that none is a copy.
+`peak_bytes` is the proportional share of all processes together, `largest_process_bytes` that of the largest, both sampled; they
+are measured for each size of `--memory` too; `growth` is the peak of the last size over that of the first.
 """
 
 from __future__ import annotations
@@ -21,45 +22,47 @@ import string
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from measuring import measured, publish
 
-PROCESSES, DOCUMENT_CHARS, VOCABULARY = 2, 3000, 32_768
+PROCESSES, DOCUMENT_CHARS, SYNTHETIC_DOCUMENTS, VOCABULARY = 2, 3000, 10_000, 32_768
 SAMPLE_SECONDS = 0.05
 
 
-def synthetic(seed: int) -> Iterator[str]:
-    """Yield documents of words by Zipf's law; their lengths are log-normal, as those of web text are nearly."""
+def synthetic(seed: int) -> list[str]:
+    """Return documents of words by Zipf's law; their lengths are log-normal, as those of web text are nearly."""
     rng = random.Random(seed)
     words = ["".join(rng.choices(string.ascii_lowercase, k=rng.randint(2, 12))) for _ in range(60_000)]
     words += [word.capitalize() for word in words[:20_000]] + [f"{word}," for word in words[:2000]]
     cumulative = list(itertools.accumulate(1 / (rank + 2.7) for rank in range(len(words))))
-    while True:
+    documents = []
+    for _ in range(SYNTHETIC_DOCUMENTS):
         count = int(min(20_000, max(20, rng.lognormvariate(6, 0.9))))
         chosen = rng.choices(words, cum_weights=cumulative, k=count)
-        yield " ".join(f"{word} {rng.randint(0, 999)}.\n" if place % 17 == 16 else word for place, word in enumerate(chosen))
+        numbered = (f"{word} {rng.randint(0, 999)}.\n" if place % 17 == 16 else word for place, word in enumerate(chosen))
+        documents.append(" ".join(numbered))
+    return documents
 
 
-def cut(paths: list[Path]) -> Iterator[str]:
-    """Yield pieces of the documents in files, shuffled, again and again."""
+def cut(paths: list[Path]) -> list[str]:
+    """Return pieces of the documents in files, shuffled."""
     from osler.data.readers import TextFiles
 
     texts = [document.text for path in paths for document in TextFiles(path)]
     pieces = [text[at : at + DOCUMENT_CHARS] for text in texts for at in range(0, len(text), DOCUMENT_CHARS)]
     random.Random(0).shuffle(pieces)
-    for number in itertools.count():
-        yield f"{pieces[number % len(pieces)]} {number}"
+    return pieces
 
 
-def write(path: Path, texts: Iterator[str], megabytes: float) -> None:
-    """Write so much of a text as JSON lines."""
-    size = 0
+def write(path: Path, pieces: list[str], megabytes: float) -> None:
+    """Let a file of JSON lines have so much of the text, again and again, each piece with a number."""
     with open(path, "w", encoding="utf-8") as file:
+        size, numbers = 0, itertools.count()
         while size < megabytes * 1e6:
-            size += file.write(json.dumps({"text": next(texts)}, ensure_ascii=False) + "\n")
+            number = next(numbers)
+            size += file.write(json.dumps({"text": f"{pieces[number % len(pieces)]} {number}"}, ensure_ascii=False) + "\n")
 
 
 class PeakMemory(threading.Thread):
@@ -141,7 +144,7 @@ def median(found: list[dict[str, Any]]) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--megabytes", type=float, default=100)
-    parser.add_argument("--memory", type=float, nargs="*", default=[100, 400], metavar="MEGABYTES")
+    parser.add_argument("--memory", type=float, nargs="*", default=[50, 500, 2000], metavar="MEGABYTES")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--text", type=Path, nargs="+")
     parser.add_argument("--out", type=Path)
@@ -157,13 +160,13 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as root:
         data, tokenizer = Path(root) / "data.jsonl", Path(root) / "tokenizer.json"
-        texts = cut(arguments.text) if arguments.text else synthetic(0)
+        pieces = cut(arguments.text) if arguments.text else synthetic(0)
         if arguments.tokenizer:
             loaded = Tokenizer.load(arguments.tokenizer).with_specials()
         else:
-            loaded = Tokenizer.train(itertools.islice(texts, 5000), VOCABULARY)
+            loaded = Tokenizer.train(pieces[:5000], VOCABULARY)
         tokenizer.write_bytes(loaded.to_bytes())
-        write(data, texts, arguments.megabytes)
+        write(data, pieces, arguments.megabytes)
         found: dict[str, list[dict[str, Any]]] = {name: [] for name in CONTESTANTS}
         for _ in range(arguments.repeats):
             for name, results in found.items():
@@ -171,8 +174,10 @@ def main() -> None:
         rates = {name: median(results) for name, results in found.items()}
         memory = {}
         for megabytes in arguments.memory:
-            write(data, texts, megabytes)
-            memory[f"{megabytes:g} MB"] = {key: run("osler", data, tokenizer)[key] for key in ("peak_bytes",)}
+            write(data, pieces, megabytes)
+            found_here = run("osler", data, tokenizer)
+            memory[f"{megabytes:g} MB"] = {key: found_here[key] for key in ("seconds", "peak_bytes", "largest_process_bytes")}
+        peaks = [entry["peak_bytes"] for entry in memory.values()]
         ratio = rates["osler"]["tokens_per_second"] / rates["datasets.map"]["tokens_per_second"]
         result = {
             "benchmark": "prepare",
@@ -184,6 +189,7 @@ def main() -> None:
             **rates,
             "ratio": round(ratio, 2),
             "memory": memory,
+            "growth": round(peaks[-1] / peaks[0], 3) if peaks else None,
             "cores": os.cpu_count(),
         }
     publish(result, arguments.out)

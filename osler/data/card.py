@@ -111,6 +111,7 @@ def _counts(sources: Mapping[str, Mapping[str, Any]]) -> str:
         [name, split, found["documents"], found["tokens"], found["bytes"], f"{found['bytes'] / max(1, found['tokens']):.2f}"]
         for name, source in sources.items()
         for split, found in source["splits"].items()
+        if found["documents"]
     ]
     return _table(["source", "split", "documents", "tokens", "bytes of text", "bytes per token"], rows)
 

@@ -37,12 +37,12 @@ class Look(NamedTuple):
     `signature` is what near copies of it are found by, None where they are not looked for.
     """
 
-    reason: str
-    exam_items: Sequence[str]
-    signature: Rows | None
+    reason: str = ""
+    exam_items: Sequence[str] = ()
+    signature: Rows | None = None
 
 
-KEEP = Look("", (), None)
+KEEP = Look()
 
 
 @dataclass(frozen=True)

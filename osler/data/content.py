@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -97,31 +97,26 @@ def check_unchanged(out: Path, corpora: Sequence[Corpus | None], sets: Sequence[
         raise other_data(out, "content", difference, consent)
 
 
-def other_data(out: Path, what: str, difference: str, consent: str | None) -> UserError:
+def other_data(out: Path, what: str, difference: str, consent: str | None, *, is_finished: bool = True) -> UserError:
+    """Return the error that says how a folder differs from what is wanted, and what allows that."""
     allow = f" allow it with {consent}," if consent else ""
+    state, remove = ("was prepared", "") if is_finished else ("is half prepared", ", or delete it")
     return UserError(
-        f"{out} was prepared with another {what}: {difference}. Put the {what} back to go on with what was prepared,{allow} "
-        "or choose another folder."
+        f"{out} {state} with another {what}: {difference}. Put the {what} back to go on with what was prepared,{allow} "
+        f"or choose another folder{remove}."
     )
 
 
 def difference_of(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> tuple[str, str]:
-    """Return what of two manifests differs and how, "" when at most times and names of files do."""
-    one, other = found["tokenizer_fingerprint"], wanted["tokenizer_fingerprint"]
-    if one != other:
-        return "tokenizer", f"its fingerprint is {one}, now it is {other}"
+    """Return what of two manifests differs and how, "" when at most weights, and names and times of change, do."""
     for kind, title in (("sources", "source"), ("validation", "validation set")):
         if len(found[kind]) != len(wanted[kind]):
             return "content", f"it has {len(found[kind])} {title}s, now there are {len(wanted[kind])}"
         for old, new in zip(found[kind].values(), wanted[kind].values(), strict=True):
             if difference := _other_content(old["content"], new["content"]):
                 return "content", difference
-    if not found["complete"]:
-        weights = [[entry["weight"] for entry in manifest["sources"].values()] for manifest in (found, wanted)]
-        names = [[list(manifest[kind]) for kind in ("sources", "validation")] for manifest in (found, wanted)]
-        if weights[0] != weights[1] or names[0] != names[1]:
-            return "content", "its sources have other names or weights"
-    return "", ""
+    one, other = found["tokenizer_fingerprint"], wanted["tokenizer_fingerprint"]
+    return ("", "") if one == other else ("tokenizer", f"its fingerprint is {one}, now it is {other}")
 
 
 def _other_content(old: Mapping[str, Any] | None, new: Mapping[str, Any] | None) -> str:
@@ -164,7 +159,8 @@ def first_change(streams: Sequence[Stream]) -> str:
                     yield Task(number, place, part)
 
     processes = process_count(sum(file.size for files in touched for file in files))
-    for task, end in tokenise([stream.corpus for stream in streams], None, tasks(), processes):
+    corpora = [replace(stream.corpus, clean=None) for stream in streams]
+    for task, end in tokenise(corpora, None, tasks(), processes):
         if isinstance(end, PartEnd) and end.digest != known.popleft():
             return f"{task.part.file.name} has changed"
     return ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import repeat
+from itertools import compress, repeat
 from typing import IO, Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from osler.files.parts import PART_BYTES, File, Part, Parts
 from osler.runtime.errors import UserError
 from osler.tokenizer.chat import Turn
 
+EMPTY = "empty"  # the reason why a document without text is left out
 LOOK_CHARACTERS = 1 << 17  # of the documents that are judged at a time
 
 
@@ -95,21 +96,26 @@ class Corpus:
         """Return the numbers of the parts in the order in which they are taken."""
         return permutation(len(self.parts), self.seed, "parts")
 
-    def looks(self, documents: Iterable[Document]) -> Iterator[tuple[Document, Look]]:
-        """Yield documents with what cleaning says of them."""
-        for batch in batches(documents, LOOK_CHARACTERS):
-            looks = repeat(KEEP) if self.clean is None else self.clean.looks([document.parts for document in batch])
-            yield from zip(batch, looks, strict=False)
-
-    def kept(self, number: int) -> Iterator[Document]:
-        """Yield the documents of a part that are not left out, copies included."""
-        read = self.read(self.parts[number])
-        return (document for document, look in self.looks(one for one in read if not one.is_empty) if not look.reason)
-
     def documents(self) -> Iterator[Document]:
         """Yield all documents as they stand in the files."""
         for part in self.parts:
             yield from self.read(part)
+
+    def judged(self, part: Part) -> Iterator[tuple[Document, bytes, Look]]:
+        """Yield the documents of a part, each with its exact digest and what cleaning says of it; raises UserError."""
+        try:
+            for batch in batches(self.read(part), LOOK_CHARACTERS):
+                digests, filled = [document.exact_digest() for document in batch], [not document.is_empty for document in batch]
+                given = [document.parts for document in compress(batch, filled)]
+                looks = repeat(KEEP) if self.clean is None else iter(self.clean.looks(given))
+                for document, digest, is_filled in zip(batch, digests, filled, strict=True):
+                    yield document, digest, next(looks) if is_filled else KEEP._replace(reason=EMPTY)
+        except OSError as error:
+            raise UserError(f"{part.file.name} could not be read: {error.strerror or error}.") from error
+
+    def kept(self, number: int) -> Iterator[Document]:
+        """Yield the documents of a part that are not left out, copies included."""
+        return (document for document, _, look in self.judged(self.parts[number]) if not look.reason)
 
 
 @dataclass(frozen=True)
@@ -160,14 +166,14 @@ def in_memory(
     return Corpus(parts, _documents, {}, validation, holdout_fraction, seed)
 
 
-def batches(documents: Iterable[Document], characters: int, count: int | None = None) -> Iterator[list[Document]]:
-    """Yield documents in lists of at least so many characters, or so many documents; the last one has fewer."""
+def batches(documents: Iterable[Document], characters: int) -> Iterator[list[Document]]:
+    """Yield documents in lists of at least so many characters; the last one has fewer."""
     batch: list[Document] = []
     size = 0
     for document in documents:
         batch.append(document)
         size += sum(map(len, document.parts))
-        if size >= characters or len(batch) == count:
+        if size >= characters:
             yield batch
             batch, size = [], 0
     if batch:

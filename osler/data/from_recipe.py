@@ -14,8 +14,8 @@ from osler.config.schema import TAGGED, config, decode
 from osler.data.config import ClinicData, TextData, ValidationSets, check_validation
 from osler.data.named import SOURCES
 from osler.data.shard_set import ShardSet, open_split
-from osler.data.shards import SPLITS, VALIDATION_PREFIX, read_data_manifest
-from osler.data.sources import open_corpora, prepare_sources, train_tokenizer
+from osler.data.shards import SPLITS, TOKENIZER, VALIDATION_PREFIX, read_data_manifest
+from osler.data.sources import at_known_commits, open_corpora, prepare_sources, train_tokenizer
 from osler.data.tokenise import encode
 from osler.runtime.errors import UserError
 from osler.runtime.files import write_atomic
@@ -29,7 +29,7 @@ SHARDS = Path("shards")  # where `osler data prepare` writes, unless it is told
 SHOWN_TOKENS = 48  # of the first document of a split
 SHOWN_CHARS = 600  # of each part of a document
 LABELS = {1: ("",), 2: ("question: ", "answer: "), 3: ("question: ", "thinking: ", "answer: ")}  # by the number of parts
-SECTIONS = ("data", "validation", "tokenizer")
+SECTIONS = ("data", "validation", "tokenizer", "init_from")
 
 
 @config
@@ -39,6 +39,7 @@ class Sections:
     data: Annotated[TextData, TAGGED] = ClinicData()
     validation: ValidationSets = ()
     tokenizer: TokenizerConfig = BPEConfig()
+    init_from: str | None = None  # run folder or checkpoint, whose tokenizer replaces the one given here
 
     def __post_init__(self) -> None:
         check_validation(self.validation, self.data)
@@ -64,7 +65,10 @@ def read_sections(recipe: str | None, overrides: Sequence[str], tokenizer_type: 
     given = override(sections, overrides)
     strange = sorted(set(given) - set(SECTIONS))
     if strange:
-        raise UserError(f"`{strange[0]}` is not about text: this command reads data.KEY=... and tokenizer.KEY=...")
+        raise UserError(
+            f"`{strange[0]}` is not about text: this command reads data.KEY=..., validation=[...], tokenizer.KEY=... and "
+            "init_from=MODEL."
+        )
     data = given.get("data")
     if "data" not in sections and isinstance(data, dict) and "path" in data:
         data.setdefault("type", "files")  # of the types that need no other field, only text has a path
@@ -110,16 +114,30 @@ def data_prepare(recipe: str | None, overrides: Sequence[str], out: str | None, 
     """Tokenise the text of a recipe into the folder ``out`` and print what is in it."""
     sections = read_sections(recipe, overrides)
     out = out or str(SHARDS / (Path(recipe).stem if recipe and Path(recipe).exists() else recipe or sections.data.type))
+    data, validation = at_known_commits(sections.data, sections.validation, out)
     wanted = sections.tokenizer
-    if wanted.path is not None:
+    if sections.init_from is not None:
+        tokenizer = _tokenizer_of_model(sections.init_from)
+    elif wanted.path is not None:
         tokenizer = refuse_missing_bytes(Tokenizer.load(wanted.path)).with_specials()
     else:
         logger.info(f"Training a tokenizer of {wanted.vocab_size:,} tokens on the text; tokenizer.path=FILE would take one.")
-        tokenizer = train_tokenizer(sections.data, wanted, sections.validation)
-    prepared = prepare_sources(sections.data, tokenizer, out, validation=sections.validation, processes=processes)
+        tokenizer = train_tokenizer(data, wanted, validation)
+    prepared = prepare_sources(data, tokenizer, out, validation=validation, processes=processes)
     print(f"{out}: {'exists already' if prepared.reused else 'written'}")
     print_splits(out)
     return 0
+
+
+def _tokenizer_of_model(model: str) -> Tokenizer:
+    """Return the tokenizer of a run or checkpoint, with which a run that starts from it must be fed."""
+    from osler.checkpoint import store  # loads torch, which nothing else here needs
+
+    checkpoint = store.load(store.resolve(model), names=[])
+    if TOKENIZER not in checkpoint.files:
+        raise UserError(f"init_from={model}: {checkpoint.path} has no {TOKENIZER}.")
+    logger.info(f"The tokenizer is that of the model in {checkpoint.path}.")
+    return Tokenizer.from_bytes(checkpoint.files[TOKENIZER], name=str(checkpoint.path / TOKENIZER))
 
 
 def data_sources() -> int:

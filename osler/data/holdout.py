@@ -6,7 +6,9 @@ out is left out of the training data of all of them. Explicit validation corpora
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -14,6 +16,12 @@ import numpy as np
 import numpy.typing as npt
 
 from osler.data.documents import Corpus, Document
+from osler.runtime.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+HELD_OUT = "copies of held-out documents"  # the reason why they are left out
+MANY = 10_000  # documents that are left out from the first on are told at once
 
 Keys = npt.NDArray[np.uint64]
 
@@ -24,26 +32,24 @@ class Limit(NamedTuple):
     below: int = 0
     only: int | None = None
 
+    def holds(self, keys: Keys) -> npt.NDArray[np.bool_]:
+        """Return which documents the source holds out."""
+        held = keys < np.uint64(self.below)
+        return held if self.only is None else held | (keys == np.uint64(self.only))
+
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The limits of the sources of a mixture, and the sorted keys of explicit validation documents."""
+    """What the sources of a mixture hold out together: their limits, and the sorted keys of explicit validation documents."""
 
-    limits: Mapping[str, Limit]
+    limits: Sequence[Limit]
     keys: Keys
 
-    def by(self, source: str, keys: Keys) -> npt.NDArray[np.bool_]:
-        """Return which documents a source holds out."""
-        below, only = self.limits[source]
-        held = keys < np.uint64(below)
-        return held if only is None else held | (keys == np.uint64(only))
-
-    def by_any(self, keys: Keys) -> npt.NDArray[np.bool_]:
+    def holds(self, keys: Keys) -> npt.NDArray[np.bool_]:
         """Return which documents are held out of all training data."""
-        held = keys < np.uint64(max((limit.below for limit in self.limits.values()), default=0))
-        extra = [limit.only for limit in self.limits.values() if limit.only is not None]
-        if extra:
-            held |= np.isin(keys, np.array(extra, np.uint64))
+        held = np.zeros(len(keys), bool)
+        for limit in set(self.limits):
+            held |= limit.holds(keys)
         if len(self.keys):
             places = np.searchsorted(self.keys, keys).clip(max=len(self.keys) - 1)
             held |= self.keys[places] == keys
@@ -51,26 +57,66 @@ class HeldOut:
 
     def has(self, document: Document) -> bool:
         """Return whether a document is held out of all training data."""
-        return bool(self.by_any(np.array([document.split_key()], np.uint64))[0])
+        return bool(self.holds(np.array([document.split_key()], np.uint64))[0])
 
 
-def find_limits(corpora: Mapping[str, Corpus]) -> dict[str, Limit]:
-    """Return what each source holds out; reads until a document to hold out and one to learn from are found."""
-    return {name: _limit(corpus) for name, corpus in corpora.items()}
+def keys_of(documents: Iterable[Document]) -> Keys:
+    """Return the sorted keys of validation documents."""
+    return np.sort(np.array([document.split_key() for document in documents], np.uint64))
 
 
-def _limit(corpus: Corpus) -> Limit:
-    """Return the limit of a corpus: at least one document is held out and one is not, if there are two that differ."""
-    if corpus.validation is not None or corpus.holdout_fraction <= 0:
-        return Limit()
-    below = int(corpus.holdout_fraction * 2**64)
+def find_limits(corpora: Mapping[str, Corpus]) -> list[Limit]:
+    """Return what each source holds out: at least one document and not all, if there are two that differ.
+
+    Reads each until a document to hold out and one to learn from are found. Raises UserError when all documents are left out.
+    """
+    return [_limit(name, corpus) for name, corpus in corpora.items()]
+
+
+def _limit(name: str, corpus: Corpus) -> Limit:
+    holds_out = corpus.validation is None and corpus.holdout_fraction > 0
+    below = int(corpus.holdout_fraction * 2**64) if holds_out else 0
     smallest, largest = 1 << 64, -1
-    for number in corpus.order().tolist():
-        for document in corpus.kept(number):
-            key = document.split_key()
-            smallest, largest = min(smallest, key), max(largest, key)
-            if smallest < below <= largest:
-                return Limit(below)
-    if smallest >= largest:
+    for document in _kept(name, corpus):
+        key = document.split_key()
+        smallest, largest = min(smallest, key), max(largest, key)
+        if not holds_out or smallest < below <= largest:
+            return Limit(below)
+    if smallest == largest:
         return Limit()
     return Limit(below, smallest) if below <= smallest else Limit(largest)
+
+
+def check_rest(name: str, corpus: Corpus, held: HeldOut) -> None:
+    """Raise UserError when everything that is not left out of a source is held out; reads up to the first that is not."""
+    next(_kept(name, corpus, held))
+
+
+def _kept(name: str, corpus: Corpus, held: HeldOut | None = None) -> Iterator[Document]:
+    """Yield the documents of a source that are not left out, and not held out; raises UserError when there are none."""
+    has_any, dropped = False, Counter[str]()
+    for number in corpus.order().tolist():
+        for document, _, look in corpus.judged(corpus.parts[number]):
+            reason = look.reason or (HELD_OUT if held is not None and held.has(document) else "")
+            if not reason:
+                has_any = True
+                yield document
+                continue
+            dropped[reason] += 1
+            if not has_any and dropped.total() == MANY:
+                logger.warning(f"The first {MANY:,} documents of the source {name} are all left out ({told(dropped)}).")
+    if not has_any:
+        raise nothing_to_learn(name, dropped)
+
+
+def nothing_to_learn(name: str, dropped: Mapping[str, int]) -> UserError:
+    """Return the error that says why no document of a source is learned."""
+    found = f"all its documents are left out ({told(dropped)})" if dropped else "it has no documents"
+    return UserError(
+        f"There is nothing to learn from in the source {name}: {found}. Change what it reads or its `clean`, or leave it out."
+    )
+
+
+def told(dropped: Mapping[str, int]) -> str:
+    """Return how many documents are left out for each reason, in words."""
+    return ", ".join(f"{reason}: {count:,}" for reason, count in dropped.items() if count)

@@ -7,17 +7,20 @@ out is decided by hash (`holdout`).
 
 The folder is written in place. Its manifest says from the start what is being prepared, and in the end that it is complete. The
 same command goes on with an unfinished folder. It reuses a finished one without reading the sources while sizes and times of
-change of their files are the same; where only times differ, the content is compared.
+change of their files are the same; where only times differ, the content is compared. A folder of other data is refused, finished
+or not.
 """
 
 from __future__ import annotations
 
 import heapq
+import itertools
 import logging
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,14 +29,14 @@ import numpy as np
 
 from osler.data.card import CARD, data_card
 from osler.data.content import OPTIONS, Stream, difference_of, first_change, manifest_of, other_data, streams_of
-from osler.data.documents import Corpus
+from osler.data.documents import EMPTY, Corpus
 from osler.data.exams import EXAMS, look_through
-from osler.data.holdout import HeldOut, Keys, find_limits
+from osler.data.holdout import HELD_OUT, HeldOut, Keys, Limit, check_rest, find_limits, nothing_to_learn
 from osler.data.prepared import Prepared, open_folder
-from osler.data.shards import DATA_MANIFEST, INDEX, SPLITS, TOKENIZER, read_data_manifest
+from osler.data.shards import DATA_MANIFEST, INDEX, SPLITS, TOKENIZER, VALIDATION_PREFIX, read_data_manifest
 from osler.data.tokenise import PartEnd, Task
 from osler.data.workers import process_count, tokenise
-from osler.data.writing import SEEN, Choice, CorpusWriter, journal_of, read_keys
+from osler.data.writing import SEEN, Choice, CorpusWriter, digests, journal_of, read_keys
 from osler.runtime.errors import UserError
 from osler.runtime.faults import fault
 from osler.runtime.files import fingerprint, locked, no_pause, write_atomic, write_json
@@ -62,23 +65,22 @@ def prepare(
     Empty documents are skipped and counted. `weights` are kept beside the shards for runs that name none. `processes` None is
     as many as are worth while, 0 this one alone.
 
-    Raises UserError when nothing is left to learn from, when another process writes the folder, or when it holds other data;
-    the message names `consent`, the setting that allows that, and with None other data are set aside.
+    Raises UserError when nothing is left to learn from, when another process writes the folder, or when it holds other data,
+    finished or not; the message names `consent`, the setting that allows that, and with None other data are set aside.
     """
-    out = Path(out)
-    weights = weights or [1.0] * len(corpora)
-    wanted = manifest_of(corpora, validation or {}, weights, tokenizer)
+    out, validation = Path(out), validation or {}
+    wanted = manifest_of(corpora, validation, weights or [1.0] * len(corpora), tokenizer)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        with locked(out, "--out"):
-            if _is_ready(out, wanted, corpora, validation or {}, consent):
-                _keep_weights(out, weights)
+        with locked(out, None):
+            manifest = _begun(out, wanted, corpora, validation, consent) or wanted
+            if manifest["complete"]:
                 return open_folder(out)
-            sets, sources = streams_of(out, wanted, corpora, validation or {})
+            sets, sources = streams_of(out, manifest, corpora, validation)
             try:
-                _write(out, wanted, sets, sources, tokenizer, processes, before_shard)
+                _write(out, manifest, sets, sources, tokenizer, processes, before_shard)
             except UserError:
-                if next(out.rglob(INDEX), None) is None:  # nothing was written that is worth going on with
+                if not _has_shards(out):
                     _clear(out)
                     out.rmdir()
                 raise
@@ -94,14 +96,17 @@ def prepare(
 # -- is it there already? ----------------------------------------------------------------------------------------------
 
 
-def _is_ready(
+def _begun(
     out: Path, wanted: dict[str, Any], corpora: Mapping[str, Corpus], validation: Mapping[str, Corpus], consent: str | None
-) -> bool:
-    """Return whether `out` holds exactly these data, finished; after False it holds a part of them, or nothing."""
+) -> dict[str, Any] | None:
+    """Return the manifest of `out` where it holds these data, or some of them; after None it holds nothing.
+
+    Names stay as they are there, because folders have them; weights, places and times of files become those of `wanted`.
+    """
     if not (out / DATA_MANIFEST).is_file():
         if any(not entry.name.startswith(f".{DATA_MANIFEST}.") for entry in out.iterdir()):
             raise UserError(f"{out} exists but is not a folder of prepared data; give another folder or remove it.")
-        return False
+        return None
     found = read_data_manifest(out)
     what, difference = difference_of(found, wanted)
     if not difference:
@@ -109,28 +114,24 @@ def _is_ready(
         what, difference = "content", first_change([*sets, *sources])
     if not difference:
         for kind in ("sources", "validation"):
-            for entry, new in zip(found[kind].values(), wanted[kind].values(), strict=True):
-                entry["content"] = new["content"]  # the same, with other times and places of files
-        if found != read_data_manifest(out):
+            for (name, old), entry in zip(list(found[kind].items()), wanted[kind].values(), strict=True):
+                now = {key: entry[key] for key in ("weight", "content") if key in entry}
+                found[kind][name] = old | now if found["complete"] else entry
+        if found["complete"] and found != read_data_manifest(out):
             write_json(out / DATA_MANIFEST, found)
-        return bool(found["complete"])
-    if not found["complete"]:
-        logger.info(f"{out} held unfinished data of something else ({difference}); they are removed.")
+        return found
+    if not found["complete"] and not _has_shards(out):
         _clear(out)
-    elif consent is None and what == "content":
-        _set_aside(out, found["content_fingerprint"])
+    elif consent is None:
+        _set_aside(out, found)
     else:
-        raise other_data(out, what, difference, consent)
-    return False
+        raise other_data(out, what, difference, consent, is_finished=found["complete"])
+    return None
 
 
-def _keep_weights(out: Path, weights: Sequence[float]) -> None:
-    """Write other weights into the manifest of shards that are used again."""
-    manifest = read_data_manifest(out)
-    if [entry["weight"] for entry in manifest["sources"].values()] != list(weights):
-        for entry, weight in zip(manifest["sources"].values(), weights, strict=True):
-            entry["weight"] = weight
-        write_json(out / DATA_MANIFEST, manifest)
+def _has_shards(out: Path) -> bool:
+    """Return whether a folder has training data that are worth going on with."""
+    return next(out.glob(f"*/{SPLITS[0]}/{INDEX}"), None) is not None
 
 
 def _clear(out: Path) -> None:
@@ -139,16 +140,18 @@ def _clear(out: Path) -> None:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def _set_aside(out: Path, found: str) -> None:
-    """Move prepared data into a folder beside theirs that is named after their fingerprint; the manifest goes last."""
-    aside = out.with_name(f"{out.name}-{found}")
-    if (aside / DATA_MANIFEST).is_file():
-        _clear(out)
-    else:
-        aside.mkdir(exist_ok=True)
-        for path in sorted(out.iterdir(), key=lambda path: path.name == DATA_MANIFEST):
-            path.rename(aside / path.name)
-    logger.info(f"The data prepared before (fingerprint {found}) are in {aside}.")
+def _set_aside(out: Path, found: Mapping[str, Any]) -> None:
+    """Move data into a folder beside theirs that is named after their fingerprint; the manifest goes last."""
+    names = [found["content_fingerprint"]] if found["complete"] else (f"unfinished-{number}" for number in itertools.count(1))
+    places = (out.with_name(f"{out.name}-{name}") for name in names)
+    aside = next((place for place in places if not (place / DATA_MANIFEST).is_file()), None)
+    if aside is None:  # the same data are there
+        return _clear(out)
+    aside.mkdir(exist_ok=True)
+    for path in sorted(out.iterdir(), key=lambda path: path.name == DATA_MANIFEST):
+        path.rename(aside / path.name)
+    known = f" (fingerprint {found['content_fingerprint']})" if found["complete"] else ""
+    logger.info(f"The data prepared before{known} are in {aside}.")
 
 
 # -- writing it --------------------------------------------------------------------------------------------------------
@@ -171,67 +174,66 @@ def _write(
     write_atomic(out / TOKENIZER, tokenizer.to_bytes())
     size = sum(file.size for stream in (*sets, *sources) for file in stream.corpus.files)
     write_manifest = partial(write_json, out / DATA_MANIFEST, manifest)
-    work = _Work(tokenizer, process_count(size) if processes is None else processes, before_shard, write_manifest)
-    with Progress(size, "bytes", label="Preparing") as work.progress:
-        work.run(sets, lambda stream, keys: {SPLITS[1]: np.ones(len(keys), bool)})
+    corpora = {stream.folder.name: stream.corpus for stream in sources}
+    with Progress(size, "bytes", label="Preparing") as progress:
+        work = _Work(tokenizer, process_count(size) if processes is None else processes, before_shard, write_manifest, progress)
+        limits = find_limits(corpora)
+        work.run(sets, [lambda keys: {SPLITS[1]: np.ones(len(keys), bool)}] * len(sets))
         keys = np.sort(np.concatenate([np.zeros(0, np.uint64), *(read_keys(stream.folder) for stream in sets)]))
-        held = HeldOut(find_limits({str(stream.folder): stream.corpus for stream in sources}), keys)
-        work.run(sources, lambda stream, keys: _choose(stream, keys, held))
+        held = HeldOut(limits, keys)
+        for name, corpus in corpora.items():
+            check_rest(name, corpus, held)
+        work.run(sources, [partial(_choose, limit, held) for limit in limits])
     work.losses.warn()
-    try:
-        for stream in sources:
-            _check_source(stream, len(sources) > 1)
-    except UserError:
-        _clear(out)
-        raise
+    journals = [journal_of(stream.folder, stream.splits) for stream in (*sets, *sources)]
     options = [[stream.entry["content"][name] for name in OPTIONS] for stream in sources]
-    manifest["content_fingerprint"] = fingerprint([options, [work.digests[id(stream)] for stream in (*sets, *sources)]])
+    manifest["content_fingerprint"] = fingerprint([options, [fingerprint(list(digests(journal))) for journal in journals]])
     manifest["complete"] = True
-    journals = {journal_of(stream.folder, stream.splits): stream.corpus.clean for stream in sources}
-    write_atomic(out / EXAMS, look_through(journals).to_bytes())
-    write_atomic(out / CARD, data_card(manifest, list(journals)).encode())
+    cleaners = dict(zip(journals[len(sets) :], (corpus.clean for corpus in corpora.values()), strict=True))
+    write_atomic(out / EXAMS, look_through(cleaners).to_bytes())
+    write_atomic(out / CARD, data_card(manifest, list(cleaners)).encode())
     fault("prepare-complete")
     write_json(out / DATA_MANIFEST, manifest)
     for stream in sources:
         (stream.folder / SEEN).unlink(missing_ok=True)
 
 
-def _choose(stream: Stream, keys: Keys, held: HeldOut) -> Choice:
+def _choose(limit: Limit, held: HeldOut, keys: Keys) -> Choice:
     """Return which documents of a source are learned, and which it holds out."""
-    learned = {SPLITS[0]: ~held.by_any(keys)}
-    return learned if stream.splits == SPLITS[:1] else {**learned, SPLITS[1]: held.by(str(stream.folder), keys)}
+    return {SPLITS[0]: ~held.holds(keys), SPLITS[1]: limit.holds(keys)}
 
 
+@dataclass
 class _Work:
     """Tokenises corpora and writes them."""
 
-    def __init__(
-        self, tokenizer: Tokenizer, processes: int, before_shard: Callable[[int], None], write_manifest: Callable[[], None]
-    ) -> None:
-        self.tokenizer, self.processes = tokenizer, processes
-        self.before_shard, self.write_manifest = before_shard, write_manifest
-        self.progress: Progress
-        self.losses = Losses()
-        self.digests: dict[int, str] = {}  # of the content of finished streams
-        self.bytes_done = self.tokens = 0
-        self.began = time.monotonic()
+    tokenizer: Tokenizer
+    processes: int
+    before_shard: Callable[[int], None]
+    write_manifest: Callable[[], None]
+    progress: Progress
+    losses: Losses = field(default_factory=Losses)
+    bytes_done: int = 0
+    tokens: int = 0
+    began: float = field(default_factory=time.monotonic)
 
-    def run(self, streams: Sequence[Stream], choose: Callable[[Stream, Keys], Choice]) -> None:
-        """Write all parts of these streams that are not written yet, and complete their entries."""
+    def run(self, streams: Sequence[Stream], chosen_by: Sequence[Callable[[Keys], Choice]]) -> None:
+        """Write all parts of these streams that are not written yet, and complete their entries.
+
+        `chosen_by` says of the documents of each stream to which split they belong.
+        """
         writers = [
             CorpusWriter(
                 stream.folder,
                 stream.splits,
-                partial(choose, stream),
+                choose,
                 vocab_size=self.tokenizer.vocab_size,
                 clean=None if stream.corpus.clean is None else stream.corpus.clean.config,
+                before_shard=self.before_shard,
             )
-            for stream in streams
+            for stream, choose in zip(streams, chosen_by, strict=True)
         ]
-        for writer in writers:
-            self.bytes_done += writer.counts["bytes"]
-            for shards in writer.splits.values():
-                shards.before_shard = self.before_shard
+        self.bytes_done += sum(writer.counts["bytes"] for writer in writers)
         if any(writer.parts for writer in writers):
             logger.info(f"Going on with the {sum(writer.counts['documents'] for writer in writers):,} documents in the folder.")
         for stream, writer in zip(streams, writers, strict=True):
@@ -254,14 +256,24 @@ class _Work:
                 self.progress.update(self.bytes_done, tokens=self.tokens, **{"tokens/s": round(rate)})
 
     def _close(self, stream: Stream, writer: CorpusWriter) -> None:
-        """Write the last shards of a corpus as soon as it has no more parts, and describe it in the manifest."""
-        found = writer.close()
-        entry = stream.entry
-        for name in ("splits", "dropped"):
-            entry[name] = {**entry.get(name, {}), **found.pop(name)}
-        self.digests[id(stream)] = writer.digest()
-        for name, count in found.items():
-            entry[name] = entry.get(name, 0) + count
+        """Write the last shards of a corpus as soon as it has no more parts, and describe it in the manifest.
+
+        Raises UserError when there is none. What is written of it and of others stays.
+        """
+        found, entry, name = writer.close(), stream.entry, stream.folder.name
+        documents = {split: counts["documents"] for split, counts in found["splits"].items()}
+        if documents.get(SPLITS[0]) == 0:
+            copies = found["dropped_copies"] + documents.get(SPLITS[1], 0)
+            raise nothing_to_learn(name, {EMPTY: found["empty_documents"], HELD_OUT: copies, **found["dropped"]})
+        if documents.get(SPLITS[1]) == 0:
+            if stream.splits == SPLITS[1:]:
+                raise UserError(f"The validation set {name.removeprefix(VALIDATION_PREFIX)} has no document that is not empty.")
+            same = "those that are left are equal, or nearly" if documents[SPLITS[0]] > 1 else "there is only one document"
+            logger.warning(f"Nothing is held out of the source {name}, so it has no held-out loss: {same}.")
+        for kind in ("splits", "dropped"):
+            entry[kind] = {**entry.get(kind, {}), **found.pop(kind)}
+        for kind, count in found.items():
+            entry[kind] = entry.get(kind, 0) + count
         self.write_manifest()  # a run that reads along may go round again, or evaluate
 
 
@@ -277,22 +289,3 @@ def _in_turns(streams: Sequence[Stream], writers: Sequence[CorpusWriter]) -> Ite
             part = stream.corpus.parts[int(orders[number][place])]
             yield Task(number, int(orders[number][place]), part, only_keys=writers[number].is_full)
             heapq.heappush(turns, (done + part.num_bytes / stream.weight, number, place + 1))
-
-
-def _check_source(stream: Stream, is_one_of_many: bool) -> None:
-    """Raise UserError when nothing of a source is left to learn from; warn when it holds nothing out."""
-    entry, of_source = stream.entry, f" in the source {stream.folder.name}" if is_one_of_many else ""
-    learned, held = (entry["splits"].get(split, {}).get("documents", 0) if split in stream.splits else 0 for split in SPLITS)
-    if not learned:
-        copies, dropped = entry["dropped_copies"] + held, entry["dropped"]
-        reasons = [f"{entry['empty_documents']:,} are empty", f"{copies:,} are copies of validation documents"]
-        if dropped:
-            reasons.append(f"cleaning leaves out {sum(dropped.values()):,} ({', '.join(dropped)})")
-        raise UserError(
-            f"There is nothing to learn from{of_source}: of {entry['empty_documents'] + copies + sum(dropped.values()):,} "
-            f"documents {', '.join(reasons[:-1])} and {reasons[-1]}."
-        )
-    if stream.splits == SPLITS and not held:
-        same = f"the {learned:,} documents that are not empty are equal but for case and spacing"
-        reason = same if learned > 1 else "there is only one document"
-        logger.warning(f"Nothing is held out{of_source}, so there is no held-out loss: {reason}.")

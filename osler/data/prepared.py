@@ -74,38 +74,35 @@ def open_folder(out: Path, *, reused: bool = True, growing: bool = False) -> Pre
     Raises UserError when something is missing or torn.
     """
     manifest = read_data_manifest(out)
-    if growing and not manifest["complete"]:
-        return _open_growing(out, manifest)
-    if not manifest["complete"]:
+    is_whole = manifest["complete"]
+    if not is_whole and not growing:
         raise UserError(f"The data in {out} are not complete: the command that began to prepare them goes on with it.")
     sources = []
     for name, entry in manifest["sources"].items():
-        train, validation = (ShardSet.open(out, name, split) if split in entry["splits"] else None for split in SPLITS)
-        if train is None:
-            raise UserError(f"{out} has no training data of the source {name}; prepare the data again.")
+        train = ShardSet.open(out, name, SPLITS[0], growing=growing)
+        validation = ShardSet.open(out, name, SPLITS[1], growing=growing) if _holds_out(entry, is_whole) else None
         sources.append(PreparedSource(name, entry["weight"], train, validation))
-        held = f", {validation.num_documents:,} held out" if validation is not None else ""
-        verb = "Reusing the data prepared in" if reused else "Prepared"
-        empty = f"; skipped {entry['empty_documents']:,} empty" if entry["empty_documents"] else ""
-        copies = f"; dropped {entry['dropped_copies']:,} copies of validation" if entry["dropped_copies"] else ""
-        place = out if len(manifest["sources"]) == 1 else out / name
-        logger.info(f"{verb} {place}: {train.num_documents:,} documents, {train.num_tokens:,} tokens{held}{empty}{copies}")
-    named = {name: ShardSet.open(out, f"{VALIDATION_PREFIX}{name}", SPLITS[1]) for name in manifest["validation"]}
-    for name, shards in named.items():
-        logger.info(f"Validation set {name}: {shards.num_documents:,} documents, {shards.num_tokens:,} tokens")
-    return Prepared(out, sources, named, fingerprint_of([source.train for source in sources]), reused)
+        if is_whole:
+            held = f", {validation.num_documents:,} held out" if validation is not None else ""
+            verb = "Reusing the data prepared in" if reused else "Prepared"
+            empty = f"; skipped {entry['empty_documents']:,} empty" if entry["empty_documents"] else ""
+            copies = f"; dropped {entry['dropped_copies']:,} copies of validation" if entry["dropped_copies"] else ""
+            place = out if len(manifest["sources"]) == 1 else out / name
+            logger.info(f"{verb} {place}: {train.num_documents:,} documents, {train.num_tokens:,} tokens{held}{empty}{copies}")
+    sets = {name: ShardSet.open(out, f"{VALIDATION_PREFIX}{name}", SPLITS[1], growing=growing) for name in manifest["validation"]}
+    if is_whole:
+        for name, shards in sets.items():
+            logger.info(f"Validation set {name}: {shards.num_documents:,} documents, {shards.num_tokens:,} tokens")
+    else:
+        reused = any(source.train.num_shards for source in sources)
+    return Prepared(out, sources, sets, fingerprint_of([source.train for source in sources]), reused)
 
 
-def _open_growing(out: Path, manifest: Mapping[str, Any]) -> Prepared:
-    """Open a folder that is being prepared."""
-    sources = []
-    for name, entry in manifest["sources"].items():
-        holds_out = entry["content"]["validation"] is not None or entry["content"]["holdout_fraction"] > 0
-        train, validation = (ShardSet.open(out, name, split, growing=True) for split in SPLITS)
-        sources.append(PreparedSource(name, entry["weight"], train, validation if holds_out else None))
-    named = {name: ShardSet.open(out, f"{VALIDATION_PREFIX}{name}", SPLITS[1], growing=True) for name in manifest["validation"]}
-    found = fingerprint_of([source.train for source in sources])
-    return Prepared(out, sources, named, found, reused=any(source.train.num_shards for source in sources))
+def _holds_out(entry: Mapping[str, Any], is_whole: bool) -> bool:
+    """Return whether documents of a source are held out, or may be while it is being prepared."""
+    if is_whole or SPLITS[1] in entry["splits"]:
+        return bool(entry["splits"].get(SPLITS[1], {}).get("documents"))
+    return entry["content"]["validation"] is not None or entry["content"]["holdout_fraction"] > 0
 
 
 def open_prepared(folder: str | Path, tokenizer: Tokenizer, whose: str = "of the run", *, growing: bool = False) -> Prepared:

@@ -1,13 +1,11 @@
 """From a data config to a corpus: one table from config class to the function that opens it."""
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from osler.clinic.exam import drills
 from osler.clinic.textbook import cards, textbook
@@ -29,7 +27,7 @@ from osler.data.config import (
 )
 from osler.data.content import check_unchanged
 from osler.data.documents import Corpus, Document, in_memory
-from osler.data.holdout import HeldOut, find_limits
+from osler.data.holdout import HeldOut, find_limits, keys_of
 from osler.data.named import open_exam, open_hub
 from osler.data.prepare import prepare
 from osler.data.prepared import Prepared
@@ -211,20 +209,24 @@ def prepare_sources(
 
 
 def at_known_commits(data: TextData, validation: Sources, out: str | Path) -> tuple[TextData, Sources]:
-    """Return a config that goes on with the commits of the hub that the folder `out` was begun with, though `main` moves."""
-    if not Path(out, DATA_MANIFEST).exists():
-        return data, validation
-    manifest = read_data_manifest(out)
+    """Return a config and its validation sets at commits of the hub: those that `out` was begun with, else the newest ones.
 
-    def pinned(source: AnySource, kind: str = "sources") -> AnySource:
-        commit = manifest[kind].get(source.title, {}).get("content", {}).get("options", {}).get("commit")
-        is_open = isinstance(source, HubData) and source.revision == HubData.revision
-        return replace(source, revision=commit) if is_open and commit else source
+    So all that is made of a config is made of the same texts, in every process and after a stop, though `main` moves.
+    """
+    begun = read_data_manifest(out) if Path(out, DATA_MANIFEST).exists() else {"sources": {}, "validation": {}}
 
-    sets = tuple(pinned(source, "validation") for source in validation)
-    if isinstance(data, MixtureData):
-        return replace(data, sources=tuple(map(pinned, data.sources))), sets
-    return pinned(data), sets
+    def pinned(source: AnySource, keyed: tuple[str, AnySource], entries: Mapping[str, Any]) -> AnySource:
+        key, rooted = keyed
+        if not isinstance(source, HubData) or rooted.place != HUB or source.revision != HubData.revision:
+            return source
+        known = entries[source.title]["content"] if source.title in entries else {"options": open_hub(source, key).options}
+        return replace(source, revision=known["options"].get("commit") or source.revision)
+
+    given = data.sources if isinstance(data, MixtureData) else (data,)
+    sources = tuple(pinned(source, keyed, begun["sources"]) for source, keyed in zip(given, _keyed(data), strict=True))
+    keyed_sets = zip(validation, _keyed(data, validation), strict=True)
+    sets = tuple(pinned(source, keyed, begun["validation"]) for source, keyed in keyed_sets)
+    return replace(data, sources=sources) if isinstance(data, MixtureData) else sources[0], sets
 
 
 def train_tokenizer(data: TextData, wanted: BPEConfig | SuperBPEConfig, validation: Sources = ()) -> Tokenizer:
@@ -235,9 +237,9 @@ def train_tokenizer(data: TextData, wanted: BPEConfig | SuperBPEConfig, validati
     """
     check_sources(data, validation)
     corpora, weights = open_corpora(data, validation), [source.weight for source in sources_of(data).values()]
-    sets = open_validation(data, validation).values()
-    keys = np.array([document.split_key() for corpus in sets for document in corpus.documents()], np.uint64)
-    held = HeldOut(find_limits(corpora), np.sort(keys))
+    sets = [*open_validation(data, validation).values(), *(corpus.validation for corpus in corpora.values())]
+    keys = keys_of(document for corpus in sets if corpus is not None for document in corpus.documents())
+    held = HeldOut(find_limits(corpora), keys)
 
     def texts() -> Iterator[str]:
         for corpus, weight in zip(corpora.values(), weights, strict=True):

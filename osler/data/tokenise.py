@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from osler.data.clean import Cleaner
-from osler.data.documents import Corpus, Document, batches, permutation
+from osler.data.documents import EMPTY, Corpus, Document, batches, permutation
 from osler.data.duplicates import Rows, rows_of
 from osler.data.shards import Int64Array, MaskArray, TokenArray, token_dtype
 from osler.files.parts import Part
@@ -27,11 +27,9 @@ from osler.tokenizer.chat import encode_examples
 from osler.tokenizer.round_trip import Losses, RoundTrip
 
 STRETCH_CHARACTERS = 1 << 23
-BATCH_DOCUMENTS = 512
 BATCH_CHARACTERS = 1 << 20
 LOOK_EVERY = 64  # documents: their start is decoded again, to see what the tokenizer loses
 EXAMPLES, EXAMPLE_CHARACTERS = 3, 160  # of dropped documents by reason, for the data card
-EMPTY = "empty"  # the reason why a document without text is dropped
 
 
 class Task(NamedTuple):
@@ -90,36 +88,30 @@ class Tokeniser:
         digest, drops, count = hashlib.blake2b(digest_size=16), Counter[str](), 0
         examples, exam_items = dict[str, list[str]](), set[str]()
 
-        def read() -> Iterator[Document]:
-            nonlocal count
-            for document in corpus.read(task.part):
-                digest.update(document.exact_digest())
-                count += 1
-                if document.is_empty:
-                    drops[EMPTY] += 1
-                elif tokenizer is not None:
-                    yield document
-
         def kept() -> Iterator[Document]:
-            for document, look in corpus.looks(read()):
+            nonlocal count
+            for document, exact, look in corpus.judged(task.part):
+                digest.update(exact)
+                count += 1
                 exam_items.update(look.exam_items)
                 if not look.reason:
                     yield document if look.signature is None else replace(document, signature=look.signature)
                     continue
                 drops[look.reason] += 1
-                if drops[look.reason] <= EXAMPLES:
+                if drops[look.reason] <= EXAMPLES and look.reason != EMPTY:
                     examples.setdefault(look.reason, []).append(beginning(document))
 
-        round_trip = RoundTrip(tokenizer) if tokenizer is not None else None
+        round_trip = None if tokenizer is None else RoundTrip(tokenizer)
         for number, stretch in enumerate(batches(kept(), STRETCH_CHARACTERS)):
+            if tokenizer is None or round_trip is None:
+                continue
             order = permutation(len(stretch), corpus.seed, task.number, number, "stretch").tolist()
-            for batch in batches((stretch[place] for place in order), BATCH_CHARACTERS, BATCH_DOCUMENTS):
-                assert tokenizer is not None and round_trip is not None
+            for batch in batches((stretch[place] for place in order), BATCH_CHARACTERS):
                 if not task.only_keys:
                     round_trip.look(part for document in batch[::LOOK_EVERY] for part in document.parts)
                 yield _piece(tokenizer, batch, corpus.clean, only_keys=task.only_keys)
         found = examples, sorted(exam_items)
-        yield PartEnd(digest.hexdigest(), count, dict(drops), *found, round_trip.losses if round_trip is not None else Losses())
+        yield PartEnd(digest.hexdigest(), count, dict(drops), *found, Losses() if round_trip is None else round_trip.losses)
 
 
 def encode(tokenizer: Tokenizer, documents: Sequence[Document]) -> list[tuple[list[int], list[int] | None]]:

@@ -15,7 +15,11 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from typing import Any
+from contextlib import suppress
+from dataclasses import dataclass, field
+from itertools import islice
+from logging.handlers import BufferingHandler
+from typing import IO, Any, BinaryIO
 
 from osler.data.documents import Corpus
 from osler.data.tokenise import PartEnd, Piece, Task, Tokeniser
@@ -24,7 +28,8 @@ from osler.runtime.errors import UserError
 from osler.tokenizer.bpe import Tokenizer
 
 AHEAD = 4  # parts per process that are at work or finished and not taken
-PIECES = 8  # of a part that wait to be taken
+PIECES = 16  # of a part that wait to be taken: all there are, unless it is a large compressed file
+HEADER_BYTES = 8
 MOST_PROCESSES = 16
 WORTHWHILE_BYTES = 1 << 25  # of files: less is tokenised faster than processes start
 
@@ -35,56 +40,66 @@ def process_count(num_bytes: int) -> int:
     return 0 if num_bytes < WORTHWHILE_BYTES or cores == 1 else min(cores, MOST_PROCESSES)
 
 
+@dataclass
+class _Work:
+    """A task, what came of it so far, and how many pieces more may come before they are taken; or nobody takes them any more."""
+
+    task: Task
+    results: queue.SimpleQueue[bytes | Exception] = field(default_factory=queue.SimpleQueue)
+    room: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(PIECES))
+    is_given_up: bool = False
+
+
 def tokenise(
     corpora: Sequence[Corpus], tokenizer: Tokenizer | None, tasks: Iterable[Task], processes: int
 ) -> Generator[tuple[Task, Piece | PartEnd], None, None]:
     """Yield what `Tokeniser` makes of the tasks, in their order; 0 processes: in this one."""
     if not processes:
         tokeniser = Tokeniser(corpora, tokenizer)
-        for task in tasks:
-            for result in tokeniser.results(task):
-                yield task, result
+        yield from ((task, result) for task in tasks for result in tokeniser.results(task))
         return
     setup = pickle.dumps((corpora, None if tokenizer is None else tokenizer.to_bytes()))
-    todo: queue.SimpleQueue[tuple[Task, queue.Queue[Any]] | None] = queue.SimpleQueue()
-    waiting: deque[tuple[Task, queue.Queue[Any]]] = deque()
-    workers = [_Worker(setup, todo) for _ in range(processes)]
+    todo: queue.SimpleQueue[_Work | None] = queue.SimpleQueue()
+    waiting: deque[_Work] = deque()
+    workers: list[_Worker] = []
     remaining = iter(tasks)
     try:
         while True:
-            while len(waiting) < AHEAD * processes and (coming := next(remaining, None)) is not None:
-                waiting.append((coming, queue.Queue(PIECES)))
+            while len(waiting) < AHEAD * processes and (task := next(remaining, None)) is not None:
+                waiting.append(_Work(task))
                 todo.put(waiting[-1])
+                if len(workers) < processes:
+                    workers.append(_Worker(setup, todo))
             if not waiting:
                 return
-            task, results = waiting[0]
-            while True:
-                result = results.get()
-                if isinstance(result, BaseException):
+            work, result = waiting[0], None
+            while not isinstance(result, PartEnd):
+                data = work.results.get()
+                work.room.release()
+                result = data if isinstance(data, Exception) else pickle.loads(data)
+                if isinstance(result, Exception):
                     raise result
                 if isinstance(result, str):
                     log_once(result)
-                    continue
-                yield task, result
-                if isinstance(result, PartEnd):
-                    break
+                else:
+                    yield work.task, result
             waiting.popleft()
     finally:
-        for worker in workers:
-            todo.put(None)
+        for worker in workers:  # all at once: a second Ctrl-C may end this loop
             worker.process.kill()
+        for work in waiting:
+            work.is_given_up = True
+            work.room.release()  # for a thread that waits to hand on more
+        for _ in workers:
+            todo.put(None)
         for worker in workers:
-            while worker.is_alive():
-                for _, results in waiting:  # a thread may wait for room in one of them
-                    while not results.empty():
-                        results.get_nowait()
-                worker.join(0.05)
+            worker.join()
 
 
 class _Worker(threading.Thread):
     """A process and the thread that serves it."""
 
-    def __init__(self, setup: bytes, todo: queue.SimpleQueue[tuple[Task, queue.Queue[Any]] | None]) -> None:
+    def __init__(self, setup: bytes, todo: queue.SimpleQueue[_Work | None]) -> None:
         super().__init__(daemon=True, name="tokenise")
         one_core = {name: "1" for name in ("RAYON_NUM_THREADS", "OMP_NUM_THREADS")}
         self.process = subprocess.Popen(
@@ -99,75 +114,81 @@ class _Worker(threading.Thread):
 
     def run(self) -> None:
         """Send tasks and receive results until there are none, or the process is gone."""
+        begun = self._setup
+        with suppress(OSError), self.process:  # which closes the pipes, though not all was sent, and leaves no zombie
+            while (work := self._todo.get()) is not None:
+                try:
+                    self._do(work, begun)
+                except (EOFError, OSError):
+                    work.results.put(_death(self.process.wait()))
+                    break
+                begun = b""
+            self.process.kill()
+
+    def _do(self, work: _Work, begun: bytes) -> None:
         to_process, from_process = self.process.stdin, self.process.stdout
         assert to_process is not None and from_process is not None
-        begun: bytes | None = self._setup
-        with to_process, from_process:
-            while (item := self._todo.get()) is not None:
-                task, results = item
-                try:
-                    to_process.write((begun or b"") + pickle.dumps(task))
-                    to_process.flush()
-                    begun = None
-                    while True:
-                        result = pickle.load(from_process)
-                        results.put(result)
-                        if isinstance(result, (PartEnd, BaseException)):
-                            break
-                except (EOFError, OSError, pickle.UnpicklingError):
-                    results.put(_death(self.process.wait()))
-                    return
+        to_process.write(begun + pickle.dumps(work.task))
+        to_process.flush()
+        while size := int.from_bytes(_exactly(from_process, HEADER_BYTES), "big"):
+            if not work.is_given_up:
+                work.room.acquire()
+            work.results.put(_exactly(from_process, size))
+
+
+def _exactly(pipe: IO[bytes], size: int) -> bytes:
+    """Read so many bytes; raises EOFError when the other process is gone before."""
+    data = pipe.read(size)
+    if len(data) < size:
+        raise EOFError
+    return data
 
 
 def _death(code: int) -> Exception:
+    """Return the error that says how a process ended."""
     if code == -9:
         return UserError(
-            "A process that prepares the data was killed, most often for want of memory. The same command goes on; "
-            "`osler data prepare --workers 1` needs less."
+            "A process that prepares the data was killed, most often for want of memory. The same command goes on from what is "
+            "written. Fewer processes need less memory: `osler data prepare` has --workers for that, and a run with "
+            "data.type=prepared trains on its shards."
         )
     return RuntimeError(f"A process that prepares the data ended with exit code {code}; what it said is above.")
 
 
-class _Notes(logging.Handler):
-    """Collects messages, which the parent logs."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.texts: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.texts.append(record.getMessage())
-
-
 def serve() -> None:
-    """Tokenise the parts that come through standard input, and write what comes of them to standard output."""
-    tasks = sys.stdin.buffer
-    results = os.fdopen(os.dup(1), "wb")
+    """Tokenise the parts that come through standard input, and write what comes of them to standard output.
+
+    That is, for each part, what `pickle` makes of every result, each after its length; a length of 0 is the end of the part.
+    """
+    tasks, results = _received(sys.stdin.buffer), os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a library prints
-    notes = _Notes()
+    notes = BufferingHandler(sys.maxsize)  # messages, which the parent logs
     logging.getLogger("osler").addHandler(notes)
     logging.getLogger("osler").setLevel(logging.INFO)
-    corpora, tokenizer = pickle.load(tasks)
-    tokeniser = Tokeniser(corpora, None if tokenizer is None else Tokenizer.from_bytes(tokenizer))
-    while True:
-        try:
-            task = pickle.load(tasks)
-        except EOFError:
-            return
-        for result in _told(tokeniser.results(task)):
-            for text in notes.texts:
-                pickle.dump(text, results)
-            notes.texts.clear()
-            pickle.dump(result, results)
+
+    def send(result: Piece | PartEnd | UserError) -> None:
+        for data in map(pickle.dumps, (*(record.getMessage() for record in notes.buffer), result)):
+            results.write(len(data).to_bytes(HEADER_BYTES, "big") + data)
+        notes.flush()
+        results.flush()
+
+    for corpora, tokenizer in islice(tasks, 1):
+        tokeniser = Tokeniser(corpora, None if tokenizer is None else Tokenizer.from_bytes(tokenizer))
+        for task in tasks:
+            try:
+                for result in tokeniser.results(task):
+                    send(result)
+            except UserError as error:  # what a person can mend
+                send(error)
+            results.write(bytes(HEADER_BYTES))
             results.flush()
 
 
-def _told(results: Iterator[Piece | PartEnd]) -> Iterator[Piece | PartEnd | Exception]:
-    """Yield results, and what a person can mend as the last one."""
-    try:
-        yield from results
-    except (UserError, OSError) as error:
-        yield error
+def _received(stream: BinaryIO) -> Iterator[Any]:
+    """Yield what the parent sends; a torn one, which a killed parent leaves, ends it."""
+    with suppress(EOFError, pickle.UnpicklingError):
+        while True:
+            yield pickle.load(stream)
 
 
 if __name__ == "__main__":

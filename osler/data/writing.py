@@ -22,12 +22,13 @@ import numpy as np
 import numpy.typing as npt
 
 from osler.data.config import FIRST_SHARD_TOKENS, VALIDATION_TOKENS, CleanConfig
+from osler.data.documents import EMPTY
 from osler.data.duplicates import Seen
 from osler.data.shards import SHARD_TOKENS, SPLITS, ShardWriter
-from osler.data.tokenise import EMPTY, EXAMPLES, PartEnd, Piece
+from osler.data.tokenise import EXAMPLES, PartEnd, Piece
 from osler.files.parts import Part
 from osler.runtime.faults import fault
-from osler.runtime.files import fingerprint, open_durable
+from osler.runtime.files import no_pause, open_durable
 
 CUT_BYTES = 1 << 27
 KEYS = "keys.bin"  # the split keys of the documents of a validation corpus
@@ -51,14 +52,13 @@ class CorpusWriter:
         *,
         vocab_size: int,
         clean: CleanConfig | None = None,
+        before_shard: Callable[[int], None] = no_pause,
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self.splits = {
-            split: ShardWriter(
-                folder / split, vocab_size=vocab_size, shard_tokens=SHARD_TOKENS if split == "train" else FIRST_SHARD_TOKENS
-            )
-            for split in splits
-        }
+        sizes = {SPLITS[0]: SHARD_TOKENS, SPLITS[1]: FIRST_SHARD_TOKENS}
+        self.splits = {split: ShardWriter(folder / split, vocab_size=vocab_size, shard_tokens=sizes[split]) for split in splits}
+        for shards in self.splits.values():
+            shards.before_shard = before_shard
         self._choose = choose
         self._journal = journal_of(folder, splits)
         self._keys = folder / KEYS if splits == ("validation",) else None
@@ -101,9 +101,9 @@ class CorpusWriter:
     def add(self, piece: Piece) -> None:
         """Take documents of the next part."""
         fault("prepare-piece")
-        num_chosen, is_new = 0, self._without_copies(piece)
-        for split, chosen in self._choose(piece.keys).items():
-            places, shards = np.flatnonzero(chosen & is_new).tolist(), self.splits[split]
+        num_chosen, is_new, choice = 0, self._without_copies(piece), self._choose(piece.keys)
+        for split, shards in self.splits.items():
+            places = np.flatnonzero(choice[split] & is_new).tolist()
             skipped = min(self._skip[split], len(places))
             self._skip[split] -= skipped
             self.counts[split] += skipped
@@ -139,7 +139,8 @@ class CorpusWriter:
         before = self.counts["bytes"]
         self.counts.update({"bytes": part.num_bytes, "documents": end.documents, **end.drops})
         if self.counts["bytes"] // CUT_BYTES > before // CUT_BYTES:
-            self._each(ShardWriter.cut)
+            for shards in self.splits.values():
+                shards.cut()
         if self._keys is not None and self._new_keys:
             with open_durable(self._keys, "ab") as file:
                 file.write(np.concatenate(self._new_keys).tobytes())
@@ -165,7 +166,8 @@ class CorpusWriter:
 
     def close(self) -> dict[str, Any]:
         """Write the last shards, and return what the manifest says of the corpus."""
-        self._each(ShardWriter.close)
+        for shards in self.splits.values():
+            shards.close()
         return {
             "splits": {
                 split: {
@@ -175,20 +177,11 @@ class CorpusWriter:
                     "fingerprint": shards.fingerprint,
                 }
                 for split, shards in self.splits.items()
-                if shards.num_documents
             },
             "empty_documents": self.counts[EMPTY],
             "dropped_copies": self.counts[COPIES],
             "dropped": {reason: count for reason, count in sorted(self.counts.items()) if reason not in _NO_REASONS},
         }
-
-    def _each(self, act: Callable[[ShardWriter], None]) -> None:
-        for shards in self.splits.values():
-            act(shards)
-
-    def digest(self) -> str:
-        """Return what identifies the content of all parts."""
-        return fingerprint([line["digest"] for line, _ in journal_lines(self._journal)])
 
 
 def journal_of(folder: Path, splits: Sequence[str]) -> Path:

@@ -60,10 +60,10 @@ def write_or_warn(path: str | os.PathLike[str], data: bytes | str) -> None:
 
 
 @contextlib.contextmanager
-def locked(folder: Path, option: str = "--run") -> Iterator[None]:
+def locked(folder: Path, option: str | None = "--run") -> Iterator[None]:
     """Lock a folder that is written to; raises UserError when another process of this machine has locked it.
 
-    The message names the ``option`` that chooses another folder.
+    The message names the ``option`` that chooses another folder, if there is one.
 
     The lock is the system's, on the folder itself. So it leaves no file (that of ``filelock`` can keep a killed run from being
     resumed) and ends with the process. Without such locks (Windows, some network disks) nothing is locked.
@@ -75,8 +75,8 @@ def locked(folder: Path, option: str = "--run") -> Iterator[None]:
         while _try_lock(descriptor, fcntl.LOCK_EX) is False:
             if is_locked(folder):
                 raise UserError(
-                    f"Another process is at work on {folder}. Wait until it is done, stop it with Ctrl-C, or name another "
-                    f"folder with {option}."
+                    f"Another process is at work on {folder}. Wait until it is done, stop it with Ctrl-C, or choose another "
+                    f"folder{f' with {option}' if option else ''}."
                 )
             time.sleep(0.01)  # another process only asks whether the folder is locked
         yield

@@ -2,9 +2,11 @@
 
 import json
 import os
+import select
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterable
 
 from osler.runtime.errors import UserError
@@ -19,7 +21,8 @@ def train(texts: Iterable[str], wanted: BPEConfig | SuperBPEConfig) -> Tokenizer
     """Train a tokenizer as a config describes it, and raise KeyboardInterrupt as soon as a signal asks for it.
 
     The library trains in one call of seconds or minutes, during which Python handles no signal. So, unless the text is short, a
-    child process does it, which a signal to the parent kills. The tokenizer is the same to the byte.
+    child process does it, which a signal to the parent kills, and which ends when nobody reads its result any more. The tokenizer
+    is the same to the byte.
     """
     sizes = [wanted.vocab_size, *([wanted.bpe_size] if isinstance(wanted, SuperBPEConfig) else [])]
     with tempfile.TemporaryFile() as lines:
@@ -55,5 +58,14 @@ def _learn(texts: Iterable[str], vocab_size: int, transition: int | None = None)
     return Tokenizer.train(texts, vocab_size) if transition is None else superbpe.train(texts, vocab_size, transition)
 
 
+def _end_with_parent() -> None:
+    pipe = select.poll()
+    pipe.register(1, 0)  # that nobody reads it is always told
+    pipe.poll()
+    os._exit(1)
+
+
 if __name__ == "__main__":
+    if hasattr(select, "poll"):  # Windows has none
+        threading.Thread(target=_end_with_parent, daemon=True).start()
     sys.stdout.buffer.write(_learn(map(json.loads, sys.stdin.buffer), *map(int, sys.argv[1:])).to_bytes())

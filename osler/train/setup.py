@@ -21,7 +21,7 @@ from osler.data.packing import torn_lengths
 from osler.data.prepared import Prepared, tokenizer_of_shards
 from osler.data.preparer import GIGABYTE, SHARDS_SHARE
 from osler.data.shards import SHARD_TOKENS, token_dtype
-from osler.data.sources import open_corpora, train_tokenizer
+from osler.data.sources import at_known_commits, open_corpora, train_tokenizer
 from osler.inference.load import described_model, tokenizer_of
 from osler.model.config import ModelConfig
 from osler.model.transformer import Transformer
@@ -40,6 +40,7 @@ from osler.train.config import TrainConfig
 
 logger = logging.getLogger(__name__)
 
+DATA = "data"  # in the run folder: the shards that are prepared for it
 ROUND_LENGTH = 64  # a row length that is proposed is a multiple of it
 # Passes over the data that are told at the start. Text: Muennighoff et al. 2023, arXiv 2305.16264, found up to 4 to be nearly as
 # good as new text, and hardly a gain after 16. Fine-tuning is often many passes over few examples.
@@ -187,7 +188,8 @@ def make_tokenizer(config: TrainConfig, given: Tokenizer | None, kept: Path) -> 
         return at_hand
     assert not isinstance(config.data, PreparedData)
     logger.info(f"Training a tokenizer of {config.tokenizer.vocab_size:,} tokens on the run's own text.")
-    return train_tokenizer(config.data, config.tokenizer, config.validation)
+    data, validation = at_known_commits(config.data, config.validation, kept.parent / DATA)
+    return train_tokenizer(data, config.tokenizer, validation)
 
 
 def tokenizer_at_hand(config: TrainConfig) -> Tokenizer | None:

@@ -21,7 +21,7 @@ from osler.data.prepared import Prepared, open_prepared, tokenizer_of_shards
 from osler.data.preparer import Preparer
 from osler.data.shard_set import NotPreparedYet, ShardSet, go_on_from, identity_of, is_finished, is_of_part, num_evicted
 from osler.data.shards import DATA_MANIFEST, SPLITS, read_data_manifest
-from osler.data.sources import check_present, check_sources, is_there, prepare_sources
+from osler.data.sources import at_known_commits, check_present, check_sources, is_there, prepare_sources
 from osler.data.stream import untended, wait_together
 from osler.inference.load import TOKENIZER_FILE, tokenizer_of
 from osler.model.config import ModelConfig
@@ -32,11 +32,10 @@ from osler.runtime.files import RunFolder, fsync_dir, write_atomic
 from osler.runtime.world import World
 from osler.tokenizer.bpe import Tokenizer
 from osler.train.config import TrainConfig
-from osler.train.setup import check_disk_budget, check_lengths
+from osler.train.setup import DATA, check_disk_budget, check_lengths
 
 logger = logging.getLogger(__name__)
 
-DATA = "data"  # in the run folder
 CHECKED_BYTES = 4 * 2**30  # of shards at most are read when a process starts, at about 0.7 GB/s
 
 
@@ -113,7 +112,8 @@ def _open(
     if not data.streaming or knows_all or is_finished(folder):
         return prepare_sources(data, tokenizer, folder, validation=config.validation, consent=consent), None
     check_disk_budget(config, data)
-    preparer = Preparer(data, tokenizer, folder, consent=consent, validation=config.validation)
+    pinned, validation = at_known_commits(data, config.validation, folder)  # here, where the hub was asked before
+    preparer = Preparer(pinned, tokenizer, folder, consent=consent, validation=validation)
     logger.info(f"The data are being prepared while the run trains; what that process says is in {preparer.log}.")
     return open_prepared(folder, tokenizer, growing=True), preparer
 

@@ -13,9 +13,9 @@ from huggingface_hub import constants
 
 from osler.cli.main import main
 from osler.config.schema import decode
-from osler.data.config import HubData, MixtureData
+from osler.data.config import ClinicData, HubData, MixtureData
 from osler.data.named import SOURCES, open_hub
-from osler.data.sources import check_sources, open_corpora, prepare_sources
+from osler.data.sources import at_known_commits, check_sources, open_corpora, prepare_sources
 from osler.files.hub import hub_files
 from osler.runtime.errors import UserError
 from tests.data.hub_server import COMMIT, cut, serving, status, times
@@ -290,6 +290,20 @@ def test_a_preparation_goes_on_with_the_commit_that_it_began_with(hub, tokenizer
     assert again.reused and again.fingerprint == begun.fingerprint
     with pytest.raises(UserError, match=f"commit is {COMMIT}, now it is {hub.commit}"):
         prepare_sources(HubData(name="fineweb_edu", revision=hub.commit), **given)
+
+
+def test_everything_made_of_a_config_is_made_of_one_commit(hub, tokenizer, tmp_path):
+    """Mixtures and validation sets too: before a preparation of the newest one, after that of the one it began with."""
+    source, local = HubData(name="fineweb_edu"), HubData(name="pubmed", path=str(tmp_path))
+    data, sets = at_known_commits(MixtureData(sources=(source, local)), (source,), tmp_path / "out")
+    assert isinstance(data, MixtureData)
+    assert [of.revision for of in (*data.sources, *sets)] == [COMMIT, "main", COMMIT]
+    checked = (ClinicData(name="set", passages=5, examples=0),)
+    prepare_sources(source, tokenizer, tmp_path / "out", validation=checked)
+    hub.commit = "d" * 40
+    hub_files.cache_clear()
+    pinned, sets = at_known_commits(source, (source,), tmp_path / "out")
+    assert (pinned.revision, sets[0].revision) == (COMMIT, hub.commit)
 
 
 def test_sources_are_listed_and_a_row_is_shown(tmp_path, capsys):

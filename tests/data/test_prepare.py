@@ -1,21 +1,31 @@
 """Preparation: nothing is lost or leaked, a folder is whole or absent, and reuse is exact."""
 
+import errno
 import gzip
 import json
 import os
+import pickle
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 
+from osler.data.clean import Cleaner
+from osler.data.config import CleanConfig
 from osler.data.documents import Corpus, Document, in_memory
 from osler.data.prepare import prepare as prepare_sources
 from osler.data.prepared import open_prepared
 from osler.data.readers import TextFiles
 from osler.data.shard_set import ShardSet
 from osler.data.shards import read_data_manifest
-from osler.files.parts import Parts
+from osler.files.parts import LocalFile, Part, Parts
 from osler.runtime import faults
 from osler.runtime.errors import UserError
 from osler.runtime.files import locked
@@ -106,10 +116,12 @@ def test_empty_documents_are_skipped_and_counted(tmp_path: Path, tokenizer: Toke
     assert read_data_manifest(tmp_path / "out")["sources"]["notes"]["empty_documents"] == 3
     assert prepared.validation is not None
     assert prepared.train.num_documents + prepared.validation.num_documents == 3
-    with pytest.raises(UserError, match="nothing to learn from: of 1 documents 1 are empty"):
+    with pytest.raises(UserError, match=r"nothing to learn from in the source notes: all .* left out \(empty: 1\)"):
         prepare(in_memory([Document(text="")]), tokenizer, tmp_path / "none")
-    with pytest.raises(UserError, match="nothing to learn from"):
+    with pytest.raises(UserError, match="it has no documents"):
         prepare(in_memory([]), tokenizer, tmp_path / "none")
+    with pytest.raises(UserError, match="The validation set notes has no document that is not empty"):
+        prepare(in_memory(DOCUMENTS, in_memory([Document(text=" ")])), tokenizer, tmp_path / "none")
     assert folders(tmp_path) == ["out"]
 
 
@@ -135,7 +147,7 @@ def test_given_validation_documents_win_over_train(tmp_path: Path, tokenizer: To
     assert {*prepared.validation_sets} == {"general"} and prepared.sources[1].validation is None
     assert sorted(decoded(prepared.validation_sets["general"], tokenizer)) == sorted([*TEXTS[3:8], "newer"])
     assert prepare_sources(corpora, tokenizer, tmp_path / "out", validation={"general": elsewhere}).reused
-    with pytest.raises(UserError, match="40 are copies of validation"):
+    with pytest.raises(UserError, match="copies of held-out documents: 40"):
         prepare(in_memory(DOCUMENTS, in_memory(DOCUMENTS)), tokenizer, tmp_path / "none")
     assert folders(tmp_path) == ["out"]
 
@@ -143,7 +155,7 @@ def test_given_validation_documents_win_over_train(tmp_path: Path, tokenizer: To
 def test_a_source_of_which_another_holds_everything_out_is_named(tmp_path: Path, tokenizer: Tokenizer) -> None:
     two = in_memory(DOCUMENTS[:2], holdout_fraction=0.5)
     [held] = decoded(prepare(two, tokenizer, tmp_path / "alone").validation, tokenizer)
-    with pytest.raises(UserError, match="nothing to learn from in the source b: of 1 documents 0 are empty and 1 are copies"):
+    with pytest.raises(UserError, match=r"in the source b: all its documents are left out \(copies of held-out documents: 1\)"):
         prepare_sources({"a": two, "b": in_memory([Document(text=held)])}, tokenizer, tmp_path / "out")
     assert folders(tmp_path) == ["alone"]
 
@@ -264,13 +276,61 @@ def test_an_interrupt_says_how_to_go_on(
     with pytest.raises(KeyboardInterrupt), interruptible():
         prepare(in_memory(DOCUMENTS), tokenizer, tmp_path / "out")
     assert f"stays in {tmp_path / 'out'}; the same command goes on" in capsys.readouterr().err
-    prepare(in_memory(DOCUMENTS[:9]), tokenizer, tmp_path / "out")
-    assert "held unfinished data of something else" in capsys.readouterr().err
+    assert prepare(in_memory(DOCUMENTS[:9]), tokenizer, tmp_path / "out").train.num_documents == 9, "nothing was lost"
+
+
+def test_half_prepared_data_are_never_lost(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, small_parts: None
+) -> None:
+    """Other weights and names go on with them; other data are refused, or with consent take another place."""
+    out, corpora = tmp_path / "out", {"a": in_memory(DOCUMENTS, holdout_fraction=0.1), "b": in_memory(DOCUMENTS[::-1])}
+    prepare_sources(corpora, tokenizer, tmp_path / "whole")
+    monkeypatch.setenv(faults.VARIABLE, "prepare-complete:enospc")
+    with pytest.raises(UserError, match="could not be written"):
+        prepare_sources(corpora, tokenizer, out)
+    monkeypatch.delenv(faults.VARIABLE)
+    before = files_in(out)
+    for name, value, corpus in (
+        ("seed", "0, now it is 1", in_memory(DOCUMENTS, holdout_fraction=0.1, seed=1)),
+        ("documents has", "1 bytes, it had", in_memory([Document(text="x")], holdout_fraction=0.1)),
+    ):
+        with pytest.raises(UserError, match=rf"out is half prepared with another content: {name}.*{value}.*or delete it"):
+            prepare_sources({**corpora, "a": corpus}, tokenizer, out)
+    assert files_in(out) == before
+    prepare_sources({"a": corpora["a"]}, tokenizer, out, consent=None)
+    assert files_in(tmp_path / "out-unfinished-1") == before
+    renamed = dict(zip("xy", corpora.values(), strict=True))
+    prepared = prepare_sources(renamed, tokenizer, tmp_path / "out-unfinished-1", weights=[1, 5])
+    assert [(source.name, source.weight) for source in prepared.sources] == [("a", 1), ("b", 5)]
+    assert prepared.fingerprint == open_prepared(tmp_path / "whole", tokenizer).fingerprint
+
+
+def test_a_source_that_cleaning_empties_is_found_before_any_is_written(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("osler.data.holdout.MANY", 30)
+    emptied = replace(in_memory(DOCUMENTS), clean=Cleaner(CleanConfig(min_words=99)))
+    with pytest.raises(UserError, match=r"in the source b: all its documents are left out \(too short: 40\).*its `clean`"):
+        prepare_sources({"a": in_memory(DOCUMENTS), "b": emptied}, tokenizer, tmp_path / "out")
+    assert "first 30 documents of the source b are all left out (too short: 30)" in capsys.readouterr().err
+    assert folders(tmp_path) == []
+
+
+def test_a_source_whose_copies_leave_nothing_ends_with_it_and_the_others_stay(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """All that is not held out of it is nearly what is, which shows in the end alone."""
+    prose = " ".join(f"word{number}" for number in range(300))
+    most, one = sorted(("a group", "another"), key=lambda group: Document(group=group).split_key())
+    twins = [Document(text=f"{prose} {number}", group=most if number else one) for number in range(9)]
+    fraction = (twins[1].split_key() + 2**32) / 2**64
+    b = replace(in_memory(twins, holdout_fraction=fraction), clean=Cleaner(CleanConfig(duplicates="near")))
+    with pytest.raises(UserError, match="in the source b: all its documents are left out"):
+        prepare_sources({"a": in_memory(DOCUMENTS), "b": b}, tokenizer, tmp_path / "out")
+    assert (tmp_path / "out" / "a" / "train" / "index.bin").stat().st_size
 
 
 def test_two_at_once_are_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:
     (tmp_path / "out").mkdir()
-    with locked(tmp_path / "out"), pytest.raises(UserError, match=r"Another process is at work on .*--out"):
+    with locked(tmp_path / "out"), pytest.raises(UserError, match=r"Another process is at work on .*or choose another folder"):
         prepare(in_memory(DOCUMENTS), tokenizer, tmp_path / "out")
 
 
@@ -349,6 +409,60 @@ def test_a_process_that_is_killed_is_told(
     assert prepare(rows_corpus(notes), tokenizer, tmp_path / "out").train.num_documents > 100
 
 
+def broken(part: Part) -> Iterator[Document]:
+    yield from DOCUMENTS[:20]
+    raise OSError(errno.EIO, "the disk is broken")
+
+
+@pytest.mark.parametrize("processes", [0, 1])
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, notes: Path, tokenizer: Tokenizer, processes: int) -> None:
+    corpus = Corpus([Part(LocalFile.at(notes / "1.jsonl"))], broken)
+    with pytest.raises(UserError, match=r"notes/1\.jsonl could not be read: the disk is broken"):
+        prepare_sources({"a": corpus}, tokenizer, tmp_path / "out", processes=processes)
+
+
+def test_what_a_process_sends_and_nobody_can_read_is_an_error(
+    tmp_path: Path, notes: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It neither hangs nor leaves a process or a thread."""
+
+    def load(data: bytes) -> None:
+        raise AttributeError("there is no such class here")
+
+    monkeypatch.setattr("osler.data.workers.pickle.loads", load)
+    started = []
+    popen = subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda *given, **named: started.append(popen(*given, **named)) or started[-1])
+    with pytest.raises(AttributeError, match="no such class"):
+        prepare_sources({"a": rows_corpus(notes)}, tokenizer, tmp_path / "out", processes=2)
+    assert len(started) == 2 and all(process.returncode is not None for process in started)
+    assert not any(thread.name == "tokenise" for thread in threading.enumerate())
+
+
+def test_processes_are_ended_when_one_cannot_be_started(
+    tmp_path: Path, notes: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[subprocess.Popen[bytes]] = []
+    popen = subprocess.Popen
+
+    def start(*given: Any, **named: Any) -> subprocess.Popen[bytes]:
+        if started:
+            raise OSError(errno.EAGAIN, "no more processes")
+        started.append(popen(*given, **named))
+        return started[-1]
+
+    monkeypatch.setattr(subprocess, "Popen", start)
+    with pytest.raises(UserError, match="no more processes"):
+        prepare_sources({"a": rows_corpus(notes)}, tokenizer, tmp_path / "out", processes=2)
+    assert started[0].returncode == -signal.SIGKILL
+
+
+def test_a_process_whose_parent_is_gone_says_nothing() -> None:
+    for sent in (b"", pickle.dumps("torn")[:-3]):
+        done = subprocess.run([sys.executable, "-m", "osler.data.workers"], input=sent, capture_output=True, check=False)
+        assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+
+
 def test_touched_files_are_compared_and_changed_ones_refused(
     tmp_path: Path, notes: Path, tokenizer: Tokenizer, small_parts: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -385,14 +499,17 @@ def test_after_a_kill_anywhere_the_bytes_are_the_same_and_no_shard_is_written_tw
     assert run_cases("data/killed_preparations.py", tmp_path) > 20
 
 
-def test_half_a_character_names_its_document(tmp_path: Path, tokenizer: Tokenizer) -> None:
+@pytest.mark.parametrize("fraction", [0.0, 0.5])
+def test_half_a_character_names_its_document(tmp_path: Path, tokenizer: Tokenizer, fraction: float) -> None:
+    half = Document(text="a\ud800", where="notes:3")
     with pytest.raises(UserError, match=r"notes:3 holds half a character \(a lone surrogate\) at position 1"):
-        prepare(in_memory([Document(text="a\ud800", where="notes:3")]), tokenizer, tmp_path / "out")
+        prepare(in_memory([half], holdout_fraction=fraction), tokenizer, tmp_path / "out")
 
 
 def test_it_is_said_when_nothing_is_held_out(tmp_path: Path, tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]) -> None:
     twins = in_memory([Document(text="Fever."), Document(text="fever. ")], holdout_fraction=0.5)
     prepared = prepare(twins, tokenizer, tmp_path / "a")
-    assert prepared.validation is None and "Nothing is held out" in capsys.readouterr().err
+    assert prepared.validation is None and "Nothing is held out of the source notes" in capsys.readouterr().err
+    assert read_data_manifest(tmp_path / "a")["sources"]["notes"]["splits"]["validation"]["documents"] == 0, "nobody waits for it"
     prepare(in_memory(DOCUMENTS, holdout_fraction=0.1), tokenizer, tmp_path / "b")
     assert "Nothing is held out" not in capsys.readouterr().err

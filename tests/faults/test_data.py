@@ -281,6 +281,14 @@ def test_shards_of_another_tokenizer_are_refused(shards, bare, tiny, runs, osler
     assert osler("pretrain", bare, *ours, f"tokenizer.path={tiny.tokenizer}", "--run", tmp_path / "run") == 0
 
 
+def test_data_are_prepared_with_the_tokenizer_of_the_model_that_a_run_starts_from(tiny, runs, osler, mistake, tmp_path):
+    out, turns = tmp_path / "shards", ["data.type=turns", f"data.path={tiny.turns}", f"init_from={runs.pretrain}"]
+    assert osler("data", "prepare", *turns, "tokenizer.vocab_size=300", "--out", out) == 0
+    assert (out / "tokenizer.json").read_bytes() == (runs.pretrain / "tokenizer.json").read_bytes()
+    assert "no_such_run" in mistake("data", "prepare", *turns[:2], "init_from=no_such_run", "--out", tmp_path / "other")
+    assert "validation=[...]" in mistake("data", "prepare", *turns, "seq_len=9", "--out", tmp_path / "other")
+
+
 def test_shards_that_changed_are_refused_and_turns_keep_their_masks(shards, tiny, runs, osler, mistake, tmp_path):
     turns = ["data.type=turns", f"data.path={tiny.turns}", "data.thinking_field=why"]
     assert osler("data", "prepare", *turns, f"tokenizer.path={tiny.tokenizer}", "--out", tmp_path / "turns") == 0

@@ -1,11 +1,13 @@
 """Training a tokenizer in a child process: the same tokenizer, and a signal is heard while it computes."""
 
+import json
 import random
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -55,6 +57,19 @@ def test_a_signal_is_heard_while_the_library_computes() -> None:
     finally:
         signal.signal(signal.SIGALRM, before)
     assert time.monotonic() - start < 30
+
+
+def test_a_child_ends_when_nobody_waits_for_it(tmp_path: Path) -> None:
+    """As when its parent is killed. It would train for minutes."""
+    rng = random.Random(0)
+    words = "".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=3_000_000))
+    (tmp_path / "lines").write_text(json.dumps(" ".join(words[at : at + 1000] for at in range(0, len(words), 1000))) + "\n")
+    with open(tmp_path / "lines") as lines:
+        command = [sys.executable, "-m", "osler.tokenizer.train", "30000"]
+        child = subprocess.Popen(command, stdin=lines, stdout=subprocess.PIPE)
+    assert child.stdout is not None
+    child.stdout.close()
+    assert child.wait(60) == 1
 
 
 def test_a_child_that_is_lost_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
