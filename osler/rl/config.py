@@ -60,6 +60,9 @@ class AlgorithmConfig:
     prompts_per_step: PositiveInt = 8  # questions in one rollout
     samples_per_prompt: Annotated[int, Ge(2)] = 8  # completions of each question: the group; one alone has no advantage
     updates_per_batch: PositiveInt = 1  # optimizer updates on each rollout batch; every update uses the whole batch
+    # share of completions under the off-policy mask (opsm_delta) that ends the updates on a batch early; null: never
+    max_masked_frac: Fraction | None = None
+    balanced_letters: bool = False  # whether the right answers of a step's questions are spread evenly over the letters
     max_new_tokens: PositiveInt = 128  # tokens of a completion at most
 
     # of sampling; the samples of a group must differ, so the ranges of these three leave greedy sampling out
@@ -80,6 +83,7 @@ class AlgorithmConfig:
     # k1's is zero on average on-policy, and k3's is that of the reversed divergence
     kl: Literal["unbiased", "k3", "k2", "k1"] = "unbiased"
     beta: NonNegativeFloat = 0.01  # weight of the KL to the reference in the loss
+    beta_schedule: ScheduleConfig = ConstantConfig()  # of beta, as that of the learning rate
     # off-policy sequence mask: completions with a negative advantage and a KL per token above this get no gradient; null: off
     opsm_delta: NonNegativeFloat | None = None
     # steps after which the reference becomes the model as it is; null: it stays the first
@@ -92,6 +96,10 @@ class AlgorithmConfig:
     overlong: Literal["mask", "penalise", "keep"] = "keep"
     overlong_penalty: NonNegativeFloat = 0.5  # taken off the reward with overlong=penalise
     quality: QualityConfig = QualityConfig()
+
+    def __post_init__(self) -> None:
+        if self.max_masked_frac is not None and self.opsm_delta is None:
+            raise ValueError("max_masked_frac counts what the off-policy mask leaves out: give opsm_delta too, for example 0.2")
 
     @property
     def sampling(self) -> SamplingParams:

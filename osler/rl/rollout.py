@@ -29,7 +29,7 @@ from osler.rl.config import AlgorithmConfig, QualityConfig
 from osler.runtime.errors import UserError
 from osler.runtime.world import World
 from osler.tasks.answers import Reading, read_answer
-from osler.tasks.item import LETTERS, ExamItem, permute, render_question
+from osler.tasks.item import LETTERS, ExamItem, permute, render_question, reorder
 from osler.tokenizer.bpe import Tokenizer
 from osler.tokenizer.chat import Completion, encode_prompt, parse_completion
 
@@ -60,13 +60,26 @@ class Prompt(NamedTuple):
     item: ExamItem
 
 
-def step_prompts(tasks: Sequence[RlTask], seed: int, step: int, count: int) -> list[Prompt]:
-    """Return the ``count`` questions of a step."""
-    return [
+def step_prompts(tasks: Sequence[RlTask], seed: int, step: int, count: int, *, balanced: bool = False) -> list[Prompt]:
+    """Return the ``count`` questions of a step; with ``balanced`` their right answers go through the letters in turn."""
+    prompts = [
         _prompt(task, seed, step * share + place, "main")
         for task, share in zip(tasks, task_shares(tasks, count), strict=True)
         for place in range(share)
     ]
+    if not balanced:
+        return prompts
+    return [prompt._replace(item=_with_answer_at(prompt.item, step + number)) for number, prompt in enumerate(prompts)]
+
+
+def _with_answer_at(item: ExamItem, place: int) -> ExamItem:
+    """Let the right option and the one at ``place`` (counted round) change places, unless the options keep their order."""
+    if item.keeps_order or not item.options:
+        return item
+    order = list(range(len(item.options)))
+    place %= len(order)
+    order[place], order[item.answer_index] = order[item.answer_index], order[place]
+    return reorder(item, order)
 
 
 def prompts_asked(tasks: Sequence[RlTask], steps: int, count: int) -> dict[str, int]:
@@ -191,7 +204,8 @@ class RolloutWorker:
 
     def ask(self, step: int) -> list[Group]:
         """Return the groups of a step's own questions, before any refill."""
-        asked = step_prompts(self.tasks, self.seed, step, self.algorithm.prompts_per_step)
+        algorithm = self.algorithm
+        asked = step_prompts(self.tasks, self.seed, step, algorithm.prompts_per_step, balanced=algorithm.balanced_letters)
         return self.sample(asked, rollout_seed(self.seed, step))
 
     def sample(self, asked: Sequence[Prompt], seed: int) -> list[Group]:

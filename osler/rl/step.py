@@ -158,7 +158,7 @@ def update_policy(
     micro_batch_tokens: int = 16_384,
     collector: Collector | None = None,
 ) -> dict[str, float]:
-    """Take ``updates_per_batch`` optimizer steps on the rows and return the metrics, averaged over them.
+    """Take ``updates_per_batch`` optimizer steps on the rows, or fewer, and return the metrics, averaged over them.
 
     ``rows`` are those of all ranks. ``reference`` is needed when beta is above 0 and is only read. The learner's engine is one
     around a :class:`PolicyLoss`, and its optimizer a fused one (``build_optimizer``) whose settings are used as they are. An
@@ -190,14 +190,23 @@ def update_policy(
         with collector.update(lambda: probe_rows(rows)) if collector else nullcontext():
             updates.append(torch.stack(engine.update(optimizer, parameters)))
         mark("optimizer")
-    # Nothing was fetched from the device until here.
+        if algorithm.max_masked_frac is not None and _masked_frac(sums, world) > algorithm.max_masked_frac:
+            break
+    # Without max_masked_frac nothing was fetched from the device until here.
     own = {name: torch.stack([sums[name] for sums in history]).cpu().double() for name in history[0]}
     by_update = loss_metrics(reduce(add_sums, world.all_gather(own)))
     norms, skipped = torch.stack(updates).cpu().T
     metrics = {name: float(values.mean()) for name, values in by_update.items()}
     metrics |= {name: float(values[0]) for name, values in by_update.items() if name.startswith(FIRST_UPDATE_METRICS)}
     metrics |= {"train/grad_norm": float(norms.mean()), "train/skipped_steps": float(skipped.sum())}
+    metrics["opsm/updates"] = float(len(updates))
     return metrics | norm_stats(norms.tolist(), learner.clip_norm) | {"data/padding_frac": padding_frac}
+
+
+def _masked_frac(sums: dict[str, Tensor], world: World) -> float:
+    """Return which share of the completions of all ranks the off-policy mask took out of the latest update."""
+    masked, rows = world.all_reduce_sum(float(sums["opsm_masked"]), float(sums["rows"]))
+    return masked / max(rows, 1.0)
 
 
 def probe_rows(rows: Sequence[TrainingRow]) -> ProbeRows:

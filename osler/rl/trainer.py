@@ -77,6 +77,7 @@ class GrpoTrainer(Trainer):
         middle = self.step * budget + budget // 2  # as in train/: the first step has a rate above 0, and so has the last
         scale = lr_scale(config.schedule, middle, config.budget_tokens)
         set_hyperparameters(optimizer, config.optim, scale, middle, config.budget_tokens)
+        algorithm = replace(algorithm, beta=algorithm.beta * lr_scale(algorithm.beta_schedule, middle, config.budget_tokens))
         rows = training_rows(groups, algorithm)
         self.collector.begin(self.step + 1)
         update: dict[str, float] = {}
@@ -85,7 +86,7 @@ class GrpoTrainer(Trainer):
                 self.learner,
                 rows,
                 algorithm,
-                reference=self.reference,
+                reference=self.reference if algorithm.beta > 0.0 else None,
                 micro_batch_tokens=config.micro_batch_tokens,
                 collector=self.collector,
             )
@@ -103,7 +104,7 @@ class GrpoTrainer(Trainer):
             **update,
             **self.collector.line(),
             **self._consumed(groups),
-            **(self._speed(lengths, seconds - rollout_seconds) if lengths else {}),
+            **(self._speed(lengths, update["opsm/updates"], seconds - rollout_seconds) if lengths else {}),
             "perf/eta_seconds": (config.steps - self.step) * seconds,
             "train/lr": optimizer.param_groups[0]["lr"],
             "perf/step_seconds": seconds,
@@ -134,9 +135,9 @@ class GrpoTrainer(Trainer):
         finally:
             sampler.model = self.learner.model
 
-    def _speed(self, lengths: Sequence[int], seconds: float) -> dict[str, float]:
+    def _speed(self, lengths: Sequence[int], updates: float, seconds: float) -> dict[str, float]:
         """Return the speed of the updates on rows of these lengths, and its share of the GPUs' peak."""
-        speed = sum(lengths) * self.config.algorithm.updates_per_batch / seconds
+        speed = sum(lengths) * updates / seconds
         # A token costs attention over its row, so the mean is over tokens.
         seq_len = round(sum(length**2 for length in lengths) / sum(lengths))
         return {"perf/train_tokens_per_second": speed, **self.collector.mfu(speed, seq_len)}
@@ -156,7 +157,7 @@ class GrpoTrainer(Trainer):
         """Look for incidents. A step without a usable sample has no numbers; one with equal rewards only is not comparable."""
         norm = metrics.get("train/grad_norm")
         if norm is not None and (metrics["frac_reward_zero_std"] < 1.0 or not math.isfinite(norm)):
-            skipped = metrics["train/skipped_steps"] >= self.config.algorithm.updates_per_batch
+            skipped = metrics["train/skipped_steps"] >= metrics["opsm/updates"]
             loss, drift = metrics.get("loss", math.nan), metrics.get("loss/drift")
             self.incidents.observe(self.step, loss, norm, skipped=skipped, drift=drift)
 

@@ -185,6 +185,7 @@ class Loop:
             # Before the first step, or where a kill came after the checkpoint and before its evaluation.
             if trainer.due().evaluation and not self.world.broadcast_from_first(self._was_evaluated):
                 self._evaluate()
+            self._stop_early_if_due()
             trainer.begin()
             while not (trainer.done or self.evaluation_interrupted):
                 if not self._iterate():
@@ -224,6 +225,7 @@ class Loop:
             return False
         if due.evaluation:
             self._evaluate()
+            self._stop_early_if_due()
         return True
 
     def _agree_to_stop(self) -> bool:
@@ -317,6 +319,25 @@ class Loop:
             logger.info(f"step {trainer.step}: {in_a_line(metrics)}")
             self._show({})
         trainer.exclude_time(time.monotonic() - before)
+
+    def _stop_early_if_due(self) -> None:
+        """Make the present step the last when as many evaluations as the config says were no better than one before them."""
+        trainer, patience = self.trainer, self.trainer.config.early_stopping_patience
+        if patience is None or not trainer.best_metric:
+            return
+        waited = self.world.broadcast_from_first(self._evaluations_since_best)
+        if waited >= patience and not trainer.done:
+            trainer.total = trainer.position
+            logger.info(f"Stopped early: {waited} evaluations in a row had no better {trainer.best_metric} than the best.")
+
+    def _evaluations_since_best(self) -> int:
+        """Return how many evaluations there were after the best one."""
+        name, waited, best = self.trainer.best_metric, 0, math.nan
+        for line in read_metrics(self.run.folder.metrics, having=name):
+            value, waited = line.values[name], waited + 1
+            if math.isnan(best) or is_better(name, value, best):
+                best, waited = value, 0
+        return waited
 
     def _was_evaluated(self) -> bool:
         """Whether the metrics hold an evaluation of the current step."""

@@ -205,6 +205,20 @@ def test_options_are_permuted_on_every_visit_and_the_answer_moves_along():
     assert all(60 < count < 140 for count in seen.values())
 
 
+def test_balanced_letters_spread_the_right_answers_of_every_step():
+    kept = ExamItem(id="kept", question="Which?", options=("ant", "bee", "All of the above"), answer_index=2)
+    tasks = [task(20), replace(task(1, "kept"), items=(kept,), weight=0.25)]
+    for step in range(8):
+        plain, balanced = (step_prompts(tasks, 0, step, 10, balanced=way) for way in (False, True))
+        assert [prompt.item.id for prompt in plain] == [prompt.item.id for prompt in balanced]
+        for one, other in zip(plain, balanced, strict=True):
+            assert sorted(one.item.options) == sorted(other.item.options)
+            assert one.item.options[one.item.answer_index] == other.item.options[other.item.answer_index]
+        letters = Counter(prompt.item.answer_index for prompt in balanced if prompt.item.id != "kept")
+        assert set(letters.values()) == {2}
+        assert [prompt.item for prompt in balanced if prompt.item.id == "kept"] == [kept] * 2
+
+
 def test_shares_follow_the_weights_and_add_up():
     tasks = [task(name="a", weight=2.0), task(name="b", weight=1.0), task(name="c", weight=1.0)]
     assert task_shares(tasks, 8) == [4, 2, 2]

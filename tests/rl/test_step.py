@@ -90,6 +90,16 @@ def test_a_backward_pass_without_rows_of_no_advantage_is_the_same_update(make_po
     assert fast_metrics == pytest.approx(plain_metrics, abs=1e-5)
 
 
+@pytest.mark.parametrize(("most", "updates"), [(None, 6), (0.9, 6), (0.2, 1)])
+def test_a_batch_whose_policy_has_moved_too_far_gets_no_further_update(make_policy, most, updates):
+    """Half of these rows were drawn by another policy and have a negative advantage, so the mask leaves them out."""
+    rows = [row(3, 4, advantage=advantage) for advantage in (1.0, 1.0, -1.0, -1.0)]
+    algorithm = AlgorithmConfig(beta=0.0, opsm_delta=1e-4, updates_per_batch=6, max_masked_frac=most)
+    assert moved(make_policy, rows, algorithm)[1]["opsm/updates"] == updates
+    with pytest.raises(ValueError, match="opsm_delta"):
+        AlgorithmConfig(max_masked_frac=0.5)
+
+
 def test_only_rows_with_something_to_learn_are_backpropagated(make_policy, monkeypatch):
     seen = []
     monkeypatch.setattr(torch.Tensor, "backward", lambda loss: seen.append(loss))

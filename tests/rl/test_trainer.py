@@ -23,6 +23,7 @@ from osler.optim.config import AdamWConfig
 from osler.optim.schedule import LinearConfig
 from osler.parallel.engine import ParallelEngine
 from osler.records.jsonl import LIFETIME, read_events
+from osler.rl import trainer as trainer_module
 from osler.rl.config import AlgorithmConfig, GrpoConfig, QualityConfig, StepCheckpoints
 from osler.rl.rollout import RewardTerm, RolloutWorker
 from osler.rl.step import PolicyLoss
@@ -124,6 +125,42 @@ def test_without_a_kl_term_there_is_no_reference(make_trainer, tmp_path):
     assert trainer.reference is None
     assert Loop(trainer).fit()
     assert content(tmp_path, 1)[0].keys() == {"model", "optimizer"}
+
+
+def test_the_weight_of_the_kl_term_follows_its_schedule(make_trainer, tmp_path, monkeypatch):
+    seen = []
+    metrics = {"opsm/updates": 1.0, "train/skipped_steps": 0.0, "train/grad_norm": 1.0, "loss": 0.0}
+
+    def update(learner, rows, algorithm, **_):
+        seen.append(algorithm.beta)
+        return dict(metrics)
+
+    monkeypatch.setattr(trainer_module, "update_policy", update)
+    config = replace(CONFIG, algorithm=replace(ALGORITHM, beta_schedule=LinearConfig()))
+    assert Loop(make_trainer(tmp_path, config=config)).fit()
+    assert seen == pytest.approx([0.05 * (1 - (step + 0.5) / 5) for step in range(5)])
+
+
+def test_a_run_ends_when_its_exam_gets_no_better_and_a_resumed_one_at_the_same_step(make_trainer, tmp_path):
+    scores = {0: 0.2, 1: 0.5, 2: 0.5, 3: 0.4, 4: 0.9, 5: 0.9}
+    kept = StepCheckpoints(every_steps=5, keep_last=9)
+    config = replace(CONFIG, eval_every_steps=1, early_stopping_patience=2, checkpoint=kept)
+
+    def build(folder):
+        trainer = make_trainer(folder, config=config)
+        trainer.evaluate = lambda: {"eval/validation_accuracy": scores[trainer.step]}
+        return trainer
+
+    trainer = build(tmp_path / "whole")
+    assert Loop(trainer).fit() and trainer.done and trainer.step == 3
+    assert best_checkpoint(tmp_path / "whole/checkpoints").step == 1
+    parts = Path(shutil.copytree(tmp_path / "whole", tmp_path / "parts"))
+    shutil.rmtree(parts / "checkpoints" / folders.folder_name(3))
+    for left in (2, 3):  # killed before the last step; then started once more after the end
+        resumed = Loop(build(parts))
+        resumed.restore(store.load(folders.newest_good(parts / "checkpoints")[0]))
+        assert resumed.trainer.step == left and resumed.fit() and resumed.trainer.step == 3
+    assert_same_tensors(parts, tmp_path / "whole")
 
 
 def test_the_best_and_the_milestones_are_kept(make_trainer, tmp_path):
@@ -262,7 +299,7 @@ def test_the_share_of_the_gpus_peak_follows_from_the_speed_of_the_updates(make_t
 
 def test_a_step_without_a_difference_in_reward_tells_of_a_gradient_that_is_not_finite_alone(make_trainer, tmp_path):
     trainer = make_trainer(tmp_path)
-    numbers = {"loss": 0.0, "train/grad_norm": 0.0, "train/skipped_steps": 2.0, "frac_reward_zero_std": 1.0}
+    numbers = {"loss": 0.0, "opsm/updates": 2.0, "train/grad_norm": 0.0, "train/skipped_steps": 2.0, "frac_reward_zero_std": 1.0}
     for norm, skipped in ((0.0, 0), (math.nan, 1)):
         trainer._observe({**numbers, "train/grad_norm": norm})
         assert not trainer.incidents.spikes.usual and trainer.incidents.skipped_in_a_row == skipped
