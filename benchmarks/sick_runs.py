@@ -1,6 +1,6 @@
 """Runs that are made sick on purpose: what a person is told, at which step, and what the loss showed by then.
 
-    python benchmarks/sick_runs.py [--steps 300] [--only NAME ...] [--folder DIR] [--out FILE]
+    python benchmarks/sick_runs.py [--steps 120] [--only NAME ...] [--folder DIR] [--out FILE]
 
 Every run is the same small pretraining on the clinic (4 layers x 128, 2,048 tokens a step, a line every 5 steps, everything
 looked at every 20), and one thing is wrong with it: the learning rate is ten times too high, the loader is slow, one batch or
@@ -72,7 +72,7 @@ def run(name: str, steps: int, folder: Path) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--only", nargs="*", choices=CASES, help="these runs; healthy is always made")
     parser.add_argument("--folder", type=Path, help="keep the run folders here")
     parser.add_argument("--out", type=Path, help="also write the JSON here")

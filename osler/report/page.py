@@ -21,6 +21,7 @@ from osler.config.recipe import dump_yaml
 from osler.monitor.metrics import declared_name
 from osler.records.results import SampledAnswer
 from osler.report import charts, svg, words
+from osler.report.curves import Series
 from osler.report.read import RunRecord, StageLog, read_run, stage_rank
 from osler.report.words import stage_colour, stage_title
 from osler.runtime import format as fmt
@@ -91,16 +92,24 @@ def _stage(run: RunRecord, log: StageLog, position: int) -> dict[str, Any]:
 
 
 def _sets(log: StageLog) -> tuple[list[str], list[tuple[int, list[str]]]]:
-    """Return the titles of a table of validation sets over time, and its rows: a step and the value of each set; some of many."""
-    for row in ("eval/<set>/bits_per_byte", "eval/<set>/loss"):  # where only answers are learned, there is a loss alone
-        curves = {name.split("/")[1]: log.curves[name] for name in log.curves if declared_name(name) == row}
-        if curves:
+    """Return the titles of a table of validation sets over time, and its rows: a step, and two values of each set."""
+    for what in ("bits_per_byte", "loss"):  # where only answers are learned, there is a loss alone
+        names = [name.split("/")[1] for name in log.curves if declared_name(name) == f"eval/<set>/{what}"]
+        if names:
             break
-    steps = np.unique([step for series in curves.values() for step in series.steps]).astype(int)
-    some = steps[np.unique(np.linspace(0, len(steps) - 1, MOST_EVALUATIONS).round().astype(int))] if len(steps) else steps
-    values = [dict(zip(series.steps.tolist(), series.values.tolist(), strict=True)) for series in curves.values()]
-    titles = [f"Step ({row.split('/')[2].replace('_', ' ')})", *curves]
-    return titles, [(int(step), [fmt.number(of.get(step, math.nan)) for of in values]) for step in some]
+
+    def values(name: str, what: str) -> dict[int, float]:
+        series = log.curves.get(f"eval/{name}/{what}", Series())
+        return dict(zip(series.steps.tolist(), series.values.tolist(), strict=True))
+
+    sets = {name: (values(name, what), values(name, "token_accuracy")) for name in names}
+    steps = sorted({step for of, _ in sets.values() for step in of})
+    some = dict.fromkeys(steps[place] for place in np.linspace(0, len(steps) - 1, MOST_EVALUATIONS).round().astype(int) if steps)
+    rows = [
+        (step, [f"{fmt.number(of.get(step, math.nan))}, {fmt.percent(right.get(step, math.nan))}" for of, right in sets.values()])
+        for step in some
+    ]
+    return [f"Step ({what.replace('_', ' ')}, token accuracy)", *sets], rows
 
 
 def _summary(run: RunRecord) -> str:

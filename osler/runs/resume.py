@@ -85,7 +85,7 @@ def resume(trainer: Trainer, start: Start, loaded: store.Loaded) -> Loop:
         logger.info(message)
         events.write(loaded.step, "branch", "branch", message)
     root, place = trainer.run.folder.root, f"step {trainer.step:,} ({trainer.tokens:,} tokens)"
-    if not trainer.done:
+    if not trainer.done or start.is_branch:
         logger.info(f"Continuing {root} from {place}.")
     else:
         by_clock = getattr(trainer.config, "max_minutes", None) is not None

@@ -6,7 +6,6 @@ read, as many tokens as `TrainConfig.evaluated_tokens` says, so the result of an
 
 from __future__ import annotations
 
-import itertools
 import logging
 from collections.abc import Callable, Iterator, Mapping
 
@@ -16,7 +15,7 @@ from osler.data.loader import make_batch
 from osler.data.order import Order
 from osler.data.packing import WholePacking
 from osler.data.prepared import Prepared, open_prepared
-from osler.data.shard_set import ShardSet
+from osler.data.shard_set import NotPreparedYet, ShardSet
 from osler.data.stream import untended, wait_together
 from osler.eval.likelihood import BATCH_TOKENS, TextScore, batches, measure, windows
 from osler.inference.load import load_model
@@ -24,6 +23,7 @@ from osler.model.transformer import Transformer
 from osler.runs.folder import newest_checkpoint
 from osler.runs.process import agree_on_machine
 from osler.runs.resume import find_step
+from osler.runtime import format as fmt
 from osler.runtime.errors import UserError
 from osler.runtime.files import RunFolder, read_json, write_json
 from osler.runtime.world import World
@@ -102,32 +102,24 @@ def evaluate_checkpoint(config: TrainConfig, folder: RunFolder, step: int | None
     machine = agree_on_machine(world, path, precision=config.precision, compile_mode="never", steps=1)
     ready = load_model(path, device=machine.device, compute_dtype=machine.eager_dtype)
     prepared = open_prepared(shards_of(config, folder), ready.tokenizer, growing=streams(config))
-
-    attempts = itertools.count()
-
-    def refuse_to_wait(seconds: float) -> None:
-        if next(attempts):
-            raise UserError(f"The validation data in {prepared.folder} are not prepared yet; `osler {config.kind}` does that.")
-
-    scores = held_out_scores(config, prepared, lambda: ready.model, world, refuse_to_wait)
+    try:
+        heads(config, prepared.validation_sets)
+    except NotPreparedYet:
+        needs = f"The validation data in {prepared.folder} are not prepared yet; `osler {config.kind}` does that."
+        raise UserError(needs) from None
+    scores = held_out_scores(config, prepared, lambda: ready.model, world)
     if not scores:
         raise UserError(f"{folder.root} holds nothing out: there is nothing to evaluate.")
-    overall = TextScore.of_all(scores.values())
-    rows = {name: {**values_of(config, score), "tokens": score.tokens} for name, score in scores.items()}
-    together = {**values_of(config, overall), "tokens": overall.tokens}
+
+    def row(score: TextScore) -> dict[str, float]:
+        return {**values_of(config, score), "tokens": score.tokens}
+
+    sets, together = {name: row(score) for name, score in scores.items()}, row(TextScore.of_all(scores.values()))
     if world.is_first:
         known = read_json(folder.evaluations) if folder.evaluations.exists() else {}
-        write_json(folder.evaluations, {**known, path.name: {"together": together, "sets": rows}})
+        write_json(folder.evaluations, {**known, path.name: {"together": together, "sets": sets}})
         logger.info(f"Saved to {folder.evaluations}.")
-    return table(path.name, {**rows, **({"all together": together} if len(rows) > 1 else {})})
-
-
-def table(title: str, rows: Mapping[str, Mapping[str, float]]) -> str:
-    """Return the values of each set in a row."""
-    names = list(next(iter(rows.values())))
-    width = max(map(len, (title, *rows)))
-    lines = [f"{title:<{width}}" + "".join(f"{name.replace('_', ' '):>16}" for name in names)]
-    for name, row in rows.items():
-        cells = (f"{row[key]:,}" if key == "tokens" else f"{row[key]:.4f}" for key in names)
-        lines.append(f"{name:<{width}}" + "".join(f"{cell:>16}" for cell in cells))
-    return "\n".join(lines)
+    lines = [[path.name, *(name.replace("_", " ") for name in together)]]
+    for name, values in {**sets, **({"all together": together} if len(sets) > 1 else {})}.items():
+        lines.append([name, *(f"{value:,}" if isinstance(value, int) else f"{value:.4f}" for value in values.values())])
+    return fmt.table(lines)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from osler.clinic.textbook import textbook
 from osler.data.config import ONLY_TO_LEARN_FROM, ClinicData
 from osler.monitor.metrics import declared_name
 from osler.report.page import build_report
+from osler.runtime import format as fmt
 from osler.train.config import TrainConfig
 
 NAMES = ("medicine", "general")
@@ -61,7 +63,10 @@ def test_each_set_is_measured_and_all_together_choose_the_best_checkpoint(run):
     assert best_checkpoint(run / "checkpoints").value == min(line["eval/loss"] for line in lines)
     page = build_report(run).read_text(encoding="utf-8")
     assert "<h4>Validation sets</h4>" in page and all(f'data-label="{name}"' in page for name in NAMES)
-    assert page.count('data-label="medicine"') == len(lines)
+    for name in NAMES:
+        values = [(line[f"eval/{name}/bits_per_byte"], line[f"eval/{name}/token_accuracy"]) for line in lines]
+        told = [f"{fmt.number(bits)}, {fmt.percent(right)}" for bits, right in values]
+        assert re.findall(f'data-label="{name}">([^<]*)<', page) == told
 
 
 def test_nothing_is_held_out_of_the_data_but_copies_of_validation_texts(run):
