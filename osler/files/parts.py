@@ -56,7 +56,7 @@ class LocalFile:
         try:
             status = os.stat(path)
         except OSError as error:
-            raise UserError(f"{shown(path)} cannot be read: {error.strerror}.") from None
+            raise UserError(f"{shown(path)} cannot be read: {error.strerror}. Run the same command again when it can.") from None
         return cls(Path(path), status.st_size, str(status.st_mtime_ns))
 
     @property

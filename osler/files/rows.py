@@ -186,7 +186,7 @@ def _not_utf8(where: str, error: UnicodeDecodeError, offset: int) -> str:
 
 def _damaged(name: str, error: Exception) -> str:
     if isinstance(error, OSError) and error.errno is not None:
-        return f"{name} cannot be read: {error.strerror}."
+        return f"{name} cannot be read: {error.strerror}. Run the same command again when it can."
     reason = " ".join(str(error).split()).removesuffix(".")  # pyarrow's may have several lines
     return f"{name} cannot be read, it may be torn or not what its name says: {reason}. Copy or download it again."
 

@@ -145,8 +145,11 @@ def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path: Path) -> None
         with pytest.raises(UserError, match=r"a\.jsonl has changed while it was being read"):
             read()
     path.unlink()
-    with pytest.raises(UserError, match=r"a\.jsonl cannot be read: No such file"):
+    with pytest.raises(UserError, match=r"a\.jsonl cannot be read: No such file .* Run the same command again when it can"):
         list(read_rows(Part(file)))
+    path.mkdir()
+    with pytest.raises(UserError, match=r"a\.jsonl cannot be read: Is a directory. Run the same command again when it can"):
+        list(read_rows(path))
 
 
 @pytest.mark.parametrize("suffix", ["", ".gz"])
