@@ -6,14 +6,14 @@ questions is not shown, so that the card does not spread it.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from osler.config.recipe import dump_yaml
 from osler.data.clean import EXAM, LANGUAGE_CHARACTERS, LANGUAGE_WORDS
 from osler.data.contamination import COVERAGE, LEAST_WORDS, OPTIONS_WITHIN, SEQUENCE_WORDS
+from osler.data.holdout import HELD_OUT
 from osler.data.writing import journal_lines
 
 CARD = "DATA_CARD.md"
@@ -24,7 +24,7 @@ ITEMS_SHOWN = 10  # of the exam items that were found
 def data_card(manifest: Mapping[str, Any], journals: Sequence[Path]) -> str:
     """Return the card of a finished folder; `journals` are those of its sources, in their order."""
     sources: dict[str, dict[str, Any]] = manifest["sources"]
-    lines = {name: [line for line, _ in journal_lines(path)] for name, path in zip(sources, journals, strict=True)}
+    found = {name: _read(journal) for name, journal in zip(sources, journals, strict=True)}
     splits = [split for source in sources.values() for split in source["splits"].values()]
     totals = [f"{sum(split[what] for split in splits):,} {what}" for what in ("documents", "tokens", "bytes")]
     parts = [
@@ -40,23 +40,43 @@ def data_card(manifest: Mapping[str, Any], journals: Sequence[Path]) -> str:
         f"`tokenizer.json` beside this card: {manifest['vocab_size']:,} tokens, fingerprint "
         f"`{manifest['tokenizer_fingerprint']}`. Every document ends with its end-of-text token.",
         "## What was left out",
-        *_left_out(sources, lines),
+        *_left_out(sources, found),
         "## Exams",
-        *_exams(sources, lines),
+        *_exams(sources, found),
         "## What is not known",
         "Nothing looked for personal data, errors or offensive content, and nobody has read all documents. Copies were looked "
-        "for within each source, not between sources, except for copies of held-out documents.",
+        "for at most within each source. Of held-out documents copies in other sources were dropped too, near copies were not.",
         "## How to make it again",
-        *_recipe(sources, manifest["validation"]),
+        *_recipe(manifest),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+class _Found(NamedTuple):
+    """What the journal of a source says: the documents read, examples of dropped ones by reason, exam items."""
+
+    documents: int
+    examples: Mapping[str, list[str]]
+    items: set[str]
+
+
+def _read(journal: Path) -> _Found:
+    documents, examples, items = 0, dict[str, list[str]](), set[str]()
+    for line, _ in journal_lines(journal):
+        documents = line["counts"].get("documents", 0)
+        for reason, texts in line.get("examples", {}).items():
+            examples.setdefault(reason, []).extend(texts)
+        items.update(line.get("exam_items", ()))
+    return _Found(documents, examples, items)
 
 
 def _table(titles: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """Return a table; numbers have thousands separators and stand at the right."""
     written = [[f"{cell:,}" if isinstance(cell, int) else _plain(str(cell)) for cell in row] for row in rows]
     cells = list(zip(*written, strict=True)) or [()] * len(titles)
-    is_number = [bool(column) and all(cell.replace(",", "").replace(".", "").isdigit() for cell in column) for column in cells]
+    is_number = [
+        bool(column) and all(cell.strip("%").replace(",", "").replace(".", "").isdigit() for cell in column) for column in cells
+    ]
     rule = ["---:" if right else "---" for right in is_number]
     return "\n".join(f"| {' | '.join(row)} |" for row in ([*titles], rule, *written))
 
@@ -126,27 +146,33 @@ def _held_out(sources: Mapping[str, Mapping[str, Any]], named: Mapping[str, Any]
         rows.append([name, rule, source["splits"].get("validation", {}).get("documents", 0), source["dropped_copies"]])
     for name, entry in named.items():
         rows.append([name, "a validation set by itself", entry["splits"].get("validation", {}).get("documents", 0), 0])
-    yield _table(["source", "held out", "documents", "copies of held-out documents dropped"], rows)
+    yield _table(["source", "held out", "documents", f"dropped as {HELD_OUT}"], rows)
+    if named:
+        yield "What is in a validation set is in the training data of no source, nor are copies of it."
+        return
     yield (
         "The hash is of the text without case and spacing, so a document and its copies are on the same side. What one source "
         "holds out is in the training data of none."
     )
+    if len({source["content"]["holdout_fraction"] for source in sources.values()}) > 1:
+        yield (
+            "Sources hold out different shares. Where one that holds out more is too large to list what it holds out, the others "
+            "also lose the documents that it would hold out if it had them."
+        )
 
 
-def _left_out(sources: Mapping[str, Mapping[str, Any]], lines: Mapping[str, Sequence[Mapping[str, Any]]]) -> Iterable[str]:
+def _left_out(sources: Mapping[str, Mapping[str, Any]], found: Mapping[str, _Found]) -> Iterable[str]:
     rows, examples = [], []
+    rules: dict[str, list[str]] = {}
     for name, source in sources.items():
-        read = lines[name][-1]["counts"].get("documents", 0) if lines[name] else 0
-        reasons = {
-            "empty": source["empty_documents"],
-            "copy of a held-out document": source["dropped_copies"],
-            **source["dropped"],
-        }
-        rows += [[name, reason, count, f"{count / max(1, read):.3%}"] for reason, count in reasons.items() if count]
-        for line in lines[name]:
-            for reason, texts in line.get("examples", {}).items():
-                if reason != EXAM:
-                    examples += [f"- {_plain(name)}, {reason}: {_plain(text)} …" for text in texts]
+        reasons = {"empty": source["empty_documents"], HELD_OUT: source["dropped_copies"], **source["dropped"]}
+        read = max(1, found[name].documents)
+        rows += [[name, reason, count, f"{count / read:.3%}"] for reason, count in reasons.items() if count]
+        for reason, texts in found[name].examples.items():
+            if reason != EXAM:
+                examples += [f"- {_plain(name)}, {reason}: {_plain(text)} …" for text in texts]
+        rules.setdefault(_rules(source["content"]["options"].get("clean")), []).append(name)
+    yield _table(["sources", "what was looked for"], [[", ".join(names), rule] for rule, names in rules.items()])
     yield _table(["source", "reason", "documents", "of those read"], rows) if rows else "Nothing."
     if examples:
         yield "How some of them begin:"
@@ -158,12 +184,30 @@ def _left_out(sources: Mapping[str, Mapping[str, Any]], lines: Mapping[str, Sequ
         )
 
 
-def _exams(sources: Mapping[str, Mapping[str, Any]], lines: Mapping[str, Sequence[Mapping[str, Any]]]) -> Iterable[str]:
-    rows, found = [], Counter[str]()
+def _rules(clean: Mapping[str, Any] | None) -> str:
+    """Return what the cleaning of a source leaves out."""
+    if clean is None:
+        return "empty documents"
+    most = f" or more than {clean['max_words']:,}" if clean["max_words"] is not None else ""
+    rules = [f"texts of fewer than {clean['min_words']:,}{most} words"]
+    if clean["max_symbols"] < 1:
+        rules.append(f"of more than {clean['max_symbols']:.0%} symbols")
+    if clean["max_repetition"] < 1:
+        rules.append(f"that repeat more than {clean['max_repetition']:.0%} of their sequences of 5 words")
+    if clean["languages"]:
+        rules.append(f"documents in other languages than {', '.join(clean['languages'])}")
+    if clean["duplicates"] != "keep":
+        near = f", and near copies, with about {clean['similarity']:.0%} of their sequences of 5 words in common"
+        rules.append(f"copies (equal but for case and spacing{near if clean['duplicates'] == 'near' else ''})")
+    return f"{', '.join(['empty documents', *rules])} (rules {clean['rules']})"
+
+
+def _exams(sources: Mapping[str, Mapping[str, Any]], read: Mapping[str, _Found]) -> Iterable[str]:
+    rows, found = [], set[str]()
     for name, source in sources.items():
         clean = source["content"]["options"].get("clean") or {}
         exams = [f"{exam['type']} {exam['split']}".strip() for exam in clean.get("exams", [])]
-        items = {item for line in lines[name] for item in line.get("exam_items", ())}
+        items = read[name].items
         found.update(items)
         dropped = "dropped" if clean.get("exam_questions") == "drop" else "kept"
         rows.append([name, ", ".join(exams) or "not checked", len(items) if exams else "–", dropped if exams else "–"])
@@ -182,19 +226,29 @@ def _exams(sources: Mapping[str, Mapping[str, Any]], lines: Mapping[str, Sequenc
         yield f"Found: {some}{more}. `exams.json` has all of them, and all that were looked for."
 
 
-def _recipe(sources: Mapping[str, Mapping[str, Any]], sets: Iterable[str]) -> Iterable[str]:
-    configs = [dict(source["about"].get("config", ())) for source in sources.values()]
-    if not all(configs):
+def _recipe(manifest: Mapping[str, Any]) -> Iterable[str]:
+    configs = [_config(source) for source in manifest["sources"].values()]
+    sets = [_config(entry) for entry in manifest["validation"].values()]
+    if not all([*configs, *sets]):
         return
     data = configs[0]
     if len(configs) > 1:
-        cleans = [config.get("clean") for config in configs]
-        shared = None if None in cleans else max(cleans, key=cleans.count)
-        configs = [{key: value for key, value in config.items() if key != "clean" or value != shared} for config in configs]
-        data = {"type": "mixture", **({} if shared is None else {"clean": shared}), "sources": configs}
-    recipe = {"data": _without_places(data), "tokenizer": {"path": "tokenizer.json"}}
+        of_all = {
+            key: configs[0][key]
+            for key in ("clean", "no_benchmark_contamination")
+            if all(config.get(key) == configs[0].get(key, config) for config in configs)
+        }
+        own = [{key: value for key, value in config.items() if key not in of_all} for config in configs]
+        data = {"type": "mixture", **of_all, "sources": own}
+    recipe = {"data": data, **({"validation": sets} if sets else {}), "tokenizer": {"path": "tokenizer.json"}}
     yield "With these lines in `RECIPE.yaml`, in a folder with the files above and the tokenizer that is beside this card:"
     yield f"```yaml\n{dump_yaml(recipe).rstrip()}\n```"
-    if names := ", ".join(sets):
-        yield f"Add the validation sets ({names}) as `validation`; without them documents of the sources are held out."
     yield "```sh\nosler data prepare RECIPE.yaml --out FOLDER\n```"
+
+
+def _config(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the config of a source that gives the same documents again, without places on some disk."""
+    given = entry["about"].get("config", {})
+    config = {key: value for key, value in given.items() if key not in ("streaming", "disk_budget_gb")}
+    commit = entry["content"]["options"].get("commit")
+    return {**_without_places(config), **({"revision": commit} if commit else {})}

@@ -48,7 +48,9 @@ def manifest_of(
             name: {"weight": weight, "content": _content(corpus), "splits": {}, "about": dict(corpus.about)}
             for (name, corpus), weight in zip(corpora.items(), weights, strict=True)
         },
-        "validation": {name: {"content": _content(corpus), "splits": {}} for name, corpus in validation.items()},
+        "validation": {
+            name: {"content": _content(corpus), "splits": {}, "about": dict(corpus.about)} for name, corpus in validation.items()
+        },
     }
 
 

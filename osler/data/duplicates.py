@@ -5,6 +5,9 @@ copies are looked for, a MinHash signature of its sequences of 5 words (Broder 1
 König 2010). Locality-sensitive hashing finds candidates: earlier documents that share one of 16 bands of 8 bytes. They are copies
 where enough of all bytes agree, which estimates the share of their sequences that two documents have in common.
 
+Copies are not looked for across the sources of a mixture. These are written side by side, and after a kill each goes on from its
+own last part, so the kill would decide which of two copies stays. Copies of held-out documents are dropped from all (`holdout`).
+
 The rows of the latest documents are in a ring, as many as the memory takes, with a chain of documents per hash of a band. All
 rows are in a file too, so a killed preparation goes on from the same state without reading a document again.
 """

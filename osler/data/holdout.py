@@ -2,6 +2,9 @@
 
 So the choice needs no list of documents and is the same in every source, process and order. A document that one source would hold
 out is left out of the training data of all of them. Explicit validation corpora have their own keys, which are left out as well.
+
+A source that holds out a larger share than another would cost that one documents of which it has no copy. If its files are small,
+they are read beforehand, so that only copies of what it really holds out are left out.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from osler.runtime.errors import UserError
 logger = logging.getLogger(__name__)
 
 HELD_OUT = "copies of held-out documents"  # the reason why they are left out
+LISTED_BYTES = 1 << 27  # of the files of a source that are read to list what it holds out: a second or two
 MANY = 10_000  # documents that are left out from the first on are told at once
 
 Keys = npt.NDArray[np.uint64]
@@ -40,7 +44,7 @@ class Limit(NamedTuple):
 
 @dataclass(frozen=True)
 class HeldOut:
-    """What the sources of a mixture hold out together: their limits, and the sorted keys of explicit validation documents."""
+    """What is held out of all training data: below the limits of sources, and the sorted keys of documents that are known."""
 
     limits: Sequence[Limit]
     keys: Keys
@@ -63,6 +67,19 @@ class HeldOut:
 def keys_of(documents: Iterable[Document]) -> Keys:
     """Return the sorted keys of validation documents."""
     return np.sort(np.array([document.split_key() for document in documents], np.uint64))
+
+
+def hold_out(corpora: Iterable[Corpus], limits: Sequence[Limit], keys: Keys) -> HeldOut:
+    """Return what sources with these limits hold out together, besides the sorted keys of explicit validation documents."""
+    least = min((limit.below for limit in limits), default=0)
+    others, listed = list[Limit](), [keys]
+    for corpus, limit in zip(corpora, limits, strict=True):
+        if limit.below > least and sum(file.size for file in corpus.files) <= LISTED_BYTES:
+            own = keys_of(document for document in corpus.documents() if not document.is_empty)
+            listed.append(own[limit.holds(own)])
+        else:
+            others.append(limit)
+    return HeldOut(others, np.sort(np.concatenate(listed)))
 
 
 def find_limits(corpora: Mapping[str, Corpus]) -> list[Limit]:

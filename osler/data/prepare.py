@@ -31,7 +31,7 @@ from osler.data.card import CARD, data_card
 from osler.data.content import OPTIONS, Stream, difference_of, first_change, manifest_of, other_data, streams_of
 from osler.data.documents import EMPTY, Corpus
 from osler.data.exams import EXAMS, look_through
-from osler.data.holdout import HELD_OUT, HeldOut, Keys, Limit, check_rest, find_limits, nothing_to_learn
+from osler.data.holdout import HELD_OUT, HeldOut, Keys, Limit, check_rest, find_limits, hold_out, nothing_to_learn
 from osler.data.prepared import Prepared, open_folder
 from osler.data.shards import DATA_MANIFEST, INDEX, SPLITS, TOKENIZER, VALIDATION_PREFIX, read_data_manifest
 from osler.data.tokenise import PartEnd, Task
@@ -180,7 +180,7 @@ def _write(
         limits = find_limits(corpora)
         work.run(sets, [lambda keys: {SPLITS[1]: np.ones(len(keys), bool)}] * len(sets))
         keys = np.sort(np.concatenate([np.zeros(0, np.uint64), *(read_keys(stream.folder) for stream in sets)]))
-        held = HeldOut(limits, keys)
+        held = hold_out(corpora.values(), limits, keys)
         for name, corpus in corpora.items():
             check_rest(name, corpus, held)
         work.run(sources, [partial(_choose, limit, held) for limit in limits])

@@ -27,7 +27,7 @@ from osler.data.config import (
 )
 from osler.data.content import check_unchanged
 from osler.data.documents import Corpus, Document, in_memory
-from osler.data.holdout import HeldOut, find_limits, keys_of
+from osler.data.holdout import find_limits, hold_out, keys_of
 from osler.data.named import open_exam, open_hub
 from osler.data.prepare import prepare
 from osler.data.prepared import Prepared
@@ -136,7 +136,8 @@ def open_validation(data: TextData, validation: Sources) -> dict[str, Corpus]:
 
 def _open_set(source: AnySource, key: str) -> Corpus:
     corpus = CORPORA[type(source)](source, key)
-    return corpus.validation or replace(corpus, holdout_fraction=0.0)
+    about = {"config": encode(source, defaults=False), **corpus.about}
+    return replace(corpus.validation or corpus, holdout_fraction=0.0, about=about)
 
 
 def _keyed(data: TextData, validation: Sources | None = None) -> Iterator[tuple[str, AnySource]]:
@@ -239,7 +240,7 @@ def train_tokenizer(data: TextData, wanted: BPEConfig | SuperBPEConfig, validati
     corpora, weights = open_corpora(data, validation), [source.weight for source in sources_of(data).values()]
     sets = [*open_validation(data, validation).values(), *(corpus.validation for corpus in corpora.values())]
     keys = keys_of(document for corpus in sets if corpus is not None for document in corpus.documents())
-    held = HeldOut(find_limits(corpora), keys)
+    held = hold_out(corpora.values(), find_limits(corpora), keys)
 
     def texts() -> Iterator[str]:
         for corpus, weight in zip(corpora.values(), weights, strict=True):

@@ -4,6 +4,7 @@ import json
 import math
 import random
 import re
+import shutil
 import unicodedata
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -20,6 +21,7 @@ from osler.data.contamination import ExamIndex
 from osler.data.documents import Document, in_memory
 from osler.data.duplicates import EXACT, NEAR, Rows, Seen, rows_of, signatures
 from osler.data.exams import ExamsInData, read_exams_in_data, refuse_unchecked
+from osler.data.from_recipe import read_sections
 from osler.data.languages import languages_of
 from osler.data.named import EXAMS
 from osler.data.ngrams import PIECE, Words
@@ -415,6 +417,41 @@ def test_other_cleaning_is_other_data(data: FilesData, exam: MedqaTask, tmp_path
         prepare_sources(data, tokenizer, tmp_path / "out")
 
 
+@pytest.mark.parametrize("is_mixture", [False, True])
+def test_the_recipe_in_the_card_gives_the_same_data(
+    data: FilesData, tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, is_mixture: bool
+) -> None:
+    """In a folder with the files, the exam and the tokenizer; the claim and the validation set are in it."""
+    other = tmp_path / "other.jsonl"
+    other.write_text("".join(json.dumps({"text": " ".join(prose(5000 + number, 60))}) + "\n" for number in range(9)))
+    sets = (FilesData(path=str(other), name="outside"),)
+    mixture = MixtureData(
+        sources=(data, replace(data, name="again", weight=3)), clean=data.clean, no_benchmark_contamination=True
+    )
+    prepare_sources(mixture if is_mixture else data, tokenizer, tmp_path / "out", validation=sets)
+    recipe = (tmp_path / "out/DATA_CARD.md").read_text().split("```yaml\n")[1].split("```")[0]
+    there = tmp_path / "there"
+    there.mkdir()
+    (there / "recipe.yaml").write_text(recipe)
+    for file in ("notes.jsonl", "exam.jsonl", "other.jsonl", "out/tokenizer.json"):
+        shutil.copy(tmp_path / file, there)
+    monkeypatch.chdir(there)
+    sections = read_sections("recipe.yaml", [])
+    assert sections.data.no_benchmark_contamination
+    prepare_sources(sections.data, Tokenizer.load("tokenizer.json"), "again", validation=sections.validation)
+    assert files(there / "again", "*.bin") == files(tmp_path / "out", "*.bin")
+
+
+def test_a_larger_share_of_one_source_costs_another_only_copies(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    texts = [Document(text=" ".join(prose(number, 20))) for number in range(400)]
+    corpora = {"much": in_memory(texts[:200], holdout_fraction=0.3), "little": in_memory(texts[150:], holdout_fraction=0.01)}
+    much = prepare(corpora, tokenizer, tmp_path / "out").sources[0]
+    entry = read_data_manifest(tmp_path / "out")["sources"]["little"]
+    assert much.validation is not None and 30 < much.validation.num_documents < 90
+    assert 5 < entry["dropped_copies"] < 30  # of the 50 documents that both have
+    assert "Sources hold out different shares" in (tmp_path / "out/DATA_CARD.md").read_text()
+
+
 def test_a_claim_that_nothing_supports_is_refused(data: FilesData, exam: MedqaTask) -> None:
     unchecked = replace(data, name="other", clean=None, no_benchmark_contamination=False)
     mixture = MixtureData(sources=(data, unchecked), no_benchmark_contamination=True)
@@ -431,6 +468,10 @@ def test_cleaning_that_leaves_nothing_says_so(data: FilesData, tmp_path: Path, t
     with pytest.raises(UserError, match="too short: 200"):
         short = replace(data, clean=CleanConfig(min_words=500), no_benchmark_contamination=False)
         prepare_sources(short, tokenizer, tmp_path / "out")
+
+
+def files(folder: Path, pattern: str = "*") -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob(pattern)) if path.is_file()}
 
 
 def interrupt_after(shards: int) -> Callable[[], None]:
@@ -451,9 +492,6 @@ def test_processes_and_stops_change_nothing(
     for name, value in (("FIRST_SHARD_TOKENS", 1024), ("SHARD_TOKENS", 2048), ("CUT_BYTES", 8192)):
         monkeypatch.setattr(f"osler.data.writing.{name}", value)
     monkeypatch.setattr("osler.files.parts.PART_BYTES", 4096)
-
-    def files(folder: Path) -> dict[str, bytes]:
-        return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
     corpora = open_corpora(data)
     prepare(corpora, tokenizer, tmp_path / "whole", processes=0)
