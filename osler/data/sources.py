@@ -45,7 +45,7 @@ from osler.tokenizer.train import train
 
 SAMPLE_CHARS = 1 << 16  # the sample for a tokenizer takes or leaves pieces of this length
 SAMPLE_PARTS, SAMPLE_PART_CHARS = 64, 1 << 24  # parts of a source that it is drawn from, and how much of each at most
-FIRST_DOCUMENTS = 32  # of a source, which are read before anything starts
+FIRST_DOCUMENTS, FIRST_CHARS = 32, 1 << 16  # of a source: so much is read before anything starts, whichever is less
 VALIDATION_SEED_SHIFT = 1_000_003  # so that no nearby seed for training gives the passages of validation
 
 
@@ -181,10 +181,10 @@ def check_sources(data: TextData, validation: Sources = ()) -> None:
     for key, source in [*_keyed(data), *_keyed(data, validation)]:
         if isinstance(source, ClinicData):
             continue
-        count, is_empty = 0, True
+        count, size, is_empty = 0, 0, True
         for count, document in enumerate(CORPORA[type(source)](source, key).documents(), 1):
-            is_empty = is_empty and document.is_empty
-            if count >= FIRST_DOCUMENTS and not is_empty:
+            size, is_empty = size + sum(map(len, document.parts)), is_empty and document.is_empty
+            if not is_empty and (count >= FIRST_DOCUMENTS or size >= FIRST_CHARS):
                 break
         if is_empty:
             found = f"of {count:,} documents {count:,} are empty" if count else "there are no documents"

@@ -4,6 +4,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -227,6 +228,14 @@ def test_a_missing_package_is_told_before_anything_is_read(
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(UserError, match=rf"{package}: pip install 'osler\[clean\]'"):
         check_sources(decode(Sections, {"data": {"type": "files", "path": "nowhere", "clean": clean}}).data)
+
+
+def test_the_first_documents_are_looked_at_before_anything_starts(tmp_path: Path) -> None:
+    (tmp_path / "b.txt").write_bytes(b"\xff")
+    for words, is_enough in ((100, False), (20_000, True)):
+        (tmp_path / "a.txt").write_text("word " * words)
+        with nullcontext() if is_enough else pytest.raises(UserError, match=r"b\.txt:1 is not UTF-8"):
+            check_sources(FilesData(path=str(tmp_path)))
 
 
 def test_a_real_textbook_survives_the_way_to_tokens(tmp_path: Path, shared_data: Callable[[str], Path]) -> None:
