@@ -22,7 +22,8 @@ from osler.data.ngrams import Hashes, Words
 from osler.files.parts import File, LocalFile, Part
 from osler.files.rows import read_rows
 from osler.runtime.files import fingerprint, sha256_file
-from osler.tasks.exam_files import ExamFile, read_exam
+from osler.tasks.config import ExamFile
+from osler.tasks.exam_files import read_exam
 from osler.tasks.item import ExamItem
 
 RULES = 2  # of cleaning; another number, for rules that judge otherwise, makes other data

@@ -21,19 +21,8 @@ from osler.config.schema import (
     config,
 )
 from osler.data.mixture import Mixture
-from osler.tasks.exam_files import (
-    Gsm8kTask,
-    HellaswagTask,
-    HumanevalTask,
-    MedmcqaTask,
-    MedqaTask,
-    PubmedqaTask,
-    QuestionsTask,
-    TriviaqaTask,
-)
+from osler.tasks.config import ExamInFile
 
-FIRST_SHARD_TOKENS = 1 << 17  # each of the next shards may be twice as large, so that a run on data to come begins soon
-VALIDATION_TOKENS = 1 << 20  # of a validation set are kept, and one more document at most: no evaluation reads more
 HUB = "the hub"  # where a source lies that has no local files
 HoldoutFraction = Annotated[float, Ge(0), Lt(1)]
 
@@ -47,9 +36,6 @@ class HubExam:
     revision: str = "main"  # a commit, branch or tag of the hub's repository
     path: str = ""  # a file or folder of the same schema, instead of the hub
     root: str = ""  # a folder that has such a folder for each exam by name; empty: the data's
-
-
-ExamInFile = MedqaTask | MedmcqaTask | PubmedqaTask | Gsm8kTask | HumanevalTask | HellaswagTask | TriviaqaTask | QuestionsTask
 
 
 @config

@@ -22,7 +22,8 @@ from osler.files.hub import hub_files, snapshot
 from osler.files.parts import File, LocalFile, Part, Parts, find_local
 from osler.files.rows import Row, read_rows
 from osler.runtime.errors import UserError
-from osler.tasks.exam_files import SCHEMAS, ExamFile, ExamRow, Gsm8kTask, MedmcqaTask, MedqaTask, PubmedqaTask
+from osler.tasks.config import ExamFile, Gsm8kTask, MedmcqaTask, MedqaTask, PubmedqaTask
+from osler.tasks.exam_files import SCHEMAS, ExamRow
 from osler.tasks.item import render_answer, render_question
 from osler.tokenizer.chat import Turn
 
@@ -110,7 +111,7 @@ def conversations(rows: Iterable[Row], data: HubData) -> Iterator[Document]:
 
 def exam(rows: Iterable[Row], data: HubData, *, task: type[ExamFile]) -> Iterator[Document]:
     """Yield the items of an exam as it is shown to a model; items without a known answer are none."""
-    config, read_item = task(type=data.name, path=data.path or data.name), SCHEMAS[task][1]
+    config, read_item = task(type=data.name, path=data.path or data.name), SCHEMAS[task].read
     if data.subset == "pqa_unlabeled":
         yield from questions(rows, data, answer="long_answer")
         return

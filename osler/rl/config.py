@@ -29,7 +29,7 @@ from osler.optim.schedule import ConstantConfig, ScheduleConfig
 from osler.parallel.config import DdpConfig, FsdpConfig, NoParallelConfig
 from osler.runs.config import CheckpointConfig, RunConfig
 from osler.tasks.registry import ClinicTask, TaskConfig
-from osler.tasks.rewards import REWARDS
+from osler.tasks.rewards import REWARDS, label_of
 
 
 @config
@@ -121,15 +121,19 @@ class RlTaskConfig:
     task: TaskConfig = ClinicTask(split="train", limit=4000)
     name: str = ""  # in metrics; empty: the exam's type
     weight: PositiveFloat = 1.0  # share of every step's questions, relative to the other tasks
-    # functions of osler/tasks/rewards.py with their weights; a reward for form alone destroys accuracy, gated_format pays for
-    # it only when the answer is right
+    # functions of osler/tasks/rewards.py with their weights, or functions of your own, MODULE:FUNCTION or FILE.py:FUNCTION; a
+    # reward for form alone destroys accuracy, gated_format pays for it only when the answer is right
     rewards: dict[str, float] = field(default_factory=lambda: {"correct": 1.0})
+    reward_seconds: PositiveFloat = 10.0  # that a function of your own may take for one completion
     reasoning: bool = True  # whether the model thinks before it answers
 
     def __post_init__(self) -> None:
-        unknown = sorted(set(self.rewards) - set(REWARDS))
+        unknown = sorted(name for name in self.rewards if name not in REWARDS and ":" not in name)
         if unknown or not self.rewards:
-            raise ValueError(f"rewards {unknown or 'are missing'}; known: {', '.join(REWARDS)}")
+            own = "or MODULE:FUNCTION and FILE.py:FUNCTION for your own"
+            raise ValueError(f"rewards {unknown or 'are missing'}; known: {', '.join(REWARDS)}, {own}")
+        if len(set(map(label_of, self.rewards))) < len(self.rewards):
+            raise ValueError(f"rewards {sorted(self.rewards)}: two functions have one name, which their metrics need")
 
     @property
     def label(self) -> str:

@@ -38,7 +38,7 @@ from osler.runtime.files import RunFolder, fingerprint, write_or_warn
 from osler.runtime.world import World
 from osler.tasks.item import ExamItem, render_answer, render_question, shared_questions
 from osler.tasks.registry import check_task, load_task
-from osler.tasks.rewards import REWARDS
+from osler.tasks.rewards import label_of, reward_of
 from osler.tokenizer.bpe import ANSWER
 from osler.tokenizer.chat import encode_prompt
 
@@ -140,7 +140,8 @@ def load_tasks(config: GrpoConfig, start: LoadedModel) -> list[RlTask]:
             )
         if len(fitting) < len(items):
             logger.warning(f"Task {entry.label}: {len(items) - len(fitting)} of {len(items)} questions are too long: left out.")
-        terms = tuple(RewardTerm(name, REWARDS[name], weight) for name, weight in entry.rewards.items())
+        functions = {name: reward_of(name, entry.reward_seconds) for name in entry.rewards}
+        terms = tuple(RewardTerm(label_of(name), functions[name], weight) for name, weight in entry.rewards.items())
         tasks.append(RlTask(entry.label, tuple(fitting), terms, entry.weight, entry.reasoning))
     task_shares(tasks, config.algorithm.prompts_per_step)  # refuses weights that never come up before anything is trained
     return tasks

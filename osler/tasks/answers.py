@@ -20,7 +20,8 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import TYPE_CHECKING
 
-from osler.tasks.item import LETTERS, ExamItem, plain, render_option, wording
+from osler.tasks.item import LETTERS, ExamItem, plain, render_option, spelling, wording
+from osler.tasks.programs import NO_CODE, PASSED, complete, run_tests
 
 if TYPE_CHECKING:
     from osler.tokenizer.chat import Completion
@@ -82,13 +83,19 @@ class Reading:
 
 
 def read_answer(item: ExamItem, completion: Completion) -> Reading:
-    """Read the answer to an item: an option, a number, or any text where the item's answer is a text."""
+    """Read the answer to an item: an option, a number, a program, or any text where the item's answer is a text."""
     text = completion.answer or ""
+    if item.tests:
+        outcome = run_tests(complete(item.question, text), item.tests)
+        return Reading(bool(text.strip()) and outcome not in NO_CODE, outcome == PASSED)
     if not completion.finished and text[-1:].isalnum():
         text = ""  # the length limit may have cut through a word or a number
     if item.options:
         choice = read_choice(text, item.options)
         return Reading(choice is not None, choice is not None and item.is_right(choice), choice)
+    if item.aliases:
+        said = spelling(text)
+        return Reading(bool(said), bool(said) and said in map(spelling, item.aliases))
     expected = read_number(item.answer)
     if expected is None:
         return Reading(bool(text.strip()), bool(text.strip()) and plain(text) == plain(item.answer))

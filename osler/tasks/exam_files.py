@@ -1,100 +1,43 @@
-"""Exams in files, each in the schema of its dataset on the Hugging Face hub: MedQA, MedMCQA, PubMedQA, GSM8K, and others that
-data are checked for but no model is examined with yet.
+"""Exams in files, each in the schema of its dataset on the Hugging Face hub, and questions of one's own.
 
-Fields are checked as they are read. A file in another schema is refused by file, line and field, and never gives a smaller exam.
+``SCHEMAS`` is the table of them. Fields are checked as they are read. A file in another schema is refused by file, line and
+field, and never gives a smaller exam.
 """
 
 import hashlib
 import logging
 import re
 import reprlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
-from osler.config.schema import PositiveInt, config
-from osler.files.find import ROW_ENDINGS, find_files, shown
+from osler.files.find import ROW_ENDINGS, find_files, log_once, shown
 from osler.files.rows import Row, read_rows
 from osler.runtime.errors import UserError
+from osler.runtime.files import read_json
 from osler.tasks.answers import read_number
-from osler.tasks.item import LETTERS, ExamItem, plain
+from osler.tasks.config import (
+    ExamFile,
+    Gsm8kTask,
+    HellaswagTask,
+    HumanevalTask,
+    MedmcqaTask,
+    MedqaTask,
+    MmluTask,
+    PubmedqaTask,
+    QuestionsTask,
+    TriviaqaTask,
+)
+from osler.tasks.item import LETTERS, ExamItem, plain, wording
 
 logger = logging.getLogger(__name__)
 
-_KINDS = {str: "text", int: "a whole number", dict: "an object", list: "a list"}
+_KINDS = {str: "text", int: "a whole number", float: "a number", dict: "an object", list: "a list"}
 _DECISIONS = ("yes", "no", "maybe")  # the options of PubMedQA
 _ROWS_THAT_TELL = 32  # about a third of all answers are A: 32 rows without one happen by chance once in 100,000 files
 # The opening of an explanation: "Ans. (B) ", "Answer- C. ", "Ans. BSolitary bone cyst" (glued to the first word).
 _STUB = re.compile(r"^\W*(?i:ans(?:wer)?s?\b)\W*(?:(?i:is\b)\W*)?(?:(?i:[a-d])\b\W*|[A-D](?=[A-Z][a-z]))?")
 _NAMES_A_LETTER = re.compile(r"\b(?:ans(?:wer)?|option|choice)s?\b\W*(?:is\b\W*)?[a-d1-4]\b|\([a-d]\)", re.IGNORECASE)
-
-
-@config
-class ExamFile:
-    """An exam in a file of a person's."""
-
-    type: str  # of exam
-    path: str  # a .parquet, .jsonl or .ndjson file (also .jsonl.gz and the like), or a folder of them
-    split: str = ""  # a name for the file in tables and metrics
-    limit: PositiveInt | None = None  # the first so many questions; null: all
-
-
-@config
-class MedqaTask(ExamFile):
-    """USMLE questions with four options, in the schema of GBaker/MedQA-USMLE-4-options."""
-
-    type: Literal["medqa"] = "medqa"
-
-
-@config
-class MedmcqaTask(ExamFile):
-    """Indian medical entrance questions, in the schema of openlifescienceai/medmcqa."""
-
-    type: Literal["medmcqa"] = "medmcqa"
-    first_option: Literal[0, 1] = 0  # the number of option A in the file: 0 in the hub's files, 1 in the authors' original
-
-
-@config
-class PubmedqaTask(ExamFile):
-    """Yes, no or maybe from an abstract, in the schema of qiaojin/PubMedQA."""
-
-    type: Literal["pubmedqa"] = "pubmedqa"
-
-
-@config
-class Gsm8kTask(ExamFile):
-    """Grade-school arithmetic with a numeric answer, in the schema of openai/gsm8k."""
-
-    type: Literal["gsm8k"] = "gsm8k"
-
-
-@config
-class HumanevalTask(ExamFile):
-    """Python functions to complete, in the schema of openai/openai_humaneval."""
-
-    type: Literal["humaneval"] = "humaneval"
-
-
-@config
-class HellaswagTask(ExamFile):
-    """Stories to end, in the schema of Rowan/hellaswag."""
-
-    type: Literal["hellaswag"] = "hellaswag"
-
-
-@config
-class TriviaqaTask(ExamFile):
-    """Trivia, in the schema of mandarjoshi/trivia_qa."""
-
-    type: Literal["trivia_qa"] = "trivia_qa"
-
-
-@config
-class QuestionsTask(ExamFile):
-    """Questions with answers of one's own."""
-
-    type: Literal["questions"] = "questions"
-    question_field: str = "question"  # the column with the question
-    answer_field: str = "answer"  # the column with the answer
 
 
 class ExamRow:
@@ -106,9 +49,9 @@ class ExamRow:
     def error(self, problem: str) -> UserError:
         return UserError(f"{self.where}: {problem}")
 
-    def field(self, name: str, kind: type) -> Any:
-        """Return the value of a field (dots go into objects); raises UserError when it is missing or not a ``kind``."""
-        schema = f"Expected the schema of {SCHEMAS[type(self.task)][0]}"
+    def field(self, name: str, *kinds: type) -> Any:
+        """Return the value of a field (dots go into objects); raises UserError when it is missing or of another kind."""
+        schema = f"Expected the schema of {SCHEMAS[type(self.task)].fields}"
         value: Any = self.values
         for part in name.split("."):
             if not isinstance(value, Mapping) or part not in value:
@@ -116,8 +59,9 @@ class ExamRow:
                 problem = f"the field '{name}' is missing (found: {here}). {schema}"
                 raise self.error(f"{problem}; the files of another exam are read with another task.type.")
             value = value[part]
-        if not isinstance(value, kind) or isinstance(value, bool):
-            raise self.error(f"the field '{name}' must be {_KINDS[kind]}, not {reprlib.repr(value):.60}. {schema}.")
+        if not isinstance(value, kinds) or isinstance(value, bool):
+            wanted = " or ".join(_KINDS[kind] for kind in kinds)
+            raise self.error(f"the field '{name}' must be {wanted}, not {reprlib.repr(value):.60}. {schema}.")
         return value
 
     def text(self, name: str) -> str:
@@ -127,38 +71,87 @@ class ExamRow:
             raise self.error(f"the field '{name}' is empty. Remove the row or fill it in.")
         return value.strip()
 
+    def options(self, name: str) -> tuple[str, ...]:
+        """Return the texts of the options in a field: a list of texts or of {key, value}, or an object of texts by letter."""
+        given = self.field(name, dict, list)
+        if isinstance(given, list):
+            keyed = all(isinstance(one, Mapping) and one.keys() >= {"key", "value"} for one in given)
+            given = {one["key"]: one["value"] for one in given} if keyed else dict(enumerate(given))
+        texts = {letter: text for letter, text in given.items() if text is not None}  # parquet fills absent letters with None
+        if not 2 <= len(texts) <= len(LETTERS):
+            raise self.error(f"'{name}' has {len(texts)} options; it needs 2 to {len(LETTERS)}, each with a letter of its own.")
+        letters = LETTERS[: len(texts)]
+        if sorted(texts, key=str) != list(letters) and list(texts) != list(range(len(texts))):
+            empty = ", ".join(sorted(str(letter) for letter, text in given.items() if text is None))
+            problem = f"'{name}' must hold the letters A, B, ... without a gap, not {', '.join(map(str, texts))}"
+            raise self.error(f"{problem}{f'; without a text: {empty}' if empty else ''}.")
+        for letter, text in texts.items():
+            if not isinstance(text, str) or not text.strip():
+                raise self.error(f"option {letter} in '{name}' must be a text that is not empty, not {reprlib.repr(text):.60}.")
+        return tuple(texts[key].strip() for key in sorted(texts))
+
+    def option_number(self, name: str, options: Sequence[str], *, first: int = 0) -> int:
+        """Return the position of the option whose number, counted from ``first``, is in a field."""
+        number: int = self.field(name, int)
+        if not first <= number < first + len(options):
+            raise self.error(f"'{name}' is {number}, which is none of the {len(options)} options, counted from {first}.")
+        return number - first
+
+    def option_named(self, name: str, options: Sequence[str], *, first: int) -> int:
+        """Return the position of the option that a field names by its text, its letter or its number."""
+        value = self.field(name, str, int)
+        said = str(value).strip()
+        named = {index for index, option in enumerate(options) if wording(option) == wording(said)}
+        if isinstance(value, int) and first <= value < first + len(options):
+            named.add(value - first)
+        elif len(said) == 1 and said in LETTERS[: len(options)]:
+            named.add(LETTERS.index(said))
+        if len(named) != 1:
+            many = "more than one" if named else "none"
+            known = f"give the text of one, a letter from A to {LETTERS[len(options) - 1]}, or a number counted from {first}"
+            raise self.error(f"'{name}' is {value!r}, which names {many} of the {len(options)} options; {known}.")
+        return named.pop()
+
 
 def load_exam_file(task: ExamFile) -> list[ExamItem]:
-    """Return the first ``limit`` items in the order of the file, after the whole file was checked."""
+    """Return the items of a file, as many as the task says, after the whole file was checked."""
     files = find_files(task.path, ROW_ENDINGS, key="task.path")
     return read_exam(task, (row for file in files for row in read_rows(file)))
 
 
 def read_exam(task: ExamFile, given: Iterable[Row]) -> list[ExamItem]:
     """Return the items in the rows of an exam; ``task.path`` is for messages."""
-    rows = [ExamRow(row, task) for row in given]
+    rows, schema = [ExamRow(row, task) for row in given], SCHEMAS[type(task)]
     if not rows:
         raise UserError(f"{shown(task.path)} has no rows.")
     if isinstance(task, MedmcqaTask):
         rows = _labelled(task, rows)
-    read_item = SCHEMAS[type(task)][1]
-    return [read_item(row) for row in rows][: task.limit]
+    elif isinstance(task, MmluTask):
+        rows = _chosen(task, rows, "subject", task.subjects)
+    elif isinstance(task, PubmedqaTask) and task.ids:
+        rows = _chosen(task, rows, "pubid", list(map(str, read_json(task.ids))))
+    items = list(map(schema.read, rows))
+    if task.split == schema.split and len(items) != schema.size:
+        whole = f"the {schema.split} split that models are examined with has {schema.size:,}"
+        log_once(f"{shown(task.path)} has {len(items):,} questions of {task.type}; {whole}.")
+    twice = [row.where for row, item in zip(rows, items, strict=True) if len(set(map(wording, item.options))) < len(item.options)]
+    if twice and isinstance(task, QuestionsTask):
+        raise UserError(f"{twice[0]}: two options in '{task.options_field}' have the same text; change or remove one of them.")
+    if twice:
+        log_once(f"{shown(task.path)}: {len(twice):,} questions print an option twice, first {twice[0]}; if right, both count.")
+    if task.limit is None or task.seed is None:
+        return items[: task.limit]
+    drawn = sorted(range(len(items)), key=lambda number: hashlib.sha256(f"{task.seed}:{items[number].id}".encode()).digest())
+    return [items[number] for number in sorted(drawn[: task.limit])]
 
 
 def medqa_item(row: ExamRow) -> ExamItem:
     """Read a row of MedQA (Jin et al. 2020, arXiv 2009.13081)."""
-    question = row.text("question")
-    options = row.field("options", dict)
-    letters = [letter for letter in LETTERS if options.get(letter) is not None]  # parquet fills absent letters with None
-    if len(letters) < 2 or letters != list(LETTERS[: len(letters)]):
-        empty = ", ".join(sorted(letter for letter, value in options.items() if value is None))
-        problem = f"'options' must hold the letters A, B, ... without a gap, not {', '.join(letters) or 'none'}"
-        raise row.error(f"{problem}{f'; without a text: {empty}' if empty else ''}.")
-    texts = tuple(row.text(f"options.{letter}") for letter in letters)
+    question, texts = row.text("question"), row.options("options")
     letter, answer = row.text("answer_idx"), row.text("answer")
-    if letter not in letters:
-        raise row.error(f"'answer_idx' is {letter!r}, which is none of the options {', '.join(letters)}.")
-    index = letters.index(letter)
+    if letter not in list(LETTERS[: len(texts)]):
+        raise row.error(f"'answer_idx' is {letter!r}, which is none of the options A to {LETTERS[len(texts) - 1]}.")
+    index = LETTERS.index(letter)
     if plain(texts[index]) != plain(answer) and plain(answer) in map(plain, texts):
         raise row.error(f"'answer' is the text of another option than 'answer_idx' {letter}; which one is right?")
     return ExamItem(_content_id("medqa", question, *texts), question, texts, index, row.task.split)
@@ -212,46 +205,116 @@ def gsm8k_item(row: ExamRow) -> ExamItem:
     return ExamItem(_content_id("gsm8k", question), question, (), -1, row.task.split, thinking, answer=f"{number:f}")
 
 
+def mmlu_item(row: ExamRow) -> ExamItem:
+    """Read a row of MMLU (Hendrycks et al. 2020, arXiv 2009.03300)."""
+    question, texts, subject = row.text("question"), row.options("choices"), row.text("subject")
+    name = _content_id("mmlu", subject, question, *texts)
+    return ExamItem(name, question, texts, row.option_number("answer", texts), row.task.split, group=subject)
+
+
 def humaneval_item(row: ExamRow) -> ExamItem:
-    """Read a row of HumanEval (Chen et al. 2021, arXiv 2107.03374)."""
+    """Read a row of HumanEval (Chen et al. 2021, arXiv 2107.03374); its tests judge the program that a model writes."""
     prompt, solution = row.text("prompt"), row.text("canonical_solution")
-    return ExamItem(f"humaneval-{row.text('task_id')}", prompt, (), -1, row.task.split, answer=solution)
+    tests = f"{row.text('test')}\n\ncheck({row.text('entry_point')})\n"
+    return ExamItem(f"humaneval-{row.text('task_id')}", prompt, (), -1, row.task.split, answer=solution, tests=tests)
 
 
 def hellaswag_item(row: ExamRow) -> ExamItem:
-    """Read a row of HellaSwag (Zellers et al. 2019, arXiv 1905.07830)."""
-    story = " ".join(filter(None, (row.field(name, str).strip() for name in ("ctx_a", "ctx_b"))))
-    label = str(row.values.get("label"))
-    endings = tuple(map(str, row.field("endings", list)))
-    if not label.isdecimal() or int(label) >= len(endings):
+    """Read a row of HellaSwag (Zellers et al. 2019, arXiv 1905.07830), with its text as lm-evaluation-harness cleans it."""
+    endings = tuple(map(_clean_wikihow, row.options("endings")))
+    label = row.field("label", str, int)  # the hub has text, empty in the unlabelled test split
+    if not str(label).isdecimal() or int(label) >= len(endings):
         raise row.error(f"'label' must be the number of one of the {len(endings)} 'endings', not {label!r}.")
-    return ExamItem(_content_id("hellaswag", story, *endings), story, endings, int(label), row.task.split)
+    whole = _clean_wikihow(f"{row.text('activity_label')}: {row.field('ctx_a', str)} {row.field('ctx_b', str).capitalize()}")
+    activity, colon, story = whole.partition(": ")
+    if not colon:
+        raise row.error("'ctx_a' and 'ctx_b' have no text.")
+    name = _content_id("hellaswag", story, *endings)
+    return ExamItem(name, story, endings, int(label), row.task.split, context=activity, is_story=True)
+
+
+def _clean_wikihow(text: str) -> str:
+    return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
 
 
 def triviaqa_item(row: ExamRow) -> ExamItem:
     """Read a row of TriviaQA (Joshi et al. 2017, arXiv 1705.03551)."""
-    return ExamItem(
-        f"trivia_qa-{row.text('question_id')}", row.text("question"), (), -1, row.task.split, answer=row.text("answer.value")
-    )
+    value, others = row.text("answer.value"), row.field("answer.aliases", list)
+    spellings = tuple(dict.fromkeys([value, *map(str, others)]))
+    name = f"trivia_qa-{row.text('question_id')}"
+    return ExamItem(name, row.text("question"), (), -1, row.task.split, answer=value, aliases=spellings)
 
 
 def questions_item(row: ExamRow) -> ExamItem:
-    """Read a question with its answer."""
-    assert isinstance(row.task, QuestionsTask)
-    question, answer = row.text(row.task.question_field), row.text(row.task.answer_field)
-    return ExamItem(_content_id("questions", question, answer), question, (), -1, row.task.split, answer=answer)
+    """Read a question of one's own, with options or with a free answer, of which a list has all spellings."""
+    task = row.task
+    assert isinstance(task, QuestionsTask)
+    question, split = row.text(task.question_field), task.split
+    is_default = task.options_field == QuestionsTask.options_field
+    if not (is_default and row.values.get(task.options_field) is None):
+        options = row.options(task.options_field)
+        index = row.option_named(task.answer_field, options, first=task.first_option)
+        return ExamItem(_content_id("questions", question, *options), question, options, index, split)
+    given = row.field(task.answer_field, str, int, float, list)
+    texts = [str(one).strip() for one in (given if isinstance(given, list) else [given])]
+    if not texts or not all(texts):
+        raise row.error(f"the field '{task.answer_field}' is empty. Remove the row or fill it in.")
+    lists = [name for name, value in row.values.items() if isinstance(value, (list, dict)) and name != task.answer_field]
+    if lists and texts[0] in list(LETTERS):
+        raise row.error(f"the answer is {texts[0]}, and there is no '{task.options_field}'; set options_field={lists[0]}?")
+    aliases = tuple(texts) if isinstance(given, list) else ()
+    return ExamItem(_content_id("questions", question, *texts), question, (), -1, split, answer=texts[0], aliases=aliases)
 
 
-SCHEMAS: dict[type[ExamFile], tuple[str, Callable[[ExamRow], ExamItem]]] = {
-    MedqaTask: ("GBaker/MedQA-USMLE-4-options: question, options {A..D}, answer, answer_idx", medqa_item),
-    MedmcqaTask: ("openlifescienceai/medmcqa: id, question, opa, opb, opc, opd, cop, exp", medmcqa_item),
-    PubmedqaTask: ("qiaojin/PubMedQA: pubid, question, context.contexts, long_answer, final_decision", pubmedqa_item),
-    Gsm8kTask: ("openai/gsm8k (main): question, answer ('... #### number')", gsm8k_item),
-    HumanevalTask: ("openai/openai_humaneval: task_id, prompt, canonical_solution", humaneval_item),
-    HellaswagTask: ("Rowan/hellaswag: ctx_a, ctx_b, endings, label", hellaswag_item),
-    TriviaqaTask: ("mandarjoshi/trivia_qa: question, question_id, answer.value", triviaqa_item),
-    QuestionsTask: ("questions of one's own: question_field, answer_field", questions_item),
-}
+class Schema(NamedTuple):
+    """The fields of an exam's rows, how one is read, and the split that models are examined with and its size."""
+
+    fields: str
+    read: Callable[[ExamRow], ExamItem]
+    split: str = ""
+    size: int = 0
+
+
+SCHEMAS: dict[type[ExamFile], Schema] = {
+    MedqaTask: Schema(
+        "GBaker/MedQA-USMLE-4-options: question, options {A..D} or {A..E}, answer, answer_idx", medqa_item, "test", 1273
+    ),
+    MedmcqaTask: Schema(
+        "openlifescienceai/medmcqa: id, question, opa, opb, opc, opd, cop, exp", medmcqa_item, "validation", 4183
+    ),
+    PubmedqaTask: Schema(
+        "qiaojin/PubMedQA: pubid, question, context.contexts, long_answer, final_decision", pubmedqa_item, "test", 500
+    ),
+    MmluTask: Schema("cais/mmlu: question, subject, choices, answer", mmlu_item, "test", 1089),
+    Gsm8kTask: Schema("openai/gsm8k (main): question, answer ('... #### number')", gsm8k_item, "test", 1319),
+    HumanevalTask: Schema(
+        "openai/openai_humaneval: task_id, prompt, canonical_solution, test, entry_point", humaneval_item, "test", 164
+    ),
+    HellaswagTask: Schema(
+        "Rowan/hellaswag: activity_label, ctx_a, ctx_b, endings, label", hellaswag_item, "validation", 10_042
+    ),
+    TriviaqaTask: Schema(
+        "mandarjoshi/trivia_qa (rc.nocontext): question, question_id, answer.value, answer.aliases", triviaqa_item,
+        "validation", 17_944,
+    ),
+    QuestionsTask: Schema(
+        "questions of one's own: a question, options or none, an answer; question_field=NAME and the like name others",
+        questions_item,
+    ),
+}  # fmt: skip
+
+
+def _chosen(task: ExamFile, rows: Sequence[ExamRow], field: str, wanted: Collection[str]) -> list[ExamRow]:
+    """Return the rows in which a field has one of the wanted values; raises UserError when a value is in no row."""
+    chosen = [row for row in rows if str(row.field(field, str, int)) in wanted]
+    missing = sorted(set(wanted).difference(str(row.values[field]) for row in chosen))
+    if missing or not chosen:
+        found = ", ".join(sorted({str(row.values[field]) for row in rows})[:8])
+        lacks = missing[0] if missing else "one of those that are asked for"
+        raise UserError(f"{shown(task.path)} has no row whose '{field}' is {lacks}; it has {found}.")
+    if len(chosen) < len(rows):
+        log_once(f"{shown(task.path)}: {len(rows) - len(chosen):,} of {len(rows):,} rows have another {field} and are left out.")
+    return chosen
 
 
 def _labelled(task: MedmcqaTask, rows: Sequence[ExamRow]) -> list[ExamRow]:

@@ -7,11 +7,13 @@ Items whose options refer to each other ("All of the above", "A and C") keep the
 
 import hashlib
 import re
+import string
 import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+_NO_PUNCTUATION = dict.fromkeys(map(ord, string.punctuation + "‘’´`"), " ")
 
 # "none of the above", "all of these", "Both option 2 and 3", anywhere in an option.
 _POINTER = re.compile(
@@ -51,6 +53,9 @@ class ExamItem:
     context: str = ""  # a passage that is shown before the question
     group: str = ""  # a "subject", or "relation/condition": one fact, so its items are right or wrong together
     answer: str = ""  # the text of the answer when there are no options
+    aliases: tuple[str, ...] = ()  # all texts that are right, to be compared as TriviaQA does, where there are several
+    tests: str = ""  # the code that tells whether a program is right, when the answer is one
+    is_story: bool = False  # whether the options go on with the text of the question
 
     def __post_init__(self) -> None:
         if self.options and not 0 <= self.answer_index < len(self.options) <= len(LETTERS):
@@ -69,7 +74,13 @@ class ExamItem:
 def render_question(item: ExamItem) -> str:
     """Return the text of a prompt: context, question, then the options as ``text (A)``."""
     question = " ".join([item.question.strip(), *map(render_option, item.options, LETTERS)])
-    return f"{item.context.strip()}\n{question}" if item.context.strip() else question
+    return f"{item.context.strip()}{': ' if item.is_story else chr(10)}{question}" if item.context.strip() else question
+
+
+def render_plain(item: ExamItem) -> str:
+    """Return the text of a prompt without the template and the options: the story, or "Question: ... Answer:"."""
+    text = render_question(replace(item, options=(), answer_index=-1))
+    return text if item.is_story else f"Question: {text}\nAnswer:"
 
 
 def render_answer(item: ExamItem) -> str:
@@ -122,6 +133,12 @@ def plain(text: str) -> str:
 def wording(text: str) -> str:
     """Return the text to compare where case matters, since two options may differ in nothing else ("Aa" and "aa")."""
     return " ".join(unicodedata.normalize("NFC", text).split()).rstrip(". ")
+
+
+def spelling(text: str) -> str:
+    """Return the text to compare where articles and punctuation do not matter either, as TriviaQA's authors do."""
+    text = text.lower().translate(_NO_PUNCTUATION)
+    return " ".join(re.sub(r"\b(?:a|an|the)\b", " ", text).split())
 
 
 def shared_questions(items: Sequence[ExamItem], others: Iterable[ExamItem]) -> list[tuple[ExamItem, ExamItem]]:

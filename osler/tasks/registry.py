@@ -5,7 +5,8 @@ from typing import Annotated, Any, Literal
 from osler.clinic.exam import ClinicItem, drills, exam
 from osler.config.schema import TAGGED, PositiveInt, Seed, config
 from osler.files.find import ROW_ENDINGS, find_files
-from osler.tasks.exam_files import ExamFile, Gsm8kTask, MedmcqaTask, MedqaTask, PubmedqaTask, load_exam_file
+from osler.tasks.config import ExamFile, ExamInFile
+from osler.tasks.exam_files import load_exam_file
 from osler.tasks.item import ExamItem
 
 
@@ -19,7 +20,7 @@ class ClinicTask:
     seed: Seed = 0  # of the questions that are drawn
 
 
-TaskConfig = Annotated[ClinicTask | MedqaTask | MedmcqaTask | PubmedqaTask | Gsm8kTask, TAGGED]
+TaskConfig = Annotated[ClinicTask | ExamInFile, TAGGED]
 
 
 def load_clinic(*, split: str = "validation", limit: int = 400, seed: int = 0) -> list[ExamItem]:

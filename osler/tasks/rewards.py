@@ -1,15 +1,28 @@
-"""Rewards of reinforcement learning: pure functions of (item, completion), between 0 and 1.
+"""Rewards of reinforcement learning: pure functions of (item, completion), those of Osler between 0 and 1.
 
 Answers are read as the exam reads them (``osler.tasks.answers``), in bounded time. A reward for format alone destroys accuracy
 (a published run fell from 0.228 to 0.025), so ``format`` is for logging and ``gated_format`` pays for form only when the answer
 is right.
+
+A function of one's own is named by its module or file (``my_module:brevity``, ``rewards.py:brevity``). It runs in a process of
+its own, which each rank has, because only a process can be stopped whatever it does.
 """
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
+import math
+import os
+import pickle
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from osler.runtime.errors import UserError
 from osler.tasks.answers import MAX_ANSWER_CHARS, read_answer
 from osler.tasks.item import LETTERS, ExamItem, render_option
 
@@ -47,9 +60,109 @@ def brief_correct(item: ExamItem, completion: Completion) -> float:
     return correct(item, completion) if len(completion.thinking) <= MAX_THINKING_CHARS else 0.0
 
 
-REWARDS: dict[str, Callable[[ExamItem, Completion], float]] = {
+Reward = Callable[["ExamItem", "Completion"], float]
+REWARDS: dict[str, Reward] = {
     "correct": correct,
     "format": format_ok,
     "gated_format": gated_format,
     "brief_correct": brief_correct,
 }
+
+
+def label_of(name: str) -> str:
+    """Return the name of a reward in metrics: that of the function."""
+    return name.rpartition(":")[2]
+
+
+def reward_of(name: str, seconds: float) -> Reward:
+    """Return the reward with this name; one of the user's own may take so many seconds for a completion."""
+    return REWARDS[name] if name in REWARDS else OwnReward(name, seconds)
+
+
+class OwnReward:
+    """A function of the user's, in a process of its own; it is given an ExamItem and a Completion and returns a number.
+
+    Raises UserError with the item where the function raises, takes too long, ends its process or returns no finite number.
+    """
+
+    def __init__(self, name: str, seconds: float) -> None:
+        """Start the process and wait until it has the function; raises UserError when there is none."""
+        self.name, self.seconds = name, seconds
+        serving = f"import sys; sys.path[:] = {['', *sys.path]!r}\nfrom osler.tasks.rewards import serve; serve()"
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", serving],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            start_new_session=True,  # a Ctrl-C is for the run
+        )
+        problem = self._ask((name, seconds))
+        if problem is not None:
+            raise UserError(f"rewards: {name}: {problem}.")
+
+    def __call__(self, item: ExamItem, completion: Completion) -> float:
+        """Return the reward."""
+        value = self._ask((item, completion))
+        if isinstance(value, str):
+            raise UserError(f"The reward {self.name} {value} for an answer to item {item.id}: {completion.answer!r:.200}")
+        return float(value)
+
+    def _ask(self, question: Any) -> Any:
+        to_process, from_process = self.process.stdin, self.process.stdout
+        assert to_process is not None and from_process is not None
+        try:
+            pickle.dump(question, to_process)
+            to_process.flush()
+            return pickle.load(from_process)
+        except (EOFError, OSError, pickle.UnpicklingError):
+            code = self.process.wait()
+            timed_out = code == -getattr(signal, "SIGALRM", 0)
+            return f"took more than {self.seconds:g} s" if timed_out else f"ended its process with exit code {code}"
+
+
+def serve() -> None:
+    """Answer the questions of an ``OwnReward`` from stdin until there are none; a text says what is wrong."""
+    asked, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what the function prints is no answer
+
+    def answer(value: object) -> None:
+        pickle.dump(value, answers)
+        answers.flush()
+
+    name, seconds = pickle.load(asked)
+    try:
+        function = _find(name)
+    except Exception as error:
+        answer(f"{type(error).__name__}: {error}")
+        raise
+    answer(None)
+    while True:
+        try:
+            item, completion = pickle.load(asked)
+        except EOFError:
+            return
+        try:
+            if hasattr(signal, "setitimer"):  # ends this process, whatever it does; not on Windows
+                signal.setitimer(signal.ITIMER_REAL, seconds)
+            value = function(item, completion)
+            number = float(value) if hasattr(value, "__float__") else math.nan
+            if hasattr(signal, "setitimer"):
+                signal.setitimer(signal.ITIMER_REAL, 0)
+        except Exception as error:
+            answer(f"raised {type(error).__name__} ({error})")
+            raise
+        answer(number if math.isfinite(number) else f"returned {value!r:.100}, which is no finite number,")
+
+
+def _find(name: str) -> Callable[..., Any]:
+    """Return the function ``module:function`` or ``path/to/file.py:function``."""
+    where, _, wanted = name.rpartition(":")
+    if where.endswith(".py"):
+        spec = importlib.util.spec_from_file_location(f"osler_rewards_{Path(where).stem}", where)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module
+        spec.loader.exec_module(module)
+    else:
+        module = importlib.import_module(where)
+    function: Callable[..., Any] = getattr(module, wanted)
+    return function

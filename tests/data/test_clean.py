@@ -29,7 +29,8 @@ from osler.data.prepare import prepare
 from osler.data.shards import read_data_manifest
 from osler.data.sources import check_sources, open_corpora, prepare_sources
 from osler.runtime.errors import UserError
-from osler.tasks.exam_files import MedqaTask, QuestionsTask, load_exam_file
+from osler.tasks.config import MedqaTask, QuestionsTask
+from osler.tasks.exam_files import load_exam_file
 from osler.tasks.item import ExamItem, render_question
 from osler.tokenizer.bpe import Tokenizer
 
@@ -343,8 +344,10 @@ ROWS = {
         "final_decision": "yes",
     },
     "gsm8k": {"question": QUESTION, "answer": "It is so. #### 7"},
-    "humaneval": {"task_id": "HumanEval/1", "prompt": QUESTION, "canonical_solution": "return 1"},
-    "hellaswag": {"ctx_a": QUESTION, "ctx_b": "", "endings": ["a", "b"], "label": "1"},
+    "humaneval": {
+        "task_id": "HumanEval/1", "prompt": QUESTION, "canonical_solution": "return 1", "test": "x", "entry_point": "f",
+    },
+    "hellaswag": {"activity_label": "x", "ctx_a": QUESTION, "ctx_b": "", "endings": ["a", "b"], "label": "1"},
     "trivia_qa": {"question": QUESTION, "question_id": "sub_1", "answer": {"value": "Onion", "aliases": []}},
 }  # fmt: skip
 

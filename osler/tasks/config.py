@@ -1,0 +1,98 @@
+"""The exams in files that a config can name, each in the schema of its dataset on the Hugging Face hub. Torch-free.
+
+Models are examined with one split of each, whose size is published (``OFFICIAL`` in ``exam_files.py``).
+"""
+
+from typing import Literal
+
+from osler.config.schema import PositiveInt, Seed, config
+
+MEDICAL_SUBJECTS = (
+    "anatomy", "clinical_knowledge", "college_biology", "college_medicine", "medical_genetics", "professional_medicine",
+)  # fmt: skip
+
+
+@config
+class ExamFile:
+    """An exam in a file of a person's."""
+
+    type: str  # of exam
+    path: str  # a .parquet, .jsonl or .ndjson file (also .jsonl.gz and the like), or a folder of them
+    split: str = ""  # a name for the file in tables and metrics
+    limit: PositiveInt | None = None  # so many of the questions; null: all
+    seed: Seed | None = None  # draws them at random, for a larger limit the same and more; null: the first ones
+
+
+@config
+class MedqaTask(ExamFile):
+    """USMLE questions with four or five options, in the schema of GBaker/MedQA-USMLE-4-options or of the authors' files."""
+
+    type: Literal["medqa"] = "medqa"
+
+
+@config
+class MedmcqaTask(ExamFile):
+    """Indian medical entrance questions, in the schema of openlifescienceai/medmcqa."""
+
+    type: Literal["medmcqa"] = "medmcqa"
+    first_option: Literal[0, 1] = 0  # the number of option A in the file: 0 in the hub's files, 1 in the authors' original
+
+
+@config
+class PubmedqaTask(ExamFile):
+    """Yes, no or maybe from an abstract, in the schema of qiaojin/PubMedQA."""
+
+    type: Literal["pubmedqa"] = "pubmedqa"
+    ids: str | None = None  # a JSON file of the ids to take, as the authors' test_ground_truth.json has; null: all
+
+
+@config
+class MmluTask(ExamFile):
+    """The medical part of MMLU, in the schema of cais/mmlu."""
+
+    type: Literal["mmlu"] = "mmlu"
+    subjects: tuple[str, ...] = MEDICAL_SUBJECTS  # to take from the file
+
+
+@config
+class Gsm8kTask(ExamFile):
+    """Grade-school arithmetic with a numeric answer, in the schema of openai/gsm8k."""
+
+    type: Literal["gsm8k"] = "gsm8k"
+
+
+@config
+class HumanevalTask(ExamFile):
+    """Python functions to complete, in the schema of openai/openai_humaneval. The programs that a model writes are run."""
+
+    type: Literal["humaneval"] = "humaneval"
+
+
+@config
+class HellaswagTask(ExamFile):
+    """Stories to end, in the schema of Rowan/hellaswag."""
+
+    type: Literal["hellaswag"] = "hellaswag"
+
+
+@config
+class TriviaqaTask(ExamFile):
+    """Trivia whose answer has several spellings, in the schema of mandarjoshi/trivia_qa."""
+
+    type: Literal["trivia_qa"] = "trivia_qa"
+
+
+@config
+class QuestionsTask(ExamFile):
+    """Questions of one's own: with options of which the answer names one, or with an answer that is a text or number."""
+
+    type: Literal["questions"] = "questions"
+    question_field: str = "question"  # the column with the question
+    options_field: str = "options"  # the column with a list of texts, or texts by letter; questions without it have none
+    answer_field: str = "answer"  # the column with a letter, the text or the number of an option; or a text, or several
+    first_option: Literal[0, 1] = 0  # the number of the first option, where answers are numbers
+
+
+ExamInFile = (
+    MedqaTask | MedmcqaTask | PubmedqaTask | MmluTask | Gsm8kTask | HumanevalTask | HellaswagTask | TriviaqaTask | QuestionsTask
+)
