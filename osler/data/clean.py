@@ -76,10 +76,8 @@ class Cleaner:
         """Return what decides the outcome: the rules, the config, and the content of the files of exams."""
         exams = [
             {
-                "type": exam.task.type,
-                "split": exam.task.split,
-                "limit": exam.task.limit,
-                "content": fingerprint(
+                **encode(exam.task),
+                "path": fingerprint(
                     [sha256_file(file.path) if isinstance(file, LocalFile) else file.stamp for file in exam.files]
                 ),
             }

@@ -23,6 +23,8 @@ from osler.config.schema import (
 from osler.data.mixture import Mixture
 from osler.tasks.config import ExamInFile
 
+FIRST_SHARD_TOKENS = 1 << 17  # each of the next shards may be twice as large, so that a run on data to come begins soon
+VALIDATION_TOKENS = 1 << 20  # of a validation set are kept, and one more document at most: no evaluation reads more
 HUB = "the hub"  # where a source lies that has no local files
 HoldoutFraction = Annotated[float, Ge(0), Lt(1)]
 
@@ -32,7 +34,7 @@ class HubExam:
     """An exam that Osler knows by name, in the split that models are examined with; from the hub, or from local files."""
 
     type: Literal["hub"] = "hub"
-    name: str  # medqa, medmcqa, pubmedqa, gsm8k, humaneval, hellaswag or trivia_qa
+    name: str  # medqa, medmcqa, pubmedqa, mmlu, gsm8k, humaneval, hellaswag or trivia_qa
     revision: str = "main"  # a commit, branch or tag of the hub's repository
     path: str = ""  # a file or folder of the same schema, instead of the hub
     root: str = ""  # a folder that has such a folder for each exam by name; empty: the data's

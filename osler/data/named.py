@@ -22,7 +22,7 @@ from osler.files.hub import hub_files, snapshot
 from osler.files.parts import File, LocalFile, Part, Parts, find_local
 from osler.files.rows import Row, read_rows
 from osler.runtime.errors import UserError
-from osler.tasks.config import ExamFile, Gsm8kTask, MedmcqaTask, MedqaTask, PubmedqaTask
+from osler.tasks.config import MEDICAL_SUBJECTS, ExamFile, Gsm8kTask, MedmcqaTask, MedqaTask, MmluTask, PubmedqaTask
 from osler.tasks.exam_files import SCHEMAS, ExamRow
 from osler.tasks.item import render_answer, render_question
 from osler.tokenizer.chat import Turn
@@ -203,6 +203,10 @@ SOURCES: dict[str, NamedSource] = {
         ("pubid", "question", "context", "long_answer", "final_decision"), partial(exam, task=PubmedqaTask),
         "MIT; half of pqa_labeled is the official test", 150, subsets=("pqa_artificial", "pqa_labeled", "pqa_unlabeled"),
     ),
+    "mmlu": NamedSource(
+        "cais/mmlu", ("{subset}/{split}-*.parquet",), ("question", "subject", "choices", "answer"), partial(exam, task=MmluTask),
+        "MIT", 1, splits=("validation", "test"), subsets=("all", *MEDICAL_SUBJECTS),
+    ),
     "humaneval": NamedSource(
         "openai/openai_humaneval", ("openai_humaneval/{split}-*.parquet",), ("prompt", "canonical_solution"), programs, "MIT", 1,
         splits=("test",),
@@ -253,6 +257,7 @@ EXAMS = {
     "medqa": ("", "test"),
     "medmcqa": ("", "validation"),
     "pubmedqa": ("pqa_labeled", "train"),
+    "mmlu": ("all", "test"),
     "gsm8k": ("main", "test"),
     "humaneval": ("", "test"),
     "hellaswag": ("", "validation"),

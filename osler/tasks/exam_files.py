@@ -127,9 +127,9 @@ def read_exam(task: ExamFile, given: Iterable[Row]) -> list[ExamItem]:
     if isinstance(task, MedmcqaTask):
         rows = _labelled(task, rows)
     elif isinstance(task, MmluTask):
-        rows = _chosen(task, rows, "subject", task.subjects)
+        rows = _chosen(task, rows, "subject", task.subjects, all_needed=task.subjects != MmluTask.subjects)
     elif isinstance(task, PubmedqaTask) and task.ids:
-        rows = _chosen(task, rows, "pubid", list(map(str, read_json(task.ids))))
+        rows = _chosen(task, rows, "pubid", list(map(str, read_json(task.ids))), all_needed=True)
     items = list(map(schema.read, rows))
     if task.split == schema.split and len(items) != schema.size:
         whole = f"the {schema.split} split that models are examined with has {schema.size:,}"
@@ -304,11 +304,11 @@ SCHEMAS: dict[type[ExamFile], Schema] = {
 }  # fmt: skip
 
 
-def _chosen(task: ExamFile, rows: Sequence[ExamRow], field: str, wanted: Collection[str]) -> list[ExamRow]:
-    """Return the rows in which a field has one of the wanted values; raises UserError when a value is in no row."""
+def _chosen(task: ExamFile, rows: Sequence[ExamRow], field: str, wanted: Collection[str], *, all_needed: bool) -> list[ExamRow]:
+    """Return the rows in which a field has a wanted value; raises UserError when none has, or one that is needed is missing."""
     chosen = [row for row in rows if str(row.field(field, str, int)) in wanted]
     missing = sorted(set(wanted).difference(str(row.values[field]) for row in chosen))
-    if missing or not chosen:
+    if (missing and all_needed) or not chosen:
         found = ", ".join(sorted({str(row.values[field]) for row in rows})[:8])
         lacks = missing[0] if missing else "one of those that are asked for"
         raise UserError(f"{shown(task.path)} has no row whose '{field}' is {lacks}; it has {found}.")

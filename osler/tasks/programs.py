@@ -63,15 +63,15 @@ def complete(prompt: str, answer: str) -> str:
 
 
 @functools.lru_cache(maxsize=1024)  # the reward and the exam both ask
-def run_tests(program: str, tests: str) -> str:
+def run_tests(program: str, tests: str, cpu_seconds: int = CPU_SECONDS, wall_seconds: int = WALL_SECONDS) -> str:
     """Run a program and then its tests; return PASSED, TIMED_OUT, the name of an exception, or how else the process ended."""
-    given = json.dumps([program, tests]).encode()
+    given = json.dumps([program, tests, cpu_seconds, wall_seconds]).encode()
     kept = {name: os.environ[name] for name in ("LD_LIBRARY_PATH", "SYSTEMROOT") if name in os.environ}  # to start Python
     with tempfile.TemporaryDirectory(prefix="osler-program-", ignore_cleanup_errors=True) as folder:
         try:
             ended = subprocess.run(
                 [sys.executable, "-I", "-S", "-B", os.path.abspath(__file__)],
-                input=given, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd=folder, env=kept, timeout=WALL_SECONDS,
+                input=given, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd=folder, env=kept, timeout=wall_seconds,
                 start_new_session=True, check=False,
             )  # fmt: skip
         except subprocess.TimeoutExpired:
@@ -83,7 +83,7 @@ def run_tests(program: str, tests: str) -> str:
 
 def _serve() -> NoReturn:
     """Run what stdin has, and say on stdout how it ended; what the program itself prints goes nowhere."""
-    program, tests = json.load(sys.stdin)
+    program, tests, cpu_seconds, wall_seconds = json.load(sys.stdin)
     said, nowhere = os.dup(1), os.open(os.devnull, os.O_RDWR)
     for stream in (0, 1, 2):
         os.dup2(nowhere, stream)
@@ -92,7 +92,7 @@ def _serve() -> NoReturn:
         os.write(said, kind.__name__.encode())
 
     sys.excepthook = say
-    _limit()
+    _limit(cpu_seconds, wall_seconds)
     sys.addaudithook(_guard(os.path.realpath(os.getcwd())))
     namespace = {"__name__": "program"}
     exec(compile(program, "program", "exec"), namespace)
@@ -101,19 +101,20 @@ def _serve() -> NoReturn:
     os._exit(0)
 
 
-def _limit() -> None:
+def _limit(cpu_seconds: int, wall_seconds: int) -> None:
     try:
         import resource
     except ImportError:  # not on Windows
         return
-    signal.alarm(WALL_SECONDS)  # also where the parent is gone
-    limits = {"CPU": CPU_SECONDS, "AS": MEMORY_BYTES, "FSIZE": FILE_BYTES, "NOFILE": OPEN_FILES, "NPROC": 0, "CORE": 0}
+    signal.alarm(wall_seconds)  # also where the parent is gone
+    limits = {"CPU": cpu_seconds, "AS": MEMORY_BYTES, "FSIZE": FILE_BYTES, "NOFILE": OPEN_FILES, "NPROC": 0, "CORE": 0}
     for name, limit in limits.items():
         if (kind := getattr(resource, f"RLIMIT_{name}", None)) is not None:
+            most = limit + (name == "CPU")  # at the limit a signal says so, and a second later the process is killed
             hard = resource.getrlimit(kind)[1]
-            least = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
+            hard = most if hard == resource.RLIM_INFINITY else min(most, hard)
             try:
-                resource.setrlimit(kind, (least, least))
+                resource.setrlimit(kind, (min(limit, hard), hard))
             except (ValueError, OSError):  # macOS refuses some
                 continue
 

@@ -343,6 +343,7 @@ ROWS = {
         "pubid": 7, "question": "Does it help?", "context": {"contexts": [QUESTION]}, "long_answer": "It does.",
         "final_decision": "yes",
     },
+    "mmlu": {"question": QUESTION, "subject": "anatomy", "choices": ["x", "y"], "answer": 0},
     "gsm8k": {"question": QUESTION, "answer": "It is so. #### 7"},
     "humaneval": {
         "task_id": "HumanEval/1", "prompt": QUESTION, "canonical_solution": "return 1", "test": "x", "entry_point": "f",

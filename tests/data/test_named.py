@@ -66,6 +66,10 @@ ROWS = {
         },
         ("We gave it.\nIron? yes (A) no (B) maybe (C)", "It helps.", "yes (A)"),
     ),
+    "mmlu": (
+        {"question": "Metal?", "subject": "anatomy", "choices": ["Iron", "Salt"], "answer": 0},
+        ("Metal? Iron (A) Salt (B)", "Iron (A)"),
+    ),
     "humaneval": (
         {"task_id": "T/0", "prompt": "def f():\n", "canonical_solution": "    return 1\n", "test": "", "entry_point": "f"},
         "def f():\n    return 1\n",

@@ -136,7 +136,8 @@ def test_a_preflight_changes_nothing_in_the_run_and_is_not_made_again(grpo, tmp_
         ({"algorithm": {"clip": {"low": 0.0}}}, "clip.low"),
         ({"tasks": []}, "tasks need at least one"),
         ({"tasks": [{}, {}]}, "its own name"),
-        ({"tasks": [{"rewards": {"corect": 1.0}}]}, "corect"),
+        ({"tasks": [{"rewards": {"corect": 1.0}}]}, "corect.*MODULE:FUNCTION"),
+        ({"tasks": [{"rewards": {"correct": 1.0, "own:correct": 1.0}}]}, "two functions have one name"),
     ],
 )
 def test_mistakes_are_refused_by_name(changes, message):

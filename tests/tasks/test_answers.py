@@ -31,6 +31,7 @@ NOT_READ = [
     "", "   ", "aspirin", "Bacteria", "A fever",  # a letter inside a word, or an article
     "E", "(E)", "amoxicillin (E)", "Answer: E",  # no such option
     "not (A)", "not amoxicillin", "The answer is not B", "It isn't (B)", "anything but (B)", "all except (B)", "rule out (B)",
+    "not (A), but (C)", "not A, but C", "Not B but C",
     "Neither A nor (B)", "A or (B)", "X or Y (B)", "(A) or (B)", "amoxicillin or penicillin", "both (B)", "A, B", "A B C D",
     "(A) (B) (C) (D)", "B and C", "B/C", "Options B", "penicillin (A) amoxicillin (B)", "penicillin amoxicillin (B)",
     "penicillin (B)", "B. penicillin", "The answer is penicillin (B)",  # the text of one, the letter of another
@@ -145,6 +146,20 @@ def test_the_taught_form_is_always_read_back(options: list[str], data: st.DataOb
     read = read_choice(render_answer(replace(ITEM, options=tuple(options), answer_index=index)), options)
     # None only where an option's own text is another option's rendering
     assert read == index or (read is None and any("(" in option for option in options))
+
+
+@pytest.mark.parametrize(
+    ("text", "right", "readable"),
+    [
+        ("Bulb onion", True, True), ("the BULB-onion.", True, True), ("An onion", True, True), ("**Onion**", True, True),
+        ("Onion!", True, True), ("onions", False, True), ("It is an onion", False, True), ("onion, bulb onion", False, True),
+        ("", False, False), (" . ", False, False), ("the", False, False),
+    ],
+)  # fmt: skip
+def test_a_text_with_several_spellings_is_compared_as_trivia_is(text: str, right: bool, readable: bool) -> None:
+    item = ExamItem(id="t1", question="?", options=(), answer_index=-1, answer="Onion", aliases=("Onion", "Bulb onion", "The"))
+    reading = read_answer(item, Completion(thinking="", answer=text, finished=True, well_formed=True))
+    assert (reading.right, reading.readable) == (right, readable)
 
 
 def test_hostile_text_ends_at_once() -> None:

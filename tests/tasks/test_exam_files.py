@@ -15,9 +15,11 @@ import pytest
 from osler.clinic.exam import exam
 from osler.config.schema import decode
 from osler.runtime.errors import UserError
-from osler.tasks.answers import read_choice, read_number
-from osler.tasks.item import ExamItem, permute, render_answer, render_question, shared_questions
+from osler.tasks.answers import read_answer, read_choice, read_number
+from osler.tasks.item import ExamItem, permute, render_answer, render_plain, render_question, shared_questions, spelling
+from osler.tasks.programs import PASSED, complete, run_tests
 from osler.tasks.registry import ClinicTask, TaskConfig, load_clinic, load_task
+from osler.tokenizer.chat import Completion
 
 FindShared = Callable[[str], Path]
 OPTIONS = {"A": "one", "B": "two", "C": "x", "D": "y"}
@@ -32,6 +34,17 @@ ROWS: dict[str, dict[str, Any]] = {
         "final_decision": "no",
     },
     "gsm8k": {"question": "6 x 7?", "answer": "6 x 7 = <<6*7=42>>42 apples.\n#### 42"},
+    "mmlu": {"question": "Which?", "subject": "anatomy", "choices": ["one", "two", "x", "y"], "answer": 1},
+    "humaneval": {
+        "task_id": "HumanEval/0", "prompt": "def f():\n    \"\"\"One.\"\"\"\n", "canonical_solution": "    return 1\n",
+        "test": "def check(f):\n    assert f() == 1", "entry_point": "f",
+    },
+    "hellaswag": {
+        "activity_label": "Baking bread", "ctx_a": "[header] How to bake [title] Mix  it. A man", "ctx_b": "then",
+        "endings": ["flies. [step] Away.", "bakes."], "label": "1",
+    },
+    "trivia_qa": {"question": "Which?", "question_id": "q_1", "answer": {"value": "The Onion", "aliases": ["Bulb onion"]}},
+    "questions": {"question": "Which?", "options": ["one", "two"], "answer": "B"},
 }  # fmt: skip
 
 
@@ -76,6 +89,20 @@ def test_real_exams_load_whole_and_every_answer_is_read_back_in_any_order(name: 
         assert first.id == "pubmedqa-10808977" and all(item.context and item.thinking for item in items)
 
 
+def test_real_trivia_and_programs_load_whole_and_every_spelling_is_right(shared_data: FindShared) -> None:
+    trivia, programs = load("trivia_qa", shared_data("exams/triviaqa-3000.jsonl")), shared_data("exams/humaneval.jsonl.gz")
+    assert len(trivia) == 3000
+    for item in trivia:
+        for said in item.aliases:
+            shown = Completion(thinking="", answer=f"The {said}!", finished=True, well_formed=True)
+            assert read_answer(item, shown).right or not spelling(said)
+    items = load("humaneval", programs, split="test")
+    assert len(items) == 164 and all("\ndef " in f"\n{item.question}" for item in items)
+    for item in items[::41]:
+        own, empty = (run_tests(complete(item.question, text), item.tests) for text in (item.answer, "pass"))
+        assert own == PASSED != empty
+
+
 def test_real_gsm8k_loads_whole(shared_data: FindShared) -> None:
     items = load("gsm8k", shared_data("exams/gsm8k-train.jsonl"))
     assert len(items) == len({item.id for item in items}) == 7473
@@ -88,16 +115,17 @@ def test_real_gsm8k_loads_whole(shared_data: FindShared) -> None:
 @pytest.mark.parametrize("name", ROWS)
 def test_plain_gzipped_and_parquet_files_give_the_same_items(name: str, tmp_path: Path) -> None:
     row = ROWS[name]
-    plain = lines(tmp_path / "exam.jsonl", row, row | {"question": "Another?", "id": "m2"})
+    plain = lines(tmp_path / "exam.jsonl", row, row | dict.fromkeys({"question", "prompt", "ctx_b"} & set(row), "Another?"))
     (tmp_path / "exam.jsonl.gz").write_bytes(gzip.compress(plain.read_bytes()))
     pq.write_table(pa.Table.from_pylist([json.loads(line) for line in plain.read_text().splitlines()]), tmp_path / "e.parquet")
     items = load(name, plain, split="s")
-    assert [item.question for item in items] == [row["question"], "Another?"] and items[0].split == "s"
+    assert "nother?" in items[1].question and "nother?" not in items[0].question and items[0].split == "s"
     assert load(name, tmp_path / "exam.jsonl.gz", split="s") == load(name, tmp_path / "e.parquet", split="s") == items
     assert load(name, plain, split="s", limit=1) == items[:1]
 
 
-NEEDED = [(name, field) for name, row in ROWS.items() for field in row if field not in ("exp", "subject_name")]
+OPTIONAL = {("medmcqa", "exp"), ("medmcqa", "subject_name"), ("questions", "options")}
+NEEDED = [(name, field) for name, row in ROWS.items() for field in row if (name, field) not in OPTIONAL]
 
 
 @pytest.mark.parametrize(("name", "field"), NEEDED)
@@ -116,7 +144,11 @@ def test_a_missing_field_is_named_with_file_and_line(name: str, field: str, tmp_
         ("medqa", {"answer": "one"}, "another option"),
         ("medqa", {"options": {"A": "one", "C": "x"}}, "without a gap"),
         ("medqa", {"options": {"A": "one", "B": None, "C": "x"}}, "not A, C; without a text: B"),
-        ("medqa", {"options": ["one", "two"]}, "must be an object"),
+        ("medqa", {"options": "one, two"}, "must be an object or a list"),
+        ("medqa", {"options": {"A": "one"}}, "has 1 options; it needs 2 to 26"),
+        ("medqa", {"options": [f"text {number}" for number in range(27)]}, "has 27 options; it needs 2 to 26"),
+        ("medqa", {"options": {**OPTIONS, "note": "z"}}, "without a gap, not A, B, C, D, note"),
+        ("medqa", {"options": {**OPTIONS, "C": " "}}, "option C in 'options' must be a text that is not empty"),
         ("medqa", {"question": " "}, "'question' is empty"),
         ("medmcqa", {"cop": "2"}, "'cop' must be a whole number"),
         ("medmcqa", {"cop": 5}, "'cop' is 5"),
@@ -125,6 +157,20 @@ def test_a_missing_field_is_named_with_file_and_line(name: str, field: str, tmp_
         ("pubmedqa", {"context": {"contexts": []}}, "list of texts"),
         *(("gsm8k", {"answer": answer}, "must end in '#### '") for answer in ("is 42", "#### NaN", "#### 1_000", "#### 1,08")),
         ("gsm8k", {"answer": None}, "must be text"),
+        ("mmlu", {"answer": 4}, "'answer' is 4, which is none of the 4 options, counted from 0"),
+        ("mmlu", {"answer": "B"}, "must be a whole number"),
+        ("mmlu", {"choices": ["one"]}, "has 1 options"),
+        ("humaneval", {"test": ""}, "'test' is empty"),
+        ("hellaswag", {"label": ""}, "'label' must be the number of one of the 2 'endings'"),
+        ("hellaswag", {"label": "2"}, "'label' must be the number"),
+        ("trivia_qa", {"answer": {"value": "Onion"}}, "'answer.aliases' is missing"),
+        ("questions", {"options": ["one", " one."]}, "two options in 'options' have the same text"),
+        ("questions", {"options": ["one", 2]}, "option 1 in 'options' must be a text"),
+        ("questions", {"answer": "C"}, "'answer' is 'C', which names none of the 2 options; give the text of one, a letter"),
+        ("questions", {"answer": 2}, "'answer' is 2, which names none"),
+        ("questions", {"options": ["B", "one"]}, "names more than one"),
+        ("questions", {"options": None, "answer": []}, "'answer' is empty"),
+        ("questions", {"options": None, "choices": ["one", "two"]}, "the answer is B, .* set options_field=choices?"),
     ],
 )
 def test_a_wrong_value_is_refused(name: str, change: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -149,8 +195,72 @@ def test_an_exam_may_be_a_folder_and_have_five_options(tmp_path: Path, capsys: p
     lines(tmp_path / "a.jsonl", five)
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(json.dumps(ROWS["medqa"]).encode()))
     (tmp_path / "notes.csv").write_text("x")
-    assert [item.answer_index for item in load("medqa", tmp_path)] == [4, 1]
+    keyed = [{"key": letter, "value": text} for letter, text in five["options"].items()]  # another file of five options has these
+    lines(tmp_path / "c.jsonl", five | {"options": keyed})
+    items = load("medqa", tmp_path)
+    assert [item.answer_index for item in items] == [4, 1, 4] and items[0] == items[2]
     assert f"{tmp_path}: left out: 1 .csv." in capsys.readouterr().err
+
+
+def test_what_the_rows_of_other_exams_become(tmp_path: Path) -> None:
+    read = {name: load(name, lines(tmp_path / f"{name}.jsonl", ROWS[name]))[0] for name in ROWS}
+    mmlu, story, trivia, program = (read[name] for name in ("mmlu", "hellaswag", "trivia_qa", "humaneval"))
+    assert (mmlu.options[mmlu.answer_index], mmlu.group) == ("two", "anatomy")
+    assert render_plain(story) == "Baking bread: How to bake. Mix it. A man Then" and story.options == ("flies. Away.", "bakes.")
+    assert render_question(story) == f"{render_plain(story)} flies. Away. (A) bakes. (B)" and story.answer_index == 1
+    assert render_plain(mmlu) == "Question: Which?\nAnswer:"
+    assert (trivia.answer, trivia.aliases) == ("The Onion", ("The Onion", "Bulb onion"))
+    assert program.question.startswith("def f") and program.tests.endswith("== 1\n\ncheck(f)\n")
+
+
+@pytest.mark.parametrize(
+    ("row", "settings", "answer"),
+    [
+        ({"options": ["one", "two"], "answer": "two."}, {}, "two (B)"),
+        ({"options": {"A": "one", "B": "two"}, "answer": "B"}, {}, "two (B)"),
+        ({"options": ["one", "two"], "answer": 1}, {}, "two (B)"),
+        ({"options": ["one", "two"], "answer": 1}, {"first_option": 1}, "one (A)"),
+        ({"options": ["3", "2", "1"], "answer": "1"}, {}, "1 (C)"),
+        ({"choices": ["one", "two"], "q": {"right": "A"}}, {"options_field": "choices", "answer_field": "q.right"}, "one (A)"),
+        ({"answer": "about half"}, {}, "about half"),
+        ({"answer": 0.5, "options": None}, {}, "0.5"),
+        ({"answer": ["gout", "podagra"]}, {}, "gout"),
+    ],
+)
+def test_questions_of_ones_own(row: dict[str, Any], settings: dict[str, Any], answer: str, tmp_path: Path) -> None:
+    [item] = load("questions", lines(tmp_path / "own.jsonl", {"question": "Which?", **row}), **settings)
+    assert render_answer(item) == answer and item.aliases == (("gout", "podagra") if answer == "gout" else ())
+
+
+def test_a_limit_takes_the_first_questions_or_draws_them_by_a_seed(tmp_path: Path) -> None:
+    path = lines(tmp_path / "e.jsonl", *(ROWS["gsm8k"] | {"question": f"{number} x 7?"} for number in range(40)))
+    items = load("gsm8k", path)
+    assert load("gsm8k", path, limit=5) == items[:5] and load("gsm8k", path, limit=50, seed=1) == items
+    five, ten, other = (load("gsm8k", path, limit=limit, seed=seed) for limit, seed in ((5, 1), (10, 1), (5, 2)))
+    assert [item for item in items if item in ten] == ten and all(item in ten for item in five) and five != other
+    assert five not in (items[:5], items[-5:]) and len(five) == 5
+
+
+def test_only_what_is_asked_for_is_taken_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    subjects = ["anatomy", "astronomy", "anatomy"]
+    path = lines(tmp_path / "mmlu.jsonl", *(ROWS["mmlu"] | {"subject": subject} for subject in subjects))
+    assert len(load("mmlu", path, split="test")) == 2
+    said = capsys.readouterr().err
+    assert "1 of 3 rows have another subject" in said and "has 2 questions of mmlu; the test split that models" in said
+    with pytest.raises(UserError, match="no row whose 'subject' is genetics; it has anatomy, astronomy"):
+        load("mmlu", path, subjects=["anatomy", "genetics"])
+    ids, papers = tmp_path / "ids.json", lines(tmp_path / "p.jsonl", *(ROWS["pubmedqa"] | {"pubid": pubid} for pubid in (7, 8)))
+    ids.write_text('{"8": "no"}')
+    assert [item.id for item in load("pubmedqa", papers, ids=str(ids))] == ["pubmedqa-8"]
+    ids.write_text("[]")
+    with pytest.raises(UserError, match="no row whose 'pubid' is one of those that are asked for; it has 7, 8"):
+        load("pubmedqa", papers, ids=str(ids))
+
+
+def test_an_exam_that_prints_an_option_twice_loads_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = lines(tmp_path / "twice.jsonl", ROWS["medqa"], ROWS["medqa"] | {"options": {**OPTIONS, "D": "one"}})
+    assert len(load("medqa", path)) == 2
+    assert "1 questions print an option twice, first" in (said := capsys.readouterr().err) and "twice.jsonl:2" in said
 
 
 @pytest.mark.parametrize(

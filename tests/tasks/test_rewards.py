@@ -1,9 +1,12 @@
 """Rewards: what earns, what does not, and that form never pays by itself."""
 
+from pathlib import Path
+
 import pytest
 
+from osler.runtime.errors import UserError
 from osler.tasks.item import ExamItem
-from osler.tasks.rewards import MAX_THINKING_CHARS, REWARDS
+from osler.tasks.rewards import MAX_THINKING_CHARS, REWARDS, label_of, reward_of
 from osler.tokenizer.chat import Completion
 
 ITEM = ExamItem(id="r", question="?", options=("penicillin", "amoxicillin"), answer_index=1)
@@ -51,3 +54,73 @@ def test_what_is_too_long_earns_less_at_once() -> None:
     assert REWARDS["brief_correct"](ITEM, thoughtful) == 0 and REWARDS["correct"](ITEM, thoughtful) == 1
     assert all(reward(ITEM, written("(A) " * 200_000 + "(B)")) == 0 for reward in REWARDS.values())
     assert REWARDS["correct"](NUMBER, written("72 " * 200_000)) == 0
+
+
+# -- a function of one's own ---------------------------------------------------------------------------------------------
+
+OWN = """
+import os, time
+import numpy as np
+print("a message is no answer")
+
+def brief(item, completion):
+    print(item.id)
+    return np.float32(1 / (1 + len(completion.thinking)))
+
+def known(item, completion): return item.options[item.answer_index] == "amoxicillin"
+def raises(item, completion): raise ValueError("no such thing")
+def hangs(item, completion):
+    while True:
+        try:
+            time.sleep(60)
+        except BaseException:
+            pass
+def dies(item, completion): os._exit(3)
+def nan(item, completion): return float("nan")
+def text(item, completion): return "1"
+def nothing(item, completion): pass
+"""
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    (tmp_path / "own_rewards.py").write_text(OWN)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return str(tmp_path / "own_rewards.py")
+
+
+def test_a_function_of_ones_own_is_named_by_its_file_or_its_module(own: str) -> None:
+    assert reward_of(f"{own}:brief", 60)(ITEM, written(thinking="x" * 9)) == pytest.approx(0.1)
+    known = reward_of("own_rewards:known", 60)
+    assert [known(ITEM, written()), known(ITEM, written("x"))] == [1, 1]
+    assert reward_of("correct", 60) is REWARDS["correct"] and label_of(f"{own}:brief") == "brief"
+
+
+@pytest.mark.parametrize(
+    ("name", "seconds", "told"),
+    [
+        ("raises", 60, r"raised ValueError \(no such thing\)"),
+        ("hangs", 0.2, "took more than 0.2 s"),
+        ("dies", 60, "ended its process with exit code 3"),
+        ("nan", 60, "returned nan, which is no finite number,"),
+        ("text", 60, "returned '1', which is no finite number,"),
+        ("nothing", 60, "returned None, which is no finite number,"),
+    ],
+)
+def test_what_is_wrong_with_a_function_is_said_with_the_item(own: str, name: str, seconds: float, told: str) -> None:
+    reward = reward_of(f"{own}:{name}", seconds)
+    with pytest.raises(UserError, match=rf"own_rewards.py:{name} {told} for an answer to item r: 'amoxicillin \(B\)'"):
+        reward(ITEM, written())
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("no_such_module:reward", "ModuleNotFoundError: No module named 'no_such_module'"),
+        ("own_rewards:absent", "has no attribute 'absent'"),
+        ("nowhere/own.py:brief", "FileNotFoundError"),
+    ],
+)
+def test_a_function_that_is_not_there_is_refused_at_the_start(own: str, name: str, told: str) -> None:
+    with pytest.raises(UserError, match=f"rewards: {name}: .*{told}"):
+        reward_of(name, 60)
