@@ -17,6 +17,7 @@ from osler.data.shard_set import ShardSet, open_split
 from osler.data.shards import SPLITS, TOKENIZER, VALIDATION_PREFIX, read_data_manifest
 from osler.data.sources import at_known_commits, open_corpora, prepare_sources, train_tokenizer
 from osler.data.tokenise import encode
+from osler.runtime import format as fmt
 from osler.runtime.errors import UserError
 from osler.runtime.files import write_atomic
 from osler.tokenizer.bpe import Tokenizer
@@ -199,11 +200,8 @@ def print_splits(folder: str) -> None:
     manifest = read_data_manifest(folder)
     unfinished = "" if manifest["complete"] else "; unfinished"
     print(f"tokenizer {manifest['tokenizer_fingerprint']}, vocabulary {manifest['vocab_size']:,}{unfinished}")
-    splits = dict(_splits(folder))
-    width = max([12, *(2 + len(title) for title in splits)])
-    print(f"{'split':<{width}}{'documents':>12}{'tokens':>16}{'learned':>16}{'bytes':>16}{'bytes/token':>13}")
-    for title, shards in splits.items():
-        print(
-            f"{title:<{width}}{shards.num_documents:>12,}{shards.num_tokens:>16,}{shards.num_loss_tokens:>16,}"
-            f"{shards.num_bytes:>16,}{shards.num_bytes / max(1, shards.num_tokens):>13.2f}"
-        )
+    rows = [["split", "documents", "tokens", "learned", "bytes", "bytes/token"]]
+    for title, shards in _splits(folder):
+        counts = (shards.num_documents, shards.num_tokens, shards.num_loss_tokens, shards.num_bytes)
+        rows.append([title, *(f"{count:,}" for count in counts), f"{shards.num_bytes / max(1, shards.num_tokens):.2f}"])
+    print(fmt.table(rows))

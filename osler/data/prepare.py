@@ -73,7 +73,7 @@ def prepare(
     try:
         out.mkdir(parents=True, exist_ok=True)
         with locked(out, None):
-            manifest = _begun(out, wanted, corpora, validation, consent) or wanted
+            manifest = _begun(out, wanted, corpora, validation, consent)
             if manifest["complete"]:
                 return open_folder(out)
             sets, sources = streams_of(out, manifest, corpora, validation)
@@ -98,15 +98,15 @@ def prepare(
 
 def _begun(
     out: Path, wanted: dict[str, Any], corpora: Mapping[str, Corpus], validation: Mapping[str, Corpus], consent: str | None
-) -> dict[str, Any] | None:
-    """Return the manifest of `out` where it holds these data, or some of them; after None it holds nothing.
+) -> dict[str, Any]:
+    """Return the manifest of `out` where it holds these data, or some of them; or `wanted`, and then it holds nothing.
 
     Names stay as they are there, because folders have them; weights, places and times of files become those of `wanted`.
     """
     if not (out / DATA_MANIFEST).is_file():
         if any(not entry.name.startswith(f".{DATA_MANIFEST}.") for entry in out.iterdir()):
             raise UserError(f"{out} exists but is not a folder of prepared data; give another folder or remove it.")
-        return None
+        return wanted
     found = read_data_manifest(out)
     what, difference = difference_of(found, wanted)
     if not difference:
@@ -126,7 +126,7 @@ def _begun(
         _set_aside(out, found)
     else:
         raise other_data(out, what, difference, consent, is_finished=found["complete"])
-    return None
+    return wanted
 
 
 def _has_shards(out: Path) -> bool:

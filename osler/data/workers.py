@@ -30,6 +30,10 @@ from osler.tokenizer.bpe import Tokenizer
 AHEAD = 4  # parts per process that are at work or finished and not taken
 PIECES = 16  # of a part that wait to be taken: all there are, unless it is a large compressed file
 HEADER_BYTES = 8
+FEWER = (
+    "The same command goes on from what is written. Fewer processes need less memory: `osler data prepare` has --workers for "
+    "that, and a run with data.type=prepared trains on its shards."
+)
 MOST_PROCESSES = 16
 WORTHWHILE_BYTES = 1 << 25  # of files: less is tokenised faster than processes start
 
@@ -102,13 +106,16 @@ class _Worker(threading.Thread):
     def __init__(self, setup: bytes, todo: queue.SimpleQueue[_Work | None]) -> None:
         super().__init__(daemon=True, name="tokenise")
         one_core = {name: "1" for name in ("RAYON_NUM_THREADS", "OMP_NUM_THREADS")}
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "osler.data.workers"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env={**os.environ, **one_core, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-            start_new_session=True,  # only this process handles Ctrl-C
-        )
+        try:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "osler.data.workers"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                env={**os.environ, **one_core, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+                start_new_session=True,  # only this process handles Ctrl-C
+            )
+        except OSError as error:
+            raise UserError(f"A process that prepares the data could not be started: {error.strerror}. {FEWER}") from error
         self._setup, self._todo = setup, todo
         self.start()
 
@@ -147,11 +154,7 @@ def _exactly(pipe: IO[bytes], size: int) -> bytes:
 def _death(code: int) -> Exception:
     """Return the error that says how a process ended."""
     if code == -9:
-        return UserError(
-            "A process that prepares the data was killed, most often for want of memory. The same command goes on from what is "
-            "written. Fewer processes need less memory: `osler data prepare` has --workers for that, and a run with "
-            "data.type=prepared trains on its shards."
-        )
+        return UserError(f"A process that prepares the data was killed, most often for want of memory. {FEWER}")
     return RuntimeError(f"A process that prepares the data ended with exit code {code}; what it said is above.")
 
 

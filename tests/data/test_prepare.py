@@ -421,40 +421,38 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, notes: Path, tokeni
         prepare_sources({"a": corpus}, tokenizer, tmp_path / "out", processes=processes)
 
 
-def test_what_a_process_sends_and_nobody_can_read_is_an_error(
-    tmp_path: Path, notes: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It neither hangs nor leaves a process or a thread."""
-
-    def load(data: bytes) -> None:
-        raise AttributeError("there is no such class here")
-
-    monkeypatch.setattr("osler.data.workers.pickle.loads", load)
-    started = []
-    popen = subprocess.Popen
-    monkeypatch.setattr(subprocess, "Popen", lambda *given, **named: started.append(popen(*given, **named)) or started[-1])
-    with pytest.raises(AttributeError, match="no such class"):
-        prepare_sources({"a": rows_corpus(notes)}, tokenizer, tmp_path / "out", processes=2)
-    assert len(started) == 2 and all(process.returncode is not None for process in started)
-    assert not any(thread.name == "tokenise" for thread in threading.enumerate())
-
-
-def test_processes_are_ended_when_one_cannot_be_started(
-    tmp_path: Path, notes: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    started: list[subprocess.Popen[bytes]] = []
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[subprocess.Popen[bytes]]:
+    """The processes that a preparation starts; no more than two can be."""
+    processes: list[subprocess.Popen[bytes]] = []
     popen = subprocess.Popen
 
     def start(*given: Any, **named: Any) -> subprocess.Popen[bytes]:
-        if started:
+        if len(processes) == 2:
             raise OSError(errno.EAGAIN, "no more processes")
-        started.append(popen(*given, **named))
-        return started[-1]
+        processes.append(popen(*given, **named))
+        return processes[-1]
 
     monkeypatch.setattr(subprocess, "Popen", start)
-    with pytest.raises(UserError, match="no more processes"):
-        prepare_sources({"a": rows_corpus(notes)}, tokenizer, tmp_path / "out", processes=2)
-    assert started[0].returncode == -signal.SIGKILL
+    return processes
+
+
+@pytest.mark.parametrize("case", ["what they send cannot be read", "a third one cannot be started"])
+def test_after_an_error_no_process_and_no_thread_is_left(
+    tmp_path: Path,
+    notes: Path,
+    tokenizer: Tokenizer,
+    monkeypatch: pytest.MonkeyPatch,
+    started: list[subprocess.Popen[bytes]],
+    case: str,
+) -> None:
+    count, expected = (2, AttributeError) if case.startswith("what") else (3, UserError)
+    if expected is AttributeError:
+        monkeypatch.setattr("osler.data.workers.pickle.loads", lambda data: data.no_such_class)
+    with pytest.raises(expected, match=r"no_such_class|could not be started: no more processes.*--workers"):
+        prepare_sources({"a": rows_corpus(notes)}, tokenizer, tmp_path / "out", processes=count)
+    assert [process.returncode for process in started] == [-signal.SIGKILL] * 2
+    assert not any(thread.name == "tokenise" for thread in threading.enumerate())
 
 
 def test_a_process_whose_parent_is_gone_says_nothing() -> None:
