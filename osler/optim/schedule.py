@@ -13,7 +13,7 @@ class ConstantConfig:
     """Warm-up, then a constant learning rate."""
 
     type: Literal["constant"] = "constant"
-    warmup_tokens: NonNegativeInt | None = None  # tokens over which the learning rate rises from 0; null: a 25th of all
+    warmup_tokens: NonNegativeInt | None = 0  # tokens over which the learning rate rises from 0; null: a 25th of all
 
 
 @config
@@ -21,7 +21,7 @@ class CosineConfig:
     """Warm-up, then half a cosine down to ``final_fraction`` of the learning rate."""
 
     type: Literal["cosine"] = "cosine"
-    warmup_tokens: NonNegativeInt | None = None  # tokens over which the learning rate rises from 0; null: a 25th of all
+    warmup_tokens: NonNegativeInt | None = 0  # tokens over which the learning rate rises from 0; null: a 25th of all
     final_fraction: Fraction = 0.1  # of the peak learning rate, reached at the end
 
 
@@ -30,7 +30,7 @@ class LinearConfig:
     """Warm-up, then a straight line down to ``final_fraction`` of the learning rate."""
 
     type: Literal["linear"] = "linear"
-    warmup_tokens: NonNegativeInt | None = None  # tokens over which the learning rate rises from 0; null: a 25th of all
+    warmup_tokens: NonNegativeInt | None = 0  # tokens over which the learning rate rises from 0; null: a 25th of all
     final_fraction: Fraction = 0.0  # of the peak learning rate, reached at the end
 
 
@@ -39,7 +39,7 @@ class WarmupStableDecayConfig:
     """Warm-up, a plateau, then a straight line down over the last ``decay_fraction`` of the tokens (arXiv 2404.06395)."""
 
     type: Literal["warmup_stable_decay"] = "warmup_stable_decay"
-    warmup_tokens: NonNegativeInt | None = None  # tokens over which the learning rate rises from 0; null: a 25th of all
+    warmup_tokens: NonNegativeInt | None = 0  # tokens over which the learning rate rises from 0; null: a 25th of all
     decay_fraction: Annotated[float, Gt(0), Le(1)] = 0.3  # share of all tokens over which the rate falls
     final_fraction: Fraction = 0.0  # of the peak learning rate, reached at the end
 

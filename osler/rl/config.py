@@ -165,7 +165,7 @@ class GrpoConfig(RunConfig):
     algorithm: AlgorithmConfig = AlgorithmConfig()
     optim: OptimConfig = AdamWConfig(lr=3e-5, weight_decay=0.0)  # lr far below that of pretraining: 1e-6 to 1e-4 for AdamW
     # counts the token budget of the rollouts: completions of a step times max_new_tokens
-    schedule: ScheduleConfig = ConstantConfig(warmup_tokens=0)
+    schedule: ScheduleConfig = ConstantConfig()
     micro_batch_tokens: PositiveInt = 16_384  # prompt and completion tokens per forward pass of one process, padding included
     rollout_rows: PositiveInt = 256  # completions sampled at once by one process; bounds the key/value cache
 

@@ -42,7 +42,7 @@ class RunConfig:
     # that run with it
     branch_from: str | None = None
     optim: OptimConfig = AdamWConfig()
-    schedule: ScheduleConfig = ConstantConfig(warmup_tokens=0)
+    schedule: ScheduleConfig = ConstantConfig()
     clip_norm: PositiveFloat = 1.0  # norm that the gradient is scaled down to when it is larger
     precision: str = "auto"
     recompute: Literal["off", "selective", "full"] = "off"  # activations computed again in the backward pass, to save memory

@@ -78,7 +78,7 @@ class TrainConfig(RunConfig):
     curriculum: tuple[CurriculumStage, ...] = ()  # stages of shorter rows and other batches; none: the same throughout
     total_tokens: PositiveInt = 8_192_000  # tokens to train on, repeats included
     max_minutes: PositiveFloat | None = None  # end by the clock if that comes before total_tokens; the schedule is fitted to it
-    schedule: ScheduleConfig = LinearConfig()
+    schedule: ScheduleConfig = LinearConfig(warmup_tokens=None)
     # bf16 computes in bf16 from fp32 weights, fp8 also multiplies in FP8; pure-bf16 keeps weights and moments in bf16 too;
     # auto: bf16 where it is faster than fp32 here
     precision: Literal["auto", "bf16", "fp32", "pure-bf16", "fp8"] = "auto"

@@ -66,7 +66,7 @@ def train(config: TrainConfig, folder: RunFolder, world: World | None = None) ->
     model, tokenizer, fill = setup.make_model(config, machine, checkpoint, processes=world.size)
     kept = folder.root / TOKENIZER_FILE
     tokenizer = world.broadcast_from_first(lambda: refuse_missing_bytes(setup.make_tokenizer(config, tokenizer, kept)))
-    setup.fit_vocabulary(model, tokenizer)
+    model.config = setup.fitted(model.config, tokenizer)
     engine = parallelize(
         model,
         config.parallel,

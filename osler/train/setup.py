@@ -199,25 +199,24 @@ def tokenizer_at_hand(config: TrainConfig) -> Tokenizer | None:
     return None if config.tokenizer.path is None else Tokenizer.load(config.tokenizer.path).with_specials()
 
 
-def fit_vocabulary(model: Transformer, tokenizer: Tokenizer) -> None:
-    """Let special tokens beyond the model's vocabulary take rows of its padding; raises UserError for a larger tokenizer."""
-    known, model.config = model.config.vocab_size, fitted(model.config, tokenizer)
-    if beyond := model.config.vocab_size - known:
-        logger.info(
-            f"{beyond} special tokens come after the {known:,} of the model: they take rows of its padding to "
-            f"{model.config.padded_vocab_size:,}, so it keeps its size."
-        )
-
-
 def fitted(model: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
-    """Return the config of a model with rows for all tokens of a tokenizer; raises UserError when its padding does not do."""
+    """Return the config of a model with rows for all tokens of a tokenizer.
+
+    Special tokens beyond the model's vocabulary take rows of its padding. Raises UserError for a larger tokenizer.
+    """
     beyond = range(model.vocab_size, tokenizer.vocab_size)
+    if not beyond:
+        return model
     if tokenizer.vocab_size > model.padded_vocab_size or not tokenizer.special_ids.issuperset(beyond):
         raise UserError(
             f"The tokenizer has {tokenizer.vocab_size:,} tokens, the model only {model.vocab_size:,}: set "
             f"model.vocab_size={tokenizer.vocab_size}."
         )
-    return replace(model, vocab_size=tokenizer.vocab_size) if beyond else model
+    logger.info(
+        f"{len(beyond)} special tokens come after the {model.vocab_size:,} of the model: they take rows of its padding to "
+        f"{model.padded_vocab_size:,}, so it keeps its size."
+    )
+    return replace(model, vocab_size=tokenizer.vocab_size)
 
 
 def check_lengths(config: TrainConfig, prepared: Prepared, max_seq_len: int) -> None:

@@ -35,8 +35,8 @@ from tests.models import tiny_model
     [
         (ConstantConfig(warmup_tokens=100), {0: 0.0, 50: 0.5, 100: 1.0, 1000: 1.0}),
         (LinearConfig(warmup_tokens=100), {50: 0.5, 100: 1.0, 550: 0.5, 1000: 0.0, 2000: 0.0}),
-        (LinearConfig(warmup_tokens=0, final_fraction=0.2), {0: 1.0, 500: 0.6, 1000: 0.2}),
-        (LinearConfig(), {10: 0.25, 40: 1.0, 520: 0.5, 1000: 0.0}),
+        (LinearConfig(final_fraction=0.2), {0: 1.0, 500: 0.6, 1000: 0.2}),
+        (LinearConfig(warmup_tokens=None), {10: 0.25, 40: 1.0, 520: 0.5, 1000: 0.0}),
         (CosineConfig(warmup_tokens=200, final_fraction=0.1), {100: 0.5, 200: 1.0, 600: 0.55, 1000: 0.1}),
         (WarmupStableDecayConfig(warmup_tokens=100, decay_fraction=0.4), {100: 1.0, 600: 1.0, 800: 0.5, 1000: 0.0}),
         (WarmupStableDecayConfig(warmup_tokens=700, decay_fraction=1.0), {350: 0.5, 700: 1.0, 850: 0.5, 1000: 0.0}),
