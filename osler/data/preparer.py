@@ -43,13 +43,7 @@ class Preparer:
     """The process that prepares data into a folder; raises UserError when it cannot begin."""
 
     def __init__(
-        self,
-        data: TextData,
-        tokenizer: Tokenizer,
-        folder: Path,
-        *,
-        consent: str | None,
-        validation: Sequence[AnySource] = (),
+        self, data: TextData, tokenizer: Tokenizer, folder: Path, *, consent: str | None, validation: Sequence[AnySource]
     ) -> None:
         self.folder = folder
         self.log = folder.with_name(f"{folder.name}.log")
@@ -63,10 +57,11 @@ class Preparer:
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
                 start_new_session=True,
             )
+        assert self.process.stdin is not None
+        self.pipe = self.process.stdin
         try:
-            assert self.process.stdin is not None
-            self.process.stdin.write(pickle.dumps((data, validation, tokenizer.to_bytes(), folder, consent)))
-            self.process.stdin.flush()
+            self.pipe.write(pickle.dumps((data, validation, tokenizer.to_bytes(), folder, consent)))
+            self.pipe.flush()
             # It writes a new manifest as soon as it knows that the folder holds a part of these data, or nothing.
             while identity_of(folder / DATA_MANIFEST) in (None, before) and self.process.poll() is None:
                 time.sleep(POLL_SECONDS)
@@ -92,9 +87,8 @@ class Preparer:
 
     def close(self) -> None:
         """End the process; the next one goes on where it was."""
-        assert self.process.stdin is not None
         try:
-            self.process.stdin.close()
+            self.pipe.close()
             self.process.wait(END_SECONDS)
         except (subprocess.TimeoutExpired, BrokenPipeError):
             self.process.kill()

@@ -117,10 +117,12 @@ class ShardSet:
 
         `verify` checks its bytes. Raises UserError when the folder or a file is missing, or a file has the wrong size.
         """
-        folder, manifest = Path(path) / source / split, read_data_manifest(path)
+        folder = Path(path) / source / split
+        growing = growing and not _is_split_finished(folder)  # asked first: a manifest that is read later knows of it
+        manifest = read_data_manifest(path)
         described = {name: manifest[name] for name in ("vocab_size", "tokenizer_fingerprint", "eos_id")}
-        shards = cls(folder, **described, growing=growing and not _is_split_finished(folder))
-        if shards.is_complete and shards.fingerprint != _entry(manifest, source)["splits"][split]["fingerprint"]:
+        shards = cls(folder, **described, growing=growing)
+        if not growing and shards.fingerprint != _entry(manifest, source)["splits"][split]["fingerprint"]:
             raise UserError(f"{shards.folder / INDEX} is not the one that the manifest describes; prepare the data again.")
         return shards
 

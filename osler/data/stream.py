@@ -73,12 +73,7 @@ def wait_together(attempt: Callable[[], T], world: World, who: str, tend: Callab
 
 
 def wait_for_batches(
-    loader: Loader,
-    steps: range,
-    world: World,
-    tend: Callable[[float], None] = untended,
-    *,
-    skipped_tokens: int = 0,
+    loader: Loader, steps: range, world: World, tend: Callable[[float], None] = untended, *, skipped_tokens: int = 0
 ) -> Generator[Batch, None, None]:
     """Yield the batches of a run from the first of its `steps` on; the ranks wait together for those that are not prepared yet.
 
@@ -134,16 +129,9 @@ class DiskBudget:
     """
 
     def __init__(
-        self,
-        folder: Path,
-        gigabytes: float,
-        loader: Loader,
-        checkpoints: Path,
-        *,
-        keep_last: int,
-        total_tokens: int,
+        self, folder: Path, gigabytes: float, loader: Loader, checkpoints: Path, *, keep_last: int, total_tokens: int,
         spare_tokens: int,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.folder, self.gigabytes, self.loader, self.checkpoints = folder, gigabytes, loader, checkpoints
         self.keep_last, self.steps, self.spare_tokens = keep_last, loader.timeline.steps_for(total_tokens), spare_tokens
         self.looked_at: object = None  # what the last decision was made on

@@ -36,6 +36,7 @@ from osler.train.setup import DATA, check_disk_budget, check_lengths
 
 logger = logging.getLogger(__name__)
 
+PARTIAL = ".data.partial"  # in the run folder: shards that are taken over from another run
 CHECKED_BYTES = 4 * 2**30  # of shards at most are read when a process starts, at about 0.7 GB/s
 
 
@@ -97,7 +98,7 @@ def _open(
         whose = "of the run" if start is not None or config.init_from is None else f"of {config.init_from}"
         return open_prepared(data.path, tokenizer, whose), None
     at_hand = shards_at_hand(config, run, start)
-    shutil.rmtree(partial_of(folder), ignore_errors=True)  # what a killed process leaves
+    shutil.rmtree(run.root / PARTIAL, ignore_errors=True)  # what a killed process leaves; this one has locked the run folder
     if at_hand is not None and at_hand != folder:
         _take_over(at_hand, folder)
     if at_hand is not None and is_finished(folder) and is_source_gone(config, run):
@@ -218,14 +219,9 @@ def _sources(config: TrainConfig) -> list[AnySource]:
     return [*sources_of(config.data).values(), *sets_of(config.validation, config.data).values()]
 
 
-def partial_of(folder: Path) -> Path:
-    """Return the place of a copy of shards that is not whole yet; the run folder is locked, so nobody else writes there."""
-    return folder.with_name(f".{folder.name}.partial")
-
-
 def _take_over(shards: Path, folder: Path) -> None:
     """Link another run's shards into this one, or copy them where the disk has no links; nothing ever changes them."""
-    partial = partial_of(folder)
+    partial = folder.with_name(PARTIAL)
     try:
         shutil.copytree(shards, partial, copy_function=_link_or_copy)
         partial.rename(folder)
