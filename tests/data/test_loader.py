@@ -77,13 +77,6 @@ def test_fewer_documents_than_ranks(make_shards) -> None:  # type: ignore[no-unt
         assert all(part.num_loss_tokens > 0 for part in parts)
 
 
-def test_evaluation_reads_each_row_of_an_epoch_once(make_shards) -> None:  # type: ignore[no-untyped-def]
-    packing = WholePacking(Order(make_shards(LENGTHS), 0), 16)
-    rows = range(packing.rows_of_first_epoch)
-    batches = [make_batch(packing, rows[start : start + 4]) for start in range(0, len(rows), 4)]
-    assert sum(batch.num_loss_tokens for batch in batches) == sum(LENGTHS) - len(LENGTHS)
-
-
 def test_rows_that_cannot_be_shared_are_refused(packing: Packing) -> None:
     with pytest.raises(UserError, match=r"A batch of 6 rows \(of 16 tokens\) cannot be shared equally by 4 ranks"):
         loader_of(packing, 6, world_size=4)

@@ -81,7 +81,7 @@ def killed(command: list[str], whole: Path, folder: Path, fault: str, *expected:
     assert_same(folder, whole)
 
 
-def within_budget(command: list[str], whole: Path, folder: Path, fault: str) -> None:
+def within_budget(command: list[str], whole: Path, folder: Path, ranks: int, fault: str) -> None:
     """A run whose data fit into its budget only in parts, perhaps killed half way: never more of the disk, the same run."""
     most, ended = [0], threading.Event()
 
@@ -94,9 +94,9 @@ def within_budget(command: list[str], whole: Path, folder: Path, fault: str) -> 
     try:
         words = [*command, STREAMING, f"data.disk_budget_gb={BUDGET_BYTES / 1e9}"]
         if fault:
-            assert train(words, folder, 1, fault_rank=0, fault=fault) == [-signal.SIGKILL], said(folder, 0)[-2000:]
+            assert train(words, folder, ranks, fault_rank=0, fault=fault) == [-signal.SIGKILL], said(folder, 0)[-2000:]
             assert_alone(folder)
-        assert train(words, folder, 1) == [0], said(folder, 0)[-2000:]
+        assert train(words, folder, ranks) == [0] * ranks, said(folder, 0)[-2000:]
     finally:
         ended.set()
         watching.join()
@@ -140,10 +140,11 @@ def run_all(command: list[str], root: Path) -> None:
 
 
 def run_within_budget(command: list[str], root: Path) -> None:
-    whole = root / "whole"
-    assert train(command, whole, 1) == [0], said(whole, 0)[-2000:]
-    report("budget", within_budget, command, whole, root / "budget", "")
-    report("budget, killed", within_budget, command, whole, root / "killed", "train-step:kill:20")
+    for ranks, faults_of_runs in ((1, {"budget": "", "budget, killed": "train-step:kill:20"}), (2, {"budget, 2 ranks": ""})):
+        words, whole = [*command, *["parallel.type=ddp"][: ranks - 1]], root / f"whole-{ranks}"
+        assert train(words, whole, ranks) == [0] * ranks, said(whole, 0)[-2000:]
+        for name, fault in faults_of_runs.items():
+            report(name, within_budget, words, whole, root / name.replace(", ", "-").replace(" ", "-"), ranks, fault)
 
 
 if __name__ == "__main__":
