@@ -52,14 +52,15 @@ def main() -> None:
         cleaner = Cleaner(clean, tuple(open_exam(exam, "", "--exam") for exam in clean.exams))
         cleaner.looks([document.parts for document in documents[:2]])  # reads exams and models
         began = time.process_time()
-        looks = [look for _, look in replace(corpus, clean=cleaner).looks(documents)]
+        cleaned = replace(corpus, clean=cleaner)
+        judged = [(document, look) for part in corpus.parts for document, _, look in cleaned.judged(part)]
         seconds = time.process_time() - began
         result[name] = {
             "megabytes_per_second": size / seconds / 1e6,
             "documents_per_second": len(documents) / seconds,
-            "found": sum(bool(look.exam_items) for look in looks),
+            "found": sum(bool(look.exam_items) for _, look in judged),
         }
-    kept = [(document, look) for document, look in zip(documents, looks, strict=True) if not look.reason]
+    kept = [(document, look) for document, look in judged if not look.reason]
     rows = rows_of([document.content_key() for document, _ in kept], [look.signature for _, look in kept])
     with tempfile.TemporaryDirectory() as folder:
         seen = Seen(Path(folder) / "seen.bin", near=True, similarity=0.8, memory_bytes=256 << 20)

@@ -195,7 +195,7 @@ def sequences_13(text: str) -> set[tuple[str, ...]]:
 
 
 def test_phrases_of_an_exam_are_no_leak() -> None:
-    items = [item(number, 6, STOCK) for number in range(8)]
+    items = [item(number, 3, STOCK) for number in range(8)]
     index = ExamIndex(items)
     assert found(index, f"{STOCK}? Nobody knows. {STOCK}!") == []
     assert found(index, items[3].question) == ["medqa-3"]
