@@ -71,7 +71,13 @@ ROWS = {
         ("Metal? Iron (A) Salt (B)", "Iron (A)"),
     ),
     "humaneval": (
-        {"task_id": "T/0", "prompt": "def f():\n", "canonical_solution": "    return 1\n", "test": "", "entry_point": "f"},
+        {
+            "task_id": "T/0",
+            "prompt": "def f():\n",
+            "canonical_solution": "    return 1\n",
+            "test": "def check(f):\n    assert f() == 1\n",
+            "entry_point": "f",
+        },
         "def f():\n    return 1\n",
     ),
     "hellaswag": (
