@@ -52,12 +52,16 @@ SAMPLING = (
 
 EVAL_HELP = """\
   osler eval runs/clinic-sft task.split=validation task.limit=100
-  osler eval runs/mine task.type=medqa task.path=test.jsonl     (or medmcqa, pubmedqa, gsm8k)
+  osler eval runs/mine task=medqa:test.jsonl     (or medmcqa, pubmedqa, gsm8k; task.type=medqa task.path=test.jsonl is the same)
+  osler eval runs/mine task=medqa:test.jsonl,gsm8k:test.parquet,clinic subset=200     (200 random questions of each)
   osler eval runs/mine text=notes/     (bits per byte; text that it was not trained on)
 
 With neither task nor text a model is examined on what it was trained for. Other fields: method=likelihood (or generation,
-both), permutations=4 (orders of the options), reasoning=false, max_new_tokens=, temperature=, which=best, device=cpu.
-`osler show eval --explain` says what each means."""
+letters, cloze, both), permutations=4 (orders of the options), samples=8 temperature=0.7 (pass@k, majority vote),
+reasoning=false, max_new_tokens=, which=best, device=cpu. `osler show eval --explain` says what each means.
+
+After an interruption the same command goes on, if checkpoint, questions and settings are the same. `osler report` shows answers,
+the wrong ones first, and `osler compare` tests two models question by question."""
 
 WATCH_HELP = """\
   osler watch runs/mine --once | less     (also where no terminal is: a log, a cron job)
@@ -153,11 +157,11 @@ def report(path: str, out: str | None) -> str:
 
 
 def compare(folders: Sequence[str], out: str) -> str:
-    """Write the page that compares runs, and return the table of it."""
+    """Write the page that compares runs, and return the table of it; of single checkpoints there is a table alone."""
     from osler.report.compare import build_comparison
 
     text, page = build_comparison(folders, out)
-    return f"{text}\n\n{page}"
+    return f"{text}\n\n{page}" if page else text
 
 
 COMMANDS: tuple[Command, ...] = (
@@ -281,10 +285,10 @@ COMMANDS: tuple[Command, ...] = (
     ),
     Command(
         "eval",
-        "Sit an exam with a model: the score and its confidence interval",
+        "Sit exams with a model: scores and their confidence intervals",
         "osler eval runs/clinic-sft",
         "osler.eval.run:run",
-        (CHECKPOINT, OVERRIDES),
+        (CHECKPOINT, OVERRIDES, option("--json", dest="json_file", metavar="FILE", help="also write the scores as JSON")),
         EVAL_HELP,
     ),
     Command(
@@ -347,11 +351,11 @@ COMMANDS: tuple[Command, ...] = (
     ),
     Command(
         "compare",
-        "Compare runs: one HTML page, and a table in the terminal",
+        "Compare runs or checkpoints: one HTML page, a table in the terminal, and their exams tested question by question",
         "osler compare runs/mine runs/mine-lower-lr --out lower-lr.html",
         compare,
         (
-            option("folders", nargs="+", metavar="DIR", help="two run folders or more"),
+            option("folders", nargs="+", metavar="DIR", help="two run folders or more, or checkpoints in them"),
             option("--out", default="compare.html", metavar="FILE", help="the page to write (default: compare.html)"),
         ),
     ),

@@ -14,16 +14,22 @@ CLINIC_EXAM = ClinicTask(split="new_findings,new_questions", limit=500, seed=EXA
 class EvalConfig:
     """One evaluation; with neither ``task`` nor ``text`` a model is examined on what it was trained for."""
 
-    task: TaskConfig | None = None  # the exam; the clinic takes several splits with commas between them, and limit items of each
-    # generation lets the model write and reads its answer, likelihood takes the option it finds most likely; auto: generation
-    # unless the model was trained on plain text alone
-    method: Literal["auto", "generation", "likelihood", "both"] = "auto"
+    # the exam; the clinic takes several splits with commas between them, and limit items of each. On the command line also
+    # TYPE:FILE, or several with commas between them
+    task: TaskConfig | None = None
+    tasks: tuple[TaskConfig, ...] = ()  # several exams, one after the other, instead of task
+    subset: PositiveInt | None = None  # questions of each exam, drawn at random by seed; null: all
+    # generation lets the model write and reads its answer; letters and cloze take the option whose letter, or whose text without
+    # a list of options, it finds most likely; likelihood: the option as it was taught to answer, or without that both of these;
+    # both: generation and likelihood; auto: generation unless the model was trained on plain text alone
+    method: Literal["auto", "generation", "likelihood", "letters", "cloze", "both"] = "auto"
     permutations: PositiveInt = 1  # option orders in which every question is shown; "All of the above" and the like stay put
+    samples: PositiveInt = 1  # answers written to each question; two or more, at a temperature, give pass@k and majority vote
     reasoning: bool | None = None  # think before the answer; null: as the model was trained
     max_new_tokens: PositiveInt = 128  # thinking and answer together
     temperature: float = 0.0  # 0: always the likeliest token
-    normalise: Literal["bytes", "tokens", "none"] = "bytes"  # what an option's log-likelihood is divided by
-    seed: Seed = 0  # of option orders and sampling
+    normalise: Literal["bytes", "tokens", "none"] = "bytes"  # divides an option's log-likelihood; the raw score is shown beside
+    seed: Seed = 0  # of option orders, subsets and sampling
     rows: PositiveInt = 256  # answers written at once; fewer need less memory
 
     text: str | None = None  # a file or folder of text, measured in bits per byte; not one that the model was trained on
@@ -35,3 +41,10 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         check_temperature(self.temperature)
+        if self.samples > 1 and self.temperature == 0:
+            raise ValueError("samples above 1 needs a temperature above 0, for example 0.7: at 0 all samples are the same")
+
+    @property
+    def exams(self) -> tuple[TaskConfig, ...]:
+        """All exams, however they were given."""
+        return self.tasks if self.task is None else (self.task,)

@@ -1,31 +1,43 @@
 """Score exams, by what a model writes or by which option it finds most likely.
 
-``score_by_generation`` lets the model think and answer, ``grade`` reads each answer as the rewards read it
-(``tasks/answers.py``), and ``summarise`` (``score.py``) counts them. ``score_by_likelihood`` needs no form of answer, so it also
-suits base models.
+What is shown to the model is a list of items (``presentations``). ``score_by_generation`` lets it think and answer, ``grade``
+reads each answer as the rewards read it (``tasks/answers.py``), and ``summarise`` (``score.py``) counts them.
+``score_by_likelihood`` needs no form of answer, so it also suits base models.
+
+No score depends on which questions are asked together. A likelihood is computed of one question at a time and is the same to the
+bit. Samples are drawn with random numbers that belong to the question. Rows that decode together round differently in the last
+bits, so a written answer is the same unless two tokens are as likely as each other to about six digits.
 """
 
+import hashlib
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import takewhile
-from typing import Literal
+from math import exp
+from typing import Any, Literal
 
 from osler.eval.likelihood import sum_logprobs
 from osler.eval.score import ANSWERED, CUT, TOO_LONG, UNPARSED, Result, ScoredExam, summarise
 from osler.inference.engine import InferenceEngine
 from osler.inference.rows import Request
+from osler.model.decoder import Decoder
+from osler.model.layers import Layout
 from osler.model.transformer import Transformer
 from osler.ops.sampling_params import SamplingParams
+from osler.records.answers import AnswerLog
 from osler.runtime.errors import UserError
 from osler.runtime.stop import AskedToStop, asked
 from osler.runtime.world import World
 from osler.tasks.answers import read_answer
-from osler.tasks.item import ExamItem, permute, render_answer, render_question, reorder
+from osler.tasks.item import LETTERS, ExamItem, permute, render_answer, render_question, reorder
 from osler.tokenizer.bpe import Tokenizer
 from osler.tokenizer.chat import Completion, encode_prompt, parse_completion
 
-ITEMS_AT_ONCE = 32  # presentations scored by likelihood between two calls of ``progress``
+Form = Literal["answer", "letters", "cloze"]  # what is scored: below a list of the options "text (B)" or "B", without it "text"
+Normalise = Literal["bytes", "tokens", "none"]
+ITEM_ROWS = 256  # rows of hidden states of one item, about
 
 
 def greedy(max_new_tokens: int) -> SamplingParams:
@@ -36,19 +48,18 @@ def greedy(max_new_tokens: int) -> SamplingParams:
 def score_by_generation(
     engine: InferenceEngine,
     tokenizer: Tokenizer,
-    items: Sequence[ExamItem],
+    shown: Sequence[ExamItem],
     sampling: SamplingParams,
     *,
     reasoning: bool = True,
-    permutations: int = 1,
-    progress: Callable[[int], None] | None = None,
+    answers: AnswerLog | None = None,
 ) -> ScoredExam:
-    """Let the model write an answer to every item and score what it wrote.
+    """Let the model write an answer to every item that is shown and score what it wrote; ``answers`` may know some of them.
 
-    Every item is shown in ``permutations`` option orders, which the seed of ``sampling`` draws. Prompt and completion must fit
-    the model's ``max_seq_len``; a context passage is shortened from its front to fit, a question is not. ``progress`` is called
-    with the number of answers so far.
+    Prompt and completion must fit the model's ``max_seq_len``; a context passage is shortened from its front to fit, a question
+    is not.
     """
+    answers = AnswerLog() if answers is None else answers
     longest = engine.model.config.max_seq_len
     room = longest - sampling.max_new_tokens
     if room < 1:
@@ -60,21 +71,37 @@ def score_by_generation(
     def encode(question: str) -> list[int]:
         return encode_prompt(tokenizer, question, reasoning=reasoning)
 
-    shown = list(presentations(items, permutations, sampling.seed))
-    questions = [fitting_question(item, encode, room) for item in shown]
+    def keep(number: int, ids: list[int]) -> None:
+        results[number] = grade(shown[number], parse_completion(tokenizer, ids, reasoning=reasoning))
+        answers.add(number, ids, _fields(results[number]))
+
     results = [Result(item, TOO_LONG, right=False) for item in shown]
-    fitting = [(i, encode(question)) for i, question in enumerate(questions) if question is not None]
-    fitting.sort(key=lambda pair: -len(pair[1]))
-    ends = replace(sampling, stop_ids=(tokenizer.eos_id,))
-    completed = engine.complete([Request(tuple(prompt), ends, number=i) for i, prompt in fitting])
-    for done, (index, continuation) in enumerate(completed, start=len(shown) - len(fitting) + 1):
-        i = fitting[index][0]
-        results[i] = grade(shown[i], parse_completion(tokenizer, continuation.ids, reasoning=reasoning))
-        if progress:
-            progress(done)
+    waiting: list[tuple[int, Request]] = []
+    ends, visits = replace(sampling, stop_ids=(tokenizer.eos_id,)), Counter[str]()
+    for number, item in enumerate(shown):
+        question = fitting_question(item, encode, room)
+        if question is None:
+            answers.add(number, [], _fields(results[number]))
+        elif number in answers.outputs:
+            keep(number, answers.outputs[number])
+        else:
+            waiting.append((number, Request(tuple(encode(question)), ends, _row_number(item, visits[item.id]))))
+        visits[item.id] += 1
+    waiting.sort(key=lambda pair: -len(pair[1].prompt))
+    for index, continuation in engine.complete([request for _, request in waiting]):
+        keep(waiting[index][0], continuation.ids)
         if asked():  # a trainer that asks all ranks whether to stop makes nothing of this score
             break
     return summarise(results, max_seq_len=longest)
+
+
+def _fields(result: Result) -> dict[str, Any]:
+    return {**asdict(result.sample("")), "cluster": result.cluster}
+
+
+def _row_number(item: ExamItem, visit: int) -> int:
+    """Return the number that a visit's random numbers belong to: the same whatever else is asked."""
+    return int.from_bytes(hashlib.sha256(f"{visit}:{item.id}".encode()).digest()[:4], "big")
 
 
 def shared_exam(
@@ -93,7 +120,8 @@ def shared_exam(
     """
     share, counts = items[world.rank :: world.size], (0.0, 0.0, 0.0)
     if share or not items:  # an empty exam is refused in words
-        score = score_by_generation(engine, tokenizer, share, sampling, reasoning=reasoning, permutations=permutations)
+        shown = list(presentations(share, permutations, sampling.seed))
+        score = score_by_generation(engine, tokenizer, shown, sampling, reasoning=reasoning)
         counts = (score.correct, score.unparsed + score.cut + score.too_long, score.presentations)
     right, unread, shown, left = world.all_reduce_sum(*counts, asked())
     if left:
@@ -126,54 +154,56 @@ def grade(item: ExamItem, completion: Completion) -> Result:
 def score_by_likelihood(
     model: Transformer,
     tokenizer: Tokenizer,
-    items: Sequence[ExamItem],
+    shown: Sequence[ExamItem],
     *,
+    form: Form = "answer",
     template: bool = True,
-    normalise: Literal["bytes", "tokens", "none"] = "bytes",
-    permutations: int = 1,
-    seed: int = 0,
-    progress: Callable[[int], None] | None = None,
+    normalise: Normalise = "bytes",
+    answers: AnswerLog | None = None,
 ) -> ScoredExam:
-    """Choose the option whose text is most likely after the prompt; items must have options.
+    """Choose the option whose ``form`` is most likely after the prompt; ``answers`` may know some. Items must have options.
 
-    With ``template`` the prompt is the chat template up to the answer (no thinking) with the options listed, and an option is
-    scored as ``text (B)``; without it the prompt is plain "Question: ... Answer:" and an option is its bare text.
+    With ``template`` the prompt is the chat template up to the answer (no thinking), without it plain "Question: ... Answer:".
 
     The log-likelihood is divided by the UTF-8 bytes of what is scored (lm-evaluation-harness's ``acc_norm`` where that is ASCII),
     by its tokens, or by nothing (the harness's ``acc``, where short options win). Of equal scores the earlier option wins.
+    Without a divisor the likelihoods are those of probabilities, and the results say how sure the model is.
     """
-    longest = model.config.max_seq_len
-    shown = list(presentations(items, permutations, seed))
+    answers = AnswerLog() if answers is None else answers
+    longest, decoder = model.config.max_seq_len, None
     results: list[Result] = []
-    for first in range(0, len(shown), ITEMS_AT_ONCE):
-        part = shown[first : first + ITEMS_AT_ONCE]
-        options = [option_rows(tokenizer, item, template=template, max_seq_len=longest) or [] for item in part]
-        sums = iter(sum_logprobs(model, [row for rows in options for row in rows]))
-        for item, rows in zip(part, options, strict=True):
-            if not rows:
-                results.append(Result(item, TOO_LONG, right=False))
-                continue
-            sizes = {
-                "bytes": [len(text.encode()) for text in scored_texts(item, template=template)],
-                "tokens": [len(ids) - start for ids, start in rows],
-                "none": [1] * len(rows),
-            }[normalise]
-            scores = [next(sums) / size for size in sizes]
-            best = scores.index(max(scores))
-            results.append(Result(item, ANSWERED, right=item.is_right(best), predicted=best, text=item.options[best]))
-        if progress:
-            progress(len(results))
+    for number, item in enumerate(shown):
+        output = answers.outputs.get(number)  # sum, bytes and tokens of every option; empty where they do not fit
+        if output is None:
+            rows = option_rows(tokenizer, item, form, template=template, max_seq_len=longest) or []
+            decoder = decoder or Decoder(model, Layout(model.compute_dtype, ITEM_ROWS))
+            sums = sum_logprobs(decoder, [ids for ids, _ in rows], rows[0][1]) if rows else []
+            sizes = [len(text.encode()) for text in scored_texts(item, form)]
+            output = [[total, size, len(ids) - start] for total, size, (ids, start) in zip(sums, sizes, rows, strict=False)]
+        results.append(_likeliest(item, output, normalise))
+        answers.add(number, output, _fields(results[-1]))
     return summarise(results, max_seq_len=longest)
 
 
-def scored_texts(item: ExamItem, *, template: bool) -> list[str]:
-    """Return the text that is scored for every option: the answer as it is taught, or without the template the bare option."""
-    if not template:
-        return list(item.options)
-    return [render_answer(replace(item, answer_index=index)) for index in range(len(item.options))]
+def _likeliest(item: ExamItem, output: Sequence[Sequence[float]], normalise: Normalise) -> Result:
+    if not output:
+        return Result(item, TOO_LONG, right=False)
+    scores = [total / {"bytes": size, "tokens": tokens, "none": 1}[normalise] for total, size, tokens in output]
+    best = scores.index(max(scores))
+    confidence = 1 / sum(exp(score - scores[best]) for score in scores) if normalise == "none" else None
+    return Result(item, ANSWERED, item.is_right(best), best, item.options[best], confidence=confidence)
 
 
-def option_rows(tokenizer: Tokenizer, item: ExamItem, *, template: bool, max_seq_len: int) -> list[tuple[list[int], int]] | None:
+def scored_texts(item: ExamItem, form: Form) -> list[str]:
+    """Return the text that is scored for every option: the answer as it is taught, its letter, or the bare option."""
+    if form == "answer":
+        return [render_answer(replace(item, answer_index=index)) for index in range(len(item.options))]
+    return list(LETTERS[: len(item.options)] if form == "letters" else item.options)
+
+
+def option_rows(
+    tokenizer: Tokenizer, item: ExamItem, form: Form, *, template: bool, max_seq_len: int
+) -> list[tuple[list[int], int]] | None:
     """Return for every option the ids of prompt and option together and where scoring starts; None when they do not fit.
 
     Plain text is tokenised as a whole, because a merge may straddle the border. Scoring starts where the ids of the options, or
@@ -182,24 +212,28 @@ def option_rows(tokenizer: Tokenizer, item: ExamItem, *, template: bool, max_seq
     """
     if not item.options:
         raise ValueError(f"item {item.id} has no options to compare")
-    texts = scored_texts(item, template=template)
+    texts = scored_texts(item, form)
+    listed = item if form == "answer" or (template and form == "letters") else replace(item, options=(), answer_index=-1)
     if template:
-        answers = [tokenizer.encode(text) for text in texts]
+        continuations = [tokenizer.encode(text) for text in texts]
 
         def encode(question: str) -> list[int]:
             return encode_prompt(tokenizer, question, reasoning=False)
 
-        question = fitting_question(item, encode, max_seq_len - max(map(len, answers)))
+        question = fitting_question(listed, encode, max_seq_len - max(map(len, continuations)))
         prompt = [] if question is None else encode(question)
-        return [(prompt + answer, len(prompt)) for answer in answers] if prompt else None
+        return [(prompt + continuation, len(prompt)) for continuation in continuations] if prompt else None
+    lines = [f"{letter}. {option}" for letter, option in zip(LETTERS, item.options, strict=False)] if form == "letters" else []
+
+    def stem(question: str) -> str:
+        return "\n".join([f"Question: {question}", *lines, "Answer:"])
+
     longest = max(len(tokenizer.encode(f" {text}")) for text in texts) + 1
-    bare = replace(item, options=(), answer_index=-1)
-    question = fitting_question(bare, lambda text: tokenizer.encode(f"Question: {text}\nAnswer:"), max_seq_len - longest)
+    question = fitting_question(listed, lambda text: tokenizer.encode(stem(text)), max_seq_len - longest)
     if question is None:
         return None
-    stem = f"Question: {question}\nAnswer:"
-    together = [tokenizer.encode(f"{stem} {text}") for text in texts]
-    columns = zip(tokenizer.encode(stem), *together, strict=False)
+    together = [tokenizer.encode(f"{stem(question)} {text}") for text in texts]
+    columns = zip(tokenizer.encode(stem(question)), *together, strict=False)
     start = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
     fits = max(map(len, together)) <= max_seq_len and start > 0
     return [(ids, start) for ids in together] if fits else None

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from osler.model.decoder import Decoder
 from osler.model.transformer import Transformer
 from osler.ops.cross_entropy import linear_logprobs
 from osler.ops.labels import IGNORED
@@ -72,15 +73,21 @@ def by_length(rows: Sequence[LabelledRow], batch_tokens: int) -> Iterator[list[i
         order = order[count:]
 
 
-@torch.no_grad()
-def sum_logprobs(model: Transformer, rows: Sequence[tuple[list[int], int]], *, batch_tokens: int = BATCH_TOKENS) -> list[float]:
-    """Return for every row (ids, start) the sum of log p(ids[t] | ids[:t]) over t >= start, in nats; start >= 1."""
-    labelled = [(ids[:-1], [IGNORED] * (start - 1) + ids[start:]) for ids, start in rows]
-    sums = torch.zeros(len(rows), dtype=torch.float64)
-    for numbers in by_length(labelled, batch_tokens):
-        row_N, logp_N, *_ = label_logprobs(model, *pad_rows([labelled[number] for number in numbers]))
-        sums.index_add_(0, torch.tensor(numbers)[row_N], logp_N.cpu().double())
-    return sums.tolist()
+@torch.inference_mode()
+def sum_logprobs(decoder: Decoder, rows: Sequence[list[int]], start: int) -> list[float]:
+    """Return for every row of ids the sum of log p(ids[t] | ids[:t]) over t >= start, in nats; the rows are alike before it.
+
+    What they share runs through the model once. ``start`` is at least 1. The sums depend on these rows alone: no batch that other
+    rows share could move them by a bit.
+    """
+    past = decoder.read([rows[0][: start - 1]])[0] if start > 1 else None
+    _, hidden_BTD = decoder.read([ids[:-1] for ids in rows], past)
+    sums = []
+    for ids, hidden_TD in zip(rows, hidden_BTD, strict=True):  # one at a time, because logits are large
+        labels_T1 = torch.tensor(ids[start:], device=decoder.device)[:, None]
+        logp_TV = decoder.logits(hidden_TD[: len(labels_T1)]).log_softmax(-1)
+        sums.append(logp_TV.gather(1, labels_T1).double().sum())
+    return torch.stack(sums).tolist()
 
 
 @dataclass(frozen=True)

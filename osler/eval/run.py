@@ -1,31 +1,37 @@
-"""``osler eval``: let a checkpoint take an exam, or measure how well it predicts a text.
+"""``osler eval``: let a checkpoint take exams, or measure how well it predicts a text.
 
-A score goes into the run folder's ``exams.json``, where the report finds it. An interrupted evaluation leaves nothing behind.
+Scores go into the run folder's ``exams.json``, where the report finds them, and answers into ``answers/`` as they come: the same
+command goes on after an interruption (``records/answers.py``).
 """
 
+import hashlib
 import logging
+import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import islice
-from math import exp
+from math import exp, isnan
 from pathlib import Path
 from typing import Any
 
+from osler.checkpoint.folders import MANIFEST
 from osler.config.recipe import override
 from osler.config.schema import decode, encode
 from osler.data.exams import ExamsInData
 from osler.data.readers import TextFiles
 from osler.data.shard_set import ShardSet, open_validation_sets
 from osler.eval.config import CLINIC_EXAM, EvalConfig
-from osler.eval.exams import score_by_generation, score_by_likelihood
-from osler.eval.likelihood import batches, measure, windows
+from osler.eval.exams import Form, Normalise, presentations, score_by_generation, score_by_likelihood
+from osler.eval.likelihood import TextScore, batches, measure, windows
 from osler.eval.score import ScoredExam, describe_too_long, summarise
 from osler.inference.engine import InferenceEngine
 from osler.inference.load import LoadedModel, open_model
 from osler.ops.sampling_params import SamplingParams
-from osler.records.results import add_exams
+from osler.records.answers import AnswerLog
+from osler.records.results import ExamScore, add_exams
 from osler.runtime import format as fmt
 from osler.runtime.errors import UserError
+from osler.runtime.files import fingerprint, write_json
 from osler.runtime.log import Progress
 from osler.tasks.item import ExamItem
 from osler.tasks.registry import ClinicTask, check_task, load_task
@@ -36,39 +42,71 @@ logger = logging.getLogger(__name__)
 
 CLEAN = ", clean"  # after the name of an exam: its questions that are not in the model's data
 LOOKED_AT = 256  # documents whose start is decoded again, to see what the tokenizer loses
+FORMS: dict[str, Form] = {"likelihood": "answer", "letters": "letters", "cloze": "cloze"}  # what a method scores
 
 
-def run(checkpoint: str, overrides: Sequence[str] = ()) -> int:
+def run(checkpoint: str, overrides: Sequence[str] = (), json_file: str | None = None) -> int:
     """Run the command ``eval`` and return the process's exit code."""
     config = config_of(overrides)
+    for number, task in enumerate(config.tasks):
+        check_task(task, f"tasks[{number}]")
     check_task(config.task, "task")
+    if json_file is not None and not Path(json_file).parent.is_dir():
+        raise UserError(f"--json {json_file}: there is no folder {Path(json_file).parent}.")
     ready = open_model(checkpoint, device=config.device, which=config.which)
     logger.info(ready.describe())
     config, held_out = complete(config, ready)
-    if config.task is not None:
-        scores = sit(config, ready)
+    name = label(config, ready, checkpoint)
+    scores: list[ScoredExam] = []
+    texts: dict[str, TextScore] = {}
+    if config.exams:
+        scores = sit(config, ready, name)
         print(table(scores))
-        save_scores(ready, label(config, ready, checkpoint), scores)
+        save_scores(ready, name, scores)
     if config.text is not None:
-        print(describe_text(config.text, config, ready, *documents_at(config.text, config.text_field, ready.tokenizer)))
-    for name, shards in held_out.items():
-        title = "the run's held-out text" if len(held_out) == 1 else name
-        print(describe_text(title, config, ready, shards.documents(), shards.num_documents, shards.num_bytes))
+        texts[config.text] = text_score(config, ready, *documents_at(config.text, config.text_field, ready.tokenizer))
+    for title, shards in held_out.items():
+        title = "the run's held-out text" if len(held_out) == 1 else title
+        texts[title] = text_score(config, ready, shards.documents(), shards.num_documents, shards.num_bytes)
+    for title, cost in texts.items():
+        print(describe_text(title, cost, config.seq_len or ready.seq_len))
+    if json_file is not None:
+        told = {"checkpoint": str(ready.path), "label": name, "config": encode(config)}
+        rows = [{field: getattr(score, field) for field in ExamScore.__dataclass_fields__} for score in scores]
+        costs = {title: {**asdict(cost), "loss": cost.loss, "bits_per_byte": cost.bits_per_byte} for title, cost in texts.items()}
+        write_json(json_file, {**told, "scores": [{**row, "label": name} for row in rows], "texts": costs})
     return 0
 
 
 def config_of(overrides: Sequence[str]) -> EvalConfig:
-    """Return the config that the overrides describe; a task without type and path is the clinic's exam with changed fields."""
+    """Return the config that the overrides describe; a task without type and path is the clinic's exam with changed fields.
+
+    Text stands for exams as a person would write them: ``medqa:test.jsonl,clinic``.
+    """
     given = override({}, overrides)
-    task = given.get("task")
-    if isinstance(task, dict) and "path" not in task and task.get("type", CLINIC_EXAM.type) == CLINIC_EXAM.type:
-        given["task"] = {**encode(CLINIC_EXAM), **task}
+    if {"task", "tasks"} <= given.keys():
+        raise UserError("task and tasks are both given: put all exams into one of them.")
+    for key in {"task", "tasks"}.intersection(given):
+        asked = given[key].split(",") if isinstance(given[key], str) else given[key]
+        if isinstance(asked, list):
+            given |= {key: None, "tasks": [_written_out(task) for task in asked]}
+        else:
+            given[key] = _written_out(asked)
     return decode(EvalConfig, given)
+
+
+def _written_out(task: Any) -> Any:
+    if isinstance(task, str):
+        kind, colon, place = task.strip().partition(":")
+        task = {"type": kind, **({"split" if kind == CLINIC_EXAM.type else "path": place} if colon else {})}
+    if isinstance(task, dict) and "path" not in task and task.get("type", CLINIC_EXAM.type) == CLINIC_EXAM.type:
+        return {**encode(CLINIC_EXAM), **task}
+    return task
 
 
 def complete(config: EvalConfig, ready: LoadedModel) -> tuple[EvalConfig, Mapping[str, ShardSet]]:
     """Fill in what to measure where nothing was asked for: the clinic's exam, that of the training, or the held-out text."""
-    if config.task is not None or config.text is not None:
+    if config.exams or config.text is not None:
         return config, {}
     if ready.knows_clinic:
         return replace(config, task=CLINIC_EXAM), {}
@@ -80,47 +118,80 @@ def complete(config: EvalConfig, ready: LoadedModel) -> tuple[EvalConfig, Mappin
             raise UserError(f"{data} was prepared with another tokenizer than the model's; prepare it anew.")
         return config, held_out
     raise UserError(
-        f"What shall {ready.path} be examined on? Give an exam (task.type=medqa task.path=FILE, or task.type=clinic) or a text "
+        f"What shall {ready.path} be examined on? Give an exam (task=medqa:FILE, or task=clinic) or a text "
         "that it was not trained on (text=FILE or FOLDER)."
     )
 
 
-def sit(config: EvalConfig, ready: LoadedModel) -> list[ScoredExam]:
-    """Let the model take every part of the exam with every requested method."""
-    exams = {name: load_task(task) for name, task in parts(config.task).items()}
-    for name, items in exams.items():
-        if not items:
-            raise UserError(f"The exam {name} has no items.")
-    ways = methods(config, ready, [item for items in exams.values() for item in items])
-    scores = []
-    for name, items in exams.items():
-        for method in ways:
-            with Progress(len(items) * config.permutations, "questions asked", label=name) as progress:
-                if method == "generation":
-                    score = score_by_generation(
-                        InferenceEngine(ready.model, max_rows=config.rows),
-                        ready.tokenizer,
-                        items,
-                        SamplingParams(max_new_tokens=config.max_new_tokens, temperature=config.temperature, seed=config.seed),
-                        reasoning=ready.reasons if config.reasoning is None else config.reasoning,
-                        permutations=config.permutations,
-                        progress=progress.update,
-                    )
-                else:
-                    score = score_by_likelihood(
-                        ready.model,
-                        ready.tokenizer,
-                        items,
-                        template=ready.answers_questions,
-                        normalise=config.normalise,
-                        permutations=config.permutations,
-                        seed=config.seed,
-                        progress=progress.update,
-                    )
-            scores.append(replace(score, split=name, method=method))
-            clean = clean_subset(scores[-1], ExamsInData.from_files(ready.files))
-            scores += [] if clean is None else [clean]
+def sit(config: EvalConfig, ready: LoadedModel, name: str) -> list[ScoredExam]:
+    """Let the model, which has this name in its run, take every part of the exams with every requested method."""
+    exams = {split: drawn(load_task(task), config.subset, config.seed) for split, task in parts(config.exams).items()}
+    if empty := [split for split, items in exams.items() if not items]:
+        raise UserError(f"The exam {empty[0]} has no items.")
+    kinds = {split: all(item.options for item in items) for split, items in exams.items()}
+    ways = {has_options: methods(config, ready, has_options) for has_options in set(kinds.values())}
+    scores: list[ScoredExam] = []
+    for split, items in exams.items():
+        shown = list(presentations(items, config.permutations, config.seed))
+        for method in ways[kinds[split]]:
+            for score in scores_of(method, config, ready, shown, {"label": name, "exam": split, "method": method}):
+                clean = clean_subset(score, ExamsInData.from_files(ready.files))
+                scores += [score] if clean is None else [score, clean]
     return scores
+
+
+def scores_of(
+    method: str, config: EvalConfig, ready: LoadedModel, shown: Sequence[ExamItem], head: Mapping[str, str]
+) -> Iterator[ScoredExam]:
+    """Yield what the model scores on items that are shown: by letters and in writing one score, else the raw one beside it."""
+    if method == "generation":
+        shown = [item for item in shown for _ in range(config.samples)]
+        sampling = SamplingParams(max_new_tokens=config.max_new_tokens, temperature=config.temperature, seed=config.seed)
+        reasoning = ready.reasons if config.reasoning is None else config.reasoning
+        settings: dict[str, Any] = {**encode(sampling), "reasoning": reasoning}
+    else:
+        divisors: list[Normalise] = ["none"] if method == "letters" else list(dict.fromkeys((config.normalise, "none")))
+        settings = {"template": ready.answers_questions, "normalise": divisors[0]}
+    with Progress(len(shown), "questions asked", label=head["exam"]) as progress:
+        answers = answer_log(ready, head, shown, settings, progress)
+        if method == "generation":
+            engine = InferenceEngine(ready.model, max_rows=config.rows)
+            score = score_by_generation(engine, ready.tokenizer, shown, sampling, reasoning=reasoning, answers=answers)
+            yield replace(score, split=head["exam"], method=method)
+            return
+        for divisor in divisors:
+            score = score_by_likelihood(
+                ready.model,
+                ready.tokenizer,
+                shown,
+                form=FORMS[method],
+                template=ready.answers_questions,
+                normalise=divisor,
+                answers=answers,
+            )
+            yield replace(score, split=head["exam"], method=method if divisor == divisors[0] else f"{method}, raw")
+
+
+def answer_log(
+    ready: LoadedModel, head: Mapping[str, str], shown: Sequence[ExamItem], settings: Mapping[str, Any], progress: Progress
+) -> AnswerLog:
+    """Return the answers that the run folder has of this exam so far; without a run folder they are kept in memory."""
+    if ready.run is None:
+        return AnswerLog(tell=progress.update)
+    manifest = hashlib.sha256((ready.path / MANIFEST).read_bytes()).hexdigest()
+    identity = fingerprint([manifest, [asdict(item) for item in shown], settings])
+    name = re.sub(r"[^\w.]+", "-", " ".join(head.values()))
+    first = {**head, "checkpoint": ready.path.name, "asked": len(shown), "identity": identity}
+    return AnswerLog(ready.run.answers / f"{name}.jsonl", first, progress.update)
+
+
+def drawn(items: Sequence[ExamItem], count: int | None, seed: int) -> list[ExamItem]:
+    """Return ``count`` items drawn at random, in their order; a larger draw has those of a smaller one."""
+
+    def rank(number: int) -> bytes:
+        return hashlib.sha256(f"{seed}:{items[number].id}".encode()).digest()
+
+    return [items[number] for number in sorted(sorted(range(len(items)), key=rank)[:count])]
 
 
 def clean_subset(score: ScoredExam, known: ExamsInData) -> ScoredExam | None:
@@ -141,23 +212,28 @@ def clean_subset(score: ScoredExam, known: ExamsInData) -> ScoredExam | None:
     return replace(subset, split=title, method=score.method)
 
 
-def parts(task: Any) -> dict[str, Any]:
-    """Return the exams of a task config by the name they are shown under; each split of the clinic is a separate exam."""
-    if isinstance(task, ClinicTask):
-        splits = [split.strip() for split in task.split.split(",")]
-        return {split: replace(task, split=split) for split in splits}
-    return {f"{task.type} {task.split}".strip(): task}
+def parts(tasks: Sequence[Any]) -> dict[str, Any]:
+    """Return exams by the name they are shown under; each split of the clinic is a separate exam.
+
+    A second exam of a name is told apart by its file.
+    """
+    named: dict[str, Any] = {}
+    for task in tasks:
+        if isinstance(task, ClinicTask):
+            named |= {split.strip(): replace(task, split=split.strip()) for split in task.split.split(",")}
+            continue
+        name = f"{task.type} {task.split}".strip()
+        named[name if name not in named else f"{name} {task.path}"] = task
+    return named
 
 
-def methods(config: EvalConfig, ready: LoadedModel, items: Sequence[ExamItem]) -> list[str]:
-    """Return how the exam is taken: as requested, or as the model's training and the kind of questions suggest."""
-    has_options = all(item.options for item in items)
-    if config.method in ("likelihood", "both") and not has_options:
+def methods(config: EvalConfig, ready: LoadedModel, has_options: bool) -> list[str]:
+    """Return how an exam is taken: as requested, or as the model's training and the kind of questions suggest."""
+    if config.method in ("likelihood", "letters", "cloze", "both") and not has_options:
         raise UserError("These questions have no options to compare the likelihoods of; use method=generation.")
-    if config.method == "both":
-        return ["generation", "likelihood"]
+    likelihood = ["likelihood"] if ready.answers_questions else ["letters", "cloze"]
     if config.method != "auto":
-        return [config.method]
+        return {"likelihood": likelihood, "both": ["generation", *likelihood]}.get(config.method, [config.method])
     if ready.answers_questions:
         return ["generation"]
     if not has_options:
@@ -165,22 +241,25 @@ def methods(config: EvalConfig, ready: LoadedModel, items: Sequence[ExamItem]) -
         return ["generation"]
     logger.info(
         "This model was trained on plain text alone and never learned to answer, so the option it finds most likely counts "
-        "(method=likelihood); `osler sft` teaches it to answer."
+        "(method=likelihood), by its letter and by its text; `osler sft` teaches it to answer."
     )
-    return ["likelihood"]
+    return likelihood
 
 
 def table(scores: Sequence[ScoredExam]) -> str:
-    """Return the scores next to their baselines, the letters answered, and remarks."""
+    """Return the scores next to their baselines, further measures, the letters answered, and remarks."""
     titles = ("exam", "method", "accuracy", "95 % interval", "questions", "chance", "one letter", "unparsed", "cut", "too long")
     rows: list[tuple[str, ...]] = [titles]
+    more: list[tuple[str, ...]] = [("exam", "method", "measure", "value", "95 % interval", "of")]
     letters: list[str] = []
     notes: list[str] = []
     for score in scores:
-        orders = score.presentations // score.n
+        orders, whose = score.presentations // score.n, (score.split, score.method)
+        for name, found in score.measures.items():
+            ends = fmt.MISSING if isnan(found["interval"][0]) else " – ".join(f"{end:.1%}" for end in found["interval"])
+            more.append((*whose, name, f"{found['value']:.1%}", ends, f"{found['n']:,}"))
         rows.append((
-            score.split,
-            score.method,
+            *whose,
             f"{score.accuracy:.1%}",
             f"{score.low:.1%} – {score.high:.1%}",
             f"{score.n:,}" if orders == 1 else f"{score.n:,} × {orders}",
@@ -193,7 +272,7 @@ def table(scores: Sequence[ScoredExam]) -> str:
             letters.append(f"  {score.split}, {score.method}: {counts}")
         notes += remarks(score)
     below = [*(["", "letters answered", *letters] if letters else []), *([""] if notes else []), *notes]
-    return "\n".join([fmt.table(rows, left=2), *below])
+    return "\n".join([fmt.table(rows, left=2), *(["", fmt.table(more, left=3)] if len(more) > 1 else []), *below])
 
 
 def remarks(score: ScoredExam) -> Iterator[str]:
@@ -239,13 +318,8 @@ def documents_at(path: str, field: str, tokenizer: Tokenizer) -> tuple[Iterator[
     return documents, len(sizes), sum(sizes)
 
 
-def describe_text(
-    name: str, config: EvalConfig, ready: LoadedModel, documents: Iterator[list[int]], count: int, num_bytes: int
-) -> str:
-    """Measure documents, whose ids end with the end-of-text token, in windows; return their score in a line.
-
-    Only bits per byte can be compared between models of several tokenizers.
-    """
+def text_score(config: EvalConfig, ready: LoadedModel, documents: Iterator[list[int]], count: int, num_bytes: int) -> TextScore:
+    """Measure documents, whose ids end with the end-of-text token, in windows."""
     refuse_missing_bytes(ready.tokenizer)
     longest, seq_len = ready.model.config.max_seq_len, config.seq_len or ready.seq_len
     if seq_len > longest:
@@ -258,7 +332,11 @@ def describe_text(
                 progress.update(done)
 
         rows = windows(counted(), seq_len=seq_len, start_id=ready.tokenizer.eos_id)
-        cost = measure(ready.model, batches(rows), num_bytes)
+        return measure(ready.model, batches(rows), num_bytes)
+
+
+def describe_text(name: str, cost: TextScore, seq_len: int) -> str:
+    """Return the score of a text in a line. Only bits per byte can be compared between models of several tokenizers."""
     return (
         f"{name}: {cost.bits_per_byte:.4f} bits per byte ({cost.bytes:,} bytes; {cost.tokens:,} tokens at {cost.loss:.4f} nats, "
         f"perplexity {exp(cost.loss):.1f}; read {seq_len} tokens at a time)"

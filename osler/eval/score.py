@@ -10,20 +10,24 @@ matched pairs); Cameron and Miller 2015 (clusters).
 """
 
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
-from math import sqrt
+from math import ceil, comb, sqrt
 from statistics import NormalDist
 from typing import Any
 
 from osler.records.results import ExamScore, SampledAnswer
+from osler.records.values import NAN
 from osler.runtime.errors import UserError
-from osler.tasks.item import LETTERS, ExamItem, render_answer
+from osler.tasks.answers import read_number
+from osler.tasks.item import LETTERS, ExamItem, plain, render_answer, wording
 
 ANSWERED = "answered"
 UNPARSED = "unparsed"  # the completion ended by itself, but no single option (or number) can be read from it
 CUT = "cut"  # the length limit came before a readable answer
 TOO_LONG = "too_long"  # the question did not fit into the model's context
+COVERAGES = (0.25, 0.5, 0.75)  # shares of the questions that a model answers which abstains where it is least sure
+BINS = 10  # of confidence
 Z_95 = NormalDist().inv_cdf(0.975)  # of a normal distribution, 95 % lies within so many deviations
 
 
@@ -37,6 +41,7 @@ class Result:
     predicted: int | None = None  # the option's position as shown
     text: str = ""  # the answer as it was written
     thinking: str = ""  # the reasoning before it
+    confidence: float | None = None  # the option's probability among the options; None: not known
 
     @property
     def cluster(self) -> str:
@@ -46,9 +51,8 @@ class Result:
     def sample(self, stage: str) -> SampledAnswer:
         """Return the answer as a line of a run's samples."""
         item = self.item
-        return SampledAnswer(
-            item.id, stage, item.question, list(item.options), self.thinking, self.text, render_answer(item), self.right
-        )
+        shown = item.question, list(item.options), self.thinking, self.text, render_answer(item)
+        return SampledAnswer(item.id, stage, *shown, self.right, NAN if self.confidence is None else self.confidence)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +101,7 @@ def summarise(results: Sequence[Result], *, max_seq_len: int = 0) -> ScoredExam:
         constant_letter_baseline=hits / count,
         chance=sum(sum(each) / len(each) for each in options if each) / count,
         groups={name: {"n": len(own), **_accuracy(own)} for name, own in sorted(members.items())},
+        measures=dict(_measures(results)),
         results=tuple(results),
     )
 
@@ -105,6 +110,75 @@ def _accuracy(results: Sequence[Result]) -> dict[str, Any]:
     right = [float(result.right) for result in results]
     interval = mean_interval(right, [result.cluster for result in results])
     return {"correct": int(sum(right)), "accuracy": sum(right) / len(right), "interval": interval}
+
+
+def _measures(results: Sequence[Result]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield what else the results say, by name: over the orders of the options and over several samples."""
+    items: dict[str, list[Result]] = {}
+    orders: dict[tuple[str, tuple[str, ...]], list[Result]] = {}
+    for result in results:
+        items.setdefault(result.item.id, []).append(result)
+        orders.setdefault((result.item.id, result.item.options), []).append(result)
+    if len(orders) > len(items):
+        right = [float(all(result.right for result in own)) for own in items.values()]
+        yield "right in all orders", _measure(right, [own[0].cluster for own in items.values()])
+    clusters, samples = [own[0].cluster for own in orders.values()], min(map(len, orders.values()))
+    for k in sorted({*(1 << power for power in range(1, samples.bit_length())), samples} - {1}):
+        passed = [pass_at_k(len(own), sum(result.right for result in own), k) for own in orders.values()]
+        yield f"pass@{k}", _measure(passed, clusters)
+    if samples > 1:
+        yield f"majority of {samples}", _measure([majority(own) for own in orders.values()], clusters)
+    sure = [(result.confidence, result) for result in results if result.confidence is not None]
+    yield from _calibration(sorted(sure, key=lambda pair: -pair[0]), len(results)) if sure else ()
+
+
+def _calibration(sure: Sequence[tuple[float, Result]], asked: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield how often results are right by their confidence, the surest first, and how far that is from what it should be.
+
+    At a coverage, the model abstains from the other questions; results that are equally sure are answered together.
+    """
+
+    def measure(part: Sequence[tuple[float, Result]]) -> dict[str, Any]:
+        return _measure([float(result.right) for _, result in part], [result.cluster for _, result in part])
+
+    for share in COVERAGES:
+        least = sure[min(ceil(share * asked), len(sure)) - 1][0]
+        yield f"accuracy at {share:.0%} coverage", measure([pair for pair in sure if pair[0] >= least])
+    error = 0.0
+    for number in range(BINS):
+        if part := [pair for pair in sure if min(int(pair[0] * BINS), BINS - 1) == number]:
+            found = {**measure(part), "confidence": sum(confidence for confidence, _ in part) / len(part)}
+            error += len(part) * abs(found["value"] - found["confidence"]) / len(sure)
+            yield f"right when {100 * number // BINS}–{100 * (number + 1) // BINS}% sure", found
+    yield "expected calibration error", {"value": error, "interval": (NAN, NAN), "n": len(sure)}
+
+
+def _measure(values: Sequence[float], clusters: Sequence[str]) -> dict[str, Any]:
+    return {"value": sum(values) / len(values), "interval": mean_interval(values, clusters), "n": len(values)}
+
+
+def pass_at_k(samples: int, right: int, k: int) -> float:
+    """Return the probability that one of ``k`` samples is right, without bias from ``samples`` (Chen et al., 2021)."""
+    return 1 - comb(samples - right, k) / comb(samples, k)
+
+
+def majority(results: Sequence[Result]) -> float:
+    """Return whether the answer that was given most often is right; of answers given equally often, the share that is.
+
+    Numbers vote by their value, options and other texts by their wording. What could not be read does not vote.
+    """
+    votes = Counter(_vote(result) for result in results if result.status == ANSWERED)
+    most = max(votes.values(), default=0)
+    right = {_vote(result) for result in results if result.right}
+    leaders = [vote for vote, count in votes.items() if count == most]
+    return sum(vote in right for vote in leaders) / max(len(leaders), 1)
+
+
+def _vote(result: Result) -> Hashable:
+    if result.predicted is not None:
+        return wording(result.item.options[result.predicted])
+    number = read_number(result.text)
+    return plain(result.text) if number is None else number
 
 
 def describe_too_long(score: ExamScore) -> str:
@@ -136,6 +210,12 @@ def _by_item(score: ScoredExam) -> dict[str, float]:
     for result in score.results:
         shown.setdefault(result.item.id, []).append(result.right)
     return {name: sum(right) / len(right) for name, right in shown.items()}
+
+
+def mcnemar(gained: int, lost: int) -> float:
+    """Return the p-value of McNemar's exact test, for independent items of which so many changed from wrong to right and back."""
+    changed = gained + lost
+    return min(1.0, 2 * sum(comb(changed, count) for count in range(min(gained, lost) + 1)) / 2**changed)
 
 
 # -- confidence intervals ----------------------------------------------------------------------------------------------

@@ -45,7 +45,13 @@ class Decoder:
         return self._cache_class(self.config, rows, slots, dtype, self.device)
 
     def prefill(self, prompts: Sequence[Sequence[int]], past: KVCache | None = None) -> tuple[KVCache, Tensor]:
-        """Return a cache that prompts fill, for ``KVCache.put``, and the logits after their last tokens, [P, V] fp32.
+        """Return a cache that prompts fill, for ``KVCache.put``, and the logits after their last tokens, [P, V] fp32."""
+        cache, x_PTD = self.read(prompts, past)
+        last_P = cache.length_B - (0 if past is None else past.filled) - 1
+        return cache, self.logits(x_PTD[torch.arange(len(prompts), device=self.device), last_P])
+
+    def read(self, prompts: Sequence[Sequence[int]], past: KVCache | None = None) -> tuple[KVCache, Tensor]:
+        """Return a cache that prompts fill, and the hidden states after each of their tokens behind ``past``, [P, T, D].
 
         ``past`` is a cache of one row with the first tokens of all prompts, at least one less than each has. Shorter prompts are
         padded on the right, where causal attention never looks.
@@ -64,7 +70,7 @@ class Decoder:
             x_PTD = x_PTD + feed_forward(x_PTD)
         cache.length_B.copy_(length_P)
         cache.filled = width
-        return cache, self._logits(x_PTD[torch.arange(len(prompts), device=self.device), length_P - start - 1])
+        return cache, x_PTD
 
     def step(self, token_B: Tensor, cache: KVCache, running_B: Tensor) -> Tensor:
         """Return the logits after one more token of every row, [B, V] fp32; rows that do not run keep their length.
@@ -76,7 +82,7 @@ class Decoder:
             x_BD = x_BD + attention.step(x_BD, rope, cached)
             x_BD = x_BD + feed_forward(x_BD)
         cache.close_step(running_B)
-        return self._logits(x_BD)
+        return self.logits(x_BD)
 
     def _rope_at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Return cosines and sines at positions [...], each [..., 1, H]."""
@@ -87,7 +93,8 @@ class Decoder:
         x = F.embedding(ids, self._embed).to(self.dtype)
         return x if self._embed_proj is None else self._embed_proj(x)
 
-    def _logits(self, x_BD: Tensor) -> Tensor:
+    def logits(self, x_BD: Tensor) -> Tensor:
+        """Return the logits of hidden states, [B, V] fp32."""
         for layer in self._head:
             x_BD = layer(x_BD)
         return x_BD.float()[:, : self.config.vocab_size]

@@ -51,6 +51,7 @@ class ExamScore(HasInterval):
     constant_letter_baseline: float = NAN
     chance: float = NAN
     groups: dict[str, Any] = field(default_factory=dict)  # n, correct, accuracy and interval of each group of questions
+    measures: dict[str, Any] = field(default_factory=dict)  # value, interval and n of pass@k, accuracy at coverage and so on
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,7 @@ class SampledAnswer:
     answer: str = ""
     correct_answer: str = ""
     correct: bool | None = None  # None: nobody judged it
+    confidence: float = NAN  # the probability that the model gives its answer among the options
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
 Curves run over tokens seen, which runs with different batch sizes have in common. Runs of one stage are compared with each other,
 whatever their kind; runs with several stages, such as a quickstart, are compared stage by stage. Metrics that fewer than two runs
-have are left out, and so are metrics of single layers.
+have are left out, and so are metrics of single layers. Exams are compared question by question, where both runs' answers are
+stored; single checkpoints are compared by that alone.
 """
 
 import math
@@ -15,7 +16,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from osler.checkpoint.folders import is_checkpoint
+from osler.eval.score import mcnemar, paired_difference
 from osler.monitor.metrics import declared_name
+from osler.records.answers import AnswerSheet, read_sheets
 from osler.records.results import ExamScore
 from osler.records.values import as_text
 from osler.report import charts
@@ -27,10 +31,13 @@ from osler.report.words import interval, stage_title
 from osler.runs.folder import flat
 from osler.runtime import format as fmt
 from osler.runtime.errors import UserError
+from osler.runtime.files import RunFolder
 
 LEFT_OUT = ("description",)  # fields that say nothing about a run
 CELL_WIDTH = 36  # of a configuration's value in the terminal: three of them fit; the page has values whole
 EXAM = "eval/<split>_accuracy"  # in METRICS
+PAIRED = ["exam", "runs", "before", "after", "difference", "95% interval", "gained", "lost", "McNemar's p", "questions"]
+HOW_TO_PAIR = "`osler eval`, of each on the same exam, stores the answers that a test of scores question by question needs."
 
 
 class Member(NamedTuple):
@@ -56,8 +63,16 @@ class Member(NamedTuple):
 Table = list[tuple[str, list[str]]]  # rows: what, and a text for each run
 
 
-def build_comparison(folders: Sequence[str], out: str | Path) -> tuple[str, Path]:
-    """Write the page and return the table for the terminal and the page's path; raises UserError when nothing compares."""
+def build_comparison(folders: Sequence[str], out: str | Path) -> tuple[str, Path | None]:
+    """Write the page and return the table for the terminal and the page's path; raises UserError when nothing compares.
+
+    There is no page of single checkpoints.
+    """
+    pairs = paired(folders)
+    if any(is_checkpoint(Path(folder)) for folder in folders):
+        if len(folders) < 2 or not pairs:
+            raise UserError(f"These checkpoints have no answers to the same exam. {HOW_TO_PAIR}")
+        return fmt.table([PAIRED, *pairs], left=2), None
     runs = _open(folders)
     groups = _groups(runs)
     shown: dict[str, dict[str, Any]] = {}
@@ -67,8 +82,46 @@ def build_comparison(folders: Sequence[str], out: str | Path) -> tuple[str, Path
         title = title or "Comparison"
         shown[f"group-{position}"] = {"title": title, "members": members, "tables": tables, "main": main, "families": families}
     about = {"name": " · ".join(runs), "what": "Osler comparison", "made_of": "the files of these runs"}
-    path = write_page(Path(out), "compare.html", about, names=list(runs), groups=shown)
-    return "\n\n".join(_as_text(title, members) for title, members in groups.items()), path
+    path = write_page(Path(out), "compare.html", about, names=list(runs), groups=shown, titles=PAIRED, pairs=pairs)
+    texts = [_as_text(title, members) for title, members in groups.items()]
+    return "\n\n".join([*texts, fmt.table([PAIRED, *pairs], left=2) if pairs else HOW_TO_PAIR]), path
+
+
+def paired(folders: Sequence[str]) -> list[list[str]]:
+    """Return what changed from the first run or checkpoint to each other one, on the questions that both were asked.
+
+    The interval knows that questions which ask for one fact depend on each other; McNemar's test does not, so it is given for
+    independent questions alone.
+    """
+    sheets = [_sheets(Path(folder)) for folder in folders]
+    rows = []
+    for folder, later in zip(folders[1:], sheets[1:], strict=True):
+        for exam in [name for name in sheets[0] if name in later]:
+            before, after = sheets[0][exam], later[exam]
+            shared = [name for name in before.right if name in after.right]
+            if not shared:
+                continue
+            old, new = ([sum(sheet.right[name]) / len(sheet.right[name]) for name in shared] for sheet in (before, after))
+            clusters = [before.clusters[name] for name in shared]
+            change = paired_difference(old, new, clusters)
+            gained, lost = (sum(one > other for one, other in zip(*pair, strict=True)) for pair in ((new, old), (old, new)))
+            is_single = len(set(clusters)) == len(shared) and {0.0, 1.0}.issuperset(old + new)
+            asked = max(len(before.right), len(after.right))
+            rows.append([
+                exam, f"{Path(folders[0]).name} → {Path(folder).name}",
+                *(fmt.percent(sum(each) / len(each)) for each in (old, new)),
+                fmt.points(change.mean), " to ".join(map(fmt.points, change.interval)), fmt.count(gained), fmt.count(lost),
+                f"{mcnemar(gained, lost):.4f}" if is_single else fmt.MISSING,
+                fmt.count(len(shared)) + (f" of {fmt.count(asked)}" if asked > len(shared) else ""),
+            ])  # fmt: skip
+    return rows
+
+
+def _sheets(path: Path) -> dict[str, AnswerSheet]:
+    """Return the stored answers of a run, or of one checkpoint of it, by exam."""
+    alone = is_checkpoint(path)
+    sheets = read_sheets(RunFolder(path.resolve().parent.parent if alone else path).answers)
+    return {sheet.name: sheet for sheet in sheets if (sheet.checkpoint == path.name if alone else sheet.is_of_run)}
 
 
 def numbers(members: Sequence[Member]) -> Table:

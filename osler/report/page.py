@@ -19,7 +19,9 @@ from markupsafe import Markup
 
 from osler.config.recipe import dump_yaml
 from osler.monitor.metrics import declared_name
-from osler.records.results import SampledAnswer
+from osler.records.answers import AnswerSheet
+from osler.records.results import ExamScore, SampledAnswer
+from osler.records.values import as_dict, as_list, as_number
 from osler.report import charts, svg, words
 from osler.report.curves import Series
 from osler.report.read import RunRecord, StageLog, read_run, stage_rank
@@ -38,7 +40,6 @@ def build_report(run_folder: str | Path | RunRecord, out: str | Path | None = No
     Raises UserError when it is not a run folder, or when the file cannot be written.
     """
     run = read_run(run_folder)
-    sample_stages, questions = _questions(run)
     ends = [abs(v) for pair in run.comparisons for v in (*pair.interval, pair.difference) if math.isfinite(v)]
     about_grpo = any("grpo" in pair.after_label.lower() for pair in run.comparisons)
     return write_page(
@@ -50,8 +51,9 @@ def build_report(run_folder: str | Path | RunRecord, out: str | Path | None = No
         tiles=[tile for tile in _tiles(run) if tile[1] != fmt.MISSING],
         comparison_title="Before and after GRPO" if about_grpo else "Before and after",
         reach=max(0.05, math.ceil(20 * max(ends, default=0.1)) / 20),  # of the axis of differences, on either side of zero
-        sample_stages=sample_stages,
-        questions=questions,
+        questions=_questions(run),
+        answers=[(sheet.name, _wrong_first(sheet)) for sheet in run.answers],
+        details=[(score, list(_details(score))) for score in run.exams if score.measures],
         times=_times(run),
         stages=[_stage(run, stage, position) for position, stage in enumerate(run.runs)],
         facts={**run.groups, "versions": run.versions},
@@ -147,8 +149,8 @@ def _times(run: RunRecord) -> list[tuple[str, float, int, str]]:
     return times if len(times) > 1 else []
 
 
-def _questions(run: RunRecord) -> tuple[list[str], list[dict[str, SampledAnswer]]]:
-    """Return the last stages that were asked, and for each question their answers by stage."""
+def _questions(run: RunRecord) -> list[dict[str, SampledAnswer]]:
+    """Return for each question the answers of the last stages that were asked, by stage."""
     names = [stage.name for stage in run.stages]
     stages = sorted(dict.fromkeys(sample.stage for sample in run.samples), key=lambda name: stage_rank(name, names))
     stages = stages[-MOST_STAGES:]
@@ -156,7 +158,21 @@ def _questions(run: RunRecord) -> tuple[list[str], list[dict[str, SampledAnswer]
     for sample in run.samples:
         if sample.stage in stages:
             by_id.setdefault(sample.id, {})[sample.stage] = sample
-    return stages, list(by_id.values())[:MOST_QUESTIONS]
+    return [{stage: of[stage] for stage in stages if stage in of} for of in by_id.values()][:MOST_QUESTIONS]
+
+
+def _wrong_first(sheet: AnswerSheet) -> list[dict[str, SampledAnswer]]:
+    """Return answers to an exam by stage, as ``_questions`` does: first the wrong ones, of which those it was surest of."""
+    ranked = sorted(sheet.answers, key=lambda answer: (bool(answer.correct), -np.nan_to_num(answer.confidence)))
+    return [{sheet.label: answer} for answer in ranked[:MOST_QUESTIONS]]
+
+
+def _details(score: ExamScore) -> Iterator[tuple[str, float, float, float, float, float]]:
+    """Yield name, value, the ends of its interval, how many it is of, and the confidence that the value should have."""
+    for name, of in score.measures.items():
+        found = as_dict(of)
+        low, high = (*map(as_number, as_list(found.get("interval"))), math.nan, math.nan)[:2]
+        yield name, as_number(found.get("value")), low, high, as_number(found.get("n")), as_number(found.get("confidence"))
 
 
 def place(value: float, start: float = 0.0, end: float = 1.0) -> float:

@@ -1,7 +1,7 @@
 """The contents of a run folder. Every file but `config.yaml` may be missing, torn or partly wrong.
 
     config.yaml        the resolved configuration (the one file that a run folder must have)
-    metrics.jsonl, events.jsonl, exams.json, comparison.json, samples.jsonl, stages.json       see osler/records
+    metrics.jsonl, events.jsonl, exams.json, comparison.json, samples.jsonl, stages.json, answers/       see osler/records
     checkpoints/       step-XXXXXXXXX/model.json: the model that was trained
     <stage>/           run folders of a quickstart's stages (pretrain/, sft/, grpo/ ...), read the same way
     versions.json      {package: version, ..., "machine": {...}, any other group: {...}}
@@ -23,6 +23,7 @@ from osler.checkpoint.folders import is_checkpoint
 from osler.config.recipe import load_yaml
 from osler.config.schema import decode
 from osler.model.config import MODEL_FILE, ModelConfig
+from osler.records.answers import AnswerSheet, read_sheets
 from osler.records.jsonl import Event, read_events
 from osler.records.results import Comparison, ExamScore, FinishedStage, read_exams, read_samples
 from osler.records.values import NAN, as_dict, as_list, as_text, read_records
@@ -112,6 +113,7 @@ class RunRecord:
         self.comparisons: list[Comparison] = self._read(run.comparison, partial(read_records, Comparison)) or []
         self.samples, unreadable = read_samples(run.samples)
         self._count_unreadable("samples.jsonl", unreadable)
+        self.answers: list[AnswerSheet] = [sheet for sheet in self._read(run.answers, read_sheets) or [] if sheet.is_of_run]
         versions = as_dict(self._read(path / "versions.json", read_json))
         groups = {key: as_dict(group) for key, group in versions.items() if isinstance(group, dict) and group}
         self.versions = {key: as_text(value) for key, value in versions.items() if not isinstance(value, (dict, list))}

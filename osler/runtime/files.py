@@ -219,6 +219,7 @@ class RunFolder:
     checkpoints = _Entry("checkpoints")  # folders named step-XXXXXXXXX
     report = _Entry("report.html")  # the self-contained page about the run
     exams = _Entry("exams.json")  # what the run's checkpoints scored
+    answers = _Entry("answers")  # what they answered, a file for each exam
     evaluations = _Entry("evaluations.json")  # what its checkpoints scored on the validation sets
     comparison = _Entry("comparison.json")  # pairs of checkpoints on the same questions
     stages = _Entry("stages.json")  # which stages of a quickstart are finished

@@ -12,11 +12,13 @@ from osler.cli import main as cli
 from osler.config.recipe import load_yaml
 from osler.config.schema import decode
 from osler.eval.config import EXAM_SEED, EvalConfig
-from osler.eval.exams import greedy, score_by_generation, score_by_likelihood
-from osler.eval.run import complete, config_of, parts, remarks, table
+from osler.eval.exams import greedy, presentations, score_by_generation, score_by_likelihood
+from osler.eval.run import complete, config_of, drawn, parts, remarks, table
 from osler.eval.score import Result, ScoredExam, summarise
 from osler.inference.engine import InferenceEngine
 from osler.inference.load import open_model
+from osler.records.answers import AnswerLog, read_sheets
+from osler.report.page import build_report
 from osler.report.read import read_run
 from osler.report.words import verdict
 from osler.runtime.errors import UserError
@@ -43,16 +45,17 @@ def test_the_printed_score_is_the_score_and_goes_where_the_report_finds_it(runs,
     assert evaluate(str(runs / "sft"), "task.limit=12", "max_new_tokens=8", "permutations=2") == 0
     captured = capsys.readouterr()
     ready = open_model(runs / "sft", device="cpu")
-    items = load_clinic(split="new_findings", limit=12, seed=EXAM_SEED)
+    items = list(presentations(load_clinic(split="new_findings", limit=12, seed=EXAM_SEED), 2, seed=0))
     engine = InferenceEngine(ready.model)
-    expected = score_by_generation(engine, ready.tokenizer, items, greedy(8), permutations=2)
+    expected = score_by_generation(engine, ready.tokenizer, items, greedy(8))
     stored = read_json(runs / "sft" / "exams.json")
     assert list(stored) == ["sft"] and list(stored["sft"]) == ["new_findings", "new_questions"]
     row = stored["sft"]["new_findings"]
     assert row["correct"] == expected.correct and row["interval"] == list(expected.interval)
     assert row["cut"] == expected.cut and row["n"] == 12 and row["presentations"] == 24
-    [shown] = [line for line in captured.out.splitlines() if line.startswith("new_findings ")]
+    shown, in_all_orders = (line for line in captured.out.splitlines() if line.startswith("new_findings "))
     assert f"{expected.accuracy:.1%}" in shown and "12 × 2" in shown and "25.0%" in shown
+    assert f"{expected.measures['right in all orders']['value']:.1%}" in in_all_orders.split("right in all orders")[1]
     assert "24/24 questions asked" in captured.err
     read = read_run(runs / "sft").exams
     shown = [(score.label, score.split, score.method) for score in read]
@@ -75,12 +78,15 @@ def test_a_model_of_plain_text_is_scored_by_likelihood_and_that_is_said(runs, ca
     assert evaluate(str(runs / "textbook"), "task.split=validation", "task.limit=40", "normalise=tokens") == 0
     captured = capsys.readouterr()
     assert captured.err.count("plain text alone") == 1 and "method=likelihood" in captured.err
-    row = read_json(runs / "textbook" / "exams.json")["pretrain"]["validation, likelihood"]
+    rows = read_json(runs / "textbook" / "exams.json")["pretrain"]
+    assert list(rows) == ["validation, letters", "validation, cloze", "validation, cloze, raw"]
     ready = open_model(runs / "textbook", device="cpu")
     items = load_clinic(split="validation", limit=40, seed=EXAM_SEED)
-    whole = score_by_likelihood(ready.model, ready.tokenizer, items, template=False, normalise="tokens")
-    # The command scores a few items at a time, for its progress line: that changes nothing.
-    assert row["letters"] == whole.letters and row["interval"] == list(whole.interval)
+    for (name, row), normalise in zip(rows.items(), ("none", "tokens", "none"), strict=True):
+        form = name.split(", ")[1]
+        whole = score_by_likelihood(ready.model, ready.tokenizer, items, form=form, template=False, normalise=normalise)
+        assert row["letters"] == whole.letters and row["interval"] == list(whole.interval)
+        assert bool(row["measures"]) == (normalise == "none") == ("accuracy at 50% coverage" in row["measures"])
     assert "B " in captured.out.split("letters answered")[1]
 
 
@@ -88,7 +94,8 @@ def test_both_methods_stand_side_by_side(runs, capsys):
     assert evaluate(str(runs / "sft"), "method=both", "task.split=validation", "task.limit=4", "max_new_tokens=4") == 0
     rows = read_json(runs / "sft" / "exams.json")["sft"]
     methods = {split: row["method"] for split, row in rows.items()}
-    assert methods == {"validation": "generation", "validation, likelihood": "likelihood"}
+    raw = {"validation, likelihood, raw": "likelihood, raw"}
+    assert methods == {"validation": "generation", "validation, likelihood": "likelihood", **raw}
     assert re.search(r"^validation +generation.*\n^validation +likelihood", capsys.readouterr().out, re.M)
 
 
@@ -118,8 +125,8 @@ def test_an_exam_from_a_file(runs, tmp_path, capsys):
     exam.write_text("".join(json.dumps({**row, "question": f"Which of {number}?"}) + "\n" for number in range(5)))
     task = ("task.type=medqa", f"task.path={exam}")
     assert evaluate(str(runs / "notes"), *task) == 0
-    assert re.search(r"^medqa +likelihood", capsys.readouterr().out, re.M)
-    assert read_json(runs / "notes" / "exams.json")["pretrain"]["medqa, likelihood"]["constant_letter_baseline"] == 1.0
+    assert re.search(r"^medqa +cloze ", capsys.readouterr().out, re.M)
+    assert read_json(runs / "notes" / "exams.json")["pretrain"]["medqa, cloze"]["constant_letter_baseline"] == 1.0
     assert evaluate(str(runs / "notes"), f"task.path={exam}") == 2
     assert "needs `type`, one of: clinic, gsm8k, medmcqa, medqa" in capsys.readouterr().err
 
@@ -143,9 +150,9 @@ def test_the_clean_subset_stands_beside_the_full_set(runs, tmp_path, capsys):
     assert evaluate(str(runs / "checked"), *task) == 0
     captured = capsys.readouterr()
     assert "checked for 5 of its 5 questions. 1 were found" in captured.err
-    assert re.search(r"^medqa, clean +likelihood .* 4 ", captured.out, re.M)
+    assert re.search(r"^medqa, clean +cloze .* 4 ", captured.out, re.M)
     stored = read_json(runs / "checked" / "exams.json")["pretrain"]
-    assert stored["medqa, likelihood"]["n"] == 5 and stored["medqa, clean, likelihood"]["n"] == 4
+    assert stored["medqa, cloze"]["n"] == 5 and stored["medqa, clean, cloze"]["n"] == 4
     assert evaluate(str(runs / "unchecked"), *task) == 0
     assert "clean" not in capsys.readouterr().out
 
@@ -201,6 +208,12 @@ def test_a_run_on_text_of_ones_own_is_measured_on_its_held_out_part(runs, capsys
         (["task.limt=3"], "did you mean `task.limit`"),
         (["seq_len=4000", "text=x.txt"], "max_seq_len"),
         (["temperature=1e-40"], "temperature is 1e-40: give 0"),
+        (["samples=4"], "needs a temperature above 0"),
+        (["task=medqa"], "path"),
+        (["task=clinic,medqb:x.jsonl"], "unknown type `medqb`; did you mean `medqa`?"),
+        (["task=clinic", "tasks=[clinic]"], "task and tasks are both given"),
+        (["tasks=[{type: medqa, path: no.jsonl}]"], "no file or folder no.jsonl"),
+        (["task=clinic", "--json", "no/such/scores.json"], "there is no folder no/such"),
     ],
 )
 def test_mistakes_are_one_message(runs, arguments, message, capsys, monkeypatch, tmp_path):
@@ -217,10 +230,10 @@ def test_a_folder_of_runs_names_them(runs, capsys):
 
 
 def test_a_task_without_type_is_the_clinic_with_some_fields_changed():
-    task = config_of(["task.limit=7"]).task
-    assert list(parts(task)) == ["new_findings", "new_questions"]
-    assert all(part.limit == 7 and part.seed == EXAM_SEED for part in parts(task).values())
-    assert list(parts(config_of(["task.type=clinic", "task.split=validation"]).task)) == ["validation"]
+    found = parts(config_of(["task.limit=7"]).exams)
+    assert list(found) == ["new_findings", "new_questions"]
+    assert all(part.limit == 7 and part.seed == EXAM_SEED for part in found.values())
+    assert list(parts(config_of(["task.type=clinic", "task.split=validation"]).exams)) == ["validation"]
     assert config_of(["text=notes/"]).task is None
     with pytest.raises(match=r"task\.path"):
         config_of(["task.type=pubmedqa"])
@@ -231,11 +244,110 @@ def test_a_grpo_run_without_the_clinic_sits_the_exam_it_was_evaluated_on(clinic_
     exam = {"type": "medqa", "path": "test.jsonl", "split": "test"}
     other = replace(ready, training={"tasks": [{"task": {"type": "medqa", "path": "train.jsonl"}}], "eval_task": exam})
     config, shards = complete(EvalConfig(), other)
-    assert list(parts(config.task)) == ["medqa test"] and not shards
-    with pytest.raises(UserError, match=r"task\.type=medqa"):
+    assert list(parts(config.exams)) == ["medqa test"] and not shards
+    with pytest.raises(UserError, match="task=medqa:FILE"):
         complete(EvalConfig(), replace(ready, training={"data": {"type": "turns"}}))
     given = EvalConfig(task=ClinicTask())
     assert complete(given, other) == (given, {})
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "task=medqa:a.jsonl,clinic:train",
+        "tasks=[medqa:a.jsonl, {split: train}]",
+        "task=[{type: medqa, path: a.jsonl}, clinic:train]",
+    ],
+)
+def test_several_exams_are_named_as_a_person_would(words):
+    found = parts(config_of([words]).exams)
+    assert list(found) == ["medqa", "train"] and found["medqa"].path == "a.jsonl" and found["train"].seed == EXAM_SEED
+    assert list(parts(config_of(["task=medqa:a.jsonl,medqa:b.jsonl"]).exams)) == ["medqa", "medqa b.jsonl"]
+
+
+def test_a_random_subset_is_the_seeds_and_grows():
+    items = load_clinic(split="validation", limit=40)
+    few, more = drawn(items, 10, seed=1), drawn(items, 20, seed=1)
+    assert len(few) == 10 and set(few) < set(more) and few != drawn(items, 10, seed=2) and few != items[:10]
+    assert [items.index(item) for item in more] == sorted(map(items.index, more))
+    assert drawn(items, None, seed=1) == drawn(items, 99, seed=1) == items
+
+
+def test_several_exams_are_one_table_and_json_and_a_page_with_the_wrong_answers_first(runs, tmp_path, capsys):
+    sums, scores = tmp_path / "sums.jsonl", tmp_path / "scores.json"
+    sums.write_text("".join(json.dumps({"question": f"What is {n} x 7?", "answer": f"#### {7 * n}"}) + "\n" for n in range(5)))
+    words = ("method=both", "subset=4", "max_new_tokens=4", "samples=2", "temperature=0.7", "--json", str(scores))
+    assert evaluate(str(runs / "sft"), "task=clinic:validation", *words) == 0
+    assert evaluate(str(runs / "sft"), f"task=gsm8k:{sums},clinic:train", *words[1:]) == 0
+    told = read_json(scores)
+    rows = [(score["label"], score["split"], score["n"]) for score in told["scores"]]
+    assert rows == [("sft", "gsm8k", 4), ("sft", "train", 4)]
+    assert told["scores"][1]["measures"].keys() == {"pass@2", "majority of 2"} and told["config"]["subset"] == 4
+    out = capsys.readouterr().out
+    for line in (r"^train +generation +pass@2 .* 4$", r"^validation +likelihood, raw .* 4 "):
+        assert re.search(line, out, re.M)
+    run = read_run(runs / "sft")
+    assert [(sheet.name, len(sheet.answers)) for sheet in run.answers] == [
+        ("gsm8k", 8), ("train", 8), ("validation", 8), ("validation, likelihood", 4)
+    ]  # fmt: skip
+    page = build_report(run).read_text(encoding="utf-8").split('id="answers"')[1].split("</section>")[0]
+    marks = [re.findall("✓|✗", part) for part in page.split("<details>")[1:5]]
+    assert all(found == sorted(found, reverse=True) for found in marks) and "✗" in marks[0]
+
+
+@pytest.mark.parametrize("method", ["generation", "likelihood"])
+def test_an_interrupted_evaluation_goes_on_where_it_stopped(runs, method, capsys, monkeypatch):
+    command = (str(runs / "sft"), "task=clinic:validation", "subset=9", f"method={method}", "max_new_tokens=4", "rows=2")
+    assert evaluate(*command) == 0
+    whole = read_json(runs / "sft" / "exams.json")
+    add = AnswerLog.add
+
+    def dies(log, number, *rest):
+        add(log, number, *rest)
+        if len(log.outputs) == 5:
+            raise KeyboardInterrupt
+
+    def interrupted() -> Path:
+        with monkeypatch.context() as patched:
+            patched.setattr(AnswerLog, "add", dies)
+            assert evaluate(*command) == 130
+        [path] = (runs / "sft" / "answers").glob("*.jsonl")
+        with path.open("a") as file:
+            file.write('{"number": 8, "out')  # a torn line
+        (runs / "sft" / "exams.json").unlink()
+        assert not read_sheets(path.parent)
+        capsys.readouterr()
+        return path
+
+    path = interrupted()
+    assert evaluate(*command) == 0
+    assert "Going on after 5 of 9 answers" in capsys.readouterr().err and read_json(runs / "sft" / "exams.json") == whole
+    [sheet] = read_sheets(path.parent)
+    assert len(sheet.answers) == 9 and sheet.method == method
+    assert evaluate(*command) == 0 and "Going on" not in capsys.readouterr().err  # it was finished
+    interrupted()
+    other = ("max_new_tokens=5",) if method == "generation" else ("normalise=tokens",)
+    assert evaluate(*command, *other) == 0 and "Going on" not in capsys.readouterr().err
+    assert len(read_sheets(path.parent)[0].answers) == 9
+
+
+def test_runs_and_checkpoints_are_compared_question_by_question(runs, capsys, tmp_path):
+    earlier = sorted((runs / "sft" / "checkpoints").glob("step-*"))[-2]
+    words = ("task=clinic:validation", "method=likelihood")
+    for checkpoint, subset in ((earlier, 30), (runs / "sft", 40), (runs / "textbook", 30)):
+        assert evaluate(str(checkpoint), *words, f"subset={subset}") == 0
+    capsys.readouterr()
+    assert cli.main(["compare", str(earlier), str(runs / "sft")]) == 0
+    titles, line = capsys.readouterr().out.strip().splitlines()
+    assert titles.split()[0] == "exam" and f"{earlier.name} → sft" in line and line.endswith("30 of 40")
+    before, after = (sheets[0].right for sheets in ([s for s in read_sheets(runs / "sft" / "answers") if s.label == label]
+                                                    for label in (f"sft, step {int(earlier.name[5:])}", "sft")))  # fmt: skip
+    gained = sum(after[name] > before[name] for name in before)
+    assert f" {gained} " in line.split("to")[1]
+    assert cli.main(["compare", str(runs / "textbook"), str(earlier)]) == 2  # letters and cloze against the answer as taught
+    assert "no answers to the same exam" in capsys.readouterr().err
+    assert cli.main(["compare", str(runs / "sft"), str(runs / "notes"), "--out", str(tmp_path / "page.html")]) == 0
+    assert "stores the answers" in capsys.readouterr().out
 
 
 def test_remarks_say_what_a_score_is_worth():

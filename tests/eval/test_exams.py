@@ -1,5 +1,6 @@
 """Exams scored end to end: a real tokenizer, a real small model that has learnt its answers, the real engine."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -8,11 +9,15 @@ import torch
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from osler.eval.exams import grade, greedy, option_rows, presentations, score_by_generation, score_by_likelihood
+from osler.eval.exams import Form, grade, greedy, option_rows, presentations, score_by_generation, score_by_likelihood
 from osler.eval.likelihood import pad_rows, sum_logprobs
 from osler.inference.engine import InferenceEngine
+from osler.model.decoder import Decoder
+from osler.model.layers import Layout
 from osler.model.transformer import Transformer
 from osler.ops.cross_entropy import linear_cross_entropy
+from osler.ops.sampling_params import SamplingParams
+from osler.records.answers import AnswerLog
 from osler.runtime.errors import UserError
 from osler.tasks.item import ExamItem, render_answer, render_question
 from osler.tasks.rewards import correct
@@ -73,9 +78,8 @@ def scholar(tokenizer: Tokenizer) -> Transformer:
 
 def test_what_was_learnt_is_scored_right(scholar: Transformer, tokenizer: Tokenizer) -> None:
     done: list[int] = []
-    score = score_by_generation(
-        InferenceEngine(scholar, max_rows=3), tokenizer, [*ITEMS, NUMBER], greedy(40), progress=done.append
-    )
+    engine = InferenceEngine(scholar, max_rows=3)
+    score = score_by_generation(engine, tokenizer, [*ITEMS, NUMBER], greedy(40), answers=AnswerLog(tell=done.append))
     assert (score.n, score.correct, score.unparsed, score.cut, score.too_long) == (7, 7, 0, 0, 0)
     assert score.letters == {"A": 2, "B": 2, "C": 1, "D": 1} and done == [1, 2, 3, 4, 5, 6, 7]
     assert score.results[1].text == render_answer(ITEMS[1]) and score.results[6].text == "42"
@@ -97,7 +101,7 @@ def test_a_long_context_is_shortened_from_its_front(scholar: Transformer, tokeni
     long = replace(ITEMS[0], context=" ".join(f"word{k}" for k in range(500)))
     score = score_by_generation(InferenceEngine(scholar), tokenizer, [long], greedy(20))
     assert score.too_long == 0
-    rows = option_rows(tokenizer, long, template=True, max_seq_len=100)
+    rows = option_rows(tokenizer, long, "answer", template=True, max_seq_len=100)
     assert rows is not None
     text = tokenizer.decode(rows[0][0])
     assert max(len(ids) for ids, _ in rows) <= 100 and "word499\nA man has" in text and "word400" not in text
@@ -128,21 +132,26 @@ def test_a_model_that_knows_one_letter_is_at_chance_over_permutations(tokenizer:
     ignorant = build(tokenizer, head_init="zero")
     items = [replace(item, options=("aa", "bb", "cc", "dd"), answer_index=0) for item in ITEMS]
     assert score_by_likelihood(ignorant, tokenizer, items, normalise="tokens").accuracy == 1.0
-    score = score_by_likelihood(ignorant, tokenizer, items, normalise="tokens", permutations=4)
+    score = score_by_likelihood(ignorant, tokenizer, list(presentations(items, 4, seed=0)), normalise="tokens")
     assert (score.n, score.presentations, score.accuracy) == (6, 24, 0.25)
     assert score.letters == {"A": 24, "B": 0, "C": 0, "D": 0} and score.constant_letter_baseline == 0.25
     assert score.interval[1] > 0.5  # six items, not twenty-four
+    assert score.measures["right in all orders"]["value"] == 0 and score.measures["right in all orders"]["n"] == 6
 
 
 def test_likelihood_finds_what_was_learnt(scholar: Transformer, tokenizer: Tokenizer) -> None:
     for normalise in ("bytes", "tokens", "none"):
         score = score_by_likelihood(scholar, tokenizer, ITEMS, normalise=normalise)  # type: ignore[arg-type]
         assert score.accuracy == 1.0 and score.unparsed == 0
-    assert score_by_likelihood(scholar, tokenizer, ITEMS, template=False).n == 6
+    for form in ("letters", "cloze"):
+        assert score_by_likelihood(scholar, tokenizer, ITEMS, form=form, template=False).n == 6  # type: ignore[arg-type]
+    sure = score_by_likelihood(scholar, tokenizer, ITEMS, normalise="none")
+    assert sure.measures["accuracy at 50% coverage"]["value"] == 1 and sure.measures["right when 90–100% sure"]["n"] == 6
+    assert sure.measures["expected calibration error"]["value"] < 0.1
     with pytest.raises(ValueError, match="no options"):
         score_by_likelihood(scholar, tokenizer, [NUMBER])
     huge = replace(ITEMS[0], question="word " * 400)
-    assert score_by_likelihood(scholar, tokenizer, [huge], template=False).too_long == 1
+    assert score_by_likelihood(scholar, tokenizer, [huge], form="cloze", template=False).too_long == 1
     assert score_by_likelihood(scholar, tokenizer, [huge]).too_long == 1
 
 
@@ -153,13 +162,53 @@ def one_by_one(model: Transformer, ids: list[int], start: int) -> float:
     return sum(row.log_softmax(-1)[ids[t]].item() for t, row in enumerate(logits, start=start))
 
 
-@pytest.mark.parametrize("template", [True, False])
-def test_likelihood_equals_brute_force(tokenizer: Tokenizer, template: bool) -> None:
+FORMS = [("answer", True), ("letters", True), ("cloze", True), ("letters", False), ("cloze", False)]
+
+
+@pytest.mark.parametrize(("form", "template"), FORMS)
+def test_likelihood_equals_brute_force(tokenizer: Tokenizer, form: Form, template: bool) -> None:
     model = build(tokenizer)
-    all_rows = [row for item in ITEMS for row in option_rows(tokenizer, item, template=template, max_seq_len=128) or []]
-    expected = [one_by_one(model, ids, start) for ids, start in all_rows]
-    for batch_tokens in (1, 300, 100_000):
-        assert sum_logprobs(model, all_rows, batch_tokens=batch_tokens) == pytest.approx(expected, abs=1e-3)
+    decoder = Decoder(model, Layout(torch.float32, 16))
+    for item in ITEMS:
+        rows = option_rows(tokenizer, item, form, template=template, max_seq_len=128) or []
+        expected = [one_by_one(model, ids, start) for ids, start in rows]
+        assert sum_logprobs(decoder, [ids for ids, _ in rows], rows[0][1]) == pytest.approx(expected, abs=1e-4)
+    short = [[5, 7, 9], [5, 8]]  # scored from the second token on
+    assert sum_logprobs(decoder, short, 1) == pytest.approx([one_by_one(model, ids, 1) for ids in short], abs=1e-4)
+
+
+@pytest.mark.parametrize(("form", "template"), FORMS)
+def test_likelihoods_are_the_same_to_the_bit_whatever_else_is_asked(tokenizer: Tokenizer, form: Form, template: bool) -> None:
+    model = build(tokenizer)
+
+    def asked(items: Sequence[ExamItem]) -> dict[str, list[list[float]]]:
+        answers = AnswerLog()
+        score_by_likelihood(model, tokenizer, items, form=form, template=template, answers=answers)
+        return {items[number].id: output for number, output in answers.outputs.items()}
+
+    alone = asked(ITEMS[:1]) | asked(ITEMS[1:2]) | asked(ITEMS[2:])
+    assert asked(ITEMS) == asked(ITEMS[::-1]) == alone
+
+
+def test_what_is_written_depends_on_the_question_and_not_on_the_batch(scholar: Transformer, tokenizer: Tokenizer) -> None:
+    def written(items: Sequence[ExamItem], rows: int, temperature: float = 0.0) -> dict[int, list[int]]:
+        answers, sampling = AnswerLog(), SamplingParams(max_new_tokens=24, temperature=temperature, seed=3)
+        score_by_generation(InferenceEngine(scholar, max_rows=rows), tokenizer, items, sampling, answers=answers)
+        return answers.outputs
+
+    greedy_answers = written(ITEMS, 1)
+    assert written(ITEMS, 4) == written(ITEMS, 256) == greedy_answers
+    several = written([item for item in ITEMS for _ in range(3)], 256, temperature=2.0)
+    assert len(set(map(tuple, several.values()))) > len(ITEMS)  # samples differ
+    assert written([ITEMS[4]] * 3, 2, temperature=2.0) == {number: several[12 + number] for number in range(3)}
+
+
+def test_the_letters_and_the_cloze_of_plain_text(tokenizer: Tokenizer) -> None:
+    stem = f"Question: {ITEMS[0].question}\n"
+    listed = "A. penicillin\nB. amoxicillin\nC. vancomycin\nD. doxycycline\n"
+    for form, prompt, scored in (("letters", f"{stem}{listed}Answer:", "ABCD"), ("cloze", f"{stem}Answer:", DRUGS)):
+        rows = option_rows(tokenizer, ITEMS[0], form, template=False, max_seq_len=128)  # type: ignore[arg-type]
+        assert rows is not None and [tokenizer.decode(ids) for ids, _ in rows] == [f"{prompt} {text}" for text in scored]
 
 
 @pytest.mark.parametrize("template", [True, False])
@@ -185,19 +234,20 @@ def test_likelihood_chooses_as_lm_evaluation_harness_does(tokenizer: Tokenizer, 
         acc_norm.append(int(np.argmax(np.array(lls) / completion_len)))
         by_text_alone.append(int(np.argmax(np.array(lls) / np.array([len(option) for option in item.options]))))
     for normalise, expected in (("none", acc), ("bytes", acc_norm)):
-        score = score_by_likelihood(model, tokenizer, items, template=template, normalise=normalise)  # type: ignore[arg-type]
+        form: Form = "answer" if template else "cloze"
+        score = score_by_likelihood(model, tokenizer, items, form=form, template=template, normalise=normalise)  # type: ignore[arg-type]
         assert [result.predicted for result in score.results] == expected
     assert acc != acc_norm and (by_text_alone != acc_norm) == template  # the rules differ on these items
 
 
 def test_options_are_tokenised_jointly_with_their_prompt(tokenizer: Tokenizer) -> None:
     item = ITEMS[2]
-    rows = option_rows(tokenizer, item, template=False, max_seq_len=128)
+    rows = option_rows(tokenizer, item, "cloze", template=False, max_seq_len=128)
     assert rows is not None
     for (ids, start), option in zip(rows, item.options, strict=True):
         assert ids == tokenizer.encode(f"Question: {item.question}\nAnswer: {option}")
         assert tokenizer.decode(ids[start:]).endswith(option) and ids[:start] == rows[0][0][:start]
-    chat = option_rows(tokenizer, item, template=True, max_seq_len=128)
+    chat = option_rows(tokenizer, item, "answer", template=True, max_seq_len=128)
     assert chat is not None
     for index, (ids, start) in enumerate(chat):
         answer = render_answer(replace(item, answer_index=index))
@@ -216,7 +266,7 @@ def test_a_merge_across_the_border_is_scored_from_before_it() -> None:
     joined = Tokenizer(backend)
     item = ExamItem(id="m", question="What helps?", options=("rest", "reset", "zinc"), answer_index=0)
     stem = joined.encode("Question: What helps?\nAnswer:")
-    rows = option_rows(joined, item, template=False, max_seq_len=64)
+    rows = option_rows(joined, item, "cloze", template=False, max_seq_len=64)
     assert rows is not None and rows[0][0][: len(stem)] != stem  # the last token of the prompt is swallowed
     start = rows[0][1]
     assert start < len(stem)

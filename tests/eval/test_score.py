@@ -1,5 +1,6 @@
 """What a score reports, how two scores compare, and intervals against published values and simulation."""
 
+import itertools
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,8 +16,11 @@ from osler.eval.score import (
     ScoredExam,
     compare,
     describe_too_long,
+    majority,
+    mcnemar,
     mean_interval,
     paired_difference,
+    pass_at_k,
     summarise,
     wilson,
 )
@@ -74,6 +78,58 @@ def test_chance_and_constant_letter_of_mixed_and_free_items() -> None:
     assert score.chance == pytest.approx(1 / 6) and score.constant_letter_baseline == 0.5 and score.correct == 2
     numbers = summarise([Result(free, ANSWERED, False)])
     assert (numbers.chance, numbers.constant_letter, numbers.letters) == (0.0, "", {})
+
+
+def test_orders_samples_and_votes_are_measured_apart() -> None:
+    item = exam("A")[0]
+    turned = ExamItem(item.id, "?", item.options[::-1], 3)
+    measures = summarise([Result(item, ANSWERED, True, 0), Result(turned, ANSWERED, False, 0)]).measures
+    assert measures["right in all orders"]["value"] == 0 and "majority of 2" not in measures
+    sampled = [Result(item, ANSWERED, given == 0, given) for given in (0, 1, 0, 2)]
+    measures = summarise([*sampled, *([Result(exam("AB")[1], UNPARSED, False)] * 4)]).measures
+    assert {name: found["value"] for name, found in measures.items()} == pytest.approx(
+        {"pass@2": 5 / 12, "pass@4": 0.5, "majority of 4": 0.5}
+    )
+    assert measures["pass@2"]["n"] == 2 and measures["pass@2"]["interval"][0] < 5 / 12 < measures["pass@2"]["interval"][1]
+
+
+@pytest.mark.parametrize(("samples", "right", "k"), [(6, 2, 1), (6, 2, 3), (6, 5, 2), (6, 0, 6)])
+def test_pass_at_k_is_the_share_of_all_choices_of_k_samples(samples: int, right: int, k: int) -> None:
+    chosen = list(itertools.combinations([True] * right + [False] * (samples - right), k))
+    assert pass_at_k(samples, right, k) == pytest.approx(sum(map(any, chosen)) / len(chosen))
+
+
+@pytest.mark.parametrize(
+    ("answers", "expected"), [(["72", "72.0", "5"], 1.0), (["5", "72"], 0.5), (["5", "5", "72"], 0.0), (["?", "?", "72"], 1.0)]
+)
+def test_a_majority_counts_numbers_by_their_value_and_shares_ties(answers: list[str], expected: float) -> None:
+    free = ExamItem("n", "?", (), -1, answer="72")
+    status = {"?": UNPARSED}
+    given = [Result(free, status.get(text, ANSWERED), text.startswith("72"), text=text) for text in answers]
+    assert majority(given) == expected
+
+
+def test_calibration_and_accuracy_at_coverage() -> None:
+    items, confidences = exam("AAAAAAAA"), [0.95, 0.95, 0.9, 0.9, 0.35, 0.35, 0.31, None]
+    right = [True, True, True, False, True, False, False, False]
+    results = [
+        Result(item, ANSWERED if sure else TOO_LONG, hit, 0, confidence=sure)
+        for item, sure, hit in zip(items, confidences, right, strict=True)
+    ]
+    measures = summarise(results).measures
+    top, low = measures["right when 90–100% sure"], measures["right when 30–40% sure"]
+    assert (top["n"], top["value"], top["confidence"]) == (4, 0.75, pytest.approx(0.925))
+    assert (low["n"], low["value"]) == (3, pytest.approx(1 / 3))
+    error = measures["expected calibration error"]
+    assert error["value"] == pytest.approx((4 * 0.175 + abs(1 - 1.01)) / 7) and error["n"] == 7
+    found = {name[12:]: (each["n"], each["value"]) for name, each in measures.items() if "coverage" in name}
+    assert found == {"25% coverage": (2, 1.0), "50% coverage": (4, 0.75), "75% coverage": (6, pytest.approx(2 / 3))}
+    assert summarise([Result(items[0], ANSWERED, True, 0)]).measures == {}
+
+
+@pytest.mark.parametrize(("gained", "lost", "p"), [(0, 0, 1.0), (5, 5, 1.0), (0, 6, 0.03125), (12, 4, 0.076813)])
+def test_mcnemar_is_the_exact_binomial_test(gained: int, lost: int, p: float) -> None:
+    assert mcnemar(gained, lost) == mcnemar(lost, gained) == pytest.approx(p, abs=1e-6)
 
 
 def test_scores_come_back_from_their_file(tmp_path: Path) -> None:

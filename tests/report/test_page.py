@@ -108,8 +108,10 @@ def test_hostile_text_stays_text(quickstart):
     evil = "</p><script>alert(1)</script><img src=x onerror=alert(2)>' \" & {braces}"
     texts = dict.fromkeys(("id", "stage", "question", "thinking", "answer", "correct_answer"), evil)
     score = {"n": 10, "accuracy": 0.5, "interval": [0.2, 0.8], "letters": {evil: 50}, "method": evil}
+    score["measures"] = {evil: evil, "pass@2": {"value": 0.625, "interval": [0.1, 0.9], "n": 10, "confidence": evil}}
     for name, content in {
         "samples.jsonl": [{**texts, "options": [evil, "b"], "correct": False}],
+        "answers/x.jsonl": [{"label": evil, "exam": evil, "method": evil, "asked": 1}, {**texts, "number": 0}],
         "notes.json": [evil],
         "config.yaml": {"note": evil},
         "versions.json": {evil: evil, "machine": {evil: evil}},
@@ -121,6 +123,7 @@ def test_hostile_text_stays_text(quickstart):
         write(quickstart / name, content)
     page = checked(quickstart)
     assert len(page.names("script")) == 1 and not page.names("img") and evil in "".join(page.text)
+    assert "pass@2 62.5% 10" in page.words and "answers" in [attrs.get("id") for attrs in page.names("section")]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,103 @@
+"""What a model answered to an exam, in a file that grows while it sits it, so that an interrupted exam goes on where it stopped.
+
+    answers/sft-medqa-letters.jsonl:
+    {"label": "sft", "exam": "medqa", "method": "letters", "checkpoint": "step-000000400", "asked": 500, "identity": "3fd1..."}
+    {"number": 0, "output": [[-1.25, 1, 1], ...], "id": "medqa-9e21aa", "cluster": "...", "correct": false, "question": ...}
+
+The first line says which model is asked what and how; ``identity`` is a hash of the checkpoint, the questions as they are shown,
+and the settings. An exam goes on with a file whose first line is the same and in which answers are missing, and is sat again from
+its beginning otherwise. ``output`` is what the model gave; the fields behind it are for readers: the report and `osler compare`.
+"""
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from osler.records import jsonl
+from osler.records.results import SampledAnswer
+from osler.records.values import as_text, from_json
+from osler.runtime.files import write_atomic
+
+logger = logging.getLogger(__name__)
+
+
+class AnswerLog:
+    """The outputs of a model so far by the number of what it was shown; in a file, where ``path`` names one.
+
+    ``tell`` is called with the number of answers after each of them.
+    """
+
+    def __init__(
+        self, path: Path | None = None, head: Mapping[str, Any] | None = None, tell: Callable[[int], None] | None = None
+    ) -> None:
+        self.outputs: dict[int, list[Any]] = {}
+        self._path, self._tell = path, tell
+        if path is None or head is None:
+            return
+        first, *rows = jsonl.read(path)[0] or [{}]
+        known = {row["number"]: row["output"] for row in rows if {"number", "output"} <= row.keys()} if first == head else {}
+        if 0 < len(known) < head["asked"]:
+            self.outputs = known
+            logger.info(f"Going on after {len(known):,} of {head['asked']:,} answers, which {path} has.")
+        else:
+            self._write(lambda to: write_atomic(to, jsonl.to_line(head)))
+
+    def add(self, number: int, output: list[Any], fields: Mapping[str, Any]) -> None:
+        """Keep what the model gave to the question of this number, and what readers want to know of it."""
+        if number not in self.outputs:
+            self.outputs[number] = output
+            self._write(lambda to: jsonl.append(to, {"number": number, "output": output, **fields}))
+            if self._tell:
+                self._tell(len(self.outputs))
+
+    def _write(self, write: Callable[[Path], None]) -> None:
+        if self._path is None:
+            return
+        try:
+            self._path.parent.mkdir(exist_ok=True)
+            write(self._path)
+        except OSError as error:
+            logger.warning(f"{self._path} cannot be written ({error.strerror}); an interrupted exam would begin anew.")
+            self._path = None
+
+
+@dataclass(frozen=True)
+class AnswerSheet:
+    """All answers of a checkpoint to an exam."""
+
+    label: str = ""
+    exam: str = ""
+    method: str = ""
+    checkpoint: str = ""  # the name of its folder
+    asked: float = 0.0  # so often a question was shown
+    answers: list[SampledAnswer] = field(default_factory=list)
+    right: dict[str, list[bool]] = field(default_factory=dict)  # by question
+    clusters: dict[str, str] = field(default_factory=dict)  # questions that depend on each other have the same
+
+    @property
+    def name(self) -> str:
+        """The exam and how it was asked."""
+        return self.exam if self.method == "generation" else f"{self.exam}, {self.method}"
+
+    @property
+    def is_of_run(self) -> bool:
+        """Whether the run itself sat the exam, with its newest checkpoint, and not an earlier step of it."""
+        return "," not in self.label
+
+
+def read_sheets(folder: Path) -> list[AnswerSheet]:
+    """Return the answers to all exams that were finished, by file name; raises UserError when a file cannot be read."""
+    sheets = []
+    for path in sorted(folder.glob("*.jsonl")):
+        head, *rows = jsonl.read(path)[0] or [{}]
+        sheet = from_json(AnswerSheet, {key: head.get(key) for key in ("label", "exam", "method", "checkpoint", "asked")})
+        for row in {row.get("number"): row for row in rows}.values():
+            answer = from_json(SampledAnswer, row)
+            sheet.answers.append(answer)
+            sheet.right.setdefault(answer.id, []).append(bool(answer.correct))
+            sheet.clusters[answer.id] = as_text(row.get("cluster"))
+        if 0 < len(sheet.answers) == sheet.asked:
+            sheets.append(sheet)
+    return sheets
