@@ -13,10 +13,10 @@ import hashlib
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from itertools import takewhile
 from math import exp
-from typing import Any, Literal
+from typing import Literal
 
 from osler.eval.likelihood import sum_logprobs
 from osler.eval.score import ANSWERED, CUT, TOO_LONG, UNPARSED, Result, ScoredExam, summarise
@@ -73,7 +73,7 @@ def score_by_generation(
 
     def keep(number: int, ids: list[int]) -> None:
         results[number] = grade(shown[number], parse_completion(tokenizer, ids, reasoning=reasoning))
-        answers.add(number, ids, _fields(results[number]))
+        answers.add(number, ids, results[number].sample(""))
 
     results = [Result(item, TOO_LONG, right=False) for item in shown]
     waiting: list[tuple[int, Request]] = []
@@ -81,7 +81,7 @@ def score_by_generation(
     for number, item in enumerate(shown):
         question = fitting_question(item, encode, room)
         if question is None:
-            answers.add(number, [], _fields(results[number]))
+            answers.add(number, [], results[number].sample(""))
         elif number in answers.outputs:
             keep(number, answers.outputs[number])
         else:
@@ -93,10 +93,6 @@ def score_by_generation(
         if asked():  # a trainer that asks all ranks whether to stop makes nothing of this score
             break
     return summarise(results, max_seq_len=longest)
-
-
-def _fields(result: Result) -> dict[str, Any]:
-    return {**asdict(result.sample("")), "cluster": result.cluster}
 
 
 def _row_number(item: ExamItem, visit: int) -> int:
@@ -181,7 +177,7 @@ def score_by_likelihood(
             sizes = [len(text.encode()) for text in scored_texts(item, form)]
             output = [[total, size, len(ids) - start] for total, size, (ids, start) in zip(sums, sizes, rows, strict=False)]
         results.append(_likeliest(item, output, normalise))
-        answers.add(number, output, _fields(results[-1]))
+        answers.add(number, output, results[-1].sample(""))
     return summarise(results, max_seq_len=longest)
 
 

@@ -7,7 +7,7 @@ command goes on after an interruption (``records/answers.py``).
 import hashlib
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import asdict, replace
 from itertools import islice
 from math import exp, isnan
@@ -130,13 +130,14 @@ def sit(config: EvalConfig, ready: LoadedModel, name: str) -> list[ScoredExam]:
         raise UserError(f"The exam {empty[0]} has no items.")
     kinds = {split: all(item.options for item in items) for split, items in exams.items()}
     ways = {has_options: methods(config, ready, has_options) for has_options in set(kinds.values())}
+    known = ExamsInData.from_files(ready.files)
     scores: list[ScoredExam] = []
     for split, items in exams.items():
+        tell_checked(split, {item.id for item in items}, known)
         shown = list(presentations(items, config.permutations, config.seed))
         for method in ways[kinds[split]]:
             for score in scores_of(method, config, ready, shown, {"label": name, "exam": split, "method": method}):
-                clean = clean_subset(score, ExamsInData.from_files(ready.files))
-                scores += [score] if clean is None else [score, clean]
+                scores += [score, *clean_subset(score, known)]
     return scores
 
 
@@ -187,29 +188,27 @@ def answer_log(
 
 def drawn(items: Sequence[ExamItem], count: int | None, seed: int) -> list[ExamItem]:
     """Return ``count`` items drawn at random, in their order; a larger draw has those of a smaller one."""
-
-    def rank(number: int) -> bytes:
-        return hashlib.sha256(f"{seed}:{items[number].id}".encode()).digest()
-
-    return [items[number] for number in sorted(sorted(range(len(items)), key=rank)[:count])]
+    ranks = [hashlib.sha256(f"{seed}:{item.id}".encode()).digest() for item in items]
+    return [items[number] for number in sorted(sorted(range(len(items)), key=ranks.__getitem__)[:count])]
 
 
-def clean_subset(score: ScoredExam, known: ExamsInData) -> ScoredExam | None:
-    """Return the score on the questions that are known not to be in the model's data; None when these are all or none."""
-    ids = {result.item.id for result in score.results}
-    checked, found, title = len(ids & known.checked), len(ids & known.found), f"{score.split}{CLEAN}"
+def tell_checked(split: str, ids: Set[str], known: ExamsInData) -> None:
+    """Say how many questions of an exam were looked for in the model's data, and found."""
+    checked, found = len(ids & known.checked), len(ids & known.found)
+    if checked:
+        subset = f' "{split}{CLEAN}" is the score on those that were not.' if found and ids & known.clean else ""
+        logger.info(
+            f"{split}: the model's data were checked for {checked:,} of its {len(ids):,} questions. {found:,} were found in "
+            f"them, or in what was dropped from them.{subset}"
+        )
+
+
+def clean_subset(score: ScoredExam, known: ExamsInData) -> Iterator[ScoredExam]:
+    """Yield the score on the questions that are known not to be in the model's data, unless these are all or none."""
     clean = [result for result in score.results if result.item.id in known.clean]
-    if not checked:
-        return None
-    logger.info(
-        f"{score.split}: the model's data were checked for {checked:,} of its {len(ids):,} questions. {found:,} were found in "
-        "them, or in what was dropped from them."
-        + (f' "{title}" is the score on those that were not.' if found and clean else "")
-    )
-    if not found or not clean:
-        return None
-    subset = summarise(clean, max_seq_len=int(score.max_seq_len))
-    return replace(subset, split=title, method=score.method)
+    if clean and any(result.item.id in known.found for result in score.results):
+        subset = summarise(clean, max_seq_len=int(score.max_seq_len))
+        yield replace(subset, split=f"{score.split}{CLEAN}", method=score.method)
 
 
 def parts(tasks: Sequence[Any]) -> dict[str, Any]:

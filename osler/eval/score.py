@@ -52,7 +52,8 @@ class Result:
         """Return the answer as a line of a run's samples."""
         item = self.item
         shown = item.question, list(item.options), self.thinking, self.text, render_answer(item)
-        return SampledAnswer(item.id, stage, *shown, self.right, NAN if self.confidence is None else self.confidence)
+        confidence = NAN if self.confidence is None else self.confidence
+        return SampledAnswer(item.id, stage, *shown, self.right, confidence, self.cluster)
 
 
 @dataclass(frozen=True, kw_only=True)

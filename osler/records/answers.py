@@ -2,7 +2,7 @@
 
     answers/sft-medqa-letters.jsonl:
     {"label": "sft", "exam": "medqa", "method": "letters", "checkpoint": "step-000000400", "asked": 500, "identity": "3fd1..."}
-    {"number": 0, "output": [[-1.25, 1, 1], ...], "id": "medqa-9e21aa", "cluster": "...", "correct": false, "question": ...}
+    {"number": 0, "output": [[-1.25, 1, 1], ...], "id": "medqa-9e21aa", "question": "...", "correct": false, ...}
 
 The first line says which model is asked what and how; ``identity`` is a hash of the checkpoint, the questions as they are shown,
 and the settings. An exam goes on with a file whose first line is the same and in which answers are missing, and is sat again from
@@ -11,9 +11,9 @@ its beginning otherwise. ``output`` is what the model gave; the fields behind it
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from osler.records import jsonl
 from osler.records.results import SampledAnswer
@@ -44,11 +44,11 @@ class AnswerLog:
         else:
             self._write(lambda to: write_atomic(to, jsonl.to_line(head)))
 
-    def add(self, number: int, output: list[Any], fields: Mapping[str, Any]) -> None:
-        """Keep what the model gave to the question of this number, and what readers want to know of it."""
+    def add(self, number: int, output: list[Any], read: SampledAnswer) -> None:
+        """Keep what the model gave to the question of this number, and how it was read."""
         if number not in self.outputs:
             self.outputs[number] = output
-            self._write(lambda to: jsonl.append(to, {"number": number, "output": output, **fields}))
+            self._write(lambda to: jsonl.append(to, {"number": number, "output": output, **asdict(read)}))
             if self._tell:
                 self._tell(len(self.outputs))
 
@@ -63,18 +63,14 @@ class AnswerLog:
             self._path = None
 
 
-@dataclass(frozen=True)
-class AnswerSheet:
-    """All answers of a checkpoint to an exam."""
+class AnswerSheet(NamedTuple):
+    """All answers of a checkpoint to an exam; ``checkpoint`` is the name of its folder."""
 
-    label: str = ""
-    exam: str = ""
-    method: str = ""
-    checkpoint: str = ""  # the name of its folder
-    asked: float = 0.0  # so often a question was shown
-    answers: list[SampledAnswer] = field(default_factory=list)
-    right: dict[str, list[bool]] = field(default_factory=dict)  # by question
-    clusters: dict[str, str] = field(default_factory=dict)  # questions that depend on each other have the same
+    label: str
+    exam: str
+    method: str
+    checkpoint: str
+    answers: list[SampledAnswer]
 
     @property
     def name(self) -> str:
@@ -92,12 +88,7 @@ def read_sheets(folder: Path) -> list[AnswerSheet]:
     sheets = []
     for path in sorted(folder.glob("*.jsonl")):
         head, *rows = jsonl.read(path)[0] or [{}]
-        sheet = from_json(AnswerSheet, {key: head.get(key) for key in ("label", "exam", "method", "checkpoint", "asked")})
-        for row in {row.get("number"): row for row in rows}.values():
-            answer = from_json(SampledAnswer, row)
-            sheet.answers.append(answer)
-            sheet.right.setdefault(answer.id, []).append(bool(answer.correct))
-            sheet.clusters[answer.id] = as_text(row.get("cluster"))
-        if 0 < len(sheet.answers) == sheet.asked:
-            sheets.append(sheet)
+        answers = [from_json(SampledAnswer, row) for row in {as_text(row.get("number")): row for row in rows}.values()]
+        if 0 < len(answers) == head.get("asked"):
+            sheets.append(AnswerSheet(*(as_text(head.get(key)) for key in AnswerSheet._fields[:-1]), answers))
     return sheets

@@ -82,6 +82,7 @@ class SampledAnswer:
     correct_answer: str = ""
     correct: bool | None = None  # None: nobody judged it
     confidence: float = NAN  # the probability that the model gives its answer among the options
+    cluster: str = ""  # the same for questions that depend on each other
 
 
 @dataclass(frozen=True)

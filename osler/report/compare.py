@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from operator import itemgetter
 from pathlib import Path
+from statistics import fmean
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,8 +20,8 @@ import numpy as np
 from osler.checkpoint.folders import is_checkpoint
 from osler.eval.score import mcnemar, paired_difference
 from osler.monitor.metrics import declared_name
-from osler.records.answers import AnswerSheet, read_sheets
-from osler.records.results import ExamScore
+from osler.records.answers import read_sheets
+from osler.records.results import ExamScore, SampledAnswer
 from osler.records.values import as_text
 from osler.report import charts
 from osler.report.charts import COLOURS, SPECS, Figure, Spec
@@ -93,23 +94,23 @@ def paired(folders: Sequence[str]) -> list[list[str]]:
     The interval knows that questions which ask for one fact depend on each other; McNemar's test does not, so it is given for
     independent questions alone.
     """
-    sheets = [_sheets(Path(folder)) for folder in folders]
+    sheets = [_answers(Path(folder)) for folder in folders]
     rows = []
     for folder, later in zip(folders[1:], sheets[1:], strict=True):
         for exam in [name for name in sheets[0] if name in later]:
             before, after = sheets[0][exam], later[exam]
-            shared = [name for name in before.right if name in after.right]
+            shared = [question for question in before if question in after]
             if not shared:
                 continue
-            old, new = ([sum(sheet.right[name]) / len(sheet.right[name]) for name in shared] for sheet in (before, after))
-            clusters = [before.clusters[name] for name in shared]
+            old, new = ([fmean(one.correct is True for one in of[question]) for question in shared] for of in (before, after))
+            clusters = [before[question][0].cluster for question in shared]
             change = paired_difference(old, new, clusters)
             gained, lost = (sum(one > other for one, other in zip(*pair, strict=True)) for pair in ((new, old), (old, new)))
             is_single = len(set(clusters)) == len(shared) and {0.0, 1.0}.issuperset(old + new)
-            asked = max(len(before.right), len(after.right))
+            asked = max(len(before), len(after))
             rows.append([
                 exam, f"{Path(folders[0]).name} → {Path(folder).name}",
-                *(fmt.percent(sum(each) / len(each)) for each in (old, new)),
+                *(fmt.percent(fmean(each)) for each in (old, new)),
                 fmt.points(change.mean), " to ".join(map(fmt.points, change.interval)), fmt.count(gained), fmt.count(lost),
                 f"{mcnemar(gained, lost):.4f}" if is_single else fmt.MISSING,
                 fmt.count(len(shared)) + (f" of {fmt.count(asked)}" if asked > len(shared) else ""),
@@ -117,11 +118,16 @@ def paired(folders: Sequence[str]) -> list[list[str]]:
     return rows
 
 
-def _sheets(path: Path) -> dict[str, AnswerSheet]:
-    """Return the stored answers of a run, or of one checkpoint of it, by exam."""
+def _answers(path: Path) -> dict[str, dict[str, list[SampledAnswer]]]:
+    """Return the stored answers of a run, or of one checkpoint of it, by exam and question."""
+    found: dict[str, dict[str, list[SampledAnswer]]] = {}
     alone = is_checkpoint(path)
-    sheets = read_sheets(RunFolder(path.resolve().parent.parent if alone else path).answers)
-    return {sheet.name: sheet for sheet in sheets if (sheet.checkpoint == path.name if alone else sheet.is_of_run)}
+    for sheet in read_sheets(RunFolder(path.resolve().parent.parent if alone else path).answers):
+        if sheet.checkpoint == path.name if alone else sheet.is_of_run:
+            found[sheet.name] = {}
+            for answer in sheet.answers:
+                found[sheet.name].setdefault(answer.id, []).append(answer)
+    return found
 
 
 def numbers(members: Sequence[Member]) -> Table:

@@ -340,10 +340,9 @@ def test_runs_and_checkpoints_are_compared_question_by_question(runs, capsys, tm
     assert cli.main(["compare", str(earlier), str(runs / "sft")]) == 0
     titles, line = capsys.readouterr().out.strip().splitlines()
     assert titles.split()[0] == "exam" and f"{earlier.name} → sft" in line and line.endswith("30 of 40")
-    before, after = (sheets[0].right for sheets in ([s for s in read_sheets(runs / "sft" / "answers") if s.label == label]
-                                                    for label in (f"sft, step {int(earlier.name[5:])}", "sft")))  # fmt: skip
-    gained = sum(after[name] > before[name] for name in before)
-    assert f" {gained} " in line.split("to")[1]
+    before, after = ({answer.id: answer.correct for answer in sheet.answers} for sheet in read_sheets(runs / "sft" / "answers"))
+    gained, lost = (sum(after[name] - before[name] == change for name in before) for change in (1, -1))
+    assert line.split()[-6:-4] == [str(gained), str(lost)]
     assert cli.main(["compare", str(runs / "textbook"), str(earlier)]) == 2  # letters and cloze against the answer as taught
     assert "no answers to the same exam" in capsys.readouterr().err
     assert cli.main(["compare", str(runs / "sft"), str(runs / "notes"), "--out", str(tmp_path / "page.html")]) == 0
