@@ -351,7 +351,7 @@ COMMANDS: tuple[Command, ...] = (
     ),
     Command(
         "compare",
-        "Compare runs or checkpoints: one HTML page, a table in the terminal, and their exams tested question by question",
+        "Compare runs or checkpoints: a page of curves, a table, and their exams question by question",
         "osler compare runs/mine runs/mine-lower-lr --out lower-lr.html",
         compare,
         (

@@ -166,7 +166,8 @@ def score_by_likelihood(
     Without a divisor the likelihoods are those of probabilities, and the results say how sure the model is.
     """
     answers = AnswerLog() if answers is None else answers
-    longest, decoder = model.config.max_seq_len, None
+    longest = model.config.max_seq_len
+    decoder: Decoder | None = None
     results: list[Result] = []
     for number, item in enumerate(shown):
         output = answers.outputs.get(number)  # sum, bytes and tokens of every option; empty where they do not fit

@@ -230,7 +230,7 @@ def methods(config: EvalConfig, ready: LoadedModel, has_options: bool) -> list[s
     """Return how an exam is taken: as requested, or as the model's training and the kind of questions suggest."""
     if config.method in ("likelihood", "letters", "cloze", "both") and not has_options:
         raise UserError("These questions have no options to compare the likelihoods of; use method=generation.")
-    likelihood = ["likelihood"] if ready.answers_questions else ["letters", "cloze"]
+    likelihood = ["likelihood"] if ready.answers_questions else ["cloze", "letters"]
     if config.method != "auto":
         return {"likelihood": likelihood, "both": ["generation", *likelihood]}.get(config.method, [config.method])
     if ready.answers_questions:
@@ -240,7 +240,7 @@ def methods(config: EvalConfig, ready: LoadedModel, has_options: bool) -> list[s
         return ["generation"]
     logger.info(
         "This model was trained on plain text alone and never learned to answer, so the option it finds most likely counts "
-        "(method=likelihood), by its letter and by its text; `osler sft` teaches it to answer."
+        "(method=likelihood), by its text and by its letter; `osler sft` teaches it to answer."
     )
     return likelihood
 

@@ -162,9 +162,11 @@ def _questions(run: RunRecord) -> list[dict[str, SampledAnswer]]:
 
 
 def _wrong_first(sheet: AnswerSheet) -> list[dict[str, SampledAnswer]]:
-    """Return answers to an exam by stage, as ``_questions`` does: first the wrong ones, of which those it was surest of."""
-    ranked = sorted(sheet.answers, key=lambda answer: (bool(answer.correct), -np.nan_to_num(answer.confidence)))
-    return [{sheet.label: answer} for answer in ranked[:MOST_QUESTIONS]]
+    """Return an answer to each question of an exam, as ``_questions`` does: first wrong ones, of which those it was surest of."""
+    by_id: dict[str, SampledAnswer] = {}
+    for answer in sorted(sheet.answers, key=lambda answer: (bool(answer.correct), -np.nan_to_num(answer.confidence))):
+        by_id.setdefault(answer.id, answer)
+    return [{sheet.label: answer} for answer in list(by_id.values())[:MOST_QUESTIONS]]
 
 
 def _details(score: ExamScore) -> Iterator[tuple[str, float, float, float, float, float]]:
