@@ -116,8 +116,8 @@ def shared_exam(
     """
     share, counts = items[world.rank :: world.size], (0.0, 0.0, 0.0)
     if share or not items:  # an empty exam is refused in words
-        shown = list(presentations(share, permutations, sampling.seed))
-        score = score_by_generation(engine, tokenizer, shown, sampling, reasoning=reasoning)
+        orders = list(presentations(share, permutations, sampling.seed))
+        score = score_by_generation(engine, tokenizer, orders, sampling, reasoning=reasoning)
         counts = (score.correct, score.unparsed + score.cut + score.too_long, score.presentations)
     right, unread, shown, left = world.all_reduce_sum(*counts, asked())
     if left:

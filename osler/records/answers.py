@@ -90,5 +90,6 @@ def read_sheets(folder: Path) -> list[AnswerSheet]:
         head, *rows = jsonl.read(path)[0] or [{}]
         answers = [from_json(SampledAnswer, row) for row in {as_text(row.get("number")): row for row in rows}.values()]
         if 0 < len(answers) == head.get("asked"):
-            sheets.append(AnswerSheet(*(as_text(head.get(key)) for key in AnswerSheet._fields[:-1]), answers))
+            label, exam, method, checkpoint = (as_text(head.get(key)) for key in AnswerSheet._fields[:-1])
+            sheets.append(AnswerSheet(label, exam, method, checkpoint, answers))
     return sheets
