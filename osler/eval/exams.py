@@ -31,7 +31,7 @@ from osler.runtime.errors import UserError
 from osler.runtime.stop import AskedToStop, asked
 from osler.runtime.world import World
 from osler.tasks.answers import read_answer
-from osler.tasks.item import LETTERS, ExamItem, permute, render_answer, render_question, reorder
+from osler.tasks.item import LETTERS, ExamItem, permute, render_answer, render_plain, render_question, reorder
 from osler.tokenizer.bpe import Tokenizer
 from osler.tokenizer.chat import Completion, encode_prompt, parse_completion
 
@@ -68,8 +68,8 @@ def score_by_generation(
             f"{longest} tokens: ask for shorter answers."
         )
 
-    def encode(question: str) -> list[int]:
-        return encode_prompt(tokenizer, question, reasoning=reasoning)
+    def encode(item: ExamItem) -> list[int]:
+        return encode_prompt(tokenizer, render_question(item), reasoning=reasoning)
 
     def keep(number: int, ids: list[int]) -> None:
         results[number] = grade(shown[number], parse_completion(tokenizer, ids, reasoning=reasoning))
@@ -79,13 +79,13 @@ def score_by_generation(
     waiting: list[tuple[int, Request]] = []
     ends, visits = replace(sampling, stop_ids=(tokenizer.eos_id,)), Counter[str]()
     for number, item in enumerate(shown):
-        question = fitting_question(item, encode, room)
-        if question is None:
+        fitted = fitting(item, encode, room)
+        if fitted is None:
             answers.add(number, [], results[number].sample(""))
         elif number in answers.outputs:
             keep(number, answers.outputs[number])
         else:
-            waiting.append((number, Request(tuple(encode(question)), ends, _row_number(item, visits[item.id]))))
+            waiting.append((number, Request(tuple(encode(fitted)), ends, _row_number(item, visits[item.id]))))
         visits[item.id] += 1
     waiting.sort(key=lambda pair: -len(pair[1].prompt))
     for index, continuation in engine.complete([request for _, request in waiting]):
@@ -159,7 +159,8 @@ def score_by_likelihood(
 ) -> ScoredExam:
     """Choose the option whose ``form`` is most likely after the prompt; ``answers`` may know some. Items must have options.
 
-    With ``template`` the prompt is the chat template up to the answer (no thinking), without it plain "Question: ... Answer:".
+    With ``template`` the prompt is the chat template up to the answer (no thinking), without it ``render_plain``, where the letters
+    have the options in lines of their own.
 
     The log-likelihood is divided by the UTF-8 bytes of what is scored (lm-evaluation-harness's ``acc_norm`` where that is ASCII),
     by its tokens, or by nothing (the harness's ``acc``, where short options win). Of equal scores the earlier option wins.
@@ -210,40 +211,41 @@ def option_rows(
     if not item.options:
         raise ValueError(f"item {item.id} has no options to compare")
     texts = scored_texts(item, form)
-    listed = item if form == "answer" or (template and form == "letters") else replace(item, options=(), answer_index=-1)
     if template:
         continuations = [tokenizer.encode(text) for text in texts]
 
-        def encode(question: str) -> list[int]:
-            return encode_prompt(tokenizer, question, reasoning=False)
+        def encode(item: ExamItem) -> list[int]:
+            return encode_prompt(tokenizer, render_question(item), reasoning=False)
 
-        question = fitting_question(listed, encode, max_seq_len - max(map(len, continuations)))
-        prompt = [] if question is None else encode(question)
+        listed = replace(item, options=(), answer_index=-1) if form == "cloze" else item
+        fitted = fitting(listed, encode, max_seq_len - max(map(len, continuations)))
+        prompt = [] if fitted is None else encode(fitted)
         return [(prompt + continuation, len(prompt)) for continuation in continuations] if prompt else None
-    lines = [f"{letter}. {option}" for letter, option in zip(LETTERS, item.options, strict=False)] if form == "letters" else []
+    lines = [f"{letter}. {option}" for letter, option in zip(LETTERS, item.options, strict=False)]
 
-    def stem(question: str) -> str:
-        return "\n".join([f"Question: {question}", *lines, "Answer:"])
+    def stem(item: ExamItem) -> str:
+        text = render_plain(item)
+        return "\n".join([text.removesuffix("\nAnswer:"), *lines, "Answer:"]) if form == "letters" else text
 
     longest = max(len(tokenizer.encode(f" {text}")) for text in texts) + 1
-    question = fitting_question(listed, lambda text: tokenizer.encode(stem(text)), max_seq_len - longest)
-    if question is None:
+    fitted = fitting(item, lambda item: tokenizer.encode(stem(item)), max_seq_len - longest)
+    if fitted is None:
         return None
-    together = [tokenizer.encode(f"{stem(question)} {text}") for text in texts]
-    columns = zip(tokenizer.encode(stem(question)), *together, strict=False)
+    together = [tokenizer.encode(f"{stem(fitted)} {text}") for text in texts]
+    columns = zip(tokenizer.encode(stem(fitted)), *together, strict=False)
     start = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
     fits = max(map(len, together)) <= max_seq_len and start > 0
     return [(ids, start) for ids in together] if fits else None
 
 
-def fitting_question(item: ExamItem, encode: Callable[[str], list[int]], room: int) -> str | None:
-    """Return the question with what fits ``room`` tokens of its context's end (where an abstract has its results), else None."""
-    if len(encode(whole := render_question(item))) <= room:
-        return whole
+def fitting(item: ExamItem, encode: Callable[[ExamItem], list[int]], room: int) -> ExamItem | None:
+    """Return the item with what fits ``room`` tokens of its context's end (where an abstract has its results), else None."""
+    if len(encode(item)) <= room:
+        return item
     words = item.context.split()
 
-    def shortened(kept: int) -> str:
-        return render_question(replace(item, context=" ".join(words[len(words) - kept :])))
+    def shortened(kept: int) -> ExamItem:
+        return replace(item, context=" ".join(words[len(words) - kept :]))
 
     too_many = bisect_left(range(len(words)), True, key=lambda kept: len(encode(shortened(kept))) > room)
     return shortened(too_many - 1) if too_many else None

@@ -125,7 +125,7 @@ def complete(config: EvalConfig, ready: LoadedModel) -> tuple[EvalConfig, Mappin
 
 def sit(config: EvalConfig, ready: LoadedModel, name: str) -> list[ScoredExam]:
     """Let the model, which has this name in its run, take every part of the exams with every requested method."""
-    exams = {split: drawn(load_task(task), config.subset, config.seed) for split, task in parts(config.exams).items()}
+    exams = {split: load_task(task) for split, task in parts(config).items()}
     if empty := [split for split, items in exams.items() if not items]:
         raise UserError(f"The exam {empty[0]} has no items.")
     kinds = {split: all(item.options for item in items) for split, items in exams.items()}
@@ -186,12 +186,6 @@ def answer_log(
     return AnswerLog(ready.run.answers / f"{name}.jsonl", first, progress.update)
 
 
-def drawn(items: Sequence[ExamItem], count: int | None, seed: int) -> list[ExamItem]:
-    """Return ``count`` items drawn at random, in their order; a larger draw has those of a smaller one."""
-    ranks = [hashlib.sha256(f"{seed}:{item.id}".encode()).digest() for item in items]
-    return [items[number] for number in sorted(sorted(range(len(items)), key=ranks.__getitem__)[:count])]
-
-
 def tell_checked(split: str, ids: Set[str], known: ExamsInData) -> None:
     """Say how many questions of an exam were looked for in the model's data, and found."""
     checked, found = len(ids & known.checked), len(ids & known.found)
@@ -211,13 +205,17 @@ def clean_subset(score: ScoredExam, known: ExamsInData) -> Iterator[ScoredExam]:
         yield replace(subset, split=f"{score.split}{CLEAN}", method=score.method)
 
 
-def parts(tasks: Sequence[Any]) -> dict[str, Any]:
-    """Return exams by the name they are shown under; each split of the clinic is a separate exam.
+def parts(config: EvalConfig) -> dict[str, Any]:
+    """Return the exams by the name they are shown under; each split of the clinic is a separate exam.
 
     A second exam of a name is told apart by its file.
     """
     named: dict[str, Any] = {}
-    for task in tasks:
+    exams: Sequence[Any] = config.exams
+    for task in exams:
+        if config.subset is not None:
+            draws = {} if isinstance(task, ClinicTask) else {"seed": config.seed}  # the clinic's questions are drawn anyway
+            task = replace(task, limit=config.subset, **draws)
         if isinstance(task, ClinicTask):
             named |= {split.strip(): replace(task, split=split.strip()) for split in task.split.split(",")}
             continue

@@ -256,6 +256,14 @@ def test_options_are_tokenised_jointly_with_their_prompt(tokenizer: Tokenizer) -
         assert ids[:start] == encode_prompt(tokenizer, render_question(item), reasoning=False)
 
 
+def test_the_options_of_a_story_go_on_with_its_text(tokenizer: Tokenizer) -> None:
+    story = ExamItem("s", "A man has fever. He", ("coughs.", "sings."), 0, context="Rest", is_story=True)
+    rows = option_rows(tokenizer, story, "cloze", template=False, max_seq_len=128)
+    assert rows is not None and [tokenizer.decode(ids) for ids, _ in rows] == [
+        "Rest: A man has fever. He coughs.", "Rest: A man has fever. He sings."
+    ]  # fmt: skip
+
+
 def test_a_merge_across_the_border_is_scored_from_before_it() -> None:
     backend = Backend(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)  # words may grow together
