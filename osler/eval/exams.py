@@ -159,8 +159,8 @@ def score_by_likelihood(
 ) -> ScoredExam:
     """Choose the option whose ``form`` is most likely after the prompt; ``answers`` may know some. Items must have options.
 
-    With ``template`` the prompt is the chat template up to the answer (no thinking), without it ``render_plain``, where the letters
-    have the options in lines of their own.
+    With ``template`` the prompt is the chat template up to the answer (no thinking), without it ``render_plain``. Without it the
+    letters have the options in lines of their own.
 
     The log-likelihood is divided by the UTF-8 bytes of what is scored (lm-evaluation-harness's ``acc_norm`` where that is ASCII),
     by its tokens, or by nothing (the harness's ``acc``, where short options win). Of equal scores the earlier option wins.
