@@ -174,8 +174,10 @@ def _left_out(sources: Mapping[str, Mapping[str, Any]], found: Mapping[str, _Fou
         rules.setdefault(_rules(source["content"]["options"].get("clean")), []).append(name)
     yield _table(["sources", "what was looked for"], [[", ".join(names), rule] for rule, names in rules.items()])
     yield _table(["source", "reason", "documents", "of those read"], rows) if rows else "Nothing."
+    if any(EXAM in source["dropped"] for source in sources.values()):
+        yield "Documents with exam questions are not shown, so that this card does not spread them."
     if examples:
-        yield "How some of them begin:"
+        yield "How some of the others begin:"
         yield "\n".join(sorted(examples))
     if any(source["content"]["options"].get("clean", {}).get("languages") for source in sources.values()):
         yield (
@@ -206,7 +208,8 @@ def _exams(sources: Mapping[str, Mapping[str, Any]], read: Mapping[str, _Found])
     rows, found = [], set[str]()
     for name, source in sources.items():
         clean = source["content"]["options"].get("clean") or {}
-        exams = [f"{exam['type']} {exam['split']}".strip() for exam in clean.get("exams", [])]
+        given = (source["about"].get("config", {}).get("clean") or {}).get("exams", [{}] * len(clean.get("exams", [])))
+        exams = [_exam(exam, config) for exam, config in zip(clean.get("exams", []), given, strict=True)]
         items = read[name].items
         found.update(items)
         dropped = "dropped" if clean.get("exam_questions") == "drop" else "kept"
@@ -226,6 +229,12 @@ def _exams(sources: Mapping[str, Mapping[str, Any]], read: Mapping[str, _Found])
         yield f"Found: {some}{more}. `exams.json` has all of them, and all that were looked for."
 
 
+def _exam(exam: Mapping[str, Any], config: Mapping[str, Any]) -> str:
+    """Return the name of an exam that was looked for, with its file where it was not read by name."""
+    file = f" ({Path(config['path']).name})" if config.get("path") else ""
+    return f"{exam['type']} {exam['split']}".strip() + file
+
+
 def _recipe(manifest: Mapping[str, Any]) -> Iterable[str]:
     configs = [_config(source) for source in manifest["sources"].values()]
     sets = [_config(entry) for entry in manifest["validation"].values()]
@@ -241,7 +250,10 @@ def _recipe(manifest: Mapping[str, Any]) -> Iterable[str]:
         own = [{key: value for key, value in config.items() if key not in of_all} for config in configs]
         data = {"type": "mixture", **of_all, "sources": own}
     recipe = {"data": data, **({"validation": sets} if sets else {}), "tokenizer": {"path": "tokenizer.json"}}
-    yield "With these lines in `RECIPE.yaml`, in a folder with the files above and the tokenizer that is beside this card:"
+    yield (
+        "Write these lines into `RECIPE.yaml`. Beside it must be the tokenizer that is beside this card and, under the names in "
+        "the recipe, the files or folders of files above:"
+    )
     yield f"```yaml\n{dump_yaml(recipe).rstrip()}\n```"
     yield "```sh\nosler data prepare RECIPE.yaml --out FOLDER\n```"
 

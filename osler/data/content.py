@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from osler.data.documents import Corpus
-from osler.data.shards import FORMAT_VERSION, SPLITS, VALIDATION_PREFIX, read_data_manifest
+from osler.data.shards import FORMAT_VERSION, SPLITS, TOKENIZER, VALIDATION_PREFIX, read_data_manifest
 from osler.data.tokenise import PartEnd, Task
 from osler.data.workers import process_count, tokenise
 from osler.data.writing import digests, journal_of
@@ -103,6 +103,8 @@ def other_data(out: Path, what: str, difference: str, consent: str | None, *, is
     """Return the error that says how a folder differs from what is wanted, and what allows that."""
     allow = f" allow it with {consent}," if consent else ""
     state, remove = ("was prepared", "") if is_finished else ("is half prepared", ", or delete it")
+    if what == "tokenizer":
+        allow = f" give its own with tokenizer.path={out / TOKENIZER} (a new one depends on sources and weights),{allow}"
     return UserError(
         f"{out} {state} with another {what}: {difference}. Put the {what} back to go on with what was prepared,{allow} "
         f"or choose another folder{remove}."
@@ -127,13 +129,21 @@ def _other_content(old: Mapping[str, Any] | None, new: Mapping[str, Any] | None)
     before, now = ({**content["options"], **content} for content in (old, new))
     for name in dict.fromkeys([*before["options"], *now["options"], *OPTIONS]):
         if before.get(name) != now.get(name):
-            return f"{name} is {before.get(name)}, now it is {now.get(name)}"
+            return _change(name, before.get(name), now.get(name))
     if len(old["files"]) != len(new["files"]):
         return f"it has {len(old['files']):,} files, now there are {len(new['files']):,}"
     for (_, size, _), (name, new_size, _) in zip(old["files"], new["files"], strict=True):
         if size != new_size:
             return f"{name} has {new_size:,} bytes, it had {size:,}"
     return _other_content(old["validation"], new["validation"])
+
+
+def _change(name: str, old: object, new: object) -> str:
+    """Say how an option differs; of a section, its first field that does."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        field = next(key for key in dict.fromkeys([*old, *new]) if old.get(key) != new.get(key))
+        return _change(f"{name}.{field}", old.get(field), new.get(field))
+    return f"{name} is {old}, now it is {new}"
 
 
 def first_change(streams: Sequence[Stream]) -> str:

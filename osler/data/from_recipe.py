@@ -113,6 +113,8 @@ def tokenizer_inspect(path: str, text: str | None) -> int:
 
 def data_prepare(recipe: str | None, overrides: Sequence[str], out: str | None, processes: int | None) -> int:
     """Tokenise the text of a recipe into the folder ``out`` and print what is in it."""
+    if processes is not None and processes < 0:
+        raise UserError(f"--workers {processes} is no number of processes; give 1 or more, or 0 to work in this process alone.")
     sections = read_sections(recipe, overrides)
     out = out or str(SHARDS / (Path(recipe).stem if recipe and Path(recipe).exists() else recipe or sections.data.type))
     data, validation = at_known_commits(sections.data, sections.validation, out)
@@ -122,7 +124,6 @@ def data_prepare(recipe: str | None, overrides: Sequence[str], out: str | None, 
     elif wanted.path is not None:
         tokenizer = refuse_missing_bytes(Tokenizer.load(wanted.path)).with_specials()
     else:
-        logger.info(f"Training a tokenizer of {wanted.vocab_size:,} tokens on the text; tokenizer.path=FILE would take one.")
         tokenizer = train_tokenizer(data, wanted, validation)
     prepared = prepare_sources(data, tokenizer, out, validation=validation, processes=processes)
     print(f"{out}: {'exists already' if prepared.reused else 'written'}")

@@ -4,6 +4,7 @@ Any of them can also be read from local files of the same schema. What is said o
 sizes are approximate. A row that lacks a field is refused by file, row and field, so that no source is empty in silence.
 """
 
+import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -26,6 +27,8 @@ from osler.tasks.config import MEDICAL_SUBJECTS, ExamFile, Gsm8kTask, MedmcqaTas
 from osler.tasks.exam_files import SCHEMAS, ExamRow
 from osler.tasks.item import render_answer, render_question
 from osler.tokenizer.chat import Turn
+
+logger = logging.getLogger(__name__)
 
 ToDocuments = Callable[[Iterable[Row], HubData], Iterable[Document]]
 
@@ -268,6 +271,9 @@ EXAMS = {
 def open_exam(exam: ExamInFile | HubExam, root: str, key: str) -> Exam:
     """Find the files of an exam that data are checked for; `root` is where the data's are."""
     if not isinstance(exam, HubExam):
+        said = _splits_in(Path(exam.path).name)
+        if exam.split and said and _SPLITS.get(exam.split, exam.split) not in said:
+            logger.warning(f"{key}.split is {exam.split}, but the name of {exam.path} says {' or '.join(sorted(said))}.")
         return Exam(exam, tuple(find_local(exam.path, ROW_ENDINGS, key=f"{key}.path")))
     if exam.name not in EXAMS:
         raise UserError(f"{key}.name={exam.name} is no exam that Osler knows{nearest(exam.name, list(EXAMS))}")
@@ -288,6 +294,11 @@ def _files(data: HubData, source: NamedSource, subset: str, split: str, key: str
     return (snapshot if source.has_small_files else hub_files)(source.repo, patterns, data.revision)
 
 
+def _splits_in(name: str) -> set[str]:
+    """Return which splits the name of a file tells."""
+    return {_SPLITS[word] for word in re.findall("[a-z]+", name.lower()) if word in _SPLITS}
+
+
 def _local_files(data: HubData, source: NamedSource, patterns: Sequence[str], split: str, key: str) -> list[File]:
     """Return the local files of a split: those named as on the hub, else those whose name has the split's, else all.
 
@@ -300,11 +311,7 @@ def _local_files(data: HubData, source: NamedSource, patterns: Sequence[str], sp
     names = {file: file.relative_to(where).as_posix() if where.is_dir() else file.name for file in found}
     combinations = product(source.files, source.subsets, source.splits)
     of_any = [pattern.format(subset=subset, split=other) for pattern, subset, other in combinations]
-    splits = {
-        file: {_SPLITS[word] for word in re.findall("[a-z]+", name.lower()) if word in _SPLITS}
-        for file, name in names.items()
-        if not any(fnmatchcase(name, pattern) for pattern in of_any)
-    }
+    splits = {file: _splits_in(name) for file, name in names.items() if not any(fnmatchcase(name, pattern) for pattern in of_any)}
     known = set(_SPLITS.values() if where.is_dir() else source.splits)
     chosen = (
         [file for file, name in names.items() if any(fnmatchcase(name, pattern) for pattern in patterns)]

@@ -71,6 +71,8 @@ def prepare(
     out, validation = Path(out), validation or {}
     wanted = manifest_of(corpora, validation, weights or [1.0] * len(corpora), tokenizer)
     try:
+        if out.is_file():
+            raise UserError(f"{out} is a file; give a folder for the shards.")
         out.mkdir(parents=True, exist_ok=True)
         with locked(out, None):
             manifest = _begun(out, wanted, corpora, validation, consent)
@@ -117,8 +119,13 @@ def _begun(
             for (name, old), entry in zip(list(found[kind].items()), wanted[kind].values(), strict=True):
                 now = {key: entry[key] for key in ("weight", "content") if key in entry}
                 found[kind][name] = old | now if found["complete"] else entry
-        if found["complete"] and found != read_data_manifest(out):
+        if found["complete"] and found != (before := read_data_manifest(out)):
+            journals = [journal_of(stream.folder, stream.splits) for stream in sources]
+            write_atomic(out / CARD, data_card(found, journals).encode())
             write_json(out / DATA_MANIFEST, found)
+            weights = {name: entry["weight"] for name, entry in found["sources"].items()}
+            if weights != {name: entry["weight"] for name, entry in before["sources"].items()}:
+                logger.info(f"The weights of the sources in {out} are now {', '.join(f'{w:g}' for w in weights.values())}.")
         return found
     if not found["complete"] and not _has_shards(out):
         _clear(out)

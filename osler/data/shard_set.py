@@ -297,8 +297,11 @@ def open_split(path: str | Path, split: str) -> dict[str, ShardSet]:
     entries = dict(manifest["sources"])
     if split == SPLITS[1]:
         entries |= {f"{VALIDATION_PREFIX}{name}": entry for name, entry in manifest["validation"].items()}
-    names = [name for name, entry in entries.items() if not manifest["complete"] or split in entry["splits"]]
-    opened = {name: ShardSet.open(path, name, split, growing=True) for name in names}
+
+    def may_have(entry: Mapping[str, Any]) -> bool:
+        return bool(entry["splits"][split]["documents"]) if split in entry["splits"] else not manifest["complete"]
+
+    opened = {name: ShardSet.open(path, name, split, growing=True) for name, entry in entries.items() if may_have(entry)}
     return {name: shards.head(shards.num_shards) for name, shards in opened.items() if shards.num_shards}
 
 

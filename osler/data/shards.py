@@ -147,7 +147,8 @@ def read_data_manifest(path: str | Path) -> dict[str, Any]:
     """Return the manifest of a prepared folder; raises UserError when there is none that this version can read."""
     file = Path(path) / DATA_MANIFEST
     if not file.is_file():
-        raise UserError(f"{path} is no folder that `osler data prepare` wrote: it has no {DATA_MANIFEST}.")
+        what = f"it has no {DATA_MANIFEST}" if Path(path).exists() else "it does not exist"
+        raise UserError(f"{path} is no folder that `osler data prepare` wrote: {what}.")
     manifest = read_json(file)
     version = manifest.get("format_version") if isinstance(manifest, dict) else None
     if version != FORMAT_VERSION:

@@ -1,6 +1,7 @@
 """From a data config to a corpus: one table from config class to the function that opens it."""
 
 import hashlib
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
@@ -42,6 +43,8 @@ from osler.tokenizer.bpe import Tokenizer
 from osler.tokenizer.chat import Turn
 from osler.tokenizer.config import BPEConfig, SuperBPEConfig
 from osler.tokenizer.train import train
+
+logger = logging.getLogger(__name__)
 
 SAMPLE_CHARS = 1 << 16  # the sample for a tokenizer takes or leaves pieces of this length
 SAMPLE_PARTS, SAMPLE_PART_CHARS = 64, 1 << 24  # parts of a source that it is drawn from, and how much of each at most
@@ -241,6 +244,7 @@ def train_tokenizer(data: TextData, wanted: BPEConfig | SuperBPEConfig, validati
     sets = [*open_validation(data, validation).values(), *(corpus.validation for corpus in corpora.values())]
     keys = keys_of(document for corpus in sets if corpus is not None for document in corpus.documents())
     held = hold_out(corpora.values(), find_limits(corpora), keys)
+    logger.info(f"Training a tokenizer of {wanted.vocab_size:,} tokens on the text; tokenizer.path=FILE would take one.")
 
     def texts() -> Iterator[str]:
         for corpus, weight in zip(corpora.values(), weights, strict=True):

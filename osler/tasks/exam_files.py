@@ -57,7 +57,7 @@ class ExamRow:
             if not isinstance(value, Mapping) or part not in value:
                 here = ", ".join(sorted(value)) if isinstance(value, Mapping) else f"{reprlib.repr(value):.60}"
                 problem = f"the field '{name}' is missing (found: {here}). {schema}"
-                raise self.error(f"{problem}; the files of another exam are read with another task.type.")
+                raise self.error(f"{problem}; the files of another exam are read with another `type`.")
             value = value[part]
         if not isinstance(value, kinds) or isinstance(value, bool):
             wanted = " or ".join(_KINDS[kind] for kind in kinds)

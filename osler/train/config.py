@@ -87,8 +87,8 @@ class TrainConfig(RunConfig):
     parallel: ParallelConfig = NoParallelConfig()  # how several processes share the work
     loader_workers: NonNegativeInt = 1  # threads that prepare batches ahead; 0: none; changes no batch
     log_every_steps: PositiveInt = 10  # optimizer steps between two lines of metrics
-    # tokens between two evaluations; null: 4 to 50 of them in a run, or fewer where they would read more than a fifth as many
-    # tokens as the run learns
+    # tokens between two evaluations, which read 131,072 to a million tokens of each set; null: 4 to 50 evaluations in a run, or
+    # fewer, down to one, where they would read more than a fifth as many tokens as the run learns
     eval_every_tokens: PositiveInt | None = None
     exam: ExamProbe = ExamProbe()
     checkpoint: TokenCheckpoints = TokenCheckpoints()

@@ -187,7 +187,6 @@ def make_tokenizer(config: TrainConfig, given: Tokenizer | None, kept: Path) -> 
     if (at_hand := tokenizer_at_hand(config)) is not None:
         return at_hand
     assert not isinstance(config.data, PreparedData)
-    logger.info(f"Training a tokenizer of {config.tokenizer.vocab_size:,} tokens on the run's own text.")
     data, validation = at_known_commits(config.data, config.validation, kept.parent / DATA)
     return train_tokenizer(data, config.tokenizer, validation)
 

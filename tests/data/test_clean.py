@@ -150,7 +150,7 @@ def test_drops_are_counted_and_shown_in_the_card(data: FilesData, exam: MedqaTas
     for part in (
         "CC BY 4.0",
         "notes, too short: No. …",
-        "medqa test",
+        "medqa test (exam.jsonl)",
         f"`{found_item}`",
         "| near copy | 1 | 0.500% |",
         "duplicates: near",
@@ -196,7 +196,7 @@ def test_every_exam_can_be_named(data: FilesData, tmp_path: Path, name: str, by_
     assert look.reason == EXAM and look.exam_items[0].startswith(name)
 
 
-def test_exams_of_ones_own_and_strange_names(data: FilesData, tmp_path: Path) -> None:
+def test_exams_of_ones_own_and_strange_names(data: FilesData, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "own.jsonl"
     file.write_text(json.dumps({"q": QUESTION, "a": "It is."}) + "\n")
     own = QuestionsTask(path=str(file), question_field="q", answer_field="a")
@@ -204,6 +204,11 @@ def test_exams_of_ones_own_and_strange_names(data: FilesData, tmp_path: Path) ->
     assert cleaner is not None and cleaner.looks([(QUESTION,)])[0].reason == EXAM
     with pytest.raises(UserError, match=r"data.clean.exams\[1\].name=medqas is no exam .*medqa"):
         check_sources(replace(data, clean=CleanConfig(exams=(own, HubExam(name="medqas")))))
+    dev = Path(shutil.copy(tmp_path / "exam.jsonl", tmp_path / "medqa-dev.jsonl"))
+    for split in ("test", "dev", "validation", ""):
+        open_corpora(replace(data, clean=CleanConfig(exams=(MedqaTask(path=str(dev), split=split),))))
+    told = capsys.readouterr().err
+    assert "exams[0].split is test, but the name of" in told and told.count("but the name of") == 1
 
 
 def test_other_rules_of_cleaning_are_other_data(
@@ -234,7 +239,7 @@ def test_items_are_checked_where_all_sources_are(data: FilesData) -> None:
 def test_other_cleaning_is_other_data(data: FilesData, exam: MedqaTask, tmp_path: Path, tokenizer: Tokenizer) -> None:
     prepare_sources(data, tokenizer, tmp_path / "out")
     Path(exam.path).write_text(Path(exam.path).read_text().replace('"x"', '"z"'))
-    with pytest.raises(UserError, match="clean is"):
+    with pytest.raises(UserError, match=r"clean\.exams is .*, now it is"):
         prepare_sources(data, tokenizer, tmp_path / "out")
 
 

@@ -23,7 +23,7 @@ from osler.data.documents import Corpus, Document, in_memory
 from osler.data.prepare import prepare as prepare_sources
 from osler.data.prepared import open_prepared
 from osler.data.readers import TextFiles
-from osler.data.shard_set import ShardSet
+from osler.data.shard_set import ShardSet, open_split
 from osler.data.shards import read_data_manifest
 from osler.files.parts import LocalFile, Part, Parts
 from osler.runtime import faults
@@ -200,6 +200,20 @@ def test_same_data_are_reused_and_other_data_refused(
     with pytest.raises(UserError, match=f"made with the tokenizer {tokenizer.fingerprint}"):
         open_prepared(out, other_tokenizer)
     assert open_prepared(out, tokenizer).fingerprint == first.train.fingerprint
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UserError, match="is a file; give a folder"):
+        prepare(corpus, tokenizer, tmp_path / "file")
+
+
+def test_other_weights_of_finished_shards_are_told_and_written_down(
+    tmp_path: Path, tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    halves = {"a": in_memory(DOCUMENTS[:20]), "b": in_memory(DOCUMENTS[20:])}
+    for weights, share in (([1.0, 1.0], "50.0%"), ([3.0, 1.0], "75.0%")):
+        prepared = prepare_sources(halves, tokenizer, tmp_path / "out", weights=weights)
+        assert [source.weight for source in prepared.sources] == weights
+        assert share in (tmp_path / "out" / "DATA_CARD.md").read_text()
+    assert "are now 3, 1" in capsys.readouterr().err
 
 
 def test_fingerprint_follows_the_tokens(tmp_path: Path, tokenizer: Tokenizer) -> None:
@@ -509,5 +523,6 @@ def test_it_is_said_when_nothing_is_held_out(tmp_path: Path, tokenizer: Tokenize
     prepared = prepare(twins, tokenizer, tmp_path / "a")
     assert prepared.validation is None and "Nothing is held out of the source notes" in capsys.readouterr().err
     assert read_data_manifest(tmp_path / "a")["sources"]["notes"]["splits"]["validation"]["documents"] == 0, "nobody waits for it"
+    assert list(open_split(tmp_path / "a", "validation")) == [] and list(open_split(tmp_path / "a", "train")) == ["notes"]
     prepare(in_memory(DOCUMENTS, holdout_fraction=0.1), tokenizer, tmp_path / "b")
     assert "Nothing is held out" not in capsys.readouterr().err

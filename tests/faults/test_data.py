@@ -281,6 +281,15 @@ def test_shards_of_another_tokenizer_are_refused(shards, bare, tiny, runs, osler
     assert osler("pretrain", bare, *ours, f"tokenizer.path={tiny.tokenizer}", "--run", tmp_path / "run") == 0
 
 
+def test_one_document_is_prepared_and_inspected_although_nothing_can_be_held_out(tiny, osler, mistake, tmp_path, capsys):
+    (tmp_path / "book.txt").write_text("Fever is a sign. " * 50)
+    out, command = tmp_path / "out", ["data", "prepare", tmp_path / "book.txt", f"tokenizer.path={tiny.tokenizer}", "--out"]
+    assert osler(*command, out) == 0 and osler("data", "inspect", out) == 0
+    assert "train" in (told := capsys.readouterr().out) and "validation" not in told
+    assert "--workers -3 is no number of processes" in mistake(*command, tmp_path / "other", "--workers", "-3")
+    assert "it does not exist" in mistake("data", "inspect", tmp_path / "nowhere")
+
+
 def test_data_are_prepared_with_the_tokenizer_of_the_model_that_a_run_starts_from(tiny, runs, osler, mistake, tmp_path):
     out, turns = tmp_path / "shards", ["data.type=turns", f"data.path={tiny.turns}", f"init_from={runs.pretrain}"]
     assert osler("data", "prepare", *turns, "tokenizer.vocab_size=300", "--out", out) == 0
