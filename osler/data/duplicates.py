@@ -1,15 +1,15 @@
-"""Which documents are copies, or nearly, of earlier ones of the same source, in memory that does not grow with their number.
+"""Find documents that are copies or near copies of earlier ones of the same source; memory does not grow with their number.
 
-A document is known by a row of bytes: a key that documents share which are equal but for case and spacing, and, where near
-copies are looked for, a MinHash signature of its sequences of 5 words (Broder 1997; one byte of each of 128 minima, Li and
-König 2010). Locality-sensitive hashing finds candidates: earlier documents that share one of 16 bands of 8 bytes. They are copies
-where enough of all bytes agree, which estimates the share of their sequences that two documents have in common.
+A document is known by a row of bytes: a key, which is the same for documents that differ in case and spacing alone, and a MinHash
+signature of its sequences of 5 words where near copies are looked for (Broder 1997; one byte of each of 128 minima, Li and
+König 2010). Locality-sensitive hashing finds candidates: earlier documents that share the key or one of 16 bands of 8 bytes. They
+are near copies when enough of the signature's bytes agree. This share estimates how many sequences the two have in common.
 
 Copies are not looked for across the sources of a mixture. These are written side by side, and after a kill each goes on from its
 own last part, so the kill would decide which of two copies stays. Copies of held-out documents are dropped from all (`holdout`).
 
-The rows of the latest documents are in a ring, as many as the memory takes, with a chain of documents per hash of a band. All
-rows are in a file too, so a killed preparation goes on from the same state without reading a document again.
+A ring holds the rows of the latest documents, as many as fit into memory. For each hash of a band, a chain links the documents
+that share it. All rows are in a file too, so a killed preparation resumes from the same state without reading a document again.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ EXACT, NEAR = "copy", "near copy"  # the reasons why a document is dropped
 KEY_BYTES, BAND_BYTES = 8, 8
 SIGNATURE_BYTES = 128
 SHINGLE_WORDS = 5
-MOST_CANDIDATES = 16  # documents of a band that are compared, the latest ones: what many have in common is no sign of a copy
+MOST_CANDIDATES = 16  # latest documents of a band that are compared: a band that very many share says little
 MINHASH_SEED = 1
 _ROWS_AT_ONCE = 1 << 16
 _MIXER = np.uint64(0xD6E8FEB86659FD93)
@@ -42,7 +42,8 @@ def signatures(shingles: Sequence[Hashes]) -> Rows:
     try:
         from rensa import RMinHash
     except ImportError:
-        raise UserError("Near copies are found with rensa: pip install 'osler[clean]', or set clean.duplicates=exact.") from None
+        what = "Near copies need the package rensa: pip install 'osler[clean]', or set clean.duplicates=exact."
+        raise UserError(what) from None
     ends = np.cumsum([0, *map(len, shingles)], dtype=np.uint64)
     matrix = RMinHash.digest_matrix_from_flat_token_hashes(
         np.concatenate([np.zeros(0, np.uint64), *shingles]), ends, num_perm=SIGNATURE_BYTES, seed=MINHASH_SEED
@@ -93,7 +94,7 @@ class Seen:
                     self._insert(row, slots)
 
     def add(self, rows: Rows) -> Iterator[str]:
-        """Yield why each document is a copy of an earlier one, "" for those that are not; these are known from now on."""
+        """Yield for each document why it is a copy, "" if it is none; documents that are none are remembered."""
         for row, slots in zip(rows, self._slots(rows), strict=True):
             reason = self._reason(row, slots)
             if not reason:

@@ -1,9 +1,9 @@
 """The order of a source's tokens, computed from (seed, the shards' fingerprints, epoch) and nothing else.
 
 An epoch is a sequence of windows of shards, and the documents of a window are permuted. The first epoch takes the shards as they
-were written, in windows that grow from one shard to `WINDOW_SHARDS`, so that a run may begin while later shards are still being
-written and sees the same order as a run over finished data: a window that is not written yet raises NotPreparedYet. Later epochs
-permute all shards and then group them into windows.
+were written, in windows that grow from one shard to `WINDOW_SHARDS`. So a run may begin while later shards are still being
+written, and it sees the same order as a run over finished data. A window that is not written yet raises NotPreparedYet. Later
+epochs permute all shards and then group them into windows.
 
 Any window can be computed at once, on any rank, after any number of restarts, so a resume needs nothing but a position.
 """
@@ -46,11 +46,11 @@ class Order:
     def __init__(self, shards: ShardSet, seed: int) -> None:
         self.shards = shards
         self.seed = seed
-        self._epochs = functools.lru_cache(3)(self._epoch)  # the first two tell a packing where others begin
+        self._epochs = functools.lru_cache(3)(self._epoch)  # a packing needs the first two to know where any other begins
         self.window = functools.lru_cache(CACHED_WINDOWS)(self._window)
 
     def epoch(self, epoch: int) -> Epoch:
-        """Return an epoch; of the first one, while its shards are being written, the windows that are whole.
+        """Return an epoch. While shards are being written, the first one has the windows that are complete.
 
         Raises NotPreparedYet for a later epoch while shards are being written.
         """
@@ -58,11 +58,11 @@ class Order:
             self.shards.refresh()
             if not self.shards.is_complete:
                 raise self.shards.not_yet()
-        is_complete = self.shards.is_complete  # asked before the number, which may grow until then
+        is_complete = self.shards.is_complete  # read before the number of shards, which may grow in between
         return self._epochs(epoch, self.shards.num_shards, is_complete)
 
     def has_window(self, epoch: int, number: int) -> bool:
-        """Return whether an epoch has a window of this number; raises NotPreparedYet while nobody knows."""
+        """Return whether an epoch has a window of this number; raises NotPreparedYet while that is not known yet."""
         if number >= len(self.epoch(epoch).ends):
             self.shards.refresh()
             if number >= len(self.epoch(epoch).ends) and not self.shards.is_complete:
@@ -79,14 +79,14 @@ class Order:
         return divmod(token, self.shards.num_tokens)
 
     def first_shard(self, token: int) -> int:
-        """Return the first shard that is needed from a token of the first epoch on, apart from later epochs."""
+        """Return the first shard that the first epoch needs from a token on; later epochs are not considered."""
         epoch = self.epoch(0)
         return int(epoch.borders[np.searchsorted(epoch.ends, token, side="right")])
 
     def pieces(self, epoch: int, token: int) -> Iterator[tuple[int, int]]:
-        """Yield the documents from a token of an epoch to the end of that epoch, each with the token of it to start at.
+        """Yield the documents from a token of an epoch to its end, each with the token in it to start at.
 
-        That is 0 for all but the first.
+        This is 0 for all but the first document.
         """
         number = int(np.searchsorted(self.epoch(epoch).ends, token, side="right"))
         while self.has_window(epoch, number):

@@ -241,10 +241,10 @@ class _Work:
             for stream, choose in zip(streams, chosen_by, strict=True)
         ]
         self.bytes_done += sum(writer.counts["bytes"] for writer in writers)
-        if any(writer.parts for writer in writers):
+        if any(writer.num_parts for writer in writers):
             logger.info(f"Going on with the {sum(writer.counts['documents'] for writer in writers):,} documents in the folder.")
         for stream, writer in zip(streams, writers, strict=True):
-            if writer.parts == len(stream.corpus.parts):
+            if writer.num_parts == len(stream.corpus.parts):
                 self._close(stream, writer)
         tasks = _in_turns(streams, writers)
         with closing(tokenise([stream.corpus for stream in streams], self.tokenizer, tasks, self.processes)) as results:
@@ -257,7 +257,7 @@ class _Work:
                     writer.end_part(task.part, result)
                     self.losses.add(result.losses)
                     self.bytes_done += task.part.num_bytes
-                    if writer.parts == len(stream.corpus.parts):
+                    if writer.num_parts == len(stream.corpus.parts):
                         self._close(stream, writer)
                 rate = self.tokens / max(1e-9, time.monotonic() - self.began)
                 self.progress.update(self.bytes_done, tokens=self.tokens, **{"tokens/s": round(rate)})
@@ -287,7 +287,7 @@ class _Work:
 def _in_turns(streams: Sequence[Stream], writers: Sequence[CorpusWriter]) -> Iterator[Task]:
     """Yield the parts of streams that are not finished; each has its share of the bytes, by weight, at any time."""
     orders = [stream.corpus.order() for stream in streams]
-    turns = [(writer.counts["bytes"] / streams[number].weight, number, writer.parts) for number, writer in enumerate(writers)]
+    turns = [(writer.counts["bytes"] / streams[number].weight, number, writer.num_parts) for number, writer in enumerate(writers)]
     heapq.heapify(turns)
     while turns:
         done, number, place = heapq.heappop(turns)

@@ -1,8 +1,8 @@
 """The process that prepares the data of a run while the run trains on what is there already.
 
-It is the preparation of `osler data prepare`, so it writes the same bytes, goes on where a kill left it, and reads nothing again
-when all is there. It does not hear Ctrl-C, and ends when its standard input does: with the process that started it, however that
-ends. What it says goes to a log beside the folder, from which the last line is told when it fails.
+It is the preparation of `osler data prepare`, so it writes the same bytes, resumes after a kill, and reads nothing again when all
+is there. It ignores Ctrl-C. It ends when its standard input closes, that is, when the process that started it ends for any
+reason. Its output goes to a log beside the folder; when it fails, the error quotes the last line of this log.
 
 With a disk budget it pauses while the folder has no room for another shard. The file `paused` in the folder asks the run to
 delete shards that it has done with (`stream.py`) and then this file.
@@ -33,9 +33,9 @@ from osler.tokenizer.bpe import Tokenizer
 
 PAUSED = "paused"
 POLL_SECONDS = 0.05
-END_SECONDS = 10.0  # that the process has to end by itself
+END_SECONDS = 10.0  # how long the process may take to end by itself
 GIGABYTE = 10**9
-BLOCK_BYTES = 4096  # of a disk
+BLOCK_BYTES = 4096  # size of a block of a disk
 SHARDS_SHARE = 15 / 16  # of a budget: the rest is for indices, journals and what describes the data
 
 
@@ -62,7 +62,7 @@ class Preparer:
         try:
             self.pipe.write(pickle.dumps((data, validation, tokenizer.to_bytes(), folder, consent)))
             self.pipe.flush()
-            # It writes a new manifest as soon as it knows that the folder holds a part of these data, or nothing.
+            # It writes a new manifest as soon as it knows that the folder is empty or holds a part of these data.
             while identity_of(folder / DATA_MANIFEST) in (None, before) and self.process.poll() is None:
                 time.sleep(POLL_SECONDS)
             self.tend(0.0)
@@ -73,7 +73,7 @@ class Preparer:
             raise
 
     def tend(self, waited: float) -> None:
-        """Raise UserError when the process ended before everything was prepared; see `wait_together`."""
+        """Raise UserError when the process ended before everything was prepared; a `tend` of `stream.wait_together`."""
         code = self.process.poll()
         if code is None or (code == 0 and is_finished(self.folder)):
             return
@@ -83,10 +83,10 @@ class Preparer:
             raise UserError(said)
         how = "was killed" if code < 0 else f"ended with exit code {code}"
         last = f' Its last line in {self.log} is "{said}".' if said else ""
-        raise UserError(f"The process that prepares {self.folder} {how}.{last} The same command goes on from what is written.")
+        raise UserError(f"The process that prepares {self.folder} {how}.{last} The same command continues from what is written.")
 
     def close(self) -> None:
-        """End the process; the next one goes on where it was."""
+        """End the process; the next one continues where this one stopped."""
         try:
             self.pipe.close()
             self.process.wait(END_SECONDS)
@@ -100,14 +100,14 @@ def disk_bytes(folder: Path) -> int:
     size = 0
     for place, _, names in os.walk(folder):
         for path in (place, *(os.path.join(place, name) for name in names)):
-            with contextlib.suppress(FileNotFoundError):  # it was deleted in this moment
+            with contextlib.suppress(FileNotFoundError):  # it has just been deleted
                 status = os.lstat(path)
                 size += 512 * status.st_blocks if hasattr(status, "st_blocks") else status.st_size
     return size
 
 
 def wait_for_room(folder: Path, budget_bytes: float, num_bytes: int) -> None:
-    """Wait until a folder has room in the budget for a shard of so many bytes; `PAUSED` asks the run for it meanwhile."""
+    """Wait until a folder has room in the budget for a shard of so many bytes; meanwhile the file `PAUSED` asks for it."""
     while disk_bytes(folder) + num_bytes + BLOCK_BYTES > SHARDS_SHARE * budget_bytes:
         (folder / PAUSED).touch()
         while (folder / PAUSED).exists():
@@ -122,7 +122,7 @@ def _end_with_parent() -> NoReturn:
 
 
 def serve() -> int:
-    """Prepare what standard input says, until it ends; return the exit code, 2 for what a person can mend."""
+    """Prepare the data that standard input describes, and end when it closes; return the exit code, 2 for a user's error."""
     data, validation, tokenizer_bytes, folder, consent = pickle.load(sys.stdin.buffer)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     log_to_terminal()

@@ -1,12 +1,14 @@
-"""What the parts of a corpus give, written into splits, with a journal of the parts from which a killed preparation goes on.
+"""Write the documents of a corpus into splits, and each finished part into a journal, from which a killed preparation resumes.
 
 A line of the journal is written when a part is finished. It counts, from the first part on, what was read, dropped, and given to
-each split. After a kill, the preparation goes on behind the last part all of whose documents are in finished shards. What it then
-reads again is skipped as far as it is in shards already, so no shard is written twice, and no document is lost or doubled. That
-is at most `CUT_BYTES` of files and one part, because every split is cut there; a text or compressed file is one part.
+each split. After a kill, the preparation resumes after the last part whose documents are all in finished shards. It reads the
+later parts again and skips the documents that are in shards already, so no shard is written twice, and no document is lost or
+doubled. It reads at most `CUT_BYTES` of files and one part again, because every split is cut there; a text or compressed file is
+one part.
 
-Of a validation split only the first `VALIDATION_TOKENS` are kept, because no evaluation reads more. The split keys of all its
-documents are kept all the same: none of them is learned, so that the whole set can be measured by other means, too.
+A validation split keeps only its first `VALIDATION_TOKENS`, because no evaluation reads more. Of a corpus that is given for
+validation, the split keys of all documents are kept as well. Training leaves all of these out, so the whole set can be measured
+by other means, too.
 """
 
 from __future__ import annotations
@@ -32,17 +34,17 @@ from osler.runtime.files import no_pause, open_durable
 
 CUT_BYTES = 1 << 27
 KEYS = "keys.bin"  # the split keys of the documents of a validation corpus
-SEEN = "seen.bin"  # what copies of a corpus are found by
+SEEN = "seen.bin"  # the rows by which copies are found
 COPIES = "copies"  # the reason why a copy of a document that is held out is dropped
 _KEPT = "kept"  # counts the documents that are no copies of earlier ones
 _KEYS = "keys"  # counts the documents of a validation corpus
-_NO_REASONS = {"bytes", "documents", "train", "validation", _KEPT, _KEYS, EMPTY, COPIES}  # counts beside those of reasons
+_NO_REASONS = {"bytes", "documents", "train", "validation", _KEPT, _KEYS, EMPTY, COPIES}  # counts of no reason for a drop
 
 Choice = Mapping[str, npt.NDArray[np.bool_]]  # which documents of a piece belong to each split
 
 
 class CorpusWriter:
-    """Writes one corpus into the splits of a folder; `choose` tells from their split keys to which split documents belong."""
+    """Writes one corpus into the splits of a folder; `choose` takes split keys and says which split each document belongs to."""
 
     def __init__(
         self,
@@ -68,12 +70,12 @@ class CorpusWriter:
             memory_bytes, near = clean.duplicates_memory_mb << 20, clean.duplicates == "near"
             self._seen = Seen(folder / SEEN, near=near, similarity=clean.similarity, memory_bytes=memory_bytes)
         self._num_examples = Counter[str]()
-        self._examples: dict[str, list[str]] = {}  # of copies in the next part
-        self.parts, self.counts = self._go_on()
+        self._examples: dict[str, list[str]] = {}  # beginnings of copies in the current part
+        self.num_parts, self.counts = self._go_on()
         self._skip = {split: shards.num_documents - self.counts[split] for split, shards in self.splits.items()}
 
     def _go_on(self) -> tuple[int, Counter[str]]:
-        """Return the parts behind which to go on, and the counts of their journal; drop what the journal has of later parts."""
+        """Return how many parts are finished, and their counts; delete what the journal has of later parts."""
         finished = {split: shards.num_documents for split, shards in self.splits.items()}
         if self._keys is not None and self._keys.exists():
             finished[_KEYS] = self._keys.stat().st_size // 8
@@ -156,7 +158,7 @@ class CorpusWriter:
         fault("prepare-journal")
         with open(self._journal, "ab") as file:
             file.write(json.dumps(line).encode() + b"\n")
-        self.parts += 1
+        self.num_parts += 1
 
     def _some(self, examples: Mapping[str, list[str]]) -> dict[str, list[str]]:
         """Return as many examples of dropped documents as the data card still takes."""
@@ -195,7 +197,7 @@ def digests(journal: Path) -> Iterator[str]:
 
 
 def bytes_read(folder: Path) -> int:
-    """Return how many bytes of its files were read for the training data in the folder of a source."""
+    """Return how many bytes of a source's files were read for the training data in its folder."""
     last = 0
     for line, _ in journal_lines(journal_of(folder, SPLITS[:1])):
         last = int(line["counts"]["bytes"])
@@ -209,7 +211,7 @@ def read_keys(folder: Path) -> npt.NDArray[np.uint64]:
 
 
 def journal_lines(journal: Path) -> Iterator[tuple[dict[str, Any], int]]:
-    """Yield the lines of a journal with where each ends; a torn one, which a kill leaves, ends them."""
+    """Yield each line of a journal with the byte at which it ends; stop at a torn line, which a kill can leave."""
     place = 0
     if journal.exists():
         with open(journal, "rb") as file:

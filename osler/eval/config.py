@@ -6,7 +6,7 @@ from osler.config.schema import PositiveInt, Seed, config
 from osler.ops.sampling_params import check_temperature
 from osler.tasks.registry import ClinicTask, TaskConfig
 
-EXAM_SEED = 7_001  # of the clinic's exam: the same items for every model, and other ones than training draws on the way
+EXAM_SEED = 7_001  # of the clinic's exam: the same items for every model, and not those that training draws for its own exams
 CLINIC_EXAM = ClinicTask(split="new_findings,new_questions", limit=500, seed=EXAM_SEED)
 
 

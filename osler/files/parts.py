@@ -1,8 +1,8 @@
-"""Files wherever they lie, and parts of them that can be read alone, in any order and in any process.
+"""Files on this machine or on the hub, and parts of them that can be read alone, in any order and in any process.
 
 Where a file is cut follows from its size, so nothing is opened to know the parts of a corpus. A part of a parquet file holds the
-row groups that begin in its range of bytes, as far as the sizes of those before tell. A part of plain JSON lines holds the lines
-that begin there. Other files, text and what is compressed as a whole, are one part each.
+row groups that begin in its range of bytes, where the sizes of the groups before say where one begins. A part of plain JSON lines
+holds the lines that begin there. Other files, text and what is compressed as a whole, are one part each.
 """
 
 from __future__ import annotations
@@ -70,9 +70,9 @@ class LocalFile:
         return open(self.path, "rb")
 
     def check(self) -> None:
-        """Raise UserError when size or time of change are others than when the file was found."""
+        """Raise UserError when the file's size or time of change is another than when it was found."""
         if LocalFile.at(self.path) != self:
-            raise UserError(f"{self.name} has changed while it was being read. Run the same command again when it is complete.")
+            raise UserError(f"{self.name} changed while it was being read. Run the same command again when it is complete.")
 
 
 def find_local(path: str | Path, endings: Sequence[str], key: str) -> list[File]:
@@ -82,7 +82,7 @@ def find_local(path: str | Path, endings: Sequence[str], key: str) -> list[File]
 
 @dataclass(frozen=True)
 class Part:
-    """What begins in the bytes `start` to `stop` of a file; `stop` None is its end."""
+    """What begins in the bytes `start` to `stop` of a file; None for `stop` means the end of the file."""
 
     file: File
     start: int = 0
