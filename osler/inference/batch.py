@@ -6,11 +6,13 @@ the same tokens, as the next turn of a conversation or an exam with worked examp
 the rows in ``collect`` and ``so_far`` only; no step waits for the device. Shapes: P prompts, R some rows.
 """
 
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from osler.inference.rows import Capabilities, Continuation, Request, Rows, check_request
 from osler.model.decoder import Decoder
@@ -45,9 +47,8 @@ class Batch:
         self._waiting: deque[tuple[int, Request]] = deque()
         self._num_added = 0
         self._places: list[_Place] = []
-        self._cache: KVCache
+        self._cache: KVCache  # these two are made when there is a first request
         self._rows: Rows
-        self._resize([], 0)
 
     def __bool__(self) -> bool:
         """Whether there is a request that was not collected."""
@@ -88,20 +89,17 @@ class Batch:
     @torch.inference_mode()
     def collect(self) -> list[tuple[int, Continuation]]:
         """Return the numbers and completions of the requests that have ended, and free their rows; this waits for the device."""
+        if not self._places:
+            return []
         running, drawn = self._rows.running_B.tolist(), self._rows.drawn_B.tolist()
-        kept: dict[int, int | None] = {}
         for row, place in enumerate(self._places):
             place.drawn = drawn[row]
-            if (request := place.request) is not None:
-                keep = request.ended(self._rows.tokens_BN[row, : drawn[row]].tolist()) if request.ended else None
-                if keep is not None or not running[row]:
-                    kept[row] = keep
-        if not kept:
+        ended = [row for row, place in enumerate(self._places) if place.request is not None and not running[row]]
+        if not ended:
             return []
-        row_R, places = torch.tensor(list(kept), device=self.decoder.device), [self._places[row] for row in kept]
+        places = [self._places[row] for row in ended]
         requests = [place.request for place in places if place.request is not None]
-        found = self._rows.continuations(row_R, requests, list(kept.values()))
-        self._rows.running_B[row_R] = False
+        found = self._rows.continuations(torch.tensor(ended, device=self.decoder.device), requests)
         for place, continuation in zip(places, found, strict=True):
             place.tokens, place.request = (*place.tokens, *continuation.ids[:-1]), None  # the last token is in no cache
         self._shrink()
@@ -133,7 +131,7 @@ class Batch:
         """Note the sampling parameters of all rows; a free row takes those of another, so that it asks for nothing of its own."""
         given = [place.request.sampling if place.request else None for place in self._places]
         some = next((sampling for sampling in given if sampling), SamplingParams())
-        self._sampling = self._sampling_of([sampling or some for sampling in given] or [some])
+        self._sampling = self._sampling_of([sampling or some for sampling in given])
 
     def _sampling_of(self, rows: Sequence[SamplingParams]) -> RowSampling:
         return RowSampling.of(rows, self.decoder.config.vocab_size, self.decoder.device)
@@ -150,26 +148,36 @@ class Batch:
         joining = [self._waiting.popleft() for _ in free]
         requests = [request for _, request in joining]
         device, vocab_size = self.decoder.device, self.decoder.config.vocab_size
-        distinct = {prompt: index for index, prompt in enumerate(dict.fromkeys(request.prompt for request in requests))}
-        prompt_R, row_R = (torch.tensor(v, device=device) for v in ([distinct[request.prompt] for request in requests], free))
-        logits_PV, filled = torch.empty(len(distinct), vocab_size, device=device), []
-        for prompts, past in self._prefills(list(distinct)):
-            index_P = torch.tensor([distinct[prompt] for prompt in prompts], device=device)
-            cache, logits_PV[index_P] = self.decoder.prefill(prompts, past)
-            filled.append((index_P, cache))
-        for index_P, cache in filled:  # only now, because prompts may go on from rows that are overwritten
-            own_R, from_R = (prompt_R[:, None] == index_P).nonzero(as_tuple=True)
-            self._cache.put(row_R[own_R], cache, from_R)
-        rows = Rows(len(free), self.new_tokens, self.can, vocab_size, device)
+        numbers: dict[Prompt, list[int]] = {}  # in ``requests``
+        for number, request in enumerate(requests):
+            numbers.setdefault(request.prompt, []).append(number)
+        row_R, logits_RV = torch.tensor(free, device=device), torch.empty(len(free), vocab_size, device=device)
+        filled: list[tuple[Tensor, KVCache, Tensor]] = []
+        for prompts, past in self._prefills(list(numbers)):
+            cache, logits_PV = self.decoder.prefill(prompts, past)
+            pairs = [(number, index) for index, prompt in enumerate(prompts) for number in numbers[prompt]]
+            number_R, index_R = torch.tensor(pairs, device=device).T
+            logits_RV[number_R] = logits_PV[index_R]
+            filled.append((row_R[number_R], cache, index_R))
+            if past is None:  # those that go on from a row came first, because rows are overwritten here
+                self._fill(filled)
+        self._fill(filled)
+        rows = Rows(len(free), self.new_tokens, self.can, vocab_size, device, mask_places=1)
         rows.begin(requests)
-        rows.draw(logits_PV[prompt_R], self._sampling_of([request.sampling for request in requests]))
+        rows.draw(logits_RV, self._sampling_of([request.sampling for request in requests]))
         self._rows.put(row_R, rows, torch.arange(len(free), device=device))
         for row, (number, request) in zip(free, joining, strict=True):
             self._places[row] = _Place(number, request, 1, request.prompt)
         self._collect_sampling()
 
+    def _fill(self, filled: list[tuple[Tensor, KVCache, Tensor]]) -> None:
+        """Move prompts from the caches that they filled to their rows."""
+        for row_R, cache, index_R in filled:
+            self._cache.put(row_R, cache, index_R)
+        filled.clear()
+
     def _prefills(self, prompts: Sequence[Prompt]) -> Iterator[tuple[list[Prompt], KVCache | None]]:
-        """Split prompts into those that run through the model together, each part with the beginning that a row has of it."""
+        """Split prompts into those that run through the model together, those first of which a row has the beginning."""
         rows_by_beginning: dict[Prompt, list[int]] = {}
         for row, place in enumerate(self._places):
             rows_by_beginning.setdefault(place.tokens[:_WORTH_SHARING], []).append(row)
@@ -181,7 +189,7 @@ class Batch:
             of = best if count >= max(_WORTH_SHARING, len(prompt) // 2) else None
             parts.setdefault(of, []).append(prompt)
             shared[of] = min(shared.get(of, count), count)
-        for of, own in parts.items():
+        for of, own in sorted(parts.items(), key=lambda part: part[0] is None):
             past = None if of is None else self._cache.beginning(of, shared[of])
             chunk = max(_PREFILL_TOKENS // (max(map(len, own)) - (past.filled if past else 0)), 1)
             for start in range(0, len(own), chunk):
@@ -191,4 +199,4 @@ class Batch:
 def _num_equal(first: Prompt, second: Prompt) -> int:
     """Return with how many equal tokens both begin."""
     shorter = min(len(first), len(second))
-    return next((index for index in range(shorter) if first[index] != second[index]), shorter)
+    return bisect_left(range(1, shorter + 1), True, key=lambda count: first[:count] != second[:count])

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from osler.inference.batch import Batch
-from osler.inference.rows import Capabilities, Continuation, Ended, Request, check_request
+from osler.inference.rows import Capabilities, Continuation, Request, check_request
 from osler.model.decoder import Decoder
 from osler.model.layers import Layout
 from osler.model.transformer import Transformer
@@ -36,9 +36,8 @@ class InferenceEngine:
         self.dtype = model.compute_dtype if dtype is None else dtype
         self.max_rows, self.poll_steps = max_rows, poll_steps
 
-    def open(self, slots: int, new_tokens: int, can: Capabilities, max_rows: int | None = None) -> Batch:
+    def open(self, slots: int, new_tokens: int, max_rows: int, can: Capabilities) -> Batch:
         """Return an empty batch with the model's present weights, for requests that come one by one."""
-        max_rows = self.max_rows if max_rows is None else max_rows
         return Batch(Decoder(self.model, Layout(self.dtype, max_rows)), slots, new_tokens, max_rows, can)
 
     def complete(self, requests: Sequence[Request]) -> Iterator[tuple[int, Continuation]]:
@@ -51,8 +50,8 @@ class InferenceEngine:
         batch = self.open(
             max(len(request.prompt) + request.sampling.max_new_tokens for request in requests),
             max(request.sampling.max_new_tokens for request in requests),
-            Capabilities.needed(requests, self.model.config.vocab_size),
             min(self.max_rows, len(requests)),
+            Capabilities.needed(requests, self.model.config.vocab_size),
         )
         for request in requests:
             batch.add(request)
@@ -74,11 +73,11 @@ class InferenceEngine:
         found = self.complete([Request(prompt, sampling, first_row + row) for row, prompt in enumerate(rows)])
         return [continuation for _, continuation in sorted(found, key=lambda pair: pair[0])]
 
-    def stream(self, prompt: Sequence[int], sampling: SamplingParams, ended: Ended | None = None) -> Iterator[int]:
+    def stream(self, prompt: Sequence[int], sampling: SamplingParams) -> Iterator[int]:
         """Yield one completion's tokens as they are drawn, the stop token included: those that ``generate`` would give."""
-        request = Request(tuple(prompt), sampling, ended=ended)
+        request = Request(tuple(prompt), sampling)
         can = Capabilities.needed([request], self.model.config.vocab_size)
-        batch = self.open(len(prompt) + sampling.max_new_tokens, sampling.max_new_tokens, can, 1)
+        batch = self.open(len(prompt) + sampling.max_new_tokens, sampling.max_new_tokens, 1, can)
         number, shown = batch.add(request), 0
         while batch:
             batch.step(min(shown, 1))  # joining draws the first

@@ -6,7 +6,7 @@ vocabulary, E bytes of a packed mask.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -18,10 +18,6 @@ from osler.ops.sampling import RowSampling, pack_mask, row_uniform, sample
 from osler.ops.sampling_params import SamplingParams
 from osler.runtime.errors import UserError
 
-# Knows ends that are no stop token: called now and then with all that was drawn, it returns how many of these tokens to keep
-# where the completion has ended, else None.
-Ended = Callable[[Sequence[int]], int | None]
-
 
 class Request(NamedTuple):
     """A prompt to continue; its random numbers belong to ``number``."""
@@ -29,7 +25,6 @@ class Request(NamedTuple):
     prompt: tuple[int, ...]
     sampling: SamplingParams
     number: int = 0
-    ended: Ended | None = None
 
 
 @dataclass(frozen=True)
@@ -93,7 +88,18 @@ def check_request(config: ModelConfig, request: Request, name: str = "The prompt
 class Rows:
     """Rows that draw at most ``new_tokens`` tokens each; none runs before ``begin``."""
 
-    def __init__(self, rows: int, new_tokens: int, can: Capabilities, vocab_size: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        rows: int,
+        new_tokens: int,
+        can: Capabilities,
+        vocab_size: int,
+        device: torch.device,
+        *,
+        mask_places: int | None = None,
+    ) -> None:
+        """``mask_places`` is for how many of their tokens rows keep sampling masks, which are large; None: for all."""
+
         def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
             return torch.zeros(rows, *shape, dtype=dtype, device=device)
 
@@ -104,7 +110,8 @@ class Rows:
         self.drawn_B, self.limit_B, self.stop_BK = zeros(), zeros(), zeros(can.stop_ids)
         self.uniform_BN = zeros(places, dtype=torch.float64)  # the random number of every token to come
         self.tokens_BN, self.logprobs_BN = zeros(places), zeros(places, dtype=torch.float32)
-        self.masks_BNE = zeros(places, -(-vocab_size // 8), dtype=torch.uint8) if can.truncates else None
+        mask_shape = places if mask_places is None else mask_places, -(-vocab_size // 8)
+        self.masks_BNE = zeros(*mask_shape, dtype=torch.uint8) if can.truncates else None
         self.seen_BV = zeros(vocab_size, dtype=torch.bool) if can.penalises else None
         self.top_ids_BNA = zeros(places, can.top_logprobs)
         self.top_logprobs_BNA = zeros(places, can.top_logprobs, dtype=torch.float32)
@@ -128,10 +135,11 @@ class Rows:
                 self.seen_BV[row, torch.tensor(request.prompt, device=device)] = True
 
     def put(self, row_R: Tensor, other: Rows, from_R: Tensor) -> None:
-        """Overwrite rows with rows of another."""
+        """Overwrite rows with rows of another, which may have fewer places."""
         for name, own in vars(self).items():
             if isinstance(own, Tensor):
-                own[row_R] = getattr(other, name)[from_R]
+                new = getattr(other, name)[from_R]
+                own[(row_R,) if new.ndim == 1 else (row_R, slice(new.shape[1]))] = new
 
     def draw(self, logits_BV: Tensor, sampling: RowSampling) -> None:
         """Draw one token for every row and store it; no host sync."""
@@ -152,30 +160,22 @@ class Rows:
         self.drawn_B += self.running_B
         self.running_B = self.running_B & (self.drawn_B < self.limit_B) & (token_B1 != self.stop_BK).all(-1)
 
-    def continuations(self, row_R: Tensor, requests: Sequence[Request], kept: Sequence[int | None]) -> list[Continuation]:
-        """Return what the requests of some rows have drawn, or as much of it as is ``kept``; this waits for the device."""
+    def continuations(self, row_R: Tensor, requests: Sequence[Request]) -> list[Continuation]:
+        """Return what the requests of some rows have drawn; this waits for the device."""
         drawn = self.drawn_B[row_R].tolist()
-        tokens, logprobs, top_ids, top_logprobs = (
-            tensor[row_R, : max(drawn)].tolist()
-            for tensor in (self.tokens_BN, self.logprobs_BN, self.top_ids_BNA, self.top_logprobs_BNA)
-        )
+        tokens, logprobs = (tensor[row_R, : max(drawn)].tolist() for tensor in (self.tokens_BN, self.logprobs_BN))
         masks = None if self.masks_BNE is None else self.masks_BNE[row_R, : max(drawn)].cpu()
         found = []
-        for row, (request, keep) in enumerate(zip(requests, kept, strict=True)):
-            count, sampling = drawn[row] if keep is None else keep, request.sampling
-            alternatives = (
-                list(zip(top_ids[row][:count], top_logprobs[row][:count], strict=True)) if sampling.top_logprobs else []
-            )
-            found.append(
-                Continuation(
-                    tokens[row][:count],
-                    logprobs[row][:count],
-                    keep is not None or tokens[row][count - 1] in sampling.stop_ids,
-                    masks[row, :count].clone() if masks is not None and sampling.truncates(self.vocab_size) else None,
-                    [dict(zip(ids[: sampling.top_logprobs], logps, strict=False)) for ids, logps in alternatives],
-                )
-            )
+        for row, (count, request) in enumerate(zip(drawn, requests, strict=True)):
+            ids, sampling = tokens[row][:count], request.sampling
+            mask = masks[row, :count].clone() if masks is not None and sampling.truncates(self.vocab_size) else None
+            top = self._top_logprobs(row_R[row], count, sampling.top_logprobs) if sampling.top_logprobs else []
+            found.append(Continuation(ids, logprobs[row][:count], ids[-1] in sampling.stop_ids, mask, top))
         return found
+
+    def _top_logprobs(self, row: Tensor, count: int, num_alternatives: int) -> list[dict[int, float]]:
+        ids, logprobs = (tensor[row, :count, :num_alternatives].tolist() for tensor in (self.top_ids_BNA, self.top_logprobs_BNA))
+        return [dict(zip(*pair, strict=True)) for pair in zip(ids, logprobs, strict=True)]
 
 
 def _store(values_BNX: Tensor, place_B1: Tensor, new_BX: Tensor) -> None:

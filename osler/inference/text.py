@@ -3,31 +3,16 @@
 What may still change waits: the bytes of half a character, and the beginning of what could become a stop string.
 """
 
-from bisect import bisect_left
 from collections.abc import Iterator, Sequence, Set
 from dataclasses import replace
 from itertools import chain
 
 from osler.inference.engine import InferenceEngine
-from osler.inference.rows import Ended
 from osler.ops.sampling_params import SamplingParams
 from osler.tokenizer.bpe import Tokenizer
 
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # what the bytes of half a character decode to
 _END = -1  # stands behind the last token
-
-
-def ended_by(tokenizer: Tokenizer, stops: Sequence[str]) -> Ended | None:
-    """Return the ``ended`` of a request whose text ends with the first of these strings, across the borders of tokens."""
-
-    def has_stop(ids: Sequence[int]) -> bool:
-        text = tokenizer.decode(list(ids))
-        return any(stop in text for stop in stops)
-
-    def ended(ids: Sequence[int]) -> int | None:
-        return bisect_left(range(len(ids)), True, key=lambda count: has_stop(ids[:count])) if has_stop(ids) else None
-
-    return ended if stops else None
 
 
 def pieces(
@@ -46,7 +31,7 @@ def pieces(
     sampling = replace(sampling, max_new_tokens=max(min(sampling.max_new_tokens, room), 1), stop_ids=(tokenizer.eos_id,))
     ids: list[int] = []
     shown = 0
-    for token in chain(engine.stream(prompt, sampling, ended_by(tokenizer, stops)), [_END]):
+    for token in chain(engine.stream(prompt, sampling), [_END]):
         is_marker = token == _END or token in markers
         ids += [] if is_marker else [token]
         text = tokenizer.decode(ids)
@@ -57,6 +42,8 @@ def pieces(
         if certain > shown:
             yield text[shown:certain]
             shown = certain
+        if found:
+            return
         if is_marker:
             yield token
             ids, shown = [], 0

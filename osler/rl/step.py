@@ -190,7 +190,8 @@ def update_policy(
         with collector.update(lambda: probe_rows(rows)) if collector else nullcontext():
             updates.append(torch.stack(engine.update(optimizer, parameters)))
         mark("optimizer")
-        if algorithm.max_masked_frac is not None and _masked_frac(sums, world) > algorithm.max_masked_frac:
+        is_last, most = len(updates) == algorithm.updates_per_batch, algorithm.max_masked_frac
+        if most is not None and not is_last and _masked_frac(sums, world) > most:
             break
     # Without max_masked_frac nothing was fetched from the device until here.
     own = {name: torch.stack([sums[name] for sums in history]).cpu().double() for name in history[0]}

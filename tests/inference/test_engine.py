@@ -2,7 +2,6 @@
 
 import gc
 import random
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -188,7 +187,7 @@ def test_no_row_notices_the_others_whatever_they_ask_for_and_whenever_they_come(
         prompt = tuple(rng.randrange(50) for _ in range(rng.randint(1, 40)))
         requests.append(Request(prompt, replace(sampling, stop_ids=stop_ids), number))
     for max_rows in (1, 5, 64):
-        batch = InferenceEngine(model, max_rows=max_rows).open(60, 20, Capabilities.needed(requests, PLAIN.vocab_size))
+        batch = InferenceEngine(model).open(60, 20, max_rows, Capabilities.needed(requests, PLAIN.vocab_size))
         found: dict[int, Continuation] = {}
         for request in requests:
             batch.add(request)
@@ -211,7 +210,7 @@ def test_a_prompt_goes_on_from_what_a_row_has_of_it(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(Decoder, "prefill", counted)
     sampling = replace(SAMPLING, max_new_tokens=8, stop_ids=())
-    batch = InferenceEngine(model).open(64, 8, Capabilities())
+    batch = InferenceEngine(model).open(64, 8, 256, Capabilities())
     batch.add(Request(taught, sampling))
     first = all_of(batch)[0]
     follow_up = Request((*taught, *first.ids, 40, 41), sampling, 1)
@@ -225,22 +224,8 @@ def test_a_prompt_goes_on_from_what_a_row_has_of_it(monkeypatch: pytest.MonkeyPa
     assert run == [30, 3, 3 + 1 + 4], "the last token drawn is in no cache"
 
 
-def test_a_completion_ends_where_its_request_says_however_late_it_is_asked() -> None:
-    model = build(PLAIN)
-    plain = draw(model, PROMPTS[:1], samples=1, stop_ids=())[0]
-
-    def after_the_pair(ids: Sequence[int]) -> int | None:
-        return next((end for end in range(2, len(ids) + 1) if list(ids[end - 2 : end]) == plain.ids[6:8]), None)
-
-    end = after_the_pair(plain.ids)
-    for poll_steps in (1, 5, 16):
-        request = Request(tuple(PROMPTS[0]), replace(SAMPLING, stop_ids=()), ended=after_the_pair)
-        ((_, found),) = InferenceEngine(model, poll_steps=poll_steps).complete([request])
-        assert (found.ids, found.logprobs, found.finished) == (plain.ids[:end], pytest.approx(plain.logprobs[:end]), True)
-
-
 def test_a_batch_refuses_what_it_was_not_made_for() -> None:
-    batch = InferenceEngine(build(PLAIN)).open(40, 8, Capabilities(stop_ids=1))
+    batch = InferenceEngine(build(PLAIN)).open(40, 8, 4, Capabilities(stop_ids=1))
     short = SamplingParams(max_new_tokens=8)
     for prompt, changes in (([1] * 33, {}), ([1], {"max_new_tokens": 9}), ([1], {"stop_ids": (1, 2)}), ([1], {"top_p": 0.5})):
         with pytest.raises(ValueError, match="the batch has 40 slots"):
