@@ -216,7 +216,7 @@ def test_other_rules_of_cleaning_are_other_data(
 ) -> None:
     prepare_sources(data, tokenizer, tmp_path / "out")
     monkeypatch.setattr("osler.data.clean.RULES", 99)
-    with pytest.raises(UserError, match="'rules': 99"):
+    with pytest.raises(UserError, match=r"clean\.rules is 2, now it is 99"):
         prepare_sources(data, tokenizer, tmp_path / "out")
 
 

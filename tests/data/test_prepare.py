@@ -503,7 +503,7 @@ def test_a_source_that_changes_while_it_is_prepared_is_named(tmp_path: Path, not
     corpus = rows_corpus(notes)
     with open(notes / "1.jsonl", "a") as file:
         file.write("\n")
-    with pytest.raises(UserError, match=r"1\.jsonl has changed while it was being read"):
+    with pytest.raises(UserError, match=r"1\.jsonl changed while it was being read"):
         prepare(corpus, tokenizer, tmp_path / "out")
 
 

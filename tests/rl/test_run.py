@@ -119,7 +119,7 @@ def test_a_preflight_changes_nothing_in_the_run_and_is_not_made_again(grpo, tmp_
     assert_same_tensors(asked, plain)
     samples = [json.loads(line) for line in (asked / "samples.jsonl").read_text().splitlines()]
     assert len(samples) == 4 and not (plain / "samples.jsonl").exists()
-    fields = {"id", "stage", "question", "options", "thinking", "answer", "correct_answer", "correct"}
+    fields = {"id", "stage", "question", "options", "thinking", "answer", "correct_answer", "correct", "confidence", "cluster"}
     assert samples[0].keys() == fields and samples[0]["stage"] == "grpo step 0"
     assert main(["grpo", "--resume", "--run", str(asked)]) == 0
     assert "before training" not in capsys.readouterr().err
