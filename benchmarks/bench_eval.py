@@ -21,6 +21,7 @@ from typing import Any
 from measuring import measured, publish
 
 SHAPE = {"num_layers": 12, "hidden_size": 768, "intermediate_size": 2048, "num_heads": 12, "num_kv_heads": 4, "head_dim": 64}
+INIT = {"head_init": "normal", "residual_init": "scaled"}  # no zeros
 VOCAB, MAX_SEQ_LEN = 12_800, 1024  # the vocabulary at least
 QUESTION_WORDS, OPTION_WORDS = 130, 4
 LETTERS = "abcdefghilmnoprstuv"
@@ -49,7 +50,7 @@ def measure(form: Any, asked: argparse.Namespace) -> dict[str, float]:
     from osler.model.config import ModelConfig
     from osler.model.transformer import Transformer
     from osler.records.answers import AnswerLog
-    from osler.tasks.exam_files import MedqaTask
+    from osler.tasks.config import MedqaTask
     from osler.tasks.item import render_question
     from osler.tasks.registry import load_task
     from osler.tokenizer.bpe import Tokenizer
@@ -61,7 +62,7 @@ def measure(form: Any, asked: argparse.Namespace) -> dict[str, float]:
     else:
         tokenizer = Tokenizer.train([render_question(item) for item in items], 8000)
     vocab_size = max(VOCAB, tokenizer.vocab_size)
-    config = ModelConfig(**SHAPE, vocab_size=vocab_size, max_seq_len=MAX_SEQ_LEN, tie_embeddings=True, head_init="normal")
+    config = ModelConfig(**SHAPE, vocab_size=vocab_size, max_seq_len=MAX_SEQ_LEN, tie_embeddings=True, **INIT)
     model = Transformer(config)
     model.init_weights(0)
     rows = [option_rows(tokenizer, item, form, template=False, max_seq_len=MAX_SEQ_LEN) or [] for item in items]

@@ -103,7 +103,7 @@ def headline(run: RunRecord) -> tuple[str, str, str]:
 
 def score_in_words(score: ExamScore) -> str:
     """Say how many answers were right, the interval, and how it compares to the two baselines."""
-    each = f" ({fmt.count(score.n)} different ones, shown in several orders)" if score.presentations > score.n else ""
+    each = f" ({fmt.count(score.n)} different ones, each asked several times)" if score.presentations > score.n else ""
     out = f"It answered {fmt.count(score.correct)} of {fmt.plural(score.presentations, 'question')}{each} right."
     if math.isfinite(score.low) and math.isfinite(score.high):
         out += f" With so many questions, its true score most likely lies between {interval(score, ' and ')} (95% interval)."

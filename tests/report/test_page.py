@@ -182,7 +182,7 @@ BELOW = {"correct": 90, "accuracy": 0.1, "interval": [0.08, 0.12], "presentation
          ("always giving the same letter (27.3%). 700 of 900 questions did not fit into the model's context of 256 tokens",
           "Supervised fine-tuning on test: 700 of 900 questions"), "something is systematically wrong"),
         ("grpo", {"n": 225, "presentations": 900, "unparsed": 40},
-         ("It answered 563 of 900 questions (225 different ones, shown in several orders) right."),
+         ("It answered 563 of 900 questions (225 different ones, each asked several times) right.",),
          "had no readable letter"),
     ],
 )  # fmt: skip
