@@ -36,8 +36,8 @@ class ExamsInData:
         return self.checked - self.found
 
     def as_files(self) -> dict[str, bytes]:
-        """Return the file that a checkpoint has of it, none where nothing was looked for."""
-        return {EXAMS: self.to_bytes()} if self.checked else {}
+        """Return the file that a checkpoint has of it; it has none while nothing is known."""
+        return {EXAMS: self.to_bytes()}
 
     @classmethod
     def from_files(cls, files: Mapping[str, bytes]) -> ExamsInData:

@@ -80,7 +80,7 @@ def train(config: GrpoConfig, folder: RunFolder, world: World | None = None) -> 
     trained_on = frozenset(item.id for task in tasks for item in task.items)
     exams = ExamsInData.from_files(loaded.files)
     run.describe(machine, model.config, tokenizer)
-    run.more_files = replace(exams, found=exams.found | trained_on).as_files
+    run.files = {**run.files, **replace(exams, found=exams.found | trained_on).as_files()}
     engine = parallelize(model, config.parallel, world, recompute=config.recompute, loss_of=PolicyLoss)
     optimizer = build_optimizer(model, config.optim, process_group=world.group)
     learner = Learner(model, optimizer, engine, config.clip_norm)

@@ -11,6 +11,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from osler.checkpoint import store
@@ -123,14 +124,20 @@ def exams_in_data(config: TrainConfig, shards: Path, start: store.Loaded | None)
     """Return what gives the file that a checkpoint has of the exam items in what the model has learned from.
 
     That is what the run learns from, and what the model learned from that it begins with. `start` is the checkpoint that the run
-    continues from, which knows of both. Nothing is known of data while they are being prepared.
+    continues from, which knows of everything up to there, unless data were being prepared: nothing is known of them meanwhile.
     """
     before = None
-    if config.init_from is not None or (start is not None and config.allow_data_change):
-        before = ExamsInData.from_files((start or store.load(store.resolve(str(config.init_from)), names=[])).files)
+    if start is not None and (EXAMS in start.files or config.allow_data_change):
+        before = ExamsInData.from_files(start.files)
+    elif config.init_from is not None:
+        before = ExamsInData()
+        with suppress(UserError):  # a run that goes on does not need it any more
+            before = ExamsInData.from_files(store.load(store.resolve(config.init_from), names=[]).files)
 
     @functools.lru_cache(1)
     def read(identity: object) -> Mapping[str, bytes]:
+        if identity is None:
+            return {}
         known = read_exams_in_data(shards)
         return (known if before is None else known.with_data(before)).as_files()
 

@@ -9,6 +9,7 @@ import os
 import signal
 import threading
 import time
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -300,6 +301,27 @@ def test_a_run_that_ends_worse_than_guessing_says_so_wherever_its_end_is_told(ti
     state = watched.current.state(end.time + 1)
     assert state.kind == "finished" and "but 1 alert still holds: worse-than-guessing" in state.words
     assert any("but 1 alert still holds: worse than guessing" in text for text in attention(read_run(run.root)))
+
+
+@pytest.mark.parametrize(
+    ("of_start", "allowed", "of_origin", "found"),
+    [
+        (ExamsInData(frozenset("ab"), frozenset("b")), False, None, "ab"),  # of data before a change that was allowed once
+        (None, False, ExamsInData(frozenset("ab"), frozenset("b")), "ab"),  # its data were being prepared
+        (None, False, None, None),  # the same, and its start is gone
+        (None, True, ExamsInData(frozenset("ab"), frozenset("b")), None),  # of other data, of which nothing is known
+    ],
+)
+def test_what_a_model_learned_before_is_known_after_every_resume(config, tmp_path, of_start, allowed, of_origin, found):
+    saved = {}
+    for name, known in {"run": of_start, "origin": of_origin}.items():
+        files = {} if known is None else known.as_files()
+        if name == "run" or known is not None:
+            saved[name] = store.load(store.save(tmp_path / name / "checkpoints", 1, tensors={}, state={}, files=files))
+    (tmp_path / EXAMS).write_bytes(ExamsInData(frozenset("abc"), frozenset("a")).to_bytes())
+    config = replace(config, init_from=None if of_start else str(tmp_path / "origin"), allow_data_change=allowed)
+    now = ExamsInData.from_files(exams_in_data(config, tmp_path, saved["run"])())
+    assert (now.checked, now.found) == (frozenset("ab" if found else ""), frozenset(found or "a"))
 
 
 def test_checkpoints_of_a_stream_know_of_exams_from_the_end_of_its_preparation_on(config, make_trainer, tmp_path):
