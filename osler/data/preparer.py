@@ -48,6 +48,7 @@ class Preparer:
         self.folder = folder
         self.log = folder.with_name(f"{folder.name}.log")
         before = identity_of(folder / DATA_MANIFEST)
+        (folder / PAUSED).unlink(missing_ok=True)  # of a process that ended while it waited: this one may have more room
         with open(self.log, "wb") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "osler.data.preparer"],

@@ -93,15 +93,18 @@ def wait_for_batches(
 
 
 def steps_ready(loader: Loader, step: int, skipped_tokens: int) -> int:
-    """Return for how many steps from one on the data are known to be there; raises NotPreparedYet when it is none."""
+    """Return for how many steps from one on the data are known to be there; raises NotPreparedYet when it is none.
+
+    They are of one stage: what its last step reads is prepared after what the others read, and a later stage may read less.
+    """
     for shards in loader.sources.values():
         shards.refresh()
     if all(shards.is_complete for shards in loader.sources.values()):
         return ALL_STEPS
     loader.check_prepared(step, skipped_tokens)
-    steps = 1
+    steps, end = 1, loader.timeline.at_step(step).end_step or math.inf
     with suppress(NotPreparedYet):
-        while steps < STEPS_AGREED:
+        while steps < STEPS_AGREED and step + 2 * steps <= end:
             loader.check_prepared(step + 2 * steps - 1, skipped_tokens)
             steps *= 2
     return steps

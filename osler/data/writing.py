@@ -112,6 +112,7 @@ class CorpusWriter:
             num_chosen += len(places)
             for place in places[skipped:]:
                 if split == SPLITS[1] and shards.num_tokens >= VALIDATION_TOKENS:
+                    shards.cut()  # a streamed run evaluates on it from now on
                     break
                 tokens = slice(int(piece.ends[place - 1]) if place else 0, int(piece.ends[place]))
                 has_mask = piece.is_masked is not None and piece.is_masked[place]

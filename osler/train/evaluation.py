@@ -44,18 +44,19 @@ def held_out_scores(
 ) -> dict[str, TextScore]:
     """Measure a model on each validation set that has a document. The ranks share the batches of a set."""
     sets = wait_together(lambda: heads(config, prepared.validation_sets), world, "The evaluation", tend)
-    model = plain_model() if sets else None
-    return {
-        name: measure(model, held_out_batches(config, shards), shards.num_bytes, world)
-        for name, shards in sets.items()
-        if model is not None
-    }
+    if not sets:
+        return {}
+    model = plain_model()
+    return {name: measure(model, held_out_batches(config, shards), shards.num_bytes, world) for name, shards in sets.items()}
 
 
 def heads(config: TrainConfig, sets: Mapping[str, ShardSet]) -> dict[str, ShardSet]:
-    """Return what is read of each set: its first shards, also while later ones are being prepared."""
-    found = {name: shards.head_within(config.evaluated_tokens(len(sets))) for name, shards in sets.items()}
-    return {name: shards for name, shards in found.items() if shards.num_documents}
+    """Return what is read of each set that has a document: its first shards, also while later ones are being prepared.
+
+    Of a set without one some ranks may know that before they open the data, so it counts on none of them.
+    """
+    sets = {name: shards for name, shards in sets.items() if shards.head(1).num_documents}
+    return {name: shards.head_within(config.evaluated_tokens(len(sets))) for name, shards in sets.items()}
 
 
 def held_out_batches(config: TrainConfig, shards: ShardSet) -> Iterator[tuple[Tensor, ...]]:

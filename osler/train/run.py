@@ -15,7 +15,7 @@ from osler.data.config import ClinicData, PreparedData, sources_of
 from osler.data.loader import Loader
 from osler.data.prepared import open_prepared
 from osler.data.preparer import Preparer
-from osler.data.stream import DiskBudget, untended
+from osler.data.stream import DiskBudget, untended, wait_together
 from osler.eval.exams import greedy, shared_exam
 from osler.inference.engine import InferenceEngine
 from osler.inference.load import TOKENIZER_FILE
@@ -85,8 +85,8 @@ def train(config: TrainConfig, folder: RunFolder, world: World | None = None) ->
     loader = make_loader(config, prepared, world, pin_memory=machine.device.type == "cuda")
     run.describe(machine, model.config, tokenizer)
     run.more_files = exams_in_data(config, prepared.folder, checkpoint)
-    run.fingerprints = fingerprints_of(prepared, tokenizer, checkpoint)
     tend = tending(config, folder, preparer, loader)
+    run.fingerprints = wait_together(partial(fingerprints_of, prepared, tokenizer, checkpoint), world, "The run", tend)
 
     def held_out() -> dict[str, float]:
         plain_model = partial(engine.plain_model, model, machine.eager_dtype)

@@ -12,7 +12,15 @@ import torch
 
 from osler.checkpoint import store
 from osler.config.schema import decode
-from osler.data.config import ClinicData, FilesData, PreparedData, TextData, sources_of
+from osler.data.config import (
+    FIRST_SHARD_TOKENS,
+    VALIDATION_TOKENS,
+    ClinicData,
+    FilesData,
+    PreparedData,
+    TextData,
+    sources_of,
+)
 from osler.data.consumed import ConsumedData
 from osler.data.curriculum import rows_per_micro_batch
 from osler.data.loader import check_shares
@@ -73,8 +81,11 @@ def check_disk_budget(config: TrainConfig, data: TextData) -> None:
     tokens: float = min(2 * config.total_tokens, kept + len(sources) * 2 * WINDOW_SHARDS * SHARD_TOKENS)
     tokens += len(sources) * SHARD_TOKENS
     weights = sum(source.weight for source in sources)
-    ahead = [  # tokens that are prepared until about a million of a source are held out, for which an evaluation waits
-        SHARD_TOKENS / source.holdout_fraction * weights / source.weight
+    num_sets = sum(isinstance(source, ClinicData) or source.holdout_fraction > 0 for source in sources)
+    # What an evaluation reads of a source, and the shard that is too much. It waits until so much is held out.
+    held_out = min(config.evaluated_tokens(max(1, num_sets)) + FIRST_SHARD_TOKENS, VALIDATION_TOKENS)
+    ahead = [  # tokens that are prepared until then
+        held_out / source.holdout_fraction * weights / source.weight
         for source in sources
         if not (config.validation or isinstance(source, ClinicData)) and source.holdout_fraction
     ]
@@ -82,10 +93,10 @@ def check_disk_budget(config: TrainConfig, data: TextData) -> None:
     may_have_masks = not all(isinstance(source, FilesData) for source in sources)
     least = tokens * (token_dtype(config.model.vocab_size).itemsize + may_have_masks) / SHARDS_SHARE / GIGABYTE
     if data.disk_budget_gb < least:
-        held_out = ", and until enough is held out for an evaluation (with sets in `validation` that is nothing)" if ahead else ""
+        waits = ", and until enough is held out for an evaluation (with sets in `validation` that is nothing)" if ahead else ""
         raise UserError(
             f"data.disk_budget_gb={data.disk_budget_gb:g} is too small: what lies between the oldest of "
-            f"checkpoint.keep_last={checkpoint.keep_last} checkpoints and two windows of shards ahead{held_out} takes up to "
+            f"checkpoint.keep_last={checkpoint.keep_last} checkpoints and two windows of shards ahead{waits} takes up to "
             f"{least:.3g} GB."
         )
 

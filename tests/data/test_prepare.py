@@ -25,6 +25,8 @@ from osler.data.prepared import open_prepared
 from osler.data.readers import TextFiles
 from osler.data.shard_set import ShardSet, open_split
 from osler.data.shards import read_data_manifest
+from osler.data.tokenise import Piece
+from osler.data.writing import CorpusWriter
 from osler.files.parts import LocalFile, Part, Parts
 from osler.runtime import faults
 from osler.runtime.errors import UserError
@@ -400,6 +402,16 @@ def test_of_a_validation_set_as_much_is_kept_as_is_read_and_nothing_of_it_is_lea
     found = prepared.validation_sets["notes"]
     assert 700 <= found.num_tokens < 700 + found.document(found.num_documents - 1)[0].size
     assert sorted(decoded(prepared.sources[0].train, tokenizer)) == sorted(TEXTS)
+
+
+def test_what_is_enough_of_a_validation_set_is_there_to_be_read_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A streamed run evaluates on it while much more is prepared."""
+    monkeypatch.setattr("osler.data.writing.VALIDATION_TOKENS", 25)
+    writer = CorpusWriter(tmp_path, ("validation",), lambda keys: {"validation": keys > 0}, vocab_size=9)
+    lengths, tokens = np.full(9, 10), np.zeros(90, np.uint16)
+    writer.add(Piece(np.arange(9, dtype=np.uint64) + 1, lengths.cumsum(), lengths, tokens, None, None, None, []))
+    written = ShardSet(tmp_path / "validation", vocab_size=9, tokenizer_fingerprint="", eos_id=0, growing=True)
+    assert written.num_tokens == 30 and written.head_within(25).num_tokens == 30
 
 
 def test_what_a_process_finds_wrong_is_told_as_if_there_were_none(

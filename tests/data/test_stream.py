@@ -14,16 +14,21 @@ import pytest
 
 from osler.checkpoint.folders import folder_name
 from osler.data import order, preparer, stream
+from osler.data.config import CurriculumStage, FilesData
+from osler.data.curriculum import lay_out
+from osler.data.loader import Loader
 from osler.data.mixture import Mixture
 from osler.data.order import Order
 from osler.data.packing import MixedPacking, StreamPacking, WholePacking
 from osler.data.shard_set import NotPreparedYet, ShardSet, evict, num_evicted
 from osler.data.shards import FORMAT_VERSION, ShardWriter, read_data_manifest
-from osler.data.stream import DiskBudget, wait_for_batches
+from osler.data.sources import prepare_sources
+from osler.data.stream import DiskBudget, steps_ready, wait_for_batches
 from osler.runtime.errors import UserError
 from osler.runtime.files import write_json
 from osler.runtime.stop import AskedToStop, StopFlag
 from osler.runtime.world import World
+from osler.tokenizer.bpe import Tokenizer
 from tests.data.loaders import loader_of, same
 
 LENGTHS = np.random.default_rng(0).integers(2, 40, 400).tolist()  # about 170 shards, in windows of 1, 1, 2 ... 64
@@ -201,6 +206,20 @@ class Ranks(World):
         return [min(value, 3) if 3 < value < stream.ALL_STEPS else value for value in values]
 
 
+def test_steps_are_agreed_on_up_to_the_end_of_a_stage(tmp_path):
+    """In the second stage a source rests, so its rows do not tell what is there for the first one."""
+    parts = {name: Written(tmp_path / name) for name in "ab"}
+    for name, documents in {"a": 300, "b": 20}.items():
+        parts[name].write(documents)
+    packings = {name: StreamPacking(Order(part.open(), 1), SEQ_LEN) for name, part in parts.items()}
+    stages = (CurriculumStage(seq_len=SEQ_LEN, until_tokens=14 * 4 * SEQ_LEN), CurriculumStage(seq_len=SEQ_LEN))
+    timeline = lay_out(stages, seq_len=SEQ_LEN, batch_tokens=4 * SEQ_LEN)
+    loader = Loader(timeline, [MixedPacking(packings, Mixture(weights)) for weights in ([1, 1], [1, 0])])
+    steps = steps_ready(loader, 0, 0)
+    assert steps == 8 and all(loader.batch(step).ids.shape == (4, SEQ_LEN) for step in range(steps))
+    assert steps_ready(loader, 14, 0) == 64
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_the_ranks_agree_on_many_steps_at_once(tmp_path, workers):
     written, Ranks.votes = Written(tmp_path), 0
@@ -303,6 +322,16 @@ def test_a_source_that_is_smaller_than_expected_is_told_as_soon_as_it_is_known(t
     with pytest.raises(UserError, match=r"reads [\d,]+ tokens of notes, which has [\d,]+, and the first of them were deleted"):
         next(wait_for_batches(loader, range(20, steps + 1), World()))
     assert next(wait_for_batches(loader, range(20, steps), World())).ids.shape == (4, SEQ_LEN)
+
+
+def test_a_preparation_begins_without_the_request_of_one_that_ended(tmp_path):
+    """It may have been given more room, and a run that finds the request would end before it could tell."""
+    (tmp_path / "notes.txt").write_text("A cough and a fever.")
+    given = FilesData(path=str(tmp_path / "notes.txt"), holdout_fraction=0.0), Tokenizer.train(["A cough and a fever."], 300)
+    prepare_sources(*given, tmp_path / "data")
+    (tmp_path / "data" / preparer.PAUSED).touch()
+    preparer.Preparer(*given, tmp_path / "data", consent=None, validation=()).close()
+    assert not (tmp_path / "data" / preparer.PAUSED).exists()
 
 
 @pytest.mark.parametrize("mask", [None, [0, 1, 1]])

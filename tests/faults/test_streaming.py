@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 from pathlib import Path
 
 import pytest
-from run_folders import logged
+from run_folders import STOPPED, logged
 
+from osler.checkpoint import store
 from osler.config.recipe import load_yaml
+from osler.records.jsonl import read_events
 from osler.runtime.files import is_locked
 
 WORDS = ["fever", "cough", "pain", "rash", "aspirin", "heart", "lung", "liver", "doses", "daily", "relieves", "causes", "treats"]
@@ -50,6 +53,22 @@ def test_a_streamed_run_is_the_prepared_one(osler, recipe, tmp_path):
     assert not is_locked(tmp_path / "streamed" / "data"), "the preparation outlived the run"
 
 
+def test_a_streamed_run_goes_on_with_other_data_where_that_is_allowed(osler, recipe, tmp_path):
+    """Whether they are others is known when as many shards are prepared as there were when the run was stopped."""
+    run, recorded = tmp_path / "run", "0123456789abcdef@1"
+    command = ["pretrain", recipe, "batch_tokens=256", "total_tokens=3072", "data.streaming=true", "--run", run]
+    sources = ["data.sources=[{type: files, path: " + str(tmp_path / f"{name}.jsonl") + "}]" for name in ("small", "large")]
+    assert osler(*command, sources[0], fault="train-step:sigterm:4") == STOPPED
+    saved = store.load(store.resolve(run))
+    fingerprints = {**saved.state["fingerprints"], "data": recorded}
+    state = {**saved.state, "fingerprints": fingerprints}
+    store.save(run / "checkpoints", saved.step, tensors=saved.tensors, state=state, files=saved.files)
+    shutil.rmtree(run / "data")
+    assert osler(*command, sources[1], "allow_data_change=true", fault="write-shard:slow:1-") == 0
+    [change] = [event for event in read_events(run / "events.jsonl") if event.kind == "data-change"]
+    assert change.details["before"] == recorded and logged(run)[-1]["step"] == 12
+
+
 @pytest.mark.slow
 def test_streamed_runs(run_cases, recipe, tmp_path):
     assert run_cases("faults/streamed_runs.py", recipe, tmp_path, "all") == 8
@@ -84,7 +103,7 @@ def test_a_disk_budget_is_kept(run_cases, longer, tmp_path, monkeypatch):
         (["data.sources=[{type: files, path: a.txt, streaming: true}]"], "are of the mixture and not of one of its sources"),
         (["data.disk_budget_gb=1"], "takes data.streaming=true"),
         (["data.streaming=true", "data.disk_budget_gb=1", "packing=whole"], "takes packing=stream"),
-        (["data.streaming=true", "data.disk_budget_gb=0.0001"], "takes up to 0.318 GB"),
+        (["data.streaming=true", "data.disk_budget_gb=0.0001"], "takes up to 0.0836 GB"),
         (["data.streaming=true", "data.disk_budget_gb=0.0001", "validation=[{type: clinic}]"], "takes up to 0.00531 GB"),
     ],
 )

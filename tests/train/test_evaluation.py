@@ -16,10 +16,13 @@ from osler.checkpoint.folders import best_checkpoint
 from osler.cli.main import main
 from osler.clinic.textbook import textbook
 from osler.data.config import ONLY_TO_LEARN_FROM, ClinicData
+from osler.data.shard_set import ShardSet
+from osler.data.shards import ShardWriter
 from osler.monitor.metrics import declared_name
 from osler.report.page import build_report
 from osler.runtime import format as fmt
 from osler.train.config import TrainConfig
+from osler.train.evaluation import heads
 
 NAMES = ("medicine", "general")
 
@@ -164,6 +167,22 @@ def test_an_evaluation_reads_the_first_shards(tiny, words, tmp_path, monkeypatch
     sets = json.loads((run / "data" / "manifest.json").read_text())["validation"]
     for name in NAMES:
         assert 0 < found["sets"][name]["tokens"] <= 250 < sets[name]["splits"]["validation"]["tokens"]
+
+
+def test_a_set_that_turns_out_to_be_empty_counts_for_nobody(tmp_path, monkeypatch):
+    """A rank that opens the data later does not open such a set, and must read as much of the others."""
+    monkeypatch.setattr("osler.train.config.FIRST_SHARD_TOKENS", 250)
+    (tmp_path / "manifest.json").write_text('{"complete": true}')
+    writer = ShardWriter(tmp_path / "full" / "validation", vocab_size=9, shard_tokens=1000)
+    for _ in range(100):
+        writer.add([1] * 100, None, 100)
+    writer.close()
+    paths = {name: tmp_path / name / "validation" for name in ("full", "empty")}
+    described = {"vocab_size": 9, "tokenizer_fingerprint": "", "eos_id": 0}
+    sets = {name: ShardSet(path, **described, growing=name == "empty") for name, path in paths.items()}
+    config = TrainConfig(total_tokens=30_720, eval_every_tokens=30_720)
+    found = [heads(config, part) for part in (sets, {"full": sets["full"]})]
+    assert [{name: shards.num_tokens for name, shards in of.items()} for of in found] == [{"full": 6000}] * 2
 
 
 def test_sets_show_no_fields_that_only_data_to_learn_from_have(words, capsys):
