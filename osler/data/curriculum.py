@@ -54,10 +54,10 @@ class Timeline:
         span = self.at_step(step)
         return span.first_token + (step - span.first_step) * span.batch_tokens
 
-    def rows_at(self, step: int, skipped_tokens: int = 0) -> range:
-        """Return the numbers of a step's rows in the packing of its stage, when the first tokens of the data are skipped."""
+    def rows_at(self, step: int) -> range:
+        """Return the numbers of a step's rows in the packing of its stage."""
         span = self.at_step(step)
-        first = (step - span.first_step) * span.rows_per_batch + span.rows_in(skipped_tokens)
+        first = (step - span.first_step) * span.rows_per_batch
         return range(first, first + span.rows_per_batch)
 
     def steps_within(self, tokens: int) -> int:

@@ -38,8 +38,8 @@ KEPT = ("good_step", "skipped_in_a_row", "first_skipped", "not_finite_in_a_row",
 class Incidents:
     """Watches the numbers of every step, reports and records what is wrong with them, and rolls the run back.
 
-    ``details`` returns the details of a step (1, 2 ...) as JSON: ``tokens``, ``lr``, and the names or numbers of its rows. Every
-    rank has an instance; only rank 0 writes and logs.
+    ``details`` returns the details of a step (1, 2 ...) as JSON: ``tokens``, ``lr``, and the names or numbers of its rows, with
+    a ``data_offset`` that the numbers leave out. Every rank has an instance; only rank 0 writes and logs.
     """
 
     def __init__(self, config: RunConfig, run: Run, details: Callable[[int], Mapping[str, Any]]) -> None:
@@ -146,6 +146,8 @@ class Incidents:
         saved = "" if good else f" What was saved in {self.run.folder.checkpoints} is damaged or from the middle of the trouble."
         details = dict(self.details(step))
         batch = ", ".join(f"{name} {values[0]} ... {values[-1]}" for name, values in details.items() if isinstance(values, list))
+        if details.get("data_offset"):
+            batch += f", {details['data_offset']:,} tokens further on in the data"
         before = [f"step {number}: loss {loss:.4g}, gradient norm {norm:.4g}" for number, loss, norm in self.before]
         facts = [
             *(before or ["no good step came before it"]),

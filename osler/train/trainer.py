@@ -200,10 +200,10 @@ class SupervisedTrainer(Trainer):
         return middle, lr_scale(self.config.schedule, middle, self.total)
 
     def details(self, step: int) -> dict[str, Any]:
-        """Return the details of an incident at ``step``."""
-        rows = self.timeline.rows_at(step - 1, self.incidents.data_offset)
-        learning_rate = self.config.optim.lr * self._schedule(step - 1)[1]
-        return {"tokens": self.timeline.tokens_before(step), "lr": learning_rate, "rows": [rows.start, rows.stop - 1]}
+        """Return the details of an incident at ``step``; its rows are those of its stage, without data that were skipped."""
+        rows, learning_rate = self.timeline.rows_at(step - 1), self.config.optim.lr * self._schedule(step - 1)[1]
+        place = {"rows": [rows.start, rows.stop - 1], "data_offset": self.incidents.data_offset}
+        return {"tokens": self.timeline.tokens_before(step), "lr": learning_rate, **place}
 
     # -- the clock -------------------------------------------------------------------------------------------------------
 
