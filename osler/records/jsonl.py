@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 
 OWN_FIELDS = frozenset(("step", "tokens", "time"))  # of a line of metrics
 START, END = LIFETIME = ("start", "end")  # kinds of event: a process of a run has begun, and has ended
+EARLY_STOP = "early-stop"  # kind and name of the event that a run ended at a step because it got no better
 FINISHED, STOPPED, FAILED = "finished", "stopped", "failed"  # names of an end
 
 

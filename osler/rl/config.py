@@ -185,6 +185,8 @@ class GrpoConfig(RunConfig):
         labels = [task.label for task in self.tasks]
         if not labels or len(set(labels)) < len(labels):
             raise ValueError(f"tasks need at least one entry, each with its own name, got {labels}")
+        if self.early_stopping_patience is not None and self.eval_task is None:
+            raise ValueError("early_stopping_patience counts exams: give an eval_task, or leave early_stopping_patience out")
 
     @property
     def budget_tokens_per_step(self) -> int:

@@ -27,11 +27,12 @@ from osler.checkpoint.saver import Saver
 from osler.monitor.collect import Collector
 from osler.monitor.history import RunSettings
 from osler.monitor.logger import RunLogger
-from osler.records.jsonl import read_metrics
+from osler.records.jsonl import EARLY_STOP, read_metrics
 from osler.runs.config import RunConfig
 from osler.runs.folder import check_fingerprints
 from osler.runs.incidents import Incidents
 from osler.runs.process import Learner, Run
+from osler.runtime import format as fmt
 from osler.runtime.faults import fault
 from osler.runtime.log import Progress
 from osler.runtime.stop import AskedToStop, StopFlag
@@ -134,6 +135,11 @@ class Trainer(ABC):
     def evaluate(self) -> dict[str, float]:
         """Return metrics of the current model. Raises AskedToStop when the run is asked to stop meanwhile."""
 
+    def end_here(self) -> dict[str, float]:
+        """Make the latest step the last; return what only the evaluation of a last step measures."""
+        self.total = self.position
+        return {}
+
     @abstractmethod
     def state(self) -> dict[str, Any]:
         """Return the trainer's own state for a checkpoint, as JSON."""
@@ -163,6 +169,7 @@ class Loop:
         )
         self.best: float | None = None  # value of the best metric so far
         self.evaluation_interrupted = False  # because the run was asked to stop
+        self.stopped_early = False
         self.nothing_shown_yet = True
         self.stop: StopFlag  # these three live inside ``fit``
         self.run_logger: RunLogger
@@ -254,6 +261,7 @@ class Loop:
             "kind": trainer.config.kind,
             "step": trainer.step,
             "tokens": trainer.tokens,
+            "stopped_early": self.stopped_early,
             **trainer.state(),  # must be evaluated first: it passes the latest losses to ``incidents``
             "incidents": self.incidents.checkpointed(trainer.step),
             "fingerprints": trainer.fingerprints(),
@@ -271,12 +279,14 @@ class Loop:
         )
         self.world.broadcast_from_first(save)
 
-    def restore(self, loaded: store.Loaded) -> None:
-        """Resume from a checkpoint of this run, or of the run that it branches from."""
+    def restore(self, loaded: store.Loaded, *, is_branch: bool = False) -> None:
+        """Resume from a checkpoint of this run, or of the run that it branches from, whose end is not its own."""
         changes = self.run.events if self.trainer.config.allow_data_change else None
         check_fingerprints(loaded, self.run.fingerprints, changes=changes)
         self._load(loaded)
         self.run.started -= loaded.state.get("seconds", 0.0)
+        if loaded.state.get("stopped_early") and not is_branch:
+            self.stopped_early, self.trainer.total = True, self.trainer.position
 
     def _load(self, loaded: store.Loaded) -> None:
         """Load weights, optimizer, the trainer's position and the incidents from a checkpoint of the same data."""
@@ -321,14 +331,25 @@ class Loop:
         trainer.exclude_time(time.monotonic() - before)
 
     def _stop_early_if_due(self) -> None:
-        """Make the present step the last when as many evaluations as the config says were no better than one before them."""
+        """Make the present step the last when as many evaluations as the config says were no better than one before them.
+
+        It then has all that a last step has, and its checkpoint, which is written anew, says that the run ends there.
+        """
         trainer, patience = self.trainer, self.trainer.config.early_stopping_patience
-        if patience is None or not trainer.best_metric:
+        if patience is None or trainer.done:
             return
         waited = self.world.broadcast_from_first(self._evaluations_since_best)
-        if waited >= patience and not trainer.done:
-            trainer.total = trainer.position
-            logger.info(f"Stopped early: {waited} evaluations in a row had no better {trainer.best_metric} than the best.")
+        if waited < patience:
+            return
+        message = f"Stopped early: {fmt.plural(waited, 'evaluation')} in a row had no better {trainer.best_metric} than the best."
+        logger.info(message)
+        self.run.events.write(trainer.step, EARLY_STOP, EARLY_STOP, message, tell=False)
+        if metrics := trainer.end_here():
+            self.run_logger.write(trainer.step, trainer.tokens, metrics)
+            logger.info(f"step {trainer.step}: {in_a_line(metrics)}")
+        self.stopped_early = True
+        self.save()
+        self._show({})
 
     def _evaluations_since_best(self) -> int:
         """Return how many evaluations there were after the best one."""

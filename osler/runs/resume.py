@@ -79,7 +79,7 @@ def find_start(config: Any, run: Run, check_branch: Callable[[Any, store.Loaded]
 def resume(trainer: Trainer, start: Start, loaded: store.Loaded) -> Loop:
     """Return the loop of a trainer, both restored from a checkpoint; the beginning of a branch is logged and recorded."""
     loop, events = Loop(trainer), trainer.run.events
-    loop.restore(loaded)
+    loop.restore(loaded, is_branch=start.is_branch)
     if start.is_branch:
         message = describe_branch(trainer.config, loaded)
         logger.info(message)
@@ -88,8 +88,11 @@ def resume(trainer: Trainer, start: Start, loaded: store.Loaded) -> Loop:
     if not trainer.done or start.is_branch:
         logger.info(f"Continuing {root} from {place}.")
     else:
-        by_clock = getattr(trainer.config, "max_minutes", None) is not None
-        length = "max_minutes" if by_clock else "total_tokens" if trainer.unit == "tokens" else trainer.unit
+        length = "total_tokens" if trainer.unit == "tokens" else trainer.unit
+        if loop.stopped_early:
+            length = "early_stopping_patience"
+        elif getattr(trainer.config, "max_minutes", None) is not None:
+            length = "max_minutes"
         logger.info(
             f"{root} is finished, at {place}; there is nothing left to train. To train longer from here, begin a branch: `osler "
             f"{trainer.config.kind} --branch {root} --run NEW_FOLDER {length}=MORE`."

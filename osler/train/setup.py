@@ -101,6 +101,15 @@ def check_disk_budget(config: TrainConfig, data: TextData) -> None:
         )
 
 
+def check_early_stopping(config: TrainConfig, prepared: Prepared) -> None:
+    """Raise UserError when a run would wait for the end of its progress on text, of which it has none."""
+    if config.early_stopping_patience is not None and not prepared.validation_sets:
+        raise UserError(
+            "early_stopping_patience counts evaluations on text that is held out, and nothing is: give validation=[...] or a "
+            "holdout_fraction above 0, or leave early_stopping_patience out."
+        )
+
+
 def check_branch(config: TrainConfig, start: store.Loaded) -> None:
     """Raise UserError when a run with this config cannot take over steps and rows from a checkpoint of another run."""
     there = decode(TrainConfig, config_in(start), source=str(start.path))

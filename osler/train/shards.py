@@ -33,7 +33,7 @@ from osler.runtime.files import RunFolder, fsync_dir, write_atomic
 from osler.runtime.world import World
 from osler.tokenizer.bpe import Tokenizer
 from osler.train.config import TrainConfig
-from osler.train.setup import DATA, check_disk_budget, check_lengths
+from osler.train.setup import DATA, check_disk_budget, check_early_stopping, check_lengths
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +73,7 @@ def prepare_run(
     if prepared.reused:
         _check_bytes(prepared, run)
     if config.allow_data_change or not run.config.exists():  # a run that has begun goes on
+        check_early_stopping(config, prepared)
         check_lengths(config, prepared, model.max_seq_len)
     claim(run, config)
     kept = run.root / TOKENIZER_FILE

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from osler.checkpoint.folders import MANIFEST, Best, Entry, best_checkpoint, by_age
-from osler.records.jsonl import END, FAILED, FINISHED, LIFETIME, STOPPED, Event, still_wrong, unresolved_at_end
+from osler.records.jsonl import EARLY_STOP, END, FAILED, FINISHED, LIFETIME, STOPPED, Event, still_wrong, unresolved_at_end
 from osler.records.results import FinishedStage
 from osler.records.values import as_dict, as_number, as_text, read_records
 from osler.report.read import StageLog, count_parameters, find_model, stage_rank, stamp, sub_runs
@@ -80,12 +80,19 @@ class WatchedRun(StageLog):
 
         A run with ``max_minutes`` fits its tokens to the time again and again, and says how many are left by the time they take.
         """
+        done, unit = (self.last_step, "steps") if self.kind == "grpo" else (self.tokens, "tokens")
+        if self.stopped_early:
+            return done, done, unit
         if self.kind == "grpo":
-            return self.last_step, as_number(self.config.get("steps")), "steps"
+            return done, as_number(self.config.get("steps")), unit
         if self.config.get("max_minutes"):
             left = self.newest("perf/eta_seconds") * self.newest("perf/tokens_per_second")
-            return self.tokens, self.tokens + left, "tokens"
-        return self.tokens, as_number(self.config.get("total_tokens")), "tokens"
+            return done, done + left, unit
+        return done, as_number(self.config.get("total_tokens")), unit
+
+    @property
+    def stopped_early(self) -> bool:
+        return any(event.kind == EARLY_STOP for event in self.events)
 
     def newest(self, metric: str) -> float:
         """Return the newest value of a metric, NaN when there is none."""
@@ -120,7 +127,7 @@ class WatchedRun(StageLog):
         if end.name == FINISHED:
             unresolved = unresolved_at_end(self.events)
             but = f", but {still_wrong(len(unresolved))}: {', '.join(unresolved)}" if unresolved else ""
-            return State("finished", f"finished {ago}{but}")
+            return State("finished", f"finished {'early ' if self.stopped_early else ''}{ago}{but}")
         if end.name == STOPPED:
             return State("stopped", f"stopped {ago} by Ctrl-C or a signal, {kept}")
         return State(FAILED, f"failed {ago} at step {end.step}, {kept}: {end.message}")

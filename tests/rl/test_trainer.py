@@ -143,7 +143,7 @@ def test_the_weight_of_the_kl_term_follows_its_schedule(make_trainer, tmp_path, 
 
 def test_a_run_ends_when_its_exam_gets_no_better_and_a_resumed_one_at_the_same_step(make_trainer, tmp_path):
     scores = {0: 0.2, 1: 0.5, 2: 0.5, 3: 0.4, 4: 0.9, 5: 0.9}
-    kept = StepCheckpoints(every_steps=5, keep_last=9)
+    kept = StepCheckpoints(every_steps=5, keep_every_steps=4, keep_last=9)
     config = replace(CONFIG, eval_every_steps=1, early_stopping_patience=2, checkpoint=kept)
 
     def build(folder):
@@ -154,6 +154,7 @@ def test_a_run_ends_when_its_exam_gets_no_better_and_a_resumed_one_at_the_same_s
     trainer = build(tmp_path / "whole")
     assert Loop(trainer).fit() and trainer.done and trainer.step == 3
     assert best_checkpoint(tmp_path / "whole/checkpoints").step == 1
+    assert [entry.step for entry in folders.by_age(tmp_path / "whole/checkpoints") if entry.milestone] == [3]
     parts = Path(shutil.copytree(tmp_path / "whole", tmp_path / "parts"))
     shutil.rmtree(parts / "checkpoints" / folders.folder_name(3))
     for left in (2, 3):  # killed before the last step; then started once more after the end

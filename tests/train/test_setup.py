@@ -34,6 +34,7 @@ def test_the_stage_of_a_curriculum_that_ranks_cannot_share_is_named():
 REFUSED = {
     "no start": ("sft", ["init_from=runs/gone"], "is no folder"),
     "optimizer": ("pretrain", ["optim.type=muon", "precision=pure-bf16"], "with optim.type=muon use precision=bf16"),
+    "exams to stop early by": ("grpo", ["init_from=RUN", "early_stopping_patience=2", "eval_task=null"], "counts exams: give an"),
     "alert command": ("pretrain", ["monitor.alert_command=no-such-program-here"], "no program 'no-such-program-here'"),
     "the vocabulary of a file": ("pretrain", ["model.vocab_size=400"], "The tokenizer has 512 tokens, the model only 400"),
     "the vocabulary of shards": (
@@ -111,6 +112,13 @@ def test_a_row_length_that_is_proposed_works(tiny, long_turns, tmp_path, capsys)
     assert main(command) == 2
     proposed = capsys.readouterr().err.split(": set ")[1].split(", or ")[0]
     assert main([*command, *proposed.split(), "total_tokens=1024"]) == 0
+
+
+def test_without_held_out_text_a_run_cannot_stop_early(tiny, tmp_path, capsys):
+    command = ["sft", tiny.sft, "early_stopping_patience=2", "data.holdout_fraction=0", "--run", str(tmp_path)]
+    assert main(command) == 2
+    assert "counts evaluations on text that is held out, and nothing is" in capsys.readouterr().err
+    assert not (tmp_path / "config.yaml").exists()
 
 
 def test_dropping_is_refused_and_not_proposed_where_it_leaves_nothing(tiny, long_turns, tmp_path, capsys):

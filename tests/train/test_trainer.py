@@ -17,14 +17,14 @@ import torch
 from run_folders import assert_same_tensors, at, logged, saved_steps
 
 from osler.checkpoint import store
-from osler.checkpoint.folders import best_checkpoint
+from osler.checkpoint.folders import best_checkpoint, by_age
 from osler.cli.main import main
 from osler.config.recipe import load_yaml
 from osler.data.exams import EXAMS, ExamsInData
 from osler.inference.load import load_model
 from osler.monitor.config import MonitorConfig
 from osler.monitor.metrics import declared_name
-from osler.records.jsonl import read_events
+from osler.records.jsonl import EARLY_STOP, read_events
 from osler.report.page import build_report
 from osler.report.read import read_run
 from osler.report.words import attention, model_of
@@ -301,6 +301,33 @@ def test_a_run_that_ends_worse_than_guessing_says_so_wherever_its_end_is_told(ti
     state = watched.current.state(end.time + 1)
     assert state.kind == "finished" and "but 1 alert still holds: worse-than-guessing" in state.words
     assert any("but 1 alert still holds: worse than guessing" in text for text in attention(read_run(run.root)))
+
+
+def test_a_run_that_stops_early_says_so_wherever_its_end_is_told(tiny, tmp_path, capsys):
+    """Its last step has what a last step has: an exam and a milestone. A later start leaves it there, a branch goes on."""
+    run, every_steps = RunFolder(tmp_path / "run"), [2, 10, 11]
+    names = ["eval_every_tokens", "exam.every_tokens", "checkpoint.keep_every_tokens"]
+    intervals = [f"{name}={256 * steps}" for name, steps in zip(names, every_steps, strict=True)]
+    words = ["early_stopping_patience=1", "optim.lr=10", "exam.items=2", *intervals]
+    command = ["pretrain", tiny.pretrain, *words, "--run", str(run.root)]
+    assert main(command) == 0
+    end = logged(run.root)[-1]
+    assert end["step"] < 10 and "eval/validation_accuracy" in end
+    [event] = [event for event in read_events(run.events) if event.kind == EARLY_STOP]
+    assert event.step == end["step"] and event.message in build_report(run.root).read_text(encoding="utf-8")
+    assert [entry.step for entry in by_age(run.checkpoints) if entry.milestone] == [end["step"]]
+    watched = WatchedFolder(run.root)
+    watched.refresh()
+    done, total, _ = watched.current.progress
+    assert done == total == end["tokens"] and watched.current.state(event.time).words.startswith("finished early ")
+    before = (logged(run.root), saved_steps(run.root))
+    capsys.readouterr()
+    assert main(command) == 0
+    said = capsys.readouterr().err
+    assert f"{run.root} is finished, at step {end['step']} (" in said and "NEW_FOLDER early_stopping_patience=MORE" in said
+    assert "Stopped early" not in said and (logged(run.root), saved_steps(run.root)) == before
+    branch = ["--branch", str(run.root), "--run", str(tmp_path / "branch"), "early_stopping_patience=null", "optim.lr=1e-3"]
+    assert main(["pretrain", *branch]) == 0 and load_model(tmp_path / "branch").state["step"] == 12
 
 
 @pytest.mark.parametrize(
