@@ -20,7 +20,7 @@ from osler.records.results import ExamScore, SampledAnswer
 from osler.records.values import NAN
 from osler.runtime.errors import UserError
 from osler.tasks.answers import read_number
-from osler.tasks.item import LETTERS, ExamItem, plain, render_answer, wording
+from osler.tasks.item import LETTERS, ExamItem, plain, render_answer, spelling, wording
 
 ANSWERED = "answered"
 UNPARSED = "unparsed"  # the completion ended by itself, but no single option (or number) can be read from it
@@ -178,6 +178,8 @@ def majority(results: Sequence[Result]) -> float:
 def _vote(result: Result) -> Hashable:
     if result.predicted is not None:
         return wording(result.item.options[result.predicted])
+    if result.item.aliases:
+        return spelling(result.text)
     number = read_number(result.text)
     return plain(result.text) if number is None else number
 

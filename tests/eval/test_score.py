@@ -107,6 +107,8 @@ def test_a_majority_counts_numbers_by_their_value_and_shares_ties(answers: list[
     status = {"?": UNPARSED}
     given = [Result(free, status.get(text, ANSWERED), text.startswith("72"), text=text) for text in answers]
     assert majority(given) == expected
+    city = ExamItem("t", "?", (), -1, answer="The Hague", aliases=("The Hague", "Den Haag"))
+    assert majority([Result(city, ANSWERED, text != "Paris", text=text) for text in ("the Hague", "Paris", "Hague.")]) == 1
 
 
 def test_calibration_and_accuracy_at_coverage() -> None:
