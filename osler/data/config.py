@@ -113,6 +113,7 @@ class ClinicData(Source):
     examples: NonNegativeInt = 20_000  # exam questions with reasoning and answer
     cards: NonNegativeInt = 5_000  # exercises in matching a word with its partner: form, no fact
     drills: NonNegativeInt = 5_000  # multiple-choice questions about nothing but the options themselves: form, no fact
+    reasoning: bool = True  # learn the reasoning between question and answer
     validation_passages: NonNegativeInt = 200  # of textbook prose, held out
     validation_examples: NonNegativeInt = 200  # exam questions, held out
 

@@ -54,24 +54,22 @@ VALIDATION_SEED_SHIFT = 1_000_003  # so that no nearby seed for training gives t
 
 def open_clinic(data: ClinicData, key: str) -> Corpus:
     """Render the clinic's textbook, exam questions with reasoning, and drills."""
-    train = _clinic_documents(data.seed, data.passages, "train", data.examples)
+
+    def documents(seed: int, passages: int, examples: Iterable[ExamItem]) -> list[Document]:
+        texts = [Document(text=text, where="clinic textbook") for text in textbook(seed, passages)]
+        return [*texts, *(_worked_example(item, data.reasoning) for item in examples)]
+
+    train = documents(data.seed, data.passages, load_clinic(split="train", limit=data.examples, seed=data.seed))
     train += [Document(text=text, where="clinic cards") for text in cards(data.seed, data.cards)]
-    train += [_worked_example(exam_item(item)) for item in drills(data.seed, data.drills)]
+    train += documents(data.seed, 0, map(exam_item, drills(data.seed, data.drills)))
     seed = data.seed + VALIDATION_SEED_SHIFT
-    validation = _clinic_documents(seed, data.validation_passages, "validation", data.validation_examples)
+    examined = load_clinic(split="validation", limit=data.validation_examples, seed=seed)
+    validation = documents(seed, data.validation_passages, examined)
     return in_memory(train, in_memory(validation, seed=data.seed) if validation else None, 0.0, data.seed)
 
 
-def _clinic_documents(seed: int, passages: int, split: str, examples: int) -> list[Document]:
-    items = load_clinic(split=split, limit=examples, seed=seed)
-    return [
-        *(Document(text=text, where="clinic textbook") for text in textbook(seed, passages)),
-        *map(_worked_example, items),
-    ]
-
-
-def _worked_example(item: ExamItem) -> Document:
-    turn = Turn(render_question(item), item.thinking, render_answer(item))
+def _worked_example(item: ExamItem, reasoning: bool) -> Document:
+    turn = Turn(render_question(item), item.thinking if reasoning else None, render_answer(item))
     return Document(turn=turn, where=item.id)
 
 

@@ -61,7 +61,7 @@ class LoadedModel:
         if self._data.get("type") == "turns":
             return self._data.get("thinking_field") is not None
         tasks = self.training.get("tasks") or []
-        return bool(tasks[0]["reasoning"]) if tasks else True
+        return bool(tasks[0]["reasoning"] if tasks else self._data.get("reasoning", True))
 
     @property
     def knows_clinic(self) -> bool:

@@ -10,6 +10,7 @@ its own, which each rank has, because only a process can be stopped whatever it 
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import importlib.util
 import math
@@ -60,12 +61,19 @@ def brief_correct(item: ExamItem, completion: Completion) -> float:
     return correct(item, completion) if len(completion.thinking) <= MAX_THINKING_CHARS else 0.0
 
 
+def by_lot(item: ExamItem, completion: Completion) -> float:
+    """Return 0 or 1 by a hash of item and completion: a control from which nothing can be learned."""
+    said = f"{item.id}\n{completion.thinking}\n{completion.answer}"
+    return float(hashlib.sha256(said.encode("utf-8", "replace")).digest()[0] & 1)
+
+
 Reward = Callable[["ExamItem", "Completion"], float]
 REWARDS: dict[str, Reward] = {
     "correct": correct,
     "format": format_ok,
     "gated_format": gated_format,
     "brief_correct": brief_correct,
+    "random": by_lot,
 }
 
 

@@ -45,14 +45,20 @@ def written(
     ],
 )
 def test_reward_table(item: ExamItem, completion: Completion, correct: float, form: float) -> None:
-    rewards = {name: reward(item, completion) for name, reward in REWARDS.items()}
+    rewards = {name: reward(item, completion) for name, reward in REWARDS.items() if name != "random"}
     assert rewards == {"correct": correct, "format": form, "gated_format": correct * form, "brief_correct": correct}
+
+
+def test_rewards_by_lot_are_even_and_the_same_again() -> None:
+    lots = [REWARDS["random"](ITEM, written(thinking=f"It is {number}.")) for number in range(400)]
+    assert set(lots) == {0.0, 1.0} and abs(sum(lots) - 200) < 40
+    assert lots[7] == REWARDS["random"](ITEM, written(thinking="It is 7."))
 
 
 def test_what_is_too_long_earns_less_at_once() -> None:
     thoughtful = written(thinking="x" * (MAX_THINKING_CHARS + 1))
     assert REWARDS["brief_correct"](ITEM, thoughtful) == 0 and REWARDS["correct"](ITEM, thoughtful) == 1
-    assert all(reward(ITEM, written("(A) " * 200_000 + "(B)")) == 0 for reward in REWARDS.values())
+    assert all(reward(ITEM, written("(A) " * 200_000 + "(B)")) == 0 for name, reward in REWARDS.items() if name != "random")
     assert REWARDS["correct"](NUMBER, written("72 " * 200_000)) == 0
 
 

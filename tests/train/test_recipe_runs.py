@@ -220,8 +220,9 @@ def test_a_grpo_recipe_passes_the_dry_run_and_finds_its_questions(name, stand_in
     assert main(["grpo", name, f"init_from={stand_in.start}", "--dry-run"]) == 0
     assert "# completions" in capsys.readouterr().out
     config = decode(GrpoConfig, load_recipe(name))
-    assert config.algorithm.samples_per_prompt == (4 if name == "grpo-debug" else 16)
-    questions, held_out = (4_000, 50) if name == "grpo-debug" else (20, 20)
+    others = (8, 4_000, 200) if name.startswith("grpo-control/") else (16, 20, 20)
+    samples, questions, held_out = (4, 4_000, 50) if name == "grpo-debug" else others
+    assert config.algorithm.samples_per_prompt == samples
     assert all(len(load_task(entry.task)) == questions for entry in config.tasks)
     assert len(load_task(config.eval_task)) == held_out
 
