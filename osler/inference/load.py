@@ -104,10 +104,16 @@ def load_model(
 ) -> LoadedModel:
     """Load the model of a checkpoint, or of the newest good or best one of a run; raises UserError where that is impossible."""
     loaded = store.load(store.resolve(path, which), names=["model"])
-    model = Transformer(described_model(loaded), compute_dtype=compute_dtype)
+    config, tokenizer = described_model(loaded), tokenizer_of(loaded)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise UserError(
+            f"Checkpoint {loaded.path}: its tokenizer has {tokenizer.vocab_size:,} tokens and its model only "
+            f"{config.vocab_size:,}, so they do not belong together: put back the {TOKENIZER_FILE} that it was trained with."
+        )
+    model = Transformer(config, compute_dtype=compute_dtype)
     model.load_state_dict(loaded.tensors["model"])
     training = load_yaml(loaded.files.get(CONFIG_FILE, b"").decode(), str(loaded.path / CONFIG_FILE)) or {}
-    return LoadedModel(loaded.path, model.to(device).eval(), tokenizer_of(loaded), loaded.state, training, loaded.files)
+    return LoadedModel(loaded.path, model.to(device).eval(), tokenizer, loaded.state, training, loaded.files)
 
 
 def open_model(checkpoint: str | Path, *, device: str = "auto", which: str = "newest") -> LoadedModel:

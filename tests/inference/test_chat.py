@@ -9,12 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from osler.checkpoint import store
 from osler.cli import main as cli
 from osler.inference.chat import continue_text, show_answer, stream_answer
 from osler.inference.engine import InferenceEngine
-from osler.inference.load import LoadedModel, open_model
+from osler.inference.load import TOKENIZER_FILE, LoadedModel, open_model
 from osler.ops.sampling_params import SamplingParams
 from osler.runtime.errors import UserError
+from osler.tokenizer.bpe import Tokenizer
 from osler.tokenizer.chat import encode_prompt, parse_completion
 
 
@@ -246,3 +248,13 @@ def test_pieces_add_up_to_the_completion(runs, seed, reasoning):
     # Random bytes make broken characters; whole ones must all arrive, in order.
     whole = [c for c in tokenizer.decode(plain) if c.isascii()]
     assert [c for _, text in pieces for c in text if c.isascii()] == whole
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(textbook: LoadedModel, tmp_path: Path) -> None:
+    loaded = store.load(textbook.path)
+    larger = Tokenizer.train([f"{a}{b}{c}" for a in "bcdfgh" for b in "aeiouy" for c in "klmnprst"] * 2, vocab_size=500)
+    assert larger.vocab_size > textbook.model.config.vocab_size
+    files = {**loaded.files, TOKENIZER_FILE: larger.to_bytes()}
+    saved = store.save(tmp_path, 1, tensors=loaded.tensors, state=loaded.state, files=files)
+    with pytest.raises(UserError, match=rf"has {larger.vocab_size:,} tokens and its model only .*do not belong together"):
+        open_model(saved, device="cpu")
