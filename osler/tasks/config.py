@@ -5,7 +5,7 @@ Models are examined with one split of each, whose size is published (``OFFICIAL`
 
 from typing import Literal
 
-from osler.config.schema import PositiveInt, Seed, config
+from osler.config.schema import NonNegativeInt, PositiveInt, Seed, config
 
 MEDICAL_SUBJECTS = (
     "anatomy", "clinical_knowledge", "college_biology", "college_medicine", "medical_genetics", "professional_medicine",
@@ -21,6 +21,12 @@ class ExamFile:
     split: str = ""  # a name for the file in tables and metrics
     limit: PositiveInt | None = None  # so many of the questions; null: all
     seed: Seed | None = None  # draws them at random, for a larger limit the same and more; null: the first ones
+    shots: NonNegativeInt = 0  # solved examples before each question, the first of shots_path; 0: zero-shot
+    shots_path: str = ""  # a file of the same schema, with other questions
+
+    def __post_init__(self) -> None:
+        if self.shots and not self.shots_path:
+            raise ValueError(f"shots={self.shots} needs shots_path, a file of the same schema that the examples come from")
 
 
 @config

@@ -9,6 +9,7 @@ import logging
 import re
 import reprlib
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from osler.files.find import ROW_ENDINGS, find_files, log_once, shown
@@ -28,7 +29,7 @@ from osler.tasks.config import (
     QuestionsTask,
     TriviaqaTask,
 )
-from osler.tasks.item import LETTERS, ExamItem, plain, wording
+from osler.tasks.item import LETTERS, ExamItem, plain, shared_questions, wording
 
 logger = logging.getLogger(__name__)
 
@@ -115,7 +116,20 @@ class ExamRow:
 
 def load_exam_file(task: ExamFile) -> list[ExamItem]:
     """Return the items of a file, as many as the task says, after the whole file was checked."""
-    files = find_files(task.path, ROW_ENDINGS, key="task.path")
+    items = _load(task, "task.path")
+    if not task.shots:
+        return items
+    shots = _load(replace(task, path=task.shots_path, split="", limit=task.shots, seed=None), "task.shots_path")
+    if len(shots) < task.shots:
+        raise UserError(f"{shown(task.shots_path)} has {len(shots)} questions, fewer than shots={task.shots}.")
+    if shared := shared_questions(shots, items):
+        problem = f"the example {shared[0][0].id} is also a question of {shown(task.path)}"
+        raise UserError(f"{shown(task.shots_path)}: {problem}: take examples from another split.")
+    return [replace(item, shots=tuple(shots)) for item in items]
+
+
+def _load(task: ExamFile, key: str) -> list[ExamItem]:
+    files = find_files(task.path, ROW_ENDINGS, key=key)
     return read_exam(task, (row for file in files for row in read_rows(file)))
 
 

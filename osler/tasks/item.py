@@ -56,6 +56,7 @@ class ExamItem:
     aliases: tuple[str, ...] = ()  # all texts that are right, to be compared as TriviaQA does, where there are several
     tests: str = ""  # the code that tells whether a program is right, when the answer is one
     is_story: bool = False  # whether the options go on with the text of the question
+    shots: tuple["ExamItem", ...] = ()  # solved examples, which are shown before the question
 
     def __post_init__(self) -> None:
         if self.options and not 0 <= self.answer_index < len(self.options) <= len(LETTERS):
@@ -72,9 +73,11 @@ class ExamItem:
 
 
 def render_question(item: ExamItem) -> str:
-    """Return the text of a prompt: context, question, then the options as ``text (A)``."""
+    """Return the text of a prompt: solved examples, context, question, then the options as ``text (A)``."""
     question = " ".join([item.question.strip(), *map(render_option, item.options, LETTERS)])
-    return f"{item.context.strip()}{': ' if item.is_story else chr(10)}{question}" if item.context.strip() else question
+    if item.context.strip():
+        question = f"{item.context.strip()}{': ' if item.is_story else chr(10)}{question}"
+    return "\n\n".join([*(f"{render_question(shot)}\nAnswer: {render_answer(shot)}" for shot in item.shots), question])
 
 
 def render_plain(item: ExamItem) -> str:

@@ -37,7 +37,8 @@ def exam_item(item: ClinicItem) -> ExamItem:
 def check_task(task: Any, key: str) -> None:
     """Raise UserError when the files of an exam do not exist; ``key`` is the path of the task in the run's config."""
     if isinstance(task, ExamFile):
-        find_files(task.path, ROW_ENDINGS, key=f"{key}.path")
+        for field in ("path", "shots_path") if task.shots else ("path",):
+            find_files(getattr(task, field), ROW_ENDINGS, key=f"{key}.{field}")
 
 
 def load_task(task: Any) -> list[ExamItem]:

@@ -31,7 +31,7 @@ NOT_READ = [
     "", "   ", "aspirin", "Bacteria", "A fever",  # a letter inside a word, or an article
     "E", "(E)", "amoxicillin (E)", "Answer: E",  # no such option
     "not (A)", "not amoxicillin", "The answer is not B", "It isn't (B)", "anything but (B)", "all except (B)", "rule out (B)",
-    "not (A), but (C)", "not A, but C", "Not B but C",
+    "not (A), but (C)", "not A, but C", "Not B but C", "A or B",
     "Neither A nor (B)", "A or (B)", "X or Y (B)", "(A) or (B)", "amoxicillin or penicillin", "both (B)", "A, B", "A B C D",
     "(A) (B) (C) (D)", "B and C", "B/C", "Options B", "penicillin (A) amoxicillin (B)", "penicillin amoxicillin (B)",
     "penicillin (B)", "B. penicillin", "The answer is penicillin (B)",  # the text of one, the letter of another

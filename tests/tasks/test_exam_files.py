@@ -241,6 +241,23 @@ def test_a_limit_takes_the_first_questions_or_draws_them_by_a_seed(tmp_path: Pat
     assert five not in (items[:5], items[-5:]) and len(five) == 5
 
 
+def test_solved_examples_stand_before_each_question(tmp_path: Path) -> None:
+    exam = lines(tmp_path / "e.jsonl", ROWS["medqa"], ROWS["medqa"] | {"question": "What then?"})
+    train = lines(tmp_path / "t.jsonl", *(ROWS["medqa"] | {"question": f"Example {number}?"} for number in range(3)))
+    items = load("medqa", exam, shots=2, shots_path=str(train))
+    solved = [f"Example {number}? one (A) two (B) x (C) y (D)\nAnswer: two (B)\n\n" for number in range(2)]
+    assert render_question(items[1]) == "".join([*solved, "What then? one (A) two (B) x (C) y (D)"])
+    assert permute(items[1], 0, 1).shots == items[1].shots
+    for settings, told in (
+        ({"shots": 4, "shots_path": str(train)}, "has 3 questions, fewer than shots=4"),
+        ({"shots": 1, "shots_path": str(exam)}, "the example medqa-.* is also a question of"),
+        ({"shots": 1, "shots_path": "none"}, "no file or folder none; set task.shots_path"),
+        ({"shots": 1}, "shots=1 needs shots_path"),
+    ):
+        with pytest.raises(UserError, match=told):
+            load("medqa", exam, **settings)
+
+
 def test_only_what_is_asked_for_is_taken_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     subjects = ["anatomy", "astronomy", "anatomy"]
     path = lines(tmp_path / "mmlu.jsonl", *(ROWS["mmlu"] | {"subject": subject} for subject in subjects))
