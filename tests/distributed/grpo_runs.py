@@ -64,6 +64,12 @@ def run_all(grpo: list[str], root: Path) -> None:
     report("none", refused, grpo, root / "none", ["2 processes", "parallel.type=ddp"])
     hopeless = [*grpo, "algorithm.max_new_tokens=1", "parallel.type=ddp"]
     report("taught nothing", refused, hopeless, root / "taught", ["Before training", "preflight=warn"])
+    own = root / "own.py"
+    own.write_text("from osler.tasks.rewards import correct\ndef nan(item, completion): return float('nan')\n")
+    rewards = 'tasks=[{task: {type: clinic, split: train, limit: 60}, rewards: {"%s:%s": 1.0}}]'
+    report("own reward", same_run, [*grpo, rewards % (own, "correct")], root / "plain", root / "own", 2, "ddp")
+    wrong = [*grpo, rewards % (own, "nan"), "parallel.type=ddp"]
+    report("wrong reward", refused, wrong, root / "wrong", ["own.py:nan returned nan", "for an answer to item"])
     zero = [*grpo, "parallel.type=deepspeed"]
     report("deepspeed", refused, zero, root / "zero", ["parallel", "deepspeed", "ddp"], times=2)
 
