@@ -65,7 +65,8 @@ def run_all(grpo: list[str], root: Path) -> None:
     hopeless = [*grpo, "algorithm.max_new_tokens=1", "parallel.type=ddp"]
     report("taught nothing", refused, hopeless, root / "taught", ["Before training", "preflight=warn"])
     own = root / "own.py"
-    own.write_text("from osler.tasks.rewards import correct\ndef nan(item, completion): return float('nan')\n")
+    only = 'return float("nan") if item.id.endswith("-000003") else 0.5'  # one rank finds it, and the other waits for that rank
+    own.write_text(f"from osler.tasks.rewards import correct\ndef nan(item, completion): {only}\n")
     rewards = 'tasks=[{task: {type: clinic, split: train, limit: 60}, rewards: {"%s:%s": 1.0}}]'
     report("own reward", same_run, [*grpo, rewards % (own, "correct")], root / "plain", root / "own", 2, "ddp")
     wrong = [*grpo, rewards % (own, "nan"), "parallel.type=ddp"]
