@@ -23,8 +23,17 @@ from osler.files.hub import hub_files, snapshot
 from osler.files.parts import File, LocalFile, Part, Parts, find_local
 from osler.files.rows import Row, read_rows
 from osler.runtime.errors import UserError
-from osler.tasks.config import MEDICAL_SUBJECTS, ExamFile, Gsm8kTask, MedmcqaTask, MedqaTask, MmluTask, PubmedqaTask
-from osler.tasks.exam_files import SCHEMAS, ExamRow
+from osler.tasks.config import (
+    MEDICAL_SUBJECTS,
+    ExamFile,
+    Gsm8kTask,
+    HellaswagTask,
+    MedmcqaTask,
+    MedqaTask,
+    MmluTask,
+    PubmedqaTask,
+)
+from osler.tasks.exam_files import SCHEMAS, ExamRow, ending_number
 from osler.tasks.item import render_answer, render_question
 from osler.tokenizer.chat import Turn
 
@@ -119,14 +128,8 @@ def exam(rows: Iterable[Row], data: HubData, *, task: type[ExamFile]) -> Iterato
         yield from questions(rows, data, answer="long_answer")
         return
     for row in rows:
-        right = row.values.get("cop", "")
-        if data.name == "medmcqa" and right in (None, -1):
+        if data.name == "medmcqa" and row.values.get("cop", "") in (None, -1):
             continue
-        if right == 4:
-            raise UserError(
-                f"{row.where}: 'cop' is 4, so this file counts its options from 1, as the authors' original does, and the hub's "
-                "files count from 0. Write every 'cop' one less."
-            )
         item = read_item(ExamRow(row, config))
         turn = Turn(render_question(item), item.thinking if data.reasoning else None, render_answer(item))
         yield Document(turn=turn, where=row.where)
@@ -139,11 +142,11 @@ def programs(rows: Iterable[Row], data: HubData) -> Iterator[Document]:
 
 def endings(rows: Iterable[Row], data: HubData) -> Iterator[Document]:
     """Yield HellaSwag's stories with their right endings."""
+    config = HellaswagTask(path=data.path or data.name)
     for row in rows:
-        choices, label = value_of(row, "endings"), value_of(row, "label")
-        if not isinstance(choices, list) or not str(label).isdecimal() or int(label) >= len(choices):
-            raise UserError(f"{row.where}: 'label' must be the number of one of the 'endings', not {label!r}.")
-        story = " ".join(filter(None, (_text(row, "ctx_a"), _text(row, "ctx_b"), choices[int(label)])))
+        asked = ExamRow(row, config)
+        choices = asked.options("endings")
+        story = " ".join(filter(None, (_text(row, "ctx_a"), _text(row, "ctx_b"), choices[ending_number(asked, choices)])))
         yield Document(text=f"{_text(row, 'activity_label')}: {story}", where=row.where)
 
 
@@ -255,16 +258,16 @@ def open_hub(data: HubData, key: str) -> Corpus:
     return replace(corpus, about=about)
 
 
-# The subset and split of each exam that models are examined with.
+# The subset of each exam that models are examined with.
 EXAMS = {
-    "medqa": ("", "test"),
-    "medmcqa": ("", "validation"),
-    "pubmedqa": ("pqa_labeled", "train"),
-    "mmlu": ("all", "test"),
-    "gsm8k": ("main", "test"),
-    "humaneval": ("", "test"),
-    "hellaswag": ("", "validation"),
-    "trivia_qa": ("rc.nocontext", "validation"),
+    "medqa": "",
+    "medmcqa": "",
+    "pubmedqa": "pqa_labeled",
+    "mmlu": "all",
+    "gsm8k": "main",
+    "humaneval": "",
+    "hellaswag": "",
+    "trivia_qa": "rc.nocontext",
 }
 
 
@@ -277,11 +280,11 @@ def open_exam(exam: ExamInFile | HubExam, root: str, key: str) -> Exam:
         return Exam(exam, tuple(find_local(exam.path, ROW_ENDINGS, key=f"{key}.path")))
     if exam.name not in EXAMS:
         raise UserError(f"{key}.name={exam.name} is no exam that Osler knows{nearest(exam.name, list(EXAMS))}")
-    subset, split = EXAMS[exam.name]
+    source, [kind] = SOURCES[exam.name], [task for task in SCHEMAS if task.type == exam.name]
+    split = SCHEMAS[kind].split if SCHEMAS[kind].split in source.splits else source.splits[0]  # which holds it, as of PubMedQA
     data = HubData(name=exam.name, revision=exam.revision, path=exam.path, root=exam.root or root)
-    _, files = _files(data, SOURCES[exam.name], subset, split, key)
-    kinds = {task.type: task for task in SCHEMAS}
-    return Exam(kinds[exam.name](type=exam.name, path=f"the exam {exam.name}", split=split), tuple(files))
+    _, files = _files(data, source, EXAMS[exam.name], split, key)
+    return Exam(kind(type=exam.name, path=f"the exam {exam.name}", split=split), tuple(files))
 
 
 def _files(data: HubData, source: NamedSource, subset: str, split: str, key: str) -> tuple[str, list[File]]:

@@ -3,6 +3,7 @@
 from typing import Literal
 
 from osler.config.schema import PositiveInt, Seed, config
+from osler.data.config import HubData
 from osler.ops.sampling_params import check_temperature
 from osler.tasks.registry import ClinicTask, TaskConfig
 
@@ -34,6 +35,8 @@ class EvalConfig:
 
     text: str | None = None  # a file or folder of text, measured in bits per byte; not one that the model was trained on
     text_field: str = "text"  # the column of tables
+    source: HubData | None = None  # a text by name, as source.name=wikitext or c4, in its last split unless another is given
+    documents: PositiveInt | None = None  # so many of a text, from its start; null: all
     seq_len: PositiveInt | None = None  # tokens read at once; null: as many as in training
 
     which: Literal["newest", "best"] = "newest"  # checkpoint of a run folder

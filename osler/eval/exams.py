@@ -31,11 +31,10 @@ from osler.runtime.errors import UserError
 from osler.runtime.stop import AskedToStop, asked
 from osler.runtime.world import World
 from osler.tasks.answers import read_answer
-from osler.tasks.item import LETTERS, ExamItem, permute, render_answer, render_plain, render_question, reorder
+from osler.tasks.item import ExamItem, Form, answer_texts, bare, permute, render_plain, render_question, reorder
 from osler.tokenizer.bpe import Tokenizer
 from osler.tokenizer.chat import Completion, encode_prompt, parse_completion
 
-Form = Literal["answer", "letters", "cloze"]  # what is scored: below a list of the options "text (B)" or "B", without it "text"
 Normalise = Literal["bytes", "tokens", "none"]
 ITEM_ROWS = 256  # rows of hidden states of one item, about
 
@@ -176,7 +175,7 @@ def score_by_likelihood(
             rows = option_rows(tokenizer, item, form, template=template, max_seq_len=longest) or []
             decoder = decoder or Decoder(model, Layout(model.compute_dtype, ITEM_ROWS))
             sums = sum_logprobs(decoder, [ids for ids, _ in rows], rows[0][1]) if rows else []
-            sizes = [len(text.encode()) for text in scored_texts(item, form)]
+            sizes = [len(text.encode()) for text in answer_texts(item, form)]
             output = [[total, size, len(ids) - start] for total, size, (ids, start) in zip(sums, sizes, rows, strict=False)]
         results.append(_likeliest(item, output, normalise))
         answers.add(number, output, results[-1].sample(""))
@@ -192,13 +191,6 @@ def _likeliest(item: ExamItem, output: Sequence[Sequence[float]], normalise: Nor
     return Result(item, ANSWERED, item.is_right(best), best, item.options[best], confidence=confidence)
 
 
-def scored_texts(item: ExamItem, form: Form) -> list[str]:
-    """Return the text that is scored for every option: the answer as it is taught, its letter, or the bare option."""
-    if form == "answer":
-        return [render_answer(replace(item, answer_index=index)) for index in range(len(item.options))]
-    return list(LETTERS[: len(item.options)] if form == "letters" else item.options)
-
-
 def option_rows(
     tokenizer: Tokenizer, item: ExamItem, form: Form, *, template: bool, max_seq_len: int
 ) -> list[tuple[list[int], int]] | None:
@@ -210,29 +202,24 @@ def option_rows(
     """
     if not item.options:
         raise ValueError(f"item {item.id} has no options to compare")
-    texts = scored_texts(item, form)
+    texts = answer_texts(item, form)
     if template:
         continuations = [tokenizer.encode(text) for text in texts]
 
         def encode(item: ExamItem) -> list[int]:
             return encode_prompt(tokenizer, render_question(item), reasoning=False)
 
-        listed = replace(item, options=(), answer_index=-1) if form == "cloze" else item
+        listed = bare(item) if form == "cloze" else item
         fitted = fitting(listed, encode, max_seq_len - max(map(len, continuations)))
         prompt = [] if fitted is None else encode(fitted)
         return [(prompt + continuation, len(prompt)) for continuation in continuations] if prompt else None
-    lines = [f"{letter}. {option}" for letter, option in zip(LETTERS, item.options, strict=False)]
-
-    def stem(item: ExamItem) -> str:
-        text = render_plain(item)
-        return "\n".join([text.removesuffix("\nAnswer:"), *lines, "Answer:"]) if form == "letters" else text
-
     longest = max(len(tokenizer.encode(f" {text}")) for text in texts) + 1
-    fitted = fitting(item, lambda item: tokenizer.encode(stem(item)), max_seq_len - longest)
+    fitted = fitting(item, lambda item: tokenizer.encode(render_plain(item, form)), max_seq_len - longest)
     if fitted is None:
         return None
-    together = [tokenizer.encode(f"{stem(fitted)} {text}") for text in texts]
-    columns = zip(tokenizer.encode(stem(fitted)), *together, strict=False)
+    stem = render_plain(fitted, form)
+    together = [tokenizer.encode(f"{stem} {text}") for text in texts]
+    columns = zip(tokenizer.encode(stem), *together, strict=False)
     start = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
     fits = max(map(len, together)) <= max_seq_len and start > 0
     return [(ids, start) for ids in together] if fits else None

@@ -8,7 +8,7 @@ document ends; it has no bytes. ``windows`` cuts documents that are longer than 
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from itertools import islice, takewhile
-from math import log
+from math import exp, inf, log
 
 import torch
 from torch import Tensor
@@ -92,12 +92,16 @@ def sum_logprobs(decoder: Decoder, rows: Sequence[list[int]], start: int) -> lis
 
 @dataclass(frozen=True)
 class TextScore:
-    """How well a model predicts a text: the summed nats, over so many tokens and bytes; `right` tokens it found likeliest."""
+    """How well a model predicts a text: the summed nats, over so many tokens and bytes; `right` tokens it found likeliest.
+
+    `words` are what stands between white space; 0: not counted.
+    """
 
     nats: float
     tokens: int
     right: int
     bytes: int
+    words: int = 0
 
     @classmethod
     def of_all(cls, scores: Collection["TextScore"]) -> "TextScore":
@@ -112,6 +116,11 @@ class TextScore:
     @property
     def bits_per_byte(self) -> float:
         return self.nats / log(2) / self.bytes
+
+    @property
+    def word_perplexity(self) -> float:
+        """The perplexity by which WikiText is compared; independent of the tokenizer, like bits per byte."""
+        return exp(self.nats / self.words) if 0 < self.nats < 700 * self.words else inf
 
     @property
     def token_accuracy(self) -> float:

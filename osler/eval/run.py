@@ -7,7 +7,7 @@ command goes on after an interruption (``records/answers.py``).
 import hashlib
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import asdict, replace
 from itertools import islice
 from math import exp, isnan
@@ -17,7 +17,9 @@ from typing import Any
 from osler.checkpoint.folders import MANIFEST
 from osler.config.recipe import override
 from osler.config.schema import decode, encode
+from osler.data.documents import Document
 from osler.data.exams import ExamsInData
+from osler.data.named import SOURCES, open_hub
 from osler.data.readers import TextFiles
 from osler.data.shard_set import ShardSet, open_validation_sets
 from osler.eval.config import CLINIC_EXAM, EvalConfig
@@ -35,7 +37,6 @@ from osler.runtime.files import fingerprint, write_json
 from osler.runtime.log import Progress
 from osler.tasks.item import ExamItem
 from osler.tasks.registry import ClinicTask, check_task, load_task
-from osler.tokenizer.bpe import Tokenizer
 from osler.tokenizer.round_trip import RoundTrip, refuse_missing_bytes
 
 logger = logging.getLogger(__name__)
@@ -64,7 +65,12 @@ def run(checkpoint: str, overrides: Sequence[str] = (), json_file: str | None = 
         print(table(scores))
         save_scores(ready, name, scores)
     if config.text is not None:
-        texts[config.text] = text_score(config, ready, *documents_at(config.text, config.text_field, ready.tokenizer))
+        files = TextFiles(config.text, config.text_field, path_key="text", field_key="text_field")
+        texts[config.text] = measured(config.text, lambda: files, config, ready)
+    if config.source is not None:
+        splits = SOURCES[config.source.name].splits if config.source.name in SOURCES else ("",)
+        source = replace(config.source, split=config.source.split or splits[-1])
+        texts[source.title] = measured(source.title, open_hub(source, "source").documents, config, ready)
     for title, shards in held_out.items():
         title = "the run's held-out text" if len(held_out) == 1 else title
         texts[title] = text_score(config, ready, shards.documents(), shards.num_documents, shards.num_bytes)
@@ -106,7 +112,7 @@ def _written_out(task: Any) -> Any:
 
 def complete(config: EvalConfig, ready: LoadedModel) -> tuple[EvalConfig, Mapping[str, ShardSet]]:
     """Fill in what to measure where nothing was asked for: the clinic's exam, that of the training, or the held-out text."""
-    if config.exams or config.text is not None:
+    if config.exams or config.text is not None or config.source is not None:
         return config, {}
     if ready.knows_clinic:
         return replace(config, task=CLINIC_EXAM), {}
@@ -219,7 +225,7 @@ def parts(config: EvalConfig) -> dict[str, Any]:
         if isinstance(task, ClinicTask):
             named |= {split.strip(): replace(task, split=split.strip()) for split in task.split.split(",")}
             continue
-        name = f"{task.type} {task.split}".strip()
+        name = f"{task.type} {task.split}".strip() + (f", {task.shots} shots" if task.shots else "")
         named[name if name not in named else f"{name} {task.path}"] = task
     return named
 
@@ -302,17 +308,22 @@ def save_scores(ready: LoadedModel, name: str, scores: Sequence[ScoredExam]) -> 
     logger.info(f"Saved to {ready.run.exams}; `osler report {ready.run.root}` shows it.")
 
 
-def documents_at(path: str, field: str, tokenizer: Tokenizer) -> tuple[Iterator[list[int]], int, int]:
-    """Return the documents in files, their number and their bytes, for which they are read once more."""
-    source = TextFiles(path, field, path_key="text", field_key="text_field")
-    sizes = [len(document.text.encode("utf-8")) for document in source if not document.is_empty]
-    if not sizes:
-        raise UserError(f"{path} holds no text: there is nothing to measure.")
-    round_trip = RoundTrip(tokenizer)
-    round_trip.look(document.text for document in islice(source, LOOKED_AT))
+def measured(name: str, read: Callable[[], Iterable[Document]], config: EvalConfig, ready: LoadedModel) -> TextScore:
+    """Measure the documents of a text, which is read twice."""
+
+    def texts() -> Iterator[str]:
+        return islice((document.text for document in read() if not document.is_empty), config.documents)
+
+    count = num_bytes = words = 0
+    for text in texts():
+        count, num_bytes, words = count + 1, num_bytes + len(text.encode("utf-8")), words + len(text.split())
+    if not count:
+        raise UserError(f"{name} holds no text: there is nothing to measure.")
+    round_trip = RoundTrip(ready.tokenizer)
+    round_trip.look(islice(texts(), LOOKED_AT))
     round_trip.losses.warn()
-    documents = ([*tokenizer.encode(document.text), tokenizer.eos_id] for document in source if not document.is_empty)
-    return documents, len(sizes), sum(sizes)
+    ids = ([*ready.tokenizer.encode(text), ready.tokenizer.eos_id] for text in texts())
+    return replace(text_score(config, ready, ids, count, num_bytes), words=words)
 
 
 def text_score(config: EvalConfig, ready: LoadedModel, documents: Iterator[list[int]], count: int, num_bytes: int) -> TextScore:
@@ -334,7 +345,8 @@ def text_score(config: EvalConfig, ready: LoadedModel, documents: Iterator[list[
 
 def describe_text(name: str, cost: TextScore, seq_len: int) -> str:
     """Return the score of a text in a line. Only bits per byte can be compared between models of several tokenizers."""
+    words = f", {cost.word_perplexity:.1f} by words" if cost.words else ""
     return (
         f"{name}: {cost.bits_per_byte:.4f} bits per byte ({cost.bytes:,} bytes; {cost.tokens:,} tokens at {cost.loss:.4f} nats, "
-        f"perplexity {exp(cost.loss):.1f}; read {seq_len} tokens at a time)"
+        f"perplexity {exp(cost.loss):.1f}{words}; read {seq_len} tokens at a time)"
     )

@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from typing import Any
 
 from osler.checkpoint import store
 from osler.checkpoint.folders import TENSORS_SUFFIX
@@ -38,12 +39,13 @@ from osler.runtime.files import RunFolder, fingerprint, write_or_warn
 from osler.runtime.world import World
 from osler.tasks.item import ExamItem, render_answer, render_question, shared_questions
 from osler.tasks.registry import check_task, load_task
-from osler.tasks.rewards import label_of, reward_of
+from osler.tasks.rewards import check_reward, label_of, reward_of
 from osler.tokenizer.bpe import ANSWER
 from osler.tokenizer.chat import encode_prompt
 
 logger = logging.getLogger(__name__)
 
+SELDOM = ("aliases", "tests", "is_story", "shots")  # fields of items that are in the fingerprint where they are set
 SAMPLES_SHOWN = 4  # of the preflight
 MOST_CUT = 0.9  # above this share of cut completions the model does not end by itself
 
@@ -117,6 +119,8 @@ def check_start(config: GrpoConfig, folder: RunFolder | None = None, start: stor
     pick_device(config.device)
     for number, entry in enumerate(config.tasks):
         check_task(entry.task, f"tasks[{number}].task")
+        for name in entry.rewards:
+            check_reward(name)
     check_task(config.eval_task, "eval_task")
 
 
@@ -162,7 +166,11 @@ def check_held_out(tasks: Sequence[RlTask], eval_items: Sequence[ExamItem]) -> N
 
 def fingerprint_of(tasks: Sequence[RlTask]) -> str:
     """Return 16 hex digits that change with the questions, their answers and their order."""
-    return fingerprint([[task.name, [asdict(item) for item in task.items]] for task in tasks])
+
+    def content(item: ExamItem) -> dict[str, Any]:
+        return {name: value for name, value in asdict(item).items() if value or name not in SELDOM}
+
+    return fingerprint([[task.name, [content(item) for item in task.items]] for task in tasks])
 
 
 def next_steps(config: GrpoConfig, folder: RunFolder) -> str:

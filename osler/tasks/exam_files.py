@@ -77,7 +77,10 @@ class ExamRow:
         given = self.field(name, dict, list)
         if isinstance(given, list):
             keyed = all(isinstance(one, Mapping) and one.keys() >= {"key", "value"} for one in given)
-            given = {one["key"]: one["value"] for one in given} if keyed else dict(enumerate(given))
+            pairs = [(str(one["key"]), one["value"]) for one in given] if keyed else list(enumerate(given))
+            given = dict(pairs)
+            if len(given) < len(pairs):
+                raise self.error(f"'{name}' has two options with one letter among {', '.join(str(key) for key, _ in pairs)}.")
         texts = {letter: text for letter, text in given.items() if text is not None}  # parquet fills absent letters with None
         if not 2 <= len(texts) <= len(LETTERS):
             raise self.error(f"'{name}' has {len(texts)} options; it needs 2 to {len(LETTERS)}, each with a letter of its own.")
@@ -174,12 +177,15 @@ def medqa_item(row: ExamRow) -> ExamItem:
 def medmcqa_item(row: ExamRow) -> ExamItem:
     """Read a labelled row of MedMCQA (Pal et al. 2022, arXiv 2203.14371)."""
     assert isinstance(row.task, MedmcqaTask)
-    subject = row.values.get("subject_name")
+    subject, options = row.values.get("subject_name"), tuple(row.text(name) for name in ("opa", "opb", "opc", "opd"))
+    if row.values.get("cop") == 4 and row.task.first_option == 0:
+        hub = "and the hub's files count from 0: give the exam first_option=1, or write every 'cop' of data one less"
+        raise row.error(f"'cop' is 4, so this file counts its options from 1, as the authors' original does, {hub}.")
     return ExamItem(
         id=f"medmcqa-{row.text('id')}",
         question=row.text("question"),
-        options=tuple(row.text(name) for name in ("opa", "opb", "opc", "opd")),
-        answer_index=row.values["cop"] - row.task.first_option,
+        options=options,
+        answer_index=row.option_number("cop", options, first=row.task.first_option),
         split=row.task.split,
         thinking=_explanation(row.values.get("exp")),
         group=subject.replace("/", ", ") if isinstance(subject, str) else "",  # groups with a slash are single facts
@@ -236,15 +242,20 @@ def humaneval_item(row: ExamRow) -> ExamItem:
 def hellaswag_item(row: ExamRow) -> ExamItem:
     """Read a row of HellaSwag (Zellers et al. 2019, arXiv 1905.07830), with its text as lm-evaluation-harness cleans it."""
     endings = tuple(map(_clean_wikihow, row.options("endings")))
-    label = row.field("label", str, int)  # the hub has text, empty in the unlabelled test split
-    if not str(label).isdecimal() or int(label) >= len(endings):
-        raise row.error(f"'label' must be the number of one of the {len(endings)} 'endings', not {label!r}.")
     whole = _clean_wikihow(f"{row.text('activity_label')}: {row.field('ctx_a', str)} {row.field('ctx_b', str).capitalize()}")
     activity, colon, story = whole.partition(": ")
     if not colon:
         raise row.error("'ctx_a' and 'ctx_b' have no text.")
     name = _content_id("hellaswag", story, *endings)
-    return ExamItem(name, story, endings, int(label), row.task.split, context=activity, is_story=True)
+    return ExamItem(name, story, endings, ending_number(row, endings), row.task.split, context=activity, is_story=True)
+
+
+def ending_number(row: ExamRow, endings: Sequence[str]) -> int:
+    """Return the position of the right ending of a row of HellaSwag."""
+    label = row.field("label", str, int)  # the hub has text, empty in the unlabelled test split
+    if not str(label).isdecimal() or int(label) >= len(endings):
+        raise row.error(f"'label' must be the number of one of the {len(endings)} 'endings', not {label!r}.")
+    return int(label)
 
 
 def _clean_wikihow(text: str) -> str:
@@ -264,8 +275,8 @@ def questions_item(row: ExamRow) -> ExamItem:
     task = row.task
     assert isinstance(task, QuestionsTask)
     question, split = row.text(task.question_field), task.split
-    is_default = task.options_field == QuestionsTask.options_field
-    if not (is_default and row.values.get(task.options_field) is None):
+    may_lack = task.options_field in row.values or task.options_field == QuestionsTask.options_field
+    if not (may_lack and row.values.get(task.options_field) is None):
         options = row.options(task.options_field)
         index = row.option_named(task.answer_field, options, first=task.first_option)
         return ExamItem(_content_id("questions", question, *options), question, options, index, split)

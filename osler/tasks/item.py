@@ -11,7 +11,9 @@ import string
 import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
+Form = Literal["answer", "letters", "cloze"]  # of an answer: as it is taught, "text (B)"; its letter; the bare text of the option
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _NO_PUNCTUATION = dict.fromkeys(map(ord, string.punctuation + "‘’´`"), " ")
 
@@ -80,10 +82,33 @@ def render_question(item: ExamItem) -> str:
     return "\n\n".join([*(f"{render_question(shot)}\nAnswer: {render_answer(shot)}" for shot in item.shots), question])
 
 
-def render_plain(item: ExamItem) -> str:
-    """Return the text of a prompt without the template and the options: the story, or "Question: ... Answer:"."""
-    text = render_question(replace(item, options=(), answer_index=-1))
-    return text if item.is_story else f"Question: {text}\nAnswer:"
+def render_plain(item: ExamItem, form: Form) -> str:
+    """Return the text of a prompt without the template: solved examples, then "Question: ... Answer:", or a story as it is."""
+
+    def alone(item: ExamItem) -> str:
+        text = render_question(replace(bare(item), shots=()))
+        if item.is_story and form != "letters":
+            return text
+        lines = [f"{letter}. {option}" for letter, option in zip(LETTERS, item.options, strict=False) if form == "letters"]
+        return "\n".join([f"Question: {text}", *lines, "Answer:"])
+
+    solved = (f"{alone(shot)} {answer_texts(shot, form)[shot.answer_index]}" for shot in item.shots)
+    return "\n\n".join([*solved, alone(item)])
+
+
+def bare(item: ExamItem) -> ExamItem:
+    """Return the item without the list of its options, and its examples too; the answer is the text of the right one."""
+    answer = item.options[item.answer_index] if item.options else item.answer
+    return replace(item, options=(), answer_index=-1, answer=answer, shots=tuple(map(bare, item.shots)))
+
+
+def answer_texts(item: ExamItem, form: Form) -> list[str]:
+    """Return the text of each answer in a form; an item without options has one."""
+    if not item.options:
+        return [item.answer]
+    if form == "answer":
+        return [render_answer(replace(item, answer_index=index)) for index in range(len(item.options))]
+    return list(LETTERS[: len(item.options)] if form == "letters" else item.options)
 
 
 def render_answer(item: ExamItem) -> str:

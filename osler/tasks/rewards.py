@@ -30,6 +30,7 @@ from osler.tasks.item import LETTERS, ExamItem, render_option
 if TYPE_CHECKING:
     from osler.tokenizer.chat import Completion
 
+LOAD_SECONDS = 120.0  # that the module of a function of the user's may take to load
 MAX_THINKING_CHARS = 2000  # about 400 words, for ``brief_correct``
 
 
@@ -87,6 +88,12 @@ def reward_of(name: str, seconds: float) -> Reward:
     return REWARDS[name] if name in REWARDS else OwnReward(name, seconds)
 
 
+def check_reward(name: str) -> None:
+    """Raise UserError when there is no such reward."""
+    if name not in REWARDS:
+        OwnReward(name, LOAD_SECONDS).close()
+
+
 class OwnReward:
     """A function of the user's, in a process of its own; it is given an ExamItem and a Completion and returns a number.
 
@@ -94,67 +101,72 @@ class OwnReward:
     """
 
     def __init__(self, name: str, seconds: float) -> None:
-        """Start the process and wait until it has the function; raises UserError when there is none."""
+        """Start the process, which ends with this one, and wait for the function; raises UserError when there is none."""
         self.name, self.seconds = name, seconds
         serving = f"import sys; sys.path[:] = {['', *sys.path]!r}\nfrom osler.tasks.rewards import serve; serve()"
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", serving],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            start_new_session=True,  # a Ctrl-C is for the run
-        )
-        problem = self._ask((name, seconds))
-        if problem is not None:
-            raise UserError(f"rewards: {name}: {problem}.")
+        try:
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", serving],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                start_new_session=True,  # a Ctrl-C is for the run
+            )
+        except OSError as error:
+            raise UserError(f"The reward {name} cannot have a process of its own: {error.strerror}.") from error
+        self._ask((name,), LOAD_SECONDS, "when it was loaded.")
 
     def __call__(self, item: ExamItem, completion: Completion) -> float:
         """Return the reward."""
-        value = self._ask((item, completion))
-        if isinstance(value, str):
-            raise UserError(f"The reward {self.name} {value} for an answer to item {item.id}: {completion.answer!r:.200}")
-        return float(value)
+        return self._ask((item, completion), self.seconds, f"for an answer to item {item.id}: {completion.answer!r:.200}")
 
-    def _ask(self, question: Any) -> Any:
+    def close(self) -> None:
+        """End the process."""
+        self.process.kill()
+        self.process.communicate()
+
+    def _ask(self, question: tuple[Any, ...], seconds: float, when: str) -> float:
         to_process, from_process = self.process.stdin, self.process.stdout
         assert to_process is not None and from_process is not None
         try:
-            pickle.dump(question, to_process)
+            pickle.dump((seconds, question), to_process)
             to_process.flush()
-            return pickle.load(from_process)
+            value = pickle.load(from_process)
         except (EOFError, OSError, pickle.UnpicklingError):
             code = self.process.wait()
             timed_out = code == -getattr(signal, "SIGALRM", 0)
-            return f"took more than {self.seconds:g} s" if timed_out else f"ended its process with exit code {code}"
+            value = f"took more than {seconds:g} s" if timed_out else f"ended its process with exit code {code}"
+        if isinstance(value, str):
+            raise UserError(f"The reward {self.name} {value} {when}")
+        return float(value)
 
 
 def serve() -> None:
-    """Answer the questions of an ``OwnReward`` from stdin until there are none; a text says what is wrong."""
+    """Answer the questions of an ``OwnReward`` from stdin until there are none; a text says what is wrong.
+
+    The first question names the function.
+    """
     asked, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what the function prints is no answer
+    limit = getattr(signal, "setitimer", lambda *_: None)  # ends this process, whatever it does; not on Windows
+    function: Callable[..., Any] | None = None
 
     def answer(value: object) -> None:
         pickle.dump(value, answers)
         answers.flush()
 
-    name, seconds = pickle.load(asked)
-    try:
-        function = _find(name)
-    except Exception as error:
-        answer(f"{type(error).__name__}: {error}")
-        raise
-    answer(None)
     while True:
         try:
-            item, completion = pickle.load(asked)
+            seconds, question = pickle.load(asked)
         except EOFError:
             return
         try:
-            if hasattr(signal, "setitimer"):  # ends this process, whatever it does; not on Windows
-                signal.setitimer(signal.ITIMER_REAL, seconds)
-            value = function(item, completion)
+            limit(getattr(signal, "ITIMER_REAL", 0), seconds)
+            if function is None:
+                function, value = _find(*question), 0.0
+            else:
+                value = function(*question)
             number = float(value) if hasattr(value, "__float__") else math.nan
-            if hasattr(signal, "setitimer"):
-                signal.setitimer(signal.ITIMER_REAL, 0)
+            limit(getattr(signal, "ITIMER_REAL", 0), 0)
         except Exception as error:
             answer(f"raised {type(error).__name__} ({error})")
             raise

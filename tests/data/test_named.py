@@ -192,6 +192,20 @@ def test_files_of_another_split_are_never_taken_for_those_that_were_asked_for(tm
         chosen(dev.parent, name="medqa")
 
 
+@pytest.mark.parametrize(
+    ("name", "change", "told"),
+    [
+        ("medmcqa", {"cop": "b"}, "'cop' must be a whole number"),
+        ("medmcqa", {"cop": 5}, "'cop' is 5, which is none of the 4 options"),
+        ("hellaswag", {"label": "2"}, "'label' must be the number of one of the 2 'endings'"),
+        ("hellaswag", {"endings": ["one"]}, "'endings' has 1 options"),
+    ],
+)
+def test_a_row_of_an_exam_without_a_right_answer_is_refused_in_words(tmp_path, name, change, told):
+    with pytest.raises(UserError, match=rf"{name}.jsonl:1: .*{told}"):
+        local(tmp_path, name, [{**ROWS[name][0], **change}])
+
+
 def test_options_that_are_counted_from_one_are_found_before_anything_starts(tmp_path):
     """As in the authors' MedMCQA: read as the hub's, every answer would be the option before the right one."""
     rows = [{**ROWS["medmcqa"][0], "cop": 1 + number % 4} for number in range(8)]

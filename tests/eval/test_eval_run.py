@@ -167,6 +167,21 @@ def test_questions_without_options_cannot_be_scored_by_likelihood(runs, tmp_path
     assert re.search(r"^gsm8k +generation .*– +– ", capsys.readouterr().out, re.M)
 
 
+def test_a_text_by_name_is_measured_by_words_too(runs, tmp_path, capsys):
+    lines = [" = Fever = ", "It is high .", " = = Course = = ", "It is gone .", " = Rash = ", "It stays ."]
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    command = (str(runs / "notes"), "source.name=wikitext", f"source.path={tmp_path}")
+    assert evaluate(*command) == 0
+    captured = capsys.readouterr()
+    num_bytes = sum(len(line) + 1 for line in lines)
+    assert "2/2 documents" in captured.err and f"{num_bytes} bytes" in captured.out
+    assert re.search(r"^wikitext-test: .* perplexity \d+\.\d, \d+\.\d by words", captured.out)
+    assert evaluate(*command, "documents=1") == 0
+    assert "1/1 documents" in capsys.readouterr().err
+    assert evaluate(str(runs / "notes"), "source.name=wikitex") == 2
+    assert "source.name=wikitex is no source" in capsys.readouterr().err
+
+
 def test_text_is_measured_in_bits_per_byte_whatever_the_window_of_a_table(runs, tmp_path, capsys):
     folder = tmp_path / "text"
     folder.mkdir()

@@ -1,6 +1,6 @@
 """Bits per byte: every token once, and the same number as the formula written out."""
 
-from math import log
+from math import exp, inf, log
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from osler.eval.likelihood import batches, measure, windows
+from osler.eval.likelihood import TextScore, batches, measure, windows
 from osler.model.transformer import Transformer
 from osler.runtime.errors import UserError
 from tests.models import tiny_model
@@ -66,3 +66,8 @@ def test_nothing_to_measure_is_said() -> None:
         measure(build(), [], 100)
     with pytest.raises(UserError, match="no text"):
         measure(build(), [(torch.tensor([[1]]), torch.tensor([[2]]))], 0)
+
+
+@pytest.mark.parametrize(("nats", "words", "expected"), [(6.0, 3, exp(2)), (6.0, 0, inf), (1e6, 1, inf)])
+def test_word_perplexity_is_per_word(nats: float, words: int, expected: float) -> None:
+    assert TextScore(nats, tokens=4, right=0, bytes=9, words=words).word_perplexity == expected

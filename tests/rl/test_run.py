@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict, replace
 
 import pytest
 from run_folders import assert_same_tensors, logged, untimed
@@ -14,8 +15,11 @@ from osler.inference.load import load_model
 from osler.report.read import read_run
 from osler.report.words import model_of
 from osler.rl.config import AlgorithmConfig, GrpoConfig
-from osler.rl.run import preflight
+from osler.rl.rollout import RlTask
+from osler.rl.run import SELDOM, fingerprint_of, preflight
 from osler.runtime.errors import UserError
+from osler.runtime.files import fingerprint
+from osler.tasks.item import ExamItem
 from osler.tokenizer.bpe import ANSWER
 
 CONFIG = GrpoConfig(init_from="runs/start", algorithm=AlgorithmConfig(max_new_tokens=8))
@@ -67,6 +71,21 @@ def test_a_dry_run_says_where_a_run_starts_and_where_it_goes_on(grpo, runs, tmp_
     assert main(["grpo", "--resume", "--run", str(tmp_path / "run"), "--dry-run"]) == 0
     text = capsys.readouterr().out
     assert f"# goes on from      step 1: {store.resolve(tmp_path / 'run')}\n" in text and "starts from" not in text
+
+
+def test_a_reward_that_is_not_there_is_refused_by_a_dry_run(grpo, tmp_path, capsys):
+    own = tmp_path / "own.py"
+    own.write_text("def brief(item, completion): return 1.0\n")
+    for name, code in (("brief", 0), ("absent", 2)):
+        assert grpo(tmp_path / "run", f'tasks=[{{rewards: {{"{own}:{name}": 1.0}}}}]', "--dry-run") == code
+    assert f"The reward {own}:absent raised AttributeError" in capsys.readouterr().err
+
+
+def test_fields_that_few_items_have_leave_the_fingerprint_of_others_as_it_is():
+    item = ExamItem("q", "Which?", ("ant", "bee"), 0)
+    old = {name: value for name, value in asdict(item).items() if name not in SELDOM}
+    assert fingerprint_of([RlTask("exam", (item,), ())]) == fingerprint([["exam", [old]]])
+    assert fingerprint_of([RlTask("exam", (replace(item, shots=(item,)),), ())]) != fingerprint([["exam", [old]]])
 
 
 # -- before the first step ---------------------------------------------------------------------------------------------

@@ -134,7 +134,7 @@ def test_a_missing_field_is_named_with_file_and_line(name: str, field: str, tmp_
     path = lines(tmp_path / "exam.jsonl", row, {key: value for key, value in row.items() if key != field})
     with pytest.raises(UserError, match=f"exam.jsonl:2: the field '{field}.*is missing") as caught:
         load(name, path)
-    assert "Expected the schema of" in str(caught.value) and "another task.type" in str(caught.value)
+    assert "Expected the schema of" in str(caught.value) and "another `type`" in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -147,6 +147,7 @@ def test_a_missing_field_is_named_with_file_and_line(name: str, field: str, tmp_
         ("medqa", {"options": "one, two"}, "must be an object or a list"),
         ("medqa", {"options": {"A": "one"}}, "has 1 options; it needs 2 to 26"),
         ("medqa", {"options": [f"text {number}" for number in range(27)]}, "has 27 options; it needs 2 to 26"),
+        ("medqa", {"options": [{"key": "A", "value": text} for text in "xy"]}, "has two options with one letter among A, A"),
         ("medqa", {"options": {**OPTIONS, "note": "z"}}, "without a gap, not A, B, C, D, note"),
         ("medqa", {"options": {**OPTIONS, "C": " "}}, "option C in 'options' must be a text that is not empty"),
         ("medqa", {"question": " "}, "'question' is empty"),
@@ -206,9 +207,9 @@ def test_what_the_rows_of_other_exams_become(tmp_path: Path) -> None:
     read = {name: load(name, lines(tmp_path / f"{name}.jsonl", ROWS[name]))[0] for name in ROWS}
     mmlu, story, trivia, program = (read[name] for name in ("mmlu", "hellaswag", "trivia_qa", "humaneval"))
     assert (mmlu.options[mmlu.answer_index], mmlu.group) == ("two", "anatomy")
-    assert render_plain(story) == "Baking bread: How to bake. Mix it. A man Then" and story.options == ("flies. Away.", "bakes.")
-    assert render_question(story) == f"{render_plain(story)} flies. Away. (A) bakes. (B)" and story.answer_index == 1
-    assert render_plain(mmlu) == "Question: Which?\nAnswer:"
+    assert render_plain(story, "cloze") == "Baking bread: How to bake. Mix it. A man Then"
+    assert story.options == ("flies. Away.", "bakes.")
+    assert render_question(story) == f"{render_plain(story, 'cloze')} flies. Away. (A) bakes. (B)" and story.answer_index == 1
     assert (trivia.answer, trivia.aliases) == ("The Onion", ("The Onion", "Bulb onion"))
     assert program.question.startswith("def f") and program.tests.endswith("== 1\n\ncheck(f)\n")
 
@@ -224,6 +225,7 @@ def test_what_the_rows_of_other_exams_become(tmp_path: Path) -> None:
         ({"choices": ["one", "two"], "q": {"right": "A"}}, {"options_field": "choices", "answer_field": "q.right"}, "one (A)"),
         ({"answer": "about half"}, {}, "about half"),
         ({"answer": 0.5, "options": None}, {}, "0.5"),
+        ({"answer": "rest", "choices": None}, {"options_field": "choices"}, "rest"),
         ({"answer": ["gout", "podagra"]}, {}, "gout"),
     ],
 )

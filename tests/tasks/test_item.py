@@ -8,7 +8,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from osler.tasks.item import ExamItem, permute, points_at_options, render_answer, render_question, reorder, shared_questions
+from osler.tasks.item import (
+    ExamItem,
+    bare,
+    permute,
+    points_at_options,
+    render_answer,
+    render_plain,
+    render_question,
+    reorder,
+    shared_questions,
+)
 from osler.tasks.registry import load_clinic
 
 DRUGS = ("penicillin", "amoxicillin", "vancomycin", "doxycycline")
@@ -30,6 +40,20 @@ def test_a_context_stands_first_then_the_question_then_the_options_each_before_i
     assert render_question(SUM) == SUM.question and render_answer(SUM) == "42" and permute(SUM, 1, 2) == SUM
     with pytest.raises(ValueError, match="item o: answer_index 2 outside its 2 options"):
         with_options("a", "b", answer_index=2)
+
+
+def test_plain_prompts_by_the_form_of_the_answer() -> None:
+    shot = replace(with_options("rash", "cough", answer_index=1), question="Which?")
+    item = replace(with_options("yes", "no"), context="Abstract.", shots=(shot,))
+    assert {form: render_plain(item, form) for form in ("cloze", "letters", "answer")} == {
+        "cloze": "Question: Which?\nAnswer: cough\n\nQuestion: Abstract.\n?\nAnswer:",
+        "letters": "Question: Which?\nA. rash\nB. cough\nAnswer: B\n\nQuestion: Abstract.\n?\nA. yes\nB. no\nAnswer:",
+        "answer": "Question: Which?\nAnswer: cough (B)\n\nQuestion: Abstract.\n?\nAnswer:",
+    }
+    assert render_question(bare(item)) == "Which?\nAnswer: cough\n\nAbstract.\n?"
+    story = replace(with_options("falls", "flies"), question="A man", context="Baking", is_story=True, shots=(shot,))
+    assert render_plain(replace(story, shots=()), "cloze") == "Baking: A man"
+    assert render_plain(replace(story, shots=(replace(story, shots=()),)), "cloze") == "Baking: A man falls\n\nBaking: A man"
 
 
 @settings(derandomize=True)

@@ -6,7 +6,7 @@ import pytest
 
 from osler.runtime.errors import UserError
 from osler.tasks.item import ExamItem
-from osler.tasks.rewards import MAX_THINKING_CHARS, REWARDS, label_of, reward_of
+from osler.tasks.rewards import MAX_THINKING_CHARS, REWARDS, check_reward, label_of, reward_of
 from osler.tokenizer.chat import Completion
 
 ITEM = ExamItem(id="r", question="?", options=("penicillin", "amoxicillin"), answer_index=1)
@@ -122,11 +122,12 @@ def test_what_is_wrong_with_a_function_is_said_with_the_item(own: str, name: str
 @pytest.mark.parametrize(
     ("name", "told"),
     [
-        ("no_such_module:reward", "ModuleNotFoundError: No module named 'no_such_module'"),
+        ("no_such_module:reward", r"ModuleNotFoundError \(No module named 'no_such_module'\) when it was loaded"),
         ("own_rewards:absent", "has no attribute 'absent'"),
         ("nowhere/own.py:brief", "FileNotFoundError"),
     ],
 )
 def test_a_function_that_is_not_there_is_refused_at_the_start(own: str, name: str, told: str) -> None:
-    with pytest.raises(UserError, match=f"rewards: {name}: .*{told}"):
-        reward_of(name, 60)
+    for look in (check_reward, lambda name: reward_of(name, 60)):
+        with pytest.raises(UserError, match=f"The reward {name} raised .*{told}"):
+            look(name)
