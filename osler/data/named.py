@@ -271,6 +271,13 @@ EXAMS = {
 }
 
 
+def examined(name: str) -> tuple[type[ExamFile], str, str]:
+    """Return the kind of an exam, and the subset and split that models are examined with."""
+    [kind] = [task for task in SCHEMAS if task.type == name]
+    split, splits = SCHEMAS[kind].split, SOURCES[name].splits
+    return kind, EXAMS[name], split if split in splits else splits[0]  # PubMedQA's only split holds its test
+
+
 def open_exam(exam: ExamInFile | HubExam, root: str, key: str) -> Exam:
     """Find the files of an exam that data are checked for; `root` is where the data's are."""
     if not isinstance(exam, HubExam):
@@ -280,10 +287,9 @@ def open_exam(exam: ExamInFile | HubExam, root: str, key: str) -> Exam:
         return Exam(exam, tuple(find_local(exam.path, ROW_ENDINGS, key=f"{key}.path")))
     if exam.name not in EXAMS:
         raise UserError(f"{key}.name={exam.name} is no exam that Osler knows{nearest(exam.name, list(EXAMS))}")
-    source, [kind] = SOURCES[exam.name], [task for task in SCHEMAS if task.type == exam.name]
-    split = SCHEMAS[kind].split if SCHEMAS[kind].split in source.splits else source.splits[0]  # which holds it, as of PubMedQA
+    kind, subset, split = examined(exam.name)
     data = HubData(name=exam.name, revision=exam.revision, path=exam.path, root=exam.root or root)
-    _, files = _files(data, source, EXAMS[exam.name], split, key)
+    _, files = _files(data, SOURCES[exam.name], subset, split, key)
     return Exam(kind(type=exam.name, path=f"the exam {exam.name}", split=split), tuple(files))
 
 

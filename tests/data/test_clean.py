@@ -17,6 +17,7 @@ from osler.data.duplicates import EXACT, NEAR, Rows, Seen, rows_of, signatures
 from osler.data.exams import ExamsInData, read_exams_in_data, refuse_unchecked
 from osler.data.from_recipe import read_sections
 from osler.data.languages import languages_of
+from osler.data.named import examined
 from osler.data.ngrams import Words
 from osler.data.prepare import prepare
 from osler.data.shards import read_data_manifest
@@ -178,14 +179,11 @@ ROWS = {
 }  # fmt: skip
 
 
-EXAMINED = {"medmcqa": "validation", "pubmedqa": "train", "hellaswag": "validation", "trivia_qa": "validation"}  # other splits
-
-
 @pytest.mark.parametrize("name", ROWS)
 @pytest.mark.parametrize("by_name", [False, True])
 def test_every_exam_can_be_named(data: FilesData, tmp_path: Path, name: str, by_name: bool) -> None:
     """By its file, or by its name alone, which takes the split that models are examined with from the folder of the data."""
-    file = tmp_path / "root" / name / f"{EXAMINED.get(name, 'test')}.jsonl"
+    file = tmp_path / "root" / name / f"{examined(name)[2]}.jsonl"
     file.parent.mkdir(parents=True)
     file.write_text(json.dumps(ROWS[name]) + "\n")
     entry = {"type": "hub", "name": name} if by_name else {"type": name, "path": str(file)}

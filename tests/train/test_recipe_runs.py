@@ -21,11 +21,13 @@ from osler.config.recipe import available_recipes, load_recipe
 from osler.config.schema import decode
 from osler.data.config import sources_of
 from osler.data.curriculum import rows_per_micro_batch
-from osler.data.named import EXAMS, SOURCES
+from osler.data.named import SOURCES, examined
+from osler.data.sources import open_corpora
 from osler.files.hub import hub_files
 from osler.inference.load import load_model
 from osler.rl.config import GrpoConfig
 from osler.runs.command import run_name
+from osler.tasks.item import render_question
 from osler.tasks.registry import load_task
 from osler.tokenizer.bpe import EOS, Tokenizer
 from osler.train.config import TrainConfig
@@ -82,7 +84,7 @@ def named_files(tmp_path_factory) -> Path:
             subset = source.subset or SOURCES[source.name].subsets[0]
             write_like_the_hub(root, source.name, source.split, subset, rows_with_texts(source.name, subset))
         for exam in config.data.clean.exams if config.data.clean else ():
-            subset, split = EXAMS[exam.name]
+            _, subset, split = examined(exam.name)
             write_like_the_hub(root, exam.name, split, subset, [ROWS[exam.name][0]])
     return root
 
@@ -225,6 +227,15 @@ def test_a_grpo_recipe_passes_the_dry_run_and_finds_its_questions(name, stand_in
     assert config.algorithm.samples_per_prompt == samples
     assert all(len(load_task(entry.task)) == questions for entry in config.tasks)
     assert len(load_task(config.eval_task)) == held_out
+
+
+def test_the_supervised_control_learns_answers_to_the_questions_of_grpo_and_no_reasoning():
+    data = decode(TrainConfig, {**load_recipe("grpo-control/supervised"), "init_from": "run"}).data
+    grpo = decode(GrpoConfig, load_recipe("grpo-control/correct"))
+    [corpus] = open_corpora(data).values()
+    turns = [document.turn for document in corpus.documents()]
+    asked = {render_question(item) for entry in grpo.tasks for item in load_task(entry.task)}
+    assert {turn.question for turn in turns} == asked and {turn.thinking for turn in turns} == {None}
 
 
 def test_the_chain_of_usmle_2day_runs_scaled_down_and_not_without_its_middle(stand_in, tmp_path, monkeypatch, capsys):
