@@ -30,7 +30,7 @@ MEMORY_BYTES, FILE_BYTES, OPEN_FILES = 1 << 30, 1 << 20, 32
 
 _BLOCK = re.compile(r"```[ \w]*\n(.*?)(?:^```|\Z)", re.DOTALL | re.MULTILINE)
 _TOP_LEVEL = re.compile(r"(?:\s*(?:#.*)?\n)*(?:(?:def|class|import|from|async)\b|@)")
-_DEFINITION = re.compile(r"^(?:async +def|def|class)\b", re.MULTILINE)
+_FUNCTION = re.compile(r"^(?:async +)?def +(\w+)", re.MULTILINE)
 _REFUSED = (
     "socket.", "subprocess.", "os.fork", "os.exec", "os.posix_spawn", "os.spawn", "os.system", "os.startfile", "os.kill", "pty.",
     "signal.pthread_kill", "ctypes.", "_thread.start_new_thread", "os.chdir", "os.fchdir", "os.chroot", "sys.addaudithook",
@@ -49,7 +49,7 @@ def complete(prompt: str, answer: str) -> str:
     """
     blocks = _BLOCK.findall(answer)
     code = next((block for block in blocks if "def " in block), blocks[0] if blocks else answer).rstrip()
-    if _TOP_LEVEL.match(code) and _DEFINITION.search(code):
+    if _TOP_LEVEL.match(code) and set(_FUNCTION.findall(prompt)[-1:]) & set(_FUNCTION.findall(code)):
         return f"{prompt}\n    pass\n\n\n{code}\n"
     if not code[:1].isspace() and re.search(r"\nreturn\b", code):  # all of it has lost its indentation
         code = textwrap.indent(code, "    ")

@@ -98,7 +98,7 @@ def test_real_trivia_and_programs_load_whole_and_every_spelling_is_right(shared_
             assert read_answer(item, shown).right or not spelling(said)
     items = load("humaneval", programs, split="test")
     assert len(items) == 164 and all("\ndef " in f"\n{item.question}" for item in items)
-    for item in items[::41]:
+    for item in items[::13]:
         own, empty = (run_tests(complete(item.question, text), item.tests) for text in (item.answer, "pass"))
         assert own == PASSED != empty
 

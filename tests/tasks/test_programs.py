@@ -21,6 +21,7 @@ DEFINED = "def total(xs):\n    return sum(xs)"
     [
         "return sum(xs)",
         "    return sum(xs)\n",
+        "def helper(ys):\n        return sum(ys)\n    return helper(xs)",
         LOOP,  # whose first line has lost its indentation
         LOOP.replace("\n    ", "\n"),  # and all lines
         f"{LOOP}\n\n\ndef other(:\n    what comes after the body",
