@@ -61,7 +61,10 @@ class Exam:
 
 @dataclass(frozen=True)
 class Cleaner:
-    """Looks at documents as a config says; each process reads the exams and models when it first needs them."""
+    """Looks at documents as a config says.
+
+    Exams and models are read when they are first needed; what was made of exams goes along to other processes.
+    """
 
     config: CleanConfig
     exams: tuple[Exam, ...] = ()  # those of the config

@@ -230,10 +230,10 @@ def _refuse_same_titles(what: str, sources: Iterable[Source]) -> None:
         seen.add(source.title)
 
 
-ONLY_TO_LEARN_FROM = ("weight", "streaming", "disk_budget_gb", "clean", "no_benchmark_contamination", "holdout_fraction")
-
-
-ValidationSets = Annotated[Sources, Without((*ONLY_TO_LEARN_FROM, "licence"))]
+ONLY_TO_LEARN_FROM = (
+    "weight", "licence", "streaming", "disk_budget_gb", "clean", "no_benchmark_contamination", "holdout_fraction"
+)  # fmt: skip
+ValidationSets = Annotated[Sources, Without(ONLY_TO_LEARN_FROM)]
 
 
 def check_validation(sets: Sources, data: TextData) -> None:

@@ -11,12 +11,14 @@ say too little to be looked for.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from osler.data.ngrams import Hashes, Places, Words
 from osler.tasks.item import ExamItem, points_at_options
@@ -108,13 +110,21 @@ class _Table:
         self.owners = owners
         self._ends = np.cumsum(counts)
         self._counts = counts
-        self._bits = FILTER_BITS if len(self._hashes) else 1
-        self._filter = np.zeros(1 << self._bits, bool)
-        self._filter[self._hashes >> np.uint64(64 - self._bits)] = True
+        self._shift = np.uint64(64 - (FILTER_BITS if len(self._hashes) else 1))
+
+    @functools.cached_property
+    def _filter(self) -> npt.NDArray[np.bool_]:
+        """Return which first bits the hashes have: large, so only tables that are asked what passes have it, in each process."""
+        found = np.zeros(1 << (64 - int(self._shift)), bool)
+        found[self._hashes >> self._shift] = True
+        return found
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_filter"}
 
     def passing(self, hashes: Hashes) -> Places:
         """Return the places of the hashes that are in the table, and of a few others."""
-        return np.flatnonzero(self._filter[hashes >> np.uint64(64 - self._bits)])
+        return np.flatnonzero(self._filter[hashes >> self._shift])
 
     def look_up(self, hashes: Hashes) -> tuple[Places, Places]:
         """Return which of the hashes are in the table, each as often as it has owners, and these owners."""

@@ -24,7 +24,7 @@ OPTIONS = ("holdout_fraction", "seed", "options", "part_bytes")  # what the shar
 
 
 @dataclass(frozen=True)
-class Stream:
+class Target:
     """A corpus and where it is written; `entry` is its place in the manifest."""
 
     corpus: Corpus
@@ -66,18 +66,18 @@ def _content(corpus: Corpus) -> dict[str, Any]:
     }
 
 
-def streams_of(
+def targets_of(
     out: Path, manifest: dict[str, Any], corpora: Mapping[str, Corpus], validation: Mapping[str, Corpus]
-) -> tuple[list[Stream], list[Stream]]:
+) -> tuple[list[Target], list[Target]]:
     """Return the explicit validation corpora, and the sources, each with its folder."""
     entries = manifest["validation"]
-    sets = [Stream(corpus, out / f"{VALIDATION_PREFIX}{name}", SPLITS[1:], entries[name]) for name, corpus in validation.items()]
+    sets = [Target(corpus, out / f"{VALIDATION_PREFIX}{name}", SPLITS[1:], entries[name]) for name, corpus in validation.items()]
     sources = []
     for (name, entry), corpus in zip(manifest["sources"].items(), corpora.values(), strict=True):
         if corpus.validation is not None:
-            sets.append(Stream(corpus.validation, out / name, SPLITS[1:], entry))
+            sets.append(Target(corpus.validation, out / name, SPLITS[1:], entry))
         splits = SPLITS if corpus.validation is None and corpus.holdout_fraction > 0 else SPLITS[:1]
-        sources.append(Stream(corpus, out / name, splits, entry, entry["weight"]))
+        sources.append(Target(corpus, out / name, splits, entry, entry["weight"]))
     return sets, sources
 
 
@@ -90,10 +90,10 @@ def check_unchanged(out: Path, corpora: Sequence[Corpus | None], sets: Sequence[
         entries = manifest[kind]
         if len(entries) != len(given):
             difference = difference or f"it has {len(entries)} of {kind}, now there are {len(given)}"
-        streams = zip(given, entries.items(), strict=False)
-        known += [Stream(corpus, out / f"{prefix}{name}", splits, entry) for corpus, (name, entry) in streams if corpus]
-    for stream in known:
-        difference = difference or _other_content(stream.entry["content"], _content(stream.corpus))
+        targets = zip(given, entries.items(), strict=False)
+        known += [Target(corpus, out / f"{prefix}{name}", splits, entry) for corpus, (name, entry) in targets if corpus]
+    for target in known:
+        difference = difference or _other_content(target.entry["content"], _content(target.corpus))
     difference = difference or first_change(known)
     if difference:
         raise other_data(out, "content", difference, consent)
@@ -146,32 +146,32 @@ def _change(name: str, old: object, new: object) -> str:
     return f"{name} is {old}, now it is {new}"
 
 
-def first_change(streams: Sequence[Stream]) -> str:
+def first_change(targets: Sequence[Target]) -> str:
     """Return which file with another time of change has another content than a folder was made of; "" if none has.
 
     Reads the parts of such files that the journals name.
     """
     touched = []
-    for stream in streams:
-        content = stream.entry["content"]
-        old = content["files"] if stream.splits != SPLITS[1:] or content["validation"] is None else content["validation"]["files"]
-        touched.append({file for file, (_, _, stamp) in zip(stream.corpus.files, old, strict=True) if file.stamp != stamp})
+    for target in targets:
+        content = target.entry["content"]
+        old = content["files"] if target.splits != SPLITS[1:] or content["validation"] is None else content["validation"]["files"]
+        touched.append({file for file, (_, _, stamp) in zip(target.corpus.files, old, strict=True) if file.stamp != stamp})
     if not any(touched):
         return ""
     logger.info("Files have another time of change than when they were prepared; comparing their content.")
     known = deque[str]()
 
     def tasks() -> Iterator[Task]:
-        for number, stream in enumerate(streams):
-            lines = digests(journal_of(stream.folder, stream.splits)) if touched[number] else ()
-            for place, digest in zip(stream.corpus.order().tolist(), lines, strict=False):
-                part = stream.corpus.parts[place]
+        for number, target in enumerate(targets):
+            lines = digests(journal_of(target.folder, target.splits)) if touched[number] else ()
+            for place, digest in zip(target.corpus.order().tolist(), lines, strict=False):
+                part = target.corpus.parts[place]
                 if part.file in touched[number]:
                     known.append(digest)
                     yield Task(number, place, part)
 
     processes = process_count(sum(file.size for files in touched for file in files))
-    corpora = [replace(stream.corpus, clean=None) for stream in streams]
+    corpora = [replace(target.corpus, clean=None) for target in targets]
     for task, end in tokenise(corpora, None, tasks(), processes):
         if isinstance(end, PartEnd) and end.digest != known.popleft():
             return f"{task.part.file.name} has changed"

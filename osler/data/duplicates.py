@@ -70,7 +70,7 @@ class Seen:
         # A document is numbered from 1 on; 0: none. Untouched pages of the arrays take no memory.
         self._rows = np.zeros((self._capacity, self.width), np.uint8)
         self._latest = np.zeros((bands, self._capacity), np.uint32)  # document of each hash of a band
-        self._before = np.zeros((self._capacity, bands), np.uint32)  # the one before it with the same hash
+        self._previous = np.zeros((self._capacity, bands), np.uint32)  # the one before it with the same hash
         self._bands = np.arange(bands)
         self._new: list[bytes] = []
         self.count = 0
@@ -119,7 +119,7 @@ class Seen:
         place = self.count % self._capacity
         self.count += 1
         self._rows[place] = row
-        self._before[place] = self._latest[self._bands, slots]
+        self._previous[place] = self._latest[self._bands, slots]
         self._latest[self._bands, slots] = self.count
 
     def _reason(self, row: Rows, slots: npt.NDArray[np.int64]) -> str:
@@ -135,5 +135,5 @@ class Seen:
                 return EXACT
             if self.width > KEY_BYTES and (agree[:, KEY_BYTES:].sum(axis=1) >= self._enough).any():
                 return NEAR
-            documents = self._before[places, bands]
+            documents = self._previous[places, bands]
         return ""

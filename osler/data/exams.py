@@ -16,7 +16,7 @@ from osler.data.shards import read_data_manifest
 from osler.data.writing import journal_lines
 from osler.runtime.errors import UserError
 
-EXAMS = "exams.json"  # beside the shards, and in checkpoints
+EXAMS_FILE = "exams.json"  # beside the shards, and in checkpoints
 
 
 @dataclass(frozen=True)
@@ -37,19 +37,19 @@ class ExamsInData:
 
     def as_files(self) -> dict[str, bytes]:
         """Return the file that a checkpoint has of it; it has none while nothing is known."""
-        return {EXAMS: self.to_bytes()}
+        return {EXAMS_FILE: self.to_bytes()}
 
     @classmethod
     def from_files(cls, files: Mapping[str, bytes]) -> ExamsInData:
         """Return what the files of a checkpoint say."""
-        return cls.from_bytes(files[EXAMS]) if EXAMS in files else cls()
+        return cls.from_bytes(files[EXAMS_FILE]) if EXAMS_FILE in files else cls()
 
     def to_bytes(self) -> bytes:
         """Return the content of the file."""
         return json.dumps({"checked": sorted(self.checked), "found": sorted(self.found)}, indent=0).encode()
 
     @classmethod
-    def from_bytes(cls, data: bytes, name: str = EXAMS) -> ExamsInData:
+    def from_bytes(cls, data: bytes, name: str = EXAMS_FILE) -> ExamsInData:
         """Read the content of the file; raises UserError when it is damaged."""
         try:
             lists = json.loads(data)
@@ -60,7 +60,7 @@ class ExamsInData:
 
 def read_exams_in_data(folder: Path) -> ExamsInData:
     """Return what is known of a folder of shards; nothing while it is being prepared."""
-    file = folder / EXAMS
+    file = folder / EXAMS_FILE
     return ExamsInData.from_bytes(file.read_bytes(), str(file)) if file.is_file() else ExamsInData()
 
 

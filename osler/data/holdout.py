@@ -4,7 +4,8 @@ So the choice needs no list of documents and is the same in every source, proces
 out is left out of the training data of all of them. Explicit validation corpora have their own keys, which are left out as well.
 
 A source that holds out a larger share than another would cost that one documents of which it has no copy. If its files are small,
-they are read beforehand, so that only copies of what it really holds out are left out.
+they are read beforehand, so that only copies of what it really holds out are left out. One process reads them: for a tokenizer
+that is trained, and each time that a preparation begins or resumes.
 """
 
 from __future__ import annotations
@@ -19,12 +20,15 @@ import numpy as np
 import numpy.typing as npt
 
 from osler.data.documents import Corpus, Document
+from osler.files.find import PARQUET_ENDING, compression, ending
+from osler.files.parts import File
 from osler.runtime.errors import UserError
 
 logger = logging.getLogger(__name__)
 
 HELD_OUT = "copies of held-out documents"  # the reason why they are left out
-LISTED_BYTES = 1 << 27  # of the files of a source that are read to list what it holds out: a second or two
+LISTED_BYTES = 1 << 27  # of text in the files of a source that are read to list what it holds out
+PACKED_TIMES = 4  # as much text is in a compressed or parquet file, about
 MANY = 10_000  # documents that are left out from the first on are told at once
 
 Keys = npt.NDArray[np.uint64]
@@ -74,12 +78,18 @@ def hold_out(corpora: Iterable[Corpus], limits: Sequence[Limit], keys: Keys) -> 
     least = min((limit.below for limit in limits), default=0)
     others, listed = list[Limit](), [keys]
     for corpus, limit in zip(corpora, limits, strict=True):
-        if limit.below > least and sum(file.size for file in corpus.files) <= LISTED_BYTES:
+        if limit.below > least and sum(map(_text_bytes, corpus.files)) <= LISTED_BYTES:
             own = keys_of(document for document in corpus.documents() if not document.is_empty)
             listed.append(own[limit.holds(own)])
         else:
             others.append(limit)
     return HeldOut(others, np.sort(np.concatenate(listed)))
+
+
+def _text_bytes(file: File) -> int:
+    """Return about how much text is in a file."""
+    is_packed = ending(file.name) == PARQUET_ENDING or compression(file.name) is not None
+    return file.size * (PACKED_TIMES if is_packed else 1)
 
 
 def find_limits(corpora: Mapping[str, Corpus]) -> list[Limit]:

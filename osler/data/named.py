@@ -285,12 +285,22 @@ def open_exam(exam: ExamInFile | HubExam, root: str, key: str) -> Exam:
         if exam.split and said and _SPLITS.get(exam.split, exam.split) not in said:
             logger.warning(f"{key}.split is {exam.split}, but the name of {exam.path} says {' or '.join(sorted(said))}.")
         return Exam(exam, tuple(find_local(exam.path, ROW_ENDINGS, key=f"{key}.path")))
+    return _named_exam(exam, root, key)[1]
+
+
+def commit_of(exam: HubExam, root: str, key: str) -> str:
+    """Return the commit of the hub at which an exam is now; where it is read from local files, its revision."""
+    return _named_exam(exam, root, key)[0] or exam.revision
+
+
+def _named_exam(exam: HubExam, root: str, key: str) -> tuple[str, Exam]:
+    """Return the commit and the files of an exam by name; local files have no commit."""
     if exam.name not in EXAMS:
         raise UserError(f"{key}.name={exam.name} is no exam that Osler knows{nearest(exam.name, list(EXAMS))}")
     kind, subset, split = examined(exam.name)
     data = HubData(name=exam.name, revision=exam.revision, path=exam.path, root=exam.root or root)
-    _, files = _files(data, SOURCES[exam.name], subset, split, key)
-    return Exam(kind(type=exam.name, path=f"the exam {exam.name}", split=split), tuple(files))
+    commit, files = _files(data, SOURCES[exam.name], subset, split, key)
+    return commit, Exam(kind(type=exam.name, path=f"the exam {exam.name}", split=split), tuple(files))
 
 
 def _files(data: HubData, source: NamedSource, subset: str, split: str, key: str) -> tuple[str, list[File]]:

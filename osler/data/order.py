@@ -83,7 +83,7 @@ class Order:
         epoch = self.epoch(0)
         return int(epoch.borders[np.searchsorted(epoch.ends, token, side="right")])
 
-    def pieces(self, epoch: int, token: int) -> Iterator[tuple[int, int]]:
+    def documents_from(self, epoch: int, token: int) -> Iterator[tuple[int, int]]:
         """Yield the documents from a token of an epoch to its end, each with the token in it to start at.
 
         This is 0 for all but the first document.

@@ -66,7 +66,7 @@ class StreamPacking:
         parts, size = [], self.seq_len + 1
         room = size
         while room:
-            for document, start in self.order.pieces(epoch, token):
+            for document, start in self.order.documents_from(epoch, token):
                 parts.append(shards.document(document, start, start + room))
                 room -= len(parts[-1][0])
                 if not room:

@@ -8,7 +8,7 @@ out is decided by hash (`holdout`).
 The folder is written in place. Its manifest says from the start what is being prepared, and in the end that it is complete. The
 same command goes on with an unfinished folder. It reuses a finished one without reading the sources while sizes and times of
 change of their files are the same; where only times differ, the content is compared. A folder of other data is refused, finished
-or not.
+or not; one without training data makes way for them.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from typing import Any
 import numpy as np
 
 from osler.data.card import CARD, data_card
-from osler.data.content import OPTIONS, Stream, difference_of, first_change, manifest_of, other_data, streams_of
+from osler.data.content import OPTIONS, Target, difference_of, first_change, manifest_of, other_data, targets_of
 from osler.data.documents import EMPTY, Corpus
-from osler.data.exams import EXAMS, look_through
+from osler.data.exams import EXAMS_FILE, look_through
 from osler.data.holdout import HELD_OUT, HeldOut, Keys, Limit, check_rest, find_limits, hold_out, nothing_to_learn
 from osler.data.prepared import Prepared, open_folder
 from osler.data.shards import DATA_MANIFEST, INDEX, SPLITS, TOKENIZER, VALIDATION_PREFIX, read_data_manifest
 from osler.data.tokenise import PartEnd, Task
 from osler.data.workers import process_count, tokenise
-from osler.data.writing import SEEN, Choice, CorpusWriter, digests, journal_of, read_keys
+from osler.data.writing import SEEN_FILE, Choice, CorpusWriter, digests, journal_of, read_keys
 from osler.runtime.errors import UserError
 from osler.runtime.faults import fault
 from osler.runtime.files import fingerprint, locked, no_pause, write_atomic, write_json
@@ -78,14 +78,8 @@ def prepare(
             manifest = _begun(out, wanted, corpora, validation, consent)
             if manifest["complete"]:
                 return open_folder(out)
-            sets, sources = streams_of(out, manifest, corpora, validation)
-            try:
-                _write(out, manifest, sets, sources, tokenizer, processes, before_shard)
-            except UserError:
-                if not _has_shards(out):
-                    _clear(out)
-                    out.rmdir()
-                raise
+            sets, sources = targets_of(out, manifest, corpora, validation)
+            _write(out, manifest, sets, sources, tokenizer, processes, before_shard)
         return open_folder(out, reused=False)
     except KeyboardInterrupt:
         logger.info(f"What is prepared so far stays in {out}; the same command goes on from there.")
@@ -112,7 +106,7 @@ def _begun(
     found = read_data_manifest(out)
     what, difference = difference_of(found, wanted)
     if not difference:
-        sets, sources = streams_of(out, found, corpora, validation)
+        sets, sources = targets_of(out, found, corpora, validation)
         what, difference = "content", first_change([*sets, *sources])
     if not difference:
         for kind in ("sources", "validation"):
@@ -120,25 +114,20 @@ def _begun(
                 now = {key: entry[key] for key in ("weight", "content") if key in entry}
                 found[kind][name] = old | now if found["complete"] else entry
         if found["complete"] and found != (before := read_data_manifest(out)):
-            journals = [journal_of(stream.folder, stream.splits) for stream in sources]
+            journals = [journal_of(target.folder, target.splits) for target in sources]
             write_atomic(out / CARD, data_card(found, journals).encode())
             write_json(out / DATA_MANIFEST, found)
             weights = {name: entry["weight"] for name, entry in found["sources"].items()}
             if weights != {name: entry["weight"] for name, entry in before["sources"].items()}:
                 logger.info(f"The weights of the sources in {out} are now {', '.join(f'{w:g}' for w in weights.values())}.")
         return found
-    if not found["complete"] and not _has_shards(out):
+    if not found["complete"] and next(out.glob(f"*/{SPLITS[0]}/{INDEX}"), None) is None:  # it has no training data
         _clear(out)
     elif consent is None:
         _set_aside(out, found)
     else:
         raise other_data(out, what, difference, consent, is_finished=found["complete"])
     return wanted
-
-
-def _has_shards(out: Path) -> bool:
-    """Return whether a folder has training data that are worth going on with."""
-    return next(out.glob(f"*/{SPLITS[0]}/{INDEX}"), None) is not None
 
 
 def _clear(out: Path) -> None:
@@ -167,8 +156,8 @@ def _set_aside(out: Path, found: Mapping[str, Any]) -> None:
 def _write(
     out: Path,
     manifest: dict[str, Any],
-    sets: Sequence[Stream],
-    sources: Sequence[Stream],
+    sets: Sequence[Target],
+    sources: Sequence[Target],
     tokenizer: Tokenizer,
     processes: int | None,
     before_shard: Callable[[int], None],
@@ -179,30 +168,30 @@ def _write(
     fault("prepare-manifest")
     write_json(out / DATA_MANIFEST, manifest)
     write_atomic(out / TOKENIZER, tokenizer.to_bytes())
-    size = sum(file.size for stream in (*sets, *sources) for file in stream.corpus.files)
+    size = sum(file.size for target in (*sets, *sources) for file in target.corpus.files)
     write_manifest = partial(write_json, out / DATA_MANIFEST, manifest)
-    corpora = {stream.folder.name: stream.corpus for stream in sources}
+    corpora = {target.folder.name: target.corpus for target in sources}
     with Progress(size, "bytes", label="Preparing") as progress:
         work = _Work(tokenizer, process_count(size) if processes is None else processes, before_shard, write_manifest, progress)
         limits = find_limits(corpora)
         work.run(sets, [lambda keys: {SPLITS[1]: np.ones(len(keys), bool)}] * len(sets))
-        keys = np.sort(np.concatenate([np.zeros(0, np.uint64), *(read_keys(stream.folder) for stream in sets)]))
+        keys = np.sort(np.concatenate([np.zeros(0, np.uint64), *(read_keys(target.folder) for target in sets)]))
         held = hold_out(corpora.values(), limits, keys)
         for name, corpus in corpora.items():
             check_rest(name, corpus, held)
         work.run(sources, [partial(_choose, limit, held) for limit in limits])
     work.losses.warn()
-    journals = [journal_of(stream.folder, stream.splits) for stream in (*sets, *sources)]
-    options = [[stream.entry["content"][name] for name in OPTIONS] for stream in sources]
+    journals = [journal_of(target.folder, target.splits) for target in (*sets, *sources)]
+    options = [[target.entry["content"][name] for name in OPTIONS] for target in sources]
     manifest["content_fingerprint"] = fingerprint([options, [fingerprint(list(digests(journal))) for journal in journals]])
     manifest["complete"] = True
     cleaners = dict(zip(journals[len(sets) :], (corpus.clean for corpus in corpora.values()), strict=True))
-    write_atomic(out / EXAMS, look_through(cleaners).to_bytes())
+    write_atomic(out / EXAMS_FILE, look_through(cleaners).to_bytes())
     write_atomic(out / CARD, data_card(manifest, list(cleaners)).encode())
     fault("prepare-complete")
     write_json(out / DATA_MANIFEST, manifest)
-    for stream in sources:
-        (stream.folder / SEEN).unlink(missing_ok=True)
+    for target in sources:
+        (target.folder / SEEN_FILE).unlink(missing_ok=True)
 
 
 def _choose(limit: Limit, held: HeldOut, keys: Keys) -> Choice:
@@ -224,32 +213,32 @@ class _Work:
     tokens: int = 0
     began: float = field(default_factory=time.monotonic)
 
-    def run(self, streams: Sequence[Stream], chosen_by: Sequence[Callable[[Keys], Choice]]) -> None:
-        """Write all parts of these streams that are not written yet, and complete their entries.
+    def run(self, targets: Sequence[Target], chosen_by: Sequence[Callable[[Keys], Choice]]) -> None:
+        """Write all parts of these targets that are not written yet, and complete their entries.
 
-        `chosen_by` says of the documents of each stream to which split they belong.
+        `chosen_by` says of the documents of each target to which split they belong.
         """
         writers = [
             CorpusWriter(
-                stream.folder,
-                stream.splits,
+                target.folder,
+                target.splits,
                 choose,
                 vocab_size=self.tokenizer.vocab_size,
-                clean=None if stream.corpus.clean is None else stream.corpus.clean.config,
+                clean=None if target.corpus.clean is None else target.corpus.clean.config,
                 before_shard=self.before_shard,
             )
-            for stream, choose in zip(streams, chosen_by, strict=True)
+            for target, choose in zip(targets, chosen_by, strict=True)
         ]
         self.bytes_done += sum(writer.counts["bytes"] for writer in writers)
         if any(writer.num_parts for writer in writers):
             logger.info(f"Going on with the {sum(writer.counts['documents'] for writer in writers):,} documents in the folder.")
-        for stream, writer in zip(streams, writers, strict=True):
-            if writer.num_parts == len(stream.corpus.parts):
-                self._close(stream, writer)
-        tasks = _in_turns(streams, writers)
-        with closing(tokenise([stream.corpus for stream in streams], self.tokenizer, tasks, self.processes)) as results:
+        for target, writer in zip(targets, writers, strict=True):
+            if writer.num_parts == len(target.corpus.parts):
+                self._close(target, writer)
+        tasks = _in_turns(targets, writers)
+        with closing(tokenise([target.corpus for target in targets], self.tokenizer, tasks, self.processes)) as results:
             for task, result in results:
-                writer, stream = writers[task.corpus], streams[task.corpus]
+                writer, target = writers[task.corpus], targets[task.corpus]
                 if not isinstance(result, PartEnd):
                     writer.add(result)
                     self.tokens += len(result.tokens)
@@ -257,23 +246,23 @@ class _Work:
                     writer.end_part(task.part, result)
                     self.losses.add(result.losses)
                     self.bytes_done += task.part.num_bytes
-                    if writer.num_parts == len(stream.corpus.parts):
-                        self._close(stream, writer)
+                    if writer.num_parts == len(target.corpus.parts):
+                        self._close(target, writer)
                 rate = self.tokens / max(1e-9, time.monotonic() - self.began)
                 self.progress.update(self.bytes_done, tokens=self.tokens, **{"tokens/s": round(rate)})
 
-    def _close(self, stream: Stream, writer: CorpusWriter) -> None:
+    def _close(self, target: Target, writer: CorpusWriter) -> None:
         """Write the last shards of a corpus as soon as it has no more parts, and describe it in the manifest.
 
         Raises UserError when there is none. What is written of it and of others stays.
         """
-        found, entry, name = writer.close(), stream.entry, stream.folder.name
+        found, entry, name = writer.close(), target.entry, target.folder.name
         documents = {split: counts["documents"] for split, counts in found["splits"].items()}
         if documents.get(SPLITS[0]) == 0:
             copies = found["dropped_copies"] + documents.get(SPLITS[1], 0)
             raise nothing_to_learn(name, {EMPTY: found["empty_documents"], HELD_OUT: copies, **found["dropped"]})
         if documents.get(SPLITS[1]) == 0:
-            if stream.splits == SPLITS[1:]:
+            if target.splits == SPLITS[1:]:
                 raise UserError(f"The validation set {name.removeprefix(VALIDATION_PREFIX)} has no document that is not empty.")
             same = "those that are left are equal, or nearly" if documents[SPLITS[0]] > 1 else "there is only one document"
             logger.warning(f"Nothing is held out of the source {name}, so it has no held-out loss: {same}.")
@@ -284,15 +273,15 @@ class _Work:
         self.write_manifest()  # a run that reads along may go round again, or evaluate
 
 
-def _in_turns(streams: Sequence[Stream], writers: Sequence[CorpusWriter]) -> Iterator[Task]:
-    """Yield the parts of streams that are not finished; each has its share of the bytes, by weight, at any time."""
-    orders = [stream.corpus.order() for stream in streams]
-    turns = [(writer.counts["bytes"] / streams[number].weight, number, writer.num_parts) for number, writer in enumerate(writers)]
+def _in_turns(targets: Sequence[Target], writers: Sequence[CorpusWriter]) -> Iterator[Task]:
+    """Yield the parts of targets that are not finished; each has its share of the bytes, by weight, at any time."""
+    orders = [target.corpus.order() for target in targets]
+    turns = [(writer.counts["bytes"] / targets[number].weight, number, writer.num_parts) for number, writer in enumerate(writers)]
     heapq.heapify(turns)
     while turns:
         done, number, place = heapq.heappop(turns)
-        stream = streams[number]
+        target = targets[number]
         if place < len(orders[number]):
-            part = stream.corpus.parts[int(orders[number][place])]
+            part = target.corpus.parts[int(orders[number][place])]
             yield Task(number, int(orders[number][place]), part, only_keys=writers[number].is_full)
-            heapq.heappush(turns, (done + part.num_bytes / stream.weight, number, place + 1))
+            heapq.heappush(turns, (done + part.num_bytes / target.weight, number, place + 1))

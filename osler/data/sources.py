@@ -19,6 +19,7 @@ from osler.data.config import (
     ClinicData,
     FilesData,
     HubData,
+    HubExam,
     MixtureData,
     Sources,
     TextData,
@@ -29,7 +30,7 @@ from osler.data.config import (
 from osler.data.content import check_unchanged
 from osler.data.documents import Corpus, Document, in_memory
 from osler.data.holdout import find_limits, hold_out, keys_of
-from osler.data.named import open_exam, open_hub
+from osler.data.named import commit_of, open_exam, open_hub
 from osler.data.prepare import prepare
 from osler.data.prepared import Prepared
 from osler.data.readers import TextFiles, read_turns
@@ -152,6 +153,7 @@ def _keyed(data: TextData, validation: Sources | None = None) -> Iterator[tuple[
 def check_present(data: TextData, validation: Sources, out: Path, consent: str) -> None:
     """Raise UserError when sources whose files are there differ from those that the folder `out` was made of."""
     cleaners: dict[CleanConfig, Cleaner] = {}
+    data = _exams_at_known_commits(data, read_data_manifest(out)["sources"])
     learned = [_open(data, source, key, cleaners, validation) if is_there(source) else None for key, source in _keyed(data)]
     sets = [_open_set(source, key) if is_there(source) else None for key, source in _keyed(data, validation)]
     check_unchanged(out, learned, sets, consent)
@@ -213,7 +215,8 @@ def prepare_sources(
 def at_known_commits(data: TextData, validation: Sources, out: str | Path) -> tuple[TextData, Sources]:
     """Return a config and its validation sets at commits of the hub: those that `out` was begun with, else the newest ones.
 
-    So all that is made of a config is made of the same texts, in every process and after a stop, though `main` moves.
+    So all that is made of a config is made of the same texts and checked for the same exams, in every process and after a stop,
+    though `main` moves.
     """
     begun = read_data_manifest(out) if Path(out, DATA_MANIFEST).exists() else {"sources": {}, "validation": {}}
 
@@ -224,11 +227,33 @@ def at_known_commits(data: TextData, validation: Sources, out: str | Path) -> tu
         known = entries[source.title]["content"] if source.title in entries else {"options": open_hub(source, key).options}
         return replace(source, revision=known["options"].get("commit") or source.revision)
 
+    data = _exams_at_known_commits(data, begun["sources"])
     given = data.sources if isinstance(data, MixtureData) else (data,)
     sources = tuple(pinned(source, keyed, begun["sources"]) for source, keyed in zip(given, _keyed(data), strict=True))
     keyed_sets = zip(validation, _keyed(data, validation), strict=True)
     sets = tuple(pinned(source, keyed, begun["validation"]) for source, keyed in keyed_sets)
     return replace(data, sources=sources) if isinstance(data, MixtureData) else sources[0], sets
+
+
+def _exams_at_known_commits(data: TextData, begun: Mapping[str, Any]) -> TextData:
+    """Return a config whose exams by name are at the commits in these entries of a manifest, else at the newest ones."""
+    root, at_commits = getattr(data, "root", ""), dict[CleanConfig | None, CleanConfig]()
+    for key, source in _keyed(data):
+        clean = source.clean
+        if clean is None or clean in at_commits:
+            continue
+        where, exams = _key_of_clean(data, source, key), list(clean.exams)
+        entries = begun.get(source.title, {}).get("about", {}).get("config", {}).get("clean", {}).get("exams", ())
+        known = {entry["name"]: entry.get("revision") for entry in entries if entry["type"] == HubExam.type}
+        for number, exam in enumerate(clean.exams):
+            if isinstance(exam, HubExam) and exam.revision == HubExam.revision and not (exam.path or exam.root or root):
+                commit = known.get(exam.name) or commit_of(exam, root, f"{where}.exams[{number}]")
+                exams[number] = replace(exam, revision=commit)
+        at_commits[clean] = replace(clean, exams=tuple(exams))
+    if isinstance(data, MixtureData):
+        sources = tuple(replace(source, clean=at_commits.get(source.clean, source.clean)) for source in data.sources)
+        data = replace(data, sources=sources)
+    return replace(data, clean=at_commits.get(data.clean, data.clean))
 
 
 def train_tokenizer(data: TextData, wanted: BPEConfig | SuperBPEConfig, validation: Sources = ()) -> Tokenizer:

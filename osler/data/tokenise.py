@@ -44,7 +44,7 @@ class Task(NamedTuple):
     only_keys: bool = False
 
 
-class Piece(NamedTuple):
+class Chunk(NamedTuple):
     """Some documents of a part, one after another: split keys, where each ends in the tokens, and bytes of text.
 
     `masks` is the loss mask of all tokens, and `is_masked` says which documents have one; both are None where none has.
@@ -81,8 +81,8 @@ class Tokeniser:
     corpora: Sequence[Corpus]
     tokenizer: Tokenizer | None
 
-    def results(self, task: Task) -> Iterator[Piece | PartEnd]:
-        """Yield what is in a part, piece by piece, and its end."""
+    def results(self, task: Task) -> Iterator[Chunk | PartEnd]:
+        """Yield what is in a part, chunk by chunk, and its end."""
         fault("prepare-part")
         corpus, tokenizer = self.corpora[task.corpus], self.tokenizer
         digest, drops, count = hashlib.blake2b(digest_size=16), Counter[str](), 0
@@ -109,7 +109,7 @@ class Tokeniser:
             for batch in batches((stretch[place] for place in order), BATCH_CHARACTERS):
                 if not task.only_keys:
                     round_trip.look(part for document in batch[::LOOK_EVERY] for part in document.parts)
-                yield _piece(tokenizer, batch, corpus.clean, only_keys=task.only_keys)
+                yield _chunk(tokenizer, batch, corpus.clean, only_keys=task.only_keys)
         found = examples, sorted(exam_items)
         yield PartEnd(digest.hexdigest(), count, dict(drops), *found, Losses() if round_trip is None else round_trip.losses)
 
@@ -127,7 +127,7 @@ def beginning(document: Document) -> str:
     return " ".join("\n".join(document.parts)[: 2 * EXAMPLE_CHARACTERS].split())[:EXAMPLE_CHARACTERS]
 
 
-def _piece(tokenizer: Tokenizer, documents: Sequence[Document], clean: Cleaner | None, *, only_keys: bool) -> Piece:
+def _chunk(tokenizer: Tokenizer, documents: Sequence[Document], clean: Cleaner | None, *, only_keys: bool) -> Chunk:
     encoded = [([], None) for _ in documents] if only_keys else encode(tokenizer, documents)
     dtype = token_dtype(tokenizer.vocab_size)
     tokens = np.concatenate([np.frombuffer(array("I", ids), np.uint32) for ids, _ in encoded]).astype(dtype)
@@ -135,7 +135,7 @@ def _piece(tokenizer: Tokenizer, documents: Sequence[Document], clean: Cleaner |
     if any(mask is not None for _, mask in encoded):
         is_masked = np.array([mask is not None for _, mask in encoded])
         masks = np.frombuffer(b"".join(b"\x01" * len(ids) if mask is None else bytes(mask) for ids, mask in encoded), np.uint8)
-    return Piece(
+    return Chunk(
         np.array([document.split_key() for document in documents], np.uint64),
         np.cumsum([len(ids) for ids, _ in encoded], dtype=np.int64),
         np.array([sum(len(part.encode("utf-8")) for part in document.parts) for document in documents], np.int64),

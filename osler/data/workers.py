@@ -22,13 +22,13 @@ from logging.handlers import BufferingHandler
 from typing import IO, Any, BinaryIO
 
 from osler.data.documents import Corpus
-from osler.data.tokenise import PartEnd, Piece, Task, Tokeniser
+from osler.data.tokenise import Chunk, PartEnd, Task, Tokeniser
 from osler.files.find import log_once
 from osler.runtime.errors import UserError
 from osler.tokenizer.bpe import Tokenizer
 
 AHEAD = 4  # parts per process that are at work or finished and not taken
-PIECES = 16  # of a part that wait to be taken: all there are, unless it is a large compressed file
+CHUNKS = 16  # of a part that wait to be taken: all there are, unless it is a large compressed file
 HEADER_BYTES = 8
 FEWER = (
     "The same command goes on from what is written. Fewer processes need less memory: `osler data prepare` has --workers for "
@@ -45,55 +45,55 @@ def process_count(num_bytes: int) -> int:
 
 
 @dataclass
-class _Work:
-    """A task, what came of it so far, and how many pieces more may come before they are taken; or nobody takes them any more."""
+class _PendingTask:
+    """A task, what came of it so far, and how many chunks more may come before they are taken; or nobody takes them any more."""
 
     task: Task
     results: queue.SimpleQueue[bytes | Exception] = field(default_factory=queue.SimpleQueue)
-    room: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(PIECES))
+    room: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(CHUNKS))
     is_given_up: bool = False
 
 
 def tokenise(
     corpora: Sequence[Corpus], tokenizer: Tokenizer | None, tasks: Iterable[Task], processes: int
-) -> Generator[tuple[Task, Piece | PartEnd], None, None]:
+) -> Generator[tuple[Task, Chunk | PartEnd], None, None]:
     """Yield what `Tokeniser` makes of the tasks, in their order; 0 processes: in this one."""
     if not processes:
         tokeniser = Tokeniser(corpora, tokenizer)
         yield from ((task, result) for task in tasks for result in tokeniser.results(task))
         return
     setup = pickle.dumps((corpora, None if tokenizer is None else tokenizer.to_bytes()))
-    todo: queue.SimpleQueue[_Work | None] = queue.SimpleQueue()
-    waiting: deque[_Work] = deque()
+    todo: queue.SimpleQueue[_PendingTask | None] = queue.SimpleQueue()
+    waiting: deque[_PendingTask] = deque()
     workers: list[_Worker] = []
     remaining = iter(tasks)
     try:
         while True:
             while len(waiting) < AHEAD * processes and (task := next(remaining, None)) is not None:
-                waiting.append(_Work(task))
+                waiting.append(_PendingTask(task))
                 todo.put(waiting[-1])
                 if len(workers) < processes:
                     workers.append(_Worker(setup, todo))
             if not waiting:
                 return
-            work, result = waiting[0], None
+            pending, result = waiting[0], None
             while not isinstance(result, PartEnd):
-                data = work.results.get()
-                work.room.release()
+                data = pending.results.get()
+                pending.room.release()
                 result = data if isinstance(data, Exception) else pickle.loads(data)
                 if isinstance(result, Exception):
                     raise result
                 if isinstance(result, str):
                     log_once(result)
                 else:
-                    yield work.task, result
+                    yield pending.task, result
             waiting.popleft()
     finally:
         for worker in workers:  # all at once: a second Ctrl-C may end this loop
             worker.process.kill()
-        for work in waiting:
-            work.is_given_up = True
-            work.room.release()  # for a thread that waits to hand on more
+        for pending in waiting:
+            pending.is_given_up = True
+            pending.room.release()  # for a thread that waits to hand on more
         for _ in workers:
             todo.put(None)
         for worker in workers:
@@ -103,7 +103,7 @@ def tokenise(
 class _Worker(threading.Thread):
     """A process and the thread that serves it."""
 
-    def __init__(self, setup: bytes, todo: queue.SimpleQueue[_Work | None]) -> None:
+    def __init__(self, setup: bytes, todo: queue.SimpleQueue[_PendingTask | None]) -> None:
         super().__init__(daemon=True, name="tokenise")
         one_core = {name: "1" for name in ("RAYON_NUM_THREADS", "OMP_NUM_THREADS")}
         try:
@@ -121,26 +121,29 @@ class _Worker(threading.Thread):
 
     def run(self) -> None:
         """Send tasks and receive results until there are none, or the process is gone."""
-        begun = self._setup
         with suppress(OSError), self.process:  # which closes the pipes, though not all was sent, and leaves no zombie
-            while (work := self._todo.get()) is not None:
+            while (pending := self._todo.get()) is not None:
                 try:
-                    self._do(work, begun)
+                    self._do(pending)
                 except (EOFError, OSError):
-                    work.results.put(_death(self.process.wait()))
+                    pending.results.put(_death(self.process.wait()))
                     break
-                begun = b""
+                except BaseException as error:  # or whoever waits for the results would wait for ever
+                    pending.results.put(RuntimeError(f"A result of a process that prepares the data was not received: {error!r}"))
+                    break
             self.process.kill()
 
-    def _do(self, work: _Work, begun: bytes) -> None:
+    def _do(self, pending: _PendingTask) -> None:
         to_process, from_process = self.process.stdin, self.process.stdout
         assert to_process is not None and from_process is not None
-        to_process.write(begun + pickle.dumps(work.task))
+        to_process.write(self._setup)
+        self._setup = b""
+        pickle.dump(pending.task, to_process)
         to_process.flush()
         while size := int.from_bytes(_exactly(from_process, HEADER_BYTES), "big"):
-            if not work.is_given_up:
-                work.room.acquire()
-            work.results.put(_exactly(from_process, size))
+            if not pending.is_given_up:
+                pending.room.acquire()
+            pending.results.put(_exactly(from_process, size))
 
 
 def _exactly(pipe: IO[bytes], size: int) -> bytes:
@@ -169,7 +172,7 @@ def serve() -> None:
     logging.getLogger("osler").addHandler(notes)
     logging.getLogger("osler").setLevel(logging.INFO)
 
-    def send(result: Piece | PartEnd | UserError) -> None:
+    def send(result: Chunk | PartEnd | UserError) -> None:
         for data in map(pickle.dumps, (*(record.getMessage() for record in notes.buffer), result)):
             results.write(len(data).to_bytes(HEADER_BYTES, "big") + data)
         notes.flush()

@@ -27,20 +27,20 @@ from osler.data.config import FIRST_SHARD_TOKENS, VALIDATION_TOKENS, CleanConfig
 from osler.data.documents import EMPTY
 from osler.data.duplicates import Seen
 from osler.data.shards import SHARD_TOKENS, SPLITS, ShardWriter
-from osler.data.tokenise import EXAMPLES, PartEnd, Piece
+from osler.data.tokenise import EXAMPLES, Chunk, PartEnd
 from osler.files.parts import Part
 from osler.runtime.faults import fault
 from osler.runtime.files import no_pause, open_durable
 
 CUT_BYTES = 1 << 27
-KEYS = "keys.bin"  # the split keys of the documents of a validation corpus
-SEEN = "seen.bin"  # the rows by which copies are found
+KEYS_FILE = "keys.bin"  # the split keys of the documents of a validation corpus
+SEEN_FILE = "seen.bin"  # the rows by which copies are found
 COPIES = "copies"  # the reason why a copy of a document that is held out is dropped
-_KEPT = "kept"  # counts the documents that are no copies of earlier ones
-_KEYS = "keys"  # counts the documents of a validation corpus
-_NO_REASONS = {"bytes", "documents", "train", "validation", _KEPT, _KEYS, EMPTY, COPIES}  # counts of no reason for a drop
+_NUM_DISTINCT = "kept"  # counts the documents that are no copies of earlier ones
+_NUM_KEYS = "keys"  # counts the documents of a validation corpus
+_OTHER_COUNTS = {"bytes", "documents", "train", "validation", _NUM_DISTINCT, _NUM_KEYS, EMPTY, COPIES}  # not of drops by reason
 
-Choice = Mapping[str, npt.NDArray[np.bool_]]  # which documents of a piece belong to each split
+Choice = Mapping[str, npt.NDArray[np.bool_]]  # which documents of a chunk belong to each split
 
 
 class CorpusWriter:
@@ -63,12 +63,12 @@ class CorpusWriter:
             shards.before_shard = before_shard
         self._choose = choose
         self._journal = journal_of(folder, splits)
-        self._keys = folder / KEYS if splits == ("validation",) else None
-        self._new_keys: list[npt.NDArray[np.uint64]] = []
+        self._keys_file = folder / KEYS_FILE if splits == ("validation",) else None
+        self._keys_of_part: list[npt.NDArray[np.uint64]] = []
         self._seen = None
         if clean is not None and clean.duplicates != "keep":
             memory_bytes, near = clean.duplicates_memory_mb << 20, clean.duplicates == "near"
-            self._seen = Seen(folder / SEEN, near=near, similarity=clean.similarity, memory_bytes=memory_bytes)
+            self._seen = Seen(folder / SEEN_FILE, near=near, similarity=clean.similarity, memory_bytes=memory_bytes)
         self._num_examples = Counter[str]()
         self._examples: dict[str, list[str]] = {}  # beginnings of copies in the current part
         self.num_parts, self.counts = self._go_on()
@@ -77,10 +77,10 @@ class CorpusWriter:
     def _go_on(self) -> tuple[int, Counter[str]]:
         """Return how many parts are finished, and their counts; delete what the journal has of later parts."""
         finished = {split: shards.num_documents for split, shards in self.splits.items()}
-        if self._keys is not None and self._keys.exists():
-            finished[_KEYS] = self._keys.stat().st_size // 8
+        if self._keys_file is not None and self._keys_file.exists():
+            finished[_NUM_KEYS] = self._keys_file.stat().st_size // 8
         if self._seen is not None:
-            finished[_KEPT] = self._seen.num_written
+            finished[_NUM_DISTINCT] = self._seen.num_written
         parts, end, counts = 0, 0, Counter[str]()
         for number, (line, place) in enumerate(journal_lines(self._journal), 1):
             if any(line["counts"].get(split, 0) > documents for split, documents in finished.items()):
@@ -89,21 +89,21 @@ class CorpusWriter:
             self._num_examples.update({reason: len(texts) for reason, texts in line.get("examples", {}).items()})
         if self._journal.exists():
             os.truncate(self._journal, end)
-        if self._keys is not None and self._keys.exists():
-            os.truncate(self._keys, 8 * counts[_KEYS])
+        if self._keys_file is not None and self._keys_file.exists():
+            os.truncate(self._keys_file, 8 * counts[_NUM_KEYS])
         if self._seen is not None:
-            self._seen.restore(counts[_KEPT])
+            self._seen.restore(counts[_NUM_DISTINCT])
         return parts, counts
 
     @property
     def is_full(self) -> bool:
         """Whether no more documents are written, because this is a validation corpus that has enough of them."""
-        return self._keys is not None and self.splits[SPLITS[1]].num_tokens >= VALIDATION_TOKENS
+        return self._keys_file is not None and self.splits[SPLITS[1]].num_tokens >= VALIDATION_TOKENS
 
-    def add(self, piece: Piece) -> None:
+    def add(self, chunk: Chunk) -> None:
         """Take documents of the next part."""
-        fault("prepare-piece")
-        num_chosen, is_new, choice = 0, self._without_copies(piece), self._choose(piece.keys)
+        fault("prepare-chunk")
+        num_chosen, is_new, choice = 0, self._without_copies(chunk), self._choose(chunk.keys)
         for split, shards in self.splits.items():
             places = np.flatnonzero(choice[split] & is_new).tolist()
             skipped = min(self._skip[split], len(places))
@@ -114,27 +114,27 @@ class CorpusWriter:
                 if split == SPLITS[1] and shards.num_tokens >= VALIDATION_TOKENS:
                     shards.cut()  # a streamed run evaluates on it from now on
                     break
-                tokens = slice(int(piece.ends[place - 1]) if place else 0, int(piece.ends[place]))
-                has_mask = piece.is_masked is not None and piece.is_masked[place]
-                mask = piece.masks[tokens] if piece.masks is not None and has_mask else None
-                shards.add(piece.tokens[tokens], mask, int(piece.num_bytes[place]))
+                tokens = slice(int(chunk.ends[place - 1]) if place else 0, int(chunk.ends[place]))
+                has_mask = chunk.is_masked is not None and chunk.is_masked[place]
+                mask = chunk.masks[tokens] if chunk.masks is not None and has_mask else None
+                shards.add(chunk.tokens[tokens], mask, int(chunk.num_bytes[place]))
                 self.counts[split] += 1
         self.counts[COPIES] += int(is_new.sum()) - num_chosen
-        if self._keys is not None:
-            self._new_keys.append(piece.keys)
-            self.counts[_KEYS] += len(piece.keys)
+        if self._keys_file is not None:
+            self._keys_of_part.append(chunk.keys)
+            self.counts[_NUM_KEYS] += len(chunk.keys)
 
-    def _without_copies(self, piece: Piece) -> npt.NDArray[np.bool_]:
+    def _without_copies(self, chunk: Chunk) -> npt.NDArray[np.bool_]:
         """Return which documents are no copies of earlier ones; count the others."""
-        is_new = np.ones(len(piece.keys), bool)
-        if self._seen is not None and piece.rows is not None:
-            for place, reason in enumerate(self._seen.add(piece.rows)):
+        is_new = np.ones(len(chunk.keys), bool)
+        if self._seen is not None and chunk.rows is not None:
+            for place, reason in enumerate(self._seen.add(chunk.rows)):
                 if reason:
                     is_new[place] = False
                     self.counts[reason] += 1
                     if self.counts[reason] <= EXAMPLES:
-                        self._examples.setdefault(reason, []).append(piece.beginnings[place])
-            self.counts[_KEPT] += int(is_new.sum())
+                        self._examples.setdefault(reason, []).append(chunk.beginnings[place])
+            self.counts[_NUM_DISTINCT] += int(is_new.sum())
         return is_new
 
     def end_part(self, part: Part, end: PartEnd) -> None:
@@ -144,14 +144,14 @@ class CorpusWriter:
         if self.counts["bytes"] // CUT_BYTES > before // CUT_BYTES:
             for shards in self.splits.values():
                 shards.cut()
-        if self._keys is not None and self._new_keys:
-            with open_durable(self._keys, "ab") as file:
-                file.write(np.concatenate(self._new_keys).tobytes())
-            self._new_keys.clear()
+        if self._keys_file is not None and self._keys_of_part:
+            with open_durable(self._keys_file, "ab") as file:
+                file.write(np.concatenate(self._keys_of_part).tobytes())
+            self._keys_of_part.clear()
         if self._seen is not None:
             self._seen.write()
         line: dict[str, Any] = {"digest": end.digest, "counts": self.counts}
-        if examples := {**self._some(end.examples), **self._examples}:
+        if examples := {**self._examples_to_show(end.examples), **self._examples}:
             line["examples"] = examples
         if end.exam_items:
             line["exam_items"] = end.exam_items
@@ -161,7 +161,7 @@ class CorpusWriter:
             file.write(json.dumps(line).encode() + b"\n")
         self.num_parts += 1
 
-    def _some(self, examples: Mapping[str, list[str]]) -> dict[str, list[str]]:
+    def _examples_to_show(self, examples: Mapping[str, list[str]]) -> dict[str, list[str]]:
         """Return as many examples of dropped documents as the data card still takes."""
         some = {reason: texts[: EXAMPLES - self._num_examples[reason]] for reason, texts in examples.items()}
         self._num_examples.update({reason: len(texts) for reason, texts in some.items()})
@@ -183,7 +183,7 @@ class CorpusWriter:
             },
             "empty_documents": self.counts[EMPTY],
             "dropped_copies": self.counts[COPIES],
-            "dropped": {reason: count for reason, count in sorted(self.counts.items()) if reason not in _NO_REASONS},
+            "dropped": {reason: count for reason, count in sorted(self.counts.items()) if reason not in _OTHER_COUNTS},
         }
 
 
@@ -207,7 +207,7 @@ def bytes_read(folder: Path) -> int:
 
 def read_keys(folder: Path) -> npt.NDArray[np.uint64]:
     """Return the split keys of a validation corpus that was written into a folder."""
-    path = folder / KEYS
+    path = folder / KEYS_FILE
     return np.fromfile(path, np.uint64) if path.exists() else np.zeros(0, np.uint64)
 
 

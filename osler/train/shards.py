@@ -17,7 +17,7 @@ from pathlib import Path
 from osler.checkpoint import store
 from osler.config.schema import decode
 from osler.data.config import HUB, AnySource, PreparedData, sets_of, sources_of
-from osler.data.exams import EXAMS, ExamsInData, read_exams_in_data, refuse_unchecked
+from osler.data.exams import EXAMS_FILE, ExamsInData, read_exams_in_data, refuse_unchecked
 from osler.data.prepared import Prepared, open_prepared, tokenizer_of_shards
 from osler.data.preparer import Preparer
 from osler.data.shard_set import NotPreparedYet, ShardSet, go_on_from, identity_of, is_finished, is_of_part, num_evicted
@@ -128,7 +128,7 @@ def exams_in_data(config: TrainConfig, shards: Path, start: store.Loaded | None)
     continues from, which knows of everything up to there, unless data were being prepared: nothing is known of them meanwhile.
     """
     before = None
-    if start is not None and (EXAMS in start.files or config.allow_data_change):
+    if start is not None and (EXAMS_FILE in start.files or config.allow_data_change):
         before = ExamsInData.from_files(start.files)
     elif config.init_from is not None:
         before = ExamsInData()
@@ -142,7 +142,7 @@ def exams_in_data(config: TrainConfig, shards: Path, start: store.Loaded | None)
         known = read_exams_in_data(shards)
         return (known if before is None else known.with_data(before)).as_files()
 
-    return lambda: read(identity_of(shards / EXAMS))
+    return lambda: read(identity_of(shards / EXAMS_FILE))
 
 
 def _check_bytes(prepared: Prepared, run: RunFolder) -> None:

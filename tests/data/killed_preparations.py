@@ -26,7 +26,7 @@ from osler.tokenizer.bpe import Tokenizer
 STAGES = (
     "prepare-manifest",
     "write-atomic",
-    "prepare-piece",
+    "prepare-chunk",
     "write-shard",
     "write-index",
     "prepare-journal",

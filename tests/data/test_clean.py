@@ -92,7 +92,7 @@ def test_memory_is_bounded_and_the_latest_documents_are_known(tmp_path: Path) ->
     assert not any(small.add(rows))
     assert all(small.add(rows[-100:]))
     assert not any(small.add(rows[:100]))
-    assert small._rows.nbytes + small._latest.nbytes + small._before.nbytes <= 16 * 100
+    assert small._rows.nbytes + small._latest.nbytes + small._previous.nbytes <= 16 * 100
 
 
 def test_what_was_seen_is_restored(tmp_path: Path) -> None:

@@ -1,8 +1,10 @@
 """Words and sequences of them, and the items of exams that documents contain, against plain ways of finding them."""
 
 import math
+import pickle
 import random
 import re
+import tracemalloc
 import unicodedata
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,7 +16,7 @@ import pytest
 from osler.config.schema import decode
 from osler.data.clean import Cleaner
 from osler.data.config import CleanConfig
-from osler.data.contamination import ExamIndex
+from osler.data.contamination import FILTER_BITS, ExamIndex
 from osler.data.ngrams import PIECE, Words
 from osler.tasks.config import MedqaTask
 from osler.tasks.exam_files import load_exam_file
@@ -174,6 +176,18 @@ def test_questions_that_say_too_little_are_not_looked_for() -> None:
 
 def test_the_same_question_in_two_exams_is_found_as_both() -> None:
     assert found(ExamIndex([item(1), replace(item(1), id="other")]), item(1).question) == ["medqa-1", "other"]
+
+
+def test_the_large_filters_are_made_where_they_are_used_and_go_to_no_other_process() -> None:
+    short = [ExamItem(str(words), " ".join(prose(words, words)), ("sign",), 0) for words in range(4, 13)]
+    tracemalloc.start()
+    index = ExamIndex([*short, item(1)])
+    assert found(index, item(1).question) == ["medqa-1"]
+    memory_bytes = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    sent = pickle.dumps(index)
+    assert memory_bytes < 3 << FILTER_BITS and len(sent) < 1 << 20
+    assert found(pickle.loads(sent), f"{short[0].question} sign") == ["4"]
 
 
 def test_halves_of_a_real_exam_do_not_contain_each_other(shared_data: Callable[[str], Path]) -> None:

@@ -3,6 +3,7 @@
 import itertools
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import huggingface_hub.utils._http as hub_http
@@ -13,10 +14,11 @@ from huggingface_hub import constants
 
 from osler.cli.main import main
 from osler.config.schema import decode
-from osler.data.config import ClinicData, HubData, MixtureData
+from osler.data.config import CleanConfig, ClinicData, FilesData, HubData, HubExam, MixtureData
 from osler.data.named import SOURCES, open_hub
-from osler.data.sources import at_known_commits, check_sources, open_corpora, prepare_sources
+from osler.data.sources import at_known_commits, check_present, check_sources, open_corpora, prepare_sources
 from osler.files.hub import hub_files
+from osler.runtime import faults
 from osler.runtime.errors import UserError
 from tests.data.hub_server import COMMIT, cut, serving, status, times
 
@@ -328,6 +330,28 @@ def test_everything_made_of_a_config_is_made_of_one_commit(hub, tokenizer, tmp_p
     hub_files.cache_clear()
     pinned, sets = at_known_commits(source, (source,), tmp_path / "out")
     assert (pinned.revision, sets[0].revision) == (COMMIT, hub.commit)
+
+
+def test_exams_by_name_are_looked_for_at_one_commit(hub, tokenizer, tmp_path, monkeypatch):
+    """That of the beginning, when an unfinished preparation resumes or what was prepared is compared; the card names it."""
+    hub.repos["GBaker/MedQA-USMLE-4-options"] = write_rows(tmp_path / "exam" / "phrases_no_exclude_test.jsonl", [ITEM]).parent
+    notes = write_rows(tmp_path / "notes.jsonl", [{"text": f"Note {number} of those that are kept."} for number in range(9)])
+    by_name, out = CleanConfig(exams=(HubExam(name="medqa"),)), tmp_path / "out"
+    sources = (FilesData(path=str(notes)), FilesData(path=str(notes), name="own", clean=replace(by_name, min_words=2)))
+    data = MixtureData(sources=sources, clean=by_name)
+    monkeypatch.setenv(faults.VARIABLE, "prepare-complete:enospc")
+    with pytest.raises(UserError, match="could not be written"):
+        prepare_sources(data, tokenizer, out)
+    monkeypatch.delenv(faults.VARIABLE)
+    hub.commit = "d" * 40
+    hub_files.cache_clear()
+    prepare_sources(data, tokenizer, out)
+    card = (out / "DATA_CARD.md").read_text()
+    assert card.count(f"revision: {COMMIT}") == 2 and hub.commit not in card
+    hub.status_of_facts = 403  # what `main` is now is not asked again
+    check_present(data, (), out, "")
+    with pytest.raises(UserError, match="asks for consent"):
+        at_known_commits(replace(data, clean=None), (), tmp_path / "other")
 
 
 def test_sources_are_listed_and_a_row_is_shown(tmp_path, capsys):

@@ -22,13 +22,13 @@ def stream_of(order: Order, epochs: int) -> list[int]:
     return [
         int(token)
         for epoch in range(epochs)
-        for document, _ in order.pieces(epoch, 0)
+        for document, _ in order.documents_from(epoch, 0)
         for token in order.shards.document(int(document))[0]
     ]
 
 
 def documents_of(order: Order, epoch: int) -> list[int]:
-    return [document for document, _ in order.pieces(epoch, 0)]
+    return [document for document, _ in order.documents_from(epoch, 0)]
 
 
 def test_an_epoch_has_each_document_once_in_an_order_of_its_own(make_shards) -> None:  # type: ignore[no-untyped-def]

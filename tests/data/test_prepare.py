@@ -1,4 +1,4 @@
-"""Preparation: nothing is lost or leaked, a folder is whole or absent, and reuse is exact."""
+"""Preparation: nothing is lost or leaked, a folder is whole or gone on with, and reuse is exact."""
 
 import errno
 import gzip
@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,12 +20,13 @@ import pytest
 from osler.data.clean import Cleaner
 from osler.data.config import CleanConfig
 from osler.data.documents import Corpus, Document, in_memory
+from osler.data.holdout import find_limits, hold_out, keys_of
 from osler.data.prepare import prepare as prepare_sources
 from osler.data.prepared import open_prepared
 from osler.data.readers import TextFiles
 from osler.data.shard_set import ShardSet, open_split
-from osler.data.shards import read_data_manifest
-from osler.data.tokenise import Piece
+from osler.data.shards import read_data_manifest, shard_name
+from osler.data.tokenise import Chunk
 from osler.data.writing import CorpusWriter
 from osler.files.parts import LocalFile, Part, Parts
 from osler.runtime import faults
@@ -124,7 +125,7 @@ def test_empty_documents_are_skipped_and_counted(tmp_path: Path, tokenizer: Toke
         prepare(in_memory([]), tokenizer, tmp_path / "none")
     with pytest.raises(UserError, match="The validation set notes has no document that is not empty"):
         prepare(in_memory(DOCUMENTS, in_memory([Document(text=" ")])), tokenizer, tmp_path / "none")
-    assert folders(tmp_path) == ["out"]
+    assert prepare(in_memory(DOCUMENTS), tokenizer, tmp_path / "none").train.num_documents == 40, "other data take its place"
 
 
 def test_copies_of_held_out_documents_never_reach_train(tmp_path: Path, tokenizer: Tokenizer) -> None:
@@ -151,7 +152,6 @@ def test_given_validation_documents_win_over_train(tmp_path: Path, tokenizer: To
     assert prepare_sources(corpora, tokenizer, tmp_path / "out", validation={"general": elsewhere}).reused
     with pytest.raises(UserError, match="copies of held-out documents: 40"):
         prepare(in_memory(DOCUMENTS, in_memory(DOCUMENTS)), tokenizer, tmp_path / "none")
-    assert folders(tmp_path) == ["out"]
 
 
 def test_a_source_of_which_another_holds_everything_out_is_named(tmp_path: Path, tokenizer: Tokenizer) -> None:
@@ -159,7 +159,6 @@ def test_a_source_of_which_another_holds_everything_out_is_named(tmp_path: Path,
     [held] = decoded(prepare(two, tokenizer, tmp_path / "alone").validation, tokenizer)
     with pytest.raises(UserError, match=r"in the source b: all its documents are left out \(copies of held-out documents: 1\)"):
         prepare_sources({"a": two, "b": in_memory([Document(text=held)])}, tokenizer, tmp_path / "out")
-    assert folders(tmp_path) == ["alone"]
 
 
 def test_what_is_held_out_depends_on_the_document_alone(tmp_path: Path, tokenizer: Tokenizer) -> None:
@@ -170,6 +169,15 @@ def test_what_is_held_out_depends_on_the_document_alone(tmp_path: Path, tokenize
     assert chosen == held("b", in_memory(DOCUMENTS[::-1], holdout_fraction=0.2, seed=1))
     assert chosen & set(TEXTS[:20]) == held("c", in_memory(DOCUMENTS[:20], holdout_fraction=0.2))
     assert chosen < held("d", in_memory(DOCUMENTS, holdout_fraction=0.4))
+
+
+@pytest.mark.parametrize(("name", "is_listed"), [("0.jsonl", True), ("more.jsonl.gz", False)])
+def test_compressed_files_count_by_the_text_in_them_when_what_they_hold_out_is_listed(
+    notes: Path, monkeypatch: pytest.MonkeyPatch, name: str, is_listed: bool
+) -> None:
+    monkeypatch.setattr("osler.data.holdout.LISTED_BYTES", 2 * (notes / name).stat().st_size)
+    corpora = {"a": rows_corpus(notes / name, 0.5), "b": rows_corpus(notes / "1.jsonl", 0.1)}
+    assert bool(len(hold_out(corpora.values(), find_limits(corpora), keys_of([])).keys)) == is_listed
 
 
 @pytest.mark.parametrize(("count", "fraction", "expected"), [(1, 0.5, 0), (2, 0.01, 1), (2, 0.99, 1), (3, 0.0, 0)])
@@ -270,7 +278,7 @@ def test_damage_is_found(tmp_path: Path, tokenizer: Tokenizer) -> None:
     refused(r"it has no manifest\.json", tmp_path)
 
 
-@pytest.mark.parametrize("stage", ["prepare-piece", "write-shard", "write-index", "prepare-journal", "prepare-complete"])
+@pytest.mark.parametrize("stage", ["prepare-chunk", "write-shard", "write-index", "prepare-journal", "prepare-complete"])
 def test_after_a_full_disk_the_same_command_goes_on(
     tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, stage: str
 ) -> None:
@@ -329,7 +337,7 @@ def test_a_source_that_cleaning_empties_is_found_before_any_is_written(
     with pytest.raises(UserError, match=r"in the source b: all its documents are left out \(too short: 40\).*its `clean`"):
         prepare_sources({"a": in_memory(DOCUMENTS), "b": emptied}, tokenizer, tmp_path / "out")
     assert "first 30 documents of the source b are all left out (too short: 30)" in capsys.readouterr().err
-    assert folders(tmp_path) == []
+    assert not any(path.is_dir() for path in (tmp_path / "out").iterdir())
 
 
 def test_a_source_whose_copies_leave_nothing_ends_with_it_and_the_others_stay(tmp_path: Path, tokenizer: Tokenizer) -> None:
@@ -409,7 +417,7 @@ def test_what_is_enough_of_a_validation_set_is_there_to_be_read_at_once(tmp_path
     monkeypatch.setattr("osler.data.writing.VALIDATION_TOKENS", 25)
     writer = CorpusWriter(tmp_path, ("validation",), lambda keys: {"validation": keys > 0}, vocab_size=9)
     lengths, tokens = np.full(9, 10), np.zeros(90, np.uint16)
-    writer.add(Piece(np.arange(9, dtype=np.uint64) + 1, lengths.cumsum(), lengths, tokens, None, None, None, []))
+    writer.add(Chunk(np.arange(9, dtype=np.uint64) + 1, lengths.cumsum(), lengths, tokens, None, None, None, []))
     written = ShardSet(tmp_path / "validation", vocab_size=9, tokenizer_fingerprint="", eos_id=0, growing=True)
     assert written.num_tokens == 30 and written.head_within(25).num_tokens == 30
 
@@ -428,11 +436,16 @@ def test_what_a_process_finds_wrong_is_told_as_if_there_were_none(
 def test_a_process_that_is_killed_is_told(
     tmp_path: Path, notes: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Before the first shard, too, the same command goes on from what is written: a validation set."""
+    out, sets = tmp_path / "out", {"set": rows_corpus(notes / "1.jsonl", 0.0)}
     monkeypatch.setenv(faults.VARIABLE, "prepare-part:kill:2")
     with pytest.raises(UserError, match="A process that prepares the data was killed, most often for want of memory"):
-        prepare_sources({"a": rows_corpus(notes)}, tokenizer, tmp_path / "out", processes=1)
+        prepare_sources({"a": rows_corpus(notes)}, tokenizer, out, validation=sets, processes=1)
+    written = (out / "validation.set/validation" / shard_name(0)).stat()
     monkeypatch.delenv(faults.VARIABLE)
-    assert prepare(rows_corpus(notes), tokenizer, tmp_path / "out").train.num_documents > 100
+    prepared = prepare_sources({"a": rows_corpus(notes)}, tokenizer, out, validation=sets)
+    assert prepared.train[0].num_documents > 90
+    assert (out / "validation.set/validation" / shard_name(0)).stat().st_mtime_ns == written.st_mtime_ns
 
 
 def broken(part: Part) -> Iterator[Document]:
@@ -463,19 +476,33 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[subprocess.Popen[bytes]]:
     return processes
 
 
-@pytest.mark.parametrize("case", ["what they send cannot be read", "a third one cannot be started"])
+def no_room(pipe: object, size: int) -> bytes:
+    raise MemoryError(f"{size} bytes")
+
+
+@pytest.mark.parametrize(
+    ("replaced", "count", "expected", "said"),
+    [
+        (("pickle.loads", lambda data: data.no_such_class), 2, AttributeError, "no_such_class"),
+        (("_exactly", no_room), 2, RuntimeError, r"was not received: MemoryError\('8 bytes'\)"),
+        (None, 3, UserError, "could not be started: no more processes.*--workers"),
+    ],
+    ids=["what they send cannot be read", "there is no room for what they send", "a third one cannot be started"],
+)
 def test_after_an_error_no_process_and_no_thread_is_left(
     tmp_path: Path,
     notes: Path,
     tokenizer: Tokenizer,
     monkeypatch: pytest.MonkeyPatch,
     started: list[subprocess.Popen[bytes]],
-    case: str,
+    replaced: tuple[str, Callable[..., Any]] | None,
+    count: int,
+    expected: type[Exception],
+    said: str,
 ) -> None:
-    count, expected = (2, AttributeError) if case.startswith("what") else (3, UserError)
-    if expected is AttributeError:
-        monkeypatch.setattr("osler.data.workers.pickle.loads", lambda data: data.no_such_class)
-    with pytest.raises(expected, match=r"no_such_class|could not be started: no more processes.*--workers"):
+    if replaced is not None:
+        monkeypatch.setattr(f"osler.data.workers.{replaced[0]}", replaced[1])
+    with pytest.raises(expected, match=said):
         prepare_sources({"a": rows_corpus(notes)}, tokenizer, tmp_path / "out", processes=count)
     assert [process.returncode for process in started] == [-signal.SIGKILL] * 2
     assert not any(thread.name == "tokenise" for thread in threading.enumerate())

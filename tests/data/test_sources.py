@@ -179,6 +179,7 @@ def test_a_name_stays_in_its_folder(name: str, title: str) -> None:
     ("sets", "said"),
     [
         ([{"path": "b", "holdout_fraction": 0.1}], "the validation set b has no holdout_fraction: leave it out"),
+        ([{"path": "b", "licence": "MIT"}], "the validation set b has no licence: leave it out"),
         ([{"path": "b", "weight": 2, "clean": {}}], "the validation set b has no weight or clean: leave it out"),
         ([{"path": "b"}, {"path": "c", "name": "b"}], "two validation sets are named b; give one of them another `name`"),
         ([{"path": "a/x.txt", "name": "x"}], "the validation set x is the source a, of which nothing would be left to learn"),

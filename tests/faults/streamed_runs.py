@@ -108,7 +108,7 @@ def within_budget(command: list[str], whole: Path, folder: Path, ranks: int, fau
 
 def interrupted(command: list[str], folder: Path) -> None:
     """Ctrl-C while training waits for data that never come saves, leaves, and ends the preparation."""
-    os.environ[faults.VARIABLE] = "write-shard:slow:3-1000000,prepare-piece:slow:1-"
+    os.environ[faults.VARIABLE] = "write-shard:slow:3-1000000,prepare-chunk:slow:1-"
     child = fork_command([*command, STREAMING, *ENDLESS], folder, 0.5)
     try:
         wait_for(lambda: has_begun(folder, first_step=False))
