@@ -35,7 +35,7 @@ class HubExam:
 
     type: Literal["hub"] = "hub"
     name: str  # medqa, medmcqa, pubmedqa, mmlu, gsm8k, humaneval, hellaswag or trivia_qa
-    revision: str = "main"  # a commit, branch or tag of the hub's repository
+    revision: str = "main"  # a commit, branch or tag of the hub's repository; the commit is kept with the shards
     path: str = ""  # a file or folder of the same schema, instead of the hub
     root: str = ""  # a folder that has such a folder for each exam by name; empty: the data's
 
