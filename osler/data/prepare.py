@@ -79,7 +79,13 @@ def prepare(
             if manifest["complete"]:
                 return open_folder(out)
             sets, sources = targets_of(out, manifest, corpora, validation)
-            _write(out, manifest, sets, sources, tokenizer, processes, before_shard)
+            try:
+                _write(out, manifest, sets, sources, tokenizer, processes, before_shard)
+            except UserError:
+                if not any(journal_of(target.folder, target.splits).exists() for target in (*sets, *sources)):
+                    _clear(out)  # no part is finished
+                    out.rmdir()
+                raise
         return open_folder(out, reused=False)
     except KeyboardInterrupt:
         logger.info(f"What is prepared so far stays in {out}; the same command goes on from there.")

@@ -1,4 +1,4 @@
-"""Preparation: nothing is lost or leaked, a folder is whole or gone on with, and reuse is exact."""
+"""Preparation: nothing is lost or leaked, what is written is gone on with, and reuse is exact."""
 
 import errno
 import gzip
@@ -159,6 +159,7 @@ def test_a_source_of_which_another_holds_everything_out_is_named(tmp_path: Path,
     [held] = decoded(prepare(two, tokenizer, tmp_path / "alone").validation, tokenizer)
     with pytest.raises(UserError, match=r"in the source b: all its documents are left out \(copies of held-out documents: 1\)"):
         prepare_sources({"a": two, "b": in_memory([Document(text=held)])}, tokenizer, tmp_path / "out")
+    assert folders(tmp_path) == ["alone"]
 
 
 def test_what_is_held_out_depends_on_the_document_alone(tmp_path: Path, tokenizer: Tokenizer) -> None:
@@ -337,7 +338,7 @@ def test_a_source_that_cleaning_empties_is_found_before_any_is_written(
     with pytest.raises(UserError, match=r"in the source b: all its documents are left out \(too short: 40\).*its `clean`"):
         prepare_sources({"a": in_memory(DOCUMENTS), "b": emptied}, tokenizer, tmp_path / "out")
     assert "first 30 documents of the source b are all left out (too short: 30)" in capsys.readouterr().err
-    assert not any(path.is_dir() for path in (tmp_path / "out").iterdir())
+    assert folders(tmp_path) == []
 
 
 def test_a_source_whose_copies_leave_nothing_ends_with_it_and_the_others_stay(tmp_path: Path, tokenizer: Tokenizer) -> None:
@@ -436,7 +437,7 @@ def test_what_a_process_finds_wrong_is_told_as_if_there_were_none(
 def test_a_process_that_is_killed_is_told(
     tmp_path: Path, notes: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Before the first shard, too, the same command goes on from what is written: a validation set."""
+    """Before the first shard of a source, too, the same command goes on from what is written: a validation set."""
     out, sets = tmp_path / "out", {"set": rows_corpus(notes / "1.jsonl", 0.0)}
     monkeypatch.setenv(faults.VARIABLE, "prepare-part:kill:2")
     with pytest.raises(UserError, match="A process that prepares the data was killed, most often for want of memory"):
