@@ -130,7 +130,8 @@ class _Worker(threading.Thread):
                     break
                 except BaseException as error:  # or whoever waits for the results would wait for ever
                     pending.results.put(RuntimeError(f"A result of a process that prepares the data was not received: {error!r}"))
-                    break
+                    self.process.kill()
+                    raise
             self.process.kill()
 
     def _do(self, pending: _PendingTask) -> None:

@@ -481,6 +481,7 @@ def no_room(pipe: object, size: int) -> bytes:
     raise MemoryError(f"{size} bytes")
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # a thread tells what ended it
 @pytest.mark.parametrize(
     ("replaced", "count", "expected", "said"),
     [
