@@ -42,7 +42,9 @@ def generate_by_recompute(
         ids_BT = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device)
         length_B = torch.tensor([len(row) for row in rows], device=device)
         logits_BV = model.logits(model(ids_BT)[row_B, length_B - 1])
-        seen_BV = torch.tensor([[token in row for token in range(vocab_size)] for row in map(set, rows)], device=device)
+        seen_BV = None
+        if parameters.penalises:
+            seen_BV = torch.tensor([[token in row for token in range(vocab_size)] for row in map(set, rows)], device=device)
         drawn = sample(logits_BV, row_uniform(sampling.seed, first_row + row_B, length_B), parameters, seen_BV)
         top_BA, index_BA = drawn.scaled_BV.log_softmax(-1).topk(min(sampling.top_logprobs, vocab_size))
         for index, (token, logp) in enumerate(zip(drawn.token_B.tolist(), drawn.logp_B.tolist(), strict=True)):
