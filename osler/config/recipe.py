@@ -38,11 +38,11 @@ def _shipped() -> dict[str, Path]:
 
 
 def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = (), *, others: Iterable[str] = ()) -> dict[str, Any]:
-    """Return a recipe merged with its bases and with ``key.path=value`` overrides, not decoded.
+    """Return a recipe merged with its bases and with ``key.path=value`` overrides, as plain dicts that are not checked yet.
 
     A shipped recipe is named as ``osler recipes`` lists it; a name that ends in .yaml or .yml is a file. The keys
-    ``base`` and ``description`` belong to the file and are left out. Raises UserError for an unknown recipe, where it also
-    proposes ``others``, invalid YAML, a key given twice, a circle of bases and an override that cannot be read.
+    ``base`` and ``description`` belong to the file and are left out. Raises UserError for invalid YAML, a key given twice, a
+    circle of bases, an override that cannot be read, and an unknown recipe; it then proposes ``others`` too.
     """
     return override(_load_file(_find(str(name_or_path), others=others), ()), overrides)
 
@@ -139,9 +139,9 @@ def _find(name: str, *, folder: Path | None = None, user: str = "", others: Iter
         kind = "folder" if given.is_dir() else "file"
         raise UserError(f"{user}{name} is no recipe but a {kind}; to train on it: data.type=files data.path={name}")
     if name.startswith((".", "/", "~")):
-        raise UserError(f"{user}there is no file or folder {name}; text to train on: data.type=files data.path=PATH")
+        raise UserError(f"{user}there is no file or folder {name}; to train on text of yours: data.type=files data.path=PATH")
     known, what = [*_shipped(), *others], "recipe or source" if others else "recipe"
-    raise UserError(f"{user}there is no {what} `{name}`{nearest(name, known)} (a file of yours ends in .yaml)")
+    raise UserError(f"{user}there is no {what} `{name}`{nearest(name, known)} (name a recipe file of yours with its .yaml)")
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -178,7 +178,7 @@ def dump_yaml(value: Any) -> str:
 
 
 def as_comments(numbers: Mapping[str, str]) -> list[str]:
-    """Return the lines that say below a config what follows from it."""
+    """Return derived numbers as comments, to be printed below a config."""
     return [f"# {name:<18}{value}" for name, value in numbers.items()]
 
 

@@ -1,12 +1,12 @@
 """The score of an exam, with its confidence interval and its baselines.
 
-The baselines are chance and the best constant letter on the same items, the cheapest way for a model to gain. Answers that cannot
-be read, were cut or had no room are counted and are wrong.
+The baselines are chance, and always giving the same, best letter, which is the cheapest way for a model to gain. Answers that
+cannot be read or were cut, and questions that did not fit into the context, are counted and are wrong.
 
 Items that ask for the same fact, or the same item under several option orders, are not independent. So the variance is computed
 from the sums of ``clusters`` (a sandwich estimator corrected for few clusters), which says how many independent items the sample
-is worth, and that effective size goes into the closed formula. Sources: Wilson 1927; Agresti and Min 2005 (adjusted interval for
-matched pairs); Cameron and Miller 2015 (clusters).
+is worth, and this effective size goes into Wilson's formula. A paired difference uses the variance itself. Sources: Wilson 1927;
+Agresti and Min 2005 (adjusted interval for matched pairs); Cameron and Miller 2015 (clusters).
 """
 
 from collections import Counter
@@ -26,7 +26,7 @@ ANSWERED = "answered"
 UNPARSED = "unparsed"  # the completion ended by itself, but no single option (or number) can be read from it
 CUT = "cut"  # the length limit came before a readable answer
 TOO_LONG = "too_long"  # the question did not fit into the model's context
-COVERAGES = (0.25, 0.5, 0.75)  # shares of the questions that a model answers which abstains where it is least sure
+COVERAGES = (0.25, 0.5, 0.75)  # shares of the questions that are answered when the model skips those it is least sure of
 BINS = 10  # of confidence
 Z_95 = NormalDist().inv_cdf(0.975)  # of a normal distribution, 95 % lies within so many deviations
 
@@ -41,7 +41,7 @@ class Result:
     predicted: int | None = None  # the option's position as shown
     text: str = ""  # the answer as it was written
     thinking: str = ""  # the reasoning before it
-    confidence: float | None = None  # the option's probability among the options; None: not known
+    confidence: float | None = None  # the chosen option's probability, where those of all options sum to 1; None: not known
 
     @property
     def cluster(self) -> str:
@@ -73,7 +73,7 @@ class Difference:
 
 
 def summarise(results: Sequence[Result], *, max_seq_len: int = 0) -> ScoredExam:
-    """Return the score of ``results``; ``max_seq_len`` says what a question may not have fitted into.
+    """Return the score of ``results``; ``max_seq_len`` is the model's context, for the remark about questions that did not fit.
 
     Raises UserError when there are no results.
     """
@@ -114,7 +114,7 @@ def _accuracy(results: Sequence[Result]) -> dict[str, Any]:
 
 
 def _measures(results: Sequence[Result]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield what else the results say, by name: over the orders of the options and over several samples."""
+    """Yield further measures by name: right in all option orders, pass@k and majority over several samples, calibration."""
     items: dict[str, list[Result]] = {}
     orders: dict[tuple[str, tuple[str, ...]], list[Result]] = {}
     for result in results:
@@ -134,9 +134,9 @@ def _measures(results: Sequence[Result]) -> Iterator[tuple[str, dict[str, Any]]]
 
 
 def _calibration(sure: Sequence[tuple[float, Result]], asked: int) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield how often results are right by their confidence, the surest first, and how far that is from what it should be.
+    """Yield the accuracy at each coverage and in each bin of confidence, and the expected calibration error.
 
-    At a coverage, the model abstains from the other questions; results that are equally sure are answered together.
+    ``sure`` comes with the surest first. At a coverage of 25 % the surest quarter is answered, with results tied with its last.
     """
 
     def measure(part: Sequence[tuple[float, Result]]) -> dict[str, Any]:
@@ -159,12 +159,12 @@ def _measure(values: Sequence[float], clusters: Sequence[str]) -> dict[str, Any]
 
 
 def pass_at_k(samples: int, right: int, k: int) -> float:
-    """Return the probability that one of ``k`` samples is right, without bias from ``samples`` (Chen et al., 2021)."""
+    """Return the unbiased estimate, from ``samples`` drawn, that at least one of ``k`` is right (Chen et al., 2021)."""
     return 1 - comb(samples - right, k) / comb(samples, k)
 
 
 def majority(results: Sequence[Result]) -> float:
-    """Return whether the answer that was given most often is right; of answers given equally often, the share that is.
+    """Return whether the answer that was given most often is right; on a tie, the share of the tied answers that are right.
 
     Numbers vote by their value, options and other texts by their wording. What could not be read does not vote.
     """
@@ -216,7 +216,7 @@ def _by_item(score: ScoredExam) -> dict[str, float]:
 
 
 def mcnemar(gained: int, lost: int) -> float:
-    """Return the p-value of McNemar's exact test, for independent items of which so many changed from wrong to right and back."""
+    """Return the p-value of McNemar's exact test for independent items: ``gained`` became right, ``lost`` became wrong."""
     changed = gained + lost
     return min(1.0, 2 * sum(comb(changed, count) for count in range(min(gained, lost) + 1)) / 2**changed)
 
@@ -238,7 +238,7 @@ def wilson(correct: float, n: float) -> tuple[float, float]:
 def mean_interval(values: Sequence[float], clusters: Sequence[Hashable] | None = None) -> tuple[float, float]:
     """Return Wilson's interval for the mean of ``values`` in [0, 1], at the effective sample size that the clusters leave.
 
-    That is at most the number of values, and the number of clusters where the variance is zero (all right or all wrong).
+    This size is never above the number of values. It is the number of clusters where the variance is zero (all alike).
     """
     if not values:
         raise ValueError("no items: a mean of nothing has no interval")

@@ -1,8 +1,8 @@
-"""Files of a dataset on the Hugging Face hub, read by ranges of bytes where they lie; the door of ``huggingface_hub``.
+"""Files of a dataset on the Hugging Face hub, read by ranges of bytes; the only file that imports ``huggingface_hub``.
 
-Every range is its own request, which the library repeats after a cut connection, 429 (as long as Retry-After says) and 5xx, so
-a file goes on where it was. A commit is resolved once and read throughout. The token comes from HF_TOKEN or `hf auth login`, the
-server from HF_ENDPOINT.
+Every range is its own request, which the library repeats after a cut connection, a 5xx, or a 429 (after the wait that Retry-After
+asks for), so reading goes on where it stopped. The revision is resolved to a commit once, and all is read from that commit.
+The token comes from HF_TOKEN or `hf auth login`, the server from HF_ENDPOINT.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from osler.runtime.errors import UserError
 
 RANGE_BYTES = 1 << 20  # of one request at least
 _OF_A_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
-TRIES, LONGEST_WAIT_SECONDS = 12, 60  # of a request, before each of which it waits longer: seven minutes in all
+RETRIES, LONGEST_SECONDS = 12, 60  # of a request; the wait before each doubles up to the longest: seven minutes in all
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def _fetch(file: HubFile, start: int, stop: int) -> bytes:
     headers = {**build_hf_headers(), "Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
     with _explained(file.repo, file.name):
         response = http_backoff(
-            "GET", url, headers=headers, follow_redirects=True, timeout=60, max_retries=TRIES, max_wait_time=LONGEST_WAIT_SECONDS
+            "GET", url, headers=headers, follow_redirects=True, timeout=60, max_retries=RETRIES, max_wait_time=LONGEST_SECONDS
         )
         hf_raise_for_status(response)
     data = bytes(response.content)
@@ -138,7 +138,7 @@ def _api(repo: str) -> Any:
 
 @contextlib.contextmanager
 def _explained(repo: str, name: str = "") -> Iterator[None]:
-    """Turn the library's errors into a UserError that says what to do; it has the name of the file that is read, if any."""
+    """Turn the library's errors into a UserError that says what to do and names the file that was being read, if any."""
     from huggingface_hub import constants, errors
 
     name = name or repo
@@ -147,7 +147,7 @@ def _explained(repo: str, name: str = "") -> Iterator[None]:
         yield
     except errors.OfflineModeIsEnabled:
         fetch = f"hf download {repo} --repo-type dataset --local-dir DIR"
-        told = f"{name} is read from the hub, but HF_HUB_OFFLINE is set. Fetch it elsewhere (`{fetch}`) {local}."
+        told = f"{name} is read from the hub, but HF_HUB_OFFLINE is set: unset it, fetch it elsewhere (`{fetch}`), {local}."
     except errors.GatedRepoError:
         told = f"{repo} asks for consent: accept its terms on its page and set HF_TOKEN, {local}."
     except errors.RevisionNotFoundError:

@@ -10,6 +10,7 @@ its own, which each rank has, because only a process can be stopped whatever it 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib
 import importlib.util
@@ -19,6 +20,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -113,16 +115,12 @@ class OwnReward:
             )
         except OSError as error:
             raise UserError(f"The reward {name} cannot have a process of its own: {error.strerror}.") from error
+        self.close = weakref.finalize(self, _end, self.process)  # called by hand, or when nothing holds this object any more
         self._ask((name,), LOAD_SECONDS, "when it was loaded.")
 
     def __call__(self, item: ExamItem, completion: Completion) -> float:
         """Return the reward."""
         return self._ask((item, completion), self.seconds, f"for an answer to item {item.id}: {completion.answer!r:.200}")
-
-    def close(self) -> None:
-        """End the process."""
-        self.process.kill()
-        self.process.communicate()
 
     def _ask(self, question: tuple[Any, ...], seconds: float, when: str) -> float:
         to_process, from_process = self.process.stdin, self.process.stdout
@@ -136,8 +134,14 @@ class OwnReward:
             timed_out = code == -getattr(signal, "SIGALRM", 0)
             value = f"took more than {seconds:g} s" if timed_out else f"ended its process with exit code {code}"
         if isinstance(value, str):
+            self.close()
             raise UserError(f"The reward {self.name} {value} {when}")
         return float(value)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    with contextlib.suppress(BrokenPipeError), process:  # which waits for it and closes the pipes
+        process.kill()
 
 
 def serve() -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from osler.runtime.errors import UserError
 from osler.tasks.item import ExamItem
-from osler.tasks.rewards import MAX_THINKING_CHARS, REWARDS, check_reward, label_of, reward_of
+from osler.tasks.rewards import MAX_THINKING_CHARS, REWARDS, OwnReward, check_reward, label_of, reward_of
 from osler.tokenizer.chat import Completion
 
 ITEM = ExamItem(id="r", question="?", options=("penicillin", "amoxicillin"), answer_index=1)
@@ -131,3 +131,11 @@ def test_a_function_that_is_not_there_is_refused_at_the_start(own: str, name: st
     for look in (check_reward, lambda name: reward_of(name, 60)):
         with pytest.raises(UserError, match=f"The reward {name} raised .*{told}"):
             look(name)
+
+
+def test_the_process_of_a_function_ends_with_the_last_use_of_it(own: str) -> None:
+    reward = OwnReward(f"{own}:brief", 60)
+    process = reward.process
+    assert process.poll() is None
+    del reward
+    assert process.returncode is not None
